@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, Never
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from lorafx.reports.profile import Profile
 from lorafx.saved_graphs.folder import folder_of
 from lorafx.serving.compiled import CompiledModel, compiled_of, refuse_compiled, refuse_other
 from lorafx.serving.example_inputs import as_call, derived_example, given_examples
+from lorafx.serving.habits import refuse_arguments
 from lorafx.torch_compile.attach_model import attach as attach
 from lorafx.torch_compile.attached import marked_session, session_of
 from lorafx.torch_compile.looking import profile_attached, why_attached
@@ -34,12 +35,13 @@ from lorafx.torch_compile.looking import profile_attached, why_attached
 def compile(
     model: nn.Module,
     lora_config: Any = None,
-    *,
+    *misplaced: Never,
     adapters: Mapping[str, Any] | Sequence[Any] | None = None,
     example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
     dynamic: bool | None = True,
     mode: str | None = None,
     options: Options | Mapping[str, Any] | None = None,
+    **elsewhere: Never,
 ) -> CompiledModel:
     """Compile `model` for inference with many LoRA adapters, each row of a batch with its own.
 
@@ -60,9 +62,12 @@ def compile(
             names on the hub, where an adapter's name is the last part of its path.
         example_inputs: keyword arguments (or positional ones) of a call. Graphs are captured with
             them at once; otherwise the first calls capture graphs.
-        dynamic: as in `torch.compile`; True captures graphs for any batch size and length.
+        dynamic: as in `torch.compile`: True captures graphs for any batch size and length, False
+            one for each, and None one for the first and another for all that differ from it.
         mode: as in `torch.compile`; the same as `Options.mode`.
         options: an `Options` or its dict.
+        *misplaced, **elsewhere: what users of torch.compile and PEFT may give: refused with the way
+            out, unless it is False or None.
 
     Returns:
         The executable module.
@@ -76,6 +81,9 @@ def compile(
     It also raises what a call with `example_inputs` raises. After an error the model's modules
     and hooks are as they were.
     """
+    refuse_arguments("lorafx.compile", misplaced, elsewhere)
+    if dynamic is not None and not isinstance(dynamic, bool):
+        raise ConfigError(f"dynamic is True, False or None, as in torch.compile; got {dynamic!r}")
     refuse_compiled(model)
     options = Options.of(options)
     if mode is not None:
@@ -119,8 +127,9 @@ def explain(
         example_inputs: arguments of a call, to see which siblings share an input. Token ids need
             not be given. The forward runs on the meta device, so it computes shapes alone.
         device: what the figures are for: "cpu", "cuda" for the GPU of this machine, or "A100",
-            "H200", "B200", "MI300X". None for where the model's parameters are; with all of them on
-            the meta device the GPU of this machine, and the H200 where there is none.
+            "H100", "H200", "B200", "MI300X", in any case. None for where the model's parameters
+            are; with all of them on the meta device the GPU of this machine, and the H200 where
+            there is none.
         rows: rows of x that strategies and times are for: requests of a decode step.
 
     Raises:
@@ -129,7 +138,8 @@ def explain(
         TargetError, CheckpointError: as for `compile`.
     """
     refuse_other(model)
-    session = session_of(model)
+    compiled = compiled_of(model)
+    session = session_of(model) if compiled is None else compiled._session
     if session is not None and lora_config is None:
         with session.lock:
             return Explanation.of(session)

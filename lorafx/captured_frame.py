@@ -50,6 +50,15 @@ def ends_in_break() -> bool:
     return reason is not None and bool(reason.graph_break)
 
 
+def failed_guard() -> str:
+    """The guard for which the newest earlier graph of the function does not serve the call, in the
+    words of Dynamo; where its metrics do not have it, how to see it."""
+    known = getattr(torch._dynamo.utils.get_metrics_context(), "_metrics", {})
+    text = str(known.get("recompile_reason") or "").partition("\n")[0].partition("  #")[0]
+    guard = text.partition(": ")[2].strip()  # behind the number of the graph
+    return f"the guard {guard} failed" if guard else 'TORCH_LOGS="recompiles" prints the guard'
+
+
 def capture_again(reason: str) -> NoReturn:
     """From a backend: have Dynamo drop the graph and trace the function anew.
 

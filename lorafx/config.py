@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from lorafx.errors import ConfigError, nearest
+from lorafx.named_setting import Setting
 
 LoweringName = Literal["auto", "inductor", "triton", "reference"]
 #: How a LoRA node can be computed, by lowering; "aten" is the op's own implementation.
@@ -105,7 +106,10 @@ class LoraConfig:
             if value is None and name not in ("max_adapters", "max_rank"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"LoraConfig.{name} must be a positive integer, got {value!r}")
+                setting = Setting(name, f"LoraConfig.{name}")
+                raise ConfigError(
+                    f"{setting} must be a positive integer, got {value!r}", settings=(setting,)
+                )
         if self.slot_rank is not None and self.slot_rank > self.max_rank:
             raise ConfigError(
                 f"LoraConfig.slot_rank = {self.slot_rank} is over max_rank = {self.max_rank}; "
@@ -249,9 +253,11 @@ class Options:
             ("mode", (None, *MODES)),
         ):
             if getattr(self, name) not in allowed:
+                setting = Setting(name, f"Options.{name}")
                 raise ConfigError(
-                    f"Options.{name} must be one of {', '.join(map(str, allowed))}, "
-                    f"got {getattr(self, name)!r}"
+                    f"{setting} must be one of {', '.join(map(str, allowed))}, "
+                    f"got {getattr(self, name)!r}",
+                    settings=(setting,),
                 )
         if self.cache:
             _check_graphs_can_be_saved()
@@ -270,7 +276,8 @@ def _check_graphs_can_be_saved() -> None:
     from lorafx.compat import can_save_graphs  # needs Dynamo, for which a configuration is too soon
 
     if not can_save_graphs():
+        setting = Setting("cache", "Options.cache")
         raise ConfigError(
-            f"Options.cache needs torch 2.13 or later, and this is {torch.__version__}; "
-            "leave it out"
+            f"{setting} needs torch 2.13 or later, and this is {torch.__version__}; leave it out",
+            settings=(setting,),
         )

@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+
+from lorafx.named_setting import Setting
 
 
 class LorafxError(Exception):
@@ -16,6 +18,21 @@ class LorafxError(Exception):
     Way out: `except lorafx.LorafxError` catches all of them, in calls and while compiling. The
     message of each names the thing and what to do.
     """
+
+    #: The settings that the message names, of those that commands have options for.
+    settings: Sequence[Setting] = ()
+
+    def __init__(self, *args: object, settings: Sequence[Setting] = ()) -> None:
+        super().__init__(*args)
+        if settings:
+            self.settings = settings
+
+    def spelled(self, spell: Callable[[Setting], str]) -> str:
+        """The message, with what `spell` says of its settings."""
+        text = str(self)
+        for setting in self.settings:
+            text = text.replace(setting.text, spell(setting))
+        return text
 
 
 class LorafxWarning(UserWarning):
@@ -100,6 +117,18 @@ class BatchError(LorafxError, ValueError):
     """
 
 
+class OutOfRangeError(BatchError, IndexError):
+    """An index of a call is outside of the table that it points into: a token id that the embedding
+    has no row for, a position behind the last one, a label that is no class, a place behind the end
+    of a static cache. Nothing has run then.
+
+    Way out: the message names the argument, the place in it, the index and the size. Ids over the
+    vocabulary come from another tokenizer, or from tokens that were added to it: resize the
+    embedding before compiling. On a GPU indices are not looked at, and torch's own assertion ends
+    the use of the device.
+    """
+
+
 class MatchError(LorafxError):
     """A selected weight is used in a way that lorafx cannot apply LoRA to.
 
@@ -164,14 +193,21 @@ def some(names: Iterable[str], most: int = 3) -> str:
     return ", ".join(told[:most]) + more
 
 
-def nearest(name: str, candidates: Iterable[str], count: int = 3, *, cutoff: float = _ALIKE) -> str:
-    """A sentence fragment naming the closest candidates to `name`, or an empty string where none is
-    near: at least `cutoff` alike, or another in one character."""
+def nearest(
+    name: str,
+    candidates: Iterable[str],
+    count: int = 3,
+    *,
+    cutoff: float = _ALIKE,
+    prefix: str = "",
+) -> str:
+    """A sentence fragment naming the closest candidates to `name`, with `prefix` before each, or an
+    empty string where none is near: at least `cutoff` alike, or another in one character."""
     known = list(candidates)
     close = difflib.get_close_matches(name, known, n=count, cutoff=cutoff)
     slips = {other for other in known if other not in close and _one_apart(name, other)}
     close += sorted(slips, reverse=True)
-    return f"; nearest: {', '.join(close[:count])}" if close else ""
+    return f"; nearest: {', '.join(prefix + other for other in close[:count])}" if close else ""
 
 
 def _one_apart(name: str, other: str) -> bool:

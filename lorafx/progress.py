@@ -1,40 +1,141 @@
-"""Progress of long work: on a terminal as it goes, and in the log of `lorafx` when it has ended."""
+"""Progress of long work: on a terminal as it goes, and in the log of `lorafx` when it has ended.
+
+    lorafx: compiling graph 0 lora of LlamaForCausalLM, first call: 12.3 s
+
+Compiling is the work that nobody asked for. Where there is no terminal, the first compilation of
+more than `PATIENCE` seconds is a line at level WARNING, once in a process, unless level INFO, which
+has a line for each, is shown anyway.
+"""
 
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_open = False  # a line stands on the terminal that has not ended
-
-
 #: Level INFO has a line for each piece of long work. `TORCH_LOGS="+lorafx"` shows it too.
 LOG = logging.getLogger("lorafx")
 
+#: Seconds of compiling before it is said, elsewhere than on a terminal.
+PATIENCE = 5.0
+#: Seconds after which the line of a terminal is written anew.
+_TICK = 1.0
+
+_LOCK = threading.Lock()  # of lines on the terminal
+_warned = False
+
+
+class LongWork:
+    """Long work that is under way, and its line on the terminal, where standard error is one.
+
+    Attributes:
+        what: says what it is.
+        terminal: where its line goes; None without a terminal.
+    """
+
+    _open: LongWork | None = None  # whose line has not ended
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.terminal = None if sys.stderr is None or not sys.stderr.isatty() else sys.stderr
+        self._start = time.perf_counter()
+        self._shown = self._ended = False
+        self._length = 0  # of its open line
+
+    @property
+    def seconds(self) -> float:
+        """Since it has begun."""
+        return time.perf_counter() - self._start
+
+    def show(self, what: str | None = None) -> None:
+        """Show on a terminal what it is, which is `what` from now on if that is given, and for how
+        long it has been so."""
+        self.what = what or self.what
+        with _LOCK:
+            if self.terminal is None or self._ended:
+                return
+            line = f"lorafx: {self.what} ... {self.seconds:.0f} s"
+            line = line[: shutil.get_terminal_size().columns - 1]
+            self._write(line, end="")
+            self._length, self._shown, LongWork._open = len(line), True, self
+
+    def end(self) -> None:
+        """End its line, if it has one, with its time."""
+        with _LOCK:
+            if self._shown and not self._ended:
+                self._write(f"lorafx: {self.what}: {self.seconds:.1f} s", end="\n")
+                LongWork._open = None
+            self._ended = True
+
+    def watch(self, ended: threading.Event) -> None:
+        """Until it has ended, write its line anew, or warn of it."""
+        if self.terminal is None:
+            if not ended.wait(PATIENCE):
+                _warn(self)
+            return
+        while not ended.wait(_TICK):
+            self.show()
+
+    def _write(self, text: str, end: str) -> None:
+        """In place of its own open line, or below that of others."""
+        if LongWork._open is self:
+            text = f"\r{text.ljust(self._length)}"
+        elif LongWork._open is not None:
+            text = f"\n{text}"
+        print(text, end=end, flush=True, file=self.terminal)
+
 
 @contextmanager
-def progress(what: str, *, logged: bool = True) -> Iterator[None]:
-    """Show `what` on standard error while the block runs, with its time afterwards; without a
-    terminal it is logged when it has ended, unless something else is.
+def progress(what: str) -> Iterator[None]:
+    """Show `what` on a terminal while the block runs, with its time afterwards; without a terminal
+    it is logged when it has ended.
 
     What is shown inside the block gets lines of its own.
     """
-    global _open
-    stream = sys.stderr
-    start = time.perf_counter()
-    if stream is None or not stream.isatty():
-        yield
-        if logged:
-            LOG.info("%s: %.1f s", what, time.perf_counter() - start)
-        return
-    print("\n" * _open + f"lorafx: {what} ...", end="", flush=True, file=stream)
-    _open = True
+    work = LongWork(what)
+    work.show()
     try:
         yield
     finally:
-        text = f"lorafx: {what}: {time.perf_counter() - start:.1f} s"
-        print("\r" * _open + text, flush=True, file=stream)
-        _open = False
+        work.end()
+    if work.terminal is None:
+        LOG.info("%s: %.1f s", what, work.seconds)
+
+
+@contextmanager
+def compiling(what: str) -> Iterator[LongWork]:
+    """Around a capture, and what is compiled for it. A terminal has its line after a second, or as
+    soon as the block calls `show`; elsewhere it is warned of as the module says."""
+    work, ended = LongWork(what), threading.Event()
+    watch = threading.Thread(target=work.watch, args=(ended,), daemon=True)
+    watched = work.terminal is not None or _to_be_warned()
+    if watched:
+        watch.start()
+    try:
+        yield work
+    finally:
+        if watched:
+            ended.set()
+            watch.join()
+        work.end()
+
+
+def _to_be_warned() -> bool:
+    return not _warned and LOG.isEnabledFor(logging.WARNING) and not LOG.isEnabledFor(logging.INFO)
+
+
+def _warn(work: LongWork) -> None:
+    global _warned
+    if _to_be_warned():
+        _warned = True
+        LOG.warning(
+            "lorafx is %s: %.0f s so far. The first call of each kind compiles, later ones do not; "
+            'cm.warmup() does it ahead of requests. logging.getLogger("lorafx").setLevel("INFO") '
+            'says more, setLevel("ERROR") silences this',
+            work.what,
+            work.seconds,
+        )

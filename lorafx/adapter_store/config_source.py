@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lorafx.adapter_store.hub import is_name
 from lorafx.errors import CheckpointError
 
 CONFIG_FILE = "adapter_config.json"
@@ -78,10 +79,12 @@ def _load_file(folder: Path) -> tuple[dict[str, Any], str]:
 
 def _absent(folder: Path) -> str:
     if not folder.exists():
-        return (
-            f"adapter folder {folder} does not exist; an adapter on the Hub is named by a string, "
-            '"owner/name"'
+        where = (
+            "give the name as a string to have it looked for on the hub"
+            if is_name(str(folder))
+            else 'name a folder or a file, or an adapter on the hub ("owner/name")'
         )
+        return f"adapter folder {folder} does not exist; {where}"
     if not folder.is_dir():
         return f"{folder} is a file; give the folder that holds it and {CONFIG_FILE}"
     below = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG_FILE}"))

@@ -13,6 +13,7 @@ from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.places import Places
 from lorafx.adapter_store.saved import AdapterState
 from lorafx.errors import CapacityError, CheckpointError, UnsupportedAdapterError, some
+from lorafx.named_setting import Setting
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -27,6 +28,7 @@ class Findings:
         problems: a line each.
         unsupported: problems that are arithmetic beyond LoRA.
         over_rank: what has a rank over `max_rank`, and the rank.
+        settings: those that the lines name.
         no_room: what the banks have no room for, and the setting that makes it, a line each.
         closed: saved paths whose place was not selected, and the line that says so.
         largest: the largest rank that was met.
@@ -38,6 +40,7 @@ class Findings:
         self.problems: list[str] = []
         self.unsupported: list[str] = []
         self.over_rank: dict[str, int] = {}
+        self.settings: list[Setting] = []
         self.no_room: list[str] = []
         self.closed: dict[str, str] = {}
         self.largest = 0
@@ -58,10 +61,12 @@ class Findings:
         problems = [*self.unsupported, *self.problems, *self.no_room]
         if self.over_rank:
             rank = max(self.over_rank.values())
+            setting = Setting.asked("max_rank", rank)
             problems.append(
                 f"rank {rank} is over max_rank = {self.max_rank} ({listed(list(self.over_rank))});"
-                f" compile with LoraConfig(max_rank={rank})"
+                f" {setting}"
             )
+            self.settings.append(setting)
         if not problems:
             return
         if self.unsupported:
@@ -75,7 +80,8 @@ class Findings:
             problems[_MOST_PROBLEMS:] = [f"and {left} more"]
         raise error(
             f"adapter {name!r} in {self.state.where}{trained} cannot be loaded:\n"
-            + "\n".join(f"  - {problem}" for problem in problems)
+            + "\n".join(f"  - {problem}" for problem in problems),
+            settings=self.settings,
         )
 
     def equal(self, first: str, second: str) -> bool:

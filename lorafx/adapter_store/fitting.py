@@ -21,6 +21,7 @@ from lorafx.adapter_store.stored import (
 from lorafx.adapter_store.windows import width_of
 from lorafx.errors import CapacityError, CheckpointError, nearest
 from lorafx.model.bank import Bank, Factors, OwnWeight
+from lorafx.named_setting import Setting
 
 if TYPE_CHECKING:
     from lorafx.adapter_store.peft_reader import Adapter
@@ -98,6 +99,7 @@ def fitted(
         shifted,
         adapter.invocation,
         None if adapter.compared else origin,
+        adapter.keys if origin is None or adapter.compared else {},
         width=width_of(groups, factors),
     )
 
@@ -107,22 +109,26 @@ def _check_room(
 ) -> None:
     """Raise CapacityError where banks lack the rank of the adapter, or tables that it needs."""
     if adapter.rank > max_rank:
+        setting = Setting.asked("max_rank", adapter.rank)
         raise CapacityError(
             f"adapter {adapter.name!r} has rank {adapter.rank}, over max_rank = "
-            f"{max_rank}; compile with LoraConfig(max_rank={adapter.rank})"
+            f"{max_rank}; {setting}",
+            settings=(setting,),
         )
     if adapter.magnitudes and all(group.bank.gains is None for group in groups):
+        setting = Setting.asked("use_dora", True, given=True)
         raise CapacityError(
             f"adapter {adapter.name!r} is a DoRA adapter, for which the banks have no "
-            "room; compile with LoraConfig(use_dora=True), or give the adapter when "
-            "compiling"
+            f"room; {setting}",
+            settings=(setting,),
         )
     biased = _biased(adapter)
     if biased and not any(groups[places[p].group].bank.shifts is not None for p in biased):
+        setting = Setting.asked("lora_bias", True, given=True)
         raise CapacityError(
             f"adapter {adapter.name!r} was trained with biases (lora_bias, bias), for which the "
-            "banks have no room; compile with LoraConfig(lora_bias=True), or give the adapter "
-            "when compiling"
+            f"banks have no room; {setting}",
+            settings=(setting,),
         )
 
 

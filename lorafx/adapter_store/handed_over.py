@@ -37,6 +37,17 @@ def hand_over(peft_model: nn.Module) -> list[tuple[nn.Module, str]]:
     return hidden
 
 
+def without_wrappers(model: nn.Module) -> nn.Module:
+    """The base model of a PeftModel that was handed over; any other model is returned."""
+    forward = vars(model).get("forward")
+    if not isinstance(forward, partial) or forward.func is not _refuse:
+        return model
+    base: Any = model
+    found = base.get_base_model()
+    assert isinstance(found, nn.Module)
+    return found
+
+
 def give_back(hidden: list[tuple[nn.Module, str]]) -> None:
     """Show the methods again."""
     for part, name in hidden:

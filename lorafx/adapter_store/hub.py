@@ -1,4 +1,5 @@
-"""Adapters on the Hugging Face hub, by huggingface_hub: from its cache, or downloaded into it."""
+"""What is on the Hugging Face hub, by huggingface_hub: adapters, from its cache or downloaded into
+it, and whether a model can be had."""
 
 from __future__ import annotations
 
@@ -6,16 +7,26 @@ import os
 import re
 from pathlib import Path
 
-from lorafx.errors import CheckpointError
+from lorafx.errors import CheckpointError, ConfigError
 
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+_PART = r"[A-Za-z0-9][\w.-]{0,95}"
+_NAME = re.compile(f"{_PART}/{_PART}")
+#: A model may be older than owners are.
+_MODEL = re.compile(f"({_PART}/)?{_PART}")
+#: Seconds that the hub may take to say whether it has a model.
+_PATIENCE = 5
 #: What an adapter may consist of. Nothing else of a repository is downloaded.
 _PATTERNS = ["adapter_*", "adapters.safetensors", "pytorch_lora_weights.*", "*.safetensors"]
 
 
+def is_name(source: str) -> bool:
+    """Whether `source` reads "owner/name"."""
+    return _NAME.fullmatch(source) is not None
+
+
 def is_repository(source: str) -> bool:
     """Whether `source` reads "owner/name", and nothing on this machine is called so."""
-    return _NAME.fullmatch(source) is not None and not os.path.lexists(source)
+    return is_name(source) and not os.path.lexists(source)
 
 
 def downloaded(name: str, revision: str | None) -> Path:
@@ -46,3 +57,32 @@ def downloaded(name: str, revision: str | None) -> Path:
         raise CheckpointError(
             f"{absent}, and {name!r} cannot be had from the hub: {reason:.300}"
         ) from error
+
+
+def check_model(name: str) -> None:
+    """Raise ConfigError, within seconds, where `name` is no folder here and the hub cannot give a
+    model of this name: transformers asks for half a minute, and says nothing of the folder."""
+    if os.path.lexists(name):
+        return
+    absent = f"{name} cannot be loaded: there is no folder of that name"
+    if _MODEL.fullmatch(name) is None:
+        raise ConfigError(f'{absent}; name a model\'s folder, or a model of the hub ("owner/name")')
+    try:
+        from huggingface_hub import HfApi, try_to_load_from_cache
+        from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+    except ImportError:  # who loads the model says so
+        return
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    absent += ", and no such model in the hub's local cache"
+    try:
+        HfApi().model_info(name, timeout=_PATIENCE)
+    except RepositoryNotFoundError as error:
+        raise ConfigError(
+            f"{absent} or on the hub; correct the name, or log in where the model is private"
+        ) from error
+    except HfHubHTTPError:  # a mirror that answers nothing but files, a model that is gated
+        return
+    except Exception as error:  # offline, as it is set or as it is
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"{absent}; the hub cannot be asked: {reason:.300}") from error

@@ -13,17 +13,17 @@ from lorafx.adapter_store.config_source import raw_fields
 from lorafx.adapter_store.dialects.mlx import Mlx
 from lorafx.adapter_store.opening import opened
 from lorafx.adapter_store.peft_config import PeftConfig
-from lorafx.adapter_store.peft_keys import parse, without_prefix
+from lorafx.adapter_store.peft_keys import FactorSizes, factor_sizes, parse, without_prefix
 from lorafx.adapter_store.saved import AdapterSource, AdapterState
 from lorafx.errors import UnsupportedAdapterError
 
 
 @dataclass(frozen=True)
 class Row:
-    """A module's factors: `sizes` are (K, N, r), 0 for what is not known; s, None likewise."""
+    """A module's factors: their sizes, and s, None where it is not known."""
 
     path: str
-    sizes: tuple[int, int, int]
+    sizes: FactorSizes
     scale: float | None
 
 
@@ -57,7 +57,7 @@ class Inspected:
         yield f"dialect: {self.dialect or 'unknown'}"
         yield f"{self.tensors} tensors, {self.nbytes} bytes"
         if self.modules:
-            ranks = sorted({row.sizes[2] for row in self.modules})
+            ranks = sorted({row.sizes.rank for row in self.modules})
             yield f"{len(self.modules)} modules, rank {', '.join(map(str, ranks))}"
         if self.base:
             yield f"trained for {self.base}"
@@ -78,20 +78,18 @@ def inspected(asked: AdapterSource) -> Inspected:
     except UnsupportedAdapterError as error:
         saved = opened(replace(asked, config={}))  # whatever the configuration asks for
         size = sum(tensor.nbytes for tensor in saved.tensors.values())
-        shapes, others = _shapes(saved.tensors)
-        rows = tuple(Row(path, _sizes(own), None) for path, own in sorted(shapes.items()))
-        kinds = tuple(_kinds({key: saved.tensors[key] for key in others}))
+        rows = tuple(Row(path, own, None) for path, own in sorted(_sizes(saved.tensors).items()))
+        kinds = tuple(_kinds({key: saved.tensors[key] for key in _others(saved.tensors)}))
         count = len(saved.tensors)
         return Inspected(saved.where, "", count, size, rows, (), kinds, refusal=str(error))
-    shapes, others = _shapes(state.tensors)
     return Inspected(
         state.where,
         state.dialect,
         len(state.tensors),
         sum(tensor.nbytes for tensor in state.tensors.values()),
-        tuple(_row(state, path, own) for path, own in sorted(shapes.items())),
+        tuple(_row(state, path, found) for path, found in sorted(_sizes(state.tensors).items())),
         tuple(_features(state)),
-        tuple(others),
+        tuple(_others(state.tensors)),
         state.config.base_model,
     )
 
@@ -105,25 +103,17 @@ def config_of(folder: Path) -> PeftConfig:
     if not Mlx.configures(fields):
         return PeftConfig.read(fields, where=where)
     state = load_state(folder)
-    keys = (key for key in state.tensors if (factor := parse(key)) and factor.letter == "A")
-    ranks = [state.tensors[key].shape[-2] for key in keys]
+    ranks = [sizes.rank for sizes in factor_sizes(state.tensors).values() if sizes.rank]
     return replace(state.config, r=max(ranks, default=None))
 
 
-def _shapes(
-    tensors: Mapping[str, Tensor],
-) -> tuple[dict[str, dict[str, tuple[int, ...]]], list[str]]:
-    """Shapes of factors by module and letter, and the keys that are no factors."""
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-    others = []
-    for key, tensor in tensors.items():
-        factor = parse(key)
-        if factor is None:
-            others.append(key)
-        else:
-            own = shapes.setdefault(without_prefix(factor.module), {})
-            own[factor.letter] = tuple(tensor.shape)
-    return shapes, others
+def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, FactorSizes]:
+    return {without_prefix(path): own for path, own in factor_sizes(tensors).items()}
+
+
+def _others(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The keys that are no factors."""
+    return [key for key in tensors if parse(key) is None]
 
 
 def _kinds(tensors: Mapping[str, Tensor]) -> Iterator[str]:
@@ -137,18 +127,10 @@ def _kinds(tensors: Mapping[str, Tensor]) -> Iterator[str]:
         yield f"{last}: {len(keys)} tensors, such as {keys[0][:200]} {shape}"
 
 
-def _sizes(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int, int]:
-    a, b = shapes.get("A", ()), shapes.get("B", ())
-    rank = a[-2] if len(a) == 3 else a[0] if a else 0
-    return a[-1] if len(a) in (2, 3) else a[1] if len(a) > 1 else 0, b[0] if b else 0, rank
-
-
-def _row(state: AdapterState, path: str, shapes: dict[str, tuple[int, ...]]) -> Row:
-    sizes = _sizes(shapes)
-    rank = sizes[2]
+def _row(state: AdapterState, path: str, sizes: FactorSizes) -> Row:
     known = state.scales.get(path)
-    if known is None and rank:
-        known = state.config.scale(path, rank)
+    if known is None and sizes.rank:
+        known = state.config.scale(path, sizes.rank)
     return Row(path, sizes, known)
 
 

@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from lorafx.adapter_store.peft_keys import parse, without_prefix
+from lorafx.adapter_store.peft_keys import factor_sizes, parse, without_prefix
 from lorafx.adapter_store.places import Places
 from lorafx.adapter_store.saved import AdapterState
 from lorafx.errors import CheckpointError, ConfigError
@@ -211,6 +211,7 @@ def _renamed(state: AdapterState, rename: Callable[[str], str]) -> AdapterState:
     tensors: dict[str, Tensor] = {}
     scales: dict[str, float] = {}
     origin: dict[str, str] = {}
+    sizes = factor_sizes(state.tensors)
     for key, tensor in state.tensors.items():
         factor = parse(key)
         owner = key.rpartition(".")[0] if factor is None else factor.module
@@ -222,15 +223,15 @@ def _renamed(state: AdapterState, rename: Callable[[str], str]) -> AdapterState:
             raise CheckpointError(f"{state.where}: {first} and {key} both become {new}; keep one")
         tensors[key if target == path else new] = tensor
         if factor is not None and factor.letter == "A":
-            scale = _scale(state, path, tensor)
+            scale = _scale(state, path, sizes[factor.module].rank)
             scales.update({} if scale is None else {target: scale})
     return replace(state, tensors=tensors, scales=scales)
 
 
-def _scale(state: AdapterState, path: str, a: Tensor) -> float | None:
+def _scale(state: AdapterState, path: str, rank: int) -> float | None:
     """s of the module that was saved as `path`, where patterns would not know its new name."""
     config = state.config
     if path in state.scales or not (config.rank_pattern or config.alpha_pattern):
         return state.scales.get(path)
-    rank = config.rank(path) or (a.shape[0] if a.dim() else 0)
+    rank = config.rank(path) or rank
     return config.scale(path, rank) if rank else None

@@ -31,6 +31,7 @@ from lorafx.model.candidates import by_raw_weight
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.own_row_limits import OWN_KINDS, is_input_embedding, own_refusal, tied_paths
 from lorafx.model.sites import Site
+from lorafx.named_setting import Setting
 from lorafx.registry import lookup
 
 #: As many modules are named in an error.
@@ -175,7 +176,7 @@ class OwnReading:
             )
             return
         if site is None or not _has_room(site):
-            self._no_room(label, f"modules_to_save=[{saved.path!r}]")
+            self._no_room(label, "modules_to_save", [saved.path])
             return
         shapes = {"weight": 2, "bias": 1}
         weight_name = site.eligible.weight
@@ -270,7 +271,7 @@ class OwnReading:
             assert owner is not None
             site, label = self.places.site(owner), self._label(own, owner)
             if site is None or site.own_rows < len(rows):
-                self._no_room(label, f"trainable_tokens={len(rows)}")
+                self._no_room(label, "trainable_tokens", len(rows))
                 return
             beyond = [index for index in at if index >= site.weight_rows]
             if beyond:
@@ -309,10 +310,11 @@ class OwnReading:
         else:
             self.found[site.path] = weight
 
-    def _no_room(self, label: str, setting: str) -> None:
+    def _no_room(self, label: str, setting: str, value: object) -> None:
+        asked = Setting.asked(setting, value, given=True)
+        self.findings.settings.append(asked)
         self.findings.no_room.append(
-            f"{label} has a weight of the adapter's own, for which there is no room; compile with "
-            f"LoraConfig({setting}), or give the adapter when compiling"
+            f"{label} has a weight of the adapter's own, for which there is no room; {asked}"
         )
 
     @staticmethod

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import nn
+from torch import Size, nn
 
 from lorafx.adapter_store.checkpoint import load_state
 from lorafx.adapter_store.coverage import Scope, coverage
@@ -22,7 +22,7 @@ from lorafx.adapter_store.findings import Findings
 from lorafx.adapter_store.lora_weights import LoraWeights
 from lorafx.adapter_store.own_reading import rows_wanted
 from lorafx.adapter_store.peft_config import PeftConfig
-from lorafx.adapter_store.peft_keys import parse
+from lorafx.adapter_store.peft_keys import factor_sizes, parse
 from lorafx.adapter_store.places import Places
 from lorafx.adapter_store.reading import Reading
 from lorafx.config import LoraConfig
@@ -52,6 +52,7 @@ class Adapter:
             kept that differ from the model's.
         invocation: the tokens from which on it is active (aLoRA); empty where it always is.
         compared: its file holds copies of base weights, which were compared with the model's.
+        keys: its keys, in PEFT's names, with the shapes of their tensors.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Adapter:
     replaces_biases: bool = False
     compared: bool = False
     invocation: tuple[int, ...] = ()
+    keys: Mapping[str, Size] = field(default_factory=dict)
 
     @property
     def magnitudes(self) -> tuple[str, ...]:
@@ -90,16 +92,16 @@ def adapter_target_modules(source: Any, model: nn.Module) -> AdapterTargets:
     modules: dict[str, None] = {}
     rank = 0
     state, places = load_state(source, model), Places((), model)
-    config = state.config
+    config, sizes = state.config, factor_sizes(state.tensors)
     for key, tensor in state.tensors.items():
-        shape = tuple(tensor.shape)
         factor = parse(key)
         if factor is None:
             continue
         for path in _named_by(places, config, factor.module):
             modules[path] = None
-        if factor.letter == "A" and shape:
-            rank = max(rank, _rank_of(places, config, factor.module, shape))
+        if factor.letter == "A":
+            rows = sizes[factor.module].rank
+            rank = max(rank, _rank_of(places, config, factor.module, rows, tensor.dim()))
     if (not modules or not rank) and not any(rows_wanted(state, model)):
         raise CheckpointError(f"{state.where} holds no LoRA factors (lora_A, lora_B)")
     return AdapterTargets(tuple(modules), max(rank, 1))
@@ -165,6 +167,7 @@ def read_adapter(
         replaces_biases=state.config.bias != "none",
         compared=findings.compared,
         invocation=state.config.invocation,
+        keys={key: tensor.shape for key, tensor in state.tensors.items()},
     )
 
 
@@ -179,14 +182,14 @@ def _named_by(places: Places, config: PeftConfig, path: str) -> list[str]:
     return [weight.path(experts.path) for weight in weights]
 
 
-def _rank_of(places: Places, config: PeftConfig, path: str, shape: tuple[int, ...]) -> int:
-    """The rank of an A of this shape: that of experts may be stacked."""
+def _rank_of(places: Places, config: PeftConfig, path: str, rows: int, dims: int) -> int:
+    """The rank of an A of `dims` dimensions with `rows` rows: those of experts may be stacked."""
     place = places.meaning(path)
-    if not isinstance(place, ExpertPlace) or place.expert is not None or len(shape) == 3:
-        return shape[-2] if len(shape) > 1 else shape[0]
-    said = {shape[0]} if config.max_rank is None else set(_ranks(config))
-    stacked = place.weight is None or shape[0] not in said
-    return max(shape[0] // place.experts.count, 1) if stacked else shape[0]
+    if not isinstance(place, ExpertPlace) or place.expert is not None or dims == 3:
+        return rows
+    said = {rows} if config.max_rank is None else set(_ranks(config))
+    stacked = place.weight is None or rows not in said
+    return max(rows // place.experts.count, 1) if stacked else rows
 
 
 def _ranks(config: PeftConfig) -> Iterator[int]:

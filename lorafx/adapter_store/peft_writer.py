@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor
 
 from lorafx.adapter_store.config_source import CONFIG_FILE
 from lorafx.adapter_store.opening import SAFETENSORS
-from lorafx.adapter_store.peft_keys import FactorKey, parse, without_prefix
+from lorafx.adapter_store.peft_keys import FactorKey, factor_sizes, parse, without_prefix
 from lorafx.adapter_store.saved import AdapterState
 from lorafx.errors import CheckpointError, ConfigError
 from lorafx.model.saved_names import PREFIX
@@ -45,7 +44,8 @@ def write_peft(state: AdapterState, folder: Path) -> tuple[str, ...]:
             f"{others[0][:200]!r}; PEFT has no names for them"
         )
     known = {key: factor for key, factor in factors.items() if factor is not None}
-    ranks = {_path(f): _rank(state.tensors[key]) for key, f in known.items() if f.letter == "A"}
+    sizes = factor_sizes(state.tensors)
+    ranks = {_path(f): sizes[f.module].rank for f in known.values() if f.letter == "A"}
     if ranks and not any("." in path for path in ranks):
         raise CheckpointError(
             f"{state.where} has names without dots, such as {next(iter(ranks))!r}; give the model, "
@@ -79,10 +79,6 @@ def _key(factor: FactorKey) -> str:
         form = "lora_embedding_{}" if factor.embedding else "lora_{}.weight"
         ending = form.format(factor.letter)
     return f"{PREFIX}{_path(factor)}.{ending}"
-
-
-def _rank(a: Tensor) -> int:
-    return a.shape[-2] if a.dim() == 3 else a.shape[0]
 
 
 def _number(alpha: float) -> float:

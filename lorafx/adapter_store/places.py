@@ -21,7 +21,11 @@ from lorafx.adapter_store.peft_keys import candidates, without_prefix
 from lorafx.model.packed_names import virtual_paths
 from lorafx.model.partition import spans
 from lorafx.model.saved_names import PREFIX, SavedNames, nearest_names, without_compiled
+from lorafx.named_setting import Setting
 from lorafx.registry import lookup
+
+#: What messages call the setting that selects modules.
+TARGETS = Setting("target_modules", "target_modules when compiling")
 
 if TYPE_CHECKING:
     from lorafx.model.sites import Membership, Site
@@ -225,9 +229,7 @@ def _checked(places: tuple[SitePart, ...], saved: str) -> SiteLanding:
 
 def not_selected(names: Sequence[str]) -> str:
     """Why factors of these modules, or parts of modules, cannot be placed."""
-    return (
-        f"{', '.join(names)} exists but was not selected; add it to target_modules when compiling"
-    )
+    return f"{', '.join(names)} exists but was not selected; add it to {TARGETS}"
 
 
 def _only(places: Sequence[SitePart]) -> SiteLanding:
@@ -248,7 +250,6 @@ def _joined(found: Sequence[tuple[Membership, Site]]) -> SiteLanding:
         return SiteLanding(places, "")
     names = ", ".join(site.path for _, site in found)
     missing = (
-        f"it packs {count} modules, but only {names} was selected; add the others to "
-        "target_modules when compiling"
+        f"it packs {count} modules, but only {names} was selected; add the others to {TARGETS}"
     )
     return SiteLanding(places, "", missing=missing)

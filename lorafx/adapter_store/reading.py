@@ -24,7 +24,7 @@ from lorafx.adapter_store.loose_names import given_rows, settled, undivided
 from lorafx.adapter_store.lora_weights import LoraWeights
 from lorafx.adapter_store.own_reading import OwnReading, same
 from lorafx.adapter_store.peft_keys import TRAINING_KEYS, FactorKey, parse, without_prefix
-from lorafx.adapter_store.places import SiteLanding, SitePart, saved_sizes
+from lorafx.adapter_store.places import TARGETS, SiteLanding, SitePart, saved_sizes
 from lorafx.model.convolutions import convolution_of, matrices
 from lorafx.model.refusals import unsupported
 from lorafx.registry import is_empty, lookup
@@ -320,9 +320,11 @@ class Reading:
                 f"{path_label(path)} ({type(module).__qualname__}) cannot have factors: {why}"
                 if why is not None and lookup(module) is None
                 else f"{path_label(path)} exists but was not selected to carry LoRA; add it to "
-                "target_modules when compiling"
+                f"{TARGETS}"
             )
         self.problems.extend(f"{path}: {missing}" for path, missing in self.closed.items())
+        if self.unselected or self.closed:
+            self.findings.settings.append(TARGETS)
         known = len(self.unselected) + len(self.factors)
         known += len(self.closed.keys() | self.experts.paths)
         total = len(self.unknown) + known

@@ -40,6 +40,7 @@ class StoredAdapter:
         invocation: as in `Adapter`.
         origin: where it can be read again; None where it cannot, or where the base weights as they
             are then would decide what its file means.
+        keys: as in `Adapter`, where it cannot be read again.
         version: another number for each adapter that was loaded in this process, from 1 on.
         dropped: the copy that was dropped, as long as somebody uses it.
         width: how many slots it takes in a row.
@@ -57,6 +58,7 @@ class StoredAdapter:
     shifted: tuple[str, ...] = ()
     invocation: tuple[int, ...] = ()
     origin: Origin | None = None
+    keys: Mapping[str, torch.Size] = field(default_factory=dict)
     version: int = field(default_factory=next_version)
     dropped: ReferenceType[HostCopy] | None = None
     width: int = 1

@@ -40,11 +40,12 @@ from lorafx.capture.executable import (
 )
 from lorafx.capture.failures import in_lowering, in_tracing
 from lorafx.capture.instances import Form, Instances
+from lorafx.capture.lookup_search import lookups_of
 from lorafx.capture.lowering import Lowering, code_noted, lowering_for
 from lorafx.capture.parts import Captured, Parts, foreign_operators, noted
 from lorafx.capture.record import GraphRecord
 from lorafx.capture.stamps import Folded, fold, unfold
-from lorafx.capture.told import form_of, note_tracing, reason, tell, tell_instance, timed
+from lorafx.capture.told import form_of, note_tracing, reason, shown, tell, tell_instance, timed
 from lorafx.capture.unseen_inputs import UnseenInputs, around, leave_out
 from lorafx.capture.verify import NumericCheck
 from lorafx.captured_frame import duck_shaped, ends_in_break, guarded_attributes, named_by_dynamo
@@ -55,7 +56,6 @@ from lorafx.passes.write_in_place import writes_in_place
 from lorafx.program.frame import ONE_SLOT, SLOTS, Frame
 from lorafx.program.program import Program
 from lorafx.program.stack import called_directly
-from lorafx.progress import progress
 from lorafx.viewer.page import Page
 from lorafx.viewer.stages import Span
 
@@ -185,21 +185,22 @@ class Backend:
         checks = Checks(places, frame.begins_call, self.several)
         why = reason(asked, [record.form for record in self.records])
         record = GraphRecord(title, lora, dump, checks, form=asked, reason=why, spans=spans)
-        parts, sources = Parts(checks, bound=bound), []
+        parts, sources = Parts(checks, bound=bound, lookups=lookups_of(graph, frame)), []
         if self.noted is not None:  # before the graph is compiled, which may change it
             parts.foreign = foreign_operators(gm)
             inputs = gm.graph.find_nodes(op="placeholder")
             sources = [getattr(node.meta.get("grapharg"), "source", None) for node in inputs]
         compilation = Compilation(frame, record, owner, lowering, parts)
-        with progress(f"compiling {title}, {why}", logged=False), self.paged(record):
+        with shown(f"{title} of {type(program.model).__name__}, {why}"), self.paged(record):
             if both:
                 # Whatever compiles a graph may change it.
                 with self.lowering_timed(record):
                     base = lowering.base(copy.deepcopy(gm), examples)
                 with_lora = self.compile_lora(gm, examples, compilation)
-                executable = by_activity(owner, base, with_lora)
+                executable = parts.lookups.around(by_activity(owner, base, with_lora))
             elif active:
                 executable = self.compile_lora(gm, examples, compilation)
+                executable = parts.lookups.around(executable)
                 if bound is not None:
                     executable = bound.around(program, executable)
                     take_out(gm, graph, bound.tensors(program))
@@ -209,7 +210,7 @@ class Backend:
                 parts.base = True
                 with self.lowering_timed(record), noting:
                     executable = lowering.base(gm, examples)
-                executable = for_base(checks, owner, executable)
+                executable = parts.lookups.around(for_base(checks, owner, executable))
         places.look_once(values)
         if form is not None:
             self.instances.keep(title, form, executable, count, begun)

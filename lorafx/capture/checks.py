@@ -213,6 +213,14 @@ _PARTS: dict[When, tuple[str, str]] = {
 }
 
 
+_ELSEWHERE = "a tensor comes from another place than when the graph was captured"
+_UNSEEN = (
+    "between two graphs the memory of a tensor was handed to numpy, or written into by code that "
+    "torch does not see (an address, DLPack, an extension), so its rows may have moved. Give such "
+    "code a copy, h.clone(), and write its results back with operators of torch"
+)
+
+
 @dataclass(frozen=True)
 class RefusedSites:
     """A `Refusal`, its sites by their paths."""
@@ -221,8 +229,9 @@ class RefusedSites:
     when: When
     reason: str
 
-    def error(self, names: str) -> LorafxError:
-        """What a call says whose adapters concern the sites of these names."""
+    def error(self, names: str, *, unseen: bool = False) -> LorafxError:
+        """What a call says whose adapters concern the sites of these names. `unseen`: memory of
+        the call was handed out, or written into unseen."""
         if self.when in _PARTS:
             refused, setting = _PARTS[self.when]
             return MatchError(
@@ -236,7 +245,7 @@ class RefusedSites:
             )
         return ProvenanceError(
             f"this batch mixes adapters, and at {names} it is not proved which request a row "
-            f"belongs to: {self.reason}. Run one adapter per batch, declare which dimension of an "
+            f"belongs to: {_UNSEEN if unseen else self.reason}. Run one adapter per batch, declare which dimension of an "
             "argument holds the requests by LoraConfig(row_dims=...), or leave the module out by "
             "exclude_modules"
         )
@@ -269,10 +278,10 @@ class Checks:
         """
         touched = self.places.touched(program, self.sites, arguments)
         if touched:
+            unseen = program.call is not None and program.call.memory.unseen
             raise ProvenanceError(
-                f"this batch mixes adapters, and at {', '.join(touched)} a tensor comes from "
-                "another place than when the graph was captured, so row ownership is not proved "
-                "there. Run one adapter per batch"
+                f"this batch mixes adapters, and at {', '.join(touched)} row ownership is not "
+                f"proved: {_UNSEEN if unseen else _ELSEWHERE}. Run one adapter per batch"
             )
 
     def check(self, program: Program, arguments: Sequence[Any], *, alone: bool = False) -> None:
@@ -310,7 +319,9 @@ class Checks:
                 continue
             touched = self.places.touched(program, refusal.sites, arguments, when=refusal.when)
             if touched:
-                raise refusal.error(", ".join(touched))
+                call = program.call
+                unseen = call is not None and call.memory.unseen
+                raise refusal.error(", ".join(touched), unseen=unseen)
 
     def rows(self, program: Program, arguments: Sequence[Any]) -> Rows | None:
         """Whose rows the graph computes in the running call; None where that is not known."""

@@ -19,7 +19,7 @@ from lorafx.capture.checks import Checks
 from lorafx.capture.tracking import Tracking, looks, untracked
 from lorafx.capture.verify import NumericCheck
 from lorafx.errors import CaptureError, LorafxError, MatchError
-from lorafx.ownership.held import Alone
+from lorafx.ownership.held import SHARED, Alone
 from lorafx.program.frame import SLOTS
 from lorafx.program.handover import OfList, Rows
 from lorafx.program.program import ROOMS, Program
@@ -65,11 +65,14 @@ def checked(
                 results = compiled(*arguments)
         handover.note(call.memory, arguments, results, rows, looked_at=looked_at)
         if handover.constant:
-            unwritten = program.versions.unwritten
+            unwritten, look = program.versions.unwritten, call.memory.look
             program.remembered.keep(
                 results[position]
                 for position, inputs in handover.constant.items()
-                if all(unwritten(arguments[place]) for place in inputs)
+                if all(
+                    unwritten(item) and look(item) is SHARED
+                    for item in map(arguments.__getitem__, inputs)
+                )
             )
         handover.fresh = False
         return results

@@ -35,6 +35,8 @@ from lorafx.model.module_graph import storage_key
 
 _SIZES = (int, torch.SymInt)
 _LITERALS = (bool, float, complex, str, bytes)
+#: To a compiled graph a parameter is a tensor; `torch.func.functional_call` may give either.
+_AS_INPUTS: Mapping[type, type] = {torch.nn.Parameter: Tensor}
 _PLAIN = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch._ops.OperatorBase)
 
 
@@ -109,7 +111,9 @@ class _Former:
             raise _NoForm
         self._numbers[node] = len(self._numbers)
         keys = torch._C._dispatch_keys(example).raw_repr()
-        kind = type(example), value.dtype, value.device, value.requires_grad, keys
+        gradients = value.requires_grad and torch.is_grad_enabled()
+        cls = _AS_INPUTS.get(type(example), type(example))
+        kind = cls, value.dtype, value.device, gradients, keys
         offset = _expression(value.storage_offset())
         if not offset.is_Integer:
             raise _NoForm

@@ -23,6 +23,7 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from lorafx.capture.bound_inputs import BoundInputs
 from lorafx.capture.checks import Checks
 from lorafx.capture.executable import BankLayout, checked, for_base, with_lookups
+from lorafx.capture.lookups import Lookups
 from lorafx.capture.unseen_inputs import Order, around
 from lorafx.captured_frame import outside_of_frames
 from lorafx.compat import traced_anew
@@ -130,6 +131,7 @@ class Parts:
         foreign: operators of the graph that are neither torch's nor lorafx's.
         wrappers: None where they cannot be kept.
         bound: the inputs that the executable adds to those that it is called with.
+        lookups: what is looked at before the graph runs.
         order: where the inputs belong that AOTAutograd has not seen; None where it saw all.
         whole: nothing stands between these parts that is not among them.
     """
@@ -143,6 +145,7 @@ class Parts:
     foreign: list[str] = field(default_factory=list)
     wrappers: Wrappers | None = None
     bound: BoundInputs | None = None
+    lookups: Lookups = field(default_factory=Lookups)
     order: Order | None = None
     whole: bool = True
 
@@ -156,10 +159,12 @@ class Parts:
             return program
 
         if self.base:
-            return for_base(self.checks, owner, self.wrappers.around(lowered))
+            base = for_base(self.checks, owner, self.wrappers.around(lowered))
+            return self.lookups.around(base)
         found = with_lookups(self.checks, owner, lowered, self.extra, self.banks, None)
         found, outer = around(self.order, found)
         whole = checked(self.checks, owner, outer(self.wrappers.around(found)))
+        whole = self.lookups.around(whole)
         return whole if self.bound is None else self.bound.around(program, whole)
 
 

@@ -1,12 +1,12 @@
 """What is said of each graph as it is compiled: which call it is for, why no other serves it, and
 where the time went.
 
-    graph 2 lora of LlamaForCausalLM: new: one request, one token each; 12.3 s (Dynamo 4.1,
+    graph 2 lora of LlamaForCausalLM: new: a batch of one, labels given; 12.3 s (Dynamo 4.1,
     AOTAutograd 5.0, passes 0.8, inductor 2.4)
 
-One line a graph at level INFO of the logger `lorafx`. Why it is new is what the call has that the
-nearest earlier graph's call had not, of what is known here; TORCH_LOGS="recompiles" prints every
-guard that failed.
+One line a graph at level INFO of the logger `lorafx`, and on a terminal. Why it is new is what the
+call has that the nearest earlier graph's call had not, of what is known here, or the guard that
+failed; TORCH_LOGS="recompiles" prints every such guard.
 """
 
 from __future__ import annotations
@@ -15,31 +15,54 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from lorafx.capture.record import GraphRecord
+from lorafx.captured_frame import failed_guard
 from lorafx.program.program import Program
 from lorafx.program.row_dims import PRIMARY
-from lorafx.progress import LOG
+from lorafx.progress import LOG, LongWork, compiling
 from lorafx.viewer.stages import Span, exclusive
 
 
 class _Local(threading.local):
     begun: float | None = None
+    work: LongWork | None = None
 
 
 _LOCAL = _Local()
 
+#: Classes of arguments whose values Dynamo guards on.
+_PLAIN = (bool, int, float, str)
+
 
 @contextmanager
-def conversion() -> Iterator[None]:
-    """Around Dynamo's conversion of a frame, which it does one at a time."""
-    before, _LOCAL.begun = _LOCAL.begun, time.perf_counter()
-    try:
+def conversion(name: str) -> Iterator[None]:
+    """Around Dynamo's conversion of a frame, which it does one at a time, of the function that is
+    called `name`."""
+    before = _LOCAL.begun, _LOCAL.work
+    with compiling(f"compiling {name}") as work:
+        _LOCAL.begun, _LOCAL.work = time.perf_counter(), work
+        try:
+            yield
+        finally:
+            _LOCAL.begun, _LOCAL.work = before
+
+
+@contextmanager
+def shown(graph: str) -> Iterator[None]:
+    """Around what compiles a graph, which a terminal calls `graph`, in a conversion or without."""
+    what = f"compiling {graph}"
+    if _LOCAL.work is not None:
+        _LOCAL.work.show(what)
         yield
-    finally:
-        _LOCAL.begun = before
+        return
+    with compiling(what) as work:
+        work.show()
+        yield
 
 
 def note_tracing(spans: list[Span]) -> None:
@@ -60,49 +83,83 @@ def timed(spans: list[Span], what: str) -> Iterator[None]:
 
 def form_of(program: Program, *, begins_call: bool, per_token: bool) -> dict[str, str]:
     """What kind of call is running, by what graphs differ in."""
-    call, rows = program.call, program.runtime.rows
+    call, runtime = program.call, program.runtime
     named: Mapping[str, object] = {} if call is None else call.named
     tokens = next((named[name] for name in PRIMARY if isinstance(named.get(name), Tensor)), None)
     form = {
-        "adapters": "with adapters" if program.runtime.active else "without adapters",
+        "adapters": "with adapters" if runtime.active else "without adapters",
         "slots": "slots per token" if per_token else "slots per request",
         "part": "the whole call" if begins_call else "a part of a call",
-        "requests": "one request" if len(rows) == 1 else "several requests",
+        "requests": "a batch of one" if len(runtime.rows) == 1 else "several requests",
     }
     if isinstance(tokens, Tensor) and tokens.dim() > 1:
         form["tokens"] = "one token each" if tokens.shape[1] == 1 else "several tokens each"
     for name, value in named.items():
         if isinstance(value, Tensor):
-            form[name] = f"{name} of {value.dim()} dimensions, {value.dtype}"
+            dtype = str(value.dtype).removeprefix("torch.")
+            form[name] = f"{value.dim()}-d {dtype} {name}"
+        elif isinstance(value, _PLAIN):
+            form[name] = f"{name}={value!r:.40}"
         elif value is not None:
-            form[name] = f"{name} of class {type(value).__qualname__}"
+            form[name] = f"a {type(value).__qualname__} as {name}"
+    if torch.is_inference_mode_enabled():
+        form["inference mode"] = "inference mode"
+    if program.model.training:
+        form["training mode"] = "training mode"
+    if not all(map(_as_parameters, program.model.modules())):
+        form["plain weights"] = "weights that are plain tensors, not parameters"
     return form
+
+
+def _as_parameters(module: nn.Module) -> bool:
+    """`torch.func.functional_call` may put plain tensors in their places."""
+    weights = (weight for weight in module._parameters.values() if weight is not None)
+    return all(isinstance(weight, nn.Parameter) for weight in weights)
 
 
 def reason(form: Mapping[str, str], earlier: Sequence[Mapping[str, str]]) -> str:
     """Why a call of this form is not served by the graphs of earlier ones."""
     if not earlier:
-        return "the first"
-    differences = [
-        [text for what, text in form.items() if other.get(what) != text]
-        + [f"no {what}" for what in other if what not in form]
-        for other in earlier
+        return "first call"
+    nearest = min(earlier, key=partial(_distance, form))
+    fewest = [
+        f"{what} given" if what not in nearest and text.endswith(f" {what}") else text
+        for what, text in form.items()
+        if nearest.get(what) != text
     ]
-    fewest = min(differences, key=len)
+    fewest += [f"no {what}" for what in nearest if what not in form]
     if not fewest:
-        return 'new for a guard that TORCH_LOGS="recompiles" prints'
+        return f"new: {failed_guard()}"
     return f"new: {', '.join(fewest)}"
+
+
+def _distance(form: Mapping[str, str], other: Mapping[str, str]) -> tuple[int, int]:
+    """How many things differ; of equally many, those that only one has count more."""
+    differing = sum(other.get(what) != text for what, text in form.items())
+    return differing + len(other.keys() - form.keys()), len(form.keys() ^ other.keys())
 
 
 def tell(record: GraphRecord, model: str) -> None:
     """Log the line of a graph that was compiled."""
-    LOG.info("%s of %s: %s; %s", record.title, model, record.reason, _times(record.seconds))
+    graph = f"{record.title} of {model}"
+    _end_line(f"{graph}, {record.reason}")
+    LOG.info("%s: %s; %s", graph, record.reason, _times(record.seconds))
 
 
 def tell_instance(title: str, model: str, form: Mapping[str, str], spans: Sequence[Span]) -> None:
     """Log that a call of this form was captured, and is served by a graph that there is."""
-    sizes = ", ".join(form[what] for what in ("requests", "tokens") if what in form)
-    LOG.info("%s of %s serves %s, too; %s", title, model, sizes, _times(exclusive(spans)))
+    kinds = ("requests", "tokens", "plain weights", "inference mode")
+    text = f"{title} of {model} serves {', '.join(form[what] for what in kinds if what in form)}"
+    _end_line(f"{text}, too")
+    LOG.info("%s, too; %s", text, _times(exclusive(spans)))
+
+
+def _end_line(graph: str) -> None:
+    """End the terminal's line, if there is one, before the log goes on."""
+    work = _LOCAL.work
+    if work is not None:
+        work.what = work.what if work.what.endswith(graph) else graph
+        work.end()
 
 
 def _times(seconds: Mapping[str, float]) -> str:

@@ -55,6 +55,7 @@ class Traced:
     reached the caller; if the function gets over it, it stays untraced.
 
     Args:
+        name: what users call the function.
         sizes_by_data: whether operators whose results' sizes depend on data are captured too, asked
             at each capture.
         keep_guards: says which of a new graph's guards are checked before each call; all where it
@@ -67,6 +68,7 @@ class Traced:
         function: Callable[..., Any],
         backend: Callable[..., Any],
         *,
+        name: str,
         dynamic: bool | None,
         recompile_limit: int,
         sizes_by_data: Callable[[], bool],
@@ -90,6 +92,7 @@ class Traced:
         if callback is not None:
             converter = callback._torchdynamo_orig_backend
             converter._inner_convert = self._noting(converter._inner_convert)
+        self._name = name
         self._recompile_limit = recompile_limit
         self._symbolic = bool(dynamic)
         self._sizes_by_data = sizes_by_data
@@ -116,7 +119,7 @@ class Traced:
                     sizes_by_data=self._sizes_by_data(),
                     symbolic=self._symbolic,
                 )
-                with settings, hooks_registered(), logged_once(), conversion():
+                with settings, hooks_registered(), logged_once(), conversion(self._name):
                     if self._saved is not None and frame.f_code is self._code:
                         return self._saved.converted(convert, frame, *args, **kwargs)
                     return convert(frame, *args, **kwargs)

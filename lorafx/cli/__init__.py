@@ -16,6 +16,7 @@ def main() -> None:
     """Run the command that `sys.argv` says, and exit. An error of lorafx is one line."""
     try:
         from lorafx.cli.app import app
+        from lorafx.cli.arguments import as_option
     except ImportError as error:
         if error.name not in ("typer", "rich"):
             raise
@@ -23,9 +24,10 @@ def main() -> None:
     try:
         app()
     except LorafxError as error:
+        message = error.spelled(as_option)
         if "--json" in sys.argv:
-            print(json.dumps({"error": type(error).__name__, "message": str(error)}))
+            print(json.dumps({"error": type(error).__name__, "message": message}))
             sys.exit(1)
-        sys.exit(f"lorafx: {error}")
+        sys.exit(f"lorafx: {message}")
     except KeyboardInterrupt:
         sys.exit(130)

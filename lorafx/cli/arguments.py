@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from lorafx.named_setting import Setting
+
 LanguageModel = Annotated[
     str, typer.Argument(help="A folder with a language model, or a hub name.")
 ]
@@ -20,6 +22,25 @@ Dtype = Annotated[str | None, typer.Option(help="As torch names it; what the fil
 LoweringOption = Annotated[str, typer.Option(help="As Options.lowering.")]
 #: The option `--target`.
 Targets = Annotated[list[str] | None, typer.Option(help="Module names, suffixes or all-linear.")]
+
+#: Fields of LoraConfig and Options that are options of commands, as these spell them.
+_OPTIONS = {
+    "cache": "--cache",
+    "lowering": "--lowering",
+    "max_adapters": "--max-adapters",
+    "max_host_bytes": "--max-host-bytes",
+    "max_rank": "--max-rank",
+    "slot_rank": "--slot-rank",
+    "target_modules": "--target",
+}
+
+
+def as_option(setting: Setting) -> str:
+    """What commands say where a message names a setting."""
+    option = _OPTIONS.get(setting.name)
+    if option is None:
+        return setting.text
+    return option if setting.value is None else f"give {option} {setting.value}"
 
 
 def target_modules(given: Sequence[str] | None, adapters: Any) -> Any:

@@ -13,6 +13,7 @@ import typer
 
 from lorafx.cli.arguments import Adapters, Dtype, LanguageModel, LoweringOption
 from lorafx.cli.output import AsJson, lines, show_json, table
+from lorafx.progress import progress
 
 
 def bench(
@@ -37,24 +38,25 @@ def bench(
 
     Example: lorafx bench meta-llama/Llama-3.2-1B --adapters ./adapters --batch 8 --length 128
     """
-    import torch
-
     from lorafx.cli.measuring import compare
     from lorafx.cli.models import adapters_in, loaded
     from lorafx.errors import ConfigError
 
     if min(batch, blocks, *(length or (1,))) < 1 or seconds <= 0:
         raise ConfigError("--batch, --length, --blocks and --seconds must be positive")
-    sources = adapters_in(adapters)
     module = loaded(model, dtype)
+    import torch
+
+    sources = adapters_in(adapters)
     vocabulary = _vocabulary(module)
     way = _Ways.of(module, sources, batch, lowering, peft)
     cases: list[dict[str, Any]] = []
     for tokens in length or (1, 128):
+        what = f"{batch} requests of {tokens} tokens"
         ids = torch.randint(0, vocabulary, (batch, tokens), device=module.device)
         arms = {name: functools.partial(_call, *arm, ids) for name, arm in way.arms.items()}
         base = functools.partial(_call, way.base, None, ids)
-        ratios = compare(base, arms, blocks=blocks, seconds=seconds, itself="base")
+        ratios = compare(base, arms, blocks=blocks, seconds=seconds, itself="base", what=what)
         case: dict[str, Any] = {"batch": batch, "tokens": tokens}
         case["arms"] = [
             {
@@ -122,7 +124,8 @@ class _Ways:
         import lorafx
 
         options = {"lowering": lowering}
-        compiled = lorafx.compile(copy.deepcopy(module), dict(sources), options=options)
+        with progress(f"adding {len(sources)} adapters"):
+            compiled = lorafx.compile(copy.deepcopy(module), dict(sources), options=options)
         names = list(sources)
         mixed = [names[row % len(names)] for row in range(batch)]
         several = f"{len(set(mixed))} adapters"
@@ -132,7 +135,10 @@ class _Ways:
         }
         if len(set(mixed)) > 1:
             arms[f"lorafx, {several}"] = (compiled, mixed)
-        other = _by_peft(module, sources, mixed) if peft else None
+        other = None
+        if peft:
+            with progress(f"adding {len(sources)} adapters by PEFT"):
+                other = _by_peft(module, sources, mixed)
         if other is not None:
             arms[f"PEFT, {several}"] = (other, mixed)
         base = module if lowering == "reference" else torch.compile(copy.deepcopy(module))

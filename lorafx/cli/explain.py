@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 import warnings
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import typer
 
-from lorafx.cli.arguments import Targets, target_modules
+from lorafx.cli.arguments import Targets, as_option, target_modules
 from lorafx.cli.output import AsJson, lines, show_json
 
 
@@ -55,9 +56,17 @@ def explain(
     ] = None,
     device: Annotated[
         str | None,
-        typer.Option(help="cpu, cuda (that of this machine), A100, H200, B200 or MI300X."),
+        typer.Option(
+            "--on",
+            "--device",
+            help="What is modelled: cpu, cuda (that of this machine), a100, h100, h200, b200 or "
+            "mi300x.",
+        ),
     ] = None,
     rows: Annotated[int, typer.Option(help="Requests of the decode step that is modelled.")] = 64,
+    glossary: Annotated[
+        bool, typer.Option("--glossary", help="Also what the words of the report mean.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show the sites, packs and banks that lorafx would give MODEL, what they cost, and whether
@@ -89,6 +98,8 @@ def explain(
         show_json({"model": model, "adapters": told, "report": report.json()})
     else:
         lines([*map(str, fits), str(report)])
+        if glossary:
+            lines(["words", textwrap.indent(report.glossary(), "  ")])
     if not all(fit.fits for fit in fits):
         raise typer.Exit(1)
 
@@ -114,6 +125,6 @@ def _fit(module: Any, name: str, source: str, target: Any, max_rank: int | None)
                 max_rank=max_rank,
             )
     except LorafxError as error:
-        return Fit(name, False, problem=str(error))
+        return Fit(name, False, problem=error.spelled(as_option))
     notes = [str(one.message) for one in seen if issubclass(one.category, LorafxWarning)]
     return Fit(name, True, found.rank, len(found.weights), tuple(notes))

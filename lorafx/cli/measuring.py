@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from lorafx.progress import progress
+
 Arm = Callable[[], object]
 
 _RESAMPLES = 2000
@@ -55,25 +57,30 @@ def compare(
     seed: int = 0,
     timer: Callable[[Arm, float], float] = timed,
     itself: str = "A/A",
+    what: str = "arms",
 ) -> list[Ratio]:
     """Paired ratios over the base: of the base against itself, which is called `itself`, and of
     every arm.
 
-    `timer` gives the seconds of one call of an arm, measured for about that long.
+    `timer` gives the seconds of one call of an arm, measured for about that long. `what` is
+    compared, in the words of a terminal's line.
     """
     rng = random.Random(seed)
     everything = {itself: base, **arms}
-    for arm in everything.values():  # compile and warm up
-        for _ in range(3):
-            arm()
+    for number, (name, arm) in enumerate(everything.items(), start=1):
+        with progress(f"{what}: first calls, which compile, {number} of {len(everything)}: {name}"):
+            for _ in range(3):
+                arm()
     pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in everything}
-    for _ in range(blocks):
-        order = list(everything)
-        rng.shuffle(order)
-        for name in order:
-            first, arm = timer(base, seconds), everything[name]
-            both = timer(arm, seconds) + timer(arm, seconds)
-            pairs[name].append((both / 2, (first + timer(base, seconds)) / 2))
+    least = 4 * blocks * len(everything) * seconds
+    with progress(f"{what}: measuring {blocks} blocks, for at least {least:.0f} s"):
+        for _ in range(blocks):
+            order = list(everything)
+            rng.shuffle(order)
+            for name in order:
+                first, arm = timer(base, seconds), everything[name]
+                both = timer(arm, seconds) + timer(arm, seconds)
+                pairs[name].append((both / 2, (first + timer(base, seconds)) / 2))
     return [_ratio(name, pairs[name], rng) for name in everything]
 
 

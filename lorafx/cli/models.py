@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lorafx.adapter_store.hub import check_model
 from lorafx.errors import ConfigError
+from lorafx.progress import progress
 
 
 def on_meta(model: str, dtype: str | None = None) -> Any:
@@ -35,10 +37,11 @@ def loaded(model: str, dtype: str | None = None) -> Any:
     Raises:
         ConfigError: it cannot be loaded, or torch has no such dtype.
     """
-    import torch
+    with progress("importing torch"):
+        import torch
 
     wanted: Any = "auto" if dtype is None else _dtype(dtype)
-    with _readable(model):
+    with _readable(model), progress(f"loading {model}"):
         config = _config(model)
         if isinstance(config, dict):
             kind = {} if wanted == "auto" else {"torch_dtype": wanted}
@@ -87,6 +90,7 @@ def adapters_in(folders: Sequence[str]) -> dict[str, str]:
 
 @contextmanager
 def _readable(model: str) -> Iterator[None]:
+    check_model(model)
     try:
         yield
     except ImportError as error:

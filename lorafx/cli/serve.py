@@ -55,10 +55,12 @@ def serve(
     Example: lorafx serve meta-llama/Llama-3.2-1B --adapters ./adapters
     """
     given = dict(locals())
-    from lorafx.server.requirements import check_requirements
+    from lorafx.progress import progress
 
-    check_requirements()
-    from lorafx.server.run import run
-    from lorafx.server.settings import Settings
+    with progress("importing torch and the server"):
+        from lorafx.server.requirements import check_requirements
 
+        check_requirements()
+        from lorafx.server.run import run
+        from lorafx.server.settings import Settings
     run(Settings(**{**given, "target": tuple(target or ())}))

@@ -36,6 +36,7 @@ from lorafx.errors import (
     nearest,
 )
 from lorafx.explanation import Explanation
+from lorafx.model.keywords import refuse_slips
 from lorafx.prepare.configuration import by_name, request_of
 from lorafx.serving.compiled import CompiledModel
 from lorafx.serving.refused import refuse
@@ -113,6 +114,10 @@ def compile_pipeline(
     return CompiledPipeline(pipe, compiled)
 
 
+#: How a call names adapters.
+_BY_PROMPT = {"adapter_names": 'adapter_names=["ink", None, ...], one name or None per prompt'}
+
+
 class CompiledPipeline:
     """A pipeline that serves its base and many adapters in one batch.
 
@@ -137,9 +142,9 @@ class CompiledPipeline:
         for what is to be avoided (`negative_prompt`) as for the prompt, as in diffusers.
 
         Args:
-            adapter_names: one name per prompt; None or "__base__" is the base, {"ink": 0.7, "clay":
-                0.3} a sum of adapters or one at another scale. Without it all images have the
-                adapter that was active when the pipeline was compiled, or none.
+            adapter_names: one name per prompt, or one for all; None or "__base__" is the base,
+                {"ink": 0.7, "clay": 0.3} a sum of adapters or one at another scale. Without it all
+                images have the adapter that was active when the pipeline was compiled, or none.
             *args, **kwargs: of the pipeline's own call.
 
         Raises:
@@ -152,6 +157,7 @@ class CompiledPipeline:
 
         It also raises what a compiled model raises.
         """
+        refuse_slips(kwargs, type(self.pipe).__call__, ways=_BY_PROMPT)
         names = checked_names(adapter_names)
         if names is not None and len(set(names)) > 1:
             kwargs = _for_each_prompt(kwargs, len(names))
@@ -159,7 +165,8 @@ class CompiledPipeline:
         self._check(given)
         by_model: dict[str, Names | None] = dict.fromkeys(self.models)
         if names is not None:
-            _check_prompts(given, len(names))
+            if len(names) > 1:
+                _check_prompts(given, len(names))
             self._check_known(names)
             by_model = {name: _known(names, cm.adapters) for name, cm in self.models.items()}
         run: Callable[[], Any] = partial(self._run, by_model, args, kwargs)

@@ -1,12 +1,12 @@
-"""Which keys of an adapter's file are for a module."""
+"""Which keys of an adapter are for a module."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
-from torch import nn
+from torch import Size, nn
 
-from lorafx.adapter_store.checkpoint import load_state
 from lorafx.adapter_store.expert_places import ExpertPlace
 from lorafx.adapter_store.peft_keys import parse
 from lorafx.adapter_store.places import Places, SavedMeaning, SiteLanding
@@ -16,32 +16,30 @@ from lorafx.model.sites import Site
 
 
 class Landed(NamedTuple):
-    """The keys of a file for one module, in PEFT's names with their shapes, and a note where there
-    are none."""
+    """The keys of an adapter for one module, in PEFT's names with their shapes, and a note where
+    there are none."""
 
     keys: tuple[str, ...]
     note: str = ""
 
 
-def landed(source: Any, model: nn.Module, sites: tuple[Site, ...], found: Selection) -> Landed:
-    """The keys of an adapter at `source` that are for what was found.
-
-    Raises:
-        CheckpointError, UnsupportedAdapterError: as `load_state`.
-    """
-    state, places = load_state(source, model, warn=False), Places(sites, model)
+def landed(
+    saved: Mapping[str, Size], model: nn.Module, sites: tuple[Site, ...], found: Selection
+) -> Landed:
+    """Those of the keys of an adapter, in PEFT's names, that are for what was found."""
+    places = Places(sites, model)
     keys: list[str] = []
     modules: dict[str, None] = {}
-    for key, tensor in state.tensors.items():
+    for key, shape in saved.items():
         factor = parse(key)
         path = key.rpartition(".")[0] if factor is None else factor.module
         modules[places.current(path)] = None
         if _means(places.meaning(path), found):
-            keys.append(f"{key} {tuple(tensor.shape)}")
+            keys.append(f"{key} {tuple(shape)}")
     if keys:
         return Landed(tuple(keys))
     near = nearest(found.path, modules)
-    return Landed((), f"none of its {len(state.tensors)} keys is for this module{near}")
+    return Landed((), f"none of its {len(saved)} keys is for this module{near}")
 
 
 def _means(meaning: SavedMeaning, found: Selection) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lorafx.program.pass_report import PassReport
+from lorafx.reports.glossary import glossary_of
 from lorafx.reports.writing import json_values
 
 if TYPE_CHECKING:
@@ -229,6 +230,10 @@ class Explanation:
             parts.append(title)
             parts.extend(f"  {line}" for line in lines)
         return "\n".join(parts)
+
+    def glossary(self) -> str:
+        """What the words of the report mean, a line each."""
+        return glossary_of(str(self))
 
     def _repr_html_(self) -> str:
         """For notebooks: the summary, and tables that open."""

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
+from lorafx.adapter_store.checkpoint import load_state
 from lorafx.adapter_store.names import BASE
 from lorafx.config import LoraConfig
 from lorafx.errors import ConfigError, LorafxError
@@ -47,7 +48,7 @@ class WhyAdapter:
 
     Attributes:
         name, source: the adapter's.
-        keys: the keys of its file that are for the module, with their shapes.
+        keys: those of its keys that are for the module, with their shapes.
         norm: the Frobenius norm of ΔW = s·B A; None where it is not known.
         relative_norm: the same over the norm of W.
         change: by how much it changes what the module returns, as a relative norm.
@@ -167,7 +168,7 @@ def why_before(
     made = _described(path, found)
     told = []
     for name, source in adapters.items():
-        keys, note = landed(source, model, sites, found)
+        keys, note = landed(_keys_at(source, model), model, sites, found)
         notes = (note,) if note else ()
         told.append(replace(made, adapter=WhyAdapter(name, str(source), keys, notes=notes)))
     return told or [made]
@@ -200,14 +201,13 @@ def _adapter(
 ) -> WhyAdapter:
     program, stored, site = session.program, session.store[name], found.site
     keys, notes = Landed(()), []
-    if stored.origin is None:
-        notes.append("it came from memory or the hub: its keys are not known any more")
-    else:
-        try:
-            keys = landed(stored.origin.source, program.model, program.sites, found)
-        except LorafxError as error:  # its files have changed
-            notes.append(f"its keys cannot be read: {error}")
-        notes += [keys.note] if keys.note else []
+    try:
+        origin, model = stored.origin, program.model
+        saved = stored.keys if origin is None else _keys_at(origin.source, model)
+        keys = landed(saved, model, program.sites, found)
+    except LorafxError as error:  # its files have changed
+        notes.append(f"its keys cannot be read: {error}")
+    notes += [keys.note] if keys.note else []
     made = WhyAdapter(name, stored.source, keys.keys)
     if site is None or site.path not in stored.sites:
         return replace(made, notes=tuple(notes))
@@ -238,6 +238,12 @@ def _adapter(
             notes.append("its change was not measured: the model does not call this module")
     batch = "" if change is None else "the last batch" if call is None else "the given inputs"
     return replace(made, change=change, batch=batch, notes=tuple(notes))
+
+
+def _keys_at(source: Any, model: nn.Module) -> dict[str, Size]:
+    """The keys of an adapter's file, with shapes. Raises as `load_state`."""
+    state = load_state(source, model, warn=False)
+    return {key: tensor.shape for key, tensor in state.tensors.items()}
 
 
 def _relative(norm: float | None, weight: Tensor | None) -> float | None:

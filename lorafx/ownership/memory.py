@@ -2,8 +2,9 @@
 
 A view needs no rule: it shows memory that is labelled already. What is known is kept by the view
 that it was said of, and spread over cells, one an element of the storage, when another view of it
-is asked for. A tensor that somebody wrote into unseen is not the one that was labelled: its
-version says so.
+is asked for. A tensor that somebody wrote into unseen is not the one that was labelled, and what
+was handed out as a numpy array may be written into at any time: nothing is known of it any more
+(lorafx.ownership.contents).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lorafx.ownership.contents import MemoryState, state_of
 from lorafx.ownership.held import (
     SHARED,
     UNKNOWN,
@@ -38,11 +40,12 @@ Geometry: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], int]
 
 @dataclass(eq=False)
 class _Block:
-    """What is known of one storage."""
+    """What is known of one storage: nothing ever again where it is `handed` out."""
 
     ref: StorageWeakRef
-    version: int
+    state: MemoryState
     itemsize: int
+    handed: bool = False
     views: dict[Geometry, Held | None] = field(default_factory=dict)
     #: (elements of the storage,) int16, once a view was asked for that was not labelled.
     cells: Tensor | None = None
@@ -53,11 +56,20 @@ class Memory:
 
     Args:
         shared: true for a tensor of the model itself, which depends on no request.
+        guarded: whether requests differ, so that writes that torch does not see are looked for.
+
+    Attributes:
+        unseen: a tensor was handed to numpy, or written into by code that is not followed.
     """
 
-    def __init__(self, shared: Callable[[Tensor], bool] | None = None) -> None:
-        self._shared = shared
+    def __init__(
+        self,
+        shared: Callable[[Tensor], bool] | None = None,
+        guarded: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._shared, self._guarded = shared, guarded
         self._blocks: dict[int, _Block] = {}
+        self.unseen = False
 
     def look(self, tensor: Tensor) -> Held | None:
         """The label of this tensor as it is now; None where its owners are not known."""
@@ -66,7 +78,7 @@ class Memory:
         block = self._block(tensor)
         if block is None:
             return SHARED if self._shared is not None and self._shared(tensor) else None
-        if not _same(block, tensor):
+        if not self._intact(block, tensor):
             return None
         place = _place(tensor)
         if place not in block.views:
@@ -77,7 +89,13 @@ class Memory:
         """Whether `tensor` shows what the call was given, or has computed, and nobody has written
         into it unseen; its owners may be unknown."""
         block = self._block(tensor)
-        return block is not None and _same(block, tensor)
+        return block is not None and self._intact(block, tensor)
+
+    def own(self, tensors: Iterable[Tensor]) -> None:
+        """These, which no request has touched yet, depend on none until they are written into."""
+        for tensor in tensors:
+            if self._block(tensor) is None and (block := self._new(tensor)) is not None:
+                block.views[(_elements(tensor),), (1,), 0] = SHARED
 
     def given(self, tensor: Tensor, held: Held | None) -> None:
         """`tensor` is an argument of the call, and is held so."""
@@ -91,7 +109,7 @@ class Memory:
         key, block = storage_of(tensor), self._block(tensor)
         if key is None or all(storage_of(item) != key for item in inputs):
             block = self._new(tensor)
-        elif held is None or block is None or not _same(block, tensor):
+        elif held is None or block is None or not self._intact(block, tensor):
             return
         if block is not None:
             block.views[_place(tensor)] = held
@@ -99,11 +117,14 @@ class Memory:
     def write(self, tensor: Tensor, held: Held | None, *, uncounted: int = 0) -> None:
         """`tensor` was written into, and is held so now; other elements of its storage are what
         they were. Its version does not count the last `uncounted` times yet."""
-        version, block, place = _version(tensor), self._block(tensor), _place(tensor)
-        if version is None or block is None or block.itemsize != tensor.element_size():
+        block, place = self._block(tensor), _place(tensor)
+        if block is not None and block.handed:
+            return
+        counts = not tensor.is_inference()
+        if not counts or block is None or block.itemsize != tensor.element_size():
             known = block is None and self._shared is not None and self._shared(tensor)
             block = self._new(tensor)
-            if block is None or version is None:
+            if block is None:
                 return
             if known:
                 block.views[(_elements(tensor),), (1,), 0] = SHARED
@@ -115,7 +136,8 @@ class Memory:
                 cells.fill_(UNKNOWN)
                 block.views.clear()
         block.views[place] = held
-        block.version = version + uncounted
+        state = self._state(tensor)
+        block.state = state._replace(version=state.version + uncounted)
 
     def rename(self, requests: Mapping[int, int]) -> None:
         """What belonged to a request of `requests` belongs to the one that it names."""
@@ -129,15 +151,30 @@ class Memory:
     def _new(self, tensor: Tensor) -> _Block | None:
         """An empty block for the storage of `tensor`, in place of what was known of it; None where
         nothing can be."""
-        version, key = _version(tensor), storage_of(tensor)
+        key = storage_of(tensor)
         if key is None:
             return None
         self._blocks.pop(key, None)
-        if version is None:
+        if tensor.is_inference():  # its writes are not counted
             return None
         ref = StorageWeakRef(tensor.untyped_storage())
-        block = self._blocks[key] = _Block(ref, version, tensor.element_size())
+        block = self._blocks[key] = _Block(ref, self._state(tensor), tensor.element_size())
         return block
+
+    def _state(self, tensor: Tensor) -> MemoryState:
+        return state_of(tensor, digested=self._guarded())
+
+    def _intact(self, block: _Block, tensor: Tensor) -> bool:
+        """Whether the memory is what was labelled, and its elements as long. Where somebody has
+        written into it unseen, or may at any time, nothing is known of any view of it."""
+        if tensor.is_inference() or block.handed:
+            return False
+        now = state_of(tensor, digested=block.state.digest is not None)
+        if now == block.state:
+            return block.itemsize == tensor.element_size()
+        self.unseen, block.handed = True, now.open != block.state.open
+        block.views, block.cells = {}, None
+        return False
 
     def _block(self, tensor: Tensor) -> _Block | None:
         key = storage_of(tensor)
@@ -162,16 +199,6 @@ class Memory:
                     _spread(cells, held, place)
             block.cells = cells
         return block.cells
-
-
-def _same(block: _Block, tensor: Tensor) -> bool:
-    """Nobody has written into it unseen, and its elements are as long as those labelled."""
-    return block.version == _version(tensor) and block.itemsize == tensor.element_size()
-
-
-def _version(tensor: Tensor) -> int | None:
-    """None for a tensor of inference mode, whose writes are not counted."""
-    return None if tensor.is_inference() else tensor._version
 
 
 def storage_of(tensor: Tensor) -> int | None:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorafx.adapter_store.checkpoint import load_state
+from lorafx.adapter_store.names import refuse_swapped
 from lorafx.adapter_store.origins import Origin
 from lorafx.adapter_store.own_reading import rows_wanted
 from lorafx.adapter_store.peft_config import PeftConfig
@@ -60,6 +61,8 @@ def request_of(lora_config: Any, adapters: Mapping[str, Any], model: nn.Module) 
     if isinstance(lora_config, Mapping) and _is_adapter_mapping(lora_config):
         adapters, lora_config = {**lora_config, **adapters}, None
     origins = {name: Origin.of(source) for name, source in adapters.items()}
+    for name, source in adapters.items():
+        refuse_swapped(source, name)
     states = {name: load_state(source, model) for name, source in adapters.items()}
     config = _config_of(lora_config, states, model)
     _refuse_vocabulary(config, model)

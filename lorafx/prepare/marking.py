@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from lorafx.adapter_store.handed_over import without_wrappers
 from lorafx.adapter_store.peft_model import TakenOver, is_peft_model, peft_layers, take_over
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.capture.lowering import resolved
@@ -54,6 +55,7 @@ def mark(
     settings = Options.of(options)
     pipeline(settings)  # its names are right
     sources = by_name(adapters)
+    model = without_wrappers(model)
     taken, rollback = None, Rollback()
     try:
         if is_peft_model(model) or peft_layers(model):

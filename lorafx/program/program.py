@@ -258,6 +258,10 @@ class Program:
         if self.site_watch.missing:
             yield from self.model.named_modules()
 
+    def buffers(self) -> Iterator[Tensor]:
+        """The tensors of the model that its forward may write into."""
+        return (tensor for tensor in self._own_tensors() if not isinstance(tensor, nn.Parameter))
+
     def _own_tensors(self) -> Iterator[Tensor]:
         """Every tensor of the model that depends on no request."""
         for _, module in self.graph.modules():
@@ -272,7 +276,10 @@ class Program:
     ) -> Call:
         """A call that has computed nothing yet."""
         own = self.own_memory.in_one_call()
-        memory = Memory(lambda tensor: self.remembered.holds(tensor) or own(tensor))
+        memory = Memory(
+            lambda tensor: self.remembered.holds(tensor) or own(tensor),
+            lambda: not self.runtime.uniform,
+        )
         return Call(roles, named, memory, tracks)
 
     def earlier_result(self, tensor: Tensor) -> Role | None:

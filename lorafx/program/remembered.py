@@ -17,15 +17,16 @@ from torch import Tensor, fx, nn
 from torch._functorch._aot_autograd.descriptors import PlainAOTOutput
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from lorafx.ownership.contents import MemoryState, state_of
 from lorafx.ownership.memory import storage_of
 from lorafx.program.frame import Frame
 
 
 class Remembered:
-    """Storages of such tensors, with the version that each had."""
+    """Storages of such tensors, with the state that each had."""
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._known: dict[int, tuple[StorageWeakRef, MemoryState]] = {}
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
         """These are such tensors, as they are now."""
@@ -34,14 +35,14 @@ class Remembered:
             key = storage_of(tensor)
             if key is not None and not tensor.is_inference():
                 reference = StorageWeakRef(tensor.untyped_storage())
-                self._known[key] = reference, tensor._version
+                self._known[key] = reference, state_of(tensor, digested=True)
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether this lies in the memory of one of them, and nobody has written into it."""
         found = self._known.get(key) if (key := storage_of(tensor)) is not None else None
         if found is None or found[0].expired() or tensor.is_inference():
             return False
-        return found[1] == tensor._version
+        return found[1] == state_of(tensor, digested=True)
 
 
 def in_containers(model: nn.Module) -> Iterator[Tensor]:
@@ -56,11 +57,11 @@ def in_containers(model: nn.Module) -> Iterator[Tensor]:
 
 
 class TensorVersions:
-    """The versions that tensors of a model had when it was compiled."""
+    """The states, but for their bytes, that tensors of a model had when it was compiled."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._known = {
-            id(tensor): (weakref.ref(tensor), tensor._version)
+            id(tensor): (weakref.ref(tensor), state_of(tensor, digested=False))
             for tensor in tensors
             if not tensor.is_inference()
         }
@@ -70,10 +71,10 @@ class TensorVersions:
         new weights are written into them, and no forward does."""
         if isinstance(tensor, nn.Parameter):
             return True
-        reference, version = self._known.get(id(tensor), (None, 0))
+        reference, state = self._known.get(id(tensor), (None, None))
         if reference is None or not isinstance(tensor, Tensor) or reference() is not tensor:
             return False
-        return tensor._version == version
+        return state == state_of(tensor, digested=False)
 
 
 def constants_of(graph: fx.Graph, frame: Frame) -> dict[int, tuple[int, ...]]:

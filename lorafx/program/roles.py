@@ -71,7 +71,7 @@ class RoleTable:
         #: Arguments that a warning was given for.
         self._warned: set[str] = set()
         # A model that names its main input declares roles; for others batch first is the contract.
-        self._declares_roles = hasattr(module, "main_input_name")
+        self.declares_roles = hasattr(module, "main_input_name")
 
     def spread(self, named: Mapping[str, Any]) -> dict[str, Any]:
         """`named` with the items of dicts in place of these, "batch.x" for `x` of `batch`. A dict
@@ -139,9 +139,9 @@ class RoleTable:
             return Role(argument, RANKED[own](tensor, several))
         if own in ROW_DIMS:
             return _role(argument, ROW_DIMS[own])
-        if self._declares_roles and own in DECLARED_DIMS:
+        if self.declares_roles and own in DECLARED_DIMS:
             return _role(argument, DECLARED_DIMS[own])
-        if self._declares_roles:
+        if self.declares_roles:
             return _role(argument, None, known=False)
         return _role(argument, BATCH_FIRST, assumed=True)
 
@@ -216,8 +216,13 @@ def tensor_leaves(value: Any) -> Iterator[Tensor]:
 
 def sizes_of(named: Mapping[str, Any]) -> str:
     """The end of a message: the tensors among the arguments of a call, with their sizes."""
-    tensors = ((name, value) for name, value in named.items() if isinstance(value, Tensor))
-    said = [f"{name} {tuple(tensor.shape)}" for name, tensor in tensors]
+    said = [
+        f"{name} {tuple(value.shape)}"
+        if isinstance(value, Tensor)
+        else f"{name}, a {type(value).__name__} and no tensor"
+        for name, value in named.items()
+        if isinstance(value, (Tensor, list)) or hasattr(value, "__array__")
+    ]
     return f"; the call has {some(said, _SHOWN)}" if said else ""
 
 

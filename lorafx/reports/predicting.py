@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lorafx.capture.lowering import resolved
 from lorafx.config import LoraConfig, Options
 from lorafx.errors import ConfigError, LorafxWarning, nearest
-from lorafx.kernels.cost.chips import CHIPS, DEFAULT_CHIP, Chip, chip_of
+from lorafx.kernels.cost.chips import DEFAULT_CHIP, NAMED_CHIPS, Chip, chip_of
 from lorafx.kernels.cost.cost import (
     AROUND,
     FUSED,
@@ -146,19 +146,19 @@ def predict(
 
 
 def _place(model: nn.Module, options: Options, device: torch.device | str | None) -> _Place:
-    names = {chip.name: chip for chip in CHIPS.values()}
-    if isinstance(device, str) and device in names:
-        return _Place(names[device], resolved(options, torch.device("cuda")))
+    chip = NAMED_CHIPS.get(str(device).upper())
+    if chip is not None:
+        return _Place(chip, resolved(options, torch.device("cuda")))
     if device is None:
         found = {tensor.device for tensor in model.parameters()} - {torch.device("meta")}
         device = next(iter(found)) if found else "cuda"  # nothing says where it will be
     try:
         own = torch.device(device)
     except RuntimeError as error:
-        known = ["cpu", "cuda", *names]
+        known = ["cpu", "cuda", *NAMED_CHIPS]
+        near = nearest(str(device).lower(), map(str.lower, known))
         raise ConfigError(
-            f"device {device!r} is none that lorafx can model{nearest(str(device), known)}; give "
-            f"one of {', '.join(known)}"
+            f"device {device!r} is none that lorafx can model{near}; give one of {', '.join(known)}"
         ) from error
     settled = resolved(options, own)
     if own.type != "cuda":

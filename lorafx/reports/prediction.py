@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from lorafx.model.repeated import joined
+from lorafx.reports.glossary import glossary_of
 from lorafx.reports.table import html_table, over, size, text_table
 from lorafx.reports.writing import json_values
 
@@ -177,6 +178,10 @@ class Prediction:
         if self.notes:
             lines += ["notes", *(f"  {note}" for note in self.notes)]
         return "\n".join(lines)
+
+    def glossary(self) -> str:
+        """What the words of the report mean, a line each."""
+        return glossary_of(str(self))
 
     def _repr_html_(self) -> str:
         told = html_table(

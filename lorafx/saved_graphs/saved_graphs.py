@@ -233,6 +233,7 @@ class _Conversion:
             "extra": parts.extra,
             "banks": parts.banks,
             "bound": parts.bound,
+            "lookups": parts.lookups,
             "order": parts.order,
             "wrappers": parts.wrappers,
             "record": graph.record.to_save(),
@@ -312,6 +313,7 @@ class _Loading:
         parts = Parts(record.checks, second["base"], wrappers=second["wrappers"])
         parts.extra, parts.banks = second["extra"], second["banks"]
         parts.bound, parts.order = second["bound"], second["order"]
+        parts.lookups = second["lookups"]
         run = parts.executable(program, second["lowered"].load())
         code = SerializedCode.to_code_object(second["code"])
         hook = CleanupHook.create(

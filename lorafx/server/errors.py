@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -11,6 +14,8 @@ from starlette.exceptions import HTTPException
 from transformers.cli.serving.utils import CBWorkerDeadError
 
 from lorafx.errors import BatchError, LorafxError, UnknownAdapterError
+from lorafx.named_setting import Setting
+from lorafx.server.settings import Settings, option
 
 
 class RequestError(LorafxError):
@@ -53,8 +58,26 @@ def status_of(error: BaseException) -> int:
 def error_response(error: Exception) -> JSONResponse:
     """The answer to a request that ends with this error."""
     return _answer(
-        status_of(error), str(error), getattr(error, "param", None), getattr(error, "code", None)
+        status_of(error),
+        message_of(error),
+        getattr(error, "param", None),
+        getattr(error, "code", None),
     )
+
+
+def message_of(error: Exception) -> str:
+    """What is wrong, and the way out by options of `lorafx serve`, not by fields of LoraConfig."""
+    return error.spelled(_as_option) if isinstance(error, LorafxError) else str(error)
+
+
+def _as_option(setting: Setting) -> str:
+    if setting.name == "target_modules":
+        return "--target when lorafx serve starts"
+    if setting.name in (field.name for field in fields(Settings)):
+        return f"start lorafx serve with {option(setting.name)} {setting.value}"
+    if setting.given:
+        return "start lorafx serve with this adapter among --adapters"
+    return setting.text
 
 
 def answer_errors(app: FastAPI) -> None:
@@ -67,12 +90,23 @@ def answer_errors(app: FastAPI) -> None:
         return _answer(status_of(error), str(getattr(error, "detail", error)))
 
     async def malformed(_: Request, error: Exception) -> JSONResponse:
-        return _answer(400, f"the body is not a JSON object: {error}")
+        return _answer(400, f"the body is not a JSON object: {_malformed(error)}")
 
     app.add_exception_handler(LorafxError, lorafx_error)
     app.add_exception_handler(CBWorkerDeadError, lorafx_error)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(RequestValidationError, malformed)
+
+
+def _malformed(error: Any) -> str:
+    """What FastAPI found, without the place in its code that it adds."""
+    found = error.errors()[0]
+    if found["type"] == "json_invalid":
+        return f"{found['ctx']['error']}, at character {found['loc'][-1]}"
+    given = found.get("input")
+    if isinstance(given, bytes):
+        return "its Content-Type has to be application/json"
+    return "it is empty" if given is None else f"it is {json.dumps(given):.80}"
 
 
 def _answer(

@@ -6,6 +6,7 @@ handler ── get_manager("base:adapter") ─▶ AdapterGeneration ── Route
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,21 +18,20 @@ from transformers.cli.serving.utils import (
     CBGenerateManager,
     CBWorkerDeadError,
     GenerationState,
+    _StreamError,
 )
 
 from lorafx.adapter_store.names import BASE
 from lorafx.server.errors import RequestError
 from lorafx.server.metrics import Metrics
 from lorafx.server.served_model import ServedModel
+from lorafx.server.streaming import TextStreamer
 from lorafx.serving.continuous.manager import AdapterBatchingManager
 from lorafx.serving.continuous.request_checks import RANGES
 
 
 class Route:
     """The engine as one request sees it: requests get an adapter, and outputs come back here.
-
-    The handler of outputs is registered with the engine before the request is added. transformers
-    adds a streaming request first, so the last output of a short one could go astray.
 
     Args:
         engine: serves the request.
@@ -59,12 +59,11 @@ class Route:
         self, input_ids: list[int], request_id: str, *, streaming: bool, **request: Any
     ) -> str:
         def deliver(output: Any) -> None:
-            # On the event loop, whose thread has registered the callback by now.
             assert self._callback is not None
             if output.error is not None:
                 self._failed()
-                if streaming:  # it is put between the quotes of a JSON string
-                    output = replace(output, error=json.dumps(output.error)[1:-1])
+                if streaming:
+                    output = replace(output, error=_quotable(output.error))
             self._callback(output)
 
         self._engine.register_result_handler(request_id, deliver)
@@ -113,12 +112,34 @@ class AdapterGeneration(CBGenerateManager):
         request_id: str,
         response_parser: Any = None,
     ) -> tuple[Any, Any]:
-        """As transformers'. Clients name their requests; the engine gets names of its own, since
-        two that are alike would mix the answers."""
+        """The queue of pieces of text, which are together what `generate_non_streaming` returns,
+        and what fills it. Clients name their requests; the engine gets names of its own, since two
+        that are alike would mix the answers."""
         self._prepare(inputs, gen_config)
-        return super().generate_streaming(
-            model, processor, inputs, gen_config, uuid4().hex, response_parser
+        name = uuid4().hex
+        self._check_alive(name)
+        queue: asyncio.Queue[Any] = asyncio.Queue()
+        streamer = TextStreamer(self._cb, name, processor._tokenizer, queue, response_parser)
+
+        def deliver(output: Any) -> None:
+            try:
+                streamer.put(output)
+                if output.error is not None:
+                    queue.put_nowait(_StreamError(output.error))
+                if output.error is not None or output.is_finished():
+                    streamer.end()
+            except Exception as error:  # of a parser, about this answer alone
+                queue.put_nowait(_StreamError(_quotable(str(error))))
+
+        self._cb.register_result_handler(name, deliver)
+        self._cb.add_request(
+            inputs["input_ids"],
+            request_id=name,
+            streaming=True,
+            max_new_tokens=gen_config.max_new_tokens,
+            eos_token_id=gen_config.eos_token_id,
         )
+        return queue, streamer
 
     async def generate_non_streaming(
         self,
@@ -128,16 +149,18 @@ class AdapterGeneration(CBGenerateManager):
         gen_config: GenerationConfig,
         request_id: str,
     ) -> tuple[str, int, list[int]]:
-        """As transformers'; see `generate_streaming` for the name."""
+        """As transformers', but that no spaces are cleaned up, which a stream could not do; see
+        `generate_streaming` for the name."""
         self._prepare(inputs, gen_config)
         try:
-            return await super().generate_non_streaming(
+            _, length, tokens = await super().generate_non_streaming(
                 model, processor, inputs, gen_config, uuid4().hex
             )
         except CBWorkerDeadError:
             raise
         except RuntimeError as error:
             raise RequestError(500, str(error)) from error
+        return processor._tokenizer.decode(tokens, skip_special_tokens=True), length, tokens
 
     def stop(self) -> None:
         """Nothing: the engine is the server's."""
@@ -198,6 +221,11 @@ class Generation(GenerationState):
 
     def shutdown(self) -> None:
         """Nothing: who opened the server closes it."""
+
+
+def _quotable(text: str) -> str:
+    """What transformers may put between the quotes of a JSON string."""
+    return json.dumps(text)[1:-1]
 
 
 def _room(served: ServedModel, engine: AdapterBatchingManager) -> int:

@@ -94,6 +94,8 @@ class AdapterHandler(BaseHandler):
     #: The field that holds the prompt, and whether it goes through the chat template.
     prompt = "messages"
     chat = True
+    #: What OpenAI's streams on this route end with.
+    closing = "data: [DONE]\n\n"
 
     def __init__(self, served: ServedModel, generation: Generation, metrics: Metrics) -> None:
         super().__init__(served, generation)
@@ -137,6 +139,8 @@ class AdapterHandler(BaseHandler):
             async with aclosing(chunks):  # it cancels the request where it is left
                 async for chunk in chunks:
                     yield chunk
+                if self.closing:
+                    yield self.closing
             status = 200
         finally:
             self._metrics.ended(label, status)
@@ -277,6 +281,7 @@ class Responses(AdapterHandler, ResponseHandler):
     """/v1/responses."""
 
     prompt = "input"
+    closing = ""  # its last event says that it is
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
         """As the others; OpenAI streams only where it is asked to, transformers always."""

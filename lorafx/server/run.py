@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -44,12 +45,15 @@ def run(settings: Settings) -> None:
         ConfigError: the address is taken, or the model cannot be served.
         Whatever `opened` raises.
     """
+    start = time.perf_counter()
     bound = settings.bind()
     with bound, opened(settings) as server:
         host, port = bound.getsockname()[:2]
         name, count = settings.served_name, len(server.compiled.adapters)
         print(
-            f"lorafx: serving {name!r} and {count} adapters on http://{host}:{port}/v1", flush=True
+            f"lorafx: serving {name!r} and {count} adapters on http://{host}:{port}/v1, ready "
+            f"after {time.perf_counter() - start:.1f} s",
+            flush=True,
         )
         config = uvicorn.Config(
             server.app, log_level="warning", timeout_graceful_shutdown=settings.drain

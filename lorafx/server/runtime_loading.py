@@ -7,8 +7,9 @@ from typing import Any
 
 from lorafx.adapter_store.names import BASE
 from lorafx.errors import LorafxError, nearest
-from lorafx.server.errors import RequestError
+from lorafx.server.errors import RequestError, message_of
 from lorafx.server.served_model import ServedModel
+from lorafx.server.settings import UNPRINTABLE
 
 
 class AdapterLoading:
@@ -32,6 +33,8 @@ class AdapterLoading:
         """
         root = self._allowed()
         name, path = _text(body, "lora_name"), _text(body, "lora_path")
+        if not name.isprintable():
+            raise RequestError(400, f"`lora_name` {UNPRINTABLE}; got {name!r}", param="lora_name")
         compiled = self._served.compiled
         if name == BASE:
             raise RequestError(400, f"{BASE!r} is the base model", param="lora_name")
@@ -46,7 +49,7 @@ class AdapterLoading:
         try:
             compiled.load_adapter(folder, name)
         except LorafxError as error:
-            raise RequestError(400, str(error), param="lora_path") from error
+            raise RequestError(400, message_of(error), param="lora_path") from error
         return f"Success: LoRA adapter '{name}' added successfully."
 
     def unload(self, body: dict[str, Any]) -> str:

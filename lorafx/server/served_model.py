@@ -70,10 +70,20 @@ class ServedModel(ModelManager):
             return adapter
         raise RequestError(
             404,
-            f"there is no model {asked!r}{nearest(asked, self.names())}; the base model is "
+            f"there is no model {asked!r}{self._nearest(asked)}; the base model is "
             f'{self.name!r}, an adapter "{self.name}:ADAPTER", and GET /v1/models lists all',
             param="model",
             code="model_not_found",
+        )
+
+    def _nearest(self, asked: str) -> str:
+        """What may have been meant: a name as it is, or an adapter's without the base model's, or
+        with another one."""
+        own = asked if self.has(asked) else asked.partition(":")[2] or asked
+        if self.has(own):
+            return f"; nearest: {self.name_of(own)}"
+        return nearest(asked, self.names()) or nearest(
+            own, self.adapters(), prefix=self.name_of("")
         )
 
     def listed(self) -> list[dict[str, Any]]:

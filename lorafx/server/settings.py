@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lorafx.adapter_store.hub import check_model
 from lorafx.adapter_store.inspecting import config_of
 from lorafx.adapter_store.opening import PICKLED, SAFETENSORS, WEIGHTS
 from lorafx.config import LoraConfig, Options
 from lorafx.errors import CapacityError, CheckpointError, ConfigError, LorafxWarning
 
 CONFIG = "adapter_config.json"
+#: The one rule for names. Others would break lines of the log, or could not be asked for.
+UNPRINTABLE = "may have any letters and signs, also / and :, but none that cannot be printed"
 
 
 @dataclass(frozen=True)
@@ -88,13 +91,13 @@ class Settings:
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"{_option(name)} is at least 1; got {value}")
+                raise ConfigError(f"{option(name)} is at least 1; got {value}")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port is a number from 0 to 65535; got {self.port}")
         for name in ("temperature", "drain"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
-                raise ConfigError(f"{_option(name)} is not below 0; got {value}")
+                raise ConfigError(f"{option(name)} is not below 0; got {value}")
         share = self.max_memory_percent
         if share is not None and not 0 < share <= 1:
             raise ConfigError(f"--max-memory-percent is between 0 and 1; got {share}")
@@ -111,15 +114,15 @@ class Settings:
                 f"{folder} is no model: it has no config.json; name a folder that save_pretrained "
                 "wrote, or a model of the hub"
             )
-        if not folder.is_dir() and (folder.is_absolute() or self.model.startswith(".")):
-            raise ConfigError(
-                f"there is no folder {folder}; name a model's folder, or a model of the hub"
-            )
+        check_model(self.model)
         root = self.root()
         if root is not None and not root.is_dir():
             raise ConfigError(f"{root}, from which adapters are to be loaded, is not a folder")
         if self.adapters is not None:
             object.__setattr__(self, "found", _found(self.adapters))
+        for name in (self.served_name, *self.found):
+            if not name.isprintable():
+                raise ConfigError(f"a name that requests ask for {UNPRINTABLE}; got {name!r}")
         self._check_adapters()
 
     @property
@@ -245,7 +248,8 @@ class Settings:
                 )
 
 
-def _option(name: str) -> str:
+def option(name: str) -> str:
+    """The option of `lorafx serve` for a field."""
     return f"--{name.replace('_', '-')}"
 
 

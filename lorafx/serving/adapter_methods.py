@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Never
 
 from lorafx.adapter_store.names import BASE, AdapterName, one_name
 from lorafx.adapter_store.saved import Source
 from lorafx.errors import BatchError, ConfigError
 from lorafx.interrupts import undisturbed
+from lorafx.serving.habits import refuse_arguments
 from lorafx.session.loading import asked_name, load_adapter, unloading
 from lorafx.session.prefetching import prefetch
 from lorafx.session.transforms import refuse_transformed
@@ -56,6 +57,7 @@ class AdapterMethods:
         *,
         adapter_name: str | None = None,
         strict: bool | None = None,
+        **elsewhere: Never,
     ) -> None:
         """Read an adapter and keep it in host memory; a batch that names it gives it a slot.
 
@@ -72,6 +74,8 @@ class AdapterMethods:
             strict: whether the file must have factors for every selected module that the adapter's
                 own configuration targets. Otherwise such a module keeps W, with one warning. None
                 means `Options.strict`.
+            **elsewhere: what PEFT and transformers take (`is_trainable`, ...): refused with the way
+                out, unless it is False or None.
 
         Raises:
             CheckpointError, UnsupportedAdapterError, CapacityError: nothing has changed then.
@@ -79,6 +83,7 @@ class AdapterMethods:
                 adapter is merged and this one is DoRA, whose norms come from the base's weights.
             BatchError: the call that is running on this thread serves the adapter of this name.
         """
+        refuse_arguments("load_adapter", (), elsewhere)
         named = asked_name(self._session, name, adapter_name)
         load_adapter(self._session, source, named, strict)
 

@@ -11,6 +11,7 @@ import torch
 
 from lorafx.adapter_store.names import AdapterName
 from lorafx.errors import BatchError, ConfigError, LorafxWarning
+from lorafx.model.keywords import BY_ROW, refuse_slips
 from lorafx.progress import progress
 from lorafx.serving.added_tokens import refuse_added_tokens
 from lorafx.session.requests import checked_names
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
     from lorafx.serving.continuous.manager import AdapterBatchingManager
     from lorafx.session.session import Session
+
+
+#: Where the adapters of an engine are named.
+_BY_REQUEST = {"adapter": 'the adapter of each request: engine.add_request(ids, adapter="sql")'}
 
 
 class BatchingMethods:
@@ -70,6 +75,7 @@ class BatchingMethods:
                 something that is not served (CUDA graphs, a `base_vocab_size`).
             CaptureError: the model was detached.
         """
+        refuse_slips(engine, self.continuous_batching, ways=_BY_REQUEST)
         self._check_attached()
         refuse_added_tokens(self._session, "continuous_batching()")
         manager = _manager()(
@@ -80,7 +86,7 @@ class BatchingMethods:
         )
         try:
             if warmup:
-                with progress("warming up continuous batching"), torch.no_grad():
+                with progress("compiling the engine's steps, ahead of requests"), torch.no_grad():
                     manager.warmup()
             manager.start()
             yield manager
@@ -104,7 +110,7 @@ class BatchingMethods:
 
         Args:
             inputs: the token ids of each prompt.
-            adapter_names: the adapter of each prompt, as in `forward`.
+            adapter_names: the adapter of each prompt, or one of all, as in `forward`.
             generation_config, continuous_batching_config, warmup: as in `continuous_batching`.
             max_new_tokens: of each prompt; None for the generation configuration's.
             **request: of `add_request`, for all of them.
@@ -120,7 +126,10 @@ class BatchingMethods:
 
         It also raises what `continuous_batching` raises.
         """
+        refuse_slips(request, self.generate_batch, ways=BY_ROW)
         names = checked_names(adapter_names)
+        if names is not None and len(names) == 1:
+            names = [names[0]] * len(inputs)
         if names is not None and len(names) != len(inputs):
             raise BatchError(
                 f"adapter_names has {len(names)} entries, but there are {len(inputs)} prompts; "

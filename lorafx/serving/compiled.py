@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from types import MethodType
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor, nn
 
+from lorafx.adapter_store.handed_over import without_wrappers
 from lorafx.adapter_store.names import AdapterName
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.base_weights.merge import merged_of
@@ -20,13 +22,16 @@ from lorafx.explanation import write_beside_dumps
 from lorafx.interrupts import undisturbed
 from lorafx.model.attachment import Attachment
 from lorafx.model.hook_watch import hooks_of
+from lorafx.model.keywords import BY_ROW, refuse_slips
 from lorafx.model.sites import Site
-from lorafx.model.training import warn_training
 from lorafx.program.program import Program
 from lorafx.serving.adapter_methods import AdapterMethods
 from lorafx.serving.alora import forward_of
+from lorafx.serving.as_module import AsModule, signature_of
+from lorafx.serving.backward import refusing_backward
 from lorafx.serving.base_methods import BaseMethods
 from lorafx.serving.batching_methods import BatchingMethods
+from lorafx.serving.call_inputs import check_tensors
 from lorafx.serving.delegated import delegated
 from lorafx.serving.entry import Entry, entered
 from lorafx.serving.generation import by_itself, generate, nested_generates
@@ -43,7 +48,9 @@ from lorafx.session.stand_ins import Replaced
 from lorafx.session.stand_ins import forward_of as forward_of_module
 
 
-class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMethods, nn.Module):
+class CompiledModel(
+    LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMethods, AsModule, nn.Module
+):
     """A model that serves its base and many LoRA adapters in one batch.
 
     `model` is the model that was given, with the same classes, names, `state_dict()` and
@@ -52,8 +59,9 @@ class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMe
     does: they are compiled where an adapter is wanted, and run as they are where none is. Parts of
     the model (`cm.lm_head`, `cm.get_encoder()`) and `model` itself run as the base when they are
     called directly, and raise where the default adapter changes them. This object is for inference
-    only: gradients are off. Calls from several threads wait for one another. Its class is a
-    subclass with the name of the model's class, by which transformers' pipelines choose.
+    only: gradients are off, and `backward` of a loss raises. Calls from several threads wait for
+    one another. Its class is a subclass with the name of the model's class, by which transformers'
+    pipelines choose, and with the signature of its forward.
     """
 
     def __new__(cls, program: Program, *_: Any) -> CompiledModel:
@@ -63,7 +71,7 @@ class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMe
         self, program: Program, attachment: Attachment, store: AdapterStore, dynamic: bool | None
     ) -> None:
         super().__init__()
-        self.model = program.model
+        self._stand_for(program.model)
         self._attachment = attachment
         self._session = Session(program, store, Backend(program, entered), dynamic)
         session = weakref.ref(self._session)
@@ -93,10 +101,11 @@ class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMe
         """The model's forward with an adapter for each row.
 
         Args:
-            adapter_names: one name per request, in the order of the batch; None or "__base__" is
-                the base model, and {"sql": 0.7, "style": 0.3} a sum of adapters, or one at another
-                scale. An aLoRA adapter serves the tokens of its row from the last occurrence of
-                its invocation tokens in `input_ids` on. Without `adapter_names` every row uses the
+            adapter_names: one name per request, in the order of the batch, or a list of one for
+                all; None or "__base__" is the base model, and {"sql": 0.7, "style": 0.3} a sum of
+                adapters, or one at another scale. An aLoRA adapter serves the tokens of its row
+                from the last occurrence of its invocation tokens in `input_ids` on. Without
+                `adapter_names` every row uses the
                 default of `set_adapter`.
             adapter_slots: integers (B, T), the adapter of each token as an index into
                 `adapter_names`, or without it into `adapters`; -1 is the base model. It serves
@@ -106,8 +115,10 @@ class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMe
             *args, **kwargs: of the model's own forward.
 
         Raises:
-            ConfigError: `adapter_names` is not a list of names; or a sum has a weight that is no
-                finite number, or an adapter that is not linear in it (DoRA, weights of its own).
+            ConfigError: `adapter_names` is not a list of names; a sum has a weight that is no
+                finite number, or an adapter that is not linear in it (DoRA, weights of its own); or
+                a keyword is a slip for one of these, or another library's for it, and the model
+                declares none of that name.
             BatchError: `adapter_names` or `adapter_slots` does not fit the batch; or an aLoRA
                 adapter has no `input_ids` to be looked for in, or a cache whose tokens are not
                 known.
@@ -118,6 +129,7 @@ class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMe
             CaptureError: the model was detached, moved, or needs more graphs than allowed.
         """
         self._check_attached()
+        refuse_slips(kwargs, self.model.forward, self.model)
         names = checked_names(adapter_names)
         tokens = None
         if adapter_slots is not None:
@@ -134,7 +146,7 @@ class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMe
             return self._session.call(run, names, tokens=tokens, activated=by_token)
 
         self._last_call[0] = LastCall.of(args, kwargs)
-        return call_in_waves(self, call, args, kwargs, names, tokens)
+        return refusing_backward(call_in_waves(self, call, args, kwargs, names, tokens))
 
     @untraced
     def generate(
@@ -154,6 +166,9 @@ class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMe
         It also raises what `forward` raises.
         """
         self._check_attached()
+        own = getattr(self.model, "generate", self.model.forward)
+        refuse_slips(kwargs, own, self.model, BY_ROW)
+        check_tensors({"input_ids": args[0], **kwargs} if args else kwargs)
 
         def call(
             args: Sequence[Any], kwargs: Mapping[str, Any], names: Names | None, _: Any
@@ -261,12 +276,6 @@ class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMe
 
     # --- what it is and does ---
 
-    def train(self, mode: bool = True) -> Self:
-        """As of any module. Training mode is warned of: it makes the model's dropout active."""
-        if mode:
-            warn_training(self.model, stacklevel=2)
-        return super().train(mode)
-
     @property
     def sites(self) -> tuple[Site, ...]:
         """The modules that can carry LoRA, by canonical path with their aliases."""
@@ -357,15 +366,20 @@ _CLASSES: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
 
 def _class_of(model: type[nn.Module]) -> type[CompiledModel]:
     if model not in _CLASSES:
-        own = {"__doc__": CompiledModel.__doc__}
+        forward = untraced(inspect.unwrap(CompiledModel.forward))
+        forward.__signature__ = signature_of(model, forward)
+        own = {"__doc__": CompiledModel.__doc__, "forward": forward}
         _CLASSES[model] = type(model.__name__, (CompiledModel,), own)
     return _CLASSES[model]
 
 
 def compiled_of(model: object) -> CompiledModel | None:
-    """What serves `model`, the one that was given to `lorafx.compile` or what that returned."""
+    """What serves `model`, the one that was given to `lorafx.compile` (a PeftModel too) or what
+    that returned."""
     if isinstance(model, CompiledModel):
         return model
+    if isinstance(model, nn.Module):
+        model = without_wrappers(model)
     each = (found for found in list(_COMPILED) if found.model is model)
     return next((found for found in each if found._attachment.rollback), None)
 

@@ -21,6 +21,7 @@ from torch import nn
 
 from lorafx.compat import untraced
 from lorafx.errors import CaptureError
+from lorafx.model.keywords import BY_ROW, refuse_slips
 from lorafx.serving.generation import generating_in_methods
 from lorafx.serving.refused import REFUSED, refuse
 from lorafx.session.requests import checked_names
@@ -71,6 +72,7 @@ def _served(compiled: CompiledModel, owner: nn.Module, method: MethodType) -> Ca
     @untraced
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
+        refuse_slips(kwargs, method, owner, BY_ROW)
         names: Sequence[str | None] | None = None
         if not own_argument:
             names = checked_names(kwargs.pop("adapter_names", None))

@@ -25,16 +25,18 @@ from lorafx.errors import (
     LorafxError,
     LorafxWarning,
     MatchError,
+    OutOfRangeError,
     ReplacedModuleError,
 )
 from lorafx.model.attachment import MARKS
 from lorafx.model.experts import LOOP, loops
 from lorafx.program.program import Program
 from lorafx.program.roles import RoleTable
-from lorafx.program.row_dims import IMAGES, TOKEN_DIMS
+from lorafx.program.row_dims import IMAGES
 from lorafx.progress import LOG
 from lorafx.saved_graphs.saved_graphs import SavedGraphs
 from lorafx.serving.base_roads import BaseRoads, Road
+from lorafx.serving.call_inputs import check_inputs, plain_tokens
 from lorafx.serving.checked_guards import keep_guards
 from lorafx.serving.tracked import tracked
 from lorafx.session.resting import refuse_elsewhere
@@ -58,6 +60,7 @@ class Entry:
         self.session = session
         self.module = module
         self.function = function
+        self.is_forward = name == "forward"
         self.name = f"the {name} of {type(module).__name__}"
         row_dims = session.program.config.row_dims
         self.roles = RoleTable(module, row_dims, function, packed=packed)
@@ -96,7 +99,9 @@ class Entry:
         if args and self.roles.by_name(args):  # one graph for both ways to write a call
             args, kwargs = (), named
         if not args:
-            named = kwargs = _plain_tokens(kwargs)
+            named = kwargs = plain_tokens(kwargs)
+        if self.module is session.program.model and self.is_forward:
+            check_inputs(self.roles, named)
         session.set_batch(self.roles, self.roles.spread(named))
         _fix_image_sizes(named)
         session.program.pack_watch.check()
@@ -112,6 +117,8 @@ class Entry:
                 return self._on_road(road, args, kwargs)
             except NotCompiled:
                 pass
+            except OutOfRangeError:
+                raise
             except LorafxError as error:
                 self.base_roads.apart = True
                 LOG.info("%s without an adapter has graphs of its own now: %s", self.name, error)
@@ -210,6 +217,7 @@ class Entry:
         return Traced(
             self.target,
             session.backend.per_token if self.per_token else session.backend,
+            name=self.name,
             dynamic=session.dynamic,
             recompile_limit=session.program.options.recompile_limit,
             sizes_by_data=lambda: session.program.quantised.sizes_by_data,
@@ -268,21 +276,6 @@ class Entry:
 
 #: The state of a model whose modules and hooks are those that it had at first.
 _AS_GIVEN = (0, 0)
-
-
-def _plain_tokens(named: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments, with token ids and masks that are views copied, 8 bytes per token. Dynamo
-    guards on strides and on what a tensor is a view of, so `ids[:, -1:]` would cause a graph."""
-    return {
-        name: value.clone(memory_format=torch.contiguous_format)
-        if name in TOKEN_DIMS
-        and isinstance(value, Tensor)
-        and value._is_view()
-        and value.dim() == 2
-        and not value.is_floating_point()
-        else value
-        for name, value in named.items()
-    }
 
 
 def _fix_image_sizes(named: Mapping[str, Any]) -> None:

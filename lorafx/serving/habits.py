@@ -5,13 +5,13 @@ Each is served, or refused with the way out: no such habit reaches the raw model
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lorafx.adapter_store.listing import AdapterInfo, info
 from lorafx.adapter_store.names import members
-from lorafx.errors import CaptureError
+from lorafx.errors import CaptureError, ConfigError, nearest
 
 if TYPE_CHECKING:
     from lorafx.session.session import Session
@@ -23,7 +23,10 @@ ELSEWHERE: Mapping[str, str] = {
     "disable_adapter_layers": "disable_adapter(), a block, or set_adapter(None)",
     "enable_adapter_layers": "set_adapter(name)",
     "get_base_model": "model, or detach(), which returns it without marks",
+    "get_layer_status": "explain(), or why(path) of one module",
     "get_list_adapters": "list_adapters()",
+    "get_model_status": "explain(), or get_adapter(name) of one adapter",
+    "get_nb_trainable_parameters": "memory(), in bytes; a compiled model trains nothing",
     "hotswap_adapter": "load_adapter(folder, name), which replaces an adapter of that name",
     "list_loras": "list_adapters()",
     "load_lora_adapter": "load_adapter(folder, name)",
@@ -31,11 +34,45 @@ ELSEWHERE: Mapping[str, str] = {
     "merge_adapter": "merge(name)",
     "merge_and_unload": "merge(name), or export_merged(name, folder) to save the merged model",
     "peft_config": "get_adapter(name)",
+    "print_trainable_parameters": "memory(), in bytes; a compiled model trains nothing",
     "remove_lora": "unload_adapter(name)",
     "set_adapters": "set_adapter(name), or set_adapter({name: weight, ...}) for a sum",
     "unload": "detach()",
     "unmerge_adapter": "unmerge()",
 }
+
+
+_HUB = "an AdapterSource says what the files do not (revision=, key_mapping=)"
+#: Arguments of PEFT, transformers and torch.compile -> why they are not taken, or what to use.
+#: False and None ask for nothing.
+ARGUMENTS: Mapping[str, str] = {
+    "autocast_adapter_dtype": "banks have the dtype that LoraConfig(dtype=...) says",
+    "backend": 'for torch.compile(model, backend="lorafx"), lorafx.attach(model, adapters) first',
+    "disable": "the model itself is what runs without a compiler",
+    "ephemeral_gpu_offload": "LoraConfig(max_adapters=...) bounds what is on the device",
+    "fullgraph": "where the model breaks its graph, the pieces are compiled, as explain() shows",
+    "is_trainable": "a compiled model trains nothing: train with PEFT, and load what it saves",
+    "key_mapping": _HUB,
+    "low_cpu_mem_usage": "files are mapped, and LoraConfig(max_host_bytes=...) bounds host memory",
+    "revision": _HUB,
+    "torch_device": "adapters are where the model is",
+}
+
+
+def refuse_arguments(function: str, misplaced: Sequence[Any], named: Mapping[str, Any]) -> None:
+    """Raise ConfigError for arguments that `function` does not have; what is in `ARGUMENTS` and
+    asks for nothing is let pass."""
+    if misplaced:
+        raise ConfigError(
+            f"{function} takes one configuration, or the adapters, after the model; to give both: "
+            f"{function}(model, lora_config, adapters=...)"
+        )
+    for name, value in named.items():
+        if name not in ARGUMENTS:
+            near = nearest(name, ("lora_config", "adapters", "adapter_name", "mode", "options"))
+            raise ConfigError(f"{function} has no argument {name!r}{near}")
+        if value is not None and value is not False:
+            raise ConfigError(f"{function} takes no {name}={value!r}: {ARGUMENTS[name]}")
 
 
 class ActiveAdapters(tuple[str, ...]):

@@ -55,4 +55,6 @@ def _memory(session: Session) -> Memory | None:
         for tensor in tensor_leaves(value):
             role = call.roles.role(name, tensor, call.named)
             call.memory.given(tensor, held_argument(role, tensor, rows))
+    if mixed:
+        call.memory.own(program.buffers())
     return call.memory

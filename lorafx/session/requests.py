@@ -21,7 +21,7 @@ class Requests(NamedTuple):
     """Whom a call serves.
 
     Attributes:
-        names: the adapter of each request.
+        names: the adapter of each request, or one of all of them.
         tokens: (B, T) which of `names` each token uses, -1 for the base; None otherwise.
         repeats: rows of one request may follow one another (beams, returned sequences), as
             `generate` expands them.
@@ -68,6 +68,8 @@ class Requests(NamedTuple):
         given = len(names)
         if rows == given:
             return names
+        if given == 1 and not self.activated:
+            return names * rows
         if given and rows % given == 0 and (self.repeats or repeating()):
             return [name for name in names for _ in range(rows // given)]
         raise BatchError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Never
 
 from torch import nn
 
@@ -12,6 +12,7 @@ from lorafx.errors import CaptureError, ConfigError
 from lorafx.model.attachment import sessions_of_marks
 from lorafx.prepare.marking import Marked, mark
 from lorafx.serving.compiled import refuse_compiled
+from lorafx.serving.habits import refuse_arguments
 from lorafx.torch_compile.attached import session_of_weight
 from lorafx.torch_compile.attached_backend import attach_session
 
@@ -19,9 +20,10 @@ from lorafx.torch_compile.attached_backend import attach_session
 def attach(
     model: nn.Module,
     lora_config: Any = None,
-    *,
+    *misplaced: Never,
     adapters: Mapping[str, Any] | Sequence[Any] | None = None,
     options: Options | Mapping[str, Any] | None = None,
+    **elsewhere: Never,
 ) -> nn.Module:
     """Mark `model` for LoRA and return it, for people who call torch.compile themselves.
 
@@ -37,9 +39,11 @@ def attach(
         model, lora_config, adapters: as for `compile`. For a `peft.PeftModel` its base model is
             marked and returned.
         options: as for `compile`; they hold for every graph of the model.
+        *misplaced, **elsewhere: as for `compile`.
 
     It raises what `compile` raises. After an error the model's modules and hooks are as they were.
     """
+    refuse_arguments("lorafx.attach", misplaced, elsewhere)
     refuse_compiled(model)
     refuse_options(Options.of(options))
     marked = mark(model, lora_config, adapters, options)

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Final
 
 from torch import Tensor, nn
 
+from lorafx.adapter_store.handed_over import without_wrappers
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.capture.backend import Backend
 from lorafx.capture.checks import Checks
@@ -154,6 +155,10 @@ class AttachedSession(Session):
         if rows is not None and (rows > 1 or checks.begins_call):
             check = partial(checks.places.check_rows, arguments)
             self.set_rows(self.asked, rows, check, self.program.call)
+        call = self.program.call
+        if call is not None and checks.begins_call and checks.several[0]:
+            if not self.program.runtime.uniform:
+                untracked(lambda _: call.memory.own(self.program.buffers()))
         if not self.program.pack_watch.intact:
             untracked(lambda _: self.program.pack_watch.check())
 
@@ -244,7 +249,7 @@ def running_session() -> AttachedSession | None:
 
 def session_of(model: nn.Module) -> AttachedSession | None:
     """The session of a marked model, also through what torch.compile returned for it."""
-    wanted = unwrapped(model)
+    wanted = without_wrappers(unwrapped(model))
     for session in sessions():
         if session.program.model is wanted and isinstance(session, AttachedSession):
             return session

@@ -24,6 +24,7 @@ from lorafx.captured_frame import captured_self
 from lorafx.errors import CaptureError
 from lorafx.explanation import write_beside_dumps
 from lorafx.model.attachment import Attachment
+from lorafx.model.keywords import KeywordMark
 from lorafx.program.frame import Frame, wants_gradient
 from lorafx.program.program import Program
 from lorafx.program.stack import called_module
@@ -119,5 +120,7 @@ def attach_session(
     """The session of a model that has just been marked."""
     backend = AttachedBackend(program)
     backend.session = AttachedSession(program, store, backend, attachment)
+    before = program.model.register_forward_pre_hook(KeywordMark(), prepend=True, with_kwargs=True)
+    attachment.rollback.add(before.remove)
     backend.recorded = partial(write_beside_dumps, weakref.ref(backend.session))
     return backend.session

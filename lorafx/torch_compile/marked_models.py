@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, Never
 
 from torch import nn
 
@@ -19,6 +19,7 @@ from lorafx.errors import BatchError, CaptureError
 from lorafx.model.attachment import detach as remove_marks
 from lorafx.program.stack import unwrapped
 from lorafx.serving.compiled import compiled_of
+from lorafx.serving.habits import refuse_arguments
 from lorafx.session.loading import asked_name
 from lorafx.session.loading import load_adapter as load_into
 from lorafx.session.requests import checked_names
@@ -101,6 +102,7 @@ def load_adapter(
     *,
     adapter_name: str | None = None,
     strict: bool | None = None,
+    **elsewhere: Never,
 ) -> None:
     """As `CompiledModel.load_adapter`, for a marked model.
 
@@ -108,6 +110,7 @@ def load_adapter(
         ConfigError: the model is not marked.
         CheckpointError, UnsupportedAdapterError, CapacityError: nothing has changed then.
     """
+    refuse_arguments("lorafx.load_adapter", (), elsewhere)
     session = marked_session(model)
     load_into(session, source, asked_name(session, name, adapter_name), strict)
 

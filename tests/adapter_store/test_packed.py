@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from dense_merge import Case, check_mixed, error
+from dense_merge import TOLERANCE, Case, check_mixed, error
 from hand_made import factors, hand_case, merged, random_factors, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,7 +52,7 @@ def compiled(model: nn.Module, case: Case, config: Any = None, **options: Any) -
 
 def test_the_twins_compute_the_same() -> None:
     apart, packed = twins()
-    assert error(packed(**IDS)["logits"], apart(**IDS)["logits"]) <= 1e-6
+    assert error(packed(**IDS)["logits"], apart(**IDS)["logits"]) <= TOLERANCE
 
 
 def test_adapters_of_single_projections_on_a_packed_base(case: Case) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from packed_integers import AwqLinear, GptqLinear, PackedLinear
-from quantised import KINDS, small_base
+from quantised import KINDS, int8_products_saturate, small_base
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -45,6 +45,11 @@ def quantised(kind: str) -> tuple[Tensor, nn.Module]:
     return dense, model.inner.eval().requires_grad_(False)
 
 
+def multiplies_by_it(kind: str) -> bool:
+    """Whether the kernel's product is that of the weight that it holds."""
+    return kind != "torchao-int8-dynamic" or not int8_products_saturate()
+
+
 @pytest.mark.parametrize("ran", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("registered")
@@ -62,7 +67,8 @@ def test_reads_what_the_kernel_multiplies_by(kind: str, ran: bool) -> None:
     y = module(x)
     rounds = 1e-5 if KINDS[kind][1] == 1e-5 else 0.02
     want = x @ found.float().T + module.bias
-    assert (y - want).abs().max() <= rounds * want.abs().max()
+    if multiplies_by_it(kind):
+        assert (y - want).abs().max() <= rounds * want.abs().max()
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "awq"])
@@ -81,7 +87,8 @@ def test_writes_in_place_and_restores_bit_by_bit(kind: str) -> None:
     assert error == pytest.approx(measured)
     assert error <= 0.2
     want = x @ found.T + module.bias
-    assert (module(x) - want).abs().max() <= max(KINDS[kind][1], 1e-5) * want.abs().max()
+    if multiplies_by_it(kind):
+        assert (module(x) - want).abs().max() <= max(KINDS[kind][1], 1e-5) * want.abs().max()
     assert {name: p.data_ptr() for name, p in module.named_parameters()} == addresses
     kept.restore()
     assert torch.equal(lorafx.dequantize(module), read)

@@ -71,6 +71,37 @@ def test_one_request(small, lowering: str) -> None:
     assert (cm.recompiles, frames()) == (1, seen)
 
 
+def test_weights_that_are_plain_tensors(small) -> None:
+    """As `torch.func.functional_call` may put them into the model."""
+    torch.manual_seed(0)
+    case: Case = small(Net, ["up", "down"])
+    cm = case.compile(options={"lowering": "reference"})
+    inputs = batch(3)
+    check_mixed(cm, case, MIX, inputs)
+    weights = {name: 2 * weight.detach() for name, weight in cm.model.named_parameters()}
+    plain = {f"model.{name}": weight for name, weight in weights.items()}
+    given = {**inputs, "adapter_names": MIX}
+    found = torch.func.functional_call(cm, plain, (), given)["logits"]
+    check_mixed(cm, case, MIX, inputs)
+    for name, weight in cm.model.named_parameters():
+        weight.copy_(weights[name])
+    want = cm(**given)["logits"]
+    torch.testing.assert_close(found, want)
+    assert cm.recompiles == 1
+
+
+def test_labels_of_one_request(shallow: Case) -> None:
+    """Whether they are the token ids themselves, as in `labels=ids`, or others."""
+    cm = shallow.compile(options={"lowering": "reference"})
+    ids = torch.randint(0, 50, (3, 6))
+    for rows, names in ((ids, ["a0", None, "a1"]), (ids[:1], ["a0"])):
+        for labels in (rows, rows.clone()):
+            found = cm(input_ids=rows, labels=labels, adapter_names=names)
+            logits, wanted = found.logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten()
+            torch.testing.assert_close(found.loss, nn.functional.cross_entropy(logits, wanted))
+    assert cm.recompiles == 1
+
+
 def test_calls_of_the_base(small) -> None:
     """Run operator by operator, those are bit-equal."""
     torch.manual_seed(0)

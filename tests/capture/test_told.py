@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
+import time
 
 import pytest
+import torch
 from dense_merge import Case
 from tiny_models import FAMILIES
+from torch import Tensor, nn
 
+import lorafx
+from lorafx import progress
 from lorafx.capture.told import reason
 
 FEED = FAMILIES["plain"].inputs
@@ -23,10 +29,10 @@ def test_a_line_a_graph(plain: Case, caplog: pytest.LogCaptureFixture) -> None:
     found = [LINE.fullmatch(record.getMessage()) for record in caplog.records]
     told = [match.groups() for match in found if match]
     assert [item[:2] for item in told] == [
-        ("0 lora", "the first"),
+        ("0 lora", "first call"),
         ("1 base", "new: without adapters"),
     ]
-    serves = r"graph 0 lora of PlainModel serves one request, too; \d+\.\d s \(Dynamo \d+\.\d\)"
+    serves = r"graph 0 lora of PlainModel serves a batch of one, too; \d+\.\d s \(Dynamo \d+\.\d\)"
     assert re.fullmatch(serves, caplog.records[-1].getMessage())
     for record, (_, _, total, parts) in zip(cm._session.backend.records, told, strict=True):
         assert total == f"{sum(record.seconds.values()):.1f}"
@@ -46,13 +52,154 @@ def test_nothing_is_said_by_default(plain: Case, capfd: pytest.CaptureFixture[st
     assert "graph 0" not in "".join(capfd.readouterr())
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling is long from the start, and nothing has been said of it."""
+    monkeypatch.setattr(progress, "PATIENCE", 0.0)
+    monkeypatch.setattr(progress, "_warned", False)
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [item.getMessage() for item in caplog.records if item.levelno == logging.WARNING]
+
+
+def test_long_compiling_is_warned_of_once_in_a_process(
+    plain: Case, impatient: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):
+        cm = plain.compile()
+        cm(**FEED(2, 4), adapter_names=["a0", None])
+        cm(**FEED(2, 4))
+    assert cm.recompiles == 2
+    [text] = warnings(caplog)
+    for part in ("lorafx is ", " s so far", "cm.warmup()", 'setLevel("INFO")', 'setLevel("ERROR")'):
+        assert part in text
+    assert "\n" not in text
+
+
+def test_the_warning_comes_while_it_compiles_and_says_what(
+    plain: Case, impatient: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    cm = plain.compile(options={"passes": {"wait": lorafx.After("captured", _until_warned)}})
+    cm(**FEED(2, 4), adapter_names=["a0", None])
+    what = "(compiling the forward of PlainModel|compiling graph 0 lora of PlainModel, first call)"
+    assert re.match(rf"lorafx is {what}: \d+ s so far", warnings(caplog)[0])
+
+
+def _until_warned(gm: object, ctx: object) -> int:
+    end = time.monotonic() + 60
+    while not progress._warned:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return 0
+
+
+@pytest.mark.parametrize("level", [logging.INFO, logging.ERROR])
+def test_no_warning_where_each_graph_is_said_or_nothing_wanted(
+    plain: Case, impatient: None, caplog: pytest.LogCaptureFixture, level: int
+) -> None:
+    with caplog.at_level(level, logger="lorafx"):
+        plain.compile()(**FEED(2, 4), adapter_names=["a0", None])
+    assert warnings(caplog) == []
+
+
+def test_a_terminal_has_a_line_instead(
+    plain: Case,
+    impatient: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With all the time that the capture took, tracing included."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(progress, "_TICK", 1e6)
+    cm = plain.compile()
+    capsys.readouterr()  # reading of adapters
+    cm(**FEED(2, 4), adapter_names=["a0", None])
+    shown = capsys.readouterr().err
+    assert re.fullmatch(
+        r"lorafx: compiling graph 0 lora of PlainModel, first call \.\.\. \d s"
+        r"\rlorafx: compiling graph 0 lora of PlainModel, first call: (\d+\.\d) s *\n",
+        shown,
+    )
+    seconds = float(shown.rpartition(": ")[2].rpartition(" s")[0])
+    assert seconds >= sum(cm._session.backend.records[0].seconds.values()) - 0.1
+    assert warnings(caplog) == []
+
+
+def test_no_line_of_a_graph_that_needs_no_compiling(
+    plain: Case, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unless it takes long."""
+    cm = plain.compile()
+    cm(**FEED(2, 4), adapter_names=["a0", None])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(progress, "_TICK", 1e6)
+    cm(**FEED(1, 4), adapter_names=["a0"])
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(progress, "_TICK", 0.01)
+    torch.compiler.reset()
+    cm(**FEED(1, 4), adapter_names=["a0"])
+    shown = capsys.readouterr().err
+    assert shown.startswith("lorafx: compiling the forward of PlainModel ... ")
+
+
+def test_a_graph_that_must_be_new_says_why(shallow: Case) -> None:
+    """A loss is another computation; so are a tuple, and a mask of another dtype."""
+    cm = shallow.compile(options={"lowering": "reference"})
+    ids, names = FAMILIES["llama"].inputs(2, 4)["input_ids"], ["a0", None]
+    for more, why in (
+        ({}, "first call"),
+        ({"labels": ids}, "new: labels given"),
+        ({"use_cache": False}, "new: use_cache=False"),
+        ({"attention_mask": torch.ones_like(ids)}, "new: attention_mask given"),
+        ({"attention_mask": torch.ones(2, 4, dtype=torch.int32)}, "new: 2-d int32 attention_mask"),
+        ({"attention_mask": torch.ones(2, 1, 4, 4, dtype=torch.bool)}, "new: 4-d bool"),
+    ):
+        cm(input_ids=ids, adapter_names=names, **more)
+        assert cm.explain().graphs[-1].reason.startswith(why)
+
+
+def test_what_nothing_else_tells_names_the_guard(small) -> None:
+    case: Case = small(Scaled, ["up"])
+    cm = case.compile(options={"lowering": "reference"})
+    inputs = {"x": torch.ones(2, 3, 6)}
+    cm(**inputs, adapter_names=["a", None])
+    cm.model.scale = 3
+    cm(**inputs, adapter_names=["a", None])
+    reason = cm.explain().graphs[-1].reason
+    assert re.fullmatch(r"new: the guard .*scale.* == 2 failed", reason)
+
+
+class Scaled(nn.Module):
+    """Reads a number that Dynamo guards on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.scale = nn.Linear(6, 6), 2
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.up(x) * self.scale}
+
+
 @pytest.mark.quick
 def test_reasons_name_what_the_nearest_earlier_call_had_not() -> None:
-    first = {"requests": "one request", "tokens": "one token each", "mask": "mask of 2 dimensions"}
+    first = {
+        "requests": "a batch of one",
+        "tokens": "one token each",
+        "mask": "mask of 2 dimensions",
+    }
     second = {"requests": "several requests", "tokens": "one token each"}
-    assert reason(first, []) == "the first"
+    assert reason(first, []) == "first call"
     assert reason(second, [first]) == "new: several requests, no mask"
     assert reason({**first, "tokens": "several tokens each"}, [second, first]) == (
         "new: several tokens each"
     )
-    assert "recompiles" in reason(dict(first), [second, first])
+    assert "guard" in reason(dict(first), [second, first])
+    # Of equally near ones, one that has the same arguments.
+    masked = {**first, "mask": "2-d int64 mask"}
+    narrow = {**first, "mask": "2-d int32 mask"}
+    assert reason(narrow, [{"requests": "a batch of one", "tokens": "one token each"}, masked]) == (
+        "new: 2-d int32 mask"
+    )
+    assert reason(masked, [second]) == "new: a batch of one, mask given"

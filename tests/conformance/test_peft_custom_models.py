@@ -282,6 +282,28 @@ def test_a_case_beside_others(name: str, model: str, served: Callable[[str], Ser
     oracle.assert_close(case.cm(x[:1], adapter_names=[name]), [want[:1]])
 
 
+ALONE = [case for case in SERVED if "lin0" not in case[2].get("target_modules", ())]
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "config"),
+    [case for case in ALONE if case[1].startswith("Conv")],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_convolution_without_max_rank(
+    name: str, model: str, config: dict[str, Any], tmp_path: Path
+) -> None:
+    """Nothing but the adapter's own file says its rank."""
+    torch.manual_seed(0)
+    base = MODELS[model]().eval().requires_grad_(False)
+    folders = {name: save(base, tmp_path / "saved", 1, config)}
+    options = {"lowering": "reference"}
+    cm = lorafx.compile(copy.deepcopy(base), adapters=folders, options=options)
+    case, x = Served(base, folders, cm), torch.randn(11, *SIZES[model])
+    names = [name, None] * 5 + [name]
+    oracle.assert_close(cm(x, adapter_names=names), [case.expected(names, x)])
+
+
 @pytest.mark.parametrize(("config", "field"), [case[1:] for case in REFUSED])
 def test_what_is_refused(config: dict[str, Any], field: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from lorafx.pass_order import GRAPH_PASSES, MODEL_PASSES
+from lorafx.reports.glossary import WORDS
+
 pytestmark = pytest.mark.quick
 
 ROOT = Path(__file__).parents[2]
@@ -31,3 +34,43 @@ def test_every_file_that_is_named_exists(page: str) -> None:
     assert len(named) > 20
     lost = {name for name in named if not any(path.endswith(f"/{name}") for path in there)}
     assert not lost
+
+
+MODEL = [item.name for item in MODEL_PASSES]
+GRAPH = [item.name for item in GRAPH_PASSES]
+
+
+def section(page: str, start: str, end: str) -> str:
+    text = (ROOT / page).read_text()
+    assert text.count(start) == 1
+    return text.partition(start)[2].partition(end)[0]
+
+
+def test_readme_has_the_passes_in_their_order() -> None:
+    listed = section("README.md", "    model   ", "\n\n")
+    model, graph = (line.split(" → ") for line in listed.split("\n    graph   "))
+    assert (model, graph) == (MODEL, ["capture", *GRAPH])
+
+
+def test_readme_says_which_passes_can_be_switched_off() -> None:
+    said = re.findall(
+        r"`(\w+)`", section("README.md", "From then on the graph is right: ", " only ")
+    )
+    proved = GRAPH.index("attend")  # what stands before makes the graph right
+    optional = [item.name for item in GRAPH_PASSES[proved:] if not item.required]
+    assert said == optional
+
+
+def test_architecture_has_the_passes_in_their_order() -> None:
+    listed = section("docs/architecture.md", "model ─▶ ", " ─▶ executable")
+    model, graph = (part.split(" ▶ ") for part in listed.split(" ─▶ capture ─▶ "))
+    assert (model, graph) == (MODEL, GRAPH)
+    rows = section("docs/architecture.md", "## On the graph", "\n## ")
+    assert re.findall(r"^\| (\w+) \|", rows, re.M)[1:] == GRAPH
+
+
+def test_words_of_reports_mean_what_architecture_says() -> None:
+    rows = section("docs/architecture.md", "## Words", "\n## ")
+    told = dict(re.findall(r"^\| ([\w ]+) \| (.+) \|$", rows, re.M))
+    assert len(told.keys() & WORDS.keys()) > 5
+    assert all(WORDS[word] == told[word] for word in told.keys() & WORDS.keys())

@@ -27,6 +27,9 @@ from sybil.parsers.markdown import CodeBlockParser, SkipParser
 
 from lorafx import Options
 
+#: Nobody is to learn that from our own examples.
+pytestmark = pytest.mark.filterwarnings("error:.* is in training mode:lorafx.LorafxWarning")
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 #: Has a test of its own: it makes its models itself, and compiles them as its reader does.

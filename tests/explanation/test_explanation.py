@@ -123,6 +123,13 @@ def test_all_forms_say_the_same(family: str, looked: Any) -> None:
     assert lines[1].strip() == report.summary[0]
 
 
+def test_the_glossary_is_shown_on_request_only(looked: Any) -> None:
+    report = looked("llama").cm.explain()
+    lines = report.glossary().splitlines()
+    assert "bank      the factors of all slots of one group, on the device" in lines
+    assert not any(line in str(report) for line in lines)
+
+
 def test_numbers_that_json_does_not_have(plain: Case, tmp_path: Path) -> None:
     """Factors of 1e18 have a ΔW of 1e36, which float32 holds, and its square does not; the norm of
     those of 1e30 is over all that a float32 of ΔW could hold."""

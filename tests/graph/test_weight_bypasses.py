@@ -276,7 +276,7 @@ def test_transformer_encoder_layers_take_no_fast_path_past_lora(tmp_path, path):
     # the base model off that path; on it, the base's own numbers differ in the last place.
     with torch.no_grad():
         base = cm(**inputs)["logits"]
-        assert error(base, case.base(**inputs)["logits"]) <= 1e-6
+        assert error(base, case.base(**inputs)["logits"]) <= 1e-5
         torch.backends.mha.set_fastpath_enabled(False)
         try:
             assert torch.equal(base, case.base(**inputs)["logits"])

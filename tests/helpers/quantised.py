@@ -8,6 +8,7 @@ dequantised weights.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,14 @@ def torchao(config: str, **settings: Any) -> Callable[[nn.Module], None]:
         )
 
     return quantise
+
+
+@functools.cache
+def int8_products_saturate() -> bool:
+    """Whether torch adds pairs of products of int8 in 16 bits, as it does on a CPU without VNNI:
+    then the kernel of "torchao-int8-dynamic" gives something else than its weights do."""
+    most = torch.full((64, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(most, most) != 64 * 127 * 127).any())
 
 
 def replaced(make: Callable[[nn.Linear], nn.Module]) -> Callable[[nn.Module], None]:

@@ -115,7 +115,7 @@ def free_port() -> int:
 def events(text: str) -> list[dict[str, Any]]:
     """The events of a stream."""
     lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line.strip()]
-    return [json.loads(line) for line in lines]
+    return [json.loads(line) for line in lines if line != "[DONE]"]
 
 
 def said(path: str, text: str) -> str:

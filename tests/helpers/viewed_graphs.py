@@ -56,7 +56,7 @@ def by_hand() -> GraphView:
     )
     spans = [Span("Dynamo", 8.0, 9.5), Span("passes", 9.9, 10.6), Span("AOTAutograd", 9.5, 10.75)]
     sources = {"kernel.py": HOSTILE}
-    return GraphView("graph 0 lora", "the first", [first, last], spans, sources=sources)
+    return GraphView("graph 0 lora", "first call", [first, last], spans, sources=sources)
 
 
 def deep(layers: int, nodes: int) -> GraphView:
@@ -68,7 +68,7 @@ def deep(layers: int, nodes: int) -> GraphView:
             last, before = f"add_{layer}_{number}", last
             found.append(node(last, "call_function", before, first, path=f"layers.{layer}.up"))
     return GraphView(
-        "graph 0", "the first", [StageView("captured", None, 0.0, 1.0, (("", (*found,)),))]
+        "graph 0", "first call", [StageView("captured", None, 0.0, 1.0, (("", (*found,)),))]
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from dense_merge import Case, build_case, check_mixed
+from dense_merge import TOLERANCE, Case, build_case, check_mixed, error
 from tiny_models import FAMILIES, Family, token_inputs
 
 from lorafx.capture.record import GraphRecord
@@ -204,7 +204,7 @@ def test_inductor_compiles_the_body_once(deep):
     check_mixed(cm, deep, NAMES, inputs)
     assert len(repeats(cm)[0]) == LAYERS
     got, want = (each(**inputs, adapter_names=NAMES).logits for each in (cm, off))
-    assert (got - want).abs().max() <= 1e-6 * want.abs().max()
+    assert error(got, want) <= TOLERANCE
     captured = cm.recompiles
     check_mixed(cm, deep, NAMES[1:], token_inputs(3, 9))
     assert cm.recompiles == captured

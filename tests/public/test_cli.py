@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import lorafx
+from lorafx.adapter_store.inspecting import inspected
 from lorafx.cli import main
 
 pytestmark = pytest.mark.quick
@@ -56,8 +59,32 @@ def test_explain_predicts_for_a_dtype_and_a_chip(run) -> None:
     assert all(item["modelled"] > 1 for item in report["totals"]["overheads"])
     said = json.loads(run("explain", model, "--device", "abacus", "--json", code=1))
     assert "give one of cpu, cuda, A100" in said["message"]
+    said = json.loads(run("explain", model, "--on", "h10", "--json", code=1))
+    assert "nearest: h100" in said["message"]
+
+    def modelled(chip: str) -> tuple[str, float | None]:
+        asked = ("--dtype", "bfloat16", "--on", chip, "--rows", "4096", "--json")
+        report = json.loads(run("explain", model, *asked))["report"]
+        return report["device"], report["totals"]["overheads"][0]["modelled"]
+
+    assert modelled("cpu") == ("cpu", None)
+    found = dict(map(modelled, ("h100", "H200", "mi300x")))
+    assert list(found) == ["H100", "H200", "MI300X"]
+    assert len({*found.values()}) == 3
     said = json.loads(run("explain", model, "--dtype", "nothing", "--json", code=1))
     assert "no dtype of this name" in said["message"]
+
+
+def test_explain_has_its_glossary_on_request_only(run) -> None:
+    asked = ("explain", str(EXAMPLES / "demo_model"))
+    meaning = "  bank      the factors of all slots of one group, on the device"
+    plain, glossed = run(*asked), run(*asked, "--glossary")
+    assert meaning not in plain
+    assert glossed.startswith(plain)
+    words = glossed.removeprefix(plain).splitlines()
+    assert words[0] == "words"
+    assert meaning in words
+    assert not any(line.startswith("  pinned") for line in words)  # which the report does not say
 
 
 def test_explain_tells_the_memory_of_slots_that_are_smaller_than_the_largest_rank(run) -> None:
@@ -84,6 +111,47 @@ def test_an_absent_adapter_is_one_line_and_a_failure(run, monkeypatch, tmp_path:
     said = json.loads(run("inspect", absent, "--json", code=1))
     assert said["error"] == "CheckpointError"
     assert absent in said["message"]
+
+
+@pytest.mark.parametrize(
+    ("name", "way_out"),
+    [
+        ("nope", "no such model in the hub's local cache; the hub cannot be asked"),
+        ("owner/nope", "no such model in the hub's local cache; the hub cannot be asked"),
+        ("a/b/nope", "name a model's folder, or a model of the hub"),
+        ("./nope", "name a model's folder"),
+    ],
+)
+def test_an_absent_model_is_said_at_once(run, monkeypatch, name: str, way_out: str) -> None:
+    """transformers would try again for half a minute where nobody answers."""
+
+    def wait(seconds: float) -> None:
+        raise AssertionError(f"waits {seconds} s for the hub")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", wait)
+    with socket.socket() as taken:  # which does not listen: connections are refused
+        taken.bind(("127.0.0.1", 0))
+        hub = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub)
+        for command in (["explain", name], ["why", name, "q_proj"], ["merge", name, "a", "out"]):
+            said = json.loads(run(*command, "--json", code=1))
+            assert said["error"] == "ConfigError"
+            assert said["message"].startswith(
+                f"{name} cannot be loaded: there is no folder of that"
+            )
+            assert way_out in said["message"]
+
+
+def test_an_absent_adapter_is_not_told_to_be_a_string(run, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = json.loads(run("inspect", "nope", "--json", code=1))
+    assert said["message"] == (
+        "adapter folder nope does not exist; name a folder or a file, or an adapter on the hub "
+        '("owner/name")'
+    )
+    with pytest.raises(lorafx.CheckpointError, match="give the name as a string"):
+        inspected(Path("owner/nope"))
 
 
 def test_help_the_version_and_wrong_usage(run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,7 +192,12 @@ def test_explain_answers_whether_adapters_fit(run, tmp_path: Path) -> None:
     assert [fit["fits"] for fit in found["adapters"]] == [False, True]
     assert "128" in found["adapters"][0]["problem"]
     assert found["report"]["totals"]["sites"] == 6
-    run("explain", model, "--adapter", adapters / "reverse", "--max-rank", "4", code=1)
+    said = run("explain", model, "--adapter", adapters / "reverse", "--max-rank", "4", code=1)
+    assert "give --max-rank 16" in said
+    said = run("explain", model, "--adapter", adapters / "reverse", "--target", "q_proj", code=1)
+    assert "add it to --target" in said
+    said = json.loads(run("explain", model, "--max-adapters", "0", "--json", code=1))
+    assert said["message"] == "--max-adapters must be a positive integer, got 0"
 
 
 def test_inspect_says_the_dialect_the_size_and_the_features(run, tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +156,16 @@ def test_models_of_diffusers(run, unet: tuple[Path, Path, Path], tmp_path: Path)
     assert "language models" in run("bench", model, "--adapters", peft, code=1)["message"]
 
 
-def test_bench_measures_all_arms_in_one_run(run) -> None:
+class Terminal(io.StringIO):
+    """What is shown on one."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_bench_measures_all_arms_in_one_run(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
     tiny = ("--batch", 3, "--length", 4, "--blocks", 2, "--seconds", 0.001)
     adapters = ("--adapters", ADAPTERS / "upper", "--adapters", ADAPTERS / "copy")
     said = run("bench", MODEL, *adapters, *tiny, "--lowering", "reference")
@@ -168,6 +180,15 @@ def test_bench_measures_all_arms_in_one_run(run) -> None:
     assert all(0 < arm["low"] <= arm["ratio"] <= arm["high"] for arm in case["arms"])
     assert case["difference"] <= 1e-5
     assert said["adapters"] == "upper, copy"
+    for phase in (
+        f"loading {MODEL}",
+        "adding 2 adapters",
+        "adding 2 adapters by PEFT",
+        "3 requests of 4 tokens: first calls, which compile, 1 of 5: base",
+        "3 requests of 4 tokens: first calls, which compile, 4 of 5: lorafx, 2 adapters",
+        "3 requests of 4 tokens: measuring 2 blocks, for at least 0 s",
+    ):
+        assert re.search(f"lorafx: {re.escape(phase)}: [0-9.]+ s", terminal.getvalue()), phase
     said = run("bench", MODEL, *adapters, "--batch", 0, code=1)
     assert "must be positive" in said["message"]
 

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+#: Nobody is to learn that from our own examples.
+pytestmark = pytest.mark.filterwarnings("error:.* is in training mode:lorafx.LorafxWarning")
+
 ROOT = Path(__file__).resolve().parents[2]
 ANSWERS = {
     "base": "8",

@@ -41,7 +41,7 @@ def test_models(server):
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/responses"])
 @pytest.mark.parametrize(
-    "name", ["tiny:a9", "a1", "tini", "tiny:__base__", "tiny:", "tiny:a1.gguf"]
+    "name", ["tiny:a9", "a9", "a1", "tini", "tiny:__base__", "tiny:", "tiny:a1.gguf"]
 )
 def test_unknown_names_are_404_and_name_the_nearest(server, path, name):
     answer = post(server, path, model=name, **question(path, "w9", 2))
@@ -50,7 +50,7 @@ def test_unknown_names_are_404_and_name_the_nearest(server, path, name):
     assert error["code"] == "model_not_found"
     assert repr(name) in error["message"]
     assert "tiny" in error["message"]
-    if name == "tiny:a9":
+    if name in ("tiny:a9", "a9", "a1"):
         assert "nearest: tiny:a" in error["message"]
 
 
@@ -117,10 +117,33 @@ def test_bodies_and_prompts_that_are_none(server):
             return await client.post(CHAT, content=b"not json")
 
     assert "JSON" in asyncio.run(ask()).json()["error"]["message"]
+
     answer = post(server, "/v1/completions", model="tiny", prompt=["w9"])
     assert answer.status_code == 400
     assert "string" in answer.json()["error"]["message"]
     assert post(server, "/v1/completions", model="tiny").status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (b'{"model": ', "Expecting value, at character 10"),
+        (b"[1]", "it is [1]"),
+        (b"", "it is empty"),
+        (b"null", "it is empty"),
+    ],
+)
+@pytest.mark.parametrize("path", [CHAT, "/v1/load_lora_adapter"])
+def test_a_body_that_is_no_object_says_nothing_of_the_servers_files(server, path, content, word):
+    async def ask():
+        async with client_of(server) as client:
+            headers = {"content-type": "application/json"}
+            return await client.post(path, content=content, headers=headers)
+
+    answer = asyncio.run(ask())
+    assert answer.status_code == 400
+    message = answer.json()["error"]["message"]
+    assert message == f"the body is not a JSON object: {word}"
 
 
 @pytest.mark.parametrize("path", ["/reset", "/load_model", "/v1/systemone"])

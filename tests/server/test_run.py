@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -42,6 +43,7 @@ def test_a_signal_lets_streams_end(files, monkeypatch, capfd):
     arguments += ["--temperature", "1", "--slot-rank", "4", "--max-host-bytes", "1000000"]
     monkeypatch.setattr("sys.argv", ["lorafx", *arguments, *OPTIONS])
     monkeypatch.setenv("LORAFX_API_KEY", "s3cret")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     key = {"Authorization": "Bearer s3cret"}
     process = os.getpid()
     came = threading.Barrier(2)
@@ -91,7 +93,14 @@ def test_a_signal_lets_streams_end(files, monkeypatch, capfd):
     ids = files.tokenizer("w9 w12")["input_ids"]
     assert said(path, text).strip() == files.text("a1", ids, 40)
     assert signal.getsignal(signal.SIGTERM) is before
-    assert f"serving 'tiny' and 5 adapters on {url}/v1" in capfd.readouterr().out
+    shown = capfd.readouterr()
+    assert re.search(f"serving 'tiny' and 5 adapters on {url}/v1, ready after [0-9.]+ s", shown.out)
+    phases = (
+        *("importing torch and the server", "loading tiny", "adding 5 adapters"),
+        "compiling the engine's steps, ahead of requests",
+    )
+    for phase in phases:
+        assert re.search(f"lorafx: {phase}: [0-9.]+ s", shown.err), phase
 
 
 @pytest.mark.quick
@@ -100,6 +109,8 @@ def test_a_signal_lets_streams_end(files, monkeypatch, capfd):
     [
         ({"model": "{tmp}/absent"}, "no folder"),
         ({"model": "{tmp}"}, "config.json"),
+        ({"model": "a/b/c"}, "no folder of that name; name"),
+        ({"model": "nope"}, "no folder of that name, and no such model in the hub's local cache"),
         ({"adapters": "{tmp}/absent"}, "not a folder"),
         ({"adapters": "{tmp}/none"}, "no adapter to serve"),
         ({"adapters": "{tmp}/broken"}, "adapter_config.json"),
@@ -141,6 +152,14 @@ def test_a_folder_may_be_one_adapter_or_hold_other_things(files, tmp_path):
     (tmp_path / "notes").mkdir()
     with pytest.warns(LorafxWarning, match="notes"):
         assert list(Settings(str(files.model), tmp_path).found) == ["a3"]
+
+
+@pytest.mark.quick
+def test_the_command_names_its_own_options(files, monkeypatch):
+    asked = ["lorafx", "serve", str(files.model), "--adapters", str(files.adapters)]
+    monkeypatch.setattr("sys.argv", [*asked, "--lowering", "refrence"])
+    with pytest.raises(SystemExit, match=r"^lorafx: --lowering must be one of auto, "):
+        main()
 
 
 @pytest.mark.quick

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from served import client_of, question
 
+from lorafx import CheckpointError, LoraConfig
+from lorafx.adapter_store.peft_reader import read_adapter
+from lorafx.prepare.marking import build_sites
 from lorafx.server.app import build_app
+from lorafx.server.errors import message_of
 from lorafx.server.served_model import ServedModel
 
 PATH = "/v1/completions"
@@ -38,9 +45,15 @@ def loader(files, server, root):
 
 
 def ask(server, *requests):
+    """ASCII, in which a request may hold half of a surrogate pair."""
+
     async def all_of_them():
+        headers = {"content-type": "application/json"}
         async with client_of(server) as client:
-            return [await client.post(path, json=body) for path, body in requests]
+            return [
+                await client.post(path, content=json.dumps(body), headers=headers)
+                for path, body in requests
+            ]
 
     return asyncio.run(all_of_them())
 
@@ -101,6 +114,62 @@ def test_nothing_outside_the_folder_is_read(files, loader, root, monkeypatch):
     assert loader.compiled.adapters == BEFORE
 
 
+@pytest.mark.parametrize("name", ["a/b:c", "tiny:a0", "a b", "é"])
+def test_any_name_that_can_be_printed_is_served(files, loader, name):
+    ids = files.tokenizer("w9 w12")["input_ids"]
+    loaded, answer, bare, gone = ask(
+        loader,
+        loading(name, "inside"),
+        asking(f"tiny:{name}"),
+        asking(f"x:{name}"),
+        unloading(name),
+    )
+    assert (loaded.status_code, gone.status_code) == (200, 200)
+    assert answer.json()["choices"][0]["text"].strip() == files.text("a1", ids, 5)
+    assert f"nearest: tiny:{name};" in bare.json()["error"]["message"]
+
+
+def test_what_an_adapter_needs_is_said_in_options(files, loader, root):
+    """The library's errors name fields of LoraConfig."""
+    config = json.loads((root / "inside" / "adapter_config.json").read_text())
+    weights = load_file(root / "inside" / "adapter_model.safetensors")
+    stacked = {
+        key: torch.cat([tensor] * 9, 0 if "lora_A" in key else 1).contiguous()
+        for key, tensor in weights.items()
+    }
+    rank = config["r"] * 9
+    dora = {
+        key.replace("lora_B.weight", "lora_magnitude_vector"): torch.ones(len(tensor))
+        for key, tensor in weights.items()
+        if "lora_B" in key
+    }
+    cases = {
+        "wide": (stacked, {"r": rank}, f"start lorafx serve with --max-rank {rank}"),
+        "dora": (weights | dora, {"use_dora": True}, "with this adapter among --adapters"),
+    }
+    for name, (tensors, changes, way_out) in cases.items():
+        folder = root / name
+        folder.mkdir()
+        save_file(tensors, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+        (answer,) = ask(loader, loading("new", name))
+        assert answer.status_code == 400
+        message = answer.json()["error"]["message"]
+        assert way_out in message, message
+        assert "compile" not in message
+        assert "LoraConfig" not in message
+
+
+def test_modules_that_are_not_selected_are_said_in_options(files):
+    config = LoraConfig(["k_proj"])
+    _, sites = build_sites(files.case.base, config)
+    with pytest.raises(CheckpointError, match="when compiling") as refused:
+        read_adapter(files.adapters / "a0", "a0", sites, model=files.case.base, lora_config=config)
+    message = message_of(refused.value)
+    assert "add it to --target when lorafx serve starts" in message
+    assert "compiling" not in message
+
+
 @pytest.mark.parametrize(
     ("body", "status", "word"),
     [
@@ -108,6 +177,8 @@ def test_nothing_outside_the_folder_is_read(files, loader, root, monkeypatch):
         ({"lora_name": "new", "lora_path": "empty"}, 400, "adapter_config.json"),
         ({"lora_name": "__base__", "lora_path": "inside"}, 400, "base"),
         ({"lora_name": "", "lora_path": "inside"}, 400, "lora_name"),
+        ({"lora_name": "a\nb", "lora_path": "inside"}, 400, "cannot be printed"),
+        ({"lora_name": "\ud800", "lora_path": "inside"}, 400, "cannot be printed"),
         ({"lora_name": "new"}, 400, "lora_path"),
         ({"lora_name": "new", "lora_path": "a\0b"}, 400, "lora_path"),
     ],

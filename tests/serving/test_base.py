@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from dense_merge import check_mixed, error
+from dense_merge import TOLERANCE, check_mixed, error
 from oracle import Oracle
 from tiny_models import FAMILIES, token_inputs
 from torch import nn
@@ -64,14 +64,13 @@ def test_an_adapter_that_was_active_leaves_nothing_behind(plain):
 
 
 def test_base_rows_of_a_mixed_batch(plain):
-    """Bit-equal under the reference lowering: packing changes no row's sums there beyond the GEMM,
-    so the bound is that of the GEMM's own blocking, a few units in the last place."""
+    """Another graph than the base's, with products of other shapes: equal up to rounding."""
     torch.manual_seed(0)
     cm, inputs = plain.compile(), FAMILIES["plain"].inputs(4, 5)
     with torch.no_grad():
         want = plain.base(**inputs)["logits"]
     got = cm(**inputs, adapter_names=["a1", None, "a3", None])["logits"]
-    assert error(got[[1, 3]], want[[1, 3]]) <= 1e-6
+    assert error(got[[1, 3]], want[[1, 3]]) <= TOLERANCE
     assert error(got[[0, 2]], want[[0, 2]]) > 1e-3
 
 
@@ -92,7 +91,7 @@ def test_a_row_does_not_depend_on_its_neighbours_adapters(plain, lowering):
         if lowering == "inductor":
             assert torch.equal(row, one[0])
         else:
-            assert error(row, one[0]) <= 1e-6
+            assert error(row, one[0]) <= TOLERANCE
 
 
 # Files, names, classes

@@ -177,7 +177,7 @@ def test_a_call_inside_of_a_call_leaves_its_batch(encoder):
         lambda cm: cm.first(X),
         lambda cm: cm.model(X),
         lambda cm: cm.model.encode(X),
-        lambda cm: cm.get_submodule("model.first")(X),
+        lambda cm: cm.get_submodule("first")(X),
     ],
 )
 def test_parts_by_themselves_are_the_base_s_or_raise(encoder, use):

@@ -270,7 +270,7 @@ class Served(RuleBasedStateMachine):
     def write_past_lorafx(self, seed: int, how: str) -> None:
         state = self.written(seed)
         if how == "load_state_dict":
-            self.cm.load_state_dict({f"model.{key}": own for key, own in state.items()})
+            self.cm.load_state_dict(state)
             return
         if how == "assign":
             self.model.load_state_dict(state, assign=True)

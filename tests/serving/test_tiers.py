@@ -192,7 +192,7 @@ def test_sums_are_made_of_what_is_read(case, inputs):
     wide = lorafx.compile(case.model(), case.folders, options=REFERENCE)
     for names in (["a0", None], [{"a1": 0.5, "a4": 2.0}, "a2"], [{"a4": 2.0, "a1": 0.5}, "a0"]):
         got, want = (model(**inputs, adapter_names=names)["logits"] for model in (cm, wide))
-        assert torch.equal(got, want)
+        assert error(got, want) <= TOLERANCE
     assert in_memory(cm) == []
     cm(**inputs, adapter_names=["a2", "a0"])
     assert cm.memory()["host"] == 0  # sums go too

@@ -258,7 +258,7 @@ def test_progress_is_shown_on_a_terminal_only(
     shown = capsys.readouterr().err
     assert "warm-up 1 of 3: forward, 2 requests, no adapter" in shown
     assert "warm-up 3 of 3: forward, 2 requests, a mix: " in shown
-    assert "compiling graph 0 base, the first: " in shown
+    assert "compiling graph 0 base of Embedded, first call: " in shown
 
 
 # --- what cannot be done ---

@@ -77,21 +77,20 @@ def test_blocks(plain):
     torch.manual_seed(0)
     model, inputs = attached(plain), feed(2, 4)
     call = compiled(model, dynamic=False)
-    want = {name: plain.expected([name] * 2, inputs) for name in ("a0", "a1", None)}
+    want = {name: plain.expected([name] * 2, inputs) for name in ("a0", "a1")}
     with torch.no_grad(), lorafx.adapters(model, "a0"):
         assert error(call(**inputs)["logits"], want["a0"]) <= 1e-5
         with lorafx.adapters(call, ["a1", "a1"]):
             assert error(call(**inputs)["logits"], want["a1"]) <= 1e-5
             with lorafx.adapters(model, None):
-                assert torch.equal(call(**inputs)["logits"], want[None])
+                check_base(call, plain, inputs)
         with pytest.raises(RuntimeError, match="of the caller"), lorafx.adapters(model, "a1"):
             raise RuntimeError("of the caller")
         with pytest.raises(UnknownAdapterError, match="no adapter named 'a9'; nearest: a"):
             lorafx.adapters(model, ["a1", "a9"]).__enter__()
         assert error(call(**inputs)["logits"], want["a0"]) <= 1e-5
     check_base(call, plain, inputs)
-    with torch.no_grad():
-        assert torch.equal(model(**inputs)["logits"], want[None])
+    check_base(model, plain, inputs)
 
 
 def test_more_adapters_than_slots_in_nested_blocks(plain):
@@ -206,7 +205,7 @@ def test_adapters_come_and_go(plain, tmp_path):
     lorafx.load_adapter(model, folder, "new")
     got, base = served(call, model, ["new", None], inputs), plain.expected([None] * 2, inputs)
     assert error(got[:1], base[:1]) > 1e-3
-    assert torch.equal(got[1:], base[1:])
+    assert error(got[1:], base[1:]) <= 1e-5
     with pytest.raises(CheckpointError, match="adapter_config"):
         lorafx.load_adapter(model, tmp_path, "none")
     with pytest.raises(BatchError, match="'new' is being served"), lorafx.adapters(call, "new"):

@@ -66,6 +66,40 @@ def test_a_click_on_a_node_says_what_it_is(window: Browser, page: Path) -> None:
     assert window.run("return document.getElementById('details').hidden")
 
 
+def test_it_opens_on_a_site(window: Browser, page: Path) -> None:
+    """Of the last stage, where layers are outlined, and of any other; a node that the address
+    names comes first."""
+    seen = (
+        "viewer.scene.draw(); const { x, y } = viewer.scene.camera.at("
+        "viewer.scene.camera.width / 2, viewer.scene.camera.height / 2);"
+        "const entry = viewer.stage.entries.find((each) => {"
+        "  const box = viewer.scene.home.has(each) && viewer.scene.placeOf(each);"
+        "  return box && box.x <= x && x <= box.x + box.width && box.y <= y"
+        "    && y <= box.y + box.height; });"
+        "return entry && [entry.node.name, entry.node.target, entry.sites.map((s) => s.path)]"
+    )
+    for fragment in ("", "#graph=0&stage=rescale&tab=graph"):
+        window.open(page, fragment)
+        name, target, paths = window.run(seen)
+        assert paths, name
+        assert "torch.ops.lorafx" in target
+        assert window.run("return document.getElementById('details').hidden")
+    window.open(page, "#graph=0&stage=rescale&node=0/" + name)
+    assert window.run("return viewer.selected.node.name") == name
+
+
+def test_a_graph_says_in_words_why_there_is_one(
+    window: Browser, shallow: Case, tmp_path: Path
+) -> None:
+    cm = shallow.compile(options={"lowering": "reference"})
+    ids = FAMILIES["llama"].inputs(2, 4)["input_ids"]
+    for more in ({}, {"labels": ids}):
+        cm(input_ids=ids, adapter_names=["a0", None], **more)
+    window.open(cm.dump(tmp_path) / "index.html")
+    titles = window.run("return [...document.getElementById('graph').options].map((e) => e.text)")
+    assert titles == ["graph 0 lora: first call", "graph 1 lora: new: labels given"]
+
+
 def test_filters_and_search(window: Browser, page: Path) -> None:
     window.open(page, "#graph=0&stage=fuse&tab=nodes")
     everything = window.run("return viewer.found.length")

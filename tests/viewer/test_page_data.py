@@ -21,7 +21,7 @@ def written(folder: Path, model: str = "Model") -> Path:
 
 def test_stages_are_whole_and_nodes_written_once(tmp_path: Path) -> None:
     about, (graph,) = page_data(written(tmp_path))
-    assert about["graphs"] == ["graph 0 lora: the first"]
+    assert about["graphs"] == ["graph 0 lora: first call"]
     view = by_hand()
     for index, stage in enumerate(view.stages):
         for (name, nodes), (want, views) in zip(

@@ -24,7 +24,7 @@ from lorafx.adapter_store.dialects.conversion import Converted, converted, peft_
 from lorafx.adapter_store.dialects.dialect import Dialect, Translation, number
 from lorafx.adapter_store.opening import json_object
 from lorafx.adapter_store.peft_config import PeftConfig
-from lorafx.adapter_store.peft_keys import parse
+from lorafx.adapter_store.peft_keys import factor_sizes, parse
 from lorafx.adapter_store.saved import AdapterState, Saved
 from lorafx.errors import CheckpointError
 
@@ -96,13 +96,10 @@ class Diffusers(Dialect):
                 )
         config = _config(saved, component)
         given = {_ALPHA.sub("", key): alpha for key, alpha in own.items()}
-        ranks = {
-            factor.module: tensor.shape[0]
-            for key, tensor in chosen.items()
-            if (factor := parse(key)) and factor.letter == "A" and tensor.dim()
-        }
-        for path, rank in ranks.items():
-            if path in given and rank:
+        for path, (_, _, rank) in factor_sizes(chosen).items():
+            if not rank:
+                continue
+            if path in given:
                 found.scales[path] = given.pop(path) / rank
             elif config is None:
                 found.scales[path] = 1.0

@@ -16,6 +16,7 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 from lorafx.adapter_store.holding import Hold
 from lorafx.adapter_store.names import BASE, AdapterName, one_name
 from lorafx.errors import BatchError, ConfigError, LorafxError
+from lorafx.model.keywords import refuse_slips
 from lorafx.serving.alora import column_of, warn_absent
 from lorafx.serving.continuous import sampling
 from lorafx.serving.continuous.adapter_requests import AdapterRequest, Ticket, ticket_of
@@ -45,6 +46,9 @@ class Default:
     def __repr__(self) -> str:
         return "DEFAULT"
 
+
+#: How a request names its adapter.
+_WAYS = {"adapter": 'adapter="sql", or None for the base'}
 
 #: The adapter of `set_adapter`.
 DEFAULT: Final = Default()
@@ -169,6 +173,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             raise BatchError(f"the request was not queued. {denied}") from (
                 self.background_thread_status.fatal_error
             )
+        refuse_slips(logit_processor_kwargs, self.add_request, ways=_WAYS)
         check_name(request_id)
         max_new_tokens, ends = checked_limits(max_new_tokens, eos_token_id)
         config = self.generation_config

@@ -64,6 +64,14 @@ class Viewer {
     this.showTab(this.stage ? tab : "files");
     const entry = wanted.get("node") && this.stage && this.stage.byKey.get(wanted.get("node"));
     if (entry) this.pick(entry, true);
+    else if (this.stage) this.revealSite();
+  }
+
+  /** Begin where LoRA is, not at whatever the graph begins with: in a layer's body, not its call. */
+  revealSite() {
+    const calls = (entry) => shortTarget(entry.node) === "invoke_subgraph";
+    const site = this.stage.entries.find((entry) => entry.sites.length && !calls(entry));
+    if (site) this.scene.reveal(site);
   }
 
   showStage(index, { keepPlace = true } = {}) {

@@ -15,16 +15,18 @@ class Scene {
     this.groups = [];
     this.pending = []; // groups that `openAll` has still to open
     this.selected = null;
+    this.revealed = null; // the entry that stays in the middle, until somebody looks elsewhere
     this.filter(null);
     this.drawn = { nodes: 0, milliseconds: 0 };
     new ResizeObserver(() => this.resize()).observe(canvas);
-    follow(canvas, this.camera, () => this.invalidate(), (x, y) => this.click(x, y));
+    follow(canvas, this.camera, () => this.moved(), (x, y) => this.click(x, y));
   }
 
   // --- what is shown ---
 
   show(stage, withState, { keepPlace = false } = {}) {
     this.stage = stage;
+    this.revealed = null;
     this.groups = groupsOf(stage, withState);
     this.home = new Map();
     for (const group of this.groups) {
@@ -86,7 +88,7 @@ class Scene {
     change();
     this.camera.x += group.x + group.width / 2 - x - width / 2;
     this.camera.y += group.y - y;
-    this.invalidate();
+    this.moved();
   }
 
   /** Open all groups, a few in each frame. */
@@ -138,6 +140,7 @@ class Scene {
   reveal(entry) {
     const group = this.home.get(entry);
     if (!group) return;
+    this.revealed = entry;
     if (!this.open.has(group.key)) {
       this.open.add(group.key);
       this.arrange();
@@ -162,6 +165,12 @@ class Scene {
 
   // --- where one looks ---
 
+  /** Somebody looks elsewhere. */
+  moved() {
+    this.revealed = null;
+    this.invalidate();
+  }
+
   resize() {
     const box = this.canvas.getBoundingClientRect();
     const first = !this.camera.width && box.width;
@@ -170,7 +179,8 @@ class Scene {
     const ratio = window.devicePixelRatio || 1;
     this.canvas.width = Math.round(box.width * ratio);
     this.canvas.height = Math.round(box.height * ratio);
-    if (first && this.stage) this.toTop();
+    if (this.revealed) this.reveal(this.revealed);
+    else if (first && this.stage) this.toTop();
     this.draw();
   }
 
@@ -184,7 +194,7 @@ class Scene {
     const middle = column[0].x + column[0].width / 2;
     camera.x = middle - camera.width / 2 / camera.scale;
     camera.y = -20 / camera.scale;
-    this.invalidate();
+    this.moved();
   }
 
   fit() {
@@ -194,7 +204,7 @@ class Scene {
     const right = Math.max(...this.groups.map((group) => group.x + group.width));
     const bottom = Math.max(...this.groups.map((group) => group.y + group.height));
     this.camera.fit({ x, y, width: right - x, height: bottom - y });
-    this.invalidate();
+    this.moved();
   }
 
   zoom(factor) {

@@ -1,0 +1,303 @@
+"""Which indices of a graph can be checked before it runs: those that a call's own tensors and sizes
+make.
+
+    F.embedding(f(input_ids), W)     f is small and pure → computed once more, on the host
+    hidden[argmax(logits)]           made of what the model computes → in range by how it is made
+
+An index is left to the checks of generated code where a weight or a product of the model is on its
+way, where more than `_STEPS` operations are, or where it is a table for pairs of tokens.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+from lorafx.capture.lookups import Lookup, Lookups, Size, Step, Value
+from lorafx.captured_frame import size_expression
+from lorafx.program.frame import Frame, FrameInput
+
+#: Functions and methods (table, dim, index, ...).
+_BY_DIM = frozenset(
+    (
+        *("gather", "index_select", "index_copy", "index_add", "index_fill", "scatter"),
+        *("scatter_add", "index_copy_", "index_add_", "index_fill_", "scatter_", "scatter_add_"),
+    )
+)
+#: Methods whose result has the numbers of what they are called on, where that holds integers.
+_SAME = frozenset(
+    (
+        *("view", "reshape", "flatten", "contiguous", "clone", "unsqueeze", "squeeze", "expand"),
+        *("to", "long", "transpose", "permute", "detach"),
+    )
+)
+#: Functions of sizes whose results are always the same.
+_FACTORIES = (torch.arange, torch.zeros, torch.ones, torch.full)
+#: What is another thing each time.
+_BY_CHANCE = frozenset(
+    (
+        *(torch.bernoulli, torch.multinomial, torch.normal, torch.poisson, torch.rand_like),
+        *(torch.randn_like, torch.randint_like, functional.dropout, "bernoulli", "multinomial"),
+    )
+)
+#: Operations on the way to an index, and numbers in each as it is captured.
+_STEPS, _NUMBERS = 24, 1 << 16
+
+
+class _Use(NamedTuple):
+    """An index as it stands in the graph."""
+
+    pointer: fx.Node
+    table: Any
+    dim: int
+    negative: bool = False
+    ignored: int | None = None
+
+
+def lookups_of(graph: fx.Graph, frame: Frame) -> Lookups:
+    """Those of a graph of Dynamo's whose inputs are `frame`'s, by position."""
+    return _Search(graph, frame).found()
+
+
+class _Search:
+    def __init__(self, graph: fx.Graph, frame: Frame) -> None:
+        self._graph = graph
+        inputs = graph.find_nodes(op="placeholder")
+        self._items: dict[fx.Node, FrameInput] = dict(zip(inputs, frame.inputs, strict=True))
+        self._numbers = {node: number for number, node in enumerate(inputs)}
+        self._found: list[Step | Lookup] = []
+        #: The first node that writes into what a node is a view of.
+        self._writes: dict[Any, fx.Node] = {}
+        for node in graph.nodes:
+            if _writes(node):
+                self._writes.setdefault(_root(node.args[0]), node)
+
+    def found(self) -> Lookups:
+        seen: set[tuple[Any, ...]] = set()
+        for node in self._graph.nodes:
+            if node.op not in ("call_function", "call_method"):
+                continue
+            for use in _uses(node):
+                index = _same_numbers(use.pointer)
+                value = _value(index)
+                size = self._size(use) if isinstance(value, Tensor) and _counts(value) else None
+                key = index, size, use.negative, use.ignored
+                way = None if size is None or key in seen else self._way(index)
+                if way is not None and size is not None:
+                    seen.add(key)
+                    self._add(use, index, size, way)
+        return Lookups(tuple(self._found))
+
+    def _add(self, use: _Use, index: fx.Node, size: int | Size, way: list[fx.Node]) -> None:
+        for node in way:
+            if node not in self._numbers:
+                args = tuple(map(self._plain, node.args))
+                kwargs = {name: self._plain(item) for name, item in node.kwargs.items()}
+                self._numbers[node] = len(self._numbers)
+                target: Any = node.target
+                self._found.append(Step(target, args, kwargs))
+        item = self._items.get(use.table)
+        table = f"the dimension {use.dim} that it points into" if item is None else _name(item)
+        made = [
+            _name(self._items[node])
+            for node in dict.fromkeys(node for step in way for node in step.all_input_nodes)
+            if node in self._items and isinstance(_value(node), Tensor)
+        ]
+        argument = _name(self._items[index]) if index in self._items else None
+        rest = use.negative, use.ignored, table, argument, tuple(made)
+        self._found.append(Lookup(self._numbers[index], size, *rest))
+
+    def _size(self, use: _Use) -> int | Size | None:
+        """How many entries the table has; None where that is a size of no input."""
+        value = _value(use.table)
+        if not isinstance(value, Tensor) or not -value.dim() <= use.dim < value.dim():
+            return None
+        size = value.shape[use.dim]
+        if not isinstance(size, torch.SymInt):
+            return int(size)
+        if use.table in self._items:
+            return Size(self._numbers[use.table], use.dim)
+        wanted = size_expression(size)
+        for node in self._items:
+            own = _value(node)
+            if isinstance(own, torch.SymInt) and size_expression(own) == wanted:
+                return Size(self._numbers[node], None)
+            for dim, length in enumerate(own.shape if isinstance(own, Tensor) else ()):
+                if isinstance(length, torch.SymInt) and size_expression(length) == wanted:
+                    return Size(self._numbers[node], dim)
+        return None
+
+    def _way(self, index: fx.Node) -> list[fx.Node] | None:
+        """The nodes that compute an index, in their order; None where they are not to run twice,
+        or have nothing of a call."""
+        found: set[fx.Node] = set()
+        left, of_call = [index], False
+        while left:
+            node = left.pop()
+            if node in found:
+                continue
+            found.add(node)
+            if len(found) > _STEPS or not _is_small(node):
+                return None
+            item = self._items.get(node)
+            if item is None:
+                if not _is_pure(node):
+                    return None
+            elif item.kind == "state":
+                value = _value(node)
+                if isinstance(value, Tensor) and value.dim() and not _counts(value):
+                    return None
+            elif item.kind in ("symbol", "argument", "result", "unknown"):
+                of_call = True
+            else:
+                return None
+            left += node.all_input_nodes
+        steps = sorted(node for node in found if node not in self._items)
+        writes = [self._writes[root] for root in map(_root, found) if root in self._writes]
+        written = any(write < step for write in writes for step in steps)
+        return steps if of_call and not written else None
+
+    def _plain(self, item: Any) -> Any:
+        if isinstance(item, fx.Node):
+            return Value(self._numbers[item])
+        if isinstance(item, (tuple, list)):
+            return (tuple if isinstance(item, tuple) else list)(map(self._plain, item))
+        if isinstance(item, slice):
+            return slice(*map(self._plain, (item.start, item.stop, item.step)))
+        return item
+
+
+def _uses(node: fx.Node) -> Iterator[_Use]:
+    """The indices among the arguments of a node."""
+    target, args, kwargs = node.target, node.args, node.kwargs
+
+    def argument(place: int, name: str) -> Any:
+        return args[place] if len(args) > place else kwargs.get(name)
+
+    if target is functional.embedding:
+        yield from _use(argument(0, "input"), argument(1, "weight"), 0)
+    elif target is torch.embedding:
+        yield from _use(argument(1, "indices"), argument(0, "weight"), 0)
+    elif target in (functional.cross_entropy, functional.nll_loss):
+        logits, ignored = _value(argument(0, "input")), argument(4, "ignore_index")
+        if isinstance(logits, Tensor) and isinstance(ignored, (int, type(None))):
+            number = -100 if ignored is None else ignored
+            dim = 0 if logits.dim() == 1 else 1
+            yield from _use(argument(1, "target"), argument(0, "input"), dim, ignored=number)
+    elif target in (operator.getitem, operator.setitem):
+        yield from _subscripts(args[0], args[1])
+    elif (target if node.op == "call_method" else getattr(target, "__name__", "")) in _BY_DIM:
+        dim = argument(1, "dim")
+        if isinstance(dim, int):
+            yield from _use(argument(2, "index"), argument(0, "input"), dim)
+
+
+def _use(index: Any, table: Any, dim: int, *, ignored: int | None = None) -> Iterator[_Use]:
+    if isinstance(index, fx.Node) and isinstance(table, fx.Node):
+        yield _Use(index, table, dim, ignored=ignored)
+
+
+def _subscripts(table: Any, subscript: Any) -> Iterator[_Use]:
+    dim = 0
+    for item in subscript if isinstance(subscript, tuple) else (subscript,):
+        if item is Ellipsis:
+            return
+        value = _value(item)
+        if isinstance(value, Tensor) and value.dim() and _counts(value):
+            yield _Use(item, table, dim, negative=True)
+        dim += value.dim() if isinstance(value, Tensor) and value.dtype == torch.bool else 1
+        dim -= item is None
+
+
+def _value(item: Any) -> Any:
+    return item.meta.get("example_value") if isinstance(item, fx.Node) else None
+
+
+def _counts(value: Tensor) -> bool:
+    """Whether a tensor holds integers, in the memory of the host."""
+    dtype = value.dtype
+    whole = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+    return whole and value.device.type == "cpu"
+
+
+def _same_numbers(node: fx.Node) -> fx.Node:
+    """What holds the numbers of `node` before they were laid out anew: its places are the
+    caller's."""
+    while node.op == "call_method" and node.target in _SAME:
+        before = node.args[0]
+        value = _value(before)
+        if not (isinstance(before, fx.Node) and isinstance(value, Tensor) and _counts(value)):
+            break
+        node = before
+    return node
+
+
+def _is_small(node: fx.Node) -> bool:
+    """Whether a value is as small as arguments of a call are: no dimension twice."""
+    value = _value(node)
+    if isinstance(value, (tuple, list)):
+        return all(not isinstance(item, Tensor) for item in value)
+    if not isinstance(value, Tensor):
+        return isinstance(value, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool))
+    if value.device.type != "cpu":
+        return False
+    sizes = [size_expression(size) for size in value.shape if isinstance(size, torch.SymInt)]
+    if len(set(sizes)) < len(sizes):
+        return False
+    fixed = 1
+    for size in value.shape:
+        fixed *= 1 if isinstance(size, torch.SymInt) else size
+    return fixed <= _NUMBERS
+
+
+def _is_pure(node: fx.Node) -> bool:
+    """Whether a node may run twice: a function of torch's own that writes nothing and that chance
+    has no part in."""
+    if _writes(node) or "out" in node.kwargs or node.target in _BY_CHANCE:
+        return False
+    if node.op == "call_method":
+        return True
+    target: Any = node.target
+    if not callable(target) or isinstance(target, torch._ops.OperatorBase):
+        return False
+    if target in _FACTORIES or any(isinstance(_value(n), Tensor) for n in node.all_input_nodes):
+        home = getattr(target, "__module__", None) or ""
+        return home.partition(".")[0] in ("", "torch", "_operator", "math", "builtins")
+    return not isinstance(_value(node), Tensor)
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether a node writes into its first argument."""
+    if node.op == "call_method":
+        name = str(node.target)
+        return name.endswith("_") and not name.endswith("__")
+    if node.op != "call_function" or not node.args:
+        return False
+    return node.target is operator.setitem or node.target in _IN_PLACE
+
+
+_IN_PLACE = frozenset(
+    (
+        *(operator.iadd, operator.iand, operator.ifloordiv, operator.ilshift, operator.imod),
+        *(operator.imul, operator.ior, operator.ipow, operator.irshift, operator.isub),
+        *(operator.itruediv, operator.ixor, operator.imatmul),
+    )
+)
+
+
+def _root(item: Any) -> Any:
+    """The tensor that a chain of nodes began with, each of which may be a view of the last."""
+    while isinstance(item, fx.Node) and item.op != "placeholder" and item.args:
+        if not isinstance(item.args[0], fx.Node):
+            break
+        item = item.args[0]
+    return item
+
+
+def _name(item: FrameInput) -> str:
+    return item.label if item.role is None else item.role.argument

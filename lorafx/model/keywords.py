@@ -1,0 +1,133 @@
+"""Keywords of a call that choose an adapter elsewhere, or are a slip for ours.
+
+A model's `**kwargs` swallows any name, and all rows would be the base's. So a name that no forward
+of the model declares, and that another library chooses adapters by, or that is nearly one of ours,
+is refused. Any other name is the model's business.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorafx.errors import ConfigError, nearest
+
+#: What lorafx chooses adapters by -> how it is given.
+OURS: Mapping[str, str] = {
+    "adapter_names": 'adapter_names=["sql", None, ...], one name or None per row',
+    "adapter_slots": "adapter_slots=, a tensor of integers that point into adapter_names",
+}
+#: Where there is one adapter for each row.
+BY_ROW: Mapping[str, str] = {"adapter_names": OURS["adapter_names"]}
+#: Names of PEFT, vLLM, SGLang, LoRAX, text-generation-inference, adapters and diffusers, and those
+#: that lorafx has in other places -> the name of ours.
+ELSEWHERE: Mapping[str, str] = {
+    **dict.fromkeys(
+        (
+            *("adapter", "adapters", "adapter_name", "adapter_id", "adapter_ids", "adapter_source"),
+            *("adapter_list", "adapter_weights", "adapter_weight", "active_adapter", "names"),
+            *("active_adapters", "lora", "loras", "lora_name", "lora_names", "lora_request"),
+            *("lora_requests", "lora_path", "lora_paths", "lora_id", "lora_ids", "lora_int_id"),
+            *("lora_adapter", "lora_adapters", "lora_scale", "lora_weights"),
+        ),
+        "adapter_names",
+    ),
+    **dict.fromkeys(("adapter_slot", "adapter_index", "adapter_indices"), "adapter_slots"),
+}
+#: How alike a name is to one that it is a slip of.
+_MISSPELT = 0.85
+
+
+@functools.lru_cache(maxsize=1024)
+def meant(name: str) -> str | None:
+    """The name of ours that `name` stands for in another library, or is a slip of; None where it is
+    any other name, ours among them."""
+    if name in OURS or name in ELSEWHERE:
+        return ELSEWHERE.get(name)
+    near = nearest(name, OURS, 1, cutoff=_MISSPELT)
+    return near.rpartition(" ")[2] or None
+
+
+def refuse_slips(
+    given: Iterable[str],
+    function: Callable[..., Any],
+    model: nn.Module | None = None,
+    ways: Mapping[str, str] = OURS,
+) -> None:
+    """Look at the keywords of a call of `function`, which may hand them on to parts of `model`.
+
+    Args:
+        ways: how adapters are chosen in this call, by our names; any other of ours is a slip too.
+
+    Raises:
+        ConfigError: one is a slip. Nothing has run then.
+    """
+    for name in given:
+        own = meant(name)
+        if own is None and name in OURS and name not in ways:
+            own = name
+        if own is not None and not _declared(name, function, model):
+            what = getattr(function, "__qualname__", type(function).__name__)
+            raise _refused(name, what, ways.get(own) or next(iter(ways.values())))
+
+
+def _declared(name: str, function: Callable[..., Any], model: nn.Module | None) -> bool:
+    parts = () if model is None else {type(module): module for module in model.modules()}.values()
+    for taker in (function, *(part.forward for part in parts)):
+        try:
+            parameter = inspect.signature(taker).parameters.get(name)
+        except (TypeError, ValueError):  # written in C
+            continue
+        if parameter is not None and parameter.kind not in _ANY:
+            return True
+    return False
+
+
+_ANY = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+
+
+def _refused(name: str, what: str, way: str) -> ConfigError:
+    return ConfigError(
+        f"{what} has no argument {name!r}, and where its **kwargs takes it, nothing reads it: it "
+        f"would choose no adapter. Give {way}"
+    )
+
+
+_BLOCK = "the names to a block around the call: with lorafx.adapters(model, [...])"
+
+
+@torch.compiler.assume_constant_result
+def _is_slip(name: str) -> bool:
+    return name in OURS or meant(name) is not None
+
+
+@torch.compiler.disable(
+    reason=f"a keyword of this call is one by which adapters are chosen elsewhere; give {_BLOCK}"
+)
+def _refuse(module: nn.Module, names: tuple[str, ...]) -> None:
+    for name in names:
+        if _is_slip(name) and not _declared(name, module.forward, module):
+            raise _refused(name, f"{type(module).__name__}.forward", _BLOCK)
+
+
+@dataclass(eq=False)
+class KeywordMark:
+    """The hook before the forward of a model that its users call themselves, for
+    `register_forward_pre_hook(mark, with_kwargs=True)`. Our own names are slips there too: it is
+    blocks that name adapters.
+
+    Raises:
+        ConfigError: as `refuse_slips`. In a graph of torch.compile it is raised outside of it:
+            Dynamo gives up what raises while it is traced.
+    """
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        slips = tuple(name for name in kwargs if _is_slip(name))
+        if slips:
+            _refuse(module, slips)

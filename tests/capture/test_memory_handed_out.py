@@ -1,0 +1,258 @@
+"""Memory of tensors that Python hands to code that is not followed, between the graphs of a model,
+in mixed batches."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from attached import compiled, fresh_dynamo, served
+from dense_merge import REFERENCE, error
+from torch import Tensor, nn
+
+import lorafx
+from lorafx.errors import ProvenanceError
+
+__all__ = ["fresh_dynamo"]
+K = 6
+MIXED = ["a", None, "b"]
+
+
+def by_numpy(h: Tensor) -> None:
+    rows = h.detach().numpy()
+    rows[:] = rows[::-1].copy()
+
+
+def sorted_in_place(h: Tensor) -> None:
+    h.detach().numpy().sort(0)
+
+
+def shuffled(h: Tensor) -> None:
+    np.random.default_rng(0).shuffle(h.numpy())
+
+
+def by_protocol(h: Tensor) -> None:
+    rows = np.asarray(h)
+    rows[:] = rows[::-1].copy()
+
+
+def by_view_of_numpy(h: Tensor) -> None:
+    rows = torch.from_numpy(h.numpy())
+    rows.copy_(rows.flip(0))
+
+
+def by_dlpack(h: Tensor) -> None:
+    rows = np.from_dlpack(h)
+    rows[:] = rows[::-1].copy()
+
+
+def by_capsule(h: Tensor) -> None:
+    rows = torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(h))
+    rows.copy_(rows.flip(0))
+
+
+def by_address(h: Tensor) -> None:
+    turned = h.flip(0)
+    ctypes.memmove(h.data_ptr(), turned.data_ptr(), h.nbytes)
+
+
+def by_storage(h: Tensor) -> None:
+    turned = h.flip(0).untyped_storage()
+    h.untyped_storage().copy_(turned)
+
+
+def by_bytes(h: Tensor) -> None:
+    size = h.nbytes
+    memory = memoryview((ctypes.c_char * size).from_address(h.data_ptr())).cast("B")
+    memory[:] = bytes(memory[size // 3 :]) + bytes(memory[: size // 3])
+
+
+WRITERS = [
+    by_numpy,
+    sorted_in_place,
+    shuffled,
+    by_protocol,
+    by_view_of_numpy,
+    by_dlpack,
+    by_capsule,
+    by_address,
+    by_storage,
+    by_bytes,
+]
+
+
+class Written(nn.Module):
+    """Its rows change places between two graphs, as `write` says."""
+
+    write: Callable[[Tensor], None]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(K, K)
+        self.w = nn.Linear(K, K)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.rest(torch.tanh(self.first(x)))}
+
+    def rest(self, h: Tensor) -> Tensor:
+        self.written(h)
+        return self.w(h)
+
+    @torch._dynamo.disable
+    def written(self, h: Tensor) -> None:
+        type(self).write(h)
+
+
+def writing(write: Callable[[Tensor], None], cls: type[Written] = Written) -> type[Written]:
+    return type(cls.__name__, (cls,), {"write": staticmethod(write)})
+
+
+@pytest.mark.usefixtures("fixed_sizes")
+@pytest.mark.parametrize("first", ["mixed", "alone"])
+@pytest.mark.parametrize("write", WRITERS)
+def test_rows_that_are_moved_unseen_are_refused(small, write, first):
+    torch.manual_seed(0)
+    case, inputs = small(writing(write), ["w"]), {"x": torch.randn(3, 5, K)}
+    cm = lorafx.compile(case.model(), adapters=case.folders, options=REFERENCE)
+    if first == "alone":
+        cm(**inputs, adapter_names=["a"] * 3)
+    with pytest.raises(ProvenanceError, match=r"at w "):
+        cm(**inputs, adapter_names=MIXED)
+    with pytest.raises(ProvenanceError, match=r"at w "):
+        cm(**inputs, adapter_names=MIXED)
+
+
+class OfEqualRows(Written):
+    """Rows change places when they are equal, and back when they are not."""
+
+    def rest(self, h: Tensor) -> Tensor:
+        h = h * 0
+        self.written(h)
+        y = self.w(h)
+        self.written(y)
+        return y
+
+
+@pytest.mark.usefixtures("fixed_sizes")
+def test_equal_rows_that_numpy_may_move_are_refused(small):
+    case, inputs = small(writing(by_numpy, OfEqualRows), ["w"]), {"x": torch.randn(3, 5, K)}
+    cm = lorafx.compile(case.model(), adapters=case.folders, options=REFERENCE)
+    with pytest.raises(ProvenanceError, match=r"at w .* was handed to numpy"):
+        cm(**inputs, adapter_names=MIXED)
+
+
+class InBuffer(Written):
+    """Rows cross in a buffer, of which the model holds an array."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.zeros(3, 5, K))
+        self.arrays = [self.rows.numpy()]
+
+    def rest(self, h: Tensor) -> Tensor:
+        self.written(h)
+        return self.w(self.rows + 0 * h)
+
+    @torch._dynamo.disable
+    def written(self, h: Tensor) -> None:
+        self.array()[:] = np.array(h.tolist())[::-1]
+
+    def array(self) -> np.ndarray:
+        return self.arrays[0]
+
+
+class InBufferOfCall(InBuffer):
+    """As `InBuffer`, and the array is made in each call."""
+
+    def array(self) -> np.ndarray:
+        return self.rows.numpy()
+
+
+class InDict(InBuffer):
+    """Rows cross in a tensor that a dict of the model holds from call to call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = {"rows": torch.zeros(3, 5, K)}
+        self.arrays = [self.kept["rows"].numpy()]
+
+    def rest(self, h: Tensor) -> Tensor:
+        self.written(h)
+        return self.w(self.kept["rows"] + 0 * h)
+
+
+@pytest.mark.usefixtures("fixed_sizes")
+@pytest.mark.parametrize("cls", [InBuffer, InBufferOfCall, InDict])
+def test_rows_that_cross_in_the_models_own_memory_unseen_are_refused(small, cls):
+    torch.manual_seed(0)
+    case, inputs = small(cls, ["w"]), {"x": torch.randn(3, 5, K)}
+    model = cls()
+    model.load_state_dict(case.model().state_dict())
+    cm = lorafx.compile(model.eval(), adapters=case.folders, options=REFERENCE)
+    cm(**inputs, adapter_names=["a"] * 3)
+    with pytest.raises(ProvenanceError, match=r"at w "):
+        cm(x=torch.randn(3, 5, K), adapter_names=MIXED)
+
+
+class Read(Written):
+    """Python reads between the graphs, and moves rows in ways that are seen."""
+
+    def rest(self, h: Tensor) -> Tensor:
+        self.written(h)
+        h = h[torch.arange(h.shape[0]).roll(1)]
+        torch._dynamo.graph_break()
+        return self.w(h).roll(-1, 0)
+
+
+def as_numbers(h: Tensor) -> None:
+    assert len(h.tolist()) == len(h)
+    assert float(h.sum()) < h.numel()
+
+
+def of_a_copy(h: Tensor) -> None:
+    h.clone().numpy().sort(0)
+
+
+def read_by_address(h: Tensor) -> None:
+    assert len(ctypes.string_at(h.data_ptr(), h.nbytes)) == h.untyped_storage().nbytes()
+    assert np.isfinite(np.from_dlpack(h)).all()
+
+
+@pytest.mark.usefixtures("fixed_sizes")
+@pytest.mark.parametrize("write", [as_numbers, of_a_copy, read_by_address])
+def test_what_is_only_read_keeps_its_owners(small, write):
+    torch.manual_seed(0)
+    case, inputs = small(writing(write, Read), ["first", "w"]), {"x": torch.randn(3, 5, K)}
+    cm = lorafx.compile(case.model(), adapters=case.folders, options=REFERENCE)
+    for names in (["a"] * 3, MIXED, ["b", "a", None]):
+        found = cm(**inputs, adapter_names=names)["logits"]
+        assert error(found, case.expected(names, inputs)) <= 1e-5, names
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("write", [by_numpy, by_dlpack])
+def test_the_same_of_a_marked_model(small, write):
+    torch.manual_seed(0)
+    case, inputs = small(writing(write), ["w"]), {"x": torch.randn(3, 5, K)}
+    model = lorafx.attach(case.model(), adapters=case.folders, options=REFERENCE)
+    call = compiled(model, dynamic=False)
+    found = served(call, model, [None] * 3, inputs)
+    assert torch.equal(found, case.base(**inputs)["logits"])
+    with pytest.raises(ProvenanceError, match=r"at w "):
+        served(call, model, MIXED, inputs)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_the_memory_of_a_marked_model(small):
+    torch.manual_seed(0)
+    case, inputs = small(InBuffer, ["w"]), {"x": torch.randn(3, 5, K)}
+    model = InBuffer()
+    model.load_state_dict(case.model().state_dict())
+    lorafx.attach(model.eval(), adapters=case.folders, options=REFERENCE)
+    call = compiled(model, dynamic=False)
+    served(call, model, ["a"] * 3, inputs)
+    with pytest.raises(ProvenanceError, match=r"at w "):
+        served(call, model, MIXED, {"x": torch.randn(3, 5, K)})

@@ -1,0 +1,148 @@
+"""Keywords that choose an adapter elsewhere, or are slips for ours: refused where the model does not
+declare them, on every road; all other names pass."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from attached import attached, compiled, fresh_dynamo, graphs, served
+from dense_merge import REFERENCE, Case
+from tiny_models import FAMILIES, token_inputs
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+import lorafx
+from lorafx.errors import ConfigError
+from lorafx.model.keywords import ELSEWHERE, meant, refuse_slips
+
+__all__ = ["fresh_dynamo"]
+pytestmark = pytest.mark.quick
+
+SLIPS = (
+    "adapter_name",
+    "adapter",
+    "adapters",
+    "lora_request",
+    "lora_name",
+    "names",
+    "adapter_nmaes",
+)
+
+
+@pytest.fixture(scope="module")
+def cm(shallow: Case) -> Any:
+    return shallow.compile()
+
+
+@pytest.mark.parametrize("name", SLIPS)
+def test_calls_of_a_compiled_model(cm: Any, name: str) -> None:
+    said = rf"LlamaForCausalLM.forward has no argument '{name}'.*Give adapter_names="
+    with pytest.raises(ConfigError, match=said):
+        cm(**token_inputs(3, 4), **{name: ["a0", None, "a1"]})
+    with pytest.raises(ConfigError, match=rf"generate has no argument '{name}'"):
+        cm.generate(**token_inputs(3, 4), **{name: ["a0"]}, max_new_tokens=1)
+
+
+def test_slots(cm: Any) -> None:
+    slots = torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ConfigError, match="'adapter_slot'.*Give adapter_slots="):
+        cm(**token_inputs(3, 4), adapter_slot=slots)
+    with pytest.raises(ConfigError, match="generate has no argument 'adapter_slots'"):
+        cm.generate(**token_inputs(3, 4), adapter_slots=slots, max_new_tokens=1)
+
+
+def test_batches_of_prompts_and_engines(cm: Any) -> None:
+    with pytest.raises(ConfigError, match="no argument 'lora_request'.*adapter_names="):
+        cm.generate_batch([[1, 2]], lora_request="a0")
+    with (
+        pytest.raises(ConfigError, match="no argument 'adapter'.*engine.add_request"),
+        cm.continuous_batching(warmup=False, adapter="a0"),
+    ):
+        pass
+    with cm.continuous_batching(warmup=False) as engine:
+        for name in ("adapter_name", "adapter_names", "lora_request"):
+            with pytest.raises(ConfigError, match=rf"no argument '{name}'.*adapter=\"sql\""):
+                engine.add_request([1, 2], **{name: "a0"})
+
+
+class Swallowing(nn.Module):
+    """A model whose methods take anything, and whose part declares a name of another library's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), Scaled()
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        return self.second(self.first(x), **kwargs)
+
+    def encode(self, x: Tensor, **kwargs: Any) -> Tensor:
+        return self.first(x)
+
+
+class Scaled(nn.Module):
+    def forward(self, x: Tensor, lora_scale: float = 1.0, **kwargs: Any) -> Tensor:
+        return x * lora_scale
+
+
+def test_other_methods_and_names_that_a_part_declares() -> None:
+    config = lorafx.LoraConfig(target_modules=["first"], max_rank=2)
+    cm = lorafx.compile(Swallowing().eval(), config, options=REFERENCE)
+    x = torch.ones(2, 6)
+    assert torch.equal(cm(x, lora_scale=2.0), 2 * cm(x))
+    with pytest.raises(ConfigError, match=r"Swallowing.encode has no argument 'adapter_name'"):
+        cm.encode(x, adapter_name="a")
+    with pytest.raises(ConfigError, match=r"Swallowing.encode has no argument 'adapter_slots'"):
+        cm.encode(x, adapter_slots=x)
+    assert torch.equal(cm.encode(x, anything=1), cm.encode(x))
+
+
+@pytest.mark.parametrize("name", ["adapter_names", *SLIPS])
+def test_marked_models(shallow: Case, name: str) -> None:
+    model, inputs = attached(shallow), token_inputs(3, 4)
+    said = rf"'{name}'.*with lorafx.adapters\(model"
+    with torch.no_grad(), pytest.raises(ConfigError, match=said):
+        model(**inputs, **{name: ["a0", None, "a1"]})
+    call = compiled(model)
+    for _ in range(2):
+        with torch.no_grad(), pytest.raises(ConfigError, match=said):
+            call(**inputs, **{name: ["a0"]})
+        with pytest.raises(ConfigError, match=said):
+            served(
+                lambda **given: call(**given, **{name: ["a0"]}), model, ["a0", None, "a1"], inputs
+            )
+        served(call, model, ["a0", None, "a1"], inputs)
+    assert graphs(model) == 1
+    lorafx.detach(model)
+    assert not model._forward_pre_hooks
+    assert not model._forward_pre_hooks_with_kwargs
+
+
+def test_whole_graphs_of_marked_models(shallow: Case) -> None:
+    model, inputs = attached(shallow), token_inputs(3, 4)
+    call = compiled(model, fullgraph=True)
+    served(call, model, ["a0", None, "a1"], inputs)
+    with torch.no_grad(), pytest.raises(Exception, match=r"with lorafx.adapters\(model"):
+        call(**inputs, adapter_name=["a0"])
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_what_models_declare_passes(family: str, case_of: Callable[..., Case]) -> None:
+    model: Any = case_of(family).model()
+    functions = [model.forward, *([model.generate] if hasattr(model, "generate") else [])]
+    names = {name for function in functions for name in inspect.signature(function).parameters}
+    names |= {
+        *vars(GenerationConfig()),
+        *("num_logits_to_keep", "logits_to_keep", "cross_attention_kwargs", "output_router_logits"),
+        *("encoder_attention_mask", "cross_attn_head_mask", "assistant_model", "adapter_mask"),
+    }
+    refuse_slips(names, model.forward, model)
+    assert not names & {*ELSEWHERE}
+
+
+@pytest.mark.parametrize("name", ["adapter_names", "attention_mask", "named", "adapter_config"])
+def test_names_that_are_no_slips(name: str) -> None:
+    assert meant(name) is None

@@ -1,0 +1,87 @@
+"""What a call is given: taken by one rule, or refused with words before anything runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from dense_merge import TOLERANCE, Case, error
+from tiny_models import token_inputs
+
+from lorafx.errors import BatchError, ConfigError
+
+pytestmark = pytest.mark.quick
+
+IDS = [[1, 2, 3], [4, 5, 6]]
+
+
+@pytest.fixture(scope="module")
+def cm(shallow: Case) -> Any:
+    return shallow.compile()
+
+
+@pytest.mark.parametrize(
+    ("given", "error_class", "said"),
+    [
+        (IDS, ConfigError, r"input_ids is a list, .*torch.as_tensor\(input_ids\)"),
+        (np.array(IDS), ConfigError, r"input_ids is a ndarray, .*torch.as_tensor\(input_ids\)"),
+        (torch.tensor(IDS).float(), ConfigError, r"dtype torch.float32.*input_ids.long\(\)"),
+        (torch.ones(0, 3, dtype=torch.int64), BatchError, r"no rows: input_ids \(0, 3\)"),
+        (torch.ones(2, 0, dtype=torch.int64), BatchError, r"shape \(2, 0\), which has no tokens"),
+    ],
+)
+@pytest.mark.parametrize("names", [None, ["a0"], ["a0", None]])
+def test_inputs_that_are_none(
+    cm: Any, given: Any, error_class: type[Exception], said: str, names: Any
+) -> None:
+    before = cm.recompiles
+    for args, kwargs in (((given,), {}), ((), {"input_ids": given})):
+        with pytest.raises(error_class, match=said):
+            cm(*args, **kwargs, adapter_names=names)
+    assert cm.recompiles == before
+
+
+def test_generate(cm: Any) -> None:
+    for args, kwargs in (((IDS,), {}), ((), {"input_ids": IDS})):
+        with pytest.raises(ConfigError, match="input_ids is a list"):
+            cm.generate(*args, **kwargs, adapter_names=["a0"], max_new_tokens=1)
+
+
+def test_lists_that_a_model_of_other_names_is_given(plain: Case) -> None:
+    cm = plain.compile()
+    with pytest.raises(BatchError, match="the call has ids, a list and no tensor"):
+        cm(ids=IDS, adapter_names=["a1", None])
+
+
+@pytest.mark.parametrize("names", [None, ["a0", None, "a1"]])
+def test_32_bit_integers_run_the_graphs_of_64(shallow: Case, names: Any) -> None:
+    cm, inputs = shallow.compile(), token_inputs(3, 4)
+    want = cm(**inputs, adapter_names=names).logits
+    graphs = cm.recompiles
+    short = {name: value.int() for name, value in inputs.items()}
+    assert torch.equal(cm(**short, adapter_names=names).logits, want)
+    assert cm.recompiles == graphs
+
+
+def test_a_list_of_one_name_is_all_rows(shallow: Case) -> None:
+    cm, inputs = shallow.compile(), token_inputs(3, 4)
+    want = shallow.expected(["a0"] * 3, inputs)
+    assert error(cm(**inputs, adapter_names=["a0"] * 3).logits, want) <= TOLERANCE
+    graphs = cm.recompiles
+    assert error(cm(**inputs, adapter_names=["a0"]).logits, want) <= TOLERANCE
+    assert cm.recompiles == graphs
+    settings = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False}
+    tokens = cm.generate(**inputs, adapter_names=["a0"], **settings)
+    assert torch.equal(tokens, cm.generate(**inputs, adapter_names=["a0"] * 3, **settings))
+    for names in (["a0"] * 2, ["a0"] * 4):
+        with pytest.raises(BatchError, match=f"adapter_names has {len(names)} entries"):
+            cm(**inputs, adapter_names=names)
+
+
+def test_a_list_of_one_name_of_prompts(cm: Any) -> None:
+    prompts = [[1, 2, 3], [4, 5]]
+    alike = cm.generate_batch(prompts, ["a0"], max_new_tokens=2).values()
+    each = cm.generate_batch(prompts, ["a0", "a0"], max_new_tokens=2).values()
+    assert [out.generated_tokens for out in alike] == [out.generated_tokens for out in each]

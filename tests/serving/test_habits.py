@@ -1,0 +1,174 @@
+"""What users of PEFT and torch.compile try by habit: served, or refused with the way out."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from dense_merge import REFERENCE, check_mixed
+from tiny_models import token_inputs
+
+import lorafx
+from lorafx.errors import CaptureError, ConfigError
+
+pytestmark = [pytest.mark.usefixtures("fixed_sizes"), pytest.mark.quick]
+
+INPUTS = token_inputs(2, 6)
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def wrapped(case: Any) -> peft.PeftModel:
+    return peft.PeftModel.from_pretrained(case.model(), str(case.folders["a1"]), "a1").eval()
+
+
+@pytest.fixture(scope="module")
+def cm(shallow: Any) -> Any:
+    return shallow.compile(dynamic=False)
+
+
+def test_a_peft_model_that_is_compiled_again_says_so(shallow):
+    pm = wrapped(shallow)
+    cm = lorafx.compile(pm, options=REFERENCE)
+    for again in (lorafx.compile, lorafx.attach):
+        with pytest.raises(CaptureError, match=r"already compiled this PeftModel.*lorafx\.detach"):
+            again(pm, options=REFERENCE)
+    assert str(lorafx.explain(pm)) == str(cm.explain())
+    check_mixed(cm, shallow, ["a1", None], INPUTS)
+    assert lorafx.detach(pm) is cm.model
+    cm = lorafx.compile(pm, options=REFERENCE)  # it has its adapters again
+    check_mixed(cm, shallow, ["a1", None], INPUTS)
+
+
+def test_a_peft_model_that_is_attached_again_says_so(shallow):
+    pm = wrapped(shallow)
+    model = lorafx.attach(pm, options=REFERENCE)
+    for again in (lorafx.compile, lorafx.attach):
+        with pytest.raises(CaptureError, match=r"detach"):
+            again(pm, options=REFERENCE)
+    lorafx.load_adapter(pm, shallow.folders["a0"], "a0")
+    assert lorafx.detach(pm) is model
+    assert lorafx.attach(pm, options=REFERENCE) is model
+
+
+def test_why_knows_the_keys_of_adapters_that_were_handed_over(shallow):
+    pm = wrapped(shallow)
+    want = [
+        key
+        for key in peft.get_peft_model_state_dict(pm, adapter_name="a1")
+        if f".{Q.removeprefix('model.')}." in key
+    ]
+    cm = lorafx.compile(pm, options=REFERENCE)
+    for told in (cm.why(Q, "a1"), lorafx.why(pm, Q, "a1")):
+        assert [key.split(" ")[0] for key in told.adapter.keys] == want
+        assert len(want) == 2
+        assert not any("known" in note for note in told.adapter.notes)
+    from_files = shallow.compile().why(Q, "a1").adapter
+    assert cm.why(Q, "a1").adapter.keys == from_files.keys
+    del pm  # they are no tensors that are kept
+    assert cm.why("lm_head", "a1").adapter.notes == (
+        shallow.compile().why("lm_head", "a1").adapter.notes
+    )
+
+
+def test_why_knows_the_keys_of_tensors_in_memory(shallow):
+    cm = shallow.compile()
+    tensors = {
+        f"base_model.model.{Q}.lora_A.weight": torch.ones(2, 24),
+        f"base_model.model.{Q}.lora_B.weight": torch.ones(24, 2),
+    }
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    cm.load_adapter(lorafx.AdapterSource(tensors, config=config), "made")
+    assert cm.why(Q, "made").adapter.keys == tuple(
+        f"{key} {tuple(tensor.shape)}" for key, tensor in tensors.items()
+    )
+
+
+def test_source_and_name_the_wrong_way_round(cm, shallow):
+    folder = str(shallow.folders["a1"])
+    loaded = cm.list_adapters()
+    said = re.escape(f"load_adapter({folder!r}, 'new')")
+    with pytest.raises(ConfigError, match=f"the source comes first, as in {said}"):
+        cm.load_adapter("new", folder)
+    with pytest.raises(ConfigError, match=said):
+        lorafx.compile(shallow.model(), {folder: "new"}, options=REFERENCE)
+    marked = lorafx.attach(shallow.model(), shallow.folders)
+    with pytest.raises(ConfigError, match=said):
+        lorafx.load_adapter(marked, "new", folder)
+    assert cm.list_adapters() == loaded
+
+
+def test_a_name_that_is_a_folder_too_is_a_name(cm, shallow, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("sql").mkdir()
+    cm.load_adapter(str(shallow.folders["a1"]), "sql")
+    check_mixed(cm, shallow, ["a1", None], INPUTS)
+    got = cm(**INPUTS, adapter_names=["sql", None]).logits
+    assert torch.equal(got, cm(**INPUTS, adapter_names=["a1", None]).logits)
+    cm.unload_adapter("sql")
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("get_nb_trainable_parameters", "memory()"),
+        ("print_trainable_parameters", "memory()"),
+        ("get_model_status", "explain()"),
+        ("get_layer_status", "explain()"),
+    ],
+)
+def test_methods_of_peft_name_the_way_out(cm, name, way):
+    with pytest.raises(AttributeError, match=re.escape(f"no {name!r}; use {way}")):
+        getattr(cm, name)
+    assert not hasattr(cm, name)
+
+
+@pytest.mark.parametrize(
+    ("given", "way"),
+    [
+        ({"fullgraph": True}, r"fullgraph=True: .*explain\(\)"),
+        ({"backend": "inductor"}, r"lorafx\.attach"),
+        ({"is_trainable": True}, "train with PEFT"),
+        ({"adaptors": {}}, "'adaptors'; nearest: adapters"),
+        ({"dynamic": "auto"}, "dynamic is True, False or None.*got 'auto'"),
+    ],
+)
+def test_arguments_of_other_libraries_name_the_way_out(shallow, given, way):
+    model = shallow.model()
+    with pytest.raises(ConfigError, match=way):
+        lorafx.compile(model, shallow.folders, options=REFERENCE, **given)
+    if "dynamic" not in given:
+        with pytest.raises(ConfigError, match=way):
+            lorafx.attach(model, shallow.folders, options=REFERENCE, **given)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_what_asks_for_nothing_is_taken(shallow):
+    nothing = {"fullgraph": False, "disable": False}
+    cm = lorafx.compile(shallow.model(), shallow.folders, options=REFERENCE, **nothing)
+    cm.load_adapter(shallow.folders["a1"], "same", is_trainable=False, torch_device=None)
+    with pytest.raises(ConfigError, match=r"load_adapter takes no is_trainable=True: .*PEFT"):
+        cm.load_adapter(shallow.folders["a1"], "other", is_trainable=True)
+    with pytest.raises(ConfigError, match=r"no argument 'adaptername'; nearest: adapter_name"):
+        cm.load_adapter(shallow.folders["a1"], adaptername="other")
+    assert cm.list_adapters() == [*shallow.folders, "same"]
+
+
+@pytest.mark.parametrize("function", [lorafx.compile, lorafx.attach])
+def test_a_third_argument_by_place_is_refused_with_the_way_to_give_both(shallow, function):
+    model, config = shallow.model(), peft.LoraConfig(target_modules=["q_proj"])
+    for given in ((shallow.folders, config), (config, shallow.folders)):
+        with pytest.raises(ConfigError, match=r"\(model, lora_config, adapters=\.\.\.\)"):
+            function(model, *given)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(("dynamic", "graphs"), [(True, 1), (None, 2), (False, 3)])
+def test_dynamic_is_as_in_torch_compile(shallow, dynamic, graphs):
+    cm = lorafx.compile(shallow.model(), shallow.folders, dynamic=dynamic, options=REFERENCE)
+    for rows in (2, 3, 4):
+        check_mixed(cm, shallow, ["a1", *[None] * (rows - 1)], token_inputs(rows, 6))
+    assert cm.recompiles == graphs
