@@ -54,13 +54,10 @@ class Layout(NamedTuple):
         return FakeTensor(mode, meta, self.device)
 
 
-def without_data(value: Any, base: Any = None, other: Any = None) -> FakeTensor:
-    """A tensor laid out like `value`: in memory of its own, or where it is a view of `base`, one of
-    `other`. Operators with symbolic sizes take milliseconds to say as much."""
-    layout = Layout.of(value)
-    if base is None:
-        return layout.empty(value.fake_mode)
-    return layout.view_of(other, value.storage_offset() - base.storage_offset())
+def without_data(value: Any) -> FakeTensor:
+    """A tensor laid out like `value`, in memory of its own. Operators with symbolic sizes take
+    milliseconds to say as much."""
+    return Layout.of(value).empty(value.fake_mode)
 
 
 #: By key, what the ops of a capture that is running return.

@@ -19,11 +19,8 @@ from torch import Tensor, fx
 
 from lorafx.capture import head_start
 from lorafx.capture.added_lengths import add_lengths
-from lorafx.capture.inductor_shortcuts import shortcuts
-from lorafx.capture.outlined_calls import interpreted_once
 from lorafx.capture.stamps import STAMP, Folded, NotUnfolded, fold, unfold
 from lorafx.capture.written_back import write_back
-from lorafx.captured_frame import strides_unasked
 from lorafx.compat import mode_settings
 from lorafx.config import Options
 from lorafx.errors import LorafxWarning, LoweringError
@@ -127,8 +124,7 @@ class InductorLowering:
         head_start.wait()
         write_back(gm)
         add_lengths(gm)
-        settings = config.patch({**self.patches, **_IN_ORDER, **_NO_HARNESS})
-        with settings, interpreted_once(inputs), strides_unasked(), shortcuts():
+        with config.patch({**self.patches, **_IN_ORDER, **_NO_HARNESS}):
             # What compile_fx does for inference before its inner compile.
             traced: Any = gm.graph.output_node().args[0]
             gm = inductor._recursive_joint_graph_passes(gm)

@@ -23,7 +23,6 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from lorafx.capture.bound_inputs import BoundInputs
 from lorafx.capture.checks import Checks
 from lorafx.capture.executable import BankLayout, checked, for_base, with_lookups
-from lorafx.capture.unseen_inputs import Order, around
 from lorafx.captured_frame import outside_of_frames
 from lorafx.compat import traced_anew
 from lorafx.kernels.cpu.cpu import builds_noted
@@ -130,7 +129,6 @@ class Parts:
         foreign: operators of the graph that are neither torch's nor lorafx's.
         wrappers: None where they cannot be kept.
         bound: the inputs that the executable adds to those that it is called with.
-        order: where the inputs belong that AOTAutograd has not seen; None where it saw all.
         whole: nothing stands between these parts that is not among them.
     """
 
@@ -143,7 +141,6 @@ class Parts:
     foreign: list[str] = field(default_factory=list)
     wrappers: Wrappers | None = None
     bound: BoundInputs | None = None
-    order: Order | None = None
     whole: bool = True
 
     def executable(
@@ -158,8 +155,7 @@ class Parts:
         if self.base:
             return for_base(self.checks, owner, self.wrappers.around(lowered))
         found = with_lookups(self.checks, owner, lowered, self.extra, self.banks, None)
-        found, outer = around(self.order, found)
-        whole = checked(self.checks, owner, outer(self.wrappers.around(found)))
+        whole = checked(self.checks, owner, self.wrappers.around(found))
         return whole if self.bound is None else self.bound.around(program, whole)
 
 

@@ -233,7 +233,6 @@ class _Conversion:
             "extra": parts.extra,
             "banks": parts.banks,
             "bound": parts.bound,
-            "order": parts.order,
             "wrappers": parts.wrappers,
             "record": graph.record.to_save(),
             "reached": (self._program.reached, self._program.replaced),
@@ -311,7 +310,7 @@ class _Loading:
         record = GraphRecord.loaded(title, second["record"], self._backend.several)
         parts = Parts(record.checks, second["base"], wrappers=second["wrappers"])
         parts.extra, parts.banks = second["extra"], second["banks"]
-        parts.bound, parts.order = second["bound"], second["order"]
+        parts.bound = second["bound"]
         run = parts.executable(program, second["lowered"].load())
         code = SerializedCode.to_code_object(second["code"])
         hook = CleanupHook.create(
