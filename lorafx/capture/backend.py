@@ -141,7 +141,6 @@ class Backend:
         program = self.program
         spans: list[Span] = []
         note_tracing(spans)
-        lowering.begin(program)
         program.look_at_modules()
         program.refuse_missing(program.batch.touched if program.runtime.active else ())
         frame = Frame.of(program, gm.graph, examples)
@@ -170,8 +169,6 @@ class Backend:
             self.drop_guards(bound)
             tell_instance(title, type(program.model).__name__, asked, spans)
             return executable
-        if (both or active) and frame.carries_lora:
-            lowering.foresee(program, frame, gm.graph)
         begun = self.instances.begin()
         values = [n.meta.get("example_value") for n in gm.graph.find_nodes(op="placeholder")]
         places = InputPlaces.of(frame, examples, shared=self.shares_graphs)

@@ -17,7 +17,6 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, fx
 
-from lorafx.capture import head_start
 from lorafx.capture.added_lengths import add_lengths
 from lorafx.capture.stamps import STAMP, Folded, NotUnfolded, fold, unfold
 from lorafx.capture.written_back import write_back
@@ -29,22 +28,13 @@ from lorafx.kernels.cpu.compiler import find_compiler
 from lorafx.passes import products
 from lorafx.passes.outline.regions import bodies
 from lorafx.passes.products import replace_products
-from lorafx.program.frame import Frame, fake_value
-from lorafx.program.program import Program
+from lorafx.program.frame import fake_value
 
 aten = torch.ops.aten
 
 
 class Lowering(Protocol):
-    """Two roads: graphs with LoRA (`compile`) and graphs of the base model alone (`base`).
-
-    `begin` is called before a model is traced, and again for each of its graphs; `foresee` is shown
-    what Dynamo captured, before that is traced again.
-    """
-
-    def begin(self, program: Program) -> None: ...
-
-    def foresee(self, program: Program, frame: Frame, graph: fx.Graph) -> None: ...
+    """Two roads: graphs with LoRA (`compile`) and graphs of the base model alone (`base`)."""
 
     def decompositions(self) -> dict[Any, Callable[..., Any]]: ...
 
@@ -102,15 +92,6 @@ class InductorLowering:
     stamps: bool = False
     products: bool = False
 
-    def begin(self, program: Program) -> None:
-        if program.runtime.device.type == "cpu":
-            head_start.begin()
-            head_start.compile_kernels(program)
-
-    def foresee(self, program: Program, frame: Frame, graph: fx.Graph) -> None:
-        if program.runtime.device.type == "cpu":
-            head_start.compile_kernels_of(program, frame, graph)
-
     def decompositions(self) -> dict[Any, Callable[..., Any]]:
         from torch._inductor import config
 
@@ -121,7 +102,6 @@ class InductorLowering:
         from torch._inductor import compile_fx as inductor
         from torch._inductor import config
 
-        head_start.wait()
         write_back(gm)
         add_lengths(gm)
         with config.patch({**self.patches, **_IN_ORDER, **_NO_HARNESS}):
@@ -145,7 +125,6 @@ class InductorLowering:
         from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx
 
-        head_start.wait()
         patches = dict(self.patches)
         if self.products and config.post_grad_custom_pre_pass is None:
             patches["post_grad_custom_pre_pass"] = _generated_products()
@@ -258,12 +237,6 @@ class NodeByNode:
 
 class ReferenceLowering:
     """Plain aten, node by node, on any device."""
-
-    def begin(self, program: Program) -> None:
-        pass
-
-    def foresee(self, program: Program, frame: Frame, graph: fx.Graph) -> None:
-        pass
 
     def decompositions(self) -> dict[Any, Callable[..., Any]]:
         return decomposition_table()
