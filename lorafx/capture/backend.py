@@ -43,7 +43,6 @@ from lorafx.capture.instances import Form, Instances
 from lorafx.capture.lowering import Lowering, code_noted, lowering_for
 from lorafx.capture.parts import Captured, Parts, foreign_operators, noted
 from lorafx.capture.record import GraphRecord
-from lorafx.capture.stamps import Folded, fold, unfold
 from lorafx.capture.told import form_of, note_tracing, reason, tell, tell_instance, timed
 from lorafx.capture.verify import NumericCheck
 from lorafx.captured_frame import duck_shaped, ends_in_break, guarded_attributes, named_by_dynamo
@@ -238,7 +237,6 @@ class Backend:
         """The executable of calls with adapters."""
         record = compilation.record
         compiler = _FrameCompiler(self, compilation)
-        compiler.folded = fold(gm) if self.program.options.stamps else None
         trace = aot_autograd(
             fw_compiler=compiler,
             inference_compiler=compiler,
@@ -248,15 +246,7 @@ class Backend:
         )
         noting = nullcontext() if self.noted is None else noted(compilation.parts)
         with in_tracing(), noting, timed(record.spans, "AOTAutograd"):
-            try:
-                executable = trace(gm, examples)
-            except Exception:
-                if compiler.folded is None:
-                    raise
-                # Nothing but the stamps was looked at: without them it is as it always was.
-                compiler.folded.restore()
-                compiler.folded = None
-                executable = trace(gm, examples)
+            executable = trace(gm, examples)
         return checked(record.checks, compilation.owner, executable)
 
     @contextmanager
@@ -311,14 +301,9 @@ class _FrameCompiler:
         self.record = compilation.record
         self.lowering = compilation.lowering
         self.parts = compilation.parts
-        #: What stands for layers in the graph that is traced; None where it stands for itself.
-        self.folded: Folded | None = None
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         program, record, frame = self.backend.program, self.record, self.frame
-        if self.folded is not None:
-            unfold(gm.graph, self.folded)
-            self.folded = None
         if self.backend.noted is not None:
             self.parts.foreign += foreign_operators(gm)
         frame.bind(gm.graph)
