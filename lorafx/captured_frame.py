@@ -160,12 +160,6 @@ def guard_local(name: str, make: Callable[[Any, torch._guards.Guard], None]) -> 
     TracingContext.get().guards_context.dynamo_guards.add(guard)
 
 
-def traced_metadata() -> Any:
-    """What AOTAutograd knows of the inputs and outputs of the graph that it has traced, and tells
-    the compiler (`ViewAndMutationMeta`)."""
-    return TracingContext.get().fw_metadata
-
-
 def inputs_given_back() -> set[int]:
     """Places of the results, among those of the traced function, for which AOTAutograd gives the
     caller one of its inputs, whatever the graph computes there."""
@@ -173,22 +167,6 @@ def inputs_given_back() -> set[int]:
     metadata = None if context is None else context.fw_metadata
     told = () if metadata is None else metadata.output_info
     return {place for place, info in enumerate(told) if info.output_type is OutputType.is_input}
-
-
-@contextmanager
-def strides_unasked() -> Iterator[None]:
-    """Inside, Inductor does not tell AOTAutograd the strides of results in numbers. Nobody asks for
-    them where there is no backward, and each takes a millisecond where sizes are symbols: there are
-    two results a layer with a cache."""
-    context = TracingContext.try_get()
-    if context is None or context.fakify_first_call:  # torch's splitting for DDP asks
-        yield
-        return
-    before, context.output_strides = context.output_strides, None
-    try:
-        yield
-    finally:
-        context.output_strides = before
 
 
 @contextmanager

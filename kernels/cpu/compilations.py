@@ -1,7 +1,6 @@
 """One run of the compiler for each library, among threads and among processes that share a cache.
 
     compiled(...)    compiles a library, or waits for whoever is compiling it already
-    ahead(...)       has threads compile what will be asked for, while Python does something else
 
 In a process whoever comes first compiles. Among processes the source beside the library is the
 lock: it is held (flock) by the one that compiles. Where that cannot be had, for want of a file
@@ -15,7 +14,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import contextvars
 import fcntl
 import os
 import signal
@@ -23,8 +21,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TextIO
@@ -33,23 +30,18 @@ from lorafx.errors import LoweringError
 
 #: Seconds to wait for a library that another process compiles; most take one.
 PATIENCE = 60.0
-#: Compilers at a time of what is compiled ahead, on a machine with many cores.
-MOST_AHEAD = 4
 
 _LOCK = threading.Lock()
 _UNDER_WAY: dict[Path, Future[None]] = {}
 _RUNNING: set[subprocess.Popen[str]] = set()
-_QUEUE: deque[Callable[[], object]] = deque()
-_WORKERS: set[threading.Thread] = set()
 _ended = False
 
 
-def compiled(command: Sequence[str], source: str, library: Path, *, wait: bool = True) -> None:
+def compiled(command: Sequence[str], source: str, library: Path) -> None:
     """Have `library` compiled from `source`.
 
     Args:
         command: the compiler and its flags.
-        wait: for a library that somebody else is compiling; otherwise it may not be there yet.
 
     Raises:
         LoweringError: the compiler cannot be started, or refuses the source.
@@ -61,16 +53,14 @@ def compiled(command: Sequence[str], source: str, library: Path, *, wait: bool =
             if other is None:
                 _UNDER_WAY[library] = own
         if other is not None:
-            if not wait:
-                return
             error = other.exception()
             if isinstance(error, LoweringError):
                 raise error
             continue  # there it is, or whoever compiled it was interrupted
         failure: BaseException | None = None
         try:
-            with _held(library.with_suffix(".cpp"), wait=wait) as file:
-                if file is not None and not library.exists():
+            with _held(library.with_suffix(".cpp")) as file:
+                if not library.exists():
                     _compile(command, source, file, library)
         except BaseException as error:
             failure = error
@@ -79,55 +69,16 @@ def compiled(command: Sequence[str], source: str, library: Path, *, wait: bool =
             with _LOCK:
                 _UNDER_WAY.pop(library, None)
             own.set_exception(failure) if failure else own.set_result(None)
-        if not wait:
-            return
-
-
-def ahead(tasks: Iterable[Callable[[], object]]) -> None:
-    """Run these one after the other in the background, as many at a time as there are cores beside
-    the one that traces. What fails there fails again where it is asked for, and is told there. So
-    is all of it compiled there, where the process may start no thread."""
-    for task in tasks:
-        context = contextvars.copy_context()  # with Inductor's settings, which name the compiler
-        _QUEUE.append(lambda task=task, context=context: context.run(task))  # type: ignore[misc]
-    with _LOCK:
-        for _ in range(min(len(_QUEUE), _spare_cores()) - len(_WORKERS)):
-            worker = threading.Thread(target=_work, name="lorafx compiling ahead", daemon=True)
-            try:
-                worker.start()
-            except RuntimeError:  # the process may have no more threads
-                return
-            _WORKERS.add(worker)  # which cannot have ended: that takes the lock
-
-
-def _spare_cores() -> int:
-    known = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
-    return min(max(cores - 1, 1), MOST_AHEAD)
-
-
-def _work() -> None:
-    while True:
-        with _LOCK:
-            if not _QUEUE or _ended:
-                _WORKERS.discard(threading.current_thread())
-                return
-            task = _QUEUE.popleft()
-        with contextlib.suppress(Exception):
-            task()
 
 
 @contextlib.contextmanager
-def _held(path: Path, *, wait: bool) -> Iterator[TextIO | None]:
-    """The file, which no other process holds at the same time, made if need be; None where one
-    does and is not waited for. Nor is it for longer than PATIENCE."""
+def _held(path: Path) -> Iterator[TextIO]:
+    """The file, made if need be, which no other process holds at the same time, unless one keeps it
+    for longer than PATIENCE."""
     deadline, pause = time.monotonic() + PATIENCE, 0.005
     while True:
         with path.open("a+") as file:
             busy = _lock(file)
-            if busy and not wait:
-                yield None
-                return
             # Whoever held it may have removed it.
             if time.monotonic() > deadline or (not busy and _is_at(file, path)):
                 try:
@@ -217,25 +168,23 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 @atexit.register
 def _end() -> None:
-    """Stop the compilers, and wait until the threads that started them have tidied up."""
+    """Stop the compilers."""
     global _ended
     with _LOCK:
         _ended = True
-        running, workers = list(_RUNNING), list(_WORKERS)
+        running = list(_RUNNING)
     for process in running:
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)
-    for worker in workers:
-        worker.join(2)
 
 
 def _after_fork() -> None:
     """The threads are the parent's, and so are their compilers."""
     global _LOCK
     _LOCK = threading.Lock()
-    for each in (_UNDER_WAY, _RUNNING, _QUEUE, _WORKERS):
-        each.clear()
+    _UNDER_WAY.clear()
+    _RUNNING.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork)

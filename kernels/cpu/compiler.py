@@ -120,11 +120,8 @@ def cache_folder() -> Path:
     return path
 
 
-def compile_library(source: str, flags: tuple[str, ...] = (), *, wait: bool = True) -> Path:
+def compile_library(source: str, flags: tuple[str, ...] = ()) -> Path:
     """The shared library of `source`, from the cache or compiled now.
-
-    Args:
-        wait: where somebody else is compiling it, which then may not have ended.
 
     Raises:
         LoweringError: no compiler, the compiler refuses the source, or the cache cannot be written.
@@ -134,7 +131,7 @@ def compile_library(source: str, flags: tuple[str, ...] = (), *, wait: bool = Tr
     key = hashlib.sha256("\0".join([source, *command, _version_of(compiler)]).encode())
     try:
         library = cache_folder() / f"{key.hexdigest()[:32]}.so"
-        compiled(command, source, library, wait=wait)
+        compiled(command, source, library)
     except OSError as error:
         raise LoweringError(
             f"generated kernels cannot be written to their cache: {error}; make room there, or set "

@@ -44,9 +44,7 @@ from lorafx.capture.lookup_search import lookups_of
 from lorafx.capture.lowering import Lowering, code_noted, lowering_for
 from lorafx.capture.parts import Captured, Parts, foreign_operators, noted
 from lorafx.capture.record import GraphRecord
-from lorafx.capture.stamps import Folded, fold, unfold
 from lorafx.capture.told import form_of, note_tracing, reason, shown, tell, tell_instance, timed
-from lorafx.capture.unseen_inputs import UnseenInputs, around, leave_out
 from lorafx.capture.verify import NumericCheck
 from lorafx.captured_frame import duck_shaped, ends_in_break, guarded_attributes, named_by_dynamo
 from lorafx.graph.context import Context
@@ -142,7 +140,6 @@ class Backend:
         program = self.program
         spans: list[Span] = []
         note_tracing(spans)
-        lowering.begin(program)
         program.look_at_modules()
         program.refuse_missing(program.batch.touched if program.runtime.active else ())
         frame = Frame.of(program, gm.graph, examples)
@@ -171,8 +168,6 @@ class Backend:
             self.drop_guards(bound)
             tell_instance(title, type(program.model).__name__, asked, spans)
             return executable
-        if (both or active) and frame.carries_lora:
-            lowering.foresee(program, frame, gm.graph)
         begun = self.instances.begin()
         values = [n.meta.get("example_value") for n in gm.graph.find_nodes(op="placeholder")]
         places = InputPlaces.of(frame, examples, shared=self.shares_graphs)
@@ -243,9 +238,6 @@ class Backend:
         """The executable of calls with adapters."""
         record = compilation.record
         compiler = _FrameCompiler(self, compilation)
-        compiler.folded = fold(gm) if self.program.options.stamps else None
-        unseen = None if compiler.folded is None else leave_out(compiler.folded)
-        compiler.unseen = unseen
         trace = aot_autograd(
             fw_compiler=compiler,
             inference_compiler=compiler,
@@ -255,19 +247,8 @@ class Backend:
         )
         noting = nullcontext() if self.noted is None else noted(compilation.parts)
         with in_tracing(), noting, timed(record.spans, "AOTAutograd"):
-            try:
-                if unseen is None:
-                    executable = trace(gm, examples)
-                else:
-                    executable = trace(unseen.module, [examples[p] for p in unseen.order.seen])
-            except Exception:
-                if compiler.folded is None:
-                    raise
-                # Nothing but the stamps was looked at: without them it is as it always was.
-                compiler.folded.restore()
-                compiler.folded = compiler.unseen = None
-                executable = trace(gm, examples)
-        return checked(record.checks, compilation.owner, compiler.outer(executable))
+            executable = trace(gm, examples)
+        return checked(record.checks, compilation.owner, executable)
 
     @contextmanager
     def lowering_timed(self, record: GraphRecord) -> Iterator[None]:
@@ -321,20 +302,9 @@ class _FrameCompiler:
         self.record = compilation.record
         self.lowering = compilation.lowering
         self.parts = compilation.parts
-        #: What stands for layers in the graph that is traced; None where it stands for itself.
-        self.folded: Folded | None = None
-        #: What is left out of the graph that is traced.
-        self.unseen: UnseenInputs | None = None
-        #: Makes of AOTAutograd's function one that takes all arguments.
-        self.outer: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda wrapped: wrapped
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         program, record, frame = self.backend.program, self.record, self.frame
-        if self.folded is not None:
-            if self.unseen is not None:
-                inputs = self.unseen.put_back(gm.graph, inputs)
-            unfold(gm.graph, self.folded)
-            self.folded = None
         if self.backend.noted is not None:
             self.parts.foreign += foreign_operators(gm)
         frame.bind(gm.graph)
@@ -360,8 +330,7 @@ class _FrameCompiler:
         # A stage that somebody chooses runs operator by operator as it is.
         staged = self.backend.keeper is not None
         operators = copy.deepcopy(gm) if ctx.handover.seen and not staged else None
-        told = nullcontext() if self.unseen is None else self.unseen.fixed_inputs_told()
-        with self.backend.lowering_timed(record), told:
+        with self.backend.lowering_timed(record):
             executable = self.lowering.compile(gm, [*inputs, *values])
         self.parts.lowered, self.parts.extra = executable, extra
         self.parts.whole = operators is None and numeric is None
@@ -376,8 +345,4 @@ class _FrameCompiler:
         whole = [node for node, item in frame.by_node.items() if item.sites and not item.part]
         weights = [frame.positions[node] for node in whole]
         owner = self.backend.owner(frame, weights)
-        order = None if self.unseen is None else self.unseen.order
-        self.parts.order = order
-        found = with_lookups(record.checks, owner, executable, extra, banks, numeric)
-        inner, self.outer = around(order, found)
-        return inner
+        return with_lookups(record.checks, owner, executable, extra, banks, numeric)

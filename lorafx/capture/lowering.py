@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, cast
@@ -17,13 +17,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, fx
 
-from lorafx.capture import head_start
 from lorafx.capture.added_lengths import add_lengths
-from lorafx.capture.inductor_shortcuts import shortcuts
-from lorafx.capture.outlined_calls import interpreted_once
-from lorafx.capture.stamps import STAMP, Folded, NotUnfolded, fold, unfold
 from lorafx.capture.written_back import write_back
-from lorafx.captured_frame import strides_unasked
 from lorafx.compat import mode_settings
 from lorafx.config import Options
 from lorafx.errors import LorafxWarning, LoweringError
@@ -32,22 +27,13 @@ from lorafx.kernels.cpu.compiler import find_compiler
 from lorafx.passes import products
 from lorafx.passes.outline.regions import bodies
 from lorafx.passes.products import replace_products
-from lorafx.program.frame import Frame, fake_value
-from lorafx.program.program import Program
+from lorafx.program.frame import fake_value
 
 aten = torch.ops.aten
 
 
 class Lowering(Protocol):
-    """Two roads: graphs with LoRA (`compile`) and graphs of the base model alone (`base`).
-
-    `begin` is called before a model is traced, and again for each of its graphs; `foresee` is shown
-    what Dynamo captured, before that is traced again.
-    """
-
-    def begin(self, program: Program) -> None: ...
-
-    def foresee(self, program: Program, frame: Frame, graph: fx.Graph) -> None: ...
+    """Two roads: graphs with LoRA (`compile`) and graphs of the base model alone (`base`)."""
 
     def decompositions(self) -> dict[Any, Callable[..., Any]]: ...
 
@@ -96,23 +82,12 @@ _NO_HARNESS = {"benchmark_harness": False}
 class InductorLowering:
     """Inductor. The rewritten graph is what its caches hash, so a changed pass cannot be stale.
 
-    `patches` are Inductor's settings that a `mode` of torch.compile stands for. `stamps`: graphs of
-    the base, too, are traced one of several equal layers at a time. `products`: they, too, multiply
-    few rows by generated code.
+    `patches` are Inductor's settings that a `mode` of torch.compile stands for. `products`: graphs
+    of the base, too, multiply few rows by generated code.
     """
 
     patches: Mapping[str, Any] = field(default_factory=dict)
-    stamps: bool = False
     products: bool = False
-
-    def begin(self, program: Program) -> None:
-        if program.runtime.device.type == "cpu":
-            head_start.begin()
-            head_start.compile_kernels(program)
-
-    def foresee(self, program: Program, frame: Frame, graph: fx.Graph) -> None:
-        if program.runtime.device.type == "cpu":
-            head_start.compile_kernels_of(program, frame, graph)
 
     def decompositions(self) -> dict[Any, Callable[..., Any]]:
         from torch._inductor import config
@@ -124,11 +99,9 @@ class InductorLowering:
         from torch._inductor import compile_fx as inductor
         from torch._inductor import config
 
-        head_start.wait()
         write_back(gm)
         add_lengths(gm)
-        settings = config.patch({**self.patches, **_IN_ORDER, **_NO_HARNESS})
-        with settings, interpreted_once(inputs), strides_unasked(), shortcuts():
+        with config.patch({**self.patches, **_IN_ORDER, **_NO_HARNESS}):
             # What compile_fx does for inference before its inner compile.
             traced: Any = gm.graph.output_node().args[0]
             gm = inductor._recursive_joint_graph_passes(gm)
@@ -149,17 +122,9 @@ class InductorLowering:
         from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx
 
-        head_start.wait()
         patches = dict(self.patches)
         if self.products and config.post_grad_custom_pre_pass is None:
             patches["post_grad_custom_pre_pass"] = _generated_products()
-        # What stands for a layer has no gradient, and no pass but Inductor's own may see it.
-        if self.stamps and not torch.is_grad_enabled() and config.joint_custom_pre_pass is None:
-            folded = fold(gm)
-            if folded is not None:
-                with suppress(Exception):  # without stamps it is as it always was
-                    return _stamped(gm, examples, patches, folded)
-                folded.restore()
         # A compiled backward, made later, keeps the settings too.
         compiled = compile_fx(gm, list(examples), config_patches=patches)
         return cast("Callable[..., Any]", compiled)
@@ -193,37 +158,6 @@ def _generated_products() -> Any:
             return get_hash_for_files((products.__file__, dense.__file__))
 
     return BaseProducts()
-
-
-def _stamped(
-    gm: fx.GraphModule, examples: Sequence[Any], patches: Mapping[str, Any], folded: Folded
-) -> Callable[..., Any]:
-    """What Inductor makes of the graph whose layers are stamps: before its first pass looks at what
-    AOTAutograd has traced, they are layers again."""
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-    from torch._inductor.custom_graph_pass import CustomGraphPass
-
-    class Unfold(CustomGraphPass):
-        def __call__(self, graph: fx.Graph) -> None:
-            if graph.find_nodes(op="call_function", target=STAMP):  # not a graph inside of it
-                unfold(graph, folded)
-
-        def uuid(self) -> str:
-            return "lorafx stamps 1"  # the traced graph says what its stamps stand for
-
-    def compile_inner(traced: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
-        if traced.graph.find_nodes(op="call_function", target=STAMP):
-            raise NotUnfolded("the passes over the traced graph are switched off")
-        return compile_fx_inner(traced, *args, **kwargs)
-
-    settings = {**patches, "joint_custom_pre_pass": Unfold()}
-    try:
-        compiled = compile_fx(
-            gm, list(examples), inner_compile=compile_inner, config_patches=settings
-        )
-    finally:
-        folded.forget()
-    return cast("Callable[..., Any]", compiled)
 
 
 @contextmanager
@@ -263,12 +197,6 @@ class NodeByNode:
 class ReferenceLowering:
     """Plain aten, node by node, on any device."""
 
-    def begin(self, program: Program) -> None:
-        pass
-
-    def foresee(self, program: Program, frame: Frame, graph: fx.Graph) -> None:
-        pass
-
     def decompositions(self) -> dict[Any, Callable[..., Any]]:
         return decomposition_table()
 
@@ -301,6 +229,4 @@ def lowering_for(options: Options, patches: Mapping[str, Any] | None = None) -> 
     if options.lowering == "reference":
         return ReferenceLowering()
     products_of_base = options.base_products and options.lowering == "inductor"
-    return InductorLowering(
-        {**mode_settings(options.mode), **(patches or {})}, options.stamps, products_of_base
-    )
+    return InductorLowering({**mode_settings(options.mode), **(patches or {})}, products_of_base)

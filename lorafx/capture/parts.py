@@ -24,7 +24,6 @@ from lorafx.capture.bound_inputs import BoundInputs
 from lorafx.capture.checks import Checks
 from lorafx.capture.executable import BankLayout, checked, for_base, with_lookups
 from lorafx.capture.lookups import Lookups
-from lorafx.capture.unseen_inputs import Order, around
 from lorafx.captured_frame import outside_of_frames
 from lorafx.compat import traced_anew
 from lorafx.kernels.cpu.cpu import builds_noted
@@ -132,7 +131,6 @@ class Parts:
         wrappers: None where they cannot be kept.
         bound: the inputs that the executable adds to those that it is called with.
         lookups: what is looked at before the graph runs.
-        order: where the inputs belong that AOTAutograd has not seen; None where it saw all.
         whole: nothing stands between these parts that is not among them.
     """
 
@@ -146,7 +144,6 @@ class Parts:
     wrappers: Wrappers | None = None
     bound: BoundInputs | None = None
     lookups: Lookups = field(default_factory=Lookups)
-    order: Order | None = None
     whole: bool = True
 
     def executable(
@@ -162,8 +159,7 @@ class Parts:
             base = for_base(self.checks, owner, self.wrappers.around(lowered))
             return self.lookups.around(base)
         found = with_lookups(self.checks, owner, lowered, self.extra, self.banks, None)
-        found, outer = around(self.order, found)
-        whole = checked(self.checks, owner, outer(self.wrappers.around(found)))
+        whole = checked(self.checks, owner, self.wrappers.around(found))
         whole = self.lookups.around(whole)
         return whole if self.bound is None else self.bound.around(program, whole)
 

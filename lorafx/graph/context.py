@@ -18,7 +18,6 @@ import lorafx.kernels.ops.mask_ops
 import lorafx.kernels.ops.ops
 import lorafx.kernels.ops.row_ops  # noqa: F401  (all define torch.ops.lorafx)
 from lorafx.errors import MatchError
-from lorafx.graph.fake_results import FakeResults
 from lorafx.graph.graph_nodes import module_path, plain_path
 from lorafx.graph.weight_uses import Use
 from lorafx.model.sites import Site
@@ -132,12 +131,10 @@ class Context:
     #: Site nodes that `outline` moved: the call that computes each now, and the node in its body.
     homes: dict[fx.Node, tuple[fx.Node, fx.Node]] = field(default_factory=dict)
     fake_mode: FakeTensorMode | None = field(init=False)
-    results: FakeResults | None = field(init=False)
 
     def __post_init__(self, graph_module: fx.GraphModule) -> None:
         values = [fake_value(node) for node in graph_module.graph.nodes]
         self.fake_mode = detect_fake_mode([value for value in values if isinstance(value, Tensor)])
-        self.results = FakeResults(self.fake_mode) if self.fake_mode is not None else None
 
     # --- site nodes ---
 
@@ -252,8 +249,9 @@ class Context:
         constants."""
         node = graph.call_function(target, args, kwargs)
         values = fx.node.map_arg(args, fake_value)
-        assert self.results is not None
-        node.meta["val"] = self.results.call(target, values, kwargs)
+        assert self.fake_mode is not None
+        with self.fake_mode:
+            node.meta["val"] = target(*values, **kwargs)
         return node
 
     def bank_inputs(self, graph: fx.Graph, site: Site, weight: fx.Node) -> dict[str, fx.Node]:

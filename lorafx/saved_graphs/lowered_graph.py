@@ -18,7 +18,6 @@ from torch._inductor.output_code import CompiledFxGraph
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from lorafx.capture import head_start
 from lorafx.capture.lowering import NodeByNode
 from lorafx.captured_frame import outside_of_frames
 from lorafx.kernels.cpu import dense_delta
@@ -114,7 +113,6 @@ def _from_inductor(data: bytes) -> Boxed:
         "boxed_forward_device_index": BoxedDeviceIndex(None),
         "is_backward": False,
     }
-    head_start.wait()
     with outside_of_frames():
         found: Boxed = forward.post_compile(forward.load([]), settings)
     return found

@@ -234,7 +234,6 @@ class _Conversion:
             "banks": parts.banks,
             "bound": parts.bound,
             "lookups": parts.lookups,
-            "order": parts.order,
             "wrappers": parts.wrappers,
             "record": graph.record.to_save(),
             "reached": (self._program.reached, self._program.replaced),
@@ -312,8 +311,7 @@ class _Loading:
         record = GraphRecord.loaded(title, second["record"], self._backend.several)
         parts = Parts(record.checks, second["base"], wrappers=second["wrappers"])
         parts.extra, parts.banks = second["extra"], second["banks"]
-        parts.bound, parts.order = second["bound"], second["order"]
-        parts.lookups = second["lookups"]
+        parts.bound, parts.lookups = second["bound"], second["lookups"]
         run = parts.executable(program, second["lowered"].load())
         code = SerializedCode.to_code_object(second["code"])
         hook = CleanupHook.create(

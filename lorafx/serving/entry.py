@@ -212,7 +212,6 @@ class Entry:
 
     def _new(self) -> Traced:
         session = self.session
-        session.backend.lowering.begin(session.program)
         saved = self._saved()
         return Traced(
             self.target,

@@ -22,8 +22,6 @@ from lorafx.model.sites import Site
 from lorafx.pass_order import CAPTURED, GraphPass, pipeline
 from lorafx.passes.join import Join
 from lorafx.passes.outline.outline import Outline
-from lorafx.program.frame import Frame
-from lorafx.program.program import Program
 from lorafx.serving.entry import Entry, entered
 from lorafx.session.session import Session
 
@@ -88,12 +86,6 @@ class Stages:
         return self.names[self.names.index(Join.name) - 1] if joined else self.flat
 
     # --- a lowering ---
-
-    def begin(self, program: Program) -> None:
-        self.program_lowering.begin(program)
-
-    def foresee(self, program: Program, frame: Frame, graph: fx.Graph) -> None:
-        self.program_lowering.foresee(program, frame, graph)
 
     def decompositions(self) -> dict[Any, Callable[..., Any]]:
         found: dict[Any, Callable[..., Any]] = self.program_lowering.decompositions()

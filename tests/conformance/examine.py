@@ -202,8 +202,7 @@ class _Noting:
 
     def __init__(self, lowering: Lowering) -> None:
         self.lowering, self.operators = lowering, set[str]()
-        self.begin, self.foresee, self.base = lowering.begin, lowering.foresee, lowering.base
-        self.decompositions = lowering.decompositions
+        self.base, self.decompositions = lowering.base, lowering.decompositions
 
     def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
         self.operators.update(

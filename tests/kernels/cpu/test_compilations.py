@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import resource
 import subprocess
 import sys
 import threading
@@ -15,7 +15,7 @@ import pytest
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.cpu import compilations
-from lorafx.kernels.cpu.compilations import ahead, compiled
+from lorafx.kernels.cpu.compilations import compiled
 
 #: A compiler that notes each start, waits, and copies the source.
 SLOW = """#!/bin/sh
@@ -36,8 +36,20 @@ class Compiler:
         self.library = folder / "cache" / "a.so"
         self.library.parent.mkdir()
 
-    def compile(self, *, wait: bool = True) -> None:
-        compiled([str(self.path)], "text", self.library, wait=wait)
+    def compile(self) -> None:
+        compiled([str(self.path)], "text", self.library)
+
+    def begin(self) -> threading.Thread:
+        """A thread that compiles it, or fails to."""
+
+        def attempt() -> None:
+            with contextlib.suppress(LoweringError):
+                self.compile()
+
+        thread = threading.Thread(target=attempt)
+        thread.start()
+        until(lambda: self.started)
+        return thread
 
     @property
     def started(self) -> list[int]:
@@ -55,10 +67,6 @@ def until(condition: object) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-def idle() -> bool:
-    return not compilations._WORKERS
 
 
 def test_threads_compile_once(tmp_path: Path) -> None:
@@ -91,44 +99,17 @@ def test_a_process_that_keeps_a_library_to_itself(
     source = compiler.library.with_suffix(".cpp")
     with source.open("a+") as file:
         assert not compilations._lock(file)
-        compiler.compile(wait=False)
-        assert not compiler.started
         compiler.compile()
     assert len(compiler.started) == 1
     assert source.read_text() == "text"
 
 
-def test_what_is_asked_for_while_it_is_compiled_ahead(tmp_path: Path) -> None:
-    compiler = Compiler(tmp_path, "sleep 0.3")
-    ahead([lambda: compiler.compile(wait=False)] * 2)
-    until(lambda: compiler.started)
-    compiler.compile(wait=False)
-    assert not compiler.library.exists()
-    compiler.compile()
-    assert compiler.library.exists()
-    until(idle)
-    assert len(compiler.started) == 1
-
-
-def test_what_fails_in_the_background_is_told_where_it_is_asked_for(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    compiler = Compiler(tmp_path, "echo no such thing >&2; exit 1")
-    ahead([lambda: compiler.compile(wait=False), lambda: compiler.compile(wait=False)])
-    until(idle)
-    assert capfd.readouterr() == ("", "")
-    with pytest.raises(LoweringError, match="refused a generated kernel:\nno such thing"):
-        compiler.compile()
-    assert compiler.files == []
-
-
 def test_those_that_wait_are_told_too(tmp_path: Path) -> None:
     compiler = Compiler(tmp_path, "sleep 0.2; exit 1")
-    ahead([lambda: compiler.compile(wait=False)])
-    until(lambda: compiler.started)
+    other = compiler.begin()
     with pytest.raises(LoweringError, match="refused a generated kernel"):
         compiler.compile()
-    until(idle)
+    other.join()
     assert len(compiler.started) == 1
 
 
@@ -157,13 +138,14 @@ def _gone(processes: list[int]) -> bool:
 
 
 ENDS = """
-import sys, time
+import sys, threading, time
 from pathlib import Path
-from lorafx.kernels.cpu.compilations import ahead, compiled
+from lorafx.kernels.cpu.compilations import compiled
 compiler, library, log = sys.argv[1:]
 def task(number):
-    compiled([compiler], "text", Path(library + str(number)), wait=False)
-ahead([lambda number=number: task(number) for number in range(9)])
+    compiled([compiler], "text", Path(library + str(number)))
+for number in range(3):
+    threading.Thread(target=task, args=(number,), daemon=True).start()
 while not Path(log).exists():
     time.sleep(0.01)
 """
@@ -184,48 +166,16 @@ def test_a_process_that_ends_takes_its_compilers_along(tmp_path: Path) -> None:
     assert time.monotonic() - start < 45, "it waited for a compiler"
     assert (done.stdout, done.stderr) == ("", "")
     assert _gone(compiler.started)
-    assert compiler.files == []
 
 
 def test_a_forked_child_does_not_wait_for_its_parents_threads(tmp_path: Path) -> None:
     compiler = Compiler(tmp_path, "sleep 0.5")
-    ahead([lambda: compiler.compile(wait=False)])
-    until(lambda: compiler.started)
+    other = compiler.begin()
     child = os.fork()
     if not child:
-        forgotten = idle() and not compilations._UNDER_WAY and not compilations._RUNNING
+        forgotten = not compilations._UNDER_WAY and not compilations._RUNNING
         compiler.compile()
-        ahead([lambda: (tmp_path / "alive").touch()])
-        until(idle)
-        os._exit(0 if forgotten and (tmp_path / "alive").exists() else 1)
+        os._exit(0 if forgotten else 1)
     assert os.waitpid(child, 0)[1] == 0
-    until(idle)
+    other.join()
     assert len(compiler.started) == 1
-
-
-def test_tasks_run_beside_the_thread_that_asks() -> None:
-    threads: list[threading.Thread] = []
-    ahead([lambda: threads.append(threading.current_thread())] * 3)
-    until(lambda: len(threads) == 3 and idle())
-    assert threading.current_thread() not in threads
-    assert all(thread.daemon for thread in threads)
-
-
-def test_a_process_that_has_no_more_threads() -> None:
-    """What would be compiled ahead is compiled where it is asked for."""
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    stack = threading.stack_size(1 << 32)
-    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), hard))
-    try:
-        with pytest.raises(RuntimeError, match="thread"):
-            threading.Thread(target=print).start()
-        ahead([lambda: None])
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        threading.stack_size(stack)
-    assert idle()
-    done = threading.Event()
-    ahead([done.set])
-    assert done.wait(30)
-    until(idle)
