@@ -170,7 +170,8 @@ def size_hint(size: int | torch.SymInt) -> int | None:
     """The number that a size had when the graph was captured; None where it depends on data."""
     if isinstance(size, int):
         return size
-    return int(size.node.hint) if size.node.has_hint() else None
+    node: Any = size.node
+    return int(node.hint) if node.has_hint() else None
 
 
 def can_save_graphs() -> bool:

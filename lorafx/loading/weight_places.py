@@ -291,7 +291,7 @@ def same_memory(a: Tensor, b: Tensor) -> bool:
         and a.shape == b.shape
         and a.stride() == b.stride()
         and storage_key(a) == storage_key(b)
-        and a.storage_offset() == b.storage_offset()
+        and bool(a.storage_offset() == b.storage_offset())
     )
 
 

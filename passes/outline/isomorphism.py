@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
+from lorafx.compat import size_hint
+
 #: bytes of the widest vector that Inductor's GPU kernels load at once
 VECTOR = 16
 _PLAIN = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch._ops.OperatorBase)
@@ -78,8 +80,7 @@ def agree(a: Stretch, b: Stretch, sizes: Mapping[sympy.Symbol, torch.SymInt]) ->
 
 def _hint(sizes: Mapping[sympy.Symbol, torch.SymInt], symbol: sympy.Symbol) -> int | None:
     """The value of a symbol in the call that is captured."""
-    node = sizes[symbol].node if symbol in sizes else None
-    return node.hint if node is not None and node.has_hint() else None
+    return size_hint(sizes[symbol]) if symbol in sizes else None
 
 
 def sizes_of(graph: fx.Graph) -> dict[sympy.Symbol, torch.SymInt]:

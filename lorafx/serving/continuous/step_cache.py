@@ -253,8 +253,8 @@ def _place(allocator: CacheAllocator, layer: int) -> LayerPlace:
     width = keys.shape[1] * keys.shape[2]
     return LayerPlace(
         allocator.index,
-        keys.storage_offset() // width,
-        values.storage_offset() // width,
+        int(keys.storage_offset() // width),
+        int(values.storage_offset() // width),
         allocator.sentinel_index,
         ring,
         (keys.shape[1], keys.shape[2], keys.dtype),
