@@ -12,7 +12,11 @@ import pytest
 import torch
 from attached import attached, compiled, fresh_dynamo, served
 from dense_merge import Case, check_mixed
+from tiny_models import FAMILIES
+from toolchain import needs_compiler
 from torch import Tensor, nn
+from torch._inductor.codecache import CppPythonBindingsCodeCache
+from torch._inductor.exc import CppCompileError
 from torch._inductor.lowering import lowerings, register_lowering
 
 from lorafx.errors import CaptureError, LorafxWarning, LoweringError
@@ -170,6 +174,32 @@ def test_inductor_fails_and_the_base_answers_in_python(tmp_path: Path) -> None:
         assert torch.equal(found, c.base(**batch())["logits"])
     check_mixed(cm, c, [None] * 3, batch())
     check_mixed(c.compile(dynamic=False), c, MIXED, batch())
+
+
+@needs_compiler
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_cpp_compiler_fails_and_nothing_is_kept(
+    shallow: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: bool
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise CppCompileError(["g++"], "no space left on device")
+
+    folder, names = tmp_path / "graphs", ["a1", None, "a3"]
+    options = {"lowering": "inductor", "cache": str(folder) if saved else None}
+    cm, inputs = shallow.compile(options, dynamic=True), FAMILIES["llama"].inputs(3, 4)
+    CppPythonBindingsCodeCache.cache_clear()
+    with monkeypatch.context() as broken:
+        broken.setattr(CppPythonBindingsCodeCache, "_load_library", fail)
+        for _ in range(2):
+            with pytest.raises(LoweringError, match="'inductor' failed on a graph of Ll") as got:
+                cm(**inputs, adapter_names=names)
+            assert "no space left on device" in str(got.value)
+            assert not cm._session.backend.records
+    assert not [file for file in folder.rglob("*") if file.is_file()]
+    CppPythonBindingsCodeCache.cache_clear()  # it keeps compilers that have failed
+    check_mixed(cm, shallow, names, inputs)
+    assert len(cm._session.backend.records) == 1
+    assert any(file.is_file() for file in folder.rglob("*")) == saved
 
 
 @pytest.mark.usefixtures("no_lowering")
