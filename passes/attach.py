@@ -75,6 +75,9 @@ def _attach(
         for group in groups
         for index, site in enumerate(group.sites)
     }
+    # Of each large part of the model: a call may leave some out.
+    for path in {_part(site.path): site.path for site in reversed(sites)}.values():
+        marks[path].first = True
     # Hooks of others see the output with its delta: for them the model is W + ΔW.
     hooks: list[tuple[nn.Module, SiteMark | RowMark]] = [
         (site.marked, marks[site.path]) for site in sites
@@ -89,6 +92,10 @@ def _attach(
         handle = module.register_forward_hook(mark, with_kwargs=True, prepend=True)
         rollback.add(handle.remove)
     return Attachment(groups, runtime, marks, rollback)
+
+
+def _part(path: str) -> tuple[str, ...]:
+    return tuple(path.split(".")[:2])
 
 
 def allocate_groups(sites: Sequence[Site], config: LoraConfig) -> tuple[Group, ...]:

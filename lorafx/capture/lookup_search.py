@@ -87,7 +87,7 @@ class _Search:
                 value = _value(index)
                 size = self._size(use) if isinstance(value, Tensor) and _counts(value) else None
                 key = index, size, use.negative, use.ignored
-                way = None if size is None or key in seen else self._way(index)
+                way = None if size is None or key in seen else self._way(index, node)
                 if way is not None and size is not None:
                     seen.add(key)
                     self._add(use, index, size, way)
@@ -132,9 +132,9 @@ class _Search:
                     return Size(self._numbers[node], dim)
         return None
 
-    def _way(self, index: fx.Node) -> list[fx.Node] | None:
-        """The nodes that compute an index, in their order; None where they are not to run twice,
-        or have nothing of a call."""
+    def _way(self, index: fx.Node, user: fx.Node) -> list[fx.Node] | None:
+        """The nodes that compute the index of `user`, in their order; None where they are not to
+        run twice, or have nothing of a call."""
         found: set[fx.Node] = set()
         left, of_call = [index], False
         while left:
@@ -160,6 +160,8 @@ class _Search:
         steps = sorted(node for node in found if node not in self._items)
         writes = [self._writes[root] for root in map(_root, found) if root in self._writes]
         written = any(write < step for write in writes for step in steps)
+        if _root(index) in self._writes:  # `index` may be a view of it
+            written |= self._writes[_root(index)] < user
         return steps if of_call and not written else None
 
     def _plain(self, item: Any) -> Any:

@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from lorafx.interrupts import Rollback
-from lorafx.model.keywords import KeywordMark
 from lorafx.model.marks import SiteMark
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.row_marks import RowMark
@@ -65,10 +64,6 @@ def detach(model: nn.Module) -> int:
     """
     removed = 0
     for _, module in ModuleGraph.of(model).modules():
-        for key, before in list(module._forward_pre_hooks.items()):
-            if isinstance(before, KeywordMark):
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
         for key, hook in list(module._forward_hooks.items()):
             if isinstance(hook, MARKS) and not _of_another(hook, model):
                 del module._forward_hooks[key]

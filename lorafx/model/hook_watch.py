@@ -16,7 +16,6 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lorafx.model.attachment import MARKS
-from lorafx.model.keywords import KeywordMark
 from lorafx.model.sites import Site
 
 
@@ -24,7 +23,7 @@ def hooks_of(module: nn.Module) -> Iterator[tuple[int, Mapping[int, Any]]]:
     """The number of each hook around the module's forward that is no mark, and where it is kept."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for number, hook in hooks.items():
-            if not isinstance(hook, (*MARKS, KeywordMark)):
+            if not isinstance(hook, MARKS):
                 yield number, hooks
 
 

@@ -10,10 +10,8 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from lorafx.errors import ConfigError, nearest
@@ -97,37 +95,3 @@ def _refused(name: str, what: str, way: str) -> ConfigError:
         f"{what} has no argument {name!r}, and where its **kwargs takes it, nothing reads it: it "
         f"would choose no adapter. Give {way}"
     )
-
-
-_BLOCK = "the names to a block around the call: with lorafx.adapters(model, [...])"
-
-
-@torch.compiler.assume_constant_result
-def _is_slip(name: str) -> bool:
-    return name in OURS or meant(name) is not None
-
-
-@torch.compiler.disable(
-    reason=f"a keyword of this call is one by which adapters are chosen elsewhere; give {_BLOCK}"
-)
-def _refuse(module: nn.Module, names: tuple[str, ...]) -> None:
-    for name in names:
-        if _is_slip(name) and not _declared(name, module.forward, module):
-            raise _refused(name, f"{type(module).__name__}.forward", _BLOCK)
-
-
-@dataclass(eq=False)
-class KeywordMark:
-    """The hook before the forward of a model that its users call themselves, for
-    `register_forward_pre_hook(mark, with_kwargs=True)`. Our own names are slips there too: it is
-    blocks that name adapters.
-
-    Raises:
-        ConfigError: as `refuse_slips`. In a graph of torch.compile it is raised outside of it:
-            Dynamo gives up what raises while it is traced.
-    """
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        slips = tuple(name for name in kwargs if _is_slip(name))
-        if slips:
-            _refuse(module, slips)

@@ -51,6 +51,7 @@ class SiteMark:
         path: canonical path of the site.
         runtime: the batch, one for all marks of a model.
         bank: factors of the site's group, one object for all its siblings.
+        first: it is among those that a call of the model comes to first.
         siblings, offsets, sizes: of each part of the site: its number in the bank, its first column
             of B, its columns.
         kind: "linear", "embedding", "conv" or "experts".
@@ -82,6 +83,7 @@ class SiteMark:
     bias: Tensor | None = None
     checked: bool = False
     window: Window | None = None
+    first: bool = False
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -98,6 +100,8 @@ class SiteMark:
         """
         # Dynamo makes a frame of each function that is called here, a millisecond a site.
         runtime, traced = self.runtime, tracing()
+        if not traced and self.first and runtime.resting is not None:
+            runtime.resting.refuse_slips()
         if not runtime.active:
             if not traced:
                 if runtime.resting is not None:

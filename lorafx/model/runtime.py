@@ -44,6 +44,9 @@ class RefusesAtRest(Protocol):
     def refuse(self, path: str, layer: str) -> None:
         """Raise MatchError where an adapter that is wanted changes the layer."""
 
+    def refuse_slips(self) -> None:
+        """Raise ConfigError where the call of the model itself has a keyword that is a slip."""
+
     def refuse_elsewhere(self) -> None:
         """Raise BatchError where another thread is in a call."""
 

@@ -12,7 +12,10 @@ from __future__ import annotations
 
 from lorafx.adapter_store.names import BASE
 from lorafx.errors import BatchError, MatchError
+from lorafx.program.slips import refuse_called_slips
 from lorafx.session.session import Session
+
+_WAY = "the names to what lorafx.compile returned: cm(..., adapter_names=[...])"
 
 
 class Resting:
@@ -52,6 +55,12 @@ class Resting:
                 "after set_adapter(None), parts of the model that are called directly run "
                 "as the base"
             )
+
+    def refuse_slips(self) -> None:
+        """As `refuse_called_slips`, of a call that is none of the compiled model's."""
+        if not self._session.running.entries:
+            model = self._session.program.model
+            refuse_called_slips(lambda module: module is model, _WAY)
 
     def refuse_elsewhere(self) -> None:
         """As the function of this name."""

@@ -31,6 +31,7 @@ from lorafx.model.attachment import Attachment
 from lorafx.model.marks import SiteMark
 from lorafx.program.program import Program
 from lorafx.program.roles import RoleTable
+from lorafx.program.slips import refuse_called_slips
 from lorafx.program.stack import RunningCall, generating, outermost_call, unwrapped
 from lorafx.serving.compiled import compiled_of
 from lorafx.session.all_sessions import sessions
@@ -38,7 +39,7 @@ from lorafx.session.requests import Requests
 from lorafx.session.running import Around
 from lorafx.session.session import Session
 from lorafx.session.transforms import refuse_transformed
-from lorafx.torch_compile.tasks import OtherTasks, refuse_other_tasks
+from lorafx.torch_compile.tasks import IN_A_BLOCK, OtherTasks, refuse_other_tasks
 
 
 class AttachedSession(Session):
@@ -59,7 +60,7 @@ class AttachedSession(Session):
         self.given: Mapping[str, Any] | None = None
         program.runtime.use_handle()
         program.runtime.session = self
-        program.runtime.resting = OtherTasks()
+        program.runtime.resting = OtherTasks(program.model)
         program.knowing_arguments = self.knowing_arguments
 
     @property
@@ -201,6 +202,13 @@ _BY_WEIGHT: dict[int, weakref.ref[AttachedSession]] = {}
 def attached_sessions() -> list[AttachedSession]:
     """The sessions of all marked models."""
     return [session for session in sessions() if isinstance(session, AttachedSession)]
+
+
+def refuse_slips() -> None:
+    """Look at the keywords of the running call of a marked model. Raises as
+    `refuse_called_slips`."""
+    models = {id(session.program.model) for session in attached_sessions()}
+    refuse_called_slips(lambda module: id(module) in models, IN_A_BLOCK)
 
 
 def captured_before(base: Callable[..., Any], examples: Sequence[Any]) -> Callable[..., Any]:

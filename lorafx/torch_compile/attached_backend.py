@@ -24,11 +24,15 @@ from lorafx.captured_frame import captured_self
 from lorafx.errors import CaptureError
 from lorafx.explanation import write_beside_dumps
 from lorafx.model.attachment import Attachment
-from lorafx.model.keywords import KeywordMark
 from lorafx.program.frame import Frame, wants_gradient
 from lorafx.program.program import Program
-from lorafx.program.stack import called_module
-from lorafx.torch_compile.attached import AttachedSession, running_session, session_of_weight
+from lorafx.program.stack import called_directly, called_module
+from lorafx.torch_compile.attached import (
+    AttachedSession,
+    refuse_slips,
+    running_session,
+    session_of_weight,
+)
 from lorafx.torch_compile.mark_guards import drop_guards_of_attached, guard_later_hooks
 from lorafx.torch_compile.pending import waiting
 
@@ -57,8 +61,15 @@ class AttachedBackend(Backend):
         *,
         per_token: bool = False,
     ) -> Callable[..., Any]:
+        begins = called_directly(self.entered)
         with self.session.knowing_arguments():
-            return super().compile(gm, examples, lowering, per_token=per_token)
+            executable = super().compile(gm, examples, lowering, per_token=per_token)
+
+        def run(*arguments: Any) -> Any:
+            refuse_slips()
+            return executable(*arguments)
+
+        return run if begins else executable
 
     def compile_lora(
         self, gm: fx.GraphModule, examples: Sequence[Any], compilation: Compilation
@@ -120,7 +131,5 @@ def attach_session(
     """The session of a model that has just been marked."""
     backend = AttachedBackend(program)
     backend.session = AttachedSession(program, store, backend, attachment)
-    before = program.model.register_forward_pre_hook(KeywordMark(), prepend=True, with_kwargs=True)
-    attachment.rollback.add(before.remove)
     backend.recorded = partial(write_beside_dumps, weakref.ref(backend.session))
     return backend.session

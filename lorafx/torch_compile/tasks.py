@@ -15,7 +15,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from lorafx.errors import BatchError
+from lorafx.program.slips import refuse_called_slips
+
+#: How adapters are chosen for a model that its users call.
+IN_A_BLOCK = "the names to a block around the call: with lorafx.adapters(model, [...])"
 
 
 @dataclass(eq=False)
@@ -56,6 +62,13 @@ class OtherTasks:
 
     def refuse(self, path: str, layer: str) -> None:
         """Nothing: where no adapter is active a layer is the base's."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def refuse_slips(self) -> None:
+        """As `refuse_called_slips`, of the model's call."""
+        refuse_called_slips(lambda module: module is self._model, IN_A_BLOCK)
 
     def refuse_elsewhere(self) -> None:
         """As `refuse_other_tasks`."""

@@ -1,5 +1,5 @@
-"""Keywords that choose an adapter elsewhere, or are slips for ours: refused where the model does not
-declare them, on every road; all other names pass."""
+"""Keywords that choose an adapter elsewhere, or are slips for ours: refused where the model does
+not declare them, on every road; all other names pass."""
 
 from __future__ import annotations
 
@@ -23,13 +23,8 @@ __all__ = ["fresh_dynamo"]
 pytestmark = pytest.mark.quick
 
 SLIPS = (
-    "adapter_name",
-    "adapter",
-    "adapters",
-    "lora_request",
-    "lora_name",
-    "names",
-    "adapter_nmaes",
+    *("adapter_name", "adapter", "adapters", "lora_request", "lora_name", "names"),
+    *("adapter_nmaes", "adaptor_names"),
 )
 
 
@@ -49,17 +44,18 @@ def test_calls_of_a_compiled_model(cm: Any, name: str) -> None:
 
 def test_slots(cm: Any) -> None:
     slots = torch.zeros(3, dtype=torch.int64)
-    with pytest.raises(ConfigError, match="'adapter_slot'.*Give adapter_slots="):
+    with pytest.raises(ConfigError, match=r"'adapter_slot'.*Give adapter_slots="):
         cm(**token_inputs(3, 4), adapter_slot=slots)
     with pytest.raises(ConfigError, match="generate has no argument 'adapter_slots'"):
         cm.generate(**token_inputs(3, 4), adapter_slots=slots, max_new_tokens=1)
 
 
+@pytest.mark.usefixtures("earlier_objects_frozen")
 def test_batches_of_prompts_and_engines(cm: Any) -> None:
-    with pytest.raises(ConfigError, match="no argument 'lora_request'.*adapter_names="):
+    with pytest.raises(ConfigError, match=r"no argument 'lora_request'.*adapter_names="):
         cm.generate_batch([[1, 2]], lora_request="a0")
     with (
-        pytest.raises(ConfigError, match="no argument 'adapter'.*engine.add_request"),
+        pytest.raises(ConfigError, match=r"no argument 'adapter'.*engine.add_request"),
         cm.continuous_batching(warmup=False, adapter="a0"),
     ):
         pass
@@ -106,26 +102,31 @@ def test_marked_models(shallow: Case, name: str) -> None:
     said = rf"'{name}'.*with lorafx.adapters\(model"
     with torch.no_grad(), pytest.raises(ConfigError, match=said):
         model(**inputs, **{name: ["a0", None, "a1"]})
-    call = compiled(model)
+    call, counts = compiled(model), []
     for _ in range(2):
         with torch.no_grad(), pytest.raises(ConfigError, match=said):
             call(**inputs, **{name: ["a0"]})
         with pytest.raises(ConfigError, match=said):
-            served(
-                lambda **given: call(**given, **{name: ["a0"]}), model, ["a0", None, "a1"], inputs
-            )
+            served(call, model, ["a0", None, "a1"], {**inputs, name: ["a0"]})
         served(call, model, ["a0", None, "a1"], inputs)
-    assert graphs(model) == 1
-    lorafx.detach(model)
-    assert not model._forward_pre_hooks
-    assert not model._forward_pre_hooks_with_kwargs
+        counts.append(graphs(model))
+    assert counts[0] == counts[1]
+
+
+def test_the_model_itself_beside_the_compiled_one(shallow: Case) -> None:
+    cm, inputs = shallow.compile(), token_inputs(3, 4)
+    want = cm(**inputs).logits
+    with torch.no_grad():
+        assert torch.equal(cm.model(**inputs).logits, want)
+        with pytest.raises(ConfigError, match=r"'adapter_names'.*what lorafx.compile returned"):
+            cm.model(**inputs, adapter_names=["a0", None, "a1"])
 
 
 def test_whole_graphs_of_marked_models(shallow: Case) -> None:
     model, inputs = attached(shallow), token_inputs(3, 4)
     call = compiled(model, fullgraph=True)
     served(call, model, ["a0", None, "a1"], inputs)
-    with torch.no_grad(), pytest.raises(Exception, match=r"with lorafx.adapters\(model"):
+    with torch.no_grad(), pytest.raises(ConfigError, match=r"with lorafx.adapters\(model"):
         call(**inputs, adapter_name=["a0"])
 
 
