@@ -22,6 +22,7 @@ from lorafx.capture.added_lengths import add_lengths
 from lorafx.capture.inductor_shortcuts import shortcuts
 from lorafx.capture.outlined_calls import interpreted_once
 from lorafx.capture.stamps import STAMP, Folded, NotUnfolded, fold, unfold
+from lorafx.capture.torn_libraries import look_for_torn
 from lorafx.capture.written_back import write_back
 from lorafx.captured_frame import strides_unasked
 from lorafx.compat import mode_settings
@@ -106,6 +107,7 @@ class InductorLowering:
     products: bool = False
 
     def begin(self, program: Program) -> None:
+        look_for_torn()
         if program.runtime.device.type == "cpu":
             head_start.begin()
             head_start.compile_kernels(program)
