@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TextIO
 
 from lorafx.errors import LoweringError
+from lorafx.kernels.cpu.torn import is_whole, warn_of
 
 #: Seconds to wait for a library that another process compiles; most take one.
 PATIENCE = 60.0
@@ -46,7 +47,7 @@ def compiled(command: Sequence[str], source: str, library: Path) -> None:
     Raises:
         LoweringError: the compiler cannot be started, or refuses the source.
     """
-    while not library.exists():
+    while not is_whole(library):
         with _LOCK:
             other = _UNDER_WAY.get(library)
             own: Future[None] = Future()
@@ -60,7 +61,9 @@ def compiled(command: Sequence[str], source: str, library: Path) -> None:
         failure: BaseException | None = None
         try:
             with _held(library.with_suffix(".cpp")) as file:
-                if not library.exists():
+                if not is_whole(library):
+                    if library.exists():
+                        warn_of(library)
                     _compile(command, source, file, library)
         except BaseException as error:
             failure = error

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from lorafx.capture.added_lengths import add_lengths
+from lorafx.capture.torn_libraries import look_for_torn
 from lorafx.capture.written_back import write_back
 from lorafx.compat import mode_settings
 from lorafx.config import Options
@@ -99,6 +100,7 @@ class InductorLowering:
         from torch._inductor import compile_fx as inductor
         from torch._inductor import config
 
+        look_for_torn()
         write_back(gm)
         add_lengths(gm)
         with config.patch({**self.patches, **_IN_ORDER, **_NO_HARNESS}):
@@ -122,6 +124,7 @@ class InductorLowering:
         from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx
 
+        look_for_torn()
         patches = dict(self.patches)
         if self.products and config.post_grad_custom_pre_pass is None:
             patches["post_grad_custom_pre_pass"] = _generated_products()

@@ -157,9 +157,9 @@ class AttachedSession(Session):
             check = partial(checks.places.check_rows, arguments)
             self.set_rows(self.asked, rows, check, self.program.call)
         call = self.program.call
-        if call is not None and checks.begins_call and checks.several[0]:
-            if not self.program.runtime.uniform:
-                untracked(lambda _: call.memory.own(self.program.buffers()))
+        mixed = checks.several[0] and not self.program.runtime.uniform
+        if call is not None and checks.begins_call and mixed:
+            untracked(lambda _: call.memory.own(self.program.buffers()))
         if not self.program.pack_watch.intact:
             untracked(lambda _: self.program.pack_watch.check())
 
