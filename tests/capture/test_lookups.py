@@ -106,10 +106,7 @@ def test_saved_graphs(shallow: Case, tmp_path: Path) -> None:
     cache, model = tmp_path / "graphs", shallow.model()
     cache.mkdir(mode=0o700)
     options = {"lowering": "reference", "cache": str(cache), "base_graphs": True}
-    call = {
-        "attention_mask": torch.ones(3, 4, dtype=torch.int64),
-        "adapter_names": ["a0", None, "a1"],
-    }
+    call: dict[str, Any] = {"adapter_names": ["a0", None, "a1"], "attention_mask": ids()}
     lorafx.compile(model, shallow.folders, options=options)(input_ids=ids(), **call)
     torch._dynamo.reset()
     cm = lorafx.compile(shallow.model(), shallow.folders, options=options)
