@@ -75,6 +75,7 @@ def compiled(command: Sequence[str], source: str, library: Path, *, wait: bool =
                     if library.exists():
                         warn_of(library)
                     _compile(command, source, file, library)
+                    return
         except BaseException as error:
             failure = error
             raise
