@@ -29,7 +29,7 @@ def look_for_torn() -> None:
     isa = cpu_vec_isa.VecISA
     probe, check = (vars(isa).get(name) for name in ("_probe_load", "check_build"))
     if probe is not None and check is not None and not hasattr(check, _MARK):
-        isa._probe_load = _probing(probe)  # type: ignore[method-assign]
+        isa._probe_load = _probing(probe)  # type: ignore[method-assign,assignment]
         isa.check_build = _marked(_checking(check))  # type: ignore[method-assign]
 
 

@@ -46,7 +46,7 @@ def _digest(tensor: Tensor) -> int:
     device = storage.device
     if not storage.nbytes() or device.type == "meta":
         return 0
-    octets = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)  # type: ignore[call-overload]
+    octets = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
     rest = len(octets) % 8
     parts = list(octets[: len(octets) - rest].view(torch.int64).split(_CHUNK))
     if rest:
