@@ -65,6 +65,7 @@ def compiled(command: Sequence[str], source: str, library: Path) -> None:
                     if library.exists():
                         warn_of(library)
                     _compile(command, source, file, library)
+                    return
         except BaseException as error:
             failure = error
             raise

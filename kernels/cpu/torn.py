@@ -23,10 +23,12 @@ def is_whole(library: Path) -> bool:
             header, size = file.read(_HEADER), library.stat().st_size
     except FileNotFoundError:
         return False
-    if len(header) < _HEADER or not any(header[:4]):
-        return False
+    if not any(header[:4]):
+        return False  # empty, or the header is not there yet
     if not header.startswith(_ELF64):
         return True  # of another system
+    if len(header) < _HEADER:
+        return False
     order = "<" if header[5] == 1 else ">"
     (sections,) = struct.unpack_from(f"{order}Q", header, 0x28)
     length, count = struct.unpack_from(f"{order}HH", header, 0x3A)

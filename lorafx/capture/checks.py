@@ -215,9 +215,8 @@ _PARTS: dict[When, tuple[str, str]] = {
 
 _ELSEWHERE = "a tensor comes from another place than when the graph was captured"
 _UNSEEN = (
-    "between two graphs the memory of a tensor was handed to numpy, or written into by code that "
-    "torch does not see (an address, DLPack, an extension), so its rows may have moved. Give such "
-    "code a copy, h.clone(), and write its results back with operators of torch"
+    "the memory of a tensor was handed to numpy between two graphs, or written into where torch "
+    "does not see it (by its address, DLPack, an extension; such code may have a copy, h.clone())"
 )
 
 
@@ -280,8 +279,9 @@ class Checks:
         if touched:
             unseen = program.call is not None and program.call.memory.unseen
             raise ProvenanceError(
-                f"this batch mixes adapters, and at {', '.join(touched)} row ownership is not "
-                f"proved: {_UNSEEN if unseen else _ELSEWHERE}. Run one adapter per batch"
+                f"this batch mixes adapters, and at {', '.join(touched)} "
+                f"{_UNSEEN if unseen else _ELSEWHERE}, so row ownership is not proved there. Run "
+                "one adapter per batch"
             )
 
     def check(self, program: Program, arguments: Sequence[Any], *, alone: bool = False) -> None:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from lorafx.errors import LoweringError
+from lorafx.errors import LorafxWarning, LoweringError
 from lorafx.kernels.cpu import compilations
 from lorafx.kernels.cpu.compilations import compiled
+from lorafx.kernels.cpu.compiler import find_compiler, load_library
 
 #: A compiler that notes each start, waits, and copies the source.
 SLOW = """#!/bin/sh
@@ -77,6 +78,22 @@ def test_threads_compile_once(tmp_path: Path) -> None:
     assert len(compiler.started) == 1
     assert compiler.files == ["a.cpp", "a.so"]
     assert compiler.library.read_text() == "text"
+
+
+@pytest.mark.parametrize("left", [0, 40, 5000])
+def test_a_library_that_is_not_whole(tmp_path: Path, left: int) -> None:
+    """It is named and compiled again, once; one that is whole stays."""
+    source = 'extern "C" int answer() { return 42; }'
+    library = tmp_path / "a.so"
+    command = [find_compiler(), "-shared", "-fPIC"]
+    compiled(command, source, library)
+    os.truncate(library, left)
+    with pytest.warns(LorafxWarning, match=r"a\.so is not whole"):
+        compiled(command, source, library)
+    assert load_library(library).answer() == 42
+    before = library.stat().st_mtime_ns
+    compiled(command, source, library)
+    assert library.stat().st_mtime_ns == before
 
 
 def test_processes_compile_once(tmp_path: Path) -> None:
