@@ -182,6 +182,9 @@ class Options:
             all slots, which "concat_apart" then need not copy them for. A parameter stays the
             object that it was, but its rows have gaps between them (docs/kernels.md). Not measured
             on a GPU.
+        stamps: AOTAutograd traces one of several equal layers, and the others are copies of what it
+            finds (lorafx.capture.stamps). The graph is the same; a deep model's first call is
+            shorter.
         cache: a folder where graphs are saved, so that the next process that compiles the same
             model need not trace it; True for one beside the compiled kernels
             (docs/saved_graphs.md). Loading a graph runs code from the folder, so it has to be one
@@ -215,6 +218,7 @@ class Options:
     recompile_limit: int = 64
     strict: bool = False
     weight_room: bool = False
+    stamps: bool = True
     cache: str | bool | None = None
     overflow: Overflow = "refuse"
     base_products: bool = False

@@ -31,6 +31,11 @@ def define(
         )
 
 
+def define_functional(name: str, functional: Callable[..., object]) -> None:
+    """What functionalization makes of `lorafx::<name>`, which writes into an argument."""
+    _LIBRARY.impl(name, functional, "Functionalize")
+
+
 def define_on(key: str, name: str, eager: Callable[..., object]) -> None:
     """What `lorafx::<name>` is on devices of torch's dispatch key `key`; that of ROCm is "CUDA"."""
     _LIBRARY.impl(name, flat(eager), key)

@@ -44,6 +44,7 @@ from lorafx.capture.lookup_search import lookups_of
 from lorafx.capture.lowering import Lowering, code_noted, lowering_for
 from lorafx.capture.parts import Captured, Parts, foreign_operators, noted
 from lorafx.capture.record import GraphRecord
+from lorafx.capture.stamps import Folded, fold, unfold
 from lorafx.capture.told import form_of, note_tracing, reason, shown, tell, tell_instance, timed
 from lorafx.capture.verify import NumericCheck
 from lorafx.captured_frame import duck_shaped, ends_in_break, guarded_attributes, named_by_dynamo
@@ -54,6 +55,7 @@ from lorafx.passes.write_in_place import writes_in_place
 from lorafx.program.frame import ONE_SLOT, SLOTS, Frame
 from lorafx.program.program import Program
 from lorafx.program.stack import called_directly
+from lorafx.progress import LOG
 from lorafx.viewer.page import Page
 from lorafx.viewer.stages import Span
 
@@ -238,6 +240,7 @@ class Backend:
         """The executable of calls with adapters."""
         record = compilation.record
         compiler = _FrameCompiler(self, compilation)
+        compiler.folded = fold(gm) if self.program.options.stamps else None
         trace = aot_autograd(
             fw_compiler=compiler,
             inference_compiler=compiler,
@@ -247,7 +250,17 @@ class Backend:
         )
         noting = nullcontext() if self.noted is None else noted(compilation.parts)
         with in_tracing(), noting, timed(record.spans, "AOTAutograd"):
-            executable = trace(gm, examples)
+            try:
+                executable = trace(gm, examples)
+            except Exception as error:
+                if compiler.folded is None:
+                    raise
+                # It failed on the folded graph, before anything was changed: the unfolded graph
+                # either compiles, or raises what is the model's own fault.
+                LOG.info("%s: every layer is traced, since stamps gave up: %r", record.title, error)
+                compiler.folded.restore()
+                compiler.folded = None
+                executable = trace(gm, examples)
         return checked(record.checks, compilation.owner, executable)
 
     @contextmanager
@@ -302,9 +315,14 @@ class _FrameCompiler:
         self.record = compilation.record
         self.lowering = compilation.lowering
         self.parts = compilation.parts
+        #: What stands for layers in the graph that is traced; None where it stands for itself.
+        self.folded: Folded | None = None
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         program, record, frame = self.backend.program, self.record, self.frame
+        if self.folded is not None:
+            unfold(gm.graph, self.folded)
+            self.folded = None
         if self.backend.noted is not None:
             self.parts.foreign += foreign_operators(gm)
         frame.bind(gm.graph)

@@ -51,6 +51,8 @@ OPS: Mapping[str, str] = {
     "add_product": "y += x Wᵀ in place, the vendor's product",
     "paged_cache": "writes keys and values of new tokens into a paged cache, and reads it",
     "paged_attention": "the same, and the attention to it, request by request",
+    "stamp": "stands for a layer that is traced once",
+    "overwrite": "writes what a stamp gives into the cache of its layer",
     "add_each": "adds one number to each of several tensors in place",
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, cast
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from lorafx.capture.added_lengths import add_lengths
+from lorafx.capture.stamps import STAMP, Folded, NotUnfolded, fold, unfold
 from lorafx.capture.torn_libraries import look_for_torn
 from lorafx.capture.written_back import write_back
 from lorafx.compat import mode_settings
@@ -83,11 +84,13 @@ _NO_HARNESS = {"benchmark_harness": False}
 class InductorLowering:
     """Inductor. The rewritten graph is what its caches hash, so a changed pass cannot be stale.
 
-    `patches` are Inductor's settings that a `mode` of torch.compile stands for. `products`: graphs
-    of the base, too, multiply few rows by generated code.
+    `patches` are Inductor's settings that a `mode` of torch.compile stands for. `stamps`: graphs of
+    the base, too, are traced one of several equal layers at a time. `products`: they, too, multiply
+    few rows by generated code.
     """
 
     patches: Mapping[str, Any] = field(default_factory=dict)
+    stamps: bool = False
     products: bool = False
 
     def decompositions(self) -> dict[Any, Callable[..., Any]]:
@@ -128,6 +131,13 @@ class InductorLowering:
         patches = dict(self.patches)
         if self.products and config.post_grad_custom_pre_pass is None:
             patches["post_grad_custom_pre_pass"] = _generated_products()
+        # What stands for a layer has no gradient, and no pass but Inductor's own may see it.
+        if self.stamps and not torch.is_grad_enabled() and config.joint_custom_pre_pass is None:
+            folded = fold(gm)
+            if folded is not None:
+                with suppress(Exception):  # without stamps it is as it always was
+                    return _stamped(gm, examples, patches, folded)
+                folded.restore()
         # A compiled backward, made later, keeps the settings too.
         compiled = compile_fx(gm, list(examples), config_patches=patches)
         return cast("Callable[..., Any]", compiled)
@@ -161,6 +171,37 @@ def _generated_products() -> Any:
             return get_hash_for_files((products.__file__, dense.__file__))
 
     return BaseProducts()
+
+
+def _stamped(
+    gm: fx.GraphModule, examples: Sequence[Any], patches: Mapping[str, Any], folded: Folded
+) -> Callable[..., Any]:
+    """What Inductor makes of the graph whose layers are stamps: before its first pass looks at what
+    AOTAutograd has traced, they are layers again."""
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class Unfold(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            if graph.find_nodes(op="call_function", target=STAMP):  # not a graph inside of it
+                unfold(graph, folded)
+
+        def uuid(self) -> str:
+            return "lorafx stamps 1"  # the traced graph says what its stamps stand for
+
+    def compile_inner(traced: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        if traced.graph.find_nodes(op="call_function", target=STAMP):
+            raise NotUnfolded("the passes over the traced graph are switched off")
+        return compile_fx_inner(traced, *args, **kwargs)
+
+    settings = {**patches, "joint_custom_pre_pass": Unfold()}
+    try:
+        compiled = compile_fx(
+            gm, list(examples), inner_compile=compile_inner, config_patches=settings
+        )
+    finally:
+        folded.forget()
+    return cast("Callable[..., Any]", compiled)
 
 
 @contextmanager
@@ -232,4 +273,6 @@ def lowering_for(options: Options, patches: Mapping[str, Any] | None = None) -> 
     if options.lowering == "reference":
         return ReferenceLowering()
     products_of_base = options.base_products and options.lowering == "inductor"
-    return InductorLowering({**mode_settings(options.mode), **(patches or {})}, products_of_base)
+    return InductorLowering(
+        {**mode_settings(options.mode), **(patches or {})}, options.stamps, products_of_base
+    )

@@ -110,11 +110,11 @@ def test_what_a_process_gathers_as_it_compiles_is_no_difference(
     operators come into their namespace when they are first asked for."""
     variable, operators = "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR", vars(torch.ops.lorafx)
     monkeypatch.setenv(variable, "1")
-    _ = torch.ops.lorafx.own_mask
+    _ = torch.ops.lorafx.stamp
     first = start(shallow.model(), shallow, cache, dynamic=False)
     check_mixed(first, shallow, MIX, token_inputs(3, 5))
     monkeypatch.delenv(variable)
-    monkeypatch.delitem(operators, "own_mask")
+    monkeypatch.delitem(operators, "stamp")
     cm = start(shallow.model(), shallow, cache, dynamic=False)
     check_mixed(cm, shallow, MIX, token_inputs(3, 5))
     assert state(first) == [SAVED]

@@ -1,0 +1,98 @@
+"""The ops that stand for a layer while AOTAutograd traces the one layer that it repeats.
+
+    lorafx::stamp(values, key)          new tensors of the layouts that are noted for `key`
+    lorafx::overwrite(written, value)   written becomes value, which is laid out like it
+
+A stamp says nothing of what is computed and never runs: lorafx.capture.stamps takes all of them out
+of the graph again. In the traced graph an overwritten tensor is the value itself. (Tensor.copy_
+makes a copy, for which symbolic sizes are expanded and compared: 4 ms of tracing each.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+)
+
+from lorafx.errors import CaptureError
+from lorafx.kernels.ops.op_library import define, define_functional
+
+
+class Layout(NamedTuple):
+    """What is known of a tensor before there is one; sizes may be symbols."""
+
+    shape: tuple[int | torch.SymInt, ...]
+    strides: tuple[int | torch.SymInt, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, value: Tensor) -> Layout:
+        return cls(tuple(value.shape), tuple(value.stride()), value.dtype, value.device)
+
+    def empty(self, mode: FakeTensorMode) -> FakeTensor:
+        """A fake tensor so laid out, in memory of its own."""
+        with torch._C._DisableTorchDispatch():
+            # To allocate a symbolic size takes twenty times as long, all of it arithmetic on
+            # symbols; nobody asks how large this memory is, only whose.
+            nothing = torch.empty(0, dtype=self.dtype, device="meta")
+            meta = nothing.as_strided(self.shape, self.strides)
+        return FakeTensor(mode, meta, self.device)
+
+    def view_of(self, other: FakeTensor, offset: int | torch.SymInt) -> FakeTensor:
+        """A fake tensor so laid out, in the memory of `other` and so far behind its first."""
+        mode = other.fake_mode
+        with in_kernel_invocation_manager(mode):
+            meta = other.as_strided(self.shape, self.strides, offset + other.storage_offset())
+        return FakeTensor(mode, meta, self.device)
+
+
+def without_data(value: Any) -> FakeTensor:
+    """A tensor laid out like `value`, in memory of its own. Operators with symbolic sizes take
+    milliseconds to say as much."""
+    return Layout.of(value).empty(value.fake_mode)
+
+
+#: By key, what the ops of a capture that is running return.
+LAYOUTS: dict[int, Sequence[Layout]] = {}
+
+SCHEMA = "stamp(Tensor[] values, int key) -> Tensor[]"
+
+
+def stamp(values: Sequence[Tensor], key: int) -> list[Tensor]:
+    raise CaptureError("lorafx::stamp stands for a layer while it is traced, and computes nothing")
+
+
+def stamp_fake(values: Sequence[Tensor], key: int) -> Sequence[Tensor]:
+    mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+    return [layout.empty(mode) for layout in LAYOUTS[key]]
+
+
+define(SCHEMA, stamp, stamp_fake)
+
+
+def overwrite(written: Tensor, value: Tensor) -> None:
+    written.copy_(value)
+
+
+def overwrite_fake(written: Tensor, value: Tensor) -> None:
+    pass
+
+
+def overwrite_functional(written: Tensor, value: Tensor) -> None:
+    """As functionalization has all operators that write: both are its own wrappers."""
+    torch._sync(value)
+    torch._functionalize_replace(written, torch._from_functional_tensor(value))
+    torch._functionalize_commit_update(written)
+    torch._functionalize_sync(written)
+
+
+define("overwrite(Tensor(a!) written, Tensor value) -> ()", overwrite, overwrite_fake)
+define_functional("overwrite", overwrite_functional)

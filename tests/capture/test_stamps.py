@@ -1,0 +1,395 @@
+"""Stamps: what AOTAutograd traced once is the graph of every layer, or each layer is traced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dense_merge import TOLERANCE, Case, build_case, check_mixed, error
+from hand_made import hand_case
+from layer_changes import activation, dtype, eps, hook, no_bias, own_forward, tied
+from tiny_models import VOCAB
+from torch import Tensor, fx, nn
+from transformers import StaticCache
+
+import lorafx
+from lorafx.capture import backend, stamps
+from lorafx.capture.stamps import Folded
+from lorafx.graph.context import Context
+from lorafx.passes.outline.isomorphism import CanonicalForm, stretch_of
+
+pytestmark = pytest.mark.quick
+
+H, LAYERS = 6, 4
+NAMES = ["a0", None, "a1"]
+
+
+class Block(nn.Module):
+    """h + down(act(up(norm(h)))) · scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(H)
+        self.up = nn.Linear(H, 2 * H)
+        self.down = nn.Linear(2 * H, H, bias=False)
+        self.act: Any = torch.tanh
+        self.scale = 0.5
+
+    def forward(self, h: Tensor) -> Tensor:
+        y = self.act(self.up(self.norm(h.to(self.norm.weight.dtype)).to(h.dtype)))
+        return h + self.down(y.reshape(*h.shape[:-1], 2 * H)).mul(self.scale) + h.sin()
+
+
+class Stack(nn.Module):
+    def __init__(self, block: Callable[[], nn.Module] = Block, count: int = LAYERS) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(block() for _ in range(count))
+        self.register_buffer("memory", torch.zeros(H))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        for layer in self.layers:
+            x = layer(x)
+        return {"logits": x}
+
+
+@dataclass
+class Seen:
+    """What was folded in each graph, and the graph that the passes began with.
+
+    `layers`: of each kind how many; `forms`: the form of the whole graph, which of its inputs are
+    its operands, and which of its nodes it returns.
+    """
+
+    layers: list[list[int]] = field(default_factory=list)
+    forms: list[tuple[CanonicalForm, list[int], list[int]]] = field(default_factory=list)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    found, unfold = Seen(), backend.unfold
+
+    def noting(graph: fx.Graph, folded: Folded) -> None:
+        unfold(graph, folded)
+        found.layers.append([1 + len(kind.others) for kind in folded.kinds])
+
+    monkeypatch.setattr(backend, "unfold", noting)
+    return found
+
+
+def options(seen: Seen, stamps: bool) -> dict[str, Any]:
+    def look(gm: fx.GraphModule, ctx: Context) -> int:
+        nodes = list(gm.graph.nodes)
+        inputs = [node for node in nodes if node.op == "placeholder"]
+        calls = [node for node in nodes if node.op == "call_function"]
+        whole = stretch_of(gm, calls)
+        returned = [calls.index(item) for item in nodes[-1].args[0] if item in calls]
+        places = [inputs.index(node) for node in whole.operands]
+        seen.forms.append((whole.form, places, returned))
+        return 0
+
+    return {"stamps": stamps, "passes": {"look": lorafx.After("captured", look)}}
+
+
+def case_of(base: nn.Module, folder: Path) -> Case:
+    paths = [f"layers.{index}.{name}" for index in range(LAYERS) for name in ("up", "down")]
+    return hand_case(base, folder, a0=paths, a1=paths[1:])
+
+
+def stack(tmp_path: Path, change: Callable[[nn.Module], Any] | None = None, at: int = 1) -> Case:
+    torch.manual_seed(0)
+    base = Stack().eval().requires_grad_(False)
+    if change is not None:
+        change(base.layers[at])
+    return case_of(base, tmp_path)
+
+
+def compare(case: Case, seen: Seen, *, rows: int = len(NAMES)) -> None:
+    """The same graph with stamps as without, the same bits, and the oracle's."""
+    inputs = {"x": torch.randn(rows, 5, H)}
+    names = (NAMES * rows)[:rows]
+    results = []
+    for switch in (False, True):
+        torch._dynamo.reset()
+        cm: Any = case.compile(options(seen, switch), dynamic=False)
+        check_mixed(cm, case, names, inputs)
+        results.append(cm(**inputs, adapter_names=names)["logits"])
+    assert torch.equal(*results)
+    without, with_stamps = seen.forms
+    assert without == with_stamps
+
+
+def test_equal_layers_are_traced_once(tmp_path: Path, seen: Seen) -> None:
+    compare(stack(tmp_path), seen)
+    assert seen.layers == [[LAYERS]]
+
+
+def constant(layer: Any) -> None:
+    layer.scale = 0.25
+
+
+CHANGES = [constant, activation, no_bias, eps, own_forward, hook, tied, dtype]
+
+
+@pytest.mark.parametrize(
+    ("change", "at"),
+    [(change, place % LAYERS) for place, change in enumerate(CHANGES)],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_a_layer_that_differs_is_traced_by_itself(
+    tmp_path: Path, seen: Seen, change: Callable[[nn.Module], Any], at: int
+) -> None:
+    compare(stack(tmp_path, change, at), seen)
+    assert seen.layers == [[LAYERS - 1]]
+
+
+class Indexed(Block):
+    """Adds the row of a table that its own number names."""
+
+    number = 0
+
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(h) + torch.arange(8.0)[self.number]
+
+
+def test_layers_with_numbers_of_their_own_stay_apart(tmp_path: Path, seen: Seen) -> None:
+    torch.manual_seed(0)
+    base = Stack(Indexed).eval().requires_grad_(False)
+    for number, layer in enumerate(base.layers):
+        layer.number = number // 2
+    compare(case_of(base, tmp_path), seen)
+    assert sorted(seen.layers[0]) == [2, 2]
+
+
+class Sorted(Block):
+    """Calls an operator that returns two tensors."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        values, places = super().forward(h).sort(dim=-1)
+        return values + places
+
+
+def test_operators_with_several_results_are_copied(tmp_path: Path, seen: Seen) -> None:
+    torch.manual_seed(0)
+    compare(case_of(Stack(Sorted).eval().requires_grad_(False), tmp_path), seen)
+    assert seen.layers == [[LAYERS]]
+
+
+class Writes(Block):
+    """Writes into what it is given."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        y = super().forward(h)
+        h.mul_(2)
+        return y + h
+
+
+class Returns(Block):
+    """Returns a view of what it is given, beside its result."""
+
+    def forward(self, h: Tensor) -> Any:
+        return super().forward(h), h.view(-1)
+
+
+class Pairs(Stack):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        for layer in self.layers:
+            x, flat = layer(x)
+            flat.add_(1)
+            x = x + flat.view_as(x)
+        return {"logits": x}
+
+
+class Halves(Block):
+    """Returns two views of one tensor, one of which is written into."""
+
+    def forward(self, h: Tensor) -> Any:
+        y = super().forward(h)
+        return y, y.view(-1)
+
+
+@pytest.mark.parametrize(("outer", "inner"), [(Stack, Writes), (Pairs, Returns), (Pairs, Halves)])
+def test_layers_that_do_more_than_compute_are_traced(
+    tmp_path: Path, seen: Seen, outer: type[Stack], inner: type[nn.Module]
+) -> None:
+    torch.manual_seed(0)
+    base = outer(inner).eval().requires_grad_(False)
+    case = case_of(base, tmp_path)
+    inputs = {"x": torch.randn(3, 5, H)}
+    for switch in (False, True):
+        torch._dynamo.reset()
+        cm: Any = case.compile(options(seen, switch), dynamic=False)
+        given = {"x": inputs["x"].clone()}
+        got = cm(**given, adapter_names=NAMES)["logits"]
+        want = torch.cat(
+            [
+                case.alone(name)(x=inputs["x"][row : row + 1].clone())["logits"]
+                for row, name in enumerate(NAMES)
+            ]
+        )
+        assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+    assert all(LAYERS not in kinds for kinds in seen.layers)
+
+
+class Filled(Block):
+    """Fills a tensor of its own item by item, as loops over chunks do."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        y = super().forward(h)
+        filled = torch.zeros_like(y)
+        for place in range(2):
+            filled[:, place] = y[:, place] * (1 + place)
+        return y + filled
+
+
+class FilledByOther(Stack):
+    """The layer behind fills what the layer before made."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        for layer in self.layers:
+            x = layer(x)
+            x[:, 0] = x[:, 1]
+        return {"logits": x}
+
+
+def test_layers_that_assign_to_items_of_their_own_are_traced_once(
+    tmp_path: Path, seen: Seen
+) -> None:
+    torch.manual_seed(0)
+    compare(case_of(Stack(Filled).eval().requires_grad_(False), tmp_path / "own"), seen)
+    assert seen.layers == [[LAYERS]]
+    other = FilledByOther(Filled).eval().requires_grad_(False)
+    seen.layers.clear(), seen.forms.clear()
+    compare(case_of(other, tmp_path / "other"), seen)
+
+
+def test_layers_that_write_into_a_cache_are_traced_once(tmp_path: Path, seen: Seen) -> None:
+    """A prompt, whose layers make the cache's tensors, and a step, whose layers write into them."""
+    case = build_case("llama", tmp_path, num_hidden_layers=2)
+    ids = torch.randint(3, VOCAB, (3, 6))
+    kept = []
+    for switch in (False, True):
+        torch._dynamo.reset()
+        cm: Any = case.compile(options(seen, switch), dynamic=False)
+        cache = StaticCache(config=cm.model.config, max_cache_len=9)
+        given = {"past_key_values": cache, "adapter_names": NAMES}
+        kept.append([cm(input_ids=part, **given).logits for part in (ids[:, :5], ids[:, 5:])])
+        for layer in cache.layers:
+            kept[-1] += [layer.keys, layer.values, layer.cumulative_length]
+    assert all(torch.equal(one, other) for one, other in zip(*kept, strict=True))
+    assert seen.layers == [[2], [2]]
+    # The form also tells which of several equal sizes each operator reads, which may differ.
+    operators = [[node[1] for node in form.nodes] for form, *_ in seen.forms]
+    assert operators[:2] == operators[2:]
+    want = case.expected(NAMES, {"input_ids": ids})
+    assert error(kept[1][1], want[:, -1:]) <= TOLERANCE
+
+
+class Totals(Block):
+    """Adds to a number of each row what passes, and reads what all layers have added."""
+
+    def forward(self, h: Tensor, own: Tensor, every: Tensor) -> Tensor:
+        own.add_(h.square().mean((1, 2)))
+        return super().forward(h) * (1 + own + every)[:, None, None]
+
+
+class Totalled(Stack):
+    def forward(self, x: Tensor, own: list[Tensor], every: Tensor) -> dict[str, Tensor]:
+        for layer, part in zip(self.layers, own, strict=True):
+            x = layer(x, part, every)
+        return {"logits": x}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_layers_that_read_what_they_write_by_another_tensor_are_traced(
+    tmp_path: Path, seen: Seen, shared: bool
+) -> None:
+    torch.manual_seed(0)
+    case = case_of(Totalled(Totals).eval().requires_grad_(False), tmp_path)
+    x = torch.randn(3, 5, H)
+    names = ["a1"] * 3 if shared else NAMES  # rows behind a view that was written are not proved
+
+    def run(model: Any, rows: slice, **kwargs: Any) -> list[Tensor]:
+        given, every = x[rows].clone(), torch.zeros(len(x[rows]))
+        own = [every.view(-1) if shared else every.clone() for _ in range(LAYERS)]
+        with torch.no_grad():
+            return [model(given, own, every, **kwargs)["logits"], *own]
+
+    cm: Any = case.compile(options(seen, True), dynamic=False)
+    got = run(cm, slice(None), adapter_names=names)
+    for row, name in enumerate(names):
+        for one, want in zip(got, run(case.alone(name), slice(row, row + 1)), strict=True):
+            assert error(one[row : row + 1], want) <= TOLERANCE
+    assert (seen.layers == [[LAYERS]]) is not shared
+
+
+class Random(Block):
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(h) + torch.rand_like(h) * 0
+
+
+def test_each_layer_draws_random_numbers_of_its_own(tmp_path: Path, seen: Seen) -> None:
+    torch.manual_seed(0)
+    compare(case_of(Stack(Random).eval().requires_grad_(False), tmp_path), seen)
+    drawn = [node[1] for node in seen.forms[1][0].nodes].count(torch.ops.aten.rand.default)
+    assert drawn == LAYERS
+
+
+class Switching(Stack):
+    """Runs its first layers under a setting of their own."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=False):
+            for layer in self.layers[:2]:
+                x = layer(x)
+        for layer in self.layers[2:]:
+            x = layer(x)
+        return {"logits": x}
+
+
+def test_layers_under_different_settings_are_traced(tmp_path: Path, seen: Seen) -> None:
+    torch.manual_seed(0)
+    compare(case_of(Switching().eval().requires_grad_(False), tmp_path), seen)
+    assert all(LAYERS not in kinds for kinds in seen.layers)
+
+
+def test_new_adapters_and_sizes_need_no_new_graph(tmp_path: Path, seen: Seen) -> None:
+    case = stack(tmp_path)
+    cm: Any = case.compile({"stamps": True})
+    for names, length in ((NAMES, 5), (["a1", "a0", None, "a1"], 7), ([None, "a0"], 3)):
+        check_mixed(cm, case, names, {"x": torch.randn(len(names), length, H)})
+    assert seen.layers == [[LAYERS - 1]]  # the first one's sizes are arguments, not of results
+    assert cm.recompiles == 1
+
+
+def test_what_dynamo_guards_of_each_layer_is_still_guarded(tmp_path: Path, seen: Seen) -> None:
+    case = stack(tmp_path)
+    cm: Any = case.compile({"stamps": True}, dynamic=False)
+    inputs = {"x": torch.randn(3, 5, H)}
+    before = cm(**inputs, adapter_names=NAMES)["logits"]
+    cm.model.layers[2].scale = 3.0
+    changed = cm(**inputs, adapter_names=NAMES)["logits"]
+    assert cm.recompiles == 2
+    assert seen.layers == [[LAYERS], [LAYERS - 1]]
+    assert not torch.allclose(before, changed)
+    case.base.layers[2].scale = 3.0
+    case.merged.clear()
+    check_mixed(cm, case, NAMES, inputs)
+
+
+def test_an_error_while_layers_are_folded_leaves_the_graph(
+    tmp_path: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, calls = stamps._stamp, []
+
+    def fails(*args: Any) -> Any:
+        calls.append(own(*args))
+        raise RuntimeError
+
+    monkeypatch.setattr(stamps, "_stamp", fails)
+    compare(stack(tmp_path), seen)
+    assert calls
+    assert seen.layers == []
