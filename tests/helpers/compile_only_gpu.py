@@ -91,6 +91,7 @@ class _Interface(device_interface.CudaInterface):
     get_device_properties = staticmethod(lambda device=None: H200)
     get_compute_capability = staticmethod(lambda device=None: 90)
     is_bf16_supported = staticmethod(lambda including_emulation=False: True)
+    is_triton_capable = staticmethod(lambda device=None: True)
     raise_if_triton_unavailable = staticmethod(lambda device=None: None)
 
 
@@ -136,6 +137,7 @@ def generated_code(gm: fx.GraphModule, mode: FakeTensorMode) -> str:
     import torch._inductor.config as inductor_config
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.exc import InductorError
     from torch._inductor.graph import GraphLowering
 
     output = next(node for node in gm.graph.nodes if node.op == "output")
@@ -157,7 +159,7 @@ def generated_code(gm: fx.GraphModule, mode: FakeTensorMode) -> str:
         mock.patch.object(GraphLowering, "codegen", codegen),
         inductor_config.patch(fx_graph_cache=False),
         tracing(TracingContext(mode)),
-        contextlib.suppress(Exception),  # Stop, or what Inductor makes of it
+        contextlib.suppress(Stop, InductorError),  # what Inductor makes of Stop
     ):
         compile_fx_inner(gm, examples, is_inference=True)
     (text,) = texts

@@ -12,6 +12,7 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 from lorafx.errors import BatchError, CaptureError, LorafxError, LoweringError, VerifyError
 from lorafx.progress import LOG
 from lorafx.serving.continuous.adapter_requests import ticket_of
+from lorafx.serving.continuous.isolate_failures import is_refusal
 
 if TYPE_CHECKING:
     from lorafx.serving.compiled import CompiledModel
@@ -63,7 +64,7 @@ class StepHealth:
             if isinstance(error, FloatingPointError) and ticket is not None and ticket.hold:
                 continue  # logits that are not finite are the adapter's, as far as anybody knows
             of_the_model = isinstance(error, CaptureError | LoweringError | VerifyError)
-            if of_the_model or not isinstance(error, LorafxError):
+            if of_the_model or not is_refusal(error):
                 self.failed += 1
                 self.in_a_row += 1
                 self.last = error
@@ -101,7 +102,7 @@ def as_told(failed: Mapping[str, Exception]) -> dict[str, LorafxError]:
     causes: dict[int, Exception] = {}
     shared = Counter(map(id, failed.values()))
     for name, error in failed.items():
-        if isinstance(error, LorafxError):
+        if isinstance(error, LorafxError) and is_refusal(error):
             said[name] = error
             continue
         causes[id(error)] = error

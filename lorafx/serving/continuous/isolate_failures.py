@@ -3,8 +3,9 @@
     requests of a step that fails → halves → halves of those that fail → ...
 
 A part is cut between adapters while it has several, and then between requests. A refusal (an error
-of lorafx's) is about an adapter, so all that its requests have in the part fail with it; whatever
-else a model raises may be about one request. Each request is served in one part, or fails.
+of lorafx's, but for a token id outside of its table) is about an adapter, so all that its requests
+have in the part fail with it; whatever else a model raises may be about one request. Each request
+is served in one part, or fails.
 """
 
 from __future__ import annotations
@@ -15,12 +16,17 @@ from typing import TypeVar
 
 import torch
 
-from lorafx.errors import LorafxError
+from lorafx.errors import LorafxError, OutOfRangeError
 
 T = TypeVar("T")
 
 #: Errors that a smaller part would have too: a device that is lost, or has no memory left.
 OF_THE_DEVICE = (torch.AcceleratorError, torch.OutOfMemoryError)
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether an error is about an adapter; else it may be about one request."""
+    return isinstance(error, LorafxError) and not isinstance(error, OutOfRangeError)
 
 
 def in_parts(
@@ -73,7 +79,7 @@ def _halves(
     """The halves of a part that failed with `error`; none where all of it fails."""
     middle = len(part) / 2
     cuts = [at for at in range(1, len(part)) if adapters[part[at - 1]] != adapters[part[at]]]
-    if not cuts and not isinstance(error, LorafxError):
+    if not cuts and not is_refusal(error):
         cuts = [*range(1, len(part))]
     if not cuts:
         return []

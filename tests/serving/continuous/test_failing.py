@@ -153,7 +153,7 @@ def test_an_error_of_the_model_fails_the_requests_that_cause_it(limited, caplog)
             outputs |= answers(engine, [*list(work)[-3:], bad])
             error = outputs.pop(bad).error
             assert error.startswith("this request failed: the model")
-            assert "IndexError: index 50 is out of bounds" in error
+            assert "is 50, but model.table has 50 entries" in error
         assert caplog.records[-1].exc_info is not None
         assert engine.background_thread_status.can_accept_new_requests() is None
         pool = engine.batch_processor.cache
