@@ -13,7 +13,7 @@ from attached import attached, compiled, fresh_dynamo, graphs, served
 from dense_merge import REFERENCE, Case
 from tiny_models import FAMILIES, token_inputs
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import lorafx
 from lorafx.errors import ConfigError
@@ -59,7 +59,8 @@ def test_batches_of_prompts_and_engines(cm: Any) -> None:
         cm.continuous_batching(warmup=False, adapter="a0"),
     ):
         pass
-    with cm.continuous_batching(warmup=False) as engine:
+    pages = ContinuousBatchingConfig(page_size=4, num_blocks=256, max_batch_tokens=12)
+    with cm.continuous_batching(None, pages, warmup=False) as engine:
         for name in ("adapter_name", "adapter_names", "lora_request"):
             with pytest.raises(ConfigError, match=rf"no argument '{name}'.*adapter=\"sql\""):
                 engine.add_request([1, 2], **{name: "a0"})
