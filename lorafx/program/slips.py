@@ -1,12 +1,16 @@
 """Keywords of a call of the model itself that would choose an adapter elsewhere.
 
 Nobody stands between the user and a model that is called by itself, so its keywords are found on
-the Python stack, once a call: 10 µs.
+the Python stack, once a call: 10 µs. So are those of a pipeline of transformers that hands its
+keywords to a tokenizer, which drops what it does not know.
 """
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -24,3 +28,24 @@ def refuse_called_slips(belongs: Callable[[nn.Module], bool], way: str) -> None:
     running = outermost_call(belongs)
     if running is not None and running.kwargs:
         refuse_slips(running.kwargs, running.module.forward, running.module, {"": way})
+
+
+def refuse_pipeline_slips(model: nn.Module) -> None:
+    """Look at the keywords of the pipeline of transformers that is calling `model` without any of
+    ours; nothing where none is.
+
+    Raises:
+        ConfigError: as `refuse_slips`, for names of ours too, which have not arrived.
+    """
+    base: Any = sys.modules.get("transformers.pipelines.base")
+    if base is None:
+        return
+    call, frame = inspect.unwrap(base.Pipeline.__call__).__code__, sys._getframe(1)
+    while frame.f_code is not call:
+        if frame.f_back is None:
+            return
+        frame = frame.f_back
+    given = frame.f_locals
+    names = {**given.get("preprocess_params", {}), **given.get("kwargs", {})}
+    way = "the adapter by set_adapter(name) before the call: this pipeline hands no names on"
+    refuse_slips(names, given["self"].preprocess, model, {"": way})

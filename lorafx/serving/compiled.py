@@ -25,6 +25,7 @@ from lorafx.model.hook_watch import hooks_of
 from lorafx.model.keywords import BY_ROW, refuse_slips
 from lorafx.model.sites import Site
 from lorafx.program.program import Program
+from lorafx.program.slips import refuse_pipeline_slips
 from lorafx.serving.adapter_methods import AdapterMethods
 from lorafx.serving.alora import forward_of
 from lorafx.serving.as_module import AsModule, signature_of
@@ -134,6 +135,8 @@ class CompiledModel(
         tokens = None
         if adapter_slots is not None:
             names, tokens = by_slots(adapter_slots, self.adapters if names is None else names)
+        elif names is None:
+            refuse_pipeline_slips(self.model)
         by_token = adapter_slots is not None and adapter_slots.dim() == 2
 
         def call(

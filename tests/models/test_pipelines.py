@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 import lorafx
-from lorafx.errors import CaptureError
+from lorafx.errors import CaptureError, ConfigError
 
 pytestmark = [
     pytest.mark.usefixtures("fixed_sizes"),
@@ -182,6 +182,21 @@ def test_a_pipeline_answers_as_with_the_merged_model(task, tmp_path, caplog):
     assert error(torch.tensor(got), torch.tensor(want)) <= 1e-5
     assert (want, wanted) != plain, "the adapter changes the answer"
     assert "not supported" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["adapter_names", "adapter_name", "lora_request"])
+@pytest.mark.parametrize("made", [True, False])
+def test_names_that_a_pipeline_gives_to_its_tokenizer_are_refused(made, name, tmp_path):
+    build, prepare, given, _ = TASKS["text-classification"]
+    cm, _ = served(build(), tmp_path / "mine")
+    prepared: dict[str, Any] = {key: make() for key, make in prepare.items()}
+    asked: dict[str, Any] = {name: ["mine"]}
+    pipe: Any = transformers.pipeline(
+        "text-classification", model=cm, **prepared, **(asked if made else {})
+    )
+    for rows in (given, [given, given]):
+        with pytest.raises(ConfigError, match=rf"no argument '{name}'.* set_adapter\(name\)"):
+            pipe(rows, **({} if made else asked))
 
 
 class Rows(torch.utils.data.Dataset[Any]):
