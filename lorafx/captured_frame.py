@@ -95,15 +95,10 @@ def input_place(node: fx.Node, position: int) -> tuple[int, str | None]:
     return getattr(place, "idx", position), ".".join(reversed(parts)) or None
 
 
-def fake_mode() -> FakeTensorMode | None:
-    """Whose tensors stand for those of the frame that is being captured."""
-    context = TracingContext.try_get()
-    return None if context is None else context.fake_mode
-
-
 def symbols_of_frame() -> ShapeEnv | None:
     """The symbols of the frame that is being captured, and what is known of them."""
-    mode = fake_mode()
+    context = TracingContext.try_get()
+    mode = None if context is None else context.fake_mode
     return None if mode is None else mode.shape_env
 
 

@@ -135,7 +135,7 @@ def _warn(work: LongWork) -> None:
         LOG.warning(
             "lorafx is %s: %.0f s so far. The first call of each kind compiles, later ones do not; "
             'cm.warmup() does it ahead of requests. logging.getLogger("lorafx").setLevel("INFO") '
-            'says more, setLevel("ERROR") silences this',
+            'says more, and setLevel("ERROR") silences this',
             work.what,
             work.seconds,
         )

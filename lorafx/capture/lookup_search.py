@@ -72,10 +72,10 @@ class _Search:
         self._numbers = {node: number for number, node in enumerate(inputs)}
         self._found: list[Step | Lookup] = []
         #: The first node that writes into what a node is a view of.
-        self._writes: dict[Any, fx.Node] = {}
+        self._first_writes: dict[Any, fx.Node] = {}
         for node in graph.nodes:
-            if _writes(node):
-                self._writes.setdefault(_root(node.args[0]), node)
+            for written in _written(node):
+                self._first_writes.setdefault(_root(written), node)
 
     def found(self) -> Lookups:
         seen: set[tuple[Any, ...]] = set()
@@ -85,10 +85,14 @@ class _Search:
             for use in _uses(node):
                 index = _same_numbers(use.pointer)
                 value = _value(index)
-                size = self._size(use) if isinstance(value, Tensor) and _counts(value) else None
+                if not isinstance(value, Tensor) or not _counts(value):
+                    continue
+                size = self._size(use)
                 key = index, size, use.negative, use.ignored
-                way = None if size is None or key in seen else self._way(index, node)
-                if way is not None and size is not None:
+                if size is None or key in seen:
+                    continue
+                way = self._way(index, node)
+                if way is not None:
                     seen.add(key)
                     self._add(use, index, size, way)
         return Lookups(tuple(self._found))
@@ -109,8 +113,9 @@ class _Search:
             if node in self._items and isinstance(_value(node), Tensor)
         ]
         argument = _name(self._items[index]) if index in self._items else None
-        rest = use.negative, use.ignored, table, argument, tuple(made)
-        self._found.append(Lookup(self._numbers[index], size, *rest))
+        number, names = self._numbers[index], tuple(made)
+        found = Lookup(number, size, use.negative, use.ignored, table, argument, names)
+        self._found.append(found)
 
     def _size(self, use: _Use) -> int | Size | None:
         """How many entries the table has; None where that is a size of no input."""
@@ -158,10 +163,11 @@ class _Search:
                 return None
             left += node.all_input_nodes
         steps = sorted(node for node in found if node not in self._items)
-        writes = [self._writes[root] for root in map(_root, found) if root in self._writes]
+        first = self._first_writes
+        writes = [first[root] for root in map(_root, found) if root in first]
         written = any(write < step for write in writes for step in steps)
-        if _root(index) in self._writes:  # `index` may be a view of it
-            written |= self._writes[_root(index)] < user
+        if _root(index) in first:  # `index` may be a view of it
+            written |= first[_root(index)] < user
         return steps if of_call and not written else None
 
     def _plain(self, item: Any) -> Any:
@@ -260,7 +266,7 @@ def _is_small(node: fx.Node) -> bool:
 def _is_pure(node: fx.Node) -> bool:
     """Whether a node may run twice: a function of torch's own that writes nothing and that chance
     has no part in."""
-    if _writes(node) or "out" in node.kwargs or node.target in _BY_CHANCE:
+    if _written(node) or node.target in _BY_CHANCE:
         return False
     if node.op == "call_method":
         return True
@@ -273,23 +279,31 @@ def _is_pure(node: fx.Node) -> bool:
     return not isinstance(_value(node), Tensor)
 
 
-def _writes(node: fx.Node) -> bool:
-    """Whether a node writes into its first argument."""
-    if node.op == "call_method":
-        name = str(node.target)
-        return name.endswith("_") and not name.endswith("__")
-    if node.op != "call_function" or not node.args:
-        return False
-    return node.target is operator.setitem or node.target in _IN_PLACE
-
-
 _IN_PLACE = frozenset(
     (
         *(operator.iadd, operator.iand, operator.ifloordiv, operator.ilshift, operator.imod),
         *(operator.imul, operator.ior, operator.ipow, operator.irshift, operator.isub),
-        *(operator.itruediv, operator.ixor, operator.imatmul),
+        *(operator.itruediv, operator.ixor, operator.imatmul, operator.setitem),
     )
 )
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """The nodes that a node may write into: by an operator's schema, by torch's names for what
+    works in place, by `out=` and `inplace=True`."""
+    if node.op not in ("call_function", "call_method"):
+        return []
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None:
+        return node.all_input_nodes if schema.is_mutable else []
+    outs = node.kwargs.get("out")
+    written = list(outs) if isinstance(outs, (list, tuple)) else [outs]
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    in_place = str(name).endswith("_") and not str(name).endswith("__")
+    in_place &= getattr(node.target, "__module__", "") != "_operator"  # and_, or_, not_
+    if node.args and (in_place or node.target in _IN_PLACE or node.kwargs.get("inplace")):
+        written.append(node.args[0])
+    return [item for item in written if isinstance(item, fx.Node)]
 
 
 def _root(item: Any) -> Any:

@@ -156,8 +156,7 @@ class Parts:
             return program
 
         if self.base:
-            base = for_base(self.checks, owner, self.wrappers.around(lowered))
-            return self.lookups.around(base)
+            return self.lookups.around(for_base(self.checks, owner, self.wrappers.around(lowered)))
         found = with_lookups(self.checks, owner, lowered, self.extra, self.banks, None)
         whole = checked(self.checks, owner, self.wrappers.around(found))
         whole = self.lookups.around(whole)

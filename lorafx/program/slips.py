@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from lorafx.model.keywords import refuse_slips
-from lorafx.program.stack import outermost_call
+from lorafx.program.stack import call_of, outermost_call
 
 
 def refuse_called_slips(belongs: Callable[[nn.Module], bool], way: str) -> None:
@@ -40,11 +40,9 @@ def refuse_pipeline_slips(model: nn.Module) -> None:
     base: Any = sys.modules.get("transformers.pipelines.base")
     if base is None:
         return
-    call, frame = inspect.unwrap(base.Pipeline.__call__).__code__, sys._getframe(1)
-    while frame.f_code is not call:
-        if frame.f_back is None:
-            return
-        frame = frame.f_back
+    frame = call_of(inspect.unwrap(base.Pipeline.__call__).__code__)
+    if frame is None:
+        return
     given = frame.f_locals
     names = {**given.get("preprocess_params", {}), **given.get("kwargs", {})}
     way = "the adapter by set_adapter(name) before the call: this pipeline hands no names on"

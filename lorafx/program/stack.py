@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 from torch import nn
@@ -42,6 +42,11 @@ def _frames() -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
+
+
+def call_of(code: CodeType) -> FrameType | None:
+    """The innermost running call of the function with this code."""
+    return next((frame for frame in _frames() if frame.f_code is code), None)
 
 
 def calling_modules() -> frozenset[int]:

@@ -73,7 +73,8 @@ def message_of(error: Exception) -> str:
 def _as_option(setting: Setting) -> str:
     if setting.name == "target_modules":
         return "--target when lorafx serve starts"
-    if setting.name in (field.name for field in fields(Settings)):
+    known = setting.name in (field.name for field in fields(Settings))
+    if known and setting.value is not None:
         return f"start lorafx serve with {option(setting.name)} {setting.value}"
     if setting.given:
         return "start lorafx serve with this adapter among --adapters"

@@ -21,8 +21,9 @@ class _Refusal(torch.autograd.Function):
     def backward(*_: Any) -> NoReturn:
         raise CaptureError(
             "a compiled model is for inference, and its loss has no gradients: train with PEFT on "
-            "the plain model, or on what detach() returns, and load_adapter(folder, name) what it "
-            "saves; torch.no_grad() around a call gives a loss that asks for none"
+            "the plain model, or on what detach() returns, and load what it saves by "
+            "load_adapter(folder, name); torch.no_grad() around a call gives a loss that asks for "
+            "none"
         )
 
 

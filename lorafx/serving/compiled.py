@@ -49,9 +49,7 @@ from lorafx.session.stand_ins import Replaced
 from lorafx.session.stand_ins import forward_of as forward_of_module
 
 
-class CompiledModel(
-    LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMethods, AsModule, nn.Module
-):
+class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMethods, AsModule):
     """A model that serves its base and many LoRA adapters in one batch.
 
     `model` is the model that was given, with the same classes, names, `state_dict()` and
@@ -106,8 +104,7 @@ class CompiledModel(
                 all; None or "__base__" is the base model, and {"sql": 0.7, "style": 0.3} a sum of
                 adapters, or one at another scale. An aLoRA adapter serves the tokens of its row
                 from the last occurrence of its invocation tokens in `input_ids` on. Without
-                `adapter_names` every row uses the
-                default of `set_adapter`.
+                `adapter_names` every row uses the default of `set_adapter`.
             adapter_slots: integers (B, T), the adapter of each token as an index into
                 `adapter_names`, or without it into `adapters`; -1 is the base model. It serves
                 packed sequences, and adapters that begin at a token; with a cache, T are the new
@@ -171,7 +168,8 @@ class CompiledModel(
         self._check_attached()
         own = getattr(self.model, "generate", self.model.forward)
         refuse_slips(kwargs, own, self.model, BY_ROW)
-        check_tensors({"input_ids": args[0], **kwargs} if args else kwargs)
+        main = getattr(self.model, "main_input_name", "input_ids")
+        check_tensors({main: args[0], **kwargs} if args else kwargs)
 
         def call(
             args: Sequence[Any], kwargs: Mapping[str, Any], names: Names | None, _: Any

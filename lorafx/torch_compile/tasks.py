@@ -60,11 +60,11 @@ def block_of_this_task() -> Iterator[None]:
 class OtherTasks:
     """What marks of an attached model ask in eager mode, where no graph asks."""
 
-    def refuse(self, path: str, layer: str) -> None:
-        """Nothing: where no adapter is active a layer is the base's."""
-
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+
+    def refuse(self, path: str, layer: str) -> None:
+        """Nothing: where no adapter is active a layer is the base's."""
 
     def refuse_slips(self) -> None:
         """As `refuse_called_slips`, of the model's call."""

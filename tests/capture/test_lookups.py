@@ -169,12 +169,33 @@ def test_what_a_graph_is_asked_for() -> None:
     assert pickle.loads(pickle.dumps(found)) == found
 
 
+def by_method(ids: torch.Tensor) -> None:
+    ids.view(-1).add_(1)
+
+
+def by_function(ids: torch.Tensor) -> None:
+    torch.clamp_(ids, 0, 3)
+
+
+def by_out(ids: torch.Tensor) -> None:
+    torch.clamp(ids, 0, 3, out=ids)
+
+
+def by_schema(ids: torch.Tensor) -> None:
+    torch.ops.aten.clamp_.default(ids, 0, 3)
+
+
 class InPlace(nn.Module):
+    def __init__(self, write: Callable[[torch.Tensor], None]) -> None:
+        super().__init__()
+        self.write = write
+
     def forward(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        view = ids.view(-1)
-        view.add_(1)
+        self.write(ids)
         return functional.embedding(ids, table)
 
 
-def test_an_index_that_the_graph_writes_is_left_to_generated_code() -> None:
-    assert not looked_up(InPlace(), torch.zeros(5, 3, dtype=torch.int64), torch.ones(4, 4)).items
+@pytest.mark.parametrize("write", [by_method, by_function, by_out, by_schema])
+def test_an_index_that_the_graph_writes_is_left_to_generated_code(write: Any) -> None:
+    inputs = torch.zeros(5, 3, dtype=torch.int64), torch.ones(4, 4)
+    assert not looked_up(InPlace(write), *inputs).items
