@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from dense_merge import TOLERANCE, Case, error
+from dense_merge import REFERENCE, TOLERANCE, Case, error, save_adapter
 from tiny_models import token_inputs
+from transformers import Speech2TextConfig, Speech2TextForConditionalGeneration
 
+import lorafx
 from lorafx.errors import BatchError, ConfigError
 
 pytestmark = pytest.mark.quick
@@ -47,6 +50,23 @@ def test_generate(cm: Any) -> None:
     for args, kwargs in (((IDS,), {}), ((), {"input_ids": IDS})):
         with pytest.raises(ConfigError, match="input_ids is a list"):
             cm.generate(*args, **kwargs, adapter_names=["a0"], max_new_tokens=1)
+
+
+def test_a_first_argument_that_is_no_tokens(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1}
+    heads = {
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "input_feat_per_channel": 8,
+    }
+    ffn = {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "conv_channels": 16}
+    model = Speech2TextForConditionalGeneration(Speech2TextConfig(**sizes, **heads, **ffn)).eval()
+    folder = save_adapter(model, tmp_path, rank=2, targets=["q_proj"], seed=0)
+    features, limits = torch.randn(2, 12, 8), {"max_new_tokens": 3, "do_sample": False}
+    want = model.generate(features, **limits)
+    cm = lorafx.compile(model, {"a": folder}, options=REFERENCE)
+    assert torch.equal(cm.generate(features, **limits), want)
 
 
 def test_lists_that_a_model_of_other_names_is_given(plain: Case) -> None:
