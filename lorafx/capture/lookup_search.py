@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from lorafx.capture.lookups import Lookup, Lookups, Size, Step, Value
 from lorafx.captured_frame import size_expression
+from lorafx.model.module_graph import storage_key
 from lorafx.program.frame import Frame, FrameInput
 
 #: Functions and methods (table, dim, index, ...).
@@ -38,6 +39,8 @@ _SAME = frozenset(
 )
 #: Functions of sizes whose results are always the same.
 _FACTORIES = (torch.arange, torch.zeros, torch.ones, torch.full)
+#: Functions that begin and end a level of `torch.vmap` in Dynamo's graphs.
+_LEVELS = {"_vmap_increment_nesting": 1, "_vmap_decrement_nesting": -1}
 #: What is another thing each time.
 _BY_CHANCE = frozenset(
     (
@@ -73,14 +76,20 @@ class _Search:
         self._found: list[Step | Lookup] = []
         #: The first node that writes into what a node is a view of.
         self._first_writes: dict[Any, fx.Node] = {}
+        #: Nodes between the beginning and the end of a `torch.vmap`, which run at its level alone.
+        self._mapped: set[fx.Node] = set()
+        levels = 0
         for node in graph.nodes:
+            levels += _LEVELS.get(getattr(node.target, "__name__", ""), 0)
+            if levels:
+                self._mapped.add(node)
             for written in _written(node):
                 self._first_writes.setdefault(_root(written), node)
 
     def found(self) -> Lookups:
         seen: set[tuple[Any, ...]] = set()
         for node in self._graph.nodes:
-            if node.op not in ("call_function", "call_method"):
+            if node.op not in ("call_function", "call_method") or node in self._mapped:
                 continue
             for use in _uses(node):
                 index = _same_numbers(use.pointer)
@@ -147,7 +156,7 @@ class _Search:
             if node in found:
                 continue
             found.add(node)
-            if len(found) > _STEPS or not _is_small(node):
+            if len(found) > _STEPS or node in self._mapped or not _is_small(node):
                 return None
             item = self._items.get(node)
             if item is None:
@@ -183,6 +192,7 @@ class _Search:
 def _uses(node: fx.Node) -> Iterator[_Use]:
     """The indices among the arguments of a node."""
     target, args, kwargs = node.target, node.args, node.kwargs
+    name = str(target) if node.op == "call_method" else getattr(target, "__name__", "")
 
     def argument(place: int, name: str) -> Any:
         return args[place] if len(args) > place else kwargs.get(name)
@@ -199,15 +209,20 @@ def _uses(node: fx.Node) -> Iterator[_Use]:
             yield from _use(argument(1, "target"), argument(0, "input"), dim, ignored=number)
     elif target in (operator.getitem, operator.setitem):
         yield from _subscripts(args[0], args[1])
-    elif (target if node.op == "call_method" else getattr(target, "__name__", "")) in _BY_DIM:
+    elif name in _BY_DIM:
         dim = argument(1, "dim")
         if isinstance(dim, int):
-            yield from _use(argument(2, "index"), argument(0, "input"), dim)
+            negative = name.startswith("index_fill")
+            yield from _use(argument(2, "index"), argument(0, "input"), dim, negative=negative)
+    elif name in ("index_put", "index_put_"):
+        yield from _subscripts(argument(0, "input"), tuple(argument(1, "indices")))
 
 
-def _use(index: Any, table: Any, dim: int, *, ignored: int | None = None) -> Iterator[_Use]:
+def _use(
+    index: Any, table: Any, dim: int, *, negative: bool = False, ignored: int | None = None
+) -> Iterator[_Use]:
     if isinstance(index, fx.Node) and isinstance(table, fx.Node):
-        yield _Use(index, table, dim, ignored=ignored)
+        yield _Use(index, table, dim, negative, ignored)
 
 
 def _subscripts(table: Any, subscript: Any) -> Iterator[_Use]:
@@ -309,10 +324,18 @@ def _written(node: fx.Node) -> list[fx.Node]:
 def _root(item: Any) -> Any:
     """The tensor that a chain of nodes began with, each of which may be a view of the last."""
     while isinstance(item, fx.Node) and item.op != "placeholder" and item.args:
-        if not isinstance(item.args[0], fx.Node):
+        if not isinstance(item.args[0], fx.Node) or not _may_share(item, item.args[0]):
             break
         item = item.args[0]
     return item
+
+
+def _may_share(node: fx.Node, other: fx.Node) -> bool:
+    """Whether two nodes may hold the same memory; those of several tensors may."""
+    a, b = _value(node), _value(other)
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return True
+    return storage_key(a) == storage_key(b)
 
 
 def _name(item: FrameInput) -> str:

@@ -76,8 +76,9 @@ def refuse_slips(
 
 
 def _declared(name: str, function: Callable[..., Any], model: nn.Module | None) -> bool:
-    parts = () if model is None else {type(module): module for module in model.modules()}.values()
-    for taker in (function, *(part.forward for part in parts)):
+    parts = () if model is None else model.modules()
+    forwards = {getattr(part.forward, "__func__", part.forward): None for part in parts}
+    for taker in (function, *forwards):
         try:
             parameter = inspect.signature(taker).parameters.get(name)
         except (TypeError, ValueError):  # written in C

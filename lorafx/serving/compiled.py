@@ -404,3 +404,11 @@ def refuse_compiled(model: object) -> None:
             "load_adapter() takes more adapters. To compile it anew, as a notebook's cell does "
             "that runs twice, call lorafx.detach(model) first"
         )
+    parts = model.named_modules() if isinstance(model, nn.Module) else ()
+    inside = [path for path, part in parts if isinstance(part, CompiledModel)]
+    if inside:
+        raise CaptureError(
+            f"{type(model).__name__} holds a compiled model at {inside[0]}, which has adapters of "
+            "its own and would run without those of this call: put that model in its place after "
+            "lorafx.detach(), and compile the whole"
+        )

@@ -185,6 +185,49 @@ def by_schema(ids: torch.Tensor) -> None:
     torch.ops.aten.clamp_.default(ids, 0, 3)
 
 
+class Mapped(nn.Module):
+    """Looks up under `torch.vmap`, whose values exist at its level alone."""
+
+    def forward(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        return torch.vmap(lambda row: functional.embedding(row, table))(ids)
+
+
+def test_an_index_under_vmap_is_left_to_generated_code() -> None:
+    inputs = torch.zeros(5, 3, dtype=torch.int64), torch.ones(4, 4)
+    assert not looked_up(Mapped(), *inputs).items
+
+
+class Shifted(nn.Module):
+    """As sequence to sequence models make their decoder's tokens of labels."""
+
+    def forward(self, labels: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        shifted = labels.new_zeros(labels.shape)
+        shifted[:, 1:] = labels[:, :-1].clone()
+        shifted.masked_fill_(shifted == -100, 0)
+        return functional.embedding(shifted, table).sum() + functional.cross_entropy(
+            table[0].expand(labels.numel(), 4), labels.view(-1)
+        )
+
+
+def test_labels_of_which_tokens_are_made() -> None:
+    found = looked_up(Shifted(), torch.zeros(5, 3, dtype=torch.int64), torch.ones(4, 4))
+    assert [item.argument for item in found.items if hasattr(item, "table")] == ["l_labels_"]
+
+
+class Placed(nn.Module):
+    """Places that may count from the end, in functions that take such and in one that does not."""
+
+    def forward(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        filled = table.index_fill(1, ids[0], 0.0)
+        put = torch.index_put(table, (ids[1],), table[:3])
+        return filled + put.index_select(0, ids[2]).sum()
+
+
+def test_places_that_count_from_the_end() -> None:
+    found = looked_up(Placed(), torch.zeros(5, 3, dtype=torch.int64), torch.ones(4, 4))
+    assert [item.negative for item in found.items if hasattr(item, "table")] == [True, True, False]
+
+
 class InPlace(nn.Module):
     def __init__(self, write: Callable[[torch.Tensor], None]) -> None:
         super().__init__()
