@@ -39,6 +39,8 @@ def hand_over(peft_model: nn.Module) -> list[tuple[nn.Module, str]]:
 
 def without_wrappers(model: nn.Module) -> nn.Module:
     """The base model of a PeftModel that was handed over; any other model is returned."""
+    if not isinstance(model, nn.Module):  # of whoever calls it with something else
+        return model
     forward = vars(model).get("forward")
     if not isinstance(forward, partial) or forward.func is not _refuse:
         return model

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from lorafx.capture.lookups import Lookup, Lookups, Size, Step, Value
+from lorafx.capture.lookups import Lookup, Lookups, Step, TableSize, Value
 from lorafx.captured_frame import size_expression
 from lorafx.model.module_graph import storage_key
 from lorafx.program.frame import Frame, FrameInput
@@ -106,7 +106,7 @@ class _Search:
                     self._add(use, index, size, way)
         return Lookups(tuple(self._found))
 
-    def _add(self, use: _Use, index: fx.Node, size: int | Size, way: list[fx.Node]) -> None:
+    def _add(self, use: _Use, index: fx.Node, size: int | TableSize, way: list[fx.Node]) -> None:
         for node in way:
             if node not in self._numbers:
                 args = tuple(map(self._plain, node.args))
@@ -126,7 +126,7 @@ class _Search:
         found = Lookup(number, size, use.negative, use.ignored, table, argument, names)
         self._found.append(found)
 
-    def _size(self, use: _Use) -> int | Size | None:
+    def _size(self, use: _Use) -> int | TableSize | None:
         """How many entries the table has; None where that is a size of no input."""
         value = _value(use.table)
         if not isinstance(value, Tensor) or not -value.dim() <= use.dim < value.dim():
@@ -135,15 +135,15 @@ class _Search:
         if not isinstance(size, torch.SymInt):
             return int(size)
         if use.table in self._items:
-            return Size(self._numbers[use.table], use.dim)
+            return TableSize(self._numbers[use.table], use.dim)
         wanted = size_expression(size)
         for node in self._items:
             own = _value(node)
             if isinstance(own, torch.SymInt) and size_expression(own) == wanted:
-                return Size(self._numbers[node], None)
+                return TableSize(self._numbers[node], None)
             for dim, length in enumerate(own.shape if isinstance(own, Tensor) else ()):
                 if isinstance(length, torch.SymInt) and size_expression(length) == wanted:
-                    return Size(self._numbers[node], dim)
+                    return TableSize(self._numbers[node], dim)
         return None
 
     def _way(self, index: fx.Node, user: fx.Node) -> list[fx.Node] | None:

@@ -29,7 +29,7 @@ class Value(NamedTuple):
     number: int
 
 
-class Size(NamedTuple):
+class TableSize(NamedTuple):
     """A size: that of dimension `dim` of an input, or without one the input itself."""
 
     position: int
@@ -67,7 +67,7 @@ class Lookup:
     """
 
     index: int
-    size: int | Size
+    size: int | TableSize
     negative: bool
     ignored: int | None
     table: str
@@ -77,7 +77,7 @@ class Lookup:
     def check(self, index: Tensor, inputs: Sequence[Any]) -> None:
         """Raise OutOfRangeError where an entry of `index` is none of the table's."""
         size = self.size
-        if isinstance(size, Size):
+        if isinstance(size, TableSize):
             source = inputs[size.position]
             size = int(source if size.dim is None else source.shape[size.dim])
         first = -size if self.negative else 0

@@ -27,7 +27,7 @@ from lorafx.errors import LorafxWarning, LoweringError
 from lorafx.kernels.cpu import dense
 from lorafx.kernels.cpu.compiler import find_compiler
 from lorafx.passes import products
-from lorafx.passes.outline.regions import bodies
+from lorafx.passes.outline.regions import bodies, is_view
 from lorafx.passes.products import replace_products
 from lorafx.program.frame import fake_value
 
@@ -108,9 +108,10 @@ class InductorLowering:
         add_lengths(gm)
         with config.patch({**self.patches, **_IN_ORDER, **_NO_HARNESS}):
             # What compile_fx does for inference before its inner compile.
-            traced: Any = gm.graph.output_node().args[0]
+            results: Any = gm.graph.output_node().args[0]
+            memory = [_viewed(item) for item in results]
             gm = inductor._recursive_joint_graph_passes(gm)
-            _keep_apart(gm, traced)
+            _keep_apart(gm, memory)
             for module in (gm, *(body for _, body in bodies(gm))):
                 output = next(node for node in module.graph.nodes if node.op == "output")
                 output.meta["user_visible_output_idxs"] = [
@@ -143,19 +144,36 @@ class InductorLowering:
         return cast("Callable[..., Any]", compiled)
 
 
-def _keep_apart(gm: fx.GraphModule, traced: Sequence[Any]) -> None:
-    """Have results that have become inputs, as in `n + 0`, be tensors of their own. `traced` holds
-    the results as AOTAutograd knows them: it overwrites inputs after the graph."""
+def _viewed(item: Any) -> Any:
+    """What a result is a view of; any other is itself."""
+    while isinstance(item, fx.Node) and is_view(item) and isinstance(item.args[0], fx.Node):
+        item = item.args[0]
+    return item
+
+
+def _keep_apart(gm: fx.GraphModule, memory: Sequence[Any]) -> None:
+    """Have results that have become inputs, or views of some, as in `n + 0`, be tensors of their
+    own. `memory` holds what the results were views of as AOTAutograd knows them: it overwrites
+    inputs after the graph."""
     output = gm.graph.output_node()
-    items: list[Any] = list(output.args[0])  # type: ignore[arg-type]
-    for place, (item, before) in enumerate(zip(items, traced, strict=True)):
-        became_input = isinstance(item, fx.Node) and item.op == "placeholder" and item is not before
-        if became_input and isinstance(fake_value(item), Tensor):
-            with gm.graph.inserting_before(output):
-                items[place] = copy = gm.graph.call_function(torch.ops.aten.clone.default, (item,))
-            copy.meta.update(val=fake_value(item).clone())
-    if items != list(output.args[0]):  # type: ignore[arg-type]
-        output.args = (tuple(items),)
+    results: Any = output.args[0]
+    for item, before in zip(results, memory, strict=True):
+        found = _viewed(item)
+        became_input = isinstance(found, fx.Node) and found.op == "placeholder"
+        if not became_input or found is before or not isinstance(fake_value(found), Tensor):
+            continue
+        user = item if item is not found else output
+        while user is not output and user.args[0] is not found:
+            user = user.args[0]
+        with gm.graph.inserting_before(user):
+            copy = gm.graph.call_function(torch.ops.aten.clone.default, (found,))
+        copy.meta.update(val=fake_value(found).clone())
+        if user is output:
+            kept = zip(output.args[0], memory, strict=True)
+            items = tuple(copy if i is found and m is not found else i for i, m in kept)
+            output.args = (items,)
+        else:
+            user.replace_input_with(found, copy)
         gm.recompile()
 
 

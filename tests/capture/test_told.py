@@ -153,7 +153,7 @@ def test_a_graph_that_must_be_new_says_why(shallow: Case) -> None:
         ({"labels": ids}, "new: labels given"),
         ({"use_cache": False}, "new: use_cache=False"),
         ({"attention_mask": torch.ones_like(ids)}, "new: attention_mask given"),
-        ({"attention_mask": torch.ones(2, 4, dtype=torch.int32)}, "new: 2-d int32 attention_mask"),
+        ({"attention_mask": torch.ones(2, 4, dtype=torch.bool)}, "new: 2-d bool attention_mask"),
         ({"attention_mask": torch.ones(2, 1, 4, 4, dtype=torch.bool)}, "new: 4-d bool"),
     ):
         cm(input_ids=ids, adapter_names=names, **more)
