@@ -29,6 +29,8 @@ _HOOKS = "._forward_hooks"
 #: What torch.nn notes of hooks by their numbers, which are never given twice.
 _ALWAYS, _ALWAYS_GLOBAL = "._forward_hooks_always_called", "._global_forward_hooks_always_called"
 _WITH_KWARGS = "._forward_hooks_with_kwargs"
+#: Kinds of hooks of which Dynamo guards, since torch 2.14, that a module with another has none.
+_OTHER_HOOKS = ("_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 #: What Dynamo looks for in the dictionary of a module only where the module has hooks.
 _CALLS = ("__call__", "_call_impl", "_compiled_call_impl")
 ACTIVE = ".runtime.active"
@@ -77,10 +79,11 @@ def drop_guards_on_classes() -> None:
 
 def drop_guards_on_marked_modules() -> list[nn.Module]:
     """For any frame in whose calls somebody looks for hooks of others (lorafx.model.hook_watch). Of
-    a module with a hook Dynamo guards nine things that it does not ask of one without, and none of
-    them is needed:
+    a module with a hook Dynamo guards a dozen things that it does not ask of one without, and none
+    of them is needed:
 
     - a mark takes keyword arguments, and is not always called: it is the only hook with its number;
+    - it has no hooks of other kinds; the watch sees those that come around its forward;
     - the module has no `__call__`, `_call_impl` or `_compiled_call_impl` of its own. Where it has
       no hook, nobody asks;
     - where the mark is gone, `match` finds the weight without it, and the graph is the same.
@@ -101,7 +104,8 @@ def drop_guards_on_marked_modules() -> list[nn.Module]:
         return []
     noted = [_WITH_KWARGS, _ALWAYS, _HOOKS]
     constant = {module + name for module in marked for name in noted}
-    for module in marked:
+    for module, found in marked.items():
+        constant |= {f"{module}.{name}" for name in _OTHER_HOOKS if not getattr(found, name)}
         with_kwargs = module + _WITH_KWARGS
         constant.add(f"{with_kwargs}[list(dict.keys({with_kwargs}))[0]]")
 

@@ -169,9 +169,9 @@ def _keep_apart(gm: fx.GraphModule, memory: Sequence[Any]) -> None:
             copy = gm.graph.call_function(torch.ops.aten.clone.default, (found,))
         copy.meta.update(val=fake_value(found).clone())
         if user is output:
-            kept = zip(output.args[0], memory, strict=True)
-            items = tuple(copy if i is found and m is not found else i for i, m in kept)
-            output.args = (items,)
+            now: Any = output.args[0]
+            places = zip(now, memory, strict=True)
+            output.args = (tuple(copy if i is found and m is not i else i for i, m in places),)
         else:
             user.replace_input_with(found, copy)
         gm.recompile()
