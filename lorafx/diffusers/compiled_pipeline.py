@@ -142,7 +142,7 @@ class CompiledPipeline:
         for what is to be avoided (`negative_prompt`) as for the prompt, as in diffusers.
 
         Args:
-            adapter_names: one name per prompt, or one for all; None or "__base__" is the base,
+            adapter_names: one name per prompt; None or "__base__" is the base,
                 {"ink": 0.7, "clay": 0.3} a sum of adapters or one at another scale. Without it all
                 images have the adapter that was active when the pipeline was compiled, or none.
             *args, **kwargs: of the pipeline's own call.
@@ -165,8 +165,7 @@ class CompiledPipeline:
         self._check(given)
         by_model: dict[str, Names | None] = dict.fromkeys(self.models)
         if names is not None:
-            if len(names) > 1:
-                _check_prompts(given, len(names))
+            _check_prompts(given, len(names))
             self._check_known(names)
             by_model = {name: _known(names, cm.adapters) for name, cm in self.models.items()}
         run: Callable[[], Any] = partial(self._run, by_model, args, kwargs)

@@ -110,7 +110,7 @@ class BatchingMethods:
 
         Args:
             inputs: the token ids of each prompt.
-            adapter_names: the adapter of each prompt, or one of all, as in `forward`.
+            adapter_names: the adapter of each prompt, as in `forward`.
             generation_config, continuous_batching_config, warmup: as in `continuous_batching`.
             max_new_tokens: of each prompt; None for the generation configuration's.
             **request: of `add_request`, for all of them.
@@ -128,8 +128,6 @@ class BatchingMethods:
         """
         refuse_slips(request, self.generate_batch, ways=BY_ROW)
         names = checked_names(adapter_names)
-        if names is not None and len(names) == 1:
-            names = [names[0]] * len(inputs)
         if names is not None and len(names) != len(inputs):
             raise BatchError(
                 f"adapter_names has {len(names)} entries, but there are {len(inputs)} prompts; "

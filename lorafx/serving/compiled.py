@@ -41,7 +41,7 @@ from lorafx.serving.look_methods import LookMethods
 from lorafx.serving.warmup import warm_up
 from lorafx.serving.waves import call_in_waves, generate_in_waves
 from lorafx.session.last_call import LastCall
-from lorafx.session.requests import Names, by_slots, checked_names
+from lorafx.session.requests import Names, by_slots, check_prompts, checked_names
 from lorafx.session.resting import Resting
 from lorafx.session.session import Session
 from lorafx.session.sharing import join, leave
@@ -100,11 +100,11 @@ class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMe
         """The model's forward with an adapter for each row.
 
         Args:
-            adapter_names: one name per request, in the order of the batch, or a list of one for
-                all; None or "__base__" is the base model, and {"sql": 0.7, "style": 0.3} a sum of
-                adapters, or one at another scale. An aLoRA adapter serves the tokens of its row
-                from the last occurrence of its invocation tokens in `input_ids` on. Without
-                `adapter_names` every row uses the default of `set_adapter`.
+            adapter_names: one name per request, in the order of the batch; None or "__base__" is
+                the base model, and {"sql": 0.7, "style": 0.3} a sum of adapters, or one at another
+                scale. An aLoRA adapter serves the tokens of its row from the last occurrence of its
+                invocation tokens in `input_ids` on. Without `adapter_names` every row uses the
+                default of `set_adapter`.
             adapter_slots: integers (B, T), the adapter of each token as an index into
                 `adapter_names`, or without it into `adapters`; -1 is the base model. It serves
                 packed sequences, and adapters that begin at a token; with a cache, T are the new
@@ -180,7 +180,9 @@ class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMe
 
             return self._session.call(run, names, repeats=True)
 
-        return generate_in_waves(self, call, args, kwargs, checked_names(adapter_names))
+        names = checked_names(adapter_names)
+        check_prompts(names, kwargs.get("input_ids", args[0] if args else kwargs.get(main)))
+        return generate_in_waves(self, call, args, kwargs, names)
 
     def entry(
         self,

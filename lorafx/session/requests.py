@@ -17,11 +17,28 @@ from lorafx.program.row_dims import new_tokens
 Names = Sequence["str | None"]
 
 
+def check_prompts(names: Names | None, prompts: Any) -> None:
+    """Raise BatchError where a call's first tensor has another number of rows than there are names.
+    Rows that `generate` makes of one prompt (beams, sequences) come later."""
+    if names is None or not isinstance(prompts, Tensor) or not prompts.dim():
+        return
+    if len(names) != len(prompts):
+        raise _misfit(len(names), len(prompts), "")
+
+
+def _misfit(names: int, rows: int, arguments: str) -> BatchError:
+    return BatchError(
+        f"adapter_names has {names} entries, but the batch has {rows} rows; give one "
+        "name, or None for the base model, per row, or declare which dimension holds the "
+        f"requests with LoraConfig(row_dims={{argument: dim}}){arguments}"
+    )
+
+
 class Requests(NamedTuple):
     """Whom a call serves.
 
     Attributes:
-        names: the adapter of each request, or one of all of them.
+        names: the adapter of each request.
         tokens: (B, T) which of `names` each token uses, -1 for the base; None otherwise.
         repeats: rows of one request may follow one another (beams, returned sequences), as
             `generate` expands them.
@@ -68,15 +85,9 @@ class Requests(NamedTuple):
         given = len(names)
         if rows == given:
             return names
-        if given == 1 and not self.activated:
-            return names * rows
         if given and rows % given == 0 and (self.repeats or repeating()):
             return [name for name in names for _ in range(rows // given)]
-        raise BatchError(
-            f"adapter_names has {given} entries, but the batch has {rows} rows; give one "
-            "name, or None for the base model, per row, or declare which dimension holds the "
-            f"requests with LoraConfig(row_dims={{argument: dim}}){_arguments(call)}"
-        )
+        raise _misfit(given, rows, _arguments(call))
 
     def used(self) -> dict[int, str | None]:
         """The adapters that tokens use, by their places in `names`; -1 is the base."""

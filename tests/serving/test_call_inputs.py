@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dense_merge import REFERENCE, TOLERANCE, Case, error, save_adapter
+from dense_merge import REFERENCE, Case, save_adapter
 from tiny_models import token_inputs
 from transformers import Speech2TextConfig, Speech2TextForConditionalGeneration
 
@@ -85,23 +85,14 @@ def test_32_bit_integers_run_the_graphs_of_64(shallow: Case, names: Any) -> None
     assert cm.recompiles == graphs
 
 
-def test_a_list_of_one_name_is_all_rows(shallow: Case) -> None:
-    cm, inputs = shallow.compile(), token_inputs(3, 4)
-    want = shallow.expected(["a0"] * 3, inputs)
-    assert error(cm(**inputs, adapter_names=["a0"] * 3).logits, want) <= TOLERANCE
-    graphs = cm.recompiles
-    assert error(cm(**inputs, adapter_names=["a0"]).logits, want) <= TOLERANCE
-    assert cm.recompiles == graphs
-    settings = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False}
-    tokens = cm.generate(**inputs, adapter_names=["a0"], **settings)
-    assert torch.equal(tokens, cm.generate(**inputs, adapter_names=["a0"] * 3, **settings))
-    for names in (["a0"] * 2, ["a0"] * 4):
-        with pytest.raises(BatchError, match=f"adapter_names has {len(names)} entries"):
+def test_as_many_names_as_prompts(shallow: Case) -> None:
+    """In a call, in `generate` and in `generate_batch` alike: none is for several rows."""
+    cm, inputs = shallow.compile(), token_inputs(4, 4)
+    for names in (["a0"], ["a0"] * 2, ["a0"] * 5):
+        said = f"adapter_names has {len(names)} entries, but the"
+        with pytest.raises(BatchError, match=f"{said} batch has 4 rows"):
             cm(**inputs, adapter_names=names)
-
-
-def test_a_list_of_one_name_of_prompts(cm: Any) -> None:
-    prompts = [[1, 2, 3], [4, 5]]
-    alike = cm.generate_batch(prompts, ["a0"], max_new_tokens=2).values()
-    each = cm.generate_batch(prompts, ["a0", "a0"], max_new_tokens=2).values()
-    assert [out.generated_tokens for out in alike] == [out.generated_tokens for out in each]
+        with pytest.raises(BatchError, match=f"{said} batch has 4 rows"):
+            cm.generate(**inputs, adapter_names=names, max_new_tokens=2)
+        with pytest.raises(BatchError, match=f"{said}re are 4 prompts"):
+            cm.generate_batch([[1, 2]] * 4, names, max_new_tokens=2)
