@@ -156,8 +156,8 @@ def _keep_apart(gm: fx.GraphModule, memory: Sequence[Any]) -> None:
     own. `memory` holds what the results were views of as AOTAutograd knows them: it overwrites
     inputs after the graph."""
     output = gm.graph.output_node()
-    results: Any = output.args[0]
-    for item, before in zip(results, memory, strict=True):
+    items: list[Any] = list(output.args[0])  # type: ignore[arg-type]
+    for place, (item, before) in enumerate(zip(items, memory, strict=True)):
         found = _viewed(item)
         became_input = isinstance(found, fx.Node) and found.op == "placeholder"
         if not became_input or found is before or not isinstance(fake_value(found), Tensor):
@@ -169,12 +169,11 @@ def _keep_apart(gm: fx.GraphModule, memory: Sequence[Any]) -> None:
             copy = gm.graph.call_function(torch.ops.aten.clone.default, (found,))
         copy.meta.update(val=fake_value(found).clone())
         if user is output:
-            now: Any = output.args[0]
-            places = zip(now, memory, strict=True)
-            output.args = (tuple(copy if i is found and m is not i else i for i, m in places),)
+            items[place] = copy
         else:
             user.replace_input_with(found, copy)
-        gm.recompile()
+    output.args = (tuple(items),)
+    gm.recompile()
 
 
 def _generated_products() -> Any:

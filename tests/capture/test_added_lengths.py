@@ -76,6 +76,7 @@ def test_lengths_from_before_are_returned_as_they_were(tmp_path: Path) -> None:
     out = cm(x=torch.randn(2, 3, 16), lengths=lengths, adapter_names=["a0", None])
     assert [*map(int, lengths)] == [5, 8]
     assert [each.tolist() for each in out["old"]] == [2, [5, 5], 2]
+    assert out["old"][0].data_ptr() != out["old"][2].data_ptr()
 
 
 Change = Callable[[fx.Graph, list[fx.Node], list[fx.Node]], None]
