@@ -12,6 +12,8 @@ STAMP := $(VENV)/installed
 PINS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
 # A build of torch for CUDA names its triton; the CPU build of 2.13.0 names none.
 TRITON_2.13.0 := 3.7.1
+# Before 2.13 torch did not take newer ones.
+SETUPTOOLS := setuptools>=77,<82
 
 # The folders passes/ and kernels/ at the root must not shadow other packages: keep the working
 # directory and the scripts' folders off sys.path.
@@ -96,7 +98,7 @@ gpu-report:
 $(DEMO): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("The pinned packages need Python 3.11 or later; this is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(if $(TORCH),sed -e 's/^torch==.*/torch==$(TORCH)/' -e 's/^triton==.*/triton$(if $(TRITON_$(TORCH)),==$(TRITON_$(TORCH)))/' constraints.txt >$(PINS))
+	$(if $(TORCH),sed -e 's/^torch==.*/torch==$(TORCH)/' -e 's/^setuptools==.*/$(SETUPTOOLS)/' -e 's/^triton==.*/triton$(if $(TRITON_$(TORCH)),==$(TRITON_$(TORCH)))/' constraints.txt >$(PINS))
 	$(BIN)/python -m pip install -q -c $(PINS) torch setuptools
 	$(BIN)/python -m pip install -q -c $(PINS) --no-build-isolation -e '.[demo]'
 	@touch $@

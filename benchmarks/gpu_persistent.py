@@ -21,7 +21,7 @@ from gpu_job import Context
 from torch import Tensor
 
 from lorafx.kernels.tools.tune import is_too_big, replay_seconds
-from lorafx.kernels.triton.triton_compat import allow_scratch, interpret
+from lorafx.torch_internals.triton_compat import allow_scratch, interpret
 
 
 @triton.jit

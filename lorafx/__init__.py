@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         TargetError,
         UnknownAdapterError,
         UnsupportedAdapterError,
+        UnsupportedVersionError,
         VerifyError,
     )
     from lorafx.model.out_of_tree import register_oot, unregister_oot
@@ -69,6 +70,7 @@ __all__ = [
     "TargetError",
     "UnknownAdapterError",
     "UnsupportedAdapterError",
+    "UnsupportedVersionError",
     "VerifyError",
     "__version__",
     "adapters",

@@ -273,9 +273,10 @@ class Options:
 
 
 def _check_graphs_can_be_saved() -> None:
-    from lorafx.compat import can_save_graphs  # needs Dynamo, for which a configuration is too soon
+    # Needs Dynamo, for which a configuration is too soon.
+    from lorafx.torch_internals.wrappers import can_be_noted
 
-    if not can_save_graphs():
+    if not can_be_noted():
         setting = Setting("cache", "Options.cache")
         raise ConfigError(
             f"{setting} needs torch 2.13 or later, and this is {torch.__version__}; leave it out",

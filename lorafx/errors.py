@@ -87,6 +87,15 @@ class UnsupportedAdapterError(CheckpointError):
     """
 
 
+class UnsupportedVersionError(LorafxError):
+    """A version of torch, triton, transformers or peft that lorafx does not run on, or a torch that
+    lacks something that lorafx needs of it.
+
+    Way out: install a version that the message names; `lorafx doctor` shows what is installed and
+    what of it lorafx can use.
+    """
+
+
 class UnknownAdapterError(LorafxError, ValueError):
     """A request names an adapter that is not loaded.
 

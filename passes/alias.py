@@ -12,11 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch._dynamo import OptimizedModule
-
 from lorafx.errors import CaptureError, some
 from lorafx.model.module_graph import ModuleGraph, join
 from lorafx.program.preparation import Preparation
+from lorafx.torch_internals.modules import OptimizedModule
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from lorafx.compat import mark_fixed_shape
 from lorafx.config import LoraConfig
 from lorafx.errors import CaptureError, ConfigError
 from lorafx.interrupts import Rollback
@@ -35,6 +34,7 @@ from lorafx.model.row_marks import RowMark, row_mark
 from lorafx.model.runtime import Runtime
 from lorafx.model.sites import Group, Site
 from lorafx.program.preparation import Preparation
+from lorafx.torch_internals.compat import mark_fixed_shape
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from lorafx.graph.context import Context
 from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PagedStep
@@ -27,6 +26,8 @@ from lorafx.kernels.ops.paged_cache import PAGED_CACHE
 from lorafx.kernels.triton.triton_attention import is_generated
 from lorafx.op_arguments import bound, in_order, index_of, operand
 from lorafx.program.frame import fake_value
+from lorafx.torch_internals.operators import OpOverload
+from lorafx.torch_internals.symbols import statically_known_true
 
 aten = torch.ops.aten
 
@@ -159,7 +160,7 @@ def _unpadded(mask: fx.Node | None) -> fx.Node | None:
     dimension, cut off there, copied, expanded to heads that it is broadcast to anyway."""
     while mask is not None and mask.op == "call_function":
         last = fake_value(mask).dim() - 1
-        args = bound(mask) if isinstance(mask.target, torch._ops.OpOverload) else {}
+        args = bound(mask) if isinstance(mask.target, OpOverload) else {}
         if mask.target is aten.constant_pad_nd.default:
             aligned = len(args["pad"]) == 2 and args["pad"][0] == 0
         elif mask.target is aten.slice.Tensor:

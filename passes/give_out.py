@@ -19,7 +19,6 @@ from typing import cast
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
 
 from lorafx.errors import ProvenanceError
 from lorafx.graph.context import EMBEDDING_OP, ROWS_OF, SITE_OP, Context, is_site
@@ -35,6 +34,7 @@ from lorafx.ownership.symbolic import BatchSymbols
 from lorafx.ownership.vectorize import OTHER_TYPE, Ended, Vectorizer
 from lorafx.passes.provenance import Unproved, batch_of, row_map, seeds_of, slots_of
 from lorafx.program.frame import Frame, fake_value
+from lorafx.torch_internals.fake_tensors import enable_python_dispatcher
 
 aten = torch.ops.aten
 VIEWS = (aten.view.default, aten._unsafe_view.default)

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TextIO
 
 from lorafx.errors import LoweringError
-from lorafx.kernels.cpu.torn import is_whole, warn_of
+from lorafx.torn import is_whole, warn_of
 
 #: Seconds to wait for a library that another process compiles; most take one.
 PATIENCE = 60.0

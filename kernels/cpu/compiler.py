@@ -93,7 +93,7 @@ def find_compiler() -> str:
     if os.name != "posix":
         raise LoweringError("generated CPU kernels need a compiler that takes GCC's flags")
     try:
-        from torch._inductor.cpp_builder import get_cpp_compiler
+        from lorafx.torch_internals.cpp import get_cpp_compiler
 
         return get_cpp_compiler()
     except Exception as error:  # Inductor's own error classes differ between torch versions
@@ -112,7 +112,7 @@ def cache_folder() -> Path:
     """LORAFX_CACHE_DIR, or a folder of Inductor's cache."""
     folder = os.environ.get("LORAFX_CACHE_DIR")
     if folder is None:
-        from torch._inductor.runtime.cache_dir_utils import cache_dir
+        from lorafx.torch_internals.cpp import cache_dir
 
         folder = os.path.join(cache_dir(), "lorafx")
     path = Path(folder)

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
 
 import lorafx.kernels.ops.expert_ops  # noqa: F401  defines an op of the dispatcher
 from lorafx.errors import LoweringError
@@ -31,6 +30,7 @@ from lorafx.kernels.cpu.native_ops import dtype_code, op_source, register
 from lorafx.kernels.ops import ops
 from lorafx.kernels.ops.bank_arguments import Ranges
 from lorafx.kernels.ops.delta_spec import DeltaSpec
+from lorafx.torch_internals.operators import OpOverload
 
 
 class KernelEntry(ctypes.Structure):

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from lorafx.kernels.ops.op_library import define
+from lorafx.torch_internals.operators import _foreach_add_
 
 SCHEMA = "add_each_(Tensor(a!)[] tensors, SymInt number) -> ()"
 
 
 def add_each(tensors: Sequence[Tensor], number: int) -> None:
-    torch._foreach_add_(list(tensors), number)
+    _foreach_add_(list(tensors), number)
 
 
 def add_each_fake(tensors: Sequence[Tensor], number: int | torch.SymInt) -> None:

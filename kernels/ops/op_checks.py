@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import guard_or_true
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.ops.bank_arguments import BankArgs, Ranges
+from lorafx.torch_internals.symbols import guard_or_true
 
 
 def require(op: str, condition: bool | torch.SymBool, message: str) -> None:

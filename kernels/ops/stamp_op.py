@@ -15,14 +15,22 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import (
+
+from lorafx.errors import CaptureError
+from lorafx.kernels.ops.op_library import define, define_functional
+from lorafx.torch_internals.dispatch_modes import _DisableTorchDispatch
+from lorafx.torch_internals.fake_tensors import (
     FakeTensor,
     FakeTensorMode,
     in_kernel_invocation_manager,
 )
-
-from lorafx.errors import CaptureError
-from lorafx.kernels.ops.op_library import define, define_functional
+from lorafx.torch_internals.functional import (
+    _from_functional_tensor,
+    _functionalize_commit_update,
+    _functionalize_replace,
+    _functionalize_sync,
+    _sync,
+)
 
 
 class Layout(NamedTuple):
@@ -39,7 +47,7 @@ class Layout(NamedTuple):
 
     def empty(self, mode: FakeTensorMode) -> FakeTensor:
         """A fake tensor so laid out, in memory of its own."""
-        with torch._C._DisableTorchDispatch():
+        with _DisableTorchDispatch():
             # To allocate a symbolic size takes twenty times as long, all of it arithmetic on
             # symbols; nobody asks how large this memory is, only whose.
             nothing = torch.empty(0, dtype=self.dtype, device="meta")
@@ -88,10 +96,10 @@ def overwrite_fake(written: Tensor, value: Tensor) -> None:
 
 def overwrite_functional(written: Tensor, value: Tensor) -> None:
     """As functionalization has all operators that write: both are its own wrappers."""
-    torch._sync(value)
-    torch._functionalize_replace(written, torch._from_functional_tensor(value))
-    torch._functionalize_commit_update(written)
-    torch._functionalize_sync(written)
+    _sync(value)
+    _functionalize_replace(written, _from_functional_tensor(value))
+    _functionalize_commit_update(written)
+    _functionalize_sync(written)
 
 
 define("overwrite(Tensor(a!) written, Tensor value) -> ()", overwrite, overwrite_fake)

@@ -31,11 +31,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.tools.triton_variants import AotVariant, variants_for_aot
+from lorafx.torch_internals.triton import ASTSource, GPUTarget
 
 
 @dataclass(frozen=True)

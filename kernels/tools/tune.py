@@ -333,6 +333,6 @@ def replay_seconds(calls: Sequence[Callable[[], object]], *, replays: int) -> fl
 
 def is_too_big(error: BaseException) -> bool:
     """Whether a launch failed for want of shared memory, registers or threads."""
-    from triton.runtime.errors import OutOfResources
+    from lorafx.torch_internals.triton import OutOfResources
 
     return isinstance(error, OutOfResources)

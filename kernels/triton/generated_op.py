@@ -18,7 +18,7 @@ from torch.library import custom_op
 
 from lorafx.kernels.ops.flat_arguments import flat
 from lorafx.kernels.triton.launchers import launch_interpreted, launch_wrapped
-from lorafx.kernels.triton.triton_compat import generated_triton_op
+from lorafx.torch_internals.triton_compat import generated_triton_op
 
 
 def generated_op(

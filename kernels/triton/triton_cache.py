@@ -24,9 +24,9 @@ import torch
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.cpu.compiler import cache_folder
-from lorafx.kernels.triton import triton_compat
 from lorafx.kernels.triton.triton_source import KERNELS, AnySpec, generator_hash, source
 from lorafx.kernels.triton.triton_tiles import Architecture, Tiles
+from lorafx.torch_internals import triton_compat
 
 #: What launches first, of those that another kernel reads the result of.
 FIRST = ("shrink", "shrink_rows", "split", "activate")

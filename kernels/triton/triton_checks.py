@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from lorafx.kernels.ops.bank_arguments import BankArgs
 from lorafx.kernels.ops.op_checks import check_bank, require
 from lorafx.kernels.triton.triton_build import LaunchPlan, plan_of
+from lorafx.torch_internals.symbols import guard_or_false
 
 
 def adjacent(tensor: Tensor) -> bool:

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from lorafx.kernels.ops.bank_arguments import BankArgs
 from lorafx.kernels.ops.fused_experts import check_ends
@@ -24,6 +23,7 @@ from lorafx.kernels.triton.triton_build import EXPERTS
 from lorafx.kernels.triton.triton_checks import checked_plan, require_adjacent
 from lorafx.kernels.triton.triton_launch import Base, LaunchArgs, activate, linear, shrink
 from lorafx.kernels.triton.triton_prologue_ops import check_inputs
+from lorafx.torch_internals.symbols import guard_or_false
 
 OP = "triton_experts"
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from lorafx.kernels.ops.bank_arguments import BankArgs
 from lorafx.kernels.ops.op_checks import require
@@ -38,6 +37,7 @@ from lorafx.kernels.triton.triton_launch import (
     shrink,
     split,
 )
+from lorafx.torch_internals.symbols import guard_or_false
 
 
 def _run_linear(

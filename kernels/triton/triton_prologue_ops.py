@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from lorafx.kernels.ops.bank_arguments import BankArgs
 from lorafx.kernels.ops.op_checks import require
@@ -35,6 +34,7 @@ from lorafx.kernels.triton.triton_checks import (
     require_adjacent,
 )
 from lorafx.kernels.triton.triton_launch import LaunchArgs, activate, linear, shrink
+from lorafx.torch_internals.symbols import guard_or_false
 
 
 def _run_shrink(x: Tensor, bank: BankArgs, rows: int, kernel: int, launch: Launch) -> Tensor:

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.ops.bank_arguments import BankArgs
@@ -40,6 +39,7 @@ from lorafx.kernels.triton.launchers import Launch
 from lorafx.kernels.triton.triton_build import CONCAT, LaunchPlan, plan_of
 from lorafx.kernels.triton.triton_checks import check_linear, checked_plan, require_adjacent
 from lorafx.kernels.triton.triton_launch import Base, LaunchArgs, linear, shrink
+from lorafx.torch_internals.symbols import guard_or_false
 
 
 def _run_expanded(

@@ -18,10 +18,10 @@ import torch
 
 from lorafx.kernels.cpu.compiler import cache_folder
 from lorafx.kernels.ops.delta_spec import DeltaSpec
-from lorafx.kernels.triton import triton_compat
 from lorafx.kernels.triton.strategy_tiles import TUNED
 from lorafx.kernels.triton.triton_source import generator_hash
 from lorafx.kernels.triton.triton_tiles import Architecture, Tiles
+from lorafx.torch_internals import triton_compat
 
 
 def tuned_file(arch: Architecture) -> Path:

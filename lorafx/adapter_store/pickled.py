@@ -15,9 +15,9 @@ from typing import BinaryIO
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorafx.errors import CheckpointError
+from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
 
 _ARCHIVE = b"PK"
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from lorafx.bisection.first_site import Run, between, recorded, returned
 from lorafx.bisection.result import FirstSite
@@ -22,6 +21,7 @@ from lorafx.capture.driver import stays
 from lorafx.capture.lowering import Lowering
 from lorafx.capture.verify import cloned, copied
 from lorafx.serving.staged_graphs import Stage
+from lorafx.torch_internals.trees import tree_leaves
 
 
 @dataclass
@@ -44,7 +44,7 @@ class CompiledParts:
         begun = cloned(given)  # operators may write into inputs
         results = recorded(stage, given, runs)
         if self.site is None and not self.notes:
-            self._compare(runs[0], begun, pytree.tree_leaves(results))
+            self._compare(runs[0], begun, tree_leaves(results))
         return results
 
     def _compare(self, want: Run, given: Sequence[Any], results: Sequence[Any]) -> None:
@@ -108,7 +108,7 @@ class CompiledParts:
         gm = copied(gm)  # whatever compiles a graph may change it
         inputs = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
         run: Callable[[list[Any]], Any] = self.lowering.compile(gm, inputs)
-        return pytree.tree_leaves(run(cloned(given)))
+        return tree_leaves(run(cloned(given)))
 
 
 def _nodes(run: Run) -> list[fx.Node]:

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from lorafx.capture.differences import difference, tolerance
 from lorafx.session.requests import Names
+from lorafx.torch_internals.trees import tree_leaves
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Outputs:
 
     @classmethod
     def of(cls, result: Any, rows: int) -> Outputs:
-        leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         return cls(
             tuple(
                 leaf.detach().clone()

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._functorch._aot_autograd.descriptors import InputMutationAOTOutput, PlainAOTOutput
 
 from lorafx.capture.written_back import described_results
-from lorafx.captured_frame import inputs_given_back
 from lorafx.kernels.ops.add_each_op import ADD_EACH
 from lorafx.op_arguments import bound
 from lorafx.program.frame import fake_value
+from lorafx.torch_internals.aot_autograd import InputMutationAOTOutput, PlainAOTOutput
+from lorafx.torch_internals.frames import inputs_given_back
 
 aten = torch.ops.aten
 

@@ -11,23 +11,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import FrameType
 from typing import Any
 
 from torch import fx
-from torch._dynamo.backends.common import aot_autograd
 
 from lorafx.capture.bound_inputs import BoundInputs, bind, take_out
 from lorafx.capture.checks import Checks, InputPlaces
 from lorafx.capture.driver import AfterPass, run_pipeline
-from lorafx.capture.dropped_guards import (
-    drop_guards_on_classes,
-    drop_guards_on_marked_modules,
-    drop_guards_on_marks,
-)
 from lorafx.capture.dump import GraphDump, beside_compiling, own_folder, traced
 from lorafx.capture.executable import (
     ProgramLookup,
@@ -41,13 +35,13 @@ from lorafx.capture.executable import (
 from lorafx.capture.failures import in_lowering, in_tracing
 from lorafx.capture.instances import Form, Instances
 from lorafx.capture.lookup_search import lookups_of
-from lorafx.capture.lowering import Lowering, code_noted, lowering_for
+from lorafx.capture.lowering import Lowering, lowering_for
+from lorafx.capture.needless_guards import keep_guards
 from lorafx.capture.parts import Captured, Parts, foreign_operators, noted
 from lorafx.capture.record import GraphRecord
 from lorafx.capture.stamps import Folded, fold, unfold
 from lorafx.capture.told import form_of, note_tracing, reason, shown, tell, tell_instance, timed
 from lorafx.capture.verify import NumericCheck
-from lorafx.captured_frame import duck_shaped, ends_in_break, guarded_attributes, named_by_dynamo
 from lorafx.graph.context import Context
 from lorafx.kernels.cpu.cpu import builds_noted, built_source
 from lorafx.kernels.triton.triton_build import source_of
@@ -56,6 +50,13 @@ from lorafx.program.frame import ONE_SLOT, SLOTS, Frame
 from lorafx.program.program import Program
 from lorafx.program.stack import called_directly
 from lorafx.progress import LOG
+from lorafx.torch_internals.aot_autograd import aot_autograd
+from lorafx.torch_internals.frames import (
+    duck_shaped,
+    ends_in_break,
+    guarded_attributes,
+    named_by_dynamo,
+)
 from lorafx.viewer.page import Page
 from lorafx.viewer.stages import Span
 
@@ -103,6 +104,8 @@ class Backend:
         self.lowering: Lowering = lowering_for(program.options)
         #: Gives what is told of each pass over a graph; None where nobody wants to know.
         self.keeper: Callable[[Context], AfterPass] | None = None
+        #: The frame that is being captured is the program's own, in every call.
+        self._own = False
         #: Graphs that may serve calls of other sizes.
         self.instances = Instances()
 
@@ -139,7 +142,7 @@ class Backend:
             ReplacedModuleError: a module that carries an adapter of the batch. No graph is kept
                 then, and Dynamo asks again in the next call.
         """
-        program = self.program
+        program, self._own = self.program, False
         spans: list[Span] = []
         note_tracing(spans)
         program.look_at_modules()
@@ -229,10 +232,13 @@ class Backend:
     def drop_guards(self, bound: BoundInputs | None) -> None:
         """Dynamo has not made its guards yet of a frame that is this program's in every call.
         `bound`: the inputs that its graph does not load."""
-        if self.noted is None:  # a graph that is saved keeps note of all guards
-            drop_guards_on_marks()
-            drop_guards_on_classes()
-            drop_guards_on_marked_modules()
+        self._own = True
+
+    def keep_guards(self, guards: Sequence[Any]) -> Sequence[bool]:
+        """Which guards of the graph that was compiled just now are checked before each call, for
+        Dynamo."""
+        own, self._own = self._own, False
+        return keep_guards(guards) if own else [True] * len(guards)
 
     def compile_lora(
         self, gm: fx.GraphModule, examples: Sequence[Any], compilation: Compilation
@@ -267,8 +273,7 @@ class Backend:
     def lowering_timed(self, record: GraphRecord) -> Iterator[None]:
         """Around what the lowering does."""
         name = self.program.options.lowering
-        noting = nullcontext() if name == "reference" else code_noted(record.dump.code)
-        with in_lowering(name), timed(record.spans, name), noting:
+        with in_lowering(name), timed(record.spans, name), _code_noted(name, record):
             yield
 
     @contextmanager
@@ -293,6 +298,15 @@ class Backend:
         positions of sites' weights among the arguments that it is called with."""
         program = self.program  # no other model shares this backend's graphs
         return lambda arguments: program
+
+
+def _code_noted(lowering: str, record: GraphRecord) -> AbstractContextManager[None]:
+    """Around a lowering: what Inductor writes is noted in the record's dump."""
+    if lowering == "reference":
+        return nullcontext()
+    from lorafx.torch_internals.inductor import code_noted
+
+    return code_noted(record.dump.code)
 
 
 def _guarded_on_activity(program: Program) -> bool:

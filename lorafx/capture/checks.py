@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor
 
-from lorafx.captured_frame import size_expression
 from lorafx.errors import BatchError, CaptureError, LorafxError, MatchError, ProvenanceError
 from lorafx.graph.context import When
 from lorafx.model.sites import Site
@@ -23,6 +22,7 @@ from lorafx.program.handover import Handover, Rows
 from lorafx.program.program import Program
 from lorafx.program.roles import Role, check_requests, warn_ambiguous
 from lorafx.program.weight_forms import WeightForm
+from lorafx.torch_internals.frames import size_expression
 
 
 @dataclass

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch._logging
 from torch import fx
 
 from lorafx.capture.graph_text import text_lines
@@ -23,6 +22,7 @@ from lorafx.errors import LorafxWarning
 from lorafx.pass_order import CAPTURED
 from lorafx.program.frame import Frame
 from lorafx.program.program import Program
+from lorafx.torch_internals.dynamo import trace_structured
 from lorafx.viewer.page import folder_of
 from lorafx.viewer.stages import StageView
 
@@ -70,7 +70,7 @@ def beside_compiling(folder: Path) -> Iterator[None]:
 def traced(name: str, text: Callable[[], str]) -> None:
     """Put a text into torch's structured trace, where tlparse shows it as `lorafx_<name>` beside
     Dynamo's and Inductor's. It is made only if somebody keeps the trace."""
-    torch._logging.trace_structured(
+    trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": f"lorafx_{name}", "encoding": "string"},
         payload_fn=text,

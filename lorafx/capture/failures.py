@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
-from torch._dynamo.exc import ObservedException, TorchDynamoException, TorchRuntimeError
-
 from lorafx.errors import CaptureError, LorafxError, LoweringError
 from lorafx.pass_order import GraphPass, way_around
+from lorafx.torch_internals.dynamo import ObservedException, TorchDynamoException, TorchRuntimeError
 
 _NOTE = "_lorafx_failed_in"
 _KEEP_OUT = "use torch.compiler.disable on the functions that cannot be traced"

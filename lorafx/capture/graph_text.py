@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx.node import map_aggregate
 
-from lorafx.captured_frame import size_expression
 from lorafx.graph.graph_nodes import plain_path
+from lorafx.torch_internals.frames import size_expression
+from lorafx.torch_internals.operators import HigherOrderOperator, OpOverload
 
 NameOf = Callable[[fx.Node], str]
 

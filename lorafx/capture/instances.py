@@ -26,18 +26,19 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
-from torch._C._dynamo.guards import GlobalStateGuard
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils import _pytree as pytree
 
-from lorafx.captured_frame import captured_code, source_name, symbols_of_frame
 from lorafx.model.module_graph import storage_key
+from lorafx.torch_internals.dynamo import GlobalStateGuard
+from lorafx.torch_internals.frames import captured_code, source_name, symbols_of_frame
+from lorafx.torch_internals.operators import OperatorBase, _dispatch_keys
+from lorafx.torch_internals.symbols import ShapeEnv
+from lorafx.torch_internals.trees import tree_leaves
 
 _SIZES = (int, torch.SymInt)
 _LITERALS = (bool, float, complex, str, bytes)
 #: To a compiled graph a parameter is a tensor; `torch.func.functional_call` may give either.
 _AS_INPUTS: Mapping[type, type] = {torch.nn.Parameter: Tensor}
-_PLAIN = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch._ops.OperatorBase)
+_PLAIN = (torch.dtype, torch.device, torch.layout, torch.memory_format, OperatorBase)
 
 
 class _NoForm(Exception):
@@ -110,7 +111,7 @@ class _Former:
         if not isinstance(value, Tensor) or value.layout is not torch.strided:
             raise _NoForm
         self._numbers[node] = len(self._numbers)
-        keys = torch._C._dispatch_keys(example).raw_repr()
+        keys = _dispatch_keys(example).raw_repr()
         gradients = value.requires_grad and torch.is_grad_enabled()
         cls = _AS_INPUTS.get(type(example), type(example))
         kind = cls, value.dtype, value.device, gradients, keys
@@ -128,7 +129,7 @@ class _Former:
         value = None if node.op == "output" else node.meta.get("example_value")
         if _of_sizes(value):
             return None
-        tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
         sizes = tuple(tuple(map(_Size, _expressions(tensor.shape))) for tensor in tensors)
         operands = self.argument(node.args), self.argument(node.kwargs)
         form = (node.op, node.target, *operands, sizes)
@@ -157,7 +158,7 @@ class _Former:
 
 def _of_sizes(value: Any) -> bool:
     """Whether a value is a size, or several: what is computed of them says which."""
-    leaves = pytree.tree_leaves(value)
+    leaves = tree_leaves(value)
     return bool(leaves) and all(isinstance(leaf, (int, torch.SymInt)) for leaf in leaves)
 
 

@@ -19,9 +19,10 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from lorafx.capture.lookups import Lookup, Lookups, Step, TableSize, Value
-from lorafx.captured_frame import size_expression
 from lorafx.model.module_graph import storage_key
 from lorafx.program.frame import Frame, FrameInput
+from lorafx.torch_internals.frames import size_expression
+from lorafx.torch_internals.operators import OperatorBase
 
 #: Functions and methods (table, dim, index, ...).
 _BY_DIM = frozenset(
@@ -286,7 +287,7 @@ def _is_pure(node: fx.Node) -> bool:
     if node.op == "call_method":
         return True
     target: Any = node.target
-    if not callable(target) or isinstance(target, torch._ops.OperatorBase):
+    if not callable(target) or isinstance(target, OperatorBase):
         return False
     if target in _FACTORIES or any(isinstance(_value(n), Tensor) for n in node.all_input_nodes):
         home = getattr(target, "__module__", None) or ""

@@ -8,8 +8,8 @@ reference   aten, run node by node; the base as eager has it
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, cast
@@ -19,9 +19,7 @@ from torch import Tensor, fx
 
 from lorafx.capture.added_lengths import add_lengths
 from lorafx.capture.stamps import STAMP, Folded, NotUnfolded, fold, unfold
-from lorafx.capture.torn_libraries import look_for_torn
 from lorafx.capture.written_back import write_back
-from lorafx.compat import mode_settings
 from lorafx.config import Options
 from lorafx.errors import LorafxWarning, LoweringError
 from lorafx.kernels.cpu import dense
@@ -30,6 +28,7 @@ from lorafx.passes import products
 from lorafx.passes.outline.regions import bodies, is_view
 from lorafx.passes.products import replace_products
 from lorafx.program.frame import fake_value
+from lorafx.torch_internals.compat import mode_settings
 
 aten = torch.ops.aten
 
@@ -49,8 +48,7 @@ def decomposition_table() -> dict[Any, Callable[..., Any]]:
 
     Inductor lowers the products itself afterwards.
     """
-    import torch._inductor.lowering  # noqa: F401  (max_pool2d's decomposition reaches for it)
-    from torch._inductor.decomposition import select_decomp_table
+    from lorafx.torch_internals.decompositions import select_decomp_table
 
     table = dict(select_decomp_table())
     for op in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.embedding):
@@ -94,23 +92,28 @@ class InductorLowering:
     products: bool = False
 
     def decompositions(self) -> dict[Any, Callable[..., Any]]:
-        from torch._inductor import config
+        from lorafx.torch_internals.inductor_settings import inductor_config
 
-        with config.patch(dict(self.patches)):
+        with inductor_config.patch(dict(self.patches)):
             return decomposition_table()
 
     def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
-        from torch._inductor import compile_fx as inductor
-        from torch._inductor import config
+        from lorafx.torch_internals.inductor import (
+            _recursive_joint_graph_passes,
+            compile_fx_inner,
+            get_static_input_idxs,
+        )
+        from lorafx.torch_internals.inductor_settings import inductor_config
+        from lorafx.torch_internals.torn_libraries import look_for_torn
 
         look_for_torn()
         write_back(gm)
         add_lengths(gm)
-        with config.patch({**self.patches, **_IN_ORDER, **_NO_HARNESS}):
+        with inductor_config.patch({**self.patches, **_IN_ORDER, **_NO_HARNESS}):
             # What compile_fx does for inference before its inner compile.
             results: Any = gm.graph.output_node().args[0]
             memory = [_viewed(item) for item in results]
-            gm = inductor._recursive_joint_graph_passes(gm)
+            gm = _recursive_joint_graph_passes(gm)
             _keep_apart(gm, memory)
             for module in (gm, *(body for _, body in bodies(gm))):
                 output = next(node for node in module.graph.nodes if node.op == "output")
@@ -119,21 +122,21 @@ class InductorLowering:
                 ]
             # Weights, packed weights and banks stay where they are; slots are copied in, as CUDA
             # graphs do with what may move.
-            fixed = inductor.get_static_input_idxs(0)
-            return inductor.compile_fx_inner(
-                gm, list(inputs), is_inference=True, static_input_idxs=fixed
-            )
+            fixed = get_static_input_idxs(0)
+            return compile_fx_inner(gm, list(inputs), is_inference=True, static_input_idxs=fixed)
 
     def base(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-        from torch._inductor import config
-        from torch._inductor.compile_fx import compile_fx
+        from lorafx.torch_internals.inductor import compile_fx
+        from lorafx.torch_internals.inductor_settings import inductor_config
+        from lorafx.torch_internals.torn_libraries import look_for_torn
 
         look_for_torn()
         patches = dict(self.patches)
-        if self.products and config.post_grad_custom_pre_pass is None:
+        if self.products and inductor_config.post_grad_custom_pre_pass is None:
             patches["post_grad_custom_pre_pass"] = _generated_products()
         # What stands for a layer has no gradient, and no pass but Inductor's own may see it.
-        if self.stamps and not torch.is_grad_enabled() and config.joint_custom_pre_pass is None:
+        untouched = inductor_config.joint_custom_pre_pass is None
+        if self.stamps and untouched and not torch.is_grad_enabled():
             folded = fold(gm)
             if folded is not None:
                 with suppress(Exception):  # without stamps it is as it always was
@@ -178,7 +181,7 @@ def _keep_apart(gm: fx.GraphModule, memory: Sequence[Any]) -> None:
 
 def _generated_products() -> Any:
     """What `products` does, as a pass of Inductor's own over a graph of the base."""
-    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+    from lorafx.torch_internals.inductor import CustomGraphPass, get_hash_for_files
 
     class BaseProducts(CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:
@@ -195,8 +198,7 @@ def _stamped(
 ) -> Callable[..., Any]:
     """What Inductor makes of the graph whose layers are stamps: before its first pass looks at what
     AOTAutograd has traced, they are layers again."""
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-    from torch._inductor.custom_graph_pass import CustomGraphPass
+    from lorafx.torch_internals.inductor import CustomGraphPass, compile_fx, compile_fx_inner
 
     class Unfold(CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:
@@ -219,27 +221,6 @@ def _stamped(
     finally:
         folded.forget()
     return cast("Callable[..., Any]", compiled)
-
-
-@contextmanager
-def code_noted(note: Callable[[str], None]) -> Iterator[None]:
-    """Note the code that Inductor makes in the block, or finds in its cache. Dynamo's lock is
-    held."""
-    import torch._inductor.graph
-
-    lowered: Any = torch._inductor.graph.GraphLowering
-    before = lowered.save_output_code
-
-    def keep(code: str) -> None:
-        note(code)
-        if before is not None:
-            before(code)
-
-    lowered.save_output_code = keep
-    try:
-        yield
-    finally:
-        lowered.save_output_code = before
 
 
 class NodeByNode:

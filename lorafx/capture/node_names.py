@@ -18,7 +18,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch._ops import HigherOrderOperator, OpOverload
 
 from lorafx.errors import ProvenanceError
 from lorafx.graph.context import SITE_OPS, Context
@@ -27,6 +26,7 @@ from lorafx.op_arguments import AUTO_FUNCTIONALIZED
 from lorafx.passes.outline.outline import INVOKE
 from lorafx.passes.outline.regions import bodies
 from lorafx.program.frame import Frame, FrameInput, batch_symbols
+from lorafx.torch_internals.operators import HigherOrderOperator, OpOverload
 
 #: Stands in a printed line for the name of the node with this number.
 _MARK = re.compile("\x01([0-9]+)\x01")

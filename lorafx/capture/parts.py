@@ -8,7 +8,6 @@ inputs) is noted while it works.
 
 from __future__ import annotations
 
-import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,18 +16,18 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import fx
-from torch._functorch._aot_autograd import graph_compile
-from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 from lorafx.capture.bound_inputs import BoundInputs
 from lorafx.capture.checks import Checks
 from lorafx.capture.executable import BankLayout, checked, for_base, with_lookups
 from lorafx.capture.lookups import Lookups
-from lorafx.captured_frame import outside_of_frames
-from lorafx.compat import traced_anew
 from lorafx.kernels.cpu.cpu import builds_noted
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.op_arguments import TRACED_WRITE
+from lorafx.torch_internals.compat import traced_anew
+from lorafx.torch_internals.frames import outside_of_frames
+from lorafx.torch_internals.operators import HigherOrderOperator, OpOverload, OpOverloadPacket
+from lorafx.torch_internals.wrappers import inference_info_noted
 
 if TYPE_CHECKING:
     from lorafx.capture.record import GraphRecord
@@ -55,7 +54,7 @@ class Wrappers:
 
     def around(self, compiled: Callable[[list[Any]], Any]) -> Callable[..., Any]:
         """The function that AOTAutograd returned, around this graph in the boxed convention."""
-        from torch._functorch._aot_autograd.aot_autograd_result import BundledAOTAutogradResult
+        from lorafx.torch_internals.saved_code import BundledAOTAutogradResult
 
         result: Any = cast(Any, BundledAOTAutogradResult)(
             compiled_fw=None,  # only read where torch itself loads the graph
@@ -88,35 +87,21 @@ class Wrappers:
 def noted(parts: Parts) -> Iterator[None]:
     """Note in `parts` what AOTAutograd and the lowering make in the block."""
     # From torch's cache would come a function that nobody can look into.
-    with builds_noted() as kernels, _wrappers_noted() as wrappers, traced_anew():
+    with builds_noted() as kernels, inference_info_noted() as told, traced_anew():
         yield
     parts.kernels = kernels
-    if wrappers:
-        parts.wrappers, parts.lowered = wrappers[-1][0], parts.lowered or wrappers[-1][1]
+    if told:
+        config, metadata, subclasses, *rest = told[-1]
+        parts.wrappers = _own(config, metadata, subclasses, rest)
+        parts.lowered = parts.lowered or rest[0]
 
 
-@contextmanager
-def _wrappers_noted() -> Iterator[list[tuple[Wrappers | None, Any]]]:
-    """Note the wrappers of the graphs that AOTAutograd compiles for this thread in the block, and
-    what is inside; None for those of tensor subclasses. Dynamo's lock is held."""
-    found: list[tuple[Wrappers | None, Any]] = []
-    thread, original = threading.get_ident(), graph_compile._cache_inference_info
-
-    def noting(config: Any, metadata: Any, subclasses: Any, *rest: Any) -> Any:
-        entry = original(config, metadata, subclasses, *rest)  # it makes the metadata ready to keep
-        if threading.get_ident() == thread:
-            own = None
-            with suppress(AttributeError, TypeError, ValueError):  # it is not saved then
-                if subclasses is None:
-                    own = Wrappers(metadata, rest[-1], config.to_cacheable())
-            found.append((own, rest[0]))
-        return entry
-
-    setattr(graph_compile, "_cache_inference_info", noting)  # noqa: B010  for mypy
-    try:
-        yield found
-    finally:
-        setattr(graph_compile, "_cache_inference_info", original)  # noqa: B010
+def _own(config: Any, metadata: Any, subclasses: Any, rest: Sequence[Any]) -> Wrappers | None:
+    """None for wrappers of tensor subclasses, and where they cannot be kept."""
+    if subclasses is None:
+        with suppress(AttributeError, TypeError, ValueError):  # it is not saved then
+            return Wrappers(metadata, rest[-1], config.to_cacheable())
+    return None
 
 
 @dataclass

@@ -24,12 +24,12 @@ from lorafx.capture.graph_text import (
     users_line,
 )
 from lorafx.capture.node_names import NodeNames
-from lorafx.compat import size_hint
 from lorafx.graph.context import Context, SiteState
 from lorafx.graph.graph_nodes import module_path
 from lorafx.passes.outline.outline import INVOKE
 from lorafx.passes.outline.regions import is_view
 from lorafx.program.frame import FrameInput
+from lorafx.torch_internals.compat import size_hint
 from lorafx.viewer.stages import NodeView, RefusalView, SiteView, StageView
 
 

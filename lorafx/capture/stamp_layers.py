@@ -8,15 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorafx.kernels.ops.stamp_op import without_data
 from lorafx.model.module_graph import storage_key
 from lorafx.passes.outline.isomorphism import Stretch
 from lorafx.program.frame import fake_value
+from lorafx.torch_internals.dispatch_modes import TorchDispatchMode
+from lorafx.torch_internals.fake_tensors import FakeTensor, FakeTensorMode, enable_python_dispatcher
+from lorafx.torch_internals.trees import tree_leaves
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class _Writes(TorchDispatchMode):
             given = {**dict(zip((a.name for a in schema.arguments), args, strict=False)), **kwargs}
             names = (a.name for a in schema.arguments if a.is_write)
             written = [given.get(name) for name in names]
-        leaves = pytree.tree_leaves(written)
+        leaves = tree_leaves(written)
         self.memory |= {storage_key(item) for item in leaves if isinstance(item, Tensor)}
         return func(*args, **kwargs)
 

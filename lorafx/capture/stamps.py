@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from lorafx.capture.stamp_layers import (
     Effects,
@@ -43,11 +42,13 @@ from lorafx.passes.outline.isomorphism import Stretch
 from lorafx.passes.outline.outline import repeats
 from lorafx.passes.outline.regions import is_pure, is_view
 from lorafx.program.frame import fake_value
+from lorafx.torch_internals.dynamo import _log_api_usage_once
+from lorafx.torch_internals.fake_tensors import FakeTensor, FakeTensorMode
 
 STAMP = torch.ops.lorafx.stamp.default
 OVERWRITE = torch.ops.lorafx.overwrite.default
 #: Calls without a value that do nothing in a graph.
-_INERT = frozenset({torch._C._log_api_usage_once})
+_INERT = frozenset({_log_api_usage_once})
 #: Calls of Dynamo's graph below which a repeat is traced as quickly as it is stamped.
 LEAST = 8
 

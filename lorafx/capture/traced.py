@@ -13,15 +13,22 @@ from traceback import walk_tb
 from types import CodeType, FunctionType, MethodType
 from typing import Any, Protocol
 
-import torch
-from torch._dynamo import convert_frame, eval_frame, trace_rules
-from torch._dynamo.exc import ObservedException, Unsupported
-from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
-
-from lorafx.capture.logged_once import logged_once
-from lorafx.capture.recorded_outputs import hooks_registered
 from lorafx.capture.told import conversion
-from lorafx.compat import capture_settings, entry_arguments
+from lorafx.torch_internals.compat import capture_settings, entry_arguments
+from lorafx.torch_internals.dynamo import (
+    ConvertFrameReturn,
+    FrameAction,
+    FrameExecStrategy,
+    ObservedException,
+    Unsupported,
+    check,
+    innermost_fn,
+    input_codes,
+    optimize,
+    set_code_exec_strategy,
+)
+from lorafx.torch_internals.logged_once import logged_once
+from lorafx.torch_internals.recorded_outputs import hooks_registered
 
 #: A function that is not compiled now runs in Python this time; what it calls, and its next call,
 #: are looked at as ever.
@@ -82,7 +89,7 @@ class Traced:
         self.unstarted = False
         #: The running call takes a graph that there is already, or raises NotCompiled.
         self.compiled_only = False
-        context: Any = torch._dynamo.optimize(
+        context: Any = optimize(
             backend,
             dynamic=dynamic,
             guard_filter_fn=keep_guards,
@@ -152,11 +159,11 @@ def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     what another torch.compile gave up would not be traced here either.
     """
     if not isinstance(function, MethodType):
-        function = eval_frame.innermost_fn(function)  # of what was compiled, or kept from it
+        function = innermost_fn(function)  # of what was compiled, or kept from it
     plain = function.__func__ if isinstance(function, MethodType) else function
     # What is no function (a partial, an object) has no frame, and torch's own functions are not
     # traced: torch.compile too puts such a call around them.
-    if not isinstance(plain, FunctionType) or trace_rules.check(plain):
+    if not isinstance(plain, FunctionType) or check(plain):
         inner = function
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -177,12 +184,12 @@ def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def never_traced(code: CodeType) -> None:
     """Have Dynamo trace neither this function nor what it calls."""
-    eval_frame.set_code_exec_strategy(code, _NEVER)
+    set_code_exec_strategy(code, _NEVER)
 
 
 def trace_again(error: BaseException) -> None:
     """As `Traced` does, for functions that users compile themselves: let Dynamo trace again what
     `error` came through, but what it was told never to trace."""
     for frame, _ in walk_tb(error.__traceback__):
-        if frame.f_code in convert_frame.input_codes:
-            eval_frame.set_code_exec_strategy(frame.f_code, _THIS_TIME)
+        if frame.f_code in input_codes:
+            set_code_exec_strategy(frame.f_code, _THIS_TIME)

@@ -14,24 +14,22 @@ from contextlib import ExitStack
 from itertools import compress, repeat, takewhile
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
-from torch._C import (
-    _len_torch_dispatch_stack,
-    _pop_torch_dispatch_stack,
-    _push_on_torch_dispatch_stack,
-)
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    _get_current_dispatch_mode,
-    _get_current_dispatch_mode_stack,
-)
 
 from lorafx.capture.traced import never_traced
 from lorafx.capture.weights_in_python import WeightUses
 from lorafx.ownership.held import Held
 from lorafx.ownership.memory import Memory, storage_of
 from lorafx.ownership.real import alone, held_results, tensors_in, written
+from lorafx.torch_internals.dispatch_modes import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode,
+    _get_current_dispatch_mode_stack,
+    _len_torch_dispatch_stack,
+    _pop_torch_dispatch_stack,
+    _push_on_torch_dispatch_stack,
+)
+from lorafx.torch_internals.operators import OpOverload
 
 T = TypeVar("T")
 
@@ -96,7 +94,7 @@ class Tracking(TorchDispatchMode):
         memory = self.memory
         if memory is None and not (_takes_tensors(args) or _takes_tensors(named.values())):
             return func(*args, **named)  # of no weight
-        if self.over or not isinstance(func, torch._ops.OpOverload):
+        if self.over or not isinstance(func, OpOverload):
             return func(*args, **named)
         operands = [*tensors_in(args), *tensors_in(dict(named))]
         before = {} if memory is None else {id(item): memory.look(item) for item in operands}
@@ -124,7 +122,7 @@ class Tracking(TorchDispatchMode):
     def _note(
         self,
         memory: Memory,
-        func: torch._ops.OpOverload,
+        func: OpOverload,
         args: tuple[Any, ...],
         named: Mapping[str, Any],
         results: object,
@@ -149,7 +147,7 @@ class Tracking(TorchDispatchMode):
             if storage_of(output) not in shown:
                 memory.note(output, held)
 
-    def _made(self, func: torch._ops.OpOverload, results: object) -> None:
+    def _made(self, func: OpOverload, results: object) -> None:
         """Told of what an operator without tensors among its arguments returned."""
 
 

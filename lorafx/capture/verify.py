@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from lorafx.capture.differences import difference, tolerance
 from lorafx.errors import VerifyError
@@ -23,6 +22,8 @@ from lorafx.graph.context import Context
 from lorafx.pass_order import CAPTURED, GraphPass, way_around
 from lorafx.passes.outline.regions import bodies
 from lorafx.program.frame import fake_value
+from lorafx.torch_internals.operators import OpOverload
+from lorafx.torch_internals.trees import tree_leaves
 
 
 def check_graph(pass_name: str, gm: fx.GraphModule, ctx: Context, outputs: Sequence[Any]) -> None:
@@ -64,7 +65,7 @@ def _with_bodies(gm: fx.GraphModule) -> set[fx.Node]:
 
 def _returns(node: fx.Node) -> bool:
     """False for operators that return nothing: assertions on sizes."""
-    return not isinstance(node.target, torch._ops.OpOverload) or bool(node.target._schema.returns)
+    return not isinstance(node.target, OpOverload) or bool(node.target._schema.returns)
 
 
 def output_signature(gm: fx.GraphModule) -> list[str]:
@@ -77,7 +78,7 @@ def output_values(gm: fx.GraphModule) -> list[Any]:
     output = next(node for node in gm.graph.nodes if node.op == "output")
     return [
         fake_value(item) if isinstance(item, fx.Node) else item
-        for item in pytree.tree_leaves(output.args[0])
+        for item in tree_leaves(output.args[0])
     ]
 
 
@@ -146,7 +147,7 @@ class NumericCheck:
                 continue
             given = cloned(arguments)
             with torch.no_grad():
-                results = pytree.tree_leaves(stage.graph(*given))
+                results = tree_leaves(stage.graph(*given))
             if reference is None:
                 reference = results
             else:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorafx.errors import MatchError
 from lorafx.model.sites import Site
@@ -20,6 +19,7 @@ from lorafx.ownership.memory import storage_of
 from lorafx.ownership.pointwise import READS_NO_VALUES
 from lorafx.program.program import Program
 from lorafx.program.stack import python_line, running_modules
+from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
 
 
 class _Range(NamedTuple):

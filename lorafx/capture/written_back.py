@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._functorch._aot_autograd.descriptors import InputMutationAOTOutput
 
-from lorafx.captured_frame import size_expression
 from lorafx.passes.outline.outline import INVOKE
 from lorafx.program.frame import fake_value
+from lorafx.torch_internals.aot_autograd import InputMutationAOTOutput
+from lorafx.torch_internals.frames import size_expression
 
 #: Arguments of a call in front of the body's operands: the body and its name.
 _OPERANDS = 2

@@ -121,7 +121,9 @@ def _transformers_class(config: Any) -> Any:
     for name in config.architectures or ():
         if hasattr(transformers, name):
             return getattr(transformers, name)
-    return transformers.AutoModelForCausalLM._model_mapping[type(config)]
+    from lorafx.torch_internals.transformers_parts import causal_model_class
+
+    return causal_model_class(config)
 
 
 def _diffusers_class(fields: dict[str, Any]) -> Any:

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from lorafx import api
 from lorafx.adapter_store.names import BASE, AdapterName, Mixture, members
@@ -44,6 +43,7 @@ from lorafx.session.loading import in_turn, load_parts, unload_parts
 from lorafx.session.requests import Names, checked_names
 from lorafx.session.resting import refuse_elsewhere
 from lorafx.session.stand_ins import Replaced
+from lorafx.torch_internals.trees import tree_map_only
 
 #: Arguments of denoisers that all rows share: positions of text and image tokens.
 SHARED_ARGUMENTS = ("img_ids", "txt_ids", "image_rotary_emb")

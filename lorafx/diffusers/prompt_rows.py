@@ -26,6 +26,7 @@ from lorafx.ownership.held import MOST_REQUESTS, NOBODY, Alone, Held, Listed, Pa
 from lorafx.ownership.memory import Memory
 from lorafx.ownership.real import tensors_in
 from lorafx.program.roles import tensor_leaves
+from lorafx.torch_internals.operators import OpOverload
 
 T = TypeVar("T")
 
@@ -156,7 +157,7 @@ class _Following(Tracking):
         super().__init__(memory)
         self._rows = rows
 
-    def _made(self, func: torch._ops.OpOverload, results: object) -> None:
+    def _made(self, func: OpOverload, results: object) -> None:
         if torch.Tag.nondeterministic_seeded in func.tags:
             for tensor in tensors_in(results):
                 self._rows.of_noise(tensor)

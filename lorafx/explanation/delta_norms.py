@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lorafx.adapter_store.stored import StoredAdapter
 from lorafx.model.bank import Factors
 from lorafx.model.sites import Group, Site
+from lorafx.torch_internals.fake_tensors import unset_fake_temporarily
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lorafx.kernels.ops.conv_ops
 import lorafx.kernels.ops.expert_ops
@@ -33,6 +31,7 @@ from lorafx.program.frame import (
 from lorafx.program.handover import Handover
 from lorafx.program.program import BANK_FIELDS, GAINS, SHIFTS, Program
 from lorafx.registry import lookup
+from lorafx.torch_internals.fake_tensors import FakeTensorMode, detect_fake_mode
 
 SITE_OP = torch.ops.lorafx.site.default
 EMBEDDING_OP = torch.ops.lorafx.embedding_site.default

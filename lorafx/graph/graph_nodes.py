@@ -8,10 +8,10 @@ import re
 from typing import Any
 
 from torch import fx
-from torch._ops import OpOverload
 
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED
 from lorafx.program.frame import fake_value
+from lorafx.torch_internals.operators import OpOverload
 
 
 def call_in_place(graph: fx.Graph, op: OpOverload, arguments: tuple[Any, ...]) -> fx.Node:

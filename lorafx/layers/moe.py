@@ -20,6 +20,7 @@ from lorafx.errors import CheckpointError, ConfigError
 from lorafx.layers.options import checked_sizes, group_of
 from lorafx.layers.quantization import add_weight
 from lorafx.loading.loadable_layer import LoadableLayer
+from lorafx.torch_internals.operators import grouped_mm
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -192,6 +193,6 @@ def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         x, weight = x.to(dtype), weight.to(dtype)
     # The kernel for accelerators is for bfloat16, and for rows of 16 bytes.
     if x.is_cuda and x.dtype == torch.bfloat16 and not any(n % 8 for n in weight.shape[1:]):
-        return torch._grouped_mm(x, weight, offs=ends)
+        return grouped_mm(x, weight, offs=ends)
     product: Tensor = torch.ops.lorafx.grouped_mm(x, weight, ends)
     return product

@@ -10,15 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lorafx.errors import ConfigError
-
-if dist.is_available():
-    # Gives the functional collectives their fake implementations.
-    import torch.distributed._functional_collectives
+from lorafx.torch_internals.collectives import c10d
 
 
 @dataclass(frozen=True)
@@ -61,14 +57,13 @@ class TensorParallel:
         """The sum of the ranks' `y`, of the same shape, on every rank."""
         if self.size == 1:
             return y
-        ops = torch.ops._c10d_functional
-        return ops.wait_tensor(ops.all_reduce(y.contiguous(), "sum", self.group_name))
+        return c10d.wait_tensor(c10d.all_reduce(y.contiguous(), "sum", self.group_name))
 
     def all_gather(self, y: Tensor) -> Tensor:
         """(…, N) of each rank → (…, size · N), in the order of the ranks."""
         if self.size == 1:
             return y
-        ops = torch.ops._c10d_functional
+        ops = c10d
         # The op stacks along the first dimension, whatever that is: give it one of its own.
         gathered = ops.wait_tensor(
             ops.all_gather_into_tensor(y.contiguous().unsqueeze(0), self.size, self.group_name)

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorafx.errors import CheckpointError
 from lorafx.loading.loadable_layer import LoadableLayer
 from lorafx.model.module_graph import storage_key, writing
+from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
 
 WeightShape = tuple[int, ...]
 

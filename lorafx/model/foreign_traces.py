@@ -10,9 +10,10 @@ import torch
 
 from lorafx.errors import CaptureError, MatchError
 from lorafx.model.runtime import Runtime
+from lorafx.torch_internals.dynamo import assume_constant_result
 
 
-@torch._dynamo.assume_constant_result
+@assume_constant_result
 def refuse_at_rest(runtime: Runtime, path: str) -> bool:
     """As `RefusesAtRest.refuse`: what is traced outside of calls would be the base."""
     try:
@@ -23,7 +24,7 @@ def refuse_at_rest(runtime: Runtime, path: str) -> bool:
     return True
 
 
-@torch._dynamo.assume_constant_result
+@assume_constant_result
 def refuse_exported() -> bool:
     """Refuse torch.export inside of a block of `lorafx.adapters`. What it writes would hold the
     banks, and read the slots of whatever block runs around it later.

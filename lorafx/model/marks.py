@@ -30,7 +30,6 @@ import lorafx.kernels.ops.conv_ops
 import lorafx.kernels.ops.expert_ops
 import lorafx.kernels.ops.ops
 import lorafx.kernels.ops.row_ops  # noqa: F401  (all define torch.ops.lorafx)
-from lorafx.compat import tracing
 from lorafx.errors import MatchError, ProvenanceError
 from lorafx.kernels.ops.conv_ops import Window
 from lorafx.model.bank import Bank
@@ -39,6 +38,7 @@ from lorafx.model.forward_check import ModuleProduct, adds_up
 from lorafx.model.forward_check import is_dense as is_dense
 from lorafx.model.runtime import Runtime
 from lorafx.registry import Handler, Kind
+from lorafx.torch_internals.compat import tracing
 
 UNPROVED = 0  # the op's `rows`: which request a row belongs to is not known yet
 

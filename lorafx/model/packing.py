@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lorafx.compat import mark_fixed_shape
 from lorafx.errors import CaptureError
 from lorafx.model.forward_check import is_dense
 from lorafx.model.module_graph import ModuleGraph, writing
 from lorafx.model.sites import Group, Site
+from lorafx.torch_internals.compat import mark_fixed_shape
+from lorafx.torch_internals.subclasses import _storage_Use_Count, is_traceable_wrapper_subclass
 
 
 @dataclass(eq=False)
@@ -122,7 +122,7 @@ class PackedGroup:
 
 def _uses(tensor: Tensor) -> int:
     """How many hold its memory, one more than that for being asked."""
-    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    return _storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
 def _zeros_like(tensor: Tensor) -> Tensor:

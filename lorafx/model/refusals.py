@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from lorafx.model.convolutions import impossible_convolution, weight_shape
@@ -14,6 +12,7 @@ from lorafx.model.quantized import is_stored
 from lorafx.model.sites import has_own_forward
 from lorafx.model.weight_formats import is_wrapped
 from lorafx.registry import Eligible
+from lorafx.torch_internals.modules import _ConvTransposeNd, _NormBase
 
 #: How to go without a module.
 LEAVE = "leave it out of target_modules, or name it in exclude_modules"

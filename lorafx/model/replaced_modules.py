@@ -20,11 +20,11 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from lorafx.compat import tracing
 from lorafx.errors import ReplacedModuleError, some
 from lorafx.model.module_graph import ModuleGraph, join
 from lorafx.model.sites import Site
 from lorafx.registry import lookup
+from lorafx.torch_internals.compat import tracing
 
 
 class _Registrations:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import lorafx.kernels.ops.row_ops  # noqa: F401  (defines torch.ops.lorafx.rows_of)
-from lorafx.compat import tracing
 from lorafx.model.runtime import Runtime
 from lorafx.registry import Eligible
+from lorafx.torch_internals.compat import tracing
 
 
 @dataclass(eq=False)

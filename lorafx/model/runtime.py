@@ -19,8 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lorafx.compat import mark_fixed_shape
 from lorafx.errors import BatchError
+from lorafx.torch_internals.compat import mark_fixed_shape
 
 # The slots of every live Runtime. Dynamo takes whatever it reaches through a module of torch.nn,
 # a hook's attributes included, to have fixed shapes, and would recompile for each batch size.

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorafx.model.forward_check import is_dense
+from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
 
 
 class CannotStore(Exception):

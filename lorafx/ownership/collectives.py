@@ -6,13 +6,13 @@ all_gather          out = [a_0; a_1; ...] along the first dimension
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 from torch import fx
 
 from lorafx.op_arguments import operand
 from lorafx.ownership.flow import Flow, Rule
 from lorafx.ownership.labels import Label, Own
+from lorafx.torch_internals.collectives import c10d
 
 
 def kept(node: fx.Node, flow: Flow) -> Label:
@@ -30,5 +30,5 @@ def gathered(node: fx.Node, flow: Flow) -> Label:
 
 RULES: dict[object, Rule] = {}
 if dist.is_available():
-    ops = torch.ops._c10d_functional
+    ops = c10d
     RULES = {ops.all_reduce: kept, ops.wait_tensor: kept, ops.all_gather_into_tensor: gathered}

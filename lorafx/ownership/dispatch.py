@@ -16,6 +16,7 @@ from lorafx.op_arguments import bound, index_of, operand
 from lorafx.ownership.flow import Flow
 from lorafx.ownership.labels import Digit
 from lorafx.ownership.symbolic import ONE, equal
+from lorafx.torch_internals.operators import OpOverload
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -33,7 +34,7 @@ def iota(node: fx.Node, flow: Flow) -> Digit | None:
 def vector_order(node: fx.Node, flow: Flow) -> Digit | None:
     """The indices of a vector sort: a permutation, and the inverse of the one it sorts."""
     sort = operand(node) if node.target is operator.getitem else node
-    if not isinstance(sort, fx.Node) or not isinstance(sort.target, torch._ops.OpOverload):
+    if not isinstance(sort, fx.Node) or not isinstance(sort.target, OpOverload):
         return None
     packet = sort.target.overloadpacket
     indices = packet == aten.sort and node is not sort and index_of(node) == 1

@@ -19,9 +19,11 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._guards import detect_fake_mode
-from torch.utils._sympy.functions import (
+
+from lorafx.op_arguments import bound
+from lorafx.ownership.symbolic import BatchSymbols, Sizes, as_expr, product
+from lorafx.torch_internals.fake_tensors import detect_fake_mode, enable_python_dispatcher
+from lorafx.torch_internals.symbols import (
     CeilToInt,
     FloorDiv,
     FloorToInt,
@@ -32,9 +34,6 @@ from torch.utils._sympy.functions import (
     PythonMod,
     TruncToInt,
 )
-
-from lorafx.op_arguments import bound
-from lorafx.ownership.symbolic import BatchSymbols, Sizes, as_expr, product
 
 aten, prims = torch.ops.aten, torch.ops.prims
 

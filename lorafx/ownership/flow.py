@@ -14,6 +14,7 @@ from torch import fx
 
 from lorafx.ownership.labels import Digit, Label, Mixed, Own, Single
 from lorafx.ownership.symbolic import BatchSymbols, Shape, Sizes, is_multiple
+from lorafx.torch_internals.operators import OpOverload
 
 Rule = Callable[[fx.Node, "Flow"], Label]
 
@@ -132,7 +133,7 @@ def wrap_all(dims: object, ndim: int) -> set[int]:
 
 def operator_name(node: fx.Node) -> str:
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return target.name()
     return getattr(target, "__name__", None) or repr(target)
 

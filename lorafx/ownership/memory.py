@@ -17,7 +17,6 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorafx.ownership.contents import MemoryState, state_of
 from lorafx.ownership.held import (
@@ -33,6 +32,7 @@ from lorafx.ownership.held import (
     renamed,
     renamed_cells,
 )
+from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
 
 #: sizes, strides, offset
 Geometry: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], int]

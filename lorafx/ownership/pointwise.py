@@ -7,7 +7,6 @@ map. Most of these operators carry `torch.Tag.pointwise`; the tables name those 
 from __future__ import annotations
 
 import torch
-import torch._inductor.inductor_prims  # defines prims.fma
 from torch import fx
 
 from lorafx.op_arguments import bound, operand

@@ -34,6 +34,7 @@ from lorafx.ownership import site_rules as sites
 from lorafx.ownership.flow import Flow, Rule, each_output, outputs
 from lorafx.ownership.labels import Digit, Label, Mixed, One, Own, Pooled, Single
 from lorafx.ownership.symbolic import ONE, BatchSymbols, equal
+from lorafx.torch_internals.operators import OpOverload
 
 # Specific first; the first table that knows an operator decides.
 TABLES = (
@@ -170,7 +171,7 @@ def called(node: fx.Node, flow: Flow) -> Label:
 @cache
 def rule_for(target: object) -> tuple[Rule | None, bool]:
     """The rule for an operator, and whether it takes Mixed inputs."""
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         return None, False
     packet = target.overloadpacket
     for table in OPTIONAL:
@@ -189,7 +190,7 @@ def known_values(node: fx.Node, flow: Flow) -> Digit | None:
     """What is known about the values of an integer tensor, if anything."""
     if node.target is operator.getitem:
         return dispatch.vector_order(node, flow)
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return None
     packet = node.target.overloadpacket
     for table in DIGIT_TABLES:

@@ -15,9 +15,9 @@ from functools import lru_cache
 import sympy
 import torch
 from torch import fx
-from torch.utils._sympy.functions import FloorDiv
 
 from lorafx.errors import ProvenanceError
+from lorafx.torch_internals.symbols import FloorDiv
 
 Shape = tuple[sympy.Expr, ...]
 ONE = sympy.Integer(1)

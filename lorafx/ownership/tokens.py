@@ -37,6 +37,7 @@ from lorafx.ownership.symbolic import (
     product,
     reshaped,
 )
+from lorafx.torch_internals.operators import OpOverload
 
 aten = torch.ops.aten
 
@@ -119,7 +120,7 @@ class Alignment:
         if node.target is operator.getitem:
             found = self.states[operand(node)]
             return found if len(found) == n else (LOST,) * n
-        if not isinstance(node.target, torch._ops.OpOverload):
+        if not isinstance(node.target, OpOverload):
             return (LOST,) * n
         packet = node.target.overloadpacket
         if packet in views.MOVES:

@@ -22,8 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorafx.errors import ConfigError
 from lorafx.model.forward_check import is_dense
@@ -32,6 +30,8 @@ from lorafx.model.quantized import dequantize, readable
 from lorafx.model.sites import Site
 from lorafx.program.weight_forms import WeightForm, copied_form, repeats_numbers, strided_form
 from lorafx.registry import lookup
+from lorafx.torch_internals.fake_tensors import unset_fake_temporarily
+from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
 
 if TYPE_CHECKING:
     from lorafx.program.frame import FrameInput

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from lorafx.captured_frame import input_place, size_source, source_name
 from lorafx.errors import ProvenanceError
 from lorafx.model.sites import Group, Site
 from lorafx.program.roles import Role
 from lorafx.program.row_dims import TOKEN_DIMS, choices, new_tokens
 from lorafx.program.stack import calling_modules
+from lorafx.torch_internals.frames import input_place, size_source, source_name
 
 if TYPE_CHECKING:
     from lorafx.program.derived import Derived, Holder

@@ -15,11 +15,6 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from torch import Tensor, fx
-from torch._functorch._aot_autograd.descriptors import (
-    InputMutationAOTOutput,
-    PlainAOTInput,
-    PlainAOTOutput,
-)
 
 from lorafx.ownership.flow import Flow
 from lorafx.ownership.held import (
@@ -38,6 +33,11 @@ from lorafx.ownership.memory import Memory, storage_of
 from lorafx.ownership.real import alone
 from lorafx.ownership.symbolic import divide
 from lorafx.program.roles import Role
+from lorafx.torch_internals.aot_autograd import (
+    InputMutationAOTOutput,
+    PlainAOTInput,
+    PlainAOTOutput,
+)
 
 _RESULT = "a result of an earlier graph"
 

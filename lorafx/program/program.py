@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lorafx.config import LoraConfig, Options
 from lorafx.model.bank import Bank
@@ -30,6 +29,7 @@ from lorafx.program.own_memory import OwnMemory
 from lorafx.program.pass_report import PassReport
 from lorafx.program.remembered import Remembered, TensorVersions, in_containers
 from lorafx.program.roles import Role, RoleTable, tensor_leaves
+from lorafx.torch_internals.fake_tensors import unset_fake_temporarily
 
 #: What every site op takes of a bank, and what those that rescale take besides.
 BANK_FIELDS = ("A", "B", "ranks", "scales")

@@ -14,12 +14,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
-from torch._functorch._aot_autograd.descriptors import PlainAOTOutput
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lorafx.ownership.contents import MemoryState, state_of
 from lorafx.ownership.memory import storage_of
 from lorafx.program.frame import Frame
+from lorafx.torch_internals.aot_autograd import PlainAOTOutput
 
 
 class Remembered:

@@ -16,11 +16,9 @@ from types import CodeType, FrameType
 from typing import Any
 
 from torch import nn
-from torch._dynamo import eval_frame
-from torch._dynamo.eval_frame import OptimizedModule
 
-_CALL = nn.Module._call_impl.__code__
-_CALLS = (_CALL, nn.Module._wrapped_call_impl.__code__)
+from lorafx.torch_internals.modules import CALL, CALLS, OptimizedModule, in_wrapper_of_dynamo
+
 #: Modules whose frames stand, while a function is compiled, between the backend and its caller.
 _COMPILERS = re.compile(r"torch(\._dynamo\..*|\._utils_internal)?|lorafx\..*|contextlib")
 #: Modules that make graphs, and that run them.
@@ -60,7 +58,7 @@ def calling_modules() -> frozenset[int]:
 
 def running_modules() -> Iterator[nn.Module]:
     """The modules whose `__call__` is running, the innermost first."""
-    return (frame.f_locals["self"] for frame in _frames() if frame.f_code is _CALL)
+    return (frame.f_locals["self"] for frame in _frames() if frame.f_code is CALL)
 
 
 def python_line() -> str | None:
@@ -94,7 +92,7 @@ def outermost_call(belongs: Callable[[nn.Module], bool]) -> RunningCall | None:
 
 def called_module(frame: FrameType) -> nn.Module | None:
     """The module whose call this frame is, without torch.compile's wrapper."""
-    return unwrapped(frame.f_locals["self"]) if frame.f_code is _CALL else None
+    return unwrapped(frame.f_locals["self"]) if frame.f_code is CALL else None
 
 
 def called_directly(by: Callable[[FrameType], bool]) -> bool:
@@ -114,9 +112,9 @@ def compiled_module() -> nn.Module | None:
     found: nn.Module | None = None
     wrapped = False
     for frame in _frames():
-        if wrapped and frame.f_code in _CALLS:
+        if wrapped and frame.f_code in CALLS:
             found = unwrapped(frame.f_locals["self"])
-        wrapped = frame.f_globals.get("__name__") == eval_frame.__name__
+        wrapped = in_wrapper_of_dynamo(frame)
     return found
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from lorafx.model.sites import Site
+from lorafx.torch_internals.trees import tree_map_only
 
 
 class DryRunError(Exception):
@@ -52,7 +52,7 @@ def same_inputs(
                 lambda _, args, kwargs, path=site.path: see(path, args, kwargs), with_kwargs=True
             )
         with torch.no_grad():
-            empty(**pytree.tree_map_only(Tensor, _stand_in, dict(inputs)))
+            empty(**tree_map_only(Tensor, _stand_in, dict(inputs)))
     except Exception as error:  # of code of the model, which may be anything
         first = (str(error).splitlines() or [""])[0]
         raise DryRunError(f"{type(error).__name__}: {first:.200}") from error

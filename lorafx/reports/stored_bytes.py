@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorafx.model.module_graph import storage_key
+from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
 
 
 def stored_bytes(tensor: Tensor) -> int:

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload, OpOverloadPacket
+
+from lorafx.torch_internals.operators import OpOverload, OpOverloadPacket, _dispatch_keys
 
 #: Classes whose values are told by `repr`.
 PLAIN = (
@@ -121,7 +122,7 @@ class Fingerprints:
         return (
             f"{self.of_class(type(value))} {value.dtype} {value.device} {value.layout} "
             f"{value.dim()} grad {value.requires_grad} leaf {value.is_leaf} "
-            f"{torch._C._dispatch_keys(value)} {value.is_inference()} {marks}"
+            f"{_dispatch_keys(value)} {value.is_inference()} {marks}"
         )
 
     def _fields(self, value: Any, depth: int) -> str:

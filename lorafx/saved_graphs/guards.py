@@ -22,7 +22,7 @@ is there now, so none is missing at run time. What a kind of guard compares, and
     SHAPE_ENV                               the expressions; torch's guard checks them
 
 Places that held one object must hold one object again, and no two of the others the same. Guards
-that lorafx drops at run time (`lorafx.capture.dropped_guards`) are verified too.
+that lorafx drops at run time (`lorafx.capture.needless_guards`) are verified too.
 """
 
 from __future__ import annotations
@@ -38,23 +38,26 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.guards import (
-    CheckFunctionManager,
-    GuardBuilder,
-    GuardManagerWrapper,
-    ShapeCodeParts,
-    _get_closure_vars,
-    convert_int_to_concrete_values,
-)
-from torch._dynamo.output_graph import OutputGraphCommon, OutputGraphGuardsState
-from torch._dynamo.source import Source
-from torch._guards import Guard, GuardsSet
-from torch._ops import _OpNamespace
-from torch.utils import _pytree as pytree
-from torch.utils._ordered_set import OrderedSet
 
 from lorafx.model.runtime import holds_slots
 from lorafx.saved_graphs.fingerprints import PLAIN, Fingerprints, Undescribed, digest
+from lorafx.torch_internals.dynamo import GlobalStateGuard, GuardBuilder, Source, dynamo_config
+from lorafx.torch_internals.operators import _OpNamespace
+from lorafx.torch_internals.saved_frames import (
+    CheckFunctionManager,
+    Guard,
+    GuardManagerWrapper,
+    GuardsSet,
+    OrderedSet,
+    OutputGraphCommon,
+    OutputGraphGuardsState,
+    ShapeCodeParts,
+    _get_closure_vars,
+    convert_int_to_concrete_values,
+    default_device,
+    forward_level,
+)
+from lorafx.torch_internals.trees import tree_map
 
 #: By what torch calls the maker of a guard: how the text of its place is made.
 _VALUE = frozenset(
@@ -137,7 +140,7 @@ class SavedGuards:
             texts=texts,
             same=same,
             key_order=set(state.guard_on_key_order),
-            sizes_strides=pytree.tree_map(
+            sizes_strides=tree_map(
                 convert_int_to_concrete_values, dict(state.input_source_to_sizes_strides)
             ),
             shapes=_shapes(output),
@@ -151,9 +154,8 @@ class SavedGuards:
         self, f_locals: dict[str, Any], f_globals: dict[str, Any], prints: Fingerprints
     ) -> str | None:
         """What is not as it was when the graph was captured; None where all is."""
-        state = torch._C._dynamo.guards.GlobalStateGuard().__getstate__()
-        device = torch.utils._device.CURRENT_DEVICE
-        if state != self.state or device != self.device or _in_forward_mode():
+        state = GlobalStateGuard().__getstate__()
+        if state != self.state or default_device() != self.device or _in_forward_mode():
             return "torch's global state"
         try:
             texts, same = _look(self.places, f_locals, f_globals, prints)
@@ -180,7 +182,7 @@ class SavedGuards:
             dual_level=_NO_LEVEL,
             functorch_layers=[],
             current_device=self.device,
-            global_state_guard=torch._C._dynamo.guards.GlobalStateGuard(),
+            global_state_guard=GlobalStateGuard(),
             _guards=GuardsSet(OrderedSet(self.guards)),
             _aotautograd_guards=self.of_aot,
             skip_guards_check=True,  # whoever asks does
@@ -191,7 +193,7 @@ class SavedGuards:
 
 
 def _in_forward_mode() -> bool:
-    return torch.autograd.forward_ad._current_level != _NO_LEVEL
+    return forward_level() != _NO_LEVEL
 
 
 def value_at(
@@ -318,7 +320,7 @@ def _shapes(output: Any) -> ShapeCodeParts:
         )
         return list(found)
 
-    if torch._dynamo.config.enable_cpp_symbolic_shape_guards:
+    if dynamo_config.enable_cpp_symbolic_shape_guards:
         with suppress(OverflowError):  # sizes that C++ cannot hold
             python, verbose, cpp = parts("python", "verbose_python", "cpp")
             return ShapeCodeParts(python, verbose, cpp, False, list(cpp.source_to_symbol))

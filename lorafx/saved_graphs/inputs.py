@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch._dynamo.source import TensorProperty, TensorPropertySource
-from torch._guards import Source
 
 from lorafx.capture.parts import Captured
 from lorafx.program.frame import FrameInput
@@ -19,6 +17,8 @@ from lorafx.program.program import Program
 from lorafx.program.roles import Role
 from lorafx.saved_graphs.fingerprints import Undescribed
 from lorafx.saved_graphs.guards import value_at
+from lorafx.torch_internals.dynamo import Source
+from lorafx.torch_internals.saved_frames import TensorProperty, TensorPropertySource
 
 #: An input that another graph made, or that is a view of a weight, depends on more than its place.
 _OF_PLACES = ("symbol", "weight", "state", "bank", "slots", "packed", "argument")

@@ -27,9 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo.config
-import torch._functorch.config
-import torch._inductor.config
 from torch import Tensor
 
 from lorafx.model.bank import Bank
@@ -37,6 +34,8 @@ from lorafx.model.module_graph import storage_key
 from lorafx.program.program import Program
 from lorafx.registry import registrations
 from lorafx.saved_graphs.fingerprints import Fingerprints, Undescribed, digest
+from lorafx.torch_internals.dynamo import dynamo_config, functorch_config
+from lorafx.torch_internals.inductor_settings import inductor_config
 
 _OWN_SOURCES = ("lorafx", "lorafx.passes", "lorafx.kernels")
 _READ_BY_TORCH = ("TORCH", "PYTORCH", "TRITON", "LORAFX", "OMP_", "KMP_", "MKL_", "ATEN_", "CUDA_")
@@ -106,7 +105,7 @@ def entry_key(program: Program, entry: Mapping[str, Any]) -> str:
 
 def _settings(prints: Fingerprints) -> Iterator[str]:
     # Not torch's own hash of them, which depends on the order that a process has sets in.
-    for config in (torch._dynamo.config, torch._functorch.config, torch._inductor.config):
+    for config in (dynamo_config, functorch_config, inductor_config):
         values = config.save_config_portable(ignore_private_configs=False)
         for name in sorted(values.keys() - config._compile_ignored_keys):
             yield f"{name}={prints.of(values[name])}"  # custom passes have no text

@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor.output_code import CompiledFxGraph
-from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from lorafx.capture.lowering import NodeByNode
-from lorafx.captured_frame import outside_of_frames
 from lorafx.kernels.cpu import dense_delta
 from lorafx.kernels.cpu.cpu import build, build_all
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.saved_graphs.fingerprints import Undescribed
+from lorafx.torch_internals.fake_tensors import FakeTensorMode
+from lorafx.torch_internals.frames import outside_of_frames
+from lorafx.torch_internals.saved_code import CompiledFxGraph
+from lorafx.torch_internals.symbols import ShapeEnv
 
 #: Numbers in a tensor that the model's code writes out, such as `torch.tensor([])`.
 _CONSTANT = 1024
@@ -74,7 +74,7 @@ def _few_numbers(tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def _operators(gm: fx.GraphModule) -> bytes:
-    from torch.fx._graph_pickler import GraphPickler, Options
+    from lorafx.torch_internals.saved_code import GraphPickler, Options
 
     _few_numbers(dict(gm.named_parameters()) | dict(gm.named_buffers()))
     bare = copy(gm)
@@ -84,7 +84,7 @@ def _operators(gm: fx.GraphModule) -> bytes:
 
 
 def _from_operators(data: bytes) -> Boxed:
-    from torch.fx._graph_pickler import GraphPickler
+    from lorafx.torch_internals.saved_code import GraphPickler
 
     gm: Any = GraphPickler.loads(data, FakeTensorMode(shape_env=ShapeEnv()))
     gm.recompile()
@@ -103,9 +103,11 @@ def _compiled(graph: CompiledFxGraph) -> bytes:
 
 def _from_inductor(data: bytes) -> Boxed:
     """As torch's own caches load it."""
-    from torch._functorch._aot_autograd.aot_autograd_result import BundledCompiledForward
-    from torch._inductor.cudagraph_utils import BoxedDeviceIndex
-    from torch._inductor.utils import BoxedBool
+    from lorafx.torch_internals.saved_code import (
+        BoxedBool,
+        BoxedDeviceIndex,
+        BundledCompiledForward,
+    )
 
     forward = BundledCompiledForward(pickle.loads(data))
     settings: Any = {

@@ -12,11 +12,11 @@ import pickle
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lorafx.program.program import Program
 from lorafx.saved_graphs.fingerprints import Undescribed
+from lorafx.torch_internals.operators import DispatchKeySet
 
 #: Names that Dynamo and lorafx choose anew in each process, by what stands for them in files.
 PortableNames = Mapping[str, str]
@@ -82,8 +82,8 @@ class _Pickler(pickle.Pickler):
         return None
 
     def reducer_override(self, value: Any) -> Any:
-        if isinstance(value, torch._C.DispatchKeySet):
-            return torch._C.DispatchKeySet.from_raw_repr, (value.raw_repr(),)
+        if isinstance(value, DispatchKeySet):
+            return DispatchKeySet.from_raw_repr, (value.raw_repr(),)
         return NotImplemented
 
 

@@ -21,15 +21,6 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any, cast
 
-import torch
-from torch._dynamo import convert_frame
-from torch._dynamo.bytecode_transformation import unique_id
-from torch._dynamo.eval_frame import _debug_get_cache_entry_list
-from torch._dynamo.package import SerializedCode
-from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._dynamo.types import ConvertFrameReturn, GuardedCode, wrap_guarded_code
-from torch._dynamo.utils import CleanupHook, CleanupManager, orig_code_map
-
 from lorafx.capture.backend import Backend
 from lorafx.capture.dump import dump_folder
 from lorafx.capture.parts import Captured, Parts
@@ -52,6 +43,20 @@ from lorafx.saved_graphs.pickling import (
     load,
 )
 from lorafx.saved_graphs.source_files import changed_file, source_files
+from lorafx.torch_internals.dynamo import ConvertFrameReturn, disable, input_codes
+from lorafx.torch_internals.saved_frames import (
+    CleanupHook,
+    CleanupManager,
+    GuardedCode,
+    InstructionTranslator,
+    SerializedCode,
+    _debug_get_cache_entry_list,
+    get_compile_id,
+    orig_code_map,
+    output_codes,
+    unique_id,
+    wrap_guarded_code,
+)
 from lorafx.viewer.stages import Span
 
 _MODULE = "<module {}>"
@@ -72,17 +77,15 @@ class SavedGraphs:
         backend: Backend,
         option: str | bool,
         entry: Mapping[str, Any],
-        guards: Callable[[Sequence[Any]], Sequence[bool]],
     ) -> None:
         self._backend, self._option, self._entry = backend, option, entry
-        self._choose = guards
         #: Files whose graphs Dynamo has.
         self._loaded: set[Path] = set()
         self._conversion: _Conversion | None = None
 
     def keep_guards(self, guards: Sequence[Any]) -> Sequence[bool]:
         """Which of a new graph's guards are checked before each call; they are noted."""
-        kept = self._choose(guards)
+        kept = self._backend.keep_guards(guards)
         if self._conversion is not None:
             self._conversion.note_guards(guards, kept)
         return kept
@@ -314,17 +317,15 @@ class _Loading:
         parts.bound, parts.lookups = second["bound"], second["lookups"]
         run = parts.executable(program, second["lowered"].load())
         code = SerializedCode.to_code_object(second["code"])
-        hook = CleanupHook.create(
-            f_globals, names[GRAPH], torch._dynamo.disable(run, reason="a compiled graph")
-        )
+        hook = CleanupHook.create(f_globals, names[GRAPH], disable(run, reason="a compiled graph"))
         CleanupManager.instance[code] = [hook]
-        convert_frame.input_codes.add(frame.f_code)
-        convert_frame.output_codes.add(code)
+        input_codes.add(frame.f_code)
+        output_codes.add(code)
         orig_code_map[code] = frame.f_code
         reached, replaced = second["reached"]
         program.reached.update(reached)
         program.replaced.update(replaced)
         self._backend.records.append(record)
-        compile_id = convert_frame.get_compile_id(rest[2])
+        compile_id = get_compile_id(rest[2])
         made = GuardedCode(code, cast(Any, manager), compile_id, "a graph that lorafx loaded")
         return wrap_guarded_code(made)

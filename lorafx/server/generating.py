@@ -14,12 +14,7 @@ from typing import Any
 from uuid import uuid4
 
 from transformers import GenerationConfig
-from transformers.cli.serving.utils import (
-    CBGenerateManager,
-    CBWorkerDeadError,
-    GenerationState,
-    _StreamError,
-)
+from transformers.cli.serving.utils import CBGenerateManager, CBWorkerDeadError, GenerationState
 
 from lorafx.adapter_store.names import BASE
 from lorafx.server.errors import RequestError
@@ -28,6 +23,7 @@ from lorafx.server.served_model import ServedModel
 from lorafx.server.streaming import TextStreamer
 from lorafx.serving.continuous.manager import AdapterBatchingManager
 from lorafx.serving.continuous.request_checks import RANGES
+from lorafx.torch_internals.transformers_parts import stream_error
 
 
 class Route:
@@ -125,11 +121,11 @@ class AdapterGeneration(CBGenerateManager):
             try:
                 streamer.put(output)
                 if output.error is not None:
-                    queue.put_nowait(_StreamError(output.error))
+                    queue.put_nowait(stream_error(output.error))
                 if output.error is not None or output.is_finished():
                     streamer.end()
             except Exception as error:  # of a parser, about this answer alone
-                queue.put_nowait(_StreamError(_quotable(str(error))))
+                queue.put_nowait(stream_error(_quotable(str(error))))
 
         self._cb.register_result_handler(name, deliver)
         self._cb.add_request(

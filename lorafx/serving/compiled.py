@@ -16,7 +16,6 @@ from lorafx.adapter_store.names import AdapterName
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.base_weights.merge import merged_of
 from lorafx.capture.backend import Backend
-from lorafx.compat import untraced
 from lorafx.errors import CaptureError, ConfigError
 from lorafx.explanation import write_beside_dumps
 from lorafx.interrupts import undisturbed
@@ -47,6 +46,7 @@ from lorafx.session.session import Session
 from lorafx.session.sharing import join, leave
 from lorafx.session.stand_ins import Replaced
 from lorafx.session.stand_ins import forward_of as forward_of_module
+from lorafx.torch_internals.compat import untraced
 
 
 class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMethods, AsModule):

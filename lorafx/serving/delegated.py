@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lorafx.compat import untraced
 from lorafx.errors import CaptureError
 from lorafx.model.keywords import BY_ROW, refuse_slips
 from lorafx.serving.generation import generating_in_methods
 from lorafx.serving.refused import REFUSED, refuse
 from lorafx.session.requests import checked_names
 from lorafx.session.resting import wanted
+from lorafx.torch_internals.compat import untraced
 
 if TYPE_CHECKING:
     from lorafx.serving.compiled import CompiledModel

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from lorafx.capture.failures import explained, own_error
 from lorafx.capture.traced import NotCompiled, Traced
-from lorafx.compat import is_recompile_limit, mark_fixed_shape
 from lorafx.errors import (
     CaptureError,
     LorafxError,
@@ -37,10 +36,10 @@ from lorafx.progress import LOG
 from lorafx.saved_graphs.saved_graphs import SavedGraphs
 from lorafx.serving.base_roads import BaseRoads, Road
 from lorafx.serving.call_inputs import check_inputs, plain_tokens
-from lorafx.serving.checked_guards import keep_guards
 from lorafx.serving.tracked import tracked
 from lorafx.session.resting import refuse_elsewhere
 from lorafx.session.session import Session
+from lorafx.torch_internals.compat import is_recompile_limit, mark_fixed_shape
 
 
 class Entry:
@@ -220,7 +219,7 @@ class Entry:
             dynamic=session.dynamic,
             recompile_limit=session.program.options.recompile_limit,
             sizes_by_data=lambda: session.program.quantised.sizes_by_data,
-            keep_guards=None if saved is None else saved.keep_guards,
+            keep_guards=session.backend.keep_guards if saved is None else saved.keep_guards,
             saved=saved,
         )
 
@@ -238,8 +237,7 @@ class Entry:
             "packed": self.roles.packed,
             "dynamic": self.session.dynamic,
         }
-        keep = functools.partial(keep_guards, self.module)
-        return SavedGraphs(self.session.backend, option, entry, keep)
+        return SavedGraphs(self.session.backend, option, entry)
 
     def _traced(self, state: tuple[int, int]) -> Traced:
         if state not in self.by_state:

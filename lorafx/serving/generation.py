@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from lorafx.compat import tracing
 from lorafx.errors import ConfigError, LorafxError
 from lorafx.serving.added_tokens import without_added_tokens
 from lorafx.serving.alora import generating_forward_of
 from lorafx.serving.refused import PAGED, refuse
 from lorafx.session.resting import refuse_elsewhere, wanted
 from lorafx.session.stand_ins import Replaced
+from lorafx.torch_internals.compat import tracing
 
 if TYPE_CHECKING:
     from lorafx.serving.compiled import CompiledModel

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import HigherOrderOperator, OpOverload
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from lorafx.errors import BatchError, ConfigError
@@ -32,6 +31,7 @@ from lorafx.reports.profile import Profile, ProfiledNode
 from lorafx.reports.stored_bytes import stored_bytes
 from lorafx.serving.example_inputs import named_inputs
 from lorafx.serving.staged_graphs import Stage, Staged, Stages, staged
+from lorafx.torch_internals.operators import HigherOrderOperator, OpOverload
 
 aten = torch.ops.aten
 

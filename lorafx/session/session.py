@@ -24,7 +24,6 @@ from lorafx.adapter_store.names import members
 from lorafx.adapter_store.peft_model import notes_of_peft
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.capture.backend import Backend
-from lorafx.compat import no_mha_fast_path
 from lorafx.errors import BatchError, CaptureError, ConfigError
 from lorafx.program.call import AT_REST, Batch, Call
 from lorafx.program.program import Program
@@ -38,6 +37,7 @@ from lorafx.session.stand_ins import StandIns
 from lorafx.session.statistics import SessionCounts, Statistics, statistics_of
 from lorafx.session.streams import accelerators
 from lorafx.session.transforms import refuse_transformed
+from lorafx.torch_internals.compat import no_mha_fast_path
 
 T = TypeVar("T")
 

@@ -6,8 +6,8 @@ written nowhere, and calls that come after would find the base in it.
 
 from __future__ import annotations
 
-from lorafx.compat import transform
 from lorafx.errors import CaptureError
+from lorafx.torch_internals.compat import transform
 
 
 def refuse_transformed() -> None:

@@ -25,7 +25,6 @@ from lorafx.capture.checks import Checks
 from lorafx.capture.traced import trace_again
 from lorafx.capture.tracking import Tracking, untracked
 from lorafx.capture.weights_in_python import WeightUses
-from lorafx.compat import block_settings
 from lorafx.errors import CaptureError, ConfigError
 from lorafx.model.attachment import Attachment
 from lorafx.model.marks import SiteMark
@@ -40,6 +39,7 @@ from lorafx.session.running import Around
 from lorafx.session.session import Session
 from lorafx.session.transforms import refuse_transformed
 from lorafx.torch_compile.tasks import IN_A_BLOCK, OtherTasks, refuse_other_tasks
+from lorafx.torch_internals.compat import block_settings
 
 
 class AttachedSession(Session):

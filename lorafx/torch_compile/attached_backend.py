@@ -17,10 +17,8 @@ from torch import fx
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.capture.backend import Backend, Compilation
 from lorafx.capture.bound_inputs import BoundInputs
-from lorafx.capture.dropped_guards import drop_guards_on_classes, drop_guards_on_marked_modules
 from lorafx.capture.executable import ProgramLookup, refusing
 from lorafx.capture.lowering import Lowering
-from lorafx.captured_frame import captured_self
 from lorafx.errors import CaptureError
 from lorafx.explanation import write_beside_dumps
 from lorafx.model.attachment import Attachment
@@ -33,8 +31,9 @@ from lorafx.torch_compile.attached import (
     running_session,
     session_of_weight,
 )
-from lorafx.torch_compile.mark_guards import drop_guards_of_attached, guard_later_hooks
+from lorafx.torch_compile.mark_guards import drop_guards_of_attached
 from lorafx.torch_compile.pending import waiting
+from lorafx.torch_internals.frames import captured_self
 
 
 class AttachedBackend(Backend):
@@ -100,8 +99,6 @@ class AttachedBackend(Backend):
 
     def drop_guards(self, bound: BoundInputs | None) -> None:
         drop_guards_of_attached(self.program, bound)
-        drop_guards_on_classes()
-        guard_later_hooks(self.program, drop_guards_on_marked_modules())
 
     def owner(self, frame: Frame, weights: Sequence[int]) -> ProgramLookup:
         # Dynamo keeps executables: what they hold is never freed, so they hold no model.

@@ -14,12 +14,12 @@ from torch import Tensor, fx
 
 from lorafx.capture.executable import refusing
 from lorafx.capture.lowering import InductorLowering, Lowering, lowering_for
-from lorafx.compat import mode_settings
 from lorafx.config import Options
 from lorafx.errors import CaptureError, LorafxError, ReplacedModuleError
 from lorafx.torch_compile.attached import AttachedSession, attached_sessions, captured_before
 from lorafx.torch_compile.unmarked import FrameOptions, mark_captured
 from lorafx.torch_compile.unserved import note_unserved
+from lorafx.torch_internals.compat import mode_settings
 
 
 def compile_frame(

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo import OptimizedModule
 
 from lorafx.errors import ConfigError
 from lorafx.explanation.why import Why, why
@@ -18,6 +17,7 @@ from lorafx.serving.example_inputs import as_call
 from lorafx.serving.profiling import profiled
 from lorafx.session.requests import checked_names
 from lorafx.torch_compile.attached import AttachedSession
+from lorafx.torch_internals.modules import OptimizedModule
 
 
 def why_attached(

@@ -1,7 +1,7 @@
 """Dynamo's guards on marks in frames of an attached model's own forward.
 
 Dynamo guards everything that it read from a mark, some thirty guards per site and call
-(`lorafx.capture.dropped_guards`). Here any model of the class runs the same code, so what says
+(`lorafx.capture.needless_guards`). Here any model of the class runs the same code, so what says
 whose marks they are has to stay: all guards on the first mark, which name its runtime, and with it
 whether an adapter is active. The other marks below the same `self` are those of the same model, as
 long as its modules are where they were. Graphs of calls with adapters compare the weights of each
@@ -19,12 +19,17 @@ from typing import Any
 from torch import nn
 
 from lorafx.capture.bound_inputs import BoundInputs
-from lorafx.capture.dropped_guards import ACTIVE, marks_of_self
-from lorafx.captured_frame import frame_guards, guard_local, keep_frame_guards, source_text
-from lorafx.compat import add_function_guard
+from lorafx.capture.needless_guards import ACTIVE, FrameGuards
 from lorafx.model.hook_watch import LaterHooks
 from lorafx.model.row_marks import RowMark
 from lorafx.program.program import Program
+from lorafx.torch_internals.compat import add_function_guard
+from lorafx.torch_internals.frames import (
+    frame_guards,
+    guard_local,
+    keep_frame_guards,
+    named_by_dynamo,
+)
 
 _KEY = ".runtime._key"
 
@@ -32,26 +37,32 @@ _KEY = ".runtime._key"
 def drop_guards_of_attached(program: Program, bound: BoundInputs | None) -> None:
     """For a frame whose `self` is the model. `bound`: the inputs that its graph does not load, in
     a call with adapters."""
-    guards = frame_guards()
-    below, marks = marks_of_self(guards)
-    own = {name: mark for name, mark in marks.items() if mark.runtime is program.runtime}
-    named = {source_text(guard) for guard in guards}
+    found = FrameGuards(frame_guards(), named_by_dynamo)
+    _drop_marks(found, program, bound)
+    found.drop_classes()
+    modules = found.drop_hooks_of_marked()
+    keep_frame_guards(found.remaining())
+    _guard_later_hooks(program, modules)
+
+
+def _drop_marks(found: FrameGuards, program: Program, bound: BoundInputs | None) -> None:
+    """All but the first of the model's own, but for those whose bank is loaded."""
+    own = {name: mark for name, mark in found.marks.items() if mark.runtime is program.runtime}
+    named = set(found.places)
     # Dynamo guards what it reads once of objects that many places hold, such as the runtime.
     said = [name for name in own if name + (_KEY if program.runtime.active else ACTIVE) in named]
     if not said:
         return
     banks = set() if bound is None else {id(group.bank) for group, _ in bound.banks}
-    dropped = {
+    unloaded = {
         name
         for name, mark in own.items()
         if not program.runtime.active or isinstance(mark, RowMark) or id(mark.bank) in banks
-    } - {said[0]}
-    keep_frame_guards(
-        [guard for guard, name in zip(guards, below, strict=True) if name not in dropped]
-    )
+    }
+    found.drop_marks(unloaded - {said[0]})
 
 
-def guard_later_hooks(program: Program, modules: Sequence[nn.Module]) -> None:
+def _guard_later_hooks(program: Program, modules: Sequence[nn.Module]) -> None:
     """For a frame whose `self` is the model: have Dynamo guard that nobody registers hooks on these
     modules."""
     if not modules:

@@ -14,7 +14,6 @@ from torch import nn
 
 from lorafx.adapter_store.names import BASE, AdapterName, one_name
 from lorafx.capture.failures import explained, own_error
-from lorafx.compat import is_recompile_limit
 from lorafx.errors import BatchError, CaptureError
 from lorafx.model.attachment import detach as remove_marks
 from lorafx.program.stack import unwrapped
@@ -26,6 +25,7 @@ from lorafx.session.requests import checked_names
 from lorafx.torch_compile.attached import AttachedSession, marked_session, marks_of, session_of
 from lorafx.torch_compile.pending import first_call, until_marked
 from lorafx.torch_compile.tasks import block_of_this_task
+from lorafx.torch_internals.compat import is_recompile_limit
 
 
 def _session_if_marked(model: nn.Module) -> AttachedSession | None:

@@ -19,10 +19,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lorafx.adapter_store.peft_model import is_peft_model, peft_layers
-from lorafx.captured_frame import capture_again, captured_locals
 from lorafx.config import Options
 from lorafx.errors import CaptureError, ConfigError, nearest
 from lorafx.pass_order import pipeline
@@ -31,6 +29,8 @@ from lorafx.torch_compile.attach_model import attach, refuse_options
 from lorafx.torch_compile.attached import AttachedSession, marked_session, session_of
 from lorafx.torch_compile.attached_backend import AttachedBackend
 from lorafx.torch_compile.pending import pending_blocks
+from lorafx.torch_internals.fake_tensors import unset_fake_temporarily
+from lorafx.torch_internals.frames import capture_again, captured_locals
 
 _LORA = ("lora_config", "adapters")
 

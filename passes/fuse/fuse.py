@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lorafx.graph.context import FUSED_OP, SITE_OP, Context, SiteState
 from lorafx.graph.weight_uses import RESHAPES, Use
@@ -22,6 +21,7 @@ from lorafx.model.sites import Site
 from lorafx.op_arguments import bound, in_order, operand
 from lorafx.passes.fuse.fuse_experts import fuse_experts
 from lorafx.program.frame import fake_value
+from lorafx.torch_internals.fake_tensors import unset_fake_temporarily
 
 aten = torch.ops.aten
 FUSIBLE = frozenset({aten.mm.default, aten.addmm.default, aten.linear.default})

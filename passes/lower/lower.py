@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
 
 from lorafx.graph.context import EMBEDDING_OP, EXPERT_OP, FUSED_OP, PLAIN_SITE_OPS, SITE_OP, Context
 from lorafx.graph.expert_uses import grouped, is_grouped
@@ -49,6 +48,7 @@ from lorafx.passes.match.match_experts import ALIKE
 from lorafx.passes.plan.prologues import DEFERRED, PROLOGUE, noted
 from lorafx.passes.plan.specs import cpu_spec, delta_spec
 from lorafx.program.frame import fake_value
+from lorafx.torch_internals.symbols import guard_or_false, guard_or_true
 
 aten = torch.ops.aten
 ADD_DELTA = torch.ops.lorafx.add_delta_.default

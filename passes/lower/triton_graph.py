@@ -21,15 +21,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
-from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from lorafx.compat import launch_dependents_early, scratch_for_each_program
 from lorafx.errors import LoweringError
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound, index_of, op_of
+from lorafx.torch_internals.fake_tensors import FakeTensor
+from lorafx.torch_internals.functional import (
+    FunctionalTensorMode,
+    dispatch_functionalize,
+    kernel_side_table,
+    make_fx,
+)
+from lorafx.torch_internals.inductor_wrapper import (
+    launch_dependents_early,
+    scratch_for_each_program,
+)
+from lorafx.torch_internals.operators import OpOverload
 
 EMPTY = torch.ops.aten.empty.memory_format
 KERNEL_CALL = torch.ops.higher_order.triton_kernel_wrapper_functional

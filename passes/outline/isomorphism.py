@@ -21,13 +21,14 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-from lorafx.compat import size_hint
+from lorafx.torch_internals.compat import size_hint
+from lorafx.torch_internals.fake_tensors import FakeTensor, unset_fake_temporarily
+from lorafx.torch_internals.operators import OperatorBase
 
 #: bytes of the widest vector that Inductor's GPU kernels load at once
 VECTOR = 16
-_PLAIN = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch._ops.OperatorBase)
+_PLAIN = (torch.dtype, torch.device, torch.layout, torch.memory_format, OperatorBase)
 _NUMBERS = (float, complex)
 _DISCRETE = (int, str, bytes)
 

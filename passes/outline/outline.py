@@ -19,7 +19,6 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from lorafx.graph.context import Context, Outlined
 from lorafx.graph.graph_nodes import plain_path
@@ -27,6 +26,7 @@ from lorafx.passes.outline.isomorphism import CanonicalForm, Stretch, agree, siz
 from lorafx.passes.outline.regions import Region, hoist_shared, is_free, regions_of, tensor_valued
 from lorafx.passes.write_in_place import writes_in_place
 from lorafx.program.frame import fake_value
+from lorafx.torch_internals.trees import tree_leaves
 
 INVOKE = torch.ops.higher_order.invoke_subgraph
 
@@ -149,7 +149,7 @@ def _symbols(graph: fx.Graph, stretch: Stretch) -> list[fx.Node]:
     """Sizes among the graph's inputs that the body needs and that are no operands yet."""
     needed = set()
     for node in (*stretch.nodes, *stretch.operands):
-        for value in pytree.tree_leaves(fake_value(node)):
+        for value in tree_leaves(fake_value(node)):
             sizes = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,)
             for size in sizes:
                 if isinstance(size, torch.SymInt):

@@ -21,6 +21,7 @@ from torch import Tensor, fx
 
 from lorafx.op_arguments import bound, operand
 from lorafx.program.frame import fake_value
+from lorafx.torch_internals.operators import OpOverload
 
 aten = torch.ops.aten
 
@@ -94,7 +95,7 @@ def _barriers(nodes: Sequence[fx.Node]) -> set[fx.Node]:
         if node.op != "call_function" or node.target in pure or node.target is operator.setitem:
             continue
         if not _has_effect(node):
-            if isinstance(node.target, torch._ops.OpOverload):
+            if isinstance(node.target, OpOverload):
                 pure.add(node.target)
         elif not is_pure(node):
             found.add(node)

@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from lorafx.compat import size_hint
 from lorafx.errors import ConfigError
 from lorafx.graph.context import (
     EMBEDDING_OP,
@@ -62,6 +61,7 @@ from lorafx.passes.pack import with_room
 from lorafx.passes.plan.prologues import DEFERRED, PROLOGUE, Prologues, note
 from lorafx.passes.plan.specs import cpu_spec, delta_spec, triton_spec
 from lorafx.program.frame import fake_value
+from lorafx.torch_internals.compat import size_hint
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lorafx.compat import no_mha_fast_path
+from lorafx.torch_internals.compat import no_mha_fast_path
 
 
 def test_the_fast_path_of_attention_stays_off_for_whoever_needs_it_last():

@@ -1,5 +1,5 @@
 """Graphs are saved from torch 2.13 on."""
 
-from lorafx.compat import can_save_graphs
+from lorafx.torch_internals.wrappers import can_be_noted
 
-collect_ignore_glob = [] if can_save_graphs() else ["test_*.py"]
+collect_ignore_glob = [] if can_be_noted() else ["test_*.py"]

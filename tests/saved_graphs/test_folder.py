@@ -86,7 +86,7 @@ def test_models_that_torch_compile_captures_have_no_folder(plain: Case, tmp_path
 
 
 def test_a_torch_that_cannot_keep_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorafx.compat.can_save_graphs", lambda: False)
+    monkeypatch.setattr("lorafx.torch_internals.wrappers.can_be_noted", lambda: False)
     with pytest.raises(ConfigError, match=r"needs torch 2\.13 or later"):
         lorafx.Options(cache=True)
     assert lorafx.Options(cache=None).cache is None

@@ -15,8 +15,8 @@ from tiny_models import FAMILIES, PlainModel
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.compat import mode_settings
 from lorafx.errors import ConfigError
+from lorafx.torch_internals.compat import mode_settings
 
 __all__ = ["fresh_dynamo"]
 MODES = (None, "default", "reduce-overhead", "max-autotune-no-cudagraphs")

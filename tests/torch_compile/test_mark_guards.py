@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import lorafx
-import lorafx.captured_frame
+import lorafx.torch_internals.frames
 from lorafx.errors import ReplacedModuleError
 
 _PLACE = re.compile(r"_modules\['(\d)'\]\._modules\['(\w+)'\]\._forward_hooks\[")
@@ -51,10 +51,10 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 def kept(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Of each frame whose guards were chosen, the places under hooks that stay guarded."""
     found: list[list[str]] = []
-    keep = lorafx.captured_frame.keep_frame_guards
+    keep = lorafx.torch_internals.frames.keep_frame_guards
 
     def noting(guards: Any) -> None:
-        names = {lorafx.captured_frame.source_text(guard) for guard in guards}
+        names = {lorafx.torch_internals.frames.source_text(guard) for guard in guards}
         found.append(sorted(name for name in names if "_forward_hooks[" in name))
         keep(guards)
 

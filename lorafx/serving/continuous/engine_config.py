@@ -10,13 +10,13 @@ from weakref import WeakSet
 
 import torch
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
-from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingAsyncIOs
 from transformers.utils.generic import is_flash_attention_requested
 
 from lorafx.errors import ConfigError
 from lorafx.progress import LOG
 from lorafx.serving.continuous.eager import EAGER
 from lorafx.serving.continuous.scheduling import within_slots
+from lorafx.torch_internals.transformers_parts import devices_of_async_batching
 
 
 @contextmanager
@@ -65,7 +65,7 @@ def served_config(
                 f"ContinuousBatchingConfig({name}={value!r}) is not served with adapters: {why}. "
                 f"Leave {name} out"
             )
-    able = ContinuousBatchingAsyncIOs._supported_device_types
+    able = devices_of_async_batching()
     if config.use_async_batching and device.type not in able:
         raise ConfigError(
             "ContinuousBatchingConfig(use_async_batching=True) needs streams of a device of type "

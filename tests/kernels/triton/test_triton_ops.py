@@ -29,8 +29,8 @@ from lorafx.kernels.ops.bank_arguments import BankArgs
 from lorafx.kernels.triton import triton_ops
 from lorafx.kernels.triton.launchers import launch_wrapped
 from lorafx.kernels.triton.triton_build import LINEAR, TritonSpec, build, plan_of
-from lorafx.kernels.triton.triton_compat import generated_triton_op
 from lorafx.kernels.triton.triton_tiles import Tiles
+from lorafx.torch_internals.triton_compat import generated_triton_op
 
 STRATEGY_OPS = {
     **dict.fromkeys(LINEAR, lora.triton_linear),

@@ -16,14 +16,14 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_f
 from torch.fx.experimental.proxy_tensor import make_fx
 from triton_cases import BF16, FP32, Case, assert_right, kernel_of, lora, make_case, run
 
-from lorafx.compat import scratch_for_each_program
 from lorafx.errors import LoweringError
 from lorafx.kernels.tools.triton_variants import representative_specs
 from lorafx.kernels.triton.persistent_tiles import persistent_tiles
 from lorafx.kernels.triton.strategy_tiles import tiles_for
 from lorafx.kernels.triton.triton_build import build, plan_of
-from lorafx.kernels.triton.triton_compat import allow_scratch
 from lorafx.kernels.triton.triton_tiles import ARCHITECTURES, Tiles
+from lorafx.torch_internals.inductor_wrapper import scratch_for_each_program
+from lorafx.torch_internals.triton_compat import allow_scratch
 
 KERNEL_CALL = torch.ops.higher_order.triton_kernel_wrapper_functional
 INTERPRETER = ARCHITECTURES["interpreter"]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from triton_cases import BF16, CPU, FP32, assert_right, kernel_of, lora, make_case, run
 
-from lorafx.compat import launch_dependents_early
 from lorafx.kernels.triton.strategy_tiles import tiles_for
 from lorafx.kernels.triton.triton_build import plan_of
 from lorafx.kernels.triton.triton_tiles import ARCHITECTURES, architecture_of
+from lorafx.torch_internals.inductor_wrapper import launch_dependents_early
 
 SLOTS = (0, 1, 2, 3, -1, 5, 7, 0, 2) * 5
 

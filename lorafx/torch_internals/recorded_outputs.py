@@ -12,10 +12,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from torch._dynamo.variables import nn_module
 
-from lorafx.capture.interception import Interception
-from lorafx.compat import recorded_outputs
+from lorafx.torch_internals.compat import recorded_outputs
+from lorafx.torch_internals.entries import Required, private_names
+from lorafx.torch_internals.interception import Interception
+
+ENTRY = Required(
+    use="hooks that record hidden states are registered before Dynamo traces the module",
+    ended_by="transformers registers them when a model is made, or a lock that Dynamo traces",
+)
+
+with private_names():
+    from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
 
 
 def _call_function(call: Any, image: Any, tx: Any, args: Any, kwargs: Any) -> Any:
@@ -44,7 +52,7 @@ def _records(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
     return False
 
 
-_CALLS = Interception(nn_module.UnspecializedNNModuleVariable, "call_function", _call_function)
+_CALLS = Interception(UnspecializedNNModuleVariable, "call_function", _call_function)
 
 #: Inside, this thread converts a frame of ours: modules that Dynamo traces, and that are asked to
 #: record outputs, have their hooks.

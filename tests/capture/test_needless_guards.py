@@ -1,4 +1,4 @@
-"""Which guards of a graph that is saved are checked before each call."""
+"""Which guards of a graph are checked before each call."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch._dynamo.types import GuardFilterEntry
 from torch._guards import Source
 
 import lorafx
-from lorafx.captured_frame import source_text
-from lorafx.serving.checked_guards import keep_guards
+from lorafx.capture.needless_guards import keep_guards
 from lorafx.torch_compile.attached import marks_of
+from lorafx.torch_internals.frames import source_text
 
 pytestmark = pytest.mark.quick
 CONFIG = lorafx.LoraConfig(max_rank=2, target_modules="all-linear")
@@ -41,7 +41,7 @@ def test_what_is_called_almost_as_a_mark_is_no_part_of_it() -> None:
             sizes = AttrSource(place, "sizes")
             guards += [guard_on(place, mark), guard_on(active, True), guard_on(sizes, mark.sizes)]
         guards.append(guard_on(AttrSource(self, "hook_scale"), torch.tensor(2.0)))
-        kept = keep_guards(module, guards)
+        kept = keep_guards(guards)
     finally:
         for each in models:
             lorafx.detach(each)

@@ -35,11 +35,22 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from torch._library import triton as triton_library
 from torch.library import triton_op
-from triton.runtime import _allocation, interpreter
 
 from lorafx.errors import LoweringError
+from lorafx.torch_internals.entries import Required, private_names
+
+ENTRY = Required(
+    use="kernels run in Triton's interpreter on a CPU; operators of generated kernels; scratch",
+    ended_by="an interpreter of Triton's that is right for bfloat16 and needs no variable of the "
+    "environment; torch.library.triton_op that is told its kernels",
+    refused='lowering="triton"',
+)
+
+with private_names():
+    from torch._library import triton as triton_library
+    from torch._library.triton import is_wrap_triton_enabled
+    from triton.runtime import _allocation, interpreter
 
 # The interpreter patches triton.language and keeps the current program in a global.
 _LOCK = threading.RLock()
@@ -210,3 +221,8 @@ def generated_triton_op(
                 library.get_inner_triton_kernels = search
 
     return registered
+
+
+def launches_directly() -> bool:
+    """Whether `wrap_triton` hands out the kernel itself, because nothing is being traced."""
+    return not is_wrap_triton_enabled()

@@ -7,24 +7,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import CodeType
 from typing import Any, NoReturn
 
 import torch
-import torch._dynamo
 from torch import Tensor, fx
-from torch._dynamo import symbolic_convert
-from torch._dynamo.source import LocalSource
-from torch._functorch._aot_autograd.schemas import OutputType
-from torch._guards import GuardsSet, TracingContext
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._ordered_set import OrderedSet
+
+from lorafx.torch_internals.entries import Required, private_names
+
+ENTRY = Required(
+    use="the backend asks about the frame that is being captured: its locals, its guards, why "
+    "its graph ends, what each input is",
+    ended_by="arguments of a Dynamo backend that say so",
+)
+
+with private_names():
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+    from torch._dynamo.guards import GuardBuilder
+    from torch._dynamo.source import LocalSource
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+    from torch._dynamo.utils import get_metrics_context
+    from torch._functorch._aot_autograd.schemas import OutputType
+    from torch._guards import Guard, GuardsSet, Source, TracingContext, tracing
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    from torch.utils._ordered_set import OrderedSet
 
 
 def _translator() -> Any:
     """Dynamo's translator of the function, or of one that is inlined into it."""
-    return symbolic_convert.InstructionTranslator.current_tx()
+    return InstructionTranslator.current_tx()
 
 
 def captured_locals() -> Mapping[str, Any]:
@@ -53,7 +66,7 @@ def ends_in_break() -> bool:
 def failed_guard() -> str:
     """The guard for which the newest earlier graph of the function does not serve the call, in the
     words of Dynamo; where its metrics do not have it, how to see it."""
-    known = getattr(torch._dynamo.utils.get_metrics_context(), "_metrics", {})
+    known = getattr(get_metrics_context(), "_metrics", {})
     text = str(known.get("recompile_reason") or "").partition("\n")[0].partition("  #")[0]
     guard = text.partition(": ")[2].strip()  # behind the number of the graph
     return f"the guard {guard} failed" if guard else 'TORCH_LOGS="recompiles" prints the guard'
@@ -66,7 +79,7 @@ def capture_again(reason: str) -> NoReturn:
     says nothing about the next one, which sees other modules.
     """
     _translator().speculation_log.clear()
-    raise torch._dynamo.exc.TensorifyScalarRestartAnalysis(restart_reason=reason)
+    raise TensorifyScalarRestartAnalysis(restart_reason=reason)
 
 
 def source_name(node: fx.Node) -> str:
@@ -131,24 +144,31 @@ def named_by_dynamo(name: str) -> Any:
         return None
 
 
-def source_text(place: torch._guards.Source | torch._guards.Guard) -> str:
+def source_text(place: Source | Guard) -> str:
     """A place, or that of a guard, as Dynamo writes it."""
     name: Any = place.name
     return str(name() if callable(name) else name)  # a method before torch 2.12
 
 
-def frame_guards() -> list[torch._guards.Guard]:
+def absent_attribute(guard: Guard) -> str | None:
+    """The attribute that this guard says is not in the dictionary of its object."""
+    made: Any = guard.create_fn
+    absent = isinstance(made, partial) and made.func is GuardBuilder.NOT_PRESENT_IN_GENERIC_DICT
+    return made.keywords.get("attr") if absent else None
+
+
+def frame_guards() -> list[Guard]:
     """What the frame that is being captured is guarded on so far."""
     context = TracingContext.try_get()
     return [] if context is None else list(context.guards_context.dynamo_guards)
 
 
-def keep_frame_guards(kept: Sequence[torch._guards.Guard]) -> None:
+def keep_frame_guards(kept: Sequence[Guard]) -> None:
     """Have Dynamo make these guards and those that it is yet to find."""
     TracingContext.get().guards_context.dynamo_guards = GuardsSet(OrderedSet(kept))
 
 
-def guard_local(name: str, make: Callable[[Any, torch._guards.Guard], None]) -> None:
+def guard_local(name: str, make: Callable[[Any, Guard], None]) -> None:
     """Have Dynamo guard something more of the local variable `name`: it calls `make` with its
     builder of guards."""
     guard = LocalSource(name).make_guard(make)
@@ -168,5 +188,5 @@ def inputs_given_back() -> set[int]:
 def outside_of_frames() -> Iterator[None]:
     """Inside, AOTAutograd and Inductor, which ask what is being captured, find a context without a
     frame: they put together what was compiled before."""
-    with torch._guards.tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv()))):
+    with tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv()))):
         yield

@@ -13,9 +13,18 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from torch._dynamo.variables import ConstantVariable, misc
+from lorafx.torch_internals.entries import Required, private_names
+from lorafx.torch_internals.interception import Interception
 
-from lorafx.capture.interception import Interception
+ENTRY = Required(
+    use="a method of a logger that runs once does not break a graph",
+    ended_by="a setting of Dynamo's that calls such methods while it traces; "
+    "torch.compiler.config.ignore_logging_functions drops the message",
+)
+
+with private_names():
+    from torch._dynamo.variables import ConstantVariable
+    from torch._dynamo.variables.misc import LoggingLoggerVariable
 
 
 def _call_method(call: Any, image: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
@@ -35,7 +44,7 @@ def _log(method: Any, args: Any, kwargs: Any) -> bool:
     return method(*(value.as_python_constant() for value in args), **given) is None
 
 
-_METHODS = Interception(misc.LoggingLoggerVariable, "call_method", _call_method)
+_METHODS = Interception(LoggingLoggerVariable, "call_method", _call_method)
 
 #: Inside, this thread converts a frame of ours.
 logged_once = _METHODS.on

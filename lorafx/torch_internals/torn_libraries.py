@@ -13,7 +13,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lorafx.kernels.cpu.torn import is_whole, warn_of
+from lorafx.torch_internals.entries import Required, private_names
+from lorafx.torn import is_whole, warn_of
+
+ENTRY = Required(
+    use="libraries that a killed process left half written are compiled again",
+    ended_by="Inductor, if it renamed a library when it is whole",
+    refused="nothing: torch's own error comes",
+)
+
+with private_names():
+    from torch._inductor import codecache, cpu_vec_isa
+    from torch._inductor.codecache import LOCK_TIMEOUT, get_lock_dir
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    from torch.utils._filelock import FileLock
 
 _MARK = "_lorafx_looks_for_torn_libraries"
 
@@ -21,8 +34,6 @@ _MARK = "_lorafx_looks_for_torn_libraries"
 def look_for_torn() -> None:
     """Have Inductor look at libraries before it loads them, in this process, from now on. What this
     version of torch does in another way is left alone."""
-    from torch._inductor import codecache, cpu_vec_isa
-
     load = vars(codecache.CppCodeCache).get("_load_library")
     if isinstance(load, classmethod) and not hasattr(load.__func__, _MARK):
         codecache.CppCodeCache._load_library = classmethod(_marked(_loading(load.__func__)))  # type: ignore[method-assign,assignment]
@@ -56,17 +67,12 @@ def _loading(load: Callable[..., Any]) -> Callable[..., Any]:
 
 def _remove(library: Path, key: str) -> None:
     """Remove it, unless another process has compiled it meanwhile."""
-    from torch._inductor.codecache import LOCK_TIMEOUT, get_lock_dir
-    from torch.utils._filelock import FileLock
-
     with FileLock(os.path.join(get_lock_dir(), f"{key}.lock"), timeout=LOCK_TIMEOUT):
         _unlink(library)
 
 
 def _unlink(library: Path) -> None:
     """Remove what is not whole, in Inductor's cache; the caller holds its lock."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
     inside = library.resolve().is_relative_to(Path(cache_dir()).resolve())
     if inside and library.exists() and not is_whole(library):
         warn_of(library)

@@ -13,12 +13,26 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
-import torch._dynamo
-import torch._functorch.config
-import torch._inductor.config
-import torch.fx.experimental._config as shape_config
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lorafx.torch_internals.entries import Required, private_names
+from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
+
+ENTRY = Required(
+    use="settings that hold while a graph is captured; sizes that are constants; what is being "
+    "traced",
+    ended_by="the same under torch.compiler.config; a public torch.compiler.is_tracing for this "
+    "thread",
+)
+
+with private_names():
+    from torch import _C
+    from torch._dynamo import config as dynamo_config
+    from torch._dynamo import disable, mark_static
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+    from torch._functorch import config as functorch_config
+    from torch._inductor import config as inductor_config
+    from torch.fx.experimental import _config as shape_config
 
 _COMPILE_ARGUMENTS = inspect.signature(torch.compile).parameters
 
@@ -30,7 +44,7 @@ def untraced(function: _F) -> _F:
     """`function`, which code that users compile calls as it is: Dynamo breaks its graph there, and
     what the function compiles itself is compiled as ever. It costs 0.4 µs a call."""
     reason = "lorafx compiled this model by itself"
-    made: _F = torch._dynamo.disable(function, reason=reason)
+    made: _F = disable(function, reason=reason)
     return made
 
 
@@ -56,9 +70,9 @@ def entry_arguments(recompile_limit: int) -> dict[str, Any]:
 #: - No freezing of weights: they are graph inputs, which adapters and new weights are found by.
 _CAPTURE: tuple[tuple[Any, str, Any], ...] = (
     (shape_config, "use_duck_shape", False),
-    (torch._dynamo.config, "fail_on_recompile_limit_hit", True),
-    (torch._dynamo.config, "specialize_float", True),
-    (torch._inductor.config, "freezing", False),
+    (dynamo_config, "fail_on_recompile_limit_hit", True),
+    (dynamo_config, "specialize_float", True),
+    (inductor_config, "freezing", False),
 )
 
 
@@ -81,11 +95,11 @@ def capture_settings(
     """
     wanted = _CAPTURE
     if "recompile_limit" not in _COMPILE_ARGUMENTS:
-        wanted = (*wanted, (torch._dynamo.config, "recompile_limit", recompile_limit))
+        wanted = (*wanted, (dynamo_config, "recompile_limit", recompile_limit))
     if sizes_by_data:
-        wanted = (*wanted, (torch._dynamo.config, "capture_dynamic_output_shape_ops", True))
+        wanted = (*wanted, (dynamo_config, "capture_dynamic_output_shape_ops", True))
     if symbolic:
-        wanted = (*wanted, (torch._dynamo.config, "fake_tensor_cache_enabled", False))
+        wanted = (*wanted, (dynamo_config, "fake_tensor_cache_enabled", False))
     before = [
         (config, name, own, value)
         for config, name, value in wanted
@@ -104,7 +118,7 @@ def capture_settings(
 def block_settings(recompile_limit: int, *, sizes_by_data: bool = False) -> Iterator[None]:
     """`capture_settings` around calls that users compile themselves; a limit of their own, where
     it is larger, stays."""
-    config = torch._dynamo.config
+    config = dynamo_config
     before = config.recompile_limit
     with capture_settings(recompile_limit, sizes_by_data=sizes_by_data):
         config.recompile_limit = max(before, recompile_limit)
@@ -116,12 +130,12 @@ def block_settings(recompile_limit: int, *, sizes_by_data: bool = False) -> Iter
 
 def traced_anew() -> AbstractContextManager[None]:
     """Inside, AOTAutograd traces each graph, and takes none from torch's cache."""
-    return torch._functorch.config.patch(enable_autograd_cache=False)
+    return functorch_config.patch(enable_autograd_cache=False)
 
 
 def is_recompile_limit(error: BaseException) -> bool:
     """True for the error that Dynamo raises when an entry has as many graphs as it may have."""
-    return isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit)
+    return isinstance(error, FailOnRecompileLimitHit)
 
 
 def mode_settings(mode: str | None) -> dict[str, Any]:
@@ -158,7 +172,7 @@ def mark_fixed_shape(tensor: Tensor, dims: Sequence[int] | None = None) -> None:
     """
     fixed = range(tensor.dim()) if dims is None else dims
     if is_traceable_wrapper_subclass(tensor):
-        torch._dynamo.mark_static(tensor, list(fixed))
+        mark_static(tensor, list(fixed))
         return
     # mark_static does so where nothing compiles, and another thing while any thread does.
     found: Any = tensor
@@ -172,15 +186,6 @@ def size_hint(size: int | torch.SymInt) -> int | None:
         return size
     node: Any = size.node
     return int(node.hint) if node.has_hint() else None
-
-
-def can_save_graphs() -> bool:
-    """Whether what AOTAutograd puts around a graph can be kept for another process; from torch
-    2.13 on."""
-    from torch._functorch._aot_autograd import graph_compile
-    from torch._functorch._aot_autograd.schemas import AOTConfig
-
-    return hasattr(graph_compile, "_cache_inference_info") and hasattr(AOTConfig, "to_cacheable")
 
 
 _MHA_LOCK = threading.Lock()
@@ -207,68 +212,16 @@ def no_mha_fast_path() -> Iterator[None]:
                 torch.backends.mha.set_fastpath_enabled(_MHA_BLOCKS.pop("before"))
 
 
-def launches_directly() -> bool:
-    """Whether `wrap_triton` hands out the kernel itself, because nothing is being traced."""
-    from torch._library.triton import is_wrap_triton_enabled
-
-    return not is_wrap_triton_enabled()
-
-
-def launch_dependents_early() -> None:
-    """Have Inductor launch kernels that wait for the one before them while that one still runs.
-
-    Inductor has an option of its own for this, but for the kernels that it writes, not for those
-    that it is given. Without the attribute such kernels are right, and start later.
-    """
-    from torch._inductor.codegen.wrapper import PythonWrapperCodegen
-
-    original = PythonWrapperCodegen.define_kernel
-    if getattr(original, "_lorafx", False):
-        return
-
-    def define_kernel(self: Any, name: str, body: str, *rest: Any, **named: Any) -> Any:
-        if "griddepcontrol.wait" in body:
-            body = body.replace("triton_meta={", "triton_meta={'launch_pdl': True, ", 1)
-        return original(self, name, body, *rest, **named)
-
-    define_kernel._lorafx = True  # type: ignore[attr-defined]
-    setattr(PythonWrapperCodegen, "define_kernel", define_kernel)  # noqa: B010  a method for mypy
-
-
-def scratch_for_each_program() -> None:
-    """Have Inductor's C++ code give each program of a kernel the memory for its descriptors.
-
-    torch 2.13 does. Before, ahead-of-time packages gave that of one program to all of a grid, which
-    then wrote behind it.
-    """
-    from torch._inductor.codegen.cuda.device_op_overrides import CUDADeviceOpOverrides
-
-    original = CUDADeviceOpOverrides.cpp_scratch
-
-    def cpp_scratch(self: Any, idx: int, workspace: Any, prefix: str | None = None) -> Any:
-        found = original(self, idx, workspace, prefix)
-        if found is None or not workspace.size or "grid_0" in found[0][0]:
-            return found
-        first = f"{{static_cast<int64_t>({workspace.size}) * grid_0 * grid_1 * grid_2}}"
-        lines = [found[0][0].replace(f"{{{workspace.size}}}", first), *found[0][1:]]
-        assert lines[0] != found[0][0], "Inductor's scratch memory is written in another way"
-        return lines, found[1]
-
-    if not getattr(original, "_lorafx", False):
-        cpp_scratch._lorafx = True  # type: ignore[attr-defined]
-        setattr(CUDADeviceOpOverrides, "cpp_scratch", cpp_scratch)  # noqa: B010  for mypy
-
-
 def transform() -> str | None:
     """What has put something else in the place of tensors, so that their numbers cannot be read or
     written; None where nothing has. 0.2 µs."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if _C._functorch.peek_interpreter_stack() is not None:
         return "torch.func (vmap, grad, functionalize)"
-    if torch._C._get_tracing_state() is not None:
+    if _C._get_tracing_state() is not None:
         return "torch.jit.trace"
-    kinds = torch._C._TorchDispatchModeKey
-    if torch._C._len_torch_dispatch_stack() and any(
-        torch._C._get_dispatch_mode(kind) is not None
+    kinds = _C._TorchDispatchModeKey
+    if _C._len_torch_dispatch_stack() and any(
+        _C._get_dispatch_mode(kind) is not None
         for kind in (kinds.FAKE, kinds.PROXY, kinds.FUNCTIONAL)
     ):
         return "torch.export, make_fx or a FakeTensorMode"

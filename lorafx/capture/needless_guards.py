@@ -1,0 +1,154 @@
+"""Dynamo's guards that lorafx does without, in frames that are the same model's in every call.
+
+Dynamo guards everything that it read: of each mark some thirty things, and a dozen of each hook's
+module, 3.5 µs a call and site. Frames that several layers may share (parts of a model that breaks
+into several graphs) keep every guard: there the marks tell the layers apart. Dropped are guards
+
+- on marks. A mark never changes once it is attached. Kept is one guard of all: whether any adapter
+  is active, for each model, where several share modules;
+- on what torch.nn notes of a marked module's hooks: a mark takes keyword arguments, is not always
+  called, and is the only hook with its number; hooks of other kinds are seen by the watch that
+  comes around its forward (lorafx.model.hook_watch). The module has no `__call__` of its own: where
+  it has no hook, nobody asks. Where the mark is gone, `match` finds the weight without it, and the
+  graph is the same;
+- on what transformers notes of each class of models, once, when the first of it is made: a model of
+  another class would have every graph captured again.
+
+`lorafx.compile` drops them by the public `guard_filter_fn`. Models that users compile themselves
+take no filter: there the frame's guards are changed (lorafx.torch_compile.mark_guards).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import compress
+from typing import Any
+
+from torch import nn
+
+from lorafx.model.marks import SiteMark
+from lorafx.model.row_marks import RowMark
+from lorafx.torch_internals.compat import recorded_outputs
+from lorafx.torch_internals.frames import absent_attribute, source_text
+
+ACTIVE = ".runtime.active"
+_HOOKS = "._forward_hooks"
+#: What torch.nn notes of hooks by their numbers, which are never given twice.
+_ALWAYS, _ALWAYS_GLOBAL = "._forward_hooks_always_called", "._global_forward_hooks_always_called"
+_WITH_KWARGS = "._forward_hooks_with_kwargs"
+#: Kinds of hooks of which Dynamo guards, since torch 2.14, that a module with another has none.
+_OTHER_HOOKS = ("_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+#: What Dynamo looks for in the dictionary of a module only where the module has hooks.
+_CALLS = ("__call__", "_call_impl", "_compiled_call_impl")
+
+
+class FrameGuards:
+    """The guards of one frame, each of which is kept until something drops it.
+
+    Args:
+        guards: Dynamo's (`torch._guards.Guard`).
+        at: what is at a place that Dynamo names; None where that is not known.
+
+    Attributes:
+        places: what each guard is about, as Dynamo writes it.
+        marks: the marks below `self`, by their places.
+        below: of each guard the place of the mark that it is about, or about something in it.
+    """
+
+    def __init__(self, guards: Sequence[Any], at: Callable[[str], Any]) -> None:
+        self.guards, self._at = guards, at
+        self.places = [source_text(guard) for guard in guards]
+        self._dropped: set[int] = set()
+        hooks = [
+            _hook_above(*pair) if _HOOKS in pair[1] else None
+            for pair in zip(guards, self.places, strict=True)
+        ]
+        found = {name: at(name) for name in dict.fromkeys(hooks) if name}
+        self.marks = {n: v for n, v in found.items() if isinstance(v, (SiteMark, RowMark))}
+        self.below = [name if name in self.marks else None for name in hooks]
+
+    @property
+    def kept(self) -> list[bool]:
+        return [number not in self._dropped for number in range(len(self.guards))]
+
+    def remaining(self) -> list[Any]:
+        return list(compress(self.guards, self.kept))
+
+    def drop_marks(self, names: set[str]) -> None:
+        """All guards on marks at these places."""
+        self._dropped |= {number for number, name in enumerate(self.below) if name in names}
+
+    def drop_marks_but_activity(self) -> None:
+        """All guards on marks but the first of each model that asks whether an adapter is active.
+        Without one of each, which tells the two roads apart, nothing is dropped."""
+        first: dict[int, int] = {}
+        for number, name in enumerate(self.below):
+            if name is not None and self.places[number].endswith(ACTIVE):
+                first.setdefault(id(self.marks[name].runtime), number)
+        if first.keys() == {id(mark.runtime) for mark in self.marks.values()}:
+            self.drop_marks(set(self.marks))
+            self._dropped -= set(first.values())
+
+    def drop_classes(self) -> None:
+        """Guards on what transformers notes of classes of models."""
+        if (registry := recorded_outputs()) is None:
+            return
+        found = [name for name in dict.fromkeys(self.places) if name.startswith("G[")]
+        notes = tuple(name for name in found if self._at(name) is registry)
+        for number, guard in enumerate(self.guards):
+            if notes and self.places[number].startswith("G["):
+                source = guard.originating_source
+                while source is not None and source_text(source) not in notes:
+                    source = getattr(source, "base", None)
+                if source is not None:
+                    self._dropped.add(number)
+
+    def drop_hooks_of_marked(self) -> list[nn.Module]:
+        """Guards on the hooks of modules that have marks and no other hooks: these modules."""
+        marked: dict[str, nn.Module] = {}
+        for place in dict.fromkeys(self.places):
+            module = self._at(place.removesuffix(_HOOKS)) if place.endswith(_HOOKS) else None
+            if isinstance(module, nn.Module) and _only_marks(module._forward_hooks):
+                marked[place.removesuffix(_HOOKS)] = module
+        constant: set[str] = set()
+        for name, module in marked.items():
+            known = f"{name}{_WITH_KWARGS}"
+            constant |= {
+                name + _ALWAYS,
+                name + _HOOKS,
+                known,
+                f"{known}[list(dict.keys({known}))[0]]",
+            }
+            constant |= {f"{name}.{kind}" for kind in _OTHER_HOOKS if not getattr(module, kind)}
+        for number, (guard, place) in enumerate(zip(self.guards, self.places, strict=True)):
+            of_hooks = place in constant or (bool(marked) and place.endswith(_ALWAYS_GLOBAL))
+            if of_hooks or (place in marked and absent_attribute(guard) in _CALLS):
+                self._dropped.add(number)
+        return list(marked.values())
+
+
+def keep_guards(entries: Sequence[Any]) -> list[bool]:
+    """Which guards of a frame of an entry's own code are checked before each call; a filter for
+    Dynamo (`guard_filter_fn`), which gives its `GuardFilterEntry`s."""
+    guards = [entry.orig_guard for entry in entries]
+    values = {source_text(entry.orig_guard): entry.value for entry in entries}
+    found = FrameGuards(guards, values.get)
+    found.drop_marks_but_activity()
+    found.drop_classes()
+    found.drop_hooks_of_marked()
+    return found.kept
+
+
+def _only_marks(hooks: Any) -> bool:
+    return bool(hooks) and all(isinstance(hook, (SiteMark, RowMark)) for hook in hooks.values())
+
+
+def _hook_above(guard: Any, place: str) -> str | None:
+    """Where the hook below `self` is that this guard is about."""
+    source = guard.originating_source
+    while (base := getattr(source, "base", None)) is not None:
+        if source_text(base).endswith(_HOOKS):
+            name = source_text(source)
+            return name if name.startswith("L['self']") else None
+        source = base
+    return None

@@ -1,0 +1,13 @@
+"""The only folder that touches private parts of torch, triton, transformers and peft.
+
+    versions     which versions were tested, and which are refused
+    entries      what each module here needs, as a table; errors for names that are missing
+    shortcuts    what saves time by private ground, and may be off
+    the rest     a subject each: its names, and what is patched there
+
+docs/torch_internals.md is the table. Nothing outside imports or patches private modules.
+"""
+
+from lorafx.torch_internals.versions import check
+
+check()

@@ -1,0 +1,128 @@
+"""What lorafx needs of private parts of other packages: required parts, and shortcuts.
+
+Each module of this folder has an `ENTRY`, one row of the table in docs/torch_internals.md. Which
+private names it uses is read from its source.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lorafx.errors import UnsupportedVersionError
+from lorafx.torch_internals import versions
+
+FOLDER = Path(__file__).parent
+_PACKAGES = ("torch", "triton", "transformers", "peft")
+#: Modules that promise nothing, though no underscore says so.
+_PRIVATE = ("torch.fx.experimental", "triton.runtime", "triton.compiler", "triton.backends")
+
+
+@dataclass(frozen=True)
+class Required:
+    """Private ground without which lorafx, or a part of it, cannot work.
+
+    Attributes:
+        use: what it is used for.
+        ended_by: the public interface that would make it superfluous.
+        refused: what is refused where a name is missing.
+    """
+
+    use: str
+    ended_by: str
+    refused: str = "everything that compiles"
+
+
+@contextmanager
+def private_names() -> Iterator[None]:
+    """Around imports of private names: a missing one is an UnsupportedVersionError."""
+    try:
+        yield
+    except (ImportError, AttributeError) as error:
+        raise UnsupportedVersionError(f"{error}; {versions.way_out()}") from error
+
+
+def is_private(name: str) -> bool:
+    """Whether a dotted name of one of the packages promises nothing."""
+    first, *rest = name.split(".")
+    if first not in _PACKAGES:
+        return False
+    hidden = any(part.startswith("_") and not part.startswith("__") for part in rest)
+    return hidden or any(f"{name}.".startswith(f"{module}.") for module in _PRIVATE)
+
+
+def names_in(source: str) -> set[str]:
+    """The private names that a module's source imports or reaches by attributes of what it imports.
+    What this folder hands out counts under the name that it has there."""
+    tree = ast.parse(source)
+    meant: dict[str, str] = {}
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for item in node.names:
+                meant[item.asname or item.name.partition(".")[0]] = (
+                    item.name if item.asname else item.name.partition(".")[0]
+                )
+                found.add(item.name)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            for item in node.names:
+                name = f"{node.module}.{item.name}"
+                meant[item.asname or item.name] = name
+                found.add(name)
+
+    def dotted(node: ast.AST) -> str | None:
+        if isinstance(node, ast.Name):
+            return meant.get(node.id)
+        above = dotted(node.value) if isinstance(node, ast.Attribute) else None
+        return f"{above}.{node.attr}" if above and isinstance(node, ast.Attribute) else None
+
+    inner = {node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node not in inner and (whole := dotted(node)):
+            found.add(whole)
+    return {name for name in found if is_private(name)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One module of this folder: its entry, and the private names that it uses."""
+
+    module: str
+    entry: Required
+    names: tuple[str, ...]
+
+
+@cache
+def table() -> tuple[Row, ...]:
+    """All of this folder, read from the sources: importing what is missing would fail."""
+    rows = []
+    for path in sorted(FOLDER.glob("*.py")):
+        source = path.read_text()
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ENTRY":
+                call: Any = node.value
+                said = {item.arg: ast.literal_eval(item.value) for item in call.keywords}
+                rows.append(Row(path.stem, Required(**said), tuple(sorted(names_in(source)))))
+    return tuple(rows)
+
+
+def missing(name: str) -> bool:
+    """Whether the installed packages have no such name."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            value: Any = importlib.import_module(".".join(parts[:end]))
+        except ImportError:
+            continue
+        for part in parts[end:]:
+            if not hasattr(value, part):
+                return True
+            value = getattr(value, part)
+        return False
+    return True

@@ -1,0 +1,49 @@
+"""Parts of transformers without a public name."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+from lorafx.torch_internals.entries import Required, private_names
+
+ENTRY = Required(
+    use="classes of models by their configuration; what the continuous batching can do; errors "
+    "of streams",
+    ended_by="public names in transformers",
+    refused="lorafx serve; lorafx.serving.continuous; commands that are given a model folder",
+)
+
+
+def stream_error(message: str) -> Any:
+    """What transformers' server puts into a stream whose generation failed."""
+    with private_names():
+        from transformers.cli.serving.utils import _StreamError
+
+    return _StreamError(message)
+
+
+def causal_model_class(config: Any) -> type:
+    """The class of models that AutoModelForCausalLM makes for this configuration.
+
+    Raises:
+        KeyError: there is none.
+    """
+    import transformers
+
+    with private_names():
+        mapping: Any = transformers.AutoModelForCausalLM._model_mapping
+    found: type = mapping[type(config)]
+    return found
+
+
+def devices_of_async_batching() -> tuple[str, ...]:
+    """Types of devices that transformers overlaps its batches on."""
+    with private_names():
+        from transformers.generation.continuous_batching.input_outputs import (
+            ContinuousBatchingAsyncIOs,
+        )
+
+        return tuple(ContinuousBatchingAsyncIOs._supported_device_types)

@@ -1,0 +1,92 @@
+"""Versions of torch, triton, transformers and peft: which were tested, which are refused.
+
+They are read from what is installed; none of the packages is imported for it.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from importlib import metadata
+
+from lorafx.errors import UnsupportedVersionError
+from lorafx.progress import LOG
+
+#: The versions that were tested, the oldest first; of torch each with the triton of its builds.
+TORCH = {"2.11": "3.6", "2.12": "3.7", "2.13": "3.7", "2.14": "3.8", "2.15": "3.9"}
+TRANSFORMERS = ("5.0", "5.10", "5.23")
+PEFT = ("0.18", "0.21")
+TESTED = {"torch": tuple(TORCH), "transformers": TRANSFORMERS, "peft": PEFT}
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """`2.14.1+cpu` as (2, 14)."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
+@cache
+def installed(package: str) -> str | None:
+    """The version of an installed package; None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def torch_minor() -> str:
+    """`2.14` of the installed torch."""
+    return ".".join(map(str, numbers(installed("torch") or "")))
+
+
+def way_out() -> str:
+    """A sentence for errors whose cause may be torch's version."""
+    known = TESTED["torch"]
+    return (
+        f"this is torch {installed('torch')}, and lorafx was tested with {known[0]} to "
+        f'{known[-1]}: install one of those (pip install "torch=={known[-2]}.*"), or a newer lorafx'
+    )
+
+
+def triton_of_torch() -> str | None:
+    """The version of triton that the installed torch was built with; None where that is not
+    known."""
+    for line in metadata.requires("torch") or ():
+        if found := re.match(r"triton\s*==\s*([\d.]+)", line):
+            return found[1]
+    return TORCH.get(torch_minor())
+
+
+@cache
+def check() -> None:
+    """What is installed is old enough, and new enough. Of a version that is newer than those that
+    were tested a line in the log says so.
+
+    Raises:
+        UnsupportedVersionError: a package is older than the oldest that lorafx runs on, or triton
+            is not that of torch; torch is not installed.
+    """
+    if installed("torch") is None:
+        raise UnsupportedVersionError(
+            f'lorafx needs torch: pip install "torch=={TESTED["torch"][-2]}.*"'
+        )
+    for package, known in TESTED.items():
+        version = installed(package)
+        if version is None:
+            continue
+        if numbers(version) < numbers(known[0]):
+            raise UnsupportedVersionError(
+                f"lorafx needs {package} {known[0]} or later, and this is {package} {version}: "
+                f'pip install "{package}>={known[0]}"'
+            )
+        if package == "torch" and numbers(version) > numbers(known[-1]):
+            LOG.warning(
+                "torch %s is untested: lorafx was tested with %s to %s. What leans on its insides "
+                "is left out, so compiling may take longer; `lorafx doctor` shows what works",
+                *(version, known[0], known[-1]),
+            )
+    own, wanted = installed("triton"), triton_of_torch()
+    if own is not None and wanted is not None and numbers(own) != numbers(wanted):
+        raise UnsupportedVersionError(
+            f"torch {installed('torch')} was built with triton {wanted}, and this is triton {own}: "
+            f'pip install "triton=={".".join(map(str, numbers(wanted)))}.*"'
+        )
