@@ -172,7 +172,7 @@ def start(
         options = {
             "passes": {"outline": outlined},
             "lowering": lowering,
-            "stamps": stamps,
+            "shortcuts": "proved" if stamps else "off",
             **more_options,
         }
         cm = lorafx.compile(model, {"a": folder}, dynamic=dynamic, options=options)

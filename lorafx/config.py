@@ -182,9 +182,10 @@ class Options:
             all slots, which "concat_apart" then need not copy them for. A parameter stays the
             object that it was, but its rows have gaps between them (docs/kernels.md). Not measured
             on a GPU.
-        stamps: AOTAutograd traces one of several equal layers, and the others are copies of what it
-            finds (lorafx.capture.stamps). The graph is the same; a deep model's first call is
-            shorter.
+        shortcuts: what saves time by private parts of torch and changes no answer: "proved" is all
+            that are proved on the installed torch, or what the variable LORAFX_SHORTCUTS names in
+            their place; "off" is none; a list of names is these alone, proved or not
+            (docs/torch_internals.md).
         cache: a folder where graphs are saved, so that the next process that compiles the same
             model need not trace it; True for one beside the compiled kernels
             (docs/saved_graphs.md). Loading a graph runs code from the folder, so it has to be one
@@ -218,7 +219,7 @@ class Options:
     recompile_limit: int = 64
     strict: bool = False
     weight_room: bool = False
-    stamps: bool = True
+    shortcuts: Literal["proved", "off"] | Sequence[str] = "proved"
     cache: str | bool | None = None
     overflow: Overflow = "refuse"
     base_products: bool = False
@@ -259,6 +260,10 @@ class Options:
                     f"got {getattr(self, name)!r}",
                     settings=(setting,),
                 )
+        if self.shortcuts != "proved":
+            from lorafx.torch_internals.shortcuts import checked
+
+            checked(self.shortcuts, "Options.shortcuts")
         if self.cache:
             _check_graphs_can_be_saved()
         allowed = tuple(dict.fromkeys(itertools.chain(*STRATEGIES.values())))

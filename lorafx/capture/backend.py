@@ -39,7 +39,7 @@ from lorafx.capture.lowering import Lowering, lowering_for
 from lorafx.capture.needless_guards import keep_guards
 from lorafx.capture.parts import Captured, Parts, foreign_operators, noted
 from lorafx.capture.record import GraphRecord
-from lorafx.capture.stamps import Folded, fold, unfold
+from lorafx.capture.stamps import Folded, fold, refused_by_stamps, unfold
 from lorafx.capture.told import form_of, note_tracing, reason, shown, tell, tell_instance, timed
 from lorafx.capture.verify import NumericCheck
 from lorafx.graph.context import Context
@@ -49,7 +49,6 @@ from lorafx.passes.write_in_place import writes_in_place
 from lorafx.program.frame import ONE_SLOT, SLOTS, Frame
 from lorafx.program.program import Program
 from lorafx.program.stack import called_directly
-from lorafx.progress import LOG
 from lorafx.torch_internals.aot_autograd import aot_autograd
 from lorafx.torch_internals.frames import (
     duck_shaped,
@@ -57,6 +56,7 @@ from lorafx.torch_internals.frames import (
     guarded_attributes,
     named_by_dynamo,
 )
+from lorafx.torch_internals.shortcuts import chosen, gave_up
 from lorafx.viewer.page import Page
 from lorafx.viewer.stages import Span
 
@@ -102,6 +102,7 @@ class Backend:
         #: The viewer's page, where graphs are dumped as they come.
         self.page: Page | None = None
         self.lowering: Lowering = lowering_for(program.options)
+        self.shortcuts = chosen(program.options.shortcuts)
         #: Gives what is told of each pass over a graph; None where nobody wants to know.
         self.keeper: Callable[[Context], AfterPass] | None = None
         #: The frame that is being captured is the program's own, in every call.
@@ -232,7 +233,7 @@ class Backend:
     def drop_guards(self, bound: BoundInputs | None) -> None:
         """Dynamo has not made its guards yet of a frame that is this program's in every call.
         `bound`: the inputs that its graph does not load."""
-        self._own = True
+        self._own = "needless_guards" in self.shortcuts
 
     def keep_guards(self, guards: Sequence[Any]) -> Sequence[bool]:
         """Which guards of the graph that was compiled just now are checked before each call, for
@@ -246,7 +247,7 @@ class Backend:
         """The executable of calls with adapters."""
         record = compilation.record
         compiler = _FrameCompiler(self, compilation)
-        compiler.folded = fold(gm) if self.program.options.stamps else None
+        compiler.folded = fold(gm) if "stamps" in self.shortcuts else None
         trace = aot_autograd(
             fw_compiler=compiler,
             inference_compiler=compiler,
@@ -259,11 +260,11 @@ class Backend:
             try:
                 executable = trace(gm, examples)
             except Exception as error:
-                if compiler.folded is None:
+                reason = refused_by_stamps(error)
+                if compiler.folded is None or reason is None:
                     raise
-                # It failed on the folded graph, before anything was changed: the unfolded graph
-                # either compiles, or raises what is the model's own fault.
-                LOG.info("%s: every layer is traced, since stamps gave up: %r", record.title, error)
+                # Before anything was changed: the unfolded graph is what it always was.
+                gave_up("stamps", f"{record.title}: {reason}")
                 compiler.folded.restore()
                 compiler.folded = None
                 executable = trace(gm, examples)

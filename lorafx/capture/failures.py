@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from lorafx.errors import CaptureError, LorafxError, LoweringError
 from lorafx.pass_order import GraphPass, way_around
 from lorafx.torch_internals.dynamo import ObservedException, TorchDynamoException, TorchRuntimeError
+from lorafx.torch_internals.versions import installed
 
 _NOTE = "_lorafx_failed_in"
 _KEEP_OUT = "use torch.compiler.disable on the functions that cannot be traced"
@@ -61,7 +62,7 @@ def in_lowering(name: str) -> AbstractContextManager[None]:
 
 def own_error(raised: BaseException) -> LorafxError | None:
     """The error of lorafx that Dynamo or Inductor has put one of theirs around."""
-    return next((item for item in _chain(raised)[1:] if isinstance(item, LorafxError)), None)
+    return next((item for item in chain(raised)[1:] if isinstance(item, LorafxError)), None)
 
 
 def explained(raised: BaseException, model: str, base: str = "") -> LorafxError | None:
@@ -70,20 +71,20 @@ def explained(raised: BaseException, model: str, base: str = "") -> LorafxError 
 
     `base` is a sentence that says what becomes of calls without an adapter.
     """
-    chain = _chain(raised)
-    place = next((getattr(item, _NOTE) for item in chain if hasattr(item, _NOTE)), None)
+    errors = chain(raised)
+    place = next((getattr(item, _NOTE) for item in errors if hasattr(item, _NOTE)), None)
     if place is None and not _is_of_dynamo(raised):
         return None
     place = place or _Place("Dynamo", CaptureError, _KEEP_OUT)
-    text = " ".join(str(chain[-1]).split())
+    text = " ".join(str(errors[-1]).split())
     shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
     return place.error(
-        f"{place.what} failed on a graph of {model}: {type(chain[-1]).__name__}: {shown}. To serve "
-        f"it nevertheless, {place.way_out}. {base}".rstrip()
+        f"{place.what} failed on a graph of {model}: {type(errors[-1]).__name__}: {shown} (torch "
+        f"{installed('torch')}). To serve it nevertheless, {place.way_out}. {base}".rstrip()
     )
 
 
-def _chain(raised: BaseException) -> list[BaseException]:
+def chain(raised: BaseException) -> list[BaseException]:
     """The error, and the errors that Dynamo and Inductor have put theirs around."""
     found = [raised]
     while isinstance(inner := getattr(found[-1], "inner_exception", None), BaseException):

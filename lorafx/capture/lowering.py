@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, cast
@@ -18,7 +17,14 @@ import torch
 from torch import Tensor, fx
 
 from lorafx.capture.added_lengths import add_lengths
-from lorafx.capture.stamps import STAMP, Folded, NotUnfolded, fold, unfold
+from lorafx.capture.stamps import (
+    STAMP,
+    Folded,
+    NotUnfolded,
+    fold,
+    refused_by_stamps,
+    unfold,
+)
 from lorafx.capture.written_back import write_back
 from lorafx.config import Options
 from lorafx.errors import LorafxWarning, LoweringError
@@ -29,6 +35,7 @@ from lorafx.passes.outline.regions import bodies, is_view
 from lorafx.passes.products import replace_products
 from lorafx.program.frame import fake_value
 from lorafx.torch_internals.compat import mode_settings
+from lorafx.torch_internals.shortcuts import chosen, gave_up
 
 aten = torch.ops.aten
 
@@ -82,13 +89,13 @@ _NO_HARNESS = {"benchmark_harness": False}
 class InductorLowering:
     """Inductor. The rewritten graph is what its caches hash, so a changed pass cannot be stale.
 
-    `patches` are Inductor's settings that a `mode` of torch.compile stands for. `stamps`: graphs of
-    the base, too, are traced one of several equal layers at a time. `products`: they, too, multiply
-    few rows by generated code.
+    `patches` are Inductor's settings that a `mode` of torch.compile stands for. `shortcuts`:
+    names of those that are on; stamps are for graphs of the base, too. `products`: they, too,
+    multiply few rows by generated code.
     """
 
     patches: Mapping[str, Any] = field(default_factory=dict)
-    stamps: bool = False
+    shortcuts: frozenset[str] = frozenset()
     products: bool = False
 
     def decompositions(self) -> dict[Any, Callable[..., Any]]:
@@ -107,7 +114,8 @@ class InductorLowering:
         from lorafx.torch_internals.torn_libraries import look_for_torn
 
         look_for_torn()
-        write_back(gm)
+        if "written_back" in self.shortcuts:
+            write_back(gm)
         add_lengths(gm)
         with inductor_config.patch({**self.patches, **_IN_ORDER, **_NO_HARNESS}):
             # What compile_fx does for inference before its inner compile.
@@ -136,12 +144,17 @@ class InductorLowering:
             patches["post_grad_custom_pre_pass"] = _generated_products()
         # What stands for a layer has no gradient, and no pass but Inductor's own may see it.
         untouched = inductor_config.joint_custom_pre_pass is None
-        if self.stamps and untouched and not torch.is_grad_enabled():
+        if "stamps" in self.shortcuts and untouched and not torch.is_grad_enabled():
             folded = fold(gm)
             if folded is not None:
-                with suppress(Exception):  # without stamps it is as it always was
+                try:
                     return _stamped(gm, examples, patches, folded)
-                folded.restore()
+                except Exception as error:
+                    reason = refused_by_stamps(error)
+                    if reason is None:
+                        raise
+                    gave_up("stamps", reason)
+                    folded.restore()
         # A compiled backward, made later, keeps the settings too.
         compiled = compile_fx(gm, list(examples), config_patches=patches)
         return cast("Callable[..., Any]", compiled)
@@ -272,5 +285,7 @@ def lowering_for(options: Options, patches: Mapping[str, Any] | None = None) -> 
         return ReferenceLowering()
     products_of_base = options.base_products and options.lowering == "inductor"
     return InductorLowering(
-        {**mode_settings(options.mode), **(patches or {})}, options.stamps, products_of_base
+        {**mode_settings(options.mode), **(patches or {})},
+        chosen(options.shortcuts),
+        products_of_base,
     )

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from lorafx.capture.failures import chain
 from lorafx.capture.stamp_layers import (
     Effects,
     Layer,
@@ -55,6 +56,13 @@ LEAST = 8
 
 class NotUnfolded(CaptureError):
     """The traced graph is not one that stamps can be taken out of; it is traced without any."""
+
+
+def refused_by_stamps(error: BaseException) -> str | None:
+    """Why stamps could not be taken out of the graph that failed so; None where it failed for
+    another reason. Compilers put errors of theirs around ours."""
+    found = next((item for item in chain(error) if isinstance(item, NotUnfolded)), None)
+    return None if found is None else str(found)
 
 
 @dataclass(frozen=True)

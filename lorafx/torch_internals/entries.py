@@ -112,17 +112,30 @@ def table() -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def missing(name: str) -> bool:
-    """Whether the installed packages have no such name."""
+def found(name: str) -> Any:
+    """What a dotted name stands for in the installed packages.
+
+    Raises:
+        AttributeError, ImportError: nothing.
+    """
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
         try:
             value: Any = importlib.import_module(".".join(parts[:end]))
         except ImportError:
+            if end == 1:
+                raise
             continue
-        for part in parts[end:]:
-            if not hasattr(value, part):
-                return True
-            value = getattr(value, part)
-        return False
-    return True
+        break
+    for part in parts[end:]:
+        value = getattr(value, part)
+    return value
+
+
+def missing(name: str) -> bool:
+    """Whether the installed packages have no such name."""
+    try:
+        found(name)
+    except (AttributeError, ImportError):
+        return True
+    return False

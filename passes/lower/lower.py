@@ -48,6 +48,7 @@ from lorafx.passes.match.match_experts import ALIKE
 from lorafx.passes.plan.prologues import DEFERRED, PROLOGUE, noted
 from lorafx.passes.plan.specs import cpu_spec, delta_spec
 from lorafx.program.frame import fake_value
+from lorafx.torch_internals.shortcuts import chosen
 from lorafx.torch_internals.symbols import guard_or_false, guard_or_true
 
 aten = torch.ops.aten
@@ -90,7 +91,8 @@ class Lower:
         for node in nodes:
             ctx.states[lowered[node]] = ctx.states.pop(node)
         if ctx.kernels and any(fake_value(node).device.type != "cpu" for node in ctx.states):
-            for old, new in inline_triton_ops(gm, TRITON_OPS).items():
+            early = "early_launches" in chosen(ctx.program.options.shortcuts)
+            for old, new in inline_triton_ops(gm, TRITON_OPS, early=early).items():
                 if old in ctx.states:
                     ctx.states[new] = ctx.states.pop(old)
         return len(nodes)

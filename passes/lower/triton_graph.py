@@ -41,12 +41,16 @@ EMPTY = torch.ops.aten.empty.memory_format
 KERNEL_CALL = torch.ops.higher_order.triton_kernel_wrapper_functional
 
 
-def inline_triton_ops(gm: fx.GraphModule, ops: Collection[OpOverload]) -> dict[fx.Node, fx.Node]:
+def inline_triton_ops(
+    gm: fx.GraphModule, ops: Collection[OpOverload], *, early: bool = False
+) -> dict[fx.Node, fx.Node]:
     """Replace every call of `ops`, plain or in `auto_functionalized`, by the op's own body.
 
     Args:
         gm: a functional graph whose nodes carry fake tensors in `meta["val"]`; changed in place.
         ops: overloads made by `torch.library.triton_op`.
+        early: whether kernels that wait for the one before them may launch while that still runs
+            (the shortcut `early_launches`).
 
     Returns:
         The nodes that now hold what nodes of the graph held before: results, and what was written.
@@ -54,7 +58,8 @@ def inline_triton_ops(gm: fx.GraphModule, ops: Collection[OpOverload]) -> dict[f
     Raises:
         LoweringError: a body does not trace.
     """
-    launch_dependents_early()
+    if early:
+        launch_dependents_early()
     scratch_for_each_program()
     bodies: dict[object, fx.GraphModule] = {}
     shared: dict[object, fx.Node] = {}

@@ -9,7 +9,7 @@ import torch
 from dense_merge import REFERENCE
 from torch import nn
 from torch._dynamo.guards import GuardBuilder
-from torch._dynamo.source import AttrSource, LocalSource
+from torch._dynamo.source import AttrSource, GetItemSource, LocalSource
 from torch._dynamo.types import GuardFilterEntry
 from torch._guards import Source
 
@@ -35,12 +35,12 @@ def test_what_is_called_almost_as_a_mark_is_no_part_of_it() -> None:
         (first,), (second,) = map(marks_of, models)
         self = LocalSource("self")
         guards = [guard_on(self, module)]
-        for name, mark in (("hook", first), ("hooked", second)):
-            place = AttrSource(self, name)
+        for number, mark in ((1, first), (12, second)):
+            place = GetItemSource(AttrSource(self, "_forward_hooks"), number)
             active = AttrSource(AttrSource(place, "runtime"), "active")
             sizes = AttrSource(place, "sizes")
             guards += [guard_on(place, mark), guard_on(active, True), guard_on(sizes, mark.sizes)]
-        guards.append(guard_on(AttrSource(self, "hook_scale"), torch.tensor(2.0)))
+        guards.append(guard_on(AttrSource(self, "_forward_hooks_1"), torch.tensor(2.0)))
         kept = keep_guards(guards)
     finally:
         for each in models:

@@ -91,7 +91,10 @@ def options(seen: Seen, stamps: bool) -> dict[str, Any]:
         seen.forms.append((whole.form, places, returned))
         return 0
 
-    return {"stamps": stamps, "passes": {"look": lorafx.After("captured", look)}}
+    return {
+        "shortcuts": ["stamps"] if stamps else [],
+        "passes": {"look": lorafx.After("captured", look)},
+    }
 
 
 def case_of(base: nn.Module, folder: Path) -> Case:
@@ -358,7 +361,7 @@ def test_layers_under_different_settings_are_traced(tmp_path: Path, seen: Seen) 
 
 def test_new_adapters_and_sizes_need_no_new_graph(tmp_path: Path, seen: Seen) -> None:
     case = stack(tmp_path)
-    cm: Any = case.compile({"stamps": True})
+    cm: Any = case.compile({"shortcuts": ["stamps"]})
     for names, length in ((NAMES, 5), (["a1", "a0", None, "a1"], 7), ([None, "a0"], 3)):
         check_mixed(cm, case, names, {"x": torch.randn(len(names), length, H)})
     assert seen.layers == [[LAYERS - 1]]  # the first one's sizes are arguments, not of results
@@ -367,7 +370,7 @@ def test_new_adapters_and_sizes_need_no_new_graph(tmp_path: Path, seen: Seen) ->
 
 def test_what_dynamo_guards_of_each_layer_is_still_guarded(tmp_path: Path, seen: Seen) -> None:
     case = stack(tmp_path)
-    cm: Any = case.compile({"stamps": True}, dynamic=False)
+    cm: Any = case.compile({"shortcuts": ["stamps"]}, dynamic=False)
     inputs = {"x": torch.randn(3, 5, H)}
     before = cm(**inputs, adapter_names=NAMES)["logits"]
     cm.model.layers[2].scale = 3.0

@@ -1,0 +1,157 @@
+"""Shortcuts: what saves time by private ground, changes no answer, and may be off.
+
+Each is on where torch is a version that was tested, and where the private functions that it leans
+on have a source that was read, which their fingerprints say. Elsewhere it is off, which a line at
+level INFO says once, and `lorafx.explain` and `lorafx doctor` too. `Options.shortcuts`, or the
+variable LORAFX_SHORTCUTS, chooses others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+
+from lorafx.errors import ConfigError, nearest
+from lorafx.progress import LOG
+from lorafx.torch_internals import versions
+from lorafx.torch_internals.entries import found
+
+VARIABLE = "LORAFX_SHORTCUTS"
+
+
+@dataclass(frozen=True)
+class Shortcut:
+    """One shortcut.
+
+    Attributes:
+        replaces: what is done without it.
+        gains: what it saves, as measured (docs/compile_time.md, docs/performance.md).
+        reads: private names that it leans on, each with the fingerprints of the sources that were
+            read: their first eight hexadecimal digits of SHA-256.
+    """
+
+    name: str
+    replaces: str
+    gains: str
+    reads: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @cached_property
+    def fault(self) -> str | None:
+        """Why it is not proved on the installed torch; None where it is."""
+        if versions.torch_minor() not in versions.TORCH:
+            return f"torch {versions.installed('torch')} is untested"
+        for name, known in self.reads.items():
+            if fingerprint(name) not in known:
+                return f"{name} is not as it was read"
+        return None
+
+
+SHORTCUTS = {
+    item.name: item
+    for item in (
+        Shortcut(
+            "stamps",
+            replaces="AOTAutograd traces every layer",
+            gains="about a third of the first call at 32 layers",
+            reads={
+                "torch._subclasses.fake_tensor.in_kernel_invocation_manager": ("24e0b991",),
+                "torch._functorch._aot_autograd.graph_capture.aot_dispatch_base_graph": (
+                    *("275576bf", "925ff207", "0a61a225"),
+                ),
+            },
+        ),
+        Shortcut(
+            "needless_guards",
+            replaces="all of Dynamo's guards on marks and hooks are checked before each call",
+            gains="half of a small model's step",
+            reads={"torch.nn.Module._call_impl": ("62587dee", "3dd0447c")},
+        ),
+        Shortcut(
+            "written_back",
+            replaces="a static cache that outlined layers write into is copied twice a step",
+            gains="those copies",
+            reads={
+                "torch._functorch._aot_autograd.descriptors.InputMutationAOTOutput": ("8032fbc2",),
+                "torch._inductor.lowering.copy_": ("9e9c9707", "baea9ceb"),
+                "torch._inductor.lowering.mutate_to": ("1503e77c", "421500de", "c981eafc"),
+            },
+        ),
+        Shortcut(
+            "early_launches",
+            replaces="a kernel that waits for the one before it starts when that has ended",
+            gains="not measured",
+            reads={
+                "torch._inductor.codegen.wrapper.PythonWrapperCodegen.define_kernel": (
+                    *("f7f93f89", "ba8cb3c4"),
+                ),
+            },
+        ),
+    )
+}
+
+
+def fingerprint(name: str) -> str:
+    """Of the source of a function or a class; "" where there is none."""
+    try:
+        source = inspect.getsource(found(name))
+    except (AttributeError, ImportError, TypeError, OSError):
+        return ""
+    return hashlib.sha256(source.encode()).hexdigest()[:8]
+
+
+@cache
+def _proved(name: str) -> bool:
+    fault = SHORTCUTS[name].fault
+    if fault is not None:
+        LOG.info("the shortcut %r is off: %s; %s", name, fault, SHORTCUTS[name].replaces)
+    return fault is None
+
+
+def checked(setting: str | Sequence[str], what: str) -> frozenset[str] | None:
+    """The shortcuts that a setting names; None for "proved".
+
+    Raises:
+        ConfigError: it is none of "proved", "off" and names of shortcuts.
+    """
+    if setting in ("proved", "off"):
+        return None if setting == "proved" else frozenset()
+    names = [setting] if isinstance(setting, str) else list(setting)
+    for name in names:
+        if name not in SHORTCUTS:
+            raise ConfigError(
+                f'{what} must be "proved", "off", or names of {", ".join(SHORTCUTS)}; got {name!r}'
+                f"{nearest(str(name), SHORTCUTS)}"
+            )
+    return frozenset(names)
+
+
+def chosen(setting: str | Sequence[str] = "proved") -> frozenset[str]:
+    """The names of the shortcuts that are on: those that are proved, or those that are named.
+
+    Raises:
+        ConfigError: the setting, or the variable that takes the place of "proved", names none.
+    """
+    names = checked(setting, "Options.shortcuts")
+    if names is None and (text := os.environ.get(VARIABLE)):
+        parts = [part.strip() for part in text.split(",")]
+        names = checked(parts[0] if len(parts) == 1 else parts, VARIABLE)
+    return frozenset(filter(_proved, SHORTCUTS)) if names is None else names
+
+
+def states(setting: str | Sequence[str] = "proved") -> dict[str, str]:
+    """Of each shortcut "on", or why it is off."""
+    on = chosen(setting)
+    return {
+        name: "on" if name in on else item.fault or "switched off"
+        for name, item in SHORTCUTS.items()
+    }
+
+
+@cache
+def gave_up(name: str, reason: str) -> None:
+    """Say, once for each reason, that a shortcut was not taken where it might have been."""
+    LOG.info("the shortcut %r gave up: %s; %s", name, reason, SHORTCUTS[name].replaces)
