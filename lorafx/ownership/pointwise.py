@@ -10,6 +10,7 @@ import torch
 import torch._inductor.inductor_prims  # defines prims.fma
 from torch import fx
 
+import lorafx.kernels.ops.checked_index  # noqa: F401  (defines torch.ops.lorafx.checked_index)
 from lorafx.op_arguments import bound, operand
 from lorafx.ownership.flow import Flow, Rule, each_output, outputs
 from lorafx.ownership.labels import Digit, Label, Own
@@ -203,6 +204,7 @@ RULES: dict[object, Rule] = {
             prims.fma,
             prims.conj,
             prims.ceil,
+            torch.ops.lorafx.checked_index,
         ),
         pointwise,
     ),
@@ -264,6 +266,7 @@ DIGITS = {
             prims.convert_element_type,
             prims.device_put,
             prims.view_of,
+            torch.ops.lorafx.checked_index,
         ),
         cast_digit,
     ),

@@ -20,7 +20,7 @@ from transformers import StaticCache
 
 import lorafx
 from lorafx import OutOfRangeError
-from lorafx.capture.lookup_search import lookups_of
+from lorafx.capture.lookup_search import LookupSearch
 from lorafx.program.frame import Frame, FrameInput
 
 __all__ = ["fresh_dynamo"]
@@ -144,7 +144,7 @@ def looked_up(model: nn.Module, *inputs: torch.Tensor) -> Any:
             FrameInput(kind_of(example), node.name)
             for node, example in zip(nodes, examples, strict=True)
         ]
-        found.append(lookups_of(gm.graph, Frame(kinds)))
+        found.append(LookupSearch(gm.graph, Frame(kinds)).lookups)
         return gm.forward
 
     with torch.no_grad():
@@ -211,7 +211,7 @@ class Shifted(nn.Module):
 
 def test_labels_of_which_tokens_are_made() -> None:
     found = looked_up(Shifted(), torch.zeros(5, 3, dtype=torch.int64), torch.ones(4, 4))
-    assert [item.argument for item in found.items if hasattr(item, "table")] == ["l_labels_"]
+    assert [item.name for item in found.items if hasattr(item, "table")] == ["l_labels_{}"]
 
 
 class Placed(nn.Module):
