@@ -90,8 +90,9 @@ class LookupSearch:
         self._first_writes: dict[Any, fx.Node] = {}
         #: Nodes between the beginning and the end of a `torch.vmap`, which run at its level alone.
         self._mapped: set[fx.Node] = set()
-        #: Nodes that hold what was made of a call's tensors and sizes.
+        #: Nodes made of a call's tensors and sizes, and roots of what such are written into.
         self._of_call: set[fx.Node] = set()
+        self._filled: set[Any] = set()
         #: Indices of a call that cannot be checked before the graph runs, each with its user.
         self._left: list[tuple[fx.Node, _Use]] = []
         levels = 0
@@ -99,13 +100,14 @@ class LookupSearch:
             levels += _LEVELS.get(getattr(node.target, "__name__", ""), 0)
             if levels:
                 self._mapped.add(node)
-            of_call = self._is_of_call(node)
-            if of_call:
+            item = self._items.get(node)
+            made = not _is_place(node) and any(map(self._is_of_call, node.all_input_nodes))
+            if made if item is None else item.kind in _OF_CALL:
                 self._of_call.add(node)
             for written in _written(node):
                 self._first_writes.setdefault(_root(written), node)
-                if of_call:
-                    self._of_call.add(_root(written))
+                if node in self._of_call:
+                    self._filled.add(_root(written))
         self.lookups = self._search()
 
     def _search(self) -> Lookups:
@@ -125,7 +127,7 @@ class LookupSearch:
                 size = self._size(use)
                 way = None if size is None or node in self._mapped else self._way(index, node)
                 if size is None or way is None:
-                    if use.pointer in self._of_call or _root(use.pointer) in self._of_call:
+                    if self._is_of_call(use.pointer):
                         self._left.append((node, use))
                     continue
                 key = index, size, use.negative, use.ignored
@@ -146,9 +148,8 @@ class LookupSearch:
         value, size = _value(index), _entries(_value(table), dim)
         if node not in self._mapped:
             value = torch.empty_like(value)
-        meta = {
-            key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta
-        }
+        origin = ("nn_module_stack", "stack_trace")
+        meta: dict[str, Any] = {key: node.meta[key] for key in origin if key in node.meta}
         with graph.inserting_before(node):
             number: Any = size
             if isinstance(size, torch.SymInt):
@@ -183,15 +184,8 @@ class LookupSearch:
         return f"the index {{}} that the model makes of {some(names) or 'the sizes of this call'}"
 
     def _is_of_call(self, node: fx.Node) -> bool:
-        """Whether a node, of which all before it are known, has something of a call that may be a
-        bad index."""
-        item = self._items.get(node)
-        if item is not None:
-            return item.kind in _OF_CALL
-        if _is_place(node):
-            return False
-        known = self._of_call
-        return any(source in known or _root(source) in known for source in node.all_input_nodes)
+        """Whether a node holds something of a call that may be a bad index."""
+        return node in self._of_call or _root(node) in self._filled
 
     def _add(self, use: _Use, index: fx.Node, size: int | TableSize, way: list[fx.Node]) -> None:
         for node in way:
@@ -313,7 +307,7 @@ def _use(
 def _is_place(node: fx.Node) -> bool:
     """Whether a node holds places in a tensor, which the model has found there."""
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-        return node.args[1] == 1 and _called(node.args[0]) in _FOUND_BESIDE
+        return bool(node.args[1] == 1) and _called(node.args[0]) in _FOUND_BESIDE
     return _called(node) in _FOUND
 
 
