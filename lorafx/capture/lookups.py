@@ -5,8 +5,8 @@
 Generated code checks an index where it reads the table, on all threads of a CPU at once, and an
 error there ends the process. So what a call's own tensors and sizes make an index of is computed
 once more, on the host, and refused by name: token ids, positions, types of tokens, labels, places
-in a static cache (`lorafx.capture.lookup_search` has which). Generated code goes on checking all
-indices, so none reads what is no table's.
+in a static cache. `lorafx.capture.lookup_search` has which, and has the graph itself check the
+others. Generated code goes on checking all indices, so none reads what is no table's.
 
 Tensors of a GPU are not looked at: the host would wait for it. There torch's own assertion remains.
 """
