@@ -129,7 +129,9 @@ class BatchError(LorafxError, ValueError):
 class OutOfRangeError(BatchError, IndexError):
     """An index of a call is outside of the table that it points into: a token id that the embedding
     has no row for, a position behind the last one, a label that is no class, a place behind the end
-    of a static cache. The graph that would have read it has not run then.
+    of a static cache. The graph that would have read it has not run then; a few indices that the
+    model computes itself (relative positions, or under torch.vmap) are checked inside of it, when
+    caches may have been written.
 
     Way out: the message names the argument, the place in it, the index and the size. Ids over the
     vocabulary come from another tokenizer, or from tokens that were added to it: resize the

@@ -39,3 +39,8 @@ def define_functional(name: str, functional: Callable[..., object]) -> None:
 def define_on(key: str, name: str, eager: Callable[..., object]) -> None:
     """What `lorafx::<name>` is on devices of torch's dispatch key `key`; that of ROCm is "CUDA"."""
     _LIBRARY.impl(name, flat(eager), key)
+
+
+def define_vmap(name: str, mapped: Callable[..., object]) -> None:
+    """What `lorafx::<name>` is under torch.vmap (as torch.library.register_vmap takes it)."""
+    torch.library.register_vmap(f"lorafx::{name}", mapped, lib=_LIBRARY)

@@ -34,8 +34,8 @@ from lorafx.capture.executable import (
 )
 from lorafx.capture.failures import in_lowering, in_tracing
 from lorafx.capture.instances import Form, Instances
-from lorafx.capture.lookup_search import lookups_of
-from lorafx.capture.lowering import Lowering, lowering_for
+from lorafx.capture.lookup_search import LookupSearch
+from lorafx.capture.lowering import InductorLowering, Lowering, lowering_for
 from lorafx.capture.needless_guards import keep_guards
 from lorafx.capture.parts import Captured, Parts, foreign_operators, noted
 from lorafx.capture.record import GraphRecord
@@ -186,7 +186,10 @@ class Backend:
         checks = Checks(places, frame.begins_call, self.several)
         why = reason(asked, [record.form for record in self.records])
         record = GraphRecord(title, lora, dump, checks, form=asked, reason=why, spans=spans)
-        parts, sources = Parts(checks, bound=bound, lookups=lookups_of(graph, frame)), []
+        search = LookupSearch(graph, frame)
+        if isinstance(lowering, InductorLowering):
+            search.check_inside(gm)
+        parts, sources = Parts(checks, bound=bound, lookups=search.lookups), []
         if self.noted is not None:  # before the graph is compiled, which may change it
             parts.foreign = foreign_operators(gm)
             inputs = gm.graph.find_nodes(op="placeholder")

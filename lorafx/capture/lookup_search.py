@@ -2,16 +2,18 @@
 make.
 
     F.embedding(f(input_ids), W)     f is small and pure → computed once more, on the host
-    hidden[argmax(logits)]           made of what the model computes → in range by how it is made
+    F.embedding(g(input_ids), W)     otherwise → F.embedding(checked_index(g(input_ids)), W)
+    hidden[argmax(logits)]           a place that the model has found → in range by how it is made
 
-An index is left to the checks of generated code where a weight or a product of the model is on its
-way, where more than `_STEPS` operations are, or where it is a table for pairs of tokens.
+An index is checked inside of the graph where a weight or a product of the model is on its way,
+where more than `_STEPS` operations are, where it is a table for pairs of tokens, or under
+`torch.vmap`. What the graph writes before that check has been written then.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +21,8 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from lorafx.capture.lookups import Lookup, Lookups, Step, TableSize, Value
+from lorafx.errors import some
+from lorafx.kernels.ops.checked_index import CHECKED_INDEX
 from lorafx.model.module_graph import storage_key
 from lorafx.program.frame import Frame, FrameInput
 from lorafx.torch_internals.frames import size_expression
@@ -29,6 +33,7 @@ _BY_DIM = frozenset(
     (
         *("gather", "index_select", "index_copy", "index_add", "index_fill", "scatter"),
         *("scatter_add", "index_copy_", "index_add_", "index_fill_", "scatter_", "scatter_add_"),
+        *("index_reduce", "index_reduce_", "scatter_reduce", "scatter_reduce_"),
     )
 )
 #: Methods whose result has the numbers of what they are called on, where that holds integers.
@@ -49,26 +54,33 @@ _BY_CHANCE = frozenset(
         *(torch.randn_like, torch.randint_like, functional.dropout, "bernoulli", "multinomial"),
     )
 )
+#: Kinds of inputs that are a call's own, or made of such.
+_OF_CALL = ("symbol", "argument", "result", "unknown")
+#: Functions and methods whose results are places in their operand, and those that have such places
+#: behind the values of these.
+_FOUND = frozenset(("argmax", "argmin", "argsort", "multinomial", "nonzero"))
+_FOUND_BESIDE = frozenset(("kthvalue", "max", "median", "min", "mode", "sort", "topk"))
 #: Operations on the way to an index, and numbers in each as it is captured.
 _STEPS, _NUMBERS = 24, 1 << 16
 
 
 class _Use(NamedTuple):
-    """An index as it stands in the graph."""
+    """An index as it stands in the graph; without a `dim` it counts all numbers of the table."""
 
     pointer: fx.Node
-    table: Any
-    dim: int
+    table: fx.Node
+    dim: int | None
     negative: bool = False
     ignored: int | None = None
 
 
-def lookups_of(graph: fx.Graph, frame: Frame) -> Lookups:
-    """Those of a graph of Dynamo's whose inputs are `frame`'s, by position."""
-    return _Search(graph, frame).found()
+class LookupSearch:
+    """The indices of a graph of Dynamo's whose inputs are `frame`'s, by position.
 
+    Attributes:
+        lookups: those that are checked before the graph runs.
+    """
 
-class _Search:
     def __init__(self, graph: fx.Graph, frame: Frame) -> None:
         self._graph = graph
         inputs = graph.find_nodes(op="placeholder")
@@ -79,33 +91,102 @@ class _Search:
         self._first_writes: dict[Any, fx.Node] = {}
         #: Nodes between the beginning and the end of a `torch.vmap`, which run at its level alone.
         self._mapped: set[fx.Node] = set()
+        #: Nodes made of a call's tensors and sizes, and roots of what such are written into.
+        self._of_call: set[fx.Node] = set()
+        self._filled: set[Any] = set()
+        #: Indices of a call that cannot be checked before the graph runs, each with its user.
+        self._left: list[tuple[fx.Node, _Use]] = []
         levels = 0
         for node in graph.nodes:
             levels += _LEVELS.get(getattr(node.target, "__name__", ""), 0)
             if levels:
                 self._mapped.add(node)
+            item = self._items.get(node)
+            made = not _is_place(node) and any(map(self._is_of_call, node.all_input_nodes))
+            if made if item is None else item.kind in _OF_CALL:
+                self._of_call.add(node)
             for written in _written(node):
                 self._first_writes.setdefault(_root(written), node)
+                if node in self._of_call:
+                    self._filled.add(_root(written))
+        self.lookups = self._search()
 
-    def found(self) -> Lookups:
+    def _search(self) -> Lookups:
         seen: set[tuple[Any, ...]] = set()
         for node in self._graph.nodes:
-            if node.op not in ("call_function", "call_method") or node in self._mapped:
+            if node.op not in ("call_function", "call_method"):
                 continue
             for use in _uses(node):
                 index = _same_numbers(use.pointer)
-                value = _value(index)
+                value, table = _value(index), _value(use.table)
                 if not isinstance(value, Tensor) or not _counts(value):
                     continue
-                size = self._size(use)
-                key = index, size, use.negative, use.ignored
-                if size is None or key in seen:
+                if not isinstance(table, Tensor):
                     continue
-                way = self._way(index, node)
-                if way is not None:
+                if use.dim is not None and not -table.dim() <= use.dim < table.dim():
+                    continue
+                size = self._size(use)
+                way = None if size is None or node in self._mapped else self._way(index, node)
+                if size is None or way is None:
+                    if self._is_of_call(use.pointer):
+                        self._left.append((node, use))
+                    continue
+                key = index, size, use.negative, use.ignored
+                if key not in seen:
                     seen.add(key)
                     self._add(use, index, size, way)
         return Lookups(tuple(self._found))
+
+    def check_inside(self, gm: fx.GraphModule) -> None:
+        """Have the graph, which is `gm`'s, check what is left."""
+        for node, use in self._left:
+            self._check_inside(node, use)
+        if self._left:
+            gm.recompile()
+
+    def _check_inside(self, node: fx.Node, use: _Use) -> None:
+        graph, index, table, dim = node.graph, use.pointer, use.table, use.dim
+        value, size = _value(index), _entries(_value(table), dim)
+        if node not in self._mapped:
+            value = torch.empty_like(value)
+        origin = ("nn_module_stack", "stack_trace")
+        meta: dict[str, Any] = {key: node.meta[key] for key in origin if key in node.meta}
+        with graph.inserting_before(node):
+            number: Any = size
+            if isinstance(size, torch.SymInt):
+                method, where = ("numel", ()) if dim is None else ("size", (dim,))
+                number = graph.call_method(method, (table, *where))
+                number.meta.update(meta, example_value=size)
+            # Tables have no names here, or else the layers of a model would not be equal any more.
+            name = self._made_of(self._before(index))
+            arguments = (index, number, use.negative, use.ignored, _unnamed(dim), name)
+            checked = graph.call_function(CHECKED_INDEX, arguments)
+            checked.meta.update(meta, example_value=value)
+        kept = node.args[:1] if table is index else ()  # `ids[ids] = 0` writes into ids
+        rest = node.args[len(kept) :], node.kwargs
+        args, kwargs = fx.map_arg(rest, lambda item: checked if item is index else item)
+        node.args, node.kwargs = (*kept, *args), kwargs
+
+    def _before(self, index: fx.Node) -> set[fx.Node]:
+        """What of a call an index is made of."""
+        found: set[fx.Node] = set()
+        left = [index]
+        while left:
+            node = left.pop()
+            if node in self._of_call and node not in found:
+                found.add(node)
+                left += node.all_input_nodes
+        return found
+
+    def _made_of(self, nodes: Collection[fx.Node]) -> str:
+        """How to name an index by the tensors of a call among the nodes that make it."""
+        inputs = [node for node in nodes if node in self._items]
+        names = [_name(self._items[n]) for n in inputs if isinstance(_value(n), Tensor)]
+        return f"the index {{}} that the model makes of {some(names) or 'the sizes of this call'}"
+
+    def _is_of_call(self, node: fx.Node) -> bool:
+        """Whether a node holds something of a call that may be a bad index."""
+        return node in self._of_call or _root(node) in self._filled
 
     def _add(self, use: _Use, index: fx.Node, size: int | TableSize, way: list[fx.Node]) -> None:
         for node in way:
@@ -116,26 +197,20 @@ class _Search:
                 target: Any = node.target
                 self._found.append(Step(target, args, kwargs))
         item = self._items.get(use.table)
-        table = f"the dimension {use.dim} that it points into" if item is None else _name(item)
-        made = [
-            _name(self._items[node])
-            for node in dict.fromkeys(node for step in way for node in step.all_input_nodes)
-            if node in self._items and isinstance(_value(node), Tensor)
-        ]
-        argument = _name(self._items[index]) if index in self._items else None
-        number, names = self._numbers[index], tuple(made)
-        found = Lookup(number, size, use.negative, use.ignored, table, argument, names)
-        self._found.append(found)
+        table = _unnamed(use.dim) if item is None else _name(item)
+        if index in self._items:
+            name = f"{_name(self._items[index])}{{}}"
+        else:
+            name = self._made_of(dict.fromkeys(n for step in way for n in step.all_input_nodes))
+        number = self._numbers[index]
+        self._found.append(Lookup(number, size, use.negative, use.ignored, table, name))
 
     def _size(self, use: _Use) -> int | TableSize | None:
         """How many entries the table has; None where that is a size of no input."""
-        value = _value(use.table)
-        if not isinstance(value, Tensor) or not -value.dim() <= use.dim < value.dim():
-            return None
-        size = value.shape[use.dim]
+        size = _entries(_value(use.table), use.dim)
         if not isinstance(size, torch.SymInt):
-            return int(size)
-        if use.table in self._items:
+            return size
+        if use.table in self._items and use.dim is not None:
             return TableSize(self._numbers[use.table], use.dim)
         wanted = size_expression(size)
         for node in self._items:
@@ -167,7 +242,7 @@ class _Search:
                 value = _value(node)
                 if isinstance(value, Tensor) and value.dim() and not _counts(value):
                     return None
-            elif item.kind in ("symbol", "argument", "result", "unknown"):
+            elif item.kind in _OF_CALL:
                 of_call = True
             else:
                 return None
@@ -193,7 +268,7 @@ class _Search:
 def _uses(node: fx.Node) -> Iterator[_Use]:
     """The indices among the arguments of a node."""
     target, args, kwargs = node.target, node.args, node.kwargs
-    name = str(target) if node.op == "call_method" else getattr(target, "__name__", "")
+    name = _called(node)
 
     def argument(place: int, name: str) -> Any:
         return args[place] if len(args) > place else kwargs.get(name)
@@ -215,27 +290,64 @@ def _uses(node: fx.Node) -> Iterator[_Use]:
         if isinstance(dim, int):
             negative = name.startswith("index_fill")
             yield from _use(argument(2, "index"), argument(0, "input"), dim, negative=negative)
+    elif name == "take_along_dim":
+        yield from _use(argument(1, "indices"), argument(0, "input"), argument(2, "dim"))
+    elif name in ("take", "put", "put_"):
+        yield from _use(argument(1, "index"), argument(0, "input"), None, negative=True)
     elif name in ("index_put", "index_put_"):
         yield from _subscripts(argument(0, "input"), tuple(argument(1, "indices")))
 
 
 def _use(
-    index: Any, table: Any, dim: int, *, negative: bool = False, ignored: int | None = None
+    index: Any, table: Any, dim: int | None, *, negative: bool = False, ignored: int | None = None
 ) -> Iterator[_Use]:
     if isinstance(index, fx.Node) and isinstance(table, fx.Node):
         yield _Use(index, table, dim, negative, ignored)
 
 
+def _is_place(node: fx.Node) -> bool:
+    """Whether a node holds places in a tensor, which the model has found there."""
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return bool(node.args[1] == 1) and _called(node.args[0]) in _FOUND_BESIDE
+    return _called(node) in _FOUND
+
+
+def _called(node: fx.Node) -> str:
+    """The name of a function or a method."""
+    return str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
+
+
 def _subscripts(table: Any, subscript: Any) -> Iterator[_Use]:
+    items = subscript if isinstance(subscript, tuple) else (subscript,)
+    sizes = [_dims(item) for item in items]
     dim = 0
-    for item in subscript if isinstance(subscript, tuple) else (subscript,):
-        if item is Ellipsis:
-            return
+    for place, item in enumerate(items):
         value = _value(item)
-        if isinstance(value, Tensor) and value.dim() and _counts(value):
-            yield _Use(item, table, dim, negative=True)
-        dim += value.dim() if isinstance(value, Tensor) and value.dtype == torch.bool else 1
-        dim -= item is None
+        if item is Ellipsis:
+            whole = _value(table)
+            if not isinstance(whole, Tensor):
+                return
+            dim = whole.dim() - sum(sizes[place + 1 :])
+        elif isinstance(value, Tensor) and _counts(value):
+            yield from _use(item, table, dim, negative=True)
+        dim += sizes[place]
+
+
+def _dims(item: Any) -> int:
+    """How many dimensions of a tensor a subscript stands for."""
+    if item is None or item is Ellipsis:
+        return 0
+    value = _value(item)
+    return value.dim() if isinstance(value, Tensor) and value.dtype == torch.bool else 1
+
+
+def _entries(table: Tensor, dim: int | None) -> int | torch.SymInt:
+    return table.numel() if dim is None else table.shape[dim]
+
+
+def _unnamed(dim: int | None) -> str:
+    """How to name a table that is no input."""
+    return f"the {'tensor' if dim is None else f'dimension {dim}'} that it points into"
 
 
 def _value(item: Any) -> Any:
@@ -314,8 +426,8 @@ def _written(node: fx.Node) -> list[fx.Node]:
         return node.all_input_nodes if schema.is_mutable else []
     outs = node.kwargs.get("out")
     written = list(outs) if isinstance(outs, (list, tuple)) else [outs]
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    in_place = str(name).endswith("_") and not str(name).endswith("__")
+    name = _called(node)
+    in_place = name.endswith("_") and not name.endswith("__")
     in_place &= getattr(node.target, "__module__", "") != "_operator"  # and_, or_, not_
     if node.args and (in_place or node.target in _IN_PLACE or node.kwargs.get("inplace")):
         written.append(node.args[0])

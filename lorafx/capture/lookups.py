@@ -5,8 +5,8 @@
 Generated code checks an index where it reads the table, on all threads of a CPU at once, and an
 error there ends the process. So what a call's own tensors and sizes make an index of is computed
 once more, on the host, and refused by name: token ids, positions, types of tokens, labels, places
-in a static cache (`lorafx.capture.lookup_search` has which). Generated code goes on checking all
-indices, so none reads what is no table's.
+in a static cache. `lorafx.capture.lookup_search` has which, and has the graph itself check the
+others. Generated code goes on checking all indices, so none reads what is no table's.
 
 Tensors of a GPU are not looked at: the host would wait for it. There torch's own assertion remains.
 """
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lorafx.capture.tracking import untracked
-from lorafx.errors import OutOfRangeError, some
+from lorafx.kernels.ops.checked_index import refuse_outside
 
 
 class Value(NamedTuple):
@@ -63,7 +63,7 @@ class Lookup:
         negative: whether -size is the first entry.
         ignored: a value that stands for no entry.
         table: how to name the table.
-        argument: the name of the input that the index is; None where it is made of `sources`.
+        name: how to name an entry of the index, as `refuse_outside` takes it.
     """
 
     index: int
@@ -71,8 +71,7 @@ class Lookup:
     negative: bool
     ignored: int | None
     table: str
-    argument: str | None
-    sources: tuple[str, ...]
+    name: str
 
     def check(self, index: Tensor, inputs: Sequence[Any]) -> None:
         """Raise OutOfRangeError where an entry of `index` is none of the table's."""
@@ -80,29 +79,7 @@ class Lookup:
         if isinstance(size, TableSize):
             source = inputs[size.position]
             size = int(source if size.dim is None else source.shape[size.dim])
-        first = -size if self.negative else 0
-        if not index.numel():
-            return
-        low, high = (index, index) if index.numel() == 1 else index.aminmax()
-        if first <= low.item() and high.item() < size:
-            return
-        wrong = (index < first) | (index >= size)
-        if self.ignored is not None:
-            wrong &= index != self.ignored
-        places = wrong.nonzero().tolist()
-        if not places:
-            return
-        at = ", ".join(map(str, places[0]))
-        if self.argument is not None:
-            what = f"{self.argument}[{at}]" if at else self.argument
-        else:
-            made = some(self.sources) or "the sizes of this call"
-            what = f"the index [{at}] that the model makes of {made}"
-        count = f" {len(places)} of {index.numel()} are outside." if len(places) > 1 else ""
-        raise OutOfRangeError(
-            f"{what} is {int(index[tuple(places[0])])}, but {self.table} has {size} entries: "
-            f"{first} to {size - 1}.{count}"
-        )
+        refuse_outside(index, size, self.negative, self.ignored, self.table, self.name)
 
 
 @dataclass(frozen=True)

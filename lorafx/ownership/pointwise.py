@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+import lorafx.kernels.ops.checked_index  # noqa: F401  (defines torch.ops.lorafx.checked_index)
 from lorafx.op_arguments import bound, operand
 from lorafx.ownership.flow import Flow, Rule, each_output, outputs
 from lorafx.ownership.labels import Digit, Label, Own
@@ -202,6 +203,7 @@ RULES: dict[object, Rule] = {
             prims.fma,
             prims.conj,
             prims.ceil,
+            torch.ops.lorafx.checked_index,
         ),
         pointwise,
     ),
@@ -263,6 +265,7 @@ DIGITS = {
             prims.convert_element_type,
             prims.device_put,
             prims.view_of,
+            torch.ops.lorafx.checked_index,
         ),
         cast_digit,
     ),

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from attached import attached, compiled, fresh_dynamo, served
-from dense_merge import Case
+from dense_merge import TOLERANCE, Case, error
+from hand_made import hand_case
 from tiny_models import VOCAB, token_inputs
 from torch import nn
 from torch.nn import functional
@@ -20,7 +21,8 @@ from transformers import StaticCache
 
 import lorafx
 from lorafx import OutOfRangeError
-from lorafx.capture.lookup_search import lookups_of
+from lorafx.capture.lookup_search import LookupSearch
+from lorafx.kernels.ops.checked_index import CHECKED_INDEX
 from lorafx.program.frame import Frame, FrameInput
 
 __all__ = ["fresh_dynamo"]
@@ -139,17 +141,18 @@ def looked_up(model: nn.Module, *inputs: torch.Tensor) -> Any:
     found = []
 
     def backend(gm: torch.fx.GraphModule, examples: Any) -> Any:
-        nodes = gm.graph.find_nodes(op="placeholder")
-        kinds = [
-            FrameInput(kind_of(example), node.name)
-            for node, example in zip(nodes, examples, strict=True)
-        ]
-        found.append(lookups_of(gm.graph, Frame(kinds)))
+        found.append(LookupSearch(gm.graph, frame_of(gm, examples)).lookups)
         return gm.forward
 
     with torch.no_grad():
         torch.compile(model, backend=backend, dynamic=True)(*inputs)
     return found[0]
+
+
+def frame_of(gm: torch.fx.GraphModule, examples: Any) -> Frame:
+    nodes = gm.graph.find_nodes(op="placeholder")
+    pairs = zip(nodes, examples, strict=True)
+    return Frame([FrameInput(kind_of(example), node.name) for node, example in pairs])
 
 
 def kind_of(example: Any) -> Any:
@@ -185,16 +188,148 @@ def by_schema(ids: torch.Tensor) -> None:
     torch.ops.aten.clamp_.default(ids, 0, 3)
 
 
-class Mapped(nn.Module):
-    """Looks up under `torch.vmap`, whose values exist at its level alone."""
+class Far(nn.Module):
+    """Embeds what a function makes of indices, far from where a call gives them."""
 
-    def forward(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        return torch.vmap(lambda row: functional.embedding(row, table))(ids)
+    def __init__(self, made: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.made = made
+        self.kinds, self.out = nn.Embedding(8, 6), nn.Linear(6, 4)
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.register_buffer("gain", torch.ones(()))
+        self.register_buffer("gains", torch.ones(1))
+
+    def forward(self, x: torch.Tensor, index: torch.Tensor) -> dict[str, torch.Tensor]:
+        for layer in self.layers:
+            x = torch.relu(layer(x)) + self.made(self, index)
+        return {"logits": self.out(x)}
 
 
-def test_an_index_under_vmap_is_left_to_generated_code() -> None:
-    inputs = torch.zeros(5, 3, dtype=torch.int64), torch.ones(4, 4)
-    assert not looked_up(Mapped(), *inputs).items
+def pairs(index: torch.Tensor) -> torch.Tensor:
+    return index[:, :, None] - index[:, None, :]
+
+
+def far(model: Far, index: torch.Tensor) -> torch.Tensor:
+    for number in range(30):
+        index = index + number - number
+    return model.kinds(index)
+
+
+def by_pairs(model: Far, index: torch.Tensor) -> torch.Tensor:
+    return model.kinds(pairs(index)).sum(2)
+
+
+def by_subscript(model: Far, index: torch.Tensor) -> torch.Tensor:
+    return model.kinds.weight.T[..., pairs(index)].sum((0, -1))[..., None]
+
+
+def by_gather(model: Far, index: torch.Tensor) -> torch.Tensor:
+    table = model.kinds.weight[:, 0].expand(*index.shape, 8)
+    return torch.take_along_dim(table, pairs(index), 2).sum(-1, keepdim=True)
+
+
+def by_flat_place(model: Far, index: torch.Tensor) -> torch.Tensor:
+    return torch.take(model.kinds.weight, pairs(index) * 6).sum(-1, keepdim=True)
+
+
+def by_sizes(model: Far, index: torch.Tensor) -> torch.Tensor:
+    """As models with relative positions do."""
+    places = torch.arange(index.shape[1])
+    return model.kinds((places[:, None] - places[None]).abs()).sum(1)
+
+
+def by_weight(model: Far, index: torch.Tensor) -> torch.Tensor:
+    return model.kinds((index * model.gains).long())
+
+
+def by_sorted(model: Far, index: torch.Tensor) -> torch.Tensor:
+    return model.kinds(torch.sort(pairs(index)).values).sum(2)
+
+
+def mapped(model: Far, index: torch.Tensor) -> torch.Tensor:
+    return torch.vmap(lambda row: functional.embedding(row, model.kinds.weight))(index)
+
+
+def mapped_by_subscript(model: Far, index: torch.Tensor) -> torch.Tensor:
+    return torch.vmap(lambda row: model.kinds.weight[row])(index)
+
+
+FAR = [
+    *(far, by_pairs, by_subscript, by_gather, by_flat_place, by_weight, by_sorted),
+    *(mapped, mapped_by_subscript),
+]
+
+
+def far_case(made: Any, folder: Path) -> Case:
+    base = Far(made).eval().requires_grad_(False)
+    return hand_case(base, folder, a0=["layers.0", "layers.2"], a1=["layers.1", "out"])
+
+
+@pytest.mark.parametrize("names", [None, ["a0", "a1", *[None] * 298]], ids=["base", "lora"])
+@pytest.mark.parametrize("made", FAR)
+def test_an_index_far_from_a_call_never_ends_the_process(
+    made: Any, names: Any, tmp_path: Path
+) -> None:
+    """What cannot be checked before the graph runs is checked inside of it: with so many rows
+    generated code uses all threads."""
+    case = far_case(made, tmp_path)
+    cm = case.compile({"lowering": "inductor"})
+    x, index = torch.randn(300, 8, 6), torch.zeros(300, 8, dtype=torch.int64)
+    wrong = index.clone()
+    wrong[200:, 3] = 99
+    expected = case.expected(names or [None] * 300, {"x": x, "index": index})
+    graphs = []
+    for _ in range(2):
+        got = cm(x=x, index=index, adapter_names=names)["logits"]
+        assert error(got, expected) <= TOLERANCE
+        graphs.append(cm.recompiles)
+        with pytest.raises(OutOfRangeError, match=r"\[200, .* that the model makes of index is"):
+            cm(x=x, index=wrong, adapter_names=names)
+    assert graphs[0] == cm.recompiles
+
+
+def test_more_tokens_than_relative_positions(tmp_path: Path) -> None:
+    cm = far_case(by_sizes, tmp_path).compile({"lowering": "inductor"})
+    for length in (7, 8):
+        cm(x=torch.randn(3, length, 6), index=torch.zeros(3, length, dtype=torch.int64))
+    with pytest.raises(
+        OutOfRangeError, match=r"\[0, 8\] .* the sizes of this call is 8, but .* has 8"
+    ):
+        cm(x=torch.randn(3, 9, 6), index=torch.zeros(3, 9, dtype=torch.int64))
+
+
+def checks_inside(model: nn.Module, *inputs: torch.Tensor) -> int:
+    """How many checks stand in the graph of a model."""
+    found = []
+
+    def backend(gm: torch.fx.GraphModule, examples: Any) -> Any:
+        LookupSearch(gm.graph, frame_of(gm, examples)).check_inside(gm)
+        found.append(len(gm.graph.find_nodes(op="call_function", target=CHECKED_INDEX)))
+        return gm.forward
+
+    with torch.no_grad():
+        got = torch.compile(model, backend=backend, dynamic=True)(*inputs)
+        torch.testing.assert_close(got, model(*inputs))
+    return found[0]
+
+
+class Found(nn.Module):
+    """Takes places that it finds, values beside such, and places that are always the same."""
+
+    def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        order, best = x.argsort(), x.topk(2, 0)
+        return table[order // 2].sum() + table[best.indices].sum() + table[torch.arange(3)].sum()
+
+
+class Sorted(nn.Module):
+    def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        return functional.embedding(pairs(x.sort().values[None]), table)
+
+
+def test_places_that_a_model_finds_are_not_checked() -> None:
+    table = torch.ones(4, 4)
+    assert checks_inside(Found(), torch.zeros(4, dtype=torch.int64), table) == 0
+    assert checks_inside(Sorted(), torch.zeros(4, dtype=torch.int64), table) == 1
 
 
 class Shifted(nn.Module):
@@ -211,7 +346,7 @@ class Shifted(nn.Module):
 
 def test_labels_of_which_tokens_are_made() -> None:
     found = looked_up(Shifted(), torch.zeros(5, 3, dtype=torch.int64), torch.ones(4, 4))
-    assert [item.argument for item in found.items if hasattr(item, "table")] == ["l_labels_"]
+    assert [item.name for item in found.items if hasattr(item, "table")] == ["l_labels_{}"]
 
 
 class Placed(nn.Module):
@@ -239,6 +374,8 @@ class InPlace(nn.Module):
 
 
 @pytest.mark.parametrize("write", [by_method, by_function, by_out, by_schema])
-def test_an_index_that_the_graph_writes_is_left_to_generated_code(write: Any) -> None:
+def test_an_index_that_the_graph_writes_is_checked_inside(write: Any) -> None:
     inputs = torch.zeros(5, 3, dtype=torch.int64), torch.ones(4, 4)
     assert not looked_up(InPlace(write), *inputs).items
+    torch._dynamo.reset()
+    assert checks_inside(InPlace(write), *inputs) == 1

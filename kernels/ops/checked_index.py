@@ -1,0 +1,75 @@
+"""`lorafx::checked_index`: an index as it is, where each of its entries is one of the table's.
+
+    checked_index(index (…), size) = index        0 ≤ index < size, or −size ≤ index < size
+
+Generated code checks an index on all threads of a CPU at once, where an error ends the process.
+This op runs before that code, on the calling thread, and raises.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafx.errors import OutOfRangeError
+from lorafx.kernels.ops.op_library import define, define_vmap
+
+SCHEMA = (
+    "checked_index(Tensor index, SymInt size, bool negative, int? ignored, str table, str name) "
+    "-> Tensor"
+)
+
+
+def refuse_outside(
+    index: Tensor, size: int, negative: bool, ignored: int | None, table: str, name: str
+) -> None:
+    """Raise OutOfRangeError where an entry of `index` is none of the table's.
+
+    Args:
+        size: how many entries the table has.
+        negative: whether -size is the first entry.
+        ignored: a value that stands for no entry.
+        table: how to name the table.
+        name: how to name an entry of the index, whose place stands for `{}`.
+    """
+    if not index.numel():
+        return
+    first = -size if negative else 0
+    low, high = (index, index) if index.numel() == 1 else index.aminmax()
+    if first <= low.item() and high.item() < size:
+        return
+    wrong = (index < first) | (index >= size)
+    if ignored is not None:
+        wrong &= index != ignored
+    places = wrong.nonzero().tolist()
+    if not places:
+        return
+    at = f"[{', '.join(map(str, places[0]))}]" if places[0] else ""
+    count = f" {len(places)} of {index.numel()} are outside." if len(places) > 1 else ""
+    raise OutOfRangeError(
+        f"{name.replace('{}', at)} is {int(index[tuple(places[0])])}, but {table} has {size} "
+        f"entries: {first} to {size - 1}.{count}"
+    )
+
+
+def checked_index(
+    index: Tensor, size: int, negative: bool, ignored: int | None, table: str, name: str
+) -> Tensor:
+    """A copy of `index`; the arguments are those of `refuse_outside`."""
+    refuse_outside(index, size, negative, ignored, table, name)
+    return index.clone()
+
+
+def checked_index_fake(index, size, negative, ignored, table, name):
+    return torch.empty_like(index)
+
+
+def checked_index_vmap(info: Any, in_dims: Any, index: Tensor, *others: Any) -> Any:
+    return torch.ops.lorafx.checked_index(index, *others), in_dims[0]
+
+
+define(SCHEMA, checked_index, checked_index_fake)
+define_vmap("checked_index", checked_index_vmap)
+CHECKED_INDEX = torch.ops.lorafx.checked_index.default
