@@ -54,6 +54,7 @@ OPS: Mapping[str, str] = {
     "stamp": "stands for a layer that is traced once",
     "overwrite": "writes what a stamp gives into the cache of its layer",
     "add_each": "adds one number to each of several tensors in place",
+    "checked_index": "an index as it is; one that is outside of its table raises",
 }
 
 #: Their arguments that shapes alone do not explain.

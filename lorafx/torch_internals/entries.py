@@ -90,7 +90,7 @@ def names_in(source: str) -> set[str]:
 
 
 @dataclass(frozen=True)
-class Row:
+class PrivateGround:
     """One module of this folder: its entry, and the private names that it uses."""
 
     module: str
@@ -99,7 +99,7 @@ class Row:
 
 
 @cache
-def table() -> tuple[Row, ...]:
+def table() -> tuple[PrivateGround, ...]:
     """All of this folder, read from the sources: importing what is missing would fail."""
     rows = []
     for path in sorted(FOLDER.glob("*.py")):
@@ -108,7 +108,9 @@ def table() -> tuple[Row, ...]:
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ENTRY":
                 call: Any = node.value
                 said = {item.arg: ast.literal_eval(item.value) for item in call.keywords}
-                rows.append(Row(path.stem, Required(**said), tuple(sorted(names_in(source)))))
+                rows.append(
+                    PrivateGround(path.stem, Required(**said), tuple(sorted(names_in(source))))
+                )
     return tuple(rows)
 
 

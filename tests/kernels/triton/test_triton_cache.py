@@ -27,11 +27,12 @@ from lorafx.kernels.tools.triton_variants import (
     representative_specs,
     variants_for_aot,
 )
-from lorafx.kernels.triton import triton_cache, triton_compat
+from lorafx.kernels.triton import triton_cache
 from lorafx.kernels.triton.strategy_tiles import TUNED, tiles_for, tuning_key
 from lorafx.kernels.triton.triton_build import LINEAR, STRATEGY_KERNELS, build, plan_of, source_of
 from lorafx.kernels.triton.triton_source import generator_hash, hash_of, source
 from lorafx.kernels.triton.triton_tiles import ARCHITECTURES
+from lorafx.torch_internals import triton_compat
 
 HELPERS = Path(__file__).parents[2] / "helpers"
 PROCESS = """
