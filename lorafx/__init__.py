@@ -112,10 +112,14 @@ _MODULES = ("errors", "layers")
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f"lorafx.{name}")
     if name not in __all__:
         raise AttributeError(f"module 'lorafx' has no attribute {name!r}")
+    if name in _HOME_OF or name == "layers":  # all but errors need what is installed
+        from lorafx.torch_internals.versions import check
+
+        check()
+    if name in _MODULES:
+        return importlib.import_module(f"lorafx.{name}")
     value = getattr(importlib.import_module(_HOME_OF.get(name, "lorafx.errors")), name)
     globals()[name] = value
     return value

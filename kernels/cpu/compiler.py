@@ -103,7 +103,8 @@ def find_compiler() -> str:
 
 
 @functools.cache
-def _version_of(compiler: str) -> str:
+def version_of(compiler: str) -> str:
+    """What a compiler says of its version; "" where it says nothing."""
     done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
     return done.stdout
 
@@ -128,7 +129,7 @@ def compile_library(source: str, flags: tuple[str, ...] = ()) -> Path:
     """
     compiler = find_compiler()
     command = [compiler, *BASE_FLAGS, *flags]
-    key = hashlib.sha256("\0".join([source, *command, _version_of(compiler)]).encode())
+    key = hashlib.sha256("\0".join([source, *command, version_of(compiler)]).encode())
     try:
         library = cache_folder() / f"{key.hexdigest()[:32]}.so"
         compiled(command, source, library)

@@ -11,6 +11,7 @@ from lorafx.cli.adapters import convert, inspect
 from lorafx.cli.bench import bench
 from lorafx.cli.bisect import bisect
 from lorafx.cli.cache import clear_saved, list_saved
+from lorafx.cli.doctor import doctor
 from lorafx.cli.explain import explain
 from lorafx.cli.merge import merge
 from lorafx.cli.profile import profile
@@ -38,7 +39,7 @@ def root(
         print(context.get_help())
 
 
-for command in (inspect, explain, why, convert, merge, bench, bisect, profile, serve):
+for command in (inspect, explain, why, convert, merge, bench, bisect, profile, serve, doctor):
     app.command()(command)
 
 _cache = typer.Typer(**_PLAIN, no_args_is_help=True, help="Graphs that Options(cache=...) saved.")

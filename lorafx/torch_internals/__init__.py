@@ -5,9 +5,7 @@
     shortcuts    what saves time by private ground, and may be off
     the rest     a subject each: its names, and what is patched there
 
-docs/torch_internals.md is the table. Nothing outside imports or patches private modules.
+docs/torch_internals.md is the table. Nothing outside imports or patches private modules. The first
+use of lorafx checks the versions, and so does every import of private names; importing the first
+three modules does not, so that `lorafx doctor` runs where nothing else does.
 """
-
-from lorafx.torch_internals.versions import check
-
-check()

@@ -41,7 +41,9 @@ class Required:
 
 @contextmanager
 def private_names() -> Iterator[None]:
-    """Around imports of private names: a missing one is an UnsupportedVersionError."""
+    """Around imports of private names: a missing one is an UnsupportedVersionError, and so is a
+    version that lorafx does not run on."""
+    versions.check()
     try:
         yield
     except (ImportError, AttributeError) as error:

@@ -145,8 +145,9 @@ def chosen(setting: str | Sequence[str] = "proved") -> frozenset[str]:
 def states(setting: str | Sequence[str] = "proved") -> dict[str, str]:
     """Of each shortcut "on", or why it is off."""
     on = chosen(setting)
+    by = VARIABLE if setting == "proved" else "Options.shortcuts"
     return {
-        name: "on" if name in on else item.fault or "switched off"
+        name: "on" if name in on else item.fault or f"switched off by {by}"
         for name, item in SHORTCUTS.items()
     }
 

@@ -47,6 +47,20 @@ def way_out() -> str:
     )
 
 
+def standing(package: str) -> str:
+    """The version of one of the packages, and what is known of it."""
+    version = installed(package)
+    if version is None:
+        return "not installed"
+    if package == "triton":
+        wanted = triton_of_torch() if installed("torch") else None
+        return f"{version} (torch was built with {wanted or 'one that it does not name'})"
+    known = TESTED[package]
+    new, old = numbers(version) > numbers(known[-1]), numbers(version) < numbers(known[0])
+    word = "untested; " * new + "too old; " * old
+    return f"{version} ({word}tested: {', '.join(known)})"
+
+
 def triton_of_torch() -> str | None:
     """The version of triton that the installed torch was built with; None where that is not
     known."""
