@@ -22,7 +22,7 @@ from lorafx.torch_internals import entries, shortcuts, versions
 
 
 @dataclass(frozen=True)
-class Part:
+class RequiredPart:
     """A required part, as `entries.table()` has it.
 
     Attributes:
@@ -38,7 +38,7 @@ class Part:
     absent: tuple[str, ...]
 
     @classmethod
-    def of(cls, row: entries.PrivateGround) -> Part:
+    def of(cls, row: entries.PrivateGround) -> RequiredPart:
         """The part of one row, looked for in what is installed."""
         packages = {name.partition(".")[0] for name in row.names}
         absent = tuple(sorted(own for own in packages if versions.installed(own) is None))
@@ -57,7 +57,7 @@ class Diagnosis:
     """All that was found. `faults` are sentences; without any, everything holds."""
 
     installed: dict[str, str] = field(default_factory=dict)
-    required: tuple[Part, ...] = ()
+    required: tuple[RequiredPart, ...] = ()
     shortcuts: Mapping[str, str] = field(default_factory=dict)
     batch: SmallBatch | None = None
     faults: list[str] = field(default_factory=list)
@@ -88,7 +88,7 @@ def diagnosed() -> Diagnosis:
             versions.check()
         supported = not found.faults
         with progress("looking at torch"):
-            found.required = tuple(map(Part.of, entries.table()))
+            found.required = tuple(map(RequiredPart.of, entries.table()))
             found.installed = {**_versions(), **_machine(supported)}
         for part in found.required:
             found.faults += [f"{part.module} {part}"] if part.missing else []

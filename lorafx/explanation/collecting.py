@@ -19,6 +19,7 @@ from lorafx.explanation.report import (
 from lorafx.model.sites import Group, Site, room_of
 from lorafx.pass_order import pipeline
 from lorafx.session.session import Session
+from lorafx.torch_internals.shortcuts import states
 
 
 def report_of(session: Session, *, quick: bool = False) -> Explanation:
@@ -40,6 +41,11 @@ def report_of(session: Session, *, quick: bool = False) -> Explanation:
         room=room_of(program.groups),
         adapters=tuple(adapter_report(session, name, quick=quick) for name in session.store.names),
         passes=tuple(str(pipeline(program.options)).splitlines()),
+        shortcuts_off={
+            name: state
+            for name, state in states(program.options.shortcuts).items()
+            if state != "on"
+        },
         prepared=program.prepared,
         graphs=tuple(map(graph_report, records)),
         unreached=tuple(unseen) if lora else (),

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from html import escape
 
 from lorafx.explanation.report import Explanation
-from lorafx.explanation.text import graph_lines, seconds_line
+from lorafx.explanation.text import graph_lines, seconds_line, shortcuts_line
 from lorafx.reports.table import TableRow, html_rows
 
 
 def page(report: Explanation) -> str:
     """The whole report."""
     first, *others = report.summary
-    lines = "".join(f"<li>{escape(line)}</li>" for line in others)
+    told = [*others, *filter(None, [shortcuts_line(report)])]
+    lines = "".join(f"<li>{escape(line)}</li>" for line in told)
     sites = [
         (
             site.path or "(root)",

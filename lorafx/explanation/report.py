@@ -156,6 +156,7 @@ class Explanation:
         room: what banks have room for beside factors: "DoRA's scales", "biases", "weights of
             adapters' own".
         passes: the passes in their order, as `lorafx.pipeline()` prints them.
+        shortcuts_off: why shortcuts are off, by name; those that are on are not in it.
         prepared: what each pass over the model found and did; `notes` are its lines.
         unreached: sites that no graph has reached yet.
         replaced: what is not where it was when lorafx was given the model.
@@ -171,6 +172,7 @@ class Explanation:
     room: tuple[str, ...] = ()
     adapters: tuple[AdapterReport, ...] = ()
     passes: tuple[str, ...] = ()
+    shortcuts_off: Mapping[str, str] = field(default_factory=dict)
     prepared: tuple[PassReport, ...] = ()
     graphs: tuple[GraphReport, ...] = ()
     unreached: tuple[str, ...] = ()

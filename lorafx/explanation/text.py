@@ -50,12 +50,20 @@ def sections(report: Explanation) -> tuple[Section, ...]:
     found += [
         (f"adapters: {len(report.adapters)}", tuple(map(adapter_line, report.adapters))),
         ("passes", report.passes),
-        (f"graphs: {len(report.graphs)}", ()),
     ]
+    if report.shortcuts_off:
+        found.append((shortcuts_line(report), ()))
+    found.append((f"graphs: {len(report.graphs)}", ()))
     found += [(graph.title, tuple(graph_lines(graph))) for graph in report.graphs]
     if report.unreached:
         found.append(("sites that no graph has reached yet", report.unreached))
     return tuple(found)
+
+
+def shortcuts_line(report: Explanation) -> str:
+    """Which shortcuts are off, and why; "" where all are on."""
+    off = [f"{name} ({reason})" for name, reason in report.shortcuts_off.items()]
+    return f"shortcuts that are off: {', '.join(off)}" if off else ""
 
 
 def seconds_line(seconds: Mapping[str, float]) -> str:

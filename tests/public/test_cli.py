@@ -167,6 +167,7 @@ def test_help_the_version_and_wrong_usage(run, capsys: pytest.CaptureFixture[str
         "bisect",
         "profile",
         "serve",
+        "doctor",
     ):
         assert command in alone
         assert "Example: lorafx" in run(command, "--help")

@@ -1,0 +1,174 @@
+"""Versions that lorafx refuses, or runs on without having been tested with them."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lorafx
+from lorafx.torch_internals import entries, shortcuts, versions
+
+pytestmark = pytest.mark.quick
+
+TORCH = versions.installed("torch")
+REFUSED = [
+    (
+        {"torch": "2.10.2+cpu"},
+        'lorafx needs torch 2.11 or later, and this is torch 2.10.2+cpu: pip install "torch>=2.11"',
+    ),
+    (
+        {"transformers": "4.57.1"},
+        "lorafx needs transformers 5.0 or later, and this is transformers 4.57.1: "
+        'pip install "transformers>=5.0"',
+    ),
+    (
+        {"peft": "0.17.0"},
+        'lorafx needs peft 0.18 or later, and this is peft 0.17.0: pip install "peft>=0.18"',
+    ),
+    ({"triton": "2.0.1"}, ", and this is triton 2.0.1: pip install "),
+    ({"torch": None}, 'lorafx needs torch: pip install "torch=='),
+]
+
+
+@pytest.mark.parametrize(("found", "sentence"), REFUSED)
+def test_a_version_that_is_refused_is_one_sentence(
+    found: dict[str, str | None], sentence: str, faked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faked(**found)
+    for name in ("compile", "explain", "Options"):
+        monkeypatch.delitem(vars(lorafx), name, raising=False)
+        with pytest.raises(lorafx.UnsupportedVersionError) as raised:
+            getattr(lorafx, name)
+        assert sentence in str(raised.value)
+        assert "\n" not in str(raised.value)
+    with pytest.raises(lorafx.UnsupportedVersionError), entries.private_names():
+        pass
+    assert issubclass(lorafx.UnsupportedVersionError, lorafx.LorafxError)
+
+
+def test_it_is_said_before_torch_is_imported() -> None:
+    program = (
+        "import sys, importlib.metadata as m; real = m.version\n"
+        "m.version = lambda name: '2.9.0' if name == 'torch' else real(name)\n"
+        "import lorafx\n"
+        "try:\n    lorafx.compile\n"
+        "except lorafx.UnsupportedVersionError as error:\n    print(error)\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    sentence = "lorafx needs torch 2.11 or later, and this is torch 2.9.0: "
+    assert done.stdout == f'{sentence}pip install "torch>=2.11"\nFalse\n'
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        {"triton": None},
+        {"transformers": None, "peft": None},
+        {"transformers": "5.7.2", "peft": "0.40"},
+        {"triton": f"{versions.triton_of_torch()}.99"},
+    ],
+)
+def test_what_is_not_older_is_taken_without_a_word(
+    found: dict[str, str | None], faked: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    faked(**found)
+    versions.check()
+    assert not caplog.records
+
+
+def small(**options: Any) -> Any:
+    """A compiled model of two linears."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)).eval()
+    a, b = torch.randn(2, 4), torch.randn(6, 2)
+    tensors = {"0.lora_A.weight": a, "0.lora_B.weight": b}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["0"]}
+    x = torch.randn(2, 4)
+    with torch.no_grad():
+        hidden = model[0](x)
+        hidden[0] += b @ a @ x[0]
+        wanted = model[1](hidden)
+    source = lorafx.AdapterSource({f"base_model.model.{k}": v for k, v in tensors.items()}, config)
+    cm = lorafx.compile(model, {"a": source}, options={"lowering": "reference", **options})
+    torch.testing.assert_close(cm(x, adapter_names=["a", None]), wanted)
+    return cm
+
+
+def test_a_newer_torch_runs_with_a_warning_and_without_shortcuts(
+    faked: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "lorafx")
+    faked(torch="2.99.0")
+    versions.check()
+    versions.check()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("torch 2.99.0 is untested: lorafx was tested with 2.11 to ")
+    assert "`lorafx doctor`" in line
+    report = small().explain()
+    assert report.shortcuts_off == dict.fromkeys(shortcuts.SHORTCUTS, "torch 2.99.0 is untested")
+    (line,) = [line for line in str(report).splitlines() if line.startswith("shortcuts that are")]
+    assert "stamps (torch 2.99.0 is untested), " in line
+    assert line in report._repr_html_()
+    assert report.json()["shortcuts_off"]["stamps"] == "torch 2.99.0 is untested"
+
+
+def test_a_report_names_no_shortcut_where_all_are_on(faked: Any) -> None:
+    report = small(shortcuts=list(shortcuts.SHORTCUTS)).explain()
+    assert report.shortcuts_off == {}
+    assert "shortcut" not in str(report) + report._repr_html_()
+
+
+def test_a_missing_name_is_said_with_a_way_out() -> None:
+    with pytest.raises(lorafx.UnsupportedVersionError) as raised, entries.private_names():
+        from torch._dynamo import not_there  # noqa: F401
+    assert "cannot import name 'not_there'" in str(raised.value)
+    assert f"this is torch {TORCH}, and lorafx was tested with 2.11 to " in str(raised.value)
+
+
+# Shortcuts
+
+
+def test_source_that_was_not_read_switches_a_shortcut_off_and_says_so_once(
+    unlearnt: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "lorafx")
+    real, guarded = shortcuts.fingerprint, "torch.nn.Module._call_impl"
+    other = {guarded: "00000000"}
+    monkeypatch.setattr(shortcuts, "fingerprint", lambda name: other.get(name) or real(name))
+    assert "needless_guards" not in shortcuts.chosen()
+    reason = f"{guarded} is not as it was read"
+    assert shortcuts.states()["needless_guards"] == reason
+    said = [r.getMessage() for r in caplog.records if "needless_guards" in r.getMessage()]
+    without = shortcuts.SHORTCUTS["needless_guards"].replaces
+    assert said == [f"the shortcut 'needless_guards' is off: {reason}; {without}"]
+    assert shortcuts.chosen(["needless_guards"]) == {"needless_guards"}  # whoever names it has it
+
+
+def test_a_shortcut_that_is_unknown_is_refused_with_the_nearest(
+    unlearnt: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(lorafx.ConfigError, match=r"got 'stamp'; nearest: stamps") as raised:
+        lorafx.Options(shortcuts=["needless_guards", "stamp"])
+    assert str(raised.value).startswith('Options.shortcuts must be "proved", "off", or names of ')
+    monkeypatch.setenv(shortcuts.VARIABLE, "nonsense")
+    with pytest.raises(lorafx.ConfigError, match=r"^LORAFX_SHORTCUTS must be .*; got 'nonsense'$"):
+        small()
+    small(shortcuts="off")  # the option is asked first
+
+
+def test_the_variable_takes_the_place_of_the_default(
+    unlearnt: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(shortcuts.VARIABLE, "stamps, written_back")
+    assert shortcuts.chosen() == {"stamps", "written_back"}
+    assert shortcuts.chosen("off") == frozenset()
+    monkeypatch.setenv(shortcuts.VARIABLE, "off")
+    assert small().explain().shortcuts_off["stamps"] == "switched off by LORAFX_SHORTCUTS"
+    off = small(shortcuts="off").explain().shortcuts_off
+    assert off["stamps"] == "switched off by Options.shortcuts"
