@@ -135,21 +135,25 @@ def chosen(setting: str | Sequence[str] = "proved") -> frozenset[str]:
     Raises:
         ConfigError: the setting, or the variable that takes the place of "proved", names none.
     """
-    names = checked(setting, "Options.shortcuts")
-    if names is None and (text := os.environ.get(VARIABLE)):
-        parts = [part.strip() for part in text.split(",")]
-        names = checked(parts[0] if len(parts) == 1 else parts, VARIABLE)
+    names, _ = _named(setting)
     return frozenset(filter(_proved, SHORTCUTS)) if names is None else names
 
 
 def states(setting: str | Sequence[str] = "proved") -> dict[str, str]:
     """Of each shortcut "on", or why it is off."""
-    on = chosen(setting)
-    by = VARIABLE if setting == "proved" else "Options.shortcuts"
-    return {
-        name: "on" if name in on else item.fault or f"switched off by {by}"
-        for name, item in SHORTCUTS.items()
-    }
+    names, by = _named(setting)
+    if names is None:
+        return {name: item.fault or "on" for name, item in SHORTCUTS.items()}
+    return {name: "on" if name in names else f"switched off by {by}" for name in SHORTCUTS}
+
+
+def _named(setting: str | Sequence[str]) -> tuple[frozenset[str] | None, str]:
+    """The names that a setting has, or the variable in its place, and which of them has these."""
+    names = checked(setting, option := "Options.shortcuts")
+    if names is None and (text := os.environ.get(VARIABLE)):
+        parts = [part.strip() for part in text.split(",")]
+        return checked(parts[0] if len(parts) == 1 else parts, VARIABLE), VARIABLE
+    return names, option
 
 
 @cache
