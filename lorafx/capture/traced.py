@@ -27,6 +27,7 @@ from lorafx.torch_internals.dynamo import (
     optimize,
     set_code_exec_strategy,
 )
+from lorafx.torch_internals.frames import guard_filter
 from lorafx.torch_internals.logged_once import logged_once
 from lorafx.torch_internals.recorded_outputs import hooks_registered
 
@@ -92,7 +93,7 @@ class Traced:
         context: Any = optimize(
             backend,
             dynamic=dynamic,
-            guard_filter_fn=keep_guards,
+            guard_filter_fn=None if keep_guards is None else guard_filter(keep_guards),
             **entry_arguments(recompile_limit),
         )
         callback = getattr(context, "callback", None)  # none where Dynamo is switched off

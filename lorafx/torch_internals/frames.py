@@ -72,6 +72,23 @@ def failed_guard() -> str:
     return f"the guard {guard} failed" if guard else 'TORCH_LOGS="recompiles" prints the guard'
 
 
+def guard_filter(keep: Callable[[Sequence[Any]], Sequence[bool]]) -> Callable[..., Sequence[bool]]:
+    """`keep` as a filter of guards for Dynamo (`guard_filter_fn`).
+
+    Dynamo makes all guards to ask, and those that are kept once more. A guard on an object that is
+    a new one each time it is looked up, as some properties make it, would be refused then. On torch
+    2.11 and 2.12 there are such guards on transformers' `config.per_layer_config`, which every
+    cache is made from. So guards forget which object they saw.
+    """
+
+    def kept(entries: Sequence[Any]) -> Sequence[bool]:
+        for entry in entries:
+            entry.orig_guard.obj_weakref = None
+        return keep(entries)
+
+    return kept
+
+
 def capture_again(reason: str) -> NoReturn:
     """From a backend: have Dynamo drop the graph and trace the function anew.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -46,3 +47,51 @@ def test_what_is_called_almost_as_a_mark_is_no_part_of_it() -> None:
         for each in models:
             lorafx.detach(each)
     assert kept == [True, False, True, False, False, True, False, True]
+
+
+class Views(Sequence[Any]):
+    """What a property makes anew each time, as transformers' `config.per_layer_config`."""
+
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: Any) -> Any:
+        if index >= len(self):
+            raise IndexError
+        return self.settings
+
+
+class Settings:
+    size = 1.0
+
+    def __getattribute__(self, name: str) -> Any:
+        return super().__getattribute__(name)
+
+    @property
+    def views(self) -> Views:
+        return Views(self)
+
+
+class Viewing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings = Settings()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.linear(x)
+        for view in self.settings.views:
+            x = x + view.size
+        return x
+
+
+def test_guards_on_what_is_a_new_object_each_time() -> None:
+    """torch 2.11 and 2.12 refused to make them twice."""
+    model, x = Viewing().eval(), torch.randn(3, 4)
+    with torch.no_grad():
+        wanted = model(x)
+    cm = lorafx.compile(model, CONFIG, options=REFERENCE)
+    torch.testing.assert_close(cm(x), wanted)
