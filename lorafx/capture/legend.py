@@ -53,7 +53,6 @@ OPS: Mapping[str, str] = {
     "paged_attention": "the same, and the attention to it, request by request",
     "stamp": "stands for a layer that is traced once",
     "overwrite": "writes what a stamp gives into the cache of its layer",
-    "add_each": "adds one number to each of several tensors in place",
     "checked_index": "an index as it is; one that is outside of its table raises",
 }
 

@@ -16,7 +16,6 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, fx
 
-from lorafx.capture.added_lengths import add_lengths
 from lorafx.capture.stamps import (
     STAMP,
     Folded,
@@ -116,7 +115,6 @@ class InductorLowering:
         look_for_torn()
         if "written_back" in self.shortcuts:
             write_back(gm)
-        add_lengths(gm)
         with inductor_config.patch({**self.patches, **_IN_ORDER, **_NO_HARNESS}):
             # What compile_fx does for inference before its inner compile.
             results: Any = gm.graph.output_node().args[0]

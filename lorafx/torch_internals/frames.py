@@ -28,7 +28,6 @@ with private_names():
     from torch._dynamo.source import LocalSource
     from torch._dynamo.symbolic_convert import InstructionTranslator
     from torch._dynamo.utils import get_metrics_context
-    from torch._functorch._aot_autograd.schemas import OutputType
     from torch._guards import Guard, GuardsSet, Source, TracingContext, tracing
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -190,15 +189,6 @@ def guard_local(name: str, make: Callable[[Any, Guard], None]) -> None:
     builder of guards."""
     guard = LocalSource(name).make_guard(make)
     TracingContext.get().guards_context.dynamo_guards.add(guard)
-
-
-def inputs_given_back() -> set[int]:
-    """Places of the results, among those of the traced function, for which AOTAutograd gives the
-    caller one of its inputs, whatever the graph computes there."""
-    context = TracingContext.try_get()
-    metadata = None if context is None else context.fw_metadata
-    told = () if metadata is None else metadata.output_info
-    return {place for place, info in enumerate(told) if info.output_type is OutputType.is_input}
 
 
 @contextmanager

@@ -11,7 +11,6 @@ ENTRY = Required(
 )
 
 with private_names():
-    from torch import _foreach_add_
     from torch import _grouped_mm as grouped_mm
     from torch._C import DispatchKeySet, _dispatch_keys
     from torch._inductor import inductor_prims  # defines prims.fma

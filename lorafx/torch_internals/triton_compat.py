@@ -16,6 +16,7 @@ right while a kernel runs, and only then:
   bits as integers. Here casts round as hardware does and products are taken in float32, in which
   those of two bfloat16 numbers are exact. Arithmetic on bfloat16 values other than casts and
   `tl.dot` stays wrong, so generated kernels do none.
+- Triton 3.9 refuses masks that hold integers, as those that are computed of a scalar do.
 - There is no inline assembly. That of generated kernels orders launches and passes a number on.
 - A scalar that is kept as an array of one element is no index to numpy 2.4 and triton 3.6.
 - Two things take a third of the time, and go without: numpy's dtype of a value is looked up in a
@@ -93,6 +94,17 @@ def _dot(a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: An
     return interpreter.TensorHandle(np.matmul(left, right) + d.data, d.dtype.scalar)
 
 
+def _by_bools(original: Callable[..., Any], place: int) -> Callable[..., Any]:
+    """A masked access, whose mask is the argument at `place`, with one that holds bools."""
+
+    def access(*arguments: Any) -> Any:
+        given = list(arguments)
+        given[place] = interpreter.TensorHandle(given[place].data.astype(bool), tl.int1)
+        return original(*given)
+
+    return access
+
+
 def _reduction(combine: Any) -> Callable[..., Any]:
     def reduce(input: Any, axis: int) -> Any:
         return tl.reduce(input, axis, combine)  # the interpreter's own while it runs
@@ -144,6 +156,8 @@ def _put_right() -> Iterator[None]:
     ]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
     builder.cast_impl, builder.create_dot = _cast(builder.cast_impl), _dot
+    builder.create_masked_load = _by_bools(builder.create_masked_load, 1)
+    builder.create_masked_store = _by_bools(builder.create_masked_store, 2)
     for change in changes:
         setattr(*change)
     try:
@@ -151,7 +165,9 @@ def _put_right() -> Iterator[None]:
     finally:
         for change in before:
             setattr(*change)
-        del builder.cast_impl, builder.create_dot  # the class's own show again
+        # The class's own show again.
+        del builder.cast_impl, builder.create_dot
+        del builder.create_masked_load, builder.create_masked_store
 
 
 class _Executor(interpreter.GridExecutor):
