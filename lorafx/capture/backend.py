@@ -55,6 +55,7 @@ from lorafx.torch_internals.frames import (
     ends_in_break,
     guarded_attributes,
     named_by_dynamo,
+    names_of_frame,
 )
 from lorafx.torch_internals.shortcuts import chosen, gave_up
 from lorafx.viewer.page import Page
@@ -105,8 +106,9 @@ class Backend:
         self.shortcuts = chosen(program.options.shortcuts)
         #: Gives what is told of each pass over a graph; None where nobody wants to know.
         self.keeper: Callable[[Context], AfterPass] | None = None
-        #: The frame that is being captured is the program's own, in every call.
-        self._own = False
+        #: Finds what a place of the frame that is being captured holds, where the frame is the
+        #: program's own in every call.
+        self._at: Callable[[str], Any] | None = None
         #: Graphs that may serve calls of other sizes.
         self.instances = Instances()
 
@@ -143,7 +145,7 @@ class Backend:
             ReplacedModuleError: a module that carries an adapter of the batch. No graph is kept
                 then, and Dynamo asks again in the next call.
         """
-        program, self._own = self.program, False
+        program, self._at = self.program, None
         spans: list[Span] = []
         note_tracing(spans)
         program.look_at_modules()
@@ -236,13 +238,13 @@ class Backend:
     def drop_guards(self, bound: BoundInputs | None) -> None:
         """Dynamo has not made its guards yet of a frame that is this program's in every call.
         `bound`: the inputs that its graph does not load."""
-        self._own = "needless_guards" in self.shortcuts
+        self._at = names_of_frame() if "needless_guards" in self.shortcuts else None
 
     def keep_guards(self, guards: Sequence[Any]) -> Sequence[bool]:
         """Which guards of the graph that was compiled just now are checked before each call, for
         Dynamo."""
-        own, self._own = self._own, False
-        return keep_guards(guards) if own else [True] * len(guards)
+        at, self._at = self._at, None
+        return [True] * len(guards) if at is None else keep_guards(guards, at)
 
     def compile_lora(
         self, gm: fx.GraphModule, examples: Sequence[Any], compilation: Compilation

@@ -93,15 +93,21 @@ class FrameGuards:
         """Guards on what transformers notes of classes of models."""
         if (registry := recorded_outputs()) is None:
             return
-        found = [name for name in dict.fromkeys(self.places) if name.startswith("G[")]
-        notes = tuple(name for name in found if self._at(name) is registry)
-        for number, guard in enumerate(self.guards):
-            if notes and self.places[number].startswith("G["):
-                source = guard.originating_source
-                while source is not None and source_text(source) not in notes:
-                    source = getattr(source, "base", None)
-                if source is not None:
-                    self._dropped.add(number)
+        known: dict[str, bool] = {}
+
+        def of_registry(source: Any) -> bool:
+            while source is not None:
+                name = source_text(source)
+                if name.startswith("G[") and name not in known:
+                    known[name] = self._at(name) is registry
+                if known.get(name, False):
+                    return True
+                source = getattr(source, "base", None)
+            return False
+
+        for number, (guard, place) in enumerate(zip(self.guards, self.places, strict=True)):
+            if "G[" in place and of_registry(guard.originating_source):
+                self._dropped.add(number)
 
     def drop_hooks_of_marked(self) -> list[nn.Module]:
         """Guards on the hooks of modules that have marks and no other hooks: these modules."""
@@ -127,12 +133,10 @@ class FrameGuards:
         return list(marked.values())
 
 
-def keep_guards(entries: Sequence[Any]) -> list[bool]:
+def keep_guards(entries: Sequence[Any], at: Callable[[str], Any]) -> list[bool]:
     """Which guards of a frame of an entry's own code are checked before each call; a filter for
-    Dynamo (`guard_filter_fn`), which gives its `GuardFilterEntry`s."""
-    guards = [entry.orig_guard for entry in entries]
-    values = {source_text(entry.orig_guard): entry.value for entry in entries}
-    found = FrameGuards(guards, values.get)
+    Dynamo (`guard_filter_fn`), which gives its `GuardFilterEntry`s. `at` is that of FrameGuards."""
+    found = FrameGuards([entry.orig_guard for entry in entries], at)
     found.drop_marks_but_activity()
     found.drop_classes()
     found.drop_hooks_of_marked()

@@ -150,14 +150,25 @@ def guarded_attributes(suffix: str) -> list[str]:
     return [name for guard in guards if (name := source_text(guard)).endswith(suffix)]
 
 
+def names_of_frame() -> Callable[[str], Any]:
+    """What a name of Dynamo's stands for in the frame that is being captured, also when the capture
+    has gone on: a function of the name. None where only Dynamo can tell."""
+    root = _translator().output.root_tx
+    scope = {"L": root.f_locals, "G": root.f_globals}
+
+    def named(name: str) -> Any:
+        try:
+            return eval(name, scope)
+        except Exception:  # an expression over something else, such as a closure
+            return None
+
+    return named
+
+
 def named_by_dynamo(name: str) -> Any:
     """What this name stands for in the frame that is being captured; None where only Dynamo can
     tell."""
-    root = _translator().output.root_tx
-    try:
-        return eval(name, {"L": root.f_locals, "G": root.f_globals})
-    except Exception:  # an expression over something else, such as a closure
-        return None
+    return names_of_frame()(name)
 
 
 def source_text(place: Source | Guard) -> str:

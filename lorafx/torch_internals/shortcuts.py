@@ -60,7 +60,7 @@ SHORTCUTS = {
             reads={
                 "torch._subclasses.fake_tensor.in_kernel_invocation_manager": ("24e0b991",),
                 "torch._functorch._aot_autograd.graph_capture.aot_dispatch_base_graph": (
-                    *("275576bf", "925ff207", "0a61a225"),
+                    *("275576bf", "74e94077", "925ff207", "0a61a225"),
                 ),
             },
         ),

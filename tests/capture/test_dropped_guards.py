@@ -60,7 +60,9 @@ def test_what_is_guarded_of_marked_modules(shallow: Case, monkeypatch: pytest.Mo
         with lorafx.adapters(attached, ["a1"] * len(NAMES)):
             torch.compile(attached, backend="lorafx", dynamic=False)(**inputs)
     shallow.compile(dynamic=False)(**inputs, adapter_names=NAMES)
-    base, by_backend, compiled = made
+    base, by_backend, _, compiled = (
+        made  # `lorafx.compile` drops them by a filter, behind the first
+    )
     assert by_backend - base == compiled - base == Counter()
 
 
@@ -73,11 +75,10 @@ def _attribute(guard: Any) -> Any:
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_dynamo_makes_one_guard_on_marks(
+def test_one_guard_on_marks_is_checked(
     shallow: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
 ) -> None:
-    """Graphs that are saved keep note of all guards, so Dynamo makes them before they are chosen.
-    What is checked before each call is the same."""
+    """Dynamo makes all guards before they are chosen."""
     made: list[list[str]] = []
     build = CheckFunctionManager.build_guards
 
@@ -93,6 +94,6 @@ def test_dynamo_makes_one_guard_on_marks(
     *before, last = made
     assert len(last) == 1
     assert last[0].endswith(".runtime.active")
-    assert [len(guards) > 1 for guards in before] == [True] * cached
+    assert [len(guards) > 1 for guards in before] == [True]
     cm(**inputs)  # the base: the guard tells its calls apart
     assert cm.recompiles == 2

@@ -42,7 +42,8 @@ def test_what_is_called_almost_as_a_mark_is_no_part_of_it() -> None:
             sizes = AttrSource(place, "sizes")
             guards += [guard_on(place, mark), guard_on(active, True), guard_on(sizes, mark.sizes)]
         guards.append(guard_on(AttrSource(self, "_forward_hooks_1"), torch.tensor(2.0)))
-        kept = keep_guards(guards)
+        at = {source_text(guard.orig_guard): guard.value for guard in guards}.get
+        kept = keep_guards(guards, at)
     finally:
         for each in models:
             lorafx.detach(each)
