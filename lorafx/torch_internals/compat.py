@@ -68,11 +68,14 @@ def entry_arguments(recompile_limit: int) -> dict[str, Any]:
 #: - Floats that modules hold are constants. Under dynamic=True each would be a graph input that
 #:   is made into a tensor on every call (26 of them for a Llama of 6 layers).
 #: - No freezing of weights: they are graph inputs, which adapters and new weights are found by.
+#: - Weights are looked at although nobody has written to the dictionary that holds them: torch 2.11
+#:   took `weight.data = weight.data.t()` for the weight from before.
 _CAPTURE: tuple[tuple[Any, str, Any], ...] = (
     (shape_config, "use_duck_shape", False),
     (dynamo_config, "fail_on_recompile_limit_hit", True),
     (dynamo_config, "specialize_float", True),
     (inductor_config, "freezing", False),
+    (dynamo_config, "use_recursive_dict_tags_for_guards", False),
 )
 
 

@@ -97,10 +97,11 @@ def _dot(a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: An
 def _by_bools(original: Callable[..., Any], place: int) -> Callable[..., Any]:
     """A masked access, whose mask is the argument at `place`, with one that holds bools."""
 
-    def access(*arguments: Any) -> Any:
+    def access(*arguments: Any, **named: Any) -> Any:
         given = list(arguments)
-        given[place] = interpreter.TensorHandle(given[place].data.astype(bool), tl.int1)
-        return original(*given)
+        if isinstance(given[place], interpreter.TensorHandle):  # and no array, as of a descriptor
+            given[place] = interpreter.TensorHandle(given[place].data.astype(bool), tl.int1)
+        return original(*given, **named)
 
     return access
 
