@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lorafx.torch_internals.entries import Required, private_names
 from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
+from lorafx.torch_internals.versions import torch_minor
 
 ENTRY = Required(
     use="settings that hold while a graph is captured; sizes that are constants; what is being "
@@ -69,14 +70,15 @@ def entry_arguments(recompile_limit: int) -> dict[str, Any]:
 #:   is made into a tensor on every call (26 of them for a Llama of 6 layers).
 #: - No freezing of weights: they are graph inputs, which adapters and new weights are found by.
 #: - Weights are looked at although nobody has written to the dictionary that holds them: torch 2.11
-#:   took `weight.data = weight.data.t()` for the weight from before.
+#:   takes `weight.data = weight.data.t()` for the weight from before. Later ones do not.
 _CAPTURE: tuple[tuple[Any, str, Any], ...] = (
     (shape_config, "use_duck_shape", False),
     (dynamo_config, "fail_on_recompile_limit_hit", True),
     (dynamo_config, "specialize_float", True),
     (inductor_config, "freezing", False),
-    (dynamo_config, "use_recursive_dict_tags_for_guards", False),
 )
+if torch_minor() == "2.11":
+    _CAPTURE += ((dynamo_config, "skip_tensor_guards_with_matching_dict_tags", False),)
 
 
 @contextmanager
