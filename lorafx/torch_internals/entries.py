@@ -121,6 +121,13 @@ def table() -> tuple[PrivateGround, ...]:
     return tuple(rows)
 
 
+@cache
+def handed_out() -> frozenset[str]:
+    """The names that private ones have in this folder, by which others import them."""
+    meant = [imported(ast.parse(path.read_text()))[0] for path in FOLDER.glob("*.py")]
+    return frozenset(own for names in meant for own, name in names.items() if is_private(name))
+
+
 def found(name: str) -> Any:
     """What a dotted name stands for in the installed packages.
 

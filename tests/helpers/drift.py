@@ -22,7 +22,7 @@ import sys
 import traceback
 import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,12 @@ ROADS = {
 _LIMIT = 120  # seconds a case
 
 
+def _of_torch(function: Any) -> Any:
+    """`function` as code of torch's, for whoever looks at frames."""
+    own = {**function.__globals__, "__name__": "torch._drifted"}
+    return types.FunctionType(function.__code__, own, function.__name__, None, function.__closure__)
+
+
 class Drift:
     """One name that is not as it was.
 
@@ -48,12 +54,15 @@ class Drift:
 
     def __init__(self, name: str, way: str) -> None:
         self.name, self.way, self.reached = name, way, False
+        self.immutable = False
 
+    @_of_torch
     def missing(self) -> Any:
         """In the place of the name, where an attribute is asked for."""
         self.reached = True
-        raise AttributeError(f"{self.name.rpartition('.')[0]} has no such attribute: {self.name}")
+        raise AttributeError(f"there is no {self.name}")
 
+    @_of_torch
     def not_imported(self) -> Any:
         """In the place of its import."""
         self.reached = True
@@ -62,14 +71,14 @@ class Drift:
 
     def changed(self, value: Any) -> Any:
         """A function that takes other arguments."""
-        if isinstance(value, type):
+        if isinstance(value, type) and not self.immutable:
             return value  # `install` has seen to it
 
         def other(*args: Any, **kwargs: Any) -> Any:
             self.reached = True
             return _takes_another(*args, **kwargs)
 
-        return other
+        return _of_torch(other)
 
     def install(self, value: Any) -> None:
         """Change a class, for those who call it from lorafx."""
@@ -86,7 +95,10 @@ class Drift:
                     _takes_another(*args, **kwargs)
                 return original(*args, **kwargs)
 
-            setattr(value, made, construct)
+            try:
+                setattr(value, made, _of_torch(construct))
+            except TypeError:  # a class of C
+                self.immutable = True
 
     def found(self, find: Callable[[str], Any]) -> Callable[[str], Any]:
         """`entries.found`, by which shortcuts look at what they lean on."""
@@ -228,7 +240,9 @@ def _model() -> Any:
             self.up, self.down = nn.Linear(K, 12), nn.Linear(12, K)
 
         def forward(self, x: Any) -> Any:
-            return x + self.down(torch.relu(self.up(x)))
+            h = torch.relu(self.up(x))
+            h = torch.tanh(h) + h * torch.sigmoid(h)
+            return x + self.down(h) * 0.5  # long enough for a stamp to stand for it
 
     class Small(nn.Module):
         def __init__(self) -> None:
@@ -369,9 +383,6 @@ def _triton(task: Task) -> None:
 def _parts(task: Task) -> None:
     import transformers
 
-    import lorafx.kernels.tools.aot
-    import lorafx.kernels.tools.tune
-    import lorafx.layers
     from lorafx.torch_internals import transformers_parts
 
     transformers_parts.causal_model_class(transformers.LlamaConfig())
