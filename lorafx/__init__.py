@@ -119,10 +119,23 @@ def __getattr__(name: str) -> Any:
 
         check()
     if name in _MODULES:
-        return importlib.import_module(f"lorafx.{name}")
-    value = getattr(importlib.import_module(_HOME_OF.get(name, "lorafx.errors")), name)
+        return _imported(f"lorafx.{name}")
+    value = getattr(_imported(_HOME_OF.get(name, "lorafx.errors")), name)
     globals()[name] = value
     return value
+
+
+def _imported(module: str) -> Any:
+    """Raises UnsupportedVersionError where the installed torch is not one that it works with."""
+    try:
+        return importlib.import_module(module)
+    except Exception as error:
+        from lorafx.torch_internals.entrances import unsupported
+
+        failure = unsupported(error)
+        if failure is None:
+            raise
+        raise failure from error
 
 
 def __dir__() -> list[str]:

@@ -30,6 +30,7 @@ from lorafx.serving.habits import refuse_arguments
 from lorafx.torch_compile.attach_model import attach as attach
 from lorafx.torch_compile.attached import marked_session, session_of
 from lorafx.torch_compile.looking import profile_attached, why_attached
+from lorafx.torch_internals.entrances import entrance
 
 
 def compile(
@@ -90,8 +91,9 @@ def compile(
         options = replace(options, mode=mode)
     if options.cache:
         folder_of(options.cache)  # it can be used
-    marked = mark(model, lora_config, adapters, options)
-    compiled = CompiledModel(marked.program, marked.attachment, marked.store, dynamic)
+    with entrance():
+        marked = mark(model, lora_config, adapters, options)
+        compiled = CompiledModel(marked.program, marked.attachment, marked.store, dynamic)
     try:
         if marked.taken is not None:
             _set_default(compiled, marked.taken.active)

@@ -15,6 +15,7 @@ from lorafx.interrupts import undisturbed
 from lorafx.session.adapter_files import read_for
 from lorafx.session.session import Session
 from lorafx.session.transforms import refuse_transformed
+from lorafx.torch_internals.entrances import entrance
 
 #: The name of an adapter that is given without one, as in PEFT.
 _UNNAMED = "default"
@@ -53,7 +54,8 @@ def load_adapter(session: Session, source: Any, name: str, strict: bool | None =
     refuse_swapped(source, name)
     # `load_parts` takes None for a session without a part of the adapter, which forgets it.
     given: Any = source
-    load_parts([(session, AdapterSource(given) if source is None else source)], name, strict)
+    with entrance():
+        load_parts([(session, AdapterSource(given) if source is None else source)], name, strict)
 
 
 def load_parts(parts: Sequence[tuple[Session, Any]], name: str, strict: bool | None = None) -> None:

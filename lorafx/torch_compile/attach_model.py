@@ -15,6 +15,7 @@ from lorafx.serving.compiled import refuse_compiled
 from lorafx.serving.habits import refuse_arguments
 from lorafx.torch_compile.attached import session_of_weight
 from lorafx.torch_compile.attached_backend import attach_session
+from lorafx.torch_internals.entrances import entrance
 
 
 def attach(
@@ -46,9 +47,10 @@ def attach(
     refuse_arguments("lorafx.attach", misplaced, elsewhere)
     refuse_compiled(model)
     refuse_options(Options.of(options))
-    marked = mark(model, lora_config, adapters, options)
-    _refuse_shared_weights(marked)
-    attach_session(marked.program, marked.attachment, marked.store)
+    with entrance():
+        marked = mark(model, lora_config, adapters, options)
+        _refuse_shared_weights(marked)
+        attach_session(marked.program, marked.attachment, marked.store)
     return marked.program.model
 
 

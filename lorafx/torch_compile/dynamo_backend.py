@@ -20,6 +20,7 @@ from lorafx.torch_compile.attached import AttachedSession, attached_sessions, ca
 from lorafx.torch_compile.unmarked import FrameOptions, mark_captured
 from lorafx.torch_compile.unserved import note_unserved
 from lorafx.torch_internals.compat import mode_settings
+from lorafx.torch_internals.entrances import unsupported
 
 
 def compile_frame(
@@ -53,8 +54,11 @@ def compile_frame(
             return session.backend.compile(gm, examples, lowering)
     except ReplacedModuleError:
         raise  # for this one call: the module may be put back
-    except LorafxError as error:
-        return refusing(error)
+    except Exception as error:
+        refusal = error if isinstance(error, LorafxError) else unsupported(error)
+        if refusal is None:
+            raise
+        return refusing(refusal)
     if wanted.asks_for_lora:
         mark_captured(wanted)
     note_unserved()

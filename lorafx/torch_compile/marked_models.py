@@ -26,6 +26,7 @@ from lorafx.torch_compile.attached import AttachedSession, marked_session, marks
 from lorafx.torch_compile.pending import first_call, until_marked
 from lorafx.torch_compile.tasks import block_of_this_task
 from lorafx.torch_internals.compat import is_recompile_limit
+from lorafx.torch_internals.entrances import unsupported
 
 
 def _session_if_marked(model: nn.Module) -> AttachedSession | None:
@@ -84,7 +85,7 @@ def adapters(
         with block_of_this_task(), first, _block(model, session, names):
             yield
     except Exception as error:
-        failure = own_error(error) or explained(error, type(model).__name__)
+        failure = own_error(error) or explained(error, type(model).__name__) or unsupported(error)
         if failure is not None:
             raise failure from error
         if is_recompile_limit(error):

@@ -2,6 +2,7 @@
 
     versions     which versions were tested, and which are refused
     entries      what each module here needs, as a table; errors for names that are missing
+    entrances    what fails later because torch is another one, as one error
     shortcuts    what saves time by private ground, and may be off
     the rest     a subject each: its names, and what is patched there
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -63,6 +63,16 @@ def names_in(source: str) -> set[str]:
     """The private names that a module's source imports or reaches by attributes of what it imports.
     What this folder hands out counts under the name that it has there."""
     tree = ast.parse(source)
+    meant, found = imported(tree)
+    inner = {node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node not in inner and (whole := dotted(node, meant)):
+            found.add(whole)
+    return {name for name in found if is_private(name)}
+
+
+def imported(tree: ast.AST) -> tuple[dict[str, str], set[str]]:
+    """What the names that a module imports stand for, and all that it imports."""
     meant: dict[str, str] = {}
     found: set[str] = set()
     for node in ast.walk(tree):
@@ -77,18 +87,15 @@ def names_in(source: str) -> set[str]:
                 name = f"{node.module}.{item.name}"
                 meant[item.asname or item.name] = name
                 found.add(name)
+    return meant, found
 
-    def dotted(node: ast.AST) -> str | None:
-        if isinstance(node, ast.Name):
-            return meant.get(node.id)
-        above = dotted(node.value) if isinstance(node, ast.Attribute) else None
-        return f"{above}.{node.attr}" if above and isinstance(node, ast.Attribute) else None
 
-    inner = {node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and node not in inner and (whole := dotted(node)):
-            found.add(whole)
-    return {name for name in found if is_private(name)}
+def dotted(node: ast.AST, meant: Mapping[str, str]) -> str | None:
+    """The whole name that an expression stands for, where imported names mean this."""
+    if isinstance(node, ast.Name):
+        return meant.get(node.id)
+    above = dotted(node.value, meant) if isinstance(node, ast.Attribute) else None
+    return f"{above}.{node.attr}" if above and isinstance(node, ast.Attribute) else None
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,13 @@ def table() -> tuple[PrivateGround, ...]:
                     PrivateGround(path.stem, Required(**said), tuple(sorted(names_in(source))))
                 )
     return tuple(rows)
+
+
+@cache
+def handed_out() -> frozenset[str]:
+    """The names that private ones have in this folder, by which others import them."""
+    meant = [imported(ast.parse(path.read_text()))[0] for path in FOLDER.glob("*.py")]
+    return frozenset(own for names in meant for own, name in names.items() if is_private(name))
 
 
 def found(name: str) -> Any:

@@ -80,7 +80,10 @@ class _Grown:
 ODD: dict[str, tuple[Callable[[], Any], str]] = {
     "sparse": (_sparse, "is a sparse tensor"),
     "compressed rows": (lambda: torch.eye(6).to_sparse_csr(), "is a sparse tensor"),
-    "nested": (lambda: torch.nested.nested_tensor([torch.ones(2)]), "is a nested tensor"),
+    "nested": (  # torch 2.15 does not read it
+        lambda: torch.nested.nested_tensor([torch.ones(2)]),
+        "is a nested tensor|cannot be read with weights_only=True",
+    ),
     "jagged": (
         lambda: torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged),
         "cannot be read|is a ",

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from dense_merge import TOLERANCE, Case, build_case, check_mixed, error
-from hand_made import hand_case
-from layer_changes import activation, dtype, eps, hook, no_bias, own_forward, tied
+from layer_changes import activation, constant, dtype, eps, hook, no_bias, own_forward, tied
+from stacks import LAYERS, Block, H, Stack, case_of, stack
 from tiny_models import VOCAB
 from torch import Tensor, fx, nn
 from transformers import StaticCache
@@ -24,36 +24,7 @@ from lorafx.passes.outline.isomorphism import CanonicalForm, stretch_of
 
 pytestmark = pytest.mark.quick
 
-H, LAYERS = 6, 4
 NAMES = ["a0", None, "a1"]
-
-
-class Block(nn.Module):
-    """h + down(act(up(norm(h)))) · scale."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(H)
-        self.up = nn.Linear(H, 2 * H)
-        self.down = nn.Linear(2 * H, H, bias=False)
-        self.act: Any = torch.tanh
-        self.scale = 0.5
-
-    def forward(self, h: Tensor) -> Tensor:
-        y = self.act(self.up(self.norm(h.to(self.norm.weight.dtype)).to(h.dtype)))
-        return h + self.down(y.reshape(*h.shape[:-1], 2 * H)).mul(self.scale) + h.sin()
-
-
-class Stack(nn.Module):
-    def __init__(self, block: Callable[[], nn.Module] = Block, count: int = LAYERS) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(block() for _ in range(count))
-        self.register_buffer("memory", torch.zeros(H))
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        for layer in self.layers:
-            x = layer(x)
-        return {"logits": x}
 
 
 @dataclass
@@ -97,19 +68,6 @@ def options(seen: Seen, stamps: bool) -> dict[str, Any]:
     }
 
 
-def case_of(base: nn.Module, folder: Path) -> Case:
-    paths = [f"layers.{index}.{name}" for index in range(LAYERS) for name in ("up", "down")]
-    return hand_case(base, folder, a0=paths, a1=paths[1:])
-
-
-def stack(tmp_path: Path, change: Callable[[nn.Module], Any] | None = None, at: int = 1) -> Case:
-    torch.manual_seed(0)
-    base = Stack().eval().requires_grad_(False)
-    if change is not None:
-        change(base.layers[at])
-    return case_of(base, tmp_path)
-
-
 def compare(case: Case, seen: Seen, *, rows: int = len(NAMES)) -> None:
     """The same graph with stamps as without, the same bits, and the oracle's."""
     inputs = {"x": torch.randn(rows, 5, H)}
@@ -128,10 +86,6 @@ def compare(case: Case, seen: Seen, *, rows: int = len(NAMES)) -> None:
 def test_equal_layers_are_traced_once(tmp_path: Path, seen: Seen) -> None:
     compare(stack(tmp_path), seen)
     assert seen.layers == [[LAYERS]]
-
-
-def constant(layer: Any) -> None:
-    layer.scale = 0.25
 
 
 CHANGES = [constant, activation, no_bias, eps, own_forward, hook, tied, dtype]

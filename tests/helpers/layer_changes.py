@@ -1,6 +1,6 @@
 """Changes of one layer, by each of which it is no longer equal to its neighbours.
 
-A layer has `up`, a linear, `norm`, a layer norm, and `act`, a function.
+A layer has `up`, a linear, `norm`, a layer norm, `act`, a function, and `scale`, a number.
 """
 
 from __future__ import annotations
@@ -8,6 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch.nn import functional as F
+
+
+def constant(layer: Any) -> None:
+    layer.scale = 0.25
 
 
 def activation(layer: Any) -> None:

@@ -1,0 +1,102 @@
+"""Where lorafx is entered, what fails because torch is another one becomes one error.
+
+Imports of private names say so by themselves (`private_names`). A name that is asked for later, or
+takes other arguments than it did, raises an AttributeError or a TypeError somewhere below.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import linecache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from types import TracebackType
+from typing import Any, TypeVar, cast
+
+from lorafx.errors import UnsupportedVersionError
+from lorafx.torch_internals import versions
+from lorafx.torch_internals.entries import handed_out
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_OWN = __name__.partition(".")[0]
+#: Folders whose code does little else than use private ground.
+_GROUND = tuple(f"{_OWN}.{folder}." for folder in ("torch_internals", "capture", "saved_graphs"))
+#: Packages whose code is called with private names. Modules of torch.nn are the model's.
+_CALLED = ("torch.", "triton.")
+_OF_MODELS = "torch.nn."
+
+
+@contextmanager
+def entrance() -> Iterator[None]:
+    """What leaves the block because torch is another one is an UnsupportedVersionError."""
+    try:
+        yield
+    except Exception as error:
+        failure = unsupported(error)
+        if failure is None:
+            raise
+        raise failure from error
+
+
+def entered_by(function: _F) -> _F:
+    """`function` as an `entrance`, for functions that are called often: 0.1 µs."""
+
+    @functools.wraps(function)
+    def enter(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            failure = unsupported(error)
+            if failure is None:
+                raise
+            raise failure from error
+
+    made: Any = enter
+    return made
+
+
+def unsupported(raised: BaseException) -> UnsupportedVersionError | None:
+    """What to raise in the place of an error that another torch is the cause of; None for others:
+    of lorafx's own, of the model, of its caller."""
+    if not isinstance(raised, (AttributeError, TypeError, ImportError)) or not _of_private(raised):
+        return None
+    return UnsupportedVersionError(f"{type(raised).__name__}: {raised}; {versions.way_out()}")
+
+
+def _of_private(raised: BaseException) -> bool:
+    """Whether the innermost code that is not torch's is on private ground, or is an expression of
+    lorafx's with a name that this folder hands out."""
+    for place in reversed(list(_places(raised.__traceback__))):
+        module = f"{place.tb_frame.f_globals.get('__name__', '')}."
+        if module.startswith(_GROUND):
+            return True
+        if module.startswith(f"{_OWN}."):
+            return bool(_names_at(place) & handed_out())
+        if not module.startswith(_CALLED) or module.startswith(_OF_MODELS):
+            return False
+    return False
+
+
+def _places(place: TracebackType | None) -> Iterator[TracebackType]:
+    while place is not None:
+        yield place
+        place = place.tb_next
+
+
+def _names_at(place: TracebackType) -> set[str]:
+    """The names in the expression that raised in this frame."""
+    code = place.tb_frame.f_code
+    positions = next(islice(code.co_positions(), place.tb_lasti // 2, None))
+    if None in positions:
+        return set()
+    line, end_line, column, end_column = cast(tuple[int, ...], positions)
+    source = "".join(linecache.getlines(code.co_filename))
+    return {
+        node.id
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Name)
+        and (line, column) <= (node.lineno, node.col_offset)
+        and (node.end_lineno or 0, node.end_col_offset or 0) <= (end_line, end_column)
+    }

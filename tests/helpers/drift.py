@@ -1,0 +1,495 @@
+"""Another torch than the one that is installed, for lorafx alone: one private name is missing,
+takes other arguments, or its class has a method more.
+
+    python drift.py FOLDER < cases        a process forked for each, its verdict as a line of JSON
+
+Names are those that `entries.table()` reads from the sources. A missing name, and a function that
+takes other arguments, are written into the sources of lorafx/torch_internals as they are imported.
+Classes stay what they are, since torch compares them: their constructors look at who calls them.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import inspect
+import json
+import os
+import signal
+import sys
+import traceback
+import types
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+WAYS = ("missing", "signature", "method")
+#: What a case runs, by the module of lorafx/torch_internals that uses the name.
+ROADS = {
+    **dict.fromkeys(
+        ("cpp", "decompositions", "inductor", "inductor_settings", "torn_libraries"), "inductor"
+    ),
+    **dict.fromkeys(("saved_code", "saved_frames", "wrappers"), "saved"),
+    **dict.fromkeys(("collectives", "transformers_parts", "triton"), "parts"),
+    **dict.fromkeys(("functional", "inductor_wrapper", "triton_compat"), "triton"),
+}
+_LIMIT = 120  # seconds a case
+
+
+def _of_torch(function: Any) -> Any:
+    """`function` as code of torch's, for whoever looks at frames."""
+    own = {**function.__globals__, "__name__": "torch._drifted"}
+    return types.FunctionType(function.__code__, own, function.__name__, None, function.__closure__)
+
+
+class Drift:
+    """One name that is not as it was.
+
+    Attributes:
+        reached: lorafx did ask for it, or call it.
+    """
+
+    def __init__(self, name: str, way: str) -> None:
+        self.name, self.way, self.reached = name, way, False
+        self.immutable = False
+
+    @_of_torch
+    def missing(self) -> Any:
+        """In the place of the name, where an attribute is asked for."""
+        self.reached = True
+        raise AttributeError(f"there is no {self.name}")
+
+    @_of_torch
+    def not_imported(self) -> Any:
+        """In the place of its import."""
+        self.reached = True
+        owner, _, last = self.name.rpartition(".")
+        raise ImportError(f"cannot import name {last!r} from {owner!r}")
+
+    def changed(self, value: Any) -> Any:
+        """A function that takes other arguments."""
+        if isinstance(value, type) and not self.immutable:
+            return value  # `install` has seen to it
+
+        def other(*args: Any, **kwargs: Any) -> Any:
+            self.reached = True
+            return _takes_another(*args, **kwargs)
+
+        return _of_torch(other)
+
+    def install(self, value: Any) -> None:
+        """Change a class, for those who call it from lorafx."""
+        if self.way == "method":
+            method = _public_method(value)
+            setattr(value, f"also_{method}", inspect.getattr_static(value, method))
+        elif self.way == "signature" and isinstance(value, type):
+            made = "__init__" if value.__init__ is not object.__init__ else "__new__"
+            original = getattr(value, made)
+
+            def construct(*args: Any, **kwargs: Any) -> Any:
+                if sys._getframe(1).f_globals.get("__name__", "").startswith("lorafx"):
+                    self.reached = True
+                    _takes_another(*args, **kwargs)
+                return original(*args, **kwargs)
+
+            try:
+                setattr(value, made, _of_torch(construct))
+            except TypeError:  # a class of C
+                self.immutable = True
+
+    def found(self, find: Callable[[str], Any]) -> Callable[[str], Any]:
+        """`entries.found`, by which shortcuts look at what they lean on."""
+
+        def look(name: str) -> Any:
+            if f"{self.name}.".startswith(f"{name}.") or f"{name}.".startswith(f"{self.name}."):
+                self.reached = True
+                if self.way == "missing":
+                    raise AttributeError(name)
+                return _takes_another
+            return find(name)
+
+        return look
+
+
+def _takes_another(*, that_nobody_passes: Any) -> Any:
+    """A function, and a constructor, of another signature."""
+
+
+def _public_method(value: Any) -> str | None:
+    """A method that another name may be given, of a class that can be changed."""
+    if not isinstance(value, type):
+        return None
+    for name, method in vars(value).items():
+        if not name.startswith("_") and isinstance(
+            method, (types.FunctionType, classmethod, staticmethod)
+        ):
+            return name
+    return None
+
+
+class _Rewriting(ast.NodeTransformer):
+    """The source of one module, with the drift in the places of the name."""
+
+    def __init__(self, drift: Drift, entries: Any, tree: ast.Module) -> None:
+        self.drift, self.entries = drift, entries
+        self.meant, _ = entries.imported(tree)
+
+    def _statement(self, text: str) -> ast.stmt:
+        return ast.parse(text).body[0]
+
+    def visit_Import(self, node: ast.Import) -> Any:
+        if self.drift.way == "missing" and any(i.name == self.drift.name for i in node.names):
+            return self._statement("_drift.not_imported()")
+        return node
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> Any:
+        named = [i for i in node.names if f"{node.module}.{i.name}" == self.drift.name]
+        if not named or self.drift.way == "method":
+            return node
+        if self.drift.way == "missing":
+            return self._statement("_drift.not_imported()")
+        own = named[0].asname or named[0].name
+        return [node, self._statement(f"{own} = _drift.changed({own})")]
+
+    def visit_Attribute(self, node: ast.Attribute) -> Any:
+        whole = self.entries.dotted(node, self.meant)
+        if whole != self.drift.name or not isinstance(node.ctx, ast.Load):
+            return self.generic_visit(node)
+        if self.drift.way == "missing":
+            return ast.parse("_drift.missing()", mode="eval").body
+        if self.drift.way == "signature":
+            called = ast.parse("_drift.changed(_)", mode="eval").body
+            called.args = [node]  # type: ignore[attr-defined]
+            return called
+        return node
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    drift: Drift
+    entries: Any
+
+    def get_code(self, fullname: str) -> Any:
+        path = self.get_filename(fullname)
+        tree = ast.parse(self.get_data(path))
+        tree = _Rewriting(self.drift, self.entries, tree).visit(tree)
+        return compile(ast.fix_missing_locations(tree), path, "exec", dont_inherit=True)
+
+    def exec_module(self, module: Any) -> None:
+        module._drift = self.drift
+        super().exec_module(module)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def __init__(self, drift: Drift, entries: Any) -> None:
+        self.drift, self.entries = drift, entries
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        if not fullname.startswith("lorafx.torch_internals."):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is None or not spec.origin:
+            return spec
+        spec.loader = loader = _Loader(fullname, spec.origin)
+        loader.drift, loader.entries = self.drift, self.entries
+        return spec
+
+
+def entries_module() -> Any:
+    from lorafx.torch_internals import entries
+
+    return entries
+
+
+def names() -> dict[str, list[str]]:
+    """Each private name, and the modules of lorafx/torch_internals that use it."""
+    found: dict[str, list[str]] = {}
+    for row in entries_module().table():
+        for name in row.names:
+            found.setdefault(name, []).append(row.module)
+    return found
+
+
+def applies(name: str, way: str) -> bool:
+    """Whether the name can drift in this way."""
+    try:
+        value = entries_module().found(name)
+    except (AttributeError, ImportError):
+        return way == "missing"
+    if way == "missing":
+        return True
+    if way == "method":
+        return _public_method(value) is not None
+    if isinstance(value, type) and issubclass(value, BaseException):
+        return "__init__" in vars(value)
+    return callable(value)
+
+
+# --- what a case runs ---------------------------------------------------------------------------
+
+
+def _model() -> Any:
+    import torch
+    from torch import nn
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(K, 12), nn.Linear(12, K)
+
+        def forward(self, x: Any) -> Any:
+            h = torch.relu(self.up(x))
+            h = torch.tanh(h) + h * torch.sigmoid(h)
+            return x + self.down(h) * 0.5  # long enough for a stamp to stand for it
+
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+        def forward(self, x: Any) -> Any:
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    torch.manual_seed(0)
+    return Small().eval().requires_grad_(False)
+
+
+K = 8
+MIXED = ["a", None, "b"]
+
+
+class Task:
+    """The model, two adapters and the answers, made before lorafx is imported."""
+
+    def __init__(self, folder: Path) -> None:
+        import copy
+
+        import torch
+
+        self.folder = folder
+        self.base = _model()
+        self.x = {
+            length: torch.randn(3, length, K, generator=torch.Generator().manual_seed(length))
+            for length in (4, 5)
+        }
+        self.adapters: dict[str, Path] = {}
+        merged = {None: self.base}
+        for seed, name in enumerate(("a", "b", "c")):
+            twin = copy.deepcopy(self.base)
+            self.adapters[name] = self._save(name, twin, seed)
+            merged[name] = twin
+        self.merged = merged
+
+    def _save(self, name: str, twin: Any, seed: int) -> Path:
+        import torch
+        from safetensors.torch import save_file
+        from torch import nn
+
+        rank, tensors = 2 + seed % 2, {}
+        generator = torch.Generator().manual_seed(seed)
+        for path, module in twin.named_modules():
+            if isinstance(module, nn.Linear):
+                out, inner = module.weight.shape
+                a = torch.randn(rank, inner, generator=generator) / inner**0.5
+                b = torch.randn(out, rank, generator=generator) / rank**0.5
+                tensors[f"base_model.model.{path}.lora_A.weight"] = a
+                tensors[f"base_model.model.{path}.lora_B.weight"] = b
+                module.weight += b @ a
+        folder = self.folder / f"adapter_{name}"
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / "adapter_model.safetensors")
+        config = {
+            "peft_type": "LORA",
+            "r": rank,
+            "lora_alpha": rank,
+            "target_modules": ["up", "down"],
+        }
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        return folder
+
+    def model(self) -> Any:
+        import copy
+
+        return copy.deepcopy(self.base)
+
+    def check(self, got: Any, names: Sequence[str | None], length: int) -> None:
+        import torch
+
+        rows = zip(names, self.x[length], strict=True)
+        with torch.no_grad():
+            want = torch.stack([self.merged[name](x) for name, x in rows])
+        difference = float((got - want).abs().max() / want.abs().max().clamp(min=1))
+        if not difference <= 1e-5:
+            raise Wrong(f"{names}, length {length}: off by {difference:.2e}")
+
+
+class Wrong(BaseException):
+    """A call has returned something else than the dense merge."""
+
+
+def _compiled(task: Task, **options: Any) -> Any:
+    import lorafx
+
+    known = {name: task.adapters[name] for name in ("a", "b")}
+    cm = lorafx.compile(task.model(), adapters=known, options=options)
+    for length in (4, 5):
+        task.check(cm(task.x[length], adapter_names=MIXED), MIXED, length)
+    return cm
+
+
+def _call(task: Task) -> None:
+    cm = _compiled(task, lowering="reference")
+    cm.load_adapter(task.adapters["c"], "c")
+    last = ["c", "b", None]
+    task.check(cm(task.x[5], adapter_names=last), last, 5)
+
+
+def _backend(task: Task) -> None:
+    import torch
+
+    import lorafx
+
+    known = {name: task.adapters[name] for name in ("a", "b")}
+    model = lorafx.attach(task.model(), adapters=known, options={"lowering": "reference"})
+    run = torch.compile(model, backend="lorafx")
+    for length in (4, 5):
+        with torch.no_grad(), lorafx.adapters(model, MIXED):
+            task.check(run(task.x[length]), MIXED, length)
+
+
+def _saved(task: Task) -> None:
+    import torch
+
+    folder = task.folder / f"graphs_{os.getpid()}"
+    _compiled(task, lowering="inductor", cache=str(folder))
+    torch._dynamo.reset()
+    _compiled(task, lowering="inductor", cache=str(folder))
+
+
+def _triton(task: Task) -> None:
+    from lorafx.kernels.triton import launchers
+    from lorafx.torch_internals import inductor_wrapper
+
+    inductor_wrapper.launch_dependents_early()
+    inductor_wrapper.scratch_for_each_program()
+    launchers.launches_directly()
+    _compiled(task, lowering="triton")
+
+
+def _parts(task: Task) -> None:
+    import transformers
+
+    from lorafx.torch_internals import transformers_parts
+
+    transformers_parts.causal_model_class(transformers.LlamaConfig())
+    transformers_parts.devices_of_async_batching()
+    transformers_parts.stream_error("an error")
+
+
+def run(task: Task, road: str) -> None:
+    """Raises Wrong where an answer is, and whatever else lorafx raises."""
+    if road == "parts":
+        _parts(task)
+    elif road == "triton":
+        _triton(task)
+    elif road == "saved":
+        _saved(task)
+    elif road == "inductor":
+        _compiled(task, lowering="inductor")
+    else:
+        _call(task)
+        _backend(task)
+
+
+def verdict(task: Task, name: str, way: str, road: str) -> dict[str, Any]:
+    """What became of one case, in this process, which has not imported lorafx."""
+    warnings.simplefilter("ignore")
+    drift = Drift(name, way)
+    entries = entries_module()
+    value = entries.found(name) if way in ("signature", "method") else None
+    sys.meta_path.insert(0, _Finder(drift, entries))
+    entries.found = drift.found(entries.found)
+    drift.install(value)
+    said: dict[str, Any] = {"name": name, "way": way, "road": road}
+    try:
+        run(task, road)
+    except Wrong as error:
+        said |= {"verdict": "wrong", "text": str(error)}
+    except Exception as error:
+        from lorafx.errors import LorafxError
+
+        text = str(error)
+        explained = isinstance(error, LorafxError) and _names_version(text)
+        said |= {
+            "verdict": "refused" if explained else "raw",
+            "text": f"{type(error).__name__}: {text}",
+            "trace": "".join(traceback.format_exception(error)),
+        }
+    else:
+        said["verdict"] = "right"
+    return {**said, "reached": drift.reached}
+
+
+def _names_version(text: str) -> bool:
+    """Whether an error names torch's version and a way out."""
+    import torch
+
+    ways_out = ("pip install", "To serve it nevertheless")
+    return torch.__version__.split("+")[0] in text and any(way in text for way in ways_out)
+
+
+def warm_up() -> None:
+    """Import what every case needs, so that a case is a fork and not an import."""
+    import torch
+    import torch._dynamo
+    import torch._inductor.compile_fx
+    import torch._inductor.cpp_builder
+    import torch._inductor.lowering
+    import transformers  # noqa: F401
+
+    model = _model()
+    with torch.no_grad():
+        torch.compile(model, backend="aot_eager", dynamic=True)(torch.randn(3, 4, K))
+    torch._dynamo.reset()
+
+
+def forked(task: Task, case: Mapping[str, str]) -> dict[str, Any]:
+    """The verdict of a child process."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        signal.alarm(_LIMIT)
+        try:
+            said = verdict(task, case["name"], case["way"], case["road"])
+        except BaseException as error:
+            trace = "".join(traceback.format_exception(error))
+            said = {**case, "verdict": "raw", "text": repr(error), "trace": trace}
+        with os.fdopen(writing, "w") as pipe:
+            pipe.write(json.dumps(said))
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        text = pipe.read()
+    _, status = os.waitpid(child, 0)
+    return json.loads(text) if text else {**case, "verdict": "raw", "text": f"it died: {status}"}
+
+
+def main() -> None:
+    assert not any(name.partition(".")[0] == "lorafx" for name in sys.modules)
+    task = Task(Path(sys.argv[1]))
+    cases = json.load(sys.stdin)
+    warm_up()
+    for case in cases:
+        print(json.dumps(forked(task, case)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

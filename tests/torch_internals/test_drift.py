@@ -1,0 +1,104 @@
+"""Under a torch that is another one, lorafx is right or refuses: for every private name that it
+uses, missing, of another signature, and of a class with a method more (`tests/helpers/drift.py`).
+
+In `make test` a sample: a name of each module of lorafx/torch_internals.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import drift
+import pytest
+import torch
+
+import lorafx
+from lorafx.torch_internals import entries
+
+ROOT = Path(__file__).parents[2]
+Case = dict[str, str]
+
+
+def every_case() -> list[Case]:
+    return [
+        {"name": name, "way": way, "road": drift.ROADS.get(modules[0], "call")}
+        for name, modules in drift.names().items()
+        for way in drift.WAYS
+        if drift.applies(name, way)
+    ]
+
+
+def sample() -> list[Case]:
+    """One case of each module, in one way after the other. What Inductor compiles takes long, so of
+    those names it is a missing one."""
+    found = []
+    for index, row in enumerate(entries.table()):
+        road = drift.ROADS.get(row.module, "call")
+        way = drift.WAYS[index % 3] if road in ("call", "parts") else "missing"
+        names = [name for name in row.names if drift.applies(name, way)]
+        way, names = (way, names) if names else ("missing", list(row.names))
+        found.append({"name": names[len(names) // 2], "way": way, "road": road})
+    return found
+
+
+def verdicts(cases: Sequence[Case], folder: Path) -> list[dict[str, Any]]:
+    """What became of each case, each in a process of its own."""
+    started = subprocess.run(
+        [sys.executable, drift.__file__, str(folder)],
+        input=json.dumps(list(cases)),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": _path()},
+        check=False,
+    )
+    found = [json.loads(line) for line in started.stdout.splitlines()]
+    assert len(found) == len(cases), started.stderr
+    return found
+
+
+def _path() -> str:
+    """So that the child finds the lorafx that this process has."""
+    own = str(Path(lorafx.__file__).parents[1])
+    others = os.environ.get("PYTHONPATH")
+    return own if not others else os.pathsep.join((own, others))
+
+
+def check(cases: Sequence[Case], folder: Path) -> None:
+    found = verdicts(cases, folder)
+    counts = Counter((case["way"], case["verdict"]) for case in found)
+    for way in drift.WAYS:
+        told = ", ".join(f"{counts[way, v]} {v}" for v in ("right", "refused", "raw", "wrong"))
+        print(f"{way}: {told}")
+    bad = [case for case in found if case["verdict"] not in ("right", "refused")]
+    assert not bad, "\n".join(
+        f"{case['name']} ({case['way']}): {case['verdict']}: {case['text']}" for case in bad
+    )
+
+
+def test_a_name_of_each_module(tmp_path: Path) -> None:
+    cases = sample()
+    assert len(cases) >= 20
+    check(cases, tmp_path)
+
+
+@pytest.mark.slow
+def test_every_name(tmp_path: Path) -> None:
+    check(every_case(), tmp_path)
+
+
+def test_what_the_harness_sees(tmp_path: Path) -> None:
+    """Without a drift all is right, and a name that is needed is missed."""
+    plain = {"name": "", "way": "none", "road": "call"}
+    needed = "torch._C._functorch.peek_interpreter_stack"
+    cases = [plain, *({"name": needed, "way": way, "road": "call"} for way in drift.WAYS[:2])]
+    found = verdicts(cases, tmp_path)
+    assert [case["verdict"] for case in found] == ["right", "refused", "refused"]
+    assert all(case["reached"] for case in found[1:])
+    assert f"torch {torch.__version__.partition('+')[0]}" in found[1]["text"]
