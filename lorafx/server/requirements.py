@@ -6,7 +6,7 @@ import importlib
 
 from lorafx.errors import ConfigError
 
-_MODULES = ("fastapi", "uvicorn", "openai", "prometheus_client", "transformers.cli.serving.server")
+_MODULES = ("fastapi", "uvicorn", "openai", "prometheus_client")
 
 
 def check_requirements() -> None:
@@ -19,3 +19,10 @@ def check_requirements() -> None:
                 f"lorafx serve needs {module}, which cannot be imported ({error}): "
                 "pip install 'lorafx[serve]'"
             ) from error
+    try:
+        importlib.import_module("lorafx.server.run")
+    except ImportError as error:
+        raise ConfigError(
+            f"lorafx serve needs transformers 5.23 or newer ({error}): "
+            "pip install 'lorafx[serve]' 'transformers>=5.23'"
+        ) from error

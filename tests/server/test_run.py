@@ -190,6 +190,14 @@ def test_without_the_extra(monkeypatch):
 
 
 @pytest.mark.quick
+def test_with_an_older_transformers(monkeypatch):
+    """Of 5.0 and 5.10 the server's own modules cannot be imported."""
+    monkeypatch.setitem(sys.modules, "lorafx.server.run", None)
+    with pytest.raises(ConfigError, match=r"transformers 5\.23 or newer .*'transformers>=5\.23'"):
+        check_requirements()
+
+
+@pytest.mark.quick
 def test_a_model_without_a_usable_tokenizer(files, tmp_path):
     from lorafx.server.run import opened
 
