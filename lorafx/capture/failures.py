@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
-from lorafx.errors import CaptureError, LorafxError, LoweringError
+from lorafx.errors import CaptureError, LorafxError, LoweringError, UnsupportedVersionError
 from lorafx.pass_order import GraphPass, way_around
 from lorafx.torch_internals.dynamo import ObservedException, TorchDynamoException, TorchRuntimeError
+from lorafx.torch_internals.entrances import unsupported
 from lorafx.torch_internals.versions import installed
 
 _NOTE = "_lorafx_failed_in"
@@ -75,6 +76,9 @@ def explained(raised: BaseException, model: str, base: str = "") -> LorafxError 
     place = next((getattr(item, _NOTE) for item in errors if hasattr(item, _NOTE)), None)
     if place is None and not _is_of_dynamo(raised):
         return None
+    version = unsupported(errors[-1], directly=True)
+    if version is not None:
+        return UnsupportedVersionError(f"{version}. {base}".rstrip())
     place = place or _Place("Dynamo", CaptureError, _KEEP_OUT)
     text = " ".join(str(errors[-1]).split())
     shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

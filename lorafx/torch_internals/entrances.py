@@ -57,18 +57,22 @@ def entered_by(function: _F) -> _F:
     return made
 
 
-def unsupported(raised: BaseException) -> UnsupportedVersionError | None:
+def unsupported(raised: BaseException, *, directly: bool = False) -> UnsupportedVersionError | None:
     """What to raise in the place of an error that another torch is the cause of; None for others:
-    of lorafx's own, of the model, of its caller."""
-    if not isinstance(raised, (AttributeError, TypeError, ImportError)) or not _of_private(raised):
+    of lorafx's own, of the model, of its caller. `directly`: what was called has raised it, and not
+    code deep inside of a compiler, which may fail on the model's graph."""
+    known = isinstance(raised, (AttributeError, TypeError, ImportError))
+    if not known or not _of_private(raised, directly):
         return None
     return UnsupportedVersionError(f"{type(raised).__name__}: {raised}; {versions.way_out()}")
 
 
-def _of_private(raised: BaseException) -> bool:
+def _of_private(raised: BaseException, directly: bool) -> bool:
     """Whether the innermost code that is not torch's is on private ground, or is an expression of
     lorafx's with a name that this folder hands out."""
-    for place in reversed(list(_places(raised.__traceback__))):
+    for depth, place in enumerate(reversed(list(_places(raised.__traceback__)))):
+        if directly and depth > 1:
+            return False
         module = f"{place.tb_frame.f_globals.get('__name__', '')}."
         if module.startswith(_GROUND):
             return True

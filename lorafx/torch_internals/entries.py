@@ -41,12 +41,12 @@ class Required:
 
 @contextmanager
 def private_names() -> Iterator[None]:
-    """Around imports of private names: a missing one is an UnsupportedVersionError, and so is a
-    version that lorafx does not run on."""
+    """Around private names: one that is missing, or takes other arguments, is an
+    UnsupportedVersionError, and so is a version that lorafx does not run on."""
     versions.check()
     try:
         yield
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError) as error:
         raise UnsupportedVersionError(f"{error}; {versions.way_out()}") from error
 
 

@@ -22,7 +22,7 @@ def stream_error(message: str) -> Any:
     with private_names():
         from transformers.cli.serving.utils import _StreamError
 
-    return _StreamError(message)
+        return _StreamError(message)
 
 
 def causal_model_class(config: Any) -> type:

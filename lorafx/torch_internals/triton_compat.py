@@ -39,6 +39,7 @@ import triton.language as tl
 from torch.library import triton_op
 
 from lorafx.errors import LoweringError
+from lorafx.torch_internals.entrances import unsupported
 from lorafx.torch_internals.entries import Required, private_names
 
 ENTRY = Required(
@@ -52,6 +53,7 @@ with private_names():
     from torch._library import triton as triton_library
     from torch._library.triton import is_wrap_triton_enabled
     from triton.runtime import _allocation, interpreter
+    from triton.runtime.interpreter import GridExecutor
 
 # The interpreter patches triton.language and keeps the current program in a global.
 _LOCK = threading.RLock()
@@ -171,7 +173,7 @@ def _put_right() -> Iterator[None]:
         del builder.create_masked_load, builder.create_masked_store
 
 
-class _Executor(interpreter.GridExecutor):
+class _Executor(GridExecutor):
     """Triton's own copies whole storages to the host and back: of banks, on every launch."""
 
     def _init_args_hst(self, args_dev: Any, kwargs: Any) -> Any:
@@ -193,12 +195,16 @@ def interpret(kernel: Any, grid: Sequence[int], arguments: Sequence[Any]) -> Non
 
     Raises:
         LoweringError: the kernel failed; its source is in the message's cause.
+        UnsupportedVersionError: this module did, with a Triton that is another one.
     """
     function = kernel.fn  # what @triton.jit was put on
     with _LOCK, _put_right(), np.errstate(all="ignore"):  # a NaN in x is not the kernel's fault
         try:
             _Executor(_rewritten(kernel), kernel.arg_names, tuple(grid))(*arguments)
         except interpreter.InterpreterError as error:
+            failure = unsupported(error.__cause__ or error)
+            if failure is not None:
+                raise failure from error
             raise LoweringError(
                 f"{function.__name__} of {function.__code__.co_filename} failed in Triton's"
                 f" interpreter: {error}"

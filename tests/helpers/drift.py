@@ -373,10 +373,14 @@ def _saved(task: Task) -> None:
 def _triton(task: Task) -> None:
     from lorafx.kernels.triton import launchers
     from lorafx.torch_internals import inductor_wrapper
+    from lorafx.torch_internals.entrances import entrance
+    from lorafx.torch_internals.shortcuts import chosen
 
-    inductor_wrapper.launch_dependents_early()
-    inductor_wrapper.scratch_for_each_program()
-    launchers.launches_directly()
+    with entrance():  # as the calls of models are that ask for these
+        if "early_launches" in chosen():
+            inductor_wrapper.launch_dependents_early()
+        inductor_wrapper.scratch_for_each_program()
+        launchers.launches_directly()
     _compiled(task, lowering="triton")
 
 
