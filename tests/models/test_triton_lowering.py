@@ -14,11 +14,11 @@ import torch
 from dense_merge import TOLERANCE, Case, check_mixed, error
 from functorch.compile import make_boxed_func
 from tiny_models import FAMILIES
-from torch._inductor import compile_fx
 from torch._inductor.utils import run_and_get_code
 
 from lorafx.errors import ConfigError
 from lorafx.kernels.triton.triton_build import AROUND, CONCAT
+from lorafx.torch_internals import inductor
 
 NAMES = ["a1", None, "a3", "a0", "a2"]
 TRITON = {"lowering": "triton"}
@@ -209,7 +209,7 @@ def test_a_captured_launch_reads_weights_and_banks_in_place_and_slots_from_a_cop
         seen.append((list(inputs), set(kwargs["static_input_idxs"])))
         return make_boxed_func(gm)  # what is made of them costs a C++ kernel each
 
-    monkeypatch.setattr(compile_fx, "compile_fx_inner", spy)
+    monkeypatch.setattr(inductor, "compile_fx_inner", spy)
     cm = plain.compile(options={"lowering": "inductor"}, dynamic=False)
     cm(**inputs_of("plain"), adapter_names=NAMES)
     ((values, fixed),) = seen
