@@ -38,6 +38,7 @@ from lorafx.session.statistics import SessionCounts, Statistics, statistics_of
 from lorafx.session.streams import accelerators
 from lorafx.session.transforms import refuse_transformed
 from lorafx.torch_internals.compat import no_mha_fast_path
+from lorafx.torch_internals.entrances import unsupported
 
 T = TypeVar("T")
 
@@ -151,32 +152,38 @@ class Session:
             ReplacedModuleError: a module that holds the merged adapter was replaced.
             CheckpointError: an adapter has to be read again, and its files have changed.
 
-        Also CaptureError as `refuse_transformed`.
+        Also CaptureError as `refuse_transformed`, and UnsupportedVersionError as `unsupported`.
         """
-        refuse_transformed()
-        # Before the lock is taken: other calls go on while files are read.
-        kept = self.fetched((self.default,) if names is None else names, tokens)  # noqa: F841
-        with self.locks.calls:
-            running, merged = self.running, self.base.merged
-            if running.updating:
-                raise BatchError(
-                    "the base weights are being updated; call the model after the update"
-                )
-            self.refuse_broken()
-            if names is None:
-                requests = Requests((self.default,), alike=True)
-            else:
-                requests = Requests(
-                    tuple(names), tokens, repeats, packed=packed, activated=activated
-                )
-            if merged is not None and not running.warming:
-                requests = served_by(merged.name, requests)
-                self.program.refuse_missing(self.store[merged.name].sites)
-            elif self.base.unmerged and not running.warming:
-                raise CaptureError(self.base.unmerged)
-            if not packed:
-                function = partial(self.beside_engine, function)
-            return self.run(running.serving(requests), function)
+        try:  # no context manager: it takes a microsecond
+            refuse_transformed()
+            # Before the lock is taken: other calls go on while files are read.
+            kept = self.fetched((self.default,) if names is None else names, tokens)  # noqa: F841
+            with self.locks.calls:
+                running, merged = self.running, self.base.merged
+                if running.updating:
+                    raise BatchError(
+                        "the base weights are being updated; call the model after the update"
+                    )
+                self.refuse_broken()
+                if names is None:
+                    requests = Requests((self.default,), alike=True)
+                else:
+                    requests = Requests(
+                        tuple(names), tokens, repeats, packed=packed, activated=activated
+                    )
+                if merged is not None and not running.warming:
+                    requests = served_by(merged.name, requests)
+                    self.program.refuse_missing(self.store[merged.name].sites)
+                elif self.base.unmerged and not running.warming:
+                    raise CaptureError(self.base.unmerged)
+                if not packed:
+                    function = partial(self.beside_engine, function)
+                return self.run(running.serving(requests), function)
+        except Exception as error:
+            failure = unsupported(error)
+            if failure is None:
+                raise
+            raise failure from error
 
     def beside_engine(self, function: Callable[[], T]) -> T:
         """What `function` returns, which runs the model outside of an engine's steps. The lock is

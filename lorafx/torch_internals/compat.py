@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lorafx.torch_internals.entrances import entered_by
 from lorafx.torch_internals.entries import Required, private_names
 from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
 from lorafx.torch_internals.versions import torch_minor
@@ -46,7 +45,7 @@ def untraced(function: _F) -> _F:
     """`function`, which code that users compile calls as it is: Dynamo breaks its graph there, and
     what the function compiles itself is compiled as ever. It costs 0.4 µs a call."""
     reason = "lorafx compiled this model by itself"
-    made: _F = disable(entered_by(function), reason=reason)
+    made: _F = disable(function, reason=reason)
     return made
 
 

@@ -7,19 +7,17 @@ takes other arguments than it did, raises an AttributeError or a TypeError somew
 from __future__ import annotations
 
 import ast
-import functools
 import linecache
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from types import TracebackType
-from typing import Any, TypeVar, cast
+from typing import cast
 
 from lorafx.errors import UnsupportedVersionError
 from lorafx.torch_internals import versions
 from lorafx.torch_internals.entries import handed_out
 
-_F = TypeVar("_F", bound=Callable[..., Any])
 _OWN = __name__.partition(".")[0]
 #: Folders whose code does little else than use private ground.
 _GROUND = tuple(f"{_OWN}.{folder}." for folder in ("torch_internals", "capture", "saved_graphs"))
@@ -38,23 +36,6 @@ def entrance() -> Iterator[None]:
         if failure is None:
             raise
         raise failure from error
-
-
-def entered_by(function: _F) -> _F:
-    """`function` as an `entrance`, for functions that are called often: 0.1 µs."""
-
-    @functools.wraps(function)
-    def enter(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return function(*args, **kwargs)
-        except Exception as error:
-            failure = unsupported(error)
-            if failure is None:
-                raise
-            raise failure from error
-
-    made: Any = enter
-    return made
 
 
 def unsupported(raised: BaseException, *, directly: bool = False) -> UnsupportedVersionError | None:

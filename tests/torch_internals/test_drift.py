@@ -28,8 +28,9 @@ Case = dict[str, str]
 
 def every_case() -> list[Case]:
     return [
-        {"name": name, "way": way, "road": drift.ROADS.get(modules[0], "call")}
+        {"name": name, "way": way, "road": road}
         for name, modules in drift.names().items()
+        for road in sorted({drift.ROADS.get(module, "call") for module in modules})
         for way in drift.WAYS
         if drift.applies(name, way)
     ]

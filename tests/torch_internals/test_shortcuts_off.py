@@ -14,9 +14,11 @@ from dense_merge import TOLERANCE, Case, build_case, error
 from layer_changes import activation, constant, dtype, hook
 from stacks import LAYERS, Block, H, Stack, case_of, stack
 from tiny_models import VOCAB, Family, token_inputs
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from transformers import StaticCache
 
+from lorafx.capture import lowering
+from lorafx.capture.written_back import write_back
 from lorafx.torch_internals.shortcuts import SHORTCUTS
 
 NAMES = ["a0", None, "a1"]
@@ -127,9 +129,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
 
 
 @every_setting
-@pytest.mark.parametrize(
-    "family", ["llama", "qwen3_moe", pytest.param("qwen3_next", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_models_of_transformers(made: Callable[[str], Case], family: str, on: list[str]) -> None:
     case, inputs = made(family), token_inputs(3, 5)
     first, _ = compare(case, on, twice(inputs))
@@ -151,7 +151,16 @@ def test_generate_with_a_static_cache(made: Callable[[str], Case], on: list[str]
 
 
 @pytest.mark.parametrize("on", settings(list(SETTINGS)))
-def test_inductor_with_a_static_cache(made: Callable[[str], Case], on: list[str]) -> None:
+def test_inductor_with_a_static_cache(
+    made: Callable[[str], Case], on: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+
+    def noting(gm: fx.GraphModule) -> int:
+        written.append(write_back(gm))
+        return written[-1]
+
+    monkeypatch.setattr(lowering, "write_back", noting)
     case = made("llama")
     ids = torch.randint(3, VOCAB, (3, 5), generator=torch.Generator().manual_seed(0))
 
@@ -165,6 +174,7 @@ def test_inductor_with_a_static_cache(made: Callable[[str], Case], on: list[str]
         return found
 
     found = compare(case, on, calls, lowering="inductor")
+    assert written == [4] * (1 + ("written_back" in on))  # keys and values of two layers
     want = case.expected(NAMES, {"input_ids": ids})
     assert error(torch.cat(found[:5], 1), want) <= TOLERANCE
 
