@@ -127,15 +127,10 @@ def __getattr__(name: str) -> Any:
 
 def _imported(module: str) -> Any:
     """Raises UnsupportedVersionError where the installed torch is not one that it works with."""
-    try:
-        return importlib.import_module(module)
-    except Exception as error:
-        from lorafx.torch_internals.entrances import unsupported
+    from lorafx.torch_internals.entrances import entrance
 
-        failure = unsupported(error)
-        if failure is None:
-            raise
-        raise failure from error
+    with entrance():
+        return importlib.import_module(module)
 
 
 def __dir__() -> list[str]:

@@ -171,6 +171,7 @@ def _keep_apart(gm: fx.GraphModule, memory: Sequence[Any]) -> None:
     inputs after the graph."""
     output = gm.graph.output_node()
     items: list[Any] = list(output.args[0])  # type: ignore[arg-type]
+    changed = False
     for place, (item, before) in enumerate(zip(items, memory, strict=True)):
         found = _viewed(item)
         became_input = isinstance(found, fx.Node) and found.op == "placeholder"
@@ -186,8 +187,10 @@ def _keep_apart(gm: fx.GraphModule, memory: Sequence[Any]) -> None:
             items[place] = copy
         else:
             user.replace_input_with(found, copy)
-    output.args = (tuple(items),)
-    gm.recompile()
+        changed = True
+    if changed:
+        output.args = (tuple(items),)
+        gm.recompile()
 
 
 def _generated_products() -> Any:

@@ -22,33 +22,23 @@ from torch import fx
 
 from lorafx.op_arguments import bound
 from lorafx.ownership.symbolic import BatchSymbols, Sizes, as_expr, product
+from lorafx.torch_internals import symbols
 from lorafx.torch_internals.fake_tensors import detect_fake_mode, enable_python_dispatcher
-from lorafx.torch_internals.symbols import (
-    CeilToInt,
-    FloorDiv,
-    FloorToInt,
-    IntTrueDiv,
-    Max,
-    Min,
-    Mod,
-    PythonMod,
-    TruncToInt,
-)
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
 _FUNCTIONS: tuple[tuple[type, Callable[..., Any]], ...] = (
     (sympy.Mul, operator.mul),
     (sympy.Add, operator.add),
-    (FloorDiv, operator.floordiv),
-    (Mod, operator.mod),
-    (PythonMod, operator.mod),
-    (IntTrueDiv, operator.truediv),
-    (CeilToInt, math.ceil),
-    (FloorToInt, math.floor),
-    (TruncToInt, math.trunc),
-    (Max, torch.sym_max),
-    (Min, torch.sym_min),
+    (symbols.FloorDiv, operator.floordiv),
+    (symbols.Mod, operator.mod),
+    (symbols.PythonMod, operator.mod),
+    (symbols.IntTrueDiv, operator.truediv),
+    (symbols.CeilToInt, math.ceil),
+    (symbols.FloorToInt, math.floor),
+    (symbols.TruncToInt, math.trunc),
+    (symbols.Max, torch.sym_max),
+    (symbols.Min, torch.sym_min),
 )
 
 

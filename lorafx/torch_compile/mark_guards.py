@@ -28,7 +28,7 @@ from lorafx.torch_internals.frames import (
     frame_guards,
     guard_local,
     keep_frame_guards,
-    named_by_dynamo,
+    names_of_frame,
 )
 
 _KEY = ".runtime._key"
@@ -37,7 +37,7 @@ _KEY = ".runtime._key"
 def drop_guards_of_attached(program: Program, bound: BoundInputs | None) -> None:
     """For a frame whose `self` is the model. `bound`: the inputs that its graph does not load, in
     a call with adapters."""
-    found = FrameGuards(frame_guards(), named_by_dynamo)
+    found = FrameGuards(frame_guards(), names_of_frame())
     _drop_marks(found, program, bound)
     found.drop_classes()
     modules = found.drop_hooks_of_marked()
