@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType, MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,13 +33,15 @@ from lorafx.program.program import Program
 from lorafx.program.roles import RoleTable
 from lorafx.program.row_dims import IMAGES
 from lorafx.progress import LOG
-from lorafx.saved_graphs.saved_graphs import SavedGraphs
 from lorafx.serving.base_roads import BaseRoads, Road
 from lorafx.serving.call_inputs import check_inputs, plain_tokens
 from lorafx.serving.tracked import tracked
 from lorafx.session.resting import refuse_elsewhere
 from lorafx.session.session import Session
 from lorafx.torch_internals.compat import is_recompile_limit, mark_fixed_shape
+
+if TYPE_CHECKING:  # what it needs of torch may be missing where nothing is saved
+    from lorafx.saved_graphs.saved_graphs import SavedGraphs
 
 
 class Entry:
@@ -237,6 +239,8 @@ class Entry:
             "packed": self.roles.packed,
             "dynamic": self.session.dynamic,
         }
+        from lorafx.saved_graphs.saved_graphs import SavedGraphs
+
         return SavedGraphs(self.session.backend, option, entry)
 
     def _traced(self, state: tuple[int, int]) -> Traced:

@@ -41,6 +41,12 @@ def torch_minor() -> str:
 def way_out() -> str:
     """A sentence for errors whose cause may be torch's version."""
     known = TESTED["torch"]
+    if torch_minor() in known:
+        return (
+            f"this is torch {installed('torch')}, which lorafx was tested with, so torch was "
+            "changed or lorafx is wrong: `lorafx doctor` says which parts of torch are missing; "
+            f'pip install --force-reinstall "torch=={installed("torch")}" restores it'
+        )
     return (
         f"this is torch {installed('torch')}, and lorafx was tested with {known[0]} to "
         f'{known[-1]}: install one of those (pip install "torch=={known[-2]}.*"), or a newer lorafx'
