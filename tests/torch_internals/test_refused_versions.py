@@ -126,7 +126,10 @@ def test_a_report_names_no_shortcut_where_all_are_on(faked: Any) -> None:
 
 @pytest.mark.parametrize(
     ("version", "said"),
-    [(TORCH, ", which lorafx was tested with"), ("2.99.0", ", and lorafx was tested with 2.11 to ")],
+    [
+        (TORCH, ", which lorafx was tested with"),
+        ("2.99.0", ", and lorafx was tested with 2.11 to "),
+    ],
 )
 def test_a_missing_name_is_said_with_a_way_out(version: str, said: str, faked: Any) -> None:
     faked(torch=version)
