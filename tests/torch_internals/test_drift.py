@@ -95,11 +95,13 @@ def test_every_name(tmp_path: Path) -> None:
 
 
 def test_what_the_harness_sees(tmp_path: Path) -> None:
-    """Without a drift all is right, and a name that is needed is missed."""
+    """Without a drift all is right, a name that is needed is missed, and one that only saved graphs
+    need is not missed where none are saved."""
     plain = {"name": "", "way": "none", "road": "call"}
     needed = "torch._C._functorch.peek_interpreter_stack"
     cases = [plain, *({"name": needed, "way": way, "road": "call"} for way in drift.WAYS[:2])]
+    cases.append({"name": "torch._dynamo.package.SerializedCode", "way": "missing", "road": "call"})
     found = verdicts(cases, tmp_path)
-    assert [case["verdict"] for case in found] == ["right", "refused", "refused"]
-    assert all(case["reached"] for case in found[1:])
+    assert [case["verdict"] for case in found] == ["right", "refused", "refused", "right"]
+    assert all(case["reached"] for case in found[1:3])
     assert f"torch {torch.__version__.partition('+')[0]}" in found[1]["text"]
