@@ -14,12 +14,12 @@ from torch import Tensor
 
 import lorafx.kernels.triton.triton_ops  # noqa: F401  registers them
 from lorafx.kernels.cost.chips import chip_of
-from lorafx.kernels.cost.cost import AROUND, FUSED
+from lorafx.kernels.cost.cost import FUSED
 from lorafx.kernels.cost.work import Work
 from lorafx.kernels.ops.bank_arguments import BankArgs
 from lorafx.kernels.ops.delta_spec import DeltaSpec
-from lorafx.kernels.triton.triton_build import TritonSpec
-from lorafx.kernels.triton.triton_vendor_ops import vendor_linear
+from lorafx.kernels.triton.concat_ops import concat_linear
+from lorafx.kernels.triton.triton_build import CONCAT, TritonSpec
 
 #: (in_features, sizes of the siblings that share x) of the packed linears of a decoder layer
 LAYERS: Mapping[str, Mapping[str, tuple[int, tuple[int, ...]]]] = {
@@ -92,7 +92,7 @@ class Case:
             offsets=tuple(sum(self.sizes[:j]) for j in range(count)),
             sizes=self.sizes,
         )
-        return TritonSpec(delta, self.dtype if strategy in (*FUSED, *AROUND) else None)
+        return TritonSpec(delta, self.dtype if strategy in (*FUSED, CONCAT) else None)
 
     def work(self, device: torch.device) -> Work:
         """The case as the cost model takes it."""
@@ -175,9 +175,8 @@ class Copy:
         op = torch.ops.lorafx
         if strategy in FUSED:
             return op.triton_linear(self.x, self.weight, None, *bank, slots, 1, kernel)
-        if strategy in AROUND:
-            args = BankArgs(*bank, slots)
-            return vendor_linear(strategy, self.x, self.weight, None, args, 1, kernel)
+        if strategy == CONCAT:
+            return concat_linear(self.x, self.weight, None, BankArgs(*bank, slots), 1, kernel)
         y = self.base()
         op.triton_delta_(y, self.x, *bank, slots, 1, kernel)
         return y

@@ -1,7 +1,7 @@
 """Arms that make x and W longer, timed as they run in a compiled model.
 
-There what computes x writes it into x' itself, so x' is filled beforehand. W' = [W | B] is either
-copied together at every call, or W lies in a buffer that has room for B, and only B is written.
+There what computes x writes it into x' itself, so x' is filled beforehand. W' = [W | B] is copied
+together at every call.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gpu_cases import Case, Copy
 from torch import Tensor
 
 from lorafx.errors import LoweringError
-from lorafx.kernels.triton.concat_launch import layout_of
+from lorafx.kernels.triton.concat_ops import columns_of
 from lorafx.kernels.triton.longer import Longer
 from lorafx.kernels.triton.triton_build import build, plan_of
 
@@ -23,50 +23,41 @@ from lorafx.kernels.triton.triton_build import build, plan_of
 REQUESTS = 8
 
 
-def concat(case: Case, device: torch.device, *, name: str, room: bool) -> gpu_compare.ArmOfCopy:
-    """Strategy `name`, W with `room` for B's columns or copied at every call.
+def concat(case: Case, device: torch.device) -> gpu_compare.ArmOfCopy:
+    """The strategy "concat", W copied at every call.
 
     Raises:
         gpu_compare.Unfit: x and W cannot be made longer for this case.
     """
     kernels = {}
     for requests in (True, False):
-        spec = replace(case.spec(name), longer=Longer(requests=requests))
+        spec = replace(case.spec("concat"), longer=Longer(requests=requests))
         try:
-            kernel = build(spec, name, rows_hint=case.rows, device=device)
+            kernel = build(spec, "concat", rows_hint=case.rows, device=device)
         except LoweringError as reason:
             raise gpu_compare.Unfit(f"{case.label}: {reason}") from reason
         if kernel is None:
-            raise gpu_compare.Unfit(f"{case.label}: no kernel is generated for {name}")
+            raise gpu_compare.Unfit(f"{case.label}: no kernel is generated")
         kernels[requests] = kernel
-    return lambda copy: _call(copy, kernels, room=room)
+    return lambda copy: _call(copy, kernels)
 
 
-def _call(copy: Copy, kernels: dict[bool, int], *, room: bool) -> Callable[[], Tensor]:
+def _call(copy: Copy, kernels: dict[bool, int]) -> Callable[[], Tensor]:
     slots, rows = _requests(copy)
     # A block for each request, or for each slot where they are fewer.
     kernel = kernels[slots.shape[0] <= copy.B.shape[0]]
     spec = plan_of(kernel).spec
-    layout, blocks = layout_of(spec), min(slots.shape[0], copy.B.shape[0])
-    left, right = layout.columns(blocks)
-    x = torch.nn.functional.pad(copy.x, (left, right))
-    weight = torch.nn.functional.pad(copy.weight, (left, right))
+    more = (0, columns_of(spec, min(slots.shape[0], copy.B.shape[0])))
+    x = torch.nn.functional.pad(copy.x, more)
+    weight = torch.nn.functional.pad(copy.weight, more)
     y = torch.empty_like(copy.base())
-    inside = weight[:, left : left + spec.delta.in_features]
-    spans, start = [], 0
-    for place, size in zip(layout.places, spec.delta.sizes, strict=True):
-        spans.append((slice(*layout.span(place, blocks)), slice(start, start + size)))
-        start += size
-    products = spans if layout.apart else [(slice(None), slice(None))]
+    inside = weight[:, : spec.delta.in_features]
     bank = (copy.A, copy.B, copy.ranks, copy.scales, slots)
 
     def call() -> Tensor:
-        if not room:
-            inside.copy_(copy.weight)
-        torch.ops.lorafx.triton_concat_(x, weight, *bank, rows, left, 0, kernel)
-        for own, columns in products:
-            torch.mm(x[:, own], weight[columns, own].T, out=y[:, columns])
-        return y
+        inside.copy_(copy.weight)
+        torch.ops.lorafx.triton_concat_(x, weight, *bank, rows, kernel)
+        return torch.mm(x, weight.T, out=y)
 
     return call
 

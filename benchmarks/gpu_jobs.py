@@ -90,20 +90,12 @@ ONE_BY_ONE = {"reduce": {"at_once": 0, "block_r": 16}}
 #: The most promising first.
 ARMS: tuple[Arm, ...] = (
     Arm("plan", PREFILL + DECODE, "gpu_compare:planned", **PLANNED),
-    Arm("persistent", PREFILL, "gpu_compare:strategy", {"name": "persistent"}),
-    Arm("persistent, no adapter", PREFILL, "gpu_compare:nobody", {"name": "persistent"}),
-    *(
-        Arm(
-            f"{name}, {'room' if room else 'copied'}",
-            PREFILL,
-            "gpu_concat:concat",
-            {"name": name, "room": room},
-            sources=("kernels/triton", "benchmarks/gpu_concat.py"),
-        )
-        for name in ("concat_apart", "concat")
-        for room in (True, False)
+    Arm(
+        "concat",
+        PREFILL,
+        "gpu_concat:concat",
+        sources=("kernels/triton", "benchmarks/gpu_concat.py"),
     ),
-    Arm("expand_first", PREFILL, "gpu_compare:strategy", {"name": "expand_first"}),
     Arm("segments", PREFILL, "gpu_compare:strategy", {"name": "segments"}),
     Arm("split", DECODE, "gpu_compare:strategy", {"name": "split"}),
     Arm(
@@ -206,17 +198,6 @@ def tuning_job(strategy: str, layer: str, rows: int, rank: int = 16) -> Job:
 
 
 TUNING = tuple(tuning_job("split", layer, 64) for layer in LAYERS)
-FORMS = Job(
-    *("persistent forms", "tuning", "gpu_persistent:forms"),
-    sources=("benchmarks/gpu_persistent.py",),
-    estimate=200.0,
-)
-PERSISTENT = tuple(tuning_job("persistent", layer, 8192) for layer in LAYERS)
-PERSISTENT_TUNED = Arm(
-    *("persistent, tuned", PREFILL, "gpu_compare:strategy"),
-    {"name": "persistent"},
-    inputs=tuple(job.name for job in PERSISTENT),
-)
 TUNED = Arm(
     *("plan, tuned", DECODE, "gpu_compare:planned"),
     sources=("kernels/triton", "kernels/cost"),
@@ -230,19 +211,13 @@ def arm_named(name: str) -> Arm:
     Raises:
         KeyError: there is none of that name.
     """
-    return {arm.name: arm for arm in (*ARMS, TUNED, PERSISTENT_TUNED)}[name]
+    return {arm.name: arm for arm in (*ARMS, TUNED)}[name]
 
 
 #: Strategies of a layer's linears to compare in whole steps of prefill, whatever the plan takes.
 SEGMENTS = dict.fromkeys(
     ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), "segments"
 )
-PROLOGUE = {
-    **SEGMENTS,
-    "gate_proj": "deferred",
-    "up_proj": "deferred",
-    "down_proj": "prologue",
-}
 
 
 def step_job(
@@ -250,7 +225,7 @@ def step_job(
 ) -> Job:
     """A whole step, by its place in gpu_model.STEPS."""
     sources = ("benchmarks/gpu_model.py", *PROTOCOL, *WHOLE)
-    run, inputs = "gpu_model:run_step", (*TUNED.inputs, *PERSISTENT_TUNED.inputs)
+    run, inputs = "gpu_model:run_step", TUNED.inputs
     arguments = {"place": place, "pins": pins}
     tiny = label if pins else label.partition(" ")[0]
     name = f"step: {label}"
@@ -321,12 +296,8 @@ def all_jobs() -> tuple[Job, ...]:
         *arm_jobs("decode", "main"),
         *TUNING,
         *arm_jobs("decode", "main", (TUNED,)),
-        FORMS,
-        *PERSISTENT,
-        *arm_jobs("prefill", "main", (PERSISTENT_TUNED,)),
         step_job(0, "decode [64, 1]"),
         step_job(2, "prefill [8, 1024]"),
-        step_job(2, "prefill [8, 1024], prologue", pins=PROLOGUE),
         step_job(2, "prefill [8, 1024], segments", pins=SEGMENTS),
         *(generate_job(batch) for batch in (8, 64, 1)),
         *(attention_job(phase) for phase in ("decode", "chunks")),

@@ -18,9 +18,7 @@ LoweringName = Literal["auto", "inductor", "triton", "reference"]
 STRATEGIES: Mapping[str, tuple[str, ...]] = {
     "inductor": ("generated", "aten"),
     "triton": (
-        *("split", "epilogue", "recompute", "persistent", "gemv", "segments", "aten"),
-        *("prologue", "deferred"),  # of a linear and of those whose outputs its input is made from
-        *("expand_first", "concat", "concat_apart"),  # around the vendor's GEMM
+        *("split", "epilogue", "recompute", "gemv", "segments", "concat", "aten"),
         *("grouped", "activated"),  # of routed experts
     ),
     "reference": ("aten",),
@@ -169,19 +167,14 @@ class Options:
             your own, `{"mine": lorafx.After("fuse", run)}`. `print(lorafx.pipeline())` lists them.
         max_edits: stop rewriting after this many edits, to bisect a wrong result.
         plan: strategies pinned by canonical site path: "generated" for generated C++;
-            "split", "epilogue", "recompute", "persistent", "gemv", "segments", "expand_first",
-            "concat", "concat_apart", "prologue" and "deferred", and "grouped" and "activated" for
-            routed experts, for Triton (docs/kernels.md); "aten".
+            "split", "epilogue", "recompute", "gemv", "segments" and "concat", and "grouped" and
+            "activated" for routed experts, for Triton (docs/kernels.md); "aten".
         dump: the folder for the graph after every pass; None reads LORAFX_DUMP.
         recompile_limit: the largest number of graphs that one entry may have; needing more is an
             error.
         strict: an adapter whose file lacks factors for a module that its own configuration targets
             is an error. Otherwise that module keeps W, with one warning. Modules that `LoraConfig`
             does not select do not count.
-        weight_room: base weights of linears lie in buffers with room beside their columns for B of
-            all slots, which "concat_apart" then need not copy them for. A parameter stays the
-            object that it was, but its rows have gaps between them (docs/kernels.md). Not measured
-            on a GPU.
         shortcuts: what saves time by private parts of torch and changes no answer: "proved" is all
             that are proved on the installed torch, or what the variable LORAFX_SHORTCUTS names in
             their place; "off" is none; a list of names is these alone, proved or not
@@ -218,7 +211,6 @@ class Options:
     dump: str | None = None
     recompile_limit: int = 64
     strict: bool = False
-    weight_room: bool = False
     shortcuts: Literal["proved", "off"] | Sequence[str] = "proved"
     cache: str | bool | None = None
     overflow: Overflow = "refuse"

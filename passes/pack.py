@@ -50,7 +50,7 @@ class Pack:
         edits = 0
         for nodes in _candidates(ctx):
             for run in _adjacent(ctx, nodes):
-                if (len(run) > 1 or _has_room(ctx, run[0])) and ctx.take_edit():
+                if len(run) > 1 and ctx.take_edit():
                     _merge(gm.graph, ctx, run, first=min(run, key=order.__getitem__))
                     edits += 1
         return edits
@@ -93,10 +93,6 @@ def _merge(graph: fx.Graph, ctx: Context, run: list[fx.Node], first: fx.Node) ->
     base: dict[str, fx.Node | None] = {"bias": None}
     with graph.inserting_before(first):
         base["weight"] = _rows(graph, ctx, state.packed_weight, start, sum(widths))
-        if _has_room(ctx, run[0]):
-            left = _room(ctx, run[0])[0]
-            end = left + fake_value(calls[0]["weight"]).shape[1]
-            base["weight"] = ctx.call(graph, aten.slice.Tensor, (base["weight"], 1, left, end))
         if any(call["bias"] is not None for call in calls):
             base["bias"] = _rows(graph, ctx, state.packed_bias, start, sum(widths))
         packed = ctx.call(graph, FUSED_OP, in_order(FUSED_OP, calls[0], **base, **ranges))
@@ -107,33 +103,6 @@ def _merge(graph: fx.Graph, ctx: Context, run: list[fx.Node], first: fx.Node) ->
         node.replace_all_uses_with(part)
         _allow_strides(graph, ctx, part)
     ctx.merge(run, packed, "packed")
-
-
-def _room(ctx: Context, node: fx.Node) -> tuple[int, int]:
-    """Columns left and right of the node's weight in the packed one."""
-    state: SiteState = ctx.states[node][0]
-    group, _ = ctx.program.home(state.site)
-    return next((p.room for p in ctx.program.packed if p.group is group), (0, 0))
-
-
-def _has_room(ctx: Context, node: fx.Node) -> bool:
-    return any(_room(ctx, node))
-
-
-def with_room(weight: fx.Node) -> tuple[fx.Node, int, int] | None:
-    """The packed input that `weight` is rows and columns of, and where they begin there; None where
-    there is no room beside the columns."""
-    begin = {0: 0, 1: 0}
-    node = weight
-    while node.target is aten.slice.Tensor:
-        call = bound(node)
-        if call["step"] != 1 or not isinstance(call["start"], int):
-            return None
-        begin[call["dim"]] += call["start"]
-        node = call["self"]
-    if node.op != "placeholder" or fake_value(node).shape[1] == fake_value(weight).shape[1]:
-        return None
-    return node, begin[1], begin[0]
 
 
 def _allow_strides(graph: fx.Graph, ctx: Context, part: fx.Node) -> None:

@@ -2,8 +2,6 @@
 
     W_0 (N_0, K), W_1 (N_1, K), ...   →   views of [W_0; W_1; ...] (ΣN, K)
 
-With `Options.weight_room` the buffer is [room | W | room], also for a linear without siblings.
-
 What cannot be packed stays as it is (lorafx.model.packing says what can).
 """
 
@@ -12,25 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lorafx.kernels.triton.longer import UNIT, room_for
 from lorafx.model.packing import PackedGroup, pack_weights
 from lorafx.model.repeated import alike
-from lorafx.model.sites import Group
 from lorafx.program.preparation import Preparation
 
 _APART = (
     "keep weights of their own: not all are plain dense parameters that nothing else shares, "
     "of one dtype and device"
 )
-
-
-def _room(model: Preparation, group: Group) -> tuple[int, int]:
-    """Columns left and right of the group's weights for what strategies write beside them."""
-    slots, rank, _ = group.bank.B.shape
-    siblings = sum(len(site.parts) for site in group.sites)
-    if not model.options.weight_room or group.sites[0].in_features % UNIT:
-        return 0, 0
-    return room_for(siblings, rank, slots)
 
 
 @dataclass(frozen=True)
@@ -50,7 +37,7 @@ class PackWeights:
         packed: list[PackedGroup] = []
         told: list[tuple[str, str]] = []
         for group in attachment.groups:
-            pack = pack_weights(model.graph, group, alone, _room(model, group))
+            pack = pack_weights(model.graph, group, alone)
             members = " + ".join(group.members)
             if pack is None:
                 if len(group.sites) > 1:

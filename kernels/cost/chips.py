@@ -32,7 +32,6 @@ class Chip:
         launch: seconds that one more dependent kernel costs inside a captured graph.
         triton_over_vendor: speed of a plain Triton GEMM over the vendor's where the FLOPs decide;
             None while unmeasured.
-        persistent_over_vendor: likewise of the strategy "persistent", with its best tiles.
         calibrated: whether the figures were measured on the chip.
     """
 
@@ -44,7 +43,6 @@ class Chip:
     processors: int
     launch: float = 2e-6
     triton_over_vendor: float | None = None
-    persistent_over_vendor: float | None = None
     calibrated: bool = False
 
     def rate(self, dtype: torch.dtype) -> float:

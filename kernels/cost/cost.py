@@ -17,8 +17,7 @@ and each kernel after the first one more dependent launch. What the strategies l
     gemv        vendor GEMM, then shrink and expand a row at a time: no padding of rows
     segments    vendor GEMM, then shrink and expand by runs of equal slots, padded to 16 rows;
                 requests are sorted by slot first, once for all nodes of a graph
-    persistent  the shrink, then a product of our own for many rows (persistent_cost.py)
-    expand_first, … what lorafx.kernels.cost.vendor_cost has: other operands for the vendor's GEMM
+    concat      longer operands for the vendor's GEMM (vendor_cost.py)
 
 The chips' constants are those of lorafx.kernels.cost.chips: assumptions until a run on the chip
 calibrates them.
@@ -32,7 +31,7 @@ from typing import Protocol
 
 import torch
 
-from lorafx.kernels.cost import decode_cost, persistent_cost, vendor_cost
+from lorafx.kernels.cost import decode_cost, vendor_cost
 from lorafx.kernels.cost.chips import Chip
 from lorafx.kernels.cost.work import (
     ADAPTER,
@@ -137,17 +136,13 @@ GPU_STRATEGIES = {
     "recompute": _recompute,
     "gemv": _gemv,
     "segments": _segments,
-    "persistent": persistent_cost.persistent,
-    "expand_first": vendor_cost.expand_first,
     "concat": vendor_cost.concat,
-    "concat_apart": vendor_cost.concat_apart,
 }
 #: Their own base product instead of the vendor's.
-FUSED = ("split", "epilogue", "recompute", "persistent")
-AROUND = ("expand_first", "concat", "concat_apart")  # other operands for the vendor's GEMM
+FUSED = ("split", "epilogue", "recompute")
 #: What no chip has timed, for who is told of a choice.
 UNTIMED: Mapping[str, str] = {
-    **dict.fromkeys(AROUND, "never measured on a chip"),
+    "concat": "never measured on a chip",
     "split": "its reader measured in an earlier form only",
 }
 
@@ -156,10 +151,8 @@ def _refusal(name: str, work: Work) -> str:
     if name == "split" and any(size % 16 for size in (work.in_features, *work.sizes)):
         # Run on a GPU for whole blocks of 16 elements only, but for kernels by themselves.
         return "K or a column count is not a multiple of 16"
-    if name == "persistent":
-        return persistent_cost.refusal(work)
-    if name in AROUND:
-        return vendor_cost.refusal(name, work)
+    if name == "concat":
+        return vendor_cost.refusal(work)
     return slower_than_vendor(work.chip) if name in FUSED and work.compute_bound else ""
 
 

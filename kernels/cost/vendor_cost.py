@@ -1,25 +1,20 @@
-"""Strategies that leave the base product to the vendor's GEMM and prepare for it, as modelled.
+"""What is beside the vendor's GEMM, as modelled: shrink and expand over many rows, and "concat".
 
-    expand_first    shrink, expand to y0 = v B + b, then the vendor's GEMM with beta = 1
-    concat          B copied behind W, v behind x, then one product of the longer x and W: its FLOPs
-                    grow by (K + C) / K for C columns
-    concat_apart    the same with a product for each sibling, which takes fewer columns
+    concat    B copied behind W, v behind x, then one product of the longer x and W: its FLOPs grow
+              by (K + C) / K for C columns
 
-W is copied for its columns at every call, unless the packed weight has room for them. No time of
-these strategies was measured on a chip; what they are made of was, on an H200.
+W is copied for its columns at every call. No time of
+"concat" was measured on a chip; what it is made of was, on an H200.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 
 from lorafx.kernels.cost.work import DOT, READER, START, Work, padded_rows, reader
 
-#: A vendor's GEMM that adds to a matrix takes this much of one that does not: an H200, 8192 rows.
-BETA_ONE = 1.10
 #: Shrink and expand took 2.1 (gate/up), 3.0 (down) and 3.7 times (q/k/v) their roofline on an H200
 #: at 8192 rows.
 OVER_ROOFLINE = 3.0
@@ -50,37 +45,15 @@ def expand(work: Work, passes: int) -> float:
     return delta_kernel(work, work.distinct * B + y, 2.0 * padded * B)
 
 
-def expand_first(work: Work) -> float:
-    return shrink(work) + expand(work, 1) + work.base() * BETA_ONE + START
-
-
 def concat(work: Work) -> float:
-    return _longer(work, [(work.columns, len(work.sizes))])
-
-
-def concat_apart(work: Work) -> float:
-    sizes = sorted(work.sizes, reverse=True)
-    return _longer(work, list(zip(sizes, _siblings_taken(work), strict=True)))
-
-
-def _longer(work: Work, products: Sequence[tuple[int, int]]) -> float:
-    """Seconds of products of so many rows of W over the columns of so many siblings."""
     M, K, N, G = work.rows, work.in_features, work.columns, len(work.sizes)
     own = columns_of(work)
-    flops = sum(
-        2.0 * M * n * math.ceil((K + taken * own) / K_TILE) * K_TILE for n, taken in products
-    )
-    product = work.kernel(K * N + M * (K + N), work.cached, flops) + START * len(products)
+    flops = 2.0 * M * N * math.ceil((K + G * own) / K_TILE) * K_TILE
+    product = work.kernel(K * N + M * (K + N), work.cached, flops) + START
     beside_w = reader(work, work.distinct * work.rank * N + G * own * N, 0, 0)
-    copy = 0.0 if work.room else work.kernel(2 * K * N + G * own * N, 0, 0) + work.chip.launch
+    copy = work.kernel(2 * K * N + G * own * N, 0, 0) + work.chip.launch
     zeros = work.kernel(M * G * own, 0, 0) + work.chip.launch
     return shrink(work) + beside_w + copy + zeros + product
-
-
-def _siblings_taken(work: Work) -> list[int]:
-    """Of how many siblings each one's product takes the columns, the largest first: they are dealt
-    out right and left of x in turn."""
-    return [1 + turn // 2 for turn in range(len(work.sizes))]
 
 
 def columns_of(work: Work) -> int:
@@ -88,14 +61,11 @@ def columns_of(work: Work) -> int:
     return work.distinct * math.ceil(work.rank / UNIT) * UNIT
 
 
-def refusal(name: str, work: Work) -> str:
-    """Why a strategy of these is not taken for `work`, whatever it is modelled to take."""
+def refusal(work: Work) -> str:
+    """Why "concat" is not taken for `work`, whatever it is modelled to take."""
     if not work.compute_bound:
         return "bytes decide, and fused kernels read W once as well"
-    if name == "expand_first":
-        return ""
-    taken = len(work.sizes) if name == "concat" else max(_siblings_taken(work))
-    columns = taken * columns_of(work)
+    columns = len(work.sizes) * columns_of(work)
     if columns > MOST_COLUMNS:
         return f"{columns} more columns of x and W are more than {MOST_COLUMNS}"
     return "x A may overflow float16" if work.dtype == torch.float16 else ""

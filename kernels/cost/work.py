@@ -54,7 +54,6 @@ class Work:
     Attributes:
         sizes: N_i of the siblings that share x.
         distinct: D, adapters in the batch.
-        room: the weight has room behind its columns for those of the factors.
     """
 
     in_features: int
@@ -64,7 +63,6 @@ class Work:
     rank: int
     dtype: torch.dtype
     chip: Chip = field(default=DEFAULT_CHIP)
-    room: bool = False
 
     @property
     def columns(self) -> int:

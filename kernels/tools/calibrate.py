@@ -9,24 +9,16 @@ that is known, strategies that replace the vendor's GEMM are not taken where FLO
 
 from __future__ import annotations
 
-import functools
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
 import torch
-from torch import Tensor
 
 from lorafx.kernels.cost.chips import Chip, assumed_chip, save_chip
-from lorafx.kernels.ops.bank_arguments import BankArgs
 from lorafx.kernels.tools.triton_variants import representative_specs
-from lorafx.kernels.tools.tune import Problem, is_too_big, replay_seconds
-from lorafx.kernels.triton.launchers import launch_interpreted, launch_wrapped
-from lorafx.kernels.triton.persistent_tiles import persistent_tiles, persistent_variants
-from lorafx.kernels.triton.triton_build import TritonSpec, build, plan_of
-from lorafx.kernels.triton.triton_launch import Base, LaunchArgs, linear
-from lorafx.kernels.triton.triton_tiles import architecture_of
+from lorafx.kernels.tools.tune import Problem, replay_seconds
+from lorafx.kernels.triton.triton_build import TritonSpec, build
 
 #: Seconds of one call, by a name that says what it does.
 Clock = Callable[[str, Callable[[], object]], float]
@@ -64,7 +56,6 @@ def calibrate(
 
     counter = torch.zeros(1, device=device)
     vendor, triton = _products(side // 2, side, device)
-    persistent = [_persistent(side // 2, rows, device, clock) for rows in (side, side // 4)]
     return replace(
         assumed,
         name=name,
@@ -74,7 +65,6 @@ def calibrate(
         fma_rate=2 * (side // 2) ** 3 / clock("fp32 product", product(side // 2, torch.float32)),
         launch=clock("chain of kernels", chain) / CHAIN,
         triton_over_vendor=clock("vendor GEMM", vendor) / clock("Triton GEMM", triton),
-        persistent_over_vendor=min(persistent),
         calibrated=True,
     )
 
@@ -100,37 +90,6 @@ def _products(
         lambda: torch.nn.functional.linear(problem.x, weight),
         lambda: problem.run("epilogue", kernel),
     )
-
-
-def _persistent(side: int, rows: int, device: torch.device, clock: Clock) -> float:
-    """Speed of the strategy "persistent" over the vendor's, both of (rows, side) with (side, side):
-    the kernel alone, base rows only, by the fastest of its tiles that run here."""
-    spec = _spec(side)
-    problem = Problem.random(spec, rows, device)
-    problem.bank[-1].fill_(-1)
-    assert problem.weight is not None
-    weight: Tensor = problem.weight
-    vendor = clock("vendor GEMM", lambda: torch.nn.functional.linear(problem.x, weight))
-    arch = architecture_of(device)
-    heuristic = persistent_tiles(spec.delta, rows, arch)
-    own = heuristic["persistent"]
-    launch = launch_interpreted if device.type == "cpu" else launch_wrapped
-    batch = LaunchArgs.of(rows, BankArgs(*problem.bank), 1, None, launch)
-    v = torch.zeros((own.parts, rows, spec.planes), device=device)
-    base = Base(problem.x, weight, None)
-    seconds = math.inf
-    for variant in persistent_variants(spec.delta, rows, arch):
-        tiles = {**heuristic, "persistent": replace(variant, parts=own.parts)}
-        kernel = build(spec, "persistent", rows_hint=rows, device=device, tiles=tiles)
-        assert kernel is not None
-        product = plan_of(kernel).kernels["persistent"]
-        call = functools.partial(linear, product, spec, problem.y, v, base, batch)
-        try:
-            seconds = min(seconds, clock("persistent GEMM", call))
-        except Exception as error:
-            if not is_too_big(error):
-                raise
-    return vendor / seconds
 
 
 def device_clock(what: str, call: Callable[[], object]) -> float:

@@ -44,8 +44,7 @@ DOES: Mapping[str, Does] = {
     "split": Does.BASE,
     "epilogue": Does.BASE,
     "recompute": Does.BASE,
-    "persistent": Does.BASE,
-    **dict.fromkeys(("expand", "expand_first", "reduce", "gather", "place"), Does(0)),
+    **dict.fromkeys(("expand", "reduce", "gather", "place"), Does(0)),
 }
 
 

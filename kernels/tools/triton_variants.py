@@ -27,9 +27,8 @@ from lorafx.kernels.tools.attention_variants import (
 from lorafx.kernels.triton.activation import Activation, Leaf, Load
 from lorafx.kernels.triton.attention_spec import PagedAttentionSpec
 from lorafx.kernels.triton.longer import refusal
-from lorafx.kernels.triton.persistent_tiles import persistent_variants
 from lorafx.kernels.triton.strategy_tiles import STRATEGY_KERNELS, tiles_for
-from lorafx.kernels.triton.triton_build import AROUND, CONCAT, EXPERTS, ORDER_TILES, spec_for
+from lorafx.kernels.triton.triton_build import CONCAT, EXPERTS, ORDER_TILES, spec_for
 from lorafx.kernels.triton.triton_cache import GeneratedKernel, load
 from lorafx.kernels.triton.triton_source import AnySpec, TritonSpec
 from lorafx.kernels.triton.triton_tiles import ARCHITECTURES
@@ -79,9 +78,6 @@ def signature_of(kernel: GeneratedKernel, spec: AnySpec) -> dict[str, str]:
         types |= {"h_ptr": POINTERS[d.x_dtype]}
         for index, leaf in enumerate(spec.activation.leaves if spec.activation else ()):
             types |= {f"p{index}_ptr": POINTERS[leaf.dtype], f"ids{index}_ptr": "*i64"}
-            if leaf.delta is not None:
-                bank = POINTERS[leaf.delta.bank_dtype]
-                types |= {f"v{index}_ptr": "*fp32", f"b{index}_ptr": bank}
     default = {True: "*i32", False: "i32"}  # ranks, slots and order; sizes of the batch
     return {name: types.get(name, default[name.endswith("_ptr")]) for name in kernel.jit.arg_names}
 
@@ -186,38 +182,15 @@ def expert_specs() -> dict[str, TritonSpec]:
     }
 
 
-def prologue_specs() -> dict[str, TritonSpec]:
-    """Specs of linears whose shrink computes their input, by name: silu(gate) · up, both deltas
-    deferred, and the activation by itself."""
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    specs = {}
-    for name, inner, hidden, rank, dtype in (
-        ("llama_down_r16_bf16", 14336, 4096, 16, bf16),
-        ("llama_down_r64_fp16", 14336, 4096, 64, fp16),
-        ("odd_down_r5_fp32", 77, 130, 5, fp32),
-        ("odd_down_r8_bf16", 77, 130, 8, bf16),
-    ):
-        plain = _silu(inner, dtype)
-        up = _delta(hidden, (inner, inner), rank, dtype)
-        planes = tiles_for("deferred", up, 4096, ARCHITECTURES["cuda90"])["shrink"].parts
-        lacking = replace(plain, leaves=(Leaf(dtype, delta=up, planes=planes),))
-        for ending, activation in (("", plain), ("_deferred", lacking)):
-            delta = _delta(inner, (hidden,), rank, dtype)
-            specs[name + ending] = TritonSpec(delta, activation=activation)
-    return specs
-
-
 def _strategies(spec: TritonSpec) -> tuple[str, ...]:
     """The strategies that kernels of a representative spec are compiled for."""
     if spec.experts:
         return EXPERTS[1:] if spec.activation else EXPERTS[:1]
     if spec.delta.embedding:
         return ("embedding",)
-    if spec.activation:
-        return ("prologue",)
-    left_out = [*EXPERTS, "embedding", "prologue"]
+    left_out = [*EXPERTS, "embedding"]
     if refusal(spec.delta, spec.weight_dtype):
-        left_out += CONCAT
+        left_out.append(CONCAT)
     return tuple(s for s in STRATEGY_KERNELS if s not in left_out)
 
 
@@ -238,12 +211,12 @@ def variants_for_aot(
         return AotVariant(name, kernel, spec, signature, attributes, *launch)
 
     yield variant("order", load("order", None, ORDER_TILES, arch), None)
-    for name, full in {**representative_specs(), **expert_specs(), **prologue_specs()}.items():
+    for name, full in {**representative_specs(), **expert_specs()}.items():
         for strategy in _strategies(full):
             spec = spec_for(strategy, full)
             # More rows change the parts of K alone in "split", which is planned for few.
-            # Those around the vendor's GEMM and of its speed are planned for many.
-            few, many = strategy == "split", strategy in (*AROUND, "persistent")
+            # Longer operands for the vendor's GEMM are planned for many.
+            few, many = strategy == "split", strategy == CONCAT
             for M in [M for M in rows if not (few and M > 64) and not (many and M < 256)]:
                 for kernel_name, tiles in tiles_for(strategy, spec.delta, M, arch).items():
                     kernel = load(kernel_name, spec, tiles, arch)
@@ -253,12 +226,6 @@ def variants_for_aot(
                         kernel = load(kernel_name, spec, replace(tiles, ahead=True), arch)
                         if kernel.key not in seen:
                             yield variant(f"split/ahead/{name}/m{M}", kernel, spec)
-    # What a tuner may take instead of the first, for one layer.
-    spec = representative_specs()["o_r16_bf16"]
-    for number, tiles in enumerate(persistent_variants(spec.delta, rows[-1], arch)):
-        kernel = load("persistent", spec, replace(tiles, overlap=arch.overlaps), arch)
-        if kernel.key not in seen:
-            yield variant(f"persistent/persistent/o_r16_bf16/tiles {number}", kernel, spec)
     for name, kernel, paged in attention_kernels(arch):
         if kernel.key not in seen:  # those of float32 are the same for few and many
             yield variant(f"paged_attention/{name}", kernel, paged)

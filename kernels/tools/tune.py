@@ -27,12 +27,11 @@ from lorafx.kernels.ops.bank_arguments import BankArgs
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.tools.expert_problem import ExpertProblem
 from lorafx.kernels.tools.tile_cost import TileSet, fits, predicted
-from lorafx.kernels.triton.persistent_tiles import persistent_variants
+from lorafx.kernels.triton.concat_ops import concat_linear
 from lorafx.kernels.triton.strategy_tiles import TUNED, tiles_for, tuning_key
-from lorafx.kernels.triton.triton_build import AROUND, LINEAR, build
+from lorafx.kernels.triton.triton_build import CONCAT, LINEAR, build
 from lorafx.kernels.triton.triton_source import TritonSpec
 from lorafx.kernels.triton.triton_tiles import Architecture, Tiles, architecture_of
-from lorafx.kernels.triton.triton_vendor_ops import vendor_linear
 from lorafx.kernels.triton.tuned_cache import load_tuned, save_tuned
 
 Timer = Callable[[TileSet], float]
@@ -76,14 +75,6 @@ AXES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
         "at_once": (0, 64),
         "num_warps": (2, 4, 8),
     },
-    "persistent": {
-        "block_k": (32, 64, 128),
-        "num_stages": (2, 3, 4, 5, 6),
-        "num_warps": (4, 8),
-        "slices": (1, 2, 4, 8),
-        "early": (False, True),
-        "group_m": (4, 8, 16),
-    },
     "expand": {
         "block_n": (32, 64, 128, 256),
         "block_m": (16, 32, 64, 128),
@@ -107,21 +98,15 @@ AXES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "expand_rows": {"block_n": (64, 128, 256, 512, 1024), "num_warps": (1, 2, 4)},
     "embedding_rows": {"block_n": (64, 128, 256, 512, 1024), "num_warps": (1, 2, 4)},
 }
-MANY = 4096  # rows that tiles are listed for
 SHARED_AXES = ("parts", "split", "ordered")  # what all kernels of a strategy agree on
 
 
 def neighbours(
     strategy: str, tiles: TileSet, spec: DeltaSpec, arch: Architecture
 ) -> Iterator[dict[str, Tiles]]:
-    """Tiles that differ from `tiles` in one parameter and can run, and those that are listed."""
+    """Tiles that differ from `tiles` in one parameter and can run."""
     for name, own in tiles.items():
-        listed = persistent_variants(spec, MANY, arch) if name == "persistent" else ()
-        for other in listed:
-            changed = {name: replace(other, parts=own.parts, overlap=own.overlap)}
-            if fits(name, other, spec, arch) and changed[name] != own:
-                yield {**tiles, **changed}
-        axes = AXES[{"recompute": "epilogue", "expand_first": "expand"}.get(name, name)]
+        axes = AXES["epilogue" if name == "recompute" else name]
         for axis, values in axes.items():
             for value in values:
                 if value == getattr(own, axis):
@@ -276,10 +261,10 @@ class Problem:
             return torch.ops.lorafx.triton_linear(
                 self.x, self.weight, self.bias, *self.bank, 1, kernel
             )
-        if strategy in AROUND and self.weight is not None:
+        if strategy == CONCAT and self.weight is not None:
             base = (self.x, self.weight, self.bias)
             bank, turned = BankArgs(*self.bank), self.weight.shape[0] == self.x.shape[1]
-            return vendor_linear(strategy, *base, bank, 1, kernel, transposed=turned)
+            return concat_linear(*base, bank, 1, kernel, transposed=turned)
         op = torch.ops.lorafx
         name = op.triton_embedding_delta_ if strategy == "embedding" else op.triton_delta_
         name(self.y, self.x, *self.bank, 1, kernel)

@@ -8,7 +8,7 @@ from typing import Any
 from torch.library import wrap_triton
 
 from lorafx.kernels.triton.triton_cache import GeneratedKernel
-from lorafx.torch_internals.triton_compat import allow_scratch, interpret, launches_directly
+from lorafx.torch_internals.triton_compat import interpret, launches_directly
 
 #: Runs a kernel over a grid, with these arguments.
 Launch = Callable[[GeneratedKernel, Sequence[Any], Sequence[Any]], None]
@@ -17,11 +17,9 @@ Launch = Callable[[GeneratedKernel, Sequence[Any], Sequence[Any]], None]
 def launch_wrapped(kernel: GeneratedKernel, grid: Sequence[Any], arguments: Sequence[Any]) -> None:
     """Launches on the arguments' device, or adds the launch to the graph that is traced."""
     options = {"num_warps": kernel.tiles.num_warps, "num_stages": kernel.tiles.num_stages}
-    if launches_directly():  # in a graph, lorafx.torch_internals.inductor_wrapper sees to it
-        if kernel.starts_early:
-            options["launch_pdl"] = True
-        if kernel.tiles.tma:
-            allow_scratch()
+    # in a graph, lorafx.torch_internals.inductor_wrapper sees to it
+    if launches_directly() and kernel.starts_early:
+        options["launch_pdl"] = True
     wrap_triton(kernel.jit)[tuple(grid)](*arguments, **options)
 
 

@@ -7,11 +7,9 @@ from dataclasses import replace
 
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.triton.decode_tiles import split_tiles
-from lorafx.kernels.triton.persistent_tiles import persistent_tiles
 from lorafx.kernels.triton.triton_tiles import (
     Architecture,
     Tiles,
-    activate_tiles,
     concat_tiles,
     expand_rows_tiles,
     grouped_tiles,
@@ -26,17 +24,12 @@ STRATEGY_KERNELS: Mapping[str, tuple[str, ...]] = {
     "split": ("split", "reduce"),
     "epilogue": ("shrink", "epilogue"),
     "recompute": ("recompute",),
-    "persistent": ("shrink", "persistent"),
     "segments": ("shrink", "expand"),
-    "expand_first": ("shrink", "expand_first"),
     "concat": ("gather", "place"),
-    "concat_apart": ("gather", "place"),
     "gemv": ("shrink_rows", "expand_rows"),
     "embedding": ("embedding_rows",),
     "grouped": ("shrink", "epilogue"),
     "activated": ("activate", "epilogue"),
-    "deferred": ("shrink",),
-    "prologue": ("activate", "expand"),
 }
 
 # What a tuner measured: (strategy, architecture, spec, M rounded up to a power of two) -> tiles
@@ -68,28 +61,20 @@ def tiles_for(strategy: str, spec: DeltaSpec, rows: int, arch: Architecture) -> 
         second = expand_rows_tiles(spec, rows, arch)
         both = {"shrink_rows": first, "expand_rows": replace(second, parts=first.parts)}
         return {name: replace(t, overlap=arch.overlaps) for name, t in both.items()}
-    if strategy in ("concat", "concat_apart"):
+    if strategy == "concat":
         return concat_tiles(spec, rows, arch)
     if strategy == "split":
         return split_tiles(spec, rows, arch)
-    if strategy == "persistent":
-        return persistent_tiles(spec, rows, arch)
     if strategy in ("grouped", "activated"):
         return dict(
             zip(STRATEGY_KERNELS[strategy], grouped_tiles(spec, rows, arch, strategy), strict=True)
         )
     first = shrink_tiles(spec, rows, arch)
-    ordered = (
-        strategy in ("segments", "expand_first", "deferred", "prologue") and rows > first.block_m
-    )
-    # Of a deferred delta it is not known what follows, so nothing may start early.
-    overlap = arch.overlaps and strategy not in ("deferred", "prologue")
-    first = replace(first, ordered=ordered, overlap=overlap)
-    if strategy == "prologue":
-        first = activate_tiles(spec, first, arch)
+    ordered = strategy == "segments" and rows > first.block_m
+    first = replace(first, ordered=ordered, overlap=arch.overlaps)
     name, *readers = STRATEGY_KERNELS[strategy]
     tiles = {name: first}
     for reader in readers:
         second = linear_tiles(spec, rows, arch, reader)
-        tiles[reader] = replace(second, parts=first.parts, ordered=ordered, overlap=overlap)
+        tiles[reader] = replace(second, parts=first.parts, ordered=ordered, overlap=arch.overlaps)
     return tiles

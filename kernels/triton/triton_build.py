@@ -4,18 +4,13 @@
 
     split      x Wᵀ in parts of K and beside it the shrink, then the parts added up with v B
     epilogue   shrink, then x Wᵀ + b with v B added in its epilogue; y is written once
-    persistent shrink, then x Wᵀ + b for many rows by programs that take tile after tile, with v B
     recompute  one kernel: each tile computes v for its own rows beside x Wᵀ
     segments   shrink, then y += v B, rows sorted by slot; the base product is the vendor's
-    expand_first  shrink, then y = v B + b, into which the vendor's GEMM adds the base product
     concat     v behind the columns of x and B behind those of W, then the vendor's GEMM of both
-    concat_apart  the same with a GEMM for each sibling
     gemv       as "segments" a row at a time, for one or two rows an adapter
     embedding  y += A[s, id] B[s]
     grouped    "epilogue" for rows sorted by expert, each with its expert's W, A and B
     activated  the same with x = f(…) computed by the shrink, which writes it down for the product
-    deferred   shrink alone: whoever reads y = x Wᵀ adds v B to what it reads
-    prologue   x = f(…) computed by the shrink, deferred deltas included; vendor's product; y += v B
 
 The id is the same in every process that has the same templates, tiles and versions, so a graph
 cached on disk stays valid; a process must call `build` before it runs such a graph.
@@ -39,9 +34,6 @@ from lorafx.kernels.triton.triton_tiles import Architecture, Tiles, architecture
 from lorafx.kernels.triton.tuned_cache import load_tuned
 
 __all__ = [
-    "AROUND",
-    "BY_DESCRIPTOR",
-    "CONCAT",
     "EXPERTS",
     "LINEAR",
     "STRATEGY_KERNELS",
@@ -53,17 +45,13 @@ __all__ = [
 ]
 
 #: Strategies of `lorafx::triton_linear`, which compute the base product too.
-LINEAR = ("split", "epilogue", "recompute", "persistent")
-#: Those that read x and the weight by descriptors: rows begin at multiples of 16 bytes.
-BY_DESCRIPTOR = ("persistent",)
+LINEAR = ("split", "epilogue", "recompute")
 #: Strategies of `lorafx::triton_experts`, likewise.
 EXPERTS = ("grouped", "activated")
-#: Those that prepare what the vendor's GEMM is given (lorafx.kernels.triton.triton_vendor_ops).
-AROUND = ("expand_first", "concat", "concat_apart")
-#: Those of them that make x and W longer.
-CONCAT = ("concat", "concat_apart")
+#: The one that makes x and W longer for the vendor's GEMM (lorafx.kernels.triton.concat_ops).
+CONCAT = "concat"
 #: Those of the deltas alone.
-DELTA = ("segments", "gemv", "embedding", "deferred")
+DELTA = ("segments", "gemv", "embedding")
 #: One program of the sorting kernel ranks this many requests.
 ORDER_TILES = Tiles(block_m=64, num_stages=1)
 
@@ -82,11 +70,6 @@ class LaunchPlan:
     spec: TritonSpec
     kernels: Mapping[str, GeneratedKernel]
     order: GeneratedKernel | None = None
-
-    @property
-    def by_descriptor(self) -> bool:
-        """Whether rows of x, the weight and y have to begin at multiples of 16 bytes."""
-        return any(kernel.tiles.tma for kernel in self.kernels.values())
 
     @property
     def all_kernels(self) -> tuple[GeneratedKernel, ...]:
@@ -130,11 +113,11 @@ def build(
         raise LoweringError(f"strategy {strategy!r} computes the base product: name its weight")
     if (strategy in EXPERTS) != (spec.experts > 0 and strategy not in DELTA):
         raise LoweringError(f"strategy {strategy!r} does not serve {spec.experts} experts")
-    if strategy in ("activated", "prologue") and spec.activation is None:
+    if strategy == "activated" and spec.activation is None:
         raise LoweringError(f"strategy {strategy!r} computes x itself and needs the activation")
     if not spec.supported() or spec.delta.embedding != (strategy == "embedding"):
         return None
-    if strategy in CONCAT and (why := refusal(spec.delta, spec.weight_dtype)):
+    if strategy == CONCAT and (why := refusal(spec.delta, spec.weight_dtype)):
         raise LoweringError(f"strategy {strategy!r} cannot make x and W longer: {why}")
     spec = spec_for(strategy, spec)
     if strategy == "grouped":
@@ -155,13 +138,8 @@ def spec_for(strategy: str, spec: TritonSpec) -> TritonSpec:
     """`spec` without what kernels of `strategy` do not depend on: one kernel for all such bases."""
     if strategy in DELTA:
         return TritonSpec(spec.delta)
-    if strategy == "prologue":
-        return TritonSpec(spec.delta, activation=spec.activation)
-    if strategy == "expand_first":
-        return TritonSpec(spec.delta, bias=spec.bias)
-    if strategy in CONCAT:
-        longer = replace(spec.longer or Longer(), apart=strategy == "concat_apart")
-        return TritonSpec(spec.delta, transposed=spec.transposed, longer=longer)
+    if strategy == CONCAT:
+        return TritonSpec(spec.delta, transposed=spec.transposed, longer=spec.longer or Longer())
     return replace(spec, longer=None)
 
 

@@ -21,13 +21,6 @@ def adjacent(tensor: Tensor) -> bool:
     return guard_or_false(tensor.shape[-1] == 1) or guard_or_false(tensor.stride(-1) == 1)
 
 
-def at_16_bytes(tensor: Tensor) -> bool:
-    """Whether rows (the last dimension) begin at multiples of 16 bytes, as descriptors need it."""
-    size = tensor.element_size()
-    starts = (tensor.storage_offset(), *tensor.stride()[:-1])
-    return adjacent(tensor) and all(guard_or_false(start * size % 16 == 0) for start in starts)
-
-
 def require_adjacent(op: str, **tensors: Tensor) -> None:
     """A copy here would be one that nobody asked for; whoever builds a graph makes it, or plans
     another strategy."""

@@ -134,8 +134,6 @@ def activate(
     strides, place = [], 0
     for leaf in activation.leaves:
         strides.append(inputs[place].stride(0))
-        if leaf.delta is not None:
-            strides.append(inputs[place + 1 + leaf.gathered].stride(0))  # v's planes
         place += leaf.inputs
     tall = batch.tiles(tiles.block_m) * tiles.lanes
     grid = (tall, _cdiv(spec.planes, tiles.block_r), tiles.parts)
@@ -191,8 +189,8 @@ class Base(NamedTuple):
     """What `linear` computes the base product of: x (M, K), the weight and the bias.
 
     Attributes:
-        sums: the product's planes, for "reduce", which reads nothing else but the bias, as
-            "expand_first" does; None where y holds the product.
+        sums: the product's planes, for "reduce", which reads nothing else but the bias; None
+            where y holds the product.
     """
 
     x: Tensor
@@ -221,7 +219,7 @@ def linear(
     strides: list[Any] = []
     if base is not None:
         x, weight, bias, sums = base
-        if kernel.name not in ("reduce", "expand_first"):
+        if kernel.name != "reduce":
             pointers += [x, weight]
             strides += [x.stride(0), weight.stride(-2)]
             strides += [weight.stride(0)] if batch.offs is not None else []
@@ -234,8 +232,7 @@ def linear(
     tiles_n = sum(_cdiv(size, tiles.block_n) for size in spec.delta.sizes)
     plane = [] if v is None else [v.stride(0)]
     scalars = batch.arguments(ranks.shape[0], tiles_m, *plane, *strides, y.stride(0))
-    grid = (tiles.programs or tiles_m * tiles_n,)
-    batch.launch(kernel, grid, [*pointers, *batch.pointers, y, *scalars])
+    batch.launch(kernel, (tiles_m * tiles_n,), [*pointers, *batch.pointers, y, *scalars])
 
 
 def linear_reference(

@@ -22,7 +22,6 @@ from lorafx.kernels.triton.generated_op import generated_op
 from lorafx.kernels.triton.launchers import Launch
 from lorafx.kernels.triton.triton_build import LINEAR, LaunchPlan, plan_of
 from lorafx.kernels.triton.triton_checks import (
-    at_16_bytes,
     check_linear,
     check_y,
     checked_plan,
@@ -88,14 +87,6 @@ def _linear_fake(x, weight, bias, bank: BankArgs, rows, kernel):
         f"the kernel was made {'with' if spec.bias else 'without'} a bias of {N} columns",
     )
     require_adjacent("triton_linear", weight=weight)
-    for name, tensor in (("x", x), ("weight", weight)) if plan.by_descriptor else ():
-        require(
-            "triton_linear",
-            at_16_bytes(tensor),
-            f"the rows of {name} do not begin at multiples of 16 bytes, as this kernel needs them:"
-            f" strides {tuple(tensor.stride())}, offset {tensor.storage_offset()}; give a"
-            f" contiguous copy of {name}, or use another strategy",
-        )
     return x.new_empty((x.shape[0], N), dtype=spec.delta.y_dtype)
 
 

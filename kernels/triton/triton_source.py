@@ -4,9 +4,8 @@
 
     shrink       v[p, m, j·R + r] = scale · Σ_(k in part p) A[s, i_j·R + r, k] x[m, k]
     linear       y[m] = x[m] Wᵀ + b + v[m] B[s]    v from shrink's planes ("epilogue"), computed
-                 by the tile itself ("recompute"), without the base product ("expand", and
-                 "expand_first", which writes y = v B + b), or with that of `split` ("reduce")
-    persistent   y[m] = x[m] Wᵀ + b + v[m] B[s] by programs that take tile after tile
+                 by the tile itself ("recompute"), without the base product ("expand"), or with
+                 that of `split` ("reduce")
     split        y[q, m] = Σ_(k in part q) x[m, k] W[:, k], and shrink by programs of its own
     shrink_rows, expand_rows    the same a row at a time, without matrix instructions
     embedding_rows              expand_rows with A[s, id] for v
@@ -33,9 +32,9 @@ import jinja2
 import torch
 
 from lorafx.kernels.ops.delta_spec import DeltaSpec
-from lorafx.kernels.triton.activation import MOST_FACTORS, Activation, delta_place
+from lorafx.kernels.triton.activation import Activation
 from lorafx.kernels.triton.attention_spec import PagedAttentionSpec
-from lorafx.kernels.triton.longer import ConcatLayout, Longer
+from lorafx.kernels.triton.longer import Longer, width_of
 from lorafx.kernels.triton.triton_tiles import Tiles, power_of_two
 
 TYPES = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
@@ -49,13 +48,8 @@ KERNELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "epilogue": ("linear", {"base": True, "recompute": False, "reduce": False}),
     "recompute": ("linear", {"base": True, "recompute": True, "reduce": False}),
     "expand": ("linear", {"base": False, "recompute": False, "reduce": False}),
-    "expand_first": (
-        "linear",
-        {"base": False, "recompute": False, "reduce": False, "fresh": True},
-    ),
     "gather": ("concat", {"function": "gather"}),
     "place": ("concat", {"function": "place"}),
-    "persistent": ("persistent", {}),
     "split": ("split", {}),
     "reduce": ("linear", {"base": False, "recompute": False, "reduce": True}),
     "shrink_rows": ("rows", {"function": "shrink_rows"}),
@@ -230,7 +224,6 @@ def parameters(kernel: str, spec: TritonSpec, tiles: Tiles) -> dict[str, Any]:
         "experts_block": power_of_two(spec.experts, 1, 1 << 20),
         "activation": spec.activation if kernel == "activate" else None,
         **_columns(spec),
-        "leaf_deltas": _leaf_deltas(spec) if kernel == "activate" else [],
     }
 
 
@@ -238,47 +231,7 @@ def _columns(spec: TritonSpec) -> dict[str, Any]:
     """What a template needs to know of the columns that x and W get."""
     if spec.longer is None:
         return {}
-    layout = ConcatLayout.of(spec.delta, spec.longer)
-    return {
-        "width": layout.width,
-        "left": layout.left,
-        "places": list(layout.places),
-        "requests": spec.longer.requests,
-    }
-
-
-def _leaf_deltas(spec: TritonSpec) -> list[dict[str, Any] | None]:
-    """For each load of the activation, what its template needs to add the delta of the leaf."""
-    assert spec.activation is not None
-    found: list[dict[str, Any] | None] = []
-    for index, load in enumerate(spec.activation.loads):
-        leaf = spec.activation.leaves[load.leaf]
-        d = leaf.delta
-        if d is None:
-            found.append(None)
-            continue
-        place = delta_place(d, load, spec.delta.in_features)
-        assert place is not None  # or there would be no such strategy
-        expand = d.bank_dtype if d.bank_dtype == leaf.dtype else torch.float32
-        found.append(
-            {
-                "name": f"g{index}",
-                "leaf": load.leaf,
-                "sibling": place.sibling,
-                "first": place.number * d.max_rank,
-                "column": place.column,
-                "columns": d.columns,
-                "slot": d.slot_rows * d.columns,
-                "group": d.group,
-                "max_rank": d.max_rank,
-                "factors": power_of_two(d.max_rank, 16, MOST_FACTORS),
-                "width": len(d.sizes) * d.max_rank,
-                "planes": leaf.planes,
-                "dtype": TYPES[expand],
-                "cast": "" if d.bank_dtype == expand else ".to(tl.float32)",
-            }
-        )
-    return found
+    return {"width": width_of(spec.delta.max_rank), "requests": spec.longer.requests}
 
 
 def source(kernel: str, spec: AnySpec, tiles: Tiles) -> str:

@@ -42,9 +42,6 @@ class Tiles:
         ahead: "split" starts while the kernel before it runs, and fetches the first of W.
         overlap: the reader of v starts while the shrink runs (programmatic dependent launch).
         ordered: rows are visited sorted by slot, so that a tile holds few adapters.
-        programs: of a persistent kernel, each of which takes tile after tile.
-        slices: parts of its columns that a persistent kernel's tile is finished in, to save room.
-        tma: x, W and y move by tensor descriptors; rows begin at multiples of 16 bytes.
         num_warps, num_stages: Triton's launch options.
     """
 
@@ -65,9 +62,6 @@ class Tiles:
     early: bool = False
     ahead: bool = False
     overlap: bool = False
-    programs: int = 0
-    slices: int = 1
-    tma: bool = False
     num_warps: int = 4
     num_stages: int = 3
 
@@ -150,7 +144,7 @@ def aligned(spec: DeltaSpec) -> bool:
 
 
 def linear_tiles(spec: DeltaSpec, rows: int, arch: Architecture, kernel: str) -> Tiles:
-    """Tiles of "epilogue", "recompute", "expand" and "expand_first".
+    """Tiles of "epilogue", "recompute" and "expand".
 
     Sixteen factors at a time: v is a tile of registers for each part, and twice in the bank's type,
     so that with more of them kernels of rank 64 and 256 spill.
@@ -165,7 +159,7 @@ def linear_tiles(spec: DeltaSpec, rows: int, arch: Architecture, kernel: str) ->
             group_m=2,
             batched=kernel == "epilogue",
         )
-    if kernel in ("expand", "expand_first"):  # y is written, or read too: nothing to pipeline
+    if kernel == "expand":  # y is written, or read too: nothing to pipeline
         plain = aligned(spec) and spec.bank_dtype.itemsize == 2 and spec.max_rank <= 32
         return Tiles(power_of_two(rows, 16, 32), block_n=128 if plain else 64, num_stages=2)
     size = spec.x_dtype.itemsize
@@ -218,6 +212,9 @@ def shrink_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:
     # The reader fetches all planes for each of its tiles, into registers.
     blocks = -(-spec.in_features // block_k)
     parts = max(min(arch.processors // programs, blocks // 2, 8 if block_m <= 32 else 4), 1)
+    # At 64 rows registers are short for element-wise loads of float32, and, but on Hopper, for many
+    # factors (24 to 40 bytes spilled by ptxas for cuda80 and cuda100): twice the threads.
+    crowded = block_r >= 32 and arch.name in ("cuda80", "cuda100")
     # What parts do not fill, adapters do: with eight in a batch, eight programs read one A each.
     lanes = power_of_two(arch.processors // (programs * parts), 1, 8) if rows <= 64 else 1
     return Tiles(
@@ -228,32 +225,8 @@ def shrink_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:
         lanes=lanes,
         picked=picked,
         swap=wide < 64,
-        # Element-wise loads of float32 leave no registers at 64 rows: twice the threads.
-        num_warps=8 if size == 4 and spec.in_features % 16 and wide == 64 else 4,
+        num_warps=8 if wide == 64 and (crowded or (size == 4 and spec.in_features % 16)) else 4,
         num_stages=stages_that_fit(arch, block_k * (wide + block_r) * size, 4),
-    )
-
-
-def activate_tiles(spec: DeltaSpec, shrink: Tiles, arch: Architecture) -> Tiles:
-    """Tiles of the shrink of a dense layer that computes x too ("prologue").
-
-    It reads and writes as much as the pointwise kernel that it stands for, so it is cut into parts
-    of K until some programs fill each processor. Registers hold the deltas that x lacks beside its
-    own: fewer rows, fewer terms, no deep pipeline.
-    """
-    if arch.name == "interpreter":
-        return shrink
-    block_k = min(shrink.block_k, 32 if spec.x_dtype.itemsize == 4 else 64)
-    blocks = -(-spec.in_features // block_k)
-    return replace(
-        shrink,
-        block_m=16 if spec.x_dtype.itemsize == 4 or spec.max_rank > 32 else min(shrink.block_m, 32),
-        block_k=block_k,
-        picked=0,
-        lanes=1,
-        parts=max(min(4, blocks // 4), 1),
-        swap=False,
-        num_stages=min(shrink.num_stages, 2),
     )
 
 

@@ -17,8 +17,8 @@ _MOST_LAYER_NAMES = 64
 _LARGEST_RANK = 1 << 40
 _LARGEST_ALPHA = 3e38
 _LARGEST_TOKEN = (1 << 31) - 1
-#: Steps of all patterns of one field together, for one module: some milliseconds.
-_MOST_STEPS = 1 << 17
+#: Patterns of one field, and those of them that are tried on every module: milliseconds for each.
+_MOST_PATTERNS, _MOST_TRIED = 1 << 14, 512
 
 
 def keyed(key: str) -> Pattern:
@@ -27,7 +27,11 @@ def keyed(key: str) -> Pattern:
     Raises:
         PatternError: see `Pattern`.
     """
-    return Pattern(rf"(.*\.)?({key})")
+    name = re.search(r"(\\?)(\w*)\$?$", key)
+    assert name is not None
+    open_ended = set(key) & set("|()[]{}")  # it may end in several ways
+    tail = "" if open_ended else name[2][1:] if name[1] else name[2]
+    return Pattern(rf"(.*\.)?({key})", tail)
 
 
 def is_off(value: Any) -> bool:
@@ -85,16 +89,16 @@ class Values:
                 f"{name} must map module names to numbers, it is {short(patterns)}"
             )
             return {}
-        steps = 0
+        tried = 0
         for key in patterns:
             found = self._regex(f"{name} key", key, keyed)
             if found is None:
                 return {}
-            steps += found.cost
-            if steps > _MOST_STEPS:
+            tried += not found.tail
+            if len(patterns) > _MOST_PATTERNS or tried > _MOST_TRIED:
                 self.malformed.append(
-                    f"the {len(patterns)} patterns of {name} may take over {_MOST_STEPS} steps for "
-                    "each module"
+                    f"{name} has {len(patterns)} patterns; there may be {_MOST_PATTERNS}, and "
+                    f"{_MOST_TRIED} that do not end in a name"
                 )
                 return {}
         return {key: check(f"{name}[{short(key)}]", value) for key, value in patterns.items()}

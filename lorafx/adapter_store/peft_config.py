@@ -4,7 +4,7 @@
 
 r and α are per module: the first key k of `rank_pattern` / `alpha_pattern`, in the file's order,
 with `re.match(rf"(.*\\.)?({k})$", path)` decides, else `r` and `lora_alpha`. The patterns are not
-trusted, so they are matched without backtracking (lorafx.model.patterns). Fields that change this
+trusted, so they are matched against a clock (lorafx.model.patterns). Fields that change this
 arithmetic are refused by name; so is any field that this reader does not know, unless it holds
 null, false or nothing: PEFT adds fields with every version, and their "off" is harmless.
 """

@@ -3,12 +3,10 @@
     W = [W_0; W_1; ...]  (ΣN, K),   W_i.data = W[offset_i : offset_i + N_i]
 
 The original parameters stay where and what they were (same objects, names, shapes and values), so
-`state_dict()` and `save_pretrained()` give what they gave before; memory does not grow. With room,
-W lies between columns of the buffer that hold nothing of the model: each parameter then has gaps
-between its rows, and a storage of its own in the same memory, because transformers refuses to save
-a storage that several such tensors share. What splits the views again (`model.to(...)`,
-`load_state_dict(assign=True)`) is noticed before a call. The parameters are packed anew then, in
-the same memory, unless somebody keeps that: `p.data, ema[name] = ema[name], p.data`.
+`state_dict()` and `save_pretrained()` give what they gave before; memory does not grow. What splits
+the views again (`model.to(...)`, `load_state_dict(assign=True)`) is noticed before a call. The
+parameters are packed anew then, in the same memory, unless somebody keeps that:
+`p.data, ema[name] = ema[name], p.data`.
 """
 
 from __future__ import annotations
@@ -33,15 +31,13 @@ from lorafx.torch_internals.subclasses import _storage_Use_Count, is_traceable_w
 class PackedGroup:
     """One group whose base weights are views of `weight` (ΣN, K), biases of `bias` (ΣN,).
 
-    With `room`, so many columns left and right, `weight` is (ΣN, left + K + right). Where only some
-    siblings have a bias, the others' part of `bias` is zero. Both stay the same objects, whatever
-    memory they lie in.
+    Where only some siblings have a bias, the others' part of `bias` is zero. Both stay the same
+    objects, whatever memory they lie in.
     """
 
     group: Group
     weight: Tensor
     bias: Tensor | None
-    room: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
         #: Each parameter: the dictionary that holds it, its name there, its rows.
@@ -56,9 +52,9 @@ class PackedGroup:
 
     def parts(self) -> list[Tensor]:
         """Where the parameters are to lie."""
-        left, right = self.room
-        inside = self.weight[:, left : self.weight.shape[1] - right]
-        return [(self._bias if name == "bias" else inside)[rows] for _, name, rows in self.places]
+        return [
+            (self._bias if name == "bias" else self.weight)[rows] for _, name, rows in self.places
+        ]
 
     @property
     def _bias(self) -> Tensor:
@@ -106,8 +102,6 @@ class PackedGroup:
             own: Any = parameters[name]
             with writing(part):
                 part.copy_(own)
-                if any(self.room) and name != "bias":
-                    part = torch.from_dlpack(part)
             own.data = part
 
     def _taken_out(self, buffer: Tensor) -> bool:
@@ -150,19 +144,15 @@ def _at(
 
 
 def pack_weights(
-    graph: ModuleGraph,
-    group: Group,
-    alone: frozenset[int] | None = None,
-    room: tuple[int, int] = (0, 0),
+    graph: ModuleGraph, group: Group, alone: frozenset[int] | None = None
 ) -> PackedGroup | None:
     """Make the group's base weights views of one buffer, or return None where they cannot be.
 
-    Packable: at least two siblings, or one with `room` left and right of its columns, and what
-    `packable` says. `alone` is `graph.alone()` where that is known: it looks at every tensor of the
-    model.
+    Packable: at least two siblings, and what `packable` says. `alone` is `graph.alone()` where that
+    is known: it looks at every tensor of the model.
     """
     sites = group.sites
-    if len(sites) < 2 and not any(room):
+    if len(sites) < 2:
         return None
     if not packable(sites, graph.alone() if alone is None else alone):
         return None
@@ -174,9 +164,8 @@ def pack_weights(
     # Parameters from inference mode need a buffer from there: a mixture of the two could be
     # neither viewed nor written.
     with torch.inference_mode(weights[0].is_inference()):
-        columns = sum(room) + sites[0].in_features
-        buffer = weights[0].new_zeros((rows, columns))
-        packed = PackedGroup(group, buffer, buffer.new_zeros(rows) if has_bias else None, room)
+        buffer = weights[0].new_zeros((rows, sites[0].in_features))
+        packed = PackedGroup(group, buffer, buffer.new_zeros(rows) if has_bias else None)
     packed.fill()
     for tensor in (packed.weight, packed.bias):
         if tensor is not None:

@@ -1,6 +1,6 @@
 """Which paths a target specification names, by PEFT's rules.
 
-    str           re.fullmatch(spec, path), found without backtracking
+    str           re.fullmatch(spec, path), against a clock
     "all-linear"  every eligible linear module but the output embedding (any letter case)
     list          path == entry, or path ends with "." + entry
 
@@ -49,7 +49,7 @@ def checked(spec: str | Collection[str] | None, field: str) -> str | tuple[str, 
 
     Raises:
         ConfigError: another type, or a str that is no regular expression, or one
-            that cannot be matched in bounded time (lorafx.model.patterns).
+            that is too large (lorafx.model.patterns).
     """
     if spec is None:
         return None

@@ -22,7 +22,6 @@ from lorafx.config import LoraConfig, Options
 from lorafx.errors import ConfigError, LorafxWarning, nearest
 from lorafx.kernels.cost.chips import DEFAULT_CHIP, NAMED_CHIPS, Chip, chip_of
 from lorafx.kernels.cost.cost import (
-    AROUND,
     FUSED,
     GPU_STRATEGIES,
     estimate,
@@ -30,8 +29,8 @@ from lorafx.kernels.cost.cost import (
     work_of,
 )
 from lorafx.kernels.cost.work import Work
-from lorafx.kernels.triton.triton_build import BY_DESCRIPTOR
-from lorafx.kernels.triton.triton_checks import adjacent, at_16_bytes
+from lorafx.kernels.triton.triton_build import CONCAT
+from lorafx.kernels.triton.triton_checks import adjacent
 from lorafx.model.forward_check import is_dense
 from lorafx.model.packing import packable
 from lorafx.model.quantized import is_stored
@@ -272,7 +271,7 @@ def _choice(node: _Node, place: _Place, rows: int) -> _Choice:
         return _Choice("", "the cost model does not know it; the graph decides")
     weight = weight_of(node.sites[0].module, node.sites[0].eligible)
     for name, modelled in estimate(work).items():
-        if modelled.refusal or name in AROUND or (name in FUSED and not _fusable(weight, name)):
+        if modelled.refusal or name == CONCAT or (name in FUSED and not _fusable(weight)):
             continue
         return _timed(name, f"modelled {modelled} at {rows} rows", work, rows)
     return _timed("segments", "", work, rows)
@@ -286,11 +285,9 @@ def _timed(name: str, reason: str, work: Work | None, rows: int) -> _Choice:
     return _Choice(name, reason, work.vendor(), seconds)
 
 
-def _fusable(weight: Tensor | None, name: str) -> bool:
+def _fusable(weight: Tensor | None) -> bool:
     """Whether a kernel can read the weight as it lies."""
-    if weight is None or not is_dense(weight):
-        return False
-    return (at_16_bytes if name in BY_DESCRIPTOR else adjacent)(weight)
+    return weight is not None and is_dense(weight) and adjacent(weight)
 
 
 def _totals(

@@ -160,7 +160,7 @@ def _program(program: Program, prints: Fingerprints) -> Iterator[str]:
     for packed in program.packed:
         biases = None if packed.bias is None else _sizes(packed.bias)
         index = program.groups.index(packed.group)
-        yield repr((index, _sizes(packed.weight), biases, packed.room))
+        yield repr((index, _sizes(packed.weight), biases))
 
 
 def _bank(bank: Bank, prints: Fingerprints) -> str:

@@ -7,13 +7,12 @@ from typing import Any
 from lorafx.torch_internals.entries import Required, private_names
 
 ENTRY = Required(
-    use="memory for the descriptors of kernels in ahead-of-time packages; kernels launch early",
-    ended_by="torch 2.13 for the memory; an option of Inductor's for kernels that it is given",
+    use="kernels launch early",
+    ended_by="an option of Inductor's for kernels that it is given",
     refused='lowering="triton"',
 )
 
 with private_names():
-    from torch._inductor.codegen.cuda.device_op_overrides import CUDADeviceOpOverrides
     from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 
 
@@ -34,25 +33,3 @@ def launch_dependents_early() -> None:
 
     define_kernel._lorafx = True  # type: ignore[attr-defined]
     setattr(PythonWrapperCodegen, "define_kernel", define_kernel)  # noqa: B010  a method for mypy
-
-
-def scratch_for_each_program() -> None:
-    """Have Inductor's C++ code give each program of a kernel the memory for its descriptors.
-
-    torch 2.13 does. Before, ahead-of-time packages gave that of one program to all of a grid, which
-    then wrote behind it.
-    """
-    original = CUDADeviceOpOverrides.cpp_scratch
-
-    def cpp_scratch(self: Any, idx: int, workspace: Any, prefix: str | None = None) -> Any:
-        found = original(self, idx, workspace, prefix)
-        if found is None or not workspace.size or "grid_0" in found[0][0]:
-            return found
-        first = f"{{static_cast<int64_t>({workspace.size}) * grid_0 * grid_1 * grid_2}}"
-        lines = [found[0][0].replace(f"{{{workspace.size}}}", first), *found[0][1:]]
-        assert lines[0] != found[0][0], "Inductor's scratch memory is written in another way"
-        return lines, found[1]
-
-    if not getattr(original, "_lorafx", False):
-        cpp_scratch._lorafx = True  # type: ignore[attr-defined]
-        setattr(CUDADeviceOpOverrides, "cpp_scratch", cpp_scratch)  # noqa: B010  for mypy

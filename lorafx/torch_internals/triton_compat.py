@@ -1,7 +1,6 @@
 """Triton's interpreter on a CPU, and what differs between the versions of Triton, in one place.
 
     interpret(function, grid, arguments)    run the Python function of a @triton.jit kernel
-    allow_scratch()                         memory for descriptors that kernels make
     generated_triton_op(name, ...)          `torch.library.triton_op` of generated kernels
 
 The interpreter is used whether or not TRITON_INTERPRET is set, so that kernels can be compiled
@@ -209,15 +208,6 @@ def interpret(kernel: Any, grid: Sequence[int], arguments: Sequence[Any]) -> Non
                 f"{function.__name__} of {function.__code__.co_filename} failed in Triton's"
                 f" interpreter: {error}"
             ) from error
-
-
-def allow_scratch() -> None:
-    """Gives kernels that make tensor descriptors memory for them, unless somebody has already: of
-    the current device, where Triton launches."""
-    if isinstance(_allocation._allocator.get(), _allocation.NullAllocator):
-        triton.set_allocator(
-            lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda")
-        )
 
 
 def version() -> str:

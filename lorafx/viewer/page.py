@@ -21,10 +21,9 @@ from lorafx.viewer.trace import trace_events
 #: In this order, each in a script element of its own.
 SCRIPTS = (
     "vendor/dagre.min.js",
+    "vendor/cytoscape.min.js",
     "model.js",
     "layout.js",
-    "camera.js",
-    "pen.js",
     "scene.js",
     "diff.js",
     "lists.js",

@@ -7,9 +7,7 @@
                becomes lorafx::grouped_mm where that has a kernel.
                grouped_site, here and below, runs as it is: plain aten.
     triton     fused_linear → triton_linear, or mm / addmm and triton_delta_, or what
-               passes/lower/vendor_linear.py has around the vendor's product, as planned; or with
-               its input's expression triton_activate, mm / addmm and triton_expand_, where the
-               linears whose deltas the first adds become mm / addmm and triton_shrink;
+               passes/lower/concat.py has around the vendor's product, as planned;
                fused_experts → triton_experts, or the grouped product and then as expert_site;
                site → triton_delta_ into y. On a GPU their launches are put into the graph.
     reference  nothing to do: the ops' own aten implementations run.
@@ -20,13 +18,12 @@ decides that y's buffer may be written (it is the GEMM's own output) without a c
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from lorafx.graph.context import EMBEDDING_OP, EXPERT_OP, FUSED_OP, PLAIN_SITE_OPS, SITE_OP, Context
 from lorafx.graph.expert_uses import grouped, is_grouped
@@ -37,15 +34,14 @@ from lorafx.kernels.cost.cost import FUSED
 from lorafx.kernels.cpu.cpu import delta_call, embedding_delta_call, expert_delta_call
 from lorafx.kernels.cpu.grouped_mm import GROUPED_MM, kernel_of
 from lorafx.kernels.ops.bank_arguments import BankArgs
-from lorafx.kernels.triton import triton_expert_ops, triton_ops, triton_prologue_ops
-from lorafx.kernels.triton.triton_build import AROUND, EXPERTS, plan_of
-from lorafx.kernels.triton.triton_checks import adjacent, at_16_bytes
+from lorafx.kernels.triton import triton_expert_ops, triton_ops
+from lorafx.kernels.triton.triton_build import CONCAT, EXPERTS
+from lorafx.kernels.triton.triton_checks import adjacent
 from lorafx.op_arguments import bound, in_order
 from lorafx.passes.fuse.fuse_experts import FUSED_EXPERTS, product, region
+from lorafx.passes.lower.concat import TRITON_CONCAT, concat_linear, product_of
 from lorafx.passes.lower.triton_graph import inline_triton_ops
-from lorafx.passes.lower.vendor_linear import VENDOR_OPS, product_of, vendor_linear
 from lorafx.passes.match.match_experts import ALIKE
-from lorafx.passes.plan.prologues import DEFERRED, PROLOGUE, noted
 from lorafx.passes.plan.specs import cpu_spec, delta_spec
 from lorafx.program.frame import fake_value
 from lorafx.torch_internals.shortcuts import chosen
@@ -59,16 +55,13 @@ TRITON_LINEAR = triton_ops.triton_linear._opoverload
 TRITON_DELTA = triton_ops.triton_delta_._opoverload
 TRITON_EMBEDDING_DELTA = triton_ops.triton_embedding_delta_._opoverload
 TRITON_EXPERTS = triton_expert_ops.triton_experts._opoverload
-TRITON_SHRINK = triton_prologue_ops.triton_shrink._opoverload
-TRITON_ACTIVATE = triton_prologue_ops.triton_activate._opoverload
-TRITON_EXPAND = triton_prologue_ops.triton_expand_._opoverload
 TRITON_OPS = (
-    *(TRITON_LINEAR, TRITON_DELTA, TRITON_EMBEDDING_DELTA, TRITON_EXPERTS),
-    *VENDOR_OPS,
-    *(TRITON_SHRINK, TRITON_ACTIVATE, TRITON_EXPAND),
+    TRITON_LINEAR,
+    TRITON_DELTA,
+    TRITON_EMBEDDING_DELTA,
+    TRITON_EXPERTS,
+    TRITON_CONCAT,
 )
-#: On a node whose delta another one's kernel adds.
-_ADDED = "lorafx_delta_added"
 
 
 @dataclass(frozen=True)
@@ -83,8 +76,7 @@ class Lower:
             return 0
         nodes = [node for node in ctx.states if node.target not in PLAIN_SITE_OPS]
         lowered = {}
-        # First those that add other nodes' deltas, which they find on those nodes as planned.
-        for node in sorted(nodes, key=lambda node: strategy_of(node).name != PROLOGUE):
+        for node in nodes:
             with gm.graph.inserting_before(node):
                 lowered[node] = _LOWERINGS[node.target](gm.graph, ctx, node)
             node.replace_all_uses_with(lowered[node])
@@ -101,21 +93,14 @@ class Lower:
 def _linear(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
     call, strategy = bound(node), strategy_of(node)
     x, weight, bias = call["x"], call["weight"], call["bias"]
-    if strategy.name == PROLOGUE:
-        return _prologue(graph, ctx, node)
     x_flat = _flat(graph, ctx, x)
-    if strategy.name == DEFERRED:
-        assert node.meta.get(_ADDED), f"nobody adds the delta of {node.name}"
-        y = product_of(graph, ctx, x_flat, weight, bias, swap=call["transposed"])
-        return _shaped(graph, ctx, y, x, node)
     if strategy.name in FUSED:
-        laid = at_16_bytes if plan_of(strategy.kernel).by_descriptor else adjacent
-        side_by_side = _adjacent(graph, ctx, x_flat, laid)
+        side_by_side = _adjacent(graph, ctx, x_flat)
         arguments = in_order(TRITON_LINEAR, call, x=side_by_side, kernel=strategy.kernel)
         return _shaped(graph, ctx, ctx.call(graph, TRITON_LINEAR, arguments), x, node)
-    if strategy.name in AROUND:
+    if strategy.name == CONCAT:
         side_by_side = _adjacent(graph, ctx, x_flat)
-        y = vendor_linear(graph, ctx, strategy, {**call, "x": side_by_side})
+        y = concat_linear(graph, ctx, strategy.kernel, {**call, "x": side_by_side})
         return _shaped(graph, ctx, y, x, node)
     if strategy.split:
         parts, start = [], 0
@@ -129,30 +114,6 @@ def _linear(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
         y = product_of(graph, ctx, x_flat, weight, bias, swap=call["transposed"])
     written = _add_delta(graph, ctx, node, {**call, "y": y, "x": x_flat})
     return _shaped(graph, ctx, written, x, node)
-
-
-def _prologue(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
-    """h and its shrink by one kernel, which adds deferred deltas to what it reads; h Wᵀ; expand."""
-    call, kernel = bound(node), strategy_of(node).kernel
-    prologue, inputs = noted(node), []
-    for _, source, ids in prologue.leaves():
-        inputs.append(_adjacent(graph, ctx, _flat(graph, ctx, source)))
-        if ids is not None:
-            inputs.append(_adjacent(graph, ctx, ids))
-        if source in prologue.deferred:
-            lacking = bound(source)
-            x = _adjacent(graph, ctx, _flat(graph, ctx, lacking["x"]))
-            own = {**lacking, "x": x, "kernel": strategy_of(source).kernel}
-            v = ctx.call(graph, TRITON_SHRINK, in_order(TRITON_SHRINK, own))
-            inputs += [v, lacking["B"], lacking["ranks"]]
-            source.meta[_ADDED] = True
-    arguments = in_order(TRITON_ACTIVATE, call, inputs=inputs, kernel=kernel)
-    both = ctx.call(graph, TRITON_ACTIVATE, arguments)
-    h, v = (ctx.call(graph, operator.getitem, (both, index)) for index in range(2))
-    y = product_of(graph, ctx, h, call["weight"], call["bias"], swap=call["transposed"])
-    arguments = in_order(TRITON_EXPAND, call, y=y, v=v, kernel=kernel)
-    _, rows_like, _ = next(prologue.leaves())
-    return _shaped(graph, ctx, call_in_place(graph, TRITON_EXPAND, arguments), rows_like, node)
 
 
 def _site(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
@@ -294,12 +255,10 @@ def _same_strides(one: fx.Node, other: fx.Node) -> bool:
     return all(guard_or_false(a == b) for a, b in strides)
 
 
-def _adjacent(
-    graph: fx.Graph, ctx: Context, node: fx.Node, laid: Callable[[Tensor], bool] = adjacent
-) -> fx.Node:
+def _adjacent(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
     """`node`, or a copy of it whose rows' elements lie side by side, which Triton kernels need. In
     the graph, Inductor has what computes `node` write it so."""
-    if laid(fake_value(node)):
+    if adjacent(fake_value(node)):
         return node
     return ctx.call(graph, aten.clone.default, (node,), memory_format=torch.contiguous_format)
 

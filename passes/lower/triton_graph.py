@@ -31,10 +31,7 @@ from lorafx.torch_internals.functional import (
     kernel_side_table,
     make_fx,
 )
-from lorafx.torch_internals.inductor_wrapper import (
-    launch_dependents_early,
-    scratch_for_each_program,
-)
+from lorafx.torch_internals.inductor_wrapper import launch_dependents_early
 from lorafx.torch_internals.operators import OpOverload
 
 EMPTY = torch.ops.aten.empty.memory_format
@@ -60,7 +57,6 @@ def inline_triton_ops(
     """
     if early:
         launch_dependents_early()
-    scratch_for_each_program()
     bodies: dict[object, fx.GraphModule] = {}
     shared: dict[object, fx.Node] = {}
     replaced: dict[fx.Node, fx.Node] = {}

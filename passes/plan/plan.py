@@ -13,9 +13,8 @@ out, `explain` prints it with the node's byte floor of `lorafx.kernels.cost.cost
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -41,24 +40,14 @@ from lorafx.kernels.cost.cost import (
 from lorafx.kernels.cost.expert_cost import ExpertWork, estimate_experts
 from lorafx.kernels.cost.work import Estimate, Work
 from lorafx.kernels.cpu.cpu import build_all
-from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.triton.longer import refusal
-from lorafx.kernels.triton.persistent_tiles import aligned_rows
-from lorafx.kernels.triton.triton_build import (
-    AROUND,
-    BY_DESCRIPTOR,
-    CONCAT,
-    EXPERTS,
-    plan_of,
-)
+from lorafx.kernels.triton.triton_build import CONCAT, EXPERTS
 from lorafx.kernels.triton.triton_build import build as build_triton
-from lorafx.kernels.triton.triton_checks import adjacent, at_16_bytes
+from lorafx.kernels.triton.triton_checks import adjacent
 from lorafx.model.bank import Bank
 from lorafx.model.sites import Part, Site
 from lorafx.op_arguments import bound
 from lorafx.passes.fuse.fuse_experts import FUSED_EXPERTS, loops_on_host, region
-from lorafx.passes.pack import with_room
-from lorafx.passes.plan.prologues import DEFERRED, PROLOGUE, Prologues, note
 from lorafx.passes.plan.specs import cpu_spec, delta_spec, triton_spec
 from lorafx.program.frame import fake_value
 from lorafx.torch_internals.compat import size_hint
@@ -98,32 +87,15 @@ def _cpu(ctx: Context, nodes: Sequence[fx.Node]) -> None:
 
 
 def _triton(ctx: Context, nodes: Sequence[fx.Node]) -> None:
-    choices = {
-        node: _triton_choice(ctx, node, _rows(node), fake_value(node).device) for node in nodes
-    }
-    found = Prologues(
-        ctx,
-        choices,
-        {node: name for node in nodes if (name := _pinned(ctx, node)) is not None},
-        {node: delta_spec(node) for node in nodes if triton_spec(node).supported()},
-        functools.partial(_work, ctx),
-    ).choose()
-    deferred: dict[fx.Node, tuple[DeltaSpec, int]] = {}
-    # Behind the nodes whose deltas it adds: what their shrinks leave is a literal of its kernel.
-    for node in sorted(nodes, key=found.__contains__):
-        name, reason = choices[node]
+    for node in nodes:
+        device, rows = fake_value(node).device, _rows(node)
+        name, reason = _triton_choice(ctx, node, rows, device)
         kernel = None
-        if name != ATEN and (name != PROLOGUE or node in found):
-            spec, hint = triton_spec(node), _rows(node) or UNKNOWN_ROWS
+        if name != ATEN:
+            spec, hint = triton_spec(node), rows or UNKNOWN_ROWS
             if name in EXPERTS:
                 hint = max(hint // spec.experts, 1)
-            if node in found:
-                note(node, found[node])
-                spec = replace(spec, activation=found[node].activation(deferred))
-            kernel = build_triton(spec, name, rows_hint=hint, device=fake_value(node).device)
-        if name == DEFERRED:
-            assert kernel is not None
-            deferred[node] = spec.delta, plan_of(kernel).kernels["shrink"].tiles.parts
+            kernel = build_triton(spec, name, rows_hint=hint, device=device)
         if kernel is None:
             name = ATEN
             reason = f"{reason}; no kernel could be generated" if reason else ""
@@ -156,13 +128,14 @@ def _triton_choice(
     if node.target is EMBEDDING_OP and pinned is None:
         return EMBEDDING, "rows are gathered one by one"
     if pinned is not None:
-        if pinned in AROUND and (why := _not_around(node, pinned)):
+        if pinned == CONCAT and (why := _not_concat(node)):
             raise ConfigError(
                 f"Options.plan pins {pinned!r} for {', '.join(_paths(ctx, node))}, {why}; pin "
                 "'gemv', 'segments' or 'aten'"
             )
-        if pinned in FUSED and not _fusable(node, pinned):
-            why = _unreadable(node) if node.target is FUSED_OP else "is not part of the node"
+        if pinned in FUSED and not _fusable(node):
+            lies = "lies column by column"
+            why = lies if node.target is FUSED_OP else "is not part of the node"
             raise ConfigError(
                 f"Options.plan pins {pinned!r} for {', '.join(_paths(ctx, node))}, whose base "
                 f"{'weight' if node.target is FUSED_OP else 'product'} {why}; pin 'gemv', "
@@ -183,9 +156,9 @@ def _triton_choice(
     work = _work(ctx, node)
     estimates = {} if work is None else estimate(work)
     for name, modelled in estimates.items():
-        if name in AROUND and _not_around(node, name):
+        if name == CONCAT and _not_concat(node):
             continue
-        if not modelled.refusal and (name not in FUSED or _fusable(node, name)):
+        if not modelled.refusal and (name not in FUSED or _fusable(node)):
             untimed = f", {UNTIMED[name]}," if name in UNTIMED else ""
             return name, f"modelled {modelled}{untimed} at {rows} rows; {_floor(ctx, node)}"
     return "segments", f"the number of rows is unknown; {_floor(ctx, node)}"
@@ -201,36 +174,24 @@ def _work(ctx: Context, node: fx.Node) -> Work | None:
     requests = fake_value(bound(node)["slots"]).shape[0]
     slots = min(slots, requests) if isinstance(requests, int) else slots
     dtype = fake_value(bound(node)["x"]).dtype
-    work = work_of(_parts(sites), rows, slots, rank, dtype, chip_of(fake_value(node).device))
-    room = node.target is FUSED_OP and with_room(bound(node)["weight"]) is not None
-    return replace(work, room=room)
+    return work_of(_parts(sites), rows, slots, rank, dtype, chip_of(fake_value(node).device))
 
 
-def _fusable(node: fx.Node, name: str) -> bool:
+def _fusable(node: fx.Node) -> bool:
     """Whether a kernel may compute the base product too: it is in the node, and the kernel can read
     the weight as it lies. A copy of a weight at every call would cost more than fusion saves."""
-    if node.target is not FUSED_OP:
-        return False
-    by_descriptor = name in BY_DESCRIPTOR and aligned_rows(delta_spec(node))
-    return (at_16_bytes if by_descriptor else adjacent)(fake_value(bound(node)["weight"]))
+    return node.target is FUSED_OP and adjacent(fake_value(bound(node)["weight"]))
 
 
-def _unreadable(node: fx.Node) -> str:
-    """What hinders a kernel from reading the weight, for a sentence that begins with "weight"."""
-    if adjacent(fake_value(bound(node)["weight"])):
-        return "has rows that do not begin at multiples of 16 bytes"
-    return "lies column by column"
-
-
-def _not_around(node: fx.Node, name: str) -> str:
-    """Why the vendor's GEMM cannot be given more than x and the weight; "" where it can."""
+def _not_concat(node: fx.Node) -> str:
+    """Why the vendor's GEMM cannot be given a longer x and weight; "" where it can."""
     if node.target is not FUSED_OP:
         return "whose base product is not part of the node"
     weight = fake_value(bound(node)["weight"])
     dtypes = {fake_value(node).dtype, fake_value(bound(node)["x"]).dtype, weight.dtype}
     if len(dtypes) != 1:
         return "whose x, weight and result are not of one type"
-    why = refusal(delta_spec(node), weight.dtype) if name in CONCAT else ""
+    why = refusal(delta_spec(node), weight.dtype)
     return why and f"whose x and weight cannot be made longer: {why}"
 
 

@@ -379,7 +379,6 @@ def _triton(task: Task) -> None:
     with entrance():  # as the calls of models are that ask for these
         if "early_launches" in chosen():
             inductor_wrapper.launch_dependents_early()
-        inductor_wrapper.scratch_for_each_program()
         launchers.launches_directly()
     _compiled(task, lowering="triton")
 

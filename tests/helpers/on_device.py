@@ -11,11 +11,11 @@ from delta_oracle import Problem
 from dense_merge import Case as ModelCase
 from dense_merge import error
 from torch import Tensor
-from triton_cases import AROUND, LINEAR, Case, lora
+from triton_cases import CONCAT, LINEAR, Case, lora
 
 import lorafx
+from lorafx.kernels.triton.concat_ops import concat_linear
 from lorafx.kernels.triton.triton_build import build
-from lorafx.kernels.triton.triton_vendor_ops import vendor_linear
 
 #: float32 sums in another order than on the CPU, over a few layers.
 TOLERANCE = 1e-4
@@ -41,10 +41,10 @@ def call_of(case: Case, strategy: str, kernel: int) -> Callable[[], Tensor]:
     p = case.problem
     if strategy in LINEAR:
         return lambda: lora.triton_linear(p.x, case.weight, case.bias, *p.bank, p.rows, kernel)
-    if strategy in AROUND:
+    if strategy == CONCAT:
         base = (p.x, case.weight, case.bias)
         settings = {"transposed": case.transposed}
-        return lambda: vendor_linear(strategy, *base, p.bank, p.rows, kernel, **settings)
+        return lambda: concat_linear(*base, p.bank, p.rows, kernel, **settings)
     op = lora.triton_embedding_delta_ if p.embedding else lora.triton_delta_
 
     def call() -> Tensor:

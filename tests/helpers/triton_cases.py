@@ -7,8 +7,7 @@ multiply B by v = high + low, two numbers of that type. So, to first order,
 
     |ŷ - y| ≤ u_y |y| + (2K + r + 8) u |y|₁ + u_v Σ_k |s| (|A||x|)_k |B_k| + u_0 Σ_k |B_k|
 
-"expand_first" rounds y0 = v B + b to y's type once more: u_y |y0|. Those that make x and W longer
-round v to x's type: u_y Σ_k |v_k| |B_k| instead of the last two terms.
+"concat" rounds v to x's type: u_y Σ_k |v_k| |B_k| instead of the last two terms.
 u = 2⁻²⁴; |y|₁ the sum of the terms' magnitudes; u_v = 2⁻¹⁷ for bfloat16 and 2⁻²¹ for float16;
 u_0 = 2⁻²⁵, what float16's subnormals leave of `low`. Asserted is twice that.
 """
@@ -24,14 +23,14 @@ from torch import Tensor
 
 import lorafx.kernels.triton.triton_ops  # noqa: F401  registers the ops
 from lorafx.kernels.ops.delta_spec import DeltaSpec
-from lorafx.kernels.triton.triton_build import AROUND, CONCAT, LINEAR, TritonSpec, build
+from lorafx.kernels.triton.concat_ops import concat_linear
+from lorafx.kernels.triton.triton_build import CONCAT, LINEAR, TritonSpec, build
 from lorafx.kernels.triton.triton_tiles import Tiles
-from lorafx.kernels.triton.triton_vendor_ops import vendor_linear
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 CPU = torch.device("cpu")
 #: Strategies of linears.
-STRATEGIES = ("split", "epilogue", "recompute", "persistent", "segments", "gemv")
+STRATEGIES = ("split", "epilogue", "recompute", "segments", "gemv")
 lora = torch.ops.lorafx
 
 
@@ -134,9 +133,9 @@ def run(case: Case, strategy: str, tiles: Mapping[str, Tiles] | None = None) -> 
     p, kernel = case.problem, kernel_of(case, strategy, tiles)
     if strategy in LINEAR:
         return lora.triton_linear(p.x, case.weight, case.bias, *p.bank, p.rows, kernel)
-    if strategy in AROUND:
+    if strategy == CONCAT:
         base = (p.x, case.weight, case.bias)
-        return vendor_linear(strategy, *base, p.bank, p.rows, kernel, transposed=case.transposed)
+        return concat_linear(*base, p.bank, p.rows, kernel, transposed=case.transposed)
     y = p.y.clone()
     op = lora.triton_embedding_delta_ if p.embedding else lora.triton_delta_
     op(y, p.x, *p.bank, p.rows, kernel)
@@ -173,7 +172,7 @@ def assert_right(case: Case, strategy: str, got: Tensor) -> None:
     """`got`, y of `strategy`, is within the bound of the float64 result."""
     p = case.problem
     start, start_size = (
-        base_product(case) if strategy in (*LINEAR, *AROUND) else (p.y.double(), p.y.double().abs())
+        base_product(case) if strategy in (*LINEAR, CONCAT) else (p.y.double(), p.y.double().abs())
     )
     exact, magnitude = dense_delta(p.with_(y=start))
     delta_size = magnitude - start.abs()
@@ -183,11 +182,7 @@ def assert_right(case: Case, strategy: str, got: Tensor) -> None:
     if strategy == "split":  # whose base product may go through y
         product = start if case.bias is None else start - case.bias.double()
         bound += torch.finfo(got.dtype).eps / 2 * product.abs()
-    if strategy == "expand_first":  # y0 is rounded before the product is added to it
-        y0 = exact - start + (0 if case.bias is None else case.bias.double())
-        bound += torch.finfo(got.dtype).eps / 2 * y0.abs()
-        bound += torch.finfo(got.dtype).tiny * torch.finfo(got.dtype).eps
-    if strategy in CONCAT:  # v is rounded before it is multiplied by B
+    if strategy == CONCAT:  # v is rounded before it is multiplied by B
         bound += torch.finfo(got.dtype).eps / 2 * times_size_of_v(p)
     elif p.B.dtype == got.dtype != FP32:
         bound += (2.0**-17 if got.dtype == BF16 else 2.0**-21) * delta_size

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from dense_merge import error
@@ -154,24 +152,3 @@ def test_the_reference_keeps_the_ops():
     done = g.output(g.mark("with_bias", node, product(g, "with_bias", node), rows=T))
     assert done.run(Match(), Fuse(), Lower()) == 0
     assert done.targets() == ["fused_linear.default"]
-
-
-@pytest.mark.parametrize("cut", [True, False])
-def test_rows_that_no_descriptor_can_read_are_copied(cut):
-    """A slice of wider rows: "persistent" reads x at multiples of 16 bytes only."""
-    torch.manual_seed(3)
-    wide = torch.randn(B, T, 33 if cut else 32)
-    g = SiteGraph(nn.ModuleDict({"up": nn.Linear(32, 48)}), ROWS, lowering="triton", targets=["up"])
-    node = g.argument(wide)
-    g.declare("up", bias=True)
-    x = g.call(aten.slice.Tensor, node, 2, 0, 32)
-    y = g.call(aten.linear.default, x, g.weight("up"), g.weight("up", "bias"))
-    done = g.output(g.mark("up", x, y, rows=T))
-    want = g.merged("up", wide[..., :32].contiguous())
-    program = done.ctx.program
-    program.options = replace(program.options, plan={"up": "persistent"})
-    assert done.run(Match(), Fuse(), Plan(), Lower()) == 1
-    names = [name.partition(".")[0] for name in done.targets()]
-    assert names.count("triton_linear") == 1
-    assert names.count("clone") == int(cut)
-    assert error(done.result()[0], want) <= 1e-5

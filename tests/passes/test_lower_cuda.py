@@ -11,7 +11,7 @@ from site_graphs import Finished, SiteGraph
 from torch import fx, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorafx.op_arguments import bound, op_of
+from lorafx.op_arguments import op_of
 from lorafx.passes.fuse.fuse import Fuse
 from lorafx.passes.lower.lower import Lower
 from lorafx.passes.match.match import Match
@@ -20,7 +20,6 @@ from lorafx.passes.plan.plan import Plan
 aten = torch.ops.aten
 K, N, B, T, VOCAB = 32, 48, 3, 2, 7
 ROWS = [0, -1, 2]
-ADD_PRODUCT = torch.ops.lorafx.add_product_.default
 KERNEL_CALL = torch.ops.higher_order.triton_kernel_wrapper_functional
 
 
@@ -55,8 +54,6 @@ def graph_of(path: str) -> tuple[SiteGraph, Finished]:
     [
         ("linear", "epilogue", []),
         ("linear", "recompute", []),
-        ("linear", "persistent", []),
-        ("transposed", "persistent", []),
         ("linear", "segments", ["addmm.default"]),
         ("linear", "gemv", ["addmm.default"]),
         ("transposed", "epilogue", []),
@@ -92,35 +89,13 @@ def test_lora_nodes_become_kernels(path: str, pin: str | None, base: list[str]) 
 
 
 @pytest.mark.parametrize("path", ["linear", "transposed"])
-def test_the_product_is_added_to_what_was_expanded_first(path: str) -> None:
-    """The one op that is left is the vendor's product, into the buffer that the kernels wrote."""
-    g, done = graph_of(path)
-    done.run(Match(), Fuse())
-    on_cuda(g.mode, done.gm)
-    done.ctx.program.options = replace(done.ctx.program.options, plan={path: "expand_first"})
-    with compile_only_gpu():
-        assert done.run(Plan(), Lower()) == 1
-    calls = [node for node in done.gm.graph.nodes if node.target is KERNEL_CALL]
-    assert len(calls) == 2
-    (product,) = [node for node in done.gm.graph.nodes if op_of(node) is ADD_PRODUCT]
-    y0 = bound(product)["y"]
-    assert y0.args == (calls[-1], "y_ptr")
-    assert list(y0.users) == [product]
-    lorafx_ops = [n for n in done.gm.graph.nodes if getattr(op_of(n), "namespace", "") == "lorafx"]
-    assert lorafx_ops == [product]
-
-
-@pytest.mark.parametrize(
-    ("path", "strategy"),
-    [("linear", "concat"), ("transposed", "concat"), ("linear", "concat_apart")],
-)
-def test_longer_operands_are_written_before_the_product(path: str, strategy: str) -> None:
+def test_longer_operands_are_written_before_the_product(path: str) -> None:
     """Two kernels, each into a buffer of its own that the product then reads; nothing else of
     lorafx is left."""
     g, done = graph_of(path)
     done.run(Match(), Fuse())
     on_cuda(g.mode, done.gm)
-    done.ctx.program.options = replace(done.ctx.program.options, plan={path: strategy})
+    done.ctx.program.options = replace(done.ctx.program.options, plan={path: "concat"})
     with compile_only_gpu():
         assert done.run(Plan(), Lower()) == 1
     gather, place = (node for node in done.gm.graph.nodes if node.target is KERNEL_CALL)

@@ -11,7 +11,7 @@ from compile_only_gpu import CUDA, compile_only_gpu, generated_code
 from cuda_graphs import RANK, SIZES, SLOTS, Builder, K, kernel_for, spec
 from torch import Tensor, fx
 
-import lorafx.kernels.triton.triton_vendor_ops  # noqa: F401  registers them
+import lorafx.kernels.triton.concat_ops  # noqa: F401  registers them
 from lorafx.errors import LoweringError
 from lorafx.kernels.triton.activation import Activation, Leaf, Load
 from lorafx.kernels.triton.triton_build import build, plan_of
@@ -24,11 +24,7 @@ OPS = (
     lora.triton_delta_.default,
     lora.triton_embedding_delta_.default,
     lora.triton_experts.default,
-    lora.triton_expanded.default,
     lora.triton_concat_.default,
-    lora.triton_shrink.default,
-    lora.triton_activate.default,
-    lora.triton_expand_.default,
 )
 KERNEL_CALL = torch.ops.higher_order.triton_kernel_wrapper_functional
 

@@ -47,10 +47,10 @@ def text(window: Browser, selector: str) -> str:
 def test_a_click_on_a_node_says_what_it_is(window: Browser, page: Path) -> None:
     window.open(page, "#graph=0&stage=pack&tab=graph")
     assert window.run("return viewer.stage.name") == "pack"
-    # What the eye sees: the middle of a pack on the canvas.
+    # What the eye sees: the middle of a pack in the picture.
     window.run(
         "const entry = viewer.stage.entries.find((each) => each.tags.packs);"
-        "viewer.scene.reveal(entry); viewer.scene.draw()"
+        "viewer.scene.reveal(entry)"
     )
     assert window.run("return document.getElementById('details').hidden")
     box = window.run("return document.getElementById('canvas').getBoundingClientRect().toJSON()")
@@ -70,13 +70,12 @@ def test_it_opens_on_a_site(window: Browser, page: Path) -> None:
     """Of the last stage, where layers are outlined, and of any other; a node that the address
     names comes first."""
     seen = (
-        "viewer.scene.draw(); const { x, y } = viewer.scene.camera.at("
-        "viewer.scene.camera.width / 2, viewer.scene.camera.height / 2);"
-        "const entry = viewer.stage.entries.find((each) => {"
-        "  const box = viewer.scene.home.has(each) && viewer.scene.placeOf(each);"
-        "  return box && box.x <= x && x <= box.x + box.width && box.y <= y"
-        "    && y <= box.y + box.height; });"
-        "return entry && [entry.node.name, entry.node.target, entry.sites.map((s) => s.path)]"
+        "const { cy } = viewer.scene; const [x, y] = [cy.width() / 2, cy.height() / 2];"
+        "const node = cy.nodes('.node').filter((each) => {"
+        "  const box = each.renderedBoundingBox({ includeLabels: false });"
+        "  return box.x1 <= x && x <= box.x2 && box.y1 <= y && y <= box.y2; });"
+        "const { entry } = node.scratch();"
+        "return [entry.node.name, entry.node.target, entry.sites.map((s) => s.path)]"
     )
     for fragment in ("", "#graph=0&stage=rescale&tab=graph"):
         window.open(page, fragment)
@@ -227,29 +226,28 @@ def test_light_and_dark(window: Browser, page: Path) -> None:
         window.devtools("Emulation.setEmulatedMedia", features=features)
         window.open(page)
         found[scheme] = window.run(
-            "return [getComputedStyle(document.body).backgroundColor, viewer.scene.pen.colors.node]"
+            "return [getComputedStyle(document.body).backgroundColor, viewer.scene.colors.node]"
         )
     assert found["light"][0] == "rgb(255, 255, 255)"
     assert found["light"][1] != found["dark"][1]
     for theme, want in (("light", found["light"]), ("dark", found["dark"])):
         window.click("#theme")
         assert text(window, "#theme") == theme.title()
-        assert window.run("return viewer.scene.pen.colors.node") == want[1]
+        assert window.run("return viewer.scene.colors.node") == want[1]
     window.click("#theme")
 
 
-def test_of_5000_nodes_those_in_view_are_drawn(window: Browser, tmp_path: Path) -> None:
+def test_of_5000_nodes_one_layer_is_open_at_first(window: Browser, tmp_path: Path) -> None:
     write_page(tmp_path, "Deep", [deep(32, 160)])
     window.open(tmp_path / "index.html", "#tab=graph")
     assert window.run("return viewer.stage.entries.length") == 32 * 160 + 1
-    assert window.run("return viewer.scene.groups.filter((g) => g.layout).length") < 3
+    assert 0 < window.run("return viewer.scene.cy.nodes('.node').length") <= 161
+    closed = window.run("return viewer.scene.cy.nodes('.closed').length")
+    window.run("viewer.scene.toggle(viewer.scene.groups.find((g) => !viewer.scene.open.has(g.key)))")
+    assert window.run("return viewer.scene.cy.nodes('.closed').length") == closed - 1
     window.click("#expand")
-    window.wait("return viewer.scene.groups.every((group) => group.layout)")
+    assert window.run("return viewer.scene.cy.nodes('.node').length") == 32 * 160 + 1
     assert window.run("return layouts.size") <= 3  # the inputs, the first layer, all others
-    window.run("viewer.scene.toTop(); viewer.scene.draw()")
-    assert 0 < window.run("return viewer.scene.drawn.nodes") < 100
-    window.run("viewer.scene.fit(); viewer.scene.draw()")
-    assert window.run("return viewer.scene.drawn.nodes") == 32 * 160 + 1
     window.click("[data-tab=nodes]")
     assert window.run("return document.querySelectorAll('#node-list .node').length") < 100
 

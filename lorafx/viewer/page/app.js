@@ -186,8 +186,6 @@ class Viewer {
     this.selected = entry;
     this.scene.select(entry);
     drawDetails(byId("details"), entry, this.stage, this.about.measured, (other) => this.pick(other, true));
-    const narrow = innerWidth <= 720;
-    this.scene.camera.middle = entry && narrow ? 0.2 : 0.5; // the details cover what is below
     if (entry && reveal) {
       if (!this.scene.home.has(entry) && !this.state.withState) this.toggleState();
       this.scene.reveal(entry);

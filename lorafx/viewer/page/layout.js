@@ -1,9 +1,8 @@
-// Where nodes lie: a group for each layer of the model, laid out by dagre when it is opened.
+// A group for each layer of the model, laid out by dagre when it is opened.
 "use strict";
 
 const NODE = { width: 176, height: 40 };
-const GROUP = { width: 320, height: 52, head: 34, pad: 16, gap: 34, column: 140 };
-const HIGH = 12000; // pixels of a column
+const BOX = { width: 320, height: 52, gap: 70 }; // of a closed group, and between two
 const MOST = 220; // nodes of a group: dagre takes a tenth of a second for so many
 const STATE = new Set(["weight", "bank", "state", "packed", "symbol"]);
 
@@ -110,28 +109,9 @@ function shortName(entry, group) {
   return layer && name.startsWith(`${layer}_`) ? name.slice(layer.length + 1) : name;
 }
 
-/** Groups in columns about as high as all of them are wide, where one column would be too high to
- * be seen. */
-function columnsOf(groups) {
-  const height = groups.reduce((sum, group) => sum + group.height + GROUP.gap, 0);
-  const width = Math.max(0, ...groups.map((group) => group.width)) + GROUP.gap;
-  const most = height > HIGH ? Math.sqrt(height * width * 0.6) : Infinity;
-  const columns = [[]];
-  let used = 0;
-  for (const group of groups) {
-    if (used && used + group.height > most) {
-      columns.push([]);
-      used = 0;
-    }
-    columns[columns.length - 1].push(group);
-    used += group.height + GROUP.gap;
-  }
-  return columns;
-}
-
 const layouts = new Map(); // by shape: equal layers are laid out once
 
-/** Positions of a group's nodes and the edges among them, from (0, 0). */
+/** The middles of a group's nodes, from (0, 0). */
 function layoutOf(group) {
   const index = new Map(group.entries.map((entry, i) => [entry, i]));
   const edges = [];
@@ -156,14 +136,6 @@ function laidOut(count, edges) {
   return {
     width,
     height,
-    places: Array.from({ length: count }, (_, i) => {
-      const { x, y } = graph.node(String(i));
-      return { x: x - NODE.width / 2, y: y - NODE.height / 2 };
-    }),
-    edges: graph.edges().map((edge) => ({
-      from: Number(edge.v),
-      to: Number(edge.w),
-      points: graph.edge(edge).points,
-    })),
+    places: Array.from({ length: count }, (_, i) => graph.node(String(i))),
   };
 }

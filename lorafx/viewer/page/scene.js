@@ -1,25 +1,29 @@
-// The graph on a canvas. Only what is in view is drawn, and a group is laid out when it is opened.
+// The picture of a graph: a box for each layer, which a click opens. dagre says where the nodes of
+// a box lie, cytoscape draws them.
 "use strict";
 
 const SMALL = 400; // nodes of a graph that is opened as a whole
+const COLORS = [
+  "canvas", "group", "group-line", "node", "node-line", "text", "muted", "edge", "accent", "sites",
+  "sites-line", "packs", "packs-line", "refused", "refused-line", "input", "changed", "reads",
+  "users",
+];
 
 class Scene {
   /** `picked(entry)` is called with the entry that was clicked, or null. */
-  constructor(canvas, picked) {
-    this.canvas = canvas;
-    this.context = canvas.getContext("2d");
-    this.pen = new Pen(this.context);
+  constructor(container, picked) {
     this.picked = picked;
-    this.camera = new Camera();
     this.open = new Set(); // keys of groups
     this.groups = [];
-    this.pending = []; // groups that `openAll` has still to open
-    this.selected = null;
+    this.home = new Map(); // the group of each entry
     this.revealed = null; // the entry that stays in the middle, until somebody looks elsewhere
-    this.filter(null);
-    this.drawn = { nodes: 0, milliseconds: 0 };
-    new ResizeObserver(() => this.resize()).observe(canvas);
-    follow(canvas, this.camera, () => this.moved(), (x, y) => this.click(x, y));
+    this.shown = () => true;
+    this.cy = cytoscape({
+      container, minZoom: 0.01, maxZoom: 3, autoungrabify: true, layout: { name: "preset" },
+    });
+    this.cy.on("tap", (event) => this.tapped(event.target));
+    this.cy.on("dragpan scrollzoom pinchzoom", () => { this.revealed = null; });
+    new ResizeObserver(() => this.resize()).observe(container);
   }
 
   // --- what is shown ---
@@ -28,312 +32,193 @@ class Scene {
     this.stage = stage;
     this.revealed = null;
     this.groups = groupsOf(stage, withState);
-    this.home = new Map();
-    for (const group of this.groups) {
-      for (const entry of group.entries) this.home.set(entry, group);
-      group.counts = countsOf(group);
-    }
-    this.pending = [];
+    this.home = new Map(this.groups.flatMap((group) => group.entries.map((entry) => [entry, group])));
     if (!keepPlace) {
       this.open.clear();
-      const count = this.groups.reduce((sum, group) => sum + group.entries.length, 0);
-      if (count <= SMALL) this.groups.forEach((group) => this.open.add(group.key));
-      else if (innerWidth > 720) this.openOneWithSites();
+      const first = this.groups.find((group) => countsOf(group).sites) || this.groups[0];
+      const small = this.home.size <= SMALL;
+      for (const group of small ? this.groups : first ? [first] : []) this.open.add(group.key);
     }
-    this.arrange();
+    this.draw();
     if (!keepPlace) this.toTop();
-    this.invalidate();
   }
 
-  openOneWithSites() {
-    const group = this.groups.find((each) => each.counts.sites) || this.groups[0];
-    if (group) this.open.add(group.key);
+  draw() {
+    const elements = this.groups.flatMap((group) => this.boxOf(group));
+    const edges = new Map();
+    for (const entry of this.home.keys()) {
+      for (const input of entry.inputs) {
+        const [source, target] = [this.idOf(input), this.idOf(entry)];
+        if (source && target && source !== target) edges.set(`${source}\n${target}`, { source, target });
+      }
+    }
+    for (const data of edges.values()) elements.push({ group: "edges", data });
+    this.place(elements);
+    this.cy.batch(() => {
+      this.cy.elements().remove();
+      this.cy.add(elements);
+    });
+    this.filter(this.shown);
+    this.select(this.selected);
   }
 
-  /** Give each group its place: columns for the graph, then those of each body that it calls. */
-  arrange() {
-    let left = 0;
-    for (let part = 0; part < (this.stage ? this.stage.names.length : 0); part++) {
-      const groups = this.groups.filter((group) => group.part === part);
-      for (const group of groups) {
-        group.layout = this.open.has(group.key) ? layoutOf(group) : null;
-        const { layout } = group;
-        group.width = layout ? Math.max(layout.width + 2 * GROUP.pad, GROUP.width) : GROUP.width;
-        group.height = layout ? layout.height + GROUP.head + GROUP.pad : GROUP.height;
-      }
-      for (const column of columnsOf(groups)) {
-        const width = Math.max(0, ...column.map((group) => group.width));
-        let top = part ? GROUP.head : 0;
-        for (const group of column) {
-          group.x = left + (width - group.width) / 2;
-          group.y = top;
-          top += group.height + GROUP.gap;
-        }
-        left += width + 2 * GROUP.gap;
-      }
-      left += GROUP.column;
+  /** What stands for an entry: its own node, or the box of its group where that is closed. */
+  idOf(entry) {
+    const group = this.home.get(entry);
+    if (!group) return null;
+    return this.open.has(group.key) ? entry.key : boxId(group);
+  }
+
+  boxOf(group) {
+    const counts = countsOf(group);
+    const open = this.open.has(group.key);
+    const facts = [`${group.entries.length} nodes`];
+    if (counts.sites) facts.push(`${counts.sites} site${counts.sites > 1 ? "s" : ""}`);
+    if (counts.changed) facts.push(`${counts.changed} changed`);
+    if (counts.kind === "refused") facts.push("refused");
+    const label = open ? `▾ ${group.label}` : `▸ ${group.label}\n${facts.join(" · ")}`;
+    const classes = ["box", open ? "open" : "closed", counts.kind];
+    const box = { group: "nodes", data: { id: boxId(group), label }, scratch: { group }, classes };
+    if (!open) return [box];
+    return [box, ...group.entries.map((entry) => {
+      const shape = entry.node.value.replace(/^(b?)float/, "$1f").replace(/^int/, "i");
+      const input = entry.node.op === "placeholder" && "input";
+      return {
+        group: "nodes",
+        data: {
+          id: entry.key,
+          parent: boxId(group),
+          label: `${shortName(entry, group)}\n${shortTarget(entry.node)}  ${shape}`,
+        },
+        scratch: { entry },
+        classes: ["node", input, kindOf(entry.tags), entry.tags.changed && "changed"],
+      };
+    })];
+  }
+
+  /** The graph's boxes below one another, and those of each body that it calls beside them. */
+  place(elements) {
+    const byId = new Map(elements.map((each) => [each.data.id, each]));
+    const tops = [];
+    for (const group of this.groups) {
+      const { part } = group;
+      const left = part * 1400;
+      const top = tops[part] || 0;
+      let height = BOX.height;
+      if (this.open.has(group.key)) {
+        const layout = layoutOf(group);
+        ({ height } = layout);
+        layout.places.forEach(({ x, y }, i) => {
+          byId.get(group.entries[i].key).position = { x: left + x - layout.width / 2, y: top + y };
+        });
+      } else byId.get(boxId(group)).position = { x: left, y: top + height / 2 };
+      tops[part] = top + height + BOX.gap;
     }
   }
 
+  tapped(target) {
+    if (target === this.cy) return this.picked(null);
+    const { entry, group } = target.scratch();
+    if (entry) this.picked(entry);
+    else if (group) this.toggle(group);
+  }
+
+  /** Open or close a box, which stays where it is on the screen. */
   toggle(group) {
-    this.keepInPlace(group, () => {
-      if (!this.open.delete(group.key)) this.open.add(group.key);
-      this.arrange();
-    });
+    const before = this.cy.$id(boxId(group)).renderedPosition();
+    if (!this.open.delete(group.key)) this.open.add(group.key);
+    this.draw();
+    const after = this.cy.$id(boxId(group)).renderedPosition();
+    this.cy.panBy({ x: before.x - after.x, y: before.y - after.y });
   }
 
-  /** Change the arrangement with `group` staying where it is on the screen. */
-  keepInPlace(group, change) {
-    const { x, y, width } = group;
-    change();
-    this.camera.x += group.x + group.width / 2 - x - width / 2;
-    this.camera.y += group.y - y;
-    this.moved();
-  }
-
-  /** Open all groups, a few in each frame. */
   openAll() {
-    this.pending = this.groups.filter((group) => !this.open.has(group.key));
-    const step = () => {
-      const end = performance.now() + 12;
-      const anchor = this.groupInTheMiddle();
-      if (!this.pending.length || !anchor) return;
-      this.keepInPlace(anchor, () => {
-        while (this.pending.length && performance.now() < end) {
-          const group = this.pending.shift();
-          layoutOf(group);
-          this.open.add(group.key);
-        }
-        this.arrange();
-      });
-      requestAnimationFrame(step);
-    };
-    step();
+    this.groups.forEach((group) => this.open.add(group.key));
+    this.draw();
   }
 
   closeAll() {
-    this.pending = [];
     this.open.clear();
-    this.arrange();
+    this.draw();
     this.toTop();
-  }
-
-  groupInTheMiddle() {
-    const { y } = this.camera.at(0, this.camera.height / 2);
-    const groups = this.groups.filter((group) => group.part === 0);
-    return groups.find((group) => group.y + group.height >= y) || groups[groups.length - 1];
   }
 
   select(entry) {
     this.selected = entry;
-    this.invalidate();
+    this.cy.elements().removeClass("selected reads users");
+    const node = entry && this.home.has(entry) ? this.cy.$id(this.idOf(entry)) : this.cy.collection();
+    node.addClass("selected");
+    node.incomers("edge").addClass("reads");
+    node.outgoers("edge").addClass("users");
   }
 
   /** Fade all that `shown` is false for. */
   filter(shown) {
     this.shown = shown || (() => true);
-    this.filtering = Boolean(shown);
-    this.invalidate();
-  }
-
-  /** Bring an entry into the middle, its group opened. */
-  reveal(entry) {
-    const group = this.home.get(entry);
-    if (!group) return;
-    this.revealed = entry;
-    if (!this.open.has(group.key)) {
-      this.open.add(group.key);
-      this.arrange();
-    }
-    const { x, y } = this.placeOf(entry);
-    const middle = { x: x + NODE.width / 2, y: y + NODE.height / 2 };
-    this.camera.center(middle, Math.max(this.camera.scale, 0.8));
-    this.invalidate();
-  }
-
-  /** The box of an entry, or of its group where that is closed. */
-  placeOf(entry) {
-    const group = this.home.get(entry);
-    if (!group || !group.layout) return group;
-    return this.inside(group, group.layout.places[group.entries.indexOf(entry)]);
-  }
-
-  inside(group, point) {
-    const margin = (group.width - group.layout.width) / 2;
-    return { x: group.x + margin + point.x, y: group.y + GROUP.head + point.y, ...NODE };
+    this.cy.batch(() => this.cy.nodes().forEach((node) => {
+      const { entry, group } = node.scratch();
+      const seen = entry ? this.shown(entry) : group.entries.some(this.shown);
+      node.toggleClass("faded", !seen);
+    }));
   }
 
   // --- where one looks ---
 
-  /** Somebody looks elsewhere. */
-  moved() {
-    this.revealed = null;
-    this.invalidate();
+  /** Bring an entry into the middle, its box opened. */
+  reveal(entry) {
+    const group = this.home.get(entry);
+    if (!group) return;
+    if (!this.open.has(group.key)) {
+      this.open.add(group.key);
+      this.draw();
+    }
+    this.revealed = entry;
+    this.cy.zoom(Math.max(this.cy.zoom(), 0.8));
+    this.cy.center(this.cy.$id(entry.key));
   }
 
   resize() {
-    const box = this.canvas.getBoundingClientRect();
-    const first = !this.camera.width && box.width;
-    this.camera.width = box.width;
-    this.camera.height = box.height;
-    const ratio = window.devicePixelRatio || 1;
-    this.canvas.width = Math.round(box.width * ratio);
-    this.canvas.height = Math.round(box.height * ratio);
+    const first = !this.cy.width();
+    this.cy.resize();
     if (this.revealed) this.reveal(this.revealed);
-    else if (first && this.stage) this.toTop();
-    this.draw();
+    else if (first) this.toTop();
   }
 
-  /** The beginning of the graph, over the width of the canvas where it can be read so. */
+  /** The beginning of the graph, over the width of the view where it can be read so. */
   toTop() {
-    const { camera } = this;
-    if (!camera.width || !this.groups.length) return;
-    const column = columnsOf(this.groups.filter((group) => group.part === 0))[0];
-    const width = Math.max(...column.map((group) => group.width));
-    camera.scale = Math.min(1, Math.max(0.5, (camera.width - 32) / width));
-    const middle = column[0].x + column[0].width / 2;
-    camera.x = middle - camera.width / 2 / camera.scale;
-    camera.y = -20 / camera.scale;
-    this.moved();
+    if (!this.groups.length || !this.cy.width()) return;
+    const box = this.cy.nodes().filter((node) => !node.id().includes("box 1/")).boundingBox();
+    const zoom = Math.min(1, Math.max(0.5, this.cy.width() / (box.w + 32)));
+    const x = this.cy.width() / 2 - zoom * (box.x1 + box.w / 2);
+    this.cy.viewport({ zoom, pan: { x, y: 20 - zoom * box.y1 } });
   }
 
   fit() {
-    if (!this.groups.length) return;
-    const x = Math.min(...this.groups.map((group) => group.x));
-    const y = Math.min(...this.groups.map((group) => group.y));
-    const right = Math.max(...this.groups.map((group) => group.x + group.width));
-    const bottom = Math.max(...this.groups.map((group) => group.y + group.height));
-    this.camera.fit({ x, y, width: right - x, height: bottom - y });
-    this.moved();
+    this.cy.fit(undefined, 20);
   }
 
   zoom(factor) {
-    this.camera.zoom(factor);
-    this.invalidate();
+    const renderedPosition = { x: this.cy.width() / 2, y: this.cy.height() / 2 };
+    this.cy.zoom({ level: this.cy.zoom() * factor, renderedPosition });
   }
 
-  click(x, y) {
-    const at = this.camera.at(x, y);
-    const within = (box) =>
-      at.x >= box.x && at.x <= box.x + box.width && at.y >= box.y && at.y <= box.y + box.height;
-    const group = this.groups.find(within);
-    if (!group) return this.picked(null);
-    if (!group.layout || at.y < group.y + GROUP.head) return this.toggle(group);
-    const index = group.layout.places.findIndex((place) => within(this.inside(group, place)));
-    this.picked(index < 0 ? null : group.entries[index]);
-  }
-
-  // --- drawing ---
-
+  /** The colours of the style sheet, for the theme that is shown. */
   readColors() {
-    this.pen.readColors();
-    this.invalidate();
+    const probe = document.body.appendChild(element("i"));
+    const read = (name) => {
+      probe.style.color = `var(--${name})`;
+      return getComputedStyle(probe).color;
+    };
+    this.colors = Object.fromEntries(COLORS.map((name) => [name, read(name)]));
+    probe.remove();
+    this.cy.style(styleOf(this.colors, getComputedStyle(document.body).fontFamily));
   }
+}
 
-  invalidate() {
-    if (this.asked) return;
-    this.asked = true;
-    requestAnimationFrame(() => this.draw());
-  }
+const boxId = (group) => `box ${group.key}`;
 
-  draw() {
-    this.asked = false;
-    const start = performance.now();
-    const { context, camera, pen } = this;
-    if (!camera.width || !this.stage) return;
-    const ratio = window.devicePixelRatio || 1;
-    context.setTransform(ratio, 0, 0, ratio, 0, 0);
-    context.fillStyle = pen.colors.canvas;
-    context.fillRect(0, 0, camera.width, camera.height);
-    context.scale(camera.scale, camera.scale);
-    context.translate(-camera.x, -camera.y);
-    this.drawn.nodes = 0;
-    this.drawBodies();
-    this.drawArrows();
-    for (const group of this.groups) {
-      if (!camera.sees(group)) continue;
-      const faded = this.filtering && !group.layout && !group.entries.some(this.shown);
-      context.globalAlpha = faded ? 0.3 : 1;
-      pen.group(group, camera.scale);
-      context.globalAlpha = 1;
-      if (group.layout) this.drawInside(group);
-    }
-    if (this.selected && this.home.has(this.selected)) this.drawSelected();
-    this.drawn.milliseconds = performance.now() - start;
-  }
-
-  drawBodies() {
-    this.stage.names.forEach((name, part) => {
-      const group = part && this.groups.find((each) => each.part === part);
-      if (!group) return;
-      this.pen.heading(`${name}, called by the graph`, group.x + group.width / 2, group.y - 14, 16);
-    });
-  }
-
-  /** An arrow from each group to the next one, where that reads something of it. */
-  drawArrows() {
-    const { context, pen, camera } = this;
-    const { top, bottom } = camera.view;
-    this.groups.forEach((to, i) => {
-      const from = this.groups[i - 1];
-      if (!from || from.part !== to.part || !this.reads(to, from)) return;
-      if (to.y < from.y) { // the next column
-        context.globalAlpha = 0.5;
-        pen.curve(from, to, pen.colors.edge);
-        context.globalAlpha = 1;
-      } else if (to.y > top && from.y + from.height < bottom) {
-        const x = to.x + to.width / 2;
-        context.strokeStyle = pen.colors.edge;
-        context.lineWidth = 2;
-        pen.line([{ x, y: from.y + from.height }, { x, y: to.y - 4 }], 7);
-      }
-    });
-  }
-
-  reads(to, from) {
-    if (to.readsLast === undefined) {
-      to.readsLast = to.entries.some((entry) =>
-        entry.inputs.some((input) => this.home.get(input) === from));
-    }
-    return to.readsLast;
-  }
-
-  drawInside(group) {
-    const { context, camera, pen } = this;
-    const { layout, entries } = group;
-    if (camera.scale > EDGES_FROM) {
-      context.strokeStyle = pen.colors.edge;
-      context.lineWidth = 1;
-      for (const edge of layout.edges) {
-        const points = edge.points.map((point) => this.inside(group, point));
-        const ys = points.map((point) => point.y);
-        const y = Math.min(...ys);
-        if (!camera.sees({ ...group, y, height: Math.max(...ys) - y })) continue;
-        const shown = this.shown(entries[edge.from]) || this.shown(entries[edge.to]);
-        context.globalAlpha = shown ? 1 : 0.25;
-        pen.line(points, camera.scale > TEXT_FROM ? 5 : 0);
-      }
-    }
-    entries.forEach((entry, i) => {
-      const box = this.inside(group, layout.places[i]);
-      if (!camera.sees(box)) return;
-      this.drawn.nodes++;
-      context.globalAlpha = this.shown(entry) ? 1 : 0.25;
-      pen.node(entry, shortName(entry, group), box, camera.scale);
-    });
-    context.globalAlpha = 1;
-    if (camera.scale < COLORS_FROM) pen.farLabel(group, camera.scale);
-  }
-
-  drawSelected() {
-    const { pen } = this;
-    const own = this.placeOf(this.selected);
-    const places = (entries) => entries.map((entry) => this.placeOf(entry)).filter(Boolean);
-    for (const place of places(this.selected.inputs)) pen.curve(place, own, pen.colors.reads);
-    for (const place of places(this.selected.users)) pen.curve(own, place, pen.colors.users);
-    const around = { x: own.x - 2, y: own.y - 2, width: own.width + 4, height: own.height + 4 };
-    pen.box(around, 7, null, pen.colors.accent, 3);
-  }
+function kindOf(tags) {
+  return ["refused", "packs", "sites"].find((tag) => tags[tag]) || null;
 }
 
 function countsOf(group) {
@@ -344,4 +229,37 @@ function countsOf(group) {
     changed: group.entries.filter((entry) => entry.tags.changed).length,
     kind: kindOf({ refused: has("refused"), packs: has("packs"), sites: has("sites") }),
   };
+}
+
+function styleOf(colors, family) {
+  const text = {
+    label: "data(label)", "font-family": family, "font-size": 12, color: colors.text,
+    "text-wrap": "wrap", "text-valign": "center", "text-halign": "center", "min-zoomed-font-size": 6,
+  };
+  const kinds = ["sites", "packs", "refused"].map((kind) => ({
+    selector: `.${kind}`,
+    style: { "background-color": colors[kind], "border-color": colors[`${kind}-line`], "border-width": 2 },
+  }));
+  const line = (color, width) => ({ "line-color": color, "target-arrow-color": color, width });
+  return [
+    {
+      selector: "node",
+      style: {
+        ...text, shape: "round-rectangle", "border-width": 1,
+        width: NODE.width, height: NODE.height, "text-max-width": NODE.width - 8,
+        "background-color": colors.node, "border-color": colors["node-line"],
+      },
+    },
+    { selector: ".input", style: { "background-color": colors.input } },
+    { selector: ".box", style: { "background-color": colors.group, "border-color": colors["group-line"] } },
+    ...kinds,
+    { selector: ".closed", style: { width: BOX.width, height: BOX.height, "text-max-width": BOX.width - 16 } },
+    { selector: ".open", style: { "background-color": colors.group, "text-valign": "top", "text-max-width": 600, padding: 16 } },
+    { selector: ".changed", style: { "underlay-color": colors.changed, "underlay-opacity": 0.6, "underlay-padding": 4 } },
+    { selector: "edge", style: { ...line(colors.edge, 1), "curve-style": "bezier", "target-arrow-shape": "vee" } },
+    { selector: "edge.reads", style: line(colors.reads, 2) },
+    { selector: "edge.users", style: line(colors.users, 2) },
+    { selector: ".faded", style: { opacity: 0.25 } },
+    { selector: ".selected", style: { "border-color": colors.accent, "border-width": 3 } },
+  ];
 }

@@ -10,7 +10,6 @@ import torch
 
 from lorafx.kernels.cost.chips import CHIPS, DEFAULT_CHIP, Chip, chip_of
 from lorafx.kernels.cost.cost import (
-    AROUND,
     FUSED,
     GPU_STRATEGIES,
     byte_floor,
@@ -18,7 +17,6 @@ from lorafx.kernels.cost.cost import (
     work_of,
 )
 from lorafx.kernels.cost.decode_cost import MEASURED, TODAY, Reader, rounds, split
-from lorafx.kernels.cost.prologue_cost import estimate_deferred, estimate_prologue
 from lorafx.kernels.cost.work import Estimate, Work
 
 pytestmark = pytest.mark.quick
@@ -84,19 +82,9 @@ def test_decode_splits_the_base_product() -> None:
         assert choices(rows=rows, slots=slots) == ["split"] * 4
 
 
-def test_prefill_takes_a_persistent_product_that_was_measured_to_be_fast() -> None:
-    fast = replace(DEFAULT_CHIP, persistent_over_vendor=1.0)
-    for rows in (2048, 8192):
-        assert choices(rows=rows, slots=8, chip=fast) == ["persistent"] * 4
-        assert "persistent" not in choices(rows=rows, slots=8)
-        slow = replace(fast, persistent_over_vendor=0.96)
-        assert "persistent" not in choices(rows=rows, slots=8, chip=slow)
-    assert "persistent" not in choices(rows=64, slots=8, chip=fast)
-
-
 @pytest.mark.parametrize("slots", [1, 8])
 def test_prefill_keeps_the_vendor_gemm_until_triton_is_as_fast(slots: int) -> None:
-    around = {"segments", *AROUND}
+    around = {"segments", "concat"}
     assert set(choices(rows=8192, slots=slots)) <= around
     for speed in (None, 0.96):
         chip = replace(DEFAULT_CHIP, triton_over_vendor=speed)
@@ -164,11 +152,11 @@ def test_prefill_of_an_h200_took(layer: int, ratio: float) -> None:
     assert estimates["segments"].over_base == pytest.approx(ratio, rel=0.1)
 
 
-def test_strategies_around_the_vendors_gemm_are_for_many_rows() -> None:
+def test_longer_operands_are_for_many_rows() -> None:
     for rows, said in ((64, "bytes decide"), (8192, "")):
         _, estimates = choose_strategy(LLAMA_8B[1], rows, 8, 16, torch.bfloat16, CUDA)
-        assert all(said in estimates[name].refusal for name in AROUND)
-        assert all(bool(estimates[name].refusal) == bool(said) for name in AROUND)
+        assert said in estimates["concat"].refusal
+        assert bool(estimates["concat"].refusal) == bool(said)
 
 
 def test_every_strategy_is_estimated_and_none_beats_the_floor() -> None:
@@ -200,13 +188,3 @@ def test_without_a_gpu_the_default_chip_stands_in() -> None:
     assert chip_of(torch.device("cpu")) is DEFAULT_CHIP
     if not torch.cuda.is_available():
         assert chip_of(CUDA) is DEFAULT_CHIP
-
-
-def test_a_deferred_delta_costs_less_than_one_that_is_written() -> None:
-    """gate/up of 8192 rows: y is not read and written once more, and its reader takes no longer."""
-    up, down = (work_of(sites, 8192, 8, 16, torch.bfloat16, DEFAULT_CHIP) for sites in LLAMA_8B[2:])
-    apart = [estimate(work)["segments"].seconds for work in (up, down)]
-    together = estimate_deferred(up).seconds, estimate_prologue(down, [up], up.columns).seconds
-    traffic = 2 * up.rows * up.columns * 2 / DEFAULT_CHIP.bandwidth
-    assert apart[0] - together[0] > traffic
-    assert sum(together) < sum(apart) - traffic

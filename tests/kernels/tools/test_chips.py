@@ -28,7 +28,6 @@ SECONDS = {
     "chain of kernels": 3e-4,
     "vendor GEMM": 1e-3,
     "Triton GEMM": 1.25e-3,
-    "persistent GEMM": 1.02e-3,
 }
 
 
@@ -62,7 +61,6 @@ def test_figures_are_work_over_time() -> None:
     assert chip.fma_rate == pytest.approx(2 * (side // 2) ** 3 / 4e-3)
     assert chip.launch == pytest.approx(3e-4 / tool.CHAIN)
     assert chip.triton_over_vendor == pytest.approx(0.8)
-    assert chip.persistent_over_vendor == pytest.approx(1 / 1.02)
     assert chip.calibrated
     assert chip.processors == DEFAULT_CHIP.processors
 
@@ -83,18 +81,6 @@ def test_a_measured_triton_gemm_opens_prefill_to_fused_kernels() -> None:
     assert "was not measured" in refusal(None)
     assert "0.80" in refusal(0.8)
     assert not refusal(0.98)
-
-
-def test_a_measured_persistent_gemm_opens_prefill_to_it() -> None:
-    def refusal(speed: float | None, rows: int = 8192, K: int = 4096) -> str:
-        chip = replace(DEFAULT_CHIP, persistent_over_vendor=speed)
-        return estimate(Work(K, (4096,), rows, 8, 16, torch.bfloat16, chip))["persistent"].refusal
-
-    assert "not measured" in refusal(None)
-    assert "0.96" in refusal(0.96)
-    assert not refusal(0.97)
-    assert "bytes decide" in refusal(1.0, rows=64)
-    assert "multiples of 16 bytes" in refusal(1.0, K=4100)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -25,7 +25,7 @@ from lorafx.kernels.triton.tuned_cache import load_tuned, save_tuned, tuned_file
 SPECS = representative_specs()
 LAYER = SPECS["o_r16_bf16"]
 H200 = ARCHITECTURES["cuda90"]
-STRATEGIES = ("split", "epilogue", "recompute", "persistent", "segments", "gemv")
+STRATEGIES = ("split", "epilogue", "recompute", "segments", "gemv")
 
 
 def model(strategy: str, rows: int):

@@ -23,7 +23,6 @@ from lorafx.errors import LoweringError
 from lorafx.kernels.tools.attention_variants import attention_specs
 from lorafx.kernels.tools.triton_variants import (
     expert_specs,
-    prologue_specs,
     representative_specs,
     variants_for_aot,
 )
@@ -187,14 +186,13 @@ def test_variants(arch: str) -> None:
     variants = list(variants_for_aot(arch, rows=(1, 4096)))
     assert len({v.name for v in variants}) == len(variants)
     strategies = {v.name.partition("/")[0] for v in variants}
-    # The kernel of "deferred" is a shrink that others have too, on chips where none starts early.
-    assert strategies | {"deferred"} == {"order", "paged_attention", *STRATEGY_KERNELS}
+    assert strategies == {"order", "paged_attention", *STRATEGY_KERNELS}
     for v in variants:
         assert list(v.signature) == v.function.arg_names
         pointers = [name for name, kind in v.signature.items() if kind.startswith("*")]
         assert all(name.endswith("_ptr") for name in pointers)
     specs = {v.name.split("/")[2] for v in variants if "/" in v.name}
-    of_linears = {*representative_specs(), *expert_specs(), *prologue_specs()}
+    of_linears = {*representative_specs(), *expert_specs()}
     assert specs == {*of_linears, *attention_specs()}
 
 

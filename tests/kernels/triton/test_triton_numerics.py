@@ -19,7 +19,7 @@ from triton_cases import (
 )
 
 from lorafx.kernels.triton.strategy_tiles import tiles_for
-from lorafx.kernels.triton.triton_build import AROUND
+from lorafx.kernels.triton.triton_build import CONCAT
 from lorafx.kernels.triton.triton_tiles import ARCHITECTURES
 
 DTYPES = {"fp32": (FP32,) * 3, "bf16": (BF16,) * 3, "fp16": (FP16,) * 3}
@@ -74,7 +74,7 @@ def test_ranks_and_slices(strategy: str, slices: int, rank: int) -> None:
     assert_right(case, strategy, run(case, strategy))
 
 
-@pytest.mark.parametrize("strategy", [*STRATEGIES, *AROUND])
+@pytest.mark.parametrize("strategy", [*STRATEGIES, CONCAT])
 def test_slots_that_share_room(strategy: str) -> None:
     case = make_case(K=48, sizes=(48, 7), slots=(2, -1, 0, 1), rows=2, rank=5)
     shared = replace(case, problem=sharing_room(case.problem, 2))
