@@ -236,7 +236,7 @@ def test_embeddings_and_experts(oot: Any) -> None:
     assert [site.path for site in build_sites(model, LoraConfig())[1]] == ["other"]
 
 
-# What a class offers
+# What an instance offers
 
 
 class WithoutSizes(nn.Module):
@@ -255,42 +255,21 @@ class OneSize(WithoutSizes):
         self.input_size, self.output_size = K, 4
 
 
-class StoredElsewhere(WithoutSizes):
-    def forward(self, x: Tensor) -> Tensor:
-        self.input_size = self.output_sizes = x.shape[-1]
-        return x
-
-
-class OnAnotherObject(WithoutSizes):
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        config.input_size = config.output_sizes = 4
-
-
-class WithoutWeight(nn.Module):
-    input_size: int
-    output_sizes: tuple[int, ...]
-
-
 MISSING = [
-    (WithoutSizes, "WithoutSizes lacks input_size or .*, output_sizes;"),
-    (WithoutInput, "WithoutInput lacks input_size"),
-    (OneSize, "OneSize lacks output_sizes;"),
-    (StoredElsewhere, "StoredElsewhere lacks input_size or .*, output_sizes;"),
-    (OnAnotherObject, "OnAnotherObject lacks input_size or .*, output_sizes;"),
-    (WithoutWeight, "WithoutWeight lacks weight;"),
+    (WithoutSizes, "WithoutSizes has no input_size"),
+    (WithoutInput, "WithoutInput has no input_size"),
+    (OneSize, "OneSize has no output_sizes"),
 ]
 
 
 @pytest.mark.parametrize(("by", "message"), MISSING)
 @pytest.mark.parametrize("replaced", REPLACED)
-def test_a_replacement_that_lacks_something_is_refused(
-    replaced: Any, by: Any, message: str
+def test_an_instance_that_lacks_something_is_refused(
+    oot: Any, replaced: Any, by: Any, message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=message):
-        lorafx.register_oot(replaced, by)
-    with pytest.raises(ConfigError, match=f"{by.__name__} replaces no class"):
-        lorafx.unregister_oot(by)
+    oot(replaced, by)
+    with pytest.raises(TargetError, match=rf"m \({by.__name__}\): .*{message}"):
+        build_sites(nn.ModuleDict({"m": by()}), LoraConfig(target_modules=["m"]))
 
 
 class ByMethod(nn.Module):

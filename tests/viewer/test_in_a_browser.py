@@ -243,7 +243,9 @@ def test_of_5000_nodes_one_layer_is_open_at_first(window: Browser, tmp_path: Pat
     assert window.run("return viewer.stage.entries.length") == 32 * 160 + 1
     assert 0 < window.run("return viewer.scene.cy.nodes('.node').length") <= 161
     closed = window.run("return viewer.scene.cy.nodes('.closed').length")
-    window.run("viewer.scene.toggle(viewer.scene.groups.find((g) => !viewer.scene.open.has(g.key)))")
+    window.run(
+        "viewer.scene.toggle(viewer.scene.groups.find((g) => !viewer.scene.open.has(g.key)))"
+    )
     assert window.run("return viewer.scene.cy.nodes('.closed').length") == closed - 1
     window.click("#expand")
     assert window.run("return viewer.scene.cy.nodes('.node').length") == 32 * 160 + 1
