@@ -174,7 +174,12 @@ def linear_tiles(spec: DeltaSpec, rows: int, arch: Architecture, kernel: str) ->
         wide = sum(-(-n // 64) for n in spec.sizes) >= arch.processors // 2
         block_m = power_of_two(rows, 16, 64)
         block_k = 128 if block_m <= 32 else 64
-        tiles = Tiles(block_m, 64 if wide else 32, block_k, swap=True, num_stages=5)
+        # Four warps spill 40 to 72 bytes there with large ranks.
+        crowded = arch.name == "cuda80" and block_m == 64 and spec.max_rank > 32
+        warps = 8 if crowded else 4
+        tiles = Tiles(
+            block_m, 64 if wide else 32, block_k, swap=True, num_warps=warps, num_stages=5
+        )
     elif rows <= 256:
         tiles = Tiles(block_m=64, block_n=64, block_k=64, num_stages=4)
         if kernel == "recompute":

@@ -3,9 +3,9 @@
     argument   (…, B, …) in the dimension of its role → the rows of each wave
     result     the rows of each wave in dimension 0   → (B, …), in the order of the batch
 
-Tensors may lie in lists, tuples, mappings, dataclasses and transformers' dynamic caches. What all
-requests share goes to every wave as it is. Everything else is refused by name: nothing tells which
-of its entries is whose.
+Tensors may lie in lists, tuples, mappings and dataclasses, and those of results in transformers'
+dynamic caches. What all requests share goes to every wave as it is. Everything else is refused by
+name: nothing tells which of its entries is whose.
 """
 
 from __future__ import annotations
@@ -54,8 +54,6 @@ class BatchRows:
         #: For each row of the batch, its place among the rows of all waves.
         self.places = torch.empty_like(order)
         self.places[order] = torch.arange(self.count)
-        #: Caches of the caller's, which results go into, and those of the waves.
-        self.caches: list[tuple[Any, list[Any]]] = []
 
     def check(self, named: Mapping[str, Any]) -> None:
         """Raise BatchError unless all arguments can be cut."""
@@ -74,8 +72,6 @@ class BatchRows:
                 return value
             with torch.no_grad():
                 return value.index_select(dim, self.waves[wave].to(value.device))
-        if isinstance(value, _cache_classes()):
-            return self._cache(name, value, wave)
         items = zip(self._inside(name, value), _items(value) or (), strict=False)
         return _rebuilt(value, [self.part(wave, own, item) for own, item in items])
 
@@ -104,13 +100,9 @@ class BatchRows:
                     f"hold the {self.count} requests"
                 )
         elif isinstance(value, _cache_classes()):
-            for layer in _layers(name, value):
-                for tensor in _states(name, layer).values():
-                    if tensor.dim() and tensor.numel() and len(tensor) != self.count:
-                        _refuse(
-                            f"argument {name!r} ({type(value).__name__}) holds {len(tensor)} rows "
-                            f"of {self.count} requests"
-                        )
+            _refuse(
+                f"argument {name!r} is a {type(value).__name__}, which all requests fill together"
+            )
         else:
             items = _items(value)
             if items is None or any(isinstance(item, PLAIN) and item is not None for item in items):
@@ -120,27 +112,6 @@ class BatchRows:
                 )
             for own, item in zip(self._inside(name, value), items, strict=False):
                 self._check(own, item)
-
-    def _cache(self, name: str, value: Any, wave: int) -> Any:
-        """The rows of a cache; the caller's stays as it is until all waves have run."""
-        made = copy.copy(value)
-        parts = _parts(value)
-        if parts:
-            for own, part in parts.items():
-                setattr(made, own, self._cache(name, part, wave))
-        else:
-            made.layers = [copy.copy(layer) for layer in value.layers]
-            for layer in made.layers:
-                for own, tensor in _states(name, layer).items():
-                    if tensor.numel():
-                        rows = self.waves[wave].to(tensor.device)
-                        setattr(layer, own, tensor.index_select(0, rows))
-        for given, waves in self.caches:
-            if given is value:
-                waves.append(made)
-                return made
-        self.caches.append((value, [made]))
-        return made
 
 
 class Joined:
@@ -157,27 +128,19 @@ class Joined:
         self._rows, self._several, self._padding = rows, several, padding
 
     def of(self, results: Sequence[Any]) -> Any:
-        """The result of the batch, and the caller's caches filled with theirs.
+        """The result of the batch.
 
         Raises:
             BatchError: a part of the results cannot be put together.
         """
         with torch.no_grad():
-            joined = self._join("the result", results)
-            made = [self._cache("a cache", waves) for _, waves in self._rows.caches]
-        for (given, _), whole in zip(self._rows.caches, made, strict=True):
-            if whole is not given:
-                vars(given).update(vars(whole))
-        return joined
+            return self._join("the result", results)
 
     def _join(self, name: str, parts: Sequence[Any]) -> Any:
         first = parts[0]
         if isinstance(first, Tensor):
             return self._tensors(name, parts)
         if isinstance(first, _cache_classes()):
-            for given, waves in self._rows.caches:
-                if waves[0] is first:
-                    return given  # filled at the end
             return self._cache(name, parts)
         if isinstance(first, PLAIN):
             if any(part != first for part in parts):

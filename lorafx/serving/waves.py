@@ -18,7 +18,6 @@ from torch import Tensor
 
 from lorafx.adapter_store.names import BASE
 from lorafx.adapter_store.store import AdapterStore
-from lorafx.errors import BatchError
 from lorafx.program.roles import RoleTable
 from lorafx.serving.row_trees import PLAIN, BatchRows, Joined
 from lorafx.session.requests import Names
@@ -109,7 +108,6 @@ def generate_in_waves(
         rows = BatchRows(roles, config.row_dims, waves)
         shared = {name for name, value in bound.items() if _is_shared(name, value, settings)}
         rows.check({name: value for name, value in named.items() if name not in shared})
-        _refuse_caches(named)
 
         def part(at: int, name: str, value: Any) -> Any:
             if name in shared:
@@ -181,17 +179,6 @@ def waves_of(store: AdapterStore, rows: Sequence[frozenset[str]]) -> list[list[i
 def _is_shared(name: str, value: Any, settings: Any) -> bool:
     """Whether an argument of `generate` is one of all requests."""
     return name in _SHARED or isinstance(value, PLAIN) or hasattr(settings, name)
-
-
-def _refuse_caches(named: Mapping[str, Any]) -> None:
-    for name in ("past_key_values", "cache_params"):
-        if named.get(name) is not None:
-            raise BatchError(
-                f"generate() was given {name}, and the batch has more adapters than slots: its "
-                "waves may end with different numbers of tokens, which one cache cannot hold. "
-                "Leave it out, split the batch, or compile with a larger "
-                "LoraConfig(max_adapters=...)"
-            )
 
 
 def _padding(bound: Mapping[str, Any], settings: Any) -> int | None:
