@@ -45,6 +45,7 @@ class AttachedBackend(Backend):
             this one, and Dynamo has called a graph of this one for it.
     """
 
+    split_by_host = False  # users' own frames serve calls of both kinds
     session: AttachedSession
     adopt: Callable[[], AttachedSession | None] | None = None
 
