@@ -20,7 +20,7 @@ from lorafx.explanation.why import Why, why_before
 from lorafx.prepare.configuration import request_of
 from lorafx.prepare.marking import build_sites, mark
 from lorafx.program.roles import RoleTable
-from lorafx.reports.predicting import ROWS, predict
+from lorafx.reports.predicting import predict
 from lorafx.reports.prediction import Prediction
 from lorafx.reports.profile import Profile
 from lorafx.saved_graphs.folder import folder_of
@@ -111,32 +111,24 @@ def explain(
     *,
     options: Options | Mapping[str, Any] | None = None,
     example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
-    device: torch.device | str | None = None,
-    rows: int = ROWS,
 ) -> Explanation | Prediction:
     """What `lora_config` would make of `model`; nothing runs and nothing changes.
 
     The model may be on the meta device, as `with torch.device("meta")` or accelerate's
     `init_empty_weights` builds it: no weight is read, and banks are computed there. The prediction
-    has a table of sites and of packs (classes, parts, bytes, strategy, and the overhead of 1, 8 and
-    32 distinct adapters by byte floor and, for a GPU, by the cost model), sums, and notes on
-    modules that carry no LoRA. For a model that is already marked, leave out `lora_config`; the
-    report is then that of `cm.explain()`, with its graphs.
+    has a table of sites and of packs (classes, parts, bytes, and the least traffic of 1, 8 and 32
+    distinct adapters over the base's), sums, and notes on modules that carry no LoRA. For a model
+    that is already marked, leave out `lora_config`; the report is then that of `cm.explain()`, with
+    its graphs.
 
     Args:
         lora_config: as for `compile`; adapters that it names are not loaded.
         options: an `Options` or its dict, which decides what is packed and how.
         example_inputs: arguments of a call, to see which siblings share an input. Token ids need
             not be given. The forward runs on the meta device, so it computes shapes alone.
-        device: what the figures are for: "cpu", "cuda" for the GPU of this machine, or "A100",
-            "H100", "H200", "B200", "MI300X", in any case. None for where the model's parameters
-            are; with all of them on the meta device the GPU of this machine, and the H200 where
-            there is none.
-        rows: rows of x that strategies and times are for: requests of a decode step.
 
     Raises:
-        ConfigError: a configuration that cannot be honoured, a device that is not known, or what is
-            no model.
+        ConfigError: a configuration that cannot be honoured, or what is no model.
         TargetError, CheckpointError: as for `compile`.
     """
     refuse_other(model)
@@ -147,7 +139,7 @@ def explain(
             return Explanation.of(session)
     config = request_of(lora_config, {}, model).config
     inputs = list(_examples(model, example_inputs))
-    return predict(model, config, Options.of(options), device, rows, inputs)
+    return predict(model, config, Options.of(options), inputs)
 
 
 def why(

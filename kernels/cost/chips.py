@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -65,11 +65,6 @@ CHIPS: Mapping[tuple[str, int | str], Chip] = {
     ),
 }
 DEFAULT_CHIP = CHIPS["cuda", 90]
-#: The H200's chip with slower memory: 3.35 of 4.8 TB/s in the data sheets, of which the same part
-#: is assumed to be reached.
-H100 = replace(DEFAULT_CHIP, name="H100", bandwidth=DEFAULT_CHIP.bandwidth * 3.35 / 4.8)
-#: What predictions can be for, by name.
-NAMED_CHIPS: Mapping[str, Chip] = {chip.name: chip for chip in (*CHIPS.values(), H100)}
 
 
 def chip_of(device: torch.device) -> Chip:

@@ -54,16 +54,6 @@ def explain(
     dtype: Annotated[
         str | None, typer.Option(help="As torch names it; what the configuration says.")
     ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            "--on",
-            "--device",
-            help="What is modelled: cpu, cuda (that of this machine), a100, h100, h200, b200 or "
-            "mi300x.",
-        ),
-    ] = None,
-    rows: Annotated[int, typer.Option(help="Requests of the decode step that is modelled.")] = 64,
     glossary: Annotated[
         bool, typer.Option("--glossary", help="Also what the words of the report mean.")
     ] = False,
@@ -91,7 +81,7 @@ def explain(
         target_modules=asked, max_rank=rank, slot_rank=slot_rank, max_adapters=max_adapters
     )
     config = request_of(config, fitting, module).config
-    report = lorafx.explain(module, config, device=device, rows=rows)
+    report = lorafx.explain(module, config)
     if as_json:
         told = [asdict(fit) for fit in fits]
         assert isinstance(report, Prediction)  # nobody has marked the model

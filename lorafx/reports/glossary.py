@@ -18,7 +18,6 @@ WORDS: Mapping[str, str] = {
     "delta": "what LoRA adds to the output of a site",
     "strategy": "how a node computes its delta (docs/kernels.md)",
     "floor": "least traffic of a node with so many adapters, over the base's weights alone",
-    "time": "modelled time of a node with so many adapters, over the base's product alone",
     "row": "a vector of a site's input: a token of a request",
     "graph": "what Dynamo captures of one kind of call, compiled",
     "lowering": "what turns graphs into code: `Options.lowering`",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -57,21 +56,6 @@ class PredictedSites:
 
 
 @dataclass(frozen=True)
-class Overhead:
-    """What a batch of `distinct` adapters costs, over the base alone.
-
-    Attributes:
-        floor: least traffic, 1 + bytes of A and B / bytes of W; None where the base reads no weight
-            as a whole (embeddings). Routed experts are all taken to have rows of each adapter.
-        modelled: time by the cost model of the GPU; None where it has none.
-    """
-
-    distinct: int
-    floor: float | None
-    modelled: float | None
-
-
-@dataclass(frozen=True)
 class PredictedPack:
     """Nodes that are alike: each computes one site, or siblings over one weight buffer.
 
@@ -80,17 +64,15 @@ class PredictedPack:
         members: the sites' own names.
         bank_bytes: of the bank behind one node. Siblings whose weights cannot be packed are nodes
             of their own and share one bank; this is the node's part of it.
-        strategy: how the deltas would be computed; "" where only the graph decides it.
-        reason: why that, in words.
-        overheads: one for each number of adapters that was asked about.
+        floors: for numbers of distinct adapters in a batch, the least traffic over that of the base
+            alone: 1 + bytes of A and B / bytes of W; None where the base reads no weight as a whole
+            (embeddings). Routed experts are all taken to have rows of each adapter.
     """
 
     paths: tuple[str, ...]
     members: tuple[str, ...]
     bank_bytes: int
-    strategy: str
-    reason: str
-    overheads: tuple[Overhead, ...]
+    floors: tuple[tuple[int, float | None], ...]
 
     @property
     def pattern(self) -> str:
@@ -119,7 +101,7 @@ class Totals:
         weight_bytes: of the sites' base weights.
         bank_bytes: of all banks, which are on the device from the start.
         adapter_bytes: of the factors of one adapter of the largest rank on all sites.
-        overheads: over the sites alone, not over the whole model.
+        floors: as of a pack, over the sites alone, not over the whole model.
     """
 
     sites: int
@@ -128,7 +110,7 @@ class Totals:
     weight_bytes: int
     bank_bytes: int
     adapter_bytes: int
-    overheads: tuple[Overhead, ...]
+    floors: tuple[tuple[int, float | None], ...]
 
 
 @dataclass(frozen=True)
@@ -141,18 +123,12 @@ class Prediction:
 
     Attributes:
         model: class of the model.
-        device: what the figures are for: "cpu", or the name of a chip.
-        lowering: as `Options.lowering`.
-        rows: rows of x in the call that is predicted; requests of a decode step.
         slots, max_rank, slot_rank: of the banks.
-        room: what the banks have room for beside factors, and no figure of time includes.
+        room: what the banks have room for beside factors, and no floor includes.
         sites, packs: by the order of the model.
     """
 
     model: str
-    device: str
-    lowering: str
-    rows: int
     slots: int
     max_rank: int
     slot_rank: int
@@ -193,37 +169,25 @@ class Prediction:
 
     def _summary(self) -> list[str]:
         all_of = self.totals
-        by = {item.distinct: item for item in all_of.overheads}
+        floors = ", ".join(
+            f"{over(floor)} with {count} adapter{'s' * (count > 1)}"
+            for count, floor in all_of.floors
+        )
         lines = [
             f"weights {size(all_of.model_bytes)}, those of the sites {size(all_of.weight_bytes)}; "
             f"banks {size(all_of.bank_bytes)}; one adapter of rank {self.max_rank} on all sites "
             f"{size(all_of.adapter_bytes)}",
-            "least traffic of the sites over the base's: "
-            + _by_distinct({count: item.floor for count, item in by.items()})
-            + f", adapters of rank {self.slot_rank}",
+            f"least traffic of the sites over the base's: {floors}, adapters of rank "
+            f"{self.slot_rank}",
         ]
-        if any(item.modelled is not None for item in by.values()):
-            lines.append(
-                f"modelled time of {self._modelled()} over the base's, {self.rows} rows on "
-                f"{self.device}: "
-                + _by_distinct({count: item.modelled for count, item in by.items()})
-            )
         if self.room:
             lines.append(f"not in these figures: {', '.join(self.room)}")
         return lines
-
-    def _modelled(self) -> str:
-        """What the cost model knows of the sites."""
-        known = [p for p in self.packs if any(own.modelled is not None for own in p.overheads)]
-        count, every = (sum(len(p.paths) for p in packs) for packs in (known, self.packs))
-        return "the sites" if count == every else f"{count} of {every} nodes"
 
     def _tables(self) -> list[tuple[str, tuple[str, ...], list[list[object]]]]:
         beside = "".join(f" and {name}" for name in self.room)
         if self.slot_rank < self.max_rank:
             beside = f", room for rank {self.slot_rank} in each{beside}"
-        counts = [item.distinct for item in self.totals.overheads]
-        timed = any(item.modelled is not None for item in self.totals.overheads)
         sites: list[list[object]] = [
             [
                 row.pattern,
@@ -241,9 +205,7 @@ class Prediction:
                 pack.pattern,
                 len(pack.paths),
                 size(pack.bank_bytes),
-                pack.strategy or "-",
-                *(over(item.floor) for item in pack.overheads),
-                *(over(item.modelled) for item in pack.overheads if timed),
+                *(over(floor) for _, floor in pack.floors),
             ]
             for pack in self.packs
         ]
@@ -257,16 +219,11 @@ class Prediction:
                 f"packs: {self.totals.nodes}, {self.slots} slots of rank up to "
                 f"{self.max_rank}{beside}",
                 (
-                    *("pack", "count", "bank, each", "strategy"),
-                    *(f"floor, {count}" for count in counts),
-                    *(f"time, {count}" for count in counts if timed),
+                    "pack",
+                    "count",
+                    "bank, each",
+                    *(f"floor, {count}" for count, _ in self.totals.floors),
                 ),
                 packs,
             ),
         ]
-
-
-def _by_distinct(ratios: Mapping[int, float | None]) -> str:
-    return ", ".join(
-        f"{over(ratio)} with {count} adapter{'s' * (count > 1)}" for count, ratio in ratios.items()
-    )

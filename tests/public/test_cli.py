@@ -50,34 +50,18 @@ def test_explain_names_sites_and_banks_without_running_the_model(run) -> None:
     assert "not selected: model.layers.{0-1}.self_attn.k_proj (Linear)" in output
 
 
-def test_explain_predicts_for_a_dtype_and_a_chip(run) -> None:
+def test_explain_predicts_for_a_dtype(run) -> None:
     model = str(EXAMPLES / "demo_model")
-    asked = ("--dtype", "bfloat16", "--device", "A100", "--rows", "16", "--json")
-    report = json.loads(run("explain", model, *asked))["report"]
-    assert (report["device"], report["rows"], report["lowering"]) == ("A100", 16, "triton")
+    report = json.loads(run("explain", model, "--dtype", "bfloat16", "--json"))["report"]
     assert {site["dtype"] for site in report["sites"]} == {"bfloat16"}
-    assert all(item["modelled"] > 1 for item in report["totals"]["overheads"])
-    said = json.loads(run("explain", model, "--device", "abacus", "--json", code=1))
-    assert "give one of cpu, cuda, A100" in said["message"]
-    said = json.loads(run("explain", model, "--on", "h10", "--json", code=1))
-    assert "nearest: h100" in said["message"]
-
-    def modelled(chip: str) -> tuple[str, float | None]:
-        asked = ("--dtype", "bfloat16", "--on", chip, "--rows", "4096", "--json")
-        report = json.loads(run("explain", model, *asked))["report"]
-        return report["device"], report["totals"]["overheads"][0]["modelled"]
-
-    assert modelled("cpu") == ("cpu", None)
-    found = dict(map(modelled, ("h100", "H200", "mi300x")))
-    assert list(found) == ["H100", "H200", "MI300X"]
-    assert len({*found.values()}) == 3
+    assert all(floor > 1 for _, floor in report["totals"]["floors"])
     said = json.loads(run("explain", model, "--dtype", "nothing", "--json", code=1))
     assert "no dtype of this name" in said["message"]
 
 
 def test_explain_has_its_glossary_on_request_only(run) -> None:
     asked = ("explain", str(EXAMPLES / "demo_model"))
-    meaning = "  bank      the factors of all slots of one group, on the device"
+    meaning = "  bank   the factors of all slots of one group, on the device"
     plain, glossed = run(*asked), run(*asked, "--glossary")
     assert meaning not in plain
     assert glossed.startswith(plain)
