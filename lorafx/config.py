@@ -192,13 +192,11 @@ class Options:
         base_graphs: whether calls without an adapter have graphs of their own, which are those of
             `torch.compile(model)`, bit for bit. True: they have. False: they run the graphs with
             adapters, of which they use none, so that half as many graphs are compiled; their
-            results are the base's up to rounding. Where a graph with adapters cannot be compiled,
-            they have graphs of their own all the same. "warmup": they have those that `warmup`
-            compiles. A call for which there is none yet runs the graph with adapters where that is
-            compiled already, and compiles its own where neither is. "auto" is False on a CPU, where
-            graphs with adapters are as fast without one; "warmup" on a GPU, where each linear's
-            kernel would look at its rows' slots; True with `lowering="reference"`, and for models
-            with `nn.MultiheadAttention`, for whose own fast path adapters leave no room.
+            results are the base's up to rounding. "warmup": False until `warmup` has compiled such
+            graphs, then True. "auto" is False on a CPU, where graphs with adapters are as fast
+            without one; "warmup" on a GPU, where each linear's kernel would look at its rows'
+            slots; True with `lowering="reference"`, and for models with `nn.MultiheadAttention`,
+            for whose own fast path adapters leave no room.
         mode: a mode of torch.compile, which stands for settings of Inductor: "reduce-overhead",
             "max-autotune", "max-autotune-no-cudagraphs"; None, or "default", for none.
     """

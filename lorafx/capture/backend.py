@@ -3,8 +3,8 @@
 Without an active adapter a frame is compiled exactly as the base model would be. With one it goes
 through AOTAutograd to the functional ATen graph, the passes, and the lowering; so do parts without
 sites, since the proof of a later graph may rest on the row ownership of their results. A frame
-without marks is compiled both ways, since no guard of Dynamo distinguishes the two kinds of call
-there.
+without marks is compiled both ways where no guard of Dynamo distinguishes the two kinds of call: an
+entry's own frame belongs to one kind (lorafx.serving.entry), what a model breaks into does not.
 """
 
 from __future__ import annotations
@@ -86,7 +86,13 @@ class Backend:
 
     Args:
         entered: true for a Python frame that calls the program with a call's arguments.
+
+    Attributes:
+        split_by_host: functions that such a frame calls have one code object for calls with
+            adapters, and another for those without.
     """
+
+    split_by_host = True
 
     def __init__(self, program: Program, entered: Callable[[FrameType], bool]) -> None:
         self.program = program
@@ -158,7 +164,8 @@ class Backend:
         if not self.records:
             for index, report in enumerate(program.prepared):
                 traced(f"model_{index:02d}_{report.name}", partial(str, report))
-        both = not _guarded_on_activity(program)
+        split = self.split_by_host and frame.begins_call
+        both = not split and not _guarded_on_activity(program)
         own = not both and not program.site_watch.missing and self.owns(frame)
         bound, graph = None, gm.graph
         if active and own:

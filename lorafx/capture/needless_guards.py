@@ -4,8 +4,8 @@ Dynamo guards everything that it read: of each mark some thirty things, and a do
 module, 3.5 µs a call and site. Frames that several layers may share (parts of a model that breaks
 into several graphs) keep every guard: there the marks tell the layers apart. Dropped are guards
 
-- on marks. A mark never changes once it is attached. Kept is one guard of all: whether any adapter
-  is active, for each model, where several share modules;
+- on marks. A mark never changes once it is attached, and whether an adapter is active is decided
+  before the frame's code is chosen (lorafx.serving.entry);
 - on what torch.nn notes of a marked module's hooks: a mark takes keyword arguments, is not always
   called, and is the only hook with its number; hooks of other kinds are seen by the watch that
   comes around its forward (lorafx.model.hook_watch). The module has no `__call__` of its own: where
@@ -31,7 +31,6 @@ from lorafx.model.row_marks import RowMark
 from lorafx.torch_internals.compat import recorded_outputs
 from lorafx.torch_internals.frames import absent_attribute, source_text
 
-ACTIVE = ".runtime.active"
 _HOOKS = "._forward_hooks"
 #: What torch.nn notes of hooks by their numbers, which are never given twice.
 _ALWAYS, _ALWAYS_GLOBAL = "._forward_hooks_always_called", "._global_forward_hooks_always_called"
@@ -77,17 +76,6 @@ class FrameGuards:
     def drop_marks(self, names: set[str]) -> None:
         """All guards on marks at these places."""
         self._dropped |= {number for number, name in enumerate(self.below) if name in names}
-
-    def drop_marks_but_activity(self) -> None:
-        """All guards on marks but the first of each model that asks whether an adapter is active.
-        Without one of each, which tells the two roads apart, nothing is dropped."""
-        first: dict[int, int] = {}
-        for number, name in enumerate(self.below):
-            if name is not None and self.places[number].endswith(ACTIVE):
-                first.setdefault(id(self.marks[name].runtime), number)
-        if first.keys() == {id(mark.runtime) for mark in self.marks.values()}:
-            self.drop_marks(set(self.marks))
-            self._dropped -= set(first.values())
 
     def drop_classes(self) -> None:
         """Guards on what transformers notes of classes of models."""
@@ -137,7 +125,7 @@ def keep_guards(entries: Sequence[Any], at: Callable[[str], Any]) -> list[bool]:
     """Which guards of a frame of an entry's own code are checked before each call; a filter for
     Dynamo (`guard_filter_fn`), which gives its `GuardFilterEntry`s. `at` is that of FrameGuards."""
     found = FrameGuards([entry.orig_guard for entry in entries], at)
-    found.drop_marks_but_activity()
+    found.drop_marks(set(found.marks))
     found.drop_classes()
     found.drop_hooks_of_marked()
     return found.kept

@@ -38,13 +38,6 @@ _THIS_TIME = FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT)
 _NEVER = FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP)
 
 
-class NotCompiled(BaseException):
-    """There is no graph for a call that may have none compiled. Nothing of the call has run.
-
-    No Exception: those, Dynamo may be set to suppress, and runs the frame in Python for good.
-    """
-
-
 class Precompiled(Protocol):
     """Graphs that were compiled elsewhere."""
 
@@ -85,11 +78,6 @@ class Traced:
     ) -> None:
         #: What functions raised that were given up for it.
         self.given_up: dict[CodeType, str] = {}
-        #: The last error came while the function itself was compiled, so that nothing of the call
-        #: had run; not its rest behind a break.
-        self.unstarted = False
-        #: The running call takes a graph that there is already, or raises NotCompiled.
-        self.compiled_only = False
         context: Any = optimize(
             backend,
             dynamic=dynamic,
@@ -117,8 +105,6 @@ class Traced:
 
         @functools.wraps(convert)  # with its attributes, which Dynamo asks for
         def noting(frame: Any, *args: Any, **kwargs: Any) -> ConvertFrameReturn:
-            if self.compiled_only and frame.f_code is self._code:
-                raise NotCompiled
             if frame.f_code in self.given_up:
                 return ConvertFrameReturn(frame_exec_strategy=_THIS_TIME)
             try:
@@ -135,9 +121,6 @@ class Traced:
                 if isinstance(error.__cause__, ObservedException):
                     self.given_up[frame.f_code] = _what_was_raised(error)
                     error.frame_exec_strategy = _THIS_TIME
-                raise
-            except Exception:
-                self.unstarted = frame.f_code is self._code
                 raise
 
         return noting

@@ -21,7 +21,7 @@ from lorafx.explanation.selection import Selection, registered, selection_of
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.sites import Site
 from lorafx.reports.writing import json_values
-from lorafx.session.last_call import LastCall
+from lorafx.session.requests import LastCall
 from lorafx.session.session import Session
 
 

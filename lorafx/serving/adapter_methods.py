@@ -12,7 +12,7 @@ from lorafx.interrupts import undisturbed
 from lorafx.serving.habits import refuse_arguments
 from lorafx.session.loading import asked_name, load_adapter, unloading
 from lorafx.session.prefetching import prefetch
-from lorafx.session.transforms import refuse_transformed
+from lorafx.session.running import refuse_transformed
 
 if TYPE_CHECKING:
     from lorafx.session.session import Session

@@ -39,8 +39,7 @@ from lorafx.serving.habits import ELSEWHERE, Habits
 from lorafx.serving.look_methods import LookMethods
 from lorafx.serving.warmup import warm_up
 from lorafx.serving.waves import call_in_waves, generate_in_waves
-from lorafx.session.last_call import LastCall
-from lorafx.session.requests import Names, by_slots, check_prompts, checked_names
+from lorafx.session.requests import LastCall, Names, by_slots, check_prompts, checked_names
 from lorafx.session.resting import Resting
 from lorafx.session.session import Session
 from lorafx.session.sharing import join, leave

@@ -2,46 +2,43 @@
 on the host.
 
 Once per call: the number of requests, each request's slot, the checks; then the compiled forward
-runs and reads only tensors.
+runs and reads only tensors. Whether that is the one with adapters or the base's is decided here, by
+the batch and `Options.base_graphs`: each has a code object, and so graphs, of its own.
 """
 
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType, MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lorafx.capture.failures import explained, own_error
-from lorafx.capture.traced import NotCompiled, Traced
-from lorafx.errors import (
-    CaptureError,
-    LorafxError,
-    LorafxWarning,
-    MatchError,
-    OutOfRangeError,
-    ReplacedModuleError,
-)
+from lorafx.capture.traced import Traced
+from lorafx.capture.tracking import Tracking
+from lorafx.capture.weights_in_python import WeightUses
+from lorafx.errors import CaptureError, LorafxError, MatchError, ReplacedModuleError
 from lorafx.model.attachment import MARKS
 from lorafx.model.experts import LOOP, loops
+from lorafx.ownership.held import MOST_REQUESTS
+from lorafx.ownership.memory import Memory
+from lorafx.program.handover import held_argument
 from lorafx.program.program import Program
-from lorafx.program.roles import RoleTable
+from lorafx.program.roles import RoleTable, tensor_leaves
 from lorafx.program.row_dims import IMAGES
-from lorafx.progress import LOG
-from lorafx.serving.base_roads import BaseRoads, Road
 from lorafx.serving.call_inputs import check_inputs, plain_tokens
-from lorafx.serving.tracked import tracked
 from lorafx.session.resting import refuse_elsewhere
 from lorafx.session.session import Session
 from lorafx.torch_internals.compat import is_recompile_limit, mark_fixed_shape
 
 if TYPE_CHECKING:  # what it needs of torch may be missing where nothing is saved
     from lorafx.saved_graphs.saved_graphs import SavedGraphs
+
+T = TypeVar("T")
 
 
 class Entry:
@@ -67,14 +64,13 @@ class Entry:
         self.roles = RoleTable(module, row_dims, function, packed=packed)
         self.per_token = per_token
         self.target = _target(session.program, module, function) if name == "forward" else function
-        #: By what stands where sites stood (`SiteWatch`) and the hooks of users (`HookWatch`), the
-        #: last such state and that of the model as given: guards alone would not tell them apart.
-        self.by_state = {_AS_GIVEN: self._new()}
-        #: That of the last call.
-        self.traced = self.by_state[_AS_GIVEN]
-        #: Calls of the base model run in Python: a compiler failed on them.
-        self.in_python = False
-        self.base_roads = BaseRoads(session)
+        #: Whether calls without an adapter run graphs of the base's own; with "warmup", from when
+        #: `warmup` has compiled some.
+        self.base_graphs = _base_graphs(session)
+        #: By what stands where sites stood (`SiteWatch`) and the hooks of users (`HookWatch`), and
+        #: by whether it is the base's: those of the last such state and of the model as given.
+        #: Guards alone would not tell the states apart.
+        self.traced = {(_AS_GIVEN, False): self._new(base=False)}
         self.experts = [site for site in session.program.sites if site.expert_weight is not None]
         functools.update_wrapper(self, function)
 
@@ -107,57 +103,32 @@ class Entry:
         _fix_image_sizes(named)
         session.program.pack_watch.check()
         session.program.quantised.settle_again()
-        if session.program.runtime.active:
+        runtime = session.program.runtime
+        if runtime.active:
             self._refuse_loops()
-            return self._run(args, kwargs)
-        if self.in_python:
-            return self._in_python(*args, **kwargs)
-        *others, last = self.base_roads.roads(warming=session.running.warming)
-        for road in others:
-            try:
-                return self._on_road(road, args, kwargs)
-            except NotCompiled:
-                pass
-            except OutOfRangeError:
-                raise
-            except LorafxError as error:
-                self.base_roads.apart = True
-                LOG.info("%s without an adapter has graphs of its own now: %s", self.name, error)
-                if not self.traced.unstarted:
-                    raise
-        return self._on_road(last, args, kwargs)
-
-    def _on_road(self, road: Road, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Serve a call without an adapter.
-
-        Raises:
-            NotCompiled: there is no graph yet, and `road` compiles none.
-        """
-        runtime, records = self.session.program.runtime, self.session.backend.records
-        before = len(records)
-        runtime.active = road.lent
+            return self._run(args, kwargs, base=False)
+        warming = self.base_graphs == "warmup" and session.running.warming
+        base = warming or self.base_graphs is True
+        runtime.active = not base
         try:
-            return self._run(args, kwargs, compiled=road.compiled)
+            result = self._run(args, kwargs, base=base)
         finally:
             runtime.active = False
-            self.base_roads.owns |= not road.lent and len(records) > before
+        if warming:
+            self.base_graphs = True
+        return result
 
-    def _run(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, compiled: bool = False
-    ) -> Any:
-        """What the model returns; `compiled`: by a graph that is compiled already."""
+    def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, base: bool) -> Any:
+        """What the model returns, by the graphs with adapters or those of the `base`."""
         session = self.session
         sites, hooks = session.program.site_watch, session.program.hook_watch
         state = sites.state, hooks.look()
-        traced = self.traced = self._traced(state)
-        traced.unstarted, traced.compiled_only = False, compiled
+        traced = self._traced(state, base=base)
         try:
             run = functools.partial(self._result, traced, *args, **kwargs)
             ungraded = torch.no_grad() if torch.is_grad_enabled() else nullcontext()
             with ungraded, session.module_paths():
-                return tracked(session, run)
-        except NotCompiled:
-            raise
+                return _tracked(session, run)
         except BaseException as error:
             own = own_error(error)
             if isinstance(own, ReplacedModuleError):
@@ -180,40 +151,27 @@ class Entry:
                 raise
             if own is not None:
                 raise own from error
-            failure = self._failure(error)
+            failure = explained(error, type(self.module).__name__, self._base_served(base=base))
             if failure is None:
                 raise
-            if not (self.in_python and traced.unstarted):
-                raise failure from error
-            warnings.warn(str(failure), LorafxWarning, stacklevel=2)
-            return self._in_python(*args, **kwargs)
+            raise failure from error
         finally:
-            traced.compiled_only = False
             hooks.take_over()
             if sites.state != state[0]:  # noticed when a graph was captured
-                self.by_state.pop(state, None)
+                for kind in (False, True):
+                    self.traced.pop((state, kind), None)
 
-    def _failure(self, error: BaseException) -> LorafxError | None:
-        """What to raise for a failure of a compiler. The base model can answer by itself: after
-        one of its calls has failed so, they run in Python."""
-        model = type(self.module).__name__
-        program = self.session.program
-        if program.runtime.active:
-            served = "are served as before"
-            if program.runtime.uniform and program.runtime.rows[0] < 0:
-                served = "have graphs of their own from now on"
-            return explained(error, model, f"Calls without an adapter {served}")
-        failure = explained(error, model, "Calls without an adapter run in Python from now on")
-        self.in_python = self.in_python or failure is not None
-        return failure
+    def _base_served(self, *, base: bool) -> str:
+        """What becomes of calls without an adapter where a graph cannot be compiled."""
+        if base:
+            return ""
+        if self.base_graphs is True:
+            return "Calls without an adapter are served as before"
+        return "Options(base_graphs=True) serves calls without an adapter by graphs of their own"
 
-    def _in_python(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
-            return self.target(*args, **kwargs)
-
-    def _new(self) -> Traced:
+    def _new(self, *, base: bool) -> Traced:
         session = self.session
-        saved = self._saved()
+        saved = self._saved(base=base)
         return Traced(
             self.target,
             session.backend.per_token if self.per_token else session.backend,
@@ -225,7 +183,7 @@ class Entry:
             saved=saved,
         )
 
-    def _saved(self) -> SavedGraphs | None:
+    def _saved(self, *, base: bool) -> SavedGraphs | None:
         """The graphs that other processes saved of this entry, where `Options.cache` asks."""
         option = self.session.program.options.cache
         if not option:
@@ -235,6 +193,7 @@ class Entry:
             "function": self.target,
             "module": paths.get(id(self.module)),
             "name": self.name,
+            "base": base,
             "per token": self.per_token,
             "packed": self.roles.packed,
             "dynamic": self.session.dynamic,
@@ -243,12 +202,12 @@ class Entry:
 
         return SavedGraphs(self.session.backend, option, entry)
 
-    def _traced(self, state: tuple[int, int]) -> Traced:
-        if state not in self.by_state:
-            kept = self.by_state.get(_AS_GIVEN)
-            self.by_state = {} if kept is None else {_AS_GIVEN: kept}
-            self.by_state[state] = self._new()
-        return self.by_state[state]
+    def _traced(self, state: tuple[int, int], *, base: bool) -> Traced:
+        if (state, base) not in self.traced:
+            kept = (_AS_GIVEN, state)
+            self.traced = {key: traced for key, traced in self.traced.items() if key[0] in kept}
+            self.traced[state, base] = self._new(base=base)
+        return self.traced[state, base]
 
     def _result(self, traced: Traced, *args: Any, **kwargs: Any) -> Any:
         """Raises CaptureError where it is yet to be computed, without the batch that is set up."""
@@ -277,6 +236,66 @@ class Entry:
 
 #: The state of a model whose modules and hooks are those that it had at first.
 _AS_GIVEN = (0, 0)
+
+
+def _base_graphs(session: Session) -> bool | str:
+    """`Options.base_graphs`, with "auto" made into what is best for the model.
+
+    On a CPU a graph with adapters takes as long as the base's where no row has one. On a GPU each
+    kernel of a linear looks at the slots of its rows. Run node by node, the base's graph is the
+    model itself. The fast path of nn.MultiheadAttention, which adapters switch off, writes zeros
+    where a batch is padded.
+    """
+    options, device = session.program.options, session.program.runtime.device
+    if options.base_graphs != "auto":
+        return options.base_graphs
+    if options.lowering == "reference" or session.has_mha:
+        return True
+    return False if device.type == "cpu" else "warmup"
+
+
+def _tracked(session: Session, action: Callable[[], T]) -> T:
+    """What `action` returns, which runs the model. Where adapters are active, what Python computes
+    between graphs is looked at: for weights that are used past their modules, and where that may be
+    asked for, for owners.
+
+    Raises:
+        MatchError: the weight of a site was used past its module.
+    """
+    program, captured = session.program, len(session.backend.records)
+    active = program.runtime.active
+    uses = WeightUses(program) if active and program.batch.touched else None
+    memory = _memory(session) if active else None
+    try:
+        if uses is None and memory is None:
+            return action()
+        result = Tracking(memory, uses).run(action)
+        if uses is not None:
+            uses.refuse()
+        return result
+    finally:
+        if active:
+            session.capturing = len(session.backend.records) != captured
+
+
+def _memory(session: Session) -> Memory | None:
+    """Where the owners are noted of what the running call computes; None where nobody asks: the
+    batch is of one adapter, or the model in one graph, and calls have no graphs captured any more.
+    """
+    program = session.program
+    call, rows = program.call, len(program.runtime.rows)
+    mixed = not program.runtime.uniform and session.backend.several[0]
+    wanted = session.asked.tokens is None and 1 < rows <= MOST_REQUESTS
+    if call is None or call.roles is None or not wanted or not (mixed or session.capturing):
+        return None
+    call.tracked = True
+    for name, value in call.named.items():
+        for tensor in tensor_leaves(value):
+            role = call.roles.role(name, tensor, call.named)
+            call.memory.given(tensor, held_argument(role, tensor, rows))
+    if mixed:
+        call.memory.own(program.buffers())
+    return call.memory
 
 
 def _fix_image_sizes(named: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from lorafx.explanation.why import Why, why
 from lorafx.reports.profile import Profile
 from lorafx.reports.writing import written_into
 from lorafx.serving.example_inputs import as_call
-from lorafx.session.last_call import LastCall
+from lorafx.session.requests import LastCall
 from lorafx.viewer.page import write_page
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
     calls = {forward, generate} × batch sizes × lengths × {no adapter, one adapter, a mix}
     graphs = {batch 1, more} × {one token, more} × {cache form} × {no adapter, adapters}, of which
-        some are one (lorafx.capture.instances, lorafx.serving.base_roads)
+        some are one (lorafx.capture.instances, `Options.base_graphs`)
 
 Where an aLoRA adapter is loaded there is one more call of each, for the graphs of several tokens
 that have one slot per token.

@@ -12,9 +12,8 @@ from lorafx.adapter_store.peft_reader import Adapter
 from lorafx.adapter_store.saved import AdapterSource
 from lorafx.errors import CheckpointError, ConfigError, ReplacedModuleError
 from lorafx.interrupts import undisturbed
-from lorafx.session.adapter_files import read_for
-from lorafx.session.session import Session
-from lorafx.session.transforms import refuse_transformed
+from lorafx.session.running import refuse_transformed
+from lorafx.session.session import Session, read_for
 from lorafx.torch_internals.entrances import entrance
 
 #: The name of an adapter that is given without one, as in PEFT.

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from lorafx.adapter_store.holding import Hold
 from lorafx.errors import LorafxError
+from lorafx.session.running import refuse_transformed
 from lorafx.session.session import Session
-from lorafx.session.transforms import refuse_transformed
 
 
 def prefetch(session: Session, names: Sequence[str | None], *, slots: bool) -> None:

@@ -10,10 +10,12 @@ import itertools
 import threading
 from typing import Final, NamedTuple, Protocol
 
+from lorafx.errors import CaptureError
 from lorafx.interrupts import free_after_fork
 from lorafx.program.call import Batch
 from lorafx.session.requests import Requests
 from lorafx.session.streams import Streams
+from lorafx.torch_internals.compat import transform
 
 
 class Running(NamedTuple):
@@ -132,3 +134,15 @@ class Locks:
         before = self.calls
         self.calls, self.weights = free_after_fork(before), free_after_fork(self.weights)
         return self.calls is not before
+
+
+def refuse_transformed() -> None:
+    """Raise CaptureError inside of a transform, such as `torch.export` or `make_fx`: tensors
+    have no numbers there, and what was written into a slot was written nowhere."""
+    found = transform()
+    if found is not None:
+        raise CaptureError(
+            f"lorafx is called inside of {found}, where tensors do not hold the numbers of a call. "
+            "Call it outside. To export a model with an adapter, export what export_merged(name, "
+            "folder) writes; to map over requests, give them as one batch"
+        )

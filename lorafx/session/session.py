@@ -11,38 +11,70 @@ Entries of compiled models (lorafx.serving.entry) and blocks of `lorafx.adapters
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, ClassVar, Final, TypeVar
+from typing import Any, ClassVar, Final, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
 from lorafx.adapter_store.host_copies import HostCopy
 from lorafx.adapter_store.names import members
 from lorafx.adapter_store.peft_model import notes_of_peft
-from lorafx.adapter_store.store import AdapterStore
+from lorafx.adapter_store.peft_reader import Adapter, read_adapter
+from lorafx.adapter_store.saved import AdapterSource
+from lorafx.adapter_store.store import AdapterStore, StoredAdapter
 from lorafx.capture.backend import Backend
 from lorafx.errors import BatchError, CaptureError, ConfigError
 from lorafx.program.call import AT_REST, Batch, Call
 from lorafx.program.program import Program
 from lorafx.program.roles import RoleTable
-from lorafx.session import all_sessions
-from lorafx.session.adapter_files import read_again
 from lorafx.session.requests import Names, Requests, check_tokens, not_looked_for, served_by
-from lorafx.session.running import IDLE, Around, BaseState, Locks, Running
-from lorafx.session.served import Served
+from lorafx.session.running import (
+    IDLE,
+    Around,
+    BaseState,
+    Locks,
+    Running,
+    refuse_transformed,
+)
 from lorafx.session.stand_ins import StandIns
 from lorafx.session.statistics import SessionCounts, Statistics, statistics_of
 from lorafx.session.streams import accelerators
-from lorafx.session.transforms import refuse_transformed
 from lorafx.torch_internals.compat import no_mha_fast_path
 from lorafx.torch_internals.entrances import unsupported
 
 T = TypeVar("T")
 
 _NOTHING: Final = nullcontext()
+
+
+class Served(NamedTuple):
+    """Adapters, and the sites that they touch, that they rescale, of whose weight they have rows of
+    their own, and to whose outputs they add a bias; and one of them that begins at a token
+    (aLoRA)."""
+
+    adapters: tuple[StoredAdapter, ...] = ()
+    touched: frozenset[str] = frozenset()
+    rescaled: frozenset[str] = frozenset()
+    owned: frozenset[str] = frozenset()
+    shifted: frozenset[str] = frozenset()
+    begins: StoredAdapter | None = None
+
+    @classmethod
+    def of(cls, adapters: Sequence[StoredAdapter]) -> Served:
+        """What these adapters change."""
+        return cls(
+            tuple(adapters),
+            frozenset().union(*(adapter.sites for adapter in adapters)),
+            frozenset().union(*(adapter.rescaled for adapter in adapters)),
+            frozenset().union(*(adapter.owned for adapter in adapters)),
+            frozenset().union(*(adapter.shifted for adapter in adapters)),
+            next((adapter for adapter in adapters if adapter.invocation), None),
+        )
 
 
 class Session:
@@ -81,7 +113,7 @@ class Session:
         #: What the base weights are: by lorafx.base_weights.
         self.base: BaseState = BaseState()
         #: The last call with adapters had graphs captured, or there was none: by
-        #: lorafx.serving.tracked.
+        #: lorafx.serving.entry.
         self.capturing = True
         #: Of models that share modules with this one, and with their locks: by
         #: lorafx.session.sharing.
@@ -97,7 +129,7 @@ class Session:
         self.counts: Final = SessionCounts()
         self._last_served = Served()  # by `serve`
         store.read_with(partial(read_again, program))
-        all_sessions.add(self)
+        _SESSIONS[id(self)] = self
 
     @property
     def shares_graphs(self) -> bool:
@@ -404,3 +436,56 @@ class Session:
     def _have_neighbours_go_on(self, before: list[bool | None]) -> None:
         for other, active in zip(self.neighbours, before, strict=True):
             other.program.runtime.active = active
+
+
+def read_for(
+    program: Program, source: Any, name: str, *, strict: bool = False, warn: bool = True
+) -> Adapter:
+    """As `read_adapter`, for the program's sites; raises as that."""
+    return read_adapter(
+        source,
+        name,
+        program.sites,
+        model=program.model,
+        max_rank=program.config.max_rank,
+        lora_config=program.config,
+        strict=strict,
+        warn=warn,
+    )
+
+
+def read_again(program: Program, source: AdapterSource, name: str) -> Adapter:
+    """An adapter that host memory had no room for. What was worth a warning was said when it was
+    loaded from `source`.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    return read_for(program, source, name, warn=False)
+
+
+#: All of this process, as long as somebody keeps them. Also those that serve no more: a child
+#: process frees their locks.
+_SESSIONS: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()
+
+
+def sessions() -> list[Session]:
+    """Those that serve a model: compiled ones, and marked ones that their users compile."""
+    return [session for session in _all() if session.serves]
+
+
+def _all() -> list[Session]:
+    # A list at once: while somebody walked over it, another thread might change the dictionary.
+    found = (reference() for reference in _SESSIONS.valuerefs())
+    return [session for session in found if session is not None]
+
+
+def _after_fork() -> None:
+    every = _all()
+    shared = {id(session.locks): session.locks for session in every}
+    lost = {key: locks.after_fork() for key, locks in shared.items()}
+    for session in every:
+        session.after_fork(lost=lost[id(session.locks)])
+
+
+os.register_at_fork(after_in_child=_after_fork)

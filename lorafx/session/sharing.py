@@ -19,8 +19,7 @@ from lorafx.errors import CaptureError
 from lorafx.model.attachment import sessions_of_marks
 from lorafx.model.module_graph import storage_key
 from lorafx.program.derived import overlap
-from lorafx.session.all_sessions import sessions
-from lorafx.session.session import Session
+from lorafx.session.session import Session, sessions
 
 
 def join(session: Session) -> None:

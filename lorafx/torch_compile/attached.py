@@ -33,11 +33,9 @@ from lorafx.program.roles import RoleTable
 from lorafx.program.slips import refuse_called_slips
 from lorafx.program.stack import RunningCall, generating, outermost_call, unwrapped
 from lorafx.serving.compiled import compiled_of
-from lorafx.session.all_sessions import sessions
 from lorafx.session.requests import Requests
-from lorafx.session.running import Around
-from lorafx.session.session import Session
-from lorafx.session.transforms import refuse_transformed
+from lorafx.session.running import Around, refuse_transformed
+from lorafx.session.session import Session, sessions
 from lorafx.torch_compile.tasks import IN_A_BLOCK, OtherTasks, refuse_other_tasks
 from lorafx.torch_internals.compat import block_settings
 

@@ -2,23 +2,28 @@
 
 marked model                  its session's graph, base or LoRA    (attached.py)
 options with `lora_config`    marked, and the frame captured again (unmarked.py)
-all else, PEFT's layers too   Inductor, which the log says once    (unserved.py)
+all else, PEFT's layers too   Inductor, which the log says once for each model: the user may have
+                              forgotten `lorafx.attach` or the options
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
+from lorafx.adapter_store.peft_model import peft_layers
 from lorafx.capture.executable import refusing
 from lorafx.capture.lowering import InductorLowering, Lowering, lowering_for
 from lorafx.config import Options
 from lorafx.errors import CaptureError, LorafxError, ReplacedModuleError
+from lorafx.model.attachment import MARKS
+from lorafx.program.stack import compiled_module
+from lorafx.progress import LOG
 from lorafx.torch_compile.attached import AttachedSession, attached_sessions, captured_before
 from lorafx.torch_compile.unmarked import FrameOptions, mark_captured
-from lorafx.torch_compile.unserved import note_unserved
 from lorafx.torch_internals.compat import mode_settings
 from lorafx.torch_internals.entrances import unsupported
 
@@ -61,7 +66,7 @@ def compile_frame(
         return refusing(refusal)
     if wanted.asks_for_lora:
         mark_captured(wanted)
-    note_unserved()
+    _note_unserved()
     base = _lowering(wanted.options, patches).base(gm, examples)
     return captured_before(base, examples)
 
@@ -91,3 +96,44 @@ def _session_of(examples: Sequence[Any]) -> AttachedSession | None:
     if taken:
         return taken[0]
     return next((session for session in attached_sessions() if session.running_call()), None)
+
+
+#: The models that were looked at.
+_SEEN: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+#: The same for what is compiled and no module, of which nothing can be held.
+_SEEN_FUNCTION: list[bool] = []
+
+
+def _note_unserved() -> None:
+    """Log that a frame of the model that is being compiled goes to Inductor as it is, where no
+    frame of the model will do anything else."""
+    model = compiled_module()
+    if model is None:
+        if not _SEEN_FUNCTION and not attached_sessions():  # one of them may be what it calls
+            _SEEN_FUNCTION.append(True)
+            _log("a function", _NO_LORA)
+    elif model not in _SEEN:
+        _SEEN.add(model)
+        if not _is_marked(model):
+            _log(type(model).__name__, _PEFT if peft_layers(model) else _NO_LORA)
+
+
+def _is_marked(model: nn.Module) -> bool:
+    hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
+    return any(isinstance(hook, MARKS) for hook in hooks)
+
+
+_NO_LORA = (
+    "it carries no LoRA, so it is compiled as it is, with Inductor unless options say "
+    "otherwise. Call lorafx.attach(model, lora_config) first, or give "
+    "options={'lora_config': ...} to torch.compile"
+)
+_PEFT = (
+    "PEFT's own layers are compiled as they are, with Inductor unless options say "
+    "otherwise. lorafx.attach(model) serves its adapters in mixed batches; compile the "
+    "model that it returns"
+)
+
+
+def _log(what: str, text: str) -> None:
+    LOG.warning('torch.compile(backend="lorafx") of %s: %s', what, text)

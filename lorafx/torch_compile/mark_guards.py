@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from lorafx.capture.bound_inputs import BoundInputs
-from lorafx.capture.needless_guards import ACTIVE, FrameGuards
+from lorafx.capture.needless_guards import FrameGuards
 from lorafx.model.hook_watch import LaterHooks
 from lorafx.model.row_marks import RowMark
 from lorafx.program.program import Program
@@ -31,7 +31,7 @@ from lorafx.torch_internals.frames import (
     names_of_frame,
 )
 
-_KEY = ".runtime._key"
+_KEY, _ACTIVE = ".runtime._key", ".runtime.active"
 
 
 def drop_guards_of_attached(program: Program, bound: BoundInputs | None) -> None:
@@ -50,7 +50,7 @@ def _drop_marks(found: FrameGuards, program: Program, bound: BoundInputs | None)
     own = {name: mark for name, mark in found.marks.items() if mark.runtime is program.runtime}
     named = set(found.places)
     # Dynamo guards what it reads once of objects that many places hold, such as the runtime.
-    said = [name for name in own if name + (_KEY if program.runtime.active else ACTIVE) in named]
+    said = [name for name in own if name + (_KEY if program.runtime.active else _ACTIVE) in named]
     if not said:
         return
     banks = set() if bound is None else {id(group.bank) for group, _ in bound.banks}

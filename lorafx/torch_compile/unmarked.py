@@ -25,9 +25,8 @@ from lorafx.config import Options
 from lorafx.errors import CaptureError, ConfigError, nearest
 from lorafx.pass_order import pipeline
 from lorafx.program.stack import compiled_module, unwrapped
-from lorafx.torch_compile.attach_model import attach, refuse_options
+from lorafx.torch_compile.attach_model import AttachedBackend, attach, refuse_options
 from lorafx.torch_compile.attached import AttachedSession, marked_session, session_of
-from lorafx.torch_compile.attached_backend import AttachedBackend
 from lorafx.torch_compile.pending import pending_blocks
 from lorafx.torch_internals.fake_tensors import unset_fake_temporarily
 from lorafx.torch_internals.frames import capture_again, captured_locals

@@ -64,7 +64,7 @@ def check(cm: nn.Module, case: Case, names: list[str | None] = NAMES) -> None:
 def names_in_code(cm: lorafx.CompiledModel) -> list[set[str]]:
     """Of each graph of the model's forward, the newest first, the names that Dynamo's bytecode
     reads."""
-    code = cm.entry(cm.model).by_state[0, 0]._code
+    code = cm.entry(cm.model).traced[(0, 0), False]._code
     return [set(entry.code.co_names) for entry in _debug_get_cache_entry_list(code)]
 
 

@@ -1,5 +1,5 @@
 """Compilers that fail: the caller gets an error of lorafx that says what failed on which model and
-what to try, from every road, and calls without an adapter are served."""
+what to try, from every road."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch._inductor.exc import CppCompileError
 from torch._inductor.lowering import lowerings, register_lowering
 
-from lorafx.errors import CaptureError, LorafxWarning, LoweringError
+from lorafx.errors import CaptureError, LoweringError
 from lorafx.passes.outline.outline import Outline
 from lorafx.passes.provenance import Provenance
 
@@ -72,12 +72,6 @@ class Net(nn.Module):
 
 class Odd(Net):
     def head(self, x: Tensor) -> Tensor:
-        return uncompiled(x)
-
-
-class OddBehindBreak(Net):
-    def head(self, x: Tensor) -> Tensor:
-        torch._dynamo.graph_break()
         return uncompiled(x)
 
 
@@ -160,19 +154,16 @@ def test_a_pass_that_cannot_be_switched_off(
     assert "TypeError: no" in str(got.value)
 
 
+@pytest.mark.parametrize("base_graphs", [False, True])
 @pytest.mark.usefixtures("no_lowering")
-def test_inductor_fails_and_the_base_answers_in_python(tmp_path: Path) -> None:
+def test_inductor_fails_on_graphs_of_either_kind(tmp_path: Path, base_graphs: bool) -> None:
     c = case(tmp_path, Odd())
-    cm = c.compile({"lowering": "inductor"}, dynamic=False)
-    with pytest.raises(LoweringError, match="nobody has written this one") as got:
-        cm(**batch(), adapter_names=MIXED)
-    assert "the lowering 'inductor' failed on a graph of Odd" in str(got.value)
-    assert 'Options(lowering="reference")' in str(got.value)
-    with pytest.warns(LorafxWarning, match="run in Python from now on"):
-        found = cm(**batch(), adapter_names=[None] * 3)["logits"]
-    with torch.no_grad():
-        assert torch.equal(found, c.base(**batch())["logits"])
-    check_mixed(cm, c, [None] * 3, batch())
+    cm = c.compile({"lowering": "inductor", "base_graphs": base_graphs}, dynamic=False)
+    for names in (MIXED, [None] * 3):
+        with pytest.raises(LoweringError, match="nobody has written this one") as got:
+            cm(**batch(), adapter_names=names)
+        assert "the lowering 'inductor' failed on a graph of Odd" in str(got.value)
+        assert 'Options(lowering="reference")' in str(got.value)
     check_mixed(c.compile(dynamic=False), c, MIXED, batch())
 
 
@@ -202,21 +193,7 @@ def test_a_cpp_compiler_fails_and_nothing_is_kept(
     assert any(file.is_file() for file in folder.rglob("*")) == saved
 
 
-@pytest.mark.usefixtures("no_lowering")
-def test_a_base_call_of_which_a_part_has_run_is_not_run_again(tmp_path: Path) -> None:
-    c = case(tmp_path, OddBehindBreak())
-    cm = c.compile({"lowering": "inductor"}, dynamic=False)
-    with pytest.raises(LoweringError, match="have graphs of their own from now on"):
-        cm(**batch(), adapter_names=[None] * 3)
-    with pytest.raises(LoweringError, match="run in Python from now on"):
-        cm(**batch(), adapter_names=[None] * 3)
-    check_mixed(cm, c, [None] * 3, batch())
-    with pytest.raises(LoweringError, match="are served as before"):
-        cm(**batch(), adapter_names=MIXED)
-
-
-@pytest.mark.usefixtures("no_lowering")
-def test_a_base_call_has_a_graph_of_its_own_where_that_with_adapters_fails(
+def test_graphs_with_adapters_fail_and_the_error_says_how_the_base_is_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(self: Any, gm: Any, ctx: Any) -> int:
@@ -224,13 +201,19 @@ def test_a_base_call_has_a_graph_of_its_own_where_that_with_adapters_fails(
 
     c = case(tmp_path, Net())
     cm = c.compile({"base_graphs": False}, dynamic=False)
+    apart = c.compile({"base_graphs": True}, dynamic=False)
     with monkeypatch.context() as broken:
         broken.setattr(Provenance, "run", run)
-        check_mixed(cm, c, [None] * 3, batch())
-        assert [record.lora for record in cm._session.backend.records] == [False]
-    check_mixed(cm, c, MIXED, batch())
-    check_mixed(cm, c, [None] * 3, batch())
-    assert cm.recompiles == 2
+        for names in ([None] * 3, MIXED):
+            with pytest.raises(CaptureError, match=r"\(base_graphs=True\) serves calls with"):
+                cm(**batch(), adapter_names=names)
+        with pytest.raises(CaptureError, match="without an adapter are served as before"):
+            apart(**batch(), adapter_names=MIXED)
+        check_mixed(apart, c, [None] * 3, batch())
+        assert [record.lora for record in apart._session.backend.records] == [False]
+    for model in (cm, apart):
+        check_mixed(model, c, MIXED, batch())
+        check_mixed(model, c, [None] * 3, batch())
 
 
 def test_what_the_model_raises_stays_its_own(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Guards on marks in a compiled model's own frame: one is made of all."""
+"""Guards on marks in a compiled model's own frame: none is checked."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _attribute(guard: Any) -> Any:
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_one_guard_on_marks_is_checked(
+def test_no_guard_on_marks_is_checked(
     shallow: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
 ) -> None:
     """Dynamo makes all guards before they are chosen."""
@@ -92,8 +92,8 @@ def test_one_guard_on_marks_is_checked(
     inputs = token_inputs(len(NAMES), 4)
     check_mixed(cm, shallow, NAMES, inputs)
     *before, last = made
-    assert len(last) == 1
-    assert last[0].endswith(".runtime.active")
+    assert not last
     assert [len(guards) > 1 for guards in before] == [True]
-    cm(**inputs)  # the base: the guard tells its calls apart
+    check_mixed(cm, shallow, [None] * len(NAMES), inputs)  # by code of the base's own
+    check_mixed(cm, shallow, NAMES, inputs)
     assert cm.recompiles == 2

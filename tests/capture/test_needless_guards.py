@@ -47,7 +47,7 @@ def test_what_is_called_almost_as_a_mark_is_no_part_of_it() -> None:
     finally:
         for each in models:
             lorafx.detach(each)
-    assert kept == [True, False, True, False, False, True, False, True]
+    assert kept == [True, *[False] * 6, True]
 
 
 class Views(Sequence[Any]):

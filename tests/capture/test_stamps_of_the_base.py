@@ -68,7 +68,6 @@ def test_inductor_writes_the_same_code(tmp_path: Path, monkeypatch: pytest.Monke
             result, (code,) = run_and_get_code(cm, **inputs, adapter_names=NAMES)
         codes.add("".join(line.partition("#")[0] for line in code.splitlines()))
         results.append(result["logits"])
-        assert not cm.entry(cm.model).in_python
     assert [[1 + len(kind.others) for kind in each.kinds] for each in folds] == [[LAYERS]] * 2
     assert len(codes) == 1
     assert all(torch.equal(results[0], other) for other in results)

@@ -117,7 +117,7 @@ def test_a_model_whose_rows_are_not_proved(small) -> None:
 
 
 def test_graphs_of_the_base_are_those_that_warm_up_made(shallow: Case) -> None:
-    """Until then calls without an adapter run the graphs with adapters, where there are some."""
+    """Until then calls without an adapter run the graphs with adapters."""
     torch.manual_seed(0)
     cm = shallow.compile(options={"base_graphs": "warmup"})
     inputs, wanted = token_inputs(3, 5), [True]
@@ -126,8 +126,8 @@ def test_graphs_of_the_base_are_those_that_warm_up_made(shallow: Case) -> None:
     assert error(cm(**inputs).logits, want) <= 1e-5
     assert lora(cm) == wanted
     plain = {"input_ids": inputs["input_ids"]}
-    assert torch.equal(cm(**plain).logits, base(shallow, plain))  # for which there is no graph yet
-    wanted.append(False)
+    assert error(cm(**plain).logits, base(shallow, plain)) <= 1e-5  # there is no graph for it yet
+    wanted.append(True)
     assert error(cm(**inputs).logits, want) <= 1e-5
     assert lora(cm) == wanted
     cm.warmup(inputs, batch_sizes=(3,), lengths=(5,), generate=False)
@@ -165,6 +165,6 @@ def test_by_itself(small, plain: Case) -> None:
         (plain.compile(options={**inductor, "base_graphs": "warmup"}), "warmup"),
         (attentive.compile(options=inductor), True),
     ):
-        assert cm.entry(cm.model).base_roads.asked == asked
+        assert cm.entry(cm.model).base_graphs == asked
     with pytest.raises(lorafx.ConfigError, match=r"Options.base_graphs must be one of auto"):
         plain.compile(options={"base_graphs": "never"})
