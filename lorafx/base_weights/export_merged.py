@@ -25,11 +25,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lorafx.base_weights.adding import add_to
 from lorafx.base_weights.changes import Change, Copy, changes_of, copied, not_mergeable
-from lorafx.base_weights.deltas import Delta
+from lorafx.base_weights.deltas import Delta, add_to
 from lorafx.errors import CheckpointError, ConfigError
-from lorafx.loading.mapped_files import in_file
+from lorafx.loading.sources import in_file
 from lorafx.model.module_graph import storage_key
 from lorafx.program.derived import Holder
 from lorafx.progress import progress

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from lorafx.base_weights.adding import write
 from lorafx.base_weights.changes import Copy, copied
 from lorafx.base_weights.copies import Repeat, repeats
+from lorafx.base_weights.deltas import write
 from lorafx.errors import CheckpointError
 from lorafx.layers.quantization import QuantizeMethodBase
 from lorafx.loading.loader import DerivedWeights
 from lorafx.loading.weight_places import Target
-from lorafx.loading.writer import Journal
+from lorafx.loading.writer import UndoLog
 
 if TYPE_CHECKING:
     from lorafx.program.program import Program
@@ -63,7 +63,7 @@ class DerivedCopies(DerivedWeights):
             for _, method in _methods(filled)
         )
 
-    def refresh(self, filled: Iterable[Target], journal: Journal | None) -> None:
+    def refresh(self, filled: Iterable[Target], undo_log: UndoLog | None) -> None:
         """Compute what follows weights that got new numbers, in the memory where it is."""
         filled = list(filled)
         copies = self._of(filled)
@@ -73,11 +73,11 @@ class DerivedCopies(DerivedWeights):
             if copy.form is None
         }
         methods = _methods(filled)
-        if journal is not None:
+        if undo_log is not None:
             for copy in copies:
-                journal.save(copy.tensor)
+                undo_log.save(copy.tensor)
             for module, _ in (*hooks.values(), *methods):
-                journal.save_held(module)
+                undo_log.save_held(module)
         for module, method in methods:
             method.process_weights_after_loading(module)
         for _, hook in hooks.values():

@@ -20,7 +20,7 @@ from lorafx.interrupts import Rollback
 from lorafx.loading.loader import Loading
 from lorafx.loading.resolve import Resolver
 from lorafx.loading.sources import Weights, WeightSource, source_of
-from lorafx.loading.writer import Journal, Undo
+from lorafx.loading.writer import Undo, UndoLog
 from lorafx.model.packing import check_packed
 from lorafx.session.session import Session
 from lorafx.session.sharing import refresh_elsewhere
@@ -77,36 +77,36 @@ def _update(session: Session, source: WeightSource, *, strict: bool, undo: Undo)
     if source.repeatable and not (loading.fallible or copies.fallible(plan.filled())):
         _write(session, loading, copies, None)
     else:
-        with Journal.kept(undo) as journal:
-            _write(session, loading, copies, journal)
+        with UndoLog.kept(undo) as undo_log:
+            _write(session, loading, copies, undo_log)
     return WeightUpdate(
         tuple(target.name for target in plan.filled()), tuple(plan.missing), tuple(plan.ignored)
     )
 
 
 def _write(
-    session: Session, loading: Loading, copies: DerivedCopies, journal: Journal | None
+    session: Session, loading: Loading, copies: DerivedCopies, undo_log: UndoLog | None
 ) -> None:
     """Write all of it, and what follows.
 
     Raises:
         BaseWeightsError: what was written is put back.
-        Whatever the source raises; without a journal the model is broken then.
+        Whatever the source raises; without an undo log the model is broken then.
     """
     before, rollback = session.base, Rollback()
-    if journal is not None:
+    if undo_log is not None:
         rollback.add(partial(setattr, session, "base", before))
         rollback.add(session.store.refresh_magnitudes)
-        rollback.add(journal.restore)
+        rollback.add(undo_log.restore)
     session.base = before._replace(broken=_BROKEN)  # said before it is so
     try:
-        loading.write(journal)
-        copies.refresh(loading.plan.filled(), journal)
+        loading.write(undo_log)
+        copies.refresh(loading.plan.filled(), undo_log)
         session.store.refresh_magnitudes()
         broken = before.broken if loading.plan.missing else ""
         session.base = before._replace(broken=broken)
     except BaseException:
-        if journal is None:
+        if undo_log is None:
             # Copies stay those of the weights, so that the next update knows them.
             copies.recompute(loading.plan.filled())
         rollback.run()

@@ -5,7 +5,7 @@
     blocks     y_g = x_g W_gᵀ    the same products, where W enters by parts: a slice of its rows,
                y_g = x_g W_g     blocks of them by groups, or summed over `out`
     embedding  y = W[ids]
-    conv       y = conv(x, W), W a convolution's weight as it is (lorafx.graph.convolution_uses)
+    conv       y = conv(x, W), W (N, C / groups, kernel...) a convolution's weight as it is
     unknown    anything else, with the reason
 
 What part of W a node holds is its `WeightForm` (lorafx.program.weight_forms): einsum takes W
@@ -376,3 +376,32 @@ def _input_of(node: fx.Node) -> fx.Node | None:
             return None
         node = source
     return node if node.op == "placeholder" else None
+
+
+CONVOLUTION = torch.ops.aten.convolution.default
+
+
+def convolution_uses(weight: fx.Node) -> list[Use]:
+    """All uses of the weight held by `weight`."""
+    found: list[Use] = []
+    pending = [weight]
+    while pending:
+        held = pending.pop()
+        for user in held.users:
+            if isinstance(fake_value(user), (int, torch.SymInt)):
+                continue  # of its sizes
+            if user.target in SAME_VALUE:
+                pending.append(user)
+            elif user.target is CONVOLUTION and _is_kernel(user, held):
+                call = bound(user)
+                found.append(Use("conv", weight, user, x=call["input"], bias=call["bias"]))
+            else:
+                reason = f"no rule for {user.target}"
+                found.append(Use("unknown", weight, user, reason=reason))
+    return found
+
+
+def _is_kernel(user: fx.Node, held: fx.Node) -> bool:
+    """Whether `held` is what the convolution moves over its input, and nothing else of it."""
+    call = bound(user)
+    return call["weight"] is held and held not in (call["input"], call["bias"])

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.errors import CheckpointError
-from lorafx.layers.options import LayerOptions
-from lorafx.layers.parallel import TensorParallel
+from lorafx.layers.parallel import LayerOptions, TensorParallel
 from lorafx.layers.quantization import UnquantizedLinearMethod, add_weight
 from lorafx.loading.loadable_layer import LoadableLayer
 

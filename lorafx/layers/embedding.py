@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorafx.errors import ConfigError
 from lorafx.layers.base import ParallelLayer, ShardSizes
-from lorafx.layers.options import LayerOptions, checked_sizes, group_of, label_of
+from lorafx.layers.parallel import LayerOptions, checked_sizes, group_of, label_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

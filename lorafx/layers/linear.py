@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from lorafx.layers.base import ParallelLayer, ShardSizes
-from lorafx.layers.options import LayerOptions, checked_sizes, group_of, label_of
-from lorafx.layers.parallel import TensorParallel
+from lorafx.layers.parallel import LayerOptions, TensorParallel, checked_sizes, group_of, label_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

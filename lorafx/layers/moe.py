@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import lorafx.kernels.cpu.grouped_mm  # noqa: F401  defines the op
 from lorafx.errors import CheckpointError, ConfigError
-from lorafx.layers.options import checked_sizes, group_of
+from lorafx.layers.parallel import checked_sizes, group_of
 from lorafx.layers.quantization import add_weight
 from lorafx.loading.loadable_layer import LoadableLayer
 from lorafx.torch_internals.operators import grouped_mm

@@ -1,4 +1,4 @@
-"""The tensor-parallel group of a layer: how many ranks, which of them this is, and their sums.
+"""The tensor-parallel group of a layer, and the options that all layers take beside their sizes.
 
     all_reduce:  y = Σ_rank y_rank              all_gather:  y = [y_0; y_1; ...] over the last dim
 
@@ -9,12 +9,18 @@ kept by its name: process groups can be neither copied nor pickled, and models a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypedDict
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lorafx.errors import ConfigError
+from lorafx.layers.quantization import QuantizeMethodBase
 from lorafx.torch_internals.collectives import c10d
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 
 @dataclass(frozen=True)
@@ -81,3 +87,38 @@ class TensorParallel:
                 f"{layer}: {what} = {total} cannot be divided among tp_size = {self.size} ranks"
             )
         return total // self.size
+
+
+class LayerOptions(TypedDict, total=False):
+    """Keyword arguments that all layers take."""
+
+    params_dtype: torch.dtype | None
+    device: torch.device | str | None
+    quant_method: QuantizeMethodBase | None
+    prefix: str
+    tp_group: dist.ProcessGroup | None
+    disable_tp: bool
+
+
+def label_of(layer: object, options: LayerOptions) -> str:
+    """What messages call a layer that is being made."""
+    prefix, name = options.get("prefix"), type(layer).__name__
+    return f"{prefix} ({name})" if prefix else name
+
+
+def group_of(options: LayerOptions) -> TensorParallel:
+    """The tensor-parallel group of a layer."""
+    if options.get("disable_tp", False):
+        return TensorParallel()
+    return TensorParallel.of(options.get("tp_group"))
+
+
+def checked_sizes(layer: str, **sizes: int) -> None:
+    """Sizes are positive integers.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size <= 0:
+            raise ConfigError(f"{layer}: {name} must be a positive integer, got {size!r}")

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lorafx.layers.quantization import QuantizeMethodBase
 from lorafx.loading.loader import Loading
+from lorafx.loading.resolve import StackedName, StackedResolver
 from lorafx.loading.sources import source_of
-from lorafx.loading.stacked import StackedName, StackedResolver
 from lorafx.loading.weight_places import memory_key
 from lorafx.model.module_graph import ModuleGraph
 

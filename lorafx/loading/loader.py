@@ -18,7 +18,7 @@ from lorafx.loading.resolve import Meaning, Resolver
 from lorafx.loading.sources import Item, WeightSource
 from lorafx.loading.update_plan import UpdatePlan
 from lorafx.loading.weight_places import OwnLoader, Target
-from lorafx.loading.writer import Journal, Writer
+from lorafx.loading.writer import UndoLog, Writer
 from lorafx.model.module_graph import storage_key
 
 
@@ -90,15 +90,15 @@ class Loading:
                     self.plan.problems.append(_own_memory(item.name))
         self._finish()
 
-    def write(self, journal: Journal | None = None) -> None:
-        """Write all of it, planning where that was not done. `journal` keeps what it was.
+    def write(self, undo_log: UndoLog | None = None) -> None:
+        """Write all of it, planning where that was not done. `undo_log` keeps what it was.
 
         Raises:
             BaseWeightsError: for everything that is wrong with what comes once.
             CheckpointError: what comes twice came as something else.
             Whatever the source, or a parameter's own loader, raises.
         """
-        writer = Writer(journal, stable=self.source.stable)
+        writer = Writer(undo_log, stable=self.source.stable)
         if self.source.repeatable:
             self._write_planned(writer)
         else:

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from lorafx.errors import CheckpointError
 from lorafx.interrupts import Rollback
 from lorafx.loading.groups import TensorGroup
-from lorafx.loading.mapped_files import in_file
 from lorafx.loading.resolve import Meaning
+from lorafx.loading.sources import in_file
 from lorafx.loading.weight_places import Landing, is_expanded, memory_key
 from lorafx.model.module_graph import writing
 
 Undo = Literal["memory", "disk"]
 
 
-class Journal:
+class UndoLog:
     """The numbers that tensors had before they were first written to, to be put back.
 
     They are kept in host memory, or with "disk" in files of a temporary folder, whose pages the
@@ -36,8 +36,8 @@ class Journal:
 
     @classmethod
     @contextmanager
-    def kept(cls, undo: Undo) -> Iterator[Journal]:
-        """A journal for the block."""
+    def kept(cls, undo: Undo) -> Iterator[UndoLog]:
+        """An undo log for the block."""
         if undo == "memory":
             yield cls(None)
             return
@@ -89,9 +89,9 @@ def _write_back(tensor: Tensor, numbers: Tensor) -> None:
 class Writer:
     """Writes tensors to their places; of a group all, when the last one arrives."""
 
-    def __init__(self, journal: Journal | None, *, stable: bool) -> None:
+    def __init__(self, undo_log: UndoLog | None, *, stable: bool) -> None:
         """`stable`: tensors of groups stay as they were given until the group is whole."""
-        self._journal, self._stable = journal, stable
+        self._undo_log, self._stable = undo_log, stable
         self._held: dict[TensorGroup, dict[str, Tensor]] = {}
 
     def put(self, meaning: Meaning, loaded: Tensor) -> None:
@@ -107,8 +107,8 @@ class Writer:
                 self._write(landing, tensor)
 
     def _write(self, landing: Landing, loaded: Tensor) -> None:
-        if self._journal is not None:
+        if self._undo_log is not None:
             for cut in landing.cuts:
                 for target, _ in cut.place.fills(loaded.dtype):
-                    self._journal.save(target.tensor)
+                    self._undo_log.save(target.tensor)
         landing.write(loaded)

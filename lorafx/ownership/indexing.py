@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from lorafx.op_arguments import bound
-from lorafx.ownership import scatters
+from lorafx.ownership import routing
 from lorafx.ownership.flow import Flow, Rule, wrap
 from lorafx.ownership.labels import Digit, Label, Mixed, Own, Single
 from lorafx.ownership.symbolic import ONE, divide, equal, is_multiple
@@ -193,7 +193,7 @@ def masked_write(
     (d, mask), m = masks[0], len(flow.shape(masks[0][1]))
     each, rest = flow.shape(values), flow.shape(x)[m:]
     if d == 0 and len(each) == len(rest) + 1 and all(map(equal, each[1:], rest)):
-        return scatters.chosen(node, flow, x, mask, 0, values)  # type: ignore[arg-type]
+        return routing.chosen(node, flow, x, mask, 0, values)  # type: ignore[arg-type]
     if len(flow.shape(values)) > n - d - m or flow.label(values) is not None:
         return flow.lost(node, "different values are written to the positions of a mask")
     label = flow.label(mask)

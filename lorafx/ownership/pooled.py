@@ -59,10 +59,7 @@ def read(node: fx.Node, flow: Flow, labels: Sequence[Single], rule: Rule | None)
     return each_output(node, flow.lost(node, "it takes what a paged cache holds of all requests"))
 
 
-_CONTRACTING = frozenset(contractions.RULES.values()) - {
-    contractions.grouped,
-    contractions.recurrent,
-}
+_CONTRACTING = frozenset(contractions.RULES.values()) - {contractions.grouped}
 _MOVING = frozenset({*views.RULES.values(), slices.sliced, pointwise.pointwise})
 
 RULES: dict[object, Rule] = {

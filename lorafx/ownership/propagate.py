@@ -17,14 +17,12 @@ import torch
 from torch import fx
 
 from lorafx.ownership import (
-    collectives,
     contractions,
-    dispatch,
     indexing,
     pointwise,
     pooled,
     reductions,
-    scatters,
+    routing,
     singles,
     slices,
     spatial,
@@ -38,11 +36,11 @@ from lorafx.torch_internals.operators import OpOverload
 
 # Specific first; the first table that knows an operator decides.
 TABLES = (
-    *(sites, indexing, scatters, slices, views, reductions, contractions, spatial, collectives),
+    *(sites, indexing, routing, slices, views, reductions, contractions, spatial),
     *(pooled, pointwise),
 )
 OPTIONAL = (contractions, spatial)
-DIGIT_TABLES = (dispatch, indexing, slices, views, pointwise)
+DIGIT_TABLES = (routing, indexing, slices, views, pointwise)
 # Rules that look at Mixed inputs themselves: the order of everybody's rows is Mixed by nature, and
 # some operators take no values from an input, only its shape.
 TOLERANT = frozenset(
@@ -189,7 +187,7 @@ def rule_for(target: object) -> tuple[Rule | None, bool]:
 def known_values(node: fx.Node, flow: Flow) -> Digit | None:
     """What is known about the values of an integer tensor, if anything."""
     if node.target is operator.getitem:
-        return dispatch.vector_order(node, flow)
+        return routing.vector_order(node, flow)
     if not isinstance(node.target, OpOverload):
         return None
     packet = node.target.overloadpacket

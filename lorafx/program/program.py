@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.weak import WeakIdRef
 
 from lorafx.config import LoraConfig, Options
 from lorafx.model.bank import Bank
@@ -20,16 +22,57 @@ from lorafx.model.replaced_modules import SiteWatch
 from lorafx.model.runtime import Runtime
 from lorafx.model.sites import Group, Site
 from lorafx.ownership.held import Alone, Listed, each_repeated
-from lorafx.ownership.memory import Memory
+from lorafx.ownership.memory import Memory, storage_of
 from lorafx.program.call import AT_REST, Batch, Call
 from lorafx.program.derived import DerivedTensors, Holder
 from lorafx.program.frame import FrameInput
 from lorafx.program.handover import role_of
-from lorafx.program.own_memory import OwnMemory
 from lorafx.program.pass_report import PassReport
 from lorafx.program.remembered import Remembered, TensorVersions, in_containers
 from lorafx.program.roles import Role, RoleTable, tensor_leaves
 from lorafx.torch_internals.fake_tensors import unset_fake_temporarily
+
+
+class OwnMemory:
+    """Storages of parameters, buffers and constants.
+
+    Args:
+        tensors: what the model holds now. Walks the modules, so it is asked at most once per call,
+            where a tensor is met that was not there before.
+    """
+
+    def __init__(self, tensors: Callable[[], Iterable[Tensor]]) -> None:
+        self._tensors = tensors
+        self._known: dict[int, Any] = {}
+
+    def in_one_call(self) -> Callable[[Tensor], bool]:
+        """Whether a tensor lies in the model's memory; for one call."""
+        looked = False
+
+        def holds(tensor: Tensor) -> bool:
+            nonlocal looked
+            if not self._holds(tensor) and not looked:
+                looked = True
+                self._known = dict(map(_reference, self._tensors()))
+            return self._holds(tensor)
+
+        return holds
+
+    def _holds(self, tensor: Tensor) -> bool:
+        key = storage_of(tensor)
+        found = self._known.get(id(tensor) if key is None else key)
+        if isinstance(found, StorageWeakRef):
+            return not found.expired()
+        return found is not None and found() is tensor
+
+
+def _reference(tensor: Tensor) -> tuple[int, Any]:
+    """By storage; a tensor that is made of others by itself."""
+    key = storage_of(tensor)
+    if key is None:
+        return id(tensor), WeakIdRef(tensor)
+    return key, StorageWeakRef(tensor.untyped_storage())
+
 
 #: What every site op takes of a bank, and what those that rescale take besides.
 BANK_FIELDS = ("A", "B", "ranks", "scales")

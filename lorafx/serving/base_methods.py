@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafx.base_weights.export_merged import export_merged
-from lorafx.base_weights.merge import merge, unmerge
-from lorafx.base_weights.merged import MergeReport
+from lorafx.base_weights.merge import MergeReport, merge, unmerge
 from lorafx.base_weights.update import WeightUpdate, update_weights
 from lorafx.loading.sources import Weights
 from lorafx.loading.writer import Undo

@@ -25,8 +25,7 @@ from lorafx.graph.context import (
     Refusal,
     is_site,
 )
-from lorafx.graph.convolution_uses import convolution_uses
-from lorafx.graph.weight_uses import Use, uses_of
+from lorafx.graph.weight_uses import Use, convolution_uses, uses_of
 from lorafx.model.marks import UNPROVED, is_dense
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site, own_ranges
