@@ -68,8 +68,8 @@ def strategy(
     case: Case, device: torch.device, *, name: str, changes: TileChanges | None = None
 ) -> ArmOfCopy:
     """One of lorafx's strategies, by name, with other tiles of some of its kernels."""
-    if name in CONCAT:
-        return function_of("gpu_concat:concat")(case, device, name=name, room=False)
+    if name == CONCAT:
+        return function_of("gpu_concat:concat")(case, device)
     kernel = kernel_of(case, name, device, changes)
     return lambda copy: lambda: copy.lora(name, kernel)
 
@@ -179,7 +179,7 @@ def tiny_case(phase: str, arm: Arm) -> Case:
     """What a self-check runs of an arm: float16, which the interpreter gets right everywhere, or
     bfloat16 for what float16 is refused for."""
     case = replace(TINY[-1], prompts=True) if phase == "prefill" else TINY[-2]
-    if arm.arguments.get("name") in CONCAT:
+    if arm.arguments.get("name") == CONCAT:
         case = replace(case, rows=24, dtype=torch.bfloat16)
     if arm.tiny is None:
         return case

@@ -93,7 +93,8 @@ ARMS: tuple[Arm, ...] = (
     Arm(
         "concat",
         PREFILL,
-        "gpu_concat:concat",
+        "gpu_compare:strategy",
+        {"name": "concat"},
         sources=("kernels/triton", "benchmarks/gpu_concat.py"),
     ),
     Arm("segments", PREFILL, "gpu_compare:strategy", {"name": "segments"}),

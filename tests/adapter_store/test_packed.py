@@ -68,6 +68,7 @@ def test_adapters_of_single_projections_on_a_packed_base(case: Case) -> None:
     assert "[q_proj 16, k_proj 8, v_proj 8]" in str(cm.explain())
 
 
+@pytest.mark.slow
 def test_under_inductor(case: Case) -> None:
     cm = compiled(twins()[1], case, lowering="inductor")
     check_mixed(cm, case, NAMES, IDS)

@@ -95,6 +95,7 @@ def test_a_wrong_first_pass(plain: Case, inputs: Any) -> None:
     assert found.notes == ("passes before match cannot be told apart from it: mine",)
 
 
+@pytest.mark.slow
 def test_the_written_program_shows_the_difference(plain: Case, inputs: Any, tmp_path: Path) -> None:
     cm = wrong(plain, "fuse", wrong_passes.double_one)
     found = lorafx.bisect(cm, inputs, NAMES, folder=tmp_path / "out")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from dense_merge import TOLERANCE, build_case, error
@@ -15,6 +16,7 @@ aten = torch.ops.aten
 NAMES = ["a0", None, "a1"]
 
 
+@pytest.mark.slow
 def test_the_lengths_of_a_static_cache_grow(tmp_path: Path) -> None:
     """A prompt, where the cache is made and its lengths are returned too, and two steps. Masks and
     positions are computed from the first layer's length."""

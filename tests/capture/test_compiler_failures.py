@@ -168,7 +168,7 @@ def test_inductor_fails_on_graphs_of_either_kind(tmp_path: Path, base_graphs: bo
 
 
 @needs_compiler
-@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize("saved", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_cpp_compiler_fails_and_nothing_is_kept(
     shallow: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: bool
 ) -> None:

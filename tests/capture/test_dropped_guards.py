@@ -19,6 +19,7 @@ from lorafx.torch_compile.attached import marked_session
 NAMES = ["a1", None, "a3"]
 
 
+@pytest.mark.slow
 def test_a_model_of_another_class_captures_nothing(shallow: Case) -> None:
     """transformers notes the class of each model that is made, in a dictionary that forwards
     read."""

@@ -144,6 +144,7 @@ def test_no_line_of_a_graph_that_needs_no_compiling(
     assert shown.startswith("lorafx: compiling the forward of PlainModel ... ")
 
 
+@pytest.mark.slow
 def test_a_graph_that_must_be_new_says_why(shallow: Case) -> None:
     """A loss is another computation; so are a tuple, and a mask of another dtype."""
     cm = shallow.compile(options={"lowering": "reference"})

@@ -49,6 +49,7 @@ def serve(script: list[str], folder: Path) -> str:
     return done.stderr
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_leaves(script: list[str], tmp_path: Path) -> None:
     """The next one names each library that it needs and compiles it again, be it a kernel of
     Inductor, one of ours or a probe for vector instructions; the one after finds them."""

@@ -22,7 +22,7 @@ import torch
 from tiny_inputs import inputs
 
 CASES = (
-    ("causal", "xlnet"),
+    pytest.param("causal", "xlnet", marks=pytest.mark.slow),
     ("causal", "qwen2_moe"),
     ("causal", "mamba"),
     # These four are in tests/models/test_oracle.py too, by another oracle.
@@ -34,8 +34,8 @@ CASES = (
     pytest.param("image", "siglip2", marks=pytest.mark.slow),
     pytest.param("image", "levit", marks=pytest.mark.slow),
     ("audio", "wav2vec2"),
-    ("masked", "xmod"),
-    ("image", "swinv2"),
+    pytest.param("masked", "xmod", marks=pytest.mark.slow),
+    pytest.param("image", "swinv2", marks=pytest.mark.slow),
     pytest.param("audio", "wav2vec2-conformer", marks=pytest.mark.slow),
     pytest.param("audio", "sew-d", marks=pytest.mark.slow),
     pytest.param("seq2seq", "seamless_m4t", marks=pytest.mark.slow),

@@ -7,6 +7,7 @@ inside of the forward alone, so there it is the forward that encodes them.
 from __future__ import annotations
 
 import oracle
+import pytest
 import tiny
 import torch
 from tiny_inputs import inputs
@@ -17,6 +18,7 @@ SHORT = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_
 NAMES = ["all", None, "even"]
 
 
+@pytest.mark.slow
 def test_images_of_prompts_with_different_adapters(tmp_path):
     family = next(f for f in tiny.families("image-text") if f.model_type == "llava")
     model = tiny.build(family)

@@ -213,6 +213,7 @@ class Capped(nn.Module):
         return {"logits": y.view_as(x)}
 
 
+@pytest.mark.slow
 def test_bounds_of_fewer_experts_are_no_ends_of_groups(tmp_path: Path) -> None:
     torch.manual_seed(0)
     base = Capped().eval().requires_grad_(False)

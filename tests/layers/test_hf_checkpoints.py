@@ -90,7 +90,7 @@ PLANS = {
     ("family", "lowering"),
     [
         ("llama", "reference"),
-        ("qwen3_5", "reference"),
+        pytest.param("qwen3_5", "reference", marks=pytest.mark.slow),
         pytest.param("llama", "inductor", marks=pytest.mark.slow),
         pytest.param("qwen3_5", "inductor", marks=pytest.mark.slow),
     ],

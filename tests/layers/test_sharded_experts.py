@@ -22,6 +22,7 @@ BATCHES = [
     "lowering", ["reference", pytest.param("inductor", marks=pytest.mark.slow)]
 )
 @torch.no_grad()
+@pytest.mark.slow
 def test_mixed_batches_of_experts_on_two_ranks(lowering, tmp_path):
     model = sharded_experts.base()
     folders, merged = sharded_experts.adapters(model, tmp_path)

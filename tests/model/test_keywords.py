@@ -97,7 +97,7 @@ def test_other_methods_and_names_that_a_part_declares() -> None:
     assert torch.equal(cm.encode(x, anything=1), cm.encode(x))
 
 
-@pytest.mark.parametrize("name", ["adapter_names", *SLIPS])
+@pytest.mark.parametrize("name", ["adapter_names", "adapter_name"])
 def test_marked_models(shallow: Case, name: str) -> None:
     model, inputs = attached(shallow), token_inputs(3, 4)
     said = rf"'{name}'.*with lorafx.adapters\(model"

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import io
-import weakref
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -32,11 +30,11 @@ def _model(siblings: list[tuple[int, bool]], dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def _packed(model: nn.Module, room: tuple[int, int] = (0, 0)) -> PackedGroup | None:
+def _packed(model: nn.Module) -> PackedGroup | None:
     config = LoraConfig(target_modules=[name for name, _ in model.named_children()])
     graph, sites = build_sites(model, config)
     (group,) = allocate_groups(sites, config)
-    return pack_weights(graph, group, room=room)
+    return pack_weights(graph, group)
 
 
 def _stored(model: nn.Module) -> int:
@@ -116,56 +114,3 @@ def test_all_packs_are_watched_at_once(which: int) -> None:
     with pytest.raises(CaptureError, match="siblings have changed"):
         watch.check()
     assert PackWatch([]).intact
-
-
-@settings(max_examples=30, deadline=None)
-@given(siblings=SIBLINGS.map(lambda found: found[1:]), dtype=DTYPES, left=st.integers(0, 3))
-@example(siblings=[(1, False), (1, False)], dtype=torch.float32, left=0)  # single rows have no gap
-def test_room_beside_the_columns_is_nobodys(siblings, dtype, left) -> None:
-    """Parameters are what they were, saved and copied as before, and live as long as they do."""
-    model = _model(siblings, dtype)
-    before = copy.deepcopy(model.state_dict())
-    parameters = dict(model.named_parameters())
-    packed = _packed(model, (left, 4))
-    assert packed is not None
-    assert packed.intact
-    packed.weight[:, :left] = packed.weight[:, -4:] = torch.nan  # what a kernel leaves there
-    copied = copy.deepcopy(model)
-    saved = io.BytesIO()
-    torch.save(model.state_dict(), saved)
-    saved.seek(0)
-    for found in (model.state_dict(), copied.state_dict(), torch.load(saved)):
-        assert all(torch.equal(found[name], value) for name, value in before.items())
-    model.p0.weight.data = torch.randn_like(before["p0.weight"])
-    assert not packed.intact
-    assert repack([packed]) is None
-    values = copy.deepcopy(model.state_dict())
-    storages = {p.untyped_storage().data_ptr() for n, p in parameters.items() if "weight" in n}
-    assert len(storages) == len(siblings)
-    gone = weakref.ref(packed)
-    del packed
-    assert gone() is None  # the parameters alone keep the memory now
-    noise = [torch.full((64,), torch.nan, dtype=dtype) for _ in range(100)]
-    assert all(p is parameters[name] for name, p in model.named_parameters())
-    assert all(torch.equal(p, values[name]) for name, p in model.named_parameters())
-    del noise
-
-
-@settings(max_examples=30, deadline=None)
-@given(siblings=SIBLINGS, odd=st.integers(0, 4))
-def test_a_group_with_a_parameter_that_cannot_move_is_left_as_it_is(siblings, odd) -> None:
-    model = _model(siblings, torch.float32)
-    child = model.get_submodule(f"p{odd % len(siblings)}")
-    model.tied = child.weight  # the storage has another owner now
-    pointers = {name: p.data_ptr() for name, p in model.named_parameters()}
-    view = child.weight.data
-    other = nn.Linear(5, child.out_features, bias=False)
-    other.weight.data = view
-    model.other = other
-    config = LoraConfig(target_modules=[f"p{i}" for i in range(len(siblings))])
-    graph, sites = build_sites(model, config)
-    (group,) = allocate_groups(sites, config)
-    assert pack_weights(graph, group) is None
-    assert {name: p.data_ptr() for name, p in model.named_parameters() if name in pointers} == (
-        pointers
-    )

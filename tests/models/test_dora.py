@@ -114,6 +114,7 @@ def test_weights_that_are_stored_transposed(cases):
 
 
 @pytest.mark.parametrize("lowering", ["inductor", pytest.param("triton", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_in_inductors_code(plain, lowering):
     """Packed siblings with biases, an embedding, and a module that is called twice."""
     cm = plain.compile({"lowering": lowering, "verify": "numeric"}, dynamic=False)

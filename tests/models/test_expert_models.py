@@ -84,6 +84,7 @@ def test_generated_tokens_are_those_of_the_merged_models(model_type: str, tmp_pa
     check_generated(case.compile(), case)
 
 
+@pytest.mark.slow
 def test_a_class_without_the_switch_is_refused_until_it_is_given_one(tmp_path: Path) -> None:
     """Step3p7 runs its experts one after another; the refusal names a way out, which works."""
     config = tiny.shrink(

@@ -27,7 +27,9 @@ def ids(rows: int = 6, length: int = 5, seed: int = 0) -> dict[str, torch.Tensor
     return {"input_ids": torch.randint(1, 60, (rows, length), generator=generator)}
 
 
-@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize(
+    "implementation", ["grouped_mm", pytest.param("batched_mm", marks=pytest.mark.slow)]
+)
 def test_one_op_a_product(case: Case, implementation: str) -> None:
     """The keys are found inside of it; nothing of slots, experts or rows is computed beside it."""
     model = case.model()
@@ -53,6 +55,7 @@ def test_one_op_a_product(case: Case, implementation: str) -> None:
 
 
 @pytest.mark.parametrize("lowering", ["inductor", "reference"])
+@pytest.mark.slow
 def test_slots_of_experts_that_share_room(case: Case, lowering: str) -> None:
     """Adapters of a larger rank take several slots of every expert, and overwrite no other."""
     config = lorafx.LoraConfig(max_adapters=5, max_rank=4, slot_rank=2)

@@ -87,6 +87,7 @@ def test_mixes_and_swaps_capture_nothing_new(deep, served):
     cm.load_adapter(deep.folders["a2"], "a2")
 
 
+@pytest.mark.slow
 def test_two_models_of_one_class_keep_their_own_weights(deep, served, tmp_path):
     torch.manual_seed(0)
     other = build_case("llama", tmp_path, num_hidden_layers=LAYERS)
@@ -101,9 +102,10 @@ def test_two_models_of_one_class_keep_their_own_weights(deep, served, tmp_path):
 
 @pytest.mark.parametrize(
     "cache",
-    [{}, pytest.param({"cache_implementation": "static"}, marks=pytest.mark.slow)],
+    [{}, {"cache_implementation": "static"}],
     ids=["grows", "static"],
 )
+@pytest.mark.slow
 def test_generate_with_caches(served, cache):
     """A layer's cache is an operand and a result; lengths are one symbol each, and agree."""
     torch.manual_seed(0)
@@ -177,6 +179,7 @@ def test_hybrid_layers_are_two_bodies(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_numeric_verification_and_dumps(deep, tmp_path):
     cm = deep.compile({"verify": "numeric", "dump": str(tmp_path)}, dynamic=False)
     torch.manual_seed(0)
@@ -196,6 +199,7 @@ def test_max_edits_leaves_layers_alone(deep):
     assert record(cm).outlined == []
 
 
+@pytest.mark.slow
 def test_inductor_compiles_the_body_once(deep):
     torch.manual_seed(0)
     inputs = token_inputs(4, 6)

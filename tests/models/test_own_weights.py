@@ -98,6 +98,7 @@ def test_generate(case, served):
     assert torch.equal(got, torch.cat(rows))
 
 
+@pytest.mark.slow
 def test_in_inductors_code(case):
     cm = case.compile({"lowering": "inductor", "verify": "numeric"}, dynamic=False)
     for names in (NAMES, MIXES[0]):

@@ -115,6 +115,7 @@ def test_base_rows_keep_their_bits_whatever_their_neighbours_use(
     assert error(some[1:2], plain.expected([None] * 5, inputs)[1:2]) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_generate_with_a_cache(shallow: Case) -> None:
     """One token from the prompts, and one from the cache."""
     cm = shallow.compile(options=TRITON, dynamic=False)

@@ -245,7 +245,9 @@ def test_pins_need_a_fused_product() -> None:
         done.run(Plan())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.parametrize("down", ["grouped", "activated"])
 def test_lowered_for_a_gpu(down: str, dtype: torch.dtype) -> None:
     """Two launches a product, no opaque op, no product of the vendor's."""

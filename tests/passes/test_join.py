@@ -78,6 +78,7 @@ def test_a_product_that_stays_with_aten() -> None:
     assert done.run(Join()) == 0
 
 
+@pytest.mark.slow
 def test_a_batch_that_grows_and_shrinks(plain) -> None:
     """One graph for few rows and many, with rows of the base, and the bits of two ops."""
     torch.manual_seed(0)

@@ -138,6 +138,7 @@ class Grouped(nn.Module):
 
 
 @pytest.mark.parametrize("lowering", ["reference", "inductor"])
+@pytest.mark.slow
 def test_grouped_linear_of_transformers(small, lowering: str) -> None:
     case = small(Grouped, ["o_a_proj"], ["o_a_proj", "o_b_proj", "up"])
     cm = case.compile(options={"lowering": lowering})

@@ -51,6 +51,7 @@ def test_the_guide_names_the_files_of_each_commit_in_their_order(patch: Path) ->
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+@pytest.mark.slow
 def test_worked_commits_apply_and_their_tests_pass(checkout: Path) -> None:
     assert len(COMMITS) == 4
     for patch in COMMITS:

@@ -79,6 +79,7 @@ def test_loaded_graphs_serve_mixes_sizes_and_new_adapters(shallow: Case, cache: 
     assert torch.equal(valid(inputs, base), valid(inputs, want))
 
 
+@pytest.mark.slow
 def test_loaded_graphs_generate_with_a_cache(shallow: Case, cache: Path) -> None:
     inputs = token_inputs(3, 4)
     named = {"max_new_tokens": 4, "do_sample": False, "adapter_names": list(MIX)}
@@ -122,6 +123,7 @@ def test_what_a_process_gathers_as_it_compiles_is_no_difference(
 
 
 @pytest.mark.usefixtures("earlier_objects_frozen")
+@pytest.mark.slow
 def test_graphs_of_continuous_batching(shallow: Case, cache: Path) -> None:
     sizes = ContinuousBatchingConfig(page_size=4, num_blocks=64, max_batch_tokens=32)
     for found in (SAVED, LOADED):

@@ -37,6 +37,7 @@ def test_half_as_many_graphs(shallow: Case, served: lorafx.CompiledModel) -> Non
     assert served.recompiles == 2
 
 
+@pytest.mark.slow
 def test_generate(shallow: Case, served: lorafx.CompiledModel) -> None:
     torch.manual_seed(0)
     inputs = token_inputs(2, 5)
@@ -116,6 +117,7 @@ def test_a_model_whose_rows_are_not_proved(small) -> None:
         cm(**inputs, adapter_names=["a", None, "a"])
 
 
+@pytest.mark.slow
 def test_graphs_of_the_base_are_those_that_warm_up_made(shallow: Case) -> None:
     """Until then calls without an adapter run the graphs with adapters."""
     torch.manual_seed(0)

@@ -150,6 +150,7 @@ def test_generate_encodes_images_with_the_adapter(built):
 
 
 @pytest.mark.usefixtures("fixed_sizes")
+@pytest.mark.slow
 def test_images_of_a_model_that_was_never_called_belong_to_their_requests(built):
     """Its first call registers hooks for the hidden states of the vision tower."""
     cm, alone = built(llava)
@@ -164,6 +165,7 @@ def test_images_of_a_model_that_was_never_called_belong_to_their_requests(built)
 
 
 @pytest.mark.usefixtures("fixed_sizes")
+@pytest.mark.slow
 def test_generate_of_a_model_inside_of_the_model(built):
     """BLIP-2's own `generate` never calls its forward, but its parts, and the `generate` of its
     language model."""

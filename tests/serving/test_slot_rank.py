@@ -121,6 +121,7 @@ def test_a_pinned_adapter_stays(case: Case) -> None:
 
 
 @pytest.mark.parametrize("rank", [None, 8])
+@pytest.mark.slow
 def test_warmup_takes_no_more_slots_than_there_are(case: Case, rank: int | None) -> None:
     """Two dummies of two slots each, or one: afterwards calls with adapters capture nothing."""
     cm = compiled(case, max_adapters=2)

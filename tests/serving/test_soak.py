@@ -22,6 +22,7 @@ LONG = pytest.mark.slow
         pytest.param(120, "inductor", marks=LONG),
     ],
 )
+@pytest.mark.slow
 def test_soak(seconds: int, lowering: str) -> None:
     """`LORAFX_SOAK_SECONDS` is the duration of each, where it is set."""
     seconds = int(os.environ.get("LORAFX_SOAK_SECONDS", seconds))

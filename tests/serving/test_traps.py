@@ -140,6 +140,7 @@ print(next(t for n, _, t in cm._session.backend.records[-1].dump.stages if n == 
 """
 
 
+@pytest.mark.slow
 def test_a_pass_switched_off_in_a_fresh_process_with_a_warm_cache(tmp_path, monkeypatch):
     """Rewriting where Inductor's caches do not look would serve stale code. (The cache is the one
     of all tests: in one of its own each process would try the CPU's instruction sets anew.)"""

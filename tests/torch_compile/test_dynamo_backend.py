@@ -300,6 +300,7 @@ def test_changed_weights(plain):
         served(call, model, ["a0", "a1"], inputs)
 
 
+@pytest.mark.slow
 def test_generate_with_beams(shallow):
     """The forward alone is compiled; beams repeat rows, and greedy decoding does not."""
     torch.manual_seed(0)

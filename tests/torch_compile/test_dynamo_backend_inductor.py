@@ -35,7 +35,7 @@ def inference_and_gradients(backend: str, inputs: dict[str, Tensor], **kwargs: A
     return [alone, wanted.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(None, marks=pytest.mark.slow), True])
 def test_without_lora_it_is_inductor_bit_for_bit(dynamic):
     inputs = FAMILIES["plain"].inputs(4, 6)
     want = inference_and_gradients("inductor", inputs, dynamic=dynamic)
@@ -112,6 +112,7 @@ print("found")
 """
 
 
+@pytest.mark.slow
 def test_found_by_its_entry_point_without_an_import():
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     done = subprocess.run(

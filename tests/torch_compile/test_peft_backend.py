@@ -80,6 +80,7 @@ def test_one_adapter(peft_model: Callable[..., PeftModel], family: str) -> None:
         assert error(check(run, model, batch), want) > 100 * TOLERANCE
 
 
+@pytest.mark.slow
 def test_switches(peft_model: Callable[..., PeftModel]) -> None:
     """Each switch of PEFT has its effect on a model that is compiled already."""
     model, batch = peft_model(), inputs()
@@ -119,6 +120,7 @@ class Labelled(PlainModel):
         return out
 
 
+@pytest.mark.slow
 def test_it_is_inductor_s(tmp_path: Path) -> None:
     """Logits, and the loss and gradients of a training step, have the bits of Inductor's."""
     base = random_base(Family(lambda **_: Labelled(), ()))

@@ -129,7 +129,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
 
 
 @every_setting
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen3_moe", pytest.param("qwen3_next", marks=pytest.mark.slow)]
+)
 def test_models_of_transformers(made: Callable[[str], Case], family: str, on: list[str]) -> None:
     case, inputs = made(family), token_inputs(3, 5)
     first, _ = compare(case, on, twice(inputs))
@@ -139,6 +141,7 @@ def test_models_of_transformers(made: Callable[[str], Case], family: str, on: li
 
 
 @every_setting
+@pytest.mark.slow
 def test_generate_with_a_static_cache(made: Callable[[str], Case], on: list[str]) -> None:
     inputs = {**token_inputs(3, 5), "max_new_tokens": 3, "do_sample": False}
     inputs |= {"output_logits": True, "return_dict_in_generate": True}
@@ -151,6 +154,7 @@ def test_generate_with_a_static_cache(made: Callable[[str], Case], on: list[str]
 
 
 @pytest.mark.parametrize("on", settings(list(SETTINGS)))
+@pytest.mark.slow
 def test_inductor_with_a_static_cache(
     made: Callable[[str], Case], on: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

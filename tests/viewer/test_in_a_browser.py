@@ -87,6 +87,7 @@ def test_it_opens_on_a_site(window: Browser, page: Path) -> None:
     assert window.run("return viewer.selected.node.name") == name
 
 
+@pytest.mark.slow
 def test_a_graph_says_in_words_why_there_is_one(
     window: Browser, shallow: Case, tmp_path: Path
 ) -> None:

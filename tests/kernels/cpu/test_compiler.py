@@ -203,6 +203,7 @@ def test_ids_are_the_same_in_every_process() -> None:
     assert done.stdout.split() == [str(here)]
 
 
+@pytest.mark.slow
 def test_a_process_that_never_had_a_compiler(tmp_path: Path) -> None:
     environment = {
         **os.environ,

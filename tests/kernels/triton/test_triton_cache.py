@@ -59,6 +59,7 @@ def in_process(folder: Path, *arguments: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_second_process_generates_nothing(tmp_path: Path) -> None:
     """Same id, same bits; also with TRITON_INTERPRET set before triton is imported."""
     first = in_process(tmp_path)
