@@ -74,7 +74,7 @@ def first_kernel(work: Work) -> float:
 def sums_of(work: Work) -> float:
     """Elements of the parts' planes, which are of float32; a single part goes through y.
 
-    As many parts as lorafx.kernels.triton.decode_tiles cuts K into.
+    As many parts as lorafx.kernels.triton.strategy_tiles cuts K into.
     """
     wide = 128 if work.columns >= WIDE or work.rows <= TILE else 64
     tiles = work.m_tiles * math.ceil(work.columns / wide)

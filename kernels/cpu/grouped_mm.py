@@ -5,6 +5,11 @@
 `aten._grouped_mm` where that is slow or cannot be compiled: on a CPU, and in other dtypes than
 bfloat16. On a CPU a generated kernel reads each weight once (product.cpp); elsewhere, and where it
 cannot be had, it is a loop over the experts that have rows, for which the host waits for offs.
+
+The C++ source of a kernel for sorted rows times the weights of their experts.
+
+product_source(spec, isa) = #defines and constants of (dtype, sizes, unit of work)
+                            + vectors.h + tiles.h + product.cpp
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ import ctypes
 import functools
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,9 +33,70 @@ from lorafx.kernels.cpu.compiler import (
     load_library,
     torch_function,
 )
-from lorafx.kernels.cpu.product_source import ProductArgs, ProductSpec, product_source
+from lorafx.kernels.cpu.cpu_source import (
+    ELEMENTS,
+    constants,
+    element_defines,
+    templates,
+    tile_sizes,
+)
 from lorafx.kernels.ops.op_checks import require
 from lorafx.kernels.ops.op_library import define
+
+# Columns of a unit of work: their weights stay in a cache while an expert's rows go through them.
+UNIT = 64
+
+
+@dataclass(frozen=True)
+class ProductSpec:
+    """What a generated kernel for y[m] = W_e x[m] takes for granted.
+
+    Attributes:
+        dtype: of x, W and y.
+        in_features, out_features: K and N; W is (E, N, K).
+    """
+
+    dtype: torch.dtype
+    in_features: int
+    out_features: int
+
+    @classmethod
+    def of(cls, x: Tensor, weight: Tensor) -> ProductSpec | None:
+        """The spec for x (M, K) and weight (E, K, N); None where no kernel is generated: other
+        types than 16- and 32-bit floats, weights that do not lie as (E, N, K), strided rows."""
+        _, K, N = weight.shape
+        laid = weight.stride() == (K * N, 1, K) or weight.numel() == 0
+        rows = x.stride(1) == 1 and x.stride(0) >= 0
+        if x.dtype not in ELEMENTS or not laid or not rows or not K or not N:
+            return None
+        return cls(x.dtype, K, N)
+
+
+class ProductArgs(ctypes.Structure):
+    """`struct Args` of product.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("y", "x", "w", "ends")),
+        *((name, ctypes.c_int64) for name in ("x_stride", "experts", "threads")),
+        ("parallel", ctypes.c_void_p),
+    )
+
+
+def product_source(spec: ProductSpec, isa: Isa) -> str:
+    """The complete C++ text of the kernel of `spec` for `isa`."""
+    sizes = {
+        **tile_sizes(isa),
+        "K": spec.in_features,
+        "N": spec.out_features,
+        "R": UNIT,
+        "A_STRIDE": spec.in_features,
+        "B_STRIDE": UNIT,
+        "PREFETCH_ROWS": isa.tile,
+    }
+    texts = templates("vectors.h", "tiles.h", "product.cpp")
+    defines = element_defines(isa, spec.dtype, spec.dtype, spec.dtype)
+    return "\n".join([f"// {isa.name}: {spec}", *defines, *constants(sizes), *texts])
+
 
 #: Rows an expert from which on a product of matrices is as fast as the generated kernel, which is
 #: 2 to 5 times as fast for one row, 1.2 to 2 times for 32 (Zen 4, two cores, float32 and bfloat16,

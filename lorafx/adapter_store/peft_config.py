@@ -1,16 +1,20 @@
-"""PEFT's `adapter_config.json`: what a LoRA adapter's configuration means for inference.
+r"""PEFT's `adapter_config.json`: what a LoRA adapter's configuration means for inference.
 
     y = base(x) + s · B (A x),   s = α/r, or α/√r with `use_rslora`;   y scaled with `use_dora`
 
 r and α are per module: the first key k of `rank_pattern` / `alpha_pattern`, in the file's order,
-with `re.match(rf"(.*\\.)?({k})$", path)` decides, else `r` and `lora_alpha`. The patterns are not
+with `re.match(rf"(.*\.)?({k})$", path)` decides, else `r` and `lora_alpha`. The patterns are not
 trusted, so they are matched against a clock (lorafx.model.patterns). Fields that change this
 arithmetic are refused by name; so is any field that this reader does not know, unless it holds
 null, false or nothing: PEFT adds fields with every version, and their "off" is harmless.
+
+Other methods of PEFT are refused by name, with the way out. `use_bdlora` says which factors are
+saved as blocks; lorafx.adapter_store.checkpoint makes them whole.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -18,14 +22,110 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from lorafx.adapter_store.block_diagonal import BlockDiagonal, block_diagonal
 from lorafx.adapter_store.config_source import raw_fields, short
 from lorafx.adapter_store.config_values import Values, is_off, keyed
-from lorafx.adapter_store.peft_types import MERGE as _MERGE
-from lorafx.adapter_store.peft_types import initialisation, method
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
 from lorafx.model.patterns import Pattern
 from lorafx.model.targets import Entries, names
+
+
+@dataclass(frozen=True)
+class BlockDiagonal:
+    """PEFT's `use_bdlora`.
+
+    Attributes:
+        a, b: parts of the paths of modules whose A, or B, is block-diagonal; anywhere in a path.
+        blocks: n.
+    """
+
+    a: tuple[str, ...] = ()
+    b: tuple[str, ...] = ()
+    blocks: int = 1
+
+    def letter(self, path: str) -> str | None:
+        """Which factor of the module at `path` is block-diagonal; None for neither."""
+        if any(part in path for part in self.a):
+            return "A"
+        return "B" if any(part in path for part in self.b) else None
+
+
+def block_diagonal(value: Any) -> BlockDiagonal | str | None:
+    """The field `use_bdlora`: None where it is off, a message where it is malformed."""
+    if value is None or value is False:
+        return None
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if not isinstance(value, Mapping):
+        return f"use_bdlora must be an object, it is {short(value)}"
+    known = {"target_modules_bd_a", "target_modules_bd_b", "nblocks", "match_strict"}
+    if not known >= value.keys():
+        return f"use_bdlora has the unknown field {short(min(map(str, value.keys() - known)))}"
+    names = [value.get(f"target_modules_bd_{letter}") or () for letter in "ab"]
+    for own in names:
+        if not isinstance(own, list | tuple) or not all(isinstance(n, str) and n for n in own):
+            return f"use_bdlora must name parts of module paths in lists, not {short(own)}"
+    blocks = value.get("nblocks", 1)
+    if not isinstance(blocks, int) or isinstance(blocks, bool) or blocks < 1:
+        return f"use_bdlora.nblocks must be a positive integer, it is {short(blocks)}"
+    return BlockDiagonal(tuple(names[0]), tuple(names[1]), blocks)
+
+
+_MERGE = "merge it into a copy of the base model (`PeftModel.merge_and_unload()`) instead"
+_PROMPT = "it learns prompts and no weights; put them before the inputs (`inputs_embeds`) instead"
+_MIXED = (
+    "a router of its own mixes adapters for each token; load its adapters one by one, and give a "
+    "request weights by name for a fixed mixture"
+)
+
+_TYPES: Mapping[str, str] = {
+    "ADALORA": f"factors with singular values between them; {_MERGE}",
+    "BOFT": f"it rotates the base weight; {_MERGE}",
+    "FOURIERFT": f"its difference is a Fourier transform; {_MERGE}",
+    "HRA": f"it reflects the base weight; {_MERGE}",
+    "IA3": f"it scales activations, and adds no matrix; {_MERGE}",
+    "LOHA": f"its difference is a product of matrices element by element; {_MERGE}",
+    "LOKR": f"its difference is a Kronecker product; {_MERGE}",
+    "LN_TUNING": f"it trains norms; {_MERGE}",
+    "OFT": f"it rotates the base weight; {_MERGE}",
+    "VERA": f"it scales random matrices that all modules share; {_MERGE}",
+    "VBLORA": f"its factors are made of shared vectors; {_MERGE}",
+    "RANDLORA": f"it scales random matrices that all modules share; {_MERGE}",
+    "POLY": _MIXED,
+    "XLORA": _MIXED,
+    "ADAPTION_PROMPT": _PROMPT,
+    "MULTITASK_PROMPT_TUNING": _PROMPT,
+    "PREFIX_TUNING": _PROMPT,
+    "PROMPT_TUNING": _PROMPT,
+    "P_TUNING": _PROMPT,
+}
+
+_EXPORT = (
+    "export with `save_pretrained(path_initial_model_for_weight_conversion=...)`, which writes a "
+    f"plain LoRA of rank 2r, or {_MERGE}"
+)
+_INITIALISATIONS: Mapping[str, str] = {
+    "pissa": "PiSSA starts from principal components, which it takes out of the base weight",
+    "olora": "OLoRA starts from a QR decomposition, which it takes out of the base weight",
+    "corda": "CorDA starts from components of the base weight, which it takes out of it",
+    "lora_ga": "LoRA-GA starts from gradients, and takes its start out of the base weight",
+    "loftq": "LoftQ replaces the base weight by a quantised one that the adapter corrects",
+}
+
+
+def method(kind: object) -> str:
+    """What an adapter of this `peft_type` is, and the way out."""
+    return _TYPES.get(
+        kind if isinstance(kind, str) else "", f"only LORA adapters are read; {_MERGE}"
+    )
+
+
+def initialisation(init: object) -> str:
+    """What this value of `init_lora_weights` does to the base weight, and the way out."""
+    name = init.lower() if isinstance(init, str) else ""
+    known = next((text for key, text in _INITIALISATIONS.items() if name.startswith(key)), None)
+    why = known or "this initialisation may subtract from the base weight"
+    return f"{why}, so the saved factors alone are not the whole update; {_EXPORT}"
+
 
 # Fields that say how the adapter was trained, packaged or initialised, and nothing about what it
 # computes once trained. The *_config fields of initialisations stay set after an exact export,

@@ -211,7 +211,7 @@ def _is_constant(tensor: Tensor) -> bool:
 
 def _in_place_of_sites(program: Program, holder: Holder, tensor: Tensor) -> Repeat | None:
     """What a graph seemed to multiply by in place of a site's weight
-    (lorafx.passes.match.unreached)."""
+    (lorafx.passes.match.match)."""
     if isinstance(tensor, nn.Parameter) or not program.replaced:
         return None
     weights = tuple(

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Size, Tensor, nn
 
 from lorafx.adapter_store.checkpoint import load_state
+from lorafx.adapter_store.expert_places import ExpertPlace
 from lorafx.adapter_store.names import BASE
+from lorafx.adapter_store.peft_keys import parse
+from lorafx.adapter_store.places import Places, SavedMeaning, SiteLanding
 from lorafx.config import LoraConfig
-from lorafx.errors import ConfigError, LorafxError
+from lorafx.errors import ConfigError, LorafxError, nearest
 from lorafx.explanation.collecting import graph_report
 from lorafx.explanation.delta_norms import deltas_of
-from lorafx.explanation.landings import Landed, landed
 from lorafx.explanation.measured_changes import Serve, change_of
 from lorafx.explanation.report import NodeReport, RefusalReport
 from lorafx.explanation.selection import Selection, registered, selection_of
@@ -23,6 +25,47 @@ from lorafx.model.sites import Site
 from lorafx.reports.writing import json_values
 from lorafx.session.requests import LastCall
 from lorafx.session.session import Session
+
+
+class Landed(NamedTuple):
+    """The keys of an adapter for one module, in PEFT's names with their shapes, and a note where
+    there are none."""
+
+    keys: tuple[str, ...]
+    note: str = ""
+
+
+def landed(
+    saved: Mapping[str, Size], model: nn.Module, sites: tuple[Site, ...], found: Selection
+) -> Landed:
+    """Those of the keys of an adapter, in PEFT's names, that are for what was found."""
+    places = Places(sites, model)
+    keys: list[str] = []
+    modules: dict[str, None] = {}
+    for key, shape in saved.items():
+        factor = parse(key)
+        path = key.rpartition(".")[0] if factor is None else factor.module
+        modules[places.current(path)] = None
+        if _means(places.meaning(path), found):
+            keys.append(f"{key} {tuple(shape)}")
+    if keys:
+        return Landed(tuple(keys))
+    near = nearest(found.path, modules)
+    return Landed((), f"none of its {len(saved)} keys is for this module{near}")
+
+
+def _means(meaning: SavedMeaning, found: Selection) -> bool:
+    if isinstance(meaning, SiteLanding):
+        return any(
+            site is found.site and found.part in (None, part) for site, part in meaning.places
+        )
+    if isinstance(meaning, ExpertPlace):
+        if meaning.experts.module is not found.module:
+            return False
+        site = found.site
+        one = meaning.weight if site is not None else None
+        return one is None or site is None or site.expert_weight == one
+    return meaning is found.module
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,12 @@ columns.
 A mark is a plain picklable object, so deep copies and pickles of a marked model stay marked and
 share one runtime and one bank a group among themselves. Dynamo inlines `__call__`: banks and
 slots become graph inputs, and nothing in it depends on the values of either.
+
+Where somebody else than lorafx traces their layers (torch.export, torch.compile), marks ask whether
+an adapter is active.
+
+Dynamo calls these functions while it traces, and takes what they return for a constant: no graph
+has anything of them.
 """
 
 from __future__ import annotations
@@ -30,15 +36,49 @@ import lorafx.kernels.ops.conv_ops
 import lorafx.kernels.ops.expert_ops
 import lorafx.kernels.ops.ops
 import lorafx.kernels.ops.row_ops  # noqa: F401  (all define torch.ops.lorafx)
-from lorafx.errors import MatchError, ProvenanceError
+from lorafx.errors import CaptureError, MatchError, ProvenanceError
 from lorafx.kernels.ops.conv_ops import Window
 from lorafx.model.bank import Bank
-from lorafx.model.foreign_traces import refuse_at_rest, refuse_exported
 from lorafx.model.forward_check import ModuleProduct, adds_up
 from lorafx.model.forward_check import is_dense as is_dense
 from lorafx.model.runtime import Runtime
 from lorafx.registry import Handler, Kind
 from lorafx.torch_internals.compat import tracing
+from lorafx.torch_internals.dynamo import assume_constant_result
+
+
+@assume_constant_result
+def refuse_at_rest(runtime: Runtime, path: str) -> bool:
+    """As `RefusesAtRest.refuse`: what is traced outside of calls would be the base."""
+    try:
+        if runtime.resting is not None:
+            runtime.resting.refuse(path, path or "the model")
+    except MatchError as error:
+        raise MatchError(f"{error}. {_WAY_OUT}") from None
+    return True
+
+
+@assume_constant_result
+def refuse_exported() -> bool:
+    """Refuse torch.export inside of a block of `lorafx.adapters`. What it writes would hold the
+    banks, and read the slots of whatever block runs around it later.
+
+    Raises:
+        CaptureError: it runs.
+    """
+    if torch.compiler.is_exporting():
+        raise CaptureError(
+            "torch.export inside of a block of lorafx.adapters: the program would serve the "
+            f"adapters of any block that runs around it. {_WAY_OUT}"
+        )
+    return True
+
+
+_WAY_OUT = (
+    "To export a model with an adapter, export what export_merged(name, folder) of lorafx.compile "
+    "writes"
+)
+
 
 UNPROVED = 0  # the op's `rows`: which request a row belongs to is not known yet
 

@@ -6,15 +6,27 @@ out_proj), or is refused by name. A mark that stands behind other arithmetic of 
 scaled embedding, a router that goes on to softmax) is moved to the use of the weight, so that the
 result is that of W + ΔW. A module that holds no plain weight tensor keeps its mark as it is, and so
 does one with a registered handler, which says itself where the delta goes.
+
+A convolution whose weight is used past its module's call gets its op (`F.conv2d(x, m.weight)`):
+
+y = conv(x, W)   →   y' = conv_site(x, y, ...)
+
+A site is refused where a graph seems to compute it with something other than its weight.
+
+A tensor that was made from a weight is mostly recognised by its values (lorafx.program.derived).
+Products of two weights, other formats and weights whose numbers cannot be read leave no such trace.
+What remains visible is a linear that nothing uses, in a module that runs and multiplies by tensors
+of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from lorafx.graph.context import (
     CONV_OP,
@@ -25,17 +37,105 @@ from lorafx.graph.context import (
     Refusal,
     is_site,
 )
+from lorafx.graph.graph_nodes import plain_path
 from lorafx.graph.weight_uses import Use, convolution_uses, uses_of
+from lorafx.model.convolutions import convolution_of
 from lorafx.model.marks import UNPROVED, is_dense
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site, own_ranges
 from lorafx.op_arguments import bound, in_order, rebind
-from lorafx.passes.match.match_convolutions import insert_conv_site, other_arithmetic
 from lorafx.passes.match.match_experts import insert_expert_sites
 from lorafx.passes.match.own_bias import check_addends, refuse_other_uses
 from lorafx.passes.match.result_origins import addends_of, depends_on, origin_of
-from lorafx.passes.match.unreached import replaced_sites
+from lorafx.program.derived import has_numbers, is_near
 from lorafx.program.frame import FrameInput, fake_value
+
+
+def replaced_sites(graph: fx.Graph, ctx: Context) -> Iterator[Refusal]:
+    """Refusals of sites that this graph seems to compute by something else than their weight.
+
+    No graph so far has used the site, and here a module that holds it runs with tensors of its own
+    in place of it. For a weight whose numbers cannot be read any matrix will do; otherwise it takes
+    an attribute or buffer with as many columns as the weight has inputs, since parameters of the
+    module's own are common. What an earlier graph has computed with the site (keys and values of
+    an encoder, kept for all decode steps) needs no second use.
+    """
+    frame, program = ctx.frame, ctx.program
+    own = [
+        (node, item.holder)
+        for node, item in frame.by_node.items()
+        if item.kind == "state" and item.holder is not None and _is_matrix(node)
+        if not item.holder.is_own_weight
+    ]
+    if not own:
+        return
+    identities, paths = _running(graph)
+    for site in program.sites:
+        if site.path in program.reached or site.eligible.kind != "linear":
+            continue
+        near = site.path.rpartition(".")[0]
+        parent = program.graph.at(near)
+        if parent is program.model:
+            runs = frame.begins_call
+        else:  # and not in part, as where its forward breaks into several graphs
+            runs = str(id(parent)) in identities or near in paths
+            runs = runs and id(parent) not in frame.callers
+        if not runs:
+            continue
+        readable = has_numbers(site)
+        for node, holder in own:
+            value = fake_value(node)
+            alike = not isinstance(holder.tensor, nn.Parameter) and site.in_features in value.shape
+            if is_near(str(holder), near) and (alike or not readable):
+                program.reached.add(site.path)
+                program.replaced.add(site.path)
+                yield Refusal(
+                    (site,),
+                    "always",
+                    f"nothing uses its weight, but {near or 'the model'} computes with "
+                    f"{holder}, which may have been made from it",
+                )
+                break
+
+
+def _is_matrix(node: fx.Node) -> bool:
+    value = fake_value(node)
+    return bool(node.users) and value.dim() > 1 and value.is_floating_point()
+
+
+def _running(graph: fx.Graph) -> tuple[set[str], set[str]]:
+    """Identities, as text, and paths of the modules whose forwards made the graph's nodes."""
+    stacks = (node.meta.get("nn_module_stack") or {} for node in graph.nodes)
+    entries = {(str(key).partition("@")[0], path) for s in stacks for key, (path, _) in s.items()}
+    return {name for name, _ in entries}, {plain_path(path) for _, path in entries}
+
+
+def other_arithmetic(site: Site, use: Use) -> Refusal | None:
+    """Why A cannot be convolved as this use convolves W, or None where it can.
+
+    PEFT's A has the module's stride and padding, and zeros around x, whatever the use has."""
+    module, call = convolution_of(site.module), bound(use.node)
+    if call["transposed"] or call["groups"] != module.groups:
+        reason = "its weight is used in a convolution of another kind than its own"
+    elif any(step != 1 for step in call["dilation"]):
+        reason = "its weight is used past its own call in a convolution with dilation"
+    elif module.padding_mode != "zeros":
+        reason = f"its weight is used past its own call, which has {module.padding_mode!r} padding"
+    else:
+        return None
+    return Refusal((site,), "always", reason)
+
+
+def insert_conv_site(graph: fx.Graph, ctx: Context, use: Use, values: Mapping[str, Any]) -> fx.Node:
+    """The site's op on what the use computes; `values` are the bank's arguments, y and rows."""
+    call = bound(use.node)
+    padding = call["padding"]
+    pads = [size for size in padding for _ in range(2)]
+    kernel = [int(size) for size in use.weight.meta["val"].shape[2:]]
+    window = {"kernel": kernel, "stride": call["stride"], "pads": pads}
+    arguments = in_order(CONV_OP, values, x=use.x, addend=None, **window)
+    return ctx.call(graph, CONV_OP, arguments)
+
 
 aten = torch.ops.aten
 

@@ -12,8 +12,8 @@ from tiny_models import FAMILIES
 from torch import nn
 
 import lorafx
+from lorafx.capture.dump import OPS, legend, plain_name
 from lorafx.capture.graph_text import users_line
-from lorafx.capture.legend import OPS, legend, plain_name
 from lorafx.capture.node_names import NodeFacts, Renamer, ShortPaths
 
 NAMES = ["a1", None, "a0", "a2"]

@@ -17,10 +17,9 @@ from served import SMALL
 
 from lorafx.errors import BatchError, CapacityError, ConfigError, UnknownAdapterError
 from lorafx.server.ray import RaySettings, build
-from lorafx.server.ray.counts import Counts
 from lorafx.server.ray.held_adapters import HeldAdapters
 from lorafx.server.ray.ingress import Answer
-from lorafx.server.ray.replica import Replica
+from lorafx.server.ray.replica import Counts, Replica
 
 
 def settings_of(files, **given: Any) -> RaySettings:

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lorafx.server.app import build_app
+from lorafx.server.generating import TextStreamer
 from lorafx.server.served_model import ServedModel
-from lorafx.server.streaming import TextStreamer
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 #: Letters, and bytes that begin characters of two and three bytes, or go on with them. Each is a

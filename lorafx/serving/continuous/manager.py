@@ -20,12 +20,12 @@ from lorafx.model.keywords import refuse_slips
 from lorafx.serving.alora import column_of, warn_absent
 from lorafx.serving.continuous import sampling
 from lorafx.serving.continuous.adapter_requests import AdapterRequest, Ticket, ticket_of
-from lorafx.serving.continuous.beside import BesideEngine
+from lorafx.serving.continuous.eager import BesideEngine
 from lorafx.serving.continuous.engine_config import OwnAttention, possible, served_config
 from lorafx.serving.continuous.engine_outputs import EngineOutputs
 from lorafx.serving.continuous.health import StepHealth, as_told, left
 from lorafx.serving.continuous.packed_call import PackedForward
-from lorafx.serving.continuous.pages import AdapterPages
+from lorafx.serving.continuous.pages import AdapterPages, Room
 from lorafx.serving.continuous.pairs import drop, paired, step_of
 from lorafx.serving.continuous.request_checks import (
     check_name,
@@ -33,7 +33,6 @@ from lorafx.serving.continuous.request_checks import (
     checked_prompt,
     checked_sampling,
 )
-from lorafx.serving.continuous.room import Room
 from lorafx.serving.continuous.scheduling import all_pinned
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lorafx.errors import LoweringError
 from lorafx.kernels.cpu import grouped_mm
 from lorafx.kernels.cpu.compiler import Isa, runnable_isas
-from lorafx.kernels.cpu.product_source import ProductSpec
+from lorafx.kernels.cpu.grouped_mm import ProductSpec
 
 K, N = 5, 3
 op = torch.ops.lorafx.grouped_mm
