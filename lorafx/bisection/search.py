@@ -19,8 +19,7 @@ from torch import Tensor
 from lorafx.adapter_store.names import BASE
 from lorafx.bisection.first_site import Run, beside, between, recorded
 from lorafx.bisection.lowered import CompiledParts
-from lorafx.bisection.outputs import Outputs, fresh
-from lorafx.bisection.reference import Reference, reference
+from lorafx.bisection.reference import Outputs, Reference, fresh, reference
 from lorafx.bisection.reproduction import write
 from lorafx.bisection.result import BatchKind, Bisection, FirstSite, StageError
 from lorafx.config import After
@@ -29,7 +28,7 @@ from lorafx.pass_order import CAPTURED, pipeline
 from lorafx.reports.writing import check_room, written_into
 from lorafx.serving.compiled import CompiledModel, compiled_of
 from lorafx.serving.example_inputs import named_inputs
-from lorafx.serving.staged_graphs import Stages, staged
+from lorafx.serving.replay import Replay, replayed
 
 MIXED: BatchKind = "mixed"
 ALONE: BatchKind = "one adapter at a time"
@@ -139,7 +138,7 @@ class _Search:
         names: list[str | None],
         tolerance: float | None,
     ) -> _Search:
-        want = reference(compiled, inputs, names, len(names))
+        want = reference(compiled, inputs, names)
         mixed = Outputs.by_row(names, want.outputs)
         if not mixed.leaves:
             raise BatchError(
@@ -159,7 +158,7 @@ class _Search:
             served = float("inf")
             notes.append(str(error))
         errors: list[StageError] = []
-        with staged(self.compiled) as stages:
+        with replayed(self.compiled) as stages:
             first, site = self._first(stages, errors)
             if first is None and served > self.tolerance:
                 lowering = self.compiled._session.program.options.lowering
@@ -182,7 +181,7 @@ class _Search:
         return Bisection(self.tolerance, merged, served, tuple(errors), first, site, tuple(notes))
 
     def _first(
-        self, stages: Stages, errors: list[StageError]
+        self, stages: Replay, errors: list[StageError]
     ) -> tuple[str | None, FirstSite | None]:
         """The first wrong stage and its site; `errors` gets those of all stages."""
         names = stages.names[stages.names.index(FIRST) :]
@@ -196,10 +195,10 @@ class _Search:
             return None, None
         return wrong, self._site(stages, wrong, names)
 
-    def _compiled_parts(self, stages: Stages) -> CompiledParts:
+    def _compiled_parts(self, stages: Replay) -> CompiledParts:
         """What the lowering makes of the graphs in which a layer's operators stand in the graph
         itself."""
-        parts = CompiledParts(stages.program_lowering, self.tolerance)
+        parts = CompiledParts(stages.lowering, self.tolerance)
         stages.current, stages.runner = stages.flat, parts.run
         try:
             self._call(self.names)
@@ -214,7 +213,7 @@ class _Search:
             )
         return parts
 
-    def _site(self, stages: Stages, wrong: str, names: Sequence[str]) -> FirstSite | None:
+    def _site(self, stages: Replay, wrong: str, names: Sequence[str]) -> FirstSite | None:
         batch = self._batch(wrong)
         adapters: list[list[str | None]] = [self.names]
         if batch == ALONE:
@@ -276,7 +275,7 @@ class _Search:
         result = fresh(self.compiled, self.inputs, adapter_names=list(names))
         return Outputs.of(result, len(names))
 
-    def _recorded(self, stages: Stages, name: str, asked: Sequence[str | None]) -> list[Run]:
+    def _recorded(self, stages: Replay, name: str, asked: Sequence[str | None]) -> list[Run]:
         runs: list[Run] = []
         stages.current, stages.runner = name, lambda stage, given: recorded(stage, given, runs)
         try:

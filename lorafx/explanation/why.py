@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import Size, Tensor, nn
@@ -16,13 +16,12 @@ from lorafx.adapter_store.places import Places, SavedMeaning, SiteLanding
 from lorafx.config import LoraConfig
 from lorafx.errors import ConfigError, LorafxError, nearest
 from lorafx.explanation.collecting import graph_report
-from lorafx.explanation.delta_norms import deltas_of
-from lorafx.explanation.measured_changes import Serve, change_of
+from lorafx.explanation.effects import Serve, change_of, deltas_of
 from lorafx.explanation.report import NodeReport, RefusalReport
 from lorafx.explanation.selection import Selection, registered, selection_of
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.sites import Site
-from lorafx.reports.writing import json_values
+from lorafx.reports.report import Report
 from lorafx.session.requests import LastCall
 from lorafx.session.session import Session
 
@@ -84,6 +83,18 @@ class InGraph:
     refusals: tuple[RefusalReport, ...]
     lora: bool
 
+    def lines(self, path: str) -> list[str]:
+        """As text, without the module's own `path`."""
+        if not self.lora:
+            return [f"{self.title}: for calls without adapters"]
+        lines = []
+        for node in self.nodes:
+            others = [other for other in node.sites if other != path]
+            form = f"{node.form} with {', '.join(others)}" if others else node.form
+            lines.append(f"{self.title}: {form}; {node.strategy}; {node.rows}")
+        lines += [f"{self.title}: refused ({item.when}): {item.reason}" for item in self.refusals]
+        return lines or [f"{self.title}: does not reach it"]
+
 
 @dataclass(frozen=True)
 class WhyAdapter:
@@ -108,9 +119,20 @@ class WhyAdapter:
     batch: str = ""
     notes: tuple[str, ...] = ()
 
+    def lines(self) -> list[str]:
+        lines = [f"adapter {self.name!r} from {self.source}:"]
+        lines += [f"  key {key}" for key in self.keys]
+        if self.norm is not None:
+            relative = self.relative_norm
+            of_weight = "" if relative is None else f", {relative:.3g} of that of W"
+            lines.append(f"  norm of ΔW {self.norm:.3g}{of_weight}")
+        if self.change is not None:
+            lines.append(f"  changes its output by {self.change:.3g} (relative norm, {self.batch})")
+        return lines + [f"  {note}" for note in self.notes]
+
 
 @dataclass(frozen=True)
-class Why:
+class Why(Report):
     """What became of one module.
 
     Attributes:
@@ -138,13 +160,19 @@ class Why:
     adapter: WhyAdapter | None = None
     graphs: tuple[InGraph, ...] = ()
 
-    def json(self) -> dict[str, Any]:
-        """The fields, of JSON's own types; null for what is no finite number."""
-        found: dict[str, Any] = json_values(asdict(self))
-        return found
+    @property
+    def heading(self) -> str:
+        state = f"a site, {self.sizes}" if self.selected else "carries no LoRA"
+        return f"{self.path or '(root)'}: {self.cls}, {state}"
 
-    def __str__(self) -> str:
-        return "\n  ".join(_lines(self))
+    def facts(self) -> list[str]:
+        lines = [f"{'selected' if self.selected else 'not selected'}: {self.rule}"]
+        lines += [f"asked for as {self.asked}"] if self.asked != self.path else []
+        lines += [f"also {', '.join(self.aliases)}"] if self.aliases else []
+        lines += [f"shares its bank with {', '.join(self.beside)}"] if self.beside else []
+        lines += [f"adapters that reach it: {', '.join(self.adapters)}"] if self.adapters else []
+        lines += [] if self.adapter is None else self.adapter.lines()
+        return lines + [line for graph in self.graphs for line in graph.lines(self.path)]
 
 
 def why(
@@ -294,48 +322,3 @@ def _relative(norm: float | None, weight: Tensor | None) -> float | None:
         return None
     whole = float(weight.detach().float().norm())
     return norm / whole if whole else None
-
-
-def _lines(why: Why) -> list[str]:
-    state = f"a site, {why.sizes}" if why.selected else "carries no LoRA"
-    lines = [f"{why.path or '(root)'}: {why.cls}, {state}"]
-    lines.append(f"{'selected' if why.selected else 'not selected'}: {why.rule}")
-    if why.asked != why.path:
-        lines.append(f"asked for as {why.asked}")
-    if why.aliases:
-        lines.append(f"also {', '.join(why.aliases)}")
-    if why.beside:
-        lines.append(f"shares its bank with {', '.join(why.beside)}")
-    if why.adapters:
-        lines.append(f"adapters that reach it: {', '.join(why.adapters)}")
-    if why.adapter is not None:
-        lines += _adapter_lines(why.adapter)
-    for graph in why.graphs:
-        lines += _graph_lines(graph, why.path)
-    return lines
-
-
-def _adapter_lines(adapter: WhyAdapter) -> list[str]:
-    lines = [f"adapter {adapter.name!r} from {adapter.source}:"]
-    lines += [f"  key {key}" for key in adapter.keys]
-    if adapter.norm is not None:
-        relative = adapter.relative_norm
-        of_weight = "" if relative is None else f", {relative:.3g} of that of W"
-        lines.append(f"  norm of ΔW {adapter.norm:.3g}{of_weight}")
-    if adapter.change is not None:
-        lines.append(
-            f"  changes its output by {adapter.change:.3g} (relative norm, {adapter.batch})"
-        )
-    return lines + [f"  {note}" for note in adapter.notes]
-
-
-def _graph_lines(graph: InGraph, path: str) -> list[str]:
-    if not graph.lora:
-        return [f"{graph.title}: for calls without adapters"]
-    lines = []
-    for node in graph.nodes:
-        others = [other for other in node.sites if other != path]
-        form = f"{node.form} with {', '.join(others)}" if others else node.form
-        lines.append(f"{graph.title}: {form}; {node.strategy}; {node.rows}")
-    lines += [f"{graph.title}: refused ({item.when}): {item.reason}" for item in graph.refusals]
-    return lines or [f"{graph.title}: does not reach it"]

@@ -22,9 +22,9 @@ from types import CodeType, ModuleType
 from typing import Any, cast
 
 from lorafx.capture.backend import Backend
-from lorafx.capture.dump import dump_folder
 from lorafx.capture.parts import Captured, Parts
-from lorafx.capture.record import GraphRecord
+from lorafx.capture.record import GraphRecord, Span
+from lorafx.capture.recorder import dump_folder
 from lorafx.capture.told import tell
 from lorafx.errors import LorafxWarning
 from lorafx.program.program import Program
@@ -57,7 +57,6 @@ from lorafx.torch_internals.saved_frames import (
     unique_id,
     wrap_guarded_code,
 )
-from lorafx.viewer.stages import Span
 
 _MODULE = "<module {}>"
 _MOST = 64  # files of one key that are looked at

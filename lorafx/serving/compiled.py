@@ -17,7 +17,7 @@ from lorafx.adapter_store.store import AdapterStore
 from lorafx.base_weights.merge import merged_of
 from lorafx.capture.backend import Backend
 from lorafx.errors import CaptureError, ConfigError
-from lorafx.explanation import write_beside_dumps
+from lorafx.explanation import Dumps
 from lorafx.interrupts import undisturbed
 from lorafx.model.attachment import Attachment
 from lorafx.model.hook_watch import hooks_of
@@ -37,6 +37,7 @@ from lorafx.serving.entry import Entry, entered
 from lorafx.serving.generation import by_itself, generate, nested_generates
 from lorafx.serving.habits import ELSEWHERE, Habits
 from lorafx.serving.look_methods import LookMethods
+from lorafx.serving.replay import MadeCall
 from lorafx.serving.warmup import warm_up
 from lorafx.serving.waves import call_in_waves, generate_in_waves
 from lorafx.session.requests import LastCall, Names, by_slots, check_prompts, checked_names
@@ -72,12 +73,13 @@ class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMe
         self._stand_for(program.model)
         self._attachment = attachment
         self._session = Session(program, store, Backend(program, entered), dynamic)
-        session = weakref.ref(self._session)
-        self._session.backend.recorded = partial(write_beside_dumps, session)
+        self._session.backend.recorded = Dumps(self._session)
         self._entries: dict[tuple[Any, ...], Entry] = {}
         self._by_themselves: dict[int, tuple[Entry, Callable[..., Any]]] = {}
-        # In a list: an attribute of a module takes a microsecond to set.
-        self._last_call: list[LastCall | None] = [None]
+        # In containers: an attribute of a module takes a microsecond to set.
+        self._last_calls: dict[str, MadeCall] = {}
+        #: Those that captured graphs.
+        self._capturing_calls: list[MadeCall] = []
         try:
             join(self._session)
         except BaseException:
@@ -144,8 +146,10 @@ class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMe
 
             return self._session.call(run, names, tokens=tokens, activated=by_token)
 
-        self._last_call[0] = LastCall.of(args, kwargs)
-        return refusing_backward(call_in_waves(self, call, args, kwargs, names, tokens))
+        asked = {"adapter_names": adapter_names, "adapter_slots": adapter_slots}
+        made = MadeCall("forward", LastCall.of(args, kwargs), asked)
+        run = partial(call_in_waves, self, call, args, kwargs, names, tokens)
+        return refusing_backward(self._noted(made, run))
 
     @untraced
     def generate(
@@ -181,7 +185,18 @@ class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMe
 
         names = checked_names(adapter_names)
         check_prompts(names, kwargs.get("input_ids", args[0] if args else kwargs.get(main)))
-        return generate_in_waves(self, call, args, kwargs, names)
+        made = MadeCall("generate", LastCall.of(args, kwargs), {"adapter_names": adapter_names})
+        return self._noted(made, partial(generate_in_waves, self, call, args, kwargs, names))
+
+    def _noted(self, made: MadeCall, run: Callable[[], Any]) -> Any:
+        """What `run` returns, which makes the call."""
+        records = self._session.backend.records
+        captured = len(records)
+        self._last_calls[made.method] = made
+        result = run()
+        if len(records) != captured:
+            self._capturing_calls.append(made)
+        return result
 
     def entry(
         self,

@@ -21,16 +21,17 @@ import torch
 from torch import fx
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from lorafx.capture.recorder import Stage
 from lorafx.errors import BatchError, ConfigError
 from lorafx.graph.expert_uses import is_grouped
 from lorafx.kernels.cpu.dense import DENSE_ADDMM, DENSE_MM
 from lorafx.model.sites import Site
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound, op_of
 from lorafx.passes.pack import ALIASES, VIEWS
+from lorafx.reports.prediction import stored_bytes
 from lorafx.reports.profile import Profile, ProfiledNode
-from lorafx.reports.stored_bytes import stored_bytes
 from lorafx.serving.example_inputs import named_inputs
-from lorafx.serving.staged_graphs import Stage, Staged, Stages, staged
+from lorafx.serving.replay import Replay, Staged, replayed
 from lorafx.torch_internals.operators import HigherOrderOperator, OpOverload
 
 aten = torch.ops.aten
@@ -70,14 +71,10 @@ def profiled(
     if not adapters:
         raise BatchError("no request of the batch has an adapter, so there is no delta to profile")
     served = _served(compiled, named, calls, serve)
-    with staged(compiled) as stages:
-        stages.current, earlier = stages.apart, len(compiled._session.backend.records)
+    with replayed(compiled) as stages:
+        stages.current = stages.apart
         graphs = _run(compiled, stages, named, names, calls)
-        states = {
-            state.site.path: state
-            for record in compiled._session.backend.records[earlier:]
-            for state in record.states
-        }
+        states = {state.site.path: state for record in stages.records for state in record.states}
         floors = _Floors(compiled, adapters)
         nodes: list[ProfiledNode] = []
         operators = 0.0
@@ -169,7 +166,7 @@ class _Labelled(fx.Interpreter):
 
 def _run(
     compiled: Staged,
-    stages: Stages,
+    stages: Replay,
     inputs: Mapping[str, Any],
     names: Sequence[str | None],
     calls: int,
@@ -218,7 +215,7 @@ def _nodes_of(stage: Stage) -> Iterator[tuple[tuple[str, ...], list[str], list[s
     product where one node does both."""
     claimed: set[fx.Node] = set()
     for node in stage.graph.graph.nodes:
-        paths = stage.sites.get(node.name)
+        paths = stage.paths(node)
         if not paths:
             continue
         base, delta = list[str](), list[str]()

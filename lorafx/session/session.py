@@ -93,7 +93,7 @@ class Session:
     ) -> None:
         self.program: Final = program
         self.store: Final = store
-        #: What compiles its graphs; another one inside of lorafx.serving.staged_graphs: by that.
+        #: What compiles its graphs; another one inside of lorafx.serving.replay: by that.
         self.backend = backend
         self.dynamic: Final = dynamic
         self.stand_ins: Final = StandIns()

@@ -10,11 +10,9 @@ import pytest
 from browser import MISSING, Browser, browser
 from dense_merge import Case
 from tiny_models import FAMILIES
-from viewed_graphs import HOSTILE, by_hand, deep
+from viewed_graphs import HOSTILE, by_hand, deep, write_page
 
 from lorafx.program.pass_report import PassReport
-from lorafx.viewer.page import write_page
-from lorafx.viewer.stages import GraphView
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
@@ -256,7 +254,7 @@ def test_of_5000_nodes_one_layer_is_open_at_first(window: Browser, tmp_path: Pat
 
 
 def test_a_graph_that_was_loaded_has_files_alone(window: Browser, tmp_path: Path) -> None:
-    loaded = GraphView("graph 1 lora", "loaded from the folder", [], facts=["saved elsewhere"])
+    loaded = {**by_hand(), "stages": [], "sources": {}, "facts": ["saved elsewhere"]}
     write_page(tmp_path, "Model", [by_hand(), loaded])
     window.open(tmp_path / "index.html", "#graph=0&tab=nodes")
     select = (
@@ -267,7 +265,7 @@ def test_a_graph_that_was_loaded_has_files_alone(window: Browser, tmp_path: Path
     window.wait("return viewer.state.graph === 1")
     assert window.run("return viewer.state.tab") == "files"
     assert text(window, "#file-text") == "saved elsewhere"
-    assert "an earlier process" in text(window, "#timeline")
+    assert "cannot be made again" in text(window, "#timeline")
     assert window.run("return document.querySelector('[data-tab=graph]').disabled")
     window.run(select, "0")
     window.wait("return viewer.state.graph === 0")

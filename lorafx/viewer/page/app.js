@@ -102,7 +102,7 @@ class Viewer {
     byId("view-model").children[index].scrollIntoView();
   }
 
-  /** A graph that was loaded from a folder of saved graphs has no stages, but files. */
+  /** A graph without stages has files. */
   noStages(none) {
     for (const name of OF_STAGES) document.querySelector(`[data-tab=${name}]`).disabled = none;
     if (!none) return;
@@ -110,7 +110,7 @@ class Viewer {
     byId("details").hidden = true;
     byId("filters").replaceChildren();
     byId("hits").textContent = "";
-    byId("timeline").textContent = "Nothing was traced for this graph: an earlier process compiled it.";
+    byId("timeline").textContent = "No stages: an earlier process compiled this graph, or the call that captured it cannot be made again.";
     this.state.tab = "files";
   }
 
