@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Size, Tensor, nn
 
@@ -26,18 +26,11 @@ from lorafx.session.requests import LastCall
 from lorafx.session.session import Session
 
 
-class Landed(NamedTuple):
-    """The keys of an adapter for one module, in PEFT's names with their shapes, and a note where
-    there are none."""
-
-    keys: tuple[str, ...]
-    note: str = ""
-
-
-def landed(
+def _landed(
     saved: Mapping[str, Size], model: nn.Module, sites: tuple[Site, ...], found: Selection
-) -> Landed:
-    """Those of the keys of an adapter, in PEFT's names, that are for what was found."""
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of the keys of an adapter, in PEFT's names, those that are for what was found, with their
+    shapes; and a note where there are none."""
     places = Places(sites, model)
     keys: list[str] = []
     modules: dict[str, None] = {}
@@ -48,9 +41,9 @@ def landed(
         if _means(places.meaning(path), found):
             keys.append(f"{key} {tuple(shape)}")
     if keys:
-        return Landed(tuple(keys))
+        return tuple(keys), ()
     near = nearest(found.path, modules)
-    return Landed((), f"none of its {len(saved)} keys is for this module{near}")
+    return (), (f"none of its {len(saved)} keys is for this module{near}",)
 
 
 def _means(meaning: SavedMeaning, found: Selection) -> bool:
@@ -59,12 +52,14 @@ def _means(meaning: SavedMeaning, found: Selection) -> bool:
             site is found.site and found.part in (None, part) for site, part in meaning.places
         )
     if isinstance(meaning, ExpertPlace):
-        if meaning.experts.module is not found.module:
-            return False
-        site = found.site
-        one = meaning.weight if site is not None else None
-        return one is None or site is None or site.expert_weight == one
+        weight = None if found.site is None else found.site.expert_weight
+        whole = found.site is None or meaning.weight is None
+        return meaning.experts.module is found.module and (whole or weight == meaning.weight)
     return meaning is found.module
+
+
+#: Arguments of a call.
+Call = tuple[Sequence[Any], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -118,6 +113,9 @@ class WhyAdapter:
     change: float | None = None
     batch: str = ""
     notes: tuple[str, ...] = ()
+
+    def noting(self, note: str) -> WhyAdapter:
+        return replace(self, notes=(*self.notes, note))
 
     def lines(self) -> list[str]:
         lines = [f"adapter {self.name!r} from {self.source}:"]
@@ -179,7 +177,7 @@ def why(
     session: Session,
     path: str,
     adapter: str | None,
-    call: tuple[Sequence[Any], Mapping[str, Any]] | None,
+    call: Call | None,
     last: LastCall | None,
     serve: Serve,
 ) -> Why:
@@ -237,12 +235,11 @@ def why_before(
     """
     found = selection_of(ModuleGraph.of(model), config, sites, path)
     made = _described(path, found)
-    told = []
+    answers = []
     for name, source in adapters.items():
-        keys, note = landed(_keys_at(source, model), model, sites, found)
-        notes = (note,) if note else ()
-        told.append(replace(made, adapter=WhyAdapter(name, str(source), keys, notes=notes)))
-    return told or [made]
+        keys, notes = _landed(_keys_at(source, model), model, sites, found)
+        answers.append(replace(made, adapter=WhyAdapter(name, str(source), keys, notes=notes)))
+    return answers or [made]
 
 
 def _described(asked: str, found: Selection) -> Why:
@@ -266,49 +263,44 @@ def _adapter(
     session: Session,
     found: Selection,
     name: str,
-    call: tuple[Sequence[Any], Mapping[str, Any]] | None,
+    call: Call | None,
     last: LastCall | None,
     serve: Serve,
 ) -> WhyAdapter:
     program, stored, site = session.program, session.store[name], found.site
-    keys, notes = Landed(()), []
+    keys: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     try:
         origin, model = stored.origin, program.model
         saved = stored.keys if origin is None else _keys_at(origin.source, model)
-        keys = landed(saved, model, program.sites, found)
+        keys, notes = _landed(saved, model, program.sites, found)
     except LorafxError as error:  # its files have changed
-        notes.append(f"its keys cannot be read: {error}")
-    notes += [keys.note] if keys.note else []
-    made = WhyAdapter(name, stored.source, keys.keys)
+        notes = (f"its keys cannot be read: {error}",)
+    made = WhyAdapter(name, stored.source, keys, notes=notes)
     if site is None or site.path not in stored.sites:
-        return replace(made, notes=tuple(notes))
+        return made
     deltas = deltas_of(stored, program.groups)
     if deltas is not None:
         norm = deltas.norms.get(site.path)
         made = replace(made, norm=norm, relative_norm=_relative(norm, program.weight_of(site)))
         if site.path in deltas.idle:
-            notes.append(f"no effect, because {deltas.idle[site.path]}")
-    arguments = call
-    if arguments is None and last is not None:
-        arguments = last.arguments()
+            made = made.noting(f"no effect, because {deltas.idle[site.path]}")
+    arguments = call if call is not None or last is None else last.arguments()
     if arguments is None:
-        notes.append(
+        return made.noting(
             "its change was not measured: the last batch is gone, or there was none; "
             "why(..., inputs={...}) measures it"
         )
-        return replace(made, notes=tuple(notes))
     try:
         change = change_of(serve, site, name, *arguments)
     except LorafxError as error:
         if call is not None:
             raise
-        change = None
-        notes.append(f"its change was not measured: {error}")
-    else:
-        if change is None:
-            notes.append("its change was not measured: the model does not call this module")
-    batch = "" if change is None else "the last batch" if call is None else "the given inputs"
-    return replace(made, change=change, batch=batch, notes=tuple(notes))
+        return made.noting(f"its change was not measured: {error}")
+    if change is None:
+        return made.noting("its change was not measured: the model does not call this module")
+    batch = "the last batch" if call is None else "the given inputs"
+    return replace(made, change=change, batch=batch)
 
 
 def _keys_at(source: Any, model: nn.Module) -> dict[str, Size]:

@@ -41,9 +41,7 @@ DISTINCT = (1, 8, 32)
 #: By number of distinct adapters.
 Floors = tuple[tuple[int, float | None], ...]
 
-NoteKind = Literal[
-    "refused", "device", "packs", "training", "not selected", "alias", "tied", "capacity"
-]
+NoteKind = Literal["refused", "packs", "training", "not selected", "alias", "tied", "capacity"]
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,6 @@ class Totals:
     Attributes:
         model_bytes: of all parameters, each storage once.
         weight_bytes: of the sites' base weights.
-        bank_bytes: of all banks, which are on the device from the start.
         adapter_bytes: of the factors of one adapter of the largest rank on all sites.
         floors: as of a pack, over the sites alone, not over the whole model.
     """
@@ -156,7 +153,6 @@ class Prediction(Report):
         model: class of the model.
         slots, max_rank, slot_rank: of the banks.
         room: what the banks have room for beside factors, and no floor includes.
-        sites, packs: by the order of the model.
     """
 
     model: str
@@ -486,11 +482,6 @@ def notes_of(
         unknown: why it is not known which siblings share an input; "" where it is.
     """
     found = [Note("refused", (), text) for text in warned]
-    devices = dict.fromkeys(site.device for site in sites if site.device.type != "meta")
-    if len(devices) > 1:
-        where = ", ".join(map(str, devices))
-        text = f"the sites lie on {where}; lorafx serves models on one device"
-        found.append(Note("device", (), text))
     if unknown:
         text = (
             "packs hold all siblings of one input size, which may be more than share an input: "

@@ -27,6 +27,9 @@ from lorafx.serving.entry import Entry, entered
 from lorafx.session.requests import LastCall
 from lorafx.session.session import Session
 
+#: Runs a stage on its inputs.
+Runner = Callable[[Stage, Sequence[Any]], Any]
+
 
 class Staged(Protocol):
     """A model whose calls are made by entries: a `CompiledModel`, or what stands for one."""
@@ -52,7 +55,6 @@ class Replay:
         lowering: the program's own.
         names: of the stages, in their order.
         current: which stage runs.
-        runner: runs a stage on its inputs in another way than as it is.
     """
 
     def __init__(self, session: Session) -> None:
@@ -60,7 +62,7 @@ class Replay:
         self.lowering = lowering_for(options)
         self.names = (CAPTURED, *(item.name for item in pipeline(options).graph))
         self.current = self.names[-1]
-        self.runner: Callable[[Stage, Sequence[Any]], Any] | None = None
+        self._runner: Runner = lambda stage, given: stage.graph(*given)
         self.backend = Backend(session.program, entered)
         self.backend.lowering = _Replayed(self.lowering)
         self.backend.replay = self._running
@@ -72,6 +74,16 @@ class Replay:
     def records(self) -> list[GraphRecord]:
         """The graphs that were captured, with their stages."""
         return self.backend.records[self._earlier :]
+
+    @contextmanager
+    def running(self, name: str, runner: Runner) -> Iterator[None]:
+        """Inside, the stage of that name runs, by `runner`."""
+        before = self.current, self._runner
+        self.current, self._runner = name, runner
+        try:
+            yield
+        finally:
+            self.current, self._runner = before
 
     @property
     def flat(self) -> str:
@@ -91,8 +103,7 @@ class Replay:
 
         def run(arguments: list[Any]) -> Any:
             stage = stages[self.current]
-            given = arguments[: stage.input_count]
-            return stage.graph(*given) if self.runner is None else self.runner(stage, given)
+            return self._runner(stage, arguments[: stage.input_count])
 
         return run
 
