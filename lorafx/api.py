@@ -26,7 +26,7 @@ from lorafx.reports.profile import Profile
 from lorafx.saved_graphs.folder import folder_of
 from lorafx.serving.compiled import CompiledModel, compiled_of, refuse_compiled, refuse_other
 from lorafx.serving.example_inputs import as_call, derived_example, given_examples
-from lorafx.serving.habits import refuse_arguments
+from lorafx.serving.names import refuse_arguments
 from lorafx.torch_compile.attach_model import attach as attach
 from lorafx.torch_compile.attached import marked_session, session_of
 from lorafx.torch_compile.looking import profile_attached, why_attached
