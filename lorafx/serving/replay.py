@@ -125,14 +125,14 @@ def replayed(compiled: Staged) -> Iterator[Replay]:
     session = compiled._session
     program = session.program
     with session.lock:
-        before = session.backend, compiled._entries, program.options, session.capturing
+        before = session.backend, compiled._entries, program.options
         replay = Replay(session)
         try:
             program.options = replace(program.options, verify="lint", cache=None, dump=None)
-            session.backend, compiled._entries, session.capturing = replay.backend, {}, True
+            session.backend, compiled._entries = replay.backend, {}
             yield replay
         finally:
-            session.backend, compiled._entries, program.options, session.capturing = before
+            session.backend, compiled._entries, program.options = before
 
 
 class MadeCall(NamedTuple):
