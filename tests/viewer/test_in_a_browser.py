@@ -85,19 +85,6 @@ def test_it_opens_on_a_site(window: Browser, page: Path) -> None:
     assert window.run("return viewer.selected.node.name") == name
 
 
-@pytest.mark.slow
-def test_a_graph_says_in_words_why_there_is_one(
-    window: Browser, shallow: Case, tmp_path: Path
-) -> None:
-    cm = shallow.compile(options={"lowering": "reference"})
-    ids = FAMILIES["llama"].inputs(2, 4)["input_ids"]
-    for more in ({}, {"labels": ids}):
-        cm(input_ids=ids, adapter_names=["a0", None], **more)
-    window.open(cm.dump(tmp_path) / "index.html")
-    titles = window.run("return [...document.getElementById('graph').options].map((e) => e.text)")
-    assert titles == ["graph 0 lora: first call", "graph 1 lora: new: labels given"]
-
-
 def test_filters_and_search(window: Browser, page: Path) -> None:
     window.open(page, "#graph=0&stage=fuse&tab=nodes")
     everything = window.run("return viewer.found.length")
