@@ -160,14 +160,9 @@ class LookMethods:
 
     def _with_stages(self) -> list[GraphRecord]:
         """The records of the graphs, with the stages of those whose calls can be made again."""
-        made, last = list(self._capturing_calls), dict(self._last_calls)
         records = self._session.backend.records
-        try:
-            calls = [*made, *last.values()] if records else []
-            again = captured_again(cast("CompiledModel", self), calls)
-        finally:
-            self._capturing_calls[:] = made
-            self._last_calls.update(last)
+        calls = [*self._capturing_calls, *self._last_calls.values()] if records else []
+        again = captured_again(cast("CompiledModel", self), calls)
         found = []
         for record in records:
             alike = (
