@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorafx.cli.output import AsJson, lines, show_json, table
+from lorafx.cli.options import AdapterArgument, AsJson, show_json, show_table
 
 DialectOption = Annotated[
     str | None, typer.Option(help="peft, diffusers, kohya, mlx or loralib; told by the keys.")
@@ -16,7 +16,8 @@ DialectOption = Annotated[
 Config = Annotated[
     Path | None, typer.Option(help="JSON file of the configuration, where none lies beside it.")
 ]
-AdapterArgument = Annotated[str, typer.Argument(help="A folder, a file, or a name on the hub.")]
+
+_SIZES = ("in", "out", "rank")
 
 
 def inspect(
@@ -39,8 +40,9 @@ def inspect(
 
     source = AdapterSource(adapter, _fields(config), dialect)
     found = inspected(source)
-    if not found.refusal and model is not None:
-        _check_on(model, source)
+    fits = model is not None and not found.refusal
+    if fits:
+        _check_on(str(model), source)
     if as_json:
         show_json(asdict(found))
     else:
@@ -53,15 +55,12 @@ def inspect(
             for row in found.modules
         ]
         if rows:
-            table(adapter, ("module", *_SIZES, "scale"), rows)
-        lines(found.lines())
-        if not found.refusal and model is not None:
+            show_table(adapter, ("module", *_SIZES, "scale"), rows)
+        print(*found.lines(), sep="\n")
+        if fits:
             print(f"nothing is refused on {model}")
     if found.refusal:
         raise typer.Exit(1)
-
-
-_SIZES = ("in", "out", "rank")
 
 
 def _check_on(model: str, source: Any) -> None:

@@ -80,11 +80,11 @@ def adapters_in(folders: Sequence[str]) -> dict[str, str]:
         inside = sorted(filter(is_adapter, path.iterdir())) if several else [path]
         if not inside:
             raise ConfigError(f"{given} holds no adapter, and no folder of one")
-        for one in inside:
-            name = one.stem if one.is_file() else one.name
+        for adapter in inside:
+            name = adapter.stem if adapter.is_file() else adapter.name
             if name in found:
-                raise ConfigError(f"two adapters are called {name!r}: {found[name]} and {one}")
-            found[name] = given if one is path else str(one)
+                raise ConfigError(f"two adapters are called {name!r}: {found[name]} and {adapter}")
+            found[name] = given if adapter is path else str(adapter)
     return found
 
 
@@ -102,8 +102,7 @@ def _readable(model: str) -> Iterator[None]:
 
 
 def _config(model: str) -> Any:
-    """transformers' configuration; diffusers', which is a dict, for a folder of one of its
-    models."""
+    """transformers' configuration; a dict for the folder of a model of diffusers."""
     file = Path(model) / "config.json"
     if file.is_file():
         fields = json.loads(file.read_text())
@@ -115,7 +114,6 @@ def _config(model: str) -> Any:
 
 
 def _transformers_class(config: Any) -> Any:
-    """The class that the model was saved by."""
     import transformers
 
     for name in config.architectures or ():

@@ -80,24 +80,25 @@ class PromptRows:
         Raises:
             BatchError: what a row is computed from says nothing of its prompt, or names several.
         """
-        found = untracked(lambda _: self._labels(values, count))
-        known = self._unified(found)
+        labels = untracked(lambda _: self._labels(values, count))
+        known = self._unified(labels)
         prompts = [
-            {known.get(label, label) for label in own} & set(range(self.prompts)) for own in found
+            {known.get(label, label) for label in of_row} & set(range(self.prompts))
+            for of_row in labels
         ]
-        lost = [row for row, own in enumerate(prompts) if len(own) != 1]
+        lost = [row for row, of_row in enumerate(prompts) if len(of_row) != 1]
         if lost:
             several = any(prompts[row] for row in lost)
+            why = "its arguments name several prompts for" if several else "nothing says whose are"
             raise BatchError(
-                f"{what} is called with {count} rows for {self.prompts} prompts, and "
-                f"{'its arguments name several prompts' if several else 'nothing says whose'} "
-                f"{'for' if several else 'are'} row {', '.join(map(str, lost[:4]))}. Prompts with "
+                f"{what} is called with {count} rows for {self.prompts} prompts, and {why} row "
+                f"{', '.join(map(str, lost[:4]))}. Prompts with "
                 "different adapters need embeddings that come from the pipeline's text encoders "
                 "or are given per prompt; call the pipeline once for each adapter otherwise"
             )
         untracked(lambda _: self._memory.rename(known))
         self._begun = True
-        return tuple(own.pop() for own in prompts)
+        return tuple(of_row.pop() for of_row in prompts)
 
     def _say(self, value: Any, owners: tuple[int, ...]) -> None:
         for tensor in tensor_leaves(value):
@@ -109,8 +110,8 @@ class PromptRows:
         found: list[set[int]] = [set() for _ in range(count)]
         for tensor in tensor_leaves(values):
             if tensor.dim() and tensor.shape[0] == count:
-                for own, label in zip(found, self._by_row(tensor), strict=True):
-                    own |= {label} - {NOBODY}
+                for of_row, label in zip(found, self._by_row(tensor), strict=True):
+                    of_row |= {label} - {NOBODY}
         return found
 
     def _by_row(self, tensor: Tensor) -> Sequence[int]:
@@ -125,17 +126,17 @@ class PromptRows:
             cells = held.cells.expand(tensor.shape).reshape(rows, -1)
             most = cells.amax(1)
             least = cells.masked_fill(cells == NOBODY, MOST_REQUESTS).amin(1)
-            one: list[int] = torch.where(least == most, most, NOBODY).tolist()
-            return one
+            labels: list[int] = torch.where(least == most, most, NOBODY).tolist()
+            return labels
         return [NOBODY] * rows
 
     def _unified(self, found: Sequence[set[int]]) -> dict[int, int]:
         """Labels of noise -> the prompt of the rows that have it; NOBODY where it is several
         prompts', which may begin with the same noise."""
         users: dict[int, set[int]] = {}
-        for own in found:
-            prompts = {label for label in own if label < self.prompts}
-            for label in own - prompts:
+        for of_row in found:
+            prompts = {label for label in of_row if label < self.prompts}
+            for label in of_row - prompts:
                 users.setdefault(label, set()).update(prompts)
         return {
             label: next(iter(prompts)) if len(prompts) == 1 else NOBODY
