@@ -13,12 +13,8 @@ from lorafx.server.settings import UNPRINTABLE
 
 
 class AdapterLoading:
-    """What /v1/load_lora_adapter and /v1/unload_lora_adapter do.
-
-    Args:
-        served: the model.
-        root: the folder in which adapters may lie; None: nothing is loaded or unloaded.
-    """
+    """What /v1/load_lora_adapter and /v1/unload_lora_adapter do. Adapters lie in `root`; without it
+    nothing is loaded or unloaded."""
 
     def __init__(self, served: ServedModel, root: Path | None) -> None:
         self._served = served
@@ -33,17 +29,15 @@ class AdapterLoading:
         """
         root = self._allowed()
         name, path = _text(body, "lora_name"), _text(body, "lora_path")
-        if not name.isprintable():
-            raise RequestError(400, f"`lora_name` {UNPRINTABLE}; got {name!r}", param="lora_name")
         compiled = self._served.compiled
+        if not name.isprintable():
+            raise _bad_name(f"`lora_name` {UNPRINTABLE}; got {name!r}")
         if name == BASE:
-            raise RequestError(400, f"{BASE!r} is the base model", param="lora_name")
+            raise _bad_name(f"{BASE!r} is the base model")
         if name in compiled.adapters and body.get("load_inplace") is not True:
-            raise RequestError(
-                400,
+            raise _bad_name(
                 f"an adapter {name!r} is loaded; unload it first, or send "
-                '"load_inplace": true to replace it',
-                param="lora_name",
+                '"load_inplace": true to replace it'
             )
         folder = _inside(root, path)
         try:
@@ -76,6 +70,10 @@ class AdapterLoading:
                 "`lorafx serve --allow-runtime-loading` does",
             )
         return self._root
+
+
+def _bad_name(message: str) -> RequestError:
+    return RequestError(400, message, param="lora_name")
 
 
 def _text(body: dict[str, Any], field: str) -> str:

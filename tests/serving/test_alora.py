@@ -11,7 +11,7 @@ import torch
 from alora_cases import FIXED, TARGETS, Served, inputs_of, one
 from dense_merge import REFERENCE, TOLERANCE, error
 from torch import Tensor, nn
-from transformers import DynamicCache, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import DynamicCache
 
 import lorafx
 from lorafx import BatchError, ConfigError, LorafxWarning
@@ -81,29 +81,6 @@ def test_a_row_is_its_adapter_from_the_invocation_on_and_the_base_before(served,
         if at is not None:
             seen[:at] = False
             assert error(want[seen], base[seen]) > 100 * TOLERANCE
-
-
-def test_new_mixes_and_lengths_compile_nothing(llama) -> None:
-    cm = llama.cm
-    inputs = inputs_of(6, 9)
-    begun(inputs)
-    cm(**inputs, adapter_names=list(MIX))
-    graphs = cm.recompiles
-    for names, length in ((["y"] * 4, 7), (["x", None], 6), (["plain", "x", "x"], 8)):
-        inputs = inputs_of(len(names), length)
-        inputs["input_ids"][0, 3] = 7
-        got = cm(**inputs, adapter_names=names).logits
-        want = llama.alone(names[0], **one(inputs, 0))
-        assert error(got[:1], want) <= TOLERANCE
-    assert cm.recompiles == graphs
-
-
-def test_one_request(llama) -> None:
-    inputs = inputs_of(1, 8)
-    inputs["input_ids"][0, 2:4] = torch.tensor([5, 6])
-    for name in ("x", "y"):
-        got = llama.cm(**inputs, adapter_names=[name]).logits
-        assert error(got, llama.alone(name, **inputs)) <= TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -176,22 +153,6 @@ def test_beams_keep_their_request_s_beginning(llama) -> None:
         with tuner._enable_peft_forward_hooks(alora_offsets=[offset] * 3):
             want = tuner.generate(**one(inputs, row), **fixed)
         assert torch.equal(got[2 * row : 2 * row + 2], want)
-
-
-def test_the_default_adapter(llama) -> None:
-    inputs = inputs_of(2, 7)
-    inputs["input_ids"][:, 3] = 7
-    llama.cm.set_adapter("y")
-    try:
-        got = llama.cm(**inputs).logits
-        sequences = llama.cm.generate(**inputs, **FIXED).sequences
-    finally:
-        llama.cm.set_adapter(None)
-    for row in range(2):
-        own = one(inputs, row)
-        seen = own["attention_mask"][0].bool()
-        assert error(got[row][seen], llama.alone("y", **own)[0][seen]) <= TOLERANCE
-        assert torch.equal(sequences[row], llama.generated("y", **own).sequences[0])
 
 
 def test_a_cache_of_the_caller_s(llama) -> None:
@@ -341,21 +302,3 @@ def test_other_methods_and_rows_that_are_no_tokens(tmp_path) -> None:
     with pytest.raises(ProvenanceError, match="head"):
         cm(input_ids=ids, adapter_names=["head", None])
     cm(input_ids=ids, adapter_names=["body", None])
-
-
-@pytest.mark.usefixtures("fixed_sizes")
-def test_behind_routed_experts_it_is_refused(tmp_path) -> None:
-    """Dispatch sorts the tokens, and which is which is not proved behind it."""
-    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61}
-    experts = {"moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2}
-    config = Qwen3MoeConfig(**sizes, **experts, num_key_value_heads=2, head_dim=10)
-    torch.manual_seed(0)
-    base = Qwen3MoeForCausalLM(config).eval()
-    targets = [path for path, _ in base.named_modules() if path.endswith(("q_proj", "v_proj"))]
-    plan = {"task_type": "CAUSAL_LM", "alora_invocation_tokens": [7]}
-    folder = oracle.save_adapter(base, tmp_path / "y", rank=2, targets=targets, gain=4, **plan)
-    cm = lorafx.compile(copy.deepcopy(base), {"y": folder}, options=REFERENCE)
-    ids = torch.randint(8, 61, (2, 6))
-    ids[0, 3] = 7
-    with pytest.raises(ProvenanceError, match=r"layers\.1\.self_attn\.q_proj"):
-        cm(input_ids=ids, adapter_names=["y", None])
