@@ -37,12 +37,13 @@ def inspect(
     """
     from lorafx.adapter_store.inspecting import inspected
     from lorafx.adapter_store.saved import AdapterSource
+    from lorafx.cli.models import on_meta, read_for
 
     source = AdapterSource(adapter, _fields(config), dialect)
     found = inspected(source)
     fits = model is not None and not found.refusal
     if fits:
-        _check_on(str(model), source)
+        read_for(on_meta(str(model)), "adapter", source)
     if as_json:
         show_json(asdict(found))
     else:
@@ -61,19 +62,6 @@ def inspect(
             print(f"nothing is refused on {model}")
     if found.refusal:
         raise typer.Exit(1)
-
-
-def _check_on(model: str, source: Any) -> None:
-    """Read an adapter for MODEL, without its weights."""
-    from lorafx.adapter_store.peft_reader import read_adapter
-    from lorafx.cli.models import on_meta
-    from lorafx.prepare.configuration import request_of
-    from lorafx.prepare.marking import build_sites
-
-    module = on_meta(model)
-    config = request_of({"adapter": source}, {}, module).config
-    _, sites = build_sites(module, config)
-    read_adapter(source, "adapter", sites, model=module, lora_config=config)
 
 
 def _fields(config: Path | None) -> dict[str, Any] | None:

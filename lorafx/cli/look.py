@@ -97,25 +97,13 @@ def explain(
 
 
 def _fit(module: Any, name: str, source: str, target: Any, max_rank: int | None) -> Fit:
-    from lorafx.adapter_store.peft_reader import read_adapter
-    from lorafx.config import LoraConfig
+    from lorafx.cli.models import read_for
     from lorafx.errors import LorafxError, LorafxWarning
-    from lorafx.prepare.configuration import request_of
-    from lorafx.prepare.marking import build_sites
 
     try:
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always", LorafxWarning)
-            request = request_of(LoraConfig(target_modules=target), {name: source}, module)
-            _, sites = build_sites(module, request.config)
-            found = read_adapter(
-                request.adapters[name],
-                name,
-                sites,
-                model=module,
-                lora_config=request.config,
-                max_rank=max_rank,
-            )
+            found = read_for(module, name, source, target, max_rank)
     except LorafxError as error:
         return Fit(name, False, problem=error.spelled(as_option))
     notes = [str(note.message) for note in seen if issubclass(note.category, LorafxWarning)]

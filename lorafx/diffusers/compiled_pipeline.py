@@ -3,9 +3,8 @@
     cp = lorafx.compile_pipeline(pipe, {"ink": "loras/ink", "clay": "loras/clay.safetensors"})
     cp(prompt=[...], adapter_names=["ink", {"ink": 0.5, "clay": 1.0}, None])
 
-The pipeline's own `__call__` runs. While it does, the forwards of its models are the compiled ones,
-as in transformers' `generate` (lorafx.serving.generation); the models stay what and where they are.
-Which prompt each of their rows belongs to: lorafx.diffusers.prompt_rows.
+The pipeline's own `__call__` runs, with the compiled forwards of its models, which stay what and
+where they are. Which prompt each of their rows belongs to: lorafx.diffusers.prompt_rows.
 """
 
 from __future__ import annotations
@@ -119,13 +118,9 @@ _BY_PROMPT = {"adapter_names": 'adapter_names=["ink", None, ...], one name or No
 
 
 class CompiledPipeline:
-    """A pipeline that serves its base and many adapters in one batch.
-
-    Attributes:
-        pipe: the pipeline that was given; attributes that this object lacks are looked up there.
-        models: the compiled models by their names in the pipeline. Adapters that are loaded into
-            one of them alone count there alone.
-    """
+    """A pipeline that serves its base and many adapters in one batch. Attributes that it lacks are
+    those of `pipe`, the pipeline that was given; `models` are the compiled ones by their names
+    there. Adapters that are loaded into one of them alone count there alone."""
 
     def __init__(self, pipe: Any, models: Mapping[str, CompiledModel]) -> None:
         self.pipe = pipe
@@ -145,7 +140,6 @@ class CompiledPipeline:
             adapter_names: one name per prompt; None or "__base__" is the base,
                 {"ink": 0.7, "clay": 0.3} a sum of adapters or one at another scale. Without it all
                 images have the adapter that was active when the pipeline was compiled, or none.
-            *args, **kwargs: of the pipeline's own call.
 
         Raises:
             ConfigError: `adapter_names` is not a list of names, or diffusers is told to scale
@@ -292,7 +286,7 @@ def _by_component(config: Any, models: Mapping[str, nn.Module]) -> dict[str, Lor
 
 
 def _room_for(sources: Mapping[str, Any], model: nn.Module) -> LoraConfig:
-    """What these adapters need, and sums of two."""
+    """What these adapters need, and sums of two of them."""
     config = request_of(None, sources, model).config
     return replace(config, max_rank=2 * config.max_rank) if len(sources) > 1 else config
 
@@ -317,8 +311,8 @@ def _bound(pipe: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping
 
 
 def _for_each_prompt(arguments: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """The arguments, with one text of what is to be avoided given for each prompt. Some pipelines
-    encode it once, for rows of all adapters."""
+    """The arguments with a negative prompt for each prompt: some pipelines encode one text once,
+    for rows of all adapters."""
     return {
         name: [value] * count if "negative_prompt" in name and isinstance(value, str) else value
         for name, value in arguments.items()
@@ -326,7 +320,6 @@ def _for_each_prompt(arguments: Mapping[str, Any], count: int) -> dict[str, Any]
 
 
 def _check_prompts(arguments: Mapping[str, Any], count: int) -> None:
-    """Raise BatchError where the call has another number of prompts than there are names."""
     for name, value in arguments.items():
         if name == "prompt" and isinstance(value, str):
             given = 1
@@ -389,7 +382,6 @@ def _call(
 
 
 def _observed(forward: Callable[..., Any], rows: PromptRows, *args: Any, **kwargs: Any) -> Any:
-    """The forward of an encoder that carries no LoRA."""
     result = untracked(lambda _: forward(*args, **kwargs))
     rows.of_prompts(result)
     return result

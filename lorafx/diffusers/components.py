@@ -26,12 +26,7 @@ from lorafx.errors import CaptureError, CheckpointError, ConfigError, LorafxWarn
 
 def loadable(pipe: Any, components: Iterable[str] | None) -> dict[str, nn.Module]:
     """The models of `pipe` that carry LoRA, by name: `components`, else those that diffusers itself
-    loads adapters into.
-
-    Raises:
-        ConfigError: it is no pipeline of diffusers, or has no such models.
-        CaptureError: one of them is moved between devices by hooks.
-    """
+    loads adapters into. Raises as `compile_pipeline`."""
     if not isinstance(getattr(pipe, "components", None), Mapping) or isinstance(pipe, nn.Module):
         raise ConfigError(
             f"{type(pipe).__name__} is no pipeline of diffusers, which has `components`; compile "
@@ -82,12 +77,8 @@ def loads_adapters(pipeline: type, method: str) -> bool:
 
 def parts_of(source: Any, pipe: Any, models: Mapping[str, nn.Module]) -> dict[str, AdapterSource]:
     """The part of an adapter that is for each of `models`, of one reading of its files. Warns where
-    it has one for a model that the pipeline was loaded without.
-
-    Raises:
-        CheckpointError: it cannot be read, or has a part for a model of the pipeline that is not
-            compiled, or that the pipeline does not have.
-    """
+    it has one for a model that the pipeline was loaded without; raises CheckpointError where it has
+    one for a model that is not compiled, or that the pipeline does not have."""
     given = source if isinstance(source, AdapterSource) else AdapterSource(source)
     origin, saved = Origin.of(given), opened(given)
     whole = OpenedSource(**vars(given), saved=saved, origin=origin)

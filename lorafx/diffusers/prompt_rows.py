@@ -4,12 +4,11 @@
     noise[i]                    a label of its own, until the denoiser is called with it
     cat, repeat, view, chunk    whatever the pipeline does with them is followed, element by element
 
-A pipeline repeats prompts, puts rows without a prompt in front of those with one, and cuts and
-joins what the denoiser returns. None of this is taken from a table of pipelines: the operators that
-run in Python are seen (`lorafx/capture/tracking.py`), and the labels of what they return are kept
-by memory (`lorafx/ownership/memory.py`). A row of the denoiser is the prompt's whose embeddings it
-has. A row whose embeddings are nobody's (zeros, for an empty prompt) is the prompt's with whose
-other row it shares the noise. What neither says is refused.
+No table of pipelines says so: the operators that run in Python are seen
+(`lorafx/capture/tracking.py`), and the labels of what they return are kept by memory
+(`lorafx/ownership/memory.py`). A row of the denoiser is the prompt's whose embeddings it has. A row
+whose embeddings are nobody's (zeros, for an empty prompt) is the prompt's with whose other row it
+shares the noise. What neither says is refused.
 """
 
 from __future__ import annotations
@@ -32,10 +31,8 @@ T = TypeVar("T")
 
 
 class PromptRows:
-    """The labels of one call of a pipeline for `prompts` prompts.
-
-    Labels below `prompts` are prompts; those above are rows of noise whose prompt is not known yet.
-    """
+    """The labels of one call of a pipeline. Those below `prompts`, their number, are prompts; those
+    above are rows of noise whose prompt is not known yet."""
 
     def __init__(self, prompts: int) -> None:
         self.prompts = prompts
@@ -46,12 +43,11 @@ class PromptRows:
         self._begun = False
 
     def run(self, action: Callable[[], T]) -> T:
-        """What `action` returns, whose operators are followed."""
         return _Following(self, self._memory).run(action)
 
     def given(self, name: str, value: Any) -> None:
-        """`value` is an argument of the pipeline: what is given for prompts has a row for each,
-        anything else (noise to begin with) rows that nobody knows yet."""
+        """Label an argument of the pipeline: what is given for prompts has a row for each, anything
+        else (noise to begin with) rows that nobody knows yet."""
         if "prompt" in name:
             self.of_prompts(value)
         else:
@@ -59,12 +55,11 @@ class PromptRows:
                 self.of_noise(tensor)
 
     def of_prompts(self, value: Any) -> None:
-        """Index b along the first dimension of each tensor in `value` belongs to prompt b."""
+        """Row b of each tensor in `value` belongs to prompt b."""
         self._say(value, tuple(range(self.prompts)))
 
     def of_rows(self, value: Any, owners: tuple[int, ...]) -> None:
-        """Index i along the first dimension of each tensor in `value` belongs to prompt
-        owners[i]."""
+        """Row i of each tensor in `value` belongs to prompt owners[i]."""
         self._say(value, owners)
 
     def of_noise(self, tensor: Tensor) -> None:

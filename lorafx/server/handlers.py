@@ -98,11 +98,7 @@ class AdapterHandler(BaseHandler):
         self._metrics = metrics
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
-        """Answer a request.
-
-        Raises:
-            RequestError: it is refused.
-        """
+        """Answer a request, or raise why it is refused."""
         label = UNKNOWN
         self._metrics.began()
         try:
@@ -154,11 +150,8 @@ class AdapterHandler(BaseHandler):
         return config
 
     def _checked(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The fields that say something.
-
-        Raises:
-            RequestError: one would not be honoured, or would fail further on.
-        """
+        """The fields that say something. Raises RequestError where one would not be honoured, or
+        would fail further on."""
         body = {f: value for f, value in body.items() if value is not None or f == self.prompt}
         for field, values in NEUTRAL.items():
             if field in body and body.pop(field) not in values:

@@ -65,13 +65,12 @@ def run(settings: Settings) -> None:
 def opened(settings: Settings, *, lazily: bool = False) -> Iterator[Opened]:
     """The model of `settings`, loaded, compiled and warmed up, with its application.
 
-    Args:
-        lazily: load no adapter. The application answers for all that have a folder; who calls it
-            loads the adapter that a request asks for first.
+    With `lazily` no adapter is loaded. The application answers for all that have a folder; who
+    calls it loads the adapter that a request asks for first.
 
     Raises:
-        ConfigError: the model or its tokenizer cannot be loaded, or cannot be served.
-        Whatever `lorafx.compile` raises of adapters.
+        ConfigError: the model or its tokenizer cannot be loaded, or cannot be served. Otherwise as
+            `lorafx.compile`.
     """
     tokenizer = _tokenizer(settings)
     with progress(f"loading {settings.served_name}"):

@@ -21,12 +21,7 @@ class AdapterLoading:
         self._root = None if root is None else root.resolve()
 
     def load(self, body: dict[str, Any]) -> str:
-        """Load the adapter in folder `lora_path` as `lora_name`, and say so.
-
-        Raises:
-            RequestError: 403, it is switched off, or the folder is not in the allowed one; 404,
-                there is no such folder; 400, the name is taken, or the adapter cannot be served.
-        """
+        """Load the adapter in folder `lora_path` as `lora_name`, and say so."""
         root = self._allowed()
         name, path = _text(body, "lora_name"), _text(body, "lora_path")
         compiled = self._served.compiled
@@ -47,11 +42,7 @@ class AdapterLoading:
         return f"Success: LoRA adapter '{name}' added successfully."
 
     def unload(self, body: dict[str, Any]) -> str:
-        """Unload `lora_name`, and say so. Requests that it is serving go on.
-
-        Raises:
-            RequestError: 403, it is switched off; 404, no such adapter is loaded.
-        """
+        """Unload `lora_name`, and say so. Requests that it is serving go on."""
         self._allowed()
         name = _text(body, "lora_name")
         compiled = self._served.compiled
@@ -85,11 +76,8 @@ def _text(body: dict[str, Any], field: str) -> str:
 
 def _inside(root: Path, path: str) -> Path:
     """The folder that `path` leads to, relative to `root`, which it and its files have to be in
-    after all links have been followed.
-
-    Raises:
-        RequestError: 403, something is elsewhere; nothing is said about what is there. 404.
-    """
+    after all links have been followed. Where something is elsewhere, the error does not say what
+    there is."""
     outside = RequestError(
         403, f"{path!r} is not inside the folder that adapters are loaded from", param="lora_path"
     )

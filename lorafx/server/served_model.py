@@ -43,11 +43,7 @@ class ServedModel(ModelManager):
         return self.name if adapter is None else f"{self.name}:{adapter}"
 
     def adapter_of(self, model: object) -> str | None:
-        """The adapter that a request asks for; None is the base model.
-
-        Raises:
-            RequestError: 400, it asks for nothing; 404, for what there is not.
-        """
+        """The adapter that a request asks for by `model`; None is the base model."""
         if not isinstance(model, str) or not model:
             raise RequestError(
                 400,

@@ -98,11 +98,7 @@ class Settings:
         return self.name or (folder.resolve().name if folder.is_dir() else self.model)
 
     def root(self) -> Path | None:
-        """The folder from which clients may load adapters; None where they may not.
-
-        Raises:
-            ConfigError: it is not said which.
-        """
+        """The folder from which clients may load adapters; None where they may not."""
         if not self.allow_runtime_loading:
             if self.adapter_root is not None:
                 raise ConfigError("--adapter-root does nothing without --allow-runtime-loading")
@@ -166,11 +162,8 @@ class Settings:
         return given
 
     def bind(self) -> socket.socket:
-        """A socket on `host` and `port`, which does not listen yet.
-
-        Raises:
-            ConfigError: they cannot be had.
-        """
+        """A socket on `host` and `port`, which does not listen yet. Raises ConfigError where they
+        cannot be had."""
         try:
             family, kind, protocol, _, address = socket.getaddrinfo(
                 self.host, self.port, type=socket.SOCK_STREAM
@@ -211,11 +204,7 @@ def option(name: str) -> str:
 
 
 def _found(folder: Path) -> dict[str, Path]:
-    """The adapters in `folder`, by the names of their folders.
-
-    Raises:
-        ConfigError: it is no folder.
-    """
+    """The adapters in `folder`, by the names of their folders."""
     if not folder.is_dir():
         raise ConfigError(f"--adapters: {folder} is not a folder")
     if (folder / CONFIG).is_file():

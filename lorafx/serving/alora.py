@@ -57,11 +57,8 @@ def generating_forward_of(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Callable[..., Any]:
-    """The same of `module`, for its `generate`, which is `run` and has these arguments.
-
-    Raises:
-        BatchError: an adapter begins at a token, and there are no prompts of token ids.
-    """
+    """The same of `module`, for its `generate`, which is `run` and has these arguments. Raises
+    BatchError where an adapter begins at a token, and there are no prompts of token ids."""
     session = compiled._session
     if not _activates(session):
         return compiled.entry(module)
@@ -95,11 +92,8 @@ def warn_absent(name: str, invocation: Sequence[int]) -> None:
 
 
 class Prompts:
-    """Where the adapters of a generation begin.
-
-    Attributes:
-        begins: by prompt, the column; None where it never does.
-    """
+    """Where the adapters of a generation begin: `begins` has the column of each prompt, None where
+    its adapter never does."""
 
     def __init__(self, session: Session, module: nn.Module, ids: Any) -> None:
         _check_ids(session, module, ids, "generate()")
@@ -123,11 +117,8 @@ class Prompts:
 
 
 class ActivatedForward:
-    """The forward of `module` for requests of which some begin at a token.
-
-    Args:
-        prompts: of the generation that calls it; None for a call by the user.
-    """
+    """The forward of `module` for requests of which some begin at a token; `prompts` are those of
+    the generation that calls it."""
 
     def __init__(
         self, compiled: CompiledModel, module: nn.Module, prompts: Prompts | None = None

@@ -40,11 +40,7 @@ _ENCODES = "_supports_mm_encoder_outputs"
 
 
 def generate(compiled: CompiledModel, *args: Any, **kwargs: Any) -> Any:
-    """The model's `generate` with its forwards compiled.
-
-    Raises:
-        LorafxError: the model has no `generate`.
-    """
+    """The model's `generate` with its forwards compiled; LorafxError where it has none."""
     model = compiled.model
     run = getattr(model, "generate", None)
     if not callable(run):

@@ -28,13 +28,7 @@ PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 
 
 class BatchRows:
-    """The rows of one batch in waves.
-
-    Args:
-        roles: of the arguments of the call.
-        row_dims: what the user declared of them.
-        waves: the rows of each wave.
-    """
+    """The rows of one batch in waves. `row_dims` are those that the user declared."""
 
     def __init__(
         self, roles: RoleTable, row_dims: Mapping[str, int | None], waves: Sequence[Sequence[int]]
@@ -122,11 +116,7 @@ class Joined:
 
     @torch.no_grad()
     def of(self, results: Sequence[Any]) -> Any:
-        """The result of the batch.
-
-        Raises:
-            BatchError: a part of the results cannot be put together.
-        """
+        """The result of the batch; BatchError where a part of it cannot be put together."""
         return self._join("the result", results)
 
     def _join(self, name: str, parts: Sequence[Any]) -> Any:

@@ -11,7 +11,7 @@ import torch
 from alora_cases import FIXED, TARGETS, Served, inputs_of, one
 from dense_merge import REFERENCE, TOLERANCE, error
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import lorafx
 from lorafx import BatchError, ConfigError, LorafxWarning
@@ -153,6 +153,20 @@ def test_beams_keep_their_request_s_beginning(llama) -> None:
         with tuner._enable_peft_forward_hooks(alora_offsets=[offset] * 3):
             want = tuner.generate(**one(inputs, row), **fixed)
         assert torch.equal(got[2 * row : 2 * row + 2], want)
+
+
+def test_the_default_adapter(llama) -> None:
+    inputs = inputs_of(2, 7)
+    inputs["input_ids"][:, 3] = 7
+    llama.cm.set_adapter("y")
+    try:
+        got = llama.cm(**inputs).logits
+    finally:
+        llama.cm.set_adapter(None)
+    for row in range(2):
+        alone = one(inputs, row)
+        seen = alone["attention_mask"][0].bool()
+        assert error(got[row][seen], llama.alone("y", **alone)[0][seen]) <= TOLERANCE
 
 
 def test_a_cache_of_the_caller_s(llama) -> None:
@@ -302,3 +316,21 @@ def test_other_methods_and_rows_that_are_no_tokens(tmp_path) -> None:
     with pytest.raises(ProvenanceError, match="head"):
         cm(input_ids=ids, adapter_names=["head", None])
     cm(input_ids=ids, adapter_names=["body", None])
+
+
+@pytest.mark.usefixtures("fixed_sizes")
+def test_behind_routed_experts_it_is_refused(tmp_path) -> None:
+    """Dispatch sorts the tokens, and which is which is not proved behind it."""
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61}
+    experts = {"moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2}
+    config = Qwen3MoeConfig(**sizes, **experts, num_key_value_heads=2, head_dim=10)
+    torch.manual_seed(0)
+    base = Qwen3MoeForCausalLM(config).eval()
+    targets = [path for path, _ in base.named_modules() if path.endswith(("q_proj", "v_proj"))]
+    plan = {"task_type": "CAUSAL_LM", "alora_invocation_tokens": [7]}
+    folder = oracle.save_adapter(base, tmp_path / "y", rank=2, targets=targets, gain=4, **plan)
+    cm = lorafx.compile(copy.deepcopy(base), {"y": folder}, options=REFERENCE)
+    ids = torch.randint(8, 61, (2, 6))
+    ids[0, 3] = 7
+    with pytest.raises(ProvenanceError, match=r"layers\.1\.self_attn\.q_proj"):
+        cm(input_ids=ids, adapter_names=["y", None])

@@ -82,11 +82,7 @@ class RaySettings(BaseModel):
         return Settings(**{**given, "adapters": Path(self.adapters).absolute()})
 
     def replicas(self) -> dict[str, Any]:
-        """Options of the replicas' deployment.
-
-        Raises:
-            ConfigError: one is given twice.
-        """
+        """Options of the replicas' deployment. Raises ConfigError where one is given twice."""
         actor = {"num_gpus": self.num_gpus, "num_cpus": self.num_cpus}
         options: dict[str, Any] = {
             "max_ongoing_requests": self.max_ongoing_requests,
@@ -107,11 +103,7 @@ class RaySettings(BaseModel):
 
 def build(args: RaySettings) -> Application:
     """An application for `serve.run`; also a builder for `serve run` and configuration files.
-
-    Raises:
-        ConfigError, CheckpointError, CapacityError: the settings, the folders or the adapters
-            cannot be served. Nothing has been started then.
-    """
+    Raises as `Settings`, before anything has been started."""
     settings, options = args.settings(), args.replicas()
     replicas = serve.deployment(name="Replica", **options)(Replica)
     ingress = serve.deployment(

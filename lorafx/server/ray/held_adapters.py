@@ -40,12 +40,8 @@ class HeldAdapters:
         self._unloading: set[asyncio.Task[None]] = set()
 
     async def load(self, name: str) -> HeldAdapter:
-        """Have an adapter loaded until Ray drops what is returned.
-
-        Raises:
-            UnknownAdapterError: there is no folder of this name.
-            Whatever `CompiledModel.load_adapter` raises.
-        """
+        """Have an adapter loaded until Ray drops what is returned. Raises as
+        `CompiledModel.load_adapter`, and UnknownAdapterError where it has no folder."""
         loading = asyncio.create_task(self._load(name))
         try:
             return await asyncio.shield(loading)
