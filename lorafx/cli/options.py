@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorafx.named_setting import Setting
+from lorafx.errors import Setting
 
 ConfiguredModel = Annotated[str, typer.Argument(help="A folder with a config.json, or a hub name.")]
 LanguageModel = Annotated[

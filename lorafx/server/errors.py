@@ -16,8 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import get_route_path
 from transformers.cli.serving.utils import CBWorkerDeadError
 
-from lorafx.errors import BatchError, LorafxError, UnknownAdapterError
-from lorafx.named_setting import Setting
+from lorafx.errors import BatchError, LorafxError, Setting, UnknownAdapterError
 from lorafx.server.settings import Settings, option
 
 #: Routes that ask for no key: what watches a server has none.

@@ -138,11 +138,11 @@ class ActivatedForward:
                 for name, at in zip(names, begins, strict=True)
             )
             now = session.running._replace(requests=Requests(served, activated=True))
-            return session.run(now, functools.partial(self._by_row, *args, **kwargs))
+            return session.note(now, functools.partial(self._by_row, *args, **kwargs))
         # Graphs with adapters, also where none of them has begun: a batch where one has needs them.
         requests = _token_requests(names, begins, columns)
         now = session.running._replace(requests=requests, active=True)
-        return session.run(now, functools.partial(self._by_token, *args, **kwargs))
+        return session.note(now, functools.partial(self._by_token, *args, **kwargs))
 
     def _placed(self, named: Mapping[str, Any]) -> tuple[Names, list[int | None], range]:
         """The adapter of each row, the column where it begins, and the columns of the call."""

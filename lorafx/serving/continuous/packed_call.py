@@ -29,7 +29,7 @@ from lorafx.serving.continuous.adapter_requests import AdapterRequest, hold_of
 from lorafx.serving.continuous.attention import EAGER, TracedEager
 from lorafx.serving.continuous.failures import OF_THE_DEVICE, in_parts
 from lorafx.serving.continuous.step_cache import ATTENDING_DEVICES, StepCache
-from lorafx.session.prefetching import fill_ahead
+from lorafx.session.loading import fill_ahead
 
 if TYPE_CHECKING:
     from lorafx.serving.compiled import CompiledModel
@@ -237,7 +237,7 @@ class PackedForward:
         def run() -> Any:
             active = session.running._replace(active=True)
             entry = compiled.entry(compiled.model, packed=True)
-            return session.run(active, lambda: entry(**step.named))
+            return session.note(active, lambda: entry(**step.named))
 
         model: Any = compiled.model
         with _EAGER if model.config._attn_implementation == EAGER else nullcontext():
