@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from lorafx.adapter_store.peft_config import PeftConfig
-from lorafx.adapter_store.places import Places
 from lorafx.adapter_store.reading import Reading
 from lorafx.config import LoraConfig
 from lorafx.errors import some
@@ -28,41 +27,10 @@ from lorafx.model.packed_names import ATTRIBUTE, PackedNames
 from lorafx.registry import is_empty, lookup
 
 
-class Scope:
-    """Which modules are looked at.
-
-    Args:
-        lora_config: what the sites were selected by; None for nothing but the sites.
-    """
-
-    def __init__(self, lora_config: LoraConfig | None) -> None:
-        asked = None if lora_config is None else lora_config.target_modules
-        #: Whether the adapters themselves were the selection, so that no module was left out of it.
-        self.whole = isinstance(asked, targets.AdapterNames)
-        self.packed_modules = None if lora_config is None else lora_config.packed_modules
-        exclude = None if lora_config is None else lora_config.exclude_modules
-        self._exclude = targets.checked(exclude, "exclude_modules")
-
-    def module(self, path: str, module: nn.Module | None) -> bool:
-        """Whether a module that is no site, or what one of its packed names means, counts."""
-        if not self.whole:
-            return False
-        entry = None if module is None else lookup(module)
-        if module is not None and entry is None and not module._parameters:
-            return False  # a container, which has no weight to keep
-        if targets.is_all_linear(self._exclude):
-            return entry is None or not entry.is_linear
-        return self._exclude is None or not targets.names(self._exclude, [path])
-
-
 @dataclass(frozen=True)
 class Coverage:
-    """How much of what an adapter's configuration targets its file has factors for.
-
-    Attributes:
-        missing: paths that it has none for.
-        placed: how many places it has factors for.
-    """
+    """The paths that an adapter's configuration targets and its file has no factors for, and at how
+    many places it has some."""
 
     missing: tuple[str, ...]
     placed: int
@@ -76,89 +44,111 @@ class Coverage:
         )
 
 
-def coverage(reading: Reading, scope: Scope) -> Coverage:
-    """What the file of `reading`, which has run, leaves out."""
+def coverage(reading: Reading, selection: LoraConfig | None) -> Coverage:
+    """What the file of `reading`, which has run, leaves out. `selection` is what the sites were
+    selected by; None for nothing but the sites."""
     if reading.unknown:
         return Coverage((), 0)  # the factors of a renamed module are not missing as well
-    modules = dict(_modules(reading, scope))
-    ids = {id(module) for module in modules.values()}
-    missing = dict.fromkeys(modules)
-    missing.update(dict.fromkeys(_packed(reading, scope, ids)))
-    missing.update(dict.fromkeys(_experts(reading, scope)))
-    return Coverage(tuple(missing), len(reading.landings) + len(reading.experts.paths))
+    return _Search(reading, selection).run()
 
 
-def _modules(reading: Reading, scope: Scope) -> Iterator[tuple[str, nn.Module]]:
-    """Modules, by their own paths, that PEFT would have given factors."""
-    places, config = reading.places, reading.config
-    got = {id(site.module) for item in reading.landings.values() for site, _ in item.places}
-    got |= {id(module) for module in reading.unselected.values()} | reading.experts.modules
-    sites = places.selected_modules()
-    for path, module in places.named_modules():
-        counts = id(module) in sites or scope.module(path, module)
-        if id(module) in got or not counts or is_empty(module):
-            continue
-        matrices = (
-            join(path, name)
-            for name, parameter in (module._parameters.items() if config.target_parameters else ())
-            if parameter is not None and parameter.dim() == 2
-        )
-        if config.matches(path) or any(map(config.targets_parameter, matrices)):
-            yield path, module
+class _Search:
+    def __init__(self, reading: Reading, selection: LoraConfig | None) -> None:
+        self.reading, self.places, self.config = reading, reading.places, reading.config
+        target_modules = None if selection is None else selection.target_modules
+        #: Whether the adapters themselves were the selection, so that no module was left out of it.
+        self.whole = isinstance(target_modules, targets.AdapterNames)
+        self.packed_modules = None if selection is None else selection.packed_modules
+        exclude = None if selection is None else selection.exclude_modules
+        self.exclude = targets.checked(exclude, "exclude_modules")
 
+    def run(self) -> Coverage:
+        modules = dict(self._modules())
+        missing = dict.fromkeys(modules)
+        missing.update(dict.fromkeys(self._packed({id(module) for module in modules.values()})))
+        missing.update(dict.fromkeys(self._experts()))
+        placed = len(self.reading.landings) + len(self.reading.experts.paths)
+        return Coverage(tuple(missing), placed)
 
-def _packed(reading: Reading, scope: Scope, missing: Collection[int]) -> Iterator[str]:
-    """Packed names, and names of what is packed, that PEFT would have given factors; without those
-    that only say again what the `missing` modules do."""
-    places = reading.places
-    landed = {(id(item.places[0][0]), item.loose) for item in reading.landings.values()}
-    known: set[str] = set()
-    for path, loose, found in places.packed_names():
-        known.add(path)
-        if loose:
-            got = not landed.isdisjoint((id(found[0][0]), name) for name in (loose, ""))
-        else:
-            got = any(site.part_path(i) in reading.decoded for site, i in found)
-        if got or path in reading.closed or all(id(site.module) in missing for site, _ in found):
-            continue
-        selected = any(s.parts[i].selected and loose not in s.closed_names for s, i in found)
-        if (selected or scope.module(path, None)) and reading.config.matches(path):
-            yield path
-    for path, module in _unselected_names(places, scope):
-        new = path not in known and id(module) not in missing
-        if new and scope.module(path, None) and reading.config.matches(path):
-            yield path
+    def _counts(self, path: str, module: nn.Module | None) -> bool:
+        """Whether a module that is no site, or what one of its packed names means, counts."""
+        if not self.whole:
+            return False
+        entry = None if module is None else lookup(module)
+        if module is not None and entry is None and not module._parameters:
+            return False  # a container, which has no weight to keep
+        if targets.is_all_linear(self.exclude):
+            return entry is None or not entry.is_linear
+        return self.exclude is None or not targets.names(self.exclude, [path])
 
-
-def _unselected_names(places: Places, scope: Scope) -> Iterator[tuple[str, nn.Module]]:
-    """(packed name or part's name, module) of all modules, for adapters that are the selection."""
-    model = places.model
-    if not scope.whole:
-        return
-    if not scope.packed_modules and not any(hasattr(m, ATTRIBUTE) for m in model.modules()):
-        return  # names cost a walk over the parameters
-    names = PackedNames(ModuleGraph.of(model), scope.packed_modules).named()
-    yield from ((path, module) for path, module in names if lookup(module) is not None)
-
-
-def _experts(reading: Reading, scope: Scope) -> Iterator[str]:
-    """Parameters of routed experts that target_parameters names, and single experts by their older
-    names, where the file has any."""
-    config, own = reading.config, reading.experts
-    if not config.target_parameters and not own.singly:
-        return
-    for path, module in reading.places.named_modules():
-        experts = reading.places.experts.of(module, path)
-        if experts is None or any(closed.startswith(path) for closed in reading.closed):
-            continue
-        for weight in experts.weights:
-            whole, touched = weight.path(path), own.touched(experts, weight)
-            if not (weight.name in experts.sites or scope.module(whole, module)):
+    def _modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Modules, by their own paths, that PEFT would have given factors."""
+        reading, config = self.reading, self.config
+        got = {id(site.module) for item in reading.landings.values() for site, _ in item.places}
+        got |= {id(module) for module in reading.unselected.values()} | reading.experts.modules
+        sites = self.places.selected_modules()
+        for path, module in self.places.named_modules():
+            counts = id(module) in sites or self._counts(path, module)
+            if id(module) in got or not counts or is_empty(module):
                 continue
-            if not config.targets_parameter(whole):
-                yield from _single(config, weight, path, touched)
-            elif not touched:
-                yield whole
+            parameters = module._parameters.items() if config.target_parameters else ()
+            matrices = (
+                join(path, name) for name, p in parameters if p is not None and p.dim() == 2
+            )
+            if config.matches(path) or any(map(config.targets_parameter, matrices)):
+                yield path, module
+
+    def _packed(self, missing: Collection[int]) -> Iterator[str]:
+        """Packed names, and names of what is packed, that PEFT would have given factors; without
+        those that only say again what the `missing` modules do."""
+        reading = self.reading
+        landed = {(id(item.places[0][0]), item.loose) for item in reading.landings.values()}
+        known: set[str] = set()
+        for path, loose, found in self.places.packed_names():
+            known.add(path)
+            if loose:
+                got = not landed.isdisjoint((id(found[0][0]), name) for name in (loose, ""))
+            else:
+                got = any(site.part_path(i) in reading.decoded for site, i in found)
+            said = all(id(site.module) in missing for site, _ in found)
+            if got or said or path in reading.closed:
+                continue
+            selected = any(s.parts[i].selected and loose not in s.closed_names for s, i in found)
+            if (selected or self._counts(path, None)) and self.config.matches(path):
+                yield path
+        for path, module in self._unselected_names():
+            new = path not in known and id(module) not in missing
+            if new and self._counts(path, None) and self.config.matches(path):
+                yield path
+
+    def _unselected_names(self) -> Iterator[tuple[str, nn.Module]]:
+        """(packed name or part's name, module) of all modules, for adapters that are the
+        selection."""
+        model = self.places.model
+        declared = self.packed_modules or any(hasattr(m, ATTRIBUTE) for m in model.modules())
+        if not self.whole or not declared:
+            return  # names cost a walk over the parameters
+        names = PackedNames(ModuleGraph.of(model), self.packed_modules).named()
+        yield from ((path, module) for path, module in names if lookup(module) is not None)
+
+    def _experts(self) -> Iterator[str]:
+        """Parameters of routed experts that target_parameters names, and single experts by their
+        older names, where the file has any."""
+        config, found = self.config, self.reading.experts
+        if not config.target_parameters and not found.singly:
+            return
+        for path, module in self.places.named_modules():
+            experts = self.places.experts.of(module, path)
+            if experts is None or any(closed.startswith(path) for closed in self.reading.closed):
+                continue
+            for weight in experts.weights:
+                whole, touched = weight.path(path), found.touched(experts, weight)
+                if not (weight.name in experts.sites or self._counts(whole, module)):
+                    continue
+                if not config.targets_parameter(whole):
+                    yield from _single(config, weight, path, touched)
+                elif not touched:
+                    yield whole
 
 
 def _single(
@@ -169,10 +159,9 @@ def _single(
     known = set(touched)
     for name in PROJECTIONS:
         half = covers(weight, name)
-        if half is None:
-            continue
-        for expert in range(weight.experts):
-            same = {(h, e) for h in overlapping(half) for e in (None, expert)}
-            if known.isdisjoint(same) and config.matches(f"{path}.{expert}.{name}"):
+        for expert in range(weight.experts if half is not None else 0):
+            assert half is not None
+            alike = {(h, e) for h in overlapping(half) for e in (None, expert)}
+            if known.isdisjoint(alike) and config.matches(f"{path}.{expert}.{name}"):
                 known.add((half, expert))
                 yield f"{path}.{expert}.{name}"

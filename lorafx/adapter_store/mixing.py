@@ -11,20 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lorafx.adapter_store.host_copies import HostCopy
+from lorafx.adapter_store.fitting import host_copy
 from lorafx.adapter_store.names import Mixture
-from lorafx.adapter_store.stored import StoredAdapter, host_copy, next_version
+from lorafx.adapter_store.stored import HostCopy, StoredAdapter, next_version
 from lorafx.adapter_store.windows import width_of
 from lorafx.errors import CapacityError, ConfigError
 from lorafx.model.bank import Bank, Factors
-
-if TYPE_CHECKING:
-    from lorafx.model.sites import Group
+from lorafx.model.sites import Group
 
 #: The factors of one adapter at one sibling of a bank, and the adapter's weight.
 _Term = tuple[Factors, float]
@@ -50,40 +47,37 @@ def mixed(
         numbers = copies[one.name]
         host = HostCopy(numbers.factors, 0, numbers.own, {id(numbers): numbers.nbytes})
         return replace(one, name=name, host=host, origin=None, version=next_version())
-    _refuse(name, [adapter for adapter, _ in summed])
+    for adapter, _ in summed:
+        _refuse(name, adapter)
     weighted = [(copies[adapter.name], weight) for adapter, weight in summed]
     terms = [_terms(g, weighted) for g in range(len(groups))]
     _check_room(name, terms, groups)
     factors = {
-        g: _sums(name, own, group.bank)
-        for g, (own, group) in enumerate(zip(terms, groups, strict=True))
-        if own
+        g: _sums(name, of_group, group.bank)
+        for g, (of_group, group) in enumerate(zip(terms, groups, strict=True))
+        if of_group
     }
-    kept = {id(t) for own in terms for each in own.values() for f, _ in each for t in (f.A, f.B)}
-    made = {id(t): t.nbytes for own in factors.values() for f in own for t in (f.A, f.B)}
-    shared = {
-        id(copy): sum(made.get(key, 0) for key in {id(t) for t in _tensors(copy)})
-        for copy, _ in weighted
-    }
-    nbytes = sum(size for key, size in made.items() if key not in kept)
+    made = {id(t): t.nbytes for sums in factors.values() for f in sums for t in (f.A, f.B)}
+    used = {id(copy): {id(t) for t in _tensors(copy)} for copy, _ in weighted}
+    new = made.keys() - set().union(*used.values())
+    shared = {copy: sum(made.get(key, 0) for key in tensors) for copy, tensors in used.items()}
     return StoredAdapter(
         name,
-        max((f.rank for own in factors.values() for f in own), default=0),
+        max((f.rank for sums in factors.values() for f in sums), default=0),
         ", ".join(adapter.source for adapter, _ in summed),
         tuple(dict.fromkeys(site for adapter, _ in summed for site in adapter.sites)),
-        HostCopy(factors, nbytes, shared=shared),
+        HostCopy(factors, sum(made[key] for key in new), shared=shared),
         width=width_of(groups, factors),
     )
 
 
 def _tensors(copy: HostCopy) -> Iterator[Tensor]:
-    for own in copy.factors.values():
-        for factors in own:
+    for of_group in copy.factors.values():
+        for factors in of_group:
             yield from (factors.A, factors.B)
 
 
 def _terms(g: int, summed: Sequence[tuple[HostCopy, float]]) -> dict[int, list[_Term]]:
-    """What there is to be summed in one group, by sibling."""
     found: dict[int, list[_Term]] = {}
     for numbers, weight in summed:
         for factors in numbers.factors.get(g, ()):
@@ -91,31 +85,23 @@ def _terms(g: int, summed: Sequence[tuple[HostCopy, float]]) -> dict[int, list[_
     return found
 
 
-def _refuse(name: Mixture, adapters: Sequence[StoredAdapter]) -> None:
-    for adapter in adapters:
-        if adapter.invocation:
+def _refuse(name: Mixture, adapter: StoredAdapter) -> None:
+    """Raise ConfigError where what an adapter does is not linear in its weight."""
+    shifted, owned = ", ".join(adapter.shifted), ", ".join(adapter.owned)
+    reasons = {
+        "is an aLoRA adapter, which serves only the tokens from its invocation on": (
+            adapter.invocation
+        ),
+        "is a DoRA adapter, whose magnitudes are not linear in a weight": adapter.rescaled,
+        f"was trained with biases (lora_bias or bias; {shifted})": shifted,
+        f"has weights of its own ({owned}; modules_to_save or trainable tokens), which take the "
+        "place of the base's": owned,
+    }
+    for reason, applies in reasons.items():
+        if applies:
             raise ConfigError(
-                f"{name!r}: {adapter.name!r} is an aLoRA adapter, which serves only the tokens "
-                "from its invocation on, so it can be part of no sum and has no other scale; name "
-                f"it alone, {adapter.name!r}"
-            )
-        if adapter.rescaled:
-            raise ConfigError(
-                f"{name!r}: {adapter.name!r} is a DoRA adapter, whose magnitudes are not linear in "
-                "a weight, so it can be part of no sum and has no other scale; name it alone, "
-                f"{adapter.name!r}"
-            )
-        if adapter.shifted:
-            raise ConfigError(
-                f"{name!r}: {adapter.name!r} was trained with biases (lora_bias or bias; "
-                f"{', '.join(adapter.shifted)}), so it can be part of no sum and has no other "
-                f"scale; name it alone, {adapter.name!r}"
-            )
-        if adapter.owned:
-            raise ConfigError(
-                f"{name!r}: {adapter.name!r} has weights of its own ({', '.join(adapter.owned)}; "
-                "modules_to_save or trainable tokens), which take the place of the base's, so it "
-                f"can be part of no sum and has no other scale; name it alone, {adapter.name!r}"
+                f"{name!r}: {adapter.name!r} {reason}, so it can be part of no sum and has no "
+                f"other scale; name it alone, {adapter.name!r}"
             )
 
 

@@ -3,30 +3,38 @@
 PEFT replaces each target module in its parent by a wrapper that holds it as `base_layer`, below a
 `peft.PeftModel` or in the model itself (transformers' `load_adapter` and `add_adapter`,
 `peft.inject_adapter_in_model`). What was trained as a whole, and embeddings of which tokens were,
-have wrappers that hold them as `original_module`. Here the adapters' weights are read first, then
-each wrapper is replaced by the module that it wraps, so that the base model is what it was before
-PEFT. A PeftModel raises while it is unwrapped (lorafx.adapter_store.handed_over); an injected model
-is the base model without a word of adapters. `restore()` puts everything back. PEFT stays optional:
-nothing of it is imported before somebody has made such a model.
+have wrappers that hold them as `original_module`. The adapters' weights are read first, then each
+wrapper is replaced by what it wraps. `restore()` puts everything back.
+
+A PeftModel without its wrappers would compute the base model, switch adapters that are not there,
+and save none. So the methods that it and its tuner have from PEFT's classes raise meanwhile; they
+are shadowed on the objects. PEFT stays optional: nothing of it is imported before somebody has made
+such a model.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from functools import partial
+from types import FunctionType
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
-from lorafx.adapter_store.handed_over import give_back, hand_over
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.saved import AdapterState
-from lorafx.errors import CheckpointError, UnsupportedAdapterError
+from lorafx.errors import CaptureError, CheckpointError, UnsupportedAdapterError
 
 #: What PEFT and transformers leave on a model that has adapters in it: a model without lacks them.
 _NOTES = ("peft_config", "_hf_peft_config_loaded")
+#: Methods of `nn.Module` itself that would answer without the adapters.
+_OF_MODULES = ("forward", "state_dict", "load_state_dict")
+#: Methods of PEFT's classes that answer rightly, and what the end of a block of `disable_adapter`
+#: calls, in which the model may have been handed over.
+_HARMLESS = ("get_base_model", "enable_adapter_layers")
 
 
 def is_peft_model(model: object) -> bool:
@@ -83,7 +91,9 @@ class TakenOver:
         self._wrappers.clear()
         vars(self.base).update(self._notes)
         self._notes.clear()
-        give_back(self._hidden)
+        for part, name in self._hidden:
+            del vars(part)[name]
+        self._hidden.clear()
 
 
 def take_over(model: nn.Module) -> TakenOver:
@@ -126,7 +136,7 @@ def take_over(model: nn.Module) -> TakenOver:
     taken = TakenOver(base, adapters, _active(layers))
     _unwrap(taken)
     if whole:
-        taken._hidden = hand_over(model)
+        taken._hidden = _hide_methods(model)
     return taken
 
 
@@ -226,3 +236,46 @@ def _unwrap(taken: TakenOver) -> None:
                     inner = inner.original_module if id(inner) in wrappers else inner.base_layer
                 parent._modules[name] = inner
                 taken._wrappers.append((parent, name, cast(nn.Module, child)))
+
+
+def _hide_methods(peft_model: nn.Module) -> list[tuple[nn.Module, str]]:
+    hidden: list[tuple[nn.Module, str]] = []
+    owner = type(peft_model).__name__
+    for part in (peft_model, peft_model.base_model):
+        assert isinstance(part, nn.Module)
+        for name in _methods(type(part)):
+            if name not in vars(part):
+                vars(part)[name] = partial(_refuse, owner, name)
+                hidden.append((part, name))
+    return hidden
+
+
+def without_wrappers(model: nn.Module) -> nn.Module:
+    """The base model of a PeftModel that was handed over; any other model is returned."""
+    if not isinstance(model, nn.Module):  # of whoever calls it with something else
+        return model
+    forward = vars(model).get("forward")
+    if not isinstance(forward, partial) or forward.func is not _refuse:
+        return model
+    base: Any = model
+    found = base.get_base_model()
+    assert isinstance(found, nn.Module)
+    return found
+
+
+def _methods(cls: type) -> Iterator[str]:
+    yield from _OF_MODULES
+    bases = [base for base in cls.__mro__ if base not in nn.Module.__mro__]
+    named = {name: value for base in bases for name, value in vars(base).items()}
+    for name, value in named.items():
+        public = not name.startswith("_") and name not in _HARMLESS
+        if public and isinstance(value, FunctionType) and not hasattr(nn.Module, name):
+            yield name
+
+
+def _refuse(owner: str, name: str, *_: Any, **__: Any) -> NoReturn:
+    raise CaptureError(
+        f"{owner}.{name}: lorafx took over the adapters of this {owner}, so it has none "
+        "now. Use the model that lorafx.compile (or attach) returned, or detach() that "
+        "model first, which gives the adapters back"
+    )

@@ -1,76 +1,31 @@
-"""Reading PEFT LoRA checkpoints: every saved tensor is placed, or an error names it.
-
-Modules that the configuration targets and the file has nothing for: see `coverage`.
+"""Reading LoRA checkpoints: every saved tensor is placed, or an error names it.
 
 All problems of a file are found before anything is raised, and nothing is changed by reading.
-What the tensors mean: lorafx.adapter_store.reading.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Size, nn
+from torch import nn
 
+from lorafx.adapter_store.adapter import Adapter as Adapter
 from lorafx.adapter_store.checkpoint import load_state
-from lorafx.adapter_store.coverage import Scope, coverage
-from lorafx.adapter_store.expert_places import ExpertPlace
+from lorafx.adapter_store.coverage import coverage
+from lorafx.adapter_store.extras import rows_wanted
 from lorafx.adapter_store.findings import Findings
-from lorafx.adapter_store.lora_weights import LoraWeights
-from lorafx.adapter_store.own_reading import rows_wanted
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import factor_sizes, parse
-from lorafx.adapter_store.places import Places
+from lorafx.adapter_store.places import ExpertPlace, Places
 from lorafx.adapter_store.reading import Reading
 from lorafx.config import LoraConfig
 from lorafx.errors import CheckpointError, LorafxWarning
-from lorafx.model.bank import OwnWeight
 from lorafx.model.expert_names import unnested
 
 if TYPE_CHECKING:
     from lorafx.model.sites import Site
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A decoded adapter.
-
-    Attributes:
-        name: what requests call it.
-        weights: `Site.part_path` -> factors, which is the site's canonical path unless it comes
-            packed; what the adapter does not touch is absent.
-        rank: the largest rank that it was trained with anywhere.
-        source: where it was read from, for messages.
-        spans: path of a name of a packed module -> the slices that its rows say it covers, where
-            that is not declared.
-        own: path of a site -> the rows of its weight that the adapter has of its own.
-        notes: what was decided while it was read, a line each.
-        replaces_biases: it was trained with biases in the place of the base's, of which those are
-            kept that differ from the model's.
-        invocation: the tokens from which on it is active (aLoRA); empty where it always is.
-        compared: its file holds copies of base weights, which were compared with the model's.
-        keys: its keys, in PEFT's names, with the shapes of their tensors.
-    """
-
-    name: str
-    weights: dict[str, LoraWeights]
-    rank: int
-    source: str
-    spans: Mapping[str, range] = field(default_factory=dict)
-    own: Mapping[str, OwnWeight] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    replaces_biases: bool = False
-    compared: bool = False
-    invocation: tuple[int, ...] = ()
-    keys: Mapping[str, Size] = field(default_factory=dict)
-
-    @property
-    def magnitudes(self) -> tuple[str, ...]:
-        """The parts whose outputs it rescales (DoRA)."""
-        return tuple(p for p, weights in self.weights.items() if weights.magnitude is not None)
 
 
 class AdapterTargets(NamedTuple):
@@ -97,11 +52,14 @@ def adapter_target_modules(source: Any, model: nn.Module) -> AdapterTargets:
         factor = parse(key)
         if factor is None:
             continue
-        for path in _named_by(places, config, factor.module):
-            modules[path] = None
-        if factor.letter == "A":
-            rows = sizes[factor.module].rank
-            rank = max(rank, _rank_of(places, config, factor.module, rows, tensor.dim()))
+        place = places.meaning(factor.module)
+        rows = sizes[factor.module].rank
+        if isinstance(place, ExpertPlace):
+            modules.update(dict.fromkeys(_parameters(place, config)))
+            rows = _rank_of(place, config, rows, tensor.dim())
+        else:
+            modules[places.current(factor.module)] = None
+        rank = max(rank, rows if factor.letter == "A" else 0)
     if (not modules or not rank) and not any(rows_wanted(state, model)):
         raise CheckpointError(f"{state.where} holds no LoRA factors (lora_A, lora_B)")
     return AdapterTargets(tuple(modules), max(rank, 1))
@@ -144,7 +102,7 @@ def read_adapter(
     findings = Findings(state, Places(sites, model), max_rank)
     reading = Reading(findings)
     weights = reading.run()
-    left_out = coverage(reading, Scope(lora_config))
+    left_out = coverage(reading, lora_config)
     if strict and left_out.missing:
         findings.problems.append(f"{left_out}; strict=True makes this an error")
     findings.raise_problems(name)
@@ -171,28 +129,18 @@ def read_adapter(
     )
 
 
-def _named_by(places: Places, config: PeftConfig, path: str) -> list[str]:
-    """What `path` names: the parameters of experts, or one module."""
-    place = places.meaning(path)
-    if not isinstance(place, ExpertPlace):
-        return [places.current(path)]
+def _parameters(place: ExpertPlace, config: PeftConfig) -> list[str]:
+    """The parameters of routed experts that a saved path names."""
     experts, saved = place.experts, unnested(place.saved)
     targeted = [w for w in experts.weights if config.targets_parameter(w.path(saved))]
     weights = [place.weight] if place.weight is not None else targeted or experts.weights
     return [weight.path(experts.path) for weight in weights]
 
 
-def _rank_of(places: Places, config: PeftConfig, path: str, rows: int, dims: int) -> int:
-    """The rank of an A of `dims` dimensions with `rows` rows: those of experts may be stacked."""
-    place = places.meaning(path)
-    if not isinstance(place, ExpertPlace) or place.expert is not None or dims == 3:
+def _rank_of(place: ExpertPlace, config: PeftConfig, rows: int, dims: int) -> int:
+    """The rank of an A of `dims` dimensions with `rows` rows, which may be those of all experts."""
+    if place.expert is not None or dims == 3:
         return rows
-    said = {rows} if config.max_rank is None else set(_ranks(config))
-    stacked = place.weight is None or rows not in said
+    configured = {config.r, *config.rank_pattern.values()} - {None} or {rows}
+    stacked = place.weight is None or rows not in configured
     return max(rows // place.experts.count, 1) if stacked else rows
-
-
-def _ranks(config: PeftConfig) -> Iterator[int]:
-    yield from config.rank_pattern.values()
-    if config.r is not None:
-        yield config.r

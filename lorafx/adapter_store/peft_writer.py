@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from lorafx.adapter_store.config_source import CONFIG_FILE
+from lorafx.adapter_store.config_values import CONFIG_FILE
 from lorafx.adapter_store.opening import SAFETENSORS
 from lorafx.adapter_store.peft_keys import FactorKey, factor_sizes, parse, without_prefix
 from lorafx.adapter_store.saved import AdapterState

@@ -78,7 +78,7 @@ def _check_on(model: str, source: Any) -> None:
 
 
 def _fields(config: Path | None) -> dict[str, Any] | None:
-    from lorafx.adapter_store.opening import json_object
+    from lorafx.adapter_store.config_values import json_object
     from lorafx.errors import ConfigError
 
     if config is None:

@@ -67,7 +67,7 @@ def adapters_in(folders: Sequence[str]) -> dict[str, str]:
     Raises:
         ConfigError: two are called the same, or a folder holds none.
     """
-    from lorafx.adapter_store.config_source import CONFIG_FILE
+    from lorafx.adapter_store.config_values import CONFIG_FILE
     from lorafx.adapter_store.opening import WEIGHTS
 
     def is_adapter(folder: Path) -> bool:

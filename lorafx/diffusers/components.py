@@ -17,9 +17,8 @@ from typing import Any
 from torch import nn
 
 from lorafx.adapter_store.dialects.all_dialects import dialect_of
-from lorafx.adapter_store.dialects.components import DENOISERS
+from lorafx.adapter_store.dialects.dialect import DENOISERS
 from lorafx.adapter_store.opening import opened
-from lorafx.adapter_store.origins import OpenedSource, Origin
 from lorafx.adapter_store.saved import AdapterSource
 from lorafx.errors import CaptureError, CheckpointError, ConfigError, LorafxWarning, nearest
 
@@ -94,9 +93,7 @@ def parts_of(source: Any, pipe: Any, models: Mapping[str, nn.Module]) -> dict[st
             compiled, or that the pipeline does not have.
     """
     asked = source if isinstance(source, AdapterSource) else AdapterSource(source)
-    origin = Origin.of(asked)
     saved = opened(asked)
-    whole = OpenedSource(**vars(asked), saved=saved, origin=origin)
     named = dialect_of(saved, asked.dialect).components(saved)
     found: dict[str, AdapterSource] = {}
     for name in named if asked.component is None else (asked.component,):
@@ -108,7 +105,7 @@ def parts_of(source: Any, pipe: Any, models: Mapping[str, nn.Module]) -> dict[st
                     f"{found[model].component}, which are both {model} here; say which by "
                     "AdapterSource(..., component=...)"
                 )
-            found[model] = replace(whole, component=name or None)
+            found[model] = replace(asked, source=saved, component=name or None)
             continue
         known = getattr(pipe, "components", {})
         if name in known and known[name] is None:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lorafx.adapter_store.listing import AdapterInfo, info
 from lorafx.adapter_store.names import members
+from lorafx.adapter_store.store import AdapterInfo, info
 from lorafx.errors import CaptureError, ConfigError, nearest
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from lorafx.adapter_store.holding import Hold
+from lorafx.adapter_store.stored import Hold
 from lorafx.errors import LorafxError
 from lorafx.session.running import refuse_transformed
 from lorafx.session.session import Session

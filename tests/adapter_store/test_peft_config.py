@@ -42,7 +42,7 @@ def test_defaults_pass_as_object_dict_and_folder(tmp_path):
 
 def test_every_field_of_the_installed_peft_is_known():
     """A field that a new PEFT adds must be sorted into one of the three tables."""
-    known = peft_config._READ | peft_config._NO_ARITHMETIC | set(peft_config._REFUSED)
+    known = {*peft_config._READ, *peft_config._NO_ARITHMETIC, *peft_config._REFUSED}
     assert {f.name for f in dataclasses.fields(peft.LoraConfig)} <= known
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
@@ -170,10 +171,10 @@ def test_files_that_are_written_while_they_are_read(
     new = save_adapter(base, tmp_path / "new", rank=2, targets=["q_proj"], seed=5, lora_alpha=40)
     read = opening._checked
 
-    def written_meanwhile(found: tuple[dict[str, object], str]) -> object:
+    def written_meanwhile(*found: Any) -> object:
         for name in (CONFIG, WEIGHTS):
             os.replace(new / name, own / name)
-        return read(found)
+        return read(*found)
 
     source = own / WEIGHTS if single else own
     with monkeypatch.context() as patch:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from small_banks import SIZES, held, make_adapter, make_groups, same
 
-from lorafx.adapter_store.peft_reader import Adapter
+from lorafx.adapter_store.adapter import Adapter
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.adapter_store.windows import arranged, fit, window
 from lorafx.errors import CapacityError
@@ -20,7 +20,7 @@ SLOTS, SLOT_RANK, RANK = 6, 2, 7
 
 def store_of(slots: int = SLOTS) -> tuple[list, AdapterStore]:
     groups = make_groups(slots=slots, rank=RANK, slot_rank=SLOT_RANK)
-    return groups, AdapterStore(groups, slots, RANK)
+    return groups, AdapterStore(groups, slots)
 
 
 def load(store: AdapterStore, **ranks: int) -> dict[str, Adapter]:

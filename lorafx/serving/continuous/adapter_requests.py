@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers.generation.continuous_batching.requests import RequestState
 
-from lorafx.adapter_store.holding import Hold
+from lorafx.adapter_store.stored import Hold
 
 
 class Ticket:
