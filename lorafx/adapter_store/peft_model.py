@@ -15,7 +15,7 @@ such a model.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from types import FunctionType
@@ -71,9 +71,8 @@ class TakenOver:
     """A model without its wrappers.
 
     Attributes:
-        base: the base model, with PEFT's wrappers taken out.
-        adapters: adapter name -> configuration, tensors (not copied) and live scales; each can
-            be passed to `read_adapter`.
+        base: the base model.
+        adapters: adapter name -> configuration, tensors (not copied) and live scales.
         active: the adapters that the model applied by default, all at once.
     """
 
@@ -105,11 +104,11 @@ def take_over(model: nn.Module) -> TakenOver:
     """
     whole = is_peft_model(model)
     what = "the PeftModel" if whole else f"the {type(model).__name__}"
-    base = _get_base(model) if whole else model
+    base = cast(Any, model).get_base_model() if whole else model
     layers = peft_layers(base)
     if not whole and not layers:
         raise CheckpointError(f"{type(model).__name__} is not a peft.PeftModel and holds no LoRA")
-    configs = _configs(_peft_configs(model, layers), what)
+    configs = _configs(model, layers, what)
     _refuse_other_layers(layers)
     tokens = [getattr(wrapper, "token_adapter", None) for wrapper in _own_weights(base)]
     holders = [*(layer for _, layer in layers), *(layer for layer in tokens if layer is not None)]
@@ -119,70 +118,56 @@ def take_over(model: nn.Module) -> TakenOver:
         raise CheckpointError(
             f"adapters {', '.join(merged)} are merged into the base weights; call {call} first"
         )
-    # Not state_dict(): modules of bitsandbytes change their weights in it.
-    tensors = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
     adapters = {
         name: AdapterState(
             config,
-            _tensors_of(model, tensors, name),
+            _tensors_of(model, name),
             f"{what}'s adapter {name!r}",
             {path: layer.scaling[name] for path, layer in layers if name in layer.scaling},
         )
         for name, config in configs.items()
     }
-    taken = TakenOver(base, adapters, _active(layers))
+    # Each layer applies those of the active adapters that it has.
+    applied = (n for _, layer in layers for n in layer.active_adapters if n in layer.scaling)
+    disabled = any(layer.disable_adapters for _, layer in layers)
+    taken = TakenOver(base, adapters, () if disabled else tuple(dict.fromkeys(applied)))
     _unwrap(taken)
     if whole:
         taken._hidden = _hide_methods(model)
     return taken
 
 
-def _tensors_of(model: Any, tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """One adapter's tensors, of all those of the model. PEFT looks for trained tokens of each
-    adapter where one has some; those that are not there are empty for it."""
+def _tensors_of(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """One adapter's tensors. PEFT looks for trained tokens of each adapter where one has some;
+    those that are not there are empty for it."""
     from peft.utils.other import TrainableTokensWrapper
 
     absent = torch.empty(0)
-    expected = {
+    tensors: dict[str, Tensor] = {
         f"{path}.token_adapter.trainable_tokens_delta.{name}": absent
         for path, module in model.named_modules()
         if isinstance(module, TrainableTokensWrapper)
     }
+    # Not state_dict(): modules of bitsandbytes change their weights in it.
+    tensors.update(model.named_parameters(remove_duplicate=False))
+    tensors.update(model.named_buffers(remove_duplicate=False))
     found = sys.modules["peft"].get_peft_model_state_dict(
-        model, {**expected, **tensors}, adapter_name=name, save_embedding_layers=False
+        model, tensors, adapter_name=name, save_embedding_layers=False
     )
     return {key: tensor.detach() for key, tensor in found.items() if tensor is not absent}
 
 
-def _get_base(peft_model: Any) -> nn.Module:
-    base = peft_model.get_base_model()
-    assert isinstance(base, nn.Module)
-    return base
-
-
-def _peft_configs(model: Any, layers: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Adapter name -> PEFT's configuration.
-
-    Raises:
-        CheckpointError: the model has none, so that its wrappers are those of a part of it.
-    """
-    configs = getattr(model, "peft_config", None)
-    if isinstance(configs, dict):
-        return configs
-    raise CheckpointError(
-        f"{layers[0][0]} is wrapped by PEFT's {type(layers[0][1]).__name__}, but the "
-        f"{type(model).__name__} has no peft_config, so the adapters belong to a part of "
-        "it; compile that part, or load the adapters from their folders onto the plain "
-        "model"
-    )
-
-
-def _configs(peft_configs: dict[str, Any], what: str) -> dict[str, PeftConfig]:
+def _configs(model: Any, layers: list[tuple[str, Any]], what: str) -> dict[str, PeftConfig]:
+    given = getattr(model, "peft_config", None)
+    if not isinstance(given, dict):
+        raise CheckpointError(
+            f"{layers[0][0]} is wrapped by PEFT's {type(layers[0][1]).__name__}, but the "
+            f"{type(model).__name__} has no peft_config, so the adapters belong to a part of "
+            "it; compile that part, or load the adapters from their folders onto the plain "
+            "model"
+        )
     configs, refused = {}, []
-    for name, config in peft_configs.items():
+    for name, config in given.items():
         try:
             configs[name] = PeftConfig.read(config, where=f"{what}'s adapter {name!r}")
         except UnsupportedAdapterError as exc:
@@ -210,19 +195,11 @@ def _refuse_other_layers(layers: list[tuple[str, Any]]) -> None:
             )
 
 
-def _active(layers: list[tuple[str, Any]]) -> tuple[str, ...]:
-    """The adapters that layers apply: each adds those of them that it has."""
-    if any(layer.disable_adapters for _, layer in layers):
-        return ()
-    applied = (n for _, layer in layers for n in layer.active_adapters if n in layer.scaling)
-    return tuple(dict.fromkeys(applied))
-
-
 def _unwrap(taken: TakenOver) -> None:
     from peft.tuners.lora import LoraLayer
 
-    own = vars(taken.base)
-    taken._notes = {name: own.pop(name) for name in _NOTES if name in own}
+    attributes = vars(taken.base)
+    taken._notes = {name: attributes.pop(name) for name in _NOTES if name in attributes}
     wrappers = {id(wrapper) for wrapper in _own_weights(taken.base)}
     inside = {id(m) for wrapper in _own_weights(taken.base) for m in wrapper.modules()}
     parents = [
@@ -230,37 +207,31 @@ def _unwrap(taken: TakenOver) -> None:
     ]
     for parent in parents:
         for name, child in list(parent._modules.items()):
-            if isinstance(child, LoraLayer) or id(child) in wrappers:
-                inner: Any = child
-                while isinstance(inner, LoraLayer) or id(inner) in wrappers:
-                    inner = inner.original_module if id(inner) in wrappers else inner.base_layer
+            inner: Any = child
+            while isinstance(inner, LoraLayer) or id(inner) in wrappers:
+                inner = inner.original_module if id(inner) in wrappers else inner.base_layer
+            if inner is not child:
                 parent._modules[name] = inner
                 taken._wrappers.append((parent, name, cast(nn.Module, child)))
+
+
+def without_wrappers(model: nn.Module) -> nn.Module:
+    """The base model of a PeftModel that was handed over; any other model is returned."""
+    forward = vars(model).get("forward") if isinstance(model, nn.Module) else None
+    if not isinstance(forward, partial) or forward.func is not _refuse:
+        return model
+    return cast(nn.Module, cast(Any, model).get_base_model())
 
 
 def _hide_methods(peft_model: nn.Module) -> list[tuple[nn.Module, str]]:
     hidden: list[tuple[nn.Module, str]] = []
     owner = type(peft_model).__name__
-    for part in (peft_model, peft_model.base_model):
-        assert isinstance(part, nn.Module)
+    for part in (peft_model, cast(nn.Module, peft_model.base_model)):
         for name in _methods(type(part)):
             if name not in vars(part):
                 vars(part)[name] = partial(_refuse, owner, name)
                 hidden.append((part, name))
     return hidden
-
-
-def without_wrappers(model: nn.Module) -> nn.Module:
-    """The base model of a PeftModel that was handed over; any other model is returned."""
-    if not isinstance(model, nn.Module):  # of whoever calls it with something else
-        return model
-    forward = vars(model).get("forward")
-    if not isinstance(forward, partial) or forward.func is not _refuse:
-        return model
-    base: Any = model
-    found = base.get_base_model()
-    assert isinstance(found, nn.Module)
-    return found
 
 
 def _methods(cls: type) -> Iterator[str]:

@@ -224,22 +224,3 @@ def test_single_experts_by_their_older_names() -> None:
     with pytest.warns(LorafxWarning, match="7 of them"):
         read(Model(), tensors, target_modules=rf"{PATH}\.\d.(w.|.*_proj)")
     assert adapter.weights[f"{PATH}.gate_up_proj[0]"].ranks.tolist() == [0, 2, 0]
-
-
-def test_half_a_pair_and_nothing_at_all_stay_errors(case: Case, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    file = "adapter_model.safetensors"
-    folder = partial(case.base, tmp_path / "broken", under(case.base, "model.layers.1."))
-    tensors = load_file(folder / file)
-    key = next(key for key in tensors if "q_proj.lora_B" in key)
-    save_file({k: t for k, t in tensors.items() if k != key}, folder / file)
-    with pytest.raises(CheckpointError, match=r"layers.1.self_attn.q_proj has no factor B"):
-        lorafx.compile(case.model(), {"a": folder}, options=REFERENCE)
-    cm = lorafx.compile(case.model(), lorafx.LoraConfig(target_modules=TARGETS), options=REFERENCE)
-    save_file({}, folder / file)
-    with pytest.raises(CheckpointError, match="holds no LoRA factors"):
-        cm.load_adapter(folder, "a")
-    save_file({k.replace("layers.1", "layers.7"): t for k, t in tensors.items()}, folder / file)
-    with pytest.raises(CheckpointError, match="made for another model"):
-        cm.load_adapter(folder, "a")

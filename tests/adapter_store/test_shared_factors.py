@@ -98,12 +98,3 @@ def test_one_a_is_kept_once_in_host_memory() -> None:
     tables = 2 * 3 * 2 * E * 4  # ranks and scales
     assert 0 < store["pair"].nbytes - (one + columns + down) <= tables
     assert 0 < store["halves"].nbytes - (2 * one + columns) <= tables
-
-
-def test_other_banks_keep_no_such_table() -> None:
-    """They are read by kernels that do not ask."""
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    config = lorafx.LoraConfig(target_modules=["0"])
-    _, sites = build_sites(model, config)
-    (group,) = allocate_groups(sites, config)
-    assert group.bank.alike is None

@@ -32,21 +32,27 @@ def load(store: AdapterStore, **ranks: int) -> dict[str, Adapter]:
     return made
 
 
-@settings(max_examples=300, deadline=None)
-@given(data=st.data(), count=st.integers(1, 12))
-def test_windows_never_overlap_and_what_is_kept_stays(data, count):
-    names = [f"a{i}" for i in range(data.draw(st.integers(1, 8)))]
-    widths = {name: data.draw(st.integers(1, 5)) for name in names}
+def drawn(data, count: int, widest: int) -> tuple[dict[str, int], dict[str, range]]:
+    """Adapters by width, and the windows of some of them."""
+    names = [f"a{i}" for i in range(data.draw(st.integers(1, 9)))]
+    widths = {name: data.draw(st.integers(1, widest)) for name in names}
     taken: set[int] = set()
     resident = {}
     for name in data.draw(st.lists(st.sampled_from(names), unique=True)):
-        own = window(data.draw(st.integers(0, count - 1)), widths[name], count)
-        if taken.isdisjoint(own):
-            resident[name] = own
-            taken |= set(own)
+        slots = window(data.draw(st.integers(0, count - 1)), widths[name], count)
+        if taken.isdisjoint(slots):
+            resident[name] = slots
+            taken |= set(slots)
+    return widths, resident
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), count=st.integers(1, 12))
+def test_windows_never_overlap_and_what_is_kept_stays(data, count):
+    widths, resident = drawn(data, count, 5)
     evictable = [n for n in resident if data.draw(st.booleans())]
     kept = {n for n in resident if n not in evictable and data.draw(st.booleans())}
-    missing = [n for n in names if n not in resident]
+    missing = [n for n in widths if n not in resident]
     slots = {name: own[0] for name, own in resident.items()}
     found = arranged(widths, slots, evictable, kept, count, 5)
     staying = [n for n in resident if n not in evictable]
@@ -58,22 +64,15 @@ def test_windows_never_overlap_and_what_is_kept_stays(data, count):
     assert kept.isdisjoint(found)
     windows = {name: window(first, widths[name], count) for name, first in found.items()}
     windows |= {name: resident[name] for name in staying if name not in found}
-    every = [slot for own in windows.values() for slot in own]
-    assert len(every) == len(set(every))
+    taken = [slot for slots in windows.values() for slot in slots]
+    assert len(taken) == len(set(taken))
 
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data(), count=st.integers(1, 8), widest=st.integers(1, 4))
 def test_adapters_fit_where_they_can_be_arranged(data, count, widest):
-    names = [f"a{i}" for i in range(data.draw(st.integers(1, 9)))]
-    widths = {name: data.draw(st.integers(1, widest)) for name in names}
-    taken: set[int] = set()
-    kept = {}
-    for name in data.draw(st.lists(st.sampled_from(names), unique=True)):
-        own = window(data.draw(st.integers(0, count - 1)), widths[name], count)
-        if taken.isdisjoint(own):
-            kept[name] = own[0]
-            taken |= set(own)
+    widths, resident = drawn(data, count, widest)
+    kept = {name: slots[0] for name, slots in resident.items()}
     found = arranged(widths, kept, (), kept, count, widest)
     assert fit(widths, kept, count, widest) == (found is not None)
 

@@ -92,20 +92,6 @@ def test_a_model_that_holds_the_models_of_a_pipeline(dialect: str) -> None:
     }
 
 
-def test_keys_of_modules_that_only_look_like_diffusers_older_ones() -> None:
-    model = nn.ModuleDict({"processor": nn.ModuleDict({"q": nn.Linear(3, 3)})})
-    tensors = {"processor.q.lora_A.weight": torch.ones(1, 3)}
-    tensors["processor.q.lora_B.weight"] = torch.ones(3, 1)
-    source = lorafx.AdapterSource(tensors, config={"r": 1, "lora_alpha": 1})
-    assert load_state(source, model).dialect == "peft"
-
-
-def test_kohya_without_alpha_has_scale_one(case: Case, tmp_path: Path) -> None:
-    file = as_kohya(case.folders["kohya"], tmp_path / "a.safetensors")
-    bare = {key: t for key, t in load_file(file).items() if not key.endswith("alpha")}
-    assert set(load_state(bare, case.base).scales.values()) == {1.0}
-
-
 def test_kohya_refuses_scales_of_inputs_and_stray_keys(case: Case, tmp_path: Path) -> None:
     file = as_kohya(case.folders["kohya"], tmp_path / "a.safetensors")
     tensors = load_file(file)
