@@ -143,7 +143,6 @@ def _rank(a: Tensor, b: Tensor, experts: int, configured: int | None) -> int | N
 
 
 def _stacks(a: Tensor, b: Tensor, experts: int, k: int, n: int) -> bool:
-    """Whether they are A (r·E, k) and B (n, r·E)."""
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
         return False
     return a.shape[1] == k and b.shape[0] == n and a.shape[0] % experts == 0
@@ -175,7 +174,6 @@ def columns_of(weight: ExpertWeight, half: Half) -> int:
 
 
 def _check_overlap(terms: Sequence[ExpertTerm], name: str) -> None:
-    """Raise `Problem` where two terms are for the same columns of one expert."""
     seen: dict[tuple[int, Half], ExpertTerm] = {}
     for term in terms:
         halves: tuple[Half, ...] = ("gate", "up") if term.half == "all" else (term.half,)
@@ -209,7 +207,6 @@ def assembled(site: Site, terms: Sequence[ExpertTerm]) -> Iterator[tuple[str, Lo
 
 
 def _columns(site: Site, part: int, half: Half, b: Tensor) -> Tensor | None:
-    """The rows of B that are columns of this part, (n, N, r); None where there are none."""
     weight, size = site.expert_weight, saved_sizes((site, part))[1]
     assert weight is not None
     if weight.halves == "stacked":

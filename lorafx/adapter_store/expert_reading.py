@@ -44,8 +44,6 @@ from lorafx.model.experts import ExpertWeight
 
 
 class _Found(NamedTuple):
-    """A saved factor and what its path means."""
-
     key: str
     letter: str
     tensor: Tensor
@@ -277,7 +275,6 @@ class ExpertReading:
 
 
 def _check_pair(pair: _Pair) -> None:
-    """Raise `Problem` unless both factors are there and sound."""
     if len(pair) == 1:
         (have,) = pair.values()
         lacks = "B" if have.letter == "A" else "A"

@@ -156,7 +156,6 @@ def _saved_modules(state: AdapterState, places: Places, *, with_copies: bool) ->
 
 
 def _has_room(site: Site) -> bool:
-    """Whether an adapter may have all of the site's weight of its own."""
     return site.own_rows == site.weight_rows
 
 

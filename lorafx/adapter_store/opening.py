@@ -156,7 +156,6 @@ def _in_memory(given: AdapterSource, tensors: Mapping[str, Any]) -> Saved:
 
 
 def _weights(folder: Path, problem: CheckpointError | None) -> Path:
-    """The file in `folder` that holds the weights."""
     try:
         for name in WEIGHTS:
             if (folder / name).is_file():  # not a pipe or a device, which have no end

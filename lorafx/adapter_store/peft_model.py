@@ -178,7 +178,6 @@ def _configs(model: Any, layers: list[tuple[str, Any]], what: str) -> dict[str, 
 
 
 def _refuse_other_layers(layers: list[tuple[str, Any]]) -> None:
-    """Raise UnsupportedAdapterError for wrappers that are not LoRA on a single module."""
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -82,7 +82,6 @@ def _key(factor: FactorKey) -> str:
 
 
 def _number(alpha: float) -> float:
-    """PEFT writes integers where α is one."""
     return int(alpha) if alpha.is_integer() else alpha
 
 

@@ -225,7 +225,6 @@ class Reading:
     def _matrices(
         self, landing: SiteLanding, label: str, key_a: str, key_b: str
     ) -> tuple[Tensor, Tensor]:
-        """A and B, those of a convolution as matrices."""
         a, b = self.state.tensors[key_a], self.state.tensors[key_b]
         check_sound(key_a, a)
         check_sound(key_b, b)
@@ -364,7 +363,6 @@ def _alike(first: LoraWeights, second: LoraWeights) -> bool:
 
 
 def _label(landing: SiteLanding) -> str:
-    """What messages call the place of some factors."""
     if len(landing.places) == 1:
         site, index = landing.places[0]
         return path_label(site.part_path(index))

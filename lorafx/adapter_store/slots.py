@@ -94,7 +94,6 @@ class Slots:
         self._aside: Any = None  # what the store held, inside `set_aside`
 
     def _owners(self) -> dict[str, int]:
-        """The slots of adapters with weights of their own."""
         return {name: slot for name, slot in self._slots.items() if self._adapters[name].owned}
 
     def _owning(self, names: Iterable[str]) -> int:
@@ -125,7 +124,6 @@ class Slots:
         return fit(widths, kept, self.max_adapters, self._widest)
 
     def _window(self, name: str, slot: int) -> range:
-        """The slots that a loaded adapter takes from `slot` on."""
         return window(slot, self._adapters[name].width, self.max_adapters)
 
     def _width(self, name: str) -> int:
@@ -144,7 +142,6 @@ class Slots:
         return others.isdisjoint(window(slot, stored.width, self.max_adapters))
 
     def _put_back(self) -> None:
-        """What `set_aside` took away."""
         if self._aside is None:
             return
         self._last = None
@@ -211,7 +208,6 @@ class Slots:
         return len(wanted) - len(missing)
 
     def _replace(self, stored: StoredAdapter) -> None:
-        """Write an adapter into the slot of the one that it replaces, where that has one."""
         slot = self._slots.get(stored.name)
         if slot is None:
             return

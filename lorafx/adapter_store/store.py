@@ -356,7 +356,6 @@ class AdapterStore(Slots):
             self._slots[kept] = self._slots.pop(name)
 
     def _let_go(self) -> None:
-        """Forget the retired versions that nobody holds any more."""
         if self._retired and self._aside is None:
             for version in self._retired.keys() - self._held_versions():
                 self._forget(self._retired.pop(version))
@@ -399,7 +398,6 @@ class AdapterStore(Slots):
             self.host.add(stored)
 
     def _unmix(self, name: str) -> None:
-        """Forget the sums that an adapter is part of."""
         for made in self._sums():
             if name in members(made):
                 self._unload(made)
@@ -431,7 +429,6 @@ def _check_spans(stored: StoredAdapter, others: Iterable[StoredAdapter]) -> None
 
 
 def _outgrown(stored: StoredAdapter) -> CapacityError:
-    """A pinned adapter was replaced by one that has no room where it lies."""
     if stored.owned:
         return CapacityError(
             f"{stored.name!r} is pinned, and there is no room for its own weights; unpin "

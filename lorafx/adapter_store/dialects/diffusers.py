@@ -125,7 +125,6 @@ def converted_by_diffusers(saved: Saved, dialect: Dialect, model: nn.Module) -> 
 
 
 def _loaders() -> Iterator[tuple[str, Any]]:
-    """diffusers' loaders of adapters that have a conversion, by name."""
     try:
         pipelines: Any = importlib.import_module("diffusers.loaders.lora_pipeline")
     except ImportError:
@@ -156,7 +155,6 @@ def _equal(first: AdapterState, second: AdapterState) -> bool:
 
 
 def _lands(state: AdapterState, model: nn.Module) -> bool:
-    """Whether each factor is for a module of the model."""
     places = Places((), model)
     factors = [factor for key in state.tensors if (factor := parse(key)) is not None]
     return bool(factors) and all(places.module(factor.module) is not None for factor in factors)
@@ -169,7 +167,6 @@ def _translated(
     alphas: Mapping[str, float],
     model: nn.Module | None,
 ) -> AdapterState:
-    """Tensors and α by diffusers' names, in PEFT's names."""
     found = Translation(saved, dialect, model)
     groups, alpha_groups = _groups(tensors), _groups(alphas)
     component = ""
@@ -289,7 +286,6 @@ def _of_older_keys(tensors: Mapping[str, Any], component: str) -> dict[str, Any]
 
 
 def _config(saved: Saved, component: str) -> PeftConfig | None:
-    """The configuration of one component, where there is one."""
     if saved.fields is not None:
         return PeftConfig.read(saved.fields, where=f"the configuration of {saved.where}")
     if _METADATA not in saved.metadata:

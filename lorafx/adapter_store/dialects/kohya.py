@@ -158,7 +158,6 @@ def _only(saved: Saved, name: str, paths: tuple[str, ...]) -> str:
 
 
 def _place(found: Translation, path: str, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """The factors of one module, and s."""
     where = found.saved.where
     factors = {_LETTERS[factor]: t for factor, t in tensors.items() if factor != "alpha"}
     alpha = None
