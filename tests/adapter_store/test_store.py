@@ -43,14 +43,6 @@ def unchanged(before: tuple, filled) -> bool:
     return before[:3] == after[:3] and all(map(torch.equal, before[3], after[3]))
 
 
-def test_rows_to_slots(filled):
-    slots = filled.store.acquire(["b", None, "a", "__base__", "b"])
-    assert slots[1] == slots[3] == -1
-    assert slots[0] == slots[4] != slots[2]
-    assert same(held(filled.groups, slots[0]), filled.adapters["b"])
-    assert same(held(filled.groups, slots[2]), filled.adapters["a"])
-
-
 def test_evicts_the_least_recently_used_that_is_neither_pinned_nor_in_the_batch(filled):
     store = filled.store
     store.acquire(["a", "b", "c"])
@@ -94,15 +86,6 @@ def test_converts_to_the_banks_dtype():
     assert torch.equal(held(groups, 0)["q"].A, adapter.weights["q"].A.bfloat16())
     assert store.nbytes()["host"] == 2 * (2 * 5 + 7 * 2)
     assert store.nbytes()["banks"] == sum(g.bank.nbytes for g in groups)
-
-
-def test_keeps_its_own_copy(filled):
-    adapter = make_adapter("x", {"q": 2})
-    kept = adapter.weights["q"].A.clone()
-    filled.store.load(adapter)
-    adapter.weights["q"].A.zero_()
-    (slot,) = filled.store.acquire(["x"])
-    assert torch.equal(held(filled.groups, slot)["q"].A, kept)
 
 
 def test_works_across_inference_mode(filled):

@@ -77,42 +77,6 @@ def test_adapters_fit_where_they_can_be_arranged(data, count, widest):
     assert fit(widths, kept, count, widest) == (found is not None)
 
 
-def test_one_of_the_largest_rank_fits_beside_as_many_small_ones_as_there_are_other_slots():
-    groups, store = store_of()
-    made = load(store, large=RANK, **{f"small {i}": SLOT_RANK for i in range(SLOTS - 1)})
-    slots = store.acquire([*made])
-    assert sorted(slots) == list(range(SLOTS))
-    for name, slot in zip(made, slots, strict=True):
-        assert same(held(groups, slot), made[name])
-    rows = (SLOTS - 1) * SLOT_RANK + RANK
-    size = 4 * sum((k if p in ("embed", "down") else 0) + n for p, (k, n) in SIZES.items())
-    size += 4 * 2 * SIZES["q"][0]  # q and k share a bank
-    assert (
-        sum(g.bank.A.untyped_storage().nbytes() for g in groups)
-        + sum(g.bank.B.untyped_storage().nbytes() for g in groups)
-        == rows * size
-    )
-    tables = sum(g.bank.ranks.nbytes + g.bank.scales.nbytes for g in groups)
-    assert store.nbytes()["banks"] == rows * size + tables
-
-
-def test_adapters_move_where_that_makes_room():
-    groups, store = store_of(slots=4)
-    made = load(store, a=2, b=2, c=2, wide=4, wider=6)
-    store.acquire(["a", "b", "c"])
-    store.unload("b")  # slots 1 and 3 are free
-    store.acquire(["a", "c"])
-    slots = store.acquire(["a", "c", "wide"])
-    assert len(store.resident) == 3
-    for name, slot in zip(["a", "c", "wide"], slots, strict=True):
-        assert same(held(groups, slot), made[name])
-    with pytest.raises(CapacityError, match=r"take 5 slots by their ranks \(a 1, c 1, wi"):
-        store.acquire(["a", "c", "wide", "wider"])
-    assert not store.fits(frozenset({"a", "c", "wide", "wider"}))
-    assert store.fits(frozenset({"a", "wide", "wider"}))
-    store.acquire(["a", "wide", "wider"])
-
-
 def test_a_pinned_adapter_that_grows_is_refused_where_others_have_the_slots_behind_it():
     groups, store = store_of(slots=3)
     made = load(store, a=2, b=2)
@@ -126,18 +90,6 @@ def test_a_pinned_adapter_that_grows_is_refused_where_others_have_the_slots_behi
     store.load(grown)
     assert store.resident == {"a": slot}
     assert same(held(groups, slot), grown)
-
-
-def test_a_pinned_adapter_of_the_batch_that_leaves_too_little_in_a_row_is_named():
-    _, store = store_of(slots=4)
-    load(store, a=2, b=2, wide=4, other=4)
-    store.acquire(["a", "b"])
-    store.pin("b")
-    store.unload("a")  # slots 0, 2 and 3 are free, and the last may be reached past
-    with pytest.raises(CapacityError, match=r"wide \(2 slots in a row\).* those of b are pinned"):
-        store.acquire(["b", "wide", "other"])
-    store.unpin("b")
-    store.acquire(["b", "wide", "other"])
 
 
 def test_what_stood_in_a_window_is_back_afterwards():
