@@ -276,18 +276,18 @@ def _by_length(names: Iterable[str]) -> dict[int, frozenset[str]]:
     found: dict[int, set[str]] = {}
     for name in sorted(names, key=len, reverse=True):
         found.setdefault(len(name), set()).add(name)
-    return {length: frozenset(own) for length, own in found.items()}
+    return {length: frozenset(alike) for length, alike in found.items()}
 
 
 def _ending(names: Mapping[int, frozenset[str]], path: str) -> str | None:
     """The longest of the names that `path` ends with."""
-    endings = ((path[len(path) - n :], own) for n, own in names.items() if n <= len(path))
-    return next((ending for ending, own in endings if ending in own), None)
+    endings = ((path[len(path) - n :], alike) for n, alike in names.items() if n <= len(path))
+    return next((ending for ending, alike in endings if ending in alike), None)
 
 
 def _by_pattern(patterns: Iterable[tuple[Pattern, Any]], path: str, default: Any) -> Any:
-    for own, value in patterns:
-        if path.endswith(own.tail) and own.fullmatches(path):
+    for pattern, value in patterns:
+        if path.endswith(pattern.tail) and pattern.fullmatches(path):
             return value
     return default
 

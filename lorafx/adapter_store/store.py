@@ -53,8 +53,8 @@ class AdapterStore(Slots):
         max_host_bytes: int | None = None,
     ) -> None:
         self._fitted = partial(fitted, places=places_of(groups), groups=tuple(groups))
-        own = max_adapters if own_weights is None else own_weights
-        super().__init__(groups, max_adapters, own, HostTier(self._fitted, max_host_bytes))
+        rooms = max_adapters if own_weights is None else own_weights
+        super().__init__(groups, max_adapters, rooms, HostTier(self._fitted, max_host_bytes))
         self._lock = threading.RLock()
         # Versions that requests hold though they were replaced or unloaded, and their names.
         self._held: WeakSet[Hold] = WeakSet()
@@ -413,18 +413,18 @@ class AdapterStore(Slots):
         undisturbed(lambda: self.host.trim(lambda stored: stored.name in self._pinned))
 
 
-def _check_spans(stored: StoredAdapter, others: Iterable[StoredAdapter]) -> None:
+def _check_spans(stored: StoredAdapter, adapters: Iterable[StoredAdapter]) -> None:
     """Raise CheckpointError unless a name of a packed module means the same slices in all
     adapters."""
-    for other in others:
+    for other in adapters:
         for path in stored.spans.keys() & other.spans.keys():
-            mine, theirs = stored.spans[path], other.spans[path]
-            if mine != theirs and other.name != stored.name:
+            slices, others = stored.spans[path], other.spans[path]
+            if slices != others and other.name != stored.name:
                 raise CheckpointError(
                     f"adapter {stored.name!r} from {stored.source} has factors by whose rows "
-                    f"{path} is slices {', '.join(map(str, mine))} of what packs it, and by those "
-                    f"of {other.name!r} slices {', '.join(map(str, theirs))}: one of the two is "
-                    "for another model; packed_modules may say which slices each name covers"
+                    f"{path} is slices {', '.join(map(str, slices))} of what packs it, and by "
+                    f"those of {other.name!r} slices {', '.join(map(str, others))}: one of the two "
+                    "is for another model; packed_modules may say which slices each name covers"
                 )
 
 

@@ -54,7 +54,8 @@ def read(
     fields = {"r": 2, "target_modules": ["up", "down", "embed"], **(config or {})}
     state = AdapterState(PeftConfig.read(fields), tensors, "memory")
     model = plain() if model is None else model
-    _, sites = build_sites(model, LoraConfig(target_modules=[*targets]))
+    inner = getattr(model, "_orig_mod", model)
+    _, sites = build_sites(inner, LoraConfig(target_modules=[*targets]))
     return read_adapter(state, "mine", sites, model=model, **kwargs)
 
 
