@@ -35,6 +35,7 @@ from lorafx.adapter_store.findings import (
 from lorafx.adapter_store.peft_keys import TRAINING_KEYS, parse, without_prefix
 from lorafx.adapter_store.places import Places
 from lorafx.adapter_store.saved import AdapterState
+from lorafx.errors import Setting
 from lorafx.model.bank import OwnWeight
 from lorafx.model.biases import bias_of, bias_refusal
 from lorafx.model.candidates import by_raw_weight
@@ -42,7 +43,6 @@ from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.own_row_limits import OWN_KINDS, is_input_embedding, own_refusal, tied_paths
 from lorafx.model.quantized import readable
 from lorafx.model.sites import Site
-from lorafx.named_setting import Setting
 from lorafx.registry import lookup
 
 #: As many modules are named in an error.

@@ -21,13 +21,12 @@ from lorafx.adapter_store.adapter import Adapter, LoraWeights
 from lorafx.adapter_store.saved import Origin
 from lorafx.adapter_store.stored import HostCopy, StoredAdapter
 from lorafx.adapter_store.windows import width_of
-from lorafx.errors import CapacityError, CheckpointError
+from lorafx.errors import CapacityError, CheckpointError, Setting
 from lorafx.model.bank import Bank, Factors, OwnWeight
 from lorafx.model.biases import bias_of
 from lorafx.model.convolutions import norm_factors
 from lorafx.model.quantized import dequantize
 from lorafx.model.sites import Group, Site
-from lorafx.named_setting import Setting
 
 #: Entries of W + s·B A that are held at once.
 _CHUNK = 1 << 22
