@@ -21,7 +21,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lorafx.adapter_store.host_copies import HostCopy
+from lorafx.adapter_store.stored import HostCopy
 from lorafx.base_weights.changes import (
     Change,
     Changes,
