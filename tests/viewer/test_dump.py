@@ -213,7 +213,7 @@ def test_what_cannot_be_captured_again_is_said(shallow: Case, tmp_path: Path) ->
     cm.warmup({"input_ids": ids}, generate=False)
     with pytest.warns(LorafxWarning, match=r"has no stages of graph 1 base, .* because"):
         cm.dump(tmp_path)
-    assert "sites: 14" in (tmp_path / "explain.txt").read_text()
+    assert "sites: 9" in (tmp_path / "explain.txt").read_text()
     assert page_data(tmp_path / "index.html")[1][1]["stages"] == []
 
 
