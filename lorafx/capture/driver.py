@@ -25,11 +25,8 @@ def run_pipeline(
     dump: GraphDump,
     after_pass: AfterPass | None = None,
 ) -> list[PassReport]:
-    """Run all passes that are switched on over `gm`, in place.
-
-    `after_pass` is called with None and the captured graph, then with each pass and the graph that
-    it left. Numeric verification keeps its copies that way.
-    """
+    """Run all passes that are switched on over `gm`, in place. `after_pass` is called with None
+    and the captured graph, then with each pass and the graph that it left."""
     options = ctx.program.options
     outputs = output_values(gm)
     names, states = dump.names, ctx.states

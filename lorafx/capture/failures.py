@@ -31,10 +31,8 @@ class _Place:
 
 @contextmanager
 def failing_in(what: str, error: type[LorafxError], way_out: str) -> Iterator[None]:
-    """Note on what leaves the block that it failed in `what`; of nested blocks the inner counts.
-
-    `error` is what it becomes for the caller, `way_out` a sentence that says what to try.
-    """
+    """Note on what leaves the block that it failed in `what`, the innermost such block. For the
+    caller it becomes an `error`; `way_out` is a sentence that says what to try."""
     try:
         yield
     except Exception as raised:
@@ -44,12 +42,10 @@ def failing_in(what: str, error: type[LorafxError], way_out: str) -> Iterator[No
 
 
 def in_pass(item: GraphPass) -> AbstractContextManager[None]:
-    """A pass over a captured graph."""
     return failing_in(f"the pass {item.name!r}", CaptureError, way_around(item))
 
 
 def in_tracing() -> AbstractContextManager[None]:
-    """AOTAutograd, on the way from Dynamo's graph to the functional one."""
     return failing_in("AOTAutograd", CaptureError, _KEEP_OUT)
 
 
@@ -99,8 +95,6 @@ def chain(raised: BaseException) -> list[BaseException]:
 
 
 def _is_of_dynamo(raised: BaseException) -> bool:
-    """Whether Dynamo itself failed. What it says of an operator that refuses its arguments is the
-    model's own error."""
-    return isinstance(raised, TorchDynamoException) and not isinstance(
-        raised, (TorchRuntimeError, ObservedException)
-    )
+    # What it says of an operator that refuses its arguments is the model's own error.
+    models = (TorchRuntimeError, ObservedException)
+    return isinstance(raised, TorchDynamoException) and not isinstance(raised, models)

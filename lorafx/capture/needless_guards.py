@@ -74,11 +74,11 @@ class FrameGuards:
         return list(compress(self.guards, self.kept))
 
     def drop_marks(self, names: set[str]) -> None:
-        """All guards on marks at these places."""
+        """Drop all guards on marks at these places."""
         self._dropped |= {number for number, name in enumerate(self.below) if name in names}
 
     def drop_classes(self) -> None:
-        """Guards on what transformers notes of classes of models."""
+        """Drop guards on what transformers notes of classes of models."""
         if (registry := recorded_outputs()) is None:
             return
         known: dict[str, bool] = {}
@@ -98,7 +98,7 @@ class FrameGuards:
                 self._dropped.add(number)
 
     def drop_hooks_of_marked(self) -> list[nn.Module]:
-        """Guards on the hooks of modules that have marks and no other hooks: these modules."""
+        """Drop guards on the hooks of modules that have marks and no other hooks: these modules."""
         marked: dict[str, nn.Module] = {}
         for place in dict.fromkeys(self.places):
             module = self._at(place.removesuffix(_HOOKS)) if place.endswith(_HOOKS) else None
@@ -122,8 +122,8 @@ class FrameGuards:
 
 
 def keep_guards(entries: Sequence[Any], at: Callable[[str], Any]) -> list[bool]:
-    """Which guards of a frame of an entry's own code are checked before each call; a filter for
-    Dynamo (`guard_filter_fn`), which gives its `GuardFilterEntry`s. `at` is that of FrameGuards."""
+    """Which guards of a frame of an entry's own code are checked before each call, by Dynamo's
+    `GuardFilterEntry`s. `at` is that of FrameGuards."""
     found = FrameGuards([entry.orig_guard for entry in entries], at)
     found.drop_marks(set(found.marks))
     found.drop_classes()

@@ -1,9 +1,9 @@
 """What an executable is made of, kept apart so that another process can put it together again.
 
-    checked( AOTAutograd's wrappers( with_lookups( the graph as it was lowered ) ) )
+    bound( looked up( checked( AOTAutograd's wrappers( with_lookups( the lowered graph ) ) ) ) )
 
-AOTAutograd returns one function; its own part of that (views, aliases, what is written into
-inputs) is noted while it works.
+AOTAutograd returns one function; its part of that (views, aliases, what is written into inputs) is
+noted while it works.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import fx
 
 from lorafx.capture.bound_inputs import BoundInputs
 from lorafx.capture.checks import Checks
-from lorafx.capture.executable import BankLayout, checked, for_base, with_lookups
+from lorafx.capture.executable import BankLayout, ProgramLookup, checked, for_base, with_lookups
 from lorafx.capture.lookups import Lookups
 from lorafx.kernels.cpu.cpu import builds_noted
 from lorafx.kernels.ops.delta_spec import DeltaSpec
@@ -54,7 +54,7 @@ class Wrappers:
 
     def around(self, compiled: Callable[[list[Any]], Any]) -> Callable[..., Any]:
         """The function that AOTAutograd returned, around this graph in the boxed convention."""
-        from lorafx.torch_internals.saved_code import BundledAOTAutogradResult
+        from lorafx.torch_internals.saved_graphs import BundledAOTAutogradResult
 
         result: Any = cast(Any, BundledAOTAutogradResult)(
             compiled_fw=None,  # only read where torch itself loads the graph
@@ -92,16 +92,10 @@ def noted(parts: Parts) -> Iterator[None]:
     parts.kernels = kernels
     if told:
         config, metadata, subclasses, *rest = told[-1]
-        parts.wrappers = _own(config, metadata, subclasses, rest)
         parts.lowered = parts.lowered or rest[0]
-
-
-def _own(config: Any, metadata: Any, subclasses: Any, rest: Sequence[Any]) -> Wrappers | None:
-    """None for wrappers of tensor subclasses, and where they cannot be kept."""
-    if subclasses is None:
-        with suppress(AttributeError, TypeError, ValueError):  # it is not saved then
-            return Wrappers(metadata, rest[-1], config.to_cacheable())
-    return None
+        if subclasses is None:
+            with suppress(AttributeError, TypeError, ValueError):  # it is not saved then
+                parts.wrappers = Wrappers(metadata, rest[-1], config.to_cacheable())
 
 
 @dataclass
@@ -131,6 +125,16 @@ class Parts:
     lookups: Lookups = field(default_factory=Lookups)
     whole: bool = True
 
+    def around(
+        self, program: Program, owner: ProgramLookup, compiled: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """The executable for `program`, of what AOTAutograd returned; `checked` where it is of
+        calls with adapters."""
+        if self.base:
+            compiled = for_base(self.checks, owner, compiled)
+        compiled = self.lookups.around(compiled)
+        return compiled if self.bound is None else self.bound.around(program, compiled)
+
     def executable(
         self, program: Program, lowered: Callable[[list[Any]], Any]
     ) -> Callable[..., Any]:
@@ -141,17 +145,16 @@ class Parts:
             return program
 
         if self.base:
-            return self.lookups.around(for_base(self.checks, owner, self.wrappers.around(lowered)))
+            return self.around(program, owner, self.wrappers.around(lowered))
         found = with_lookups(self.checks, owner, lowered, self.extra, self.banks, None)
         whole = checked(self.checks, owner, self.wrappers.around(found))
-        whole = self.lookups.around(whole)
-        return whole if self.bound is None else self.bound.around(program, whole)
+        return self.around(program, owner, whole)
 
 
 def foreign_operators(gm: fx.GraphModule) -> list[str]:
-    """The operators that a graph calls, and that torch and lorafx do not know: what they do is
-    told by code that nobody compares. In Dynamo's graph there are functions that it was told not
-    to look into, and operators that are decomposed later."""
+    """The operators that a graph calls, and that torch and lorafx do not know: nobody compares the
+    code behind them. In Dynamo's graph there are functions that it was told not to look into, and
+    operators that are decomposed later."""
     found = set()
     for module in gm.modules():
         nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else ()

@@ -28,8 +28,7 @@ from lorafx.torch_internals.dynamo import (
     set_code_exec_strategy,
 )
 from lorafx.torch_internals.frames import guard_filter
-from lorafx.torch_internals.logged_once import logged_once
-from lorafx.torch_internals.recorded_outputs import hooks_registered
+from lorafx.torch_internals.traced_calls import calls_traced
 
 #: A function that is not compiled now runs in Python this time; what it calls, and its next call,
 #: are looked at as ever.
@@ -39,8 +38,6 @@ _NEVER = FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP)
 
 
 class Precompiled(Protocol):
-    """Graphs that were compiled elsewhere."""
-
     def converted(
         self, convert: Callable[..., ConvertFrameReturn], frame: Any, *args: Any, **kwargs: Any
     ) -> ConvertFrameReturn:
@@ -51,9 +48,9 @@ class Precompiled(Protocol):
 class Traced:
     """`function` compiled by `backend`, frame by frame where it breaks, with graphs of its own.
 
-    A function that raises while it is traced is run in Python, and Dynamo would never trace it
-    again: one bad request would leave a model without graphs. Here it is so until that error has
-    reached the caller; if the function gets over it, it stays untraced.
+    Dynamo would never again trace a function that raised while it was traced: one bad request would
+    leave a model without graphs. Here it runs in Python until that error has reached the caller; if
+    the function gets over it, it stays untraced.
 
     Args:
         name: what users call the function.
@@ -98,10 +95,8 @@ class Traced:
         self.call: Callable[..., Any] = context(function)
 
     def _noting(self, convert: Callable[..., ConvertFrameReturn]) -> Callable[..., Any]:
-        """Dynamo's conversion of a frame, but for frames that were given up.
-
-        Dynamo holds its lock meanwhile, so its settings are ours in this thread alone.
-        """
+        """Dynamo's conversion of a frame, but for frames that were given up. Dynamo holds its lock
+        meanwhile, so its settings are ours in this thread alone."""
 
         @functools.wraps(convert)  # with its attributes, which Dynamo asks for
         def noting(frame: Any, *args: Any, **kwargs: Any) -> ConvertFrameReturn:
@@ -113,7 +108,7 @@ class Traced:
                     sizes_by_data=self._sizes_by_data(),
                     symbolic=self._symbolic,
                 )
-                with settings, hooks_registered(), logged_once(), conversion(self._name):
+                with settings, calls_traced(), conversion(self._name):
                     if self._saved is not None and frame.f_code is self._code:
                         return self._saved.converted(convert, frame, *args, **kwargs)
                     return convert(frame, *args, **kwargs)

@@ -29,7 +29,7 @@ _MAGIC = b"lorafx graph 1\n"
 
 @dataclass(frozen=True)
 class SavedGraph:
-    """One saved graph as the command shows it."""
+    """A saved graph as the command shows it."""
 
     path: Path
     model: str
@@ -53,11 +53,8 @@ def default_folder() -> Path:
 
 
 def folder_of(option: str | bool) -> Path:
-    """The folder that `Options.cache` names, made where it is not there.
-
-    Raises:
-        ConfigError: it is not a folder that this user alone can write to.
-    """
+    """The folder that `Options.cache` names, made where it is not there. Raises ConfigError where
+    it is not a folder that this user alone can write to."""
     path = default_folder() if isinstance(option, bool) else Path(option).expanduser()
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -99,7 +96,6 @@ def write(folder: Path, key: str, model: str, title: str, body: bytes) -> Path:
 
 
 def _checksum(key: str, body: bytes) -> str:
-    """Of a file's contents and of the key that they are for."""
     return hashlib.sha256(key.encode() + b"\0" + body).hexdigest()
 
 
@@ -115,11 +111,8 @@ def files(folder: Path, key: str) -> list[Path]:
 
 
 def read(path: Path, key: str) -> bytes:
-    """The body of a file that was saved for `key`.
-
-    Raises:
-        BrokenFile: it is not what was written, or somebody else's.
-    """
+    """The body of a file that was saved for `key`. Raises BrokenFile where it is not what was
+    written, or somebody else's."""
     try:
         if hasattr(os, "getuid") and path.stat().st_uid != os.getuid():
             raise BrokenFile("it belongs to another user")

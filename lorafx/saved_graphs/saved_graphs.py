@@ -31,20 +31,18 @@ from lorafx.program.program import Program
 from lorafx.saved_graphs import folder as folders
 from lorafx.saved_graphs.fingerprints import Fingerprints, Undescribed
 from lorafx.saved_graphs.guards import SavedGuards
-from lorafx.saved_graphs.inputs import SavedInputs
-from lorafx.saved_graphs.key import can_save, entry_key
-from lorafx.saved_graphs.lowered_graph import SavedLowered
-from lorafx.saved_graphs.pickling import (
+from lorafx.saved_graphs.key import SavedInputs, can_save, entry_key, hash_of_file, source_files
+from lorafx.saved_graphs.lowered_graph import (
     BUILTINS,
     GRAPH,
     SLOTS,
     PortableNames,
+    SavedLowered,
     dump,
     load,
 )
-from lorafx.saved_graphs.source_files import changed_file, source_files
 from lorafx.torch_internals.dynamo import ConvertFrameReturn, disable, input_codes
-from lorafx.torch_internals.saved_frames import (
+from lorafx.torch_internals.saved_graphs import (
     CleanupHook,
     CleanupManager,
     GuardedCode,
@@ -64,20 +62,10 @@ _MOST = 64  # files of one key that are looked at
 
 
 class SavedGraphs:
-    """Loads and saves the graphs of one entry.
+    """Loads and saves the graphs of an entry, which `entry` tells apart from others of the program.
+    `option` is `Options.cache`."""
 
-    Args:
-        option: `Options.cache`.
-        entry: what tells the entry apart from others of the program.
-        guards: how the guards of a new graph are chosen, as in `Traced`.
-    """
-
-    def __init__(
-        self,
-        backend: Backend,
-        option: str | bool,
-        entry: Mapping[str, Any],
-    ) -> None:
+    def __init__(self, backend: Backend, option: str | bool, entry: Mapping[str, Any]) -> None:
         self._backend, self._option, self._entry = backend, option, entry
         #: Files whose graphs Dynamo has.
         self._loaded: set[Path] = set()
@@ -94,7 +82,7 @@ class SavedGraphs:
         self, convert: Callable[..., ConvertFrameReturn], frame: Any, *rest: Any, **named: Any
     ) -> ConvertFrameReturn:
         """As `convert`, Dynamo's conversion of the entry's own frame: a graph that was saved, or a
-        new one, which is saved. Dynamo holds its lock."""
+        new graph, which is saved. Dynamo holds its lock."""
         home = self._home(frame)
         if home is None:
             return convert(frame, *rest, **named)
@@ -207,11 +195,8 @@ class _Conversion:
             graph.record.saved = text
 
     def body(self, made: GuardedCode) -> tuple[bytes, GraphRecord]:
-        """The contents of a file.
-
-        Raises:
-            Undescribed: the graph is not one that can be saved.
-        """
+        """The contents of a file, and the record. Raises Undescribed for a graph that cannot be
+        saved."""
         output, guards = self._output, self._guards
         if guards is None or len(self._graphs) != 1:
             raise Undescribed(self._why)
@@ -289,7 +274,7 @@ class _Loading:
             names[stand_in] = unique_id("__module")
             added[names[stand_in]] = importlib.import_module(module)
         first = load(self._first, program, names)
-        if changed_file(first["files"]) is not None:
+        if any(hash_of_file(name) != was for name, was in first["files"].items()):
             return None
         f_globals, f_locals = frame.f_globals, frame.f_locals
         built_in = f_globals["__builtins__"]

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from torch import fx, nn
 
 from lorafx.capture.backend import Backend
-from lorafx.capture.lowering import ReferenceLowering, lowering_for
+from lorafx.capture.lowering import lowering_for
 from lorafx.capture.verify import copied
 from lorafx.graph.context import Context
 from lorafx.model.sites import Site
@@ -90,9 +90,6 @@ class Stages:
     def decompositions(self) -> dict[Any, Callable[..., Any]]:
         found: dict[Any, Callable[..., Any]] = self.program_lowering.decompositions()
         return found
-
-    def base(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-        return ReferenceLowering().base(gm, examples)
 
     def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
         own = self.graphs[-1]  # its passes have just ended

@@ -131,11 +131,8 @@ def handed_out() -> frozenset[str]:
 
 
 def found(name: str) -> Any:
-    """What a dotted name stands for in the installed packages.
-
-    Raises:
-        AttributeError, ImportError: nothing.
-    """
+    """What a dotted name stands for in the installed packages. Raises AttributeError or ImportError
+    where it stands for nothing."""
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
         try:
@@ -151,7 +148,6 @@ def found(name: str) -> Any:
 
 
 def missing(name: str) -> bool:
-    """Whether the installed packages have no such name."""
     try:
         found(name)
     except (AttributeError, ImportError):

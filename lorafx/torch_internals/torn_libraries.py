@@ -66,7 +66,6 @@ def _loading(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _remove(library: Path, key: str) -> None:
-    """Remove it, unless another process has compiled it meanwhile."""
     with FileLock(os.path.join(get_lock_dir(), f"{key}.lock"), timeout=LOCK_TIMEOUT):
         _unlink(library)
 

@@ -51,7 +51,7 @@ ENTRY = Required(
 with private_names():
     from torch._library import triton as triton_library
     from torch._library.triton import is_wrap_triton_enabled
-    from triton.runtime import _allocation, interpreter
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import GridExecutor
 
 # The interpreter patches triton.language and keeps the current program in a global.
@@ -96,7 +96,7 @@ def _dot(a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: An
 
 
 def _by_bools(original: Callable[..., Any], place: int) -> Callable[..., Any]:
-    """A masked access, whose mask is the argument at `place`, with one that holds bools."""
+    """A masked access, whose mask is the argument at `place`, with a mask that holds bools."""
 
     def access(*arguments: Any, **named: Any) -> Any:
         given = list(arguments)
@@ -123,8 +123,6 @@ def _pass_on(asm: str, constraints: str, args: Sequence[Any], **_: Any) -> Any:
 
 
 def _kept(original: Callable[[Any], np.dtype[Any]]) -> Callable[[Any], np.dtype[Any]]:
-    """`original` (triton's dtype -> numpy's), asked once for each name of a scalar type."""
-
     def look(dtype: Any) -> np.dtype[Any]:
         name = dtype.scalar.name
         found = _DTYPES.get(name)
@@ -183,14 +181,13 @@ class _Executor(GridExecutor):
 
 
 def _rewritten(kernel: Any) -> Callable[..., None]:
-    """The function of `kernel` as the interpreter runs it, made once for each."""
     if not isinstance(kernel, interpreter.InterpretedFunction):  # no TRITON_INTERPRET
         kernel = interpreter.InterpretedFunction(kernel.fn)
     return kernel.rewrite()
 
 
 def interpret(kernel: Any, grid: Sequence[int], arguments: Sequence[Any]) -> None:
-    """Runs `kernel` over `grid` on CPU tensors, in Triton's interpreter.
+    """Run `kernel` over `grid` on CPU tensors, in Triton's interpreter.
 
     Raises:
         LoweringError: the kernel failed; its source is in the message's cause.
@@ -220,7 +217,7 @@ def generated_triton_op(
     """`torch.library.triton_op` of kernels that are generated when they are first needed.
 
     For the keys of its caches torch reads the source of whatever the op's function calls, and looks
-    for kernels there. It finds none of these: that was a sixth of an import of lorafx, 0.8 s.
+    for kernels there. It finds none: that was a sixth of an import of lorafx, 0.8 s.
     """
 
     def registered(function: Callable[..., Any]) -> Any:

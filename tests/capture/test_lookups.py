@@ -21,7 +21,7 @@ from transformers import StaticCache
 
 import lorafx
 from lorafx import OutOfRangeError
-from lorafx.capture.lookup_search import LookupSearch
+from lorafx.capture.lookups import LookupSearch
 from lorafx.kernels.ops.checked_index import CHECKED_INDEX
 from lorafx.program.frame import Frame, FrameInput
 
