@@ -11,7 +11,6 @@ import pytest
 import torch
 from attached import attached, compiled, fresh_dynamo, served
 from dense_merge import REFERENCE, Case, error, save_adapter
-from tiny_models import token_inputs
 from torch import Tensor, nn
 
 import lorafx
@@ -69,15 +68,6 @@ class Patient(Choosy):
             return {"logits": self.pick(h)}
         except ValueError:
             return {"logits": h}
-
-
-class Stopped(Choosy):
-    """Raises what is no Exception."""
-
-    def pick(self, h: Tensor) -> Tensor:
-        if h.shape[1] > 6:
-            raise KeyboardInterrupt
-        return self.down(h)
 
 
 class Later(Choosy):
@@ -189,22 +179,6 @@ def test_a_failure_elsewhere(tmp_path):
     assert error(case.compile(dynamic=False)(x, adapter_names=names), alone) <= 1e-5
 
 
-def test_a_bad_call_of_a_transformers_model(shallow):
-    cm, inputs, names = shallow.compile(dynamic=False), token_inputs(3, 5), ["a0", None, "a1"]
-    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
-        cm(attention_mask=inputs["attention_mask"], adapter_names=["a0"] * 3)
-    assert error(cm(**inputs, adapter_names=names).logits, shallow.expected(names, inputs)) <= 1e-5
-
-
-def test_an_interrupted_call(small, serve_of):
-    case = small(Stopped, ["up", "down"])
-    serve, x = serve_of(case), rows(3)
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            serve(["a"] * 3, rows(7))
-        assert error(serve(MIXED, x), case.expected(MIXED, {"x": x})) <= 1e-5
-
-
 def _kept_out(call: Callable[..., Any]) -> Callable[..., Any]:
     return torch._dynamo.disable(call)
 
@@ -236,24 +210,3 @@ def test_dynamo_switched_off(small, monkeypatch):
     assert error(cm(x=x, adapter_names=names)["logits"], case.expected(names, {"x": x})) <= 1e-5
     with pytest.raises(ProvenanceError, match="eager mode does not know"):
         cm(x=x, adapter_names=MIXED)
-
-
-def test_what_is_kept_out_of_graphs_stays_out(small):
-    seen: list[bool] = []
-
-    class Apart(Choosy):
-        @torch._dynamo.disable(recursive=False)
-        def pick(self, h: Tensor) -> Tensor:
-            seen.append(torch.compiler.is_compiling())
-            return super().pick(h)
-
-    case = small(Apart, ["up", "down"])
-    model = attached(case)
-    call = compiled(model)
-    for length in (3, 7, 3, 3):
-        try:
-            served(call, model, ["a"] * 3, {"x": rows(length)})
-        except ValueError:
-            assert length == 7
-    assert len(seen) >= 4
-    assert not any(seen)

@@ -152,15 +152,6 @@ def test_positions_that_do_not_fit_the_requests_are_refused(small, cls, options)
     assert error(found, case.expected(MIXED, fits)) <= 1e-5
 
 
-@pytest.mark.parametrize("cls", [InPython, Broken])
-def test_python_knows_whose_features_land_where(small, cls):
-    torch.manual_seed(0)
-    case = small(cls, ["eye", "w"])
-    cm = case.compile(dynamic=False)
-    with pytest.raises(ProvenanceError, match="at w "):
-        cm(**batch(3, counts=(2 * PER, 0, PER)), adapter_names=MIXED)
-
-
 def test_images_of_any_number_where_python_leaves_them_out(small):
     torch.manual_seed(0)
     case = small(Kept, ["eye", "w"])

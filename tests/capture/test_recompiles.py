@@ -96,34 +96,6 @@ def test_settings_are_the_users_own_but_while_a_graph_is_captured(small):
     assert all(found)
 
 
-def test_growing_batches_beyond_the_first_buffer_of_slots(plain, square):
-    torch.manual_seed(0)
-    cm, feed = square, FAMILIES["plain"].inputs
-    for rows in (3, 70, 5, 200):
-        names = [("a0", None, "a1")[row % 3] for row in range(rows)]
-        check_mixed(cm, plain, names, feed(rows, 2))
-    assert cm.recompiles == 1
-
-
-def test_load_and_unload_between_calls(plain, square, tmp_path):
-    torch.manual_seed(0)
-    cm, feed = square, FAMILIES["plain"].inputs
-    check_mixed(cm, plain, ["a0", "a1", None], feed(3, 4))
-    captured = cm.recompiles
-    folder = save_adapter(plain.base, tmp_path / "new", rank=4, targets=["up", "down"], seed=9)
-    oracle = Oracle.of(plain.base, {"new": folder})
-    cm.load_adapter(folder, "new")
-    assert cm.adapters == ("a0", "a1", "a2", "a3", "a4", "new")
-    inputs = feed(2, 3)
-    got = cm(**inputs, adapter_names=["new", "a1"])["logits"]
-    assert error(got[:1], oracle.rows(["new"], {"ids": inputs["ids"][:1]})[0]) <= 1e-5
-    cm.unload_adapter("new")
-    with pytest.raises(lorafx.UnknownAdapterError, match="no adapter named 'new'"):
-        cm(**inputs, adapter_names=["new", "a1"])
-    check_mixed(cm, plain, ["a2", "a1"], inputs)
-    assert cm.recompiles == captured
-
-
 class Block(nn.Module):
     def __init__(self, size: int) -> None:
         super().__init__()

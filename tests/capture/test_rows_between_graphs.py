@@ -94,15 +94,6 @@ class Flattened(Layers):
         return self.w(h)
 
 
-class Counted(Layers):
-    """A graph hands on a size that it computes."""
-
-    def rest(self, h: Tensor) -> Tensor:
-        length = h.shape[1] * 2 + 1
-        torch._dynamo.graph_break()
-        return self.w(h) * length
-
-
 @pytest.mark.parametrize(
     ("cls", "targets", "options"),
     [
@@ -111,7 +102,6 @@ class Counted(Layers):
         (InPieces, ["w"], INDUCTOR),
         (Experts, ["first", "w.0", "w.1", "w.2", "router"], REFERENCE),
         (Flattened, ["first", "w"], REFERENCE),
-        (Counted, ["first", "w"], REFERENCE),
         (Flattened, ["w"], INDUCTOR),
     ],
 )
@@ -124,19 +114,6 @@ def test_rows_that_python_moves_keep_their_owners(small, cls, targets, options):
         inputs = {"x": torch.randn(len(names), length, K)}
         found = cm(**inputs, adapter_names=names)["logits"]
         assert error(found, case.expected(names, inputs)) <= 1e-5, names
-
-
-@pytest.mark.usefixtures("fixed_sizes")
-def test_other_mixes_make_no_graph(small):
-    case = small(InPieces, ["first", "w"])
-    cm = lorafx.compile(case.model(), adapters=case.folders, options=REFERENCE)
-    inputs = {"x": torch.randn(3, 5, K)}
-    for names in (["a"] * 3, MIXED):
-        cm(**inputs, adapter_names=names)
-    graphs = cm.recompiles
-    for names in (["b", "b", None], ["b"] * 3, [None, "a", "b"]):
-        cm(**inputs, adapter_names=names)
-    assert cm.recompiles == graphs
 
 
 class InBuffer(Layers):

@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from attached import attached, compiled, fresh_dynamo
+from attached import fresh_dynamo
 from dense_merge import Case, check_mixed
 from torch import Tensor, nn
 
-import lorafx
 from lorafx.errors import ProvenanceError
 
 __all__ = ["fresh_dynamo"]
@@ -160,15 +159,6 @@ def test_mixed_batches_on_one_graph(model, small):
     check_all(case.compile(options={"verify": "numeric"}), case)
 
 
-@pytest.mark.parametrize("model", GIVEN, ids=lambda model: model.__name__)
-def test_one_adapter_a_batch_first(model, small):
-    case = small(model, model.sites[:1], model.sites)
-    cm = case.compile()
-    check_mixed(cm, case, ["b"] * 3, inputs(3))
-    check_mixed(cm, case, ["a", "b", None, "b"], inputs(4))
-    assert cm.recompiles == 1
-
-
 @pytest.mark.parametrize(
     ("model", "lowering"),
     [
@@ -237,15 +227,6 @@ def test_dora(small):
     check_mixed(cm, case, ["a", "a", "a"], inputs(3))
 
 
-def test_under_torch_compile(small):
-    case = small(Relative, Relative.sites)
-    model = attached(case)
-    run, x = compiled(model), inputs(3)
-    with lorafx.adapters(model, ["a", None, "b"]):
-        found = run(**x)["logits"]
-    torch.testing.assert_close(found, case.expected(["a", None, "b"], x), rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.usefixtures("fixed_sizes")
 def test_what_cannot_be_given_out_is_refused_with_the_operator(small):
     case = small(Weight, Weight.sites)
@@ -268,16 +249,6 @@ class Narrow(Added):
         return {"logits": self.up(x * p.double().pow(2).mean((0, 1)).sqrt())}
 
 
-class Wide(Added):
-    """Shared all the way to a type of its own, and only then given to requests."""
-
-    sites = ("pos", "up")
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        p = self.pos(positions(x.shape[1]).sin())
-        return {"logits": self.up(x + p / p.double().pow(2).mean((0, 1)).sqrt())}
-
-
 class Laid(Added):
     """Reads a sum as it lies in memory, which copies of an operand would change."""
 
@@ -296,7 +267,6 @@ class Laid(Added):
     ("model", "why"),
     [
         (Narrow, "another dtype"),
-        (Wide, "another dtype"),
         (Laid, "as_strided: its layout would change"),
     ],
 )

@@ -121,20 +121,6 @@ def test_layers_with_numbers_of_their_own_stay_apart(tmp_path: Path, seen: Seen)
     assert sorted(seen.layers[0]) == [2, 2]
 
 
-class Sorted(Block):
-    """Calls an operator that returns two tensors."""
-
-    def forward(self, h: Tensor) -> Tensor:
-        values, places = super().forward(h).sort(dim=-1)
-        return values + places
-
-
-def test_operators_with_several_results_are_copied(tmp_path: Path, seen: Seen) -> None:
-    torch.manual_seed(0)
-    compare(case_of(Stack(Sorted).eval().requires_grad_(False), tmp_path), seen)
-    assert seen.layers == [[LAYERS]]
-
-
 class Writes(Block):
     """Writes into what it is given."""
 
@@ -189,38 +175,6 @@ def test_layers_that_do_more_than_compute_are_traced(
         )
         assert (got - want).abs().max() <= 1e-5 * want.abs().max()
     assert all(LAYERS not in kinds for kinds in seen.layers)
-
-
-class Filled(Block):
-    """Fills a tensor of its own item by item, as loops over chunks do."""
-
-    def forward(self, h: Tensor) -> Tensor:
-        y = super().forward(h)
-        filled = torch.zeros_like(y)
-        for place in range(2):
-            filled[:, place] = y[:, place] * (1 + place)
-        return y + filled
-
-
-class FilledByOther(Stack):
-    """The layer behind fills what the layer before made."""
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        for layer in self.layers:
-            x = layer(x)
-            x[:, 0] = x[:, 1]
-        return {"logits": x}
-
-
-def test_layers_that_assign_to_items_of_their_own_are_traced_once(
-    tmp_path: Path, seen: Seen
-) -> None:
-    torch.manual_seed(0)
-    compare(case_of(Stack(Filled).eval().requires_grad_(False), tmp_path / "own"), seen)
-    assert seen.layers == [[LAYERS]]
-    other = FilledByOther(Filled).eval().requires_grad_(False)
-    seen.layers.clear(), seen.forms.clear()
-    compare(case_of(other, tmp_path / "other"), seen)
 
 
 def test_layers_that_write_into_a_cache_are_traced_once(tmp_path: Path, seen: Seen) -> None:
@@ -311,15 +265,6 @@ def test_layers_under_different_settings_are_traced(tmp_path: Path, seen: Seen) 
     torch.manual_seed(0)
     compare(case_of(Switching().eval().requires_grad_(False), tmp_path), seen)
     assert all(LAYERS not in kinds for kinds in seen.layers)
-
-
-def test_new_adapters_and_sizes_need_no_new_graph(tmp_path: Path, seen: Seen) -> None:
-    case = stack(tmp_path)
-    cm: Any = case.compile({"shortcuts": ["stamps"]})
-    for names, length in ((NAMES, 5), (["a1", "a0", None, "a1"], 7), ([None, "a0"], 3)):
-        check_mixed(cm, case, names, {"x": torch.randn(len(names), length, H)})
-    assert seen.layers == [[LAYERS - 1]]  # the first one's sizes are arguments, not of results
-    assert cm.recompiles == 1
 
 
 def test_what_dynamo_guards_of_each_layer_is_still_guarded(tmp_path: Path, seen: Seen) -> None:
