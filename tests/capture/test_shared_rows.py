@@ -296,15 +296,6 @@ def test_shared_results_between_graphs_are_refused(small):
 
 
 @pytest.mark.usefixtures("fixed_sizes")
-def test_switched_off_it_is_refused(small):
-    case = small(Scaled, Scaled.sites)
-    cm = case.compile(options={"passes": {"give_out": False}})
-    check_mixed(cm, case, ["a"] * 3, inputs(3))
-    with pytest.raises(ProvenanceError, match="shared by all requests"):
-        cm(**inputs(3), adapter_names=["a", None, "b"])
-
-
-@pytest.mark.usefixtures("fixed_sizes")
 def test_one_slot_a_token_is_refused(small):
     """Which token's copy a shared row would be is not said."""
     case = small(Added, Added.sites)

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from transformers import StaticCache
 
 import lorafx
-from lorafx.capture import backend, stamps
+from lorafx.capture import backend
 from lorafx.capture.stamps import Folded
 from lorafx.graph.context import Context
 from lorafx.passes.outline.isomorphism import CanonicalForm, stretch_of
@@ -101,24 +101,6 @@ def test_a_layer_that_differs_is_traced_by_itself(
 ) -> None:
     compare(stack(tmp_path, change, at), seen)
     assert seen.layers == [[LAYERS - 1]]
-
-
-class Indexed(Block):
-    """Adds the row of a table that its own number names."""
-
-    number = 0
-
-    def forward(self, h: Tensor) -> Tensor:
-        return super().forward(h) + torch.arange(8.0)[self.number]
-
-
-def test_layers_with_numbers_of_their_own_stay_apart(tmp_path: Path, seen: Seen) -> None:
-    torch.manual_seed(0)
-    base = Stack(Indexed).eval().requires_grad_(False)
-    for number, layer in enumerate(base.layers):
-        layer.number = number // 2
-    compare(case_of(base, tmp_path), seen)
-    assert sorted(seen.layers[0]) == [2, 2]
 
 
 class Writes(Block):
@@ -280,18 +262,3 @@ def test_what_dynamo_guards_of_each_layer_is_still_guarded(tmp_path: Path, seen:
     case.base.layers[2].scale = 3.0
     case.merged.clear()
     check_mixed(cm, case, NAMES, inputs)
-
-
-def test_an_error_while_layers_are_folded_leaves_the_graph(
-    tmp_path: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own, calls = stamps._stamp, []
-
-    def fails(*args: Any) -> Any:
-        calls.append(own(*args))
-        raise RuntimeError
-
-    monkeypatch.setattr(stamps, "_stamp", fails)
-    compare(stack(tmp_path), seen)
-    assert calls
-    assert seen.layers == []
