@@ -8,7 +8,7 @@ Generated code checks an index where it reads the table, on all threads of a CPU
 error there ends the process. So what a call's tensors and sizes make an index of (token ids,
 positions, types of tokens, labels, places in a static cache) is looked at on the host, and refused
 by name. An index is checked inside of the graph where a weight or a product of the model is on its
-way, where more than `_STEPS` operations are, where it is a table for pairs of tokens, or under
+way, where more than `_LONGEST` operations are, where it is a table for pairs of tokens, or under
 `torch.vmap`; what the graph writes before that check has been written then.
 
 Tensors of a GPU are not looked at: the host would wait for it. There torch's own assertion remains.
@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_aggregate
 from torch.nn import functional
 
 from lorafx.capture.tracking import untracked
@@ -65,26 +66,20 @@ _OF_CALL = ("symbol", "argument", "result", "unknown")
 #: behind the values of these.
 _FOUND = frozenset(("argmax", "argmin", "argsort", "multinomial", "nonzero"))
 _FOUND_BESIDE = frozenset(("kthvalue", "max", "median", "min", "mode", "sort", "topk"))
-#: Operations on the way to an index, and numbers in each as it is captured.
-_STEPS, _NUMBERS = 24, 1 << 16
+#: Operations on the way to an index, and numbers in each as it is captured, at most.
+_LONGEST, _NUMBERS = 24, 1 << 16
 
 
-class Value(NamedTuple):
+@dataclass(frozen=True)
+class Value:
     """A value that is known when the graph runs: of an input, or of a step, which follow them."""
 
     number: int
 
 
-class TableSize(NamedTuple):
-    """A size: that of dimension `dim` of an input, or without one the input itself."""
-
-    position: int
-    dim: int | None
-
-
 @dataclass(frozen=True)
 class Step:
-    """One operation on the way to an index; a method is a name."""
+    """One operation of a check; a method is a name. Indices are looked at by `refuse_outside`."""
 
     function: Callable[..., Any] | str
     args: tuple[Any, ...]
@@ -92,58 +87,31 @@ class Step:
 
     def run(self, values: Sequence[Any]) -> Any:
         """Its value, by those before it."""
-        function, args = self.function, [_filled(item, values) for item in self.args]
-        kwargs = {name: _filled(item, values) for name, item in self.kwargs.items()}
+        given: Any = map_aggregate(
+            (self.args, self.kwargs),
+            lambda item: values[item.number] if isinstance(item, Value) else item,
+        )
+        function, (args, kwargs) = self.function, given
         if isinstance(function, str):
             function, args = getattr(args[0], function), args[1:]
         return function(*args, **kwargs)
 
 
 @dataclass(frozen=True)
-class Lookup:
-    """One index into one dimension of a table.
-
-    Attributes:
-        index: the number of its value.
-        size: of the dimension.
-        negative: whether -size is the first entry.
-        ignored: a value that stands for no entry.
-        table, name: how to name the table and an entry of it, as `refuse_outside` takes them.
-    """
-
-    index: int
-    size: int | TableSize
-    negative: bool
-    ignored: int | None
-    table: str
-    name: str
-
-    def check(self, index: Tensor, inputs: Sequence[Any]) -> None:
-        size = self.size
-        if isinstance(size, TableSize):
-            source = inputs[size.position]
-            size = int(source if size.dim is None else source.shape[size.dim])
-        refuse_outside(index, size, self.negative, self.ignored, self.table, self.name)
-
-
-@dataclass(frozen=True)
 class Lookups:
-    """What one graph looks up, as plain data, which is saved with the graph: what is computed for
-    it and what is looked at, in order. A step that looks something up comes behind its lookup."""
+    """What is computed and looked at before a graph runs, in order, as plain data, which is saved
+    with the graph. A step that looks something up comes behind the check of its index."""
 
-    items: tuple[Step | Lookup, ...] = ()
+    steps: tuple[Step, ...] = ()
 
     def check(self, inputs: Sequence[Any]) -> None:
         """Raise OutOfRangeError where an index is outside of its table."""
         values = list(inputs)
-        for item in self.items:
-            if isinstance(item, Lookup):
-                item.check(values[item.index], inputs)
-            else:
-                values.append(item.run(values))
+        for step in self.steps:
+            values.append(step.run(values))
 
     def around(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
-        if not self.items:
+        if not self.steps:
             return compiled
 
         def run(*arguments: Any) -> Any:
@@ -151,16 +119,6 @@ class Lookups:
             return compiled(*arguments)
 
         return run
-
-
-def _filled(item: Any, values: Sequence[Any]) -> Any:
-    if isinstance(item, Value):
-        return values[item.number]
-    if isinstance(item, (tuple, list)):
-        return type(item)(_filled(part, values) for part in item)
-    if isinstance(item, slice):
-        return slice(*(_filled(part, values) for part in (item.start, item.stop, item.step)))
-    return item
 
 
 class _Use(NamedTuple):
@@ -173,6 +131,10 @@ class _Use(NamedTuple):
     ignored: int | None = None
 
 
+#: A number, or the size of a dimension of an input, or an input that is one.
+_Size = int | tuple[fx.Node, int | None]
+
+
 class LookupSearch:
     """The indices of a graph of Dynamo's whose inputs are `frame`'s, by position; `lookups` are
     those that are checked before the graph runs."""
@@ -181,8 +143,8 @@ class LookupSearch:
         self._graph = graph
         inputs = graph.find_nodes(op="placeholder")
         self._items: dict[fx.Node, FrameInput] = dict(zip(inputs, frame.inputs, strict=True))
-        self._numbers = {node: number for number, node in enumerate(inputs)}
-        self._found: list[Step | Lookup] = []
+        self._known = {node: Value(number) for number, node in enumerate(inputs)}
+        self._steps: list[Step] = []
         #: The first node that writes into what a node is a view of.
         self._first_writes: dict[Any, fx.Node] = {}
         #: Nodes between the beginning and the end of a `torch.vmap`, which run at its level alone.
@@ -231,7 +193,7 @@ class LookupSearch:
                 if key not in seen:
                     seen.add(key)
                     self._add(use, index, size, way)
-        return Lookups(tuple(self._found))
+        return Lookups(tuple(self._steps))
 
     def check_inside(self, gm: fx.GraphModule) -> None:
         """Have the graph, which is `gm`'s, check the other indices."""
@@ -282,38 +244,46 @@ class LookupSearch:
         """Whether a node holds something of a call that may be a bad index."""
         return node in self._of_call or _root(node) in self._filled
 
-    def _add(self, use: _Use, index: fx.Node, size: int | TableSize, way: list[fx.Node]) -> None:
+    def _add(self, use: _Use, index: fx.Node, size: _Size, way: list[fx.Node]) -> None:
+        known: Any = self._known.__getitem__
         for node in way:
-            if node not in self._numbers:
-                args = tuple(map(self._plain, node.args))
-                kwargs = {name: self._plain(item) for name, item in node.kwargs.items()}
-                self._numbers[node] = len(self._numbers)
+            if node not in self._known:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), known)
                 target: Any = node.target
-                self._found.append(Step(target, args, kwargs))
+                self._known[node] = self._step(target, args, kwargs)
         item = self._items.get(use.table)
         table = _unnamed(use.dim) if item is None else _name(item)
         if index in self._items:
             name = f"{_name(self._items[index])}{{}}"
         else:
             name = self._made_of(dict.fromkeys(n for step in way for n in step.all_input_nodes))
-        number = self._numbers[index]
-        self._found.append(Lookup(number, size, use.negative, use.ignored, table, name))
+        entries: Any = size
+        if isinstance(size, tuple):
+            source, dim = size
+            entries = self._known[source]
+            entries = entries if dim is None else self._step("size", (entries, dim), {})
+        looked_up = self._known[index], entries, use.negative, use.ignored, table, name
+        self._step(refuse_outside, looked_up, {})
 
-    def _size(self, use: _Use) -> int | TableSize | None:
+    def _step(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+        self._steps.append(Step(function, args, kwargs))
+        return Value(len(self._items) + len(self._steps) - 1)
+
+    def _size(self, use: _Use) -> _Size | None:
         """How many entries the table has; None where that is a size of no input."""
         size = _entries(_value(use.table), use.dim)
         if not isinstance(size, torch.SymInt):
             return size
         if use.table in self._items and use.dim is not None:
-            return TableSize(self._numbers[use.table], use.dim)
+            return use.table, use.dim
         wanted = size_expression(size)
         for node in self._items:
-            own = _value(node)
-            if isinstance(own, torch.SymInt) and size_expression(own) == wanted:
-                return TableSize(self._numbers[node], None)
-            for dim, length in enumerate(own.shape if isinstance(own, Tensor) else ()):
+            value = _value(node)
+            if isinstance(value, torch.SymInt) and size_expression(value) == wanted:
+                return node, None
+            for dim, length in enumerate(value.shape if isinstance(value, Tensor) else ()):
                 if isinstance(length, torch.SymInt) and size_expression(length) == wanted:
-                    return TableSize(self._numbers[node], dim)
+                    return node, dim
         return None
 
     def _way(self, index: fx.Node, user: fx.Node) -> list[fx.Node] | None:
@@ -326,7 +296,7 @@ class LookupSearch:
             if node in found:
                 continue
             found.add(node)
-            if len(found) > _STEPS or node in self._mapped or not _is_small(node):
+            if len(found) > _LONGEST or node in self._mapped or not _is_small(node):
                 return None
             item = self._items.get(node)
             if item is None:
@@ -348,15 +318,6 @@ class LookupSearch:
         if _root(index) in first:  # `index` may be a view of it
             written |= first[_root(index)] < user
         return steps if of_call and not written else None
-
-    def _plain(self, item: Any) -> Any:
-        if isinstance(item, fx.Node):
-            return Value(self._numbers[item])
-        if isinstance(item, (tuple, list)):
-            return (tuple if isinstance(item, tuple) else list)(map(self._plain, item))
-        if isinstance(item, slice):
-            return slice(*map(self._plain, (item.start, item.stop, item.step)))
-        return item
 
 
 def _uses(node: fx.Node) -> Iterator[_Use]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -56,24 +56,12 @@ class Wrappers:
         """The function that AOTAutograd returned, around this graph in the boxed convention."""
         from lorafx.torch_internals.saved_graphs import BundledAOTAutogradResult
 
-        result: Any = cast(Any, BundledAOTAutogradResult)(
-            compiled_fw=None,  # only read where torch itself loads the graph
-            compiled_bw=None,
-            aot_joint_graph_str=None,
-            aot_forward_graph_str=None,
-            aot_backward_graph_str=None,
-            min_cut_info_str=None,
-            runtime_metadata=self.metadata,
-            dispatch_wrappers=self.wrappers,
-            maybe_subclass_meta=None,
-            num_fw_outs_saved_for_bw=None,
-            indices_of_inps_to_detach=[],
-            forward_time_taken_ns=0,
-            backward_time_taken_ns=0,
-            sanitized_aot_config=self.config,
-            guards_expr=None,
-            serialized_bw_module=None,
-        )
+        # The rest is only read where torch itself loads the graph.
+        values = dict.fromkeys(item.name for item in fields(BundledAOTAutogradResult))
+        values |= {"forward_time_taken_ns": 0, "backward_time_taken_ns": 0}
+        values |= {"runtime_metadata": self.metadata, "dispatch_wrappers": self.wrappers}
+        values |= {"sanitized_aot_config": self.config, "indices_of_inps_to_detach": []}
+        result: Any = cast(Any, BundledAOTAutogradResult)(**values)
         with outside_of_frames():
             run = result._apply_runtime_wrappers(compiled, None, False, self.config)
 

@@ -22,7 +22,7 @@ from transformers import StaticCache
 import lorafx
 from lorafx import OutOfRangeError
 from lorafx.capture.lookups import LookupSearch
-from lorafx.kernels.ops.checked_index import CHECKED_INDEX
+from lorafx.kernels.ops.checked_index import CHECKED_INDEX, refuse_outside
 from lorafx.program.frame import Frame, FrameInput
 
 __all__ = ["fresh_dynamo"]
@@ -160,7 +160,7 @@ def test_what_a_graph_is_asked_for() -> None:
     found = looked_up(
         Pointing(), torch.ones(5, 3, dtype=torch.int64), torch.ones(5, dtype=torch.int64)
     )
-    tables = [item.table for item in found.items if hasattr(item, "table")]
+    tables = [step.args[4] for step in found.steps if step.function is refuse_outside]
     assert len(tables) == 3
     assert "tokens" in tables[0]
     assert pickle.loads(pickle.dumps(found)) == found
@@ -331,6 +331,6 @@ class InPlace(nn.Module):
 @pytest.mark.parametrize("write", [by_method, by_schema])
 def test_an_index_that_the_graph_writes_is_checked_inside(write: Any) -> None:
     inputs = torch.zeros(5, 3, dtype=torch.int64), torch.ones(4, 4)
-    assert not looked_up(InPlace(write), *inputs).items
+    assert not looked_up(InPlace(write), *inputs).steps
     torch._dynamo.reset()
     assert checks_inside(InPlace(write), *inputs) == 1
