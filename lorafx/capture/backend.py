@@ -57,15 +57,8 @@ from lorafx.viewer.stages import Span
 
 @dataclass(frozen=True)
 class Compilation:
-    """One graph on its way to an executable.
-
-    Attributes:
-        frame: what Dynamo captured.
-        record: what `explain` and `dump` will show of it.
-        owner: finds the program that the executable serves.
-        lowering: compiles the graph.
-        parts: of the executable, filled in on the way.
-    """
+    """One graph on its way to an executable. `owner` finds the program that this serves; `parts`
+    are filled in on the way."""
 
     frame: Frame
     record: GraphRecord

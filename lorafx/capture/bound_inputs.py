@@ -1,14 +1,9 @@
 """Inputs of a graph that are the same tensors in every call: banks and packed weights.
 
-    Dynamo's bytecode      loads arguments and weights from the modules, in each call
-    the executable         adds banks and packed weights, which it looked up once
-
-Dynamo loads an input from where it found it, module by module, hook by hook: 6.5 µs per call and
-layer for the four banks of a Llama's layer. In a frame that one program owns these inputs are last
-in the graph that is compiled, and none in the one that Dynamo makes its bytecode for.
-
-A bank belongs to the sites whose weights the frame takes. Modules that change places without
-torch's notice (writes to `_modules`) take their marks along, so each call compares these weights.
+In a frame that one program owns they are inputs of what is compiled, looked up once, and none of
+what Dynamo makes its bytecode for, which would load them module by module (6.5 µs per call and
+layer). Modules that change places without torch's notice take their marks along, so each call
+compares the weights that a bank belongs to.
 """
 
 from __future__ import annotations

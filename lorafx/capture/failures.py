@@ -1,8 +1,7 @@
 """Failures of a compiler as errors of lorafx: which part failed on which graph, and what to try.
 
-Between the failing code and the caller are AOTAutograd and Dynamo, which wrap an error in their
-own, or look at its class (some ask for a graph break, some for a restart). So an error is passed on
-as it is, with a note of its origin, and becomes an error of lorafx only outside Dynamo.
+AOTAutograd and Dynamo wrap an error in theirs, or look at its class. So it is passed on as it is,
+with a note of its origin, and becomes an error of lorafx outside Dynamo.
 """
 
 from __future__ import annotations

@@ -1,18 +1,12 @@
 """A captured graph may be an earlier one with numbers in place of symbols.
 
     compiled    f(ids [s0, s1], mask [s0, s1])     of several requests
-    captured    g(ids [1, s2], mask [1, s2])       of one
+    captured    g(ids [1, s2], mask [1, s2])       of one: Dynamo takes a size of one for a constant
     instance    g = f with s0 = 1, s1 = s2:        what f was compiled to serves g
 
-Dynamo takes a size of one for a constant, so a call of one request is captured anew, with guards of
-its own. Nothing is compiled where its graph is an earlier one operator by operator: equal targets,
-literals and operands, and sizes that are equal once the earlier symbols stand for what the inputs
-have now. What AOTAutograd and the compiler found out about the earlier symbols has to be true of
-these sizes too, and is guarded here as it was there.
-
-An operator of size s0 means the same for s0 = 1 where what it gives has the same sizes, which are
-compared too: `squeeze` keeps a dimension of s0 and drops one of 1. A tensor that is broadcast along
-s0 is broadcast by an operator of Dynamo's graph. Strides along a size of one address nothing.
+Targets, literals, operands and the sizes of all results have to be equal once the earlier symbols
+stand for what the inputs have now, so `squeeze` of a size of one is another computation. What the
+compiler found out about the symbols has to be true of these sizes too, and is guarded.
 """
 
 from __future__ import annotations

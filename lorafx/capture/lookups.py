@@ -4,14 +4,9 @@
     F.embedding(g(input_ids), W)     otherwise → F.embedding(checked_index(g(input_ids)), W)
     hidden[argmax(logits)]           a place that the model has found → in range by how it is made
 
-Generated code checks an index where it reads the table, on all threads of a CPU at once, and an
-error there ends the process. So what a call's tensors and sizes make an index of (token ids,
-positions, types of tokens, labels, places in a static cache) is looked at on the host, and refused
-by name. An index is checked inside of the graph where a weight or a product of the model is on its
-way, where more than `_LONGEST` operations are, where it is a table for pairs of tokens, or under
-`torch.vmap`; what the graph writes before that check has been written then.
-
-Tensors of a GPU are not looked at: the host would wait for it. There torch's own assertion remains.
+Generated code checks an index on all threads of a CPU at once, and an error there ends the process.
+So what a call's tensors and sizes make an index of is looked at on the host, and refused by name.
+Tensors of a GPU are not looked at: the host would wait for it.
 """
 
 from __future__ import annotations

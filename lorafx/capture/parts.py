@@ -40,12 +40,8 @@ _KNOWN_HIGHER_ORDER = (torch.ops.higher_order.invoke_subgraph,)
 
 @dataclass
 class Wrappers:
-    """AOTAutograd's part of a graph without gradients.
-
-    Attributes:
-        metadata: what is known of inputs and outputs (`ViewAndMutationMeta`).
-        wrappers: those that change arguments and results.
-        config: what the wrappers ask about the capture.
+    """AOTAutograd's part of a graph without gradients: what is known of inputs and outputs
+    (`ViewAndMutationMeta`), what changes arguments and results, what that asks about the capture.
     """
 
     metadata: Any
@@ -88,7 +84,7 @@ def noted(parts: Parts) -> Iterator[None]:
 
 @dataclass
 class Parts:
-    """The parts of one executable: of calls with adapters, or of those without (`base`).
+    """The parts of an executable of calls with adapters, or without (`base`).
 
     Attributes:
         lowered: the graph as the lowering made it, in the boxed convention.
@@ -96,8 +92,6 @@ class Parts:
         extra, banks: as in `with_lookups`.
         foreign: operators of the graph that are neither torch's nor lorafx's.
         wrappers: None where they cannot be kept.
-        bound: the inputs that the executable adds to those that it is called with.
-        lookups: what is looked at before the graph runs.
         whole: nothing stands between these parts that is not among them.
     """
 
@@ -166,12 +160,8 @@ def foreign_operators(gm: fx.GraphModule) -> list[str]:
 
 @dataclass
 class Captured:
-    """One graph as the backend made it.
-
-    Attributes:
-        sources: of each of its inputs where Dynamo found it.
-        parts: None where one executable serves calls with adapters and without.
-    """
+    """A graph as the backend made it. `sources`: where Dynamo found its inputs; `parts`: None where
+    it is not saved."""
 
     record: GraphRecord
     frame: Frame

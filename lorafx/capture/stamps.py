@@ -1,17 +1,13 @@
-"""Repeated layers are traced by AOTAutograd once.
+"""Repeated layers are traced by AOTAutograd once; the graph is the one it would have made of all.
 
     of Dynamo's     h1 = layer(h0; W0); h2 = layer(h1; W1); h3 = layer(h2; W2)
     traced          x = stamp(h0, W0); h1 = stamp(layer(x)); h2 = stamp(h1, W1); ...
     afterwards      every stamp is the traced layer again, on its own operands
 
-The graph is the one that AOTAutograd would have made of all layers, so every pass sees and proves
-each of them. Layers are candidates because one module call made their nodes, and one stands for the
-others because their canonical forms are equal (lorafx.passes.outline): the same calls, literals and
-aliasing, on operands of the same metadata.
-
-Only layers that are functions of their operands are folded, and those that also write into inputs
-of the graph, as a cache is: what such a layer makes of them is a result, which is copied into them
-behind it. A layer that writes elsewhere, or returns an operand or a view of it, stays as it is.
+Layers are candidates because one module call made their nodes, and one stands for others of an
+equal canonical form (lorafx.passes.outline). They are functions of their operands, or also write
+into inputs of the graph, as a cache is: that is a result, which is copied into the input behind
+them.
 """
 
 from __future__ import annotations

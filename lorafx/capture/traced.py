@@ -1,9 +1,5 @@
-"""A function under Dynamo, and code that Dynamo would stop tracing for good.
-
-Dynamo marks a code object as not to be traced after an error, a break that it cannot resume from,
-or too many graphs. Models share code objects, and a model outlives an error. Only this module
-makes, reads and resets these marks.
-"""
+"""A function under Dynamo, and code that Dynamo would stop tracing for good: models share code
+objects, and a model outlives an error. Only this module makes, reads and resets such marks."""
 
 from __future__ import annotations
 

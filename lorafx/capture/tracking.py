@@ -39,9 +39,9 @@ class Tracking(TorchDispatchMode):
 
     It is put on torch's stack by `run` or `begin` and never by `with`: an interrupt between the
     steps of a context manager would leave it there. What two interrupts leave all the same sees
-    nothing any more, and the next one takes it off. It must not be left without need: a guard that
-    is entered meanwhile, such as inference mode's, brings torch's dispatcher back to a stack that
-    has a mode, and when the mode is gone, every operator without a tensor fails.
+    nothing, and the next one takes it off: inference mode's guard, entered meanwhile, would bring
+    torch's dispatcher back to a stack that has a mode, and every operator without a tensor would
+    fail.
     """
 
     supports_higher_order_operators = True

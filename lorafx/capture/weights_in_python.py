@@ -1,9 +1,5 @@
-"""Weights of sites that Python uses between graphs, without calling their modules.
-
-Code that Dynamo does not trace runs in Python. A module that is called there has its mark, but in
-`F.linear(x, module.weight)` the delta would be lost. Such uses are found by the memory that
-operators read.
-"""
+"""Weights of sites that Python uses between graphs, without calling their modules: the delta would
+be lost. Such uses are found by the memory that operators read."""
 
 from __future__ import annotations
 

@@ -1,10 +1,8 @@
-"""The folder that saved graphs lie in: who may read it, how files get there and go.
-
-    folder / key / digest.graph        one graph; `key` is all that must be equal (`key.py`)
+"""The folder that saved graphs lie in, as `folder / key / digest.graph`.
 
 A file begins with a line of JSON for people (`lorafx cache list`). What follows is a pickle, and
-who can write a pickle can run code: the folder belongs to this user alone, mode 0700, and so does
-each file. Files are renamed into place, so that processes may share the folder.
+who can write a pickle can run code: folder and files belong to this user alone. Files are renamed
+into place, so that processes may share the folder.
 """
 
 from __future__ import annotations

@@ -1,28 +1,11 @@
 """Dynamo's guards in another process: each is verified there against what it saw, then made anew.
 
 What Dynamo guards on is a place (a `Source`) and a kind of guard. Saved is, for every guard, the
-text of what the place held (`facts`). In the other process each place is looked up in the frame
-that is about to be compiled, and its text must be the same. Then torch makes the guards from what
-is there now, so none is missing at run time. What a kind of guard compares, and what the text is:
-
-    TENSOR_MATCH                            class, dtype, device, layout, dispatch keys; torch's
-                                            guard, made of the saved sizes and strides, has the rest
-    CONSTANT_MATCH, EQUALS_MATCH, ...       the value
-    ID_MATCH, CLOSURE_MATCH, FUNCTION_MATCH,
-    CLASS_MATCH, BUILTIN_MATCH, MODULE_MATCH
-                                            code of functions, of all methods of classes; names of
-                                            Python's modules and built-ins. Other objects have no
-                                            text: the graph is not saved
-    TYPE_MATCH                              the class with the code of its methods; keys of a dict
-    SEQUENCE_LENGTH, ..HOOKS_DICT           class and length
-    DICT_KEYS_MATCH, MAPPING_KEYS_CHECK     class, and keys in order
-    DICT_CONTAINS, HASATTR, NOT_PRESENT...  the answer, and the keys of short ones
-    DUPLICATE_INPUT, StorageOverlap         which places hold one object; torch's guard besides
-    GLOBAL_STATE, GRAD_MODE, DEFAULT_DEVICE the whole state, as torch writes it
-    SHAPE_ENV                               the expressions; torch's guard checks them
-
-Places that held one object must hold one object again, and no two of the others the same. Guards
-that lorafx drops at run time (`lorafx.capture.needless_guards`) are verified too.
+text of what the place held (`_text` has what a kind of guard compares). In the other process each
+place is looked up in the frame that is about to be compiled, and its text must be the same. Places
+that held one object must hold one object again, and no two of the others the same. Then torch makes
+the guards from what is there now. Guards that lorafx drops (`lorafx.capture.needless_guards`) are
+verified too.
 """
 
 from __future__ import annotations

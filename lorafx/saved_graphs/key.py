@@ -1,20 +1,10 @@
 """What must be equal before a saved graph is looked at, and what its inputs are.
 
-`entry_key` is one hash over
-
-    versions     Python, torch, what else is installed; lorafx by its sources
-    machine      processor with its features, threads, the device
-    settings     of Dynamo, AOTAutograd, Inductor; variables of the environment that torch and
-                 lorafx read; Options and LoraConfig
-    model        its modules by path: class with the code of its methods, hooks, attributes;
-                 parameters, buffers and tensor attributes by dtype, sizes, strides, and which of
-                 them lie in one memory
-    program      sites, parts, groups, banks (slots and ranks), packs, roles
-    entry        the function that is compiled, slots per request or per token
-
-The tensors' numbers are no part of it: they are inputs of a graph. `SavedInputs` says of each that
-it is the weight of this site, the bank of that group, an argument whose first dimension holds the
-requests: the passes rested on it, and torch's guards do not say it.
+`entry_key` is one hash over versions and lorafx's sources; the machine; settings of torch,
+variables of the environment, Options and LoraConfig; the model's modules with their code, hooks,
+attributes and tensors (sizes and sharing, not numbers); sites, banks and packs; the function that
+is compiled. `SavedInputs` says of each input that it is the weight of this site, the bank of that
+group, an argument whose first dimension holds the requests: torch's guards do not.
 """
 
 from __future__ import annotations

@@ -1,14 +1,8 @@
 """What of a graph lies in a file: the graph as its lowering made it, and what belongs to it.
 
-Inductor's code, or the operators themselves, are written as torch's own caches write them.
-Generated kernels of lorafx are found by an id that is a hash of their source, and are built again
-before the graph runs; their libraries lie in a cache of their own, and so do those of Inductor.
-
-A pickle names what the process has already:
-
-    a site, a group, the program, a module    its place in the program
-    names that each process chooses           what stands for them (`PortableNames`)
-    tensors                                   refused: a graph holds none of the model's numbers
+Generated kernels of lorafx are found by an id that is a hash of their source, and built again. A
+pickle names what the process has already: a site, a group, the program, a module by its place in
+the program, and by stand-ins what each process chooses names for. Tensors are refused.
 """
 
 from __future__ import annotations

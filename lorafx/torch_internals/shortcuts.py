@@ -1,9 +1,7 @@
 """Shortcuts: what saves time by private ground, changes no answer, and may be off.
 
-Each is on where torch is a version that was tested, and where the private functions that it leans
-on have a source that was read, which their fingerprints say. Elsewhere it is off, which a line at
-level INFO says once, and `lorafx.explain` and `lorafx doctor` too. `Options.shortcuts`, or the
-variable LORAFX_SHORTCUTS, chooses others.
+Each is on where torch is a version that was tested, and the private functions that it leans on have
+a source that was read. `Options.shortcuts`, or the variable LORAFX_SHORTCUTS, chooses others.
 """
 
 from __future__ import annotations

@@ -1,15 +1,9 @@
 """Calls that Dynamo would break a graph at, while it converts a frame of ours.
 
 Behind a break in the middle of a layer it is not always known which requests a tensor belongs to,
-and a mixed batch is refused.
-
-- Dynamo breaks a graph at every method of a logger. A method that remembers its calls
-  (`functools.lru_cache`, as transformers' `warning_once` does) runs once for equal arguments,
-  whoever calls it, and returns nothing: it is called when its call is traced, and the graph has
-  nothing of it.
-- Hidden states and attentions that a model of transformers returns are recorded by hooks, which it
-  registers in the first call that asks for them, under a lock, where Dynamo breaks the graph. They
-  are registered just before Dynamo traces the call of a module that is asked to record something.
+and a mixed batch is refused. A logger's method that remembers its calls (`functools.lru_cache`, as
+transformers' `warning_once`) is called when its call is traced. Hooks that record hidden states and
+attentions, which transformers registers under a lock, are registered before the module is traced.
 """
 
 from __future__ import annotations
