@@ -22,8 +22,7 @@ from torch import fx
 
 from lorafx.capture.bound_inputs import BoundInputs, bind, take_out
 from lorafx.capture.checks import Checks, InputPlaces
-from lorafx.capture.driver import AfterPass, run_pipeline
-from lorafx.capture.dump import GraphDump, beside_compiling, own_folder, traced
+from lorafx.capture.driver import run_pipeline
 from lorafx.capture.executable import ProgramLookup, checked, looked_at, with_lookups
 from lorafx.capture.failures import in_lowering, in_tracing
 from lorafx.capture.instances import Form, Instances
@@ -31,7 +30,8 @@ from lorafx.capture.lookups import LookupSearch
 from lorafx.capture.lowering import InductorLowering, Lowering, compile_base, lowering_for
 from lorafx.capture.needless_guards import keep_guards
 from lorafx.capture.parts import Captured, Parts, foreign_operators, noted
-from lorafx.capture.record import GraphRecord
+from lorafx.capture.record import GraphRecord, Span
+from lorafx.capture.recorder import recorded
 from lorafx.capture.stamps import Folded, traced_once, unfold
 from lorafx.capture.told import form_of, note_tracing, reason, shown, tell, tell_instance, timed
 from lorafx.capture.verify import NumericCheck
@@ -51,8 +51,6 @@ from lorafx.torch_internals.frames import (
     names_of_frame,
 )
 from lorafx.torch_internals.shortcuts import chosen
-from lorafx.viewer.page import Page
-from lorafx.viewer.stages import Span
 
 
 @dataclass(frozen=True)
@@ -90,14 +88,14 @@ class Backend:
         self.several = [False]
         #: Is given each graph that was compiled, while somebody wants to save it.
         self.noted: Callable[[Captured], None] | None = None
-        #: Is called after each graph that was compiled.
-        self.recorded: Callable[[], None] | None = None
-        #: The viewer's page, where graphs are dumped as they come.
-        self.page: Page | None = None
+        #: Is given the record of each graph, with its stages where they are wanted, also of one
+        #: that a pass or a compiler has failed at.
+        self.recorded: Callable[[GraphRecord], None] | None = None
         self.lowering: Lowering = lowering_for(program.options)
         self.shortcuts = chosen(program.options.shortcuts)
-        #: Gives what is told of each pass over a graph; None where nobody wants to know.
-        self.keeper: Callable[[Context], AfterPass] | None = None
+        #: Gives what runs in place of a lowered graph, whose stages are kept; None where graphs are
+        #: lowered.
+        self.replay: Callable[[GraphRecord], Callable[[list[Any]], Any]] | None = None
         #: Finds what a place of the frame that is being captured holds, where the frame is the
         #: program's own in every call.
         self._at: Callable[[str], Any] | None = None
@@ -156,10 +154,10 @@ class Backend:
         lora = active and frame.carries_lora
         title = f"graph {len(self.records)} {'lora' if lora else 'base'}"
         title += " per token" if per_token else ""
-        dump = GraphDump(title, own_folder(program))
         checks = Checks(places, frame.begins_call, self.several)
         why = reason(asked, [record.form for record in self.records])
-        record = GraphRecord(title, lora, dump, checks, form=asked, reason=why, spans=spans)
+        keeps = self.replay is not None or recorded(program.options)
+        record = GraphRecord(title, lora, checks, keeps, form=asked, reason=why, spans=spans)
         search = LookupSearch(graph, frame)
         if isinstance(lowering, InductorLowering):
             search.check_inside(gm)
@@ -170,7 +168,7 @@ class Backend:
             inputs = gm.graph.find_nodes(op="placeholder")
             sources = [getattr(node.meta.get("grapharg"), "source", None) for node in inputs]
         compilation = Compilation(frame, record, owner, lowering, parts)
-        with shown(f"{title} of {type(program.model).__name__}, {why}"), self.paged(record):
+        with shown(f"{title} of {type(program.model).__name__}, {why}"), self.failing(record):
             if active:
                 compiled = self.compile_lora(gm, examples, compilation)
             else:
@@ -190,7 +188,9 @@ class Backend:
             self.noted(Captured(record, frame, sources, whole))
         tell(record, type(program.model).__name__)
         if self.recorded is not None:
-            self.recorded()
+            self.recorded(record)
+        if self.replay is None:
+            record.stages = []
         return executable
 
     def _frame(self, gm: fx.GraphModule, examples: Sequence[Any], *, per_token: bool) -> Frame:
@@ -201,9 +201,6 @@ class Backend:
         frame.per_token = per_token
         frame.begins_call = called_directly(self.entered)
         frame.duck_shaped = duck_shaped()
-        if not self.records:
-            for index, report in enumerate(program.prepared):
-                traced(f"model_{index:02d}_{report.name}", partial(str, report))
         return frame
 
     def _finds_instances(self, active: bool) -> bool:
@@ -211,7 +208,7 @@ class Backend:
         are planned for their rows; what torch.compile makes of the base for one request may differ
         in bits; a graph that is looked at, or saved, is one of its own."""
         options, device = self.program.options, self.program.runtime.device
-        if self.noted is not None or self.keeper is not None or self.shares_graphs:
+        if self.noted is not None or self.replay is not None or self.shares_graphs:
             return False
         if device.type != "cpu" or options.lowering == "triton" or options.verify == "numeric":
             return False
@@ -268,7 +265,7 @@ class Backend:
     ) -> Callable[..., Any]:
         """The executable of calls without adapters."""
         record = compilation.record
-        record.dump.add_base(gm, compilation.frame)
+        record.keep_base(gm, compilation.frame)
         with self.lowering_timed(record), self._noting(compilation.parts):
             return compile_base(compilation.lowering, gm, examples)
 
@@ -315,27 +312,26 @@ class Backend:
         # request, so slots per token stay as they are: rows are proved from the call's arguments.
         if program.runtime.by_handle or not (frame.begins_call or frame.per_token):
             ctx.look_up_slots(gm.graph)
-        numeric = NumericCheck(record.title) if program.options.verify == "numeric" else None
-        record.numeric = numeric
-        keep: AfterPass | None = numeric.keep if numeric else None
-        if self.keeper is not None:
-            keep = self.keeper(ctx)
         with timed(record.spans, "passes"), builds_noted() as built:
-            record.passes = run_pipeline(gm, ctx, record.dump, keep)
+            run_pipeline(gm, ctx, record.after)
+        if program.options.verify == "numeric":
+            record.numeric = NumericCheck(record.title, program.options, record.stages)
         for kernel in sorted(ctx.kernels):
-            record.dump.source(f"kernel-{kernel:x}.py", partial(source_of, kernel))
+            record.sources[f"kernel-{kernel:x}.py"] = partial(source_of, kernel)
         for spec, kernel in built.items():
-            record.dump.source(f"kernel-{kernel:x}.cpp", partial(built_source, spec))
+            record.sources[f"kernel-{kernel:x}.cpp"] = partial(built_source, spec)
         record.note(ctx)
         extra = list(frame.extra_nodes)
         values = [node.meta["val"] for node in frame.extra_nodes.values()]
-        # A stage that somebody chooses runs operator by operator as it is.
-        staged = self.keeper is not None
-        operators = copy.deepcopy(gm) if ctx.handover.seen and not staged else None
-        with self.lowering_timed(record):
-            executable = compilation.lowering.compile(gm, [*inputs, *values])
+        operators = None
+        if self.replay is not None:
+            executable = self.replay(record)
+        else:
+            operators = copy.deepcopy(gm) if ctx.handover.seen else None
+            with self.lowering_timed(record):
+                executable = compilation.lowering.compile(gm, [*inputs, *values])
         parts.lowered, parts.extra = executable, extra
-        parts.whole = operators is None and numeric is None
+        parts.whole = operators is None and record.numeric is None
         if operators is not None:
             executable = looked_at(executable, operators)
         parts.banks = [
@@ -345,36 +341,29 @@ class Backend:
         # The parts of a tensor subclass do not say whose they are.
         whole = [node for node, item in frame.by_node.items() if item.sites and not item.part]
         owner = self.owner(frame, [frame.positions[node] for node in whole])
-        return with_lookups(record.checks, owner, executable, extra, parts.banks, numeric)
+        return with_lookups(record.checks, owner, executable, extra, parts.banks, record.numeric)
 
     @contextmanager
     def lowering_timed(self, record: GraphRecord) -> Iterator[None]:
-        """Around what the lowering does, which is timed; what Inductor writes is dumped."""
+        """Around what the lowering does, which is timed; what Inductor writes is noted."""
         name = self.program.options.lowering
         code: AbstractContextManager[None] = nullcontext()
         if name != "reference":
             from lorafx.torch_internals.inductor import code_noted
 
-            code = code_noted(record.dump.code)
+            code = code_noted(record.code)
         with in_lowering(name), timed(record.spans, name), code:
             yield
 
     @contextmanager
-    def paged(self, record: GraphRecord) -> Iterator[None]:
-        """Around the compilation of a graph: the viewer's page has it afterwards, also where a
-        pass or a compiler has failed."""
+    def failing(self, record: GraphRecord) -> Iterator[None]:
+        """Around the compilation of a graph: one that fails is recorded as far as it got."""
         try:
             yield
-        finally:
-            folder = record.dump.folder
-            if folder is not None:
-                if self.page is None or self.page.folder != folder:
-                    program = self.program
-                    name = type(program.model).__name__
-                    self.page = Page(folder, name, prepared=program.prepared)
-                with beside_compiling(folder):
-                    self.page.add(record.view)
-                    self.page.write()
+        except BaseException:
+            if self.recorded is not None:
+                self.recorded(record)
+            raise
 
     def owner(self, frame: Frame, weights: Sequence[int]) -> ProgramLookup:
         """How an executable of `frame` finds the program that it serves. `weights` are the

@@ -23,9 +23,9 @@ from types import CodeType, ModuleType
 from typing import Any, cast
 
 from lorafx.capture.backend import Backend
-from lorafx.capture.dump import dump_folder
 from lorafx.capture.parts import Captured, Parts
-from lorafx.capture.record import GraphRecord
+from lorafx.capture.record import GraphRecord, Span
+from lorafx.capture.recorder import dump_folder
 from lorafx.capture.told import tell
 from lorafx.errors import LorafxWarning
 from lorafx.program.program import Program
@@ -56,7 +56,6 @@ from lorafx.torch_internals.saved_graphs import (
     unique_id,
     wrap_guarded_code,
 )
-from lorafx.viewer.stages import Span
 
 _MODULE = "<module "
 _MOST = 64  # files of one key that are looked at

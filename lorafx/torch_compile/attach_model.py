@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from types import FrameType
 from typing import Any, Never
 
@@ -21,7 +20,7 @@ from lorafx.capture.executable import ProgramLookup, refusing
 from lorafx.capture.lowering import Lowering
 from lorafx.config import Options
 from lorafx.errors import CaptureError, ConfigError
-from lorafx.explanation import write_beside_dumps
+from lorafx.explanation import Dumps
 from lorafx.model.attachment import Attachment, sessions_of_marks
 from lorafx.prepare.marking import Marked, mark
 from lorafx.program.frame import Frame, wants_gradient
@@ -214,5 +213,5 @@ def attach_session(
     """The session of a model that has just been marked."""
     backend = AttachedBackend(program)
     backend.session = AttachedSession(program, store, backend, attachment)
-    backend.recorded = partial(write_beside_dumps, weakref.ref(backend.session))
+    backend.recorded = Dumps(backend.session)
     return backend.session

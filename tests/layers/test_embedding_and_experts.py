@@ -229,7 +229,7 @@ def test_experts_on_a_fast_road(tmp_path, lowering, found):
         for seed, name in enumerate("ab")
     }
     cases = oracle.Oracle.of(base, folders)
-    options = {"lowering": lowering}
+    options = {"lowering": lowering, "dump": str(tmp_path / "dump")}
     if lowering == "triton":
         options["plan"] = {parameters[0]: "grouped", parameters[1]: "activated"}
     cm = lorafx.compile(copy.deepcopy(base), folders, options=options)
@@ -237,7 +237,6 @@ def test_experts_on_a_fast_road(tmp_path, lowering, found):
         names = ["a", None, "b"]
         oracle.assert_close(cm(x, adapter_names=names), cases.rows(names, {"x": x}))
     assert cm.recompiles == 1
-    cm.dump(tmp_path / "dump")
     (lowered,) = (tmp_path / "dump").glob("*/*-lower.py")
     ops = [line for line in lowered.read_text().splitlines() if "torch.ops." in line]
     assert sum(found in line for line in ops) == 2
