@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -130,63 +130,83 @@ class Backend:
         frame = self._frame(gm, examples, per_token=per_token)
         active = bool(program.runtime.active)
         own = not program.site_watch.missing and self.owns(frame)
-        bound, graph = None, gm.graph
+        graph, bound, form = gm.graph, None, None
         if active and own:
             bound, examples = bind(program, frame, gm, examples)
-        asked = form_of(program, begins_call=frame.begins_call, per_token=per_token)
-        form = None
         if own and self._finds_instances(active):
-            form = Form.of(gm.graph, examples, (active, per_token))
+            form = Form.of(graph, examples, (active, per_token))
+        call = form_of(program, begins_call=frame.begins_call, per_token=per_token)
         count = len(examples) - (0 if bound is None else bound.count)
-        earlier = None if form is None else self.instances.find(form, count)
-        if earlier is not None:
-            title, executable = earlier
-            if bound is not None:
-                take_out(gm, graph, bound.tensors(program))
-            self.drop_guards(bound)
-            tell_instance(title, type(program.model).__name__, asked, spans)
-            return executable
-        begun = self.instances.begin()
-        values = [n.meta.get("example_value") for n in gm.graph.find_nodes(op="placeholder")]
-        places = InputPlaces.of(frame, examples, shared=self.shares_graphs)
-        self.several[0] |= frame.follows_another or bool(places.arguments) or ends_in_break()
-        owner = self.owner(frame, [p for p, item in enumerate(frame.inputs) if item.sites])
-        lora = active and frame.carries_lora
-        title = f"graph {len(self.records)} {'lora' if lora else 'base'}"
-        title += " per token" if per_token else ""
-        checks = Checks(places, frame.begins_call, self.several)
-        why = reason(asked, [record.form for record in self.records])
-        keeps = self.replay is not None or recorded(program.options)
-        record = GraphRecord(title, lora, checks, keeps, form=asked, reason=why, spans=spans)
-        search = LookupSearch(graph, frame)
-        if isinstance(lowering, InductorLowering):
-            search.check_inside(gm)
-        parts = Parts(checks, base=not active, bound=bound, lookups=search.lookups)
-        sources: list[Any] = []
-        if self.noted is not None:  # before the graph is compiled, which may change it
-            parts.foreign = foreign_operators(gm)
-            inputs = gm.graph.find_nodes(op="placeholder")
-            sources = [getattr(node.meta.get("grapharg"), "source", None) for node in inputs]
-        compilation = Compilation(frame, record, owner, lowering, parts)
-        with shown(f"{title} of {type(program.model).__name__}, {why}"), self.failing(record):
-            if active:
-                compiled = self.compile_lora(gm, examples, compilation)
-            else:
-                compiled = self._compile_base(gm, examples, compilation)
-        executable = parts.around(program, owner, compiled)
+        found = None if form is None else self.instances.find(form, count)
+        if found is not None:
+            title, executable = found
+            tell_instance(title, type(program.model).__name__, call, spans)
+        else:
+            begun = self.instances.begin()
+            record = self._record(frame, examples, call, spans)
+            executable = self._compiled(gm, examples, frame, record, lowering, bound)
+            if form is not None:
+                self.instances.keep(record.title, form, executable, count, begun)
+            self._guard_kind(frame, active=active)
         if bound is not None:
             take_out(gm, graph, bound.tensors(program))
-        places.look_once(values)
-        if form is not None:
-            self.instances.keep(title, form, executable, count, begun)
         if own:
             self.drop_guards(bound)
-        self._guard_kind(frame, active=active)
+        return executable
+
+    def _record(
+        self,
+        frame: Frame,
+        examples: Sequence[Any],
+        call: Mapping[str, str],
+        spans: list[Span],
+    ) -> GraphRecord:
+        """The record of a graph that no other serves, as its compilation begins."""
+        program = self.program
+        places = InputPlaces.of(frame, examples, shared=self.shares_graphs)
+        self.several[0] |= frame.follows_another or bool(places.arguments) or ends_in_break()
+        lora = bool(program.runtime.active) and frame.carries_lora
+        title = f"graph {len(self.records)} {'lora' if lora else 'base'}"
+        title += " per token" if frame.per_token else ""
+        checks = Checks(places, frame.begins_call, self.several)
+        why = reason(call, [record.form for record in self.records])
+        keeps = self.replay is not None or recorded(program.options)
+        return GraphRecord(title, lora, checks, keeps, form=call, reason=why, spans=spans)
+
+    def _compiled(
+        self,
+        gm: fx.GraphModule,
+        examples: Sequence[Any],
+        frame: Frame,
+        record: GraphRecord,
+        lowering: Lowering,
+        bound: BoundInputs | None,
+    ) -> Callable[..., Any]:
+        """The executable of a graph that no other serves; it is recorded."""
+        program, active = self.program, bool(self.program.runtime.active)
+        inputs = gm.graph.find_nodes(op="placeholder")
+        # Whatever compiles a graph may change it.
+        values = [node.meta.get("example_value") for node in inputs]
+        sources = [getattr(node.meta.get("grapharg"), "source", None) for node in inputs]
+        owner = self.owner(frame, [p for p, item in enumerate(frame.inputs) if item.sites])
+        search = LookupSearch(gm.graph, frame)
+        if isinstance(lowering, InductorLowering):
+            search.check_inside(gm)
+        parts = Parts(record.checks, base=not active, bound=bound, lookups=search.lookups)
+        if self.noted is not None:
+            parts.foreign = foreign_operators(gm)
+        compilation = Compilation(frame, record, owner, lowering, parts)
+        model = type(program.model).__name__
+        compiling = shown(f"{record.title} of {model}, {record.reason}")
+        with compiling, self.failing(record):
+            compiled = self.compile_lora if active else self._compile_base
+            executable = parts.around(program, owner, compiled(gm, examples, compilation))
+        record.checks.places.look_once(values)
         self.records.append(record)
         if self.noted is not None:
             whole = None if program.site_watch.missing else parts
             self.noted(Captured(record, frame, sources, whole))
-        tell(record, type(program.model).__name__)
+        tell(record, model)
         if self.recorded is not None:
             self.recorded(record)
         if self.replay is None:
