@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Sequence
 from traceback import walk_tb
 from types import CodeType, FunctionType, MethodType
-from typing import Any, Protocol
+from typing import Any
 
 from lorafx.capture.told import conversion
 from lorafx.torch_internals.compat import capture_settings, entry_arguments
@@ -33,14 +33,6 @@ _THIS_TIME = FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT)
 _NEVER = FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP)
 
 
-class Precompiled(Protocol):
-    def converted(
-        self, convert: Callable[..., ConvertFrameReturn], frame: Any, *args: Any, **kwargs: Any
-    ) -> ConvertFrameReturn:
-        """As `convert`, the conversion of the function's own frame."""
-        ...
-
-
 class Traced:
     """`function` compiled by `backend`, frame by frame where it breaks, with graphs of its own.
 
@@ -54,7 +46,8 @@ class Traced:
             at each capture.
         keep_guards: says which of a new graph's guards are checked before each call; all where it
             is None. Dynamo makes them twice to ask.
-        saved: graphs of the function that other processes compiled, tried first.
+        converted: as `convert`, its first argument, for the frame of the function itself: graphs
+            that other processes compiled are tried first.
     """
 
     def __init__(
@@ -67,7 +60,7 @@ class Traced:
         recompile_limit: int,
         sizes_by_data: Callable[[], bool],
         keep_guards: Callable[[Sequence[Any]], Sequence[bool]] | None = None,
-        saved: Precompiled | None = None,
+        converted: Callable[..., ConvertFrameReturn] | None = None,
     ) -> None:
         #: What functions raised that were given up for it.
         self.given_up: dict[CodeType, str] = {}
@@ -85,7 +78,7 @@ class Traced:
         self._recompile_limit = recompile_limit
         self._symbolic = bool(dynamic)
         self._sizes_by_data = sizes_by_data
-        self._saved = saved
+        self._converted = converted
         function = _with_own_code(function)
         self._code = function.__code__
         self.call: Callable[..., Any] = context(function)
@@ -105,8 +98,8 @@ class Traced:
                     symbolic=self._symbolic,
                 )
                 with settings, calls_traced(), conversion(self._name):
-                    if self._saved is not None and frame.f_code is self._code:
-                        return self._saved.converted(convert, frame, *args, **kwargs)
+                    if self._converted is not None and frame.f_code is self._code:
+                        return self._converted(convert, frame, *args, **kwargs)
                     return convert(frame, *args, **kwargs)
             except Unsupported as error:
                 if isinstance(error.__cause__, ObservedException):
