@@ -58,18 +58,6 @@ def _through_numpy(h: Tensor) -> Tensor:
     return torch.from_numpy(h.numpy().copy())
 
 
-class Patient(Choosy):
-    """Gets over what its parts raise, in Python: the break keeps the handler out of a graph."""
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        h = torch.relu(self.up(x))
-        try:
-            torch._dynamo.graph_break()
-            return {"logits": self.pick(h)}
-        except ValueError:
-            return {"logits": h}
-
-
 class Later(Choosy):
     def forward(self, x: Tensor) -> Any:
         yield self.up(x)
@@ -142,24 +130,6 @@ def test_the_model_s_own_error_is_named(small):
         ProvenanceError, match=r"raised an error when this call was traced: .*too many tokens"
     ):
         cm(x=rows(7), adapter_names=MIXED)
-
-
-def test_what_the_model_gets_over_is_given_up_once(small, monkeypatch):
-    case = small(Patient, ["up", "down"])
-    cm = case.compile()
-    traced: list[str] = []
-    start = torch._dynamo.convert_frame.increment_frame
-    monkeypatch.setattr(
-        torch._dynamo.convert_frame, "increment_frame", lambda: (traced.append(""), start())
-    )
-    x = rows(7)
-    expected = case.expected(["a"] * 3, {"x": x})
-    for _ in range(2):
-        assert error(cm(x=x, adapter_names=["a"] * 3)["logits"], expected) <= 1e-5
-    before = len(traced)
-    assert before
-    cm(x=x, adapter_names=["a"] * 3)
-    assert len(traced) == before
 
 
 def test_a_failure_elsewhere(tmp_path):
