@@ -381,7 +381,7 @@ def unfold(graph: fx.Graph, folded: Folded) -> None:
         enter, leave = found.get(kind.enter), found.get(kind.leave)
         if mode is None or enter is None or leave is None:
             raise NotUnfolded("a layer that stands for others is not in the traced graph")
-        laid_out = {node: _LaidOut.of(node) for node in _body(enter, leave)}
+        body = _body(enter, leave)
         order = {node: index for index, node in enumerate(graph.nodes)}
         for key, stacks in kind.others.items():
             call = found.get(key)
@@ -390,7 +390,7 @@ def unfold(graph: fx.Graph, folded: Folded) -> None:
             if order[call] < order[leave]:
                 raise NotUnfolded("layers were traced in another order")
             with graph.inserting_before(call), mode:
-                _expand(graph, laid_out, enter, leave, call, stacks)
+                _expand(graph, body, enter, leave, call, stacks)
         _take_out(graph, leave, leave.args[0])
         _take_out(graph, enter, enter.args[0])
     if any(node.target is STAMP for node in graph.nodes):
@@ -433,7 +433,7 @@ def _body(enter: fx.Node, leave: fx.Node) -> list[fx.Node]:
 
 def _expand(
     graph: fx.Graph,
-    body: Mapping[fx.Node, _LaidOut],
+    body: Sequence[fx.Node],
     enter: fx.Node,
     leave: fx.Node,
     call: fx.Node,
@@ -442,9 +442,9 @@ def _expand(
     """The stamp `call` becomes a copy of the body on its own operands."""
     operands: Any = call.args[0]
     new: dict[fx.Node, fx.Node] = {item: operands[item.args[1]] for item in enter.users}
-    for node, value in body.items():
+    for node in body:
         copy = graph.node_copy(node, lambda source: new.get(source, source))
-        copy.meta["val"] = value.of_copy(copy)
+        copy.meta["val"] = _value_of_copy(node, copy)
         stack = tuple(node.meta.get("nn_module_stack") or ())
         if stack:
             if stack not in stacks:
@@ -455,47 +455,25 @@ def _expand(
     _take_out(graph, call, [new.get(item, item) for item in results])
 
 
-@dataclass(frozen=True)
-class _LaidOut:
-    """How a node's fake value is made again for a copy of the node.
-
-    Attributes:
-        layouts: of one tensor, or of several in a `kind`; none where the operator has to tell.
-        mode: of new tensors.
-        offset: of a view, behind the first element of its operand.
-    """
-
-    layouts: tuple[Layout, ...] = ()
-    kind: Callable[[list[Any]], Any] | None = None
-    mode: FakeTensorMode | None = None
-    offset: int | torch.SymInt = 0
-
-    @classmethod
-    def of(cls, node: fx.Node) -> _LaidOut:
-        value = fake_value(node)
-        if not is_view(node):
-            if isinstance(value, FakeTensor):
-                return cls((Layout.of(value),), mode=value.fake_mode)
-            if isinstance(value, (list, tuple)) and value and all(map(_is_plain, value)):
-                layouts = tuple(map(Layout.of, value))
-                if len({*map(storage_key, value)}) == len(value):
-                    return cls(layouts, value.__class__, value[0].fake_mode)
-        base: Any = fake_value(node.all_input_nodes[0]) if node.all_input_nodes else None
-        plain = _is_plain(value) and _is_plain(base) and not (value.is_conj() or value.is_neg())
-        if plain and value.dtype == base.dtype and storage_key(value) == storage_key(base):
+def _value_of_copy(node: fx.Node, copy: fx.Node) -> Any:
+    """The fake value of a copy of a node: laid out like the node's, in memory of its own, or its
+    operand's where it is a view."""
+    value = fake_value(node)
+    if is_view(node):
+        base, other = (fake_value(item.all_input_nodes[0]) for item in (node, copy))
+        plain = all(map(_is_plain, (value, base, other))) and value.dtype == base.dtype
+        lazy = plain and (value.is_conj() or value.is_neg())
+        if plain and not lazy and storage_key(value) == storage_key(base):
             offset = value.storage_offset() - base.storage_offset()
-            return cls((Layout.of(value),), offset=offset)
-        return cls()
-
-    def of_copy(self, copy: fx.Node) -> Any:
-        """In memory of its own, or its operand's where it is a view."""
-        if self.mode is not None:
-            values = [layout.empty(self.mode) for layout in self.layouts]
-            return values[0] if self.kind is None else self.kind(values)
-        if self.layouts and _is_plain(other := fake_value(copy.all_input_nodes[0])):
-            return self.layouts[0].view_of(other, self.offset)
-        args, kwargs = fx.map_arg((copy.args, copy.kwargs), fake_value)
-        return copy.target(*args, **kwargs)  # type: ignore[operator]
+            return Layout.of(value).view_of(other, offset)
+    elif isinstance(value, FakeTensor):
+        return without_data(value)
+    elif isinstance(value, (list, tuple)) and value and all(map(_is_plain, value)):
+        apart = len({*map(storage_key, value)}) == len(value)
+        if apart:
+            return value.__class__(map(without_data, value))
+    args, kwargs = fx.map_arg((copy.args, copy.kwargs), fake_value)
+    return copy.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _take_out(graph: fx.Graph, call: fx.Node, values: Any) -> None:
