@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
@@ -142,35 +142,7 @@ class SliceSizes:
         )
 
 
-@dataclass(frozen=True)
-class Replacement:
-    """An out-of-tree class in the place of a registered one; it reads sizes in its own way."""
-
-    replaced: type[nn.Module]
-    by: type[nn.Module]
-    sizes: FeatureSizes
-    output_sizes: Callable[[nn.Module], tuple[int, ...]] | None
-    weight: str
-    sharding: Sharding | Mapping[str, Sharding] | None
-
-    def entry(self) -> Eligible | None:
-        """The replaced class's entry at this moment, for instances of `by`."""
-        entry = lookup_class(self.replaced)
-        if entry is None:
-            return None
-        whole, by_weight = _shardings(self.sharding)
-        return replace(
-            entry,
-            cls=self.by,
-            sizes=self.sizes,
-            output_sizes=self.output_sizes,
-            weight=self.weight,
-            sharding=whole,
-            weight_shardings=by_weight,
-        )
-
-
-def _shardings(
+def shardings(
     given: Sharding | Mapping[str, Sharding] | None,
 ) -> tuple[Sharding | None, Mapping[str, Sharding]]:
     """The sharding of a module's one weight, and those of routed experts by parameter."""
@@ -216,8 +188,8 @@ _BUILT_IN: dict[type[nn.Module], Eligible] = {
     ),
 }
 _REGISTERED: dict[type[nn.Module], Eligible] = {}
-#: By the class that replaces; see lorafx.model.out_of_tree.
-REPLACEMENTS: dict[type[nn.Module], Replacement] = {}
+#: Those of `register_oot` (lorafx.model.out_of_tree).
+OUT_OF_TREE: dict[type[nn.Module], Eligible] = {}
 
 
 def register(
@@ -285,7 +257,7 @@ def register(
         )
     slices = None if output_sizes is None else SliceSizes(output_sizes)
     sizes = FeatureSizes(in_features, out_features)
-    whole, by_weight = _shardings(sharding)
+    whole, by_weight = shardings(sharding)
     entry = Eligible(
         cls,
         kind,
@@ -349,9 +321,7 @@ def lookup_class(cls: type) -> Eligible | None:
 
 def own_entry(cls: type) -> Eligible | None:
     """The entry of this very class, None where it has at most one of a class above it."""
-    entry = _REGISTERED.get(cls) or _BUILT_IN.get(cls)
-    if entry is None and cls in REPLACEMENTS:
-        entry = REPLACEMENTS[cls].entry()
+    entry = _REGISTERED.get(cls) or _BUILT_IN.get(cls) or OUT_OF_TREE.get(cls)
     if entry is None and cls is _transformers_conv1d():
         entry = Eligible(cls, "linear", FeatureSizes("nx", "nf"), transposed=True)
     return entry
@@ -359,7 +329,7 @@ def own_entry(cls: type) -> Eligible | None:
 
 def registrations() -> tuple[object, ...]:
     """What was given to `register` and `register_oot`."""
-    return (*_REGISTERED.values(), *REPLACEMENTS.values())
+    return (*_REGISTERED.values(), *OUT_OF_TREE.values())
 
 
 def _transformers_conv1d() -> type[nn.Module] | None:

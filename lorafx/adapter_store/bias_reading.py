@@ -20,7 +20,7 @@ from lorafx.adapter_store.findings import Findings, path_label
 from lorafx.adapter_store.lora_weights import LoraWeights
 from lorafx.adapter_store.own_reading import same
 from lorafx.adapter_store.peft_keys import parse
-from lorafx.model.biases import bias_of, bias_refusal
+from lorafx.model.extras import bias_of, bias_refusal
 
 if TYPE_CHECKING:
     from lorafx.model.sites import Site

@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 from lorafx.adapter_store.config_source import short
-from lorafx.model.patterns import Pattern, PatternError, pattern
-from lorafx.model.targets import is_all_linear
+from lorafx.model.targets import Pattern, PatternError, is_all_linear, pattern
 
 # Names of lists of layers: "layers", "h", "model.layers". PEFT would take a regular expression.
 _LAYER_NAME = re.compile(r"(\\?[.]|[\w-]){1,256}")

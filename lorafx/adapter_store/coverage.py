@@ -21,8 +21,7 @@ from lorafx.adapter_store.reading import Reading
 from lorafx.config import LoraConfig
 from lorafx.errors import some
 from lorafx.model import targets
-from lorafx.model.expert_names import PROJECTIONS, Columns, covers, overlapping
-from lorafx.model.experts import ExpertWeight
+from lorafx.model.experts import PROJECTIONS, Columns, ExpertWeight, covers, overlapping
 from lorafx.model.module_graph import ModuleGraph, join
 from lorafx.model.packed_names import ATTRIBUTE, PackedNames
 from lorafx.registry import is_empty, lookup
@@ -137,7 +136,7 @@ def _unselected_names(places: Places, scope: Scope) -> Iterator[tuple[str, nn.Mo
         return
     if not scope.packed_modules and not any(hasattr(m, ATTRIBUTE) for m in model.modules()):
         return  # names cost a walk over the parameters
-    names = PackedNames(ModuleGraph.of(model), scope.packed_modules).named()
+    names = PackedNames(ModuleGraph(model), scope.packed_modules).named()
     yield from ((path, module) for path, module in names if lookup(module) is not None)
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from lorafx.model.bank import Factors
-from lorafx.model.biases import bias_of
 from lorafx.model.convolutions import norm_factors
+from lorafx.model.extras import bias_of
 from lorafx.model.quantized import dequantize, readable
 
 if TYPE_CHECKING:

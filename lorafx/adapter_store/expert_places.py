@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lorafx.model.expert_names import NESTED, Half, meaning
-from lorafx.model.experts import ExpertWeight, saved_weights
+from lorafx.model.experts import NESTED, ExpertWeight, Half, meaning, saved_weights
 from lorafx.model.saved_names import Walked, without_compiled
 
 if TYPE_CHECKING:

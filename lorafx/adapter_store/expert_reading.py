@@ -24,8 +24,7 @@ from lorafx.adapter_store.findings import Findings
 from lorafx.adapter_store.lora_weights import LoraWeights
 from lorafx.adapter_store.peft_keys import FactorKey
 from lorafx.adapter_store.places import not_selected
-from lorafx.model.expert_names import Columns, Half, unnested
-from lorafx.model.experts import ExpertWeight
+from lorafx.model.experts import Columns, ExpertWeight, Half, unnested
 
 
 class _Found(NamedTuple):

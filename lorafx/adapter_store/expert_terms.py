@@ -18,8 +18,7 @@ from torch import Tensor
 
 from lorafx.adapter_store.lora_weights import LoraWeights
 from lorafx.adapter_store.places import saved_sizes
-from lorafx.model.expert_names import Half
-from lorafx.model.experts import ExpertWeight
+from lorafx.model.experts import ExpertWeight, Half
 from lorafx.model.sites import Site
 
 

@@ -28,8 +28,8 @@ from lorafx.adapter_store.places import Places
 from lorafx.adapter_store.saved import AdapterState
 from lorafx.model.bank import OwnWeight
 from lorafx.model.candidates import by_raw_weight
+from lorafx.model.extras import OWN_KINDS, is_input_embedding, own_refusal, tied_paths
 from lorafx.model.module_graph import ModuleGraph
-from lorafx.model.own_row_limits import OWN_KINDS, is_input_embedding, own_refusal, tied_paths
 from lorafx.model.sites import Site
 from lorafx.named_setting import Setting
 from lorafx.registry import lookup
@@ -106,7 +106,7 @@ def rows_wanted(state: AdapterState, model: nn.Module) -> tuple[list[str], dict[
     that it has of others, by path. What cannot be told is left to `OwnReading`."""
     if not state.config.modules_to_save and not state.config.trainable_token_indices:
         return [], {}
-    places, graph = Places((), model), ModuleGraph.of(model)
+    places, graph = Places((), model), ModuleGraph(model)
     whole = [m.path for m in saved_modules(state, places, with_copies=False) if m.eligible]
     tokens: dict[str, int] = {}
     for path, _, tensor, _ in saved_tokens(state, places):
@@ -241,7 +241,7 @@ class OwnReading:
 
     def _tokens(self, path: str, key: str, rows: Tensor, saved: str) -> None:
         if self._graph is None:
-            self._graph = ModuleGraph.of(self.places.model)
+            self._graph = ModuleGraph(self.places.model)
         graph = self._graph
         module = graph.find(path)
         if module is None:

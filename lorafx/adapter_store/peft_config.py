@@ -4,7 +4,7 @@ r"""PEFT's `adapter_config.json`: what a LoRA adapter's configuration means for 
 
 r and α are per module: the first key k of `rank_pattern` / `alpha_pattern`, in the file's order,
 with `re.match(rf"(.*\.)?({k})$", path)` decides, else `r` and `lora_alpha`. The patterns are not
-trusted, so they are matched against a clock (lorafx.model.patterns). Fields that change this
+trusted, so they are matched against a clock (lorafx.model.targets). Fields that change this
 arithmetic are refused by name; so is any field that this reader does not know, unless it holds
 null, false or nothing: PEFT adds fields with every version, and their "off" is harmless.
 
@@ -25,8 +25,7 @@ from typing import Any
 from lorafx.adapter_store.config_source import raw_fields, short
 from lorafx.adapter_store.config_values import Values, is_off, keyed
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
-from lorafx.model.patterns import Pattern
-from lorafx.model.targets import Entries, names
+from lorafx.model.targets import Entries, Pattern, names
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from lorafx.adapter_store.reading import Reading
 from lorafx.config import LoraConfig
 from lorafx.errors import CheckpointError, LorafxWarning
 from lorafx.model.bank import OwnWeight
-from lorafx.model.expert_names import unnested
+from lorafx.model.experts import unnested
 
 if TYPE_CHECKING:
     from lorafx.model.sites import Site

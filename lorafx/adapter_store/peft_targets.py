@@ -27,6 +27,6 @@ def picked(config: PeftConfig, model: nn.Module) -> SavedTargets:
         for name, parameter in module.named_parameters(recurse=False):
             if config.targets_parameter(join(path, name)):
                 found[path if parameter.dim() < 3 else join(path, name)] = None
-    packed = PackedNames(ModuleGraph.of(model)).named()
+    packed = PackedNames(ModuleGraph(model)).named()
     found.update((path, None) for path, _ in packed if config.matches(path))
     return SavedTargets(found)

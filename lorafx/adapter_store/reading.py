@@ -10,7 +10,7 @@ Names in a packed module whose slices only the row counts of an adapter's factor
 
     slices [8, 8, 8, 8];  in_proj_qkv with 24 rows, in_proj_z with 8  →  slices 0, 1, 2 and slice 3
 
-All names of one adapter are looked at together (lorafx.model.partition).
+All names of one adapter are looked at together (lorafx.model.packed_names).
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ from lorafx.adapter_store.own_reading import OwnReading, same
 from lorafx.adapter_store.peft_keys import TRAINING_KEYS, FactorKey, parse, without_prefix
 from lorafx.adapter_store.places import TARGETS, SiteLanding, SitePart, saved_sizes
 from lorafx.model.convolutions import convolution_of, matrices
-from lorafx.model.packed_names import renamed
-from lorafx.model.partition import spans
+from lorafx.model.packed_names import renamed, spans
 from lorafx.model.refusals import unsupported
 from lorafx.registry import is_empty, lookup
 

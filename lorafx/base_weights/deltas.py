@@ -10,9 +10,8 @@
     rows of its own          W_own − W + ΔW, in those rows
     bias (N,)                s·b + b' − b, by output (`BiasDelta`)
 
-Terms are the parts of a site that the adapter has factors for, o their first output column. Factors
-are those that the banks are filled with: this rank's share, in the banks' dtype. ΔW is computed a
-few rows at a time, in float32 (float64 for a float64 weight).
+o is the first output column of a part of the site. Factors are this rank's share, in the banks'
+dtype. ΔW is computed a few rows at a time, in float32 (float64 for a float64 weight).
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ from lorafx.model.convolutions import weight_shape
 from lorafx.model.module_graph import writing
 from lorafx.model.sites import Group, Site
 
-#: Bytes of ΔW that are computed at once: on a CPU a cache's worth, whose memory is used again and
-#: again; on other devices enough to keep them busy.
+#: Bytes of ΔW that are computed at once: on a CPU a cache's worth.
 BLOCK_ON_CPU, BLOCK = 1 << 22, 1 << 26
 
 
@@ -68,8 +66,7 @@ class Delta:
         return pair if site.expert_weight is None else (site.experts, *pair)
 
     def block(self, start: int, stop: int, like: Tensor) -> Tensor:
-        """Rows [start, stop) of the stored ΔW's first dimension, on the device and in the dtype of
-        `like`."""
+        """Rows [start, stop) of ΔW as it is stored, on the device and in the dtype of `like`."""
         made = like.new_zeros((stop - start, *self.shape[1:]))
         add = _ADD[self.site.eligible.kind]
         for term in self.terms:
@@ -77,8 +74,7 @@ class Delta:
         return made
 
     def update(self, start: int, stop: int, before: Tensor) -> Tensor:
-        """What is added to rows [start, stop), which hold `before`: ΔW, what DoRA scales, and the
-        difference of the adapter's own rows."""
+        """What is added to rows [start, stop), which hold `before`: ΔW, DoRA's scale, own rows."""
         made = self.block(start, stop, before)
         if self.own is not None:
             self._exchange(self.own, made, start, stop, before)
@@ -111,7 +107,6 @@ class Delta:
         made[at[here] - start] += rows[here] - before[at[here] - start]
 
     def same_as(self, other: Delta) -> bool:
-        """Whether both add the same numbers to tensors of the same sizes."""
         if not _same_rows(self.own, other.own):
             return False
         dora = any(term.factors.gains is not None for term in (*self.terms, *other.terms))
@@ -130,7 +125,7 @@ class BiasDelta(Delta):
 
     @classmethod
     def of(cls, delta: Delta) -> BiasDelta | None:
-        """That of a site with this ΔW; None where the adapter leaves its bias alone."""
+        """None where the adapter leaves the site's bias alone."""
         shifted = any(term.factors.shift is not None for term in delta.terms)
         return cls(delta.site, delta.terms) if shifted else None
 
@@ -195,7 +190,6 @@ def _on(like: Tensor, factor: Tensor) -> Tensor:
 
 
 def _same_rows(one: OwnWeight | None, other: OwnWeight | None) -> bool:
-    """Whether two sites get the same rows, and no bias."""
     if one is None or other is None:
         return one is other
     if one.bias is not None or other.bias is not None or one.rows.shape != other.rows.shape:
@@ -206,7 +200,7 @@ def _same_rows(one: OwnWeight | None, other: OwnWeight | None) -> bool:
 
 
 def deltas_of(groups: Sequence[Group], numbers: HostCopy) -> list[Delta]:
-    """ΔW of each site that the adapter touches, as its file has them."""
+    """ΔW of each site that the adapter touches."""
     terms: dict[int, list[DeltaTerm]] = {}
     sites: dict[int, Site] = {}
     for number, factors in numbers.factors.items():
@@ -224,8 +218,7 @@ def deltas_of(groups: Sequence[Group], numbers: HostCopy) -> list[Delta]:
 
 
 def blocks(shape: Sequence[int], device: torch.device) -> Iterator[tuple[int, int]]:
-    """Ranges of the first dimension of a tensor of this shape, each with as many rows as fit into a
-    block of float32, at least one."""
+    """Ranges of the first dimension of a tensor of this shape, at least one row in each."""
     rows, row = shape[0], 4 * math.prod(shape[1:])
     step = max(1, (BLOCK_ON_CPU if device.type == "cpu" else BLOCK) // row)
     for start in range(0, rows, step):
@@ -269,12 +262,11 @@ def add_to(target: Tensor, weight: Tensor, delta: Delta, label: str) -> float:
 
 
 def _overflown(before: Tensor, after: Tensor) -> bool:
-    """Whether finite numbers have become infinite, or none."""
     return bool((~torch.isfinite(after) & torch.isfinite(before)).any())
 
 
 def write(target: Tensor, value: Tensor) -> None:
-    """Write in place."""
+    """Write in place, whatever the mode in which the target was made."""
     with writing(target):
         target.detach().copy_(value)
 
@@ -282,8 +274,8 @@ def write(target: Tensor, value: Tensor) -> None:
 @torch.no_grad()
 def mark_of(tensor: Tensor) -> int:
     """A sum over the bits of all numbers, which changes with any one of them, but not where numbers
-    change places. torch's own count of writes misses those through `.data`, and tensors of
-    inference mode have none."""
+    change places. torch's own count of writes misses those through `.data`.
+    """
     bits = tensor.detach().view(_BITS[tensor.element_size()])
     words = 8 // bits.element_size()
     if bits.is_contiguous() and not bits.numel() % words and not bits.storage_offset() % words:

@@ -4,9 +4,8 @@
                       all others: the model's own tensors
                   ─▶  the model's save_pretrained(state_dict=...), or one safetensors file
 
-Mapped files are written back by the system when memory is short, so what stays in memory of the
-merged weights is about one tensor. A tied weight that the adapter tells apart becomes two tensors,
-and the configuration that is written says so.
+About one merged tensor is in memory at a time. A tied weight that the adapter tells apart becomes
+two tensors, and the configuration that is written says so.
 """
 
 from __future__ import annotations
@@ -25,7 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lorafx.base_weights.changes import Change, Copy, changes_of, copied, not_mergeable
+from lorafx.base_weights.changes import Change, changes_of, key_of, not_mergeable
+from lorafx.base_weights.copies import copied
 from lorafx.base_weights.deltas import Delta, add_to
 from lorafx.errors import CheckpointError, ConfigError
 from lorafx.loading.sources import in_file
@@ -79,7 +79,6 @@ def export_merged(session: Session, name: str, folder: Path, *, max_shard_size: 
 
 
 def _saves(model: nn.Module) -> bool:
-    """Whether the model writes checkpoints from a state dict that it is given."""
     save = getattr(model, "save_pretrained", None)
     return callable(save) and "state_dict" in inspect.signature(save).parameters
 
@@ -136,7 +135,6 @@ def _twin(model: Any, *, untie: bool) -> Any:
 
 
 def _configs(config: Any) -> Iterator[Any]:
-    """A configuration and those nested in it, where they say that embeddings are tied."""
     if getattr(config, "tie_word_embeddings", False):
         yield config
     for value in list(vars(config).values()):
@@ -163,18 +161,15 @@ class _State:
             MatchError: a changed weight, or what a name holds, cannot be written.
         """
         state = self.program.model.state_dict(keep_vars=True)
-        held = [key for key, value in state.items() if not isinstance(value, Tensor)]
-        if held:
-            raise not_mergeable(self.name, [f"state_dict()[{held[0]!r}] holds no tensor"])
-        ends = {_key(holder): change for change in changes for holder, _ in change.ends}
-        new: dict[int, Tensor] = {}
-        tensors: dict[str, Tensor] = {}
-        written: set[int] = set()
+        odd = next((key for key, value in state.items() if not isinstance(value, Tensor)), None)
+        if odd is not None:
+            raise not_mergeable(self.name, [f"state_dict()[{odd!r}] holds no tensor"])
+        ends = {key_of(holder): change for change in changes for holder, _ in change.ends}
+        new, tensors = dict[int, Tensor](), dict[str, Tensor]()
         seen: set[tuple[int, ...]] = set()
         for key, value in state.items():
             change = self._change(key, value, ends, changes)
             if change is not None:
-                written.add(id(change))
                 if id(change) not in new or apart:
                     new[id(change)] = self._end(key, change)
                 tensors[key] = new[id(change)]
@@ -183,12 +178,12 @@ class _State:
             if part is not None:
                 tensors[key] = self._mapped(part)
                 continue
-            own = value.detach()
-            where = (storage_key(own), int(own.storage_offset()), *own.shape)
-            alone = own.is_contiguous() and own.untyped_storage().nbytes() == own.nbytes
-            tensors[key] = own if alone and not (apart and where in seen) else self._mapped(own)
+            plain = value.detach()
+            where = (storage_key(plain), int(plain.storage_offset()), *plain.shape)
+            alone = plain.is_contiguous() and plain.untyped_storage().nbytes() == plain.nbytes
+            tensors[key] = plain if alone and not (apart and where in seen) else self._mapped(plain)
             seen.add(where)
-        missing = [str(change.holder) for change in changes if id(change) not in written]
+        missing = [str(change.holder) for change in changes if id(change) not in new]
         if missing:
             raise not_mergeable(
                 self.name, [f"{holder}: state_dict() does not hold it" for holder in missing]
@@ -202,10 +197,9 @@ class _State:
         ends: Mapping[tuple[int, str], Change],
         changes: Sequence[Change],
     ) -> Change | None:
-        """What is changed of the entry `key`, where it is a weight."""
         holder = self._holder(key)
-        if holder is not None and _key(holder) in ends:
-            return ends[_key(holder)]
+        if holder is not None and key_of(holder) in ends:
+            return ends[key_of(holder)]
         return next((change for change in changes if change.weight is value), None)
 
     def _holder(self, key: str) -> Holder | None:
@@ -219,7 +213,7 @@ class _State:
         delta: Delta | None = change.delta
         holder = self._holder(key)
         if change.tied_apart and holder is not None:
-            delta = next((d for end, d in change.ends if _key(end) == _key(holder)), None)
+            delta = next((d for end, d in change.ends if key_of(end) == key_of(holder)), None)
         if delta is None:
             return self._mapped(change.weight.detach())
         made = self._room_for(change.weight)
@@ -241,8 +235,7 @@ class _State:
         made = torch.empty_like(change.weight, device="cpu")
         add_to(made, change.weight, change.delta, str(change.holder))
         dense = made.T if change.delta.site.eligible.transposed else made
-        holder = self._holder(key) or change.holder
-        return copied(dense, Copy(holder, value, derived.form))
+        return copied(dense, value, derived.form)
 
     def _mapped(self, numbers: Tensor) -> Tensor:
         made = self._room_for(numbers)
@@ -254,7 +247,3 @@ class _State:
         if not like.numel():
             return torch.empty(like.shape, dtype=like.dtype)
         return in_file(self.room / str(next(self.numbers)), like)
-
-
-def _key(holder: Holder) -> tuple[int, str]:
-    return id(holder.module), holder.attribute

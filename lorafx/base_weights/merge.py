@@ -4,17 +4,15 @@
     unmerge    W                        the very bits, from copies that were kept in host memory
 
 A merged model runs the base model's own graphs, which take the weights as inputs: nothing is
-captured again, and addresses stay what they were. Rounding cannot be undone by subtracting ΔW, so
-the originals of what was changed are kept: as many bytes of host memory as those weights have.
-Quantised weights are changed through their own format, where that is asked for; the report says how
-much of ΔW that loses. Their originals stay on their device.
+captured again. Originals take as many bytes of host memory as the changed weights have; those of
+quantised weights stay on their device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -25,18 +23,17 @@ from lorafx.adapter_store.host_copies import HostCopy
 from lorafx.base_weights.changes import (
     Change,
     Changes,
-    Copy,
     StoredChange,
     changes_of,
-    copied,
     not_mergeable,
 )
+from lorafx.base_weights.copies import Copy, copied
 from lorafx.base_weights.deltas import add_to, mark_of, write
 from lorafx.errors import CaptureError, ConfigError, LorafxError, MatchError, some
 from lorafx.interrupts import Rollback, undisturbed
 from lorafx.model.packing import check_packed
 from lorafx.model.quantized import Stored, dequantize, requantize
-from lorafx.model.weight_formats import format_of, own_tensors
+from lorafx.model.weight_formats import own_tensors
 from lorafx.program.derived import Holder
 from lorafx.progress import progress
 from lorafx.session.running import BaseState
@@ -50,7 +47,6 @@ class MergedWeight:
 
     Attributes:
         name: path and attribute.
-        nbytes: of the weight.
         error: ‖(W' − W) − ΔW‖ / ‖ΔW‖ in the Frobenius norm: how much of the update was lost by
             rounding to the weight's dtype or quantised format. 0 where ΔW is zero.
     """
@@ -65,10 +61,8 @@ class MergeReport:
     """What a merge did.
 
     Attributes:
-        adapter: the adapter's name.
         weights: the weights that hold W + ΔW, in the order of the model's sites.
-        original_bytes: memory that the originals take until `unmerge`: the host's, and for
-            quantised weights that of their device.
+        original_bytes: memory that the originals take until `unmerge`.
     """
 
     adapter: str
@@ -90,7 +84,7 @@ class MergeReport:
 
 @dataclass(frozen=True, eq=False)
 class Original:
-    """A tensor as it was: its holder, its numbers in host memory, its look when last written."""
+    """A tensor as it was: its numbers in host memory, and its mark when merge last wrote it."""
 
     holder: Holder
     tensor: Tensor
@@ -107,7 +101,6 @@ class Original:
 
     @property
     def in_place(self) -> bool:
-        """Whether the tensor is where it was."""
         return self.holder.tensor is self.tensor
 
     @property
@@ -116,11 +109,10 @@ class Original:
         return not self.in_place or mark_of(self.tensor) != self.mark
 
     def written(self) -> Original:
-        """As after the last write of ours."""
-        return Original(self.holder, self.tensor, self.numbers, mark_of(self.tensor))
+        """The same, with the mark of the tensor as it is now."""
+        return replace(self, mark=mark_of(self.tensor))
 
     def restore(self) -> None:
-        """Write the numbers back."""
         write(self.tensor, self.numbers)
 
 
@@ -132,11 +124,7 @@ class StoredOriginal:
     def __init__(self, holder: Holder, parameter: str | None) -> None:
         self.holder = holder
         self._stored = Stored(holder.module, parameter)
-        kept = format_of(holder.module, holder.attribute)
-        held = own_tensors(holder.module)
-        if kept is not None:
-            held = kept.tensors(holder.module, holder.attribute)
-        self.nbytes = sum(tensor.nbytes for tensor in held)
+        self.nbytes = self._stored.nbytes
 
     def written(self) -> StoredOriginal:
         return self
@@ -147,8 +135,7 @@ class StoredOriginal:
 
 @dataclass(frozen=True, eq=False)
 class Merged:
-    """The adapter that the base weights hold, and what they were before. Its host copy stays, so
-    that it can be merged again."""
+    """The adapter that the base weights hold, and what they were before."""
 
     report: MergeReport
     requantize: bool
@@ -178,7 +165,6 @@ def merge(session: Session, name: str, *, requantize: bool = False) -> MergeRepo
 
 
 def _merge(session: Session, name: str, *, requantize: bool) -> MergeReport:
-    """Both locks are held."""
     _refuse_in_use(session, name)
     session.program.look_at_modules()
     session.program.refuse_missing()
@@ -228,10 +214,8 @@ def _take_out(session: Session, merged: Merged) -> None:
 
 
 def unmerged(session: Session, action: Callable[[], T]) -> T:
-    """What `action` returns, which runs with the base's own weights; what was merged is merged into
-    what they are afterwards.
-
-    For whatever writes base weights. The locks are held; no more happens where nothing is merged.
+    """What `action`, which writes base weights, returns. It runs with the base's own weights; what
+    was merged is merged into the new ones afterwards.
 
     Raises:
         BatchError: a call is running.
@@ -341,7 +325,8 @@ def _write_merged(
     def follow(copies: Sequence[Copy], dense: Tensor) -> None:
         for copy in copies:
             keep(Original.of(copy.holder, copy.tensor))
-            write(copy.tensor, copied(dense, copy))
+            assert copy.form is not None
+            write(copy.tensor, copied(dense, copy.tensor, copy.form))
 
     def keep(item: Original | StoredOriginal) -> None:
         originals.append(item)
@@ -375,7 +360,6 @@ def _write_merged(
 
 
 def _parameter(change: StoredChange) -> str | None:
-    """What `dequantize` is asked for: one of several weights of a module by its name."""
     return None if change.delta.site.expert_weight is None else change.holder.attribute
 
 

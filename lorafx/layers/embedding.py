@@ -15,8 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafx.errors import ConfigError
-from lorafx.layers.base import ParallelLayer, ShardSizes
-from lorafx.layers.parallel import LayerOptions, checked_sizes, group_of, label_of
+from lorafx.layers.base import (
+    LayerOptions,
+    ParallelLayer,
+    ShardSizes,
+    checked_sizes,
+    group_of,
+    label_of,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from lorafx.layers.quantization import QuantizeMethodBase
+from lorafx.loading.loadable_layer import methods_of
 from lorafx.loading.loader import Loading
 from lorafx.loading.resolve import StackedName, StackedResolver
 from lorafx.loading.sources import source_of
@@ -46,15 +46,13 @@ def load_weights(
         CheckpointError: all unknown, missing, duplicate and misshapen names, in one.
         ConfigError: a malformed `packed_modules_mapping`.
     """
-    resolver = StackedResolver(ModuleGraph.of(model), model, stacked or ())
+    resolver = StackedResolver(ModuleGraph(model), model, stacked or ())
     loading = Loading(resolver, source_of(weights), strict=strict, live=False)
     loading.check()
     loading.write()
     filled = loading.plan.filled()
-    for module in dict.fromkeys(target.module for target in filled):
-        method = getattr(module, "quant_method", None)
-        if isinstance(method, QuantizeMethodBase):
-            method.process_weights_after_loading(module)
+    for module, method in methods_of(filled):
+        method.process_weights_after_loading(module)
     keys = {target.key for target in filled}
     state = model.state_dict(keep_vars=True)
     return {n for n, t in state.items() if isinstance(t, Tensor) and memory_key(t) in keys}

@@ -51,7 +51,6 @@ _DTYPES = {
 
 class Item(NamedTuple):
     """One tensor of a source; `read` gives it, for as long as the source says that it stays.
-
     `given` is the tensor itself, where it was not stored on disk.
     """
 
@@ -107,11 +106,7 @@ def _given(pairs: Iterable[Any]) -> Iterator[Item]:
         if not isinstance(tensor, Tensor):
             raise ConfigError(f"{name}: a tensor is needed, got {type(tensor).__name__}")
         plain = tensor.detach()
-        yield Item(name, tuple(plain.shape), Numbers.of(plain), partial(_itself, plain), plain)
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
+        yield Item(name, tuple(plain.shape), Numbers.of(plain), plain.detach, plain)
 
 
 class _Files:
@@ -122,7 +117,6 @@ class _Files:
         self._opened: dict[Path, Any] = {}
 
     def items(self) -> Iterator[Item]:
-        """Raises CheckpointError for what cannot be read."""
         for path in self._paths:
             with _reading(path):
                 opened = self._open(path)
@@ -171,10 +165,8 @@ def _files(path: Path) -> list[Path]:
 
 
 def in_file(file: Path, like: Tensor) -> Tensor:
-    """A contiguous tensor on the host in `file`, of the shape and dtype of `like`.
-
-    Its room on the disk is taken now. A page that found none when it is written to would end the
-    process (SIGBUS), where nobody could say why.
+    """A contiguous tensor on the host in `file`, of the shape and dtype of `like`. Its room on the
+    disk is taken now: a page without room would end the process (SIGBUS) when it is written.
 
     Raises:
         OSError: there is no room, or the file cannot be written.

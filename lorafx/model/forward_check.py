@@ -3,9 +3,8 @@
     the registered product    forward(x; W) = x Wᵀ + b          or  e · W[ids]
     something more            forward(x; W + D) − forward(x; W) = x Dᵀ     for a random D
 
-Both say that adding the delta to the output is the same as adding ΔW to W. The second holds for
-offsets and further outputs too; it calls the forward once more. The tolerance is wide: it tells
-other arithmetic apart, not other rounding.
+Both say that adding the delta to the output is the same as adding ΔW to W. The tolerance is wide:
+it tells other arithmetic apart, not other rounding.
 """
 
 from __future__ import annotations
@@ -33,13 +32,7 @@ def is_dense(weight: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class ModuleProduct:
-    """x Wᵀ of one module, or W[ids] times `scale`.
-
-    Attributes:
-        kind: "linear" or "embedding".
-        weight_name, transposed: where the module keeps W, and whether as (K, N).
-        scale: the factor of embeddings that scale their output.
-    """
+    """x Wᵀ of one module, or W[ids] times `scale`; `transposed`: W is kept as (K, N)."""
 
     kind: Kind
     weight_name: str
@@ -64,9 +57,8 @@ def adds_up(
     output: Any,
 ) -> bool:
     """Whether ΔW adds its product with x to what `module` returned, to the first of several
-    outputs, and changes nothing else.
-
-    Weights that are not dense numbers (quantised) cannot be compared: then a single output passes.
+    outputs, and changes nothing else. Quantised weights cannot be compared: then a single output
+    passes.
     """
     several = isinstance(output, tuple)
     weight = getattr(module, product.weight_name, None)
@@ -96,7 +88,6 @@ def adds_up(
 
 @contextmanager
 def _holding(module: nn.Module, name: str, weight: Tensor) -> Iterator[None]:
-    """Inside, the module has another parameter of this name."""
     kept = module._parameters[name]
     module._parameters[name] = nn.Parameter(weight, requires_grad=False)
     try:

@@ -7,8 +7,7 @@
     model.layers.0.block_sparse_moe.gate                 what is called …mlp.gate since
 
 Wrappers' names are left out wherever a module has no child of that name, but for those at the end:
-factors of `q_proj.base_layer` are not those of `q_proj`. transformers keeps, for each model, what
-its loader does to checkpoints; nothing here knows the name of a model.
+factors of `q_proj.base_layer` are not those of `q_proj`.
 """
 
 from __future__ import annotations
@@ -47,7 +46,6 @@ class Walked(NamedTuple):
 
     @property
     def whole(self) -> str:
-        """The path and what is left over."""
         return join(self.path, ".".join(self.rest)) if self.rest else self.path
 
 
@@ -103,8 +101,9 @@ class SavedNames:
 
     @cached_property
     def transforms(self) -> list[Any]:
-        """What transformers' loader does to checkpoints of the model: renamings and conversions,
-        in order; none without transformers 5, or for other models."""
+        """What transformers' loader does to checkpoints of the model: renamings and conversions, in
+        order; none without transformers 5, or for other models.
+        """
         transformers = sys.modules.get("transformers")
         if transformers is None:
             return []

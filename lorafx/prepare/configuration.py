@@ -24,7 +24,7 @@ from lorafx.adapter_store.peft_targets import picked
 from lorafx.adapter_store.saved import AdapterSource, AdapterState
 from lorafx.config import LoraConfig
 from lorafx.errors import ConfigError
-from lorafx.model.own_row_limits import token_rooms
+from lorafx.model.extras import token_rooms
 from lorafx.model.targets import AdapterNames
 
 #: What an adapter may be given as, tensors by name apart.

@@ -104,7 +104,7 @@ def test_copies_in_no_form(layer: Case, once: bool) -> None:
     cm = lorafx.compile(model, layer.folders, options=REFERENCE)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = plain(new_weights(layer.base, 3))
-    with pytest.raises(BaseWeightsError, match=r"self_attn.w_uk was computed from it"):
+    with pytest.raises(BaseWeightsError, match=r"self_attn.w_uk may have been computed"):
         cm.load_weights(iter(state.items()) if once else state)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 

@@ -146,7 +146,7 @@ def test_what_was_made_of_several_weights_is_refused_before_any_call(
     torch.manual_seed(0)
     cm = served(Keeps(make).eval().requires_grad_(False), tmp_path, ["q"])
     old = cm.model.q.weight.clone()
-    with pytest.raises(MatchError, match=r"q: fused was made from it, and would keep the old"):
+    with pytest.raises(MatchError, match="q: fused may have been made from it, and would keep"):
         cm.merge("own")
     assert torch.equal(cm.model.q.weight, old)
 

@@ -317,7 +317,7 @@ def test_paths_of_nested_sharing_are_bounded() -> None:
         holder = nn.Module()
         holder.left = holder.right = model
         model = holder
-    graph = ModuleGraph.of(model)
+    graph = ModuleGraph(model)
     assert len(graph.paths(leaf)) == 64
     last = ".".join(["right"] * 20)
     (site,) = build_sites(model, LoraConfig(target_modules=[last]))[1]

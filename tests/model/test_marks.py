@@ -14,8 +14,7 @@ from marking import ALL, IDS, attach, llama
 from torch import nn
 
 from lorafx.errors import MatchError, ProvenanceError
-from lorafx.model.attachment import Attachment, detach
-from lorafx.model.marks import SiteMark
+from lorafx.model.marks import Attachment, SiteMark, detach
 from lorafx.registry import register, unregister
 
 pytestmark = pytest.mark.quick

@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx.experimental import _config as shape_config
 
 from lorafx.errors import MatchError
-from lorafx.model.attachment import Attachment, detach
+from lorafx.model.marks import Attachment, detach
 from lorafx.model.runtime import Runtime
 
 SLOT = 1

@@ -34,13 +34,13 @@ def shared_model() -> nn.Module:
 
 def test_canonical_paths_are_those_of_named_modules():
     model = shared_model()
-    graph = ModuleGraph.of(model)
+    graph = ModuleGraph(model)
     assert list(graph.modules()) == list(model.named_modules())
 
 
 def test_one_instance_has_one_node_and_every_path():
     model = shared_model()
-    graph = ModuleGraph.of(model)
+    graph = ModuleGraph(model)
     block = model.first
     assert graph.paths(block) == ("first", "layers.0", "layers.2", "table.again")
     assert graph.paths(block.up)[0] == "first.up"
@@ -54,7 +54,7 @@ def test_one_instance_has_one_node_and_every_path():
 
 def test_edges_carry_attribute_names():
     model = shared_model()
-    graph = ModuleGraph.of(model)
+    graph = ModuleGraph(model)
     layers, block = model.layers, model.first
     edge = graph.graph.edges[("module", id(layers)), ("module", id(block))]
     assert edge["names"] == ["0", "2"]
@@ -67,7 +67,7 @@ def test_plain_lists_and_dicts_make_no_paths():
     model.kept = nn.Linear(2, 2)
     model.plain = [model.kept, nn.Linear(3, 3)]
     model.mapping = {"a": model.kept}
-    graph = ModuleGraph.of(model)
+    graph = ModuleGraph(model)
     assert [path for path, _ in graph.modules()] == ["", "kept"]
     assert graph.paths(model.kept) == ("kept",)
     with pytest.raises(LorafxError, match="not part of this Module"):
@@ -79,7 +79,7 @@ def test_a_child_that_holds_its_parent_ends():
     model.child = nn.Module()
     model.child.parent = model
     model.child.linear = nn.Linear(2, 2)
-    graph = ModuleGraph.of(model)
+    graph = ModuleGraph(model)
     assert [path for path, _ in graph.modules()] == ["", "child", "child.linear"]
     assert graph.paths(model.child.linear) == ("child.linear",)
     assert graph.paths(model) == ("",)
@@ -92,7 +92,7 @@ def test_paths_do_not_go_round_a_cycle_below_the_root():
     model.a.b = nn.Module()
     model.a.b.back = model.a
     model.a.b.linear = nn.Linear(2, 2)
-    graph = ModuleGraph.of(model)
+    graph = ModuleGraph(model)
     assert graph.paths(model.a) == ("a",)
     assert graph.paths(model.a.b.linear) == ("a.b.linear",)
 
@@ -105,7 +105,7 @@ def test_paths_are_bounded_and_at_knows_them_all():
         holder = nn.Module()
         holder.left = holder.right = model
         model = holder
-    graph = ModuleGraph.of(model)
+    graph = ModuleGraph(model)
     paths = graph.paths(leaf)
     assert len(paths) == len(set(paths)) == MAX_PATHS
     assert paths[0] == ".".join(["left"] * 10)
@@ -116,7 +116,7 @@ def test_paths_are_bounded_and_at_knows_them_all():
 
 
 def test_absent_path_names_the_nearest():
-    graph = ModuleGraph.of(shared_model())
+    graph = ModuleGraph(shared_model())
     with pytest.raises(LorafxError, match=r"no module 'layers\.1\.upp'.*layers\.1\.up"):
         graph.at("layers.1.upp")
     assert graph.find("layers.1.upp") is None
@@ -129,7 +129,7 @@ def test_absent_path_names_the_nearest():
 
 def test_owners_by_identity():
     model = shared_model()
-    graph = ModuleGraph.of(model)
+    graph = ModuleGraph(model)
     owner = graph.owners(model.layers[1].down.weight)
     assert [(o.path, o.module, o.attribute) for o in owner] == [
         ("layers.1.down", model.layers[1].down, "weight")
@@ -144,7 +144,7 @@ def test_tied_parameter_and_shared_storage():
     model.head = nn.Linear(4, 10, bias=False)
     model.head.weight = model.embed.weight
     model.alone = nn.Linear(4, 4)
-    graph = ModuleGraph.of(model)
+    graph = ModuleGraph(model)
     tied = [("embed", "weight"), ("head", "weight")]
     assert [(o.path, o.attribute) for o in graph.owners(model.embed.weight)] == tied
     assert [[(o.path, o.attribute) for o in owners] for owners in graph.tied()] == [tied]
@@ -155,12 +155,12 @@ def test_tied_parameter_and_shared_storage():
 
 
 def test_two_paths_to_one_instance_are_not_a_tie():
-    assert ModuleGraph.of(shared_model()).tied() == []
+    assert ModuleGraph(shared_model()).tied() == []
 
 
 def test_storages_are_read_anew_after_packing():
     model = Block()
-    graph = ModuleGraph.of(model)
+    graph = ModuleGraph(model)
     assert graph.tied() == []
     packed = torch.empty(48)
     model.up.weight.data = packed[:24].view(6, 4)
@@ -175,9 +175,9 @@ def test_storages_differ_on_the_meta_device():
     """data_ptr is 0 for all of them there."""
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    assert ModuleGraph.of(model).tied() == []
+    assert ModuleGraph(model).tied() == []
     model[1].weight = model[0].weight
-    assert len(ModuleGraph.of(model).tied()) == 1
+    assert len(ModuleGraph(model).tied()) == 1
 
 
 def _calls(model: nn.Module) -> int:
@@ -190,7 +190,7 @@ def _calls(model: nn.Module) -> int:
 
     sys.setprofile(profile)
     try:
-        graph = ModuleGraph.of(model)
+        graph = ModuleGraph(model)
         for _, module in graph.modules():
             graph.paths(module)
         graph.tied()

@@ -11,7 +11,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from lorafx.adapter_store.config_values import keyed
-from lorafx.model.patterns import LONGEST, Pattern, PatternError
+from lorafx.model.targets import LONGEST, Pattern, PatternError
 
 pytestmark = pytest.mark.quick
 

@@ -1,14 +1,18 @@
-"""Which modules may have rows of their weight replaced by an adapter's own, and how many.
+"""What an adapter may have at a module beside its factors: biases, and rows of the weight of its
+own.
 
-`modules_to_save` names modules that were trained as a whole: all rows. `trainable_tokens` says of
-how many tokens an embedding, and what is tied to it, may have trained rows.
+    y ← y + s·b              PEFT's lora_bias=True: b is lora_B's
+    y ← y + b' − b           bias="lora_only", "all": b' is the adapter's, b the base's
+
+`modules_to_save` names modules that were trained as a whole: all rows are the adapter's own.
+`trainable_tokens` says how many trained rows an embedding, and what is tied to it, may have.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorafx.errors import ConfigError
 from lorafx.model import targets
@@ -44,9 +48,8 @@ def own_refusal(site: Site) -> str | None:
 def rows_asked(
     modules_to_save: targets.Entries, trainable_tokens: Mapping[str, int], paths: Sequence[str]
 ) -> int | None:
-    """How many rows of its own an adapter may have for the module at `paths`; None for all.
-
-    A name is a path or a dotted suffix of one, of the module or of one that it lies in.
+    """How many rows of its own an adapter may have for the module at `paths`; None for all. A name
+    is a path or a dotted suffix of one, of the module or of one that it lies in.
     """
     around = [path for own in paths for path in _with_parents(own)]
     if modules_to_save and targets.names(modules_to_save, around):
@@ -66,11 +69,11 @@ def token_rooms(asked: int | Mapping[str, int], model: nn.Module) -> dict[str, i
     whose weight is tied to a named one's follow it.
 
     Raises:
-        ConfigError: a number, and the model does not tell its input embedding; or it is negative.
+        ConfigError: a number, and the model does not tell its input embedding; or it is no count.
     """
     if not asked:
         return {}
-    graph = ModuleGraph.of(model)
+    graph = ModuleGraph(model)
     if not isinstance(asked, Mapping):
         embedding = _input_embedding(model)
         if embedding is None or not graph.has(embedding):
@@ -94,7 +97,6 @@ def token_rooms(asked: int | Mapping[str, int], model: nn.Module) -> dict[str, i
 
 
 def _input_embedding(module: nn.Module) -> nn.Module | None:
-    """The input embedding that a module tells, None where it tells none."""
     ask = getattr(module, "get_input_embeddings", None)
     try:
         found = ask() if callable(ask) else None
@@ -119,3 +121,27 @@ def tied_paths(graph: ModuleGraph, module: nn.Module) -> list[str]:
         return []
     owners = graph.owners(weight)
     return [path for path, other, _ in owners if other is not module and lookup(other) is not None]
+
+
+#: Of modules that have biases at all.
+BIAS_KINDS = ("linear", "conv")
+
+
+def bias_refusal(site: Site) -> str | None:
+    """Why adapters cannot have biases at `site`, or None where they can."""
+    entry = site.eligible
+    if entry.kind not in BIAS_KINDS:
+        return "only linears and convolutions have one"
+    if entry.inner:
+        return "PEFT leaves it out there"
+    if entry.handler is not None:
+        return "a registered handler says where the delta goes, but not a bias"
+    if entry.sharding is not None:
+        return "several ranks share it"
+    return None
+
+
+def bias_of(site: Site) -> Tensor | None:
+    """The base's bias as it is now, a parameter or a buffer; None where there is none."""
+    bias = getattr(site.module, "bias", None)
+    return bias.detach() if isinstance(bias, Tensor) else None
