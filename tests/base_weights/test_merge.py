@@ -35,13 +35,6 @@ def unchanged(cm: Any, before: dict[str, Tensor]) -> bool:
     return all(torch.equal(state[name], value) for name, value in before.items())
 
 
-def ops_of(call: Any) -> set[str]:
-    """Names of lorafx's ops that a call runs."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as run:
-        call()
-    return {event.name for event in run.events() if event.name.startswith("lorafx::")}
-
-
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return build_case("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=1)
@@ -96,14 +89,6 @@ def test_every_call_is_the_adapter_s_and_nothing_is_captured(cm: Any, case: Case
         check_mixed(cm, case, NAMES, inputs)
     assert cm.recompiles == graphs
     assert addresses == {name: p.data_ptr() for name, p in cm.model.named_parameters()}
-
-
-def test_a_merged_call_runs_no_op_of_lorafx(cm: Any) -> None:
-    inputs = token_inputs(4, 5)
-    assert ops_of(lambda: cm(**inputs, adapter_names=["a1"] * 4))
-    cm.merge("a1")
-    assert not ops_of(lambda: cm(**inputs, adapter_names=["a1"] * 4))
-    assert not ops_of(lambda: cm(**inputs))
 
 
 def test_merged_before_the_first_call_the_base_is_captured(plain: Case, tmp_path: Path) -> None:

@@ -42,14 +42,6 @@ def test_calls_of_a_compiled_model(cm: Any, name: str) -> None:
         cm.generate(**token_inputs(3, 4), **{name: ["a0"]}, max_new_tokens=1)
 
 
-def test_slots(cm: Any) -> None:
-    slots = torch.zeros(3, dtype=torch.int64)
-    with pytest.raises(ConfigError, match=r"'adapter_slot'.*Give adapter_slots="):
-        cm(**token_inputs(3, 4), adapter_slot=slots)
-    with pytest.raises(ConfigError, match="generate has no argument 'adapter_slots'"):
-        cm.generate(**token_inputs(3, 4), adapter_slots=slots, max_new_tokens=1)
-
-
 @pytest.mark.usefixtures("earlier_objects_frozen")
 def test_batches_of_prompts_and_engines(cm: Any) -> None:
     with pytest.raises(ConfigError, match=r"no argument 'lora_request'.*adapter_names="):

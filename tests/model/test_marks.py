@@ -96,22 +96,6 @@ def test_gpt2_equals_dense_merge():
     assert attachment.marks["transformer.h.0.attn.c_attn"].transposed
 
 
-def test_scaled_embeddings_scale_their_delta():
-    torch.manual_seed(0)
-    config = transformers.Gemma3TextConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=50,
-    )
-    model = transformers.Gemma3ForCausalLM(config).eval()
-    attachment = check(model, ["embed_tokens", "q_proj"], IDS, logits)
-    assert attachment.marks["model.embed_tokens"].derived
-
-
 class NumberScaled(nn.Embedding):
     embed_scale = 3.0
 
@@ -264,30 +248,6 @@ def test_a_forward_of_its_own_that_computes_the_same():
     torch.manual_seed(0)
     attachment = check(nn.Sequential(Upcast(4, 3)), None, {"input": torch.randn(2, 4)})
     assert attachment.marks["0"].derived
-
-
-def test_positions_that_shift_their_ids_are_refused():
-    """OPT's table takes the attention mask first and adds an offset to its ids."""
-    torch.manual_seed(0)
-    config = transformers.OPTConfig(
-        hidden_size=16,
-        ffn_dim=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        vocab_size=50,
-        word_embed_proj_dim=16,
-        max_position_embeddings=16,
-    )
-    model = transformers.OPTForCausalLM(config).eval()
-    attachment = attach(model, ["embed_positions"])
-    write_adapter(attachment)
-    attachment.runtime.set_rows([SLOT, SLOT])
-    mask = torch.ones_like(IDS["input_ids"])
-    with (
-        torch.no_grad(),
-        pytest.raises(MatchError, match=r"embed_positions \(OPT.*W\[ids\]"),
-    ):
-        model(**IDS, attention_mask=mask)
 
 
 # Copies
