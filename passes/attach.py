@@ -25,7 +25,7 @@ from lorafx.interrupts import Rollback
 from lorafx.model.bank import Bank
 from lorafx.model.convolutions import window_of
 from lorafx.model.extras import BIAS_KINDS
-from lorafx.model.marks import MARKS, Attachment, RowMark, SiteMark, row_mark
+from lorafx.model.marks import MARKS, Attachment, RowMark, SiteMark
 from lorafx.model.module_graph import ModuleGraph, alike
 from lorafx.model.quantized import QuantisedModules, is_stored
 from lorafx.model.runtime import Runtime
@@ -81,7 +81,7 @@ def _attach(
     ]
     own = {id(site.module) for site in sites}
     hooks += [
-        (module, row_mark(module, entry, runtime))
+        (module, RowMark(runtime, entry.sizes(module)[1], entry.kind == "embedding"))
         for module, entry in quantised.found
         if id(module) not in own
     ]

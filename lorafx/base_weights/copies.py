@@ -104,7 +104,7 @@ def copies_of(program: Program) -> list[Copy]:
 
 def _tensors(model: nn.Module) -> Iterator[tuple[Holder, Tensor]]:
     """Matrices and more that modules hold and that are no weights' own memory."""
-    own = {storage_key(parameter) for parameter in model.parameters()}
+    storages = {storage_key(parameter) for parameter in model.parameters()}
     for path, module in model.named_modules():
         experts = expert_weights(module)
         weights = {weight.name for weight in experts or ()}
@@ -119,7 +119,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[Holder, Tensor]]:
                 parameter or name in weights or holder.is_own_weight or _is_saved(holder)
             ):
                 continue
-            if parameter or storage_key(value) not in own:
+            if parameter or storage_key(value) not in storages:
                 yield holder, value
 
 

@@ -169,11 +169,11 @@ def _add_experts(site: Site, term: DeltaTerm, made: Tensor, start: int, stop: in
         rank = f.rank if f.ranks is None else int(f.ranks[e])
         scale = float(f.scale[e]) if isinstance(f.scale, Tensor) else float(f.scale)
         a, b = _on(made, f.A[e, :rank]), _on(made, f.B[e, :rank])
-        own = made[e - start]
+        expert = made[e - start]
         if site.eligible.transposed:
-            own[:, term.columns].addmm_(a.T, b, alpha=scale)
+            expert[:, term.columns].addmm_(a.T, b, alpha=scale)
         else:
-            own[term.columns].addmm_(b.T, a, alpha=scale)
+            expert[term.columns].addmm_(b.T, a, alpha=scale)
 
 
 _Add = Callable[[Site, DeltaTerm, Tensor, int, int], None]
@@ -189,14 +189,14 @@ def _on(like: Tensor, factor: Tensor) -> Tensor:
     return factor.to(device=like.device, dtype=like.dtype)
 
 
-def _same_rows(one: OwnWeight | None, other: OwnWeight | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    if one.bias is not None or other.bias is not None or one.rows.shape != other.rows.shape:
+def _same_rows(a: OwnWeight | None, b: OwnWeight | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    if a.bias is not None or b.bias is not None or a.rows.shape != b.rows.shape:
         return False
-    whole = one.at is None and other.at is None
-    some = one.at is not None and other.at is not None and torch.equal(one.at, other.at)
-    return (whole or some) and torch.equal(one.rows, other.rows)
+    whole = a.at is None and b.at is None
+    some = a.at is not None and b.at is not None and torch.equal(a.at, b.at)
+    return (whole or some) and torch.equal(a.rows, b.rows)
 
 
 def deltas_of(groups: Sequence[Group], numbers: HostCopy) -> list[Delta]:

@@ -349,9 +349,9 @@ def _write_merged(
             weights.append(MergedWeight(str(stored.holder), held.nbytes, _requantized(stored)))
             if stored.copies:
                 follow(stored.copies, dequantize(stored.holder.module, _parameter(stored)))
-        ours = tuple(item.written() for item in originals)
-        report = MergeReport(name, tuple(weights), sum(item.nbytes for item in ours))
-        merged = Merged(report, requantize, ours, numbers)
+        written = tuple(item.written() for item in originals)
+        report = MergeReport(name, tuple(weights), sum(item.nbytes for item in written))
+        merged = Merged(report, requantize, written, numbers)
         session.base = BaseState(merged, before.broken)
     except BaseException:
         rollback.run()

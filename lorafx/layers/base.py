@@ -287,9 +287,9 @@ class ParallelLayer(LoadableLayer):
         sizes = [self.output_sizes[i] for i in slices]
         for index, rows in zip(slices, value.split(sizes, dim), strict=True):
             first = sum(self.output_partition_sizes[:index])
-            own = target.narrow(dim, first, self.output_partition_sizes[index])
+            part = target.narrow(dim, first, self.output_partition_sizes[index])
             piece = self.piece_of_output(rows, index, dim)
-            _padded(own, dim, piece.shape[dim]).copy_(piece)
+            _padded(part, dim, piece.shape[dim]).copy_(piece)
 
     def _apply(self, fn: Any, recurse: bool = True) -> ParallelLayer:
         super()._apply(fn, recurse)

@@ -48,8 +48,8 @@ class LayerSharding:
         checkpoints."""
         layer = _layer(module)
         if _looks_up(layer):
-            own = layer.piece_of_output(A, 0, dim=1)
-            return F.pad(own, (0, layer.output_size_per_partition - own.shape[1])), B
+            columns = layer.piece_of_output(A, 0, dim=1)
+            return F.pad(columns, (0, layer.output_size_per_partition - columns.shape[1])), B
         rows = B.split([layer.output_sizes[i] for i in slices], dim=0)
         pieces = [
             layer.piece_of_output(part, i, dim=0) for i, part in zip(slices, rows, strict=True)

@@ -103,8 +103,8 @@ class LoadableLayer(nn.Module):
 
     def name_of(self, param: nn.Parameter) -> str:
         """The name of one of the layer's own parameters; CheckpointError for any other."""
-        for name, own in self._parameters.items():
-            if own is param:
+        for name, held in self._parameters.items():
+            if held is param:
                 return name
         raise CheckpointError(f"{self.label}: the given parameter is not one of this layer's")
 

@@ -255,11 +255,11 @@ class StackedResolver(Resolver):
     def meaning(self, name: str, shape: WeightShape) -> Meaning | None:
         if self._own(name) is None:
             found = {
-                candidate: destination(own, candidate, shard_id)
+                candidate: destination(target, candidate, shard_id)
                 for param, saved, shard_id in self._stacked
                 for reading in self.names.readings(name)
                 for candidate in _replaced(reading, param, saved)
-                if (own := self._own(candidate)) is not None
+                if (target := self._own(candidate)) is not None
             }
             if len(found) > 1:
                 wrong = f"the stacked mapping sends it to {', '.join(found)}"

@@ -29,67 +29,9 @@ from torch import Tensor
 from lorafx.kernels.ops.own_rows import OwnRows
 
 
-def by_factor(
-    slots: int, rank: int, step: int, columns: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """Zeros (S, R, columns), a slot `step` rows behind the one before it."""
-    rows = (slots - 1) * step + rank
-    strides = step * columns, columns, 1
-    return _over(rows * columns, (slots, rank, columns), strides, dtype, device)
-
-
-def by_token(
-    slots: int, rank: int, step: int, tokens: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """Zeros (S, V, R), a token's row of a slot `step` entries behind that of the slot before it;
-    where slots do not overlap, the rows of a slot are together.
-    """
-    factors = (slots - 1) * step + rank
-    strides = (tokens * rank, rank, 1) if step == rank else (step, factors, 1)
-    return _over(tokens * factors, (slots, tokens, rank), strides, dtype, device)
-
-
-def _over(
-    entries: int,
-    shape: tuple[int, ...],
-    strides: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    """A tensor over memory of so many zeros. It is no view of another: graphs take it as it is."""
-    memory = torch.zeros(entries, dtype=dtype, device=device)
-    return torch.empty(0, dtype=dtype, device=device).set_(
-        memory.untyped_storage(), 0, shape, strides
-    )
-
-
-def bytes_of(tensor: Tensor) -> int:
-    """Bytes from the first element to the last, which slots that overlap share."""
-    pairs = zip(tensor.shape, tensor.stride(), strict=True)
-    reach = 1 + sum((size - 1) * stride for size, stride in pairs)
-    return reach * tensor.itemsize if tensor.numel() else 0
-
-
-def room_for_rows(
-    kind: str,
-    room: tuple[int, int, int],
-    in_features: int,
-    columns: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> OwnRows:
-    """Room for (slots, adapters, rows of the weight), none of which is taken; nothing for 0."""
-    slots, adapters, rows = room
-    if not rows:
-        return OwnRows()
-    embedding = kind == "embedding"
-    length, features = (in_features, columns) if embedding else (rows, in_features)
-    return OwnRows(
-        torch.zeros((adapters, rows, features), dtype=dtype, device=device),
-        torch.full((adapters, length), -1, dtype=torch.int32, device=device),
-        torch.full((slots, 2), -1, dtype=torch.int32, device=device),
-        None if embedding else torch.zeros((adapters, rows), dtype=dtype, device=device),
-    )
+def _reach(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Entries of memory from the first one of a tensor to the last."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
 class OwnWeight(NamedTuple):
@@ -194,42 +136,47 @@ class Bank:
         of the weight for each of `own_weights` adapters. A slot begins `slot_rank` (None: `rank`)
         rows behind the one before it.
         """
-        siblings = len(out_features)
-        columns = sum(out_features)
+        siblings, columns = len(out_features), sum(out_features)
         step = rank if slot_rank is None else min(slot_rank, rank)
         if experts > 1:  # the last slot of an expert reaches over slots that nobody has
             slots = experts * (slots - 1 + -(-rank // step))
-        place = (slots, rank, step)
 
-        def zeros(columns: int) -> Tensor:
-            return torch.zeros((slots, columns), dtype=torch.float32, device=device)
+        def overlapping(shape: tuple[int, int, int], strides: tuple[int, int, int]) -> Tensor:
+            # No view of another tensor: graphs take it as it is.
+            memory = torch.zeros(_reach(shape, strides), dtype=dtype, device=device)
+            made = torch.empty(0, dtype=dtype, device=device)
+            return made.set_(memory.untyped_storage(), 0, shape, strides)
+
+        def by_rows(width: int) -> Tensor:
+            return overlapping((slots, rank, width), (step * width, width, 1))
+
+        def floats(width: int) -> Tensor:
+            return torch.zeros((slots, width), dtype=torch.float32, device=device)
 
         # Tensors made in inference mode could not be written in place outside of it.
         with torch.inference_mode(False):
+            if kind != "embedding":
+                factors = by_rows(siblings * in_features)
+            elif step == rank:
+                factors = overlapping((slots, in_features, rank), (in_features * rank, rank, 1))
+            else:
+                strides = step, (slots - 1) * step + rank, 1
+                factors = overlapping((slots, in_features, rank), strides)
+            rows = (own_weights, own_rows, columns if kind == "embedding" else in_features)
+            room = _room_for_rows(kind, slots, rows, in_features, own_dtype or dtype, device)
             sibling = torch.arange(siblings, dtype=torch.int32, device=device)
             return cls(
-                A=(
-                    by_token(*place, in_features, dtype, device)
-                    if kind == "embedding"
-                    else by_factor(*place, siblings * in_features, dtype, device)
-                ),
-                B=by_factor(*place, columns, dtype, device),
+                A=factors,
+                B=by_rows(columns),
                 ranks=torch.zeros((slots, siblings), dtype=torch.int32, device=device),
-                scales=zeros(siblings),
+                scales=floats(siblings),
                 kind=kind,
                 experts=experts,
                 slot_rank=step,
                 alike=sibling.repeat(slots, 1) if kind == "experts" else None,
-                gains=zeros(columns) if dora else None,
-                shifts=zeros(columns) if biases else None,
-                **room_for_rows(
-                    kind,
-                    (slots, own_weights, own_rows),
-                    in_features,
-                    columns,
-                    own_dtype or dtype,
-                    device,
-                )._asdict(),
+                gains=floats(columns) if dora else None,
+                shifts=floats(columns) if biases else None,
+                **room._asdict(),
             )
 
     @property
@@ -265,7 +212,8 @@ class Bank:
 
     @property
     def nbytes(self) -> int:
-        return sum(map(bytes_of, self.tensors.values()))
+        held = [tensor for tensor in self.tensors.values() if tensor.numel()]
+        return sum(_reach(tensor.shape, tensor.stride()) * tensor.itemsize for tensor in held)
 
     @torch.no_grad()
     def write(
@@ -359,6 +307,28 @@ class Bank:
             return self.A[slots, :, :rank]
         features = self.A.shape[2] // self.ranks.shape[1]
         return self.A[slots, :rank, sibling * features : (sibling + 1) * features]
+
+
+def _room_for_rows(
+    kind: str,
+    slots: int,
+    shape: tuple[int, int, int],
+    vocabulary: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> OwnRows:
+    """Room for (adapters, rows, features) of own rows, none of which is taken; nothing for 0."""
+    adapters, rows, _ = shape
+    if not rows:
+        return OwnRows()
+    embedding = kind == "embedding"
+    places = adapters, vocabulary if embedding else rows
+    return OwnRows(
+        torch.zeros(shape, dtype=dtype, device=device),
+        torch.full(places, -1, dtype=torch.int32, device=device),
+        torch.full((slots, 2), -1, dtype=torch.int32, device=device),
+        None if embedding else torch.zeros((adapters, rows), dtype=dtype, device=device),
+    )
 
 
 def _sent(source: Tensor, target: Tensor) -> Tensor:

@@ -79,9 +79,9 @@ class ExpertsCandidate(Candidate):
         weight: ExpertWeight,
         packed: PackedNames,
     ) -> None:
-        own = tuple(weight.path(p) for p in paths)
+        weight_paths = tuple(weight.path(p) for p in paths)
         entry = weight.eligible(lookup(module))
-        super().__init__(weight.path(path), module, own, entry, packed)
+        super().__init__(weight.path(path), module, weight_paths, entry, packed)
         self.module_paths, self.weight, self.expert_weight = paths, weight, weight
 
     def parts(

@@ -122,5 +122,5 @@ def norm_factors(module: nn.Module, A: Tensor, B: Tensor) -> tuple[Tensor, Tenso
     if groups == 1:
         return A, B
     product = gathered_groups(B, groups).reshape(-1, len(A)) @ A
-    own = product.reshape(len(B), -1)
-    return own, torch.eye(len(own), dtype=own.dtype, device=own.device)
+    factor = product.reshape(len(B), -1)
+    return factor, torch.eye(len(factor), dtype=factor.dtype, device=factor.device)

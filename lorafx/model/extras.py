@@ -51,7 +51,7 @@ def rows_asked(
     """How many rows of its own an adapter may have for the module at `paths`; None for all. A name
     is a path or a dotted suffix of one, of the module or of one that it lies in.
     """
-    around = [path for own in paths for path in _with_parents(own)]
+    around = [above for path in paths for above in _with_parents(path)]
     if modules_to_save and targets.names(modules_to_save, around):
         return None
     rooms = (n for name, n in trainable_tokens.items() if targets.names((name,), paths))
@@ -64,26 +64,26 @@ def _with_parents(path: str) -> Iterator[str]:
         path = path.rpartition(".")[0]
 
 
-def token_rooms(asked: int | Mapping[str, int], model: nn.Module) -> dict[str, int]:
+def token_rooms(room: int | Mapping[str, int], model: nn.Module) -> dict[str, int]:
     """Room for trained tokens by module path: a number is for the input embedding, and modules
     whose weight is tied to a named one's follow it.
 
     Raises:
         ConfigError: a number, and the model does not tell its input embedding; or it is no count.
     """
-    if not asked:
+    if not room:
         return {}
     graph = ModuleGraph(model)
-    if not isinstance(asked, Mapping):
+    if not isinstance(room, Mapping):
         embedding = _input_embedding(model)
         if embedding is None or not graph.has(embedding):
             raise ConfigError(
-                f"LoraConfig(trainable_tokens={asked!r}): {type(model).__name__} does not tell its "
+                f"LoraConfig(trainable_tokens={room!r}): {type(model).__name__} does not tell its "
                 "input embedding; give {name of the module: number}"
             )
-        asked = {graph.paths(embedding)[0]: asked}
+        room = {graph.paths(embedding)[0]: room}
     found: dict[str, int] = {}
-    for name, count in asked.items():
+    for name, count in room.items():
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise ConfigError(
                 f"LoraConfig(trainable_tokens=...): {name!r} has room for {count!r} rows; give a "
@@ -109,8 +109,8 @@ def is_input_embedding(graph: ModuleGraph, path: str, module: nn.Module) -> bool
     """Whether the outermost module around `path` that tells its input embedding tells `module`."""
     parents = reversed([*_with_parents(path.rpartition(".")[0])])
     around = [graph.root, *map(graph.find, parents)]
-    told = (_input_embedding(parent) for parent in around if parent is not None)
-    return next((found for found in told if found is not None), None) is module
+    embeddings = (_input_embedding(parent) for parent in around if parent is not None)
+    return next((found for found in embeddings if found is not None), None) is module
 
 
 def tied_paths(graph: ModuleGraph, module: nn.Module) -> list[str]:

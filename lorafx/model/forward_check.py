@@ -82,7 +82,7 @@ def adds_up(
         return False
     difference = after[0].float() - before[0].float()
     return _close(difference, product.of(other, x), weight.dtype) and all(
-        _same(one, two) for one, two in zip(before[1:], after[1:], strict=True)
+        _same(old, new) for old, new in zip(before[1:], after[1:], strict=True)
     )
 
 
@@ -108,7 +108,7 @@ def _close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     return torch.allclose(found.float(), expected.float(), rtol=tolerance, atol=bound)
 
 
-def _same(one: Any, two: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(two, Tensor):
-        return one.shape == two.shape and torch.equal(one, two)
-    return one is two or bool(one == two)
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    return a is b or bool(a == b)

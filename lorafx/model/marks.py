@@ -35,7 +35,7 @@ from lorafx.model.forward_check import ModuleProduct, adds_up
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.runtime import Runtime
 from lorafx.model.sites import Group
-from lorafx.registry import Eligible, Handler, Kind
+from lorafx.registry import Handler, Kind
 from lorafx.torch_internals.compat import tracing
 from lorafx.torch_internals.dynamo import assume_constant_result
 
@@ -188,15 +188,15 @@ class SiteMark:
         gains = bank.gains if self.handler is None else None
         # As a plain tuple: a named one made here, while Dynamo traces, would have the graph depend
         # on an object of this process, and such graphs cannot be saved.
-        own = (bank.own, bank.own_at, bank.own_table, bank.own_bias)
+        own_rows = (bank.own, bank.own_at, bank.own_table, bank.own_bias)
         if self.stored and tracing():
             y = torch.ops.lorafx.rows_of(x, y)
         if self.kind == "embedding":
             scales = bank.scales if scale is None else bank.scales * scale
             if scale is not None and bank.own is not None:
-                own = (bank.own * scale, *own[1:])
+                own_rows = (bank.own * scale, *own_rows[1:])
             return torch.ops.lorafx.embedding_site(
-                x, y, bank.A, bank.B, bank.ranks, scales, slots, UNPROVED, gains, *own
+                x, y, bank.A, bank.B, bank.ranks, scales, slots, UNPROVED, gains, *own_rows
             )
         if self.window is not None:
             rest = (*self.window, gains, None if gains is None else addend, bank.shifts)
@@ -217,7 +217,7 @@ class SiteMark:
             self.bias if whole else None,
             gains,
             None if gains is None else addend,
-            *own,
+            *own_rows,
             None if self.handler is not None else bank.shifts,
         )
 
@@ -421,10 +421,6 @@ class RowMark:
         return torch.ops.lorafx.rows_of(x, output)
 
 
-def row_mark(module: nn.Module, entry: Eligible, runtime: Runtime) -> RowMark:
-    return RowMark(runtime, entry.sizes(module)[1], entry.kind == "embedding")
-
-
 #: Hooks that are lorafx's.
 MARKS = (SiteMark, RowMark)
 
@@ -460,11 +456,6 @@ def sessions_of_marks(graph: ModuleGraph) -> list[Any]:
     return list(found.values())
 
 
-def _of_another(hook: SiteMark | RowMark, model: nn.Module) -> bool:
-    session = hook.runtime.session
-    return session is not None and session.program.model is not model
-
-
 def detach(model: nn.Module) -> int:
     """Take every mark off `model`, also those of a deep copy or pickle, but none of another model
     that is served and shares modules with it. Returns how many were removed.
@@ -472,7 +463,10 @@ def detach(model: nn.Module) -> int:
     removed = 0
     for _, module in ModuleGraph(model).modules():
         for key, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, MARKS) and not _of_another(hook, model):
+            if not isinstance(hook, MARKS):
+                continue
+            session = hook.runtime.session
+            if session is None or session.program.model is model:
                 del module._forward_hooks[key]
                 module._forward_hooks_with_kwargs.pop(key, None)
                 module._forward_hooks_always_called.pop(key, None)

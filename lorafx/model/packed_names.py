@@ -122,8 +122,8 @@ class PackedNames:
         found = self._for(parent).get(name, ())
         # A member that is a module here is not packed here, whatever a mapping made for all
         # models of a family says.
-        own = any(self._graph.find(join(parent, member.name)) is not None for member in found)
-        return () if own else found
+        is_here = any(self._graph.find(join(parent, member.name)) is not None for member in found)
+        return () if is_here else found
 
     def memberships(self, path: str) -> tuple[Membership, ...]:
         """The packed names that the module at canonical `path` is a member of and that are no
@@ -157,9 +157,9 @@ class PackedNames:
     def _for(self, parent: str) -> Members:
         """The declarations for children of `parent`: nearest above wins, the user's over all."""
         if parent not in self._above:
-            own = self._declared.get(parent, {})
+            declared = self._declared.get(parent, {})
             inherited = self._for(parent.rpartition(".")[0]) if parent else {}
-            self._above[parent] = {**inherited, **own, **self._configured}
+            self._above[parent] = {**inherited, **declared, **self._configured}
         return self._above[parent]
 
 

@@ -188,8 +188,8 @@ class Runtime:
                 _SLOTS[self._key] = slots
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_key", "_buffer", "_row_slots", "_graph_slots", "session", "resting")
-        state = {k: v for k, v in vars(self).items() if k not in own}
+        left_out = ("_key", "_buffer", "_row_slots", "_graph_slots", "session", "resting")
+        state = {k: v for k, v in vars(self).items() if k not in left_out}
         return state if self.session is None else {**state, **_AT_REST}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

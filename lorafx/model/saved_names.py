@@ -108,14 +108,14 @@ class SavedNames:
         if transformers is None:
             return []
         modules = self._model.modules()
-        own = next((m for m in modules if isinstance(m, transformers.PreTrainedModel)), None)
-        if own is None:
+        pretrained = next((m for m in modules if isinstance(m, transformers.PreTrainedModel)), None)
+        if pretrained is None:
             return []
         try:
             from transformers.conversion_mapping import get_model_conversion_mapping
         except ImportError:  # before transformers 5 nothing was renamed
             return []
-        return list(get_model_conversion_mapping(own))
+        return list(get_model_conversion_mapping(pretrained))
 
     @cached_property
     def _renamings(self) -> list[Any]:
@@ -145,5 +145,5 @@ def nearest_names(name: str, known: Iterable[str]) -> str:
     known = list(known)
     last = name.rpartition(".")[2]
     # difflib takes milliseconds a hundred names.
-    alike = [own for own in known if own.rpartition(".")[2] == last]
+    alike = [path for path in known if path.rpartition(".")[2] == last]
     return nearest(name, alike[:2000]) or nearest(name, known[:1000])

@@ -271,15 +271,10 @@ class FineGrained8(Format):
     def holds(self, module: nn.Module, name: str) -> bool:
         owner = "transformers.integrations.finegrained_fp8"
         known = _is(module, owner, "FP8Linear") or _is(module, owner, "FP8Experts")
-        return known and self._scale(module, name) is not None
-
-    def _scale(self, module: nn.Module, name: str) -> Tensor | None:
-        return getattr(module, f"{name}_scale_inv", None)
+        return known and getattr(module, f"{name}_scale_inv", None) is not None
 
     def dequantize(self, module: nn.Module, name: str) -> Tensor:
-        weight, scale = getattr(module, name).detach().float(), self._scale(module, name)
-        assert scale is not None
-        scale = scale.detach().float()
+        weight, scale = (tensor.detach().float() for tensor in self.tensors(module, name))
         block: Any = module.block_size
         if block is None or scale.dim() < 2:  # one for all, or one per expert
             return weight * scale.reshape(-1, *(1,) * (weight.dim() - 1))
@@ -288,9 +283,7 @@ class FineGrained8(Format):
         return weight * scale[..., :rows, :columns]
 
     def tensors(self, module: nn.Module, name: str) -> list[Tensor]:
-        scale = self._scale(module, name)
-        assert scale is not None
-        return [getattr(module, name), scale]
+        return [getattr(module, name), getattr(module, f"{name}_scale_inv")]
 
 
 class Plain(Format):
