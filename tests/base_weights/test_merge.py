@@ -226,28 +226,6 @@ def test_warm_up_and_capture_leave_the_merge_alone(plain: Case) -> None:
     assert unchanged(cm, before)
 
 
-def test_detaching_gives_the_base_back(plain: Case) -> None:
-    cm = plain.compile()
-    before = bits(cm)
-    cm.merge("a1")
-    model = cm.detach()
-    assert cm.merged is None
-    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
-    with pytest.raises(CaptureError, match="detached"):
-        cm.merge("a1")
-
-
-def test_originals_are_counted(cm: Any) -> None:
-    assert cm.memory()["originals"] == 0
-    report = cm.merge("a0")
-    weights = dict(cm.model.named_parameters())
-    size = sum(weights[weight.name].nbytes for weight in report.weights)
-    assert cm.memory()["originals"] == report.original_bytes == size
-    assert f"{size} bytes" in str(report)
-    cm.unmerge()
-    assert cm.memory()["originals"] == 0
-
-
 def test_not_inside_a_running_call(cm: Any) -> None:
     inputs = token_inputs(4, 5)
     cm(**inputs)
@@ -318,3 +296,14 @@ def test_under_inductor(plain: Case) -> None:
         check_mixed(cm, plain, ["a1", None, name], inputs)
     assert cm.recompiles == graphs
     assert unchanged(cm, before)
+
+
+def test_originals_are_counted(cm: Any) -> None:
+    assert cm.memory()["originals"] == 0
+    report = cm.merge("a0")
+    weights = dict(cm.model.named_parameters())
+    size = sum(weights[weight.name].nbytes for weight in report.weights)
+    assert cm.memory()["originals"] == report.original_bytes == size
+    assert f"{size} bytes" in str(report)
+    cm.unmerge()
+    assert cm.memory()["originals"] == 0

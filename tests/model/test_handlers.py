@@ -144,19 +144,6 @@ def test_without_a_handler_graphs_take_the_delta_at_the_weights_use(
     check_mixed(case.compile(), case, NAMES, {"x": torch.randn(4, 3, K)})
 
 
-def test_a_handled_weight_that_is_also_used_elsewhere(tmp_path: Path, registered: Any) -> None:
-    """The use outside of the module's call is none of the handler's."""
-
-    class Bypassed(Tuples):
-        def forward(self, x: Tensor) -> dict[str, Tensor]:
-            outside = torch.nn.functional.linear(x.flip(-1), self.middle.weight)
-            return {"logits": super().forward(x)["logits"] + outside}
-
-    registered(WithBias, handler=first_of_several)
-    case = case_of(Bypassed, tmp_path)
-    check_mixed(case.compile(), case, NAMES, {"x": torch.randn(4, 3, K)})
-
-
 def returns_nothing(module: Any, args: Any, kwargs: Any, output: Any, add: Add) -> None:
     add(args[0], output[0])
 

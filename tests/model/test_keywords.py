@@ -17,7 +17,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import lorafx
 from lorafx.errors import ConfigError
-from lorafx.model.keywords import ELSEWHERE, meant, refuse_slips
+from lorafx.model.keywords import ELSEWHERE, refuse_slips
 
 __all__ = ["fresh_dynamo"]
 pytestmark = pytest.mark.quick
@@ -115,14 +115,6 @@ def test_the_model_itself_beside_the_compiled_one(shallow: Case) -> None:
             cm.model(**inputs, adapter_names=["a0", None, "a1"])
 
 
-def test_whole_graphs_of_marked_models(shallow: Case) -> None:
-    model, inputs = attached(shallow), token_inputs(3, 4)
-    call = compiled(model, fullgraph=True)
-    served(call, model, ["a0", None, "a1"], inputs)
-    with torch.no_grad(), pytest.raises(ConfigError, match=r"with lorafx.adapters\(model"):
-        call(**inputs, adapter_name=["a0"])
-
-
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_what_models_declare_passes(family: str, case_of: Callable[..., Case]) -> None:
     model: Any = case_of(family).model()
@@ -135,8 +127,3 @@ def test_what_models_declare_passes(family: str, case_of: Callable[..., Case]) -
     }
     refuse_slips(names, model.forward, model)
     assert not names & {*ELSEWHERE}
-
-
-@pytest.mark.parametrize("name", ["adapter_names", "attention_mask", "named", "adapter_config"])
-def test_names_that_are_no_slips(name: str) -> None:
-    assert meant(name) is None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -158,28 +156,3 @@ def test_storages_differ_on_the_meta_device():
     assert ModuleGraph(model).tied() == []
     model[1].weight = model[0].weight
     assert len(ModuleGraph(model).tied()) == 1
-
-
-def _calls(model: nn.Module) -> int:
-    """Python calls that building the graph and listing every path takes."""
-    count = 0
-
-    def profile(frame, event, arg):
-        nonlocal count
-        count += event == "call"
-
-    sys.setprofile(profile)
-    try:
-        graph = ModuleGraph(model)
-        for _, module in graph.modules():
-            graph.paths(module)
-        graph.tied()
-    finally:
-        sys.setprofile(None)
-    return count
-
-
-def test_work_grows_linearly_with_the_model():
-    with torch.device("meta"):
-        small, large = (nn.Sequential(*(Block() for _ in range(n))) for n in (50, 400))
-    assert _calls(large) < 8.5 * _calls(small)

@@ -125,17 +125,6 @@ def _save_slices(folder: Path, pairs: dict[str, tuple[Tensor, Tensor]]) -> Path:
     return save(apart, folder, pairs)
 
 
-def test_eager_calls_as_well(tmp_path: Path, oot: Any) -> None:
-    oot(layers.QKVParallelLinear, MyQKV)
-    torch.manual_seed(0)
-    base = Model()
-    case = hand_case(base, tmp_path, a=["qkv_proj"])
-    model = lorafx.attach(case.model(), case.folders, options=REFERENCE)
-    x = torch.randn(2, 3, K)
-    with torch.no_grad(), lorafx.adapters(model, ["a", "a"]):
-        assert error(model(x)["logits"], case.expected(["a", "a"], {"x": x})) <= TOLERANCE
-
-
 def test_unregistering_restores() -> None:
     assert lookup(MyQKV()) is None
     lorafx.register_oot(layers.QKVParallelLinear, MyQKV)
@@ -264,23 +253,6 @@ def test_what_a_class_offers_is_found(oot: Any, by: Any) -> None:
     assert sum(entry.output_sizes(module)) == 3
     (site,) = build_sites(nn.ModuleDict({"m": module}), LoraConfig(target_modules=["m"]))[1]
     assert (site.in_features, site.out_features) == (K, 3)
-
-
-def test_instances_are_checked_again(oot: Any) -> None:
-    class Announced(nn.Module):
-        input_size: int
-        output_sizes: tuple[int, ...]
-        weight: Tensor
-
-    oot(layers.QKVParallelLinear, Announced)
-    model = nn.ModuleDict({"qkv": Announced()})
-    with pytest.raises(TargetError, match=r"Announced\): its sizes cannot be read.*input_s"):
-        build_sites(model, LoraConfig(target_modules=["qkv"]))
-    wrong = MyQKV()
-    wrong.input_size = K + 1
-    oot(layers.QKVParallelLinear, MyQKV)
-    with pytest.raises(TargetError, match=r"qkv \(MyQKV\): its weight has shape \(16, 6\)"):
-        build_sites(nn.ModuleDict({"qkv": wrong}), LoraConfig(target_modules=["qkv"]))
 
 
 def test_refusals() -> None:

@@ -185,22 +185,6 @@ def test_other_modules_may_come_and_change(case: Case) -> None:
     check(cm, other)
 
 
-def test_parameters_may_be_replaced(case: Case) -> None:
-    cm, changed = case.compile(dynamic=False), case.model()
-    check(cm, case)
-    for model in (cm.model, changed):
-        torch.manual_seed(7)
-        for module in (model.layers[0][0], model.head):
-            weight = torch.randn_like(module.weight)
-            module.weight = nn.Parameter(weight, requires_grad=False)
-    other = Case(changed, case.folders)
-    check(cm, other)
-    cm.merge("a")
-    check(cm, other, ["a"] * 4)
-    cm.unmerge()
-    check(cm, other)
-
-
 @pytest.mark.parametrize("changed", ["parametrised", "of another class", "taken out"])
 def test_packed_weights_that_are_no_plain_parameters_any_more(changed: str) -> None:
     pair = Pair()
@@ -215,18 +199,6 @@ def test_packed_weights_that_are_no_plain_parameters_any_more(changed: str) -> N
         pair.left.weight = nn.Parameter(weight, requires_grad=False)
     with pytest.raises(CaptureError, match="left"):
         cm(torch.randn(2, 8))
-
-
-def test_a_merged_adapter_is_not_lost_with_its_module(case: Case) -> None:
-    cm = case.compile(dynamic=False)
-    old = cm.model.layers[0][0]
-    cm.merge("a")
-    cm.model.layers[0][0] = frozen(nn.Linear(8, 12))
-    with pytest.raises(ReplacedModuleError, match="layers"):
-        cm(**inputs())
-    cm.unmerge()
-    cm.model.layers[0][0] = old
-    check(cm, case)
 
 
 def test_resized_embeddings(tmp_path: Path) -> None:

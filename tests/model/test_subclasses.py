@@ -153,14 +153,6 @@ def test_a_subclass_is_eligible_and_keeps_its_forward(tmp_path: Path, cls: Any) 
 # Forwards that the delta cannot be added to
 
 
-class Squashed(Deep):
-    def __init__(self) -> None:
-        super().__init__(K, N)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(super().forward(x))
-
-
 class Router(Deep):
     """Its second output is computed from x Wᵀ too."""
 
@@ -172,16 +164,11 @@ class Router(Deep):
         return y, torch.softmax(y, dim=-1)
 
 
-@pytest.mark.parametrize("cls", [Squashed, Router])
-def test_other_arithmetic_is_refused_in_eager_mode_and_right_in_graphs(
-    tmp_path: Path, cls: Any
-) -> None:
-    case = case_of(cls, tmp_path)
+def test_other_arithmetic_is_refused_in_eager_mode_and_right_in_graphs(tmp_path: Path) -> None:
+    case = case_of(Router, tmp_path)
     x = torch.randn(4, 3, K)
     check_mixed(case.compile(), case, NAMES, {"x": x})
-    with pytest.raises(
-        MatchError, match=rf"^middle \({cls.__name__}\): its class overrides forward"
-    ):
+    with pytest.raises(MatchError, match=r"^middle \(Router\): its class overrides forward"):
         eager(case, "b", x)
 
 
@@ -241,22 +228,6 @@ def test_another_kernel_over_a_stored_weight(tmp_path: Path, cls: Any) -> None:
     x = torch.randn(4, 3, K)
     check_mixed(case.compile(), case, NAMES, {"x": x})
     assert error(eager(case, "b", x), case.expected(["b"] * 4, {"x": x})) <= TOLERANCE
-
-
-class PackedTuple(Packed):
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return super().forward(x), None
-
-
-def test_several_outputs_over_a_weight_that_nobody_sees_are_refused(tmp_path: Path) -> None:
-    """No graph shows the weight's use, and no call can be compared with x Wᵀ."""
-    plain = nn.ModuleDict({"middle": nn.Linear(K, N)})
-    pairs = factors(plain, ["middle"], rank=2, seed=0)
-    folder = save(plain, tmp_path / "a", pairs)
-    base = Model(PackedTuple).eval().requires_grad_(False)
-    cm = lorafx.compile(base, {"a": folder}, options=REFERENCE)
-    with pytest.raises(MatchError, match=r"^middle \(PackedTuple\)"):
-        cm(torch.randn(2, 3, K), adapter_names=["a", "a"])
 
 
 # Which entry is found
