@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from lorafx.base_weights.deltas import BiasDelta, Delta, deltas_of
 from lorafx.errors import MatchError
 from lorafx.model.convolutions import unmergeable
 from lorafx.model.module_graph import storage_key
-from lorafx.model.quantized import is_stored
+from lorafx.model.quantized import dequantize, is_stored
 from lorafx.model.sites import Site
 from lorafx.program.derived import Holder, held_by, overlap
 from lorafx.registry import lookup
@@ -40,20 +40,33 @@ class Change:
 
     Attributes:
         holder: the module and attribute of the first site that holds it.
+        weight: None where the module stores it in a format of its own.
         ends: the holders that use this tensor, or part of it, as their weight, `holder` among
             them, each with its ΔW; several where it is tied.
         copies: tensors that hold copies of its rows.
     """
 
     holder: Holder
-    weight: Tensor
+    weight: Tensor | None
     delta: Delta
-    ends: tuple[tuple[Holder, Delta | None], ...]
+    ends: tuple[tuple[Holder, Delta | None], ...] = ()
     copies: tuple[Copy, ...] = ()
+
+    @property
+    def tensor(self) -> Tensor:
+        assert self.weight is not None
+        return self.weight
+
+    @property
+    def parameter(self) -> str | None:
+        """What `dequantize` is asked for: one of several weights of a module by its name."""
+        return None if self.delta.site.expert_weight is None else self.holder.attribute
 
     @property
     def dense(self) -> Tensor:
         """W (N, K), (V, D) of an embedding, as it is now."""
+        if self.weight is None:
+            return dequantize(self.holder.module, self.parameter)
         weight = self.weight.detach()
         return weight.mT if self.delta.site.eligible.transposed else weight
 
@@ -64,22 +77,6 @@ class Change:
             delta is not self.delta and (delta is None or not delta.same_as(self.delta))
             for _, delta in self.ends
         )
-
-
-@dataclass(frozen=True, eq=False)
-class StoredChange:
-    """A weight that is changed through the format in which its module stores it."""
-
-    holder: Holder
-    delta: Delta
-    copies: tuple[Copy, ...] = ()
-
-
-class Changes(NamedTuple):
-    """All that an adapter changes."""
-
-    plain: list[Change]
-    stored: list[StoredChange]
 
 
 class _Tensors:
@@ -106,7 +103,7 @@ class _Tensors:
 
 def changes_of(
     program: Program, store: AdapterStore, name: str, *, requantize: bool = False
-) -> Changes:
+) -> list[Change]:
     """What merging the adapter `name` changes, in the order of the model's sites.
 
     Tied tensors whose ends get different ΔW are in the list (`Change.tied_apart`).
@@ -138,23 +135,23 @@ def changes_of(
     if problems:
         raise not_mergeable(name, problems)
     by_end = {key_of(_holder(delta.site)): delta for delta in deltas}
-    changes = Changes([], [])
+    changes: list[Change] = []
     ended: set[tuple[int, str]] = set()
     for delta in deltas:
         holder = _holder(delta.site)
         of_bias = BiasDelta.of(delta)
         if of_bias is not None:  # a plain one also where the weight is quantised, or tied
             bias = Holder(holder.path, holder.module, "bias")
-            changes.plain.append(Change(bias, bias.tensor, of_bias, ((bias, of_bias),)))
+            changes.append(Change(bias, bias.tensor, of_bias, ((bias, of_bias),)))
         if key_of(holder) in ended:
             continue
         follow = tuple(copies.get(id(delta.site), ()))
         if is_stored(delta.site.module, delta.site.eligible):
-            changes.stored.append(StoredChange(holder, delta, follow))
+            changes.append(Change(holder, None, delta, copies=follow))
             continue
         ends = _ends(program, tensors, holder, by_end)
         ended.update(key_of(end) for end, _ in ends)
-        changes.plain.append(Change(holder, holder.tensor, delta, ends, follow))
+        changes.append(Change(holder, holder.tensor, delta, ends, follow))
     return changes
 
 

@@ -76,6 +76,11 @@ class Copy:
                 found[id(site.module), name] = site
         return list(reversed(found.values()))
 
+    def follow(self, dense: Tensor) -> None:
+        """Hold what W (N, K) has now."""
+        assert self.form is not None
+        write(self.tensor, copied(dense, self.tensor, self.form))
+
     def unexplained(self, program: Program) -> list[Site]:
         """The sites whose weights it may have been made from, as far as graphs have not shown that
         they use the weights themselves."""
@@ -239,7 +244,7 @@ class Copies(DerivedWeights):
             if copy.form is not None:
                 dense = copy.weights[0].dense()
                 assert dense is not None
-                write(copy.tensor, copied(dense, copy.tensor, copy.form))
+                copy.follow(dense)
 
     def _of(self, filled: Iterable[Target]) -> list[Copy]:
         """The copies of weights that are among `filled` and that got no numbers themselves."""

@@ -252,17 +252,15 @@ def add_to(target: Tensor, weight: Tensor, delta: Delta, label: str) -> float:
         wrong = after.to(dtype, copy=True).sub_(before).sub_(update)
         norms = torch.stack([torch.linalg.vector_norm(wrong), torch.linalg.vector_norm(update)])
         block_lost, block_whole = norms.tolist()  # one transfer a block
-        if not math.isfinite(block_lost) and _overflown(before, after):
-            raise MatchError(
-                f"{label}: W + ΔW is beyond the range of {weight.dtype}; nothing is merged"
-            )
+        if not math.isfinite(block_lost):
+            overflown = ~torch.isfinite(after) & torch.isfinite(before)
+            if bool(overflown.any()):
+                raise MatchError(
+                    f"{label}: W + ΔW is beyond the range of {weight.dtype}; nothing is merged"
+                )
         lost, whole = lost + block_lost**2, whole + block_whole**2
         write(target.detach()[start:stop], after)
     return (lost / whole) ** 0.5 if whole else 0.0
-
-
-def _overflown(before: Tensor, after: Tensor) -> bool:
-    return bool((~torch.isfinite(after) & torch.isfinite(before)).any())
 
 
 def write(target: Tensor, value: Tensor) -> None:

@@ -52,7 +52,7 @@ def export_merged(session: Session, name: str, folder: Path, *, max_shard_size: 
             program.refuse_missing()
             merged, changes = session.base.merged, list[Change]()
             if merged is None:
-                changes = changes_of(program, session.store, name).plain
+                changes = changes_of(program, session.store, name)
             elif merged.name != name:
                 raise ConfigError(
                     f"{merged.name!r} is merged; call unmerge() before {name!r} is written"
@@ -215,9 +215,9 @@ class _State:
         if change.tied_apart and holder is not None:
             delta = next((d for end, d in change.ends if key_of(end) == key_of(holder)), None)
         if delta is None:
-            return self._mapped(change.weight.detach())
-        made = self._room_for(change.weight)
-        add_to(made, change.weight, delta, str(change.holder))
+            return self._mapped(change.tensor.detach())
+        made = self._room_for(change.tensor)
+        add_to(made, change.tensor, delta, str(change.holder))
         return made
 
     def _part(self, key: str, value: Tensor, changes: Sequence[Change]) -> Tensor | None:
@@ -232,8 +232,8 @@ class _State:
             raise not_mergeable(
                 self.name, [f"{key} was made from {change.holder} in a way that no rule covers"]
             )
-        made = torch.empty_like(change.weight, device="cpu")
-        add_to(made, change.weight, change.delta, str(change.holder))
+        made = torch.empty_like(change.tensor, device="cpu")
+        add_to(made, change.tensor, change.delta, str(change.holder))
         dense = made.T if change.delta.site.eligible.transposed else made
         return copied(dense, value, derived.form)
 

@@ -20,14 +20,7 @@ import torch
 from torch import Tensor
 
 from lorafx.adapter_store.host_copies import HostCopy
-from lorafx.base_weights.changes import (
-    Change,
-    Changes,
-    StoredChange,
-    changes_of,
-    not_mergeable,
-)
-from lorafx.base_weights.copies import Copy, copied
+from lorafx.base_weights.changes import Change, changes_of, not_mergeable
 from lorafx.base_weights.deltas import add_to, mark_of, write
 from lorafx.errors import CaptureError, ConfigError, LorafxError, MatchError, some
 from lorafx.interrupts import Rollback, undisturbed
@@ -171,11 +164,8 @@ def _merge(session: Session, name: str, *, requantize: bool) -> MergeReport:
     check_packed(session.program.packed)
     numbers = session.store.numbers(name)
     changes = changes_of(session.program, session.store, name, requantize=requantize)
-    apart = [_tied_apart(change) for change in changes.plain if change.tied_apart]
-    if apart:
-        raise not_mergeable(name, apart)
     _refuse_shared(session, name, changes)
-    with progress(f"merging {name} into {len(changes.plain) + len(changes.stored)} weights"):
+    with progress(f"merging {name} into {len(changes)} weights"):
         return _write_merged(session, name, numbers, changes, requantize=requantize)
 
 
@@ -290,43 +280,41 @@ def _refuse_in_use(session: Session, name: str) -> None:
         )
 
 
-def _refuse_shared(session: Session, name: str, changes: Changes) -> None:
-    """Raise MatchError where another served model holds a weight that would be changed."""
-    tensors = [change.weight for change in changes.plain]
-    tensors += [t for change in changes.stored for t in own_tensors(change.holder.module)]
-    elsewhere = held_elsewhere(session, tensors)
-    if elsewhere:
-        raise not_mergeable(
-            name,
-            [
-                f"{place} is the same weight, and the base of that model would change; "
-                "detach() that model, or use export_merged() on this one"
-                for place in elsewhere
-            ],
+def _refuse_shared(session: Session, name: str, changes: Sequence[Change]) -> None:
+    """Raise MatchError where one tensor would have to hold two sums, or is another model's too."""
+    problems = []
+    for change in changes:
+        if change.tied_apart:
+            ends = ", ".join(str(holder) for holder, _ in change.ends)
+            changed = [str(holder) for holder, delta in change.ends if delta is not None]
+            problems.append(
+                f"{ends} are one tensor, but the adapter changes only {', '.join(changed)}, or "
+                "each end differently; export_merged() writes them as two"
+            )
+    if problems:
+        raise not_mergeable(name, problems)
+    tensors = [
+        tensor
+        for change in changes
+        for tensor in (
+            own_tensors(change.holder.module) if change.weight is None else [change.weight]
         )
-
-
-def _tied_apart(change: Change) -> str:
-    ends = ", ".join(str(holder) for holder, _ in change.ends)
-    changed = [str(holder) for holder, delta in change.ends if delta is not None]
-    return (
-        f"{ends} are one tensor, but the adapter changes only {', '.join(changed)}, or each "
-        "end differently; export_merged() writes them as two"
-    )
+    ]
+    problems = [
+        f"{place} is the same weight, and the base of that model would change; "
+        "detach() that model, or use export_merged() on this one"
+        for place in held_elsewhere(session, tensors)
+    ]
+    if problems:
+        raise not_mergeable(name, problems)
 
 
 def _write_merged(
-    session: Session, name: str, numbers: HostCopy, changes: Changes, *, requantize: bool
+    session: Session, name: str, numbers: HostCopy, changes: Sequence[Change], *, requantize: bool
 ) -> MergeReport:
     """Write W + ΔW into every weight; all are as before when one fails."""
     originals: list[Original | StoredOriginal] = []
     weights: list[MergedWeight] = []
-
-    def follow(copies: Sequence[Copy], dense: Tensor) -> None:
-        for copy in copies:
-            keep(Original.of(copy.holder, copy.tensor))
-            assert copy.form is not None
-            write(copy.tensor, copied(dense, copy.tensor, copy.form))
 
     def keep(item: Original | StoredOriginal) -> None:
         originals.append(item)
@@ -336,41 +324,35 @@ def _write_merged(
     rollback.add(partial(setattr, session, "base", before))
     session.base = before._replace(broken=_HALF)  # said before it is so
     try:
-        for change in changes.plain:
-            kept = Original.of(change.holder, change.weight)
-            keep(kept)
-            error = add_to(change.weight, change.weight, change.delta, str(change.holder))
-            weights.append(MergedWeight(str(change.holder), kept.nbytes, error))
-            if change.copies:
-                follow(change.copies, change.dense)
-        for stored in changes.stored:
-            held = StoredOriginal(stored.holder, _parameter(stored))
-            keep(held)
-            weights.append(MergedWeight(str(stored.holder), held.nbytes, _requantized(stored)))
-            if stored.copies:
-                follow(stored.copies, dequantize(stored.holder.module, _parameter(stored)))
+        for change in changes:
+            holder, weight = change.holder, change.weight
+            if weight is None:
+                keep(StoredOriginal(holder, change.parameter))
+                error = _requantized(change)
+            else:
+                keep(Original.of(holder, weight))
+                error = add_to(weight, weight, change.delta, str(holder))
+            weights.append(MergedWeight(str(holder), originals[-1].nbytes, error))
+            for copy in change.copies:
+                keep(Original.of(copy.holder, copy.tensor))
+                copy.follow(change.dense)
         written = tuple(item.written() for item in originals)
         report = MergeReport(name, tuple(weights), sum(item.nbytes for item in written))
-        merged = Merged(report, requantize, written, numbers)
-        session.base = BaseState(merged, before.broken)
+        session.base = BaseState(Merged(report, requantize, written, numbers), before.broken)
     except BaseException:
         rollback.run()
         raise
     return report
 
 
-def _parameter(change: StoredChange) -> str | None:
-    return None if change.delta.site.expert_weight is None else change.holder.attribute
-
-
 @torch.no_grad()
-def _requantized(change: StoredChange) -> float:
+def _requantized(change: Change) -> float:
     """Store W + ΔW in the weight's own format; what of ΔW is lost.
 
     Raises:
         MatchError: the format cannot be read or written.
     """
-    module, parameter = change.holder.module, _parameter(change)
+    module, parameter = change.holder.module, change.parameter
     try:
         before = dequantize(module, parameter).float()
         turned = change.delta.site.eligible.transposed and parameter is None

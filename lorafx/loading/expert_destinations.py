@@ -49,7 +49,9 @@ class ExpertDestinations:
             if target is None:
                 continue
             path = owner.whole
-            wrong = meant.wrong or _out_of_range(meant.expert, meant.weight)
+            wrong, experts = meant.wrong, meant.weight.experts
+            if meant.expert is not None and meant.expert >= experts:
+                wrong = f"there is no expert {meant.expert}: experts are 0 to {experts - 1}"
             if wrong:
                 yield no_place(path, wrong)
             elif isinstance(owner.module, LoadableLayer):
@@ -94,12 +96,6 @@ def _named(rest: Sequence[str]) -> tuple[list[str], str]:
     if stem in PROJECTIONS and stem != names[-1]:
         return [*names[:-1], stem], "bias"
     return names, "weight"
-
-
-def _out_of_range(expert: int | None, weight: ExpertWeight) -> str:
-    if expert is None or expert < weight.experts:
-        return ""
-    return f"there is no expert {expert}: experts are 0 to {weight.experts - 1}"
 
 
 def _boxes(target: Target, path: str, kind: str, meant: ExpertMeaning) -> Iterator[Destination]:

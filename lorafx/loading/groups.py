@@ -9,7 +9,6 @@ A group is checked when its last tensor is known, and written when that arrives.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -22,56 +21,25 @@ from lorafx.loading.weight_places import Destination, WeightShape
 from lorafx.model.packed_names import spans
 
 
-class TensorGroup(ABC):
-    """Tensors with a place together.
+class JointGroup:
+    """Tensors that fill one, one after the other along `dim`.
 
-    Attributes:
+    Attributes (of each kind of group):
         path: what messages call it: the name of the (first) tensor of the model that it fills.
         names: of the checkpoint's tensors, without prefixes, in order.
         destinations: what they fill.
     """
 
-    path: str
-    names: tuple[str, ...]
-    destinations: tuple[Destination, ...]
-
-    @abstractmethod
-    def misfit(self, shapes: Mapping[str, WeightShape]) -> str:
-        """Why tensors of these shapes do not fill it, "" where they do."""
-
-    @abstractmethod
-    def joined(self, tensors: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        """The tensors for `destinations`, of those of all `names`."""
-
-
-@dataclass(frozen=True)
-class GroupMember:
-    """One tensor of a group, by its name there."""
-
-    group: TensorGroup
-    name: str
-
-
-Meaning = Destination | GroupMember
-
-
-def destinations_of(meaning: Meaning | None) -> tuple[Destination, ...]:
-    if isinstance(meaning, GroupMember):
-        return meaning.group.destinations
-    return () if meaning is None else (meaning,)
-
-
-class JointGroup(TensorGroup):
-    """Tensors that fill one, one after the other along `dim`."""
-
     def __init__(
         self, whole: Destination, dim: int, names: tuple[str, ...], slices: tuple[int, ...] | None
     ) -> None:
         """`slices`: sizes along `dim` that the tensors have to partition, where they are known."""
-        self.path, self.names, self.destinations = whole.path, names, (whole,)
+        self.path, self.names = whole.path, names
+        self.destinations: tuple[Destination, ...] = (whole,)
         self._dim, self._slices = dim, slices
 
     def misfit(self, shapes: Mapping[str, WeightShape]) -> str:
+        """Why tensors of these shapes do not fill it, "" where they do."""
         whole, dim = self.destinations[0].shape, self._dim
         assert whole is not None
         given = [shapes[name] for name in self.names]
@@ -90,10 +58,11 @@ class JointGroup(TensorGroup):
         )
 
     def joined(self, tensors: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        """The tensors for `destinations`, of those of all `names`."""
         return [torch.cat([tensors[name] for name in self.names], dim=self._dim)]
 
 
-class ConvertedGroup(TensorGroup):
+class ConvertedGroup:
     """Tensors that a converter of transformers makes others of."""
 
     def __init__(
@@ -123,3 +92,23 @@ class ConvertedGroup(TensorGroup):
         made = converter.convert(self.path, model=self._model, config=self._model.config)
         values = (made[found.path] for found in self.destinations)
         return [value[0] if isinstance(value, list) else value for value in values]
+
+
+TensorGroup = JointGroup | ConvertedGroup
+
+
+@dataclass(frozen=True)
+class GroupMember:
+    """One tensor of a group, by its name there."""
+
+    group: TensorGroup
+    name: str
+
+
+Meaning = Destination | GroupMember
+
+
+def destinations_of(meaning: Meaning | None) -> tuple[Destination, ...]:
+    if isinstance(meaning, GroupMember):
+        return meaning.group.destinations
+    return () if meaning is None else (meaning,)

@@ -78,7 +78,7 @@ class UpdatePlan:
         """`stable`: tensors stay as they were given and can be read again. `live`: the model has
         weights that serve; persistent buffers may be left out then."""
         self._resolver, self._strict, self._stable, self._live = resolver, strict, stable, live
-        self.targets = (*resolver.names.required, *resolver.names.optional)
+        self.targets = resolver.names.targets
         self.meanings: dict[str, Meaning] = {}
         self.planned: dict[str, tuple[WeightShape, Numbers]] = {}
         self.problems: list[str] = []

@@ -8,7 +8,6 @@ one. A *destination* says of one checkpoint tensor which parts of it go to which
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -67,30 +66,8 @@ class Target:
         return memory_key(self.tensor)
 
 
-class WeightPlace(ABC):
-    """A part of a target that a checkpoint tensor, or a part of one, gives the numbers of."""
-
-    target: Target
-
-    @abstractmethod
-    def fills(self, dtype: torch.dtype) -> Iterator[tuple[Target, Any]]:
-        """(target, part) for everything that a tensor of this dtype gives values to."""
-
-    @abstractmethod
-    def write(self, loaded: Tensor) -> None:
-        """Write a tensor of the right shape. Casts; never moves the target."""
-
-    def refusal(self, given: Numbers) -> str:
-        """Why such numbers cannot be written, "" where they can."""
-        return _unlike(self.target.tensor, given)
-
-    def is_at(self, tensor: Tensor) -> bool:
-        """Whether `tensor` is this very place in memory, to which writing it changes nothing."""
-        return False
-
-
 @dataclass(frozen=True, eq=False)
-class Box(WeightPlace):
+class Box:
     """Indices of a tensor: a range for each of its dimensions, in `order` the checkpoint's."""
 
     target: Target
@@ -124,21 +101,25 @@ class Box(WeightPlace):
         return tensor[index].permute(self.order) if index else tensor
 
     def fills(self, dtype: torch.dtype) -> Iterator[tuple[Target, Any]]:
+        """(target, part) for everything that a tensor of this dtype gives values to."""
         yield self.target, self.box
 
     def is_at(self, tensor: Tensor) -> bool:
+        """Whether `tensor` is this very place in memory, to which writing it changes nothing."""
         return same_memory(self.view, tensor)
 
     def refusal(self, given: Numbers) -> str:
+        """Why such numbers cannot be written, "" where they can."""
         if is_expanded(self.target.tensor):
             return (
                 "several of its entries share memory (an expanded tensor), so it cannot be "
                 "written; leave it out, or make it contiguous before lorafx is given the "
                 "model"
             )
-        return super().refusal(given)
+        return _unlike(self.target.tensor, given)
 
     def write(self, loaded: Tensor) -> None:
+        """Write a tensor of the right shape. Casts; never moves the target."""
         with writing(self.target.tensor):
             view = self.view
             if not same_memory(view, loaded):
@@ -146,7 +127,7 @@ class Box(WeightPlace):
 
 
 @dataclass(frozen=True, eq=False)
-class Shard(WeightPlace):
+class Shard:
     """What a shard id means of a parameter of a layer that cuts checkpoint tensors itself."""
 
     target: Target
@@ -179,7 +160,7 @@ class Shard(WeightPlace):
 
     def refusal(self, given: Numbers) -> str:
         converted = len(self.layer.fills(self.target.attribute, given.dtype)) > 1
-        return "" if converted else super().refusal(given)
+        return "" if converted else _unlike(self.target.tensor, given)
 
     def write(self, loaded: Tensor) -> None:
         parameter = self.target.tensor
@@ -189,7 +170,7 @@ class Shard(WeightPlace):
 
 
 @dataclass(frozen=True, eq=False)
-class OwnLoader(WeightPlace):
+class OwnLoader:
     """A parameter that brings a `weight_loader` of its own, whose shapes nobody else knows."""
 
     target: Target
@@ -197,6 +178,9 @@ class OwnLoader(WeightPlace):
 
     def fills(self, dtype: torch.dtype) -> Iterator[tuple[Target, Any]]:
         yield self.target, frozenset([self.shard_id])
+
+    def is_at(self, tensor: Tensor) -> bool:
+        return False
 
     def refusal(self, given: Numbers) -> str:
         return ""
@@ -210,6 +194,9 @@ class OwnLoader(WeightPlace):
                 parameter.weight_loader(parameter, loaded, *arguments)
         except (AssertionError, RuntimeError, ValueError, TypeError) as error:
             raise CheckpointError(f"{self.target.name}: {error}") from error
+
+
+WeightPlace = Box | Shard | OwnLoader
 
 
 @dataclass(frozen=True)
@@ -271,28 +258,21 @@ def destination(target: Target, path: str, shard_id: Any = None) -> Destination:
 
 
 class WeightNames(SavedNames):
-    """The tensors of one model, and what names of a checkpoint lead to.
-
-    Attributes:
-        required, optional: parameters and buffers, each by its first name.
-    """
+    """The tensors of one model, and what names of a checkpoint lead to."""
 
     def __init__(self, graph: ModuleGraph, model: nn.Module) -> None:
         super().__init__(model)
         self.graph = graph
         self._targets: dict[tuple[int, str], Target] = {}
-        self.required: list[Target] = []
-        self.optional: list[Target] = []
         for path, module in model.named_modules():
-            for held, found in (
-                (module._parameters, self.required),
-                (module._buffers, self.optional),
-            ):
-                for name, tensor in held.items():
-                    if tensor is not None:
-                        target = Target(module, name, join(path, name))
-                        self._targets[id(module), name] = target
-                        found.append(target)
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    self._targets[id(module), name] = Target(module, name, join(path, name))
+
+    @property
+    def targets(self) -> list[Target]:
+        """All parameters and buffers, each by its first name."""
+        return list(self._targets.values())
 
     def target(self, module: nn.Module, attribute: str) -> Target | None:
         """The tensor that `module` holds by this name, None where it holds none."""

@@ -96,7 +96,8 @@ class SiteWatch:
         ]
         self._sites = tuple(sites)
         self._broken: list[Edge] = []
-        self._stand_ins: list[nn.Module | None] = []
+        #: Each of them by identity, with what stands there.
+        self._found: list[tuple[int, nn.Module | None]] = []
         self._states = itertools.count(1)
         self.missing: frozenset[str] = frozenset()
         self.state = 0
@@ -109,16 +110,14 @@ class SiteWatch:
         """Look at every edge; whether anything is otherwise than at the last look."""
         self._seen = _REGISTRATIONS.number
         broken = [edge for edge in self._edges if edge.now is not edge.child]
-        now = [edge.now for edge in broken]
-        same = len(broken) == len(self._broken) and all(
-            edge is other and module is stand_in
-            for edge, other, module, stand_in in zip(
-                broken, self._broken, now, self._stand_ins, strict=True
-            )
+        found = [(id(edge), edge.now) for edge in broken]
+        same = len(found) == len(self._found) and all(
+            key == other and module is known
+            for (key, module), (other, known) in zip(found, self._found, strict=True)
         )
         if same:
             return False
-        self._broken, self._stand_ins = broken, now
+        self._broken, self._found = broken, found
         self.missing = frozenset(site.path for site in self._below(broken))
         self.state = next(self._states) if broken else 0
         return True
@@ -158,20 +157,15 @@ class SiteWatch:
             # Below a module that is out of the model it does not matter what holds what.
             if not lost or (edge.parent is not self._root and id(edge.parent) not in places):
                 continue
-            text = f"{edge.path or '(root)'}, {_described(edge.child)}, {_fate(edge)}"
+            fate = "taken out" if edge.now is None else f"replaced by {_described(edge.now)}"
             elsewhere = places.get(id(edge.child))
-            text += f" (now at {elsewhere})" if elsewhere is not None else ""
-            if lost != [edge.path]:
-                text += f"; it holds {some(lost)}"
-            found.append(text)
+            found.append(
+                f"{edge.path or '(root)'}, {_described(edge.child)}, was {fate} after lorafx was "
+                "given the model"
+                + (f" (now at {elsewhere})" if elsewhere is not None else "")
+                + (f"; it holds {some(lost)}" if lost != [edge.path] else "")
+            )
         return found[:3] + ([f"and {len(found) - 3} more places"] if len(found) > 3 else [])
-
-
-def _fate(edge: Edge) -> str:
-    now = edge.now
-    if now is None:
-        return "was taken out after lorafx was given the model"
-    return f"was replaced by {_described(now)} after lorafx was given the model"
 
 
 def _described(module: nn.Module) -> str:
@@ -235,7 +229,10 @@ class HookWatch:
         if self._seen != RemovableHandle.next_id or any(
             number not in hooks for number, hooks in self._kept
         ):
-            self._take(self._look() - self._own)
+            found = self._look() - self._own
+            if found != self._current:
+                self._current = found
+                self.state = 0 if found == self._first else next(self._states)
         return self.state
 
     def take_over(self) -> None:
@@ -244,11 +241,6 @@ class HookWatch:
         """
         if self._seen != RemovableHandle.next_id:
             self._own |= self._look() - self._current
-
-    def _take(self, found: frozenset[int]) -> None:
-        if found != self._current:
-            self._current = found
-            self.state = 0 if found == self._first else next(self._states)
 
     def _look(self) -> frozenset[int]:
         self._seen = RemovableHandle.next_id

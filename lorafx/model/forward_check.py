@@ -65,7 +65,8 @@ def adds_up(
     if not isinstance(weight, Tensor) or not is_dense(weight) or weight.is_meta:
         return not several
     # Ids outside the vocabulary would raise; they are not ids of this table.
-    if product.kind == "embedding" and not _within(x, len(weight)):
+    is_id = product.kind == "embedding" and x.numel() > 0
+    if is_id and not 0 <= int(x.min()) <= int(x.max()) < len(weight):
         return False
     bias = getattr(module, "bias", None)
     if not several and _close(output, product.of(weight, x, bias), weight.dtype):
@@ -94,10 +95,6 @@ def _holding(module: nn.Module, name: str, weight: Tensor) -> Iterator[None]:
         yield
     finally:
         module._parameters[name] = kept
-
-
-def _within(ids: Tensor, count: int) -> bool:
-    return not ids.numel() or 0 <= int(ids.min()) <= int(ids.max()) < count
 
 
 def _close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:

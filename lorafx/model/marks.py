@@ -170,7 +170,9 @@ class SiteMark:
         bias = None if self.bank.gains is None else getattr(module, "bias", None)
         ranges = self.siblings, self.offsets, self.sizes
         y = self._with_delta(x, y, scale, ranges, bias if isinstance(bias, Tensor) else None)
-        return _with_first(output, y) if several else y
+        if several:  # named tuples keep their names
+            return getattr(output, "_make", tuple)((y, *output[1:]))
+        return y
 
     def _with_delta(
         self,
@@ -368,12 +370,6 @@ class SiteMark:
 
     def _name(self, module: nn.Module) -> str:
         return f"{self.path or 'the model'} ({type(module).__qualname__})"
-
-
-def _with_first(output: tuple[Any, ...], y: Tensor) -> tuple[Any, ...]:
-    """`output` with another first item; named tuples keep their names."""
-    make = getattr(output, "_make", tuple)
-    return make((y, *output[1:]))
 
 
 def _first_tensor(kwargs: dict[str, Any]) -> Tensor | None:

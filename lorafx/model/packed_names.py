@@ -59,7 +59,9 @@ def _members(name: str, value: object, where: str) -> tuple[PackedMember, ...]:
         found.sort(key=lambda member: member.slices or (-1,))
         covered = [i for member in found for i in member.slices or ()]
         if len(set(covered)) != len(covered) or any(
-            not member.slices or member.slices != _consecutive(member.slices) for member in found
+            not member.slices
+            or member.slices != tuple(range(member.slices[0], member.slices[-1] + 1))
+            for member in found
         ):
             raise ConfigError(
                 f"{where}[{name!r}]: every member needs consecutive slices of its own, got "
@@ -84,10 +86,6 @@ def _slices(value: object) -> tuple[int, ...] | None:
     if isinstance(value, Sequence) and all(isinstance(i, int) and i >= 0 for i in value):
         return tuple(value)
     return None
-
-
-def _consecutive(slices: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(range(slices[0], slices[0] + len(slices)))
 
 
 def renamed(path: str, name: str) -> str:
