@@ -37,8 +37,7 @@ from lorafx.loading.loadable_layer import LoadableLayer
 @dataclass(frozen=True)
 class TensorParallel:
     """Size and rank of a tensor-parallel group, by its name: process groups can be neither copied
-    nor pickled, and models are.
-    """
+    nor pickled, and models are."""
 
     size: int = 1
     rank: int = 0
@@ -307,8 +306,7 @@ class ParallelLayer(LoadableLayer):
 
 class LocalProduct(nn.Module):
     """A layer's own product as a module call, which hooks see before the ranks' are combined. The
-    delta is sharded over the ranks as the weight is, so it is added here.
-    """
+    delta is sharded over the ranks as the weight is, so it is added here."""
 
     def forward(self, x: Tensor, layer: ParallelLayer) -> Tensor:
         return layer.compute(x)

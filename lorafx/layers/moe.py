@@ -164,8 +164,7 @@ class FusedMoE(LoadableLayer):
         self, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
     ) -> list[tuple[str, str, tuple[str, int]]]:
         """Entries of the stacked mapping of `load_weights` for checkpoints with one tensor per
-        expert, from `experts.<e>.<gate>.weight` to this layer at `experts`.
-        """
+        expert, from `experts.<e>.<gate>.weight` to this layer at `experts`."""
         names = (("w13_weight", gate, "w1"), ("w13_weight", up, "w3"), ("w2_weight", down, "w2"))
         return [
             (f"experts.{param}", f"experts.{e}.{name}.weight", (shard, e))

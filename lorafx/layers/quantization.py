@@ -22,8 +22,7 @@ from lorafx.loading.loadable_layer import WeightMethod
 
 class QuantizeMethodBase(WeightMethod, ABC):
     """Base class of weight formats. `layer` is a layer of this package, or any module that has what
-    `create_weights` registers.
-    """
+    `create_weights` registers."""
 
     @abstractmethod
     def create_weights(
@@ -58,8 +57,7 @@ class QuantizeMethodBase(WeightMethod, ABC):
 
     def incoming(self, layer: Any, name: str, loaded: Tensor) -> Iterator[tuple[str, Tensor]]:
         """What a checkpoint tensor for the parameter `name` becomes: parameters and their values,
-        of the checkpoint's sizes; the layer cuts them to this rank afterwards.
-        """
+        of the checkpoint's sizes; the layer cuts them to this rank afterwards."""
         yield name, loaded
 
     def fills(self, layer: Any, name: str, dtype: torch.dtype) -> tuple[str, ...]:

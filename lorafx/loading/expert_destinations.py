@@ -87,8 +87,7 @@ class ExpertDestinations:
 
 def _named(rest: Sequence[str]) -> tuple[list[str], str]:
     """The names that are left below a module of experts, "3.gate_proj.weight" or "w13_bias", as
-    those of a projection, and whether its weight or its bias is meant.
-    """
+    those of a projection, and whether its weight or its bias is meant."""
     names = [name for name in rest if name != "base_layer"]
     if len(names) > 1 and names[-1] in ("weight", "bias"):
         return names[:-1], names[-1]
@@ -100,8 +99,7 @@ def _named(rest: Sequence[str]) -> tuple[list[str], str]:
 
 def _boxes(target: Target, path: str, kind: str, meant: ExpertMeaning) -> Iterator[Destination]:
     """The box of a projection: as the model stores it by the parameter's own name, as (out, in) by
-    other names; then the other way round, for shapes that fit that alone.
-    """
+    other names; then the other way round, for shapes that fit that alone."""
     weight = meant.weight
     assert weight is not None
     box = Box.whole(target)

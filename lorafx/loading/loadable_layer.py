@@ -81,9 +81,7 @@ class LoadableLayer(nn.Module):
             self._load(name, loaded_weight, shard_id)
 
     def check_weight(self, name: str, shape: Sequence[int], shard_id: Any = None) -> None:
-        """Raises:
-        CheckpointError: a checkpoint tensor of this shape cannot be loaded.
-        """
+        """Raises: CheckpointError: a checkpoint tensor of this shape cannot be loaded."""
         param = self._parameters.get(name)
         if param is None:
             raise CheckpointError(f"{self.label} has no parameter {name!r}")

@@ -59,8 +59,7 @@ class Conversions:
     @property
     def rearrange(self) -> bool:
         """Whether a conversion does more than to put tensors one after the other: what it takes may
-        have a name that means something else in most checkpoints.
-        """
+        have a name that means something else in most checkpoints."""
         return bool(self._rearranging)
 
     def member(

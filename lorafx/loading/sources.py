@@ -51,8 +51,7 @@ _DTYPES = {
 
 class Item(NamedTuple):
     """One tensor of a source; `read` gives it, for as long as the source says that it stays.
-    `given` is the tensor itself, where it was not stored on disk.
-    """
+    `given` is the tensor itself, where it was not stored on disk."""
 
     name: str
     shape: WeightShape

@@ -134,8 +134,7 @@ class Bank:
     ) -> Bank:
         """A bank of zeros for siblings with these output sizes, and with room for `own_rows` rows
         of the weight for each of `own_weights` adapters. A slot begins `slot_rank` (None: `rank`)
-        rows behind the one before it.
-        """
+        rows behind the one before it."""
         siblings, columns = len(out_features), sum(out_features)
         step = rank if slot_rank is None else min(slot_rank, rank)
         if experts > 1:  # the last slot of an expert reaches over slots that nobody has
@@ -333,8 +332,7 @@ def _room_for_rows(
 
 def _sent(source: Tensor, target: Tensor) -> Tensor:
     """Copy `source`, of the host, into `target`; what it is copied from, since the host would wait
-    for memory that is not page-locked.
-    """
+    for memory that is not page-locked."""
     source = source.pin_memory() if target.is_cuda else source
     target.copy_(source, non_blocking=target.is_cuda)
     return source

@@ -18,8 +18,7 @@ from lorafx.registry import Eligible, lookup
 
 class Candidate:
     """A module with all names that a target may know it by. `members` are the names that it stands
-    for where it comes packed, else "" alone.
-    """
+    for where it comes packed, else "" alone."""
 
     def __init__(
         self,
@@ -117,8 +116,7 @@ def _folded(entries: targets.Entries) -> targets.Entries:
 def by_raw_weight(module: nn.Module) -> Eligible | None:
     """An entry for a module of no registered class that holds a matrix, as its `weight` or as its
     only one: a router, say, or what PEFT's `target_parameters` names. Where the matrix multiplies
-    is for `match` to see.
-    """
+    is for `match` to see."""
     held = {n: p for n, p in module._parameters.items() if p is not None and p.dim() == 2}
     name = "weight" if "weight" in held or len(held) != 1 else next(iter(held))
     weight = held.get(name)

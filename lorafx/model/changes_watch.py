@@ -128,9 +128,7 @@ class SiteWatch:
         return self._seen != _REGISTRATIONS.number or bool(self.missing)
 
     def refuse(self, paths: Collection[str] | None = None) -> None:
-        """Raises:
-        ReplacedModuleError: there are missing sites among these paths; None for any.
-        """
+        """Raises: ReplacedModuleError: there are missing sites among these paths; None for any."""
         concerned = [path for path in self.missing if paths is None or path in paths]
         if concerned:
             raise ReplacedModuleError(
@@ -237,8 +235,7 @@ class HookWatch:
 
     def take_over(self) -> None:
         """Take what a call has registered for the model's own: its graphs know of it. transformers
-        does so in the first call that asks for hidden states.
-        """
+        does so in the first call that asks for hidden states."""
         if self._seen != RemovableHandle.next_id:
             self._own |= self._look() - self._current
 

@@ -200,8 +200,7 @@ class ExpertMeaning(NamedTuple):
 
 def meaning(weights: Sequence[ExpertWeight], names: Sequence[str]) -> ExpertMeaning | None:
     """What "3.gate_proj" or "gate_up_proj", split at its dots, means below a module of experts that
-    has these two weights; None where it is no projection of theirs.
-    """
+    has these two weights; None where it is no projection of theirs."""
     expert = int(names[0]) if len(names) == 2 and _INDEX.fullmatch(names[0]) else None
     if len(names) != (1 if expert is None else 2):
         return None

@@ -49,8 +49,7 @@ def rows_asked(
     modules_to_save: targets.Entries, trainable_tokens: Mapping[str, int], paths: Sequence[str]
 ) -> int | None:
     """How many rows of its own an adapter may have for the module at `paths`; None for all. A name
-    is a path or a dotted suffix of one, of the module or of one that it lies in.
-    """
+    is a path or a dotted suffix of one, of the module or of one that it lies in."""
     around = [above for path in paths for above in _with_parents(path)]
     if modules_to_save and targets.names(modules_to_save, around):
         return None

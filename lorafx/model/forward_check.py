@@ -58,8 +58,7 @@ def adds_up(
 ) -> bool:
     """Whether ΔW adds its product with x to what `module` returned, to the first of several
     outputs, and changes nothing else. Quantised weights cannot be compared: then a single output
-    passes.
-    """
+    passes."""
     several = isinstance(output, tuple)
     weight = getattr(module, product.weight_name, None)
     if not isinstance(weight, Tensor) or not is_dense(weight) or weight.is_meta:

@@ -183,8 +183,7 @@ class SiteMark:
         addend: Tensor | None = None,
     ) -> Tensor:
         """y and the delta of the bank's columns that `ranges` (siblings, offsets, sizes) names.
-        `addend`, the module's bias, is what DoRA does not rescale.
-        """
+        `addend`, the module's bias, is what DoRA does not rescale."""
         bank, slots = self.bank, self.runtime.slots
         # DoRA is refused where a handler says what y is.
         gains = bank.gains if self.handler is None else None
@@ -249,8 +248,7 @@ class SiteMark:
 
     def _takes(self, x: Any, y: Any, start: int | None) -> bool:
         """Whether y (…, n) has room for the delta's columns [start, start + n) for this x, or for
-        all of them where `start` is None.
-        """
+        all of them where `start` is None."""
         if not isinstance(x, Tensor) or not isinstance(y, Tensor) or y.dim() == 0:
             return False
         if self.kind == "embedding":
@@ -454,8 +452,7 @@ def sessions_of_marks(graph: ModuleGraph) -> list[Any]:
 
 def detach(model: nn.Module) -> int:
     """Take every mark off `model`, also those of a deep copy or pickle, but none of another model
-    that is served and shares modules with it. Returns how many were removed.
-    """
+    that is served and shares modules with it. Returns how many were removed."""
     removed = 0
     for _, module in ModuleGraph(model).modules():
         for key, hook in list(module._forward_hooks.items()):

@@ -76,8 +76,7 @@ class PackedGroup:
 
     def holds(self, site: Site) -> bool:
         """Whether what `site` multiplies by and adds is in the buffers: since then its weight may
-        have been transposed in place, or it may have got a bias.
-        """
+        have been transposed in place, or it may have got a bias."""
         held = site.module._parameters
         parts = zip(self.places, self.parts(), strict=True)
         packed = {name: part for (holder, name, _), part in parts if holder is held}
@@ -87,8 +86,7 @@ class PackedGroup:
 
     def fill(self) -> None:
         """Copy the parameters into the buffers and point them there: into other memory, where
-        somebody holds what was taken out of a parameter, and may put it back later.
-        """
+        somebody holds what was taken out of a parameter, and may put it back later."""
         buffers = [tensor for tensor in (self.weight, self.bias) if tensor is not None]
         for tensor in [tensor for tensor in buffers if self._taken_out(tensor)]:
             with torch.inference_mode(tensor.is_inference()):
@@ -135,8 +133,7 @@ def pack_weights(
     graph: ModuleGraph, group: Group, alone: frozenset[int] | None = None
 ) -> PackedGroup | None:
     """Make the group's base weights views of one buffer, or return None where they cannot be: fewer
-    than two siblings, or not `packable`. `alone` is `graph.alone()` where that is known.
-    """
+    than two siblings, or not `packable`. `alone` is `graph.alone()` where that is known."""
     sites = group.sites
     if len(sites) < 2:
         return None
@@ -204,8 +201,7 @@ def check_packed(packs: Iterable[PackedGroup]) -> None:
 def repack(packs: Sequence[PackedGroup]) -> PackedGroup | None:
     """Pack the parameters anew, with the values that they have now. Returns the first group whose
     buffers cannot hold them, since shape, dtype, device or format have changed; nothing is changed
-    then.
-    """
+    then."""
     misfit = next((packed for packed in packs if not packed.fits), None)
     if misfit is None:
         for packed in packs:

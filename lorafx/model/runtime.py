@@ -89,8 +89,7 @@ class Runtime:
     def slots(self) -> Tensor:
         """What marks read: the slot of each request, int32 (n,), or with `by_handle` (2,) two
         different slots of the batch, where it has two: a mark serves batches of one adapter and
-        notices others.
-        """
+        notices others."""
         return _SLOTS[self._key]
 
     @property

@@ -102,8 +102,7 @@ class SavedNames:
     @cached_property
     def transforms(self) -> list[Any]:
         """What transformers' loader does to checkpoints of the model: renamings and conversions, in
-        order; none without transformers 5, or for other models.
-        """
+        order; none without transformers 5, or for other models."""
         transformers = sys.modules.get("transformers")
         if transformers is None:
             return []

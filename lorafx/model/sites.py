@@ -44,8 +44,7 @@ class Part:
 @dataclass(frozen=True)
 class Membership:
     """A site as one of the projections that others pack under `name`: `v_proj` is number 2 of the 3
-    of `qkv_proj`.
-    """
+    of `qkv_proj`."""
 
     name: str
     index: int
@@ -101,8 +100,7 @@ class Site:
     @property
     def terms(self) -> int:
         """How many low-rank terms a part may have to hold: gate's and up's, where their columns are
-        interleaved and so cannot be parts of their own.
-        """
+        interleaved and so cannot be parts of their own."""
         weight = self.expert_weight
         return 2 if weight is not None and weight.halves == "interleaved" else 1
 

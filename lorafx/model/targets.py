@@ -112,8 +112,7 @@ MOST_REPEATS = 1 << 16
 
 class PatternError(ConfigError):
     """A str that is no regular expression, whose message begins with the verb, or one whose
-    matching takes too long.
-    """
+    matching takes too long."""
 
 
 class Pattern:

@@ -178,8 +178,7 @@ class Bitsandbytes4(Format):
 
     def _unpacked(self, data: Tensor, state: Any) -> tuple[Tensor, Any]:
         """Data and state in the general layout. On CPUs with bfloat16 products the first forward
-        repacks both, with scales in bfloat16 and transposed, not nested any more.
-        """
+        repacks both, with scales in bfloat16 and transposed, not nested any more."""
         if not getattr(state, "packing_format_for_cpu", False):
             return data, state
         functional: Any = sys.modules["bitsandbytes.functional"]
