@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,7 +82,7 @@ def source_of(weights: Weights) -> WeightSource:
         CheckpointError: a path without safetensors.
     """
     if isinstance(weights, (str, os.PathLike)):
-        return WeightSource(_Files(_files(Path(weights))).items, repeatable=True, stable=True)
+        return WeightSource(_stored(_files(Path(weights))), repeatable=True, stable=True)
     if isinstance(weights, Mapping):
         return WeightSource(lambda: _given(weights.items()), repeatable=True, stable=True)
     if isinstance(weights, Sequence):
@@ -108,35 +108,29 @@ def _given(pairs: Iterable[Any]) -> Iterator[Item]:
         yield Item(name, tuple(plain.shape), Numbers.of(plain), plain.detach, plain)
 
 
-class _Files:
-    """Files of safetensors, each opened once: reading its header takes time."""
+def _stored(paths: Sequence[Path]) -> Callable[[], Iterator[Item]]:
+    """What goes through files of safetensors."""
+    # Each is opened once: reading its header takes time.
+    opened = cache(partial(safe_open, framework="pt"))
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = paths
-        self._opened: dict[Path, Any] = {}
+    def read(path: Path, name: str) -> Tensor:
+        with _reading(path):
+            # torch takes an interrupt in the middle for a value that has no shape.
+            return undisturbed(lambda: opened(path).get_tensor(name))
 
-    def items(self) -> Iterator[Item]:
-        for path in self._paths:
+    def items() -> Iterator[Item]:
+        for path in paths:
             with _reading(path):
-                opened = self._open(path)
-                kinds = [(name, opened.get_slice(name)) for name in opened.keys()]  # noqa: SIM118
-            for name, part in kinds:
+                file = opened(path)
+                parts = [(name, file.get_slice(name)) for name in file.keys()]  # noqa: SIM118
+            for name, part in parts:
                 dtype = _DTYPES.get(part.get_dtype())
                 if dtype is None:
                     raise CheckpointError(f"{path}: {name} is of dtype {part.get_dtype()}")
-                read = partial(self._read, path, name)
-                yield Item(name, tuple(part.get_shape()), Numbers(dtype), read)
+                shape = tuple(part.get_shape())
+                yield Item(name, shape, Numbers(dtype), partial(read, path, name))
 
-    def _open(self, path: Path) -> Any:
-        if path not in self._opened:
-            self._opened[path] = safe_open(path, framework="pt")
-        return self._opened[path]
-
-    def _read(self, path: Path, name: str) -> Tensor:
-        with _reading(path):
-            opened = self._open(path)
-            # torch takes an interrupt in the middle for a value that has no shape.
-            return undisturbed(lambda: opened.get_tensor(name))
+    return items
 
 
 @contextmanager
