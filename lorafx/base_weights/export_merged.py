@@ -85,41 +85,32 @@ def _saves(model: nn.Module) -> bool:
 
 def _refuse(program: Program, name: str, changes: Sequence[Change]) -> None:
     """Raise MatchError for what no checkpoint can say."""
-    model = program.model
+    model, problems = program.model, list[str]()
     if getattr(model, "hf_quantizer", None) is not None:
-        raise not_mergeable(
-            name, ["the model is quantised, and its own save_pretrained takes no merged weights"]
+        problems.append(
+            "the model is quantised, and its own save_pretrained takes no merged weights"
         )
     for site in program.sites:
-        cut = site.eligible.sharding
-        if cut is not None:
-            k, sizes = cut.saved_sizes(site.module)
+        if site.eligible.sharding is not None:
+            k, sizes = site.eligible.sharding.saved_sizes(site.module)
             if (k, sum(sizes)) != (site.in_features, site.out_features):
-                raise not_mergeable(
-                    name,
-                    [
-                        f"{site.path}: this rank holds only a share of its weight; export on a "
-                        "single rank"
-                    ],
+                problems.append(
+                    f"{site.path}: this rank holds only a share of its weight; export on a single "
+                    "rank"
                 )
-    apart = [change for change in changes if change.tied_apart]
-    config = getattr(model, "config", None)
-    if apart and not (_saves(model) and hasattr(config, "tie_word_embeddings")):
+    config, why = getattr(model, "config", None), ""
+    if not (_saves(model) and hasattr(config, "tie_word_embeddings")):
         why = "the model has no configuration that could declare them untied"
-    elif apart and getattr(config, "is_encoder_decoder", False):
+    elif getattr(config, "is_encoder_decoder", False):
         why = "in encoder-decoder models the flag that unties them also changes what is computed"
-    else:
-        return
-    raise not_mergeable(
-        name,
-        [
-            (
-                f"{', '.join((str(holder) for holder, _ in change.ends))} are one tensor, but "
-                f"the adapter changes its ends differently, and {why}"
-            )
-            for change in apart
-        ],
-    )
+    problems += [
+        f"{', '.join(str(holder) for holder, _ in change.ends)} are one tensor, but the adapter "
+        f"changes its ends differently, and {why}"
+        for change in changes
+        if why and change.tied_apart
+    ]
+    if problems:
+        raise not_mergeable(name, problems)
 
 
 def _twin(model: Any, *, untie: bool) -> Any:

@@ -11,7 +11,7 @@ call, and the parameters are packed anew in the same memory, unless somebody kee
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,24 +39,24 @@ class PackedGroup:
     bias: Tensor | None
 
     def __post_init__(self) -> None:
-        #: Each parameter: the dictionary that holds it, its name there, its rows.
-        self.places = [
-            (site.module._parameters, name, slice(offset, offset + site.out_features))
+        #: Each parameter: the dictionary that holds it, its name there, its buffer and rows.
+        self._places: list[tuple[dict[str, Any], str, Tensor, slice]] = [
+            (site.module._parameters, name, buffer, slice(offset, offset + site.out_features))
             for site, offset in zip(self.group.sites, self.group.offsets, strict=True)
             for name, buffer in ((site.eligible.weight, self.weight), ("bias", self.bias))
             if buffer is not None and site.module._parameters.get(name) is not None
         ]
-        self._holders = [parameters for parameters, _, _ in self.places]
-        self._names = [name for _, name, _ in self.places]
+        self._holders = [parameters for parameters, *_ in self._places]
+        self._names = [name for _, name, *_ in self._places]
 
-    def parts(self) -> list[Tensor]:
-        """Where the parameters are to lie."""
-        buffers: dict[bool, Any] = {True: self.bias, False: self.weight}
-        return [buffers[name == "bias"][rows] for _, name, rows in self.places]
+    def _parts(self) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+        """Each parameter's dictionary and name, and where it is to lie."""
+        return ((held, name, buffer[rows]) for held, name, buffer, rows in self._places)
 
     @property
     def addresses(self) -> list[int]:
-        return list(map(Tensor.data_ptr, self.parts()))
+        """Where the parameters are to lie."""
+        return [part.data_ptr() for _, _, part in self._parts()]
 
     @property
     def intact(self) -> bool:
@@ -66,7 +66,7 @@ class PackedGroup:
     @property
     def fits(self) -> bool:
         """Whether the parameters that are there now could lie in the buffers."""
-        for (parameters, name, _), part in zip(self.places, self.parts(), strict=True):
+        for parameters, name, part in self._parts():
             held = parameters.get(name)
             if held is None or is_traceable_wrapper_subclass(held):
                 return False
@@ -78,8 +78,7 @@ class PackedGroup:
         """Whether what `site` multiplies by and adds is in the buffers: since then its weight may
         have been transposed in place, or it may have got a bias."""
         held = site.module._parameters
-        parts = zip(self.places, self.parts(), strict=True)
-        packed = {name: part for (holder, name, _), part in parts if holder is held}
+        packed = {name: part for parameters, name, part in self._parts() if parameters is held}
         return (held.get("bias") is None or "bias" in packed) and all(
             _laid_out(held.get(name)) == _laid_out(part) for name, part in packed.items()
         )
@@ -91,8 +90,8 @@ class PackedGroup:
         for tensor in [tensor for tensor in buffers if self._taken_out(tensor)]:
             with torch.inference_mode(tensor.is_inference()):
                 tensor.data = torch.zeros_like(tensor)
-        for (parameters, name, _), part in zip(self.places, self.parts(), strict=True):
-            held: Any = parameters[name]
+        for parameters, name, part in self._parts():
+            held = parameters[name]
             with writing(part):
                 part.copy_(held)
             held.data = part
@@ -100,9 +99,8 @@ class PackedGroup:
     def _taken_out(self, buffer: Tensor) -> bool:
         """Whether other tensors than parameters in their places lie in the memory of a buffer."""
         uses = _uses(buffer) - _uses(buffer.new_empty(0))
-        for (parameters, name, _), part in zip(self.places, self.parts(), strict=True):
-            packed = self.bias if name == "bias" else self.weight
-            uses -= packed is buffer and _laid_out(parameters[name]) == _laid_out(part)
+        for parameters, name, packed, rows in self._places:
+            uses -= packed is buffer and _laid_out(parameters[name]) == _laid_out(packed[rows])
         return uses > 0
 
 
