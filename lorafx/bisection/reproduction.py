@@ -30,7 +30,7 @@ from lorafx.adapter_store.saved import AdapterState
 from lorafx.bisection.result import Bisection
 from lorafx.config import After
 from lorafx.errors import ConfigError
-from lorafx.model.attachment import MARKS
+from lorafx.model.marks import MARKS
 from lorafx.serving.compiled import CompiledModel
 
 _SCRIPT = '''"""{about}
