@@ -2,8 +2,8 @@
 
 Dynamo guards some thirty things of each mark, and a dozen of each hook's module: 3.5 µs a call and
 site. Dropped are guards on marks, which never change; on what torch.nn notes of a marked module's
-hooks (those of other kinds are seen by lorafx.model.hook_watch); and on what transformers notes of
-each class of models. Frames that several layers may share keep every guard.
+hooks (those of other kinds are seen by lorafx.model.changes_watch); and on what transformers notes
+of each class of models. Frames that several layers may share keep every guard.
 
 `lorafx.compile` drops them by the public `guard_filter_fn`, lorafx.torch_compile.mark_guards in
 frames of models that users compile themselves.
@@ -17,8 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from lorafx.model.marks import SiteMark
-from lorafx.model.row_marks import RowMark
+from lorafx.model.marks import RowMark, SiteMark
 from lorafx.torch_internals.compat import recorded_outputs
 from lorafx.torch_internals.frames import absent_attribute, source_text
 
