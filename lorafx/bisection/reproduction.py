@@ -25,7 +25,7 @@ from lorafx.adapter_store.config_values import CONFIG_FILE
 from lorafx.bisection.result import Bisection
 from lorafx.config import After
 from lorafx.errors import ConfigError
-from lorafx.model.attachment import MARKS
+from lorafx.model.marks import MARKS
 from lorafx.serving.compiled import CompiledModel
 
 _SCRIPT = '''"""{about}

@@ -232,7 +232,7 @@ def why_before(
         ConfigError: there is no such module.
         CheckpointError, UnsupportedAdapterError: an adapter cannot be read.
     """
-    found = selection_of(ModuleGraph.of(model), config, sites, path)
+    found = selection_of(ModuleGraph(model), config, sites, path)
     made = _described(path, found)
     answers = []
     for name, source in adapters.items():

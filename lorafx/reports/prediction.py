@@ -23,10 +23,9 @@ from lorafx.errors import LorafxWarning, some
 from lorafx.kernels.cost.cost import factor_elements
 from lorafx.model.candidates import by_raw_weight
 from lorafx.model.experts import expert_weights
-from lorafx.model.module_graph import ModuleGraph, Owner, join, storage_key
+from lorafx.model.module_graph import ModuleGraph, Owner, join, joined, shape_of, storage_key
 from lorafx.model.packing import packable
 from lorafx.model.refusals import weight_of
-from lorafx.model.repeated import joined, shape_of
 from lorafx.model.sites import Group, Site, members_of, parent_of, room_of
 from lorafx.passes.attach import allocate_groups
 from lorafx.prepare.marking import build_sites

@@ -19,9 +19,9 @@ from lorafx.capture.backend import Backend
 from lorafx.errors import CaptureError, ConfigError
 from lorafx.explanation import Dumps
 from lorafx.interrupts import undisturbed
-from lorafx.model.attachment import Attachment
-from lorafx.model.hook_watch import hooks_of
+from lorafx.model.changes_watch import hooks_of
 from lorafx.model.keywords import BY_ROW, refuse_slips
+from lorafx.model.marks import Attachment
 from lorafx.model.sites import Site
 from lorafx.program.program import Program
 from lorafx.program.slips import refuse_pipeline_slips

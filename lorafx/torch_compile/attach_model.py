@@ -21,7 +21,7 @@ from lorafx.capture.lowering import Lowering
 from lorafx.config import Options
 from lorafx.errors import CaptureError, ConfigError
 from lorafx.explanation import Dumps
-from lorafx.model.attachment import Attachment, sessions_of_marks
+from lorafx.model.marks import Attachment, sessions_of_marks
 from lorafx.prepare.marking import Marked, mark
 from lorafx.program.frame import Frame, wants_gradient
 from lorafx.program.program import Program
@@ -177,6 +177,13 @@ class AttachedBackend(Backend):
 
     def drop_guards(self, bound: BoundInputs | None) -> None:
         drop_guards_of_attached(self.program, bound)
+
+    @staticmethod
+    def kind_now(program: Program) -> bool | None:
+        if waiting():
+            return None  # a model that is captured anew is marked then
+        session = running_session()  # another model of the class may have got the graph
+        return session is not None and bool(session.program.runtime.active)
 
     def owner(self, frame: Frame, weights: Sequence[int]) -> ProgramLookup:
         # Dynamo keeps executables: what they hold is never freed, so they hold no model.
