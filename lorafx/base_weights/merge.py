@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lorafx.adapter_store.host_copies import HostCopy
+from lorafx.adapter_store.stored import HostCopy
 from lorafx.base_weights.changes import Change, changes_of, not_mergeable
 from lorafx.base_weights.deltas import add_to, mark_of, write
 from lorafx.errors import CaptureError, ConfigError, LorafxError, MatchError, some

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorafx.adapter_store.config_source import CONFIG_FILE
+from lorafx.adapter_store.config_values import CONFIG_FILE
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_writer import write_peft
 from lorafx.adapter_store.saved import AdapterState

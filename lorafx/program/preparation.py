@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from lorafx.adapter_store.origins import Origin
-from lorafx.adapter_store.peft_reader import Adapter
-from lorafx.adapter_store.saved import AdapterState
+from lorafx.adapter_store.adapter import Adapter
+from lorafx.adapter_store.saved import AdapterState, Origin
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.config import LoraConfig, Options
 from lorafx.interrupts import Rollback

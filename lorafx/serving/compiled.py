@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorafx.adapter_store.handed_over import without_wrappers
 from lorafx.adapter_store.names import AdapterName
+from lorafx.adapter_store.peft_model import without_wrappers
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.base_weights.merge import merged_of
 from lorafx.capture.backend import Backend

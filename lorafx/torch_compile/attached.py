@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Final
 
 from torch import Tensor, nn
 
-from lorafx.adapter_store.handed_over import without_wrappers
+from lorafx.adapter_store.peft_model import without_wrappers
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.capture.backend import Backend
 from lorafx.capture.checks import Checks
