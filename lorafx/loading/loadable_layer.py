@@ -48,8 +48,7 @@ class LoadableLayer(nn.Module):
 
     @abstractmethod
     def checkpoint_shape(self, name: str, shard_id: Any = None) -> tuple[int, ...]:
-        """The shape of the checkpoint tensor for this shard; CheckpointError where there is
-        none."""
+        """The shape of the checkpoint tensor for this shard; CheckpointError without one."""
 
     @abstractmethod
     def pieces(self, name: str, shard_id: Any = None) -> frozenset[Any]:
@@ -81,7 +80,7 @@ class LoadableLayer(nn.Module):
             self._load(name, loaded_weight, shard_id)
 
     def check_weight(self, name: str, shape: Sequence[int], shard_id: Any = None) -> None:
-        """Raises: CheckpointError: a checkpoint tensor of this shape cannot be loaded."""
+        """Raise CheckpointError where a checkpoint tensor of this shape cannot be loaded."""
         param = self._parameters.get(name)
         if param is None:
             raise CheckpointError(f"{self.label} has no parameter {name!r}")

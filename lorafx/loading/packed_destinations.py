@@ -1,7 +1,9 @@
 """Where tensors of packed projections go, whichever of checkpoint and model has them packed.
 
-q_proj.weight (Nq, K) → rows 0 … Nq of qkv_proj.weight      the model packs
-qkv_proj.weight (ΣN, K) → q_proj, k_proj, v_proj            the checkpoint packs
+    q_proj.weight (Nq, K) → rows 0 … Nq of qkv_proj.weight      the model packs
+    qkv_proj.weight (ΣN, K) → q_proj, k_proj, v_proj            the checkpoint packs
+
+Model or user declare which names a packed one stands for (lorafx.model.packed_names).
 """
 
 from __future__ import annotations
@@ -84,19 +86,17 @@ class PackedDestinations:
         slices = members[index].slices
         sizes = _slice_sizes(child)
         declared = slices is not None or (sizes is not None and len(sizes) == len(members))
-        shard_id = _shard_id(members, index, sizes)
         loadable = isinstance(child, LoadableLayer)
-        if loadable and declared:
-            return destination(target, member_path, shard_id)
-        if loadable and len(members) > len(sizes or ()):
-            wrong = (
-                f"{len(members)} names are declared for the {len(sizes or ())} slices of "
-                f"{path}; declare which slices each name covers"
+        if loadable and not declared and len(members) > len(sizes or ()):
+            return no_place(
+                member_path,
+                f"{len(members)} names are declared for the {len(sizes or ())} slices of {path}; "
+                "declare which slices each name covers",
             )
-            return no_place(member_path, wrong)
         whole = destination(target, join(path, attribute))
-        if not whole.cuts or isinstance(whole.cuts[0].place, OwnLoader):
-            return destination(target, member_path, shard_id)
+        own_loader = not whole.cuts or isinstance(whole.cuts[0].place, OwnLoader)
+        if own_loader or (loadable and declared):
+            return destination(target, member_path, _shard_id(members, index, sizes))
         dim = _out_dim(child, len(whole.shape or ()))
         if not declared or sizes is None:
             names = tuple(join(parent, f"{member.name}.{attribute}") for member in members)

@@ -128,7 +128,7 @@ class SiteWatch:
         return self._seen != _REGISTRATIONS.number or bool(self.missing)
 
     def refuse(self, paths: Collection[str] | None = None) -> None:
-        """Raises: ReplacedModuleError: there are missing sites among these paths; None for any."""
+        """Raise ReplacedModuleError where sites at these paths (None: any) are missing."""
         concerned = [path for path in self.missing if paths is None or path in paths]
         if concerned:
             raise ReplacedModuleError(

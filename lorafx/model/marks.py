@@ -199,27 +199,16 @@ class SiteMark:
             return torch.ops.lorafx.embedding_site(
                 x, y, bank.A, bank.B, bank.ranks, scales, slots, UNPROVED, gains, *own_rows
             )
+        factors = bank.A, bank.B, bank.ranks, bank.scales, slots
+        addend = None if gains is None else addend
         if self.window is not None:
-            rest = (*self.window, gains, None if gains is None else addend, bank.shifts)
-            factors = bank.A, bank.B, bank.ranks, bank.scales, slots
+            rest = (*self.window, gains, addend, bank.shifts)
             return torch.ops.lorafx.conv_site(x, y, *factors, UNPROVED, *rest)
         whole = sum(ranges[2]) == self.out_features
+        packed = (self.weight, self.bias) if whole else (None, None)
+        shifts = None if self.handler is not None else bank.shifts
         return torch.ops.lorafx.site(
-            x,
-            y,
-            bank.A,
-            bank.B,
-            bank.ranks,
-            bank.scales,
-            slots,
-            *ranges,
-            UNPROVED,
-            self.weight if whole else None,
-            self.bias if whole else None,
-            gains,
-            None if gains is None else addend,
-            *own_rows,
-            None if self.handler is not None else bank.shifts,
+            x, y, *factors, *ranges, UNPROVED, *packed, gains, addend, *own_rows, shifts
         )
 
     def _handled(

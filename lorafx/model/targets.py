@@ -132,24 +132,20 @@ class Pattern:
                 f"has {len(text)} characters, and patterns may have {LONGEST}; give a list of "
                 "module names instead"
             )
-        fault = None
+        fault = ""
         try:
             re.compile(text)  # `regex` takes more, which PEFT would refuse
             if math.prod(map(int, re.findall(r"(\d+)\}", text))) > MOST_REPEATS:
-                raise PatternError(
-                    f"repeats over {MOST_REPEATS} times what it holds; give a list of module names "
-                    "instead"
+                fault = (
+                    f"repeats over {MOST_REPEATS} times what it holds; give module names instead"
                 )
-            self._compiled = regex.compile(text)
+            else:
+                self._compiled = regex.compile(text)
         except (re.error, regex.error, OverflowError, ValueError, Warning) as error:
-            if isinstance(error, PatternError):
-                raise
-            raise PatternError(
-                f"is not a regular expression: {getattr(error, 'msg', error)}"
-            ) from error
+            fault = f"is not a regular expression: {getattr(error, 'msg', error)}"
         except RecursionError:
             fault = "has groups nested too deep"
-        if fault is not None:  # outside of the handler, whose traceback is as deep as the stack
+        if fault:  # outside of the handler, whose traceback may be as deep as the stack
             raise PatternError(fault)
         self.text = text
         self.tail = tail
