@@ -1,6 +1,6 @@
 """GPUs as the cost models see them: what kernels reach, assumed from data sheets or measured.
 
-`python -m lorafx.kernels.tools.calibrate` measures the GPU of this machine.
+`python -m lorafx.kernels.triton.calibrate` measures the GPU of this machine.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ class Chip:
     """What the GPU model takes for granted; SI units, rates that kernels reach, not data sheets'.
 
     Attributes:
-        bandwidth: device memory, bytes/s.
-        l2_bandwidth: second-level cache to the cores, bytes/s.
+        bandwidth, l2_bandwidth: of device memory and of the second-level cache, bytes/s.
         tensor_rate: FLOP/s of a GEMM of 16-bit types.
         fma_rate: FLOP/s outside of tensor cores, which is what float32 gets (no TF32 rounding).
         processors: how many there are to share l2_bandwidth.
@@ -83,9 +82,6 @@ def assumed_chip(device: torch.device) -> Chip:
     if (properties.major, properties.minor) < (9, 0):
         return CHIPS["cuda", 80]
     return CHIPS["cuda", 100 if properties.major >= 10 else 90]
-
-
-# --- measured ---
 
 
 def chip_file(name: str) -> Path:

@@ -3,10 +3,8 @@
 Importing this module registers it. Where no kernel can be had, each request is an attention of its
 own (lorafx.kernels.ops.paged_attention).
 
-The C++ source of a kernel for attention over a paged cache.
-
-attention_source(spec, isa) = #defines and constants of (dtype, sizes, unit of work)
-                              + vectors.h + tiles.h + attention.cpp
+    source(spec, isa) = #defines and constants of (dtype, sizes, unit of work)
+                        + vectors.h + tiles.h + attention.cpp
 """
 
 from __future__ import annotations
@@ -45,8 +43,7 @@ STREAMED = 4
 
 
 def spec_of(step: PagedStep) -> AttentionSpec | None:
-    """The spec of a step, whose tensors may be fake; None where no kernel is generated: other
-    devices, other types than 16- and 32-bit floats, or a mask of another type."""
+    """The spec of a step, whose tensors may be fake; None where no kernel is generated."""
     query, key, mask = step.query, step.key, step.mask
     heads, size = key.shape[1], key.shape[3]
     if query.dtype not in ELEMENTS or {key.dtype, mask.dtype} != {query.dtype}:
@@ -72,7 +69,7 @@ class AttentionArgs(ctypes.Structure):
     )
 
 
-def attention_source(spec: AttentionSpec, isa: Isa) -> str:
+def source(spec: AttentionSpec, isa: Isa) -> str:
     """The complete C++ text of the kernel of `spec` for `isa`."""
     row = spec.heads * spec.size
     sizes = {
@@ -119,7 +116,7 @@ def _built(spec: AttentionSpec) -> AttentionKernel | None:
     try:
         return build(spec, best_isa())
     except LoweringError:
-        return None  # where deltas are built it is told why
+        return None  # where deltas are built, a warning says why
 
 
 def build(spec: AttentionSpec, isa: Isa) -> AttentionKernel:
@@ -128,7 +125,7 @@ def build(spec: AttentionSpec, isa: Isa) -> AttentionKernel:
     Raises:
         LoweringError: no compiler works.
     """
-    library = load_library(compile_library(attention_source(spec, isa), isa.flags))
+    library = load_library(compile_library(source(spec, isa), isa.flags))
     parallel = torch_function("torch_parallel_for")
     width = spec.heads * spec.size * spec.dtype.itemsize
 

@@ -1,11 +1,8 @@
-"""One run of the compiler for each library, among threads and among processes that share a cache.
+"""One run of the compiler for each library, among threads and processes that share a cache.
 
-    compiled(...)    compiles a library, or waits for whoever is compiling it already
-
-In a process whoever comes first compiles. Among processes the source beside the library is the
-lock: it is held (flock) by the one that compiles. Where that cannot be had, for want of a file
-system that locks, or since a process keeps it for too long, a library is compiled twice, which is
-harmless: it is renamed into place.
+The source beside the library is the lock: it is held (flock) by whoever compiles. Where that cannot
+be had, for want of a file system that locks, or since somebody keeps it for too long, a library is
+compiled twice, which is harmless: it is renamed into place.
 
 A process that ends takes its compilers along. A forked child knows nothing of its parent's.
 """
@@ -22,18 +19,16 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import TextIO
 
 from lorafx.errors import LoweringError
 from lorafx.torn import is_whole, warn_of
 
-#: Seconds to wait for a library that another process compiles; most take one.
+#: Seconds to wait for a library that somebody else compiles; most take one.
 PATIENCE = 60.0
 
 _LOCK = threading.Lock()
-_UNDER_WAY: dict[Path, Future[None]] = {}
 _RUNNING: set[subprocess.Popen[str]] = set()
 _ended = False
 
@@ -47,37 +42,18 @@ def compiled(command: Sequence[str], source: str, library: Path) -> None:
     Raises:
         LoweringError: the compiler cannot be started, or refuses the source.
     """
-    while not is_whole(library):
-        with _LOCK:
-            other = _UNDER_WAY.get(library)
-            own: Future[None] = Future()
-            if other is None:
-                _UNDER_WAY[library] = own
-        if other is not None:
-            error = other.exception()
-            if isinstance(error, LoweringError):
-                raise error
-            continue  # there it is, or whoever compiled it was interrupted
-        failure: BaseException | None = None
-        try:
-            with _held(library.with_suffix(".cpp")) as file:
-                if not is_whole(library):
-                    if library.exists():
-                        warn_of(library)
-                    _compile(command, source, file, library)
-                    return
-        except BaseException as error:
-            failure = error
-            raise
-        finally:
-            with _LOCK:
-                _UNDER_WAY.pop(library, None)
-            own.set_exception(failure) if failure else own.set_result(None)
+    if is_whole(library):
+        return
+    with _held(library.with_suffix(".cpp")) as file:
+        if not is_whole(library):
+            if library.exists():
+                warn_of(library)
+            _compile(command, source, file, library)
 
 
 @contextlib.contextmanager
 def _held(path: Path) -> Iterator[TextIO]:
-    """The file, made if need be, which no other process holds at the same time, unless one keeps it
+    """The file, made if need be, which nobody else holds at the same time, unless somebody keeps it
     for longer than PATIENCE."""
     deadline, pause = time.monotonic() + PATIENCE, 0.005
     while True:
@@ -97,7 +73,7 @@ def _held(path: Path) -> Iterator[TextIO]:
 
 
 def _lock(file: TextIO) -> bool:
-    """Lock it, unless another process has; true then."""
+    """Lock the file, unless somebody else has; true then."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -115,7 +91,6 @@ def _is_at(file: TextIO, path: Path) -> bool:
 
 
 def _compile(command: Sequence[str], source: str, text: TextIO, library: Path) -> None:
-    done = False
     try:
         text.seek(0)
         if text.read() != source:
@@ -126,10 +101,9 @@ def _compile(command: Sequence[str], source: str, text: TextIO, library: Path) -
             built = Path(scratch, library.name)
             _run([*command, text.name, "-o", str(built)])
             built.replace(library)
-        done = True
-    finally:
-        if not done:
-            Path(text.name).unlink(missing_ok=True)
+    except BaseException:
+        Path(text.name).unlink(missing_ok=True)
+        raise
 
 
 def _run(command: Sequence[str]) -> None:
@@ -161,11 +135,11 @@ def _run(command: Sequence[str]) -> None:
 
 def _stop(process: subprocess.Popen[str]) -> None:
     # GCC removes its temporary files on SIGTERM.
-    for each in (signal.SIGTERM, signal.SIGKILL):
+    for number in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is not None:
             return
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, each)
+            os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(1)
 
@@ -187,7 +161,6 @@ def _after_fork() -> None:
     """The threads are the parent's, and so are their compilers."""
     global _LOCK
     _LOCK = threading.Lock()
-    _UNDER_WAY.clear()
     _RUNNING.clear()
 
 

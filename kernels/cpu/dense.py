@@ -1,7 +1,9 @@
-"""`lorafx::dense_mm` and `lorafx::dense_addmm`, products of any number of rows with a dense weight.
+"""Products of any number of rows with a dense weight, and products with their LoRA deltas.
 
-    dense_mm      y = x Wᵀ           x (M, K), W (N, K), y (M, N)
-    dense_addmm   y = x Wᵀ + b       b (N,)
+    dense_mm            y = x Wᵀ              x (M, K), W (N, K), y (M, N)
+    dense_addmm         y = x Wᵀ + b          b (N,)
+    dense_mm_delta      y = x Wᵀ + Δ(x)       Δ is what `run_delta_` adds by the same kernel
+    dense_addmm_delta   y = x Wᵀ + b + Δ(x)
 
 On a CPU few rows are multiplied by generated code that reads W once (dense.cpp), more of them by
 aten.mm and addmm, or by oneDNN where that is faster. That is decided at each call, in C++
@@ -9,12 +11,15 @@ aten.mm and addmm, or by oneDNN where that is faster. That is decided at each ca
 works, and on other devices, it is aten alone. A row computed by generated code is bit-equal in
 every batch that is computed so.
 
+A product and its delta take one parallel region for few rows (delta_beside.cpp): first the threads
+share out v = x A, then each adds v B to the columns of y that it has just multiplied. Where rows
+are many, where no generated kernel multiplies, and on other devices, the two ops run one after the
+other. y has the same bits either way.
+
 Inference only: no gradient is registered.
 
-The C++ source of a kernel for few rows times a dense weight.
-
-dense_source(dtype, isa) = #defines and constants of (dtype, tiles)
-                           + vectors.h + epilogue.h + dense_args.h + dense.cpp
+    source(dtype, isa) = #defines and constants of (dtype, tiles)
+                         + vectors.h + epilogue.h + dense_args.h + dense.cpp
 """
 
 from __future__ import annotations
@@ -36,16 +41,19 @@ from lorafx.kernels.cpu.compiler import (
     load_library,
     torch_function,
 )
+from lorafx.kernels.cpu.cpu import dispatcher
 from lorafx.kernels.cpu.cpu_source import (
     ELEMENTS,
     SERIAL_WORK,
     constants,
+    dtype_code,
     element_defines,
+    register,
     templates,
 )
-from lorafx.kernels.cpu.native_ops import dtype_code, register
-from lorafx.kernels.ops.op_checks import require
-from lorafx.kernels.ops.op_library import define
+from lorafx.kernels.ops.op_checks import check_bank, check_rows, require
+from lorafx.kernels.ops.op_library import BANK, BankArgs, define
+from lorafx.kernels.ops.ops import KERNELS
 
 #: Bytes of W in a unit of work, which later tiles of rows find in a cache of the core.
 UNIT_BYTES = 1 << 18
@@ -55,7 +63,7 @@ EPILOGUE_COLUMNS = 256
 SPINS = 1 << 10
 
 
-def dense_source(dtype: torch.dtype, isa: Isa) -> str:
+def source(dtype: torch.dtype, isa: Isa) -> str:
     """The complete C++ text of the kernel for x, W and y of `dtype` for `isa`."""
     # A conversion of x for each column costs more than one pass over x.
     widened = dtype == torch.float16
@@ -184,7 +192,7 @@ def use(dtype: torch.dtype, isa: Isa, rows: int) -> None:
     Raises:
         LoweringError: no compiler works.
     """
-    library = load_library(compile_library(dense_source(dtype, isa), isa.flags))
+    library = load_library(compile_library(source(dtype, isa), isa.flags))
     kernel = ctypes.cast(library.lorafx_kernel, ctypes.c_void_p)
     _LIBRARIES.append(library)
     op_library().lorafx_add(dtype_code(dtype), rows, kernel)
@@ -210,11 +218,7 @@ def dense_mm(x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
 
 
 def dense_addmm(bias: Tensor, x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
-    """`dense_mm` and a bias (N,).
-
-    Raises:
-        LoweringError: sizes that do not fit together.
-    """
+    """`dense_mm` and a bias (N,)."""
     if x.device.type == "cpu" and ready(x.dtype):
         y: Tensor = torch.ops.lorafx.dense_addmm(bias, x, weight, sizes)
         return y
@@ -236,12 +240,8 @@ def _check(
     op: str, x: Tensor, weight: Tensor, sizes: list[int], bias: Tensor | None = None
 ) -> None:
     require(op, x.dim() == 2 and weight.dim() == 2, "x is (M, K), weight (N, K)")
-    require(
-        op,
-        x.shape[1] == weight.shape[1],
-        f"x has {x.shape[1]} columns, weight has {weight.shape[1]}",
-    )
-    N = weight.shape[0]
+    N, K = weight.shape
+    require(op, x.shape[1] == K, f"x has {x.shape[1]} columns, weight has {K}")
     require(op, not sizes or sum(sizes) == N, f"sizes {sizes} do not add up to {N}")
     require(op, bias is None or bias.shape == (N,), f"bias is ({N},)")
 
@@ -254,3 +254,92 @@ define(
 )
 DENSE_MM = torch.ops.lorafx.dense_mm.default
 DENSE_ADDMM = torch.ops.lorafx.dense_addmm.default
+
+
+# --- with deltas ---
+
+_DELTA_LOCK = threading.Lock()
+
+
+def joined_ready(dtype: torch.dtype) -> bool:
+    """Whether the ops with deltas run in C++ for `dtype`; libraries are loaded if need be."""
+    if not ready(dtype):
+        return False
+    with _DELTA_LOCK:
+        return _installed()
+
+
+@functools.cache
+def _installed() -> bool:
+    try:
+        run = ctypes.cast(dispatcher().lorafx_run_delta, ctypes.c_void_p)
+        library = op_library()
+    except LoweringError:  # where kernels are built, a warning says why
+        return False
+    library.lorafx_install_deltas.argtypes = (ctypes.c_void_p,)
+    return not library.lorafx_install_deltas(run)
+
+
+def dense_mm_delta(
+    x: Tensor, weight: Tensor, sizes: list[int], bank: BankArgs, rows: int, kernel: int
+) -> Tensor:
+    """x (M, K) times Wᵀ for W (N, K), and its delta, (M, N) contiguous.
+
+    Args:
+        sizes: as `dense_mm` takes them.
+        rows, kernel: as `run_delta_` takes them; the kernel is one of a linear's.
+
+    Raises:
+        LoweringError: operands that do not fit together, or a kernel that is not loaded.
+    """
+    # As in `dense_mm`: a graph from a cache may be the first to ask for the kernel in C++.
+    if x.device.type == "cpu" and kernel in KERNELS and joined_ready(x.dtype):
+        y: Tensor = torch.ops.lorafx.dense_mm_delta(x, weight, sizes, *bank, rows, kernel)
+        return y
+    y = DENSE_MM(x, weight, sizes)
+    torch.ops.lorafx.run_delta_(y, x, *bank, rows, kernel)
+    return y
+
+
+def dense_addmm_delta(
+    bias: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    sizes: list[int],
+    bank: BankArgs,
+    rows: int,
+    kernel: int,
+) -> Tensor:
+    """`dense_mm_delta` and a bias (N,)."""
+    if x.device.type == "cpu" and kernel in KERNELS and joined_ready(x.dtype):
+        op = torch.ops.lorafx.dense_addmm_delta
+        y: Tensor = op(bias, x, weight, sizes, *bank, rows, kernel)
+        return y
+    y = DENSE_ADDMM(bias, x, weight, sizes)
+    torch.ops.lorafx.run_delta_(y, x, *bank, rows, kernel)
+    return y
+
+
+def dense_mm_delta_fake(x, weight, sizes, bank: BankArgs, rows, kernel) -> Tensor:
+    check_bank("dense_mm_delta", bank)
+    y = dense_mm_fake(x, weight, sizes)
+    check_rows("dense_mm_delta", x.shape[:-1], y.shape[:-1], rows)
+    return y
+
+
+def dense_addmm_delta_fake(bias, x, weight, sizes, bank: BankArgs, rows, kernel) -> Tensor:
+    check_bank("dense_addmm_delta", bank)
+    y = dense_addmm_fake(bias, x, weight, sizes)
+    check_rows("dense_addmm_delta", x.shape[:-1], y.shape[:-1], rows)
+    return y
+
+
+_SCHEMA = f"Tensor x, Tensor weight, int[] sizes, {BANK}, SymInt rows, int kernel"
+define(f"dense_mm_delta({_SCHEMA}) -> Tensor", dense_mm_delta, dense_mm_delta_fake)
+define(
+    f"dense_addmm_delta(Tensor bias, {_SCHEMA}) -> Tensor",
+    dense_addmm_delta,
+    dense_addmm_delta_fake,
+)
+DENSE_MM_DELTA = torch.ops.lorafx.dense_mm_delta.default
+DENSE_ADDMM_DELTA = torch.ops.lorafx.dense_addmm_delta.default

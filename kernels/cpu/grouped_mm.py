@@ -6,10 +6,8 @@
 bfloat16. On a CPU a generated kernel reads each weight once (product.cpp); elsewhere, and where it
 cannot be had, it is a loop over the experts that have rows, for which the host waits for offs.
 
-The C++ source of a kernel for sorted rows times the weights of their experts.
-
-product_source(spec, isa) = #defines and constants of (dtype, sizes, unit of work)
-                            + vectors.h + tiles.h + product.cpp
+    source(spec, isa) = #defines and constants of (dtype, sizes, unit of work)
+                        + vectors.h + tiles.h + product.cpp
 """
 
 from __future__ import annotations
@@ -49,12 +47,7 @@ UNIT = 64
 
 @dataclass(frozen=True)
 class ProductSpec:
-    """What a generated kernel for y[m] = W_e x[m] takes for granted.
-
-    Attributes:
-        dtype: of x, W and y.
-        in_features, out_features: K and N; W is (E, N, K).
-    """
+    """What a generated kernel for y[m] = W_e x[m] takes for granted; W is (E, N, K)."""
 
     dtype: torch.dtype
     in_features: int
@@ -82,7 +75,7 @@ class ProductArgs(ctypes.Structure):
     )
 
 
-def product_source(spec: ProductSpec, isa: Isa) -> str:
+def source(spec: ProductSpec, isa: Isa) -> str:
     """The complete C++ text of the kernel of `spec` for `isa`."""
     sizes = {
         **tile_sizes(isa),
@@ -160,7 +153,7 @@ def _built(spec: ProductSpec) -> GroupedKernel | None:
     try:
         return build(spec, best_isa())
     except LoweringError:
-        return None  # where deltas are built it is told why
+        return None  # where deltas are built, a warning says why
 
 
 def build(spec: ProductSpec, isa: Isa) -> GroupedKernel:
@@ -169,7 +162,7 @@ def build(spec: ProductSpec, isa: Isa) -> GroupedKernel:
     Raises:
         LoweringError: no compiler works.
     """
-    library = load_library(compile_library(product_source(spec, isa), isa.flags))
+    library = load_library(compile_library(source(spec, isa), isa.flags))
     parallel = torch_function("torch_parallel_for")
 
     def run(y: Tensor, x: Tensor, weight: Tensor, offs: Tensor) -> None:
@@ -206,11 +199,8 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, No
 def _check(x: Tensor, weight: Tensor, offs: Tensor) -> None:
     op = "grouped_mm"
     require(op, x.dim() == 2 and weight.dim() == 3, "input is (M, K), weight (E, K, N)")
-    require(
-        op,
-        x.shape[1] == weight.shape[1],
-        f"x has {x.shape[1]} columns, weight has {weight.shape[1]}",
-    )
+    K = weight.shape[1]
+    require(op, x.shape[1] == K, f"x has {x.shape[1]} columns, weight has {K}")
     require(op, offs.shape == weight.shape[:1], f"offs is (E,), not {tuple(offs.shape)}")
     require(op, x.dtype == weight.dtype, f"x is {x.dtype}, weight {weight.dtype}")
     require(op, offs.dtype == torch.int32, f"offs is int32, not {offs.dtype}")

@@ -17,9 +17,7 @@ class DeltaSpec:
     """What a generated kernel takes for granted.
 
     Attributes:
-        x_dtype: of x; for an embedding ignored (ids may be int32 or int64).
-        bank_dtype: of A and B.
-        y_dtype: of y.
+        x_dtype: for an embedding ignored (ids may be int32 or int64).
         in_features: K; 0 for an embedding.
         max_rank: R of the bank.
         group: siblings of the bank, G; 0 where the tensors are not laid out as a bank is.

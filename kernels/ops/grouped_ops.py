@@ -27,30 +27,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorafx.kernels.ops.bank_arguments import BANK, RANGES, BankArgs, Ranges
 from lorafx.kernels.ops.delta import accumulation_dtype, groups, row_slots
 from lorafx.kernels.ops.op_checks import check_linear, check_rows, require
-from lorafx.kernels.ops.op_library import define
-
-GROUPED_SCHEMA = (
-    f"grouped_site(Tensor x, Tensor y, {BANK}, {RANGES}, SymInt rows, int group_dim, int groups,"
-    " int[] out_steps, int[] in_steps, bool over_out) -> Tensor"
-)
+from lorafx.kernels.ops.op_library import BANK, RANGES, BankArgs, Ranges, define
 
 
 class Blocks(NamedTuple):
-    """How a use cuts W into blocks.
-
-    Attributes:
-        groups: G.
-        out_steps: (o₀, o₁, o₂).
-        in_steps: (i₀, i₁, i₂).
-        over_out: the product sums over W's out dimension.
-    """
+    """How a use cuts W into `groups` blocks: out_steps are (o₀, o₁, o₂), in_steps (i₀, i₁, i₂)."""
 
     groups: int
-    out_steps: tuple[int, int, int]
-    in_steps: tuple[int, int, int]
+    out_steps: Sequence[int]
+    in_steps: Sequence[int]
     over_out: bool
 
 
@@ -61,16 +48,12 @@ def grouped_site(
     ranges: Ranges,
     rows: int,
     group_dim: int,
-    groups: int,
-    out_steps: Sequence[int],
-    in_steps: Sequence[int],
-    over_out: bool,
+    blocks: Blocks,
 ) -> Tensor:
     """y (..., F') + delta for x (..., F), a new contiguous tensor of y's dtype.
 
     The site's output columns are those of `siblings`, `sizes` each, as `fused_linear` has them.
     """
-    blocks = Blocks(groups, _three(out_steps), _three(in_steps), over_out)
     _check(x, y, bank, ranges, rows, group_dim, blocks)
     out = y.clone(memory_format=torch.contiguous_format)
     if out.numel():
@@ -78,26 +61,9 @@ def grouped_site(
     return out
 
 
-def grouped_site_fake(
-    x,
-    y,
-    bank: BankArgs,
-    ranges: Ranges,
-    rows,
-    group_dim,
-    groups,
-    out_steps,
-    in_steps,
-    over_out,
-):
-    blocks = Blocks(groups, _three(out_steps), _three(in_steps), over_out)
+def grouped_site_fake(x, y, bank: BankArgs, ranges: Ranges, rows, group_dim, blocks: Blocks):
     _check(x, y, bank, ranges, rows, group_dim, blocks)
     return y.new_empty(y.shape)
-
-
-def _three(steps: Sequence[int]) -> tuple[int, int, int]:
-    start, group, step = steps
-    return start, group, step
 
 
 def _check(x, y, bank, ranges, rows, group_dim, blocks: Blocks) -> None:
@@ -158,11 +124,8 @@ def add_grouped_delta(
             b = B[slot, : rank_of[i], offset : offset + size]
             if len(siblings) > 1:  # blocks may lie across parts of the site
                 b = torch.nn.functional.pad(b, (start, sum(sizes) - start - size))
-            yield (
-                i,
-                _blocks(a, blocks.in_steps, ins, blocks),
-                _blocks(b, blocks.out_steps, outs, blocks),
-            )
+            a = _blocks(a, blocks.in_steps, ins, blocks)
+            yield i, a, _blocks(b, blocks.out_steps, outs, blocks)
             start += size
 
     def delta(rows_of_x: Tensor, a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
@@ -208,11 +171,13 @@ def _blocks(factor: Tensor, steps: Sequence[int], count: int, blocks: Blocks) ->
     start, group, step = steps
     along, across = factor.stride()
     sizes = (blocks.groups if group else 1, factor.shape[0], count)
-    return factor.as_strided(
-        sizes,
-        (group * across, along, step * across),
-        factor.storage_offset() + start * across,
-    )
+    first = factor.storage_offset() + start * across
+    return factor.as_strided(sizes, (group * across, along, step * across), first)
 
 
-define(GROUPED_SCHEMA, grouped_site, grouped_site_fake)
+define(
+    f"grouped_site(Tensor x, Tensor y, {BANK}, {RANGES}, SymInt rows, int group_dim, int groups,"
+    " int[] out_steps, int[] in_steps, bool over_out) -> Tensor",
+    grouped_site,
+    grouped_site_fake,
+)

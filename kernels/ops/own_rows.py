@@ -5,8 +5,7 @@
 
 with i, count = own_table[s], s the slot of row m. A slot has all rows of the weight (a module that
 was trained as a whole), some (tokens that were trained), or none, i = −1. Rows of other slots and
-base rows keep y, bit for bit.
-The delta of the same site is added to what comes out.
+base rows keep y, bit for bit. The delta of the same site is added to what comes out.
 
 A linear visits the slots that are present, for which the host waits where slots lie on an
 accelerator: a product with the weight of every slot would cost more than the wait.
@@ -42,12 +41,6 @@ class OwnRows(NamedTuple):
 
 #: The arguments of an op that takes them all, absent where the bank has no room for them.
 OWN_ROWS = ", ".join(f"Tensor? {name}=None" for name in OwnRows._fields)
-SCHEMAS = (
-    "own_linear(Tensor x, Tensor y, Tensor own, Tensor own_at, Tensor own_table, Tensor own_bias,"
-    " Tensor slots, SymInt rows) -> Tensor",
-    "own_embedding(Tensor ids, Tensor y, Tensor own, Tensor own_at, Tensor own_table,"
-    " Tensor slots, SymInt rows) -> Tensor",
-)
 
 
 def own_linear(
@@ -134,13 +127,20 @@ def with_own_rows(
     """`own_linear`, or `own_embedding` of the ids x; y itself where the bank has no room."""
     if own.own is None:
         return y
-    assert own.own_at is not None
-    assert own.own_table is not None
     if embedding:
-        return own_embedding(x, y, own.own, own.own_at, own.own_table, slots, rows)
-    assert own.own_bias is not None
-    return own_linear(x, y, own.own, own.own_at, own.own_table, own.own_bias, slots, rows)
+        return own_embedding(x, y, *own[:3], slots, rows)  # type: ignore[arg-type]
+    return own_linear(x, y, *own, slots, rows)  # type: ignore[arg-type]
 
 
-define(SCHEMAS[0], own_linear, own_linear_fake)
-define(SCHEMAS[1], own_embedding, own_embedding_fake)
+define(
+    "own_linear(Tensor x, Tensor y, Tensor own, Tensor own_at, Tensor own_table, Tensor own_bias,"
+    " Tensor slots, SymInt rows) -> Tensor",
+    own_linear,
+    own_linear_fake,
+)
+define(
+    "own_embedding(Tensor ids, Tensor y, Tensor own, Tensor own_at, Tensor own_table,"
+    " Tensor slots, SymInt rows) -> Tensor",
+    own_embedding,
+    own_embedding_fake,
+)

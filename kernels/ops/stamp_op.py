@@ -71,8 +71,6 @@ def without_data(value: Any) -> FakeTensor:
 #: By key, what the ops of a capture that is running return.
 LAYOUTS: dict[int, Sequence[Layout]] = {}
 
-SCHEMA = "stamp(Tensor[] values, int key) -> Tensor[]"
-
 
 def stamp(values: Sequence[Tensor], key: int) -> list[Tensor]:
     raise CaptureError("lorafx::stamp stands for a layer while it is traced, and computes nothing")
@@ -83,7 +81,7 @@ def stamp_fake(values: Sequence[Tensor], key: int) -> Sequence[Tensor]:
     return [layout.empty(mode) for layout in LAYOUTS[key]]
 
 
-define(SCHEMA, stamp, stamp_fake)
+define("stamp(Tensor[] values, int key) -> Tensor[]", stamp, stamp_fake)
 
 
 def overwrite(written: Tensor, value: Tensor) -> None:

@@ -24,7 +24,7 @@ import torch
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.cpu.compiler import cache_folder
-from lorafx.kernels.triton.triton_source import KERNELS, AnySpec, generator_hash, source
+from lorafx.kernels.triton.triton_source import KERNELS, Spec, generator_hash, source
 from lorafx.kernels.triton.triton_tiles import Architecture, Tiles
 from lorafx.torch_internals import triton_compat
 
@@ -34,14 +34,9 @@ FIRST = ("shrink", "shrink_rows", "split", "activate")
 
 @dataclass(frozen=True, eq=False)
 class GeneratedKernel:
-    """One kernel of this process.
+    """A kernel of this process: its name in KERNELS, and its function as @triton.jit made it.
 
-    Attributes:
-        name: of KERNELS.
-        key: what its file is named by; equal keys mean equal text.
-        path: its file.
-        jit: what @triton.jit made of its function.
-        tiles: how it cuts up its work.
+    Equal keys mean equal text.
     """
 
     name: str
@@ -53,15 +48,14 @@ class GeneratedKernel:
     @property
     def starts_early(self) -> bool:
         """Whether it may be launched while the kernel before it runs: it waits by itself."""
-        return self.tiles.overlap and (self.name not in FIRST or self.tiles.ahead)
+        return self.tiles.overlap and self.name not in FIRST
 
     @property
     def text(self) -> str:
-        """Its source, as written."""
         return self.path.read_text()
 
 
-def key_of(kernel: str, spec: AnySpec, tiles: Tiles, arch: Architecture) -> str:
+def key_of(kernel: str, spec: Spec | None, tiles: Tiles, arch: Architecture) -> str:
     """The name under which the cache keeps a kernel."""
     parts = (
         *(kernel, repr(spec), repr(tiles), arch.name),
@@ -70,24 +64,7 @@ def key_of(kernel: str, spec: AnySpec, tiles: Tiles, arch: Architecture) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
-def _import(path: Path) -> ModuleType:
-    name = f"lorafx_generated.{path.stem}"
-    if name in sys.modules:
-        return sys.modules[name]
-    found = importlib.util.spec_from_file_location(name, path)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module
-    try:
-        found.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise LoweringError(f"the generated kernel {path} cannot be imported: {error}") from error
-    return module
-
-
-def load(kernel: str, spec: AnySpec, tiles: Tiles, arch: Architecture) -> GeneratedKernel:
+def load(kernel: str, spec: Spec | None, tiles: Tiles, arch: Architecture) -> GeneratedKernel:
     """The kernel, from the cache or generated now.
 
     Raises:
@@ -106,3 +83,20 @@ def load(kernel: str, spec: AnySpec, tiles: Tiles, arch: Architecture) -> Genera
     template, constants = KERNELS[kernel]
     function = constants.get("function", template)
     return GeneratedKernel(kernel, key, path, tiles, getattr(_import(path), function))
+
+
+def _import(path: Path) -> ModuleType:
+    name = f"lorafx_generated.{path.stem}"
+    if name in sys.modules:
+        return sys.modules[name]
+    found = importlib.util.spec_from_file_location(name, path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module
+    try:
+        found.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise LoweringError(f"the generated kernel {path} cannot be imported: {error}") from error
+    return module

@@ -1,4 +1,4 @@
-"""The Triton source of one generated kernel: a template of kernels/templates and its parameters.
+"""The Triton source of a generated kernel: a template of kernels/triton/templates, filled in.
 
     source(kernel, spec, tiles) = heading + template[kernel](sizes, column ranges, dtypes, tiles)
 
@@ -12,7 +12,7 @@
     gather, place  B behind the columns of W, and v behind those of x, for one product of both
     order        the requests sorted by slot
     activate     h = f(…) of other tensors, and shrink for x = h
-    attend, attend_split, attend_sum, write_new    attention over a paged cache (attention_spec.py)
+    attend, attend_split, attend_sum, write_new    attention over a paged cache
 
 With routed experts rows are sorted by expert, a tile is of one expert, and s is its (slot, expert).
 s is the slot of row m, r runs over the s-th adapter's own rank. Every size but those of the batch
@@ -26,21 +26,18 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jinja2
 import torch
 
 from lorafx.kernels.ops.delta_spec import DeltaSpec
-from lorafx.kernels.triton.activation import Activation
-from lorafx.kernels.triton.attention_spec import PagedAttentionSpec
-from lorafx.kernels.triton.longer import Longer, width_of
 from lorafx.kernels.triton.triton_tiles import Tiles, power_of_two
 
 TYPES = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
 
-#: Lines of 128 bytes of each column of W that a program fetches before there is an x.
-FETCHED = 4
+#: Elements that the columns of "concat" come in: what a matrix instruction takes of K, 32 bytes.
+COLUMN_UNIT = 16
 
 # kernel -> its template and the constants that tell it from the template's other kernels
 KERNELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -65,6 +62,53 @@ KERNELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 
 @dataclass(frozen=True)
+class Leaf:
+    """A tensor that the region reads, (M, W), or (E, W) where its rows are `gathered` by ids."""
+
+    dtype: torch.dtype
+    gathered: bool = False
+
+    @property
+    def inputs(self) -> int:
+        """How many tensors the op takes for it."""
+        return 1 + self.gathered
+
+
+@dataclass(frozen=True)
+class Load:
+    """g_i: columns start, start + step, … of a leaf, one for each k."""
+
+    leaf: int
+    start: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A pointwise region in front of a product, as text that a generated kernel computes.
+
+        h[m, k] = f(g_0, g_1, …)        g_i = leaf[row, start + step · k]
+
+    A leaf is a tensor with a row for each row m, or a table whose row is chosen by ids[m] (biases
+    of experts). Leaves are in the order in which the op takes them, each followed by its ids if
+    gathered. The names g0, g1, … in `lines` stand for `loads`, whose steps of two are interleaved
+    halves. A line is a Triton statement that gives a name to a float32 expression of earlier names;
+    where the graph itself casts to a narrower type, so does the text. `result` is the name of h.
+    lorafx.graph.pointwise_region makes it from a graph.
+    """
+
+    leaves: tuple[Leaf, ...]
+    loads: tuple[Load, ...]
+    lines: tuple[str, ...]
+    result: str
+
+    @property
+    def inputs(self) -> int:
+        """How many tensors the leaves are."""
+        return sum(leaf.inputs for leaf in self.leaves)
+
+
+@dataclass(frozen=True)
 class TritonSpec:
     """What the kernels of one LoRA node take for granted.
 
@@ -75,7 +119,8 @@ class TritonSpec:
         transposed: the base weight is (K, N).
         experts: E where the weight holds one for each expert; 0 for all others.
         activation: what x is computed by, for a strategy that does so itself.
-        longer: which columns are added to x and W, for a strategy that does so.
+        by_request: "concat" has a block of columns for each request of the batch, instead of each
+            slot of the bank.
     """
 
     delta: DeltaSpec
@@ -84,7 +129,7 @@ class TritonSpec:
     transposed: bool = False
     experts: int = 0
     activation: Activation | None = None
-    longer: Longer | None = None
+    by_request: bool = False
 
     @property
     def out_features(self) -> int:
@@ -96,11 +141,104 @@ class TritonSpec:
         """Factors of a row of v: R for each column range."""
         return len(self.delta.sizes) * self.delta.max_rank
 
+    @property
+    def width(self) -> int:
+        """Columns of a block of "concat"."""
+        return -(-self.delta.max_rank // COLUMN_UNIT) * COLUMN_UNIT
+
     def supported(self) -> bool:
         """Whether kernels are generated for it: 16- and 32-bit floats, nothing empty."""
-        return self.delta.supported() and (
-            self.weight_dtype is None or self.weight_dtype == self.delta.x_dtype
-        )
+        return self.delta.supported() and self.weight_dtype in (None, self.delta.x_dtype)
+
+    def heading(self) -> list[str]:
+        """What the comment that a generated file opens with says of it."""
+        d = self.delta
+        dtypes = f"x {d.x_dtype}, bank {d.bank_dtype}, y {d.y_dtype}"
+        ranges = zip(d.siblings, d.offsets, d.sizes, strict=True)
+        text = "; ".join(f"sibling {i}, bank [{o}, {o + size})" for i, o, size in ranges)
+        lines = [
+            f"K {d.in_features}, rank at most {d.max_rank}, {d.group} siblings; {dtypes}",
+            f"column ranges of y: {text}",
+        ]
+        if self.weight_dtype is not None:
+            shape = "(K, N)" if self.transposed else "(N, K)"
+            lines.append(f"weight {shape}, {'with' if self.bias else 'without'} bias")
+        if self.experts:
+            lines.append(f"{self.experts} experts, rows sorted by expert")
+        return lines
+
+    def parameters(self, kernel: str, tiles: Tiles) -> dict[str, Any]:
+        """What the template of `kernel` is filled with."""
+        d = self.delta
+        counts = [-(-size // tiles.block_n) for size in d.sizes]
+        k_blocks = -(-max(d.in_features, 1) // tiles.block_k)
+        first = d.siblings[0]
+        k_part = -(-k_blocks // tiles.parts) * tiles.block_k
+        split_part = -(-k_blocks // tiles.split) * tiles.block_k
+        ragged = d.in_features % tiles.block_k > 0
+        factors = power_of_two(d.max_rank, 1, tiles.block_r)
+        batched = tiles.batched and factors >= d.max_rank
+        return {
+            **self._dtypes(),
+            "in_features": d.in_features,
+            "max_rank": d.max_rank,
+            "planes": self.planes,
+            "group": d.group,
+            "spacing": d.slot_rows,
+            "columns": d.columns,
+            "siblings": list(d.siblings),
+            "consecutive": d.siblings == tuple(range(first, first + len(d.siblings))),
+            "offsets": list(d.offsets),
+            "sizes": list(d.sizes),
+            "starts": _starts(d.sizes),
+            "range_firsts": [j * d.max_rank for j in range(len(d.sizes))],
+            "tile_firsts": _starts(tuple(counts)),
+            "tiles_n": sum(counts),
+            "tiles_block": power_of_two(sum(counts), 1, 1 << 20),
+            # of a kernel that takes a tile's slots side by side, or goes slot by slot after all
+            "factors": factors,
+            "abreast": tiles.block_r // factors,
+            "slot_factors": power_of_two(factors, 16, 16) if batched else tiles.block_r,
+            "code": 1 << d.max_rank.bit_length(),
+            "bias": self.bias,
+            "transposed": self.transposed,
+            "out_features": self.out_features,
+            "k_part": k_part,
+            "ragged_k": ragged
+            or (kernel in ("shrink", "split", "activate") and tiles.parts * k_part > d.in_features),
+            "split_part": split_part,
+            "split_ragged": ragged or tiles.split * split_part > d.in_features,
+            "ragged_n": any(size % tiles.block_n for size in d.sizes),
+            "batched": batched,
+            "at_once": tiles.at_once if batched else 0,
+            "grouped": self.experts > 0,
+            "experts": self.experts,
+            "experts_block": power_of_two(self.experts, 1, 1 << 20),
+            "activation": self.activation if kernel == "activate" else None,
+            "width": self.width,
+            "requests": self.by_request,
+        }
+
+    def _dtypes(self) -> dict[str, str]:
+        """Types of the products: 16-bit operands where both have one 16-bit type, else float32."""
+        d = self.delta
+        same = d.x_dtype == d.bank_dtype
+        # Exact in float32 where y could tell: v · B in 16 bits costs 2⁻¹⁷ of it.
+        expand = d.bank_dtype if d.bank_dtype == d.y_dtype else torch.float32
+        wide = ".to(tl.float32)"
+        return {
+            "base_dtype": TYPES[d.x_dtype],
+            "dot_dtype": TYPES[d.x_dtype] if same else "tl.float32",
+            "x_cast": "" if same or d.x_dtype == torch.float32 else wide,
+            "a_cast": "" if same or d.bank_dtype == torch.float32 else wide,
+            "expand_dtype": TYPES[expand],
+            "b_cast": "" if d.bank_dtype == expand else wide,
+            "y_dtype": TYPES[d.y_dtype],
+        }
+
+
+def _starts(sizes: tuple[int, ...]) -> list[int]:
+    return [sum(sizes[:j]) for j in range(len(sizes))]
 
 
 @functools.cache
@@ -126,125 +264,23 @@ def generator_hash() -> str:
     return hash_of(Path(__file__).parent)
 
 
-def _starts(sizes: tuple[int, ...]) -> list[int]:
-    return [sum(sizes[:j]) for j in range(len(sizes))]
+class Spec(Protocol):
+    """What a kernel is generated for."""
+
+    def heading(self) -> list[str]: ...
+
+    def parameters(self, kernel: str, tiles: Tiles) -> dict[str, Any]: ...
 
 
-#: What a kernel is generated for; None for `order`, which depends on nothing.
-AnySpec = TritonSpec | PagedAttentionSpec | None
-
-
-def heading(kernel: str, spec: AnySpec, tiles: Tiles) -> str:
-    """The comment that a generated file opens with: what it was made from."""
-    lines = [f"Generated from {KERNELS[kernel][0]}.py.jinja: {kernel}."]
-    if isinstance(spec, PagedAttentionSpec):
-        lines.append(f"{spec}")
-    elif spec is not None:
-        d = spec.delta
-        dtypes = f"x {d.x_dtype}, bank {d.bank_dtype}, y {d.y_dtype}"
-        lines.append(f"K {d.in_features}, rank at most {d.max_rank}, {d.group} siblings; {dtypes}")
-        ranges = zip(d.siblings, d.offsets, d.sizes, strict=True)
-        text = "; ".join(f"sibling {i}, bank [{o}, {o + size})" for i, o, size in ranges)
-        lines.append(f"column ranges of y: {text}")
-        if spec.weight_dtype is not None:
-            shape = "(K, N)" if spec.transposed else "(N, K)"
-            lines.append(f"weight {shape}, {'with' if spec.bias else 'without'} bias")
-        if spec.experts:
-            lines.append(f"{spec.experts} experts, rows sorted by expert")
-    lines.append(f"tiles: {tiles}")
-    return "\n\n".join((lines[0], "\n".join(lines[1:]))) + "\n"
-
-
-def _dtypes(spec: TritonSpec) -> dict[str, str]:
-    """Types of the products: 16-bit operands where both have one 16-bit type, else float32."""
-    d = spec.delta
-    same = d.x_dtype == d.bank_dtype
-    # Exact in float32 where y could tell: v · B in 16 bits costs 2⁻¹⁷ of it.
-    expand = d.bank_dtype if d.bank_dtype == d.y_dtype else torch.float32
-    wide = ".to(tl.float32)"
-    return {
-        "base_dtype": TYPES[d.x_dtype],
-        "dot_dtype": TYPES[d.x_dtype] if same else "tl.float32",
-        "x_cast": "" if same or d.x_dtype == torch.float32 else wide,
-        "a_cast": "" if same or d.bank_dtype == torch.float32 else wide,
-        "expand_dtype": TYPES[expand],
-        "b_cast": "" if d.bank_dtype == expand else wide,
-        "y_dtype": TYPES[d.y_dtype],
-    }
-
-
-def parameters(kernel: str, spec: TritonSpec, tiles: Tiles) -> dict[str, Any]:
-    """What the template of `kernel` is filled with."""
-    d = spec.delta
-    counts = [-(-size // tiles.block_n) for size in d.sizes]
-    k_blocks = -(-max(d.in_features, 1) // tiles.block_k)
-    k_part = -(-k_blocks // tiles.parts) * tiles.block_k
-    split_part = -(-k_blocks // tiles.split) * tiles.block_k
-    ragged = d.in_features % tiles.block_k > 0
-    factors = power_of_two(d.max_rank, 1, tiles.block_r)
-    batched = tiles.batched and factors >= d.max_rank
-    return {
-        **_dtypes(spec),
-        "in_features": d.in_features,
-        "max_rank": d.max_rank,
-        "group": d.group,
-        "spacing": d.slot_rows,
-        "columns": d.columns,
-        "siblings": list(d.siblings),
-        "consecutive": d.siblings == tuple(range(d.siblings[0], d.siblings[0] + len(d.siblings))),
-        "offsets": list(d.offsets),
-        "sizes": list(d.sizes),
-        "starts": _starts(d.sizes),
-        "range_firsts": [j * d.max_rank for j in range(len(d.sizes))],
-        "tile_firsts": _starts(tuple(counts)),
-        "tiles_n": sum(counts),
-        "tiles_block": power_of_two(sum(counts), 1, 1 << 20),
-        # of a kernel that takes a tile's slots side by side, or goes slot by slot after all
-        "factors": factors,
-        "abreast": tiles.block_r // factors,
-        "slot_factors": power_of_two(factors, 16, 16) if batched else tiles.block_r,
-        "code": 1 << d.max_rank.bit_length(),
-        "bias": spec.bias,
-        "transposed": spec.transposed,
-        "out_features": spec.out_features,
-        "k_part": k_part,
-        "ragged_k": ragged
-        or (kernel in ("shrink", "split", "activate") and tiles.parts * k_part > d.in_features),
-        "split_part": split_part,
-        "split_ragged": ragged or tiles.split * split_part > d.in_features,
-        # lines of the cache of a column of W that are fetched ahead
-        "line": max(128 // d.x_dtype.itemsize, 1),
-        "fetched": FETCHED,
-        "ragged_n": any(size % tiles.block_n for size in d.sizes),
-        **asdict(tiles),
-        "batched": batched,
-        "at_once": tiles.at_once if batched else 0,
-        "grouped": spec.experts > 0,
-        "experts": spec.experts,
-        "experts_block": power_of_two(spec.experts, 1, 1 << 20),
-        "activation": spec.activation if kernel == "activate" else None,
-        **_columns(spec),
-    }
-
-
-def _columns(spec: TritonSpec) -> dict[str, Any]:
-    """What a template needs to know of the columns that x and W get."""
-    if spec.longer is None:
-        return {}
-    return {"width": width_of(spec.delta.max_rank), "requests": spec.longer.requests}
-
-
-def source(kernel: str, spec: AnySpec, tiles: Tiles) -> str:
-    """The complete Python text of `kernel`."""
+def source(kernel: str, spec: Spec | None, tiles: Tiles) -> str:
+    """The complete Python text of `kernel`; `order` depends on no spec."""
     template, constants = KERNELS[kernel]
-    filled = asdict(tiles)
-    if isinstance(spec, PagedAttentionSpec):
-        filled |= {**spec.parameters(), "dtype": TYPES[spec.dtype]}
-    elif spec is not None:
-        filled = parameters(kernel, spec, tiles)
-    text = (
-        _environment()
-        .get_template(f"{template}.py.jinja")
-        .render({**filled, **constants}, heading=heading(kernel, spec, tiles))
-    )
+    heading = [*([] if spec is None else spec.heading()), f"tiles: {tiles}"]
+    filled = {
+        **asdict(tiles),
+        **({} if spec is None else spec.parameters(kernel, tiles)),
+        **constants,
+        "heading": f"Generated from {template}.py.jinja: {kernel}.\n\n" + "\n".join(heading) + "\n",
+    }
+    text = _environment().get_template(f"{template}.py.jinja").render(filled)
     return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"

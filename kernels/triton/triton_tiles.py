@@ -38,8 +38,6 @@ class Tiles:
             instead of slot by slot.
         at_once: slots whose ranks a batched reader fetches beside the slots of its rows, so that B
             waits for one load instead of three; 0: for its rows' slots, once it has those.
-        early: a batched kernel finds its slots and fetches the first of B before the base product.
-        ahead: "split" starts while the kernel before it runs, and fetches the first of W.
         overlap: the reader of v starts while the shrink runs (programmatic dependent launch).
         ordered: rows are visited sorted by slot, so that a tile holds few adapters.
         num_warps, num_stages: Triton's launch options.
@@ -59,8 +57,6 @@ class Tiles:
     picked: int = 0
     batched: bool = False
     at_once: int = 0
-    early: bool = False
-    ahead: bool = False
     overlap: bool = False
     num_warps: int = 4
     num_stages: int = 3

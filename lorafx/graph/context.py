@@ -12,7 +12,6 @@ from torch import Tensor, fx, nn
 import lorafx.kernels.ops.conv_ops
 import lorafx.kernels.ops.expert_ops
 import lorafx.kernels.ops.grouped_ops
-import lorafx.kernels.ops.mask_ops
 import lorafx.kernels.ops.ops
 import lorafx.kernels.ops.row_ops  # noqa: F401  (all define torch.ops.lorafx)
 from lorafx.errors import MatchError

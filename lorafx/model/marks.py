@@ -7,7 +7,7 @@
 x (…, K) or ids (…), y (…, N), s the slot of the batch, i the sibling, o its offset in the bank; a
 packed module has a sibling for each part of its columns. e is the factor of embeddings that scale
 their output. Where the bank has room for DoRA, y is rescaled behind its delta
-(lorafx.kernels.ops.rescaled). The module's own forward runs untouched. Where its input and output
+(lorafx.kernels.ops.delta). The module's own forward runs untouched. Where its input and output
 do not have these shapes, a registered handler takes the call apart and adds ranges of the delta's
 columns.
 

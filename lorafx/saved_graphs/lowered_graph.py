@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from lorafx.capture.lowering import NodeByNode
-from lorafx.kernels.cpu import dense_delta
+from lorafx.kernels.cpu import dense
 from lorafx.kernels.cpu.cpu import build, build_all
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.saved_graphs.fingerprints import Undescribed
@@ -56,7 +56,7 @@ class SavedLowered:
         """
         build_all(self.kernels)
         for dtype in {spec.y_dtype for spec in self.kernels}:
-            dense_delta.ready(dtype)
+            dense.joined_ready(dtype)
         for spec, kernel in self.kernels.items():
             if build(spec) != kernel:
                 raise Undescribed(f"the kernel of {spec} is another one here")

@@ -12,7 +12,7 @@ from lorafx.kernels.cost.expert_cost import EXPERT_STRATEGIES, ExpertWork, estim
 
 pytestmark = pytest.mark.quick
 
-QWEN3_UP = ExpertWork(2048, (768, 768), 512, 128, 8, 16, torch.bfloat16, DEFAULT_CHIP)
+QWEN3_UP = ExpertWork(2048, (768, 768), 512, 8, 16, torch.bfloat16, experts=128)
 QWEN3_DOWN = replace(QWEN3_UP, in_features=768, sizes=(2048,), activation=True)
 
 

@@ -14,8 +14,7 @@ from torch.library import opcheck
 from lorafx.errors import LoweringError
 from lorafx.kernels.cpu import attention as module
 from lorafx.kernels.cpu.compiler import runnable_isas
-from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PagedStep
-from lorafx.kernels.ops.paged_cache import paged_cache
+from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PagedStep, paged_cache
 
 #: What each token of a step sees of the 31 rows that are read: a request of one token that has 18,
 #: one of six with nine, one of a first token, and padding.

@@ -127,7 +127,6 @@ def test_those_that_wait_are_told_too(tmp_path: Path) -> None:
     with pytest.raises(LoweringError, match="refused a generated kernel"):
         compiler.compile()
     other.join()
-    assert len(compiler.started) == 1
 
 
 def test_an_interrupt_stops_the_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +189,7 @@ def test_a_forked_child_does_not_wait_for_its_parents_threads(tmp_path: Path) ->
     other = compiler.begin()
     child = os.fork()
     if not child:
-        forgotten = not compilations._UNDER_WAY and not compilations._RUNNING
+        forgotten = not compilations._RUNNING
         compiler.compile()
         os._exit(0 if forgotten else 1)
     assert os.waitpid(child, 0)[1] == 0

@@ -178,7 +178,7 @@ def test_every_instruction_set(isa: Isa) -> None:
 def test_the_op_without_a_kernel_is_the_same_delta() -> None:
     """What runs off the CPU, called directly."""
     from lorafx.kernels.ops.expert_ops import run_expert_delta_
-    from lorafx.kernels.ops.flat_arguments import flat
+    from lorafx.kernels.ops.op_library import flat
 
     for ends in (False, True):
         r = routed("gate and up", "prefill", "and beyond", ends=ends)

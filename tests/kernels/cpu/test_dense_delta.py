@@ -9,7 +9,7 @@ from toolchain import needs_compiler
 from torch import Tensor
 
 from lorafx.errors import LoweringError
-from lorafx.kernels.cpu import cpu, dense, dense_delta
+from lorafx.kernels.cpu import cpu, dense
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 
 pytestmark = needs_compiler
@@ -60,7 +60,7 @@ def check(p: Problem, x: Tensor | None = None) -> Tensor:
         y = op(*operands)
         apart = y.clone()
         lora.run_delta_(apart, x, *arguments)
-        assert dense_delta.ready(x.dtype)
+        assert dense.joined_ready(x.dtype)
         together = deltas(*operands, *arguments)
         assert together.is_contiguous()
         assert torch.equal(together, apart)
@@ -149,7 +149,7 @@ def test_slots_that_are_none(slots: list[int]) -> None:
 def test_kernels_that_are_none() -> None:
     p = problem_of([0, 1], torch.float32)
     (_, weight), _ = base_of(p), kernel_of(p)
-    assert dense_delta.ready(torch.float32)
+    assert dense.joined_ready(torch.float32)
     with pytest.raises((RuntimeError, LoweringError), match="kernel"):
         lora.dense_mm_delta(p.x, weight, [], *p.bank, 1, 12345)
     other = problem_of([0, 1], torch.float32, sizes=(14, 20))
@@ -170,16 +170,16 @@ def test_opcheck(bias: bool) -> None:
 
 def test_before_the_kernels_are_there(monkeypatch) -> None:
     """The ops' own implementations, which also run off the CPU."""
-    monkeypatch.setattr(dense_delta, "ready", lambda dtype: False)
+    monkeypatch.setattr(dense, "joined_ready", lambda dtype: False)
     p = problem_of([0, -1, 1], torch.float32)
     (bias, weight), kernel = base_of(p), kernel_of(p)
     for got, y in (
         (
-            dense_delta.dense_mm_delta(p.x, weight, [], p.bank, 1, kernel),
+            dense.dense_mm_delta(p.x, weight, [], p.bank, 1, kernel),
             dense.dense_mm(p.x, weight, []),
         ),
         (
-            dense_delta.dense_addmm_delta(bias, p.x, weight, [], p.bank, 1, kernel),
+            dense.dense_addmm_delta(bias, p.x, weight, [], p.bank, 1, kernel),
             dense.dense_addmm(bias, p.x, weight, []),
         ),
     ):

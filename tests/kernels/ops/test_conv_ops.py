@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.library import opcheck
 
 from lorafx.errors import LoweringError, ProvenanceError
-from lorafx.kernels.ops.bank_arguments import BankArgs
 from lorafx.kernels.ops.conv_ops import Window, add_conv_delta
+from lorafx.kernels.ops.op_library import BankArgs
 
 pytestmark = pytest.mark.quick
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lorafx.errors import LoweringError, ProvenanceError
-from lorafx.kernels.ops.rescaled import rescaled
+from lorafx.kernels.ops.delta import rescaled
 
 pytestmark = pytest.mark.quick
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.library import opcheck
 
 from lorafx.errors import LoweringError, ProvenanceError
-from lorafx.kernels.ops.bank_arguments import BankArgs, Ranges
 from lorafx.kernels.ops.grouped_ops import Blocks, add_grouped_delta
+from lorafx.kernels.ops.op_library import BankArgs, Ranges
 
 pytestmark = pytest.mark.quick
 

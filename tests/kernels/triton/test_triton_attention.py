@@ -11,16 +11,13 @@ from compile_only_gpu import compile_only_gpu
 from dense_merge import error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from on_ptx import launch as launch_ptx
 from paged_steps import TOLERANCE, paged_step
 from torch import Tensor
 
 from lorafx.kernels.ops.paged_attention import PagedStep, by_request
-from lorafx.kernels.triton import attention_spec
 from lorafx.kernels.triton import triton_attention as module
-from lorafx.kernels.triton.attention_spec import FEW, PagedAttentionSpec, parts_for
 from lorafx.kernels.triton.launchers import launch_interpreted
-from lorafx.kernels.triton.triton_attention import attend
+from lorafx.kernels.triton.triton_attention import FEW, PagedAttentionSpec, attend, parts_for
 from lorafx.kernels.triton.triton_cache import GeneratedKernel
 from lorafx.kernels.triton.triton_tiles import ARCHITECTURES, Architecture
 
@@ -157,7 +154,7 @@ def test_parts_of_keys() -> None:
     """More where there are fewer programs than processors, never of fewer than 256 keys."""
     arch = ARCHITECTURES["cuda90"]
     assert parts_for(arch.processors * 2, 100_000, arch) == 1
-    assert parts_for(8, 100_000, arch) == attention_spec.MOST_PARTS
+    assert parts_for(8, 100_000, arch) == module.MOST_PARTS
     assert parts_for(8, 1000, arch) == 3
     assert parts_for(64, 100_000, arch) == 5
     assert FEW > 1
@@ -206,27 +203,3 @@ def test_all_that_steps_need_is_compiled_at_the_first(monkeypatch: pytest.Monkey
     assert len(compiled) == count
     assert set(launched) <= set(compiled)
     assert len(set(launched)) == 5  # write_new, attend for few and for many, in parts, their sum
-
-
-@pytest.mark.parametrize(
-    ("parts", "changes"),
-    [
-        (1, {"size": 16, "group": 4, "heads": 1, "dtype": BF16}),
-        (1, {"size": 12, "group": 3, "heads": 1, "dtype": FP16, "cap": 0.5, "sinks": True}),
-        (2, {"size": 20, "window": 5, "dtype": BF16, "sinks": True}),
-        (1, {"size": 10, "group": 2, "heads": 1}),
-    ],
-    ids=["groups", "caps and sinks", "windows in parts", "float32"],
-)
-def test_compiled_for_hopper(parts: int, changes: dict[str, Any]) -> None:
-    """What is compiled for a step of few tokens, run from its PTX: rows that begin anywhere."""
-    with compile_only_gpu():
-        call = paged_step([(2, 70), (1, 9), (3, 0)], **changes)
-        check(call, launch=launch_ptx, arch=ARCHITECTURES["cuda90"], parts=parts)
-
-
-def test_tiles_of_many_compiled_for_ampere() -> None:
-    """Whose matrix instructions the machine has. The first tile of the chunk is not full."""
-    with compile_only_gpu(80):
-        call = paged_step([(2, 70), (21, 30), (3, 0)], dtype=BF16, heads=1, group=3, size=40)
-        check(call, launch=launch_ptx, arch=ARCHITECTURES["cuda80"], few=False)

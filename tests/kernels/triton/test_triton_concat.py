@@ -12,7 +12,6 @@ from triton_cases import (
     CPU,
     FP16,
     FP32,
-    Case,
     assert_right,
     kernel_of,
     lora,
@@ -21,14 +20,8 @@ from triton_cases import (
 )
 
 from lorafx.errors import LoweringError
-from lorafx.kernels.triton.concat_ops import (
-    blocks_of,
-    columns_of,
-    concat_linear,
-    longer_reference,
-)
-from lorafx.kernels.triton.longer import Longer
-from lorafx.kernels.triton.triton_build import TritonSpec, build, plan_of
+from lorafx.kernels.triton.concat_ops import columns_of, concat_linear
+from lorafx.kernels.triton.triton_build import build, plan_of
 
 DTYPES = {"fp32": (FP32,) * 3, "bf16": (BF16,) * 3}
 BATCHES = {
@@ -96,36 +89,20 @@ def test_what_is_no_number_stays_with_its_rows(factor: str, value: float) -> Non
     assert not got[[1, 3]].isfinite().all(1).any()
 
 
-@pytest.mark.parametrize("requests", [False, True])
-def test_longer_operands_are_those_of_the_reference(requests: bool) -> None:
-    case = make_case(K=48, sizes=(40, 9, 31), slots=(2, -1, 0, 2), rows=5, rank=6)
-    case = case.with_(B=case.problem.B.nan_to_num())  # of a slot that no row has
-    spec, p = with_blocks(case, requests), case.problem
-    x, weight = p.x.clone(), case.weight.clone()
-    kernel = build(spec, "concat", rows_hint=20, device=CPU)
-    assert kernel is not None
-    full = plan_of(kernel).spec
-    want_x, want_w = longer_reference(full, x, weight, p.bank, p.rows)
-    more = (0, columns_of(full, blocks_of(full, p.bank)))
-    x, weight = (torch.nn.functional.pad(t, more, value=torch.nan) for t in (x, weight))
-    lora.triton_concat_(x, weight, *p.bank, p.rows, kernel)
-    torch.testing.assert_close(x, want_x, rtol=1e-5, atol=1e-6)
-    assert torch.equal(weight, want_w)
-
-
 @pytest.mark.parametrize("slots", [(2, -1, 0, 2), (-1, 4, 4), (1,)])
 def test_blocks_of_requests(slots: tuple[int, ...]) -> None:
     """Of a bank with more slots than the batch has requests."""
     case = make_case(K=48, sizes=(40, 9, 31), slots=slots, rows=5, rank=6, capacity=7)
-    spec, p = with_blocks(case, True), case.problem
+    spec, p = replace(case.spec, by_request=True), case.problem
     kernel = build(spec, "concat", rows_hint=20, device=CPU)
     assert kernel is not None
     got = concat_linear(p.x, case.weight, case.bias, p.bank, p.rows, kernel)
     assert_right(case, "concat", got)
-
-
-def with_blocks(case: Case, requests: bool) -> TritonSpec:
-    return replace(case.spec, longer=Longer(requests=requests))
+    # whatever was in the columns behind x and W
+    more = (0, columns_of(plan_of(kernel).spec, len(slots)))
+    x, weight = (torch.nn.functional.pad(t, more, value=torch.nan) for t in (p.x, case.weight))
+    lora.triton_concat_(x, weight, *p.bank, p.rows, kernel)
+    assert torch.equal(torch.addmm(case.bias, x, weight.T), got)
 
 
 def test_what_cannot_be_made_longer() -> None:

@@ -20,8 +20,8 @@ from torch.library import opcheck
 from triton_cases import BF16, FP16, FP32
 
 from lorafx.errors import LoweringError
-from lorafx.kernels.ops.bank_arguments import BankArgs
-from lorafx.kernels.triton import triton_expert_ops
+from lorafx.kernels.ops.op_library import BankArgs
+from lorafx.kernels.triton import triton_ops
 from lorafx.kernels.triton.launchers import launch_wrapped
 from lorafx.kernels.triton.strategy_tiles import tiles_for
 from lorafx.kernels.triton.triton_build import TritonSpec, build, plan_of
@@ -305,7 +305,7 @@ def test_launches_can_be_traced(strategy: str, launches: int) -> None:
     def call(*values: Tensor) -> Tensor:
         own, rest = list(values[: len(inputs)]), values[len(inputs) :]
         weight, offs, *bank = rest
-        run = triton_expert_ops._run
+        run = triton_ops._run_experts
         return run(own, weight, offs, BankArgs(*bank), 1, kernel, launch_wrapped)
 
     graph = make_fx(call, tracing_mode="symbolic")(*tensors).graph

@@ -25,7 +25,7 @@ from triton_cases import (
 )
 
 from lorafx.errors import LoweringError
-from lorafx.kernels.ops.bank_arguments import BankArgs
+from lorafx.kernels.ops.op_library import BankArgs
 from lorafx.kernels.triton import triton_ops
 from lorafx.kernels.triton.launchers import launch_wrapped
 from lorafx.kernels.triton.triton_build import LINEAR, TritonSpec, build, plan_of

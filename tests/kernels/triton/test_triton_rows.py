@@ -21,19 +21,12 @@ from triton_cases import (
     run,
 )
 
-from lorafx.kernels.ops.bank_arguments import BankArgs
+from lorafx.kernels.ops.op_library import BankArgs
 from lorafx.kernels.triton.launchers import launch_interpreted
 from lorafx.kernels.triton.strategy_tiles import tiles_for
-from lorafx.kernels.triton.triton_build import LINEAR, ORDER_TILES, plan_of
+from lorafx.kernels.triton.triton_build import LINEAR, ORDER_TILES
 from lorafx.kernels.triton.triton_cache import load
-from lorafx.kernels.triton.triton_launch import (
-    Base,
-    LaunchArgs,
-    linear,
-    linear_reference,
-    shrink,
-    shrink_reference,
-)
+from lorafx.kernels.triton.triton_launch import LaunchArgs
 from lorafx.kernels.triton.triton_tiles import ARCHITECTURES
 
 ALL_ALIKE = 1 << 62
@@ -135,41 +128,6 @@ def test_order(slots: list[int]) -> None:
     batch = LaunchArgs.of(len(slots), bank, 1, kernel, launch_interpreted)
     assert batch.order is not None
     assert torch.equal(batch.order, torch.argsort(tensor, stable=True).to(torch.int32))
-
-
-@pytest.mark.parametrize("strategy", ["segments", "gemv"])
-def test_shrink_alone(strategy: str) -> None:
-    """v against its reference, wherever a row's adapter has a factor."""
-    case = make_case(K=70, sizes=(9, 9, 9), slots=(2, -1, 0, 1), rows=3, rank=5, siblings=(2, 0))
-    p, spec = case.problem, plan_of(kernel_of(case, strategy)).spec
-    kernel = next(iter(plan_of(kernel_of(case, strategy)).kernels.values()))
-    batch = LaunchArgs.of(12, p.bank, p.rows, None, launch_interpreted)
-    v = shrink(kernel, spec, p.x, batch).sum(0)
-    expected = shrink_reference(spec, p.x, p.bank, p.rows)
-    live = expected != 0
-    assert live.sum() > 20
-    torch.testing.assert_close(v[live], expected[live], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("strategy", ["epilogue", "segments"])
-def test_linear_alone(strategy: str) -> None:
-    """The reader of v against its reference; NaN where v must not be read."""
-    case = make_case(K=70, sizes=(9, 14), slots=(2, -1, 0, 1), rows=3, rank=5)
-    tiles = {
-        k: replace(t, parts=1)
-        for k, t in tiles_for(strategy, case.spec.delta, 12, INTERPRETER).items()
-    }
-    plan = plan_of(kernel_of(case, strategy, tiles))
-    p, spec = case.problem, plan.spec
-    v = shrink_reference(spec, p.x, p.bank, p.rows)
-    base = Base(p.x, case.weight, case.bias) if strategy in LINEAR else None
-    batch = LaunchArgs.of(12, p.bank, p.rows, None, launch_interpreted)
-    got, expected = p.y.clone(), p.y.clone()
-    planes = torch.where(v == 0, torch.nan, v)[None]
-    kernel = list(plan.kernels.values())[-1]
-    linear(kernel, spec, got, planes, base, batch)
-    linear_reference(spec, expected, v, base, p.bank, p.rows)
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)

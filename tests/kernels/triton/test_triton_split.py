@@ -46,24 +46,7 @@ def test_ranks_that_come_beside_the_slots_and_those_of_slots_behind_them(window:
     assert all(torch.equal(one, found[0]) for one in found)
 
 
-def test_a_product_that_starts_before_x_is_there() -> None:
-    """It fetches of W alone, waits, and only then lets its own reader start."""
-    case = make_case(K=64, sizes=(32, 48), slots=SLOTS, rank=8, dtypes=(BF16,) * 3)
-    plain = tiles_of(case, "split")
-    ahead = {**plain, "split": replace(plain["split"], ahead=True, overlap=True)}
-    ahead["reduce"] = replace(plain["reduce"], overlap=True)
-    assert torch.equal(run(case, "split", ahead), run(case, "split", plain))
-    first = plan_of(kernel_of(case, "split", ahead)).kernels["split"]
-    assert first.starts_early
-    steps = ["prefetch.global.L2", "griddepcontrol.wait", "griddepcontrol.launch_dependents"]
-    places = [first.text.index(step) for step in [*steps, "tl.load("]]
-    assert places == sorted(places)
-    alone = plan_of(kernel_of(case, "split", plain)).kernels["split"]
-    assert not alone.starts_early
-    assert "griddepcontrol" not in alone.text
-
-
-@pytest.mark.parametrize("changes", [{"batched": False}, {"early": True}, {"block_r": 16}])
+@pytest.mark.parametrize("changes", [{"batched": False}, {"block_r": 16}])
 def test_the_epilogue_with_slots_side_by_side_or_not(changes: dict[str, object]) -> None:
     case = make_case(K=80, sizes=(48, 16), slots=SLOTS, rank=12)
     tiles = tiles_of(case, "epilogue")

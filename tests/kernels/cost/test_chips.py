@@ -9,13 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import lorafx.kernels.triton.triton_ops  # noqa: F401  registers them
 from lorafx.kernels.cost import chips
 from lorafx.kernels.cost.chips import DEFAULT_CHIP, load_chip, save_chip
-from lorafx.kernels.cost.cost import estimate
-from lorafx.kernels.cost.work import Work
-from lorafx.kernels.tools import calibrate as tool
-from lorafx.kernels.tools.calibrate import calibrate
+from lorafx.kernels.cost.cost import Work, estimate
+from lorafx.kernels.triton import calibrate as tool
+from lorafx.kernels.triton.calibrate import calibrate
 
 pytestmark = pytest.mark.quick
 

@@ -1,27 +1,28 @@
-"""What the GPU of this machine reaches, measured.
-
-    python -m lorafx.kernels.tools.calibrate      measure it, and use that from now on
+"""What the GPU of this machine reaches, measured: `python -m lorafx.kernels.triton.calibrate`.
 
 Measured are copies (device memory, and in the second-level cache), matrix products, a chain of
-dependent kernels, and lorafx's own GEMMs with no adapter in the batch beside the vendor's: until
-that is known, strategies that replace the vendor's GEMM are not taken where FLOPs decide.
+dependent kernels, and lorafx's own GEMM beside the vendor's: until that is known, strategies that
+replace the vendor's GEMM are not taken where FLOPs decide.
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
 import torch
+from torch import Tensor
 
+import lorafx.kernels.triton.triton_ops  # noqa: F401  registers the op
 from lorafx.kernels.cost.chips import Chip, assumed_chip, save_chip
-from lorafx.kernels.tools.triton_variants import representative_specs
-from lorafx.kernels.tools.tune import Problem, replay_seconds
+from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.triton.triton_build import TritonSpec, build
 
+Call = Callable[[], object]
 #: Seconds of one call, by a name that says what it does.
-Clock = Callable[[str, Callable[[], object]], float]
+Clock = Callable[[str, Call], float]
 
 #: Sides of the products measured, elements of the copies, length of the chain of kernels.
 SIDE, LARGE, SMALL, CHAIN = 8192, 1 << 30, 4 << 20, 200
@@ -34,20 +35,18 @@ def calibrate(
 
     Args:
         name: of the device, as torch has it.
-        clock: how a call is timed.
         scale: makes the problems so many times smaller, for a trial of the code.
     """
     side, large, small = SIDE // scale, LARGE // scale, SMALL // scale
 
-    def copy(elements: int) -> Callable[[], object]:
+    def copy(elements: int) -> Call:
         source = torch.randint(-(1 << 15), 1 << 15, (elements,), dtype=torch.int16, device=device)
         target = torch.empty_like(source)
         # A kernel: a copy would become a node of its own in a graph, and go another way.
         return lambda: torch.bitwise_not(source, out=target)
 
-    def product(side: int, dtype: torch.dtype) -> Callable[[], object]:
-        left = torch.randn(side, side, device=device).to(dtype)
-        right = torch.randn(side, side, device=device).to(dtype)
+    def product(side: int, dtype: torch.dtype) -> Call:
+        left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         return lambda: left @ right
 
     def chain() -> None:
@@ -69,36 +68,55 @@ def calibrate(
     )
 
 
-def _spec(side: int) -> TritonSpec:
-    """Of a square weight."""
-    spec = representative_specs()["o_r16_bf16"]
-    return replace(spec, delta=replace(spec.delta, in_features=side, columns=side, sizes=(side,)))
-
-
-def _products(
-    side: int, rows: int, device: torch.device
-) -> tuple[Callable[[], object], Callable[[], object]]:
+def _products(side: int, rows: int, device: torch.device) -> tuple[Call, Call]:
     """The vendor's and lorafx's own product of (rows, side) with (side, side), base rows only."""
-    spec = _spec(side)
-    kernel = build(spec, "epilogue", rows_hint=rows, device=device)
-    assert kernel is not None
-    problem = Problem.random(spec, rows, device)
-    problem.bank[-1].fill_(-1)
-    weight = problem.weight
-    assert weight is not None
+    dtype, rank = torch.bfloat16, 16
+    delta = DeltaSpec(dtype, dtype, dtype, side, rank, 1, side, (0,), (0,), (side,))
+    kernel = build(TritonSpec(delta, dtype), "epilogue", rows_hint=rows, device=device)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    x, weight = normal(rows, side), normal(side, side)
+    A, B = normal(1, rank, side), normal(1, rank, side)
+    ranks = torch.full((1, 1), rank, dtype=torch.int32, device=device)
+    scales = torch.ones(1, 1, device=device)
+    slots = torch.full((rows,), -1, dtype=torch.int32, device=device)
+    own = torch.ops.lorafx.triton_linear
     return (
-        lambda: torch.nn.functional.linear(problem.x, weight),
-        lambda: problem.run("epilogue", kernel),
+        lambda: torch.nn.functional.linear(x, weight),
+        lambda: own(x, weight, None, A, B, ranks, scales, slots, 1, kernel),
     )
 
 
-def device_clock(what: str, call: Callable[[], object]) -> float:
+def device_clock(what: str, call: Call) -> float:
     """Seconds of one call on the GPU: the median of 11 replays of a CUDA graph of five."""
     return replay_seconds([call] * 5, replays=11)
 
 
+def replay_seconds(calls: Sequence[Call], *, replays: int) -> float:
+    """Seconds of one of `calls` in a CUDA graph of all: the median of so many replays."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls[0]()  # compiles
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(replays + 1):  # the first warms up
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e-3 / len(calls))
+    return statistics.median(times[1:])
+
+
 def main() -> int:
-    """Entry point of `python -m lorafx.kernels.tools.calibrate`."""
     if not torch.cuda.is_available():
         print("torch finds no GPU; nothing was measured", file=sys.stderr)
         return 1

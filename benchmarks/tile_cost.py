@@ -6,7 +6,7 @@
     idle = programs of full waves / programs                 the last wave leaves processors empty
 
 and x and W are read again, from the second-level cache, by each row and column of tiles. Good for
-leaving out what is far off, not for choosing a winner: that is kernels/tools/tune.py's clock.
+leaving out what is far off, not for choosing a winner: that is tune.py's clock.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from enum import Flag, auto
 
 from lorafx.kernels.cost.chips import Chip
-from lorafx.kernels.cost.work import Work
+from lorafx.kernels.cost.cost import Work
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.triton.triton_tiles import Architecture, Tiles
 
