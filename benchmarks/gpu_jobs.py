@@ -282,7 +282,7 @@ def peers_job(package: str, layer: str) -> Job:
 
 def all_jobs() -> tuple[Job, ...]:
     """Every job, the most valuable first."""
-    chip = ("benchmarks/gpu_tuning.py", "kernels/triton/calibrate.py", "kernels/triton")
+    chip = ("benchmarks/gpu_tuning.py", "benchmarks/calibrate.py", "kernels/triton")
     return (
         Job(CALIBRATE, "tuning", "gpu_tuning:calibrate_chip", sources=chip, estimate=120.0),
         *test_jobs(),

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from calibrate import replay_seconds
 from tile_cost import TileSet, fits, predicted
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
@@ -31,7 +32,6 @@ import lorafx.kernels.triton.triton_ops  # noqa: F401  registers the op
 from lorafx.kernels.cost.chips import Chip, chip_of
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.ops.op_library import BankArgs
-from lorafx.kernels.triton.calibrate import replay_seconds
 from lorafx.kernels.triton.concat_ops import concat_linear
 from lorafx.kernels.triton.strategy_tiles import (
     TUNED,

@@ -1,17 +1,15 @@
 """GPUs as the cost models see them: what kernels reach, assumed from data sheets or measured.
 
-`python -m lorafx.kernels.triton.calibrate` measures the GPU of this machine.
+`benchmarks/calibrate.py` measures the GPU of this machine.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -67,8 +65,7 @@ DEFAULT_CHIP = CHIPS["cuda", 90]
 
 
 def chip_of(device: torch.device) -> Chip:
-    """The chip behind `device`, calibrated if it was measured on this machine; the H200 where there
-    is none to ask (interpreter, fake tensors)."""
+    """The chip behind `device`, calibrated if it was measured on this machine; else the H200."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return DEFAULT_CHIP
     return load_chip(torch.cuda.get_device_name(device)) or assumed_chip(device)
@@ -95,14 +92,3 @@ def load_chip(name: str) -> Chip | None:
     """What was measured on the device called `name`; None where nothing was."""
     path = chip_file(name)
     return Chip(**json.loads(path.read_text())) if path.exists() else None
-
-
-def save_chip(chip: Chip) -> Path:
-    """Keep `chip`, named as torch names the device, for this and later processes."""
-    path = chip_file(chip.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as scratch:
-        json.dump(asdict(chip), scratch, indent=1)
-    os.replace(scratch.name, path)
-    load_chip.cache_clear()
-    return path

@@ -44,10 +44,8 @@ class Sized(Protocol):
 
 
 def byte_floor(sites: Iterable[Sized], rank: int, distinct: int) -> float:
-    """Least traffic of these sites with `distinct` adapters of `rank`, over the base's alone.
-
-    Elements are counted, so base and adapters are taken to have one dtype.
-    """
+    """Least traffic of these sites with `distinct` adapters of `rank`, over the base's alone, in
+    elements: base and adapters are taken to have one dtype."""
     parts = list(sites)
     weights = sum(part.in_features * part.out_features for part in parts)
     return 1 + distinct * factor_elements(parts, rank) / weights if weights else 1.0
@@ -92,14 +90,9 @@ SPLIT_OVER_VENDOR = 0.97
 
 @dataclass(frozen=True)
 class Estimate:
-    """Modelled time of one strategy for one node.
-
-    Attributes:
-        seconds: of base product and delta together.
-        over_base: over the vendor GEMM alone.
-        over_floor: over the vendor GEMM with A, B and the LoRA FLOPs added, and nothing else.
-        refusal: why it is not chosen whatever its time; empty where it may be.
-    """
+    """Modelled time of one strategy for one node: of base product and delta together, over the
+    vendor GEMM alone, and over `Work.floor`. `refusal` says why it is not chosen whatever its time;
+    empty where it may be."""
 
     seconds: float
     over_base: float
@@ -113,10 +106,8 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Work:
-    """One node: y (M, ΣN) = x (M, K) Wᵀ with the deltas of D adapters of rank r in M rows.
-
-    `sizes` are N_i of the siblings that share x, `distinct` is D.
-    """
+    """One node: y (M, ΣN) = x (M, K) Wᵀ with the deltas of D adapters of rank r in M rows. `sizes`
+    are N_i of the siblings that share x, `distinct` is D."""
 
     in_features: int
     sizes: tuple[int, ...]
@@ -184,11 +175,8 @@ class Work:
 
     @property
     def cached(self) -> float:
-        """Elements that the base product's tiles take from the cache.
-
-        0 where FLOPs decide: there the rate was reached with all that the cache had to give. The
-        vendor's tiles are larger, and neighbours share what they read.
-        """
+        """Elements that the base product's tiles take from the cache. 0 where FLOPs decide: there
+        the rate was reached with all that the cache had to give."""
         M, K, N = self.rows, self.in_features, self.columns
         return 0 if self.compute_bound else self.m_tiles * K * N + self.n_tiles * M * K + M * N
 
@@ -217,16 +205,8 @@ class Work:
 def work_of(
     sites: Sequence[Sized], rows: int, slots: int, rank: int, dtype: torch.dtype, chip: Chip
 ) -> Work:
-    """Sites that share one x, as the cost model sees them.
-
-    Args:
-        sites: siblings of one node; all have the same in_features.
-        rows: M of x that the graph is made for.
-        slots: adapters the bank holds; a batch is taken to be of min(slots, M) adapters.
-        rank: largest rank in the bank.
-        dtype: of x, W and the bank.
-        chip: whose constants count.
-    """
+    """Sites that share one x, as the cost model sees them. Of a bank of so many slots, a batch is
+    taken to have min(slots, rows) adapters."""
     sizes = tuple(site.out_features for site in sites)
     distinct = max(1, min(slots, rows))
     return Work(sites[0].in_features, sizes, max(rows, 1), distinct, rank, dtype, chip)
@@ -281,9 +261,7 @@ def _split(work: Work) -> float:
 
 def _plane_elements(work: Work) -> float:
     """Elements of the planes of the parts of K, which are of float32; a single part goes through y.
-
-    As many parts as lorafx.kernels.triton.strategy_tiles cuts K into.
-    """
+    K has as many as lorafx.kernels.triton.strategy_tiles cuts it into."""
     wide = 128 if work.columns >= WIDE or work.rows <= TILE else 64
     tiles = work.m_tiles * math.ceil(work.columns / wide)
     most = min(work.chip.processors * 3 // 2 // tiles, math.ceil(work.in_features / 64) // 4)

@@ -118,6 +118,8 @@ class KernelEntry(ctypes.Structure):
     )
 
 
+#: What `struct Kernel` has of a spec as it is.
+_OF_SPEC = ("in_features", "group", "columns", "last_column", "experts")
 #: What the dispatcher consists of, for `register`.
 DISPATCHER = ("rows.h", "delta_args.h", "epilogue.h", "dispatcher.cpp")
 
@@ -129,11 +131,7 @@ _LIBRARIES: list[ctypes.CDLL] = []  # keeps what the table points into
 
 @functools.cache
 def dispatcher() -> ctypes.CDLL:
-    """The dispatcher, built, loaded and registered as the ops' CPU kernels.
-
-    Raises:
-        LoweringError: no compiler, or a torch without the C interface.
-    """
+    """The dispatcher, built, loaded and registered as the ops' CPU kernels."""
     return register("lorafx::run_delta_", DISPATCHER)
 
 
@@ -158,20 +156,12 @@ def _load(spec: DeltaSpec, kernel: int, path: Path) -> None:
         begin=ctypes.cast(library.lorafx_begin, ctypes.c_void_p) if beside else None,
         end=ctypes.cast(library.lorafx_end, ctypes.c_void_p) if beside else None,
         op=2 if spec.experts else int(spec.embedding),  # `enum Op` of dispatcher.cpp
-        in_features=spec.in_features,
         out_features=sum(spec.sizes),
         rank=spec.max_rank,
-        group=spec.group,
-        columns=spec.columns,
         siblings=max(spec.siblings) + 1,
-        last_column=spec.last_column,
-        experts=spec.experts,
-        x_dtype=dtype_code(spec.x_dtype),
-        bank_dtype=dtype_code(spec.bank_dtype),
-        y_dtype=dtype_code(spec.y_dtype),
-        int32=dtype_code(torch.int32),
-        int64=dtype_code(torch.int64),
-        float32=dtype_code(torch.float32),
+        **{name: getattr(spec, name) for name in _OF_SPEC},
+        **{name: dtype_code(getattr(spec, name)) for name in ("x_dtype", "bank_dtype", "y_dtype")},
+        **{name: dtype_code(getattr(torch, name)) for name in ("int32", "int64", "float32")},
     )
     if table.lorafx_add(ctypes.byref(entry)):
         raise LoweringError("the table of generated CPU kernels is full")
@@ -193,12 +183,9 @@ def builds_noted() -> Iterator[dict[DeltaSpec, int]]:
 def build(spec: DeltaSpec, isa: Isa | None = None) -> int | None:
     """The id of the kernel of `spec`, compiled if need be and loaded into this process.
 
-    Args:
-        isa: an instruction set that this CPU runs; None for the best.
-
-    Returns:
-        The id, above 0; None where kernels are not generated for the spec (float64, empty ranges)
-        or cannot be (no compiler; warned about once).
+    `isa` is an instruction set that this CPU runs; None for the best. Returns an id above 0; None
+    where kernels are not generated for the spec (float64, empty ranges) or cannot be (no compiler;
+    warned about once).
     """
     if not spec.supported():
         return None
@@ -247,9 +234,7 @@ def _kernel(spec: DeltaSpec, rows: Any) -> int | None:
 def delta_call(spec: DeltaSpec, *tensors: Any, rows: Any) -> tuple[OpOverload, tuple[Any, ...]]:
     """The op and arguments that add the delta of `spec`, generated where that is possible.
 
-    Args:
-        tensors: y, x, A, B, ranks, scales, slots: tensors or graph nodes.
-        rows: rows per request; a literal 0 (unproved) stays with the aten op.
+    `tensors` are y, x, A, B, ranks, scales, slots, or graph nodes of them.
     """
     kernel = _kernel(spec, rows)
     if kernel is not None:
@@ -271,12 +256,8 @@ def embedding_delta_call(
 def expert_delta_call(
     spec: DeltaSpec, *tensors: Any, rows: Any, ends: bool
 ) -> tuple[OpOverload, tuple[Any, ...]] | None:
-    """`delta_call` of routed rows, or None where no kernel can do it.
-
-    Args:
-        tensors: y, x, A, B, ranks, scales, slots, alike, experts.
-        ends: what `experts` holds, see `lorafx.kernels.ops.expert_ops.run_expert_delta_`.
-    """
+    """`delta_call` of routed rows, or None where no kernel can do it; tensors: as
+    `lorafx.kernels.ops.expert_ops.run_expert_delta_` begins."""
     kernel = _kernel(spec, rows)
     if kernel is None:
         return None

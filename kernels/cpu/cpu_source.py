@@ -13,6 +13,7 @@ import ctypes
 import functools
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from typing import Any
 
 import torch
 
@@ -36,6 +37,12 @@ def templates(*names: str) -> list[str]:
 @functools.cache
 def _template(name: str) -> str:
     return resources.files("lorafx.kernels.cpu").joinpath(name).read_text()
+
+
+def loaded_kernel(source: str, isa: Isa) -> tuple[Any, int]:
+    """`lorafx_kernel` of a source, compiled, and the address of torch's parallel loop."""
+    library = load_library(compile_library(source, isa.flags))
+    return library.lorafx_kernel, torch_function("torch_parallel_for")
 
 
 def tile_sizes(isa: Isa) -> dict[str, int]:
@@ -106,13 +113,8 @@ def op_source(files: Sequence[str]) -> str:
 def register(op: str, files: Sequence[str], more_shims: Sequence[str] = ()) -> ctypes.CDLL:
     """The library of these files of this folder, whose CPU kernels torch knows from now on.
 
-    Args:
-        op: one of its ops, for messages.
-        files: C++ text that stands behind handles.h, and ends in `lorafx_install`.
-        more_shims: functions of torch that `lorafx_install` takes behind those of handles.h.
-
-    Raises:
-        LoweringError: no compiler, or a torch without the C interface.
+    The files end in `lorafx_install`, which takes the functions of torch that handles.h names and
+    `more_shims` behind them. `op` is for messages.
     """
     library = load_library(compile_library(op_source(files)))
     names = (*_SHIMS, *more_shims)

@@ -28,6 +28,7 @@ import ctypes
 import functools
 import threading
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,8 +113,7 @@ _LIBRARIES: list[ctypes.CDLL] = []  # keeps what the table points into
 
 
 def pays(rows: int, dtype: torch.dtype) -> bool:
-    """Whether so many rows are multiplied by anything else than aten. Asks for what `ready` says is
-    there."""
+    """Whether so many rows are multiplied by anything else than aten, where `ready`."""
     return rows <= most_rows(dtype) or bool(op_library().lorafx_has_many(dtype_code(dtype)))
 
 
@@ -135,11 +135,7 @@ def _half_is_slow() -> bool:
 
 @functools.cache
 def op_library() -> ctypes.CDLL:
-    """The ops' CPU kernels in C++, loaded and registered.
-
-    Raises:
-        LoweringError: no compiler, or a torch without the C interface.
-    """
+    """The ops' CPU kernels in C++, loaded and registered."""
     library = register("lorafx::dense_mm", DENSE_OPS, _MORE_SHIMS)
     library.lorafx_add.argtypes = (ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p)
     library.lorafx_add_many.argtypes = (ctypes.c_int32, ctypes.c_void_p)
@@ -148,16 +144,10 @@ def op_library() -> ctypes.CDLL:
 
 
 def many_by_onednn(library: ctypes.CDLL, wanted: bool | None = None) -> None:
-    """Have the ops multiply many rows in float32 by oneDNN, in this process, or by aten.mm.
+    """Have the ops multiply many rows in float32 by oneDNN, or by aten.mm; None for the faster.
 
     aten.mm is MKL there; in 16 bits it is oneDNN anyway. Where MKL has general code alone, oneDNN
     takes 0.65 to 0.8 of its time for 96 to 200 rows (Zen 4, one thread, cold weights).
-
-    Args:
-        wanted: None for what is faster on this CPU.
-
-    Raises:
-        LoweringError: oneDNN is asked for, and this torch has none.
     """
     if wanted is None:
         wanted = torch.backends.mkldnn.is_available() and bool(library.lorafx_mm_is_slow())
@@ -187,11 +177,7 @@ def generates(isa: Isa) -> bool:
 
 
 def use(dtype: torch.dtype, isa: Isa, rows: int) -> None:
-    """Have the ops use the kernel of `dtype` for `isa` for up to so many rows, in this process.
-
-    Raises:
-        LoweringError: no compiler works.
-    """
+    """Have the ops use the kernel of `dtype` for `isa` for up to so many rows, in this process."""
     library = load_library(compile_library(source(dtype, isa), isa.flags))
     kernel = ctypes.cast(library.lorafx_kernel, ctypes.c_void_p)
     _LIBRARIES.append(library)
@@ -201,9 +187,8 @@ def use(dtype: torch.dtype, isa: Isa, rows: int) -> None:
 def dense_mm(x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
     """x (M, K) times Wᵀ for W (N, K), (M, N) contiguous.
 
-    Args:
-        sizes: what N consists of: columns that are multiplied part by part where rows are many,
-            which MKL is faster at (lorafx.kernels.cost.cost.split_is_faster); empty for one part.
+    sizes are what N consists of: columns that are multiplied part by part where rows are many,
+    which MKL is faster at (lorafx.kernels.cost.cost.split_is_faster); empty for one part.
 
     Raises:
         LoweringError: sizes that do not fit together.
@@ -211,7 +196,7 @@ def dense_mm(x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
     # The CPU's own kernel takes this one's place where it can be had; a graph from a cache may be
     # the first to ask for it.
     if x.device.type == "cpu" and ready(x.dtype):
-        y: Tensor = torch.ops.lorafx.dense_mm(x, weight, sizes)
+        y: Tensor = DENSE_MM(x, weight, sizes)
         return y
     _check("dense_mm", x, weight, sizes)
     return torch.mm(x, weight.T)
@@ -220,7 +205,7 @@ def dense_mm(x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
 def dense_addmm(bias: Tensor, x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
     """`dense_mm` and a bias (N,)."""
     if x.device.type == "cpu" and ready(x.dtype):
-        y: Tensor = torch.ops.lorafx.dense_addmm(bias, x, weight, sizes)
+        y: Tensor = DENSE_ADDMM(bias, x, weight, sizes)
         return y
     _check("dense_addmm", x, weight, sizes, bias)
     return torch.addmm(bias, x, weight.T)
@@ -244,16 +229,6 @@ def _check(
     require(op, x.shape[1] == K, f"x has {x.shape[1]} columns, weight has {K}")
     require(op, not sizes or sum(sizes) == N, f"sizes {sizes} do not add up to {N}")
     require(op, bias is None or bias.shape == (N,), f"bias is ({N},)")
-
-
-define("dense_mm(Tensor x, Tensor weight, int[] sizes) -> Tensor", dense_mm, dense_mm_fake)
-define(
-    "dense_addmm(Tensor bias, Tensor x, Tensor weight, int[] sizes) -> Tensor",
-    dense_addmm,
-    dense_addmm_fake,
-)
-DENSE_MM = torch.ops.lorafx.dense_mm.default
-DENSE_ADDMM = torch.ops.lorafx.dense_addmm.default
 
 
 # --- with deltas ---
@@ -283,22 +258,12 @@ def _installed() -> bool:
 def dense_mm_delta(
     x: Tensor, weight: Tensor, sizes: list[int], bank: BankArgs, rows: int, kernel: int
 ) -> Tensor:
-    """x (M, K) times Wᵀ for W (N, K), and its delta, (M, N) contiguous.
-
-    Args:
-        sizes: as `dense_mm` takes them.
-        rows, kernel: as `run_delta_` takes them; the kernel is one of a linear's.
+    """`dense_mm` and its delta; rows and kernel, that of a linear, are as `run_delta_` takes them.
 
     Raises:
         LoweringError: operands that do not fit together, or a kernel that is not loaded.
     """
-    # As in `dense_mm`: a graph from a cache may be the first to ask for the kernel in C++.
-    if x.device.type == "cpu" and kernel in KERNELS and joined_ready(x.dtype):
-        y: Tensor = torch.ops.lorafx.dense_mm_delta(x, weight, sizes, *bank, rows, kernel)
-        return y
-    y = DENSE_MM(x, weight, sizes)
-    torch.ops.lorafx.run_delta_(y, x, *bank, rows, kernel)
-    return y
+    return _joined(DENSE_MM_DELTA, DENSE_MM, (x, weight, sizes), x, bank, rows, kernel)
 
 
 def dense_addmm_delta(
@@ -311,35 +276,47 @@ def dense_addmm_delta(
     kernel: int,
 ) -> Tensor:
     """`dense_mm_delta` and a bias (N,)."""
+    operands = (bias, x, weight, sizes)
+    return _joined(DENSE_ADDMM_DELTA, DENSE_ADDMM, operands, x, bank, rows, kernel)
+
+
+def _joined(
+    joined: Any, product: Any, operands: Any, x: Tensor, bank: BankArgs, rows: int, kernel: int
+) -> Tensor:
+    # As in `dense_mm`: a graph from a cache may be the first to ask for the kernel in C++.
     if x.device.type == "cpu" and kernel in KERNELS and joined_ready(x.dtype):
-        op = torch.ops.lorafx.dense_addmm_delta
-        y: Tensor = op(bias, x, weight, sizes, *bank, rows, kernel)
+        y: Tensor = joined(*operands, *bank, rows, kernel)
         return y
-    y = DENSE_ADDMM(bias, x, weight, sizes)
+    y = product(*operands)
     torch.ops.lorafx.run_delta_(y, x, *bank, rows, kernel)
     return y
 
 
 def dense_mm_delta_fake(x, weight, sizes, bank: BankArgs, rows, kernel) -> Tensor:
-    check_bank("dense_mm_delta", bank)
-    y = dense_mm_fake(x, weight, sizes)
-    check_rows("dense_mm_delta", x.shape[:-1], y.shape[:-1], rows)
-    return y
+    return _checked(dense_mm_fake(x, weight, sizes), "dense_mm_delta", bank, rows)
 
 
 def dense_addmm_delta_fake(bias, x, weight, sizes, bank: BankArgs, rows, kernel) -> Tensor:
-    check_bank("dense_addmm_delta", bank)
-    y = dense_addmm_fake(bias, x, weight, sizes)
-    check_rows("dense_addmm_delta", x.shape[:-1], y.shape[:-1], rows)
+    return _checked(dense_addmm_fake(bias, x, weight, sizes), "dense_addmm_delta", bank, rows)
+
+
+def _checked(y: Tensor, op: str, bank: BankArgs, rows: int) -> Tensor:
+    check_bank(op, bank)
+    check_rows(op, y.shape[:-1], y.shape[:-1], rows)
     return y
 
 
-_SCHEMA = f"Tensor x, Tensor weight, int[] sizes, {BANK}, SymInt rows, int kernel"
-define(f"dense_mm_delta({_SCHEMA}) -> Tensor", dense_mm_delta, dense_mm_delta_fake)
+_PRODUCT = "Tensor x, Tensor weight, int[] sizes"
+_DELTA = f"{BANK}, SymInt rows, int kernel"
+define(f"dense_mm({_PRODUCT}) -> Tensor", dense_mm, dense_mm_fake)
+define(f"dense_addmm(Tensor bias, {_PRODUCT}) -> Tensor", dense_addmm, dense_addmm_fake)
+define(f"dense_mm_delta({_PRODUCT}, {_DELTA}) -> Tensor", dense_mm_delta, dense_mm_delta_fake)
 define(
-    f"dense_addmm_delta(Tensor bias, {_SCHEMA}) -> Tensor",
+    f"dense_addmm_delta(Tensor bias, {_PRODUCT}, {_DELTA}) -> Tensor",
     dense_addmm_delta,
     dense_addmm_delta_fake,
 )
+DENSE_MM = torch.ops.lorafx.dense_mm.default
+DENSE_ADDMM = torch.ops.lorafx.dense_addmm.default
 DENSE_MM_DELTA = torch.ops.lorafx.dense_mm_delta.default
 DENSE_ADDMM_DELTA = torch.ops.lorafx.dense_addmm_delta.default

@@ -20,14 +20,12 @@ from lorafx.kernels.ops.op_library import define, define_vmap
 def refuse_outside(
     index: Tensor, size: int, negative: bool, ignored: int | None, table: str, name: str
 ) -> None:
-    """Raise OutOfRangeError where an entry of `index` is none of the table's.
+    """Raise OutOfRangeError where an entry of `index` is none of the table's `size`.
 
     Args:
-        size: how many entries the table has.
         negative: whether -size is the first entry.
         ignored: a value that stands for no entry.
-        table: how to name the table.
-        name: how to name an entry of the index, whose place stands for `{}`.
+        table, name: for messages; the place of an entry of the index stands for `{}` in its name.
     """
     if not index.numel():
         return

@@ -59,9 +59,6 @@ def conv_site(
     """y (M, N, D'...) + delta for x (M, C, D...), a new contiguous tensor of y's dtype.
 
     With `gains` all of y but `addend` (N,) is rescaled then, and `shifts` are added at the end.
-
-    Raises:
-        ProvenanceError, BatchError: as `lorafx.kernels.ops.delta.row_slots` and `groups`.
     """
     conv_site_fake(x, y, bank, rows, window, gains, addend, shifts)
     out = y.clone(memory_format=torch.contiguous_format)
@@ -100,22 +97,10 @@ def conv_site_fake(x, y, bank: BankArgs, rows, window: Window, gains, addend, sh
 
 
 def add_conv_delta(
-    y: Tensor,
-    x: Tensor,
-    bank: BankArgs,
-    rows: int,
-    window: Window,
-    *,
-    by_slot: bool | None = None,
+    y: Tensor, x: Tensor, bank: BankArgs, rows: int, window: Window, *, by_slot: bool | None = None
 ) -> None:
-    """Adds the delta into y, contiguous, in place.
-
-    `by_slot` overrides the choice by device between visiting the slots that are present and
-    gathering the factors of each row.
-
-    Raises:
-        ProvenanceError, BatchError: as `lorafx.kernels.ops.delta.row_slots` and `groups`.
-    """
+    """Adds the delta into y, contiguous, in place. `by_slot` overrides the choice by device between
+    visiting the slots that are present and gathering the factors of each row."""
     A, B, ranks, scales, slots = bank
     count, channels = x.shape[:2]
     owner = row_slots(slots, rows, count)

@@ -7,6 +7,8 @@
 Embedding: A[s, id, :r] stands for A x. Sums are in float32 for 16-bit and 32-bit tensors and in
 float64 for float64; y is read and rounded once. Rows whose slot is negative are left alone.
 
+All functions raise as `row_slots` and `groups` do.
+
 DoRA rescales what comes out (`rescaled`; the pass `rescale` writes the same into the graph):
 
     y[m, n] ← y[m, n] + G[s, n] · (y[m, n] − c[n])
@@ -89,22 +91,11 @@ def _masked_v(v: Tensor, owner: Tensor, live: Tensor, scale: Tensor) -> Tensor:
 
 
 def add_linear_delta(
-    y: Tensor,
-    x: Tensor,
-    bank: BankArgs,
-    ranges: Ranges,
-    rows: int,
-    *,
-    grouped: bool | None = None,
+    y: Tensor, x: Tensor, bank: BankArgs, ranges: Ranges, rows: int, *, grouped: bool | None = None
 ) -> None:
-    """Adds the delta of each column range into y (..., Σsizes) in place; x is (..., K).
-
-    x, y and the bank may have any strides; none of them is copied. `grouped` overrides the choice
-    by device between grouping rows by slot and masking all slots.
-
-    Raises:
-        ProvenanceError, BatchError: as `row_slots` and `groups`.
-    """
+    """Adds the delta of each column range into y (..., Σsizes) in place; x is (..., K). Of any
+    strides, none is copied. `grouped` overrides the choice by device between grouping rows by slot
+    and masking all slots."""
     x, y = torch.atleast_2d(x), torch.atleast_2d(y)  # views
     A, B, ranks, scales, slots = bank
     count = x.shape[:-1].numel()
@@ -135,12 +126,7 @@ def add_linear_delta(
 
 
 def add_embedding_delta(
-    y: Tensor,
-    ids: Tensor,
-    bank: BankArgs,
-    rows: int,
-    *,
-    grouped: bool | None = None,
+    y: Tensor, ids: Tensor, bank: BankArgs, rows: int, *, grouped: bool | None = None
 ) -> None:
     """Adds the delta of an embedding into y (..., N) in place; ids is (...). Any strides."""
     ids, y = torch.atleast_1d(ids), torch.atleast_2d(y)  # views
@@ -174,11 +160,7 @@ def rescaled(
     shifts: Tensor | None = None,
 ) -> Tensor:
     """y (..., Σsizes) rescaled by the columns [offset, offset + size) of gains (S, ΣN), then with
-    those of shifts (S, ΣN) added; None for either leaves it out.
-
-    Raises:
-        ProvenanceError, BatchError: as `row_slots`.
-    """
+    those of shifts (S, ΣN) added; None for either leaves it out."""
     owner = row_slots(slots, rows, y.shape[:-1].numel()).view(y.shape[:-1])
 
     def columns(table: Tensor) -> Tensor:

@@ -31,15 +31,8 @@ from lorafx.kernels.ops.ops import ranges_of
 def expert_slots(slots: Tensor, experts: Tensor, rows: int, count: int, capacity: int) -> Tensor:
     """The key of each row, int32 (M,).
 
-    Args:
-        slots: int32 (n,), row m belongs to slots[(m // rows) % n]; -1 for a base row.
-        experts: integers (M,), the expert that each row was routed to; others than 0 … count - 1
-            stand for none.
-        count: E.
-        capacity: S.
-
-    Raises:
-        ProvenanceError, BatchError: as `row_slots`; a slot is not below S.
+    experts, integers (M,), are what each row was routed to; others than 0 … count - 1 stand for
+    none. count is E, capacity S. Raises BatchError where a slot is not below S.
     """
     owner = row_slots(slots, rows, experts.shape[0])
     if owner.device.type == "cpu" and bool((owner >= capacity).any()):
@@ -69,19 +62,10 @@ def expert_mark_fake(y, A):
 
 
 def expert_site(
-    x: Tensor,
-    y: Tensor,
-    bank: BankArgs,
-    experts: Tensor,
-    ranges: Ranges,
-    rows: int,
-    count: int,
+    x: Tensor, y: Tensor, bank: BankArgs, experts: Tensor, ranges: Ranges, rows: int, count: int
 ) -> Tensor:
-    """y (M, N) + delta for x (M, K), row m being expert experts[m]'s; a new contiguous tensor.
-
-    A (E·S, R, G·K), B (E·S, R, ΣN), ranks and scales (E·S, G), E = `count`; the rest is as in
-    `site`.
-    """
+    """y (M, N) + delta for x (M, K), row m being expert experts[m]'s; a new contiguous tensor. The
+    rest is as in `site`, and E is `count`."""
     _check_site(x, y, bank, experts, ranges, rows, count)
     out = y.clone(memory_format=torch.contiguous_format)
     _add_delta(out, x, bank, experts, ranges, rows, count)
@@ -153,24 +137,14 @@ def fused_experts(
 
     Rows are sorted by expert: those of expert e are offs[e - 1] … offs[e] - 1, and e = experts[m]
     says the same. Waits for `offs` on a device.
-
-    Raises:
-        LoweringError: shapes or dtypes that do not fit each other.
-        ProvenanceError, BatchError: as `row_slots`.
     """
     _check_fused(x, weight, offs, bank, experts, ranges, rows, transposed)
-    y = _grouped_product(x, weight if transposed else weight.mT, offs)
-    _add_delta(y, x, bank, experts, ranges, rows, weight.shape[0])
-    return y
-
-
-def _grouped_product(x: Tensor, right: Tensor, offs: Tensor) -> Tensor:
-    """x[m] W[e] for right (E, K, N), (M, N); zeros in rows behind the last group."""
+    right, start = weight if transposed else weight.mT, 0
     y = x.new_zeros((x.shape[0], right.shape[2]))
-    start = 0
     for expert, end in enumerate(offs.tolist()):
         torch.mm(x[start:end], right[expert], out=y[start:end])
         start = end
+    _add_delta(y, x, bank, experts, ranges, rows, weight.shape[0])
     return y
 
 

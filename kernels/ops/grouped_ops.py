@@ -42,13 +42,7 @@ class Blocks(NamedTuple):
 
 
 def grouped_site(
-    x: Tensor,
-    y: Tensor,
-    bank: BankArgs,
-    ranges: Ranges,
-    rows: int,
-    group_dim: int,
-    blocks: Blocks,
+    x: Tensor, y: Tensor, bank: BankArgs, ranges: Ranges, rows: int, group_dim: int, blocks: Blocks
 ) -> Tensor:
     """y (..., F') + delta for x (..., F), a new contiguous tensor of y's dtype.
 
@@ -97,21 +91,15 @@ def add_grouped_delta(
     *,
     by_slot: bool | None = None,
 ) -> None:
-    """Adds the delta into y in place.
-
-    `by_slot` overrides the choice by device between visiting the slots that are present and masking
-    all slots.
-
-    Raises:
-        ProvenanceError, BatchError: as `lorafx.kernels.ops.delta.row_slots` and `groups`.
-    """
+    """Adds the delta into y in place. `by_slot` overrides the choice by device between visiting the
+    slots that are present and masking all slots."""
     A, B, ranks, scales, slots = bank
     siblings, offsets, sizes = ranges
     owner = row_slots(slots, rows, x.shape[:-1].numel()).view(x.shape[:-1])
-    x, owner = _by_group(x, group_dim, blocks), _by_group(owner[..., None], group_dim, blocks)
-    owner = owner[..., 0]
     acc = accumulation_dtype(x, y)
-    target = _groups_first(y, group_dim, blocks)
+    x, target, owner = (_groups_first(t, group_dim, blocks) for t in (x, y, owner[..., None]))
+    x, owner = (t.reshape(blocks.groups, -1, t.shape[-1]) for t in (x, owner))
+    owner = owner[..., 0]
     total = target.reshape(blocks.groups, -1, y.shape[-1]).to(acc)
     outs = (x if blocks.over_out else y).shape[-1]
     ins = (y if blocks.over_out else x).shape[-1]
@@ -158,12 +146,6 @@ def _groups_first(tensor: Tensor, group_dim: int, blocks: Blocks) -> Tensor:
     count = tensor.shape[group_dim] // blocks.groups
     split = tensor.unflatten(group_dim, (count, blocks.groups))
     return split.movedim(group_dim + 1, 0)
-
-
-def _by_group(tensor: Tensor, group_dim: int, blocks: Blocks) -> Tensor:
-    """(..., T·G, ..., F) as (G, M, F)."""
-    first = _groups_first(tensor, group_dim, blocks)
-    return first.reshape(blocks.groups, -1, tensor.shape[-1])
 
 
 def _blocks(factor: Tensor, steps: Sequence[int], count: int, blocks: Blocks) -> Tensor:

@@ -62,10 +62,8 @@ def site(
 ) -> Tensor:
     """y (..., N) + delta for x (..., K), a new contiguous tensor of y's dtype.
 
-    The j-th column range of y gets the delta of siblings[j]: several where one module computes
-    several projections. `weight` and `bias` are the group's packed base parameters, carried for
-    the `pack` pass only. With `gains` all of y but `addend` (N,) is rescaled then, and `shifts` are
-    added at the end.
+    `weight` and `bias` are the group's packed base parameters, carried for the `pack` pass only.
+    With `gains` all of y but `addend` (N,) is rescaled then, and `shifts` are added at the end.
     """
     _check_site(x, y, bank, ranges, rows)
     check_by_column("site", bank.B, gains=gains, shifts=shifts)
@@ -96,10 +94,8 @@ def embedding_site(
     gains: Tensor | None = None,
     own: OwnRows = OwnRows(),  # noqa: B008  an immutable tuple
 ) -> Tensor:
-    """y (*ids.shape, N) + scales · A[slot, ids, :r] B[slot, :r], a new contiguous tensor.
-
-    With `gains` it is rescaled then.
-    """
+    """y (*ids.shape, N) + scales · A[slot, ids, :r] B[slot, :r], rescaled by `gains`; a new
+    contiguous tensor."""
     check_embedding("embedding_site", ids, y, bank, rows)
     check_by_column("embedding_site", bank.B, gains=gains)
     y = with_own_rows(ids, y, own, bank.slots, rows, embedding=True)
@@ -174,11 +170,7 @@ def add_embedding_delta_fake(y, ids, bank: BankArgs, rows, kernel) -> None:
 
 
 def ranges_of(op: str, kernel: int) -> Ranges:
-    """The column ranges that a kernel was generated for.
-
-    Raises:
-        LoweringError: this process has not loaded it.
-    """
+    """The column ranges that a kernel was generated for."""
     if kernel not in KERNELS:
         raise LoweringError(
             f"lorafx::{op}: kernel {kernel} is not loaded in this process; build it with"

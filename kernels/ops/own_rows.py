@@ -43,6 +43,17 @@ class OwnRows(NamedTuple):
 OWN_ROWS = ", ".join(f"Tensor? {name}=None" for name in OwnRows._fields)
 
 
+def with_own_rows(
+    x: Tensor, y: Tensor, own: OwnRows, slots: Tensor, rows: int, *, embedding: bool
+) -> Tensor:
+    """`own_linear`, or `own_embedding` of the ids x; y itself where the bank has no room."""
+    if own.own is None:
+        return y
+    if embedding:
+        return own_embedding(x, y, *own[:3], slots, rows)  # type: ignore[arg-type]
+    return own_linear(x, y, *own, slots, rows)  # type: ignore[arg-type]
+
+
 def own_linear(
     x: Tensor,
     y: Tensor,
@@ -54,11 +65,7 @@ def own_linear(
     rows: int,
 ) -> Tensor:
     """y (..., N) with the outputs that adapters compute by rows of their own of x (..., K), a new
-    contiguous tensor of y's dtype.
-
-    Raises:
-        ProvenanceError, BatchError: as `lorafx.kernels.ops.delta.row_slots` and `groups`.
-    """
+    contiguous tensor of y's dtype."""
     own_linear_fake(x, y, own, own_at, own_table, own_bias, slots, rows)
     out = y.clone(memory_format=torch.contiguous_format)
     count, columns = x.shape[:-1].numel(), y.shape[-1]
@@ -90,19 +97,9 @@ def own_linear_fake(x, y, own, own_at, own_table, own_bias, slots, rows):
 
 
 def own_embedding(
-    ids: Tensor,
-    y: Tensor,
-    own: Tensor,
-    own_at: Tensor,
-    own_table: Tensor,
-    slots: Tensor,
-    rows: int,
+    ids: Tensor, y: Tensor, own: Tensor, own_at: Tensor, own_table: Tensor, slots: Tensor, rows: int
 ) -> Tensor:
-    """y (*ids.shape, N) with the rows that adapters have of their own, a new contiguous tensor.
-
-    Raises:
-        ProvenanceError, BatchError: as `lorafx.kernels.ops.delta.row_slots`.
-    """
+    """y (*ids.shape, N) with the rows that adapters have of their own, a new contiguous tensor."""
     own_embedding_fake(ids, y, own, own_at, own_table, slots, rows)
     owner = row_slots(slots, rows, ids.numel()).view(ids.shape).long()
     which = torch.where(owner >= 0, own_table[owner.clamp(min=0), 0], -1).long()
@@ -121,26 +118,14 @@ def own_embedding_fake(ids, y, own, own_at, own_table, slots, rows):
     return y.new_empty(y.shape)
 
 
-def with_own_rows(
-    x: Tensor, y: Tensor, own: OwnRows, slots: Tensor, rows: int, *, embedding: bool
-) -> Tensor:
-    """`own_linear`, or `own_embedding` of the ids x; y itself where the bank has no room."""
-    if own.own is None:
-        return y
-    if embedding:
-        return own_embedding(x, y, *own[:3], slots, rows)  # type: ignore[arg-type]
-    return own_linear(x, y, *own, slots, rows)  # type: ignore[arg-type]
-
-
+_SCHEMA = "Tensor y, Tensor own, Tensor own_at, Tensor own_table"
 define(
-    "own_linear(Tensor x, Tensor y, Tensor own, Tensor own_at, Tensor own_table, Tensor own_bias,"
-    " Tensor slots, SymInt rows) -> Tensor",
+    f"own_linear(Tensor x, {_SCHEMA}, Tensor own_bias, Tensor slots, SymInt rows) -> Tensor",
     own_linear,
     own_linear_fake,
 )
 define(
-    "own_embedding(Tensor ids, Tensor y, Tensor own, Tensor own_at, Tensor own_table,"
-    " Tensor slots, SymInt rows) -> Tensor",
+    f"own_embedding(Tensor ids, {_SCHEMA}, Tensor slots, SymInt rows) -> Tensor",
     own_embedding,
     own_embedding_fake,
 )

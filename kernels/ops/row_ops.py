@@ -16,9 +16,6 @@ def rows_of(x: Tensor, y: Tensor) -> Tensor:
     A library's kernel over a quantised weight is an operator that nobody here knows. That the
     module around it computes y = x Wᵀ is what the registry says of its class; this op says it in
     the graph, for the analysis of whose rows are whose, which takes it away.
-
-    Raises:
-        LoweringError: x has other rows.
     """
     rows_of_fake(x, y)
     return y.clone()
@@ -37,11 +34,7 @@ def own_mask(x: Tensor, mask: Tensor, source: Tensor, slots: Tensor) -> Tensor:
     element if each request has as many positions as elements, which is data: it is asked when the
     graph runs, and only where requests use different adapters.
 
-    Args:
-        x: what is written into; each entry of the mask stands for x.numel() / mask.numel() of it.
-        mask: bool, an equal part of it for each request, in order.
-        source: what is written, an equal part of it for each request, in order.
-        slots: (n,) int32, one per request.
+    Mask and source have an equal part for each request, in order. slots is int32 (n,).
 
     Raises:
         BatchError: the requests use different adapters, and one of them has other than as many

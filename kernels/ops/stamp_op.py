@@ -18,18 +18,12 @@ from torch import Tensor
 
 from lorafx.errors import CaptureError
 from lorafx.kernels.ops.op_library import define, define_functional
+from lorafx.torch_internals import functional
 from lorafx.torch_internals.dispatch_modes import _DisableTorchDispatch
 from lorafx.torch_internals.fake_tensors import (
     FakeTensor,
     FakeTensorMode,
     in_kernel_invocation_manager,
-)
-from lorafx.torch_internals.functional import (
-    _from_functional_tensor,
-    _functionalize_commit_update,
-    _functionalize_replace,
-    _functionalize_sync,
-    _sync,
 )
 
 
@@ -94,10 +88,10 @@ def overwrite_fake(written: Tensor, value: Tensor) -> None:
 
 def overwrite_functional(written: Tensor, value: Tensor) -> None:
     """As functionalization has all operators that write: both are its own wrappers."""
-    _sync(value)
-    _functionalize_replace(written, _from_functional_tensor(value))
-    _functionalize_commit_update(written)
-    _functionalize_sync(written)
+    functional._sync(value)
+    functional._functionalize_replace(written, functional._from_functional_tensor(value))
+    functional._functionalize_commit_update(written)
+    functional._functionalize_sync(written)
 
 
 define("overwrite(Tensor(a!) written, Tensor value) -> ()", overwrite, overwrite_fake)

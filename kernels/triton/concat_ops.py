@@ -48,11 +48,8 @@ def blocks_of(spec: TritonSpec, bank: BankArgs) -> Any:
 
 def gather(kernel: GeneratedKernel, spec: TritonSpec, w: Tensor, batch: LaunchArgs) -> Tensor:
     """Writes B into W' (N, …), or (…, N) where the spec is transposed, behind its K columns.
-
-    Returns:
-        (blocks, T) int32: whether B of a block has what is no number in each of T column tiles.
-        W' has 0 in its place.
-    """
+    (blocks, T) int32: whether B of a block has what is no number in each of T column tiles, where
+    W' has 0."""
     bank = batch.bank
     blocks = blocks_of(spec, bank)
     tiles_n = sum(-(-size // kernel.tiles.block_n) for size in spec.delta.sizes)
@@ -77,11 +74,7 @@ def place(
 def _run_concat(
     x: Tensor, w: Tensor, bank: BankArgs, rows: int, kernel: int, launch: Launch
 ) -> None:
-    """Writes the columns behind x in x' (M, K + …) and behind W in W' (N, K + …), in place.
-
-    Raises:
-        LoweringError: an argument that `kernel` was not made for.
-    """
+    """Writes the columns behind x in x' (M, K + …) and behind W in W' (N, K + …), in place."""
     _concat_fake(x, w, bank, rows, kernel)
     plan, M = plan_of(int(kernel)), x.shape[0]
     if guard_or_false(M == 0):
@@ -127,11 +120,7 @@ def concat_linear(
     *,
     transposed: bool = False,
 ) -> Tensor:
-    """x Wᵀ + b and the deltas, op by op, as `lower` has it in graphs.
-
-    Raises:
-        LoweringError: an argument that `kernel` was not made for.
-    """
+    """x Wᵀ + b and the deltas, op by op, as `lower` has it in graphs."""
     spec = plan_of(kernel).spec
     more = (0, columns_of(spec, blocks_of(spec, bank)))
     x = pad(x, more)

@@ -114,10 +114,7 @@ def tuning_key(strategy: str, arch: Architecture, spec: DeltaSpec, rows: int) ->
 
 def tiles_for(strategy: str, spec: DeltaSpec, rows: int, arch: Architecture) -> dict[str, Tiles]:
     """Tiles of each kernel of `strategy` for about `rows` rows, tuned ones before the heuristic's.
-
-    Rows are sorted by slot where a tile does nothing but its adapters' work; where the base product
-    is in the same tile, more adapters a tile cost little beside it.
-    """
+    Rows are sorted by slot where a tile does nothing but its adapters' work."""
     rows = max(rows, 1)  # of one expert, in "grouped" and "activated"
     tuned = TUNED.get(tuning_key(strategy, arch, spec, rows))
     if tuned is not None:

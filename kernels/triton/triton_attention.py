@@ -26,7 +26,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -81,12 +81,18 @@ class PagedAttentionSpec(AttentionSpec):
 
     def parameters(self, kernel: str, tiles: Tiles) -> dict[str, Any]:
         """What the template of `kernel` is filled with, beside the tiles."""
+        D, heads = self.size, self.heads * self.group
         return {
             "dtype": TYPES[self.dtype],
-            "heads": self.heads,
-            "group": self.group,
-            "size": self.size,
-            "block_d": power_of_two(self.size, 16, MOST_SIZE),
+            "sizes_by_name": {
+                "D": D,
+                "ROW": self.heads * D,
+                "GROUP": self.group,
+                "HEADS": heads,
+                "TOKENS": tiles.block_m // self.group,
+                "BLOCK_D": power_of_two(D, 16, MOST_SIZE),
+                **tiles.blocks,
+            },
             "capped": self.capped,
             "sinks": self.sinks,
             "ring": self.ring,
@@ -94,34 +100,9 @@ class PagedAttentionSpec(AttentionSpec):
         }
 
 
-def attention_tiles(spec: PagedAttentionSpec, few: bool, arch: Architecture) -> Tiles:
-    """Tiles of "attend" and "attend_split" for a step of `few` tokens, at most FEW, or of more.
-
-    Products of float32 numbers are made without matrix instructions, and take registers for both
-    operands: tiles are as small as can be.
-    """
-    wide = spec.size > 128
-    least = power_of_two(spec.group, 16, MOST_GROUP)
-    if arch.name == "interpreter":
-        return Tiles(block_m=least, block_n=32)
-    if spec.dtype == torch.float32:
-        return Tiles(block_m=least, block_n=16 if wide else 32, num_stages=2)
-    stages = 2 if wide or arch.warp == 64 else 3
-    tiles = Tiles(block_m=least, block_n=32 if wide else 64, num_stages=stages)
-    return (
-        tiles
-        if few
-        else replace(tiles, block_m=64, block_n=32, num_warps=8 if wide and arch.warp == 32 else 4)
-    )
-
-
 def parts_for(programs: int, keys: int, arch: Architecture) -> int:
-    """Into how many parts the keys of a token are cut.
-
-    Args:
-        programs: that there are with one part.
-        keys: of all requests; none has more.
-    """
+    """Into how many parts the keys of a token are cut, for so many programs with one part; no
+    request has more than `keys`."""
     wanted = -(-WAVES * arch.processors // max(programs, 1))
     return max(min(wanted, keys // LEAST_KEYS, MOST_PARTS), 1)
 
@@ -131,11 +112,7 @@ architecture = functools.cache(architecture_of)
 
 @functools.cache
 def kernel(name: str, spec: PagedAttentionSpec, few: bool, arch: Architecture) -> GeneratedKernel:
-    """The kernel `name` for a step of few tokens, or of many.
-
-    Raises:
-        LoweringError: its file cannot be written or imported.
-    """
+    """The kernel `name` for a step of few tokens, or of many."""
     return load(name, spec, _tiles(name, spec, few, arch), arch)
 
 
@@ -144,7 +121,17 @@ def _tiles(name: str, spec: PagedAttentionSpec, few: bool, arch: Architecture) -
         return Tiles(block_n=power_of_two(spec.heads * spec.size, 16, 1024))
     if name == "attend_sum":
         return Tiles(num_warps=1)
-    return attention_tiles(spec, few, arch)
+    wide = spec.size > 128
+    least = power_of_two(spec.group, 16, MOST_GROUP)
+    if arch.name == "interpreter":
+        return Tiles(block_m=least, block_n=32)
+    if spec.dtype == torch.float32:  # without matrix instructions: registers for both operands
+        return Tiles(block_m=least, block_n=16 if wide else 32, num_stages=2)
+    stages = 2 if wide or arch.warp == 64 else 3
+    if few:
+        return Tiles(block_m=least, block_n=32 if wide else 64, num_stages=stages)
+    warps = 8 if wide and arch.warp == 32 else 4
+    return Tiles(block_m=64, block_n=32, num_warps=warps, num_stages=stages)
 
 
 def triton_attention(step: PagedStep) -> Tensor:

@@ -46,10 +46,8 @@ ORDER_TILES = Tiles(block_m=64, num_stages=1)
 
 @dataclass(frozen=True, eq=False)
 class LaunchPlan:
-    """What an id stands for: kernels by name, in the order of launching.
-
-    `order` is the sorting kernel, where rows are visited sorted by slot.
-    """
+    """What an id stands for: kernels by name, in the order of launching, and the sorting kernel
+    where rows are visited sorted by slot."""
 
     id: int
     strategy: str
@@ -85,8 +83,7 @@ def build(
         device: where they will run. On a CPU they run in Triton's interpreter.
         tiles: of each kernel of the strategy, instead of the heuristic's or the tuner's.
 
-    Returns:
-        The id, above 0; None where kernels are not generated for the spec (float64, empty ranges).
+    Returns an id above 0; None where no kernels are generated (float64, empty ranges).
 
     Raises:
         LoweringError: an unknown strategy, one that cannot compute the node, or a generated file
@@ -156,11 +153,7 @@ def _plan(
 
 
 def plan_of(kernel: int) -> LaunchPlan:
-    """What `kernel` stands for.
-
-    Raises:
-        LoweringError: it was not built in this process.
-    """
+    """What `kernel` stands for."""
     plan = _PLANS.get(kernel)
     if plan is None:
         raise LoweringError(

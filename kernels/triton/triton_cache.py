@@ -34,10 +34,8 @@ FIRST = ("shrink", "shrink_rows", "split", "activate")
 
 @dataclass(frozen=True, eq=False)
 class GeneratedKernel:
-    """A kernel of this process: its name in KERNELS, and its function as @triton.jit made it.
-
-    Equal keys mean equal text.
-    """
+    """A kernel of this process: its name in KERNELS, and its function as @triton.jit made it. Equal
+    keys mean equal text."""
 
     name: str
     key: str
@@ -65,11 +63,7 @@ def key_of(kernel: str, spec: Spec | None, tiles: Tiles, arch: Architecture) -> 
 
 
 def load(kernel: str, spec: Spec | None, tiles: Tiles, arch: Architecture) -> GeneratedKernel:
-    """The kernel, from the cache or generated now.
-
-    Raises:
-        LoweringError: its file cannot be written or imported.
-    """
+    """The kernel, from the cache or generated now."""
     key = key_of(kernel, spec, tiles, arch)
     folder = cache_folder() / "triton"
     path = folder / f"{kernel}_{key}.py"

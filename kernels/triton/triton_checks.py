@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorafx.kernels.ops.delta_spec import have_strides
 from lorafx.kernels.ops.op_checks import check_bank, require
 from lorafx.kernels.ops.op_library import BankArgs
 from lorafx.kernels.triton.triton_build import LaunchPlan, plan_of
@@ -42,7 +43,7 @@ def checked_plan(
     # A triton_op's schema has no plain int: where Dynamo made the id a symbol, int() guards on it.
     plan = plan_of(int(kernel))
     d = plan.spec.delta
-    A, B, ranks, scales, slots = bank
+    A, B, ranks, _, slots = bank
     require(op, plan.strategy in strategies, f"kernel {kernel} is one of {plan.strategy!r}")
     check_bank(op, bank)
     require(op, rows > 0, f"rows is {rows}; a kernel needs proved row ownership")
@@ -55,28 +56,21 @@ def checked_plan(
         f"B is {tuple(B.shape)}, the kernel's (S, {R}, {d.last_column}) or wider",
     )
     require(op, ranks.shape[1] > max(d.siblings), f"ranks is for {ranks.shape[1]} siblings")
+    factor = group * d.in_features
+    laid = {"B": (d.slot_rows * columns, columns, 1), "ranks": (group, 1), "scales": (group, 1)}
     if not d.embedding:
-        factor = group * d.in_features
-        _require_part(op, "A", A, (d.slot_rows * factor, factor, 1))
-    _require_part(op, "B", B, (d.slot_rows * columns, columns, 1))
-    _require_part(op, "ranks", ranks, (group, 1))
-    _require_part(op, "scales", scales, (group, 1))
+        laid["A"] = (d.slot_rows * factor, factor, 1)
+    for name, strides in laid.items():
+        tensor = getattr(bank, name)
+        # it may show some siblings of the bank
+        require(
+            op,
+            have_strides(tensor, strides),
+            f"{name} has strides {tuple(tensor.stride())}, not {strides}: it is not part of the "
+            "bank that the kernel was made for",
+        )
     require(op, slots.is_contiguous(), "slots is not contiguous")
     return plan
-
-
-def _require_part(op: str, name: str, tensor: Tensor, strides: tuple[int, ...]) -> None:
-    """`tensor` has the strides of a bank, of which it may show some siblings."""
-    laid = all(
-        size == 1 or have == want
-        for size, have, want in zip(tensor.shape, tensor.stride(), strides, strict=True)
-    )
-    require(
-        op,
-        laid,
-        f"{name} has strides {tuple(tensor.stride())}, not {strides}: it is not part of the "
-        "bank that the kernel was made for",
-    )
 
 
 def check_a(op: str, plan: LaunchPlan, A: Tensor) -> None:

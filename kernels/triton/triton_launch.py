@@ -31,7 +31,6 @@ class LaunchArgs:
     """The bank, whose row each row is as the kernels take it, and how they are run.
 
     Attributes:
-        M: rows of x.
         rows: rows a request, at most M: all rows alike is M rows of the first request.
         order: (count,) int32, the requests that have rows, sorted by slot; None: not sorted.
         count: requests that have rows.
@@ -72,9 +71,7 @@ class LaunchArgs:
 
     def tiles(self, block: int) -> Any:
         """Tiles of `block` rows; a sorted batch may have a few places without a row at its end.
-
-        With experts the most that there can be: each begins a tile, and so do rows of none.
-        """
+        With experts the most that there can be: each begins a tile, and so do rows of none."""
         if self.offs is not None:
             groups = torch.sym_min(self.offs.shape[0], self.M) + 1
             return (self.M + groups * (block - 1)) // block
@@ -101,10 +98,8 @@ def _cdiv(value: Any, by: Any) -> Any:
 
 
 def shrink(kernel: GeneratedKernel, spec: TritonSpec, x: Tensor, batch: LaunchArgs) -> Tensor:
-    """v (P, M, J·R) float32 of x (M, K), by `shrink` or `shrink_rows`.
-
-    What a row's adapter has no factor for is not written, and must not be read.
-    """
+    """v (P, M, J·R) float32 of x (M, K), by `shrink` or `shrink_rows`. What a row's adapter has no
+    factor for is not written, and must not be read."""
     A, _, ranks, scales, _ = batch.bank
     tiles, v = kernel.tiles, batch.planes(kernel, spec)
     tall = batch.M if kernel.name == "shrink_rows" else batch.tiles(tiles.block_m) * tiles.lanes
@@ -142,10 +137,8 @@ def split(
     y: Tensor,
     batch: LaunchArgs,
 ) -> tuple[Tensor | None, Tensor]:
-    """The base product in parts of K, (Q, M, N) float32, and beside it `shrink`'s v.
-
-    A single part is written into y, and None is returned for the planes.
-    """
+    """The base product in parts of K, (Q, M, N) float32, and beside it `shrink`'s v. A single part
+    is written into y, and None is returned for the planes."""
     A, _, ranks, scales, _ = batch.bank
     tiles, N = kernel.tiles, spec.out_features
     sums = None
@@ -163,12 +156,8 @@ def split(
 
 
 class Base(NamedTuple):
-    """What `linear` computes the base product of: x (M, K), the weight and the bias.
-
-    Attributes:
-        sums: the product's planes, for "reduce", which reads nothing else but the bias; None
-            where y holds the product.
-    """
+    """What `linear` computes the base product of: x (M, K), the weight and the bias. "reduce" reads
+    the bias and `sums`, the product's planes; None where y holds the product."""
 
     x: Tensor
     weight: Tensor
@@ -184,12 +173,8 @@ def linear(
     base: Base | None,
     batch: LaunchArgs,
 ) -> None:
-    """Writes y (M, N), or adds to it where there is no base product.
-
-    Args:
-        v: shrink's planes; None where the kernel ("recompute") computes v itself.
-        base: None for "expand".
-    """
+    """Writes y (M, N), or adds to it where there is no base product ("expand"). v are shrink's
+    planes; None where the kernel ("recompute") computes v itself."""
     A, B, ranks, scales, _ = batch.bank
     tiles = kernel.tiles
     pointers: list[Any] = []
@@ -225,10 +210,8 @@ def expand_rows(
 def embedding_rows(
     kernel: GeneratedKernel, spec: TritonSpec, y: Tensor, ids: Tensor, batch: LaunchArgs
 ) -> None:
-    """Adds scale · A[s, ids, :r] B[s, :r] into y (M, N).
-
-    An id outside the table adds nothing: a kernel cannot raise, and the base's own lookup has.
-    """
+    """Adds scale · A[s, ids, :r] B[s, :r] into y (M, N). An id outside the table adds nothing: a
+    kernel cannot raise, and the base's own lookup has."""
     A, B, ranks, scales, _ = batch.bank
     tiles_n = _cdiv(spec.delta.columns, kernel.tiles.block_n)
     scalars = batch.arguments(ranks.shape[0], A.shape[1], *A.stride()[:2], y.stride(0))

@@ -94,7 +94,6 @@ class Activation:
     gathered. The names g0, g1, … in `lines` stand for `loads`, whose steps of two are interleaved
     halves. A line is a Triton statement that gives a name to a float32 expression of earlier names;
     where the graph itself casts to a narrower type, so does the text. `result` is the name of h.
-    lorafx.graph.pointwise_region makes it from a graph.
     """
 
     leaves: tuple[Leaf, ...]
@@ -113,9 +112,7 @@ class TritonSpec:
     """What the kernels of one LoRA node take for granted.
 
     Attributes:
-        delta: dtypes, sizes and column ranges, as the CPU kernels have them.
         weight_dtype: of the base weight, for a strategy that computes the base product too.
-        bias: whether there is a base bias.
         transposed: the base weight is (K, N).
         experts: E where the weight holds one for each expert; 0 for all others.
         activation: what x is computed by, for a strategy that does so itself.
@@ -178,14 +175,34 @@ class TritonSpec:
         ragged = d.in_features % tiles.block_k > 0
         factors = power_of_two(d.max_rank, 1, tiles.block_r)
         batched = tiles.batched and factors >= d.max_rank
+        sizes_by_name = {
+            "K": d.in_features,
+            "N": self.out_features,
+            "R": d.max_rank,
+            "G": d.group,
+            "SPACING": d.slot_rows,
+            "B_COLUMNS": d.columns,
+            "EXPERTS": self.experts,
+            "PLANES": self.planes,
+            "PARTS": tiles.parts,
+            "K_PART": k_part,
+            "SPLIT": tiles.split,
+            "SPLIT_PART": split_part,
+            "R_TILES": -(-self.planes // tiles.block_r),
+            "N_TILES": -(-self.out_features // tiles.block_n),
+            "TILES_N": sum(counts),
+            "FACTORS": factors,
+            "ABREAST": tiles.block_r // factors,
+            "WIDE": tiles.picked or tiles.block_m,
+            "LANES": tiles.lanes,
+            "WIDTH": self.width,
+            "COLUMNS": len(d.sizes) * self.width,
+            "GROUP_M": tiles.group_m,
+            **tiles.blocks,
+        }
         return {
             **self._dtypes(),
-            "in_features": d.in_features,
-            "max_rank": d.max_rank,
-            "planes": self.planes,
-            "group": d.group,
-            "spacing": d.slot_rows,
-            "columns": d.columns,
+            "sizes_by_name": sizes_by_name,
             "siblings": list(d.siblings),
             "consecutive": d.siblings == tuple(range(first, first + len(d.siblings))),
             "offsets": list(d.offsets),
@@ -193,26 +210,20 @@ class TritonSpec:
             "starts": _starts(d.sizes),
             "range_firsts": [j * d.max_rank for j in range(len(d.sizes))],
             "tile_firsts": _starts(tuple(counts)),
-            "tiles_n": sum(counts),
             "tiles_block": power_of_two(sum(counts), 1, 1 << 20),
             # of a kernel that takes a tile's slots side by side, or goes slot by slot after all
-            "factors": factors,
-            "abreast": tiles.block_r // factors,
             "slot_factors": power_of_two(factors, 16, 16) if batched else tiles.block_r,
             "code": 1 << d.max_rank.bit_length(),
             "bias": self.bias,
             "transposed": self.transposed,
             "out_features": self.out_features,
-            "k_part": k_part,
             "ragged_k": ragged
             or (kernel in ("shrink", "split", "activate") and tiles.parts * k_part > d.in_features),
-            "split_part": split_part,
             "split_ragged": ragged or tiles.split * split_part > d.in_features,
             "ragged_n": any(size % tiles.block_n for size in d.sizes),
             "batched": batched,
             "at_once": tiles.at_once if batched else 0,
             "grouped": self.experts > 0,
-            "experts": self.experts,
             "experts_block": power_of_two(self.experts, 1, 1 << 20),
             "activation": self.activation if kernel == "activate" else None,
             "width": self.width,
@@ -252,16 +263,11 @@ def _environment() -> jinja2.Environment:
     )
 
 
-def hash_of(folder: Path) -> str:
-    """A hash of the templates under `folder` and of the file that fills them."""
-    files = [folder / "triton_source.py", *sorted((folder / "templates").glob("*.jinja"))]
-    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
-
-
 @functools.cache
 def generator_hash() -> str:
-    """`hash_of` this package: kernels of other generators have other ids."""
-    return hash_of(Path(__file__).parent)
+    """Of the templates and of the file that fills them: kernels of others have other ids."""
+    files = [Path(__file__), *sorted(Path(__file__).parent.glob("templates/*.jinja"))]
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
 
 
 class Spec(Protocol):

@@ -31,6 +31,7 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 CPU = torch.device("cpu")
 #: Strategies of linears.
 STRATEGIES = ("split", "epilogue", "recompute", "segments", "gemv")
+LINEARS = (*STRATEGIES, CONCAT)
 lora = torch.ops.lorafx
 
 

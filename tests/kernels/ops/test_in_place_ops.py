@@ -69,22 +69,6 @@ def test_one_graph_for_every_batch_size() -> None:
                 assert_delta(with_product(q, weight), y)
 
 
-def test_an_argument_is_mutated_in_place() -> None:
-    p = random_problem(x_shape=(12, 7), slots=(2, -1, 0, 1), rows=3)
-    spec = DeltaSpec.linear(p.y, p.x, p.A, p.B, p.ranks, *p.ranges)
-
-    y, kernel = p.y.clone(), delta_call(spec, p.y, p.x, *p.bank, rows=3)[1][-1]
-
-    def function(y: Tensor, x: Tensor, *bank: Tensor) -> Tensor:
-        torch.ops.lorafx.run_delta_(y, x, *bank, 3, kernel)
-        return y + 1
-
-    with torch.no_grad():
-        out = torch.compile(function, fullgraph=True)(y, p.x, *p.bank)
-    assert_delta(p, y)
-    assert torch.equal(out, y + 1)
-
-
 def test_embedding() -> None:
     e = random_problem(x_shape=(4, 3), slots=(2, -1, 0, 1), rows=3, sizes=(9,), vocabulary=11)
     weight = torch.randn(11, 9)

@@ -17,7 +17,7 @@ from torch import Tensor
 from lorafx.kernels.ops.paged_attention import PagedStep, by_request
 from lorafx.kernels.triton import triton_attention as module
 from lorafx.kernels.triton.launchers import launch_interpreted
-from lorafx.kernels.triton.triton_attention import FEW, PagedAttentionSpec, attend, parts_for
+from lorafx.kernels.triton.triton_attention import FEW, PagedAttentionSpec, attend
 from lorafx.kernels.triton.triton_cache import GeneratedKernel
 from lorafx.kernels.triton.triton_tiles import ARCHITECTURES, Architecture
 
@@ -70,11 +70,6 @@ def test_mixed_steps(case: str) -> None:
     check(paged_step(MIXED, **changes), parts=parts)
 
 
-def test_a_chunk_of_several_tiles() -> None:
-    """A tile ends at a multiple of its tokens, and at the end of a request."""
-    check(paged_step([(3, 2), (35, 9), (1, 4)], heads=1))
-
-
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_any_step(data: st.DataObject) -> None:
@@ -94,15 +89,6 @@ def test_any_step(data: st.DataObject) -> None:
         seed=data.draw(st.integers(0, 99), label="seed"),
     )
     check(call, parts=data.draw(st.sampled_from([1, 2, 5]), label="parts"))
-
-
-def test_layouts_that_models_have() -> None:
-    """Heads before tokens; keys and queries in one buffer; a mask that is part of a larger one."""
-    call = paged_step(MIXED, group=2)
-    call["query"] = call["query"].contiguous()
-    call["key"], call["value"] = torch.cat([call["key"], call["value"]], 3).split(16, 3)
-    call["mask"] = torch.nn.functional.pad(call["mask"], (0, 5))[..., :-5]
-    check(call)
 
 
 def test_what_is_no_number_stays_with_its_request() -> None:
@@ -148,16 +134,6 @@ def test_what_has_no_kernel() -> None:
     step = PagedStep(**paged_step([(1, 3)]))
     assert PagedAttentionSpec.of(step._replace(mask=step.mask.half())) is None
     assert PagedAttentionSpec.of(step._replace(query=step.query.repeat(1, 65, 1, 1))) is None
-
-
-def test_parts_of_keys() -> None:
-    """More where there are fewer programs than processors, never of fewer than 256 keys."""
-    arch = ARCHITECTURES["cuda90"]
-    assert parts_for(arch.processors * 2, 100_000, arch) == 1
-    assert parts_for(8, 100_000, arch) == module.MOST_PARTS
-    assert parts_for(8, 1000, arch) == 3
-    assert parts_for(64, 100_000, arch) == 5
-    assert FEW > 1
 
 
 def test_one_binary_for_all_steps() -> None:

@@ -10,12 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton_cases import (
     BF16,
-    FP16,
     FP32,
+    LINEARS,
     STRATEGIES,
     Case,
     assert_right,
-    base_product,
     kernel_of,
     make_case,
     run,
@@ -24,7 +23,7 @@ from triton_cases import (
 from lorafx.kernels.ops.op_library import BankArgs
 from lorafx.kernels.triton.launchers import launch_interpreted
 from lorafx.kernels.triton.strategy_tiles import tiles_for
-from lorafx.kernels.triton.triton_build import LINEAR, ORDER_TILES
+from lorafx.kernels.triton.triton_build import ORDER_TILES
 from lorafx.kernels.triton.triton_cache import load
 from lorafx.kernels.triton.triton_launch import LaunchArgs
 from lorafx.kernels.triton.triton_tiles import ARCHITECTURES
@@ -55,18 +54,18 @@ def test_any_map_of_rows(strategy: str, data: st.DataObject) -> None:
     assert_right(case, name, run(case, name, sorted_tiles(case, name) if ordering else None))
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("strategy", LINEARS)
 def test_rows_do_not_see_their_neighbours(strategy: str, dtype: torch.dtype) -> None:
     """Bit-equal with every other row's adapter changed; base rows have the base's own bits."""
     slots = (2, -1, 0, 1, 2, 3)
-    case = make_case(K=90, sizes=(33, 20), slots=slots, rows=2, rank=9, dtypes=(dtype,) * 3)
+    case = make_case(K=96, sizes=(33, 20), slots=slots, rows=2, rank=9, dtypes=(dtype,) * 3)
     p = case.problem
     together = run(case, strategy)
     assert torch.equal(together, run(case, strategy))
     base = run(case.with_(slots=torch.full_like(p.slots, -1)), strategy)
     assert torch.equal(together[2:4], base[2:4])
-    if strategy not in LINEAR:
+    if strategy in ("segments", "gemv"):
         assert torch.equal(base, p.y)
     for request, slot in ((0, 2), (3, 1), (5, 3)):
         alone = torch.full_like(p.slots, -1)
@@ -86,10 +85,11 @@ def test_sorting_changes_no_bit(strategy: str) -> None:
     assert torch.equal(run(case, strategy, tiles), run(case, strategy, unsorted))
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_infinite_adapters_stay_in_their_rows(strategy: str) -> None:
-    """An adapter that overflowed spoils its own requests only."""
-    case = make_case(K=32, sizes=(20,), slots=(0, 1, -1), rows=2, rank=4)
+def test_infinite_adapters_stay_in_their_rows(strategy: str, dtype: torch.dtype) -> None:
+    """An adapter that overflowed spoils its own requests only, though slots share a product."""
+    case = make_case(K=32, sizes=(20,), slots=(0, 1, -1), rows=2, rank=4, dtypes=(dtype,) * 3)
     expected = run(case, strategy)
     broken = case.problem.B.clone()
     broken[1] = torch.inf
@@ -128,13 +128,3 @@ def test_order(slots: list[int]) -> None:
     batch = LaunchArgs.of(len(slots), bank, 1, kernel, launch_interpreted)
     assert batch.order is not None
     assert torch.equal(batch.order, torch.argsort(tensor, stable=True).to(torch.int32))
-
-
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
-def test_base_rows_of_a_linear_are_the_plain_product(dtype: torch.dtype) -> None:
-    case = make_case(K=65, sizes=(31,), slots=(-1, -1), rows=3, dtypes=(dtype,) * 3)
-    exact, magnitude = base_product(case)
-    for strategy in LINEAR:
-        got = run(case, strategy)
-        bound = torch.finfo(dtype).eps / 2 * exact.abs() + 2 * 65 * 2.0**-24 * magnitude
-        assert ((got.double() - exact).abs() <= 2 * bound).all()

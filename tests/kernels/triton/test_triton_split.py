@@ -6,10 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from triton_cases import BF16, CPU, FP32, assert_right, kernel_of, lora, make_case, run
+from triton_cases import BF16, CPU, assert_right, make_case, run
 
 from lorafx.kernels.triton.strategy_tiles import tiles_for
-from lorafx.kernels.triton.triton_build import plan_of
 from lorafx.kernels.triton.triton_tiles import ARCHITECTURES, architecture_of
 from lorafx.torch_internals.inductor_wrapper import launch_dependents_early
 
@@ -54,23 +53,6 @@ def test_the_epilogue_with_slots_side_by_side_or_not(changes: dict[str, object])
     assert_right(case, "epilogue", run(case, "epilogue", tiles))
 
 
-@pytest.mark.parametrize("strategy", ["split", "epilogue"])
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_infinite_factors_stay_with_their_rows(strategy: str, dtype: torch.dtype) -> None:
-    """Slots that share a product do not share what is no number."""
-    case = make_case(K=64, sizes=(32,), slots=(0, 1, -1, 1, 2), rank=8, dtypes=(dtype,) * 3)
-    kernel = kernel_of(case, strategy)
-    assert plan_of(kernel).kernels[list(plan_of(kernel).kernels)[-1]].tiles.batched
-    sound = run(case, strategy)
-    B = case.problem.B.clone()
-    B[1] = torch.inf
-    got = run(case.with_(B=B), strategy)
-    mine = torch.tensor([1, 3])
-    others = torch.tensor([0, 2, 4])
-    assert torch.equal(got[others], sound[others])
-    assert not got[mine].isfinite().all()
-
-
 def test_a_shrink_that_picks_its_rows() -> None:
     case = make_case(K=64, sizes=(32, 16), slots=(0,) * 20 + (1, 2, -1) * 10, rank=4)
     tiles = tiles_of(case, "epilogue")
@@ -105,15 +87,3 @@ def test_inductor_is_told_of_kernels_that_wait() -> None:
     texts = [line.kernel_body for line in lines]
     assert texts[0].startswith("triton_meta={'launch_pdl': True, 'device': 0}")
     assert texts[1] == "triton_meta={'device': 0}"
-
-
-def test_one_part_goes_through_y() -> None:
-    case = make_case(K=64, sizes=(32,), slots=(0, 1), dtypes=(BF16,) * 3)
-    p = case.problem
-    tiles = {name: replace(own, split=1) for name, own in tiles_of(case, "split").items()}
-    kernel = kernel_of(case, "split", tiles)
-    names = plan_of(kernel).kernels["reduce"].jit.arg_names
-    assert "p_ptr" not in names
-    assert "y_ptr" in names
-    got = lora.triton_linear(p.x, case.weight, case.bias, *p.bank, p.rows, kernel)
-    assert_right(case, "split", got)

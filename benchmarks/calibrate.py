@@ -1,4 +1,4 @@
-"""What the GPU of this machine reaches, measured: `python -m lorafx.kernels.triton.calibrate`.
+"""What the GPU of this machine reaches, measured: `python benchmarks/calibrate.py`.
 
 Measured are copies (device memory, and in the second-level cache), matrix products, a chain of
 dependent kernels, and lorafx's own GEMM beside the vendor's: until that is known, strategies that
@@ -7,16 +7,20 @@ replace the vendor's GEMM are not taken where FLOPs decide.
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import lorafx.kernels.triton.triton_ops  # noqa: F401  registers the op
-from lorafx.kernels.cost.chips import Chip, assumed_chip, save_chip
+from lorafx.kernels.cost.chips import Chip, assumed_chip, chip_file, load_chip
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.triton.triton_build import TritonSpec, build
 
@@ -114,6 +118,17 @@ def replay_seconds(calls: Sequence[Call], *, replays: int) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end) * 1e-3 / len(calls))
     return statistics.median(times[1:])
+
+
+def save_chip(chip: Chip) -> Path:
+    """Keep `chip`, named as torch names the device, for this and later processes."""
+    path = chip_file(chip.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as scratch:
+        json.dump(asdict(chip), scratch, indent=1)
+    os.replace(scratch.name, path)
+    load_chip.cache_clear()
+    return path
 
 
 def main() -> int:
