@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,8 +37,6 @@ def test_tuning_finds_nothing_slower(
 
 
 def test_tiles_that_do_not_fit_take_forever(device: torch.device) -> None:
-    from dataclasses import replace
-
     spec = representative_specs()["o_r16_bf16"]
     timer = gpu_timer(spec, "recompute", 1, device, copies=2)
     tiles = tiles_for("recompute", spec.delta, 1, architecture_of(device))["recompute"]

@@ -17,11 +17,7 @@ import torch
 from delta_oracle import Problem, assert_delta, random_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import (
-    LAYOUTS,
-    large,
-    last_first,
-)
+from layouts import LAYOUTS, large, last_first
 from toolchain import needs_compiler
 from torch import Tensor
 

@@ -20,12 +20,7 @@ from triton_cases import STRATEGIES, kernel_of, make_case, run
 from lorafx.errors import LoweringError
 from lorafx.kernels.triton import triton_cache
 from lorafx.kernels.triton.strategy_tiles import tiles_for
-from lorafx.kernels.triton.triton_build import (
-    LINEAR,
-    ORDER_TILES,
-    STRATEGY_KERNELS,
-    source_of,
-)
+from lorafx.kernels.triton.triton_build import LINEAR, ORDER_TILES, STRATEGY_KERNELS, source_of
 from lorafx.kernels.triton.triton_tiles import ARCHITECTURES
 
 HELPERS = Path(__file__).parents[2] / "helpers"

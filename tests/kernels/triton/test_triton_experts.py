@@ -3,7 +3,6 @@ are sorted by expert, their deltas, and activations that the shrink computes."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -21,8 +20,6 @@ from lorafx.kernels.triton.strategy_tiles import tiles_for
 from lorafx.kernels.triton.triton_build import TritonSpec, build
 from lorafx.kernels.triton.triton_tiles import ARCHITECTURES
 
-#: What grids are computed with.
-SIZES = (operator.add, operator.sub, operator.mul, operator.floordiv, torch.sym_min)
 #: Rows of each expert, and the slots that rows have in turn.
 BATCHES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "decode": ((2, 0, 3, 1, 0, 4), (0, -1, 2, 1)),

@@ -12,16 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.library import opcheck
-from triton_cases import (
-    BF16,
-    CPU,
-    STRATEGIES,
-    Case,
-    kernel_of,
-    lora,
-    make_case,
-    run,
-)
+from triton_cases import BF16, CPU, STRATEGIES, Case, kernel_of, lora, make_case, run
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.ops.op_library import BankArgs
