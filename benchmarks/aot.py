@@ -54,7 +54,7 @@ class AotTarget:
     matrix: tuple[str, ...]
 
 
-#: by architecture of lorafx.kernels.triton.triton_tiles
+#: by architecture of lorafx.kernels.triton.tiles
 TARGETS: Mapping[str, AotTarget] = {
     "cuda80": AotTarget(GPUTarget("cuda", 80, 32), 163 << 10, 255, ("mma.sync",)),
     "cuda90": AotTarget(GPUTarget("cuda", 90, 32), 227 << 10, 255, ("wgmma.mma_async", "mma.sync")),

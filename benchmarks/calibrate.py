@@ -22,7 +22,7 @@ from torch import Tensor
 import lorafx.kernels.triton.triton_ops  # noqa: F401  registers the op
 from lorafx.kernels.cost.chips import Chip, assumed_chip, chip_file, load_chip
 from lorafx.kernels.ops.delta_spec import DeltaSpec
-from lorafx.kernels.triton.triton_build import TritonSpec, build
+from lorafx.kernels.triton.build import TritonSpec, build
 
 Call = Callable[[], object]
 #: Seconds of one call, by a name that says what it does.

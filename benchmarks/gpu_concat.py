@@ -15,8 +15,8 @@ from gpu_cases import Case, Copy
 from torch import Tensor
 
 from lorafx.errors import LoweringError
+from lorafx.kernels.triton.build import build, plan_of
 from lorafx.kernels.triton.concat_ops import columns_of
-from lorafx.kernels.triton.triton_build import build, plan_of
 
 #: Requests of a batch of prompts, each with M / REQUESTS rows.
 REQUESTS = 8

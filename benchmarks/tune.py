@@ -32,7 +32,9 @@ import lorafx.kernels.triton.triton_ops  # noqa: F401  registers the op
 from lorafx.kernels.cost.chips import Chip, chip_of
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.ops.op_library import BankArgs
+from lorafx.kernels.triton.build import CONCAT, LINEAR, build
 from lorafx.kernels.triton.concat_ops import concat_linear
+from lorafx.kernels.triton.source import TritonSpec
 from lorafx.kernels.triton.strategy_tiles import (
     TUNED,
     load_tuned,
@@ -40,9 +42,7 @@ from lorafx.kernels.triton.strategy_tiles import (
     tuned_file,
     tuning_key,
 )
-from lorafx.kernels.triton.triton_build import CONCAT, LINEAR, build
-from lorafx.kernels.triton.triton_source import TritonSpec
-from lorafx.kernels.triton.triton_tiles import Architecture, Tiles, architecture_of
+from lorafx.kernels.triton.tiles import Architecture, Tiles, architecture_of
 
 Timer = Callable[[TileSet], float]
 

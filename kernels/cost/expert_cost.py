@@ -1,4 +1,4 @@
-"""The cost model of products with routed experts on a GPU: a roofline, as kernels/cost/cost.py.
+"""The cost model of products with routed experts on a GPU: a roofline, as kernels/cost/roofline.py.
 
     experts with rows   H(E) = E (1 - (1 - 1/E)^M)      M rows that are spread evenly
     pairs with rows     H(E·D), of experts and adapters: each one's A and B is read once
@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lorafx.kernels.cost.cost import DOT, TILE_M, Estimate, Work, ranked, slower_than_vendor
+from lorafx.kernels.cost.roofline import DOT, TILE_M, Estimate, Work, ranked, slower_than_vendor
 
 #: Speed of the grouped kernel's loop over W beside the vendor's grouped product where bytes decide:
 #: assumed. Experts give it thousands of programs, which the slower dense kernels lack, and the

@@ -42,7 +42,6 @@ from lorafx.kernels.cpu.compiler import (
     load_library,
     torch_function,
 )
-from lorafx.kernels.cpu.cpu import dispatcher
 from lorafx.kernels.cpu.cpu_source import (
     ELEMENTS,
     SERIAL_WORK,
@@ -52,9 +51,10 @@ from lorafx.kernels.cpu.cpu_source import (
     register,
     templates,
 )
+from lorafx.kernels.cpu.delta_kernels import dispatcher
+from lorafx.kernels.ops.linear_ops import KERNELS
 from lorafx.kernels.ops.op_checks import check_bank, check_rows, require
 from lorafx.kernels.ops.op_library import BANK, BankArgs, define
-from lorafx.kernels.ops.ops import KERNELS
 
 #: Bytes of W in a unit of work, which later tiles of rows find in a cache of the core.
 UNIT_BYTES = 1 << 18
@@ -188,7 +188,7 @@ def dense_mm(x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
     """x (M, K) times Wᵀ for W (N, K), (M, N) contiguous.
 
     sizes are what N consists of: columns that are multiplied part by part where rows are many,
-    which MKL is faster at (lorafx.kernels.cost.cost.split_is_faster); empty for one part.
+    which MKL is faster at (lorafx.kernels.cost.roofline.split_is_faster); empty for one part.
 
     Raises:
         LoweringError: sizes that do not fit together.

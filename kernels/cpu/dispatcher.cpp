@@ -62,7 +62,7 @@ static Rows rows_of(const View& v, int64_t leading) {
 static const Kernel* kernel_of(uint64_t id, Op op) {
     const Kernel* k = find((int64_t)id);
     require(k && k->op == op,
-            "lorafx: this process has not loaded that kernel id; build it with lorafx.kernels.cpu.cpu");
+            "lorafx: this process has not loaded that kernel id; build it with lorafx.kernels.cpu.delta_kernels");
     return k;
 }
 

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from lorafx.errors import BatchError
 from lorafx.kernels.ops.delta import add_linear_delta, row_slots
+from lorafx.kernels.ops.linear_ops import ranges_of
 from lorafx.kernels.ops.op_checks import check_bank, check_linear, check_rows, require
 from lorafx.kernels.ops.op_library import BANK, RANGES, BankArgs, Ranges, define
-from lorafx.kernels.ops.ops import ranges_of
 
 
 def expert_slots(slots: Tensor, experts: Tensor, rows: int, count: int, capacity: int) -> Tensor:

@@ -22,7 +22,7 @@ _LIBRARY = torch.library.Library("lorafx", "FRAGMENT")
 
 
 class BankArgs(NamedTuple):
-    """The bank of one group and the owners of the rows; see lorafx.kernels.ops.ops for the
+    """The bank of one group and the owners of the rows; see lorafx.kernels.ops.linear_ops for the
     shapes."""
 
     A: Tensor

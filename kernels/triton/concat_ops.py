@@ -27,12 +27,12 @@ from torch.nn.functional import pad
 
 from lorafx.kernels.ops.op_checks import require
 from lorafx.kernels.ops.op_library import BankArgs
+from lorafx.kernels.triton.build import CONCAT, plan_of
+from lorafx.kernels.triton.generated import GeneratedKernel
+from lorafx.kernels.triton.launch import LaunchArgs
+from lorafx.kernels.triton.launch_checks import check_a, checked_plan, require_adjacent
 from lorafx.kernels.triton.launchers import Launch, generated_op
-from lorafx.kernels.triton.triton_build import CONCAT, plan_of
-from lorafx.kernels.triton.triton_cache import GeneratedKernel
-from lorafx.kernels.triton.triton_checks import check_a, checked_plan, require_adjacent
-from lorafx.kernels.triton.triton_launch import LaunchArgs
-from lorafx.kernels.triton.triton_source import TritonSpec
+from lorafx.kernels.triton.source import TritonSpec
 from lorafx.torch_internals.symbols import guard_or_false
 
 

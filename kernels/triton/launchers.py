@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.library import custom_op, wrap_triton
 
 from lorafx.kernels.ops.op_library import flat
-from lorafx.kernels.triton.triton_cache import GeneratedKernel
+from lorafx.kernels.triton.generated import GeneratedKernel
 from lorafx.torch_internals.triton_compat import generated_triton_op, interpret, launches_directly
 
 #: Runs a kernel over a grid, with these arguments.

@@ -16,8 +16,8 @@ import torch
 
 from lorafx.kernels.cpu.compiler import cache_folder
 from lorafx.kernels.ops.delta_spec import DeltaSpec
-from lorafx.kernels.triton.triton_source import generator_hash
-from lorafx.kernels.triton.triton_tiles import (
+from lorafx.kernels.triton.source import generator_hash
+from lorafx.kernels.triton.tiles import (
     Architecture,
     Tiles,
     aligned,

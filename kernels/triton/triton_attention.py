@@ -36,10 +36,10 @@ from lorafx.kernels.cpu.attention import kernel_of
 from lorafx.kernels.ops.delta_spec import FLOATS
 from lorafx.kernels.ops.op_library import define_on
 from lorafx.kernels.ops.paged_attention import AttentionSpec, PagedStep, by_request, check_step
+from lorafx.kernels.triton.generated import GeneratedKernel, load
 from lorafx.kernels.triton.launchers import Launch, launch_wrapped
-from lorafx.kernels.triton.triton_cache import GeneratedKernel, load
-from lorafx.kernels.triton.triton_source import TYPES
-from lorafx.kernels.triton.triton_tiles import Architecture, Tiles, architecture_of, power_of_two
+from lorafx.kernels.triton.source import TYPES
+from lorafx.kernels.triton.tiles import Architecture, Tiles, architecture_of, power_of_two
 
 #: Numbers a head at most: of more, a tile's sums do not fit into registers.
 MOST_SIZE = 256

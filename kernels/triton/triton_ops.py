@@ -5,8 +5,8 @@
     lorafx::triton_embedding_delta_  the delta of an embedding, added into y in place
     lorafx::triton_experts           products with routed experts' weights and their deltas, (M, N)
 
-`kernel` is an id of triton_build.py, which stands for strategy, sizes and column ranges; slots,
-rows and the bank are those of lorafx.kernels.ops.ops, with rows > 0. The torch references are
+`kernel` is an id of build.py, which stands for strategy, sizes and column ranges; slots, rows and
+the bank are those of lorafx.kernels.ops.linear_ops, with rows > 0. The torch references are
 `lorafx::fused_linear`, `add_delta_`, `add_embedding_delta_` and `fused_experts` with the same
 ranges. All raise LoweringError for an argument that `kernel` was not made for.
 """
@@ -21,17 +21,8 @@ from torch import Tensor
 from lorafx.kernels.ops.expert_ops import check_ends
 from lorafx.kernels.ops.op_checks import require
 from lorafx.kernels.ops.op_library import BankArgs
-from lorafx.kernels.triton.launchers import Launch, generated_op
-from lorafx.kernels.triton.triton_build import EXPERTS, LINEAR, LaunchPlan, plan_of
-from lorafx.kernels.triton.triton_checks import (
-    check_ids,
-    check_linear,
-    check_weight,
-    check_y,
-    checked_plan,
-    require_adjacent,
-)
-from lorafx.kernels.triton.triton_launch import (
+from lorafx.kernels.triton.build import EXPERTS, LINEAR, LaunchPlan, plan_of
+from lorafx.kernels.triton.launch import (
     Base,
     LaunchArgs,
     activate,
@@ -41,7 +32,16 @@ from lorafx.kernels.triton.triton_launch import (
     shrink,
     split,
 )
-from lorafx.kernels.triton.triton_source import Leaf
+from lorafx.kernels.triton.launch_checks import (
+    check_ids,
+    check_linear,
+    check_weight,
+    check_y,
+    checked_plan,
+    require_adjacent,
+)
+from lorafx.kernels.triton.launchers import Launch, generated_op
+from lorafx.kernels.triton.source import Leaf
 from lorafx.torch_internals.symbols import guard_or_false
 
 

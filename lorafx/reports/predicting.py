@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lorafx.config import LoraConfig, Options
 from lorafx.errors import LorafxWarning
-from lorafx.kernels.cost.cost import factor_elements
+from lorafx.kernels.cost.roofline import factor_elements
 from lorafx.model.packing import packable
 from lorafx.model.refusals import weight_of
 from lorafx.model.repeated import shape_of

@@ -17,7 +17,7 @@ from torch import fx
 
 from lorafx.capture.lowering import NodeByNode
 from lorafx.kernels.cpu import dense
-from lorafx.kernels.cpu.cpu import build, build_all
+from lorafx.kernels.cpu.delta_kernels import build, build_all
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.saved_graphs.fingerprints import Undescribed
 from lorafx.torch_internals.fake_tensors import FakeTensorMode

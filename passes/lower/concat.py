@@ -16,7 +16,7 @@ from torch import fx
 
 from lorafx.graph.context import Context
 from lorafx.kernels.triton import concat_ops
-from lorafx.kernels.triton.triton_build import plan_of
+from lorafx.kernels.triton.build import plan_of
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED
 from lorafx.program.frame import fake_value
 

@@ -10,7 +10,7 @@ from lorafx.graph.context import EMBEDDING_OP, EXPERT_OP, FUSED_OP
 from lorafx.graph.pointwise_region import PointwiseRegion
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.ops.op_library import Ranges
-from lorafx.kernels.triton.triton_build import TritonSpec
+from lorafx.kernels.triton.build import TritonSpec
 from lorafx.op_arguments import bound
 from lorafx.passes.fuse.fuse_experts import FUSED_EXPERTS, region
 from lorafx.program.frame import fake_value

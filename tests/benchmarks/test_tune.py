@@ -15,6 +15,7 @@ from tune import ExpertProblem, Problem, neighbours, search, tune
 
 from lorafx.kernels.cost.chips import DEFAULT_CHIP
 from lorafx.kernels.triton import strategy_tiles
+from lorafx.kernels.triton.build import build, plan_of
 from lorafx.kernels.triton.strategy_tiles import (
     TUNED,
     load_tuned,
@@ -22,8 +23,7 @@ from lorafx.kernels.triton.strategy_tiles import (
     tuned_file,
     tuning_key,
 )
-from lorafx.kernels.triton.triton_build import build, plan_of
-from lorafx.kernels.triton.triton_tiles import ARCHITECTURES
+from lorafx.kernels.triton.tiles import ARCHITECTURES
 
 CPU = torch.device("cpu")
 SPECS = representative_specs()

@@ -15,7 +15,7 @@ from torch._inductor.utils import run_and_get_code
 from triton_cases import BF16, LINEARS, STRATEGIES, assert_right, make_case
 
 import lorafx
-from lorafx.kernels.triton.triton_build import LINEAR
+from lorafx.kernels.triton.build import LINEAR
 
 NAMES = ["a1", None, "a3", "a0", "a2"]
 MIX = (2, -1, 0, 1, 1, 3, 0, 0)

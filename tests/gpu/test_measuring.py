@@ -15,7 +15,7 @@ from tune import gpu_timer, tune
 
 from lorafx.kernels.triton import strategy_tiles
 from lorafx.kernels.triton.strategy_tiles import TUNED, load_tuned, tiles_for
-from lorafx.kernels.triton.triton_tiles import architecture_of
+from lorafx.kernels.triton.tiles import architecture_of
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

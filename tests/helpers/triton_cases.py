@@ -23,9 +23,9 @@ from torch import Tensor
 
 import lorafx.kernels.triton.triton_ops  # noqa: F401  registers the ops
 from lorafx.kernels.ops.delta_spec import DeltaSpec
+from lorafx.kernels.triton.build import CONCAT, LINEAR, TritonSpec, build
 from lorafx.kernels.triton.concat_ops import concat_linear
-from lorafx.kernels.triton.triton_build import CONCAT, LINEAR, TritonSpec, build
-from lorafx.kernels.triton.triton_tiles import Tiles
+from lorafx.kernels.triton.tiles import Tiles
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 CPU = torch.device("cpu")

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lorafx.kernels.cost.chips import CHIPS, DEFAULT_CHIP, Chip, chip_of
-from lorafx.kernels.cost.cost import (
+from lorafx.kernels.cost.expert_cost import EXPERT_STRATEGIES, ExpertWork, estimate_experts
+from lorafx.kernels.cost.roofline import (
     FUSED,
     GPU_STRATEGIES,
     START,
@@ -19,7 +20,6 @@ from lorafx.kernels.cost.cost import (
     split_rounds,
     work_of,
 )
-from lorafx.kernels.cost.expert_cost import EXPERT_STRATEGIES, ExpertWork, estimate_experts
 
 pytestmark = pytest.mark.quick
 

@@ -19,7 +19,7 @@ from toolchain import needs_compiler
 from lorafx.errors import LoweringError
 from lorafx.kernels.cpu import compiler, cpu
 from lorafx.kernels.cpu.compiler import Isa, compile_library, load_library
-from lorafx.kernels.cpu.cpu import build, delta_call, embedding_delta_call
+from lorafx.kernels.cpu.delta_kernels import build, delta_call, embedding_delta_call
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 
 SOURCE = 'extern "C" int answer() { return 42; }\n'
@@ -152,7 +152,7 @@ def test_an_id_that_was_never_loaded() -> None:
 
 ELSEWHERE = """
 import torch
-from lorafx.kernels.cpu.cpu import build
+from lorafx.kernels.cpu.delta_kernels import build
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 f = torch.float32
 print(build(DeltaSpec(f, f, f, 7, 5, 1, 9, (0,), (0,), (9,))))

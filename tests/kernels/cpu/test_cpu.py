@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from toolchain import needs_compiler
 
 from lorafx.kernels.cpu.compiler import Isa, runnable_isas
-from lorafx.kernels.cpu.cpu import build, build_all
+from lorafx.kernels.cpu.delta_kernels import build, build_all
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 
 lora = torch.ops.lorafx

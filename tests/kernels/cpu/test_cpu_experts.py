@@ -11,7 +11,7 @@ from delta_oracle import Problem, assert_delta, random_problem
 from toolchain import needs_compiler
 from torch import Tensor
 
-from lorafx.kernels.cpu.cpu import build, build_all, expert_delta_call
+from lorafx.kernels.cpu.delta_kernels import build, build_all, expert_delta_call
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 
 lora = torch.ops.lorafx

@@ -10,7 +10,7 @@ from delta_oracle import Problem, assert_delta, random_problem
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
-from lorafx.kernels.cpu.cpu import delta_call, embedding_delta_call
+from lorafx.kernels.cpu.delta_kernels import delta_call, embedding_delta_call
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 
 

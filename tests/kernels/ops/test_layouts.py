@@ -21,7 +21,7 @@ from layouts import LAYOUTS, large, last_first
 from toolchain import needs_compiler
 from torch import Tensor
 
-from lorafx.kernels.cpu.cpu import build
+from lorafx.kernels.cpu.delta_kernels import build
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 
 lora = torch.ops.lorafx

@@ -10,9 +10,9 @@ from delta_oracle import Problem, assert_delta, dense_delta, random_problem
 from torch import Tensor
 from torch.library import opcheck
 
-import lorafx.kernels.ops.ops  # noqa: F401  registers them
+import lorafx.kernels.ops.linear_ops  # noqa: F401  registers them
 from lorafx.errors import BatchError, LoweringError, ProvenanceError
-from lorafx.kernels.cpu.cpu import build
+from lorafx.kernels.cpu.delta_kernels import build
 from lorafx.kernels.ops.delta import add_embedding_delta, add_linear_delta
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 

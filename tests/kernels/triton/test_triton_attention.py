@@ -16,10 +16,10 @@ from torch import Tensor
 
 from lorafx.kernels.ops.paged_attention import PagedStep, by_request
 from lorafx.kernels.triton import triton_attention as module
+from lorafx.kernels.triton.generated import GeneratedKernel
 from lorafx.kernels.triton.launchers import launch_interpreted
+from lorafx.kernels.triton.tiles import ARCHITECTURES, Architecture
 from lorafx.kernels.triton.triton_attention import FEW, PagedAttentionSpec, attend
-from lorafx.kernels.triton.triton_cache import GeneratedKernel
-from lorafx.kernels.triton.triton_tiles import ARCHITECTURES, Architecture
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 

@@ -18,10 +18,10 @@ from triton.runtime import interpreter
 from triton_cases import STRATEGIES, kernel_of, make_case, run
 
 from lorafx.errors import LoweringError
-from lorafx.kernels.triton import triton_cache
+from lorafx.kernels.triton import generated
+from lorafx.kernels.triton.build import LINEAR, ORDER_TILES, STRATEGY_KERNELS, source_of
 from lorafx.kernels.triton.strategy_tiles import tiles_for
-from lorafx.kernels.triton.triton_build import LINEAR, ORDER_TILES, STRATEGY_KERNELS, source_of
-from lorafx.kernels.triton.triton_tiles import ARCHITECTURES
+from lorafx.kernels.triton.tiles import ARCHITECTURES
 
 HELPERS = Path(__file__).parents[2] / "helpers"
 PROCESS = """
@@ -29,8 +29,8 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from triton_cases import kernel_of, make_case, run
 if "--no-templates" in sys.argv:
-    from lorafx.kernels.triton import triton_cache
-    del triton_cache.source
+    from lorafx.kernels.triton import generated
+    del generated.source
 case = make_case(K=24, sizes=(13, 8), slots=(2, -1, 0), rows=2, rank=4)
 print(kernel_of(case, "segments"), run(case, "segments").double().sum().item())
 """
@@ -65,11 +65,11 @@ def test_a_damaged_file_is_an_error_that_names_it(
     monkeypatch.setenv("LORAFX_CACHE_DIR", str(tmp_path))
     spec, arch = make_case(K=24, sizes=(15,), slots=(0,)).spec, ARCHITECTURES["interpreter"]
     tiles = tiles_for("segments", spec.delta, 1, arch)["shrink"]
-    key = triton_cache.key_of("shrink", spec, tiles, arch)
+    key = generated.key_of("shrink", spec, tiles, arch)
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / f"shrink_{key}.py").write_text("def shrink(")
     with pytest.raises(LoweringError, match=f"shrink_{key}.py cannot be imported"):
-        triton_cache.load("shrink", spec, tiles, arch)
+        generated.load("shrink", spec, tiles, arch)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -114,7 +114,7 @@ def test_interpreting_leaves_triton_as_it_was() -> None:
         run(case, strategy)
     assert names() == before
     assert interpreter.interpreter_builder.options is options
-    order = triton_cache.load("order", None, ORDER_TILES, ARCHITECTURES["cuda90"])
+    order = generated.load("order", None, ORDER_TILES, ARCHITECTURES["cuda90"])
     signature = {"slots_ptr": "*i32", "order_ptr": "*i32", "count": "i32"}
     source = ASTSource(order.jit, signature, {})
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))

@@ -9,8 +9,8 @@ import torch
 from triton_cases import BF16, CPU, FP16, FP32, assert_right, kernel_of, lora, make_case, run
 
 from lorafx.errors import LoweringError
+from lorafx.kernels.triton.build import build, plan_of
 from lorafx.kernels.triton.concat_ops import columns_of, concat_linear
-from lorafx.kernels.triton.triton_build import build, plan_of
 
 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan], ids=str)

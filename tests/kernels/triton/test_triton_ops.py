@@ -17,10 +17,10 @@ from triton_cases import BF16, CPU, STRATEGIES, Case, kernel_of, lora, make_case
 from lorafx.errors import LoweringError
 from lorafx.kernels.ops.op_library import BankArgs
 from lorafx.kernels.triton import triton_ops
+from lorafx.kernels.triton.build import LINEAR, TritonSpec, build, plan_of
 from lorafx.kernels.triton.concat_ops import columns_of
 from lorafx.kernels.triton.launchers import launch_wrapped
-from lorafx.kernels.triton.triton_build import LINEAR, TritonSpec, build, plan_of
-from lorafx.kernels.triton.triton_tiles import Tiles
+from lorafx.kernels.triton.tiles import Tiles
 
 STRATEGY_OPS = {
     **dict.fromkeys(LINEAR, lora.triton_linear),

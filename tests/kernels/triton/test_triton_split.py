@@ -9,7 +9,7 @@ import torch
 from triton_cases import BF16, CPU, assert_right, make_case, run
 
 from lorafx.kernels.triton.strategy_tiles import tiles_for
-from lorafx.kernels.triton.triton_tiles import ARCHITECTURES, architecture_of
+from lorafx.kernels.triton.tiles import ARCHITECTURES, architecture_of
 from lorafx.torch_internals.inductor_wrapper import launch_dependents_early
 
 SLOTS = (0, 1, 2, 3, -1, 5, 7, 0, 2) * 5
@@ -62,7 +62,7 @@ def test_a_shrink_that_picks_its_rows() -> None:
 
 
 def test_only_readers_start_early_and_only_where_the_chip_can() -> None:
-    from lorafx.kernels.triton.triton_source import source
+    from lorafx.kernels.triton.source import source
 
     case = make_case(K=64, sizes=(64,), slots=(0, 1), dtypes=(BF16,) * 3)
     for name, arch in ARCHITECTURES.items():

@@ -9,8 +9,8 @@ from torch import Tensor
 from lorafx.kernels.cpu import attention as module
 from lorafx.kernels.ops.paged_attention import PagedStep
 from lorafx.kernels.triton.launchers import launch_interpreted
+from lorafx.kernels.triton.tiles import ARCHITECTURES
 from lorafx.kernels.triton.triton_attention import PagedAttentionSpec, attend
-from lorafx.kernels.triton.triton_tiles import ARCHITECTURES
 
 
 @pytest.mark.slow

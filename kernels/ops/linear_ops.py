@@ -174,7 +174,7 @@ def ranges_of(op: str, kernel: int) -> Ranges:
     if kernel not in KERNELS:
         raise LoweringError(
             f"lorafx::{op}: kernel {kernel} is not loaded in this process; build it with"
-            " lorafx.kernels.cpu.cpu.build before the graph runs"
+            " lorafx.kernels.cpu.delta_kernels.build before the graph runs"
         )
     return KERNELS[kernel]
 

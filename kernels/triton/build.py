@@ -27,10 +27,10 @@ import torch
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.ops.delta_spec import DeltaSpec
+from lorafx.kernels.triton.generated import GeneratedKernel, load
+from lorafx.kernels.triton.source import COLUMN_UNIT, TritonSpec
 from lorafx.kernels.triton.strategy_tiles import STRATEGY_KERNELS, load_tuned, tiles_for
-from lorafx.kernels.triton.triton_cache import GeneratedKernel, load
-from lorafx.kernels.triton.triton_source import COLUMN_UNIT, TritonSpec
-from lorafx.kernels.triton.triton_tiles import Architecture, Tiles, architecture_of
+from lorafx.kernels.triton.tiles import Architecture, Tiles, architecture_of
 
 #: Strategies of `lorafx::triton_linear`, which compute the base product too.
 LINEAR = ("split", "epilogue", "recompute")
@@ -158,7 +158,7 @@ def plan_of(kernel: int) -> LaunchPlan:
     if plan is None:
         raise LoweringError(
             f"Triton kernel {kernel} is not loaded in this process; build it with"
-            " lorafx.kernels.triton.triton_build.build before the graph runs"
+            " lorafx.kernels.triton.build.build before the graph runs"
         )
     return plan
 

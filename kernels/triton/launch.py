@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from lorafx.kernels.ops.op_library import BankArgs
+from lorafx.kernels.triton.generated import GeneratedKernel
 from lorafx.kernels.triton.launchers import Launch
-from lorafx.kernels.triton.triton_cache import GeneratedKernel
-from lorafx.kernels.triton.triton_source import TritonSpec
+from lorafx.kernels.triton.source import TritonSpec
 
 
 @dataclass(frozen=True)

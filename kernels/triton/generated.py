@@ -24,8 +24,8 @@ import torch
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.cpu.compiler import cache_folder
-from lorafx.kernels.triton.triton_source import KERNELS, Spec, generator_hash, source
-from lorafx.kernels.triton.triton_tiles import Architecture, Tiles
+from lorafx.kernels.triton.source import KERNELS, Spec, generator_hash, source
+from lorafx.kernels.triton.tiles import Architecture, Tiles
 from lorafx.torch_internals import triton_compat
 
 #: What launches first, of those that another kernel reads the result of.

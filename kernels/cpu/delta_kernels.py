@@ -38,7 +38,7 @@ from lorafx.kernels.cpu.cpu_source import (
     templates,
     tile_sizes,
 )
-from lorafx.kernels.ops import ops
+from lorafx.kernels.ops import linear_ops
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.ops.op_library import Ranges
 from lorafx.torch_internals.operators import OpOverload
@@ -166,7 +166,7 @@ def _load(spec: DeltaSpec, kernel: int, path: Path) -> None:
     if table.lorafx_add(ctypes.byref(entry)):
         raise LoweringError("the table of generated CPU kernels is full")
     _LIBRARIES.append(library)
-    ops.KERNELS[kernel] = Ranges(spec.siblings, spec.offsets, spec.sizes)
+    linear_ops.KERNELS[kernel] = Ranges(spec.siblings, spec.offsets, spec.sizes)
 
 
 @contextlib.contextmanager

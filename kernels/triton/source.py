@@ -32,7 +32,7 @@ import jinja2
 import torch
 
 from lorafx.kernels.ops.delta_spec import DeltaSpec
-from lorafx.kernels.triton.triton_tiles import Tiles, power_of_two
+from lorafx.kernels.triton.tiles import Tiles, power_of_two
 
 TYPES = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
 

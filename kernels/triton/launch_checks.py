@@ -14,7 +14,7 @@ from torch import Tensor
 from lorafx.kernels.ops.delta_spec import have_strides
 from lorafx.kernels.ops.op_checks import check_bank, require
 from lorafx.kernels.ops.op_library import BankArgs
-from lorafx.kernels.triton.triton_build import LaunchPlan, plan_of
+from lorafx.kernels.triton.build import LaunchPlan, plan_of
 from lorafx.torch_internals.symbols import guard_or_false
 
 
