@@ -17,7 +17,7 @@ from full_disk import no_file_over
 from toolchain import needs_compiler
 
 from lorafx.errors import LoweringError
-from lorafx.kernels.cpu import compiler, cpu
+from lorafx.kernels.cpu import compiler, delta_kernels
 from lorafx.kernels.cpu.compiler import Isa, compile_library, load_library
 from lorafx.kernels.cpu.delta_kernels import build, delta_call, embedding_delta_call
 from lorafx.kernels.ops.delta_spec import DeltaSpec
@@ -72,7 +72,7 @@ def test_a_cache_that_cannot_be_written(
     (tmp_path / "file").touch()
     folder = tmp_path / ("file" if place == "a file" else "kernels")
     monkeypatch.setenv("LORAFX_CACHE_DIR", str(folder))
-    cpu._warn_once.cache_clear()
+    delta_kernels._warn_once.cache_clear()
     room = no_file_over(16) if place == "a full disk" else nullcontext()
     with room, pytest.warns(UserWarning, match="cannot be written.*set LORAFX_CACHE_DIR"):
         assert build(_spec(104)) is None
@@ -111,7 +111,7 @@ def test_an_instruction_set_that_the_compiler_does_not_know(
 
 @pytest.mark.usefixtures("fresh_choice")
 def test_no_compiler_means_aten_and_one_warning(folder: Path) -> None:
-    cpu._warn_once.cache_clear()
+    delta_kernels._warn_once.cache_clear()
     with torch._inductor.config.patch(NO_COMPILER):
         with pytest.warns(UserWarning, match="plain aten on this CPU.*no C\\+\\+ compiler"):
             assert build(_spec(101)) is None

@@ -9,7 +9,7 @@ from toolchain import needs_compiler
 from torch import Tensor
 
 from lorafx.errors import LoweringError
-from lorafx.kernels.cpu import cpu, dense
+from lorafx.kernels.cpu import delta_kernels, dense
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("threads")]
@@ -26,7 +26,7 @@ def problem_of(slots: list[int], dtype: torch.dtype, **changes) -> Problem:
 
 def kernel_of(p: Problem) -> int:
     spec = DeltaSpec.linear(p.y, p.x, p.A, p.B, p.ranks, p.siblings, p.offsets, p.sizes)
-    kernel = cpu.build(spec)
+    kernel = delta_kernels.build(spec)
     assert kernel is not None
     return kernel
 
