@@ -34,7 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def _spec(size: int) -> DeltaSpec:
     p = random_problem(x_shape=(2, 7), slots=(0, 1), rows=1, sizes=(size,))
-    return DeltaSpec.linear(p.y, p.x, p.A, p.B, p.ranks, *p.ranges)
+    return p.spec
 
 
 @needs_compiler
@@ -130,7 +130,7 @@ def test_no_compiler_means_aten_and_one_warning(folder: Path) -> None:
 @needs_compiler
 def test_calls_name_the_generated_kernel() -> None:
     p = random_problem(x_shape=(2, 7), slots=(0, 1), rows=1, sizes=(9,))
-    spec = DeltaSpec.linear(p.y, p.x, p.A, p.B, p.ranks, *p.ranges)
+    spec = p.spec
     y = p.y.clone()
     op, arguments = delta_call(spec, y, p.x, *p.bank, rows=1)
     assert op is torch.ops.lorafx.run_delta_.default
@@ -138,16 +138,8 @@ def test_calls_name_the_generated_kernel() -> None:
     assert delta_call(spec, y, p.x, *p.bank, rows=0)[0] is torch.ops.lorafx.add_delta_.default
     e = random_problem(x_shape=(2, 3), slots=(0, 1), rows=3, sizes=(9,), vocabulary=5)
     y = e.y.clone()
-    op, arguments = embedding_delta_call(
-        DeltaSpec.of_embedding(e.y, e.A, e.B), y, e.x, *e.bank, rows=3
-    )
+    op, arguments = embedding_delta_call(e.spec, y, e.x, *e.bank, rows=3)
     assert op is torch.ops.lorafx.run_embedding_delta_.default
-
-
-def test_an_id_that_was_never_loaded() -> None:
-    p = random_problem(x_shape=(2, 7), slots=(0, 1), rows=1)
-    with pytest.raises((LoweringError, RuntimeError), match=r"is not loaded|has not loaded"):
-        torch.ops.lorafx.run_delta_(p.y, p.x, *p.bank, 1, 12345)
 
 
 ELSEWHERE = """

@@ -15,7 +15,6 @@ from toolchain import needs_compiler
 
 from lorafx.kernels.cpu.compiler import Isa, runnable_isas
 from lorafx.kernels.cpu.delta_kernels import build, build_all
-from lorafx.kernels.ops.delta_spec import DeltaSpec
 
 lora = torch.ops.lorafx
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -66,15 +65,9 @@ def problem(name: str, batch: str, **changes: object) -> Problem:
     )
 
 
-def spec_of(p: Problem) -> DeltaSpec:
-    if p.embedding:
-        return DeltaSpec.of_embedding(p.y, p.A, p.B)
-    return DeltaSpec.linear(p.y, p.x, p.A, p.B, p.ranks, *p.ranges)
-
-
 def run(p: Problem, isa: Isa | None = None) -> torch.Tensor:
     """y after the generated kernel ran on a copy of it."""
-    kernel = build(spec_of(p), isa)
+    kernel = build(p.spec, isa)
     assert kernel is not None
     y = p.y.clone(memory_format=torch.preserve_format)
     op = lora.run_embedding_delta_ if p.embedding else lora.run_delta_
@@ -84,7 +77,7 @@ def run(p: Problem, isa: Isa | None = None) -> torch.Tensor:
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_together() -> None:
-    built = build_all(spec_of(problem(name, "decode")) for name in GRID)
+    built = build_all(problem(name, "decode").spec for name in GRID)
     assert None not in built.values()
 
 
@@ -220,7 +213,7 @@ BAD = {
 def test_bad_arguments(message: str) -> None:
     """Refused before y is touched, and no tensor is kept."""
     p = problem("odd", "prefill")
-    kernel = build(spec_of(p))
+    kernel = build(p.spec)
     run(p)
     p = p.with_(**BAD[message](p))
     before, counts = p.y.clone(), _use_counts((p.y, p.x, *p.bank))

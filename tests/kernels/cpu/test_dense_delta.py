@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.cpu import delta_kernels, dense
-from lorafx.kernels.ops.delta_spec import DeltaSpec
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("threads")]
 
@@ -25,8 +24,7 @@ def problem_of(slots: list[int], dtype: torch.dtype, **changes) -> Problem:
 
 
 def kernel_of(p: Problem) -> int:
-    spec = DeltaSpec.linear(p.y, p.x, p.A, p.B, p.ranks, p.siblings, p.offsets, p.sizes)
-    kernel = delta_kernels.build(spec)
+    kernel = delta_kernels.build(p.spec)
     assert kernel is not None
     return kernel
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 from lorafx.kernels.cpu.delta_kernels import delta_call, embedding_delta_call
-from lorafx.kernels.ops.delta_spec import DeltaSpec
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +20,7 @@ def _fresh() -> None:
 
 def traced(p: Problem, aten: bool = False) -> Callable[..., Tensor]:
     """(x, weight, *bank) -> x W + delta, by the op that `lower` would choose."""
-    spec = DeltaSpec.linear(p.y, p.x, p.A, p.B, p.ranks, *p.ranges)
+    spec = p.spec
     kernel = None if aten else delta_call(spec, p.y, p.x, *p.bank, rows=p.rows)[1][-1]
 
     def function(x: Tensor, weight: Tensor, *bank: Tensor) -> Tensor:
@@ -72,7 +71,7 @@ def test_one_graph_for_every_batch_size() -> None:
 def test_embedding() -> None:
     e = random_problem(x_shape=(4, 3), slots=(2, -1, 0, 1), rows=3, sizes=(9,), vocabulary=11)
     weight = torch.randn(11, 9)
-    spec = DeltaSpec.of_embedding(e.y, e.A, e.B)
+    spec = e.spec
     kernel = embedding_delta_call(spec, e.y, e.x, *e.bank, rows=3)[1][-1]
 
     def function(ids: Tensor, weight: Tensor, *bank: Tensor) -> Tensor:

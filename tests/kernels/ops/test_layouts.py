@@ -22,21 +22,14 @@ from toolchain import needs_compiler
 from torch import Tensor
 
 from lorafx.kernels.cpu.delta_kernels import build
-from lorafx.kernels.ops.delta_spec import DeltaSpec
 
 lora = torch.ops.lorafx
-
-
-def spec_of(p: Problem) -> DeltaSpec:
-    if p.embedding:
-        return DeltaSpec.of_embedding(p.y, p.A, p.B)
-    return DeltaSpec.linear(p.y, p.x, p.A, p.B, p.ranks, *p.ranges)
 
 
 def add(p: Problem, *, generated: bool) -> Tensor:
     """y after the delta was added into a copy of it of the same strides."""
     y = torch.empty_strided(p.y.shape, p.y.stride()).copy_(p.y)
-    kernel = build(spec_of(p)) if generated else 0
+    kernel = build(p.spec) if generated else 0
     assert kernel is not None
     if p.embedding:
         lora.add_embedding_delta_(y, p.x, *p.bank, p.rows, kernel)
@@ -88,7 +81,7 @@ def test_any_strides(vocabulary: int | None, data: st.DataObject) -> None:
     fields = ("x", "y", "A", "B", "ranks", "scales", "slots")
     laid = p.with_(**{name: data.draw(strided(getattr(p, name))) for name in fields})
     assert_delta(p, add(laid, generated=False))
-    if (kernel := build(spec_of(p))) is None:
+    if (kernel := build(p.spec)) is None:
         return  # no compiler
     op = lora.run_embedding_delta_ if vocabulary else lora.run_delta_
     op(laid.y, laid.x, *p.bank, p.rows, kernel)
@@ -117,10 +110,10 @@ def test_generated_kernels_take_some_siblings_of_a_bank() -> None:
 @needs_compiler
 def test_a_transposed_bank_is_refused_by_kernels_and_served_by_aten() -> None:
     p = random_problem(x_shape=(5, 19), slots=(2, -1, 0), rows=1, sizes=(11,))
-    kernel = build(spec_of(p))
+    kernel = build(p.spec)
     for name in ("A", "B"):
         laid = p.with_(**{name: last_first(getattr(p, name))})
-        assert build(spec_of(laid)) is None
+        assert build(laid.spec) is None
         assert_delta(laid, add(laid, generated=False))
         with pytest.raises(RuntimeError, match="A and B are not a bank of the kernel's"):
             lora.run_delta_(p.y, p.x, *laid.bank, p.rows, kernel)
@@ -178,7 +171,7 @@ def test_a_generated_kernel_allocates_its_scratch_only(layout: str) -> None:
     p = random_problem(x_shape=(16, 256, 1024), slots=(0, 1, -1, 2), rows=256, sizes=(1024,))
     lay = LAYOUTS[layout]
     laid = p.with_(x=lay(p.x), y=lay(p.y))
-    kernel = build(spec_of(p))
+    kernel = build(p.spec)
     expected = add(p, generated=True)
 
     def call() -> None:

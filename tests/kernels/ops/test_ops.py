@@ -14,7 +14,6 @@ import lorafx.kernels.ops.linear_ops  # noqa: F401  registers them
 from lorafx.errors import BatchError, LoweringError, ProvenanceError
 from lorafx.kernels.cpu.delta_kernels import build
 from lorafx.kernels.ops.delta import add_embedding_delta, add_linear_delta
-from lorafx.kernels.ops.delta_spec import DeltaSpec
 
 pytestmark = pytest.mark.quick
 
@@ -49,8 +48,8 @@ def cases() -> dict[str, tuple[object, tuple[object, ...]]]:
     weight, bias = torch.randn(sum(p.sizes), 7), torch.randn(sum(p.sizes))
     y = p.y[..., p.offsets[1] :]
     second = ([1], [p.offsets[1]], [y.shape[-1]])
-    kernel = build(DeltaSpec.linear(p.y, p.x, p.A, p.B, p.ranks, *p.ranges))
-    table = build(DeltaSpec.of_embedding(e.y, e.A, e.B))
+    kernel = build(p.spec)
+    table = build(e.spec)
     return {
         "site of several parts": (lora.site, (p.x, p.y, *p.bank, *p.ranges, p.rows)),
         "site with weight": (lora.site, (p.x, y, *p.bank, *second, 3, weight, bias)),
@@ -84,16 +83,11 @@ DTYPES = {
 
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("grouped", [True, False])
-def test_aten_linear(dtypes: tuple[torch.dtype, ...], grouped: bool) -> None:
+def test_aten(dtypes: tuple[torch.dtype, ...], grouped: bool) -> None:
     p = linear(dtypes=dtypes, x_shape=(12, 7), sizes=(13, 17, 4), siblings=(2, 0))
     y = p.y.clone()
     add_linear_delta(y, p.x, p.bank, p.ranges, p.rows, grouped=grouped)
     assert_delta(p, y)
-
-
-@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("grouped", [True, False])
-def test_aten_embedding(dtypes: tuple[torch.dtype, ...], grouped: bool) -> None:
     e = embedding(dtypes=dtypes, x_shape=(12,))
     y = e.y.clone()
     add_embedding_delta(y, e.x, e.bank, e.rows, grouped=grouped)

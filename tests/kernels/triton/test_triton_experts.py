@@ -129,7 +129,7 @@ ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], int]] = {
     "stacked silu": SILU,
     "interleaved with biases": (_interleaved, 2),
     "gelu of tanh": (_tanh, 2),
-    "one half": (F.relu, 1),
+    "one half": (lambda y: F.relu(y), 1),
 }
 
 
