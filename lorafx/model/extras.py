@@ -1,0 +1,146 @@
+"""What an adapter may have at a module beside its factors: biases, and rows of the weight of its
+own.
+
+    y ← y + s·b              PEFT's lora_bias=True: b is lora_B's
+    y ← y + b' − b           bias="lora_only", "all": b' is the adapter's, b the base's
+
+`modules_to_save` names modules that were trained as a whole: all rows are the adapter's own.
+`trainable_tokens` says how many trained rows an embedding, and what is tied to it, may have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from lorafx.errors import ConfigError
+from lorafx.model import targets
+from lorafx.model.module_graph import ModuleGraph
+from lorafx.model.quantized import is_stored
+from lorafx.model.sites import Site
+from lorafx.registry import lookup
+
+#: Of modules that may have another weight for each row.
+OWN_KINDS = ("linear", "embedding")
+
+
+def own_refusal(site: Site) -> str | None:
+    """Why an adapter cannot have rows of the site's weight of its own, or None where it can."""
+    entry = site.eligible
+    if site.expert_weight is not None:
+        return "it holds routed experts"
+    if entry.kind not in OWN_KINDS:
+        return "only linears and embeddings have another weight for each row"
+    if entry.inner:
+        return "its forward does more than multiply by this weight"
+    if entry.handler is not None:
+        return "a registered handler says what its call computes, but not with another weight"
+    if entry.sharding is not None:
+        return "its weight is one rank's share"
+    if len(site.parts) > 1 or site.loose_names:
+        return "it packs several projections"
+    if is_stored(site.module, entry):
+        return "its weight is quantised"
+    return None
+
+
+def rows_asked(
+    modules_to_save: targets.Entries, trainable_tokens: Mapping[str, int], paths: Sequence[str]
+) -> int | None:
+    """How many rows of its own an adapter may have for the module at `paths`; None for all. A name
+    is a path or a dotted suffix of one, of the module or of one that it lies in."""
+    around = [above for path in paths for above in _with_parents(path)]
+    if modules_to_save and targets.names(modules_to_save, around):
+        return None
+    rooms = (n for name, n in trainable_tokens.items() if targets.names((name,), paths))
+    return max(rooms, default=0)
+
+
+def _with_parents(path: str) -> Iterator[str]:
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+
+
+def token_rooms(room: int | Mapping[str, int], model: nn.Module) -> dict[str, int]:
+    """Room for trained tokens by module path: a number is for the input embedding, and modules
+    whose weight is tied to a named one's follow it.
+
+    Raises:
+        ConfigError: a number, and the model does not tell its input embedding; or it is no count.
+    """
+    if not room:
+        return {}
+    graph = ModuleGraph(model)
+    if not isinstance(room, Mapping):
+        embedding = _input_embedding(model)
+        if embedding is None or not graph.has(embedding):
+            raise ConfigError(
+                f"LoraConfig(trainable_tokens={room!r}): {type(model).__name__} does not tell its "
+                "input embedding; give {name of the module: number}"
+            )
+        room = {graph.paths(embedding)[0]: room}
+    found: dict[str, int] = {}
+    for name, count in room.items():
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ConfigError(
+                f"LoraConfig(trainable_tokens=...): {name!r} has room for {count!r} rows; give a "
+                "positive integer"
+            )
+        module = graph.find(name)
+        same = [name] if module is None else [name, *tied_paths(graph, module)]
+        for path in same:
+            found[path] = max(count, found.get(path, 0))
+    return found
+
+
+def _input_embedding(module: nn.Module) -> nn.Module | None:
+    ask = getattr(module, "get_input_embeddings", None)
+    try:
+        found = ask() if callable(ask) else None
+    except (NotImplementedError, AttributeError):
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def is_input_embedding(graph: ModuleGraph, path: str, module: nn.Module) -> bool:
+    """Whether the outermost module around `path` that tells its input embedding tells `module`."""
+    parents = reversed([*_with_parents(path.rpartition(".")[0])])
+    around = [graph.root, *map(graph.find, parents)]
+    embeddings = (_input_embedding(parent) for parent in around if parent is not None)
+    return next((found for found in embeddings if found is not None), None) is module
+
+
+def tied_paths(graph: ModuleGraph, module: nn.Module) -> list[str]:
+    """Paths of the other modules whose weight is the very weight of `module`."""
+    entry = lookup(module)
+    weight = None if entry is None else getattr(module, entry.weight, None)
+    if weight is None:
+        return []
+    owners = graph.owners(weight)
+    return [path for path, other, _ in owners if other is not module and lookup(other) is not None]
+
+
+#: Of modules that have biases at all.
+BIAS_KINDS = ("linear", "conv")
+
+
+def bias_refusal(site: Site) -> str | None:
+    """Why adapters cannot have biases at `site`, or None where they can."""
+    entry = site.eligible
+    if entry.kind not in BIAS_KINDS:
+        return "only linears and convolutions have one"
+    if entry.inner:
+        return "PEFT leaves it out there"
+    if entry.handler is not None:
+        return "a registered handler says where the delta goes, but not a bias"
+    if entry.sharding is not None:
+        return "several ranks share it"
+    return None
+
+
+def bias_of(site: Site) -> Tensor | None:
+    """The base's bias as it is now, a parameter or a buffer; None where there is none."""
+    bias = getattr(site.module, "bias", None)
+    return bias.detach() if isinstance(bias, Tensor) else None

@@ -1,0 +1,53 @@
+"""What graphs are saved and loaded by: the code and the guards that Dynamo made of a frame, and
+what the frame's graph was compiled to."""
+
+from __future__ import annotations
+
+from lorafx.torch_internals.entries import Required, private_names
+
+ENTRY = Required(
+    use="a compiled graph, its frame's code and guards are written to a file, and put in force in "
+    "another process",
+    ended_by="torch.compiler.save_cache_artifacts for graphs of other backends, with Dynamo's part",
+    refused="Options(cache=...)",
+)
+
+with private_names():
+    from torch._dynamo.bytecode_transformation import unique_id
+    from torch._dynamo.convert_frame import get_compile_id, output_codes
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+    from torch._dynamo.guards import (
+        CheckFunctionManager,
+        GuardManagerWrapper,
+        ShapeCodeParts,
+        _get_closure_vars,
+        convert_int_to_concrete_values,
+    )
+    from torch._dynamo.output_graph import OutputGraphCommon, OutputGraphGuardsState
+    from torch._dynamo.package import SerializedCode
+    from torch._dynamo.source import TensorProperty, TensorPropertySource
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+    from torch._dynamo.types import GuardedCode, wrap_guarded_code
+    from torch._dynamo.utils import CleanupHook, CleanupManager, orig_code_map
+    from torch._functorch._aot_autograd.aot_autograd_result import (
+        BundledAOTAutogradResult,
+        BundledCompiledForward,
+    )
+    from torch._guards import Guard, GuardsSet
+    from torch._inductor.cudagraph_utils import BoxedDeviceIndex
+    from torch._inductor.output_code import CompiledFxGraph
+    from torch._inductor.utils import BoxedBool
+    from torch.autograd import forward_ad
+    from torch.fx._graph_pickler import GraphPickler, Options
+    from torch.utils import _device
+    from torch.utils._ordered_set import OrderedSet
+
+
+def default_device() -> object:
+    """The device of `torch.set_default_device`; None where none is set."""
+    return _device.CURRENT_DEVICE
+
+
+def forward_level() -> int:
+    """The level of forward-mode gradients; -1 outside of all."""
+    return forward_ad._current_level
