@@ -14,12 +14,11 @@ from torch import Tensor
 
 import lorafx.kernels.triton.triton_ops  # noqa: F401  registers them
 from lorafx.kernels.cost.chips import chip_of
-from lorafx.kernels.cost.cost import FUSED
-from lorafx.kernels.cost.work import Work
-from lorafx.kernels.ops.bank_arguments import BankArgs
+from lorafx.kernels.cost.roofline import FUSED, Work
 from lorafx.kernels.ops.delta_spec import DeltaSpec
+from lorafx.kernels.ops.op_library import BankArgs
+from lorafx.kernels.triton.build import CONCAT, TritonSpec
 from lorafx.kernels.triton.concat_ops import concat_linear
-from lorafx.kernels.triton.triton_build import CONCAT, TritonSpec
 
 #: (in_features, sizes of the siblings that share x) of the packed linears of a decoder layer
 LAYERS: Mapping[str, Mapping[str, tuple[int, tuple[int, ...]]]] = {

@@ -20,11 +20,10 @@ from gpu_jobs import ARMS, MIXES, Arm, arm_named
 from torch import Tensor
 
 from lorafx.errors import LoweringError
-from lorafx.kernels.cost.cost import GPU_STRATEGIES, estimate
-from lorafx.kernels.triton.strategy_tiles import tiles_for
-from lorafx.kernels.triton.triton_build import CONCAT, build, plan_of
-from lorafx.kernels.triton.triton_tiles import architecture_of
-from lorafx.kernels.triton.tuned_cache import load_tuned
+from lorafx.kernels.cost.roofline import GPU_STRATEGIES, estimate
+from lorafx.kernels.triton.build import CONCAT, build, plan_of
+from lorafx.kernels.triton.strategy_tiles import load_tuned, tiles_for
+from lorafx.kernels.triton.tiles import architecture_of
 
 #: Largest error against float64, in units of the largest value, that a 16-bit result may have.
 TOLERANCE = 2e-2

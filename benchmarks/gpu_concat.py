@@ -15,9 +15,8 @@ from gpu_cases import Case, Copy
 from torch import Tensor
 
 from lorafx.errors import LoweringError
+from lorafx.kernels.triton.build import build, plan_of
 from lorafx.kernels.triton.concat_ops import columns_of
-from lorafx.kernels.triton.longer import Longer
-from lorafx.kernels.triton.triton_build import build, plan_of
 
 #: Requests of a batch of prompts, each with M / REQUESTS rows.
 REQUESTS = 8
@@ -31,7 +30,7 @@ def concat(case: Case, device: torch.device) -> gpu_compare.ArmOfCopy:
     """
     kernels = {}
     for requests in (True, False):
-        spec = replace(case.spec("concat"), longer=Longer(requests=requests))
+        spec = replace(case.spec("concat"), by_request=requests)
         try:
             kernel = build(spec, "concat", rows_hint=case.rows, device=device)
         except LoweringError as reason:

@@ -31,10 +31,10 @@ import torch.nn.functional as F
 from gpu_job import Context
 from torch import Tensor
 
-import lorafx.kernels.triton.triton_expert_ops  # noqa: F401  registers the op
+import lorafx.kernels.triton.triton_ops  # noqa: F401  registers the op
 from lorafx.kernels.ops.delta_spec import DeltaSpec
-from lorafx.kernels.triton.activation import Activation, Leaf, Load
-from lorafx.kernels.triton.triton_build import TritonSpec, build
+from lorafx.kernels.triton.build import TritonSpec, build
+from lorafx.kernels.triton.source import Activation, Leaf, Load
 
 #: experts, experts a token, hidden size, size between, rank
 REAL, TINY = (128, 8, 2048, 768, 16), (8, 2, 64, 32, 4)

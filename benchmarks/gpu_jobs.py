@@ -100,12 +100,6 @@ ARMS: tuple[Arm, ...] = (
     Arm("segments", PREFILL, "gpu_compare:strategy", {"name": "segments"}),
     Arm("split", DECODE, "gpu_compare:strategy", {"name": "split"}),
     Arm(
-        "split, ahead",
-        DECODE,
-        "gpu_compare:strategy",
-        {"name": "split", "changes": {"split": {"ahead": True}}},
-    ),
-    Arm(
         "split, one by one",
         DECODE,
         "gpu_compare:strategy",
@@ -194,7 +188,7 @@ def tuning_job(strategy: str, layer: str, rows: int, rank: int = 16) -> Job:
     """Tiles of one strategy for one linear of Llama-3-8B."""
     name = f"tune {strategy}: {layer} M={rows} r={rank}"
     arguments = {"strategy": strategy, "layer": layer, "rows": rows, "rank": rank, "most": 40}
-    sources = ("benchmarks/gpu_tuning.py", "kernels/tools/tune.py", "kernels/triton")
+    sources = ("benchmarks/gpu_tuning.py", "benchmarks/tune.py", "kernels/triton")
     return Job(name, "tuning", "gpu_tuning:tune_tiles", arguments, sources, 120.0, tiny=strategy)
 
 
@@ -288,7 +282,7 @@ def peers_job(package: str, layer: str) -> Job:
 
 def all_jobs() -> tuple[Job, ...]:
     """Every job, the most valuable first."""
-    chip = ("benchmarks/gpu_tuning.py", "kernels/tools/calibrate.py", "kernels/triton")
+    chip = ("benchmarks/gpu_tuning.py", "benchmarks/calibrate.py", "kernels/triton")
     return (
         Job(CALIBRATE, "tuning", "gpu_tuning:calibrate_chip", sources=chip, estimate=120.0),
         *test_jobs(),

@@ -38,9 +38,9 @@ from gpu_compare import (
     strategy,
 )
 from gpu_job import Context
+from tune import tune
 
-from lorafx.kernels.cost.cost import GPU_STRATEGIES
-from lorafx.kernels.tools.tune import tune
+from lorafx.kernels.cost.roofline import GPU_STRATEGIES
 
 #: Peers' time over lorafx's in decode, of docs/performance.md: goal, stretch.
 PEER_GOALS = (1.25, 1.5)

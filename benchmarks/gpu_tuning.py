@@ -13,15 +13,15 @@ from typing import Any
 
 import gpu_protocol
 import torch
+from calibrate import calibrate, device_clock, save_chip
 from gpu_cases import LAYERS, TINY, Case
 from gpu_job import Context
+from tune import Timer, tune
 
-from lorafx.kernels.cost.chips import assumed_chip, chip_of, save_chip
+from lorafx.kernels.cost.chips import assumed_chip, chip_of
 from lorafx.kernels.cpu.compiler import cache_folder
-from lorafx.kernels.tools.calibrate import calibrate, device_clock
-from lorafx.kernels.tools.tune import Timer, tune
-from lorafx.kernels.triton.triton_tiles import architecture_of
-from lorafx.kernels.triton.tuned_cache import tuned_file
+from lorafx.kernels.triton.strategy_tiles import tuned_file
+from lorafx.kernels.triton.tiles import architecture_of
 
 
 def _kept(path: Path, value: Any) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def _kept(path: Path, value: Any) -> dict[str, Any]:
 
 
 def calibrate_chip(context: Context) -> None:
-    """Job: what `python -m lorafx.kernels.tools.calibrate` measures."""
+    """Job: what `python benchmarks/calibrate.py` measures."""
     key, device = "chip", context.device
     if not context.order([key]):
         return

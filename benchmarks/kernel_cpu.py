@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from protocol import as_row, compare, save
 
-from lorafx.kernels.cpu.cpu import build_all
+from lorafx.kernels.cpu.delta_kernels import build_all
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 
 LAYERS, REQUESTS, RANK = 6, 8, 16

@@ -21,8 +21,7 @@ from protocol import as_row, compare, save
 from torch import Tensor
 
 import lorafx.kernels.cpu.attention  # noqa: F401  its kernel
-from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION
-from lorafx.kernels.ops.paged_cache import PAGED_CACHE
+from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PAGED_CACHE
 
 HEADS, SIZE, PAGE, REQUESTS = 16, 64, 16, 16
 #: Case -> of each request the new tokens, and all that it has.

@@ -21,8 +21,7 @@ import torch
 from torch import fx
 
 from lorafx.graph.context import Context
-from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PagedStep
-from lorafx.kernels.ops.paged_cache import PAGED_CACHE
+from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PAGED_CACHE, PagedStep
 from lorafx.kernels.triton.triton_attention import is_generated
 from lorafx.op_arguments import bound, in_order, index_of, operand
 from lorafx.program.frame import fake_value

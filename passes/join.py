@@ -4,7 +4,7 @@
     run_delta_(y = dense_addmm(b, x, W), x, bank)   →   dense_addmm_delta(b, x, W, bank)
 
 Only where nothing else reads the product. Few rows are then multiplied and get their deltas in one
-parallel region (lorafx.kernels.cpu.dense_delta).
+parallel region (lorafx.kernels.cpu.dense).
 """
 
 from __future__ import annotations
@@ -16,8 +16,13 @@ import torch
 from torch import fx
 
 from lorafx.graph.context import Context
-from lorafx.kernels.cpu.dense import DENSE_ADDMM, DENSE_MM
-from lorafx.kernels.cpu.dense_delta import DENSE_ADDMM_DELTA, DENSE_MM_DELTA, ready
+from lorafx.kernels.cpu.dense import (
+    DENSE_ADDMM,
+    DENSE_ADDMM_DELTA,
+    DENSE_MM,
+    DENSE_MM_DELTA,
+    joined_ready,
+)
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound, in_order, index_of, op_of
 from lorafx.program.frame import fake_value
 
@@ -51,7 +56,7 @@ def _joins(delta: fx.Node) -> bool:
         return False
     if any(own.target is not operator.getitem or index_of(own) != 1 for own in readers):
         return False
-    return bound(product)["x"] is call["x"] and ready(fake_value(product).dtype)
+    return bound(product)["x"] is call["x"] and joined_ready(fake_value(product).dtype)
 
 
 def _join(graph: fx.Graph, ctx: Context, delta: fx.Node) -> None:

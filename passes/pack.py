@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from lorafx.graph.context import FUSED_OP, Context, SiteState
-from lorafx.kernels.ops.bank_arguments import BankArgs, Ranges
+from lorafx.kernels.ops.op_library import BankArgs, Ranges
 from lorafx.op_arguments import bound, in_order
 from lorafx.program.frame import fake_value
 

@@ -18,8 +18,7 @@ import torch
 from torch import fx
 
 from lorafx.graph.context import Context
-from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION
-from lorafx.kernels.ops.paged_cache import PAGED_CACHE
+from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PAGED_CACHE
 from lorafx.op_arguments import TRACED_WRITE, bound, in_order, index_of
 
 _COPY = torch.ops.aten.copy_.default

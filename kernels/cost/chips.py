@@ -1,17 +1,15 @@
 """GPUs as the cost models see them: what kernels reach, assumed from data sheets or measured.
 
-`python -m lorafx.kernels.tools.calibrate` measures the GPU of this machine.
+`benchmarks/calibrate.py` measures the GPU of this machine.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,8 +22,7 @@ class Chip:
     """What the GPU model takes for granted; SI units, rates that kernels reach, not data sheets'.
 
     Attributes:
-        bandwidth: device memory, bytes/s.
-        l2_bandwidth: second-level cache to the cores, bytes/s.
+        bandwidth, l2_bandwidth: of device memory and of the second-level cache, bytes/s.
         tensor_rate: FLOP/s of a GEMM of 16-bit types.
         fma_rate: FLOP/s outside of tensor cores, which is what float32 gets (no TF32 rounding).
         processors: how many there are to share l2_bandwidth.
@@ -68,8 +65,7 @@ DEFAULT_CHIP = CHIPS["cuda", 90]
 
 
 def chip_of(device: torch.device) -> Chip:
-    """The chip behind `device`, calibrated if it was measured on this machine; the H200 where there
-    is none to ask (interpreter, fake tensors)."""
+    """The chip behind `device`, calibrated if it was measured on this machine; else the H200."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return DEFAULT_CHIP
     return load_chip(torch.cuda.get_device_name(device)) or assumed_chip(device)
@@ -85,9 +81,6 @@ def assumed_chip(device: torch.device) -> Chip:
     return CHIPS["cuda", 100 if properties.major >= 10 else 90]
 
 
-# --- measured ---
-
-
 def chip_file(name: str) -> Path:
     """Where the measured figures of the device called `name` are kept, for this torch."""
     plain = re.sub(r"\W+", "-", name)
@@ -99,14 +92,3 @@ def load_chip(name: str) -> Chip | None:
     """What was measured on the device called `name`; None where nothing was."""
     path = chip_file(name)
     return Chip(**json.loads(path.read_text())) if path.exists() else None
-
-
-def save_chip(chip: Chip) -> Path:
-    """Keep `chip`, named as torch names the device, for this and later processes."""
-    path = chip_file(chip.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as scratch:
-        json.dump(asdict(chip), scratch, indent=1)
-    os.replace(scratch.name, path)
-    load_chip.cache_clear()
-    return path

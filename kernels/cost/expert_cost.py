@@ -1,4 +1,4 @@
-"""The cost model of products with routed experts on a GPU: a roofline, as kernels/cost/cost.py.
+"""The cost model of products with routed experts on a GPU: a roofline, as kernels/cost/roofline.py.
 
     experts with rows   H(E) = E (1 - (1 - 1/E)^M)      M rows that are spread evenly
     pairs with rows     H(E·D), of experts and adapters: each one's A and B is read once
@@ -17,11 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-
-from lorafx.kernels.cost.chips import Chip
-from lorafx.kernels.cost.cost import ranked, slower_than_vendor
-from lorafx.kernels.cost.work import DOT, READER, START, TILE_M, Estimate
+from lorafx.kernels.cost.roofline import DOT, TILE_M, Estimate, Work, ranked, slower_than_vendor
 
 #: Speed of the grouped kernel's loop over W beside the vendor's grouped product where bytes decide:
 #: assumed. Experts give it thousands of programs, which the slower dense kernels lack, and the
@@ -33,24 +29,16 @@ HOST_PRODUCT, HOST_WAIT = 5e-6, 2e-5
 
 
 @dataclass(frozen=True)
-class ExpertWork:
+class ExpertWork(Work):
     """One node: rows sorted by expert, times W[e], with the deltas of D adapters of rank r.
 
     Attributes:
-        rows: M, one for each token and expert that it was routed to.
-        distinct: D, adapters in the batch.
+        rows: M, a row for each token and expert that it was routed to.
         on_host: the base's own product is a loop over experts on the host.
         activation: whether x could be computed by the shrink.
     """
 
-    in_features: int
-    sizes: tuple[int, ...]
-    rows: int
-    experts: int
-    distinct: int
-    rank: int
-    dtype: torch.dtype
-    chip: Chip
+    experts: int = 1
     on_host: bool = False
     activation: bool = False
 
@@ -67,12 +55,11 @@ class ExpertWork:
         return self._hit(self.experts * self.distinct)
 
     @property
-    def columns(self) -> int:
-        return sum(self.sizes)
+    def weight_elements(self) -> float:
+        return self.active * self.in_features * self.columns
 
     @property
     def a(self) -> float:
-        """Elements of A that are read."""
         return self.pairs * self.rank * len(self.sizes) * self.in_features
 
     @property
@@ -80,39 +67,15 @@ class ExpertWork:
         return self.pairs * self.rank * self.columns
 
     @property
-    def product(self) -> float:
-        """FLOPs of the base product."""
-        return 2.0 * self.rows * self.in_features * self.columns
-
-    @property
-    def compute_bound(self) -> bool:
-        memory = self.active * self.in_features * self.columns * self.dtype.itemsize
-        return self.product / self.chip.rate(self.dtype) > memory / self.chip.bandwidth
-
-    def kernel(self, memory: float, l2: float, flops: float, *, tensor: bool = True) -> float:
-        """Seconds of a kernel that moves these elements and does these FLOPs."""
-        size, chip = self.dtype.itemsize, self.chip
-        rate = chip.rate(self.dtype) if tensor else chip.fma_rate
-        return max(memory * size / chip.bandwidth, l2 * size / chip.l2_bandwidth, flops / rate)
-
-    def base(self, memory: float = 0.0, flops: float = 0.0) -> float:
-        """Seconds of the product by one kernel that also does what is named."""
-        M, K, N = self.rows, self.in_features, self.columns
-        tiles = self.active * math.ceil(M / self.active / TILE_M)
-        moved = self.active * K * N + M * (K + N) + memory
-        return self.kernel(moved, tiles * K * N, self.product + flops)
+    def cached(self) -> float:
+        tiles = self.active * math.ceil(self.rows / self.active / TILE_M)
+        return tiles * self.in_features * self.columns
 
     def vendor(self) -> float:
         """Seconds of the base's own product."""
         if self.on_host:
             return self.base() + HOST_WAIT + self.active * HOST_PRODUCT
-        return self.base() + START
-
-    @property
-    def floor(self) -> float:
-        """Seconds that no implementation goes below."""
-        flops = 2.0 * self.rows * self.rank * (len(self.sizes) * self.in_features + self.columns)
-        return self.base(self.a + self.b, flops) + START
+        return super().vendor()
 
     @property
     def pointwise(self) -> float:
@@ -121,16 +84,10 @@ class ExpertWork:
         return self.kernel(size, 0, 0) + self.chip.launch if self.activation else 0.0
 
 
-def _reader(work: ExpertWork, memory: float, l2: float, flops: float, *, tensor: bool) -> float:
-    return max(work.kernel(memory, l2, flops, tensor=tensor), READER) + work.chip.launch
-
-
 def _fused(work: ExpertWork, x_elements: float) -> float:
-    M, K, N, G = work.rows, work.in_features, work.columns, len(work.sizes)
-    padded = max(work.rank, DOT)
-    shrink = _reader(work, work.a + x_elements, 0, 2.0 * M * padded * G * K, tensor=True)
-    speed = (work.chip.triton_over_vendor or 1.0) if work.compute_bound else STREAMING
-    return shrink + work.base(work.b, 2.0 * M * padded * N) / speed + START
+    flops = 2.0 * work.rows * work.padded_rank
+    shrink = work.reader(work.a + x_elements, 0, flops * len(work.sizes) * work.in_features)
+    return shrink + work.fused_base(work.b, 0, flops * work.columns, STREAMING)
 
 
 def _grouped(work: ExpertWork) -> float:
@@ -144,20 +101,20 @@ def _activated(work: ExpertWork) -> float:
 def _delta(work: ExpertWork, l2: float, padding: float, *, tensor: bool) -> float:
     """Keys of rows, shrink and expand beside the base's own product."""
     M, K, N, G = work.rows, work.in_features, work.columns, len(work.sizes)
-    shrink = _reader(work, work.a + M * K, l2 * G * K, padding * G * K, tensor=tensor)
-    expand = _reader(work, work.b + 2 * M * N, l2 * N, padding * N, tensor=tensor)
+    shrink = work.reader(work.a + M * K, l2 * G * K, padding * G * K, tensor=tensor)
+    expand = work.reader(work.b + 2 * M * N, l2 * N, padding * N, tensor=tensor)
     return work.vendor() + work.pointwise + 2 * work.chip.launch + shrink + expand
 
 
 def _segments(work: ExpertWork) -> float:
-    padded = work.pairs * math.ceil(work.rows / work.pairs / DOT) * DOT * max(work.rank, DOT)
+    padded = work.pairs * math.ceil(work.rows / work.pairs / DOT) * DOT * work.padded_rank
     sorting = 2.0 * work.rows**2 / work.chip.fma_rate  # each row is compared with each
     return _delta(work, 0, 2.0 * padded, tensor=True) + sorting
 
 
 def _gemv(work: ExpertWork) -> float:
-    each = work.rows * work.rank
-    return _delta(work, each, 2.0 * each, tensor=False)
+    factors = work.rows * work.rank
+    return _delta(work, factors, 2.0 * factors, tensor=False)
 
 
 EXPERT_STRATEGIES = {
@@ -182,4 +139,4 @@ def estimate_experts(work: ExpertWork) -> dict[str, Estimate]:
     """Every strategy's modelled time for `work`, fastest first, refused ones last."""
     seconds = {name: model(work) for name, model in EXPERT_STRATEGIES.items()}
     refusals = {name: _refusal(name, work) for name in seconds}
-    return ranked(seconds, refusals, work.vendor() + work.pointwise, work.floor)
+    return ranked(seconds, refusals, work.vendor() + work.pointwise, work.floor())

@@ -13,7 +13,7 @@
 extern "C" float tanhf(float);
 
 typedef void (*Body)(int64_t, int64_t, void*);
-struct Args {  // mirrors attention_source.py
+struct Args {  // mirrors attention.py
     void* out;           // (T, H, D), contiguous
     const void* query;   // rows of D numbers, `query_head` and `query_token` apart
     const void* mask;    // (T, N), rows `mask_row` apart

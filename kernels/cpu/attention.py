@@ -3,10 +3,8 @@
 Importing this module registers it. Where no kernel can be had, each request is an attention of its
 own (lorafx.kernels.ops.paged_attention).
 
-The C++ source of a kernel for attention over a paged cache.
-
-attention_source(spec, isa) = #defines and constants of (dtype, sizes, unit of work)
-                              + vectors.h + tiles.h + attention.cpp
+    source(spec, isa) = #defines and constants of (dtype, sizes, unit of work)
+                        + vectors.h + tiles.h + attention.cpp
 """
 
 from __future__ import annotations
@@ -19,17 +17,12 @@ import torch
 from torch import Tensor
 
 from lorafx.errors import LoweringError
-from lorafx.kernels.cpu.compiler import (
-    Isa,
-    best_isa,
-    compile_library,
-    load_library,
-    torch_function,
-)
+from lorafx.kernels.cpu.compiler import Isa, best_isa
 from lorafx.kernels.cpu.cpu_source import (
     ELEMENTS,
     constants,
     element_defines,
+    loaded_kernel,
     templates,
     tile_sizes,
 )
@@ -42,18 +35,6 @@ RUN = 32
 MOST = 64
 # For as many rows or fewer, keys come as a stream from memory and are asked for ahead of their use.
 STREAMED = 4
-
-
-def spec_of(step: PagedStep) -> AttentionSpec | None:
-    """The spec of a step, whose tensors may be fake; None where no kernel is generated: other
-    devices, other types than 16- and 32-bit floats, or a mask of another type."""
-    query, key, mask = step.query, step.key, step.mask
-    heads, size = key.shape[1], key.shape[3]
-    if query.dtype not in ELEMENTS or {key.dtype, mask.dtype} != {query.dtype}:
-        return None
-    if not heads or not size or query.shape[1] % heads or query.device.type != "cpu":
-        return None
-    return AttentionSpec.of_sizes(step)
 
 
 class AttentionArgs(ctypes.Structure):
@@ -72,7 +53,7 @@ class AttentionArgs(ctypes.Structure):
     )
 
 
-def attention_source(spec: AttentionSpec, isa: Isa) -> str:
+def source(spec: AttentionSpec, isa: Isa) -> str:
     """The complete C++ text of the kernel of `spec` for `isa`."""
     row = spec.heads * spec.size
     sizes = {
@@ -110,8 +91,13 @@ def cpu_attention(step: PagedStep) -> Tensor:
 
 def kernel_of(step: PagedStep) -> AttentionKernel | None:
     """The generated kernel for these arguments, if there is one; they may be fake."""
-    spec = spec_of(step)
-    return None if spec is None else _built(spec)
+    query, key = step.query, step.key
+    if query.dtype not in ELEMENTS or {key.dtype, step.mask.dtype} != {query.dtype}:
+        return None
+    heads, size = key.shape[1], key.shape[3]
+    if not heads or not size or query.shape[1] % heads or query.device.type != "cpu":
+        return None
+    return _built(AttentionSpec.of_sizes(step))
 
 
 @functools.cache
@@ -119,17 +105,12 @@ def _built(spec: AttentionSpec) -> AttentionKernel | None:
     try:
         return build(spec, best_isa())
     except LoweringError:
-        return None  # where deltas are built it is told why
+        return None  # where deltas are built, a warning says why
 
 
 def build(spec: AttentionSpec, isa: Isa) -> AttentionKernel:
-    """The kernel of `spec`.
-
-    Raises:
-        LoweringError: no compiler works.
-    """
-    library = load_library(compile_library(attention_source(spec, isa), isa.flags))
-    parallel = torch_function("torch_parallel_for")
+    """The kernel of `spec`."""
+    kernel, parallel = loaded_kernel(source(spec, isa), isa)
     width = spec.heads * spec.size * spec.dtype.itemsize
 
     def run(step: PagedStep) -> Tensor:
@@ -141,20 +122,17 @@ def build(spec: AttentionSpec, isa: Isa) -> AttentionKernel:
         read, write, seen = (part.contiguous() for part in (step.read, step.write, step.seen))
         sinks = None if step.sinks is None else step.sinks.float().contiguous()
         pages, rows = step.cache.data_ptr(), step.cache.numel() // width
-        status = library.lorafx_kernel(
-            ctypes.byref(
-                AttentionArgs(
-                    *(out.data_ptr(), query.data_ptr(), mask.data_ptr()),
-                    *(pages + step.first_key * width, pages + step.first_value * width),
-                    *(part.data_ptr() for part in (*new, read, write, seen)),
-                    None if sinks is None else sinks.data_ptr(),
-                    *(query.shape[2], len(read), rows - step.first_key, rows - step.first_value),
-                    *(query.stride(1), query.stride(2), mask.stride(2)),
-                    *(step.sentinel, step.ring, torch.get_num_threads()),
-                    *(step.scale, step.cap, parallel),
-                )
-            )
+        arguments = AttentionArgs(
+            *(out.data_ptr(), query.data_ptr(), mask.data_ptr()),
+            *(pages + step.first_key * width, pages + step.first_value * width),
+            *(part.data_ptr() for part in (*new, read, write, seen)),
+            None if sinks is None else sinks.data_ptr(),
+            *(query.shape[2], len(read), rows - step.first_key, rows - step.first_value),
+            *(query.stride(1), query.stride(2), mask.stride(2)),
+            *(step.sentinel, step.ring, torch.get_num_threads()),
+            *(step.scale, step.cap, parallel),
         )
+        status = kernel(ctypes.byref(arguments))
         if status == 1:
             raise LoweringError("lorafx::paged_attention: out of memory")
         if status:

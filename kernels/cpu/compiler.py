@@ -2,29 +2,42 @@
 
     path = cache / sha256(source, command, compiler's version).so
 
-A library is compiled once, whoever asks for it (lorafx.kernels.cpu.compilations), in a temporary
-folder of the cache, and renamed into place, so nobody sees half a file. Sources stay beside the
-libraries, to read. What is compiled here includes no torch header and links nothing, so it is valid
-for every torch version and takes about a second.
+A library is compiled once, among threads and processes that share a cache, in a temporary folder of
+the cache, and renamed into place, so nobody sees half a file. Its source stays beside it, to read,
+and is the lock, held (flock) by whoever compiles. Where that cannot be had, for want of a file
+system that locks, or since somebody keeps it for too long, a library is compiled twice. A process
+that ends takes its compilers along. A forked child knows nothing of its parent's.
 
-What the kernels need of torch's Python internals is in this file.
+What is compiled here includes no torch header and links nothing, so it is valid for every torch
+version and takes about a second. All that fails is a LoweringError: there is no compiler that takes
+GCC's flags, it refuses the source, the cache cannot be written, the loader refuses a library (a
+folder mounted noexec, say), or this torch does not have a function.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
 import platform
+import signal
 import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
 from lorafx.errors import LoweringError
-from lorafx.kernels.cpu.compilations import compiled
+from lorafx.torn import is_whole, warn_of
 
 BASE_FLAGS = (
     *("-O3", "-std=c++17", "-shared", "-fPIC", "-w"),
@@ -85,11 +98,7 @@ def has_matrix_tiles() -> bool:
 
 
 def find_compiler() -> str:
-    """The C++ compiler that Inductor would call.
-
-    Raises:
-        LoweringError: there is none, or it is not one that takes GCC's flags.
-    """
+    """The C++ compiler that Inductor would call."""
     if os.name != "posix":
         raise LoweringError("generated CPU kernels need a compiler that takes GCC's flags")
     try:
@@ -122,11 +131,7 @@ def cache_folder() -> Path:
 
 
 def compile_library(source: str, flags: tuple[str, ...] = ()) -> Path:
-    """The shared library of `source`, from the cache or compiled now.
-
-    Raises:
-        LoweringError: no compiler, the compiler refuses the source, or the cache cannot be written.
-    """
+    """The shared library of `source`, from the cache or compiled now."""
     compiler = find_compiler()
     command = [compiler, *BASE_FLAGS, *flags]
     key = hashlib.sha256("\0".join([source, *command, version_of(compiler)]).encode())
@@ -146,11 +151,7 @@ PROBE = 'extern "C" void lorafx_probe() { %s }\n'
 
 @functools.cache
 def best_isa() -> Isa:
-    """The best ISA that this CPU runs and the compiler and its assembler know.
-
-    Raises:
-        LoweringError: no compiler.
-    """
+    """The best ISA that this CPU runs and the compiler and its assembler know."""
     problem = LoweringError("no instruction set")
     for isa in runnable_isas():
         body = '__asm__("vdpbf16ps %zmm0, %zmm0, %zmm0");' if isa.dpbf16 else ""
@@ -164,11 +165,7 @@ def best_isa() -> Isa:
 
 
 def load_library(path: Path) -> ctypes.CDLL:
-    """`path` mapped into this process, for good: its code is called by address.
-
-    Raises:
-        LoweringError: the loader refuses it (a cache folder mounted noexec, say).
-    """
+    """`path` mapped into this process, for good: its code is called by address."""
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -178,11 +175,7 @@ def load_library(path: Path) -> ctypes.CDLL:
 
 
 def torch_function(name: str) -> int:
-    """The address of an exported C function of torch.
-
-    Raises:
-        LoweringError: this torch does not have it.
-    """
+    """The address of an exported C function of torch."""
     folder = Path(torch.__file__).parent / "lib"
     for candidate in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
         if (folder / candidate).exists():
@@ -192,3 +185,140 @@ def torch_function(name: str) -> int:
                 assert address is not None
                 return address
     raise LoweringError(f"torch {torch.__version__} has no {name}")
+
+
+# --- one run of the compiler for each library ---
+
+#: Seconds to wait for a library that somebody else compiles; most take one.
+PATIENCE = 60.0
+
+_LOCK = threading.Lock()
+_RUNNING: set[subprocess.Popen[str]] = set()
+_ended = False
+
+
+def compiled(command: Sequence[str], source: str, library: Path) -> None:
+    """Have `library` compiled from `source` by a compiler and its flags."""
+    if is_whole(library):
+        return
+    with _held(library.with_suffix(".cpp")) as file:
+        if not is_whole(library):
+            if library.exists():
+                warn_of(library)
+            _compile(command, source, file, library)
+
+
+@contextlib.contextmanager
+def _held(path: Path) -> Iterator[TextIO]:
+    """The file, made if need be, which nobody else holds at the same time, unless somebody keeps it
+    for longer than PATIENCE."""
+    deadline, pause = time.monotonic() + PATIENCE, 0.005
+    while True:
+        with path.open("a+") as file:
+            busy = _lock(file)
+            # Whoever held it may have removed it.
+            if time.monotonic() > deadline or (not busy and _is_at(file, path)):
+                try:
+                    yield file
+                finally:
+                    # For a forked child too, which has inherited it.
+                    with contextlib.suppress(OSError):
+                        fcntl.flock(file, fcntl.LOCK_UN)
+                return
+        time.sleep(pause)
+        pause = min(2 * pause, 0.1)
+
+
+def _lock(file: TextIO) -> bool:
+    """Lock the file, unless somebody else has; true then."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there are no locks here
+        return False
+    return False
+
+
+def _is_at(file: TextIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _compile(command: Sequence[str], source: str, text: TextIO, library: Path) -> None:
+    try:
+        text.seek(0)
+        if text.read() != source:
+            text.truncate(0)
+            text.write(source)
+            text.flush()
+        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+            built = Path(scratch, library.name)
+            _run([*command, text.name, "-o", str(built)])
+            built.replace(library)
+    except BaseException:
+        Path(text.name).unlink(missing_ok=True)
+        raise
+
+
+def _run(command: Sequence[str]) -> None:
+    """Run the compiler, in a group of processes of its own: it starts others."""
+    try:
+        with _LOCK:
+            if _ended:
+                raise LoweringError("Python is shutting down")
+            process = subprocess.Popen(
+                command,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+            _RUNNING.add(process)
+    except OSError as error:
+        raise LoweringError(f"{command[0]} could not be started: {error}") from error
+    try:
+        _, errors = process.communicate()
+    except BaseException:
+        _stop(process)
+        raise
+    finally:
+        _RUNNING.discard(process)
+    if process.returncode:
+        raise LoweringError(f"{command[0]} refused a generated kernel:\n{errors[-2000:]}")
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    # GCC removes its temporary files on SIGTERM.
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(1)
+
+
+@atexit.register
+def _end() -> None:
+    """Stop the compilers."""
+    global _ended
+    with _LOCK:
+        _ended = True
+        running = list(_RUNNING)
+    for process in running:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+
+
+def _after_fork() -> None:
+    """The threads are the parent's, and so are their compilers."""
+    global _LOCK
+    _LOCK = threading.Lock()
+    _RUNNING.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)

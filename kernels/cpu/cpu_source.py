@@ -1,93 +1,32 @@
-"""The C++ source of a generated kernel for deltas, and what the sources of all CPU kernels share.
+"""What the CPU kernels share: pieces of their C++ sources, and how ops in C++ are registered.
 
-source(spec, isa) = #defines and constants of (dtypes, sizes, ranges, tiles)
-                    + vectors.h + tiles.h + rows.h + delta_args.h + delta.cpp
-                    + epilogue.h + delta_beside.cpp, where y is a product with a dense weight
+    register(op, files) = handles.h + files, compiled and loaded, given torch's functions
+
+The functions are handed over as pointers through torch's stable C interface, so no torch header is
+read and nothing is linked: a library takes 0.1 s to compile instead of tens of seconds. A call of
+its ops costs 2 µs from Python, where one through a Python kernel costs 20 µs and more.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
+from typing import Any
 
 import torch
 
-from lorafx.kernels.cpu.compiler import Isa
-from lorafx.kernels.ops.delta_spec import DeltaSpec
+from lorafx.errors import LoweringError
+from lorafx.kernels.cpu.compiler import Isa, compile_library, load_library, torch_function
 
 ELEMENTS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 # Below this many multiply-adds one thread is faster than waking the others (about 3 µs, 2 cores).
 SERIAL_WORK = 1 << 15
-# With fewer rows per thread than this, a row's planes and columns are shared out instead of rows.
-SPLIT_ROWS = 2
-# A load of an adapter's factors from memory takes about as long as the work of so many rows that
-# find them in a cache (Zen 4, rank 16); 8 and 32 are as good.
-LOAD_ROWS = 16
-# Up to so many rows the threads share out ranges (q, k, v) one by one: with few adapters, shares of
-# whole rows are uneven. A long prompt has rows enough.
-FEW_ROWS = 64
-# Columns of one unit of work then.
-COLUMN_BLOCK = 512
 # Bytes that a stream of B is asked for ahead of its use; 512 was best of 0, 128 ... 1024 for decode
 # in float32 and bfloat16 (Zen 4, 8 adapters of rank 16, N = 1024 ... 5632).
 AHEAD = 512
-
-
-#: What a kernel of deltas is optimised by where its loops are vectors already: -O3 takes 1.3 times
-#: as long to compile it to code that is as fast, to a percent (GCC 12, float32 and bfloat16, ranks
-#: 6 and 16, decode and prefill on a Zen 4). Without -fpeel-loops small tiles are 2 % slower.
-_VECTORS_ALREADY = ("-O2", "-fpeel-loops")
-
-
-def flags_of(isa: Isa) -> tuple[str, ...]:
-    """The compiler's flags for a kernel of deltas."""
-    return (*isa.flags, *_VECTORS_ALREADY) if isa.f16c else isa.flags
-
-
-def source(spec: DeltaSpec, isa: Isa) -> str:
-    """The complete C++ text of the kernel of `spec` for `isa`."""
-    starts = [sum(spec.sizes[:j]) for j in range(len(spec.sizes))]
-    blocks = sum(-(-size // COLUMN_BLOCK) for size in spec.sizes)
-    features = 0 if spec.embedding else len(spec.sizes) * spec.in_features
-    sizes = {
-        **tile_sizes(isa),
-        "K": max(spec.in_features, 1),
-        "R": spec.max_rank,
-        "G": spec.group,
-        "COLUMNS": spec.columns,
-        "N": sum(spec.sizes),
-        "A_STRIDE": spec.group * max(spec.in_features, 1),
-        "B_STRIDE": spec.columns,
-        "EXPERTS": spec.experts,
-        "PREFETCH_ROWS": isa.tile,
-        "RANGES": len(spec.sizes),
-        "BLOCK": COLUMN_BLOCK,
-        "COLUMN_BLOCKS": blocks,
-        "WORK": spec.max_rank * (features + sum(spec.sizes)),
-        "SPLIT_ROWS": SPLIT_ROWS,
-        "LOAD_ROWS": LOAD_ROWS,
-        "FEW_ROWS": FEW_ROWS,
-    }
-    tables = {
-        "SIBLING": spec.siblings,
-        "OFFSET": spec.offsets,
-        "SIZE": spec.sizes,
-        "START": starts,
-    }
-    lines = [f"// {isa.name}: {spec}", f"#define EMBEDDING {int(spec.embedding)}"]
-    lines += [f"#define ROUTED {int(spec.experts > 0)}"]
-    lines += element_defines(isa, spec.x_dtype, spec.bank_dtype, spec.y_dtype)
-    lines += constants(sizes)
-    lines += [
-        f"static const long {name}[] = {{{', '.join(map(str, values))}}};"
-        for name, values in tables.items()
-    ]
-    files = ["vectors.h", "tiles.h", "rows.h", "delta_args.h", "delta.cpp"]
-    if not spec.embedding and not spec.experts:
-        files += ["epilogue.h", "delta_beside.cpp"]
-    return "\n".join([*lines, *templates(*files)])
 
 
 def templates(*names: str) -> list[str]:
@@ -98,6 +37,12 @@ def templates(*names: str) -> list[str]:
 @functools.cache
 def _template(name: str) -> str:
     return resources.files("lorafx.kernels.cpu").joinpath(name).read_text()
+
+
+def loaded_kernel(source: str, isa: Isa) -> tuple[Any, int]:
+    """`lorafx_kernel` of a source, compiled, and the address of torch's parallel loop."""
+    library = load_library(compile_library(source, isa.flags))
+    return library.lorafx_kernel, torch_function("torch_parallel_for")
 
 
 def tile_sizes(isa: Isa) -> dict[str, int]:
@@ -127,3 +72,53 @@ def element_defines(isa: Isa, x: torch.dtype, factors: torch.dtype, y: torch.dty
 def constants(values: Mapping[str, int]) -> list[str]:
     """The lines that give a template its sizes."""
     return [f"static const long {name} = {value};" for name, value in values.items()]
+
+
+# --- ops in C++ ---
+
+#: In the order of `struct Shims` of handles.h.
+_SHIMS = (
+    "aoti_torch_library_init_impl",
+    "torch_library_impl",
+    "aoti_torch_abi_version",
+    "aoti_torch_get_data_ptr",
+    "aoti_torch_get_dim",
+    "aoti_torch_get_sizes",
+    "aoti_torch_get_strides",
+    "aoti_torch_get_dtype",
+    "aoti_torch_delete_tensor_object",
+    "torch_get_num_threads",
+    "torch_parallel_for",
+)
+_DTYPES = {
+    torch.float32: "aoti_torch_dtype_float32",
+    torch.bfloat16: "aoti_torch_dtype_bfloat16",
+    torch.float16: "aoti_torch_dtype_float16",
+    torch.int32: "aoti_torch_dtype_int32",
+    torch.int64: "aoti_torch_dtype_int64",
+}
+
+
+@functools.cache
+def dtype_code(dtype: torch.dtype) -> int:
+    """The number that torch's C interface has for `dtype`."""
+    return int(ctypes.CFUNCTYPE(ctypes.c_int32)(torch_function(_DTYPES[dtype]))())
+
+
+def op_source(files: Sequence[str]) -> str:
+    """The text of the library of these files of this folder, which is compiled without flags."""
+    return "\n".join(templates("handles.h", *files))
+
+
+def register(op: str, files: Sequence[str], more_shims: Sequence[str] = ()) -> ctypes.CDLL:
+    """The library of these files of this folder, whose CPU kernels torch knows from now on.
+
+    The files end in `lorafx_install`, which takes the functions of torch that handles.h names and
+    `more_shims` behind them. `op` is for messages.
+    """
+    library = load_library(compile_library(op_source(files)))
+    names = (*_SHIMS, *more_shims)
+    shims = (ctypes.c_void_p * len(names))(*(torch_function(name) for name in names))
+    if library.lorafx_install(shims):
+        raise LoweringError(f"torch refused the CPU kernels of {op}")
+    return library

@@ -1,7 +1,7 @@
 // LoRA delta on a CPU: y[m, range j] += (scale · A[s, i_j] x[m]) B[s, :r, range j], s = slot of row m.
 //
-// Before this text stand the generated preamble, vectors.h, tiles.h, rows.h and delta_args.h. The preamble sets the
-// parameters: element types X, W (bank), Y; LANES; K, R, G, COLUMNS; N; RANGES with SIBLING, OFFSET,
+// Before this text stand the generated preamble, vectors.h, tiles.h, rows.h and delta_args.h. The
+// preamble sets the parameters: element types X, W (bank), Y; LANES; K, R, G, COLUMNS; N; RANGES with SIBLING, OFFSET,
 // SIZE, START; EMBEDDING; TILE (rows of a tile), PLANES and PAIRS (accumulators a row of a full tile).
 // With ROUTED, row m is of expert e, and s is e · S + the slot of its request, S slots an expert.
 //
@@ -21,6 +21,11 @@ struct Call {
     int64_t parts;    // of a row that are shared out: its ranges one by one, or 1 for all together
     int32_t status;
 };
+
+template <class TILE_OF_ROWS> INLINE bool no_room(Call* c, const TILE_OF_ROWS& tile) {
+    if (!tile.at[0]) c->status = NO_MEMORY;
+    return !tile.at[0];
+}
 
 INLINE const W::T* factor_a(const Args* g, int slot, int range) {
     return (const W::T*)g->a + slot * g->slot_a + SIBLING[range] * K;
@@ -73,10 +78,7 @@ template <int ROWS> INLINE void tile(Call* c, long p, int from, int to) {
     int slot = c->owner[p];
     float v[ROWS * R];
     Tile<Y::T, ROWS> ys((Y::T*)g->y, g->y_rows, c->order + p, 0, N);
-    if (!ys.at[0]) {
-        c->status = NO_MEMORY;
-        return;
-    }
+    if (no_room(c, ys)) return;
     Y::T* const* y = ys.at;
 #if EMBEDDING
     int rank = rank_of(g, slot, 0);
@@ -88,10 +90,7 @@ template <int ROWS> INLINE void tile(Call* c, long p, int from, int to) {
     expand<ROWS>(y, 0, factor_b(g, slot, 0), v, rank, SIZE[0]);
 #else
     Tile<X::T, ROWS> x((X::T*)g->x, g->x_rows, c->order + p, 0, K);
-    if (!x.at[0]) {
-        c->status = NO_MEMORY;
-        return;
-    }
+    if (no_room(c, x)) return;
     for (int j = from, held = -1; j < to; j++) {
         int rank = rank_of(g, slot, j);
         if (!rank) continue;
@@ -211,10 +210,7 @@ static void run_planes(int64_t begin, int64_t end, void* context) {
         if (source_of(g, slot, j) != j) continue;
         int last = first + 2 * PLANES < rank ? first + 2 * PLANES : rank;
         Tile<X::T, 1> x((X::T*)g->x, g->x_rows, c->order + p, 0, K);
-        if (!x.at[0]) {
-            c->status = NO_MEMORY;
-            return;
-        }
+        if (no_room(c, x)) return;
         float scale = g->scales[(long)slot * G + SIBLING[j]];
         shrink<1>(x.at, factor_a(g, slot, j), scale, c->v + (p * RANGES + j) * R, first, last);
     }
@@ -231,10 +227,7 @@ static void run_columns(int64_t begin, int64_t end, void* context) {
         if (!rank) continue;
         long first = block * BLOCK, size = SIZE[j] - first < BLOCK ? SIZE[j] - first : BLOCK;
         Tile<Y::T, 1> y((Y::T*)g->y, g->y_rows, c->order + p, START[j] + first, size);
-        if (!y.at[0]) {
-            c->status = NO_MEMORY;
-            return;
-        }
+        if (no_room(c, y)) return;
         const float* v = c->v + (p * RANGES + source_of(g, slot, j)) * R;
         expand<1>(y.at, 0, factor_b(g, slot, j) + first, v, rank, size);
         y.put_back();

@@ -23,10 +23,7 @@ template <int ROWS> INLINE void shrink_rows(const Planes* u, long p) {
     const int slot = c->owner[p];
     float v[ROWS * R];
     Tile<X::T, ROWS> x((X::T*)g->x, g->x_rows, c->order + p, 0, K);
-    if (!x.at[0]) {
-        c->status = NO_MEMORY;
-        return;
-    }
+    if (no_room(c, x)) return;
     float scale = g->scales[(long)slot * G + SIBLING[u->range]];
     shrink<ROWS>(x.at, factor_a(g, slot, u->range), scale, v, u->first, u->last);
     for (int row = 0; row < ROWS; row++)
@@ -58,10 +55,7 @@ template <int ROWS> INLINE void expand_rows(const Part* u, long p) {
     for (int row = 0; row < ROWS; row++)
         memcpy(v + row * R, c->v + ((p + row) * RANGES + u->range) * R, rank * sizeof *v);
     Tile<Y::T, ROWS> y((Y::T*)g->y, g->y_rows, c->order + p, START[u->range] + u->begin, size);
-    if (!y.at[0]) {
-        c->status = NO_MEMORY;
-        return;
-    }
+    if (no_room(c, y)) return;
     expand<ROWS>(y.at, 0, factor_b(g, slot, u->range) + u->begin, v, rank, size);
     y.put_back();
 }

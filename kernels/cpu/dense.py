@@ -1,7 +1,9 @@
-"""`lorafx::dense_mm` and `lorafx::dense_addmm`, products of any number of rows with a dense weight.
+"""Products of any number of rows with a dense weight, and products with their LoRA deltas.
 
-    dense_mm      y = x Wᵀ           x (M, K), W (N, K), y (M, N)
-    dense_addmm   y = x Wᵀ + b       b (N,)
+    dense_mm            y = x Wᵀ              x (M, K), W (N, K), y (M, N)
+    dense_addmm         y = x Wᵀ + b          b (N,)
+    dense_mm_delta      y = x Wᵀ + Δ(x)       Δ is what `run_delta_` adds by the same kernel
+    dense_addmm_delta   y = x Wᵀ + b + Δ(x)
 
 On a CPU few rows are multiplied by generated code that reads W once (dense.cpp), more of them by
 aten.mm and addmm, or by oneDNN where that is faster. That is decided at each call, in C++
@@ -9,12 +11,15 @@ aten.mm and addmm, or by oneDNN where that is faster. That is decided at each ca
 works, and on other devices, it is aten alone. A row computed by generated code is bit-equal in
 every batch that is computed so.
 
+A product and its delta take one parallel region for few rows (delta_beside.cpp): first the threads
+share out v = x A, then each adds v B to the columns of y that it has just multiplied. Where rows
+are many, where no generated kernel multiplies, and on other devices, the two ops run one after the
+other. y has the same bits either way.
+
 Inference only: no gradient is registered.
 
-The C++ source of a kernel for few rows times a dense weight.
-
-dense_source(dtype, isa) = #defines and constants of (dtype, tiles)
-                           + vectors.h + epilogue.h + dense_args.h + dense.cpp
+    source(dtype, isa) = #defines and constants of (dtype, tiles)
+                         + vectors.h + epilogue.h + dense_args.h + dense.cpp
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ import ctypes
 import functools
 import threading
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,12 +46,15 @@ from lorafx.kernels.cpu.cpu_source import (
     ELEMENTS,
     SERIAL_WORK,
     constants,
+    dtype_code,
     element_defines,
+    register,
     templates,
 )
-from lorafx.kernels.cpu.native_ops import dtype_code, register
-from lorafx.kernels.ops.op_checks import require
-from lorafx.kernels.ops.op_library import define
+from lorafx.kernels.cpu.delta_kernels import dispatcher
+from lorafx.kernels.ops.linear_ops import KERNELS
+from lorafx.kernels.ops.op_checks import check_bank, check_rows, require
+from lorafx.kernels.ops.op_library import BANK, BankArgs, define
 
 #: Bytes of W in a unit of work, which later tiles of rows find in a cache of the core.
 UNIT_BYTES = 1 << 18
@@ -55,7 +64,7 @@ EPILOGUE_COLUMNS = 256
 SPINS = 1 << 10
 
 
-def dense_source(dtype: torch.dtype, isa: Isa) -> str:
+def source(dtype: torch.dtype, isa: Isa) -> str:
     """The complete C++ text of the kernel for x, W and y of `dtype` for `isa`."""
     # A conversion of x for each column costs more than one pass over x.
     widened = dtype == torch.float16
@@ -104,8 +113,7 @@ _LIBRARIES: list[ctypes.CDLL] = []  # keeps what the table points into
 
 
 def pays(rows: int, dtype: torch.dtype) -> bool:
-    """Whether so many rows are multiplied by anything else than aten. Asks for what `ready` says is
-    there."""
+    """Whether so many rows are multiplied by anything else than aten, where `ready`."""
     return rows <= most_rows(dtype) or bool(op_library().lorafx_has_many(dtype_code(dtype)))
 
 
@@ -127,11 +135,7 @@ def _half_is_slow() -> bool:
 
 @functools.cache
 def op_library() -> ctypes.CDLL:
-    """The ops' CPU kernels in C++, loaded and registered.
-
-    Raises:
-        LoweringError: no compiler, or a torch without the C interface.
-    """
+    """The ops' CPU kernels in C++, loaded and registered."""
     library = register("lorafx::dense_mm", DENSE_OPS, _MORE_SHIMS)
     library.lorafx_add.argtypes = (ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p)
     library.lorafx_add_many.argtypes = (ctypes.c_int32, ctypes.c_void_p)
@@ -140,16 +144,10 @@ def op_library() -> ctypes.CDLL:
 
 
 def many_by_onednn(library: ctypes.CDLL, wanted: bool | None = None) -> None:
-    """Have the ops multiply many rows in float32 by oneDNN, in this process, or by aten.mm.
+    """Have the ops multiply many rows in float32 by oneDNN, or by aten.mm; None for the faster.
 
     aten.mm is MKL there; in 16 bits it is oneDNN anyway. Where MKL has general code alone, oneDNN
     takes 0.65 to 0.8 of its time for 96 to 200 rows (Zen 4, one thread, cold weights).
-
-    Args:
-        wanted: None for what is faster on this CPU.
-
-    Raises:
-        LoweringError: oneDNN is asked for, and this torch has none.
     """
     if wanted is None:
         wanted = torch.backends.mkldnn.is_available() and bool(library.lorafx_mm_is_slow())
@@ -179,12 +177,8 @@ def generates(isa: Isa) -> bool:
 
 
 def use(dtype: torch.dtype, isa: Isa, rows: int) -> None:
-    """Have the ops use the kernel of `dtype` for `isa` for up to so many rows, in this process.
-
-    Raises:
-        LoweringError: no compiler works.
-    """
-    library = load_library(compile_library(dense_source(dtype, isa), isa.flags))
+    """Have the ops use the kernel of `dtype` for `isa` for up to so many rows, in this process."""
+    library = load_library(compile_library(source(dtype, isa), isa.flags))
     kernel = ctypes.cast(library.lorafx_kernel, ctypes.c_void_p)
     _LIBRARIES.append(library)
     op_library().lorafx_add(dtype_code(dtype), rows, kernel)
@@ -193,9 +187,8 @@ def use(dtype: torch.dtype, isa: Isa, rows: int) -> None:
 def dense_mm(x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
     """x (M, K) times Wᵀ for W (N, K), (M, N) contiguous.
 
-    Args:
-        sizes: what N consists of: columns that are multiplied part by part where rows are many,
-            which MKL is faster at (lorafx.kernels.cost.cost.split_is_faster); empty for one part.
+    sizes are what N consists of: columns that are multiplied part by part where rows are many,
+    which MKL is faster at (lorafx.kernels.cost.roofline.split_is_faster); empty for one part.
 
     Raises:
         LoweringError: sizes that do not fit together.
@@ -203,20 +196,16 @@ def dense_mm(x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
     # The CPU's own kernel takes this one's place where it can be had; a graph from a cache may be
     # the first to ask for it.
     if x.device.type == "cpu" and ready(x.dtype):
-        y: Tensor = torch.ops.lorafx.dense_mm(x, weight, sizes)
+        y: Tensor = DENSE_MM(x, weight, sizes)
         return y
     _check("dense_mm", x, weight, sizes)
     return torch.mm(x, weight.T)
 
 
 def dense_addmm(bias: Tensor, x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
-    """`dense_mm` and a bias (N,).
-
-    Raises:
-        LoweringError: sizes that do not fit together.
-    """
+    """`dense_mm` and a bias (N,)."""
     if x.device.type == "cpu" and ready(x.dtype):
-        y: Tensor = torch.ops.lorafx.dense_addmm(bias, x, weight, sizes)
+        y: Tensor = DENSE_ADDMM(bias, x, weight, sizes)
         return y
     _check("dense_addmm", x, weight, sizes, bias)
     return torch.addmm(bias, x, weight.T)
@@ -236,21 +225,98 @@ def _check(
     op: str, x: Tensor, weight: Tensor, sizes: list[int], bias: Tensor | None = None
 ) -> None:
     require(op, x.dim() == 2 and weight.dim() == 2, "x is (M, K), weight (N, K)")
-    require(
-        op,
-        x.shape[1] == weight.shape[1],
-        f"x has {x.shape[1]} columns, weight has {weight.shape[1]}",
-    )
-    N = weight.shape[0]
+    N, K = weight.shape
+    require(op, x.shape[1] == K, f"x has {x.shape[1]} columns, weight has {K}")
     require(op, not sizes or sum(sizes) == N, f"sizes {sizes} do not add up to {N}")
     require(op, bias is None or bias.shape == (N,), f"bias is ({N},)")
 
 
-define("dense_mm(Tensor x, Tensor weight, int[] sizes) -> Tensor", dense_mm, dense_mm_fake)
+# --- with deltas ---
+
+_DELTA_LOCK = threading.Lock()
+
+
+def joined_ready(dtype: torch.dtype) -> bool:
+    """Whether the ops with deltas run in C++ for `dtype`; libraries are loaded if need be."""
+    if not ready(dtype):
+        return False
+    with _DELTA_LOCK:
+        return _installed()
+
+
+@functools.cache
+def _installed() -> bool:
+    try:
+        run = ctypes.cast(dispatcher().lorafx_run_delta, ctypes.c_void_p)
+        library = op_library()
+    except LoweringError:  # where kernels are built, a warning says why
+        return False
+    library.lorafx_install_deltas.argtypes = (ctypes.c_void_p,)
+    return not library.lorafx_install_deltas(run)
+
+
+def dense_mm_delta(
+    x: Tensor, weight: Tensor, sizes: list[int], bank: BankArgs, rows: int, kernel: int
+) -> Tensor:
+    """`dense_mm` and its delta; rows and kernel, that of a linear, are as `run_delta_` takes them.
+
+    Raises:
+        LoweringError: operands that do not fit together, or a kernel that is not loaded.
+    """
+    return _joined(DENSE_MM_DELTA, DENSE_MM, (x, weight, sizes), x, bank, rows, kernel)
+
+
+def dense_addmm_delta(
+    bias: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    sizes: list[int],
+    bank: BankArgs,
+    rows: int,
+    kernel: int,
+) -> Tensor:
+    """`dense_mm_delta` and a bias (N,)."""
+    operands = (bias, x, weight, sizes)
+    return _joined(DENSE_ADDMM_DELTA, DENSE_ADDMM, operands, x, bank, rows, kernel)
+
+
+def _joined(
+    joined: Any, product: Any, operands: Any, x: Tensor, bank: BankArgs, rows: int, kernel: int
+) -> Tensor:
+    # As in `dense_mm`: a graph from a cache may be the first to ask for the kernel in C++.
+    if x.device.type == "cpu" and kernel in KERNELS and joined_ready(x.dtype):
+        y: Tensor = joined(*operands, *bank, rows, kernel)
+        return y
+    y = product(*operands)
+    torch.ops.lorafx.run_delta_(y, x, *bank, rows, kernel)
+    return y
+
+
+def dense_mm_delta_fake(x, weight, sizes, bank: BankArgs, rows, kernel) -> Tensor:
+    return _checked(dense_mm_fake(x, weight, sizes), "dense_mm_delta", bank, rows)
+
+
+def dense_addmm_delta_fake(bias, x, weight, sizes, bank: BankArgs, rows, kernel) -> Tensor:
+    return _checked(dense_addmm_fake(bias, x, weight, sizes), "dense_addmm_delta", bank, rows)
+
+
+def _checked(y: Tensor, op: str, bank: BankArgs, rows: int) -> Tensor:
+    check_bank(op, bank)
+    check_rows(op, y.shape[:-1], y.shape[:-1], rows)
+    return y
+
+
+_PRODUCT = "Tensor x, Tensor weight, int[] sizes"
+_DELTA = f"{BANK}, SymInt rows, int kernel"
+define(f"dense_mm({_PRODUCT}) -> Tensor", dense_mm, dense_mm_fake)
+define(f"dense_addmm(Tensor bias, {_PRODUCT}) -> Tensor", dense_addmm, dense_addmm_fake)
+define(f"dense_mm_delta({_PRODUCT}, {_DELTA}) -> Tensor", dense_mm_delta, dense_mm_delta_fake)
 define(
-    "dense_addmm(Tensor bias, Tensor x, Tensor weight, int[] sizes) -> Tensor",
-    dense_addmm,
-    dense_addmm_fake,
+    f"dense_addmm_delta(Tensor bias, {_PRODUCT}, {_DELTA}) -> Tensor",
+    dense_addmm_delta,
+    dense_addmm_delta_fake,
 )
 DENSE_MM = torch.ops.lorafx.dense_mm.default
 DENSE_ADDMM = torch.ops.lorafx.dense_addmm.default
+DENSE_MM_DELTA = torch.ops.lorafx.dense_mm_delta.default
+DENSE_ADDMM_DELTA = torch.ops.lorafx.dense_addmm_delta.default

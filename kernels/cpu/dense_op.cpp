@@ -9,7 +9,7 @@
 // delta that run_delta_ adds: of few rows in the product's parallel region, of many after it. Before
 // this text stand handles.h, epilogue.h and dense_args.h.
 
-struct DenseShims {  // the order of _SHIMS in native_ops.py, then of _MORE_SHIMS in dense.py
+struct DenseShims {  // the order of _SHIMS in cpu_source.py, then of _MORE_SHIMS in dense.py
     Shims common;
     int32_t (*empty)(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Handle*);
     int32_t (*view)(Handle, int64_t, const int64_t*, const int64_t*, int64_t, Handle*);
@@ -147,7 +147,7 @@ struct List {
     ~List() { more.delete_list(handle); }
 };
 
-static Handle product(Handle bias, Handle x, Handle w, Handle list, Delta* delta = 0) {
+static Handle product(Handle bias, Handle x, Handle w, Handle list, Delta* delta) {
     View xs((uint64_t)x), ws((uint64_t)w);
     require(xs.dim == 2 && ws.dim == 2 && xs.sizes[1] == ws.sizes[1],
             "lorafx: x (M, K) and weight (N, K) do not fit together");
@@ -173,42 +173,21 @@ static Handle product(Handle bias, Handle x, Handle w, Handle list, Delta* delta
     return result;
 }
 
-// A boxed kernel owns what is on its stack, and leaves its result there.
-static void dense_mm(uint64_t* stack, uint64_t, uint64_t) {
-    Held x, w;
-    x.tensor = (Handle)stack[0], w.tensor = (Handle)stack[1];
-    List list = {(Handle)stack[2]};
-    stack[0] = (uint64_t)product(0, x.tensor, w.tensor, list.handle);
-}
-static void dense_addmm(uint64_t* stack, uint64_t, uint64_t) {
-    Held bias, x, w;
-    bias.tensor = (Handle)stack[0], x.tensor = (Handle)stack[1], w.tensor = (Handle)stack[2];
-    List list = {(Handle)stack[3]};
-    stack[0] = (uint64_t)product(bias.tensor, x.tensor, w.tensor, list.handle);
-}
-
-// What stands behind the list of sizes: the bank, rows, kernel.
-static Delta delta_of(const uint64_t* stack, const Held& x, const Held* bank) {
-    return {{0, (uint64_t)x.tensor, (uint64_t)bank[0].tensor, (uint64_t)bank[1].tensor,
-             (uint64_t)bank[2].tensor, (uint64_t)bank[3].tensor, (uint64_t)bank[4].tensor},
-            (int64_t)stack[5],
-            stack[6]};
-}
-static void dense_mm_delta(uint64_t* stack, uint64_t, uint64_t) {
-    Held x, w, bank[5];
-    x.tensor = (Handle)stack[0], w.tensor = (Handle)stack[1];
-    for (int i = 0; i < 5; i++) bank[i].tensor = (Handle)stack[3 + i];
-    List list = {(Handle)stack[2]};
-    Delta delta = delta_of(stack + 3, x, bank);
-    stack[0] = (uint64_t)product(0, x.tensor, w.tensor, list.handle, &delta);
-}
-static void dense_addmm_delta(uint64_t* stack, uint64_t, uint64_t) {
+// A boxed kernel owns what is on its stack, and leaves its result there: (bias), x, weight, sizes and,
+// with a delta, the bank, rows, kernel.
+template <bool BIAS, bool DELTA> static void dense(uint64_t* stack, uint64_t, uint64_t) {
     Held bias, x, w, bank[5];
-    bias.tensor = (Handle)stack[0], x.tensor = (Handle)stack[1], w.tensor = (Handle)stack[2];
-    for (int i = 0; i < 5; i++) bank[i].tensor = (Handle)stack[4 + i];
-    List list = {(Handle)stack[3]};
-    Delta delta = delta_of(stack + 4, x, bank);
-    stack[0] = (uint64_t)product(bias.tensor, x.tensor, w.tensor, list.handle, &delta);
+    const uint64_t* next = stack;
+    if (BIAS) bias.tensor = (Handle)*next++;
+    x.tensor = (Handle)*next++, w.tensor = (Handle)*next++;
+    List list = {(Handle)*next++};
+    Delta delta;
+    if (DELTA) {
+        for (int i = 0; i < 5; i++) bank[i].tensor = (Handle)next[i];
+        delta = {{0, (uint64_t)x.tensor, next[0], next[1], next[2], next[3], next[4]},
+                 (int64_t)next[5], next[6]};
+    }
+    stack[0] = (uint64_t)product(bias.tensor, x.tensor, w.tensor, list.handle, DELTA ? &delta : 0);
 }
 
 extern "C" int32_t lorafx_install(const DenseShims* shims) {
@@ -217,8 +196,8 @@ extern "C" int32_t lorafx_install(const DenseShims* shims) {
     Handle library;
     uint64_t version = torch.version();
     return torch.library_init("lorafx", "CPU", "lorafx/kernels/cpu/dense_op.cpp", 1, &library) ||
-           torch.library_impl(library, "dense_mm", dense_mm, version) ||
-           torch.library_impl(library, "dense_addmm", dense_addmm, version);
+           torch.library_impl(library, "dense_mm", dense<false, false>, version) ||
+           torch.library_impl(library, "dense_addmm", dense<true, false>, version);
 }
 
 // The ops with deltas, which `run` adds; called once.
@@ -227,8 +206,8 @@ extern "C" int32_t lorafx_install_deltas(RunDelta run) {
     Handle library;
     uint64_t version = torch.version();
     return torch.library_init("lorafx", "CPU", "lorafx/kernels/cpu/dense_op.cpp", 1, &library) ||
-           torch.library_impl(library, "dense_mm_delta", dense_mm_delta, version) ||
-           torch.library_impl(library, "dense_addmm_delta", dense_addmm_delta, version);
+           torch.library_impl(library, "dense_mm_delta", dense<false, true>, version) ||
+           torch.library_impl(library, "dense_addmm_delta", dense<true, true>, version);
 }
 
 extern "C" void lorafx_add(int32_t dtype, int64_t most_rows, int32_t (*run)(const Args*)) {

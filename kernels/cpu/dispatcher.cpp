@@ -62,7 +62,7 @@ static Rows rows_of(const View& v, int64_t leading) {
 static const Kernel* kernel_of(uint64_t id, Op op) {
     const Kernel* k = find((int64_t)id);
     require(k && k->op == op,
-            "lorafx: this process has not loaded that kernel id; build it with lorafx.kernels.cpu.cpu");
+            "lorafx: this process has not loaded that kernel id; build it with lorafx.kernels.cpu.delta_kernels");
     return k;
 }
 
@@ -130,29 +130,14 @@ static void run(const uint64_t* stack, const Call& call, Product product = 0, vo
     Rows out = rows_of(y, y.dim - 1), in = rows_of(x, embedding ? x.dim : x.dim - 1);
     require(out.count == in.count, "lorafx: x and y differ in rows");
     if (call.op == ROUTED) check_routed(k, call, capacity, out.count);
-    Args args = {y.data,
-                 x.data,
-                 a.data,
-                 b.data,
-                 (const int32_t*)ranks.data,
-                 (const float*)scales.data,
-                 (const int32_t*)slots.data,
-                 slots.sizes[0],
-                 call.rows,
-                 capacity,
-                 vocabulary,
-                 (int64_t)thread_count(),
-                 torch.parallel,
-                 embedding && x.dtype == k->int64,
-                 &out,
-                 &in,
-                 a.strides[0],
-                 b.strides[0],
-                 a.strides[1],
+    Args args = {y.data, x.data, a.data, b.data, (const int32_t*)ranks.data,
+                 (const float*)scales.data, (const int32_t*)slots.data, slots.sizes[0], call.rows,
+                 capacity, vocabulary, (int64_t)thread_count(), torch.parallel,
+                 embedding && x.dtype == k->int64, &out, &in,
+                 a.strides[0], b.strides[0], a.strides[1],
                  call.alike ? (const int32_t*)call.alike->data : 0,
                  call.experts ? call.experts->data : 0,
-                 call.experts && call.experts->dtype == k->int64,
-                 call.ends};
+                 call.experts && call.experts->dtype == k->int64, call.ends};
     if (!product) return check_status(k->run(&args));
     Epilogue epilogue;
     check_status(k->begin(&args, &epilogue));

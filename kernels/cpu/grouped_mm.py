@@ -6,10 +6,8 @@
 bfloat16. On a CPU a generated kernel reads each weight once (product.cpp); elsewhere, and where it
 cannot be had, it is a loop over the experts that have rows, for which the host waits for offs.
 
-The C++ source of a kernel for sorted rows times the weights of their experts.
-
-product_source(spec, isa) = #defines and constants of (dtype, sizes, unit of work)
-                            + vectors.h + tiles.h + product.cpp
+    source(spec, isa) = #defines and constants of (dtype, sizes, unit of work)
+                        + vectors.h + tiles.h + product.cpp
 """
 
 from __future__ import annotations
@@ -25,18 +23,12 @@ import torch
 from torch import Tensor
 
 from lorafx.errors import LoweringError
-from lorafx.kernels.cpu.compiler import (
-    Isa,
-    best_isa,
-    compile_library,
-    has_matrix_tiles,
-    load_library,
-    torch_function,
-)
+from lorafx.kernels.cpu.compiler import Isa, best_isa, has_matrix_tiles
 from lorafx.kernels.cpu.cpu_source import (
     ELEMENTS,
     constants,
     element_defines,
+    loaded_kernel,
     templates,
     tile_sizes,
 )
@@ -45,16 +37,18 @@ from lorafx.kernels.ops.op_library import define
 
 # Columns of a unit of work: their weights stay in a cache while an expert's rows go through them.
 UNIT = 64
+#: Rows an expert from which on a product of matrices is as fast as the generated kernel, which is
+#: 2 to 5 times as fast for one row, 1.2 to 2 times for 32 (Zen 4, two cores, float32 and bfloat16,
+#: 32 and 64 experts of 384 × 1024 to 1024 × 768). A row's sums have one order below it, and that of
+#: torch.mm from there on.
+MANY_ROWS = 256
+#: The same for bfloat16 on a CPU whose matrix tiles torch.mm uses; a guess, measured on none.
+MANY_ROWS_WITH_TILES = 16
 
 
 @dataclass(frozen=True)
 class ProductSpec:
-    """What a generated kernel for y[m] = W_e x[m] takes for granted.
-
-    Attributes:
-        dtype: of x, W and y.
-        in_features, out_features: K and N; W is (E, N, K).
-    """
+    """What a generated kernel for y[m] = W_e x[m] takes for granted; W is (E, N, K)."""
 
     dtype: torch.dtype
     in_features: int
@@ -82,7 +76,7 @@ class ProductArgs(ctypes.Structure):
     )
 
 
-def product_source(spec: ProductSpec, isa: Isa) -> str:
+def source(spec: ProductSpec, isa: Isa) -> str:
     """The complete C++ text of the kernel of `spec` for `isa`."""
     sizes = {
         **tile_sizes(isa),
@@ -98,13 +92,36 @@ def product_source(spec: ProductSpec, isa: Isa) -> str:
     return "\n".join([f"// {isa.name}: {spec}", *defines, *constants(sizes), *texts])
 
 
-#: Rows an expert from which on a product of matrices is as fast as the generated kernel, which is
-#: 2 to 5 times as fast for one row, 1.2 to 2 times for 32 (Zen 4, two cores, float32 and bfloat16,
-#: 32 and 64 experts of 384 × 1024 to 1024 × 768). A row's sums have one order below it, and that of
-#: torch.mm from there on.
-MANY_ROWS = 256
-#: The same for bfloat16 on a CPU whose matrix tiles torch.mm uses; a guess, measured on none.
-MANY_ROWS_WITH_TILES = 16
+GroupedKernel = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+
+
+def kernel_of(x: Tensor, weight: Tensor) -> GroupedKernel | None:
+    """The generated kernel for these operands, if there is one; they may be fake."""
+    on_cpu = x.device.type == weight.device.type == "cpu"
+    spec = ProductSpec.of(x, weight) if on_cpu else None
+    return None if spec is None else _built(spec)
+
+
+@functools.cache
+def _built(spec: ProductSpec) -> GroupedKernel | None:
+    try:
+        return build(spec, best_isa())
+    except LoweringError:
+        return None  # where deltas are built, a warning says why
+
+
+def build(spec: ProductSpec, isa: Isa) -> GroupedKernel:
+    """The kernel of `spec` for y (M, N) contiguous and what `grouped_mm` takes."""
+    kernel, parallel = loaded_kernel(source(spec, isa), isa)
+
+    def run(y: Tensor, x: Tensor, weight: Tensor, offs: Tensor) -> None:
+        offs = offs.contiguous()
+        pointers = (tensor.data_ptr() for tensor in (y, x, weight, offs))
+        sizes = x.stride(0), len(offs), torch.get_num_threads()
+        if kernel(ctypes.byref(ProductArgs(*pointers, *sizes, parallel))):
+            raise LoweringError("lorafx::grouped_mm: out of memory")
+
+    return run
 
 
 def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
@@ -125,7 +142,9 @@ def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
             raise LoweringError(f"lorafx::grouped_mm: offs ends at {end}, of {len(x)} rows")
     y = x.new_empty(x.shape[0], weight.shape[2])
     y[groups[-1][1] if groups else 0 :].zero_()
-    kernel = kernel_of(x, weight) if len(x) < _many_rows(x.dtype) * len(groups) else None
+    tiles = x.dtype == torch.bfloat16 and has_matrix_tiles()
+    many = (MANY_ROWS_WITH_TILES if tiles else MANY_ROWS) * len(groups)
+    kernel = kernel_of(x, weight) if len(x) < many else None
     if kernel is not None:
         kernel(y, x, weight, offs)
         return y
@@ -140,51 +159,19 @@ def _groups(offs: Tensor) -> list[tuple[int, int]]:
     return list(itertools.pairwise([0, *offs.tolist()]))
 
 
-def _many_rows(dtype: torch.dtype) -> int:
-    tiles = dtype == torch.bfloat16 and has_matrix_tiles()
-    return MANY_ROWS_WITH_TILES if tiles else MANY_ROWS
-
-
-GroupedKernel = Callable[[Tensor, Tensor, Tensor, Tensor], None]
-
-
-def kernel_of(x: Tensor, weight: Tensor) -> GroupedKernel | None:
-    """The generated kernel for these operands, if there is one; they may be fake."""
-    on_cpu = x.device.type == weight.device.type == "cpu"
-    spec = ProductSpec.of(x, weight) if on_cpu else None
-    return None if spec is None else _built(spec)
-
-
-@functools.cache
-def _built(spec: ProductSpec) -> GroupedKernel | None:
-    try:
-        return build(spec, best_isa())
-    except LoweringError:
-        return None  # where deltas are built it is told why
-
-
-def build(spec: ProductSpec, isa: Isa) -> GroupedKernel:
-    """The kernel of `spec`, for y (M, N) contiguous, x, weight and offs as `grouped_mm` takes them.
-
-    Raises:
-        LoweringError: no compiler works.
-    """
-    library = load_library(compile_library(product_source(spec, isa), isa.flags))
-    parallel = torch_function("torch_parallel_for")
-
-    def run(y: Tensor, x: Tensor, weight: Tensor, offs: Tensor) -> None:
-        offs = offs.contiguous()
-        pointers = (tensor.data_ptr() for tensor in (y, x, weight, offs))
-        sizes = x.stride(0), len(offs), torch.get_num_threads()
-        if library.lorafx_kernel(ctypes.byref(ProductArgs(*pointers, *sizes, parallel))):
-            raise LoweringError("lorafx::grouped_mm: out of memory")
-
-    return run
-
-
 def grouped_mm_fake(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     _check(x, weight, offs)
     return x.new_empty(x.shape[0], weight.shape[2])
+
+
+def _check(x: Tensor, weight: Tensor, offs: Tensor) -> None:
+    op = "grouped_mm"
+    require(op, x.dim() == 2 and weight.dim() == 3, "input is (M, K), weight (E, K, N)")
+    K = weight.shape[1]
+    require(op, x.shape[1] == K, f"x has {x.shape[1]} columns, weight has {K}")
+    require(op, offs.shape == weight.shape[:1], f"offs is (E,), not {tuple(offs.shape)}")
+    require(op, x.dtype == weight.dtype, f"x is {x.dtype}, weight {weight.dtype}")
+    require(op, offs.dtype == torch.int32, f"offs is int32, not {offs.dtype}")
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
@@ -198,22 +185,8 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, No
     if ctx.needs_input_grad[0]:
         of_x = GROUPED_MM(grad, weight.transpose(1, 2), offs)
     if ctx.needs_input_grad[1]:
-        parts = [x[start:end].T @ grad[start:end] for start, end in _groups(offs)]
-        of_weight = torch.stack(parts)
+        of_weight = torch.stack([x[start:end].T @ grad[start:end] for start, end in _groups(offs)])
     return of_x, of_weight, None
-
-
-def _check(x: Tensor, weight: Tensor, offs: Tensor) -> None:
-    op = "grouped_mm"
-    require(op, x.dim() == 2 and weight.dim() == 3, "input is (M, K), weight (E, K, N)")
-    require(
-        op,
-        x.shape[1] == weight.shape[1],
-        f"x has {x.shape[1]} columns, weight has {weight.shape[1]}",
-    )
-    require(op, offs.shape == weight.shape[:1], f"offs is (E,), not {tuple(offs.shape)}")
-    require(op, x.dtype == weight.dtype, f"x is {x.dtype}, weight {weight.dtype}")
-    require(op, offs.dtype == torch.int32, f"offs is int32, not {offs.dtype}")
 
 
 _SCHEMA = "grouped_mm(Tensor input, Tensor weight, Tensor offs) -> Tensor"

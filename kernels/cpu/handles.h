@@ -1,5 +1,5 @@
 // Tensors through torch's stable C interface, for libraries that register CPU kernels of ops: handles
-// of tensors, and the functions that Python hands over as pointers (native_ops.py).
+// of tensors, and the functions that Python hands over as pointers (cpu_source.py).
 #include <stdint.h>
 #include <stdlib.h>
 
@@ -8,7 +8,7 @@
 typedef void* Handle;
 typedef void (*Body)(int64_t, int64_t, void*);
 
-struct Shims {  // the order of _SHIMS in native_ops.py
+struct Shims {  // the order of _SHIMS in cpu_source.py
     int32_t (*library_init)(const char*, const char*, const char*, uint32_t, Handle*);
     int32_t (*library_impl)(Handle, const char*, void (*)(uint64_t*, uint64_t, uint64_t), uint64_t);
     uint64_t (*version)();

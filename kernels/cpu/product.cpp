@@ -6,7 +6,7 @@
 // and PLANES as in delta.cpp.
 
 typedef void (*Body)(int64_t, int64_t, void*);
-struct Args {  // mirrors product_source.py
+struct Args {  // mirrors grouped_mm.py
     void* y;        // (M, N), contiguous
     const void* x;  // (M, K), contiguous rows `x_stride` apart
     const void* w;

@@ -16,23 +16,16 @@ from torch import Tensor
 from lorafx.errors import OutOfRangeError
 from lorafx.kernels.ops.op_library import define, define_vmap
 
-SCHEMA = (
-    "checked_index(Tensor index, SymInt size, bool negative, int? ignored, str table, str name) "
-    "-> Tensor"
-)
-
 
 def refuse_outside(
     index: Tensor, size: int, negative: bool, ignored: int | None, table: str, name: str
 ) -> None:
-    """Raise OutOfRangeError where an entry of `index` is none of the table's.
+    """Raise OutOfRangeError where an entry of `index` is none of the table's `size`.
 
     Args:
-        size: how many entries the table has.
         negative: whether -size is the first entry.
         ignored: a value that stands for no entry.
-        table: how to name the table.
-        name: how to name an entry of the index, whose place stands for `{}`.
+        table, name: for messages; the place of an entry of the index stands for `{}` in its name.
     """
     if not index.numel():
         return
@@ -70,6 +63,11 @@ def checked_index_vmap(info: Any, in_dims: Any, index: Tensor, *others: Any) -> 
     return torch.ops.lorafx.checked_index(index, *others), in_dims[0]
 
 
-define(SCHEMA, checked_index, checked_index_fake)
+define(
+    "checked_index(Tensor index, SymInt size, bool negative, int? ignored, str table, str name) "
+    "-> Tensor",
+    checked_index,
+    checked_index_fake,
+)
 define_vmap("checked_index", checked_index_vmap)
 CHECKED_INDEX = torch.ops.lorafx.checked_index.default

@@ -17,6 +17,7 @@ row computes all of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -24,16 +25,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorafx.kernels.ops.bank_arguments import BANK, BankArgs
-from lorafx.kernels.ops.delta import accumulation_dtype, groups, row_slots
-from lorafx.kernels.ops.op_checks import check_bank, check_by_column, check_rows, require
-from lorafx.kernels.ops.op_library import define
-from lorafx.kernels.ops.rescaled import rescaled_rows, shifted_rows
-
-SCHEMA = (
-    f"conv_site(Tensor x, Tensor y, {BANK}, SymInt rows, int[] kernel, int[] stride, int[] pads,"
-    " Tensor? gains, Tensor? addend, Tensor? shifts) -> Tensor"
+from lorafx.kernels.ops.delta import (
+    accumulation_dtype,
+    groups,
+    rescaled_rows,
+    row_slots,
+    shifted_rows,
 )
+from lorafx.kernels.ops.op_checks import check_bank, check_by_column, check_rows, require
+from lorafx.kernels.ops.op_library import BANK, BankArgs, define
+
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -58,9 +59,6 @@ def conv_site(
     """y (M, N, D'...) + delta for x (M, C, D...), a new contiguous tensor of y's dtype.
 
     With `gains` all of y but `addend` (N,) is rescaled then, and `shifts` are added at the end.
-
-    Raises:
-        ProvenanceError, BatchError: as `lorafx.kernels.ops.delta.row_slots` and `groups`.
     """
     conv_site_fake(x, y, bank, rows, window, gains, addend, shifts)
     out = y.clone(memory_format=torch.contiguous_format)
@@ -86,9 +84,7 @@ def conv_site_fake(x, y, bank: BankArgs, rows, window: Window, gains, addend, sh
     require(op, x.is_floating_point(), "x is a floating-point tensor")
     require(op, len(stride) == dims and len(pads) == 2 * dims, "stride or pads of other dimensions")
     check_rows(op, x.shape[:1], y.shape[:1], rows)
-    size = x.shape[1]
-    for length in kernel:
-        size = size * length
+    size = x.shape[1] * math.prod(kernel)
     require(op, bank.A.shape[2] == size, f"A has {bank.A.shape[2]} entries a row, x needs {size}")
     require(op, bank.ranks.shape[1] == 1, "a convolution has no siblings")
     require(op, bank.B.shape[2] == y.shape[1], f"y has {y.shape[1]} channels, B {bank.B.shape[2]}")
@@ -101,22 +97,10 @@ def conv_site_fake(x, y, bank: BankArgs, rows, window: Window, gains, addend, sh
 
 
 def add_conv_delta(
-    y: Tensor,
-    x: Tensor,
-    bank: BankArgs,
-    rows: int,
-    window: Window,
-    *,
-    by_slot: bool | None = None,
+    y: Tensor, x: Tensor, bank: BankArgs, rows: int, window: Window, *, by_slot: bool | None = None
 ) -> None:
-    """Adds the delta into y, contiguous, in place.
-
-    `by_slot` overrides the choice by device between visiting the slots that are present and
-    gathering the factors of each row.
-
-    Raises:
-        ProvenanceError, BatchError: as `lorafx.kernels.ops.delta.row_slots` and `groups`.
-    """
+    """Adds the delta into y, contiguous, in place. `by_slot` overrides the choice by device between
+    visiting the slots that are present and gathering the factors of each row."""
     A, B, ranks, scales, slots = bank
     count, channels = x.shape[:2]
     owner = row_slots(slots, rows, count)
@@ -150,4 +134,9 @@ def add_conv_delta(
     y.copy_(torch.where((owner >= 0).view(-1, *[1] * (y.dim() - 1)), y + delta.view_as(y), y))
 
 
-define(SCHEMA, conv_site, conv_site_fake)
+define(
+    f"conv_site(Tensor x, Tensor y, {BANK}, SymInt rows, int[] kernel, int[] stride, int[] pads,"
+    " Tensor? gains, Tensor? addend, Tensor? shifts) -> Tensor",
+    conv_site,
+    conv_site_fake,
+)

@@ -7,6 +7,15 @@
 Embedding: A[s, id, :r] stands for A x. Sums are in float32 for 16-bit and 32-bit tensors and in
 float64 for float64; y is read and rounded once. Rows whose slot is negative are left alone.
 
+All functions raise as `row_slots` and `groups` do.
+
+DoRA rescales what comes out (`rescaled`; the pass `rescale` writes the same into the graph):
+
+    y[m, n] ← y[m, n] + G[s, n] · (y[m, n] − c[n])
+
+y = W x + s·B A x + c holds the low-rank delta already, c is what else is in it (the bias), and
+G = m / ‖W + s·B A‖ − 1 by output, so that y becomes c + m / ‖W + s·B A‖ · (W x + s·B A x).
+
 On a CPU the rows are grouped by the slots that are present, so work grows with the adapters that
 are active. On an accelerator that grouping would make the host wait for the device, so all slots
 are multiplied and masked: right, and slow; the generated kernels are for speed.
@@ -20,7 +29,7 @@ import torch
 from torch import Tensor
 
 from lorafx.errors import BatchError, ProvenanceError
-from lorafx.kernels.ops.bank_arguments import BankArgs, Ranges
+from lorafx.kernels.ops.op_library import BankArgs, Ranges
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -64,8 +73,7 @@ def groups(owner: Tensor, capacity: int) -> Iterator[tuple[int, Tensor]]:
 
 
 def _places(index: Tensor, leading: Sequence[int]) -> tuple[Tensor, ...]:
-    """What indexes the rows of these numbers, int64 (count,), in a tensor (*leading, F) where they
-    lie: one of any strides need not be flattened, which could copy it."""
+    """What indexes rows by number in a tensor (*leading, F) of any strides, without a copy."""
     return (index,) if len(leading) == 1 else tuple(torch.unravel_index(index, tuple(leading)))
 
 
@@ -83,22 +91,11 @@ def _masked_v(v: Tensor, owner: Tensor, live: Tensor, scale: Tensor) -> Tensor:
 
 
 def add_linear_delta(
-    y: Tensor,
-    x: Tensor,
-    bank: BankArgs,
-    ranges: Ranges,
-    rows: int,
-    *,
-    grouped: bool | None = None,
+    y: Tensor, x: Tensor, bank: BankArgs, ranges: Ranges, rows: int, *, grouped: bool | None = None
 ) -> None:
-    """Adds the delta of each column range into y (..., Σsizes) in place; x is (..., K).
-
-    x, y and the bank may have any strides; none of them is copied. `grouped` overrides the choice
-    by device between grouping rows by slot and masking all slots.
-
-    Raises:
-        ProvenanceError, BatchError: as `row_slots` and `groups`.
-    """
+    """Adds the delta of each column range into y (..., Σsizes) in place; x is (..., K). Of any
+    strides, none is copied. `grouped` overrides the choice by device between grouping rows by slot
+    and masking all slots."""
     x, y = torch.atleast_2d(x), torch.atleast_2d(y)  # views
     A, B, ranks, scales, slots = bank
     count = x.shape[:-1].numel()
@@ -129,12 +126,7 @@ def add_linear_delta(
 
 
 def add_embedding_delta(
-    y: Tensor,
-    ids: Tensor,
-    bank: BankArgs,
-    rows: int,
-    *,
-    grouped: bool | None = None,
+    y: Tensor, ids: Tensor, bank: BankArgs, rows: int, *, grouped: bool | None = None
 ) -> None:
     """Adds the delta of an embedding into y (..., N) in place; ids is (...). Any strides."""
     ids, y = torch.atleast_1d(ids), torch.atleast_2d(y)  # views
@@ -155,3 +147,43 @@ def add_embedding_delta(
         r, at = rank_table[slot][0], _places(index, y.shape[:-1])
         v = A[slot, ids[_places(index, ids.shape)], :r].to(acc) * scale_table[slot][0]
         y[at] = (y[at].to(acc) + v @ B[slot, :r].to(acc)).to(y.dtype)
+
+
+def rescaled(
+    y: Tensor,
+    gains: Tensor | None,
+    addend: Tensor | None,
+    slots: Tensor,
+    rows: int,
+    offsets: Sequence[int],
+    sizes: Sequence[int],
+    shifts: Tensor | None = None,
+) -> Tensor:
+    """y (..., Σsizes) rescaled by the columns [offset, offset + size) of gains (S, ΣN), then with
+    those of shifts (S, ΣN) added; None for either leaves it out."""
+    owner = row_slots(slots, rows, y.shape[:-1].numel()).view(y.shape[:-1])
+
+    def columns(table: Tensor) -> Tensor:
+        return torch.cat([table[:, o : o + n] for o, n in zip(offsets, sizes, strict=True)], 1)
+
+    if gains is not None:
+        y = rescaled_rows(y, columns(gains), addend, owner)
+    return y if shifts is None else shifted_rows(y, columns(shifts), owner)
+
+
+def rescaled_rows(y: Tensor, gains: Tensor, addend: Tensor | None, owner: Tensor) -> Tensor:
+    """y (..., N) rescaled by gains (S, N), given the slots of its rows: owner (...), whose sizes
+    may be 1 where those of y are not. Base rows, and outputs whose gain is 0, keep their bits."""
+    gain = gains[owner]  # -1 reads the last slot, for nothing
+    wide = y.to(accumulation_dtype(y))
+    product = wide if addend is None else wide - addend
+    live = (owner >= 0).unsqueeze(-1) & (gain != 0)
+    return torch.where(live, (wide + gain * product).to(y.dtype), y)
+
+
+def shifted_rows(y: Tensor, shifts: Tensor, owner: Tensor) -> Tensor:
+    """y (..., N) + shifts[s] of shifts (S, N), the biases of adapters; owner is as in
+    `rescaled_rows`. Base rows, and outputs whose shift is 0, keep their bits."""
+    shift = shifts[owner]
+    live = (owner >= 0).unsqueeze(-1) & (shift != 0)
+    return torch.where(live, (y.to(accumulation_dtype(y)) + shift).to(y.dtype), y)

@@ -17,11 +17,8 @@ class DeltaSpec:
     """What a generated kernel takes for granted.
 
     Attributes:
-        x_dtype: of x; for an embedding ignored (ids may be int32 or int64).
-        bank_dtype: of A and B.
-        y_dtype: of y.
+        x_dtype: for an embedding ignored (ids may be int32 or int64).
         in_features: K; 0 for an embedding.
-        max_rank: R of the bank.
         group: siblings of the bank, G; 0 where the tensors are not laid out as a bank is.
         columns: ΣN of the bank.
         siblings, offsets, sizes: the column ranges of y, as the ops take them. Where A, B, ranks
@@ -54,48 +51,27 @@ class DeltaSpec:
         A: Tensor,
         B: Tensor,
         ranks: Tensor,
-        siblings: list[int],
-        offsets: list[int],
-        sizes: list[int],
+        *ranges: Sequence[int],
         experts: int = 0,
     ) -> DeltaSpec:
         """The spec of an `add_delta_` call; the tensors may be fake, only metadata is read."""
-        group, columns, spacing = _bank_strides(A, B, ranks)
-        return cls(
-            x_dtype=x.dtype,
-            bank_dtype=A.dtype,
-            y_dtype=y.dtype,
-            in_features=int(A.shape[2]) // max(int(ranks.shape[1]), 1),
-            max_rank=int(B.shape[1]),
-            group=group,
-            columns=columns,
-            siblings=tuple(siblings),
-            offsets=tuple(offsets),
-            sizes=tuple(sizes),
-            experts=experts,
-            spacing=spacing,
-        )
+        R, K = int(B.shape[1]), int(A.shape[2]) // max(int(ranks.shape[1]), 1)
+        group, columns, spacing = _bank_strides(A, B, ranks, K)
+        siblings, offsets, sizes = map(tuple, ranges)
+        laid = (group, columns, siblings, offsets, sizes)
+        return cls(x.dtype, A.dtype, y.dtype, K, R, *laid, experts=experts, spacing=spacing)
 
     @classmethod
     def of_embedding(cls, y: Tensor, A: Tensor, B: Tensor) -> DeltaSpec:
         """The spec of an `add_embedding_delta_` call."""
         slots, R, columns = map(int, B.shape)
         spacing = int(B.stride(0)) // columns if slots > 1 and columns else R
-        laid = _have(B, (spacing * columns, columns, 1)) and _have(A, (*A.stride()[:2], 1))
-        return cls(
-            x_dtype=A.dtype,
-            bank_dtype=A.dtype,
-            y_dtype=y.dtype,
-            in_features=0,
-            max_rank=R,
-            group=int(laid),
-            columns=columns,
-            siblings=(0,),
-            offsets=(0,),
-            sizes=(columns,),
-            embedding=True,
-            spacing=_unless(R, spacing),
+        laid = have_strides(B, (spacing * columns, columns, 1)) and have_strides(
+            A, (*A.stride()[:2], 1)
         )
+        laid_out = (int(laid), columns, (0,), (0,), (columns,))
+        spacing = 0 if spacing == R else spacing
+        return cls(A.dtype, A.dtype, y.dtype, 0, R, *laid_out, embedding=True, spacing=spacing)
 
     @property
     def slot_rows(self) -> int:
@@ -110,9 +86,8 @@ class DeltaSpec:
     def supported(self) -> bool:
         """Whether kernels are generated for it: 16- and 32-bit floats, nothing empty, a bank laid
         out as lorafx allocates it."""
-        dtypes = (self.x_dtype, self.bank_dtype, self.y_dtype)
         return (
-            all(dtype in FLOATS for dtype in dtypes)
+            {self.x_dtype, self.bank_dtype, self.y_dtype} <= set(FLOATS)
             and self.max_rank > 0
             and self.group > 0
             and len(self.sizes) > 0
@@ -121,29 +96,22 @@ class DeltaSpec:
         )
 
 
-def _bank_strides(A: Tensor, B: Tensor, ranks: Tensor) -> tuple[int, int, int]:
+def _bank_strides(A: Tensor, B: Tensor, ranks: Tensor, K: int) -> tuple[int, int, int]:
     """(G, ΣN, spacing) of the bank that A, B and ranks are, or show some siblings of; (0, ·, ·)
     where their strides are those of no bank, such as a transposed B."""
     slots, R, shown = map(int, B.shape)
-    siblings = int(ranks.shape[1])
-    K = int(A.shape[2]) // max(siblings, 1)
-    group = int(ranks.stride(0)) if slots > 1 else siblings
+    group = int(ranks.stride(0) if slots > 1 else ranks.shape[1])
     columns = int(B.stride(1) if R > 1 else B.stride(0) if slots > 1 else shown)
     spacing = int(B.stride(0)) // max(columns, 1) if slots > 1 else R
     laid = (
-        _have(A, (spacing * group * K, group * K, 1))
-        and _have(B, (spacing * columns, columns, 1))
-        and _have(ranks, (group, 1))
+        have_strides(A, (spacing * group * K, group * K, 1))
+        and have_strides(B, (spacing * columns, columns, 1))
+        and have_strides(ranks, (group, 1))
     )
-    return (group if laid else 0), columns, _unless(R, spacing)
+    return (group if laid else 0), columns, (0 if spacing == R else spacing)
 
 
-def _have(tensor: Tensor, strides: Sequence[int]) -> bool:
+def have_strides(tensor: Tensor, strides: Sequence[int]) -> bool:
     """Whether it lies at these strides, those of dimensions of one entry apart."""
     triples = zip(tensor.shape, tensor.stride(), strides, strict=True)
     return all(size == 1 or have == want for size, have, want in triples)
-
-
-def _unless(max_rank: int, spacing: int) -> int:
-    """`DeltaSpec.spacing`, which is 0 for slots that do not overlap."""
-    return 0 if spacing == max_rank else spacing

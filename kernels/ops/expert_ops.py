@@ -1,18 +1,19 @@
-"""Ops for routed experts: `expert_site`, `run_expert_delta_`, `expert_slots` and `expert_mark`.
-
-A bank for E experts has E·S slots (lorafx.model.bank). Row m, of a request in slot s and
-routed to expert e, is a row of slot
+"""Ops for routed experts. A bank for E experts has E·S slots (lorafx.model.bank). Row m, of a
+request in slot s and routed to expert e, is a row of slot
 
     key[m] = e·S + s    where 0 ≤ s < S and 0 ≤ e < E,    else -1
 
-so the delta of an expert's product is `add_delta_` with one key a row, whatever computes it:
+so the delta of an expert's product is `add_delta_` with a key for each row, whatever computes it:
 
     y[m] += scales[key] · (x[m] A[key]ᵀ) B[key]
 
-`expert_site` is the op that `match` puts behind the base's product. `lower` makes it a
-`run_expert_delta_`, whose generated CPU kernel finds the keys itself, or takes it apart into
-`expert_slots` and the delta. `expert_mark` is what a hook leaves in a trace, so that `match` knows
-that the experts ran.
+    expert_mark         what a hook leaves in a trace, so that `match` knows that the experts ran
+    expert_site         y + delta, what `match` puts behind the base's product
+    fused_experts       the base's grouped product and its delta, what `fuse` makes of both;
+                        `lorafx::triton_experts` is the same by generated kernels
+    expert_slots        the keys, and
+    run_expert_delta_   the delta by a generated CPU kernel that finds the keys itself: what `lower`
+                        makes of them
 """
 
 from __future__ import annotations
@@ -21,35 +22,17 @@ import torch
 from torch import Tensor
 
 from lorafx.errors import BatchError
-from lorafx.kernels.ops.bank_arguments import BANK, RANGES, BankArgs, Ranges
 from lorafx.kernels.ops.delta import add_linear_delta, row_slots
+from lorafx.kernels.ops.linear_ops import ranges_of
 from lorafx.kernels.ops.op_checks import check_bank, check_linear, check_rows, require
-from lorafx.kernels.ops.op_library import define
-from lorafx.kernels.ops.ops import ranges_of
-
-SCHEMAS = (
-    "expert_slots(Tensor slots, Tensor experts, SymInt rows, int count, int capacity) -> Tensor",
-    "expert_mark(Tensor y, Tensor A) -> Tensor",
-    f"expert_site(Tensor x, Tensor y, {BANK}, Tensor experts, {RANGES}, SymInt rows, int count)"
-    " -> Tensor",
-    f"run_expert_delta_(Tensor(a!) y, Tensor x, {BANK}, Tensor alike, Tensor experts, SymInt rows,"
-    " int count, bool ends, int kernel) -> ()",
-)
+from lorafx.kernels.ops.op_library import BANK, RANGES, BankArgs, Ranges, define
 
 
 def expert_slots(slots: Tensor, experts: Tensor, rows: int, count: int, capacity: int) -> Tensor:
     """The key of each row, int32 (M,).
 
-    Args:
-        slots: int32 (n,), row m belongs to slots[(m // rows) % n]; -1 for a base row.
-        experts: integers (M,), the expert that each row was routed to; others than 0 … count - 1
-            stand for none.
-        rows: as for the other ops.
-        count: E.
-        capacity: S.
-
-    Raises:
-        ProvenanceError, BatchError: as `row_slots`; a slot is not below S.
+    experts, integers (M,), are what each row was routed to; others than 0 … count - 1 stand for
+    none. count is E, capacity S. Raises BatchError where a slot is not below S.
     """
     owner = row_slots(slots, rows, experts.shape[0])
     if owner.device.type == "cpu" and bool((owner >= capacity).any()):
@@ -62,6 +45,13 @@ def expert_slots_fake(slots, experts, rows, count, capacity):
     return slots.new_empty(experts.shape)
 
 
+def _add_delta(
+    y: Tensor, x: Tensor, bank: BankArgs, experts: Tensor, ranges: Ranges, rows: int, count: int
+) -> None:
+    keys = expert_slots(bank.slots, experts, rows, count, bank.ranks.shape[0] // count)
+    add_linear_delta(y, x, bank._replace(slots=keys), ranges, 1)
+
+
 def expert_mark(y: Tensor, A: Tensor) -> Tensor:
     """A copy of y, what a module of experts with the bank of A returned: `match` takes it away."""
     return y.clone()
@@ -72,29 +62,28 @@ def expert_mark_fake(y, A):
 
 
 def expert_site(
-    x: Tensor,
-    y: Tensor,
-    bank: BankArgs,
-    experts: Tensor,
-    ranges: Ranges,
-    rows: int,
-    count: int,
+    x: Tensor, y: Tensor, bank: BankArgs, experts: Tensor, ranges: Ranges, rows: int, count: int
 ) -> Tensor:
-    """y (M, N) + delta for x (M, K), row m being expert experts[m]'s; a new contiguous tensor.
-
-    A (E·S, R, G·K), B (E·S, R, ΣN), ranks and scales (E·S, G), E = `count`; the rest is as in
-    `site`.
-    """
-    _check(x, y, bank, experts, ranges, rows, count)
-    keys = expert_slots(bank.slots, experts, rows, count, bank.ranks.shape[0] // count)
+    """y (M, N) + delta for x (M, K), row m being expert experts[m]'s; a new contiguous tensor. The
+    rest is as in `site`, and E is `count`."""
+    _check_site(x, y, bank, experts, ranges, rows, count)
     out = y.clone(memory_format=torch.contiguous_format)
-    add_linear_delta(out, x, bank._replace(slots=keys), ranges, 1)
+    _add_delta(out, x, bank, experts, ranges, rows, count)
     return out
 
 
 def expert_site_fake(x, y, bank: BankArgs, experts, ranges: Ranges, rows, count):
-    _check(x, y, bank, experts, ranges, rows, count)
+    _check_site(x, y, bank, experts, ranges, rows, count)
     return y.new_empty(y.shape)
+
+
+def _check_site(x, y, bank, experts, ranges, rows, count) -> None:
+    op, S = "expert_site", bank.ranks.shape[0]
+    check_linear(op, x, y.shape[-1], bank, ranges)
+    check_rows(op, x.shape[:-1], y.shape[:-1], rows)
+    require(op, count > 0 and S % count == 0, f"{count} experts do not divide S")
+    require(op, experts.dim() == 1, f"experts is (rows,), not {tuple(experts.shape)}")
+    check_rows(op, x.shape[:-1], experts.shape, rows)
 
 
 def run_expert_delta_(
@@ -122,9 +111,8 @@ def run_expert_delta_(
     if ends:
         numbers = torch.arange(x.shape[0], device=experts.device, dtype=experts.dtype)
         experts = torch.searchsorted(experts, numbers, right=True)
-    _check(x, y, bank, experts, ranges, rows, count)
-    keys = expert_slots(bank.slots, experts, rows, count, bank.ranks.shape[0] // count)
-    add_linear_delta(y, x, bank._replace(slots=keys), ranges, 1)
+    _check_site(x, y, bank, experts, ranges, rows, count)
+    _add_delta(y, x, bank, experts, ranges, rows, count)
 
 
 def run_expert_delta_fake(y, x, bank: BankArgs, alike, experts, rows, count, ends, kernel) -> None:
@@ -135,19 +123,80 @@ def run_expert_delta_fake(y, x, bank: BankArgs, alike, experts, rows, count, end
     require(op, experts.dim() == 1, f"experts is a vector, not {tuple(experts.shape)}")
 
 
-def _check(x, y, bank, experts, ranges, rows, count) -> None:
-    op, S = "expert_site", bank.ranks.shape[0]
-    check_linear(op, x, y.shape[-1], bank, ranges)
-    check_rows(op, x.shape[:-1], y.shape[:-1], rows)
-    require(op, count > 0 and S % count == 0, f"{count} experts do not divide S")
-    require(op, experts.dim() == 1, f"experts is (rows,), not {tuple(experts.shape)}")
-    check_rows(op, x.shape[:-1], experts.shape, rows)
+def fused_experts(
+    x: Tensor,
+    weight: Tensor,
+    offs: Tensor,
+    bank: BankArgs,
+    experts: Tensor,
+    ranges: Ranges,
+    rows: int,
+    transposed: bool,
+) -> Tensor:
+    """y (M, N) for x (M, K), weight (E, N, K) or, transposed, (E, K, N), offs integers (E,).
+
+    Rows are sorted by expert: those of expert e are offs[e - 1] … offs[e] - 1, and e = experts[m]
+    says the same. Waits for `offs` on a device.
+    """
+    _check_fused(x, weight, offs, bank, experts, ranges, rows, transposed)
+    right, start = weight if transposed else weight.mT, 0
+    y = x.new_zeros((x.shape[0], right.shape[2]))
+    for expert, end in enumerate(offs.tolist()):
+        torch.mm(x[start:end], right[expert], out=y[start:end])
+        start = end
+    _add_delta(y, x, bank, experts, ranges, rows, weight.shape[0])
+    return y
+
+
+def fused_experts_fake(x, weight, offs, bank: BankArgs, experts, ranges: Ranges, rows, transposed):
+    _check_fused(x, weight, offs, bank, experts, ranges, rows, transposed)
+    return x.new_empty((x.shape[0], weight.shape[2 if transposed else 1]))
+
+
+def _check_fused(x, weight, offs, bank, experts, ranges, rows, transposed) -> None:
+    op, S = "fused_experts", bank.ranks.shape[0]
+    require(op, x.dim() == 2 and weight.dim() == 3, "x is (M, K) and the weight 3-d")
+    E, N, K = weight.shape
+    if transposed:
+        N, K = K, N
+    require(op, x.shape[1] == K, f"x has {x.shape[1]} features, the weight {K}")
+    require(op, x.dtype == weight.dtype, f"x is {x.dtype}, the weight {weight.dtype}")
+    check_ends(op, offs, E)
+    check_linear(op, x, N, bank, ranges)
+    require(op, S % E == 0, f"{E} experts do not divide {S} slots")
+    check_rows(op, x.shape[:1], experts.shape, rows)
+
+
+def check_ends(op: str, offs: Tensor, experts: int) -> None:
+    """Refuses ends of groups that are not those of so many experts."""
+    require(
+        op,
+        offs.dim() == 1 and offs.shape[0] == experts and offs.dtype in (torch.int32, torch.int64),
+        f"offs is {offs.dtype} {tuple(offs.shape)}, not integers ({experts},)",
+    )
 
 
 for _schema, _eager, _fake in (
-    (SCHEMAS[0], expert_slots, expert_slots_fake),
-    (SCHEMAS[1], expert_mark, expert_mark_fake),
-    (SCHEMAS[2], expert_site, expert_site_fake),
-    (SCHEMAS[3], run_expert_delta_, run_expert_delta_fake),
+    (
+        "expert_slots(Tensor slots, Tensor experts, SymInt rows, int count, int capacity)"
+        " -> Tensor",
+        *(expert_slots, expert_slots_fake),
+    ),
+    ("expert_mark(Tensor y, Tensor A) -> Tensor", expert_mark, expert_mark_fake),
+    (
+        f"expert_site(Tensor x, Tensor y, {BANK}, Tensor experts, {RANGES}, SymInt rows,"
+        " int count) -> Tensor",
+        *(expert_site, expert_site_fake),
+    ),
+    (
+        f"run_expert_delta_(Tensor(a!) y, Tensor x, {BANK}, Tensor alike, Tensor experts,"
+        " SymInt rows, int count, bool ends, int kernel) -> ()",
+        *(run_expert_delta_, run_expert_delta_fake),
+    ),
+    (
+        f"fused_experts(Tensor x, Tensor weight, Tensor offs, {BANK}, Tensor experts, {RANGES},"
+        " SymInt rows, bool transposed) -> Tensor",
+        *(fused_experts, fused_experts_fake),
+    ),
 ):
     define(_schema, _eager, _fake)

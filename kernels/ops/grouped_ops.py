@@ -27,50 +27,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorafx.kernels.ops.bank_arguments import BANK, RANGES, BankArgs, Ranges
 from lorafx.kernels.ops.delta import accumulation_dtype, groups, row_slots
 from lorafx.kernels.ops.op_checks import check_linear, check_rows, require
-from lorafx.kernels.ops.op_library import define
-
-GROUPED_SCHEMA = (
-    f"grouped_site(Tensor x, Tensor y, {BANK}, {RANGES}, SymInt rows, int group_dim, int groups,"
-    " int[] out_steps, int[] in_steps, bool over_out) -> Tensor"
-)
+from lorafx.kernels.ops.op_library import BANK, RANGES, BankArgs, Ranges, define
 
 
 class Blocks(NamedTuple):
-    """How a use cuts W into blocks.
-
-    Attributes:
-        groups: G.
-        out_steps: (o₀, o₁, o₂).
-        in_steps: (i₀, i₁, i₂).
-        over_out: the product sums over W's out dimension.
-    """
+    """How a use cuts W into `groups` blocks: out_steps are (o₀, o₁, o₂), in_steps (i₀, i₁, i₂)."""
 
     groups: int
-    out_steps: tuple[int, int, int]
-    in_steps: tuple[int, int, int]
+    out_steps: Sequence[int]
+    in_steps: Sequence[int]
     over_out: bool
 
 
 def grouped_site(
-    x: Tensor,
-    y: Tensor,
-    bank: BankArgs,
-    ranges: Ranges,
-    rows: int,
-    group_dim: int,
-    groups: int,
-    out_steps: Sequence[int],
-    in_steps: Sequence[int],
-    over_out: bool,
+    x: Tensor, y: Tensor, bank: BankArgs, ranges: Ranges, rows: int, group_dim: int, blocks: Blocks
 ) -> Tensor:
     """y (..., F') + delta for x (..., F), a new contiguous tensor of y's dtype.
 
     The site's output columns are those of `siblings`, `sizes` each, as `fused_linear` has them.
     """
-    blocks = Blocks(groups, _three(out_steps), _three(in_steps), over_out)
     _check(x, y, bank, ranges, rows, group_dim, blocks)
     out = y.clone(memory_format=torch.contiguous_format)
     if out.numel():
@@ -78,26 +55,9 @@ def grouped_site(
     return out
 
 
-def grouped_site_fake(
-    x,
-    y,
-    bank: BankArgs,
-    ranges: Ranges,
-    rows,
-    group_dim,
-    groups,
-    out_steps,
-    in_steps,
-    over_out,
-):
-    blocks = Blocks(groups, _three(out_steps), _three(in_steps), over_out)
+def grouped_site_fake(x, y, bank: BankArgs, ranges: Ranges, rows, group_dim, blocks: Blocks):
     _check(x, y, bank, ranges, rows, group_dim, blocks)
     return y.new_empty(y.shape)
-
-
-def _three(steps: Sequence[int]) -> tuple[int, int, int]:
-    start, group, step = steps
-    return start, group, step
 
 
 def _check(x, y, bank, ranges, rows, group_dim, blocks: Blocks) -> None:
@@ -131,21 +91,15 @@ def add_grouped_delta(
     *,
     by_slot: bool | None = None,
 ) -> None:
-    """Adds the delta into y in place.
-
-    `by_slot` overrides the choice by device between visiting the slots that are present and masking
-    all slots.
-
-    Raises:
-        ProvenanceError, BatchError: as `lorafx.kernels.ops.delta.row_slots` and `groups`.
-    """
+    """Adds the delta into y in place. `by_slot` overrides the choice by device between visiting the
+    slots that are present and masking all slots."""
     A, B, ranks, scales, slots = bank
     siblings, offsets, sizes = ranges
     owner = row_slots(slots, rows, x.shape[:-1].numel()).view(x.shape[:-1])
-    x, owner = _by_group(x, group_dim, blocks), _by_group(owner[..., None], group_dim, blocks)
-    owner = owner[..., 0]
     acc = accumulation_dtype(x, y)
-    target = _groups_first(y, group_dim, blocks)
+    x, target, owner = (_groups_first(t, group_dim, blocks) for t in (x, y, owner[..., None]))
+    x, owner = (t.reshape(blocks.groups, -1, t.shape[-1]) for t in (x, owner))
+    owner = owner[..., 0]
     total = target.reshape(blocks.groups, -1, y.shape[-1]).to(acc)
     outs = (x if blocks.over_out else y).shape[-1]
     ins = (y if blocks.over_out else x).shape[-1]
@@ -158,11 +112,8 @@ def add_grouped_delta(
             b = B[slot, : rank_of[i], offset : offset + size]
             if len(siblings) > 1:  # blocks may lie across parts of the site
                 b = torch.nn.functional.pad(b, (start, sum(sizes) - start - size))
-            yield (
-                i,
-                _blocks(a, blocks.in_steps, ins, blocks),
-                _blocks(b, blocks.out_steps, outs, blocks),
-            )
+            a = _blocks(a, blocks.in_steps, ins, blocks)
+            yield i, a, _blocks(b, blocks.out_steps, outs, blocks)
             start += size
 
     def delta(rows_of_x: Tensor, a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
@@ -197,22 +148,18 @@ def _groups_first(tensor: Tensor, group_dim: int, blocks: Blocks) -> Tensor:
     return split.movedim(group_dim + 1, 0)
 
 
-def _by_group(tensor: Tensor, group_dim: int, blocks: Blocks) -> Tensor:
-    """(..., T·G, ..., F) as (G, M, F)."""
-    first = _groups_first(tensor, group_dim, blocks)
-    return first.reshape(blocks.groups, -1, tensor.shape[-1])
-
-
 def _blocks(factor: Tensor, steps: Sequence[int], count: int, blocks: Blocks) -> Tensor:
     """The columns of (r, F) that each group's block has, a view (G, r, count)."""
     start, group, step = steps
     along, across = factor.stride()
     sizes = (blocks.groups if group else 1, factor.shape[0], count)
-    return factor.as_strided(
-        sizes,
-        (group * across, along, step * across),
-        factor.storage_offset() + start * across,
-    )
+    first = factor.storage_offset() + start * across
+    return factor.as_strided(sizes, (group * across, along, step * across), first)
 
 
-define(GROUPED_SCHEMA, grouped_site, grouped_site_fake)
+define(
+    f"grouped_site(Tensor x, Tensor y, {BANK}, {RANGES}, SymInt rows, int group_dim, int groups,"
+    " int[] out_steps, int[] in_steps, bool over_out) -> Tensor",
+    grouped_site,
+    grouped_site_fake,
+)

@@ -5,13 +5,14 @@ Every check raises LoweringError, which names the op and the size or dtype that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lorafx.errors import LoweringError
-from lorafx.kernels.ops.bank_arguments import BankArgs, Ranges
+from lorafx.kernels.ops.op_library import BankArgs, Ranges
 from lorafx.torch_internals.symbols import guard_or_true
 
 
@@ -26,21 +27,17 @@ def check_bank(op: str, bank: BankArgs) -> None:
     A, B, ranks, scales, slots = bank
     require(op, A.dim() == B.dim() == 3, f"A and B are 3-d, not {A.dim()}-d and {B.dim()}-d")
     require(op, A.dtype == B.dtype, f"A is {A.dtype} and B {B.dtype}; a bank has one dtype")
-    require(
-        op,
-        ranks.dim() == 2 and ranks.dtype == torch.int32,
-        f"ranks is int32 (slots, siblings), not {ranks.dtype} {tuple(ranks.shape)}",
-    )
-    require(
-        op,
-        scales.dim() == 2 and scales.dtype == torch.float32,
-        f"scales is float32 (slots, siblings), not {scales.dtype} {tuple(scales.shape)}",
-    )
-    require(
-        op,
-        slots.dim() == 1 and slots.dtype == torch.int32,
-        f"slots is int32 (requests,), not {slots.dtype} {tuple(slots.shape)}",
-    )
+    for name, tensor, dtype, shape in (
+        ("ranks", ranks, torch.int32, "(slots, siblings)"),
+        ("scales", scales, torch.float32, "(slots, siblings)"),
+        ("slots", slots, torch.int32, "(requests,)"),
+    ):
+        require(
+            op,
+            tensor.dim() == (1 if name == "slots" else 2) and tensor.dtype == dtype,
+            f"{name} is {str(dtype).removeprefix('torch.')} {shape}, "
+            f"not {tensor.dtype} {tuple(tensor.shape)}",
+        )
     S, G = ranks.shape
     for name, tensor in (("A", A), ("B", B), ("scales", scales)):
         require(op, tensor.shape[0] == S, f"{name} has {tensor.shape[0]} slots, ranks has {S}")
@@ -65,23 +62,16 @@ def check_linear(
     ranges: Ranges,
     features: int | torch.SymInt | None = None,
 ) -> None:
-    """The bank is one of x's features, or of `features`, and the ranges are columns of it that
-    fill y."""
+    """The bank is for x's features, or for `features`, and the ranges are columns of it that fill
+    y."""
     check_bank(op, bank)
     A, (siblings, offsets, sizes) = bank.A, ranges
     G, R, columns = bank.ranks.shape[1], bank.B.shape[1], bank.B.shape[2]
     require(op, x.dim() >= 1 and x.is_floating_point(), "x is a floating-point tensor")
     features = x.shape[-1] if features is None else features
-    require(
-        op,
-        A.shape[1] == R,
-        f"A has {A.shape[1]} rows per slot, and B has {R}",
-    )
-    require(
-        op,
-        A.shape[2] == G * features,
-        f"x has {features} features, A was made for {A.shape[2] // max(G, 1)}",
-    )
+    require(op, A.shape[1] == R, f"A has {A.shape[1]} rows per slot, and B has {R}")
+    made_for = A.shape[2] // max(G, 1)
+    require(op, A.shape[2] == G * features, f"x has {features} features, A was made for {made_for}")
     require(
         op,
         len(siblings) == len(offsets) == len(sizes),
@@ -109,26 +99,19 @@ def check_rows(
         f"rows is {rows}; it must be the number of rows per request, or 0 where ownership is "
         "not proved",
     )
-    x_rows, y_rows = 1, 1
-    for size in x_shape:
-        x_rows = x_rows * size
-    for size in y_shape:
-        y_rows = y_rows * size
+    x_rows, y_rows = math.prod(x_shape), math.prod(y_shape)
     require(op, x_rows == y_rows, f"x has {x_rows} rows and y has {y_rows}")
 
 
 def check_embedding(
     op: str, ids: Tensor, y: Tensor, bank: BankArgs, rows: int | torch.SymInt
 ) -> None:
-    """The bank is one of an embedding whose columns are y's."""
+    """The bank is that of an embedding whose columns are y's."""
     check_bank(op, bank)
-    A, B = bank.A, bank.B
+    A, B, N = bank.A, bank.B, y.shape[-1]
     check_rows(op, ids.shape, y.shape[:-1], rows)
-    require(
-        op, ids.dtype in (torch.int32, torch.int64), f"ids is an integer tensor, not {ids.dtype}"
-    )
+    integer = ids.dtype in (torch.int32, torch.int64)
+    require(op, integer, f"ids is an integer tensor, not {ids.dtype}")
     require(op, bank.ranks.shape[1] == 1, "an embedding has no siblings")
     require(op, A.shape[2] == B.shape[1], f"A has rank {A.shape[2]} and B {B.shape[1]}")
-    require(
-        op, B.shape[2] == y.shape[-1], f"y has {y.shape[-1]} columns, B was made for {B.shape[2]}"
-    )
+    require(op, B.shape[2] == N, f"y has {N} columns, B was made for {B.shape[2]}")

@@ -1,14 +1,48 @@
-"""Where the ops of namespace `lorafx` are defined: a schema, an eager function and a fake one."""
+"""How ops of namespace `lorafx` are defined: a schema, an eager function and a fake function.
+
+A schema has no structures, and a graph takes each tensor as an input of its own. The Python
+functions take arguments that belong together as a NamedTuple; `flat` stands between the two, and is
+paid where Python runs an op. The generated kernels are entered past it.
+
+    BankArgs    A, B, ranks, scales, slots       in a schema "Tensor A, Tensor B, …"
+    Ranges      siblings, offsets, sizes         in a schema "int[] siblings, …"
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
-
-from lorafx.kernels.ops.flat_arguments import flat
+from torch import Tensor
 
 _LIBRARY = torch.library.Library("lorafx", "FRAGMENT")
+
+
+class BankArgs(NamedTuple):
+    """The bank of one group and the owners of the rows; see lorafx.kernels.ops.linear_ops for the
+    shapes."""
+
+    A: Tensor
+    B: Tensor
+    ranks: Tensor
+    scales: Tensor
+    slots: Tensor
+
+
+class Ranges(NamedTuple):
+    """The column ranges of y. The j-th has sizes[j] columns and gets the delta of siblings[j], by
+    the columns of B from offsets[j] on."""
+
+    siblings: Sequence[int]
+    offsets: Sequence[int]
+    sizes: Sequence[int]
+
+
+BANK = ", ".join(f"Tensor {name}" for name in BankArgs._fields)
+RANGES = ", ".join(f"int[] {name}" for name in Ranges._fields)
 
 
 def define(
@@ -19,8 +53,7 @@ def define(
     setup_context: Callable[..., None] | None = None,
 ) -> None:
     """Define `lorafx::<name>` by its schema; `eager` runs on every device, without gradients unless
-    `backward` gives them (as torch.library.register_autograd takes both). Both functions may take
-    arguments together (lorafx.kernels.ops.flat_arguments)."""
+    `backward` gives them (as torch.library.register_autograd takes both)."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, flat(eager), "CompositeExplicitAutograd")
@@ -44,3 +77,49 @@ def define_on(key: str, name: str, eager: Callable[..., object]) -> None:
 def define_vmap(name: str, mapped: Callable[..., object]) -> None:
     """What `lorafx::<name>` is under torch.vmap (as torch.library.register_vmap takes it)."""
     torch.library.register_vmap(f"lorafx::{name}", mapped, lib=_LIBRARY)
+
+
+def flat(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, taking the fields of each NamedTuple of its signature as arguments of their own,
+    by position. Torch leaves out the last arguments where they are the schema's defaults.
+
+    The result's signature is flat too: torch reads the schema of a `custom_op` from it.
+    """
+    hints = get_type_hints(function)
+    parameters: list[inspect.Parameter] = []
+    groups: list[tuple[int, int, Callable[..., Any]]] = []
+    for parameter in inspect.signature(function).parameters.values():
+        hint = hints.get(parameter.name, parameter.annotation)
+        if not _is_named_tuple(hint):
+            parameters.append(parameter.replace(annotation=hint))
+            continue
+        start = len(parameters)
+        for name, of_field in get_type_hints(hint).items():
+            default = hint._field_defaults.get(name, inspect.Parameter.empty)
+            parameters.append(parameter.replace(name=name, annotation=of_field, default=default))
+        groups.append((start, len(parameters), hint))
+    if not groups:
+        return function
+
+    @functools.wraps(function)
+    def taken_apart(*arguments: Any, **named: Any) -> Any:
+        together: list[Any] = []
+        done = 0
+        for start, end, group in groups:
+            if start >= len(arguments):
+                break
+            together += arguments[done:start]
+            together.append(group(*arguments[start:end]))
+            done = end
+        return function(*together, *arguments[done:], **named)
+
+    returned = hints.get("return", inspect.Signature.empty)
+    signature = inspect.Signature(
+        parameters, return_annotation=None if returned is type(None) else returned
+    )
+    taken_apart.__signature__ = signature  # type: ignore[attr-defined]
+    return taken_apart
+
+
+def _is_named_tuple(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, tuple) and hasattr(hint, "_fields")

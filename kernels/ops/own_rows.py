@@ -5,8 +5,7 @@
 
 with i, count = own_table[s], s the slot of row m. A slot has all rows of the weight (a module that
 was trained as a whole), some (tokens that were trained), or none, i = −1. Rows of other slots and
-base rows keep y, bit for bit.
-The delta of the same site is added to what comes out.
+base rows keep y, bit for bit. The delta of the same site is added to what comes out.
 
 A linear visits the slots that are present, for which the host waits where slots lie on an
 accelerator: a product with the weight of every slot would cost more than the wait.
@@ -42,12 +41,17 @@ class OwnRows(NamedTuple):
 
 #: The arguments of an op that takes them all, absent where the bank has no room for them.
 OWN_ROWS = ", ".join(f"Tensor? {name}=None" for name in OwnRows._fields)
-SCHEMAS = (
-    "own_linear(Tensor x, Tensor y, Tensor own, Tensor own_at, Tensor own_table, Tensor own_bias,"
-    " Tensor slots, SymInt rows) -> Tensor",
-    "own_embedding(Tensor ids, Tensor y, Tensor own, Tensor own_at, Tensor own_table,"
-    " Tensor slots, SymInt rows) -> Tensor",
-)
+
+
+def with_own_rows(
+    x: Tensor, y: Tensor, own: OwnRows, slots: Tensor, rows: int, *, embedding: bool
+) -> Tensor:
+    """`own_linear`, or `own_embedding` of the ids x; y itself where the bank has no room."""
+    if own.own is None:
+        return y
+    if embedding:
+        return own_embedding(x, y, *own[:3], slots, rows)  # type: ignore[arg-type]
+    return own_linear(x, y, *own, slots, rows)  # type: ignore[arg-type]
 
 
 def own_linear(
@@ -61,11 +65,7 @@ def own_linear(
     rows: int,
 ) -> Tensor:
     """y (..., N) with the outputs that adapters compute by rows of their own of x (..., K), a new
-    contiguous tensor of y's dtype.
-
-    Raises:
-        ProvenanceError, BatchError: as `lorafx.kernels.ops.delta.row_slots` and `groups`.
-    """
+    contiguous tensor of y's dtype."""
     own_linear_fake(x, y, own, own_at, own_table, own_bias, slots, rows)
     out = y.clone(memory_format=torch.contiguous_format)
     count, columns = x.shape[:-1].numel(), y.shape[-1]
@@ -97,19 +97,9 @@ def own_linear_fake(x, y, own, own_at, own_table, own_bias, slots, rows):
 
 
 def own_embedding(
-    ids: Tensor,
-    y: Tensor,
-    own: Tensor,
-    own_at: Tensor,
-    own_table: Tensor,
-    slots: Tensor,
-    rows: int,
+    ids: Tensor, y: Tensor, own: Tensor, own_at: Tensor, own_table: Tensor, slots: Tensor, rows: int
 ) -> Tensor:
-    """y (*ids.shape, N) with the rows that adapters have of their own, a new contiguous tensor.
-
-    Raises:
-        ProvenanceError, BatchError: as `lorafx.kernels.ops.delta.row_slots`.
-    """
+    """y (*ids.shape, N) with the rows that adapters have of their own, a new contiguous tensor."""
     own_embedding_fake(ids, y, own, own_at, own_table, slots, rows)
     owner = row_slots(slots, rows, ids.numel()).view(ids.shape).long()
     which = torch.where(owner >= 0, own_table[owner.clamp(min=0), 0], -1).long()
@@ -128,19 +118,14 @@ def own_embedding_fake(ids, y, own, own_at, own_table, slots, rows):
     return y.new_empty(y.shape)
 
 
-def with_own_rows(
-    x: Tensor, y: Tensor, own: OwnRows, slots: Tensor, rows: int, *, embedding: bool
-) -> Tensor:
-    """`own_linear`, or `own_embedding` of the ids x; y itself where the bank has no room."""
-    if own.own is None:
-        return y
-    assert own.own_at is not None
-    assert own.own_table is not None
-    if embedding:
-        return own_embedding(x, y, own.own, own.own_at, own.own_table, slots, rows)
-    assert own.own_bias is not None
-    return own_linear(x, y, own.own, own.own_at, own.own_table, own.own_bias, slots, rows)
-
-
-define(SCHEMAS[0], own_linear, own_linear_fake)
-define(SCHEMAS[1], own_embedding, own_embedding_fake)
+_SCHEMA = "Tensor y, Tensor own, Tensor own_at, Tensor own_table"
+define(
+    f"own_linear(Tensor x, {_SCHEMA}, Tensor own_bias, Tensor slots, SymInt rows) -> Tensor",
+    own_linear,
+    own_linear_fake,
+)
+define(
+    f"own_embedding(Tensor ids, {_SCHEMA}, Tensor slots, SymInt rows) -> Tensor",
+    own_embedding,
+    own_embedding_fake,
+)

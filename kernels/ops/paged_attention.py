@@ -1,14 +1,26 @@
-"""`lorafx::paged_attention`: `lorafx::paged_cache`, and the attention of the new tokens to what it
-holds, request by request.
+"""`lorafx::paged_cache` and `lorafx::paged_attention`: a step of continuous batching in a layer.
+
+    key, value (1, H, T, D)   of the T new tokens of all sequences, one sequence after another
+    cache (bytes,) uint8      all pages of all layers; rows of H · D numbers in it
+    read (N,), write (T,)     rows of the layer's part of the cache, int64
+
+`paged_cache` writes the keys and values of new tokens into the cache, and reads those that the
+queries see. The layer's keys begin at row `first_key`, its values at row `first_value`. A ring
+keeps a window: a new token takes the row of the one that leaves it, so the old rows are read first,
+and an entry of `read` that is `sentinel` stands for the next new token. Other caches are written
+first. That is what transformers' `PagedAttentionCache.update` does
+(generation/continuous_batching); there it writes into views of one tensor, of which a functional
+graph would need copies. Here the graph has one operator, which says what it writes into.
+
+`paged_attention` is that, and the attention of the new tokens to K and V, what it returns:
 
     out[t, h] = Σ_j p[j] V[j],    p = softmax(cap(scale · q[t, h] · K[j]) + mask[t, j])
                                   for seen[t, 0] ≤ j < seen[t, 1]
 
-K and V are what `lorafx::paged_cache` returns for the same arguments. The mask of a step hides the
-keys of all other requests from a query; here they are not read. Sums are float32. Generated kernels
-read keys and values where they lie in the cache: on a CPU (lorafx.kernels.cpu.attention) and on a
-GPU (lorafx.kernels.triton.triton_attention). Elsewhere, and where none can be had, the host waits
-for `seen`, and each request is an attention of its own.
+The mask of a step hides the keys of all other requests from a query; here they are not read. Sums
+are float32. Generated kernels read keys and values where they lie in the cache: on a CPU
+(lorafx.kernels.cpu.attention) and on a GPU (lorafx.kernels.triton.triton_attention). Elsewhere, and
+where none can be had, the host waits for `seen`, and each request is an attention of its own.
 """
 
 from __future__ import annotations
@@ -21,22 +33,59 @@ from torch import Tensor
 
 from lorafx.kernels.ops.op_checks import require
 from lorafx.kernels.ops.op_library import define
-from lorafx.kernels.ops.paged_cache import paged_cache
 
-SCHEMA = (
-    "paged_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) cache, Tensor read, "
-    "Tensor write, Tensor seen, Tensor mask, int first_key, int first_value, int sentinel, "
-    "bool ring, float scale, float cap=0., Tensor? sinks=None) -> Tensor"
-)
+
+def paged_cache(
+    key: Tensor,
+    value: Tensor,
+    cache: Tensor,
+    read: Tensor,
+    write: Tensor,
+    first_key: int,
+    first_value: int,
+    sentinel: int,
+    ring: bool,
+    seen: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The keys and values that the queries see, (1, H, N, D), in the order of `read`.
+
+    `seen` and `mask` are carried for `paged_attention`, which `attend` makes of it.
+    """
+    new = (read == sentinel)[:, None, None] if ring else None
+    keys = _updated(cache, key, first_key, read, write, new)
+    return keys, _updated(cache, value, first_value, read, write, new)
+
+
+def _updated(
+    cache: Tensor, states: Tensor, first: int, read: Tensor, write: Tensor, new: Tensor | None
+) -> Tensor:
+    states = states.squeeze(0).transpose(0, 1)
+    width = states.shape[1] * states.shape[2]
+    flat = cache.view(states.dtype)
+    rows = flat[: flat.numel() // width * width].view(-1, *states.shape[1:])[first:]
+    if new is None:
+        rows.index_copy_(0, write, states)
+        seen = rows.index_select(0, read)
+    else:
+        seen = rows.index_select(0, read).masked_scatter_(new, states)
+        rows.index_copy_(0, write, states)
+    return seen.transpose(0, 1).unsqueeze(0)
+
+
+def paged_cache_fake(key, value, cache, read, *_):
+    tokens = read.shape[0]
+    return tuple(
+        states.new_empty((tokens, states.shape[1], states.shape[3])).transpose(0, 1).unsqueeze(0)
+        for states in (key, value)
+    )
 
 
 class PagedStep(NamedTuple):
-    """What the op takes: the new tokens of a step, T of them, in one layer.
+    """What `paged_attention` takes: the T new tokens of a step in one layer.
 
     Attributes:
-        query: (1, H, T, D), of all requests' new tokens.
-        key, value, cache, read, write, first_key, first_value, sentinel, ring: as
-            `lorafx::paged_cache` takes them, with G heads of keys, a divisor of H.
+        query: (1, H, T, D), of all requests' new tokens; keys have G heads, a divisor of H.
         seen: int64 (T, 2), where in `read` the keys of each token's request begin and end. Tokens
             that follow each other and have the same are of one request. One that sees none gets 0.
         mask: (1, 1, T, N), added to the scores; half of the dtype's lowest number hides a key.
@@ -69,14 +118,12 @@ class PagedStep(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """What generated kernels for it take for granted.
+    """What generated kernels for `paged_attention` take for granted.
 
     Attributes:
-        dtype: of queries, keys, values, the mask and the result.
         heads: of keys and values.
         group: heads of queries for each of them.
         size: numbers a head.
-        capped: whether scores are capped.
     """
 
     dtype: torch.dtype
@@ -161,5 +208,19 @@ def check_step(step: PagedStep) -> None:
     require(op, sinks is None or sinks.shape == query.shape[1:2], "sinks is (H,)")
 
 
-define(SCHEMA, paged_attention, paged_attention_fake)
+define(
+    "paged_cache(Tensor key, Tensor value, Tensor(a!) cache, Tensor read, Tensor write, "
+    "int first_key, int first_value, int sentinel, bool ring, "
+    "Tensor? seen=None, Tensor? mask=None) -> (Tensor, Tensor)",
+    paged_cache,
+    paged_cache_fake,
+)
+define(
+    "paged_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) cache, Tensor read, "
+    "Tensor write, Tensor seen, Tensor mask, int first_key, int first_value, int sentinel, "
+    "bool ring, float scale, float cap=0., Tensor? sinks=None) -> Tensor",
+    paged_attention,
+    paged_attention_fake,
+)
+PAGED_CACHE = torch.ops.lorafx.paged_cache.default
 PAGED_ATTENTION = torch.ops.lorafx.paged_attention.default

@@ -1,41 +1,71 @@
-"""`lorafx::rows_of`: y, whose row m was computed from row m of x, whatever computed it.
-
-    rows_of(x, y) = y        x (…, K) or ids (…), y (…, N), the same leading sizes
-
-A library's kernel over a quantised weight is an operator that nobody here knows. That the module
-around it computes y = x Wᵀ is what the registry says of its class, and all that LoRA there rests
-on; this op says it in the graph, for the analysis of whose rows are whose, which takes it away.
-"""
+"""Ops that say or check whose rows are whose: `lorafx::rows_of` and `lorafx::own_mask`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from lorafx.errors import BatchError
 from lorafx.kernels.ops.op_checks import check_rows
 from lorafx.kernels.ops.op_library import define
 
-SCHEMA = "rows_of(Tensor x, Tensor y) -> Tensor"
-
 
 def rows_of(x: Tensor, y: Tensor) -> Tensor:
-    """A copy of y (…, N).
+    """A copy of y (…, N), whose row m was computed from row m of x, (…, K) or ids (…).
 
-    Raises:
-        BatchError: x, (…, K) or ids (…), has other rows.
+    A library's kernel over a quantised weight is an operator that nobody here knows. That the
+    module around it computes y = x Wᵀ is what the registry says of its class; this op says it in
+    the graph, for the analysis of whose rows are whose, which takes it away.
     """
-    _check(x, y)
+    rows_of_fake(x, y)
     return y.clone()
 
 
-def rows_of_fake(x, y):
-    _check(x, y)
+def rows_of_fake(x: Tensor, y: Tensor) -> Tensor:
+    rows = y.shape[:-1]
+    check_rows("rows_of", x.shape[: len(rows)], rows, 1)
     return torch.empty_like(y)
 
 
-def _check(x: Tensor, y: Tensor) -> None:
-    rows = y.shape[:-1]
-    check_rows("rows_of", x.shape[: len(rows)], rows, 1)
+def own_mask(x: Tensor, mask: Tensor, source: Tensor, slots: Tensor) -> Tensor:
+    """A copy of the mask of x.masked_scatter(mask, source), or x[mask] = source.
+
+    The k-th position of a mask takes the k-th element of a source. That is the request's own
+    element if each request has as many positions as elements, which is data: it is asked when the
+    graph runs, and only where requests use different adapters.
+
+    Mask and source have an equal part for each request, in order. slots is int32 (n,).
+
+    Raises:
+        BatchError: the requests use different adapters, and one of them has other than as many
+            positions as elements.
+    """
+    requests = slots.shape[0]
+    if requests > 1 and mask.numel() and bool((slots != slots[0]).any()):
+        width = x.numel() // mask.numel()
+        counts = (mask.reshape(requests, -1).sum(1) * width).tolist()
+        share = source.numel() // requests
+        odd = next((b for b, count in enumerate(counts) if count != share), None)
+        if odd is not None:
+            raise BatchError(
+                f"this batch mixes adapters, and request {odd} has {counts[odd] // width} "
+                "positions (image tokens, for example) where an equal share of the "
+                f"features for each of the {requests} requests is {share // width}, so it is "
+                "not known which request each feature belongs to. Give every request the "
+                "same number of images, run one adapter per batch, or, where no adapter "
+                "changes how the features are computed, declare that the requests share "
+                "them: LoraConfig(row_dims={'pixel_values': None})"
+            )
+    return mask.clone()
 
 
-define(SCHEMA, rows_of, rows_of_fake)
+def own_mask_fake(x, mask, source, slots):
+    return torch.empty_like(mask)
+
+
+define("rows_of(Tensor x, Tensor y) -> Tensor", rows_of, rows_of_fake)
+define(
+    "own_mask(Tensor x, Tensor mask, Tensor source, Tensor slots) -> Tensor",
+    own_mask,
+    own_mask_fake,
+)

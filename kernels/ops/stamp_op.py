@@ -18,18 +18,12 @@ from torch import Tensor
 
 from lorafx.errors import CaptureError
 from lorafx.kernels.ops.op_library import define, define_functional
+from lorafx.torch_internals import functional
 from lorafx.torch_internals.dispatch_modes import _DisableTorchDispatch
 from lorafx.torch_internals.fake_tensors import (
     FakeTensor,
     FakeTensorMode,
     in_kernel_invocation_manager,
-)
-from lorafx.torch_internals.functional import (
-    _from_functional_tensor,
-    _functionalize_commit_update,
-    _functionalize_replace,
-    _functionalize_sync,
-    _sync,
 )
 
 
@@ -71,8 +65,6 @@ def without_data(value: Any) -> FakeTensor:
 #: By key, what the ops of a capture that is running return.
 LAYOUTS: dict[int, Sequence[Layout]] = {}
 
-SCHEMA = "stamp(Tensor[] values, int key) -> Tensor[]"
-
 
 def stamp(values: Sequence[Tensor], key: int) -> list[Tensor]:
     raise CaptureError("lorafx::stamp stands for a layer while it is traced, and computes nothing")
@@ -83,7 +75,7 @@ def stamp_fake(values: Sequence[Tensor], key: int) -> Sequence[Tensor]:
     return [layout.empty(mode) for layout in LAYOUTS[key]]
 
 
-define(SCHEMA, stamp, stamp_fake)
+define("stamp(Tensor[] values, int key) -> Tensor[]", stamp, stamp_fake)
 
 
 def overwrite(written: Tensor, value: Tensor) -> None:
@@ -96,10 +88,10 @@ def overwrite_fake(written: Tensor, value: Tensor) -> None:
 
 def overwrite_functional(written: Tensor, value: Tensor) -> None:
     """As functionalization has all operators that write: both are its own wrappers."""
-    _sync(value)
-    _functionalize_replace(written, _from_functional_tensor(value))
-    _functionalize_commit_update(written)
-    _functionalize_sync(written)
+    functional._sync(value)
+    functional._functionalize_replace(written, functional._from_functional_tensor(value))
+    functional._functionalize_commit_update(written)
+    functional._functionalize_sync(written)
 
 
 define("overwrite(Tensor(a!) written, Tensor value) -> ()", overwrite, overwrite_fake)

@@ -1,12 +1,23 @@
-"""The kernels that each strategy launches, and their tiles: tuned ones, or the heuristic's."""
+"""The kernels that each strategy launches, and their tiles: tuned ones, or the heuristic's.
+
+Tuned tiles are kept in lorafx's cache folder, a file for each architecture and set of versions.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import torch
+
+from lorafx.kernels.cpu.compiler import cache_folder
 from lorafx.kernels.ops.delta_spec import DeltaSpec
-from lorafx.kernels.triton.triton_tiles import (
+from lorafx.kernels.triton.source import generator_hash
+from lorafx.kernels.triton.tiles import (
     Architecture,
     Tiles,
     aligned,
@@ -19,6 +30,7 @@ from lorafx.kernels.triton.triton_tiles import (
     shrink_tiles,
     stages_that_fit,
 )
+from lorafx.torch_internals import triton_compat
 
 #: A load of so many ranks takes no longer than one of those that a tile needs.
 SLOTS_AT_ONCE = 64
@@ -102,10 +114,7 @@ def tuning_key(strategy: str, arch: Architecture, spec: DeltaSpec, rows: int) ->
 
 def tiles_for(strategy: str, spec: DeltaSpec, rows: int, arch: Architecture) -> dict[str, Tiles]:
     """Tiles of each kernel of `strategy` for about `rows` rows, tuned ones before the heuristic's.
-
-    Rows are sorted by slot where a tile does nothing but its adapters' work; where the base product
-    is in the same tile, more adapters a tile cost little beside it.
-    """
+    Rows are sorted by slot where a tile does nothing but its adapters' work."""
     rows = max(rows, 1)  # of one expert, in "grouped" and "activated"
     tuned = TUNED.get(tuning_key(strategy, arch, spec, rows))
     if tuned is not None:
@@ -124,15 +133,45 @@ def tiles_for(strategy: str, spec: DeltaSpec, rows: int, arch: Architecture) -> 
     if strategy == "split":
         return split_tiles(spec, rows, arch)
     if strategy in ("grouped", "activated"):
-        return dict(
-            zip(STRATEGY_KERNELS[strategy], grouped_tiles(spec, rows, arch, strategy), strict=True)
-        )
+        pair = grouped_tiles(spec, rows, arch, strategy)
+        return dict(zip(STRATEGY_KERNELS[strategy], pair, strict=True))
     first = shrink_tiles(spec, rows, arch)
     ordered = strategy == "segments" and rows > first.block_m
     first = replace(first, ordered=ordered, overlap=arch.overlaps)
-    name, *readers = STRATEGY_KERNELS[strategy]
-    tiles = {name: first}
-    for reader in readers:
-        second = linear_tiles(spec, rows, arch, reader)
-        tiles[reader] = replace(second, parts=first.parts, ordered=ordered, overlap=arch.overlaps)
-    return tiles
+    name, reader = STRATEGY_KERNELS[strategy]
+    second = linear_tiles(spec, rows, arch, reader)
+    second = replace(second, parts=first.parts, ordered=ordered, overlap=arch.overlaps)
+    return {name: first, reader: second}
+
+
+def tuned_file(arch: Architecture) -> Path:
+    """Where the winners of `arch` are kept: other versions or templates have other winners."""
+    versions = f"triton{triton_compat.version()}-torch{torch.__version__}-{generator_hash()[:8]}"
+    return cache_folder() / "tuned" / f"{arch.name}-{arch.processors}-{versions}.json"
+
+
+@functools.cache
+def load_tuned(arch: Architecture) -> int:
+    """Bring the winners that are on disk for `arch` into `TUNED`, once; how many there are."""
+    path = tuned_file(arch)
+    if not path.exists():
+        return 0
+    try:
+        rows = [_winner(row) for row in json.loads(path.read_text())]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return 0  # damaged, or of other fields than today's: the heuristic's tiles are right too
+    for (strategy, spec, bucket), tiles in rows:
+        TUNED.setdefault((strategy, arch.name, spec, bucket), tiles)
+    return len(rows)
+
+
+def _winner(row: Any) -> tuple[tuple[str, DeltaSpec, int], dict[str, Tiles]]:
+    spec = DeltaSpec(**{k: _typed(k, v) for k, v in row["spec"].items()})
+    tiles = {name: Tiles(**own) for name, own in row["tiles"].items()}
+    return (row["strategy"], spec, row["rows"]), tiles
+
+
+def _typed(name: str, value: Any) -> Any:
+    if name.endswith("dtype"):
+        return getattr(torch, value)
+    return tuple(value) if isinstance(value, list) else value

@@ -5,13 +5,20 @@
     attend_split   the same with a program for each part of the keys, and
     attend_sum     its parts put together, in their order
 
-What a token sees stays on the device: the grid has a program for each token, and all but the first
-of a tile end at once. Sizes of a step are arguments. So nothing waits for the device, and other
-mixes, lengths and layers need no other kernel. All that steps may need is compiled at the first.
+    tile = BLOCK_M rows of queries (tokens of one request times the heads of a group)
+           × BLOCK_N keys of one head
 
-Importing this module registers it for CUDA and ROCm devices. What has no kernels
-(`PagedAttentionSpec.of`) is computed there as on other devices. A kernel cannot raise: to a row
-outside of the cache nothing is written, and a token that sees one gets what is no number.
+A decode step has a tile with the heads of one group and little else in it, reads keys once, and
+wants many programs; a chunk of a prompt reads the same keys for many tokens. How many tokens a step
+has is known on the host, whose they are is not: the grid has a program for each token, and all but
+the first of a tile end at once. Sizes of a step are arguments. So nothing waits for the device, and
+other mixes, lengths and layers need no other kernel. All that steps may need is compiled at the
+first. Tiles are chosen by the number of tokens, and keys are cut into parts where that makes fewer
+programs than processors. None of the figures here was measured on a GPU.
+
+Importing this module registers it for CUDA and ROCm devices. What has no kernels (`has_kernels`) is
+computed there as on other devices. A kernel cannot raise: to a row outside of the cache nothing is
+written, and a token that sees one gets what is no number.
 """
 
 from __future__ import annotations
@@ -19,35 +26,93 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorafx.kernels.cpu.attention import kernel_of
+from lorafx.kernels.ops.delta_spec import FLOATS
 from lorafx.kernels.ops.op_library import define_on
-from lorafx.kernels.ops.paged_attention import PagedStep, by_request, check_step
-from lorafx.kernels.triton.attention_spec import (
-    FEW,
-    PagedAttentionSpec,
-    attention_tiles,
-    has_kernels,
-    parts_for,
-)
+from lorafx.kernels.ops.paged_attention import AttentionSpec, PagedStep, by_request, check_step
+from lorafx.kernels.triton.generated import GeneratedKernel, load
 from lorafx.kernels.triton.launchers import Launch, launch_wrapped
-from lorafx.kernels.triton.triton_cache import GeneratedKernel, load
-from lorafx.kernels.triton.triton_tiles import Architecture, Tiles, architecture_of, power_of_two
+from lorafx.kernels.triton.source import TYPES
+from lorafx.kernels.triton.tiles import Architecture, Tiles, architecture_of, power_of_two
+
+#: Numbers a head at most: of more, a tile's sums do not fit into registers.
+MOST_SIZE = 256
+#: Heads of a group at most, for the same reason.
+MOST_GROUP = 64
+#: Tokens of a step up to which tiles are those of decode.
+FEW = 128
+#: Programs for each processor that keys are cut up for.
+WAVES = 2
+#: Parts of the keys at most, and keys of a part at least.
+MOST_PARTS, LEAST_KEYS = 16, 256
+
+
+def has_kernels(step: PagedStep) -> bool:
+    """Whether kernels are generated for a step, whose tensors may be fake."""
+    query, key = step.query, step.key
+    heads, size = key.shape[1], key.shape[3]
+    typed = query.dtype in FLOATS and query.dtype == key.dtype and query.dtype == step.mask.dtype
+    sized = 0 < size <= MOST_SIZE and 0 < heads <= query.shape[1] <= MOST_GROUP * heads
+    return typed and sized
+
+
+@dataclass(frozen=True)
+class PagedAttentionSpec(AttentionSpec):
+    """And whether each head has a further score, and the cache is a ring."""
+
+    sinks: bool = False
+    ring: bool = False
+
+    @classmethod
+    def of(cls, step: PagedStep) -> PagedAttentionSpec | None:
+        """The spec of a step; None where `has_kernels` is not."""
+        if not has_kernels(step):
+            return None
+        return cls.of_sizes(step, sinks=step.sinks is not None, ring=step.ring)
+
+    def heading(self) -> list[str]:
+        return [str(self)]
+
+    def parameters(self, kernel: str, tiles: Tiles) -> dict[str, Any]:
+        """What the template of `kernel` is filled with, beside the tiles."""
+        D, heads = self.size, self.heads * self.group
+        return {
+            "dtype": TYPES[self.dtype],
+            "sizes_by_name": {
+                "D": D,
+                "ROW": self.heads * D,
+                "GROUP": self.group,
+                "HEADS": heads,
+                "TOKENS": tiles.block_m // self.group,
+                "BLOCK_D": power_of_two(D, 16, MOST_SIZE),
+                **tiles.blocks,
+            },
+            "capped": self.capped,
+            "sinks": self.sinks,
+            "ring": self.ring,
+            "hidden": repr(torch.finfo(self.dtype).min / 2),
+        }
+
+
+def parts_for(programs: int, keys: int, arch: Architecture) -> int:
+    """Into how many parts the keys of a token are cut, for so many programs with one part; no
+    request has more than `keys`."""
+    wanted = -(-WAVES * arch.processors // max(programs, 1))
+    return max(min(wanted, keys // LEAST_KEYS, MOST_PARTS), 1)
+
 
 architecture = functools.cache(architecture_of)
 
 
 @functools.cache
 def kernel(name: str, spec: PagedAttentionSpec, few: bool, arch: Architecture) -> GeneratedKernel:
-    """The kernel `name` for a step of few tokens, or of many.
-
-    Raises:
-        LoweringError: its file cannot be written or imported.
-    """
+    """The kernel `name` for a step of few tokens, or of many."""
     return load(name, spec, _tiles(name, spec, few, arch), arch)
 
 
@@ -56,7 +121,17 @@ def _tiles(name: str, spec: PagedAttentionSpec, few: bool, arch: Architecture) -
         return Tiles(block_n=power_of_two(spec.heads * spec.size, 16, 1024))
     if name == "attend_sum":
         return Tiles(num_warps=1)
-    return attention_tiles(spec, few, arch)
+    wide = spec.size > 128
+    least = power_of_two(spec.group, 16, MOST_GROUP)
+    if arch.name == "interpreter":
+        return Tiles(block_m=least, block_n=32)
+    if spec.dtype == torch.float32:  # without matrix instructions: registers for both operands
+        return Tiles(block_m=least, block_n=16 if wide else 32, num_stages=2)
+    stages = 2 if wide or arch.warp == 64 else 3
+    if few:
+        return Tiles(block_m=least, block_n=32 if wide else 64, num_stages=stages)
+    warps = 8 if wide and arch.warp == 32 else 4
+    return Tiles(block_m=64, block_n=32, num_warps=warps, num_stages=stages)
 
 
 def triton_attention(step: PagedStep) -> Tensor:

@@ -3,39 +3,45 @@
     lorafx::triton_linear            x Wᵀ + b and the deltas of all column ranges, (M, N)
     lorafx::triton_delta_            the deltas alone, added into y in place
     lorafx::triton_embedding_delta_  the delta of an embedding, added into y in place
+    lorafx::triton_experts           products with routed experts' weights and their deltas, (M, N)
 
-`kernel` is an id of triton_build.py, which stands for strategy, sizes and column ranges; slots,
-rows and the bank are those of lorafx.kernels.ops.ops, with rows > 0. The torch reference is
-`lorafx::fused_linear`, `add_delta_` and `add_embedding_delta_` with the same ranges.
-
-How each is defined is in generated_op.py.
+`kernel` is an id of build.py, which stands for strategy, sizes and column ranges; slots, rows and
+the bank are those of lorafx.kernels.ops.linear_ops, with rows > 0. The torch references are
+`lorafx::fused_linear`, `add_delta_`, `add_embedding_delta_` and `fused_experts` with the same
+ranges. All raise LoweringError for an argument that `kernel` was not made for.
 """
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 
-from lorafx.kernels.ops.bank_arguments import BankArgs
+from lorafx.kernels.ops.expert_ops import check_ends
 from lorafx.kernels.ops.op_checks import require
-from lorafx.kernels.triton.generated_op import generated_op
-from lorafx.kernels.triton.launchers import Launch
-from lorafx.kernels.triton.triton_build import LINEAR, LaunchPlan, plan_of
-from lorafx.kernels.triton.triton_checks import (
-    check_linear,
-    check_y,
-    checked_plan,
-    require_adjacent,
-)
-from lorafx.kernels.triton.triton_launch import (
+from lorafx.kernels.ops.op_library import BankArgs
+from lorafx.kernels.triton.build import EXPERTS, LINEAR, LaunchPlan, plan_of
+from lorafx.kernels.triton.launch import (
     Base,
     LaunchArgs,
+    activate,
     embedding_rows,
     expand_rows,
     linear,
     shrink,
     split,
 )
+from lorafx.kernels.triton.launch_checks import (
+    check_ids,
+    check_linear,
+    check_weight,
+    check_y,
+    checked_plan,
+    require_adjacent,
+)
+from lorafx.kernels.triton.launchers import Launch, generated_op
+from lorafx.kernels.triton.source import Leaf
 from lorafx.torch_internals.symbols import guard_or_false
 
 
@@ -48,14 +54,9 @@ def _run_linear(
     kernel: int,
     launch: Launch,
 ) -> Tensor:
-    """x (M, K) times the weight, with bias and every range's delta: (M, N) of y's dtype.
-
-    Raises:
-        LoweringError: an argument that `kernel` was not made for.
-    """
-    plan = checked_plan("triton_linear", kernel, LINEAR, bank, rows)
-    spec, M = plan.spec, x.shape[0]
+    """x (M, K) times the weight, with bias and every range's delta: (M, N) of y's dtype."""
     y = _linear_fake(x, weight, bias, bank, rows, kernel)
+    plan, M = plan_of(int(kernel)), x.shape[0]
     if guard_or_false(M == 0):
         return y
     bias = None if bias is None else bias.contiguous()  # N elements; kernels take no stride of it
@@ -63,82 +64,54 @@ def _run_linear(
     v, sums = None, None
     *before, last = plan.kernels.values()
     if "shrink" in plan.kernels:
-        v = shrink(before[0], spec, x, batch)
+        v = shrink(before[0], plan.spec, x, batch)
     elif "split" in plan.kernels:
-        sums, v = split(before[0], spec, x, weight, y, batch)
-    linear(last, spec, y, v, Base(x, weight, bias, sums), batch)
+        sums, v = split(before[0], plan.spec, x, weight, y, batch)
+    linear(last, plan.spec, y, v, Base(x, weight, bias, sums), batch)
     return y
 
 
 def _linear_fake(x, weight, bias, bank: BankArgs, rows, kernel):
-    plan = checked_plan("triton_linear", kernel, LINEAR, bank, rows)
-    spec = plan.spec
-    check_linear("triton_linear", plan, x, bank.A)
-    K, N = spec.delta.in_features, spec.out_features
-    shape = (K, N) if spec.transposed else (N, K)
+    op = "triton_linear"
+    plan = checked_plan(op, kernel, LINEAR, bank, rows)
+    spec, N = plan.spec, plan.spec.out_features
+    check_linear(op, plan, x, bank.A)
+    check_weight(op, plan, weight)
     require(
-        "triton_linear",
-        tuple(weight.shape) == shape and weight.dtype == spec.weight_dtype,
-        f"the weight is {weight.dtype} {tuple(weight.shape)}, the kernel's {shape}",
-    )
-    require(
-        "triton_linear",
+        op,
         (bias is not None) == spec.bias and (bias is None or bias.shape == (N,)),
         f"the kernel was made {'with' if spec.bias else 'without'} a bias of {N} columns",
     )
-    require_adjacent("triton_linear", weight=weight)
     return x.new_empty((x.shape[0], N), dtype=spec.delta.y_dtype)
 
 
 def _run_delta(
-    y: Tensor,
-    x: Tensor,
-    bank: BankArgs,
-    rows: int,
-    kernel: int,
-    launch: Launch,
+    y: Tensor, x: Tensor, bank: BankArgs, rows: int, kernel: int, launch: Launch
 ) -> None:
-    """Adds every range's delta for x (M, K) into y (M, N) in place; base rows keep their bits.
-
-    Raises:
-        LoweringError: an argument that `kernel` was not made for.
-    """
-    plan = _delta_plan(y, x, bank, rows, kernel)
-    spec, M = plan.spec, x.shape[0]
+    """Adds every range's delta for x (M, K) into y (M, N) in place; base rows keep their bits."""
+    _delta_fake(y, x, bank, rows, kernel)
+    plan, M = plan_of(int(kernel)), x.shape[0]
     if guard_or_false(M == 0):
         return
     batch = LaunchArgs.of(M, bank, rows, plan.order, launch)
     first, second = plan.kernels.values()
-    v = shrink(first, spec, x, batch)
+    v = shrink(first, plan.spec, x, batch)
     if plan.strategy == "gemv":
-        expand_rows(second, spec, y, v, batch)
+        expand_rows(second, plan.spec, y, v, batch)
     else:
-        linear(second, spec, y, v, None, batch)
+        linear(second, plan.spec, y, v, None, batch)
 
 
 def _delta_fake(y, x, bank: BankArgs, rows, kernel) -> None:
-    _delta_plan(y, x, bank, rows, kernel)
-
-
-def _delta_plan(y, x, bank, rows, kernel) -> LaunchPlan:
     plan = checked_plan("triton_delta_", kernel, ("segments", "gemv"), bank, rows)
-    check_linear("triton_delta_", plan, x, bank.A, y)
-    return plan
+    check_linear("triton_delta_", plan, x, bank.A)
+    check_y("triton_delta_", plan, y, x.shape[0])
 
 
 def _run_embedding_delta(
-    y: Tensor,
-    ids: Tensor,
-    bank: BankArgs,
-    rows: int,
-    kernel: int,
-    launch: Launch,
+    y: Tensor, ids: Tensor, bank: BankArgs, rows: int, kernel: int, launch: Launch
 ) -> None:
-    """Adds the delta of ids (M,) into y (M, N) in place; base rows keep their bits.
-
-    Raises:
-        LoweringError: an argument that `kernel` was not made for.
-    """
+    """Adds the delta of ids (M,) into y (M, N) in place; base rows keep their bits."""
     _embedding_fake(y, ids, bank, rows, kernel)
     plan, M = plan_of(int(kernel)), ids.shape[0]
     if guard_or_false(M == 0):
@@ -150,14 +123,91 @@ def _run_embedding_delta(
 def _embedding_fake(y, ids, bank: BankArgs, rows, kernel) -> None:
     op, rank = "triton_embedding_delta_", bank.A.shape[2]
     plan = checked_plan(op, kernel, ("embedding",), bank, rows)
-    require(
-        op,
-        ids.dim() == 1 and ids.dtype in (torch.int32, torch.int64),
-        f"ids is {ids.dtype} {tuple(ids.shape)}, the kernel's int32 or int64 (M,)",
-    )
-    require_adjacent(op, ids=ids)
+    check_ids(op, ids)
     require(op, rank == plan.spec.delta.max_rank, f"A has rank {rank}")
     check_y(op, plan, y, ids.shape[0])
+
+
+EXPERTS_OP = "triton_experts"
+
+
+def _run_experts(
+    inputs: Sequence[Tensor],
+    weight: Tensor,
+    offs: Tensor,
+    bank: BankArgs,
+    rows: int,
+    kernel: int,
+    launch: Launch,
+) -> Tensor:
+    """x times the weights of its rows' experts, with every range's delta: (M, N) of y's dtype.
+
+    `inputs` is [x], or what x is computed from in the shrink ("activated"). Rows are sorted by
+    expert, offs (E,) says where each expert's rows end; rows behind the last are set to 0. Nothing
+    of how many rows an expert has is read on the host.
+    """
+    y = _experts_fake(inputs, weight, offs, bank, rows, kernel)
+    plan, M = plan_of(int(kernel)), y.shape[0]
+    if guard_or_false(M == 0):
+        return y
+    batch = LaunchArgs.of(M, bank, rows, None, launch, offs)
+    first, last = plan.kernels.values()
+    if plan.strategy == "activated":
+        x, v = activate(first, plan.spec, inputs, batch)
+    else:
+        x = inputs[0]
+        v = shrink(first, plan.spec, x, batch)
+    linear(last, plan.spec, y, v, Base(x, weight, None), batch)
+    return y
+
+
+def _experts_fake(inputs, weight, offs, bank: BankArgs, rows, kernel):
+    plan = checked_plan(EXPERTS_OP, kernel, EXPERTS, bank, rows)
+    spec, S = plan.spec, bank.ranks.shape[0]
+    M = _check_inputs(plan, inputs, bank.A)
+    check_weight(EXPERTS_OP, plan, weight, spec.experts)
+    check_ends(EXPERTS_OP, offs, spec.experts)
+    require_adjacent(EXPERTS_OP, offs=offs)
+    require(EXPERTS_OP, S % spec.experts == 0, f"{spec.experts} experts do not divide {S} slots")
+    return inputs[0].new_empty((M, spec.out_features), dtype=spec.delta.y_dtype)
+
+
+def _check_inputs(plan: LaunchPlan, inputs: Sequence[Tensor], A: Tensor) -> Any:
+    """Refuses inputs that the plan's kernels were not made for; returns the number of rows."""
+    activation = plan.spec.activation
+    if activation is None:
+        require(EXPERTS_OP, len(inputs) == 1, f"{len(inputs)} inputs; the kernel takes x alone")
+        check_linear(EXPERTS_OP, plan, inputs[0], A)
+        return inputs[0].shape[0]
+    found = len(inputs)
+    require(EXPERTS_OP, found == activation.inputs, f"{found} inputs, not {activation.inputs}")
+    rows: list[Any] = []
+    rest = list(inputs)
+    for index, leaf in enumerate(activation.leaves):
+        last = max(
+            load.start + load.step * (plan.spec.delta.in_features - 1)
+            for load in activation.loads
+            if load.leaf == index
+        )
+        rows.append(_check_leaf(index, leaf, last, rest[: leaf.inputs]))
+        del rest[: leaf.inputs]
+    require(EXPERTS_OP, all(count == rows[0] for count in rows), f"inputs of {rows} rows")
+    return rows[0]
+
+
+def _check_leaf(index: int, leaf: Leaf, last: int, tensors: Sequence[Tensor]) -> Any:
+    """Checks a leaf and its ids, if it is gathered; returns its rows."""
+    table = tensors[0]
+    require(
+        EXPERTS_OP,
+        table.dim() == 2 and table.dtype == leaf.dtype and table.shape[1] > last,
+        f"input {index} is {table.dtype} {tuple(table.shape)}, the kernel's {leaf.dtype} with "
+        f"more than {last} columns",
+    )
+    require_adjacent(EXPERTS_OP, input=table)
+    if leaf.gathered:
+        check_ids(EXPERTS_OP, tensors[1])
+    return tensors[-1].shape[0]
 
 
 triton_linear = generated_op("linear", _run_linear, _linear_fake)
@@ -165,3 +215,4 @@ triton_delta_ = generated_op("delta_", _run_delta, _delta_fake, mutates_args=("y
 triton_embedding_delta_ = generated_op(
     "embedding_delta_", _run_embedding_delta, _embedding_fake, mutates_args=("y",)
 )
+triton_experts = generated_op("experts", _run_experts, _experts_fake)

@@ -36,8 +36,8 @@ from lorafx.capture.stamps import Folded, traced_once, unfold
 from lorafx.capture.told import form_of, note_tracing, reason, shown, tell, tell_instance, timed
 from lorafx.capture.verify import NumericCheck
 from lorafx.graph.context import Context
-from lorafx.kernels.cpu.cpu import builds_noted, built_source
-from lorafx.kernels.triton.triton_build import source_of
+from lorafx.kernels.cpu.delta_kernels import builds_noted, built_source
+from lorafx.kernels.triton.build import source_of
 from lorafx.passes.write_in_place import writes_in_place
 from lorafx.program.frame import ONE_SLOT, SLOTS, Frame
 from lorafx.program.program import Program

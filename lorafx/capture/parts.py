@@ -21,7 +21,7 @@ from lorafx.capture.bound_inputs import BoundInputs
 from lorafx.capture.checks import Checks
 from lorafx.capture.executable import BankLayout, ProgramLookup, checked, for_base, with_lookups
 from lorafx.capture.lookups import Lookups
-from lorafx.kernels.cpu.cpu import builds_noted
+from lorafx.kernels.cpu.delta_kernels import builds_noted
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.op_arguments import TRACED_WRITE
 from lorafx.torch_internals.compat import traced_anew

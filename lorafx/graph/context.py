@@ -12,8 +12,7 @@ from torch import Tensor, fx, nn
 import lorafx.kernels.ops.conv_ops
 import lorafx.kernels.ops.expert_ops
 import lorafx.kernels.ops.grouped_ops
-import lorafx.kernels.ops.mask_ops
-import lorafx.kernels.ops.ops
+import lorafx.kernels.ops.linear_ops
 import lorafx.kernels.ops.row_ops  # noqa: F401  (all define torch.ops.lorafx)
 from lorafx.errors import MatchError
 from lorafx.graph.graph_nodes import module_path, plain_path

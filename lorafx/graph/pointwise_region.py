@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lorafx.kernels.triton.activation import Activation, Leaf, Load
-from lorafx.kernels.triton.triton_source import TYPES
+from lorafx.kernels.triton.source import TYPES, Activation, Leaf, Load
 from lorafx.op_arguments import bound, index_of, operand
 from lorafx.program.frame import fake_value
 

@@ -16,7 +16,7 @@ from itertools import accumulate
 import torch
 from torch import nn
 
-from lorafx.kernels.ops.bank_arguments import Ranges
+from lorafx.kernels.ops.op_library import Ranges
 from lorafx.model.bank import Bank
 from lorafx.model.experts import ExpertWeight
 from lorafx.registry import Eligible

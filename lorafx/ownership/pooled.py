@@ -16,8 +16,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION
-from lorafx.kernels.ops.paged_cache import PAGED_CACHE
+from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PAGED_CACHE
 from lorafx.op_arguments import bound
 from lorafx.ownership import contractions, pointwise, slices, views
 from lorafx.ownership.flow import Flow, Rule, each_output

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lorafx.config import LoraConfig, Options
 from lorafx.errors import LorafxWarning, some
-from lorafx.kernels.cost.cost import factor_elements
+from lorafx.kernels.cost.roofline import factor_elements
 from lorafx.model.candidates import by_raw_weight
 from lorafx.model.experts import expert_weights
 from lorafx.model.module_graph import ModuleGraph, Owner, join, joined, shape_of, storage_key

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from lorafx.capture.lowering import NodeByNode
-from lorafx.kernels.cpu import dense_delta
-from lorafx.kernels.cpu.cpu import build, build_all
+from lorafx.kernels.cpu import dense
+from lorafx.kernels.cpu.delta_kernels import build, build_all
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.program.program import Program
 from lorafx.saved_graphs.fingerprints import Undescribed
@@ -70,7 +70,7 @@ class SavedLowered:
         """The graph, ready to run. Raises Undescribed where a kernel is not what it was."""
         build_all(self.kernels)
         for dtype in {spec.y_dtype for spec in self.kernels}:
-            dense_delta.ready(dtype)
+            dense.joined_ready(dtype)
         for spec, kernel in self.kernels.items():
             if build(spec) != kernel:
                 raise Undescribed(f"the kernel of {spec} is another one here")

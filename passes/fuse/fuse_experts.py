@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-import lorafx.kernels.ops.fused_experts  # noqa: F401  defines the op
+import lorafx.kernels.ops.expert_ops  # noqa: F401  defines the op
 from lorafx.graph.context import EXPERT_OP, Context
 from lorafx.graph.expert_uses import GROUPED, grouped, is_grouped
 from lorafx.graph.pointwise_region import NoRegion, PointwiseRegion, region_of

@@ -16,7 +16,7 @@ from torch import fx
 
 from lorafx.graph.context import Context
 from lorafx.kernels.triton import concat_ops
-from lorafx.kernels.triton.triton_build import plan_of
+from lorafx.kernels.triton.build import plan_of
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED
 from lorafx.program.frame import fake_value
 
@@ -27,8 +27,7 @@ TRITON_CONCAT = concat_ops.triton_concat_._opoverload
 def concat_linear(graph: fx.Graph, ctx: Context, kernel: int, call: dict[str, Any]) -> fx.Node:
     """y (M, N) of the arguments of `fused_linear`, with x (M, K) whose rows are in one piece."""
     spec = plan_of(kernel).spec
-    assert spec.longer is not None
-    blocks = fake_value(call["slots" if spec.longer.requests else "B"]).shape[0]
+    blocks = fake_value(call["slots" if spec.by_request else "B"]).shape[0]
     more = concat_ops.columns_of(spec, blocks)
     longer = {
         "x": _with_columns(graph, ctx, call["x"], 1, more),

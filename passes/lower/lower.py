@@ -30,13 +30,13 @@ from lorafx.graph.expert_uses import grouped, is_grouped
 from lorafx.graph.graph_nodes import call_in_place
 from lorafx.graph.pointwise_region import PointwiseRegion
 from lorafx.graph.strategy import GENERATED, strategy_of
-from lorafx.kernels.cost.cost import FUSED
-from lorafx.kernels.cpu.cpu import delta_call, embedding_delta_call, expert_delta_call
+from lorafx.kernels.cost.roofline import FUSED
+from lorafx.kernels.cpu.delta_kernels import delta_call, embedding_delta_call, expert_delta_call
 from lorafx.kernels.cpu.grouped_mm import GROUPED_MM, kernel_of
-from lorafx.kernels.ops.bank_arguments import BankArgs
-from lorafx.kernels.triton import triton_expert_ops, triton_ops
-from lorafx.kernels.triton.triton_build import CONCAT, EXPERTS
-from lorafx.kernels.triton.triton_checks import adjacent
+from lorafx.kernels.ops.op_library import BankArgs
+from lorafx.kernels.triton import triton_ops
+from lorafx.kernels.triton.build import CONCAT, EXPERTS
+from lorafx.kernels.triton.launch_checks import adjacent
 from lorafx.op_arguments import bound, in_order
 from lorafx.passes.fuse.fuse_experts import FUSED_EXPERTS, product, region
 from lorafx.passes.lower.concat import TRITON_CONCAT, concat_linear, product_of
@@ -54,7 +54,7 @@ ADD_EMBEDDING_DELTA = torch.ops.lorafx.add_embedding_delta_.default
 TRITON_LINEAR = triton_ops.triton_linear._opoverload
 TRITON_DELTA = triton_ops.triton_delta_._opoverload
 TRITON_EMBEDDING_DELTA = triton_ops.triton_embedding_delta_._opoverload
-TRITON_EXPERTS = triton_expert_ops.triton_experts._opoverload
+TRITON_EXPERTS = triton_ops.triton_experts._opoverload
 TRITON_OPS = (
     TRITON_LINEAR,
     TRITON_DELTA,

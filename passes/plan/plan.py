@@ -3,12 +3,12 @@
     inductor   on a CPU generated C++ (one kernel a shape, that reads only the active adapters, each
                at its own rank), else plain aten; a pack's base product is one GEMM, or one a
                sibling where that is faster
-    triton     the strategy with the least modelled time (lorafx.kernels.cost.cost) for the rows
+    triton     the strategy with the least modelled time (lorafx.kernels.cost.roofline) for the rows
                that the graph was captured with, by generated Triton kernels
     reference  plain aten
 
 The choice is data on the node: users pin it by site path (`Options.plan`), `lower` only carries it
-out, `explain` prints it with the node's byte floor of `lorafx.kernels.cost.cost`.
+out, `explain` prints it with the node's byte floor of `lorafx.kernels.cost.roofline`.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from lorafx.graph.context import (
 from lorafx.graph.pointwise_region import NoRegion, PointwiseRegion
 from lorafx.graph.strategy import ATEN, GENERATED, Strategy, choose
 from lorafx.kernels.cost.chips import chip_of
-from lorafx.kernels.cost.cost import (
+from lorafx.kernels.cost.expert_cost import ExpertWork, estimate_experts
+from lorafx.kernels.cost.roofline import (
     FUSED,
     UNTIMED,
+    Estimate,
+    Work,
     byte_floor,
     estimate,
     split_is_faster,
     work_of,
 )
-from lorafx.kernels.cost.expert_cost import ExpertWork, estimate_experts
-from lorafx.kernels.cost.work import Estimate, Work
-from lorafx.kernels.cpu.cpu import build_all
-from lorafx.kernels.triton.longer import refusal
-from lorafx.kernels.triton.triton_build import CONCAT, EXPERTS
-from lorafx.kernels.triton.triton_build import build as build_triton
-from lorafx.kernels.triton.triton_checks import adjacent
+from lorafx.kernels.cpu.delta_kernels import build_all
+from lorafx.kernels.triton.build import CONCAT, EXPERTS, not_concat
+from lorafx.kernels.triton.build import build as build_triton
+from lorafx.kernels.triton.launch_checks import adjacent
 from lorafx.model.bank import Bank
 from lorafx.model.sites import Part, Site
 from lorafx.op_arguments import bound
@@ -191,7 +191,7 @@ def _not_concat(node: fx.Node) -> str:
     dtypes = {fake_value(node).dtype, fake_value(bound(node)["x"]).dtype, weight.dtype}
     if len(dtypes) != 1:
         return "whose x, weight and result are not of one type"
-    why = refusal(delta_spec(node), weight.dtype)
+    why = not_concat(delta_spec(node), weight.dtype)
     return why and f"whose x and weight cannot be made longer: {why}"
 
 
@@ -221,11 +221,11 @@ def _expert_estimates(
         sites[0].in_features,
         tuple(part.out_features for part in _parts(sites)),
         rows,
-        experts,
         max(1, min(slots, rows)),
         _bank(ctx, node).slot_rank,
         x.dtype,
         chip_of(device),
+        experts=experts,
         on_host=loops_on_host(node),
         activation=isinstance(region(node), PointwiseRegion),
     )

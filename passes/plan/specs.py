@@ -8,10 +8,9 @@ from torch import fx
 
 from lorafx.graph.context import EMBEDDING_OP, EXPERT_OP, FUSED_OP
 from lorafx.graph.pointwise_region import PointwiseRegion
-from lorafx.kernels.ops.bank_arguments import Ranges
 from lorafx.kernels.ops.delta_spec import DeltaSpec
-from lorafx.kernels.triton.longer import Longer
-from lorafx.kernels.triton.triton_build import TritonSpec
+from lorafx.kernels.ops.op_library import Ranges
+from lorafx.kernels.triton.build import TritonSpec
 from lorafx.op_arguments import bound
 from lorafx.passes.fuse.fuse_experts import FUSED_EXPERTS, region
 from lorafx.program.frame import fake_value
@@ -54,5 +53,5 @@ def triton_spec(node: fx.Node) -> TritonSpec:
     return TritonSpec(
         *(delta_spec(node), weight.dtype, call["bias"] is not None, transposed),
         # as few blocks as the sizes of the graph allow
-        longer=Longer(requests=isinstance(n, int) and n < slots),
+        by_request=isinstance(n, int) and n < slots,
     )

@@ -36,7 +36,7 @@ def test_the_registry_is_sound() -> None:
             assert (job.group in arm.phases, job.inputs) == (True, arm.inputs)
         module, _, function = job.run.partition(":")
         assert f"\ndef {function}(" in (FOLDER / f"{module}.py").read_text(), job.run
-    from lorafx.kernels.cost.cost import GPU_STRATEGIES
+    from lorafx.kernels.cost.roofline import GPU_STRATEGIES
 
     measured = {arm.arguments.get("name") for arm in ARMS}
     # One of batches so small that it is not among the mixes; the jobs of correctness have it.

@@ -13,7 +13,7 @@ from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 import lorafx
-from lorafx.kernels.cpu.dense_delta import DENSE_ADDMM_DELTA
+from lorafx.kernels.cpu.dense import DENSE_ADDMM_DELTA
 
 aten = torch.ops.aten
 

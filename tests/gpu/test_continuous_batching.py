@@ -15,6 +15,19 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 import lorafx
 
 PAGES = {"page_size": 4, "num_blocks": 64, "max_batch_tokens": 16}
+Work = list[tuple[list[int], str | None]]
+
+
+def added(engine: Any, work: Work, tokens: int) -> list[str]:
+    options = {"max_new_tokens": tokens, "eos_token_id": -1}
+    return [engine.add_request(prompt, adapter=name, **options) for prompt, name in work]
+
+
+def assert_answered(outputs: dict[str, Any], ids: list[str], case: Case, work: Work, tokens: int):
+    for request, (prompt, name) in zip(ids, work, strict=True):
+        assert outputs[request].error is None, outputs[request].error
+        want = greedy(case, name, prompt, tokens)
+        assert [*prompt, *outputs[request].generated_tokens][: len(want)] == want
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -26,19 +39,11 @@ def test_answers(llama: Case, device: torch.device, asynchronous: bool) -> None:
     work = [([*range(3 + i, 6 + 3 * (i % 6) + i)], names[i % len(names)]) for i in range(24)]
     with cm.continuous_batching(None, config) as engine:
         with engine.pause():
-            ids = [
-                engine.add_request(prompt, adapter=name, max_new_tokens=9, eos_token_id=-1)
-                for prompt, name in work
-            ]
+            ids = added(engine, work, 9)
         assert names[1] is not None
         cm.load_adapter(llama.folders[str(names[2])], names[1])
-        outputs: dict[str, Any] = answers(engine, ids)
-    for added, (prompt, name) in zip(ids, work, strict=True):
-        output = outputs[added]
-        assert output.error is None, output.error
-        want = greedy(llama, name, prompt, 9)
-        got = [*prompt, *output.generated_tokens]
-        assert got[: len(want)] == want
+        outputs = answers(engine, ids)
+    assert_answered(outputs, ids, llama, work, 9)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -53,16 +58,10 @@ def test_attention_goes_request_by_request(
     config = ContinuousBatchingConfig(**PAGES)
     with cm.continuous_batching(None, config) as engine:
         graphs = cm.recompiles
-        ids = [
-            engine.add_request(prompt, adapter=name, max_new_tokens=5, eos_token_id=-1)
-            for prompt, name in work
-        ]
-        outputs: dict[str, Any] = answers(engine, ids)
+        ids = added(engine, work, 5)
+        outputs = answers(engine, ids)
     assert cm.recompiles == graphs
-    for added, (prompt, name) in zip(ids, work, strict=True):
-        assert outputs[added].error is None, outputs[added].error
-        want = greedy(llama, name, prompt, 5)
-        assert [*prompt, *outputs[added].generated_tokens][: len(want)] == want
+    assert_answered(outputs, ids, llama, work, 5)
     layers = llama.base.config.num_hidden_layers
     for graph in tmp_path.glob("graph-*"):
         text = next(graph.glob("*-attend.py")).read_text()

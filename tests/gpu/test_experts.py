@@ -142,16 +142,3 @@ def test_whole_models(device: torch.device, model_type: str, tmp_path: Path) -> 
     ):
         assert_served(cm(**to(other, device), adapter_names=names)["logits"], case, names, other)
     assert cm.recompiles == graphs
-
-
-def test_a_captured_model_follows_routing_and_mixes(device: torch.device, tmp_path: Path) -> None:
-    case = moe_case("qwen3_moe", tmp_path)
-    cm = compiled_on(case, device)
-    live = to(inputs_of(5, 6), device)
-    graph = captured(lambda: cm(**live, adapter_names=NAMES)["logits"])
-    for seed, names in enumerate((["older"] * 5, [None, "params", "down", "dense", None]), 2):
-        inputs = inputs_of(5, 6, seed)
-        live["input_ids"].copy_(inputs["input_ids"])
-        eager = cm(**live, adapter_names=names)["logits"]  # writes the slots
-        assert_served(eager, case, names, inputs)
-        assert_served(graph.replay(), case, names, inputs)

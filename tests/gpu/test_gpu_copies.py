@@ -1,5 +1,5 @@
 """Adapters on their way into slots while a GPU is busy: they arrive meanwhile, and no call reads a
-slot too early, or has one taken away under it."""
+slot too early, has one taken away under it, or sees what a later turn on another stream writes."""
 
 from __future__ import annotations
 
@@ -30,6 +30,31 @@ def served(llama: Case, device: torch.device) -> tuple[Any, dict[str, torch.Tens
         cm(**to(inputs, device), adapter_names=[name, None])
     torch.cuda.synchronize(device)
     return cm, inputs
+
+
+@pytest.mark.parametrize("changed", ["slots of rows", "adapter", "base weights"])
+def test_a_call_keeps_what_it_was_launched_with(
+    served, llama: Case, device: torch.device, changed: str
+) -> None:
+    """The next call and write are launched while its stream is busy with something else first."""
+    cm, inputs = served
+    on_device, (first, other, *_) = to(inputs, device), sorted(llama.folders)
+    names = [None, None] if changed == "base weights" else [first, None]
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(BUSY)
+        early = cm(**on_device, adapter_names=names)["logits"]
+    if changed == "slots of rows":
+        late, want = cm(**on_device, adapter_names=[None, other]), [None, other]
+    elif changed == "adapter":
+        cm.load_adapter(llama.folders[other], first)  # in its slot
+        late, want = cm(**on_device, adapter_names=names), [other, None]
+    else:
+        cm.merge(other)
+        late, want = cm(**on_device), [other] * 2
+    torch.cuda.synchronize(device)
+    assert_served(early, llama, names, inputs)
+    assert_served(late["logits"], llama, want, inputs)
 
 
 def test_a_copy_arrives_while_a_call_is_running(served, llama: Case, device: torch.device) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from on_device import call_of, kernel_on, moved
-from triton_cases import BF16, FP16, FP32, STRATEGIES, assert_right, make_case
+from triton_cases import BF16, FP16, FP32, LINEARS, assert_right, make_case
 
 from lorafx.kernels.cost.chips import CHIPS, chip_of
-from lorafx.kernels.triton.triton_tiles import architecture_of
+from lorafx.kernels.triton.tiles import architecture_of
 
 DTYPES = {"fp32": (FP32,) * 3, "bf16": (BF16,) * 3, "fp16": (FP16,) * 3}
 BATCHES = {
@@ -23,7 +23,7 @@ BATCHES = {
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("strategy", [*STRATEGIES, "concat"])
+@pytest.mark.parametrize("strategy", LINEARS)
 def test_mixes(device: torch.device, strategy: str, batch: str, dtype: str) -> None:
     slots, rows = BATCHES[batch]
     case = make_case(K=333, sizes=(130, 96), slots=slots, rows=rows, rank=24, dtypes=DTYPES[dtype])
@@ -32,7 +32,7 @@ def test_mixes(device: torch.device, strategy: str, batch: str, dtype: str) -> N
 
 
 @pytest.mark.parametrize("rank", [1, 8, 16, 32, 64, 128, 256])
-@pytest.mark.parametrize("strategy", [*STRATEGIES, "concat"])
+@pytest.mark.parametrize("strategy", LINEARS)
 def test_ranks_of_a_real_layer(device: torch.device, strategy: str, rank: int) -> None:
     slots = tuple(-1 if i % 5 == 3 else (i * 7 + 3) % 8 for i in range(33))
     case = make_case(K=2048, sizes=(512, 256, 256), slots=slots, rank=rank, capacity=8,
@@ -41,7 +41,7 @@ def test_ranks_of_a_real_layer(device: torch.device, strategy: str, rank: int) -
     assert_right(case, strategy, call().cpu())
 
 
-@pytest.mark.parametrize("strategy", [*STRATEGIES, "concat"])
+@pytest.mark.parametrize("strategy", LINEARS)
 def test_results_are_the_same_every_time(device: torch.device, strategy: str) -> None:
     """Partial sums are added in a fixed order: no atomics."""
     slots = tuple(i % 4 for i in range(64))

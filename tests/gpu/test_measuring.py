@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from triton_cases import STRATEGIES
+from triton_variants import representative_specs
+from tune import gpu_timer, tune
 
-from lorafx.kernels.tools.triton_variants import representative_specs
-from lorafx.kernels.tools.tune import gpu_timer, tune
-from lorafx.kernels.triton import tuned_cache
-from lorafx.kernels.triton.strategy_tiles import TUNED, tiles_for
-from lorafx.kernels.triton.triton_tiles import architecture_of
-from lorafx.kernels.triton.tuned_cache import load_tuned
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from lorafx.kernels.triton import strategy_tiles
+from lorafx.kernels.triton.strategy_tiles import TUNED, load_tuned, tiles_for
+from lorafx.kernels.triton.tiles import architecture_of
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_tuning_finds_nothing_slower(
     device: torch.device, strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuned_cache, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(strategy_tiles, "cache_folder", lambda: tmp_path)
     load_tuned.cache_clear()
     spec = representative_specs()["conv1d_r8_bf16"]
     before = dict(TUNED)
@@ -39,8 +37,6 @@ def test_tuning_finds_nothing_slower(
 
 
 def test_tiles_that_do_not_fit_take_forever(device: torch.device) -> None:
-    from dataclasses import replace
-
     spec = representative_specs()["o_r16_bf16"]
     timer = gpu_timer(spec, "recompute", 1, device, copies=2)
     tiles = tiles_for("recompute", spec.delta, 1, architecture_of(device))["recompute"]
@@ -52,7 +48,6 @@ def test_tiles_that_do_not_fit_take_forever(device: torch.device) -> None:
 def test_the_layer_benchmark_measures(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setattr(sys, "argv", ["gpu_layers.py"])
     import gpu_layers
     from gpu_cases import Case

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from lorafx.kernels.ops.delta_spec import DeltaSpec
-from lorafx.kernels.triton.triton_build import TritonSpec, build
+from lorafx.kernels.triton.build import TritonSpec, build
 
 K, SIZES, RANK, SLOTS = 256, (192, 64), 16, 4
 

@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lorafx.kernels.ops.bank_arguments import BankArgs, Ranges
+from lorafx.kernels.ops.delta_spec import DeltaSpec
+from lorafx.kernels.ops.op_library import BankArgs, Ranges
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +49,12 @@ class Problem:
     @property
     def ranges(self) -> Ranges:
         return Ranges(self.siblings, self.offsets, self.sizes)
+
+    @property
+    def spec(self) -> DeltaSpec:
+        if self.embedding:
+            return DeltaSpec.of_embedding(self.y, self.A, self.B)
+        return DeltaSpec.linear(self.y, self.x, self.A, self.B, self.ranks, *self.ranges)
 
     def with_(self, **changes: object) -> Problem:
         return replace(self, **changes)  # type: ignore[arg-type]

@@ -14,8 +14,8 @@ from torch import Tensor
 from triton_cases import CONCAT, LINEAR, Case, lora
 
 import lorafx
+from lorafx.kernels.triton.build import build
 from lorafx.kernels.triton.concat_ops import concat_linear
-from lorafx.kernels.triton.triton_build import build
 
 #: float32 sums in another order than on the CPU, over a few layers.
 TOLERANCE = 1e-4

@@ -22,15 +22,15 @@ from delta_oracle import Problem, dense_delta
 from torch import Tensor
 
 import lorafx.kernels.triton.triton_ops  # noqa: F401  registers the ops
-from lorafx.kernels.ops.delta_spec import DeltaSpec
+from lorafx.kernels.triton.build import CONCAT, LINEAR, TritonSpec, build
 from lorafx.kernels.triton.concat_ops import concat_linear
-from lorafx.kernels.triton.triton_build import CONCAT, LINEAR, TritonSpec, build
-from lorafx.kernels.triton.triton_tiles import Tiles
+from lorafx.kernels.triton.tiles import Tiles
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 CPU = torch.device("cpu")
 #: Strategies of linears.
 STRATEGIES = ("split", "epilogue", "recompute", "segments", "gemv")
+LINEARS = (*STRATEGIES, CONCAT)
 lora = torch.ops.lorafx
 
 
@@ -47,9 +47,8 @@ class Case:
     def spec(self) -> TritonSpec:
         p = self.problem
         if p.embedding:
-            return TritonSpec(DeltaSpec.of_embedding(p.y, p.A, p.B))
-        delta = DeltaSpec.linear(p.y, p.x, p.A, p.B, p.ranks, *p.ranges)
-        return TritonSpec(delta, self.weight.dtype, self.bias is not None, self.transposed)
+            return TritonSpec(p.spec)
+        return TritonSpec(p.spec, self.weight.dtype, self.bias is not None, self.transposed)
 
     def with_(self, **changes: object) -> Case:
         """The same case with other arguments of the problem."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-import lorafx.kernels.ops.mask_ops  # noqa: F401  (defines torch.ops.lorafx.own_mask)
+import lorafx.kernels.ops.row_ops  # noqa: F401  (defines torch.ops.lorafx.own_mask)
 from lorafx.errors import BatchError
 from lorafx.ownership.labels import Mixed, One, Own
 

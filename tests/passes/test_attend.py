@@ -17,7 +17,7 @@ from site_graphs import Finished, SiteGraph
 from toolchain import needs_compiler
 from torch import fx, nn
 
-from lorafx.kernels.ops.paged_cache import PAGED_CACHE
+from lorafx.kernels.ops.paged_attention import PAGED_CACHE
 from lorafx.passes.attend import Attend
 
 pytestmark = [pytest.mark.quick, needs_compiler]

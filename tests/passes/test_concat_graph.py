@@ -10,8 +10,8 @@ from compile_only_gpu import CUDA, compile_only_gpu, generated_code
 from cuda_graphs import SIZES, SLOTS, Builder, K, spec
 from torch import Tensor, fx
 
+from lorafx.kernels.triton.build import build, plan_of
 from lorafx.kernels.triton.concat_ops import columns_of
-from lorafx.kernels.triton.triton_build import build, plan_of
 from lorafx.passes.lower.triton_graph import inline_triton_ops
 
 aten = torch.ops.aten

@@ -13,8 +13,8 @@ from torch import Tensor, fx
 
 import lorafx.kernels.triton.concat_ops  # noqa: F401  registers them
 from lorafx.errors import LoweringError
-from lorafx.kernels.triton.activation import Activation, Leaf, Load
-from lorafx.kernels.triton.triton_build import build, plan_of
+from lorafx.kernels.triton.build import build, plan_of
+from lorafx.kernels.triton.source import Activation, Leaf, Load
 from lorafx.passes.lower.lower import TRITON_OPS
 from lorafx.passes.lower.triton_graph import inline_triton_ops
 

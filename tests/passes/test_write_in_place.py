@@ -12,7 +12,7 @@ from graph_text import shown
 from site_graphs import Finished, SiteGraph
 from torch import fx, nn
 
-from lorafx.kernels.ops.paged_cache import PAGED_CACHE
+from lorafx.kernels.ops.paged_attention import PAGED_CACHE
 from lorafx.op_arguments import TRACED_WRITE
 from lorafx.passes.write_in_place import WriteInPlace
 

@@ -1,5 +1,5 @@
 """Turns on streams of an accelerator: each begins where the one before it has ended. The streams
-here only note who waits for whom; tests/gpu/test_gpu_streams.py has a GPU's."""
+here only note who waits for whom; tests/gpu/test_gpu_copies.py has a GPU's."""
 
 from __future__ import annotations
 

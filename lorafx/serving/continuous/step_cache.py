@@ -19,9 +19,8 @@ from transformers.generation.continuous_batching.cache_allocators import (
 )
 
 from lorafx.errors import ConfigError
-from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PagedStep
-from lorafx.kernels.ops.paged_cache import PAGED_CACHE
-from lorafx.kernels.triton.attention_spec import has_kernels
+from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PAGED_CACHE, PagedStep
+from lorafx.kernels.triton.triton_attention import has_kernels
 
 #: In which its sums in float32 are as exact as attention otherwise is.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,7 +29,7 @@ ATTENDING_DEVICES = ("cpu", "cuda")
 
 
 class LayerPlace(NamedTuple):
-    """Where a layer's part of the cache is; see lorafx.kernels.ops.paged_cache."""
+    """Where a layer's part of the cache is; see lorafx.kernels.ops.paged_attention."""
 
     group: int
     first_key: int

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from dense_merge import error
+from paged_steps import TOLERANCE, paged_step
 from toolchain import needs_compiler
 from torch import Tensor
 from torch.library import opcheck
@@ -14,63 +15,14 @@ from torch.library import opcheck
 from lorafx.errors import LoweringError
 from lorafx.kernels.cpu import attention as module
 from lorafx.kernels.cpu.compiler import runnable_isas
-from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PagedStep
-from lorafx.kernels.ops.paged_cache import paged_cache
+from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PagedStep, paged_cache
 
-#: What each token of a step sees of the 31 rows that are read: a request of one token that has 18,
-#: one of six with nine, one of a first token, and padding.
-SEEN = [(0, 18), *[(18, 27)] * 6, (27, 28), (0, 0)]
-COUNT, TOKENS, PAGE, ROWS = 31, len(SEEN), 4, 60
-SENTINEL = 1
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+#: A token of a request that has 17, six of one with three, a first token.
+REQUESTS = [(1, 17), (6, 3), (1, 0)]
 
 
-def step(
-    dtype: torch.dtype = torch.float32,
-    heads: int = 2,
-    group: int = 1,
-    size: int = 10,
-    ring: bool = False,
-    window: int = 100,
-) -> dict[str, Any]:
-    """The arguments of a step: pages of four rows, keys behind values."""
-    torch.manual_seed(0)
-    query = torch.randn(1, heads * group, TOKENS, size).to(dtype)
-    key, value = torch.randn(2, 1, heads, TOKENS, size).to(dtype)
-    cache = torch.randn(ROWS * heads * size).to(dtype).view(torch.uint8)
-    pages = torch.randperm(ROWS // PAGE // 2)[:, None] * PAGE + torch.arange(PAGE)
-    read = pages.flatten()[:COUNT] if pages.numel() >= COUNT else pages.flatten().repeat(2)[:COUNT]
-    seen = torch.tensor(SEEN)
-    mask = torch.full((1, 1, TOKENS, COUNT), torch.finfo(dtype).min, dtype=dtype)
-    last = 0
-    write = torch.full((TOKENS,), 3)  # where nothing is read
-    for token, (begin, end) in enumerate(SEEN):
-        if end == begin:
-            continue
-        after = sum(other == (begin, end) for other in SEEN[token + 1 :])
-        last = end - after  # causal
-        mask[..., token, max(begin, last - window) : last] = 0
-        if ring:
-            read[last - 1] = SENTINEL
-            write[token] = 20 + token
-        else:
-            write[token] = 20 + token
-            read[last - 1] = write[token]
-    return {
-        "query": query,
-        "key": key,
-        "value": value,
-        "cache": cache,
-        "read": read,
-        "write": write,
-        "seen": seen,
-        "mask": mask,
-        "first_key": 30,
-        "first_value": 0,
-        "sentinel": SENTINEL if ring else -1,
-        "ring": ring,
-        "scale": 0.7 * size**-0.5,
-    }
+def step(**changes: Any) -> dict[str, Any]:
+    return paged_step(REQUESTS, **{"size": 10, "padding": 1, **changes})
 
 
 def wanted(call: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -88,9 +40,10 @@ def wanted(call: dict[str, Any]) -> tuple[Tensor, Tensor]:
         scores = torch.tanh(scores / cap) * cap
     scores = scores + call["mask"].double()
     if sinks is not None:
-        scores = torch.cat([scores, sinks.double()[:, None, None].expand(1, -1, TOKENS, 1)], -1)
-    out = scores.softmax(-1)[..., :COUNT] @ values
-    out[:, :, [begin == end for begin, end in SEEN]] = 0
+        beside = sinks.double()[:, None, None].expand(1, -1, query.shape[2], 1)
+        scores = torch.cat([scores, beside], -1)
+    out = scores.softmax(-1)[..., : keys.shape[2]] @ values
+    out[:, :, call["seen"][:, 0] == call["seen"][:, 1]] = 0
     return out, cache
 
 
@@ -106,7 +59,7 @@ def check(call: dict[str, Any]) -> None:
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "of several heads": {"group": 3, "size": 40},
-    "a window": {"ring": True, "window": 4},
+    "a window": {"window": 4},
     "bfloat16": {"dtype": torch.bfloat16, "group": 2, "size": 64},
     "float16": {"dtype": torch.float16, "heads": 3, "size": 17},
 }
@@ -125,8 +78,7 @@ def test_generated(case: str) -> None:
 def test_caps_and_sinks(case: str, compiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not compiles:
         monkeypatch.setattr(module, "kernel_of", lambda *_: None)
-    call = step(**CASES[case])
-    check({**call, "cap": 0.5, "sinks": torch.randn(call["query"].shape[1])})
+    check(step(**CASES[case], cap=0.5, sinks=True))
 
 
 @needs_compiler
@@ -145,45 +97,34 @@ def test_any_strides() -> None:
     call = step(group=2)
     for name in ("query", "key", "value"):
         call[name] = call[name].mT.contiguous().mT
-    call["mask"] = call["mask"].repeat(1, 1, 1, 2)[..., :COUNT]
+    call["mask"] = call["mask"].repeat(1, 1, 1, 2)[..., : len(call["read"])]
     check(call)
 
 
 @needs_compiler
-def test_what_is_no_number_stays_with_its_request() -> None:
-    call = step()
-    call["key"][:, :, 0] = torch.nan  # of the first request
-    got = PAGED_ATTENTION(**call)
-    assert got[:, :, 0].isnan().all()
-    assert got[:, :, 1:].isfinite().all()
-
-
-@needs_compiler
 @pytest.mark.parametrize("part", ["query", "key"])
-def test_a_request_of_which_no_score_is_a_number_has_no_result(part: str) -> None:
+def test_what_is_no_number_stays_with_its_request(part: str) -> None:
     call = step()
-    call[part][:, :, 0] = torch.nan
-    if part == "key":  # the only one that the request sees
-        call["seen"][0, 0] = call["seen"][0, 1] - 1
+    call[part][:, :, 0] = torch.nan  # of the first request
     got = PAGED_ATTENTION(**call)
     assert got[:, :, 0].isnan().all()
     assert got[:, :, 1:].isfinite().all()
 
 
 @needs_compiler
-@pytest.mark.parametrize(("name", "value"), [("read", ROWS), ("write", -1), ("seen", COUNT + 1)])
+@pytest.mark.parametrize(("name", "value"), [("read", 76), ("write", -1), ("seen", 29)])
 def test_places_outside_of_the_cache(name: str, value: int) -> None:
     call = step()
     before = call["cache"].clone()
     call[name].view(-1)[5] = value
-    with pytest.raises(LoweringError, match=r"outside of a cache of 60 rows or of the 31"):
+    with pytest.raises(LoweringError, match=r"outside of a cache of 76 rows or of the 28"):
         PAGED_ATTENTION(**call)
     assert torch.equal(call["cache"], before)
 
 
-@pytest.mark.parametrize("ring", [True, False])
-def test_opcheck(ring: bool) -> None:
-    opcheck(PAGED_ATTENTION, tuple(step(ring=ring).values()))
+@pytest.mark.parametrize("window", [4, 0])
+def test_opcheck(window: int) -> None:
+    opcheck(PAGED_ATTENTION, tuple(step(window=window).values()))
 
 
 def test_no_tokens() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from toolchain import needs_compiler
 
 from lorafx.kernels.cpu.compiler import Isa, runnable_isas
-from lorafx.kernels.cpu.cpu import build, build_all
-from lorafx.kernels.ops.delta_spec import DeltaSpec
+from lorafx.kernels.cpu.delta_kernels import build, build_all
 
 lora = torch.ops.lorafx
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -66,15 +65,9 @@ def problem(name: str, batch: str, **changes: object) -> Problem:
     )
 
 
-def spec_of(p: Problem) -> DeltaSpec:
-    if p.embedding:
-        return DeltaSpec.of_embedding(p.y, p.A, p.B)
-    return DeltaSpec.linear(p.y, p.x, p.A, p.B, p.ranks, *p.ranges)
-
-
 def run(p: Problem, isa: Isa | None = None) -> torch.Tensor:
     """y after the generated kernel ran on a copy of it."""
-    kernel = build(spec_of(p), isa)
+    kernel = build(p.spec, isa)
     assert kernel is not None
     y = p.y.clone(memory_format=torch.preserve_format)
     op = lora.run_embedding_delta_ if p.embedding else lora.run_delta_
@@ -84,16 +77,8 @@ def run(p: Problem, isa: Isa | None = None) -> torch.Tensor:
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_together() -> None:
-    built = build_all(spec_of(problem(name, "decode")) for name in GRID)
+    built = build_all(problem(name, "decode").spec for name in GRID)
     assert None not in built.values()
-
-
-@pytest.fixture(params=[1, 2, 5])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -111,15 +96,6 @@ def test_against_float64(name: str, batch: str) -> None:
 def test_slots_that_share_room(name: str, batch: str) -> None:
     p = problem(name, batch)
     assert torch.equal(run(sharing_room(p, 2)), run(p))
-
-
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-def test_slots_of_an_embedding_that_share_room(dtype: torch.dtype) -> None:
-    for slots in ((2, -1, 0, 1), (3, 3, 0)):
-        p = random_problem(
-            x_shape=(2, 6), slots=slots, rows=1, sizes=(45,), vocabulary=19, dtypes=(dtype,) * 3
-        )
-        assert torch.equal(run(sharing_room(p, 2)), run(p))
 
 
 def of_two_tests(leading: tuple[int, ...], dtypes: tuple[torch.dtype, ...], **rows: Any) -> Problem:
@@ -174,9 +150,10 @@ def test_embedding(batch: str, dtype: torch.dtype) -> None:
     p = random_problem(
         x_shape=leading, slots=slots, rows=rows, sizes=(45,), vocabulary=19, dtypes=(dtype,) * 3
     )
-    assert_delta(p, run(p))
-    narrow = p.with_(x=p.x.int())
-    assert torch.equal(run(narrow), run(p))
+    y = run(p)
+    assert_delta(p, y)
+    assert torch.equal(run(p.with_(x=p.x.int())), y)
+    assert torch.equal(run(sharing_room(p, 2)), y)
 
 
 @pytest.mark.parametrize("name", ["odd", "three slices", "odd fp16", "hidden 2049"])
@@ -196,16 +173,6 @@ def test_rows_are_independent(name: str, threads: int) -> None:
         assert torch.equal(run(one)[0], together[j, t])
 
 
-def test_threads_do_not_change_a_bit(threads: int) -> None:
-    for name, batch in itertools.product(("rank 256", "three slices"), BATCHES):
-        p = problem(name, batch)
-        result = run(p)
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        assert torch.equal(run(p), result)
-        torch.set_num_threads(before)
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(-1, 3), min_size=6, max_size=80), st.integers(1, 9))
 def test_shares_of_threads_are_all_rows_once(slots: list[int], count: int) -> None:
@@ -222,31 +189,6 @@ def test_shares_of_threads_are_all_rows_once(slots: list[int], count: int) -> No
     finally:
         torch.set_num_threads(before)
     assert_delta(p, shared)
-
-
-LAYOUTS = {
-    "row stride": lambda t: torch.cat([t, t], -1)[..., : t.shape[-1]],
-    "leading transposed": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
-    "features strided": lambda t: t.repeat_interleave(2, -1)[..., ::2],
-    "offset": lambda t: torch.cat([t, t])[t.shape[0] :],
-}
-
-
-@pytest.mark.parametrize("x_layout", LAYOUTS)
-@pytest.mark.parametrize("y_layout", LAYOUTS)
-def test_layouts(x_layout: str, y_layout: str) -> None:
-    p = problem("odd bf16", "prefill")
-    laid = p.with_(x=LAYOUTS[x_layout](p.x), y=LAYOUTS[y_layout](p.y))
-    kernel = build(spec_of(p))
-    expected = run(p)
-    lora.run_delta_(laid.y, laid.x, *p.bank, p.rows, kernel)
-    assert torch.equal(laid.y, expected)
-
-
-def test_broadcast_x() -> None:
-    p = problem("odd", "prefill")
-    shared = p.with_(x=p.x[:1].expand(4, 9, -1))
-    assert_delta(shared, run(shared))
 
 
 def test_unproved_rows() -> None:
@@ -271,7 +213,8 @@ BAD = {
 def test_bad_arguments(message: str) -> None:
     """Refused before y is touched, and no tensor is kept."""
     p = problem("odd", "prefill")
-    kernel = build(spec_of(p))
+    kernel = build(p.spec)
+    run(p)
     p = p.with_(**BAD[message](p))
     before, counts = p.y.clone(), _use_counts((p.y, p.x, *p.bank))
     with pytest.raises(RuntimeError, match=message):
@@ -286,15 +229,6 @@ def test_token_id_outside_the_table() -> None:
         p.x[1, 1] = wrong
         with pytest.raises(RuntimeError, match="a token id is outside the embedding"):
             run(p)
-
-
-def test_calls_keep_no_tensor() -> None:
-    p = problem("odd", "prefill")
-    tensors = (p.y, p.x, *p.bank)
-    kernel, counts = build(spec_of(p)), _use_counts(tensors)
-    for _ in range(3):
-        lora.run_delta_(p.y, p.x, *p.bank, p.rows, kernel)
-    assert _use_counts(tensors) == counts
 
 
 def _use_counts(tensors: Sequence[torch.Tensor]) -> list[int]:

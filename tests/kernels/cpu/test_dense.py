@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.cpu import dense
-from lorafx.kernels.cpu.compiler import Isa, best_isa, runnable_isas
+from lorafx.kernels.cpu.compiler import Isa, runnable_isas
 
 lora = torch.ops.lorafx
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -173,9 +173,3 @@ def test_bad_operands(op, change, message) -> None:
 
 
 _BIAS = torch.randn(9)
-
-
-@needs_compiler
-def test_the_best_instruction_set_has_a_kernel() -> None:
-    assert dense.ready(torch.float32) == dense.generates(best_isa())
-    assert not dense.ready(torch.float64)

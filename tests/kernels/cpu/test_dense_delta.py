@@ -9,22 +9,12 @@ from toolchain import needs_compiler
 from torch import Tensor
 
 from lorafx.errors import LoweringError
-from lorafx.kernels.cpu import cpu, dense, dense_delta
-from lorafx.kernels.ops.delta_spec import DeltaSpec
+from lorafx.kernels.cpu import delta_kernels, dense
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.usefixtures("threads")]
 
 lora = torch.ops.lorafx
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=[1, 3], autouse=True)
-def threads(request):
-    """With one thread there is no region; three share out uneven numbers of units."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
 
 
 def problem_of(slots: list[int], dtype: torch.dtype, **changes) -> Problem:
@@ -34,8 +24,7 @@ def problem_of(slots: list[int], dtype: torch.dtype, **changes) -> Problem:
 
 
 def kernel_of(p: Problem) -> int:
-    spec = DeltaSpec.linear(p.y, p.x, p.A, p.B, p.ranks, p.siblings, p.offsets, p.sizes)
-    kernel = cpu.build(spec)
+    kernel = delta_kernels.build(p.spec)
     assert kernel is not None
     return kernel
 
@@ -60,7 +49,7 @@ def check(p: Problem, x: Tensor | None = None) -> Tensor:
         y = op(*operands)
         apart = y.clone()
         lora.run_delta_(apart, x, *arguments)
-        assert dense_delta.ready(x.dtype)
+        assert dense.joined_ready(x.dtype)
         together = deltas(*operands, *arguments)
         assert together.is_contiguous()
         assert torch.equal(together, apart)
@@ -68,53 +57,34 @@ def check(p: Problem, x: Tensor | None = None) -> Tensor:
     return together
 
 
+MIXES = ([0], [-1] * 3, [0] * 7 + [1, 1, 1, 2, 2, -1, 0, 1], [0, 1, 2, 3, -1] * 12, [1] * 40)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "slots",
-    [
-        [0],
-        [-1, -1, -1],
-        [3, -1, 0],
-        [0] * 7 + [1, 1, 1, 2, 2, -1, 0, 1],
-        [0, 1, 2, 3, -1] * 12,
-        [1] * 40,
-    ],
-    ids=lambda slots: f"{len(slots)} rows",
-)
+@pytest.mark.parametrize("slots", MIXES, ids=len)
 def test_rows_of_all_kinds(slots: list[int], dtype: torch.dtype) -> None:
     """Slots of rank 19 to rank 0 of the second sibling, and columns that fill no vector."""
     check(problem_of(slots, dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_many_columns(dtype: torch.dtype) -> None:
-    """Several shares of columns a thread, ranges that begin within one."""
-    check(problem_of([2, 0, 0, 1, 0, -1, 3, 0], dtype, sizes=(1031, 2, 900)))
-
-
-@pytest.mark.parametrize("rank", [1, 4, 8, 16, 33])
-def test_ranks(rank: int) -> None:
-    check(problem_of([0, 0, 0, 1, 2, -1, 1], torch.float32, max_rank=rank, sizes=(96,)))
-
-
-def test_some_siblings_of_a_bank() -> None:
-    check(problem_of([0, 1, -1, 1], torch.float32, siblings=(2, 0)))
-
-
-def test_several_rows_a_request() -> None:
-    p = problem_of([0, -1, 2], torch.float32, rows=5, x_shape=(15, 133))
-    check(p)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sizes": (1031, 2, 900)},  # several shares of columns a thread, ranges that begin within
+        {"siblings": (2, 0)},
+        {"rows": 5},
+        *({"max_rank": rank, "sizes": (96,)} for rank in (1, 4, 8, 16, 33)),
+    ],
+    ids=str,
+)
+def test_sizes(changes: dict) -> None:
+    check(problem_of([2, 0, 0, 1, 0, -1, 3, 0], torch.float32, **changes))
 
 
 @pytest.mark.parametrize("rows", [0, 64, 65, 200])
 def test_the_library_takes_over_from_some_rows_on(rows: int) -> None:
-    check(
-        problem_of(
-            [0, 1, -1, 2] * (rows // 4) + [0] * (rows % 4) or [0],
-            torch.float32,
-            x_shape=(rows, 133),
-        )
-    )
+    slots = [0, 1, -1, 2] * (rows // 4) + [0] * (rows % 4) or [0]
+    check(problem_of(slots, torch.float32, x_shape=(rows, 133)))
 
 
 def test_x_that_is_a_view() -> None:
@@ -149,7 +119,7 @@ def test_slots_that_are_none(slots: list[int]) -> None:
 def test_kernels_that_are_none() -> None:
     p = problem_of([0, 1], torch.float32)
     (_, weight), _ = base_of(p), kernel_of(p)
-    assert dense_delta.ready(torch.float32)
+    assert dense.joined_ready(torch.float32)
     with pytest.raises((RuntimeError, LoweringError), match="kernel"):
         lora.dense_mm_delta(p.x, weight, [], *p.bank, 1, 12345)
     other = problem_of([0, 1], torch.float32, sizes=(14, 20))
@@ -170,17 +140,10 @@ def test_opcheck(bias: bool) -> None:
 
 def test_before_the_kernels_are_there(monkeypatch) -> None:
     """The ops' own implementations, which also run off the CPU."""
-    monkeypatch.setattr(dense_delta, "ready", lambda dtype: False)
+    monkeypatch.setattr(dense, "joined_ready", lambda dtype: False)
     p = problem_of([0, -1, 1], torch.float32)
     (bias, weight), kernel = base_of(p), kernel_of(p)
-    for got, y in (
-        (
-            dense_delta.dense_mm_delta(p.x, weight, [], p.bank, 1, kernel),
-            dense.dense_mm(p.x, weight, []),
-        ),
-        (
-            dense_delta.dense_addmm_delta(bias, p.x, weight, [], p.bank, 1, kernel),
-            dense.dense_addmm(bias, p.x, weight, []),
-        ),
-    ):
-        assert_delta(p.with_(y=y), got)
+    got = dense.dense_mm_delta(p.x, weight, [], p.bank, 1, kernel)
+    assert_delta(p.with_(y=dense.dense_mm(p.x, weight, [])), got)
+    got = dense.dense_addmm_delta(bias, p.x, weight, [], p.bank, 1, kernel)
+    assert_delta(p.with_(y=dense.dense_addmm(bias, p.x, weight, [])), got)

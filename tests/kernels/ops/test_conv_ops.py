@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.library import opcheck
 
 from lorafx.errors import LoweringError, ProvenanceError
-from lorafx.kernels.ops.bank_arguments import BankArgs
 from lorafx.kernels.ops.conv_ops import Window, add_conv_delta
+from lorafx.kernels.ops.op_library import BankArgs
 
 pytestmark = pytest.mark.quick
 
@@ -91,14 +91,8 @@ def test_factors_beyond_a_rank_and_rows_of_the_base_are_not_read(name: str) -> N
     x[2:4] = torch.inf
     for by_slot in (True, False):
         out = y.clone()
-        add_conv_delta(
-            out,
-            x,
-            BankArgs(*args[2:7]),
-            rows,
-            Window(*(tuple(part) for part in window)),
-            by_slot=by_slot,
-        )
+        bank = BankArgs(*args[2:7])
+        add_conv_delta(out, x, bank, rows, Window(*map(tuple, window)), by_slot=by_slot)
         torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
     assert slots.tolist() == [1, -1, 0, 2]
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.library import opcheck
 
 from lorafx.errors import LoweringError, ProvenanceError
-from lorafx.kernels.ops.bank_arguments import BankArgs, Ranges
 from lorafx.kernels.ops.grouped_ops import Blocks, add_grouped_delta
+from lorafx.kernels.ops.op_library import BankArgs, Ranges
 
 pytestmark = pytest.mark.quick
 
@@ -115,15 +115,8 @@ def test_every_cut_in_every_layout(cut: str, lead: str, over_out: bool) -> None:
         assert torch.equal(args[1], before)
         masked = args[1].clone()
         blocks = Blocks(args[12], tuple(args[13]), tuple(args[14]), over_out)
-        add_grouped_delta(
-            masked,
-            args[0],
-            BankArgs(*args[2:7]),
-            Ranges(*args[7:10]),
-            *args[10:12],
-            blocks,
-            by_slot=False,
-        )
+        bank_and_ranges = BankArgs(*args[2:7]), Ranges(*args[7:10])
+        add_grouped_delta(masked, args[0], *bank_and_ranges, *args[10:12], blocks, by_slot=False)
         torch.testing.assert_close(masked.double(), want, rtol=1e-5, atol=1e-5)
 
 
@@ -148,15 +141,8 @@ def test_factors_beyond_a_rank_and_other_requests_rows_are_not_read() -> None:
     for by_slot in (True, False):
         out = y.clone()
         blocks = Blocks(args[12], tuple(args[13]), tuple(args[14]), False)
-        add_grouped_delta(
-            out,
-            *args[:1],
-            BankArgs(*args[2:7]),
-            Ranges(*args[7:10]),
-            *args[10:12],
-            blocks,
-            by_slot=by_slot,
-        )
+        bank_and_ranges = BankArgs(*args[2:7]), Ranges(*args[7:10])
+        add_grouped_delta(out, x, *bank_and_ranges, *args[10:12], blocks, by_slot=by_slot)
         torch.testing.assert_close(out, clean)
 
 
@@ -170,12 +156,7 @@ def test_unproved_rows_and_misfits_are_told() -> None:
 
 @pytest.mark.parametrize("over_out", [False, True], ids=["over in", "over out"])
 def test_opcheck(over_out: bool) -> None:
-    args = arguments(
-        "the first rows of each group",
-        over_out=over_out,
-        parts=SIZES,
-        lead=LEADS[1],
-        dtype=torch.float32,
-    )
+    settings = {"parts": SIZES, "lead": LEADS[1], "dtype": torch.float32}
+    args = arguments("the first rows of each group", over_out=over_out, **settings)
     result = opcheck(torch.ops.lorafx.grouped_site, args)
     assert set(result.values()) == {"SUCCESS"}

@@ -10,8 +10,7 @@ from delta_oracle import Problem, assert_delta, random_problem
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
-from lorafx.kernels.cpu.cpu import delta_call, embedding_delta_call
-from lorafx.kernels.ops.delta_spec import DeltaSpec
+from lorafx.kernels.cpu.delta_kernels import delta_call, embedding_delta_call
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +20,7 @@ def _fresh() -> None:
 
 def traced(p: Problem, aten: bool = False) -> Callable[..., Tensor]:
     """(x, weight, *bank) -> x W + delta, by the op that `lower` would choose."""
-    spec = DeltaSpec.linear(p.y, p.x, p.A, p.B, p.ranks, *p.ranges)
+    spec = p.spec
     kernel = None if aten else delta_call(spec, p.y, p.x, *p.bank, rows=p.rows)[1][-1]
 
     def function(x: Tensor, weight: Tensor, *bank: Tensor) -> Tensor:
@@ -69,26 +68,10 @@ def test_one_graph_for_every_batch_size() -> None:
                 assert_delta(with_product(q, weight), y)
 
 
-def test_an_argument_is_mutated_in_place() -> None:
-    p = random_problem(x_shape=(12, 7), slots=(2, -1, 0, 1), rows=3)
-    spec = DeltaSpec.linear(p.y, p.x, p.A, p.B, p.ranks, *p.ranges)
-
-    y, kernel = p.y.clone(), delta_call(spec, p.y, p.x, *p.bank, rows=3)[1][-1]
-
-    def function(y: Tensor, x: Tensor, *bank: Tensor) -> Tensor:
-        torch.ops.lorafx.run_delta_(y, x, *bank, 3, kernel)
-        return y + 1
-
-    with torch.no_grad():
-        out = torch.compile(function, fullgraph=True)(y, p.x, *p.bank)
-    assert_delta(p, y)
-    assert torch.equal(out, y + 1)
-
-
 def test_embedding() -> None:
     e = random_problem(x_shape=(4, 3), slots=(2, -1, 0, 1), rows=3, sizes=(9,), vocabulary=11)
     weight = torch.randn(11, 9)
-    spec = DeltaSpec.of_embedding(e.y, e.A, e.B)
+    spec = e.spec
     kernel = embedding_delta_call(spec, e.y, e.x, *e.bank, rows=3)[1][-1]
 
     def function(ids: Tensor, weight: Tensor, *bank: Tensor) -> Tensor:

@@ -14,35 +14,22 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from delta_oracle import Problem, assert_delta, random_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import (
-    LAYOUTS,
-    elements_apart,
-    large,
-    last_first,
-)
+from layouts import LAYOUTS, large, last_first
 from toolchain import needs_compiler
 from torch import Tensor
 
-from lorafx.kernels.cpu.cpu import build
-from lorafx.kernels.ops.delta_spec import DeltaSpec
+from lorafx.kernels.cpu.delta_kernels import build
 
 lora = torch.ops.lorafx
-
-
-def spec_of(p: Problem) -> DeltaSpec:
-    if p.embedding:
-        return DeltaSpec.of_embedding(p.y, p.A, p.B)
-    return DeltaSpec.linear(p.y, p.x, p.A, p.B, p.ranks, *p.ranges)
 
 
 def add(p: Problem, *, generated: bool) -> Tensor:
     """y after the delta was added into a copy of it of the same strides."""
     y = torch.empty_strided(p.y.shape, p.y.stride()).copy_(p.y)
-    kernel = build(spec_of(p)) if generated else 0
+    kernel = build(p.spec) if generated else 0
     assert kernel is not None
     if p.embedding:
         lora.add_embedding_delta_(y, p.x, *p.bank, p.rows, kernel)
@@ -88,27 +75,16 @@ def problems(draw: st.DrawFn, vocabulary: int | None = None) -> Problem:
 @pytest.mark.parametrize("vocabulary", [None, 23])
 @settings(deadline=None, max_examples=50)
 @given(data=st.data())
-def test_aten_takes_any_strides(vocabulary: int | None, data: st.DataObject) -> None:
-    """x, y, A, B, ranks, scales and slots, each laid out at random."""
+def test_any_strides(vocabulary: int | None, data: st.DataObject) -> None:
+    """Aten takes x, y, A, B, ranks, scales and slots laid out at random, generated code x and y."""
     p = data.draw(problems(vocabulary))
     fields = ("x", "y", "A", "B", "ranks", "scales", "slots")
     laid = p.with_(**{name: data.draw(strided(getattr(p, name))) for name in fields})
     assert_delta(p, add(laid, generated=False))
-
-
-@needs_compiler
-@pytest.mark.parametrize("vocabulary", [None, 23])
-@settings(deadline=None, max_examples=50)
-@given(data=st.data())
-def test_generated_kernels_take_any_strides_of_x_and_y(
-    vocabulary: int | None, data: st.DataObject
-) -> None:
-    p = data.draw(problems(vocabulary))
-    laid = p.with_(x=data.draw(strided(p.x)), y=data.draw(strided(p.y)))
-    kernel = build(spec_of(p))
-    assert kernel is not None
-    op = lora.run_embedding_delta_ if p.embedding else lora.run_delta_
-    op(laid.y, laid.x, *laid.bank, p.rows, kernel)
+    if (kernel := build(p.spec)) is None:
+        return  # no compiler
+    op = lora.run_embedding_delta_ if vocabulary else lora.run_delta_
+    op(laid.y, laid.x, *p.bank, p.rows, kernel)
     assert torch.equal(laid.y, add(p, generated=True))
 
 
@@ -134,10 +110,10 @@ def test_generated_kernels_take_some_siblings_of_a_bank() -> None:
 @needs_compiler
 def test_a_transposed_bank_is_refused_by_kernels_and_served_by_aten() -> None:
     p = random_problem(x_shape=(5, 19), slots=(2, -1, 0), rows=1, sizes=(11,))
-    kernel = build(spec_of(p))
+    kernel = build(p.spec)
     for name in ("A", "B"):
         laid = p.with_(**{name: last_first(getattr(p, name))})
-        assert build(spec_of(laid)) is None
+        assert build(laid.spec) is None
         assert_delta(laid, add(laid, generated=False))
         with pytest.raises(RuntimeError, match="A and B are not a bank of the kernel's"):
             lora.run_delta_(p.y, p.x, *laid.bank, p.rows, kernel)
@@ -170,26 +146,6 @@ def test_aten_copies_nothing_for_a_layout(layout: str, tensor: str) -> None:
         assert large(lambda: call(laid), least) == wanted
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_fused_linear_copies_what_the_base_does(layout: str) -> None:
-    p = big_problem()
-    torch.manual_seed(0)
-    weight, bias = torch.randn(300, 400), elements_apart(torch.randn(300))
-    least = min(t.nbytes for t in (p.x, p.A, p.B, weight))
-
-    def fused(x: Tensor, w: Tensor) -> Tensor:
-        return lora.fused_linear(x, w, bias, *p.bank, *p.ranges, p.rows, False)
-
-    def extra(x: Tensor, w: Tensor) -> int:
-        return large(lambda: fused(x, w), least) - large(lambda: F.linear(x, w, bias), least)
-
-    lay = LAYOUTS[layout]
-    for x, w in ((lay(p.x), weight), (p.x, lay(weight)), (p.x[:1].expand(6, 50, 400), weight)):
-        assert extra(x, w) == extra(p.x, weight)
-        base = F.linear(x, w, bias)
-        assert_delta(p.with_(x=x, y=base), fused(x, w))
-
-
 def peak_growth(call: Callable[[], Any]) -> int:
     """Bytes by which the process's memory grows while `call` runs, malloc's included."""
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -215,7 +171,7 @@ def test_a_generated_kernel_allocates_its_scratch_only(layout: str) -> None:
     p = random_problem(x_shape=(16, 256, 1024), slots=(0, 1, -1, 2), rows=256, sizes=(1024,))
     lay = LAYOUTS[layout]
     laid = p.with_(x=lay(p.x), y=lay(p.y))
-    kernel = build(spec_of(p))
+    kernel = build(p.spec)
     expected = add(p, generated=True)
 
     def call() -> None:

@@ -10,11 +10,10 @@ from delta_oracle import Problem, assert_delta, dense_delta, random_problem
 from torch import Tensor
 from torch.library import opcheck
 
-import lorafx.kernels.ops.ops  # noqa: F401  registers them
+import lorafx.kernels.ops.linear_ops  # noqa: F401  registers them
 from lorafx.errors import BatchError, LoweringError, ProvenanceError
-from lorafx.kernels.cpu.cpu import build
+from lorafx.kernels.cpu.delta_kernels import build
 from lorafx.kernels.ops.delta import add_embedding_delta, add_linear_delta
-from lorafx.kernels.ops.delta_spec import DeltaSpec
 
 pytestmark = pytest.mark.quick
 
@@ -37,9 +36,9 @@ def live(problem: Problem) -> Problem:
 
 
 CASES = (
-    *("site", "site with weight", "embedding_site", "fused_linear", "fused_linear, x W"),
-    *("add_delta_", "add_delta_ by kernel", "run_delta_", "run_embedding_delta_"),
-    *("add_embedding_delta_", "add_embedding_delta_ by kernel"),
+    *("site of several parts", "site with weight", "embedding_site", "fused_linear"),
+    *("fused_linear, x W", "add_delta_", "run_delta_", "add_embedding_delta_"),
+    "run_embedding_delta_",
 )
 
 
@@ -49,10 +48,9 @@ def cases() -> dict[str, tuple[object, tuple[object, ...]]]:
     weight, bias = torch.randn(sum(p.sizes), 7), torch.randn(sum(p.sizes))
     y = p.y[..., p.offsets[1] :]
     second = ([1], [p.offsets[1]], [y.shape[-1]])
-    kernel = build(DeltaSpec.linear(p.y, p.x, p.A, p.B, p.ranks, *p.ranges))
-    table = build(DeltaSpec.of_embedding(e.y, e.A, e.B))
+    kernel = build(p.spec)
+    table = build(e.spec)
     return {
-        "site": (lora.site, (p.x, y, *p.bank, *second, p.rows)),
         "site of several parts": (lora.site, (p.x, p.y, *p.bank, *p.ranges, p.rows)),
         "site with weight": (lora.site, (p.x, y, *p.bank, *second, 3, weight, bias)),
         "embedding_site": (lora.embedding_site, (e.x, e.y, *e.bank, e.rows)),
@@ -62,12 +60,7 @@ def cases() -> dict[str, tuple[object, tuple[object, ...]]]:
             (p.x, weight.T.contiguous(), None, *p.bank, *p.ranges, 3, True),
         ),
         "add_delta_": (lora.add_delta_, (p.y, p.x, *p.bank, *p.ranges, 3, 0)),
-        "add_delta_ by kernel": (lora.add_delta_, (p.y, p.x, *p.bank, *p.ranges, 3, kernel)),
         "add_embedding_delta_": (lora.add_embedding_delta_, (e.y, e.x, *e.bank, 3, 0)),
-        "add_embedding_delta_ by kernel": (
-            lora.add_embedding_delta_,
-            (e.y, e.x, *e.bank, 3, table),
-        ),
         "run_delta_": (lora.run_delta_, (p.y, p.x, *p.bank, 3, kernel)),
         "run_embedding_delta_": (lora.run_embedding_delta_, (e.y, e.x, *e.bank, 3, table)),
     }
@@ -90,16 +83,11 @@ DTYPES = {
 
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("grouped", [True, False])
-def test_aten_linear(dtypes: tuple[torch.dtype, ...], grouped: bool) -> None:
+def test_aten(dtypes: tuple[torch.dtype, ...], grouped: bool) -> None:
     p = linear(dtypes=dtypes, x_shape=(12, 7), sizes=(13, 17, 4), siblings=(2, 0))
     y = p.y.clone()
     add_linear_delta(y, p.x, p.bank, p.ranges, p.rows, grouped=grouped)
     assert_delta(p, y)
-
-
-@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("grouped", [True, False])
-def test_aten_embedding(dtypes: tuple[torch.dtype, ...], grouped: bool) -> None:
     e = embedding(dtypes=dtypes, x_shape=(12,))
     y = e.y.clone()
     add_embedding_delta(y, e.x, e.bank, e.rows, grouped=grouped)
@@ -132,13 +120,6 @@ def test_fused_linear_is_linear_and_delta() -> None:
     for argument, swapped in ((weight, False), (weight.T, True)):
         out = lora.fused_linear(p.x, argument.float(), bias, *p.bank, *p.ranges, 3, swapped)
         torch.testing.assert_close(out, expected.float(), rtol=1e-5, atol=1e-5)
-
-
-def test_add_delta_writes_through_any_strides() -> None:
-    p = linear(x_shape=(3, 4, 7), rows=4, slots=(2, -1, 0))
-    y = p.y.transpose(0, 1).contiguous().transpose(0, 1)
-    lora.add_delta_(y, p.x, *p.bank, *p.ranges, p.rows, 0)
-    assert_delta(p, y)
 
 
 def test_rows_not_traced_to_requests() -> None:

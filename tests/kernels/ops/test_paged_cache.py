@@ -12,7 +12,7 @@ from transformers.generation.continuous_batching.cache_allocators import FullAtt
 from transformers.generation.continuous_batching.distributed import DistributedHelper
 
 from lorafx import ConfigError
-from lorafx.kernels.ops.paged_cache import PAGED_CACHE
+from lorafx.kernels.ops.paged_attention import PAGED_CACHE
 from lorafx.serving.continuous.step_cache import StepCache
 
 pytestmark = pytest.mark.quick

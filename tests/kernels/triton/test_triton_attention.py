@@ -11,18 +11,15 @@ from compile_only_gpu import compile_only_gpu
 from dense_merge import error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from on_ptx import launch as launch_ptx
 from paged_steps import TOLERANCE, paged_step
 from torch import Tensor
 
 from lorafx.kernels.ops.paged_attention import PagedStep, by_request
-from lorafx.kernels.triton import attention_spec
 from lorafx.kernels.triton import triton_attention as module
-from lorafx.kernels.triton.attention_spec import FEW, PagedAttentionSpec, parts_for
+from lorafx.kernels.triton.generated import GeneratedKernel
 from lorafx.kernels.triton.launchers import launch_interpreted
-from lorafx.kernels.triton.triton_attention import attend
-from lorafx.kernels.triton.triton_cache import GeneratedKernel
-from lorafx.kernels.triton.triton_tiles import ARCHITECTURES, Architecture
+from lorafx.kernels.triton.tiles import ARCHITECTURES, Architecture
+from lorafx.kernels.triton.triton_attention import FEW, PagedAttentionSpec, attend
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -73,11 +70,6 @@ def test_mixed_steps(case: str) -> None:
     check(paged_step(MIXED, **changes), parts=parts)
 
 
-def test_a_chunk_of_several_tiles() -> None:
-    """A tile ends at a multiple of its tokens, and at the end of a request."""
-    check(paged_step([(3, 2), (35, 9), (1, 4)], heads=1))
-
-
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_any_step(data: st.DataObject) -> None:
@@ -97,15 +89,6 @@ def test_any_step(data: st.DataObject) -> None:
         seed=data.draw(st.integers(0, 99), label="seed"),
     )
     check(call, parts=data.draw(st.sampled_from([1, 2, 5]), label="parts"))
-
-
-def test_layouts_that_models_have() -> None:
-    """Heads before tokens; keys and queries in one buffer; a mask that is part of a larger one."""
-    call = paged_step(MIXED, group=2)
-    call["query"] = call["query"].contiguous()
-    call["key"], call["value"] = torch.cat([call["key"], call["value"]], 3).split(16, 3)
-    call["mask"] = torch.nn.functional.pad(call["mask"], (0, 5))[..., :-5]
-    check(call)
 
 
 def test_what_is_no_number_stays_with_its_request() -> None:
@@ -153,16 +136,6 @@ def test_what_has_no_kernel() -> None:
     assert PagedAttentionSpec.of(step._replace(query=step.query.repeat(1, 65, 1, 1))) is None
 
 
-def test_parts_of_keys() -> None:
-    """More where there are fewer programs than processors, never of fewer than 256 keys."""
-    arch = ARCHITECTURES["cuda90"]
-    assert parts_for(arch.processors * 2, 100_000, arch) == 1
-    assert parts_for(8, 100_000, arch) == attention_spec.MOST_PARTS
-    assert parts_for(8, 1000, arch) == 3
-    assert parts_for(64, 100_000, arch) == 5
-    assert FEW > 1
-
-
 def test_one_binary_for_all_steps() -> None:
     """Sizes of a step, places of a layer: neither is compiled for, not even where one is 1."""
     binaries: dict[str, set[int]] = {}
@@ -206,27 +179,3 @@ def test_all_that_steps_need_is_compiled_at_the_first(monkeypatch: pytest.Monkey
     assert len(compiled) == count
     assert set(launched) <= set(compiled)
     assert len(set(launched)) == 5  # write_new, attend for few and for many, in parts, their sum
-
-
-@pytest.mark.parametrize(
-    ("parts", "changes"),
-    [
-        (1, {"size": 16, "group": 4, "heads": 1, "dtype": BF16}),
-        (1, {"size": 12, "group": 3, "heads": 1, "dtype": FP16, "cap": 0.5, "sinks": True}),
-        (2, {"size": 20, "window": 5, "dtype": BF16, "sinks": True}),
-        (1, {"size": 10, "group": 2, "heads": 1}),
-    ],
-    ids=["groups", "caps and sinks", "windows in parts", "float32"],
-)
-def test_compiled_for_hopper(parts: int, changes: dict[str, Any]) -> None:
-    """What is compiled for a step of few tokens, run from its PTX: rows that begin anywhere."""
-    with compile_only_gpu():
-        call = paged_step([(2, 70), (1, 9), (3, 0)], **changes)
-        check(call, launch=launch_ptx, arch=ARCHITECTURES["cuda90"], parts=parts)
-
-
-def test_tiles_of_many_compiled_for_ampere() -> None:
-    """Whose matrix instructions the machine has. The first tile of the chunk is not full."""
-    with compile_only_gpu(80):
-        call = paged_step([(2, 70), (21, 30), (3, 0)], dtype=BF16, heads=1, group=3, size=40)
-        check(call, launch=launch_ptx, arch=ARCHITECTURES["cuda80"], few=False)

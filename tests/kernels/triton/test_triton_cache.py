@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,21 +15,13 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import interpreter
-from triton_cases import CPU, STRATEGIES, kernel_of, make_case, run
+from triton_cases import STRATEGIES, kernel_of, make_case, run
 
 from lorafx.errors import LoweringError
-from lorafx.kernels.tools.attention_variants import attention_specs
-from lorafx.kernels.tools.triton_variants import (
-    expert_specs,
-    representative_specs,
-    variants_for_aot,
-)
-from lorafx.kernels.triton import triton_cache
-from lorafx.kernels.triton.strategy_tiles import TUNED, tiles_for, tuning_key
-from lorafx.kernels.triton.triton_build import LINEAR, STRATEGY_KERNELS, build, plan_of, source_of
-from lorafx.kernels.triton.triton_source import generator_hash, hash_of, source
-from lorafx.kernels.triton.triton_tiles import ARCHITECTURES
-from lorafx.torch_internals import triton_compat
+from lorafx.kernels.triton import generated
+from lorafx.kernels.triton.build import LINEAR, ORDER_TILES, STRATEGY_KERNELS, source_of
+from lorafx.kernels.triton.strategy_tiles import tiles_for
+from lorafx.kernels.triton.tiles import ARCHITECTURES
 
 HELPERS = Path(__file__).parents[2] / "helpers"
 PROCESS = """
@@ -39,8 +29,8 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from triton_cases import kernel_of, make_case, run
 if "--no-templates" in sys.argv:
-    from lorafx.kernels.triton import triton_cache
-    del triton_cache.source
+    from lorafx.kernels.triton import generated
+    del generated.source
 case = make_case(K=24, sizes=(13, 8), slots=(2, -1, 0), rows=2, rank=4)
 print(kernel_of(case, "segments"), run(case, "segments").double().sum().item())
 """
@@ -69,65 +59,17 @@ def test_a_second_process_generates_nothing(tmp_path: Path) -> None:
     assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "triton").glob("*.py")}
 
 
-@pytest.fixture
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def test_a_damaged_file_is_an_error_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LORAFX_CACHE_DIR", str(tmp_path))
-    return tmp_path / "triton"
-
-
-def test_a_damaged_file_is_an_error_that_names_it(own_cache: Path) -> None:
-    spec = make_case(K=24, sizes=(15,), slots=(0,)).spec
-    arch = ARCHITECTURES["interpreter"]
+    spec, arch = make_case(K=24, sizes=(15,), slots=(0,)).spec, ARCHITECTURES["interpreter"]
     tiles = tiles_for("segments", spec.delta, 1, arch)["shrink"]
-    own_cache.mkdir()
-    key = triton_cache.key_of("shrink", spec, tiles, arch)
-    (own_cache / f"shrink_{key}.py").write_text("def shrink(")
+    key = generated.key_of("shrink", spec, tiles, arch)
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / f"shrink_{key}.py").write_text("def shrink(")
     with pytest.raises(LoweringError, match=f"shrink_{key}.py cannot be imported"):
-        triton_cache.load("shrink", spec, tiles, arch)
-
-
-def test_what_an_id_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Templates, versions, sizes, tiles and architecture; not the process."""
-    spec = make_case(K=24, sizes=(15,), slots=(0,)).spec
-    arch = ARCHITECTURES["interpreter"]
-    tiles = tiles_for("segments", spec.delta, 1, arch)["shrink"]
-    keys = {
-        triton_cache.key_of("shrink", spec, tiles, arch),
-        triton_cache.key_of("shrink", replace(spec, bias=not spec.bias), tiles, arch),
-        triton_cache.key_of("shrink", spec, replace(tiles, block_m=128), arch),
-        triton_cache.key_of("shrink", spec, tiles, ARCHITECTURES["cuda90"]),
-    }
-    monkeypatch.setattr(triton_cache, "generator_hash", lambda: "another template")
-    keys.add(triton_cache.key_of("shrink", spec, tiles, arch))
-    monkeypatch.setattr(triton_compat, "version", lambda: "0")
-    keys.add(triton_cache.key_of("shrink", spec, tiles, arch))
-    assert len(keys) == 6
-
-
-def test_the_generator_hash_covers_the_templates(tmp_path: Path) -> None:
-    package = Path(triton_cache.__file__).parent
-    shutil.copytree(package / "templates", tmp_path / "templates")
-    shutil.copy(package / "triton_source.py", tmp_path)
-    assert hash_of(tmp_path) == generator_hash()
-    with (tmp_path / "templates" / "macros.jinja").open("a") as macros:
-        macros.write("{# changed #}")
-    assert hash_of(tmp_path) != generator_hash()
-
-
-def test_tuned_tiles_go_first() -> None:
-    spec = make_case(K=56, sizes=(40,), slots=(0,)).spec
-    arch = ARCHITECTURES["interpreter"]
-    key = tuning_key("recompute", arch, spec.delta, 3)
-    untuned = build(spec, "recompute", rows_hint=3, device=CPU)
-    assert untuned is not None
-    tiles = replace(plan_of(untuned).kernels["recompute"].tiles, block_n=16)
-    TUNED[key] = {"recompute": tiles}
-    try:
-        tuned = build(spec, "recompute", rows_hint=4, device=CPU)  # of the same power of two
-        assert tuned is not None
-        assert plan_of(tuned).kernels["recompute"].tiles == tiles
-    finally:
-        del TUNED[key]
+        generated.load("shrink", spec, tiles, arch)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -172,33 +114,8 @@ def test_interpreting_leaves_triton_as_it_was() -> None:
         run(case, strategy)
     assert names() == before
     assert interpreter.interpreter_builder.options is options
-    variant = next(iter(variants_for_aot("cuda90")))
-    compiled = triton.compile(
-        ASTSource(variant.function, variant.signature, {}, variant.attributes),
-        target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
-    )
+    order = generated.load("order", None, ORDER_TILES, ARCHITECTURES["cuda90"])
+    signature = {"slots_ptr": "*i32", "order_ptr": "*i32", "count": "i32"}
+    source = ASTSource(order.jit, signature, {})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
     assert compiled.asm["cubin"]
-
-
-@pytest.mark.parametrize("arch", ["cuda80", "cuda90", "cuda100", "gfx942"])
-def test_variants(arch: str) -> None:
-    """Every strategy of every spec, each with a signature that fits its function."""
-    variants = list(variants_for_aot(arch, rows=(1, 4096)))
-    assert len({v.name for v in variants}) == len(variants)
-    strategies = {v.name.partition("/")[0] for v in variants}
-    assert strategies == {"order", "paged_attention", *STRATEGY_KERNELS}
-    for v in variants:
-        assert list(v.signature) == v.function.arg_names
-        pointers = [name for name, kind in v.signature.items() if kind.startswith("*")]
-        assert all(name.endswith("_ptr") for name in pointers)
-    specs = {v.name.split("/")[2] for v in variants if "/" in v.name}
-    of_linears = {*representative_specs(), *expert_specs()}
-    assert specs == {*of_linears, *attention_specs()}
-
-
-def test_one_template_serves_all_strategies_of_the_product() -> None:
-    spec = make_case(K=72, sizes=(40,), slots=(0,)).spec
-    tiles = tiles_for("recompute", spec.delta, 1, ARCHITECTURES["cuda90"])["recompute"]
-    for kernel in ("epilogue", "recompute", "expand", "reduce"):
-        assert source(kernel, spec, tiles).startswith('"""Generated from linear.py.jinja')

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from delta_oracle import Problem, random_problem, sharing_room
+from delta_oracle import random_problem, sharing_room
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton_cases import BF16, FP16, FP32, Case, assert_right, run
@@ -12,17 +12,8 @@ from triton_cases import BF16, FP16, FP32, Case, assert_right, run
 
 def embedding(slots: tuple[int, ...], rows: int, M: int | None = None, **changes: object) -> Case:
     M = len(slots) * rows if M is None else M
-    problem: Problem = random_problem(
-        **{
-            "x_shape": (M,),
-            "slots": slots,
-            "rows": rows,
-            "sizes": (45,),
-            "vocabulary": 19,
-            **changes,
-        }
-    )
-    return Case(problem, torch.empty(0))
+    sizes = {"x_shape": (M,), "sizes": (45,), "vocabulary": 19}
+    return Case(random_problem(slots=slots, rows=rows, **sizes, **changes), torch.empty(0))
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)

@@ -10,31 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton_cases import (
     BF16,
-    FP16,
     FP32,
+    LINEARS,
     STRATEGIES,
     Case,
     assert_right,
-    base_product,
     kernel_of,
     make_case,
     run,
 )
 
-from lorafx.kernels.ops.bank_arguments import BankArgs
+from lorafx.kernels.ops.op_library import BankArgs
+from lorafx.kernels.triton.build import ORDER_TILES
+from lorafx.kernels.triton.generated import load
+from lorafx.kernels.triton.launch import LaunchArgs
 from lorafx.kernels.triton.launchers import launch_interpreted
 from lorafx.kernels.triton.strategy_tiles import tiles_for
-from lorafx.kernels.triton.triton_build import LINEAR, ORDER_TILES, plan_of
-from lorafx.kernels.triton.triton_cache import load
-from lorafx.kernels.triton.triton_launch import (
-    Base,
-    LaunchArgs,
-    linear,
-    linear_reference,
-    shrink,
-    shrink_reference,
-)
-from lorafx.kernels.triton.triton_tiles import ARCHITECTURES
+from lorafx.kernels.triton.tiles import ARCHITECTURES
 
 ALL_ALIKE = 1 << 62
 INTERPRETER = ARCHITECTURES["interpreter"]
@@ -62,18 +54,18 @@ def test_any_map_of_rows(strategy: str, data: st.DataObject) -> None:
     assert_right(case, name, run(case, name, sorted_tiles(case, name) if ordering else None))
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("strategy", LINEARS)
 def test_rows_do_not_see_their_neighbours(strategy: str, dtype: torch.dtype) -> None:
     """Bit-equal with every other row's adapter changed; base rows have the base's own bits."""
     slots = (2, -1, 0, 1, 2, 3)
-    case = make_case(K=90, sizes=(33, 20), slots=slots, rows=2, rank=9, dtypes=(dtype,) * 3)
+    case = make_case(K=96, sizes=(33, 20), slots=slots, rows=2, rank=9, dtypes=(dtype,) * 3)
     p = case.problem
     together = run(case, strategy)
     assert torch.equal(together, run(case, strategy))
     base = run(case.with_(slots=torch.full_like(p.slots, -1)), strategy)
     assert torch.equal(together[2:4], base[2:4])
-    if strategy not in LINEAR:
+    if strategy in ("segments", "gemv"):
         assert torch.equal(base, p.y)
     for request, slot in ((0, 2), (3, 1), (5, 3)):
         alone = torch.full_like(p.slots, -1)
@@ -93,10 +85,11 @@ def test_sorting_changes_no_bit(strategy: str) -> None:
     assert torch.equal(run(case, strategy, tiles), run(case, strategy, unsorted))
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_infinite_adapters_stay_in_their_rows(strategy: str) -> None:
-    """An adapter that overflowed spoils its own requests only."""
-    case = make_case(K=32, sizes=(20,), slots=(0, 1, -1), rows=2, rank=4)
+def test_infinite_adapters_stay_in_their_rows(strategy: str, dtype: torch.dtype) -> None:
+    """An adapter that overflowed spoils its own requests only, though slots share a product."""
+    case = make_case(K=32, sizes=(20,), slots=(0, 1, -1), rows=2, rank=4, dtypes=(dtype,) * 3)
     expected = run(case, strategy)
     broken = case.problem.B.clone()
     broken[1] = torch.inf
@@ -135,48 +128,3 @@ def test_order(slots: list[int]) -> None:
     batch = LaunchArgs.of(len(slots), bank, 1, kernel, launch_interpreted)
     assert batch.order is not None
     assert torch.equal(batch.order, torch.argsort(tensor, stable=True).to(torch.int32))
-
-
-@pytest.mark.parametrize("strategy", ["segments", "gemv"])
-def test_shrink_alone(strategy: str) -> None:
-    """v against its reference, wherever a row's adapter has a factor."""
-    case = make_case(K=70, sizes=(9, 9, 9), slots=(2, -1, 0, 1), rows=3, rank=5, siblings=(2, 0))
-    p, spec = case.problem, plan_of(kernel_of(case, strategy)).spec
-    kernel = next(iter(plan_of(kernel_of(case, strategy)).kernels.values()))
-    batch = LaunchArgs.of(12, p.bank, p.rows, None, launch_interpreted)
-    v = shrink(kernel, spec, p.x, batch).sum(0)
-    expected = shrink_reference(spec, p.x, p.bank, p.rows)
-    live = expected != 0
-    assert live.sum() > 20
-    torch.testing.assert_close(v[live], expected[live], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("strategy", ["epilogue", "segments"])
-def test_linear_alone(strategy: str) -> None:
-    """The reader of v against its reference; NaN where v must not be read."""
-    case = make_case(K=70, sizes=(9, 14), slots=(2, -1, 0, 1), rows=3, rank=5)
-    tiles = {
-        k: replace(t, parts=1)
-        for k, t in tiles_for(strategy, case.spec.delta, 12, INTERPRETER).items()
-    }
-    plan = plan_of(kernel_of(case, strategy, tiles))
-    p, spec = case.problem, plan.spec
-    v = shrink_reference(spec, p.x, p.bank, p.rows)
-    base = Base(p.x, case.weight, case.bias) if strategy in LINEAR else None
-    batch = LaunchArgs.of(12, p.bank, p.rows, None, launch_interpreted)
-    got, expected = p.y.clone(), p.y.clone()
-    planes = torch.where(v == 0, torch.nan, v)[None]
-    kernel = list(plan.kernels.values())[-1]
-    linear(kernel, spec, got, planes, base, batch)
-    linear_reference(spec, expected, v, base, p.bank, p.rows)
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
-def test_base_rows_of_a_linear_are_the_plain_product(dtype: torch.dtype) -> None:
-    case = make_case(K=65, sizes=(31,), slots=(-1, -1), rows=3, dtypes=(dtype,) * 3)
-    exact, magnitude = base_product(case)
-    for strategy in LINEAR:
-        got = run(case, strategy)
-        bound = torch.finfo(dtype).eps / 2 * exact.abs() + 2 * 65 * 2.0**-24 * magnitude
-        assert ((got.double() - exact).abs() <= 2 * bound).all()

@@ -8,10 +8,9 @@ from torch import Tensor
 
 from lorafx.kernels.cpu import attention as module
 from lorafx.kernels.ops.paged_attention import PagedStep
-from lorafx.kernels.triton.attention_spec import PagedAttentionSpec
 from lorafx.kernels.triton.launchers import launch_interpreted
-from lorafx.kernels.triton.triton_attention import attend
-from lorafx.kernels.triton.triton_tiles import ARCHITECTURES
+from lorafx.kernels.triton.tiles import ARCHITECTURES
+from lorafx.kernels.triton.triton_attention import PagedAttentionSpec, attend
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The ops of namespace `lorafx`: schemas, fake implementations, eager references.
+"""The ops of linears and embeddings: schemas, fake implementations, eager references.
 
 Importing this module registers them. What they share:
 
@@ -7,7 +7,7 @@ Importing this module registers them. What they share:
     rows    > 0: row m belongs to slots[(m // rows) % n]; 0: unproved, then all slots must be equal
     A, B    the bank of one group (lorafx.model.bank): A (S, R, G·K), B (S, R, ΣN);
             embedding: A (S, V, R). Only the first ranks[s, i] of the R factors are read.
-    gains   DoRA's G (S, ΣN) float32, for banks that have it (lorafx.kernels.ops.rescaled)
+    gains   DoRA's G (S, ΣN) float32, for banks that have it (lorafx.kernels.ops.delta)
     shifts  what slots add to each output (S, ΣN) float32, for banks with room for biases
     own...  rows of the weight that slots have of their own, for banks with room for them; they are
             put into y before the delta is added (lorafx.kernels.ops.own_rows)
@@ -27,14 +27,11 @@ Inference only: no gradient is registered.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from lorafx.errors import LoweringError
-from lorafx.kernels.ops.bank_arguments import BANK, RANGES, BankArgs, Ranges
-from lorafx.kernels.ops.delta import add_embedding_delta, add_linear_delta
+from lorafx.kernels.ops.delta import add_embedding_delta, add_linear_delta, rescaled
 from lorafx.kernels.ops.op_checks import (
     check_bank,
     check_by_column,
@@ -43,23 +40,8 @@ from lorafx.kernels.ops.op_checks import (
     check_rows,
     require,
 )
-from lorafx.kernels.ops.op_library import define
+from lorafx.kernels.ops.op_library import BANK, RANGES, BankArgs, Ranges, define
 from lorafx.kernels.ops.own_rows import OWN_ROWS, OwnRows, with_own_rows
-from lorafx.kernels.ops.rescaled import rescaled
-
-SCHEMAS = (
-    f"site(Tensor x, Tensor y, {BANK}, {RANGES}, SymInt rows, Tensor? weight=None,"
-    f" Tensor? bias=None, Tensor? gains=None, Tensor? addend=None, {OWN_ROWS}, Tensor? shifts=None)"
-    " -> Tensor",
-    f"embedding_site(Tensor ids, Tensor y, {BANK}, SymInt rows, Tensor? gains=None, {OWN_ROWS})"
-    " -> Tensor",
-    f"fused_linear(Tensor x, Tensor weight, Tensor? bias, {BANK}, {RANGES}, SymInt rows,"
-    " bool transposed) -> Tensor",
-    f"add_delta_(Tensor(a!) y, Tensor x, {BANK}, {RANGES}, SymInt rows, int kernel) -> ()",
-    f"add_embedding_delta_(Tensor(a!) y, Tensor ids, {BANK}, SymInt rows, int kernel) -> ()",
-    f"run_delta_(Tensor(a!) y, Tensor x, {BANK}, SymInt rows, int kernel) -> ()",
-    f"run_embedding_delta_(Tensor(a!) y, Tensor ids, {BANK}, SymInt rows, int kernel) -> ()",
-)
 
 # The column ranges of each generated kernel that this process has loaded, by id
 KERNELS: dict[int, Ranges] = {}
@@ -75,23 +57,17 @@ def site(
     bias: Tensor | None = None,
     gains: Tensor | None = None,
     addend: Tensor | None = None,
-    own: Tensor | None = None,
-    own_at: Tensor | None = None,
-    own_table: Tensor | None = None,
-    own_bias: Tensor | None = None,
+    own: OwnRows = OwnRows(),  # noqa: B008  an immutable tuple
     shifts: Tensor | None = None,
 ) -> Tensor:
     """y (..., N) + delta for x (..., K), a new contiguous tensor of y's dtype.
 
-    The j-th column range of y gets the delta of siblings[j]: several where one module computes
-    several projections. `weight` and `bias` are the group's packed base parameters, carried for
-    the `pack` pass only. `own` and its kin are the fields of OwnRows. With `gains` all of y but
-    `addend` (N,) is rescaled then, and `shifts` are added at the end.
+    `weight` and `bias` are the group's packed base parameters, carried for the `pack` pass only.
+    With `gains` all of y but `addend` (N,) is rescaled then, and `shifts` are added at the end.
     """
     _check_site(x, y, bank, ranges, rows)
     check_by_column("site", bank.B, gains=gains, shifts=shifts)
-    rows_of_own = OwnRows(own, own_at, own_table, own_bias)
-    y = with_own_rows(x, y, rows_of_own, bank.slots, rows, embedding=False)
+    y = with_own_rows(x, y, own, bank.slots, rows, embedding=False)
     out = y.clone(memory_format=torch.contiguous_format)
     add_linear_delta(out, x, bank, ranges, rows)
     if gains is None and shifts is None:
@@ -116,15 +92,13 @@ def embedding_site(
     bank: BankArgs,
     rows: int,
     gains: Tensor | None = None,
-    *own: Tensor | None,
+    own: OwnRows = OwnRows(),  # noqa: B008  an immutable tuple
 ) -> Tensor:
-    """y (*ids.shape, N) + scales · A[slot, ids, :r] B[slot, :r], a new contiguous tensor.
-
-    With `gains` it is rescaled then.
-    """
+    """y (*ids.shape, N) + scales · A[slot, ids, :r] B[slot, :r], rescaled by `gains`; a new
+    contiguous tensor."""
     check_embedding("embedding_site", ids, y, bank, rows)
     check_by_column("embedding_site", bank.B, gains=gains)
-    y = with_own_rows(ids, y, OwnRows(*own), bank.slots, rows, embedding=True)
+    y = with_own_rows(ids, y, own, bank.slots, rows, embedding=True)
     out = y.clone(memory_format=torch.contiguous_format)
     add_embedding_delta(out, ids, bank, rows)
     if gains is None:
@@ -135,14 +109,6 @@ def embedding_site(
 def embedding_site_fake(ids, y, bank: BankArgs, rows, *_, **__):
     check_embedding("embedding_site", ids, y, bank, rows)
     return y.new_empty(y.shape)
-
-
-def _check_fused(x, weight, bank, ranges, rows, transposed):
-    K, N = weight.shape if transposed else (weight.shape[1], weight.shape[0])
-    require("fused_linear", x.shape[-1] == K, f"x has {x.shape[-1]} features, the weight {K}")
-    check_linear("fused_linear", x, N, bank, ranges)
-    check_rows("fused_linear", (), (), rows)
-    return N
 
 
 def fused_linear(
@@ -156,8 +122,7 @@ def fused_linear(
 ) -> Tensor:
     """x Wᵀ + b (x W when transposed) with the delta of siblings[j] in the j-th column range."""
     _check_fused(x, weight, bank, ranges, rows, transposed)
-    y = torch.nn.functional.linear(x, weight.T if transposed else weight, bias)
-    y = y.contiguous()
+    y = torch.nn.functional.linear(x, weight.T if transposed else weight, bias).contiguous()
     add_linear_delta(y, x, bank, ranges, rows)
     return y
 
@@ -165,6 +130,14 @@ def fused_linear(
 def fused_linear_fake(x, weight, bias, bank: BankArgs, ranges: Ranges, rows, transposed):
     N = _check_fused(x, weight, bank, ranges, rows, transposed)
     return x.new_empty((*x.shape[:-1], N))
+
+
+def _check_fused(x, weight, bank, ranges, rows, transposed):
+    K, N = weight.shape if transposed else (weight.shape[1], weight.shape[0])
+    require("fused_linear", x.shape[-1] == K, f"x has {x.shape[-1]} features, the weight {K}")
+    check_linear("fused_linear", x, N, bank, ranges)
+    check_rows("fused_linear", (), (), rows)
+    return N
 
 
 def add_delta_(
@@ -197,15 +170,11 @@ def add_embedding_delta_fake(y, ids, bank: BankArgs, rows, kernel) -> None:
 
 
 def ranges_of(op: str, kernel: int) -> Ranges:
-    """The column ranges that a kernel was generated for.
-
-    Raises:
-        LoweringError: this process has not loaded it.
-    """
+    """The column ranges that a kernel was generated for."""
     if kernel not in KERNELS:
         raise LoweringError(
             f"lorafx::{op}: kernel {kernel} is not loaded in this process; build it with"
-            " lorafx.kernels.cpu.cpu.build before the graph runs"
+            " lorafx.kernels.cpu.delta_kernels.build before the graph runs"
         )
     return KERNELS[kernel]
 
@@ -229,14 +198,38 @@ def run_embedding_delta_(y: Tensor, ids: Tensor, bank: BankArgs, rows: int, kern
     add_embedding_delta_(y, ids, bank, rows, 0)
 
 
-_IMPLEMENTATIONS: dict[str, tuple[Callable[..., object], Callable[..., object]]] = {
-    "site": (site, site_fake),
-    "embedding_site": (embedding_site, embedding_site_fake),
-    "fused_linear": (fused_linear, fused_linear_fake),
-    "add_delta_": (add_delta_, add_delta_fake),
-    "add_embedding_delta_": (add_embedding_delta_, add_embedding_delta_fake),
-    "run_delta_": (run_delta_, run_delta_fake),
-    "run_embedding_delta_": (run_embedding_delta_, add_embedding_delta_fake),
-}
-for _schema in SCHEMAS:
-    define(_schema, *_IMPLEMENTATIONS[_schema.partition("(")[0]])
+for _schema, _eager, _fake in (
+    (
+        f"site(Tensor x, Tensor y, {BANK}, {RANGES}, SymInt rows, Tensor? weight=None,"
+        f" Tensor? bias=None, Tensor? gains=None, Tensor? addend=None, {OWN_ROWS},"
+        " Tensor? shifts=None) -> Tensor",
+        *(site, site_fake),
+    ),
+    (
+        f"embedding_site(Tensor ids, Tensor y, {BANK}, SymInt rows, Tensor? gains=None,"
+        f" {OWN_ROWS}) -> Tensor",
+        *(embedding_site, embedding_site_fake),
+    ),
+    (
+        f"fused_linear(Tensor x, Tensor weight, Tensor? bias, {BANK}, {RANGES}, SymInt rows,"
+        " bool transposed) -> Tensor",
+        *(fused_linear, fused_linear_fake),
+    ),
+    (
+        f"add_delta_(Tensor(a!) y, Tensor x, {BANK}, {RANGES}, SymInt rows, int kernel) -> ()",
+        *(add_delta_, add_delta_fake),
+    ),
+    (
+        f"add_embedding_delta_(Tensor(a!) y, Tensor ids, {BANK}, SymInt rows, int kernel) -> ()",
+        *(add_embedding_delta_, add_embedding_delta_fake),
+    ),
+    (
+        f"run_delta_(Tensor(a!) y, Tensor x, {BANK}, SymInt rows, int kernel) -> ()",
+        *(run_delta_, run_delta_fake),
+    ),
+    (
+        f"run_embedding_delta_(Tensor(a!) y, Tensor ids, {BANK}, SymInt rows, int kernel) -> ()",
+        *(run_embedding_delta_, add_embedding_delta_fake),
+    ),
+):
+    define(_schema, _eager, _fake)

@@ -26,23 +26,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from lorafx.errors import LoweringError
-from lorafx.kernels.triton.longer import Longer, refusal
-from lorafx.kernels.triton.strategy_tiles import STRATEGY_KERNELS, tiles_for
-from lorafx.kernels.triton.triton_cache import GeneratedKernel, load
-from lorafx.kernels.triton.triton_source import TritonSpec
-from lorafx.kernels.triton.triton_tiles import Architecture, Tiles, architecture_of
-from lorafx.kernels.triton.tuned_cache import load_tuned
-
-__all__ = [
-    "EXPERTS",
-    "LINEAR",
-    "STRATEGY_KERNELS",
-    "LaunchPlan",
-    "TritonSpec",
-    "build",
-    "plan_of",
-    "source_of",
-]
+from lorafx.kernels.ops.delta_spec import DeltaSpec
+from lorafx.kernels.triton.generated import GeneratedKernel, load
+from lorafx.kernels.triton.source import COLUMN_UNIT, TritonSpec
+from lorafx.kernels.triton.strategy_tiles import STRATEGY_KERNELS, load_tuned, tiles_for
+from lorafx.kernels.triton.tiles import Architecture, Tiles, architecture_of
 
 #: Strategies of `lorafx::triton_linear`, which compute the base product too.
 LINEAR = ("split", "epilogue", "recompute")
@@ -58,12 +46,8 @@ ORDER_TILES = Tiles(block_m=64, num_stages=1)
 
 @dataclass(frozen=True, eq=False)
 class LaunchPlan:
-    """What an id stands for.
-
-    Attributes:
-        kernels: by name, in the order of launching.
-        order: the sorting kernel, where rows are visited sorted by slot.
-    """
+    """What an id stands for: kernels by name, in the order of launching, and the sorting kernel
+    where rows are visited sorted by slot."""
 
     id: int
     strategy: str
@@ -73,7 +57,7 @@ class LaunchPlan:
 
     @property
     def all_kernels(self) -> tuple[GeneratedKernel, ...]:
-        """Every kernel, the sorting one first."""
+        """Every kernel, the sorting kernel first."""
         return (*(() if self.order is None else (self.order,)), *self.kernels.values())
 
 
@@ -99,8 +83,7 @@ def build(
         device: where they will run. On a CPU they run in Triton's interpreter.
         tiles: of each kernel of the strategy, instead of the heuristic's or the tuner's.
 
-    Returns:
-        The id, above 0; None where kernels are not generated for the spec (float64, empty ranges).
+    Returns an id above 0; None where no kernels are generated (float64, empty ranges).
 
     Raises:
         LoweringError: an unknown strategy, one that cannot compute the node, or a generated file
@@ -117,11 +100,9 @@ def build(
         raise LoweringError(f"strategy {strategy!r} computes x itself and needs the activation")
     if not spec.supported() or spec.delta.embedding != (strategy == "embedding"):
         return None
-    if strategy == CONCAT and (why := refusal(spec.delta, spec.weight_dtype)):
+    if strategy == CONCAT and (why := not_concat(spec.delta, spec.weight_dtype)):
         raise LoweringError(f"strategy {strategy!r} cannot make x and W longer: {why}")
     spec = spec_for(strategy, spec)
-    if strategy == "grouped":
-        spec = replace(spec, activation=None)
     arch = architecture_of(device)
     load_tuned(arch)
     chosen = dict(tiles) if tiles is not None else tiles_for(strategy, spec.delta, rows_hint, arch)
@@ -134,13 +115,26 @@ def build(
         return _BUILT[key]
 
 
+def not_concat(delta: DeltaSpec, weight_dtype: torch.dtype | None) -> str:
+    """Why x and W cannot be made longer; "" where they can."""
+    dtypes = {delta.x_dtype, delta.bank_dtype, delta.y_dtype, weight_dtype}
+    if len(dtypes) != 1:
+        return "x, W, the bank and y are not of one type"
+    if delta.x_dtype == torch.float16:
+        return "x A may overflow float16"
+    if delta.in_features % COLUMN_UNIT:
+        return f"K is {delta.in_features}, not a multiple of {COLUMN_UNIT}"
+    return ""
+
+
 def spec_for(strategy: str, spec: TritonSpec) -> TritonSpec:
     """`spec` without what kernels of `strategy` do not depend on: one kernel for all such bases."""
     if strategy in DELTA:
         return TritonSpec(spec.delta)
     if strategy == CONCAT:
-        return TritonSpec(spec.delta, transposed=spec.transposed, longer=spec.longer or Longer())
-    return replace(spec, longer=None)
+        return TritonSpec(spec.delta, transposed=spec.transposed, by_request=spec.by_request)
+    activation = spec.activation if strategy == "activated" else None
+    return replace(spec, by_request=False, activation=activation)
 
 
 def _plan(
@@ -149,10 +143,7 @@ def _plan(
     names = STRATEGY_KERNELS[strategy]
     if set(tiles) != set(names):
         raise LoweringError(f"strategy {strategy!r} has the kernels {names}, not {tuple(tiles)}")
-    if (
-        len({(tiles[name].parts, tiles[name].split) for name in names}) > 1
-        or len({t.ordered for t in tiles.values()}) > 1
-    ):
+    if len({(own.parts, own.split, own.ordered) for own in tiles.values()}) > 1:
         raise LoweringError(f"kernels of strategy {strategy!r} disagree on parts, split or ordered")
     kernels = {name: load(name, spec, tiles[name], arch) for name in names}
     order = load("order", None, ORDER_TILES, arch) if tiles[names[0]].ordered else None
@@ -162,16 +153,12 @@ def _plan(
 
 
 def plan_of(kernel: int) -> LaunchPlan:
-    """What `kernel` stands for.
-
-    Raises:
-        LoweringError: it was not built in this process.
-    """
+    """What `kernel` stands for."""
     plan = _PLANS.get(kernel)
     if plan is None:
         raise LoweringError(
             f"Triton kernel {kernel} is not loaded in this process; build it with"
-            " lorafx.kernels.triton.triton_build.build before the graph runs"
+            " lorafx.kernels.triton.build.build before the graph runs"
         )
     return plan
 

@@ -1,4 +1,4 @@
-"""Launches of the generated Triton kernels, each beside its torch reference.
+"""Launches of the generated Triton kernels.
 
     order     (n,)                       stable argsort of the slots
     shrink    (P, M, J·R) float32        Σ_p v[p, m, j·R + r] = scale · A[s, r, K_i] x[m]
@@ -20,11 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lorafx.kernels.ops.bank_arguments import BankArgs
-from lorafx.kernels.ops.delta import row_slots
+from lorafx.kernels.ops.op_library import BankArgs
+from lorafx.kernels.triton.generated import GeneratedKernel
 from lorafx.kernels.triton.launchers import Launch
-from lorafx.kernels.triton.triton_cache import GeneratedKernel
-from lorafx.kernels.triton.triton_source import TritonSpec
+from lorafx.kernels.triton.source import TritonSpec
 
 
 @dataclass(frozen=True)
@@ -32,13 +31,10 @@ class LaunchArgs:
     """The bank, whose row each row is as the kernels take it, and how they are run.
 
     Attributes:
-        M: rows of x.
-        bank: of the group; its slots are (n,), one a request.
         rows: rows a request, at most M: all rows alike is M rows of the first request.
         order: (count,) int32, the requests that have rows, sorted by slot; None: not sorted.
         count: requests that have rows.
         span: rows of one request, over all repetitions of the n requests in M.
-        launch: runs a kernel.
         offs: (E,), where the rows of each expert end, for rows sorted by expert; None: no experts.
     """
 
@@ -75,9 +71,7 @@ class LaunchArgs:
 
     def tiles(self, block: int) -> Any:
         """Tiles of `block` rows; a sorted batch may have a few places without a row at its end.
-
-        With experts the most that there can be: each begins a tile, and so do rows of none.
-        """
+        With experts the most that there can be: each begins a tile, and so do rows of none."""
         if self.offs is not None:
             groups = torch.sym_min(self.offs.shape[0], self.M) + 1
             return (self.M + groups * (block - 1)) // block
@@ -93,25 +87,22 @@ class LaunchArgs:
         """slots and, for sorted rows, order or the experts' ends."""
         return [t for t in (self.bank.slots, self.order, self.offs) if t is not None]
 
+    def planes(self, kernel: GeneratedKernel, spec: TritonSpec) -> Tensor:
+        """Room for shrink's v, (P, M, J·R) float32."""
+        size = kernel.tiles.parts, self.M, spec.planes
+        return torch.empty(size, dtype=torch.float32, device=self.bank.A.device)
+
 
 def _cdiv(value: Any, by: Any) -> Any:
     return (value + by - 1) // by
 
 
-def shrink(
-    kernel: GeneratedKernel,
-    spec: TritonSpec,
-    x: Tensor,
-    batch: LaunchArgs,
-) -> Tensor:
-    """v (P, M, J·R) float32 of x (M, K), by `shrink` or `shrink_rows`.
-
-    What a row's adapter has no factor for is not written, and must not be read.
-    """
+def shrink(kernel: GeneratedKernel, spec: TritonSpec, x: Tensor, batch: LaunchArgs) -> Tensor:
+    """v (P, M, J·R) float32 of x (M, K), by `shrink` or `shrink_rows`. What a row's adapter has no
+    factor for is not written, and must not be read."""
     A, _, ranks, scales, _ = batch.bank
-    tiles, M = kernel.tiles, batch.M
-    v = torch.empty((tiles.parts, M, spec.planes), dtype=torch.float32, device=x.device)
-    tall = M if kernel.name == "shrink_rows" else batch.tiles(tiles.block_m) * tiles.lanes
+    tiles, v = kernel.tiles, batch.planes(kernel, spec)
+    tall = batch.M if kernel.name == "shrink_rows" else batch.tiles(tiles.block_m) * tiles.lanes
     grid = (tall, _cdiv(spec.planes, tiles.block_r), tiles.parts)
     scalars = batch.arguments(ranks.shape[0], v.stride(0), x.stride(0))
     batch.launch(kernel, grid, [x, A, ranks, scales, *batch.pointers, v, *scalars])
@@ -119,40 +110,23 @@ def shrink(
 
 
 def activate(
-    kernel: GeneratedKernel,
-    spec: TritonSpec,
-    inputs: Sequence[Tensor],
-    batch: LaunchArgs,
+    kernel: GeneratedKernel, spec: TritonSpec, inputs: Sequence[Tensor], batch: LaunchArgs
 ) -> tuple[Tensor, Tensor]:
-    """h (M, K) = f(inputs) and v = `shrink` of it; its reference is f and `shrink_reference`."""
+    """h (M, K) = f(inputs) and v = `shrink` of it."""
     A, _, ranks, scales, _ = batch.bank
-    activation = spec.activation
+    activation, d, tiles = spec.activation, spec.delta, kernel.tiles
     assert activation is not None
-    tiles, M, d = kernel.tiles, batch.M, spec.delta
-    h = torch.empty((M, d.in_features), dtype=d.x_dtype, device=A.device)
-    v = torch.empty((tiles.parts, M, spec.planes), dtype=torch.float32, device=A.device)
-    strides, place = [], 0
+    h = torch.empty((batch.M, d.in_features), dtype=d.x_dtype, device=A.device)
+    v = batch.planes(kernel, spec)
+    strides, first = [], 0
     for leaf in activation.leaves:
-        strides.append(inputs[place].stride(0))
-        place += leaf.inputs
+        strides.append(inputs[first].stride(0))
+        first += leaf.inputs
     tall = batch.tiles(tiles.block_m) * tiles.lanes
     grid = (tall, _cdiv(spec.planes, tiles.block_r), tiles.parts)
     scalars = batch.arguments(ranks.shape[0], v.stride(0), *strides, h.stride(0))
     batch.launch(kernel, grid, [*inputs, h, A, ranks, scales, *batch.pointers, v, *scalars])
     return h, v
-
-
-def shrink_reference(spec: TritonSpec, x: Tensor, bank: BankArgs, rows: int) -> Tensor:
-    """The sum of `shrink`'s planes, (M, J·R) float32, with 0 where there is no factor."""
-    A, _, ranks, scales, slots = bank
-    R, K = spec.delta.max_rank, spec.delta.in_features
-    v = torch.zeros((x.shape[0], spec.planes), dtype=torch.float32, device=x.device)
-    for m, slot in enumerate(row_slots(slots, rows, x.shape[0]).tolist()):
-        for j, i in enumerate(spec.delta.siblings if slot >= 0 else ()):
-            r = int(ranks[slot, i])
-            factors = A[slot, :r, i * K : (i + 1) * K].float()
-            v[m, j * R : j * R + r] = scales[slot, i] * (factors @ x[m].float())
-    return v
 
 
 def split(
@@ -163,19 +137,15 @@ def split(
     y: Tensor,
     batch: LaunchArgs,
 ) -> tuple[Tensor | None, Tensor]:
-    """The base product in parts of K, (Q, M, N) float32, and beside it `shrink`'s v.
-
-    A single part is written into y, and None is returned for the planes.
-
-    Its reference is the base product, the sum of the planes, and `shrink_reference`.
-    """
+    """The base product in parts of K, (Q, M, N) float32, and beside it `shrink`'s v. A single part
+    is written into y, and None is returned for the planes."""
     A, _, ranks, scales, _ = batch.bank
-    tiles, M, N = kernel.tiles, batch.M, spec.out_features
+    tiles, N = kernel.tiles, spec.out_features
     sums = None
     if tiles.split > 1:
-        sums = torch.empty((tiles.split, M, N), dtype=torch.float32, device=x.device)
+        sums = torch.empty((tiles.split, batch.M, N), dtype=torch.float32, device=x.device)
     target = y if sums is None else sums
-    v = torch.empty((tiles.parts, M, spec.planes), dtype=torch.float32, device=x.device)
+    v = batch.planes(kernel, spec)
     tiles_m = batch.tiles(tiles.block_m)
     shrinking = tiles.lanes * _cdiv(spec.planes, tiles.block_r) * tiles.parts
     grid = (tiles_m * (shrinking + _cdiv(N, tiles.block_n) * tiles.split),)
@@ -186,12 +156,8 @@ def split(
 
 
 class Base(NamedTuple):
-    """What `linear` computes the base product of: x (M, K), the weight and the bias.
-
-    Attributes:
-        sums: the product's planes, for "reduce", which reads nothing else but the bias; None
-            where y holds the product.
-    """
+    """What `linear` computes the base product of: x (M, K), the weight and the bias. "reduce" reads
+    the bias and `sums`, the product's planes; None where y holds the product."""
 
     x: Tensor
     weight: Tensor
@@ -207,12 +173,8 @@ def linear(
     base: Base | None,
     batch: LaunchArgs,
 ) -> None:
-    """Writes y (M, N), or adds to it where there is no base product.
-
-    Args:
-        v: shrink's planes; None where the kernel ("recompute") computes v itself.
-        base: None for "expand".
-    """
+    """Writes y (M, N), or adds to it where there is no base product ("expand"). v are shrink's
+    planes; None where the kernel ("recompute") computes v itself."""
     A, B, ranks, scales, _ = batch.bank
     tiles = kernel.tiles
     pointers: list[Any] = []
@@ -235,62 +197,23 @@ def linear(
     batch.launch(kernel, (tiles_m * tiles_n,), [*pointers, *batch.pointers, y, *scalars])
 
 
-def linear_reference(
-    spec: TritonSpec,
-    y: Tensor,
-    v: Tensor,
-    base: Base | None,
-    bank: BankArgs,
-    rows: int,
-) -> None:
-    """`linear` for v (M, J·R) of `shrink_reference`, in float32 and rounded once."""
-    _, B, ranks, _, slots = bank
-    d, R = spec.delta, spec.delta.max_rank
-    acc = y.float()
-    if base is not None:
-        x, weight, bias, _ = base
-        acc = x.float() @ (weight if spec.transposed else weight.T).float()
-        acc = acc if bias is None else acc + bias.float()
-    for m, slot in enumerate(row_slots(slots, rows, y.shape[0]).tolist()):
-        start = 0
-        for j, (i, offset, size) in enumerate(zip(d.siblings, d.offsets, d.sizes, strict=True)):
-            if slot >= 0:
-                r = int(ranks[slot, i])
-                b = B[slot, :r, offset : offset + size].float()
-                acc[m, start : start + size] += v[m, j * R : j * R + r] @ b
-            start += size
-    y.copy_(acc)
-
-
 def expand_rows(
-    kernel: GeneratedKernel,
-    spec: TritonSpec,
-    y: Tensor,
-    v: Tensor,
-    batch: LaunchArgs,
+    kernel: GeneratedKernel, spec: TritonSpec, y: Tensor, v: Tensor, batch: LaunchArgs
 ) -> None:
-    """Adds v B into y (M, N) row by row; its reference is `linear_reference` without a base."""
+    """Adds v B into y (M, N) row by row."""
     B, ranks = batch.bank.B, batch.bank.ranks
     tiles_n = sum(_cdiv(size, kernel.tiles.block_n) for size in spec.delta.sizes)
-    arguments = [v, B, ranks, *batch.pointers, y]
     scalars = batch.arguments(ranks.shape[0], v.stride(0), y.stride(0))
-    batch.launch(kernel, (batch.M, tiles_n), arguments + scalars)
+    batch.launch(kernel, (batch.M, tiles_n), [v, B, ranks, *batch.pointers, y, *scalars])
 
 
 def embedding_rows(
-    kernel: GeneratedKernel,
-    spec: TritonSpec,
-    y: Tensor,
-    ids: Tensor,
-    batch: LaunchArgs,
+    kernel: GeneratedKernel, spec: TritonSpec, y: Tensor, ids: Tensor, batch: LaunchArgs
 ) -> None:
-    """Adds scale · A[s, ids, :r] B[s, :r] into y (M, N).
-
-    Its reference is `lorafx.kernels.ops.delta.add_embedding_delta`. An id outside the table adds
-    nothing: a kernel cannot raise, and the base's own lookup has.
-    """
+    """Adds scale · A[s, ids, :r] B[s, :r] into y (M, N). An id outside the table adds nothing: a
+    kernel cannot raise, and the base's own lookup has."""
     A, B, ranks, scales, _ = batch.bank
     tiles_n = _cdiv(spec.delta.columns, kernel.tiles.block_n)
-    arguments = [ids, A, B, ranks, scales, *batch.pointers, y]
     scalars = batch.arguments(ranks.shape[0], A.shape[1], *A.stride()[:2], y.stride(0))
-    batch.launch(kernel, (batch.M, tiles_n), arguments + scalars)
+    pointers = [ids, A, B, ranks, scales, *batch.pointers, y]
+    batch.launch(kernel, (batch.M, tiles_n), [*pointers, *scalars])

@@ -24,8 +24,8 @@ import torch
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.cpu.compiler import cache_folder
-from lorafx.kernels.triton.triton_source import KERNELS, AnySpec, generator_hash, source
-from lorafx.kernels.triton.triton_tiles import Architecture, Tiles
+from lorafx.kernels.triton.source import KERNELS, Spec, generator_hash, source
+from lorafx.kernels.triton.tiles import Architecture, Tiles
 from lorafx.torch_internals import triton_compat
 
 #: What launches first, of those that another kernel reads the result of.
@@ -34,15 +34,8 @@ FIRST = ("shrink", "shrink_rows", "split", "activate")
 
 @dataclass(frozen=True, eq=False)
 class GeneratedKernel:
-    """One kernel of this process.
-
-    Attributes:
-        name: of KERNELS.
-        key: what its file is named by; equal keys mean equal text.
-        path: its file.
-        jit: what @triton.jit made of its function.
-        tiles: how it cuts up its work.
-    """
+    """A kernel of this process: its name in KERNELS, and its function as @triton.jit made it. Equal
+    keys mean equal text."""
 
     name: str
     key: str
@@ -53,21 +46,37 @@ class GeneratedKernel:
     @property
     def starts_early(self) -> bool:
         """Whether it may be launched while the kernel before it runs: it waits by itself."""
-        return self.tiles.overlap and (self.name not in FIRST or self.tiles.ahead)
+        return self.tiles.overlap and self.name not in FIRST
 
     @property
     def text(self) -> str:
-        """Its source, as written."""
         return self.path.read_text()
 
 
-def key_of(kernel: str, spec: AnySpec, tiles: Tiles, arch: Architecture) -> str:
+def key_of(kernel: str, spec: Spec | None, tiles: Tiles, arch: Architecture) -> str:
     """The name under which the cache keeps a kernel."""
     parts = (
         *(kernel, repr(spec), repr(tiles), arch.name),
         *(generator_hash(), triton_compat.version(), torch.__version__),
     )
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+
+def load(kernel: str, spec: Spec | None, tiles: Tiles, arch: Architecture) -> GeneratedKernel:
+    """The kernel, from the cache or generated now."""
+    key = key_of(kernel, spec, tiles, arch)
+    folder = cache_folder() / "triton"
+    path = folder / f"{kernel}_{key}.py"
+    if not path.exists():
+        folder.mkdir(exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=folder, prefix=".", suffix=".tmp", delete=False, encoding="utf-8"
+        ) as scratch:
+            scratch.write(source(kernel, spec, tiles))
+        os.replace(scratch.name, path)
+    template, constants = KERNELS[kernel]
+    function = constants.get("function", template)
+    return GeneratedKernel(kernel, key, path, tiles, getattr(_import(path), function))
 
 
 def _import(path: Path) -> ModuleType:
@@ -85,24 +94,3 @@ def _import(path: Path) -> ModuleType:
         del sys.modules[name]
         raise LoweringError(f"the generated kernel {path} cannot be imported: {error}") from error
     return module
-
-
-def load(kernel: str, spec: AnySpec, tiles: Tiles, arch: Architecture) -> GeneratedKernel:
-    """The kernel, from the cache or generated now.
-
-    Raises:
-        LoweringError: its file cannot be written or imported.
-    """
-    key = key_of(kernel, spec, tiles, arch)
-    folder = cache_folder() / "triton"
-    path = folder / f"{kernel}_{key}.py"
-    if not path.exists():
-        folder.mkdir(exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=folder, prefix=".", suffix=".tmp", delete=False, encoding="utf-8"
-        ) as scratch:
-            scratch.write(source(kernel, spec, tiles))
-        os.replace(scratch.name, path)
-    template, constants = KERNELS[kernel]
-    function = constants.get("function", template)
-    return GeneratedKernel(kernel, key, path, tiles, getattr(_import(path), function))

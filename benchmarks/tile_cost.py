@@ -1,4 +1,4 @@
-"""The GPU cost model with tiles: what kernels/cost/cost.py leaves out because a tile decides it.
+"""The GPU cost model with tiles: what kernels/cost/roofline.py leaves out as a tile decides it.
 
     t = max(device-memory bytes / (bandwidth · busy), L2 bytes / L2 bandwidth, FLOPs · idle / rate)
 
@@ -6,7 +6,7 @@
     idle = programs of full waves / programs                 the last wave leaves processors empty
 
 and x and W are read again, from the second-level cache, by each row and column of tiles. Good for
-leaving out what is far off, not for choosing a winner: that is kernels/tools/tune.py's clock.
+leaving out what is far off, not for choosing a winner: that is tune.py's clock.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from enum import Flag, auto
 
 from lorafx.kernels.cost.chips import Chip
-from lorafx.kernels.cost.work import Work
+from lorafx.kernels.cost.roofline import Work
 from lorafx.kernels.ops.delta_spec import DeltaSpec
-from lorafx.kernels.triton.triton_tiles import Architecture, Tiles
+from lorafx.kernels.triton.tiles import Architecture, Tiles
 
 TileSet = Mapping[str, Tiles]
 

@@ -38,11 +38,8 @@ class Tiles:
             instead of slot by slot.
         at_once: slots whose ranks a batched reader fetches beside the slots of its rows, so that B
             waits for one load instead of three; 0: for its rows' slots, once it has those.
-        early: a batched kernel finds its slots and fetches the first of B before the base product.
-        ahead: "split" starts while the kernel before it runs, and fetches the first of W.
         overlap: the reader of v starts while the shrink runs (programmatic dependent launch).
         ordered: rows are visited sorted by slot, so that a tile holds few adapters.
-        num_warps, num_stages: Triton's launch options.
     """
 
     block_m: int = 16
@@ -59,11 +56,14 @@ class Tiles:
     picked: int = 0
     batched: bool = False
     at_once: int = 0
-    early: bool = False
-    ahead: bool = False
     overlap: bool = False
     num_warps: int = 4
     num_stages: int = 3
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        """The sides of a tile, by their names in templates."""
+        return {f"BLOCK_{side}": getattr(self, f"block_{side.lower()}") for side in "MNKR"}
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,7 @@ class Architecture:
     """What the heuristic needs to know of a device.
 
     Attributes:
-        name: "cuda80", "cuda90", "cuda100", "gfx942", ... or "interpreter".
-        processors: how many programs run at the same time, one on each.
         shared_kib: shared memory that one program may use.
-        warp: threads of a warp.
         overlaps: a kernel may start while the one before it runs (programmatic dependent launch).
     """
 
@@ -100,10 +97,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 
 def architecture_of(device: torch.device) -> Architecture:
-    """The row of ARCHITECTURES nearest to `device`; the interpreter for a CPU.
-
-    Without a driver (a graph traced for a GPU that is not here) cuda80's: every later part runs it.
-    """
+    """The row of ARCHITECTURES nearest to `device`; the interpreter for a CPU. Without a driver (a
+    graph traced for a GPU that is not here) cuda80's: every later part runs it."""
     if device.type == "cpu":
         return ARCHITECTURES["interpreter"]
     if torch.version.hip is not None:
@@ -135,20 +130,16 @@ def stages_that_fit(arch: Architecture, bytes_a_stage: int, most: int) -> int:
 
 
 def aligned(spec: DeltaSpec) -> bool:
-    """Whether rows of x, W and y start at multiples of 16 elements.
-
-    Others are loaded an element at a time, by pointers that fill twice the registers of what they
-    point to: at 64 columns and more the compiler spills (K 2049, all architectures).
-    """
+    """Whether rows of x, W and y start at multiples of 16 elements. Others are loaded an element at
+    a time, by pointers that fill twice the registers of what they point to: at 64 columns and more
+    the compiler spills (K 2049, all architectures)."""
     return all(size % 16 == 0 for size in (spec.in_features, *spec.sizes, spec.columns))
 
 
 def linear_tiles(spec: DeltaSpec, rows: int, arch: Architecture, kernel: str) -> Tiles:
-    """Tiles of "epilogue", "recompute" and "expand".
-
-    Sixteen factors at a time: v is a tile of registers for each part, and twice in the bank's type,
-    so that with more of them kernels of rank 64 and 256 spill.
-    """
+    """Tiles of "epilogue", "recompute" and "expand". Sixteen factors at a time: v is a tile of
+    registers for each part, and twice in the bank's type, so that with more of them kernels of rank
+    64 and 256 spill."""
     width = max(spec.sizes)
     if arch.name == "interpreter":
         return Tiles(
@@ -238,11 +229,9 @@ def shrink_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:
 def grouped_tiles(
     spec: DeltaSpec, rows: int, arch: Architecture, strategy: str
 ) -> tuple[Tiles, Tiles]:
-    """Tiles of the shrink and the product over `rows` rows of each of many experts.
-
-    The experts fill the processors, so neither is cut up for that. Some experts have twice the
-    rows of the average: tiles are chosen for those, since a second row tile reads W once more. In
-    decode a tile's few rows are of as many adapters: they are taken side by side.
+    """Tiles of the shrink and the product over `rows` rows of each of many experts, which fill the
+    processors, so neither is cut up for that. Some experts have twice the rows of the average:
+    tiles are chosen for those, since a second row tile reads W once more.
 
     A reader that starts early reads x before it waits, so not where the kernel before it makes x;
     nor with wide tiles, whose registers its wait takes (40 bytes spilled, two siblings, Hopper).
@@ -275,11 +264,9 @@ def grouped_tiles(
 
 
 def concat_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> dict[str, Tiles]:
-    """Tiles of "gather" and "place".
-
-    "place" is a shrink whose result is read as it is, so K is not cut up for more programs: row
-    tiles are as low as fill the processors, and few rows take a program for 16 factors.
-    """
+    """Tiles of "gather" and "place", a shrink whose result is read as it is, so K is not cut up for
+    more programs: row tiles are as low as fill the processors, and few rows take a program for 16
+    factors."""
     factors = len(spec.sizes) * power_of_two(spec.max_rank, 16, 1 << 20)
     if arch.name == "interpreter":
         wide = power_of_two(max(spec.sizes), 16, 128)

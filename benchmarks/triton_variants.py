@@ -7,31 +7,25 @@
 
 Sizes are literals of the sources, so a variant is a shape; those here are the layers of
 Llama-3-8B (q/k/v, o, gate/up, down), the experts of Qwen3-30B-A3B, Mixtral and gpt-oss, odd sizes,
-and each dtype, for decode and prefill. Those of attention are in attention_variants.py.
+each dtype, and attention over a paged cache, for decode and prefill.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from lorafx.kernels.ops.delta_spec import DeltaSpec
-from lorafx.kernels.tools.attention_variants import (
-    aligned_strides,
-    attention_kernels,
-    attention_types,
-)
-from lorafx.kernels.triton.activation import Activation, Leaf, Load
-from lorafx.kernels.triton.attention_spec import PagedAttentionSpec
-from lorafx.kernels.triton.longer import refusal
+from lorafx.kernels.triton.build import CONCAT, EXPERTS, ORDER_TILES, not_concat, spec_for
+from lorafx.kernels.triton.generated import GeneratedKernel, load
+from lorafx.kernels.triton.source import Activation, Leaf, Load, Spec, TritonSpec
 from lorafx.kernels.triton.strategy_tiles import STRATEGY_KERNELS, tiles_for
-from lorafx.kernels.triton.triton_build import CONCAT, EXPERTS, ORDER_TILES, spec_for
-from lorafx.kernels.triton.triton_cache import GeneratedKernel, load
-from lorafx.kernels.triton.triton_source import AnySpec, TritonSpec
-from lorafx.kernels.triton.triton_tiles import ARCHITECTURES
+from lorafx.kernels.triton.tiles import ARCHITECTURES, Architecture
+from lorafx.kernels.triton.triton_attention import PagedAttentionSpec
+from lorafx.kernels.triton.triton_attention import kernel as attention_kernel
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
@@ -50,7 +44,7 @@ class AotVariant:
 
     name: str
     kernel: GeneratedKernel
-    spec: AnySpec
+    spec: Spec | None
     signature: dict[str, str]
     attributes: dict[tuple[int, ...], list[list[Any]]]
     num_warps: int
@@ -65,7 +59,7 @@ class AotVariant:
         return self.kernel.text
 
 
-def signature_of(kernel: GeneratedKernel, spec: AnySpec) -> dict[str, str]:
+def signature_of(kernel: GeneratedKernel, spec: Spec | None) -> dict[str, str]:
     """Triton's type of each argument of a generated kernel."""
     if isinstance(spec, PagedAttentionSpec):
         return attention_types(kernel, POINTERS[spec.dtype])
@@ -82,7 +76,7 @@ def signature_of(kernel: GeneratedKernel, spec: AnySpec) -> dict[str, str]:
     return {name: types.get(name, default[name.endswith("_ptr")]) for name in kernel.jit.arg_names}
 
 
-def _attributes(signature: dict[str, str], spec: AnySpec) -> dict[Any, Any]:
+def _attributes(signature: dict[str, str], spec: Spec | None) -> dict[Any, Any]:
     """Which arguments are multiples of 16: every pointer, and strides of aligned sizes."""
     aligned = {}
     if isinstance(spec, PagedAttentionSpec):
@@ -182,6 +176,55 @@ def expert_specs() -> dict[str, TritonSpec]:
     }
 
 
+#: What is no element of the spec's dtype, and no 32-bit integer.
+_ATTENTION_TYPES = {
+    **dict.fromkeys(("read_ptr", "write_ptr", "seen_ptr"), "*i64"),
+    **dict.fromkeys(("stats_ptr", "sums_ptr", "sinks_ptr"), "*fp32"),
+    **dict.fromkeys(("scale", "cap"), "fp32"),
+}
+
+
+def attention_specs() -> dict[str, PagedAttentionSpec]:
+    """Specs by name."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    return {
+        "llama_bf16": PagedAttentionSpec(bf16, 8, 4, 128),
+        "gemma_bf16": PagedAttentionSpec(bf16, 8, 2, 256, capped=True, ring=True),
+        "gptoss_bf16": PagedAttentionSpec(bf16, 8, 8, 64, sinks=True, ring=True),
+        "odd_fp16": PagedAttentionSpec(fp16, 4, 7, 80),
+        "llama_fp32": PagedAttentionSpec(fp32, 8, 4, 128),
+        "gemma_fp32": PagedAttentionSpec(fp32, 8, 2, 256, capped=True, sinks=True, ring=True),
+    }
+
+
+def attention_kernels(
+    arch: Architecture,
+) -> Iterator[tuple[str, GeneratedKernel, PagedAttentionSpec]]:
+    """Each kernel with its name and spec."""
+    specs = attention_specs()
+    for name, spec in specs.items():
+        for own, few in (("attend", True), ("attend_split", True), ("attend", False)):
+            steps = "few" if few else "many"
+            yield f"{own}/{name}/{steps}", attention_kernel(own, spec, few, arch), spec
+    for name in ("llama_bf16", "gemma_fp32"):
+        for own in ("attend_sum", "write_new"):
+            yield f"{own}/{name}", attention_kernel(own, specs[name], True, arch), specs[name]
+
+
+def attention_types(kernel: GeneratedKernel, pointer: str) -> dict[str, str]:
+    """Triton's type of each argument; `pointer` is that of the spec's dtype."""
+    return {
+        name: _ATTENTION_TYPES.get(name, pointer if name.endswith("_ptr") else "i32")
+        for name in kernel.jit.arg_names
+    }
+
+
+def aligned_strides(spec: PagedAttentionSpec) -> dict[str, bool]:
+    """Which strides are multiples of 16."""
+    names = ("q_head", "q_token", "k_head", "k_token", "v_head", "v_token")
+    return dict.fromkeys(names, spec.size % 16 == 0)
+
+
 def _strategies(spec: TritonSpec) -> tuple[str, ...]:
     """The strategies that kernels of a representative spec are compiled for."""
     if spec.experts:
@@ -189,7 +232,7 @@ def _strategies(spec: TritonSpec) -> tuple[str, ...]:
     if spec.delta.embedding:
         return ("embedding",)
     left_out = [*EXPERTS, "embedding"]
-    if refusal(spec.delta, spec.weight_dtype):
+    if not_concat(spec.delta, spec.weight_dtype):
         left_out.append(CONCAT)
     return tuple(s for s in STRATEGY_KERNELS if s not in left_out)
 
@@ -202,7 +245,7 @@ def variants_for_aot(
     arch = ARCHITECTURES[architecture]
     seen: set[str] = set()
 
-    def variant(name: str, kernel: GeneratedKernel, spec: AnySpec) -> AotVariant:
+    def variant(name: str, kernel: GeneratedKernel, spec: Spec | None) -> AotVariant:
         seen.add(kernel.key)
         signature = signature_of(kernel, spec)
         attributes = _attributes(signature, spec)
@@ -222,10 +265,6 @@ def variants_for_aot(
                     kernel = load(kernel_name, spec, tiles, arch)
                     if kernel.key not in seen:
                         yield variant(f"{strategy}/{kernel_name}/{name}/m{M}", kernel, spec)
-                    if kernel_name == "split" and tiles.overlap:
-                        kernel = load(kernel_name, spec, replace(tiles, ahead=True), arch)
-                        if kernel.key not in seen:
-                            yield variant(f"split/ahead/{name}/m{M}", kernel, spec)
     for name, kernel, paged in attention_kernels(arch):
         if kernel.key not in seen:  # those of float32 are the same for few and many
             yield variant(f"paged_attention/{name}", kernel, paged)

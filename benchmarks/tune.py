@@ -13,26 +13,36 @@ The model is tile_cost.py. The timer is a parameter; `gpu_timer` replays a CUDA 
 from __future__ import annotations
 
 import functools
+import json
 import math
-import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from calibrate import replay_seconds
+from tile_cost import TileSet, fits, predicted
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
+import lorafx.kernels.triton.triton_ops  # noqa: F401  registers the op
 from lorafx.kernels.cost.chips import Chip, chip_of
-from lorafx.kernels.ops.bank_arguments import BankArgs
 from lorafx.kernels.ops.delta_spec import DeltaSpec
-from lorafx.kernels.tools.expert_problem import ExpertProblem
-from lorafx.kernels.tools.tile_cost import TileSet, fits, predicted
+from lorafx.kernels.ops.op_library import BankArgs
+from lorafx.kernels.triton.build import CONCAT, LINEAR, build
 from lorafx.kernels.triton.concat_ops import concat_linear
-from lorafx.kernels.triton.strategy_tiles import TUNED, tiles_for, tuning_key
-from lorafx.kernels.triton.triton_build import CONCAT, LINEAR, build
-from lorafx.kernels.triton.triton_source import TritonSpec
-from lorafx.kernels.triton.triton_tiles import Architecture, Tiles, architecture_of
-from lorafx.kernels.triton.tuned_cache import load_tuned, save_tuned
+from lorafx.kernels.triton.source import TritonSpec
+from lorafx.kernels.triton.strategy_tiles import (
+    TUNED,
+    load_tuned,
+    tiles_for,
+    tuned_file,
+    tuning_key,
+)
+from lorafx.kernels.triton.tiles import Architecture, Tiles, architecture_of
 
 Timer = Callable[[TileSet], float]
 
@@ -66,7 +76,6 @@ AXES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
         "num_stages": (3, 4, 5, 6),
         "num_warps": (4, 8),
         "lanes": (1, 2, 4, 8),
-        "ahead": (False, True),
     },
     "reduce": {
         "block_m": (16, 32, 64),
@@ -213,6 +222,30 @@ def tune(
     return found
 
 
+def save_tuned(arch: Architecture) -> Path:
+    """Write every winner of `arch` that this process has; the file is renamed into place."""
+    path = tuned_file(arch)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {
+            "strategy": strategy,
+            "rows": bucket,
+            "spec": {k: _plain(v) for k, v in asdict(spec).items()},
+            "tiles": {name: asdict(own) for name, own in tiles.items()},
+        }
+        for (strategy, name, spec, bucket), tiles in TUNED.items()
+        if name == arch.name
+    ]
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as scratch:
+        json.dump(rows, scratch, indent=1)
+    os.replace(scratch.name, path)
+    return path
+
+
+def _plain(value: Any) -> Any:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+
+
 # --- on a device ---
 
 
@@ -271,6 +304,55 @@ class Problem:
         return self.y
 
 
+@dataclass(frozen=True)
+class ExpertProblem:
+    """Arguments of `lorafx::triton_experts`: [x], or what x is computed from."""
+
+    x: Tensor
+    inputs: tuple[Tensor, ...]
+    weight: Tensor
+    offs: Tensor
+    bank: tuple[Tensor, ...]
+
+    @classmethod
+    def random(
+        cls, spec: TritonSpec, rows: int, device: torch.device, slots: int = 8
+    ) -> ExpertProblem:
+        """`rows` rows of each expert, sorted by expert, the slots of 8 adapters in turn: each row
+        another key. Values of about 1 in y."""
+        d, E, f = spec.delta, spec.experts, spec.activation
+        K, N, R, G, M = d.in_features, spec.out_features, d.max_rank, d.group, rows * E
+
+        def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+            return (torch.randn(shape, device=device) * scale).to(dtype)
+
+        experts = torch.arange(E, device=device).repeat_interleave(rows)
+        inputs: list[Tensor] = []
+        leaves, loads_of = ((), ()) if f is None else (f.leaves, f.loads)
+        for index, leaf in enumerate(leaves):
+            loads = [load for load in loads_of if load.leaf == index]
+            width = max(load.start + load.step * (K - 1) for load in loads) + 1
+            inputs.append(normal(E if leaf.gathered else M, width, dtype=leaf.dtype))
+            inputs += [experts] if leaf.gathered else []
+        shape = (E, K, N) if spec.transposed else (E, N, K)
+        weight = normal(*shape, dtype=spec.weight_dtype or d.x_dtype, scale=K**-0.5)
+        A = normal(slots * E, R, G * K, dtype=d.bank_dtype, scale=K**-0.5)
+        B = normal(slots * E, R, d.columns, dtype=d.bank_dtype, scale=R**-0.5)
+        ranks = torch.full((slots * E, G), R, dtype=torch.int32, device=device)
+        scales = torch.ones((slots * E, G), device=device)
+        owners = torch.arange(M, dtype=torch.int32, device=device) % slots
+        offs = torch.arange(1, E + 1, dtype=torch.int32, device=device) * rows
+        x = normal(M, K, dtype=d.x_dtype)
+        return cls(x, tuple(inputs), weight, offs, (A, B, ranks, scales, owners))
+
+    def run(self, strategy: str, kernel: int) -> Tensor:
+        """The node's result by `kernel`, one row a request."""
+        inputs = list(self.inputs) if strategy == "activated" else [self.x]
+        return torch.ops.lorafx.triton_experts(
+            inputs, self.weight, self.offs, *self.bank, 1, kernel
+        )
+
+
 def gpu_timer(
     spec: TritonSpec, strategy: str, rows: int, device: torch.device, *, copies: int = 20
 ) -> Timer:
@@ -286,38 +368,7 @@ def gpu_timer(
         calls = [functools.partial(problem.run, strategy, kernel) for problem in problems]
         try:
             return replay_seconds(calls, replays=7)
-        except Exception as error:
-            if is_too_big(error):
-                return math.inf
-            raise
+        except OutOfResources:
+            return math.inf
 
     return timer
-
-
-def replay_seconds(calls: Sequence[Callable[[], object]], *, replays: int) -> float:
-    """Seconds of one of `calls` in a CUDA graph of all: the median of so many replays."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        calls[0]()  # compiles
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(replays + 1):  # the first warms up
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e-3 / len(calls))
-    return statistics.median(times[1:])
-
-
-def is_too_big(error: BaseException) -> bool:
-    """Whether a launch failed for want of shared memory, registers or threads."""
-    from lorafx.torch_internals.triton import OutOfResources
-
-    return isinstance(error, OutOfResources)

@@ -2,9 +2,9 @@
 
     record(variant, target) = registers, local memory, shared memory, matrix instructions
 
-    python -m lorafx.kernels.tools.aot > kernels.txt                compile all, a line per kernel
-    python -m lorafx.kernels.tools.aot --target cuda90 --only qkv   compile some
-    python -m lorafx.kernels.tools.aot --summary docs/kernels.md    compile what has changed since
+    python benchmarks/aot.py > kernels.txt                compile all, a line per kernel
+    python benchmarks/aot.py --target cuda90 --only qkv   compile some
+    python benchmarks/aot.py --summary docs/kernels.md    compile what has changed since
                                                                     the summary there, and write it
 
 Triton brings the assemblers (ptxas, LLVM for AMD), so neither a GPU nor a toolkit is needed. What
@@ -31,10 +31,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton_variants import AotVariant, variants_for_aot
 
 from lorafx.errors import LoweringError
-from lorafx.kernels.tools.triton_variants import AotVariant, variants_for_aot
-from lorafx.torch_internals.triton import ASTSource, GPUTarget
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class AotTarget:
     matrix: tuple[str, ...]
 
 
-#: by architecture of lorafx.kernels.triton.triton_tiles
+#: by architecture of lorafx.kernels.triton.tiles
 TARGETS: Mapping[str, AotTarget] = {
     "cuda80": AotTarget(GPUTarget("cuda", 80, 32), 163 << 10, 255, ("mma.sync",)),
     "cuda90": AotTarget(GPUTarget("cuda", 90, 32), 227 << 10, 255, ("wgmma.mma_async", "mma.sync")),
@@ -324,7 +325,7 @@ def with_summary(document: str, text: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m lorafx.kernels.tools.aot`; 1 where a kernel is unfit."""
+    """Entry point of `python benchmarks/aot.py`; 1 where a kernel is unfit."""
     parser = argparse.ArgumentParser(description="Compile the Triton kernels ahead of time.")
     parser.add_argument(
         "--summary", type=Path, help="the document that the summary is written into"

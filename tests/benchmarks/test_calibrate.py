@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
+import calibrate as tool
 import pytest
 import torch
+from calibrate import calibrate, save_chip
 
-import lorafx.kernels.triton.triton_ops  # noqa: F401  registers them
 from lorafx.kernels.cost import chips
-from lorafx.kernels.cost.chips import DEFAULT_CHIP, load_chip, save_chip
-from lorafx.kernels.cost.cost import estimate
-from lorafx.kernels.cost.work import Work
-from lorafx.kernels.tools import calibrate as tool
-from lorafx.kernels.tools.calibrate import calibrate
+from lorafx.kernels.cost.chips import DEFAULT_CHIP, load_chip
 
-pytestmark = pytest.mark.quick
-
-CPU = torch.device("cpu")
 SECONDS = {
     "copy in device memory": 1e-3,
     "copy in the cache": 1e-6,
@@ -39,21 +32,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     load_chip.cache_clear()
 
 
-def trial() -> tuple[chips.Chip, list[str]]:
-    """A calibration whose calls run, on the CPU and small, and whose clock is SECONDS."""
-    asked: list[str] = []
-
+def test_figures_are_work_over_time_and_kept_by_name(folder: Path) -> None:
     def clock(what: str, call: Callable[[], object]) -> float:
         call()
-        asked.append(what)
         return SECONDS[what]
 
-    return calibrate(DEFAULT_CHIP, "Test GPU", CPU, clock, scale=128), asked
-
-
-def test_figures_are_work_over_time() -> None:
-    chip, asked = trial()
-    assert set(asked) == set(SECONDS)
+    chip = calibrate(DEFAULT_CHIP, "Test GPU", torch.device("cpu"), clock, scale=128)
     side, large, small = tool.SIDE // 128, tool.LARGE // 128, tool.SMALL // 128
     assert chip.bandwidth == pytest.approx(4 * large / 1e-3)  # 16-bit elements, read and written
     assert chip.l2_bandwidth == pytest.approx(4 * small / 1e-6)
@@ -61,26 +45,10 @@ def test_figures_are_work_over_time() -> None:
     assert chip.fma_rate == pytest.approx(2 * (side // 2) ** 3 / 4e-3)
     assert chip.launch == pytest.approx(3e-4 / tool.CHAIN)
     assert chip.triton_over_vendor == pytest.approx(0.8)
-    assert chip.calibrated
-    assert chip.processors == DEFAULT_CHIP.processors
-
-
-def test_figures_are_kept_by_name(folder: Path) -> None:
-    chip, _ = trial()
     assert load_chip("Test GPU") is None
     save_chip(chip)
     assert load_chip("Test GPU") == chip
     assert load_chip("Other GPU") is None
-
-
-def test_a_measured_triton_gemm_opens_prefill_to_fused_kernels() -> None:
-    def refusal(speed: float | None) -> str:
-        chip = replace(DEFAULT_CHIP, triton_over_vendor=speed)
-        return estimate(Work(4096, (4096,), 8192, 8, 16, torch.bfloat16, chip))["epilogue"].refusal
-
-    assert "was not measured" in refusal(None)
-    assert "0.80" in refusal(0.8)
-    assert not refusal(0.98)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

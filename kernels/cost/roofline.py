@@ -1,0 +1,395 @@
+"""The cost models: the byte floor of any device, and a roofline of the strategies on a GPU.
+
+    floor(D) = 1 + D · r · Σ_i (K_i + N_i) / Σ_i (K_i · N_i)
+
+A decode step reads W once and the A and B of every distinct adapter in the batch once; siblings
+that share x still have an A each. On a GPU a kernel takes
+
+    t = max(device-memory bytes / bandwidth, L2 bytes / L2 bandwidth, FLOPs / rate)
+
+and each kernel after the first one more dependent launch. What the strategies launch:
+
+    recompute   one kernel: every tile of y computes v = x Aᵀ again, for the first adapter of its
+                rows beside its loop over K, for each further one in a loop of its own
+    epilogue    the shrink to v, then one kernel for base product and expand: y is written once
+    split       one kernel of base product, in parts of K, and shrink; one that adds up and expands
+    gemv        vendor GEMM, then shrink and expand a row at a time: no padding of rows
+    segments    vendor GEMM, then shrink and expand by runs of equal slots, padded to 16 rows;
+                requests are sorted by slot first, once for all nodes of a graph
+    concat      B copied behind W, v behind x, then the vendor's product of the longer x and W: its
+                FLOPs grow by (K + C) / K for C columns. W is copied for its columns at every call
+
+The chips' constants are those of lorafx.kernels.cost.chips: assumptions until a run on the chip
+calibrates them. No time of "concat" was measured on a chip; what it is made of was, on an H200.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from lorafx.kernels.cost.chips import DEFAULT_CHIP, Chip
+
+
+class Sized(Protocol):
+    @property
+    def in_features(self) -> int: ...
+
+    @property
+    def out_features(self) -> int: ...
+
+
+def byte_floor(sites: Iterable[Sized], rank: int, distinct: int) -> float:
+    """Least traffic of these sites with `distinct` adapters of `rank`, over the base's alone, in
+    elements: base and adapters are taken to have one dtype."""
+    parts = list(sites)
+    weights = sum(part.in_features * part.out_features for part in parts)
+    return 1 + distinct * factor_elements(parts, rank) / weights if weights else 1.0
+
+
+def factor_elements(sites: Iterable[Sized], rank: int) -> int:
+    """Elements of A and B of one adapter of `rank`: r · Σ_i (K_i + N_i)."""
+    return rank * sum(site.in_features + site.out_features for site in sites)
+
+
+def split_is_faster(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether one GEMM per sibling beats one GEMM over the packed weight.
+
+    Measured (Zen 4, 2 cores, MKL for float32, oneDNN for bfloat16, K 1024, q/k/v of 1024 and
+    gate/up of 2816, weights out of cache), packed over split:
+
+        M                 1     2     4     8     16    64    128   1024
+        float32  q/k/v    1.00  1.19  1.15  1.15  1.06  1.03  1.00  1.05
+        float32  gate/up  0.98  1.11  1.14  1.17  1.08  1.09  1.13  1.07
+        bfloat16 q/k/v    0.86  0.86  0.84  0.86  0.91  0.95  0.97  1.00
+        bfloat16 gate/up  0.96  0.95  0.96  0.97  0.96  0.97  0.99  1.00
+    """
+    return device.type == "cpu" and dtype in (torch.float32, torch.float64)
+
+
+# --- a node on a GPU ---
+
+TILE_N, TILE_M, DOT = 128, 64, 16  # columns and rows of a tile of y; least side of a dot
+
+#: Seconds of a kernel that reads what the one before it wrote, however little: its loads follow
+#: from each other. And of one adapter more in a tile that takes its adapters one after another.
+#: Measured on an H200 with the layers of Llama-3-8B, 1 and 64 rows.
+READER, ADAPTER = 2.5e-6, 1.2e-6
+#: Seconds before a product's bytes flow and after they have: a product of few bytes takes longer.
+START = 4e-6
+#: Speed of our kernels' loop over W beside the vendor's where bytes decide (an H200): that of
+#: "epilogue" and "recompute" has too few programs for narrow layers and too many registers.
+LOOP_OVER_VENDOR = 0.62
+#: That of "split", with its K in parts.
+SPLIT_OVER_VENDOR = 0.97
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Modelled time of one strategy for one node: of base product and delta together, over the
+    vendor GEMM alone, and over `Work.floor`. `refusal` says why it is not chosen whatever its time;
+    empty where it may be."""
+
+    seconds: float
+    over_base: float
+    over_floor: float
+    refusal: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.seconds * 1e6:.1f} µs, {self.over_base:.3f} of the base"
+        return f"{text}, refused: {self.refusal}" if self.refusal else text
+
+
+@dataclass(frozen=True)
+class Work:
+    """One node: y (M, ΣN) = x (M, K) Wᵀ with the deltas of D adapters of rank r in M rows. `sizes`
+    are N_i of the siblings that share x, `distinct` is D."""
+
+    in_features: int
+    sizes: tuple[int, ...]
+    rows: int
+    distinct: int
+    rank: int
+    dtype: torch.dtype
+    chip: Chip = DEFAULT_CHIP
+
+    @property
+    def columns(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def padded_rank(self) -> int:
+        return max(self.rank, DOT)
+
+    @property
+    def m_tiles(self) -> int:
+        return math.ceil(self.rows / TILE_M)
+
+    @property
+    def n_tiles(self) -> int:
+        return sum(math.ceil(size / TILE_N) for size in self.sizes)
+
+    @property
+    def adapters_in_tile(self) -> int:
+        """Adapters that a tile of TILE_M rows, grouped by adapter, has to look at."""
+        return math.ceil(self.distinct / self.m_tiles)
+
+    @property
+    def weight_elements(self) -> float:
+        """Elements of W that are read."""
+        return self.in_features * self.columns
+
+    @property
+    def a(self) -> float:
+        """Elements of A that are read."""
+        return self.distinct * self.rank * len(self.sizes) * self.in_features
+
+    @property
+    def b(self) -> float:
+        return self.distinct * self.rank * self.columns
+
+    @property
+    def product(self) -> float:
+        """FLOPs of the base product."""
+        return 2.0 * self.rows * self.in_features * self.columns
+
+    @property
+    def compute_bound(self) -> bool:
+        """Whether FLOPs rather than bytes decide the base product's time."""
+        memory = self.weight_elements * self.dtype.itemsize / self.chip.bandwidth
+        return self.product / self.chip.rate(self.dtype) > memory
+
+    def kernel(self, memory: float, l2: float, flops: float, *, tensor: bool = True) -> float:
+        """Seconds of a kernel that moves these elements and does these FLOPs."""
+        size, chip = self.dtype.itemsize, self.chip
+        rate = chip.rate(self.dtype) if tensor else chip.fma_rate
+        return max(memory * size / chip.bandwidth, l2 * size / chip.l2_bandwidth, flops / rate)
+
+    def reader(self, memory: float, l2: float, flops: float, *, tensor: bool = True) -> float:
+        """A kernel that has to wait for the one before it, and its launch."""
+        return max(self.kernel(memory, l2, flops, tensor=tensor), READER) + self.chip.launch
+
+    @property
+    def cached(self) -> float:
+        """Elements that the base product's tiles take from the cache. 0 where FLOPs decide: there
+        the rate was reached with all that the cache had to give."""
+        M, K, N = self.rows, self.in_features, self.columns
+        return 0 if self.compute_bound else self.m_tiles * K * N + self.n_tiles * M * K + M * N
+
+    def base(self, memory: float = 0.0, l2: float = 0.0, flops: float = 0.0) -> float:
+        """Seconds of the base product by kernels that also do what is named."""
+        moved = self.weight_elements + self.rows * (self.in_features + self.columns) + memory
+        return self.kernel(moved, self.cached + l2, self.product + flops)
+
+    def fused_base(
+        self, memory: float, l2: float, flops: float, streaming: float = LOOP_OVER_VENDOR
+    ) -> float:
+        """The base product by our own kernel, slower than the vendor's by what was measured."""
+        speed = (self.chip.triton_over_vendor or 1.0) if self.compute_bound else streaming
+        return self.base(memory, l2, flops) / speed + START
+
+    def vendor(self) -> float:
+        """Seconds of the vendor's GEMM."""
+        return self.base() + START
+
+    def floor(self) -> float:
+        """Seconds that no implementation goes below: each active factor read once and used."""
+        flops = 2.0 * self.rows * self.rank * (len(self.sizes) * self.in_features + self.columns)
+        return self.base(self.a + self.b, 0, flops) + START
+
+
+def work_of(
+    sites: Sequence[Sized], rows: int, slots: int, rank: int, dtype: torch.dtype, chip: Chip
+) -> Work:
+    """Sites that share one x, as the cost model sees them. Of a bank of so many slots, a batch is
+    taken to have min(slots, rows) adapters."""
+    sizes = tuple(site.out_features for site in sites)
+    distinct = max(1, min(slots, rows))
+    return Work(sites[0].in_features, sizes, max(rows, 1), distinct, rank, dtype, chip)
+
+
+# --- strategies with a base product of their own ---
+
+
+def _recompute(work: Work) -> float:
+    adapters, chip = work.adapters_in_tile, work.chip
+    M, K, N = work.rows, work.in_features, work.columns
+    beside = work.fused_base(
+        work.a + work.b,
+        work.m_tiles * work.rank * (work.n_tiles * K + adapters * N),
+        2.0 * M * work.padded_rank * (work.n_tiles * K + adapters * N),
+    )
+    # A further adapter's loop reads x and A once more, after the loop over W and not beside it.
+    a_loop = K * (min(max(M, DOT), TILE_M) + work.padded_rank) * work.dtype.itemsize
+    waves = math.ceil(work.m_tiles * work.n_tiles / chip.processors)
+    after = waves * (adapters - 1) * a_loop / (chip.l2_bandwidth / chip.processors)
+    return beside + after
+
+
+def _epilogue(work: Work) -> float:
+    adapters, G = work.adapters_in_tile, len(work.sizes)
+    padded = work.padded_rank * adapters
+    M, K, N = work.rows, work.in_features, work.columns
+    v = M * G * work.rank
+    shrink = work.kernel(work.a + M * K + v, 0, 2.0 * M * padded * G * K)
+    l2 = work.m_tiles * adapters * work.rank * N
+    return shrink + work.chip.launch + work.fused_base(work.b + v, l2, 2.0 * M * padded * N)
+
+
+#: Rows of a tile of the reader of "split", and of those that are sorted by slot before they are
+#: dealt to tiles; loads of it that follow from each other; factors that it multiplies side by side,
+#: half of them in the tiles of layers of WIDE columns or more.
+TILE, WINDOW, LOADS, LANES, WIDE = 16, 64, 2, 64, 16384
+#: Seconds of one load in turn: an H200 timed a reader of four.
+IN_TURN = READER / 4
+
+
+def _split(work: Work) -> float:
+    """The reader waits for loads that follow from each other, and goes round by round where its
+    tile has more adapters than it multiplies side by side."""
+    M, K, N, G = work.rows, work.in_features, work.columns, len(work.sizes)
+    sums, flops = _plane_elements(work), 2.0 * M * work.padded_rank * work.adapters_in_tile
+    first = work.fused_base(work.a, sums, flops * G * K, SPLIT_OVER_VENDOR)
+    second = work.kernel(work.b + sums + M * N, 0, flops * N)
+    wait = LOADS * IN_TURN + (split_rounds(work) - 1) * ADAPTER
+    return first + max(second, wait) + work.chip.launch
+
+
+def _plane_elements(work: Work) -> float:
+    """Elements of the planes of the parts of K, which are of float32; a single part goes through y.
+    K has as many as lorafx.kernels.triton.strategy_tiles cuts it into."""
+    wide = 128 if work.columns >= WIDE or work.rows <= TILE else 64
+    tiles = work.m_tiles * math.ceil(work.columns / wide)
+    most = min(work.chip.processors * 3 // 2 // tiles, math.ceil(work.in_features / 64) // 4)
+    parts = 1 << max(min(most, 8), 1).bit_length() - 1
+    planes = parts * 4 / work.dtype.itemsize if parts > 1 else 1
+    return work.rows * work.columns * planes
+
+
+def split_rounds(work: Work) -> int:
+    """Times that a tile of the reader goes for further adapters, the first included."""
+    tiles = math.ceil(min(work.rows, WINDOW) / TILE)
+    adapters = math.ceil(work.adapters_in_tile / tiles)
+    lanes = LANES // 2 if work.columns >= WIDE and work.rows > TILE else LANES
+    return math.ceil(adapters / max(lanes // work.rank, 1))
+
+
+# --- strategies around the vendor's GEMM ---
+
+#: Shrink and expand took 2.1 (gate/up), 3.0 (down) and 3.7 times (q/k/v) their roofline on an H200
+#: at 8192 rows.
+OVER_ROOFLINE = 3.0
+#: Columns that x and W are made longer by at most, and the units in which they come and a vendor's
+#: GEMM takes them.
+MOST_COLUMNS, UNIT, K_TILE = 256, 16, 64
+
+
+def _gemv(work: Work) -> float:
+    M, K, N, G = work.rows, work.in_features, work.columns, len(work.sizes)
+    A, B = work.rank * G * K, work.rank * N
+    shrink = work.reader(work.a + M * K, M * A, 2.0 * M * A, tensor=False)
+    expand = work.reader(work.b + 2 * M * N, M * B, 2.0 * M * B, tensor=False)
+    return work.vendor() + shrink + expand
+
+
+def _segments(work: Work) -> float:
+    y = 2 * work.rows * work.columns
+    expand = _by_runs(work, work.b + y, work.columns)
+    return work.vendor() + _shrink(work) + expand + 2 * (work.adapters_in_tile - 1) * ADAPTER
+
+
+def _shrink(work: Work) -> float:
+    """v of rows grouped by adapter: x and each A are read once."""
+    x = work.rows * work.in_features
+    return _by_runs(work, work.a + x, len(work.sizes) * work.in_features)
+
+
+def _by_runs(work: Work, memory: float, terms: int) -> float:
+    """A shrink or an expand over runs of equal slots, each padded to what a dot takes."""
+    run = math.ceil(math.ceil(work.rows / max(work.distinct, 1)) / DOT) * DOT
+    flops = 2.0 * work.distinct * run * work.padded_rank * terms
+    slow = OVER_ROOFLINE if work.compute_bound else 1.0
+    return max(work.kernel(memory, 0, flops) * slow, READER) + work.chip.launch
+
+
+def _concat(work: Work) -> float:
+    M, K, N = work.rows, work.in_features, work.columns
+    more = _more_columns(work)
+    flops = 2.0 * M * N * math.ceil((K + more) / K_TILE) * K_TILE
+    product = work.kernel(K * N + M * (K + N), work.cached, flops) + START
+    beside_w = work.reader(work.b + more * N, 0, 0)
+    copy = work.kernel(2 * K * N + more * N, 0, 0) + work.chip.launch
+    zeros = work.kernel(M * more, 0, 0) + work.chip.launch
+    return _shrink(work) + beside_w + copy + zeros + product
+
+
+def _more_columns(work: Work) -> int:
+    """Columns of all siblings: a block of each for each adapter that the batch may have."""
+    return len(work.sizes) * work.distinct * math.ceil(work.rank / UNIT) * UNIT
+
+
+# --- the choice ---
+
+GPU_STRATEGIES = {
+    "split": _split,
+    "epilogue": _epilogue,
+    "recompute": _recompute,
+    "gemv": _gemv,
+    "segments": _segments,
+    "concat": _concat,
+}
+#: Their own base product instead of the vendor's.
+FUSED = ("split", "epilogue", "recompute")
+#: What no chip has timed, for who is told of a choice.
+UNTIMED: Mapping[str, str] = {
+    "concat": "never measured on a chip",
+    "split": "its reader measured in an earlier form only",
+}
+#: A vendor GEMM this much faster than plain Triton's costs more than all of LoRA (5 % against
+#: 0.6 to 5 % of the floor), so below it a fused kernel is not used where FLOPs decide.
+LEAST_TRITON_OVER_VENDOR = 0.97
+
+
+def estimate(work: Work) -> dict[str, Estimate]:
+    """Every strategy's modelled time for `work`, fastest first, refused ones last."""
+    seconds = {name: model(work) for name, model in GPU_STRATEGIES.items()}
+    refusals = {name: _refusal(name, work) for name in seconds}
+    return ranked(seconds, refusals, work.vendor(), work.floor())
+
+
+def _refusal(name: str, work: Work) -> str:
+    if name == "split" and any(size % 16 for size in (work.in_features, *work.sizes)):
+        # Run on a GPU for whole blocks of 16 elements only, but for kernels by themselves.
+        return "K or a column count is not a multiple of 16"
+    if name == "concat":
+        if not work.compute_bound:
+            return "bytes decide, and fused kernels read W once as well"
+        if (more := _more_columns(work)) > MOST_COLUMNS:
+            return f"{more} more columns of x and W are more than {MOST_COLUMNS}"
+        return "x A may overflow float16" if work.dtype == torch.float16 else ""
+    return slower_than_vendor(work.chip) if name in FUSED and work.compute_bound else ""
+
+
+def slower_than_vendor(chip: Chip) -> str:
+    """Why a base product of our own does not pay where FLOPs decide, "" where it does."""
+    speed = chip.triton_over_vendor
+    if speed is None:
+        return "plain Triton was not measured against the vendor GEMM for this many rows"
+    if speed < LEAST_TRITON_OVER_VENDOR:
+        return f"plain Triton reaches {speed:.2f} of the vendor GEMM"
+    return ""
+
+
+def ranked(
+    seconds: Mapping[str, float], refusals: Mapping[str, str], base: float, floor: float
+) -> dict[str, Estimate]:
+    """Strategies with their modelled times, fastest first, refused ones last."""
+    order = sorted(seconds, key=lambda name: (bool(refusals[name]), seconds[name]))
+    return {
+        name: Estimate(seconds[name], seconds[name] / base, seconds[name] / floor, refusals[name])
+        for name in order
+    }

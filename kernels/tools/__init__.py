@@ -1,1 +1,0 @@
-"""Commands for people with a GPU, or without one: tuning, calibration, compiling ahead of time."""

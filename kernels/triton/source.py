@@ -1,0 +1,292 @@
+"""The Triton source of a generated kernel: a template of kernels/triton/templates, filled in.
+
+    source(kernel, spec, tiles) = heading + template[kernel](sizes, column ranges, dtypes, tiles)
+
+    shrink       v[p, m, j·R + r] = scale · Σ_(k in part p) A[s, i_j·R + r, k] x[m, k]
+    linear       y[m] = x[m] Wᵀ + b + v[m] B[s]    v from shrink's planes ("epilogue"), computed
+                 by the tile itself ("recompute"), without the base product ("expand"), or with
+                 that of `split` ("reduce")
+    split        y[q, m] = Σ_(k in part q) x[m, k] W[:, k], and shrink by programs of its own
+    shrink_rows, expand_rows    the same a row at a time, without matrix instructions
+    embedding_rows              expand_rows with A[s, id] for v
+    gather, place  B behind the columns of W, and v behind those of x, for one product of both
+    order        the requests sorted by slot
+    activate     h = f(…) of other tensors, and shrink for x = h
+    attend, attend_split, attend_sum, write_new    attention over a paged cache
+
+With routed experts rows are sorted by expert, a tile is of one expert, and s is its (slot, expert).
+s is the slot of row m, r runs over the s-th adapter's own rank. Every size but those of the batch
+is a literal of the source; the batch's own (M rows, n slots, rows a request) are arguments.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import jinja2
+import torch
+
+from lorafx.kernels.ops.delta_spec import DeltaSpec
+from lorafx.kernels.triton.tiles import Tiles, power_of_two
+
+TYPES = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
+
+#: Elements that the columns of "concat" come in: what a matrix instruction takes of K, 32 bytes.
+COLUMN_UNIT = 16
+
+# kernel -> its template and the constants that tell it from the template's other kernels
+KERNELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "shrink": ("shrink", {}),
+    "epilogue": ("linear", {"base": True, "recompute": False, "reduce": False}),
+    "recompute": ("linear", {"base": True, "recompute": True, "reduce": False}),
+    "expand": ("linear", {"base": False, "recompute": False, "reduce": False}),
+    "gather": ("concat", {"function": "gather"}),
+    "place": ("concat", {"function": "place"}),
+    "split": ("split", {}),
+    "reduce": ("linear", {"base": False, "recompute": False, "reduce": True}),
+    "shrink_rows": ("rows", {"function": "shrink_rows"}),
+    "expand_rows": ("rows", {"function": "expand_rows", "embedding": False}),
+    "embedding_rows": ("rows", {"function": "expand_rows", "embedding": True}),
+    "order": ("order", {}),
+    "activate": ("shrink", {}),
+    "write_new": ("paged_attention", {"function": "write_new"}),
+    "attend": ("paged_attention", {"function": "attend", "split": False}),
+    "attend_split": ("paged_attention", {"function": "attend", "split": True}),
+    "attend_sum": ("paged_attention", {"function": "attend_sum"}),
+}
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A tensor that the region reads, (M, W), or (E, W) where its rows are `gathered` by ids."""
+
+    dtype: torch.dtype
+    gathered: bool = False
+
+    @property
+    def inputs(self) -> int:
+        """How many tensors the op takes for it."""
+        return 1 + self.gathered
+
+
+@dataclass(frozen=True)
+class Load:
+    """g_i: columns start, start + step, … of a leaf, one for each k."""
+
+    leaf: int
+    start: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A pointwise region in front of a product, as text that a generated kernel computes.
+
+        h[m, k] = f(g_0, g_1, …)        g_i = leaf[row, start + step · k]
+
+    A leaf is a tensor with a row for each row m, or a table whose row is chosen by ids[m] (biases
+    of experts). Leaves are in the order in which the op takes them, each followed by its ids if
+    gathered. The names g0, g1, … in `lines` stand for `loads`, whose steps of two are interleaved
+    halves. A line is a Triton statement that gives a name to a float32 expression of earlier names;
+    where the graph itself casts to a narrower type, so does the text. `result` is the name of h.
+    """
+
+    leaves: tuple[Leaf, ...]
+    loads: tuple[Load, ...]
+    lines: tuple[str, ...]
+    result: str
+
+    @property
+    def inputs(self) -> int:
+        """How many tensors the leaves are."""
+        return sum(leaf.inputs for leaf in self.leaves)
+
+
+@dataclass(frozen=True)
+class TritonSpec:
+    """What the kernels of one LoRA node take for granted.
+
+    Attributes:
+        weight_dtype: of the base weight, for a strategy that computes the base product too.
+        transposed: the base weight is (K, N).
+        experts: E where the weight holds one for each expert; 0 for all others.
+        activation: what x is computed by, for a strategy that does so itself.
+        by_request: "concat" has a block of columns for each request of the batch, instead of each
+            slot of the bank.
+    """
+
+    delta: DeltaSpec
+    weight_dtype: torch.dtype | None = None
+    bias: bool = False
+    transposed: bool = False
+    experts: int = 0
+    activation: Activation | None = None
+    by_request: bool = False
+
+    @property
+    def out_features(self) -> int:
+        """Columns of y."""
+        return sum(self.delta.sizes)
+
+    @property
+    def planes(self) -> int:
+        """Factors of a row of v: R for each column range."""
+        return len(self.delta.sizes) * self.delta.max_rank
+
+    @property
+    def width(self) -> int:
+        """Columns of a block of "concat"."""
+        return -(-self.delta.max_rank // COLUMN_UNIT) * COLUMN_UNIT
+
+    def supported(self) -> bool:
+        """Whether kernels are generated for it: 16- and 32-bit floats, nothing empty."""
+        return self.delta.supported() and self.weight_dtype in (None, self.delta.x_dtype)
+
+    def heading(self) -> list[str]:
+        """What the comment that a generated file opens with says of it."""
+        d = self.delta
+        dtypes = f"x {d.x_dtype}, bank {d.bank_dtype}, y {d.y_dtype}"
+        ranges = zip(d.siblings, d.offsets, d.sizes, strict=True)
+        text = "; ".join(f"sibling {i}, bank [{o}, {o + size})" for i, o, size in ranges)
+        lines = [
+            f"K {d.in_features}, rank at most {d.max_rank}, {d.group} siblings; {dtypes}",
+            f"column ranges of y: {text}",
+        ]
+        if self.weight_dtype is not None:
+            shape = "(K, N)" if self.transposed else "(N, K)"
+            lines.append(f"weight {shape}, {'with' if self.bias else 'without'} bias")
+        if self.experts:
+            lines.append(f"{self.experts} experts, rows sorted by expert")
+        return lines
+
+    def parameters(self, kernel: str, tiles: Tiles) -> dict[str, Any]:
+        """What the template of `kernel` is filled with."""
+        d = self.delta
+        counts = [-(-size // tiles.block_n) for size in d.sizes]
+        k_blocks = -(-max(d.in_features, 1) // tiles.block_k)
+        first = d.siblings[0]
+        k_part = -(-k_blocks // tiles.parts) * tiles.block_k
+        split_part = -(-k_blocks // tiles.split) * tiles.block_k
+        ragged = d.in_features % tiles.block_k > 0
+        factors = power_of_two(d.max_rank, 1, tiles.block_r)
+        batched = tiles.batched and factors >= d.max_rank
+        sizes_by_name = {
+            "K": d.in_features,
+            "N": self.out_features,
+            "R": d.max_rank,
+            "G": d.group,
+            "SPACING": d.slot_rows,
+            "B_COLUMNS": d.columns,
+            "EXPERTS": self.experts,
+            "PLANES": self.planes,
+            "PARTS": tiles.parts,
+            "K_PART": k_part,
+            "SPLIT": tiles.split,
+            "SPLIT_PART": split_part,
+            "R_TILES": -(-self.planes // tiles.block_r),
+            "N_TILES": -(-self.out_features // tiles.block_n),
+            "TILES_N": sum(counts),
+            "FACTORS": factors,
+            "ABREAST": tiles.block_r // factors,
+            "WIDE": tiles.picked or tiles.block_m,
+            "LANES": tiles.lanes,
+            "WIDTH": self.width,
+            "COLUMNS": len(d.sizes) * self.width,
+            "GROUP_M": tiles.group_m,
+            **tiles.blocks,
+        }
+        return {
+            **self._dtypes(),
+            "sizes_by_name": sizes_by_name,
+            "siblings": list(d.siblings),
+            "consecutive": d.siblings == tuple(range(first, first + len(d.siblings))),
+            "offsets": list(d.offsets),
+            "sizes": list(d.sizes),
+            "starts": _starts(d.sizes),
+            "range_firsts": [j * d.max_rank for j in range(len(d.sizes))],
+            "tile_firsts": _starts(tuple(counts)),
+            "tiles_block": power_of_two(sum(counts), 1, 1 << 20),
+            # of a kernel that takes a tile's slots side by side, or goes slot by slot after all
+            "slot_factors": power_of_two(factors, 16, 16) if batched else tiles.block_r,
+            "code": 1 << d.max_rank.bit_length(),
+            "bias": self.bias,
+            "transposed": self.transposed,
+            "out_features": self.out_features,
+            "ragged_k": ragged
+            or (kernel in ("shrink", "split", "activate") and tiles.parts * k_part > d.in_features),
+            "split_ragged": ragged or tiles.split * split_part > d.in_features,
+            "ragged_n": any(size % tiles.block_n for size in d.sizes),
+            "batched": batched,
+            "at_once": tiles.at_once if batched else 0,
+            "grouped": self.experts > 0,
+            "experts_block": power_of_two(self.experts, 1, 1 << 20),
+            "activation": self.activation if kernel == "activate" else None,
+            "width": self.width,
+            "requests": self.by_request,
+        }
+
+    def _dtypes(self) -> dict[str, str]:
+        """Types of the products: 16-bit operands where both have one 16-bit type, else float32."""
+        d = self.delta
+        same = d.x_dtype == d.bank_dtype
+        # Exact in float32 where y could tell: v · B in 16 bits costs 2⁻¹⁷ of it.
+        expand = d.bank_dtype if d.bank_dtype == d.y_dtype else torch.float32
+        wide = ".to(tl.float32)"
+        return {
+            "base_dtype": TYPES[d.x_dtype],
+            "dot_dtype": TYPES[d.x_dtype] if same else "tl.float32",
+            "x_cast": "" if same or d.x_dtype == torch.float32 else wide,
+            "a_cast": "" if same or d.bank_dtype == torch.float32 else wide,
+            "expand_dtype": TYPES[expand],
+            "b_cast": "" if d.bank_dtype == expand else wide,
+            "y_dtype": TYPES[d.y_dtype],
+        }
+
+
+def _starts(sizes: tuple[int, ...]) -> list[int]:
+    return [sum(sizes[:j]) for j in range(len(sizes))]
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("lorafx.kernels.triton", "templates"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+
+@functools.cache
+def generator_hash() -> str:
+    """Of the templates and of the file that fills them: kernels of others have other ids."""
+    files = [Path(__file__), *sorted(Path(__file__).parent.glob("templates/*.jinja"))]
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
+
+
+class Spec(Protocol):
+    """What a kernel is generated for."""
+
+    def heading(self) -> list[str]: ...
+
+    def parameters(self, kernel: str, tiles: Tiles) -> dict[str, Any]: ...
+
+
+def source(kernel: str, spec: Spec | None, tiles: Tiles) -> str:
+    """The complete Python text of `kernel`; `order` depends on no spec."""
+    template, constants = KERNELS[kernel]
+    heading = [*([] if spec is None else spec.heading()), f"tiles: {tiles}"]
+    filled = {
+        **asdict(tiles),
+        **({} if spec is None else spec.parameters(kernel, tiles)),
+        **constants,
+        "heading": f"Generated from {template}.py.jinja: {kernel}.\n\n" + "\n".join(heading) + "\n",
+    }
+    text = _environment().get_template(f"{template}.py.jinja").render(filled)
+    return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
