@@ -26,11 +26,9 @@ _ENDINGS = {"m": "lora_magnitude_vector", "b": "lora_B.bias"}
 def write_peft(state: AdapterState, folder: Path) -> tuple[str, ...]:
     """Write `state` into `folder`, which is created, and return the paths of its modules.
 
-    The paths are those of `state`: of the model that it was read for, where there was one.
-
     Raises:
         ConfigError: the folder is not empty, or `state` is PEFT's own already.
-        CheckpointError: it has keys that are no factors; paths without dots, which only a model can
+        CheckpointError: keys that are no factors, or paths without dots, which only a model can
             tell apart; or the folder cannot be written.
     """
     if state.dialect == "peft":

@@ -66,8 +66,6 @@ class Reading:
         landings, factors: where factors go, and their keys by letter.
         unselected: modules that are no sites and have factors, by their paths.
         unknown: saved paths that name nothing.
-        experts: the factors of routed experts.
-        own: the weights that the adapter has of its own.
         decoded: part paths that got factors, those of experts aside.
         spans: the slices that saved names turned out to cover (`loose_names`).
     """
@@ -256,7 +254,7 @@ class Reading:
                 raise Problem(f"{kind.flag} is set, but {label} has no {kind.key}")
             return None
         if not wanted:
-            raise Unsupported(f"{factor.key} belongs to {kind.feature}, but {kind.flag} is not set")
+            raise Unsupported(f"{factor.key} needs {kind.flag}, which is not set")
         vector = self.state.tensors[factor.key]
         if layer == "conv" and vector.dim() > 1:
             vector = vector.flatten()  # (1, N, 1, ...)
