@@ -265,7 +265,7 @@ class _Search:
         if not config.target_parameters and not found.singly:
             return
         for path, module in self.places.named_modules():
-            experts = self.places.experts.of(module, path)
+            experts = self.places.experts_of(module, path)
             if experts is None or any(closed.startswith(path) for closed in self.reading.closed):
                 continue
             for weight in experts.weights:
