@@ -248,7 +248,7 @@ class Reading:
                 raise Problem(f"{kind.flag} is set, but {label} has no {kind.key}")
             return None
         if not wanted:
-            raise Unsupported(f"{factor.key} needs {kind.flag}, which is not set")
+            raise Unsupported(f"{factor.key} is there, but {kind.flag} is not set")
         vector = self.state.tensors[factor.key]
         if layer == "conv" and vector.dim() > 1:
             vector = vector.flatten()  # (1, N, 1, ...)
