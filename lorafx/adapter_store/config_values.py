@@ -12,8 +12,7 @@ from typing import Any, TypeAlias
 
 from lorafx.adapter_store.hub import is_name
 from lorafx.errors import CheckpointError
-from lorafx.model.patterns import Pattern, PatternError, pattern
-from lorafx.model.targets import is_all_linear
+from lorafx.model.targets import Pattern, PatternError, is_all_linear, pattern
 
 CONFIG_FILE = "adapter_config.json"
 #: PEFT writes some kilobytes; a path for each module of the largest models takes megabytes.

@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from lorafx.adapter_store.adapter import LoraWeights
 from lorafx.adapter_store.findings import Problem
 from lorafx.adapter_store.places import saved_sizes
-from lorafx.model.expert_names import Half
-from lorafx.model.experts import ExpertWeight
+from lorafx.model.experts import ExpertWeight, Half
 from lorafx.model.sites import Site
 
 #: The first release that reads `is_transposed`.

@@ -38,8 +38,7 @@ from lorafx.adapter_store.findings import (
 from lorafx.adapter_store.peft_keys import FactorKey
 from lorafx.adapter_store.places import ExpertPlace, Experts, not_selected
 from lorafx.errors import some
-from lorafx.model.expert_names import Columns, Half, unnested
-from lorafx.model.experts import ExpertWeight
+from lorafx.model.experts import Columns, ExpertWeight, Half, unnested
 
 
 class _Found(NamedTuple):

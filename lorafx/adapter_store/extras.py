@@ -37,10 +37,16 @@ from lorafx.adapter_store.places import Places
 from lorafx.adapter_store.saved import AdapterState
 from lorafx.errors import Setting
 from lorafx.model.bank import OwnWeight
-from lorafx.model.biases import bias_of, bias_refusal
 from lorafx.model.candidates import by_raw_weight
+from lorafx.model.extras import (
+    OWN_KINDS,
+    bias_of,
+    bias_refusal,
+    is_input_embedding,
+    own_refusal,
+    tied_paths,
+)
 from lorafx.model.module_graph import ModuleGraph
-from lorafx.model.own_row_limits import OWN_KINDS, is_input_embedding, own_refusal, tied_paths
 from lorafx.model.quantized import readable
 from lorafx.model.sites import Site
 from lorafx.registry import lookup
@@ -162,7 +168,7 @@ def rows_wanted(state: AdapterState, model: nn.Module) -> tuple[list[str], dict[
     that it has of others, by path. What cannot be told is left to `OwnReading`."""
     if not state.config.modules_to_save and not state.config.trainable_token_indices:
         return [], {}
-    places, graph = Places((), model), ModuleGraph.of(model)
+    places, graph = Places((), model), ModuleGraph(model)
     whole = [m.path for m in _saved_modules(state, places, with_copies=False) if m.eligible]
     tokens: dict[str, int] = {}
     for path, _, tensor, _ in _saved_tokens(state, places):
@@ -197,7 +203,7 @@ class OwnReading:
                     self._whole(saved)
         tokens = [*_saved_tokens(self.state, self.places)]
         self._apart = {path: self.config.tokens_of(name) for path, _, _, name in tokens}
-        graph = ModuleGraph.of(self.places.model) if tokens else None
+        graph = ModuleGraph(self.places.model) if tokens else None
         for path, key, rows, name in tokens:
             assert graph is not None
             self.keys.add(key)

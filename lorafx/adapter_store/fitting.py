@@ -23,8 +23,8 @@ from lorafx.adapter_store.stored import HostCopy, StoredAdapter
 from lorafx.adapter_store.windows import width_of
 from lorafx.errors import CapacityError, CheckpointError, Setting
 from lorafx.model.bank import Bank, Factors, OwnWeight
-from lorafx.model.biases import bias_of
 from lorafx.model.convolutions import norm_factors
+from lorafx.model.extras import bias_of
 from lorafx.model.quantized import dequantize
 from lorafx.model.sites import Group, Site
 

@@ -4,7 +4,7 @@ r"""PEFT's `adapter_config.json`: what a LoRA adapter's configuration means for 
 
 r and α are per module: the first key k of `rank_pattern` / `alpha_pattern`, in the file's order,
 with `re.match(rf"(.*\.)?({k})$", path)` decides, else `r` and `lora_alpha`. The patterns are not
-trusted, so they are matched against a clock (lorafx.model.patterns). Fields that change this
+trusted, so they are matched against a clock (lorafx.model.targets). Fields that change this
 arithmetic are refused by name; so is any field that this reader does not know, unless it is off:
 PEFT adds fields with every version. Other methods of PEFT are refused with the way out.
 """
@@ -26,8 +26,14 @@ from lorafx.adapter_store.config_values import Check, Malformed, is_off, keyed, 
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
 from lorafx.model.module_graph import ModuleGraph, join
 from lorafx.model.packed_names import PackedNames
-from lorafx.model.patterns import Pattern
-from lorafx.model.targets import Entries, SavedTargets, is_all_linear, names, output_embedding
+from lorafx.model.targets import (
+    Entries,
+    Pattern,
+    SavedTargets,
+    is_all_linear,
+    names,
+    output_embedding,
+)
 from lorafx.registry import lookup
 
 
@@ -388,6 +394,6 @@ def picked(config: PeftConfig, model: nn.Module) -> SavedTargets:
         for name, parameter in module.named_parameters(recurse=False):
             if config.targets_parameter(join(path, name)):
                 found[path if parameter.dim() < 3 else join(path, name)] = None
-    packed = PackedNames(ModuleGraph.of(model)).named()
+    packed = PackedNames(ModuleGraph(model)).named()
     found.update((path, None) for path, _ in packed if config.matches(path))
     return SavedTargets(found)

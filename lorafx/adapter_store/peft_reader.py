@@ -30,8 +30,7 @@ from lorafx.adapter_store.reading import Reading
 from lorafx.config import LoraConfig
 from lorafx.errors import CheckpointError, LorafxWarning, some
 from lorafx.model import targets
-from lorafx.model.expert_names import PROJECTIONS, Columns, covers, overlapping, unnested
-from lorafx.model.experts import ExpertWeight
+from lorafx.model.experts import PROJECTIONS, Columns, ExpertWeight, covers, overlapping, unnested
 from lorafx.model.module_graph import ModuleGraph, join
 from lorafx.model.packed_names import ATTRIBUTE, PackedNames
 from lorafx.registry import is_empty, lookup
@@ -255,7 +254,7 @@ class _Search:
         declared = self.packed_modules or any(hasattr(m, ATTRIBUTE) for m in model.modules())
         if not self.whole or not declared:
             return  # names cost a walk over the parameters
-        names = PackedNames(ModuleGraph.of(model), self.packed_modules).named()
+        names = PackedNames(ModuleGraph(model), self.packed_modules).named()
         yield from ((path, module) for path, module in names if lookup(module) is not None)
 
     def _experts(self) -> Iterator[str]:

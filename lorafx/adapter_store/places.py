@@ -22,10 +22,8 @@ from torch import nn
 
 from lorafx.adapter_store.peft_keys import candidates, without_prefix
 from lorafx.errors import Setting
-from lorafx.model.expert_names import NESTED, Half, meaning
-from lorafx.model.experts import ExpertWeight, saved_weights
-from lorafx.model.packed_names import virtual_paths
-from lorafx.model.partition import spans
+from lorafx.model.experts import NESTED, ExpertWeight, Half, meaning, saved_weights
+from lorafx.model.packed_names import spans, virtual_paths
 from lorafx.model.saved_names import PREFIX, SavedNames, nearest_names, without_compiled
 from lorafx.registry import lookup
 

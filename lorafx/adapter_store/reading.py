@@ -42,8 +42,7 @@ from lorafx.adapter_store.findings import (
 from lorafx.adapter_store.peft_keys import TRAINING_KEYS, FactorKey, parse, without_prefix
 from lorafx.adapter_store.places import TARGETS, ExpertPlace, SiteLanding, SitePart, saved_sizes
 from lorafx.model.convolutions import convolution_of, matrices
-from lorafx.model.packed_names import renamed
-from lorafx.model.partition import spans
+from lorafx.model.packed_names import renamed, spans
 from lorafx.model.refusals import unsupported
 from lorafx.model.sites import Site
 from lorafx.registry import is_empty, lookup

@@ -22,7 +22,7 @@ from lorafx.adapter_store.peft_reader import adapter_target_modules
 from lorafx.adapter_store.saved import AdapterSource, AdapterState, Origin
 from lorafx.config import LoraConfig
 from lorafx.errors import ConfigError
-from lorafx.model.own_row_limits import token_rooms
+from lorafx.model.extras import token_rooms
 from lorafx.model.targets import AdapterNames
 
 

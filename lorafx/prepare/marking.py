@@ -23,7 +23,7 @@ from lorafx.adapter_store.store import AdapterStore
 from lorafx.capture.lowering import resolved
 from lorafx.config import LoraConfig, Options
 from lorafx.interrupts import Rollback
-from lorafx.model.attachment import Attachment
+from lorafx.model.marks import Attachment
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.sites import Site
 from lorafx.model.training import warn_training

@@ -22,8 +22,8 @@ from lorafx.capture.traced import Traced
 from lorafx.capture.tracking import Tracking
 from lorafx.capture.weights_in_python import WeightUses
 from lorafx.errors import CaptureError, LorafxError, MatchError, ReplacedModuleError
-from lorafx.model.attachment import MARKS
 from lorafx.model.experts import LOOP, loops
+from lorafx.model.marks import MARKS
 from lorafx.ownership.held import MOST_REQUESTS
 from lorafx.ownership.memory import Memory
 from lorafx.program.handover import held_argument
@@ -229,7 +229,7 @@ class Entry:
             recompile_limit=session.program.options.recompile_limit,
             sizes_by_data=lambda: session.program.quantised.sizes_by_data,
             keep_guards=session.backend.keep_guards if saved is None else saved.keep_guards,
-            saved=saved,
+            converted=None if saved is None else saved.converted,
         )
 
     def _saved(self, *, base: bool) -> SavedGraphs | None:

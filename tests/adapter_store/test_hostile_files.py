@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import lorafx
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.errors import CheckpointError, LorafxError
-from lorafx.model.patterns import PatternError
+from lorafx.model.targets import PatternError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 MODEL, SITES = small()
