@@ -37,16 +37,12 @@ class Adapter:
     """A decoded adapter.
 
     Attributes:
-        name: what requests call it.
         weights: `Site.part_path` -> factors; what the adapter does not touch is absent.
         rank: the largest rank that it was trained with anywhere.
-        source: where it was read from, for messages.
         spans: path of a name of a packed module -> the slices that its rows say it covers, where
             that is not declared.
         own: path of a site -> the rows of its weight that the adapter has of its own.
-        notes: what was decided while it was read, a line each.
-        replaces_biases: it was trained with biases in the place of the base's, of which those are
-            kept that differ from the model's.
+        replaces_biases: it was trained with biases in the place of the base's.
         compared: its file holds copies of base weights, which were compared with the model's.
         invocation: the tokens from which on it is active (aLoRA); empty where it always is.
         keys: its keys, in PEFT's names, with the shapes of their tensors.

@@ -121,11 +121,8 @@ class CopyStreams:
         return bool(self._lanes) and not self.captured
 
     def refuse_captured(self, names: Sequence[str]) -> None:
-        """Refuse to write these adapters into slots while a call is captured into a CUDA graph.
-
-        Raises:
-            BatchError: there are some, and one is.
-        """
+        """Raise BatchError where a call is captured into a CUDA graph, and these adapters would be
+        written into slots."""
         if names and self._capturing():
             raise BatchError(
                 f"{', '.join(map(repr, names))} would be written into the banks while a CUDA graph "
@@ -167,11 +164,7 @@ class CopyStreams:
 
     def write(self, name: str, slots: Iterable[int], write: Callable[[], object]) -> None:
         """Have `write` fill slots with `name` in the turn of the current stream, behind what has
-        used these.
-
-        Raises:
-            BatchError: as `refuse_captured`.
-        """
+        used these. Raises as `refuse_captured`."""
         self.refuse_captured([name])
         self.use(slots)
         write()
@@ -183,15 +176,9 @@ class CopyStreams:
         write: Callable[[], Sequence[object]],
         behind: Sequence[int] | None = None,
     ) -> None:
-        """Have `write` fill these slots with `name`, beside what has not used them.
-
-        Args:
-            write: launches copies on current streams, and returns what they are made from.
-            behind: the slots whose uses it has to wait for; None for `slots`.
-
-        Raises:
-            BatchError: as `refuse_captured`.
-        """
+        """Have `write` fill these slots with `name`, beside what has not used them. It launches
+        copies on current streams, behind the uses of the slots `behind` (None for `slots`), and
+        returns what they are made from. Raises as `refuse_captured`."""
         behind = slots if behind is None else behind
         if not self.beside:
             self.write(name, behind, write)

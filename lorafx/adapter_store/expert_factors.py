@@ -45,12 +45,11 @@ class Stacked(NamedTuple):
         return self.A.shape[1]
 
 
-class ExpertSizes(NamedTuple):
-    """E, K and N of the columns that are meant."""
-
-    experts: int
-    in_features: int
-    out_features: int
+def sizes_of(weight: ExpertWeight, half: Half) -> tuple[int, int, int]:
+    """E, K, and N of a half of a parameter's columns."""
+    divided = half != "all" and bool(weight.halves)
+    n = weight.out_features // 2 if divided else weight.out_features
+    return weight.experts, weight.in_features, n
 
 
 def exchanged(
@@ -64,7 +63,7 @@ def exchanged(
     return bool(getattr(module, "is_transposed", False)) != weight.transposed
 
 
-def wrapped(a: Tensor, b: Tensor, sizes: ExpertSizes, swapped: bool | None) -> Stacked:
+def wrapped(a: Tensor, b: Tensor, sizes: tuple[int, int, int], swapped: bool | None) -> Stacked:
     """Factors that PEFT's wrapper of a parameter saved. `swapped` decides where both orders fit:
     see `exchanged`. Raises `Problem` where they do not fit."""
     experts, k, n = sizes
@@ -89,7 +88,7 @@ def wrapped(a: Tensor, b: Tensor, sizes: ExpertSizes, swapped: bool | None) -> S
     )
 
 
-def named(a: Tensor, b: Tensor, sizes: ExpertSizes, rank: int | None) -> Stacked:
+def named(a: Tensor, b: Tensor, sizes: tuple[int, int, int], rank: int | None) -> Stacked:
     """Factors under a parameter's own name, stacked, apart or shared, each in its own way. `rank`
     is the configuration's: it decides where one factor for all and stacked ones look alike. Raises
     `Problem` where they do not fit."""
@@ -164,12 +163,6 @@ class ExpertTerm(NamedTuple):
     B: Tensor
     scale: float
     label: str
-
-
-def columns_of(weight: ExpertWeight, half: Half) -> int:
-    """N of a half of a parameter's columns."""
-    divided = half != "all" and bool(weight.halves)
-    return weight.out_features // 2 if divided else weight.out_features
 
 
 def _check_overlap(terms: Sequence[ExpertTerm], name: str) -> None:

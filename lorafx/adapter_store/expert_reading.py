@@ -20,13 +20,12 @@ from torch import Tensor
 
 from lorafx.adapter_store.adapter import LoraWeights
 from lorafx.adapter_store.expert_factors import (
-    ExpertSizes,
     ExpertTerm,
     Stacked,
     assembled,
-    columns_of,
     exchanged,
     named,
+    sizes_of,
     wrapped,
 )
 from lorafx.adapter_store.findings import (
@@ -243,12 +242,12 @@ class ExpertReading:
     def _stacked(self, experts: Experts, weight: ExpertWeight, pair: _Pair) -> Stacked:
         swapped = exchanged(experts.module, weight, self.config.peft_version)
         with _naming(pair, f" (of {weight.name})"):
-            return wrapped(pair["A"].tensor, pair["B"].tensor, _sizes(weight, "all"), swapped)
+            return wrapped(pair["A"].tensor, pair["B"].tensor, sizes_of(weight, "all"), swapped)
 
     def _term_of_all(self, weight: ExpertWeight, half: Half, pair: _Pair) -> list[ExpertTerm]:
         _check_pair(pair)
         saved = pair["A"].place.saved
-        name, sizes = self.config.name_of(saved), _sizes(weight, half)
+        name, sizes = self.config.name_of(saved), sizes_of(weight, half)
         with _naming(pair):
             found = named(pair["A"].tensor, pair["B"].tensor, sizes, self.config.rank(name))
         return self._term(half, range(weight.experts), found, name, saved)
@@ -261,7 +260,7 @@ class ExpertReading:
         single = next(found for found in pair.values() if found.place.expert is not None)
         a, b = (_of_expert(pair[letter], expert) for letter in "AB")
         rank, saved = a.shape[0] if a.dim() == 2 else 0, single.place.saved
-        _, k, n = _sizes(weight, half)
+        _, k, n = sizes_of(weight, half)
         check_shape(pair["A"].key, a, (rank, k), f"{saved} needs (r, {k})")
         check_shape(pair["B"].key, b, (n, rank), f"{saved} needs ({n}, r = {rank})")
         return self._term(half, range(expert, expert + 1), Stacked(a[None], b[None]), saved, saved)
@@ -289,10 +288,6 @@ def _naming(pair: _Pair, what: str = "") -> Iterator[None]:
         yield
     except Problem as problem:
         raise Problem(f"{pair['A'].key}, {pair['B'].key}{what}: {problem}") from None
-
-
-def _sizes(weight: ExpertWeight, half: Half) -> ExpertSizes:
-    return ExpertSizes(weight.experts, weight.in_features, columns_of(weight, half))
 
 
 def _of_expert(found: _Found, expert: int) -> Tensor:

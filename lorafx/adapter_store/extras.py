@@ -77,28 +77,17 @@ def dora_refusal(site: Site) -> str | None:
 
 
 class VectorKind(NamedTuple):
-    """A vector with a number for each output: what it belongs to, and which sites cannot have it.
-
-    Attributes:
-        flag: the field of the configuration that asks for it.
-        key: the last part of its key.
-        feature: what messages call what it belongs to.
-        refused: what messages say of sites of which `refusal` gives a reason.
-    """
+    """A vector with a number for each output: the field that asks for it, the end of its key, and
+    what messages say of sites of which `refusal` gives a reason."""
 
     flag: str
     key: str
-    feature: str
     refused: str
     refusal: Callable[[Site], str | None]
 
 
-MAGNITUDE = VectorKind(
-    "use_dora", "lora_magnitude_vector", "DoRA", "cannot carry DoRA", dora_refusal
-)
-BIAS = VectorKind(
-    "lora_bias", "lora_B.bias", "lora_bias", "cannot have a bias of an adapter's", bias_refusal
-)
+MAGNITUDE = VectorKind("use_dora", "lora_magnitude_vector", "cannot carry DoRA", dora_refusal)
+BIAS = VectorKind("lora_bias", "lora_B.bias", "cannot have a bias of an adapter's", bias_refusal)
 
 
 def check_vector(
@@ -191,12 +180,8 @@ def rows_wanted(state: AdapterState, model: nn.Module) -> tuple[list[str], dict[
 
 
 class OwnReading:
-    """The rows that one adapter has of its own; problems are noted in the findings.
-
-    Attributes:
-        keys: those that are dealt with.
-        found: rows by the path of the site.
-    """
+    """The rows that one adapter has of its own, `found` by the path of the site. `keys` are those
+    that are dealt with; problems are noted in the findings."""
 
     def __init__(self, findings: Findings) -> None:
         self.findings, self.places = findings, findings.places
@@ -361,13 +346,9 @@ def _label(path: str, module: nn.Module) -> str:
 
 
 class BiasReading:
-    """The biases of one adapter that take the place of the base's; problems are noted in the
-    findings. A site without factors gets factors of zeros beside its bias.
-
-    Attributes:
-        keys: those that are dealt with.
-        found: biases by the path of the site.
-    """
+    """The biases of one adapter that take the place of the base's, `found` by the path of the site.
+    `keys` are those that are dealt with; problems are noted in the findings. A site without factors
+    gets factors of zeros beside its bias."""
 
     def __init__(self, findings: Findings) -> None:
         self.findings, self.places = findings, findings.places

@@ -35,11 +35,9 @@ class Findings:
     """The checkpoint, the model's places for it, and what does not fit between the two.
 
     Attributes:
-        problems: a line each.
-        unsupported: problems that are arithmetic beyond LoRA.
+        problems, unsupported, no_room: a line each.
         over_rank: what has a rank over `max_rank`, and the rank.
         settings: those that the lines name.
-        no_room: what the banks have no room for, and the setting that makes it, a line each.
         closed: saved paths whose place was not selected, and the line that says so.
         largest: the largest rank that was met.
         compared: something of the file was compared with the base, which may change.
@@ -61,13 +59,8 @@ class Findings:
         return self.state.config
 
     def raise_problems(self, name: str) -> None:
-        """Raise the error that tells all problems of adapter `name`, if there are any.
-
-        Raises:
-            UnsupportedAdapterError: one of them is arithmetic beyond LoRA.
-            CapacityError: the only problems are a rank over `max_rank`, or no room.
-            CheckpointError: anything else.
-        """
+        """Raise the error that tells all problems of adapter `name`, if there are any: a
+        CapacityError where they are a rank over `max_rank` or no room alone."""
         problems = [*self.unsupported, *self.problems, *self.no_room]
         if self.over_rank:
             rank = max(self.over_rank.values())

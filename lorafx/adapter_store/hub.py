@@ -53,10 +53,14 @@ def downloaded(name: str, revision: str | None) -> Path:
             )
         )
     except Exception as error:  # of the network, of HTTP, of the hub
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"{absent}, and {name!r} cannot be had from the hub: {reason:.300}"
+            f"{absent}, and {name!r} cannot be had from the hub: {_reason(error)}"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    first, *_ = str(error).splitlines() or [type(error).__name__]
+    return f"{first:.300}"
 
 
 def check_model(name: str) -> None:
@@ -84,5 +88,4 @@ def check_model(name: str) -> None:
     except HfHubHTTPError:  # a mirror that answers nothing but files, a model that is gated
         return
     except Exception as error:  # offline, as it is set or as it is
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{absent}; the hub cannot be asked: {reason:.300}") from error
+        raise ConfigError(f"{absent}; the hub cannot be asked: {_reason(error)}") from error

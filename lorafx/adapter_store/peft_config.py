@@ -120,6 +120,19 @@ _NOT_WITH_ALORA = (
 )
 
 
+def _version(name: str, value: Any) -> tuple[int, ...] | None:
+    """(0, 19) of "0.19.1.dev0"."""
+    found = re.match(
+        r"([0-9]{1,6})\.([0-9]{1,6})(?![0-9])", value if isinstance(value, str) else ""
+    )
+    return None if found is None else (int(found[1]), int(found[2]))
+
+
+def _read_by(check: Check, default: Any = None, name: str = "") -> Any:
+    """A field that is checked so, and called `name` in the file."""
+    return field(default_factory=lambda: default, metadata={"check": check, "name": name})
+
+
 @dataclass(frozen=True)
 class PeftConfig:
     """What lorafx needs of a PEFT LoRA configuration; everything else was refused.
@@ -144,27 +157,29 @@ class PeftConfig:
         peft_version: the release that wrote it, (0, 19) say; None where it does not tell.
     """
 
-    r: int | None = None
-    lora_alpha: float = 8
-    use_rslora: bool = False
-    use_dora: bool = False
-    lora_bias: bool = False
-    bias: str = "none"
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    target_modules: str | tuple[str, ...] | None = None
-    target_parameters: tuple[str, ...] = ()
-    exclude_modules: str | tuple[str, ...] | None = None
-    layers_to_transform: tuple[int, ...] | None = None
-    layers_pattern: tuple[str, ...] = ()
-    modules_to_save: tuple[str, ...] = ()
-    ensure_weight_tying: bool = False
-    trainable_token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    fan_in_fan_out: bool = False
-    invocation: tuple[int, ...] = ()
-    block_diagonal: BlockDiagonal | None = None
-    base_model: str | None = None
-    peft_version: tuple[int, ...] | None = None
+    r: int | None = _read_by(checks.rank)
+    lora_alpha: float = _read_by(checks.alpha, 8)
+    use_rslora: bool = _read_by(checks.flag, False)
+    use_dora: bool = _read_by(checks.flag, False)
+    lora_bias: bool = _read_by(checks.flag, False)
+    bias: str = _read_by(checks.bias, "none")
+    rank_pattern: Mapping[str, int] = _read_by(checks.by_pattern(checks.rank), {})
+    alpha_pattern: Mapping[str, float] = _read_by(checks.by_pattern(checks.alpha), {})
+    target_modules: str | tuple[str, ...] | None = _read_by(checks.targets)
+    target_parameters: tuple[str, ...] = _read_by(checks.strings, ())
+    exclude_modules: str | tuple[str, ...] | None = _read_by(checks.targets)
+    layers_to_transform: tuple[int, ...] | None = _read_by(checks.layers)
+    layers_pattern: tuple[str, ...] = _read_by(checks.layer_names, ())
+    modules_to_save: tuple[str, ...] = _read_by(checks.names, ())
+    ensure_weight_tying: bool = _read_by(checks.flag, False)
+    trainable_token_indices: Mapping[str, tuple[int, ...]] = _read_by(checks.tokens_by_ending, {})
+    fan_in_fan_out: bool = _read_by(checks.flag, False)
+    invocation: tuple[int, ...] = _read_by(checks.tokens, (), "alora_invocation_tokens")
+    block_diagonal: BlockDiagonal | None = field(
+        default=None, metadata={"check": _blocks, "name": "use_bdlora"}
+    )
+    base_model: str | None = _read_by(checks.text, None, "base_model_name_or_path")
+    peft_version: tuple[int, ...] | None = _read_by(_version)
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules"):
@@ -298,38 +313,8 @@ def _by_pattern(patterns: Iterable[tuple[Pattern, Any]], path: str, default: Any
     return default
 
 
-def _version(name: str, value: Any) -> tuple[int, ...] | None:
-    """(0, 19) of "0.19.1.dev0"."""
-    found = re.match(
-        r"([0-9]{1,6})\.([0-9]{1,6})(?![0-9])", value if isinstance(value, str) else ""
-    )
-    return None if found is None else (int(found[1]), int(found[2]))
-
-
-#: Field -> how it is checked, and the attribute that it becomes where that is called otherwise.
-_READ: Mapping[str, tuple[Check, str]] = {
-    "r": (checks.rank, ""),
-    "lora_alpha": (checks.alpha, ""),
-    "use_rslora": (checks.flag, ""),
-    "use_dora": (checks.flag, ""),
-    "lora_bias": (checks.flag, ""),
-    "bias": (checks.bias, ""),
-    "rank_pattern": (checks.by_pattern(checks.rank), ""),
-    "alpha_pattern": (checks.by_pattern(checks.alpha), ""),
-    "target_modules": (checks.targets, ""),
-    "target_parameters": (checks.strings, ""),
-    "exclude_modules": (checks.targets, ""),
-    "layers_to_transform": (checks.layers, ""),
-    "layers_pattern": (checks.layer_names, ""),
-    "modules_to_save": (checks.names, ""),
-    "ensure_weight_tying": (checks.flag, ""),
-    "trainable_token_indices": (checks.tokens_by_ending, ""),
-    "fan_in_fan_out": (checks.flag, ""),
-    "alora_invocation_tokens": (checks.tokens, "invocation"),
-    "use_bdlora": (_blocks, "block_diagonal"),
-    "base_model_name_or_path": (checks.text, "base_model"),
-    "peft_version": (_version, ""),
-}
+#: What is read, by the names in the file.
+_READ = {f.metadata["name"] or f.name: f for f in dataclasses.fields(PeftConfig)}
 #: Fields that have no value that means the same as none.
 _NEVER_OFF = ("r", "lora_alpha", "target_modules")
 
@@ -342,11 +327,11 @@ def _read(values: Mapping[str, Any], where: str) -> PeftConfig:
         )
     read: dict[str, Any] = {}
     malformed: list[str] = []
-    for name, (check, attribute) in _READ.items():
+    for name, attribute in _READ.items():
         if name not in values or (is_off(values[name]) and name not in _NEVER_OFF):
             continue
         try:
-            read[attribute or name] = check(name, values[name])
+            read[attribute.name] = attribute.metadata["check"](name, values[name])
         except Malformed as error:
             malformed.append(str(error))
     if malformed:

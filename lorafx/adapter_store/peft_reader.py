@@ -91,16 +91,13 @@ def read_adapter(
 
     Args:
         source: as `lorafx.adapter_store.checkpoint.load_state` takes it.
-        name: what requests will call it.
         sites: the selected sites; keys may use any of their paths, the names of the parts of
             packed sites, and packed names of sites that are apart (`LoraConfig.packed_modules`).
         model: root module of `sites`. Saved copies of its base weights are compared with them.
         max_rank: largest rank that the banks hold.
         lora_config: what `sites` were selected by. Where that was what adapters target, modules
             that are no sites count among those that the adapter leaves out.
-        strict: a module that counts, that the adapter's configuration targets and that the file has
-            no factors for, is a problem too. Without it W stays W there, and one LorafxWarning says
-            how many there are.
+        strict: a targeted module that the file has no factors for is a problem, not a warning.
         warn: give that warning.
 
     Raises:
@@ -267,7 +264,7 @@ class _Search:
         if not config.target_parameters and not found.singly:
             return
         for path, module in self.places.named_modules():
-            experts = self.places.experts.of(module, path)
+            experts = self.places.experts_of(module, path)
             if experts is None or any(closed.startswith(path) for closed in self.reading.closed):
                 continue
             for weight in experts.weights:

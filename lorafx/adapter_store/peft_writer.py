@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from lorafx.adapter_store.config_values import CONFIG_FILE
 from lorafx.adapter_store.opening import SAFETENSORS
-from lorafx.adapter_store.peft_keys import FactorKey, factor_sizes, parse, without_prefix
+from lorafx.adapter_store.peft_keys import factor_sizes, parse, without_prefix
 from lorafx.adapter_store.saved import AdapterState
 from lorafx.errors import CheckpointError, ConfigError
 from lorafx.model.saved_names import PREFIX
@@ -26,37 +27,40 @@ _ENDINGS = {"m": "lora_magnitude_vector", "b": "lora_B.bias"}
 def write_peft(state: AdapterState, folder: Path) -> tuple[str, ...]:
     """Write `state` into `folder`, which is created, and return the paths of its modules.
 
-    The paths are those of `state`: of the model that it was read for, where there was one.
-
     Raises:
         ConfigError: the folder is not empty, or `state` is PEFT's own already.
-        CheckpointError: it has keys that are no factors; paths without dots, which only a model can
+        CheckpointError: keys that are no factors, or paths without dots, which only a model can
             tell apart; or the folder cannot be written.
     """
     if state.dialect == "peft":
         raise ConfigError(f"{state.where} is a PEFT adapter already; copy its folder")
     refuse_full(folder)
-    factors = {key: parse(key) for key in state.tensors}
-    others = [key for key, factor in factors.items() if factor is None]
-    if others:
-        raise CheckpointError(
-            f"{state.where} has {len(others)} keys that are no factors of LoRA, such as "
-            f"{others[0][:200]!r}; PEFT has no names for them"
-        )
-    known = {key: factor for key, factor in factors.items() if factor is not None}
-    sizes = factor_sizes(state.tensors)
-    ranks = {_path(f): sizes[f.module].rank for f in known.values() if f.letter == "A"}
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    sizes, bias = factor_sizes(state.tensors), False
+    for key, tensor in state.tensors.items():
+        factor = parse(key)
+        if factor is None:
+            raise CheckpointError(
+                f"{state.where} has keys that are no factors of LoRA, such as {key[:200]!r}; PEFT "
+                "has no names for them"
+            )
+        path, bias = without_prefix(factor.module), bias or factor.letter == "b"
+        form = "lora_embedding_{}" if factor.embedding else "lora_{}.weight"
+        ending = _ENDINGS.get(factor.letter) or form.format(factor.letter)
+        tensors[f"{PREFIX}{path}.{ending}"] = tensor.contiguous()
+        if factor.letter == "A":
+            ranks[path] = sizes[factor.module].rank
     if ranks and not any("." in path for path in ranks):
         raise CheckpointError(
             f"{state.where} has names without dots, such as {next(iter(ranks))!r}; give the model, "
             "whose modules they mean: --model FOLDER"
         )
-    tensors = {_key(factor): state.tensors[key].contiguous() for key, factor in known.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / SAFETENSORS, {"format": "pt"})
-        fields = _fields(state, ranks, any(factor.letter == "b" for factor in known.values()))
-        (folder / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n")
+        fields = json.dumps(_fields(state, ranks, bias), indent=2)
+        (folder / CONFIG_FILE).write_text(fields + "\n")
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}") from error
     return tuple(ranks)
@@ -68,29 +72,12 @@ def refuse_full(folder: Path) -> None:
         raise ConfigError(f"{folder} is not empty; name a folder that does not exist yet")
 
 
-def _path(factor: FactorKey) -> str:
-    return without_prefix(factor.module)
-
-
-def _key(factor: FactorKey) -> str:
-    if factor.letter in _ENDINGS:
-        ending = _ENDINGS[factor.letter]
-    else:
-        form = "lora_embedding_{}" if factor.embedding else "lora_{}.weight"
-        ending = form.format(factor.letter)
-    return f"{PREFIX}{_path(factor)}.{ending}"
-
-
-def _number(alpha: float) -> float:
-    return int(alpha) if alpha.is_integer() else alpha
-
-
 def _fields(state: AdapterState, ranks: dict[str, int], bias: bool) -> dict[str, Any]:
     alphas = {}
     for path, rank in ranks.items():
         known = state.scales.get(path)
-        s = state.config.scale(path, rank) if known is None else known
-        alphas[path] = _number(float(rank * s))
+        alpha = float(rank * (state.config.scale(path, rank) if known is None else known))
+        alphas[path] = int(alpha) if alpha.is_integer() else alpha
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     # PEFT's patterns are regular expressions that may begin at any dot.

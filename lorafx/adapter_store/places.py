@@ -24,7 +24,7 @@ from lorafx.adapter_store.peft_keys import candidates, without_prefix
 from lorafx.errors import Setting
 from lorafx.model.experts import NESTED, ExpertWeight, Half, meaning, saved_weights
 from lorafx.model.packed_names import spans, virtual_paths
-from lorafx.model.saved_names import PREFIX, SavedNames, Walked, nearest_names, without_compiled
+from lorafx.model.saved_names import PREFIX, SavedNames, nearest_names, without_compiled
 from lorafx.registry import lookup
 
 if TYPE_CHECKING:
@@ -123,49 +123,6 @@ class ExpertPlace:
     reason: str = ""
 
 
-class ExpertPlaces:
-    """Finds what a name means among the experts of `sites`, and of modules that names lead to."""
-
-    def __init__(self, sites: Iterable[Site]) -> None:
-        self._by_module: dict[int, Experts] = {}
-        for site in sites:
-            if site.expert_weight is None:
-                continue
-            found = self.of(site.module, without_compiled(site.path).rpartition(".")[0])
-            assert found is not None
-            found.sites[site.expert_weight.name] = site
-
-    @property
-    def selected(self) -> list[Experts]:
-        """The modules of which a parameter is selected."""
-        return [found for found in self._by_module.values() if found.sites]
-
-    def find(self, walked: Walked, saved: str) -> ExpertPlace | None:
-        """What a name means that was walked as far as it led; None where that is no experts."""
-        experts = self.of(walked.module, walked.path)
-        if experts is None:
-            return None
-        if walked.rest in ((), (NESTED,)):
-            return ExpertPlace(experts, saved, nested=bool(walked.rest))
-        meant = meaning(experts.weights, walked.rest)
-        if meant is None:
-            return None
-        return ExpertPlace(
-            experts, saved, meant.weight, meant.half, meant.expert, reason=meant.wrong
-        )
-
-    def of(self, module: nn.Module, path: str) -> Experts | None:
-        """The module of routed experts that `module` at `path` is, selected or not."""
-        if id(module) in self._by_module:
-            return self._by_module[id(module)]
-        weights = saved_weights(module)
-        if weights is None:
-            return None
-        order = list(module._parameters)
-        ordered = tuple(sorted(weights, key=lambda weight: order.index(weight.name)))
-        return self._by_module.setdefault(id(module), Experts(path, module, ordered))
-
-
 #: Of a saved path.
 SavedMeaning = SiteLanding | ExpertPlace | nn.Module | None
 
@@ -177,7 +134,13 @@ class Places:
     def __init__(self, sites: Sequence[Site], model: nn.Module) -> None:
         self.model = model
         self._names = SavedNames(model)
-        self.experts = ExpertPlaces(sites)
+        self._experts: dict[int, Experts] = {}
+        for site in sites:
+            if site.expert_weight is not None:
+                path = without_compiled(site.path).rpartition(".")[0]
+                experts = self.experts_of(site.module, path)
+                assert experts is not None
+                experts.sites[site.expert_weight.name] = site
         sites = [site for site in sites if site.expert_weight is None]
         self._by_module = {id(site.module): site for site in sites}
         self._packed = _packed(sites)
@@ -199,8 +162,23 @@ class Places:
         packed = self._packed.get(without_compiled(walked.whole))
         if packed is not None:
             return replace(packed, saved=saved)
-        place = self.experts.find(walked, saved)
-        return walked.module if place is None and not walked.rest else place
+        experts = self.experts_of(walked.module, walked.path)
+        if experts is not None and walked.rest in ((), (NESTED,)):
+            return ExpertPlace(experts, saved, nested=bool(walked.rest))
+        meant = None if experts is None else meaning(experts.weights, walked.rest)
+        if experts is None or meant is None:
+            return None if walked.rest else walked.module
+        place = meant.weight, meant.half, meant.expert
+        return ExpertPlace(experts, saved, *place, reason=meant.wrong)
+
+    def experts_of(self, module: nn.Module, path: str) -> Experts | None:
+        """The module of routed experts that `module` at `path` is, selected or not."""
+        weights = None if id(module) in self._experts else saved_weights(module)
+        if weights is not None:
+            order = list(module._parameters)
+            ordered = sorted(weights, key=lambda weight: order.index(weight.name))
+            self._experts[id(module)] = Experts(path, module, tuple(ordered))
+        return self._experts.get(id(module))
 
     def module(self, path: str) -> nn.Module | None:
         walked = self._names.walk(self.current(path))
@@ -242,7 +220,7 @@ class Places:
         """Identities of the modules that were selected, wholly or in part."""
         sites = self._by_module.values()
         found = {id(s.module) for s in sites if any(part.selected for part in s.parts)}
-        return found | {id(experts.module) for experts in self.experts.selected}
+        return found | {key for key, experts in self._experts.items() if experts.sites}
 
     def packed_names(self) -> Iterator[tuple[str, str, tuple[SitePart, ...]]]:
         """(path, `SiteLanding.loose`, places) of what parts of packed sites would be called
@@ -254,7 +232,7 @@ class Places:
         if self._known is None:
             self._known = [name for name, _ in self.named_modules() if name]
             self._known += self._packed
-            self._known += [s.path for e in self.experts.selected for s in e.sites.values()]
+            self._known += [s.path for e in self._experts.values() for s in e.sites.values()]
         return nearest_names(without_prefix(path), self._known)
 
     def _readings(self, path: str) -> Iterator[tuple[str, str]]:

@@ -47,11 +47,6 @@ from lorafx.model.refusals import unsupported
 from lorafx.model.sites import Site
 from lorafx.registry import is_empty, lookup
 
-# Keys of features that the configuration would have been refused for, had it named them.
-_FEATURE_KEYS = {
-    "modules_to_save": "replaced modules (modules_to_save) under names that PEFT does not save",
-    "lora_diag": "KaSA (kasa_config)",
-}
 #: With `save_embedding_layers`, which is on where a vocabulary grew, `save_pretrained` writes
 #: embeddings and heads with all that their wrappers hold.
 _WRAPPED = re.compile(r"\.(modules_to_save|original_module)\.")
@@ -65,8 +60,6 @@ class Reading:
         landings, factors: where factors go, and their keys by letter.
         unselected: modules that are no sites and have factors, by their paths.
         unknown: saved paths that name nothing.
-        experts: the factors of routed experts.
-        own: the weights that the adapter has of its own.
         decoded: part paths that got factors, those of experts aside.
         spans: the slices that saved names turned out to cover (`loose_names`).
     """
@@ -74,8 +67,7 @@ class Reading:
     def __init__(self, findings: Findings) -> None:
         self.findings = findings
         self.state, self.config, self.places = findings.state, findings.config, findings.places
-        self.problems, self.unsupported = findings.problems, findings.unsupported
-        self.closed = findings.closed
+        self.problems, self.closed = findings.problems, findings.closed
         self.landings: dict[object, SiteLanding] = {}
         self.factors: dict[object, dict[str, FactorKey]] = {}
         self.unselected: dict[str, nn.Module] = {}
@@ -106,31 +98,31 @@ class Reading:
                 b = self.state.tensors[self.factors[meant]["B"].key]
                 rows = self._rows.setdefault(landing.places[0][0], {})
                 rows[landing.loose] = b.shape[0] if b.dim() == 2 else 0
-        decoded: dict[str, tuple[SiteLanding, LoraWeights]] = {}
+        decoded: dict[str, LoraWeights] = {}
+        saved_as: dict[str, str] = {}
         for meant, landing in self.landings.items():
             with self.findings.noting():
                 for path, weights in self._decode(landing, self.factors[meant]):
-                    if path in decoded and not _alike(weights, decoded[path][1]):
+                    if path in decoded and not _alike(weights, decoded[path]):
                         raise Problem(
-                            f"{landing.saved} and {decoded[path][0].saved} both have factors for "
+                            f"{landing.saved} and {saved_as[path]} both have factors for "
                             f"{path_label(path)} and differ; keep one"
                         )
-                    decoded[path] = landing, weights
+                    if weights.magnitude is not None and path in self.own.found:
+                        raise Unsupported(
+                            f"{path}: the norms of DoRA are those of the base weight, and the "
+                            "adapter has a weight of its own there"
+                        )
+                    decoded[path], saved_as[path] = weights, landing.saved
         experts = dict(self.experts.decode())
         if self.config.use_dora and self.experts.paths:
-            self.unsupported.append(
+            self.findings.unsupported.append(
                 "use_dora is set with factors of routed experts "
                 f"({listed(sorted(self.experts.paths))}): the weight of each expert would "
                 "have its own norms, which lorafx does not support"
             )
         self._report_placement()
-        self.unsupported.extend(
-            f"{path}: the norms of DoRA are those of the base weight, and the adapter has a weight "
-            "of its own there"
-            for path, (_, weights) in decoded.items()
-            if weights.magnitude is not None and path in self.own.found
-        )
-        found = self.biases.added({path: weights for path, (_, weights) in decoded.items()})
+        found = self.biases.added(decoded)
         self.biases.complete([site for item in self.landings.values() for site, _ in item.places])
         self.decoded.update(found)
         some = self.factors or self.experts.paths or self.own.keys or found
@@ -255,7 +247,7 @@ class Reading:
                 raise Problem(f"{kind.flag} is set, but {label} has no {kind.key}")
             return None
         if not wanted:
-            raise Unsupported(f"{factor.key} belongs to {kind.feature}, but {kind.flag} is not set")
+            raise Unsupported(f"{factor.key} is there, but {kind.flag} is not set")
         vector = self.state.tensors[factor.key]
         if layer == "conv" and vector.dim() > 1:
             vector = vector.flatten()  # (1, N, 1, ...)
@@ -296,9 +288,6 @@ class Reading:
     def _other_key(self, key: str) -> None:
         if key.endswith(TRAINING_KEYS) or self._is_beside_own(key):
             return
-        for mark, feature in _FEATURE_KEYS.items():
-            if f".{mark}" in f".{key}":
-                raise Unsupported(f"{key} belongs to {feature}, which lorafx does not support")
         owner, _, attribute = key.rpartition(".")
         base = getattr(self.places.module(owner.removesuffix(".base_layer")), attribute, None)
         if not isinstance(base, Tensor):

@@ -144,15 +144,14 @@ class Origin:
             raise CheckpointError(self._lost(name, str(error))) from error
         for file in {**self.files, **now}:
             old, new = self.files.get(file), now.get(file)
-            if old == new:
-                continue
             if old is None or new is None:
                 what = f"{file} is {'new' if old is None else 'gone'}"
             elif old[1] != new[1]:
                 what = f"{file} had {old[1]} bytes and has {new[1]}"
             else:
                 what = f"{file} was written again"
-            raise CheckpointError(self._lost(name, what))
+            if old != new:
+                raise CheckpointError(self._lost(name, what))
 
     def _lost(self, name: str, why: str) -> str:
         return (

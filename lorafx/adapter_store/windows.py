@@ -44,18 +44,12 @@ def arranged(
     widest: int,
 ) -> dict[str, int] | None:
     """The first slot of each adapter that gets another one than it has, None where they do not
-    fit.
+    fit into `count` slots.
 
-    Args:
-        widths: of every adapter.
-        slots: the first slots of those that have some; the others get some.
-        evictable: those that may lose theirs, least recently used first.
-        kept: those of the others that have to stay where they are.
-        count: slots.
-        widest: the largest width that there can be, for which the last slot is kept if possible.
-
-    Free slots go first, then those of adapters that were used least recently. Where that does not
-    do, all of the evictable ones go, and the others that are not kept may move.
+    `slots` are the first ones of those that have some. The `evictable` may lose theirs, least
+    recently used first; the `kept` have to stay. Free slots go first. Where that does not do, all
+    of the evictable ones go, and the others that are not kept may move. The last slot is kept for
+    the `widest` that there can be, if possible.
     """
     windows = {name: window(first, widths[name], count) for name, first in slots.items()}
     missing = {name: width for name, width in widths.items() if name not in slots}

@@ -10,9 +10,9 @@ import pytest
 import torch
 from dense_merge import REFERENCE, Case, check_mixed, random_base, save_adapter
 from dialect_files import factors
+from llava import llava
 from tiny_models import token_inputs
 from torch import nn
-from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import lorafx
 from lorafx.adapter_store.checkpoint import load_state
@@ -24,24 +24,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 MAPPING = {r"^model\.layers": "model.language_model.layers"}
-
-
-def llava(text: nn.Module, hidden: int) -> nn.Module:
-    """A vision-language model around a text model's configuration."""
-    vision = CLIPVisionConfig(
-        hidden_size=hidden,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=8,
-    )
-    config = LlavaConfig(vision_config=vision, text_config=text.config, image_token_id=1)
-    torch.manual_seed(3)
-    model = LlavaForConditionalGeneration(config).eval().requires_grad_(False)
-    model.model.language_model.load_state_dict(text.model.state_dict())
-    model.lm_head.load_state_dict(text.lm_head.state_dict())
-    return model
 
 
 @pytest.fixture(scope="module")

@@ -68,21 +68,6 @@ def test_in_triton(case: Case) -> None:
     check_mixed(cm, case, NAMES, IDS)
 
 
-def test_targets_taken_from_the_adapters(case: Case) -> None:
-    model = twins()[1]
-    cm = lorafx.compile(model, case.folders, options=REFERENCE)
-    check_mixed(cm, case, NAMES, IDS)
-
-
-def test_names_declared_by_a_module_above_the_layer(case: Case) -> None:
-    model = twins()[1]
-    model.packed_modules_mapping = {}
-    model.layers[0].packed_modules_mapping = MAPPING
-    model.layers.packed_modules_mapping = {**MAPPING, "qkv_proj": ["a", "b", "c"]}
-    model.layers[1].packed_modules_mapping = MAPPING
-    check_mixed(compiled(model, case), case, NAMES, IDS)
-
-
 def test_fewer_names_than_slices_are_told_apart_by_their_rows(case: Case) -> None:
     model = twins()[1]
     mapping = {**MAPPING, "in_proj_qkvz": ["in_proj_qkv", "in_proj_z"]}
@@ -173,19 +158,6 @@ def test_parts_that_were_not_asked_for_take_no_factors(case: Case) -> None:
     check_mixed(cm, case, ["part", None], {"input_ids": IDS["input_ids"][:2]})
 
 
-def test_parts_can_be_excluded() -> None:
-    config = lorafx.LoraConfig(target_modules="all-linear", exclude_modules=["k_proj", "o_proj"])
-    cm = lorafx.compile(twins()[1], config, options=REFERENCE)
-    sites = {site.path: site for site in cm.sites}
-    assert "layers.0.o_proj" not in sites
-    assert [part.selected for part in sites["layers.0.qkv_proj"].parts] == [True, False, True]
-    everything = lorafx.LoraConfig(
-        target_modules=["qkv_proj", "o_proj"], exclude_modules=r".*\.[qkv]_proj"
-    )
-    cm = lorafx.compile(twins()[1], everything, options=REFERENCE)
-    assert {site.path.rpartition(".")[2] for site in cm.sites} == {"o_proj"}
-
-
 def test_targets_name_packed_modules_and_members() -> None:
     apart, packed = twins()
     packed.packed_modules_mapping = {}
@@ -252,17 +224,6 @@ def test_rows_that_fit_no_split(name: str, rows: int, words: str, tmp_path: Path
     with pytest.raises(ValueError, match=words):
         cm.load_adapter(folder, "wrong")
     assert cm.adapters == ()
-
-
-def test_rows_that_fit_no_run_of_slices(tmp_path: Path) -> None:
-    model = twins()[1]
-    model.packed_modules_mapping = {"in_proj_qkvz": ["in_proj_qkv", "in_proj_z"]}
-    config = lorafx.LoraConfig(target_modules="all-linear")
-    cm = lorafx.compile(model, config, options=REFERENCE)
-    folder = random_factors(tmp_path, "layers.0.in_proj_z", 7)
-    words = r"in_proj_z takes some of .*6, .*6, .*10, .*4, while in_proj_qkv takes all others"
-    with pytest.raises(ValueError, match=words):
-        cm.load_adapter(folder, "wrong")
 
 
 def test_a_packed_name_of_which_some_modules_were_not_selected(tmp_path: Path) -> None:

@@ -12,14 +12,12 @@ from typing import Any
 import oracle
 import peft
 import pytest
-import torch
-import transformers
 from dense_merge import Case, check_mixed, error, random_base
 from expert_files import PATH, Model, pair, read
 from hand_made import factors, save
+from llava import llava
 from packed_models import twins
-from tiny import randomise
-from tiny_models import VOCAB, token_inputs
+from tiny_models import token_inputs
 from torch import nn
 
 import lorafx
@@ -62,26 +60,8 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     )
 
 
-def llava() -> nn.Module:
-    """A language model with a vision tower; both have q_proj and v_proj."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
-    text = transformers.LlamaConfig(
-        **sizes, num_attention_heads=4, num_key_value_heads=2, vocab_size=VOCAB
-    )
-    vision = transformers.CLIPVisionConfig(
-        **sizes, num_attention_heads=4, image_size=16, patch_size=8, projection_dim=24
-    )
-    config = transformers.LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=VOCAB - 1
-    )
-    model = transformers.LlavaForConditionalGeneration(config).eval().requires_grad_(False)
-    randomise(model)
-    return model
-
-
 def test_the_language_part_of_a_model_with_a_vision_tower(tmp_path: Path) -> None:
-    base = llava()
+    base = llava(random_base("llama"), 24)
     language = under(base, "model.language_model.")
     case = Case(base, {"text": partly(base, tmp_path / "text", language)})
     with pytest.warns(LorafxWarning, match=r"no factors for 4 of them \(40 %\)") as caught:

@@ -116,12 +116,7 @@ def test_all_problems_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "feature"),
-    [
-        ("lora_magnitude_vector", "use_dora"),
-        ("lora_B.bias", "lora_bias"),
-        ("modules_to_save.weight", "modules_to_save"),
-    ],
+    ("key", "feature"), [("lora_magnitude_vector", "use_dora"), ("lora_B.bias", "lora_bias")]
 )
 def test_keys_of_other_features(key: str, feature: str) -> None:
     with pytest.raises(UnsupportedAdapterError, match=feature):

@@ -83,20 +83,6 @@ def test_blocks_on_a_diagonal_and_converted_initialisations(base, tmp_path: Path
     check_mixed(cm, case, [*folders, None], token_inputs(4, 6))
 
 
-@pytest.mark.parametrize(
-    ("value", "problem"),
-    [
-        (3, "must be an object"),
-        ({"nblocks": 0}, "nblocks must be a positive integer"),
-        ({"target_modules_bd_a": "q_proj"}, "target_modules_bd_a must be a list of names"),
-        ({"blocks_of_tomorrow": 1}, "unknown field 'blocks_of_tomorrow'"),
-    ],
-)
-def test_malformed_blocks(value: object, problem: str) -> None:
-    with pytest.raises(CheckpointError, match=problem):
-        PeftConfig.read({"use_bdlora": value})
-
-
 def test_blocks_that_are_too_many_allocate_nothing(base: nn.Module) -> None:
     """A full matrix would have 10^12 entries; the reader says what is wrong with the shape."""
     path = "model.layers.0.self_attn.q_proj"

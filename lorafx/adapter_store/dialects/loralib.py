@@ -45,11 +45,11 @@ class Loralib(Dialect):
             else:
                 pairs.setdefault(match["module"] or "", {})[match["letter"]] = tensor
         for path, pair in pairs.items():
-            b = pair.get("B")
+            a, b = pair.get("A"), pair.get("B")
             rank = b.shape[1] if b is not None and b.dim() == 2 else 0  # r of one slice
-            groups = _groups(pair, rank)
-            if groups > 1:
-                pair = _ungrouped(found, path, pair, groups, fields)
+            rows = a.shape[0] if a is not None and a.dim() == 2 else 0
+            if rows > rank > 0 and rows % rank == 0:
+                pair = _ungrouped(found, path, pair, rows // rank, fields)
             for letter, tensor in pair.items():
                 found.add(path, letter, tensor)
             if rank:
@@ -67,13 +67,6 @@ def _alpha(saved: Saved) -> float:
         "AdapterSource(..., config={'lora_alpha': ...})"
         + ("" if alpha is None else f", a finite number, not {short(alpha)}")
     )
-
-
-def _groups(pair: Mapping[str, Tensor], rank: int) -> int:
-    a = pair.get("A")
-    if not rank or a is None or a.dim() != 2 or a.shape[0] % rank:
-        return 1
-    return a.shape[0] // rank
 
 
 def _ungrouped(
@@ -101,9 +94,7 @@ def _ungrouped(
             "without LoRA needs config={'lora_alpha': ..., 'enable_lora': [...]}"
         )
     most = 4 * sum(t.numel() for t in pair.values()) + (1 << 20)
-    if isinstance(weight, Tensor):
-        most = max(most, weight.numel())
-    if total * given > most:
+    if total * given > max(most, weight.numel() if isinstance(weight, Tensor) else 0):
         raise CheckpointError(f"{where}: {path} would be far larger than its file")
     blocks = iter(b.split(rows))
     whole = torch.zeros(total, given, dtype=b.dtype)

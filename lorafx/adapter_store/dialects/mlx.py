@@ -105,18 +105,10 @@ def _scale(fields: Any, where: str) -> float:
             "folder with adapter_config.json, or config={'lora_parameters': {'rank': ..., "
             "'scale': ...}}"
         )
-    numbers = {}
-    for name in ("scale", "alpha", "rank"):
-        value = given.get(name)
-        if value is not None and not (number(value) and abs(value) < 1e30):
-            raise CheckpointError(
-                f"{where}: lora_parameters[{name!r}] is no finite number: {short(value)}"
-            )
-        numbers[name] = value
-    scale, alpha, rank = numbers["scale"], numbers["alpha"], numbers["rank"]
-    if scale is None or (alpha is not None and not rank):
-        raise CheckpointError(f"{where}: lora_parameters has no scale: {short(given)}")
-    found = float(scale) if alpha is None else float(scale) * alpha / rank
-    if not math.isfinite(found):
-        raise CheckpointError(f"{where}: lora_parameters has no finite scale: {short(given)}")
-    return found
+    scale, alpha, rank = values = [given.get(name) for name in ("scale", "alpha", "rank")]
+    finite = all(value is None or (number(value) and abs(value) < 1e30) for value in values)
+    if finite and scale is not None and (alpha is None or rank):
+        found = float(scale) if alpha is None else float(scale) * alpha / rank
+        if math.isfinite(found):
+            return found
+    raise CheckpointError(f"{where}: lora_parameters has no finite scale: {short(given)}")

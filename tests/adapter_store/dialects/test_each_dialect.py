@@ -25,6 +25,14 @@ from lorafx.prepare.marking import build_sites
 pytestmark = [pytest.mark.quick, pytest.mark.filterwarnings("ignore")]
 
 
+def pair(path: str, a: Any, b: Any, down: str, up: str) -> dict[str, Any]:
+    return {f"{path}.{down}": a, f"{path}.{up}": b}
+
+
+KOHYA = "lora_down.weight", "lora_up.weight"
+PEFT = "lora_A.weight", "lora_B.weight"
+
+
 def test_kohya_of_two_components(case: Case, tmp_path: Path) -> None:
     folder = case.folders["kohya"]
     unet = load_file(as_kohya(folder, tmp_path / "unet.safetensors"))
@@ -43,8 +51,7 @@ def test_kohya_of_two_components(case: Case, tmp_path: Path) -> None:
 
 def test_kohya_names_that_two_modules_have() -> None:
     model = Tree(["a.b", "a_b", "a_c"])
-    tensors = {"lora_unet_a_b.lora_down.weight": torch.ones(1, 3)}
-    tensors["lora_unet_a_b.lora_up.weight"] = torch.ones(4, 1)
+    tensors = pair("lora_unet_a_b", torch.ones(1, 3), torch.ones(4, 1), *KOHYA)
     with pytest.raises(CheckpointError, match=r"lora_unet_a_b may be a\.b or a_b"):
         load_state(tensors, model)
 
@@ -53,18 +60,12 @@ def test_kohya_factors_of_1x1_convolutions_and_linears() -> None:
     """One implementation's 1×1 convolution is the other's linear."""
     model = nn.ModuleDict({"linear": nn.Linear(3, 4), "conv": nn.Conv2d(3, 4, 1)})
     a, b = torch.ones(2, 3), torch.ones(4, 2)
-    tensors = {
-        "lora_unet_linear.lora_down.weight": a[..., None, None],
-        "lora_unet_linear.lora_up.weight": b[..., None, None],
-        "lora_unet_conv.lora_down.weight": a,
-        "lora_unet_conv.lora_up.weight": b,
-    }
+    tensors = pair("lora_unet_linear", a[..., None, None], b[..., None, None], *KOHYA)
+    tensors |= pair("lora_unet_conv", a, b, *KOHYA)
     shapes = {key: tensor.shape for key, tensor in load_state(tensors, model).tensors.items()}
     assert shapes == {
-        "linear.lora_A.weight": (2, 3),
-        "linear.lora_B.weight": (4, 2),
-        "conv.lora_A.weight": (2, 3, 1, 1),
-        "conv.lora_B.weight": (4, 2, 1, 1),
+        **pair("linear", (2, 3), (4, 2), *PEFT),
+        **pair("conv", (2, 3, 1, 1), (4, 2, 1, 1), *PEFT),
     }
 
 
@@ -74,11 +75,10 @@ def test_a_model_that_holds_the_models_of_a_pipeline(dialect: str) -> None:
     parts = {"unet": {"a": nn.Linear(3, 4)}, "text_encoder": {"a": nn.Linear(5, 4)}}
     model = nn.ModuleDict({name: nn.ModuleDict(own) for name, own in parts.items()})
     starts = {"kohya": ("lora_unet_a", "lora_te1_a"), "diffusers": ("unet.a", "text_encoder.a")}
-    ends = {"kohya": ("lora_down", "lora_up"), "diffusers": ("lora.down", "lora.up")}[dialect]
+    ends = {"kohya": KOHYA, "diffusers": ("lora.down.weight", "lora.up.weight")}[dialect]
     tensors = {}
     for start, size in zip(starts[dialect], (3, 5), strict=True):
-        tensors[f"{start}.{ends[0]}.weight"] = torch.ones(2, size)
-        tensors[f"{start}.{ends[1]}.weight"] = torch.ones(4, 2)
+        tensors |= pair(start, torch.ones(2, size), torch.ones(4, 2), *ends)
         tensors[f"{start}.alpha"] = torch.tensor(1.0)
     state = load_state(tensors, model)
     assert state.left_out == ()
@@ -227,10 +227,7 @@ def test_mlx_experts_are_those_of_their_names_one_by_one(tmp_path: Path) -> None
 
 def test_a_name_that_is_a_child_of_the_model_needs_a_configuration(tmp_path: Path) -> None:
     model = nn.ModuleDict({"transformer": nn.ModuleDict({"q": nn.Linear(3, 3)})})
-    tensors = {
-        "transformer.q.lora_A.weight": torch.ones(1, 3),
-        "transformer.q.lora_B.weight": torch.ones(3, 1),
-    }
+    tensors = pair("transformer.q", torch.ones(1, 3), torch.ones(3, 1), *PEFT)
     with pytest.raises(CheckpointError, match="'transformer' is a module of this model"):
         load_state(tensors, model)
     state = load_state(lorafx.AdapterSource(tensors, config={"r": 1, "lora_alpha": 1}), model)
