@@ -56,21 +56,16 @@ def write_back(gm: fx.GraphModule) -> int:
     return edits
 
 
-def described_results(gm: fx.GraphModule) -> list[tuple[Any, Any]]:
-    """What a graph returns, each with AOTAutograd's description of it; empty where it has none."""
-    output = gm.graph.output_node()
-    items: Any = output.args[0]
-    told = output.meta.get("desc") or ()
-    return list(zip(items, told, strict=True)) if len(told) == len(items) else []
-
-
 def _written(gm: fx.GraphModule) -> dict[fx.Node, fx.Node]:
     """The inputs that AOTAutograd overwrites, by what it overwrites them with."""
-    results = described_results(gm)
-    items = [item for item, _ in results]
+    output = gm.graph.output_node()
+    items: Any = output.args[0]
+    descriptions = output.meta.get("desc") or ()
+    if len(descriptions) != len(items):
+        return {}
     inputs = {node.meta.get("desc"): node for node in gm.graph.find_nodes(op="placeholder")}
     found: dict[fx.Node, fx.Node] = {}
-    for item, desc in results:
+    for item, desc in zip(items, descriptions, strict=True):
         place = inputs.get(desc.mutated_input) if isinstance(desc, InputMutationAOTOutput) else None
         if place is not None and isinstance(item, fx.Node) and items.count(item) == 1:
             found[item] = place

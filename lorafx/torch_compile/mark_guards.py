@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 
@@ -23,10 +22,9 @@ from lorafx.capture.needless_guards import FrameGuards
 from lorafx.model.changes_watch import LaterHooks
 from lorafx.model.marks import RowMark
 from lorafx.program.program import Program
-from lorafx.torch_internals.compat import add_function_guard
 from lorafx.torch_internals.frames import (
     frame_guards,
-    guard_local,
+    guard_frame,
     keep_frame_guards,
     names_of_frame,
 )
@@ -71,11 +69,8 @@ def _guard_later_hooks(program: Program, modules: Sequence[nn.Module]) -> None:
     program.bindings.append(hooks)
     held = weakref.ref(hooks)  # Dynamo keeps some guards for ever
 
-    def no_later_hooks(_: Any) -> bool:
+    def no_later_hooks() -> bool:
         hooks = held()
         return hooks is not None and hooks.none
 
-    def make(builder: Any, guard: Any) -> None:
-        add_function_guard(builder.get_guard_manager(guard), no_later_hooks)
-
-    guard_local("self", make)
+    guard_frame(no_later_hooks)

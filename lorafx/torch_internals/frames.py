@@ -26,7 +26,7 @@ ENTRY = Required(
 with private_names():
     from torch._dynamo.exc import TensorifyScalarRestartAnalysis
     from torch._dynamo.guards import GuardBuilder
-    from torch._dynamo.source import GlobalStateSource, LocalSource
+    from torch._dynamo.source import GlobalStateSource
     from torch._dynamo.symbolic_convert import InstructionTranslator
     from torch._dynamo.utils import get_metrics_context
     from torch._guards import Guard, GuardsSet, Source, TracingContext, tracing
@@ -107,7 +107,7 @@ def size_source(node: fx.Node) -> tuple[Tensor, int] | None:
     name, dot, size = source_name(node).rpartition(".size()[")
     if not dot or not size[:-1].isdecimal():
         return None
-    value = named_by_dynamo(name)
+    value = names_of_frame()(name)
     return (value, int(size[:-1])) if isinstance(value, Tensor) else None
 
 
@@ -160,11 +160,6 @@ def names_of_frame() -> Callable[[str], Any]:
     return named
 
 
-def named_by_dynamo(name: str) -> Any:
-    """As `names_of_frame`, of one name."""
-    return names_of_frame()(name)
-
-
 def source_text(place: Source | Guard) -> str:
     """A place, or that of a guard, as Dynamo writes it."""
     name: Any = place.name
@@ -187,13 +182,6 @@ def frame_guards() -> list[Guard]:
 def keep_frame_guards(kept: Sequence[Guard]) -> None:
     """Have Dynamo make these guards and those that it is yet to find."""
     TracingContext.get().guards_context.dynamo_guards = GuardsSet(OrderedSet(kept))
-
-
-def guard_local(name: str, make: Callable[[Any, Guard], None]) -> None:
-    """Have Dynamo guard something more of the local variable `name`: it calls `make` with its
-    builder of guards."""
-    guard = LocalSource(name).make_guard(make)
-    TracingContext.get().guards_context.dynamo_guards.add(guard)
 
 
 def guard_frame(holds: Callable[[], bool]) -> None:
