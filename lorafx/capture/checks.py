@@ -203,7 +203,7 @@ _UNSEEN = (
 
 @dataclass(frozen=True)
 class RefusedSites:
-    """A `Refusal`, its sites by their paths."""
+    """Sites by their paths that a graph cannot serve, for which batches, and why: a `Refusal`."""
 
     sites: tuple[str, ...]
     when: When

@@ -13,7 +13,6 @@ from lorafx.explanation.report import (
     Explanation,
     GraphReport,
     NodeReport,
-    RefusalReport,
     SiteReport,
 )
 from lorafx.model.sites import Site, room_of
@@ -109,9 +108,7 @@ def graph_report(record: GraphRecord) -> GraphReport:
             )
             for key, paths in nodes.items()
         ),
-        refusals=tuple(
-            RefusalReport(item.paths, item.when, item.reason) for item in record.refusals
-        ),
+        refusals=tuple(record.checks.refusals),
         outlined=tuple(map(str, record.outlined)),
         saved=record.saved,
         verified="" if record.numeric is None else record.numeric.result,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lorafx.capture.checks import RefusedSites
 from lorafx.errors import some
 from lorafx.program.pass_report import PassReport
 from lorafx.reports.report import Report, Table
@@ -131,15 +132,6 @@ class NodeReport:
 
 
 @dataclass(frozen=True)
-class RefusalReport:
-    """Sites that a graph cannot serve, for which batches ("always", "mixed", ...), and why."""
-
-    sites: tuple[str, ...]
-    when: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class GraphReport:
     """A compiled graph.
 
@@ -165,7 +157,7 @@ class GraphReport:
     seconds: Mapping[str, float] = field(default_factory=dict)
     passes: tuple[PassReport, ...] = ()
     nodes: tuple[NodeReport, ...] = ()
-    refusals: tuple[RefusalReport, ...] = ()
+    refusals: tuple[RefusedSites, ...] = ()
     outlined: tuple[str, ...] = ()
     saved: str = ""
     verified: str = ""
@@ -239,7 +231,7 @@ class Explanation(Report):
     replaced: tuple[str, ...] = ()
 
     @property
-    def refusals(self) -> tuple[RefusalReport, ...]:
+    def refusals(self) -> tuple[RefusedSites, ...]:
         """Those of all graphs."""
         return tuple(refusal for graph in self.graphs for refusal in graph.refusals)
 

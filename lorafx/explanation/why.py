@@ -12,11 +12,12 @@ from lorafx.adapter_store.checkpoint import load_state
 from lorafx.adapter_store.names import BASE
 from lorafx.adapter_store.peft_keys import parse
 from lorafx.adapter_store.places import ExpertPlace, Places, SavedMeaning, SiteLanding
+from lorafx.capture.checks import RefusedSites
 from lorafx.config import LoraConfig
 from lorafx.errors import ConfigError, LorafxError, nearest
 from lorafx.explanation.collecting import graph_report
 from lorafx.explanation.effects import Serve, change_of, deltas_of
-from lorafx.explanation.report import NodeReport, RefusalReport
+from lorafx.explanation.report import NodeReport
 from lorafx.explanation.selection import Selection, registered, selection_of
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.sites import Site
@@ -74,7 +75,7 @@ class InGraph:
 
     title: str
     nodes: tuple[NodeReport, ...]
-    refusals: tuple[RefusalReport, ...]
+    refusals: tuple[RefusedSites, ...]
     lora: bool
 
     def lines(self, path: str) -> list[str]:

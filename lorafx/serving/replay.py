@@ -154,7 +154,9 @@ def captured_again(compiled: Staged, calls: Sequence[MadeCall]) -> list[GraphRec
 
     Ones stand for tensors that are gone: graphs depend on shapes, as a rule.
     """
-    with replayed(compiled) as replay, torch.random.fork_rng():
+    device = compiled._session.program.runtime.device
+    devices = [device] if device.type == "cuda" else []
+    with replayed(compiled) as replay, torch.random.fork_rng(devices):
         if Provenance.name in replay.names:  # plain aten, which knows its rows
             replay.current = Provenance.name
         for call in calls:

@@ -6,7 +6,7 @@ A node that several stages share is written once: a stage has the numbers of its
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from lorafx.capture.graph_text import Printer, path_of, users_line, value_of, va
 from lorafx.capture.node_names import names_of
 from lorafx.capture.record import GraphRecord
 from lorafx.capture.recorder import Place, Stage
-from lorafx.graph.context import Refusal, SiteState
+from lorafx.graph.context import SiteState
 from lorafx.passes.outline.outline import INVOKE
 from lorafx.passes.outline.regions import is_view
 from lorafx.program.frame import FrameInput
@@ -57,9 +57,7 @@ def graph_data(record: GraphRecord, program: Program) -> dict[str, Any]:
     numbers of the capture; `free` where it moves no memory; `flops` of a product or an attention.
     Of a site: `k`, `n` sizes of the delta, `rank` the room of a slot, `flops` at that rank.
     """
-    nodes, sites, refusals = _Table(_NODE), _Table(_SITE), _Table(_REFUSAL)
-    names = names_of(record.stages, record.sizes)
-    calls = {item.name: item.paths for item in record.outlined}
+    encoder = _Encoder(record, program)
     facts = [f"outline: {item}" for item in record.outlined]
     return {
         "title": record.title,
@@ -67,46 +65,60 @@ def graph_data(record: GraphRecord, program: Program) -> dict[str, Any]:
         "facts": facts + [record.saved] * bool(record.saved),
         "sources": sources_of(record),
         "seconds": record.seconds,
-        "stages": [
-            _stage(stage, names, calls, program, nodes, sites, refusals) for stage in record.stages
-        ],
-        "nodes": nodes.rows,
-        "sites": sites.rows,
-        "refusals": refusals.rows,
+        "stages": list(map(encoder.stage, record.stages)),
+        "nodes": encoder.nodes.rows,
+        "sites": encoder.sites.rows,
+        "refusals": encoder.refusals.rows,
     }
 
 
-def _stage(
-    stage: Stage,
-    names: Mapping[Place, str],
-    calls: Mapping[Any, tuple[str, ...]],
-    program: Program,
-    nodes: _Table,
-    sites: _Table,
-    refusals: _Table,
-) -> dict[str, Any]:
-    paths = {name: iter(found) for name, found in calls.items()}
-    graphs, served = [], []
-    for path, graph in stage.graphs.items():
-        printer, numbers = Printer(path, names), []
-        for node in graph.nodes:
-            called = next(paths.get(node.args[1], iter(())), "") if node.target is INVOKE else ""
-            number = nodes.number(*_node(stage, (path, node.name), node, printer, called))
-            numbers.append(number)
-            states = stage.sites.get((path, node.name))
-            if states:
-                sizes = _sizes(value_of(node))
-                found = (_site(state, sizes, program) for state in states)
-                served.append([number, [sites.number(*row) for row in found]])
-        graphs.append([path, numbers])
-    return {
-        "name": stage.name,
-        "edits": None if stage.report is None else stage.report.edits,
-        "seconds": 0.0 if stage.report is None else round(stage.report.seconds, 6),
-        "graphs": graphs,
-        "sites": served,
-        "refusals": [refusals.number(*_refusal(item)) for item in stage.refusals],
-    }
+class _Encoder:
+    def __init__(self, record: GraphRecord, program: Program) -> None:
+        self.nodes, self.sites, self.refusals = _Table(_NODE), _Table(_SITE), _Table(_REFUSAL)
+        self._names = names_of(record.stages, record.sizes)
+        self._outlined = record.outlined
+        self._program = program
+
+    def stage(self, stage: Stage) -> dict[str, Any]:
+        calls: dict[Any, Iterator[str]] = {item.name: iter(item.paths) for item in self._outlined}
+        graphs, served = [], []
+        for path, graph in stage.graphs.items():
+            printer, numbers = Printer(path, self._names), []
+            for node in graph.nodes:
+                called = ""
+                if node.target is INVOKE and node.args[1] in calls:
+                    called = next(calls[node.args[1]], "")
+                place = path, node.name
+                number = self.nodes.number(*_node(stage, place, node, printer, called))
+                numbers.append(number)
+                if place in stage.sites:
+                    sizes = _sizes(value_of(node))
+                    found = (self._site(state, sizes) for state in stage.sites[place])
+                    served.append([number, [self.sites.number(*row) for row in found]])
+            graphs.append([path, numbers])
+        refused = ((item.paths, item.when, item.reason) for item in stage.refusals)
+        return {
+            "name": stage.name,
+            "edits": None if stage.report is None else stage.report.edits,
+            "seconds": 0.0 if stage.report is None else round(stage.report.seconds, 6),
+            "graphs": graphs,
+            "sites": served,
+            "refusals": [self.refusals.number(*row) for row in refused],
+        }
+
+    def _site(self, state: SiteState, sizes: tuple[int, ...]) -> tuple[Any, ...]:
+        site = state.site
+        rank = self._program.home(site)[0].bank.slot_rank
+        read = {"linear": site.in_features * len(site.parts), "embedding": 0}.get(
+            site.eligible.kind
+        )
+        flops = 0
+        if sizes and read is not None:  # x Aᵀ for each part, and the sum with B
+            flops = 2 * math.prod(sizes[:-1]) * rank * (read + site.out_features)
+        return (
+            *(site.path, type(site.module).__qualname__, site.in_features, site.out_features),
+            *(rank, flops, state.rows, state.form, state.strategy),
+        )
 
 
 def _node(
@@ -151,23 +163,6 @@ def _class_of(node: fx.Node) -> str:
     for _, cls in reversed(list(stack.values())):
         return cls.__qualname__ if isinstance(cls, type) else str(cls).rpartition(".")[2]
     return ""
-
-
-def _site(state: SiteState, sizes: tuple[int, ...], program: Program) -> tuple[Any, ...]:
-    site = state.site
-    rank = program.home(site)[0].bank.slot_rank
-    read = {"linear": site.in_features * len(site.parts), "embedding": 0}.get(site.eligible.kind)
-    flops = 0
-    if sizes and read is not None:  # x Aᵀ for each part, and the sum with B
-        flops = 2 * math.prod(sizes[:-1]) * rank * (read + site.out_features)
-    return (
-        *(site.path, type(site.module).__qualname__, site.in_features, site.out_features),
-        *(rank, flops, state.rows, state.form, state.strategy),
-    )
-
-
-def _refusal(item: Refusal) -> tuple[Any, ...]:
-    return item.paths, item.when, item.reason
 
 
 def _sizes(value: Any) -> tuple[int, ...]:
