@@ -25,7 +25,6 @@ from lorafx.graph.context import EMBEDDING_OP, ROWS_OF, SITE_OP, Context, is_sit
 from lorafx.op_arguments import bound
 from lorafx.ownership.emit import Emitter
 from lorafx.ownership.flow import Flow
-from lorafx.ownership.joins import by_owner, by_size
 from lorafx.ownership.labels import Label
 from lorafx.ownership.pointwise import unlabelled
 from lorafx.ownership.propagate import called_by, flow_through, rule_for
@@ -186,10 +185,10 @@ class Attempt:
             if y in vectorizer.copies:
                 vectorizer.copies[node] = vectorizer.copies[y]
         elif label is not None and not _is_shared(label):
-            for arg, new in by_owner(node, vectorizer):
+            for arg, new in vectorizer.by_owner(node):
                 self._put(node, arg, new)
         else:
-            joined = by_size(node, vectorizer)
+            joined = vectorizer.by_size(node)
             if joined is None:
                 vectorizer.copies[node] = vectorizer.vectorized(node)
             elif _types(fake_value(joined)) != _types(fake_value(node)):

@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from lorafx.graph.context import CONV_OP, SITE_OP, Context, is_site
+import lorafx.kernels.ops.own_rows  # noqa: F401  (defines torch.ops.lorafx)
+from lorafx.graph.context import CONV_OP, EMBEDDING_OP, SITE_OP, Context, is_site
 from lorafx.kernels.ops.delta import accumulation_dtype
-from lorafx.op_arguments import bound, rebind
+from lorafx.kernels.ops.own_rows import OwnRows
+from lorafx.op_arguments import bound, in_order, rebind
 from lorafx.ownership.site_rules import row_dims
 from lorafx.ownership.symbolic import as_expr
 from lorafx.passes.provenance import ALL_ALIKE
@@ -172,3 +174,32 @@ class _Scales:
 
     def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return self.ctx.call(self.graph, target, args, **kwargs)
+
+
+OWN_OPS = {
+    SITE_OP: torch.ops.lorafx.own_linear.default,
+    EMBEDDING_OP: torch.ops.lorafx.own_embedding.default,
+}
+
+
+@dataclass(frozen=True)
+class ReplaceRows:
+    """Rows of a weight that adapters have of their own take the place of the base's."""
+
+    name: str = "replace_rows"
+    required: bool = True
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        edits = 0
+        for node in gm.graph.nodes:
+            op = OWN_OPS.get(node.target)
+            if op is None or bound(node).get("own") is None:
+                continue
+            call = bound(node)
+            # Unproved rows: the site's own op refuses batches that mix adapters.
+            call["rows"] = call["rows"] or ALL_ALIKE
+            with gm.graph.inserting_before(node):
+                y = ctx.call(gm.graph, op, in_order(op, call))
+            rebind(node, y=y, **dict.fromkeys(OwnRows._fields))
+            edits += 1
+        return edits

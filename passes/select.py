@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.config import LoraConfig, Options
-from lorafx.errors import ConfigError, LorafxWarning, TargetError, nearest
+from lorafx.errors import CaptureError, ConfigError, LorafxWarning, TargetError, nearest, some
 from lorafx.model import targets
 from lorafx.model.candidates import Candidate, ExpertsCandidate, by_raw_weight
 from lorafx.model.expert_names import folded
 from lorafx.model.experts import expert_weights
 from lorafx.model.marks import is_dense
-from lorafx.model.module_graph import ModuleGraph
+from lorafx.model.module_graph import ModuleGraph, join
 from lorafx.model.own_row_limits import own_refusal, rows_asked
 from lorafx.model.packed_names import PackedNames
 from lorafx.model.quantized import is_stored
@@ -34,8 +34,37 @@ from lorafx.model.sites import Site
 from lorafx.model.weight_formats import is_wrapped
 from lorafx.program.preparation import Preparation
 from lorafx.registry import Eligible, is_empty, lookup
+from lorafx.torch_internals.modules import OptimizedModule
+
 
 # A regular expression can name thousands of containers; the first ones show the mistake.
+@dataclass(frozen=True)
+class Alias:
+    """Each module once, under its canonical path, with the other paths that reach it.
+
+    Raises CaptureError, naming the path, when the model holds a `torch.compile` wrapper.
+    """
+
+    name: ClassVar[str] = "alias"
+
+    def run(self, model: Preparation) -> int:
+        graph = model.graph = ModuleGraph.of(model.model)
+        for path, module in graph.modules():
+            if isinstance(module, OptimizedModule):
+                where = f"the module at {path!r}" if path else "the model"
+                raise CaptureError(
+                    f"{where} is wrapped by torch.compile; pass the module itself "
+                    "(`._orig_mod` of the wrapper), which lorafx compiles"
+                )
+            aliases = graph.paths(module)[1:]
+            if aliases:
+                model.notes.append(f"{path} is also {some(aliases)}: one module, with one delta")
+        for owners in graph.tied():
+            held = some([join(owner.path, owner.attribute) for owner in owners])
+            model.notes.append(f"{held} are one weight")
+        return len(list(graph.modules()))
+
+
 _SHOWN = 20
 
 

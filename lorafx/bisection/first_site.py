@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from lorafx.bisection.reference import Modules
 from lorafx.bisection.result import FirstSite
 from lorafx.capture.differences import difference
-from lorafx.graph.graph_nodes import module_path
+from lorafx.graph.context import module_path
 from lorafx.serving.staged_graphs import Stage
 
 

@@ -13,7 +13,7 @@ from lorafx.capture.stage_views import StageViews
 from lorafx.capture.verify import check_graph, output_values
 from lorafx.graph.context import Context
 from lorafx.pass_order import CAPTURED, GraphPass, pipeline, run_passes
-from lorafx.program.pass_report import PassReport
+from lorafx.program.preparation import PassReport
 
 #: Is told of the captured graph (None), then of each pass and the graph that it left.
 AfterPass = Callable[[GraphPass | None, fx.GraphModule], None]

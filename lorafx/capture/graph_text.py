@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from lorafx.graph.graph_nodes import plain_path
+from lorafx.graph.context import plain_path
 from lorafx.torch_internals.frames import size_expression
 from lorafx.torch_internals.operators import HigherOrderOperator, OpOverload
 

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from lorafx.errors import ProvenanceError
-from lorafx.graph.context import SITE_OPS, Context
-from lorafx.graph.graph_nodes import module_path, plain_path
+from lorafx.graph.context import SITE_OPS, Context, module_path, plain_path
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED
 from lorafx.passes.outline.outline import INVOKE
 from lorafx.passes.outline.regions import bodies

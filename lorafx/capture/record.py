@@ -11,7 +11,7 @@ from lorafx.capture.dump import GraphDump
 from lorafx.capture.verify import NumericCheck
 from lorafx.graph.context import Context, Outlined, Refusal, SiteState
 from lorafx.model.sites import Site
-from lorafx.program.pass_report import PassReport
+from lorafx.program.preparation import PassReport
 from lorafx.viewer.stages import GraphView, Span, exclusive
 
 

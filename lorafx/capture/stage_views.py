@@ -24,8 +24,7 @@ from lorafx.capture.graph_text import (
     users_line,
 )
 from lorafx.capture.node_names import NodeNames
-from lorafx.graph.context import Context, SiteState
-from lorafx.graph.graph_nodes import module_path
+from lorafx.graph.context import Context, SiteState, module_path
 from lorafx.passes.outline.outline import INVOKE
 from lorafx.passes.outline.regions import is_view
 from lorafx.program.frame import FrameInput

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lorafx.program.pass_report import PassReport
+from lorafx.program.preparation import PassReport
 from lorafx.reports.glossary import glossary_of
 from lorafx.reports.writing import json_values
 

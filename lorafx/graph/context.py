@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+import re
 from collections.abc import Iterable
 from dataclasses import InitVar, dataclass, field
 from typing import Any, Literal
@@ -16,10 +19,9 @@ import lorafx.kernels.ops.mask_ops
 import lorafx.kernels.ops.ops
 import lorafx.kernels.ops.row_ops  # noqa: F401  (all define torch.ops.lorafx)
 from lorafx.errors import MatchError
-from lorafx.graph.graph_nodes import module_path, plain_path
 from lorafx.graph.weight_uses import Use
 from lorafx.model.sites import Site
-from lorafx.op_arguments import bound
+from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound
 from lorafx.program.frame import (
     ONE_SLOT,
     SLOTS,
@@ -32,6 +34,7 @@ from lorafx.program.handover import Handover
 from lorafx.program.program import BANK_FIELDS, GAINS, SHIFTS, Program
 from lorafx.registry import lookup
 from lorafx.torch_internals.fake_tensors import FakeTensorMode, detect_fake_mode
+from lorafx.torch_internals.operators import OpOverload
 
 SITE_OP = torch.ops.lorafx.site.default
 EMBEDDING_OP = torch.ops.lorafx.embedding_site.default
@@ -59,10 +62,9 @@ def is_site(node: fx.Node) -> bool:
 class Refusal:
     """Why LoRA cannot be applied at some sites in this graph.
 
-    `when` says which batches it concerns: "always" any whose adapters touch the site, "mixed"
-    only those whose rows use different adapters, "dora" those with DoRA adapters that touch it,
-    "own" those with adapters that have rows of its weight of their own, "bias" those with adapters
-    that add a bias there.
+    `when` names the batches that it concerns: "always" all whose adapters touch the site, "mixed"
+    those whose rows use different adapters, "dora", "own" and "bias" those with adapters that
+    rescale the site's output, have own rows of its weight, or add a bias there.
     """
 
     sites: tuple[Site, ...]
@@ -93,13 +95,8 @@ class SiteState:
 
 @dataclass(frozen=True)
 class Outlined:
-    """Repeated layers that one body computes.
-
-    Attributes:
-        name: the body's, an attribute of the graph's module.
-        paths: of each call's module, in order.
-        nodes: how many the body holds.
-    """
+    """Repeated layers that one body computes: the attribute that holds it, the module paths of its
+    calls in order, and how many nodes it has."""
 
     name: str
     paths: tuple[str, ...]
@@ -212,11 +209,8 @@ class Context:
         return [module for _, module, _ in owners if id(module) not in selected]
 
     def made_by_other_owner(self, node: fx.Node, weight: fx.Node) -> bool:
-        """Whether a use of a weight was made by a module that holds the very weight and is no site:
-        an embedding of any class whose head is one. It is not the site's use then.
-
-        A module above the site says nothing: all that the site does is done inside of it.
-        """
+        """Whether a use was made by a module that holds the very weight and is no site, such as the
+        embedding that a head is tied to. Modules above the site do not count."""
         item = self.frame.by_node[weight]
         if item.derived is not None or any(self.inside(node, s.module) for s in item.sites):
             return False
@@ -244,7 +238,7 @@ class Context:
         return self.edits_left >= 0
 
     def call(self, graph: fx.Graph, target: Any, args: tuple[Any, ...], **kwargs: Any) -> fx.Node:
-        """A call_function node with its fake value, at the graph's insertion point. `kwargs` are
+        """A call_function node with its fake value, at the insertion point; `kwargs` are
         constants."""
         node = graph.call_function(target, args, kwargs)
         values = fx.node.map_arg(args, fake_value)
@@ -291,8 +285,7 @@ class Context:
         return {name: self.bank_input(graph, site, weight, name) for name in names}
 
     def beside(self, field: fx.Node, name: str) -> fx.Node | None:
-        """The input that holds another field of the bank that `field` is a field of, where there
-        is such an input."""
+        """The input with another field of the bank that `field` belongs to, if there is one."""
         inputs = self.frame.extra_nodes
         found = next((key for key, node in inputs.items() if node is field), None)
         return None if found is None else inputs.get((*found[:2], name))
@@ -311,7 +304,6 @@ class Context:
             handle.replace_all_uses_with(slots)
 
     def _slots_input(self, graph: fx.Graph, place: tuple[int, int]) -> fx.Node:
-        """The slots as an input that the executable looks up: as many as the frame's requests."""
         assert self.fake_mode is not None
         size = self.frame.batch_size()
         with self.fake_mode:
@@ -336,3 +328,41 @@ class Context:
         kind: InputKind = "slots" if name in (SLOTS, ONE_SLOT) else "bank"
         self.frame.by_node[node] = FrameInput(kind, name)
         return node
+
+
+def call_in_place(graph: fx.Graph, op: OpOverload, arguments: tuple[Any, ...]) -> fx.Node:
+    """The first argument, y, after `op` has written it, as functional nodes. Inductor decides
+    whether y's buffer may be written without a copy."""
+    names = [argument.name for argument in op._schema.arguments]
+    both = graph.call_function(
+        AUTO_FUNCTIONALIZED,
+        (op,),
+        dict(zip(names, arguments, strict=True)),
+    )
+    value = fake_value(arguments[0])
+    both.meta["val"] = (None, value)
+    with graph.inserting_after(both):
+        written = graph.call_function(operator.getitem, (both, 1))
+    written.meta["val"] = value
+    return written
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the innermost module whose forward made `node`, or "" where it is not known."""
+    stack = node.meta.get("nn_module_stack") or {}
+    for path, _ in reversed(list(stack.values())):
+        return plain_path(path)
+    return ""
+
+
+#: The module whose forward is traced, by whatever name its forward has for it.
+_ROOT = re.compile(r"^L\['\w+'\]")
+
+
+@functools.lru_cache(maxsize=4096)
+def plain_path(path: str) -> str:
+    """Dynamo's module path as a dotted path: `L['self']._modules['model']` -> `model`."""
+    text = _ROOT.sub("", path).replace(".__dict__['_modules']", "._modules")
+    text = text.replace("._modules[", ".[").replace("['", ".")
+    text = text.replace('["', ".").replace("']", "").replace('"]', "").replace("..", ".")
+    return text.strip(".")

@@ -35,9 +35,6 @@ class ExpertUse:
 
     Attributes:
         kind: see the module's equations; "unknown" where no rule knows the use.
-        weight: the graph input that holds W.
-        node: the node that computes y.
-        x: the other operand.
         choice: offs or ids; None for "all".
         swapped: y comes as (rows, N, 1), x as (rows, K, 1).
         reason: for "unknown", why.

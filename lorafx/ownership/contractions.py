@@ -1,8 +1,7 @@
 """Rules for contractions: the owner's letter must survive from the operands into the output.
 
-In an einsum such as `nk,km->nm` an owner dimension is one letter. It may run through operands
-that share it (batch letters) and must appear in the output; a letter that is summed over mixes
-requests. All operands that are owned must name the same letter and the same map.
+In an einsum such as `nk,km->nm` an owner dimension is one letter; summing over it mixes requests.
+All operands that are owned must name the same letter and the same map.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ def matmul(node: fx.Node, flow: Flow) -> Label:
 def grouped(node: fx.Node, flow: Flow) -> Label:
     """Rows (N, K) by expert weights (E, K, M), bounds in offs: each row keeps its place.
 
-    The bounds count the tokens of all requests; they say which weight a row meets and move none.
+    The bounds count the tokens of all requests, but move none.
     """
     args = bound(node)
     rows = args.get("self", args.get("input", args.get("mat_a")))
@@ -87,8 +86,7 @@ def grouped(node: fx.Node, flow: Flow) -> Label:
 def attention(node: fx.Node, flow: Flow) -> Label:
     """Scaled dot product: q (b, h, q, d), k (b, h, k, d), v (b, h, k, e) -> (b, h, q, e).
 
-    Keys may have fewer heads than queries, so heads carry an owner only where their sizes agree.
-    A mask is broadcast to (b, h, q, k). Further outputs (log-sum-exp) keep (b, h) in front.
+    Heads carry an owner only where q, k and v have as many. Statistics keep (b, h) in front.
     """
     args = bound(node)
     mask = next((args[k] for k in ("attn_mask", "attn_bias") if args.get(k) is not None), None)
@@ -178,18 +176,16 @@ RULES: dict[object, Rule] = {
     **dict.fromkeys(
         (
             aten._scaled_dot_product_flash_attention_for_cpu,
-            aten._scaled_dot_product_flash_attention,
-            aten._scaled_dot_product_efficient_attention,
+            aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_efficient_attention,
             aten._scaled_dot_product_cudnn_attention,
             aten._scaled_dot_product_fused_attention_overrideable,
             aten._scaled_dot_product_attention_math,
-            aten._scaled_dot_product_attention_math_for_mps,
-            aten.scaled_dot_product_attention,
+            aten._scaled_dot_product_attention_math_for_mps, aten.scaled_dot_product_attention,
         ),
         attention,
     ),
     **dict.fromkeys((aten.mkldnn_rnn_layer,), recurrent),
-}
+}  # fmt: skip
 
 # Operators of libraries that may not be loaded, by namespace and name.
 OPTIONAL: dict[tuple[str, str], Rule] = {("transformers", "grouped_mm_fallback"): grouped}

@@ -1,12 +1,8 @@
-"""Row maps as graph nodes: sizes from the graph's own symbols, owners from a permutation.
+"""Row maps as graph nodes: sizes from the graph's own symbols, slots through a permutation.
 
-A size expression becomes operator.mul / add / floordiv nodes over SymInt placeholders or sym_size
-of a tensor placeholder. A map through a permutation p of N rows becomes one slot a row,
+A map through a permutation p of N rows becomes one slot a row, with n = len(slots):
 
     slots'[m] = slots[(p[i_m] // R) mod n]        (i_m row m's index along the owner dimension)
-
-with n = len(slots), so that the operator is called with rows = 1. So does a part of the tokens of
-each request, where slots are given per token.
 """
 
 from __future__ import annotations
@@ -155,8 +151,8 @@ class Emitter:
         return self._slots[key]
 
     def cut_slots(self, slots: fx.Node, cut: fx.Node, before: fx.Node) -> fx.Node | None:
-        """The slots of the tokens that `cut` keeps of each request, where `slots` (B·T,) has one
-        for each token of the (B, T, ...) tensor that it cuts at dimension 1."""
+        """The slots of the tokens that `cut` keeps of each request: `slots` (B·T,) has one for each
+        token of the tensor (B, T, ...) that it cuts at dimension 1."""
         args = bound(cut)
         key = (slots, cut)
         if key not in self._slots:

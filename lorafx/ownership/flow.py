@@ -1,7 +1,7 @@
-"""The state of one propagation: labels, known index values, sizes; and what rules share.
+"""The state of one propagation, and what rules share.
 
-A rule is a function (node, flow) -> Label. It reads the labels of its inputs through `flow`,
-answers with a label, and says `flow.lost(node, why)` where it cannot prove one.
+A rule is a function (node, flow) -> Label. It reads the labels of its inputs through `flow`, and
+answers `flow.lost(node, why)` where it cannot prove one.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ class Flow:
         give_out: copies of something shared may be given out to the requests.
         withheld: sites where they may not.
         assume: labels may rest on what the graph asks when it runs, of the nodes in `fits`.
-        picks: vectors (N,) of places of requests among the inputs. What is selected by one of them
-            has N rows, any number, and the vector as its `perm`.
+        picks: vectors (N,) of places of requests among the inputs, used as `perm`.
     """
 
     def __init__(

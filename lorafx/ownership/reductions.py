@@ -1,9 +1,7 @@
 """Rules for reductions, scans, sorts and norms: what works along dimensions must spare the owner.
 
-out[...] = f(x[..., :, ...]) over `dim`. A reduction over other dimensions keeps the owner and
-renumbers it when the reduced dimensions go; a scan or softmax keeps the shape. The one scan along
-the owner dimension that keeps ownership is a 1-D sort: its values are x[p] for its indices p, so
-they are owned through p.
+out[...] = f(x[..., :, ...]) over `dim`. Only a 1-D sort may run along the owner dimension: its
+values are x[p] for its indices p, so they are owned through p.
 """
 
 from __future__ import annotations
@@ -68,11 +66,8 @@ def sorted_values(node: fx.Node, flow: Flow) -> Label:
 
 
 def normalised(over: Callable[[fx.Node, Flow, int], bool], leading: bool = True) -> Rule:
-    """Norms: (out, mean, rstd, ...) where `over` says whether dimension d is averaged over.
-
-    `leading`: the statistics keep the dimensions that are not averaged over in their places, and
-    with them the label. Weights are shared.
-    """
+    """Norms: (out, mean, rstd, ...) where `over` says whether dimension d is averaged over. With
+    `leading`, the statistics keep the other dimensions in their places. Weights are shared."""
 
     def rule(node: fx.Node, flow: Flow) -> Label:
         label = same_as_first(node, flow)
@@ -101,8 +96,7 @@ def groups(node: fx.Node, flow: Flow, dim: int) -> bool:
 
 
 def batch_statistics(node: fx.Node, flow: Flow, dim: int) -> bool:
-    """batch_norm: in evaluation nothing; in training (and in instance_norm, which is one over
-    (1, B·C, ...)) everything but the channels."""
+    """batch_norm in training: everything but the channels."""
     training = bound(node).get("training", bound(node).get("train", False))
     return bool(training) and dim != 1
 

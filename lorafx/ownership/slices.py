@@ -167,14 +167,8 @@ RULES: dict[object, Rule] = {
     **dict.fromkeys((aten.slice, aten.narrow, aten.slice_copy), sliced),
     **dict.fromkeys(
         (
-            aten.split,
-            aten.split_with_sizes,
-            aten.chunk,
-            aten.unsafe_split,
-            aten.tensor_split,
-            aten.unsafe_split_with_sizes,
-            aten.unsafe_chunk,
-            aten.split_copy,
+            aten.split, aten.split_with_sizes, aten.chunk, aten.unsafe_split, aten.tensor_split,
+            aten.unsafe_split_with_sizes, aten.unsafe_chunk, aten.split_copy,
             aten.split_with_sizes_copy,
         ),
         split,
@@ -185,5 +179,5 @@ RULES: dict[object, Rule] = {
     aten.select_scatter: index_written,
     aten.diagonal_scatter: diagonal_written,
     aten.glu: glu_halves,
-}
+}  # fmt: skip
 DIGITS = {aten.slice: sliced_digit, aten.narrow: sliced_digit}

@@ -1,9 +1,8 @@
 """Rules for operators that move positions without looking at values.
 
-Views find the digit of the position again (`symbolic.reshaped`); permutations and insertions
-renumber dimensions; slices, pads, rolls and flips must leave the owner dimension alone or take
-whole periods rows·B of it. What holds for ownership holds for known index values (`Digit`), so
-the shape rules serve both.
+Views find the digit of the position again (`symbolic.reshaped`); permutations renumber dimensions;
+slices, pads, rolls and flips must leave the owner dimension alone. The rules serve ownership and
+known index values (`Digit`).
 """
 
 from __future__ import annotations
@@ -45,11 +44,8 @@ def view(node: fx.Node, flow: Flow) -> Label:
 
 
 def learn_sizes(node: fx.Node, flow: Flow) -> None:
-    """The sizes that a view was asked for, which tracing may know by a longer expression.
-
-    Shape propagation writes a size as ((B·H·W) // (H·W)) // ... where the call says 4, or where
-    what is left for -1 divides exactly.
-    """
+    """The sizes that a view was asked for, which tracing may know by a longer expression such as
+    ((B·H·W) // (H·W)) // ... for 4, or for -1."""
     args = bound(node)
     asked = args["size"] if "size" in args else args.get("shape")
     if not isinstance(asked, (list, tuple)):
@@ -250,16 +246,12 @@ MOVES: dict[object, tuple[Renumber, str]] = {
     aten.constant_pad_nd: (padded, "the owner dimension is padded"),
     **dict.fromkeys(
         (
-            aten.reflection_pad1d,
-            aten.reflection_pad2d,
-            aten.reflection_pad3d,
-            aten.replication_pad1d,
-            aten.replication_pad2d,
-            aten.replication_pad3d,
+            aten.reflection_pad1d, aten.reflection_pad2d, aten.reflection_pad3d,
+            aten.replication_pad1d, aten.replication_pad2d, aten.replication_pad3d,
         ),
         (last_dims_padded, "the owner dimension is padded"),
     ),
-}
+}  # fmt: skip
 _PAIRS = {op: moved(*move) for op, move in MOVES.items()}
 VIEWS: Sequence[object] = (
     aten.view, aten._unsafe_view, aten.reshape, aten._reshape_copy, aten._reshape_alias,

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -23,11 +23,10 @@ from lorafx.model.runtime import Runtime
 from lorafx.model.sites import Group, Site
 from lorafx.ownership.held import Alone, Listed, each_repeated
 from lorafx.ownership.memory import Memory, storage_of
-from lorafx.program.call import AT_REST, Batch, Call
 from lorafx.program.derived import DerivedTensors, Holder
 from lorafx.program.frame import FrameInput
 from lorafx.program.handover import role_of
-from lorafx.program.pass_report import PassReport
+from lorafx.program.preparation import PassReport
 from lorafx.program.remembered import Remembered, TensorVersions, in_containers
 from lorafx.program.roles import Role, RoleTable, tensor_leaves
 from lorafx.torch_internals.fake_tensors import unset_fake_temporarily
@@ -84,6 +83,45 @@ ROOMS = {
     SHIFTS: ("biases of adapters", "LoraConfig(lora_bias=True)"),
     "own": ("weights of adapters' own", "LoraConfig(modules_to_save=...)"),
 }
+
+
+@dataclass(eq=False)
+class Call:
+    """The call that is running: its entry's roles and its arguments by name (None and none where
+    they are not known), and whose is what it has computed so far.
+
+    Attributes:
+        tracks: what Python computes between graphs is tracked in calls that mix adapters.
+        tracked: it is in this call.
+    """
+
+    roles: RoleTable | None
+    named: Mapping[str, Any]
+    memory: Memory
+    tracks: bool = False
+    tracked: bool = False
+
+
+class Batch(NamedTuple):
+    """The running call, and what the adapters of its batch touch. Replaced whole.
+
+    Attributes:
+        call: None where nothing runs.
+        touched: canonical paths of the sites that the adapters touch.
+        rescaled: those of them that they rescale (DoRA).
+        shifted: those of them to whose outputs they add a bias.
+        owned: those of them of whose weight they have rows of their own.
+    """
+
+    call: Call | None = None
+    touched: frozenset[str] = frozenset()
+    rescaled: frozenset[str] = frozenset()
+    owned: frozenset[str] = frozenset()
+    shifted: frozenset[str] = frozenset()
+
+
+#: Nothing runs.
+AT_REST = Batch()
 
 
 @dataclass(eq=False)

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lorafx.ownership.contents import MemoryState, state_of
-from lorafx.ownership.memory import storage_of
+from lorafx.ownership.memory import MemoryState, state_of, storage_of
 from lorafx.program.frame import Frame
 from lorafx.torch_internals.aot_autograd import PlainAOTOutput
 

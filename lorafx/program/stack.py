@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from lorafx.model.keywords import refuse_slips
 from lorafx.torch_internals.modules import CALL, CALLS, OptimizedModule, in_wrapper_of_dynamo
 
 #: Modules whose frames stand, while a function is compiled, between the backend and its caller.
@@ -135,3 +136,34 @@ def unwrapped(module: nn.Module) -> nn.Module:
         assert isinstance(inner, nn.Module)
         module = inner
     return module
+
+
+def refuse_called_slips(belongs: Callable[[nn.Module], bool], way: str) -> None:
+    """Look at the keywords of the outermost running call of a module that `belongs` is true for.
+    Ours are slips too: `way` is how adapters are chosen.
+
+    Raises:
+        ConfigError: as `refuse_slips`.
+    """
+    running = outermost_call(belongs)
+    if running is not None and running.kwargs:
+        refuse_slips(running.kwargs, running.module.forward, running.module, {"": way})
+
+
+def refuse_pipeline_slips(model: nn.Module) -> None:
+    """Look at the keywords of the pipeline of transformers that is calling `model` without any of
+    ours; nothing where none is.
+
+    Raises:
+        ConfigError: as `refuse_slips`, for names of ours too, which have not arrived.
+    """
+    base: Any = sys.modules.get("transformers.pipelines.base")
+    if base is None:
+        return
+    frame = call_of(inspect.unwrap(base.Pipeline.__call__).__code__)
+    if frame is None:
+        return
+    given = frame.f_locals
+    names = {**given.get("preprocess_params", {}), **given.get("kwargs", {})}
+    way = "the adapter by set_adapter(name) before the call: this pipeline hands no names on"
+    refuse_slips(names, given["self"].preprocess, model, {"": way})

@@ -20,8 +20,8 @@ from lorafx.capture.verify import copied
 from lorafx.graph.context import Context
 from lorafx.model.sites import Site
 from lorafx.pass_order import CAPTURED, GraphPass, pipeline
-from lorafx.passes.join import Join
 from lorafx.passes.outline.outline import Outline
+from lorafx.passes.products import Join
 from lorafx.serving.entry import Entry, entered
 from lorafx.session.session import Session
 

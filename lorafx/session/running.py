@@ -12,7 +12,7 @@ from typing import Final, NamedTuple, Protocol
 
 from lorafx.errors import CaptureError
 from lorafx.interrupts import free_after_fork
-from lorafx.program.call import Batch
+from lorafx.program.program import Batch
 from lorafx.session.requests import Requests
 from lorafx.session.streams import Streams
 from lorafx.torch_internals.compat import transform

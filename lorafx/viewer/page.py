@@ -12,7 +12,7 @@ from typing import Any
 
 import jinja2
 
-from lorafx.program.pass_report import PassReport
+from lorafx.program.preparation import PassReport
 from lorafx.viewer.dot import to_dot
 from lorafx.viewer.encode import graph_data, packed
 from lorafx.viewer.stages import GraphView

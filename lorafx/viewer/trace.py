@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lorafx.program.pass_report import PassReport
+from lorafx.program.preparation import PassReport
 from lorafx.viewer.stages import GraphView
 
 

@@ -25,11 +25,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from lorafx.graph.context import EMBEDDING_OP, EXPERT_OP, FUSED_OP, PLAIN_SITE_OPS, SITE_OP, Context
+from lorafx.graph.context import (
+    EMBEDDING_OP,
+    EXPERT_OP,
+    FUSED_OP,
+    PLAIN_SITE_OPS,
+    SITE_OP,
+    Context,
+    call_in_place,
+)
 from lorafx.graph.expert_uses import grouped, is_grouped
-from lorafx.graph.graph_nodes import call_in_place
 from lorafx.graph.pointwise_region import PointwiseRegion
-from lorafx.graph.strategy import GENERATED, strategy_of
 from lorafx.kernels.cost.cost import FUSED
 from lorafx.kernels.cpu.cpu import delta_call, embedding_delta_call, expert_delta_call
 from lorafx.kernels.cpu.grouped_mm import GROUPED_MM, kernel_of
@@ -42,7 +48,7 @@ from lorafx.passes.fuse.fuse_experts import FUSED_EXPERTS, product, region
 from lorafx.passes.lower.concat import TRITON_CONCAT, concat_linear, product_of
 from lorafx.passes.lower.triton_graph import inline_triton_ops
 from lorafx.passes.match.match_experts import ALIKE
-from lorafx.passes.plan.specs import cpu_spec, delta_spec
+from lorafx.passes.plan import GENERATED, cpu_spec, delta_spec, strategy_of
 from lorafx.program.frame import fake_value
 from lorafx.torch_internals.shortcuts import chosen
 from lorafx.torch_internals.symbols import guard_or_false, guard_or_true

@@ -36,8 +36,8 @@ from lorafx.graph.context import (
     Context,
     Refusal,
     is_site,
+    plain_path,
 )
-from lorafx.graph.graph_nodes import plain_path
 from lorafx.graph.weight_uses import Use, convolution_uses, uses_of
 from lorafx.model.convolutions import convolution_of
 from lorafx.model.marks import UNPROVED, is_dense
@@ -45,8 +45,13 @@ from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site, own_ranges
 from lorafx.op_arguments import bound, in_order, rebind
 from lorafx.passes.match.match_experts import insert_expert_sites
-from lorafx.passes.match.own_bias import check_addends, refuse_other_uses
-from lorafx.passes.match.result_origins import addends_of, depends_on, origin_of
+from lorafx.passes.match.result_origins import (
+    addends_of,
+    check_addends,
+    depends_on,
+    origin_of,
+    refuse_other_uses,
+)
 from lorafx.program.derived import has_numbers, is_near
 from lorafx.program.frame import FrameInput, fake_value
 

@@ -20,8 +20,7 @@ import sympy
 import torch
 from torch import fx
 
-from lorafx.graph.context import Context, Outlined
-from lorafx.graph.graph_nodes import plain_path
+from lorafx.graph.context import Context, Outlined, plain_path
 from lorafx.passes.outline.isomorphism import CanonicalForm, Stretch, agree, sizes_of, stretch_of
 from lorafx.passes.outline.regions import Region, hoist_shared, is_free, regions_of, tensor_valued
 from lorafx.passes.write_in_place import writes_in_place

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import fx
 
-from lorafx.graph.context import EMBEDDING_OP, FUSED_OP, SITE_OP
-from lorafx.graph.graph_nodes import call_in_place
+from lorafx.graph.context import EMBEDDING_OP, FUSED_OP, SITE_OP, call_in_place
 from lorafx.op_arguments import bound, in_order, index_of, op_of, operand, rebind
 
 BANK = ("A", "B", "ranks", "scales", "slots")

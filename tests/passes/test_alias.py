@@ -9,7 +9,7 @@ from torch import nn
 
 from lorafx.config import LoraConfig
 from lorafx.errors import CaptureError
-from lorafx.passes.alias import Alias
+from lorafx.passes.select import Alias
 from lorafx.prepare.marking import build_sites
 from lorafx.program.preparation import Preparation
 

@@ -25,7 +25,7 @@ from lorafx.passes.fuse.fuse import Fuse
 from lorafx.passes.fuse.fuse_experts import FUSED_EXPERTS, region
 from lorafx.passes.lower.lower import Lower
 from lorafx.passes.match.match import Match
-from lorafx.passes.plan.plan import Plan
+from lorafx.passes.plan import Plan
 
 aten = torch.ops.aten
 E, H, WIDTH, EACH = 3, 32, 16, 4

@@ -11,11 +11,10 @@ from toolchain import needs_compiler
 from torch import fx, nn
 
 from lorafx.passes.fuse.fuse import Fuse
-from lorafx.passes.join import Join
 from lorafx.passes.lower.lower import Lower
 from lorafx.passes.match.match import Match
-from lorafx.passes.plan.plan import Plan
-from lorafx.passes.products import Products
+from lorafx.passes.plan import Plan
+from lorafx.passes.products import Join, Products
 
 pytestmark = needs_compiler
 

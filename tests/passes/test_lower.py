@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from lorafx.passes.fuse.fuse import Fuse
 from lorafx.passes.lower.lower import Lower
 from lorafx.passes.match.match import Match
-from lorafx.passes.plan.plan import Plan
+from lorafx.passes.plan import Plan
 
 pytestmark = pytest.mark.quick
 

@@ -15,7 +15,7 @@ from lorafx.op_arguments import op_of
 from lorafx.passes.fuse.fuse import Fuse
 from lorafx.passes.lower.lower import Lower
 from lorafx.passes.match.match import Match
-from lorafx.passes.plan.plan import Plan
+from lorafx.passes.plan import Plan
 
 aten = torch.ops.aten
 K, N, B, T, VOCAB = 32, 48, 3, 2, 7

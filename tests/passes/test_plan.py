@@ -11,7 +11,7 @@ from torch import nn
 
 from lorafx.passes.fuse.fuse import Fuse
 from lorafx.passes.match.match import Match
-from lorafx.passes.plan.plan import Plan
+from lorafx.passes.plan import Plan
 
 pytestmark = pytest.mark.quick
 

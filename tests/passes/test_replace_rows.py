@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lorafx.errors import ProvenanceError
 from lorafx.passes.match.match import Match
-from lorafx.passes.replace_rows import ReplaceRows
+from lorafx.passes.rescale import ReplaceRows
 
 pytestmark = pytest.mark.quick
 

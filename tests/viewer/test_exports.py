@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from viewed_graphs import HOSTILE, by_hand
 
-from lorafx.program.pass_report import PassReport
+from lorafx.program.preparation import PassReport
 from lorafx.viewer.dot import to_dot
 from lorafx.viewer.page import write_page
 from lorafx.viewer.stages import Span, exclusive

@@ -14,7 +14,7 @@ out, `explain` prints it with the node's byte floor of `lorafx.kernels.cost.cost
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -22,12 +22,12 @@ from torch import fx
 from lorafx.errors import ConfigError
 from lorafx.graph.context import (
     EMBEDDING_OP,
+    EXPERT_OP,
     FUSED_OP,
     PLAIN_SITE_OPS,
     Context,
 )
 from lorafx.graph.pointwise_region import NoRegion, PointwiseRegion
-from lorafx.graph.strategy import ATEN, GENERATED, Strategy, choose
 from lorafx.kernels.cost.chips import chip_of
 from lorafx.kernels.cost.cost import (
     FUSED,
@@ -40,17 +40,56 @@ from lorafx.kernels.cost.cost import (
 from lorafx.kernels.cost.expert_cost import ExpertWork, estimate_experts
 from lorafx.kernels.cost.work import Estimate, Work
 from lorafx.kernels.cpu.cpu import build_all
-from lorafx.kernels.triton.longer import refusal
-from lorafx.kernels.triton.triton_build import CONCAT, EXPERTS
+from lorafx.kernels.ops.bank_arguments import Ranges
+from lorafx.kernels.ops.delta_spec import DeltaSpec
+from lorafx.kernels.triton.longer import Longer, refusal
+from lorafx.kernels.triton.triton_build import CONCAT, EXPERTS, TritonSpec
 from lorafx.kernels.triton.triton_build import build as build_triton
 from lorafx.kernels.triton.triton_checks import adjacent
 from lorafx.model.bank import Bank
 from lorafx.model.sites import Part, Site
 from lorafx.op_arguments import bound
 from lorafx.passes.fuse.fuse_experts import FUSED_EXPERTS, loops_on_host, region
-from lorafx.passes.plan.specs import cpu_spec, delta_spec, triton_spec
 from lorafx.program.frame import fake_value
 from lorafx.torch_internals.compat import size_hint
+
+GENERATED = "generated"
+ATEN = "aten"
+
+_KEY = "lorafx_strategy"
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """The choice for one node.
+
+    Attributes:
+        name: how the node is computed, one of `lorafx.config.STRATEGIES` of the lowering.
+        kernel: id of the generated Triton kernels; 0 for other strategies.
+        split: a pack's base product is one GEMM per sibling, each into its columns of y, instead of
+            one over the packed weight.
+        reason: what decided.
+    """
+
+    name: str
+    kernel: int = 0
+    split: bool = False
+    reason: str = ""
+
+
+def choose(ctx: Context, node: fx.Node, strategy: Strategy) -> None:
+    """Make `strategy` the node's, and note it for `explain`."""
+    node.meta[_KEY] = strategy
+    if strategy.kernel:
+        ctx.kernels.add(strategy.kernel)
+    for state in ctx.states[node]:
+        gemms = ", one GEMM per sibling" if strategy.split else ""
+        state.strategy = f"{strategy.name}{gemms} ({strategy.reason})"
+
+
+def strategy_of(node: fx.Node) -> Strategy:
+    """The node's strategy; aten where nothing was planned."""
+    return node.meta.get(_KEY, Strategy(ATEN))
 
 
 @dataclass(frozen=True)
@@ -298,4 +337,45 @@ def _floor(ctx: Context, node: fx.Node) -> str:
     return (
         f"byte floor at rank {rank}: {one:.2f} times the base weight's bytes with 1 adapter, "
         f"{eight:.2f} times with 8"
+    )
+
+
+def delta_spec(node: fx.Node) -> DeltaSpec:
+    """What a kernel for its delta takes for granted."""
+    call = bound(node)
+    if node.target is EMBEDDING_OP:
+        return DeltaSpec.of_embedding(*(fake_value(call[name]) for name in ("y", "A", "B")))
+    tensors = (fake_value(call[name]) for name in ("x", "A", "B", "ranks"))
+    return DeltaSpec.linear(fake_value(node), *tensors, *(call[name] for name in Ranges._fields))
+
+
+def cpu_spec(node: fx.Node) -> DeltaSpec:
+    """`delta_spec` of a kernel on a CPU, which finds the bank's slots of routed rows by itself."""
+    spec = delta_spec(node)
+    if node.target is EXPERT_OP:
+        return replace(spec, experts=bound(node)["count"])
+    if node.target is FUSED_EXPERTS:
+        return replace(spec, experts=int(fake_value(bound(node)["weight"]).shape[0]))
+    return spec
+
+
+def triton_spec(node: fx.Node) -> TritonSpec:
+    """`delta_spec`, and the base weight where it is part of the node."""
+    if node.target not in (FUSED_OP, FUSED_EXPERTS):
+        return TritonSpec(delta_spec(node))
+    call = bound(node)
+    weight, transposed = fake_value(call["weight"]), call["transposed"]
+    if node.target is FUSED_EXPERTS:
+        found = region(node)
+        activation = found.activation if isinstance(found, PointwiseRegion) else None
+        return TritonSpec(
+            *(delta_spec(node), weight.dtype, False, transposed),
+            experts=weight.shape[0],
+            activation=activation,
+        )
+    n, slots = fake_value(call["slots"]).shape[0], fake_value(call["B"]).shape[0]
+    return TritonSpec(
+        *(delta_spec(node), weight.dtype, call["bias"] is not None, transposed),
+        # as few blocks as the sizes of the graph allow
+        longer=Longer(requests=isinstance(n, int) and n < slots),
     )
