@@ -3,10 +3,9 @@
     (Site, ...) → groups by (parent, kind, K, dtype, device) → Bank each → SiteMark each
 
 Siblings are sites that may turn out to share an input (q/k/v, gate/up); one bank lets one shrink
-serve them all. Embeddings stay alone: a token's row of A is gathered, not multiplied. So do
-convolutions, whose strides may differ, what is multiplied inside of a forward, and sites
-where adapters may have rows of the weight of their own: y is not the base's product there. Only the
-forward hooks of the model change, and `Attachment.detach` removes exactly those.
+serve them all. Embeddings, convolutions, and sites where adapters may have rows of the weight of
+their own stay alone. Only the forward hooks of the model change, and `Attachment.detach` removes
+exactly those.
 """
 
 from __future__ import annotations

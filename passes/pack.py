@@ -2,9 +2,9 @@
 
     y_i = x W_iᵀ + b_i + Δ_i(x)   →   [y_0 | y_1 | ...] = fused_linear(x, [W_0; W_1; ...], ...)
 
-One GEMM, one shrink and one expand serve q/k/v or gate/up; x is read once. That they share x is
-not assumed from their names: it is the same node of the graph. The packed weight comes in as a
-graph input that the mark carries (lorafx.model.packing), so one graph serves all layers.
+That they share x is not assumed from their names: it is the same node of the graph. The packed
+weight is a graph input that the mark carries (lorafx.model.packing), so one graph serves all
+layers.
 """
 
 from __future__ import annotations
@@ -106,11 +106,8 @@ def _merge(graph: fx.Graph, ctx: Context, run: list[fx.Node], first: fx.Node) ->
 
 
 def _allow_strides(graph: fx.Graph, ctx: Context, part: fx.Node) -> None:
-    """Make the readers of `part`, columns of the packed y, right for its strides.
-
-    Tracing saw a contiguous y. A view of it that merges rows is a reshape now; what addresses the
-    memory itself (longformer's overlapping chunks) gets a contiguous copy.
-    """
+    """Make the readers of `part`, columns of the packed y, right for its strides: views that merge
+    rows become reshapes, what addresses the memory itself gets a contiguous copy."""
     pending, seen = [part], {part}
     while pending:
         for user in list(pending.pop().users):

@@ -1,14 +1,13 @@
 """Choose how each LoRA node is computed, and say so.
 
-    inductor   on a CPU generated C++ (one kernel a shape, that reads only the active adapters, each
-               at its own rank), else plain aten; a pack's base product is one GEMM, or one a
+    inductor   on a CPU generated C++, else plain aten; a pack's base product is one GEMM, or one a
                sibling where that is faster
     triton     the strategy with the least modelled time (lorafx.kernels.cost.cost) for the rows
                that the graph was captured with, by generated Triton kernels
     reference  plain aten
 
-The choice is data on the node: users pin it by site path (`Options.plan`), `lower` only carries it
-out, `explain` prints it with the node's byte floor of `lorafx.kernels.cost.cost`.
+The choice is data on the node: users pin it by site path (`Options.plan`), `lower` carries it out,
+`explain` prints it with the node's byte floor.
 """
 
 from __future__ import annotations
@@ -66,8 +65,7 @@ class Strategy:
     Attributes:
         name: how the node is computed, one of `lorafx.config.STRATEGIES` of the lowering.
         kernel: id of the generated Triton kernels; 0 for other strategies.
-        split: a pack's base product is one GEMM per sibling, each into its columns of y, instead of
-            one over the packed weight.
+        split: a pack's base product is one GEMM per sibling.
         reason: what decided.
     """
 
@@ -150,7 +148,7 @@ EMBEDDING = "embedding"
 def _triton_choice(
     ctx: Context, node: fx.Node, rows: int | None, device: torch.device
 ) -> tuple[str, str]:
-    """(strategy, why) of a node under the Triton lowering; "embedding" has one strategy only.
+    """(strategy, why) of a node under the Triton lowering.
 
     Raises:
         ConfigError: the user pinned a strategy that this node cannot have.
@@ -204,7 +202,6 @@ def _triton_choice(
 
 
 def _work(ctx: Context, node: fx.Node) -> Work | None:
-    """The node as the cost model sees it; None where the number of rows is unknown."""
     rows, sites = _rows(node), _sites(ctx, node)
     if rows is None or node.target is EMBEDDING_OP:
         return None
@@ -218,7 +215,7 @@ def _work(ctx: Context, node: fx.Node) -> Work | None:
 
 def _fusable(node: fx.Node) -> bool:
     """Whether a kernel may compute the base product too: it is in the node, and the kernel can read
-    the weight as it lies. A copy of a weight at every call would cost more than fusion saves."""
+    the weight as it lies."""
     return node.target is FUSED_OP and adjacent(fake_value(bound(node)["weight"]))
 
 

@@ -4,9 +4,12 @@
     addmm(b, x, Wᵀ)                            →   dense_addmm(b, x, W, [])
     cat([mm(x, W[:n]ᵀ), mm(x, W[n:]ᵀ)], 1)     →   dense_mm(x, W, [n, N - n])
 
-The op counts the rows when it runs (lorafx.kernels.cpu.dense). W is an input of the graph or a part
-of one; what a graph computes itself is left alone, and so is a product of always many rows where
-aten is as fast.
+W is an input of the graph or a part of one; a product of always many rows is left alone. A delta
+that is added into such a product, which nothing else reads, is computed in the same parallel region
+(lorafx.kernels.cpu.dense_delta):
+
+    run_delta_(y = dense_mm(x, W), x, bank)         →   dense_mm_delta(x, W, bank)
+    run_delta_(y = dense_addmm(b, x, W), x, bank)   →   dense_addmm_delta(b, x, W, bank)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""read: what the saved tensors of each adapter mean on the sites.
+"""read: what the saved tensors of each adapter mean on the sites; load: the store that has them.
 
-    name → AdapterState   →   Adapter each: part path → A, B, scale
+    name → AdapterState   →   Adapter each: part path → A, B, scale   →   AdapterStore
 
 Everything that is wrong with a file is found here, before the model has changed.
 """

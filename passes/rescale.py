@@ -1,13 +1,13 @@
-"""DoRA's scale of each output, and biases of adapters, go behind the delta, in plain aten, for
-every lowering.
+"""What adapters change beside the delta: rows of the weight before it, scales and biases behind it.
 
+    y' = site(x, y, ..., own...)             →   y₁ = own_linear(x, y, own..., slots, rows)
+                                                 y' = site(x, y₁, ...)
     y' = site(x, y, ..., gains, c, shifts)   →   y₁ = site(x, y, ...)
                                                  y₂ = y₁ + G[s] · (y₁ − c)   where G[s] ≠ 0
                                                  y' = y₂ + shifts[s]         where shifts[s] ≠ 0
 
-with s ≥ 0 the slot of each row. This happens only where the banks have room for DoRA or for biases;
-otherwise no site has gains or shifts. Later passes fuse and pack y₁ as usual; Inductor fuses the
-rest into whatever reads it.
+with s ≥ 0 the slot of each row, for every lowering. Only where banks have room for it: otherwise no
+site takes any. Inductor fuses the arithmetic into what reads it.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ class _Scales:
         return last
 
     def _by_row(self, node: fx.Node, table: fx.Node) -> tuple[fx.Node, fx.Node]:
-        """What `table` (S, ΣN) has for each output of each row, in sizes that broadcast to those of
-        y, and where it is of a slot and not 0."""
+        """What `table` (S, ΣN) has for each output of each row, broadcastable to y, and where it is
+        of a slot and not 0."""
         y, owner = fake_value(node), self._owner(node)
         value = self._call(aten.index.Tensor, self._columns(node, table), [owner])
         used = self._call(aten.unsqueeze.default, self._call(aten.ge.Scalar, owner, 0), -1)

@@ -1,9 +1,11 @@
-"""select: the sites that a configuration asks for.
+"""alias: each module once, under its canonical path, with the other paths that reach it; select:
+the sites that a configuration asks for.
 
-    ModuleGraph, LoraConfig → (Site, ...) in canonical path order
+    model → ModuleGraph;   ModuleGraph, LoraConfig → (Site, ...) in canonical path order
 
-Modules that the user names but that cannot carry LoRA are reported in one error; those that only
-"all-linear" swept up are left out with a warning. The registry decides eligibility, along the MRO.
+Two parameters over one storage (a tied head and embedding) are two sites. Modules that the user
+names but that cannot carry LoRA are reported in one error; those that only "all-linear" swept up
+are left out with a warning.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ from lorafx.torch_internals.modules import OptimizedModule
 class Alias:
     """Each module once, under its canonical path, with the other paths that reach it.
 
-    Raises CaptureError, naming the path, when the model holds a `torch.compile` wrapper.
+    Raises CaptureError for a `torch.compile` wrapper: its graphs would never see marks.
     """
 
     name: ClassVar[str] = "alias"
@@ -268,8 +270,7 @@ class _Selection:
             )
 
     def _nothing(self, named: int, excluded: int, left_out: Sequence[str]) -> str:
-        """Why there is no site at all: `named` modules are asked for, `excluded` of them are
-        excluded."""
+        """Why no site is left of the `named` modules, `excluded` of which are excluded."""
         asked, root = self.config.target_modules, type(self.graph.root).__qualname__
         if named == 0:
             return f"target_modules={asked!r} names no module of {root}{self._nearest(str(asked))}"

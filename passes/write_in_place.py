@@ -2,10 +2,8 @@
 
     y, p' = auto_functionalized_v2(op, x, _all_bases=[p]);  …;  p.copy_(p')      →      y = op(x, p)
 
-AOTAutograd makes a graph functional: such an operator returns a new tensor, and the input is
-overwritten with the last one at the end. Taken literally that is a copy of a whole cache for each
-layer. Where nothing else reads the input or what stands for it, the order of the operators says the
-same. What does not fit is left as it is, and no row is proved behind it.
+Taken literally, AOTAutograd's functional graph copies a whole cache for each layer. Where nothing
+else reads the input or what stands for it, the order of the operators says the same.
 """
 
 from __future__ import annotations

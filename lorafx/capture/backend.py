@@ -156,7 +156,7 @@ class Backend:
         note_tracing(spans)
         program.look_at_modules()
         program.refuse_missing(program.batch.touched if program.runtime.active else ())
-        frame = Frame.of(program, gm.graph, examples)
+        frame = program.frame(gm.graph, examples)
         frame.per_token = per_token
         frame.begins_call = called_directly(self.entered)
         frame.duck_shaped = duck_shaped()

@@ -1,4 +1,4 @@
-"""A model on its way to being marked: what the passes over a model read and fill in."""
+"""A model on its way to being marked: what passes read and fill in, and a report of each pass."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Preparation:
 
     Attributes:
         saved: adapters as they were saved, by name; `read` takes them out.
-        origins: where those of them can be read again that were read from files.
+        origins: where those that came from files can be read again.
         graph: its modules (pass `alias`).
         sites: in canonical path order (`select`).
         adapters: what the saved tensors mean on the sites (`read`).
@@ -55,10 +55,10 @@ class PassReport:
     """What one pass did.
 
     Attributes:
-        edits: of a pass over a graph; of a pass over the model, how many items it found or made.
+        edits: of a graph; of a model, how many items the pass found or made.
         nodes: of the graph after it; 0 for passes over the model.
-        end: of a pass over the model, when it had ended, by `time.perf_counter`.
-        notes: of a pass over the model, what it found and did, a line each.
+        end: of a pass over the model, by `time.perf_counter`.
+        notes: of a pass over the model, a line each.
     """
 
     name: str

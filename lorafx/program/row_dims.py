@@ -125,8 +125,7 @@ def caches(named: Mapping[str, Any]) -> list[Any]:
 
 
 def new_tokens(named: Mapping[str, Any]) -> dict[str, int]:
-    """The arguments of a call that hold one entry for each of its T tokens, with that dimension. A
-    mask has entries for the tokens of a cache too, or for pairs of tokens."""
+    """The arguments of a call that hold one entry for each of its T tokens, with that dimension."""
     cached = bool(caches(named))
     return {
         name: dim
@@ -149,8 +148,7 @@ _RANKS: Mapping[str, int] = {
 
 def choices(named: Mapping[str, Any], prefix: str = "") -> tuple[str, ...]:
     """The arguments of a call, behind `prefix`, whose dimension 1 holds the sequences of each
-    request: (B, C, T), as models for multiple choice take them. None where a request is one
-    sequence, as the tokens have it."""
+    request: (B, C, T), as models for multiple choice take them."""
     given = {own: named.get(prefix + own) for own in _RANKS}
     several = {
         own: value
@@ -166,8 +164,8 @@ def choices(named: Mapping[str, Any], prefix: str = "") -> tuple[str, ...]:
 
 
 def _position_ids_dim(tensor: Tensor, several: bool) -> int | None:
-    """(T,) is shared; (B, T) has requests first, and so has (B, C, T) where they have `several`
-    sequences each; (axes, B, T) is multi-axis rotary."""
+    """(T,) is shared; (B, T) and (B, C, T) have requests first; (axes, B, T) is multi-axis
+    rotary."""
     return 0 if several else {0: None, 1: None, 2: 0}.get(tensor.dim(), 1)
 
 

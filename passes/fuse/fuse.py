@@ -2,9 +2,8 @@
 
     y = mm(x, Wᵀ); y' = site(x, y, bank)   →   y' = fused_linear(x, W, b, bank)
 
-Only where W enters the product as it is (uncast, unexpanded) and y has no other reader; every
-other site keeps its op on y. Products with routed experts likewise, for the Triton lowering, which
-has kernels for them (lorafx.passes.fuse.fuse_experts).
+Only where W enters the product as it is (uncast, unexpanded) and y has no other reader. Products
+with routed experts likewise, for the Triton lowering (lorafx.passes.fuse.fuse_experts).
 """
 
 from __future__ import annotations
@@ -105,8 +104,8 @@ def _is_packed(ctx: Context, site: Site) -> bool:
 
 
 def _adds_own_bias(ctx: Context, site: Site, use: Use) -> bool:
-    """Whether the product's addend is the module's bias, or neither has one. The packed bias holds
-    that one: a forward that leaves it to somebody else, or scales it, stays by itself."""
+    """Whether the product's addend is the module's bias, which the packed bias holds, or neither
+    has one."""
     own = getattr(site.module, "bias", None)
     if use.bias is None:
         return own is None

@@ -2,8 +2,7 @@
 
     x', W' = triton_concat_([x | …], [W | …], bank); y = x' W'ᵀ + b
 
-What the op computes is in lorafx.kernels.triton.concat_ops. x' and W' are results of aten.cat, so
-that Inductor has what computes x write it into x', and copies W.
+x' and W' are results of aten.cat, so that Inductor has what computes x write it into x'.
 """
 
 from __future__ import annotations

@@ -1,19 +1,16 @@
 """LoRA nodes become what the chosen lowering executes.
 
     inductor   fused_linear → mm / addmm (one, or one per sibling), then add_delta_ into its output;
-               site → add_delta_ into y. The delta op carries the id of a generated kernel.
-               expert_site → run_expert_delta_ into y, whose kernel finds the key of each row; in
-               plain aten the keys, then as a site of those slots. The grouped product that y is
-               becomes lorafx::grouped_mm where that has a kernel.
-               grouped_site, here and below, runs as it is: plain aten.
+               site → add_delta_ into y; expert_site → run_expert_delta_ into y, or as a site whose
+               slots are the keys of the rows. The grouped product that y is becomes
+               lorafx::grouped_mm where that has a kernel.
     triton     fused_linear → triton_linear, or mm / addmm and triton_delta_, or what
                passes/lower/concat.py has around the vendor's product, as planned;
                fused_experts → triton_experts, or the grouped product and then as expert_site;
                site → triton_delta_ into y. On a GPU their launches are put into the graph.
     reference  nothing to do: the ops' own aten implementations run.
 
-The in-place op is wrapped in `auto_functionalized`, so the graph stays functional, and Inductor
-decides that y's buffer may be written (it is the GEMM's own output) without a copy.
+grouped_site and conv_site run as they are. Ops that write are wrapped in `auto_functionalized`.
 """
 
 from __future__ import annotations
@@ -158,10 +155,8 @@ def _generated_product(graph: fx.Graph, ctx: Context, y: fx.Node) -> fx.Node:
 
 
 def _expert_delta(graph: fx.Graph, ctx: Context, node: fx.Node, call: dict[str, Any]) -> fx.Node:
-    """y (M, N) after the delta of rows whose experts are known; each row has a slot of its own.
-
-    `call` is what `expert_site` takes, with y and x (M, …).
-    """
+    """y (M, N) after the delta of rows whose experts are known. `call` is what `expert_site` takes,
+    with y and x (M, …)."""
     alike = ctx.beside(call["A"], ALIKE)
     if strategy_of(node).name == GENERATED and alike is not None:
         ends = _ends(call["experts"], call["count"])
@@ -177,8 +172,7 @@ def _expert_delta(graph: fx.Graph, ctx: Context, node: fx.Node, call: dict[str, 
 
 
 def _ends(experts: fx.Node, count: int) -> fx.Node | None:
-    """Where the rows of each expert end, if `experts` was read from that (searchsorted over the
-    rows' numbers, as `match` does it)."""
+    """Where the rows of each expert end, if `experts` was read from that, as `match` does it."""
     if experts.target is not aten.searchsorted.Tensor or not bound(experts)["right"]:
         return None
     ends: fx.Node = bound(experts)["sorted_sequence"]
@@ -262,8 +256,7 @@ def _same_strides(one: fx.Node, other: fx.Node) -> bool:
 
 
 def _adjacent(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
-    """`node`, or a copy of it whose rows' elements lie side by side, which Triton kernels need. In
-    the graph, Inductor has what computes `node` write it so."""
+    """`node`, or a copy of it whose rows' elements lie side by side, which Triton kernels need."""
     if adjacent(fake_value(node)):
         return node
     return ctx.call(graph, aten.clone.default, (node,), memory_format=torch.contiguous_format)

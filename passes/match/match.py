@@ -1,22 +1,15 @@
 """Map every use of a selected module's weight to its site, and make every use carry its delta.
 
-A use either carries its mark already (the hook's `site` op on y or on y + bias), or is a linear in
-disguise, which gets the op here (`F.linear(x, m.weight)`, `W @ x.mT`, MultiheadAttention's
-out_proj), or is refused by name. A mark that stands behind other arithmetic of the module (a
-scaled embedding, a router that goes on to softmax) is moved to the use of the weight, so that the
-result is that of W + ΔW. A module that holds no plain weight tensor keeps its mark as it is, and so
-does one with a registered handler, which says itself where the delta goes.
+A use either carries its mark already (the hook's `site` op on y or on y + bias), or is a linear,
+embedding or convolution past its module's call, which gets the op here (`F.linear(x, m.weight)`,
+MultiheadAttention's out_proj), or is refused by name. A mark that stands behind other arithmetic of
+the module (a scaled embedding, a router's softmax) is moved to the use of the weight, so that the
+result is that of W + ΔW. A module without a plain weight tensor keeps its mark as it is, and so
+does one with a registered handler.
 
-A convolution whose weight is used past its module's call gets its op (`F.conv2d(x, m.weight)`):
-
-y = conv(x, W)   →   y' = conv_site(x, y, ...)
-
-A site is refused where a graph seems to compute it with something other than its weight.
-
-A tensor that was made from a weight is mostly recognised by its values (lorafx.program.derived).
-Products of two weights, other formats and weights whose numbers cannot be read leave no such trace.
-What remains visible is a linear that nothing uses, in a module that runs and multiplies by tensors
-of its own.
+A site is also refused where a graph seems to compute it with something other than its weight: a
+product of two weights leaves no values that could be recognised (lorafx.program.derived), only a
+linear that nothing uses, in a module that multiplies by tensors of its own.
 """
 
 from __future__ import annotations
@@ -60,10 +53,8 @@ def replaced_sites(graph: fx.Graph, ctx: Context) -> Iterator[Refusal]:
     """Refusals of sites that this graph seems to compute by something else than their weight.
 
     No graph so far has used the site, and here a module that holds it runs with tensors of its own
-    in place of it. For a weight whose numbers cannot be read any matrix will do; otherwise it takes
-    an attribute or buffer with as many columns as the weight has inputs, since parameters of the
-    module's own are common. What an earlier graph has computed with the site (keys and values of
-    an encoder, kept for all decode steps) needs no second use.
+    in place of it: any matrix, if the weight's numbers cannot be read; otherwise an attribute or
+    buffer with as many columns as the weight has inputs.
     """
     frame, program = ctx.frame, ctx.program
     own = [
@@ -116,9 +107,8 @@ def _running(graph: fx.Graph) -> tuple[set[str], set[str]]:
 
 
 def other_arithmetic(site: Site, use: Use) -> Refusal | None:
-    """Why A cannot be convolved as this use convolves W, or None where it can.
-
-    PEFT's A has the module's stride and padding, and zeros around x, whatever the use has."""
+    """Why A, which has the module's stride and padding, cannot be convolved as this use convolves
+    W."""
     module, call = convolution_of(site.module), bound(use.node)
     if call["transposed"] or call["groups"] != module.groups:
         reason = "its weight is used in a convolution of another kind than its own"
@@ -245,7 +235,7 @@ def _same_stored(ctx: Context, use: Use, other: Use) -> bool:
 
 def _uses_of_input(node: fx.Node, item: FrameInput, held: Mapping[int, Set[fx.Node]]) -> list[Use]:
     """The uses of one input, the weight itself or what was made of it. `held`: the inputs that a
-    module holds beside its weight, by the module's identity."""
+    module holds beside its weight."""
     derived = item.derived
     if derived is None and any(site.eligible.kind == "conv" for site in item.sites):
         return convolution_uses(node)
@@ -279,11 +269,8 @@ def _joined(ctx: Context, use: Use, other: Use) -> Use:
 
 
 def _mark_follows(ctx: Context, site: Site, use: Use) -> bool:
-    """True where the use is part of a running call of the module, whose mark adds the delta to
-    what it returns, in a graph that follows.
-
-    Right only where the module returns x Wᵀ itself; otherwise LoRA is refused.
-    """
+    """Whether the use is part of a running call of the module, whose mark adds the delta in a graph
+    that follows; refused unless the module returns x Wᵀ itself."""
     frame = ctx.frame
     inside = id(site.module) in frame.callers
     frame.inside[frame.positions[use.weight], frame.by_node[use.weight].sites.index(site)] = inside
@@ -298,9 +285,9 @@ def _forward_unknown(site: Site) -> bool:
 
 
 def _left_to_mark(ctx: Context, use: Use) -> Site | None:
-    """The site whose mark adds this use's delta, wherever the mark stands, if the use is made by a
-    call of its module: it has a handler, or its weight is stored in a format (int8 and a scale) of
-    which only the module's call as a whole is known to compute x Wᵀ."""
+    """The site whose mark adds this use's delta, if its module's call makes the use and only that
+    call as a whole is known to compute x Wᵀ: it has a handler, or its weight is stored in a format.
+    """
     item = ctx.frame.by_node[use.weight]
     for site in item.sites:
         stored = bool(item.part) or _is_stored(use) or is_stored(site.module, site.eligible)
@@ -370,8 +357,7 @@ def _owner(ctx: Context, use: Use) -> Site | Refusal | None:
 
 
 def _insert(graph: fx.Graph, ctx: Context, site: Site, use: Use) -> None:
-    """Put the site's op at the use: y' = site(x, y). Its bank is looked up by the weight at run
-    time, since no hook brought it into the graph as an input."""
+    """y' = site(x, y) at the use. The bank is looked up by the weight at run time."""
     assert use.x is not None
     bank = ctx.bank_inputs(graph, site, use.weight)
     own = ctx.own_inputs(graph, site, use.weight)
@@ -421,7 +407,8 @@ def _rescales(node: fx.Node) -> bool:
 def _leave_alone(
     graph: fx.Graph, ctx: Context, site: Site, node: fx.Node, addends: list[fx.Node]
 ) -> None:
-    """Give the site's op the sum of what stands beside the product in y; DoRA is not of that."""
+    """Give the site's op the sum of what stands beside the product in y, which DoRA does not
+    scale."""
     if any(size != 1 for item in addends for size in fake_value(item).shape[:-1]):
         ctx.refuse(
             Refusal(

@@ -2,9 +2,8 @@
 
     y = grouped_mm(x, W, offs)   →   y' = expert_site(x, y, bank, e)
 
-e is the expert of each row, read from what the base's own dispatch computes: the ends of the
-sorted groups, the chosen indices, or the place in the batch of matrices. No hook marks these
-products, since they are inside one forward.
+e is the expert of each row, read from the base's own dispatch: the ends of the sorted groups, the
+chosen indices, or the place in the batch of matrices.
 """
 
 from __future__ import annotations
@@ -77,8 +76,7 @@ def insert_expert_sites(graph: fx.Graph, ctx: Context) -> int:
 
 
 def _owner(ctx: Context, sites: list[Site], use: ExpertUse) -> Site | Refusal | None:
-    """The site that a use belongs to; None where it belongs to a module that is none and holds the
-    same weight."""
+    """The site that a use belongs to; None for a module that is none and holds the same weight."""
     if use.kind == "unknown":
         return ctx.unknown_use(use.weight, use.node, use.reason)
     others = ctx.other_owners(use.weight)
@@ -113,8 +111,7 @@ def _insert(graph: fx.Graph, ctx: Context, site: Site, use: ExpertUse) -> None:
 
 
 def _rows(graph: fx.Graph, ctx: Context, node: fx.Node, use: ExpertUse) -> fx.Node:
-    """(rows, F) of what a product takes or gives: as it is when sorted, without the dimension of
-    size one when chosen; (E, T, F) keeps both, since its rows are those of (E·T, F)."""
+    """(rows, F) of what a product takes or gives: without the dimension of size one when chosen."""
     if use.kind != "chosen":
         return node
     return ctx.call(graph, aten.squeeze.dim, (node, 2 if use.swapped else 1))

@@ -1,4 +1,7 @@
-"""Where a result comes from: the use of a weight behind a module's output."""
+"""Where a result comes from: the use of a weight behind a module's output, and what is added to it.
+
+Rows of an adapter's own replace W's and the bias's, so y has to be x Wᵀ and the module's own bias.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,7 @@ aten = torch.ops.aten
 
 
 def origin_of(y: fx.Node, uses: dict[fx.Node, Use]) -> Use | None:
-    """The use whose output `y` is, up to views, casts and the addition of a constant (the bias).
-
-    A delta added to `y` is then the same as one added to the use's output.
-    """
+    """The use whose output `y` is, up to views, casts and the addition of a constant (the bias)."""
     return followed(y, uses)[0]
 
 
@@ -71,8 +71,7 @@ def depends_on(node: fx.Node, ancestors: set[fx.Node]) -> bool:
 
 
 def check_addends(ctx: Context, site: Site, addends: list[fx.Node]) -> None:
-    """Refuse rows of an adapter's own where y is not known to be x Wᵀ and the module's own bias,
-    which both are replaced."""
+    """Refuse rows of an adapter's own where y is not x Wᵀ and the module's own bias."""
     bias = getattr(site.module, "bias", None)
     held = [_held(ctx, addend) for addend in addends]
     if len(held) != (bias is not None) or any(tensor is not bias for tensor in held):
@@ -82,8 +81,7 @@ def check_addends(ctx: Context, site: Site, addends: list[fx.Node]) -> None:
 
 
 def refuse_other_uses(ctx: Context, marks: dict[fx.Node, Site], uses: dict[fx.Node, Use]) -> None:
-    """Refuse rows of an adapter's own where the bias of their module is read by something else than
-    what adds it to a product with its weight: there it would be the base's."""
+    """Refuse rows of an adapter's own where something else reads the bias of their module."""
     sites = [site for site in ctx.program.sites if site.own_rows]
     if not sites:
         return
@@ -105,7 +103,7 @@ def _additions(
     uses: dict[fx.Node, Use],
 ) -> set[fx.Node]:
     """The nodes that add the bias to a product with the weight of `site`, and its marks, which take
-    the bias for DoRA's sake: no adapter has both there."""
+    it for DoRA's sake."""
     found = {
         use.node
         for use in uses.values()
@@ -121,6 +119,5 @@ def _additions(
 
 
 def _held(ctx: Context, node: fx.Node) -> Tensor | None:
-    """The tensor of a module that this input of the graph is."""
     item = ctx.frame.by_node.get(node)
     return None if item is None or item.holder is None else item.holder.tensor
