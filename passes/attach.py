@@ -75,7 +75,8 @@ def _attach(
         for index, site in enumerate(group.sites)
     }
     # Of each large part of the model: a call may leave some out.
-    for path in {_part(site.path): site.path for site in reversed(sites)}.values():
+    parts = {tuple(site.path.split(".")[:2]): site.path for site in reversed(sites)}
+    for path in parts.values():
         marks[path].first = True
     # Hooks of others see the output with its delta: for them the model is W + ΔW.
     hooks: list[tuple[nn.Module, SiteMark | RowMark]] = [
@@ -91,10 +92,6 @@ def _attach(
         handle = module.register_forward_hook(mark, with_kwargs=True, prepend=True)
         rollback.add(handle.remove)
     return Attachment(groups, runtime, marks, rollback)
-
-
-def _part(path: str) -> tuple[str, ...]:
-    return tuple(path.split(".")[:2])
 
 
 def allocate_groups(sites: Sequence[Site], config: LoraConfig) -> tuple[Group, ...]:
@@ -175,23 +172,22 @@ def _refuse_marked(graph: ModuleGraph) -> None:
         for hook in module._forward_hooks.values():
             if not isinstance(hook, MARKS):
                 continue
-            session = hook.runtime.session
+            session, marked = hook.runtime.session, f"{path or 'the model'} already carries"
             if session is None or graph.has(session.program.model):
                 raise CaptureError(
-                    f"{path or 'the model'} already carries a LoRA mark; detach the model "
-                    "before attaching again: lorafx.detach(model)"
+                    f"{marked} a LoRA mark; detach the model before attaching again: "
+                    "lorafx.detach(model)"
                 )
             other = type(session.program.model).__name__
             if session.program.graph.has(graph.root):
                 raise CaptureError(
-                    f"{path or 'the model'} already carries a LoRA mark: it is part of a "
-                    f"{other} that carries LoRA; detach that model first"
+                    f"{marked} a LoRA mark: it is part of a {other} that carries LoRA; detach that "
+                    "model first"
                 )
             if not session.takes_turns:
                 raise CaptureError(
-                    f"{path or 'the model'} already carries the LoRA mark of a {other} that "
-                    "was given to lorafx.attach; to serve models that share modules, give "
-                    "each of them to lorafx.compile"
+                    f"{marked} the LoRA mark of a {other} that was given to lorafx.attach; to "
+                    "serve models that share modules, give each of them to lorafx.compile"
                 )
 
 

@@ -67,10 +67,10 @@ class Attend:
                 if not is_generated(PagedStep(*fx.map_arg(call, fake_value))):
                     continue
                 with gm.graph.inserting_before(attention):
-                    node = ctx.call(gm.graph, PAGED_ATTENTION, call)
+                    node = ctx.emit(PAGED_ATTENTION, *call)
                     if not _transposed(laid):  # torch says so of contiguous queries
                         as_it_was = {"memory_format": torch.contiguous_format}
-                        node = ctx.call(gm.graph, aten.clone.default, (node,), **as_it_was)
+                        node = ctx.emit(aten.clone.default, node, **as_it_was)
                 node.meta = {**attention.meta, **node.meta}
                 result.replace_all_uses_with(node)
                 for old in (result, attention, *read):

@@ -111,7 +111,8 @@ def _aten(ctx: Context, nodes: Sequence[fx.Node]) -> None:
 
 
 def _cpu(ctx: Context, nodes: Sequence[fx.Node]) -> None:
-    wanted = {node: _pinned(ctx, node) or (GENERATED if _on_cpu(node) else ATEN) for node in nodes}
+    usual = [GENERATED if fake_value(node).device.type == "cpu" else ATEN for node in nodes]
+    wanted = {node: _pinned(ctx, node) or name for node, name in zip(nodes, usual, strict=True)}
     specs = {node: cpu_spec(node) for node, name in wanted.items() if name == GENERATED}
     kernels = build_all(specs.values())
     for node in nodes:
@@ -153,37 +154,16 @@ def _triton_choice(
     Raises:
         ConfigError: the user pinned a strategy that this node cannot have.
     """
-    pinned = _pinned(ctx, node)
-    proved = bound(node)["rows"]
+    pinned, proved = _pinned(ctx, node), bound(node)["rows"]
     if isinstance(proved, int) and proved == 0:
         return ATEN, "row ownership was not analysed, and only aten can refuse a mixed batch"
-    if node.target is EMBEDDING_OP and pinned not in (None, ATEN):
-        raise ConfigError(
-            f"Options.plan pins {pinned!r} for {', '.join(_paths(ctx, node))}, but "
-            "embeddings have a single strategy; remove the pin, or pin 'aten'"
-        )
-    if node.target is EMBEDDING_OP and pinned is None:
-        return EMBEDDING, "rows are gathered one by one"
     if pinned is not None:
-        if pinned == CONCAT and (why := _not_concat(node)):
-            raise ConfigError(
-                f"Options.plan pins {pinned!r} for {', '.join(_paths(ctx, node))}, {why}; pin "
-                "'gemv', 'segments' or 'aten'"
-            )
-        if pinned in FUSED and not _fusable(node):
-            lies = "lies column by column"
-            why = lies if node.target is FUSED_OP else "is not part of the node"
-            raise ConfigError(
-                f"Options.plan pins {pinned!r} for {', '.join(_paths(ctx, node))}, whose base "
-                f"{'weight' if node.target is FUSED_OP else 'product'} {why}; pin 'gemv', "
-                "'segments' or 'aten'"
-            )
-        if pinned in EXPERTS and (why := _not_for_experts(node, pinned)):
-            raise ConfigError(
-                f"Options.plan pins {pinned!r} for {', '.join(_paths(ctx, node))}: {why}; "
-                "pin another strategy, or remove the pin"
-            )
+        if unfit := _unfit(node, pinned):
+            paths = ", ".join(_paths(ctx, node))
+            raise ConfigError(f"Options.plan pins {pinned!r} for {paths}{unfit}")
         return pinned, f"pinned; {_floor(ctx, node)}"
+    if node.target is EMBEDDING_OP:
+        return EMBEDDING, "rows are gathered one by one"
     if node.target is FUSED_EXPERTS and rows is not None:
         for name, modelled in _expert_estimates(ctx, node, rows, device).items():
             if not modelled.refusal and not _not_for_experts(node, name):
@@ -199,6 +179,22 @@ def _triton_choice(
             untimed = f", {UNTIMED[name]}," if name in UNTIMED else ""
             return name, f"modelled {modelled}{untimed} at {rows} rows; {_floor(ctx, node)}"
     return "segments", f"the number of rows is unknown; {_floor(ctx, node)}"
+
+
+def _unfit(node: fx.Node, name: str) -> str:
+    """Why a pinned strategy cannot compute this node, as the end of a message; "" where it can."""
+    others = "pin 'gemv', 'segments' or 'aten'"
+    if node.target is EMBEDDING_OP and name != ATEN:
+        return ", but embeddings have a single strategy; remove the pin, or pin 'aten'"
+    if name == CONCAT and (why := _not_concat(node)):
+        return f", {why}; {others}"
+    if name in FUSED and node.target is not FUSED_OP:
+        return f", whose base product is not part of the node; {others}"
+    if name in FUSED and not _fusable(node):
+        return f", whose base weight lies column by column; {others}"
+    if why := _not_for_experts(node, name):
+        return f": {why}; pin another strategy, or remove the pin"
+    return ""
 
 
 def _work(ctx: Context, node: fx.Node) -> Work | None:
@@ -295,10 +291,6 @@ def _pinned(ctx: Context, node: fx.Node) -> str | None:
             "strategy for all of them, or switch the pass `pack` off"
         )
     return next(iter(pinned), None)
-
-
-def _on_cpu(node: fx.Node) -> bool:
-    return fake_value(node).device.type == "cpu"
 
 
 def _sites(ctx: Context, node: fx.Node) -> list[Site]:

@@ -87,13 +87,6 @@ class Unproved:
 Proof: TypeAlias = RowMap | Unproved
 
 
-def prove(
-    graph: fx.Graph, seeds: Mapping[fx.Node, Label], batch: BatchSymbols
-) -> dict[fx.Node, Proof]:
-    """The row map of every site node of the graph, or why there is none. Changes nothing."""
-    return prove_results(graph, seeds, batch)[0]
-
-
 def prove_results(
     graph: fx.Graph,
     seeds: Mapping[fx.Node, Label],
@@ -179,8 +172,8 @@ def apply(
             rows = emitter.size(proof.period, node)
         else:
             x, rows = input_of(node), 1
-            dims = row_dims(node)
-            slots = emitter.row_slots(slots, proof.perm, proof.period, x, proof.dim, dims, node)
+            own = Own(proof.dim, proof.period, proof.perm)
+            slots = emitter.row_slots(slots, own, x, row_dims(node), node)
         if slots is None or rows is None:
             done[node] = Unproved(f"the graph cannot compute the size {proof.period}")
             continue
@@ -241,10 +234,6 @@ def picks_of(frame: Frame) -> list[fx.Node]:
     return [node for node, item in items if item.role is not None and item.role.picks]
 
 
-def _results(frame: Frame) -> list[fx.Node]:
-    return [node for node, item in frame.by_node.items() if item.kind == "result"]
-
-
 def constants_of(graph: fx.Graph, frame: Frame) -> dict[int, tuple[int, ...]]:
     """Positions of the results that are computed from nothing but sizes and tensors of the model
     that are no site's, each with the positions of those tensors."""
@@ -296,9 +285,9 @@ class Provenance:
             seeds = seeds_of(ctx.frame.by_node, batch)
             if ctx.frame.per_token:
                 # Which token a result of an earlier graph belongs to was not kept.
-                seeds.update(
-                    dict.fromkeys(_results(ctx.frame), Mixed("it comes from an earlier graph"))
-                )
+                earlier = Mixed("it comes from an earlier graph")
+                items = ctx.frame.by_node.items()
+                seeds.update({node: earlier for node, item in items if item.kind == "result"})
                 proofs = prove_tokens(gm.graph, seeds, batch, token_inputs(ctx.frame))
             else:
                 slots = slots_of(ctx.frame)

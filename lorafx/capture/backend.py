@@ -357,7 +357,7 @@ class _FrameCompiler:
         # Rows of other graphs may be some of the batch's, in another order. That is told per
         # request, so slots per token stay as they are: rows are proved from the call's arguments.
         if program.runtime.by_handle or not (frame.begins_call or frame.per_token):
-            ctx.look_up_slots(gm.graph)
+            ctx.look_up_slots()
         numeric = NumericCheck(record.title) if program.options.verify == "numeric" else None
         record.numeric = numeric
         keep: AfterPass | None = numeric.keep if numeric else None

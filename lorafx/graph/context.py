@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import operator
 import re
-from collections.abc import Iterable
-from dataclasses import InitVar, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -113,7 +113,7 @@ class Context:
 
     program: Program
     frame: Frame
-    graph_module: InitVar[fx.GraphModule]
+    graph_module: fx.GraphModule
     states: dict[fx.Node, list[SiteState]] = field(default_factory=dict)
     refusals: list[Refusal] = field(default_factory=list)
     #: rest of `Options.max_edits`; None for no limit
@@ -128,9 +128,13 @@ class Context:
     homes: dict[fx.Node, tuple[fx.Node, fx.Node]] = field(default_factory=dict)
     fake_mode: FakeTensorMode | None = field(init=False)
 
-    def __post_init__(self, graph_module: fx.GraphModule) -> None:
-        values = [fake_value(node) for node in graph_module.graph.nodes]
+    def __post_init__(self) -> None:
+        values = [fake_value(node) for node in self.graph.nodes]
         self.fake_mode = detect_fake_mode([value for value in values if isinstance(value, Tensor)])
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.graph_module.graph
 
     # --- site nodes ---
 
@@ -247,42 +251,40 @@ class Context:
             node.meta["val"] = target(*values, **kwargs)
         return node
 
-    def bank_inputs(self, graph: fx.Graph, site: Site, weight: fx.Node) -> dict[str, fx.Node]:
-        """A, B, ranks, scales and slots of `site` as graph inputs that the executable looks up by
-        the weight that it is called with: the same graph may serve other layers."""
-        nodes = {name: self.bank_input(graph, site, weight, name) for name in BANK_FIELDS}
+    def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """`call` in this graph."""
+        return self.call(self.graph, target, args, **kwargs)
+
+    def size(self, node: fx.Node, dim: int) -> Any:
+        """A size of `node`, as a number or a node."""
+        size = fake_value(node).shape[dim]
+        return size if isinstance(size, int) else self.emit(torch.ops.aten.sym_size.int, node, dim)
+
+    def numbers(self, count: Any, dtype: torch.dtype, device: torch.device) -> fx.Node:
+        """0, 1, … count - 1, in the form that Inductor's decompositions give `arange`."""
+        settings = {"dtype": dtype, "device": device, "requires_grad": False}
+        return self.emit(torch.ops.prims.iota.default, count, start=0, step=1, **settings)
+
+    def bank_inputs(self, site: Site, weight: fx.Node) -> dict[str, fx.Node | None]:
+        """The fields of the site's bank and its slots as graph inputs that the executable looks up
+        by the weight that it is called with: the same graph may serve other layers. None for gains
+        and shifts, and no own rows, where there is no room for them."""
+        bank = self.program.site_bank(site)
+        own = [name for name, tensor in bank.own_rows._asdict().items() if tensor is not None]
+        found: dict[str, fx.Node | None] = dict.fromkeys((GAINS, SHIFTS))
+        for name in (*BANK_FIELDS, *own, GAINS, SHIFTS):
+            if getattr(bank, name) is not None:
+                found[name] = self.bank_input(site, weight, name)
         items = self.frame.by_node.items()
         slots = next((node for node, item in items if item.kind == "slots"), None)
-        if slots is None:
-            slots = self._slots_input(graph, self._place(site, weight))
-        return {**nodes, "slots": slots}
+        return {**found, "slots": slots or self._slots_input(self._place(site, weight))}
 
-    def bank_input(self, graph: fx.Graph, site: Site, weight: fx.Node, name: str) -> fx.Node:
+    def bank_input(self, site: Site, weight: fx.Node, name: str) -> fx.Node:
         """One field of the site's bank as such an input."""
         assert self.fake_mode is not None
         value = getattr(self.program.site_bank(site), name)
         fake = self.fake_mode.from_tensor(value, static_shapes=True)
-        return self._extra_input(graph, self._place(site, weight), name, fake)
-
-    def by_column_inputs(
-        self, graph: fx.Graph, site: Site, weight: fx.Node
-    ) -> dict[str, fx.Node | None]:
-        """The gains and the shifts of the site's bank as such inputs, None where there is no room
-        for DoRA or for biases."""
-        bank = self.program.site_bank(site)
-        return {
-            name: None
-            if getattr(bank, name) is None
-            else self.bank_input(graph, site, weight, name)
-            for name in (GAINS, SHIFTS)
-        }
-
-    def own_inputs(self, graph: fx.Graph, site: Site, weight: fx.Node) -> dict[str, fx.Node]:
-        """What the site's bank holds of rows that adapters have of their own as such inputs, none
-        where there is no room for them."""
-        held = self.program.site_bank(site).own_rows._asdict()
-        names = [name for name, tensor in held.items() if tensor is not None]
-        return {name: self.bank_input(graph, site, weight, name) for name in names}
+        return self._extra_input(self._place(site, weight), name, fake)
 
     def beside(self, field: fx.Node, name: str) -> fx.Node | None:
         """The input with another field of the bank that `field` belongs to, if there is one."""
@@ -294,16 +296,16 @@ class Context:
         # Tied weights have several sites: a head and an embedding.
         return self.frame.positions[weight], self.frame.by_node[weight].sites.index(site)
 
-    def look_up_slots(self, graph: fx.Graph) -> None:
+    def look_up_slots(self) -> None:
         """Where marks read a handle, have the executable look the rows' slots up instead."""
         items = self.frame.by_node.items()
         handle = next((node for node, item in items if item.kind == "slots"), None)
         if handle is not None:
             self.frame.by_node[handle] = FrameInput("state", "a handle of the slots")
-            slots = self._slots_input(graph, (self.frame.positions[handle], 0))
+            slots = self._slots_input((self.frame.positions[handle], 0))
             handle.replace_all_uses_with(slots)
 
-    def _slots_input(self, graph: fx.Graph, place: tuple[int, int]) -> fx.Node:
+    def _slots_input(self, place: tuple[int, int]) -> fx.Node:
         assert self.fake_mode is not None
         size = self.frame.batch_size()
         with self.fake_mode:
@@ -312,17 +314,15 @@ class Context:
                 dtype=torch.int32,
                 device=self.program.groups[0].bank.A.device,
             )
-        return self._extra_input(graph, place, ONE_SLOT if size is None else SLOTS, value)
+        return self._extra_input(place, ONE_SLOT if size is None else SLOTS, value)
 
-    def _extra_input(
-        self, graph: fx.Graph, place: tuple[int, int], name: str, value: Tensor
-    ) -> fx.Node:
+    def _extra_input(self, place: tuple[int, int], name: str, value: Tensor) -> fx.Node:
         key = (*place, name)
         if key in self.frame.extra_nodes:
             return self.frame.extra_nodes[key]
-        last = [node for node in graph.nodes if node.op == "placeholder"][-1]
-        with graph.inserting_after(last):
-            node = graph.placeholder(f"lorafx_{name}_{len(self.frame.extra_nodes)}")
+        last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(f"lorafx_{name}_{len(self.frame.extra_nodes)}")
         node.meta["val"] = value
         self.frame.extra_nodes[key] = node
         kind: InputKind = "slots" if name in (SLOTS, ONE_SLOT) else "bank"
@@ -330,21 +330,28 @@ class Context:
         return node
 
 
-def call_in_place(graph: fx.Graph, op: OpOverload, arguments: tuple[Any, ...]) -> fx.Node:
+def call_in_place(op: OpOverload, arguments: tuple[Any, ...]) -> fx.Node:
     """The first argument, y, after `op` has written it, as functional nodes. Inductor decides
     whether y's buffer may be written without a copy."""
-    names = [argument.name for argument in op._schema.arguments]
-    both = graph.call_function(
-        AUTO_FUNCTIONALIZED,
-        (op,),
-        dict(zip(names, arguments, strict=True)),
-    )
-    value = fake_value(arguments[0])
-    both.meta["val"] = (None, value)
-    with graph.inserting_after(both):
-        written = graph.call_function(operator.getitem, (both, 1))
-    written.meta["val"] = value
-    return written
+    return written_by(op, dict(zip(_names(op), arguments, strict=True)), _names(op)[0])[0]
+
+
+def written_by(op: OpOverload, values: Mapping[str, Any], *written: str) -> list[fx.Node]:
+    """The arguments `written` of `op`, which writes no others, after its call."""
+    given = {name: values[name] for name in _names(op)}
+    graph = given[written[0]].graph
+    call = graph.call_function(AUTO_FUNCTIONALIZED, (op,), given)
+    call.meta["val"] = (None, *(fake_value(given[name]) for name in written))
+    found: list[fx.Node] = []
+    with graph.inserting_after(call):
+        for index in range(len(written), 0, -1):
+            found.insert(0, graph.call_function(operator.getitem, (call, index)))
+            found[0].meta["val"] = call.meta["val"][index]
+    return found
+
+
+def _names(op: OpOverload) -> list[str]:
+    return [argument.name for argument in op._schema.arguments]
 
 
 def module_path(node: fx.Node) -> str:

@@ -35,15 +35,8 @@ UseKind = Literal["linear", "blocks", "embedding", "conv", "unknown"]
 
 #: Same value, same shape semantics: W or y seen through them is still W or y.
 SAME_VALUE = frozenset(
-    {
-        aten.alias.default,
-        aten.detach.default,
-        aten.clone.default,
-        aten.contiguous.default,
-        aten.lift_fresh_copy.default,
-        aten._to_copy.default,
-        prims.convert_element_type.default,
-    }
+    {aten.alias.default, aten.detach.default, aten.clone.default, aten.contiguous.default}
+    | {aten.lift_fresh_copy.default, aten._to_copy.default, prims.convert_element_type.default}
 )
 RESHAPES = frozenset(
     {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.squeeze.dim}

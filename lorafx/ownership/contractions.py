@@ -13,7 +13,7 @@ from lorafx.kernels.cpu.grouped_mm import GROUPED_MM
 from lorafx.op_arguments import bound
 from lorafx.ownership.flow import Flow, Rule, each_output, outputs
 from lorafx.ownership.labels import Label, Own, Single
-from lorafx.ownership.symbolic import ONE, equal
+from lorafx.ownership.symbolic import equal
 
 aten = torch.ops.aten
 
@@ -118,45 +118,6 @@ def attention(node: fx.Node, flow: Flow) -> Label:
     return tuple(labels)
 
 
-def recurrent(node: fx.Node, flow: Flow) -> Label:
-    """One layer of a recurrent net over x (time, batch, features), or batch first.
-
-    Outputs: y as x, then states whose batch is the dimension before the last.
-    """
-    args = bound(node)
-    x = args["input"]
-    label = flow.label(x)
-    if not isinstance(label, Own):
-        return each_output(node, label)
-    first = 0 if args.get("batch_first") and not _time_major(node, flow) else 1
-    states = [args.get("hx_"), args.get("cx_")]
-    ndims = [len(flow.shape(s)) for s in states]
-    for state, n in zip(states, ndims, strict=True):
-        other = flow.label(state)
-        if other is not None and other != label.at(n - 2):
-            return each_output(node, flow.lost(node, "the state is not owned like the input"))
-    if label.dim != first or label.rows != ONE:
-        return each_output(node, flow.lost(node, f"a recurrence over {label}"))
-    labels: list[Single] = []
-    for i, out in enumerate(outputs(node)):
-        n = out.ndim if isinstance(out, torch.Tensor) else 0
-        state_like = (
-            isinstance(out, torch.Tensor)
-            and n >= 2
-            and equal(flow.sizes.shape(out)[n - 2], flow.shape(x)[first])
-        )
-        if i == 0:
-            labels.append(label)
-        else:
-            labels.append(label.at(n - 2) if state_like else flow.lost(node, "workspace"))
-    return tuple(labels)
-
-
-def _time_major(node: fx.Node, flow: Flow) -> bool:
-    """mkldnn_rnn_layer is handed time-major input whatever batch_first says of its caller."""
-    return node.target.overloadpacket == aten.mkldnn_rnn_layer  # type: ignore[union-attr]
-
-
 RULES: dict[object, Rule] = {
     **dict.fromkeys((aten.mm, aten._int_mm), einsum({"self": "nk", "mat2": "km"}, "nm")),
     aten.bmm: einsum({"self": "bnk", "mat2": "bkm"}, "bnm"),
@@ -184,7 +145,6 @@ RULES: dict[object, Rule] = {
         ),
         attention,
     ),
-    **dict.fromkeys((aten.mkldnn_rnn_layer,), recurrent),
 }  # fmt: skip
 
 # Operators of libraries that may not be loaded, by namespace and name.

@@ -7,11 +7,13 @@ answers `flow.lost(node, why)` where it cannot prove one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
 
 import sympy
 import torch
 from torch import fx
 
+from lorafx.op_arguments import operand
 from lorafx.ownership.labels import Digit, Label, Mixed, Own, Single
 from lorafx.ownership.symbolic import BatchSymbols, Shape, Sizes, is_multiple
 from lorafx.torch_internals.operators import OpOverload
@@ -114,6 +116,17 @@ def each_output(node: fx.Node, label: Single) -> Label:
     """One label for all outputs of a node."""
     value = node.meta.get("val")
     return (label,) * len(value) if isinstance(value, (tuple, list)) else label
+
+
+def of_owned(rule: Callable[[fx.Node, Flow, Own], Label]) -> Rule:
+    """A rule of the first operand's label, where that is owned; others are each output's label."""
+
+    @wraps(rule)
+    def whole(node: fx.Node, flow: Flow) -> Label:
+        label = flow.label(operand(node))
+        return rule(node, flow, label) if isinstance(label, Own) else each_output(node, label)
+
+    return whole
 
 
 def wrap(dim: int, ndim: int) -> int:

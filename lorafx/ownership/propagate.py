@@ -58,17 +58,6 @@ TOLERANT = frozenset(
 FORGETFUL = frozenset({pointwise.unlabelled, pointwise.scalar_read, pointwise.copied})
 
 
-def propagate(
-    graph: fx.Graph, seeds: Mapping[fx.Node, Label], batch: BatchSymbols
-) -> dict[fx.Node, Label]:
-    """The label of every node of a graph whose nodes carry fake tensors in meta["val"].
-
-    `seeds` gives the labels of the inputs; a tensor input without one is of unknown origin and
-    Mixed. Linear in the number of nodes.
-    """
-    return flow_through(graph, seeds, batch).labels
-
-
 def flow_through(
     graph: fx.Graph,
     seeds: Mapping[fx.Node, Label],

@@ -13,18 +13,17 @@ import torch
 from torch import fx
 
 from lorafx.op_arguments import bound, index_of, operand
-from lorafx.ownership.flow import Flow, Rule, each_output, outputs, wrap_all
+from lorafx.ownership.flow import Flow, Rule, each_output, of_owned, outputs, wrap_all
 from lorafx.ownership.labels import Label, Own
 from lorafx.ownership.pointwise import same_as_first
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
 
-def reduced(node: fx.Node, flow: Flow) -> Label:
+@of_owned
+def reduced(node: fx.Node, flow: Flow, label: Own) -> Label:
     """Reductions over `dim` or `dims`; none given (or an empty list) means all."""
-    label, args = flow.label(operand(node)), bound(node)
-    if not isinstance(label, Own):
-        return each_output(node, label)
+    args = bound(node)
     n = len(flow.shape(operand(node)))
     dims = wrap_all(args.get("dim", args.get("dims")), n)
     if label.dim in dims:
@@ -35,25 +34,18 @@ def reduced(node: fx.Node, flow: Flow) -> Label:
     )
 
 
-def scanned(node: fx.Node, flow: Flow) -> Label:
+@of_owned
+def scanned(node: fx.Node, flow: Flow, label: Own) -> Label:
     """Softmax, cumulative sums, fft, top-k: the shape's dimensions stay, `dim` is worked along."""
-    label, args = flow.label(operand(node)), bound(node)
-    if not isinstance(label, Own):
-        return each_output(node, label)
-    if label.dim in wrap_all(args.get("dim"), len(flow.shape(operand(node)))):
+    if label.dim in wrap_all(bound(node).get("dim"), len(flow.shape(operand(node)))):
         return each_output(node, flow.lost(node, f"works along the owner dimension of {label}"))
     return each_output(node, label)
 
 
-def sort_dim(node: fx.Node, flow: Flow) -> bool:
-    """The sort is that of a vector."""
-    return len(flow.shape(operand(node))) == 1
-
-
-def sorted_values(node: fx.Node, flow: Flow) -> Label:
+@of_owned
+def sorted_values(node: fx.Node, flow: Flow, label: Own) -> Label:
     """sort: (values, indices). A vector's values are x[p] with p the indices."""
-    label = flow.label(operand(node))
-    if not isinstance(label, Own) or not sort_dim(node, flow):
+    if len(flow.shape(operand(node))) != 1:
         return scanned(node, flow)
     lost = flow.lost(node, "the order of all requests' entries")
     if not isinstance(node.meta["val"], (tuple, list)):

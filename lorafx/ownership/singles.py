@@ -46,7 +46,9 @@ def taken_apart(node: fx.Node, flow: Flow) -> Label | None:
     if packet in (aten.slice, aten.narrow):
         first = flow.size(0 if args.get("start") is None else args["start"])
         stepped = args.get("step", 1) != 1 or equal(flow.shape(node)[own.dim], length)
-        return None if stepped or first is None else _part(node, flow, own, first)
+        if stepped or first is None:
+            return None
+        return request_of(flow, own, first, flow.shape(node)[own.dim])
     if packet is aten.select:
         index = flow.size(args["index"])
         if index is None or not (index.is_Integer and length.is_Integer):
@@ -62,10 +64,6 @@ def taken_apart(node: fx.Node, flow: Flow) -> Label | None:
         found.append(one)
         at = at + size
     return tuple(found)
-
-
-def _part(node: fx.Node, flow: Flow, own: Own, first: sympy.Expr) -> One | None:
-    return request_of(flow, own, first, flow.shape(node)[own.dim])
 
 
 def together(node: fx.Node, flow: Flow, labels: Sequence[Single]) -> Label:

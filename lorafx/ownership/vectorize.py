@@ -114,8 +114,7 @@ class Vectorizer:
 
     def size_of(self, node: fx.Node, dim: int) -> Any:
         """One size of a new node, as a number or a node."""
-        size = node.meta["val"].shape[dim]
-        return size if isinstance(size, int) else self.emit(aten.sym_size.int, node, dim)
+        return self.emitter.size_of(node, dim, self.before)
 
     def copies_of(self, node: fx.Node) -> fx.Node:
         """(n, …): its copies, or the same for every request."""

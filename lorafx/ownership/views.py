@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from lorafx.op_arguments import bound, operand
-from lorafx.ownership.flow import Flow, Rule, each_output, wrap, wrap_all
+from lorafx.ownership.flow import Flow, Rule, each_output, of_owned, wrap, wrap_all
 from lorafx.ownership.labels import Digit, Label, Own
 from lorafx.ownership.symbolic import ONE, divide, equal, never_negative, product, reshaped
 
@@ -32,10 +32,8 @@ def view_of(node: fx.Node, flow: Flow, carried: Placed) -> Placed | None:
     return replace(carried, dim=found[0], rows=found[1]) if found is not None else None
 
 
-def view(node: fx.Node, flow: Flow) -> Label:
-    label = flow.label(operand(node))
-    if not isinstance(label, Own):
-        return label
+@of_owned
+def view(node: fx.Node, flow: Flow, label: Own) -> Label:
     there = view_of(node, flow, label)
     if there is None:
         old, new = flow.shape(operand(node)), flow.shape(node)
@@ -74,10 +72,8 @@ def view_digit(node: fx.Node, flow: Flow) -> Digit | None:
 def moved(renumber: Renumber, why: str) -> tuple[Rule, Callable]:
     """A rule (and its twin for digits) that sends dimension d of the first argument elsewhere."""
 
-    def rule(node: fx.Node, flow: Flow) -> Label:
-        label = flow.label(operand(node))
-        if not isinstance(label, Own):
-            return each_output(node, label)
+    @of_owned
+    def rule(node: fx.Node, flow: Flow, label: Own) -> Label:
         dim = renumber(node, flow, label.dim)
         return each_output(node, flow.lost(node, why) if dim is None else label.at(dim))
 
@@ -175,11 +171,9 @@ def last_dims_padded(node: fx.Node, flow: Flow, dim: int) -> int | None:
     return dim if dim < ndim(node, flow) - len(bound(node)["padding"]) // 2 else None
 
 
-def repeated(node: fx.Node, flow: Flow) -> Label:
+@of_owned
+def repeated(node: fx.Node, flow: Flow, label: Own) -> Label:
     """Tiling: i goes to i + j·size, the same request, since size is a whole number of periods."""
-    label = flow.label(operand(node))
-    if not isinstance(label, Own):
-        return label
     args, old = bound(node), flow.shape(operand(node))
     repeats = args["repeats"] if "repeats" in args else args["dims"]
     dim = label.dim + len(flow.shape(node)) - len(old)
@@ -189,12 +183,11 @@ def repeated(node: fx.Node, flow: Flow) -> Label:
     return label.at(dim)
 
 
-def repeat_interleaved(node: fx.Node, flow: Flow) -> Label:
+@of_owned
+def repeat_interleaved(node: fx.Node, flow: Flow, label: Own) -> Label:
     """repeat_interleave by a number: rows become rows·k along the repeated dimension."""
-    label, args = flow.label(operand(node)), bound(node)
+    args = bound(node)
     k, dim = flow.size(args.get("repeats")), args.get("dim")
-    if not isinstance(label, Own):
-        return label
     if dim is not None and wrap(dim, ndim(node, flow)) != label.dim:
         return label
     if k is None or label.perm is not None or (dim is None and ndim(node, flow) != 1):
@@ -202,11 +195,10 @@ def repeat_interleaved(node: fx.Node, flow: Flow) -> Label:
     return Own(label.dim, label.rows * k)
 
 
-def as_strided(node: fx.Node, flow: Flow) -> Label:
+@of_owned
+def as_strided(node: fx.Node, flow: Flow, label: Own) -> Label:
     """Only windows of a dense input that stay inside one step of its leading owner dimension."""
-    label, args = flow.label(operand(node)), bound(node)
-    if not isinstance(label, Own):
-        return label
+    args = bound(node)
     value = args["self"].meta["val"]
     shape, stride = flow.sizes.shape(value), flow.sizes.strides(value)
     dense = all(equal(s, product(shape[d + 1 :])) for d, s in enumerate(stride))

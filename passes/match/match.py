@@ -28,6 +28,7 @@ from lorafx.graph.context import (
     SITE_OP,
     Context,
     Refusal,
+    When,
     is_site,
     plain_path,
 )
@@ -49,7 +50,7 @@ from lorafx.program.derived import has_numbers, is_near
 from lorafx.program.frame import FrameInput, fake_value
 
 
-def replaced_sites(graph: fx.Graph, ctx: Context) -> Iterator[Refusal]:
+def replaced_sites(ctx: Context) -> Iterator[Refusal]:
     """Refusals of sites that this graph seems to compute by something else than their weight.
 
     No graph so far has used the site, and here a module that holds it runs with tensors of its own
@@ -65,7 +66,7 @@ def replaced_sites(graph: fx.Graph, ctx: Context) -> Iterator[Refusal]:
     ]
     if not own:
         return
-    identities, paths = _running(graph)
+    identities, paths = _running(ctx.graph)
     for site in program.sites:
         if site.path in program.reached or site.eligible.kind != "linear":
             continue
@@ -121,7 +122,7 @@ def other_arithmetic(site: Site, use: Use) -> Refusal | None:
     return Refusal((site,), "always", reason)
 
 
-def insert_conv_site(graph: fx.Graph, ctx: Context, use: Use, values: Mapping[str, Any]) -> fx.Node:
+def insert_conv_site(ctx: Context, use: Use, values: Mapping[str, Any]) -> fx.Node:
     """The site's op on what the use computes; `values` are the bank's arguments, y and rows."""
     call = bound(use.node)
     padding = call["padding"]
@@ -129,11 +130,21 @@ def insert_conv_site(graph: fx.Graph, ctx: Context, use: Use, values: Mapping[st
     kernel = [int(size) for size in use.weight.meta["val"].shape[2:]]
     window = {"kernel": kernel, "stride": call["stride"], "pads": pads}
     arguments = in_order(CONV_OP, values, x=use.x, addend=None, **window)
-    return ctx.call(graph, CONV_OP, arguments)
+    return ctx.emit(CONV_OP, *arguments)
 
 
 aten = torch.ops.aten
 
+_USED_BEFORE = (
+    "its weight is also used outside its own call, where the delta is added, and its handler adds "
+    "it to that result again"
+)
+_COMPILED_APART = (
+    "its class overrides forward, and a graph break puts the forward and the mark into separate "
+    "graphs"
+)
+#: What adapters may have beside factors, and the field of a bank that is there for it.
+_EXTRAS: tuple[tuple[When, str], ...] = (("dora", "gains"), ("own", "own"), ("bias", "shifts"))
 USE_KINDS = {"linear": "linear", "blocks": "linear", "embedding": "embedding", "conv": "conv"}
 
 
@@ -154,11 +165,11 @@ class Match:
             ctx.record(site, mark, origins[mark])
             if origins[mark] is not None and _rescales(mark):
                 addends = addends_of(bound(mark)["y"], products)
-                _leave_alone(gm.graph, ctx, site, mark, addends)
+                _leave_alone(ctx, site, mark, addends)
             if origins[mark] is not None and site.own_rows and _forward_unknown(site):
                 check_addends(ctx, site, addends_of(bound(mark)["y"], products))
             if _forward_unknown(site) and bound(mark)["y"].op == "placeholder":
-                ctx.refuse(_compiled_apart(site))
+                ctx.refuse(Refusal((site,), "always", _COMPILED_APART))
         refuse_other_uses(ctx, marks, uses)
         claimed = {origin.node for origin in origins.values() if origin is not None}
 
@@ -166,7 +177,7 @@ class Match:
             *(ctx.frame.by_node[u.weight].sites for u in uses.values())
         )
         ctx.program.reached.update(site.path for site in seen)
-        for refusal in replaced_sites(gm.graph, ctx):
+        for refusal in replaced_sites(ctx):
             ctx.refuse(refusal)
         edits = 0
         added: dict[int, set[fx.Node]] = {}
@@ -184,10 +195,10 @@ class Match:
             elif site_or_none is not None:
                 if _mark_follows(ctx, site_or_none, use):
                     continue
-                _insert(gm.graph, ctx, site_or_none, use)
+                _insert(ctx, site_or_none, use)
                 added.setdefault(id(site_or_none), set()).add(use.node)
                 edits += 1
-        edits += insert_expert_sites(gm.graph, ctx)
+        edits += insert_expert_sites(ctx)
         for mark, site in marks.items():
             moved = added.get(id(site))
             if origins[mark] is not None:
@@ -197,7 +208,7 @@ class Match:
                     ctx.refuse(Refusal((site,), "own", "what its forward computes is not known"))
                 continue
             if site.eligible.handler is not None:
-                ctx.refuse(_used_before(site))
+                ctx.refuse(Refusal((site,), "always", _USED_BEFORE))
             else:
                 # The delta is at the weight's own use now; behind it would count it twice.
                 mark.replace_all_uses_with(bound(mark)["y"])
@@ -275,7 +286,7 @@ def _mark_follows(ctx: Context, site: Site, use: Use) -> bool:
     inside = id(site.module) in frame.callers
     frame.inside[frame.positions[use.weight], frame.by_node[use.weight].sites.index(site)] = inside
     if inside and _forward_unknown(site):
-        ctx.refuse(_compiled_apart(site))
+        ctx.refuse(Refusal((site,), "always", _COMPILED_APART))
     return inside
 
 
@@ -290,7 +301,8 @@ def _left_to_mark(ctx: Context, use: Use) -> Site | None:
     """
     item = ctx.frame.by_node[use.weight]
     for site in item.sites:
-        stored = bool(item.part) or _is_stored(use) or is_stored(site.module, site.eligible)
+        stored = bool(item.part) or not is_dense(fake_value(use.weight))
+        stored = stored or is_stored(site.module, site.eligible)
         if not stored and site.eligible.handler is None:
             continue
         # Where a break cuts its call in two, its mark stands in a later graph.
@@ -298,29 +310,6 @@ def _left_to_mark(ctx: Context, use: Use) -> Site | None:
         if running or ctx.inside(use.node, site.module):
             return site
     return None
-
-
-def _is_stored(use: Use) -> bool:
-    """Whether the tensor holds W in some format, in place of W's own numbers."""
-    return not is_dense(fake_value(use.weight))
-
-
-def _used_before(site: Site) -> Refusal:
-    return Refusal(
-        (site,),
-        "always",
-        "its weight is also used outside its own call, where the delta is added, and its "
-        "handler adds it to that result again",
-    )
-
-
-def _compiled_apart(site: Site) -> Refusal:
-    return Refusal(
-        (site,),
-        "always",
-        "its class overrides forward, and a graph break puts the forward and the mark into "
-        "separate graphs",
-    )
 
 
 def _owner(ctx: Context, use: Use) -> Site | Refusal | None:
@@ -356,44 +345,35 @@ def _owner(ctx: Context, use: Use) -> Site | Refusal | None:
     )
 
 
-def _insert(graph: fx.Graph, ctx: Context, site: Site, use: Use) -> None:
+def _insert(ctx: Context, site: Site, use: Use) -> None:
     """y' = site(x, y) at the use. The bank is looked up by the weight at run time."""
     assert use.x is not None
-    bank = ctx.bank_inputs(graph, site, use.weight)
-    own = ctx.own_inputs(graph, site, use.weight)
-    by_column = ctx.by_column_inputs(graph, site, use.weight)
-    gains = by_column["gains"]
+    bank = ctx.bank_inputs(site, use.weight)
     y = use.node
     users = list(y.users)
-    with graph.inserting_before(y.next):
+    with ctx.graph.inserting_before(y.next):
         x_rows, y_rows = use.x, y
         if use.swapped:
-            x_rows, y_rows = _swapped(graph, ctx, use.x), _swapped(graph, ctx, y)
-        call = {**bank, "y": y_rows, "rows": UNPROVED}
-        ranges = own_ranges(site)._asdict()
+            x_rows, y_rows = _swapped(ctx, use.x), _swapped(ctx, y)
+        call = {**bank, **own_ranges(site)._asdict(), "y": y_rows, "rows": UNPROVED}
         if use.kind == "embedding":
-            arguments = in_order(EMBEDDING_OP, call, ids=x_rows, gains=gains, **own)
-            node = ctx.call(graph, EMBEDDING_OP, arguments)
+            node = ctx.emit(EMBEDDING_OP, *in_order(EMBEDDING_OP, call, ids=x_rows))
         elif use.kind == "conv":
-            node = insert_conv_site(graph, ctx, use, {**call, **by_column})
+            node = insert_conv_site(ctx, use, call)
         elif use.blocks is None:
-            arguments = in_order(SITE_OP, call, x=x_rows, **by_column, **ranges, **own)
-            if own:
+            if "own" in bank:
                 check_addends(ctx, site, [] if use.bias is None else [use.bias])
-            node = ctx.call(graph, SITE_OP, arguments)
+            node = ctx.emit(SITE_OP, *in_order(SITE_OP, call, x=x_rows))
         else:
-            if gains is not None:
-                ctx.refuse(Refusal((site,), "dora", "its weight is used in blocks"))
-            if own:
-                ctx.refuse(Refusal((site,), "own", "its weight is used in blocks"))
-            if by_column["shifts"] is not None:
-                ctx.refuse(Refusal((site,), "bias", "its weight is used in blocks"))
+            for when, name in _EXTRAS:
+                if bank.get(name) is not None:
+                    ctx.refuse(Refusal((site,), when, "its weight is used in blocks"))
             blocks = use.blocks._asdict()
-            arguments = in_order(GROUPED_OP, call, x=x_rows, group_dim=0, **ranges, **blocks)
-            node = ctx.call(graph, GROUPED_OP, arguments)
-        last = _swapped(graph, ctx, node) if use.swapped else node
+            arguments = in_order(GROUPED_OP, call, x=x_rows, group_dim=0, **blocks)
+            node = ctx.emit(GROUPED_OP, *arguments)
+        last = _swapped(ctx, node) if use.swapped else node
     if _rescales(node) and use.bias is not None:
-        _leave_alone(graph, ctx, site, node, [use.bias])
+        _leave_alone(ctx, site, node, [use.bias])
     for user in users:
         user.replace_input_with(y, last)
     ctx.record(site, node, use, form="rewritten")
@@ -404,9 +384,7 @@ def _rescales(node: fx.Node) -> bool:
     return node.target in (SITE_OP, CONV_OP) and bound(node)["gains"] is not None
 
 
-def _leave_alone(
-    graph: fx.Graph, ctx: Context, site: Site, node: fx.Node, addends: list[fx.Node]
-) -> None:
+def _leave_alone(ctx: Context, site: Site, node: fx.Node, addends: list[fx.Node]) -> None:
     """Give the site's op the sum of what stands beside the product in y, which DoRA does not
     scale."""
     if any(size != 1 for item in addends for size in fake_value(item).shape[:-1]):
@@ -417,14 +395,14 @@ def _leave_alone(
         )
         return
     total = None
-    with graph.inserting_before(node):
+    with ctx.graph.inserting_before(node):
         for item in addends:
-            total = item if total is None else ctx.call(graph, aten.add.Tensor, (total, item))
+            total = item if total is None else ctx.emit(aten.add.Tensor, total, item)
     rebind(node, addend=total)
 
 
-def _swapped(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
+def _swapped(ctx: Context, node: fx.Node) -> fx.Node:
     """`node` with its last two dimensions swapped."""
     dims = list(range(fake_value(node).dim()))
     dims[-1], dims[-2] = dims[-2], dims[-1]
-    return ctx.call(graph, aten.permute.default, (node, dims))
+    return ctx.emit(aten.permute.default, node, dims)

@@ -7,7 +7,6 @@ contiguous in an order of definition before use, hence convex: no path leaves it
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -188,9 +187,7 @@ def _settle_sizes(graph: fx.Graph) -> None:
             if size is None:
                 continue
             for user in list(node.users):
-                replace = functools.partial(_instead, node, size)
-                user.args = fx.node.map_arg(user.args, replace)
-                user.kwargs = fx.node.map_arg(user.kwargs, replace)
+                _replace_argument(user, node, size)
             anchor = node.next if node is anchor else anchor
             graph.erase_node(node)
 
@@ -214,8 +211,9 @@ def _computed(graph: fx.Graph, expr: Any, known: dict[Any, fx.Node]) -> Any:
     return known.get(expr)
 
 
-def _instead(old: fx.Node, new: Any, argument: fx.Node) -> Any:
-    return new if argument is old else argument
+def _replace_argument(user: fx.Node, old: fx.Node, new: Any) -> None:
+    args = fx.node.map_arg((user.args, user.kwargs), lambda item: new if item is old else item)
+    user.args, user.kwargs = args
 
 
 def bodies(gm: fx.GraphModule) -> list[tuple[str, fx.GraphModule]]:

@@ -32,10 +32,7 @@ def rows_of(label: object) -> str | None:
     return f"{label.dim}:{label.rows}{'p' if label.perm is not None else ''}"
 
 
-LSTM = torch.nn.LSTM(4, 7, batch_first=True).requires_grad_(False)
-
 BATCH_FIRST = {
-    "recurrence": (lambda x: LSTM(x.float())[0], "0:1"),
     # pointwise and broadcasting
     "add_shared": (lambda x: x + torch.ones(4), "0:1"),
     "cast": (lambda x: x.float().relu(), "0:1"),
@@ -140,7 +137,7 @@ def test_batch_first(name, labelled, taint):
 
 def test_an_operand_that_a_rule_does_not_look_at_is_not_forgotten(trace):
     """A reduction's packet also holds max(a, b): shared on the left, owned on the right."""
-    from lorafx.ownership.propagate import propagate
+    from lorafx.ownership.propagate import flow_through
 
     gm = trace(lambda x, y: x + y, [X, X.clone()])
     shared, owned = (n for n in gm.graph.nodes if n.op == "placeholder")
@@ -151,7 +148,9 @@ def test_an_operand_that_a_rule_does_not_look_at_is_not_forgotten(trace):
         extra = (None, [1], [0], [1], False, [0], 1) if kind is Mixed else ()
         assert isinstance(total, fx.Node)
         total.target, total.args = target, (shared, owned, *extra)
-        assert type(propagate(gm.graph, {shared: None, owned: Own(0)}, batch)[total]) is kind
+        assert (
+            type(flow_through(gm.graph, {shared: None, owned: Own(0)}, batch).labels[total]) is kind
+        )
 
 
 def test_reason_names_operator_and_node(labelled):
@@ -176,11 +175,13 @@ def test_unknown_operator_is_loud(labelled):
 
 
 def test_input_without_a_label_is_mixed(trace):
-    from lorafx.ownership.propagate import propagate
+    from lorafx.ownership.propagate import flow_through
 
     gm = trace(lambda x, y: x + y, [X, X.clone()])
     first, second = (n for n in gm.graph.nodes if n.op == "placeholder")
-    labels = propagate(gm.graph, {first: Own(0)}, BatchSymbols.of([first.meta["val"].shape[0]]))
+    labels = flow_through(
+        gm.graph, {first: Own(0)}, BatchSymbols.of([first.meta["val"].shape[0]])
+    ).labels
     assert "unknown origin" in labels[second].reason
 
 

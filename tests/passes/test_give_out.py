@@ -24,7 +24,7 @@ from lorafx.ownership.propagate import flow_through
 from lorafx.ownership.symbolic import BatchSymbols
 from lorafx.passes.give_out import GiveOut, give_out
 from lorafx.passes.match.match import Match
-from lorafx.passes.provenance import Provenance, RowMap, Unproved, apply, is_site, prove
+from lorafx.passes.provenance import Provenance, RowMap, Unproved, apply, is_site, prove_results
 
 _path = Path(__file__).parent / "test_provenance.py"
 _spec = importlib.util.spec_from_file_location("provenance_programs", _path)
@@ -193,7 +193,7 @@ def rewritten(fn, batch=3, time=5, static=(), named=False):
     _, kept = give_out(gm.graph, seeds, batch)
     assert (len(env.guards), env.replacements) == guards, "a size was taken for a number"
     gm.graph.eliminate_dead_code()
-    proofs = apply(gm.graph, prove(gm.graph, seeds, batch), batch)
+    proofs = apply(gm.graph, prove_results(gm.graph, seeds, batch)[0], batch)
     gm.graph.lint()
     gm.recompile()
     return gm, proofs, kept
@@ -300,7 +300,7 @@ def test_what_cannot_be_given_out_is_left_as_it_was(name):
     assert reason in why
     assert str(gm.graph) == before
     assert all(node.meta.get("val") is values[node] for node in gm.graph.nodes)
-    (proof,) = prove(gm.graph, seeds, batch).values()
+    (proof,) = prove_results(gm.graph, seeds, batch)[0].values()
     assert isinstance(proof, Unproved)
     assert "shared by all requests" in proof.reason
 

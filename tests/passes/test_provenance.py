@@ -16,7 +16,7 @@ from torch import fx, nn
 from lorafx.ownership.labels import Mixed, Own
 from lorafx.ownership.symbolic import BatchSymbols
 from lorafx.passes.match.match import Match
-from lorafx.passes.provenance import Provenance, RowMap, Unproved, apply, is_site, prove
+from lorafx.passes.provenance import Provenance, RowMap, Unproved, apply, is_site, prove_results
 
 pytestmark = pytest.mark.quick
 
@@ -120,7 +120,7 @@ def traced(fn, batch: int, time: int, seeds=BATCH_FIRST):
 
 def rewritten(fn, batch: int, time: int):
     gm, seeds, symbols = traced(fn, batch, time)
-    proofs = apply(gm.graph, prove(gm.graph, seeds, symbols), symbols)
+    proofs = apply(gm.graph, prove_results(gm.graph, seeds, symbols)[0], symbols)
     gm.graph.lint()
     gm.recompile()
     return gm, proofs
@@ -214,7 +214,9 @@ def test_embedding_rows():
     )
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
     symbols = BatchSymbols.of(node.meta["val"].shape[0] for node in inputs)
-    apply(gm.graph, prove(gm.graph, {inputs[0]: Own(0), inputs[1]: None}, symbols), symbols)
+    apply(
+        gm.graph, prove_results(gm.graph, {inputs[0]: Own(0), inputs[1]: None}, symbols)[0], symbols
+    )
     gm.recompile()
     alone = torch.cat([marked_embedding(ids[b : b + 1], slots[b : b + 1]) for b in range(3)])
     torch.testing.assert_close(gm(ids, slots), alone)
@@ -241,7 +243,7 @@ REFUSED = {
 def test_refused_with_the_reason(name):
     fn, reason = REFUSED[name]
     gm, seeds, symbols = traced(fn, 3, 5)
-    (proof,) = prove(gm.graph, seeds, symbols).values()
+    (proof,) = prove_results(gm.graph, seeds, symbols)[0].values()
     assert isinstance(proof, Unproved)
     assert reason in proof.reason
 
@@ -253,7 +255,7 @@ def test_copies_are_withheld_where_the_label_is_lost_and_nowhere_else():
         return x[..., :1] + kept[:, None], x[..., :1] + mixed_up[:, None], lora(x.cumsum(0), slots)
 
     gm, seeds, symbols = traced(fn, 3, 5)
-    first, second, third = prove(gm.graph, seeds, symbols).values()
+    first, second, third = prove_results(gm.graph, seeds, symbols)[0].values()
     assert isinstance(first, RowMap)
     assert isinstance(second, Unproved)
     assert "shared by all requests" in second.reason
@@ -264,7 +266,7 @@ def test_copies_are_withheld_where_the_label_is_lost_and_nowhere_else():
 def test_refused_sites_are_left_as_they_were():
     gm, seeds, symbols = traced(REFUSED["requests mixed"][0], 3, 5)
     before = str(gm.graph)
-    apply(gm.graph, prove(gm.graph, seeds, symbols), symbols)
+    apply(gm.graph, prove_results(gm.graph, seeds, symbols)[0], symbols)
     assert str(gm.graph) == before
 
 
@@ -279,14 +281,14 @@ def test_owner_dimension_that_is_the_features():
     gm = graphs.trace_function(fn, [x, slots], static=(0,))
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
     seeds = {inputs[0]: Own(2), inputs[1]: None}
-    (proof,) = prove(gm.graph, seeds, BatchSymbols.of([3])).values()
+    (proof,) = prove_results(gm.graph, seeds, BatchSymbols.of([3]))[0].values()
     assert isinstance(proof, Unproved)
     assert "features" in proof.reason
 
 
 def test_input_of_unknown_origin():
     gm, seeds, symbols = traced(batch_first, 3, 5, (Mixed("nothing is known of x"), None))
-    (proof,) = prove(gm.graph, seeds, symbols).values()
+    (proof,) = prove_results(gm.graph, seeds, symbols)[0].values()
     assert proof == Unproved("nothing is known of x")
 
 
@@ -295,7 +297,7 @@ def test_batch_of_one_owns_everything():
     x, slots = torch.randn(1, 5, K, dtype=torch.float64), torch.tensor([2], dtype=torch.int32)
     gm = graphs.trace_function(REFUSED["position table"][0], [x, slots], static=(0, 1))
     symbols = BatchSymbols.of([1])
-    proofs = prove(gm.graph, {}, symbols)
+    proofs = prove_results(gm.graph, {}, symbols)[0]
     apply(gm.graph, proofs, symbols)
     gm.recompile()
     (site,) = filter(is_site, gm.graph.nodes)
