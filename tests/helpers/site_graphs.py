@@ -37,6 +37,15 @@ def _names(op: OpOverload) -> list[str]:
     return [argument.name for argument in op._schema.arguments]
 
 
+class Holder(nn.Module):
+    """These modules, by their names."""
+
+    def __init__(self, **modules: nn.Module) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+
 @dataclass
 class Finished:
     gm: fx.GraphModule
