@@ -19,23 +19,10 @@ import torch
 from torch import fx
 
 from lorafx.errors import ConfigError
-from lorafx.graph.context import (
-    EMBEDDING_OP,
-    EXPERT_OP,
-    FUSED_OP,
-    PLAIN_SITE_OPS,
-    Context,
-)
+from lorafx.graph.context import EMBEDDING_OP, EXPERT_OP, FUSED_OP, PLAIN_SITE_OPS, Context
 from lorafx.graph.pointwise_region import NoRegion, PointwiseRegion
 from lorafx.kernels.cost.chips import chip_of
-from lorafx.kernels.cost.cost import (
-    FUSED,
-    UNTIMED,
-    byte_floor,
-    estimate,
-    split_is_faster,
-    work_of,
-)
+from lorafx.kernels.cost.cost import FUSED, UNTIMED, byte_floor, estimate, split_is_faster, work_of
 from lorafx.kernels.cost.expert_cost import ExpertWork, estimate_experts
 from lorafx.kernels.cost.work import Estimate, Work
 from lorafx.kernels.cpu.cpu import build_all

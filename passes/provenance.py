@@ -19,13 +19,7 @@ import torch
 from torch import fx
 
 from lorafx.errors import ProvenanceError
-from lorafx.graph.context import (
-    OWN_MASK,
-    ROWS_OF,
-    Context,
-    Refusal,
-    is_site,
-)
+from lorafx.graph.context import OWN_MASK, ROWS_OF, Context, Refusal, is_site
 from lorafx.op_arguments import bound, rebind
 from lorafx.ownership import routing
 from lorafx.ownership.emit import Emitter

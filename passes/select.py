@@ -353,8 +353,7 @@ class _Selection:
             device=weight.device if weight is not None else _device_of(module, self.graph.root),
             parts=tuple(
                 replace(
-                    part,
-                    selected=loose != () or part.name in selected or selected == item.members,
+                    part, selected=loose != () or part.name in selected or selected == item.members
                 )
                 for part in parts
             ),

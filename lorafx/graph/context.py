@@ -22,14 +22,7 @@ from lorafx.errors import MatchError
 from lorafx.graph.weight_uses import Use
 from lorafx.model.sites import Site
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound
-from lorafx.program.frame import (
-    ONE_SLOT,
-    SLOTS,
-    Frame,
-    FrameInput,
-    InputKind,
-    fake_value,
-)
+from lorafx.program.frame import ONE_SLOT, SLOTS, Frame, FrameInput, InputKind, fake_value
 from lorafx.program.handover import Handover
 from lorafx.program.program import BANK_FIELDS, GAINS, SHIFTS, Program
 from lorafx.registry import lookup

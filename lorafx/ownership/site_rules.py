@@ -108,12 +108,7 @@ def rows_of(node: fx.Node, flow: Flow) -> Label:
 
 
 RULES: dict[object, Rule] = dict.fromkeys(
-    (
-        torch.ops.lorafx.site,
-        torch.ops.lorafx.embedding_site,
-        torch.ops.lorafx.grouped_site,
-    ),
-    site,
+    (torch.ops.lorafx.site, torch.ops.lorafx.embedding_site, torch.ops.lorafx.grouped_site), site
 )
 RULES[torch.ops.lorafx.expert_site] = expert_site
 RULES[torch.ops.lorafx.conv_site] = conv_site

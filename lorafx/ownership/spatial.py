@@ -122,5 +122,5 @@ def low_memory_pool(node: fx.Node, flow: Flow) -> Label:
 
 
 OPTIONAL: dict[tuple[str, str], Rule] = {
-    ("prims", "_low_memory_max_pool_with_offsets"): low_memory_pool,
+    ("prims", "_low_memory_max_pool_with_offsets"): low_memory_pool
 }

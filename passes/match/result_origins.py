@@ -96,11 +96,7 @@ def refuse_other_uses(ctx: Context, marks: dict[fx.Node, Site], uses: dict[fx.No
 
 
 def _additions(
-    ctx: Context,
-    site: Site,
-    bias: fx.Node,
-    marks: dict[fx.Node, Site],
-    uses: dict[fx.Node, Use],
+    ctx: Context, site: Site, bias: fx.Node, marks: dict[fx.Node, Site], uses: dict[fx.Node, Use]
 ) -> set[fx.Node]:
     """The nodes that add the bias to a product with the weight of `site`, and its marks, which take
     it for DoRA's sake."""

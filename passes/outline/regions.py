@@ -51,10 +51,7 @@ def regions_of(graph: fx.Graph) -> list[Region]:
 
 
 def _runs(
-    nodes: Sequence[fx.Node],
-    stacks: Sequence[tuple[Any, ...]],
-    barriers: set[fx.Node],
-    depth: int,
+    nodes: Sequence[fx.Node], stacks: Sequence[tuple[Any, ...]], barriers: set[fx.Node], depth: int
 ) -> Iterator[tuple[int, int]]:
     """(first, last) of each run of nodes made in one call at this depth."""
     call: tuple[Any, ...] = ()

@@ -99,11 +99,7 @@ def _missing(rows: Sequence[Report]) -> list[str]:
 
 
 def _not_ok(rows: Sequence[Report]) -> list[str]:
-    return [
-        "## Those that are not ok",
-        "",
-        *_reasons(r for r in rows if r["outcome"] != "ok"),
-    ]
+    return ["## Those that are not ok", "", *_reasons(r for r in rows if r["outcome"] != "ok")]
 
 
 def _reasons(rows: Iterable[Report]) -> list[str]:
@@ -196,7 +192,7 @@ def _inductor(rows: Sequence[Report], reference: Sequence[Report]) -> list[str]:
     return [
         "## With Inductor",
         "",
-        f'The same with `lowering="inductor"` in {len(rows)} families, which `cover.py` chose so '
+        f'The same with `lowering="inductor"` in {len(rows)} families, which `sweep.py` chose so '
         f"that their graphs hold {len(covered)} of the {len(every)} distinct operators of all "
         f"graphs. {len(good)} are ok"
         + (":" if len(good) == len(rows) else "; those that are not:"),

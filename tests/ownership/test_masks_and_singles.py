@@ -57,11 +57,7 @@ WRITES = {
         (0, 0, 0),
         Mixed,
     ),
-    "one mask for all": (
-        lambda x, m, s: x.masked_scatter(m[:1, :, None], s),
-        (0, None, 0),
-        Mixed,
-    ),
+    "one mask for all": (lambda x, m, s: x.masked_scatter(m[:1, :, None], s), (0, None, 0), Mixed),
 }
 
 

@@ -253,10 +253,7 @@ def result_of(flow: Flow) -> fx.Node:
     phases=[Phase.generate],  # programs are small already; shrinking one takes minutes
 )
 @given(
-    seed=st.integers(0, 10**9),
-    k=st.integers(1, 3),
-    layers=st.integers(1, 2),
-    dim=st.integers(0, 1),
+    seed=st.integers(0, 10**9), k=st.integers(1, 3), layers=st.integers(1, 2), dim=st.integers(0, 1)
 )
 def test_dispatch(road, seed, k, layers, dim):
     flow = judge(program(road, seed, k, layers), dim, seed)

@@ -231,10 +231,7 @@ KEPT = {
         lambda x, slots: x @ WEIGHT + lora(SHARED, slots).sort(0).values[:1],
         "aten::sort",
     ),
-    "weight of everybody's product": (
-        lambda x, slots: x @ lora(SHARED[:K], slots),
-        "aten::mm",
-    ),
+    "weight of everybody's product": (lambda x, slots: x @ lora(SHARED[:K], slots), "aten::mm"),
     "along the requests": (
         lambda x, slots: x @ WEIGHT + lora(SHARED[:1].expand(x.shape[0] * 2, K), slots)[::2, None],
         "aten::add",

@@ -209,10 +209,7 @@ IMPOSSIBLE = [
         rf"it has no weight of its own; name modules inside .*{LEAVE}; .* below it: odd\.0$",
     ),
     (nn.MultiheadAttention(4, 2, kdim=3), r"its sizes .* have weights of their own; PEFT refuses"),
-    (
-        Unknown(),
-        rf"its class is not registered, .*lorafx\.register, or {LEAVE}$",
-    ),
+    (Unknown(), rf"its class is not registered, .*lorafx\.register, or {LEAVE}$"),
     (
         holding(kernel=torch.zeros(2, 3, 4)),
         rf"it holds 3-D parameters \(kernel \(2, 3, 4\)\), .* routed experts: .*; {LEAVE}$",

@@ -321,9 +321,7 @@ def concat_graph() -> tuple[fx.GraphModule, Builder]:
     names = [argument.name for argument in OPS[4]._schema.arguments]
     given = (longer_x, longer_w, *b.bank(), 5, kernel)
     both = b.graph.call_function(
-        torch.ops.higher_order.auto_functionalized,
-        (OPS[4],),
-        dict(zip(names, given, strict=True)),
+        torch.ops.higher_order.auto_functionalized, (OPS[4],), dict(zip(names, given, strict=True))
     )
     values = longer_x.meta["val"], longer_w.meta["val"]
     both.meta["val"] = (None, *values)
