@@ -1,5 +1,4 @@
-"""The public entry points: `compile`, `explain`, `why`, `profile`, `attach` (that of
-attach_model.py) and `bisect` (that of lorafx.bisection)."""
+"""The public entry points: `compile`, `explain`, `why`, `profile`, `attach` and `bisect`."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ from lorafx.reports.profile import Profile
 from lorafx.saved_graphs.folder import folder_of
 from lorafx.serving.compiled import CompiledModel, compiled_of, refuse_compiled, refuse_other
 from lorafx.serving.example_inputs import as_call, derived_example, given_examples
-from lorafx.serving.habits import refuse_arguments
+from lorafx.serving.names import refuse_arguments
 from lorafx.torch_compile.attach_model import attach as attach
 from lorafx.torch_compile.attached import marked_session, session_of
 from lorafx.torch_compile.looking import profile_attached, why_attached
@@ -98,7 +97,7 @@ def compile(
         if marked.taken is not None:
             _set_default(compiled, marked.taken.active)
         if example_inputs is not None:
-            _capture(compiled, example_inputs)
+            compiled.capture(*as_call(example_inputs))
     except BaseException:
         compiled.detach()
         raise
@@ -190,8 +189,8 @@ def why(
     sources = {} if adapter is None else {"adapter": adapter}
     config = request_of(lora_config, sources, model).config
     _, sites = build_sites(model, config)
-    (told,) = why_before(model, config, sites, path, sources)
-    return told
+    (found,) = why_before(model, config, sites, path, sources)
+    return found
 
 
 def profile(
@@ -249,8 +248,3 @@ def _set_default(compiled: CompiledModel, active: Sequence[str]) -> None:
             LorafxWarning,
             stacklevel=3,
         )
-
-
-def _capture(compiled: CompiledModel, inputs: Mapping[str, Any] | Sequence[Any]) -> None:
-    """Capture the base's graph and the one with adapters."""
-    compiled.capture(*as_call(inputs))

@@ -10,8 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from lorafx.errors import ConfigError, nearest
-from lorafx.named_setting import Setting
+from lorafx.errors import ConfigError, Setting, nearest
 
 LoweringName = Literal["auto", "inductor", "triton", "reference"]
 #: How a LoRA node can be computed, by lowering; "aten" is the op's own implementation.

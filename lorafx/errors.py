@@ -8,8 +8,33 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
-from lorafx.named_setting import Setting
+
+class Setting(NamedTuple):
+    """A field of `LoraConfig` or `Options` that a message names, so that a program with options of
+    its own can name those.
+
+    Attributes:
+        name: the field.
+        text: what the message says of it; Python's spelling.
+        value: what would do; None where the message does not say.
+        given: whether it would do, too, to give the adapter when the model is compiled.
+    """
+
+    name: str
+    text: str
+    value: object = None
+    given: bool = False
+
+    @classmethod
+    def asked(cls, name: str, value: object, *, given: bool = False) -> Setting:
+        """A field of `LoraConfig` that would have to have this value."""
+        text = f"compile with LoraConfig({name}={value!r})"
+        return cls(name, text + ", or give the adapter when compiling" * given, value, given)
+
+    def __str__(self) -> str:
+        return self.text
 
 
 class LorafxError(Exception):
@@ -199,9 +224,9 @@ _ALIKE = 0.6
 
 def some(names: Iterable[str], most: int = 3) -> str:
     """A sentence fragment with the first names of a list, and how many more there are."""
-    told = list(names)
-    more = f" and {len(told) - most} more" if len(told) > most else ""
-    return ", ".join(told[:most]) + more
+    given = list(names)
+    more = f" and {len(given) - most} more" if len(given) > most else ""
+    return ", ".join(given[:most]) + more
 
 
 def nearest(

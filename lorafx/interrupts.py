@@ -44,10 +44,10 @@ def undisturbed(action: Callable[[], T]) -> T:
         return action()
     finally:
         done = True
-        for each, handler in handlers.items():
-            signal.signal(each, handler)
-        for each, frame in came:
-            handlers[each](each, frame)
+        for kind, handler in handlers.items():
+            signal.signal(kind, handler)
+        for kind, frame in came:
+            handlers[kind](kind, frame)
 
 
 def free_after_fork(lock: threading.RLock) -> threading.RLock:

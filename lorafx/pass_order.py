@@ -207,8 +207,7 @@ def _line(name: str, about: str) -> str:
 
 def _about(item: ModelPass | GraphPass) -> str:
     """The first line of what its docstring says."""
-    told = item.given.run if isinstance(item, UserPass) else type(item)
-    text = inspect.getdoc(told) or ""
+    text = inspect.getdoc(item.given.run if isinstance(item, UserPass) else type(item)) or ""
     return text.partition("\n\n")[0].replace("\n", " ")
 
 

@@ -1,11 +1,9 @@
 """Which module classes may carry LoRA, looked up along the class hierarchy.
 
-`lookup(module)` walks the MRO of the instance's class and takes the first registered class, so
-subclasses are eligible with their base and the nearest entry wins. Built in: `nn.Linear`,
-`nn.Embedding`, `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`, the packed input projection of
-`nn.MultiheadAttention` and, once transformers has been imported by
-somebody, its `Conv1D`. A class that replaces a registered one (lorafx.model.out_of_tree) has that
-one's entry with sizes of its own.
+Subclasses of a registered class are eligible with it, and the nearest entry along the MRO wins.
+Built in: `nn.Linear`, `nn.Embedding`, `nn.Conv1d` to `nn.Conv3d`, the packed input projection of
+`nn.MultiheadAttention`, and transformers' `Conv1D`. A class that replaces a registered one
+(lorafx.model.out_of_tree) has that one's entry with sizes of its own.
 """
 
 from __future__ import annotations
@@ -66,35 +64,23 @@ Handler = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any, Add], Any]
 
 @dataclass(frozen=True)
 class Eligible:
-    """One registered class: how to read the sizes and the weight of its instances.
+    """One registered class: how to read the sizes and the weight of its instances. `register` says
+    what the other fields mean.
 
     Attributes:
-        cls: the class; its subclasses are eligible too, the nearest entry along the MRO wins.
         kind: "linear" (y = x Wᵀ), "embedding" (y = W[ids]), "conv" (a convolution of torch's) or
-            "experts" (routed experts, whose 3-D parameters are told by their shapes,
+            "experts" (routed experts, whose 3-D parameters are known by their shapes,
             lorafx.model.experts).
         sizes: instance -> (in_features, out_features); of a convolution the entries of one kernel
             over all channels, and the output channels.
-        weight: attribute that holds the base weight.
-        transposed: True where the weight is stored (in, out), as in transformers' Conv1D.
-        output_sizes: instance -> columns of each output slice of a packed module; None for
-            modules that compute one projection.
-        sharding: how a tensor-parallel module's checkpoint factors become this rank's; None where
-            modules hold what checkpoints hold.
+        output_sizes: instance -> columns of each output slice; None for modules that compute one
+            projection.
+        sharding: None where modules hold what checkpoints hold.
+        weight_shardings: the same for each parameter of a class of routed experts, by name.
         inner: the forward multiplies by the weight and returns something else, so that the product
             is found in the graph alone. "all-linear" and the default leave such classes out.
         carries: children that PEFT gives factors together with the module, by attribute, and how
             often it adds their delta.
-        weight_shardings: the same for each parameter of a class of routed experts, by name.
-        handler: says where the delta goes in a call whose input and output do not have the site's
-            sizes; None where the forward maps (…, K) to (…, N).
-        packed: instances compute several projections, so that a class in its place has to say
-            the size of each.
-        rank_shards: instance -> how many processes share the LoRA rank; an adapter's rank has to be
-            a multiple of that. None where it is not sharded.
-        dequantize: instance -> W (N, K), (V, D) for an embedding; None where the weight is in a
-            format that lorafx.model.weight_formats knows.
-        requantize: stores such a W in the instance, in place; None where it cannot.
     """
 
     cls: type[nn.Module]
@@ -283,16 +269,14 @@ def register(
             f"routed experts, and a single object for other kinds; got {sharding!r} for "
             f"kind {kind!r}"
         )
-    slices = None if output_sizes is None else SliceSizes(output_sizes)
-    sizes = FeatureSizes(in_features, out_features)
     whole, by_weight = _shardings(sharding)
-    entry = Eligible(
+    _REGISTERED[cls] = entry = Eligible(
         cls,
         kind,
-        sizes,
+        FeatureSizes(in_features, out_features),
         weight,
         transposed,
-        slices,
+        None if output_sizes is None else SliceSizes(output_sizes),
         whole,
         handler,
         packed,
@@ -301,7 +285,6 @@ def register(
         requantize,
         by_weight,
     )
-    _REGISTERED[cls] = entry
     return entry
 
 
@@ -348,7 +331,7 @@ def lookup_class(cls: type) -> Eligible | None:
 
 
 def own_entry(cls: type) -> Eligible | None:
-    """The entry of this very class, None where it has at most one of a class above it."""
+    """The entry of this very class, not of one above it."""
     entry = _REGISTERED.get(cls) or _BUILT_IN.get(cls)
     if entry is None and cls in REPLACEMENTS:
         entry = REPLACEMENTS[cls].entry()

@@ -5,7 +5,7 @@
 
 A use is whatever the current stream does with a slot: a step that reads it, or a write that is not
 a copy. What waits is the stream of the device, by events; the host goes on. Uses on several streams
-follow one another (`lorafx.session.streams`), so the last use of a slot stands for those before it.
+follow one another (`lorafx.session.running`), so the last use of a slot stands for those before it.
 
 A CUDA graph that was captured around a call runs when its owner says, which nobody tells lorafx. So
 once a call has been captured, copies are made on the current stream, as on devices without streams.

@@ -12,8 +12,7 @@ from torch import Tensor
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.places import Places
 from lorafx.adapter_store.saved import AdapterState
-from lorafx.errors import CapacityError, CheckpointError, UnsupportedAdapterError, some
-from lorafx.named_setting import Setting
+from lorafx.errors import CapacityError, CheckpointError, Setting, UnsupportedAdapterError, some
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

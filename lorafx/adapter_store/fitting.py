@@ -19,9 +19,8 @@ from lorafx.adapter_store.stored import (
     sharing,
 )
 from lorafx.adapter_store.windows import width_of
-from lorafx.errors import CapacityError, CheckpointError, nearest
+from lorafx.errors import CapacityError, CheckpointError, Setting, nearest
 from lorafx.model.bank import Bank, Factors, OwnWeight
-from lorafx.named_setting import Setting
 
 if TYPE_CHECKING:
     from lorafx.adapter_store.peft_reader import Adapter

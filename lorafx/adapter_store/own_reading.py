@@ -26,12 +26,12 @@ from lorafx.adapter_store.findings import DTYPES, Findings, path_label
 from lorafx.adapter_store.peft_keys import TRAINING_KEYS, parse, without_prefix
 from lorafx.adapter_store.places import Places
 from lorafx.adapter_store.saved import AdapterState
+from lorafx.errors import Setting
 from lorafx.model.bank import OwnWeight
 from lorafx.model.candidates import by_raw_weight
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.own_row_limits import OWN_KINDS, is_input_embedding, own_refusal, tied_paths
 from lorafx.model.sites import Site
-from lorafx.named_setting import Setting
 from lorafx.registry import lookup
 
 #: As many modules are named in an error.

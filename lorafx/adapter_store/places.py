@@ -18,10 +18,10 @@ from torch import nn
 
 from lorafx.adapter_store.expert_places import ExpertPlace, ExpertPlaces
 from lorafx.adapter_store.peft_keys import candidates, without_prefix
+from lorafx.errors import Setting
 from lorafx.model.packed_names import virtual_paths
 from lorafx.model.partition import spans
 from lorafx.model.saved_names import PREFIX, SavedNames, nearest_names, without_compiled
-from lorafx.named_setting import Setting
 from lorafx.registry import lookup
 
 #: What messages call the setting that selects modules.

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorafx.named_setting import Setting
+from lorafx.errors import Setting
 
 LanguageModel = Annotated[
     str, typer.Argument(help="A folder with a language model, or a hub name.")

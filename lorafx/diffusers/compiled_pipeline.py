@@ -38,7 +38,7 @@ from lorafx.explanation import Explanation
 from lorafx.model.keywords import refuse_slips
 from lorafx.prepare.configuration import by_name, request_of
 from lorafx.serving.compiled import CompiledModel
-from lorafx.serving.refused import refuse
+from lorafx.serving.names import refuse
 from lorafx.session.loading import in_turn, load_parts, unload_parts
 from lorafx.session.requests import Names, checked_names
 from lorafx.session.resting import refuse_elsewhere

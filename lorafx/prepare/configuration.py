@@ -27,9 +27,6 @@ from lorafx.errors import ConfigError
 from lorafx.model.own_row_limits import token_rooms
 from lorafx.model.targets import AdapterNames
 
-#: What an adapter may be given as, tensors by name apart.
-_SOURCES = (str, os.PathLike, bytes, AdapterSource, AdapterState)
-
 
 @dataclass(frozen=True)
 class Request:
@@ -46,17 +43,20 @@ class Request:
     origins: dict[str, Origin] = field(default_factory=dict)
 
 
-def request_of(lora_config: Any, adapters: Mapping[str, Any], model: nn.Module) -> Request:
+def request_of(
+    lora_config: Any, adapters: Mapping[str, Any] | Sequence[Any] | None, model: nn.Module
+) -> Request:
     """The request that `lora_config` and `adapters` of `lorafx.compile` make.
 
     Raises:
-        ConfigError: `lora_config` has no form that is known, or a `base_vocab_size` that the model
-            does not have.
+        ConfigError: `lora_config` or `adapters` have no form that is known, or there is a
+            `base_vocab_size` that the model does not have.
         CheckpointError, UnsupportedAdapterError: an adapter cannot be read.
     """
+    adapters = by_name(adapters)
     if isinstance(lora_config, (list, tuple)):
         lora_config = by_name(lora_config)
-    if isinstance(lora_config, _SOURCES) or _holds_tensors(lora_config):
+    if _is_adapter(lora_config):
         lora_config = {"default": lora_config}
     if isinstance(lora_config, Mapping) and _is_adapter_mapping(lora_config):
         adapters, lora_config = {**lora_config, **adapters}, None
@@ -66,31 +66,38 @@ def request_of(lora_config: Any, adapters: Mapping[str, Any], model: nn.Module) 
     states = {name: load_state(source, model) for name, source in adapters.items()}
     config = _config_of(lora_config, states, model)
     _refuse_vocabulary(config, model)
-    dora = config.use_dora or any(state.config.use_dora for state in states.values())
+    dora, biases = config.use_dora, config.lora_bias
     saved = dict.fromkeys(config.modules_to_save)
     tokens = token_rooms(config.trainable_tokens, model)
     for state in states.values():
+        peft = state.config
+        dora |= peft.use_dora
+        biases |= peft.lora_bias or peft.bias != "none"
         whole, rows = rows_wanted(state, model)
         saved.update(dict.fromkeys(whole))
         tokens.update({path: max(count, tokens.get(path, 0)) for path, count in rows.items()})
-    peft = [state.config for state in states.values()]
-    biases = config.lora_bias or any(own.lora_bias or own.bias != "none" for own in peft)
-    room: dict[str, Any] = {"modules_to_save": tuple(saved), "trainable_tokens": tokens}
-    config = replace(config, use_dora=dora, lora_bias=biases, **room)
-    return Request(config, states, {name: one for name, one in origins.items() if one is not None})
+    config = replace(
+        config,
+        use_dora=dora,
+        lora_bias=biases,
+        modules_to_save=tuple(saved),
+        trainable_tokens=tokens,
+    )
+    known = {name: origin for name, origin in origins.items() if origin is not None}
+    return Request(config, states, known)
 
 
 def _refuse_vocabulary(config: LoraConfig, model: nn.Module) -> None:
     """Raise ConfigError where `base_vocab_size` is beyond the tokens that the model has."""
-    asked = config.base_vocab_size
-    if asked is None:
+    size = config.base_vocab_size
+    if size is None:
         return
-    ask: Any = getattr(model, "get_input_embeddings", None)
+    embedding: Any = getattr(model, "get_input_embeddings", None)
     with suppress(AttributeError, NotImplementedError):  # models without tokens
-        count = getattr(ask() if callable(ask) else None, "num_embeddings", None)
-        if count is not None and asked > count:
+        count = getattr(embedding() if callable(embedding) else None, "num_embeddings", None)
+        if count is not None and size > count:
             raise ConfigError(
-                f"base_vocab_size = {asked} is the number of tokens before some were added, and "
+                f"base_vocab_size = {size} is the number of tokens before some were added, and "
                 f"the input embedding of this {type(model).__name__} has {count} in all; give "
                 "less, or leave it out where none were added"
             )
@@ -128,19 +135,19 @@ def by_name(adapters: Mapping[str, Any] | Sequence[Any] | None) -> dict[str, Any
 def covering(
     config: LoraConfig, sources: Iterable[str | os.PathLike[str]], model: nn.Module
 ) -> LoraConfig:
-    """`config` as it would be if these adapter folders were given when compiling. One of them is
-    in memory at a time.
+    """`config` as it would be if these adapter folders were given when compiling. There is one of
+    them in memory at a time.
 
     Raises:
         CheckpointError, UnsupportedAdapterError: an adapter cannot be read.
     """
-    asked = config.target_modules
+    given = config.target_modules
     names: dict[str, None] = {}
     for source in sources:
         found = request_of(config, {"": source}, model).config
         names.update(dict.fromkeys(found.target_modules or ()))
-        config = replace(found, target_modules=asked)
-    return config if asked is not None else replace(config, target_modules=AdapterNames(names))
+        config = replace(found, target_modules=given)
+    return config if given is not None else replace(config, target_modules=AdapterNames(names))
 
 
 def _config_of(
@@ -186,7 +193,6 @@ def _from_peft(
 
 
 def _token_rooms(peft: PeftConfig, model: nn.Module) -> int | dict[str, int]:
-    """Room for the tokens that were trained."""
     lists = peft.trainable_token_indices
     if "" in lists:  # of the input embedding
         return len(lists[""])
@@ -199,26 +205,20 @@ def _room(adapters: Mapping[str, AdapterState]) -> int:
 
 
 def _is_adapter_mapping(value: Mapping[str, Any]) -> bool:
-    """A mapping name -> adapter, told from a PEFT configuration by its keys and values."""
+    """Whether this is a mapping name -> adapter, and not the dict of a PEFT configuration."""
     if not value:
         raise ConfigError("lora_config is an empty mapping; give name -> adapter folder")
-    if "peft_type" in value:
-        return False
-    return all(isinstance(item, _SOURCES) or _holds_tensors(item) for item in value.values())
+    return "peft_type" not in value and all(map(_is_adapter, value.values()))
 
 
-def _holds_tensors(item: Any) -> bool:
-    """Whether this is an adapter in memory."""
-    tensors = isinstance(item, Mapping) and bool(item)
-    return tensors and all(isinstance(value, Tensor) for value in item.values())
+def _is_adapter(item: Any) -> bool:
+    if isinstance(item, Mapping):  # tensors by name
+        return bool(item) and all(isinstance(value, Tensor) for value in item.values())
+    return isinstance(item, (str, os.PathLike, bytes, AdapterSource, AdapterState))
 
 
 def _targets_of(adapters: Mapping[str, AdapterState], model: nn.Module) -> tuple[AdapterNames, int]:
     """Modules that the adapters name, and their largest rank."""
-    modules: dict[str, None] = {}
-    rank = 1
-    for state in adapters.values():
-        targets = adapter_target_modules(state, model)
-        modules.update(dict.fromkeys(targets.modules))
-        rank = max(rank, targets.rank)
-    return AdapterNames(modules), rank
+    targets = [adapter_target_modules(state, model) for state in adapters.values()]
+    modules = dict.fromkeys(name for target in targets for name in target.modules)
+    return AdapterNames(modules), max((target.rank for target in targets), default=1)

@@ -13,8 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from transformers.cli.serving.utils import CBWorkerDeadError
 
-from lorafx.errors import BatchError, LorafxError, UnknownAdapterError
-from lorafx.named_setting import Setting
+from lorafx.errors import BatchError, LorafxError, Setting, UnknownAdapterError
 from lorafx.server.settings import Settings, option
 
 

@@ -1,27 +1,40 @@
-"""Methods of a compiled model for its adapters: loading, pinning, the default."""
+"""Methods of a compiled model for its adapters: loading, pinning, the default, what is loaded.
+
+PEFT's and transformers' names for them are served too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Never
 
-from lorafx.adapter_store.names import BASE, AdapterName, one_name
+from lorafx.adapter_store.listing import AdapterInfo, info
+from lorafx.adapter_store.names import BASE, AdapterName, members, one_name
 from lorafx.adapter_store.saved import Source
 from lorafx.errors import BatchError, ConfigError
 from lorafx.interrupts import undisturbed
-from lorafx.serving.habits import refuse_arguments
-from lorafx.session.loading import asked_name, load_adapter, unloading
-from lorafx.session.prefetching import prefetch
+from lorafx.serving.names import refuse_arguments
+from lorafx.session.loading import asked_name, load_adapter, prefetch, unloading
 from lorafx.session.running import refuse_transformed
 
 if TYPE_CHECKING:
     from lorafx.session.session import Session
 
 
+class ActiveAdapters(tuple[str, ...]):
+    """Names of adapters. PEFT reads `active_adapters`, transformers calls it; both get them."""
+
+    def __call__(self) -> ActiveAdapters:
+        return self
+
+
 class AdapterMethods:
     """The part of `CompiledModel` that is about adapters."""
 
     _session: Session
+    #: What the default was before each block of `disable_adapter` that is open; under the lock.
+    _disabling: list[list[str | None]]
 
     def set_adapter(self, name: AdapterName | Sequence[str]) -> None:
         """Set the adapter of calls that name none; None is the base model, a mapping a sum as in
@@ -162,3 +175,59 @@ class AdapterMethods:
     def adapters(self) -> tuple[str, ...]:
         """Names of the loaded adapters, in order of loading."""
         return self._session.store.names
+
+    @property
+    def active_adapter(self) -> str | None:
+        """The default of `set_adapter`: the adapter of calls that name none; None is the base. A
+        sum reads "0.7·sql + 0.3·style"."""
+        return self._session.default
+
+    @property
+    def active_adapters(self) -> ActiveAdapters:
+        """The adapters of `active_adapter`: none, one, or those of a sum. It may be called too."""
+        default = self._session.default
+        return ActiveAdapters(() if default is None else members(default))
+
+    def list_adapters(self) -> list[str]:
+        """Names of the loaded adapters, in order of loading."""
+        return list(self._session.store.names)
+
+    def get_adapter(self, name: str) -> AdapterInfo:
+        """What is known of a loaded adapter: source, rank, sites, version, slot, memory.
+
+        Raises:
+            UnknownAdapterError: it is not loaded.
+        """
+        return info(self._session.store, name)
+
+    def delete_adapter(self, name: str) -> None:
+        """As `unload_adapter`, under PEFT's name."""
+        self.unload_adapter(name)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside, calls that name no adapter are the base's; then the default is put back.
+
+        It is `set_adapter(None)` for the length of a block, in all threads. Calls that name
+        adapters get them. Where blocks of several threads overlap, the last one that ends puts the
+        default back. A default that was unloaded inside is not put back.
+
+        Raises:
+            ConfigError: an adapter is merged.
+            BatchError: as `set_adapter`.
+        """
+        session, blocks = self._session, self._disabling
+        with session.lock:
+            block = [session.default]
+            self.set_adapter(None)
+            blocks.append(block)
+        try:
+            yield
+        finally:
+            with session.lock:
+                at = next(place for place, other in enumerate(blocks) if other is block)
+                del blocks[at]
+                if at < len(blocks):  # another thread's, or task's, which began in this one
+                    blocks[at][0] = blocks[at][0] or block[0]
+                elif block[0] is not None and block[0] in session.store:
+                    self.set_adapter(block[0])

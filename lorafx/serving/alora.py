@@ -149,10 +149,10 @@ class ActivatedForward:
             has_begun = (at is not None and at <= columns.start for at in begins)
             served = (name if own else None for name, own in zip(names, has_begun, strict=True))
             now = running._replace(requests=Requests(tuple(served), activated=True))
-            return self._session.run(now, functools.partial(self._by_row, *args, **kwargs))
+            return self._session.note(now, functools.partial(self._by_row, *args, **kwargs))
         # Graphs with adapters, also where none of them has begun: a batch where one has needs them.
         now = running._replace(requests=_token_requests(names, begins, columns), active=True)
-        return self._session.run(now, functools.partial(self._by_token, *args, **kwargs))
+        return self._session.note(now, functools.partial(self._by_token, *args, **kwargs))
 
     def _placed(self, named: Mapping[str, Any]) -> tuple[Names, list[int | None], range]:
         """The adapter of each row, the column where it begins, and the columns of the call."""

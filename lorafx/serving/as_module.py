@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -93,14 +93,60 @@ class AsModule(nn.Module):
         self.model._apply(fn, recurse)
         return self
 
+    def compile(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises CaptureError: this model is compiled already."""
+        raise CaptureError(
+            "lorafx.compile has compiled this model; call it as it is. Settings of the compiler "
+            "are given there: lorafx.compile(model, adapters, mode=..., options={...}). To call "
+            "torch.compile yourself, detach() the model, lorafx.attach(model, adapters), and name "
+            'the backend: torch.compile(model, backend="lorafx")'
+        )
+
+    def __reduce_ex__(self, _: Any) -> NoReturn:
+        """Raises CaptureError for copies and pickles: a copy of the graphs would serve the weights
+        of the original."""
+        raise CaptureError(
+            "a compiled model cannot be copied or pickled: its graphs and locks belong to this "
+            "process and to these weights. Copy or save the model that was given to "
+            "lorafx.compile, before it is compiled or after detach(); "
+            "lorafx.detach(copy.deepcopy(compiled.model)) is a plain copy of it"
+        )
+
+
+class _Refusal(torch.autograd.Function):
+    """y = loss; its backward raises. `leaf` requires a gradient, so that y does."""
+
+    @staticmethod
+    def forward(_: Any, loss: Tensor, leaf: Tensor) -> Tensor:
+        return loss.clone()  # users may write into it
+
+    @staticmethod
+    def backward(*_: Any) -> NoReturn:
+        raise CaptureError(
+            "a compiled model is for inference, and its loss has no gradients: train with PEFT on "
+            "the plain model, or on what detach() returns, and load what it saves by "
+            "load_adapter(folder, name); torch.no_grad() around a call gives a loss that asks for "
+            "none"
+        )
+
+
+def refusing_backward(output: Any) -> Any:
+    """`output` of a model, with a loss that requires gradients where they are switched on, as the
+    model's own would."""
+    if torch.is_grad_enabled() and isinstance(output, dict):
+        loss = output.get("loss")
+        if isinstance(loss, Tensor) and loss.is_floating_point():
+            output["loss"] = _Refusal.apply(loss, torch.ones((), requires_grad=True))
+    return output
+
 
 def signature_of(model: type[nn.Module], forward: Callable[..., Any]) -> inspect.Signature:
     """The signature of the model's own forward, with the keywords that `forward` adds."""
-    own, added = inspect.signature(model.forward), inspect.signature(forward)
-    found = dict(own.parameters)
-    last = [name for name, it in found.items() if it.kind is it.VAR_KEYWORD]
+    signature = inspect.signature(model.forward)
+    found = dict(signature.parameters)
+    last = [name for name, parameter in found.items() if parameter.kind is parameter.VAR_KEYWORD]
     rest = [found.pop(name) for name in last]
-    for name, parameter in added.parameters.items():
+    for name, parameter in inspect.signature(forward).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY:
             found.setdefault(name, parameter)
-    return own.replace(parameters=[*found.values(), *rest])
+    return signature.replace(parameters=[*found.values(), *rest])

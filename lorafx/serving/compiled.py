@@ -27,16 +27,14 @@ from lorafx.program.program import Program
 from lorafx.program.stack import refuse_pipeline_slips
 from lorafx.serving.adapter_methods import AdapterMethods
 from lorafx.serving.alora import forward_of
-from lorafx.serving.as_module import AsModule, signature_of
-from lorafx.serving.backward import refusing_backward
+from lorafx.serving.as_module import AsModule, refusing_backward, signature_of
 from lorafx.serving.base_methods import BaseMethods
 from lorafx.serving.batching_methods import BatchingMethods
 from lorafx.serving.call_inputs import check_tensors
-from lorafx.serving.delegated import delegated
 from lorafx.serving.entry import Entry, entered
-from lorafx.serving.generation import by_itself, generate, nested_generates
-from lorafx.serving.habits import ELSEWHERE, Habits
+from lorafx.serving.generation import by_itself, generate, generating_in_methods, nested_generates
 from lorafx.serving.look_methods import LookMethods
+from lorafx.serving.names import delegated
 from lorafx.serving.warmup import warm_up
 from lorafx.serving.waves import call_in_waves, generate_in_waves
 from lorafx.session.requests import LastCall, Names, by_slots, check_prompts, checked_names
@@ -48,7 +46,7 @@ from lorafx.session.stand_ins import forward_of as forward_of_module
 from lorafx.torch_internals.compat import untraced
 
 
-class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMethods, AsModule):
+class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, AsModule):
     """A model that serves its base and many LoRA adapters in one batch.
 
     `model` is the model that was given, with the same classes, names, `state_dict()` and
@@ -76,6 +74,7 @@ class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMe
         self._session.backend.recorded = partial(write_beside_dumps, session)
         self._entries: dict[tuple[Any, ...], Entry] = {}
         self._by_themselves: dict[int, tuple[Entry, Callable[..., Any]]] = {}
+        self._disabling = []
         # In a list: an attribute of a module takes a microsecond to set.
         self._last_call: list[LastCall | None] = [None]
         try:
@@ -134,18 +133,17 @@ class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMe
         elif names is None:
             refuse_pipeline_slips(self.model)
         by_token = adapter_slots is not None and adapter_slots.dim() == 2
+        self._last_call[0] = LastCall.of(args, kwargs)
 
         def call(
             args: Sequence[Any], kwargs: Mapping[str, Any], names: Names | None, tokens: Any
         ) -> Any:
-            def run() -> Any:
-                self._check_attached()  # it may have been detached while the call waited
-                return self._called()(*args, **kwargs)
-
+            run = partial(self._run_forward, args, kwargs)
             return self._session.call(run, names, tokens=tokens, activated=by_token)
 
-        self._last_call[0] = LastCall.of(args, kwargs)
-        return refusing_backward(call_in_waves(self, call, args, kwargs, names, tokens))
+        if self._session.program.options.overflow == "waves":
+            return refusing_backward(call_in_waves(self, call, args, kwargs, names, tokens))
+        return refusing_backward(call(args, kwargs, names, tokens))
 
     @untraced
     def generate(
@@ -183,6 +181,15 @@ class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMe
         check_prompts(names, kwargs.get("input_ids", args[0] if args else kwargs.get(main)))
         return generate_in_waves(self, call, args, kwargs, names)
 
+    def _run_forward(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The model's forward for the requests of the running call; the model's call, where hooks
+        of the model itself run around its graphs."""
+        self._check_attached()  # it may have been detached while the call waited
+        forward, session, model = forward_of(self), self._session, self.model
+        if not session.program.hook_watch.around or not any(hooks_of(model)):
+            return forward(*args, **kwargs)
+        return session.stand_ins.replacing([(model, "forward", forward)], model, *args, **kwargs)
+
     def entry(
         self,
         module: nn.Module,
@@ -213,13 +220,12 @@ class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMe
         def both() -> None:
             entry = self.entry(self.model)
             entry(*args, **kwargs)
-            lora = session.running._replace(active=True)
-            session.run(lora, lambda: entry(*args, **kwargs))
+            session.note(session.running._replace(active=True), lambda: entry(*args, **kwargs))
 
         with session.lock:
             warming = session.running._replace(warming=True)
             # Rows of the base.
-            session.run(warming, lambda: session.call(both, [None], repeats=True))
+            session.note(warming, lambda: session.call(both, [None], repeats=True))
 
     def warmup(
         self,
@@ -334,25 +340,17 @@ class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMe
             known = self._by_themselves[id(part)] = entry, by_itself(self, part)
         return known[1]
 
+    def generating_in_methods(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """`method` of the model: where it calls `generate`, it is this one."""
+        return generating_in_methods(self, method)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             if name == "model":
                 raise
-            if name in ELSEWHERE and not hasattr(self.model, name):
-                raise AttributeError(
-                    f"a compiled model has no {name!r}; use {ELSEWHERE[name]}"
-                ) from None
-            return delegated(self, name, getattr(self.model, name))
-
-    def _called(self) -> Callable[..., Any]:
-        """The forward of the running call; the call of the model around it, where hooks of the
-        model itself run around its graphs."""
-        forward, session, model = forward_of(self), self._session, self.model
-        if not session.program.hook_watch.around or not any(hooks_of(model)):
-            return forward
-        return partial(session.stand_ins.replacing, [(model, "forward", forward)], model)
+        return delegated(self, name)
 
     def _check_attached(self) -> None:
         if not self._attachment.rollback:
@@ -382,8 +380,8 @@ def compiled_of(model: object) -> CompiledModel | None:
         return model
     if isinstance(model, nn.Module):
         model = without_wrappers(model)
-    each = (found for found in list(_COMPILED) if found.model is model)
-    return next((found for found in each if found._attachment.rollback), None)
+    serving = (found for found in list(_COMPILED) if found._attachment.rollback)
+    return next((found for found in serving if found.model is model), None)
 
 
 def refuse_other(model: object) -> None:
@@ -395,9 +393,9 @@ def refuse_other(model: object) -> None:
         )
 
 
-def refuse_compiled(model: object) -> None:
-    """Raise CaptureError where `model` is served by what `lorafx.compile` returned, or is that, and
-    ConfigError where it is no model."""
+def refuse_compiled(model: nn.Module) -> None:
+    """Raise CaptureError where `model` is served by what `lorafx.compile` returned, or is or holds
+    that, and ConfigError where it is no model."""
     refuse_other(model)
     if compiled_of(model) is not None:
         raise CaptureError(
@@ -405,8 +403,7 @@ def refuse_compiled(model: object) -> None:
             "load_adapter() takes more adapters. To compile it anew, as a notebook's cell does "
             "that runs twice, call lorafx.detach(model) first"
         )
-    parts = model.named_modules() if isinstance(model, nn.Module) else ()
-    inside = [path for path, part in parts if isinstance(part, CompiledModel)]
+    inside = [path for path, part in model.named_modules() if isinstance(part, CompiledModel)]
     if inside:
         raise CaptureError(
             f"{type(model).__name__} holds a compiled model at {inside[0]}, which has adapters of "

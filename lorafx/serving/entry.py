@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType, MethodType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,6 @@ from lorafx.torch_internals.compat import is_recompile_limit, mark_fixed_shape
 
 if TYPE_CHECKING:  # what it needs of torch may be missing where nothing is saved
     from lorafx.saved_graphs.saved_graphs import SavedGraphs
-
-T = TypeVar("T")
 
 
 class Entry:
@@ -72,16 +70,18 @@ class Entry:
         #: Guards alone would not tell the states apart.
         self.traced = {(_AS_GIVEN, False): self._new(base=False)}
         self.experts = [site for site in session.program.sites if site.expert_weight is not None]
+        #: The last call with adapters had graphs captured, or there was none.
+        self.capturing = True
         functools.update_wrapper(self, function)
 
     def compiles(self, function: Callable[..., Any]) -> bool:
-        """Whether this is what it compiles. Each access to a method makes a new one."""
-        own = self.function
-        return function is own or (
-            isinstance(own, MethodType)
+        """Whether this is what it compiles. Each access to a method makes a new object."""
+        known = self.function
+        return function is known or (
+            isinstance(known, MethodType)
             and isinstance(function, MethodType)
-            and function.__func__ is own.__func__
-            and function.__self__ is own.__self__
+            and function.__func__ is known.__func__
+            and function.__self__ is known.__self__
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -125,14 +125,20 @@ class Entry:
         state = sites.state, hooks.look()
         traced = self._traced(state, base=base)
         try:
-            run = functools.partial(self._result, traced, *args, **kwargs)
+            run = functools.partial(traced.call, *args, **kwargs)
             ungraded = torch.no_grad() if torch.is_grad_enabled() else nullcontext()
             with ungraded, session.module_paths():
-                return _tracked(session, run)
+                result = self._tracked(run)
+            if isinstance(result, (GeneratorType, CoroutineType, AsyncGeneratorType)):
+                raise CaptureError(
+                    f"{self.name} is a {type(result).__name__}, whose body runs after the call "
+                    "has ended, without its adapters; return what it yields"
+                )
+            return result
         except BaseException as error:
-            own = own_error(error)
-            if isinstance(own, ReplacedModuleError):
-                raise own from None
+            known = own_error(error)
+            if isinstance(known, ReplacedModuleError):
+                raise known from None
             raised = "; ".join(dict.fromkeys(traced.given_up.values()))
             traced.given_up.clear()
             if is_recompile_limit(error):
@@ -149,8 +155,8 @@ class Entry:
                 ) from error
             if isinstance(error, LorafxError):
                 raise
-            if own is not None:
-                raise own from error
+            if known is not None:
+                raise known from error
             failure = explained(error, type(self.module).__name__, self._base_served(base=base))
             if failure is None:
                 raise
@@ -160,6 +166,49 @@ class Entry:
             if sites.state != state[0]:  # noticed when a graph was captured
                 for kind in (False, True):
                     self.traced.pop((state, kind), None)
+
+    def _tracked(self, run: Callable[[], Any]) -> Any:
+        """What `run` returns. Where adapters are active, what Python computes between graphs is
+        looked at: for weights that are used past their modules, and where that may be asked for,
+        for owners.
+
+        Raises:
+            MatchError: the weight of a site was used past its module.
+        """
+        program, records = self.session.program, self.session.backend.records
+        if not program.runtime.active:
+            return run()
+        captured = len(records)
+        uses = WeightUses(program) if program.batch.touched else None
+        memory = self._memory()
+        try:
+            if uses is None and memory is None:
+                return run()
+            result = Tracking(memory, uses).run(run)
+            if uses is not None:
+                uses.refuse()
+            return result
+        finally:
+            self.capturing = len(records) != captured
+
+    def _memory(self) -> Memory | None:
+        """Where the owners are noted of what the running call computes; None where nobody asks: the
+        batch is of one adapter, or the model in one graph, and calls have no graphs captured any
+        more."""
+        session, program = self.session, self.session.program
+        call, rows = program.call, len(program.runtime.rows)
+        mixed = not program.runtime.uniform and session.backend.several[0]
+        wanted = session.asked.tokens is None and 1 < rows <= MOST_REQUESTS
+        if call is None or call.roles is None or not wanted or not (mixed or self.capturing):
+            return None
+        call.tracked = True
+        for name, value in call.named.items():
+            for tensor in tensor_leaves(value):
+                role = call.roles.role(name, tensor, call.named)
+                call.memory.given(tensor, held_argument(role, tensor, rows))
+        if mixed:
+            call.memory.own(program.buffers())
+        return call.memory
 
     def _base_served(self, *, base: bool) -> str:
         """What becomes of calls without an adapter where a graph cannot be compiled."""
@@ -209,16 +258,6 @@ class Entry:
             self.traced[state, base] = self._new(base=base)
         return self.traced[state, base]
 
-    def _result(self, traced: Traced, *args: Any, **kwargs: Any) -> Any:
-        """Raises CaptureError where it is yet to be computed, without the batch that is set up."""
-        result = traced.call(*args, **kwargs)
-        if isinstance(result, (GeneratorType, CoroutineType, AsyncGeneratorType)):
-            raise CaptureError(
-                f"{self.name} is a {type(result).__name__}, whose body runs after the call "
-                "has ended, without its adapters; return what it yields"
-            )
-        return result
-
     def _refuse_loops(self) -> None:
         """Refuse adapters of experts that the base is told to run one after another.
 
@@ -252,50 +291,6 @@ def _base_graphs(session: Session) -> bool | str:
     if options.lowering == "reference" or session.has_mha:
         return True
     return False if device.type == "cpu" else "warmup"
-
-
-def _tracked(session: Session, action: Callable[[], T]) -> T:
-    """What `action` returns, which runs the model. Where adapters are active, what Python computes
-    between graphs is looked at: for weights that are used past their modules, and where that may be
-    asked for, for owners.
-
-    Raises:
-        MatchError: the weight of a site was used past its module.
-    """
-    program, captured = session.program, len(session.backend.records)
-    active = program.runtime.active
-    uses = WeightUses(program) if active and program.batch.touched else None
-    memory = _memory(session) if active else None
-    try:
-        if uses is None and memory is None:
-            return action()
-        result = Tracking(memory, uses).run(action)
-        if uses is not None:
-            uses.refuse()
-        return result
-    finally:
-        if active:
-            session.capturing = len(session.backend.records) != captured
-
-
-def _memory(session: Session) -> Memory | None:
-    """Where the owners are noted of what the running call computes; None where nobody asks: the
-    batch is of one adapter, or the model in one graph, and calls have no graphs captured any more.
-    """
-    program = session.program
-    call, rows = program.call, len(program.runtime.rows)
-    mixed = not program.runtime.uniform and session.backend.several[0]
-    wanted = session.asked.tokens is None and 1 < rows <= MOST_REQUESTS
-    if call is None or call.roles is None or not wanted or not (mixed or session.capturing):
-        return None
-    call.tracked = True
-    for name, value in call.named.items():
-        for tensor in tensor_leaves(value):
-            role = call.roles.role(name, tensor, call.named)
-            call.memory.given(tensor, held_argument(role, tensor, rows))
-    if mixed:
-        call.memory.own(program.buffers())
-    return call.memory
 
 
 def _fix_image_sizes(named: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ from torch import nn
 from lorafx.errors import ConfigError, LorafxError
 from lorafx.serving.added_tokens import without_added_tokens
 from lorafx.serving.alora import generating_forward_of
-from lorafx.serving.refused import PAGED, refuse
+from lorafx.serving.names import PAGED, refuse
 from lorafx.session.resting import refuse_elsewhere, wanted
 from lorafx.session.stand_ins import Replaced
 from lorafx.torch_internals.compat import tracing
@@ -93,7 +93,7 @@ def _nested(compiled: CompiledModel, module: nn.Module) -> Callable[..., Any]:
         refuse_elsewhere(session)
         repeating = session.running._replace(requests=session.asked._replace(repeats=True))
         action = functools.partial(_generate, compiled, module, run, *args, **kwargs)
-        return session.run(repeating, action)
+        return session.note(repeating, action)
 
     return nested
 

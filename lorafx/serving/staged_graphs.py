@@ -130,7 +130,6 @@ def staged(compiled: Staged) -> Iterator[Stages]:
     program = session.program
     with session.lock:
         backend, entries, options = session.backend, compiled._entries, program.options
-        capturing = session.capturing
         names = (CAPTURED, *(item.name for item in pipeline(options).graph))
         stages = Stages(lowering_for(options), names, current=names[-1])
         try:
@@ -139,10 +138,8 @@ def staged(compiled: Staged) -> Iterator[Stages]:
             session.backend.lowering, session.backend.keeper = stages, stages.keeper
             # It is not the first call of this program: what modules keep may be of a request.
             session.backend.records.extend(backend.records)
-            session.capturing = True
             compiled._entries = {}
             yield stages
         finally:
-            session.capturing = capturing
             session.backend, compiled._entries = backend, entries
             program.options = options

@@ -1,4 +1,6 @@
-"""Adapters that are loaded while sessions serve: into one model, or by parts into several."""
+"""Adapters that come and go while sessions serve: loaded into one model, or by parts into several,
+unloaded, and brought nearer before a call asks for them.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +8,12 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
+from lorafx.adapter_store.holding import Hold
 from lorafx.adapter_store.names import members, refuse_swapped
 from lorafx.adapter_store.origins import Origin
 from lorafx.adapter_store.peft_reader import Adapter
 from lorafx.adapter_store.saved import AdapterSource
-from lorafx.errors import CheckpointError, ConfigError, ReplacedModuleError
+from lorafx.errors import CheckpointError, ConfigError, LorafxError, ReplacedModuleError
 from lorafx.interrupts import undisturbed
 from lorafx.session.running import refuse_transformed
 from lorafx.session.session import Session, read_for
@@ -68,9 +71,9 @@ def load_parts(parts: Sequence[tuple[Session, Any]], name: str, strict: bool | N
 
     def keep() -> None:
         steps = [
-            unloading(session, name) if one is None else _keeping(session, name, *one)
-            for (session, _), one in zip(parts, read, strict=True)
-            if one is not None or name in session.store.names
+            unloading(session, name) if part is None else _keeping(session, name, *part)
+            for (session, _), part in zip(parts, read, strict=True)
+            if part is not None or name in session.store.names
         ]
         undisturbed(lambda: [step() for step in steps])
 
@@ -177,3 +180,49 @@ def unloading(session: Session, name: str) -> Callable[[], None]:
             session.choose(None)
 
     return unload
+
+
+# --- ahead of calls ---
+
+
+def prefetch(session: Session, names: Sequence[str | None], *, slots: bool) -> None:
+    """Have these adapters in host memory, or in `slots`.
+
+    Raises:
+        UnknownAdapterError: a name that is not loaded.
+        CheckpointError: a file has changed since it was loaded, or cannot be read.
+        ConfigError: a sum of adapters that can be part of none.
+        CapacityError: into slots, and there are not as many.
+    """
+    refuse_transformed()
+    store = session.store
+    for name in names:
+        if name is not None:
+            store.check_known(name)
+    host_copies = store.fetch(names)  # read before the lock is taken
+    if not slots:
+        return
+    with session.lock:
+        if not store.copy_streams.beside:
+            session.locks.streams.follow(session.accelerators)
+        running = session.running
+        held = running.held
+        if running.entries or store.copy_streams.captured:  # graphs may be replayed
+            held = held.union(session.program.runtime.rows)
+        store.fill(names, held)
+    del host_copies  # which had them stay in memory until here
+
+
+def fill_ahead(session: Session, holds: Iterable[Hold]) -> None:
+    """Begin to copy these adapters, in their order, into slots that the call before this one does
+    not use, as many as find some. Nothing is done where steps would wait for it. The lock is held.
+    """
+    store = session.store
+    if not store.copy_streams.beside:
+        return
+    held = frozenset(session.program.runtime.rows)
+    for hold in holds:
+        try:
+            held = held.union(store.fill([store.held_name(hold)], held))
+        except LorafxError:  # no slot is left, or the call that asks for it will say what is wrong
+            return

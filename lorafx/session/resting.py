@@ -1,11 +1,9 @@
 """Layers of a compiled model that run outside the calls of its entries get no adapter.
 
 Such a layer (`cm.lm_head(h)`, `cm.model(x)`, parts that a `generate` of the model's own calls
-directly) runs as it is, without slots. Where the adapters that are wanted at that moment change the
-layer, its mark raises; where they do not, the base's answer is right. Marks check this only in
-eager mode and when no adapter is active, so it is in no graph. Where one is, they ask in eager mode
-whether the call is that of their own thread: the model itself, called on another thread, would get
-the adapters of the call that is running.
+directly) runs without slots. Where the adapters that are wanted at that moment change it, its mark
+raises; where they do not, the base's answer is right. Marks ask in eager mode only, so this is in
+no graph.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ _WAY = "the names to what lorafx.compile returned: cm(..., adapter_names=[...])"
 
 
 class Resting:
-    """What marks ask where no adapter is active: inside of entries that is what the batch wants."""
+    """What the marks of a compiled model ask in eager mode (`Runtime.resting`)."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -43,15 +41,15 @@ class Resting:
         for name in wanted(session):
             if path not in session.store[name].sites:
                 continue
-            self.refuse_elsewhere()  # it is the call of another thread that wants it
-            asked = (
+            refuse_elsewhere(session)  # it is the call of another thread that wants it
+            reason = (
                 f"{name!r} is the default that set_adapter chose"
                 if session.asked.alike
                 else f"adapter {name!r} was requested by this call"
             )
             raise MatchError(
                 f"{layer} runs outside the compiled model's own calls, where nothing adds "
-                f"its delta, but {asked}. Call the compiled model or a method of its class; "
+                f"its delta, but {reason}. Call the compiled model or a method of its class; "
                 "after set_adapter(None), parts of the model that are called directly run "
                 "as the base"
             )
@@ -63,16 +61,13 @@ class Resting:
             refuse_called_slips(lambda module: module is model, _WAY)
 
     def refuse_elsewhere(self) -> None:
-        """As the function of this name."""
+        """As the function of this name: with an adapter active, the model itself, called on another
+        thread, would get those of the call that is running."""
         refuse_elsewhere(self._session)
 
 
 def refuse_elsewhere(session: Session) -> None:
-    """Refuse that a part of the model runs while another thread is in a call.
-
-    Raises:
-        BatchError: one is.
-    """
+    """Raise BatchError where a part of the model runs while another thread is in a call."""
     running = session.running
     if running.depth and not running.here:
         raise BatchError(

@@ -1,4 +1,4 @@
-"""What is under way in a session, in values that are replaced whole.
+"""What is under way in a session, in values that are replaced whole; and its locks.
 
 A signal may come between any two calls of functions. So whoever begins something notes it by one
 assignment, and takes it back by one: an interrupt finds all of it noted, or nothing.
@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import itertools
 import threading
-from typing import Final, NamedTuple, Protocol
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+
+import torch
 
 from lorafx.errors import CaptureError
 from lorafx.interrupts import free_after_fork
 from lorafx.program.program import Batch
 from lorafx.session.requests import Requests
-from lorafx.session.streams import Streams
 from lorafx.torch_internals.compat import transform
+
+if TYPE_CHECKING:
+    from lorafx.model.sites import Group
 
 
 class Running(NamedTuple):
@@ -68,14 +73,8 @@ IDLE = Running()
 
 
 class Around(NamedTuple):
-    """What was under way before a call or block began inside, and goes on after it.
-
-    Attributes:
-        running: as of then.
-        batch: of the program.
-        rows: `Runtime.rows`.
-        active: `Runtime.active`.
-    """
+    """What was under way before a forward or block began inside, and goes on after it: `rows` and
+    `active` are those of the runtime."""
 
     running: Running
     batch: Batch
@@ -103,6 +102,45 @@ class BaseState(NamedTuple):
     merged: Named | None = None
     broken: str = ""
     unmerged: str = ""
+
+
+class Streams:
+    """Has each turn on an accelerator begin when the turn before it is done there.
+
+    Calls and writes take turns on the host, and what they have launched goes on after that: an
+    engine computes its steps on a stream of its own, while another thread loads an adapter on the
+    default one. Only the device waits, and only where the stream is another. Whoever takes a turn
+    holds `Locks.calls`.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[torch.device, torch.Stream] = {}
+
+    def follow(self, devices: Sequence[torch.device]) -> None:
+        """Have what is launched from now on, on the current stream of each of these accelerators,
+        begin when all is done that was launched on the stream of the turn before.
+
+        For whoever is about to read or write slots or base weights.
+        """
+        for device in devices:
+            stream = torch.accelerator.current_stream(device)
+            last = self._last.get(device)
+            if last == stream:
+                continue
+            # What is captured now runs later, when its owner says; it can wait for nothing that
+            # runs today.
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                continue
+            if last is not None:
+                stream.wait_stream(last)
+            # Noted last: an interrupt before it has the next turn wait once more.
+            self._last[device] = stream
+
+
+def accelerators(groups: Iterable[Group]) -> tuple[torch.device, ...]:
+    """The devices of the groups' banks that have streams."""
+    devices = dict.fromkeys(group.bank.ranks.device for group in groups)
+    return tuple(device for device in devices if device.type not in ("cpu", "meta"))
 
 
 _NUMBERS = itertools.count()

@@ -1,12 +1,8 @@
 """A session: a program that serves calls, each request with its own adapter.
 
-    note        what is under way: `Running`, one assignment
-    set batch   names of the requests → names of the rows → slots in the store → the runtime
-    run         the compiled forward, or what the block holds
-    take back   what was there before, on interrupts too
-
-Entries of compiled models (lorafx.serving.entry) and blocks of `lorafx.adapters`
-(lorafx.torch_compile.attached) walk through these steps; what each does by itself is in its file.
+call    names of the requests, noted as what is under way (`Running`)
+run     a compiled forward within it, with its batch: names of the rows → slots in the store →
+        the runtime; then what was there before, on interrupts too
 """
 
 from __future__ import annotations
@@ -25,7 +21,6 @@ from lorafx.adapter_store.host_copies import HostCopy
 from lorafx.adapter_store.names import members
 from lorafx.adapter_store.peft_model import notes_of_peft
 from lorafx.adapter_store.peft_reader import Adapter, read_adapter
-from lorafx.adapter_store.saved import AdapterSource
 from lorafx.adapter_store.store import AdapterStore, StoredAdapter
 from lorafx.capture.backend import Backend
 from lorafx.errors import BatchError, CaptureError, ConfigError
@@ -38,11 +33,11 @@ from lorafx.session.running import (
     BaseState,
     Locks,
     Running,
+    accelerators,
     refuse_transformed,
 )
 from lorafx.session.stand_ins import StandIns
-from lorafx.session.statistics import SessionCounts, Statistics, statistics_of
-from lorafx.session.streams import accelerators
+from lorafx.session.statistics import SessionCounts, Statistics
 from lorafx.torch_internals.compat import no_mha_fast_path
 from lorafx.torch_internals.entrances import unsupported
 
@@ -79,9 +74,8 @@ class Served(NamedTuple):
 class Session:
     """What all calls of one model share.
 
-    What is not final is a value that is replaced whole, by whom the comment says; `counts` and
-    `disabling` are changed in place. `locks.calls` is held by whoever replaces `running`, `default`
-    or `base`, or changes `disabling`.
+    What is not final is a value that is replaced whole, by whom the comment says; `counts` are
+    changed in place. `locks.calls` is held by whoever replaces `running`, `default` or `base`.
     """
 
     #: Whether it can serve beside sessions of models that share modules with this one.
@@ -92,7 +86,7 @@ class Session:
     ) -> None:
         self.program: Final = program
         self.store: Final = store
-        #: What compiles its graphs; another one inside of lorafx.serving.staged_graphs: by that.
+        #: What compiles its graphs: another one by lorafx.serving.staged_graphs.
         self.backend = backend
         self.dynamic: Final = dynamic
         self.stand_ins: Final = StandIns()
@@ -101,19 +95,14 @@ class Session:
         )
         # Notes of PEFT's that were there before mean nothing.
         self._noted_before: Final = notes_of_peft(program.model)
-        #: What is under way: by `run`, and by blocks of `lorafx.adapters`.
+        #: What is under way: by `note` and `run`, and by blocks of `lorafx.adapters`.
         self.running: Running = IDLE
         #: The adapter of calls that name none: by `choose`.
         self.default: str | None = None
         #: `Runtime.active` between calls: by `choose`.
         self.at_rest: bool | None = False
-        #: What the default was before each block of `disable_adapter` that is open: by that.
-        self.disabling: Final[list[list[str | None]]] = []
         #: What the base weights are: by lorafx.base_weights.
         self.base: BaseState = BaseState()
-        #: The last call with adapters had graphs captured, or there was none: by
-        #: lorafx.serving.entry.
-        self.capturing = True
         #: Of models that share modules with this one, and with their locks: by
         #: lorafx.session.sharing.
         self.neighbours: tuple[Session, ...] = ()
@@ -127,7 +116,8 @@ class Session:
         self.beside: Callable[[Callable[[], Any]], Any] | None = None
         self.counts: Final = SessionCounts()
         self._last_served = Served()  # by `serve`
-        store.read_with(partial(read_again, program))
+        # What host memory had no room for; what was worth a warning was said when it was loaded.
+        store.read_with(partial(read_for, program, warn=False))
         _SESSIONS[id(self)] = self
 
     @property
@@ -209,7 +199,7 @@ class Session:
                     raise CaptureError(self.base.unmerged)
                 if not packed:
                     function = partial(self.beside_engine, function)
-                return self.run(running.serving(requests), function)
+                return self.note(running.serving(requests), function)
         except Exception as error:
             failure = unsupported(error)
             if failure is None:
@@ -228,29 +218,41 @@ class Session:
         requests = Requests(tuple(names), tokens)
         return self.store.fetch(names if tokens is None else requests.used().values())
 
-    def run(self, running: Running, action: Callable[[], T]) -> T:
-        """What `action` returns, while `running` is under way. The lock is held."""
-        program, runtime = self.program, self.program.runtime
-        around = self.pause()
-        before, batch = around.running, around.batch
-        others: list[bool | None] = []  # `list[...]()` takes a microsecond
+    def note(self, running: Running, action: Callable[[], T]) -> T:
+        """What `action` returns, while `running` is under way: a call, whose forwards `run` with
+        their batches. The lock is held."""
+        before, runtime = self.running, self.program.runtime
         # No context manager, nor a function for the first line of what takes back: an interrupt
         # where either begins would leave all this, and the lock, as it is in a call. Nothing can
         # come between plain assignments.
         try:
             self.running = running
+            return action()
+        finally:
+            self.running = before
+            if not before.entries:
+                runtime.active = self.at_rest
+
+    def run(self, running: Running, action: Callable[[], T]) -> T:
+        """As `note`, of what reads or writes slots or base weights: a forward, an update. The batch
+        that `action` sets is taken back with it: called by itself the model is the base."""
+        program, runtime = self.program, self.program.runtime
+        around = self.pause()
+        before, batch = around.running, around.batch
+        others: list[bool | None] = []  # `list[...]()` takes a microsecond
+        try:  # as in `note`
+            self.running = running
             if self.neighbours and running.entries > before.entries:
                 others = self._have_neighbours_rest()
             return action()
         finally:
-            # The marks stay on the model: called by itself it is the base model.
             self.running, program.batch, runtime.active = before, batch, self.at_rest
             if others:
                 self._have_neighbours_go_on(others)
             self.go_on(around)
 
     def pause(self) -> Around:
-        """What is under way, and goes on after the call or block that begins. The lock is held."""
+        """What is under way, and goes on after what begins now. The lock is held."""
         self.locks.streams.follow(self.accelerators)
         program, runtime = self.program, self.program.runtime
         return Around(self.running, program.batch, runtime.rows, runtime.active)
@@ -356,7 +358,7 @@ class Session:
 
     def statistics(self) -> Statistics:
         """What adapters have done so far."""
-        return statistics_of(self.store, self.counts)
+        return self.counts.with_those_of(self.store)
 
     # --- what may not be done now ---
 
@@ -376,8 +378,7 @@ class Session:
     def asks_for(self, name: str) -> bool:
         """Whether the running call, or the default without one, names this adapter, by itself or in
         a sum."""
-        asked = self.asked.names
-        return any(own is not None and name in members(own) for own in asked)
+        return any(given is not None and name in members(given) for given in self.asked.names)
 
     def refuse_served(self, name: str, what: str) -> None:
         """Raise BatchError where the call that is running on this very thread, which holds the
@@ -440,7 +441,7 @@ class Session:
 def read_for(
     program: Program, source: Any, name: str, *, strict: bool = False, warn: bool = True
 ) -> Adapter:
-    """As `read_adapter`, for the program's sites; raises as that."""
+    """As `read_adapter`, for the program's sites."""
     return read_adapter(
         source,
         name,
@@ -451,16 +452,6 @@ def read_for(
         strict=strict,
         warn=warn,
     )
-
-
-def read_again(program: Program, source: AdapterSource, name: str) -> Adapter:
-    """An adapter that host memory had no room for. What was worth a warning was said when it was
-    loaded from `source`.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    return read_for(program, source, name, warn=False)
 
 
 #: All of this process, as long as somebody keeps them. Also those that serve no more: a child

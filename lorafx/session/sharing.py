@@ -2,8 +2,7 @@
 
 A module that two compiled models hold carries one mark for each, and only the mark of the running
 model may add its delta. So the sessions of such models take turns (one lock), and while an entry of
-one runs, the runtimes of the others are idle, even where the call of one is inside the other's
-`generate`.
+one runs, the runtimes of the others are idle.
 
 A write into a weight applies to every model that holds it. For new base weights that is intended;
 for a merged adapter it is not, so the merge is refused.
@@ -63,16 +62,16 @@ def held_elsewhere(session: Session, tensors: Sequence[Tensor]) -> list[str]:
         f"{path} of another {_name(other)}"
         for other in _others(session)
         for path, tensor in _tensors(other.program.model)
-        for own in wanted.get(storage_key(tensor), ())
-        if tensor is own or overlap(tensor, own)
+        for candidate in wanted.get(storage_key(tensor), ())
+        if tensor is candidate or overlap(tensor, candidate)
     ]
 
 
 def refresh_elsewhere(session: Session) -> None:
     """Have the other models that hold weights of this one take up what was written into them."""
-    own = {storage_key(tensor) for _, tensor in _tensors(session.program.model)}
+    memory = {storage_key(tensor) for _, tensor in _tensors(session.program.model)}
     for other in _others(session):
-        if any(storage_key(tensor) in own for _, tensor in _tensors(other.program.model)):
+        if any(storage_key(tensor) in memory for _, tensor in _tensors(other.program.model)):
             with other.lock:
                 other.locks.streams.follow(other.accelerators)
                 other.counts.writes += 1
@@ -80,13 +79,13 @@ def refresh_elsewhere(session: Session) -> None:
 
 
 def _refuse_merged(session: Session) -> None:
-    own = {storage_key(tensor): path for path, tensor in _tensors(session.program.model)}
+    paths = {storage_key(tensor): path for path, tensor in _tensors(session.program.model)}
     for other in _others(session):
         merged = other.base.merged
         if merged is None:
             continue
         for _, tensor in _tensors(other.program.model):
-            path = own.get(storage_key(tensor))
+            path = paths.get(storage_key(tensor))
             if path is not None:
                 raise CaptureError(
                     f"{path} is shared with a {_name(other)} into which {merged.name!r} is "

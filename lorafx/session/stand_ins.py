@@ -13,7 +13,7 @@ from torch import nn
 
 T = TypeVar("T")
 
-#: An attribute of a module and what it is while `generate` runs.
+#: A module, the name of an attribute, and what it is meanwhile.
 Replaced = tuple[nn.Module, str, Callable[..., Any]]
 #: The attributes of a module, a name among them, and what it was, None where it was none; of those
 #: that are replaced now the first has the least number.
@@ -32,21 +32,21 @@ class StandIns:
         self, attributes: Sequence[Replaced], action: Callable[..., T], *args: Any, **kw: Any
     ) -> T:
         """What `action` returns, with these attributes in place of the modules' own."""
-        own = [
+        originals = [
             (vars(module), name, vars(module).get(name), next(_NUMBERS))
             for module, name, _ in attributes
         ]
         outer = self._originals
         try:
-            self._originals = (*outer, *own)
+            self._originals = (*outer, *originals)
             for module, name, value in attributes:
                 vars(module)[name] = value
             return action(*args, **kw)
         finally:
             try:
-                _put_back(own)
+                _put_back(originals)
             except BaseException:  # an interrupt, in the middle of it
-                _put_back(own)
+                _put_back(originals)
                 raise
             finally:
                 self._originals = outer
@@ -58,7 +58,6 @@ class StandIns:
 
 
 def _put_back(originals: Sequence[_Original]) -> None:
-    """The first that was replaced last."""
     for attributes, name, before, _ in reversed(originals):
         if before is None:
             attributes.pop(name, None)
@@ -78,12 +77,12 @@ def forward_of(module: nn.Module) -> Callable[..., Any]:
         return forward
     replaced = [
         (number, before)
-        for each in list(_ALL)
-        for holder, name, before, number in each._originals
+        for stand_ins in list(_ALL)
+        for holder, name, before, number in stand_ins._originals
         if holder is attributes and name == "forward"
     ]
     if not replaced:
         return forward
     _, before = min(replaced, key=itemgetter(0))
-    own: Callable[..., Any] = before or MethodType(type(module).forward, module)
-    return own
+    original: Callable[..., Any] = before or MethodType(type(module).forward, module)
+    return original

@@ -54,26 +54,21 @@ class Statistics:
 
 @dataclass
 class SessionCounts:
-    """What a session counts by itself, in place.
-
-    Attributes:
-        waits, tokens: as in `Statistics`: by continuous batching.
-        writes: how often new base weights were written, or begun to be: by updates of the session
-            and of others that share them.
-    """
+    """What a session counts by itself, in place: `waits` and `tokens` as in `Statistics`, and how
+    often new base weights were written, or begun to be (`writes`), by updates of the session and of
+    others that share them."""
 
     waits: int = 0
     tokens: Counter[str] = field(default_factory=Counter)
     writes: int = 0
 
-
-def statistics_of(store: AdapterStore, counts: SessionCounts) -> Statistics:
-    """What adapters have done in a session with this store."""
-    host, sizes = store.host, store.nbytes()
-    slots = store.hits, store.loads, store.evictions
-    tiers = {
-        "device": Tier(*slots, sizes["banks"]),
-        "host": Tier(host.hits, host.misses, host.evictions, sizes["host"]),
-        "disk": Tier(host.misses - host.changed, host.changed, 0, sizes["disk"]),
-    }
-    return Statistics(*slots, counts.waits, dict(counts.tokens), tiers)
+    def with_those_of(self, store: AdapterStore) -> Statistics:
+        """What adapters have done in a session with this store."""
+        host, sizes = store.host, store.nbytes()
+        slots = store.hits, store.loads, store.evictions
+        tiers = {
+            "device": Tier(*slots, sizes["banks"]),
+            "host": Tier(host.hits, host.misses, host.evictions, sizes["host"]),
+            "disk": Tier(host.misses - host.changed, host.changed, 0, sizes["disk"]),
+        }
+        return Statistics(*slots, self.waits, dict(self.tokens), tiers)

@@ -28,7 +28,7 @@ from lorafx.program.frame import Frame, wants_gradient
 from lorafx.program.program import Program
 from lorafx.program.stack import called_directly, called_module
 from lorafx.serving.compiled import refuse_compiled
-from lorafx.serving.habits import refuse_arguments
+from lorafx.serving.names import refuse_arguments
 from lorafx.torch_compile.attached import (
     AttachedSession,
     refuse_slips,

@@ -18,7 +18,7 @@ from lorafx.errors import BatchError, CaptureError
 from lorafx.model.attachment import detach as remove_marks
 from lorafx.program.stack import unwrapped
 from lorafx.serving.compiled import compiled_of
-from lorafx.serving.habits import refuse_arguments
+from lorafx.serving.names import refuse_arguments
 from lorafx.session.loading import asked_name
 from lorafx.session.loading import load_adapter as load_into
 from lorafx.session.requests import checked_names

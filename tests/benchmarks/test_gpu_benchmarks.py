@@ -20,14 +20,6 @@ def test_every_arm_of_the_layer_benchmark_is_right(capsys: pytest.CaptureFixture
     assert "nothing was measured" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_the_model_benchmark_serves_a_tiny_model(capsys: pytest.CaptureFixture[str]) -> None:
-    import gpu_model
-
-    gpu_model.main(["--self-check"])
-    assert capsys.readouterr().out.count("error over rounding") == 3
-
-
 @pytest.mark.quick
 def test_a_wrong_arm_is_not_measured() -> None:
     import gpu_layers
@@ -83,64 +75,6 @@ def test_floors_are_those_of_the_performance_document() -> None:
         assert 1 < whole < layer(distinct)  # the vocabulary's weights have no adapters
 
 
-def test_owners_are_spread_over_the_bank_and_base_rows_have_none() -> None:
-    from gpu_cases import Case, owners_of
-
-    def owners(rows: int, distinct: int) -> torch.Tensor:
-        case = Case("", "", 64, (64,), rows, distinct, 8)
-        return owners_of(case, torch.device("cpu"))
-
-    assert owners(64, 8).unique().tolist() == [0, 4, 8, 12, 16, 20, 24, 28]
-    assert len(set(owners(64, 8)[:8].tolist())) == 8  # decode: in turn
-    assert owners(8192, 8)[:1024].unique().numel() == 1  # prefill: a prompt after the other
-    assert owners(64, 0).tolist() == [-1] * 64
-
-
-def test_a_budget_leaves_out_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    import gpu_protocol
-
-    now = 100.0
-    monkeypatch.setattr(gpu_protocol.time, "monotonic", lambda: now)
-    budget = gpu_protocol.Budget(1.0)
-    assert budget.fits("first")
-    budget.took(30.0)
-    now = 120.0
-    assert budget.fits("second")
-    now = 130.0
-    assert not budget.fits("third")
-    assert budget.left_out == ["third"]
-
-
-def test_weights_come_from_memory_not_from_the_cache() -> None:
-    import gpu_protocol
-
-    assert gpu_protocol.copies_for(1 << 30) == gpu_protocol.COPIES == 20
-    small = 8 << 20
-    assert gpu_protocol.copies_for(small) * small >= 10 * gpu_protocol.CACHE_BYTES
-    with pytest.raises(MemoryError, match="20 copies"):
-        gpu_protocol.copies_for(1 << 30, free=8 << 30)
-
-
-def test_ratios_are_those_of_the_timer() -> None:
-    """compare() pairs times of the timer that it is given; A/A is exactly 1 here."""
-    import protocol
-
-    def base() -> float:
-        return 1.0
-
-    def arm() -> float:
-        return 1.25
-
-    ratios = protocol.compare(base, {"arm": arm}, blocks=5, timer=lambda call, seconds: call())
-    assert {ratio.arm: ratio.median for ratio in ratios} == {"A/A": 1.0, "arm": 1.25}
-
-
-def test_peers_that_are_not_there_are_told(tmp_path: Path) -> None:
-    import peers
-
-    assert "could not be loaded: FileNotFoundError" in str(peers.find("vllm", tmp_path))
-
-
 @pytest.mark.quick
 def test_segments_of_the_peers_cover_every_row_once() -> None:
     import peers
@@ -171,13 +105,3 @@ def test_cutting_a_wheel_keeps_the_ops(
     monkeypatch.setattr(sys, "argv", ["peers.py", "cut", str(wheel), str(out)])
     peers.main()
     assert zipfile.ZipFile(out).namelist() == ops
-
-
-def test_goals_have_their_steps() -> None:
-    import gpu_model
-
-    known = {(kind, distinct) for kind, _, _, mixes in gpu_model.STEPS for distinct in mixes}
-    assert set(gpu_model.GOALS) <= known
-    assert gpu_model.names_of(5, 2) == ["a0", "a1", "a0", "a1", "a0"]
-    assert gpu_model.names_of(2, 0) == [None, None]
-    assert isinstance(gpu_model.config_of(8).vocab_size, int)

@@ -24,8 +24,6 @@ BODIES = {
     "die() if len(rows) < 2 else add('end')",
     "wrong": "add('one'); fail('two', 'Traceback\\nRuntimeError: two is off')",
     "crash": "add('one'); os.kill(os.getpid(), 11)",
-    "silent": "sys.exit(0)",
-    "endless": "add('one'); time.sleep(60)",
     "parent": "add('one'); child = subprocess.Popen(['sleep', '60']); add(str(child.pid)); "
     "time.sleep(60)",
     "tune": "write_json(cache / 'tuned/x.json', [1]); "
@@ -163,17 +161,6 @@ def test_rows_of_a_broken_run_are_not_measured_again(world: Any, tmp_path: Path)
     assert (entry["status"], [row["key"] for row in entry["rows"]]) == ("measured", [0, 1, "end"])
 
 
-@pytest.mark.parametrize(("name", "status"), [("crash", -11), ("silent", 0)])
-def test_a_job_that_does_not_come_to_its_end_has_failed(
-    world: Any, tmp_path: Path, name: str, status: int
-) -> None:
-    again = [name] if status else []  # what broke its process has another try behind all others
-    assert run(world(name, "quick"), tmp_path)[0] == [name, "quick", *again]
-    entry = kept(world, name)
-    assert entry["why"] == f"the process ended with status {status}"
-    assert len(entry["rows"]) == 2 * (name == "crash")
-
-
 def test_a_job_is_killed_at_its_limit_with_what_it_started(world: Any, tmp_path: Path) -> None:
     ran = run(world("parent", "quick", job={"most": 3.0}), tmp_path)[0]
     assert ran == ["parent", "quick", "parent"]
@@ -182,31 +169,6 @@ def test_a_job_is_killed_at_its_limit_with_what_it_started(world: Any, tmp_path:
     keys = [row["key"] for row in entry["rows"]]
     assert keys[::2] == ["one", "one"]
     assert not any(is_running(int(child)) for child in keys[1::2])
-
-
-def test_the_queues_own_limit_cuts_off_but_blames_nobody(world: Any, tmp_path: Path) -> None:
-    queue = world("endless", "quick", limit=3.0)
-    assert run(queue, tmp_path) == (["endless"], ["quick"])
-    entry = kept(world, "endless")
-    assert (entry["status"], len(entry["rows"])) == ("partial", 1)
-    assert queue.state(queue.jobs[0]) == "partial"
-
-
-def test_what_does_not_fit_is_left_for_shorter_jobs(world: Any, tmp_path: Path) -> None:
-    from gpu_jobs import Job
-
-    jobs = [
-        Job("second", "tests", "", sources=("kernels",), estimate=100.0),
-        Job("quick", "tests", "", sources=("kernels",), estimate=1.0),
-    ]
-    assert run(world(jobs=jobs, limit=20.0), tmp_path) == (["quick"], ["second"])
-
-
-def test_once_measured_a_job_is_expected_to_take_as_long(world: Any, tmp_path: Path) -> None:
-    run(world("quick", job={"estimate": 30.0}), tmp_path)
-    queue = world("quick", "second", job={"estimate": 30.0})
-    assert queue.estimate(queue.jobs[0]) == kept(world, "quick")["seconds"] < 30
-    assert queue.estimate(queue.jobs[1]) == 30
 
 
 def test_rows_are_on_disk_while_the_job_runs(world: Any, tmp_path: Path) -> None:
@@ -223,22 +185,6 @@ def test_rows_are_on_disk_while_the_job_runs(world: Any, tmp_path: Path) -> None
     assert ("partial", 1) in seen
     assert seen[-1] == ("measured", 2)
     assert not list((world.kept / "gpu").glob("*.tmp"))
-
-
-def test_results_of_another_folder_are_read_first_and_taken_over(
-    world: Any, tmp_path: Path
-) -> None:
-    import gpu_results
-
-    run(world("quick"), tmp_path)
-    out = tmp_path / "out"
-    assert run(world("quick", "second", out=out), tmp_path)[0] == ["second"]
-    assert set(json.loads((out / "gpu" / "tests.json").read_text())) == {"quick", "second"}
-    assert run(world("quick", "second", out=out), tmp_path) == ([], [])
-    store = gpu_results.Store("gpu", world.kept)
-    assert store.take(out / "gpu") == ["second"]
-    assert store.take(out / "gpu") == []
-    assert run(world("quick", "second"), tmp_path) == ([], [])
 
 
 def test_kept_files_are_put_back_for_the_jobs_that_build_on_them(
@@ -258,22 +204,6 @@ def test_kept_files_are_put_back_for_the_jobs_that_build_on_them(
     run(queue, tmp_path)
     assert kept(world, "cache")["rows"][0]["key"] == ["tuned/x.json"]
     assert kept(world, "without")["rows"][0]["key"] == []  # tuning in the same run or not
-
-
-def test_lists_that_are_kept_add_up(tmp_path: Path) -> None:
-    from gpu_results import restore
-
-    rows = [{"file": "tuned/a.json", "kept": [1]}, {"file": "tuned/a.json", "kept": [2]}]
-    restore([*rows, {"file": "chips/h.json", "kept": {"name": "h"}}], tmp_path)
-    assert json.loads((tmp_path / "tuned/a.json").read_text()) == [1, 2]
-    assert json.loads((tmp_path / "chips/h.json").read_text()) == {"name": "h"}
-
-
-def test_jobs_of_peers_wait_for_their_packages(world: Any, tmp_path: Path) -> None:
-    needs = {"needs": ("no_such_package",)}
-    assert run(world("quick", job=needs), tmp_path) == ([], ["quick"])
-    (tmp_path / "no_such_package.zip").touch()
-    assert run(world("quick", job=needs, peers=tmp_path), tmp_path) == (["quick"], [])
 
 
 # --- jobs in their own process ---
@@ -315,25 +245,6 @@ def test_a_job_as_the_queue_runs_it(world: Any, tmp_path: Path) -> None:
     jobs = [Job("cache", "tests", "", sources=("kernels",), estimate=1.0, inputs=(second,))]
     run(world(jobs=jobs), tmp_path)
     assert kept(world, "cache")["rows"][0]["key"] == [entry["rows"][0]["file"]]
-
-
-def test_a_case_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
-    import gpu_job
-
-    part = gpu_job.Part(tmp_path / "part.json")
-    context = gpu_job.Context(part, tiny=True)
-    for key in context.order(["a", "b", "c"]):
-        with context.case(key):
-            if key == "b":
-                raise RuntimeError("b is wrong")
-            context.add(key, [{"median": 1.0}])
-    found = json.loads((tmp_path / "part.json").read_text())
-    assert [row["key"] for row in found["rows"]] == ["a", "c"]
-    assert list(found["failures"]) == ["b"]
-    assert found["failures"]["b"].endswith("RuntimeError: b is wrong\n")
-    later = gpu_job.Part(tmp_path / "part.json", before=[])
-    later.before = ["b"]
-    assert gpu_job.Context(later, tiny=True).order(["b", "a", "d"]) == ["d", "b"]
 
 
 TESTS = """

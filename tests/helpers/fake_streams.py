@@ -17,7 +17,7 @@ import torch
 from lorafx.adapter_store.copy_streams import CopyStreams
 from lorafx.model.bank import Bank
 from lorafx.serving.entry import Entry
-from lorafx.session.streams import Streams
+from lorafx.session.running import Streams
 
 
 @dataclass
@@ -139,13 +139,13 @@ class Cuda:
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
         for name in ("write", "clear", "write_by_column"):
             patch.setattr(Bank, name, self._noting(getattr(Bank, name)))
-        result = Entry._result
+        tracked = Entry._tracked
 
-        def reading(entry: Entry, *args: Any, **kwargs: Any) -> Any:
+        def reading(entry: Entry, run: Any) -> Any:
             self.step(entry.session.program.runtime.rows)
-            return result(entry, *args, **kwargs)
+            return tracked(entry, run)
 
-        patch.setattr(Entry, "_result", reading)
+        patch.setattr(Entry, "_tracked", reading)
         memory: Any = [Memory(device) for device in self.devices]
         patch.setattr(session.store, "copy_streams", CopyStreams(memory))
         patch.setattr(session.locks, "streams", Streams())

@@ -191,24 +191,6 @@ def test_merging_into_a_quantised_weight(tmp_path: Path) -> None:
     assert torch.equal(dense[0].bias, before)
 
 
-def test_merging_into_linears_of_one_weight(tmp_path: Path) -> None:
-    """Each has a bias of its own."""
-    torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval().requires_grad_(False)
-    base[1].weight = base[0].weight
-    folder = save(base, tmp_path / "a", target_modules=["0", "1"], lora_bias=True)
-    tensors = load_file(folder / FILE)
-    alike = {
-        key: tensors[key.replace(".1.", ".0.")].clone() for key in tensors if ".bias" not in key
-    }
-    save_file({**tensors, **alike}, folder / FILE)
-    cm = lorafx.compile(base, {"a": folder}, options=REFERENCE, dynamic=False)
-    x = torch.randn(3, 8)
-    served = cm(x, adapter_names=["a"] * 3)
-    cm.merge("a")
-    oracle.assert_close(base(x), [served])
-
-
 def test_sums_and_some_merges_are_refused(cm: Any) -> None:
     with pytest.raises(ConfigError, match="'added' was trained with biases"):
         cm(torch.randn(1, 6, 5), adapter_names=[{"added": 0.5, "plain": 1.0}])

@@ -146,14 +146,6 @@ def test_merging(served: Served, name: str) -> None:
         assert torch.equal(served.cm.model.get_parameter(path), parameter)
 
 
-def test_a_merged_checkpoint(served: Served, tmp_path: Path) -> None:
-    served.cm.export_merged("all", tmp_path)
-    merged = oracle.merged(served.base, served.folders["all"])
-    saved = load_file(next(tmp_path.glob("*.safetensors")))
-    for path, parameter in merged.named_parameters():
-        torch.testing.assert_close(saved[path], parameter)
-
-
 def write_base(served: Served, weights: dict[str, torch.Tensor]) -> None:
     """Give these base weights to the models on which single rows run."""
     for model in served.alone.values():
@@ -243,12 +235,6 @@ def test_a_weight_in_a_function(tmp_path: Path) -> None:
     x = torch.randn(3, 3, 6, 6)
     found = cm(x, adapter_names=["a", None, "a"])
     oracle.assert_close(found, [torch.cat([merged(x[:1]), base(x[1:2]), merged(x[2:])])])
-
-
-def test_without_a_batch(tmp_path: Path) -> None:
-    cm, _, merged = _past("without a batch", tmp_path)
-    x = torch.randn(1, 3, 6, 6)
-    oracle.assert_close(cm(x, adapter_names=["a"]), [merged(x)])
 
 
 @pytest.mark.parametrize(

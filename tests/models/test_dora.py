@@ -10,10 +10,8 @@ from typing import Any
 
 import hand_made
 import oracle
-import peft
 import pytest
 import torch
-from attached import attached, check
 from dense_merge import REFERENCE, TOLERANCE, Case, check_mixed, error, save_adapter
 from dora_cases import add_magnitudes, family_case
 from safetensors.torch import load_file, save_file
@@ -136,24 +134,6 @@ def test_without_a_pass(plain, off):
     check_mixed(cm, plain, names, plain_inputs())
 
 
-def test_attached_in_eager_mode(plain):
-    model = lorafx.attach(plain.model(), plain.folders, options=REFERENCE)
-    x = plain_inputs()
-    for name in ("d1", "p2", None):
-        with torch.no_grad(), lorafx.adapters(model, name):
-            got = model(**x)["logits"]
-        assert error(got, plain.expected([name] * len(NAMES), x)) <= TOLERANCE
-
-
-def test_attached_under_torch_compile(plain):
-    torch._dynamo.reset()
-    model = attached(plain)
-    call = torch.compile(model, backend="lorafx", dynamic=True)
-    x = plain_inputs()
-    for names in MIXES[:2]:
-        check(call, model, plain, names, x)
-
-
 # What is kept
 
 
@@ -274,19 +254,6 @@ def test_an_output_without_any_weight_stays_zero(plain, tmp_path):
 
 
 # Modules
-
-
-def test_a_peft_model_that_is_taken_over(plain):
-    base = plain.model()
-    wrapped = peft.PeftModel.from_pretrained(base, str(plain.folders["d1"]), "d1")
-    wrapped.load_adapter(str(plain.folders["d3"]), "d3")
-    x = plain_inputs(3)
-    cm = lorafx.compile(wrapped.eval(), options=REFERENCE, dynamic=False)
-    check_mixed(cm, plain, ["d3", "d1", None], x)
-    cm.detach()
-    wrapped.set_adapter("d1")
-    with torch.no_grad():
-        assert error(wrapped(**x)["logits"], plain.expected(["d1"] * 3, x)) <= TOLERANCE
 
 
 # Files

@@ -138,14 +138,6 @@ def test_other_ways_in(base: nn.Module, folders: dict[str, Path]) -> None:
     oracle.assert_close(cm(x, adapter_names=["cross", None]), [want])
 
 
-def test_all_linear_leaves_the_packed_projection_alone(base: nn.Module) -> None:
-    """As in PEFT, whose "all-linear" goes by the class of linears."""
-    cm = lorafx.compile(
-        copy.deepcopy(base), lorafx.LoraConfig(target_modules="all-linear"), options=REFERENCE
-    )
-    assert not any(isinstance(site.module, nn.MultiheadAttention) for site in cm.sites)
-
-
 def test_in_eager_mode(base: nn.Module, folders: dict[str, Path]) -> None:
     model = copy.deepcopy(base)
     lorafx.attach(model, folders)

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from dense_merge import TOLERANCE, Case, build_case, check_mixed, error
-from tiny_models import FAMILIES, Family, token_inputs
+from tiny_models import FAMILIES, token_inputs
 
 from lorafx.capture.record import GraphRecord
 
@@ -87,19 +86,6 @@ def test_mixes_and_swaps_capture_nothing_new(deep, served):
     cm.load_adapter(deep.folders["a2"], "a2")
 
 
-@pytest.mark.slow
-def test_two_models_of_one_class_keep_their_own_weights(deep, served, tmp_path):
-    torch.manual_seed(0)
-    other = build_case("llama", tmp_path, num_hidden_layers=LAYERS)
-    with torch.no_grad():
-        for parameter in other.base.parameters():
-            parameter.mul_(0.9)
-    (first, _), second = served, other.compile()
-    for _ in range(2):
-        for cm, case in ((first, deep), (second, other)):
-            check_mixed(cm, case, NAMES[:3], token_inputs(3, 5))
-
-
 @pytest.mark.parametrize(
     "cache",
     [{}, {"cache_implementation": "static"}],
@@ -132,53 +118,6 @@ def test_two_kinds_of_layer_are_two_bodies(tmp_path):
     ]
 
 
-HYBRID = Family(
-    lambda **changes: transformers.Qwen3NextForCausalLM(
-        transformers.Qwen3NextConfig(
-            vocab_size=61,
-            hidden_size=24,
-            intermediate_size=40,
-            num_hidden_layers=4,
-            layer_types=["linear_attention", "full_attention"] * 2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=10,
-            linear_num_key_heads=2,
-            linear_num_value_heads=4,
-            linear_key_head_dim=6,
-            linear_value_head_dim=5,
-            mlp_only_layers=list(range(4)),
-            num_experts=4,
-            pad_token_id=0,
-            max_position_embeddings=64,
-            **changes,
-        )
-    ),
-    (
-        ["q_proj", "v_proj"],
-        "all-linear",
-        ["gate_proj", "up_proj", "down_proj"],
-        ["embed_tokens", "o_proj"],
-        ["layers.0.linear_attn.in_proj_qkvz"],
-    ),
-)
-
-
-@pytest.mark.slow
-def test_hybrid_layers_are_two_bodies(tmp_path):
-    """Qwen3-Next: gated delta nets and attention."""
-    torch.manual_seed(0)
-    case = build_case(HYBRID, tmp_path)
-    cm = case.compile()
-    inputs = token_inputs(4, 5)
-    inputs["attention_mask"].fill_(1)
-    check_mixed(cm, case, NAMES, inputs)
-    assert repeats(cm) == [
-        ("model.layers.0", "model.layers.2"),
-        ("model.layers.1", "model.layers.3"),
-    ]
-
-
 @pytest.mark.slow
 def test_numeric_verification_and_dumps(deep, tmp_path):
     cm = deep.compile({"verify": "numeric", "dump": str(tmp_path)}, dynamic=False)
@@ -190,13 +129,6 @@ def test_numeric_verification_and_dumps(deep, tmp_path):
     assert text.count("class outlined_0") == 1
     body = text.partition("class outlined_0")[2]
     assert body.count("lorafx.fused_linear") == 4
-
-
-def test_max_edits_leaves_layers_alone(deep):
-    torch.manual_seed(0)
-    cm = deep.compile({"max_edits": 0}, dynamic=False)
-    cm(**token_inputs(3, 5), adapter_names=["a0"] * 3)
-    assert record(cm).outlined == []
 
 
 @pytest.mark.slow

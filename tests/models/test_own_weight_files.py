@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from dense_merge import REFERENCE, TOLERANCE, check_mixed, error, random_base
+from dense_merge import REFERENCE, TOLERANCE, error, random_base
 from own_weights import own_case, save_own
 from safetensors.torch import load_file, save_file
 from tiny_models import token_inputs
@@ -51,15 +51,6 @@ def test_trained_tokens_of_a_tied_head_alone(tokens, tmp_path):
     got = case.compile(dynamic=False)(**x, adapter_names=["tokens", None])["logits"]
     assert error(got[0], want) <= TOLERANCE
     assert error(got[1], case.expected([None] * 2, x)[1]) <= TOLERANCE
-
-
-def test_all_tokens_in_another_order(tmp_path):
-    base = random_base("llama", **ONE_LAYER)
-    count = base.config.vocab_size
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(1)).tolist()
-    plan = {"trainable_token_indices": {"lm_head": order, "embed_tokens": order}}
-    case = own_case(base, tmp_path, {"tokens": {"target_modules": QV, **plan}})
-    check_mixed(case.compile(dynamic=False), case, ["tokens", None], inputs(2))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ base rows, against PEFT's own merge of each row."""
 from __future__ import annotations
 
 import copy
-import json
 import re
 from typing import Any
 
@@ -12,7 +11,6 @@ import oracle
 import peft
 import pytest
 import torch
-from attached import attached, check, compiled
 from dense_merge import REFERENCE, TOLERANCE, Case, check_mixed, error, random_base
 from own_weights import own_case, save_own
 from step_logits import StepLogits, answers, check_logits
@@ -85,11 +83,6 @@ def test_base_and_plain_rows_keep_their_bits(served):
         assert torch.equal(mixed[row], alone[row]) == (NAMES[row] == name)
 
 
-def test_a_batch_of_one(case, served):
-    for name in ("both", "tokens", None):
-        check_mixed(served, case, [name], inputs(1))
-
-
 def test_generate(case, served):
     x, names = inputs(5), ["both", None, "tokens", "head", "lora"]
     fixed = {"pad_token_id": 0, "eos_token_id": None, "max_new_tokens": 4, "do_sample": False}
@@ -156,14 +149,6 @@ def test_room_grows_with_the_setting(case):
     many = lorafx.compile(case.model(), LoraConfig(**config))
     weight = case.base.lm_head.weight.nbytes
     assert many.memory()["banks"] - few.memory()["banks"] >= 7 * weight
-
-
-def test_under_torch_compile(case):
-    model = attached(case)
-    check(compiled(model), model, case, NAMES, inputs())
-    with lorafx.adapters(model, "both"), torch.no_grad():  # in eager mode
-        got = model(**inputs(2))["logits"]
-    assert error(got, case.expected(["both"] * 2, inputs(2))) <= TOLERANCE
 
 
 @pytest.mark.usefixtures("earlier_objects_frozen")
@@ -243,13 +228,6 @@ def test_a_head_with_a_norm_says_which_modules_of_it_are_served(tmp_path):
         lorafx.compile(copy.deepcopy(base), {"whole": whole})
     case = own_case(base, tmp_path, {"n": {"target_modules": ["query"], "modules_to_save": named}})
     check_mixed(case.compile(), case, ["n", None], token_inputs(2, 5))
-
-
-def test_room_for_tokens_by_a_peft_configuration(case):
-    config = json.loads((case.folders["tokens"] / "adapter_config.json").read_text())
-    cm = lorafx.compile(case.model(), config, options=REFERENCE, dynamic=False)
-    cm.load_adapter(str(case.folders["tokens"]), "tokens")
-    check_mixed(cm, case, ["tokens", None], inputs(2))
 
 
 def test_no_room(case):

@@ -33,7 +33,6 @@ def tokenizer() -> Any:
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, "[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     names = ("pad", "unk", "cls", "sep", "mask")
-    names = ("pad", "unk", "cls", "sep", "mask")
     special = {f"{name}_token": f"[{name.upper()}]" for name in names}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special)
 
@@ -90,24 +89,6 @@ TASKS: dict[str, tuple[Callable[[], nn.Module], dict[str, Callable[[], Any]], An
         SENTENCE,
         {"top_k": None},
     ),
-    "token-classification": (
-        lambda: text(transformers.BertForTokenClassification, **LABELS),
-        {"tokenizer": tokenizer},
-        SENTENCE,
-        {},
-    ),
-    "fill-mask": (
-        lambda: text(transformers.BertForMaskedLM),
-        {"tokenizer": tokenizer},
-        "a red [MASK] is green .",
-        {},
-    ),
-    "feature-extraction": (
-        lambda: text(transformers.BertModel),
-        {"tokenizer": tokenizer},
-        SENTENCE,
-        {},
-    ),
     "zero-shot-classification": (
         lambda: text(transformers.BertForSequenceClassification, **ENTAILED),
         {"tokenizer": tokenizer},
@@ -124,18 +105,6 @@ TASKS: dict[str, tuple[Callable[[], nn.Module], dict[str, Callable[[], Any]], An
         lambda: image(transformers.ViTForImageClassification, **LABELS),
         {"image_processor": images},
         PICTURE,
-        {},
-    ),
-    "image-feature-extraction": (
-        lambda: image(transformers.ViTModel),
-        {"image_processor": images},
-        PICTURE,
-        {},
-    ),
-    "audio-classification": (
-        lambda: sound(transformers.Wav2Vec2ForSequenceClassification, **LABELS),
-        {"feature_extractor": sounds},
-        NOISE,
         {},
     ),
     "automatic-speech-recognition": (

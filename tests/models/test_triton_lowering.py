@@ -115,19 +115,6 @@ def test_base_rows_keep_their_bits_whatever_their_neighbours_use(
     assert error(some[1:2], plain.expected([None] * 5, inputs)[1:2]) <= TOLERANCE
 
 
-@pytest.mark.slow
-def test_generate_with_a_cache(shallow: Case) -> None:
-    """One token from the prompts, and one from the cache."""
-    cm = shallow.compile(options=TRITON, dynamic=False)
-    ids = inputs_of("llama", 3, 5)["input_ids"]
-    kwargs = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
-    got = cm.generate(ids, attention_mask=torch.ones_like(ids), adapter_names=NAMES[:3], **kwargs)
-    for row, name in enumerate(NAMES[:3]):
-        one = ids[row : row + 1]
-        want = shallow.alone(name).generate(one, attention_mask=torch.ones_like(one), **kwargs)
-        assert torch.equal(got[row], want[0])
-
-
 def test_dumps_show_the_generated_sources(plain: Case, tmp_path: Any) -> None:
     cm = plain.compile(options=TRITON, dynamic=False)
     cm(**inputs_of("plain"), adapter_names=NAMES)

@@ -53,6 +53,6 @@ def test_the_names_of_the_package() -> None:
     assert set(lorafx.__all__) <= set(dir(lorafx))
     with pytest.raises(AttributeError, match="'lorafx' has no attribute 'compiled'"):
         _ = lorafx.compiled
-    known = vars(lorafx.errors).values()
-    errors = {e.__name__ for e in known if isinstance(e, type) and e.__module__ == "lorafx.errors"}
+    known = [value for value in vars(lorafx.errors).values() if isinstance(value, type)]
+    errors = {cls.__name__ for cls in known if issubclass(cls, Exception)}
     assert errors <= set(lorafx.__all__)

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from lorafx.serving.compiled import CompiledModel
-from lorafx.serving.delegated import GENERATING, REFUSED
+from lorafx.serving.names import GENERATING, REFUSED
 
 pytestmark = pytest.mark.quick
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorafx.session.streams import Streams
+from lorafx.session.running import Streams
 
 DEVICE, OTHER = torch.device("cuda", 0), torch.device("cuda", 1)
 

@@ -30,7 +30,7 @@ from lorafx.serving.continuous.adapter_requests import AdapterRequest, Ticket, t
 from lorafx.serving.continuous.eager import EAGER, TracedEager
 from lorafx.serving.continuous.isolate_failures import OF_THE_DEVICE, in_parts
 from lorafx.serving.continuous.step_cache import ATTENDING_DEVICES, StepCache
-from lorafx.session.prefetching import fill_ahead
+from lorafx.session.loading import fill_ahead
 
 if TYPE_CHECKING:
     from lorafx.serving.compiled import CompiledModel
@@ -255,7 +255,7 @@ class PackedForward:
         def run() -> Any:
             active = session.running._replace(active=True)
             entry = compiled.entry(compiled.model, packed=True)
-            return session.run(active, lambda: entry(**named))
+            return session.note(active, lambda: entry(**named))
 
         with self._traced():
             return session.call(run, names, tokens=tokens, packed=True)
