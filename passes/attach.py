@@ -96,10 +96,6 @@ def _attach(
 
 def allocate_groups(sites: Sequence[Site], config: LoraConfig) -> tuple[Group, ...]:
     """Groups of siblings with banks of zeros on the sites' device (which may be meta)."""
-    return tuple(_group(siblings, config) for siblings in _siblings(sites))
-
-
-def _siblings(sites: Sequence[Site]) -> list[list[Site]]:
     found: dict[object, list[Site]] = {}
     for site in sites:
         key: object = (
@@ -108,7 +104,7 @@ def _siblings(sites: Sequence[Site]) -> list[list[Site]]:
             else (site.path.rpartition(".")[0], site.in_features, site.dtype, site.device)
         )
         found.setdefault(key, []).append(site)
-    return list(found.values())
+    return tuple(_group(siblings, config) for siblings in found.values())
 
 
 def _group(siblings: list[Site], config: LoraConfig) -> Group:

@@ -147,10 +147,6 @@ class Context:
         """`node` serves `site`."""
         self.states[node] = [SiteState(site, use, form=form)]
 
-    def forget(self, node: fx.Node) -> None:
-        """`node` serves no site any more."""
-        self.states.pop(node, None)
-
     def merge(self, old: Iterable[fx.Node], new: fx.Node, form: str) -> None:
         """`new` now does what the nodes `old` did."""
         merged: list[SiteState] = []

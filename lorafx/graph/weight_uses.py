@@ -175,16 +175,21 @@ def _same(held: _Held, user: fx.Node) -> _Held:
     return held.as_node(user, held.form, plain=before == after)
 
 
-def _swap(held: _Held, user: fx.Node) -> _Held:
-    dims = len(held.form.axes)
+def order_of(user: fx.Node, dims: int) -> list[int]:
+    """Where the dimensions of a transpose or permutation come from."""
+    call = bound(user)
+    if user.target is aten.permute.default:
+        return [int(dim) % dims for dim in call["dims"]]
+    order = list(range(dims))
     if user.target is aten.t.default:
-        order = list(reversed(range(dims)))
-    elif user.target is aten.permute.default:
-        order = [int(dim) % dims for dim in bound(user)["dims"]]
-    else:
-        order, call = list(range(dims)), bound(user)
-        first, second = (int(call[name]) % dims for name in ("dim0", "dim1"))
-        order[first], order[second] = order[second], order[first]
+        return order[::-1]
+    first, second = (int(call[name]) % dims for name in ("dim0", "dim1"))
+    order[first], order[second] = order[second], order[first]
+    return order
+
+
+def _swap(held: _Held, user: fx.Node) -> _Held:
+    order = order_of(user, len(held.form.axes))
     return held.as_node(user, held.form.permuted(order), plain=True)
 
 
@@ -381,15 +386,11 @@ def convolution_uses(weight: fx.Node) -> list[Use]:
                 continue  # of its sizes
             if user.target in SAME_VALUE:
                 pending.append(user)
-            elif user.target is CONVOLUTION and _is_kernel(user, held):
-                call = bound(user)
+                continue
+            call = bound(user) if user.target is CONVOLUTION else {}
+            if call.get("weight") is held and held not in (call["input"], call["bias"]):
                 found.append(Use("conv", weight, user, x=call["input"], bias=call["bias"]))
             else:
                 reason = f"no rule for {user.target}"
                 found.append(Use("unknown", weight, user, reason=reason))
     return found
-
-
-def _is_kernel(user: fx.Node, held: fx.Node) -> bool:
-    call = bound(user)
-    return call["weight"] is held and held not in (call["input"], call["bias"])

@@ -82,24 +82,10 @@ def trailing(node: fx.Node, flow: Flow, dim: int) -> bool:
     return dim >= len(flow.shape(operand(node))) - len(args["normalized_shape"])
 
 
-def groups(node: fx.Node, flow: Flow, dim: int) -> bool:
-    """group_norm: everything but the leading dimension."""
-    return dim != 0
-
-
 def batch_statistics(node: fx.Node, flow: Flow, dim: int) -> bool:
     """batch_norm in training: everything but the channels."""
     training = bound(node).get("training", bound(node).get("train", False))
     return bool(training) and dim != 1
-
-
-def nothing(node: fx.Node, flow: Flow, dim: int) -> bool:
-    return False
-
-
-def renormed(node: fx.Node, flow: Flow, dim: int) -> bool:
-    """renorm(p, dim, maxnorm): each index of dim by itself."""
-    return dim not in wrap_all(bound(node)["dim"], len(flow.shape(node)))
 
 
 def counted(node: fx.Node, flow: Flow) -> Label:
@@ -136,7 +122,9 @@ RULES: dict[object, Rule] = {
         (aten.native_layer_norm, aten.layer_norm, aten.rms_norm, aten._fused_rms_norm),
         normalised(trailing),
     ),
-    **dict.fromkeys((aten.native_group_norm, aten.group_norm), normalised(groups)),
+    **dict.fromkeys(
+        (aten.native_group_norm, aten.group_norm), normalised(lambda node, flow, dim: dim != 0)
+    ),
     **dict.fromkeys(
         (
             aten.native_batch_norm, aten._native_batch_norm_legit, aten.batch_norm,
@@ -150,7 +138,9 @@ RULES: dict[object, Rule] = {
             aten._native_batch_norm_legit_no_training, aten._batch_norm_no_update,
             aten.cudnn_batch_norm,
         ),
-        normalised(nothing, leading=False),
+        normalised(lambda node, flow, dim: False, leading=False),
     ),
-    aten.renorm: normalised(renormed),
+    aten.renorm: normalised(
+        lambda node, flow, dim: dim not in wrap_all(bound(node)["dim"], len(flow.shape(node)))
+    ),
 }  # fmt: skip

@@ -43,7 +43,7 @@ from lorafx.passes.match.result_origins import (
     addends_of,
     check_addends,
     depends_on,
-    origin_of,
+    followed,
     refuse_other_uses,
 )
 from lorafx.program.derived import has_numbers, is_near
@@ -160,7 +160,7 @@ class Match:
         uses = _uses(ctx)
         # What a module returns is x Wᵀ where its y is; with blocks of W it may be anything.
         products = {node: use for node, use in uses.items() if use.kind != "blocks"}
-        origins = {mark: origin_of(bound(mark)["y"], products) for mark in marks}
+        origins = {mark: followed(bound(mark)["y"], products)[0] for mark in marks}
         for mark, site in marks.items():
             ctx.record(site, mark, origins[mark])
             if origins[mark] is not None and _rescales(mark):
@@ -212,7 +212,7 @@ class Match:
             else:
                 # The delta is at the weight's own use now; behind it would count it twice.
                 mark.replace_all_uses_with(bound(mark)["y"])
-                ctx.forget(mark)
+                ctx.states.pop(mark)
                 gm.graph.erase_node(mark)
                 edits += 1
         return edits

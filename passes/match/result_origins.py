@@ -18,11 +18,6 @@ from lorafx.op_arguments import bound, operand
 aten = torch.ops.aten
 
 
-def origin_of(y: fx.Node, uses: dict[fx.Node, Use]) -> Use | None:
-    """The use whose output `y` is, up to views, casts and the addition of a constant (the bias)."""
-    return followed(y, uses)[0]
-
-
 def addends_of(y: fx.Node, uses: dict[fx.Node, Use]) -> list[fx.Node]:
     """What `y`, which has an origin, holds beside the product with the weight."""
     use, added = followed(y, uses)
@@ -33,7 +28,8 @@ def addends_of(y: fx.Node, uses: dict[fx.Node, Use]) -> list[fx.Node]:
 def followed(
     y: fx.Node, uses: dict[fx.Node, Use]
 ) -> tuple[Use | None, list[tuple[fx.Node, fx.Node]]]:
-    """The origin of `y`, and the additions behind it: each with the constant that it adds."""
+    """The use whose output `y` is, up to views, casts and the addition of constants (the bias), and
+    these additions, each with the constant that it adds."""
     node: Any = y
     added: list[tuple[fx.Node, fx.Node]] = []
     while isinstance(node, fx.Node) and node not in uses:

@@ -66,15 +66,9 @@ def agree(a: Stretch, b: Stretch, sizes: Mapping[sympy.Symbol, torch.SymInt]) ->
     captured, which a guard then says (the lengths of two layers' caches). `sizes` are the graph's
     symbols as sizes; one without a value at hand is itself alone."""
     pairs = [(x, y) for x, y in zip(a.symbols, b.symbols, strict=True) if x != y]
-    known = all(
-        _hint(sizes, x) is not None and _hint(sizes, x) == _hint(sizes, y) for x, y in pairs
-    )
+    hints = {x: size_hint(sizes[x]) for pair in pairs for x in pair if x in sizes}
+    known = all(hints.get(x) is not None and hints[x] == hints.get(y) for x, y in pairs)
     return known and all(bool(sizes[x] == sizes[y]) for x, y in pairs)
-
-
-def _hint(sizes: Mapping[sympy.Symbol, torch.SymInt], symbol: sympy.Symbol) -> int | None:
-    """The value of a symbol in the call that is captured."""
-    return size_hint(sizes[symbol]) if symbol in sizes else None
 
 
 def sizes_of(graph: fx.Graph) -> dict[sympy.Symbol, torch.SymInt]:

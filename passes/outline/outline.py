@@ -21,7 +21,7 @@ from torch import fx
 
 from lorafx.graph.context import Context, Outlined, plain_path
 from lorafx.passes.outline.isomorphism import CanonicalForm, Stretch, agree, sizes_of, stretch_of
-from lorafx.passes.outline.regions import Region, hoist_shared, is_free, regions_of, tensor_valued
+from lorafx.passes.outline.regions import Region, hoist_shared, is_free, regions_of
 from lorafx.passes.write_in_place import writes_in_place
 from lorafx.program.frame import fake_value
 from lorafx.torch_internals.trees import tree_leaves
@@ -111,7 +111,9 @@ class _Member:
     @property
     def possible(self) -> bool:
         nodes = self.stretch.nodes
-        return bool(self.results) and all(tensor_valued(nodes[place]) for place in self.results)
+        return bool(self.results) and all(
+            isinstance(fake_value(nodes[place]), torch.Tensor) for place in self.results
+        )
 
 
 def _outline(

@@ -135,10 +135,6 @@ def is_free(node: fx.Node) -> bool:
     return node.op == "get_attr" or is_view(node) or isinstance(fake_value(node), _SYMBOLIC)
 
 
-def tensor_valued(node: fx.Node) -> bool:
-    return isinstance(fake_value(node), Tensor)
-
-
 def hoist_shared(graph: fx.Graph) -> int:
     """Put what several regions read and no activation goes into before all of them; returns how
     many nodes moved."""

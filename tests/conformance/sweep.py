@@ -3,7 +3,7 @@
     python tests/conformance/sweep.py --out outcome.jsonl [--part 1/2] [--only llama]
     python tests/conformance/sweep.py --choose outcome.jsonl > tests/conformance/inductor.txt
     python tests/conformance/sweep.py --out inductor.jsonl --lowering inductor
-    python tests/conformance/sweep.py --table outcome.jsonl inductor.jsonl > docs/families.md
+    python tests/conformance/sweep.py --table outcome.jsonl inductor.jsonl
 
 `--part k/n` takes every n-th family; the parts together are all of them, and each has some of every
 kind. Lines are appended, and families that `--out` has already are left out, so the same command

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from site_graphs import FakeGraph
 from torch import Tensor, fx, nn
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -20,9 +21,7 @@ pytestmark = pytest.mark.quick
 aten = torch.ops.aten
 
 
-class Graph:
-    """Builds a graph whose nodes carry fake values."""
-
+class Graph(FakeGraph):
     def __init__(self) -> None:
         self.graph = fx.Graph()
         self.root = nn.Module()
@@ -42,19 +41,6 @@ class Graph:
         node.meta["val"] = self.mode.from_tensor(
             value, static_shapes=not symbolic, source=ConstantSource(name)
         )
-        return node
-
-    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        node = self.graph.call_function(target, args, kwargs)
-        fakes, named = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with self.mode:
-            node.meta["val"] = target(*fakes, **named)
-        return node
-
-    def constant(self, name: str, value: Any) -> fx.Node:
-        setattr(self.root, name, value)
-        node = self.graph.get_attr(name)
-        node.meta["val"] = self.mode.from_tensor(value)
         return node
 
     def module(self) -> fx.GraphModule:
