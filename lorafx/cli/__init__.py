@@ -1,4 +1,4 @@
-"""The command `lorafx`: its entry point. The commands are in lorafx.cli.app, each in a file.
+"""The command `lorafx`: its entry point. The commands are in lorafx.cli.app.
 
 Exit codes: 0 done; 1 lorafx refuses (an adapter that does not fit, a file that cannot be read);
 2 a command line that cannot be understood; 130 interrupted.
@@ -16,7 +16,7 @@ def main() -> None:
     """Run the command that `sys.argv` says, and exit. An error of lorafx is one line."""
     try:
         from lorafx.cli.app import app
-        from lorafx.cli.arguments import as_option
+        from lorafx.cli.options import as_option
     except ImportError as error:
         if error.name not in ("typer", "rich"):
             raise

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorafx.cli.output import AsJson, lines, show_json, table
+from lorafx.cli.options import AdapterArgument, AsJson, show_json, show_table
 
 DialectOption = Annotated[
     str | None, typer.Option(help="peft, diffusers, kohya, mlx or loralib; told by the keys.")
@@ -16,7 +16,8 @@ DialectOption = Annotated[
 Config = Annotated[
     Path | None, typer.Option(help="JSON file of the configuration, where none lies beside it.")
 ]
-AdapterArgument = Annotated[str, typer.Argument(help="A folder, a file, or a name on the hub.")]
+
+_SIZES = ("in", "out", "rank")
 
 
 def inspect(
@@ -36,11 +37,13 @@ def inspect(
     """
     from lorafx.adapter_store.inspecting import inspected
     from lorafx.adapter_store.saved import AdapterSource
+    from lorafx.cli.models import on_meta, read_for
 
     source = AdapterSource(adapter, _fields(config), dialect)
     found = inspected(source)
-    if not found.refusal and model is not None:
-        _check_on(model, source)
+    fits = model is not None and not found.refusal
+    if fits:
+        read_for(on_meta(str(model)), "adapter", source)
     if as_json:
         show_json(asdict(found))
     else:
@@ -53,28 +56,12 @@ def inspect(
             for row in found.modules
         ]
         if rows:
-            table(adapter, ("module", *_SIZES, "scale"), rows)
-        lines(found.lines())
-        if not found.refusal and model is not None:
+            show_table(adapter, ("module", *_SIZES, "scale"), rows)
+        print(*found.lines(), sep="\n")
+        if fits:
             print(f"nothing is refused on {model}")
     if found.refusal:
         raise typer.Exit(1)
-
-
-_SIZES = ("in", "out", "rank")
-
-
-def _check_on(model: str, source: Any) -> None:
-    """Read an adapter for MODEL, without its weights."""
-    from lorafx.adapter_store.peft_reader import read_adapter
-    from lorafx.cli.models import on_meta
-    from lorafx.prepare.configuration import request_of
-    from lorafx.prepare.marking import build_sites
-
-    module = on_meta(model)
-    config = request_of({"adapter": source}, {}, module).config
-    _, sites = build_sites(module, config)
-    read_adapter(source, "adapter", sites, model=module, lora_config=config)
 
 
 def _fields(config: Path | None) -> dict[str, Any] | None:

@@ -9,14 +9,11 @@ import typer
 from lorafx import __version__
 from lorafx.cli.adapters import convert, inspect
 from lorafx.cli.bench import bench
-from lorafx.cli.bisect import bisect
 from lorafx.cli.cache import clear_saved, list_saved
-from lorafx.cli.doctor import doctor
-from lorafx.cli.explain import explain
+from lorafx.cli.diagnosis import doctor
+from lorafx.cli.look import bisect, explain, profile, why
 from lorafx.cli.merge import merge
-from lorafx.cli.profile import profile
 from lorafx.cli.serve import serve
-from lorafx.cli.why import why
 
 #: Errors of lorafx are one line; others are faults, whose traceback is Python's own.
 _PLAIN: Any = {"pretty_exceptions_enable": False}

@@ -5,14 +5,20 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from lorafx.cli.arguments import Adapters, Dtype, LanguageModel, LoweringOption
-from lorafx.cli.output import AsJson, lines, show_json, table
+from lorafx.cli.options import (
+    Adapters,
+    AsJson,
+    Dtype,
+    LanguageModel,
+    LoweringOption,
+    show_json,
+    show_table,
+)
 from lorafx.progress import progress
 
 
@@ -48,14 +54,18 @@ def bench(
     import torch
 
     sources = adapters_in(adapters)
-    vocabulary = _vocabulary(module)
-    way = _Ways.of(module, sources, batch, lowering, peft)
+    vocabulary = getattr(module.config, "vocab_size", None)
+    if vocabulary is None:
+        raise ConfigError(
+            f"{type(module).__name__} takes no token ids; bench is for language models"
+        )
+    ways = _ways(module, sources, batch, lowering, peft)
     cases: list[dict[str, Any]] = []
     for tokens in length or (1, 128):
         what = f"{batch} requests of {tokens} tokens"
-        ids = torch.randint(0, vocabulary, (batch, tokens), device=module.device)
-        arms = {name: functools.partial(_call, *arm, ids) for name, arm in way.arms.items()}
-        base = functools.partial(_call, way.base, None, ids)
+        ids = torch.randint(0, int(vocabulary), (batch, tokens), device=module.device)
+        arms = {name: functools.partial(_call, *arm, ids) for name, arm in ways.arms.items()}
+        base = functools.partial(_call, ways.base, None, ids)
         ratios = compare(base, arms, blocks=blocks, seconds=seconds, itself="base", what=what)
         case: dict[str, Any] = {"batch": batch, "tokens": tokens}
         case["arms"] = [
@@ -68,20 +78,20 @@ def bench(
             }
             for ratio in ratios
         ]
-        if way.peft is not None:
-            got, want = (_call(run, way.mixed, ids) for run in (way.compiled, way.peft))
+        if ways.peft is not None:
+            got, want = (_call(run, ways.mixed, ids) for run in (ways.compiled, ways.peft))
             case["difference"] = float((got - want).abs().max() / want.abs().max())
         cases.append(case)
-    told = _machine(torch, module, sources)
+    machine = _machine(torch, module, sources)
     if as_json:
-        show_json({"model": model, **told, "cases": cases})
+        show_json({"model": model, **machine, "cases": cases})
         return
     for case in cases:
         _show(case)
-    lines(f"{name}: {value}" for name, value in told.items())
+    print(*(f"{name}: {value}" for name, value in machine.items()), sep="\n")
 
 
-def _show(case: dict[str, Any]) -> None:
+def _show(case: Mapping[str, Any]) -> None:
     """Print the times of one length."""
     rows = [
         {
@@ -93,56 +103,50 @@ def _show(case: dict[str, Any]) -> None:
         for arm in case["arms"]
     ]
     title = f"{case['batch']} requests of {case['tokens']} tokens"
-    table(title, ("what", "ms", "over base", "95 %"), rows)
+    show_table(title, ("what", "ms", "over base", "95 %"), rows)
     if "difference" in case:
         print(f"largest difference of lorafx from PEFT's logits: {case['difference']:.1e}")
 
 
-@dataclass(frozen=True)
-class _Ways:
-    """What is measured.
-
-    Attributes:
-        base: the model compiled by torch.compile.
-        compiled, peft: lorafx's, and PEFT's where it is measured.
-        mixed: the adapter of each request where they take turns.
-        arms: by name what is called, with which adapters.
-    """
+class _Ways(NamedTuple):
+    """What is measured: by name what is called, with which adapters (`arms`), against `base`. In
+    `mixed` requests take turns with the adapters; `peft` is None where it is not measured."""
 
     base: Any
     compiled: Any
     peft: Any | None
     mixed: list[str]
-    arms: dict[str, tuple[Any, list[str | None]]]
+    arms: dict[str, tuple[Any, Sequence[str | None]]]
 
-    @classmethod
-    def of(
-        cls, module: Any, sources: Mapping[str, str], batch: int, lowering: str, peft: bool
-    ) -> _Ways:
-        import torch
 
-        import lorafx
+def _ways(
+    module: Any, sources: Mapping[str, str], batch: int, lowering: str, with_peft: bool
+) -> _Ways:
+    import torch
 
-        options = {"lowering": lowering}
-        with progress(f"adding {len(sources)} adapters"):
-            compiled = lorafx.compile(copy.deepcopy(module), dict(sources), options=options)
-        names = list(sources)
-        mixed = [names[row % len(names)] for row in range(batch)]
-        several = f"{len(set(mixed))} adapters"
-        arms: dict[str, tuple[Any, Any]] = {
-            "lorafx, no adapter": (compiled, [None] * batch),
-            f"lorafx, {names[0]} alone": (compiled, names[:1] * batch),
-        }
-        if len(set(mixed)) > 1:
-            arms[f"lorafx, {several}"] = (compiled, mixed)
-        other = None
-        if peft:
-            with progress(f"adding {len(sources)} adapters by PEFT"):
-                other = _by_peft(module, sources, mixed)
-        if other is not None:
-            arms[f"PEFT, {several}"] = (other, mixed)
-        base = module if lowering == "reference" else torch.compile(copy.deepcopy(module))
-        return cls(base, compiled, other, mixed, arms)
+    import lorafx
+
+    with progress(f"adding {len(sources)} adapters"):
+        compiled = lorafx.compile(
+            copy.deepcopy(module), dict(sources), options={"lowering": lowering}
+        )
+    names = list(sources)
+    mixed = [names[row % len(names)] for row in range(batch)]
+    several = f"{len(set(mixed))} adapters"
+    arms: dict[str, tuple[Any, Sequence[str | None]]] = {
+        "lorafx, no adapter": (compiled, [None] * batch),
+        f"lorafx, {names[0]} alone": (compiled, names[:1] * batch),
+    }
+    if len(set(mixed)) > 1:
+        arms[f"lorafx, {several}"] = (compiled, mixed)
+    peft = None
+    if with_peft:
+        with progress(f"adding {len(sources)} adapters by PEFT"):
+            peft = _by_peft(module, sources, mixed)
+    if peft is not None:
+        arms[f"PEFT, {several}"] = (peft, mixed)
+    base = module if lowering == "reference" else torch.compile(copy.deepcopy(module))
+    return _Ways(base, compiled, peft, mixed, arms)
 
 
 def _call(run: Any, names: Sequence[str | None] | None, ids: Any) -> Any:
@@ -175,18 +179,7 @@ def _by_peft(module: Any, sources: Mapping[str, str], mixed: list[str]) -> Any |
     return made
 
 
-def _vocabulary(module: Any) -> int:
-    from lorafx.errors import ConfigError
-
-    size = getattr(module.config, "vocab_size", None)
-    if size is None:
-        raise ConfigError(
-            f"{type(module).__name__} takes no token ids; bench is for language models"
-        )
-    return int(size)
-
-
-def _machine(torch: Any, module: Any, sources: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
+def _machine(torch: Any, module: Any, adapters: Iterable[str]) -> dict[str, str]:
     from datetime import date
     from importlib import metadata
 
@@ -197,6 +190,6 @@ def _machine(torch: Any, module: Any, sources: Sequence[str] | Mapping[str, str]
         "device": f"{name}, {torch.get_num_threads()} threads",
         "dtype": str(module.dtype).removeprefix("torch."),
         "versions": ", ".join(f"{package} {metadata.version(package)}" for package in packages),
-        "adapters": ", ".join(sources),
+        "adapters": ", ".join(adapters),
         "date": date.today().isoformat(),
     }

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorafx.cli.output import AsJson, show_json, table
+from lorafx.cli.options import AsJson, show_json, show_table
 
 Folder = Annotated[
     Path | None,
@@ -37,7 +37,7 @@ def list_saved(folder: Folder = None, as_json: AsJson = False) -> None:
         return
     size = sum(row["bytes"] for row in rows)
     shown = [{**row, "age": _age(row["age"])} for row in rows]
-    table(f"{home}: {size} bytes", ("file", "model", "graph", "bytes", "age"), shown)
+    show_table(f"{home}: {size} bytes", ("file", "model", "graph", "bytes", "age"), shown)
 
 
 def clear_saved(

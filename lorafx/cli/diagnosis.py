@@ -1,4 +1,4 @@
-"""What `lorafx doctor` finds: versions, private ground, shortcuts, and a small mixed batch.
+"""`lorafx doctor`: versions, private ground, shortcuts, and a small mixed batch.
 
 It runs where lorafx does not: only the batch and the compiler need a version that is supported.
 """
@@ -12,7 +12,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import typer
+
 from lorafx import __version__
+from lorafx.cli.options import AsJson, show_json
 from lorafx.cli.small_batch import SmallBatch, run_small_batch
 from lorafx.errors import LorafxError
 from lorafx.progress import LOG, progress
@@ -21,12 +24,28 @@ from lorafx.reports.writing import json_values
 from lorafx.torch_internals import entries, shortcuts, versions
 
 
+def doctor(as_json: AsJson = False) -> None:
+    """Show versions, the private parts of torch that lorafx needs and those that make it faster,
+    and compare a small mixed batch with each adapter merged by itself.
+
+    Nothing is downloaded. Exits with 1 where something is wrong, and says what.
+
+    Example: lorafx doctor
+    """
+    found = diagnosed()
+    if as_json:
+        show_json(found.json())
+    else:
+        print(found)
+    if found.faults:
+        raise typer.Exit(1)
+
+
 @dataclass(frozen=True)
 class RequiredPart:
     """A required part, as `entries.table()` has it.
 
     Attributes:
-        module, use, refused: as there.
         missing: private names that an installed package lacks.
         absent: packages that it needs and that are not installed.
     """
@@ -41,10 +60,10 @@ class RequiredPart:
     def of(cls, row: entries.PrivateGround) -> RequiredPart:
         """The part of one row, looked for in what is installed."""
         packages = {name.partition(".")[0] for name in row.names}
-        absent = tuple(sorted(own for own in packages if versions.installed(own) is None))
+        absent = tuple(sorted(name for name in packages if versions.installed(name) is None))
         there = [name for name in row.names if name.partition(".")[0] not in absent]
-        lost = tuple(filter(entries.missing, there))
-        return cls(row.module, row.entry.use, row.entry.refused, lost, absent)
+        missing = tuple(filter(entries.missing, there))
+        return cls(row.module, row.entry.use, row.entry.refused, missing, absent)
 
     def __str__(self) -> str:
         lacks = [f"lacks {', '.join(self.missing)}"] if self.missing else []
@@ -68,12 +87,14 @@ class Diagnosis:
         return found
 
     def __str__(self) -> str:
-        states = self.shortcuts.items()
-        told = [(name, state if state == "on" else f"off: {state}") for name, state in states]
+        states = [
+            (name, state if state == "on" else f"off: {state}")
+            for name, state in self.shortcuts.items()
+        ]
         parts = [
             text_table(("installed", ""), self.installed.items()),
             text_table(("required", ""), [(part.module, part) for part in self.required]),
-            text_table(("shortcuts", ""), told),
+            text_table(("shortcuts", ""), states),
             [f"mixed batch: {self.batch or 'not run'}"],
             [f"wrong: {text}" for text in self.faults] or ["everything holds"],
         ]
@@ -90,8 +111,7 @@ def diagnosed() -> Diagnosis:
         with progress("looking at torch"):
             found.required = tuple(map(RequiredPart.of, entries.table()))
             found.installed = {**_versions(), **_machine(supported)}
-        for part in found.required:
-            found.faults += [f"{part.module} {part}"] if part.missing else []
+        found.faults += [f"{part.module} {part}" for part in found.required if part.missing]
         if found.installed["C++ compiler"] == found.installed["GPU"] == "none":
             found.faults.append(
                 "no C++ compiler was found: install g++ or clang, or name it in CXX"

@@ -23,8 +23,7 @@ _RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Ratio:
-    """Time of an arm over that of the base: median and 95 % interval of paired ratios, and the
-    milliseconds of one call of the arm."""
+    """Time of an arm over that of the base, by paired ratios, and the time of a call of the arm."""
 
     arm: str
     median: float
@@ -59,11 +58,10 @@ def compare(
     itself: str = "A/A",
     what: str = "arms",
 ) -> list[Ratio]:
-    """Paired ratios over the base: of the base against itself, which is called `itself`, and of
-    every arm.
+    """Paired ratios over the base, of itself (named `itself`) and of every arm.
 
-    `timer` gives the seconds of one call of an arm, measured for about that long. `what` is
-    compared, in the words of a terminal's line.
+    `timer` gives the seconds of one call of an arm, measured for about that long. `what` names the
+    comparison on a terminal.
     """
     rng = random.Random(seed)
     everything = {itself: base, **arms}
@@ -78,9 +76,10 @@ def compare(
             order = list(everything)
             rng.shuffle(order)
             for name in order:
-                first, arm = timer(base, seconds), everything[name]
-                both = timer(arm, seconds) + timer(arm, seconds)
-                pairs[name].append((both / 2, (first + timer(base, seconds)) / 2))
+                arm = everything[name]
+                base_time, arm_time = timer(base, seconds), timer(arm, seconds)
+                arm_time += timer(arm, seconds)
+                pairs[name].append((arm_time / 2, (base_time + timer(base, seconds)) / 2))
     return [_ratio(name, pairs[name], rng) for name in everything]
 
 

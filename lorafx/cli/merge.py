@@ -8,13 +8,12 @@ from typing import Annotated
 
 import typer
 
-from lorafx.cli.arguments import Dtype
-from lorafx.cli.output import AsJson, show_json
+from lorafx.cli.options import AdapterArgument, AsJson, Dtype, show_json
 
 
 def merge(
     model: Annotated[str, typer.Argument(help="A folder with a model, or a name on the hub.")],
-    adapter: Annotated[str, typer.Argument(help="A folder, a file, or a name on the hub.")],
+    adapter: AdapterArgument,
     folder: Annotated[Path, typer.Argument(help="Where to save the model; it must not exist.")],
     dtype: Dtype = None,
     max_shard_size: Annotated[str, typer.Option(help="Of one file.")] = "5GB",

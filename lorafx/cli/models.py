@@ -14,11 +14,8 @@ from lorafx.progress import progress
 
 
 def on_meta(model: str, dtype: str | None = None) -> Any:
-    """The model that a config.json describes, without numbers, in the dtype that it names.
-
-    Raises:
-        ConfigError: there is none, nothing installed knows its class, or torch has no such dtype.
-    """
+    """The model that a config.json describes, without numbers, in the dtype that it names. Raises
+    ConfigError where nothing installed can make it."""
     import torch
 
     wanted = None if dtype is None else _dtype(dtype)
@@ -32,11 +29,8 @@ def on_meta(model: str, dtype: str | None = None) -> Any:
 
 
 def loaded(model: str, dtype: str | None = None) -> Any:
-    """The model with its weights, on the CPU or the GPU that there is, for inference.
-
-    Raises:
-        ConfigError: it cannot be loaded, or torch has no such dtype.
-    """
+    """The model with its weights, on the CPU or the GPU that there is, for inference. Raises
+    ConfigError where it cannot be loaded."""
     with progress("importing torch"):
         import torch
 
@@ -62,11 +56,7 @@ def _dtype(name: str) -> Any:
 
 def adapters_in(folders: Sequence[str]) -> dict[str, str]:
     """Adapters by name: each of `folders` is one, a file of one, a name on the hub, or a folder of
-    adapter folders.
-
-    Raises:
-        ConfigError: two are called the same, or a folder holds none.
-    """
+    adapter folders. Raises ConfigError where two are called the same, or a folder holds none."""
     from lorafx.adapter_store.config_source import CONFIG_FILE
     from lorafx.adapter_store.opening import WEIGHTS
 
@@ -80,12 +70,34 @@ def adapters_in(folders: Sequence[str]) -> dict[str, str]:
         inside = sorted(filter(is_adapter, path.iterdir())) if several else [path]
         if not inside:
             raise ConfigError(f"{given} holds no adapter, and no folder of one")
-        for one in inside:
-            name = one.stem if one.is_file() else one.name
+        for adapter in inside:
+            name = adapter.stem if adapter.is_file() else adapter.name
             if name in found:
-                raise ConfigError(f"two adapters are called {name!r}: {found[name]} and {one}")
-            found[name] = given if one is path else str(one)
+                raise ConfigError(f"two adapters are called {name!r}: {found[name]} and {adapter}")
+            found[name] = given if adapter is path else str(adapter)
     return found
+
+
+def read_for(
+    module: Any, name: str, source: Any, target: Any = None, max_rank: int | None = None
+) -> Any:
+    """An adapter as it is read for a model whose sites `target` chooses, or the adapter. Raises as
+    `read_adapter`."""
+    from lorafx.adapter_store.peft_reader import read_adapter
+    from lorafx.config import LoraConfig
+    from lorafx.prepare.configuration import request_of
+    from lorafx.prepare.marking import build_sites
+
+    request = request_of(LoraConfig(target_modules=target), {name: source}, module)
+    _, sites = build_sites(module, request.config)
+    return read_adapter(
+        request.adapters[name],
+        name,
+        sites,
+        model=module,
+        lora_config=request.config,
+        max_rank=max_rank,
+    )
 
 
 @contextmanager
@@ -102,8 +114,7 @@ def _readable(model: str) -> Iterator[None]:
 
 
 def _config(model: str) -> Any:
-    """transformers' configuration; diffusers', which is a dict, for a folder of one of its
-    models."""
+    """transformers' configuration; a dict for the folder of a model of diffusers."""
     file = Path(model) / "config.json"
     if file.is_file():
         fields = json.loads(file.read_text())
@@ -115,7 +126,6 @@ def _config(model: str) -> Any:
 
 
 def _transformers_class(config: Any) -> Any:
-    """The class that the model was saved by."""
     import transformers
 
     for name in config.architectures or ():

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from lorafx.cli.options import SlotRank, Targets
+
 
 def serve(
     model: str,
@@ -18,15 +20,11 @@ def serve(
     port: int = 8000,
     max_adapters: int = 8,
     max_rank: int | None = None,
-    slot_rank: Annotated[
-        int | None, typer.Option(help="Rank of a slot; larger ones take several.")
-    ] = None,
+    slot_rank: SlotRank = None,
     max_host_bytes: Annotated[
         int | None, typer.Option(help="Host memory that adapters may take.")
     ] = None,
-    target: Annotated[
-        list[str] | None, typer.Option(help="Module names, suffixes or all-linear.")
-    ] = None,
+    target: Targets = None,
     dtype: str | None = None,
     device: str | None = None,
     page_size: int | None = None,

@@ -25,8 +25,8 @@ _Factors = Mapping[str, tuple[Any, Any]]
 
 @dataclass(frozen=True)
 class SmallBatch:
-    """How it went: the class of the model, the device, the largest relative difference from dense
-    merge, and the seconds with compiling."""
+    """The class of the model, the device, the largest relative difference from dense merge, and the
+    seconds with compiling."""
 
     model: str
     device: str
@@ -35,8 +35,7 @@ class SmallBatch:
 
     @property
     def right(self) -> bool:
-        """Whether it is what dense merge gives. NaN is not."""
-        return self.difference <= TOLERANCE
+        return self.difference <= TOLERANCE  # NaN is not
 
     def __str__(self) -> str:
         return (
@@ -56,9 +55,9 @@ def run_small_batch() -> SmallBatch:
         ids = torch.randint(3, 61, (len(_NAMES), 5), device=device)
         factors = {name: _factors(model, rank) for name, rank in _RANKS.items()}
         alone = [_merged(model, factors.get(name or "", {})) for name in _NAMES]
-        rows = [_logits(own(ids[row : row + 1])) for row, own in enumerate(alone)]
+        rows = [_logits(merged(ids[row : row + 1])) for row, merged in enumerate(alone)]
         start = time.perf_counter()
-        adapters = {name: _source(own, _RANKS[name]) for name, own in factors.items()}
+        adapters = {name: _source(of_name, _RANKS[name]) for name, of_name in factors.items()}
         got = _logits(lorafx.compile(model, adapters)(ids, adapter_names=list(_NAMES)))
         seconds, want = time.perf_counter() - start, torch.cat(rows)
         difference = float((got - want).abs().max() / want.abs().max().clamp(min=1))
@@ -102,18 +101,18 @@ def _factors(model: Any, rank: int) -> _Factors:
 def _source(factors: _Factors, rank: int) -> Any:
     tensors = {
         f"base_model.model.{path}.lora_{which}.weight": factor.cpu()
-        for path, both in factors.items()
-        for which, factor in zip("AB", both, strict=True)
+        for path, pair in factors.items()
+        for which, factor in zip("AB", pair, strict=True)
     }
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": _SCALE * rank}
     return lorafx.AdapterSource(tensors, {**config, "target_modules": list(factors)})
 
 
 def _merged(model: Any, factors: _Factors) -> Any:
-    own = copy.deepcopy(model)
+    merged = copy.deepcopy(model)
     for path, (a, b) in factors.items():
-        own.get_submodule(path).weight += _SCALE * b @ a
-    return own
+        merged.get_submodule(path).weight += _SCALE * b @ a
+    return merged
 
 
 def _logits(output: Any) -> Any:

@@ -3,9 +3,8 @@
     cp = lorafx.compile_pipeline(pipe, {"ink": "loras/ink", "clay": "loras/clay.safetensors"})
     cp(prompt=[...], adapter_names=["ink", {"ink": 0.5, "clay": 1.0}, None])
 
-The pipeline's own `__call__` runs. While it does, the forwards of its models are the compiled ones,
-as in transformers' `generate` (lorafx.serving.generation); the models stay what and where they are.
-Which prompt each of their rows belongs to: lorafx.diffusers.prompt_rows.
+The pipeline's own `__call__` runs, with the compiled forwards of its models, which stay what and
+where they are. Which prompt each of their rows belongs to: lorafx.diffusers.prompt_rows.
 """
 
 from __future__ import annotations
@@ -119,13 +118,9 @@ _BY_PROMPT = {"adapter_names": 'adapter_names=["ink", None, ...], one name or No
 
 
 class CompiledPipeline:
-    """A pipeline that serves its base and many adapters in one batch.
-
-    Attributes:
-        pipe: the pipeline that was given; attributes that this object lacks are looked up there.
-        models: the compiled models by their names in the pipeline. Adapters that are loaded into
-            one of them alone count there alone.
-    """
+    """A pipeline that serves its base and many adapters in one batch. Attributes that it lacks are
+    those of `pipe`, the pipeline that was given; `models` are the compiled ones by their names
+    there. Adapters that are loaded into one of them alone count there alone."""
 
     def __init__(self, pipe: Any, models: Mapping[str, CompiledModel]) -> None:
         self.pipe = pipe
@@ -145,7 +140,6 @@ class CompiledPipeline:
             adapter_names: one name per prompt; None or "__base__" is the base,
                 {"ink": 0.7, "clay": 0.3} a sum of adapters or one at another scale. Without it all
                 images have the adapter that was active when the pipeline was compiled, or none.
-            *args, **kwargs: of the pipeline's own call.
 
         Raises:
             ConfigError: `adapter_names` is not a list of names, or diffusers is told to scale
@@ -170,9 +164,9 @@ class CompiledPipeline:
             by_model = {name: _known(names, cm.adapters) for name, cm in self.models.items()}
         run: Callable[[], Any] = partial(self._run, by_model, args, kwargs)
         # All models are in a call meanwhile: a part that the pipeline calls by itself says so.
-        own = {id(cm._session): by_model[name] for name, cm in self.models.items()}
+        by_session = {id(cm._session): by_model[name] for name, cm in self.models.items()}
         for session in reversed(in_turn(cm._session for cm in self.models.values())):
-            run = partial(session.call, run, own[id(session)])
+            run = partial(session.call, run, by_session[id(session)])
         return run()
 
     def _run(
@@ -181,7 +175,7 @@ class CompiledPipeline:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> Any:
-        mixed = [own for own in names.values() if own is not None and len(set(own)) > 1]
+        mixed = [given for given in names.values() if given is not None and len(set(given)) > 1]
         rows = PromptRows(len(mixed[0])) if mixed else None
         replaced: list[Replaced] = [
             (cm.model, "forward", partial(_forward, name, cm, names[name], rows))
@@ -202,8 +196,6 @@ class CompiledPipeline:
             call = partial(self._stand_ins.replacing, replaced, self.pipe, *args, **kwargs)
             return rows.run(call)
 
-    # --- adapters ---
-
     @property
     def adapters(self) -> tuple[str, ...]:
         """The adapters that are loaded, in one model or in several."""
@@ -215,9 +207,10 @@ class CompiledPipeline:
         Raises as `CompiledModel.load_adapter`, and CheckpointError where it has a part for a model
         that is not compiled. After an error no model has changed.
         """
-        models = {own: cm.model for own, cm in self.models.items()}
+        models = {component: cm.model for component, cm in self.models.items()}
         parts = parts_of(source, self.pipe, models)
-        load_parts([(cm._session, parts.get(own)) for own, cm in self.models.items()], name, strict)
+        by_session = [(cm._session, parts.get(component)) for component, cm in self.models.items()]
+        load_parts(by_session, name, strict)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter in all models; raises as `CompiledModel.unload_adapter`."""
@@ -248,8 +241,6 @@ class CompiledPipeline:
             return partial(refuse, name, _INSERTED)
         return value
 
-    # --- checks ---
-
     def _check(self, arguments: Mapping[str, Any]) -> None:
         for name, cm in self.models.items():
             if getattr(self.pipe, name, None) is not cm.model:
@@ -268,34 +259,34 @@ class CompiledPipeline:
 
     def _check_known(self, names: Names) -> None:
         known = self.adapters
-        for name in names:
-            for own in () if name is None or name == BASE else members(name):
-                if own not in known:
-                    raise UnknownAdapterError(
-                        f"there is no adapter {own!r}{nearest(own, known)}; loaded are "
-                        f"{', '.join(known) or 'none'}"
-                    )
+        given = (name for name in names if name is not None and name != BASE)
+        for name in (member for mixture in given for member in members(mixture)):
+            if name not in known:
+                raise UnknownAdapterError(
+                    f"there is no adapter {name!r}{nearest(name, known)}; loaded are "
+                    f"{', '.join(known) or 'none'}"
+                )
 
 
 def _by_component(config: Any, models: Mapping[str, nn.Module]) -> dict[str, LoraConfig]:
     if config is None:
         return {}
     found = dict(config) if isinstance(config, Mapping) else dict.fromkeys(models, config)
-    for name, own in found.items():
+    for name, for_model in found.items():
         if name not in models:
             raise ConfigError(
                 f"lora_config has {name!r}{nearest(str(name), models)}, which is none of the "
                 f"models that are compiled: {', '.join(models)}"
             )
-        if not isinstance(own, LoraConfig):
+        if not isinstance(for_model, LoraConfig):
             raise ConfigError(
-                f"lora_config for {name} must be a lorafx.LoraConfig, it is {own!r:.80}"
+                f"lora_config for {name} must be a lorafx.LoraConfig, it is {for_model!r:.80}"
             )
     return found
 
 
 def _room_for(sources: Mapping[str, Any], model: nn.Module) -> LoraConfig:
-    """What these adapters need, and sums of two."""
+    """What these adapters need, and sums of two of them."""
     config = request_of(None, sources, model).config
     return replace(config, max_rank=2 * config.max_rank) if len(sources) > 1 else config
 
@@ -306,7 +297,7 @@ def _known(names: Names, loaded: Sequence[str]) -> Names:
     def known(name: str | None) -> str | None:
         if not isinstance(name, Mixture):
             return name if name in loaded else None
-        weights = {own: weight for own, weight in name.weights if own in loaded}
+        weights = {member: weight for member, weight in name.weights if member in loaded}
         if list(weights.values()) == [1.0]:
             return next(iter(weights))
         return Mixture(weights) if weights else None
@@ -315,14 +306,13 @@ def _known(names: Names, loaded: Sequence[str]) -> Names:
 
 
 def _bound(pipe: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The arguments of the pipeline's own call, by name."""
     signature = inspect.signature(type(pipe).__call__)
     return signature.bind_partial(None, *args, **kwargs).arguments
 
 
 def _for_each_prompt(arguments: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """The arguments, with one text of what is to be avoided given for each prompt. Some pipelines
-    encode it once, for rows of all adapters."""
+    """The arguments with a negative prompt for each prompt: some pipelines encode one text once,
+    for rows of all adapters."""
     return {
         name: [value] * count if "negative_prompt" in name and isinstance(value, str) else value
         for name, value in arguments.items()
@@ -330,7 +320,6 @@ def _for_each_prompt(arguments: Mapping[str, Any], count: int) -> dict[str, Any]
 
 
 def _check_prompts(arguments: Mapping[str, Any], count: int) -> None:
-    """Raise BatchError where the call has another number of prompts than there are names."""
     for name, value in arguments.items():
         if name == "prompt" and isinstance(value, str):
             given = 1
@@ -393,7 +382,6 @@ def _call(
 
 
 def _observed(forward: Callable[..., Any], rows: PromptRows, *args: Any, **kwargs: Any) -> Any:
-    """The forward of an encoder that carries no LoRA."""
     result = untracked(lambda _: forward(*args, **kwargs))
     rows.of_prompts(result)
     return result

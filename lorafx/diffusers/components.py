@@ -24,21 +24,16 @@ from lorafx.adapter_store.saved import AdapterSource
 from lorafx.errors import CaptureError, CheckpointError, ConfigError, LorafxWarning, nearest
 
 
-def loadable(pipe: Any, asked: Iterable[str] | None) -> dict[str, nn.Module]:
-    """The models of `pipe` that carry LoRA, by name: those `asked` for, else those that diffusers
-    itself loads adapters into.
-
-    Raises:
-        ConfigError: it is no pipeline of diffusers, or has no such models.
-        CaptureError: one of them is moved between devices by hooks.
-    """
+def loadable(pipe: Any, components: Iterable[str] | None) -> dict[str, nn.Module]:
+    """The models of `pipe` that carry LoRA, by name: `components`, else those that diffusers itself
+    loads adapters into. Raises as `compile_pipeline`."""
     if not isinstance(getattr(pipe, "components", None), Mapping) or isinstance(pipe, nn.Module):
         raise ConfigError(
             f"{type(pipe).__name__} is no pipeline of diffusers, which has `components`; compile "
             "a single model with lorafx.compile"
         )
     models = {name: m for name, m in pipe.components.items() if isinstance(m, nn.Module)}
-    if asked is None:
+    if components is None:
         names = [name for name in getattr(pipe, "_lora_loadable_modules", ()) if name in models]
         if not names:
             raise ConfigError(
@@ -46,7 +41,7 @@ def loadable(pipe: Any, asked: Iterable[str] | None) -> dict[str, nn.Module]:
                 f"carry LoRA by components=... (it has {', '.join(models)})"
             )
     else:
-        names = list(dict.fromkeys(asked))
+        names = list(dict.fromkeys(components))
         for name in names:
             if name not in models:
                 raise ConfigError(
@@ -66,9 +61,7 @@ def loadable(pipe: Any, asked: Iterable[str] | None) -> dict[str, nn.Module]:
 
 def encodes_prompts(module: object) -> bool:
     """Whether this is a model that takes tokens, as transformers' text encoders say they do."""
-    return isinstance(module, nn.Module) and (
-        getattr(module, "main_input_name", None) == "input_ids"
-    )
+    return isinstance(module, nn.Module) and getattr(module, "main_input_name", "") == "input_ids"
 
 
 def loads_adapters(pipeline: type, method: str) -> bool:
@@ -77,29 +70,21 @@ def loads_adapters(pipeline: type, method: str) -> bool:
     if loader is None:
         return False
     owner = next((cls for cls in pipeline.__mro__ if method in vars(cls)), object)
-    return issubclass(owner, loader) and not issubclass(owner, _pipeline_class())
-
-
-def _pipeline_class() -> type:
-    found: type = sys.modules["diffusers"].DiffusionPipeline
-    return found
+    return issubclass(owner, loader) and not issubclass(
+        owner, sys.modules["diffusers"].DiffusionPipeline
+    )
 
 
 def parts_of(source: Any, pipe: Any, models: Mapping[str, nn.Module]) -> dict[str, AdapterSource]:
     """The part of an adapter that is for each of `models`, of one reading of its files. Warns where
-    it has one for a model that the pipeline was loaded without.
-
-    Raises:
-        CheckpointError: it cannot be read, or has a part for a model of the pipeline that is not
-            compiled, or that the pipeline does not have.
-    """
-    asked = source if isinstance(source, AdapterSource) else AdapterSource(source)
-    origin = Origin.of(asked)
-    saved = opened(asked)
-    whole = OpenedSource(**vars(asked), saved=saved, origin=origin)
-    named = dialect_of(saved, asked.dialect).components(saved)
+    it has one for a model that the pipeline was loaded without; raises CheckpointError where it has
+    one for a model that is not compiled, or that the pipeline does not have."""
+    given = source if isinstance(source, AdapterSource) else AdapterSource(source)
+    origin, saved = Origin.of(given), opened(given)
+    whole = OpenedSource(**vars(given), saved=saved, origin=origin)
+    named = dialect_of(saved, given.dialect).components(saved)
     found: dict[str, AdapterSource] = {}
-    for name in named if asked.component is None else (asked.component,):
+    for name in named if given.component is None else (given.component,):
         model = _model_of(name, models)
         if model is not None:
             if model in found:
@@ -135,7 +120,7 @@ def _model_of(name: str, models: Mapping[str, nn.Module]) -> str | None:
     """The model that a file calls so. Files may call every denoiser `unet`, or by no name."""
     if name in models:
         return name
-    denoisers = [own for own, module in models.items() if not encodes_prompts(module)]
+    denoisers = [key for key, module in models.items() if not encodes_prompts(module)]
     if name in (*DENOISERS, "") and len(denoisers) == 1:
         return denoisers[0]
     return next(iter(models)) if not name and len(models) == 1 else None

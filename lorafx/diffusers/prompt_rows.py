@@ -4,12 +4,11 @@
     noise[i]                    a label of its own, until the denoiser is called with it
     cat, repeat, view, chunk    whatever the pipeline does with them is followed, element by element
 
-A pipeline repeats prompts, puts rows without a prompt in front of those with one, and cuts and
-joins what the denoiser returns. None of this is taken from a table of pipelines: the operators that
-run in Python are seen (`lorafx/capture/tracking.py`), and the labels of what they return are kept
-by memory (`lorafx/ownership/memory.py`). A row of the denoiser is the prompt's whose embeddings it
-has. A row whose embeddings are nobody's (zeros, for an empty prompt) is the prompt's with whose
-other row it shares the noise. What neither says is refused.
+No table of pipelines says so: the operators that run in Python are seen
+(`lorafx/capture/tracking.py`), and the labels of what they return are kept by memory
+(`lorafx/ownership/memory.py`). A row of the denoiser is the prompt's whose embeddings it has. A row
+whose embeddings are nobody's (zeros, for an empty prompt) is the prompt's with whose other row it
+shares the noise. What neither says is refused.
 """
 
 from __future__ import annotations
@@ -32,10 +31,8 @@ T = TypeVar("T")
 
 
 class PromptRows:
-    """The labels of one call of a pipeline for `prompts` prompts.
-
-    Labels below `prompts` are prompts; those above are rows of noise whose prompt is not known yet.
-    """
+    """The labels of one call of a pipeline. Those below `prompts`, their number, are prompts; those
+    above are rows of noise whose prompt is not known yet."""
 
     def __init__(self, prompts: int) -> None:
         self.prompts = prompts
@@ -46,12 +43,11 @@ class PromptRows:
         self._begun = False
 
     def run(self, action: Callable[[], T]) -> T:
-        """What `action` returns, whose operators are followed."""
         return _Following(self, self._memory).run(action)
 
     def given(self, name: str, value: Any) -> None:
-        """`value` is an argument of the pipeline: what is given for prompts has a row for each,
-        anything else (noise to begin with) rows that nobody knows yet."""
+        """Label an argument of the pipeline: what is given for prompts has a row for each, anything
+        else (noise to begin with) rows that nobody knows yet."""
         if "prompt" in name:
             self.of_prompts(value)
         else:
@@ -59,12 +55,11 @@ class PromptRows:
                 self.of_noise(tensor)
 
     def of_prompts(self, value: Any) -> None:
-        """Index b along the first dimension of each tensor in `value` belongs to prompt b."""
+        """Row b of each tensor in `value` belongs to prompt b."""
         self._say(value, tuple(range(self.prompts)))
 
     def of_rows(self, value: Any, owners: tuple[int, ...]) -> None:
-        """Index i along the first dimension of each tensor in `value` belongs to prompt
-        owners[i]."""
+        """Row i of each tensor in `value` belongs to prompt owners[i]."""
         self._say(value, owners)
 
     def of_noise(self, tensor: Tensor) -> None:
@@ -80,24 +75,25 @@ class PromptRows:
         Raises:
             BatchError: what a row is computed from says nothing of its prompt, or names several.
         """
-        found = untracked(lambda _: self._labels(values, count))
-        known = self._unified(found)
+        labels = untracked(lambda _: self._labels(values, count))
+        known = self._unified(labels)
         prompts = [
-            {known.get(label, label) for label in own} & set(range(self.prompts)) for own in found
+            {known.get(label, label) for label in of_row} & set(range(self.prompts))
+            for of_row in labels
         ]
-        lost = [row for row, own in enumerate(prompts) if len(own) != 1]
+        lost = [row for row, of_row in enumerate(prompts) if len(of_row) != 1]
         if lost:
             several = any(prompts[row] for row in lost)
+            why = "its arguments name several prompts for" if several else "nothing says whose are"
             raise BatchError(
-                f"{what} is called with {count} rows for {self.prompts} prompts, and "
-                f"{'its arguments name several prompts' if several else 'nothing says whose'} "
-                f"{'for' if several else 'are'} row {', '.join(map(str, lost[:4]))}. Prompts with "
+                f"{what} is called with {count} rows for {self.prompts} prompts, and {why} row "
+                f"{', '.join(map(str, lost[:4]))}. Prompts with "
                 "different adapters need embeddings that come from the pipeline's text encoders "
                 "or are given per prompt; call the pipeline once for each adapter otherwise"
             )
         untracked(lambda _: self._memory.rename(known))
         self._begun = True
-        return tuple(own.pop() for own in prompts)
+        return tuple(of_row.pop() for of_row in prompts)
 
     def _say(self, value: Any, owners: tuple[int, ...]) -> None:
         for tensor in tensor_leaves(value):
@@ -109,8 +105,8 @@ class PromptRows:
         found: list[set[int]] = [set() for _ in range(count)]
         for tensor in tensor_leaves(values):
             if tensor.dim() and tensor.shape[0] == count:
-                for own, label in zip(found, self._by_row(tensor), strict=True):
-                    own |= {label} - {NOBODY}
+                for of_row, label in zip(found, self._by_row(tensor), strict=True):
+                    of_row |= {label} - {NOBODY}
         return found
 
     def _by_row(self, tensor: Tensor) -> Sequence[int]:
@@ -125,17 +121,17 @@ class PromptRows:
             cells = held.cells.expand(tensor.shape).reshape(rows, -1)
             most = cells.amax(1)
             least = cells.masked_fill(cells == NOBODY, MOST_REQUESTS).amin(1)
-            one: list[int] = torch.where(least == most, most, NOBODY).tolist()
-            return one
+            labels: list[int] = torch.where(least == most, most, NOBODY).tolist()
+            return labels
         return [NOBODY] * rows
 
     def _unified(self, found: Sequence[set[int]]) -> dict[int, int]:
         """Labels of noise -> the prompt of the rows that have it; NOBODY where it is several
         prompts', which may begin with the same noise."""
         users: dict[int, set[int]] = {}
-        for own in found:
-            prompts = {label for label in own if label < self.prompts}
-            for label in own - prompts:
+        for of_row in found:
+            prompts = {label for label in of_row if label < self.prompts}
+            for label in of_row - prompts:
                 users.setdefault(label, set()).update(prompts)
         return {
             label: next(iter(prompts)) if len(prompts) == 1 else NOBODY

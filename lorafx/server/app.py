@@ -9,8 +9,7 @@ from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
 from transformers.cli.serving.server import build_server
 
-from lorafx.server.authentication import Authentication
-from lorafx.server.errors import answer_errors
+from lorafx.server.errors import Authentication, answer_errors
 from lorafx.server.generating import Generation
 from lorafx.server.handlers import Chat, Completions, Responses
 from lorafx.server.metrics import Metrics
@@ -31,8 +30,7 @@ def build_app(
     """The application that answers for a model.
 
     Args:
-        served: the model.
-        engine: its engine, running.
+        engine: of the model, running.
         adapter_root: the folder from which clients may load adapters; None: they may not.
         api_key: what requests have to come with, but for /health and /metrics; None for nothing.
     """

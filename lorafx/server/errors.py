@@ -1,20 +1,26 @@
-"""Errors, answered in OpenAI's form: {"error": {"message", "type", "param", "code"}}."""
+"""Errors, answered in OpenAI's form: {"error": {"message", "type", "param", "code"}}; and the key
+that requests have to come with, as OpenAI's clients send it."""
 
 from __future__ import annotations
 
+import hmac
 import json
-from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.routing import get_route_path
 from transformers.cli.serving.utils import CBWorkerDeadError
 
 from lorafx.errors import BatchError, LorafxError, Setting, UnknownAdapterError
 from lorafx.server.settings import Settings, option
+
+#: Routes that ask for no key: what watches a server has none.
+OPEN = ("/health", "/metrics")
 
 
 class RequestError(LorafxError):
@@ -36,32 +42,22 @@ class RequestError(LorafxError):
         self.code = code
 
 
-#: The status of errors that come from below. A BatchError says that the engine takes no requests.
-_STATUS: Mapping[type[LorafxError], int] = {
-    UnknownAdapterError: 404,
-    BatchError: 503,
-}
-
-
 def status_of(error: BaseException) -> int:
     """The status that an error is answered with."""
     if isinstance(error, RequestError):
         return error.status
     if isinstance(error, HTTPException):
         return error.status_code
-    if isinstance(error, CBWorkerDeadError):
-        return 503
-    return next((status for cls, status in _STATUS.items() if isinstance(error, cls)), 500)
+    if isinstance(error, UnknownAdapterError):
+        return 404
+    # A BatchError of the engine: it takes no requests.
+    return 503 if isinstance(error, (CBWorkerDeadError, BatchError)) else 500
 
 
 def error_response(error: Exception) -> JSONResponse:
     """The answer to a request that ends with this error."""
-    return _answer(
-        status_of(error),
-        message_of(error),
-        getattr(error, "param", None),
-        getattr(error, "code", None),
-    )
+    param, code = getattr(error, "param", None), getattr(error, "code", None)
+    return _answer(status_of(error), message_of(error), param, code)
 
 
 def message_of(error: Exception) -> str:
@@ -116,3 +112,34 @@ def _answer(
     return JSONResponse(
         {"error": {"message": message, "type": kind, "param": param, "code": code}}, status
     )
+
+
+class Authentication:
+    """ASGI middleware that answers requests without the key with a 401, before anything is read of
+    them.
+
+    Args:
+        app: answers the others.
+        key: of visible ASCII characters; None asks for none.
+    """
+
+    def __init__(self, app: Any, key: str | None) -> None:
+        self._app = app
+        self._key = None if key is None else key.encode()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        # There are no routes for websockets.
+        if self._key is None or scope["type"] != "http" or get_route_path(scope) in OPEN:
+            await self._app(scope, receive, send)
+            return
+        scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            text = "this server asks for its key, as `Authorization: Bearer KEY`"
+        elif not hmac.compare_digest(given.strip().encode(), self._key):
+            text = "the key in `Authorization: Bearer KEY` is not this server's"
+        else:
+            await self._app(scope, receive, send)
+            return
+        refusal = error_response(RequestError(401, text, code="invalid_api_key"))
+        refusal.headers["WWW-Authenticate"] = "Bearer"
+        await refusal(scope, receive, send)

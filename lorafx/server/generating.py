@@ -1,11 +1,11 @@
 """What transformers' handlers generate with: the engine, with the adapter of each request.
 
-handler ── get_manager("base:adapter") ─▶ AdapterGeneration ── Route ─▶ AdapterBatchingManager
-                                          one for each request          one for the server
+    handler ── get_manager("base:adapter") ─▶ AdapterGeneration ── Route ─▶ AdapterBatchingManager
+                                              one for each request          one for the server
 
 A stream of text is, when it has ended, the text of the answer as a whole:
 
-pieces of the tokens as they come + what was held back = decode(all tokens)
+    pieces of the tokens as they come + what was held back = decode(all tokens)
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from lorafx.torch_internals.transformers_parts import stream_error
 
 
 class TextStreamer(CBStreamer):
-    """Decodes the tokens of one request for `queue`.
+    """Decodes the tokens of one request for `queue`, which ends with None.
 
     tokenizers' `DecodeStream` holds back tokens that are not a whole character yet, and raises at
     bytes that are no text. Here what is still held back at the end is said then, and a stream goes
@@ -46,9 +46,6 @@ class TextStreamer(CBStreamer):
 
     Args:
         engine: cancels the request.
-        request_id: its name there.
-        tokenizer: decodes.
-        queue: takes the pieces, and None when there are no more.
         parser: transformers' parser of the model's answers; None where they are plain text.
     """
 
@@ -156,17 +153,12 @@ class Route:
 
 
 class AdapterGeneration(CBGenerateManager):
-    """Generates for one request.
+    """Generates for one request, whose prompt and answer have at most `most_tokens` together."""
 
-    Args:
-        route: to the engine.
-        room: the most tokens that a prompt and its answer may have together.
-    """
-
-    def __init__(self, route: Route, room: int) -> None:
+    def __init__(self, route: Route, most_tokens: int) -> None:
         super().__init__()
         self._cb: Any = route
-        self._room = room
+        self._most_tokens = most_tokens
 
     def generate_streaming(
         self,
@@ -235,25 +227,19 @@ class AdapterGeneration(CBGenerateManager):
         length = len(inputs["input_ids"])
         if not length:
             raise RequestError(400, "the prompt has no tokens; write something", param="prompt")
-        if length >= self._room:
+        if length >= self._most_tokens:
             raise RequestError(
                 400,
                 f"the prompt has {length} tokens, and prompt and answer together may have "
-                f"{self._room}; shorten it",
+                f"{self._most_tokens}; shorten it",
                 code="context_length_exceeded",
             )
-        config.max_new_tokens = min(config.max_new_tokens, self._room - length)
+        config.max_new_tokens = min(config.max_new_tokens, self._most_tokens - length)
         self._cb.sampling = {name: getattr(config, name) for name in RANGES}
 
 
 class Generation(GenerationState):
-    """Gives each request of the server its manager.
-
-    Args:
-        served: the model.
-        engine: its engine, warmed up.
-        metrics: count failures.
-    """
+    """Gives each request of the server its manager. `engine` is warmed up."""
 
     def __init__(
         self, served: ServedModel, engine: AdapterBatchingManager, metrics: Metrics
@@ -262,7 +248,11 @@ class Generation(GenerationState):
         self._served = served
         self._engine = engine
         self._metrics = metrics
-        self.room = _room(served, engine)
+        model: Any = served.compiled.model
+        assert engine.batch_processor is not None
+        cache = int(engine.batch_processor.cache.max_tokens_read)
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self._most_tokens = cache if positions is None else min(cache, int(positions))
 
     @property
     def config(self) -> GenerationConfig:
@@ -270,7 +260,6 @@ class Generation(GenerationState):
         return self._engine.generation_config
 
     def use_continuous_batching(self, model: Any, modality: Any) -> bool:
-        """Always."""
         return True
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> AdapterGeneration:
@@ -278,10 +267,9 @@ class Generation(GenerationState):
         adapter = self._served.adapter_of(model_id)
         label = BASE if adapter is None else adapter
         route = Route(self._engine, adapter, lambda: self._metrics.failed(label))
-        return AdapterGeneration(route, self.room)
+        return AdapterGeneration(route, self._most_tokens)
 
     def is_cb_alive(self) -> bool:
-        """Whether the engine takes requests."""
         return self._engine.background_thread_status.can_accept_new_requests() is None
 
     def shutdown(self) -> None:
@@ -291,12 +279,3 @@ class Generation(GenerationState):
 def _quotable(text: str) -> str:
     """What transformers may put between the quotes of a JSON string."""
     return json.dumps(text)[1:-1]
-
-
-def _room(served: ServedModel, engine: AdapterBatchingManager) -> int:
-    """The most tokens of one request: the model's positions, or those that the cache holds."""
-    model: Any = served.compiled.model
-    assert engine.batch_processor is not None
-    cache = int(engine.batch_processor.cache.max_tokens_read)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return cache if positions is None else min(cache, int(positions))

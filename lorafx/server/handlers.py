@@ -83,13 +83,7 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 class AdapterHandler(BaseHandler):
-    """Mixed into transformers' handlers.
-
-    Args:
-        served: the model.
-        generation: gives requests their managers.
-        metrics: count requests.
-    """
+    """Mixed into transformers' handlers."""
 
     #: The field that holds the prompt, and whether it goes through the chat template.
     prompt = "messages"
@@ -104,11 +98,7 @@ class AdapterHandler(BaseHandler):
         self._metrics = metrics
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
-        """Answer a request.
-
-        Raises:
-            RequestError: it is refused.
-        """
+        """Answer a request, or raise why it is refused."""
         label = UNKNOWN
         self._metrics.began()
         try:
@@ -121,9 +111,8 @@ class AdapterHandler(BaseHandler):
                 response: StreamingResponse | JSONResponse
                 response = await handler.handle_request(body, request_id)
             except TemplateError as error:
-                raise RequestError(
-                    400, f"the chat template refuses the messages: {error}", param=self.prompt
-                ) from error
+                why = f"the chat template refuses the messages: {error}"
+                raise _bad(why, self.prompt) from error
         except BaseException as error:
             self._metrics.ended(label, status_of(error))
             raise
@@ -149,7 +138,7 @@ class AdapterHandler(BaseHandler):
         return body["model"], self._served.compiled.model, self._served.tokenizer
 
     def _validate_request(self, body: dict[str, Any]) -> None:
-        """transformers' look at the fields; it does not know all that are served."""
+        # transformers does not know all fields that are served.
         super()._validate_request({name: body[name] for name in body if name != "top_k"})
 
     def _build_generation_config(
@@ -161,53 +150,41 @@ class AdapterHandler(BaseHandler):
         return config
 
     def _checked(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The fields that say something.
-
-        Raises:
-            RequestError: one would not be honoured, or would fail further on.
-        """
+        """The fields that say something. Raises RequestError where one would not be honoured, or
+        would fail further on."""
         body = {f: value for f, value in body.items() if value is not None or f == self.prompt}
         for field, values in NEUTRAL.items():
             if field in body and body.pop(field) not in values:
                 neutral = " or ".join(map(repr, values))
-                raise RequestError(
-                    400,
+                raise _bad(
                     f"`{field}` is not served with continuous batching; leave it out"
                     + (f", or send {neutral}" if neutral else ""),
-                    param=field,
+                    field,
                 )
         for field in LENGTHS:
             value = body.get(field)
             if value is not None and (not isinstance(value, int) or value is True or value < 1):
-                raise RequestError(
-                    400, f"`{field}` is a number of tokens, at least 1; got {value!r}", param=field
-                )
+                raise _bad(f"`{field}` is a number of tokens, at least 1; got {value!r}", field)
         self._check_sampling(body)
         if self.prompt not in body:
-            raise RequestError(400, f"`{self.prompt}` is missing", param=self.prompt)
+            raise _bad(f"`{self.prompt}` is missing", self.prompt)
         if self.chat and getattr(self._served.tokenizer, "chat_template", None) is None:
-            raise RequestError(
-                400,
+            raise _bad(
                 f"the tokenizer of {self._served.name!r} has no chat template; ask "
-                "/v1/completions with a `prompt`",
+                "/v1/completions with a `prompt`"
             )
         if not isinstance(body.get("suffix", ""), str):
-            raise RequestError(
-                400, f"`suffix` is a string; got {body['suffix']!r:.80}", param="suffix"
-            )
+            raise _bad(f"`suffix` is a string; got {body['suffix']!r:.80}", "suffix")
         tools = body.get("tools", [])
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-            raise RequestError(
-                400, f"`tools` is a list of objects; got {tools!r:.80}", param="tools"
-            )
+            raise _bad(f"`tools` is a list of objects; got {tools!r:.80}", "tools")
         given = body.get("chat_template_kwargs") or {}
-        own = inspect.signature(self._served.tokenizer.apply_chat_template).parameters
-        if not isinstance(given, dict) or not own.keys().isdisjoint(given):
-            raise RequestError(
-                400,
+        taken = inspect.signature(self._served.tokenizer.apply_chat_template).parameters
+        if not isinstance(given, dict) or not taken.keys().isdisjoint(given):
+            raise _bad(
                 "`chat_template_kwargs` is an object with the template's own variables; "
                 f"got {given!r:.80}",
-                param="chat_template_kwargs",
+                "chat_template_kwargs",
             )
         return body
 
@@ -215,43 +192,39 @@ class AdapterHandler(BaseHandler):
         for field in RANGES:
             value = body.get(field)
             if value is not None and sampling_number(field, value) is None:
-                raise RequestError(
-                    400,
-                    f"`{field}` is {sampling_range(field)}; got {value!r:.80}",
-                    param=field,
-                )
+                raise _bad(f"`{field}` is {sampling_range(field)}; got {value!r:.80}", field)
         if body.pop("seed", None) is None:  # with one transformers would set the process's seed
             return
         if body.get("temperature", self._generation.config.temperature) >= COLDEST:
-            raise RequestError(
-                400,
+            raise _bad(
                 "`seed` is not served: requests of one batch draw from one generator; leave it "
                 "out, or send `temperature` 0, which draws nothing",
-                param="seed",
+                "seed",
             )
 
     @staticmethod
     def get_processor_inputs_from_messages(messages: Any, modality: Modality) -> list[dict]:
         """transformers' form of a request's messages, which have text only."""
         if not isinstance(messages, list) or not messages:
-            raise RequestError(400, "`messages` is a list of messages, at least one")
+            raise _bad("`messages` is a list of messages, at least one")
         for message in messages:
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-                raise RequestError(
-                    400, f"a message is an object with a `role`; got {message!r:.80}"
-                )
+                raise _bad(f"a message is an object with a `role`; got {message!r:.80}")
             content = message.get("content")
             if content is None or isinstance(content, str):
                 continue
             for part in content if isinstance(content, list) else [content]:
                 kind = part.get("type") if isinstance(part, dict) else None
                 if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
-                    raise RequestError(
-                        400,
+                    raise _bad(
                         "the content of a message is text: a string, or parts of the types "
-                        f"{', '.join(TEXT_PARTS)}; got {kind or part!r:.80}",
+                        f"{', '.join(TEXT_PARTS)}; got {kind or part!r:.80}"
                     )
         return BaseHandler.get_processor_inputs_from_messages(messages, modality)
+
+
+def _bad(message: str, field: str | None = None) -> RequestError:
+    return RequestError(400, message, param=field)
 
 
 def _check_text(body: Mapping[str, Any]) -> None:
@@ -261,8 +234,8 @@ def _check_text(body: Mapping[str, Any]) -> None:
         json.dumps(body, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start]
-        raise RequestError(
-            400, f"the request holds {half!r}, half of a surrogate pair; send whole characters"
+        raise _bad(
+            f"the request holds {half!r}, half of a surrogate pair; send whole characters"
         ) from error
 
 

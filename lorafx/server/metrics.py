@@ -3,32 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from lorafx.serving.continuous.health import StepHealth
+from lorafx.serving.continuous.failures import StepHealth
 from lorafx.session.statistics import Statistics
 
-#: The adapter of requests that ask for what there is not. Their own words would be labels without
+#: The adapter of requests that ask for what there is not: their own words would be labels without
 #: end.
 UNKNOWN = "__unknown__"
 #: Fields of `Statistics` that are counted, and what is said of them.
-COUNTED: Mapping[str, str] = {
+_COUNTED: Mapping[str, str] = {
     "hits": "Adapters of a batch that were in a slot already",
     "loads": "Adapters that were written into a slot",
     "evictions": "Adapters that lost their slot to another",
     "waits": "Requests that were ready for a step and had no slot in it",
 }
 #: Likewise of `Tier`.
-COUNTED_OF_TIERS: Mapping[str, str] = {
+_COUNTED_OF_TIERS: Mapping[str, str] = {
     "hits": "Adapters that were asked for and found in a tier",
     "misses": "Adapters that were asked for and not in a tier",
     "evictions": "Adapters that had to leave a tier",
 }
-TIER_BYTES = "Bytes of adapters in a tier; of the device's banks"
-TOKENS = "Tokens that have been run, prompts included"
-FAILED_STEPS = "Steps of the engine that served nobody since the model failed"
+
+
+class Count(NamedTuple):
+    """One number of a model or its engine. It only grows, where it is no `size`."""
+
+    name: str
+    text: str
+    value: int
+    labels: Mapping[str, str] = {}
+    size: bool = False
+
+
+def counts(stats: Statistics, health: StepHealth) -> Iterator[Count]:
+    """All numbers of a model and its engine, at this moment."""
+    for name, text in _COUNTED.items():
+        yield Count(f"lorafx_adapter_{name}", text, getattr(stats, name))
+    for tier, of_tier in stats.tiers.items():
+        labels = {"tier": tier}
+        text = "Bytes of adapters in a tier; of the device's banks"
+        yield Count("lorafx_tier_bytes", text, of_tier.nbytes, labels, size=True)
+        for name, text in _COUNTED_OF_TIERS.items():
+            yield Count(f"lorafx_tier_{name}", text, getattr(of_tier, name), labels)
+    for adapter, tokens in stats.tokens.items():
+        text = "Tokens that have been run, prompts included"
+        yield Count("lorafx_tokens", text, tokens, {"adapter": adapter})
+    text = "Steps of the engine that served nobody since the model failed"
+    yield Count("lorafx_failed_steps", text, health.failed)
 
 
 class Metrics:
@@ -58,8 +83,7 @@ class Metrics:
             "Requests that are being answered",
             registry=self._registry,
         )
-        self._registry.register(_Adapters(stats))
-        self._registry.register(_Steps(health))
+        self._registry.register(_Collector(stats, health))
 
     def began(self) -> None:
         """A request has come."""
@@ -79,41 +103,15 @@ class Metrics:
         return generate_latest(self._registry)
 
 
-class _Adapters:
-    """The counts of `Statistics` at the moment at which they are read."""
-
-    def __init__(self, stats: Callable[[], Statistics]) -> None:
-        self._stats = stats
+class _Collector:
+    def __init__(self, stats: Callable[[], Statistics], health: StepHealth) -> None:
+        self._stats, self._health = stats, health
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._stats()
-        for name, text in COUNTED.items():
-            yield CounterMetricFamily(f"lorafx_adapter_{name}", text, value=getattr(stats, name))
-        yield from _tiers(stats)
-        tokens = CounterMetricFamily("lorafx_tokens", TOKENS, labels=["adapter"])
-        for adapter, count in stats.tokens.items():
-            tokens.add_metric([adapter], count)
-        yield tokens
-
-
-class _Steps:
-    """The steps of the engine that have failed, at the moment at which they are read."""
-
-    def __init__(self, health: StepHealth) -> None:
-        self._health = health
-
-    def collect(self) -> Iterator[Metric]:
-        yield CounterMetricFamily("lorafx_failed_steps", FAILED_STEPS, value=self._health.failed)
-
-
-def _tiers(stats: Statistics) -> Iterator[Metric]:
-    """What lies where: on the device, in host memory, in files."""
-    nbytes = GaugeMetricFamily("lorafx_tier_bytes", TIER_BYTES, labels=["tier"])
-    for tier, of_tier in stats.tiers.items():
-        nbytes.add_metric([tier], of_tier.nbytes)
-    yield nbytes
-    for name, text in COUNTED_OF_TIERS.items():
-        counted = CounterMetricFamily(f"lorafx_tier_{name}", text, labels=["tier"])
-        for tier, of_tier in stats.tiers.items():
-            counted.add_metric([tier], getattr(of_tier, name))
-        yield counted
+        families: dict[str, Any] = {}
+        for count in counts(self._stats(), self._health):
+            if count.name not in families:
+                kind = GaugeMetricFamily if count.size else CounterMetricFamily
+                families[count.name] = kind(count.name, count.text, labels=list(count.labels))
+            families[count.name].add_metric(list(count.labels.values()), count.value)
+        yield from families.values()

@@ -42,8 +42,7 @@ def run(settings: Settings) -> None:
     """Serve until SIGTERM or Ctrl-C; then answer what is under way, and return.
 
     Raises:
-        ConfigError: the address is taken, or the model cannot be served.
-        Whatever `opened` raises.
+        ConfigError: the address is taken. Otherwise as `opened`.
     """
     start = time.perf_counter()
     bound = settings.bind()
@@ -66,13 +65,12 @@ def run(settings: Settings) -> None:
 def opened(settings: Settings, *, lazily: bool = False) -> Iterator[Opened]:
     """The model of `settings`, loaded, compiled and warmed up, with its application.
 
-    Args:
-        lazily: load no adapter. The application answers for all that have a folder; who calls it
-            loads the adapter that a request asks for first.
+    With `lazily` no adapter is loaded. The application answers for all that have a folder; who
+    calls it loads the adapter that a request asks for first.
 
     Raises:
-        ConfigError: the model or its tokenizer cannot be loaded, or cannot be served.
-        Whatever `lorafx.compile` raises of adapters.
+        ConfigError: the model or its tokenizer cannot be loaded, or cannot be served. Otherwise as
+            `lorafx.compile`.
     """
     tokenizer = _tokenizer(settings)
     with progress(f"loading {settings.served_name}"):
@@ -86,13 +84,10 @@ def opened(settings: Settings, *, lazily: bool = False) -> Iterator[Opened]:
     engine_config = ContinuousBatchingConfig(
         **settings.engine(model.device.type == "cpu"), per_request_processors=True
     )
-    block = compiled.continuous_batching(_generation(settings, model), engine_config)
-    with block as engine:
-        served = (
-            ServedFolder(settings, compiled, tokenizer)
-            if lazily
-            else ServedModel(compiled, tokenizer, settings.served_name)
-        )
+    served = ServedModel(compiled, tokenizer, settings.served_name)
+    if lazily:
+        served = ServedFolder(settings, compiled, tokenizer)
+    with compiled.continuous_batching(_generation(settings, model), engine_config) as engine:
         try:
             app = build_app(served, engine, settings.root(), settings.api_key)
             yield Opened(app, compiled, engine)
@@ -136,12 +131,13 @@ def _readable(model: str) -> Iterator[None]:
 
 def _generation(settings: Settings, model: Any) -> GenerationConfig:
     """How tokens are chosen where a request does not say."""
-    own = model.generation_config
+    of_model = model.generation_config
     temperature = settings.temperature
     if temperature is None:
-        temperature = (own.temperature or 1.0) if own.do_sample else 0.0
-    tokens = {name: getattr(own, name) for name in ("eos_token_id", "pad_token_id", "bos_token_id")}
-    top_k, top_p = (own.top_k, own.top_p) if own.do_sample else (None, None)
+        temperature = (of_model.temperature or 1.0) if of_model.do_sample else 0.0
+    names = ("eos_token_id", "pad_token_id", "bos_token_id")
+    tokens = {name: getattr(of_model, name) for name in names}
+    top_k, top_p = (of_model.top_k, of_model.top_p) if of_model.do_sample else (None, None)
     return GenerationConfig(
         **tokens,
         do_sample=True,  # requests choose; temperature 0 takes the likeliest token

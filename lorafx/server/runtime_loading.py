@@ -13,37 +13,26 @@ from lorafx.server.settings import UNPRINTABLE
 
 
 class AdapterLoading:
-    """What /v1/load_lora_adapter and /v1/unload_lora_adapter do.
-
-    Args:
-        served: the model.
-        root: the folder in which adapters may lie; None: nothing is loaded or unloaded.
-    """
+    """What /v1/load_lora_adapter and /v1/unload_lora_adapter do. Adapters lie in `root`; without it
+    nothing is loaded or unloaded."""
 
     def __init__(self, served: ServedModel, root: Path | None) -> None:
         self._served = served
         self._root = None if root is None else root.resolve()
 
     def load(self, body: dict[str, Any]) -> str:
-        """Load the adapter in folder `lora_path` as `lora_name`, and say so.
-
-        Raises:
-            RequestError: 403, it is switched off, or the folder is not in the allowed one; 404,
-                there is no such folder; 400, the name is taken, or the adapter cannot be served.
-        """
+        """Load the adapter in folder `lora_path` as `lora_name`, and say so."""
         root = self._allowed()
         name, path = _text(body, "lora_name"), _text(body, "lora_path")
-        if not name.isprintable():
-            raise RequestError(400, f"`lora_name` {UNPRINTABLE}; got {name!r}", param="lora_name")
         compiled = self._served.compiled
+        if not name.isprintable():
+            raise _bad_name(f"`lora_name` {UNPRINTABLE}; got {name!r}")
         if name == BASE:
-            raise RequestError(400, f"{BASE!r} is the base model", param="lora_name")
+            raise _bad_name(f"{BASE!r} is the base model")
         if name in compiled.adapters and body.get("load_inplace") is not True:
-            raise RequestError(
-                400,
+            raise _bad_name(
                 f"an adapter {name!r} is loaded; unload it first, or send "
-                '"load_inplace": true to replace it',
-                param="lora_name",
+                '"load_inplace": true to replace it'
             )
         folder = _inside(root, path)
         try:
@@ -53,11 +42,7 @@ class AdapterLoading:
         return f"Success: LoRA adapter '{name}' added successfully."
 
     def unload(self, body: dict[str, Any]) -> str:
-        """Unload `lora_name`, and say so. Requests that it is serving go on.
-
-        Raises:
-            RequestError: 403, it is switched off; 404, no such adapter is loaded.
-        """
+        """Unload `lora_name`, and say so. Requests that it is serving go on."""
         self._allowed()
         name = _text(body, "lora_name")
         compiled = self._served.compiled
@@ -78,6 +63,10 @@ class AdapterLoading:
         return self._root
 
 
+def _bad_name(message: str) -> RequestError:
+    return RequestError(400, message, param="lora_name")
+
+
 def _text(body: dict[str, Any], field: str) -> str:
     value = body.get(field)
     if not isinstance(value, str) or not value.strip() or "\0" in value:
@@ -87,11 +76,8 @@ def _text(body: dict[str, Any], field: str) -> str:
 
 def _inside(root: Path, path: str) -> Path:
     """The folder that `path` leads to, relative to `root`, which it and its files have to be in
-    after all links have been followed.
-
-    Raises:
-        RequestError: 403, something is elsewhere; nothing is said about what is there. 404.
-    """
+    after all links have been followed. Where something is elsewhere, the error does not say what
+    there is."""
     outside = RequestError(
         403, f"{path!r} is not inside the folder that adapters are loaded from", param="lora_path"
     )

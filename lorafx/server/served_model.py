@@ -16,13 +16,8 @@ from lorafx.serving.compiled import CompiledModel
 
 
 class ServedModel(ModelManager):
-    """What transformers' server asks for models: here one, that stays.
-
-    Args:
-        compiled: the model with its adapters.
-        tokenizer: its tokenizer.
-        name: the base model is asked for by `name`, an adapter by `name:adapter`.
-    """
+    """What transformers' server asks for models: here one, that stays. Requests ask for the base by
+    `name`, for an adapter by `name:adapter`."""
 
     def __init__(
         self, compiled: CompiledModel, tokenizer: PreTrainedTokenizerFast, name: str
@@ -39,51 +34,44 @@ class ServedModel(ModelManager):
         return self.compiled.adapters
 
     def has(self, adapter: str) -> bool:
-        """Whether an adapter may be asked for."""
         return adapter in self.compiled.adapters
 
     def names(self) -> list[str]:
-        """What requests may ask for."""
         return [self.name, *(self.name_of(adapter) for adapter in self.adapters())]
 
     def name_of(self, adapter: str | None) -> str:
-        """What requests ask for `adapter` by."""
         return self.name if adapter is None else f"{self.name}:{adapter}"
 
-    def adapter_of(self, asked: object) -> str | None:
-        """The adapter that a request asks for; None is the base model.
-
-        Raises:
-            RequestError: 400, it asks for nothing; 404, for what there is not.
-        """
-        if not isinstance(asked, str) or not asked:
+    def adapter_of(self, model: object) -> str | None:
+        """The adapter that a request asks for by `model`; None is the base model."""
+        if not isinstance(model, str) or not model:
             raise RequestError(
                 400,
                 f"the field `model` says what is to answer: {self.name!r} for the base model, "
-                f'"{self.name}:ADAPTER" for an adapter; got {asked!r}',
+                f'"{self.name}:ADAPTER" for an adapter; got {model!r}',
                 param="model",
             )
-        if asked == self.name:
+        if model == self.name:
             return None
-        adapter = asked.removeprefix(f"{self.name}:")
-        if adapter != asked and self.has(adapter):
+        adapter = model.removeprefix(f"{self.name}:")
+        if adapter != model and self.has(adapter):
             return adapter
         raise RequestError(
             404,
-            f"there is no model {asked!r}{self._nearest(asked)}; the base model is "
+            f"there is no model {model!r}{self._nearest(model)}; the base model is "
             f'{self.name!r}, an adapter "{self.name}:ADAPTER", and GET /v1/models lists all',
             param="model",
             code="model_not_found",
         )
 
-    def _nearest(self, asked: str) -> str:
+    def _nearest(self, model: str) -> str:
         """What may have been meant: a name as it is, or an adapter's without the base model's, or
         with another one."""
-        own = asked if self.has(asked) else asked.partition(":")[2] or asked
-        if self.has(own):
-            return f"; nearest: {self.name_of(own)}"
-        return nearest(asked, self.names()) or nearest(
-            own, self.adapters(), prefix=self.name_of("")
+        adapter = model if self.has(model) else model.partition(":")[2] or model
+        if self.has(adapter):
+            return f"; nearest: {self.name_of(adapter)}"
+        return nearest(model, self.names()) or nearest(
+            adapter, self.adapters(), prefix=self.name_of("")
         )
 
     def listed(self) -> list[dict[str, Any]]:
@@ -100,12 +88,7 @@ class ServedModel(ModelManager):
 
 
 class ServedFolder(ServedModel):
-    """A model whose adapters are loaded when they are asked for: those that have a folder may be.
-
-    Args:
-        settings: which folders those are.
-        compiled, tokenizer: as there.
-    """
+    """A model whose adapters are loaded when they are asked for, where they have a folder."""
 
     def __init__(
         self, settings: Settings, compiled: CompiledModel, tokenizer: PreTrainedTokenizerFast

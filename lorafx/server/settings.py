@@ -18,38 +18,18 @@ from lorafx.errors import CapacityError, CheckpointError, ConfigError, LorafxWar
 CONFIG = "adapter_config.json"
 #: The one rule for names. Others would break lines of the log, or could not be asked for.
 UNPRINTABLE = "may have any letters and signs, also / and :, but none that cannot be printed"
+#: The least values of some fields; `LoraConfig` checks those of its own.
+_LEAST = {"page_size": 1, "num_blocks": 1, "max_batch_tokens": 1, "temperature": 0, "drain": 0}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model is served.
+    """How a model is served: the options of `lorafx serve` (docs/serving.md), where None is what
+    they say without the option. `found` are the adapters in `adapters`, each with its folder.
 
-    Attributes:
-        model: a folder with a model and its tokenizer, or a name on the hub.
-        adapters: a folder with one folder for each adapter, which is named after it, or the folder
-            of one adapter. None only where adapters are loaded on request.
-        name: what requests ask for; None for the last part of `model` where that is a folder, else
-            for `model`.
-        host, port: where requests are taken.
-        max_adapters: how many adapters can be in one batch.
-        max_rank: the largest rank; None for that of `adapters`, at least 16 where others may come.
-        slot_rank, max_host_bytes: as in `LoraConfig`.
-        target: the modules that may carry LoRA, as `LoraConfig.target_modules`; None for those that
-            `adapters` target.
-        dtype, device: of the model, as torch names them; None for what its files say, and a GPU
-            where there is one.
-        page_size, num_blocks, max_batch_tokens, max_memory_percent: of the engine's cache and
-            batches, as in transformers' `ContinuousBatchingConfig`; None for what that says, but on
-            a CPU a tenth of the memory.
-        temperature: of requests that do not say; 0 takes the likeliest token. None for what the
-            model's generation configuration says.
-        lowering, cache: as in `Options`.
-        allow_runtime_loading: whether clients may load and unload adapters.
-        adapter_root: the folder from which they may; None for `adapters`.
-        drain: seconds to wait for the requests that are under way when the server is stopped; None
-            waits for all of them.
-        api_key: what requests have to come with (`Authorization: Bearer KEY`), but for /health and
-            /metrics; None: everybody is answered.
+    Raises:
+        ConfigError: a value or a folder that cannot be used.
+        CheckpointError, CapacityError: an adapter that cannot be served.
     """
 
     model: str
@@ -75,29 +55,15 @@ class Settings:
     adapter_root: Path | None = None
     drain: int | None = None
     api_key: str | None = field(default=None, repr=False)
-    #: name -> folder, found in `adapters`
     found: Mapping[str, Path] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Look at all of it.
-
-        Raises:
-            ConfigError: a value or a folder that cannot be used.
-            CheckpointError, CapacityError: an adapter that cannot be served.
-        """
-        for name in (
-            *("max_adapters", "max_rank", "slot_rank", "max_host_bytes"),
-            *("page_size", "num_blocks", "max_batch_tokens"),
-        ):
+        for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{option(name)} is at least 1; got {value}")
+            if value is not None and not value >= least:
+                raise ConfigError(f"{option(name)} is at least {least}; got {value}")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port is a number from 0 to 65535; got {self.port}")
-        for name in ("temperature", "drain"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ConfigError(f"{option(name)} is not below 0; got {value}")
         share = self.max_memory_percent
         if share is not None and not 0 < share <= 1:
             raise ConfigError(f"--max-memory-percent is between 0 and 1; got {share}")
@@ -127,16 +93,12 @@ class Settings:
 
     @property
     def served_name(self) -> str:
-        """What requests ask for."""
+        """What requests call the base model."""
         folder = Path(self.model)
         return self.name or (folder.resolve().name if folder.is_dir() else self.model)
 
     def root(self) -> Path | None:
-        """The folder from which clients may load adapters; None where they may not.
-
-        Raises:
-            ConfigError: it is not said which.
-        """
+        """The folder from which clients may load adapters; None where they may not."""
         if not self.allow_runtime_loading:
             if self.adapter_root is not None:
                 raise ConfigError("--adapter-root does nothing without --allow-runtime-loading")
@@ -176,17 +138,19 @@ class Settings:
     def lora_config(self) -> LoraConfig:
         """Which modules carry LoRA, with room for how many adapters."""
         targets: Any = list(self.target) or None
+        saved = [config_of(folder) for folder in self.found.values()]
+        most = self.max_rank
+        if most is None:  # others may come where clients load adapters
+            ranks = [config.max_rank for config in saved if config.max_rank is not None]
+            most = max([16 if self.root() else 1, *ranks])
         return LoraConfig(
             target_modules="all-linear" if targets == ["all-linear"] else targets,
             max_adapters=self.max_adapters,
-            max_rank=self._room(),
+            max_rank=most,
             slot_rank=self.slot_rank,
             max_host_bytes=self.max_host_bytes,
-            use_dora=any(config_of(folder).use_dora for folder in self.found.values()),
-            lora_bias=any(
-                found.lora_bias or found.bias != "none"
-                for found in map(config_of, self.found.values())
-            ),
+            use_dora=any(config.use_dora for config in saved),
+            lora_bias=any(config.lora_bias or config.bias != "none" for config in saved),
         )
 
     def engine(self, on_cpu: bool) -> dict[str, Any]:
@@ -198,11 +162,8 @@ class Settings:
         return given
 
     def bind(self) -> socket.socket:
-        """A socket on `host` and `port`, which does not listen yet.
-
-        Raises:
-            ConfigError: they cannot be had.
-        """
+        """A socket on `host` and `port`, which does not listen yet. Raises ConfigError where they
+        cannot be had."""
         try:
             family, kind, protocol, _, address = socket.getaddrinfo(
                 self.host, self.port, type=socket.SOCK_STREAM
@@ -217,24 +178,13 @@ class Settings:
             ) from error
         return bound
 
-    def _room(self) -> int:
-        """`max_rank`, or what stands for None."""
-        if self.max_rank is not None:
-            return self.max_rank
-        ranks = (config_of(folder).max_rank for folder in self.found.values())
-        return max([16 if self.root() else 1, *(rank for rank in ranks if rank is not None)])
-
     def _check_adapters(self) -> None:
         if not self.found and not self.allow_runtime_loading:
             raise ConfigError(
                 "there is no adapter to serve: name a folder of adapters with --adapters, or let "
                 "clients load some with --allow-runtime-loading"
             )
-        if self.slot_rank is not None and self.slot_rank > self._room():
-            raise ConfigError(
-                f"--slot-rank {self.slot_rank} is over the largest rank, {self._room()}; "
-                "give less, or a larger --max-rank"
-            )
+        self.lora_config()
         for name, folder in self.found.items():
             rank = config_of(folder).max_rank
             if self.max_rank is not None and rank is not None and rank > self.max_rank:
@@ -254,11 +204,7 @@ def option(name: str) -> str:
 
 
 def _found(folder: Path) -> dict[str, Path]:
-    """The adapters in `folder`, by the names of their folders.
-
-    Raises:
-        ConfigError: it is no folder.
-    """
+    """The adapters in `folder`, by the names of their folders."""
     if not folder.is_dir():
         raise ConfigError(f"--adapters: {folder} is not a folder")
     if (folder / CONFIG).is_file():

@@ -28,11 +28,11 @@ def without_added_tokens(
     size = session.program.config.base_vocab_size
     if size is None:
         return args, kwargs
-    own = AddedTokens(session, size)
+    hiding = AddedTokens(session, size)
     if len(args) > _POSITION:
-        given = [*(args[_POSITION] or []), own]
+        given = [*(args[_POSITION] or []), hiding]
         return (*args[:_POSITION], given, *args[_POSITION + 1 :]), kwargs
-    return args, {**kwargs, _ARGUMENT: [*(kwargs.get(_ARGUMENT) or []), own]}
+    return args, {**kwargs, _ARGUMENT: [*(kwargs.get(_ARGUMENT) or []), hiding]}
 
 
 def refuse_added_tokens(session: Session, what: str) -> None:
@@ -49,10 +49,9 @@ class AddedTokens:
 
     def __init__(self, session: Session, size: int) -> None:
         self._session, self._size = session, size
-        self._hidden: Tensor | None = None  # (rows, vocabulary), for as many rows as asked last
+        self._hidden: Tensor | None = None  # (rows, vocabulary), for the rows of the last step
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """`scores` with −inf for the tokens that the adapter of a row was not trained with."""
         if self._hidden is None or self._hidden.shape != scores.shape:
             names = self._session.asked.of_rows(scores.shape[0], lambda: True)
             known = {name: self._of(name, scores.shape[1]) for name in dict.fromkeys(names)}

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from lorafx.serving.compiled import CompiledModel
 
 _IDS = "input_ids"
-#: Where an adapter begins that serves all tokens of a row.
-_ALL = 0
 
 
 def any_begins(session: Session, names: Iterable[str | None]) -> bool:
@@ -47,9 +45,8 @@ def any_begins(session: Session, names: Iterable[str | None]) -> bool:
 def forward_of(compiled: CompiledModel) -> Callable[..., Any]:
     """The compiled forward of the model, for the requests of the running call."""
     session = compiled._session
-    by_token = session.asked.tokens is not None
     if session.asked.placed or not _activates(session):
-        return compiled.entry(compiled.model, per_token=by_token)
+        return compiled.entry(compiled.model, per_token=session.asked.tokens is not None)
     return ActivatedForward(compiled, compiled.model)
 
 
@@ -60,11 +57,8 @@ def generating_forward_of(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Callable[..., Any]:
-    """The same of `module`, for its `generate`, which is `run` and has these arguments.
-
-    Raises:
-        BatchError: an adapter begins at a token, and there are no prompts of token ids.
-    """
+    """The same of `module`, for its `generate`, which is `run` and has these arguments. Raises
+    BatchError where an adapter begins at a token, and there are no prompts of token ids."""
     session = compiled._session
     if not _activates(session):
         return compiled.entry(module)
@@ -98,11 +92,8 @@ def warn_absent(name: str, invocation: Sequence[int]) -> None:
 
 
 class Prompts:
-    """Where the adapters of a generation begin.
-
-    Attributes:
-        begins: by prompt, the column; None where it never does.
-    """
+    """Where the adapters of a generation begin: `begins` has the column of each prompt, None where
+    its adapter never does."""
 
     def __init__(self, session: Session, module: nn.Module, ids: Any) -> None:
         _check_ids(session, module, ids, "generate()")
@@ -126,11 +117,8 @@ class Prompts:
 
 
 class ActivatedForward:
-    """The forward of `module` for requests of which some begin at a token.
-
-    Args:
-        prompts: of the generation that calls it; None for a call by the user.
-    """
+    """The forward of `module` for requests of which some begin at a token; `prompts` are those of
+    the generation that calls it."""
 
     def __init__(
         self, compiled: CompiledModel, module: nn.Module, prompts: Prompts | None = None
@@ -141,18 +129,20 @@ class ActivatedForward:
         functools.update_wrapper(self, module.forward)  # `generate` looks at its signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        refuse_elsewhere(self._session)
-        named = self._by_row.roles.bind(args, kwargs)
-        names, begins, columns = self._placed(named)
-        running = self._session.running
+        session = self._session
+        refuse_elsewhere(session)
+        names, begins, columns = self._placed(self._by_row.roles.bind(args, kwargs))
         if len(columns) == 1:
-            has_begun = (at is not None and at <= columns.start for at in begins)
-            served = (name if own else None for name, own in zip(names, has_begun, strict=True))
-            now = running._replace(requests=Requests(tuple(served), activated=True))
-            return self._session.note(now, functools.partial(self._by_row, *args, **kwargs))
+            served = tuple(
+                name if at is not None and at <= columns.start else None
+                for name, at in zip(names, begins, strict=True)
+            )
+            now = session.running._replace(requests=Requests(served, activated=True))
+            return session.note(now, functools.partial(self._by_row, *args, **kwargs))
         # Graphs with adapters, also where none of them has begun: a batch where one has needs them.
-        now = running._replace(requests=_token_requests(names, begins, columns), active=True)
-        return self._session.note(now, functools.partial(self._by_token, *args, **kwargs))
+        requests = _token_requests(names, begins, columns)
+        now = session.running._replace(requests=requests, active=True)
+        return session.note(now, functools.partial(self._by_token, *args, **kwargs))
 
     def _placed(self, named: Mapping[str, Any]) -> tuple[Names, list[int | None], range]:
         """The adapter of each row, the column where it begins, and the columns of the call."""
@@ -162,8 +152,8 @@ class ActivatedForward:
             tokens = named["inputs_embeds"] if ids is None else ids
             rows = tokens.shape[0]
             names = session.asked.of_rows(rows, _repeating)
-            each = rows // len(prompts.begins)  # beams, returned sequences
-            begins = [at for at in prompts.begins for _ in range(each)]
+            repeats = rows // len(prompts.begins)  # beams, returned sequences
+            begins = [at for at in prompts.begins for _ in range(repeats)]
             return names, begins, prompts.columns(named, tokens.shape[1])
         _check_ids(session, self._module, ids, "this call")
         assert isinstance(ids, Tensor)
@@ -183,7 +173,6 @@ def _activates(session: Session) -> bool:
 
 
 def _repeating() -> bool:
-    """Rows of one request may follow one another."""
     return True
 
 
@@ -193,11 +182,11 @@ def _invocation(session: Session, name: str | None) -> tuple[int, ...]:
 
 def _begins(session: Session, names: Names, ids: Tensor) -> list[int | None]:
     """The column where the adapter of each row begins."""
-    begins: list[int | None] = [_ALL] * len(names)
+    begins: list[int | None] = [0] * len(names)
     for name in dict.fromkeys(names):
         invocation = _invocation(session, name)
         if invocation:
-            rows = [row for row, own in enumerate(names) if own == name]
+            rows = [row for row, of_row in enumerate(names) if of_row == name]
             for row, column in zip(rows, column_of(ids[rows], invocation), strict=True):
                 begins[row] = column
     return begins
@@ -215,12 +204,9 @@ def _token_requests(names: Names, begins: Sequence[int | None], columns: range) 
 
 def _tokens_in(cache: Any) -> int | None:
     """How many tokens a cache holds; None where it does not say."""
-    ask = getattr(cache, "get_seq_length", None)
-    if ask is None:
-        return None
     try:
-        return int(ask())
-    except ValueError:  # transformers' caches without attention
+        return int(cache.get_seq_length())
+    except (AttributeError, ValueError):  # transformers' caches without attention
         return None
 
 
@@ -250,8 +236,7 @@ def _check_ids(session: Session, module: nn.Module, ids: Any, what: str) -> None
 def _warn(session: Session, names: Names, begins: Sequence[int | None]) -> None:
     absent = (name for name, at in zip(names, begins, strict=True) if at is None)
     for name in dict.fromkeys(absent):
-        assert name is not None
-        warn_absent(name, _invocation(session, name))
+        warn_absent(str(name), _invocation(session, name))
 
 
 def _refuse_unknown(session: Session, names: Names, begins: Sequence[int | None]) -> None:

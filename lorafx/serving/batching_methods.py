@@ -58,9 +58,8 @@ class BatchingMethods:
                 for output in engine.request_id_iter(first): ...
 
         The engine runs in a thread until the block ends; calls of the model take turns with its
-        steps. `add_request` takes `adapter=`, and `streaming=True` gives an output for each token.
-        Adapters may be loaded, replaced and unloaded meanwhile. More adapters than there are slots
-        take turns. Requests of different adapters share no blocks of the cache.
+        steps. Adapters may be loaded, replaced and unloaded meanwhile. More adapters than there are
+        slots take turns. Requests of different adapters share no blocks of the cache.
 
         Args:
             generation_config: how tokens are chosen, for all requests; None for the model's.
@@ -111,9 +110,7 @@ class BatchingMethods:
         Args:
             inputs: the token ids of each prompt.
             adapter_names: the adapter of each prompt, as in `forward`.
-            generation_config, continuous_batching_config, warmup: as in `continuous_batching`.
-            max_new_tokens: of each prompt; None for the generation configuration's.
-            **request: of `add_request`, for all of them.
+            **request: of `add_request`, for all of them. Otherwise as `continuous_batching`.
 
         Returns:
             The outputs by the names of the requests, in the order of the prompts; those of further
@@ -142,13 +139,11 @@ class BatchingMethods:
             generation_config, continuous_batching_config, warmup=warmup
         )
         with block as engine, progress(f"generating for {len(inputs)} prompts"):
-            given: list[dict[str, Any]] = [
-                {} if names is None else {"adapter": names[i]} for i in range(len(inputs))
-            ]
-            ids = [
-                engine.add_request(list(prompt), max_new_tokens=max_new_tokens, **request, **own)
-                for prompt, own in zip(inputs, given, strict=True)
-            ]
+            ids = []
+            for row, prompt in enumerate(inputs):
+                adapter = {} if names is None else {"adapter": names[row]}
+                given: dict[str, Any] = {"max_new_tokens": max_new_tokens, **request, **adapter}
+                ids.append(engine.add_request(list(prompt), **given))
             outputs = _collected(engine, ids)
         failed = [f"{key}: {output.error}" for key, output in outputs.items() if output.error]
         if failed:
@@ -165,10 +160,10 @@ class BatchingMethods:
 
 
 def _collected(engine: AdapterBatchingManager, ids: Sequence[str]) -> dict[str, GenerationOutput]:
-    from lorafx.serving.continuous.engine_outputs import further
+    from lorafx.serving.continuous.adapter_requests import further
 
     count = engine.num_return_sequences - 1
-    wanted = [name for one in ids for name in (*further(one, count), one)]
+    wanted = [name for request in ids for name in (*further(request, count), request)]
     found: dict[str, GenerationOutput] = {}
     while len(found) < len(wanted):
         output = engine.get_result(timeout=1)

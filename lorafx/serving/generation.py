@@ -33,20 +33,21 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+#: The step of `generate` that runs encoders.
+_ENCODING = "_maybe_prepare_encoder_kwargs_for_generation"
+#: By this transformers asks whether the model takes images that are encoded already.
+_ENCODES = "_supports_mm_encoder_outputs"
+
 
 def generate(compiled: CompiledModel, *args: Any, **kwargs: Any) -> Any:
-    """The model's `generate` with its forwards compiled.
-
-    Raises:
-        LorafxError: the model has no `generate`.
-    """
+    """The model's `generate` with its forwards compiled; LorafxError where it has none."""
     model = compiled.model
     run = getattr(model, "generate", None)
     if not callable(run):
         raise LorafxError(f"{type(model).__name__} has no generate(); call the model itself")
     parts = [item for item in compiled.generates if item[0] is not model]
-    attributes = [*parts, *_batching(model)]
     replacing = compiled._session.stand_ins.replacing
+    attributes = [*parts, *_batching(model)]
     return replacing(attributes, _generate, compiled, model, run, *args, **kwargs)
 
 
@@ -101,8 +102,7 @@ def _nested(compiled: CompiledModel, module: nn.Module) -> Callable[..., Any]:
 def nested_generates(compiled: CompiledModel) -> list[Replaced]:
     """The `generate` of the model, and of models inside of it, for calls of them within a call.
     Made once: Dynamo guards on the very function."""
-    mixin = getattr(sys.modules.get("transformers.generation.utils"), "GenerationMixin", ())
-    model = compiled.model
+    mixin, model = _mixin(), compiled.model
     return [
         (part, "generate", torch.compiler.disable(_nested(compiled, part)))
         for part in model.modules()
@@ -113,9 +113,8 @@ def nested_generates(compiled: CompiledModel) -> list[Replaced]:
 def _batching(model: nn.Module) -> list[Replaced]:
     """`generate` hands paged caches over to continuous batching, which is refused."""
     name = "generate_batch"
-    if not hasattr(model, name):
-        return []
-    return [(model, name, functools.partial(refuse, name, PAGED))]
+    refusing = functools.partial(refuse, name, PAGED)
+    return [(model, name, refusing)] if hasattr(model, name) else []
 
 
 def _encoders(model: nn.Module) -> list[nn.Module]:
@@ -145,26 +144,30 @@ def _parts(compiled: CompiledModel, model: nn.Module) -> list[Replaced]:
     return [
         (part, "forward", compiled.by_itself(part))
         for part in dict.fromkeys(children)
-        if id(part) not in generating and any(id(own) in changed for own in part.modules())
+        if id(part) not in generating and any(id(module) in changed for module in part.modules())
     ]
+
+
+def _mixin() -> Any:
+    """transformers' GenerationMixin; an empty tuple where it is not imported."""
+    return getattr(sys.modules.get("transformers.generation.utils"), "GenerationMixin", ())
 
 
 def _overrides(model: nn.Module, method: str) -> bool:
     """Whether the class of `model` has another `method` than transformers' GenerationMixin."""
-    mixin = getattr(sys.modules.get("transformers.generation.utils"), "GenerationMixin", None)
-    return getattr(type(model), method, None) is not getattr(mixin, method, None)
+    return getattr(type(model), method, None) is not getattr(_mixin(), method, None)
 
 
 def by_itself(compiled: CompiledModel, part: nn.Module) -> Callable[..., Any]:
     """The forward of a part of the model: compiled, but inside of other calls what it was."""
     entry, session = compiled.entry(part), compiled._session
-    own = entry.function
+    function = entry.function
     site = next((site for site in session.program.sites if site.module is part), None)
 
-    @functools.wraps(own)
+    @functools.wraps(function)
     def forward(*args: Any, **kwargs: Any) -> Any:
         if tracing() or session.running.entries:
-            return own(*args, **kwargs)
+            return function(*args, **kwargs)
         output = entry(*args, **kwargs)
         if site is not None:
             session.returned_from = site.path
@@ -180,8 +183,8 @@ def _modalities(
     batch of several adapters whose images come one entry a prompt, the forward encodes them
     instead: there it is proved whose they are. An `_ENCODING` of the model's own has them encoded
     in any case (Florence-2's encoder takes them among the text)."""
-    own_way = _overrides(model, _ENCODING)
-    if not own_way and "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+    overridden = _overrides(model, _ENCODING)
+    if not overridden and "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
         return []  # the forward encodes them
     base = getattr(model, "base_model", None)
     names = [f"get_{modality}_features" for modality in ("image", "video")]
@@ -192,13 +195,7 @@ def _modalities(
     adapters = compiled._session.asked.names
     taken = {name for method in methods.values() for name in inspect.signature(method).parameters}
     images = [value for name in taken if isinstance(value := given.get(name), torch.Tensor)]
-    each = all(image.dim() > 0 and len(image) == len(adapters) for image in images)
-    if len(set(adapters)) > 1 and each and hasattr(model, _ENCODES) and not own_way:
+    by_prompt = all(image.dim() > 0 and len(image) == len(adapters) for image in images)
+    if len(set(adapters)) > 1 and by_prompt and hasattr(model, _ENCODES) and not overridden:
         return [(model, _ENCODES, bool)]
-    return [(base, name, compiled.entry(base, method=own)) for name, own in methods.items()]
-
-
-#: The step of `generate` that runs encoders.
-_ENCODING = "_maybe_prepare_encoder_kwargs_for_generation"
-#: By this transformers asks whether the model takes images that are encoded already.
-_ENCODES = "_supports_mm_encoder_outputs"
+    return [(base, name, compiled.entry(base, method=method)) for name, method in methods.items()]

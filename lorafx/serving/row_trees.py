@@ -11,9 +11,8 @@ name: nothing tells which of its entries is whose.
 from __future__ import annotations
 
 import copy
-import itertools
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, NoReturn
 
@@ -27,20 +26,9 @@ from lorafx.program.row_dims import CACHES, ROW_DIMS
 #: What is no property of a row.
 PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 
-_WAY_OUT = (
-    "The batch has more adapters than slots. Split it, or compile with a larger "
-    "LoraConfig(max_adapters=...)"
-)
-
 
 class BatchRows:
-    """The rows of one batch in waves.
-
-    Args:
-        roles: of the arguments of the call.
-        row_dims: what the user declared of them.
-        waves: the rows of each wave.
-    """
+    """The rows of one batch in waves. `row_dims` are those that the user declared."""
 
     def __init__(
         self, roles: RoleTable, row_dims: Mapping[str, int | None], waves: Sequence[Sequence[int]]
@@ -50,10 +38,8 @@ class BatchRows:
         self.count = sum(map(len, waves))
         #: The arguments of the call, by name.
         self._named: Mapping[str, Any] = {}
-        order = torch.cat(self.waves)
         #: For each row of the batch, its place among the rows of all waves.
-        self.places = torch.empty_like(order)
-        self.places[order] = torch.arange(self.count)
+        self.places = torch.cat(self.waves).argsort()
 
     def check(self, named: Mapping[str, Any]) -> None:
         """Raise BatchError unless all arguments can be cut."""
@@ -72,22 +58,23 @@ class BatchRows:
                 return value
             with torch.no_grad():
                 return value.index_select(dim, self.waves[wave].to(value.device))
-        items = zip(self._inside(name, value), _items(value) or (), strict=False)
-        return _rebuilt(value, [self.part(wave, own, item) for own, item in items])
+        inside = self._inside(name, value) or ()
+        return _rebuilt(value, [self.part(wave, label, item) for label, item in inside])
 
-    def _inside(self, name: str, value: Any) -> Iterable[str]:
-        """What the items of an argument are called."""
-        if self._roles.spreads(name, value):
-            return (f"{name}.{key}" for key in value)
-        return itertools.repeat(name)
+    def _inside(self, name: str, value: Any) -> list[tuple[str, Any]] | None:
+        """What an argument holds, each item by the name that its role goes by."""
+        items, spreads = _items(value), self._roles.spreads(name, value)
+        if items is None:
+            return None
+        return [(f"{name}.{label}" if spreads else name, item) for label, item in items]
 
     def _check(self, name: str, value: Any) -> None:
         if isinstance(value, PLAIN):
             return
         if isinstance(value, Tensor):
-            declared = self._row_dims.get(name, 0)
             role = self._roles.role(name, value, self._named)
-            if not role.known or (declared is None and value.dim()):
+            shared = self._row_dims.get(name, 0) is None and value.dim()
+            if not role.known or shared:
                 what = "is declared to be shared" if role.known else "is in no table of roles"
                 _refuse(
                     f"nothing tells which entries of argument {name!r} {tuple(value.shape)} "
@@ -99,19 +86,19 @@ class BatchRows:
                     f"dimension {role.dim} of argument {name!r} {tuple(value.shape)} does not "
                     f"hold the {self.count} requests"
                 )
-        elif isinstance(value, _cache_classes()):
+            return
+        if isinstance(value, _cache_classes()):
             _refuse(
                 f"argument {name!r} is a {type(value).__name__}, which all requests fill together"
             )
-        else:
-            items = _items(value)
-            if items is None or any(isinstance(item, PLAIN) and item is not None for item in items):
-                _refuse(
-                    f"argument {name!r} ({type(value).__name__}) cannot be cut into the rows of "
-                    "its requests"
-                )
-            for own, item in zip(self._inside(name, value), items, strict=False):
-                self._check(own, item)
+        inside = self._inside(name, value)
+        if inside is None or any(isinstance(i, PLAIN) and i is not None for _, i in inside):
+            _refuse(
+                f"argument {name!r} ({type(value).__name__}) cannot be cut into the rows of "
+                "its requests"
+            )
+        for label, item in inside:
+            self._check(label, item)
 
 
 class Joined:
@@ -127,14 +114,10 @@ class Joined:
     def __init__(self, rows: BatchRows, *, several: bool, padding: int | None = None) -> None:
         self._rows, self._several, self._padding = rows, several, padding
 
+    @torch.no_grad()
     def of(self, results: Sequence[Any]) -> Any:
-        """The result of the batch.
-
-        Raises:
-            BatchError: a part of the results cannot be put together.
-        """
-        with torch.no_grad():
-            return self._join("the result", results)
+        """The result of the batch; BatchError where a part of it cannot be put together."""
+        return self._join("the result", results)
 
     def _join(self, name: str, parts: Sequence[Any]) -> Any:
         first = parts[0]
@@ -146,16 +129,17 @@ class Joined:
             if any(part != first for part in parts):
                 _refuse(f"{name} is {first!r} for some rows and something else for others")
             return first
-        items = [_items(part) for part in parts]
-        if any(own is None or len(own) != len(items[0] or ()) for own in items):
-            sizes = [0 if own is None else len(own) for own in items]
+        items = [_items(part) or [] for part in parts]
+        if _items(first) is None or len(set(map(len, items))) > 1:
             _refuse(
                 f"{name} ({type(first).__name__}) cannot be put together from the rows' own, of "
-                f"{', '.join(map(str, sizes))} entries"
+                f"{', '.join(str(len(of_part)) for of_part in items)} entries"
             )
-        names = _names(first, name)
-        columns = zip(names, *(own or () for own in items), strict=True)
-        return _rebuilt(first, [self._join(own, column) for own, *column in columns])
+        columns = zip(*items, strict=True)
+        return _rebuilt(
+            first,
+            [self._join(column[0][0] or name, [item for _, item in column]) for column in columns],
+        )
 
     def _tensors(self, name: str, parts: Sequence[Tensor]) -> Tensor:
         rows = self._rows
@@ -163,16 +147,28 @@ class Joined:
             _refuse("beam_indices are places in the batch, which are others in each wave")
         dim = ROW_DIMS[name] if name in CACHES else 0
         assert dim is not None
-        sizes = [len(wave) for wave in rows.waves]
-        times = _times(name, parts, dim, sizes, self._several)
+        times = self._times(name, parts, dim)
         if name in ("sequences", "the result") and self._several:
             parts = self._padded(parts)
         if len({part.shape[:dim] + part.shape[dim + 1 :] for part in parts}) > 1:
-            shapes = ", ".join(str(tuple(part.shape)) for part in parts)
-            _refuse(f"{name} has shapes {shapes} for the rows of the batch")
+            _refuse(f"{name} has shapes {_shapes(parts)} for the rows of the batch")
         whole = torch.cat(list(parts), dim)
         order = rows.places[:, None] * times + torch.arange(times)
         return whole.index_select(dim, order.flatten().to(whole.device))
+
+    def _times(self, name: str, parts: Sequence[Tensor], dim: int) -> int:
+        """How many entries of each request a result has."""
+        sizes = [len(wave) for wave in self._rows.waves]
+        counts = [part.shape[dim] if part.dim() > dim else 0 for part in parts]
+        times = counts[0] // sizes[0]
+        several = times > 1 and not self._several
+        if times < 1 or several or counts != [size * times for size in sizes]:
+            _refuse(
+                f"{name} has shapes {_shapes(parts)} for {', '.join(map(str, sizes))} requests, and"
+                f" dimension {dim} should hold them: what is of all rows together has no order to "
+                "be put into"
+            )
+        return times
 
     def _padded(self, parts: Sequence[Tensor]) -> Sequence[Tensor]:
         lengths = [part.shape[1] if part.dim() == 2 else 0 for part in parts]
@@ -184,79 +180,69 @@ class Joined:
         ]
 
     def _cache(self, name: str, parts: Sequence[Any]) -> Any:
+        """A cache of the rows of all `parts`, with layers of keys and values that grow."""
         made = copy.copy(parts[0])
-        inner = _parts(parts[0])
+        inner = [n for n, value in vars(made).items() if isinstance(value, _cache_classes())]
+        for attribute in inner:  # of an encoder and a decoder
+            caches = [getattr(part, attribute) for part in parts]
+            setattr(made, attribute, self._cache(name, caches))
         if inner:
-            for own in inner:
-                setattr(made, own, self._cache(name, [getattr(part, own) for part in parts]))
             return made
-        every = [_layers(name, part) for part in parts]
-        if len(set(map(len, every))) > 1:
-            _refuse(f"{name}: caches of the rows have different numbers of layers")
-        made.layers = [self._layer(name, layers) for layers in zip(*every, strict=True)]
+        dynamic = sys.modules["transformers.cache_utils"].DynamicLayer
+        for layer in made.layers:
+            if not isinstance(layer, dynamic) or getattr(made, "offloading", False):
+                _refuse_cache(name, made, layer)
+        columns = zip(*(part.layers for part in parts), strict=True)
+        made.layers = [self._layer(name, made, layers) for layers in columns]
         return made
 
-    def _layer(self, name: str, layers: Sequence[Any]) -> Any:
-        made, states = copy.copy(layers[0]), [_states(name, layer) for layer in layers]
-        for own, tensor in states[0].items():
-            if tensor.numel():
-                label = f"{own} of {name} ({type(layers[0]).__name__})"
-                setattr(made, own, self._tensors(label, [state[own] for state in states]))
-        for own, value in vars(made).items():
-            if own in states[0] or isinstance(value, Tensor):
-                continue
-            if any(vars(layer)[own] != value for layer in layers):
-                _refuse(f"{own} of {name} ({type(made).__name__}) differs between the rows")
+    def _layer(self, name: str, cache: Any, layers: Sequence[Any]) -> Any:
+        made = copy.copy(layers[0])
+        for attribute, value in list(vars(made).items()):
+            values = [getattr(layer, attribute) for layer in layers]
+            if isinstance(value, Tensor) and attribute in ("keys", "values"):
+                if value.numel():
+                    setattr(made, attribute, self._tensors(f"{attribute} of {name}", values))
+            elif isinstance(value, PLAIN):
+                if any(other != value for other in values):
+                    _refuse(f"{attribute} of {name} ({type(made).__name__}) differs between rows")
+            elif not isinstance(value, Tensor) or value.dim():
+                _refuse_cache(name, cache, made)
         return made
-
-
-def _times(
-    name: str, parts: Sequence[Tensor], dim: int, sizes: Sequence[int], several: bool
-) -> int:
-    """How many entries of each request a result has."""
-    have = [part.shape[dim] if part.dim() > dim else 0 for part in parts]
-    times = have[0] // sizes[0]
-    if times < 1 or (times > 1 and not several) or have != [size * times for size in sizes]:
-        shapes = ", ".join(f"{tuple(part.shape)}" for part in parts)
-        _refuse(
-            f"{name} has shapes {shapes} for {', '.join(map(str, sizes))} requests, and dimension "
-            f"{dim} should hold them: what is of all rows together has no order to be put into"
-        )
-    return times
 
 
 def _refuse(why: str) -> NoReturn:
-    raise BatchError(f"{why}. {_WAY_OUT}")
+    raise BatchError(
+        f"{why}. The batch has more adapters than slots. Split it, or compile with a larger "
+        "LoraConfig(max_adapters=...)"
+    )
 
 
-def _fields(value: Any) -> list[str] | None:
-    """The fields of a dataclass; None where it is none."""
-    is_one = is_dataclass(value) and not isinstance(value, type)
-    return [field.name for field in fields(value)] if is_one else None
+def _refuse_cache(name: str, cache: Any, layer: Any) -> NoReturn:
+    _refuse(
+        f"{name} is a {type(cache).__name__} with layers {type(layer).__name__}, which "
+        "cannot be cut into rows; give a DynamicCache, or use_cache=False"
+    )
 
 
-def _items(value: Any) -> list[Any] | None:
-    """What a container holds; None where it is none."""
-    names = _fields(value)
-    if names is not None:
-        return [getattr(value, name) for name in names]
+def _shapes(parts: Sequence[Tensor]) -> str:
+    return ", ".join(str(tuple(part.shape)) for part in parts)
+
+
+def _items(value: Any) -> list[tuple[str, Any]] | None:
+    """What a container holds, by name where its items have names; None where it is none."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return [(field.name, getattr(value, field.name)) for field in fields(value)]
     if isinstance(value, Mapping):
-        return list(value.values())
-    return list(value) if isinstance(value, (list, tuple)) else None
-
-
-def _names(value: Any, name: str) -> Sequence[str]:
-    """What messages call the items of a container."""
-    names = _fields(value)
-    if names is None:
-        return list(map(str, value)) if isinstance(value, Mapping) else [name] * len(value)
-    return names
+        return [(str(key), item) for key, item in value.items()]
+    return [("", item) for item in value] if isinstance(value, (list, tuple)) else None
 
 
 def _rebuilt(value: Any, items: Sequence[Any]) -> Any:
     """A container like `value` with these items."""
-    names, kind = _fields(value), type(value)
-    if names is not None:
+    kind: Any = type(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        names = (field.name for field in fields(value))
         return replace(value, **dict(zip(names, items, strict=True)))
     if isinstance(value, Mapping):
         return kind(zip(value, items, strict=True))
@@ -267,48 +253,3 @@ def _cache_classes() -> tuple[type, ...]:
     """transformers' caches, where it is imported."""
     known = getattr(sys.modules.get("transformers.cache_utils"), "Cache", None)
     return () if known is None else (known,)
-
-
-def _parts(cache: Any) -> dict[str, Any]:
-    """The caches that a cache consists of."""
-    return {
-        name: value for name, value in vars(cache).items() if isinstance(value, _cache_classes())
-    }
-
-
-def _layers(name: str, cache: Any) -> list[Any]:
-    """The layers of a cache, and of those that it consists of.
-
-    Raises:
-        BatchError: one of them is not dynamic: keys and values that grow.
-    """
-    parts = _parts(cache)
-    if parts:
-        return [layer for part in parts.values() for layer in _layers(name, part)]
-    dynamic = sys.modules["transformers.cache_utils"].DynamicLayer
-    layers: list[Any] = cache.layers
-    for layer in layers:
-        if not isinstance(layer, dynamic) or getattr(cache, "offloading", False):
-            _refuse(
-                f"{name} is a {type(cache).__name__} with layers {type(layer).__name__}, which "
-                "cannot be cut into rows; give a DynamicCache, or use_cache=False"
-            )
-    return layers
-
-
-def _states(name: str, layer: Any) -> dict[str, Tensor]:
-    """The tensors of a layer of a cache that hold its rows.
-
-    Raises:
-        BatchError: it holds something besides keys, values and numbers.
-    """
-    found = {}
-    for own, value in vars(layer).items():
-        if own in ("keys", "values") and isinstance(value, Tensor):
-            found[own] = value
-        elif not isinstance(value, PLAIN) and not (isinstance(value, Tensor) and not value.dim()):
-            _refuse(
-                f"{name} holds a {type(layer).__name__} with {own}, which cannot be cut into rows; "
-                "give a DynamicCache, or use_cache=False"
-            )
-    return found

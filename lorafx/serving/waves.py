@@ -21,6 +21,7 @@ from lorafx.adapter_store.store import AdapterStore
 from lorafx.program.roles import RoleTable
 from lorafx.serving.row_trees import PLAIN, BatchRows, Joined
 from lorafx.session.requests import Names
+from lorafx.session.session import Session
 
 if TYPE_CHECKING:
     from lorafx.serving.compiled import CompiledModel
@@ -47,25 +48,14 @@ def call_in_waves(
         BatchError: an argument or a result cannot be cut by rows, or put together again.
         Otherwise as a call.
     """
-    if names is None or not _may_overflow(compiled):
+    session = compiled._session
+    if names is None or not _may_overflow(session):
         return call(args, kwargs, names, tokens)
-    kept = compiled._session.fetched(names, tokens)  # noqa: F841 - before the lock is taken
-    with compiled._session.lock:
-        waves = _waves(compiled, names, tokens)
-        roles = compiled.entry(compiled.model, per_token=tokens is not None).roles
-        given = len(names) if tokens is None else len(tokens)
-        if waves is None or roles.rows(roles.bind(tuple(args), kwargs)) != given:
-            return call(args, kwargs, names, tokens)
-        rows = BatchRows(roles, compiled._session.program.config.row_dims, waves)
-        rows.check(roles.bind(tuple(args), kwargs))
-        results = []
-        for at, wave in enumerate(waves):
-            own_args, own_kwargs = roles.changed(args, kwargs, partial(rows.part, at))
-            own = names if tokens is not None else [names[row] for row in wave]
-            results.append(
-                call(own_args, own_kwargs, own, None if tokens is None else tokens[wave])
-            )
-        return Joined(rows, several=False).of(results)
+
+    def roles() -> RoleTable:
+        return compiled.entry(compiled.model, per_token=tokens is not None).roles
+
+    return _in_waves(session, call, args, kwargs, names, tokens, roles, generates=False)
 
 
 def generate_in_waves(
@@ -75,65 +65,75 @@ def generate_in_waves(
     kwargs: Mapping[str, Any],
     names: Names | None,
 ) -> Any:
-    """As `call_in_waves`, of `generate`.
-
-    Sequences of a wave that ended before the longest are padded as those of one batch would be.
+    """As `call_in_waves`, of `generate`. Sequences of a wave that ended before the longest are
+    padded as those of one batch would be.
 
     Raises:
-        BatchError: as `call_in_waves`; a cache, or what looks at rows by their number (processors
-            of logits, criteria, streamers), was handed in; beams are to be traced
-            (`beam_indices`); or waves took different numbers of steps, and more than the sequences
-            is asked for.
+        BatchError: as `call_in_waves`; what looks at rows by their number (processors of logits,
+            criteria, streamers) was handed in; beams are to be traced (`beam_indices`); or waves
+            took different numbers of steps, and more than the sequences is asked for.
     """
-    model: Any = compiled.model
-    if (
-        names is None
-        or not _may_overflow(compiled)
-        or not callable(getattr(model, "generate", None))
-    ):
+    session, model = compiled._session, compiled.model
+    generate = getattr(model, "generate", None)
+    if names is None or not _may_overflow(session) or not callable(generate):
         return call(args, kwargs, names, None)
-    kept = compiled._session.fetched(names)  # noqa: F841 - before the lock is taken
-    with compiled._session.lock:
-        waves = _waves(compiled, names, None)
+    roles = partial(RoleTable, model, session.program.config.row_dims, generate)
+    return _in_waves(session, call, args, kwargs, names, None, roles, generates=True)
+
+
+def _in_waves(
+    session: Session,
+    call: _Call,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    names: Names,
+    tokens: Tensor | None,
+    roles: Callable[[], RoleTable],
+    *,
+    generates: bool,
+) -> Any:
+    kept = session.fetched(names, tokens)  # noqa: F841 - before the lock is taken
+    with session.lock:
+        waves = _waves(session, names, tokens)
         if waves is None:
-            return call(args, kwargs, names, None)
-        config = compiled._session.program.config
-        roles = RoleTable(model, config.row_dims, model.generate)
-        main = getattr(model, "main_input_name", "inputs")
-        bound = roles.bind(tuple(args), kwargs)
-        named = {main if name == "inputs" else name: value for name, value in bound.items()}
-        if roles.rows(named) != len(names):
-            return call(args, kwargs, names, None)
-        settings: Any = bound.get("generation_config") or getattr(model, "generation_config", None)
-        rows = BatchRows(roles, config.row_dims, waves)
-        shared = {name for name, value in bound.items() if _is_shared(name, value, settings)}
+            return call(args, kwargs, names, tokens)
+        model, table = session.program.model, roles()
+        bound = table.bind(tuple(args), kwargs)
+        settings = bound.get("generation_config") or getattr(model, "generation_config", None)
+        renamed = {"inputs": getattr(model, "main_input_name", "inputs")} if generates else {}
+        shared = {n for n, value in bound.items() if generates and _is_shared(n, value, settings)}
+        named = {renamed.get(name, name): value for name, value in bound.items()}
+        if table.rows(named) != (len(names) if tokens is None else len(tokens)):
+            return call(args, kwargs, names, tokens)
+        rows = BatchRows(table, session.program.config.row_dims, waves)
         rows.check({name: value for name, value in named.items() if name not in shared})
 
-        def part(at: int, name: str, value: Any) -> Any:
-            if name in shared:
-                return value
-            return rows.part(at, main if name == "inputs" else name, value)
+        def part(wave: int, name: str, value: Any) -> Any:
+            return value if name in shared else rows.part(wave, renamed.get(name, name), value)
 
         results = []
-        for at, wave in enumerate(waves):
-            own_args, own_kwargs = roles.changed(args, kwargs, partial(part, at))
-            results.append(call(own_args, own_kwargs, [names[row] for row in wave], None))
-        return Joined(rows, several=True, padding=_padding(bound, settings)).of(results)
+        for number, wave in enumerate(waves):
+            wave_args, wave_kwargs = table.changed(args, kwargs, partial(part, number))
+            if tokens is None:
+                of_rows = [names[row] for row in wave]
+                results.append(call(wave_args, wave_kwargs, of_rows, None))
+            else:
+                results.append(call(wave_args, wave_kwargs, names, tokens[wave]))
+        padding = _padding(bound, settings) if generates else None
+        return Joined(rows, several=generates, padding=padding).of(results)
 
 
-def _may_overflow(compiled: CompiledModel) -> bool:
+def _may_overflow(session: Session) -> bool:
     """Whether waves are asked for, and possible: what calls around this one read stays in its
-    slots, and a merged adapter needs none."""
-    session = compiled._session
+    slots."""
     if session.program.options.overflow != "waves":
         return False
     return not (session.running.here and session.running.entries)
 
 
-def _waves(compiled: CompiledModel, names: Names, tokens: Tensor | None) -> list[list[int]] | None:
+def _waves(session: Session, names: Names, tokens: Tensor | None) -> list[list[int]] | None:
     """The rows of each wave; None where the batch is one, or no number of waves would do."""
-    session = compiled._session
-    if session.base.merged is not None:
+    if session.base.merged is not None:  # which needs no slot
         return None
     wanted = [frozenset[str]() if n is None or n == BASE else frozenset({n}) for n in names]
     for name in frozenset[str]().union(*wanted):
@@ -141,12 +141,12 @@ def _waves(compiled: CompiledModel, names: Names, tokens: Tensor | None) -> list
     if tokens is None:
         return waves_of(session.store, wanted)
     used = [[wanted[i] for i in row.unique().tolist() if i >= 0] for row in tokens]
-    return waves_of(session.store, [frozenset[str]().union(*each) for each in used])
+    return waves_of(session.store, [frozenset[str]().union(*of_row) for of_row in used])
 
 
 def waves_of(store: AdapterStore, rows: Sequence[frozenset[str]]) -> list[list[int]] | None:
-    """Which of `rows`, by the adapters of each, run together; None where all do, or one of them
-    alone finds no slots.
+    """Which of `rows`, by the adapters of each, run together; None where all do, or a row alone
+    finds no slots.
 
     There are as few waves as the slots allow, with about as many adapters each, so that no wave is
     left with a single row, which has a graph of its own. Adapters that have slots come first:
@@ -177,7 +177,7 @@ def waves_of(store: AdapterStore, rows: Sequence[frozenset[str]]) -> list[list[i
 
 
 def _is_shared(name: str, value: Any, settings: Any) -> bool:
-    """Whether an argument of `generate` is one of all requests."""
+    """Whether an argument of `generate` is of all requests."""
     return name in _SHARED or isinstance(value, PLAIN) or hasattr(settings, name)
 
 

@@ -121,9 +121,9 @@ def test_parts_that_are_for_no_model(flux: Any) -> None:
 
 def test_models_that_cannot_be_compiled(flux: Any) -> None:
     with pytest.raises(ConfigError, match="Linear is no pipeline of diffusers"):
-        loadable(nn.Linear(2, 2), None)
+        lorafx.compile_pipeline(nn.Linear(2, 2))
     with pytest.raises(ConfigError, match=r"no model 'unet'; it has .*transformer"):
-        loadable(flux, ["unet"])
+        lorafx.compile_pipeline(flux, components=["unet"])
     with pytest.raises(
         ConfigError, match=r"FluxPipeline is no nn.Module.*compile_pipeline\(pipe\)"
     ):

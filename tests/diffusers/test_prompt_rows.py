@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -52,21 +55,15 @@ def test_one_noise_for_all_prompts_says_nothing() -> None:
         rows.run(pipeline)
 
 
-def test_rows_of_several_prompts() -> None:
+@pytest.mark.parametrize(
+    ("made", "why"),
+    [
+        (lambda given: (given, given.flip(0)), "its arguments name several prompts for row 0, 1"),
+        (lambda given: torch.tensor(given.tolist()), "nothing says whose"),  # it left torch
+    ],
+    ids=["several prompts", "nobody's numbers"],
+)
+def test_rows_that_are_refused(made: Callable[[Tensor], Any], why: str) -> None:
     rows, embeddings = given(2)
-
-    def pipeline() -> tuple[int, ...]:
-        return rows.owners("a denoiser", (embeddings, embeddings.flip(0)), 2)
-
-    with pytest.raises(BatchError, match="its arguments name several prompts for row 0, 1"):
-        rows.run(pipeline)
-
-
-def test_numbers_that_left_torch_say_nothing() -> None:
-    rows, embeddings = given(2)
-
-    def pipeline() -> tuple[int, ...]:
-        return rows.owners("a denoiser", torch.tensor(embeddings.tolist()), 2)
-
-    with pytest.raises(BatchError, match="nothing says whose"):
-        rows.run(pipeline)
+    with pytest.raises(BatchError, match=why):
+        rows.run(lambda: rows.owners("a denoiser", made(embeddings), 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -106,6 +107,27 @@ async def client_of(server: Opened) -> AsyncIterator[httpx2.AsyncClient]:
         yield client
 
 
+def ask(server: Opened, method: str, path: str, *, key: str | None = None, **body: Any) -> Any:
+    """The answer to one request, in ASCII, in which it may hold half of a surrogate pair."""
+
+    async def once() -> Any:
+        headers = {"content-type": "application/json"}
+        if key is not None:
+            headers["Authorization"] = key
+        content = None if method == "GET" else json.dumps(body)
+        async with client_of(server) as client:
+            return await client.request(method, path, content=content, headers=headers)
+
+    return asyncio.run(once())
+
+
+def ids_of(files: Files, path: str, words: str) -> list[int]:
+    """The prompt that a route makes of these words."""
+    if path == "/v1/completions":
+        return list(files.tokenizer(words)["input_ids"])
+    return files.chat_ids(words)
+
+
 def free_port() -> int:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -127,6 +149,14 @@ def said(path: str, text: str) -> str:
     if path == "/v1/completions":
         return "".join(e["choices"][0]["text"] for e in found)
     return "".join(e["choices"][0]["delta"].get("content") or "" for e in found)
+
+
+def plain(path: str, answer: dict[str, Any]) -> str:
+    """The words of an answer of one of the three routes that is no stream."""
+    if path == "/v1/responses":
+        return str(answer["output"][0]["content"][0]["text"])
+    choice = answer["choices"][0]
+    return str(choice["text"] if path == "/v1/completions" else choice["message"]["content"])
 
 
 def question(path: str, words: str, new: int, **others: Any) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ import httpx2
 import pytest
 import ray
 from ray import serve
-from served import SMALL, Files, free_port, question, said
+from served import SMALL, Files, free_port, ids_of, plain, question, said
 
 from lorafx.server.ray import RaySettings, build
 
@@ -38,19 +38,10 @@ class Served:
         assert answer.status_code == 200, answer.text
         if stream:
             return said(path, answer.text).strip()
-        got = answer.json()
-        if path == "/v1/responses":
-            return str(got["output"][0]["content"][0]["text"]).strip()
-        choice = got["choices"][0]
-        return str(choice["text"] if path == COMPLETIONS else choice["message"]["content"]).strip()
+        return plain(path, answer.json()).strip()
 
     def want(self, path: str, adapter: str | None, words: str, new: int) -> str:
-        ids = (
-            self.files.tokenizer(words)["input_ids"]
-            if path == COMPLETIONS
-            else self.files.chat_ids(words)
-        )
-        return self.files.text(adapter, ids, new)
+        return self.files.text(adapter, ids_of(self.files, path, words), new)
 
     def home(self, adapter: str) -> str:
         """The replica that answers a request."""

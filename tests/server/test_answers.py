@@ -10,7 +10,7 @@ import time
 
 import openai
 import pytest
-from served import client_of, question, said
+from served import ask, client_of, ids_of, plain, question, said
 
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 
@@ -30,7 +30,7 @@ def test_sixteen_streams_at_once(files, server):
         for i, words in enumerate(prompts(16, seed=1))
     ]
 
-    async def ask(client, path, adapter, words, new):
+    async def stream(client, path, adapter, words, new):
         name = "tiny" if adapter is None else f"tiny:{adapter}"
         body = {"model": name, **question(path, words, new, stream=True)}
         # Clients may name their requests, and alike.
@@ -41,7 +41,7 @@ def test_sixteen_streams_at_once(files, server):
     async def all_at_once(work):
         async with client_of(server) as client:
             return await asyncio.wait_for(
-                asyncio.gather(*(ask(client, *one) for one in work)), timeout=120
+                asyncio.gather(*(stream(client, *one) for one in work)), timeout=120
             )
 
     asyncio.run(all_at_once(work[-1:]))  # Dynamo may have been reset since the server was opened
@@ -49,11 +49,7 @@ def test_sixteen_streams_at_once(files, server):
     texts = asyncio.run(all_at_once(work))
     different = 0
     for (path, adapter, words, new), text in zip(work, texts, strict=True):
-        ids = (
-            files.tokenizer(words)["input_ids"]
-            if path == "/v1/completions"
-            else files.chat_ids(words)
-        )
+        ids = ids_of(files, path, words)
         want = files.text(adapter, ids, new)
         assert said(path, text).strip() == want, (path, adapter)
         different += want != files.text(None, ids, new)
@@ -64,19 +60,10 @@ def test_sixteen_streams_at_once(files, server):
 
 @pytest.mark.parametrize("path", ROUTES)
 def test_answers_without_a_stream(files, server, path):
-    async def ask():
-        async with client_of(server) as client:
-            body = {"model": "tiny:a2", **question(path, "w9 w31 w8", 6)}
-            return await client.post(path, json=body)
-
-    answer = asyncio.run(ask()).json()
-    if path == "/v1/completions":
-        got, ids = answer["choices"][0]["text"], files.tokenizer("w9 w31 w8")["input_ids"]
-    elif path == "/v1/responses":
-        got, ids = answer["output"][0]["content"][0]["text"], files.chat_ids("w9 w31 w8")
-    else:
-        got, ids = answer["choices"][0]["message"]["content"], files.chat_ids("w9 w31 w8")
-    assert got.strip() == files.text("a2", ids, 6)
+    body = question(path, "w9 w31 w8", 6)
+    answer = ask(server, "POST", path, model="tiny:a2", **body).json()
+    got = plain(path, answer)
+    assert got.strip() == files.text("a2", ids_of(files, path, "w9 w31 w8"), 6)
     assert answer["model"] == "tiny:a2"
 
 
@@ -96,45 +83,20 @@ NOTHING = {
     ids=["neutral", "without temperature", "top_k of one"],
 )
 def test_fields_that_ask_for_nothing(files, server, path, asked):
-    async def ask():
-        async with client_of(server) as client:
-            body = {"model": "tiny:a2", **question(path, "w9 w31 w8", 6, **asked)}
-            if path == "/v1/responses":
-                body.pop("echo", None), body.pop("user", None)
-            return await client.post(path, json={**body, "stream": True})
-
-    ids = (
-        files.tokenizer("w9 w31 w8")["input_ids"]
-        if path == "/v1/completions"
-        else files.chat_ids("w9 w31 w8")
-    )
-    answer = asyncio.run(ask())
+    body = question(path, "w9 w31 w8", 6, stream=True, **asked)
+    if path == "/v1/responses":
+        body = {name: value for name, value in body.items() if name not in ("echo", "user")}
+    answer = ask(server, "POST", path, model="tiny:a2", **body)
     assert answer.status_code == 200, answer.text
-    assert said(path, answer.text).strip() == files.text("a2", ids, 6)
-
-
-def test_a_request_may_draw_where_others_do_not(files, server):
-    """One in a hundred would give the likeliest tokens by chance."""
-
-    async def ask():
-        async with client_of(server) as client:
-            body = {"model": "tiny:a2", "prompt": "w9", "max_tokens": 40, "temperature": 50}
-            return await client.post("/v1/completions", json=body)
-
-    got = asyncio.run(ask()).json()["choices"][0]["text"].strip()
-    assert got != files.text("a2", files.tokenizer("w9")["input_ids"], 40)
+    want = files.text("a2", ids_of(files, path, "w9 w31 w8"), 6)
+    assert said(path, answer.text).strip() == want
 
 
 def test_long_answers_end_where_the_positions_do(files, server):
-    async def ask(words):
-        async with client_of(server) as client:
-            body = {"model": "tiny:a0", "prompt": words}
-            return await client.post("/v1/completions", json=body)
-
-    room = files.case.base.config.max_position_embeddings
-    usage = asyncio.run(ask("w9 w10")).json()["usage"]
+    room, path = files.case.base.config.max_position_embeddings, "/v1/completions"
+    usage = ask(server, "POST", path, model="tiny:a0", prompt="w9 w10").json()["usage"]
     assert usage["total_tokens"] <= room
-    answer = asyncio.run(ask("w9 " * room))
+    answer = ask(server, "POST", path, model="tiny:a0", prompt="w9 " * room)
     assert answer.status_code == 400
     assert answer.json()["error"]["code"] == "context_length_exceeded"
 

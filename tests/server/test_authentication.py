@@ -9,7 +9,7 @@ import httpx2
 import openai
 import pytest
 from pydantic import ValidationError
-from served import client_of, question
+from served import ask, client_of, question
 
 from lorafx.server.app import ROUTES, build_app
 from lorafx.server.ray import RaySettings
@@ -26,15 +26,6 @@ def locked(files, server):
     """The same model in an application with a key that lets clients load."""
     served = ServedModel(server.compiled, files.tokenizer, "tiny")
     return server._replace(app=build_app(served, server.engine, files.adapters, KEY))
-
-
-def ask(server: Any, method: str, path: str, *, key: str | None = None, **body: Any) -> Any:
-    async def once() -> Any:
-        headers = {} if key is None else {"Authorization": key}
-        async with client_of(server) as client:
-            return await client.request(method, path, headers=headers, json=body or None)
-
-    return asyncio.run(once())
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 
 import pytest
-from served import client_of, question, said
+from served import ask, client_of, question, said
 
 from lorafx.errors import CaptureError, ProvenanceError
 
@@ -15,22 +14,11 @@ CHAT = "/v1/chat/completions"
 
 
 def post(server, path, **body):
-    """ASCII, in which a request may hold half of a surrogate pair."""
-
-    async def ask():
-        async with client_of(server) as client:
-            headers = {"content-type": "application/json"}
-            return await client.post(path, content=json.dumps(body), headers=headers)
-
-    return asyncio.run(ask())
+    return ask(server, "POST", path, **body)
 
 
 def get(server, path):
-    async def ask():
-        async with client_of(server) as client:
-            return await client.get(path)
-
-    return asyncio.run(ask())
+    return ask(server, "GET", path)
 
 
 def test_models(server):
@@ -111,13 +99,7 @@ def test_fields_of_another_type_are_400(server, path, field, value, word):
     assert word in answer.json()["error"]["message"]
 
 
-def test_bodies_and_prompts_that_are_none(server):
-    async def ask():
-        async with client_of(server) as client:
-            return await client.post(CHAT, content=b"not json")
-
-    assert "JSON" in asyncio.run(ask()).json()["error"]["message"]
-
+def test_prompts_that_are_none(server):
     answer = post(server, "/v1/completions", model="tiny", prompt=["w9"])
     assert answer.status_code == 400
     assert "string" in answer.json()["error"]["message"]
@@ -135,12 +117,12 @@ def test_bodies_and_prompts_that_are_none(server):
 )
 @pytest.mark.parametrize("path", [CHAT, "/v1/load_lora_adapter"])
 def test_a_body_that_is_no_object_says_nothing_of_the_servers_files(server, path, content, word):
-    async def ask():
+    async def send():
         async with client_of(server) as client:
             headers = {"content-type": "application/json"}
             return await client.post(path, content=content, headers=headers)
 
-    answer = asyncio.run(ask())
+    answer = asyncio.run(send())
     assert answer.status_code == 400
     message = answer.json()["error"]["message"]
     assert message == f"the body is not a JSON object: {word}"
@@ -233,16 +215,16 @@ def test_a_model_that_fails_in_every_step(server, monkeypatch):
     def broken(**_):
         raise IndexError("said by a prompt")
 
-    def ask(name="tiny:a1"):
-        return post(server, CHAT, model=name, **question(CHAT, "w9", 2)).status_code
+    def step():
+        return post(server, CHAT, model="tiny:a1", **question(CHAT, "w9", 2)).status_code
 
     monkeypatch.setattr(server.engine, "_forward", broken)
-    assert [ask() for _ in range(4)] == [500] * 4
+    assert [step() for _ in range(4)] == [500] * 4
     assert get(server, "/health").status_code == 200
     monkeypatch.setattr(server.engine, "_forward", forward)
-    assert ask() == 200
+    assert step() == 200
     monkeypatch.setattr(server.engine, "_forward", broken)
-    assert [ask() for _ in range(5)] == [500] * 5
+    assert [step() for _ in range(5)] == [500] * 5
     health = get(server, "/health")
     assert health.status_code == 503
     assert "The last 5 steps of the engine failed" in health.json()["reason"]
@@ -250,7 +232,7 @@ def test_a_model_that_fails_in_every_step(server, monkeypatch):
     assert "prompt" not in health.text
     assert counts(server)[failed] == before + 9
     monkeypatch.setattr(server.engine, "_forward", forward)
-    assert ask() == 200
+    assert step() == 200
     assert get(server, "/health").json() == {"status": "ok"}
 
 

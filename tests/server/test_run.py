@@ -20,6 +20,7 @@ from served import SMALL, free_port, question, said
 
 from lorafx import LorafxError, LorafxWarning
 from lorafx.cli import main
+from lorafx.cli.options import as_option
 from lorafx.errors import ConfigError
 from lorafx.server.requirements import check_requirements
 from lorafx.server.settings import Settings
@@ -118,7 +119,7 @@ def test_a_signal_lets_streams_end(files, monkeypatch, capfd):
         ({"max_rank": 1}, "--max-rank 1"),
         ({"max_adapters": 0}, "--max-adapters"),
         ({"slot_rank": 0}, "--slot-rank"),
-        ({"slot_rank": 32}, "--max-rank"),
+        ({"slot_rank": 32}, "slot_rank = 32 is over max_rank"),
         ({"max_host_bytes": 0}, "--max-host-bytes"),
         ({"port": 70000}, "--port"),
         ({"api_key": ""}, "--api-key"),
@@ -141,8 +142,9 @@ def test_bad_settings_are_refused_before_anything_is_loaded(files, tmp_path, cha
     for name, value in change.items():
         text = value.format(tmp=tmp_path) if isinstance(value, str) else value
         given[name] = Path(text) if name in ("adapters", "adapter_root") and text else text
-    with pytest.raises(LorafxError, match=word):
+    with pytest.raises(LorafxError) as refused:
         Settings(**given)
+    assert word in refused.value.spelled(as_option)
 
 
 @pytest.mark.quick

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from served import client_of, question
+from served import ask as ask_once
+from served import question
 
 from lorafx import CheckpointError, LoraConfig
 from lorafx.adapter_store.peft_reader import read_adapter
@@ -45,17 +45,7 @@ def loader(files, server, root):
 
 
 def ask(server, *requests):
-    """ASCII, in which a request may hold half of a surrogate pair."""
-
-    async def all_of_them():
-        headers = {"content-type": "application/json"}
-        async with client_of(server) as client:
-            return [
-                await client.post(path, content=json.dumps(body), headers=headers)
-                for path, body in requests
-            ]
-
-    return asyncio.run(all_of_them())
+    return [ask_once(server, "POST", path, **body) for path, body in requests]
 
 
 def loading(name, path, **others):

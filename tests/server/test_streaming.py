@@ -7,7 +7,7 @@ import random
 from dataclasses import dataclass
 
 import pytest
-from served import client_of, question, said
+from served import ask, plain, question, said
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -45,13 +45,6 @@ def speaker(files, server):
     )
 
 
-def plain(path: str, answer: dict) -> str:
-    if path == RESPONSES:
-        return answer["output"][0]["content"][0]["text"]
-    choice = answer["choices"][0]
-    return choice["text"] if path == COMPLETIONS else choice["message"]["content"]
-
-
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS, RESPONSES])
 def test_a_stream_is_the_plain_answer(speaker, path):
     draw = random.Random(0)
@@ -60,22 +53,16 @@ def test_a_stream_is_the_plain_answer(speaker, path):
         for _ in range(12)
     ]
 
-    async def ask(client, words, new, **others):
-        body = {"model": "tiny:a1", **question(path, words, new, **others)}
-        answer = await client.post(path, json=body)
+    def answer(words, new, **others):
+        body = question(path, words, new, **others)
+        answer = ask(speaker, "POST", path, model="tiny:a1", **body)
         assert answer.status_code == 200, answer.text
         return answer
 
-    async def all_of_them():
-        async with client_of(speaker) as client:
-            for words, new in asked:
-                whole = plain(path, (await ask(client, words, new)).json())
-                yield whole, (await ask(client, words, new, stream=True)).text
-
-    async def collected():
-        return [pair async for pair in all_of_them()]
-
-    found = asyncio.run(collected())
+    found = [
+        (plain(path, answer(words, new).json()), answer(words, new, stream=True).text)
+        for words, new in asked
+    ]
     assert sum(whole.endswith("\ufffd") for whole, _ in found) > 3  # cut off within a character
     for whole, streamed in found:
         assert said(path, streamed) == whole
@@ -89,12 +76,8 @@ def test_a_stream_that_fails_ends_too(speaker, monkeypatch):
 
     monkeypatch.setattr(speaker.engine, "_forward", broken)
 
-    async def ask():
-        async with client_of(speaker) as client:
-            body = {"model": "tiny:a1", **question(CHAT, "abc", 4, stream=True)}
-            return (await client.post(CHAT, json=body)).text
-
-    text = asyncio.run(ask())
+    body = question(CHAT, "abc", 4, stream=True)
+    text = ask(speaker, "POST", CHAT, model="tiny:a1", **body).text
     assert "no memory" in text
     assert text.endswith("data: [DONE]\n\n")
 

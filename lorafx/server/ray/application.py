@@ -25,22 +25,18 @@ def _split(value: Any) -> Any:
 
 
 class RaySettings(BaseModel):
-    """How a model is served on Ray. The fields of `Settings` are as there; paths are the same on
-    all machines.
+    """How a model is served on Ray (docs/serving.md). The fields of `Settings` are as there; paths
+    are the same on all machines.
 
     Attributes:
         held: how many adapters a replica has in host memory; the one that was not asked for longest
             makes room. `max_adapters` of them have a slot on the device.
         num_replicas: how many engines, or "auto".
-        num_gpus, num_cpus: of each of them. A replica sees no other GPU, and runs as many threads
-            as it has CPUs.
+        num_gpus, num_cpus: of each of them.
         num_ingresses: how many processes read requests and send them to replicas.
         max_ongoing_requests: that a replica is given; others wait for one at the ingress.
-        api_key: as in `Settings`; where it is not given, the variable LORAFX_API_KEY of the process
-            that starts the application.
         drain: seconds for which a replica that is stopped waits for the answers under way.
-        deployment: other options of `serve.deployment`, for the replicas: `autoscaling_config`,
-            `health_check_period_s`, `max_queued_requests`, and the like; JSON on a command line.
+        deployment: other options of `serve.deployment`, for the replicas; JSON on a command line.
     """
 
     # What is given may hold the key.
@@ -76,11 +72,7 @@ class RaySettings(BaseModel):
     deployment: dict[str, Any] | Json[dict[str, Any]] = {}
 
     def settings(self) -> Settings:
-        """How each replica serves.
-
-        Raises:
-            ConfigError, CheckpointError, CapacityError: as `Settings`.
-        """
+        """How each replica serves; raises as `Settings`."""
         given = self.model_dump(include=set(Settings.__dataclass_fields__))
         # Replicas work in another folder than who starts them.
         if Path(self.model).is_dir():
@@ -90,11 +82,7 @@ class RaySettings(BaseModel):
         return Settings(**{**given, "adapters": Path(self.adapters).absolute()})
 
     def replicas(self) -> dict[str, Any]:
-        """Options of the replicas' deployment.
-
-        Raises:
-            ConfigError: one is given twice.
-        """
+        """Options of the replicas' deployment. Raises ConfigError where one is given twice."""
         actor = {"num_gpus": self.num_gpus, "num_cpus": self.num_cpus}
         options: dict[str, Any] = {
             "max_ongoing_requests": self.max_ongoing_requests,
@@ -115,11 +103,7 @@ class RaySettings(BaseModel):
 
 def build(args: RaySettings) -> Application:
     """An application for `serve.run`; also a builder for `serve run` and configuration files.
-
-    Raises:
-        ConfigError, CheckpointError, CapacityError: the settings, the folders or the adapters
-            cannot be served. Nothing has been started then.
-    """
+    Raises as `Settings`, before anything has been started."""
     settings, options = args.settings(), args.replicas()
     replicas = serve.deployment(name="Replica", **options)(Replica)
     ingress = serve.deployment(

@@ -14,12 +14,8 @@ from lorafx.serving.compiled import CompiledModel
 
 
 class HeldAdapter:
-    """An adapter as Ray keeps it.
-
-    Args:
-        drop: have it unloaded, unless it has been loaded again; called on any thread, any number of
-            times.
-    """
+    """An adapter as Ray keeps it. `drop` has it unloaded, unless it has been loaded again; it is
+    called on any thread, any number of times."""
 
     def __init__(self, drop: Callable[[], None]) -> None:
         self.drop = drop
@@ -30,12 +26,8 @@ class HeldAdapter:
 
 
 class HeldAdapters:
-    """The adapters of one replica. All methods run on its event loop.
-
-    Args:
-        compiled: the model.
-        folder_of: the folder of an adapter, None for a name that there is not.
-    """
+    """The adapters of one replica. All methods run on its event loop. `folder_of` gives None for a
+    name that there is not."""
 
     def __init__(self, compiled: CompiledModel, folder_of: Callable[[str], Path | None]) -> None:
         self._compiled = compiled
@@ -48,12 +40,8 @@ class HeldAdapters:
         self._unloading: set[asyncio.Task[None]] = set()
 
     async def load(self, name: str) -> HeldAdapter:
-        """Have an adapter loaded until Ray drops what is returned.
-
-        Raises:
-            UnknownAdapterError: there is no folder of this name.
-            Whatever `CompiledModel.load_adapter` raises.
-        """
+        """Have an adapter loaded until Ray drops what is returned. Raises as
+        `CompiledModel.load_adapter`, and UnknownAdapterError where it has no folder."""
         loading = asyncio.create_task(self._load(name))
         try:
             return await asyncio.shield(loading)

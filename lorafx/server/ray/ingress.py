@@ -16,8 +16,7 @@ from starlette.requests import Request
 from starlette.routing import Router, get_route_path
 from starlette.websockets import WebSocketClose
 
-from lorafx.server.authentication import Authentication
-from lorafx.server.errors import RequestError, error_response
+from lorafx.server.errors import Authentication, RequestError, error_response
 from lorafx.server.settings import Settings
 
 #: How many replicas may die of, or under, one request.
@@ -35,12 +34,7 @@ NO_METRICS = (
 
 
 class Ingress:
-    """Ray's deployment of the relay.
-
-    Args:
-        replicas: the engines.
-        settings: of the model, for the names of its adapters, and the key.
-    """
+    """Ray's deployment of the relay."""
 
     def __init__(self, replicas: DeploymentHandle, settings: Settings) -> None:
         self._replicas = replicas.options(stream=True)
@@ -56,41 +50,40 @@ class Ingress:
         if scope["type"] != "http":
             await WebSocketClose()(scope, receive, send)
             return
-        if get_route_path(scope) == "/metrics":
-            refusal = RequestError(404, NO_METRICS)
+        answer = Answer(send)
+        refusal: RequestError | None = RequestError(404, NO_METRICS)
+        if get_route_path(scope) != "/metrics":
+            refusal = await self._answered(scope, receive, answer)
+        if answer.begun and refusal is not None:
+            await answer.break_off()
+        elif refusal is not None:
             await error_response(refusal)(scope, receive, send)
-            return
+
+    async def _answered(self, scope: Any, receive: Any, answer: Answer) -> RequestError | None:
+        """Have a replica answer; why none has, or has not to the end."""
         body = await Request(scope, receive).body()
         # A name that there is not goes to any replica, which refuses it.
         replicas = self._replicas.options(multiplexed_model_id=self._adapter(body))
         sent = {name: scope[name] for name in SCOPE if name in scope}
+        ended = RequestError(503, f"{ATTEMPTS} replicas ended while they answered; ask again")
         for _ in range(ATTEMPTS):
-            answer = Answer(send)
+            answer.restart()
             messages: Any = replicas.answer.remote(sent, body)
             try:
                 async for ready in messages:
                     await answer.take(ready)
                 await answer.end()
-                return
+                return None
             except (RayActorError, ObjectLostError):  # the replica is gone, or out of reach
                 if answer.begun:
-                    await answer.break_off()
-                    return
+                    return ended
             except (BackPressureError, DeploymentUnavailableError) as error:
-                refusal = RequestError(503, str(error))
-                await error_response(refusal)(scope, receive, send)
-                return
+                return RequestError(503, str(error))
             except RayTaskError as error:
-                if answer.begun:
-                    await answer.break_off()
-                    return
-                refusal = RequestError(500, f"the replica failed: {error.cause}")
-                await error_response(refusal)(scope, receive, send)
-                return
+                return RequestError(500, f"the replica failed: {error.cause}")
             finally:
                 messages.cancel()  # where the client has gone; nothing otherwise
-        refusal = RequestError(503, f"{ATTEMPTS} replicas ended while they answered; ask again")
-        await error_response(refusal)(scope, receive, send)
+        return ended
 
     def _adapter(self, body: bytes) -> str:
         """The adapter that a request asks for; "" for the base, and for what the application is to
@@ -108,18 +101,17 @@ class Ingress:
 
 class Answer:
     """An answer on its way to the client. A stream is sent on as it comes; anything else when it is
-    complete, so that another replica can still give it.
-
-    Args:
-        send: of the ASGI server.
-    """
+    complete, so that another replica can still give it. `begun`: the client has got some of it."""
 
     def __init__(self, send: Any) -> None:
         self._send = send
+        self.begun = False
+        self.restart()
+
+    def restart(self) -> None:
+        """Another replica gives it, from the start."""
         self._kept: list[dict[str, Any]] = []
         self._stream = False
-        #: whether the client has got any of it
-        self.begun = False
 
     async def take(self, messages: list[dict[str, Any]]) -> None:
         """More of it has come."""

@@ -15,69 +15,42 @@ from ray.serve.metrics import Counter, Gauge
 
 from lorafx.errors import BatchError, LorafxError
 from lorafx.server.errors import error_response
-from lorafx.server.metrics import COUNTED, COUNTED_OF_TIERS, FAILED_STEPS, TIER_BYTES, TOKENS
+from lorafx.server.metrics import counts
 from lorafx.server.ray.held_adapters import HeldAdapters
 from lorafx.server.run import opened
 from lorafx.server.settings import Settings
-from lorafx.serving.continuous.health import StepHealth
+from lorafx.serving.continuous.failures import StepHealth
 from lorafx.session.statistics import Statistics
 
 
 class Counts:
-    """The counts of one replica; made in its process.
-
-    Args:
-        stats: gives the model's own counts, `CompiledModel.stats`.
-        health: of the engine.
-    """
+    """The counts of one replica; made in its process. `stats` is `CompiledModel.stats`."""
 
     def __init__(self, stats: Callable[[], Statistics], health: StepHealth) -> None:
-        self._stats = stats
-        self._health = health
-        self._adapters = {
-            name: Counter(f"lorafx_adapter_{name}", text) for name, text in COUNTED.items()
-        }
-        self._tiers = {
-            name: Counter(f"lorafx_tier_{name}", text, tag_keys=("tier",))
-            for name, text in COUNTED_OF_TIERS.items()
-        }
-        self._nbytes = Gauge("lorafx_tier_bytes", TIER_BYTES, tag_keys=("tier",))
-        self._tokens = Counter("lorafx_tokens", TOKENS, tag_keys=("adapter",))
-        self._failed = Counter("lorafx_failed_steps", FAILED_STEPS)
-        #: (counter, what it is of) -> what Ray has been told
-        self._told: dict[tuple[Counter, str], int] = {}
+        self._stats, self._health = stats, health
+        self._metrics: dict[str, Counter | Gauge] = {}
+        #: What Ray knows.
+        self._exported: dict[tuple[str, tuple[str, ...]], int] = {}
 
     def export(self) -> None:
-        """Tell Ray what has been counted since it was told last, and how large the tiers are."""
-        stats = self._stats()
-        for name, counter in self._adapters.items():
-            self._tell(counter, getattr(stats, name))
-        for tier, of_tier in stats.tiers.items():
-            self._nbytes.set(of_tier.nbytes, {"tier": tier})
-            for name, counter in self._tiers.items():
-                self._tell(counter, getattr(of_tier, name), "tier", tier)
-        for adapter, tokens in stats.tokens.items():
-            self._tell(self._tokens, tokens, "adapter", adapter)
-        self._tell(self._failed, self._health.failed)
-
-    def _tell(self, counter: Counter, count: int, tag: str = "", value: str = "") -> None:
-        """Have `counter` be `count`, of what `tag` says."""
-        more = count - self._told.get((counter, value), 0)
-        if more:
-            counter.inc(more, {tag: value} if tag else {})
-            self._told[counter, value] = count
+        """Add to Ray's counters what has been counted since, and set how large the tiers are."""
+        for count in counts(self._stats(), self._health):
+            if count.name not in self._metrics:
+                kind: Any = Gauge if count.size else Counter
+                self._metrics[count.name] = kind(count.name, count.text, tuple(count.labels))
+            metric, tags = self._metrics[count.name], dict(count.labels)
+            if isinstance(metric, Gauge):
+                metric.set(count.value, tags)
+                continue
+            key = count.name, tuple(tags.values())
+            more = count.value - self._exported.get(key, 0)
+            if more:
+                metric.inc(more, tags)
+                self._exported[key] = count.value
 
 
 class Replica:
-    """Ray's deployment of the engine.
-
-    Args:
-        settings: of the model.
-        held: how many adapters are held in host memory.
-
-    Raises:
-        Whatever `opened` raises.
-    """
+    """Ray's deployment of the engine, with `held` adapters in host memory; raises as `opened`."""
 
     def __init__(self, settings: Settings, held: int) -> None:
         self._stack = ExitStack()
@@ -97,10 +70,7 @@ class Replica:
 
     def check_health(self) -> None:
         """Raise BatchError where the engine takes no requests, or its last steps have all failed;
-        Ray then replaces the replica.
-
-        Ray asks regularly, so counts are exported here too.
-        """
+        Ray then replaces the replica. Ray asks regularly, so counts are exported here too."""
         self._counts.export()
         engine = self._server.engine
         reason = engine.unhealthy()
@@ -111,12 +81,8 @@ class Replica:
             ) from error
 
     async def answer(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[list[dict]]:
-        """The ASGI messages of an answer, those that are ready at a time.
-
-        Args:
-            scope: the ASGI scope of an HTTP request; its adapter is Ray's multiplexed model ID.
-            body: of the request.
-        """
+        """The ASGI messages of an answer, those that are ready at a time. The request's adapter is
+        Ray's multiplexed model ID."""
         messages: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         gone = asyncio.Event()
         incoming = [{"type": "http.request", "body": body, "more_body": False}]

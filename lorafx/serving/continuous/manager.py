@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -15,25 +16,26 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 from lorafx.adapter_store.holding import Hold
 from lorafx.adapter_store.names import BASE, AdapterName, one_name
-from lorafx.errors import BatchError, ConfigError, LorafxError
+from lorafx.errors import BatchError, CaptureError, ConfigError, LorafxError
 from lorafx.model.keywords import refuse_slips
 from lorafx.serving.alora import column_of, warn_absent
 from lorafx.serving.continuous import sampling
-from lorafx.serving.continuous.adapter_requests import AdapterRequest, Ticket, ticket_of
-from lorafx.serving.continuous.eager import BesideEngine
-from lorafx.serving.continuous.engine_config import OwnAttention, possible, served_config
-from lorafx.serving.continuous.engine_outputs import EngineOutputs
-from lorafx.serving.continuous.health import StepHealth, as_told, left
+from lorafx.serving.continuous.adapter_requests import (
+    AdapterRequest,
+    EngineOutputs,
+    hold_of,
+)
+from lorafx.serving.continuous.attention import EngineAttention
+from lorafx.serving.continuous.cache_policy import AdapterPages, FullCache
+from lorafx.serving.continuous.failures import StepHealth, as_told
 from lorafx.serving.continuous.packed_call import PackedForward
-from lorafx.serving.continuous.pages import AdapterPages, Room
-from lorafx.serving.continuous.pairs import drop, paired, step_of
 from lorafx.serving.continuous.request_checks import (
-    check_name,
     checked_limits,
     checked_prompt,
     checked_sampling,
+    served_config,
 )
-from lorafx.serving.continuous.scheduling import all_pinned
+from lorafx.serving.continuous.scheduling import all_pinned, drop, paired, step_of
 
 if TYPE_CHECKING:
     from lorafx.serving.compiled import CompiledModel
@@ -56,16 +58,9 @@ DEFAULT: Final = Default()
 class AdapterBatchingManager(ContinuousBatchingManager):
     """transformers' manager for a compiled model; see its documentation for what is not said here.
 
-    Args:
-        compiled: the model.
-        generation_config: as there; None for the model's.
-        config: as there. CUDA graphs and compilation by the engine are refused. The attention is
-            "sdpa" or "eager"; a model with flash attention has "sdpa" for the time. Asynchronous
-            batching is off where it is not asked for, and needs a GPU.
-
     Raises:
         ConfigError: the model cannot be served by the engine, or the configuration asks for what is
-            refused.
+            refused (docs/continuous_batching.md).
     """
 
     def __init__(
@@ -84,22 +79,21 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 "generative model of transformers"
             )
         served = served_config(config, model.device)
-        chosen = bool(given.do_sample and served.per_request_processors)
-        self._attention = OwnAttention(model)
-        self._beside: BesideEngine | None = None
+        per_request = bool(given.do_sample and served.per_request_processors)
+        self._attention = EngineAttention(compiled._session)
         try:
-            with possible(model):
+            with _possible(model):
                 super().__init__(
                     model=model,
-                    generation_config=sampling.asking(given) if chosen else given,
+                    generation_config=sampling.asking(given) if per_request else given,
                     continuous_batching_config=served,
                     **kwargs,
                 )
         except BaseException:
-            self._give_back_attention()
+            self._attention.give_back()
             raise
         self.generation_config = given
-        if chosen:
+        if per_request:
             sampling.own(self.logit_processor, given)
         #: In which the thread runs.
         self._process: int | None = None
@@ -111,22 +105,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self.health = StepHealth()
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = False) -> None:
-        """Have the model use an attention that is served, while the engine runs it."""
         self._attention.take()
-        own = model.config._attn_implementation
-        super().switch_to_cb_friendly_attn(model, auto_switch_to_flash=False)
-        if own != model.config._attn_implementation:
-            self._beside = BesideEngine(self.compiled._session, own)
-
-    def _give_back_attention(self) -> None:
-        self._attention.give_back()
-        before, self._original_attn_impl = getattr(self, "_original_attn_impl", None), None
-        if before is not None:  # which transformers gives back where the engine has run
-            model: Any = self.compiled.model
-            model.set_attn_implementation(before)
-        beside, self._beside = self._beside, None
-        if beside is not None:
-            beside.end()
 
     def add_request(
         self,
@@ -140,7 +119,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         adapter: AdapterName | Default = DEFAULT,
         **logit_processor_kwargs: Any,
     ) -> str:
-        """Queue a request.
+        """Queue a request, and return its name.
 
         Args:
             adapter: its adapter; None or "__base__" is the base model, and a mapping of names to
@@ -154,9 +133,6 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 Temperature 0 takes the likeliest token, `top_k` 0 or -1 and `top_p` 1 leave all.
                 Of any engine, values that ask for nothing or for what it does anyway, and None.
             Otherwise as transformers' own.
-
-        Returns:
-            The name of the request.
 
         Raises:
             UnknownAdapterError: no adapter of this name is loaded.
@@ -173,12 +149,13 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 self.background_thread_status.fatal_error
             )
         refuse_slips(logit_processor_kwargs, self.add_request, ways=_WAYS)
-        check_name(request_id)
+        if request_id is not None and not isinstance(request_id, str):
+            raise ConfigError(f"request_id is a string; got {request_id!r}")
         max_new_tokens, ends = checked_limits(max_new_tokens, eos_token_id)
         config = self.generation_config
-        asked = checked_sampling(self.logit_processor, logit_processor_kwargs, config)
+        chosen = checked_sampling(self.logit_processor, logit_processor_kwargs, config)
         prompt = checked_prompt(self.compiled.model, input_ids)
-        ticket, begins = self._begun(self._ticket(adapter), prompt)
+        hold, begins = self._begun(self._hold(adapter), prompt)
         request_id = self._named(request_id)
         state = AdapterRequest(
             request_id=request_id,
@@ -188,8 +165,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             max_new_tokens=config.max_new_tokens if max_new_tokens is None else max_new_tokens,
             eos_token_id=config.eos_token_id if ends is None else ends,
             streaming=streaming,
-            logit_processor_kwargs=asked,
-            ticket=ticket,
+            logit_processor_kwargs=chosen,
+            hold=hold,
             begins=begins,
         )
         try:
@@ -201,11 +178,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         return request_id
 
     def start(self) -> None:
-        """Start the engine's thread.
-
-        Raises:
-            ConfigError: transformers has no paged cache for this model.
-        """
+        """Start the engine's thread. Raises ConfigError where transformers has no paged cache for
+        the model."""
         if self.batch_processor is None:  # in the thread nobody sees an error
             self.batch_processor = self._create_batch_processor()
         self._process = os.getpid()
@@ -226,7 +200,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             thread.join(timeout)
             hard_stop, timeout = thread.is_alive(), None
         super().stop(block, timeout, keep_for_next_session, hard_stop)
-        self._give_back_attention()
+        self._attention.give_back()
         if not self.is_running() and not keep_for_next_session:
             self._processor = None
             self._packed.forget()
@@ -234,21 +208,17 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     def destroy(self) -> None:
         """As transformers' own. An engine that never ran gives back the model's attention too."""
         super().destroy()
-        self._give_back_attention()
+        self._attention.give_back()
 
     def unhealthy(self) -> str | None:
-        """Why the engine cannot be expected to serve requests: it has ended, is stopping or runs in
-        the process that this one was forked from, the model was detached, or its last steps have
-        all failed (`lorafx.serving.continuous.health`); None where it can. An engine whose steps
-        fail takes requests, and is healthy again after one that succeeds."""
+        """Why the engine cannot be expected to serve requests: it takes none, or its last steps
+        have all failed; None where it can. An engine whose steps fail takes requests, and is
+        healthy again after one that succeeds."""
         return self._denied() or self.health.reason()
 
     def warmup(self) -> None:
-        """Have the graphs of the engine's steps captured: of several tokens, and of one.
-
-        Raises:
-            ConfigError: transformers has no paged cache for this model.
-        """
+        """Have the graphs of the engine's steps captured: of several tokens, and of one. Raises as
+        `start`."""
         if self.batch_processor is None:
             self.batch_processor = self._create_batch_processor()
         runner = self.batch_processor.model_runner
@@ -260,35 +230,41 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
     def _denied(self) -> str | None:
         """Why no request is taken."""
-        status = self.background_thread_status
-        return left(self._process, self.compiled) or status.can_accept_new_requests()
+        if self._process not in (None, os.getpid()):
+            return (
+                "The engine's thread runs in the process that this one was forked from; start an "
+                "engine here, by continuous_batching()"
+            )
+        try:
+            self.compiled._check_attached()
+        except CaptureError as error:
+            return str(error)
+        return self.background_thread_status.can_accept_new_requests()
 
-    def _ticket(self, adapter: AdapterName | Default) -> Ticket:
+    def _hold(self, adapter: AdapterName | Default) -> Hold | None:
         session = self.compiled._session
         unsaid = isinstance(adapter, Default)
         name = session.default if unsaid else one_name(adapter, "adapter")
         if name is None or name == BASE:
-            return Ticket()
+            return None
         hold = session.store.hold(name)
         pinned = session.store.pinned
         if pinned and name not in pinned and not session.store.fits(frozenset({name})):
             raise all_pinned(name, len(pinned))
-        return Ticket(hold)
+        return hold
 
-    def _begun(self, ticket: Ticket, prompt: list[int]) -> tuple[Ticket, int]:
-        """The ticket, and the token of the prompt at which its adapter begins; that of the base
-        where an aLoRA adapter never does."""
-        hold = ticket.hold
+    def _begun(self, hold: Hold | None, prompt: list[int]) -> tuple[Hold | None, int]:
+        """The adapter, and the token of the prompt at which it begins; the base where an aLoRA
+        adapter never does."""
         if hold is None or not hold.stored.invocation:
-            return ticket, 0
+            return hold, 0
         (column,) = column_of(torch.tensor([prompt]), hold.stored.invocation)
         if column is None:
             warn_absent(str(hold.name), hold.stored.invocation)
-            return Ticket(), 0
-        return ticket, column
+            return None, 0
+        return hold, column
 
     def _named(self, request_id: str | None) -> str:
-        """The name of a request, which is noted."""
         count = self.num_return_sequences - 1
         if request_id is not None:
             if not self._outputs.begin(request_id, count):
@@ -319,35 +295,38 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
     def _waiting(self) -> Iterator[Hold]:
         """The adapters of requests that are not in the step, in the order in which they may be in
-        the next; each once."""
+        the next."""
         scheduler = self._processor.scheduler
         batch = {future.state.request_id for future in self._batch()}
         began = [s for name, s in scheduler.active_requests.items() if name not in batch]
         waits = [*scheduler.waiting_requests.values()]
         with self.input_queue.mutex:
             added = list(self.input_queue.queue)
-        tickets = dict.fromkeys(ticket_of(state) for state in (*began, *waits, *added))
-        holds = {t.hold.stored.version: t.hold for t in tickets if t is not None and t.hold}
-        yield from holds.values()
+        seen = set()
+        for state in (*began, *waits, *added):
+            hold = hold_of(state)
+            if hold is not None and hold.stored.version not in seen:
+                seen.add(hold.stored.version)
+                yield hold
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
         known = self.batch_processor
-        with possible(self.model):
+        with _possible(self.model):
             processor = super()._create_batch_processor()
         if processor is not known:
             self._processor = processor
             scheduler: Any = processor.scheduler
-            scheduler.session = self.compiled._session
-            scheduler.fail, scheduler.gone = self._fail, self._outputs.gone
+            scheduler.begin(self.compiled._session, self._fail, self._outputs.gone)
             # The engine makes these itself.
             cache: Any = processor.cache
             cache.__class__ = AdapterPages
             cache.waiting = lambda request_id: scheduler.waiting_requests.get(request_id)
-            cache.session = scheduler.session
+            cache.session = self.compiled._session
             self._packed.waits = not paired(processor.inputs_and_outputs)
             sampling.likely_as_alone(processor.model_runner, self.logit_processor)
             offloading: Any = processor.offloading_manager
-            offloading.__class__ = Room
+            offloading.__class__ = FullCache
+            offloading.fail = self._fail
         return processor
 
     def _generation_step(self) -> None:
@@ -362,11 +341,11 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             raise  # the device computes nothing any more: the engine ends, and says why
         except Exception as error:
             # The requests of this step fail; the others go on.
-            own, packed.failed = packed.failed, {}
             names = [future.state.request_id for future in step.requests_in_batch]
-            failed = {name: own.get(name, error) for name in names}
+            failed = {name: packed.failed.get(name, error) for name in names}
         else:
-            failed, packed.failed = packed.failed, {}
+            failed = packed.failed
+        packed.failed = {}
         if len(failed) == len(step.requests_in_batch):
             self.health.nobody_served(step.requests_in_batch, failed)
         else:
@@ -378,13 +357,13 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         """Have these requests of the step fail; the others have their new tokens."""
         processor = self._processor
         scheduler = processor.scheduler
-        said = as_told(failed)
+        errors = as_told(failed)
         kept: list[FutureRequestState] = []
         columns: list[int] = []  # of the new tokens, in their order
         column = 0
         for future in step.requests_in_batch:
             state = future.state
-            error = said.get(state.request_id)
+            error = errors.get(state.request_id)
             if error is None:
                 kept.append(future)
                 columns += [column] * future.has_new_token
@@ -399,3 +378,15 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             step.output_ids[:, : len(columns)] = step.output_ids[:, columns]
             step.requests_in_batch = kept
         scheduler.block_new_requests = False
+
+
+@contextmanager
+def _possible(model: Any) -> Iterator[None]:
+    """Around what transformers makes for its engine: ConfigError where it cannot."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(
+            f"transformers' engine cannot make a paged cache for {type(model).__name__}: {error}. "
+            "Change the ContinuousBatchingConfig if it is about sizes; otherwise call generate()"
+        ) from error

@@ -1,11 +1,12 @@
-"""What a request may ask the engine for, looked at before it is queued.
+"""What an engine may be asked for where adapters are served, and what a request may ask it for.
 
-The engine looks at some of it where it makes a step, and then all requests of the step fail, or the
-engine ends. So a request that cannot be served is refused where it is added.
+Requests are checked before they are queued: in a step an error would be everybody's, or end the
+engine.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,11 +15,14 @@ from typing import Any, SupportsFloat
 
 import torch
 from transformers import GenerationConfig
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessorList,
 )
 
 from lorafx.errors import BatchError, ConfigError
+from lorafx.serving.continuous.scheduling import within_slots
+from lorafx.torch_internals.transformers_parts import devices_of_async_batching
 
 #: What a request may say of how its tokens are chosen. Temperatures become float32.
 RANGES: Mapping[str, tuple[float, float]] = {
@@ -41,6 +45,51 @@ NEUTRAL: Mapping[str, float] = {
     "no_repeat_ngram_size": 0,
     "min_new_tokens": 0,
 }
+_COMPILED = "lorafx compiles the model itself"
+_PADDED = "only CUDA graphs and compilation by the engine pad"
+#: What a configuration may ask for that is not served, and why.
+_REFUSED: Mapping[str, str] = {
+    "use_cuda_graph": (
+        "a replayed graph runs nothing on the host, where the slot of each token is written and "
+        "mixes are refused"
+    ),
+    "varlen_compile_config": _COMPILED,
+    "decode_compile_config": _COMPILED,
+    "default_compile_level": _COMPILED,
+    "q_padding_interval_size": _PADDED,
+    "kv_padding_interval_size": _PADDED,
+}
+
+
+def served_config(
+    config: ContinuousBatchingConfig | None, device: torch.device
+) -> ContinuousBatchingConfig:
+    """The configuration with what is not served switched off.
+
+    Raises:
+        ConfigError: it asks for something of that, or for what this device cannot do.
+    """
+    config = ContinuousBatchingConfig() if config is None else config
+    for name, why in _REFUSED.items():
+        value = getattr(config, name)
+        if value and value != (False, False):
+            raise ConfigError(
+                f"ContinuousBatchingConfig({name}={value!r}) is not served with adapters: {why}. "
+                f"Leave {name} out"
+            )
+    able = devices_of_async_batching()
+    if config.use_async_batching and device.type not in able:
+        raise ConfigError(
+            "ContinuousBatchingConfig(use_async_batching=True) needs streams of a device of type "
+            f"{' or '.join(able)}, and the model is on {device}. Leave use_async_batching out"
+        )
+    return dataclasses.replace(
+        config,
+        use_cuda_graph=False,
+        use_async_batching=bool(config.use_async_batching),
+        auto_switch_to_flash=False,
+        scheduler_type=within_slots(config.scheduler_type),
+    )
 
 
 def checked_prompt(model: Any, input_ids: Sequence[int]) -> list[int]:
@@ -57,7 +106,7 @@ def checked_prompt(model: Any, input_ids: Sequence[int]) -> list[int]:
         ) from error
     if not prompt:
         raise BatchError("input_ids is empty; give at least one token")
-    known = _vocabulary(model)
+    known: int | None = getattr(model.get_input_embeddings(), "num_embeddings", None)
     if known is not None and not 0 <= min(prompt) <= max(prompt) < known:
         raise BatchError(
             f"input_ids holds {min(prompt)} to {max(prompt)}, but the model has embeddings "
@@ -66,45 +115,33 @@ def checked_prompt(model: Any, input_ids: Sequence[int]) -> list[int]:
     return prompt
 
 
-def check_name(request_id: str | None) -> None:
-    """Look at what a request is called.
-
-    Raises:
-        ConfigError: it is no string.
-    """
-    if request_id is not None and not isinstance(request_id, str):
-        raise ConfigError(f"request_id is a string; got {request_id!r}")
-
-
 def checked_limits(
     max_new_tokens: int | None, eos_token_id: int | Iterable[int] | None
 ) -> tuple[int | None, list[int] | None]:
-    """After how many tokens an answer ends, and with which; numbers of NumPy's and tensors are
-    numbers too.
+    """After how many tokens an answer ends, and with which.
 
     Raises:
         ConfigError: a value is of no use.
     """
-    most = None if max_new_tokens is None else _number(max_new_tokens)
+    most = None if max_new_tokens is None else _integer(max_new_tokens)
     if max_new_tokens is not None and (most is None or most < 0):
         raise ConfigError(f"max_new_tokens is a number of tokens; got {max_new_tokens!r}")
     if eos_token_id is None:
         return most, None
-    one = _number(eos_token_id)
-    given: list[Any] = [one]  # None where it is neither one number nor several
-    if one is None and isinstance(eos_token_id, Iterable):
+    ends: list[int | None] = [_integer(eos_token_id)]
+    if ends == [None] and isinstance(eos_token_id, Iterable):
         with suppress(TypeError):  # a tensor without a dimension
-            given = list(eos_token_id)
-    ends = [number for token in given if (number := _number(token)) is not None]
-    if len(ends) < len(given):
+            ends = [_integer(token) for token in eos_token_id]
+    found = [end for end in ends if end is not None]
+    if len(found) < len(ends):
         raise ConfigError(f"eos_token_id is a token id or a list of them; got {eos_token_id!r}")
-    return most, ends
+    return most, found
 
 
 def sampling_number(name: str, value: Any) -> float | None:
     """`value` where it is one that `name` of `RANGES` can have; else None."""
     low, high = RANGES[name]
-    number = _number(value) if isinstance(low, int) else _fraction(value)
+    number = _integer(value) if isinstance(low, int) else _number(value)
     return number if number is not None and low <= number <= high else None
 
 
@@ -126,39 +163,38 @@ def checked_sampling(
         ConfigError: the engine was not started for such an argument, or no token can be chosen with
             its value.
     """
-    asked: dict[str, Any] = {}
+    wanted: dict[str, Any] = {}
     for name, value in given.items():
         if value is None:
             continue
         if name not in RANGES:
-            if name not in NEUTRAL or _fraction(value) != NEUTRAL[name]:
-                asked[name] = value
+            if name not in NEUTRAL or _number(value) != NEUTRAL[name]:
+                wanted[name] = value
             continue
         number = sampling_number(name, value)
         if number is None:
             raise ConfigError(f"{name} is {sampling_range(name)}; got {value!r}")
         if name in processors.supported_keys:
-            asked[name] = number
+            wanted[name] = number
         elif config.do_sample:
             of_engine = getattr(config, name)
-            unsaid = UNSAID[name] if of_engine is None else of_engine
-            if max(number, 0) != unsaid:  # top_k -1 is 0
-                asked[name] = number
+            if max(number, 0) != (UNSAID[name] if of_engine is None else of_engine):  # top_k -1
+                wanted[name] = number
         elif name == "temperature" and number:
-            asked[name] = number
+            wanted[name] = number
         # Else the likeliest token is the likeliest of any number of tokens.
     try:
-        processors.check_kwargs(asked)
+        processors.check_kwargs(wanted)
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"this engine does not choose a request's tokens by {', '.join(asked)}: {error}. Start "
-            "it with GenerationConfig(do_sample=True) and "
+            f"this engine does not choose a request's tokens by {', '.join(wanted)}: {error}. "
+            "Start it with GenerationConfig(do_sample=True) and "
             "ContinuousBatchingConfig(per_request_processors=True) for temperature, top_k and top_p"
         ) from error
-    return asked
+    return wanted
 
 
-def _fraction(value: Any) -> float | None:
+def _number(value: Any) -> float | None:
     """`value` where it is a number; else None."""
     if isinstance(value, bool) or not isinstance(value, SupportsFloat):
         return None
@@ -167,15 +203,9 @@ def _fraction(value: Any) -> float | None:
     return None
 
 
-def _number(value: Any) -> int | None:
+def _integer(value: Any) -> int | None:
     """`value` where it is an integer, of Python, of NumPy or a tensor; else None."""
     try:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         return None
-
-
-def _vocabulary(model: Any) -> int | None:
-    """How many token ids the model has embeddings for; None where it does not say."""
-    known: int | None = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    return known

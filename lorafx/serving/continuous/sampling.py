@@ -41,7 +41,7 @@ class Temperature(ContinuousBatchingTemperatureLogitsWarper):
 
     Attributes:
         drawn: whether a token of the step is drawn; otherwise each is the likeliest.
-        likeliest: whether one is the likeliest.
+        likeliest: whether a token of the step is the likeliest.
         taken: the rows of the step whose tokens are the likeliest, (rows, 1) bool, and the scores
             (rows, vocabulary) of all; None where there are none.
     """
@@ -91,8 +91,7 @@ class TopK(ContinuousBatchingTopKLogitsWarper):
 
 
 class TopP(ContinuousBatchingTopPLogitsWarper):
-    """The likeliest tokens that p holds; `asked` says whether a request of the step wants fewer
-    than all."""
+    """The likeliest tokens that p holds; `asked` as in `TopK`."""
 
     asked = True
 
@@ -109,7 +108,7 @@ def _count(top_k: int) -> int:
     return min(top_k, ALL) if top_k > 0 else ALL
 
 
-_OWN: dict[type, tuple[type, str]] = {
+_SKIPPED: dict[type, tuple[type, str]] = {
     ContinuousBatchingTemperatureLogitsWarper: (Temperature, "temperature"),
     ContinuousBatchingTopKLogitsWarper: (TopK, "top_k"),
     ContinuousBatchingTopPLogitsWarper: (TopP, "top_p"),
@@ -129,26 +128,30 @@ def own(processors: ContinuousBatchingLogitsProcessorList, config: GenerationCon
     says."""
     for processor in processors.logits_processor:
         found: Any = processor
-        for cls, (mine, name) in _OWN.items():
+        for cls, (skipped, name) in _SKIPPED.items():
             if isinstance(found, cls):
-                found.__class__ = mine
+                found.__class__ = skipped
                 value = getattr(config, name)
                 setattr(found, name, UNSAID[name] if value is None else value)
 
 
+def _temperature(processors: ContinuousBatchingLogitsProcessorList) -> Temperature | None:
+    found = (p for p in processors.logits_processor if isinstance(p, Temperature))
+    return next(found, None)
+
+
 def drawn(processors: ContinuousBatchingLogitsProcessorList) -> bool:
     """Whether a token of the step that is being made is drawn, where the engine draws."""
-    found = [p for p in processors.logits_processor if isinstance(p, Temperature)]
-    return all(processor.drawn for processor in found)
+    temperature = _temperature(processors)
+    return temperature is None or temperature.drawn
 
 
 def likely_as_alone(runner: Any, processors: ContinuousBatchingLogitsProcessorList) -> None:
     """Have the log probability of a token that is the likeliest be that of the model's own logits,
     as of an engine that never draws. Beside requests that draw, it would be certain to be drawn."""
-    found = [p for p in processors.logits_processor if isinstance(p, Temperature)]
-    if not found or not runner.return_logprobs:
+    temperature, sample = _temperature(processors), runner._sample
+    if temperature is None or not runner.return_logprobs:
         return
-    (temperature,), sample = found, runner._sample
 
     def sampled(scores: Tensor, output_ids: Tensor) -> None:
         sample(scores, output_ids)
@@ -156,7 +159,7 @@ def likely_as_alone(runner: Any, processors: ContinuousBatchingLogitsProcessorLi
             return
         (cold, logits), rows = temperature.taken, slice(scores.shape[1])
         tokens = output_ids[0, rows, None].long()
-        own = logits.log_softmax(-1).gather(-1, tokens)[:, 0].view(torch.int32)
-        output_ids[1, rows] = torch.where(cold[:, 0], own, output_ids[1, rows])
+        likely = logits.log_softmax(-1).gather(-1, tokens)[:, 0].view(torch.int32)
+        output_ids[1, rows] = torch.where(cold[:, 0], likely, output_ids[1, rows])
 
     runner._sample = sampled

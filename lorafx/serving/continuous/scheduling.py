@@ -4,13 +4,23 @@ transformers' schedulers decide the order, and how many tokens there is room for
 candidates only those are let through whose adapters have a slot in this step. Adapters that are in
 a slot go first, since a change of slots costs a copy; one that was passed over for `PATIENCE` steps
 goes before them.
+
+With asynchronous batching a step is launched before it is known what came of the one before. Slots
+need no second buffer: they are written on the stream on which the steps run. Requests that have
+failed or gone meanwhile are marked as finished, which has their part of a step under way dropped.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
+from torch import Tensor
+from transformers.generation.continuous_batching.input_outputs import (
+    ContinuousBatchingAsyncIOs,
+    ContinuousBatchingIOs,
+)
 from transformers.generation.continuous_batching.requests import (
     FutureRequestState,
     RequestState,
@@ -18,9 +28,9 @@ from transformers.generation.continuous_batching.requests import (
 )
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
 
+from lorafx.adapter_store.holding import Hold
 from lorafx.errors import CapacityError, ConfigError, LorafxError, nearest
-from lorafx.serving.continuous.adapter_requests import Ticket, ticket_of
-from lorafx.serving.continuous.pairs import drop
+from lorafx.serving.continuous.adapter_requests import hold_of
 from lorafx.session.session import Session
 
 _SUFFIX = ", adapters within slots"
@@ -33,19 +43,22 @@ _Scheduled: TypeAlias = tuple[list[FutureRequestState], bool, bool, int, int]
 
 
 class SlotsPerStep:
-    """Mixed into the class of a scheduler (`within_slots`).
+    """Mixed into the class of a scheduler (`within_slots`). `stuck` are the candidates of the step
+    that is being made, where the cache had no room for any."""
 
-    Attributes:
-        session: of the model that is served.
-        fail: ends a request that cannot be served, with the error that says why.
-        gone: told of a request that was cancelled.
-        stuck: the candidates of the step that is being made, where the cache had no room for any.
-    """
-
-    session: Session
-    fail: Callable[[RequestState, LorafxError], None]
-    gone: Callable[[RequestState], None]
     stuck: Sequence[RequestState] = ()
+
+    def begin(
+        self,
+        session: Session,
+        fail: Callable[[RequestState, LorafxError], None],
+        gone: Callable[[RequestState], None],
+    ) -> None:
+        """Keep to the slots of `session`. `fail` ends a request that cannot be served, `gone` is
+        called with one that was cancelled."""
+        self._session, self._fail, self._gone = session, fail, gone
+        #: By version of an adapter, the steps for which it was ready and had no slot.
+        self._waited: Counter[int] = Counter()
 
     def _process_candidates(
         self, candidates: list[RequestState], *args: Any, **kwargs: Any
@@ -68,72 +81,74 @@ class SlotsPerStep:
         scheduler: Any = super()
         cancelled: list[RequestState] = scheduler.clear_cancelled_requests()
         for state in cancelled:
-            self.gone(state)
+            self._gone(state)
             drop(state)
         if cancelled:
-            own: Any = self
-            own.block_new_requests = False  # as where a request has finished
+            this: Any = self
+            this.block_new_requests = False  # as where a request has finished
         return cancelled
 
     def _servable(self, candidates: Sequence[RequestState]) -> Sequence[RequestState]:
-        """The candidates without those, which fail, that no slot is left for."""
-        store = self.session.store
+        """The candidates without those that pinned adapters leave no slot for, which fail."""
+        store = self._session.store
         pinned = store.pinned
         if not pinned:
             return candidates
-        tickets = [ticket_of(state) for state in candidates]
-        names = self._names(tickets)
-        found = []
-        for state, ticket in zip(candidates, tickets, strict=True):
-            name = None if ticket is None else names.get(ticket)
-            own = frozenset(() if name is None else (name,))
-            # Without room for its own weights a request says so in its step.
-            if name is None or own <= pinned or store.fits(own) or not store.fits(own, own=True):
+        names, found = self._names(candidates), []
+        for state in candidates:
+            hold = hold_of(state)
+            name = None if hold is None else names[hold.stored.version]
+            if name is None or name in pinned or self._has_room(name):
                 found.append(state)
             else:
-                self.fail(state, all_pinned(name, len(pinned)))
+                self._fail(state, all_pinned(name, len(pinned)))
         return found
 
+    def _has_room(self, name: str) -> bool:
+        """Whether pinned adapters leave a slot. Without room for its own weights a request says so
+        in its step."""
+        store, wanted = self._session.store, frozenset({name})
+        return store.fits(wanted) or not store.fits(wanted, own=True)
+
     def _ready(self, candidates: Sequence[RequestState]) -> Sequence[RequestState]:
-        tickets = [ticket_of(state) for state in candidates]
-        names = self._names(tickets)
-        if self.session.store.fits(frozenset(names.values())):
-            for waiting in names:
-                waiting.waited = 0
+        """The candidates whose adapters have a slot in this step; notes which wait."""
+        names = self._names(candidates)
+        if self._session.store.fits(frozenset(names.values())):
+            self._waited.clear()
             return candidates
-        wanted: dict[str, int] = {}
-        for waiting, name in names.items():
-            wanted[name] = max(wanted.get(name, 0), waiting.waited)
-        chosen = self._chosen(wanted)
+        chosen = self._chosen({name: self._waited[version] for version, name in names.items()})
+        passed_over = {version for version, name in names.items() if name not in chosen}
+        for version in names:
+            self._waited[version] = self._waited[version] + 1 if version in passed_over else 0
         ready = []
-        for state, ticket in zip(candidates, tickets, strict=True):
-            if ticket is None or ticket not in names:
+        for state in candidates:
+            hold = hold_of(state)
+            if hold is None or hold.stored.version not in passed_over:
                 ready.append(state)
-                continue
-            has_slot = names[ticket] in chosen
-            if has_slot:
-                ready.append(state)
-            ticket.waited = 0 if has_slot else ticket.waited + 1
-            self.session.counts.waits += not has_slot
+        self._session.counts.waits += len(candidates) - len(ready)
         return ready
 
-    def _names(self, tickets: Iterable[Ticket | None]) -> dict[Ticket, str]:
-        """The adapters of those tickets that have one, as the store knows them now."""
-        holds = {t: t.hold for t in tickets if t is not None and t.hold is not None}
-        return dict(zip(holds, self.session.store.held_names(holds.values()), strict=True))
+    def _names(self, candidates: Iterable[RequestState]) -> dict[int, str]:
+        """The adapters of these requests by their versions, as the store knows them now."""
+        holds: dict[int, Hold] = {}
+        for state in candidates:
+            hold = hold_of(state)
+            if hold is not None:
+                holds[hold.stored.version] = hold
+        return dict(zip(holds, self._session.store.held_names(holds.values()), strict=True))
 
-    def _chosen(self, wanted: dict[str, int]) -> set[str]:
-        """Of the adapters that are wanted, which do not find slots together, with the steps that
-        each has waited, those that are served in this step."""
-        store = self.session.store
+    def _chosen(self, waited: dict[str, int]) -> frozenset[str]:
+        """Those that are served in this step of adapters that do not find slots together, by the
+        steps that each has waited."""
+        store = self._session.store
         resident = store.resident
 
-        def first(name: str) -> tuple[bool, int, bool]:
-            urgent = wanted[name] >= PATIENCE
-            return not urgent, -wanted[name] if urgent else 0, name not in resident
+        def order(name: str) -> tuple[bool, int, bool]:
+            urgent = waited[name] >= PATIENCE
+            return not urgent, -waited[name] if urgent else 0, name not in resident
 
         chosen = frozenset[str]()
-        for name in sorted(wanted, key=first):
+        for name in sorted(waited, key=order):
             if len(chosen) == store.max_adapters:
                 break
             # The first is let through where pinned ones leave no room for weights of its own: its
@@ -141,7 +156,7 @@ class SlotsPerStep:
             lacking = not chosen and not store.fits(frozenset({name}), own=True)
             if lacking or store.fits(chosen | {name}):
                 chosen |= {name}
-        return set(chosen)
+        return chosen
 
 
 def all_pinned(name: str, pinned: int) -> CapacityError:
@@ -161,9 +176,10 @@ def within_slots(scheduler_type: str) -> str:
     """
     cls = SCHEDULER_MAPPING.get(scheduler_type)
     if cls is None:
+        known = [name for name in SCHEDULER_MAPPING if not name.endswith(_SUFFIX)]
         raise ConfigError(
-            f"transformers has no scheduler {scheduler_type!r}{nearest(scheduler_type, known())}; "
-            f"there are {', '.join(known())}"
+            f"transformers has no scheduler {scheduler_type!r}{nearest(scheduler_type, known)}; "
+            f"there are {', '.join(known)}"
         )
     name = f"{scheduler_type}{_SUFFIX}"
     within: Any = type(cls.__name__, (SlotsPerStep, cls), {})
@@ -171,6 +187,41 @@ def within_slots(scheduler_type: str) -> str:
     return name
 
 
-def known() -> list[str]:
-    """The names of transformers' own schedulers."""
-    return [name for name in SCHEDULER_MAPPING if not name.endswith(_SUFFIX)]
+class Pairs(ContinuousBatchingAsyncIOs):
+    """transformers' pairs of buffers, which carry a token over to the request that it is of.
+    transformers goes by the name, which another request may have by then."""
+
+    def infer_carry_over_ids(self) -> Tensor:
+        """The token of the step before that each token of this one is, or -1."""
+        step, before = (
+            self.io_pairs[pair].host_io for pair in (self.current_pair, 1 - self.current_pair)
+        )
+        known = {id(future.state) for future in before.requests_in_batch}
+        states = [future.state for future in step.requests_in_batch]
+        same = {state.request_id for state in states if id(state) in known}
+        positions = step.req_id_to_new_token_position
+        step.req_id_to_new_token_position = {n: p for n, p in positions.items() if n in same}
+        try:
+            return super().infer_carry_over_ids()
+        finally:
+            step.req_id_to_new_token_position = positions
+
+
+def paired(ios: Any) -> bool:
+    """Whether steps are asynchronous; their pairs, which the engine makes, are `Pairs` then."""
+    if isinstance(ios, ContinuousBatchingAsyncIOs):
+        ios.__class__ = Pairs
+        return True
+    return False
+
+
+def step_of(ios: ContinuousBatchingIOs | ContinuousBatchingAsyncIOs) -> ContinuousBatchingIOs:
+    """What the host has of the step that is being prepared or launched."""
+    if isinstance(ios, ContinuousBatchingAsyncIOs):
+        return ios.io_pairs[ios.current_pair].host_io
+    return ios
+
+
+def drop(state: RequestState) -> None:
+    """Have what comes of a request that has ended, in a step under way, go nowhere."""
+    state._status = RequestStatus.FINISHED

@@ -1,8 +1,7 @@
 """What a compiled forward is given of a paged cache for one step.
 
-transformers' attention functions call `cache.update(...)` where the cache is a
-`PagedAttentionCache`. Its own method is kept out of graphs, since what it writes into are views of
-one tensor. The class here hands the same tensor to one operator, `lorafx::paged_cache`.
+transformers' attention functions call `cache.update(...)`, which is kept out of graphs: it writes
+into views of one tensor. The class here hands that tensor to one operator, `lorafx::paged_cache`.
 """
 
 from __future__ import annotations
@@ -70,22 +69,24 @@ class StepCache(PagedAttentionCache):
         masks: likewise, the masks of the step, (1, 1, T, N), as the model is given them.
     """
 
+    read: Sequence[Tensor] = ()
+    write: Sequence[Tensor] = ()
+    seen: Sequence[Tensor | None] = ()
+    masks: Sequence[Tensor | None] = ()
+
     def __init__(self, cache: PagedAttentionCache) -> None:
         # Not the base's, which would allocate a cache of its own.
         self.pages: Tensor = cache.cache_tensor
         self.places = {
             layer: _place(allocator, layer) for layer, allocator in cache.layer_to_allocator.items()
         }
-        self._windows = _windows(self.places.values(), self.pages)
         self.kinds = tuple(cache.cache_allocators)
+        self._windows = _windows(self.places.values(), self.pages)
+        self._sentinels = {window.group: window.sentinel for window in self._windows}
         self._trash = [
             (allocator.read_trash_index, allocator.write_trash_index)
             for allocator in cache.cache_allocators.values()
         ]
-        self.read: list[Tensor] = []
-        self.write: list[Tensor] = []
-        self.seen: list[Tensor | None] = []
-        self.masks: list[Tensor | None] = []
 
     def step(
         self,
@@ -97,35 +98,31 @@ class StepCache(PagedAttentionCache):
         """For a step that reads and writes these rows. Where nothing is read (transformers gives
         no rows then), the queries see the new tokens: a graph need not tell the two apart."""
         step = StepCache.__new__(StepCache)
-        step.pages, step.places, step.kinds = self.pages, self.places, self.kinds
-        step._windows, step._trash = self._windows, self._trash
+        vars(step).update(vars(self))
         step.read = [
             rows.clone() if rows.numel() else self._unread(group, new)
             for group, (rows, new) in enumerate(zip(read, write, strict=True))
         ]
         step.write = [rows.clone() for rows in write]
-        step.seen = [None for _ in write] if seen is None else [*seen]
-        step.masks = [None for _ in write] if masks is None else [*masks]
+        step.seen = [None] * len(write) if seen is None else [*seen]
+        step.masks = [None] * len(write) if masks is None else [*masks]
         return step
 
     def _unread(self, group: int, new: Tensor) -> Tensor:
         """The rows to read for the new tokens alone, which are written to `new`."""
-        for window in self._windows:
-            if window.group == group:
-                return torch.full_like(new, window.sentinel)
-        return new.clone()
+        sentinel = self._sentinels.get(group)
+        return new.clone() if sentinel is None else torch.full_like(new, sentinel)
 
     def without(self, absent: Tensor, absent_keys: Sequence[Tensor]) -> StepCache:
         """For the same step without the tokens that are `absent`, (T,) bool, and for each kind of
         attention the keys that only they see, (N,) bool: nothing is written for them, and instead
         of their keys zeros are read."""
-        sentinels = {window.group: window.sentinel for window in self._windows}
         read, write = [], []
         for group, (rows, new) in enumerate(zip(self.read, self.write, strict=True)):
             unread, unwritten = self._trash[group]
             unseen = absent_keys[group]
-            if group in sentinels:  # those stand for the tokens of the step
-                unseen = unseen & (rows != sentinels[group])
+            if group in self._sentinels:  # those stand for the tokens of the step
+                unseen = unseen & (rows != self._sentinels[group])
             read.append(rows.masked_fill(unseen, unread))
             write.append(new.masked_fill(absent, unwritten))
         return self.step(read, write, self.seen, self.masks)
@@ -209,7 +206,6 @@ class StepCache(PagedAttentionCache):
         return PAGED_ATTENTION(*step) if known else None
 
     def _place(self, layer_idx: int, key_states: Tensor, value_states: Tensor) -> LayerPlace:
-        """Where a layer's keys and values are, which have to be of its sizes."""
         place = self.places[layer_idx]
         for states in (key_states, value_states):
             if (states.shape[1], states.shape[3], states.dtype) != place.row:
@@ -225,8 +221,12 @@ def _windows(places: Iterable[LayerPlace], pages: Tensor) -> tuple[WindowGroup, 
     rings = [place for place in places if place.ring]
     found = []
     for group, sentinel, row in dict.fromkeys((p.group, p.sentinel, p.row) for p in rings):
-        own = [place for place in rings if (place.group, place.row) == (group, row)]
-        firsts = [first for place in own for first in (place.first_key, place.first_value)]
+        firsts = [
+            first
+            for place in rings
+            if (place.group, place.row) == (group, row)
+            for first in (place.first_key, place.first_value)
+        ]
         heads, numbers, dtype = row
         flat, width = pages.view(dtype), heads * numbers
         table = flat[: flat.numel() // width * width].view(-1, width)
@@ -235,11 +235,8 @@ def _windows(places: Iterable[LayerPlace], pages: Tensor) -> tuple[WindowGroup, 
 
 
 def _place(allocator: CacheAllocator, layer: int) -> LayerPlace:
-    """Where `allocator` keeps the keys and values of a layer.
-
-    Raises:
-        ConfigError: it writes or reads in another way than the two classes that are known here.
-    """
+    """Where `allocator` keeps the keys and values of a layer; ConfigError where it is none of the
+    two classes that are known here."""
     cls = type(allocator)
     ring = isinstance(allocator, SlidingAttentionCacheAllocator)
     known = SlidingAttentionCacheAllocator if ring else FullAttentionCacheAllocator

@@ -23,7 +23,7 @@ from transformers.generation.continuous_batching import (
 )
 
 from lorafx import ConfigError
-from lorafx.serving.continuous.pairs import Pairs
+from lorafx.serving.continuous.scheduling import Pairs
 
 pytestmark = pytest.mark.usefixtures("earlier_objects_frozen")
 

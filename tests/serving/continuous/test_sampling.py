@@ -122,18 +122,6 @@ def test_the_likeliest_token_beside_requests_that_draw(llama, engines) -> None:
     assert [3, *alone.generated_tokens] == greedy(llama, None, [3], 3)  # a step that draws nothing
 
 
-def test_requests_that_draw_beside_the_first_part_of_a_prompt(llama, engines) -> None:
-    """It has no new token yet; the row that it has all the same is as cold as the one before it."""
-    engine = engines["draws"]
-    cold = [engine.add_request([3 + i, 4], max_new_tokens=2, temperature=0) for i in range(4)]
-    answers(engine, cold)
-    with engine.pause():
-        drawn = engine.add_request([3, 4, 5], max_new_tokens=8, temperature=1.0)
-        long = engine.add_request([*range(3, 60)], max_new_tokens=1, temperature=1.0)
-    outputs = answers(engine, [long, drawn])
-    assert [output.error for output in outputs.values()] == [None, None]
-
-
 def test_how_likely_the_likeliest_token_is_does_not_depend_on_others(llama, engines) -> None:
     engine = engines["draws"]
     for temperature in (2.0, 0.0):

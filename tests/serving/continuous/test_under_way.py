@@ -5,41 +5,22 @@ from __future__ import annotations
 
 import copy
 import time
-from typing import Any
 
 import pytest
 import torch
-import transformers
 from dense_merge import Case, build_case, check_mixed
-from step_logits import StepLogits, answers, check_logits, greedy
-from tiny_models import FAMILIES, Family, token_inputs
+from step_logits import StepLogits, answers, check_logits, decoder, greedy
+from tiny_models import FAMILIES, token_inputs
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import lorafx
-from lorafx import BatchError, LorafxWarning, UnknownAdapterError
+from lorafx import BatchError, LorafxWarning
 
 pytestmark = pytest.mark.usefixtures("earlier_objects_frozen")
 
 PAGES = {"page_size": 4, "num_blocks": 256, "max_batch_tokens": 48}
 CONFIG = ContinuousBatchingConfig(**PAGES)
 SMALL = ContinuousBatchingConfig(**{**PAGES, "num_blocks": 12})
-
-
-def test_a_name_that_reads_like_a_replaced_version_is_another_adapter(llama, cm):
-    earlier = {*cm._session.store._retired}
-    with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
-        seen = StepLogits(engine)
-        with engine.pause():
-            old = engine.add_request([3, 4, 5], adapter="a1", max_new_tokens=4)
-            cm.load_adapter(llama.folders["a3"], "a1")
-            retired = cm._session.store._retired
-            (kept,) = (name for key, name in retired.items() if key not in earlier)
-            with pytest.raises(UnknownAdapterError):
-                engine.add_request([3, 4, 5], adapter=str.__str__(kept))
-            cm.load_adapter(llama.folders["a2"], str.__str__(kept))
-            new = engine.add_request([3, 4, 5], adapter=str.__str__(kept), max_new_tokens=4)
-        outputs = answers(engine, [old, new])
-    check_logits(llama, seen, outputs, {old: "a1", new: "a2"})
 
 
 def test_replaced_versions_are_let_go_of(plain):
@@ -52,19 +33,6 @@ def test_replaced_versions_are_let_go_of(plain):
     del hold
     cm(**inputs, adapter_names=["a2", "a2"])
     assert cm.memory()["host"] == host
-
-
-def test_a_pinned_adapter_takes_turns_with_the_version_that_it_replaced(llama, with_slots):
-    cm = with_slots(1)
-    cm.pin_adapter("a1")
-    with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
-        seen = StepLogits(engine)
-        with engine.pause():
-            old = engine.add_request([3, 4, 5], adapter="a1", max_new_tokens=12)
-            cm.load_adapter(llama.folders["a3"], "a1")
-            new = engine.add_request([3, 4, 5], adapter="a1", max_new_tokens=12)
-        outputs = answers(engine, [old, new])
-    check_logits(llama, seen, outputs, {old: "a1", new: "a3"})
 
 
 def test_pinned_adapters_keep_their_slots_among_others_that_take_turns(llama, with_slots):
@@ -112,8 +80,9 @@ def test_blocks_of_earlier_base_weights_are_not_shared(llama, cm):
     assert [steps for steps in seen.steps if steps > 1] == [17, 17, 17, 17]
 
 
-def shuffled(cm: Any) -> None:
+def test_further_sequences_fail_with_their_request(llama):
     """The model reads what is not known to be of one request."""
+    cm = llama.compile(dynamic=False)
     layer = cm.model.model.layers[0].self_attn
     plain = type(layer).forward
 
@@ -122,11 +91,6 @@ def shuffled(cm: Any) -> None:
             return plain(self, hidden_states.cumsum(1), *args, **kwargs)
 
     layer.__class__ = Shuffled
-
-
-def test_further_sequences_fail_with_their_request(llama):
-    cm = llama.compile(dynamic=False)
-    shuffled(cm)
     generation = copy.deepcopy(cm.model.generation_config)
     generation.num_return_sequences, generation.do_sample = 2, True
     with pytest.warns(LorafxWarning, match="4 of 4 requests failed"):
@@ -190,27 +154,17 @@ def test_requests_that_are_left_after_the_timeout_fail(cm):
     assert engine._packed._pages is None  # the cache is not kept by the engine's object
 
 
-MLA = Family(
-    lambda **changes: transformers.DeepseekV3ForCausalLM(
-        transformers.DeepseekV3Config(
-            **{
-                "vocab_size": 61,
-                "hidden_size": 24,
-                "intermediate_size": 40,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 2,
-                "q_lora_rank": 8,
-                "kv_lora_rank": 8,
-                "qk_nope_head_dim": 8,
-                "qk_rope_head_dim": 4,
-                "v_head_dim": 10,
-                "first_k_dense_replace": 1,
-                **changes,
-            }
-        )
-    ),
-    (["q_b_proj"], "all-linear", ["kv_b_proj"], ["o_proj"], ["lm_head"]),
+MLA = decoder(
+    "DeepseekV3",
+    [["q_b_proj"], "all-linear", ["kv_b_proj"], ["o_proj"], ["lm_head"]],
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    q_lora_rank=8,
+    kv_lora_rank=8,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=10,
+    first_k_dense_replace=1,
 )
 
 
@@ -229,49 +183,23 @@ def test_keys_and_values_of_other_sizes_than_the_cache_is_for_are_refused(tmp_pa
     assert not seen.rows
 
 
-GEMMA2 = Family(
-    lambda **changes: transformers.Gemma2ForCausalLM(
-        transformers.Gemma2Config(
-            **{
-                "vocab_size": 61,
-                "hidden_size": 24,
-                "intermediate_size": 40,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "head_dim": 6,
-                "query_pre_attn_scalar": 6,
-                "sliding_window": 8,
-                "attn_logit_softcapping": 2.0,
-                **changes,
-            }
-        )
-    ),
-    (["q_proj"], "all-linear", ["k_proj"], ["o_proj"], ["v_proj"]),
+GEMMA2 = decoder(
+    "Gemma2",
+    [["q_proj"], "all-linear", ["k_proj"], ["o_proj"], ["v_proj"]],
+    head_dim=6,
+    query_pre_attn_scalar=6,
+    sliding_window=8,
+    attn_logit_softcapping=2.0,
 )
-
-
-GPT_OSS = Family(
-    lambda **changes: transformers.GptOssForCausalLM(
-        transformers.GptOssConfig(
-            **{
-                "vocab_size": 61,
-                "hidden_size": 24,
-                "intermediate_size": 20,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "head_dim": 10,
-                "num_local_experts": 4,
-                "num_experts_per_tok": 2,
-                "sliding_window": 6,
-                "max_position_embeddings": 64,
-                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-                **changes,
-            }
-        )
-    ),
-    (["q_proj"], ["v_proj"], ["k_proj"], ["o_proj"], ["q_proj", "v_proj"]),
+GPT_OSS = decoder(
+    "GptOss",
+    [["q_proj"], ["v_proj"], ["k_proj"], ["o_proj"], ["q_proj", "v_proj"]],
+    intermediate_size=20,
+    head_dim=10,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    sliding_window=6,
+    rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
 )
 
 

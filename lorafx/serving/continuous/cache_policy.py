@@ -1,4 +1,4 @@
-"""The engine's cache, whose blocks are shared only among requests of one adapter version.
+"""Which blocks of the engine's cache requests share, and who fails where it is full.
 
 transformers finds blocks with the same tokens again by a hash of the tokens. Keys and values also
 depend on the adapter that computed them, and on the base weights. So the first tokens of a sequence
@@ -7,11 +7,6 @@ from the one before it. An aLoRA adapter leaves the tokens before its invocation
 those the version of the base weights counts, and the tokens that end with the first of the
 invocation are hashed together with the adapter's. So requests of all aLoRA adapters, and of the
 base, share the blocks before them.
-
-Where the cache has no room for any request of a step, one of them fails.
-
-transformers takes cached blocks and other requests out of the cache, which begin again later. Where
-nothing is left to take out, its engine ends. Here the one request fails that the cache cannot hold.
 """
 
 from __future__ import annotations
@@ -30,9 +25,16 @@ from lorafx.errors import CapacityError
 from lorafx.serving.continuous.adapter_requests import AdapterRequest
 from lorafx.session.session import Session
 
+#: Tokens that carry the salt: as many 32-bit numbers as a digest has, at most.
+_SALTED = hashlib.blake2b.MAX_DIGEST_SIZE // 4
 
-class Room(OffloadingManager):
-    """transformers' manager, over a scheduler of lorafx.serving.continuous.scheduling."""
+
+class FullCache(OffloadingManager):
+    """transformers' manager takes cached blocks and other requests out of the cache, which begin
+    again later, and ends where nothing is left to take out. Here the one request fails that the
+    cache cannot hold."""
+
+    fail: Callable[[RequestState, CapacityError], None]
 
     def offload_requests(self) -> bool:
         """Make room for the next step; whether there is a reason to try again."""
@@ -45,7 +47,7 @@ class Room(OffloadingManager):
         starved = [state for state, _ in scheduler.starved_requests]
         state = [*starved[-1:], *waiting, *scheduler.stuck][0]
         tokens = len(state.initial_tokens) + len(state.generated_tokens)
-        scheduler.fail(
+        self.fail(
             state,
             CapacityError(
                 f"request {state.request_id!r}, at {tokens} tokens, does not fit into the cache; "
@@ -55,12 +57,8 @@ class Room(OffloadingManager):
         return True
 
 
-#: Tokens that carry the salt: as many 32-bit numbers as a digest has, at most.
-_SALTED = hashlib.blake2b.MAX_DIGEST_SIZE // 4
-
-
 class AdapterPages(PagedAttentionCache):
-    """A cache of the engine's that knows whose request it is asked about.
+    """A cache of the engine's whose blocks are shared among requests of one adapter version.
 
     Attributes:
         waiting: the request that waits under this name, or None.
@@ -95,18 +93,18 @@ class AdapterPages(PagedAttentionCache):
             return list(tokens)
         count = min(_SALTED, *(a.tokens_per_page for a in self.cache_allocators.values()))
         if not state.begins:
-            return salted(tokens, state.salt, count)
+            return _with_salt(tokens, state.salt, count)
         # No block with the token at which the adapter begins lacks these, or what goes before it.
         first = max(state.begins - count + 1, 0)
-        return salted(salted(tokens, state.weights, count), state.salt, count, first)
+        return _with_salt(_with_salt(tokens, state.weights, count), state.salt, count, first)
 
 
-def salted(tokens: Sequence[int], salt: int, count: int, first: int = 0) -> list[int]:
+def _with_salt(tokens: Sequence[int], salt: int, count: int, first: int = 0) -> list[int]:
     """`tokens` with `count` of them, from `first` on, replaced by a digest of those and `salt`; as
     they are where the salt is 0, and where there are fewer, which fill no block."""
     end = first + count
     if not salt or len(tokens) < end:
         return list(tokens)
-    own = array("i", tokens[first:end]).tobytes()
-    digest = hashlib.blake2b(own, digest_size=4 * count, salt=salt.to_bytes(16, "little"))
+    replaced = array("i", tokens[first:end]).tobytes()
+    digest = hashlib.blake2b(replaced, digest_size=4 * count, salt=salt.to_bytes(16, "little"))
     return [*tokens[:first], *array("i", digest.digest()), *tokens[end:]]

@@ -1,27 +1,28 @@
-"""Arguments and options that several commands have, and what they mean together."""
+"""Arguments and options that several commands have, and how commands print."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
 
 from lorafx.errors import Setting
 
+ConfiguredModel = Annotated[str, typer.Argument(help="A folder with a config.json, or a hub name.")]
 LanguageModel = Annotated[
     str, typer.Argument(help="A folder with a language model, or a hub name.")
 ]
-#: The option `--adapters`.
+AdapterArgument = Annotated[str, typer.Argument(help="A folder, a file, or a name on the hub.")]
 Adapters = Annotated[
     list[str], typer.Option(help="An adapter, or a folder of some; may be given several times.")
 ]
-#: The option `--dtype`.
 Dtype = Annotated[str | None, typer.Option(help="As torch names it; what the files say.")]
-#: The option `--lowering`.
 LoweringOption = Annotated[str, typer.Option(help="As Options.lowering.")]
-#: The option `--target`.
 Targets = Annotated[list[str] | None, typer.Option(help="Module names, suffixes or all-linear.")]
+SlotRank = Annotated[int | None, typer.Option(help="Rank of a slot; larger ones take several.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")]
 
 #: Fields of LoraConfig and Options that are options of commands, as these spell them.
 _OPTIONS = {
@@ -33,6 +34,8 @@ _OPTIONS = {
     "slot_rank": "--slot-rank",
     "target_modules": "--target",
 }
+#: Characters of a line of a table.
+_WIDEST = 10_000
 
 
 def as_option(setting: Setting) -> str:
@@ -49,3 +52,20 @@ def target_modules(given: Sequence[str] | None, adapters: Any) -> Any:
     if given and given != ["all-linear"]:
         return given
     return None if adapters and not given else "all-linear"
+
+
+def show_json(value: Mapping[str, Any]) -> None:
+    """Print one JSON object."""
+    print(json.dumps(value, indent=1, default=str))
+
+
+def show_table(title: str, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Print rows in columns. Nothing is cut where the terminal is narrow: lines go on below."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    made = Table(*columns, title=escape(title))
+    for row in rows:
+        made.add_row(*(escape(str(row[column])) for column in columns))
+    Console(soft_wrap=True, width=_WIDEST).print(made)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lorafx import MatchError
-from lorafx.serving.continuous.isolate_failures import in_parts
+from lorafx.serving.continuous.failures import in_parts
 
 ADAPTERS = [3, None, 1, 3, None, 2, 1, 1]
 
