@@ -30,6 +30,8 @@ from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound, in_order, index_of, 
 from lorafx.program.frame import fake_value
 
 aten = torch.ops.aten
+_JOINED = {DENSE_MM: DENSE_MM_DELTA, DENSE_ADDMM: DENSE_ADDMM_DELTA}
+RUN_DELTA = torch.ops.lorafx.run_delta_.default
 
 
 @dataclass(frozen=True)
@@ -147,10 +149,6 @@ def _whole(parts: Sequence[fx.Node]) -> fx.Node | None:
             return None
         source, end = call["self"], end + fake_value(part).shape[0]
     return source if source is not None and fake_value(source).shape[0] == end else None
-
-
-_JOINED = {DENSE_MM: DENSE_MM_DELTA, DENSE_ADDMM: DENSE_ADDMM_DELTA}
-RUN_DELTA = torch.ops.lorafx.run_delta_.default
 
 
 @dataclass(frozen=True)

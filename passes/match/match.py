@@ -49,8 +49,22 @@ from lorafx.passes.match.result_origins import (
 from lorafx.program.derived import has_numbers, is_near
 from lorafx.program.frame import FrameInput, fake_value
 
+aten = torch.ops.aten
 
-def replaced_sites(ctx: Context) -> Iterator[Refusal]:
+_USED_BEFORE = (
+    "its weight is also used outside its own call, where the delta is added, and its handler adds "
+    "it to that result again"
+)
+_COMPILED_APART = (
+    "its class overrides forward, and a graph break puts the forward and the mark into separate "
+    "graphs"
+)
+#: What adapters may have beside factors, and the field of a bank that is there for it.
+_EXTRAS: tuple[tuple[When, str], ...] = (("dora", "gains"), ("own", "own"), ("bias", "shifts"))
+_USE_KINDS = {"linear": "linear", "blocks": "linear", "embedding": "embedding", "conv": "conv"}
+
+
+def _replaced_sites(ctx: Context) -> Iterator[Refusal]:
     """Refusals of sites that this graph seems to compute by something else than their weight.
 
     No graph so far has used the site, and here a module that holds it runs with tensors of its own
@@ -107,7 +121,7 @@ def _running(graph: fx.Graph) -> tuple[set[str], set[str]]:
     return {name for name, _ in entries}, {plain_path(path) for _, path in entries}
 
 
-def other_arithmetic(site: Site, use: Use) -> Refusal | None:
+def _other_arithmetic(site: Site, use: Use) -> Refusal | None:
     """Why A, which has the module's stride and padding, cannot be convolved as this use convolves
     W."""
     module, call = convolution_of(site.module), bound(use.node)
@@ -122,7 +136,7 @@ def other_arithmetic(site: Site, use: Use) -> Refusal | None:
     return Refusal((site,), "always", reason)
 
 
-def insert_conv_site(ctx: Context, use: Use, values: Mapping[str, Any]) -> fx.Node:
+def _insert_conv_site(ctx: Context, use: Use, values: Mapping[str, Any]) -> fx.Node:
     """The site's op on what the use computes; `values` are the bank's arguments, y and rows."""
     call = bound(use.node)
     padding = call["padding"]
@@ -131,21 +145,6 @@ def insert_conv_site(ctx: Context, use: Use, values: Mapping[str, Any]) -> fx.No
     window = {"kernel": kernel, "stride": call["stride"], "pads": pads}
     arguments = in_order(CONV_OP, values, x=use.x, addend=None, **window)
     return ctx.emit(CONV_OP, *arguments)
-
-
-aten = torch.ops.aten
-
-_USED_BEFORE = (
-    "its weight is also used outside its own call, where the delta is added, and its handler adds "
-    "it to that result again"
-)
-_COMPILED_APART = (
-    "its class overrides forward, and a graph break puts the forward and the mark into separate "
-    "graphs"
-)
-#: What adapters may have beside factors, and the field of a bank that is there for it.
-_EXTRAS: tuple[tuple[When, str], ...] = (("dora", "gains"), ("own", "own"), ("bias", "shifts"))
-USE_KINDS = {"linear": "linear", "blocks": "linear", "embedding": "embedding", "conv": "conv"}
 
 
 @dataclass(frozen=True)
@@ -177,7 +176,7 @@ class Match:
             *(ctx.frame.by_node[u.weight].sites for u in uses.values())
         )
         ctx.program.reached.update(site.path for site in seen)
-        for refusal in replaced_sites(ctx):
+        for refusal in _replaced_sites(ctx):
             ctx.refuse(refusal)
         edits = 0
         added: dict[int, set[fx.Node]] = {}
@@ -322,9 +321,9 @@ def _owner(ctx: Context, use: Use) -> Site | Refusal | None:
     if use.stored:
         dtype = fake_value(use.weight).dtype
         return Refusal(sites, "always", f"its weight ({dtype}) is used outside its call{where}")
-    kind = USE_KINDS[use.kind]
+    kind = _USE_KINDS[use.kind]
     fitting = [site for site in sites if site.eligible.kind == kind]
-    if use.kind == "conv" and (other := other_arithmetic(fitting[0], use)) is not None:
+    if use.kind == "conv" and (other := _other_arithmetic(fitting[0], use)) is not None:
         return other
     unselected = ctx.unselected_owners(use.weight, kind)
     if len(fitting) == 1 and not unselected:
@@ -359,7 +358,7 @@ def _insert(ctx: Context, site: Site, use: Use) -> None:
         if use.kind == "embedding":
             node = ctx.emit(EMBEDDING_OP, *in_order(EMBEDDING_OP, call, ids=x_rows))
         elif use.kind == "conv":
-            node = insert_conv_site(ctx, use, call)
+            node = _insert_conv_site(ctx, use, call)
         elif use.blocks is None:
             if "own" in bank:
                 check_addends(ctx, site, [] if use.bias is None else [use.bias])
