@@ -23,15 +23,13 @@ from lorafx.config import LoraConfig, Options
 from lorafx.errors import CaptureError, ConfigError, LorafxWarning, TargetError, nearest, some
 from lorafx.model import targets
 from lorafx.model.candidates import Candidate, ExpertsCandidate, by_raw_weight
-from lorafx.model.expert_names import folded
-from lorafx.model.experts import expert_weights
-from lorafx.model.marks import is_dense
-from lorafx.model.module_graph import ModuleGraph, join
-from lorafx.model.own_row_limits import own_refusal, rows_asked
+from lorafx.model.experts import expert_weights, folded
+from lorafx.model.extras import own_refusal, rows_asked
+from lorafx.model.forward_check import is_dense
+from lorafx.model.module_graph import ModuleGraph, alike, join
 from lorafx.model.packed_names import PackedNames
 from lorafx.model.quantized import is_stored
 from lorafx.model.refusals import impossible, weight_of
-from lorafx.model.repeated import alike
 from lorafx.model.sites import Site
 from lorafx.model.weight_formats import is_wrapped
 from lorafx.program.preparation import Preparation
@@ -53,7 +51,7 @@ class Alias:
     name: ClassVar[str] = "alias"
 
     def run(self, model: Preparation) -> int:
-        graph = model.graph = ModuleGraph.of(model.model)
+        graph = model.graph = ModuleGraph(model.model)
         for path, module in graph.modules():
             if isinstance(module, OptimizedModule):
                 where = f"the module at {path!r}" if path else "the model"

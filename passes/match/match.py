@@ -34,7 +34,8 @@ from lorafx.graph.context import (
 )
 from lorafx.graph.weight_uses import Use, convolution_uses, uses_of
 from lorafx.model.convolutions import convolution_of
-from lorafx.model.marks import UNPROVED, is_dense
+from lorafx.model.forward_check import is_dense
+from lorafx.model.marks import UNPROVED
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site, own_ranges
 from lorafx.op_arguments import bound, in_order, rebind
@@ -64,12 +65,13 @@ _EXTRAS: tuple[tuple[When, str], ...] = (("dora", "gains"), ("own", "own"), ("bi
 _USE_KINDS = {"linear": "linear", "blocks": "linear", "embedding": "embedding", "conv": "conv"}
 
 
-def _replaced_sites(ctx: Context) -> Iterator[Refusal]:
+def _replaced_sites(ctx: Context, in_parts: Set[Site]) -> Iterator[Refusal]:
     """Refusals of sites that this graph seems to compute by something else than their weight.
 
-    No graph so far has used the site, and here a module that holds it runs with tensors of its own
-    in place of it: any matrix, if the weight's numbers cannot be read; otherwise an attribute or
-    buffer with as many columns as the weight has inputs.
+    No graph so far has used the site, or this one uses parts of the weight alone (`in_parts`), and
+    here a module that holds it runs with tensors of its own in place of it: any matrix, if the
+    weight's numbers cannot be read; otherwise an attribute or buffer with as many columns as the
+    weight has inputs.
     """
     frame, program = ctx.frame, ctx.program
     own = [
@@ -82,7 +84,9 @@ def _replaced_sites(ctx: Context) -> Iterator[Refusal]:
         return
     identities, paths = _running(ctx.graph)
     for site in program.sites:
-        if site.path in program.reached or site.eligible.kind != "linear":
+        if site.eligible.kind != "linear":
+            continue
+        if site.path in program.reached and site not in in_parts:
             continue
         near = site.path.rpartition(".")[0]
         parent = program.graph.at(near)
@@ -100,11 +104,13 @@ def _replaced_sites(ctx: Context) -> Iterator[Refusal]:
             if is_near(str(holder), near) and (alike or not readable):
                 program.reached.add(site.path)
                 program.replaced.add(site.path)
+                parts = site in in_parts
+                used = "parts of its weight are used" if parts else "nothing uses its weight"
                 yield Refusal(
                     (site,),
                     "always",
-                    f"nothing uses its weight, but {near or 'the model'} computes with "
-                    f"{holder}, which may have been made from it",
+                    f"{used}, but {near or 'the model'} computes with {holder}, which may have "
+                    "been made from it",
                 )
                 break
 
@@ -172,11 +178,11 @@ class Match:
         refuse_other_uses(ctx, marks, uses)
         claimed = {origin.node for origin in origins.values() if origin is not None}
 
-        seen = set(marks.values()).union(
-            *(ctx.frame.by_node[u.weight].sites for u in uses.values())
-        )
+        inputs = [ctx.frame.by_node[use.weight] for use in uses.values()]
+        whole = set(marks.values()).union(*(i.sites for i in inputs if i.derived is None))
+        seen = whole.union(*(i.sites for i in inputs))
         ctx.program.reached.update(site.path for site in seen)
-        for refusal in _replaced_sites(ctx):
+        for refusal in _replaced_sites(ctx, seen - whole):
             ctx.refuse(refusal)
         edits = 0
         added: dict[int, set[fx.Node]] = {}
