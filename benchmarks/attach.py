@@ -29,9 +29,8 @@ from torch import nn
 import lorafx
 from lorafx.config import LoraConfig
 from lorafx.pass_order import run_model_passes
-from lorafx.passes.alias import Alias
 from lorafx.passes.attach import Attach
-from lorafx.passes.select import Select
+from lorafx.passes.select import Alias, Select
 from lorafx.prepare.marking import build_sites
 from lorafx.program.preparation import Preparation
 from lorafx.progress import progress

@@ -18,28 +18,23 @@ from torch import fx
 from lorafx.config import After, Options
 from lorafx.errors import ConfigError, nearest
 from lorafx.graph.context import Context
-from lorafx.passes.alias import Alias
 from lorafx.passes.attach import Attach
 from lorafx.passes.attend import Attend
 from lorafx.passes.fuse.fuse import Fuse
 from lorafx.passes.give_out import GiveOut
-from lorafx.passes.join import Join
-from lorafx.passes.load import LoadAdapters
 from lorafx.passes.lower.lower import Lower
 from lorafx.passes.match.match import Match
 from lorafx.passes.outline.outline import Outline
 from lorafx.passes.pack import Pack
 from lorafx.passes.pack_weights import PackWeights
-from lorafx.passes.plan.plan import Plan
-from lorafx.passes.products import Products
+from lorafx.passes.plan import Plan
+from lorafx.passes.products import Join, Products
 from lorafx.passes.provenance import Provenance
-from lorafx.passes.read import Read
-from lorafx.passes.replace_rows import ReplaceRows
-from lorafx.passes.rescale import Rescale
-from lorafx.passes.select import Select
+from lorafx.passes.read import LoadAdapters, Read
+from lorafx.passes.rescale import ReplaceRows, Rescale
+from lorafx.passes.select import Alias, Select
 from lorafx.passes.write_in_place import WriteInPlace
-from lorafx.program.pass_report import PassReport
-from lorafx.program.preparation import Preparation
+from lorafx.program.preparation import PassReport, Preparation
 
 
 class ModelPass(Protocol):

@@ -3,10 +3,9 @@
     (Site, ...) → groups by (parent, kind, K, dtype, device) → Bank each → SiteMark each
 
 Siblings are sites that may turn out to share an input (q/k/v, gate/up); one bank lets one shrink
-serve them all. Embeddings stay alone: a token's row of A is gathered, not multiplied. So do
-convolutions, whose strides may differ, what is multiplied inside of a forward, and sites
-where adapters may have rows of the weight of their own: y is not the base's product there. Only the
-forward hooks of the model change, and `Attachment.detach` removes exactly those.
+serve them all. Embeddings, convolutions, and sites where adapters may have rows of the weight of
+their own stay alone. Only the forward hooks of the model change, and `Attachment.detach` removes
+exactly those.
 """
 
 from __future__ import annotations
@@ -73,7 +72,8 @@ def _attach(
         for index, site in enumerate(group.sites)
     }
     # Of each large part of the model: a call may leave some out.
-    for path in {_part(site.path): site.path for site in reversed(sites)}.values():
+    parts = {tuple(site.path.split(".")[:2]): site.path for site in reversed(sites)}
+    for path in parts.values():
         marks[path].first = True
     # Hooks of others see the output with its delta: for them the model is W + ΔW.
     hooks: list[tuple[nn.Module, SiteMark | RowMark]] = [
@@ -91,16 +91,8 @@ def _attach(
     return Attachment(groups, runtime, marks, rollback)
 
 
-def _part(path: str) -> tuple[str, ...]:
-    return tuple(path.split(".")[:2])
-
-
 def allocate_groups(sites: Sequence[Site], config: LoraConfig) -> tuple[Group, ...]:
     """Groups of siblings with banks of zeros on the sites' device (which may be meta)."""
-    return tuple(_group(siblings, config) for siblings in _siblings(sites))
-
-
-def _siblings(sites: Sequence[Site]) -> list[list[Site]]:
     found: dict[object, list[Site]] = {}
     for site in sites:
         key: object = (
@@ -109,7 +101,7 @@ def _siblings(sites: Sequence[Site]) -> list[list[Site]]:
             else (site.path.rpartition(".")[0], site.in_features, site.dtype, site.device)
         )
         found.setdefault(key, []).append(site)
-    return list(found.values())
+    return tuple(_group(siblings, config) for siblings in found.values())
 
 
 def _group(siblings: list[Site], config: LoraConfig) -> Group:
@@ -173,23 +165,22 @@ def _refuse_marked(graph: ModuleGraph) -> None:
         for hook in module._forward_hooks.values():
             if not isinstance(hook, MARKS):
                 continue
-            session = hook.runtime.session
+            session, marked = hook.runtime.session, f"{path or 'the model'} already carries"
             if session is None or graph.has(session.program.model):
                 raise CaptureError(
-                    f"{path or 'the model'} already carries a LoRA mark; detach the model "
-                    "before attaching again: lorafx.detach(model)"
+                    f"{marked} a LoRA mark; detach the model before attaching again: "
+                    "lorafx.detach(model)"
                 )
             other = type(session.program.model).__name__
             if session.program.graph.has(graph.root):
                 raise CaptureError(
-                    f"{path or 'the model'} already carries a LoRA mark: it is part of a "
-                    f"{other} that carries LoRA; detach that model first"
+                    f"{marked} a LoRA mark: it is part of a {other} that carries LoRA; detach that "
+                    "model first"
                 )
             if not session.takes_turns:
                 raise CaptureError(
-                    f"{path or 'the model'} already carries the LoRA mark of a {other} that "
-                    "was given to lorafx.attach; to serve models that share modules, give "
-                    "each of them to lorafx.compile"
+                    f"{marked} the LoRA mark of a {other} that was given to lorafx.attach; to "
+                    "serve models that share modules, give each of them to lorafx.compile"
                 )
 
 

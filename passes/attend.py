@@ -3,11 +3,9 @@
     K, V = paged_cache(k, v, …, seen, mask);  y = attention(q, K, V, mask)
                                       →      y = paged_attention(q, k, v, …, seen, mask)
 
-The mask of a step hides the keys of all other requests from a token. It is known to be the step's
-where attention takes the very input that the cache was handed as its mask, on a GPU padded, cut
-back and expanded, as its kernels need it to lie. Keys and values may be repeated for the heads of a
-group. Where anything else reads them, what comes of the mask, or of the statistics of attention,
-where torch has taken attention apart, and where no kernel is generated, the graph is left as it is.
+The mask has to be the very input that the cache was handed, on a GPU padded, cut back and expanded.
+Keys and values may be repeated for the heads of a group. Where anything else reads them, or the
+statistics of attention, and where no kernel is generated, the graph is left as it is.
 """
 
 from __future__ import annotations
@@ -68,10 +66,10 @@ class Attend:
                 if not is_generated(PagedStep(*fx.map_arg(call, fake_value))):
                     continue
                 with gm.graph.inserting_before(attention):
-                    node = ctx.call(gm.graph, PAGED_ATTENTION, call)
+                    node = ctx.emit(PAGED_ATTENTION, *call)
                     if not _transposed(laid):  # torch says so of contiguous queries
                         as_it_was = {"memory_format": torch.contiguous_format}
-                        node = ctx.call(gm.graph, aten.clone.default, (node,), **as_it_was)
+                        node = ctx.emit(aten.clone.default, node, **as_it_was)
                 node.meta = {**attention.meta, **node.meta}
                 result.replace_all_uses_with(node)
                 for old in (result, attention, *read):
@@ -81,7 +79,6 @@ class Attend:
 
 
 def _call(given: dict[str, Any], asked: dict[str, Any]) -> tuple[Any, ...]:
-    """What `lorafx::paged_attention` takes for these of the cache and of attention."""
     scale = asked["scale"]
     if scale is None:
         scale = fake_value(asked["query"]).shape[-1] ** -0.5
@@ -106,10 +103,8 @@ def _read(attention: fx.Node) -> list[fx.Node] | None:
 
 def _heads(node: fx.Node) -> list[fx.Node] | None:
     """`node` (1, H, N, D), what it is made of, and so on back to a result (1, G, N, D) of a paged
-    cache whose heads it repeats for the queries of a group; None where it is anything else.
-
-    Elements stay in their order but for one `expand`, of (1, G, 1, N, D) to (1, G, H / G, N, D).
-    """
+    cache whose heads one `expand` repeats for the queries of a group; None where it is anything
+    else."""
     chain, spread = [node], []
     while (last := chain[-1]).target is not operator.getitem:
         if last.target not in (*_IN_ORDER, *_OF_SIZES):
@@ -140,8 +135,7 @@ def _only_result(attention: fx.Node) -> fx.Node | None:
 
 
 def _fits(cached: fx.Node, attention: fx.Node) -> bool:
-    """Whether this attention is one by the step's mask, and nothing between it and the cache sees
-    what is written."""
+    """Whether this attention takes the step's mask, and nothing before it sees what is written."""
     given, asked = bound(cached), bound(attention)
     seen, mask = given["seen"], given["mask"]
     if seen is None or mask is None or _unpadded(asked[_ATTENTION[attention.target]]) != mask:
@@ -155,8 +149,8 @@ def _fits(cached: fx.Node, attention: fx.Node) -> bool:
 
 
 def _unpadded(mask: fx.Node | None) -> fx.Node | None:
-    """What the mask that attention takes was before torch aligned it: padded at the end of its last
-    dimension, cut off there, copied, expanded to heads that it is broadcast to anyway."""
+    """What the mask was before torch aligned it: padded at the end, cut off there, copied,
+    expanded."""
     while mask is not None and mask.op == "call_function":
         last = fake_value(mask).dim() - 1
         args = bound(mask) if isinstance(mask.target, OpOverload) else {}

@@ -2,12 +2,9 @@
 
     y' = site(x, y), x of no request  →  copies[i] = site(x, y) with request i's delta, (n, …)
 
-(position projections, position bias nets, learned tables). The product y is computed once, its
-deltas once per request. So is what follows y' (`ownership/vectorize.py`), up to where it is
-broadcast along the requests: there each copy goes to its request, and shapes are what they were
-(`ownership/joins.py`). The ordinary rules of `provenance` then have to prove the rows of the sites.
-Where they do not, or a rule is missing on the way, the graph stays as it was, and `provenance`
-refuses the site with the reason.
+The product y is computed once, its deltas once per request, and so is what follows y', up to where
+it meets what requests own (`ownership/vectorize.py`). `provenance` then has to prove the rows of
+the sites. Where it does not, or a rule is missing on the way, the graph stays as it was.
 """
 
 from __future__ import annotations
@@ -25,7 +22,6 @@ from lorafx.graph.context import EMBEDDING_OP, ROWS_OF, SITE_OP, Context, is_sit
 from lorafx.op_arguments import bound
 from lorafx.ownership.emit import Emitter
 from lorafx.ownership.flow import Flow
-from lorafx.ownership.joins import by_owner, by_size
 from lorafx.ownership.labels import Label
 from lorafx.ownership.pointwise import unlabelled
 from lorafx.ownership.propagate import called_by, flow_through, rule_for
@@ -76,8 +72,7 @@ def give_out(
     """Make copies, one per request, of what sites compute from an x that all requests share.
 
     Args:
-        seeds: the labels of the graph's inputs.
-        allowed: asked for each site.
+        allowed: called for each site.
         assume: as in `flow_through`.
 
     Returns:
@@ -130,11 +125,8 @@ def _without_requests(graph: fx.Graph, seeds: Mapping[fx.Node, Label]) -> bool:
 
 
 class Attempt:
-    """One rewrite of a graph, for some of the sites whose x is shared, that can be undone.
-
-    Attributes:
-        sites: a site node -> the one that takes its place.
-    """
+    """One rewrite of a graph, for some of the sites whose x is shared, that can be undone. `sites`:
+    a site node -> the one that takes its place."""
 
     def __init__(
         self, graph: fx.Graph, flow: Flow, batch: BatchSymbols, roots: set[fx.Node]
@@ -186,10 +178,10 @@ class Attempt:
             if y in vectorizer.copies:
                 vectorizer.copies[node] = vectorizer.copies[y]
         elif label is not None and not _is_shared(label):
-            for arg, new in by_owner(node, vectorizer):
+            for arg, new in vectorizer.by_owner(node):
                 self._put(node, arg, new)
         else:
-            joined = by_size(node, vectorizer)
+            joined = vectorizer.by_size(node)
             if joined is None:
                 vectorizer.copies[node] = vectorizer.vectorized(node)
             elif _types(fake_value(joined)) != _types(fake_value(node)):
@@ -203,8 +195,8 @@ class Attempt:
         self._inputs.append((user, old, new))
 
     def _settle(self) -> None:
-        """Bring the fake values behind what was put in up to date. Shapes are what they were;
-        strides may not be, and views that need the old ones become reshapes."""
+        """Bring the fake values behind what was put in up to date. Strides may change, and views
+        that need the old ones become reshapes."""
         changed = {new for _, old, new in self._inputs if _layout(new) != _layout(old)}
         for node in self.graph.nodes:
             if node not in self.before or not changed.intersection(node.all_input_nodes):
@@ -233,8 +225,7 @@ class Attempt:
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def unproved(self, flow: Flow) -> dict[fx.Node, str]:
-        """The roots of sites whose rows the ordinary rules, gone through the graph as it is now, do
-        not prove, with the reason."""
+        """The roots of sites whose rows the ordinary rules do not prove now, with the reason."""
         failed: dict[fx.Node, str] = {}
         for old, new in self.sites.items():
             proof = row_map(new, flow)
@@ -248,7 +239,6 @@ class Attempt:
         return failed
 
     def undo(self) -> None:
-        """The graph as it was."""
         for node, target in self._views:
             node.target = target  # type: ignore[assignment]
         for node, value in self._values.items():

@@ -2,9 +2,9 @@
 
     y_i = x W_iᵀ + b_i + Δ_i(x)   →   [y_0 | y_1 | ...] = fused_linear(x, [W_0; W_1; ...], ...)
 
-One GEMM, one shrink and one expand serve q/k/v or gate/up; x is read once. That they share x is
-not assumed from their names: it is the same node of the graph. The packed weight comes in as a
-graph input that the mark carries (lorafx.model.packing), so one graph serves all layers.
+That they share x is not assumed from their names: it is the same node of the graph. The packed
+weight is a graph input that the mark carries (lorafx.model.packing), so one graph serves all
+layers.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Pack:
         for nodes in _candidates(ctx):
             for run in _adjacent(ctx, nodes):
                 if len(run) > 1 and ctx.take_edit():
-                    _merge(gm.graph, ctx, run, first=min(run, key=order.__getitem__))
+                    _merge(ctx, run, first=min(run, key=order.__getitem__))
                     edits += 1
         return edits
 
@@ -85,32 +85,29 @@ def _adjacent(ctx: Context, nodes: list[fx.Node]) -> list[list[fx.Node]]:
     return runs
 
 
-def _merge(graph: fx.Graph, ctx: Context, run: list[fx.Node], first: fx.Node) -> None:
+def _merge(ctx: Context, run: list[fx.Node], first: fx.Node) -> None:
     state: SiteState = ctx.states[run[0]][0]
     calls = [bound(node) for node in run]
     ranges = {name: [n for call in calls for n in call[name]] for name in Ranges._fields}
     start, widths = ranges["offsets"][0], [sum(call["sizes"]) for call in calls]
     base: dict[str, fx.Node | None] = {"bias": None}
-    with graph.inserting_before(first):
-        base["weight"] = _rows(graph, ctx, state.packed_weight, start, sum(widths))
+    with ctx.graph.inserting_before(first):
+        base["weight"] = _rows(ctx, state.packed_weight, start, sum(widths))
         if any(call["bias"] is not None for call in calls):
-            base["bias"] = _rows(graph, ctx, state.packed_bias, start, sum(widths))
-        packed = ctx.call(graph, FUSED_OP, in_order(FUSED_OP, calls[0], **base, **ranges))
-        split = ctx.call(graph, aten.split_with_sizes.default, (packed, widths, -1))
-        parts = [ctx.call(graph, operator.getitem, (split, index)) for index in range(len(run))]
+            base["bias"] = _rows(ctx, state.packed_bias, start, sum(widths))
+        packed = ctx.emit(FUSED_OP, *in_order(FUSED_OP, calls[0], **base, **ranges))
+        split = ctx.emit(aten.split_with_sizes.default, packed, widths, -1)
+        parts = [ctx.emit(operator.getitem, split, index) for index in range(len(run))]
     packed.meta.update({key: first.meta[key] for key in ("stack_trace",) if key in first.meta})
     for node, part in zip(run, parts, strict=True):
         node.replace_all_uses_with(part)
-        _allow_strides(graph, ctx, part)
+        _allow_strides(ctx, part)
     ctx.merge(run, packed, "packed")
 
 
-def _allow_strides(graph: fx.Graph, ctx: Context, part: fx.Node) -> None:
-    """Make the readers of `part`, columns of the packed y, right for its strides.
-
-    Tracing saw a contiguous y. A view of it that merges rows is a reshape now; what addresses the
-    memory itself (longformer's overlapping chunks) gets a contiguous copy.
-    """
+def _allow_strides(ctx: Context, part: fx.Node) -> None:
+    """Make the readers of `part`, columns of the packed y, right for its strides: views that merge
+    rows become reshapes, what addresses the memory itself gets a contiguous copy."""
     pending, seen = [part], {part}
     while pending:
         for user in list(pending.pop().users):
@@ -119,10 +116,8 @@ def _allow_strides(graph: fx.Graph, ctx: Context, part: fx.Node) -> None:
             seen.add(user)
             if user.target in ADDRESSING:
                 readers = list(part.users)
-                with graph.inserting_after(part):
-                    copy = ctx.call(
-                        graph, aten.clone.default, (part,), memory_format=torch.contiguous_format
-                    )
+                with ctx.graph.inserting_after(part):
+                    copy = ctx.emit(aten.clone.default, part, memory_format=torch.contiguous_format)
                 for reader in readers:
                     reader.replace_input_with(part, copy)
                 return
@@ -132,10 +127,8 @@ def _allow_strides(graph: fx.Graph, ctx: Context, part: fx.Node) -> None:
                 pending.append(user)
 
 
-def _rows(
-    graph: fx.Graph, ctx: Context, packed: fx.Node | None, start: int, count: int
-) -> fx.Node | None:
+def _rows(ctx: Context, packed: fx.Node | None, start: int, count: int) -> fx.Node | None:
     """Rows [start, start + count) of a packed input."""
     if packed is None or (start == 0 and count == fake_value(packed).shape[0]):
         return packed
-    return ctx.call(graph, aten.slice.Tensor, (packed, 0, start, start + count))
+    return ctx.emit(aten.slice.Tensor, packed, 0, start, start + count)

@@ -1,8 +1,6 @@
 """pack_weights: the weights of siblings become views of one buffer, with the same values.
 
-    W_0 (N_0, K), W_1 (N_1, K), ...   →   views of [W_0; W_1; ...] (ΣN, K)
-
-What cannot be packed stays as it is (lorafx.model.packing says what can).
+W_0 (N_0, K), W_1 (N_1, K), ...   →   views of [W_0; W_1; ...] (ΣN, K)
 """
 
 from __future__ import annotations

@@ -4,13 +4,17 @@
     addmm(b, x, Wᵀ)                            →   dense_addmm(b, x, W, [])
     cat([mm(x, W[:n]ᵀ), mm(x, W[n:]ᵀ)], 1)     →   dense_mm(x, W, [n, N - n])
 
-The op counts the rows when it runs (lorafx.kernels.cpu.dense). W is an input of the graph or a part
-of one; what a graph computes itself is left alone, and so is a product of always many rows where
-aten is as fast.
+W is an input of the graph or a part of one; a product of always many rows is left alone. A delta
+that is added into such a product, which nothing else reads, is computed in the same parallel region
+(lorafx.kernels.cpu.dense):
+
+    run_delta_(y = dense_mm(x, W), x, bank)         →   dense_mm_delta(x, W, bank)
+    run_delta_(y = dense_addmm(b, x, W), x, bank)   →   dense_addmm_delta(b, x, W, bank)
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,11 +23,21 @@ import torch
 from torch import fx
 
 from lorafx.graph.context import Context
-from lorafx.kernels.cpu.dense import DENSE_ADDMM, DENSE_MM, pays, ready
-from lorafx.op_arguments import bound
+from lorafx.kernels.cpu.dense import (
+    DENSE_ADDMM,
+    DENSE_ADDMM_DELTA,
+    DENSE_MM,
+    DENSE_MM_DELTA,
+    joined_ready,
+    pays,
+    ready,
+)
+from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound, in_order, index_of, op_of
 from lorafx.program.frame import fake_value
 
 aten = torch.ops.aten
+_JOINED = {DENSE_MM: DENSE_MM_DELTA, DENSE_ADDMM: DENSE_ADDMM_DELTA}
+RUN_DELTA = torch.ops.lorafx.run_delta_.default
 
 
 @dataclass(frozen=True)
@@ -141,3 +155,48 @@ def _whole(parts: Sequence[fx.Node]) -> fx.Node | None:
             return None
         source, end = call["self"], end + fake_value(part).shape[0]
     return source if source is not None and fake_value(source).shape[0] == end else None
+
+
+@dataclass(frozen=True)
+class Join:
+    """Dense products and their deltas become one op, on a CPU."""
+
+    name: str = "join"
+    required: bool = False
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        edits = 0
+        for node in [*gm.graph.nodes]:
+            if node.target is AUTO_FUNCTIONALIZED and _joins(node) and ctx.take_edit():
+                _join(gm.graph, ctx, node)
+                edits += 1
+        return edits
+
+
+def _joins(delta: fx.Node) -> bool:
+    """Whether it adds a delta into a product of the same x that nobody else reads."""
+    if op_of(delta) is not RUN_DELTA:
+        return False
+    call, readers = bound(delta), [*delta.users]
+    product = call["y"]
+    if product.target not in _JOINED or len(product.users) > 1:
+        return False
+    if any(own.target is not operator.getitem or index_of(own) != 1 for own in readers):
+        return False
+    return bound(product)["x"] is call["x"] and joined_ready(fake_value(product).dtype)
+
+
+def _join(graph: fx.Graph, ctx: Context, delta: fx.Node) -> None:
+    call = bound(delta)
+    product = call["y"]
+    op = _JOINED[product.target]
+    with graph.inserting_before(delta):
+        joined = graph.call_function(op, in_order(op, {**bound(product), **call}))
+    joined.meta["val"] = fake_value(product)
+    for written in [*delta.users]:
+        written.replace_all_uses_with(joined)
+        if written in ctx.states:
+            ctx.states[joined] = ctx.states.pop(written)
+        graph.erase_node(written)
+    graph.erase_node(delta)
+    graph.erase_node(product)

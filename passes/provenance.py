@@ -4,8 +4,8 @@
     request (m // R) mod n,  R = ρ · ∏ sizes after d without K
 
 becomes rows = R; rows owned through a permutation p become slots'[m] = slots[(p // ρ) mod n], one
-slot per row, and rows = 1. Sites whose rows cannot be proved keep rows = 0: they serve batches of
-one adapter only, and the reason is a refusal.
+slot per row, and rows = 1. Sites whose rows cannot be proved serve batches of one adapter only, and
+the reason is a refusal.
 """
 
 from __future__ import annotations
@@ -19,13 +19,7 @@ import torch
 from torch import fx
 
 from lorafx.errors import ProvenanceError
-from lorafx.graph.context import (
-    OWN_MASK,
-    ROWS_OF,
-    Context,
-    Refusal,
-    is_site,
-)
+from lorafx.graph.context import OWN_MASK, ROWS_OF, Context, Refusal, is_site
 from lorafx.op_arguments import bound, rebind
 from lorafx.ownership import routing
 from lorafx.ownership.emit import Emitter
@@ -46,7 +40,7 @@ from lorafx.program.frame import (
     token_inputs,
 )
 from lorafx.program.handover import Handover, results_of
-from lorafx.program.remembered import constants_of
+from lorafx.torch_internals.aot_autograd import PlainAOTOutput
 
 #: `rows` of a site without a row map: every row counts as the first request's. That is right when
 #: all requests use one adapter, and when none of theirs touches the site; the refusal keeps other
@@ -87,13 +81,6 @@ class Unproved:
 Proof: TypeAlias = RowMap | Unproved
 
 
-def prove(
-    graph: fx.Graph, seeds: Mapping[fx.Node, Label], batch: BatchSymbols
-) -> dict[fx.Node, Proof]:
-    """The row map of every site node of the graph, or why there is none. Changes nothing."""
-    return prove_results(graph, seeds, batch)[0]
-
-
 def prove_results(
     graph: fx.Graph,
     seeds: Mapping[fx.Node, Label],
@@ -102,9 +89,9 @@ def prove_results(
     assume: bool = False,
     picks: Iterable[fx.Node] = (),
 ) -> tuple[dict[fx.Node, Proof], Handover, list[fx.Node]]:
-    """`prove`, what is known about the graph's results, and the nodes of whose masks both rest on
-    what the graph is to ask when it runs, where it may be asked (`assume`). `picks`: inputs whose
-    values are places of requests."""
+    """The row map of each site node, or why there is none; what is known about the graph's results;
+    and the nodes of whose masks both rest on what the graph is to ask when it runs, if it may
+    (`assume`). `picks`: inputs whose values are places of requests."""
     sites = [node for node in graph.nodes if is_site(node)]
     if batch.is_one:
         return {node: RowMap(ONE) for node in sites}, Handover(), []
@@ -120,9 +107,7 @@ def prove_tokens(
     token_inputs: Mapping[fx.Node, int],
 ) -> dict[fx.Node, Proof]:
     """The row map of every site node to slots (B·T,), one per token, or why there is none.
-
-    `token_inputs` are the inputs with one entry per token, and the dimension that holds them.
-    """
+    `token_inputs`: the inputs with one entry per token, and the dimension that holds them."""
     lengths = [fake_value(node).shape[dim] for node, dim in token_inputs.items()]
     sites = [node for node in graph.nodes if is_site(node)]
     if not lengths:
@@ -165,10 +150,8 @@ def row_map(node: fx.Node, flow: Flow) -> Proof:
 def apply(
     graph: fx.Graph, proofs: Mapping[fx.Node, Proof], batch: BatchSymbols
 ) -> dict[fx.Node, Proof]:
-    """Write proved maps into the `slots` and `rows` arguments of their site nodes.
-
-    Returns the proofs as they came out: a map whose sizes the graph cannot compute is unproved.
-    """
+    """Write proved maps into the `slots` and `rows` arguments of their site nodes; returns the
+    proofs as they came out: a map whose sizes the graph cannot compute is unproved."""
     emitter, done = Emitter(graph, batch), dict(proofs)
     for node in [node for node in graph.nodes if node in proofs]:
         proof = proofs[node]
@@ -183,8 +166,8 @@ def apply(
             rows = emitter.size(proof.period, node)
         else:
             x, rows = input_of(node), 1
-            dims = row_dims(node)
-            slots = emitter.row_slots(slots, proof.perm, proof.period, x, proof.dim, dims, node)
+            own = Own(proof.dim, proof.period, proof.perm)
+            slots = emitter.row_slots(slots, own, x, row_dims(node), node)
         if slots is None or rows is None:
             done[node] = Unproved(f"the graph cannot compute the size {proof.period}")
             continue
@@ -219,11 +202,7 @@ def seeds_of(inputs: Mapping[fx.Node, FrameInput], batch: BatchSymbols) -> dict[
 
 
 def batch_of(frame: Frame) -> BatchSymbols:
-    """The number of requests in this frame's graph.
-
-    Raises:
-        ProvenanceError: as `batch_symbols`.
-    """
+    """The number of requests in this frame's graph. Raises as `batch_symbols`."""
     batch = BatchSymbols.of(batch_symbols(frame)).with_multiples(several(frame))
     return batch.with_alike(numbers_of_choices(frame))
 
@@ -249,8 +228,34 @@ def picks_of(frame: Frame) -> list[fx.Node]:
     return [node for node, item in items if item.role is not None and item.role.picks]
 
 
-def _results(frame: Frame) -> list[fx.Node]:
-    return [node for node, item in frame.by_node.items() if item.kind == "result"]
+def constants_of(graph: fx.Graph, frame: Frame) -> dict[int, tuple[int, ...]]:
+    """Positions of the results that are computed from nothing but sizes and tensors of the model
+    that are no site's, each with the positions of those tensors."""
+    places = {id(item): position for position, item in enumerate(frame.inputs)}
+    free: dict[fx.Node, frozenset[int]] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            item = frame.by_node.get(node)
+            if item is None:
+                continue
+            if item.kind == "state" and item.holder is not None and id(item) in places:
+                free[node] = frozenset([places[id(item)]])
+            elif item.kind == "symbol":
+                free[node] = frozenset()
+        elif node.op == "call_function" and all(i in free for i in node.all_input_nodes):
+            tags = getattr(node.target, "tags", ())
+            if torch.Tag.nondeterministic_seeded not in tags:
+                free[node] = frozenset().union(*(free[i] for i in node.all_input_nodes))
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    results = zip(output.args[0], output.meta.get("desc") or (), strict=False)
+    return {
+        place.idx: tuple(free[node])
+        for node, place in results
+        if isinstance(place, PlainAOTOutput)
+        and node in free
+        and node.op != "placeholder"
+        and isinstance(node.meta["val"], torch.Tensor)
+    }
 
 
 @dataclass(frozen=True)
@@ -274,9 +279,9 @@ class Provenance:
             seeds = seeds_of(ctx.frame.by_node, batch)
             if ctx.frame.per_token:
                 # Which token a result of an earlier graph belongs to was not kept.
-                seeds.update(
-                    dict.fromkeys(_results(ctx.frame), Mixed("it comes from an earlier graph"))
-                )
+                earlier = Mixed("it comes from an earlier graph")
+                items = ctx.frame.by_node.items()
+                seeds.update({node: earlier for node, item in items if item.kind == "result"})
                 proofs = prove_tokens(gm.graph, seeds, batch, token_inputs(ctx.frame))
             else:
                 slots = slots_of(ctx.frame)

@@ -1,6 +1,6 @@
-"""read: what the saved tensors of each adapter mean on the sites.
+"""read: what the saved tensors of each adapter mean on the sites; load: the store that has them.
 
-    name → AdapterState   →   Adapter each: part path → A, B, scale
+    name → AdapterState   →   Adapter each: part path → A, B, scale   →   AdapterStore
 
 Everything that is wrong with a file is found here, before the model has changed.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lorafx.adapter_store.peft_reader import read_adapter
+from lorafx.adapter_store.store import AdapterStore
 from lorafx.program.preparation import Preparation
 from lorafx.progress import progress
 
@@ -43,4 +44,26 @@ class Read:
                     f"factors: {len(adapter.weights)}{own}"
                 )
                 model.notes += (f"{name}: {note}" for note in adapter.notes)
+        return len(model.adapters)
+
+
+@dataclass(frozen=True)
+class LoadAdapters:
+    """The store over the banks, with the adapters that were read."""
+
+    name: ClassVar[str] = "load"
+
+    def run(self, model: Preparation) -> int:
+        assert model.attachment is not None
+        config = model.config
+        model.store = AdapterStore(
+            model.attachment.groups,
+            config.max_adapters,
+            config.own_weights,
+            config.max_host_bytes,
+        )
+        for adapter in model.adapters:
+            model.store.load(adapter, model.origins.get(adapter.name))
+            held = model.store[adapter.name].nbytes / 1e6
+            model.notes.append(f"{adapter.name}: {held:.3g} MB of host memory, no slot yet")
         return len(model.adapters)

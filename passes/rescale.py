@@ -1,13 +1,13 @@
-"""DoRA's scale of each output, and biases of adapters, go behind the delta, in plain aten, for
-every lowering.
+"""What adapters change beside the delta: rows of the weight before it, scales and biases behind it.
 
+    y' = site(x, y, ..., own...)             →   y₁ = own_linear(x, y, own..., slots, rows)
+                                                 y' = site(x, y₁, ...)
     y' = site(x, y, ..., gains, c, shifts)   →   y₁ = site(x, y, ...)
                                                  y₂ = y₁ + G[s] · (y₁ − c)   where G[s] ≠ 0
                                                  y' = y₂ + shifts[s]         where shifts[s] ≠ 0
 
-with s ≥ 0 the slot of each row. This happens only where the banks have room for DoRA or for biases;
-otherwise no site has gains or shifts. Later passes fuse and pack y₁ as usual; Inductor fuses the
-rest into whatever reads it.
+with s ≥ 0 the slot of each row, for every lowering. Only where banks have room for it: otherwise no
+site takes any. Inductor fuses the arithmetic into what reads it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from lorafx.graph.context import CONV_OP, SITE_OP, Context, is_site
+import lorafx.kernels.ops.own_rows  # noqa: F401  (defines torch.ops.lorafx)
+from lorafx.graph.context import CONV_OP, EMBEDDING_OP, SITE_OP, Context, is_site
 from lorafx.kernels.ops.delta import accumulation_dtype
-from lorafx.op_arguments import bound, rebind
+from lorafx.kernels.ops.own_rows import OwnRows
+from lorafx.op_arguments import bound, in_order, rebind
 from lorafx.ownership.site_rules import row_dims
 from lorafx.ownership.symbolic import as_expr
 from lorafx.passes.provenance import ALL_ALIKE
@@ -31,6 +33,10 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 #: The arguments of both; an embedding has neither an addend nor shifts.
 SCALE = ("gains", "addend", "shifts")
+OWN_OPS = {
+    SITE_OP: torch.ops.lorafx.own_linear.default,
+    EMBEDDING_OP: torch.ops.lorafx.own_embedding.default,
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class Rescale:
     required: bool = True
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
-        scales = _Scales(gm.graph, ctx)
+        scales = _Scales(ctx)
         edits = 0
         for node in gm.graph.nodes:
             if is_site(node) and any(bound(node).get(name) is not None for name in SCALE):
@@ -54,7 +60,6 @@ class Rescale:
 class _Scales:
     """Emits the scales of one graph. Owners of rows are computed once for all sites alike."""
 
-    graph: fx.Graph
     ctx: Context
     owners: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
 
@@ -63,7 +68,7 @@ class _Scales:
         scale = {name: value for name, value in bound(node).items() if name in SCALE}
         rebind(node, **dict.fromkeys(scale))
         readers = list(node.users)
-        with self.graph.inserting_before(node.next):
+        with self.ctx.graph.inserting_before(node.next):
             last = self._rescaled(node, **scale)
         for reader in readers:
             reader.replace_input_with(node, last)
@@ -82,42 +87,42 @@ class _Scales:
             wide = self._cast(last, acc)
             product = wide
             if addend is not None:
-                product = self._call(aten.sub.Tensor, wide, self._along_channels(node, addend))
-            scaled = self._call(aten.mul.Tensor, gain, product)
-            last = self._where(live, self._call(aten.add.Tensor, wide, scaled), last)
+                product = self.ctx.emit(aten.sub.Tensor, wide, self._along_channels(node, addend))
+            scaled = self.ctx.emit(aten.mul.Tensor, gain, product)
+            last = self._where(live, self.ctx.emit(aten.add.Tensor, wide, scaled), last)
         if shifts is not None:
             shift, live = self._by_row(node, shifts)
-            total = self._call(aten.add.Tensor, self._cast(last, acc), shift)
+            total = self.ctx.emit(aten.add.Tensor, self._cast(last, acc), shift)
             last = self._where(live, total, last)
         return last
 
     def _by_row(self, node: fx.Node, table: fx.Node) -> tuple[fx.Node, fx.Node]:
-        """What `table` (S, ΣN) has for each output of each row, in sizes that broadcast to those of
-        y, and where it is of a slot and not 0."""
+        """What `table` (S, ΣN) has for each output of each row, broadcastable to y, and where it is
+        of a slot and not 0."""
         y, owner = fake_value(node), self._owner(node)
-        value = self._call(aten.index.Tensor, self._columns(node, table), [owner])
-        used = self._call(aten.unsqueeze.default, self._call(aten.ge.Scalar, owner, 0), -1)
-        live = self._call(aten.ne.Scalar, value, 0)
-        live = self._call(aten.logical_and.default, live, used)
+        value = self.ctx.emit(aten.index.Tensor, self._columns(node, table), [owner])
+        used = self.ctx.emit(aten.unsqueeze.default, self.ctx.emit(aten.ge.Scalar, owner, 0), -1)
+        live = self.ctx.emit(aten.ne.Scalar, value, 0)
+        live = self.ctx.emit(aten.logical_and.default, live, used)
         if y.dim() == 2:
             return value, live
         if node.target is CONV_OP:
-            sizes = [self._size(node, 0), y.shape[1], *[1] * (y.dim() - 2)]
+            sizes = [self.ctx.size(node, 0), y.shape[1], *[1] * (y.dim() - 2)]
         else:
-            sizes = [self._size(node, dim) for dim in range(y.dim())]
+            sizes = [self.ctx.size(node, dim) for dim in range(y.dim())]
         reshape = aten.reshape.default
-        return self._call(reshape, value, sizes), self._call(reshape, live, sizes)
+        return self.ctx.emit(reshape, value, sizes), self.ctx.emit(reshape, live, sizes)
 
     def _along_channels(self, node: fx.Node, addend: fx.Node) -> fx.Node:
         """A bias (N,) as it is added to y: a convolution has its channels second."""
         if node.target is not CONV_OP:
             return addend
         y = fake_value(node)
-        return self._call(aten.reshape.default, addend, [y.shape[1], *[1] * (y.dim() - 2)])
+        return self.ctx.emit(aten.reshape.default, addend, [y.shape[1], *[1] * (y.dim() - 2)])
 
     def _where(self, live: fx.Node, total: fx.Node, otherwise: fx.Node) -> fx.Node:
         total = self._cast(total, fake_value(otherwise).dtype)
-        return self._call(aten.where.self, live, total, otherwise)
+        return self.ctx.emit(aten.where.self, live, total, otherwise)
 
     def _columns(self, node: fx.Node, table: fx.Node) -> fx.Node:
         """The site's own columns of `table`, (S, N)."""
@@ -125,50 +130,55 @@ class _Scales:
             return table
         call = bound(node)
         parts = [
-            self._call(aten.slice.Tensor, table, 1, offset, offset + size)
+            self.ctx.emit(aten.slice.Tensor, table, 1, offset, offset + size)
             for offset, size in zip(call["offsets"], call["sizes"], strict=True)
         ]
-        return parts[0] if len(parts) == 1 else self._call(aten.cat.default, parts, 1)
+        return parts[0] if len(parts) == 1 else self.ctx.emit(aten.cat.default, parts, 1)
 
     def _owner(self, node: fx.Node) -> fx.Node:
         """The slot of each row of y, int32 (M,); as `lorafx.kernels.ops.delta.row_slots`."""
         call = bound(node)
         slots, rows = call["slots"], call["rows"]
         leading = tuple(fake_value(node).shape[: row_dims(node)])
-        key = (slots, rows, *map(as_expr, leading))
+        key, emit = (slots, rows, *map(as_expr, leading)), self.ctx.emit
         if key not in self.owners:
             count: Any = 1
             for dim in range(len(leading)):
-                size = self._size(node, dim)
-                both = isinstance(count, int) and isinstance(size, int)
-                count = count * size if both else self._call(operator.mul, count, size)
-            index = self._call(
-                prims.iota.default,
-                count,
-                start=0,
-                step=1,
-                dtype=torch.int64,
-                device=fake_value(node).device,
-                requires_grad=False,
-            )
+                size = self.ctx.size(node, dim)
+                known = isinstance(count, int) and isinstance(size, int)
+                count = count * size if known else emit(operator.mul, count, size)
+            index = self.ctx.numbers(count, torch.int64, fake_value(node).device)
             # Unproved rows: the site's own op refuses batches that mix adapters.
             rows = rows if isinstance(rows, fx.Node) or rows > 0 else ALL_ALIKE
-            index = self._call(aten.div.Scalar_mode, index, rows, rounding_mode="floor")
-            length = fake_value(slots).shape[0]
-            if not isinstance(length, int):
-                length = self._call(aten.sym_size.int, slots, 0)
-            index = self._call(aten.remainder.Scalar, index, length)
-            self.owners[key] = self._call(aten.index.Tensor, slots, [index])
+            index = emit(aten.div.Scalar_mode, index, rows, rounding_mode="floor")
+            index = emit(aten.remainder.Scalar, index, self.ctx.size(slots, 0))
+            self.owners[key] = emit(aten.index.Tensor, slots, [index])
         return self.owners[key]
-
-    def _size(self, node: fx.Node, dim: int) -> Any:
-        size = fake_value(node).shape[dim]
-        return size if isinstance(size, int) else self._call(aten.sym_size.int, node, dim)
 
     def _cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         if fake_value(node).dtype == dtype:
             return node
-        return self._call(prims.convert_element_type.default, node, dtype)
+        return self.ctx.emit(prims.convert_element_type.default, node, dtype)
 
-    def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        return self.ctx.call(self.graph, target, args, **kwargs)
+
+@dataclass(frozen=True)
+class ReplaceRows:
+    """Rows of a weight that adapters have of their own take the place of the base's."""
+
+    name: str = "replace_rows"
+    required: bool = True
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        edits = 0
+        for node in gm.graph.nodes:
+            op = OWN_OPS.get(node.target)
+            if op is None or bound(node).get("own") is None:
+                continue
+            call = bound(node)
+            # Unproved rows: the site's own op refuses batches that mix adapters.
+            call["rows"] = call["rows"] or ALL_ALIKE
+            with gm.graph.inserting_before(node):
+                y = ctx.emit(op, *in_order(op, call))
+            rebind(node, y=y, **dict.fromkeys(OwnRows._fields))
+            edits += 1
+        return edits

@@ -1,9 +1,11 @@
-"""select: the sites that a configuration asks for.
+"""alias: each module once, under its canonical path, with the other paths that reach it; select:
+the sites that a configuration asks for.
 
-    ModuleGraph, LoraConfig → (Site, ...) in canonical path order
+    model → ModuleGraph;   ModuleGraph, LoraConfig → (Site, ...) in canonical path order
 
-Modules that the user names but that cannot carry LoRA are reported in one error; those that only
-"all-linear" swept up are left out with a warning. The registry decides eligibility, along the MRO.
+Two parameters over one storage (a tied head and embedding) are two sites. Modules that the user
+names but that cannot carry LoRA are reported in one error; those that only "all-linear" swept up
+are left out with a warning.
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.config import LoraConfig, Options
-from lorafx.errors import ConfigError, LorafxWarning, TargetError, nearest
+from lorafx.errors import CaptureError, ConfigError, LorafxWarning, TargetError, nearest, some
 from lorafx.model import targets
 from lorafx.model.candidates import Candidate, ExpertsCandidate, by_raw_weight
 from lorafx.model.experts import expert_weights, folded
 from lorafx.model.extras import own_refusal, rows_asked
 from lorafx.model.forward_check import is_dense
-from lorafx.model.module_graph import ModuleGraph, alike
+from lorafx.model.module_graph import ModuleGraph, alike, join
 from lorafx.model.packed_names import PackedNames
 from lorafx.model.quantized import is_stored
 from lorafx.model.refusals import impossible, weight_of
@@ -32,9 +34,38 @@ from lorafx.model.sites import Site
 from lorafx.model.weight_formats import is_wrapped
 from lorafx.program.preparation import Preparation
 from lorafx.registry import Eligible, is_empty, lookup
+from lorafx.torch_internals.modules import OptimizedModule
 
-# A regular expression can name thousands of containers; the first ones show the mistake.
+#: A regular expression can name thousands of containers; the first ones show the mistake.
 _SHOWN = 20
+_EMPTY = "its weight is empty, so LoRA has nothing to change"
+
+
+@dataclass(frozen=True)
+class Alias:
+    """Each module once, under its canonical path, with the other paths that reach it.
+
+    Raises CaptureError for a `torch.compile` wrapper: its graphs would never see marks.
+    """
+
+    name: ClassVar[str] = "alias"
+
+    def run(self, model: Preparation) -> int:
+        graph = model.graph = ModuleGraph(model.model)
+        for path, module in graph.modules():
+            if isinstance(module, OptimizedModule):
+                where = f"the module at {path!r}" if path else "the model"
+                raise CaptureError(
+                    f"{where} is wrapped by torch.compile; pass the module itself "
+                    "(`._orig_mod` of the wrapper), which lorafx compiles"
+                )
+            aliases = graph.paths(module)[1:]
+            if aliases:
+                model.notes.append(f"{path} is also {some(aliases)}: one module, with one delta")
+        for owners in graph.tied():
+            held = some([join(owner.path, owner.attribute) for owner in owners])
+            model.notes.append(f"{held} are one weight")
+        return len(list(graph.modules()))
 
 
 @dataclass(frozen=True)
@@ -86,6 +117,7 @@ class _Selection:
         self.walked = {id(module) for module in found.values()} - {id(None)}
         if isinstance(self.target, targets.SavedTargets):
             self.target = targets.Entries(e for e, module in found.items() if module is None)
+        self.head = targets.output_embedding(self.graph.root)
         self.eligible_paths = [item.path for item in self.modules if item.entry is not None]
 
     def _candidates_of(self, path: str, module: nn.Module) -> Iterator[Candidate]:
@@ -98,16 +130,15 @@ class _Selection:
             yield ExpertsCandidate(path, module, paths, weight, self.packed)
 
     def sites(self) -> tuple[Site, ...]:
-        head = targets.output_embedding(self.graph.root)
         found: list[Site] = []
         left_out: list[str] = []
         named = excluded = 0
         for item in self.modules:
-            if item.entry is not None and item.entry.carries and self._targeted(item, head):
+            if item.entry is not None and item.entry.carries and self._targeted(item):
                 children = (getattr(item.module, name, None) for name in item.entry.carries)
                 self.walked.update(id(child) for child in children)
         for item in self.modules:
-            targeted = self._targeted(item, head)
+            targeted = self._targeted(item)
             members = targeted - self._excluded(item)
             named += bool(targeted)
             excluded += bool(targeted) and not members
@@ -115,10 +146,8 @@ class _Selection:
             if not members and rows == 0:
                 continue
             if is_empty(item.module):
-                left_out.append(f"{item.label}: its weight is empty")
-                _warn(
-                    f"{item.label} is left out: its weight is empty, so LoRA has nothing to change"
-                )
+                left_out.append(f"{item.label}: {_EMPTY}")
+                _warn(f"{item.label} is left out: {_EMPTY}")
                 continue
             site = self._site(item, members)
             reason = None if rows == 0 else site if isinstance(site, str) else own_refusal(site)
@@ -151,7 +180,6 @@ class _Selection:
         for site in sites:  # what a site carries is selected with it
             carried = (getattr(site.module, name, None) for name in site.eligible.carries)
             taken.update(map(id, carried))
-        head = targets.output_embedding(self.graph.root)
         chosen = (
             (site.path, f"{type(site.module).__name__}, {site.in_features} -> {site.out_features}")
             for site in sites
@@ -159,16 +187,15 @@ class _Selection:
         others = (
             (item.path, f"not selected: {self.why_not(item)}")
             for item in self.modules
-            if id(item.module) not in taken
-            and (item.entry is not None or self._targeted(item, head))
+            if id(item.module) not in taken and (item.entry is not None or self._targeted(item))
         )
         return [*alike(chosen), *alike(others)]
 
-    def _targeted(self, item: Candidate, head: nn.Module | None) -> frozenset[str]:
+    def _targeted(self, item: Candidate) -> frozenset[str]:
         """The members of the module that are asked for, "" being one that has no names."""
         if self.target is None or self.by_default:
             entry = item.entry
-            linear = entry is not None and entry.is_linear and item.module is not head
+            linear = entry is not None and entry.is_linear and item.module is not self.head
             return item.members if linear else frozenset()
         if id(item.module) in self.walked:
             return item.members
@@ -184,12 +211,11 @@ class _Selection:
 
     def why_not(self, item: Candidate) -> str:
         """Why a module that is no site was not selected."""
-        head = targets.output_embedding(self.graph.root)
-        targeted, spec = self._targeted(item, head), self.config.target_modules
+        targeted, spec = self._targeted(item), self.config.target_modules
         if targeted and not targeted - self._excluded(item):
             return f"exclude_modules={self.config.exclude_modules!r:.200} names it"
         if targeted and is_empty(item.module):
-            return "its weight is empty, so LoRA has nothing to change"
+            return _EMPTY
         if targeted:
             return f"it cannot carry LoRA: {self._site(item, targeted)}"
         if not self.by_default:
@@ -202,7 +228,7 @@ class _Selection:
                 "all linear layers are selected, and its class is not known as one; if it computes "
                 f"x Wᵀ, lorafx.register({kind}, ...) says so"
             )
-        if item.module is head:
+        if item.module is self.head:
             return (
                 "all linear layers but the output embedding are selected, as PEFT does; name it in "
                 "target_modules"
@@ -237,8 +263,7 @@ class _Selection:
             )
 
     def _nothing(self, named: int, excluded: int, left_out: Sequence[str]) -> str:
-        """Why there is no site at all: `named` modules are asked for, `excluded` of them are
-        excluded."""
+        """Why no site is left of the `named` modules, `excluded` of which are excluded."""
         asked, root = self.config.target_modules, type(self.graph.root).__qualname__
         if named == 0:
             return f"target_modules={asked!r} names no module of {root}{self._nearest(str(asked))}"
@@ -321,8 +346,7 @@ class _Selection:
             device=weight.device if weight is not None else _device_of(module, self.graph.root),
             parts=tuple(
                 replace(
-                    part,
-                    selected=loose != () or part.name in selected or selected == item.members,
+                    part, selected=loose != () or part.name in selected or selected == item.members
                 )
                 for part in parts
             ),

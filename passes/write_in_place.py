@@ -2,10 +2,8 @@
 
     y, p' = auto_functionalized_v2(op, x, _all_bases=[p]);  …;  p.copy_(p')      →      y = op(x, p)
 
-AOTAutograd makes a graph functional: such an operator returns a new tensor, and the input is
-overwritten with the last one at the end. Taken literally that is a copy of a whole cache for each
-layer. Where nothing else reads the input or what stands for it, the order of the operators says the
-same. What does not fit is left as it is, and no row is proved behind it.
+Taken literally, AOTAutograd's functional graph copies a whole cache for each layer. Where nothing
+else reads the input or what stands for it, the order of the operators says the same.
 """
 
 from __future__ import annotations
@@ -24,20 +22,13 @@ from lorafx.op_arguments import TRACED_WRITE, bound, in_order, index_of
 _COPY = torch.ops.aten.copy_.default
 
 
-@dataclass(frozen=True)
-class _Writer:
-    """An operator that writes into one of its arguments, and how many results it has."""
-
-    argument: str
-    results: int
-
-
-_WRITERS = {PAGED_CACHE: _Writer("cache", 2), PAGED_ATTENTION: _Writer("cache", 1)}
+#: Operators that write into their argument `cache`, and how many results each has.
+_RESULTS = {PAGED_CACHE: 2, PAGED_ATTENTION: 1}
 
 
 def writes_in_place(gm: fx.GraphModule) -> bool:
     """Whether a graph of Dynamo's calls one of these operators."""
-    return any(gm.graph.find_nodes(op="call_function", target=op) for op in _WRITERS)
+    return any(gm.graph.find_nodes(op="call_function", target=op) for op in _RESULTS)
 
 
 @dataclass(frozen=True)
@@ -76,7 +67,7 @@ def _written(place: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
         if len(users) > 1 or not _writes(following, base):
             return [], []
         chain.append(following)
-        results = _WRITERS[_called(following)].results
+        results = _RESULTS[_called(following)]
         after = [user for user in following.users if index_of(user) == results]
         if len(after) != 1:
             return [], []
@@ -94,29 +85,27 @@ def _copies_into(node: fx.Node, place: fx.Node) -> bool:
 
 def _writes(node: fx.Node, base: fx.Node) -> bool:
     """Whether `node` calls one of the writers with `base`, all of it, as what is written into."""
-    if node.target is not TRACED_WRITE or _called(node) not in _WRITERS:
+    if node.target is not TRACED_WRITE or _called(node) not in _RESULTS:
         return False
-    argument = _WRITERS[_called(node)].argument
     bases: Any = node.kwargs.get("_all_bases", ())
     # Of a view there is also which.
-    view = {name: value for name, value in node.kwargs.items() if name.startswith(f"_{argument}_")}
-    return view == {f"_{argument}_base_index": 0} and len(bases) == 1 and bases[0] is base
+    view = {name: value for name, value in node.kwargs.items() if name.startswith("_cache_")}
+    return view == {"_cache_base_index": 0} and len(bases) == 1 and bases[0] is base
 
 
 def _in_place(node: fx.Node, place: fx.Node) -> None:
     """Replace a functional call by one of the operator itself, which writes into `place`."""
     op = _called(node)
-    writer = _WRITERS[op]
+    results = _RESULTS[op]
     given = {name: value for name, value in node.kwargs.items() if not name.startswith("_")}
     graph = node.graph
     with graph.inserting_before(node):
-        call = graph.call_function(op, in_order(op, given, **{writer.argument: place}))
-    one = writer.results == 1
-    found = node.meta["val"][: writer.results]
-    call.meta = {**node.meta, "val": found[0] if one else tuple(found)}
+        call = graph.call_function(op, in_order(op, given, cache=place))
+    found = node.meta["val"][:results]
+    call.meta = {**node.meta, "val": found[0] if results == 1 else tuple(found)}
     call.meta.pop("eager_input_vals", None)  # those of the functional call
     for user in list(node.users):
-        if user.target is operator.getitem and (one or index_of(user) == writer.results):
+        if user.target is operator.getitem and (results == 1 or index_of(user) == results):
             user.replace_all_uses_with(call if index_of(user) == 0 else place)
             graph.erase_node(user)
     node.replace_all_uses_with(call)

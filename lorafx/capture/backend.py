@@ -217,7 +217,7 @@ class Backend:
         program = self.program
         program.look_at_modules()
         program.refuse_missing(program.batch.touched if program.runtime.active else ())
-        frame = Frame.of(program, gm.graph, examples)
+        frame = program.frame(gm.graph, examples)
         frame.per_token = per_token
         frame.begins_call = called_directly(self.entered)
         frame.duck_shaped = duck_shaped()
@@ -331,7 +331,7 @@ class Backend:
         # Rows of other graphs may be some of the batch's, in another order. That is told per
         # request, so slots per token stay as they are: rows are proved from the call's arguments.
         if program.runtime.by_handle or not (frame.begins_call or frame.per_token):
-            ctx.look_up_slots(gm.graph)
+            ctx.look_up_slots()
         with timed(record.spans, "passes"), builds_noted() as built:
             run_pipeline(gm, ctx, record.after)
         if program.options.verify == "numeric":

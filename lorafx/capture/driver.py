@@ -11,7 +11,7 @@ from lorafx.capture.failures import in_pass
 from lorafx.capture.verify import check_graph, output_values
 from lorafx.graph.context import Context
 from lorafx.pass_order import GraphPass, pipeline, run_passes
-from lorafx.program.pass_report import PassReport
+from lorafx.program.preparation import PassReport
 
 #: Is given the captured graph (with None), then the graph after each pass with the pass's report.
 AfterPass = Callable[[fx.GraphModule, Context, PassReport | None], None]

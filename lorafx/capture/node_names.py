@@ -20,8 +20,7 @@ from torch import Tensor, fx
 from lorafx.capture.graph_text import value_of
 from lorafx.capture.recorder import Place, Stage
 from lorafx.errors import ProvenanceError
-from lorafx.graph.context import SITE_OPS
-from lorafx.graph.graph_nodes import module_path, plain_path
+from lorafx.graph.context import SITE_OPS, module_path, plain_path
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED
 from lorafx.passes.outline.outline import INVOKE
 from lorafx.program.frame import Frame, FrameInput, batch_symbols

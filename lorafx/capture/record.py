@@ -15,7 +15,7 @@ from lorafx.capture.verify import NumericCheck
 from lorafx.graph.context import Context, Outlined, Refusal, SiteState
 from lorafx.model.sites import Site
 from lorafx.program.frame import Frame
-from lorafx.program.pass_report import PassReport
+from lorafx.program.preparation import PassReport
 
 
 class Span(NamedTuple):

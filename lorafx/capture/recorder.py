@@ -20,7 +20,7 @@ from lorafx.config import Options
 from lorafx.graph.context import Context, Refusal, SiteState
 from lorafx.pass_order import CAPTURED
 from lorafx.program.frame import Frame, FrameInput
-from lorafx.program.pass_report import PassReport
+from lorafx.program.preparation import PassReport
 
 #: A node: the path of the module whose graph holds it ("" for the graph itself), and its name.
 Place = tuple[str, str]

@@ -9,7 +9,7 @@ from typing import Any
 
 from lorafx.capture.checks import RefusedSites
 from lorafx.errors import some
-from lorafx.program.pass_report import PassReport
+from lorafx.program.preparation import PassReport
 from lorafx.reports.report import Report, Table
 
 #: Who spends time on a graph, as it is called in `GraphReport.seconds`, and in words.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import InitVar, dataclass, field
+import functools
+import operator
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -15,22 +18,15 @@ import lorafx.kernels.ops.grouped_ops
 import lorafx.kernels.ops.linear_ops
 import lorafx.kernels.ops.row_ops  # noqa: F401  (all define torch.ops.lorafx)
 from lorafx.errors import MatchError
-from lorafx.graph.graph_nodes import module_path, plain_path
 from lorafx.graph.weight_uses import Use
 from lorafx.model.sites import Site
-from lorafx.op_arguments import bound
-from lorafx.program.frame import (
-    ONE_SLOT,
-    SLOTS,
-    Frame,
-    FrameInput,
-    InputKind,
-    fake_value,
-)
+from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound
+from lorafx.program.frame import ONE_SLOT, SLOTS, Frame, FrameInput, InputKind, fake_value
 from lorafx.program.handover import Handover
 from lorafx.program.program import BANK_FIELDS, GAINS, SHIFTS, Program
 from lorafx.registry import lookup
 from lorafx.torch_internals.fake_tensors import FakeTensorMode, detect_fake_mode
+from lorafx.torch_internals.operators import OpOverload
 
 SITE_OP = torch.ops.lorafx.site.default
 EMBEDDING_OP = torch.ops.lorafx.embedding_site.default
@@ -58,10 +54,9 @@ def is_site(node: fx.Node) -> bool:
 class Refusal:
     """Why LoRA cannot be applied at some sites in this graph.
 
-    `when` says which batches it concerns: "always" any whose adapters touch the site, "mixed"
-    only those whose rows use different adapters, "dora" those with DoRA adapters that touch it,
-    "own" those with adapters that have rows of its weight of their own, "bias" those with adapters
-    that add a bias there.
+    `when` names the batches that it concerns: "always" all whose adapters touch the site, "mixed"
+    those whose rows use different adapters, "dora", "own" and "bias" those with adapters that
+    rescale the site's output, have own rows of its weight, or add a bias there.
     """
 
     sites: tuple[Site, ...]
@@ -92,13 +87,8 @@ class SiteState:
 
 @dataclass(frozen=True)
 class Outlined:
-    """Repeated layers that one body computes.
-
-    Attributes:
-        name: the body's, an attribute of the graph's module.
-        paths: of each call's module, in order.
-        nodes: how many the body holds.
-    """
+    """Repeated layers that one body computes: the attribute that holds it, the module paths of its
+    calls in order, and how many nodes it has."""
 
     name: str
     paths: tuple[str, ...]
@@ -115,7 +105,7 @@ class Context:
 
     program: Program
     frame: Frame
-    graph_module: InitVar[fx.GraphModule]
+    graph_module: fx.GraphModule
     states: dict[fx.Node, list[SiteState]] = field(default_factory=dict)
     refusals: list[Refusal] = field(default_factory=list)
     #: rest of `Options.max_edits`; None for no limit
@@ -130,9 +120,13 @@ class Context:
     homes: dict[fx.Node, tuple[fx.Node, fx.Node]] = field(default_factory=dict)
     fake_mode: FakeTensorMode | None = field(init=False)
 
-    def __post_init__(self, graph_module: fx.GraphModule) -> None:
-        values = [fake_value(node) for node in graph_module.graph.nodes]
+    def __post_init__(self) -> None:
+        values = [fake_value(node) for node in self.graph.nodes]
         self.fake_mode = detect_fake_mode([value for value in values if isinstance(value, Tensor)])
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.graph_module.graph
 
     # --- site nodes ---
 
@@ -151,10 +145,6 @@ class Context:
     def record(self, site: Site, node: fx.Node, use: Use | None, *, form: str = "mark") -> None:
         """`node` serves `site`."""
         self.states[node] = [SiteState(site, use, form=form)]
-
-    def forget(self, node: fx.Node) -> None:
-        """`node` serves no site any more."""
-        self.states.pop(node, None)
 
     def merge(self, old: Iterable[fx.Node], new: fx.Node, form: str) -> None:
         """`new` now does what the nodes `old` did."""
@@ -211,11 +201,8 @@ class Context:
         return [module for _, module, _ in owners if id(module) not in selected]
 
     def made_by_other_owner(self, node: fx.Node, weight: fx.Node) -> bool:
-        """Whether a use of a weight was made by a module that holds the very weight and is no site:
-        an embedding of any class whose head is one. It is not the site's use then.
-
-        A module above the site says nothing: all that the site does is done inside of it.
-        """
+        """Whether a use was made by a module that holds the very weight and is no site, such as the
+        embedding that a head is tied to. Modules above the site do not count."""
         item = self.frame.by_node[weight]
         if item.derived is not None or any(self.inside(node, s.module) for s in item.sites):
             return False
@@ -243,7 +230,7 @@ class Context:
         return self.edits_left >= 0
 
     def call(self, graph: fx.Graph, target: Any, args: tuple[Any, ...], **kwargs: Any) -> fx.Node:
-        """A call_function node with its fake value, at the graph's insertion point. `kwargs` are
+        """A call_function node with its fake value, at the insertion point; `kwargs` are
         constants."""
         node = graph.call_function(target, args, kwargs)
         values = fx.node.map_arg(args, fake_value)
@@ -252,46 +239,43 @@ class Context:
             node.meta["val"] = target(*values, **kwargs)
         return node
 
-    def bank_inputs(self, graph: fx.Graph, site: Site, weight: fx.Node) -> dict[str, fx.Node]:
-        """A, B, ranks, scales and slots of `site` as graph inputs that the executable looks up by
-        the weight that it is called with: the same graph may serve other layers."""
-        nodes = {name: self.bank_input(graph, site, weight, name) for name in BANK_FIELDS}
+    def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """`call` in this graph."""
+        return self.call(self.graph, target, args, **kwargs)
+
+    def size(self, node: fx.Node, dim: int) -> Any:
+        """A size of `node`, as a number or a node."""
+        size = fake_value(node).shape[dim]
+        return size if isinstance(size, int) else self.emit(torch.ops.aten.sym_size.int, node, dim)
+
+    def numbers(self, count: Any, dtype: torch.dtype, device: torch.device) -> fx.Node:
+        """0, 1, … count - 1, in the form that Inductor's decompositions give `arange`."""
+        settings = {"dtype": dtype, "device": device, "requires_grad": False}
+        return self.emit(torch.ops.prims.iota.default, count, start=0, step=1, **settings)
+
+    def bank_inputs(self, site: Site, weight: fx.Node) -> dict[str, fx.Node | None]:
+        """The fields of the site's bank and its slots as graph inputs that the executable looks up
+        by the weight that it is called with: the same graph may serve other layers. None for gains
+        and shifts, and no own rows, where there is no room for them."""
+        bank = self.program.site_bank(site)
+        own = [name for name, tensor in bank.own_rows._asdict().items() if tensor is not None]
+        found: dict[str, fx.Node | None] = dict.fromkeys((GAINS, SHIFTS))
+        for name in (*BANK_FIELDS, *own, GAINS, SHIFTS):
+            if getattr(bank, name) is not None:
+                found[name] = self.bank_input(site, weight, name)
         items = self.frame.by_node.items()
         slots = next((node for node, item in items if item.kind == "slots"), None)
-        if slots is None:
-            slots = self._slots_input(graph, self._place(site, weight))
-        return {**nodes, "slots": slots}
+        return {**found, "slots": slots or self._slots_input(self._place(site, weight))}
 
-    def bank_input(self, graph: fx.Graph, site: Site, weight: fx.Node, name: str) -> fx.Node:
+    def bank_input(self, site: Site, weight: fx.Node, name: str) -> fx.Node:
         """One field of the site's bank as such an input."""
         assert self.fake_mode is not None
         value = getattr(self.program.site_bank(site), name)
         fake = self.fake_mode.from_tensor(value, static_shapes=True)
-        return self._extra_input(graph, self._place(site, weight), name, fake)
-
-    def by_column_inputs(
-        self, graph: fx.Graph, site: Site, weight: fx.Node
-    ) -> dict[str, fx.Node | None]:
-        """The gains and the shifts of the site's bank as such inputs, None where there is no room
-        for DoRA or for biases."""
-        bank = self.program.site_bank(site)
-        return {
-            name: None
-            if getattr(bank, name) is None
-            else self.bank_input(graph, site, weight, name)
-            for name in (GAINS, SHIFTS)
-        }
-
-    def own_inputs(self, graph: fx.Graph, site: Site, weight: fx.Node) -> dict[str, fx.Node]:
-        """What the site's bank holds of rows that adapters have of their own as such inputs, none
-        where there is no room for them."""
-        held = self.program.site_bank(site).own_rows._asdict()
-        names = [name for name, tensor in held.items() if tensor is not None]
-        return {name: self.bank_input(graph, site, weight, name) for name in names}
+        return self._extra_input(self._place(site, weight), name, fake)
 
     def beside(self, field: fx.Node, name: str) -> fx.Node | None:
-        """The input that holds another field of the bank that `field` is a field of, where there
-        is such an input."""
+        """The input with another field of the bank that `field` belongs to, if there is one."""
         inputs = self.frame.extra_nodes
         found = next((key for key, node in inputs.items() if node is field), None)
         return None if found is None else inputs.get((*found[:2], name))
@@ -300,17 +284,16 @@ class Context:
         # Tied weights have several sites: a head and an embedding.
         return self.frame.positions[weight], self.frame.by_node[weight].sites.index(site)
 
-    def look_up_slots(self, graph: fx.Graph) -> None:
+    def look_up_slots(self) -> None:
         """Where marks read a handle, have the executable look the rows' slots up instead."""
         items = self.frame.by_node.items()
         handle = next((node for node, item in items if item.kind == "slots"), None)
         if handle is not None:
             self.frame.by_node[handle] = FrameInput("state", "a handle of the slots")
-            slots = self._slots_input(graph, (self.frame.positions[handle], 0))
+            slots = self._slots_input((self.frame.positions[handle], 0))
             handle.replace_all_uses_with(slots)
 
-    def _slots_input(self, graph: fx.Graph, place: tuple[int, int]) -> fx.Node:
-        """The slots as an input that the executable looks up: as many as the frame's requests."""
+    def _slots_input(self, place: tuple[int, int]) -> fx.Node:
         assert self.fake_mode is not None
         size = self.frame.batch_size()
         with self.fake_mode:
@@ -319,19 +302,62 @@ class Context:
                 dtype=torch.int32,
                 device=self.program.groups[0].bank.A.device,
             )
-        return self._extra_input(graph, place, ONE_SLOT if size is None else SLOTS, value)
+        return self._extra_input(place, ONE_SLOT if size is None else SLOTS, value)
 
-    def _extra_input(
-        self, graph: fx.Graph, place: tuple[int, int], name: str, value: Tensor
-    ) -> fx.Node:
+    def _extra_input(self, place: tuple[int, int], name: str, value: Tensor) -> fx.Node:
         key = (*place, name)
         if key in self.frame.extra_nodes:
             return self.frame.extra_nodes[key]
-        last = [node for node in graph.nodes if node.op == "placeholder"][-1]
-        with graph.inserting_after(last):
-            node = graph.placeholder(f"lorafx_{name}_{len(self.frame.extra_nodes)}")
+        last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(f"lorafx_{name}_{len(self.frame.extra_nodes)}")
         node.meta["val"] = value
         self.frame.extra_nodes[key] = node
         kind: InputKind = "slots" if name in (SLOTS, ONE_SLOT) else "bank"
         self.frame.by_node[node] = FrameInput(kind, name)
         return node
+
+
+def call_in_place(op: OpOverload, arguments: tuple[Any, ...]) -> fx.Node:
+    """The first argument, y, after `op` has written it, as functional nodes. Inductor decides
+    whether y's buffer may be written without a copy."""
+    return written_by(op, dict(zip(_names(op), arguments, strict=True)), _names(op)[0])[0]
+
+
+def written_by(op: OpOverload, values: Mapping[str, Any], *written: str) -> list[fx.Node]:
+    """The arguments `written` of `op`, which writes no others, after its call."""
+    given = {name: values[name] for name in _names(op)}
+    graph = given[written[0]].graph
+    call = graph.call_function(AUTO_FUNCTIONALIZED, (op,), given)
+    call.meta["val"] = (None, *(fake_value(given[name]) for name in written))
+    found: list[fx.Node] = []
+    with graph.inserting_after(call):
+        for index in range(len(written), 0, -1):
+            found.insert(0, graph.call_function(operator.getitem, (call, index)))
+            found[0].meta["val"] = call.meta["val"][index]
+    return found
+
+
+def _names(op: OpOverload) -> list[str]:
+    return [argument.name for argument in op._schema.arguments]
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the innermost module whose forward made `node`, or "" where it is not known."""
+    stack = node.meta.get("nn_module_stack") or {}
+    for path, _ in reversed(list(stack.values())):
+        return plain_path(path)
+    return ""
+
+
+#: The module whose forward is traced, by whatever name its forward has for it.
+_ROOT = re.compile(r"^L\['\w+'\]")
+
+
+@functools.lru_cache(maxsize=4096)
+def plain_path(path: str) -> str:
+    """Dynamo's module path as a dotted path: `L['self']._modules['model']` -> `model`."""
+    text = _ROOT.sub("", path).replace(".__dict__['_modules']", "._modules")
+    text = text.replace("._modules[", ".[").replace("['", ".")
+    text = text.replace('["', ".").replace("']", "").replace('"]', "").replace("..", ".")
+    return text.strip(".")

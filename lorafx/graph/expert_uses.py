@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import fx
 
-from lorafx.graph.weight_uses import SAME_VALUE
+from lorafx.graph.weight_uses import SAME_VALUE, order_of
 from lorafx.kernels.cpu.grouped_mm import GROUPED_MM
 from lorafx.op_arguments import bound
 from lorafx.program.frame import fake_value
@@ -24,7 +24,7 @@ aten = torch.ops.aten
 
 ExpertUseKind = Literal["sorted", "chosen", "all", "unknown"]
 GROUPED = frozenset({aten._grouped_mm.default})
-SWAPS = frozenset({aten.t.default, aten.transpose.int, aten.permute.default})
+SWAPS = frozenset({aten.transpose.int, aten.permute.default})
 #: transformers' own op, where torch's cannot be compiled: (namespace, name).
 FALLBACK = ("transformers", "grouped_mm_fallback")
 
@@ -35,9 +35,6 @@ class ExpertUse:
 
     Attributes:
         kind: see the module's equations; "unknown" where no rule knows the use.
-        weight: the graph input that holds W.
-        node: the node that computes y.
-        x: the other operand.
         choice: offs or ids; None for "all".
         swapped: y comes as (rows, N, 1), x as (rows, K, 1).
         reason: for "unknown", why.
@@ -88,7 +85,7 @@ def _interpret(weight: fx.Node, form: _Form, user: fx.Node) -> _Form | ExpertUse
     if user.target in SAME_VALUE:
         return _Form(user, form.in_first, form.ids)
     if user.target in SWAPS:
-        order = _order(user)
+        order = order_of(user, 3)
         if order == [0, 1, 2]:
             return _Form(user, form.in_first, form.ids)
         if order == [0, 2, 1]:
@@ -158,12 +155,3 @@ def grouped(node: fx.Node) -> Grouped:
         others = call["bias"], call["out_dtype"]
         return Grouped(call["self"], call["mat2"], call["offs"], not any(others))
     return Grouped(call["input"], call["weight"], call["offs"], True)
-
-
-def _order(user: fx.Node) -> list[int]:
-    if user.target is aten.permute.default:
-        return [int(dim) % 3 for dim in bound(user)["dims"]]
-    order, call = [0, 1, 2], bound(user)
-    first, second = (int(call[name]) % 3 for name in ("dim0", "dim1"))
-    order[first], order[second] = order[second], order[first]
-    return order

@@ -2,10 +2,8 @@
 
     h = mul(silu(y[:, :K]), y[:, K:])   →   Activation(g0 = y[m, k], g1 = y[m, K + k], …), (y,)
 
-From h backwards through pointwise operators, slices of columns and casts to float tensors with a
-row for each row of h (leaves), or to rows gathered from a table. Only the operators of `FORMS` are
-known; anything else ends the region as a leaf, or refuses it where it has another shape. Rows may
-have several dimensions, (…, K), the same in all of them.
+The region reaches from h back through pointwise operators, slices of columns and casts to float
+tensors with a row for each row of h (leaves), or to rows gathered from a table.
 """
 
 from __future__ import annotations
@@ -58,12 +56,8 @@ MOST_LINES, MOST_LEAVES, MOST_LOADS = 40, 4, 8
 
 @dataclass(frozen=True)
 class PointwiseRegion:
-    """h as an expression.
-
-    Attributes:
-        inputs: the nodes of its leaves in the order in which kernels take them, (…, W).
-        inside: the nodes that the expression stands for, h among them.
-    """
+    """h as an expression, its leaves (…, W) in the kernels' order, and the nodes that it
+    replaces."""
 
     activation: Activation
     inputs: tuple[fx.Node, ...]
@@ -72,7 +66,7 @@ class PointwiseRegion:
 
 @dataclass(frozen=True)
 class NoRegion:
-    """Why there is none."""
+    """Why h is no such expression."""
 
     reason: str
 
@@ -188,7 +182,7 @@ class _Builder:
 
 
 def _form(node: fx.Node) -> str | None:
-    """The expression of a pointwise operator; None where it is none, or an unknown one."""
+    """The expression of a known pointwise operator."""
     if node.op != "call_function":
         return None
     value = fake_value(node)
@@ -240,7 +234,7 @@ def _slice(node: fx.Node) -> tuple[fx.Node, int, int] | None:
 
 
 def _gathered(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """(table, ids) where `node` is table[ids], rows of a matrix."""
+    """(table, ids) where `node` is rows table[ids] of a matrix."""
     if node.target is not aten.index.Tensor:
         return None
     call = bound(node)

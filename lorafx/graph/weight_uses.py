@@ -5,12 +5,10 @@
     blocks     y_g = x_g W_gᵀ    the same products, where W enters by parts: a slice of its rows,
                y_g = x_g W_g     blocks of them by groups, or summed over `out`
     embedding  y = W[ids]
-    conv       y = conv(x, W), W (N, C / groups, kernel...) a convolution's weight as it is
+    conv       y = conv(x, W), W (N, C / groups, kernel...)
     unknown    anything else, with the reason
 
-What part of W a node holds is its `WeightForm` (lorafx.program.weight_forms): einsum takes W
-through (out, in, 1) and (1, 1, out, in) to (1, in, out), absorbed attention through (heads, out of
-a head, in).
+What part of W a node holds is its `WeightForm` (lorafx.program.weight_forms).
 """
 
 from __future__ import annotations
@@ -37,15 +35,8 @@ UseKind = Literal["linear", "blocks", "embedding", "conv", "unknown"]
 
 #: Same value, same shape semantics: W or y seen through them is still W or y.
 SAME_VALUE = frozenset(
-    {
-        aten.alias.default,
-        aten.detach.default,
-        aten.clone.default,
-        aten.contiguous.default,
-        aten.lift_fresh_copy.default,
-        aten._to_copy.default,
-        prims.convert_element_type.default,
-    }
+    {aten.alias.default, aten.detach.default, aten.clone.default, aten.contiguous.default}
+    | {aten.lift_fresh_copy.default, aten._to_copy.default, prims.convert_element_type.default}
 )
 RESHAPES = frozenset(
     {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.squeeze.dim}
@@ -59,7 +50,6 @@ class Use:
 
     Attributes:
         kind: what is computed; see the module's equations.
-        weight: the graph input that holds W.
         node: the node that computes y (for "unknown": the node that is not understood).
         x: the other operand: x, or the ids of an embedding.
         bias: the addend of an addmm or linear.
@@ -106,8 +96,7 @@ class _Held:
         return _sizes(fake_value(self.node))
 
     def is_whole(self, out: int, into: int) -> bool:
-        """True where dimension `out` is all of W's out, `into` all of its in, and there is nothing
-        else but broadcast dimensions."""
+        """Whether dimensions `out` and `into` are all of W's, and the others broadcast."""
         form = self.form
         others = [axis for dim, axis in enumerate(form.axes) if dim not in (out, into)]
         return (
@@ -132,8 +121,8 @@ def uses_of(
 ) -> list[Use]:
     """All uses of the 2-D weight held by `weight`; `transposed` where it is stored (in, out).
 
-    Where the input holds a view or a copy of W, `part` is its form and (N, K) of W. Where W is
-    stored in another format, `scales` are the graph inputs that may turn it into numbers.
+    For a view or copy of W, `part` is its form and (N, K) of W. `scales` are the graph inputs that
+    may turn stored numbers into those of W.
     """
     found: list[Use] = []
     if part is None:
@@ -186,16 +175,21 @@ def _same(held: _Held, user: fx.Node) -> _Held:
     return held.as_node(user, held.form, plain=before == after)
 
 
-def _swap(held: _Held, user: fx.Node) -> _Held:
-    dims = len(held.form.axes)
+def order_of(user: fx.Node, dims: int) -> list[int]:
+    """Where the dimensions of a transpose or permutation come from."""
+    call = bound(user)
+    if user.target is aten.permute.default:
+        return [int(dim) % dims for dim in call["dims"]]
+    order = list(range(dims))
     if user.target is aten.t.default:
-        order = list(reversed(range(dims)))
-    elif user.target is aten.permute.default:
-        order = [int(dim) % dims for dim in bound(user)["dims"]]
-    else:
-        order, call = list(range(dims)), bound(user)
-        first, second = (int(call[name]) % dims for name in ("dim0", "dim1"))
-        order[first], order[second] = order[second], order[first]
+        return order[::-1]
+    first, second = (int(call[name]) % dims for name in ("dim0", "dim1"))
+    order[first], order[second] = order[second], order[first]
+    return order
+
+
+def _swap(held: _Held, user: fx.Node) -> _Held:
+    order = order_of(user, len(held.form.axes))
     return held.as_node(user, held.form.permuted(order), plain=True)
 
 
@@ -241,7 +235,7 @@ def _part(held: _Held, user: fx.Node, form: WeightForm | None) -> _Held | Use:
 
 
 def _taken_apart(held: _Held, user: fx.Node) -> list[_Held | Use]:
-    """split, unbind: a tuple whose items are got one by one."""
+    """split, unbind."""
     dim, parts = bound(user)["dim"] % len(held.form.axes), fake_value(user)
     single = user.target is aten.unbind.int
     sizes = [1 if single else _sizes(part)[dim] for part in parts]
@@ -314,8 +308,8 @@ def _linear(held: _Held, user: fx.Node) -> Use:
 def _by_blocks(
     held: _Held, user: fx.Node, x: fx.Node, *, summed: int, kept: int, swapped: bool = False
 ) -> Use:
-    """A product with blocks of W: dimension `summed` of the held form runs along x's features,
-    `kept` along y's, and another one along the groups."""
+    """A product with blocks of W; dimension `summed` of the form runs along x's features, `kept`
+    along y's."""
     axes, sizes = held.form.axes, held.sizes
     groups, group = 1, FIXED
     if len(axes) == 3 and not axes[0].fixed:
@@ -392,16 +386,11 @@ def convolution_uses(weight: fx.Node) -> list[Use]:
                 continue  # of its sizes
             if user.target in SAME_VALUE:
                 pending.append(user)
-            elif user.target is CONVOLUTION and _is_kernel(user, held):
-                call = bound(user)
+                continue
+            call = bound(user) if user.target is CONVOLUTION else {}
+            if call.get("weight") is held and held not in (call["input"], call["bias"]):
                 found.append(Use("conv", weight, user, x=call["input"], bias=call["bias"]))
             else:
                 reason = f"no rule for {user.target}"
                 found.append(Use("unknown", weight, user, reason=reason))
     return found
-
-
-def _is_kernel(user: fx.Node, held: fx.Node) -> bool:
-    """Whether `held` is what the convolution moves over its input, and nothing else of it."""
-    call = bound(user)
-    return call["weight"] is held and held not in (call["input"], call["bias"])

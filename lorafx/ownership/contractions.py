@@ -1,8 +1,7 @@
 """Rules for contractions: the owner's letter must survive from the operands into the output.
 
-In an einsum such as `nk,km->nm` an owner dimension is one letter. It may run through operands
-that share it (batch letters) and must appear in the output; a letter that is summed over mixes
-requests. All operands that are owned must name the same letter and the same map.
+In an einsum such as `nk,km->nm` an owner dimension is one letter; summing over it mixes requests.
+All operands that are owned must name the same letter and the same map.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from torch import fx
 
 from lorafx.kernels.cpu.grouped_mm import GROUPED_MM
 from lorafx.op_arguments import bound
-from lorafx.ownership.flow import Flow, Rule, each_output, outputs
+from lorafx.ownership.flow import Flow, Rule, each_output, of_owned, outputs
 from lorafx.ownership.labels import Label, Own, Single
 from lorafx.ownership.symbolic import ONE, equal
 
@@ -70,7 +69,7 @@ def matmul(node: fx.Node, flow: Flow) -> Label:
 def grouped(node: fx.Node, flow: Flow) -> Label:
     """Rows (N, K) by expert weights (E, K, M), bounds in offs: each row keeps its place.
 
-    The bounds count the tokens of all requests; they say which weight a row meets and move none.
+    The bounds count the tokens of all requests, but move none.
     """
     args = bound(node)
     rows = args.get("self", args.get("input", args.get("mat_a")))
@@ -87,8 +86,7 @@ def grouped(node: fx.Node, flow: Flow) -> Label:
 def attention(node: fx.Node, flow: Flow) -> Label:
     """Scaled dot product: q (b, h, q, d), k (b, h, k, d), v (b, h, k, e) -> (b, h, q, e).
 
-    Keys may have fewer heads than queries, so heads carry an owner only where their sizes agree.
-    A mask is broadcast to (b, h, q, k). Further outputs (log-sum-exp) keep (b, h) in front.
+    Heads carry an owner only where q, k and v have as many. Statistics keep (b, h) in front.
     """
     args = bound(node)
     mask = next((args[k] for k in ("attn_mask", "attn_bias") if args.get(k) is not None), None)
@@ -120,43 +118,21 @@ def attention(node: fx.Node, flow: Flow) -> Label:
     return tuple(labels)
 
 
-def recurrent(node: fx.Node, flow: Flow) -> Label:
-    """One layer of a recurrent net over x (time, batch, features), or batch first.
-
-    Outputs: y as x, then states whose batch is the dimension before the last.
-    """
+@of_owned
+def recurrent(node: fx.Node, flow: Flow, label: Own) -> Label:
+    """One layer over x (time, batch, features); the batch of a state is its second last dim."""
     args = bound(node)
-    x = args["input"]
-    label = flow.label(x)
-    if not isinstance(label, Own):
-        return each_output(node, label)
-    first = 0 if args.get("batch_first") and not _time_major(node, flow) else 1
-    states = [args.get("hx_"), args.get("cx_")]
-    ndims = [len(flow.shape(s)) for s in states]
-    for state, n in zip(states, ndims, strict=True):
-        other = flow.label(state)
-        if other is not None and other != label.at(n - 2):
+    for state in (args["hx_"], args["cx_"]):
+        if flow.label(state) not in (None, label.at(len(flow.shape(state)) - 2)):
             return each_output(node, flow.lost(node, "the state is not owned like the input"))
-    if label.dim != first or label.rows != ONE:
+    if label.dim != 1 or label.rows != ONE:
         return each_output(node, flow.lost(node, f"a recurrence over {label}"))
-    labels: list[Single] = []
-    for i, out in enumerate(outputs(node)):
-        n = out.ndim if isinstance(out, torch.Tensor) else 0
-        state_like = (
-            isinstance(out, torch.Tensor)
-            and n >= 2
-            and equal(flow.sizes.shape(out)[n - 2], flow.shape(x)[first])
-        )
-        if i == 0:
-            labels.append(label)
-        else:
-            labels.append(label.at(n - 2) if state_like else flow.lost(node, "workspace"))
+    labels: list[Single] = [label]
+    for out in outputs(node)[1:]:
+        shape = flow.sizes.shape(out) if isinstance(out, torch.Tensor) else ()
+        is_state = len(shape) > 1 and equal(shape[-2], flow.shape(args["input"])[1])
+        labels.append(label.at(len(shape) - 2) if is_state else flow.lost(node, "workspace"))
     return tuple(labels)
-
-
-def _time_major(node: fx.Node, flow: Flow) -> bool:
-    """mkldnn_rnn_layer is handed time-major input whatever batch_first says of its caller."""
-    return node.target.overloadpacket == aten.mkldnn_rnn_layer  # type: ignore[union-attr]
 
 
 RULES: dict[object, Rule] = {
@@ -178,18 +154,16 @@ RULES: dict[object, Rule] = {
     **dict.fromkeys(
         (
             aten._scaled_dot_product_flash_attention_for_cpu,
-            aten._scaled_dot_product_flash_attention,
-            aten._scaled_dot_product_efficient_attention,
+            aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_efficient_attention,
             aten._scaled_dot_product_cudnn_attention,
             aten._scaled_dot_product_fused_attention_overrideable,
             aten._scaled_dot_product_attention_math,
-            aten._scaled_dot_product_attention_math_for_mps,
-            aten.scaled_dot_product_attention,
+            aten._scaled_dot_product_attention_math_for_mps, aten.scaled_dot_product_attention,
         ),
         attention,
     ),
-    **dict.fromkeys((aten.mkldnn_rnn_layer,), recurrent),
-}
+    aten.mkldnn_rnn_layer: recurrent,
+}  # fmt: skip
 
 # Operators of libraries that may not be loaded, by namespace and name.
 OPTIONAL: dict[tuple[str, str], Rule] = {("transformers", "grouped_mm_fallback"): grouped}

@@ -1,12 +1,8 @@
-"""Row maps as graph nodes: sizes from the graph's own symbols, owners from a permutation.
+"""Row maps as graph nodes: sizes from the graph's own symbols, slots through a permutation.
 
-A size expression becomes operator.mul / add / floordiv nodes over SymInt placeholders or sym_size
-of a tensor placeholder. A map through a permutation p of N rows becomes one slot a row,
+A map through a permutation p of N rows becomes one slot a row, with n = len(slots):
 
     slots'[m] = slots[(p[i_m] // R) mod n]        (i_m row m's index along the owner dimension)
-
-with n = len(slots), so that the operator is called with rows = 1. So does a part of the tokens of
-each request, where slots are given per token.
 """
 
 from __future__ import annotations
@@ -21,6 +17,7 @@ import torch
 from torch import fx
 
 from lorafx.op_arguments import bound
+from lorafx.ownership.labels import Own
 from lorafx.ownership.symbolic import BatchSymbols, Sizes, as_expr, product
 from lorafx.torch_internals import symbols
 from lorafx.torch_internals.fake_tensors import detect_fake_mode, enable_python_dispatcher
@@ -112,15 +109,13 @@ class Emitter:
             value = self.size(part, before)
             if value is None:
                 return None
-            total = value if total is None else self._joined(before, target, total, value)
+            if total is None:
+                total = value
+            elif isinstance(total, int) and isinstance(value, int):
+                total = target(total, value)
+            else:
+                total = self.call(before, target, total, value)
         return total if len(parts) > 1 else self.call(before, target, total)
-
-    def _joined(self, before: fx.Node, target: Callable[..., Any], a: Any, b: Any) -> Any:
-        return (
-            target(a, b)
-            if isinstance(a, int) and isinstance(b, int)
-            else self.call(before, target, a, b)
-        )
 
     def slot_of(self, slots: fx.Node, request: int, before: fx.Node) -> fx.Node:
         """The slot of one request, (1,)."""
@@ -131,32 +126,25 @@ class Emitter:
         return self._slots[key]
 
     def row_slots(
-        self,
-        slots: fx.Node,
-        perm: fx.Node,
-        rows: sympy.Expr,
-        x: fx.Node,
-        dim: int,
-        ndim: int,
-        before: fx.Node,
+        self, slots: fx.Node, own: Own, x: fx.Node, ndim: int, before: fx.Node
     ) -> fx.Node | None:
-        """slots'[m], one entry for each row of x: its first `ndim` dimensions, owned at `dim`."""
-        step = self.size(rows, before)
+        """slots'[m], one entry for each row of x: its first `ndim` dimensions, owned so."""
+        step = self.size(own.rows, before)
         if step is None:
             return None
         shape = tuple(self.sizes.shape(x.meta["val"])[:ndim])
-        key = (slots, perm, rows, shape, dim)
+        key = (slots, own, shape)
         if key not in self._slots:
-            count = self._length(slots, before)
-            owner = self.call(before, aten.div.Scalar_mode, perm, step, rounding_mode="floor")
+            count = self.size_of(slots, 0, before)
+            owner = self.call(before, aten.div.Scalar_mode, own.perm, step, rounding_mode="floor")
             owner = self.call(before, aten.remainder.Scalar, owner, count)
             picked = self.call(before, aten.index.Tensor, slots, [owner])
-            self._slots[key] = self._spread(picked, x, dim, ndim, before)
+            self._slots[key] = self._spread(picked, x, own.dim, ndim, before)
         return self._slots[key]
 
     def cut_slots(self, slots: fx.Node, cut: fx.Node, before: fx.Node) -> fx.Node | None:
-        """The slots of the tokens that `cut` keeps of each request, where `slots` (B·T,) has one
-        for each token of the (B, T, ...) tensor that it cuts at dimension 1."""
+        """The slots of the tokens that `cut` keeps of each request: `slots` (B·T,) has one for each
+        token of the tensor (B, T, ...) that it cuts at dimension 1."""
         args = bound(cut)
         key = (slots, cut)
         if key not in self._slots:
@@ -165,16 +153,9 @@ class Emitter:
             shape = [self.size(size, before) for size in sizes]
             if count is None or None in shape:
                 return None
-            number = self.call(
-                before,
-                prims.iota.default,
-                count,
-                start=0,
-                step=1,
-                dtype=torch.int64,
-                device=slots.meta["val"].device,
-                requires_grad=False,
-            )
+            settings = {"dtype": torch.int64, "device": slots.meta["val"].device}
+            settings |= {"start": 0, "step": 1, "requires_grad": False}
+            number = self.call(before, prims.iota.default, count, **settings)
             number = self.call(before, aten.view.default, number, shape)
             kept = self.call(before, aten.slice.Tensor, number, 1, args["start"], args["end"])
             kept = self.call(
@@ -184,19 +165,16 @@ class Emitter:
             self._slots[key] = self.call(before, aten.index.Tensor, slots, [kept])
         return self._slots[key]
 
-    def _length(self, slots: fx.Node, before: fx.Node) -> Any:
-        size = slots.meta["val"].shape[0]
-        return size if isinstance(size, int) else self.call(before, aten.sym_size.int, slots, 0)
+    def size_of(self, node: fx.Node, dim: int, before: fx.Node) -> Any:
+        """A size of `node`, as a number or a node."""
+        size = node.meta["val"].shape[dim]
+        return size if isinstance(size, int) else self.call(before, aten.sym_size.int, node, dim)
 
     def _spread(self, picked: fx.Node, x: fx.Node, dim: int, ndim: int, before: fx.Node) -> fx.Node:
         """(N,) along dimension `dim` of x's row dimensions, flattened to one entry per row."""
         if ndim == 1:
             return picked
-        sizes = x.meta["val"].shape[:ndim]
-        shape = [
-            size if isinstance(size, int) else self.call(before, aten.sym_size.int, x, d)
-            for d, size in enumerate(sizes)
-        ]
+        shape = [self.size_of(x, d, before) for d in range(ndim)]
         line = [1] * dim + [shape[dim]] + [1] * (ndim - 1 - dim)
         wide = self.call(before, aten.view.default, picked, line)
         wide = self.call(before, aten.expand.default, wide, shape)

@@ -1,17 +1,19 @@
-"""The state of one propagation: labels, known index values, sizes; and what rules share.
+"""The state of one propagation, and what rules share.
 
-A rule is a function (node, flow) -> Label. It reads the labels of its inputs through `flow`,
-answers with a label, and says `flow.lost(node, why)` where it cannot prove one.
+A rule is a function (node, flow) -> Label. It reads the labels of its inputs through `flow`, and
+answers `flow.lost(node, why)` where it cannot prove one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
 
 import sympy
 import torch
 from torch import fx
 
+from lorafx.op_arguments import operand
 from lorafx.ownership.labels import Digit, Label, Mixed, Own, Single
 from lorafx.ownership.symbolic import BatchSymbols, Shape, Sizes, is_multiple
 from lorafx.torch_internals.operators import OpOverload
@@ -26,8 +28,7 @@ class Flow:
         give_out: copies of something shared may be given out to the requests.
         withheld: sites where they may not.
         assume: labels may rest on what the graph asks when it runs, of the nodes in `fits`.
-        picks: vectors (N,) of places of requests among the inputs. What is selected by one of them
-            has N rows, any number, and the vector as its `perm`.
+        picks: vectors (N,) of places of requests among the inputs, used as `perm`.
     """
 
     def __init__(
@@ -115,6 +116,17 @@ def each_output(node: fx.Node, label: Single) -> Label:
     """One label for all outputs of a node."""
     value = node.meta.get("val")
     return (label,) * len(value) if isinstance(value, (tuple, list)) else label
+
+
+def of_owned(rule: Callable[[fx.Node, Flow, Own], Label]) -> Rule:
+    """A rule of the first operand's label, where that is owned; others are each output's label."""
+
+    @wraps(rule)
+    def whole(node: fx.Node, flow: Flow) -> Label:
+        label = flow.label(operand(node))
+        return rule(node, flow, label) if isinstance(label, Own) else each_output(node, label)
+
+    return whole
 
 
 def wrap(dim: int, ndim: int) -> int:

@@ -62,8 +62,7 @@ def listed(dim: int, owners: tuple[int, ...]) -> Held:
 
 
 def each_repeated(owners: tuple[int, ...], entries: Sequence[int]) -> tuple[int, ...] | None:
-    """The owners of as many entries, each one's several in turn; None where they do not come out
-    even."""
+    """The owners of as many entries, each owner's next to one another; None if uneven."""
     times, rest = divmod(len(entries), len(owners))
     return None if rest else tuple(owner for owner in owners for _ in range(times))
 

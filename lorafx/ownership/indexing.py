@@ -2,8 +2,7 @@
 
 x owned at d, indexed there by t whose values are the digit v(i) = (p[i] // k) mod m, is owned
 through the composition: row i belongs to (v(i) // rows) mod B = (p[i] // (k·rows)) mod B, when m
-is a whole number of periods. Writing through such indices runs the same map backwards. An owner
-dimension that is indexed by anything else is lost; indices themselves carry labels as operands do.
+is a whole number of periods. Writing runs the same map backwards.
 """
 
 from __future__ import annotations
@@ -37,11 +36,8 @@ def compose(
 
 
 class IndexedDims:
-    """Where dimensions go when x is indexed by tensors at some of its dimensions.
-
-    `at`: {dimension of x: index tensor}; `first`: where the index dimensions start in the result;
-    `count`: how many there are (the broadcast of the index tensors).
-    """
+    """Where dimensions go when x is indexed by the tensors `at` some of its dimensions. The `count`
+    dimensions of the index start at `first` in the result."""
 
     def __init__(self, flow: Flow, ndim: int, indices: list[Any]) -> None:
         self.at = {d: t for d, t in enumerate(indices) if t is not None}
@@ -154,8 +150,8 @@ def landed(
 ) -> Single:
     """The label in x's numbering of something owned in the numbering of the result x[indices].
 
-    Row i is written to v(i) = (p[i] // k) mod m of dimension d: with the owner of row i equal to
-    (p[i] // rows) mod B, v belongs to (v // (rows / k)) mod B.
+    Row i, of owner (p[i] // rows) mod B, is written to v(i) = (p[i] // k) mod m of dimension d:
+    index v belongs to (v // (rows / k)) mod B.
     """
     kind, at = where.result[label.dim] if role == "values" else ("i", label.dim)
     if kind == "x":
@@ -184,8 +180,7 @@ def landed(
 def masked_write(
     node: fx.Node, flow: Flow, x: fx.Node, indices: list[Any], values: object
 ) -> Single:
-    """x[mask] = one value for all chosen positions, which is where(mask, value, x), or another one
-    for each."""
+    """x[mask] = one value for all chosen positions, or one for each."""
     n = len(flow.shape(x))
     masks = [(d, t) for d, t in enumerate(indices) if t is not None]
     if len(masks) != 1:

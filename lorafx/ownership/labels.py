@@ -50,11 +50,7 @@ class One:
 
 @dataclass(frozen=True)
 class Pooled:
-    """What a paged cache holds: keys or values of all requests, in no order that the graph knows.
-
-    Only attention may read it. Its queries keep their places, and which entries they see is the
-    mask's business.
-    """
+    """What a paged cache holds: keys or values of all requests; a mask says which a query sees."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +69,9 @@ class Digit:
 
         t[..., i, ...] = ((perm[i] if perm else i) // rows) mod modulus      (i along `dim`)
 
-    An iota of n entries is Digit(0, 1, n); its n·k-fold `repeat_interleave` Digit(0, k, n); the
-    indices p of a 1-D sort of n entries are Digit(0, 1, n, p), and p // k is Digit(0, k, n/k, p).
-    An `Own` label is the same arithmetic with modulus B: row i of an owned tensor belongs to the
-    request that the digit names. Indexing composes the two.
+    An iota of n entries is Digit(0, 1, n); the indices p of a 1-D sort of n entries are
+    Digit(0, 1, n, p), and p // k is Digit(0, k, n/k, p). An `Own` label is the same arithmetic with
+    modulus B: indexing composes the two.
     """
 
     dim: int

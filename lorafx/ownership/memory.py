@@ -1,10 +1,16 @@
 """Who owns what lies in memory: labels of real tensors, kept by storage.
 
-A view needs no rule: it shows memory that is labelled already. What is known is kept by the view
-that it was said of, and spread over cells, one an element of the storage, when another view of it
-is asked for. A tensor that somebody wrote into unseen is not the one that was labelled, and what
-was handed out as a numpy array may be written into at any time: nothing is known of it any more
-(lorafx.ownership.contents).
+A view shows memory that is labelled already. Labels are kept by view, and spread over cells, one an
+element of the storage, when another view is asked for. Memory that was written into unseen has no
+label any more. What tells that, is its state:
+
+    version     counts the writes that torch sees
+    open        torch has given the memory out as a numpy array, which may be written into
+    digest      of all its bytes, for writers that have its address (DLPack, an extension)
+
+    digest = Σ mix(w_i · (2 i + 1) · P)  mod 2⁶⁴        mix(x) = (x ^ (x >> 29)) · Q
+
+over words w of 64 bits.
 """
 
 from __future__ import annotations
@@ -12,13 +18,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from functools import cache
+from typing import NamedTuple, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lorafx.ownership.contents import MemoryState, state_of
 from lorafx.ownership.held import (
     SHARED,
     UNKNOWN,
@@ -86,13 +93,12 @@ class Memory:
         return block.views[place]
 
     def computed(self, tensor: Tensor) -> bool:
-        """Whether `tensor` shows what the call was given, or has computed, and nobody has written
-        into it unseen; its owners may be unknown."""
+        """Whether `tensor` is of the call, and was not written into unseen."""
         block = self._block(tensor)
         return block is not None and self._intact(block, tensor)
 
     def own(self, tensors: Iterable[Tensor]) -> None:
-        """These, which no request has touched yet, depend on none until they are written into."""
+        """No request has touched these yet."""
         for tensor in tensors:
             if self._block(tensor) is None and (block := self._new(tensor)) is not None:
                 block.views[(_elements(tensor),), (1,), 0] = SHARED
@@ -104,8 +110,7 @@ class Memory:
             block.views[_place(tensor)] = held
 
     def note(self, tensor: Tensor, held: Held | None, inputs: Iterable[Tensor] = ()) -> None:
-        """`tensor` was computed from `inputs`, and is held so. Where it shows memory of one of
-        them, this is only one more view of what lies there."""
+        """`tensor` was computed from `inputs`, or shows memory of one of them, and is held so."""
         key, block = storage_of(tensor), self._block(tensor)
         if key is None or all(storage_of(item) != key for item in inputs):
             block = self._new(tensor)
@@ -115,8 +120,8 @@ class Memory:
             block.views[_place(tensor)] = held
 
     def write(self, tensor: Tensor, held: Held | None, *, uncounted: int = 0) -> None:
-        """`tensor` was written into, and is held so now; other elements of its storage are what
-        they were. Its version does not count the last `uncounted` times yet."""
+        """`tensor` was written into, and is held so now. Its version does not count the last
+        `uncounted` times yet."""
         block, place = self._block(tensor), _place(tensor)
         if block is not None and block.handed:
             return
@@ -149,8 +154,7 @@ class Memory:
                 block.cells = renamed_cells(block.cells, requests)
 
     def _new(self, tensor: Tensor) -> _Block | None:
-        """An empty block for the storage of `tensor`, in place of what was known of it; None where
-        nothing can be."""
+        """An empty block for the storage of `tensor`; None where nothing can be known of it."""
         key = storage_of(tensor)
         if key is None:
             return None
@@ -165,8 +169,7 @@ class Memory:
         return state_of(tensor, digested=self._guarded())
 
     def _intact(self, block: _Block, tensor: Tensor) -> bool:
-        """Whether the memory is what was labelled, and its elements as long. Where somebody has
-        written into it unseen, or may at any time, nothing is known of any view of it."""
+        """Whether the memory is what was labelled; if not, all that is known of it is dropped."""
         if tensor.is_inference() or block.handed:
             return False
         now = state_of(tensor, digested=block.state.digest is not None)
@@ -227,8 +230,8 @@ def _apart(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
 
 
 def _spread(cells: Tensor, held: Held | None, place: Geometry) -> bool:
-    """Write a view's label into the cells of its storage; false where elements of the view that
-    lie in one place may have different owners."""
+    """Write a view's label into the cells of its storage; false where elements that lie in one
+    place may have different owners."""
     size, stride, offset = place
     if isinstance(held, (Listed, Patchy)) and not _apart(size, stride):
         return False
@@ -240,3 +243,48 @@ def _spread(cells: Tensor, held: Held | None, place: Geometry) -> bool:
         return False
     region.copy_(cells_of(held, len(size), cells.device).expand(region.shape))
     return True
+
+
+_P, _Q = -7046029254386353131, -4658895280553007687
+#: Words at a time, which stay in a core's cache.
+_CHUNK = 1 << 17
+
+
+class MemoryState(NamedTuple):
+    """The state of a tensor's whole storage. `digest` is None where nobody asked for it."""
+
+    version: int
+    open: bool
+    digest: int | None
+
+
+def state_of(tensor: Tensor, *, digested: bool) -> MemoryState:
+    """The state of the memory in which a tensor lies that counts its writes."""
+    storage = tensor.untyped_storage()
+    return MemoryState(
+        tensor._version, not storage.resizable(), _digest(tensor) if digested else None
+    )
+
+
+@torch.no_grad()
+def _digest(tensor: Tensor) -> int:
+    storage = tensor.untyped_storage()
+    device = storage.device
+    if not storage.nbytes() or device.type == "meta":
+        return 0
+    octets = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+    rest = len(octets) % 8
+    parts = list(octets[: len(octets) - rest].view(torch.int64).split(_CHUNK))
+    if rest:
+        parts.append(F.pad(octets[-rest:], (0, 8 - rest)).view(torch.int64))
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    for part in parts:
+        mixed = part * _weights(device)[: len(part)]
+        mixed ^= mixed >> 29
+        total = total * _P + (mixed * _Q).sum()
+    return int(total)
+
+
+@cache
+def _weights(device: torch.device) -> Tensor:
+    return (2 * torch.arange(_CHUNK, device=device) + 1) * _P

@@ -5,9 +5,8 @@
     query · keys, weights · values       the rows of what is no pool
     paged_attention(query, ...)          the rows of the queries
 
-An attention over pages mixes entries of several requests by nature; its mask says which of them a
-query sees. A row of its result stands where its query stood. Everything else that meets a pool, a
-site among it, is refused.
+A row of attention's result stands where its query stood. Everything else that meets a pool is
+refused.
 """
 
 from __future__ import annotations

@@ -58,17 +58,6 @@ TOLERANT = frozenset(
 FORGETFUL = frozenset({pointwise.unlabelled, pointwise.scalar_read, pointwise.copied})
 
 
-def propagate(
-    graph: fx.Graph, seeds: Mapping[fx.Node, Label], batch: BatchSymbols
-) -> dict[fx.Node, Label]:
-    """The label of every node of a graph whose nodes carry fake tensors in meta["val"].
-
-    `seeds` gives the labels of the inputs; a tensor input without one is of unknown origin and
-    Mixed. Linear in the number of nodes.
-    """
-    return flow_through(graph, seeds, batch).labels
-
-
 def flow_through(
     graph: fx.Graph,
     seeds: Mapping[fx.Node, Label],
@@ -77,12 +66,15 @@ def flow_through(
     assume: bool = False,
     picks: Iterable[fx.Node] = (),
 ) -> Flow:
-    """`propagate` with everything that was learnt on the way.
+    """Labels of all nodes of a graph whose nodes carry fake tensors in meta["val"].
 
-    `assume`: labels may rest on what the graph asks when it runs (`Flow.fits`). `picks`: vectors
-    among the inputs whose values are places of requests. Where copies of something shared were
-    given out to the requests (`sites.given_out`), every site and every result of the graph that
-    they reach must keep to it; else they are withheld.
+    Args:
+        seeds: labels of the inputs; a tensor input without one is Mixed.
+        assume: labels may rest on what the graph asks when it runs (`Flow.fits`).
+        picks: vectors among the inputs whose values are places of requests.
+
+    Copies of something shared are given out to the requests (`sites.given_out`) unless a site or a
+    result that they reach does not keep to it.
     """
     withheld: frozenset[fx.Node] = frozenset()
     while True:
@@ -95,7 +87,6 @@ def flow_through(
 
 
 def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """These nodes and all that they are computed from."""
     found: set[fx.Node] = set()
     pending = list(nodes)
     while pending:

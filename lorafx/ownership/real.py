@@ -1,8 +1,8 @@
 """Rules for operators that run in Python, between the graphs of a model, on real tensors.
 
-The rules of the graph are asked, with numbers in place of symbols: index i along the dimension of
-an operand stands for a request of its own, and the owners' list says for whom. What moves whole
-elements (indexing by values that are known now, joining, padding) moves their cells.
+The rules of the graph are used with numbers in place of symbols: index i along an operand's
+dimension is a request of its own, and the owners' list says which. What moves whole elements
+(indexing by known values, joining, padding) moves their cells.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def indexed(func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels)
 
 
 def laid(func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels) -> Tensor | None:
-    """x[indices] = y, or += y: each element has y's owner where y lands. None where that is not
-    one owner alone."""
+    """x[indices] = y, or += y: each element has y's owner where y lands; None for several
+    owners."""
     table, index = cells_in(named["self"], labels).clone(), Indices.of(named, labels)
     before = table[index.key]
     owners = cells_in(named.get("source", named.get("values")), labels).expand(before.shape)
@@ -92,10 +92,7 @@ def masked(func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels) 
 
 
 class Indices:
-    """The indices of a tensor by its dimensions, and the owners of each.
-
-    Masks are taken as the positions that they choose.
-    """
+    """The indices of a tensor by its dimensions, masks as positions, and the owners of each."""
 
     def __init__(self, indices: Sequence[Tensor | None], labels: Labels) -> None:
         self.at: list[Tensor | None] = []
@@ -130,10 +127,10 @@ class Indices:
         return tuple(slice(None) if index is None else index.long() for index in self.at)
 
     def owned(self, picked: Tensor) -> Tensor:
-        """`picked`, cells of table[indices], with the owners of the indices.
+        """`picked`, cells of table[indices], joined with the owners of the indices.
 
-        What is of a request stays so where a mask of unknown owners leaves it in: which of the rows
-        are left, in their order, is not their content.
+        A mask of unknown owners takes nothing from what it leaves in: which rows are left, in their
+        order, is not their content.
         """
         places = [dim for dim, index in enumerate(self.at) if index is not None]
         together = places == list(range(places[0], places[0] + len(places)))
@@ -210,11 +207,7 @@ def held_results(
     func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], results: object, labels: Labels
 ) -> list[Held | None]:
     """The labels of an operator's results, in the order of `tensors_in`; for one that writes into
-    an argument, of that argument afterwards.
-
-    Args:
-        labels: what the operands were before it ran.
-    """
+    an argument, of that argument afterwards. `labels` are the operands' before it ran."""
     outputs, twin = list(tensors_in(results)), functional(func)
     operands = [*tensors_in(args), *tensors_in(dict(kwargs))]
     if func.overloadpacket in _OVERWRITING:
@@ -245,7 +238,6 @@ def held_results(
 
 
 def _named(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that were given, by their names in the operator's schema."""
     names = [argument.name for argument in func._schema.arguments]
     return {**dict(zip(names, args, strict=False)), **kwargs}
 

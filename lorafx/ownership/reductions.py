@@ -1,9 +1,7 @@
 """Rules for reductions, scans, sorts and norms: what works along dimensions must spare the owner.
 
-out[...] = f(x[..., :, ...]) over `dim`. A reduction over other dimensions keeps the owner and
-renumbers it when the reduced dimensions go; a scan or softmax keeps the shape. The one scan along
-the owner dimension that keeps ownership is a 1-D sort: its values are x[p] for its indices p, so
-they are owned through p.
+out[...] = f(x[..., :, ...]) over `dim`. Only a 1-D sort may run along the owner dimension: its
+values are x[p] for its indices p, so they are owned through p.
 """
 
 from __future__ import annotations
@@ -15,18 +13,17 @@ import torch
 from torch import fx
 
 from lorafx.op_arguments import bound, index_of, operand
-from lorafx.ownership.flow import Flow, Rule, each_output, outputs, wrap_all
+from lorafx.ownership.flow import Flow, Rule, each_output, of_owned, outputs, wrap_all
 from lorafx.ownership.labels import Label, Own
 from lorafx.ownership.pointwise import same_as_first
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
 
-def reduced(node: fx.Node, flow: Flow) -> Label:
+@of_owned
+def reduced(node: fx.Node, flow: Flow, label: Own) -> Label:
     """Reductions over `dim` or `dims`; none given (or an empty list) means all."""
-    label, args = flow.label(operand(node)), bound(node)
-    if not isinstance(label, Own):
-        return each_output(node, label)
+    args = bound(node)
     n = len(flow.shape(operand(node)))
     dims = wrap_all(args.get("dim", args.get("dims")), n)
     if label.dim in dims:
@@ -37,25 +34,18 @@ def reduced(node: fx.Node, flow: Flow) -> Label:
     )
 
 
-def scanned(node: fx.Node, flow: Flow) -> Label:
+@of_owned
+def scanned(node: fx.Node, flow: Flow, label: Own) -> Label:
     """Softmax, cumulative sums, fft, top-k: the shape's dimensions stay, `dim` is worked along."""
-    label, args = flow.label(operand(node)), bound(node)
-    if not isinstance(label, Own):
-        return each_output(node, label)
-    if label.dim in wrap_all(args.get("dim"), len(flow.shape(operand(node)))):
+    if label.dim in wrap_all(bound(node).get("dim"), len(flow.shape(operand(node)))):
         return each_output(node, flow.lost(node, f"works along the owner dimension of {label}"))
     return each_output(node, label)
 
 
-def sort_dim(node: fx.Node, flow: Flow) -> bool:
-    """The sort is that of a vector."""
-    return len(flow.shape(operand(node))) == 1
-
-
-def sorted_values(node: fx.Node, flow: Flow) -> Label:
+@of_owned
+def sorted_values(node: fx.Node, flow: Flow, label: Own) -> Label:
     """sort: (values, indices). A vector's values are x[p] with p the indices."""
-    label = flow.label(operand(node))
-    if not isinstance(label, Own) or not sort_dim(node, flow):
+    if len(flow.shape(operand(node))) != 1:
         return scanned(node, flow)
     lost = flow.lost(node, "the order of all requests' entries")
     if not isinstance(node.meta["val"], (tuple, list)):
@@ -68,11 +58,8 @@ def sorted_values(node: fx.Node, flow: Flow) -> Label:
 
 
 def normalised(over: Callable[[fx.Node, Flow, int], bool], leading: bool = True) -> Rule:
-    """Norms: (out, mean, rstd, ...) where `over` says whether dimension d is averaged over.
-
-    `leading`: the statistics keep the dimensions that are not averaged over in their places, and
-    with them the label. Weights are shared.
-    """
+    """Norms: (out, mean, rstd, ...) where `over` says whether dimension d is averaged over. With
+    `leading`, the statistics keep the other dimensions in their places. Weights are shared."""
 
     def rule(node: fx.Node, flow: Flow) -> Label:
         label = same_as_first(node, flow)
@@ -95,25 +82,10 @@ def trailing(node: fx.Node, flow: Flow, dim: int) -> bool:
     return dim >= len(flow.shape(operand(node))) - len(args["normalized_shape"])
 
 
-def groups(node: fx.Node, flow: Flow, dim: int) -> bool:
-    """group_norm: everything but the leading dimension."""
-    return dim != 0
-
-
 def batch_statistics(node: fx.Node, flow: Flow, dim: int) -> bool:
-    """batch_norm: in evaluation nothing; in training (and in instance_norm, which is one over
-    (1, B·C, ...)) everything but the channels."""
+    """batch_norm in training: everything but the channels."""
     training = bound(node).get("training", bound(node).get("train", False))
     return bool(training) and dim != 1
-
-
-def nothing(node: fx.Node, flow: Flow, dim: int) -> bool:
-    return False
-
-
-def renormed(node: fx.Node, flow: Flow, dim: int) -> bool:
-    """renorm(p, dim, maxnorm): each index of dim by itself."""
-    return dim not in wrap_all(bound(node)["dim"], len(flow.shape(node)))
 
 
 def counted(node: fx.Node, flow: Flow) -> Label:
@@ -150,7 +122,9 @@ RULES: dict[object, Rule] = {
         (aten.native_layer_norm, aten.layer_norm, aten.rms_norm, aten._fused_rms_norm),
         normalised(trailing),
     ),
-    **dict.fromkeys((aten.native_group_norm, aten.group_norm), normalised(groups)),
+    **dict.fromkeys(
+        (aten.native_group_norm, aten.group_norm), normalised(lambda node, flow, dim: dim != 0)
+    ),
     **dict.fromkeys(
         (
             aten.native_batch_norm, aten._native_batch_norm_legit, aten.batch_norm,
@@ -164,7 +138,9 @@ RULES: dict[object, Rule] = {
             aten._native_batch_norm_legit_no_training, aten._batch_norm_no_update,
             aten.cudnn_batch_norm,
         ),
-        normalised(nothing, leading=False),
+        normalised(lambda node, flow, dim: False, leading=False),
     ),
-    aten.renorm: normalised(renormed),
+    aten.renorm: normalised(
+        lambda node, flow, dim: dim not in wrap_all(bound(node)["dim"], len(flow.shape(node)))
+    ),
 }  # fmt: skip

@@ -6,13 +6,9 @@ argsort, or an iota written (index_put, scatter) at p. `Flow.inverses` records s
 
     x.masked_scatter(mask, source)      x[mask] = source
 
-The k-th position takes the k-th element. Where the requests' parts of x and of the source follow
-one another, in order and whole, the k-th element is the request's own exactly if each request has
-as many positions as elements. That depends on the values of the mask: it is assumed here, noted in
-`Flow.fits`, and asked when the graph runs (`lorafx::own_mask`). A source that depends on no request
-may go anywhere.
-
-The ranks of tensor parallelism have the same requests:
+The k-th position takes the k-th element. Where the requests follow one another in x and source,
+that is the request's own exactly if each has as many positions as elements. It is assumed here,
+noted in `Flow.fits`, and checked when the graph runs (`lorafx::own_mask`).
 
     all_reduce, wait    out[i] = Σ_rank a_rank[i]
     all_gather          out = [a_0; a_1; ...] along the first dimension
@@ -47,7 +43,7 @@ def iota(node: fx.Node, flow: Flow) -> Digit | None:
 
 
 def vector_order(node: fx.Node, flow: Flow) -> Digit | None:
-    """The indices of a vector sort: a permutation, and the inverse of the one it sorts."""
+    """The indices of a vector sort: a permutation, maybe the inverse of the one it sorts."""
     sort = operand(node) if node.target is operator.getitem else node
     if not isinstance(sort, fx.Node) or not isinstance(sort.target, OpOverload):
         return None
@@ -106,8 +102,8 @@ def in_turn(flow: Flow, tensor: fx.Node, label: Own) -> bool:
 def chosen(
     node: fx.Node, flow: Flow, x: fx.Node, mask: fx.Node, first: int, source: fx.Node
 ) -> Single:
-    """x with the positions of the mask, which begins at dimension `first` of x, replaced by the
-    source's elements, or increased by them."""
+    """x with the positions of the mask, which begins at dimension `first` of x, replaced or
+    increased by the source's elements."""
     at = flow.label(mask)
     label = flow.agree(node, [flow.label(x), at.at(at.dim + first) if isinstance(at, Own) else at])
     own = flow.label(source)

@@ -3,8 +3,8 @@
     list(x), x[2], x.split(k), ...     One(b): every element belongs to request b
     cat([One(0), ..., One(B − 1)])     the requests again, in order
 
-That needs a number of requests that the graph knows as a number, as where Python loops over them.
-What is computed from tensors of one request alone is that request's, whatever the operator.
+The graph has to know the number of requests as a number. What is computed from tensors of one
+request alone is that request's, whatever the operator.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ def request_of(flow: Flow, own: Own, first: sympy.Expr, size: sympy.Expr = ONE) 
 
 
 def taken_apart(node: fx.Node, flow: Flow) -> Label | None:
-    """The labels of what cuts an owner dimension into parts of one request each; None where it
-    does not, and the operator's own rule decides."""
+    """The labels of parts of the owner dimension that belong to one request each; else None."""
     packet = getattr(node.target, "overloadpacket", None)
     if packet not in CUTS:
         return None
@@ -47,7 +46,9 @@ def taken_apart(node: fx.Node, flow: Flow) -> Label | None:
     if packet in (aten.slice, aten.narrow):
         first = flow.size(0 if args.get("start") is None else args["start"])
         stepped = args.get("step", 1) != 1 or equal(flow.shape(node)[own.dim], length)
-        return None if stepped or first is None else _part(node, flow, own, first)
+        if stepped or first is None:
+            return None
+        return request_of(flow, own, first, flow.shape(node)[own.dim])
     if packet is aten.select:
         index = flow.size(args["index"])
         if index is None or not (index.is_Integer and length.is_Integer):
@@ -63,10 +64,6 @@ def taken_apart(node: fx.Node, flow: Flow) -> Label | None:
         found.append(one)
         at = at + size
     return tuple(found)
-
-
-def _part(node: fx.Node, flow: Flow, own: Own, first: sympy.Expr) -> One | None:
-    return request_of(flow, own, first, flow.shape(node)[own.dim])
 
 
 def together(node: fx.Node, flow: Flow, labels: Sequence[Single]) -> Label:
@@ -105,16 +102,8 @@ def _joined(node: fx.Node, flow: Flow, stacked: bool) -> Own | None:
 
 
 CUTS = (
-    aten.select,
-    aten.unbind,
-    aten.slice,
-    aten.narrow,
-    aten.split,
-    aten.split_with_sizes,
-    aten.chunk,
-    aten.unsafe_split,
-    aten.unsafe_split_with_sizes,
-    aten.unsafe_chunk,
+    aten.select, aten.unbind, aten.slice, aten.narrow, aten.split, aten.split_with_sizes,
+    aten.chunk, aten.unsafe_split, aten.unsafe_split_with_sizes, aten.unsafe_chunk,
     aten.tensor_split,
-)
+)  # fmt: skip
 JOINS = (aten.cat, aten.concat, prims.cat, aten.stack)

@@ -30,8 +30,7 @@ def input_of(node: fx.Node) -> fx.Node:
 
 
 def row_dims(node: fx.Node) -> int:
-    """How many leading dimensions of a site's x its rows are counted over: all of ids, the first
-    of what a convolution takes, all but the features' of any other."""
+    """How many leading dimensions of a site's x its rows are counted over."""
     dims: int = input_of(node).meta["val"].dim()
     if node.target is torch.ops.lorafx.embedding_site.default:
         return dims
@@ -41,8 +40,7 @@ def row_dims(node: fx.Node) -> int:
 def site(node: fx.Node, flow: Flow) -> Label:
     """site(x, y, ...), grouped_site, embedding_site(ids, y, ...): y's rows, each plus its delta.
 
-    The row dimensions of x and y are the same (all but the last; for ids all), so an owner that
-    is one of them keeps its number. Banks and slots are shared by construction.
+    The row dimensions of x and y are the same. Banks and slots are shared by construction.
     """
     x, y = input_of(node), bound(node)["y"]
     label = flow.label(x)
@@ -56,8 +54,7 @@ def site(node: fx.Node, flow: Flow) -> Label:
 def expert_site(node: fx.Node, flow: Flow) -> Label:
     """expert_site(x, y, ..., experts): y's rows, each plus its own delta.
 
-    Which expert a row was routed to may depend on everybody's rows, as the ends of sorted groups
-    do; it says which factors a row meets and moves none.
+    Which expert a row goes to may depend on everybody's rows: it moves none.
     """
     args = bound(node)
     labels = [flow.label(args["x"]), flow.label(args["y"])]
@@ -78,11 +75,10 @@ def conv_site(node: fx.Node, flow: Flow) -> Label:
 
 
 def given_out(node: fx.Node, flow: Flow, x: fx.Node, y: fx.Node) -> Own | None:
-    """Copies of something shared, one per request (learned queries, expanded type ids): x depends
-    on no request, and exactly one of its row dimensions has B entries, or was made for them.
+    """Copies of something shared, one per request (learned queries, expanded type ids): exactly one
+    row dimension of x has B entries, or was made for them.
 
-    Copy b may be given request b's delta, as long as what follows keeps to that: the result is
-    labelled so, and `propagate.flow_through` takes it back where the label is lost later on.
+    `propagate.flow_through` takes the label back where what follows does not keep to it.
     """
     if not flow.give_out or node in flow.withheld:
         return None
@@ -112,12 +108,7 @@ def rows_of(node: fx.Node, flow: Flow) -> Label:
 
 
 RULES: dict[object, Rule] = dict.fromkeys(
-    (
-        torch.ops.lorafx.site,
-        torch.ops.lorafx.embedding_site,
-        torch.ops.lorafx.grouped_site,
-    ),
-    site,
+    (torch.ops.lorafx.site, torch.ops.lorafx.embedding_site, torch.ops.lorafx.grouped_site), site
 )
 RULES[torch.ops.lorafx.expert_site] = expert_site
 RULES[torch.ops.lorafx.conv_site] = conv_site

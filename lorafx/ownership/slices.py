@@ -14,8 +14,8 @@ import torch
 from torch import fx
 
 from lorafx.op_arguments import bound, index_of, operand
-from lorafx.ownership.flow import Flow, Rule, each_output, outputs, wrap
-from lorafx.ownership.labels import Digit, Label, Mixed, Own, Single
+from lorafx.ownership.flow import Flow, Rule, each_output, of_owned, outputs, wrap
+from lorafx.ownership.labels import Digit, Label, Own, Single
 from lorafx.ownership.symbolic import ONE, divide, equal
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -33,13 +33,13 @@ def is_full(node: fx.Node, flow: Flow, dim: int, step: object) -> bool:
     return step == 1 and equal(flow.shape(node)[dim], flow.shape(operand(node))[dim])
 
 
-def sliced(node: fx.Node, flow: Flow) -> Label:
+@of_owned
+def sliced(node: fx.Node, flow: Flow, label: Own) -> Label:
     """slice(dim, start, end, step), also narrow(dim, start, length)."""
-    label, args = flow.label(operand(node)), bound(node)
-    shape = flow.shape(operand(node))
-    dim = wrap(args["dim"], len(shape))
+    args = bound(node)
+    dim = wrap(args["dim"], len(flow.shape(operand(node))))
     step, start = args.get("step", 1), args.get("start")
-    if not isinstance(label, Own) or label.dim != dim or is_full(node, flow, dim, step):
+    if label.dim != dim or is_full(node, flow, dim, step):
         return label
     first = flow.size(0 if start is None else start)
     size, stride = flow.shape(node)[dim], flow.size(step)
@@ -62,11 +62,11 @@ def sliced_digit(node: fx.Node, flow: Flow) -> Digit | None:
     return digit if dim != digit.dim or is_full(node, flow, dim, args.get("step", 1)) else None
 
 
-def split(node: fx.Node, flow: Flow) -> Label:
+@of_owned
+def split(node: fx.Node, flow: Flow, label: Own) -> Label:
     """split, split_with_sizes, chunk and their kin: one label a piece."""
-    label, args = flow.label(operand(node)), bound(node)
-    dim = wrap(args.get("dim", 0), len(flow.shape(operand(node))))
-    if not isinstance(label, Own) or label.dim != dim:
+    dim = wrap(bound(node).get("dim", 0), len(flow.shape(operand(node))))
+    if label.dim != dim:
         return each_output(node, label)
     start, labels = sympy.Integer(0), []
     for out in outputs(node):
@@ -153,28 +153,20 @@ def diagonal_written(node: fx.Node, flow: Flow) -> Label:
     return label
 
 
-def glu_halves(node: fx.Node, flow: Flow) -> Label:
+@of_owned
+def glu_halves(node: fx.Node, flow: Flow, label: Own) -> Label:
     """glu(dim): the two halves of a dimension meet."""
-    label = flow.label(operand(node))
+    half = flow.shape(node)[label.dim]
     dim = wrap(bound(node)["dim"], len(flow.shape(node)))
-    if isinstance(label, Own) and label.dim == dim:
-        half = piece(node, flow, label, flow.shape(node)[dim], flow.shape(node)[dim])
-        return half if isinstance(half, Mixed) or half == label else label
-    return label
+    return piece(node, flow, label, half, half) if label.dim == dim else label
 
 
 RULES: dict[object, Rule] = {
     **dict.fromkeys((aten.slice, aten.narrow, aten.slice_copy), sliced),
     **dict.fromkeys(
         (
-            aten.split,
-            aten.split_with_sizes,
-            aten.chunk,
-            aten.unsafe_split,
-            aten.tensor_split,
-            aten.unsafe_split_with_sizes,
-            aten.unsafe_chunk,
-            aten.split_copy,
+            aten.split, aten.split_with_sizes, aten.chunk, aten.unsafe_split, aten.tensor_split,
+            aten.unsafe_split_with_sizes, aten.unsafe_chunk, aten.split_copy,
             aten.split_with_sizes_copy,
         ),
         split,
@@ -185,5 +177,5 @@ RULES: dict[object, Rule] = {
     aten.select_scatter: index_written,
     aten.diagonal_scatter: diagonal_written,
     aten.glu: glu_halves,
-}
+}  # fmt: skip
 DIGITS = {aten.slice: sliced_digit, aten.narrow: sliced_digit}

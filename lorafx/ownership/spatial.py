@@ -1,7 +1,6 @@
-"""Rules for operators of images and signals: (batch, channels, spatial...) with shared weights.
+"""Rules for operators of images and signals (batch, channels, spatial...) with shared weights.
 
-Convolution, pooling, resampling and patch extraction mix channels or neighbours and keep the
-batch; an owner in front of the dimensions that are worked on survives.
+An owner in front of the dimensions that are worked on survives.
 """
 
 from __future__ import annotations
@@ -19,11 +18,8 @@ aten, prims = torch.ops.aten, torch.ops.prims
 
 
 def convolution(node: fx.Node, flow: Flow) -> Label:
-    """input (N, C, spatial...), weight (C_out, C_in / groups, kernel...): N survives.
-
-    So does a spatial dimension that the kernel visits one index at a time: kernel 1, stride 1,
-    no padding.
-    """
+    """input (N, C, spatial...), weight (C_out, C_in / groups, kernel...): N survives, and so does a
+    spatial dimension of kernel 1, stride 1 and no padding."""
     args = bound(node)
     if flow.label(args["weight"]) is not None:
         return flow.lost(node, "the kernel depends on requests")
@@ -126,5 +122,5 @@ def low_memory_pool(node: fx.Node, flow: Flow) -> Label:
 
 
 OPTIONAL: dict[tuple[str, str], Rule] = {
-    ("prims", "_low_memory_max_pool_with_offsets"): low_memory_pool,
+    ("prims", "_low_memory_max_pool_with_offsets"): low_memory_pool
 }

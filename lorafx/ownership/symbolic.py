@@ -1,8 +1,7 @@
 """Exact arithmetic on symbolic sizes: one symbol for the batch, division by cancellation.
 
-Every size is a sympy expression read from the fake tensors of the graph (`SymInt.node.expr`);
-hints (the numbers of the example call) are never used, so that what is proved holds for every
-call of the graph. An expression is kept as integer · ∏ baseᵉ, and a / b exists only where every
+Sizes are read from the fake tensors (`SymInt.node.expr`), never from hints, so that what is proved
+holds for every call. An expression is kept as integer · ∏ baseᵉ, and a / b exists only where every
 factor of b cancels.
 """
 
@@ -27,8 +26,7 @@ ONE = sympy.Integer(1)
 class BatchSymbols:
     """Symbols and integers known to equal the number of requests B (checked at entry).
 
-    `members` are what the sizes in the graph call B; `canonical` is the one that stands for all.
-    A batch that was specialised to a number keeps that number. `multiples` are sizes that are
+    `canonical` stands for all `members`; a number, if there is one. `multiples` are sizes that are
     whole multiples of B, and those of `alike` are equal to each other.
     """
 
@@ -41,8 +39,7 @@ class BatchSymbols:
         """From the leading sizes of the inputs that carry requests.
 
         Raises:
-            ProvenanceError: a size is neither a symbol nor an integer, two of them are different
-                integers, or there is none.
+            ProvenanceError: these are not symbols and at most one integer.
         """
         members = frozenset(as_expr(size) for size in sizes)
         numbers = {m for m in members if m.is_Integer}
@@ -60,11 +57,9 @@ class BatchSymbols:
         return numbers[0] if numbers else min(self.members, key=str)
 
     def with_multiples(self, sizes: Iterable[int | torch.SymInt]) -> BatchSymbols:
-        """The same, where these are known to be whole multiples of B."""
         return replace(self, multiples=frozenset(as_expr(size) for size in sizes) - self.members)
 
     def with_alike(self, sizes: Iterable[int | torch.SymInt]) -> BatchSymbols:
-        """The same, where these are known to be equal to each other."""
         return replace(self, alike=frozenset(as_expr(size) for size in sizes) - self.members)
 
     def each(self, size: int | torch.SymInt) -> sympy.Expr:
@@ -73,22 +68,17 @@ class BatchSymbols:
 
     @property
     def is_one(self) -> bool:
-        """The batch was specialised to one request: every row is that request's."""
         return self.canonical == ONE
 
 
 def as_expr(size: int | torch.SymInt | sympy.Expr) -> sympy.Expr:
-    """A size as a sympy expression; no hint is looked at."""
     if isinstance(size, sympy.Expr):
         return size
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
 class Sizes:
-    """Sizes in a graph as expressions in which all batch symbols are one.
-
-    Fake tensors are read through `node.meta["val"]`.
-    """
+    """Sizes in a graph as expressions in which all batch symbols are one."""
 
     def __init__(self, batch: BatchSymbols) -> None:
         self.batch = batch.canonical
@@ -126,8 +116,7 @@ class Sizes:
     def learn(self, size: sympy.Expr, same: sympy.Expr) -> None:
         """Use `same` wherever `size`, another expression of the same number, occurs.
 
-        Only towards fewer operations, or from a symbol to a number, so that replacing comes to an
-        end. B·H = 4·B says that H, the heads of a cache, are 4: there are requests.
+        Only towards fewer operations, or from a symbol to a number: B·H = 4·B says that H is 4.
         """
         if size == same or size.is_Integer:
             return

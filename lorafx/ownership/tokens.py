@@ -6,10 +6,7 @@ Ownership says which request a row belongs to. Here each dimension of a tensor h
     None                   neutral: the dimension says nothing about positions
     LOST                   positions were moved, contracted into it, or never known
 
-A contraction or reduction drops a dimension; joining, rolling, reversing or cutting one loses it;
-views split and merge as for ownership; entrywise operators need every operand that varies along
-the dimension to be aligned there. Attention mixes tokens, yet row t of its output still stands for
-position t: this is about places, not about information.
+Row t of attention's output stands for position t: this is about places, not about information.
 """
 
 from __future__ import annotations
@@ -80,9 +77,8 @@ class Alignment:
         return (None,) * len(self.shape(arg))
 
     def rows_in_order(self, node: fx.Node, label: Label, ndim: int) -> sympy.Expr | None:
-        """R with row m of the first `ndim` dimensions ↔ slot (m // R) mod (B·T) of the (B, T)
-        slots in row-major order, or None: requests must step exactly when T positions are through.
-        """
+        """R with row m of the first `ndim` dimensions ↔ slot (m // R) mod (B·T) of the (B, T) slots
+        in row-major order, or None."""
         shape = self.shape(node)[:ndim]
         if not isinstance(label, Own) or label.perm is not None or label.dim >= ndim:
             return None
@@ -95,8 +91,8 @@ class Alignment:
         return None
 
     def cut(self, node: fx.Node, label: Label, ndim: int) -> fx.Node | None:
-        """The tensor (B, T, ...) in order of which `node` is `tensor[:, start:end]`, (B, L, ...),
-        where all of `ndim` dimensions are these two; None where it is no such part."""
+        """The tensor (B, T, ...) in order of which `node` is `tensor[:, start:end]`, (B, L,
+        ...)."""
         if node.target is not aten.slice.Tensor or ndim != 2 or label != Own(0):
             return None
         args = bound(node)

@@ -2,9 +2,10 @@
 
     t (…) depends on no request    →    copies of t (n, …), where copies[i] is request i's
 
-Every rule keeps op(copies)[i] = op(copies[i]): the operator runs on tensors with one dimension more
-in front, and what it says about dimensions is said one further on. Operators that no rule knows end
-it, as do operands in places where a rule expects something shared.
+Every rule keeps op(copies)[i] = op(copies[i]). Where copies meet what requests own, each goes to
+its request, and what is computed there has the shape that it had: at an expand or repeat to the
+number of requests, and at pointwise operators and attention masks whose other operands are owned.
+Operators that no rule knows end it.
 """
 
 from __future__ import annotations
@@ -13,20 +14,22 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
 from lorafx.op_arguments import bound, in_order, index_of, operand
-from lorafx.ownership import pointwise
+from lorafx.ownership import contractions, pointwise
 from lorafx.ownership.emit import Emitter
 from lorafx.ownership.flow import Flow, operator_name, outputs, place, wrap
 from lorafx.ownership.indexing import is_boolean
+from lorafx.ownership.labels import Mixed, Own
 from lorafx.ownership.propagate import called_by, rule_for
 from lorafx.ownership.site_rules import GIVEN_DIM, input_name
-from lorafx.ownership.symbolic import ONE, equal
+from lorafx.ownership.symbolic import ONE, Shape, divide, equal
 
 aten, prims = torch.ops.aten, torch.ops.prims
-BatchingRule = Callable[[fx.Node, "Vectorizer"], fx.Node]
+BatchingRule = Callable[["Vectorizer", fx.Node], fx.Node]
 #: One number for all requests does not widen what it meets, a number for each request may.
 OTHER_TYPE = "the copies have another dtype than the original"
 
@@ -40,12 +43,8 @@ class Ended(Exception):
 
 
 class Vectorizer:
-    """Copies of shared nodes, added to their graph in its order.
-
-    Attributes:
-        copies: a shared node -> the node with its copies (n, …).
-        before: new nodes are put before this one.
-    """
+    """Copies of shared nodes, put into their graph before the node `before`: a shared node -> the
+    node with its copies (n, …)."""
 
     def __init__(self, graph: fx.Graph, flow: Flow, emitter: Emitter) -> None:
         self.graph, self.flow, self.emitter = graph, flow, emitter
@@ -75,7 +74,7 @@ class Vectorizer:
 
     def site(self, node: fx.Node) -> fx.Node:
         """site(x, y, ...) and embedding_site(ids, y, ...) of one copy per request: the product y is
-        the same for all of them and computed once, the deltas differ."""
+        computed once, the deltas differ."""
         op: Any = node.target
         call, name = bound(node), input_name(node)
         x, y = call[name], call["y"]
@@ -85,7 +84,7 @@ class Vectorizer:
         if self.flow.shape(x)[: len(rows)] != rows:
             raise Ended(node, "x and y have rows of other sizes")
 
-        def copied(node: fx.Node, vectorizer: Vectorizer) -> fx.Node:
+        def copied(vectorizer: Vectorizer, node: fx.Node) -> fx.Node:
             copies = {name: self.copies_of(x), "y": self.copies_of(y)}
             return self.emit(op, *in_order(op, call, **copies))
 
@@ -95,7 +94,7 @@ class Vectorizer:
 
     def _tried(self, node: fx.Node, rule: BatchingRule) -> fx.Node:
         try:
-            return rule(node, self)
+            return rule(self, node)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             text = " ".join(str(error).split())[:200]
             raise Ended(node, f"it cannot run on copies: {text}") from error
@@ -115,8 +114,7 @@ class Vectorizer:
 
     def size_of(self, node: fx.Node, dim: int) -> Any:
         """One size of a new node, as a number or a node."""
-        size = node.meta["val"].shape[dim]
-        return size if isinstance(size, int) else self.emit(aten.sym_size.int, node, dim)
+        return self.emitter.size_of(node, dim, self.before)
 
     def copies_of(self, node: fx.Node) -> fx.Node:
         """(n, …): its copies, or the same for every request."""
@@ -138,237 +136,325 @@ class Vectorizer:
             if arg in self.copies and not any(arg is one for one in allowed):
                 raise Ended(node, "an operand that should be the same for all requests is not")
 
+    # --- rules ---
 
-def _rebuilt(node: fx.Node, vectorizer: Vectorizer, args: dict[str, Any]) -> fx.Node:
-    """The operator with these arguments, by their names."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    given = [args[one.name] for one in schema.arguments if not one.kwarg_only]
-    named = {one.name: args[one.name] for one in schema.arguments if one.kwarg_only}
-    return vectorizer.emit(node.target, *given, **named)
+    def _rebuilt(self, node: fx.Node, args: dict[str, Any]) -> fx.Node:
+        schema = node.target._schema  # type: ignore[union-attr]
+        given = [args[one.name] for one in schema.arguments if not one.kwarg_only]
+        named = {one.name: args[one.name] for one in schema.arguments if one.kwarg_only}
+        return self.emit(node.target, *given, **named)
 
+    def _pointwise(self, node: fx.Node) -> fx.Node:
+        ndim = len(self.flow.shape(node))
 
-# --- rules ---
+        def wide(arg: fx.Node) -> fx.Node:
+            return self.wide(arg, ndim) if arg in self.copies else arg
 
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), wide)
+        if kwargs.get("memory_format") not in (torch.contiguous_format, torch.preserve_format):
+            kwargs = {name: value for name, value in kwargs.items() if name != "memory_format"}
+        return self.emit(node.target, *args, **kwargs)
 
-def _pointwise(node: fx.Node, vectorizer: Vectorizer) -> fx.Node:
-    ndim = len(vectorizer.flow.shape(node))
+    def _along(self, node: fx.Node, *, all_if_none: bool = False, more: int = 0) -> fx.Node:
+        """An operator of one tensor that says which dimensions it works along."""
+        args = bound(node)
+        first = operand(node)
+        self.only(node, first)
+        n = len(self.flow.shape(first))
+        for name in ("dim", "dims", "dim0", "dim1"):
+            if name not in args:
+                continue
+            value = args[name]
+            if value is None or (isinstance(value, Sequence) and not value):
+                if not all_if_none:
+                    raise Ended(node, "it works along no dimension, or along all of them flattened")
+                args[name] = list(range(1, n + 1))
+            elif isinstance(value, int):
+                args[name] = wrap(value, n + more) + 1
+            else:
+                args[name] = [wrap(dim, n + more) + 1 for dim in value]
+        args[next(iter(args))] = self.copies[first]
+        return self._rebuilt(node, args)
 
-    def wide(arg: fx.Node) -> fx.Node:
-        return vectorizer.wide(arg, ndim) if arg in vectorizer.copies else arg
+    def _reduced(self, node: fx.Node) -> fx.Node:
+        if "dim" not in bound(node):
+            raise Ended(node, "it reduces all dimensions")
+        return self._along(node, all_if_none=True)
 
-    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), wide)
-    if kwargs.get("memory_format") not in (torch.contiguous_format, torch.preserve_format):
-        kwargs = {name: value for name, value in kwargs.items() if name != "memory_format"}
-    return vectorizer.emit(node.target, *args, **kwargs)
+    def _unsqueezed(self, node: fx.Node) -> fx.Node:
+        return self._along(node, more=1)
 
+    def _squeezed(self, node: fx.Node) -> fx.Node:
+        first = operand(node)
+        if "dim" in bound(node):
+            return self._along(node)
+        dims = [d + 1 for d, size in enumerate(self.flow.shape(first)) if size == ONE]
+        return self.emit(aten.squeeze.dims, self.copies[first], dims)
 
-_DIMS = ("dim", "dims", "dim0", "dim1")
+    def _permuted(self, node: fx.Node) -> fx.Node:
+        first, dims = operand(node), bound(node)["dims"]
+        dims = [0, *(wrap(dim, len(dims)) + 1 for dim in dims)]
+        return self.emit(aten.permute.default, self.copies[first], dims)
 
+    def _turned(self, node: fx.Node) -> fx.Node:
+        first = operand(node)
+        copies = self.copies[first]
+        if len(self.flow.shape(first)) < 2:
+            return self.emit(aten.alias.default, copies)
+        return self.emit(aten.transpose.int, copies, 1, 2)
 
-def _along(
-    node: fx.Node, vectorizer: Vectorizer, *, all_if_none: bool = False, more: int = 0
-) -> fx.Node:
-    """An operator of one tensor that says which dimensions it works along."""
-    args = bound(node)
-    first = operand(node)
-    vectorizer.only(node, first)
-    assert isinstance(first, fx.Node)
-    n = len(vectorizer.flow.shape(first))
-    for name in _DIMS:
-        if name not in args:
-            continue
-        value = args[name]
-        if value is None or (isinstance(value, Sequence) and not value):
-            if not all_if_none:
-                raise Ended(node, "it works along no dimension, or along all of them flattened")
-            args[name] = list(range(1, n + 1))
-        elif isinstance(value, int):
-            args[name] = wrap(value, n + more) + 1
-        else:
-            args[name] = [wrap(dim, n + more) + 1 for dim in value]
-    args[next(iter(args))] = vectorizer.copies[first]
-    return _rebuilt(node, vectorizer, args)
+    def _viewed(self, node: fx.Node) -> fx.Node:
+        args = bound(node)
+        size = args.get("size", args.get("shape"))
+        if not isinstance(size, (list, tuple)):
+            raise Ended(node, "a view of the bits as another type")
+        copies = self.copies[operand(node)]
+        return self.emit(aten.reshape.default, copies, [self.count, *size])
 
+    def _expanded(self, node: fx.Node) -> fx.Node:
+        size = bound(node)["size"]
+        wide = self.wide(operand(node), len(size))
+        return self.emit(aten.expand.default, wide, [self.count, *size])
 
-def _reduced(node: fx.Node, vectorizer: Vectorizer) -> fx.Node:
-    if "dim" not in bound(node):
-        raise Ended(node, "it reduces all dimensions")
-    return _along(node, vectorizer, all_if_none=True)
+    def _repeated(self, node: fx.Node) -> fx.Node:
+        repeats = bound(node)["repeats"]
+        wide = self.wide(operand(node), len(repeats))
+        return self.emit(aten.repeat.default, wide, [1, *repeats])
 
+    def _joined(self, node: fx.Node) -> fx.Node:
+        """cat and stack of tensors some of which have copies."""
+        args = bound(node)
+        tensors, n = args["tensors"], len(self.flow.shape(node))
+        if any(len(self.flow.shape(t)) != len(self.flow.shape(tensors[0])) for t in tensors):
+            raise Ended(node, "it joins tensors of unequal numbers of dimensions")
+        copies = [self.copies_of(t) for t in tensors]
+        return self.emit(node.target, copies, wrap(args["dim"], n) + 1)
 
-def _unsqueezed(node: fx.Node, vectorizer: Vectorizer) -> fx.Node:
-    return _along(node, vectorizer, more=1)
+    def _indexed(self, node: fx.Node) -> fx.Node:
+        """x[indices] with the same indices for all requests."""
+        x, indices = operand(node), list(bound(node)["indices"])
+        self.only(node, x)
+        at = [d for d, index in enumerate(indices) if index is not None]
+        if any(is_boolean(indices[d]) for d in at) or at != list(range(at[0], at[0] + len(at))):
+            raise Ended(node, "indexed by a mask, or at dimensions that are not neighbours")
+        return self.emit(node.target, self.copies[x], [None, *indices])
 
+    def _written(self, node: fx.Node) -> fx.Node:
+        """select_scatter, slice_scatter: src laid over a part of x."""
+        args = bound(node)
+        x, src = args.pop("self"), args.pop("src")
+        args["dim"] = wrap(args["dim"], len(self.flow.shape(x))) + 1
+        copies = self.copies_of(x), self.copies_of(src)
+        return self.emit(node.target, *copies, *args.values())
 
-def _squeezed(node: fx.Node, vectorizer: Vectorizer) -> fx.Node:
-    first = operand(node)
-    assert isinstance(first, fx.Node)
-    if "dim" in bound(node):
-        return _along(node, vectorizer)
-    dims = [d + 1 for d, size in enumerate(vectorizer.flow.shape(first)) if size == ONE]
-    return vectorizer.emit(aten.squeeze.dims, vectorizer.copies[first], dims)
+    def _gathered(self, node: fx.Node) -> fx.Node:
+        args = bound(node)
+        x, index = args["self"], args["index"]
+        self.only(node, x)
+        dim = wrap(args["dim"], len(self.flow.shape(x))) + 1
+        return self.emit(node.target, self.copies[x], dim, self.copies_of(index))
 
+    def _as_it_is(self, node: fx.Node) -> fx.Node:
+        """It counts dimensions from the last one."""
+        first, args = operand(node), bound(node)
+        self.only(node, first)
+        args[next(iter(args))] = self.copies[first]
+        return self.emit(node.target, *in_order(node.target, args))  # type: ignore[arg-type]
 
-def _permuted(node: fx.Node, vectorizer: Vectorizer) -> fx.Node:
-    first, dims = operand(node), bound(node)["dims"]
-    dims = [0, *(wrap(dim, len(dims)) + 1 for dim in dims)]
-    return vectorizer.emit(aten.permute.default, vectorizer.copies[first], dims)
+    def _product(self, node: fx.Node) -> fx.Node:
+        """mm (n, m, k) by (k, p) or (n, k, p), addmm with a bias of one dimension."""
+        args = bound(node)
+        a, b, bias = args["self"], args["mat2"], None
+        if "mat1" in args:
+            a, bias = args["mat1"], args["self"]
+            plain = args.get("beta", 1) == 1 and args.get("alpha", 1) == 1
+            if bias in self.copies or len(self.flow.shape(bias)) != 1 or not plain:
+                raise Ended(node, "the addend of the product is not a bias")
+        if b in self.copies:
+            found = self.emit(aten.bmm.default, self.copies_of(a), self.copies[b])
+            return found if bias is None else self.emit(aten.add.Tensor, found, bias)
+        copies = self.copies[a]
+        sizes = [self.size_of(copies, dim) for dim in range(3)]
+        flat = self.emit(aten.reshape.default, copies, [-1, sizes[2]])
+        found = self.emit(node.target, *((flat, b) if bias is None else (bias, flat, b)))
+        return self.emit(aten.reshape.default, found, [sizes[0], sizes[1], -1])
 
+    def _batched_product(self, node: fx.Node) -> fx.Node:
+        args = bound(node)
+        pairs = [self.copies_of(args[name]) for name in ("self", "mat2")]
+        sizes = [[self.size_of(pair, dim) for dim in range(4)] for pair in pairs]
+        flat = [
+            self.emit(aten.reshape.default, pair, [-1, *size[2:]])
+            for pair, size in zip(pairs, sizes, strict=True)
+        ]
+        found = self.emit(aten.bmm.default, *flat)
+        return self.emit(aten.reshape.default, found, [*sizes[0][:3], sizes[1][3]])
 
-def _turned(node: fx.Node, vectorizer: Vectorizer) -> fx.Node:
-    first = operand(node)
-    assert isinstance(first, fx.Node)
-    copies = vectorizer.copies[first]
-    if len(vectorizer.flow.shape(first)) < 2:
-        return vectorizer.emit(aten.alias.default, copies)
-    return vectorizer.emit(aten.transpose.int, copies, 1, 2)
+    def _item(self, node: fx.Node) -> fx.Node:
+        return self.emit(operator.getitem, self.copies[operand(node)], index_of(node))
 
+    # --- where copies meet what requests own ---
 
-def _viewed(node: fx.Node, vectorizer: Vectorizer) -> fx.Node:
-    args = bound(node)
-    size = args.get("size", args.get("shape"))
-    if not isinstance(size, (list, tuple)):
-        raise Ended(node, "a view of the bits as another type")
-    copies = vectorizer.copies[operand(node)]
-    return vectorizer.emit(aten.reshape.default, copies, [vectorizer.count, *size])
+    def by_size(self, node: fx.Node) -> fx.Node | None:
+        """The result of a shared `node` that repeats its operand once for each request, with copy i
+        in repetition i; None where it does something else."""
+        if not self.flow.batch.is_Symbol:
+            return None  # another size may happen to be the same number
+        packet = called_by(node)
+        if packet is aten.expand:
+            return self._over_expand(node)
+        if packet is aten.repeat:
+            return self._over_repeat(node)
+        return self._broadcast(node) if rule_for(node.target)[0] is pointwise.pointwise else None
 
+    def _broadcast(self, node: fx.Node) -> fx.Node | None:
+        """Pointwise, against something shared that has an entry for each request (a mask)."""
+        flow, new = self.flow, self.flow.shape(node)
+        dims = [d for d, size in enumerate(new) if size == flow.batch]
+        operands = {arg for arg in node.all_input_nodes if arg in self.copies}
+        if len(dims) != 1 or any(self._size_at(arg, dims[0], len(new)) != ONE for arg in operands):
+            return None
+        placed = {arg: self._placed(arg, len(new), dims[0]) for arg in operands}
+        args, kwargs = fx.node.map_arg(
+            (node.args, dict(node.kwargs)), lambda arg: placed.get(arg, arg)
+        )
+        return self.emit(node.target, *args, **kwargs)
 
-def _expanded(node: fx.Node, vectorizer: Vectorizer) -> fx.Node:
-    size = bound(node)["size"]
-    wide = vectorizer.wide(operand(node), len(size))
-    return vectorizer.emit(aten.expand.default, wide, [vectorizer.count, *size])
+    def _size_at(self, arg: fx.Node, dim: int, ndim: int) -> sympy.Expr:
+        """The size of an operand along a dimension of the `ndim` that it is broadcast to."""
+        shape = self.flow.shape(arg)
+        at = dim - ndim + len(shape)
+        return shape[at] if at >= 0 else ONE
 
+    def _over_expand(self, node: fx.Node) -> fx.Node | None:
+        flow, first = self.flow, operand(node)
+        new = flow.shape(node)
+        dims = [d for d, size in enumerate(new) if size == flow.batch]
+        dims = [d for d in dims if self._size_at(first, d, len(new)) == ONE]
+        if len(dims) != 1:
+            return None
+        line = self._placed(first, len(new), dims[0])
+        sizes = list(bound(node)["size"])
+        sizes[dims[0]] = -1
+        return self.emit(aten.expand.default, line, sizes)
 
-def _repeated(node: fx.Node, vectorizer: Vectorizer) -> fx.Node:
-    repeats = bound(node)["repeats"]
-    wide = vectorizer.wide(operand(node), len(repeats))
-    return vectorizer.emit(aten.repeat.default, wide, [1, *repeats])
+    def _over_repeat(self, node: fx.Node) -> fx.Node | None:
+        """Tiling along dimension d: index i of n·size belongs to repetition i // size."""
+        flow, first, repeats = self.flow, operand(node), list(bound(node)["repeats"])
+        dims = [d for d, times in enumerate(repeats) if flow.size(times) == flow.batch]
+        if len(dims) != 1:
+            return None
+        d, n = dims[0], len(repeats)
+        copies = self.wide(first, n)
+        repeats[d] = 1
+        if any(flow.size(times) != ONE for times in repeats):
+            copies = self.emit(aten.repeat.default, copies, [1, *repeats])
+        order = [*range(1, d + 1), 0, *range(d + 1, n + 1)]
+        copies = self.emit(aten.permute.default, copies, order)
+        sizes = [self.size_of(copies, dim) for dim in (*range(d), *range(d + 2, n + 1))]
+        return self.emit(aten.reshape.default, copies, [*sizes[:d], -1, *sizes[d:]])
 
+    def by_owner(self, node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+        """For each operand of `node` with copies, what takes its place.
 
-def _joined(node: fx.Node, vectorizer: Vectorizer) -> fx.Node:
-    """cat and stack of tensors some of which have copies."""
-    args = bound(node)
-    tensors, n = args["tensors"], len(vectorizer.flow.shape(node))
-    if any(
-        len(vectorizer.flow.shape(t)) != len(vectorizer.flow.shape(tensors[0])) for t in tensors
-    ):
-        raise Ended(node, "it joins tensors of unequal numbers of dimensions")
-    copies = [vectorizer.copies_of(t) for t in tensors]
-    return vectorizer.emit(node.target, copies, wrap(args["dim"], n) + 1)
+        Raises:
+            Ended: it is not broadcast along the owner's dimension, or that is not known.
+        """
+        flow, label = self.flow, self.flow.labels[node]
+        single = label[0] if isinstance(label, tuple) else label
+        if isinstance(single, Mixed):
+            raise Ended(node, f"it meets a tensor without proved ownership: {single.reason}")
+        operands = [arg for arg in node.all_input_nodes if arg in self.copies]
+        rule = rule_for(node.target)[0]
+        shape = flow.shape(node)
+        if rule is contractions.attention:
+            args = bound(node)
+            masks = [args.get(name) for name in ("attn_mask", "attn_bias")]
+            query, key = flow.shape(args["query"]), flow.shape(args["key"])
+            shape = (*query[:3], key[2])
+            if any(arg not in masks for arg in operands):
+                raise Ended(node, "it attends to something that all requests share")
+        elif rule is not pointwise.pointwise or isinstance(label, tuple):
+            raise Ended(node, "no rule gives each request its copy here")
+        if not isinstance(single, Own) or single.perm is not None:
+            raise Ended(node, f"no rule gives each request its copy along {single}")
+        return [(arg, self._given(node, arg, shape, single)) for arg in operands]
 
+    def _given(self, node: fx.Node, arg: fx.Node, shape: Shape, own: Own) -> fx.Node:
+        flow, dim = self.flow, own.dim
+        if self._size_at(arg, dim, len(shape)) != ONE:
+            raise Ended(node, f"sizes {flow.shape(arg)} are not broadcast along dimension {dim}")
+        periods = divide(shape[dim], own.rows * flow.batch)
+        if periods is None:
+            raise Ended(node, f"{shape[dim]} is not proved to hold whole periods of {own}")
+        line = self._placed(arg, len(shape), dim)
+        if own.rows == ONE and periods == ONE:
+            return line
+        # (…, periods, n, rows, …) in row-major order is the owner's dimension.
+        times, rows = (self.emitter.size(size, self.before) for size in (periods, own.rows))
+        if times is None or rows is None:
+            raise Ended(node, f"the graph cannot compute the sizes of {own}")
+        line = self.emit(
+            aten.unsqueeze.default, self.emit(aten.unsqueeze.default, line, dim), dim + 2
+        )
+        sizes: list[Any] = [-1] * (len(shape) + 2)
+        sizes[dim], sizes[dim + 2] = times, rows
+        wide = self.emit(aten.expand.default, line, sizes)
+        kept: Sequence[Any] = [
+            self.size_of(wide, d) for d in (*range(dim), *range(dim + 3, len(shape) + 2))
+        ]
+        return self.emit(aten.reshape.default, wide, [*kept[:dim], -1, *kept[dim:]])
 
-def _indexed(node: fx.Node, vectorizer: Vectorizer) -> fx.Node:
-    """x[indices] with the same indices for all requests."""
-    x, indices = operand(node), list(bound(node)["indices"])
-    vectorizer.only(node, x)
-    at = [d for d, index in enumerate(indices) if index is not None]
-    if any(is_boolean(indices[d]) for d in at) or at != list(range(at[0], at[0] + len(at))):
-        raise Ended(node, "indexed by a mask, or at dimensions that are not neighbours")
-    return vectorizer.emit(node.target, vectorizer.copies[x], [None, *indices])
-
-
-def _written(node: fx.Node, vectorizer: Vectorizer) -> fx.Node:
-    """select_scatter, slice_scatter: src laid over a part of x."""
-    args = bound(node)
-    x, src = args.pop("self"), args.pop("src")
-    args["dim"] = wrap(args["dim"], len(vectorizer.flow.shape(x))) + 1
-    copies = vectorizer.copies_of(x), vectorizer.copies_of(src)
-    return vectorizer.emit(node.target, *copies, *args.values())
-
-
-def _gathered(node: fx.Node, vectorizer: Vectorizer) -> fx.Node:
-    args = bound(node)
-    x, index = args["self"], args["index"]
-    vectorizer.only(node, x)
-    dim = wrap(args["dim"], len(vectorizer.flow.shape(x))) + 1
-    return vectorizer.emit(node.target, vectorizer.copies[x], dim, vectorizer.copies_of(index))
-
-
-def _as_it_is(node: fx.Node, vectorizer: Vectorizer) -> fx.Node:
-    """It counts dimensions from the last one."""
-    first, args = operand(node), bound(node)
-    vectorizer.only(node, first)
-    args[next(iter(args))] = vectorizer.copies[first]
-    return vectorizer.emit(node.target, *in_order(node.target, args))  # type: ignore[arg-type]
-
-
-def _product(node: fx.Node, vectorizer: Vectorizer) -> fx.Node:
-    """mm (n, m, k) by (k, p) or (n, k, p), addmm with a bias of one dimension."""
-    args = bound(node)
-    a, b = args.get("self"), args.get("mat2")
-    bias = None
-    if "mat1" in args:
-        bias, a, b = a, args["mat1"], b
-        plain = args.get("beta", 1) == 1 and args.get("alpha", 1) == 1
-        if bias in vectorizer.copies or len(vectorizer.flow.shape(bias)) != 1 or not plain:
-            raise Ended(node, "the addend of the product is not a bias")
-    assert isinstance(a, fx.Node)
-    assert isinstance(b, fx.Node)
-    if b in vectorizer.copies:
-        found = vectorizer.emit(aten.bmm.default, vectorizer.copies_of(a), vectorizer.copies[b])
-        return found if bias is None else vectorizer.emit(aten.add.Tensor, found, bias)
-    copies = vectorizer.copies[a]
-    sizes = [vectorizer.size_of(copies, dim) for dim in range(3)]
-    flat = vectorizer.emit(aten.reshape.default, copies, [-1, sizes[2]])
-    found = vectorizer.emit(node.target, *((flat, b) if bias is None else (bias, flat, b)))
-    return vectorizer.emit(aten.reshape.default, found, [sizes[0], sizes[1], -1])
-
-
-def _batched_product(node: fx.Node, vectorizer: Vectorizer) -> fx.Node:
-    args = bound(node)
-    pairs = [vectorizer.copies_of(args[name]) for name in ("self", "mat2")]
-    sizes = [[vectorizer.size_of(pair, dim) for dim in range(4)] for pair in pairs]
-    flat = [
-        vectorizer.emit(aten.reshape.default, pair, [-1, *size[2:]])
-        for pair, size in zip(pairs, sizes, strict=True)
-    ]
-    found = vectorizer.emit(aten.bmm.default, *flat)
-    return vectorizer.emit(aten.reshape.default, found, [*sizes[0][:3], sizes[1][3]])
-
-
-def _item(node: fx.Node, vectorizer: Vectorizer) -> fx.Node:
-    return vectorizer.emit(operator.getitem, vectorizer.copies[operand(node)], index_of(node))
+    def _placed(self, node: fx.Node, ndim: int, dim: int) -> fx.Node:
+        """Copies of `node`, broadcast to `ndim` dimensions, along the one at `dim` of size one."""
+        copies = self.emit(aten.squeeze.dim, self.wide(node, ndim), dim + 1)
+        if dim == 0:
+            return copies
+        order = [*range(1, dim + 1), 0, *range(dim + 1, ndim)]
+        moved = self.emit(aten.permute.default, copies, order)
+        return self.emit(aten.clone.default, moved, memory_format=torch.contiguous_format)
 
 
 RULES: dict[object, BatchingRule] = {
     **dict.fromkeys(
-        (aten.view, aten._unsafe_view, aten.reshape, aten._reshape_copy, aten.view_copy), _viewed
+        (aten.view, aten._unsafe_view, aten.reshape, aten._reshape_copy, aten.view_copy),
+        Vectorizer._viewed,
     ),
-    aten.permute: _permuted,
-    aten.t: _turned,
-    aten.unsqueeze: _unsqueezed,
-    aten.squeeze: _squeezed,
-    aten.expand: _expanded,
-    aten.repeat: _repeated,
-    **dict.fromkeys((aten.cat, aten.stack), _joined),
-    **dict.fromkeys((aten.index, aten._unsafe_index), _indexed),
-    **dict.fromkeys((aten.select_scatter, aten.slice_scatter), _written),
-    aten.gather: _gathered,
-    **dict.fromkeys((aten.constant_pad_nd, aten.native_layer_norm), _as_it_is),
-    **dict.fromkeys((aten.mm, aten.addmm), _product),
-    aten.bmm: _batched_product,
+    aten.permute: Vectorizer._permuted,
+    aten.t: Vectorizer._turned,
+    aten.unsqueeze: Vectorizer._unsqueezed,
+    aten.squeeze: Vectorizer._squeezed,
+    aten.expand: Vectorizer._expanded,
+    aten.repeat: Vectorizer._repeated,
+    **dict.fromkeys((aten.cat, aten.stack), Vectorizer._joined),
+    **dict.fromkeys((aten.index, aten._unsafe_index), Vectorizer._indexed),
+    **dict.fromkeys((aten.select_scatter, aten.slice_scatter), Vectorizer._written),
+    aten.gather: Vectorizer._gathered,
+    **dict.fromkeys((aten.constant_pad_nd, aten.native_layer_norm), Vectorizer._as_it_is),
+    **dict.fromkeys((aten.mm, aten.addmm), Vectorizer._product),
+    aten.bmm: Vectorizer._batched_product,
     **dict.fromkeys(
         (
             aten.transpose, aten.select, aten.slice, aten.split, aten.split_with_sizes,
             aten.unbind, aten.index_select, aten.flip, prims.rev, aten.roll, aten.cumsum,
             aten.cumprod, aten._softmax, aten._log_softmax, aten._safe_softmax,
         ),
-        _along,
+        Vectorizer._along,
     ),
     **dict.fromkeys(
         (
             aten.sum, aten.mean, aten.amax, aten.amin, aten.var, aten.std, aten.var_mean,
             aten.std_mean, aten.logsumexp,
         ),
-        _reduced,
+        Vectorizer._reduced,
     ),
 }  # fmt: skip
 
 
 def _rule(node: fx.Node) -> BatchingRule | None:
     if node.target is operator.getitem:
-        return _item
+        return Vectorizer._item
     packet = called_by(node)
     if packet in RULES:
         return RULES[packet]
-    return _pointwise if rule_for(node.target)[0] is pointwise.pointwise else None
+    return Vectorizer._pointwise if rule_for(node.target)[0] is pointwise.pointwise else None

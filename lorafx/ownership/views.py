@@ -1,9 +1,8 @@
 """Rules for operators that move positions without looking at values.
 
-Views find the digit of the position again (`symbolic.reshaped`); permutations and insertions
-renumber dimensions; slices, pads, rolls and flips must leave the owner dimension alone or take
-whole periods rows·B of it. What holds for ownership holds for known index values (`Digit`), so
-the shape rules serve both.
+Views find the digit of the position again (`symbolic.reshaped`); permutations renumber dimensions;
+slices, pads, rolls and flips must leave the owner dimension alone. The rules serve ownership and
+known index values (`Digit`).
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from torch import fx
 
 from lorafx.op_arguments import bound, operand
-from lorafx.ownership.flow import Flow, Rule, each_output, wrap, wrap_all
+from lorafx.ownership.flow import Flow, Rule, each_output, of_owned, wrap, wrap_all
 from lorafx.ownership.labels import Digit, Label, Own
 from lorafx.ownership.symbolic import ONE, divide, equal, never_negative, product, reshaped
 
@@ -33,10 +32,8 @@ def view_of(node: fx.Node, flow: Flow, carried: Placed) -> Placed | None:
     return replace(carried, dim=found[0], rows=found[1]) if found is not None else None
 
 
-def view(node: fx.Node, flow: Flow) -> Label:
-    label = flow.label(operand(node))
-    if not isinstance(label, Own):
-        return label
+@of_owned
+def view(node: fx.Node, flow: Flow, label: Own) -> Label:
     there = view_of(node, flow, label)
     if there is None:
         old, new = flow.shape(operand(node)), flow.shape(node)
@@ -45,11 +42,8 @@ def view(node: fx.Node, flow: Flow) -> Label:
 
 
 def learn_sizes(node: fx.Node, flow: Flow) -> None:
-    """The sizes that a view was asked for, which tracing may know by a longer expression.
-
-    Shape propagation writes a size as ((B·H·W) // (H·W)) // ... where the call says 4, or where
-    what is left for -1 divides exactly.
-    """
+    """The sizes that a view was asked for, which tracing may know by a longer expression such as
+    ((B·H·W) // (H·W)) // ... for 4, or for -1."""
     args = bound(node)
     asked = args["size"] if "size" in args else args.get("shape")
     if not isinstance(asked, (list, tuple)):
@@ -78,10 +72,8 @@ def view_digit(node: fx.Node, flow: Flow) -> Digit | None:
 def moved(renumber: Renumber, why: str) -> tuple[Rule, Callable]:
     """A rule (and its twin for digits) that sends dimension d of the first argument elsewhere."""
 
-    def rule(node: fx.Node, flow: Flow) -> Label:
-        label = flow.label(operand(node))
-        if not isinstance(label, Own):
-            return each_output(node, label)
+    @of_owned
+    def rule(node: fx.Node, flow: Flow, label: Own) -> Label:
         dim = renumber(node, flow, label.dim)
         return each_output(node, flow.lost(node, why) if dim is None else label.at(dim))
 
@@ -179,11 +171,9 @@ def last_dims_padded(node: fx.Node, flow: Flow, dim: int) -> int | None:
     return dim if dim < ndim(node, flow) - len(bound(node)["padding"]) // 2 else None
 
 
-def repeated(node: fx.Node, flow: Flow) -> Label:
+@of_owned
+def repeated(node: fx.Node, flow: Flow, label: Own) -> Label:
     """Tiling: i goes to i + j·size, the same request, since size is a whole number of periods."""
-    label = flow.label(operand(node))
-    if not isinstance(label, Own):
-        return label
     args, old = bound(node), flow.shape(operand(node))
     repeats = args["repeats"] if "repeats" in args else args["dims"]
     dim = label.dim + len(flow.shape(node)) - len(old)
@@ -193,12 +183,11 @@ def repeated(node: fx.Node, flow: Flow) -> Label:
     return label.at(dim)
 
 
-def repeat_interleaved(node: fx.Node, flow: Flow) -> Label:
+@of_owned
+def repeat_interleaved(node: fx.Node, flow: Flow, label: Own) -> Label:
     """repeat_interleave by a number: rows become rows·k along the repeated dimension."""
-    label, args = flow.label(operand(node)), bound(node)
+    args = bound(node)
     k, dim = flow.size(args.get("repeats")), args.get("dim")
-    if not isinstance(label, Own):
-        return label
     if dim is not None and wrap(dim, ndim(node, flow)) != label.dim:
         return label
     if k is None or label.perm is not None or (dim is None and ndim(node, flow) != 1):
@@ -206,11 +195,10 @@ def repeat_interleaved(node: fx.Node, flow: Flow) -> Label:
     return Own(label.dim, label.rows * k)
 
 
-def as_strided(node: fx.Node, flow: Flow) -> Label:
+@of_owned
+def as_strided(node: fx.Node, flow: Flow, label: Own) -> Label:
     """Only windows of a dense input that stay inside one step of its leading owner dimension."""
-    label, args = flow.label(operand(node)), bound(node)
-    if not isinstance(label, Own):
-        return label
+    args = bound(node)
     value = args["self"].meta["val"]
     shape, stride = flow.sizes.shape(value), flow.sizes.strides(value)
     dense = all(equal(s, product(shape[d + 1 :])) for d, s in enumerate(stride))
@@ -250,16 +238,12 @@ MOVES: dict[object, tuple[Renumber, str]] = {
     aten.constant_pad_nd: (padded, "the owner dimension is padded"),
     **dict.fromkeys(
         (
-            aten.reflection_pad1d,
-            aten.reflection_pad2d,
-            aten.reflection_pad3d,
-            aten.replication_pad1d,
-            aten.replication_pad2d,
-            aten.replication_pad3d,
+            aten.reflection_pad1d, aten.reflection_pad2d, aten.reflection_pad3d,
+            aten.replication_pad1d, aten.replication_pad2d, aten.replication_pad3d,
         ),
         (last_dims_padded, "the owner dimension is padded"),
     ),
-}
+}  # fmt: skip
 _PAIRS = {op: moved(*move) for op, move in MOVES.items()}
 VIEWS: Sequence[object] = (
     aten.view, aten._unsafe_view, aten.reshape, aten._reshape_copy, aten._reshape_alias,

@@ -28,8 +28,7 @@ from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.sites import Site
 from lorafx.model.training import warn_training
 from lorafx.pass_order import pipeline, run_model_passes
-from lorafx.passes.alias import Alias
-from lorafx.passes.select import Select
+from lorafx.passes.select import Alias, Select
 from lorafx.prepare.configuration import Request, by_name, request_of
 from lorafx.program.preparation import Preparation
 from lorafx.program.program import Program

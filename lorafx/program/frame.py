@@ -1,29 +1,25 @@
 """One captured frame: what each input of its graph is.
 
-Dynamo hands the backend a graph and the real example tensors. Identity of those tensors says what
-each input is: a weight of some module, a bank, the slots, a packed weight, an argument of the
-call. The frame is dropped when its graph is compiled; nothing of it reaches the executable.
+Identity of the example tensors that Dynamo hands over says it (`Program.frame`). The frame is
+dropped when its graph is compiled; nothing of it reaches the executable.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from lorafx.errors import ProvenanceError
 from lorafx.model.sites import Group, Site
+from lorafx.program.derived import Derived, Holder
 from lorafx.program.roles import Role
-from lorafx.program.row_dims import TOKEN_DIMS, choices, new_tokens
+from lorafx.program.row_dims import TOKEN_DIMS
 from lorafx.program.stack import calling_modules
-from lorafx.torch_internals.frames import input_place, size_source, source_name
-
-if TYPE_CHECKING:
-    from lorafx.program.derived import Derived, Holder
-    from lorafx.program.program import Program
+from lorafx.torch_internals.frames import input_place
 
 InputKind = Literal[
     "symbol", "weight", "state", "bank", "slots", "packed", "argument", "result", "unknown"
@@ -51,8 +47,7 @@ class FrameInput:
         holder: for state, the attribute that holds it.
         label: how to name the input in messages.
         part: the attribute of a tensor subclass that this is; "" for a whole input.
-        counts: for symbols, this was the number of requests when the graph was captured: a size
-            of a tensor that the graph does not take, whose rows they are.
+        counts: whether this symbol was the number of requests in the call that was captured.
     """
 
     kind: InputKind
@@ -119,45 +114,6 @@ class Frame:
         #: that share it: whether that site's module was among the callers.
         self.inside: dict[tuple[int, int], bool] = {}
 
-    @classmethod
-    def of(cls, program: Program, graph: fx.Graph, examples: Sequence[Any]) -> Frame:
-        """Classify the inputs of a Dynamo graph by the identity of their example values."""
-        known = program.known_tensors()
-        arguments = program.call_arguments()
-        derived = program.derived.inputs(examples, known, arguments)
-        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-        inputs = []
-        for node, example in zip(placeholders, examples, strict=True):
-            label = source_name(node)
-            if not isinstance(example, Tensor):
-                inputs.append(
-                    FrameInput("symbol", label, counts=_counts(program, node, arguments, known))
-                )
-            elif id(example) in derived:
-                part = derived[id(example)]
-                inputs.append(FrameInput("weight", label, sites=part.sites, derived=part))
-            elif id(example) in known:
-                inputs.append(known[id(example)])
-            elif id(example) in arguments:
-                inputs.append(FrameInput("argument", label, role=arguments[id(example)]))
-            elif example.dim() == 0 and example.numel() == 1:
-                # Dynamo turns Python floats held by modules into 0-d tensors.
-                inputs.append(FrameInput("state", label))
-            else:
-                role = program.earlier_result(example)
-                kind: InputKind = "unknown" if role is None else "result"
-                inputs.append(FrameInput(kind, label, role=role))
-        frame = cls(_told_apart(program, placeholders, inputs, examples))
-        if program.call is not None:
-            frame.token_dims = new_tokens(program.call.named)
-            frame.choices = choices(program.call.named)
-        frame.writable = tuple(
-            position
-            for position, (item, example) in enumerate(zip(inputs, examples, strict=True))
-            if item.holder is not None and not isinstance(example, nn.Parameter)
-        )
-        return frame
-
     def reorder(self, order: Sequence[int]) -> None:
         """Have the inputs in another order, `order` being their positions now. Before `bind`."""
         self.inputs = tuple(self.inputs[position] for position in order)
@@ -189,8 +145,8 @@ class Frame:
 
     @property
     def handed(self) -> tuple[int, ...]:
-        """Positions of the inputs that may hold something of requests, where it is not settled
-        that they are the call's arguments."""
+        """Positions of the inputs that may hold something of requests without being known as
+        arguments."""
         kinds = ("result", "unknown") if self.begins_call else ("result", "unknown", "argument")
         return tuple(p for p, item in enumerate(self.inputs) if item.kind in kinds)
 
@@ -209,8 +165,8 @@ class Frame:
             self.positions[node] = position
 
     def batch_size(self) -> Any:
-        """The number of requests as tracing knows it (int or SymInt), or None: no argument of
-        this frame carries requests."""
+        """The number of requests as tracing knows it (int or SymInt); None if no input
+        carries any."""
         sizes: list[Any] = []
         for node, item in self.by_node.items():
             dim = item.requests_dim
@@ -220,60 +176,6 @@ class Frame:
                 sizes.append(fake_value(node).shape[dim])
         # A size of one beside a larger batch is an argument that all requests share.
         return next((size for size in sizes if size != 1), sizes[0] if sizes else None)
-
-
-def _told_apart(
-    program: Program,
-    nodes: Sequence[fx.Node],
-    inputs: Sequence[FrameInput],
-    examples: Sequence[Any],
-) -> list[FrameInput]:
-    """The inputs, with those results marked that do not hold one entry of each request.
-
-    Where others do, that is what holds several of each; their sizes do not count. Where results are
-    of different requests, it is what belongs to one alone.
-    """
-    requests, found = len(program.runtime.rows), list(inputs)
-    by_rows = any(
-        item.requests_dim is not None and example.shape[item.requests_dim] == requests
-        for item, example in zip(inputs, examples, strict=True)
-    )
-    alone = {
-        position: request
-        for position, (item, example) in enumerate(zip(inputs, examples, strict=True))
-        if item.kind == "result" and (request := program.only_request(example)) is not None
-    }
-    apart = len(set(alone.values())) > 1
-    for position, (node, item, example) in enumerate(zip(nodes, inputs, examples, strict=True)):
-        if item.role is not None and position in alone and apart:
-            role = replace(item.role, dim=None, request=alone[position], requests=requests)
-            found[position] = replace(item, role=role)
-        elif item.counts and (of := size_source(node)) is not None:
-            single = apart and program.only_request(of[0]) is not None
-            found[position] = replace(
-                item, counts=not single and not (by_rows and program.holds_several(of[0]))
-            )
-        elif item.kind == "result" and item.role is not None and by_rows:
-            several = item.role.dim is not None and program.holds_several(example)
-            found[position] = replace(item, role=replace(item.role, several=several))
-    return found
-
-
-def _counts(
-    program: Program,
-    node: fx.Node,
-    arguments: Mapping[int, Role],
-    known: Mapping[int, FrameInput],
-) -> bool:
-    """Whether a size is that of a dimension of requests; `known` tensors have none."""
-    of = size_source(node)
-    if of is None:
-        return False
-    tensor, dim = of
-    role = arguments.get(id(tensor))
-    if role is None and id(tensor) not in known:
-        role = program.earlier_result(tensor)
-    return role is not None and role.known and role.dim == dim and tensor.shape[dim] > 1
 
 
 def wants_gradient(examples: Iterable[Any]) -> bool:
@@ -290,9 +192,6 @@ def fake_value(node: fx.Node) -> Any:
 
 def batch_symbols(frame: Frame) -> set[Any]:
     """The symbols (or ints) that are the number of requests, by contract, in this frame's graph.
-
-    The slots' length (unless there is one per token), and the request dimension of every argument
-    that has one; a size of one beside a larger batch is a shared argument, not a batch.
 
     Raises:
         ProvenanceError: no input is known to hold requests, or the symbol may be another size.

@@ -1,11 +1,9 @@
 """Owners of the tensors that one captured graph of a call hands to the next.
 
-Where a model breaks into several graphs, the inputs of a later one are results of an earlier one,
-or what Python made of them. What `provenance` proved about a result is kept in the call's memory,
-and so is what is known of the operators in between (`lorafx/capture/tracking.py`). A graph's proof
-holds in a call where index i of the inputs that it rests on belongs to one request, and to the same
-one in each: the request of the batch's row i, or of another list (rows of some requests, chosen in
-Python). Where all inputs belong to one request no proof is needed.
+What `provenance` proved about a result is kept in the call's memory, and so is what is known of the
+operators between graphs (`lorafx/capture/tracking.py`). A graph's proof holds in a call where index
+i of the inputs that it rests on belongs to one request, and to the same one in each. Where all
+inputs belong to one request no proof is needed.
 """
 
 from __future__ import annotations
@@ -55,8 +53,7 @@ Rows: TypeAlias = OfList | Alone
 
 
 def role_of(held: Held | None) -> Role | None:
-    """What a tensor that is held so may be taken for when a graph is captured; each call is asked
-    again."""
+    """What a tensor that is held so may be taken for when a graph is captured."""
     if isinstance(held, Shared):
         return Role(_RESULT, None)
     if isinstance(held, Listed):
@@ -79,8 +76,8 @@ def held_argument(role: Role, tensor: Tensor, requests: int) -> Held | None:
 @dataclass(frozen=True)
 class Given:
     """What a result holds: index i along `dim` belongs to row (i // R) mod n of the graph's n rows,
-    where the dimension has `periods` · n · R entries. No dimension: it depends on no request, or on
-    that of one `row` alone."""
+    where the dimension has `periods` · n · R entries. Without `dim` it depends on `row`, or on no
+    request."""
 
     dim: int | None = None
     periods: int = 1
@@ -118,16 +115,14 @@ class Handover:
         taken: those that earlier graphs returned, or Python made, by position, with the roles
             that the proofs of this graph rest on.
         counted: positions of sizes that they take for the number of rows.
-        writable: positions of the model's own tensors that an earlier graph of the call, or Python,
-            may have written rows of requests into.
+        writable: positions of the model's own tensors that may have been written into before.
         given: what is proved of its results, by position.
         written: what is proved of its inputs after it has written into them, by position.
-        seen: something that it computes is not proved, and no site is in it: in a call that is
-            tracked it runs operator by operator, and is looked at like what Python computes.
+        seen: it has no site, and something that it computes is not proved: a call that is tracked
+            runs it operator by operator.
         fresh: it has not run yet; a graph that is captured next may need its results.
-        constant: positions of results that depend on no request and on no adapter, which the model
-            may keep for other calls, as long as nobody has written into the model's own tensors
-            at these positions of the inputs.
+        constant: positions of results that depend on no request and no adapter, with those of the
+            model's tensors that they are computed from.
     """
 
     inputs: tuple[int, ...] = ()
@@ -147,12 +142,7 @@ class Handover:
         requests: int,
         of_call: Mapping[int, Role],
     ) -> Rows | None:
-        """Whose rows these are.
-
-        Args:
-            requests: how many rows the batch has.
-            of_call: roles of inputs that are arguments of the call, whose rows are in order.
-        """
+        """Whose the rows are in a call of so many `requests`. `of_call`: roles of the arguments."""
         rows = self._rows(memory, arguments, requests, of_call)
         if isinstance(rows, OfList) and any(
             arguments[position] != len(rows.owners) for position in self.counted

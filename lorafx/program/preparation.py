@@ -1,4 +1,4 @@
-"""A model on its way to being marked: what the passes over a model read and fill in."""
+"""A model on its way to being marked: what passes read and fill in, and a report of each pass."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Preparation:
 
     Attributes:
         saved: adapters as they were saved, by name; `read` takes them out.
-        origins: where those of them can be read again that were read from files.
+        origins: where those that came from files can be read again.
         graph: its modules (pass `alias`).
         sites: in canonical path order (`select`).
         adapters: what the saved tensors mean on the sites (`read`).
@@ -47,3 +47,26 @@ class Preparation:
     packed: tuple[PackedGroup, ...] = ()
     notes: list[str] = field(default_factory=list)
     rollback: Rollback = field(default_factory=Rollback)
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What one pass did.
+
+    Attributes:
+        edits: of a graph; of a model, how many items the pass found or made.
+        nodes: of the graph after it; 0 for passes over the model.
+        end: of a pass over the model, by `time.perf_counter`.
+        notes: of a pass over the model, a line each.
+    """
+
+    name: str
+    edits: int
+    seconds: float
+    nodes: int = 0
+    end: float = 0.0
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        heading = f"{self.name}: {self.edits}, {self.seconds * 1e3:.1f} ms"
+        return "\n  ".join([heading, *self.notes])

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.weak import WeakIdRef
+from torch import Tensor, fx, nn
 
 from lorafx.config import LoraConfig, Options
 from lorafx.model.bank import Bank
@@ -21,57 +19,16 @@ from lorafx.model.quantized import QuantisedModules
 from lorafx.model.runtime import Runtime
 from lorafx.model.sites import Group, Site
 from lorafx.ownership.held import Alone, Listed, each_repeated
-from lorafx.ownership.memory import Memory, storage_of
-from lorafx.program.call import AT_REST, Batch, Call
+from lorafx.ownership.memory import Memory
 from lorafx.program.derived import DerivedTensors, Holder
-from lorafx.program.frame import FrameInput
+from lorafx.program.frame import Frame, FrameInput, InputKind
 from lorafx.program.handover import role_of
-from lorafx.program.pass_report import PassReport
-from lorafx.program.remembered import Remembered, TensorVersions, in_containers
+from lorafx.program.preparation import PassReport
+from lorafx.program.remembered import OwnMemory, Remembered, TensorVersions, in_containers
 from lorafx.program.roles import Role, RoleTable, tensor_leaves
+from lorafx.program.row_dims import choices, new_tokens
 from lorafx.torch_internals.fake_tensors import unset_fake_temporarily
-
-
-class OwnMemory:
-    """Storages of parameters, buffers and constants.
-
-    Args:
-        tensors: what the model holds now. Walks the modules, so it is asked at most once per call,
-            where a tensor is met that was not there before.
-    """
-
-    def __init__(self, tensors: Callable[[], Iterable[Tensor]]) -> None:
-        self._tensors = tensors
-        self._known: dict[int, Any] = {}
-
-    def in_one_call(self) -> Callable[[Tensor], bool]:
-        """Whether a tensor lies in the model's memory; for one call."""
-        looked = False
-
-        def holds(tensor: Tensor) -> bool:
-            nonlocal looked
-            if not self._holds(tensor) and not looked:
-                looked = True
-                self._known = dict(map(_reference, self._tensors()))
-            return self._holds(tensor)
-
-        return holds
-
-    def _holds(self, tensor: Tensor) -> bool:
-        key = storage_of(tensor)
-        found = self._known.get(id(tensor) if key is None else key)
-        if isinstance(found, StorageWeakRef):
-            return not found.expired()
-        return found is not None and found() is tensor
-
-
-def _reference(tensor: Tensor) -> tuple[int, Any]:
-    """By storage; a tensor that is made of others by itself."""
-    key = storage_of(tensor)
-    if key is None:
-        return id(tensor), WeakIdRef(tensor)
-    return key, StorageWeakRef(tensor.untyped_storage())
-
+from lorafx.torch_internals.frames import size_source, source_name
 
 #: What every site op takes of a bank, and what those that rescale take besides.
 BANK_FIELDS = ("A", "B", "ranks", "scales")
@@ -83,6 +40,38 @@ ROOMS = {
     SHIFTS: ("biases of adapters", "LoraConfig(lora_bias=True)"),
     "own": ("weights of adapters' own", "LoraConfig(modules_to_save=...)"),
 }
+
+
+@dataclass(eq=False)
+class Call:
+    """The running call: its entry's roles and its arguments by name, and whose is what it has
+    computed.
+
+    `tracks`: what Python computes between graphs is tracked in calls that mix adapters; `tracked`:
+    it is in this call.
+    """
+
+    roles: RoleTable | None
+    named: Mapping[str, Any]
+    memory: Memory
+    tracks: bool = False
+    tracked: bool = False
+
+
+class Batch(NamedTuple):
+    """The running call (None where nothing runs), and canonical paths of the sites that its
+    adapters touch, rescale (DoRA), have rows of the weight of, and add a bias to. Replaced whole.
+    """
+
+    call: Call | None = None
+    touched: frozenset[str] = frozenset()
+    rescaled: frozenset[str] = frozenset()
+    owned: frozenset[str] = frozenset()
+    shifted: frozenset[str] = frozenset()
+
+
+#: Nothing runs.
+AT_REST = Batch()
 
 
 @dataclass(eq=False)
@@ -139,9 +128,8 @@ class Program:
         return self.batch.call
 
     def note_constants(self) -> None:
-        """Take for constants the plain tensor attributes that modules have now, and what lies in
-        their containers. For before the first call: what code that prepares a loaded model leaves
-        there is one for all requests."""
+        """Take for constants the tensors that modules have now as attributes and in containers. For
+        before the first call: what is there then depends on no request."""
         self.remembered = Remembered()
         self.remembered.keep(in_containers(self.model))
         plain = [tensor for _, tensor in _plain_attributes(self.model)]
@@ -149,8 +137,7 @@ class Program:
         self.versions = TensorVersions([*self.model.buffers(), *plain])
 
     def look_at_modules(self) -> None:
-        """Know what the model consists of now: modules, parameters and buffers may have come, gone
-        and been replaced since it was looked at last. Walks over all of it."""
+        """Know the modules, parameters and buffers that the model has now. Walks over all of it."""
         self._look_at_sites()
         if not self.site_watch.missing and not self.graph.holds:
             self.graph = ModuleGraph(self.model)
@@ -176,24 +163,18 @@ class Program:
         return value if isinstance(value, Tensor) else None
 
     def is_touched(self, site: Site) -> bool:
-        """True where an adapter of the running batch has factors for `site`."""
         return site.path in self.batch.touched
 
     def is_shifted(self, site: Site) -> bool:
-        """True where an adapter of the running batch adds a bias to what `site` computes."""
         return site.path in self.batch.shifted
 
     def is_rescaled(self, site: Site) -> bool:
-        """True where a DoRA adapter of the running batch rescales what `site` computes."""
         return site.path in self.batch.rescaled
 
     def has_own_rows(self, site: Site) -> bool:
-        """True where an adapter of the running batch has rows of its own in the place of those of
-        the weight of `site`."""
         return site.path in self.batch.owned
 
     def _sites_by_weight(self) -> dict[int, list[Site]]:
-        """The sites by identity of their base weight as it is now; tied sites share one."""
         found: dict[int, list[Site]] = {}
         for site in self.sites:
             weight = self.weight_of(site)
@@ -202,8 +183,8 @@ class Program:
         return found
 
     def site_of_weight(self, weight: Tensor, index: int = 0) -> Site | None:
-        """The site whose base weight this very tensor is, or holds part of; the one at `index`,
-        where several are tied."""
+        """The site whose base weight this tensor is, or holds part of; of tied sites the one at
+        `index`."""
         if not self._knows(weight):
             self._look_at_sites()
             self._by_weight = self._sites_by_weight()
@@ -217,8 +198,7 @@ class Program:
         return tied[index]
 
     def site_of_part(self, tensor: Tensor, index: int = 0) -> Site | None:
-        """As `site_of_weight`, and where a module of this model holds `tensor` it is compared with
-        the weights once."""
+        """As `site_of_weight`; a tensor that a module holds is compared with the weights once."""
         site = self.site_of_weight(tensor, index)
         if site is not None:
             return site
@@ -226,7 +206,6 @@ class Program:
         return derived.sites[index] if derived and index < len(derived.sites) else None
 
     def _knows(self, weight: Tensor) -> bool:
-        """Whether `weight` was looked for before, and what was found still holds."""
         if tied := self._by_weight.get(id(weight)):
             return self.weight_of(tied[0]) is weight
         seen = self._no_sites.get(id(weight))
@@ -325,8 +304,8 @@ class Program:
         return Call(roles, named, memory, tracks)
 
     def earlier_result(self, tensor: Tensor) -> Role | None:
-        """What a tensor that the running call made before may be taken for by a graph that is
-        captured now. The graph asks again on each call."""
+        """What a tensor that the running call made may be taken for by a graph that is captured
+        now."""
         if self.call is None:
             return None
         role = role_of(self.call.memory.look(tensor))
@@ -337,8 +316,8 @@ class Program:
         return role
 
     def holds_several(self, tensor: Tensor) -> bool:
-        """Whether a tensor that the running call made holds several entries of each request, as
-        many of one as of another, one request after another."""
+        """Whether a tensor that the running call made holds as many entries of each request, one
+        request after another."""
         held = None if self.call is None else self.call.memory.look(tensor)
         requests = tuple(range(len(self.runtime.rows)))
         if not isinstance(held, Listed) or held.owners == requests:
@@ -362,6 +341,84 @@ class Program:
         for name, value in self.call.named.items():
             for tensor in tensor_leaves(value):
                 found[id(tensor)] = self.call.roles.role(name, tensor, self.call.named)
+        return found
+
+    def frame(self, graph: fx.Graph, examples: Sequence[Any]) -> Frame:
+        """What the inputs of a Dynamo graph are, by the identity of their example values."""
+        known, arguments = self.known_tensors(), self.call_arguments()
+        derived = self.derived.inputs(examples, known, arguments)
+        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        inputs = []
+        for node, example in zip(placeholders, examples, strict=True):
+            label = source_name(node)
+            if not isinstance(example, Tensor):
+                counts = self._counts_requests(node, arguments, known)
+                inputs.append(FrameInput("symbol", label, counts=counts))
+            elif id(example) in derived:
+                part = derived[id(example)]
+                inputs.append(FrameInput("weight", label, sites=part.sites, derived=part))
+            elif id(example) in known:
+                inputs.append(known[id(example)])
+            elif id(example) in arguments:
+                inputs.append(FrameInput("argument", label, role=arguments[id(example)]))
+            elif example.dim() == 0 and example.numel() == 1:
+                # Dynamo turns Python floats held by modules into 0-d tensors.
+                inputs.append(FrameInput("state", label))
+            else:
+                role = self.earlier_result(example)
+                kind: InputKind = "unknown" if role is None else "result"
+                inputs.append(FrameInput(kind, label, role=role))
+        frame = Frame(self._with_results(placeholders, inputs, examples))
+        if self.call is not None:
+            frame.token_dims = new_tokens(self.call.named)
+            frame.choices = choices(self.call.named)
+        frame.writable = tuple(
+            position
+            for position, (item, example) in enumerate(zip(inputs, examples, strict=True))
+            if item.holder is not None and not isinstance(example, nn.Parameter)
+        )
+        return frame
+
+    def _counts_requests(
+        self, node: fx.Node, arguments: Mapping[int, Role], known: Mapping[int, FrameInput]
+    ) -> bool:
+        """Whether a size is that of a dimension of requests; `known` tensors have none."""
+        source = size_source(node)
+        if source is None:
+            return False
+        tensor, dim = source
+        role = arguments.get(id(tensor))
+        if role is None and id(tensor) not in known:
+            role = self.earlier_result(tensor)
+        return role is not None and role.known and role.dim == dim and tensor.shape[dim] > 1
+
+    def _with_results(
+        self, nodes: Sequence[fx.Node], inputs: Sequence[FrameInput], examples: Sequence[Any]
+    ) -> list[FrameInput]:
+        """The inputs, with those results of earlier graphs marked that hold several entries of
+        each request where others hold one, or belong to one request where others do to another."""
+        requests, found = len(self.runtime.rows), list(inputs)
+        by_rows = any(
+            item.requests_dim is not None and example.shape[item.requests_dim] == requests
+            for item, example in zip(inputs, examples, strict=True)
+        )
+        alone = {
+            position: request
+            for position, (item, example) in enumerate(zip(inputs, examples, strict=True))
+            if item.kind == "result" and (request := self.only_request(example)) is not None
+        }
+        apart = len(set(alone.values())) > 1
+        for position, (node, item, example) in enumerate(zip(nodes, inputs, examples, strict=True)):
+            if item.role is not None and position in alone and apart:
+                role = replace(item.role, dim=None, request=alone[position], requests=requests)
+                found[position] = replace(item, role=role)
+            elif item.counts and (source := size_source(node)) is not None:
+                single = apart and self.only_request(source[0]) is not None
+                counts = not single and not (by_rows and self.holds_several(source[0]))
+                found[position] = replace(item, counts=counts)
+            elif item.kind == "result" and item.role is not None and by_rows:
+                several = item.role.dim is not None and self.holds_several(example)
+                found[position] = replace(item, role=replace(item.role, several=several))
         return found
 
 

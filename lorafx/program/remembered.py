@@ -1,25 +1,21 @@
-"""Tensors that the model computed and kept before the running call, and that depend on no request.
+"""Tensors of the model that depend on no request: its own, and what it computed and kept.
 
-A module may keep a tensor in a dict that it computes once, a table of biases for example. In the
-next call its origin is unknown. It depends on no request and no adapter if it existed before the
-model was compiled, or if a graph computed it only from sizes and the model's tensors, without any
-weight that carries LoRA, and as long as nothing writes into it. A buffer that has been written into
-does not count: a forward may have left a result there that depends on a request or an adapter.
+A module may keep a table of biases in a dict. It depends on no request and no adapter if it existed
+before the model was compiled, or if a graph computed it only from sizes and the model's tensors,
+without any weight that carries LoRA, and as long as nothing writes into it.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.weak import WeakIdRef
 
-from lorafx.ownership.contents import MemoryState, state_of
-from lorafx.ownership.memory import storage_of
-from lorafx.program.frame import Frame
-from lorafx.torch_internals.aot_autograd import PlainAOTOutput
+from lorafx.ownership.memory import MemoryState, state_of, storage_of
 
 
 class Remembered:
@@ -67,8 +63,7 @@ class TensorVersions:
         }
 
     def unwritten(self, tensor: object) -> bool:
-        """Whether this is one of them, and nobody has written into it. Parameters count always:
-        new weights are written into them, and no forward does."""
+        """Whether this is one of them, and nobody has written into it. Parameters count always."""
         if isinstance(tensor, nn.Parameter):
             return True
         reference, state = self._known.get(id(tensor), (None, None))
@@ -77,31 +72,40 @@ class TensorVersions:
         return state == state_of(tensor, digested=False)
 
 
-def constants_of(graph: fx.Graph, frame: Frame) -> dict[int, tuple[int, ...]]:
-    """Positions of the results of a functional graph that are computed from nothing but sizes and
-    tensors of the model that are no site's, each with the positions of those tensors."""
-    places = {id(item): position for position, item in enumerate(frame.inputs)}
-    free: dict[fx.Node, frozenset[int]] = {}
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            item = frame.by_node.get(node)
-            if item is None:
-                continue
-            if item.kind == "state" and item.holder is not None and id(item) in places:
-                free[node] = frozenset([places[id(item)]])
-            elif item.kind == "symbol":
-                free[node] = frozenset()
-        elif node.op == "call_function" and all(i in free for i in node.all_input_nodes):
-            tags = getattr(node.target, "tags", ())
-            if torch.Tag.nondeterministic_seeded not in tags:
-                free[node] = frozenset().union(*(free[i] for i in node.all_input_nodes))
-    output = next(node for node in reversed(graph.nodes) if node.op == "output")
-    results = zip(output.args[0], output.meta.get("desc") or (), strict=False)
-    return {
-        place.idx: tuple(free[node])
-        for node, place in results
-        if isinstance(place, PlainAOTOutput)
-        and node in free
-        and node.op != "placeholder"
-        and isinstance(node.meta["val"], Tensor)
-    }
+class OwnMemory:
+    """Storages of parameters, buffers and constants.
+
+    `tensors` gives what the model holds now. It walks the modules, so it is called at most once a
+    call.
+    """
+
+    def __init__(self, tensors: Callable[[], Iterable[Tensor]]) -> None:
+        self._tensors = tensors
+        self._known: dict[int, Any] = {}
+
+    def in_one_call(self) -> Callable[[Tensor], bool]:
+        """Whether a tensor lies in the model's memory; for one call."""
+        looked = False
+
+        def holds(tensor: Tensor) -> bool:
+            nonlocal looked
+            if not self._holds(tensor) and not looked:
+                looked = True
+                self._known = dict(map(_reference, self._tensors()))
+            return self._holds(tensor)
+
+        return holds
+
+    def _holds(self, tensor: Tensor) -> bool:
+        key = storage_of(tensor)
+        found = self._known.get(id(tensor) if key is None else key)
+        if isinstance(found, StorageWeakRef):
+            return not found.expired()
+        return found is not None and found() is tensor
+
+
+def _reference(tensor: Tensor) -> tuple[int, Any]:
+    key = storage_of(tensor)
+    if key is None:
+        return id(tensor), WeakIdRef(tensor)
+    return key, StorageWeakRef(tensor.untyped_storage())

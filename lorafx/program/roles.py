@@ -1,12 +1,10 @@
 """Which forward arguments carry requests, and in which dimension.
 
-The contract is: along that dimension, index b belongs to request b. The dimension comes from the
-tables of lorafx.program.row_dims, or from `LoraConfig.row_dims` where the user declares it. For
-models that declare no roles of their own it comes from the convention that dimension 0 is the
-batch. It is never guessed from sizes; sizes are only checked against it. Items of a dict are
-arguments of their own: `x` of `batch` is "batch.x", and its role is that of "x" where the user
-declares none. Where only the convention applies and another dimension has the same size, a mixed
-batch warns once, because an error would go unnoticed.
+The contract is: along that dimension, index b belongs to request b. The dimension comes from
+`LoraConfig.row_dims`, from the tables of lorafx.program.row_dims, or, for models that declare no
+roles of their own, from the convention that dimension 0 is the batch. It is never guessed from
+sizes. Items of a dict are arguments of their own: `x` of `batch` is "batch.x", and its role is that
+of "x" where the user declares none.
 """
 
 from __future__ import annotations
@@ -38,10 +36,10 @@ from lorafx.program.row_dims import (
 class Role:
     """What one tensor argument is: its argument's name, and the requests' dimension.
 
-    `known` is False where nothing says which dimension holds the requests, `assumed` True where
-    the convention does alone. `several`: that dimension holds as many entries of each request, one
-    request after another. `request`: all of it is that of this number, of so many `requests`.
-    `picks`: its values are places of requests, so what it selects is theirs.
+    `known` is False where nothing says which dimension that is, `assumed` True where the convention
+    does alone. `several`: it holds as many entries of each request, one request after another.
+    `request`: all of it is that of this number, of so many `requests`. `picks`: its values are
+    places of requests.
     """
 
     argument: str
@@ -75,7 +73,7 @@ class RoleTable:
 
     def spread(self, named: Mapping[str, Any]) -> dict[str, Any]:
         """`named` with the items of dicts in place of these, "batch.x" for `x` of `batch`. A dict
-        whose own name has a role, as `encoder_outputs` has, stays whole."""
+        with a role of its own, as `encoder_outputs` has, stays whole."""
         found: dict[str, Any] = {}
         for name, value in named.items():
             if not isinstance(value, _NO_DICT) and self.spreads(name, value):
@@ -126,8 +124,7 @@ class RoleTable:
         return bound.args, bound.kwargs
 
     def role(self, argument: str, tensor: Tensor, call: Mapping[str, Any]) -> Role:
-        """The role of `tensor`, found in `argument` (itself, or a leaf of a container) of `call`,
-        which is the call's arguments by name."""
+        """The role of `tensor`, found in `argument` (or in a container) of `call`."""
         if argument in self._row_dims:
             picks = self.packed and argument in PICKS and tensor.dim() == 1
             return Role(argument, self._row_dims[argument], picks=picks)
@@ -147,7 +144,7 @@ class RoleTable:
 
     def check_rows(self, named: Mapping[str, Any], rows: int) -> None:
         """Every argument that carries requests has `rows` of them, or one that all share. Warns
-        once where that leaves open which dimension holds them.
+        once where two dimensions have so many.
 
         Raises:
             BatchError: it does not.
@@ -232,11 +229,10 @@ _SHOWN = 8
 def check_requests(
     name: str, shape: Sequence[int], dim: int, rows: int, call: Mapping[str, Any] | None = None
 ) -> None:
-    """Dimension `dim` of the argument holds all `rows` requests, or one entry that they share. The
-    message lists the arguments of `call`.
+    """Dimension `dim` of the argument holds all `rows` requests, or one entry that they share.
 
     Raises:
-        BatchError: it does not.
+        BatchError: it does not. The message lists the arguments of `call`.
     """
     if len(shape) <= dim or shape[dim] not in (rows, 1):
         raise BatchError(
@@ -249,9 +245,8 @@ def check_requests(
 
 
 def warn_ambiguous(name: str, tensor: Tensor, rows: int) -> bool:
-    """Warn, and say so, where the first dimension of an argument is assumed to hold the requests
-    and another one has as many entries. The last one of floating-point numbers does not count: it
-    is the features', and (B, D) with B = D is common."""
+    """Warn, and say so, where an argument's first dimension is assumed to hold the requests and
+    another one, but for the features of floating-point numbers, has as many entries."""
     sizes = tensor.shape[1:-1] if tensor.is_floating_point() else tensor.shape[1:]
     if rows not in sizes:
         return False
@@ -269,12 +264,11 @@ def warn_ambiguous(name: str, tensor: Tensor, rows: int) -> bool:
 
 
 def check_names(row_dims: Mapping[str, Any], model: nn.Module) -> None:
-    """The names in `LoraConfig.row_dims` are those of arguments: of the forward of the model or of
-    a module in it, or of a method of the model. Behind a dot stands the key of a dict.
+    """The names in `LoraConfig.row_dims` are those of arguments of the model's methods, or of a
+    forward in it. Behind a dot stands the key of a dict.
 
     Raises:
-        ConfigError: one is not, and no such method takes arguments by any name; or one looks like
-            the misspelt name of one.
+        ConfigError: one is not, or looks like the misspelt name of one.
     """
     known = {*ROW_DIMS, *RANKED}
     functions = [getattr(module.forward, "__func__", module.forward) for module in model.modules()]

@@ -15,59 +15,30 @@ BATCH_FIRST = 0
 
 #: Arguments in the order in which they are asked for the number of requests.
 PRIMARY = (
-    "input_ids",
-    "inputs_embeds",
-    "pixel_values",
-    "input_values",
-    "input_features",
-    "decoder_input_ids",
-    "decoder_inputs_embeds",
+    *("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features"),
+    *("decoder_input_ids", "decoder_inputs_embeds"),
 )
-
+_MASKS_AND_TYPES = (
+    *("attention_mask", "decoder_attention_mask", "encoder_attention_mask"),
+    *("cross_attention_mask", "global_attention_mask", "padding_mask", "input_mask", "pixel_mask"),
+    *("pixel_attention_mask", "spatial_shapes", "bool_masked_pos", "mask_time_indices"),
+    *("perm_mask", "target_mapping", "token_type_ids", "mm_token_type_ids", "query_embeds"),
+    *("qformer_input_ids", "qformer_attention_mask", "flattened_patches", "segment_ids", "langs"),
+    *("lengths", "bbox", "labels"),
+)
+_STATES = (
+    *("encoder_hidden_states", "encoder_outputs", "past_key_values", "cache_params"),
+    *("past_buckets_states", "state"),
+)
+_SHARED = (
+    *("cache_position", "head_mask", "decoder_head_mask", "cross_attn_head_mask"),
+    *("logits_to_keep", "num_logits_to_keep"),
+)
 #: Argument role -> dimension of the requests; None for what all requests share.
 ROW_DIMS: Mapping[str, int | None] = {
-    **dict.fromkeys(PRIMARY, BATCH_FIRST),
-    # masks and per-token types
-    "attention_mask": 0,
-    "decoder_attention_mask": 0,
-    "encoder_attention_mask": 0,
-    "cross_attention_mask": 0,
-    "global_attention_mask": 0,
-    "padding_mask": 0,
-    "input_mask": 0,
-    "pixel_mask": 0,
-    "pixel_attention_mask": 0,
-    "spatial_shapes": 0,
-    "bool_masked_pos": 0,
-    "mask_time_indices": 0,
-    "perm_mask": 0,
-    "target_mapping": 0,
-    "token_type_ids": 0,
-    "mm_token_type_ids": 0,
-    "query_embeds": 0,
-    "qformer_input_ids": 0,
-    "qformer_attention_mask": 0,
-    "flattened_patches": 0,
-    "segment_ids": 0,
-    "langs": 0,
-    "lengths": 0,
-    "bbox": 0,
-    "labels": 0,
-    # states and caches
-    "encoder_hidden_states": 0,
-    "encoder_outputs": 0,
-    "past_key_values": 0,
-    "cache_params": 0,
-    "past_buckets_states": 0,
-    "state": 0,
+    **dict.fromkeys((*PRIMARY, *_MASKS_AND_TYPES, *_STATES), BATCH_FIRST),
     "mems": 1,  # (memory length, batch, hidden)
-    # shared by all requests
-    "cache_position": None,
-    "head_mask": None,
-    "decoder_head_mask": None,
-    "cross_attn_head_mask": None,
-    "logits_to_keep": None,
-    "num_logits_to_keep": None,
+    **dict.fromkeys(_SHARED),
 }
 
 #: The same in models that declare roles: elsewhere such names are anybody's, and the sequence may
@@ -107,13 +78,9 @@ PICKS = ("logits_to_keep",)
 IMAGES = ("pixel_values",)
 
 #: Arguments that hold one entry per token -> that dimension; those of a call have one length T.
-TOKEN_DIMS: Mapping[str, int] = {
-    "input_ids": 1,
-    "inputs_embeds": 1,
-    "attention_mask": 1,
-    "token_type_ids": 1,
-    "position_ids": 1,
-}
+TOKEN_DIMS: Mapping[str, int] = dict.fromkeys(
+    ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids"), 1
+)
 
 #: Arguments that hold what a model keeps of earlier tokens.
 CACHES = ("past_key_values", "cache_params", "past_buckets_states", "state", "mems")
@@ -125,8 +92,7 @@ def caches(named: Mapping[str, Any]) -> list[Any]:
 
 
 def new_tokens(named: Mapping[str, Any]) -> dict[str, int]:
-    """The arguments of a call that hold one entry for each of its T tokens, with that dimension. A
-    mask has entries for the tokens of a cache too, or for pairs of tokens."""
+    """The arguments of a call that hold one entry for each of its T tokens, with that dimension."""
     cached = bool(caches(named))
     return {
         name: dim
@@ -138,19 +104,12 @@ def new_tokens(named: Mapping[str, Any]) -> dict[str, int]:
 
 
 #: Arguments that hold one entry per token -> their rank where a request is one sequence.
-_RANKS: Mapping[str, int] = {
-    "input_ids": 2,
-    "inputs_embeds": 3,
-    "attention_mask": 2,
-    "token_type_ids": 2,
-    "position_ids": 2,
-}
+_RANKS: Mapping[str, int] = {**dict.fromkeys(TOKEN_DIMS, 2), "inputs_embeds": 3}
 
 
 def choices(named: Mapping[str, Any], prefix: str = "") -> tuple[str, ...]:
     """The arguments of a call, behind `prefix`, whose dimension 1 holds the sequences of each
-    request: (B, C, T), as models for multiple choice take them. None where a request is one
-    sequence, as the tokens have it."""
+    request: (B, C, T), as models for multiple choice take them."""
     given = {own: named.get(prefix + own) for own in _RANKS}
     several = {
         own: value
@@ -166,8 +125,8 @@ def choices(named: Mapping[str, Any], prefix: str = "") -> tuple[str, ...]:
 
 
 def _position_ids_dim(tensor: Tensor, several: bool) -> int | None:
-    """(T,) is shared; (B, T) has requests first, and so has (B, C, T) where they have `several`
-    sequences each; (axes, B, T) is multi-axis rotary."""
+    """(T,) is shared; (B, T) and (B, C, T) have requests first; (axes, B, T) is multi-axis
+    rotary."""
     return 0 if several else {0: None, 1: None, 2: 0}.get(tensor.dim(), 1)
 
 

@@ -1,8 +1,7 @@
 """Reading the Python stack: which module's call is running, and with which arguments.
 
-Dynamo compiles functions, not calls: a module's forward, the pieces that graph breaks leave of it,
-the forwards of submodules. `torch.nn.Module` itself always runs in Python, so the stack below each
-of them has the `_call_impl` of every module whose call is running, with its arguments.
+Dynamo compiles functions, not calls. `torch.nn.Module` itself always runs in Python, so the stack
+below each of them has the `_call_impl` of every module whose call is running, with its arguments.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from lorafx.model.keywords import refuse_slips
 from lorafx.torch_internals.modules import CALL, CALLS, OptimizedModule, in_wrapper_of_dynamo
 
 #: Modules whose frames stand, while a function is compiled, between the backend and its caller.
@@ -35,7 +35,6 @@ class RunningCall:
 
 
 def _frames() -> Iterator[FrameType]:
-    """Frames of the stack, the innermost first."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         yield frame
@@ -50,8 +49,8 @@ def call_of(code: CodeType) -> FrameType | None:
 def calling_modules() -> frozenset[int]:
     """Identities of the modules whose `__call__` is running.
 
-    Where Dynamo cannot break a frame in two it runs it in Python and compiles what it calls: a
-    module's forward and the hooks after it are then graphs of their own.
+    Where Dynamo cannot break a frame in two, the hooks of these run after it in graphs of their
+    own.
     """
     return frozenset(map(id, running_modules()))
 
@@ -62,8 +61,8 @@ def running_modules() -> Iterator[nn.Module]:
 
 
 def python_line() -> str | None:
-    """`file:line` of the innermost frame that is neither torch's nor ours; None where a compiler's
-    code stands before it, which runs a graph or makes one."""
+    """`file:line` of the innermost frame that is neither torch's nor ours; None inside a
+    compiler."""
     for frame in _frames():
         name = str(frame.f_globals.get("__name__"))
         if _GRAPHS.match(name) or frame.f_code.co_filename.startswith("<eval_with_key>"):
@@ -74,11 +73,8 @@ def python_line() -> str | None:
 
 
 def outermost_call(belongs: Callable[[nn.Module], bool]) -> RunningCall | None:
-    """The outermost running call of a module that `belongs` is true for.
-
-    A module that torch.compile wraps is taken for what it wraps: its wrapper's call is the only
-    one where Dynamo traces the module's own.
-    """
+    """The outermost running call of a module that `belongs` is true for, without torch.compile's
+    wrapper, whose call is the only one where Dynamo traces the module's own."""
     found: FrameType | None = None
     for frame in _frames():
         module = called_module(frame)
@@ -96,8 +92,8 @@ def called_module(frame: FrameType) -> nn.Module | None:
 
 
 def called_directly(by: Callable[[FrameType], bool]) -> bool:
-    """True where `by` holds for the frame that called what Dynamo is compiling now: a function
-    that begins with the arguments of that call, not the rest of one that was broken in two."""
+    """Whether `by` holds for the frame that called what Dynamo is compiling now, which then begins
+    with the arguments of that call."""
     for frame in _frames():
         if by(frame):
             return True
@@ -107,8 +103,7 @@ def called_directly(by: Callable[[FrameType], bool]) -> bool:
 
 
 def compiled_module() -> nn.Module | None:
-    """The module that torch.compile was applied to, of the compiled call that is running: what
-    stands right below Dynamo's outermost wrapper, which torch.compile put there."""
+    """The module that torch.compile was applied to, of the compiled call that is running."""
     found: nn.Module | None = None
     wrapped = False
     for frame in _frames():
@@ -119,8 +114,7 @@ def compiled_module() -> nn.Module | None:
 
 
 def generating(model: nn.Module) -> bool:
-    """True inside the model's own `generate`, which repeats rows for beams and returned
-    sequences."""
+    """Whether the model's own `generate` is running, which repeats rows for beams."""
     generate = getattr(type(model), "generate", None)
     code = getattr(inspect.unwrap(generate), "__code__", None) if callable(generate) else None
     return code is not None and any(
@@ -135,3 +129,34 @@ def unwrapped(module: nn.Module) -> nn.Module:
         assert isinstance(inner, nn.Module)
         module = inner
     return module
+
+
+def refuse_called_slips(belongs: Callable[[nn.Module], bool], way: str) -> None:
+    """Refuse keywords that would choose an adapter elsewhere, in the outermost running call of a
+    module that `belongs` is true for. `way` is how adapters are chosen.
+
+    Raises:
+        ConfigError: as `refuse_slips`.
+    """
+    running = outermost_call(belongs)
+    if running is not None and running.kwargs:
+        refuse_slips(running.kwargs, running.module.forward, running.module, {"": way})
+
+
+def refuse_pipeline_slips(model: nn.Module) -> None:
+    """The same for the pipeline of transformers that is calling `model`, which hands its keywords
+    to a tokenizer.
+
+    Raises:
+        ConfigError: as `refuse_slips`, for names of ours too, which have not arrived.
+    """
+    base: Any = sys.modules.get("transformers.pipelines.base")
+    if base is None:
+        return
+    frame = call_of(inspect.unwrap(base.Pipeline.__call__).__code__)
+    if frame is None:
+        return
+    given = frame.f_locals
+    names = {**given.get("preprocess_params", {}), **given.get("kwargs", {})}
+    way = "the adapter by set_adapter(name) before the call: this pipeline hands no names on"
+    refuse_slips(names, given["self"].preprocess, model, {"": way})

@@ -24,7 +24,7 @@ from lorafx.model.keywords import BY_ROW, refuse_slips
 from lorafx.model.marks import Attachment
 from lorafx.model.sites import Site
 from lorafx.program.program import Program
-from lorafx.program.slips import refuse_pipeline_slips
+from lorafx.program.stack import refuse_pipeline_slips
 from lorafx.serving.adapter_methods import AdapterMethods
 from lorafx.serving.alora import forward_of
 from lorafx.serving.as_module import AsModule, refusing_backward, signature_of

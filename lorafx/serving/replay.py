@@ -20,8 +20,8 @@ from lorafx.capture.record import GraphRecord
 from lorafx.capture.recorder import Stage
 from lorafx.model.sites import Site
 from lorafx.pass_order import CAPTURED, pipeline
-from lorafx.passes.join import Join
 from lorafx.passes.outline.outline import Outline
+from lorafx.passes.products import Join
 from lorafx.passes.provenance import Provenance
 from lorafx.serving.entry import Entry, entered
 from lorafx.session.requests import LastCall

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorafx.adapter_store.names import BASE, AdapterName, one_name
 from lorafx.errors import BatchError, ConfigError
-from lorafx.program.call import Call
+from lorafx.program.program import Call
 from lorafx.program.roles import RoleTable, sizes_of
 from lorafx.program.row_dims import new_tokens
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from lorafx.adapter_store.names import BASE
 from lorafx.errors import BatchError, MatchError
-from lorafx.program.slips import refuse_called_slips
+from lorafx.program.stack import refuse_called_slips
 from lorafx.session.session import Session
 
 _WAY = "the names to what lorafx.compile returned: cm(..., adapter_names=[...])"

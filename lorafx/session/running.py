@@ -15,7 +15,7 @@ import torch
 
 from lorafx.errors import CaptureError
 from lorafx.interrupts import free_after_fork
-from lorafx.program.call import Batch
+from lorafx.program.program import Batch
 from lorafx.session.requests import Requests
 from lorafx.torch_internals.compat import transform
 

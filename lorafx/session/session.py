@@ -24,8 +24,7 @@ from lorafx.adapter_store.store import AdapterStore, StoredAdapter
 from lorafx.adapter_store.stored import HostCopy
 from lorafx.capture.backend import Backend
 from lorafx.errors import BatchError, CaptureError, ConfigError
-from lorafx.program.call import AT_REST, Batch, Call
-from lorafx.program.program import Program
+from lorafx.program.program import AT_REST, Batch, Call, Program
 from lorafx.program.roles import RoleTable
 from lorafx.session.requests import Names, Requests, check_tokens, not_looked_for, served_by
 from lorafx.session.running import (

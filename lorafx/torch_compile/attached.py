@@ -29,8 +29,13 @@ from lorafx.errors import CaptureError, ConfigError
 from lorafx.model.marks import Attachment, SiteMark
 from lorafx.program.program import Program
 from lorafx.program.roles import RoleTable
-from lorafx.program.slips import refuse_called_slips
-from lorafx.program.stack import RunningCall, generating, outermost_call, unwrapped
+from lorafx.program.stack import (
+    RunningCall,
+    generating,
+    outermost_call,
+    refuse_called_slips,
+    unwrapped,
+)
 from lorafx.serving.compiled import compiled_of
 from lorafx.session.requests import Requests
 from lorafx.session.running import Around, refuse_transformed

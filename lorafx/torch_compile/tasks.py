@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from lorafx.errors import BatchError
-from lorafx.program.slips import refuse_called_slips
+from lorafx.program.stack import refuse_called_slips
 
 #: How adapters are chosen for a model that its users call.
 IN_A_BLOCK = "the names to a block around the call: with lorafx.adapters(model, [...])"

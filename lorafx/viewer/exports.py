@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lorafx.capture.record import GraphRecord
-from lorafx.program.pass_report import PassReport
+from lorafx.program.preparation import PassReport
 
 #: Inputs that are not shown: each is read by the one or two nodes of a module, and named there.
 _STATE = frozenset({"weight", "bank", "state", "packed", "symbol"})

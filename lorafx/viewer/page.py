@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 
 from lorafx.capture.record import GraphRecord
-from lorafx.program.pass_report import PassReport
+from lorafx.program.preparation import PassReport
 from lorafx.viewer.exports import to_dot, trace_events
 
 #: In this order, each in a script element of its own.

@@ -2,9 +2,8 @@
 
     y = mm(x, Wᵀ); y' = site(x, y, bank)   →   y' = fused_linear(x, W, b, bank)
 
-Only where W enters the product as it is (uncast, unexpanded) and y has no other reader; every
-other site keeps its op on y. Products with routed experts likewise, for the Triton lowering, which
-has kernels for them (lorafx.passes.fuse.fuse_experts).
+Only where W enters the product as it is (uncast, unexpanded) and y has no other reader. Products
+with routed experts likewise, for the Triton lowering (lorafx.passes.fuse.fuse_experts).
 """
 
 from __future__ import annotations
@@ -40,10 +39,10 @@ class Fuse:
         edits = 0
         for node, (state, *_) in list(ctx.states.items()):
             if node.target is SITE_OP and _fusible(node, state) and ctx.take_edit():
-                _fuse(gm.graph, ctx, node, state)
+                _fuse(ctx, node, state)
                 edits += 1
         if ctx.program.options.lowering == "triton":
-            edits += sum(fuse_experts(gm.graph, ctx, node) for node in list(ctx.states))
+            edits += sum(fuse_experts(ctx, node) for node in list(ctx.states))
         return edits
 
 
@@ -74,20 +73,20 @@ def _unviewed(node: Any, until: Any) -> Any:
     return node
 
 
-def _fuse(graph: fx.Graph, ctx: Context, node: fx.Node, state: SiteState) -> None:
+def _fuse(ctx: Context, node: fx.Node, state: SiteState) -> None:
     use: Use | None = state.use
     assert use is not None
     call = bound(node)
     base = {"weight": use.weight, "bias": use.bias}
     arguments = in_order(FUSED_OP, call, **base, transposed=state.site.eligible.transposed)
-    with graph.inserting_before(node):
+    with ctx.graph.inserting_before(node):
         if fake_value(call["x"]).dtype == fake_value(node).dtype:
             # Both make a new contiguous tensor of these sizes, and what the one asks of its
             # arguments the product and the other have asked.
-            fused = graph.call_function(FUSED_OP, arguments)
+            fused = ctx.graph.call_function(FUSED_OP, arguments)
             fused.meta["val"] = fake_value(node)
         else:
-            fused = ctx.call(graph, FUSED_OP, arguments)
+            fused = ctx.emit(FUSED_OP, *arguments)
     fused.meta.update({key: node.meta[key] for key in COPIED if key in node.meta})
     if _adds_own_bias(ctx, state.site, use) and _is_packed(ctx, state.site):
         # A mark carries those of the group into the graph, where it does.
@@ -105,8 +104,8 @@ def _is_packed(ctx: Context, site: Site) -> bool:
 
 
 def _adds_own_bias(ctx: Context, site: Site, use: Use) -> bool:
-    """Whether the product's addend is the module's bias, or neither has one. The packed bias holds
-    that one: a forward that leaves it to somebody else, or scales it, stays by itself."""
+    """Whether the product's addend is the module's bias, which the packed bias holds, or neither
+    has one."""
     own = getattr(site.module, "bias", None)
     if use.bias is None:
         return own is None

@@ -26,7 +26,7 @@ _PRODUCT = "lorafx_product"
 _COPIED = ("nn_module_stack", "stack_trace")
 
 
-def fuse_experts(graph: fx.Graph, ctx: Context, node: fx.Node) -> bool:
+def fuse_experts(ctx: Context, node: fx.Node) -> bool:
     """Fuse an expert_site with the grouped product whose rows it knows the experts of."""
     if node.target is not EXPERT_OP:
         return False
@@ -45,8 +45,8 @@ def fuse_experts(graph: fx.Graph, ctx: Context, node: fx.Node) -> bool:
     if own_x is not x or not by_ends or not plain or not ctx.take_edit():
         return False
     base = {"weight": weight, "offs": offs, "transposed": not swapped}
-    with graph.inserting_before(node):
-        fused = ctx.call(graph, FUSED_EXPERTS, in_order(FUSED_EXPERTS, call, **base))
+    with ctx.graph.inserting_before(node):
+        fused = ctx.emit(FUSED_EXPERTS, *in_order(FUSED_EXPERTS, call, **base))
     fused.meta.update({key: y.meta[key] for key in _COPIED if key in y.meta})
     fused.meta[_PRODUCT] = y.target
     node.replace_all_uses_with(fused)
@@ -54,13 +54,13 @@ def fuse_experts(graph: fx.Graph, ctx: Context, node: fx.Node) -> bool:
     return True
 
 
-def product(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
+def product(ctx: Context, node: fx.Node) -> fx.Node:
     """The grouped product that the fused `node` stands for, (M, N), as it was."""
     call = bound(node)
     right = call["weight"]
     if not call["transposed"]:
-        right = ctx.call(graph, aten.permute.default, (right, [0, 2, 1]))
-    return ctx.call(graph, node.meta[_PRODUCT], (call["x"], right, call["offs"]))
+        right = ctx.emit(aten.permute.default, right, [0, 2, 1])
+    return ctx.emit(node.meta[_PRODUCT], call["x"], right, call["offs"])
 
 
 def loops_on_host(node: fx.Node) -> bool:

@@ -1,19 +1,16 @@
 """LoRA nodes become what the chosen lowering executes.
 
     inductor   fused_linear → mm / addmm (one, or one per sibling), then add_delta_ into its output;
-               site → add_delta_ into y. The delta op carries the id of a generated kernel.
-               expert_site → run_expert_delta_ into y, whose kernel finds the key of each row; in
-               plain aten the keys, then as a site of those slots. The grouped product that y is
-               becomes lorafx::grouped_mm where that has a kernel.
-               grouped_site, here and below, runs as it is: plain aten.
+               site → add_delta_ into y; expert_site → run_expert_delta_ into y, or as a site whose
+               slots are the keys of the rows. The grouped product that y is becomes
+               lorafx::grouped_mm where that has a kernel.
     triton     fused_linear → triton_linear, or mm / addmm and triton_delta_, or what
-               passes/lower/concat.py has around the vendor's product, as planned;
+               `_concat` has around the vendor's product, as planned;
                fused_experts → triton_experts, or the grouped product and then as expert_site;
                site → triton_delta_ into y. On a GPU their launches are put into the graph.
     reference  nothing to do: the ops' own aten implementations run.
 
-The in-place op is wrapped in `auto_functionalized`, so the graph stays functional, and Inductor
-decides that y's buffer may be written (it is the GEMM's own output) without a copy.
+grouped_site and conv_site run as they are. Ops that write are wrapped in `auto_functionalized`.
 """
 
 from __future__ import annotations
@@ -25,24 +22,30 @@ from typing import Any
 import torch
 from torch import fx
 
-from lorafx.graph.context import EMBEDDING_OP, EXPERT_OP, FUSED_OP, PLAIN_SITE_OPS, SITE_OP, Context
+from lorafx.graph.context import (
+    EMBEDDING_OP,
+    EXPERT_OP,
+    FUSED_OP,
+    PLAIN_SITE_OPS,
+    SITE_OP,
+    Context,
+    call_in_place,
+    written_by,
+)
 from lorafx.graph.expert_uses import grouped, is_grouped
-from lorafx.graph.graph_nodes import call_in_place
 from lorafx.graph.pointwise_region import PointwiseRegion
-from lorafx.graph.strategy import GENERATED, strategy_of
 from lorafx.kernels.cost.roofline import FUSED
 from lorafx.kernels.cpu.delta_kernels import delta_call, embedding_delta_call, expert_delta_call
 from lorafx.kernels.cpu.grouped_mm import GROUPED_MM, kernel_of
 from lorafx.kernels.ops.op_library import BankArgs
-from lorafx.kernels.triton import triton_ops
-from lorafx.kernels.triton.build import CONCAT, EXPERTS
+from lorafx.kernels.triton import concat_ops, triton_ops
+from lorafx.kernels.triton.build import CONCAT, EXPERTS, plan_of
 from lorafx.kernels.triton.launch_checks import adjacent
 from lorafx.op_arguments import bound, in_order
 from lorafx.passes.fuse.fuse_experts import FUSED_EXPERTS, product, region
-from lorafx.passes.lower.concat import TRITON_CONCAT, concat_linear, product_of
 from lorafx.passes.lower.triton_graph import inline_triton_ops
 from lorafx.passes.match.match_experts import ALIKE
-from lorafx.passes.plan.specs import cpu_spec, delta_spec
+from lorafx.passes.plan import GENERATED, cpu_spec, delta_spec, strategy_of
 from lorafx.program.frame import fake_value
 from lorafx.torch_internals.shortcuts import chosen
 from lorafx.torch_internals.symbols import guard_or_false, guard_or_true
@@ -55,6 +58,7 @@ TRITON_LINEAR = triton_ops.triton_linear._opoverload
 TRITON_DELTA = triton_ops.triton_delta_._opoverload
 TRITON_EMBEDDING_DELTA = triton_ops.triton_embedding_delta_._opoverload
 TRITON_EXPERTS = triton_ops.triton_experts._opoverload
+TRITON_CONCAT = concat_ops.triton_concat_._opoverload
 TRITON_OPS = (
     TRITON_LINEAR,
     TRITON_DELTA,
@@ -78,7 +82,7 @@ class Lower:
         lowered = {}
         for node in nodes:
             with gm.graph.inserting_before(node):
-                lowered[node] = _LOWERINGS[node.target](gm.graph, ctx, node)
+                lowered[node] = _LOWERINGS[node.target](ctx, node)
             node.replace_all_uses_with(lowered[node])
         for node in nodes:
             ctx.states[lowered[node]] = ctx.states.pop(node)
@@ -90,52 +94,86 @@ class Lower:
         return len(nodes)
 
 
-def _linear(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
+def _linear(ctx: Context, node: fx.Node) -> fx.Node:
     call, strategy = bound(node), strategy_of(node)
     x, weight, bias = call["x"], call["weight"], call["bias"]
-    x_flat = _flat(graph, ctx, x)
+    x_flat = _flat(ctx, x)
     if strategy.name in FUSED:
-        side_by_side = _adjacent(graph, ctx, x_flat)
-        arguments = in_order(TRITON_LINEAR, call, x=side_by_side, kernel=strategy.kernel)
-        return _shaped(graph, ctx, ctx.call(graph, TRITON_LINEAR, arguments), x, node)
+        rows = _adjacent(ctx, x_flat)
+        arguments = in_order(TRITON_LINEAR, call, x=rows, kernel=strategy.kernel)
+        return _shaped(ctx, ctx.emit(TRITON_LINEAR, *arguments), x, node)
     if strategy.name == CONCAT:
-        side_by_side = _adjacent(graph, ctx, x_flat)
-        y = concat_linear(graph, ctx, strategy.kernel, {**call, "x": side_by_side})
-        return _shaped(graph, ctx, y, x, node)
+        y = _concat(ctx, strategy.kernel, {**call, "x": _adjacent(ctx, x_flat)})
+        return _shaped(ctx, y, x, node)
     if strategy.split:
         parts, start = [], 0
         for size in call["sizes"]:
-            part = ctx.call(graph, aten.slice.Tensor, (weight, 0, start, start + size))
-            own = bias and ctx.call(graph, aten.slice.Tensor, (bias, 0, start, start + size))
-            parts.append(product_of(graph, ctx, x_flat, part, own, swap=False))
+            part = ctx.emit(aten.slice.Tensor, weight, 0, start, start + size)
+            own = bias and ctx.emit(aten.slice.Tensor, bias, 0, start, start + size)
+            parts.append(_product(ctx, x_flat, part, own, swap=False))
             start += size
-        y = ctx.call(graph, aten.cat.default, (parts, 1))  # Inductor has each GEMM write its part
+        y = ctx.emit(aten.cat.default, parts, 1)  # Inductor has each GEMM write its part
     else:
-        y = product_of(graph, ctx, x_flat, weight, bias, swap=call["transposed"])
-    written = _add_delta(graph, ctx, node, {**call, "y": y, "x": x_flat})
-    return _shaped(graph, ctx, written, x, node)
+        y = _product(ctx, x_flat, weight, bias, swap=call["transposed"])
+    written = _add_delta(ctx, node, {**call, "y": y, "x": x_flat})
+    return _shaped(ctx, written, x, node)
 
 
-def _site(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
+def _concat(ctx: Context, kernel: int, call: dict[str, Any]) -> fx.Node:
+    """x', W' = triton_concat_([x | …], [W | …], bank); y = x' W'ᵀ + b: the vendor's GEMM with a
+    longer x (M, K), whose rows are in one piece, and a longer W. Both are results of aten.cat, so
+    that Inductor has what computes x write it into x'."""
+    spec = plan_of(kernel).spec
+    blocks = fake_value(call["slots" if spec.by_request else "B"]).shape[0]
+    more = concat_ops.columns_of(spec, blocks)
+    longer = {
+        "x": _with_columns(ctx, call["x"], 1, more),
+        "w": _with_columns(ctx, call["weight"], 0 if call["transposed"] else 1, more),
+    }
+    x, weight = written_by(TRITON_CONCAT, {**call, **longer, "kernel": kernel}, "x", "w")
+    return _product(ctx, x, weight, call["bias"], swap=call["transposed"])
+
+
+def _with_columns(ctx: Context, tensor: fx.Node, dim: int, more: int) -> fx.Node:
+    """A new tensor that holds `tensor` before so many zeros along `dim`."""
+    value, other = fake_value(tensor), ctx.size(tensor, 1 - dim)
+    settings = {"dtype": value.dtype, "device": value.device, "pin_memory": False}
+    sizes = [more, other] if dim == 0 else [other, more]
+    return ctx.emit(
+        aten.cat.default, [tensor, ctx.emit(aten.full.default, sizes, 0.0, **settings)], dim
+    )
+
+
+def _product(
+    ctx: Context, x: fx.Node, weight: fx.Node, bias: fx.Node | None, *, swap: bool
+) -> fx.Node:
+    """x Wᵀ + b (x W with `swap`) for x (M, K)."""
+    right = weight if swap else ctx.emit(aten.permute.default, weight, [1, 0])
+    if bias is None:
+        return ctx.emit(aten.mm.default, x, right)
+    return ctx.emit(aten.addmm.default, bias, x, right)
+
+
+def _site(ctx: Context, node: fx.Node) -> fx.Node:
     call = bound(node)
-    y = _spread(graph, ctx, call["y"])
+    y = _spread(ctx, call["y"])
     if not strategy_of(node).kernel and _same_strides(y, node):
         # These kernels take rows as they lie; flat, x and y could be copies.
-        return _add_delta(graph, ctx, node, {**call, "y": y})
-    flat = {"y": _flat(graph, ctx, y), "x": _flat(graph, ctx, call["x"])}
-    written = _add_delta(graph, ctx, node, {**call, **flat})
-    return _shaped(graph, ctx, written, y, node)
+        return _add_delta(ctx, node, {**call, "y": y})
+    flat = {"y": _flat(ctx, y), "x": _flat(ctx, call["x"])}
+    written = _add_delta(ctx, node, {**call, **flat})
+    return _shaped(ctx, written, y, node)
 
 
-def _experts(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
+def _experts(ctx: Context, node: fx.Node) -> fx.Node:
     call = bound(node)
-    y = _generated_product(graph, ctx, call["y"])
-    flat = {"y": _flat(graph, ctx, y), "x": _flat(graph, ctx, call["x"])}
-    written = _expert_delta(graph, ctx, node, {**call, **flat})
-    return _shaped(graph, ctx, written, y, node)
+    y = _generated_product(ctx, call["y"])
+    flat = {"y": _flat(ctx, y), "x": _flat(ctx, call["x"])}
+    written = _expert_delta(ctx, node, {**call, **flat})
+    return _shaped(ctx, written, y, node)
 
 
-def _generated_product(graph: fx.Graph, ctx: Context, y: fx.Node) -> fx.Node:
+def _generated_product(ctx: Context, y: fx.Node) -> fx.Node:
     """The grouped product y by a generated kernel, where there is one."""
     if not is_grouped(y) or ctx.program.options.lowering != "inductor":
         return y
@@ -144,18 +182,16 @@ def _generated_product(graph: fx.Graph, ctx: Context, y: fx.Node) -> fx.Node:
     known = plain and values[0].dtype == values[1].dtype and kernel_of(*values) is not None
     if y.target is GROUPED_MM or not known:
         return y
-    with graph.inserting_before(y):
-        product = ctx.call(graph, GROUPED_MM, (x, weight, offs))
+    with ctx.graph.inserting_before(y):
+        product = ctx.emit(GROUPED_MM, x, weight, offs)
     y.replace_all_uses_with(product)
-    graph.erase_node(y)
+    ctx.graph.erase_node(y)
     return product
 
 
-def _expert_delta(graph: fx.Graph, ctx: Context, node: fx.Node, call: dict[str, Any]) -> fx.Node:
-    """y (M, N) after the delta of rows whose experts are known; each row has a slot of its own.
-
-    `call` is what `expert_site` takes, with y and x (M, …).
-    """
+def _expert_delta(ctx: Context, node: fx.Node, call: dict[str, Any]) -> fx.Node:
+    """y (M, N) after the delta of rows whose experts are known. `call` is what `expert_site` takes,
+    with y and x (M, …)."""
     alike = ctx.beside(call["A"], ALIKE)
     if strategy_of(node).name == GENERATED and alike is not None:
         ends = _ends(call["experts"], call["count"])
@@ -164,28 +200,25 @@ def _expert_delta(graph: fx.Graph, ctx: Context, node: fx.Node, call: dict[str, 
         settings = {"rows": call["rows"], "ends": sorted_rows}
         generated = expert_delta_call(cpu_spec(node), *tensors, **settings)
         if generated is not None:
-            return call_in_place(graph, *generated)
+            return call_in_place(*generated)
     capacity = fake_value(call["ranks"]).shape[0] // call["count"]
-    keys = ctx.call(graph, EXPERT_SLOTS, in_order(EXPERT_SLOTS, call, capacity=capacity))
-    return _add_delta(graph, ctx, node, {**call, "slots": keys, "rows": 1})
+    keys = ctx.emit(EXPERT_SLOTS, *in_order(EXPERT_SLOTS, call, capacity=capacity))
+    return _add_delta(ctx, node, {**call, "slots": keys, "rows": 1})
 
 
 def _ends(experts: fx.Node, count: int) -> fx.Node | None:
-    """Where the rows of each expert end, if `experts` was read from that (searchsorted over the
-    rows' numbers, as `match` does it)."""
+    """Where the rows of each expert end, if `experts` was read from that, as `match` does it."""
     if experts.target is not aten.searchsorted.Tensor or not bound(experts)["right"]:
         return None
     ends: fx.Node = bound(experts)["sorted_sequence"]
     numbers = bound(experts)["self"]
-    if fake_value(ends).shape[0] != count:
-        return None
-    if numbers.target is not torch.ops.prims.iota.default:
+    if fake_value(ends).shape[0] != count or numbers.target is not torch.ops.prims.iota.default:
         return None
     first, step = (bound(numbers)[name] for name in ("start", "step"))
     return ends if first == 0 and step == 1 else None
 
 
-def _fused_experts(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
+def _fused_experts(ctx: Context, node: fx.Node) -> fx.Node:
     call, strategy = bound(node), strategy_of(node)
     if strategy.name in EXPERTS:
         inputs = [call["x"]]
@@ -193,40 +226,40 @@ def _fused_experts(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
             found = region(node)
             assert isinstance(found, PointwiseRegion)  # it was when the kernels were built
             inputs = list(found.inputs)
-        inputs = [_adjacent(graph, ctx, item) for item in inputs]
+        inputs = [_adjacent(ctx, item) for item in inputs]
         arguments = in_order(TRITON_EXPERTS, call, inputs=inputs, kernel=strategy.kernel)
-        return ctx.call(graph, TRITON_EXPERTS, arguments)
-    base = {"y": product(graph, ctx, node), "count": fake_value(call["weight"]).shape[0]}
-    return _expert_delta(graph, ctx, node, {**call, **base})
+        return ctx.emit(TRITON_EXPERTS, *arguments)
+    base = {"y": product(ctx, node), "count": fake_value(call["weight"]).shape[0]}
+    return _expert_delta(ctx, node, {**call, **base})
 
 
-def _embedding(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
+def _embedding(ctx: Context, node: fx.Node) -> fx.Node:
     call, strategy = bound(node), strategy_of(node)
-    y = call["y"] = _spread(graph, ctx, call["y"])
+    y = call["y"] = _spread(ctx, call["y"])
     if strategy.kernel:
-        flat = ctx.call(graph, aten.reshape.default, (call["ids"], [-1]))
-        call["y"] = _adjacent(graph, ctx, _flat(graph, ctx, y))
-        call["ids"] = _adjacent(graph, ctx, flat)
+        flat = ctx.emit(aten.reshape.default, call["ids"], [-1])
+        call["y"] = _adjacent(ctx, _flat(ctx, y))
+        call["ids"] = _adjacent(ctx, flat)
         arguments = in_order(TRITON_EMBEDDING_DELTA, call, kernel=strategy.kernel)
-        return _shaped(graph, ctx, call_in_place(graph, TRITON_EMBEDDING_DELTA, arguments), y, node)
+        return _shaped(ctx, call_in_place(TRITON_EMBEDDING_DELTA, arguments), y, node)
     if strategy.name == GENERATED:
         tensors = _operands(call, "ids")
         op = embedding_delta_call(delta_spec(node), *tensors, rows=call["rows"])
-        return call_in_place(graph, *op)
-    return call_in_place(graph, ADD_EMBEDDING_DELTA, in_order(ADD_EMBEDDING_DELTA, call, kernel=0))
+        return call_in_place(*op)
+    return call_in_place(ADD_EMBEDDING_DELTA, in_order(ADD_EMBEDDING_DELTA, call, kernel=0))
 
 
-def _add_delta(graph: fx.Graph, ctx: Context, node: fx.Node, call: dict[str, Any]) -> fx.Node:
+def _add_delta(ctx: Context, node: fx.Node, call: dict[str, Any]) -> fx.Node:
     """y after the delta; `call` is what `add_delta_` takes."""
     strategy = strategy_of(node)
     if strategy.kernel:
-        laid = {name: _adjacent(graph, ctx, call[name]) for name in ("y", "x")}
+        laid = {name: _adjacent(ctx, call[name]) for name in ("y", "x")}
         arguments = in_order(TRITON_DELTA, call, **laid, kernel=strategy.kernel)
-        return call_in_place(graph, TRITON_DELTA, arguments)
+        return call_in_place(TRITON_DELTA, arguments)
     if strategy.name == GENERATED:
         op = delta_call(delta_spec(node), *_operands(call), rows=call["rows"])
-        return call_in_place(graph, *op)
-    return call_in_place(graph, ADD_DELTA, in_order(ADD_DELTA, call, kernel=0))
+        return call_in_place(*op)
+    return call_in_place(ADD_DELTA, in_order(ADD_DELTA, call, kernel=0))
 
 
 def _operands(call: dict[str, Any], x: str = "x") -> tuple[Any, ...]:
@@ -234,20 +267,20 @@ def _operands(call: dict[str, Any], x: str = "x") -> tuple[Any, ...]:
     return tuple(call[name] for name in ("y", x, *BankArgs._fields))
 
 
-def _flat(graph: fx.Graph, ctx: Context, node: Any) -> fx.Node:
+def _flat(ctx: Context, node: Any) -> fx.Node:
     """(…, F) as (M, F)."""
     value = fake_value(node)
     if value.dim() == 2:
         return node
-    return ctx.call(graph, aten.reshape.default, (node, [-1, value.shape[-1]]))
+    return ctx.emit(aten.reshape.default, node, [-1, value.shape[-1]])
 
 
-def _spread(graph: fx.Graph, ctx: Context, y: fx.Node) -> fx.Node:
+def _spread(ctx: Context, y: fx.Node) -> fx.Node:
     """y with a place in memory for each element, where rows that were one are written apart."""
     value = fake_value(y)
     if all(guard_or_true(stride != 0) for stride in value.stride()):
         return y
-    return ctx.call(graph, aten.clone.default, (y,), memory_format=torch.contiguous_format)
+    return ctx.emit(aten.clone.default, y, memory_format=torch.contiguous_format)
 
 
 def _same_strides(one: fx.Node, other: fx.Node) -> bool:
@@ -255,24 +288,20 @@ def _same_strides(one: fx.Node, other: fx.Node) -> bool:
     return all(guard_or_false(a == b) for a, b in strides)
 
 
-def _adjacent(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
-    """`node`, or a copy of it whose rows' elements lie side by side, which Triton kernels need. In
-    the graph, Inductor has what computes `node` write it so."""
+def _adjacent(ctx: Context, node: fx.Node) -> fx.Node:
+    """`node`, or a copy of it whose rows' elements lie side by side, which Triton kernels need."""
     if adjacent(fake_value(node)):
         return node
-    return ctx.call(graph, aten.clone.default, (node,), memory_format=torch.contiguous_format)
+    return ctx.emit(aten.clone.default, node, memory_format=torch.contiguous_format)
 
 
-def _shaped(graph: fx.Graph, ctx: Context, y: fx.Node, source: Any, like: fx.Node) -> fx.Node:
+def _shaped(ctx: Context, y: fx.Node, source: Any, like: fx.Node) -> fx.Node:
     """(M, N) as the shape of `like`, whose leading sizes are those of `source`."""
     value = fake_value(like)
     if value.dim() == 2:
         return y
-    sizes = [
-        size if isinstance(size, int) else ctx.call(graph, aten.sym_size.int, (source, dim))
-        for dim, size in enumerate(value.shape)
-    ]
-    return ctx.call(graph, aten.reshape.default, (y, sizes))
+    leading = [ctx.size(source, dim) for dim in range(value.dim() - 1)]
+    return ctx.emit(aten.reshape.default, y, [*leading, value.shape[-1]])
 
 
 _LOWERINGS: dict[Any, Callable[..., fx.Node]] = {

@@ -3,14 +3,10 @@
     y' = auto_functionalized(lorafx::triton_delta_, y, x, …)[1]
  →  y' = triton_kernel_wrapper_functional(kernel, grid, {y_ptr: y, …}, clone [y_ptr])['y_ptr']
 
-A `torch.library.triton_op` is taken apart only when AOTAutograd functionalises a graph, and `lower`
-comes after that. So the body of each op is traced here, on the node's own fake tensors, with the
-same functionalisation; buffers that the body allocates and sizes that it computes become nodes too.
-What Inductor gets are kernels, which it can plan memory for, capture in CUDA graphs and put into
-ahead-of-time packages. A grid is an expression of the sizes in the graph; nothing is read from the
-device, so a captured graph stays right when slots, ranks and factors change at their addresses.
-
-What two bodies compute from the same inputs is computed once: the requests sorted by slot, sizes.
+The body of each op is traced on the node's own fake tensors, with the functionalisation of
+AOTAutograd, which has run before `lower`. Inductor gets kernels, which it can plan memory for,
+capture in CUDA graphs and put into ahead-of-time packages. What two bodies compute from the same
+inputs is computed once: the requests sorted by slot, sizes.
 """
 
 from __future__ import annotations
@@ -46,8 +42,7 @@ def inline_triton_ops(
     Args:
         gm: a functional graph whose nodes carry fake tensors in `meta["val"]`; changed in place.
         ops: overloads made by `torch.library.triton_op`.
-        early: whether kernels that wait for the one before them may launch while that still runs
-            (the shortcut `early_launches`).
+        early: kernels may launch while the one that they wait for runs (`early_launches`).
 
     Returns:
         The nodes that now hold what nodes of the graph held before: results, and what was written.
@@ -181,10 +176,7 @@ def _copied(
 
 
 def _key(node: fx.Node, copies: dict[fx.Node, fx.Node]) -> object:
-    """Equal for nodes that compute the same: sizes by expression, unwritten buffers by size.
-
-    A buffer itself is never shared: its kernel writes it in place if no other node has it.
-    """
+    """Equal for nodes that compute the same: sizes by expression, unwritten buffers by size."""
     if isinstance(node.meta.get("val"), torch.SymInt):
         return str(node.meta["val"])
 

@@ -1,22 +1,15 @@
 """Map every use of a selected module's weight to its site, and make every use carry its delta.
 
-A use either carries its mark already (the hook's `site` op on y or on y + bias), or is a linear in
-disguise, which gets the op here (`F.linear(x, m.weight)`, `W @ x.mT`, MultiheadAttention's
-out_proj), or is refused by name. A mark that stands behind other arithmetic of the module (a
-scaled embedding, a router that goes on to softmax) is moved to the use of the weight, so that the
-result is that of W + ΔW. A module that holds no plain weight tensor keeps its mark as it is, and so
-does one with a registered handler, which says itself where the delta goes.
+A use either carries its mark already (the hook's `site` op on y or on y + bias), or is a linear,
+embedding or convolution past its module's call, which gets the op here (`F.linear(x, m.weight)`,
+MultiheadAttention's out_proj), or is refused by name. A mark that stands behind other arithmetic of
+the module (a scaled embedding, a router's softmax) is moved to the use of the weight, so that the
+result is that of W + ΔW. A module without a plain weight tensor keeps its mark as it is, and so
+does one with a registered handler.
 
-A convolution whose weight is used past its module's call gets its op (`F.conv2d(x, m.weight)`):
-
-y = conv(x, W)   →   y' = conv_site(x, y, ...)
-
-A site is refused where a graph seems to compute it with something other than its weight.
-
-A tensor that was made from a weight is mostly recognised by its values (lorafx.program.derived).
-Products of two weights, other formats and weights whose numbers cannot be read leave no such trace.
-What remains visible is a linear that nothing uses, in a module that runs and multiplies by tensors
-of its own.
+A site is also refused where a graph seems to compute it with something other than its weight: a
+product of two weights leaves no values that could be recognised (lorafx.program.derived), only a
+linear that nothing uses, in a module that multiplies by tensors of its own.
 """
 
 from __future__ import annotations
@@ -35,9 +28,10 @@ from lorafx.graph.context import (
     SITE_OP,
     Context,
     Refusal,
+    When,
     is_site,
+    plain_path,
 )
-from lorafx.graph.graph_nodes import plain_path
 from lorafx.graph.weight_uses import Use, convolution_uses, uses_of
 from lorafx.model.convolutions import convolution_of
 from lorafx.model.forward_check import is_dense
@@ -46,23 +40,38 @@ from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site, own_ranges
 from lorafx.op_arguments import bound, in_order, rebind
 from lorafx.passes.match.match_experts import insert_expert_sites
-from lorafx.passes.match.own_bias import check_addends, refuse_other_uses
-from lorafx.passes.match.result_origins import addends_of, depends_on, origin_of
+from lorafx.passes.match.result_origins import (
+    addends_of,
+    check_addends,
+    depends_on,
+    followed,
+    refuse_other_uses,
+)
 from lorafx.program.derived import has_numbers, is_near
 from lorafx.program.frame import FrameInput, fake_value
 
-_UNUSED = "nothing uses its weight"
+aten = torch.ops.aten
+
+_USED_BEFORE = (
+    "its weight is also used outside its own call, where the delta is added, and its handler adds "
+    "it to that result again"
+)
+_COMPILED_APART = (
+    "its class overrides forward, and a graph break puts the forward and the mark into separate "
+    "graphs"
+)
+#: What adapters may have beside factors, and the field of a bank that is there for it.
+_EXTRAS: tuple[tuple[When, str], ...] = (("dora", "gains"), ("own", "own"), ("bias", "shifts"))
+_USE_KINDS = {"linear": "linear", "blocks": "linear", "embedding": "embedding", "conv": "conv"}
 
 
-def replaced_sites(graph: fx.Graph, ctx: Context, in_parts: set[Site]) -> Iterator[Refusal]:
+def _replaced_sites(ctx: Context, in_parts: Set[Site]) -> Iterator[Refusal]:
     """Refusals of sites that this graph seems to compute by something else than their weight.
 
     No graph so far has used the site, or this one uses parts of the weight alone (`in_parts`), and
-    here a module that holds it runs with tensors of its own in place of it. For a weight whose
-    numbers cannot be read any matrix will do; otherwise it takes an attribute or buffer with as
-    many columns as the weight has inputs, since parameters of the module's own are common. What an
-    earlier graph has computed with the site (keys and values of an encoder, kept for all decode
-    steps) needs no second use.
+    here a module that holds it runs with tensors of its own in place of it: any matrix, if the
+    weight's numbers cannot be read; otherwise an attribute or buffer with as many columns as the
+    weight has inputs.
     """
     frame, program = ctx.frame, ctx.program
     own = [
@@ -73,7 +82,7 @@ def replaced_sites(graph: fx.Graph, ctx: Context, in_parts: set[Site]) -> Iterat
     ]
     if not own:
         return
-    identities, paths = _running(graph)
+    identities, paths = _running(ctx.graph)
     for site in program.sites:
         if site.eligible.kind != "linear":
             continue
@@ -95,7 +104,8 @@ def replaced_sites(graph: fx.Graph, ctx: Context, in_parts: set[Site]) -> Iterat
             if is_near(str(holder), near) and (alike or not readable):
                 program.reached.add(site.path)
                 program.replaced.add(site.path)
-                used = "parts of its weight are used" if site in in_parts else _UNUSED
+                parts = site in in_parts
+                used = "parts of its weight are used" if parts else "nothing uses its weight"
                 yield Refusal(
                     (site,),
                     "always",
@@ -117,10 +127,9 @@ def _running(graph: fx.Graph) -> tuple[set[str], set[str]]:
     return {name for name, _ in entries}, {plain_path(path) for _, path in entries}
 
 
-def other_arithmetic(site: Site, use: Use) -> Refusal | None:
-    """Why A cannot be convolved as this use convolves W, or None where it can.
-
-    PEFT's A has the module's stride and padding, and zeros around x, whatever the use has."""
+def _other_arithmetic(site: Site, use: Use) -> Refusal | None:
+    """Why A, which has the module's stride and padding, cannot be convolved as this use convolves
+    W."""
     module, call = convolution_of(site.module), bound(use.node)
     if call["transposed"] or call["groups"] != module.groups:
         reason = "its weight is used in a convolution of another kind than its own"
@@ -133,7 +142,7 @@ def other_arithmetic(site: Site, use: Use) -> Refusal | None:
     return Refusal((site,), "always", reason)
 
 
-def insert_conv_site(graph: fx.Graph, ctx: Context, use: Use, values: Mapping[str, Any]) -> fx.Node:
+def _insert_conv_site(ctx: Context, use: Use, values: Mapping[str, Any]) -> fx.Node:
     """The site's op on what the use computes; `values` are the bank's arguments, y and rows."""
     call = bound(use.node)
     padding = call["padding"]
@@ -141,12 +150,7 @@ def insert_conv_site(graph: fx.Graph, ctx: Context, use: Use, values: Mapping[st
     kernel = [int(size) for size in use.weight.meta["val"].shape[2:]]
     window = {"kernel": kernel, "stride": call["stride"], "pads": pads}
     arguments = in_order(CONV_OP, values, x=use.x, addend=None, **window)
-    return ctx.call(graph, CONV_OP, arguments)
-
-
-aten = torch.ops.aten
-
-USE_KINDS = {"linear": "linear", "blocks": "linear", "embedding": "embedding", "conv": "conv"}
+    return ctx.emit(CONV_OP, *arguments)
 
 
 @dataclass(frozen=True)
@@ -161,16 +165,16 @@ class Match:
         uses = _uses(ctx)
         # What a module returns is x Wᵀ where its y is; with blocks of W it may be anything.
         products = {node: use for node, use in uses.items() if use.kind != "blocks"}
-        origins = {mark: origin_of(bound(mark)["y"], products) for mark in marks}
+        origins = {mark: followed(bound(mark)["y"], products)[0] for mark in marks}
         for mark, site in marks.items():
             ctx.record(site, mark, origins[mark])
             if origins[mark] is not None and _rescales(mark):
                 addends = addends_of(bound(mark)["y"], products)
-                _leave_alone(gm.graph, ctx, site, mark, addends)
+                _leave_alone(ctx, site, mark, addends)
             if origins[mark] is not None and site.own_rows and _forward_unknown(site):
                 check_addends(ctx, site, addends_of(bound(mark)["y"], products))
             if _forward_unknown(site) and bound(mark)["y"].op == "placeholder":
-                ctx.refuse(_compiled_apart(site))
+                ctx.refuse(Refusal((site,), "always", _COMPILED_APART))
         refuse_other_uses(ctx, marks, uses)
         claimed = {origin.node for origin in origins.values() if origin is not None}
 
@@ -178,7 +182,7 @@ class Match:
         whole = set(marks.values()).union(*(i.sites for i in inputs if i.derived is None))
         seen = whole.union(*(i.sites for i in inputs))
         ctx.program.reached.update(site.path for site in seen)
-        for refusal in replaced_sites(gm.graph, ctx, seen - whole):
+        for refusal in _replaced_sites(ctx, seen - whole):
             ctx.refuse(refusal)
         edits = 0
         added: dict[int, set[fx.Node]] = {}
@@ -196,10 +200,10 @@ class Match:
             elif site_or_none is not None:
                 if _mark_follows(ctx, site_or_none, use):
                     continue
-                _insert(gm.graph, ctx, site_or_none, use)
+                _insert(ctx, site_or_none, use)
                 added.setdefault(id(site_or_none), set()).add(use.node)
                 edits += 1
-        edits += insert_expert_sites(gm.graph, ctx)
+        edits += insert_expert_sites(ctx)
         for mark, site in marks.items():
             moved = added.get(id(site))
             if origins[mark] is not None:
@@ -209,11 +213,11 @@ class Match:
                     ctx.refuse(Refusal((site,), "own", "what its forward computes is not known"))
                 continue
             if site.eligible.handler is not None:
-                ctx.refuse(_used_before(site))
+                ctx.refuse(Refusal((site,), "always", _USED_BEFORE))
             else:
                 # The delta is at the weight's own use now; behind it would count it twice.
                 mark.replace_all_uses_with(bound(mark)["y"])
-                ctx.forget(mark)
+                ctx.states.pop(mark)
                 gm.graph.erase_node(mark)
                 edits += 1
         return edits
@@ -247,7 +251,7 @@ def _same_stored(ctx: Context, use: Use, other: Use) -> bool:
 
 def _uses_of_input(node: fx.Node, item: FrameInput, held: Mapping[int, Set[fx.Node]]) -> list[Use]:
     """The uses of one input, the weight itself or what was made of it. `held`: the inputs that a
-    module holds beside its weight, by the module's identity."""
+    module holds beside its weight."""
     derived = item.derived
     if derived is None and any(site.eligible.kind == "conv" for site in item.sites):
         return convolution_uses(node)
@@ -281,16 +285,13 @@ def _joined(ctx: Context, use: Use, other: Use) -> Use:
 
 
 def _mark_follows(ctx: Context, site: Site, use: Use) -> bool:
-    """True where the use is part of a running call of the module, whose mark adds the delta to
-    what it returns, in a graph that follows.
-
-    Right only where the module returns x Wᵀ itself; otherwise LoRA is refused.
-    """
+    """Whether the use is part of a running call of the module, whose mark adds the delta in a graph
+    that follows; refused unless the module returns x Wᵀ itself."""
     frame = ctx.frame
     inside = id(site.module) in frame.callers
     frame.inside[frame.positions[use.weight], frame.by_node[use.weight].sites.index(site)] = inside
     if inside and _forward_unknown(site):
-        ctx.refuse(_compiled_apart(site))
+        ctx.refuse(Refusal((site,), "always", _COMPILED_APART))
     return inside
 
 
@@ -300,12 +301,13 @@ def _forward_unknown(site: Site) -> bool:
 
 
 def _left_to_mark(ctx: Context, use: Use) -> Site | None:
-    """The site whose mark adds this use's delta, wherever the mark stands, if the use is made by a
-    call of its module: it has a handler, or its weight is stored in a format (int8 and a scale) of
-    which only the module's call as a whole is known to compute x Wᵀ."""
+    """The site whose mark adds this use's delta, if its module's call makes the use and only that
+    call as a whole is known to compute x Wᵀ: it has a handler, or its weight is stored in a format.
+    """
     item = ctx.frame.by_node[use.weight]
     for site in item.sites:
-        stored = bool(item.part) or _is_stored(use) or is_stored(site.module, site.eligible)
+        stored = bool(item.part) or not is_dense(fake_value(use.weight))
+        stored = stored or is_stored(site.module, site.eligible)
         if not stored and site.eligible.handler is None:
             continue
         # Where a break cuts its call in two, its mark stands in a later graph.
@@ -313,29 +315,6 @@ def _left_to_mark(ctx: Context, use: Use) -> Site | None:
         if running or ctx.inside(use.node, site.module):
             return site
     return None
-
-
-def _is_stored(use: Use) -> bool:
-    """Whether the tensor holds W in some format, in place of W's own numbers."""
-    return not is_dense(fake_value(use.weight))
-
-
-def _used_before(site: Site) -> Refusal:
-    return Refusal(
-        (site,),
-        "always",
-        "its weight is also used outside its own call, where the delta is added, and its "
-        "handler adds it to that result again",
-    )
-
-
-def _compiled_apart(site: Site) -> Refusal:
-    return Refusal(
-        (site,),
-        "always",
-        "its class overrides forward, and a graph break puts the forward and the mark into "
-        "separate graphs",
-    )
 
 
 def _owner(ctx: Context, use: Use) -> Site | Refusal | None:
@@ -348,9 +327,9 @@ def _owner(ctx: Context, use: Use) -> Site | Refusal | None:
     if use.stored:
         dtype = fake_value(use.weight).dtype
         return Refusal(sites, "always", f"its weight ({dtype}) is used outside its call{where}")
-    kind = USE_KINDS[use.kind]
+    kind = _USE_KINDS[use.kind]
     fitting = [site for site in sites if site.eligible.kind == kind]
-    if use.kind == "conv" and (other := other_arithmetic(fitting[0], use)) is not None:
+    if use.kind == "conv" and (other := _other_arithmetic(fitting[0], use)) is not None:
         return other
     unselected = ctx.unselected_owners(use.weight, kind)
     if len(fitting) == 1 and not unselected:
@@ -371,45 +350,35 @@ def _owner(ctx: Context, use: Use) -> Site | Refusal | None:
     )
 
 
-def _insert(graph: fx.Graph, ctx: Context, site: Site, use: Use) -> None:
-    """Put the site's op at the use: y' = site(x, y). Its bank is looked up by the weight at run
-    time, since no hook brought it into the graph as an input."""
+def _insert(ctx: Context, site: Site, use: Use) -> None:
+    """y' = site(x, y) at the use. The bank is looked up by the weight at run time."""
     assert use.x is not None
-    bank = ctx.bank_inputs(graph, site, use.weight)
-    own = ctx.own_inputs(graph, site, use.weight)
-    by_column = ctx.by_column_inputs(graph, site, use.weight)
-    gains = by_column["gains"]
+    bank = ctx.bank_inputs(site, use.weight)
     y = use.node
     users = list(y.users)
-    with graph.inserting_before(y.next):
+    with ctx.graph.inserting_before(y.next):
         x_rows, y_rows = use.x, y
         if use.swapped:
-            x_rows, y_rows = _swapped(graph, ctx, use.x), _swapped(graph, ctx, y)
-        call = {**bank, "y": y_rows, "rows": UNPROVED}
-        ranges = own_ranges(site)._asdict()
+            x_rows, y_rows = _swapped(ctx, use.x), _swapped(ctx, y)
+        call = {**bank, **own_ranges(site)._asdict(), "y": y_rows, "rows": UNPROVED}
         if use.kind == "embedding":
-            arguments = in_order(EMBEDDING_OP, call, ids=x_rows, gains=gains, **own)
-            node = ctx.call(graph, EMBEDDING_OP, arguments)
+            node = ctx.emit(EMBEDDING_OP, *in_order(EMBEDDING_OP, call, ids=x_rows))
         elif use.kind == "conv":
-            node = insert_conv_site(graph, ctx, use, {**call, **by_column})
+            node = _insert_conv_site(ctx, use, call)
         elif use.blocks is None:
-            arguments = in_order(SITE_OP, call, x=x_rows, **by_column, **ranges, **own)
-            if own:
+            if "own" in bank:
                 check_addends(ctx, site, [] if use.bias is None else [use.bias])
-            node = ctx.call(graph, SITE_OP, arguments)
+            node = ctx.emit(SITE_OP, *in_order(SITE_OP, call, x=x_rows))
         else:
-            if gains is not None:
-                ctx.refuse(Refusal((site,), "dora", "its weight is used in blocks"))
-            if own:
-                ctx.refuse(Refusal((site,), "own", "its weight is used in blocks"))
-            if by_column["shifts"] is not None:
-                ctx.refuse(Refusal((site,), "bias", "its weight is used in blocks"))
+            for when, name in _EXTRAS:
+                if bank.get(name) is not None:
+                    ctx.refuse(Refusal((site,), when, "its weight is used in blocks"))
             blocks = use.blocks._asdict()
-            arguments = in_order(GROUPED_OP, call, x=x_rows, group_dim=0, **ranges, **blocks)
-            node = ctx.call(graph, GROUPED_OP, arguments)
-        last = _swapped(graph, ctx, node) if use.swapped else node
+            arguments = in_order(GROUPED_OP, call, x=x_rows, group_dim=0, **blocks)
+            node = ctx.emit(GROUPED_OP, *arguments)
+        last = _swapped(ctx, node) if use.swapped else node
     if _rescales(node) and use.bias is not None:
-        _leave_alone(graph, ctx, site, node, [use.bias])
+        _leave_alone(ctx, site, node, [use.bias])
     for user in users:
         user.replace_input_with(y, last)
     ctx.record(site, node, use, form="rewritten")
@@ -420,10 +389,9 @@ def _rescales(node: fx.Node) -> bool:
     return node.target in (SITE_OP, CONV_OP) and bound(node)["gains"] is not None
 
 
-def _leave_alone(
-    graph: fx.Graph, ctx: Context, site: Site, node: fx.Node, addends: list[fx.Node]
-) -> None:
-    """Give the site's op the sum of what stands beside the product in y; DoRA is not of that."""
+def _leave_alone(ctx: Context, site: Site, node: fx.Node, addends: list[fx.Node]) -> None:
+    """Give the site's op the sum of what stands beside the product in y, which DoRA does not
+    scale."""
     if any(size != 1 for item in addends for size in fake_value(item).shape[:-1]):
         ctx.refuse(
             Refusal(
@@ -432,14 +400,14 @@ def _leave_alone(
         )
         return
     total = None
-    with graph.inserting_before(node):
+    with ctx.graph.inserting_before(node):
         for item in addends:
-            total = item if total is None else ctx.call(graph, aten.add.Tensor, (total, item))
+            total = item if total is None else ctx.emit(aten.add.Tensor, total, item)
     rebind(node, addend=total)
 
 
-def _swapped(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
+def _swapped(ctx: Context, node: fx.Node) -> fx.Node:
     """`node` with its last two dimensions swapped."""
     dims = list(range(fake_value(node).dim()))
     dims[-1], dims[-2] = dims[-2], dims[-1]
-    return ctx.call(graph, aten.permute.default, (node, dims))
+    return ctx.emit(aten.permute.default, node, dims)

@@ -1,25 +1,21 @@
-"""Where a result comes from: the use of a weight behind a module's output."""
+"""Where a result comes from: the use of a weight behind a module's output, and what is added to it.
+
+Rows of an adapter's own replace W's and the bias's, so y has to be x Wᵀ and the module's own bias.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from lorafx.graph.context import ROWS_OF
+from lorafx.graph.context import ROWS_OF, Context, Refusal
 from lorafx.graph.weight_uses import RESHAPES, SAME_VALUE, Use, is_constant
+from lorafx.model.sites import Site
 from lorafx.op_arguments import bound, operand
 
 aten = torch.ops.aten
-
-
-def origin_of(y: fx.Node, uses: dict[fx.Node, Use]) -> Use | None:
-    """The use whose output `y` is, up to views, casts and the addition of a constant (the bias).
-
-    A delta added to `y` is then the same as one added to the use's output.
-    """
-    return followed(y, uses)[0]
 
 
 def addends_of(y: fx.Node, uses: dict[fx.Node, Use]) -> list[fx.Node]:
@@ -32,7 +28,8 @@ def addends_of(y: fx.Node, uses: dict[fx.Node, Use]) -> list[fx.Node]:
 def followed(
     y: fx.Node, uses: dict[fx.Node, Use]
 ) -> tuple[Use | None, list[tuple[fx.Node, fx.Node]]]:
-    """The origin of `y`, and the additions behind it: each with the constant that it adds."""
+    """The use whose output `y` is, up to views, casts and the addition of constants (the bias), and
+    these additions, each with the constant that it adds."""
     node: Any = y
     added: list[tuple[fx.Node, fx.Node]] = []
     while isinstance(node, fx.Node) and node not in uses:
@@ -67,3 +64,52 @@ def depends_on(node: fx.Node, ancestors: set[fx.Node]) -> bool:
             seen.add(current)
             pending.extend(current.all_input_nodes)
     return False
+
+
+def check_addends(ctx: Context, site: Site, addends: list[fx.Node]) -> None:
+    """Refuse rows of an adapter's own where y is not x Wᵀ and the module's own bias."""
+    bias = getattr(site.module, "bias", None)
+    held = [_held(ctx, addend) for addend in addends]
+    if len(held) != (bias is not None) or any(tensor is not bias for tensor in held):
+        ctx.refuse(
+            Refusal((site,), "own", "the product with its weight is not followed by its own bias")
+        )
+
+
+def refuse_other_uses(ctx: Context, marks: dict[fx.Node, Site], uses: dict[fx.Node, Use]) -> None:
+    """Refuse rows of an adapter's own where something else reads the bias of their module."""
+    sites = [site for site in ctx.program.sites if site.own_rows]
+    if not sites:
+        return
+    for node in ctx.frame.by_node:
+        held = _held(ctx, node)
+        for site in sites:
+            if held is None or held is not getattr(site.module, "bias", None):
+                continue
+            known = _additions(ctx, site, node, marks, uses)
+            if other := next((user for user in node.users if user not in known), None):
+                ctx.refuse(Refusal((site,), "own", f"its bias is used by {other.name} too"))
+
+
+def _additions(
+    ctx: Context, site: Site, bias: fx.Node, marks: dict[fx.Node, Site], uses: dict[fx.Node, Use]
+) -> set[fx.Node]:
+    """The nodes that add the bias to a product with the weight of `site`, and its marks, which take
+    it for DoRA's sake."""
+    found = {
+        use.node
+        for use in uses.values()
+        if use.bias is bias and site in ctx.frame.by_node[use.weight].sites
+    }
+    for mark, of in marks.items():
+        if of is site:
+            found.add(mark)
+            use, added = followed(bound(mark)["y"], uses)
+            if use is not None:
+                found |= {node for node, constant in added if constant is bias}
+    return found
+
+
+def _held(ctx: Context, node: fx.Node) -> Tensor | None:
+    item = ctx.frame.by_node.get(node)
+    return None if item is None or item.holder is None else item.holder.tensor

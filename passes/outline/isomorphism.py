@@ -4,12 +4,10 @@
                         for each operand: its metadata
 
 An argument is the stretch's own j-th node, the i-th distinct node from outside by first use, or a
-literal with its type; a symbolic size is written in the stretch's own symbols, numbered by first
-use, and the symbols of two stretches have to `agree`. Nodes are paired in order and nothing else is
-looked at: no source text, no names of classes, modules or nodes. So equal forms mean equal targets,
-literals, constants, shapes, strides, dtypes, devices and aliasing (a node that enters twice, or two
-that are one elsewhere, are numbered differently). Mutation and randomness have no form: `regions`
-keeps them out.
+literal with its type; symbols are numbered by first use, and those of two stretches have to
+`agree`. No names are looked at. Equal forms mean equal targets, literals, constants, shapes,
+strides, dtypes, devices and aliasing. Mutation and randomness have no form: `regions` keeps them
+out.
 """
 
 from __future__ import annotations
@@ -44,9 +42,7 @@ class CanonicalForm:
 @dataclass(frozen=True, eq=False)
 class Stretch:
     """Nodes that follow one another, the operands they take from before them, and their form.
-
-    `symbols` are those of its sizes, in the order of their numbers in the form.
-    """
+    `symbols` are those of its sizes, in the order of their numbers in the form."""
 
     nodes: tuple[fx.Node, ...]
     operands: tuple[fx.Node, ...]
@@ -66,22 +62,13 @@ def stretch_of(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> Stretch:
 
 
 def agree(a: Stretch, b: Stretch, sizes: Mapping[sympy.Symbol, torch.SymInt]) -> bool:
-    """True where the symbols of two stretches of equal form are the same, or are made the same.
-
-    The lengths of two layers' caches are two symbols, since nothing in the graph compares them. If
-    they are equal in the call that is captured, a guard says that they must be, and the layers
-    agree. `sizes` are the graph's symbols as sizes; one without a value at hand is itself alone.
-    """
+    """Whether the symbols of two stretches of equal form are the same, or equal in the call that is
+    captured, which a guard then says (the lengths of two layers' caches). `sizes` are the graph's
+    symbols as sizes; one without a value at hand is itself alone."""
     pairs = [(x, y) for x, y in zip(a.symbols, b.symbols, strict=True) if x != y]
-    known = all(
-        _hint(sizes, x) is not None and _hint(sizes, x) == _hint(sizes, y) for x, y in pairs
-    )
+    hints = {x: size_hint(sizes[x]) for pair in pairs for x in pair if x in sizes}
+    known = all(hints.get(x) is not None and hints[x] == hints.get(y) for x, y in pairs)
     return known and all(bool(sizes[x] == sizes[y]) for x, y in pairs)
-
-
-def _hint(sizes: Mapping[sympy.Symbol, torch.SymInt], symbol: sympy.Symbol) -> int | None:
-    """The value of a symbol in the call that is captured."""
-    return size_hint(sizes[symbol]) if symbol in sizes else None
 
 
 def sizes_of(graph: fx.Graph) -> dict[sympy.Symbol, torch.SymInt]:
@@ -129,8 +116,7 @@ class _Former:
         return self.literal(value)
 
     def literal(self, value: Any) -> Hashable:
-        """By type, and numbers that are no integers by text: 1, 1.0 and True are equal in Python,
-        and so are 0.0 and -0.0."""
+        """By type, and floats by text: 1, 1.0 and True are equal in Python, and 0.0 and -0.0."""
         if isinstance(value, _DISCRETE):
             return (value.__class__, value)
         if value is None or isinstance(value, _PLAIN):
@@ -159,8 +145,8 @@ class _Former:
         return ("unknown", _Identity(node)) if value is self else self.value(value)
 
     def aligned(self, operand: fx.Node) -> Hashable:
-        """Whether its first element is where vectors may begin: Inductor looks at the operands of
-        the first call of a body, and may load vectors in all of them."""
+        """Whether vectors may begin at its first element: Inductor looks at the operands of the
+        first call of a body alone."""
         value = operand.meta.get("val")
         if not isinstance(value, Tensor):
             return None
@@ -210,8 +196,7 @@ class _Identity:
 
 @dataclass(frozen=True, eq=False)
 class _Constant:
-    """An attribute of the graph's module: a tensor is equal to one of equal metadata and values,
-    bit for bit; anything else to itself alone."""
+    """An attribute of the graph's module: equal to tensors of equal metadata and bits."""
 
     value: Any
 

@@ -3,10 +3,9 @@
     h1 = layer(h0; W0, bank0); h2 = layer(h1; W1, bank1); ...
     →   h1 = invoke_subgraph(body, h0, W0, bank0); h2 = invoke_subgraph(body, h1, W1, bank1); ...
 
-Layers are candidates because one module call made their nodes (regions.py), and are merged because
-their canonical forms are equal (isomorphism.py). Inductor compiles the body once, inside the same
-program. A body returns fresh tensors only: views that readers outside need are taken again outside,
-since a result that shares an operand's memory would be overwritten with it.
+Candidates are the nodes of one module call (regions.py), merged where their canonical forms are
+equal (isomorphism.py). A body returns fresh tensors only: views that readers outside need are taken
+again outside, since a result that shares an operand's memory would be overwritten with it.
 """
 
 from __future__ import annotations
@@ -20,10 +19,9 @@ import sympy
 import torch
 from torch import fx
 
-from lorafx.graph.context import Context, Outlined
-from lorafx.graph.graph_nodes import plain_path
+from lorafx.graph.context import Context, Outlined, plain_path
 from lorafx.passes.outline.isomorphism import CanonicalForm, Stretch, agree, sizes_of, stretch_of
-from lorafx.passes.outline.regions import Region, hoist_shared, is_free, regions_of, tensor_valued
+from lorafx.passes.outline.regions import Region, hoist_shared, is_free, regions_of
 from lorafx.passes.write_in_place import writes_in_place
 from lorafx.program.frame import fake_value
 from lorafx.torch_internals.trees import tree_leaves
@@ -33,10 +31,8 @@ INVOKE = torch.ops.higher_order.invoke_subgraph
 
 @dataclass(frozen=True)
 class Outline:
-    """Repeated layers become calls of one body.
-
-    `min_nodes`: shorter repeats stay: a call costs more than the compilation of so few nodes,
-    and nothing fuses across its ends."""
+    """Repeated layers become calls of one body. Repeats of less than `min_nodes` stay: a call costs
+    more than their compilation, and nothing fuses across its ends."""
 
     name: str = "outline"
     required: bool = False
@@ -88,12 +84,8 @@ def repeats(
 
 @dataclass(frozen=True)
 class _Member:
-    """One stretch of a group.
-
-    Attributes:
-        results: places of the nodes whose values leave the stretch, by themselves or by a view.
-        again: nodes that are computed once more behind the call, from results and operands.
-    """
+    """One stretch of a group: the places of the nodes whose values leave it, by themselves or by a
+    view, and the nodes that are computed once more behind the call."""
 
     stretch: Stretch
     results: frozenset[int]
@@ -119,7 +111,9 @@ class _Member:
     @property
     def possible(self) -> bool:
         nodes = self.stretch.nodes
-        return bool(self.results) and all(tensor_valued(nodes[place]) for place in self.results)
+        return bool(self.results) and all(
+            isinstance(fake_value(nodes[place]), torch.Tensor) for place in self.results
+        )
 
 
 def _outline(

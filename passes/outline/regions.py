@@ -1,15 +1,12 @@
 """Where repeats may be: the stretches of a graph that one call of a module left in it.
 
-Tracing runs a model in order, so the nodes of one module call follow one another, and each says
-which calls it was made in (`nn_module_stack`). This only proposes; `isomorphism` proves, and takes
-no name for it. Nodes that passes added carry no stack and belong to the stretch that they stand in.
-A stretch is contiguous in an order of definition before use, hence convex: no path leaves it and
-comes back.
+The nodes of one module call follow one another, and each says which calls it was made in
+(`nn_module_stack`). Nodes that passes added belong to the stretch that they stand in. A stretch is
+contiguous in an order of definition before use, hence convex: no path leaves it and comes back.
 """
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,10 +29,8 @@ _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """The nodes of one module call, or of a part of it between two barriers.
-
-    `path` is the module's, as Dynamo writes it; it is for messages only.
-    """
+    """The nodes of one module call, or of a part of it between two barriers; `path` is for
+    messages."""
 
     path: str
     nodes: tuple[fx.Node, ...]
@@ -56,10 +51,7 @@ def regions_of(graph: fx.Graph) -> list[Region]:
 
 
 def _runs(
-    nodes: Sequence[fx.Node],
-    stacks: Sequence[tuple[Any, ...]],
-    barriers: set[fx.Node],
-    depth: int,
+    nodes: Sequence[fx.Node], stacks: Sequence[tuple[Any, ...]], barriers: set[fx.Node], depth: int
 ) -> Iterator[tuple[int, int]]:
     """(first, last) of each run of nodes made in one call at this depth."""
     call: tuple[Any, ...] = ()
@@ -84,10 +76,9 @@ def _stack(node: fx.Node) -> tuple[Any, ...]:
 
 
 def _barriers(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    """Nodes that must stay where they are: they mutate, draw random numbers or assert, or make
-    what is written back into an input (a static cache, which Inductor then updates in place).
-    An assignment to items, which only Dynamo's own graphs have, is a part of its layer there as
-    methods that write are: `lorafx.capture.stamps` tries what it writes into."""
+    """Nodes that must stay where they are: they mutate, draw random numbers or assert, or make what
+    is written back into an input. An assignment to items, in Dynamo's own graphs, is a part of its
+    layer."""
     found: set[fx.Node] = set()
     # torch asks several of its tables of an operator, and a graph has few operators.
     pure: set[Any] = set()
@@ -115,8 +106,7 @@ def is_pure(node: fx.Node) -> bool:
 
 
 def _has_effect(node: fx.Node) -> bool:
-    """Whether its operator has an effect, whatever it is called with; an operator of torch's says
-    so for all of its calls."""
+    """Whether its operator has an effect, whatever it is called with."""
     return node.is_impure() or _mutates(node)
 
 
@@ -145,17 +135,9 @@ def is_free(node: fx.Node) -> bool:
     return node.op == "get_attr" or is_view(node) or isinstance(fake_value(node), _SYMBOLIC)
 
 
-def tensor_valued(node: fx.Node) -> bool:
-    return isinstance(fake_value(node), Tensor)
-
-
 def hoist_shared(graph: fx.Graph) -> int:
-    """Put what several regions read and no activation goes into before all of them.
-
-    A size that a pass emitted for the first layer, or a table that the first layer computes, is
-    used by the others as well: it is an operand of each, and no part of the first. Returns how many
-    nodes moved.
-    """
+    """Put what several regions read and no activation goes into before all of them; returns how
+    many nodes moved."""
     _settle_sizes(graph)
     invariant = _invariant(graph)
     wanted: set[fx.Node] = set()
@@ -198,9 +180,7 @@ def _settle_sizes(graph: fx.Graph) -> None:
             if size is None:
                 continue
             for user in list(node.users):
-                replace = functools.partial(_instead, node, size)
-                user.args = fx.node.map_arg(user.args, replace)
-                user.kwargs = fx.node.map_arg(user.kwargs, replace)
+                _replace_argument(user, node, size)
             anchor = node.next if node is anchor else anchor
             graph.erase_node(node)
 
@@ -224,8 +204,9 @@ def _computed(graph: fx.Graph, expr: Any, known: dict[Any, fx.Node]) -> Any:
     return known.get(expr)
 
 
-def _instead(old: fx.Node, new: Any, argument: fx.Node) -> Any:
-    return new if argument is old else argument
+def _replace_argument(user: fx.Node, old: fx.Node, new: Any) -> None:
+    args = fx.node.map_arg((user.args, user.kwargs), lambda item: new if item is old else item)
+    user.args, user.kwargs = args
 
 
 def bodies(gm: fx.GraphModule) -> list[tuple[str, fx.GraphModule]]:

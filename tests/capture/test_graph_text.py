@@ -19,7 +19,7 @@ import lorafx
 from lorafx.capture.graph_text import stage_lines, users_line
 from lorafx.capture.node_names import ShortPaths, names_of
 from lorafx.capture.recorder import Stage, copied
-from lorafx.program.pass_report import PassReport
+from lorafx.program.preparation import PassReport
 from lorafx.viewer.dump import OPS, legend, plain_name
 
 aten = torch.ops.aten

@@ -3,7 +3,7 @@
     python tests/conformance/sweep.py --out outcome.jsonl [--part 1/2] [--only llama]
     python tests/conformance/sweep.py --choose outcome.jsonl > tests/conformance/inductor.txt
     python tests/conformance/sweep.py --out inductor.jsonl --lowering inductor
-    python tests/conformance/sweep.py --table outcome.jsonl inductor.jsonl > docs/families.md
+    python tests/conformance/sweep.py --table outcome.jsonl inductor.jsonl
 
 `--part k/n` takes every n-th family; the parts together are all of them, and each has some of every
 kind. Lines are appended, and families that `--out` has already are left out, so the same command
@@ -17,20 +17,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import multiprocessing
 import os
-import select
 import signal
-import sys
 import tempfile
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import cover
 import tiny
 import torch
 import torch._inductor.config
@@ -47,48 +47,57 @@ def in_child(
     examined: Callable[[Family, str], dict[str, Any]], family: Family, limit: float
 ) -> dict[str, Any]:
     """`examined` of the family and a folder, in a forked process, killed after `limit` seconds."""
-    began = time.monotonic()
-    reader, writer = os.pipe()
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            os.setsid()  # compilers that it starts are killed with it
-            os.close(reader)
-            with tempfile.TemporaryDirectory() as folder:
-                try:
-                    report = examined(family, folder)
-                except BaseException as error:
-                    report = failed(family, error)
-            data = json.dumps(report).encode()
-            while data:
-                data = data[os.write(writer, data) :]
-            code = 0
-        finally:
-            os._exit(code)
-    os.close(writer)
-    data = b""
-    while True:
-        left = limit - (time.monotonic() - began)
-        ready, _, _ = select.select([reader], [], [], max(0.0, left))
-        if not ready:
-            os.killpg(child, signal.SIGKILL)
-            break
-        chunk = os.read(reader, 1 << 16)
-        if not chunk:
-            break
-        data += chunk
-    os.close(reader)
-    _, status = os.waitpid(child, 0)
-    if status == 0:
-        report = json.loads(data)
-    elif not ready:
-        report = {**named(family), "outcome": "error", "detail": f"no answer in {limit:.0f} s"}
-    else:
-        report = {**named(family), "outcome": "error", "detail": f"crashed, status {status}"}
+    began, context = time.monotonic(), multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_examine, args=(examined, family, sender))
+    child.start()
+    sender.close()
+    try:
+        answered = receiver.poll(limit)
+        report = receiver.recv() if answered else None
+    except EOFError:
+        report = None
+    if child.is_alive() and report is None and child.pid is not None:
+        os.killpg(child.pid, signal.SIGKILL)
+    child.join()
+    if report is None:
+        why = f"crashed, status {child.exitcode}" if answered else f"no answer in {limit:.0f} s"
+        report = {**named(family), "outcome": "error", "detail": why}
     report["seconds"] = round(time.monotonic() - began, 1)
     return report
+
+
+def _examine(
+    examined: Callable[[Family, str], dict[str, Any]], family: Family, sender: Connection
+) -> None:
+    os.setsid()  # compilers that it starts are killed with it
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            report = examined(family, folder)
+        except BaseException as error:
+            report = failed(family, error)
+    sender.send(report)
+
+
+def chosen(reports: Iterable[Mapping[str, Any]], share: float = 1 / 3) -> list[tuple[str, str]]:
+    """That share of the families that are ok: by greedy cover those that hold the most operators
+    that are missing, until all are covered, and once more. Ties go by kind and name."""
+    operators = {
+        (r["kind"], r["type"]): frozenset(r["operators"]) for r in reports if r["outcome"] == "ok"
+    }
+    left = sorted(operators)
+    wanted = math.ceil(share * len(left))
+    found: list[tuple[str, str]] = []
+    missing: set[str] = set()
+    while len(found) < wanted:
+        best = max(left, key=lambda key: len(operators[key] & missing))
+        if not operators[best] & missing:  # all are covered, or nobody holds what is missing
+            missing = set().union(*(operators[key] for key in left))
+            best = max(left, key=lambda key: len(operators[key] & missing))
+        found.append(best)
+        left.remove(best)
+        missing -= operators[best]
+    return found
 
 
 def part_of(families: Iterable[Family], part: str = "1/1") -> list[Family]:
@@ -159,7 +168,7 @@ def main() -> None:
             print(table(reports))
         else:
             reference = [r for r in reports if r["lowering"] == "reference"]
-            print("\n".join(f"{kind} {name}" for kind, name in cover.chosen(reference)))
+            print("\n".join(f"{kind} {name}" for kind, name in chosen(reference)))
         return
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""The outcomes of all families as Markdown, with what they were made with."""
+"""The outcomes of all families as Markdown: the tables of docs/families.md, without its prose."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SEEN = 1e-3  # smallest effect of an adapter that makes a comparison worth some
 
 
 def table(reports: Iterable[Report]) -> str:
-    """docs/families.md of the reports of all parts, each family's last one for each lowering."""
+    """The reports of all parts, each family's last one for each lowering."""
     last = {(r.get("lowering"), r["kind"], r["type"]): r for r in reports}
     rows = sorted(last.values(), key=lambda r: (list(tiny.KINDS).index(r["kind"]), r["type"]))
     reference = [r for r in rows if r.get("lowering") != "inductor"]
@@ -32,7 +32,6 @@ def table(reports: Iterable[Report]) -> str:
         _missing(reference),
         _not_ok(reference),
         _ok(reference),
-        _others(),
         _routed(reference),
         _inductor(inductor, reference) if inductor else [],
     ]
@@ -41,26 +40,8 @@ def table(reports: Iterable[Report]) -> str:
 
 def _heading() -> list[str]:
     return [
-        "# Families of transformers",
-        "",
-        f"Made by `tests/conformance/sweep.py` on {time.strftime('%Y-%m-%d')} with torch "
-        f"{torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}, "
-        'on a CPU in fp32 with `lowering="reference"`. Each family is a tiny model of random '
-        "weights with three or four PEFT adapters of unequal ranks and targets, saved and read "
-        "from disk: every linear, router and matrix of routed experts; every second linear and the "
-        "experts' second matrices; the other linears and the routers; the token embedding and two "
-        "linears. Calls: two with one adapter a batch, then mixed batches with base rows of 3, 4 "
-        "and 3 requests and 5, 4 and 6 tokens. Each row is compared with W + ΔW merged densely, "
-        f"run alone; tolerance {oracle.TOLERANCE:g}.",
-        "",
-        "The commands, of which the first may run in parts on several machines and goes on where "
-        "it was stopped:",
-        "",
-        "    cd tests/conformance",
-        "    python sweep.py --part 1/2 --out part1.jsonl   # and 2/2",
-        "    python sweep.py --choose part*.jsonl > inductor.txt",
-        "    python sweep.py --lowering inductor --out inductor.jsonl   # in parts too",
-        "    python sweep.py --table *.jsonl > ../../docs/families.md",
+        f"Run on {time.strftime('%Y-%m-%d')} with torch {torch.__version__}, transformers "
+        f"{transformers.__version__}, peft {peft.__version__}; tolerance {oracle.TOLERANCE:g}.",
         "",
         "| outcome | meaning |",
         "|---|---|",
@@ -99,11 +80,7 @@ def _missing(rows: Sequence[Report]) -> list[str]:
 
 
 def _not_ok(rows: Sequence[Report]) -> list[str]:
-    return [
-        "## Those that are not ok",
-        "",
-        *_reasons(r for r in rows if r["outcome"] != "ok"),
-    ]
+    return ["## Those that are not ok", "", *_reasons(r for r in rows if r["outcome"] != "ok")]
 
 
 def _reasons(rows: Iterable[Report]) -> list[str]:
@@ -145,20 +122,6 @@ def _ok(rows: Sequence[Report]) -> list[str]:
     return lines
 
 
-def _others() -> list[str]:
-    """Families that are no row of the sweep, whose inputs are of no kind of `tiny.KINDS`."""
-    return [
-        "## Those with other inputs",
-        "",
-        "What is neither a text nor an image nor audio is not part of the sweep. These have tests "
-        "of their own, by the same oracle: VisualBERT and LXMERT (what is seen beside a text), "
-        "PatchTST (time series) and Decision Transformer (trajectories) in "
-        "`tests/models/test_other_inputs.py`, multiple choice (BERT, DeBERTa-v2) in "
-        "`tests/models/test_multiple_choice.py`.",
-        "",
-    ]
-
-
 def _routed(rows: Sequence[Report]) -> list[str]:
     """What became of routers and experts."""
     routed = [r for r in rows if "experts" in r and r["outcome"] == "ok"]
@@ -196,7 +159,7 @@ def _inductor(rows: Sequence[Report], reference: Sequence[Report]) -> list[str]:
     return [
         "## With Inductor",
         "",
-        f'The same with `lowering="inductor"` in {len(rows)} families, which `cover.py` chose so '
+        f'The same with `lowering="inductor"` in {len(rows)} families, which `sweep.py` chose so '
         f"that their graphs hold {len(covered)} of the {len(every)} distinct operators of all "
         f"graphs. {len(good)} are ok"
         + (":" if len(good) == len(rows) else "; those that are not:"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import cover
 import oracle
 import pytest
 import sweep
@@ -72,8 +71,8 @@ def test_cover_takes_what_holds_most_that_is_missing() -> None:
         report("f", "mm"),
     ]
     # b holds most; c alone has cos; then all are covered, and a holds most once more.
-    assert [name for _, name in cover.chosen(reports, share=0.6)] == ["b", "c", "a"]
-    assert cover.chosen(reports[::-1], share=0.6) == cover.chosen(reports, share=0.6)
+    assert [name for _, name in sweep.chosen(reports, share=0.6)] == ["b", "c", "a"]
+    assert sweep.chosen(reports[::-1], share=0.6) == sweep.chosen(reports, share=0.6)
 
 
 def test_table_counts_by_kind_and_gives_reasons() -> None:

@@ -48,34 +48,19 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"n_shared_experts|num_shared_experts|moe_num_shared_experts", 1),
     (r"zero_expert_num", 2),
     (r"first_k_dense_replace|num_dense_layers", 1),
-    (
-        r"(moe|shared_expert|shared|expert_ffn|shared_experts|expert).*(intermediate|hidden)_size",
-        32,
-    ),
+    (r"(moe|shared_experts?|shared|expert_ffn|expert).*(intermediate|hidden)_size", 32),
     (r".*num_key_value_heads|n_kv_heads|multi_query_heads|num_kv_heads", KV_HEADS),
-    (
-        r".*(num_attention_heads|attention_heads|num_heads)|n_head|n_heads|conf_num_attention_heads",
-        HEADS,
-    ),
-    (
-        r"(global_)?head_dim|d_kv|dim_head|attention_head_(dim|size)|kv_channels|swa_head_dim",
-        HEAD_DIM,
-    ),
+    (r".*(attention_heads|num_heads)|n_heads?", HEADS),
+    (r"(global_|swa_)?head_dim|d_kv|dim_head|attention_head_(dim|size)|kv_channels", HEAD_DIM),
     (r"rotary_dim", 8),
     (r"num_nextn_predict_layers|num_kv_shared_layers|num_mem_blocks", None),
     (r"(num_)?(hidden_layers|layers|block|blocks)|n_layers?|.*num_hidden_layers", LAYERS),
-    (
-        r"(encoder|decoder|num_encoder|num_decoder|speech_encoder|t2u_encoder|t2u_decoder)_layers",
-        LAYERS,
-    ),
+    (r"(num_|speech_|t2u_)?(encoder|decoder)_layers", LAYERS),
     (r".*(intermediate_size|ffn_dim|ffn_hidden_size|feed_?forward_size)", FFN),
     (r"d_ff|n_inner|d_inner|dff|dim_ff|dim_feedforward|encoder_ffn_embed_dim|block_ff_dim", FFN),
     (r"hidden_size|d_model|n_embd|model_dim|dim|emb_dim|word_embed_proj_dim|lru_width", HIDDEN),
     (r"embed_dim|embedding_size|embedding_dim|hidden_dim|input_embedding_size", HIDDEN),
-    (
-        r"(out|text|input_text|llm)_hidden_size|vision_output_dim|vision_language_hidden_size",
-        HIDDEN,
-    ),
+    (r"(out|(input_)?text|llm|vision_language)_hidden_size|vision_output_dim", HIDDEN),
     (r"mm_tokens_per_image|num_query_tokens", 4),
     (r".*(projection_dim|projection_size|pooler_hidden_size|output_hidden_size)", HIDDEN),
     (r"classifier_proj_size|output_embedding_size|cross_attention_hidden_size", HIDDEN),
@@ -113,6 +98,15 @@ SWIN = {"image_size": 64, "patch_size": 2}  # no stage smaller than a window
 VIBEVOICE = {"num_filters": 4, "depths": [1] * 7, "downsampling_ratios": [2, 2, 4, 5, 5, 8]}
 
 
+FULL_ROPE = {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}}
+INDEXER = {
+    **{"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": HEAD_DIM},
+    **{"indexer_budget": 8, "indexer_compress_ratio": 1},
+}
+REFORMER = {"attn_layers": ["local", "lsh"], "axial_pos_embds": False, "num_buckets": 2}
+ZAMBA = {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"]}
+
+
 def mrope(sections: list[int]) -> dict[str, Any]:
     """The overrides of a text part whose rotary embedding has `sections`."""
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections}
@@ -136,9 +130,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "perceiver": {"d_latents": 64, "num_latents": 8, "num_self_attends_per_block": 1},
     "swin": {"embed_dim": 16, "num_heads": [1, 2, 4, 8], **SWIN},
     "swinv2": {"embed_dim": 16, "num_heads": [1, 2, 4, 8], **SWIN},
-    "cohere_compass_text": {
-        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
-    },
+    "cohere_compass_text": FULL_ROPE,
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "falcon_h1": {"mamba_d_ssm": 128},
@@ -156,20 +148,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 4, "head_dim": 32},
     "ministral": {"head_dim": HEAD_DIM},
     "nemotron": {"num_key_value_heads": KV_HEADS},
-    "qwen4_exp_text": {
-        "indexer_n_heads": 4,
-        "indexer_kv_heads": 1,
-        "indexer_head_dim": HEAD_DIM,
-        "indexer_budget": 8,
-        "indexer_compress_ratio": 1,
-    },
+    "qwen4_exp_text": INDEXER,
     "recurrent_gemma": {"num_hidden_layers": 3},
-    "reformer": {
-        "is_decoder": True,
-        "attn_layers": ["local", "lsh"],
-        "axial_pos_embds": False,
-        "num_buckets": 2,
-    },
+    "reformer": {"is_decoder": True, **REFORMER},
     # Parts, and families whose defaults are not enough.
     "blt": {
         "encoder_hash_byte_group_vocab": 64,
@@ -213,11 +194,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "diarization_config": {"head_config": {"audio_hidden_size": HIDDEN}},
         }
     },
-    "ReformerForMaskedLM": {
-        "attn_layers": ["local", "lsh"],
-        "axial_pos_embds": False,
-        "num_buckets": 2,
-    },
+    "ReformerForMaskedLM": REFORMER,
     "shieldgemma2": {"yes_token_index": 10, "no_token_index": 11},
     "vibevoice_asr": {
         "acoustic_tokenizer_encoder_config": VIBEVOICE,
@@ -255,17 +232,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         }
     },
     "muse_spark": {"audio_config": {"num_hidden_layers": 4, "out_hidden_size": HIDDEN}},
-    "qwen4_exp": {
-        "text_config": {
-            **{"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": HEAD_DIM},
-            **{"indexer_budget": 8, "indexer_compress_ratio": 1},
-        }
-    },
-    "cohere_compass": {
-        "text_config": {
-            "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
-        }
-    },
+    "qwen4_exp": {"text_config": INDEXER},
+    "cohere_compass": {"text_config": FULL_ROPE},
     "dots3_note": {
         "vision_config": {
             **{"per_layer_config": None, "adapter_in_dim": HIDDEN, "adapter_out_dim": HIDDEN}
@@ -287,12 +255,5 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "step3p7": {"text_config": {"sliding_window": 4}},
     "xlstm": {"qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
-    "zamba": {
-        "num_hidden_layers": 3,
-        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
-    },
-    "zamba2": {
-        "num_hidden_layers": 3,
-        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
-    },
+    **dict.fromkeys(("zamba", "zamba2"), ZAMBA),
 }

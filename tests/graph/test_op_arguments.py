@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import fx
 
-from lorafx.graph.context import EMBEDDING_OP, FUSED_OP, SITE_OP
-from lorafx.graph.graph_nodes import call_in_place
+from lorafx.graph.context import EMBEDDING_OP, FUSED_OP, SITE_OP, call_in_place
 from lorafx.op_arguments import bound, in_order, index_of, op_of, operand, rebind
 
 BANK = ("A", "B", "ranks", "scales", "slots")
@@ -63,7 +62,7 @@ def test_an_op_in_place_is_read_through_its_wrapper(graph: fx.Graph) -> None:
     given = inputs(graph, "y", "x", *BANK)
     op = torch.ops.lorafx.run_delta_.default
     given["y"].meta["val"] = torch.empty(2, 4)
-    written = call_in_place(graph, op, (*given.values(), 3, 7))
+    written = call_in_place(op, (*given.values(), 3, 7))
     wrapper = written.all_input_nodes[0]
     assert op_of(wrapper) is op
     assert bound(wrapper) == {**given, "rows": 3, "kernel": 7}
@@ -78,5 +77,5 @@ def test_the_first_argument_by_position_or_name(graph: fx.Graph) -> None:
     item = graph.call_function(operator.getitem, (named, 1))
     assert (operand(item), index_of(item)) == (named, 1)
     given["y"].meta["val"] = torch.empty(2, 4)
-    written = call_in_place(graph, torch.ops.lorafx.run_delta_.default, (given["y"], *[1] * 8))
+    written = call_in_place(torch.ops.lorafx.run_delta_.default, (given["y"], *[1] * 8))
     assert operand(operand(written)) is given["y"]

@@ -37,6 +37,15 @@ def _names(op: OpOverload) -> list[str]:
     return [argument.name for argument in op._schema.arguments]
 
 
+class Holder(nn.Module):
+    """These modules, by their names."""
+
+    def __init__(self, **modules: nn.Module) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+
 @dataclass
 class Finished:
     gm: fx.GraphModule
@@ -76,8 +85,29 @@ class Finished:
         return [(r.when, [s.path for s in r.sites], r.reason) for r in self.ctx.refusals]
 
 
+class FakeGraph:
+    """Builds `graph`, whose nodes carry fake values of `mode`; `root` holds its tensors."""
+
+    graph: fx.Graph
+    root: nn.Module
+    mode: FakeTensorMode
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs)
+        fakes, named = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with self.mode:
+            node.meta["val"] = target(*fakes, **named)
+        return node
+
+    def constant(self, name: str, value: Any) -> fx.Node:
+        setattr(self.root, name, value)
+        node = self.graph.get_attr(name)
+        node.meta["val"] = self.mode.from_tensor(value)
+        return node
+
+
 @dataclass
-class SiteGraph:
+class SiteGraph(FakeGraph):
     """Builder of one graph. `rows` are the slots of the requests; `own` are the modules of which
     adapters may have whole weights of their own."""
 
@@ -178,20 +208,6 @@ class SiteGraph:
             return None, None
         bias = None if found.bias is None else self.input(found.bias)
         return self.input(found.weight), bias
-
-    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        node = self.graph.call_function(target, args, kwargs)
-        fakes, named = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with self.mode:
-            node.meta["val"] = target(*fakes, **named)
-        return node
-
-    def constant(self, name: str, value: Tensor) -> fx.Node:
-        """A tensor that the graph's module holds."""
-        setattr(self.root, name, value)
-        node = self.graph.get_attr(name)
-        node.meta["val"] = self.mode.from_tensor(value)
-        return node
 
     def mark(self, path: str, x: fx.Node, y: fx.Node, rows: int = 0) -> fx.Node:
         """What the hook of the site leaves in a trace."""

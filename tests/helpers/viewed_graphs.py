@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from lorafx.capture.record import Span, exclusive
-from lorafx.program.pass_report import PassReport
+from lorafx.program.preparation import PassReport
 from lorafx.viewer.page import Page
 
 HOSTILE = '</script><img src=x onerror="document.title=1">\u2028"\\'

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import sympy
 import torch
 from dense_merge import REFERENCE, TOLERANCE, case_by_patterns, error
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.ownership.symbolic import BatchSymbols, Sizes
 
 HEADS, EACH = 4, 2
 
@@ -53,12 +51,3 @@ def test_attention_over_a_cache_of_the_encoder(tmp_path: Path) -> None:
         names = ["a", None, "b", "a"][:rows]
         got = cm(**inputs, adapter_names=names)["logits"]
         assert error(got, case.expected(names, inputs)) <= TOLERANCE
-
-
-def test_a_size_is_learnt_from_the_product_with_the_requests() -> None:
-    requests, heads, length = sympy.symbols("B H L", integer=True, positive=True)
-    sizes = Sizes(BatchSymbols.of([requests]))
-    sizes.learn(requests * heads, HEADS * requests)
-    assert sizes.unify(heads) == HEADS
-    sizes.learn(heads * length, heads * 7)  # there may be no heads
-    assert sizes.unify(length) == length

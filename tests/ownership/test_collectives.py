@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from ownership_graphs import labelled, taint
 
 from lorafx.ownership.labels import Mixed, Own
 
@@ -35,7 +36,7 @@ def gathered_rows(x, group):
 
 
 @pytest.mark.parametrize("fn", [reduced, gathered])
-def test_rows_stay_where_they_are(fn, group, labelled, taint):
+def test_rows_stay_where_they_are(fn, group):
     label, flow, gm = labelled(lambda x: fn(x, group), [X], [Own(0)])
     assert isinstance(label, Own)
     assert (label.dim, label.rows, label.perm) == (0, 1, None)
@@ -44,7 +45,7 @@ def test_rows_stay_where_they_are(fn, group, labelled, taint):
     assert taint(gm, flow, [X], [changed], 1, 3) == []
 
 
-def test_rows_of_several_ranks_one_after_another_are_given_up(group, labelled):
+def test_rows_of_several_ranks_one_after_another_are_given_up(group):
     label, _, _ = labelled(lambda x: gathered_rows(x, group), [X], [Own(0)])
     assert isinstance(label, Mixed)
     assert "gathered along their own dimension" in label.reason

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ownership_graphs import labelled, taint
 from torch.library import opcheck
 
 import lorafx.kernels.ops.row_ops  # noqa: F401  (defines torch.ops.lorafx.own_mask)
@@ -56,16 +57,12 @@ WRITES = {
         (0, 0, 0),
         Mixed,
     ),
-    "one mask for all": (
-        lambda x, m, s: x.masked_scatter(m[:1, :, None], s),
-        (0, None, 0),
-        Mixed,
-    ),
+    "one mask for all": (lambda x, m, s: x.masked_scatter(m[:1, :, None], s), (0, None, 0), Mixed),
 }
 
 
 @pytest.mark.parametrize("name", WRITES)
-def test_writes_to_a_mask(name, labelled, taint):
+def test_writes_to_a_mask(name):
     fn, dims, expected = WRITES[name]
     seeds = [None if dim is None else Own(dim) for dim in dims]
     static = (0, 1, 2) if name == "indexed" else ()  # its rule compares feature sizes
@@ -108,7 +105,7 @@ SINGLES = {
 
 
 @pytest.mark.parametrize("name", SINGLES)
-def test_tensors_of_one_request(name, labelled, taint):
+def test_tensors_of_one_request(name):
     """The number of requests is known as a number."""
     fn, expected = SINGLES[name]
     label, flow, gm = labelled(fn, [X], [Own(0)], static=(0,))

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from by_keyword import by_keyword
+from ownership_graphs import labelled, taint, trace
 from torch import fx
 
 from lorafx.ownership.flow import Flow
@@ -119,7 +120,7 @@ def relabelled(gm: fx.GraphModule, flow: Flow) -> Flow:
 
 
 @pytest.mark.parametrize("name", BATCH_FIRST)
-def test_batch_first(name, labelled, taint):
+def test_batch_first(name):
     fn, expected = BATCH_FIRST[name]
     label, flow, gm = labelled(fn, [X], [Own(0)], static=(0,) if "windows" in name else ())
     if name == "shift_rows":
@@ -138,10 +139,8 @@ def test_batch_first(name, labelled, taint):
         assert kept(again.labels[node]) == kept(label), node
 
 
-def test_an_operand_that_a_rule_does_not_look_at_is_not_forgotten(trace):
+def test_an_operand_that_a_rule_does_not_look_at_is_not_forgotten():
     """A reduction's packet also holds max(a, b): shared on the left, owned on the right."""
-    from lorafx.ownership.propagate import propagate
-
     gm = trace(lambda x, y: x + y, [X, X.clone()])
     shared, owned = (n for n in gm.graph.nodes if n.op == "placeholder")
     total = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.add.Tensor)
@@ -151,10 +150,12 @@ def test_an_operand_that_a_rule_does_not_look_at_is_not_forgotten(trace):
         extra = (None, [1], [0], [1], False, [0], 1) if kind is Mixed else ()
         assert isinstance(total, fx.Node)
         total.target, total.args = target, (shared, owned, *extra)
-        assert type(propagate(gm.graph, {shared: None, owned: Own(0)}, batch)[total]) is kind
+        assert (
+            type(flow_through(gm.graph, {shared: None, owned: Own(0)}, batch).labels[total]) is kind
+        )
 
 
-def test_reason_names_operator_and_node(labelled):
+def test_reason_names_operator_and_node():
     label, _, gm = labelled(lambda x: x.cumsum(0) * 2, [X], [Own(0)])
     node = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.cumsum.default)
     assert label.reason.startswith("aten::cumsum:")
@@ -169,18 +170,18 @@ def mystery(x: torch.Tensor) -> torch.Tensor:
 mystery.register_fake(torch.empty_like)
 
 
-def test_unknown_operator_is_loud(labelled):
+def test_unknown_operator_is_loud():
     label, _, _ = labelled(lambda x: mystery(x) + 1, [X], [Own(0)])
     assert isinstance(label, Mixed)
     assert "lorafx_tests::mystery: no rule for this operator" in label.reason
 
 
-def test_input_without_a_label_is_mixed(trace):
-    from lorafx.ownership.propagate import propagate
-
+def test_input_without_a_label_is_mixed():
     gm = trace(lambda x, y: x + y, [X, X.clone()])
     first, second = (n for n in gm.graph.nodes if n.op == "placeholder")
-    labels = propagate(gm.graph, {first: Own(0)}, BatchSymbols.of([first.meta["val"].shape[0]]))
+    labels = flow_through(
+        gm.graph, {first: Own(0)}, BatchSymbols.of([first.meta["val"].shape[0]])
+    ).labels
     assert "unknown origin" in labels[second].reason
 
 
@@ -198,7 +199,7 @@ SEQUENCE_FIRST = {
 
 @pytest.mark.parametrize("name", SEQUENCE_FIRST)
 @pytest.mark.parametrize(("time", "batch"), [(5, 3), (6, 3), (3, 3)])
-def test_sequence_first(name, time, batch, labelled, taint):
+def test_sequence_first(name, time, batch):
     """T a multiple of B, and T equal to B: what misleads every guess by shape."""
     fn, expected = SEQUENCE_FIRST[name]
     x = torch.randn(time, batch, 4, dtype=torch.float64)
@@ -287,7 +288,7 @@ DISPATCH = {
 
 
 @pytest.mark.parametrize("fn", DISPATCH, ids=lambda fn: fn.__name__)
-def test_expert_dispatch(fn, labelled, taint):
+def test_expert_dispatch(fn):
     label, flow, gm = labelled(fn, [X], [Own(0)])
     time = next(n for n in gm.graph.nodes if n.op == "placeholder").meta["val"].shape[1].node.expr
     expected = DISPATCH[fn].format(T=time)
@@ -298,7 +299,7 @@ def test_expert_dispatch(fn, labelled, taint):
         assert taint(gm, flow, [X], [changed], request, 3) == []
 
 
-def test_embedding_and_masks(labelled, taint):
+def test_embedding_and_masks():
     table = torch.randn(6, 4, dtype=torch.float64)
 
     def fn(ids, mask):
@@ -318,7 +319,7 @@ def test_embedding_and_masks(labelled, taint):
     assert taint(gm, flow, [IDS, mask], [changed, other], 2, 3) == []
 
 
-def test_masks_of_another_layout_disagree(labelled):
+def test_masks_of_another_layout_disagree():
     x = torch.randn(3, 3, 4, dtype=torch.float64)
     label, _, _ = labelled(
         lambda x, mask: x + mask[:, :, None], [x, x[0, :, :3].clone()], [Own(0), Own(1)], (0, 1)
@@ -327,7 +328,7 @@ def test_masks_of_another_layout_disagree(labelled):
     assert "operands disagree" in label.reason
 
 
-def test_grouped_rows_meet_their_experts(labelled):
+def test_grouped_rows_meet_their_experts():
     weights, bounds = torch.randn(2, 8, 8, dtype=torch.bfloat16), torch.tensor([2, 6]).int()
 
     def fn(x, bounds):
@@ -338,7 +339,7 @@ def test_grouped_rows_meet_their_experts(labelled):
     assert rows_of(label) == "0:1"
 
 
-def test_static_batch_is_exact_arithmetic(labelled):
+def test_static_batch_is_exact_arithmetic():
     """All sizes are numbers and T is a multiple of B: dimensions are followed, not guessed."""
     x = torch.randn(4, 2, 6, dtype=torch.float64)
     flat, _, _ = labelled(lambda x: x.reshape(-1, 6), [x], [Own(1)], static=(0,))

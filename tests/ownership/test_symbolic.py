@@ -113,3 +113,12 @@ def test_no_hint_is_read():
     six = env.create_unbacked_symint()
     assert Sizes(BatchSymbols.of([B])).of(six) == six.node.expr
     assert isinstance(six, torch.SymInt)
+
+
+def test_a_size_is_learnt_from_the_product_with_the_requests() -> None:
+    requests, heads, length = sympy.symbols("B H L", integer=True, positive=True)
+    sizes = Sizes(BatchSymbols.of([requests]))
+    sizes.learn(requests * heads, 4 * requests)
+    assert sizes.unify(heads) == 4
+    sizes.learn(heads * length, heads * 7)  # there may be no heads
+    assert sizes.unify(length) == length

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from by_keyword import by_keyword
+from ownership_graphs import batch_of, inputs_of, labelled
 
 from lorafx.ownership.labels import Own
-from lorafx.ownership.symbolic import BatchSymbols
 from lorafx.ownership.tokens import LOST, Alignment
 
 pytestmark = pytest.mark.quick
@@ -60,17 +60,22 @@ TOKENS = {
 }
 
 
+def aligned(fn, *examples):
+    """(places, result, its label, graph, inputs) of a function whose first input has tokens."""
+    label, flow, gm = labelled(fn, examples, [Own(0)] * len(examples))
+    inputs = inputs_of(gm)
+    places = Alignment(gm.graph, flow, batch_of(inputs[:1], 1), {inputs[0]: 1})
+    return places, gm.graph.output_node().args[0], label, gm, inputs
+
+
 @pytest.mark.parametrize("name", TOKENS)
-def test_rows_in_order(name, labelled):
+def test_rows_in_order(name):
     fn, expected = TOKENS[name]
-    label, flow, gm = labelled(fn, [X], [Own(0)])
-    (x,) = (n for n in gm.graph.nodes if n.op == "placeholder")
-    places = Alignment(gm.graph, flow, BatchSymbols.of([x.meta["val"].shape[1]]), {x: 1})
-    (result,) = next(n for n in gm.graph.nodes if n.op == "output").args
-    rows = places.rows_in_order(result, label, len(flow.shape(result)) - 1)
+    places, result, label, gm, inputs = aligned(fn, X)
+    rows = places.rows_in_order(result, label, len(places.shape(result)) - 1)
     assert (None if rows is None else str(rows)) == expected
     by_keyword(gm.graph)
-    again = Alignment(gm.graph, flow, BatchSymbols.of([x.meta["val"].shape[1]]), {x: 1})
+    again = Alignment(gm.graph, places.flow, batch_of(inputs, 1), {inputs[0]: 1})
     assert again.states == places.states
 
 
@@ -86,40 +91,32 @@ def test_rows_in_order(name, labelled):
         (lambda x: x.transpose(0, 1)[:, 1:], False),
     ],
 )
-def test_a_part_of_the_tokens(fn, known, labelled):
+def test_a_part_of_the_tokens(fn, known):
     """A head that computes the last ones alone."""
-    label, flow, gm = labelled(fn, [X], [Own(0)])
-    (x,) = (n for n in gm.graph.nodes if n.op == "placeholder")
-    places = Alignment(gm.graph, flow, BatchSymbols.of([x.meta["val"].shape[1]]), {x: 1})
-    (result,) = next(n for n in gm.graph.nodes if n.op == "output").args
+    places, result, label, *_ = aligned(fn, X)
     assert (places.cut(result, label, 2) is not None) == known
     assert places.cut(result, label, 1) is None
 
 
-def test_what_is_not_a_token_input_is_lost(labelled):
+def test_what_is_not_a_token_input_is_lost():
     """Cross attention: queries are tokens of the decoder, keys are not."""
 
     def fn(x, memory):
         return scores(x + 0 * memory.mean(1, keepdim=True)), memory @ WEIGHT
 
-    label, flow, gm = labelled(fn, [X, X[:, :2].clone()], [Own(0), Own(0)])
-    x, memory = (n for n in gm.graph.nodes if n.op == "placeholder")
-    places = Alignment(gm.graph, flow, BatchSymbols.of([x.meta["val"].shape[1]]), {x: 1})
-    first, second = next(n for n in gm.graph.nodes if n.op == "output").args[0]
+    places, (first, second), label, _, (_, memory) = aligned(fn, X, X[:, :2].clone())
     assert places.rows_in_order(first, label, 2) == 1
     assert places.states[memory][1] is LOST
-    assert places.rows_in_order(second, flow.labels[second], 2) is None
+    assert places.rows_in_order(second, places.flow.labels[second], 2) is None
 
 
-def test_embedded_ids_and_masks(labelled):
+def test_embedded_ids_and_masks():
     def fn(ids, mask):
         return F.embedding(ids, TABLE) * mask[:, :, None]
 
-    label, flow, gm = labelled(fn, [IDS, (IDS > 3).double()], [Own(0), Own(0)])
-    ids, mask = (n for n in gm.graph.nodes if n.op == "placeholder")
-    (result,) = next(n for n in gm.graph.nodes if n.op == "output").args
-    tokens = BatchSymbols.of(n.meta["val"].shape[1] for n in (ids, mask))
-    both = Alignment(gm.graph, flow, tokens, {ids: 1, mask: 1})
+    without, result, label, gm, inputs = aligned(fn, IDS, (IDS > 3).double())
+    tokens = batch_of(inputs, 1)
+    both = Alignment(gm.graph, without.flow, tokens, dict.fromkeys(inputs, 1))
     assert both.rows_in_order(result, label, 2) == 1
-    without = Alignment(gm.graph, flow, tokens, {ids: 1})
+    without = Alignment(gm.graph, without.flow, tokens, {inputs[0]: 1})
     assert without.rows_in_order(result, label, 2) is None

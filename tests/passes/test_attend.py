@@ -13,7 +13,7 @@ from compile_only_gpu import on_cuda
 from dense_merge import error
 from expecttest import assert_expected_inline
 from graph_text import shown
-from site_graphs import Finished, SiteGraph
+from site_graphs import Finished, Holder, SiteGraph
 from toolchain import needs_compiler
 from torch import fx, nn
 
@@ -34,12 +34,6 @@ GPU_ATTENTION = (
 Change = Callable[[SiteGraph, fx.Node], fx.Node]
 
 
-class One(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Linear(4, 4)
-
-
 def built(
     group: int = 1,
     transposed: bool = True,
@@ -54,7 +48,7 @@ def built(
     """Two requests: one token that sees four rows, and two that see three. `mask`, `keys` change
     what attention takes; `also` is what else is computed of the keys and the cache."""
     torch.manual_seed(0)
-    g = SiteGraph(One(), [0, 0, 0])
+    g = SiteGraph(Holder(w=nn.Linear(4, 4)), [0, 0, 0])
     hidden = torch.zeros(1, 1, TOKENS, COUNT)
     hidden[0, 0, 0, 4:] = hidden[0, 0, 1:, :4] = hidden[0, 0, 1, 6] = torch.finfo(torch.float32).min
     queries = torch.randn(1, HEADS * group, TOKENS, size)
@@ -137,25 +131,6 @@ def added(g: SiteGraph, node: fx.Node) -> fx.Node:
     return g.call(aten.add.Tensor, node, 1.0)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"mask": added},
-        {"mask": lambda g, mask: None},
-        {"keys": added},
-        {"also": lambda g, keys, pages: [added(g, keys)]},
-        {"also": lambda g, keys, pages: [g.call(aten.sum.default, pages)]},
-        {"causal": True},
-    ],
-    ids=["mask", "no mask", "keys", "keys elsewhere", "cache elsewhere", "causal"],
-)
-def test_anything_else_is_left_as_it_is(changes: Any) -> None:
-    done = built(**changes)
-    before = done.targets()
-    assert done.run(Attend()) == 0
-    assert done.targets() == before
-
-
 def aligned(g: SiteGraph, mask: fx.Node) -> fx.Node:
     """As torch has masks of odd lengths lie for its own kernels."""
     mask = g.call(aten.constant_pad_nd.default, mask, [0, 1], 0.0)
@@ -184,21 +159,21 @@ def later(g: SiteGraph, mask: fx.Node) -> fx.Node:
     return g.call(aten.slice.Tensor, mask, -1, 1, COUNT + 1)
 
 
+ON_A_GPU = [{"mask": change} for change in (added, cut, later, lambda g, mask: None)]
+ON_A_GPU += [{"causal": True}, {"statistics": True}, {"size": 300}]  # the last has no kernel
+
+
 @pytest.mark.parametrize(
     "changes",
     [
-        {"mask": added},
-        {"mask": cut},
-        {"mask": later},
-        {"mask": lambda g, mask: None},
-        {"causal": True},
-        {"statistics": True},
-        {"size": 300},  # which has no kernel
+        *({"mask": added}, {"mask": lambda g, mask: None}, {"keys": added}, {"causal": True}),
+        {"also": lambda g, keys, pages: [added(g, keys)]},
+        {"also": lambda g, keys, pages: [g.call(aten.sum.default, pages)]},
+        *({"kernel": GPU_ATTENTION[0], **changes} for changes in ON_A_GPU),
     ],
-    ids=["mask", "cut", "later", "no mask", "causal", "statistics", "size"],
 )
-def test_what_is_left_on_a_gpu(changes: Any) -> None:
-    done = built(kernel=GPU_ATTENTION[0], **changes)
+def test_anything_else_is_left_as_it_is(changes: Any) -> None:
+    done = built(**changes)
     before = done.targets()
     assert done.run(Attend()) == 0
     assert done.targets() == before

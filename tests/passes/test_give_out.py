@@ -6,34 +6,24 @@ the shared site and the place where its result joins what requests own.
 
 from __future__ import annotations
 
-import importlib.util
 import random
-from pathlib import Path
 
 import pytest
 import torch
 from by_keyword import by_keyword
 from expecttest import assert_expected_inline
 from graph_text import shown
+from ownership_graphs import BANK, WEIGHT, K, N, batch_of, inputs_of, lora, trace
 from random_programs import STEPS
-from site_graphs import SiteGraph
+from site_graphs import Holder, SiteGraph
 from torch import nn
 
 from lorafx.ownership.labels import Own
-from lorafx.ownership.propagate import flow_through
-from lorafx.ownership.symbolic import BatchSymbols
 from lorafx.passes.give_out import GiveOut, give_out
 from lorafx.passes.match.match import Match
-from lorafx.passes.provenance import Provenance, RowMap, Unproved, apply, is_site, prove
+from lorafx.passes.provenance import Provenance, RowMap, Unproved, apply, is_site, prove_results
 
-_path = Path(__file__).parent / "test_provenance.py"
-_spec = importlib.util.spec_from_file_location("provenance_programs", _path)
-assert _spec is not None
-assert _spec.loader is not None
-programs = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(programs)
 aten = torch.ops.aten
-K, N, WEIGHT, BANK, lora = programs.K, programs.N, programs.WEIGHT, programs.BANK, programs.lora
 
 SHARED = torch.linspace(-1, 1, 12 * K, dtype=torch.float64).sin().view(12, K)
 SECOND = torch.linspace(-1, 1, N * N, dtype=torch.float64).cos().view(N, N)
@@ -44,19 +34,11 @@ def second(x, slots):
     return torch.ops.lorafx.site(x, x @ SECOND, *BACK, slots, [0], [0], [N], 0)
 
 
-class Positions(nn.Module):
-    """Each request's own x, and a projection of positions that all of them share."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Linear(K, N, bias=False)
-
-
 @pytest.mark.quick
 def test_the_graph_before_and_after():
     batch, time = 3, 2
     torch.manual_seed(0)
-    g = SiteGraph(Positions(), rows=[0, -1, 2])
+    g = SiteGraph(Holder(w=nn.Linear(K, N, bias=False)), rows=[0, -1, 2])
     x = g.argument(torch.randn(batch, time, N))
     g.declare("w", bias=False)
     table = torch.randn(time, K)
@@ -182,18 +164,17 @@ def rewritten(fn, batch=3, time=5, static=(), named=False):
     """The graph of fn with copies given out and rows proved, and the proofs; `named` where calls
     give their arguments by name."""
     x = torch.randn(batch, time, K, dtype=torch.float64)
-    gm = programs.graphs.trace_function(fn, [x, torch.zeros(batch, dtype=torch.int32)], static)
+    gm = trace(fn, [x, torch.zeros(batch, dtype=torch.int32)], static)
     if named:
         by_keyword(gm.graph)
-    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    batch = BatchSymbols.of(node.meta["val"].shape[0] for node in inputs)
+    inputs, batch = inputs_of(gm), batch_of(inputs_of(gm))
     seeds = {inputs[0]: Own(0), inputs[1]: None}
     env = inputs[0].meta["val"].fake_mode.shape_env
     guards = len(env.guards), dict(env.replacements)
     _, kept = give_out(gm.graph, seeds, batch)
     assert (len(env.guards), env.replacements) == guards, "a size was taken for a number"
     gm.graph.eliminate_dead_code()
-    proofs = apply(gm.graph, prove(gm.graph, seeds, batch), batch)
+    proofs = apply(gm.graph, prove_results(gm.graph, seeds, batch)[0], batch)
     gm.graph.lint()
     gm.recompile()
     return gm, proofs, kept
@@ -212,8 +193,9 @@ def equals_requests_alone(gm, fn, batch, time) -> None:
 
 @pytest.mark.quick
 @pytest.mark.parametrize("fn", GIVEN, ids=lambda fn: fn.__name__)
-def test_mixed_batch_equals_requests_run_alone(fn):
-    gm, proofs, _ = rewritten(fn)
+@pytest.mark.parametrize("named", [False, True])
+def test_mixed_batch_equals_requests_run_alone(fn, named):
+    gm, proofs, _ = rewritten(fn, named=named)
     assert proofs
     assert all(isinstance(proof, RowMap) for proof in proofs.values()), proofs
     for batch, time in ((3, 5), (2, 4), (4, 4), (3, 6)):
@@ -225,14 +207,6 @@ def test_mixed_batch_equals_requests_run_alone(fn):
 def test_a_number_of_requests_that_is_a_constant(fn):
     """Where nothing has to be told from another size of the same number."""
     gm, proofs, _ = rewritten(fn, static=(0, 1))
-    assert all(isinstance(proof, RowMap) for proof in proofs.values()), proofs
-    equals_requests_alone(gm, fn, 3, 5)
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize("fn", GIVEN, ids=lambda fn: fn.__name__)
-def test_arguments_by_name(fn):
-    gm, proofs, _ = rewritten(fn, named=True)
     assert all(isinstance(proof, RowMap) for proof in proofs.values()), proofs
     equals_requests_alone(gm, fn, 3, 5)
 
@@ -257,10 +231,7 @@ KEPT = {
         lambda x, slots: x @ WEIGHT + lora(SHARED, slots).sort(0).values[:1],
         "aten::sort",
     ),
-    "weight of everybody's product": (
-        lambda x, slots: x @ lora(SHARED[:K], slots),
-        "aten::mm",
-    ),
+    "weight of everybody's product": (lambda x, slots: x @ lora(SHARED[:K], slots), "aten::mm"),
     "along the requests": (
         lambda x, slots: x @ WEIGHT + lora(SHARED[:1].expand(x.shape[0] * 2, K), slots)[::2, None],
         "aten::add",
@@ -289,9 +260,8 @@ KEPT = {
 def test_what_cannot_be_given_out_is_left_as_it_was(name):
     fn, reason = KEPT[name]
     x, slots = torch.randn(3, 5, K, dtype=torch.float64), torch.zeros(3, dtype=torch.int32)
-    gm = programs.graphs.trace_function(fn, [x, slots])
-    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    batch = BatchSymbols.of(node.meta["val"].shape[0] for node in inputs)
+    gm = trace(fn, [x, slots])
+    inputs, batch = inputs_of(gm), batch_of(inputs_of(gm))
     seeds = {inputs[0]: Own(0), inputs[1]: None}
     before, values = str(gm.graph), {node: node.meta.get("val") for node in gm.graph.nodes}
     sites, kept = give_out(gm.graph, seeds, batch)
@@ -300,7 +270,7 @@ def test_what_cannot_be_given_out_is_left_as_it_was(name):
     assert reason in why
     assert str(gm.graph) == before
     assert all(node.meta.get("val") is values[node] for node in gm.graph.nodes)
-    (proof,) = prove(gm.graph, seeds, batch).values()
+    (proof,) = prove_results(gm.graph, seeds, batch)[0].values()
     assert isinstance(proof, Unproved)
     assert "shared by all requests" in proof.reason
 
@@ -314,18 +284,6 @@ def test_a_site_that_cannot_be_given_out_keeps_no_other_from_it():
     _, proofs, kept = rewritten(fn)
     assert sorted(isinstance(proof, RowMap) for proof in proofs.values()) == [False, True]
     assert len(kept) == 1
-
-
-@pytest.mark.quick
-def test_graphs_without_such_sites_are_left_alone():
-    x, slots = torch.randn(3, 5, K, dtype=torch.float64), torch.zeros(3, dtype=torch.int32)
-    for fn in programs.PROVED:
-        gm = programs.graphs.trace_function(fn, [x, slots])
-        inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
-        batch = BatchSymbols.of(node.meta["val"].shape[0] for node in inputs)
-        before = str(gm.graph)
-        assert give_out(gm.graph, {inputs[0]: Own(0), inputs[1]: None}, batch) == ({}, {})
-        assert str(gm.graph) == before
 
 
 def between(seed: int, length: int):
@@ -359,18 +317,3 @@ def test_random_programs_between_site_and_requests():
                 alone = torch.cat([fn(x[b : b + 1], slots[b : b + 1]) for b in range(4)])
                 torch.testing.assert_close(gm(x, slots), alone, msg=f"seed {seed}")
     assert given > 15
-
-
-def test_no_label_is_contradicted():
-    for fn in GIVEN:
-        x = torch.randn(3, 5, K, dtype=torch.float64)
-        gm, _, _ = rewritten(fn)
-        inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
-        batch = BatchSymbols.of(node.meta["val"].shape[0] for node in inputs)
-        flow = flow_through(gm.graph, {inputs[0]: Own(0), inputs[1]: Own(0)}, batch)
-        after, slots = x.clone(), torch.tensor([1, -1, 2], dtype=torch.int32)
-        after[1] += 1
-        changed = slots.clone()
-        changed[1] = 0
-        found = programs.graphs.contradictions(gm, flow, [x, slots], [after, changed], 1, 3)
-        assert found == [], fn.__name__

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from site_graphs import FakeGraph
 from torch import Tensor, fx, nn
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,9 +20,7 @@ pytestmark = pytest.mark.quick
 aten = torch.ops.aten
 
 
-class Graph:
-    """Builds a graph whose nodes carry fake values."""
-
+class Graph(FakeGraph):
     def __init__(self) -> None:
         self.graph = fx.Graph()
         self.root = nn.Module()
@@ -46,52 +42,40 @@ class Graph:
         )
         return node
 
-    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        node = self.graph.call_function(target, args, kwargs)
-        fakes, named = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with self.mode:
-            node.meta["val"] = target(*fakes, **named)
-        return node
-
-    def constant(self, name: str, value: Any) -> fx.Node:
-        setattr(self.root, name, value)
-        node = self.graph.get_attr(name)
-        node.meta["val"] = self.mode.from_tensor(value)
-        return node
-
     def module(self) -> fx.GraphModule:
         return fx.GraphModule(self.root, self.graph)
 
 
-Layer = Callable[[Graph, int], list[fx.Node]]
+#: (graph, which of two layers, the graph's inputs) to the layer's nodes
+Layer = Callable[..., list[fx.Node]]
 
 
-def pair(layer: Layer, declare: Callable[[Graph], Any] | None = None) -> tuple[Stretch, Stretch]:
-    """Stretches of `layer(graph, 0)` and `layer(graph, 1)` in one graph."""
+def pair(layer: Layer, *shapes: tuple[int, ...]) -> tuple[Stretch, Stretch]:
+    """Stretches of `layer(graph, 0, *inputs)` and `layer(graph, 1, *inputs)` in one graph."""
     graph = Graph()
-    if declare is not None:
-        declare(graph)
-    nodes = [layer(graph, index) for index in range(2)]
+    return stretches(graph, layer, *(graph.input(*shape) for shape in shapes or ((4, 4), (4, 4))))
+
+
+def stretches(graph: Graph, layer: Layer, *inputs: fx.Node) -> tuple[Stretch, Stretch]:
+    nodes = [layer(graph, index, *inputs) for index in range(2)]
     graph.graph.output(tuple(part[-1] for part in nodes))
     gm = graph.module()
     return stretch_of(gm, nodes[0]), stretch_of(gm, nodes[1])
 
 
-def linear_layer(graph: Graph, index: int) -> list[fx.Node]:
-    """relu(x W_i) + x for one x, with a W_i of its own."""
-    x, *weights = graph.graph.find_nodes(op="placeholder")
+def linear_layer(graph: Graph, index: int, x: fx.Node, *weights: fx.Node) -> list[fx.Node]:
+    """relu(x W_i) + x"""
     product = graph.call(aten.mm.default, x, weights[index])
     act = graph.call(aten.relu.default, product)
     return [product, act, graph.call(aten.add.Tensor, act, x)]
 
 
-def declare_linear(graph: Graph) -> None:
-    for shape in ((2, 4), (4, 4), (4, 4)):
-        graph.input(*shape)
+def multiplied(graph: Graph, index: int, x: fx.Node, *others: fx.Node) -> list[fx.Node]:
+    return [graph.call(aten.mul.Tensor, x, others[index])]
 
 
 def test_other_weights_are_the_same_computation():
-    first, second = pair(linear_layer, declare_linear)
+    first, second = pair(linear_layer, (2, 4), (4, 4), (4, 4))
     assert first.form == second.form
     assert hash(first.form) == hash(second.form)
     assert first.operands[0] is second.operands[1] or first.operands[0] is second.operands[0]
@@ -101,121 +85,88 @@ def test_other_weights_are_the_same_computation():
 @pytest.mark.parametrize(("offset", "same"), [(0, True), (4, True), (1, False)])
 def test_operands_that_vectors_cannot_be_loaded_from_are_told_apart(offset: int, same: bool):
     """16 bytes: a body is compiled for the operands of its first call."""
-
-    def declare(graph: Graph) -> None:
-        for shape in ((2, 4), (4, 4), (4, 4)):
-            graph.input(*shape)
-        last = graph.graph.find_nodes(op="placeholder")[-1]
-        view = torch.empty(16 + offset)[offset:].view(4, 4)
-        last.meta["val"] = graph.mode.from_tensor(view, static_shapes=True)
-
-    first, second = pair(linear_layer, declare)
+    graph = Graph()
+    inputs = [graph.input(*shape) for shape in ((2, 4), (4, 4), (4, 4))]
+    view = torch.empty(16 + offset)[offset:].view(4, 4)
+    inputs[2].meta["val"] = graph.mode.from_tensor(view, static_shapes=True)
+    first, second = stretches(graph, linear_layer, *inputs)
     assert (first.form == second.form) is same
 
 
-def one_difference(change: Callable[[Graph, fx.Node, int], list[fx.Node]]) -> Layer:
-    def layer(graph: Graph, index: int) -> list[fx.Node]:
-        x = graph.graph.find_nodes(op="placeholder")[0]
-        return change(graph, x, index)
+def _constants(*values: Tensor) -> Layer:
+    def layer(graph: Graph, index: int, x: fx.Node, _: fx.Node) -> list[fx.Node]:
+        constant = graph.constant(f"constant{index}", values[index])
+        return [constant, graph.call(aten.mul.Tensor, x, constant)]
 
     return layer
 
 
-def _twice(graph: Graph, a: fx.Node, b: fx.Node) -> list[fx.Node]:
-    return [graph.call(aten.mul.Tensor, a, b)]
-
-
-def _constants(values: list[Tensor]) -> Callable[[Graph, fx.Node, int], list[fx.Node]]:
-    def change(graph: Graph, x: fx.Node, index: int) -> list[fx.Node]:
-        constant = graph.constant(f"constant{index}", values[index])
-        return [constant, graph.call(aten.mul.Tensor, x, constant)]
-
-    return change
-
-
-def _strided(graph: Graph, x: fx.Node, index: int) -> list[fx.Node]:
+def _strided(graph: Graph, index: int, x: fx.Node, _: fx.Node) -> list[fx.Node]:
     operand = graph.call(aten.permute.default, x, [1, 0]) if index else x
     return [graph.call(aten.relu.default, operand)]
 
 
-def _order(graph: Graph, x: fx.Node, index: int) -> list[fx.Node]:
+def _order(graph: Graph, index: int, x: fx.Node, _: fx.Node) -> list[fx.Node]:
     a, b = graph.call(aten.sin.default, x), graph.call(aten.cos.default, x)
     pair = (b, a) if index else (a, b)
     return [a, b, graph.call(aten.sub.Tensor, *pair)]
 
 
-def _split(graph: Graph, x: fx.Node, index: int) -> list[fx.Node]:
+def _split(graph: Graph, index: int, x: fx.Node, _: fx.Node) -> list[fx.Node]:
     parts = graph.call(aten.split_with_sizes.default, x, [2, 2], -1)
     return [parts, graph.call(operator.getitem, parts, index)]
 
 
 DIFFERENT = {
-    "target": lambda g, x, i: [g.call((aten.sin, aten.cos)[i].default, x)],
-    "literal": lambda g, x, i: [g.call(aten.mul.Tensor, x, (0.5, 0.25)[i])],
-    "integer for a float": lambda g, x, i: [g.call(aten.mul.Tensor, x, (1, 1.0)[i])],
-    "bool for an integer": lambda g, x, i: [g.call(aten.mul.Tensor, x, (True, 1)[i])],
-    "negative zero": lambda g, x, i: [g.call(aten.add.Tensor, x, (0.0, -0.0)[i])],
-    "keyword": lambda g, x, i: [g.call(aten.sum.dim_IntList, x, [0], **({}, {"keepdim": True})[i])],
-    "dtype": lambda g, x, i: [
+    "target": lambda g, i, x, _: [g.call((aten.sin, aten.cos)[i].default, x)],
+    "literal": lambda g, i, x, _: [g.call(aten.mul.Tensor, x, (0.5, 0.25)[i])],
+    "integer for a float": lambda g, i, x, _: [g.call(aten.mul.Tensor, x, (1, 1.0)[i])],
+    "bool for an integer": lambda g, i, x, _: [g.call(aten.mul.Tensor, x, (True, 1)[i])],
+    "negative zero": lambda g, i, x, _: [g.call(aten.add.Tensor, x, (0.0, -0.0)[i])],
+    "keyword": lambda g, i, x, _: [
+        g.call(aten.sum.dim_IntList, x, [0], **({}, {"keepdim": True})[i])
+    ],
+    "dtype": lambda g, i, x, _: [
         g.call(torch.ops.prims.convert_element_type.default, x, (torch.bfloat16, torch.half)[i])
     ],
-    "window of a slice": lambda g, x, i: [g.call(aten.slice.Tensor, x, 0, 0, 1 + i)],
-    "tied operand": lambda g, x, i: _twice(
-        g, x, x if i else g.graph.find_nodes(op="placeholder")[1]
-    ),
+    "window of a slice": lambda g, i, x, _: [g.call(aten.slice.Tensor, x, 0, 0, 1 + i)],
+    "tied operand": lambda g, i, x, y: [g.call(aten.mul.Tensor, x, (y, x)[i])],
     "operands in another order": _order,
     "which result": _split,
     "strides": _strided,
-    "value of a constant": _constants([torch.ones(4), torch.full((4,), 2.0)]),
-    "dtype of a constant": _constants([torch.ones(4), torch.ones(4, dtype=torch.double)]),
-    "negative zero in a constant": _constants([torch.zeros(4), -torch.zeros(4)]),
+    "value of a constant": _constants(torch.ones(4), torch.full((4,), 2.0)),
+    "dtype of a constant": _constants(torch.ones(4), torch.ones(4, dtype=torch.double)),
+    "negative zero in a constant": _constants(torch.zeros(4), -torch.zeros(4)),
 }
 
 
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_one_difference_keeps_stretches_apart(name):
-    def declare(graph: Graph) -> None:
-        graph.input(4, 4)
-        graph.input(4, 4)
-
-    first, second = pair(one_difference(DIFFERENT[name]), declare)
+    first, second = pair(DIFFERENT[name])
     assert len(first.nodes) == len(second.nodes)
     assert first.form != second.form
 
 
-@pytest.mark.parametrize(
-    ("shape", "dtype"), [((4, 1), torch.float32), ((4, 4), torch.float64)], ids=["shape", "dtype"]
-)
+@pytest.mark.parametrize(("shape", "dtype"), [((4, 1), torch.float32), ((4, 4), torch.float64)])
 def test_operands_of_other_metadata(shape, dtype):
-    def declare(graph: Graph) -> None:
-        graph.input(4, 4)
-        graph.input(4, 4)
-        graph.input(*shape, dtype=dtype)
-
-    def layer(graph: Graph, index: int) -> list[fx.Node]:
-        x, *others = graph.graph.find_nodes(op="placeholder")
-        return [graph.call(aten.mul.Tensor, x, others[index])]
-
-    first, second = pair(layer, declare)
+    graph = Graph()
+    inputs = graph.input(4, 4), graph.input(4, 4), graph.input(*shape, dtype=dtype)
+    first, second = stretches(graph, multiplied, *inputs)
     assert first.form != second.form
 
 
 def test_constants_of_equal_value_are_one():
-    def declare(graph: Graph) -> None:
-        graph.input(4, 4)
-
-    layer = one_difference(_constants([torch.arange(4.0), torch.arange(4.0)]))
-    first, second = pair(layer, declare)
+    first, second = pair(_constants(torch.arange(4.0), torch.arange(4.0)))
     assert first.form == second.form
 
 
 def test_a_node_without_a_fake_value_equals_no_other():
-    def layer(graph: Graph, index: int) -> list[fx.Node]:
-        node = graph.call(aten.relu.default, graph.graph.find_nodes(op="placeholder")[0])
+    def layer(graph: Graph, index: int, x: fx.Node, _: fx.Node) -> list[fx.Node]:
+        node = graph.call(aten.relu.default, x)
         del node.meta["val"]
         return [node]
 
-    first, second = pair(layer, lambda graph: graph.input(4, 4))
+    first, second = pair(layer)
     assert first.form != second.form
     assert first.form == first.form
 
@@ -224,30 +175,29 @@ def test_a_node_without_a_fake_value_equals_no_other():
 def test_results_by_name(same):
     """What a Triton kernel returns is a mapping."""
 
-    def layer(graph: Graph, index: int) -> list[fx.Node]:
-        x = graph.graph.find_nodes(op="placeholder")[0]
+    def layer(graph: Graph, index: int, x: fx.Node, _: fx.Node) -> list[fx.Node]:
         node = graph.graph.call_function(torch.ops.higher_order.invoke_subgraph, (x,))
         shape = (4, 4) if same else (4, 4 + index)
         node.meta["val"] = {"y_ptr": graph.mode.from_tensor(torch.empty(shape), static_shapes=True)}
         return [node]
 
-    first, second = pair(layer, lambda graph: graph.input(4, 4))
+    first, second = pair(layer)
     assert (first.form == second.form) == same
 
 
-def caches(lengths: tuple[int, int]) -> tuple[Graph, Stretch, Stretch]:
+def appended(graph: Graph, index: int, new: fx.Node, *past: fx.Node) -> list[fx.Node]:
+    return [graph.call(aten.cat.default, [past[index], new])]
+
+
+def caches(*lengths: int) -> tuple[Graph, Stretch, Stretch]:
     """Two layers that append to a cache of symbolic length each."""
     graph = Graph()
     past = [graph.input(length, 4, symbolic=True) for length in lengths]
-    new = graph.input(1, 4)
-    nodes = [[graph.call(aten.cat.default, [old, new])] for old in past]
-    graph.graph.output(tuple(part[0] for part in nodes))
-    gm = graph.module()
-    return graph, stretch_of(gm, nodes[0]), stretch_of(gm, nodes[1])
+    return graph, *stretches(graph, appended, graph.input(1, 4), *past)
 
 
 def test_lengths_that_are_equal_now_agree_under_a_guard():
-    graph, first, second = caches((5, 5))
+    graph, first, second = caches(5, 5)
     assert first.form == second.form
     assert first.symbols != second.symbols
     guards = len(graph.shapes.guards)
@@ -258,7 +208,7 @@ def test_lengths_that_are_equal_now_agree_under_a_guard():
 
 
 def test_lengths_that_differ_do_not_agree_and_leave_no_guard():
-    graph, first, second = caches((5, 6))
+    graph, first, second = caches(5, 6)
     guards = len(graph.shapes.guards)
     assert not agree(first, second, sizes_of(graph.graph))
     assert len(graph.shapes.guards) == guards
@@ -268,85 +218,5 @@ def test_symbols_are_paired_one_to_one():
     """x of (n, 4) beside y of (n, 4), and x of (n, 4) beside y of (m, 4)."""
     graph = Graph()
     x, y = (graph.input(5, 4, symbolic=True) for _ in range(2))
-    nodes = [[graph.call(aten.cat.default, [x, other])] for other in (x, y)]
-    graph.graph.output(tuple(part[0] for part in nodes))
-    gm = graph.module()
-    assert stretch_of(gm, nodes[0]).form != stretch_of(gm, nodes[1]).form
-
-
-OPS: dict[str, Callable[[Graph, fx.Node, fx.Node, int], fx.Node]] = {
-    "add": lambda g, a, b, k: g.call(aten.add.Tensor, a, b),
-    "scale": lambda g, a, b, k: g.call(aten.mul.Tensor, a, k),
-    "shift": lambda g, a, b, k: g.call(aten.add.Tensor, a, float(k)),
-    "mm": lambda g, a, b, k: g.call(aten.mm.default, a, b),
-    "swap": lambda g, a, b, k: g.call(aten.permute.default, a, [1, 0]),
-    "where": lambda g, a, b, k: g.call(aten.where.self, g.call(aten.gt.Scalar, a, k), a, b),
-}
-STEP = st.tuples(
-    st.sampled_from(sorted(OPS)), st.integers(0, 6), st.integers(0, 6), st.integers(-2, 2)
-)
-
-
-def build(program: list[tuple[str, int, int, int]], graph: Graph, given: list[fx.Node]):
-    """The program's nodes over `given`: each step reads two of what there is by then."""
-    values = list(given)
-    before = len(graph.graph.nodes)
-    for name, a, b, k in program:
-        values.append(OPS[name](graph, values[a % len(values)], values[b % len(values)], k))
-    return list(graph.graph.nodes)[before:]
-
-
-@settings(max_examples=60, deadline=None)
-@given(program=st.lists(STEP, min_size=1, max_size=8), data=st.data())
-def test_forms_tell_programs_apart_exactly_when_they_differ(program, data):
-    """The same program on other operands has the same form; with one step changed it has another
-    form, or is the same computation (a step that ignores what was changed)."""
-    graph = Graph()
-    given_nodes = [[graph.input(3, 3) for _ in range(2)] for _ in range(3)]
-    changed = list(program)
-    place = data.draw(st.integers(0, len(program) - 1))
-    changed[place] = data.draw(STEP)
-    parts = [
-        build(steps, graph, nodes)
-        for steps, nodes in zip((program, program, changed), given_nodes, strict=True)
-    ]
-    graph.graph.output(tuple(part[-1] for part in parts))
-    gm = graph.module()
-    first, second, third = (stretch_of(gm, part) for part in parts)
-    assert first.form == second.form
-    values = {node: torch.randn(3, 3).double() for node in given_nodes[0]}
-    results = [
-        run(part, dict(zip(nodes, values.values(), strict=True)))
-        for part, nodes in zip(parts, given_nodes, strict=True)
-    ]
-    assert torch.equal(results[0], results[1])
-    if first.form == third.form:
-        assert _same_operands(first, third, given_nodes) is False or torch.equal(
-            results[0], results[2]
-        )
-    else:
-        assert _text(parts[0], given_nodes[0]) != _text(parts[2], given_nodes[2])
-
-
-def run(nodes: list[fx.Node], values: dict[fx.Node, Tensor]) -> Tensor:
-    for node in nodes:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-        values[node] = node.target(*args, **kwargs)
-    return values[nodes[-1]]
-
-
-def _same_operands(first: Stretch, third: Stretch, given_nodes: list[list[fx.Node]]) -> bool:
-    """True where both take the operands of the same places in the same order."""
-    return [given_nodes[0].index(n) for n in first.operands] == [
-        given_nodes[2].index(n) for n in third.operands
-    ]
-
-
-def _text(nodes: list[fx.Node], given_nodes: list[fx.Node]) -> list[str]:
-    """Each node spelled out over places instead of names."""
-    names = {node: f"given{index}" for index, node in enumerate(given_nodes)}
-    names |= {node: f"node{index}" for index, node in enumerate(nodes)}
-    return [
-        repr((node.target, fx.node.map_arg((node.args, node.kwargs), lambda n: names[n])))
-        for node in nodes
-    ]
+    first, second = stretches(graph, appended, x, x, y)
+    assert first.form != second.form

@@ -7,14 +7,14 @@ import torch
 from dense_merge import error
 from expecttest import assert_expected_inline
 from graph_text import shown
-from site_graphs import SiteGraph
+from site_graphs import Holder, SiteGraph
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorafx.passes.fuse.fuse import Fuse
 from lorafx.passes.lower.lower import Lower
 from lorafx.passes.match.match import Match
-from lorafx.passes.plan.plan import Plan
+from lorafx.passes.plan import Plan
 
 pytestmark = pytest.mark.quick
 
@@ -23,19 +23,11 @@ K, N, B, T, VOCAB = 4, 6, 3, 2, 7
 ROWS = [0, -1, 2]
 
 
-class Linears(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.with_bias = nn.Linear(K, N)
-        self.without = nn.Linear(K, N, bias=False)
-        self.transposed = Conv1D(N, K)
-        self.embed = nn.Embedding(VOCAB, N)
-
-
 def start(path, x, lowering="inductor"):
     torch.manual_seed(0)
-    targets = ["with_bias", "without", "transposed", "embed"]
-    g = SiteGraph(Linears(), ROWS, lowering=lowering, targets=targets)
+    modules = {"with_bias": nn.Linear(K, N), "without": nn.Linear(K, N, bias=False)}
+    modules |= {"transposed": Conv1D(N, K), "embed": nn.Embedding(VOCAB, N)}
+    g = SiteGraph(Holder(**modules), ROWS, lowering=lowering, targets=list(modules))
     node = g.argument(x)
     g.declare(path, bias=path in ("with_bias", "transposed"))
     return g, node
@@ -146,9 +138,31 @@ def test_inputs_are_not_written():
     assert all(torch.equal(old, new) for old, new in zip(before, done.values, strict=True))
 
 
+def test_the_plan_before_and_after():
+    g, x = start("with_bias", torch.randn(B, T, K))
+    done = g.output(g.mark("with_bias", x, product(g, "with_bias", x), rows=T))
+    assert_expected_inline(
+        shown(done, Plan(), first=(Match(), Fuse())),
+        """\
+fused_linear = lorafx.fused_linear(x, with_bias_weight, with_bias_bias, bank, slots, [0],
+    [0], [6], 2, False)
+return fused_linear
+
+plan: 1 edit
+
+fused_linear = lorafx.fused_linear(x, with_bias_weight, with_bias_bias, bank, slots, [0],
+    [0], [6], 2, False)  # generated
+return fused_linear
+""",
+    )
+
+
 def test_the_reference_keeps_the_ops():
     torch.manual_seed(2)
     g, node = start("with_bias", torch.randn(B, T, K), lowering="reference")
     done = g.output(g.mark("with_bias", node, product(g, "with_bias", node), rows=T))
-    assert done.run(Match(), Fuse(), Lower()) == 0
+    assert done.run(Match(), Fuse(), Plan()) == 1
+    ((state,),) = done.ctx.states.values()
+    assert state.strategy.startswith("aten (")
+    assert done.run(Lower()) == 0
     assert done.targets() == ["fused_linear.default"]

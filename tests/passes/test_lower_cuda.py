@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from compile_only_gpu import CUDA, compile_only_gpu, on_cuda
-from site_graphs import Finished, SiteGraph
+from site_graphs import Finished, Holder, SiteGraph
 from torch import fx, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -15,7 +15,7 @@ from lorafx.op_arguments import op_of
 from lorafx.passes.fuse.fuse import Fuse
 from lorafx.passes.lower.lower import Lower
 from lorafx.passes.match.match import Match
-from lorafx.passes.plan.plan import Plan
+from lorafx.passes.plan import Plan
 
 aten = torch.ops.aten
 K, N, B, T, VOCAB = 32, 48, 3, 2, 7
@@ -23,18 +23,12 @@ ROWS = [0, -1, 2]
 KERNEL_CALL = torch.ops.higher_order.triton_kernel_wrapper_functional
 
 
-class Modules(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(K, N)
-        self.transposed = Conv1D(N, K)
-        self.embed = nn.Embedding(VOCAB, N)
-
-
 def graph_of(path: str) -> tuple[SiteGraph, Finished]:
     """input → the module at `path` with its mark, rows proved."""
     torch.manual_seed(0)
-    g = SiteGraph(Modules(), ROWS, lowering="triton", targets=["linear", "transposed", "embed"])
+    modules = {"linear": nn.Linear(K, N), "transposed": Conv1D(N, K)}
+    modules["embed"] = nn.Embedding(VOCAB, N)
+    g = SiteGraph(Holder(**modules), ROWS, lowering="triton", targets=list(modules))
     is_ids = path == "embed"
     x = g.argument(torch.randint(0, VOCAB, (B, T)) if is_ids else torch.randn(B, T, K))
     g.declare(path, bias=not is_ids)

@@ -7,7 +7,7 @@ import torch
 from dense_merge import error
 from expecttest import assert_expected_inline
 from graph_text import shown
-from site_graphs import SiteGraph
+from site_graphs import Holder, SiteGraph
 from torch import nn
 
 from lorafx.kernels.cpu.grouped_mm import GROUPED_MM
@@ -20,16 +20,9 @@ K, N, B, T, E = 4, 6, 3, 2, 2
 ROWS = [1, 1, 1]  # one adapter: rows are not proved yet when match runs
 
 
-class Pair(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(K, N)
-        self.gate = nn.Linear(K, N)
-
-
 def start(*paths: str, **kwargs):
     torch.manual_seed(0)
-    g = SiteGraph(Pair(), ROWS)
+    g = SiteGraph(Holder(up=nn.Linear(K, N), gate=nn.Linear(K, N)), ROWS)
     x = g.argument(torch.randn(B, T, K))
     g.declare(*paths, **kwargs)
     return g, x
@@ -72,16 +65,10 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.randn(E, K, N))
 
 
-class Routed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.experts = Experts()
-
-
 def routed(sorted_rows: bool):
     """x (M, K) and the experts: where their rows end, or one for each row."""
     torch.manual_seed(0)
-    g = SiteGraph(Routed(), ROWS, targets=["experts"])
+    g = SiteGraph(Holder(experts=Experts()), ROWS, targets=["experts"])
     x = g.argument(torch.randn(E * T, K))
     choice = [1, E * T] if sorted_rows else [0, 1, 1, 0]
     choice = g.argument(torch.tensor(choice, dtype=torch.int32 if sorted_rows else torch.int64))
@@ -270,17 +257,11 @@ def test_reading_the_size_of_a_weight_is_no_use():
     assert done.refusals() == []
 
 
-class TiedEnds(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(N, K)
-        self.head = nn.Linear(K, N, bias=False)
-        self.head.weight = self.embed.weight
-
-
 def test_a_tied_weight_is_told_apart_by_its_use():
     torch.manual_seed(0)
-    g = SiteGraph(TiedEnds(), ROWS, targets=["embed", "head"])
+    ends = Holder(embed=nn.Embedding(N, K), head=nn.Linear(K, N, bias=False))
+    ends.head.weight = ends.embed.weight
+    g = SiteGraph(ends, ROWS, targets=["embed", "head"])
     ids = g.argument(torch.randint(0, N, (B, T)))
     g.weight("embed")
     h = g.call(aten.embedding.default, g.weight("embed"), ids)

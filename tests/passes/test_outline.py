@@ -174,8 +174,6 @@ def changed(change):
 
 OTHER = {
     "a literal": lambda b, h, i, last: b.g.call(aten.mul.Tensor, h, 0.5 if last else 0.25),
-    "an operator": lambda b, h, i, last: b.g.call((aten.sin if last else aten.cos).default, h),
-    "a window": lambda b, h, i, last: b.g.call(aten.roll.default, h, [1 + last], [1]),
     "a constant": lambda b, h, i, last: b.g.call(
         aten.mul.Tensor, h, b.constant(i, 0.5 if last else 0.25)
     ),
@@ -191,16 +189,6 @@ def test_a_layer_that_differs_is_not_merged(name):
     done = Builder().stack(changed(OTHER[name])).finish()
     outlined(done)
     assert [told.paths for told in done.ctx.outlined] == [("layers.0", "layers.1")]
-
-
-def test_equal_constants_are_merged():
-    done = (
-        Builder()
-        .stack(changed(lambda b, h, i, last: b.g.call(aten.mul.Tensor, h, b.constant(i, 0.5))))
-        .finish()
-    )
-    assert outlined(done) == 1
-    assert len(calls(done)) == LAYERS
 
 
 def test_two_kinds_of_layer_are_two_bodies():

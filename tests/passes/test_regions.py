@@ -6,6 +6,7 @@ import operator
 
 import pytest
 import torch
+from site_graphs import FakeGraph
 from torch import fx, nn
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.quick
 aten = torch.ops.aten
 
 
-class Built:
+class Built(FakeGraph):
     """x (n, 4) and n as inputs; nodes know the calls that they were made in."""
 
     def __init__(self) -> None:
@@ -33,10 +34,8 @@ class Built:
         with self.mode:
             self.x.meta["val"] = torch.empty(size, 4)
 
-    def call(self, calls: tuple[str, ...], target, *args) -> fx.Node:
-        node = self.graph.call_function(target, args)
-        with self.mode:
-            node.meta["val"] = target(*fx.node.map_arg(args, lambda n: n.meta["val"]))
+    def made(self, calls: tuple[str, ...], target, *args) -> fx.Node:
+        node = self.call(target, *args)
         if calls:
             node.meta["nn_module_stack"] = {name: (name, nn.Module) for name in calls}
         return node
@@ -52,12 +51,12 @@ def spans(graph: fx.Graph) -> list[list[str]]:
 
 def test_runs_of_nested_calls_with_nodes_that_no_call_made():
     b = Built()
-    first = b.call((), aten.relu.default, b.x)
-    sin = b.call(("a", "a.b"), aten.sin.default, first)
-    added = b.call((), aten.tanh.default, sin)
-    cos = b.call(("a", "a.b"), aten.cos.default, added)
-    exp = b.call(("a",), aten.exp.default, cos)
-    last = b.call((), aten.neg.default, exp)
+    first = b.made((), aten.relu.default, b.x)
+    sin = b.made(("a", "a.b"), aten.sin.default, first)
+    added = b.made((), aten.tanh.default, sin)
+    cos = b.made(("a", "a.b"), aten.cos.default, added)
+    exp = b.made(("a",), aten.exp.default, cos)
+    last = b.made((), aten.neg.default, exp)
     gm = b.done(last)
     assert spans(gm.graph) == [["sin_default", "tanh_default", "cos_default", "exp_default"],
                                ["sin_default", "tanh_default", "cos_default"]]  # fmt: skip
@@ -65,21 +64,21 @@ def test_runs_of_nested_calls_with_nodes_that_no_call_made():
 
 def test_what_another_call_made_ends_a_run():
     b = Built()
-    sin = b.call(("a",), aten.sin.default, b.x)
-    cos = b.call(("b",), aten.cos.default, sin)
-    gm = b.done(b.call(("a",), aten.exp.default, cos))
+    sin = b.made(("a",), aten.sin.default, b.x)
+    cos = b.made(("b",), aten.cos.default, sin)
+    gm = b.done(b.made(("a",), aten.exp.default, cos))
     assert spans(gm.graph) == [["sin_default"], ["cos_default"], ["exp_default"]]
 
 
 def test_random_numbers_end_a_run_and_attention_without_dropout_does_not():
     b = Built()
-    sin = b.call(("a",), aten.sin.default, b.x)
-    noise = b.call(("a",), aten.rand_like.default, sin)
-    exp = b.call(("a",), aten.exp.default, noise)
-    heads = b.call(("a",), aten.view.default, exp, [1, 1, b.n, 4])
+    sin = b.made(("a",), aten.sin.default, b.x)
+    noise = b.made(("a",), aten.rand_like.default, sin)
+    exp = b.made(("a",), aten.exp.default, noise)
+    heads = b.made(("a",), aten.view.default, exp, [1, 1, b.n, 4])
     op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-    attention = b.call(("a",), op, heads, heads, heads)
-    gm = b.done(b.call(("a",), operator.getitem, attention, 0))
+    attention = b.made(("a",), op, heads, heads, heads)
+    gm = b.done(b.made(("a",), operator.getitem, attention, 0))
     assert [len(names) for names in spans(gm.graph)] == [4, 1]
 
 
@@ -90,15 +89,15 @@ def test_sizes_of_the_first_layer_are_computed_before_all():
     h = b.x
     parts = []
     for name in ("a", "b"):
-        h = b.call((name,), aten.sin.default, h)
+        h = b.made((name,), aten.sin.default, h)
         if not shared:
-            shared.append(b.call((), aten.sym_size.int, h, 0))
-            twice = b.call((), aten.cat.default, [h, h])
-            shared.append(b.call((), aten.sym_size.int, twice, 0))
-            shared.append(b.call((), operator.sub, shared[1], 1))
-        ones = b.call((name,), aten.ones.default, [shared[2], 4])
-        parts.append(b.call((name,), aten.sum.default, ones))
-        h = b.call((name,), aten.view.default, h, [shared[0], 4])
+            shared.append(b.made((), aten.sym_size.int, h, 0))
+            twice = b.made((), aten.cat.default, [h, h])
+            shared.append(b.made((), aten.sym_size.int, twice, 0))
+            shared.append(b.made((), operator.sub, shared[1], 1))
+        ones = b.made((name,), aten.ones.default, [shared[2], 4])
+        parts.append(b.made((name,), aten.sum.default, ones))
+        h = b.made((name,), aten.view.default, h, [shared[0], 4])
     gm = b.done(h, *parts)
     hoist_shared(gm.graph)
     gm.graph.eliminate_dead_code()

@@ -1,34 +1,30 @@
-"""rescale on a graph built by hand: DoRA's scale of each output behind the delta, in plain aten."""
+"""rescale and replace_rows on graphs built by hand: what adapters change beside the delta."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from dense_merge import error
 from expecttest import assert_expected_inline
 from graph_text import shown
-from site_graphs import Finished, SiteGraph
+from site_graphs import Finished, Holder, SiteGraph
 from torch import Tensor, nn
 
+from lorafx.errors import ProvenanceError
 from lorafx.passes.match.match import Match
-from lorafx.passes.rescale import Rescale
+from lorafx.passes.rescale import ReplaceRows, Rescale
 
 pytestmark = pytest.mark.quick
 
 aten = torch.ops.aten
-K, N, B = 4, 6, 3
+K, N, B, T, V = 4, 6, 3, 2, 5
 ROWS = [0, -1, 2]
-
-
-class One(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Linear(K, N)
 
 
 def built(*, dora: bool) -> tuple[SiteGraph, Finished]:
     torch.manual_seed(0)
-    g = SiteGraph(One(), ROWS, dora=dora)
+    g = SiteGraph(Holder(w=nn.Linear(K, N)), ROWS, dora=dora)
     x = g.argument(torch.randn(B, K))
     g.declare("w")
     y = g.call(aten.linear.default, x, g.weight("w"), g.weight("w", "bias"))
@@ -83,3 +79,123 @@ def test_without_room_for_dora_nothing_is_done() -> None:
     assert done.run(Rescale()) == 0
     assert done.targets() == before
     assert error(done.result()[0], g.merged("w", done.values[0])) <= 1e-5
+
+
+def linear(rows: int = T, own: tuple[str, ...] = ("w",)) -> tuple[SiteGraph, Finished]:
+    torch.manual_seed(0)
+    g = SiteGraph(Holder(w=nn.Linear(K, N)), ROWS, own=own)
+    x = g.argument(torch.randn(B, T, K))
+    g.declare("w")
+    y = g.call(aten.linear.default, x, g.weight("w"), g.weight("w", "bias"))
+    return g, g.output(g.mark("w", x, y, rows=rows))
+
+
+def embedding() -> tuple[SiteGraph, Finished]:
+    torch.manual_seed(0)
+    g = SiteGraph(Holder(w=nn.Embedding(V, N)), ROWS, targets=["w"], own=("w",))
+    ids = g.argument(torch.tensor([[1, 3], [0, 1], [4, 3]]))
+    g.declare("w", bias=False)
+    y = g.call(aten.embedding.default, g.weight("w"), ids)
+    return g, g.output(g.mark("w", ids, y, rows=T))
+
+
+def taken(g: SiteGraph, at: tuple[int, ...]) -> Tensor:
+    """The weight of slot 0, which has rows of its own: of a linear these outputs, of an embedding
+    these ids."""
+    bank = g.program.home(g.site("w"))[0].bank
+    assert bank.own is not None
+    assert bank.own_at is not None
+    assert bank.own_table is not None
+    bank.own.normal_()
+    bank.own_table[0] = torch.tensor([1, len(at)])
+    weight = g.site("w").module.weight.clone()
+    for row, place in enumerate(at):
+        if bank.own_bias is None:
+            bank.own_at[1, place] = row
+        else:
+            bank.own_at[1, row] = place
+        weight[place] = bank.own[1, row]
+    return weight
+
+
+def test_own_rows_before_and_after() -> None:
+    _, done = linear()
+    assert_expected_inline(
+        shown(done, ReplaceRows(), first=(Match(),)),
+        """\
+linear = aten.linear(x, w_weight, w_bias)
+site = lorafx.site(x, linear, bank, slots, [0], [0], [6], 2, None, None, None, None, own,
+    own_at, own_table, own_bias)
+return site
+
+replace_rows: 1 edit
+
+linear = aten.linear(x, w_weight, w_bias)
+own_linear = lorafx.own_linear(x, linear, own, own_at, own_table, own_bias, slots, 2)
+site = lorafx.site(x, own_linear, bank, slots, [0], [0], [6], 2)
+return site
+""",
+    )
+
+
+def test_an_embedding_before_and_after() -> None:
+    _, done = embedding()
+    assert_expected_inline(
+        shown(done, ReplaceRows(), first=(Match(),)),
+        """\
+embedding = aten.embedding(w_weight, x)
+embedding_site = lorafx.embedding_site(x, embedding, bank, slots, 2, None, own, own_at,
+    own_table)
+return embedding_site
+
+replace_rows: 1 edit
+
+embedding = aten.embedding(w_weight, x)
+own_embedding = lorafx.own_embedding(x, embedding, own, own_at, own_table, slots, 2)
+embedding_site = lorafx.embedding_site(x, own_embedding, bank, slots, 2)
+return embedding_site
+""",
+    )
+
+
+@pytest.mark.parametrize("at", [(1, 4), (5, 3, 0), tuple(range(N))])
+def test_a_linear_has_the_outputs_of_the_slots_rows(at: tuple[int, ...]) -> None:
+    g, done = linear()
+    weight, (x, *_) = taken(g, at), done.values
+    bank, module = g.program.home(g.site("w"))[0].bank, g.site("w").module
+    assert bank.own_bias is not None
+    bank.own_bias.normal_()
+    bias = module.bias.clone()
+    bias[list(at)] = bank.own_bias[1, : len(at)]
+    want = g.merged("w", x)
+    want[0] += F.linear(x[0], weight, bias) - F.linear(x[0], module.weight, module.bias)
+    assert done.run(Match(), ReplaceRows()) == 1
+    assert error(done.result()[0], want) <= 1e-5
+
+
+def test_an_embedding_has_the_slots_rows() -> None:
+    g, done = embedding()
+    weight, ids = taken(g, (3, 1)), done.values[0]
+    bank, base = g.program.home(g.site("w"))[0].bank, g.site("w").module.weight
+    want = []
+    for slot, of in zip(ROWS, ids, strict=True):
+        rank = 0 if slot < 0 else int(bank.ranks[slot, 0])
+        delta = bank.scales[slot, 0] * bank.A[slot, of, :rank] @ bank.B[slot, :rank]
+        want.append((weight if slot == 0 else base)[of] + delta)
+    assert done.run(Match(), ReplaceRows()) == 1
+    assert error(done.result()[0], torch.stack(want)) <= 1e-5
+
+
+def test_unproved_rows_stay_refused() -> None:
+    _, done = linear(rows=0)
+    assert done.run(Match(), ReplaceRows()) == 1
+    with pytest.raises(ProvenanceError, match="not proved"):
+        done.result()
+
+
+def test_a_bank_without_room_for_rows() -> None:
+    _, done = linear(own=())
+    done.run(Match())
+    before = done.targets()
+    assert done.run(ReplaceRows()) == 0
+    assert done.targets() == before

@@ -7,13 +7,16 @@ import warnings
 
 import pytest
 import torch
+from marking import attach_sites
 from safetensors.torch import save_file
 from torch import nn
 
 import lorafx
 from lorafx.config import LoraConfig
-from lorafx.errors import CheckpointError, ConfigError, LorafxWarning, TargetError
+from lorafx.errors import CaptureError, CheckpointError, ConfigError, LorafxWarning, TargetError
+from lorafx.passes.select import Alias
 from lorafx.prepare.marking import build_sites
+from lorafx.program.preparation import Preparation
 from lorafx.registry import register, unregister
 
 pytestmark = pytest.mark.quick
@@ -206,10 +209,7 @@ IMPOSSIBLE = [
         rf"it has no weight of its own; name modules inside .*{LEAVE}; .* below it: odd\.0$",
     ),
     (nn.MultiheadAttention(4, 2, kdim=3), r"its sizes .* have weights of their own; PEFT refuses"),
-    (
-        Unknown(),
-        rf"its class is not registered, .*lorafx\.register, or {LEAVE}$",
-    ),
+    (Unknown(), rf"its class is not registered, .*lorafx\.register, or {LEAVE}$"),
     (
         holding(kernel=torch.zeros(2, 3, 4)),
         rf"it holds 3-D parameters \(kernel \(2, 3, 4\)\), .* routed experts: .*; {LEAVE}$",
@@ -276,26 +276,20 @@ def test_every_problem_at_once():
         assert part in message
 
 
-def test_long_lists_of_problems_are_cut():
-    model = nn.Sequential(*(nn.ReLU() for _ in range(30)), nn.Linear(2, 2))
-    with pytest.raises(TargetError, match=r"(?s)^31 problems.*and 11 more$"):
-        paths(model, ".*")
-
-
-@pytest.mark.parametrize("target", ["q_prj", r"layers\.9\.q_proj", ["q_prj"], []], ids=str)
-def test_targets_that_name_nothing(target):
-    with pytest.raises(TargetError, match="names no module of Model"):
+@pytest.mark.parametrize(
+    ("target", "near"),
+    [
+        ("q_prj", "; nearest: q_proj"),
+        (r"layers\.9\.q_proj", ""),
+        (["q_prj"], "; nearest: q_proj"),
+        (["%%%"], "; modules that can carry LoRA: .*q_proj"),
+        ([], ""),
+    ],
+    ids=str,
+)
+def test_targets_that_name_nothing(target, near):
+    with pytest.raises(TargetError, match=f"names no module of Model{near}"):
         paths(Model(), target)
-
-
-def test_nearest_name_of_an_undotted_regular_expression():
-    with pytest.raises(TargetError, match="nearest: q_proj"):
-        paths(Model(), "q_prj")
-
-
-def test_names_that_are_like_no_other_show_what_there_is():
-    with pytest.raises(TargetError, match=r"modules that can carry LoRA: .*q_proj"):
-        paths(Model(), ["%%%"])
 
 
 def test_excluded_modules_need_not_be_able_to_carry_lora():
@@ -353,3 +347,53 @@ def test_malformed_specifications():
         paths(Model(), "(")
     with pytest.raises(ConfigError, match="target_modules must be"):
         paths(Model(), 7)
+
+
+# alias
+
+
+def shared_model() -> nn.Module:
+    model = nn.Module()
+    model.a = nn.Linear(4, 4)
+    model.items = nn.ModuleList([model.a, nn.Linear(4, 4)])
+    model.by_name = nn.ModuleDict({"x": model.items[1]})
+    return model
+
+
+def test_one_site_and_one_mark_for_an_instance_with_several_paths():
+    model = shared_model()
+    config = LoraConfig(target_modules=["a", "x", "items.0"])
+    _, sites = build_sites(model, config)
+    assert [site.paths for site in sites] == [("a", "items.0"), ("items.1", "by_name.x")]
+    attachment = attach_sites(model, sites, config)
+    assert len(model.a._forward_hooks) == len(model.items[1]._forward_hooks) == 1
+    assert set(attachment.marks) == {"a", "items.1"}
+
+
+def test_an_alias_beyond_the_listed_ones_is_still_a_target():
+    leaf = nn.Linear(2, 2)
+    model: nn.Module = leaf
+    for _ in range(8):
+        holder = nn.Module()
+        holder.left = holder.right = model
+        model = holder
+    last = ".".join(["right"] * 8)
+    (site,) = build_sites(model, LoraConfig(target_modules=[last]))[1]
+    assert site.module is leaf
+    assert last not in site.paths
+
+
+def test_cycles_end():
+    model = shared_model()
+    model.items.append(nn.Module())
+    model.items[2].back = model
+    assert [site.path for site in build_sites(model, LoraConfig())[1]] == ["a", "items.1"]
+
+
+def test_compiled_wrappers_are_refused():
+    model = shared_model()
+    with pytest.raises(CaptureError, match=r"the model is wrapped by torch.compile.*_orig_mod"):
+        Alias().run(Preparation(torch.compile(model), LoraConfig()))
+    model.items[1] = torch.compile(model.items[1])
+    with pytest.raises(CaptureError, match=r"the module at 'items\.1' is wrapped"):
+        build_sites(model, LoraConfig())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from graph_text import shown
-from site_graphs import Finished, SiteGraph
+from site_graphs import Finished, Holder, SiteGraph
 from torch import fx, nn
 
 from lorafx.kernels.ops.paged_attention import PAGED_CACHE
@@ -23,18 +23,12 @@ TOKENS, HEADS, SIZE = 3, 2, 4
 NUMBERS = 16 * HEADS * SIZE
 
 
-class One(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Linear(4, 4)
-
-
 class Steps:
     """Layers that write into one cache, each with what it reads."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
-        self.g = SiteGraph(One(), [0])
+        self.g = SiteGraph(Holder(w=nn.Linear(4, 4)), [0])
         states = torch.randn(2, 1, HEADS, TOKENS, SIZE).unbind()
         places = torch.tensor([0, 3, 4, 5]), torch.tensor([3, 4, 5])
         pages = torch.randn(NUMBERS).view(torch.uint8)

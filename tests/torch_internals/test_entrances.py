@@ -43,7 +43,7 @@ def test_of_private_ground(use: Callable[[], Any], monkeypatch: pytest.MonkeyPat
     from lorafx.torch_internals import modules
 
     monkeypatch.setattr(modules, "OptimizedModule", None)
-    monkeypatch.setattr("lorafx.passes.alias.OptimizedModule", None)
+    monkeypatch.setattr("lorafx.passes.select.OptimizedModule", None)
     with pytest.raises(UnsupportedVersionError, match=r"pip install .*torch==") as got:
         use()
     assert f"torch {torch.__version__.partition('+')[0]}" in str(got.value)

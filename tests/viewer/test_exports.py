@@ -12,7 +12,7 @@ import pytest
 from viewed_graphs import HOSTILE, by_hand, record, write_page
 
 from lorafx.capture.record import Span, exclusive
-from lorafx.program.pass_report import PassReport
+from lorafx.program.preparation import PassReport
 from lorafx.viewer.exports import to_dot, trace_events
 
 

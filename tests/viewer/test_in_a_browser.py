@@ -12,7 +12,7 @@ from dense_merge import Case
 from tiny_models import FAMILIES
 from viewed_graphs import HOSTILE, by_hand, deep, write_page
 
-from lorafx.program.pass_report import PassReport
+from lorafx.program.preparation import PassReport
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 

@@ -249,7 +249,7 @@ class PackedForward:
         for future in batch:
             if isinstance(future.state, AdapterRequest):
                 hold = future.state.hold
-                tokens[BASE if hold is None else hold.name] += future.query_length
+                tokens[BASE if hold is None else str(hold.name)] += future.query_length
 
     def _tokens(self, step: Step, part: Sequence[int] | None) -> tuple[list[str], Tensor]:
         """The adapters of the step, or of a part, and which of them each token uses: (1, T), -1 for

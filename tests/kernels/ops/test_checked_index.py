@@ -11,7 +11,7 @@ from torch.library import opcheck
 from lorafx.errors import OutOfRangeError
 from lorafx.kernels.ops.checked_index import CHECKED_INDEX
 from lorafx.ownership.labels import Own
-from lorafx.ownership.propagate import propagate
+from lorafx.ownership.propagate import flow_through
 from lorafx.ownership.symbolic import BatchSymbols
 
 pytestmark = pytest.mark.quick
@@ -64,4 +64,5 @@ def test_rows_stay_whose_they_are() -> None:
     ).graph
     index, result = graph.find_nodes(op="placeholder")[0], graph.output_node().args[0]
     for dim in (0, 1):
-        assert propagate(graph, {index: Own(dim)}, BatchSymbols.of([3]))[result] == Own(dim)
+        flow = flow_through(graph, {index: Own(dim)}, BatchSymbols.of([3]))
+        assert flow.labels[result] == Own(dim)

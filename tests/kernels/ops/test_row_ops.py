@@ -13,7 +13,7 @@ from torch.library import opcheck
 import lorafx.kernels.ops.row_ops  # noqa: F401  (defines torch.ops.lorafx.rows_of)
 from lorafx.errors import LorafxError
 from lorafx.ownership.labels import Label, Mixed, Own
-from lorafx.ownership.propagate import propagate
+from lorafx.ownership.propagate import flow_through
 from lorafx.ownership.symbolic import BatchSymbols
 
 pytestmark = pytest.mark.quick
@@ -36,7 +36,7 @@ def label_of(fn: Callable[[Tensor], Tensor]) -> Label:
     graph = make_fx(fn, tracing_mode="fake")(torch.randn(B, T, K)).graph
     x = next(node for node in graph.nodes if node.op == "placeholder")
     result = next(node for node in graph.nodes if node.op == "output").args[0]
-    return propagate(graph, {x: Own(0)}, BatchSymbols.of([B]))[result]
+    return flow_through(graph, {x: Own(0)}, BatchSymbols.of([B])).labels[result]
 
 
 def test_is_y() -> None:

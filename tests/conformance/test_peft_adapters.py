@@ -1,10 +1,10 @@
-"""The LoRA cases of PEFT's own tests of custom models, in mixed batches.
+"""Adapters that PEFT has trained and saved, of every feature of its LoRA, in mixed batches.
 
-The models and configurations are those of `tests/test_custom_models.py` of PEFT 0.21, rebuilt; two
-of them with a forward that keeps requests apart, which PEFT's do not (`Conv2dGroups` flattens the
-batch, `Conv2dGroups2` ignores its input). A model is compiled once with the adapters of all its
-cases, so that adapters of different kinds are in one batch. The oracle is PEFT's output of each row
-alone, with the adapter read from disk.
+The models and configurations are the LoRA cases of `tests/test_custom_models.py` of PEFT 0.21,
+rebuilt (two of them with a forward that keeps requests apart, which PEFT's do not), and those of a
+mixture of experts. Each adapter is trained for a few steps of AdamW on random data and read from
+disk; a model is compiled once with the adapters of all its cases. The oracle of a row is the model
+that was trained, as it stands in memory, with that row alone.
 """
 
 from __future__ import annotations
@@ -12,26 +12,24 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import oracle
 import pytest
 import torch
-from peft import (
-    KasaConfig,
-    LoraConfig,
-    MontecloraConfig,
-    PeftModel,
-    VeloraConfig,
-    get_peft_model,
-)
+from expert_models import moe_base
+from peft import KasaConfig, LoraConfig, MontecloraConfig, VeloraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import lorafx
 from lorafx.errors import UnsupportedAdapterError
+
+STEPS = 3
+#: Configurations that change the base weight first, which PEFT takes back when it saves.
+CONVERTED = ("pissa", "olora")
 
 
 class Steps(nn.Module):
@@ -102,6 +100,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "MlpUsingParameters": lambda: Steps(
         lin0=Multiply(10, 20), lin1=(torch.tanh, Multiply(20, 2, "matrix"))
     ),
+    "Experts": lambda: moe_base("qwen3_moe"),
 }
 #: Of one request.
 SIZES: dict[str, tuple[int, ...]] = {
@@ -121,6 +120,27 @@ VELORA = [
 ]
 DORA: dict[str, Any] = {"use_dora": True}
 BIAS: dict[str, Any] = {"lora_bias": True, "lora_alpha": 32}
+
+
+PROJECTIONS = {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj", "v_proj", "o_proj"]}
+EXPERTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"use_rslora": True, "lora_alpha": 4},
+    "patterns": {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"v_proj": 3}},
+    "DoRA": DORA,
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "lora_bias": {"lora_bias": True},
+    "lora_only": {"bias": "lora_only"},
+    "head": {"modules_to_save": ["lm_head"]},
+    "tokens": {"trainable_token_indices": {"embed_tokens": [3, 5, 9]}},
+    "router": {"target_modules": [], "target_parameters": ["mlp.gate.weight"]},
+    "experts": {
+        "target_modules": [],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    },
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+}
 
 
 def targets(*names: str, **others: Any) -> dict[str, Any]:
@@ -187,6 +207,7 @@ SERVED: list[tuple[str, str, dict[str, Any]]] = [
             "rank_pattern": {"lin1.matrix": 2},
         },
     ),
+    *((name, "Experts", {**PROJECTIONS, **config}) for name, config in EXPERTS.items()),
 ]
 #: What changes the base weight or is drawn anew on each call, with the field that messages name.
 REFUSED = [
@@ -199,47 +220,57 @@ REFUSED = [
 ]
 
 
-@dataclass
-class Served:
-    """A model with the adapters of all its cases."""
-
-    base: nn.Module
-    folders: dict[str, Path]
-    cm: Any
-    alone: dict[str | None, nn.Module] = field(default_factory=dict)
-
-    def expected(self, names: list[str | None], x: Tensor) -> Tensor:
-        for name in names:
-            if name not in self.alone:
-                self.alone[name] = self.base if name is None else self._by_peft(name)
-        with torch.no_grad():
-            return torch.cat([self.alone[n](row[None]) for n, row in zip(names, x, strict=True)])
-
-    def _by_peft(self, name: str) -> nn.Module:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            twin = PeftModel.from_pretrained(copy.deepcopy(self.base), str(self.folders[name]))
-        return twin.eval()
+def inputs_of(model: str, rows: int) -> dict[str, Tensor]:
+    if model == "Experts":
+        return {"input_ids": torch.randint(3, 40, (rows, 6))}
+    if model == "EmbConv1D":
+        return {"x": torch.randint(0, 12, (rows, 10))}
+    return {"x": torch.randn(rows, *SIZES[model])}
 
 
-@torch.no_grad()
-def save(base: nn.Module, folder: Path, seed: int, config: dict[str, Any]) -> Path:
-    """The case's adapter by PEFT, with noise in all that it trains."""
+def result(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    output = model(**inputs)
+    return output if isinstance(output, Tensor) else output["logits"]
+
+
+def base_of(model: str) -> nn.Module:
+    torch.manual_seed(0)
+    return MODELS[model]().eval().requires_grad_(False)
+
+
+def train(base: nn.Module, model: str, config: dict[str, Any], folder: Path) -> nn.Module:
+    """The model with an adapter that PEFT has trained and saved to `folder`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wrapped = get_peft_model(copy.deepcopy(base), LoraConfig(**config))
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in wrapped.named_parameters():
-            trained = parameter.requires_grad or "lora_" in name
-            if not trained or "velora" in name:
-                continue
-            noise = torch.randn(parameter.shape, generator=generator)
-            if "magnitude" in name:
-                parameter.mul_(1 + 0.3 * noise)
-            else:
-                parameter.add_(0.3 * noise)
-        wrapped.save_pretrained(str(folder), save_embedding_layers=False)
-    return folder
+        wrapped: Any = get_peft_model(copy.deepcopy(base), LoraConfig(**config))
+        own, initial = wrapped.peft_config["default"], folder / "initial"
+        converted = own.init_lora_weights in CONVERTED
+        if converted:  # as PEFT's documentation has it
+            how, own.init_lora_weights = own.init_lora_weights, True
+            wrapped.save_pretrained(str(initial))
+            own.init_lora_weights = how
+        optimiser = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=0.05)
+        for _ in range(STEPS):
+            optimiser.zero_grad()
+            output = result(wrapped, inputs_of(model, 4))
+            (output - torch.randn_like(output)).square().mean().backward()
+            optimiser.step()
+        source = {"path_initial_model_for_weight_conversion": str(initial)} if converted else {}
+        wrapped.save_pretrained(str(folder), save_embedding_layers=False, **source)
+    return wrapped.eval()
+
+
+@dataclass
+class Served:
+    """A compiled model, and by adapter the model that it was trained in; None is the base."""
+
+    cm: Any
+    alone: dict[str | None, nn.Module]
+
+    @torch.no_grad()
+    def expected(self, names: list[str | None], inputs: dict[str, Tensor]) -> Tensor:
+        rows = [oracle.one_row(inputs, row) for row in range(len(names))]
+        return torch.cat([result(self.alone[n], row) for n, row in zip(names, rows, strict=True)])
 
 
 @pytest.fixture(scope="module")
@@ -248,38 +279,37 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Served]:
 
     def of(model: str) -> Served:
         if model not in compiled:
-            torch.manual_seed(0)
-            base = MODELS[model]().eval().requires_grad_(False)
-            folder = tmp_path_factory.mktemp(model)
-            cases = [(name, config) for name, own, config in SERVED if own == model]
-            folders = {
-                name: save(base, folder / str(seed), seed, config)
-                for seed, (name, config) in enumerate(cases)
-            }
-            config = lorafx.LoraConfig(max_adapters=max(8, len(cases)))
+            base, folder = base_of(model), tmp_path_factory.mktemp(model)
+            cases = {name: config for name, own, config in SERVED if own == model}
+            folders = {name: folder / str(number) for number, name in enumerate(cases)}
+            torch.manual_seed(1)
+            alone: dict[str | None, nn.Module] = {None: base}
+            for name, config in cases.items():
+                alone[name] = train(base, model, config, folders[name])
+            room = lorafx.LoraConfig(max_adapters=max(8, len(cases)), max_rank=8)
+            settings: dict[str, Any] = {"dynamic": False} if model == "Experts" else {}
+            options = {"lowering": "reference"}
             cm = lorafx.compile(
-                copy.deepcopy(base), config, adapters=folders, options={"lowering": "reference"}
+                copy.deepcopy(base), room, adapters=folders, options=options, **settings
             )
-            compiled[model] = Served(base, folders, cm)
+            compiled[model] = Served(cm, alone)
         return compiled[model]
 
     return of
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("name", "model"), [case[:2] for case in SERVED], ids=lambda v: v)
 def test_a_case_beside_others(name: str, model: str, served: Callable[[str], Served]) -> None:
     case = served(model)
-    others = [other for other in case.folders if other != name]
+    others = [other for other in case.alone if other not in (name, None)]
     names = [name, None, *others[:1], name, *others[-1:]]
-    torch.manual_seed(1)
-    x = torch.randn(len(names), *SIZES[model])
-    if model == "EmbConv1D":
-        x = torch.randint(0, 12, (len(names), 10))
-    want = case.expected(names, x)
-    oracle.assert_close(case.cm(x, adapter_names=names), [want])
-    unchanged = case.expected([None] * len(names), x)
-    assert oracle.difference([want[:1]], [unchanged[:1]]) > 1e-4
-    oracle.assert_close(case.cm(x[:1], adapter_names=[name]), [want[:1]])
+    torch.manual_seed(2)
+    inputs = inputs_of(model, len(names))
+    want, first = case.expected(names, inputs), oracle.one_row(inputs, 0)
+    assert oracle.difference([want[:1]], [case.expected([None], first)]) > 1e-4
+    oracle.assert_close(result(case.cm, {**inputs, "adapter_names": names}), [want])
+    oracle.assert_close(result(case.cm, {**first, "adapter_names": [name]}), [want[:1]])
 
 
 ALONE = [case for case in SERVED if "lin0" not in case[2].get("target_modules", ())]
@@ -294,20 +324,18 @@ def test_a_convolution_without_max_rank(
     name: str, model: str, config: dict[str, Any], tmp_path: Path
 ) -> None:
     """Nothing but the adapter's own file says its rank."""
-    torch.manual_seed(0)
-    base = MODELS[model]().eval().requires_grad_(False)
-    folders = {name: save(base, tmp_path / "saved", 1, config)}
+    base = base_of(model)
+    alone: dict[str | None, nn.Module] = {None: base, name: train(base, model, config, tmp_path)}
     options = {"lowering": "reference"}
-    cm = lorafx.compile(copy.deepcopy(base), adapters=folders, options=options)
-    case, x = Served(base, folders, cm), torch.randn(11, *SIZES[model])
-    names = [name, None] * 5 + [name]
-    oracle.assert_close(cm(x, adapter_names=names), [case.expected(names, x)])
+    cm = lorafx.compile(copy.deepcopy(base), adapters={name: tmp_path}, options=options)
+    names, inputs = [name, None] * 5 + [name], inputs_of(model, 11)
+    found = result(cm, {**inputs, "adapter_names": names})
+    oracle.assert_close(found, [Served(cm, alone).expected(names, inputs)])
 
 
 @pytest.mark.parametrize(("config", "field"), [case[1:] for case in REFUSED])
 def test_what_is_refused(config: dict[str, Any], field: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    base = MODELS["MLP"]().eval().requires_grad_(False)
-    folder = save(base, tmp_path, 0, config)
+    base = base_of("MLP")
+    get_peft_model(copy.deepcopy(base), LoraConfig(**config)).save_pretrained(str(tmp_path))
     with pytest.raises(UnsupportedAdapterError, match=field):
-        lorafx.compile(base, {"a": folder})
+        lorafx.compile(base, {"a": tmp_path})

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import pytest
 import sympy
 import torch
 from torch import fx
@@ -19,11 +18,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import (
-    DimDynamic,
-    ShapeEnv,
-    StatelessSymbolicContext,
-)
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from lorafx.ownership.flow import Flow
 from lorafx.ownership.labels import Mixed, One, Own
@@ -31,7 +26,7 @@ from lorafx.ownership.propagate import flow_through
 from lorafx.ownership.symbolic import BatchSymbols, as_expr
 
 
-def trace_function(
+def trace(
     fn: Callable[..., Any], examples: Sequence[torch.Tensor], static: Sequence[int] = ()
 ) -> fx.GraphModule:
     """fn as a functional ATen graph; every size symbolic, but for the inputs in `static`."""
@@ -51,7 +46,7 @@ def trace_function(
 
 def label_graph(gm: fx.GraphModule, seeds: Sequence[Any], *, assume: bool = False) -> Flow:
     """Propagate from one label an input; the batch is the size of the seeds' owner dimensions."""
-    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    inputs = inputs_of(gm)
     batch = BatchSymbols.of(
         node.meta["val"].shape[seed.dim]
         for node, seed in zip(inputs, seeds, strict=True)
@@ -88,7 +83,7 @@ class Recorder(fx.Interpreter):
         return result
 
 
-def contradictions(
+def taint(
     gm: fx.GraphModule,
     flow: Flow,
     inputs: Sequence[torch.Tensor],
@@ -159,23 +154,40 @@ def _moved(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> torch.Tensor:
     return ~((a == b) | (a.isnan() & b.isnan()) | ((a - b).abs() <= tolerance * scale))
 
 
-@pytest.fixture(scope="session")
-def trace() -> Callable[..., fx.GraphModule]:
-    return trace_function
+def labelled(
+    fn: Callable[..., Any],
+    examples: Sequence[torch.Tensor],
+    seeds: Sequence[Any],
+    static: Sequence[int] = (),
+    *,
+    assume: bool = False,
+) -> tuple[Any, Flow, fx.GraphModule]:
+    """(label of fn's first result, flow, graph), from one label an input."""
+    gm = trace(fn, examples, static)
+    flow = label_graph(gm, seeds, assume=assume)
+    return output_label(flow, gm), flow, gm
 
 
-@pytest.fixture(scope="session")
-def labelled() -> Callable[..., tuple[Any, Flow, fx.GraphModule]]:
-    """(fn, examples, seeds) -> (label of fn's first result, flow, graph)."""
-
-    def run(fn, examples, seeds, static=(), assume=False):
-        gm = trace_function(fn, examples, static)
-        flow = label_graph(gm, seeds, assume=assume)
-        return output_label(flow, gm), flow, gm
-
-    return run
+def inputs_of(gm: fx.GraphModule) -> list[fx.Node]:
+    return list(gm.graph.find_nodes(op="placeholder"))
 
 
-@pytest.fixture(scope="session")
-def taint() -> Callable[..., list[str]]:
-    return contradictions
+def batch_of(nodes: Sequence[fx.Node], dim: int = 0) -> BatchSymbols:
+    """The requests are the entries of that dimension of all of these."""
+    return BatchSymbols.of(node.meta["val"].shape[dim] for node in nodes)
+
+
+#: A marked linear, x of K features and y of N, and its bank.
+K, N, SLOTS, RANK = 4, 6, 3, 2
+WEIGHT = torch.linspace(-1, 1, K * N, dtype=torch.float64).sin().view(K, N)
+BANK = (
+    torch.linspace(-1, 1, SLOTS * RANK * K, dtype=torch.float64).cos().view(SLOTS, RANK, K),
+    torch.linspace(-2, 1, SLOTS * RANK * N, dtype=torch.float64).sin().view(SLOTS, RANK, N),
+    torch.tensor([[2], [1], [2]], dtype=torch.int32),
+    torch.tensor([[1.0], [0.5], [2.0]]),
+)
+
+
+def lora(x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """A marked linear."""
+    return torch.ops.lorafx.site(x, x @ WEIGHT, *BANK, slots, [0], [0], [N], 0)

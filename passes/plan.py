@@ -1,33 +1,26 @@
 """Choose how each LoRA node is computed, and say so.
 
-    inductor   on a CPU generated C++ (one kernel a shape, that reads only the active adapters, each
-               at its own rank), else plain aten; a pack's base product is one GEMM, or one a
+    inductor   on a CPU generated C++, else plain aten; a pack's base product is one GEMM, or one a
                sibling where that is faster
     triton     the strategy with the least modelled time (lorafx.kernels.cost.roofline) for the rows
                that the graph was captured with, by generated Triton kernels
     reference  plain aten
 
-The choice is data on the node: users pin it by site path (`Options.plan`), `lower` only carries it
-out, `explain` prints it with the node's byte floor of `lorafx.kernels.cost.roofline`.
+The choice is data on the node: users pin it by site path (`Options.plan`), `lower` carries it out,
+`explain` prints it with the node's byte floor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
 from lorafx.errors import ConfigError
-from lorafx.graph.context import (
-    EMBEDDING_OP,
-    FUSED_OP,
-    PLAIN_SITE_OPS,
-    Context,
-)
+from lorafx.graph.context import EMBEDDING_OP, EXPERT_OP, FUSED_OP, PLAIN_SITE_OPS, Context
 from lorafx.graph.pointwise_region import NoRegion, PointwiseRegion
-from lorafx.graph.strategy import ATEN, GENERATED, Strategy, choose
 from lorafx.kernels.cost.chips import chip_of
 from lorafx.kernels.cost.expert_cost import ExpertWork, estimate_experts
 from lorafx.kernels.cost.roofline import (
@@ -41,16 +34,54 @@ from lorafx.kernels.cost.roofline import (
     work_of,
 )
 from lorafx.kernels.cpu.delta_kernels import build_all
-from lorafx.kernels.triton.build import CONCAT, EXPERTS, not_concat
+from lorafx.kernels.ops.delta_spec import DeltaSpec
+from lorafx.kernels.ops.op_library import Ranges
+from lorafx.kernels.triton.build import CONCAT, EXPERTS, TritonSpec, not_concat
 from lorafx.kernels.triton.build import build as build_triton
 from lorafx.kernels.triton.launch_checks import adjacent
 from lorafx.model.bank import Bank
 from lorafx.model.sites import Part, Site
 from lorafx.op_arguments import bound
 from lorafx.passes.fuse.fuse_experts import FUSED_EXPERTS, loops_on_host, region
-from lorafx.passes.plan.specs import cpu_spec, delta_spec, triton_spec
 from lorafx.program.frame import fake_value
 from lorafx.torch_internals.compat import size_hint
+
+GENERATED = "generated"
+ATEN = "aten"
+
+_KEY = "lorafx_strategy"
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """The choice for one node.
+
+    Attributes:
+        name: how the node is computed, one of `lorafx.config.STRATEGIES` of the lowering.
+        kernel: id of the generated Triton kernels; 0 for other strategies.
+        split: a pack's base product is one GEMM per sibling.
+        reason: what decided.
+    """
+
+    name: str
+    kernel: int = 0
+    split: bool = False
+    reason: str = ""
+
+
+def choose(ctx: Context, node: fx.Node, strategy: Strategy) -> None:
+    """Make `strategy` the node's, and note it for `explain`."""
+    node.meta[_KEY] = strategy
+    if strategy.kernel:
+        ctx.kernels.add(strategy.kernel)
+    for state in ctx.states[node]:
+        gemms = ", one GEMM per sibling" if strategy.split else ""
+        state.strategy = f"{strategy.name}{gemms} ({strategy.reason})"
+
+
+def strategy_of(node: fx.Node) -> Strategy:
+    """The node's strategy; aten where nothing was planned."""
+    return node.meta.get(_KEY, Strategy(ATEN))
 
 
 @dataclass(frozen=True)
@@ -74,7 +105,8 @@ def _aten(ctx: Context, nodes: Sequence[fx.Node]) -> None:
 
 
 def _cpu(ctx: Context, nodes: Sequence[fx.Node]) -> None:
-    wanted = {node: _pinned(ctx, node) or (GENERATED if _on_cpu(node) else ATEN) for node in nodes}
+    usual = [GENERATED if fake_value(node).device.type == "cpu" else ATEN for node in nodes]
+    wanted = {node: _pinned(ctx, node) or name for node, name in zip(nodes, usual, strict=True)}
     specs = {node: cpu_spec(node) for node, name in wanted.items() if name == GENERATED}
     kernels = build_all(specs.values())
     for node in nodes:
@@ -111,42 +143,21 @@ EMBEDDING = "embedding"
 def _triton_choice(
     ctx: Context, node: fx.Node, rows: int | None, device: torch.device
 ) -> tuple[str, str]:
-    """(strategy, why) of a node under the Triton lowering; "embedding" has one strategy only.
+    """(strategy, why) of a node under the Triton lowering.
 
     Raises:
         ConfigError: the user pinned a strategy that this node cannot have.
     """
-    pinned = _pinned(ctx, node)
-    proved = bound(node)["rows"]
+    pinned, proved = _pinned(ctx, node), bound(node)["rows"]
     if isinstance(proved, int) and proved == 0:
         return ATEN, "row ownership was not analysed, and only aten can refuse a mixed batch"
-    if node.target is EMBEDDING_OP and pinned not in (None, ATEN):
-        raise ConfigError(
-            f"Options.plan pins {pinned!r} for {', '.join(_paths(ctx, node))}, but "
-            "embeddings have a single strategy; remove the pin, or pin 'aten'"
-        )
-    if node.target is EMBEDDING_OP and pinned is None:
-        return EMBEDDING, "rows are gathered one by one"
     if pinned is not None:
-        if pinned == CONCAT and (why := _not_concat(node)):
-            raise ConfigError(
-                f"Options.plan pins {pinned!r} for {', '.join(_paths(ctx, node))}, {why}; pin "
-                "'gemv', 'segments' or 'aten'"
-            )
-        if pinned in FUSED and not _fusable(node):
-            lies = "lies column by column"
-            why = lies if node.target is FUSED_OP else "is not part of the node"
-            raise ConfigError(
-                f"Options.plan pins {pinned!r} for {', '.join(_paths(ctx, node))}, whose base "
-                f"{'weight' if node.target is FUSED_OP else 'product'} {why}; pin 'gemv', "
-                "'segments' or 'aten'"
-            )
-        if pinned in EXPERTS and (why := _not_for_experts(node, pinned)):
-            raise ConfigError(
-                f"Options.plan pins {pinned!r} for {', '.join(_paths(ctx, node))}: {why}; "
-                "pin another strategy, or remove the pin"
-            )
+        if unfit := _unfit(node, pinned):
+            paths = ", ".join(_paths(ctx, node))
+            raise ConfigError(f"Options.plan pins {pinned!r} for {paths}{unfit}")
         return pinned, f"pinned; {_floor(ctx, node)}"
+    if node.target is EMBEDDING_OP:
+        return EMBEDDING, "rows are gathered one by one"
     if node.target is FUSED_EXPERTS and rows is not None:
         for name, modelled in _expert_estimates(ctx, node, rows, device).items():
             if not modelled.refusal and not _not_for_experts(node, name):
@@ -164,8 +175,23 @@ def _triton_choice(
     return "segments", f"the number of rows is unknown; {_floor(ctx, node)}"
 
 
+def _unfit(node: fx.Node, name: str) -> str:
+    """Why a pinned strategy cannot compute this node, as the end of a message; "" where it can."""
+    others = "pin 'gemv', 'segments' or 'aten'"
+    if node.target is EMBEDDING_OP and name != ATEN:
+        return ", but embeddings have a single strategy; remove the pin, or pin 'aten'"
+    if name == CONCAT and (why := _not_concat(node)):
+        return f", {why}; {others}"
+    if name in FUSED and node.target is not FUSED_OP:
+        return f", whose base product is not part of the node; {others}"
+    if name in FUSED and not _fusable(node):
+        return f", whose base weight lies column by column; {others}"
+    if why := _not_for_experts(node, name):
+        return f": {why}; pin another strategy, or remove the pin"
+    return ""
+
+
 def _work(ctx: Context, node: fx.Node) -> Work | None:
-    """The node as the cost model sees it; None where the number of rows is unknown."""
     rows, sites = _rows(node), _sites(ctx, node)
     if rows is None or node.target is EMBEDDING_OP:
         return None
@@ -179,7 +205,7 @@ def _work(ctx: Context, node: fx.Node) -> Work | None:
 
 def _fusable(node: fx.Node) -> bool:
     """Whether a kernel may compute the base product too: it is in the node, and the kernel can read
-    the weight as it lies. A copy of a weight at every call would cost more than fusion saves."""
+    the weight as it lies."""
     return node.target is FUSED_OP and adjacent(fake_value(bound(node)["weight"]))
 
 
@@ -261,10 +287,6 @@ def _pinned(ctx: Context, node: fx.Node) -> str | None:
     return next(iter(pinned), None)
 
 
-def _on_cpu(node: fx.Node) -> bool:
-    return fake_value(node).device.type == "cpu"
-
-
 def _sites(ctx: Context, node: fx.Node) -> list[Site]:
     return [state.site for state in ctx.states[node]]
 
@@ -298,4 +320,45 @@ def _floor(ctx: Context, node: fx.Node) -> str:
     return (
         f"byte floor at rank {rank}: {one:.2f} times the base weight's bytes with 1 adapter, "
         f"{eight:.2f} times with 8"
+    )
+
+
+def delta_spec(node: fx.Node) -> DeltaSpec:
+    """What a kernel for its delta takes for granted."""
+    call = bound(node)
+    if node.target is EMBEDDING_OP:
+        return DeltaSpec.of_embedding(*(fake_value(call[name]) for name in ("y", "A", "B")))
+    tensors = (fake_value(call[name]) for name in ("x", "A", "B", "ranks"))
+    return DeltaSpec.linear(fake_value(node), *tensors, *(call[name] for name in Ranges._fields))
+
+
+def cpu_spec(node: fx.Node) -> DeltaSpec:
+    """`delta_spec` of a kernel on a CPU, which finds the bank's slots of routed rows by itself."""
+    spec = delta_spec(node)
+    if node.target is EXPERT_OP:
+        return replace(spec, experts=bound(node)["count"])
+    if node.target is FUSED_EXPERTS:
+        return replace(spec, experts=int(fake_value(bound(node)["weight"]).shape[0]))
+    return spec
+
+
+def triton_spec(node: fx.Node) -> TritonSpec:
+    """`delta_spec`, and the base weight where it is part of the node."""
+    if node.target not in (FUSED_OP, FUSED_EXPERTS):
+        return TritonSpec(delta_spec(node))
+    call = bound(node)
+    weight, transposed = fake_value(call["weight"]), call["transposed"]
+    if node.target is FUSED_EXPERTS:
+        found = region(node)
+        activation = found.activation if isinstance(found, PointwiseRegion) else None
+        return TritonSpec(
+            *(delta_spec(node), weight.dtype, False, transposed),
+            experts=weight.shape[0],
+            activation=activation,
+        )
+    n, slots = fake_value(call["slots"]).shape[0], fake_value(call["B"]).shape[0]
+    return TritonSpec(
+        *(delta_spec(node), weight.dtype, call["bias"] is not None, transposed),
+        # as few blocks as the sizes of the graph allow
+        by_request=isinstance(n, int) and n < slots,
     )

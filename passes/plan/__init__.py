@@ -1,1 +1,0 @@
-"""plan: how each LoRA node is computed."""
