@@ -1,8 +1,5 @@
 """What stands before the replicas: it reads which adapter a request asks for, sends the request to
-a replica that holds it, and sends it to another where that one dies.
-
-It answers nothing itself but errors.
-"""
+a replica that holds it, and to another where that one dies."""
 
 from __future__ import annotations
 

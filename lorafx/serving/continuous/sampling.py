@@ -5,9 +5,8 @@ that ask for nothing.
     top_k        0 and -1 leave all tokens, and so do more than there are
     top_p        1 leaves all tokens
 
-transformers makes such a processor only where its value asks for something when the engine starts,
-and then sorts the vocabulary for every request. Here the processors are always there, and a step in
-which none of the requests asks for one skips it.
+The processors are there whatever the engine's own values are. A step in which no request asks for
+one skips it.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from dense_merge import Case, build_case, check_mixed
-from step_logits import StepLogits, answers, check_logits, decoder, greedy
+from step_logits import StepLogits, answers, check_logits, decoder, greedy, serve_checked
 from tiny_models import FAMILIES, token_inputs
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
@@ -39,12 +39,7 @@ def test_pinned_adapters_keep_their_slots_among_others_that_take_turns(llama, wi
     cm = with_slots(2)
     cm.pin_adapter("a0")
     work = [([3 + i, 4, 5], f"a{i % 4}") for i in range(8)]
-    with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
-        seen = StepLogits(engine)
-        with engine.pause():
-            ids = [engine.add_request(p, adapter=a, max_new_tokens=20) for p, a in work]
-        outputs = answers(engine, ids)
-    check_logits(llama, seen, outputs, dict(zip(ids, (a for _, a in work), strict=True)))
+    serve_checked(llama, cm, work, CONFIG, new=20)
 
 
 def test_requests_fail_where_all_slots_are_pinned_to_others(llama, with_slots):
