@@ -15,12 +15,13 @@ from lorafx.session.stand_ins import forward_of
 
 
 class Entries:
-    """The entries of one session, whose model has its marks by `attachment`."""
+    """The entries of one session. `made` are those that there are; `attachment` put the marks on
+    the model of a `CompiledModel`."""
 
-    def __init__(self, session: Session, attachment: Attachment) -> None:
+    def __init__(self, session: Session, attachment: Attachment | None = None) -> None:
         self.session = session
+        self.made: dict[tuple[Any, ...], Entry] = {}
         self._attachment = attachment
-        self._made: dict[tuple[Any, ...], Entry] = {}
 
     @property
     def model(self) -> nn.Module:
@@ -40,14 +41,14 @@ class Entries:
         name = "forward" if method is None else method.__name__
         function = forward_of(module) if method is None else method
         key = id(module), per_token, packed, name
-        entry = self._made.get(key)
+        entry = self.made.get(key)
         if entry is None or not entry.compiles(function):
-            entry = self._made[key] = Entry(
+            entry = self.made[key] = Entry(
                 self.session, module, function, name, per_token=per_token, packed=packed
             )
         return entry
 
     def check_attached(self) -> None:
         """Raise CaptureError where the model was detached."""
-        if not self._attachment.rollback:
+        if self._attachment is not None and not self._attachment.rollback:
             raise CaptureError("this model was detached; call lorafx.compile again")

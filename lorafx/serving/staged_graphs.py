@@ -22,6 +22,7 @@ from lorafx.model.sites import Site
 from lorafx.pass_order import CAPTURED, GraphPass, pipeline
 from lorafx.passes.join import Join
 from lorafx.passes.outline.outline import Outline
+from lorafx.serving.entries import Entries
 from lorafx.serving.entry import Entry, entered
 from lorafx.session.session import Session
 
@@ -29,7 +30,7 @@ from lorafx.session.session import Session
 class Staged(Protocol):
     """A model whose calls are made by entries: a `CompiledModel`, or what stands for one."""
 
-    _entries: Any
+    _entries: Entries
     model: nn.Module
 
     @property
@@ -129,7 +130,7 @@ def staged(compiled: Staged) -> Iterator[Stages]:
     session = compiled._session
     program = session.program
     with session.lock:
-        backend, entries, options = session.backend, compiled._entries, program.options
+        backend, made, options = session.backend, compiled._entries.made, program.options
         names = (CAPTURED, *(item.name for item in pipeline(options).graph))
         stages = Stages(lowering_for(options), names, current=names[-1])
         try:
@@ -138,8 +139,8 @@ def staged(compiled: Staged) -> Iterator[Stages]:
             session.backend.lowering, session.backend.keeper = stages, stages.keeper
             # It is not the first call of this program: what modules keep may be of a request.
             session.backend.records.extend(backend.records)
-            compiled._entries = {}
+            compiled._entries.made = {}
             yield stages
         finally:
-            session.backend, compiled._entries = backend, entries
+            session.backend, compiled._entries.made = backend, made
             program.options = options
