@@ -16,7 +16,7 @@ from gpu_jobs import Job
 from gpu_results import ROOT
 
 FOLDER = Path(__file__).resolve().parent
-NEEDED = ("torch", "triton", "safetensors", "networkx", "jinja2", "transformers", "peft", "pytest")
+NEEDED = ("torch", "triton", "safetensors", "jinja2", "transformers", "peft", "pytest")
 
 
 def job_environment(link: Path, cache: Path) -> dict[str, str]:

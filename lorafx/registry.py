@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
@@ -128,35 +128,7 @@ class SliceSizes:
         )
 
 
-@dataclass(frozen=True)
-class Replacement:
-    """An out-of-tree class in the place of a registered one; it reads sizes in its own way."""
-
-    replaced: type[nn.Module]
-    by: type[nn.Module]
-    sizes: FeatureSizes
-    output_sizes: Callable[[nn.Module], tuple[int, ...]] | None
-    weight: str
-    sharding: Sharding | Mapping[str, Sharding] | None
-
-    def entry(self) -> Eligible | None:
-        """The replaced class's entry at this moment, for instances of `by`."""
-        entry = lookup_class(self.replaced)
-        if entry is None:
-            return None
-        whole, by_weight = _shardings(self.sharding)
-        return replace(
-            entry,
-            cls=self.by,
-            sizes=self.sizes,
-            output_sizes=self.output_sizes,
-            weight=self.weight,
-            sharding=whole,
-            weight_shardings=by_weight,
-        )
-
-
-def _shardings(
+def shardings(
     given: Sharding | Mapping[str, Sharding] | None,
 ) -> tuple[Sharding | None, Mapping[str, Sharding]]:
     """The sharding of a module's one weight, and those of routed experts by parameter."""
@@ -202,8 +174,8 @@ _BUILT_IN: dict[type[nn.Module], Eligible] = {
     ),
 }
 _REGISTERED: dict[type[nn.Module], Eligible] = {}
-#: By the class that replaces; see lorafx.model.out_of_tree.
-REPLACEMENTS: dict[type[nn.Module], Replacement] = {}
+#: Those of `register_oot` (lorafx.model.out_of_tree).
+OUT_OF_TREE: dict[type[nn.Module], Eligible] = {}
 
 
 def register(
@@ -269,7 +241,7 @@ def register(
             f"routed experts, and a single object for other kinds; got {sharding!r} for "
             f"kind {kind!r}"
         )
-    whole, by_weight = _shardings(sharding)
+    whole, by_weight = shardings(sharding)
     _REGISTERED[cls] = entry = Eligible(
         cls,
         kind,
@@ -332,9 +304,7 @@ def lookup_class(cls: type) -> Eligible | None:
 
 def own_entry(cls: type) -> Eligible | None:
     """The entry of this very class, not of one above it."""
-    entry = _REGISTERED.get(cls) or _BUILT_IN.get(cls)
-    if entry is None and cls in REPLACEMENTS:
-        entry = REPLACEMENTS[cls].entry()
+    entry = _REGISTERED.get(cls) or _BUILT_IN.get(cls) or OUT_OF_TREE.get(cls)
     if entry is None and cls is _transformers_conv1d():
         entry = Eligible(cls, "linear", FeatureSizes("nx", "nf"), transposed=True)
     return entry
@@ -342,7 +312,7 @@ def own_entry(cls: type) -> Eligible | None:
 
 def registrations() -> tuple[object, ...]:
     """What was given to `register` and `register_oot`."""
-    return (*_REGISTERED.values(), *REPLACEMENTS.values())
+    return (*_REGISTERED.values(), *OUT_OF_TREE.values())
 
 
 def _transformers_conv1d() -> type[nn.Module] | None:

@@ -28,7 +28,7 @@ class Alias:
     name: ClassVar[str] = "alias"
 
     def run(self, model: Preparation) -> int:
-        graph = model.graph = ModuleGraph.of(model.model)
+        graph = model.graph = ModuleGraph(model.model)
         for path, module in graph.modules():
             if isinstance(module, OptimizedModule):
                 where = f"the module at {path!r}" if path else "the model"

@@ -22,15 +22,12 @@ from torch import nn
 from lorafx.config import LoraConfig
 from lorafx.errors import CaptureError, ConfigError
 from lorafx.interrupts import Rollback
-from lorafx.model.attachment import MARKS, Attachment
 from lorafx.model.bank import Bank
-from lorafx.model.biases import BIAS_KINDS
 from lorafx.model.convolutions import window_of
-from lorafx.model.marks import SiteMark
-from lorafx.model.module_graph import ModuleGraph
+from lorafx.model.extras import BIAS_KINDS
+from lorafx.model.marks import MARKS, Attachment, RowMark, SiteMark
+from lorafx.model.module_graph import ModuleGraph, alike
 from lorafx.model.quantized import QuantisedModules, is_stored
-from lorafx.model.repeated import alike
-from lorafx.model.row_marks import RowMark, row_mark
 from lorafx.model.runtime import Runtime
 from lorafx.model.sites import Group, Site
 from lorafx.program.preparation import Preparation
@@ -84,7 +81,7 @@ def _attach(
     ]
     own = {id(site.module) for site in sites}
     hooks += [
-        (module, row_mark(module, entry, runtime))
+        (module, RowMark(runtime, entry.sizes(module)[1], entry.kind == "embedding"))
         for module, entry in quantised.found
         if id(module) not in own
     ]

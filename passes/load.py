@@ -21,7 +21,6 @@ class LoadAdapters:
         model.store = AdapterStore(
             model.attachment.groups,
             config.max_adapters,
-            config.max_rank,
             config.own_weights,
             config.max_host_bytes,
         )

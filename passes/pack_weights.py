@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lorafx.model.module_graph import alike
 from lorafx.model.packing import PackedGroup, pack_weights
-from lorafx.model.repeated import alike
 from lorafx.program.preparation import Preparation
 
 _APART = (

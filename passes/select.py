@@ -21,15 +21,13 @@ from lorafx.config import LoraConfig, Options
 from lorafx.errors import ConfigError, LorafxWarning, TargetError, nearest
 from lorafx.model import targets
 from lorafx.model.candidates import Candidate, ExpertsCandidate, by_raw_weight
-from lorafx.model.expert_names import folded
-from lorafx.model.experts import expert_weights
-from lorafx.model.marks import is_dense
-from lorafx.model.module_graph import ModuleGraph
-from lorafx.model.own_row_limits import own_refusal, rows_asked
+from lorafx.model.experts import expert_weights, folded
+from lorafx.model.extras import own_refusal, rows_asked
+from lorafx.model.forward_check import is_dense
+from lorafx.model.module_graph import ModuleGraph, alike
 from lorafx.model.packed_names import PackedNames
 from lorafx.model.quantized import is_stored
 from lorafx.model.refusals import impossible, weight_of
-from lorafx.model.repeated import alike
 from lorafx.model.sites import Site
 from lorafx.model.weight_formats import is_wrapped
 from lorafx.program.preparation import Preparation

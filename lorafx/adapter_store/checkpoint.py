@@ -1,15 +1,21 @@
 """Adapters as the readers take them: opened, told apart by dialect, in PEFT's names.
 
-source ─▶ Saved ─▶ dialect ─▶ key_mapping, or what moved ─▶ AdapterState
+    source ─▶ Saved ─▶ dialect ─▶ key_mapping, or what moved ─▶ AdapterState
 
-BD-LoRA: factors that PEFT saves as the blocks of a block-diagonal matrix, made whole.
+Modules may have moved: an adapter of a text model on a model that holds the text model.
 
-A (r, K/n) → (r, K),   B (N, r/n) → (N, r):   rows of block i, columns of block i, else 0
+    model.layers.0.self_attn.q_proj   →   model.language_model.layers.0.self_attn.q_proj
+
+`key_mapping` says so by regular expressions. Without it, the paths of a file that lead nowhere are
+looked for below another beginning, the same for all of them, with weights of their sizes. One such
+place is taken and said; several are an error.
 """
 
 from __future__ import annotations
 
+import re
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,40 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.adapter_store.dialects.all_dialects import dialect_of
-from lorafx.adapter_store.moved import mapped, moved
-from lorafx.adapter_store.opening import PICKLED as PICKLED
-from lorafx.adapter_store.opening import SAFETENSORS as SAFETENSORS
 from lorafx.adapter_store.opening import opened
-from lorafx.adapter_store.peft_keys import parse, without_prefix
+from lorafx.adapter_store.peft_keys import factor_sizes, parse, without_prefix
 from lorafx.adapter_store.places import Places
 from lorafx.adapter_store.saved import AdapterSource, AdapterState
-from lorafx.errors import LorafxWarning
+from lorafx.errors import CheckpointError, ConfigError, LorafxWarning
+from lorafx.model.module_graph import join
+from lorafx.model.saved_names import without_compiled
 from lorafx.progress import LOG
-
-
-def expanded(state: AdapterState, model: nn.Module) -> AdapterState:
-    """`state` with full factors. What would be larger than the module it is for stays as it is, and
-    the reader says what is wrong with its shape."""
-    settings = state.config.block_diagonal
-    if settings is None or settings.blocks == 1:
-        return state
-    places = Places((), model)
-    largest = max((parameter.numel() for parameter in model.parameters()), default=0)
-    tensors = dict(state.tensors)
-    for key, tensor in state.tensors.items():
-        factor = parse(key)
-        if factor is None or factor.letter != settings.letter(without_prefix(factor.module)):
-            continue
-        module = places.meaning(factor.module)
-        weight = getattr(module, "weight", None)
-        size = weight.numel() if isinstance(weight, Tensor) else largest
-        if _divides(tensor, settings.blocks) and tensor.numel() * settings.blocks <= size:
-            tensors[key] = torch.block_diag(*tensor.chunk(settings.blocks))
-    return replace(state, tensors=tensors)
-
-
-def _divides(tensor: Tensor, blocks: int) -> bool:
-    return tensor.dim() == 2 and len(tensor) > 0 and len(tensor) % blocks == 0
 
 
 def load_state(source: Any, model: nn.Module | None = None, *, warn: bool = True) -> AdapterState:
@@ -69,16 +49,16 @@ def load_state(source: Any, model: nn.Module | None = None, *, warn: bool = True
     """
     if isinstance(source, AdapterState):
         return source
-    asked = source if isinstance(source, AdapterSource) else AdapterSource(source)
-    saved = opened(asked)
-    state = dialect_of(saved, asked.dialect).state(saved, model)
+    given = source if isinstance(source, AdapterSource) else AdapterSource(source)
+    saved = opened(given)
+    state = dialect_of(saved, given.dialect).state(saved, model)
     if model is not None:
-        state = expanded(state, model)
-    if asked.key_mapping:
-        state = mapped(state, asked.key_mapping)
+        state = _expanded(state, model)
+    if given.key_mapping:
+        state = _mapped(state, given.key_mapping)
     elif model is not None:
-        state = moved(state, model)
-    if warn and state.left_out and asked.component is None:
+        state = _moved(state, model)
+    if warn and state.left_out and given.component is None:
         warnings.warn(
             f"{state.where} has factors for other models of a pipeline too "
             f"({', '.join(state.left_out)}), which are not used here: load it into those as well, "
@@ -89,3 +69,209 @@ def load_state(source: Any, model: nn.Module | None = None, *, warn: bool = True
     for note in state.notes:
         LOG.info("adapter in %s: %s", state.where, note)
     return state
+
+
+def _expanded(state: AdapterState, model: nn.Module) -> AdapterState:
+    """`state` with the blocks of BD-LoRA's factors, A (r, K/n) or B (N, r/n), on a diagonal. What
+    would be larger than the module it is for stays as it is, for the reader to refuse."""
+    settings = state.config.block_diagonal
+    if settings is None or settings.blocks == 1:
+        return state
+    places = Places((), model)
+    largest = max((parameter.numel() for parameter in model.parameters()), default=0)
+    tensors = dict(state.tensors)
+    for key, tensor in state.tensors.items():
+        factor = parse(key)
+        if factor is None or factor.letter != settings.letter(without_prefix(factor.module)):
+            continue
+        weight = getattr(places.meaning(factor.module), "weight", None)
+        size = weight.numel() if isinstance(weight, Tensor) else largest
+        divides = tensor.dim() == 2 and len(tensor) > 0 and len(tensor) % settings.blocks == 0
+        if divides and tensor.numel() * settings.blocks <= size:
+            tensors[key] = torch.block_diag(*tensor.chunk(settings.blocks))
+    return replace(state, tensors=tensors)
+
+
+def _mapped(state: AdapterState, mapping: Mapping[str, str]) -> AdapterState:
+    """`state` with its paths renamed by regular expressions, one after the other.
+
+    Raises:
+        ConfigError: an expression is none, or none of them matches a path.
+        CheckpointError: two keys become one.
+    """
+    if not isinstance(mapping, Mapping):
+        raise ConfigError(
+            "key_mapping maps regular expressions to what takes the place of their matches, "
+            f"{{pattern: replacement}}; got {mapping!r:.80}"
+        )
+    patterns: list[tuple[re.Pattern[str], str]] = []
+    for pattern, target in mapping.items():
+        try:
+            patterns.append((re.compile(pattern), target))
+        except (re.error, TypeError) as error:
+            raise ConfigError(
+                f"key_mapping: {pattern!r} is no regular expression: {error}"
+            ) from None
+
+    def rename(path: str) -> str:
+        for pattern, target in patterns:
+            try:
+                path = pattern.sub(target, path)
+            except (re.error, IndexError, TypeError) as error:
+                raise ConfigError(
+                    f"key_mapping: {pattern.pattern!r} cannot become {target!r}: {error}"
+                ) from None
+        return path
+
+    found = _renamed(state, rename)
+    if found.tensors.keys() == state.tensors.keys():
+        first = without_prefix(next(iter(state.tensors), ""))
+        raise ConfigError(
+            f"key_mapping matches no path in {state.where}, whose first key is {first!r}"
+        )
+    return found
+
+
+def _moved(state: AdapterState, model: nn.Module) -> AdapterState:
+    """`state` with its paths where the model has them now. CheckpointError where there are several
+    such places."""
+    places = Places((), model)
+    known_heads: dict[str, bool] = {}
+
+    def is_lost(path: str) -> bool:
+        head = _head(path)
+        if head not in known_heads:
+            known_heads[head] = places.meaning(path) is None and _is_elsewhere(places, path)
+        return known_heads[head]
+
+    lost: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.tensors.items():
+        factor = parse(key)
+        path = "" if factor is None else without_prefix(factor.module)
+        if factor is not None and path and is_lost(path):
+            lost.setdefault(path, {})[factor.letter] = tensor
+    found = _new_beginning(lost, model, state.where) if lost else None
+    if found is None:
+        return state
+    old, new = found
+
+    def rename(path: str) -> str:
+        begins = not old or path == old or path.startswith(f"{old}.")
+        if not begins or not is_lost(path):
+            return path
+        return join(new, path.removeprefix(old).removeprefix("."))
+
+    note = f"{old or 'its root'} is {new} in this model"
+    return replace(_renamed(state, rename), notes=(*state.notes, note))
+
+
+def _head(path: str) -> str:
+    """`path` before its first number: what lies in one list of layers is there or not as a whole.
+    Without a number, the path."""
+    names = path.split(".")
+    at = next((i for i, name in enumerate(names) if name.isdigit()), len(names))
+    return ".".join(names[:at])
+
+
+def _layer(path: str) -> str:
+    """`path` up to its first number; without one, the path."""
+    head = _head(path)
+    return join(head, path.removeprefix(head).removeprefix(".").partition(".")[0])
+
+
+def _is_elsewhere(places: Places, path: str) -> bool:
+    """Whether the list of layers that `path` names is not where it says. A layer that is lacking,
+    or a part of one, did not move."""
+    module: nn.Module | None = places.model
+    for name in places.current(path).split("."):
+        module = module._modules.get(name) if module is not None else None
+        if module is None or name.isdigit():
+            return not name.isdigit()
+    return False
+
+
+def _new_beginning(
+    lost: Mapping[str, Mapping[str, Tensor]], model: nn.Module, where: str
+) -> tuple[str, str] | None:
+    """(old, new) beginning of all lost paths; None where there is no such place."""
+    known = {without_compiled(path): module for path, module in model.named_modules()}
+    paths = [path.split(".") for path in lost]
+    for cut in range(min(map(len, paths)) - 1):
+        old = ".".join(paths[0][:cut])
+        if any(path[:cut] != paths[0][:cut] for path in paths):
+            break
+        ends = {".".join(path[cut:]): lost[".".join(path)] for path in paths}
+        layer = _layer(next(iter(ends)))
+        if not re.fullmatch(r"\D.*\.\d+", layer):
+            break
+        starts = [p[: len(p) - len(layer)] for p in known if f".{p}".endswith(f".{layer}")]
+        fitting: list[str] = []
+        for whole in (True, False):
+            fitting = fitting or [s for s in starts if _fits(s, ends, known, whole)]
+        if len(fitting) > 1:
+            names = [start.removesuffix(".") for start in fitting]
+            raise CheckpointError(
+                f"{where}: {old or 'the root'} of the model that it was made for may be "
+                f"{' or '.join(names)} here; say which by AdapterSource(..., key_mapping="
+                f"{{'^{old}': '{names[0]}'}})"
+            )
+        if fitting:
+            return old, fitting[0].removesuffix(".")
+    return None
+
+
+def _fits(
+    start: str,
+    ends: Mapping[str, Mapping[str, Tensor]],
+    known: Mapping[str, nn.Module],
+    whole: bool,
+) -> bool:
+    """Whether all paths are below `start`, with weights of their sizes; or, unless `whole`, some,
+    and the layers of the others, which may be packed, or experts."""
+    present = 0
+    for end, factors in ends.items():
+        module = known.get(start + end)
+        if module is None:
+            if whole or _layer(start + end) not in known:
+                return False
+            continue
+        present += 1
+        weight = getattr(module, "weight", None)
+        matrices = {letter: f for letter, f in factors.items() if f.dim() == 2}
+        sizes = [f.shape[-1 if letter == "A" else 0] for letter, f in matrices.items()]
+        if isinstance(weight, Tensor) and not (
+            weight.dim() == 2 and all(size in weight.shape for size in sizes)
+        ):
+            return False
+    return present > 0
+
+
+def _renamed(state: AdapterState, rename: Callable[[str], str]) -> AdapterState:
+    tensors: dict[str, Tensor] = {}
+    scales: dict[str, float] = {}
+    origin: dict[str, str] = {}
+    sizes = factor_sizes(state.tensors)
+    for key, tensor in state.tensors.items():
+        factor = parse(key)
+        owner = key.rpartition(".")[0] if factor is None else factor.module
+        path, ending = without_prefix(owner), key[len(owner) :]
+        target = rename(path)
+        new = f"{target}{ending}"
+        first = origin.setdefault(new, key)
+        if first != key and (target != path or first not in tensors):
+            raise CheckpointError(f"{state.where}: {first} and {key} both become {new}; keep one")
+        tensors[key if target == path else new] = tensor
+        if factor is not None and factor.letter == "A":
+            scale = _scale(state, path, sizes[factor.module].rank)
+            if scale is not None:
+                scales[target] = scale
+    return replace(state, tensors=tensors, scales=scales)
+
+
+def _scale(state: AdapterState, path: str, rank: int) -> float | None:
+    """s of the module that was saved as `path`, where patterns would not know its new name."""
+    config = state.config
+    if path in state.scales or not (config.rank_pattern or config.alpha_pattern):
+        return state.scales.get(path)
+    rank = config.rank(path) or rank
+    return config.scale(path, rank) if rank else None

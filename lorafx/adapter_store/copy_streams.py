@@ -17,6 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
@@ -30,13 +31,16 @@ from lorafx.interrupts import undisturbed
 _Mark: TypeAlias = "torch.cuda.Stream | torch.cuda.Event"
 
 
+@dataclass(eq=False)
 class _Copy:
     """A copy of `name`. `host` is what it is made from, which lives until it is `done`. `awaited`:
     a stream of calls waits for it."""
 
-    def __init__(self, name: str, event: torch.cuda.Event, host: Sequence[object]) -> None:
-        self.name, self.event, self.host = name, event, host
-        self.done = self.awaited = False
+    name: str
+    event: torch.cuda.Event
+    host: Sequence[object]
+    done: bool = False
+    awaited: bool = False
 
 
 class _Lane:
@@ -99,12 +103,8 @@ class _Lane:
 
 
 class CopyStreams:
-    """The streams of copies of one store, one for each CUDA device; nothing on others. Safe to use
-    from several threads.
-
-    Args:
-        tensors: of the banks.
-    """
+    """The streams of copies into the tensors of banks, one for each CUDA device; nothing on others.
+    Safe to use from several threads."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         devices = dict.fromkeys(tensor.device for tensor in tensors)
@@ -134,8 +134,8 @@ class CopyStreams:
             )
 
     def use(self, slots: Iterable[int]) -> None:
-        """Have what is launched from now on, on the current stream of each device, begin when these
-        slots hold what was copied into them last; copies into them wait for it.
+        """Have what is launched on current streams from now on begin when these slots hold what was
+        copied into them last; copies into them wait for it.
 
         Raises:
             BatchError: the stream is being captured into a CUDA graph, which cannot wait for what

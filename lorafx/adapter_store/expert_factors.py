@@ -1,6 +1,6 @@
-"""Saved factors of all experts of a parameter, by their shapes, as (E, r, K) and (E, N, r).
+"""Factors of routed experts: from the shapes that they are saved in to one pair for each part.
 
-    ΔW[e] = s · B[e] A[e],   W (E, N, K)
+    ΔW[e] = Σ_t s_t · B_t[e] A_t[e],   W (E, N, K),   A (E, r, K),   B (E, N, r)
 
     stacked by PEFT    A (r·E, K), row e·r + j;   B (N, r·E), column j·E + e
     exchanged          A (r·E, N), B (K, r·E):    ΔW[e] = s · (B[e] A[e])ᵀ
@@ -10,15 +10,25 @@
 PEFT reads a parameter's dimensions by the module's attribute `is_transposed`, before 0.19 by their
 order alone: where that differs from what the module computes, its A and B are exchanged. The
 shapes tell unless K = N; then its version does.
+
+The terms t are factors of the whole parameter, or of its gate and of its up projection. Where gate
+and up are parts of their own, each part has one term. Where their columns are interleaved both
+terms become one pair of rank r_gate + r_up, with zeros in B at the other's columns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from lorafx.model.experts import ExpertWeight
+from lorafx.adapter_store.adapter import LoraWeights
+from lorafx.adapter_store.findings import Problem
+from lorafx.adapter_store.places import saved_sizes
+from lorafx.model.experts import ExpertWeight, Half
+from lorafx.model.sites import Site
 
 #: The first release that reads `is_transposed`.
 _READS_TRANSPOSED = (0, 19)
@@ -54,110 +64,186 @@ def exchanged(
     return bool(getattr(module, "is_transposed", False)) != weight.transposed
 
 
-def wrapped(a: Tensor, b: Tensor, sizes: ExpertSizes, swapped: bool | None) -> Stacked | str:
-    """Factors that PEFT's wrapper of a parameter saved; a str says why they do not fit.
-
-    `swapped` decides where both orders fit: see `exchanged`.
-    """
+def wrapped(a: Tensor, b: Tensor, sizes: ExpertSizes, swapped: bool | None) -> Stacked:
+    """Factors that PEFT's wrapper of a parameter saved. `swapped` decides where both orders fit:
+    see `exchanged`. Raises `Problem` where they do not fit."""
     experts, k, n = sizes
     if a.dim() == b.dim() == 3:
         return named(a, b, sizes, None)
     straight, crossed = _stacks(a, b, experts, k, n), _stacks(a, b, experts, n, k)
     if straight and crossed and swapped is None:
-        return (
+        raise Problem(
             f"{k} = {n}, so the shapes do not show which of the two factors takes the "
             "input; adapter_config.json lacks peft_version, which would"
         )
     if crossed and (swapped or not straight):
-        return Stacked(_columns(b, experts).mT, _rows(a, experts).mT)
+        return Stacked(_stacked_columns(b, experts).mT, _rows(a, experts).mT)
     if straight:
-        return Stacked(_rows(a, experts), _columns(b, experts))
-    return (
+        return Stacked(_rows(a, experts), _stacked_columns(b, experts))
+    other = ""
+    if _stacks(a, b, 1, k, n) or _stacks(a, b, 1, n, k):
+        other = f"; {a.shape[0]} is not a multiple of that, so it is for another number of experts"
+    raise Problem(
         f"shapes {tuple(a.shape)} and {tuple(b.shape)} are not (r·{experts}, {k}) and "
-        f"({n}, r·{experts}) for the {experts} experts of this model{_other_count(a, b, k, n)}"
+        f"({n}, r·{experts}) for the {experts} experts of this model{other}"
     )
 
 
-def named(a: Tensor, b: Tensor, sizes: ExpertSizes, rank: int | None) -> Stacked | str:
-    """Factors under a parameter's own name, stacked, apart or shared, each in its own way.
-
-    `rank` is the configuration's: it decides where one factor for all and stacked ones look alike.
-    """
+def named(a: Tensor, b: Tensor, sizes: ExpertSizes, rank: int | None) -> Stacked:
+    """Factors under a parameter's own name, stacked, apart or shared, each in its own way. `rank`
+    is the configuration's: it decides where one factor for all and stacked ones look alike. Raises
+    `Problem` where they do not fit."""
     experts, k, n = sizes
-    misfit = (
-        f"shapes {tuple(a.shape)} and {tuple(b.shape)} do not fit {experts} experts with A "
-        f"(r, {k}) and B ({n}, r) each, or one for all"
-    )
-    if not {a.dim(), b.dim()} <= {2, 3}:
-        return misfit
-    if a.dim() == b.dim() == 2 and k != n and _stacks(a, b, experts, n, k):
+    matrices = a.dim() == b.dim() == 2
+    if matrices and k != n and _stacks(a, b, experts, n, k):
         return wrapped(a, b, sizes, True)
-    if a.shape[-1] != k or b.shape[-2] != n or not (a.numel() and b.numel()):
-        return misfit
-    if any(t.dim() == 3 and t.shape[0] != experts for t in (a, b)):
-        return misfit
-    found = _rank(a, b, experts, rank)
+    fits = {a.dim(), b.dim()} <= {2, 3} and a.shape[-1] == k and b.shape[-2] == n
+    fits = fits and a.numel() > 0 and b.numel() > 0
+    fits = fits and all(t.dim() == 2 or t.shape[0] == experts for t in (a, b))
+    found = _rank(a, b, experts, rank) if fits else None
     if found is None:
-        return misfit
-    if isinstance(found, str):
-        return found
-    return Stacked(_spread_a(a, experts, found), _spread_b(b, experts, found))
+        raise Problem(
+            f"shapes {tuple(a.shape)} and {tuple(b.shape)} do not fit {experts} experts with A "
+            f"(r, {k}) and B ({n}, r) each, or one for all"
+        )
+    if a.dim() == 2:
+        a = a.expand(experts, -1, -1) if a.shape[0] == found else _rows(a, experts)
+    if b.dim() == 2:
+        b = b.expand(experts, -1, -1) if b.shape[1] == found else _stacked_columns(b, experts)
+    return Stacked(a, b)
 
 
-def _rank(a: Tensor, b: Tensor, experts: int, said: int | None) -> int | str | None:
-    """r of factors that may be stacked, apart or shared; None where they do not go together."""
+def _rank(a: Tensor, b: Tensor, experts: int, configured: int | None) -> int | None:
+    """r of factors that may be stacked, apart or shared; None where they do not go together.
+    Raises `Problem` where that cannot be told."""
     rows, columns = a.shape[-2], b.shape[-1]
     if a.dim() == 3 or b.dim() == 3:
         if a.dim() == b.dim():
             return rows if rows == columns else None
-        own, other = (rows, columns) if a.dim() == 3 else (columns, rows)
-        return own if other in (own, own * experts) else None
+        apart, other = (rows, columns) if a.dim() == 3 else (columns, rows)
+        return apart if other in (apart, apart * experts) else None
     if rows == columns and experts > 1:
         # One pair for all experts, or one each: only the rank tells.
-        if said == rows:
+        if configured == rows:
             return rows
-        if said is not None and said * experts == rows:
-            return said
-        if said is None:
-            return (
+        if configured is not None and configured * experts == rows:
+            return configured
+        if configured is None:
+            raise Problem(
                 f"{rows} rows may be one pair of rank {rows} for all experts, or one pair "
                 "per expert; adapter_config.json lacks r, which would tell"
             )
-        return f"rank {rows} for all experts or r·{experts} = {rows}, where the rank is {said}"
+        raise Problem(
+            f"rank {rows} for all experts or r·{experts} = {rows}, where the rank is {configured}"
+        )
     if rows == columns * experts:
         return columns
     return rows if columns in (rows, rows * experts) else None
 
 
 def _stacks(a: Tensor, b: Tensor, experts: int, k: int, n: int) -> bool:
-    """Whether A (r·E, k) and B (n, r·E)."""
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
         return False
     return a.shape[1] == k and b.shape[0] == n and a.shape[0] % experts == 0
-
-
-def _other_count(a: Tensor, b: Tensor, k: int, n: int) -> str:
-    """What may be said of factors that fit but for the number of experts."""
-    if _stacks(a, b, 1, k, n) or _stacks(a, b, 1, n, k):
-        return f"; {a.shape[0]} is not a multiple of that, so it is for another number of experts"
-    return ""
 
 
 def _rows(a: Tensor, experts: int) -> Tensor:
     return a.reshape(experts, -1, a.shape[1])
 
 
-def _columns(b: Tensor, experts: int) -> Tensor:
+def _stacked_columns(b: Tensor, experts: int) -> Tensor:
     return b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)
 
 
-def _spread_a(a: Tensor, experts: int, rank: int) -> Tensor:
-    if a.dim() == 3:
-        return a
-    return a.expand(experts, -1, -1) if a.shape[0] == rank else _rows(a, experts)
+class ExpertTerm(NamedTuple):
+    """Factors of n experts, A (n, r, K) and B (n, N, r), N the columns of a half, and s."""
+
+    half: Half
+    experts: range
+    A: Tensor
+    B: Tensor
+    scale: float
+    label: str
 
 
-def _spread_b(b: Tensor, experts: int, rank: int) -> Tensor:
-    if b.dim() == 3:
-        return b
-    return b.expand(experts, -1, -1) if b.shape[1] == rank else _columns(b, experts)
+def columns_of(weight: ExpertWeight, half: Half) -> int:
+    """N of a half of a parameter's columns."""
+    divided = half != "all" and bool(weight.halves)
+    return weight.out_features // 2 if divided else weight.out_features
+
+
+def _check_overlap(terms: Sequence[ExpertTerm], name: str) -> None:
+    seen: dict[tuple[int, Half], ExpertTerm] = {}
+    for term in terms:
+        halves: tuple[Half, ...] = ("gate", "up") if term.half == "all" else (term.half,)
+        for key in ((expert, half) for expert in term.experts for half in halves):
+            other = seen.setdefault(key, term)
+            if other is not term:
+                raise Problem(
+                    f"{other.label} and {term.label} both have factors for the same columns of "
+                    f"{name}; keep one"
+                )
+
+
+def assembled(site: Site, terms: Sequence[ExpertTerm]) -> Iterator[tuple[str, LoraWeights]]:
+    """(part path, factors) of each part of `site` that a term touches, in the widest dtype of them.
+    Raises `Problem` where terms overlap."""
+    assert site.expert_weight is not None
+    _check_overlap(terms, site.expert_weight.name)
+    for index in range(len(site.parts)):
+        touching = [
+            (term, b)
+            for term in terms
+            if (b := _columns(site, index, term.half, term.B)) is not None
+        ]
+        if not touching:
+            continue
+        whole, sharding = _joined(site.experts, touching), site.eligible.sharding
+        if sharding is not None:  # this rank's share
+            a, b = sharding.cut(site.module, site.parts[index].slices, whole.A, whole.B)
+            whole = whole._replace(A=a, B=b)
+        yield site.part_path(index), whole
+
+
+def _columns(site: Site, part: int, half: Half, b: Tensor) -> Tensor | None:
+    weight, size = site.expert_weight, saved_sizes((site, part))[1]
+    assert weight is not None
+    if weight.halves == "stacked":
+        if half == "all":
+            return b[:, part * size : (part + 1) * size]
+        return b if ("gate", "up")[part] == half else None
+    if weight.halves == "interleaved" and half != "all":
+        wide = b.new_zeros(b.shape[0], size, b.shape[2])
+        wide[:, 0 if half == "gate" else 1 :: 2] = b
+        return wide
+    return b
+
+
+def _joined(experts: int, terms: Sequence[tuple[ExpertTerm, Tensor]]) -> LoraWeights:
+    """The terms of one part beside each other in r."""
+    ranks = torch.zeros(experts, dtype=torch.int32)
+    for term, _ in terms:
+        ranks[term.experts.start : term.experts.stop] += term.A.shape[1]
+    first, b = terms[0]
+    dtype = torch.float16 if first.A.dtype is torch.float16 else torch.bfloat16
+    for term, columns in terms:
+        dtype = torch.promote_types(torch.promote_types(dtype, term.A.dtype), columns.dtype)
+    most = int(ranks.max())
+    joined_a = torch.zeros(experts, most, first.A.shape[2], dtype=dtype)
+    joined_b = torch.zeros(experts, b.shape[1], most, dtype=dtype)
+    scales = torch.zeros(experts)
+    used = [0] * experts
+    for term, columns in terms:
+        for at, expert in enumerate(term.experts):
+            start, end = used[expert], used[expert] + term.A.shape[1]
+            joined_a[expert, start:end] = term.A[at]
+            joined_b[expert, :, start:end] = columns[at]
+            used[expert] = end
+            if start and float(scales[expert]) != term.scale:
+                # Terms of unequal scales: there is one scale an expert, so B takes them.
+                joined_b[expert, :, :start] *= scales[expert].to(dtype)
+                joined_b[expert, :, start:end] *= term.scale
+                scales[expert] = 1
+            else:
+                scales[expert] = term.scale
+    return LoraWeights(joined_a, joined_b, scales, ranks)

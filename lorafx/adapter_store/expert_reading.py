@@ -1,4 +1,4 @@
-"""Factors of routed experts on their way from saved tensors to terms (see `expert_terms`).
+"""Factors of routed experts on their way from saved tensors to terms (see `expert_factors`).
 
     experts.3.gate_proj.lora_A (r, K), lora_B (N, r)    a term of expert 3
     experts.gate_up_proj.lora_A, lora_B                 a term of every expert, by the shapes
@@ -12,26 +12,40 @@ the first of two. A wrapper alone has the outer one's name, whichever parameter 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
 
-from lorafx.adapter_store.expert_factors import ExpertSizes, Stacked, exchanged, named, wrapped
-from lorafx.adapter_store.expert_places import ExpertPlace, Experts
-from lorafx.adapter_store.expert_terms import ExpertTerm, assembled, columns_of, overlap
-from lorafx.adapter_store.findings import Findings
-from lorafx.adapter_store.lora_weights import LoraWeights
+from lorafx.adapter_store.adapter import LoraWeights
+from lorafx.adapter_store.expert_factors import (
+    ExpertSizes,
+    ExpertTerm,
+    Stacked,
+    assembled,
+    columns_of,
+    exchanged,
+    named,
+    wrapped,
+)
+from lorafx.adapter_store.findings import (
+    Findings,
+    Problem,
+    Unsupported,
+    check_shape,
+    check_sound,
+)
 from lorafx.adapter_store.peft_keys import FactorKey
-from lorafx.adapter_store.places import not_selected
-from lorafx.model.expert_names import Columns, Half, unnested
-from lorafx.model.experts import ExpertWeight
+from lorafx.adapter_store.places import ExpertPlace, Experts, not_selected
+from lorafx.errors import some
+from lorafx.model.experts import Columns, ExpertWeight, Half, unnested
 
 
 class _Found(NamedTuple):
-    """A saved factor and what its path means."""
-
-    key: FactorKey
+    key: str
+    letter: str
+    tensor: Tensor
     place: ExpertPlace
 
 
@@ -56,9 +70,9 @@ class _Module:
     def pair(self, place: ExpertPlace) -> _Pair:
         if place.weight is None:
             return self.wrappers.setdefault(place.nested, {})
-        own = self.named.setdefault((place.weight.name, place.half), {})
         self.touch(place.weight, place.half, place.expert)
-        return own.setdefault(place.expert, {})
+        by_expert = self.named.setdefault((place.weight.name, place.half), {})
+        return by_expert.setdefault(place.expert, {})
 
 
 class ExpertReading:
@@ -68,53 +82,55 @@ class ExpertReading:
     """
 
     def __init__(self, findings: Findings) -> None:
-        self.findings = findings
+        self.findings, self.config = findings, findings.config
         self.paths: set[str] = set()
         self.singly = False
         self._modules: dict[int, _Module] = {}
         self._beyond: dict[int, tuple[Experts, set[int]]] = {}
 
     def take(self, factor: FactorKey, place: ExpertPlace) -> None:
-        """Keep a factor that belongs to routed experts, or note a problem."""
+        """Keep a factor that belongs to routed experts. Raises `Problem`."""
         self.paths.add(place.saved)
         self.singly |= place.expert is not None
         experts, weight = place.experts, place.weight
-        if factor.letter == "m":
-            self.findings.unsupported.append(f"{factor.key}: DoRA on routed experts")
-        elif factor.letter == "b":
-            self.findings.unsupported.append(f"{factor.key}: a bias of lora_B on routed experts")
-        elif place.reason or factor.embedding:
-            self._problem(f"{factor.key}: {place.reason or 'experts have no embedding factors'}")
-        elif place.expert is not None and place.expert >= experts.count:
+        if factor.letter in "mb":
+            what = "DoRA" if factor.letter == "m" else "a bias of lora_B"
+            raise Unsupported(f"{factor.key}: {what} on routed experts")
+        if place.reason or factor.embedding:
+            reason = place.reason or "experts have no embedding factors"
+            raise Problem(f"{factor.key}: {reason}")
+        if place.expert is not None and place.expert >= experts.count:
             self._beyond.setdefault(id(experts), (experts, set()))[1].add(place.expert)
         elif weight is not None and weight.name not in experts.sites:
             self.findings.closed[place.saved] = not_selected([weight.path(experts.path)])
         elif not experts.sites:
             self.findings.closed[place.saved] = not_selected([experts.path])
         else:
-            self._keep(_Found(factor, place))
+            module = self._modules.setdefault(id(experts.module), _Module(experts))
+            tensor = self.findings.state.tensors[factor.key]
+            found = _Found(factor.key, factor.letter, tensor, place)
+            first = module.pair(place).setdefault(factor.letter, found)
+            if first is not found and not self.findings.equal(found.key, first.key):
+                raise Problem(
+                    f"{found.key} and {first.key} are both {factor.factor} of {place.saved} and "
+                    "differ; keep one"
+                )
 
     def decode(self) -> Iterator[tuple[str, LoraWeights]]:
         """(part path, factors) of each part that the file has factors for and no problem with."""
         for experts, indices in self._beyond.values():
-            self._problem(
+            self.findings.problems.append(
                 f"{experts.path} has {experts.count} experts here (0 … {experts.count - 1}), and "
-                f"the adapter has factors for {_numbers(indices)}: it was made for a model with "
-                "more"
+                f"the adapter has factors for {some(map(str, sorted(indices)), 8)}: it was made "
+                "for a model with more"
             )
         for module in self._modules.values():
             terms: dict[str, list[ExpertTerm]] = {}
-            for weight, term in self._terms(module):
-                terms.setdefault(weight.name, []).append(term)
-            for name, own in terms.items():
-                twice = overlap(own)
-                if twice is None:
-                    yield from assembled(module.experts.sites[name], own)
-                else:
-                    self._problem(
-                        f"{twice[0].label} and {twice[1].label} both have factors for the same "
-                        f"columns of {name}; keep one"
-                    )
+            self._unwrap(module, terms)
+            self._named(module, terms)
+            for name in [name for name, of_weight in terms.items() if of_weight]:
+                with self.findings.noting():
+                    yield from assembled(module.experts.sites[name], terms[name])
 
     @property
     def modules(self) -> set[int]:
@@ -126,81 +142,66 @@ class ExpertReading:
         module = self._modules.get(id(experts.module))
         return () if module is None else module.touched.get(weight.name, ())
 
-    def _keep(self, found: _Found) -> None:
-        experts = found.place.experts
-        module = self._modules.setdefault(id(experts.module), _Module(experts))
-        pair, letter = module.pair(found.place), found.key.letter
-        if letter not in pair:
-            pair[letter] = found
-        elif not self.findings.equal(found.key.key, pair[letter].key.key):
-            self._problem(
-                f"{found.key.key} and {pair[letter].key.key} are both {found.key.factor} of "
-                f"{found.place.saved} and differ; keep one"
-            )
-
-    def _terms(self, module: _Module) -> Iterator[tuple[ExpertWeight, ExpertTerm]]:
-        yield from self._unwrapped(module)
+    def _named(self, module: _Module, terms: dict[str, list[ExpertTerm]]) -> None:
+        """Add the terms of factors under names of parameters, and of single experts."""
         weights = {weight.name: weight for weight in module.experts.weights}
         for (name, half), pairs in module.named.items():
-            weight = weights[name]
+            weight, found = weights[name], terms.setdefault(name, [])
             common = pairs.pop(None, {})
             if len(common) == 2 or not pairs:
-                term = self._term_of_all(weight, half, common)
-                if term is not None:
-                    yield weight, term
+                with self.findings.noting():
+                    found += self._term_of_all(weight, half, common)
                 common = {}
             for expert, pair in sorted(pairs.items(), key=lambda item: item[0] or 0):
                 assert expert is not None
-                term = self._term_of_one(weight, half, expert, {**common, **pair})
-                twice = common.keys() & pair.keys()
-                if twice:
-                    other = common[twice.pop()]
-                    self._problem(
-                        f"{other.key.key} is for all experts, but "
-                        f"{pair[other.key.letter].key.key} for one of them; keep only one "
-                        "of the two"
-                    )
-                elif term is not None:
-                    yield weight, term
+                with self.findings.noting():
+                    for letter in common.keys() & pair.keys():
+                        raise Problem(
+                            f"{common[letter].key} is for all experts, but {pair[letter].key} for "
+                            "one of them; keep only one of the two"
+                        )
+                    found += self._term_of_one(weight, half, expert, {**common, **pair})
 
-    def _unwrapped(self, module: _Module) -> Iterator[tuple[ExpertWeight, ExpertTerm]]:
-        """The terms of PEFT's wrappers, each on the parameter that it is of."""
-        pairs = {nested: pair for nested, pair in module.wrappers.items() if self._complete(pair)}
-        if len(pairs) < len(module.wrappers):
+    def _unwrap(self, module: _Module, terms: dict[str, list[ExpertTerm]]) -> None:
+        """Add the terms of PEFT's wrappers, each on the parameter that it is of."""
+        parameters: list[tuple[bool, ExpertWeight]] = []
+        with self.findings.noting():
+            for pair in module.wrappers.values():
+                _check_pair(pair)
+            parameters = self._parameters(module.experts, module.wrappers)
+        if module.wrappers and not parameters:
             for weight in module.experts.weights:
                 module.touch(weight)
-            return
-        for nested, weight in self._parameters(module, pairs):
+        for nested, weight in parameters:
             module.touch(weight)
-            a, b = pairs[nested]["A"], pairs[nested]["B"]
-            saved = a.place.saved
-            if weight.name not in module.experts.sites:
-                self.findings.closed[saved] = not_selected([weight.path(module.experts.path)])
-                continue
-            found = self._stacked(module.experts, weight, a, b)
-            if isinstance(found, str):
-                self._problem(f"{a.key.key}, {b.key.key} (of {weight.name}): {found}")
-                continue
-            name = weight.path(unnested(saved))
-            rows, said = found.rank * weight.experts, self.findings.config.rank(name)
-            if said not in (None, found.rank) and rows % said == 0:
-                self._problem(
-                    f"{a.key.key} has {rows} rows, which at the rank {said} of adapter_config.json "
-                    f"are those of {rows // said} experts; {name} has {weight.experts} here"
+            with self.findings.noting():
+                terms.setdefault(weight.name, []).extend(
+                    self._term_of_wrapper(module.experts, weight, module.wrappers[nested])
                 )
-                continue
-            term = self._term("all", range(weight.experts), found, name, saved)
-            if term is not None:
-                yield weight, term
+
+    def _term_of_wrapper(
+        self, experts: Experts, weight: ExpertWeight, pair: _Pair
+    ) -> list[ExpertTerm]:
+        a, saved = pair["A"], pair["A"].place.saved
+        if weight.name not in experts.sites:
+            self.findings.closed[saved] = not_selected([weight.path(experts.path)])
+            return []
+        found = self._stacked(experts, weight, pair)
+        name = weight.path(unnested(saved))
+        rows, configured = found.rank * weight.experts, self.config.rank(name)
+        if configured not in (None, found.rank) and rows % configured == 0:
+            raise Problem(
+                f"{a.key} has {rows} rows, which at the rank {configured} of adapter_config.json "
+                f"are those of {rows // configured} experts; {name} has {weight.experts} here"
+            )
+        return self._term("all", range(weight.experts), found, name, saved)
 
     def _parameters(
-        self, module: _Module, pairs: dict[bool, _Pair]
+        self, experts: Experts, pairs: dict[bool, _Pair]
     ) -> list[tuple[bool, ExpertWeight]]:
         """The parameter that each wrapper is of: by order, by the configuration, by the shapes."""
-        experts = module.experts
-        first, second = experts.weights
         if len(pairs) == 2:
-            orders = [(first, second), (second, first)]
+            orders = [experts.weights, experts.weights[::-1]]
             fitting = [
                 (inner, outer)
                 for inner, outer in orders
@@ -209,113 +210,91 @@ class ExpertReading:
             ]
             inner, outer = (*fitting, orders[0])[0]
             return [(True, inner), (False, outer)]
-        ((nested, pair),) = pairs.items() if pairs else ((False, {}),)
-        if not pair:
+        if not pairs:
             return []
+        ((nested, pair),) = pairs.items()
         saved = unnested(pair["A"].place.saved)
-        config = self.findings.config
-        targeted = [w for w in experts.weights if config.targets_parameter(w.path(saved))]
-        if len(targeted) == 1:
-            return [(nested, targeted[0])]
-        fitting_weights = [w for w in experts.weights if self._fits(experts, w, pair)]
-        if len(fitting_weights) == 1:
-            return [(nested, fitting_weights[0])]
-        for weight in experts.weights:
-            module.touch(weight)
+        targeted = [w for w in experts.weights if self.config.targets_parameter(w.path(saved))]
+        fits = [w for w in experts.weights if self._fits(experts, w, pair)]
+        for candidates in (targeted, fits):
+            if len(candidates) == 1:
+                return [(nested, candidates[0])]
         names = " and ".join(weight.name for weight in experts.weights)
-        shapes = ", ".join(
-            f"{found.key.key} {tuple(self._tensor(found).shape)}" for found in pair.values()
-        )
-        if fitting_weights:
-            self._problem(
+        shapes = ", ".join(f"{found.key} {tuple(found.tensor.shape)}" for found in pair.values())
+        if fits:
+            raise Problem(
                 f"{shapes}: these fit {names} equally, and adapter_config.json does not say "
                 "which of them was trained; add target_parameters there"
             )
-        else:
-            sizes = "; ".join(
-                f"{w.name} needs A (r·{w.experts}, {w.in_features}), B ({w.out_features}, "
-                f"r·{w.experts})"
-                for w in experts.weights
-            )
-            self._problem(f"{shapes}: these fit neither {names} of {experts.path}: {sizes}")
-        return []
+        sizes = "; ".join(
+            f"{w.name} needs A (r·{w.experts}, {w.in_features}), B ({w.out_features}, "
+            f"r·{w.experts})"
+            for w in experts.weights
+        )
+        raise Problem(f"{shapes}: these fit neither {names} of {experts.path}: {sizes}")
 
     def _fits(self, experts: Experts, weight: ExpertWeight, pair: _Pair) -> bool:
-        return not isinstance(self._stacked(experts, weight, pair["A"], pair["B"]), str)
+        try:
+            self._stacked(experts, weight, pair)
+        except Problem:
+            return False
+        return True
 
-    def _stacked(
-        self, experts: Experts, weight: ExpertWeight, a: _Found, b: _Found
-    ) -> Stacked | str:
-        swapped = exchanged(experts.module, weight, self.findings.config.peft_version)
-        return wrapped(self._tensor(a), self._tensor(b), _sizes(weight, "all"), swapped)
+    def _stacked(self, experts: Experts, weight: ExpertWeight, pair: _Pair) -> Stacked:
+        swapped = exchanged(experts.module, weight, self.config.peft_version)
+        with _naming(pair, f" (of {weight.name})"):
+            return wrapped(pair["A"].tensor, pair["B"].tensor, _sizes(weight, "all"), swapped)
 
-    def _term_of_all(self, weight: ExpertWeight, half: Half, pair: _Pair) -> ExpertTerm | None:
-        if not self._complete(pair):
-            return None
-        a, b = pair["A"], pair["B"]
-        config, saved = self.findings.config, a.place.saved
-        name = config.name_of(saved)
-        found = named(self._tensor(a), self._tensor(b), _sizes(weight, half), config.rank(name))
-        if isinstance(found, str):
-            self._problem(f"{a.key.key}, {b.key.key}: {found}")
-            return None
+    def _term_of_all(self, weight: ExpertWeight, half: Half, pair: _Pair) -> list[ExpertTerm]:
+        _check_pair(pair)
+        saved = pair["A"].place.saved
+        name, sizes = self.config.name_of(saved), _sizes(weight, half)
+        with _naming(pair):
+            found = named(pair["A"].tensor, pair["B"].tensor, sizes, self.config.rank(name))
         return self._term(half, range(weight.experts), found, name, saved)
 
     def _term_of_one(
         self, weight: ExpertWeight, half: Half, expert: int, pair: _Pair
-    ) -> ExpertTerm | None:
+    ) -> list[ExpertTerm]:
         """The term of one expert; a factor for all experts may serve it."""
-        if not self._complete(pair):
-            return None
-        own = next(found for found in pair.values() if found.place.expert is not None)
-        a, b = (self._of_expert(pair[letter], expert) for letter in "AB")
-        rank = a.shape[0] if a.dim() == 2 else 0
-        n, k = columns_of(weight, half), weight.in_features
-        saved = own.place.saved
-        fits = [
-            self.findings.shaped(pair["A"].key.key, a, (rank, k), f"{saved} needs (r, {k})"),
-            self.findings.shaped(
-                pair["B"].key.key, b, (n, rank), f"{saved} needs ({n}, r = {rank})"
-            ),
-        ]
-        if not all(fits):
-            return None
+        _check_pair(pair)
+        single = next(found for found in pair.values() if found.place.expert is not None)
+        a, b = (_of_expert(pair[letter], expert) for letter in "AB")
+        rank, saved = a.shape[0] if a.dim() == 2 else 0, single.place.saved
+        _, k, n = _sizes(weight, half)
+        check_shape(pair["A"].key, a, (rank, k), f"{saved} needs (r, {k})")
+        check_shape(pair["B"].key, b, (n, rank), f"{saved} needs ({n}, r = {rank})")
         return self._term(half, range(expert, expert + 1), Stacked(a[None], b[None]), saved, saved)
 
     def _term(
         self, half: Half, experts: range, found: Stacked, name: str, saved: str
-    ) -> ExpertTerm | None:
-        if not self.findings.rank_fits(name, name, saved, found.rank):
-            return None
-        scale = self.findings.scale(name, saved, found.rank)
-        return ExpertTerm(half, experts, found.A, found.B, scale, name)
+    ) -> list[ExpertTerm]:
+        scale = self.findings.scale(name, name, saved, found.rank)
+        return [] if scale is None else [ExpertTerm(half, experts, found.A, found.B, scale, name)]
 
-    def _complete(self, pair: _Pair) -> bool:
-        """Whether both factors are there and sound; a problem is noted where they are not."""
-        if len(pair) == 1:
-            (have,) = pair.values()
-            lacks = "B" if have.key.letter == "A" else "A"
-            self._problem(f"{have.key.key}: {have.place.saved} has no factor {lacks}")
-            return False
-        sound = [self.findings.sound(f.key.key, self._tensor(f)) for f in pair.values()]
-        return bool(sound) and all(sound)
 
-    def _of_expert(self, found: _Found, expert: int) -> Tensor:
-        tensor = self._tensor(found)
-        shared = found.place.expert is None and tensor.dim() == 3
-        return tensor[expert] if shared and expert < tensor.shape[0] else tensor
+def _check_pair(pair: _Pair) -> None:
+    if len(pair) == 1:
+        (have,) = pair.values()
+        lacks = "B" if have.letter == "A" else "A"
+        raise Problem(f"{have.key}: {have.place.saved} has no factor {lacks}")
+    for found in pair.values():
+        check_sound(found.key, found.tensor)
 
-    def _tensor(self, found: _Found) -> Tensor:
-        return self.findings.state.tensors[found.key.key]
 
-    def _problem(self, text: str) -> None:
-        self.findings.problems.append(text)
+@contextmanager
+def _naming(pair: _Pair, what: str = "") -> Iterator[None]:
+    """A block whose problems are those of this pair."""
+    try:
+        yield
+    except Problem as problem:
+        raise Problem(f"{pair['A'].key}, {pair['B'].key}{what}: {problem}") from None
 
 
 def _sizes(weight: ExpertWeight, half: Half) -> ExpertSizes:
     return ExpertSizes(weight.experts, weight.in_features, columns_of(weight, half))
 
 
-def _numbers(indices: set[int]) -> str:
-    listed = sorted(indices)
-    return ", ".join(map(str, listed[:8])) + (" …" if len(listed) > 8 else "")
+def _of_expert(found: _Found, expert: int) -> Tensor:
+    shared = found.place.expert is None and found.tensor.dim() == 3
+    return found.tensor[expert] if shared and expert < len(found.tensor) else found.tensor

@@ -1,10 +1,12 @@
 """The problems found so far in one adapter checkpoint, and the checks that record them.
 
-The readers of its dense factors (`reading`) and of those of routed experts (`expert_reading`) share
-one object, so that all problems of a file are reported at once.
+All readers of a file share one object, so that all of its problems are reported at once.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -15,6 +17,15 @@ from lorafx.adapter_store.saved import AdapterState
 from lorafx.errors import CapacityError, CheckpointError, Setting, UnsupportedAdapterError, some
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Problem(Exception):
+    """A part of a file that cannot be placed, and why; `Findings.noting` records it."""
+
+
+class Unsupported(Problem):
+    """It is arithmetic beyond LoRA."""
+
 
 # A file may have a million names, none of which is in the model.
 _MOST_PROBLEMS = 100
@@ -68,20 +79,28 @@ class Findings:
             self.settings.append(setting)
         if not problems:
             return
-        if self.unsupported:
-            error: type[CheckpointError | CapacityError] = UnsupportedAdapterError
-        else:
-            error = CheckpointError if self.problems else CapacityError
+        error: type[CheckpointError | CapacityError] = CapacityError
+        if self.unsupported or self.problems:
+            error = UnsupportedAdapterError if self.unsupported else CheckpointError
         base = self.config.base_model
         trained = f", trained for {base!r:.200}," if base else ""
         if len(problems) > _MOST_PROBLEMS:
-            left = len(problems) - _MOST_PROBLEMS
-            problems[_MOST_PROBLEMS:] = [f"and {left} more"]
+            problems[_MOST_PROBLEMS:] = [f"and {len(problems) - _MOST_PROBLEMS} more"]
         raise error(
             f"adapter {name!r} in {self.state.where}{trained} cannot be loaded:\n"
             + "\n".join(f"  - {problem}" for problem in problems),
             settings=self.settings,
         )
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """A block that a `Problem` ends, which is recorded."""
+        try:
+            yield
+        except Unsupported as problem:
+            self.unsupported.append(str(problem))
+        except Problem as problem:
+            self.problems.append(str(problem))
 
     def equal(self, first: str, second: str) -> bool:
         """Whether two keys hold the same factor."""
@@ -89,48 +108,44 @@ class Findings:
         alike = a.shape == b.shape and a.dtype == b.dtype and a.dtype in DTYPES
         return alike and torch.equal(a, b)
 
-    def sound(self, key: str, tensor: Tensor) -> bool:
-        """Whether a factor is of finite floating-point numbers; a problem is noted where not."""
-        if tensor.dtype not in DTYPES:
-            self.problems.append(f"{key} is {tensor.dtype}; factors must be floating point")
-            return False
-        if not bool(torch.isfinite(tensor).all()):
-            count = int((~torch.isfinite(tensor)).sum())
-            self.problems.append(f"{key} holds {count} NaN or infinite values")
-            return False
-        return True
+    def scale(self, label: str, name: str, saved: str, rank: int) -> float | None:
+        """s of the module or parameter that the configuration's patterns call `name`, whose factors
+        were saved as `saved`; None where the banks do not hold its rank, which is noted.
 
-    def shaped(self, key: str, tensor: Tensor, want: tuple[int, int], needs: str) -> bool:
-        """Whether a factor has the shape `want`, none of it 0; where not, a problem says what it
-        `needs`."""
-        shape = tuple(tensor.shape)
-        if shape == want and all(shape):
-            return True
-        if len(shape) != 2 or not all(shape):
-            needs += "; a sharded model saved without gathering its shards leaves such factors"
-        self.problems.append(f"{key} has shape {shape}, {needs}")
-        return False
-
-    def rank_fits(self, label: str, name: str, saved: str, rank: int) -> bool:
-        """Whether `rank` is the configuration's for `name` and the banks hold it; a problem is
-        noted where not. `saved` is the path under which the factors were saved."""
-        said = self.config.rank(name)
-        if said not in (None, rank) and saved not in self.state.scales:
-            self.problems.append(
-                f"{label} has rank {rank}, adapter_config.json says {said} there (r, "
-                "rank_pattern), and the scale α/r depends on the rank; correct the "
-                "configuration"
+        Raises:
+            Problem: the configuration says another rank.
+        """
+        configured, given = self.config.rank(name), self.state.scales.get(saved)
+        if configured not in (None, rank) and given is None:
+            raise Problem(
+                f"{label} has rank {rank}, adapter_config.json says {configured} there (r, "
+                "rank_pattern), and the scale α/r depends on the rank; correct the configuration"
             )
-            return False
         self.largest = max(self.largest, rank)
         if self.max_rank is not None and rank > self.max_rank:
             self.over_rank[label] = rank
-            return False
-        return True
+            return None
+        return self.config.scale(name, rank) if given is None else given
 
-    def scale(self, name: str, saved: str, rank: int) -> float:
-        """s of the module or parameter that the configuration's patterns call `name`."""
-        return self.state.scales.get(saved, self.config.scale(name, rank))
+
+def check_sound(key: str, tensor: Tensor) -> None:
+    """Raise `Problem` unless a tensor is of finite floating-point numbers."""
+    if tensor.dtype not in DTYPES:
+        raise Problem(f"{key} is {tensor.dtype}; factors must be floating point")
+    unsound = int((~torch.isfinite(tensor)).sum())
+    if unsound:
+        raise Problem(f"{key} holds {unsound} NaN or infinite values")
+
+
+def check_shape(key: str, tensor: Tensor, want: tuple[int, int], needs: str) -> None:
+    """Raise `Problem`, which says what it `needs`, unless a factor has the shape `want`, none of it
+    0."""
+    shape = tuple(tensor.shape)
+    if shape == want and all(shape):
+        return
+    if len(shape) != 2 or not all(shape):
+        needs += "; a sharded model saved without gathering its shards leaves such factors"
+    raise Problem(f"{key} has shape {shape}, {needs}")
 
 
 def path_label(path: str) -> str:
@@ -138,6 +153,16 @@ def path_label(path: str) -> str:
     return path or "the root module"
 
 
-def listed(paths: list[str], most: int = 8) -> str:
+def listed(paths: list[str]) -> str:
     """The first of some paths, and how many there are besides."""
-    return some(map(path_label, paths), most)
+    return some(map(path_label, paths), 8)
+
+
+def same(saved: Tensor, base: Tensor) -> bool:
+    """Whether a saved copy is the model's tensor, up to the rounding of the narrower dtype."""
+    if saved.shape != base.shape or not {saved.dtype, base.dtype} <= {*DTYPES}:
+        return False
+    if base.is_meta:
+        return True  # no values to differ from; they are compared when the real model is loaded
+    base = base.detach().cpu()
+    return torch.equal(saved.to(base.dtype), base) or torch.equal(saved, base.to(saved.dtype))

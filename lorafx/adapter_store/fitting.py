@@ -1,139 +1,134 @@
-"""From an adapter as its file has it to what the banks take."""
+"""From an adapter as its file has it to what the banks take.
+
+DoRA's scale of each output, given the base weight, is taken once per adapter, in float32 over the
+factors as the bank has them, of the base weight dequantised:
+
+    y' = c + m / ‖W + s·B A‖ · (W x + s·B A x)        gains = m / ‖W + s·B A‖ − 1    (N,)
+
+The norm is over the inputs of each output: rows of W (N, K); columns of an embedding's (V, N). An
+output whose W + s·B A is zero stays zero under any scale, and gets none.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from lorafx.adapter_store.dora import measure
-from lorafx.adapter_store.host_copies import HostCopy
-from lorafx.adapter_store.origins import Origin
-from lorafx.adapter_store.stored import (
-    BankPlace,
-    StoredAdapter,
-    all_factors,
-    host_copy,
-    misfit,
-    sharing,
-)
+from lorafx.adapter_store.adapter import Adapter, LoraWeights
+from lorafx.adapter_store.saved import Origin
+from lorafx.adapter_store.stored import HostCopy, StoredAdapter
 from lorafx.adapter_store.windows import width_of
-from lorafx.errors import CapacityError, CheckpointError, Setting, nearest
+from lorafx.errors import CapacityError, CheckpointError, Setting
 from lorafx.model.bank import Bank, Factors, OwnWeight
+from lorafx.model.convolutions import norm_factors
+from lorafx.model.extras import bias_of
+from lorafx.model.quantized import dequantize
+from lorafx.model.sites import Group, Site
 
-if TYPE_CHECKING:
-    from lorafx.adapter_store.peft_reader import Adapter
-    from lorafx.adapter_store.reading import LoraWeights
-    from lorafx.model.sites import Group, Site
+#: Entries of W + s·B A that are held at once.
+_CHUNK = 1 << 22
+
+
+class BankPlace(NamedTuple):
+    """Where the factors of one part of a site lie: its sibling and first column in the bank."""
+
+    group: int
+    site: Site
+    sibling: int
+    offset: int
+
+
+def places_of(groups: Sequence[Group]) -> dict[str, BankPlace]:
+    """Where the factors of each part of a site lie, by its path."""
+    return {
+        site.part_path(part): BankPlace(g, site, *numbers)
+        for g, group in enumerate(groups)
+        for i, site in enumerate(group.sites)
+        for part, numbers in enumerate(zip(*group.ranges(i)[:2], strict=True))
+    }
 
 
 def fitted(
     adapter: Adapter,
     places: Mapping[str, BankPlace],
     groups: Sequence[Group],
-    max_rank: int,
     origin: Origin | None = None,
 ) -> StoredAdapter:
-    """`adapter` in the dtype and layout of the banks of `groups`; `places` are theirs by path, and
-    `origin` says where it can be read again.
+    """`adapter`, which was read for the sites of `groups`, in the dtype and layout of their banks.
 
     Raises:
-        CapacityError: its rank is over `max_rank`, or the banks have no room for DoRA or
-            biases.
-        CheckpointError: sites, shapes, or values beyond the banks' dtype.
+        CapacityError: the banks have no room for DoRA or biases.
+        CheckpointError: values beyond the banks' dtype.
     """
-    _check_room(adapter, places, groups, max_rank)
+    _check_room(adapter, places, groups)
     factors: dict[int, list[Factors]] = {}
-    problems: list[str] = []
+    beyond: list[str] = []
     for path, weights in adapter.weights.items():
-        place = places.get(path)
-        if place is None:
-            problems.append(f"{path} is not a site{nearest(path, places)}")
-            continue
-        problem = misfit(path, place, weights, max_rank)
-        if problem:
-            problems.append(problem)
-            continue
-        made = sharing(_factors(place, weights, groups), factors.get(place.group, ()))
-        factors.setdefault(place.group, []).append(made)
+        place = places[path]
+        known = factors.setdefault(place.group, [])
+        made = _factors(place, weights, groups[place.group].bank)
+        alike = next((f.A for f in known if torch.equal(f.A, made.A)), made.A)
+        known.append(made._replace(A=alike))
         if not all(bool(torch.isfinite(t).all()) for t in (made.A, made.B)):
-            problems.append(f"{path}: values beyond the range of {made.A.dtype}")
-    own_rows: dict[int, OwnWeight] = {}
+            beyond.append(f"{path}: values beyond the range of {made.A.dtype}")
+    owned: dict[int, OwnWeight] = {}
     for path, weight in adapter.own.items():
-        place = places.get(path)
-        if place is None:
-            problems.append(f"{path} is not a site{nearest(path, places)}")
-            continue
-        rows = _own_weight(place.site, weight, groups[place.group].bank)
-        own_rows[place.group] = rows
-        bias = rows.bias if rows.bias is None else rows.bias[: len(weight.rows)]
+        place = places[path]
+        rows = owned[place.group] = _own_weight(place.site, weight, groups[place.group].bank)
+        bias = None if rows.bias is None else rows.bias[: len(weight.rows)]
         if not all(bool(torch.isfinite(t).all()) for t in (rows.rows, bias) if t is not None):
-            problems.append(f"{path}: values beyond the range of {rows.rows.dtype}")
-    if problems:
+            beyond.append(f"{path}: values beyond the range of {rows.rows.dtype}")
+    if beyond:
         raise CheckpointError(
             f"adapter {adapter.name!r} from {adapter.source} does not fit the banks:\n"
-            + "\n".join(f"  - {problem}" for problem in problems)
+            + "\n".join(f"  - {problem}" for problem in beyond)
         )
-    for g, own in factors.items():
-        measure(groups[g], own)
-    held = [t for f in all_factors(factors) for t in (f.A, f.B, f.magnitude, f.gains)]
-    held += [t for f in all_factors(factors) for t in (f.bias, f.own_bias, f.shift)]
-    size = sum({id(t): t.nbytes for t in held if t is not None}.values())
-    size += sum(weight.nbytes for weight in own_rows.values())
-    owned = tuple(places[path].site.path for path in adapter.own)
-    sites = dict.fromkeys([*(places[path].site.path for path in adapter.weights), *owned])
-    rescaled = dict.fromkeys(places[path].site.path for path in adapter.magnitudes)
-    shifted = tuple(dict.fromkeys(places[path].site.path for path in _biased(adapter)))
+    for g, of_group in factors.items():
+        measure(groups[g], of_group)
+    held = [
+        t for of_group in factors.values() for f in of_group for t in f if isinstance(t, Tensor)
+    ]
+    size = sum({id(t): t.nbytes for t in held}.values())
+    size += sum(weight.nbytes for weight in owned.values())
+
+    def sites(paths: Iterable[str]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(places[path].site.path for path in paths))
+
+    again = None if adapter.compared else origin
     return StoredAdapter(
         adapter.name,
         adapter.rank,
         adapter.source,
-        tuple(sites),
-        HostCopy(factors, size, own_rows),
-        tuple(rescaled),
-        adapter.spans,
-        owned,
-        adapter.notes,
-        shifted,
-        adapter.invocation,
-        None if adapter.compared else origin,
-        adapter.keys if origin is None or adapter.compared else {},
+        sites([*adapter.weights, *adapter.own]),
+        HostCopy(factors, size, owned),
+        rescaled=sites(adapter.magnitudes),
+        owned=sites(adapter.own),
+        shifted=sites(adapter.biased),
+        spans=adapter.spans,
+        notes=adapter.notes,
+        invocation=adapter.invocation,
+        origin=again,
+        keys=adapter.keys if again is None else {},
         width=width_of(groups, factors),
     )
 
 
-def _check_room(
-    adapter: Adapter, places: Mapping[str, BankPlace], groups: Sequence[Group], max_rank: int
-) -> None:
-    """Raise CapacityError where banks lack the rank of the adapter, or tables that it needs."""
-    if adapter.rank > max_rank:
-        setting = Setting.asked("max_rank", adapter.rank)
-        raise CapacityError(
-            f"adapter {adapter.name!r} has rank {adapter.rank}, over max_rank = "
-            f"{max_rank}; {setting}",
-            settings=(setting,),
-        )
-    if adapter.magnitudes and all(group.bank.gains is None for group in groups):
-        setting = Setting.asked("use_dora", True, given=True)
-        raise CapacityError(
-            f"adapter {adapter.name!r} is a DoRA adapter, for which the banks have no "
-            f"room; {setting}",
-            settings=(setting,),
-        )
-    biased = _biased(adapter)
-    if biased and not any(groups[places[p].group].bank.shifts is not None for p in biased):
-        setting = Setting.asked("lora_bias", True, given=True)
-        raise CapacityError(
-            f"adapter {adapter.name!r} was trained with biases (lora_bias, bias), for which the "
-            f"banks have no room; {setting}",
-            settings=(setting,),
-        )
-
-
-def _biased(adapter: Adapter) -> list[str]:
-    """The paths of the weights with biases."""
-    return [p for p, w in adapter.weights.items() if w.bias is not None or w.own_bias is not None]
+def _check_room(adapter: Adapter, places: Mapping[str, BankPlace], groups: Sequence[Group]) -> None:
+    biases = "was trained with biases (lora_bias, bias)"
+    for paths, table, flag, what in (
+        (adapter.magnitudes, "gains", "use_dora", "is a DoRA adapter"),
+        (adapter.biased, "shifts", "lora_bias", biases),
+    ):
+        banks = [groups[places[path].group].bank for path in paths]
+        if banks and all(getattr(bank, table) is None for bank in banks):
+            setting = Setting.asked(flag, True, given=True)
+            raise CapacityError(
+                f"adapter {adapter.name!r} {what}, for which the banks have no room; {setting}",
+                settings=(setting,),
+            )
 
 
 def _own_weight(site: Site, weight: OwnWeight, bank: Bank) -> OwnWeight:
@@ -154,25 +149,91 @@ def _own_weight(site: Site, weight: OwnWeight, bank: Bank) -> OwnWeight:
     )
 
 
-def _factors(place: BankPlace, weights: LoraWeights, groups: Sequence[Group]) -> Factors:
-    group = groups[place.group]
-    a = weights.A.t() if group.bank.kind == "embedding" else weights.A
-    pin = group.bank.A.is_cuda
-    magnitude = weights.magnitude
-    if magnitude is not None:
-        magnitude = host_copy(magnitude, torch.float32, pin=False)
-    shape = (weights.B.shape[-2],)
-    shifted = weights.bias is not None or weights.own_bias is not None
+def _factors(place: BankPlace, weights: LoraWeights, bank: Bank) -> Factors:
+    a = weights.A.t() if bank.kind == "embedding" else weights.A
+    pin = bank.A.is_cuda
+    magnitude, bias, own_bias = (
+        None if vector is None else host_copy(vector, torch.float32, pin=False)
+        for vector in (weights.magnitude, weights.bias, weights.own_bias)
+    )
+    shifted = bias is not None or own_bias is not None
     return Factors(
         place.sibling,
         place.offset,
-        host_copy(a, group.bank.A.dtype, pin),
-        host_copy(weights.B.mT, group.bank.B.dtype, pin),
+        host_copy(a, bank.A.dtype, pin),
+        host_copy(weights.B.mT, bank.B.dtype, pin),
         weights.scale,
         weights.ranks,
         magnitude,
         None if magnitude is None else torch.zeros_like(magnitude),
-        None if weights.bias is None else host_copy(weights.bias, torch.float32, pin=False),
-        None if weights.own_bias is None else host_copy(weights.own_bias, torch.float32, pin=False),
-        torch.zeros(shape) if shifted else None,
+        bias,
+        own_bias,
+        torch.zeros(weights.B.shape[-2]) if shifted else None,
     )
+
+
+def host_copy(tensor: Tensor, dtype: torch.dtype, pin: bool) -> Tensor:
+    """A contiguous copy on the host, page-locked where it is to be copied to a GPU."""
+    made = torch.empty(tensor.shape, dtype=dtype, device="cpu", pin_memory=pin)
+    return made.copy_(tensor.detach())
+
+
+@torch.no_grad()
+def measure(group: Group, factors: Iterable[Factors]) -> None:
+    """Fill the gains of those of the group's `factors` that have magnitudes, and the shifts of
+    those that have biases, s·b + b' − b, in place. Each base weight is read once.
+
+    Raises:
+        ConfigError: what holds a base weight is in no known format.
+    """
+    factors = list(factors)
+    for site, offset in zip(group.sites, group.offsets, strict=True):
+        here = [f for f in factors if offset <= f.offset < offset + site.out_features]
+        base = bias_of(site) if any(f.own_bias is not None for f in here) else None
+        for f in here:
+            if f.shift is None:
+                continue
+            shift = torch.zeros(f.B.shape[-1])
+            if f.bias is not None:
+                shift += f.scale * f.bias
+            if f.own_bias is not None:
+                assert base is not None
+                start = f.offset - offset
+                shift += f.own_bias - base[start : start + len(shift)].cpu().float()
+            f.shift.copy_(shift)
+        if any(f.gains is not None for f in here):
+            weight = base_weight(site)
+            for f in here:
+                if f.gains is not None:
+                    f.gains.copy_(_gains(site, weight, f.offset - offset, f))
+
+
+def base_weight(site: Site) -> Tensor:
+    """W of the site as dense numbers: (N, K), the weight of an embedding turned round."""
+    weight = dequantize(site.module).detach()
+    return weight.mT if site.eligible.kind == "embedding" else weight
+
+
+def _gains(site: Site, weight: Tensor, first: int, f: Factors) -> Tensor:
+    """G (N,) float32 on the host, of outputs [first, first + N) of `base_weight`."""
+    assert f.magnitude is not None
+    rows_of_part = weight[first : first + f.B.shape[-1]]
+    A = f.A.mT if site.eligible.kind == "embedding" else f.A
+    A, B = (tensor.to(rows_of_part.device, torch.float32) for tensor in (A, f.B.mT))
+    if site.eligible.kind == "conv":
+        A, B = norm_factors(site.module, A, B)
+    squares = torch.zeros(len(rows_of_part), dtype=torch.float32, device=rows_of_part.device)
+    for rows, columns in _chunks(rows_of_part):
+        merged = rows_of_part[rows, columns].float() + f.scale * (B[rows] @ A[:, columns])
+        squares[rows] += merged.square().sum(1)
+    norm = squares.sqrt().cpu()
+    return torch.where(norm > 0, f.magnitude / norm - 1, 0.0)
+
+
+def _chunks(weight: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Blocks that cover the matrix, cut along the dimension with the larger steps in memory."""
+    along = 0 if weight.stride(0) >= weight.stride(1) else 1
+    step = max(1, _CHUNK // max(1, weight.shape[1 - along]))
+    for start in range(0, weight.shape[along], step):
+        piece = slice(start, start + step)
+        yield (piece, slice(None)) if along == 0 else (slice(None), piece)

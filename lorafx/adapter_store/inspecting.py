@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lorafx.adapter_store.checkpoint import load_state
-from lorafx.adapter_store.config_source import raw_fields
+from lorafx.adapter_store.config_values import raw_fields
 from lorafx.adapter_store.dialects.mlx import Mlx
 from lorafx.adapter_store.opening import opened
 from lorafx.adapter_store.peft_config import PeftConfig
@@ -29,18 +29,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Inspected:
-    """What an adapter holds.
-
-    Attributes:
-        where: what it was read from.
-        dialect: what it is written in; "" where it is refused before that is known.
-        tensors, nbytes: how many tensors, and their bytes.
-        modules: those with factors, in order.
-        features: what it has beside plain factors.
-        others: keys that are no factors.
-        base: the model that it says it was trained for.
-        refusal: why it would be refused whatever the model; "" where it would not.
-    """
+    """What an adapter holds: modules with factors in order, features beside plain factors, and keys
+    that are no factors. Where it would be refused whatever the model, `refusal` says why, and
+    `dialect` is empty."""
 
     where: str
     dialect: str
@@ -67,38 +58,34 @@ class Inspected:
             yield f"refused: {self.refusal}"
 
 
-def inspected(asked: AdapterSource) -> Inspected:
-    """What `asked` holds.
+def inspected(given: AdapterSource) -> Inspected:
+    """What `given` holds.
 
     Raises:
         CheckpointError: it cannot be read at all. What lorafx does not support is in `refusal`.
     """
     try:
-        state = load_state(asked)
+        state = load_state(given)
     except UnsupportedAdapterError as error:
-        saved = opened(replace(asked, config={}))  # whatever the configuration asks for
-        size = sum(tensor.nbytes for tensor in saved.tensors.values())
-        rows = tuple(Row(path, own, None) for path, own in sorted(_sizes(saved.tensors).items()))
-        kinds = tuple(_kinds({key: saved.tensors[key] for key in _others(saved.tensors)}))
-        count = len(saved.tensors)
-        return Inspected(saved.where, "", count, size, rows, (), kinds, refusal=str(error))
-    return Inspected(
-        state.where,
-        state.dialect,
-        len(state.tensors),
-        sum(tensor.nbytes for tensor in state.tensors.values()),
-        tuple(_row(state, path, found) for path, found in sorted(_sizes(state.tensors).items())),
-        tuple(_features(state)),
-        tuple(_others(state.tensors)),
-        state.config.base_model,
+        saved = opened(replace(given, config={}))  # whatever the configuration asks for
+        tensors = saved.tensors
+        rows = tuple(Row(path, sizes, None) for path, sizes in _sizes(tensors))
+        kinds = tuple(_kinds([key for key in tensors if parse(key) is None], tensors))
+        return Inspected(saved.where, "", *_count(tensors), rows, others=kinds, refusal=str(error))
+    config, scales = state.config, state.scales
+    rows = tuple(
+        Row(path, sizes, scales.get(path, config.scale(path, sizes.rank) if sizes.rank else None))
+        for path, sizes in _sizes(state.tensors)
     )
+    others = tuple(key for key in state.tensors if parse(key) is None)
+    features = tuple(_features(state))
+    counts = _count(state.tensors)
+    return Inspected(state.where, state.dialect, *counts, rows, features, others, config.base_model)
 
 
 def config_of(folder: Path) -> PeftConfig:
-    """What an adapter's folder asks for, in PEFT's terms; of PEFT's own no tensor is read.
-
-    Raises as `load_state`.
-    """
+    """What an adapter's folder asks for, in PEFT's terms; of PEFT's own no tensor is read. Raises
+    as `load_state`."""
     fields, where = raw_fields(folder)
     if not Mlx.configures(fields):
         return PeftConfig.read(fields, where=where)
@@ -107,31 +94,22 @@ def config_of(folder: Path) -> PeftConfig:
     return replace(state.config, r=max(ranks, default=None))
 
 
-def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, FactorSizes]:
-    return {without_prefix(path): own for path, own in factor_sizes(tensors).items()}
+def _count(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    return len(tensors), sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _others(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The keys that are no factors."""
-    return [key for key in tensors if parse(key) is None]
+def _sizes(tensors: Mapping[str, Tensor]) -> list[tuple[str, FactorSizes]]:
+    return sorted((without_prefix(path), found) for path, found in factor_sizes(tensors).items())
 
 
-def _kinds(tensors: Mapping[str, Tensor]) -> Iterator[str]:
+def _kinds(keys: list[str], tensors: Mapping[str, Tensor]) -> Iterator[str]:
     """Keys of a method that is not supported, by their last parts: how many, and the first."""
     kinds: dict[str, list[str]] = {}
-    for key in tensors:
-        last = key.removesuffix(".weight").rpartition(".")[2]
-        kinds.setdefault(last, []).append(key)
-    for last, keys in kinds.items():
-        shape = tuple(tensors[keys[0]].shape)
-        yield f"{last}: {len(keys)} tensors, such as {keys[0][:200]} {shape}"
-
-
-def _row(state: AdapterState, path: str, sizes: FactorSizes) -> Row:
-    known = state.scales.get(path)
-    if known is None and sizes.rank:
-        known = state.config.scale(path, sizes.rank)
-    return Row(path, sizes, known)
+    for key in keys:
+        kinds.setdefault(key.removesuffix(".weight").rpartition(".")[2], []).append(key)
+    for last, alike in kinds.items():
+        shape = tuple(tensors[alike[0]].shape)
+        yield f"{last}: {len(alike)} tensors, such as {alike[0][:200]} {shape}"
 
 
 def _features(state: AdapterState) -> Iterator[str]:

@@ -9,25 +9,22 @@ is another. A new weight is other numbers in the same banks, so no graph depends
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lorafx.adapter_store.host_copies import HostCopy
+from lorafx.adapter_store.fitting import host_copy
 from lorafx.adapter_store.names import Mixture
-from lorafx.adapter_store.stored import StoredAdapter, host_copy, next_version
+from lorafx.adapter_store.stored import HostCopy, StoredAdapter, next_version
 from lorafx.adapter_store.windows import width_of
 from lorafx.errors import CapacityError, ConfigError
 from lorafx.model.bank import Bank, Factors
+from lorafx.model.sites import Group
 
-if TYPE_CHECKING:
-    from lorafx.model.sites import Group
-
-#: The factors of one adapter at one sibling of a bank, and the adapter's weight.
-_Term = tuple[Factors, float]
+#: By sibling of a bank: factors there, and the weight of the adapter that they are of.
+_Terms = dict[int, list[tuple[Factors, float]]]
 
 
 def mixed(
@@ -44,136 +41,105 @@ def mixed(
             its own; one is an aLoRA adapter; or a scale is beyond float32.
         CapacityError: the sum of the ranks is over what a bank holds.
     """
-    summed = [(adapters[own], weight) for own, weight in name.weights if weight]
+    summed = [(adapters[member], weight) for member, weight in name.weights if weight]
     if len(summed) == 1 and summed[0][1] == 1:  # the others have weight 0
-        one = summed[0][0]
-        numbers = copies[one.name]
+        single = summed[0][0]
+        numbers = copies[single.name]
         host = HostCopy(numbers.factors, 0, numbers.own, {id(numbers): numbers.nbytes})
-        return replace(one, name=name, host=host, origin=None, version=next_version())
-    _refuse(name, [adapter for adapter, _ in summed])
-    weighted = [(copies[adapter.name], weight) for adapter, weight in summed]
-    terms = [_terms(g, weighted) for g in range(len(groups))]
+        return replace(single, name=name, host=host, origin=None, version=next_version())
+    for adapter, _ in summed:
+        _refuse(name, adapter)
+    terms: list[_Terms] = [{} for _ in groups]
+    for adapter, weight in summed:
+        for g, of_group in copies[adapter.name].factors.items():
+            for f in of_group:
+                terms[g].setdefault(f.sibling, []).append((f, weight))
     _check_room(name, terms, groups)
-    factors = {
-        g: _sums(name, own, group.bank)
-        for g, (own, group) in enumerate(zip(terms, groups, strict=True))
-        if own
-    }
-    kept = {id(t) for own in terms for each in own.values() for f, _ in each for t in (f.A, f.B)}
-    made = {id(t): t.nbytes for own in factors.values() for f in own for t in (f.A, f.B)}
-    shared = {
-        id(copy): sum(made.get(key, 0) for key in {id(t) for t in _tensors(copy)})
-        for copy, _ in weighted
-    }
-    nbytes = sum(size for key, size in made.items() if key not in kept)
+    factors = {g: _sums(name, terms[g], groups[g].bank) for g in range(len(groups)) if terms[g]}
+    made = _sizes(factors)
+    used = {id(c): _sizes(c.factors).keys() for c in (copies[a.name] for a, _ in summed)}
+    new = made.keys() - {tensor for tensors in used.values() for tensor in tensors}
+    shared = {copy: sum(made[t] for t in tensors if t in made) for copy, tensors in used.items()}
     return StoredAdapter(
         name,
-        max((f.rank for own in factors.values() for f in own), default=0),
+        max((f.rank for sums in factors.values() for f in sums), default=0),
         ", ".join(adapter.source for adapter, _ in summed),
         tuple(dict.fromkeys(site for adapter, _ in summed for site in adapter.sites)),
-        HostCopy(factors, nbytes, shared=shared),
+        HostCopy(factors, sum(made[t] for t in new), shared=shared),
         width=width_of(groups, factors),
     )
 
 
-def _tensors(copy: HostCopy) -> Iterator[Tensor]:
-    for own in copy.factors.values():
-        for factors in own:
-            yield from (factors.A, factors.B)
+def _sizes(factors: Mapping[int, Sequence[Factors]]) -> dict[int, int]:
+    """Bytes of A and B by their identity."""
+    return {id(t): t.nbytes for of_group in factors.values() for f in of_group for t in (f.A, f.B)}
 
 
-def _terms(g: int, summed: Sequence[tuple[HostCopy, float]]) -> dict[int, list[_Term]]:
-    """What there is to be summed in one group, by sibling."""
-    found: dict[int, list[_Term]] = {}
-    for numbers, weight in summed:
-        for factors in numbers.factors.get(g, ()):
-            found.setdefault(factors.sibling, []).append((factors, weight))
-    return found
-
-
-def _refuse(name: Mixture, adapters: Sequence[StoredAdapter]) -> None:
-    for adapter in adapters:
-        if adapter.invocation:
+def _refuse(name: Mixture, adapter: StoredAdapter) -> None:
+    shifted, owned = ", ".join(adapter.shifted), ", ".join(adapter.owned)
+    reasons = {
+        "is an aLoRA adapter, which serves only the tokens from its invocation on": (
+            adapter.invocation
+        ),
+        "is a DoRA adapter, whose magnitudes are not linear in a weight": adapter.rescaled,
+        f"was trained with biases (lora_bias or bias; {shifted})": shifted,
+        f"has weights of its own ({owned}; modules_to_save or trainable tokens), which take the "
+        "place of the base's": owned,
+    }
+    for reason, applies in reasons.items():
+        if applies:
             raise ConfigError(
-                f"{name!r}: {adapter.name!r} is an aLoRA adapter, which serves only the tokens "
-                "from its invocation on, so it can be part of no sum and has no other scale; name "
-                f"it alone, {adapter.name!r}"
-            )
-        if adapter.rescaled:
-            raise ConfigError(
-                f"{name!r}: {adapter.name!r} is a DoRA adapter, whose magnitudes are not linear in "
-                "a weight, so it can be part of no sum and has no other scale; name it alone, "
-                f"{adapter.name!r}"
-            )
-        if adapter.shifted:
-            raise ConfigError(
-                f"{name!r}: {adapter.name!r} was trained with biases (lora_bias or bias; "
-                f"{', '.join(adapter.shifted)}), so it can be part of no sum and has no other "
-                f"scale; name it alone, {adapter.name!r}"
-            )
-        if adapter.owned:
-            raise ConfigError(
-                f"{name!r}: {adapter.name!r} has weights of its own ({', '.join(adapter.owned)}; "
-                "modules_to_save or trainable tokens), which take the place of the base's, so it "
-                f"can be part of no sum and has no other scale; name it alone, {adapter.name!r}"
+                f"{name!r}: {adapter.name!r} {reason}, so it can be part of no sum and has no "
+                f"other scale; name it alone, {adapter.name!r}"
             )
 
 
-def _check_room(
-    name: Mixture, terms: Sequence[Mapping[int, list[_Term]]], groups: Sequence[Group]
-) -> None:
-    needed, said = 0, ""
-    for own, group in zip(terms, groups, strict=True):
+def _check_room(name: Mixture, terms: Sequence[_Terms], groups: Sequence[Group]) -> None:
+    needed, where = 0, ""
+    for siblings, group in zip(terms, groups, strict=True):
         room = group.bank.B.shape[1]
-        for sibling, each in own.items():
-            ranks = [factors.rank for factors, _ in each]
+        for sibling, summed in siblings.items():
+            ranks = [factors.rank for factors, _ in summed]
             site = group.site_of(sibling)
             rank = -(-sum(ranks) // site.terms)
             if sum(ranks) > room and rank > needed:
-                needed = rank
-                added = " + ".join(map(str, ranks))
-                said = f"{added} = {sum(ranks)} at {site.path}, where the bank holds {room}"
+                needed, added = rank, " + ".join(map(str, ranks))
+                where = f"{added} = {sum(ranks)} at {site.path}, where the bank holds {room}"
     if needed:
         raise CapacityError(
-            f"{name!r} has the sum of the ranks of its adapters, {said}; compile with "
+            f"{name!r} has the sum of the ranks of its adapters, {where}; compile with "
             f"LoraConfig(max_rank={needed})"
         )
 
 
-def _sums(name: Mixture, terms: Mapping[int, list[_Term]], bank: Bank) -> list[Factors]:
+def _sums(name: Mixture, terms: _Terms, bank: Bank) -> list[Factors]:
     """One pair of factors a sibling. Siblings whose adapters share their A share the sum's."""
     joined: dict[tuple[int, ...], Tensor] = {}
     found = []
-    for each in terms.values():
-        scale, shares = _scale(name, each)
-        first = each[0][0]
-        if len(each) == 1:
-            found.append(first._replace(scale=scale))
+    for summed in terms.values():
+        factors = [f for f, _ in summed]
+        # s, and the v of each adapter, (adapters,); with experts (E,) and (adapters, E).
+        experts = factors[0].B.shape[:-2]
+        scales = torch.stack(
+            [torch.as_tensor(f.scale, dtype=torch.float64).expand(experts) * w for f, w in summed]
+        )
+        scale = scales.gather(0, scales.abs().argmax(0, keepdim=True)).squeeze(0)
+        if not bool(torch.isfinite(scale.float()).all()):
+            raise ConfigError(
+                f"{name!r}: a scale of the sum is beyond the range of float32; give smaller scales"
+            )
+        s = scale.float() if experts else float(scale)
+        if len(factors) == 1:
+            found.append(factors[0]._replace(scale=s))
             continue
-        key = tuple(id(factors.A) for factors, _ in each)
+        key = tuple(id(f.A) for f in factors)
         if key not in joined:
-            every = [factors.A for factors, _ in each]
-            joined[key] = _cat(every, -1 if bank.kind == "embedding" else -2, bank)
-        scaled = [_scaled(f.B, share) for (f, _), share in zip(each, shares, strict=True)]
-        ranks = _ranks([factors for factors, _ in each])
-        found.append(
-            first._replace(A=joined[key], B=_cat(scaled, -2, bank), scale=scale, ranks=ranks)
-        )
+            joined[key] = _cat([f.A for f in factors], -1 if bank.kind == "embedding" else -2, bank)
+        shares = torch.where(scale != 0, scales / scale, 0.0)
+        scaled = [_scaled(f.B, share) for f, share in zip(factors, shares, strict=True)]
+        sums = joined[key], _cat(scaled, -2, bank)
+        found.append(factors[0]._replace(A=sums[0], B=sums[1], scale=s, ranks=_ranks(factors)))
     return found
-
-
-def _scale(name: Mixture, each: Sequence[_Term]) -> tuple[float | Tensor, Tensor]:
-    """s, and the v of each adapter, (adapters,); with experts (E,) and (adapters, E)."""
-    experts = each[0][0].B.shape[:-2]
-    own = [torch.as_tensor(f.scale, dtype=torch.float64).expand(experts) * w for f, w in each]
-    scales = torch.stack(own)
-    scale = scales.gather(0, scales.abs().argmax(0, keepdim=True)).squeeze(0)
-    if not bool(torch.isfinite(scale.float()).all()):
-        raise ConfigError(
-            f"{name!r}: a scale of the sum is beyond the range of float32; give smaller scales"
-        )
-    shares = torch.where(scale != 0, scales / scale, 0.0)
-    return scale.float() if experts else float(scale), shares
 
 
 def _scaled(b: Tensor, share: Tensor) -> Tensor:
@@ -188,11 +154,11 @@ def _cat(tensors: Sequence[Tensor], dim: int, bank: Bank) -> Tensor:
 
 def _ranks(factors: Sequence[Factors]) -> Tensor | None:
     """The rank of each expert. Where an adapter has less than its widest expert, zeros follow."""
-    if all(own.ranks is None for own in factors):
+    if all(f.ranks is None for f in factors):
         return None
     start, ranks = 0, torch.zeros(factors[0].B.shape[0], dtype=torch.int32)
-    for own in factors:
-        these = torch.full_like(ranks, own.rank) if own.ranks is None else own.ranks
+    for f in factors:
+        these = torch.full_like(ranks, f.rank) if f.ranks is None else f.ranks
         ranks = torch.where(these > 0, start + these, ranks)
-        start += own.rank
+        start += f.rank
     return ranks

@@ -22,22 +22,16 @@ AdapterName: TypeAlias = "str | Mapping[str, float] | None"
 
 
 class Mixture(str):
-    """The name of a sum of adapters: it reads "0.7·sql + 0.3·style".
-
-    It is equal to sums of the same adapters with the same weights alone, and to no adapter whose
-    name reads like that.
-
-    Attributes:
-        weights: (name, weight), in the order of the names.
-    """
+    """The name of a sum of adapters: it reads "0.7·sql + 0.3·style", and equals sums of the same
+    adapters with the same weights alone. `weights` are (name, weight) in the order of names."""
 
     weights: tuple[tuple[str, float], ...]
 
     def __new__(cls, weights: Mapping[str, float]) -> Mixture:
         ordered = tuple(sorted(weights.items()))
-        name = super().__new__(cls, " + ".join(f"{weight:g}·{own}" for own, weight in ordered))
-        name.weights = ordered
-        return name
+        text = super().__new__(cls, " + ".join(f"{weight:g}·{name}" for name, weight in ordered))
+        text.weights = ordered
+        return text
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Mixture) and self.weights == other.weights
@@ -50,8 +44,8 @@ class Mixture(str):
 
 
 def members(name: str) -> tuple[str, ...]:
-    """The adapters that a name stands for: those of a sum, or the one itself."""
-    return tuple(own for own, _ in name.weights) if isinstance(name, Mixture) else (name,)
+    """The adapters that a name stands for: those of a sum, or the adapter itself."""
+    return tuple(member for member, _ in name.weights) if isinstance(name, Mixture) else (name,)
 
 
 def one_name(value: Any, where: str) -> str | None:
@@ -59,8 +53,8 @@ def one_name(value: Any, where: str) -> str | None:
     weights. One adapter at weight 1 has its own name.
 
     Raises:
-        ConfigError: it is none of these; a mapping is empty, has the base among its names, or a
-            weight that is no finite number.
+        ConfigError: it is none of these, is empty, gives the base a weight, or has a weight that is
+            no finite number. The message begins with `where`.
     """
     if value is None or isinstance(value, str):
         return value
@@ -73,38 +67,37 @@ def one_name(value: Any, where: str) -> str | None:
         raise ConfigError(
             f"{where} is an empty mapping; give weights by name, or None for the base model"
         )
-    weights = {_member(name, where): _weight(name, value[name], where) for name in value}
+    weights: dict[str, float] = {}
+    for name, weight in value.items():
+        if name is None or name == BASE:
+            raise ConfigError(
+                f"{where} gives the base model a weight; it is part of every result, so name "
+                "adapters alone"
+            )
+        if not isinstance(name, str) or not name or isinstance(name, Mixture):
+            raise ConfigError(f"{where} has {name!r} among its names; give names of adapters")
+        weights[name] = _number(weight)
+        if not math.isfinite(weights[name]):
+            raise ConfigError(
+                f"{where} gives {name!r} the weight {weight!r:.80}; a weight is a finite number"
+            )
     if list(weights.values()) == [1.0]:
         return next(iter(weights))
     return Mixture(weights)
 
 
+def _number(weight: object) -> float:
+    if not isinstance(weight, Real) or isinstance(weight, bool):
+        return math.nan
+    try:
+        return float(weight)
+    except OverflowError:  # an integer beyond all floats
+        return math.inf
+
+
 def adapters_among(names: Iterable[str | None]) -> list[str]:
     """Those of `names` that are not the base, each once."""
     return list(dict.fromkeys(name for name in names if name is not None and name != BASE))
-
-
-def _member(name: object, where: str) -> str:
-    if name is None or name == BASE:
-        raise ConfigError(
-            f"{where} gives the base model a weight; it is part of every result, so name adapters "
-            "alone"
-        )
-    if not isinstance(name, str) or not name or isinstance(name, Mixture):
-        raise ConfigError(f"{where} has {name!r} among its names; give names of adapters")
-    return name
-
-
-def _weight(name: str, weight: object, where: str) -> float:
-    try:
-        number = float(weight) if isinstance(weight, Real) else math.nan
-    except OverflowError:  # an integer beyond all floats
-        number = math.inf
-    if isinstance(weight, bool) or not math.isfinite(number):
-        raise ConfigError(
-            f"{where} gives {name!r} the weight {weight!r:.80}; a weight is a finite number"
-        )
-    return number
 
 
 def check_name(name: object) -> None:

@@ -12,10 +12,10 @@ proportion to their size. Names inside a file are never taken for paths.
 
 from __future__ import annotations
 
+import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,11 @@ from safetensors import safe_open
 from safetensors.torch import load, load_file
 from torch import Tensor
 
-from lorafx.adapter_store.config_source import CONFIG_FILE, raw_fields
+from lorafx.adapter_store.config_values import CONFIG_FILE, json_object, raw_fields
 from lorafx.adapter_store.hub import downloaded, is_repository
-from lorafx.adapter_store.origins import OpenedSource, stamp
 from lorafx.adapter_store.peft_config import PeftConfig
-from lorafx.adapter_store.pickled import load_pickled, unlike_plain, unpickled
-from lorafx.adapter_store.saved import AdapterSource, Saved
+from lorafx.adapter_store.pickled import load_pickled, unlike_plain
+from lorafx.adapter_store.saved import SUFFIXES, AdapterSource, Origin, Saved, Stamp, stamps
 from lorafx.errors import CheckpointError
 from lorafx.interrupts import undisturbed
 
@@ -43,141 +42,106 @@ WEIGHTS = (
     "pytorch_lora_weights.safetensors",
     "pytorch_lora_weights.bin",
 )
-_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 #: Keys of a safetensors file's metadata under which a configuration lies, as JSON.
 _METADATA = ("adapter_config", CONFIG_FILE, "peft_config")
 _LONGEST_NAME = 1024
+#: Tensors by name, and a file's metadata.
+_Read = tuple[dict[str, Tensor], dict[str, str]]
 
 
-def opened(asked: AdapterSource) -> Saved:
-    """The tensors and the configuration that `asked` names.
+def opened(given: AdapterSource) -> Saved:
+    """The tensors and the configuration that `given` names.
 
     Raises:
         CheckpointError: absent, truncated, or of another format.
         UnsupportedAdapterError: a PEFT configuration that lorafx cannot honour.
     """
-    if isinstance(asked, OpenedSource):
-        return replace(asked.saved, component=asked.component)
-    source = asked.source
+    source = given.source
+    if isinstance(source, Saved):
+        return replace(source, component=given.component)
     if isinstance(source, Mapping):
-        return _in_memory(asked, source)
+        return _in_memory(given, source)
     if isinstance(source, bytes | bytearray | memoryview):
         content = bytes(source)
-        return _saved(asked, *_from_bytes(content), f"{len(content)} bytes", None)
+        return _saved(given, _from_bytes(content), f"{len(content)} bytes", None)
     if not isinstance(source, str | os.PathLike):
         raise CheckpointError(
             "an adapter is read from a folder, a file, a name on the hub, bytes or a mapping of "
             f"tensors, not from a {type(source).__name__}"
         )
+    origin = Origin.of(given)
     path = Path(source)
     if isinstance(source, str) and is_repository(source):
-        path = downloaded(source, asked.revision)
+        path = downloaded(source, given.revision)
+    return replace(_at(given, path), origin=origin)
+
+
+def _at(given: AdapterSource, path: Path) -> Saved:
+    """What a file or a folder holds; its configuration is checked before its weights are read."""
     try:
         single = path.is_file()
     except (OSError, ValueError) as exc:
         raise CheckpointError(f"{path} cannot be read: {exc}") from exc
-    if single:
-        fields, before = None, _stamps([path, path.parent / CONFIG_FILE])
-        if path.name in WEIGHTS and (path.parent / CONFIG_FILE).is_file():
-            fields = _checked(raw_fields(path.parent)) if asked.config is None else None
-        tensors, metadata = _tensors(path)
-        _check_unchanged(path, before)
-        return _saved(asked, tensors, metadata, str(path), fields)
-    return _of_folder(asked, path)
-
-
-def _of_folder(asked: AdapterSource, folder: Path) -> Saved:
-    """What a folder holds; its configuration is checked before its weights are read."""
+    folder = path.parent if single else path
+    before = _stamps(path)
+    configured = not single or (path.name in WEIGHTS and (folder / CONFIG_FILE).is_file())
     fields, problem = None, None
-    before = _stamps(_candidates(folder))
-    if asked.config is None:
+    if given.config is None and configured:
         try:
-            fields = _checked(raw_fields(folder))
+            fields = _checked(*raw_fields(folder))
         except CheckpointError as error:
-            if not folder.is_dir() or (folder / CONFIG_FILE).exists():
+            if single or not folder.is_dir() or (folder / CONFIG_FILE).exists():
                 raise
             problem = error  # other dialects have none
-    file = _weights(folder, problem)
-    tensors, metadata = _tensors(file)
-    _check_unchanged(file, before)
-    saved = _saved(asked, tensors, metadata, str(file), fields)
+    file = path if single else _weights(folder, problem)
+    read = _from_file(file)
+    now = _stamps(path)
+    for name in (file.name, CONFIG_FILE):  # else α may be of one version, what it scales of another
+        if before.get(name) != now.get(name):
+            raise CheckpointError(
+                f"{folder / name} was written while the adapter was read, which may be half of one "
+                "version and half of another; load it again when it is complete"
+            )
+    saved = _saved(given, read, str(file), fields)
     if saved.fields is None and problem is not None and file.name in (SAFETENSORS, PICKLED):
         raise problem
     return saved
 
 
-def _stamps(files: Iterable[Path]) -> dict[str, tuple[int, int, int]]:
-    """These files as they are now, by name; not those that are absent."""
-    found = {}
-    for file in files:
-        with suppress(OSError, ValueError):  # the reader says that better
-            found[file.name] = stamp(file.stat())
-    return found
+def _stamps(path: Path) -> dict[str, Stamp]:
+    try:
+        return stamps(path)
+    except (OSError, ValueError):  # the reader says that better
+        return {}
 
 
-def _candidates(folder: Path) -> Iterator[Path]:
-    """The files in `folder` of which an adapter may consist."""
-    with suppress(OSError, ValueError):
-        for file in folder.iterdir():
-            if file.name == CONFIG_FILE or file.suffix in _SUFFIXES:
-                yield file
-
-
-def _check_unchanged(file: Path, before: Mapping[str, tuple[int, int, int]]) -> None:
-    """Raise CheckpointError where the weights, or the configuration beside them, are not what they
-    were before they were read: α may be that of one version, and what it scales that of another."""
-    for name, now in _stamps([file, file.parent / CONFIG_FILE]).items():
-        if before.get(name) != now:
-            raise CheckpointError(
-                f"{file.parent / name} was written while the adapter was read, which may be half "
-                "of one version and half of another; load it again when it is complete"
-            )
-
-
-def _checked(found: tuple[dict[str, Any], str]) -> PeftConfig | dict[str, Any]:
-    """The fields, as PEFT's configuration where they are one: what it asks for is refused before
-    anything large is read."""
-    fields, where = found
+def _checked(fields: dict[str, Any], where: str) -> PeftConfig | dict[str, Any]:
+    """The fields; PEFT's are read, so that what they ask for is refused before the weights are."""
     return PeftConfig.read(fields, where=where) if "peft_type" in fields else fields
 
 
-def _saved(
-    asked: AdapterSource,
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
-    where: str,
-    fields: Any,
-) -> Saved:
-    _check_names(where, tensors)
-    if asked.config is not None:
-        fields = asked.config
+def _saved(given: AdapterSource, read: _Read, where: str, fields: Any) -> Saved:
+    tensors, metadata = read
+    # Names are compared with the model's by what takes time for long ones.
+    longest = max(tensors, key=len, default="")
+    if len(longest) > _LONGEST_NAME:
+        raise CheckpointError(
+            f"{where} names a tensor by {len(longest)} characters: {longest[:80]}…; names may have "
+            f"{_LONGEST_NAME}"
+        )
+    if given.config is not None:
+        fields = given.config
         if not isinstance(fields, PeftConfig):
-            fields = _checked(raw_fields(fields))
+            fields = _checked(*raw_fields(fields))
     elif fields is None:
-        fields = _in_metadata(metadata, where)
-    return Saved(tensors, fields, metadata, where, asked.component)
+        key = next((key for key in _METADATA if key in metadata), None)
+        if key is not None:
+            what = f"{key} in the metadata of {where}"
+            fields = _checked(json_object(metadata[key], what), what)
+    return Saved(tensors, fields, metadata, where, given.component)
 
 
-def _in_metadata(metadata: Mapping[str, str], where: str) -> PeftConfig | dict[str, Any] | None:
-    for key in _METADATA:
-        if key in metadata:
-            fields = json_object(metadata[key], f"{key} in the metadata of {where}")
-            return _checked((fields, f"{key} in the metadata of {where}"))
-    return None
-
-
-def json_object(text: str, what: str) -> dict[str, Any]:
-    """The JSON object in `text`; CheckpointError where it holds none."""
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{what} cannot be read as JSON: {error!s:.200}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{what} must hold a JSON object, it is {text:.80}")
-    return values
-
-
-def _in_memory(asked: AdapterSource, tensors: Mapping[str, Any]) -> Saved:
+def _in_memory(given: AdapterSource, tensors: Mapping[str, Any]) -> Saved:
     where = "the given tensors"
     for key, tensor in tensors.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
@@ -188,49 +152,60 @@ def _in_memory(asked: AdapterSource, tensors: Mapping[str, Any]) -> Saved:
         unlike = unlike_plain(tensor)
         if unlike is not None:
             raise CheckpointError(f"{where}: {key:.200} {unlike}; give a dense tensor")
-    return _saved(asked, {key: t.detach() for key, t in tensors.items()}, {}, where, None)
+    return _saved(given, ({key: t.detach() for key, t in tensors.items()}, {}), where, None)
 
 
 def _weights(folder: Path, problem: CheckpointError | None) -> Path:
-    """The file in `folder` that holds the weights."""
     try:
         for name in WEIGHTS:
             if (folder / name).is_file():  # not a pipe or a device, which have no end
                 return folder / name
         names = sorted(p.name for p in folder.iterdir())
-        others = [n for n in names if n.endswith(_SUFFIXES) and (folder / n).is_file()]
+        others = [n for n in names if n.endswith(SUFFIXES) and (folder / n).is_file()]
     except OSError as exc:
         raise CheckpointError(f"{folder} cannot be read: {exc}") from exc
     if len(others) == 1:
         return folder / others[0]
     if problem is not None and not others:
         raise problem
-    found = ", ".join(names[:20]) or "nothing"
     if others:
         raise CheckpointError(
             f"{folder} holds several files that may be the adapter ({', '.join(others[:20])}); "
             "give the path of one"
         )
     raise CheckpointError(
-        f"{folder} holds no adapter weights: neither {SAFETENSORS} nor {PICKLED} (it holds {found})"
+        f"{folder} holds no adapter weights: neither {SAFETENSORS} nor {PICKLED} (it holds "
+        f"{', '.join(names[:20]) or 'nothing'})"
     )
 
 
-def _tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors in a file, and its metadata."""
+def _from_file(file: Path) -> _Read:
     try:
         with file.open("rb") as content:
-            pickle = not _is_safetensors(content.read(9))
+            size = os.fstat(content.fileno()).st_size
+            if not _is_safetensors(content.read(9)) and file.suffix != ".safetensors":
+                return load_pickled(content, str(file)), {}
     except OSError as exc:
         raise CheckpointError(f"{file} cannot be read: {exc}") from exc
-    if pickle and file.suffix != ".safetensors":
-        return load_pickled(file), {}
-    with _reading(str(file), file):
-        # torch takes an interrupt in the middle for a value that has no shape.
-        tensors = undisturbed(lambda: load_file(file, device="cpu"))
+
+    def read() -> _Read:
+        tensors = load_file(file, device="cpu")
         with safe_open(file, framework="pt") as content:
-            metadata = content.metadata() or {}
-    return tensors, metadata
+            return tensors, content.metadata() or {}
+
+    return _safetensors(read, f"{file} ({size} bytes)")
+
+
+def _from_bytes(content: bytes) -> _Read:
+    where = f"{len(content)} bytes"
+    if not _is_safetensors(content[:9]):
+        return load_pickled(io.BytesIO(content), where), {}
+
+    def read() -> _Read:
+        header = content[8 : 8 + int.from_bytes(content[:8], "little")]
+        return load(content), json.loads(header).get("__metadata__", {})
+
+    return _safetensors(read, where)
 
 
 def _is_safetensors(start: bytes) -> bool:
@@ -238,36 +213,12 @@ def _is_safetensors(start: bytes) -> bool:
     return start[8:] == b"{"
 
 
-def _from_bytes(content: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not _is_safetensors(content[:9]):
-        return unpickled(content), {}
-    where = f"{len(content)} bytes"
-    with _reading(where, None):
-        tensors = undisturbed(lambda: load(content))
-        # The header, which has just been read.
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    return tensors, header.get("__metadata__", {})
-
-
-@contextmanager
-def _reading(where: str, file: Path | None) -> Iterator[None]:
-    """What goes wrong inside is a file that is no safetensors: headers may claim anything, and what
-    the library or torch make of a size of 2**63 is their affair."""
+def _safetensors(read: Callable[[], _Read], where: str) -> _Read:
     try:
-        yield
-    except Exception as exc:
-        size = f" ({file.stat().st_size} bytes)" if file is not None and file.is_file() else ""
+        # torch takes an interrupt in the middle for a value that has no shape.
+        return undisturbed(read)
+    except Exception as exc:  # headers may claim anything, such as a size of 2**63
         raise CheckpointError(
-            f"{where}{size} is not a readable safetensors file, truncated or of another "
-            f"format: {exc}; save or download the adapter again"
+            f"{where} is not a readable safetensors file, truncated or of another format: {exc}; "
+            "save or download the adapter again"
         ) from exc
-
-
-def _check_names(where: str, names: Iterable[str]) -> None:
-    """Names are compared with the model's by what takes time for long ones."""
-    longest = max(names, key=len, default="")
-    if len(longest) > _LONGEST_NAME:
-        raise CheckpointError(
-            f"{where} names a tensor by {len(longest)} characters: {longest[:80]}…; names may have "
-            f"{_LONGEST_NAME}"
-        )

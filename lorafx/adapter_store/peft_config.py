@@ -4,12 +4,9 @@ r"""PEFT's `adapter_config.json`: what a LoRA adapter's configuration means for 
 
 r and α are per module: the first key k of `rank_pattern` / `alpha_pattern`, in the file's order,
 with `re.match(rf"(.*\.)?({k})$", path)` decides, else `r` and `lora_alpha`. The patterns are not
-trusted, so they are matched against a clock (lorafx.model.patterns). Fields that change this
-arithmetic are refused by name; so is any field that this reader does not know, unless it holds
-null, false or nothing: PEFT adds fields with every version, and their "off" is harmless.
-
-Other methods of PEFT are refused by name, with the way out. `use_bdlora` says which factors are
-saved as blocks; lorafx.adapter_store.checkpoint makes them whole.
+trusted, so they are matched against a clock (lorafx.model.targets). Fields that change this
+arithmetic are refused by name; so is any field that this reader does not know, unless it is off:
+PEFT adds fields with every version. Other methods of PEFT are refused with the way out.
 """
 
 from __future__ import annotations
@@ -22,21 +19,28 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from lorafx.adapter_store.config_source import raw_fields, short
-from lorafx.adapter_store.config_values import Values, is_off, keyed
+from torch import nn
+
+from lorafx.adapter_store import config_values as checks
+from lorafx.adapter_store.config_values import Check, Malformed, is_off, keyed, raw_fields, short
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
-from lorafx.model.patterns import Pattern
-from lorafx.model.targets import Entries, names
+from lorafx.model.module_graph import ModuleGraph, join
+from lorafx.model.packed_names import PackedNames
+from lorafx.model.targets import (
+    Entries,
+    Pattern,
+    SavedTargets,
+    is_all_linear,
+    names,
+    output_embedding,
+)
+from lorafx.registry import lookup
 
 
 @dataclass(frozen=True)
 class BlockDiagonal:
-    """PEFT's `use_bdlora`.
-
-    Attributes:
-        a, b: parts of the paths of modules whose A, or B, is block-diagonal; anywhere in a path.
-        blocks: n.
-    """
+    """PEFT's `use_bdlora`: parts of the paths of modules whose A, or B, is saved as `blocks` blocks
+    of a diagonal."""
 
     a: tuple[str, ...] = ()
     b: tuple[str, ...] = ()
@@ -49,131 +53,48 @@ class BlockDiagonal:
         return "B" if any(part in path for part in self.b) else None
 
 
-def block_diagonal(value: Any) -> BlockDiagonal | str | None:
-    """The field `use_bdlora`: None where it is off, a message where it is malformed."""
-    if value is None or value is False:
-        return None
+def _blocks(name: str, value: Any) -> BlockDiagonal:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if not isinstance(value, Mapping):
-        return f"use_bdlora must be an object, it is {short(value)}"
+        raise Malformed(f"{name} must be an object, it is {short(value)}")
     known = {"target_modules_bd_a", "target_modules_bd_b", "nblocks", "match_strict"}
     if not known >= value.keys():
-        return f"use_bdlora has the unknown field {short(min(map(str, value.keys() - known)))}"
-    names = [value.get(f"target_modules_bd_{letter}") or () for letter in "ab"]
-    for own in names:
-        if not isinstance(own, list | tuple) or not all(isinstance(n, str) and n for n in own):
-            return f"use_bdlora must name parts of module paths in lists, not {short(own)}"
-    blocks = value.get("nblocks", 1)
-    if not isinstance(blocks, int) or isinstance(blocks, bool) or blocks < 1:
-        return f"use_bdlora.nblocks must be a positive integer, it is {short(blocks)}"
-    return BlockDiagonal(tuple(names[0]), tuple(names[1]), blocks)
+        unknown = min(map(str, value.keys() - known))
+        raise Malformed(f"{name} has the unknown field {short(unknown)}")
+    a, b = (
+        checks.names(f"{name}.{field}", value.get(field) or ())
+        for field in ("target_modules_bd_a", "target_modules_bd_b")
+    )
+    return BlockDiagonal(a, b, checks.rank(f"{name}.nblocks", value.get("nblocks", 1)))
 
 
 _MERGE = "merge it into a copy of the base model (`PeftModel.merge_and_unload()`) instead"
+#: Other methods of PEFT that are not merged, and the way out.
 _PROMPT = "it learns prompts and no weights; put them before the inputs (`inputs_embeds`) instead"
 _MIXED = (
     "a router of its own mixes adapters for each token; load its adapters one by one, and give a "
     "request weights by name for a fixed mixture"
 )
-
-_TYPES: Mapping[str, str] = {
-    "ADALORA": f"factors with singular values between them; {_MERGE}",
-    "BOFT": f"it rotates the base weight; {_MERGE}",
-    "FOURIERFT": f"its difference is a Fourier transform; {_MERGE}",
-    "HRA": f"it reflects the base weight; {_MERGE}",
-    "IA3": f"it scales activations, and adds no matrix; {_MERGE}",
-    "LOHA": f"its difference is a product of matrices element by element; {_MERGE}",
-    "LOKR": f"its difference is a Kronecker product; {_MERGE}",
-    "LN_TUNING": f"it trains norms; {_MERGE}",
-    "OFT": f"it rotates the base weight; {_MERGE}",
-    "VERA": f"it scales random matrices that all modules share; {_MERGE}",
-    "VBLORA": f"its factors are made of shared vectors; {_MERGE}",
-    "RANDLORA": f"it scales random matrices that all modules share; {_MERGE}",
-    "POLY": _MIXED,
-    "XLORA": _MIXED,
-    "ADAPTION_PROMPT": _PROMPT,
-    "MULTITASK_PROMPT_TUNING": _PROMPT,
-    "PREFIX_TUNING": _PROMPT,
-    "PROMPT_TUNING": _PROMPT,
-    "P_TUNING": _PROMPT,
+_UNMERGED: Mapping[str, str] = {
+    **dict.fromkeys(("POLY", "XLORA"), _MIXED),
+    **dict.fromkeys(("ADAPTION_PROMPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING"), _PROMPT),
+    **dict.fromkeys(("PROMPT_TUNING", "P_TUNING"), _PROMPT),
 }
 
+#: Initialisations that leave the base weight alone, so that s·B A is the whole difference.
+_PLAIN_INITS = frozenset({"gaussian", "orthogonal", "eva", "mica"})
 _EXPORT = (
     "export with `save_pretrained(path_initial_model_for_weight_conversion=...)`, which writes a "
     f"plain LoRA of rank 2r, or {_MERGE}"
 )
-_INITIALISATIONS: Mapping[str, str] = {
-    "pissa": "PiSSA starts from principal components, which it takes out of the base weight",
-    "olora": "OLoRA starts from a QR decomposition, which it takes out of the base weight",
-    "corda": "CorDA starts from components of the base weight, which it takes out of it",
-    "lora_ga": "LoRA-GA starts from gradients, and takes its start out of the base weight",
-    "loftq": "LoftQ replaces the base weight by a quantised one that the adapter corrects",
-}
-
-
-def method(kind: object) -> str:
-    """What an adapter of this `peft_type` is, and the way out."""
-    return _TYPES.get(
-        kind if isinstance(kind, str) else "", f"only LORA adapters are read; {_MERGE}"
-    )
-
-
-def initialisation(init: object) -> str:
-    """What this value of `init_lora_weights` does to the base weight, and the way out."""
-    name = init.lower() if isinstance(init, str) else ""
-    known = next((text for key, text in _INITIALISATIONS.items() if name.startswith(key)), None)
-    why = known or "this initialisation may subtract from the base weight"
-    return f"{why}, so the saved factors alone are not the whole update; {_EXPORT}"
-
-
-# Fields that say how the adapter was trained, packaged or initialised, and nothing about what it
-# computes once trained. The *_config fields of initialisations stay set after an exact export,
-# PEFT ignores them unless `init_lora_weights` asks for them; `velora_config` changes gradients
-# only.
+#: Fields that say how the adapter was trained, packaged or initialised. The *_config fields of
+#: initialisations stay set after an exact export; `velora_config` changes gradients only.
 _NO_ARITHMETIC = frozenset(
     {
-        "task_type",
-        "auto_mapping",
-        "revision",
-        "inference_mode",
-        "lora_dropout",
-        "megatron_core",
-        "qalora_group_size",
-        "runtime_config",
-        "loftq_config",
-        "eva_config",
-        "corda_config",
-        "lora_ga_config",
-        "velora_config",
-    }
-)
-
-_READ = frozenset(
-    {
-        "peft_type",
-        "base_model_name_or_path",
-        "r",
-        "lora_alpha",
-        "use_rslora",
-        "use_dora",
-        "use_bdlora",
-        "rank_pattern",
-        "alpha_pattern",
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-        "fan_in_fan_out",
-        "bias",
-        "lora_bias",
-        "init_lora_weights",
-        "target_parameters",
-        "modules_to_save",
-        "trainable_token_indices",
-        "ensure_weight_tying",
-        "alora_invocation_tokens",
-        "peft_version",
+        *("task_type", "auto_mapping", "revision", "inference_mode", "lora_dropout"),
+        *("megatron_core", "qalora_group_size", "runtime_config", "loftq_config", "eva_config"),
+        *("corda_config", "lora_ga_config", "velora_config", "peft_type", "init_lora_weights"),
     }
 )
 
@@ -194,15 +115,9 @@ _OBJECTS = frozenset({"arrow_config", "kasa_config", "monteclora_config"})
 
 # What PEFT has no aLoRA with, or applies to all tokens of an aLoRA adapter.
 _NOT_WITH_ALORA = (
-    "use_dora",
-    "use_bdlora",
-    "target_parameters",
-    "modules_to_save",
+    *("use_dora", "use_bdlora", "target_parameters", "modules_to_save"),
     "trainable_token_indices",
 )
-
-# Initialisations that leave the base weight alone, so that s·BA is the whole difference.
-_PLAIN_INITS = frozenset({"gaussian", "orthogonal", "eva", "mica"})
 
 
 @dataclass(frozen=True)
@@ -211,29 +126,25 @@ class PeftConfig:
 
     Attributes:
         r: rank where `rank_pattern` says nothing; None where the file leaves it out.
-        lora_alpha, use_rslora, use_dora, rank_pattern, alpha_pattern: see the module's equation.
         lora_bias: lora_B has a bias, which is added with the scale s.
         bias: "none"; "lora_only" where the biases of the modules with factors were trained too, and
             "all" where those of the whole model were.
         target_modules, exclude_modules: a tuple of exact or dotted-suffix names, one regular
             expression (a str, `re.fullmatch`), "all-linear", or None.
-        target_parameters: exact or dotted-suffix names of parameters ("mlp.experts.down_proj");
-            rank_pattern and alpha_pattern go by the parameter's name there.
+        target_parameters: exact or dotted-suffix names of parameters ("mlp.experts.down_proj"), by
+            which rank_pattern and alpha_pattern go there.
         layers_to_transform, layers_pattern: restrict a tuple of suffixes to these layers.
-        modules_to_save: endings of the names of modules that were trained as a whole.
-        ensure_weight_tying: what is tied to one of them was trained and saved with it. (A tied
-            head's factors are in the file like any other's.)
+        modules_to_save: endings of the names of modules that were trained as a whole;
+            with ensure_weight_tying also what is tied to them.
         trainable_token_indices: the tokens that were trained, by the ending of an embedding's name;
             "" stands for the one that the file has.
         fan_in_fan_out: the base weight is stored (in, out); the delta is the same.
         invocation: of an aLoRA adapter, the token ids from whose last occurrence on it is active
             in a sequence (`alora_invocation_tokens`); empty for others.
-        block_diagonal: which factors are saved as blocks (`use_bdlora`).
-        base_model: `base_model_name_or_path`, for messages.
         peft_version: the release that wrote it, (0, 19) say; None where it does not tell.
     """
 
-    r: int | None = 8
+    r: int | None = None
     lora_alpha: float = 8
     use_rslora: bool = False
     use_dora: bool = False
@@ -263,15 +174,17 @@ class PeftConfig:
 
     @classmethod
     def read(cls, source: Any, *, where: str | None = None) -> PeftConfig:
-        """The configuration in a folder, a mapping, or a `peft.LoraConfig`.
+        """The configuration in a folder, a mapping, or a `peft.LoraConfig`, which messages call
+        `where`.
 
-        `where` names it in messages. Raises CheckpointError for what is absent or malformed and
-        UnsupportedAdapterError, naming every refused field at once.
+        Raises:
+            CheckpointError: it is absent or malformed.
+            UnsupportedAdapterError: all fields that are refused.
         """
         if isinstance(source, PeftConfig):
             return source
         values, found = raw_fields(source)
-        return _Fields(values, where or found).config()
+        return _read(values, where or found)
 
     @property
     def max_rank(self) -> int | None:
@@ -281,7 +194,7 @@ class PeftConfig:
 
     def targets_parameter(self, path: str) -> bool:
         """Whether PEFT would have put LoRA on the parameter at `path`."""
-        return _named(self.target_parameters, path)
+        return names(self.target_parameters, [path])
 
     def name_of(self, path: str, parameter: str = "weight") -> str:
         """What the patterns call the module at `path`: its parameter where that is the target."""
@@ -303,10 +216,13 @@ class PeftConfig:
         False for every path where the configuration does not name modules ("all-linear", None).
         """
         targets = self.target_modules
-        if targets is None or targets == "all-linear" or _named(self.exclude_modules, path):
+        excluded = self.exclude_modules
+        if targets is None or targets == "all-linear":
+            return False
+        if excluded is not None and names(excluded, [path]):
             return False
         by_suffix = isinstance(targets, Entries) and path not in targets.as_set
-        return _named(targets, path) and (not by_suffix or self._layer_wanted(path))
+        return names(targets, [path]) and (not by_suffix or self._layer_wanted(path))
 
     def trains(self, path: str) -> bool:
         """Whether the module at `path`, or one that it lies in, was trained as a whole. PEFT goes
@@ -361,121 +277,138 @@ class PeftConfig:
         return False
 
 
-def _named(spec: str | tuple[str, ...] | None, path: str) -> bool:
-    return spec is not None and names(spec, [path])
-
-
 def _by_length(names: Iterable[str]) -> dict[int, frozenset[str]]:
     """Names by their length, longest first: a file may have as many as a model has modules."""
     found: dict[int, set[str]] = {}
     for name in sorted(names, key=len, reverse=True):
         found.setdefault(len(name), set()).add(name)
-    return {length: frozenset(own) for length, own in found.items()}
+    return {length: frozenset(alike) for length, alike in found.items()}
 
 
 def _ending(names: Mapping[int, frozenset[str]], path: str) -> str | None:
     """The longest of the names that `path` ends with."""
-    endings = ((path[len(path) - n :], own) for n, own in names.items() if n <= len(path))
-    return next((ending for ending, own in endings if ending in own), None)
+    endings = ((path[len(path) - n :], alike) for n, alike in names.items() if n <= len(path))
+    return next((ending for ending, alike in endings if ending in alike), None)
 
 
 def _by_pattern(patterns: Iterable[tuple[Pattern, Any]], path: str, default: Any) -> Any:
-    for own, value in patterns:
-        if path.endswith(own.tail) and own.fullmatches(path):
+    for pattern, value in patterns:
+        if path.endswith(pattern.tail) and pattern.fullmatches(path):
             return value
     return default
 
 
-class _Fields(Values):
-    """One configuration's raw fields, checked and turned into a PeftConfig."""
-
-    def config(self) -> PeftConfig:
-        refused = list(self._refused())
-        if refused:
-            raise UnsupportedAdapterError(
-                f"{self.where} asks for what lorafx does not do:\n"
-                + "\n".join(f"  - {line}" for line in refused)
-            )
-        layers = self.values.get("layers_to_transform")
-        config = PeftConfig(
-            r=self._rank("r", self.values["r"]) if "r" in self.values else None,
-            lora_alpha=self._alpha("lora_alpha", self.values.get("lora_alpha", 8)),
-            use_rslora=self._flag("use_rslora"),
-            use_dora=self._flag("use_dora"),
-            lora_bias=self._flag("lora_bias"),
-            bias=self._bias(),
-            rank_pattern=self._patterns("rank_pattern", self._rank),
-            alpha_pattern=self._patterns("alpha_pattern", self._alpha),
-            target_modules=self._names("target_modules"),
-            target_parameters=self._parameters(),
-            exclude_modules=self._names("exclude_modules") or None,
-            layers_to_transform=None if is_off(layers) else self._layers(layers),
-            layers_pattern=self._layer_names(),
-            modules_to_save=self._endings("modules_to_save"),
-            ensure_weight_tying=self._flag("ensure_weight_tying"),
-            trainable_token_indices=self._tokens("trainable_token_indices"),
-            fan_in_fan_out=self._flag("fan_in_fan_out"),
-            invocation=self._token_ids("alora_invocation_tokens"),
-            block_diagonal=self._block_diagonal(),
-            base_model=self._text("base_model_name_or_path"),
-            peft_version=_version(self.values.get("peft_version")),
-        )
-        if self.malformed:
-            raise CheckpointError(
-                f"{self.where} is malformed:\n" + "\n".join(f"  - {m}" for m in self.malformed)
-            )
-        return config
-
-    def _block_diagonal(self) -> BlockDiagonal | None:
-        found = block_diagonal(self.values.get("use_bdlora"))
-        if isinstance(found, str):
-            self.malformed.append(found)
-            return None
-        return found
-
-    def _bias(self) -> str:
-        bias = self.values.get("bias", "none")
-        if isinstance(bias, str) and bias in ("none", "lora_only", "all"):
-            return bias
-        if not is_off(bias):
-            self.malformed.append(f"bias must be none, lora_only or all, not {short(bias)}")
-        return "none"
-
-    def _refused(self) -> Iterable[str]:
-        kind = self.values.get("peft_type")
-        kind = getattr(kind, "value", kind)
-        if not (kind is None or (isinstance(kind, str) and kind == "LORA")):
-            yield f"peft_type = {short(kind)}: {method(kind)}"
-            return  # another type's fields have meanings of their own
-        init = self.values.get("init_lora_weights", True)
-        plain = isinstance(init, str) and init.lower() in _PLAIN_INITS
-        if not (init is None or isinstance(init, bool) or plain):
-            yield f"init_lora_weights = {short(init)}: {initialisation(init)}"
-        for name, way_out in _REFUSED.items():
-            value = self.values.get(name)
-            off = value is None or value is False if name in _OBJECTS else is_off(value)
-            if not off:
-                yield f"{name} = {short(value)}: {way_out}"
-        if not is_off(self.values.get("alora_invocation_tokens")):
-            others = [name for name in _NOT_WITH_ALORA if not is_off(self.values.get(name))]
-            if self.values.get("bias", "none") not in ("none", None):
-                others.append("bias")
-            for name in others:
-                yield (
-                    f"{name} = {short(self.values[name])} with alora_invocation_tokens: PEFT "
-                    "trains no such aLoRA adapter, or applies this to all tokens; train it without"
-                )
-        for name in sorted(set(self.values) - _READ - _NO_ARITHMETIC - set(_REFUSED)):
-            if not is_off(self.values[name]):
-                yield (
-                    f"{name} = {short(self.values[name])}: unknown field, which may change the "
-                    "arithmetic; remove it if it does not, or upgrade lorafx"
-                )
-
-
-def _version(value: Any) -> tuple[int, ...] | None:
+def _version(name: str, value: Any) -> tuple[int, ...] | None:
     """(0, 19) of "0.19.1.dev0"."""
     found = re.match(
         r"([0-9]{1,6})\.([0-9]{1,6})(?![0-9])", value if isinstance(value, str) else ""
     )
     return None if found is None else (int(found[1]), int(found[2]))
+
+
+#: Field -> how it is checked, and the attribute that it becomes where that is called otherwise.
+_READ: Mapping[str, tuple[Check, str]] = {
+    "r": (checks.rank, ""),
+    "lora_alpha": (checks.alpha, ""),
+    "use_rslora": (checks.flag, ""),
+    "use_dora": (checks.flag, ""),
+    "lora_bias": (checks.flag, ""),
+    "bias": (checks.bias, ""),
+    "rank_pattern": (checks.by_pattern(checks.rank), ""),
+    "alpha_pattern": (checks.by_pattern(checks.alpha), ""),
+    "target_modules": (checks.targets, ""),
+    "target_parameters": (checks.strings, ""),
+    "exclude_modules": (checks.targets, ""),
+    "layers_to_transform": (checks.layers, ""),
+    "layers_pattern": (checks.layer_names, ""),
+    "modules_to_save": (checks.names, ""),
+    "ensure_weight_tying": (checks.flag, ""),
+    "trainable_token_indices": (checks.tokens_by_ending, ""),
+    "fan_in_fan_out": (checks.flag, ""),
+    "alora_invocation_tokens": (checks.tokens, "invocation"),
+    "use_bdlora": (_blocks, "block_diagonal"),
+    "base_model_name_or_path": (checks.text, "base_model"),
+    "peft_version": (_version, ""),
+}
+#: Fields that have no value that means the same as none.
+_NEVER_OFF = ("r", "lora_alpha", "target_modules")
+
+
+def _read(values: Mapping[str, Any], where: str) -> PeftConfig:
+    if refused := list(_refused(values)):
+        raise UnsupportedAdapterError(
+            f"{where} asks for what lorafx does not do:\n"
+            + "\n".join(f"  - {line}" for line in refused)
+        )
+    read: dict[str, Any] = {}
+    malformed: list[str] = []
+    for name, (check, attribute) in _READ.items():
+        if name not in values or (is_off(values[name]) and name not in _NEVER_OFF):
+            continue
+        try:
+            read[attribute or name] = check(name, values[name])
+        except Malformed as error:
+            malformed.append(str(error))
+    if malformed:
+        raise CheckpointError(
+            f"{where} is malformed:\n" + "\n".join(f"  - {line}" for line in malformed)
+        )
+    return PeftConfig(**read)
+
+
+def _refused(values: Mapping[str, Any]) -> Iterable[str]:
+    """What a configuration asks for that lorafx does not do, with the way out, a line each."""
+    kind = values.get("peft_type")
+    kind = getattr(kind, "value", kind)
+    if kind is not None and not (isinstance(kind, str) and kind == "LORA"):
+        known = _UNMERGED.get(kind) if isinstance(kind, str) else None
+        yield f"peft_type = {short(kind)}: {known or f'only LORA adapters are read; {_MERGE}'}"
+        return  # another type's fields have meanings of their own
+    init = values.get("init_lora_weights", True)
+    name = init.lower() if isinstance(init, str) else ""
+    if not (init is None or isinstance(init, bool) or name in _PLAIN_INITS):
+        yield (
+            f"init_lora_weights = {short(init)}: it may take its start out of the base weight, so "
+            f"the saved factors alone are not the whole update; {_EXPORT}"
+        )
+    for name, way_out in _REFUSED.items():
+        value = values.get(name)
+        off = value is None or value is False if name in _OBJECTS else is_off(value)
+        if not off:
+            yield f"{name} = {short(value)}: {way_out}"
+    if not is_off(values.get("alora_invocation_tokens")):
+        others = [name for name in _NOT_WITH_ALORA if not is_off(values.get(name))]
+        if values.get("bias", "none") not in ("none", None):
+            others.append("bias")
+        for name in others:
+            yield (
+                f"{name} = {short(values[name])} with alora_invocation_tokens: PEFT trains no such "
+                "aLoRA adapter, or applies this to all tokens; train it without"
+            )
+    for name in sorted(values.keys() - _READ.keys() - _NO_ARITHMETIC - _REFUSED.keys()):
+        if not is_off(values[name]):
+            yield (
+                f"{name} = {short(values[name])}: unknown field, which may change the arithmetic; "
+                "remove it if it does not, or upgrade lorafx"
+            )
+
+
+def picked(config: PeftConfig, model: nn.Module) -> SavedTargets:
+    """Paths of the modules, and of the 3-D parameters, of `model` that PEFT would put LoRA on.
+
+    A targeted matrix is named by the module that holds it. Modules may be named by packed names.
+    """
+    every = is_all_linear(config.target_modules)
+    head = output_embedding(model) if every else None
+    found: dict[str, None] = {}
+    for path, module in model.named_modules():
+        entry = lookup(module) if every else None
+        linear = entry is not None and entry.is_linear and module is not head
+        if linear or config.matches(path):
+            found[path] = None
+        for name, parameter in module.named_parameters(recurse=False):
+            if config.targets_parameter(join(path, name)):
+                found[path if parameter.dim() < 3 else join(path, name)] = None
+    packed = PackedNames(ModuleGraph(model)).named()
+    found.update((path, None) for path, _ in packed if config.matches(path))
+    return SavedTargets(found)

@@ -9,53 +9,44 @@
     base_model.model.<module>.lora_embedding_B         (N, r)
     base_model.model.<module>.lora_magnitude_vector    (N,)       DoRA, beside either
 
-Seen in the wild as well: an adapter name left over (`lora_A.default.weight`). What the path leads
-to is for lorafx.model.saved_names to say.
+An adapter's name may be left over (`lora_A.default.weight`). What the path leads to is for
+lorafx.model.saved_names to say.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from torch import Tensor
 
 from lorafx.model.saved_names import PREFIX, without_compiled
 
-Factor = Literal[
-    "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_bias"
-]
 Letter = Literal["A", "B", "m", "b"]
 
 _FACTOR = re.compile(
     r"^(?:(?P<module>.+)\.)?(?P<factor>lora_(?:(?:embedding_)?[AB]|magnitude_vector))"
     r"(?:\.(?!bias$)(?P<adapter>[^.]+))??(?:\.weight)?$"
 )
+_BIAS = re.compile(r"^(?:(?P<module>.+)\.)?lora_B(?:\.[^.]+)??\.bias$")
+_VECTORS: Mapping[str, Letter] = {"lora_magnitude_vector": "m", "lora_bias": "b"}
 #: Endings of what is saved beside the factors and used in training only: VeLoRA compresses
 #: activations with it.
 TRAINING_KEYS = (".lora_velora_embed",)
 
-_BIAS = re.compile(r"^(?:(?P<module>.+)\.)?lora_B(?:\.[^.]+)??\.bias$")
 
-
-@dataclass(frozen=True)
-class FactorKey:
-    """A key that holds one low-rank factor, DoRA's m, or the bias of lora_B. `module` is the path
-    before it, prefixes included."""
+class FactorKey(NamedTuple):
+    """A key that holds a low-rank factor ("A", "B"), DoRA's "m", or the bias "b" of lora_B.
+    `module` is the path before it, prefixes included; `factor` is what messages call it."""
 
     key: str
     module: str
-    factor: Factor
+    factor: str
 
     @property
     def letter(self) -> Letter:
-        if self.factor == "lora_magnitude_vector":
-            return "m"
-        if self.factor == "lora_bias":
-            return "b"
-        return "A" if self.factor.endswith("A") else "B"
+        return _VECTORS.get(self.factor) or ("A" if self.factor.endswith("A") else "B")
 
     @property
     def embedding(self) -> bool:
@@ -63,15 +54,12 @@ class FactorKey:
 
 
 def parse(key: str) -> FactorKey | None:
-    """The factor (or m, or bias) that `key` holds, or None if it is not such a key."""
+    """What `key` holds, or None if it is no such key."""
     bias = _BIAS.match(key)
     if bias is not None:
         return FactorKey(key, bias["module"] or "", "lora_bias")
     found = _FACTOR.match(key)
-    if found is None:
-        return None
-    factor: Factor = found["factor"]  # type: ignore[assignment]
-    return FactorKey(key, found["module"] or "", factor)
+    return None if found is None else FactorKey(key, found["module"] or "", found["factor"])
 
 
 def without_prefix(path: str) -> str:
@@ -80,11 +68,8 @@ def without_prefix(path: str) -> str:
 
 
 def candidates(path: str) -> tuple[str, ...]:
-    """The module paths that a saved path may mean, likeliest first.
-
-    PEFT always writes `base_model.model.`; a path that begins so and is meant as it stands comes
-    from a writer without prefixes and a model with such attributes.
-    """
+    """The module paths that a saved path may mean, likeliest first: a model may have attributes
+    that are called as PEFT's prefix."""
     plain = without_compiled(path)
     stripped = (plain + ".").removeprefix(PREFIX).rstrip(".")
     return (stripped,) if stripped == plain else (stripped, plain)
@@ -111,7 +96,7 @@ def factor_sizes(tensors: Mapping[str, Tensor]) -> dict[str, FactorSizes]:
         factor = parse(key)
         if factor is not None:
             shapes.setdefault(factor.module, {})[factor.letter] = tuple(tensor.shape)
-    return {path: _sizes(own.get("A", ()), own.get("B", ())) for path, own in shapes.items()}
+    return {path: _sizes(found.get("A", ()), found.get("B", ())) for path, found in shapes.items()}
 
 
 def _sizes(a: tuple[int, ...], b: tuple[int, ...]) -> FactorSizes:

@@ -3,30 +3,38 @@
 PEFT replaces each target module in its parent by a wrapper that holds it as `base_layer`, below a
 `peft.PeftModel` or in the model itself (transformers' `load_adapter` and `add_adapter`,
 `peft.inject_adapter_in_model`). What was trained as a whole, and embeddings of which tokens were,
-have wrappers that hold them as `original_module`. Here the adapters' weights are read first, then
-each wrapper is replaced by the module that it wraps, so that the base model is what it was before
-PEFT. A PeftModel raises while it is unwrapped (lorafx.adapter_store.handed_over); an injected model
-is the base model without a word of adapters. `restore()` puts everything back. PEFT stays optional:
-nothing of it is imported before somebody has made such a model.
+have wrappers that hold them as `original_module`. The adapters' weights are read first, then each
+wrapper is replaced by what it wraps. `restore()` puts everything back.
+
+A PeftModel without its wrappers would compute the base model, switch adapters that are not there,
+and save none. So the methods that it and its tuner have from PEFT's classes raise meanwhile; they
+are shadowed on the objects. PEFT stays optional: nothing of it is imported before somebody has made
+such a model.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast
+from functools import partial
+from types import FunctionType
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
-from lorafx.adapter_store.handed_over import give_back, hand_over
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.saved import AdapterState
-from lorafx.errors import CheckpointError, UnsupportedAdapterError
+from lorafx.errors import CaptureError, CheckpointError, UnsupportedAdapterError
 
 #: What PEFT and transformers leave on a model that has adapters in it: a model without lacks them.
 _NOTES = ("peft_config", "_hf_peft_config_loaded")
+#: Methods of `nn.Module` itself that would answer without the adapters.
+_OF_MODULES = ("forward", "state_dict", "load_state_dict")
+#: Methods of PEFT's classes that answer rightly, and what the end of a block of `disable_adapter`
+#: calls, in which the model may have been handed over.
+_HARMLESS = ("get_base_model", "enable_adapter_layers")
 
 
 def is_peft_model(model: object) -> bool:
@@ -63,9 +71,8 @@ class TakenOver:
     """A model without its wrappers.
 
     Attributes:
-        base: the base model, with PEFT's wrappers taken out.
-        adapters: adapter name -> configuration, tensors (not copied) and live scales; each can
-            be passed to `read_adapter`.
+        base: the base model.
+        adapters: adapter name -> configuration, tensors (not copied) and live scales.
         active: the adapters that the model applied by default, all at once.
     """
 
@@ -83,7 +90,9 @@ class TakenOver:
         self._wrappers.clear()
         vars(self.base).update(self._notes)
         self._notes.clear()
-        give_back(self._hidden)
+        for part, name in self._hidden:
+            del vars(part)[name]
+        self._hidden.clear()
 
 
 def take_over(model: nn.Module) -> TakenOver:
@@ -95,11 +104,11 @@ def take_over(model: nn.Module) -> TakenOver:
     """
     whole = is_peft_model(model)
     what = "the PeftModel" if whole else f"the {type(model).__name__}"
-    base = _get_base(model) if whole else model
+    base = cast(Any, model).get_base_model() if whole else model
     layers = peft_layers(base)
     if not whole and not layers:
         raise CheckpointError(f"{type(model).__name__} is not a peft.PeftModel and holds no LoRA")
-    configs = _configs(_peft_configs(model, layers), what)
+    configs = _configs(model, layers, what)
     _refuse_other_layers(layers)
     tokens = [getattr(wrapper, "token_adapter", None) for wrapper in _own_weights(base)]
     holders = [*(layer for _, layer in layers), *(layer for layer in tokens if layer is not None)]
@@ -109,70 +118,56 @@ def take_over(model: nn.Module) -> TakenOver:
         raise CheckpointError(
             f"adapters {', '.join(merged)} are merged into the base weights; call {call} first"
         )
-    # Not state_dict(): modules of bitsandbytes change their weights in it.
-    tensors = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
     adapters = {
         name: AdapterState(
             config,
-            _tensors_of(model, tensors, name),
+            _tensors_of(model, name),
             f"{what}'s adapter {name!r}",
             {path: layer.scaling[name] for path, layer in layers if name in layer.scaling},
         )
         for name, config in configs.items()
     }
-    taken = TakenOver(base, adapters, _active(layers))
+    # Each layer applies those of the active adapters that it has.
+    applied = (n for _, layer in layers for n in layer.active_adapters if n in layer.scaling)
+    disabled = any(layer.disable_adapters for _, layer in layers)
+    taken = TakenOver(base, adapters, () if disabled else tuple(dict.fromkeys(applied)))
     _unwrap(taken)
     if whole:
-        taken._hidden = hand_over(model)
+        taken._hidden = _hide_methods(model)
     return taken
 
 
-def _tensors_of(model: Any, tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """One adapter's tensors, of all those of the model. PEFT looks for trained tokens of each
-    adapter where one has some; those that are not there are empty for it."""
+def _tensors_of(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """One adapter's tensors. PEFT looks for trained tokens of each adapter where one has some;
+    those that are not there are empty for it."""
     from peft.utils.other import TrainableTokensWrapper
 
     absent = torch.empty(0)
-    expected = {
+    tensors: dict[str, Tensor] = {
         f"{path}.token_adapter.trainable_tokens_delta.{name}": absent
         for path, module in model.named_modules()
         if isinstance(module, TrainableTokensWrapper)
     }
+    # Not state_dict(): modules of bitsandbytes change their weights in it.
+    tensors.update(model.named_parameters(remove_duplicate=False))
+    tensors.update(model.named_buffers(remove_duplicate=False))
     found = sys.modules["peft"].get_peft_model_state_dict(
-        model, {**expected, **tensors}, adapter_name=name, save_embedding_layers=False
+        model, tensors, adapter_name=name, save_embedding_layers=False
     )
     return {key: tensor.detach() for key, tensor in found.items() if tensor is not absent}
 
 
-def _get_base(peft_model: Any) -> nn.Module:
-    base = peft_model.get_base_model()
-    assert isinstance(base, nn.Module)
-    return base
-
-
-def _peft_configs(model: Any, layers: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Adapter name -> PEFT's configuration.
-
-    Raises:
-        CheckpointError: the model has none, so that its wrappers are those of a part of it.
-    """
-    configs = getattr(model, "peft_config", None)
-    if isinstance(configs, dict):
-        return configs
-    raise CheckpointError(
-        f"{layers[0][0]} is wrapped by PEFT's {type(layers[0][1]).__name__}, but the "
-        f"{type(model).__name__} has no peft_config, so the adapters belong to a part of "
-        "it; compile that part, or load the adapters from their folders onto the plain "
-        "model"
-    )
-
-
-def _configs(peft_configs: dict[str, Any], what: str) -> dict[str, PeftConfig]:
+def _configs(model: Any, layers: list[tuple[str, Any]], what: str) -> dict[str, PeftConfig]:
+    given = getattr(model, "peft_config", None)
+    if not isinstance(given, dict):
+        raise CheckpointError(
+            f"{layers[0][0]} is wrapped by PEFT's {type(layers[0][1]).__name__}, but the "
+            f"{type(model).__name__} has no peft_config, so the adapters belong to a part of "
+            "it; compile that part, or load the adapters from their folders onto the plain "
+            "model"
+        )
     configs, refused = {}, []
-    for name, config in peft_configs.items():
+    for name, config in given.items():
         try:
             configs[name] = PeftConfig.read(config, where=f"{what}'s adapter {name!r}")
         except UnsupportedAdapterError as exc:
@@ -183,7 +178,6 @@ def _configs(peft_configs: dict[str, Any], what: str) -> dict[str, PeftConfig]:
 
 
 def _refuse_other_layers(layers: list[tuple[str, Any]]) -> None:
-    """Raise UnsupportedAdapterError for wrappers that are not LoRA on a single module."""
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -200,19 +194,11 @@ def _refuse_other_layers(layers: list[tuple[str, Any]]) -> None:
             )
 
 
-def _active(layers: list[tuple[str, Any]]) -> tuple[str, ...]:
-    """The adapters that layers apply: each adds those of them that it has."""
-    if any(layer.disable_adapters for _, layer in layers):
-        return ()
-    applied = (n for _, layer in layers for n in layer.active_adapters if n in layer.scaling)
-    return tuple(dict.fromkeys(applied))
-
-
 def _unwrap(taken: TakenOver) -> None:
     from peft.tuners.lora import LoraLayer
 
-    own = vars(taken.base)
-    taken._notes = {name: own.pop(name) for name in _NOTES if name in own}
+    attributes = vars(taken.base)
+    taken._notes = {name: attributes.pop(name) for name in _NOTES if name in attributes}
     wrappers = {id(wrapper) for wrapper in _own_weights(taken.base)}
     inside = {id(m) for wrapper in _own_weights(taken.base) for m in wrapper.modules()}
     parents = [
@@ -220,9 +206,46 @@ def _unwrap(taken: TakenOver) -> None:
     ]
     for parent in parents:
         for name, child in list(parent._modules.items()):
-            if isinstance(child, LoraLayer) or id(child) in wrappers:
-                inner: Any = child
-                while isinstance(inner, LoraLayer) or id(inner) in wrappers:
-                    inner = inner.original_module if id(inner) in wrappers else inner.base_layer
+            inner: Any = child
+            while isinstance(inner, LoraLayer) or id(inner) in wrappers:
+                inner = inner.original_module if id(inner) in wrappers else inner.base_layer
+            if inner is not child:
                 parent._modules[name] = inner
                 taken._wrappers.append((parent, name, cast(nn.Module, child)))
+
+
+def without_wrappers(model: nn.Module) -> nn.Module:
+    """The base model of a PeftModel that was handed over; any other model is returned."""
+    forward = vars(model).get("forward") if isinstance(model, nn.Module) else None
+    if not isinstance(forward, partial) or forward.func is not _refuse:
+        return model
+    return cast(nn.Module, cast(Any, model).get_base_model())
+
+
+def _hide_methods(peft_model: nn.Module) -> list[tuple[nn.Module, str]]:
+    hidden: list[tuple[nn.Module, str]] = []
+    owner = type(peft_model).__name__
+    for part in (peft_model, cast(nn.Module, peft_model.base_model)):
+        for name in _methods(type(part)):
+            if name not in vars(part):
+                vars(part)[name] = partial(_refuse, owner, name)
+                hidden.append((part, name))
+    return hidden
+
+
+def _methods(cls: type) -> Iterator[str]:
+    yield from _OF_MODULES
+    bases = [base for base in cls.__mro__ if base not in nn.Module.__mro__]
+    named = {name: value for base in bases for name, value in vars(base).items()}
+    for name, value in named.items():
+        public = not name.startswith("_") and name not in _HARMLESS
+        if public and isinstance(value, FunctionType) and not hasattr(nn.Module, name):
+            yield name
+
+
+def _refuse(owner: str, name: str, *_: Any, **__: Any) -> NoReturn:
+    raise CaptureError(
+        f"{owner}.{name}: lorafx took over the adapters of this {owner}, so it has none "
+        "now. Use the model that lorafx.compile (or attach) returned, or detach() that "
+        "model first, which gives the adapters back"
+    )

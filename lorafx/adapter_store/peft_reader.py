@@ -1,76 +1,42 @@
-"""Reading PEFT LoRA checkpoints: every saved tensor is placed, or an error names it.
-
-Modules that the configuration targets and the file has nothing for: see `coverage`.
+"""Reading LoRA checkpoints: every saved tensor is placed, or an error names it.
 
 All problems of a file are found before anything is raised, and nothing is changed by reading.
-What the tensors mean: lorafx.adapter_store.reading.
+
+Modules that the configuration targets and the file has no factors for keep W. An adapter of a
+model's language part targets `q_proj`, and the vision tower has a `q_proj` too. Such a file is
+correct, but one that lost tensors looks the same. So there is a warning, or an error if `strict`.
+
+    selected by a LoraConfig    its sites, and the selected parts of them, are looked at
+    selected by the adapters    every module of the model, but those that are excluded
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Size, nn
+from torch import nn
 
+from lorafx.adapter_store.adapter import Adapter as Adapter
 from lorafx.adapter_store.checkpoint import load_state
-from lorafx.adapter_store.coverage import Scope, coverage
-from lorafx.adapter_store.expert_places import ExpertPlace
+from lorafx.adapter_store.extras import rows_wanted
 from lorafx.adapter_store.findings import Findings
-from lorafx.adapter_store.lora_weights import LoraWeights
-from lorafx.adapter_store.own_reading import rows_wanted
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import factor_sizes, parse
-from lorafx.adapter_store.places import Places
+from lorafx.adapter_store.places import ExpertPlace, Places
 from lorafx.adapter_store.reading import Reading
 from lorafx.config import LoraConfig
-from lorafx.errors import CheckpointError, LorafxWarning
-from lorafx.model.bank import OwnWeight
-from lorafx.model.expert_names import unnested
+from lorafx.errors import CheckpointError, LorafxWarning, some
+from lorafx.model import targets
+from lorafx.model.experts import PROJECTIONS, Columns, ExpertWeight, covers, overlapping, unnested
+from lorafx.model.module_graph import ModuleGraph, join
+from lorafx.model.packed_names import ATTRIBUTE, PackedNames
+from lorafx.registry import is_empty, lookup
 
 if TYPE_CHECKING:
     from lorafx.model.sites import Site
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A decoded adapter.
-
-    Attributes:
-        name: what requests call it.
-        weights: `Site.part_path` -> factors, which is the site's canonical path unless it comes
-            packed; what the adapter does not touch is absent.
-        rank: the largest rank that it was trained with anywhere.
-        source: where it was read from, for messages.
-        spans: path of a name of a packed module -> the slices that its rows say it covers, where
-            that is not declared.
-        own: path of a site -> the rows of its weight that the adapter has of its own.
-        notes: what was decided while it was read, a line each.
-        replaces_biases: it was trained with biases in the place of the base's, of which those are
-            kept that differ from the model's.
-        invocation: the tokens from which on it is active (aLoRA); empty where it always is.
-        compared: its file holds copies of base weights, which were compared with the model's.
-        keys: its keys, in PEFT's names, with the shapes of their tensors.
-    """
-
-    name: str
-    weights: dict[str, LoraWeights]
-    rank: int
-    source: str
-    spans: Mapping[str, range] = field(default_factory=dict)
-    own: Mapping[str, OwnWeight] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    replaces_biases: bool = False
-    compared: bool = False
-    invocation: tuple[int, ...] = ()
-    keys: Mapping[str, Size] = field(default_factory=dict)
-
-    @property
-    def magnitudes(self) -> tuple[str, ...]:
-        """The parts whose outputs it rescales (DoRA)."""
-        return tuple(p for p, weights in self.weights.items() if weights.magnitude is not None)
 
 
 class AdapterTargets(NamedTuple):
@@ -97,11 +63,14 @@ def adapter_target_modules(source: Any, model: nn.Module) -> AdapterTargets:
         factor = parse(key)
         if factor is None:
             continue
-        for path in _named_by(places, config, factor.module):
-            modules[path] = None
-        if factor.letter == "A":
-            rows = sizes[factor.module].rank
-            rank = max(rank, _rank_of(places, config, factor.module, rows, tensor.dim()))
+        place = places.meaning(factor.module)
+        rows = sizes[factor.module].rank
+        if isinstance(place, ExpertPlace):
+            modules.update(dict.fromkeys(_parameters(place, config)))
+            rows = _rank_of(place, config, rows, tensor.dim())
+        else:
+            modules[places.current(factor.module)] = None
+        rank = max(rank, rows if factor.letter == "A" else 0)
     if (not modules or not rank) and not any(rows_wanted(state, model)):
         raise CheckpointError(f"{state.where} holds no LoRA factors (lora_A, lora_B)")
     return AdapterTargets(tuple(modules), max(rank, 1))
@@ -144,7 +113,7 @@ def read_adapter(
     findings = Findings(state, Places(sites, model), max_rank)
     reading = Reading(findings)
     weights = reading.run()
-    left_out = coverage(reading, Scope(lora_config))
+    left_out = _coverage(reading, lora_config)
     if strict and left_out.missing:
         findings.problems.append(f"{left_out}; strict=True makes this an error")
     findings.raise_problems(name)
@@ -171,28 +140,157 @@ def read_adapter(
     )
 
 
-def _named_by(places: Places, config: PeftConfig, path: str) -> list[str]:
-    """What `path` names: the parameters of experts, or one module."""
-    place = places.meaning(path)
-    if not isinstance(place, ExpertPlace):
-        return [places.current(path)]
+def _parameters(place: ExpertPlace, config: PeftConfig) -> list[str]:
     experts, saved = place.experts, unnested(place.saved)
     targeted = [w for w in experts.weights if config.targets_parameter(w.path(saved))]
     weights = [place.weight] if place.weight is not None else targeted or experts.weights
     return [weight.path(experts.path) for weight in weights]
 
 
-def _rank_of(places: Places, config: PeftConfig, path: str, rows: int, dims: int) -> int:
-    """The rank of an A of `dims` dimensions with `rows` rows: those of experts may be stacked."""
-    place = places.meaning(path)
-    if not isinstance(place, ExpertPlace) or place.expert is not None or dims == 3:
+def _rank_of(place: ExpertPlace, config: PeftConfig, rows: int, dims: int) -> int:
+    """The rank of an A of `dims` dimensions with `rows` rows, which may be those of all experts."""
+    if place.expert is not None or dims == 3:
         return rows
-    said = {rows} if config.max_rank is None else set(_ranks(config))
-    stacked = place.weight is None or rows not in said
+    configured = {config.r, *config.rank_pattern.values()} - {None} or {rows}
+    stacked = place.weight is None or rows not in configured
     return max(rows // place.experts.count, 1) if stacked else rows
 
 
-def _ranks(config: PeftConfig) -> Iterator[int]:
-    yield from config.rank_pattern.values()
-    if config.r is not None:
-        yield config.r
+@dataclass(frozen=True)
+class _Coverage:
+    """The paths that an adapter's configuration targets and its file has no factors for, and at how
+    many places it has some."""
+
+    missing: tuple[str, ...]
+    placed: int
+
+    def __str__(self) -> str:
+        total = len(self.missing) + self.placed
+        return (
+            f"its configuration targets {total} modules here, but its file has no factors "
+            f"for {len(self.missing)} of them ({100 * len(self.missing) / total:.0f} %): "
+            f"{some(self.missing, 8)}"
+        )
+
+
+def _coverage(reading: Reading, selection: LoraConfig | None) -> _Coverage:
+    """What the file of `reading`, which has run, leaves out. `selection` is what the sites were
+    selected by; None for nothing but the sites."""
+    if reading.unknown:
+        return _Coverage((), 0)  # the factors of a renamed module are not missing as well
+    return _Search(reading, selection).run()
+
+
+class _Search:
+    def __init__(self, reading: Reading, selection: LoraConfig | None) -> None:
+        self.reading, self.places, self.config = reading, reading.places, reading.config
+        target_modules = None if selection is None else selection.target_modules
+        #: Whether the adapters themselves were the selection, so that no module was left out of it.
+        self.whole = isinstance(target_modules, targets.AdapterNames)
+        self.packed_modules = None if selection is None else selection.packed_modules
+        exclude = None if selection is None else selection.exclude_modules
+        self.exclude = targets.checked(exclude, "exclude_modules")
+
+    def run(self) -> _Coverage:
+        modules = dict(self._modules())
+        missing = dict.fromkeys(modules)
+        missing.update(dict.fromkeys(self._packed({id(module) for module in modules.values()})))
+        missing.update(dict.fromkeys(self._experts()))
+        placed = len(self.reading.landings) + len(self.reading.experts.paths)
+        return _Coverage(tuple(missing), placed)
+
+    def _counts(self, path: str, module: nn.Module | None) -> bool:
+        """Whether a module that is no site, or what one of its packed names means, counts."""
+        if not self.whole:
+            return False
+        entry = None if module is None else lookup(module)
+        if module is not None and entry is None and not module._parameters:
+            return False  # a container, which has no weight to keep
+        if targets.is_all_linear(self.exclude):
+            return entry is None or not entry.is_linear
+        return self.exclude is None or not targets.names(self.exclude, [path])
+
+    def _modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Modules, by their own paths, that PEFT would have given factors."""
+        reading, config = self.reading, self.config
+        got = {id(site.module) for item in reading.landings.values() for site, _ in item.places}
+        got |= {id(module) for module in reading.unselected.values()} | reading.experts.modules
+        sites = self.places.selected_modules()
+        for path, module in self.places.named_modules():
+            counts = id(module) in sites or self._counts(path, module)
+            if id(module) in got or not counts or is_empty(module):
+                continue
+            parameters = module._parameters.items() if config.target_parameters else ()
+            matrices = (
+                join(path, name) for name, p in parameters if p is not None and p.dim() == 2
+            )
+            if config.matches(path) or any(map(config.targets_parameter, matrices)):
+                yield path, module
+
+    def _packed(self, missing: Collection[int]) -> Iterator[str]:
+        """Packed names, and names of what is packed, that PEFT would have given factors; without
+        those that only say again what the `missing` modules do."""
+        reading = self.reading
+        landed = {(id(item.places[0][0]), item.loose) for item in reading.landings.values()}
+        known: set[str] = set()
+        for path, loose, found in self.places.packed_names():
+            known.add(path)
+            if loose:
+                got = not landed.isdisjoint((id(found[0][0]), name) for name in (loose, ""))
+            else:
+                got = any(site.part_path(i) in reading.decoded for site, i in found)
+            said = all(id(site.module) in missing for site, _ in found)
+            if got or said or path in reading.closed:
+                continue
+            selected = any(s.parts[i].selected and loose not in s.closed_names for s, i in found)
+            if (selected or self._counts(path, None)) and self.config.matches(path):
+                yield path
+        for path, module in self._unselected_names():
+            new = path not in known and id(module) not in missing
+            if new and self._counts(path, None) and self.config.matches(path):
+                yield path
+
+    def _unselected_names(self) -> Iterator[tuple[str, nn.Module]]:
+        """(packed name or part's name, module) of all modules, for adapters that are the
+        selection."""
+        model = self.places.model
+        declared = self.packed_modules or any(hasattr(m, ATTRIBUTE) for m in model.modules())
+        if not self.whole or not declared:
+            return  # names cost a walk over the parameters
+        names = PackedNames(ModuleGraph(model), self.packed_modules).named()
+        yield from ((path, module) for path, module in names if lookup(module) is not None)
+
+    def _experts(self) -> Iterator[str]:
+        """Parameters of routed experts that target_parameters names, and single experts by their
+        older names, where the file has any."""
+        config, found = self.config, self.reading.experts
+        if not config.target_parameters and not found.singly:
+            return
+        for path, module in self.places.named_modules():
+            experts = self.places.experts.of(module, path)
+            if experts is None or any(closed.startswith(path) for closed in self.reading.closed):
+                continue
+            for weight in experts.weights:
+                whole, touched = weight.path(path), found.touched(experts, weight)
+                if not (weight.name in experts.sites or self._counts(whole, module)):
+                    continue
+                if not config.targets_parameter(whole):
+                    yield from _single(config, weight, path, touched)
+                elif not touched:
+                    yield whole
+
+
+def _single(
+    config: PeftConfig, weight: ExpertWeight, path: str, touched: Collection[Columns]
+) -> Iterator[str]:
+    """The projections of single experts that PEFT would have given factors before experts were
+    fused. Each has several names, of which a pattern may match all."""
+    known = set(touched)
+    for name in PROJECTIONS:
+        half = covers(weight, name)
+        for expert in range(weight.experts if half is not None else 0):
+            assert half is not None
+            alike = {(h, e) for h in overlapping(half) for e in (None, expert)}
+            if known.isdisjoint(alike) and config.matches(f"{path}.{expert}.{name}"):
+                known.add((half, expert))
+                yield f"{path}.{expert}.{name}"

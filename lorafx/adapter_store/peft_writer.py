@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from lorafx.adapter_store.config_source import CONFIG_FILE
+from lorafx.adapter_store.config_values import CONFIG_FILE
 from lorafx.adapter_store.opening import SAFETENSORS
 from lorafx.adapter_store.peft_keys import FactorKey, factor_sizes, parse, without_prefix
 from lorafx.adapter_store.saved import AdapterState
@@ -82,7 +82,6 @@ def _key(factor: FactorKey) -> str:
 
 
 def _number(alpha: float) -> float:
-    """PEFT writes integers where α is one."""
     return int(alpha) if alpha.is_integer() else alpha
 
 
@@ -104,8 +103,8 @@ def _fields(state: AdapterState, ranks: dict[str, int], bias: bool) -> dict[str,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
         "target_modules": sorted(ranks),
-        "rank_pattern": {f"^{re.escape(p)}": own for p, own in ranks.items() if own != rank},
-        "alpha_pattern": {f"^{re.escape(p)}": own for p, own in alphas.items() if own != alpha},
+        "rank_pattern": {f"^{re.escape(p)}": r for p, r in ranks.items() if r != rank},
+        "alpha_pattern": {f"^{re.escape(p)}": a for p, a in alphas.items() if a != alpha},
         "bias": "none",
         "lora_bias": bias,
         "use_dora": state.config.use_dora,

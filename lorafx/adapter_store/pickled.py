@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import zipfile
-from pathlib import Path
 from typing import BinaryIO
 
 import torch
@@ -19,30 +18,14 @@ from torch import Tensor
 from lorafx.errors import CheckpointError
 from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
 
-_ARCHIVE = b"PK"
 
-
-def load_pickled(file: Path) -> dict[str, Tensor]:
-    """The tensors in `file` by name, on the CPU.
+def load_pickled(content: BinaryIO, file: str) -> dict[str, Tensor]:
+    """The tensors in `content` by name, on the CPU. Messages call it `file`.
 
     Raises:
         CheckpointError: it cannot be read, holds something else than plain tensors, or claims more
             than its size.
     """
-    try:
-        content = file.open("rb")
-    except OSError as exc:
-        raise CheckpointError(f"{file} cannot be read: {exc}") from exc
-    with content:
-        return _loaded(content, str(file))
-
-
-def unpickled(content: bytes) -> dict[str, Tensor]:
-    """As `load_pickled`, of a file's bytes."""
-    return _loaded(io.BytesIO(content), f"{len(content)} bytes")
-
-
-def _loaded(content: BinaryIO, file: str) -> dict[str, Tensor]:
     try:
         held = _held(content, file)
         tensors = torch.load(content, map_location="cpu", weights_only=True)
@@ -72,7 +55,7 @@ def _held(content: BinaryIO, file: str) -> int:
     """Bytes that the file can hold of tensors' numbers."""
     size = content.seek(0, io.SEEK_END)
     content.seek(0)
-    archive = content.read(len(_ARCHIVE)) == _ARCHIVE
+    archive = content.read(2) == b"PK"
     content.seek(0)
     if not archive:
         return size  # the format from before torch 1.6: numbers follow the pickle
@@ -108,13 +91,10 @@ def unlike_plain(tensor: Tensor) -> str | None:
 
 def _check_claims(file: str, tensors: dict[str, Tensor], held: int) -> None:
     """No more numbers than were saved: neither by strides of zero nor by a storage that grew."""
-    storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()
-    }
-    if sum(storages.values()) > held:
-        raise CheckpointError(
-            f"{file}: its tensors claim {sum(storages.values())} bytes, but it holds {held}"
-        )
+    storages = [tensor.untyped_storage() for tensor in tensors.values()]
+    claimed = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    if claimed > held:
+        raise CheckpointError(f"{file}: its tensors claim {claimed} bytes, but it holds {held}")
     for key, tensor in tensors.items():
         if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
             raise CheckpointError(

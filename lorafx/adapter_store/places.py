@@ -1,49 +1,49 @@
-"""Which site, or which parts of sites, a path in a checkpoint means.
+"""Which site, which parts of sites, or which routed experts a path in a checkpoint means.
 
     model.layers.0.self_attn.o_proj    the site at this path, or at an alias of it
     model.layers.0.self_attn.q_proj    a part of the packed site model.layers.0.self_attn.qkv_proj
     model.layers.0.self_attn.qkv_proj  the sites q_proj, k_proj and v_proj, where they are apart
     model.layers.0.block_sparse_moe.gate   what is called model.layers.0.mlp.gate since
+    mlp.experts.3.gate_proj            the gate of expert 3
+    mlp.experts.gate_up_proj           the parameter, of all experts
+    mlp.experts, mlp.experts.base_layer    a parameter that PEFT wrapped; the configuration and the
+                                       shapes tell which
 
-What a path means is a *landing*: parts of sites in the order of the saved B's rows.
+A *landing* is parts of sites in the order of the saved B's rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lorafx.adapter_store.expert_places import ExpertPlace, ExpertPlaces
 from lorafx.adapter_store.peft_keys import candidates, without_prefix
 from lorafx.errors import Setting
-from lorafx.model.packed_names import virtual_paths
-from lorafx.model.partition import spans
-from lorafx.model.saved_names import PREFIX, SavedNames, nearest_names, without_compiled
+from lorafx.model.experts import NESTED, ExpertWeight, Half, meaning, saved_weights
+from lorafx.model.packed_names import spans, virtual_paths
+from lorafx.model.saved_names import PREFIX, SavedNames, Walked, nearest_names, without_compiled
 from lorafx.registry import lookup
-
-#: What messages call the setting that selects modules.
-TARGETS = Setting("target_modules", "target_modules when compiling")
 
 if TYPE_CHECKING:
     from lorafx.model.sites import Membership, Site
 
+#: What messages call the setting that selects modules.
+TARGETS = Setting("target_modules", "target_modules when compiling")
+_WEIGHT = ".weight"
 #: A site and the number of one of its parts.
 SitePart = tuple["Site", int]
-_WEIGHT = ".weight"
-#: What a wrapper of PEFT's calls the module that it wraps.
-WRAPPED = "base_layer"
 
 
 @dataclass(frozen=True)
 class SiteLanding:
-    """What a saved path means.
+    """Parts of sites that a saved path means.
 
     Attributes:
-        places: the parts that the factors belong to, in the order of B's rows.
-        saved: the path without prefixes under which they were found.
+        places: the parts, in the order of B's rows.
+        saved: the path without prefixes.
         loose: the name whose slices only B's rows can tell; `places` are all it may cover then.
         missing: why factors may not be placed here, "" where they may.
     """
@@ -61,8 +61,8 @@ class SiteLanding:
     def fitting(self, rows: Mapping[str, int]) -> tuple[SitePart, ...] | None:
         """The places that the factors cover; None where that cannot be told.
 
-        `rows` are those of B under each of the site's loose names that an adapter has factors for:
-        together the names have to partition the site's slices.
+        `rows` are those of B under the site's loose names, which together have to partition its
+        slices.
         """
         if not self.loose:
             return self.places
@@ -85,13 +85,94 @@ def saved_sizes(place: SitePart) -> tuple[int, int]:
     return in_features, sum(sizes[i] for i in part.slices)
 
 
+@dataclass(eq=False)
+class Experts:
+    """A module of routed experts. Its two `weights` are in the order in which it registers them,
+    and PEFT wraps them, with the sizes that checkpoints have. `sites` are the selected ones, by the
+    parameter's name."""
+
+    path: str
+    module: nn.Module
+    weights: tuple[ExpertWeight, ...]
+    sites: dict[str, Site] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        return self.weights[0].experts
+
+
+@dataclass(frozen=True)
+class ExpertPlace:
+    """What a saved path means among routed experts.
+
+    Attributes:
+        saved: the path without prefixes.
+        weight: the parameter; None where PEFT's wrapper leaves it open.
+        half: what is meant of its columns.
+        expert: the index, None for all.
+        nested: whether it is the inner one of two wrappers.
+        reason: why factors have no place here, "" where they have one.
+    """
+
+    experts: Experts
+    saved: str
+    weight: ExpertWeight | None = None
+    half: Half = "all"
+    expert: int | None = None
+    nested: bool = False
+    reason: str = ""
+
+
+class ExpertPlaces:
+    """Finds what a name means among the experts of `sites`, and of modules that names lead to."""
+
+    def __init__(self, sites: Iterable[Site]) -> None:
+        self._by_module: dict[int, Experts] = {}
+        for site in sites:
+            if site.expert_weight is None:
+                continue
+            found = self.of(site.module, without_compiled(site.path).rpartition(".")[0])
+            assert found is not None
+            found.sites[site.expert_weight.name] = site
+
+    @property
+    def selected(self) -> list[Experts]:
+        """The modules of which a parameter is selected."""
+        return [found for found in self._by_module.values() if found.sites]
+
+    def find(self, walked: Walked, saved: str) -> ExpertPlace | None:
+        """What a name means that was walked as far as it led; None where that is no experts."""
+        experts = self.of(walked.module, walked.path)
+        if experts is None:
+            return None
+        if walked.rest in ((), (NESTED,)):
+            return ExpertPlace(experts, saved, nested=bool(walked.rest))
+        meant = meaning(experts.weights, walked.rest)
+        if meant is None:
+            return None
+        return ExpertPlace(
+            experts, saved, meant.weight, meant.half, meant.expert, reason=meant.wrong
+        )
+
+    def of(self, module: nn.Module, path: str) -> Experts | None:
+        """The module of routed experts that `module` at `path` is, selected or not."""
+        if id(module) in self._by_module:
+            return self._by_module[id(module)]
+        weights = saved_weights(module)
+        if weights is None:
+            return None
+        order = list(module._parameters)
+        ordered = tuple(sorted(weights, key=lambda weight: order.index(weight.name)))
+        return self._by_module.setdefault(id(module), Experts(path, module, ordered))
+
+
 #: Of a saved path.
 SavedMeaning = SiteLanding | ExpertPlace | nn.Module | None
 
 
 class Places:
-    """Finds what a saved path means among the `sites` of `model`, an attribute, or at least the
-    module that it names."""
+    """Finds what saved paths mean among the `sites` of `model`, or at least which modules they
+    name."""
 
     def __init__(self, sites: Sequence[Site], model: nn.Module) -> None:
         self.model = model
@@ -104,8 +185,7 @@ class Places:
         self._known: list[str] | None = None
 
     def meaning(self, path: str) -> SavedMeaning:
-        """What `path` means: a site or parts of some, something of routed experts, a module that is
-        neither; None where it means nothing."""
+        """What `path` means; a module that it returns is neither a site nor routed experts."""
         if path not in self._meanings:
             readings = (self._meaning(*reading) for reading in self._readings(path))
             self._meanings[path] = next((found for found in readings if found is not None), None)
@@ -123,7 +203,6 @@ class Places:
         return walked.module if place is None and not walked.rest else place
 
     def module(self, path: str) -> nn.Module | None:
-        """The module that `path` means, a site or not; None where there is none."""
         walked = self._names.walk(self.current(path))
         return None if walked.rest else walked.module
 
@@ -132,17 +211,15 @@ class Places:
         PEFT adds their delta: `mha.base_layer.out_proj` has those of a child that `mha` carries
         (`Eligible.carries`); other paths have their own, once."""
         wrapper, _, name = saved.rpartition(".")
-        owner = wrapper.removesuffix(WRAPPED)
-        if owner == wrapper:
+        if wrapper.rpartition(".")[2] != NESTED:
             return saved, 1
-        owner = owner.rstrip(".")
+        owner = wrapper.removesuffix(NESTED).rstrip(".")
         module = self.module(owner) if owner else self.model
         entry = None if module is None else lookup(module)
         times = None if entry is None else entry.carries.get(name)
         return (saved, 1) if times is None else (owner, times)
 
     def site(self, module: nn.Module) -> Site | None:
-        """The site that this module is, None where it is none."""
         return self._by_module.get(id(module))
 
     def current(self, path: str) -> str:
@@ -168,8 +245,8 @@ class Places:
         return found | {id(experts.module) for experts in self.experts.selected}
 
     def packed_names(self) -> Iterator[tuple[str, str, tuple[SitePart, ...]]]:
-        """(path, `Landing.loose`, places) of what parts of packed sites would be called unpacked,
-        and the other way round."""
+        """(path, `SiteLanding.loose`, places) of what parts of packed sites would be called
+        unpacked, and the other way round."""
         return ((path, found.loose, found.places) for path, found in self._packed.items())
 
     def nearest(self, path: str) -> str:
@@ -200,7 +277,6 @@ class Places:
 
 
 def _packed(sites: Sequence[Site]) -> dict[str, SiteLanding]:
-    """What each name means that parts of packed sites would have unpacked, and that packs sites."""
     named: dict[str, list[SitePart]] = {}
     loose: dict[str, SiteLanding] = {}
     members: dict[str, list[tuple[Membership, Site]]] = {}
@@ -217,8 +293,8 @@ def _packed(sites: Sequence[Site]) -> dict[str, SiteLanding]:
         for membership in site.member_of:
             for path in virtual_paths(paths, membership.name):
                 members.setdefault(path, []).append((membership, site))
-    joined = {path: _joined(own) for path, own in members.items()}
-    return joined | loose | {path: _only(own) for path, own in named.items()}
+    joined = {path: _joined(found) for path, found in members.items()}
+    return joined | loose | {path: _only(found) for path, found in named.items()}
 
 
 def _checked(places: tuple[SitePart, ...], saved: str) -> SiteLanding:
@@ -233,7 +309,6 @@ def not_selected(names: Sequence[str]) -> str:
 
 
 def _only(places: Sequence[SitePart]) -> SiteLanding:
-    """The one part that has this name."""
     if len(places) == 1:
         return _checked(tuple(places), "")
     owners = ", ".join(site.path for site, _ in places)
@@ -242,7 +317,6 @@ def _only(places: Sequence[SitePart]) -> SiteLanding:
 
 
 def _joined(found: Sequence[tuple[Membership, Site]]) -> SiteLanding:
-    """Sites that one packed name stands for, in the order in which it packs them."""
     found = sorted(found, key=lambda item: item[0].index)
     places = tuple((site, i) for _, site in found for i in range(len(site.parts)))
     count = found[0][0].count

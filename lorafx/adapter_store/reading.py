@@ -6,88 +6,46 @@ A tensor belongs to a site, to a part of a packed one, or to several sites that 
 then B is split by their output sizes and A is shared. The rank is A's; it must be the rank that
 the configuration says, since s = α/r comes from there.
 
-Names in a packed module whose slices only the row counts of an adapter's factors determine.
+Slices of some names in a packed module are told by the rows of an adapter's factors alone:
 
     slices [8, 8, 8, 8];  in_proj_qkv with 24 rows, in_proj_z with 8  →  slices 0, 1, 2 and slice 3
-
-All names of one adapter are looked at together (lorafx.model.partition).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from lorafx.adapter_store.bias_reading import BiasReading
-from lorafx.adapter_store.dora import dora_refusal
-from lorafx.adapter_store.expert_places import ExpertPlace
+from lorafx.adapter_store.adapter import LoraWeights
 from lorafx.adapter_store.expert_reading import ExpertReading
-from lorafx.adapter_store.findings import Findings, listed, path_label
-from lorafx.adapter_store.lora_weights import LoraWeights
-from lorafx.adapter_store.own_reading import OwnReading, same
+from lorafx.adapter_store.extras import (
+    BIAS,
+    MAGNITUDE,
+    BiasReading,
+    OwnReading,
+    VectorKind,
+    check_vector,
+)
+from lorafx.adapter_store.findings import (
+    Findings,
+    Problem,
+    Unsupported,
+    check_shape,
+    check_sound,
+    listed,
+    path_label,
+    same,
+)
 from lorafx.adapter_store.peft_keys import TRAINING_KEYS, FactorKey, parse, without_prefix
-from lorafx.adapter_store.places import TARGETS, SiteLanding, SitePart, saved_sizes
+from lorafx.adapter_store.places import TARGETS, ExpertPlace, SiteLanding, SitePart, saved_sizes
 from lorafx.model.convolutions import convolution_of, matrices
-from lorafx.model.packed_names import renamed
-from lorafx.model.partition import spans
+from lorafx.model.packed_names import renamed, spans
 from lorafx.model.refusals import unsupported
+from lorafx.model.sites import Site
 from lorafx.registry import is_empty, lookup
-
-#: Rows of B by loose name, by the identity of the packed site.
-RowCounts = Mapping[int, Mapping[str, int]]
-
-
-def given_rows(
-    landings: Mapping[object, SiteLanding],
-    factors: Mapping[object, Mapping[str, FactorKey]],
-    tensors: Mapping[str, Tensor],
-) -> RowCounts:
-    """What a file has for loose names."""
-    found: dict[int, dict[str, int]] = {}
-    for meant, landing in landings.items():
-        if landing.loose and "B" in factors[meant]:
-            b = tensors[factors[meant]["B"].key]
-            own = found.setdefault(id(landing.places[0][0]), {})
-            own[landing.loose] = b.shape[0] if b.dim() == 2 else 0
-    return found
-
-
-def undivided(landing: SiteLanding, rows: RowCounts) -> str:
-    """Which slices there are, and what the names of `landing`'s site have to do with them."""
-    sizes = [saved_sizes(place)[1] for place in landing.places]
-    named = ", ".join(
-        f"{site.part_path(i).rpartition('.')[2]} {size}"
-        for (site, i), size in zip(landing.places, sizes, strict=True)
-    )
-    if not landing.loose:
-        return f"it covers {named}, {sum(sizes)} rows in all"
-    site = landing.places[0][0]
-    given = rows.get(id(site), {})
-    others = [name for name in site.loose_names if name != landing.loose]
-    beside = ", ".join(
-        f"{name} ({given[name]} rows here)" if name in given else name for name in others
-    )
-    return f"{landing.loose} takes some of {named}, while {beside} takes all others"
-
-
-def settled(landing: SiteLanding, rows: RowCounts) -> dict[str, range]:
-    """The slices of each loose name of `landing`'s site, by its path, that the rows leave no doubt
-    about: also of names that the file has no factors for."""
-    if not landing.loose:
-        return {}
-    site = landing.places[0][0]
-    sizes = [saved_sizes(place)[1] for place in landing.places]
-    given = rows.get(id(site), {})
-    found = spans(sizes, [given.get(name) for name in site.loose_names])
-    return {
-        renamed(site.path, name): range(*next(iter(own)))
-        for name, own in zip(site.loose_names, found, strict=True)
-        if len(own) == 1
-    }
-
 
 # Keys of features that the configuration would have been refused for, had it named them.
 _FEATURE_KEYS = {
@@ -97,6 +55,7 @@ _FEATURE_KEYS = {
 #: With `save_embedding_layers`, which is on where a vocabulary grew, `save_pretrained` writes
 #: embeddings and heads with all that their wrappers hold.
 _WRAPPED = re.compile(r"\.(modules_to_save|original_module)\.")
+_KINDS = {"embedding": "an embedding", "conv": "a convolution"}
 
 
 class Reading:
@@ -109,7 +68,7 @@ class Reading:
         experts: the factors of routed experts.
         own: the weights that the adapter has of its own.
         decoded: part paths that got factors, those of experts aside.
-        spans: the rows that saved names turned out to cover (`loose_names`).
+        spans: the slices that saved names turned out to cover (`loose_names`).
     """
 
     def __init__(self, findings: Findings) -> None:
@@ -126,6 +85,8 @@ class Reading:
         self.biases = BiasReading(findings)
         self.decoded: set[str] = set()
         self.spans: dict[str, range] = {}
+        #: Rows of B by loose name, by the site that it is a name of.
+        self._rows: dict[Site, dict[str, int]] = {}
 
     def run(self) -> dict[str, LoraWeights]:
         """The factors by part path; problems are noted in the findings."""
@@ -135,20 +96,26 @@ class Reading:
             factor = parse(key)
             if key in self.own.keys or key in self.biases.keys:
                 continue
-            if factor is None:
-                self._other_key(key)
-            else:
-                self._place(factor)
-        self.rows = given_rows(self.landings, self.factors, self.state.tensors)
+            with self.findings.noting():
+                if factor is None:
+                    self._other_key(key)
+                else:
+                    self._place(factor)
+        for meant, landing in self.landings.items():
+            if landing.loose and "B" in self.factors[meant]:
+                b = self.state.tensors[self.factors[meant]["B"].key]
+                rows = self._rows.setdefault(landing.places[0][0], {})
+                rows[landing.loose] = b.shape[0] if b.dim() == 2 else 0
         decoded: dict[str, tuple[SiteLanding, LoraWeights]] = {}
         for meant, landing in self.landings.items():
-            for path, weights in self._decode(landing, self.factors[meant]):
-                if path in decoded and not _alike(weights, decoded[path][1]):
-                    self.problems.append(
-                        f"{landing.saved} and {decoded[path][0].saved} both have factors for "
-                        f"{path_label(path)} and differ; keep one"
-                    )
-                decoded[path] = landing, weights
+            with self.findings.noting():
+                for path, weights in self._decode(landing, self.factors[meant]):
+                    if path in decoded and not _alike(weights, decoded[path][1]):
+                        raise Problem(
+                            f"{landing.saved} and {decoded[path][0].saved} both have factors for "
+                            f"{path_label(path)} and differ; keep one"
+                        )
+                    decoded[path] = landing, weights
         experts = dict(self.experts.decode())
         if self.config.use_dora and self.experts.paths:
             self.unsupported.append(
@@ -163,14 +130,13 @@ class Reading:
             for path, (_, weights) in decoded.items()
             if weights.magnitude is not None and path in self.own.found
         )
-        biased = self.biases.added({path: weights for path, (_, weights) in decoded.items()})
-        self.biases.complete(site for item in self.landings.values() for site, _ in item.places)
-        self.decoded.update(biased)
-        if not (self.factors or self.experts.paths or self.own.keys or biased) and not (
-            self.unknown or self.unselected or self.closed
-        ):
+        found = self.biases.added({path: weights for path, (_, weights) in decoded.items()})
+        self.biases.complete([site for item in self.landings.values() for site, _ in item.places])
+        self.decoded.update(found)
+        some = self.factors or self.experts.paths or self.own.keys or found
+        if not (some or self.unknown or self.unselected or self.closed):
             self.problems.append("the file holds no LoRA factors (lora_A, lora_B)")
-        return biased | experts
+        return found | experts
 
     def _place(self, factor: FactorKey) -> None:
         found = self.places.meaning(factor.module)
@@ -188,19 +154,19 @@ class Reading:
             self.closed[found.saved] = found.missing
             return
         self.landings.setdefault(found.key, found)
-        mine = self.factors.setdefault(found.key, {})
+        factors = self.factors.setdefault(found.key, {})
         site = found.places[0][0]
-        if factor.letter in "AB" and factor.embedding != (site.eligible.kind == "embedding"):
-            self.problems.append(
+        kind = site.eligible.kind
+        if factor.letter in "AB" and factor.embedding != (kind == "embedding"):
+            raise Problem(
                 f"{factor.key}: {factor.factor} on {_label(found)}, which is "
-                f"{_article(site.eligible.kind)} here ({type(site.module).__name__})"
+                f"{_KINDS.get(kind, 'a linear layer')} here ({type(site.module).__name__})"
             )
-        elif factor.letter not in mine:
-            mine[factor.letter] = factor
-        elif not self.findings.equal(factor.key, mine[factor.letter].key):
-            self.problems.append(
-                f"{factor.key} and {mine[factor.letter].key} are both {factor.factor} of "
-                f"{_label(found)} and differ; keep one"
+        first = factors.setdefault(factor.letter, factor)
+        if first is not factor and not self.findings.equal(factor.key, first.key):
+            raise Problem(
+                f"{factor.key} and {first.key} are both {factor.factor} of {_label(found)} and "
+                "differ; keep one"
             )
 
     def _decode(
@@ -209,157 +175,140 @@ class Reading:
         """The factors of each part by its path; none when a problem was noted."""
         if not keys:
             return  # factors of the wrong kind, noted when they were placed
+        label = _label(landing)
         lacks = [letter for letter in "AB" if letter not in keys]
         if lacks:
-            have = next(iter(keys.values()))
-            self.problems.append(f"{have.key}: {_label(landing)} has no factor {lacks[0]}")
-            return
-        a, b = (self.state.tensors[keys[letter].key] for letter in "AB")
-        if not all([self.findings.sound(keys["A"].key, a), self.findings.sound(keys["B"].key, b)]):
-            return
-        shaped = self._convolved(landing, keys, a, b)
-        if shaped is None:
-            return
-        a, b = shaped
+            raise Problem(f"{next(iter(keys.values())).key}: {label} has no factor {lacks[0]}")
+        a, b = self._matrices(landing, label, keys["A"].key, keys["B"].key)
         rank = a.shape[0] if a.dim() == 2 else 0
-        places = landing.fitting(self.rows.get(id(landing.places[0][0]), {}))
+        places = landing.fitting(self._rows.get(landing.places[0][0], {}))
         sizes = [saved_sizes(place) for place in places or landing.places]
         n, k = sum(size for _, size in sizes), sizes[0][0]
-        label = _label(landing)
-        fits = [self.findings.shaped(keys["A"].key, a, (rank, k), f"{label} needs (r, {k})")]
-        if places is None or len(places) > 1:
-            fits.append(self._divides(keys["B"].key, b, rank, landing, places))
-        else:
-            needs = f"{label} needs ({n}, r = {rank})"
-            fits.append(self.findings.shaped(keys["B"].key, b, (n, rank), needs))
-        owner, times = self.places.carried(landing.saved)
-        name = self.config.name_of(owner, places[0][0].eligible.weight) if places else ""
-        if not all(fits) or places is None:
-            return
-        if not self.findings.rank_fits(label, name, landing.saved, rank):
-            return
-        self.spans.update(settled(landing, self.rows))
-        m = self._magnitude(label, keys, places, n)
-        bias = self._bias(label, keys, places, n)
-        scale, start = times * self.findings.scale(name, landing.saved, rank), 0
-        for (site, index), rows in zip(places, b.split([size for _, size in sizes]), strict=True):
-            sharding, slices = site.eligible.sharding, site.parts[index].slices
-            own_a, own_b = a, rows
-            own_m = None if m is None else m[start : start + len(rows)]
-            own_bias = None if bias is None else bias[start : start + len(rows)]
-            start += len(rows)
-            if sharding is not None:
-                own_a, own_b = sharding.cut(site.module, slices, a, rows)
-                if own_m is not None:
-                    own_m = sharding.cut(site.module, slices, a, own_m[:, None])[1].squeeze(1)
-                if own_m is not None and own_a.shape[1] < a.shape[1]:
-                    self.unsupported.append(
-                        f"{label}: DoRA's norm is over all inputs, which several ranks share here"
-                    )
-            yield (
-                site.part_path(index),
-                LoraWeights(own_a, own_b, scale, magnitude=own_m, bias=own_bias),
+        check_shape(keys["A"].key, a, (rank, k), f"{label} needs (r, {k})")
+        if places is not None and len(places) == 1:
+            check_shape(keys["B"].key, b, (n, rank), f"{label} needs ({n}, r = {rank})")
+        elif places is None or tuple(b.shape) != (n, rank):
+            rows = b.shape[0] if b.dim() else 0
+            raise Problem(
+                f"{keys['B'].key} has shape {tuple(b.shape)}, whose {rows} rows cannot be split "
+                f"over the slices of {label}: {self._undivided(landing)} (and r = {rank}); declare "
+                "with packed_modules which slices each name covers"
             )
+        owner, times = self.places.carried(landing.saved)
+        name = self.config.name_of(owner, places[0][0].eligible.weight)
+        s = self.findings.scale(label, name, landing.saved, rank)
+        if s is None:
+            return
+        self._settle(landing)
+        m = self._vector(MAGNITUDE, label, keys.get("m"), places, n)
+        bias = self._vector(BIAS, label, keys.get("b"), places, n)
+        start = 0
+        for (site, index), (_, size) in zip(places, sizes, strict=True):
+            rows_of_part = slice(start, start + size)
+            start += size
+            part_a, part_b = a, b[rows_of_part]
+            part_m, part_bias = (None if v is None else v[rows_of_part] for v in (m, bias))
+            sharding, slices = site.eligible.sharding, site.parts[index].slices
+            if sharding is not None:
+                part_a, part_b = sharding.cut(site.module, slices, a, part_b)
+                if part_m is not None:
+                    part_m = sharding.cut(site.module, slices, a, part_m[:, None])[1].squeeze(1)
+                    if part_a.shape[1] < a.shape[1]:
+                        raise Unsupported(
+                            f"{label}: DoRA's norm is over all inputs, which several ranks share "
+                            "here"
+                        )
+            weights = LoraWeights(part_a, part_b, times * s, magnitude=part_m, bias=part_bias)
+            yield site.part_path(index), weights
 
-    def _convolved(
-        self, landing: SiteLanding, keys: dict[str, FactorKey], a: Tensor, b: Tensor
-    ) -> tuple[Tensor, Tensor] | None:
-        """A and B of a convolution as matrices, others as they are; None when a problem was
-        noted."""
+    def _matrices(
+        self, landing: SiteLanding, label: str, key_a: str, key_b: str
+    ) -> tuple[Tensor, Tensor]:
+        a, b = self.state.tensors[key_a], self.state.tensors[key_b]
+        check_sound(key_a, a)
+        check_sound(key_b, b)
         site = landing.places[0][0]
-        if site.eligible.kind != "conv":
-            return a, b
-        made = matrices(site.module, a, b)
+        made = matrices(site.module, a, b) if site.eligible.kind == "conv" else (a, b)
         if made is None:
             conv = convolution_of(site.module)
             kernel = ", ".join(map(str, conv.kernel_size))
             groups = "" if conv.groups == 1 else f" / {conv.groups}"
             ones = ", 1" * len(conv.kernel_size)
-            self.problems.append(
-                f"{keys['A'].key} {tuple(a.shape)} and {keys['B'].key} {tuple(b.shape)}: "
-                f"{_label(landing)} needs (r, {conv.in_channels}, {kernel}) and "
-                f"({conv.out_channels}, r{groups}{ones})"
+            raise Problem(
+                f"{key_a} {tuple(a.shape)} and {key_b} {tuple(b.shape)}: {label} needs "
+                f"(r, {conv.in_channels}, {kernel}) and ({conv.out_channels}, r{groups}{ones})"
             )
         return made
 
-    def _magnitude(
-        self, label: str, keys: dict[str, FactorKey], places: tuple[SitePart, ...], count: int
-    ) -> Tensor | None:
-        """DoRA's m (count,) of a landing; None where it has none, or a problem was noted."""
-        if "m" not in keys:
-            if self.config.use_dora:
-                self.problems.append(f"use_dora is set, but {label} has no lora_magnitude_vector")
-            return None
-        key, m = keys["m"].key, self.state.tensors[keys["m"].key]
-        if not self.config.use_dora:
-            self.unsupported.append(f"{key} belongs to DoRA, but use_dora is not set")
-            return None
-        reasons = {dora_refusal(site) for site, _ in places} - {None}
-        self.unsupported.extend(f"{label} cannot carry DoRA: {reason}" for reason in reasons)
-        if not self.findings.sound(key, m) or reasons:
-            return None
-        if places[0][0].eligible.kind == "conv" and m.dim() > 1:
-            m = m.flatten()  # (1, N, 1, ...)
-        if tuple(m.shape) != (count,):
-            self.problems.append(f"{key} has shape {tuple(m.shape)}, {label} needs ({count},)")
-            return None
-        return m
-
-    def _bias(
-        self, label: str, keys: dict[str, FactorKey], places: tuple[SitePart, ...], count: int
-    ) -> Tensor | None:
-        """The bias of lora_B (count,) of a landing; None where it has none, or a problem was
-        noted."""
-        if "b" not in keys:
-            if self.config.lora_bias and places[0][0].eligible.kind != "embedding":
-                self.problems.append(f"lora_bias is set, but {label} has no lora_B.bias")
-            return None
-        key, bias = keys["b"].key, self.state.tensors[keys["b"].key]
-        if not self.config.lora_bias:
-            self.unsupported.append(f"{key} belongs to lora_bias, but lora_bias is not set")
-            return None
-        return self.biases.checked(key, bias, label, [site for site, _ in places], count)
-
-    def _divides(
+    def _vector(
         self,
-        key: str,
-        b: Tensor,
-        rank: int,
-        landing: SiteLanding,
-        places: tuple[SitePart, ...] | None,
-    ) -> bool:
-        """Whether the rows of a B that serves several parts are those of all parts together."""
-        if places is not None and tuple(b.shape) == (_rows(places), rank):
-            return True
-        rows = b.shape[0] if b.dim() else 0
-        self.problems.append(
-            f"{key} has shape {tuple(b.shape)}, whose {rows} rows cannot be split over the "
-            f"slices of {_label(landing)}: {undivided(landing, self.rows)} (and r = "
-            f"{rank}); declare with packed_modules which slices each name covers"
+        kind: VectorKind,
+        label: str,
+        factor: FactorKey | None,
+        places: tuple[SitePart, ...],
+        count: int,
+    ) -> Tensor | None:
+        """DoRA's m, or the bias of lora_B, of a landing (count,); None where it has none."""
+        wanted, layer = getattr(self.config, kind.flag), places[0][0].eligible.kind
+        if factor is None:
+            if wanted and not (kind is BIAS and layer == "embedding"):
+                raise Problem(f"{kind.flag} is set, but {label} has no {kind.key}")
+            return None
+        if not wanted:
+            raise Unsupported(f"{factor.key} belongs to {kind.feature}, but {kind.flag} is not set")
+        vector = self.state.tensors[factor.key]
+        if layer == "conv" and vector.dim() > 1:
+            vector = vector.flatten()  # (1, N, 1, ...)
+        check_vector(kind, factor.key, vector, label, [site for site, _ in places], count)
+        return vector
+
+    def _undivided(self, landing: SiteLanding) -> str:
+        """Which slices there are, and what the names of `landing`'s site have to do with them."""
+        sizes = [saved_sizes(place)[1] for place in landing.places]
+        named = ", ".join(
+            f"{site.part_path(i).rpartition('.')[2]} {size}"
+            for (site, i), size in zip(landing.places, sizes, strict=True)
         )
-        return False
+        if not landing.loose:
+            return f"it covers {named}, {sum(sizes)} rows in all"
+        site = landing.places[0][0]
+        given = self._rows.get(site, {})
+        others = ", ".join(
+            f"{name} ({given[name]} rows here)" if name in given else name
+            for name in site.loose_names
+            if name != landing.loose
+        )
+        return f"{landing.loose} takes some of {named}, while {others} takes all others"
+
+    def _settle(self, landing: SiteLanding) -> None:
+        """Note the slices of each loose name of the site that the rows leave no doubt about, also
+        of names that the file has no factors for."""
+        if not landing.loose:
+            return
+        site = landing.places[0][0]
+        given = self._rows.get(site, {})
+        sizes = [saved_sizes(place)[1] for place in landing.places]
+        found = spans(sizes, [given.get(name) for name in site.loose_names])
+        for name, possible in zip(site.loose_names, found, strict=True):
+            if len(possible) == 1:
+                self.spans[renamed(site.path, name)] = range(*next(iter(possible)))
 
     def _other_key(self, key: str) -> None:
         if key.endswith(TRAINING_KEYS) or self._is_beside_own(key):
             return
         for mark, feature in _FEATURE_KEYS.items():
             if f".{mark}" in f".{key}":
-                self.unsupported.append(
-                    f"{key} belongs to {feature}, which lorafx does not support"
-                )
-                return
+                raise Unsupported(f"{key} belongs to {feature}, which lorafx does not support")
         owner, _, attribute = key.rpartition(".")
-        own = getattr(self.places.module(owner.removesuffix(".base_layer")), attribute, None)
-        if not isinstance(own, Tensor):
-            self.problems.append(
-                f"{key} is not a LoRA factor, and nothing in the model has this name"
-            )
-            return
+        base = getattr(self.places.module(owner.removesuffix(".base_layer")), attribute, None)
+        if not isinstance(base, Tensor):
+            raise Problem(f"{key} is not a LoRA factor, and nothing in the model has this name")
         self.findings.compared = True
-        if not same(self.state.tensors[key], own):
-            self.problems.append(
-                f"{key} {tuple(self.state.tensors[key].shape)} is a base weight that differs from "
-                f"the model's {tuple(own.shape)}; load it into the base model (after "
+        tensor = self.state.tensors[key]
+        if not same(tensor, base):
+            raise Problem(
+                f"{key} {tuple(tensor.shape)} is a base weight that differs from "
+                f"the model's {tuple(base.shape)}; load it into the base model (after "
                 "resize_token_embeddings, where the vocabulary grew) before compiling, or make "
                 "room for a weight of the adapter's own by LoraConfig(modules_to_save=...)"
             )
@@ -405,27 +354,17 @@ class Reading:
 
 
 def _alike(first: LoraWeights, second: LoraWeights) -> bool:
-    same = first.A.shape == second.A.shape and bool(first.scale == second.scale)
-    for m, other in ((first.magnitude, second.magnitude), (first.bias, second.bias)):
-        equal = m is not None and other is not None and torch.equal(m, other)
-        same = same and (m is other or equal)
-    return same and torch.equal(first.A, second.A) and torch.equal(first.B, second.B)
-
-
-def _rows(places: tuple[SitePart, ...]) -> int:
-    return sum(saved_sizes(place)[1] for place in places)
+    pairs = zip(first, second, strict=True)
+    return all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
+        for a, b in pairs
+    )
 
 
 def _label(landing: SiteLanding) -> str:
-    """What messages call the place of some factors."""
     if len(landing.places) == 1:
         site, index = landing.places[0]
         return path_label(site.part_path(index))
-    sites = {id(site): site for site, _ in landing.places}
-    if len(sites) == 1 and not landing.loose:
+    if not landing.loose and len({id(site) for site, _ in landing.places}) == 1:
         return path_label(landing.places[0][0].path)
     return path_label(landing.saved)
-
-
-def _article(kind: str) -> str:
-    return {"embedding": "an embedding", "conv": "a convolution"}.get(kind, "a linear layer")

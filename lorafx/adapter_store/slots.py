@@ -2,29 +2,30 @@
 
 Banks are written in place. While a slot is written it belongs to nobody. The store's lock is held
 by whoever calls.
-
-Where adapters' own weights lie in the banks, which have room for those of some slots at a time.
-
-A place belongs to a slot as long as the slot holds an adapter with weights of its own; who holds
-which slot is for the store to say.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
-from lorafx.adapter_store.asked import evictable_for, no_slots, owning, too_many
 from lorafx.adapter_store.copy_streams import CopyStreams
-from lorafx.adapter_store.holding import staying
-from lorafx.adapter_store.names import members
+from lorafx.adapter_store.names import Mixture, members
+from lorafx.adapter_store.stored import HostTier, Retired, StoredAdapter
 from lorafx.adapter_store.windows import arranged, fit, window
 from lorafx.errors import CapacityError, LorafxError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lorafx.model.sites import Group
+
 
 class OwnPlaces:
-    """The places of `count` adapters with weights of their own."""
+    """Where adapters' own weights lie in the banks, which have room for those of `count` slots. A
+    place belongs to a slot as long as the slot holds an adapter with weights of its own."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -34,9 +35,9 @@ class OwnPlaces:
         """The place for `slot`: where it had one, or one that none of the slots `holding` has. None
         where there is none."""
         taken = {self._by_slot[other] for other in holding if other != slot}
-        own = self._by_slot.get(slot)
-        if own is not None and own not in taken:
-            return own
+        known = self._by_slot.get(slot)
+        if known is not None and known not in taken:
+            return known
         return min(set(range(self.count)).difference(taken), default=None)
 
     def take(self, slot: int, holding: Iterable[int]) -> int:
@@ -47,7 +48,7 @@ class OwnPlaces:
         return place
 
     def to_evict(
-        self, missing: Sequence[str], resident: Sequence[str], evictable: Sequence[str]
+        self, missing: Sequence[str], resident: Collection[str], evictable: Sequence[str]
     ) -> list[str]:
         """Those of `evictable` that have to make room for the own weights of `missing`, in their
         order. `resident` are all that have a place.
@@ -69,23 +70,10 @@ class OwnPlaces:
         return made
 
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from lorafx.adapter_store.host_copies import HostTier
-    from lorafx.adapter_store.stored import StoredAdapter
-    from lorafx.model.sites import Group
-
-
 class Slots:
-    """Slots of the banks of `groups`.
-
-    Args:
-        max_adapters: slots, the most distinct adapters in one batch. One of a rank over that of a
-            slot takes several (lorafx.adapter_store.windows); its slot is the first of them.
-        own_weights: how many of them have room for weights of their own.
-        host: what adapters are written from.
-    """
+    """Slots of the banks of `groups`: `max_adapters`, of which `own_weights` have room for weights
+    of their own. An adapter of a rank over that of a slot takes several
+    (lorafx.adapter_store.windows); its slot is the first of them. They are written from `host`."""
 
     def __init__(
         self, groups: Sequence[Group], max_adapters: int, own_weights: int, host: HostTier
@@ -106,12 +94,29 @@ class Slots:
         self._aside: Any = None  # what the store held, inside `set_aside`
 
     def _owners(self) -> dict[str, int]:
-        """The slots of adapters with weights of their own."""
         return {name: slot for name, slot in self._slots.items() if self._adapters[name].owned}
 
+    def _owning(self, names: Iterable[str]) -> int:
+        """How many of these have weights of their own. A sum has them that is one adapter at weight
+        1, whether it was made already or not."""
+        parts = (
+            [member for member, weight in name.weights if weight]
+            if isinstance(name, Mixture)
+            else [name]
+            for name in names
+        )
+        adapters = self._adapters
+        return sum(any(n in adapters and adapters[n].owned for n in part) for part in parts)
+
+    def _staying(self, wanted: Collection[str]) -> set[str]:
+        """The pinned adapters that keep their slots beside those that are `wanted`. Where the name
+        is pinned under which a version was loaded, both take turns in its slot."""
+        replaced = {name.replaced for name in wanted if isinstance(name, Retired)}
+        return self._pinned - (replaced - set(wanted))
+
     def _together(self, names: frozenset[str], *, own: bool) -> bool:
-        pinned = staying(self._pinned, names)
-        placed = owning(names | pinned, self._adapters) <= self._own.count
+        pinned = self._staying(names)
+        placed = self._owning(names | pinned) <= self._own.count
         if own or not placed:
             return placed
         kept = {name: slot for name, slot in self._slots.items() if name in pinned}
@@ -119,7 +124,6 @@ class Slots:
         return fit(widths, kept, self.max_adapters, self._widest)
 
     def _window(self, name: str, slot: int) -> range:
-        """The slots that a loaded adapter takes from `slot` on."""
         return window(slot, self._adapters[name].width, self.max_adapters)
 
     def _width(self, name: str) -> int:
@@ -127,7 +131,7 @@ class Slots:
         many as its members."""
         if name in self._adapters:
             return self._adapters[name].width
-        return sum(self._adapters[own].width for own in members(name))
+        return sum(self._adapters[member].width for member in members(name))
 
     def _fits(self, slot: int, stored: StoredAdapter) -> bool:
         """Whether the banks have room for what goes into `slot` in the place of what is there."""
@@ -138,21 +142,20 @@ class Slots:
         return others.isdisjoint(window(slot, stored.width, self.max_adapters))
 
     def _put_back(self) -> None:
-        """What `set_aside` took away."""
         if self._aside is None:
             return
         self._last = None
         self._adapters, slots, self._pinned = self._aside
         windows = {name: self._window(name, slot) for name, slot in slots.items()}
-        touched = {n for n, own in windows.items() if not self._written.isdisjoint(own)}
+        touched = {n for n, taken in windows.items() if not self._written.isdisjoint(taken)}
         self._slots = OrderedDict((n, s) for n, s in slots.items() if n not in touched)
         holders = {slot: name for name in touched for slot in windows[name]}
         while self._written:
             slot = next(iter(self._written))
             name = holders.get(slot)
-            own = range(slot, slot + 1) if name is None else windows[name]
-            for each in own:
-                self._clear(each)
+            taken = range(slot, slot + 1) if name is None else windows[name]
+            for written in taken:
+                self._clear(written)
             if name is not None:
                 try:
                     self._write(slots[name], self._adapters[name])
@@ -160,11 +163,12 @@ class Slots:
                     # Its files have changed, which is found before anything is written. Who asks
                     # for it will hear of that.
                     del slots[name]
-            self._written.difference_update(own)
+            self._written.difference_update(taken)
         self._slots, self._aside = slots, None
 
     def _make_resident(self, wanted: list[str], held: frozenset[int]) -> int:
-        """Give slots to those of `wanted` that have none; how many had one."""
+        """Give slots to those of `wanted` that have none; how many had one. Slots that are `held`
+        keep what they hold."""
         missing = [name for name in wanted if name not in self._slots]
         if not missing:
             return len(wanted)
@@ -172,11 +176,11 @@ class Slots:
         every = {name: self._adapters[name].width for name in wanted}
         if not fit(every, {}, self.max_adapters, self._widest):
             raise too_many(every, self.max_adapters)
-        evictable, kept = evictable_for(wanted, self._slots, self._pinned, held)
-        owners = self._owners()
-        evicted = self._own.to_evict(
-            [name for name in missing if self._adapters[name].owned], [*owners], evictable
-        )
+        pinned = self._staying(wanted)
+        kept = {name for name, slot in self._slots.items() if name in pinned or slot in held}
+        evictable = [name for name in self._slots if name not in wanted and name not in kept]
+        owning = [name for name in missing if self._adapters[name].owned]
+        evicted = self._own.to_evict(owning, self._owners(), evictable)
         slots = {name: slot for name, slot in self._slots.items() if name not in evicted}
         widths = {name: self._adapters[name].width for name in [*slots, *missing]}
         staying = [name for name in evictable if name not in evicted]
@@ -204,7 +208,6 @@ class Slots:
         return len(wanted) - len(missing)
 
     def _replace(self, stored: StoredAdapter) -> None:
-        """Write an adapter into the slot of the one that it replaces, where that has one."""
         slot = self._slots.get(stored.name)
         if slot is None:
             return
@@ -249,3 +252,35 @@ class Slots:
             return [source for group in self._groups for source in group.bank.clear(slot)]
 
         self.copy_streams.copy(f"slot {slot}", range(slot, slot + 1), clear)
+
+
+def too_many(wanted: Mapping[str, int], slots: int) -> CapacityError:
+    """More adapters in a batch than find slots; `wanted` says how many each takes."""
+    if len(wanted) > slots:
+        return CapacityError(
+            f"the batch has {len(wanted)} distinct adapters ({', '.join(wanted)}), but "
+            f"there are only {slots} slots; split the batch, or compile "
+            f'with LoraConfig(max_adapters={len(wanted)}) or Options(overflow="waves"), which '
+            "serves requests in turn where each finds slots beside pinned adapters"
+        )
+    needed = sum(wanted.values()) - max(wanted.values()) + 1
+    widths = ", ".join(f"{name} {width}" for name, width in wanted.items())
+    return CapacityError(
+        f"the adapters of the batch take {needed} slots by their ranks ({widths}; one of them may "
+        f"reach past the last slot), but there are only {slots}; split the batch, or compile with "
+        f'LoraConfig(max_adapters={needed}), a larger slot_rank, or Options(overflow="waves")'
+    )
+
+
+def no_slots(missing: Mapping[str, int], kept: AbstractSet[str], slots: int) -> CapacityError:
+    """The slots are kept for others, `kept`; `missing` says how many slots each takes."""
+    lacking = ", ".join(
+        name if width == 1 else f"{name} ({width} slots in a row)"
+        for name, width in missing.items()
+    )
+    return CapacityError(
+        f"no slots for {lacking}: {slots} slots, of which "
+        f"those of {', '.join(sorted(kept))} are pinned, or used by the call around this one; "
+        "unpin_adapter() some, split the batch, or "
+        "compile with a larger LoraConfig(max_adapters=...)"
+    )

@@ -4,7 +4,9 @@
     fetch     host copies that the budget left no room for -> read again
     acquire   the names of a batch's rows -> slots; missing adapters are written into free slots,
               or over the least recently used adapter that is neither pinned nor in the batch
-    sums      adapters of their own, made of loaded ones when a batch asks for them
+    hold      a version that is replaced or unloaded meanwhile goes on under a name of its own
+    sums      adapters of their own, made of loaded ones when a batch asks for them, and forgotten
+              with any of these
 
 Banks are written in place, so compiled graphs and captured addresses stay valid. Everything is
 checked before the first write; a call that raises has changed nothing. While a slot is written it
@@ -15,54 +17,48 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
+from weakref import WeakSet
 
-from lorafx.adapter_store.asked import check_loaded, outgrown, too_many
-from lorafx.adapter_store.dora import refresh
-from lorafx.adapter_store.fitting import fitted
-from lorafx.adapter_store.holding import Hold, Retired
-from lorafx.adapter_store.host_copies import HostCopy, HostTier
+from lorafx.adapter_store.adapter import Adapter
+from lorafx.adapter_store.fitting import fitted, measure, places_of
+from lorafx.adapter_store.mixing import mixed
 from lorafx.adapter_store.names import BASE, Mixture, adapters_among, check_name, members
-from lorafx.adapter_store.origins import Origin
-from lorafx.adapter_store.stored import StoredAdapter, check_spans, places_of
-from lorafx.adapter_store.versions import Versions
+from lorafx.adapter_store.saved import AdapterSource, Origin
+from lorafx.adapter_store.slots import Slots, too_many
+from lorafx.adapter_store.stored import Hold, HostCopy, HostTier, Retired, StoredAdapter
+from lorafx.errors import CapacityError, CheckpointError, ConfigError, UnknownAdapterError, nearest
 from lorafx.interrupts import free_after_fork, undisturbed
 
 if TYPE_CHECKING:
-    from lorafx.adapter_store.peft_reader import Adapter
-    from lorafx.adapter_store.saved import AdapterSource
     from lorafx.model.sites import Group
 
 T = TypeVar("T")
 
 
-class AdapterStore(Versions):
-    """Adapters by name over the banks of `groups`; safe to use from several threads.
-
-    Args:
-        groups: the groups whose banks are filled; each bank has `max_adapters` slots.
-        max_adapters: slots, the most distinct adapters in one batch.
-        max_rank: largest rank that the banks hold.
-        own_weights: for how many adapters they hold weights of their own; None for one a slot.
-        max_host_bytes: of the adapters' host copies; None for no limit.
-    """
+class AdapterStore(Slots):
+    """Adapters by name over the banks of `groups`, which have `max_adapters` slots and room for the
+    weights of their own of `own_weights` adapters, None for one a slot. Host copies may take
+    `max_host_bytes`. Safe to use from several threads."""
 
     def __init__(
         self,
         groups: Sequence[Group],
         max_adapters: int,
-        max_rank: int,
         own_weights: int | None = None,
         max_host_bytes: int | None = None,
     ) -> None:
-        self._groups = tuple(groups)
-        places = places_of(self._groups)
-        self._fitted = partial(fitted, places=places, groups=self._groups, max_rank=max_rank)
-        own = max_adapters if own_weights is None else own_weights
-        super().__init__(self._groups, max_adapters, own, HostTier(self._fitted, max_host_bytes))
+        self._fitted = partial(fitted, places=places_of(groups), groups=tuple(groups))
+        rooms = max_adapters if own_weights is None else own_weights
+        super().__init__(groups, max_adapters, rooms, HostTier(self._fitted, max_host_bytes))
         self._lock = threading.RLock()
+        # Versions that requests hold though they were replaced or unloaded, and their names.
+        self._held: WeakSet[Hold] = WeakSet()
+        self._retired: dict[int, Retired] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -100,7 +96,7 @@ class AdapterStore(Versions):
 
     def __contains__(self, name: object) -> bool:
         with self._lock:
-            return isinstance(name, str) and all(own in self._adapters for own in members(name))
+            return isinstance(name, str) and all(n in self._adapters for n in members(name))
 
     def __getitem__(self, name: str) -> StoredAdapter:
         """The stored adapter, or the sum; UnknownAdapterError if there is none of this name. Raises
@@ -111,23 +107,25 @@ class AdapterStore(Versions):
             return self._adapters[name]
 
     def load(self, adapter: Adapter, origin: Origin | None = None) -> None:
-        """Keep `adapter` in host memory; it gets a slot when a batch, or a pin, asks for it.
-        `origin` says where it can be read again. An adapter of the same name is replaced, and
-        rewritten in place if it holds a slot; sums that it is part of are made again.
-        Raises CapacityError (rank, room), CheckpointError (sites, sizes, values), ConfigError.
+        """Keep `adapter` in host memory; `origin` says where it can be read again. One of the same
+        name is replaced, and rewritten in place if it holds a slot.
+
+        Raises:
+            CapacityError: the banks have no room for it.
+            CheckpointError: values beyond the banks' dtype, or slices unlike those of others.
+            ConfigError: a name that no adapter can have.
         """
-        with self._lock:
-            self.loading(adapter, origin)()
+        self.loading(adapter, origin)()
 
     def loading(self, adapter: Adapter, origin: Origin | None = None) -> Callable[[], None]:
         """What does as `load` does, which has been found possible. Raises as that."""
         check_name(adapter.name)
         stored = self._fitted(adapter, origin=origin)
         with self._lock:
-            check_spans(stored, self._adapters.values())
+            _check_spans(stored, self._adapters.values())
             slot = self._slots.get(stored.name) if stored.name in self._pinned else None
             if slot is not None and not self._fits(slot, stored):
-                raise outgrown(stored)
+                raise _outgrown(stored)
 
         def keep() -> None:
             with self._lock:
@@ -137,9 +135,8 @@ class AdapterStore(Versions):
         return keep
 
     def fetch(self, names: Iterable[str | None], *, resident: bool = False) -> list[HostCopy]:
-        """The host copies of these adapters, of those with a slot only where `resident` asks, which
-        stay in memory as long as what is returned. What was dropped is read again; other threads go
-        on meanwhile.
+        """The host copies of these adapters, of those with a slot only if `resident`, which stay in
+        memory as long as what is returned. What was dropped is read again; other threads go on.
 
         Raises:
             UnknownAdapterError: a name that is not loaded.
@@ -151,14 +148,21 @@ class AdapterStore(Versions):
         for name in adapters_among(names):
             with self._lock:
                 self._check_known([name])
-                own = members(name) if resident or name not in self._slots else ()
-                wanted = [self._adapters[each] for each in own]
+                needed = members(name) if resident or name not in self._slots else ()
+                wanted = [self._adapters[member] for member in needed]
                 copies = [self.host.get(stored) for stored in wanted]
             for stored, copy in zip(wanted, copies, strict=True):
                 found.append(self.host.read(stored) if copy is None else copy)
         with self._lock:
             self._trim()
         return found
+
+    @contextmanager
+    def fetched(self, names: Iterable[str | None]) -> Iterator[None]:
+        """A block in which the host copies of these adapters stay in memory. Raises as `fetch`."""
+        copies = self.fetch(names, resident=True)
+        yield
+        del copies
 
     def read_with(self, reader: Callable[[AdapterSource, str], Adapter]) -> None:
         """Read adapters again by this, from a source, by a name; until then none is dropped."""
@@ -179,8 +183,7 @@ class AdapterStore(Versions):
 
     def pin(self, name: str) -> int:
         """Give an adapter a slot that it keeps until unpinned; returns the slot."""
-        kept = self.fetch([name], resident=True)  # noqa: F841 - until it is pinned
-        with self._lock:
+        with self.fetched([name]), self._lock:
             self._check_known([name])
             (slot,) = self.acquire([name])
             self._pinned.add(name)
@@ -196,8 +199,7 @@ class AdapterStore(Versions):
     def hold(self, name: str) -> Hold:
         """Keep this version of an adapter for as long as the returned object lives, whatever is
         loaded under the name, or unloaded, meanwhile. Raises as `fetch`."""
-        kept = self.fetch([name], resident=True)  # noqa: F841 - until it is held
-        with self._lock:
+        with self.fetched([name]), self._lock:
             stored = self[name]
             hold = Hold(name, stored, self.host.numbers(stored))
             self._held.add(hold)
@@ -205,24 +207,18 @@ class AdapterStore(Versions):
 
     def held_name(self, hold: Hold) -> str:
         """The name by which `acquire` takes the version that is held."""
-        return self.held_names([hold])[0]
+        with self._lock:
+            loaded = self._adapters.get(hold.name) is hold.stored
+            return hold.name if loaded else self._retired[hold.stored.version]
 
     def held_names(self, holds: Iterable[Hold]) -> list[str]:
-        """The names by which `acquire` takes the versions that are held."""
+        """`held_name` of each."""
         with self._lock:
-            loaded, retired = self._adapters, self._retired
-            return [
-                hold.name if loaded.get(hold.name) is hold.stored else retired[hold.stored.version]
-                for hold in holds
-            ]
+            return [self.held_name(hold) for hold in holds]
 
     def set_aside(self, action: Callable[[], T]) -> T:
         """What `action` returns with an empty store; afterwards everything is as it was, in the
-        same slots.
-
-        Other threads that ask for the store wait. Slots that were written meanwhile are written
-        again with what they held, or cleared.
-        """
+        same slots. Other threads that ask for the store wait."""
         with self._lock:
             before = self._adapters, self._slots, self._pinned
             empty: OrderedDict[str, int] = OrderedDict()
@@ -239,13 +235,14 @@ class AdapterStore(Versions):
                     raise
 
     def acquire(self, names: Sequence[str | None], held: frozenset[int] = frozenset()) -> list[int]:
-        """The slot of each row's adapter, -1 for None and "__base__".
+        """The slot of each row's adapter, -1 for None and "__base__". Slots that are `held`, by
+        calls around the running one, keep what they hold.
 
-        `held` are slots that calls around the running one go on to read, which keep what they hold.
-
-        Raises UnknownAdapterError for names that are not loaded, CapacityError when the batch
-        has more distinct adapters than there are slots, or than pinned ones leave free, or for a
-        sum whose ranks find no room; ConfigError for a sum that cannot be made.
+        Raises:
+            UnknownAdapterError: a name that is not loaded.
+            CapacityError: more adapters than slots, or than pinned ones leave free; a sum whose
+                ranks find no room.
+            ConfigError: a sum that cannot be made.
         """
         key = tuple(names)
         with self._lock:
@@ -271,18 +268,18 @@ class AdapterStore(Versions):
             return [self._slots[name] for name in wanted]
 
     def refresh_magnitudes(self) -> None:
-        """Take the norms of all loaded DoRA adapters, and the differences of adapters' own biases,
-        again from the base weights as they are now.
-
-        For whoever changes base weights: host copies and slots are rewritten in place, so graphs
-        stay. Nothing is done where no adapter has either.
-
-        Raises:
-            ConfigError: a base weight is in no known format any more.
-        """
+        """Take the norms of DoRA adapters, and the differences of adapters' own biases, again from
+        the base weights as they are now, in place. ConfigError where one is in no known format."""
         with self._lock:
             self.copy_streams.use(range(self.max_adapters))
-            refresh(self._groups, self._adapters, self._slots)
+            following = {n: s.host for n, s in self._adapters.items() if s.follows_base and s.host}
+            for g, group in enumerate(self._groups):
+                copies = following.values()
+                measure(group, [f for copy in copies for f in copy.factors.get(g, ())])
+            for name, copy in following.items():
+                for g, factors in copy.factors.items():
+                    if name in self._slots:
+                        self._groups[g].bank.write_by_column(self._slots[name], factors)
 
     def nbytes(self) -> dict[str, int]:
         """Bytes of the banks ("banks"), of the adapters in host memory ("host"), and of the files
@@ -316,4 +313,150 @@ class AdapterStore(Versions):
         return had
 
     def _check_known(self, names: Sequence[str]) -> None:
-        check_loaded(names, self._adapters, lambda: self.names)
+        """Raise UnknownAdapterError unless all of these are loaded; ConfigError for weights by
+        name, where a name belongs."""
+        lacking = [n for n in names if not isinstance(n, str) or n not in self._adapters]
+        for name in lacking:
+            if isinstance(name, Mapping):
+                raise ConfigError(
+                    f"{name!r} is no name of an adapter; weights by name are for calls, blocks and "
+                    "set_adapter()"
+                )
+        wanted = dict.fromkeys(member for name in lacking for member in members(name))
+        unknown = [name for name in wanted if name not in self._adapters]
+        if unknown:
+            known = self.names
+            near = "; ".join(f"{name!r}{nearest(str(name), known)}" for name in unknown)
+            loaded = ", ".join(known) or "none"
+            raise UnknownAdapterError(f"no adapter named {near}; loaded: {loaded}")
+
+    def _keep(self, stored: StoredAdapter) -> None:
+        self._last = None
+        self._unmix(stored.name)
+        self._retire(stored.name)
+        self._replace(stored)
+        before = self._adapters.get(stored.name)
+        if before is not None:
+            self.host.forget(before)
+        self._adapters[stored.name] = stored
+        self.host.add(stored)
+
+    def _retire(self, name: str) -> None:
+        """Give a version that requests hold, and its slot, a name of its own."""
+        self._let_go()
+        stored = self._adapters.get(name)
+        if stored is None or not any(hold.stored is stored for hold in list(self._held)):
+            return
+        self._last = None
+        stored.host = self.host.get(stored)  # which the request holds
+        self.host.forget(stored)
+        kept = self._retired[stored.version] = Retired(stored)
+        self._adapters[kept] = self._adapters.pop(name)
+        if name in self._slots:
+            self._slots[kept] = self._slots.pop(name)
+
+    def _let_go(self) -> None:
+        if self._retired and self._aside is None:
+            for version in self._retired.keys() - self._held_versions():
+                self._forget(self._retired.pop(version))
+
+    def _held_versions(self) -> set[int]:
+        return {hold.stored.version for hold in list(self._held)}
+
+    def _forget(self, name: str) -> None:
+        self._last = None
+        self._pinned.discard(name)
+        if name not in self._adapters:  # retired
+            return
+        self.host.forget(self._adapters.pop(name))
+        slot = self._slots.pop(name, None)
+        if slot is not None:
+            self._clear(slot)
+
+    def _unload(self, name: str) -> None:
+        self._unmix(name)
+        self._retire(name)
+        self._forget(name)
+
+    def _sums(self) -> list[Mixture]:
+        return [name for name in self._adapters if isinstance(name, Mixture)]
+
+    def _mix(self, names: Sequence[str]) -> None:
+        """Make the sums among `names`, whose adapters are loaded. Of earlier ones that have no slot
+        the last few are kept."""
+        missing = [n for n in names if isinstance(n, Mixture) and n not in self._adapters]
+        if not missing:
+            return
+        idle = [name for name in self._sums() if name not in self._slots and name not in names]
+        for name in idle[: max(0, len(idle) - self.max_adapters)]:
+            undisturbed(partial(self._unload, name))
+        summed = dict.fromkeys(member for name in missing for member in members(name))
+        copies = {member: self.host.numbers(self._adapters[member]) for member in summed}
+        for name in missing:
+            stored = mixed(name, self._adapters, copies, self._groups)
+            self._adapters[name] = stored
+            self.host.add(stored)
+
+    def _unmix(self, name: str) -> None:
+        for made in self._sums():
+            if name in members(made):
+                self._unload(made)
+
+    def _trim(self) -> None:
+        """Keep host memory within the budget: sums can be made again, and most adapters read."""
+        if not self.host.over or self._aside is not None:
+            return
+        held = self._held_versions()
+        for name in self._sums():
+            if name not in self._slots and self._adapters[name].version not in held:
+                undisturbed(partial(self._unload, name))
+        undisturbed(lambda: self.host.trim(lambda stored: stored.name in self._pinned))
+
+
+def _check_spans(stored: StoredAdapter, adapters: Iterable[StoredAdapter]) -> None:
+    """Raise CheckpointError unless a name of a packed module means the same slices in all
+    adapters."""
+    for other in adapters:
+        for path in stored.spans.keys() & other.spans.keys():
+            slices, others = stored.spans[path], other.spans[path]
+            if slices != others and other.name != stored.name:
+                raise CheckpointError(
+                    f"adapter {stored.name!r} from {stored.source} has factors by whose rows "
+                    f"{path} is slices {', '.join(map(str, slices))} of what packs it, and by "
+                    f"those of {other.name!r} slices {', '.join(map(str, others))}: one of the two "
+                    "is for another model; packed_modules may say which slices each name covers"
+                )
+
+
+def _outgrown(stored: StoredAdapter) -> CapacityError:
+    if stored.owned:
+        return CapacityError(
+            f"{stored.name!r} is pinned, and there is no room for its own weights; unpin "
+            "it, or compile with a larger LoraConfig(max_own_weights=...)"
+        )
+    return CapacityError(
+        f"{stored.name!r} is pinned, and would take {stored.width} slots in a row now, some of "
+        "which are not free; unpin it first"
+    )
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """A loaded adapter: its largest rank, the paths of the modules that it changes, its slot on the
+    device (None where it has none), whether it keeps that, and its bytes in host memory now."""
+
+    name: str
+    source: str
+    rank: int
+    sites: tuple[str, ...]
+    version: int
+    slot: int | None
+    pinned: bool
+    nbytes: int
+
+
+def info(store: AdapterStore, name: str) -> AdapterInfo:
+    """What is known of the adapter of this name; UnknownAdapterError where it is not loaded."""
+    s = store[name]
+    slot, pinned = store.resident.get(name), name in store.pinned
+    return AdapterInfo(name, s.source, s.rank, s.sites, s.version, slot, pinned, s.nbytes)

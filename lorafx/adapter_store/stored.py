@@ -1,43 +1,64 @@
-"""What the store keeps of an adapter, and where its factors go in the banks."""
+"""What host memory holds of adapters, in the banks' dtype and layout, under a budget of bytes.
+
+    adapter without a slot → its host copy → the slot
+    no host copy           → its files     → a new one
+
+Over the budget the copies go that were used least recently, of adapters that can be read again. A
+copy that somebody still uses stays in memory until nobody does, and is found again until then.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
 from weakref import ReferenceType
 
-import torch
-from torch import Tensor
+from torch import Size
 
-from lorafx.adapter_store.host_copies import HostCopy
-from lorafx.adapter_store.origins import Origin
-from lorafx.errors import CheckpointError
-from lorafx.model.bank import Factors
-
-if TYPE_CHECKING:
-    from lorafx.adapter_store.reading import LoraWeights
-    from lorafx.model.sites import Group, Site
-
+from lorafx.adapter_store.adapter import Adapter
+from lorafx.adapter_store.saved import AdapterSource, Origin
+from lorafx.errors import LorafxError
+from lorafx.interrupts import free_after_fork, undisturbed
+from lorafx.model.bank import Factors, OwnWeight
 
 #: The version of an adapter that is stored now.
 next_version = itertools.count(1).__next__
 
 
+class HostCopy:
+    """The numbers of an adapter in host memory: by index of a group its factors, and the rows that
+    it has of its own of the weight of its one site. `nbytes` is beside what is `shared`: of a sum,
+    the bytes of tensors that are those of another copy, by its id. `again`: they were just read
+    again, and not used yet."""
+
+    __slots__ = ("__weakref__", "again", "factors", "nbytes", "own", "shared")
+
+    def __init__(
+        self,
+        factors: Mapping[int, list[Factors]],
+        nbytes: int,
+        own: Mapping[int, OwnWeight] | None = None,
+        shared: Mapping[int, int] | None = None,
+    ) -> None:
+        self.factors, self.nbytes = factors, nbytes
+        self.own: Mapping[int, OwnWeight] = own or {}
+        self.shared = dict(shared or {})
+        self.again = False
+
+
 @dataclass(eq=False)
 class StoredAdapter:
-    """A loaded adapter. Only its host copy comes and goes (lorafx.adapter_store.host_copies).
+    """A loaded adapter, with what `Adapter` says of it. Only its host copy comes and goes.
 
     Attributes:
-        name, rank, source, notes: as in `Adapter`.
         sites: canonical paths of the sites that it touches.
         host: its numbers in host memory; None where they were dropped.
-        rescaled: those of the sites whose outputs it rescales (DoRA).
-        spans: as in `Adapter`.
-        owned: those of the sites of whose weight it has rows of its own.
-        shifted: those of the sites to whose outputs it adds a bias.
-        invocation: as in `Adapter`.
+        rescaled, owned, shifted: those of the sites whose outputs it rescales (DoRA), of whose
+            weight it has rows of its own, and to whose outputs it adds a bias.
         origin: where it can be read again; None where it cannot, or where the base weights as they
             are then would decide what its file means.
         keys: as in `Adapter`, where it cannot be read again.
@@ -52,16 +73,16 @@ class StoredAdapter:
     sites: tuple[str, ...]
     host: HostCopy | None
     rescaled: tuple[str, ...] = ()
-    spans: Mapping[str, range] = field(default_factory=dict)
     owned: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
     shifted: tuple[str, ...] = ()
+    spans: Mapping[str, range] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     invocation: tuple[int, ...] = ()
     origin: Origin | None = None
-    keys: Mapping[str, torch.Size] = field(default_factory=dict)
+    keys: Mapping[str, Size] = field(default_factory=dict)
+    width: int = 1
     version: int = field(default_factory=next_version)
     dropped: ReferenceType[HostCopy] | None = None
-    width: int = 1
 
     @property
     def follows_base(self) -> bool:
@@ -69,77 +90,163 @@ class StoredAdapter:
         return bool(self.rescaled or self.shifted)
 
     @property
+    def copy(self) -> HostCopy | None:
+        """Its numbers, as long as they are in host memory."""
+        return self.host or (None if self.dropped is None else self.dropped())
+
+    @property
     def nbytes(self) -> int:
         """Host memory that its numbers take now."""
-        copy = self.host or (None if self.dropped is None else self.dropped())
+        copy = self.copy
         return 0 if copy is None else copy.nbytes
 
 
-def check_spans(stored: StoredAdapter, others: Iterable[StoredAdapter]) -> None:
-    """Raise CheckpointError unless a name of a packed module means the same slices in all
-    adapters."""
-    for other in others:
-        for path in stored.spans.keys() & other.spans.keys():
-            mine, theirs = stored.spans[path], other.spans[path]
-            if mine != theirs and other.name != stored.name:
-                raise CheckpointError(
-                    f"adapter {stored.name!r} from {stored.source} has factors by whose rows "
-                    f"{path} is slices {_listed(mine)} of what packs it, and by those of "
-                    f"{other.name!r} slices {_listed(theirs)}: one of the two is for another "
-                    "model; packed_modules may say which slices each name covers"
-                )
+class Hold:
+    """One version of an adapter, kept as long as this object lives, and so is its host copy
+    (`AdapterStore.hold`)."""
+
+    __slots__ = ("__weakref__", "name", "numbers", "stored")
+
+    def __init__(self, name: str, stored: StoredAdapter, numbers: HostCopy) -> None:
+        self.name, self.stored, self.numbers = name, stored, numbers
 
 
-def _listed(numbers: Iterable[int]) -> str:
-    return ", ".join(map(str, numbers))
+class Retired(str):
+    """The name of a version that was `replaced` or unloaded while requests hold it. It is equal to
+    itself alone, whatever is loaded under a name that reads the same."""
+
+    replaced: str
+
+    def __new__(cls, stored: StoredAdapter) -> Retired:
+        name = super().__new__(cls, f"{stored.name} (version {stored.version}, replaced)")
+        name.replaced = stored.name
+        return name
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __ne__(self, other: object) -> bool:
+        return self is not other
+
+    def __hash__(self) -> int:
+        return id(self)
 
 
-def sharing(made: Factors, others: Iterable[Factors]) -> Factors:
-    """`made`, holding the very A of another sibling that has the same."""
-    for other in others:
-        if other.A.shape == made.A.shape and torch.equal(other.A, made.A):
-            return made._replace(A=other.A)
-    return made
+class HostTier:
+    """The copies of the adapters of one store within a budget of bytes, None for no limit. Safe to
+    use from several threads; files are read without its lock.
 
+    Attributes:
+        hits, misses: adapters that were written into a slot from host memory, or read again for it.
+        changed: reads that failed.
+        evictions: copies that were dropped.
+        reader: reads an adapter again, by its source and name; None where nothing can be dropped.
+    """
 
-class BankPlace(NamedTuple):
-    """Where the factors of one part of a site lie: its sibling and first column in the bank."""
+    def __init__(self, fitted: Callable[[Adapter], StoredAdapter], budget: int | None) -> None:
+        self.budget = budget
+        self.hits = self.misses = self.changed = self.evictions = 0
+        self.reader: Callable[[AdapterSource, str], Adapter] | None = None
+        self._fitted = fitted
+        self._lock = threading.RLock()
+        self._known: set[int] = set()  # versions that are loaded
+        self._kept: OrderedDict[int, StoredAdapter] = OrderedDict()  # by version; last is newest
+        self._nbytes = 0
 
-    group: int
-    site: Site
-    part: int
-    sibling: int
-    offset: int
+    @property
+    def over(self) -> bool:
+        """Whether the copies that are kept are over the budget."""
+        return self.budget is not None and self._nbytes > self.budget
 
+    def add(self, stored: StoredAdapter) -> None:
+        """Keep the copy of an adapter that was just loaded."""
+        assert stored.host is not None
+        with self._lock:
+            self._known.add(stored.version)
+            self._keep(stored, stored.host)
 
-def places_of(groups: Sequence[Group]) -> dict[str, BankPlace]:
-    """Where the factors of each part of a site lie, by its path."""
-    return {
-        site.part_path(part): BankPlace(g, site, part, *numbers)
-        for g, group in enumerate(groups)
-        for i, site in enumerate(group.sites)
-        for part, numbers in enumerate(zip(*group.ranges(i)[:2], strict=True))
-    }
+    def get(self, stored: StoredAdapter) -> HostCopy | None:
+        """The copy of an adapter, which is used now; None where there is none."""
+        with self._lock:
+            copy = stored.copy
+            if copy is not None:
+                self._keep(stored, copy)
+            return copy
 
+    def numbers(self, stored: StoredAdapter) -> HostCopy:
+        """The copy of an adapter, which is read where there is none. Raises as `read`."""
+        copy = self.get(stored)
+        return self.read(stored) if copy is None else copy
 
-def misfit(path: str, place: BankPlace, weights: LoraWeights, max_rank: int) -> str | None:
-    rank, part = weights.rank, place.site.parts[place.part]
-    want: tuple[tuple[int, ...], ...] = (rank, part.in_features), (part.out_features, rank)
-    if place.site.expert_weight is not None:
-        want = tuple((place.site.experts, *shape) for shape in want)
-    max_rank *= place.site.terms
-    have = tuple(weights.A.shape), tuple(weights.B.shape)
-    if have != want or not 0 < rank <= max_rank:
-        return f"{path}: factors {have} do not fit {want} with rank at most {max_rank}"
-    return None
+    def written(self, copy: HostCopy) -> None:
+        """Count a copy that goes into a slot."""
+        self.hits += not copy.again
+        copy.again = False
 
+    def read(self, stored: StoredAdapter) -> HostCopy:
+        """Read an adapter again.
 
-def host_copy(tensor: Tensor, dtype: torch.dtype, pin: bool) -> Tensor:
-    """A contiguous copy on the host, page-locked where it is to be copied to a GPU."""
-    made = torch.empty(tensor.shape, dtype=dtype, device="cpu", pin_memory=pin)
-    return made.copy_(tensor.detach())
+        Raises:
+            CheckpointError: its files have changed since it was loaded, or cannot be read.
+        """
+        origin, reader = stored.origin, self.reader
+        assert origin is not None, f"{stored.name!r} was dropped"
+        assert reader is not None
+        self.misses += 1
+        try:
+            origin.check(stored.name)
+            copy = self._fitted(reader(origin.source, stored.name)).host
+            origin.check(stored.name)  # nor did they change meanwhile
+        except LorafxError:
+            self.changed += 1
+            raise
+        assert copy is not None
+        copy.again = True
+        with self._lock:
+            known = self.get(stored)  # another thread was first
+            if known is not None:
+                return known
+            undisturbed(lambda: self._keep(stored, copy))
+            return copy
 
+    def forget(self, stored: StoredAdapter) -> None:
+        """An adapter was unloaded, or only requests under way hold it: it counts no more."""
+        with self._lock:
+            self._known.discard(stored.version)
+            if self._kept.pop(stored.version, None) is not None:
+                self._nbytes -= stored.nbytes
 
-def all_factors(factors: dict[int, list[Factors]]) -> Iterator[Factors]:
-    for group in factors.values():
-        yield from group
+    def trim(self, stays: Callable[[StoredAdapter], bool]) -> None:
+        """Drop copies until the rest is within the budget. Those stay that cannot be read again,
+        and those whose numbers follow the base weights: DoRA, biases."""
+        if self.reader is None:
+            return
+        with self._lock:
+            self._nbytes = sum(stored.nbytes for stored in self._kept.values())
+            for stored in list(self._kept.values()):
+                copy = stored.host
+                if not self.over:
+                    return
+                if copy is None or stored.origin is None or stored.follows_base or stays(stored):
+                    continue
+                self._kept.pop(stored.version)
+                self._nbytes -= copy.nbytes
+                for other in self._kept.values():  # a sum goes on to hold tensors of it
+                    if other.host is not None:
+                        grown = other.host.shared.pop(id(copy), 0)
+                        other.host.nbytes += grown
+                        self._nbytes += grown
+                stored.dropped, stored.host = weakref.ref(copy), None
+                self.evictions += 1
+
+    def after_fork(self) -> None:
+        """In a child process: free of what other threads of the parent were doing."""
+        self._lock = free_after_fork(self._lock)
+
+    def _keep(self, stored: StoredAdapter, copy: HostCopy) -> None:
+        if stored.version in self._known:
+            if stored.version not in self._kept:
+                self._nbytes += copy.nbytes
+            stored.host, stored.dropped = copy, None
+            self._kept[stored.version] = stored
+            self._kept.move_to_end(stored.version)

@@ -17,7 +17,7 @@ from lorafx.model.sites import Group
 
 def width_of(groups: Sequence[Group], factors: Mapping[int, Iterable[Factors]]) -> int:
     """The slots that an adapter with these factors, by number of the group, takes in a row."""
-    widths = (groups[g].bank.width(each.rank) for g, own in factors.items() for each in own)
+    widths = (groups[g].bank.width(f.rank) for g, of_group in factors.items() for f in of_group)
     return max(widths, default=1)
 
 
@@ -28,10 +28,7 @@ def window(first: int, width: int, count: int) -> range:
 
 def fit(widths: Mapping[str, int], kept: Mapping[str, int], count: int, widest: int) -> bool:
     """Whether adapters of these widths find slots together, where those of `kept` stay in these.
-
-    `count` and `widest` as in `arranged`, which would say the same: that looks at each slot for
-    each adapter, and an engine asks in each step.
-    """
+    `arranged` would say the same more slowly, and an engine asks in each step."""
     most = max(widths.values(), default=0)
     if most > 1 and kept:
         return arranged(widths, kept, (), kept, count, widest) is not None
@@ -66,7 +63,7 @@ def arranged(
     if placed is not None:
         return placed
     moving = {n: width for n, width in widths.items() if n not in evictable and n not in kept}
-    staying = {name: own for name, own in windows.items() if name in kept}
+    staying = {name: slots for name, slots in windows.items() if name in kept}
     return _placed(moving, staying, (), count, max(moving.values()))
 
 
@@ -77,13 +74,13 @@ def _placed(
     count: int,
     widest: int,
 ) -> dict[str, int] | None:
-    """The first slot of each of these, which evict none but `evictable`. The widest come first.
-    Those of the width `widest` take the highest slots and others the lowest, so that what is left
-    between them is in one piece."""
+    """The first slot of each of these, the widest first, which evict none but `evictable`. Those of
+    the width `widest` take the highest slots and others the lowest, so that what is left between
+    them is in one piece."""
     age = {name: number for number, name in enumerate(evictable)}
     taken: list[str | None] = [None] * count
-    for name, own in windows.items():
-        for slot in own:
+    for name, slots in windows.items():
+        for slot in slots:
             taken[slot] = name
     found: dict[str, int] = {}
     for name in sorted(widths, key=lambda name: -widths[name]):
@@ -98,9 +95,9 @@ def _placed(
         if not costs:
             return None
         *_, found[name] = min(costs)
-        own = window(found[name], width, count)
-        gone = {taken[slot] for slot in own}
+        slots = window(found[name], width, count)
+        gone = {taken[slot] for slot in slots}
         taken = [None if other in gone else other for other in taken]
-        for slot in own:
+        for slot in slots:
             taken[slot] = name
     return found

@@ -1,40 +1,40 @@
-"""Which tensors of a model repeat numbers of its weights.
+"""Tensors that hold numbers of weights a second time, and have to follow them.
 
-    rows of one weight at regular distances    W.view(H, n + v, L)[:, :n]: a `WeightForm`
-    rows, or columns, of one weight or more    cat([W_q, W_k]) and its transpose, scales, roundings
-    neighbours of one weight                   another order
-    one number, beside a weight that holds one made before there were weights: nothing tells of what
+    t[k_0, …] = W[o₀ + Σ k_d · out_d, i₀ + Σ k_d · into_d]    an exact copy of rows: computed anew,
+                                                              into the same memory
+    a matrix of another make, held beside a weight            by the holder's
+                                                              `process_weights_after_loading`
 
-A weight is a matrix (rows, columns): (N, K) of linears, (V, D) of embeddings, (E · A, B) of routed
-experts stored (E, A, B). A tensor is compared with the weights beside and below the module that
-holds it. Parameters are compared with linears alone, and by default in the first way: others have
-numbers of their own, whatever they were initialised with.
+Views of a weight see new numbers by themselves. W is (N, K) of a linear, (V, D) of an embedding,
+(E · A, B) of routed experts stored (E, A, B).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
+from lorafx.base_weights.deltas import write
+from lorafx.errors import CheckpointError
+from lorafx.loading.loadable_layer import WeightMethod, methods_of
+from lorafx.loading.loader import DerivedWeights, UndoLog
+from lorafx.loading.weight_places import Target
 from lorafx.model.experts import expert_weights
 from lorafx.model.module_graph import storage_key
+from lorafx.model.sites import Site
 from lorafx.program.derived import Holder, held_by, is_near, is_numbers, is_varied, numbers_of
-from lorafx.program.weight_forms import ALIKE, WeightForm, copied_form, in_runs, repeats_numbers
+from lorafx.program.weight_forms import Axis, WeightForm, copied_form
 from lorafx.registry import lookup
 
 if TYPE_CHECKING:
     from lorafx.program.program import Program
 
-#: Rows of a tensor that are looked for in weights; the shortest ones that say anything where any of
-#: several weights may have them; and how many have to be found.
-_ROWS, _SHORTEST, _FEWEST = 64, 8, 3
-#: Rows of a weight that are looked at together.
-_BLOCK = 1 << 14
+_HOOK = "process_weights_after_loading"
 
 
 @dataclass(frozen=True)
@@ -45,75 +45,93 @@ class Weight:
     kind: str
 
     def dense(self) -> Tensor | None:
-        """(rows, columns) as numbers, dequantised where they are quantised; None where they cannot
-        be had."""
-        module, experts = self.holder.module, self.kind == "experts"
-        dense = numbers_of(module, self.holder.attribute if experts else None)
+        """W (rows, columns), dequantised where it is quantised; None where it cannot be read."""
+        name = self.holder.attribute if self.kind == "experts" else None
+        dense = numbers_of(self.holder.module, name)
         if dense is None or not dense.numel() or dense.dim() < 2:
             return None
         return dense.flatten(0, -2)
 
 
-@dataclass(frozen=True)
-class Repeat:
-    """A tensor that repeats numbers of weights.
-
-    Attributes:
-        holder, tensor: who holds it, and it.
-        weights: whose numbers; with a form just one.
-        form: where they are in that, None where they are in no such form.
-        certain: whether its values show that; otherwise it may hold such numbers.
-    """
+@dataclass(frozen=True, eq=False)
+class Copy:
+    """A tensor that holds an exact copy of rows of a weight, or stands beside weights that it may
+    have been made from: then `form` is None."""
 
     holder: Holder
     tensor: Tensor
     weights: tuple[Weight, ...]
-    form: WeightForm | None = None
-    certain: bool = True
+    form: WeightForm | None
+
+    def touched(self, sites: Sequence[Site]) -> list[Site]:
+        """The sites whose weights, tied ones too, these are; one of those with one holder."""
+        held = [(weight.holder.module, weight.holder.attribute) for weight in self.weights]
+        tensors = [getattr(module, name, None) for module, name in held]
+        found = {}
+        for site in reversed(sites):
+            name = site.eligible.weight
+            value = getattr(site.module, name, None)
+            is_tied = isinstance(value, Tensor) and any(value is tensor for tensor in tensors)
+            if is_tied or any(site.module is module and name == other for module, other in held):
+                found[id(site.module), name] = site
+        return list(reversed(found.values()))
+
+    def follow(self, dense: Tensor) -> None:
+        """Hold what W (N, K) has now."""
+        assert self.form is not None
+        write(self.tensor, copied(dense, self.tensor, self.form))
+
+    def unexplained(self, program: Program) -> list[Site]:
+        """The sites whose weights it may have been made from, as far as graphs have not shown that
+        they use the weights themselves."""
+        if self.form is not None or not is_varied(self.tensor):
+            return []
+        return [
+            site
+            for site in self.touched(program.sites)
+            if site.path not in program.reached or site.path in program.replaced
+        ]
 
 
-def repeats(program: Program, *, parameters: bool = False) -> list[Repeat]:
-    """The tensors that the program's model holds and that repeat numbers of its weights.
-
-    Args:
-        parameters: also those whose numbers lie in no form, by the numbers of linears. For new
-            weights such a parameter is one of its own: where a checkpoint lacks it, it is missing.
-    """
+def copies_of(program: Program) -> list[Copy]:
+    """The tensors of a program's model that repeat, or may repeat, numbers of its weights."""
     model = program.model
-    tensors = list(_tensors(model))
-    if not tensors:
-        return []
     weights = list(_weights(model))
     found = []
-    for holder, tensor in tensors:
+    for holder, tensor in _tensors(model):
         parent = holder.path.rpartition(".")[0]
         near = [weight for weight in weights if is_near(weight.holder.path, parent)]
-        repeat = _repeat(holder, tensor, near, parameters=parameters) or _in_place_of_sites(
-            program, holder, tensor
-        )
-        if repeat is not None:
-            found.append(repeat)
+        copy = _copy(holder, tensor, near)
+        if copy is not None:
+            found.append(copy)
     return found
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[Holder, Tensor]]:
     """Matrices and more that modules hold and that are no weights' own memory."""
-    own = {storage_key(parameter) for parameter in model.parameters()}
+    storages = {storage_key(parameter) for parameter in model.parameters()}
     for path, module in model.named_modules():
         experts = expert_weights(module)
         weights = {weight.name for weight in experts or ()}
         computes = experts is not None or lookup(module) is not None
-        kept = module._buffers.keys() - module._non_persistent_buffers_set
         for name, value in held_by(module):
             if value.dim() < 2 or not is_numbers(value):
                 continue
             holder = Holder(path, module, name)
             parameter = isinstance(value, nn.Parameter)
             # Linears and the like have parameters and scales of their own.
-            if computes and (parameter or name in kept or name in weights or holder.is_own_weight):
+            if computes and (
+                parameter or name in weights or holder.is_own_weight or _is_saved(holder)
+            ):
                 continue
-            if parameter or storage_key(value) not in own:
+            if parameter or storage_key(value) not in storages:
                 yield holder, value
+
+
+def _is_saved(holder: Holder) -> bool:
+    """Whether it is a persistent buffer, which checkpoints have."""
+    module, name = holder.module, holder.attribute
+    return name in module._buffers and name not in module._non_persistent_buffers_set
 
 
 def _weights(model: nn.Module) -> Iterator[Weight]:
@@ -125,100 +143,150 @@ def _weights(model: nn.Module) -> Iterator[Weight]:
             yield Weight(Holder(path, module, weight.name), "experts")
 
 
-def _repeat(
-    holder: Holder, tensor: Tensor, near: Sequence[Weight], *, parameters: bool
-) -> Repeat | None:
+def _copy(holder: Holder, tensor: Tensor, near: Sequence[Weight]) -> Copy | None:
     parameter, varied = isinstance(tensor, nn.Parameter), is_varied(tensor)
-    if parameter:
-        near = [weight for weight in near if weight.kind == "linear"]
-    if not near or not (varied or (not parameter and _is_constant(tensor))):
-        return None
-    known = [
-        (weight, dense)
-        for weight in near
-        if (dense := weight.dense()) is not None and dense.device == tensor.device
-    ]
-    if not varied:
-        maybe = tuple(weight for weight, dense in known if _maybe_made_of(tensor, dense))
-        return Repeat(holder, tensor, maybe, certain=False) if maybe else None
-    for weight, dense in known:
-        form = copied_form(tensor, dense)
-        if form is not None:
-            return Repeat(holder, tensor, (weight,), form)
-    if parameter and not parameters:
-        return None
-    sources = None if parameter else _sources_of_rows(tensor, known)
-    if sources:
-        return Repeat(holder, tensor, sources)
-    for weight, dense in known:
-        if weight.kind == "linear":
-            same = repeats_numbers(tensor, dense)
-        else:  # large: another order of all of it
-            same = tensor.numel() == dense.numel() and in_runs(tensor, dense.to(tensor.dtype))
-        if same:
-            return Repeat(holder, tensor, (weight,))
-    return None
-
-
-def _sources_of_rows(
-    tensor: Tensor, known: Sequence[tuple[Weight, Tensor]]
-) -> tuple[Weight, ...] | None:
-    """The weights whose rows or columns the rows of `tensor` along some dimension point along,
-    rows of zeros excepted; None where some row is of no weight."""
-    for dim, size in enumerate(tensor.shape):
-        if size < _SHORTEST:
+    beside = []
+    for weight in near:
+        if parameter and (weight.kind != "linear" or not varied):
             continue
-        lines = tensor.detach().movedim(dim, -1).flatten(0, -2)
-        picked = normalize(lines[:: -(-len(lines) // _ROWS)].float(), dim=1)
-        empty = ~picked.any(1)
-        matched = torch.zeros_like(empty)
-        sources = []
-        for weight, dense in known:
-            here = torch.zeros_like(empty)
-            for side in (dense, dense.mT):
-                if side.shape[1] == size:
-                    here |= _points_along(picked, side)
-            if bool(here.any()):
-                sources.append(weight)
-                matched |= here
-        if int(matched.sum()) >= _FEWEST and bool((matched | empty).all()):
-            return tuple(sources)
-    return None
-
-
-def _points_along(picked: Tensor, side: Tensor) -> Tensor:
-    """Which of the unit rows `picked` point where some row of `side` does."""
-    found = torch.zeros(len(picked), dtype=torch.bool, device=picked.device)
-    for block in side.split(_BLOCK):
-        cosines = picked @ normalize(block.float(), dim=1).T
-        found |= cosines.abs().amax(1) > ALIKE
-    return found
-
-
-def _maybe_made_of(tensor: Tensor, dense: Tensor) -> bool:
-    """Whether a matrix of a single number may have been made of a weight of a single number."""
-    sizes = [size for size in tensor.shape if size > 1]
-    return len(sizes) > 1 and bool(set(sizes) & set(dense.shape)) and _is_constant(dense)
-
-
-def _is_constant(tensor: Tensor) -> bool:
-    """Whether all numbers are the same."""
-    if not tensor.numel():
-        return False
-    first = tensor.detach()[(0,) * tensor.dim()]
-    return all(bool((part == first).all()) for part in (tensor.detach()[0], tensor.detach()))
-
-
-def _in_place_of_sites(program: Program, holder: Holder, tensor: Tensor) -> Repeat | None:
-    """What a graph seemed to multiply by in place of a site's weight
-    (lorafx.passes.match.match)."""
-    if isinstance(tensor, nn.Parameter) or not program.replaced:
+        dense = weight.dense()
+        if dense is None or dense.device != tensor.device:
+            continue
+        form = copied_form(tensor, dense) if varied else None
+        if form is not None:
+            return Copy(holder, tensor, (weight,), form)
+        if dense.shape[1] in tensor.shape:
+            beside.append(weight)
+    # What checkpoints hold has numbers of its own.
+    if parameter or not beside or _is_saved(holder):
         return None
-    weights = tuple(
-        Weight(Holder(site.path, site.module, site.eligible.weight), site.eligible.kind)
-        for site in program.sites
-        if site.path in program.replaced
-        if is_near(str(holder), site.path.rpartition(".")[0])
-        if site.in_features in tensor.shape
-    )
-    return Repeat(holder, tensor, weights, certain=False) if weights else None
+    return Copy(holder, tensor, tuple(beside), None)
+
+
+def copied(dense: Tensor, tensor: Tensor, form: WeightForm) -> Tensor:
+    """What `tensor` holds of W (N, K): t[k_0, …] = W[o₀ + Σ k_d · out_d, i₀ + Σ k_d · into_d]."""
+    rows = _indices(tensor, form, form.out, lambda axis: axis.out)
+    columns = _indices(tensor, form, form.into, lambda axis: axis.into)
+    return dense[rows.to(dense.device), columns.to(dense.device)].to(tensor.dtype)
+
+
+def _indices(
+    tensor: Tensor, form: WeightForm, start: int, step_of: Callable[[Axis], int]
+) -> Tensor:
+    """(sizes of the tensor, or 1 where nothing changes) indices into one dimension of W."""
+    dims = tensor.dim()
+    indices = torch.full((1,) * dims, start)
+    for dim, (size, axis) in enumerate(zip(tensor.shape, form.axes, strict=True)):
+        index = torch.arange(size)
+        if axis.period:
+            index = index % axis.period
+        shape = [1] * dims
+        shape[dim] = size
+        indices = indices + (index * step_of(axis)).view(shape)
+    return indices
+
+
+class Copies(DerivedWeights):
+    """The copies that a model holds, as they are before an update."""
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._copies = copies_of(program)
+
+    def holds(self, target: Target) -> bool:
+        return any(copy.tensor is target.tensor for copy in self._copies)
+
+    def refusals(self, filled: Iterable[Target]) -> list[str]:
+        filled = list(filled)
+        modules = {id(target.module) for target in filled}
+        found = []
+        for copy in self._of(filled):
+            sites = [s for s in copy.unexplained(self._program) if id(s.module) in modules]
+            if sites and _hook(copy) is None:
+                names = ", ".join(f"{site.path}.{site.eligible.weight}" for site in sites)
+                found.append(
+                    f"{names}: {copy.holder} may have been computed from it, and cannot be updated "
+                    f"with it; give its module a method {_HOOK}() that computes it"
+                )
+        return found
+
+    def fallible(self, filled: Iterable[Target]) -> bool:
+        """Whether code of the model's, which may raise, computes what follows these weights."""
+        filled = list(filled)
+        return any(map(_hook, self._of(filled))) or any(
+            type(method).process_weights_after_loading
+            is not WeightMethod.process_weights_after_loading
+            for _, method in methods_of(filled)
+        )
+
+    def refresh(self, filled: Iterable[Target], undo_log: UndoLog | None) -> None:
+        """Compute what follows weights that got new numbers, in the memory where it is."""
+        filled = list(filled)
+        made = [(copy, hook) for copy in self._of(filled) if (hook := _hook(copy))]
+        hooks = {id(copy.holder.module): (copy.holder.module, hook) for copy, hook in made}
+        methods = methods_of(filled)
+        if undo_log is not None:
+            for copy in self._of(filled):
+                undo_log.save(copy.tensor)
+            for module, _ in (*hooks.values(), *methods):
+                undo_log.save_held(module)
+        for module, method in methods:
+            method.process_weights_after_loading(module)
+        for _, hook in hooks.values():
+            hook()
+        for copy, _ in made:
+            _keep_in_place(copy)
+        self.recompute(filled)
+
+    def recompute(self, filled: Iterable[Target]) -> None:
+        """Compute the exact copies from their weights as they are."""
+        for copy in self._of(filled):
+            if copy.form is not None:
+                dense = copy.weights[0].dense()
+                assert dense is not None
+                copy.follow(dense)
+
+    def _of(self, filled: Iterable[Target]) -> list[Copy]:
+        """The copies of weights that are among `filled` and that got no numbers themselves."""
+        modules, tensors = set(), set()
+        for target in filled:
+            modules.add(id(target.module))
+            tensors.add(id(target.tensor))
+        return [
+            copy
+            for copy in self._copies
+            if any(id(weight.holder.module) in modules for weight in copy.weights)
+            if id(copy.tensor) not in tensors
+        ]
+
+
+def _hook(copy: Copy) -> Callable[[], Any] | None:
+    """What the holder computes a copy in no form with; None where nothing can be called."""
+    hook = getattr(copy.holder.module, _HOOK, None)
+    if copy.form is not None or not callable(hook):
+        return None
+    required = [
+        parameter
+        for parameter in inspect.signature(hook).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    if not required:
+        return hook
+    takes_dtype = [parameter.name for parameter in required] == ["act_dtype"]
+    return (lambda: hook(copy.tensor.dtype)) if takes_dtype else None
+
+
+def _keep_in_place(copy: Copy) -> None:
+    """Move what a hook computed into the tensor that was there, so that graphs see it."""
+    module, name = copy.holder.module, copy.holder.attribute
+    made = getattr(module, name, None)
+    if made is copy.tensor:
+        return
+    if not isinstance(made, Tensor) or made.shape != copy.tensor.shape:
+        raise CheckpointError(f"{copy.holder}: {_HOOK} left a tensor of another form there")
+    write(copy.tensor, made)
+    places: tuple[Any, ...] = (module._parameters, module._buffers, vars(module))
+    for place in places:
+        if place.get(name) is made:
+            place[name] = copy.tensor

@@ -6,13 +6,12 @@
     convolution (N, C, k…)   ΔW as of a linear, its kernels as rows
     experts (E, N, K)        ΔW[e, o : o + n]    = s_e · B_eᵀ A_e  A (E, r, K), B (E, r, n)
     experts (E, K, N)        ΔW[e, :, o : o + n] = s_e · A_eᵀ B_e
-    DoRA                     (1 + G) ⊙ (W + ΔW) − W, by output (lorafx.adapter_store.dora)
+    DoRA                     (1 + G) ⊙ (W + ΔW) − W, by output (lorafx.adapter_store.fitting)
     rows of its own          W_own − W + ΔW, in those rows
     bias (N,)                s·b + b' − b, by output (`BiasDelta`)
 
-Terms are the parts of a site that the adapter has factors for, o their first output column. Factors
-are those that the banks are filled with: this rank's share, in the banks' dtype. ΔW is computed a
-few rows at a time, in float32 (float64 for a float64 weight).
+o is the first output column of a part of the site. Factors are this rank's share, in the banks'
+dtype. ΔW is computed a few rows at a time, in float32 (float64 for a float64 weight).
 """
 
 from __future__ import annotations
@@ -24,15 +23,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorafx.adapter_store.host_copies import HostCopy
+from lorafx.adapter_store.stored import HostCopy
 from lorafx.errors import MatchError
 from lorafx.model.bank import Factors, OwnWeight
 from lorafx.model.convolutions import weight_shape
 from lorafx.model.module_graph import writing
 from lorafx.model.sites import Group, Site
 
-#: Bytes of ΔW that are computed at once: on a CPU a cache's worth, whose memory is used again and
-#: again; on other devices enough to keep them busy.
+#: Bytes of ΔW that are computed at once: on a CPU a cache's worth.
 BLOCK_ON_CPU, BLOCK = 1 << 22, 1 << 26
 
 
@@ -68,8 +66,7 @@ class Delta:
         return pair if site.expert_weight is None else (site.experts, *pair)
 
     def block(self, start: int, stop: int, like: Tensor) -> Tensor:
-        """Rows [start, stop) of the stored ΔW's first dimension, on the device and in the dtype of
-        `like`."""
+        """Rows [start, stop) of ΔW as it is stored, on the device and in the dtype of `like`."""
         made = like.new_zeros((stop - start, *self.shape[1:]))
         add = _ADD[self.site.eligible.kind]
         for term in self.terms:
@@ -77,8 +74,7 @@ class Delta:
         return made
 
     def update(self, start: int, stop: int, before: Tensor) -> Tensor:
-        """What is added to rows [start, stop), which hold `before`: ΔW, what DoRA scales, and the
-        difference of the adapter's own rows."""
+        """What is added to rows [start, stop), which hold `before`: ΔW, DoRA's scale, own rows."""
         made = self.block(start, stop, before)
         if self.own is not None:
             self._exchange(self.own, made, start, stop, before)
@@ -111,7 +107,6 @@ class Delta:
         made[at[here] - start] += rows[here] - before[at[here] - start]
 
     def same_as(self, other: Delta) -> bool:
-        """Whether both add the same numbers to tensors of the same sizes."""
         if not _same_rows(self.own, other.own):
             return False
         dora = any(term.factors.gains is not None for term in (*self.terms, *other.terms))
@@ -130,7 +125,7 @@ class BiasDelta(Delta):
 
     @classmethod
     def of(cls, delta: Delta) -> BiasDelta | None:
-        """That of a site with this ΔW; None where the adapter leaves its bias alone."""
+        """None where the adapter leaves the site's bias alone."""
         shifted = any(term.factors.shift is not None for term in delta.terms)
         return cls(delta.site, delta.terms) if shifted else None
 
@@ -174,11 +169,11 @@ def _add_experts(site: Site, term: DeltaTerm, made: Tensor, start: int, stop: in
         rank = f.rank if f.ranks is None else int(f.ranks[e])
         scale = float(f.scale[e]) if isinstance(f.scale, Tensor) else float(f.scale)
         a, b = _on(made, f.A[e, :rank]), _on(made, f.B[e, :rank])
-        own = made[e - start]
+        expert = made[e - start]
         if site.eligible.transposed:
-            own[:, term.columns].addmm_(a.T, b, alpha=scale)
+            expert[:, term.columns].addmm_(a.T, b, alpha=scale)
         else:
-            own[term.columns].addmm_(b.T, a, alpha=scale)
+            expert[term.columns].addmm_(b.T, a, alpha=scale)
 
 
 _Add = Callable[[Site, DeltaTerm, Tensor, int, int], None]
@@ -194,19 +189,18 @@ def _on(like: Tensor, factor: Tensor) -> Tensor:
     return factor.to(device=like.device, dtype=like.dtype)
 
 
-def _same_rows(one: OwnWeight | None, other: OwnWeight | None) -> bool:
-    """Whether two sites get the same rows, and no bias."""
-    if one is None or other is None:
-        return one is other
-    if one.bias is not None or other.bias is not None or one.rows.shape != other.rows.shape:
+def _same_rows(a: OwnWeight | None, b: OwnWeight | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    if a.bias is not None or b.bias is not None or a.rows.shape != b.rows.shape:
         return False
-    whole = one.at is None and other.at is None
-    some = one.at is not None and other.at is not None and torch.equal(one.at, other.at)
-    return (whole or some) and torch.equal(one.rows, other.rows)
+    whole = a.at is None and b.at is None
+    some = a.at is not None and b.at is not None and torch.equal(a.at, b.at)
+    return (whole or some) and torch.equal(a.rows, b.rows)
 
 
 def deltas_of(groups: Sequence[Group], numbers: HostCopy) -> list[Delta]:
-    """ΔW of each site that the adapter touches, as its file has them."""
+    """ΔW of each site that the adapter touches."""
     terms: dict[int, list[DeltaTerm]] = {}
     sites: dict[int, Site] = {}
     for number, factors in numbers.factors.items():
@@ -224,8 +218,7 @@ def deltas_of(groups: Sequence[Group], numbers: HostCopy) -> list[Delta]:
 
 
 def blocks(shape: Sequence[int], device: torch.device) -> Iterator[tuple[int, int]]:
-    """Ranges of the first dimension of a tensor of this shape, each with as many rows as fit into a
-    block of float32, at least one."""
+    """Ranges of the first dimension of a tensor of this shape, at least one row in each."""
     rows, row = shape[0], 4 * math.prod(shape[1:])
     step = max(1, (BLOCK_ON_CPU if device.type == "cpu" else BLOCK) // row)
     for start in range(0, rows, step):
@@ -259,22 +252,19 @@ def add_to(target: Tensor, weight: Tensor, delta: Delta, label: str) -> float:
         wrong = after.to(dtype, copy=True).sub_(before).sub_(update)
         norms = torch.stack([torch.linalg.vector_norm(wrong), torch.linalg.vector_norm(update)])
         block_lost, block_whole = norms.tolist()  # one transfer a block
-        if not math.isfinite(block_lost) and _overflown(before, after):
-            raise MatchError(
-                f"{label}: W + ΔW is beyond the range of {weight.dtype}; nothing is merged"
-            )
+        if not math.isfinite(block_lost):
+            overflown = ~torch.isfinite(after) & torch.isfinite(before)
+            if bool(overflown.any()):
+                raise MatchError(
+                    f"{label}: W + ΔW is beyond the range of {weight.dtype}; nothing is merged"
+                )
         lost, whole = lost + block_lost**2, whole + block_whole**2
         write(target.detach()[start:stop], after)
     return (lost / whole) ** 0.5 if whole else 0.0
 
 
-def _overflown(before: Tensor, after: Tensor) -> bool:
-    """Whether finite numbers have become infinite, or none."""
-    return bool((~torch.isfinite(after) & torch.isfinite(before)).any())
-
-
 def write(target: Tensor, value: Tensor) -> None:
-    """Write in place."""
+    """Write in place, whatever the mode in which the target was made."""
     with writing(target):
         target.detach().copy_(value)
 
@@ -282,8 +272,7 @@ def write(target: Tensor, value: Tensor) -> None:
 @torch.no_grad()
 def mark_of(tensor: Tensor) -> int:
     """A sum over the bits of all numbers, which changes with any one of them, but not where numbers
-    change places. torch's own count of writes misses those through `.data`, and tensors of
-    inference mode have none."""
+    change places. torch's own count of writes misses those through `.data`."""
     bits = tensor.detach().view(_BITS[tensor.element_size()])
     words = 8 // bits.element_size()
     if bits.is_contiguous() and not bits.numel() % words and not bits.storage_offset() % words:

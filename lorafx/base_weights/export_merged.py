@@ -4,9 +4,8 @@
                       all others: the model's own tensors
                   ─▶  the model's save_pretrained(state_dict=...), or one safetensors file
 
-Mapped files are written back by the system when memory is short, so what stays in memory of the
-merged weights is about one tensor. A tied weight that the adapter tells apart becomes two tensors,
-and the configuration that is written says so.
+About one merged tensor is in memory at a time. A tied weight that the adapter tells apart becomes
+two tensors, and the configuration that is written says so.
 """
 
 from __future__ import annotations
@@ -25,7 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lorafx.base_weights.changes import Change, Copy, changes_of, copied, not_mergeable
+from lorafx.base_weights.changes import Change, changes_of, key_of, not_mergeable
+from lorafx.base_weights.copies import copied
 from lorafx.base_weights.deltas import Delta, add_to
 from lorafx.errors import CheckpointError, ConfigError
 from lorafx.loading.sources import in_file
@@ -52,7 +52,7 @@ def export_merged(session: Session, name: str, folder: Path, *, max_shard_size: 
             program.refuse_missing()
             merged, changes = session.base.merged, list[Change]()
             if merged is None:
-                changes = changes_of(program, session.store, name).plain
+                changes = changes_of(program, session.store, name)
             elif merged.name != name:
                 raise ConfigError(
                     f"{merged.name!r} is merged; call unmerge() before {name!r} is written"
@@ -79,48 +79,38 @@ def export_merged(session: Session, name: str, folder: Path, *, max_shard_size: 
 
 
 def _saves(model: nn.Module) -> bool:
-    """Whether the model writes checkpoints from a state dict that it is given."""
     save = getattr(model, "save_pretrained", None)
     return callable(save) and "state_dict" in inspect.signature(save).parameters
 
 
 def _refuse(program: Program, name: str, changes: Sequence[Change]) -> None:
     """Raise MatchError for what no checkpoint can say."""
-    model = program.model
+    model, problems = program.model, list[str]()
     if getattr(model, "hf_quantizer", None) is not None:
-        raise not_mergeable(
-            name, ["the model is quantised, and its own save_pretrained takes no merged weights"]
+        problems.append(
+            "the model is quantised, and its own save_pretrained takes no merged weights"
         )
     for site in program.sites:
-        cut = site.eligible.sharding
-        if cut is not None:
-            k, sizes = cut.saved_sizes(site.module)
+        if site.eligible.sharding is not None:
+            k, sizes = site.eligible.sharding.saved_sizes(site.module)
             if (k, sum(sizes)) != (site.in_features, site.out_features):
-                raise not_mergeable(
-                    name,
-                    [
-                        f"{site.path}: this rank holds only a share of its weight; export on a "
-                        "single rank"
-                    ],
+                problems.append(
+                    f"{site.path}: this rank holds only a share of its weight; export on a single "
+                    "rank"
                 )
-    apart = [change for change in changes if change.tied_apart]
-    config = getattr(model, "config", None)
-    if apart and not (_saves(model) and hasattr(config, "tie_word_embeddings")):
+    config, why = getattr(model, "config", None), ""
+    if not (_saves(model) and hasattr(config, "tie_word_embeddings")):
         why = "the model has no configuration that could declare them untied"
-    elif apart and getattr(config, "is_encoder_decoder", False):
+    elif getattr(config, "is_encoder_decoder", False):
         why = "in encoder-decoder models the flag that unties them also changes what is computed"
-    else:
-        return
-    raise not_mergeable(
-        name,
-        [
-            (
-                f"{', '.join((str(holder) for holder, _ in change.ends))} are one tensor, but "
-                f"the adapter changes its ends differently, and {why}"
-            )
-            for change in apart
-        ],
-    )
+    problems += [
+        f"{', '.join(str(holder) for holder, _ in change.ends)} are one tensor, but the adapter "
+        f"changes its ends differently, and {why}"
+        for change in changes
+        if why and change.tied_apart
+    ]
+    if problems:
+        raise not_mergeable(name, problems)
 
 
 def _twin(model: Any, *, untie: bool) -> Any:
@@ -136,7 +126,6 @@ def _twin(model: Any, *, untie: bool) -> Any:
 
 
 def _configs(config: Any) -> Iterator[Any]:
-    """A configuration and those nested in it, where they say that embeddings are tied."""
     if getattr(config, "tie_word_embeddings", False):
         yield config
     for value in list(vars(config).values()):
@@ -163,18 +152,15 @@ class _State:
             MatchError: a changed weight, or what a name holds, cannot be written.
         """
         state = self.program.model.state_dict(keep_vars=True)
-        held = [key for key, value in state.items() if not isinstance(value, Tensor)]
-        if held:
-            raise not_mergeable(self.name, [f"state_dict()[{held[0]!r}] holds no tensor"])
-        ends = {_key(holder): change for change in changes for holder, _ in change.ends}
-        new: dict[int, Tensor] = {}
-        tensors: dict[str, Tensor] = {}
-        written: set[int] = set()
+        odd = next((key for key, value in state.items() if not isinstance(value, Tensor)), None)
+        if odd is not None:
+            raise not_mergeable(self.name, [f"state_dict()[{odd!r}] holds no tensor"])
+        ends = {key_of(holder): change for change in changes for holder, _ in change.ends}
+        new, tensors = dict[int, Tensor](), dict[str, Tensor]()
         seen: set[tuple[int, ...]] = set()
         for key, value in state.items():
             change = self._change(key, value, ends, changes)
             if change is not None:
-                written.add(id(change))
                 if id(change) not in new or apart:
                     new[id(change)] = self._end(key, change)
                 tensors[key] = new[id(change)]
@@ -183,12 +169,12 @@ class _State:
             if part is not None:
                 tensors[key] = self._mapped(part)
                 continue
-            own = value.detach()
-            where = (storage_key(own), int(own.storage_offset()), *own.shape)
-            alone = own.is_contiguous() and own.untyped_storage().nbytes() == own.nbytes
-            tensors[key] = own if alone and not (apart and where in seen) else self._mapped(own)
+            plain = value.detach()
+            where = (storage_key(plain), int(plain.storage_offset()), *plain.shape)
+            alone = plain.is_contiguous() and plain.untyped_storage().nbytes() == plain.nbytes
+            tensors[key] = plain if alone and not (apart and where in seen) else self._mapped(plain)
             seen.add(where)
-        missing = [str(change.holder) for change in changes if id(change) not in written]
+        missing = [str(change.holder) for change in changes if id(change) not in new]
         if missing:
             raise not_mergeable(
                 self.name, [f"{holder}: state_dict() does not hold it" for holder in missing]
@@ -202,10 +188,9 @@ class _State:
         ends: Mapping[tuple[int, str], Change],
         changes: Sequence[Change],
     ) -> Change | None:
-        """What is changed of the entry `key`, where it is a weight."""
         holder = self._holder(key)
-        if holder is not None and _key(holder) in ends:
-            return ends[_key(holder)]
+        if holder is not None and key_of(holder) in ends:
+            return ends[key_of(holder)]
         return next((change for change in changes if change.weight is value), None)
 
     def _holder(self, key: str) -> Holder | None:
@@ -219,11 +204,11 @@ class _State:
         delta: Delta | None = change.delta
         holder = self._holder(key)
         if change.tied_apart and holder is not None:
-            delta = next((d for end, d in change.ends if _key(end) == _key(holder)), None)
+            delta = next((d for end, d in change.ends if key_of(end) == key_of(holder)), None)
         if delta is None:
-            return self._mapped(change.weight.detach())
-        made = self._room_for(change.weight)
-        add_to(made, change.weight, delta, str(change.holder))
+            return self._mapped(change.tensor.detach())
+        made = self._room_for(change.tensor)
+        add_to(made, change.tensor, delta, str(change.holder))
         return made
 
     def _part(self, key: str, value: Tensor, changes: Sequence[Change]) -> Tensor | None:
@@ -238,11 +223,10 @@ class _State:
             raise not_mergeable(
                 self.name, [f"{key} was made from {change.holder} in a way that no rule covers"]
             )
-        made = torch.empty_like(change.weight, device="cpu")
-        add_to(made, change.weight, change.delta, str(change.holder))
+        made = torch.empty_like(change.tensor, device="cpu")
+        add_to(made, change.tensor, change.delta, str(change.holder))
         dense = made.T if change.delta.site.eligible.transposed else made
-        holder = self._holder(key) or change.holder
-        return copied(dense, Copy(holder, value, derived.form))
+        return copied(dense, value, derived.form)
 
     def _mapped(self, numbers: Tensor) -> Tensor:
         made = self._room_for(numbers)
@@ -254,7 +238,3 @@ class _State:
         if not like.numel():
             return torch.empty(like.shape, dtype=like.dtype)
         return in_file(self.room / str(next(self.numbers)), like)
-
-
-def _key(holder: Holder) -> tuple[int, str]:
-    return id(holder.module), holder.attribute

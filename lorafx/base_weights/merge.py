@@ -4,39 +4,29 @@
     unmerge    W                        the very bits, from copies that were kept in host memory
 
 A merged model runs the base model's own graphs, which take the weights as inputs: nothing is
-captured again, and addresses stay what they were. Rounding cannot be undone by subtracting ΔW, so
-the originals of what was changed are kept: as many bytes of host memory as those weights have.
-Quantised weights are changed through their own format, where that is asked for; the report says how
-much of ΔW that loses. Their originals stay on their device.
+captured again. Originals take as many bytes of host memory as the changed weights have; those of
+quantised weights stay on their device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from lorafx.adapter_store.host_copies import HostCopy
-from lorafx.base_weights.changes import (
-    Change,
-    Changes,
-    Copy,
-    StoredChange,
-    changes_of,
-    copied,
-    not_mergeable,
-)
+from lorafx.adapter_store.stored import HostCopy
+from lorafx.base_weights.changes import Change, changes_of, not_mergeable
 from lorafx.base_weights.deltas import add_to, mark_of, write
 from lorafx.errors import CaptureError, ConfigError, LorafxError, MatchError, some
 from lorafx.interrupts import Rollback, undisturbed
 from lorafx.model.packing import check_packed
 from lorafx.model.quantized import Stored, dequantize, requantize
-from lorafx.model.weight_formats import format_of, own_tensors
+from lorafx.model.weight_formats import own_tensors
 from lorafx.program.derived import Holder
 from lorafx.progress import progress
 from lorafx.session.running import BaseState
@@ -50,7 +40,6 @@ class MergedWeight:
 
     Attributes:
         name: path and attribute.
-        nbytes: of the weight.
         error: ‖(W' − W) − ΔW‖ / ‖ΔW‖ in the Frobenius norm: how much of the update was lost by
             rounding to the weight's dtype or quantised format. 0 where ΔW is zero.
     """
@@ -65,10 +54,8 @@ class MergeReport:
     """What a merge did.
 
     Attributes:
-        adapter: the adapter's name.
         weights: the weights that hold W + ΔW, in the order of the model's sites.
-        original_bytes: memory that the originals take until `unmerge`: the host's, and for
-            quantised weights that of their device.
+        original_bytes: memory that the originals take until `unmerge`.
     """
 
     adapter: str
@@ -90,7 +77,7 @@ class MergeReport:
 
 @dataclass(frozen=True, eq=False)
 class Original:
-    """A tensor as it was: its holder, its numbers in host memory, its look when last written."""
+    """A tensor as it was: its numbers in host memory, and its mark when merge last wrote it."""
 
     holder: Holder
     tensor: Tensor
@@ -107,7 +94,6 @@ class Original:
 
     @property
     def in_place(self) -> bool:
-        """Whether the tensor is where it was."""
         return self.holder.tensor is self.tensor
 
     @property
@@ -116,11 +102,10 @@ class Original:
         return not self.in_place or mark_of(self.tensor) != self.mark
 
     def written(self) -> Original:
-        """As after the last write of ours."""
-        return Original(self.holder, self.tensor, self.numbers, mark_of(self.tensor))
+        """The same, with the mark of the tensor as it is now."""
+        return replace(self, mark=mark_of(self.tensor))
 
     def restore(self) -> None:
-        """Write the numbers back."""
         write(self.tensor, self.numbers)
 
 
@@ -132,11 +117,7 @@ class StoredOriginal:
     def __init__(self, holder: Holder, parameter: str | None) -> None:
         self.holder = holder
         self._stored = Stored(holder.module, parameter)
-        kept = format_of(holder.module, holder.attribute)
-        held = own_tensors(holder.module)
-        if kept is not None:
-            held = kept.tensors(holder.module, holder.attribute)
-        self.nbytes = sum(tensor.nbytes for tensor in held)
+        self.nbytes = self._stored.nbytes
 
     def written(self) -> StoredOriginal:
         return self
@@ -147,8 +128,7 @@ class StoredOriginal:
 
 @dataclass(frozen=True, eq=False)
 class Merged:
-    """The adapter that the base weights hold, and what they were before. Its host copy stays, so
-    that it can be merged again."""
+    """The adapter that the base weights hold, and what they were before."""
 
     report: MergeReport
     requantize: bool
@@ -178,18 +158,14 @@ def merge(session: Session, name: str, *, requantize: bool = False) -> MergeRepo
 
 
 def _merge(session: Session, name: str, *, requantize: bool) -> MergeReport:
-    """Both locks are held."""
     _refuse_in_use(session, name)
     session.program.look_at_modules()
     session.program.refuse_missing()
     check_packed(session.program.packed)
     numbers = session.store.numbers(name)
     changes = changes_of(session.program, session.store, name, requantize=requantize)
-    apart = [_tied_apart(change) for change in changes.plain if change.tied_apart]
-    if apart:
-        raise not_mergeable(name, apart)
     _refuse_shared(session, name, changes)
-    with progress(f"merging {name} into {len(changes.plain) + len(changes.stored)} weights"):
+    with progress(f"merging {name} into {len(changes)} weights"):
         return _write_merged(session, name, numbers, changes, requantize=requantize)
 
 
@@ -228,10 +204,8 @@ def _take_out(session: Session, merged: Merged) -> None:
 
 
 def unmerged(session: Session, action: Callable[[], T]) -> T:
-    """What `action` returns, which runs with the base's own weights; what was merged is merged into
-    what they are afterwards.
-
-    For whatever writes base weights. The locks are held; no more happens where nothing is merged.
+    """What `action`, which writes base weights, returns. It runs with the base's own weights; what
+    was merged is merged into the new ones afterwards.
 
     Raises:
         BatchError: a call is running.
@@ -306,42 +280,41 @@ def _refuse_in_use(session: Session, name: str) -> None:
         )
 
 
-def _refuse_shared(session: Session, name: str, changes: Changes) -> None:
-    """Raise MatchError where another served model holds a weight that would be changed."""
-    tensors = [change.weight for change in changes.plain]
-    tensors += [t for change in changes.stored for t in own_tensors(change.holder.module)]
-    elsewhere = held_elsewhere(session, tensors)
-    if elsewhere:
-        raise not_mergeable(
-            name,
-            [
-                f"{place} is the same weight, and the base of that model would change; "
-                "detach() that model, or use export_merged() on this one"
-                for place in elsewhere
-            ],
+def _refuse_shared(session: Session, name: str, changes: Sequence[Change]) -> None:
+    """Raise MatchError where one tensor would have to hold two sums, or is another model's too."""
+    problems = []
+    for change in changes:
+        if change.tied_apart:
+            ends = ", ".join(str(holder) for holder, _ in change.ends)
+            changed = [str(holder) for holder, delta in change.ends if delta is not None]
+            problems.append(
+                f"{ends} are one tensor, but the adapter changes only {', '.join(changed)}, or "
+                "each end differently; export_merged() writes them as two"
+            )
+    if problems:
+        raise not_mergeable(name, problems)
+    tensors = [
+        tensor
+        for change in changes
+        for tensor in (
+            own_tensors(change.holder.module) if change.weight is None else [change.weight]
         )
-
-
-def _tied_apart(change: Change) -> str:
-    ends = ", ".join(str(holder) for holder, _ in change.ends)
-    changed = [str(holder) for holder, delta in change.ends if delta is not None]
-    return (
-        f"{ends} are one tensor, but the adapter changes only {', '.join(changed)}, or each "
-        "end differently; export_merged() writes them as two"
-    )
+    ]
+    problems = [
+        f"{place} is the same weight, and the base of that model would change; "
+        "detach() that model, or use export_merged() on this one"
+        for place in held_elsewhere(session, tensors)
+    ]
+    if problems:
+        raise not_mergeable(name, problems)
 
 
 def _write_merged(
-    session: Session, name: str, numbers: HostCopy, changes: Changes, *, requantize: bool
+    session: Session, name: str, numbers: HostCopy, changes: Sequence[Change], *, requantize: bool
 ) -> MergeReport:
     """Write W + ΔW into every weight; all are as before when one fails."""
     originals: list[Original | StoredOriginal] = []
     weights: list[MergedWeight] = []
-
-    def follow(copies: Sequence[Copy], dense: Tensor) -> None:
-        for copy in copies:
-            keep(Original.of(copy.holder, copy.tensor))
-            write(copy.tensor, copied(dense, copy))
 
     def keep(item: Original | StoredOriginal) -> None:
         originals.append(item)
@@ -351,42 +324,35 @@ def _write_merged(
     rollback.add(partial(setattr, session, "base", before))
     session.base = before._replace(broken=_HALF)  # said before it is so
     try:
-        for change in changes.plain:
-            kept = Original.of(change.holder, change.weight)
-            keep(kept)
-            error = add_to(change.weight, change.weight, change.delta, str(change.holder))
-            weights.append(MergedWeight(str(change.holder), kept.nbytes, error))
-            if change.copies:
-                follow(change.copies, change.dense)
-        for stored in changes.stored:
-            held = StoredOriginal(stored.holder, _parameter(stored))
-            keep(held)
-            weights.append(MergedWeight(str(stored.holder), held.nbytes, _requantized(stored)))
-            if stored.copies:
-                follow(stored.copies, dequantize(stored.holder.module, _parameter(stored)))
-        ours = tuple(item.written() for item in originals)
-        report = MergeReport(name, tuple(weights), sum(item.nbytes for item in ours))
-        merged = Merged(report, requantize, ours, numbers)
-        session.base = BaseState(merged, before.broken)
+        for change in changes:
+            holder, weight = change.holder, change.weight
+            if weight is None:
+                keep(StoredOriginal(holder, change.parameter))
+                error = _requantized(change)
+            else:
+                keep(Original.of(holder, weight))
+                error = add_to(weight, weight, change.delta, str(holder))
+            weights.append(MergedWeight(str(holder), originals[-1].nbytes, error))
+            for copy in change.copies:
+                keep(Original.of(copy.holder, copy.tensor))
+                copy.follow(change.dense)
+        written = tuple(item.written() for item in originals)
+        report = MergeReport(name, tuple(weights), sum(item.nbytes for item in written))
+        session.base = BaseState(Merged(report, requantize, written, numbers), before.broken)
     except BaseException:
         rollback.run()
         raise
     return report
 
 
-def _parameter(change: StoredChange) -> str | None:
-    """What `dequantize` is asked for: one of several weights of a module by its name."""
-    return None if change.delta.site.expert_weight is None else change.holder.attribute
-
-
 @torch.no_grad()
-def _requantized(change: StoredChange) -> float:
+def _requantized(change: Change) -> float:
     """Store W + ΔW in the weight's own format; what of ΔW is lost.
 
     Raises:
         MatchError: the format cannot be read or written.
     """
-    module, parameter = change.holder.module, _parameter(change)
+    module, parameter = change.holder.module, change.parameter
     try:
         before = dequantize(module, parameter).float()
         turned = change.delta.site.eligible.transposed and parameter is None

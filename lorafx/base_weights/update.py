@@ -2,10 +2,9 @@
 
     source ─▶ plan ─▶ writes (lorafx.loading) ─▶ what follows: copies of weights, norms of DoRA
 
-Numbers are written in place, so addresses stay: packed buffers, tied weights, captured graphs and
-CUDA graphs see the new ones, and nothing is compiled again. What can be gone through twice is
-checked before the first write, and costs no memory. What cannot (a generator) is written as it
-comes; what the weights were is kept until all of it was right, and put back where it was not.
+Numbers are written in place, so packed buffers, tied weights and captured graphs see them. A source
+that can be gone through twice is checked before the first write. Of any other (a generator) the old
+weights are kept until all of it was right, and put back where it was not.
 """
 
 from __future__ import annotations
@@ -13,14 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from lorafx.base_weights.followers import DerivedCopies
+from lorafx.base_weights.copies import Copies
 from lorafx.base_weights.merge import unmerged
 from lorafx.errors import ConfigError
 from lorafx.interrupts import Rollback
-from lorafx.loading.loader import Loading
+from lorafx.loading.loader import Loading, Undo, UndoLog
 from lorafx.loading.resolve import Resolver
 from lorafx.loading.sources import Weights, WeightSource, source_of
-from lorafx.loading.writer import Undo, UndoLog
 from lorafx.model.packing import check_packed
 from lorafx.session.session import Session
 from lorafx.session.sharing import refresh_elsewhere
@@ -37,8 +35,7 @@ class WeightUpdate:
 
     Attributes:
         loaded: parameters and buffers of the model that got numbers; for tied ones all names.
-        missing: parameters that got none or only some, and tensors that are missing for a joint
-            place.
+        missing: parameters that got none or only some, and tensors that lack for a joint place.
         ignored: tensors that the model has no place for.
     """
 
@@ -50,15 +47,12 @@ class WeightUpdate:
 def update_weights(
     session: Session, weights: Weights, *, strict: bool = True, undo: Undo = "memory"
 ) -> WeightUpdate:
-    """New base weights for the model of a session; see `CompiledModel.load_weights`."""
+    """See `CompiledModel.load_weights`."""
     if undo not in ("memory", "disk"):
         raise ConfigError(f'undo is "memory" or "disk", got {undo!r}')
     source = source_of(weights)
     session.refuse_running("load_weights()")
-
-    def update() -> WeightUpdate:
-        return _update(session, source, strict=strict, undo=undo)
-
+    update = partial(_update, session, source, strict=strict, undo=undo)
     report = unmerged(session, lambda: session.update(update))
     refresh_elsewhere(session)
     return report
@@ -70,7 +64,7 @@ def _update(session: Session, source: WeightSource, *, strict: bool, undo: Undo)
     program.refuse_missing()
     check_packed(program.packed)
     resolver = Resolver(program.graph, program.model, program.config.packed_modules)
-    copies = DerivedCopies(program)
+    copies = Copies(program)
     loading = Loading(resolver, source, strict=strict, derived=copies)
     loading.check()
     plan = loading.plan
@@ -84,9 +78,7 @@ def _update(session: Session, source: WeightSource, *, strict: bool, undo: Undo)
     )
 
 
-def _write(
-    session: Session, loading: Loading, copies: DerivedCopies, undo_log: UndoLog | None
-) -> None:
+def _write(session: Session, loading: Loading, copies: Copies, undo_log: UndoLog | None) -> None:
     """Write all of it, and what follows.
 
     Raises:

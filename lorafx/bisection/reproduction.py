@@ -23,14 +23,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorafx.adapter_store.config_source import CONFIG_FILE
+from lorafx.adapter_store.config_values import CONFIG_FILE
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_writer import write_peft
 from lorafx.adapter_store.saved import AdapterState
 from lorafx.bisection.result import Bisection
 from lorafx.config import After
 from lorafx.errors import ConfigError
-from lorafx.model.attachment import MARKS
+from lorafx.model.marks import MARKS
 from lorafx.serving.compiled import CompiledModel
 
 _SCRIPT = '''"""{about}

@@ -8,9 +8,9 @@ into several graphs) keep every guard: there the marks tell the layers apart. Dr
   before the frame's code is chosen (lorafx.serving.entry);
 - on what torch.nn notes of a marked module's hooks: a mark takes keyword arguments, is not always
   called, and is the only hook with its number; hooks of other kinds are seen by the watch that
-  comes around its forward (lorafx.model.hook_watch). The module has no `__call__` of its own: where
-  it has no hook, nobody asks. Where the mark is gone, `match` finds the weight without it, and the
-  graph is the same;
+  comes around its forward (lorafx.model.changes_watch). The module has no `__call__` of its own:
+  where it has no hook, nobody asks. Where the mark is gone, `match` finds the weight without it,
+  and the graph is the same;
 - on what transformers notes of each class of models, once, when the first of it is made: a model of
   another class would have every graph captured again.
 
@@ -26,8 +26,7 @@ from typing import Any
 
 from torch import nn
 
-from lorafx.model.marks import SiteMark
-from lorafx.model.row_marks import RowMark
+from lorafx.model.marks import RowMark, SiteMark
 from lorafx.torch_internals.compat import recorded_outputs
 from lorafx.torch_internals.frames import absent_attribute, source_text
 

@@ -17,9 +17,8 @@ from typing import Any
 from torch import nn
 
 from lorafx.adapter_store.dialects.all_dialects import dialect_of
-from lorafx.adapter_store.dialects.components import DENOISERS
+from lorafx.adapter_store.dialects.dialect import DENOISERS
 from lorafx.adapter_store.opening import opened
-from lorafx.adapter_store.origins import OpenedSource, Origin
 from lorafx.adapter_store.saved import AdapterSource
 from lorafx.errors import CaptureError, CheckpointError, ConfigError, LorafxWarning, nearest
 
@@ -80,8 +79,7 @@ def parts_of(source: Any, pipe: Any, models: Mapping[str, nn.Module]) -> dict[st
     it has one for a model that the pipeline was loaded without; raises CheckpointError where it has
     one for a model that is not compiled, or that the pipeline does not have."""
     given = source if isinstance(source, AdapterSource) else AdapterSource(source)
-    origin, saved = Origin.of(given), opened(given)
-    whole = OpenedSource(**vars(given), saved=saved, origin=origin)
+    saved = opened(given)
     named = dialect_of(saved, given.dialect).components(saved)
     found: dict[str, AdapterSource] = {}
     for name in named if given.component is None else (given.component,):
@@ -93,7 +91,7 @@ def parts_of(source: Any, pipe: Any, models: Mapping[str, nn.Module]) -> dict[st
                     f"{found[model].component}, which are both {model} here; say which by "
                     "AdapterSource(..., component=...)"
                 )
-            found[model] = replace(whole, component=name or None)
+            found[model] = replace(given, source=saved, component=name or None)
             continue
         known = getattr(pipe, "components", {})
         if name in known and known[name] is None:

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 from torch import Size, Tensor, nn
 
 from lorafx.adapter_store.checkpoint import load_state
-from lorafx.adapter_store.expert_places import ExpertPlace
 from lorafx.adapter_store.names import BASE
 from lorafx.adapter_store.peft_keys import parse
-from lorafx.adapter_store.places import Places, SavedMeaning, SiteLanding
+from lorafx.adapter_store.places import ExpertPlace, Places, SavedMeaning, SiteLanding
 from lorafx.config import LoraConfig
 from lorafx.errors import ConfigError, LorafxError, nearest
 from lorafx.explanation.collecting import graph_report
@@ -207,7 +206,7 @@ def why_before(
         ConfigError: there is no such module.
         CheckpointError, UnsupportedAdapterError: an adapter cannot be read.
     """
-    found = selection_of(ModuleGraph.of(model), config, sites, path)
+    found = selection_of(ModuleGraph(model), config, sites, path)
     made = _described(path, found)
     told = []
     for name, source in adapters.items():

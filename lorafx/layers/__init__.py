@@ -4,7 +4,7 @@ quantised and sharded over tensor-parallel ranks, and on which lorafx serves ada
 See docs/layers.md. Importing this package makes its layers eligible for LoRA.
 """
 
-from lorafx.layers.eligible import register_layers
+from lorafx.layers.base import TensorParallel
 from lorafx.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from lorafx.layers.linear import (
     ColumnParallelLinear,
@@ -15,13 +15,13 @@ from lorafx.layers.linear import (
     RowParallelLinear,
 )
 from lorafx.layers.moe import FusedMoE
-from lorafx.layers.parallel import TensorParallel
 from lorafx.layers.quantization import (
     Int8ChannelLinearMethod,
     QuantizeMethodBase,
     UnquantizedLinearMethod,
 )
-from lorafx.layers.weights import load_weights
+from lorafx.layers.registered import register_layers
+from lorafx.loading.loader import load_weights
 
 __all__ = [
     "ColumnParallelLinear",

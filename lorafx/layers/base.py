@@ -1,24 +1,125 @@
-"""What all parallel layers share: sizes, this rank's part of them, and loading of weights.
+"""What all parallel layers share: the tensor-parallel group, sizes, this rank's part of them, and
+loading of weights.
 
     slice i of the outputs has F_i rows in the checkpoint and P_i on this rank
     copies of it among the ranks: c_i = tp_size · P_i / F_i;  this rank has piece  tp_rank // c_i
 
 A column-parallel slice has P = F / tp_size (one copy), an unsharded one P = F (tp_size copies), and
-KV heads fewer than ranks lie in between. Inputs are cut in the same way.
+KV heads fewer than ranks lie in between. Inputs are cut in the same way. Collectives are torch's
+functional ones, so Dynamo captures them as ops of the graph.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypedDict
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lorafx.errors import ConfigError
+from lorafx.layers.quantization import QuantizeMethodBase
+from lorafx.torch_internals.collectives import c10d
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorafx.errors import CheckpointError
-from lorafx.layers.parallel import LayerOptions, TensorParallel
 from lorafx.layers.quantization import UnquantizedLinearMethod, add_weight
 from lorafx.loading.loadable_layer import LoadableLayer
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """Size and rank of a tensor-parallel group, by its name: process groups can be neither copied
+    nor pickled, and models are."""
+
+    size: int = 1
+    rank: int = 0
+    group_name: str | None = None
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup | None = None) -> TensorParallel:
+        """The given group, or all ranks, or a single rank where torch.distributed is not set up.
+
+        Raises:
+            ConfigError: this process is not in `group`.
+        """
+        if not dist.is_available() or not dist.is_initialized():
+            return cls()
+        rank = dist.get_rank(group)
+        if rank < 0:
+            raise ConfigError(
+                "this process is not a member of the given tensor-parallel group; build the layer "
+                "on the group's ranks alone, or with a tp_group that this rank is in"
+            )
+        size = dist.get_world_size(group)
+        if size == 1:
+            return cls()
+        group = dist.group.WORLD if group is None else group
+        assert group is not None
+        return cls(size, rank, group.group_name)
+
+    def all_reduce(self, y: Tensor) -> Tensor:
+        """The sum of the ranks' `y`, of the same shape, on every rank."""
+        if self.size == 1:
+            return y
+        return c10d.wait_tensor(c10d.all_reduce(y.contiguous(), "sum", self.group_name))
+
+    def all_gather(self, y: Tensor) -> Tensor:
+        """(…, N) of each rank → (…, size · N), in the order of the ranks."""
+        if self.size == 1:
+            return y
+        ops = c10d
+        # The op stacks along the first dimension, whatever that is: give it one of its own.
+        gathered = ops.wait_tensor(
+            ops.all_gather_into_tensor(y.contiguous().unsqueeze(0), self.size, self.group_name)
+        )
+        return gathered.movedim(0, -2).flatten(-2)
+
+    def part(self, total: int, what: str, layer: str) -> int:
+        """`total` divided among the ranks; ConfigError where it does not divide."""
+        if total % self.size:
+            raise ConfigError(
+                f"{layer}: {what} = {total} cannot be divided among tp_size = {self.size} ranks"
+            )
+        return total // self.size
+
+
+class LayerOptions(TypedDict, total=False):
+    """Keyword arguments that all layers take."""
+
+    params_dtype: torch.dtype | None
+    device: torch.device | str | None
+    quant_method: QuantizeMethodBase | None
+    prefix: str
+    tp_group: dist.ProcessGroup | None
+    disable_tp: bool
+
+
+def label_of(layer: object, options: LayerOptions) -> str:
+    """What messages call a layer that is being made."""
+    prefix, name = options.get("prefix"), type(layer).__name__
+    return f"{prefix} ({name})" if prefix else name
+
+
+def group_of(options: LayerOptions) -> TensorParallel:
+    if options.get("disable_tp", False):
+        return TensorParallel()
+    return TensorParallel.of(options.get("tp_group"))
+
+
+def checked_sizes(layer: str, **sizes: int) -> None:
+    """Raise ConfigError for a size that is no positive integer."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size <= 0:
+            raise ConfigError(f"{layer}: {name} must be a positive integer, got {size!r}")
+
 
 ShardId = str | int | tuple[int, ...] | None
 
@@ -40,7 +141,6 @@ class ParallelLayer(LoadableLayer):
         output_sizes: rows of each output slice in checkpoints; N is their sum.
         input_size_per_partition, output_size_per_partition, output_partition_sizes: the same on
             this rank.
-        tp_size, tp_rank: the tensor-parallel group.
         params_dtype: dtype of unquantised weights, and of activations.
         quant_method: stores the weight and computes with it.
         prefix: the layer's name in the model, for messages; may be empty.
@@ -101,7 +201,6 @@ class ParallelLayer(LoadableLayer):
         return self.local_product(x, self)
 
     def compute(self, x: Tensor) -> Tensor:
-        """What `product` computes."""
         return self.quant_method.apply(self, x, self.own_bias)
 
     @property
@@ -118,8 +217,7 @@ class ParallelLayer(LoadableLayer):
         """Indices of the output slices that a shard id means.
 
         Args:
-            shard_id: a name ("q"), an index, a tuple of them, or None for all slices. Rows of
-                several slices follow one another in a checkpoint tensor.
+            shard_id: a name ("q"), an index, a tuple of them, or None for all slices.
 
         Raises:
             CheckpointError: the layer has no such slice.
@@ -164,7 +262,6 @@ class ParallelLayer(LoadableLayer):
         return self._piece(value, dim, self.output_sizes[index], self.output_partition_sizes[index])
 
     def piece_of_input(self, value: Tensor, dim: int) -> Tensor:
-        """This rank's part of the inputs, which `value` holds whole along `dim`."""
         return self._piece(value, dim, self.input_size, self.input_size_per_partition)
 
     def _piece(self, value: Tensor, dim: int, whole: int, part: int) -> Tensor:
@@ -189,9 +286,9 @@ class ParallelLayer(LoadableLayer):
         sizes = [self.output_sizes[i] for i in slices]
         for index, rows in zip(slices, value.split(sizes, dim), strict=True):
             first = sum(self.output_partition_sizes[:index])
-            own = target.narrow(dim, first, self.output_partition_sizes[index])
+            part = target.narrow(dim, first, self.output_partition_sizes[index])
             piece = self.piece_of_output(rows, index, dim)
-            _padded(own, dim, piece.shape[dim]).copy_(piece)
+            _padded(part, dim, piece.shape[dim]).copy_(piece)
 
     def _apply(self, fn: Any, recurse: bool = True) -> ParallelLayer:
         super()._apply(fn, recurse)
@@ -208,10 +305,8 @@ class ParallelLayer(LoadableLayer):
 
 
 class LocalProduct(nn.Module):
-    """A layer's own product as a module call, which hooks see before the ranks' are combined.
-
-    The delta is sharded over the ranks as the weight is, so it is added here.
-    """
+    """A layer's own product as a module call, which hooks see before the ranks' are combined. The
+    delta is sharded over the ranks as the weight is, so it is added here."""
 
     def forward(self, x: Tensor, layer: ParallelLayer) -> Tensor:
         return layer.compute(x)

@@ -15,8 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafx.errors import ConfigError
-from lorafx.layers.base import ParallelLayer, ShardSizes
-from lorafx.layers.parallel import LayerOptions, checked_sizes, group_of, label_of
+from lorafx.layers.base import (
+    LayerOptions,
+    ParallelLayer,
+    ShardSizes,
+    checked_sizes,
+    group_of,
+    label_of,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -59,8 +65,8 @@ class VocabParallelEmbedding(ParallelLayer):
     def forward(self, ids: Tensor) -> Tensor:
         if self.tp_size == 1:
             return self.product(ids)
-        own, elsewhere = self.own_ids(ids)
-        return self.tp.all_reduce(self.product(own).masked_fill(elsewhere.unsqueeze(-1), 0))
+        local, elsewhere = self.own_ids(ids)
+        return self.tp.all_reduce(self.product(local).masked_fill(elsewhere.unsqueeze(-1), 0))
 
     def compute(self, x: Tensor) -> Tensor:
         return F.embedding(x, self.weight)
@@ -106,11 +112,11 @@ class ParallelLMHead(VocabParallelEmbedding):
         Raises:
             ConfigError: the sizes or the ranks' parts differ.
         """
-        own, other = self.weight.shape, embedding.weight.shape
-        if own != other or self.num_embeddings != embedding.num_embeddings:
+        shape, other = self.weight.shape, embedding.weight.shape
+        if shape != other or self.num_embeddings != embedding.num_embeddings:
             raise ConfigError(
                 f"{self.label}: cannot share the weight {tuple(other)} of "
-                f"{embedding.label}; its own weight is {tuple(own)}, for "
+                f"{embedding.label}; its own weight is {tuple(shape)}, for "
                 f"{self.num_embeddings} embeddings"
             )
         self.weight = embedding.weight

@@ -16,8 +16,15 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from lorafx.layers.base import ParallelLayer, ShardSizes
-from lorafx.layers.parallel import LayerOptions, TensorParallel, checked_sizes, group_of, label_of
+from lorafx.layers.base import (
+    LayerOptions,
+    ParallelLayer,
+    ShardSizes,
+    TensorParallel,
+    checked_sizes,
+    group_of,
+    label_of,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -229,5 +236,4 @@ class RowParallelLinear(LinearBase):
         return None if self.tp_rank else self.bias
 
     def own_input(self, x: Tensor) -> Tensor:
-        """This rank's part (…, input_size / tp_size) of what `forward` is given."""
         return x if self.input_is_parallel else self.piece_of_input(x, -1)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import lorafx.kernels.cpu.grouped_mm  # noqa: F401  defines the op
 from lorafx.errors import CheckpointError, ConfigError
-from lorafx.layers.parallel import checked_sizes, group_of
+from lorafx.layers.base import checked_sizes, group_of
 from lorafx.layers.quantization import add_weight
 from lorafx.loading.loadable_layer import LoadableLayer
 from lorafx.torch_internals.operators import grouped_mm
@@ -32,13 +32,10 @@ ExpertShard = tuple[str, int] | None
 class FusedMoE(LoadableLayer):
     """hidden_states (…, H), router_logits (…, E) → (…, H).
 
-    Parameters are `w13_weight` (E, 2I / tp_size, H) and `w2_weight` (E, H, I / tp_size). Shard
-    ids of their loaders: ("w1", e) the gate, ("w3", e) the up and ("w2", e) the down projection of
-    expert e; None for all experts as one tensor (E, 2I, H) or (E, H, I).
-
-    Each of the two parameters is a LoRA site, with a delta for each expert. On several ranks, B of
-    gate and up and A of down are sharded as the weights are, so each rank adds its part of the
-    delta to its own product.
+    Parameters are `w13_weight` (E, 2I / tp_size, H) and `w2_weight` (E, H, I / tp_size), each a
+    LoRA site with a delta for each expert. Shard ids of their loaders: ("w1", e) the gate, ("w3",
+    e) the up and ("w2", e) the down projection of expert e; None for all experts as one tensor (E,
+    2I, H) or (E, H, I).
 
     Args:
         num_experts, top_k: E and k.
@@ -167,10 +164,7 @@ class FusedMoE(LoadableLayer):
         self, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
     ) -> list[tuple[str, str, tuple[str, int]]]:
         """Entries of the stacked mapping of `load_weights` for checkpoints with one tensor per
-        expert.
-
-        From `experts.<e>.<gate>.weight` to this layer at `experts`.
-        """
+        expert, from `experts.<e>.<gate>.weight` to this layer at `experts`."""
         names = (("w13_weight", gate, "w1"), ("w13_weight", up, "w3"), ("w2_weight", down, "w2"))
         return [
             (f"experts.{param}", f"experts.{e}.{name}.weight", (shard, e))

@@ -17,14 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafx.errors import CheckpointError
+from lorafx.loading.loadable_layer import WeightMethod
 
 
-class QuantizeMethodBase(ABC):
-    """Base class of weight formats; layers call it, models and post-processing may ask it.
-
-    `layer` is a layer of this package, or any module that has what its method's `create_weights`
-    registers.
-    """
+class QuantizeMethodBase(WeightMethod, ABC):
+    """Base class of weight formats. `layer` is a layer of this package, or any module that has what
+    `create_weights` registers."""
 
     @abstractmethod
     def create_weights(
@@ -40,7 +38,6 @@ class QuantizeMethodBase(ABC):
         """Register the layer's weight parameters.
 
         Args:
-            layer: gets the parameters.
             input_size_per_partition: K of this rank.
             output_partition_sizes: rows of each output slice on this rank; N is their sum.
             input_size, output_size: K and N of the whole layer.
@@ -58,14 +55,9 @@ class QuantizeMethodBase(ABC):
     def dequantize(self, layer: Any) -> Tensor:
         """The dense weight (N, K) that `apply` multiplies by, in the layer's `params_dtype`."""
 
-    def process_weights_after_loading(self, layer: Any) -> None:  # noqa: B027
-        """Called by `load_weights` after every load of the layer's weights; does nothing here."""
-
     def incoming(self, layer: Any, name: str, loaded: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """What a checkpoint tensor for the parameter `name` becomes: parameters and their values.
-
-        The values have the checkpoint's sizes; the layer cuts them to this rank afterwards.
-        """
+        """What a checkpoint tensor for the parameter `name` becomes: parameters and their values,
+        of the checkpoint's sizes; the layer cuts them to this rank afterwards."""
         yield name, loaded
 
     def fills(self, layer: Any, name: str, dtype: torch.dtype) -> tuple[str, ...]:
@@ -107,8 +99,8 @@ class UnquantizedLinearMethod(QuantizeMethodBase):
 class Int8ChannelLinearMethod(QuantizeMethodBase):
     """Weight-only int8, one scale per output row, symmetric.
 
-    Checkpoints may hold Q and s, or the dense weight, which is quantised as it is loaded: of the
-    whole rows, before they are cut, so that every rank has the scales that one rank would have.
+    Dense weights of a checkpoint are quantised as they are loaded, by whole rows before they are
+    cut, so that every rank has the scales that one rank would have.
     """
 
     def create_weights(

@@ -4,13 +4,11 @@
     converted    what a conversion of transformers makes of them: per-expert weights concatenated,
                  permuted for rotary embeddings, split into several
 
-A group is checked when its last tensor is known, and written when that arrives; until then its
-tensors are held.
+A group is checked when its last tensor is known, and written when that arrives.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -19,52 +17,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafx.loading.weight_places import Landing, WeightShape
-from lorafx.model.partition import spans
+from lorafx.loading.weight_places import Destination, WeightShape
+from lorafx.model.packed_names import spans
 
 
-class TensorGroup(ABC):
-    """Tensors with a place together.
+class JointGroup:
+    """Tensors that fill one, one after the other along `dim`.
 
-    Attributes:
+    Attributes (of each kind of group):
         path: what messages call it: the name of the (first) tensor of the model that it fills.
         names: of the checkpoint's tensors, without prefixes, in order.
-        landings: what they fill.
+        destinations: what they fill.
     """
 
-    path: str
-    names: tuple[str, ...]
-    landings: tuple[Landing, ...]
-
-    @abstractmethod
-    def misfit(self, shapes: Mapping[str, WeightShape]) -> str:
-        """Why tensors of these shapes do not fill it, "" where they do."""
-
-    @abstractmethod
-    def joined(self, tensors: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        """The tensors for `landings`, of those of all `names`."""
-
-
-@dataclass(frozen=True)
-class GroupMember:
-    """One tensor of a group, by its name there."""
-
-    group: TensorGroup
-    name: str
-
-
-class JointGroup(TensorGroup):
-    """Tensors that fill one, one after the other along `dim`."""
-
     def __init__(
-        self, whole: Landing, dim: int, names: tuple[str, ...], slices: tuple[int, ...] | None
+        self, whole: Destination, dim: int, names: tuple[str, ...], slices: tuple[int, ...] | None
     ) -> None:
         """`slices`: sizes along `dim` that the tensors have to partition, where they are known."""
-        self.path, self.names, self.landings, self._dim = whole.path, names, (whole,), dim
-        self._slices = slices
+        self.path, self.names = whole.path, names
+        self.destinations: tuple[Destination, ...] = (whole,)
+        self._dim, self._slices = dim, slices
 
     def misfit(self, shapes: Mapping[str, WeightShape]) -> str:
-        whole, dim = self.landings[0].shape, self._dim
+        """Why tensors of these shapes do not fill it, "" where they do."""
+        whole, dim = self.destinations[0].shape, self._dim
         assert whole is not None
         given = [shapes[name] for name in self.names]
         rows = sum(shape[dim] if len(shape) == len(whole) else 0 for shape in given)
@@ -75,17 +51,18 @@ class JointGroup(TensorGroup):
             return f"shapes {', '.join(map(str, given))} do not fill {whole}"
         if self._slices is None or all(spans(self._slices, [shape[dim] for shape in given])):
             return ""
-        each = ", ".join(f"{name} {shape}" for name, shape in zip(self.names, given, strict=True))
+        named = ", ".join(f"{name} {shape}" for name, shape in zip(self.names, given, strict=True))
         return (
-            f"slices of {self._slices} cannot be divided among {each}; declare with "
+            f"slices of {self._slices} cannot be divided among {named}; declare with "
             "packed_modules which slices each name covers"
         )
 
     def joined(self, tensors: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        """The tensors for `destinations`, of those of all `names`."""
         return [torch.cat([tensors[name] for name in self.names], dim=self._dim)]
 
 
-class ConvertedGroup(TensorGroup):
+class ConvertedGroup:
     """Tensors that a converter of transformers makes others of."""
 
     def __init__(
@@ -93,11 +70,11 @@ class ConvertedGroup(TensorGroup):
         model: Any,
         converter: Any,
         key: str,
-        landings: tuple[Landing, ...],
+        destinations: tuple[Destination, ...],
         sources: Mapping[str, tuple[str, WeightShape]],
     ) -> None:
         """`sources`: the pattern of the converter and the shape, by the tensor's name."""
-        self.path, self.names, self.landings = key, tuple(sources), landings
+        self.path, self.names, self.destinations = key, tuple(sources), destinations
         self._model, self._converter, self._sources = model, converter, sources
 
     def misfit(self, shapes: Mapping[str, WeightShape]) -> str:
@@ -113,5 +90,25 @@ class ConvertedGroup(TensorGroup):
         for name, (pattern, _) in self._sources.items():
             converter.add_tensor(self.path, name, pattern, tensors[name])
         made = converter.convert(self.path, model=self._model, config=self._model.config)
-        values = (made[landing.path] for landing in self.landings)
+        values = (made[found.path] for found in self.destinations)
         return [value[0] if isinstance(value, list) else value for value in values]
+
+
+TensorGroup = JointGroup | ConvertedGroup
+
+
+@dataclass(frozen=True)
+class GroupMember:
+    """One tensor of a group, by its name there."""
+
+    group: TensorGroup
+    name: str
+
+
+Meaning = Destination | GroupMember
+
+
+def destinations_of(meaning: Meaning | None) -> tuple[Destination, ...]:
+    if isinstance(meaning, GroupMember):
+        return meaning.group.destinations
+    return () if meaning is None else (meaning,)

@@ -3,21 +3,36 @@
     param.weight_loader(param, loaded_weight, shard_id)
 
 writes a tensor of the whole layer's sizes into this rank's part of a parameter, or of the piece of
-it that the shard id names. `load_weights` asks the layer what a tensor should look like before.
-Shard ids of routed experts are ("w1", e) the gate, ("w3", e) the up and ("w2", e) the down
-projection of expert e.
+it that the shard id names.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lorafx.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from lorafx.loading.weight_places import Target
+
+
+class WeightMethod:
+    """What stores the weights of a layer: its `quant_method`."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Called by `load_weights` after every load of the layer's weights; does nothing here."""
+
+
+def methods_of(filled: Iterable[Target]) -> list[tuple[nn.Module, WeightMethod]]:
+    """The modules that hold these targets and store their weights by a method, with it."""
+    modules = {id(target.module): target.module for target in filled}.values()
+    found = [(module, getattr(module, "quant_method", None)) for module in modules]
+    return [(module, method) for module, method in found if isinstance(method, WeightMethod)]
 
 
 class LoadableLayer(nn.Module):
@@ -33,11 +48,8 @@ class LoadableLayer(nn.Module):
 
     @abstractmethod
     def checkpoint_shape(self, name: str, shard_id: Any = None) -> tuple[int, ...]:
-        """The shape of the checkpoint tensor for this shard of a parameter.
-
-        Raises:
-            CheckpointError: there is no such shard.
-        """
+        """The shape of the checkpoint tensor for this shard; CheckpointError where there is
+        none."""
 
     @abstractmethod
     def pieces(self, name: str, shard_id: Any = None) -> frozenset[Any]:
@@ -58,7 +70,6 @@ class LoadableLayer(nn.Module):
 
         Args:
             param: one of the layer's parameters.
-            loaded_weight: the tensor, of any dtype and device that `Tensor.copy_` takes.
             shard_id: the piece of the parameter that it is; None for all of it.
 
         Raises:
@@ -70,11 +81,7 @@ class LoadableLayer(nn.Module):
             self._load(name, loaded_weight, shard_id)
 
     def check_weight(self, name: str, shape: Sequence[int], shard_id: Any = None) -> None:
-        """Whether a checkpoint tensor of this shape can be loaded.
-
-        Raises:
-            CheckpointError: it cannot; names the parameter, the shapes and the shard id.
-        """
+        """Raises: CheckpointError: a checkpoint tensor of this shape cannot be loaded."""
         param = self._parameters.get(name)
         if param is None:
             raise CheckpointError(f"{self.label} has no parameter {name!r}")
@@ -93,13 +100,9 @@ class LoadableLayer(nn.Module):
             )
 
     def name_of(self, param: nn.Parameter) -> str:
-        """The name of one of the layer's own parameters.
-
-        Raises:
-            CheckpointError: it is none of them.
-        """
-        for name, own in self._parameters.items():
-            if own is param:
+        """The name of one of the layer's own parameters; CheckpointError for any other."""
+        for name, held in self._parameters.items():
+            if held is param:
                 return name
         raise CheckpointError(f"{self.label}: the given parameter is not one of this layer's")
 

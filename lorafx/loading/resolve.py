@@ -3,16 +3,10 @@
     as it stands, or without prefixes and wrappers, or renamed:
         the tensor itself ▸ routed experts ▸ packed projections ▸ a conversion of transformers
 
-Several meanings of one name are told apart by the tensor's shape.
-
-A conversion is a layout from before transformers changed it, which it says of each model:
+Several meanings of one name are told apart by the tensor's shape. A conversion is undone on tensors
+without numbers to learn which tensors, of which shapes, it takes:
 
     moe.gate_proj.weight, moe.up_proj.weight → mlp.experts.gate_up_proj
-
-It is undone on tensors without numbers to learn which tensors, of which shapes, it takes. A stacked
-mapping of the model's author goes before all but the model's own names, by whole dotted segments:
-
-    ("qkv_proj", "q_proj", "q")     layers.0.q_proj.weight → layers.0.qkv_proj.weight, shard "q"
 """
 
 from __future__ import annotations
@@ -26,11 +20,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorafx.loading.expert_landings import ExpertLandings
-from lorafx.loading.groups import ConvertedGroup, GroupMember
-from lorafx.loading.packed import PackedLandings
-from lorafx.loading.weight_names import WeightNames
-from lorafx.loading.weight_places import Box, Landing, Target, WeightShape, at
+from lorafx.loading.expert_destinations import ExpertDestinations
+from lorafx.loading.groups import ConvertedGroup, GroupMember, Meaning
+from lorafx.loading.packed_destinations import PackedDestinations
+from lorafx.loading.weight_places import (
+    Box,
+    Destination,
+    Target,
+    WeightNames,
+    WeightShape,
+    destination,
+    no_place,
+)
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.packed_names import PackedModules, PackedNames
 from lorafx.model.saved_names import Walked, nearest_names
@@ -57,17 +58,17 @@ class Conversions:
 
     @property
     def rearrange(self) -> bool:
-        """Whether a conversion does more than to put tensors one after the other: what it takes
-        may have a name that means something else in most checkpoints."""
+        """Whether a conversion does more than to put tensors one after the other: what it takes may
+        have a name that means something else in most checkpoints."""
         return bool(self._rearranging)
 
     def member(
         self,
         name: str,
-        find: Callable[[str], Landing | None],
+        find: Callable[[str], Destination | None],
         *,
         rearranging: bool = False,
-    ) -> GroupMember | Landing | None:
+    ) -> GroupMember | Destination | None:
         """The group that a renamed `name` belongs to; None where no conversion takes it.
 
         `find` gives the place of a tensor of the model by its name. With `rearranging` only of
@@ -82,22 +83,21 @@ class Conversions:
                 self._groups[index, key] = self._group(converter, key, find)
             group = self._groups[index, key]
             if isinstance(group, str):
-                return Landing(key, None, (), group) if group else None
+                return no_place(key, group) if group else None
             return GroupMember(group, name) if name in group.names else None
         return None
 
     def _group(
-        self, converter: Any, key: str, find: Callable[[str], Landing | None]
+        self, converter: Any, key: str, find: Callable[[str], Destination | None]
     ) -> ConvertedGroup | str:
         """The group that fills `key`, or why there is none, "" where the model has no `key`."""
         first, *others = converter.target_patterns
         keys = [key, *(key.replace(first, other) for other in others)]
-        found = [find(target) for target in keys]
-        landings = tuple(landing for landing in found if landing is not None and landing.cuts)
-        if len(landings) != len(keys):
+        found = map(find, keys)
+        destinations = tuple(item for item in found if item is not None and item.cuts)
+        if len(destinations) != len(keys):
             return ""
-        places = [landing.cuts[0].place for landing in landings]
-        boxes = [place for place in places if isinstance(place, Box)]
+        boxes = [place for d in destinations if isinstance(place := d.cuts[0].place, Box)]
         if len(boxes) != len(keys):
             return "it is sharded over ranks, which transformers' conversion does not support"
         shapes = {target: box.target.tensor.shape for target, box in zip(keys, boxes, strict=True)}
@@ -105,7 +105,7 @@ class Conversions:
             sources = self._undone(converter, shapes)
         except (NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             return f"transformers' conversion to {key} could not be reversed for checking: {error}"
-        return ConvertedGroup(self._model, converter, key, landings, sources)
+        return ConvertedGroup(self._model, converter, key, destinations, sources)
 
     def _undone(
         self, converter: Any, targets: dict[str, torch.Size]
@@ -129,7 +129,6 @@ class Conversions:
         return found
 
 
-Meaning = Landing | GroupMember
 #: How many unknown names get the names nearest to them, which takes a while.
 _NEAREST = 10
 
@@ -140,8 +139,8 @@ class Resolver:
     def __init__(self, graph: ModuleGraph, model: nn.Module, packed: PackedModules | None) -> None:
         """Raises ConfigError for a malformed declaration of packed names."""
         self.names = WeightNames(graph, model)
-        self._experts = ExpertLandings(self.names)
-        self._packed = PackedLandings(self.names, PackedNames(graph, packed))
+        self._experts = ExpertDestinations(self.names)
+        self._packed = PackedDestinations(self.names, PackedNames(graph, packed))
         self._conversions = Conversions(model, self.names.transforms)
         self._unwanted = [
             re.compile(pattern)
@@ -164,7 +163,6 @@ class Resolver:
         return first
 
     def shards(self, target: Target) -> dict[Any, str]:
-        """The shard ids of a packed target, each with the name that is declared for it."""
         return self._packed.shards(target)
 
     def is_unwanted(self, name: str) -> bool:
@@ -184,7 +182,7 @@ class Resolver:
         if self._advised >= _NEAREST:
             return "no place in the model"
         self._advised += 1
-        known = (target.name for target in self.names.required)
+        known = (target.name for target in self.names.targets)
         return f"no place in the model{nearest_names(name, known)}"
 
     def _meanings(self, name: str) -> Iterator[Meaning]:
@@ -216,24 +214,23 @@ class Resolver:
         target = self._held(walked)
         if target is not None and target.is_buffer and not target.persistent:
             return
-        yield from self._experts.landings(walked)
+        yield from self._experts.destinations(walked)
         if target is not None:
-            yield at(target, walked.whole)
-        yield from self._packed.landings(walked)
+            yield destination(target, walked.whole)
+        yield from self._packed.destinations(walked)
 
     def _own(self, reading: str) -> Target | None:
         return self._held(self.names.walk(reading))
 
     def _held(self, walked: Walked) -> Target | None:
-        """The tensor that a name leads to, None where it leads to none."""
         one = len(walked.rest) == 1
         return self.names.target(walked.module, walked.rest[0]) if one else None
 
-    def _itself(self, name: str) -> Landing | None:
+    def _itself(self, name: str) -> Destination | None:
         for reading in self.names.readings(name):
             found = self._own(reading)
             if found is not None:
-                return at(found, name)
+                return destination(found, name)
         return None
 
 
@@ -242,7 +239,11 @@ StackedName = tuple[str, str, Any]
 
 
 class StackedResolver(Resolver):
-    """Looks names up in a mapping, before all other ways of naming but the model's own names."""
+    """Looks names up in a mapping of the model's author, by whole dotted segments, before all other
+    ways of naming but the model's own names.
+
+        ("qkv_proj", "q_proj", "q")     layers.0.q_proj.weight → layers.0.qkv_proj.weight, shard "q"
+    """
 
     def __init__(
         self, graph: ModuleGraph, model: nn.Module, stacked: Sequence[StackedName]
@@ -253,15 +254,15 @@ class StackedResolver(Resolver):
     def meaning(self, name: str, shape: WeightShape) -> Meaning | None:
         if self._own(name) is None:
             found = {
-                candidate: at(own, candidate, shard_id)
+                candidate: destination(target, candidate, shard_id)
                 for param, saved, shard_id in self._stacked
                 for reading in self.names.readings(name)
                 for candidate in _replaced(reading, param, saved)
-                if (own := self._own(candidate)) is not None
+                if (target := self._own(candidate)) is not None
             }
             if len(found) > 1:
                 wrong = f"the stacked mapping sends it to {', '.join(found)}"
-                return Landing(name, None, (), wrong)
+                return no_place(name, wrong)
             if found:
                 return next(iter(found.values()))
         return super().meaning(name, shape)

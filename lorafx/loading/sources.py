@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,9 +51,7 @@ _DTYPES = {
 
 class Item(NamedTuple):
     """One tensor of a source; `read` gives it, for as long as the source says that it stays.
-
-    `given` is the tensor itself, where it was not stored on disk.
-    """
+    `given` is the tensor itself, where it was not stored on disk."""
 
     name: str
     shape: WeightShape
@@ -84,7 +82,7 @@ def source_of(weights: Weights) -> WeightSource:
         CheckpointError: a path without safetensors.
     """
     if isinstance(weights, (str, os.PathLike)):
-        return WeightSource(_Files(_files(Path(weights))).items, repeatable=True, stable=True)
+        return WeightSource(_stored(_files(Path(weights))), repeatable=True, stable=True)
     if isinstance(weights, Mapping):
         return WeightSource(lambda: _given(weights.items()), repeatable=True, stable=True)
     if isinstance(weights, Sequence):
@@ -107,43 +105,32 @@ def _given(pairs: Iterable[Any]) -> Iterator[Item]:
         if not isinstance(tensor, Tensor):
             raise ConfigError(f"{name}: a tensor is needed, got {type(tensor).__name__}")
         plain = tensor.detach()
-        yield Item(name, tuple(plain.shape), Numbers.of(plain), partial(_itself, plain), plain)
+        yield Item(name, tuple(plain.shape), Numbers.of(plain), plain.detach, plain)
 
 
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
+def _stored(paths: Sequence[Path]) -> Callable[[], Iterator[Item]]:
+    """What goes through files of safetensors."""
+    # Each is opened once: reading its header takes time.
+    opened = cache(partial(safe_open, framework="pt"))
 
+    def read(path: Path, name: str) -> Tensor:
+        with _reading(path):
+            # torch takes an interrupt in the middle for a value that has no shape.
+            return undisturbed(lambda: opened(path).get_tensor(name))
 
-class _Files:
-    """Files of safetensors, each opened once: reading its header takes time."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = paths
-        self._opened: dict[Path, Any] = {}
-
-    def items(self) -> Iterator[Item]:
-        """Raises CheckpointError for what cannot be read."""
-        for path in self._paths:
+    def items() -> Iterator[Item]:
+        for path in paths:
             with _reading(path):
-                opened = self._open(path)
-                kinds = [(name, opened.get_slice(name)) for name in opened.keys()]  # noqa: SIM118
-            for name, part in kinds:
+                file = opened(path)
+                parts = [(name, file.get_slice(name)) for name in file.keys()]  # noqa: SIM118
+            for name, part in parts:
                 dtype = _DTYPES.get(part.get_dtype())
                 if dtype is None:
                     raise CheckpointError(f"{path}: {name} is of dtype {part.get_dtype()}")
-                read = partial(self._read, path, name)
-                yield Item(name, tuple(part.get_shape()), Numbers(dtype), read)
+                shape = tuple(part.get_shape())
+                yield Item(name, shape, Numbers(dtype), partial(read, path, name))
 
-    def _open(self, path: Path) -> Any:
-        if path not in self._opened:
-            self._opened[path] = safe_open(path, framework="pt")
-        return self._opened[path]
-
-    def _read(self, path: Path, name: str) -> Tensor:
-        with _reading(path):
-            opened = self._open(path)
-            # torch takes an interrupt in the middle for a value that has no shape.
-            return undisturbed(lambda: opened.get_tensor(name))
+    return items
 
 
 @contextmanager
@@ -171,10 +158,8 @@ def _files(path: Path) -> list[Path]:
 
 
 def in_file(file: Path, like: Tensor) -> Tensor:
-    """A contiguous tensor on the host in `file`, of the shape and dtype of `like`.
-
-    Its room on the disk is taken now. A page that found none when it is written to would end the
-    process (SIGBUS), where nobody could say why.
+    """A contiguous tensor on the host in `file`, of the shape and dtype of `like`. Its room on the
+    disk is taken now: a page without room would end the process (SIGBUS) when it is written.
 
     Raises:
         OSError: there is no room, or the file cannot be written.

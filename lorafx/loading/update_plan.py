@@ -2,33 +2,36 @@
 
     for each target   boxes that tensors fill, no two of which meet, and which cover it
 
-Names are planned one by one, without looking at numbers. Numbers are compared only where two names
-mean tied tensors; they have to be equal.
+Numbers are compared only where two names mean tied tensors; they have to be equal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorafx.errors import BaseWeightsError, some
-from lorafx.loading.groups import GroupMember, TensorGroup
+from lorafx.loading.groups import GroupMember, Meaning, TensorGroup, destinations_of
 from lorafx.loading.loadable_layer import LoadableLayer
-from lorafx.loading.resolve import Meaning, Resolver
+from lorafx.loading.resolve import Resolver
 from lorafx.loading.sources import Item
-from lorafx.loading.weight_places import Landing, Numbers, Target, WeightShape, meet, volume
+from lorafx.loading.weight_places import Destination, Numbers, Target, WeightShape, meet
 
-_SHOWN = 100
-_TOLD = 5  # names in a sentence
+_SHOWN = 100  # problems in a message
+_NAMED = 5  # names in a sentence
+
+_Key = tuple[object, ...]
 
 
 @dataclass(frozen=True)
 class _Filled:
-    """One part of a target that a tensor fills.
+    """A part of a target that a tensor fills.
 
     Attributes:
         part: a box, or the pieces of a layer that cuts tensors itself.
@@ -44,45 +47,24 @@ class _Filled:
 
     def meets(self, part: Any) -> bool:
         if isinstance(self.part, frozenset) and isinstance(part, frozenset):
-            both = self.part | part
-            return None in both or len(both) < len(self.part) + len(part)  # None is the whole
+            union = self.part | part
+            return None in union or len(union) < len(self.part) + len(part)  # None is the whole
         if isinstance(self.part, frozenset) or isinstance(part, frozenset):
             return True  # a loader of its own, and nobody knows what it writes
         return meet(self.part, part)
 
 
-@dataclass
-class _Ledger:
-    """What fills one target, by the first index of a box where that is a single one (an expert),
-    so that an expert's box is not compared with those of all others."""
-
-    parts: dict[int | None, list[_Filled]] = field(default_factory=dict)
-
-    @staticmethod
-    def _key(part: Any) -> int | None:
-        single = isinstance(part, tuple) and len(part) > 1 and len(part[0]) == 1
-        return part[0].start if single else None
-
-    def add(self, filled: _Filled) -> None:
-        self.parts.setdefault(self._key(filled.part), []).append(filled)
-
-    def meeting(self, part: Any) -> Iterator[_Filled]:
-        key = self._key(part)
-        keys = [key, None] if key is not None else list(self.parts)
-        for known in dict.fromkeys(keys):
-            for filled in self.parts.get(known, ()):
-                if filled.meets(part):
-                    yield filled
-
-    def all(self) -> Iterator[_Filled]:
-        for found in self.parts.values():
-            yield from found
+def _expert(part: Any) -> int | None:
+    """The first index of a box where that is a single one."""
+    single = isinstance(part, tuple) and len(part) > 1 and len(part[0]) == 1
+    return part[0].start if single else None
 
 
 class UpdatePlan:
     """What the tensors of one update mean.
 
     Attributes:
+        targets: all parameters and buffers of the model.
         meanings: by the checkpoint's name.
         planned: shape and numbers of each tensor that has a meaning.
         problems: what is wrong, in the order in which it was found.
@@ -96,26 +78,27 @@ class UpdatePlan:
         """`stable`: tensors stay as they were given and can be read again. `live`: the model has
         weights that serve; persistent buffers may be left out then."""
         self._resolver, self._strict, self._stable, self._live = resolver, strict, stable, live
+        self.targets = resolver.names.targets
         self.meanings: dict[str, Meaning] = {}
         self.planned: dict[str, tuple[WeightShape, Numbers]] = {}
         self.problems: list[str] = []
         self.ignored: list[str] = []
         self.missing: list[str] = []
         self._names: set[str] = set()
-        self._ledgers: dict[tuple[object, ...], _Ledger] = {}
+        #: By target and expert: an expert's box is not compared with those of all others.
+        self._filled: dict[_Key, dict[int | None, list[_Filled]]] = {}
         self._groups: dict[TensorGroup, dict[str, Item]] = {}
-        self._keys: dict[int, tuple[object, ...]] = {}
-        self._tied: dict[tuple[object, ...], int] = {}
-        self._faulty: set[tuple[object, ...]] = set()
-        for target in (*resolver.names.required, *resolver.names.optional):
-            key = self._key(target)
-            self._tied[key] = self._tied.get(key, 0) + resolver.names.ways(target)
+        self._keys: dict[int, _Key] = {}
+        self._ways: Counter[_Key] = Counter()
+        self._faulty: set[_Key] = set()
+        for target in self.targets:
+            self._ways[self._key(target)] += resolver.names.ways(target)
 
     def take(self, item: Item) -> Meaning | None:
         """What a tensor means; None where it has no place or something is wrong with it."""
         name = item.name
         if name in self._names:
-            self._fault(f"{name}: a duplicate", self.meanings.get(name))
+            self._fault(f"{name}: a duplicate", destinations_of(self.meanings.get(name)))
             return None
         self._names.add(name)
         found = self._resolver.meaning(name, item.shape)
@@ -128,16 +111,15 @@ class UpdatePlan:
         self.meanings[name] = found
         self.planned[name] = item.shape, item.numbers
         if isinstance(found, GroupMember):
-            return found if self._take_member(found, item) else None
-        label = name if name == found.path else f"{name} → {found.path}"
-        wrong = found.wrong or _misshapen(found, item.shape) or _unlike(found, item.numbers)
+            wrong = self._take_member(found, item)
+        else:
+            wrong = self._take_alone(found, item)
         if wrong:
-            self._fault(f"{label}: {wrong}", found)
-            return None
-        return found if self._fill(found, item, label) else None
+            self._fault(wrong, destinations_of(found))
+        return None if wrong else found
 
     def finish(self, derived: Callable[[Target], bool] = lambda _: False) -> None:
-        """What is still missing. `derived` says of a target that it is computed from others.
+        """Find what is still missing. `derived`: whether a target is computed from others.
 
         Raises:
             BaseWeightsError: for everything that was wrong, in one.
@@ -145,17 +127,17 @@ class UpdatePlan:
         for group, items in self._groups.items():
             lacking = [name for name in group.names if name not in items]
             if lacking:
-                given = ", ".join(item.name for item in items.values())
-                text = f"{given}: needs {some(sorted(lacking), _TOLD)} too"
                 self.missing.extend(lacking)
+                self._faulty.update(self._keys_of(group.destinations))
                 if self._strict:
-                    self._fault(text, *group.landings)
-                self._faulty.update(self._key(t) for t in _targets(group.landings))
+                    given = ", ".join(item.name for item in items.values())
+                    self.problems.append(f"{given}: needs {some(sorted(lacking), _NAMED)} too")
         self._orientations()
-        seen: set[tuple[object, ...]] = set(self._faulty)
-        for target in self._wanted():
+        seen = set(self._faulty)
+        for target in self.targets:
             key = self._key(target)
-            if key in seen or derived(target):
+            needed = not target.is_buffer or (not self._live and target.persistent)
+            if not needed or key in seen or derived(target):
                 continue
             seen.add(key)
             uncovered = self._uncovered(target)
@@ -163,10 +145,9 @@ class UpdatePlan:
                 self.missing.append(target.name)
                 if self._strict:
                     self.problems.append(f"{target.name}: {uncovered}")
-        self.check()
+        self._raise()
 
-    def check(self) -> None:
-        """Raises BaseWeightsError for everything that was wrong so far."""
+    def _raise(self) -> None:
         if not self.problems:
             return
         shown = "".join(f"\n  - {problem}" for problem in self.problems[:_SHOWN])
@@ -179,65 +160,57 @@ class UpdatePlan:
         error.problems = tuple(self.problems)
         raise error
 
-    def _wanted(self) -> Iterator[Target]:
-        """What has to get numbers."""
-        yield from self._resolver.names.required
-        if not self._live:
-            yield from (target for target in self._resolver.names.optional if target.persistent)
-
     def filled(self) -> list[Target]:
         """The targets that got numbers, wholly or partly; of tied ones all."""
-        every = (*self._resolver.names.required, *self._resolver.names.optional)
-        return [target for target in every if self._key(target) in self._ledgers]
+        return [target for target in self.targets if self._key(target) in self._filled]
 
-    def _take_member(self, member: GroupMember, item: Item) -> bool:
+    def _take_alone(self, found: Destination, item: Item) -> str:
+        """Note a tensor that has a place by itself; what is wrong with it."""
+        wrong = found.wrong
+        if not wrong and found.shape not in (None, tuple(item.shape)):
+            wrong = f"the checkpoint's tensor has shape {tuple(item.shape)}, expected {found.shape}"
+        wrong = wrong or _unlike((found,), item.numbers) or self._fill(found, item)
+        label = item.name if item.name == found.path else f"{item.name} → {found.path}"
+        return f"{label}: {wrong}" if wrong else ""
+
+    def _take_member(self, member: GroupMember, item: Item) -> str:
+        """Note a member of a group, and check the group with its last one; what is wrong."""
         group = member.group
         items = self._groups.setdefault(group, {})
         if member.name in items:
-            self._fault(f"{item.name}: a duplicate of {items[member.name].name}", *group.landings)
-            return False
+            return f"{item.name}: a duplicate of {items[member.name].name}"
         items[member.name] = item
-        label = f"{item.name} → {group.path}"
-        if any(landing.wrong for landing in group.landings):
-            self._fault(f"{label}: {group.landings[0].wrong}", *group.landings)
-            return False
-        unlike = next((_unlike(found, item.numbers) for found in group.landings), "")
-        if unlike:
-            self._fault(f"{label}: {unlike}", *group.landings)
-            return False
-        if len(items) < len(group.names):
-            return True
-        misfit = group.misfit({name: items[name].shape for name in group.names})
-        if misfit:
-            self._fault(f"{label}: {misfit}", *group.landings)
-            return False
-        filled = [self._fill(found, item, label, alone=False) for found in group.landings]
-        return all(filled)
+        wrong = next((found.wrong for found in group.destinations if found.wrong), "")
+        wrong = wrong or _unlike(group.destinations, item.numbers)
+        if not wrong and len(items) == len(group.names):
+            wrong = group.misfit({name: items[name].shape for name in group.names})
+            if not wrong:
+                filled = [self._fill(found, item, alone=False) for found in group.destinations]
+                wrong = next(filter(None, filled), "")
+        return f"{item.name} → {group.path}: {wrong}" if wrong else ""
 
-    def _fill(self, landing: Landing, item: Item, label: str, *, alone: bool = True) -> bool:
-        """Note what a tensor fills; False where it was filled before by other numbers."""
+    def _fill(self, found: Destination, item: Item, *, alone: bool = True) -> str:
+        """Note what a tensor fills; why not, where other numbers fill it already."""
         fills = [
             (target, part, cut.take)
-            for cut in landing.cuts
+            for cut in found.cuts
             for target, part in cut.place.fills(item.numbers.dtype)
         ]
         for target, part, take in fills:
-            ledger = self._ledgers.setdefault(self._key(target), _Ledger())
-            for earlier in ledger.meeting(part):
-                tied = earlier.part == part and earlier.path != landing.path
+            key, expert = self._key(target), _expert(part)
+            filled = self._filled.setdefault(key, {})
+            near = filled if expert is None else (expert, None)
+            for earlier in [known for index in near for known in filled.get(index, ())]:
+                if not earlier.meets(part):
+                    continue
+                tied = earlier.part == part and earlier.path != found.path
                 if not tied or earlier.numbers is None or not alone:
-                    self._fault(f"{label}: a duplicate of {earlier.name}", landing)
-                    return False
+                    return f"a duplicate of {earlier.name}"
                 if not _same(earlier.numbers(), item.read()[take], target.tensor.dtype):
-                    self._fault(
-                        f"{label}: the model ties it to {earlier.name}, and their values differ",
-                        landing,
-                    )
-                    return False
-            tied_too = alone and self._tied.get(self._key(target), 0) > 1
-            numbers = self._numbers(item, take) if tied_too else None
-            ledger.add(_Filled(part, item.name, landing.path, numbers))
-        return True
+                    return f"the model ties it to {earlier.name}, and their values differ"
+            numbers = self._numbers(item, take) if alone and self._ways[key] > 1 else None
+            filled.setdefault(expert, []).append(_Filled(part, item.name, found.path, numbers))
+        return ""
 
     def _numbers(self, item: Item, take: tuple[slice | int, ...]) -> Callable[[], Tensor]:
         if self._stable:
@@ -246,11 +219,11 @@ class UpdatePlan:
         return lambda: kept
 
     def _orientations(self) -> None:
-        """A square matrix beside one that came turned may have come turned too."""
+        """Refuse a square matrix beside one that came transposed: it may be transposed too."""
         turned: dict[int, str] = {}
-        square: list[tuple[int, str, Landing]] = []
+        square: list[tuple[int, str, Destination]] = []
         for name, meaning in self.meanings.items():
-            if isinstance(meaning, Landing) and meaning.turned is not None:
+            if isinstance(meaning, Destination) and meaning.turned is not None:
                 module = id(meaning.cuts[0].place.target.module)
                 if meaning.square:
                     square.append((module, name, meaning))
@@ -258,78 +231,60 @@ class UpdatePlan:
                     turned[module] = name
         for module, name, meaning in square:
             if module in turned:
-                self._fault(
+                wrong = (
                     f"{name}: it is square, and {turned[module]} came transposed, so it is "
                     "not known whether this one is transposed too; give the experts one by "
-                    "one, or as w13_weight and w2_weight (E, out, in)",
-                    meaning,
+                    "one, or as w13_weight and w2_weight (E, out, in)"
                 )
+                self._fault(wrong, (meaning,))
 
     def _uncovered(self, target: Target) -> str:
         """What of a target got no numbers, "" where nothing."""
-        ledger = self._ledgers.get(self._key(target))
-        if ledger is None:
+        by_expert = self._filled.get(self._key(target))
+        if by_expert is None:
             return "nothing in the checkpoint"
-        parts = [filled.part for filled in ledger.all()]
-        if isinstance(target.module, LoadableLayer) and any(
-            isinstance(p, frozenset) for p in parts
-        ):
-            lacking = target.module.pieces(target.attribute) - frozenset().union(*parts)
-            told = some(sorted(map(str, lacking)), _TOLD)
-            return f"nothing in the checkpoint for slices {told}" if lacking else ""
-        if any(isinstance(part, frozenset) for part in parts):
-            # A loader of its own, of which nobody knows more than what is declared.
-            shards = self._resolver.shards(target)
-            pieces = frozenset().union(*parts)
-            absent = [name for shard, name in shards.items() if not pieces & {None, shard}]
-            return f"nothing in the checkpoint for {some(sorted(absent), _TOLD)}" if absent else ""
-        whole = target.tensor.numel()
-        got = sum(volume(part) for part in {_box_key(part): part for part in parts}.values())
+        parts = [filled.part for found in by_expert.values() for filled in found]
+        pieces = [part for part in parts if isinstance(part, frozenset)]
+        if pieces:
+            return self._lacking_pieces(target, frozenset().union(*pieces))
+        boxes = set(parts)
+        got, whole = sum(prod(map(len, box)) for box in boxes), target.tensor.numel()
         if got >= whole:
             return ""
-        first = target.tensor.shape[0]
-        experts = [
-            str(i)
-            for i in range(first if target.tensor.dim() == 3 else 0)
-            if not any(i in part[0] for part in parts)
-        ]
-        which = f", nothing for experts {some(experts, _TOLD)}" if experts else ""
+        experts = range(target.tensor.shape[0] if target.tensor.dim() == 3 else 0)
+        absent = [str(e) for e in experts if not any(e in box[0] for box in boxes)]
+        which = f", nothing for experts {some(absent, _NAMED)}" if absent else ""
         return f"{got} of its {whole} numbers are in the checkpoint{which}"
 
-    def _fault(self, problem: str, *found: Meaning | None) -> None:
-        self.problems.append(problem)
-        landings: list[Landing] = []
-        for meaning in found:
-            if isinstance(meaning, GroupMember):
-                landings.extend(meaning.group.landings)
-            elif meaning is not None:
-                landings.append(meaning)
-        # What they lack is said already.
-        self._faulty.update(self._key(target) for target in _targets(landings))
+    def _lacking_pieces(self, target: Target, pieces: frozenset[Any]) -> str:
+        if isinstance(target.module, LoadableLayer):
+            absent = sorted(map(str, target.module.pieces(target.attribute) - pieces))
+            what = f"slices {some(absent, _NAMED)}"
+        else:  # a loader of its own, of which nobody knows more than what is declared
+            shards = self._resolver.shards(target)
+            absent = sorted(name for shard, name in shards.items() if not pieces & {None, shard})
+            what = some(absent, _NAMED)
+        return f"nothing in the checkpoint for {what}" if absent else ""
 
-    def _key(self, target: Target) -> tuple[object, ...]:
+    def _fault(self, problem: str, found: Iterable[Destination]) -> None:
+        """Note a problem; what these places lack is said by it already."""
+        self.problems.append(problem)
+        self._faulty.update(self._keys_of(found))
+
+    def _keys_of(self, found: Iterable[Destination]) -> Iterator[_Key]:
+        return (self._key(cut.place.target) for item in found for cut in item.cuts)
+
+    def _key(self, target: Target) -> _Key:
         tensor = target.tensor
         if id(tensor) not in self._keys:
             self._keys[id(tensor)] = target.key
         return self._keys[id(tensor)]
 
 
-def _targets(landings: Any) -> Iterator[Target]:
-    return (cut.place.target for landing in landings for cut in landing.cuts)
-
-
-def _box_key(part: tuple[range, ...]) -> tuple[tuple[int, int, int], ...]:
-    return tuple((r.start, r.stop, r.step) for r in part)
-
-
-def _misshapen(found: Landing, shape: WeightShape) -> str:
-    if found.shape is None or found.shape == tuple(shape):
-        return ""
-    return f"the checkpoint's tensor has shape {tuple(shape)}, expected {found.shape}"
-
-
-def _unlike(found: Landing, numbers: Numbers) -> str:
-    return next((r for cut in found.cuts if (r := cut.place.refusal(numbers))), "")
+def _unlike(found: Iterable[Destination], numbers: Numbers) -> str:
+    """Why numbers of this kind cannot be written there, "" where they can."""
+    refusals = (cut.place.refusal(numbers) for item in found for cut in item.cuts)
+    return next(filter(None, refusals), "")
 
 
 def _same(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:

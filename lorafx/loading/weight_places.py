@@ -3,24 +3,22 @@
     W[box] permuted by `order` ← t,   box = a range of indices for each dimension of W
 
 A *target* is a parameter or buffer of the model, whatever names lead to it. A *place* is a part of
-one: a box of it, or for layers that cut checkpoint tensors themselves (`weight_loader`), what their
-shard id means. A *landing* says of one checkpoint tensor which parts of it go to which places.
+one. A *destination* says of one checkpoint tensor which parts of it go to which places.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from math import gcd, prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lorafx.errors import CheckpointError
+from lorafx.errors import CheckpointError, LorafxError
 from lorafx.loading.loadable_layer import LoadableLayer
-from lorafx.model.module_graph import storage_key, writing
+from lorafx.model.module_graph import ModuleGraph, join, storage_key, writing
+from lorafx.model.saved_names import SavedNames
 from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
 
 WeightShape = tuple[int, ...]
@@ -48,8 +46,8 @@ class Target:
     @property
     def tensor(self) -> Tensor:
         """The tensor that is there now: packing gives parameters other storages."""
-        own = self.module._parameters.get(self.attribute)
-        found = self.module._buffers.get(self.attribute) if own is None else own
+        parameter = self.module._parameters.get(self.attribute)
+        found = self.module._buffers.get(self.attribute) if parameter is None else parameter
         assert found is not None
         return found
 
@@ -64,34 +62,12 @@ class Target:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Equal for tied tensors: those with the very same numbers in memory."""
+        """Equal for tied tensors."""
         return memory_key(self.tensor)
 
 
-class WeightPlace(ABC):
-    """A part of a target that one checkpoint tensor, or a part of it, gives the numbers of."""
-
-    target: Target
-
-    @abstractmethod
-    def fills(self, dtype: torch.dtype) -> Iterator[tuple[Target, Any]]:
-        """(target, part) for everything that a tensor of this dtype gives values to."""
-
-    @abstractmethod
-    def write(self, loaded: Tensor) -> None:
-        """Write a tensor of the right shape. Casts; never moves the target."""
-
-    def refusal(self, given: Numbers) -> str:
-        """Why such numbers cannot be written, "" where they can."""
-        return _unlike(self.target.tensor, given)
-
-    def is_at(self, tensor: Tensor) -> bool:
-        """Whether `tensor` is this very place in memory, to which writing it changes nothing."""
-        return False
-
-
 @dataclass(frozen=True, eq=False)
-class Box(WeightPlace):
+class Box:
     """Indices of a tensor: a range for each of its dimensions, in `order` the checkpoint's."""
 
     target: Target
@@ -101,12 +77,11 @@ class Box(WeightPlace):
     @classmethod
     def whole(cls, target: Target) -> Box:
         shape = target.tensor.shape
-        return cls(target, tuple(range(size) for size in shape), tuple(range(len(shape))))
+        return cls(target, tuple(map(range, shape)), tuple(range(len(shape))))
 
     def narrowed(self, dim: int, indices: range) -> Box:
         """The part of dimension `dim` of the target that `indices` are of what is left of it."""
-        own = self.box[dim]
-        kept = own[indices.start : indices.stop : indices.step]
+        kept = self.box[dim][indices.start : indices.stop : indices.step]
         return Box(self.target, (*self.box[:dim], kept, *self.box[dim + 1 :]), self.order)
 
     def swapped(self) -> Box:
@@ -126,21 +101,25 @@ class Box(WeightPlace):
         return tensor[index].permute(self.order) if index else tensor
 
     def fills(self, dtype: torch.dtype) -> Iterator[tuple[Target, Any]]:
+        """(target, part) for everything that a tensor of this dtype gives values to."""
         yield self.target, self.box
 
     def is_at(self, tensor: Tensor) -> bool:
+        """Whether `tensor` is this very place in memory, to which writing it changes nothing."""
         return same_memory(self.view, tensor)
 
     def refusal(self, given: Numbers) -> str:
+        """Why such numbers cannot be written, "" where they can."""
         if is_expanded(self.target.tensor):
             return (
                 "several of its entries share memory (an expanded tensor), so it cannot be "
                 "written; leave it out, or make it contiguous before lorafx is given the "
                 "model"
             )
-        return super().refusal(given)
+        return _unlike(self.target.tensor, given)
 
     def write(self, loaded: Tensor) -> None:
+        """Write a tensor of the right shape. Casts; never moves the target."""
         with writing(self.target.tensor):
             view = self.view
             if not same_memory(view, loaded):
@@ -148,7 +127,7 @@ class Box(WeightPlace):
 
 
 @dataclass(frozen=True, eq=False)
-class Shard(WeightPlace):
+class Shard:
     """What a shard id means of a parameter of a layer that cuts checkpoint tensors itself."""
 
     target: Target
@@ -191,7 +170,7 @@ class Shard(WeightPlace):
 
 
 @dataclass(frozen=True, eq=False)
-class OwnLoader(WeightPlace):
+class OwnLoader:
     """A parameter that brings a `weight_loader` of its own, whose shapes nobody else knows."""
 
     target: Target
@@ -199,6 +178,9 @@ class OwnLoader(WeightPlace):
 
     def fills(self, dtype: torch.dtype) -> Iterator[tuple[Target, Any]]:
         yield self.target, frozenset([self.shard_id])
+
+    def is_at(self, tensor: Tensor) -> bool:
+        return False
 
     def refusal(self, given: Numbers) -> str:
         return ""
@@ -214,6 +196,9 @@ class OwnLoader(WeightPlace):
             raise CheckpointError(f"{self.target.name}: {error}") from error
 
 
+WeightPlace = Box | Shard | OwnLoader
+
+
 @dataclass(frozen=True)
 class Cut:
     """A part of a checkpoint tensor: `take` indexes it, and the place that it goes to."""
@@ -223,16 +208,16 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Landing:
+class Destination:
     """What one checkpoint tensor means.
 
     Attributes:
         path: its name in this model, without prefixes and wrappers.
-        shape: what it has to be like; None where only a parameter's own loader knows.
+        shape: the shape it must have; None where only a parameter's own loader knows.
         cuts: its parts, each with its place.
         wrong: why it has no place after all, "" where it has.
-        turned: of a matrix that checkpoints have either way round, whether it came so that the
-            model's is its transpose; None of all others.
+        turned: of a matrix that checkpoints have either way round, whether it came transposed;
+            None of all others.
     """
 
     path: str
@@ -251,21 +236,54 @@ class Landing:
             cut.place.write(loaded[cut.take] if cut.take else loaded)
 
 
-def at(target: Target, path: str, shard_id: Any = None) -> Landing:
+def no_place(path: str, why: str) -> Destination:
+    return Destination(path, None, (), why)
+
+
+def destination(target: Target, path: str, shard_id: Any = None) -> Destination:
     """The whole target, or the piece of it that a shard id means."""
     tensor = target.tensor
     if isinstance(target.module, LoadableLayer) and not target.is_buffer:
         shard = Shard(target, shard_id)
         try:
-            return Landing(path, shard.shape, (Cut(shard),))
+            return Destination(path, shard.shape, (Cut(shard),))
         except CheckpointError as error:
-            return Landing(path, None, (), str(error))
+            return no_place(path, str(error))
     if tensor.is_meta:
-        return Landing(path, None, (), "it is on the meta device and holds no values")
+        return no_place(path, "it is on the meta device and holds no values")
     if callable(getattr(tensor, "weight_loader", None)):
-        return Landing(path, None, (Cut(OwnLoader(target, shard_id)),))
+        return Destination(path, None, (Cut(OwnLoader(target, shard_id)),))
     box = Box.whole(target)
-    return Landing(path, box.shape, (Cut(box),))
+    return Destination(path, box.shape, (Cut(box),))
+
+
+class WeightNames(SavedNames):
+    """The tensors of one model, and what names of a checkpoint lead to."""
+
+    def __init__(self, graph: ModuleGraph, model: nn.Module) -> None:
+        super().__init__(model)
+        self.graph = graph
+        self._targets: dict[tuple[int, str], Target] = {}
+        for path, module in model.named_modules():
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    self._targets[id(module), name] = Target(module, name, join(path, name))
+
+    @property
+    def targets(self) -> list[Target]:
+        """All parameters and buffers, each by its first name."""
+        return list(self._targets.values())
+
+    def target(self, module: nn.Module, attribute: str) -> Target | None:
+        """The tensor that `module` holds by this name, None where it holds none."""
+        return self._targets.get((id(module), attribute))
+
+    def ways(self, target: Target) -> int:
+        """How many paths lead to a target's module; 2 where there are more."""
+        try:
+            return len(self.graph.paths(target.module, limit=2))
+        except LorafxError:  # put there since the model was compiled
+            return 1
 
 
 def memory_key(tensor: Tensor) -> tuple[object, ...]:
@@ -273,6 +291,10 @@ def memory_key(tensor: Tensor) -> tuple[object, ...]:
     if storage_key(tensor) < 0:  # a wrapper without a storage of its own
         return (id(tensor),)
     return (storage_key(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+
+
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and memory_key(a) == memory_key(b)
 
 
 def is_expanded(tensor: Tensor) -> bool:
@@ -284,52 +306,32 @@ def is_expanded(tensor: Tensor) -> bool:
     )
 
 
-def same_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether both are the very same numbers."""
-    return (
-        a.dtype == b.dtype
-        and a.shape == b.shape
-        and a.stride() == b.stride()
-        and storage_key(a) == storage_key(b)
-        and bool(a.storage_offset() == b.storage_offset())
-    )
-
-
-def volume(box: Sequence[range]) -> int:
-    """How many entries a box has."""
-    return prod(len(indices) for indices in box)
-
-
 def meet(a: Iterable[range], b: Iterable[range]) -> bool:
-    """Whether two boxes of one tensor have an entry in common."""
-    return all(_common(p, q) for p, q in zip(a, b, strict=True))
-
-
-def _common(p: range, q: range) -> bool:
-    if not p or not q or max(p[0], q[0]) > min(p[-1], q[-1]):
-        return False
-    shared = gcd(p.step, q.step)
-    if (q[0] - p[0]) % shared:
-        return False
-    coarse, other = (p, q) if p.step >= q.step else (q, p)
-    skipped = -(-max(0, other[0] - coarse[0]) // coarse.step)
-    # After so many steps the remainders by the other's step come again.
-    return any(index in other for index in coarse[skipped : skipped + other.step // shared])
+    """Whether two boxes of one tensor have an entry in common. Ranges of a dimension have one step,
+    or one of them is all of it."""
+    return all(
+        p
+        and q
+        and max(p[0], q[0]) <= min(p[-1], q[-1])
+        # Of interleaved halves each has every other index.
+        and (p.step != q.step or (p[0] - q[0]) % p.step == 0)
+        for p, q in zip(a, b, strict=True)
+    )
 
 
 def _unlike(tensor: Tensor, given: Numbers) -> str:
     """Why `given` numbers are not what `tensor` holds."""
-    own, dtype = tensor.dtype, given.dtype
+    held, dtype = tensor.dtype, given.dtype
     if is_traceable_wrapper_subclass(tensor) or given.wrapper is not None:
         if given.wrapper is type(tensor) or given.wrapper is type(tensor.data):
             return ""
         if given.wrapper is None:
             return f"it is kept here as a {type(tensor.data).__name__}, not as plain numbers"
         return f"the checkpoint's is a {given.wrapper.__name__}; give the plain whole tensor"
-    if own == dtype:
+    if held == dtype:
         return ""
-    if own.itemsize == 1 or not own.is_floating_point:
-        return f"it is quantised here ({own}), and the checkpoint's numbers are {dtype}"
+    if held.itemsize == 1 or not held.is_floating_point:
+        return f"it is quantised here ({held}), and the checkpoint's numbers are {dtype}"
     if dtype.itemsize == 1 or not dtype.is_floating_point:
-        return f"the checkpoint's numbers are {dtype}, which do not become {own} without a scale"
+        return f"the checkpoint's numbers are {dtype}, which do not become {held} without a scale"
     return ""

@@ -1,26 +1,20 @@
 """The bank: the low-rank factors of all slots of one group, at fixed addresses.
 
     delta_i(x) = scales[s, i] · (x A[s, :r, i·K : (i + 1)·K]ᵀ) B[s, :r, offset_i : offset_i + N_i]
-    y ← c + (1 + gains[s, n]) · (y − c)     where the bank has room for DoRA, c the module's bias
-    y ← y + shifts[s]                        where it has room for biases
-    y from own[s] in the place of W         where it has room for rows of the weight that adapters
-                                            have of their own (lorafx.kernels.ops.own_rows)
+    y ← c + (1 + gains[s, n]) · (y − c)     with room for DoRA, c the module's bias
+    y ← y + shifts[s]                        with room for biases
+    y from own[s] in the place of W         with room for weights of adapters' own
 
-with s the row's slot and r = ranks[s, i]. Rows with slot -1 are base rows. Factors beyond a
-slot's own rank are never read, so traffic grows with what is active, not with what is reserved.
+with s the row's slot and r = ranks[s, i]. Rows with slot -1 are base rows. Factors beyond a slot's
+own rank are never read.
 
-Slots may share room: slot s begins p rows behind slot s − 1 in A and in B, p ≤ R, and reaches over
-the slots behind it where its rank is larger than p. An adapter of rank r then takes ⌈r / p⌉ slots
-in a row, the last slot has room for R, and memory is that of (S − 1)·p + R rows. The store says
-which slots are taken (lorafx.adapter_store.windows).
+Slots may share memory: slot s begins p rows behind slot s − 1 in A and in B, p ≤ R, and reaches
+over the slots behind it where its rank is larger than p. An adapter of rank r then takes ⌈r / p⌉
+slots in a row, and memory is that of (S − 1)·p + R rows.
 
-A bank for E experts has E·S slots: slot s and expert e of the model are its slot e·S + s. A row
-that was routed to an expert is a row of that slot, and every kernel is what it is for E = 1. Where
-slots share room, S counts ⌈R / p⌉ − 1 slots more than the model has, for the last slot of an expert
-to reach over.
-
-Siblings that share one A (gate and up of an adapter that has factors for both at once) each hold a
-copy, and `alike` records that they are equal, so that a kernel can read it once.
+A bank for E experts has E·S slots: slot s of expert e is its slot e·S + s, and a row that was
+routed to an expert is a row of that slot. Where slots share memory, S counts ⌈R / p⌉ − 1 slots more
+than the model has, for the last slot of an expert to reach over.
 """
 
 from __future__ import annotations
@@ -35,78 +29,16 @@ from torch import Tensor
 from lorafx.kernels.ops.own_rows import OwnRows
 
 
-def by_factor(
-    slots: int, rank: int, step: int, columns: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """Zeros (S, R, columns), a slot `step` rows behind the one before it."""
-    rows = (slots - 1) * step + rank
-    strides = step * columns, columns, 1
-    return _over(rows * columns, (slots, rank, columns), strides, dtype, device)
-
-
-def by_token(
-    slots: int, rank: int, step: int, tokens: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """Zeros (S, V, R), a token's row of a slot `step` entries behind that of the slot before it;
-    where slots do not overlap, the rows of a slot are together."""
-    factors = (slots - 1) * step + rank
-    strides = (tokens * rank, rank, 1) if step == rank else (step, factors, 1)
-    return _over(tokens * factors, (slots, tokens, rank), strides, dtype, device)
-
-
-def _over(
-    entries: int,
-    shape: tuple[int, ...],
-    strides: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    """A tensor over memory of so many zeros. It is no view of another: graphs take it as it is."""
-    memory = torch.zeros(entries, dtype=dtype, device=device)
-    return torch.empty(0, dtype=dtype, device=device).set_(
-        memory.untyped_storage(), 0, shape, strides
-    )
-
-
-def bytes_of(tensor: Tensor) -> int:
-    """Bytes of memory from the first element to the last, which slots that overlap share."""
-    pairs = zip(tensor.shape, tensor.stride(), strict=True)
-    reach = 1 + sum((size - 1) * stride for size, stride in pairs)
-    return reach * tensor.itemsize if tensor.numel() else 0
-
-
-def by_column(slots: int, columns: int, device: torch.device) -> Tensor:
-    """Zeros (S, columns), float32."""
-    return torch.zeros((slots, columns), dtype=torch.float32, device=device)
-
-
-def room_for_rows(
-    kind: str,
-    room: tuple[int, int, int],
-    in_features: int,
-    columns: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> OwnRows:
-    """Room for (slots, adapters, rows of the weight), none of which is taken; nothing for 0."""
-    slots, adapters, rows = room
-    if not rows:
-        return OwnRows()
-    embedding = kind == "embedding"
-    length, features = (in_features, columns) if embedding else (rows, in_features)
-    return OwnRows(
-        torch.zeros((adapters, rows, features), dtype=dtype, device=device),
-        torch.full((adapters, length), -1, dtype=torch.int32, device=device),
-        torch.full((slots, 2), -1, dtype=torch.int32, device=device),
-        None if embedding else torch.zeros((adapters, rows), dtype=dtype, device=device),
-    )
+def _reach(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Entries of memory from the first one of a tensor to the last."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
 class OwnWeight(NamedTuple):
     """The rows of a site's weight that an adapter has of its own, for `Bank.write`.
 
     rows: (T, K), of an embedding (T, N). bias: (T,) of a linear. at: int32 (T,), which rows of the
-    weight they are, ascending; None where they are all of them.
+    weight they are, ascending; None for all.
     """
 
     rows: Tensor
@@ -121,13 +53,11 @@ class OwnWeight(NamedTuple):
 class Factors(NamedTuple):
     """One sibling's factors in the bank's layout, for `Bank.write`.
 
-    A: linear (r, K), embedding (V, r). B: (r, N), the checkpoint's B transposed.
-    With experts: A (E, r, K), B (E, r, N), and `ranks` and `scales` (E,), the rank of each expert
-    being at most r.
-    DoRA: the trained `magnitude` m (N,) and `gains` (N,), m / ‖W + s·B A‖ − 1 of the base weight
-    as it is, both float32.
-    Biases, all (N,) float32: lora_B's b is `bias`; b' in the place of the base's is `own_bias`;
-    `shift` is what both add to the output, s·b + b' − the base's bias as it is.
+    A: linear (r, K), embedding (V, r). B: (r, N), the checkpoint's B transposed. With experts: A
+    (E, r, K), B (E, r, N), and `ranks` and `scales` (E,), no rank above r. DoRA, float32 (N,): the
+    trained `magnitude` m and `gains`, m / ‖W + s·B A‖ − 1. Biases, float32 (N,): lora_B's b is
+    `bias`; b' in the place of the base's is `own_bias`; `shift` is what both add to the output, s·b
+    + b' − the base's bias.
     """
 
     sibling: int
@@ -152,22 +82,20 @@ class Bank:
     """Factors of S slots for a group of G siblings at rank at most R.
 
     Attributes:
-        A: linear (S, R, G·K), K columns a sibling; embedding (S, V, R), so that a token's row is
-            contiguous.
+        A: linear (S, R, G·K), K columns a sibling (K of a convolution: one kernel over all
+            channels); embedding (S, V, R).
         B: (S, R, ΣN), N_i columns a sibling.
         ranks: (S, G) int32; 0 where the slot's adapter does not touch the sibling.
         scales: (S, G) float32, α/r or α/√r.
-        kind: "embedding" says how A is laid out, "experts" that `alike` is kept. K of a
-            convolution is what one kernel over all channels has.
-        experts: E; S is a multiple of it, of as many slots for each expert.
+        experts: E; S is a multiple of it.
         alike: (S, G) int32, of experts alone: the first sibling whose A, rank and scale in that
-            slot are the same.
-        gains: (S, ΣN) float32, by how much DoRA's scale of each output differs from 1; None where
-            there is no room for DoRA.
-        shifts: (S, ΣN) float32, what slots add to each output beside their delta; None where there
-            is no room for biases.
-        own, own_at, own_table, own_bias: as in OwnRows; None where there is no room.
+            slot are the same, so that a kernel can read A once.
+        gains: (S, ΣN) float32, by how much DoRA's scale of each output differs from 1.
+        shifts: (S, ΣN) float32, what slots add to each output beside their delta.
+        own, own_at, own_table, own_bias: as in OwnRows.
         slot_rank: p; 0 of a part of a bank, which is not written.
+
+    `gains`, `shifts` and the own rows are None where the bank has no room for them.
     """
 
     A: Tensor
@@ -205,40 +133,49 @@ class Bank:
         slot_rank: int | None = None,
     ) -> Bank:
         """A bank of zeros for siblings with these output sizes, and with room for `own_rows` rows
-        of the weight for each of `own_weights` adapters. A slot begins `slot_rank` rows behind
-        the one before it; `rank` rows with None."""
-        siblings = len(out_features)
-        columns = sum(out_features)
+        of the weight for each of `own_weights` adapters. A slot begins `slot_rank` (None: `rank`)
+        rows behind the one before it."""
+        siblings, columns = len(out_features), sum(out_features)
         step = rank if slot_rank is None else min(slot_rank, rank)
         if experts > 1:  # the last slot of an expert reaches over slots that nobody has
             slots = experts * (slots - 1 + -(-rank // step))
-        place = (slots, rank, step)
+
+        def overlapping(shape: tuple[int, int, int], strides: tuple[int, int, int]) -> Tensor:
+            # No view of another tensor: graphs take it as it is.
+            memory = torch.zeros(_reach(shape, strides), dtype=dtype, device=device)
+            made = torch.empty(0, dtype=dtype, device=device)
+            return made.set_(memory.untyped_storage(), 0, shape, strides)
+
+        def by_rows(width: int) -> Tensor:
+            return overlapping((slots, rank, width), (step * width, width, 1))
+
+        def floats(width: int) -> Tensor:
+            return torch.zeros((slots, width), dtype=torch.float32, device=device)
+
         # Tensors made in inference mode could not be written in place outside of it.
         with torch.inference_mode(False):
-            each = torch.arange(siblings, dtype=torch.int32, device=device)
+            if kind != "embedding":
+                factors = by_rows(siblings * in_features)
+            elif step == rank:
+                factors = overlapping((slots, in_features, rank), (in_features * rank, rank, 1))
+            else:
+                strides = step, (slots - 1) * step + rank, 1
+                factors = overlapping((slots, in_features, rank), strides)
+            rows = (own_weights, own_rows, columns if kind == "embedding" else in_features)
+            room = _room_for_rows(kind, slots, rows, in_features, own_dtype or dtype, device)
+            sibling = torch.arange(siblings, dtype=torch.int32, device=device)
             return cls(
-                A=(
-                    by_token(*place, in_features, dtype, device)
-                    if kind == "embedding"
-                    else by_factor(*place, siblings * in_features, dtype, device)
-                ),
-                B=by_factor(*place, columns, dtype, device),
+                A=factors,
+                B=by_rows(columns),
                 ranks=torch.zeros((slots, siblings), dtype=torch.int32, device=device),
-                scales=torch.zeros((slots, siblings), dtype=torch.float32, device=device),
+                scales=floats(siblings),
                 kind=kind,
                 experts=experts,
                 slot_rank=step,
-                alike=each.repeat(slots, 1) if kind == "experts" else None,
-                gains=by_column(slots, columns, device) if dora else None,
-                shifts=by_column(slots, columns, device) if biases else None,
-                **room_for_rows(
-                    kind,
-                    (slots, own_weights, own_rows),
-                    in_features,
-                    columns,
-                    own_dtype or dtype,
-                    device,
-                )._asdict(),
+                alike=sibling.repeat(slots, 1) if kind == "experts" else None,
+                gains=floats(columns) if dora else None,
+                shifts=floats(columns) if biases else None,
+                **room._asdict(),
             )
 
     @property
@@ -252,7 +189,6 @@ class Bank:
 
     @property
     def own_rows(self) -> OwnRows:
-        """What an op takes of the rows that adapters have of their own."""
         return OwnRows(self.own, self.own_at, self.own_table, self.own_bias)
 
     @property
@@ -275,7 +211,8 @@ class Bank:
 
     @property
     def nbytes(self) -> int:
-        return sum(map(bytes_of, self.tensors.values()))
+        held = [tensor for tensor in self.tensors.values() if tensor.numel()]
+        return sum(_reach(tensor.shape, tensor.stride()) * tensor.itemsize for tensor in held)
 
     @torch.no_grad()
     def write(
@@ -285,14 +222,13 @@ class Bank:
         weight: OwnWeight | None = None,
         place: int = 0,
     ) -> list[Tensor]:
-        """Make `slot` hold `factors`, and the rows of `weight` at `place` of those that the bank
-        has room for, and nothing else, in place.
+        """Make `slot` hold `factors`, and at `place` of the bank's own rows those of `weight`, and
+        nothing else, in place.
 
-        Rows beyond a sibling's rank keep what they held: `ranks` says that they are not read, so
-        it is written last, and every sibling without factors gets rank 0.
+        Rows beyond a sibling's rank keep what they held: `ranks` says that they are not read.
 
         On CUDA it is only launched, on the current stream. What it is copied from must not change
-        before that is done: `factors`, `weight`, and what is returned, which was made for it.
+        before that is done: `factors`, `weight`, and the tensors that are returned.
         """
         slots = self._of_experts(slot)
         siblings = self.ranks.shape[1]
@@ -313,12 +249,12 @@ class Bank:
 
     @torch.no_grad()
     def write_by_column(self, slot: int, factors: Sequence[Factors]) -> list[Tensor]:
-        """Make `slot` rescale and shift outputs as `factors` say, and no others, in place. Returns
-        as `write`."""
+        """Make `slot` rescale and shift outputs as `factors` say, in place. Returns as `write`."""
         made = []
-        of_factors = [(self.gains, [f.gains for f in factors])]
-        of_factors += [(self.shifts, [f.shift for f in factors])]
-        for table, values in of_factors:
+        for table, values in (
+            (self.gains, [f.gains for f in factors]),
+            (self.shifts, [f.shift for f in factors]),
+        ):
             if table is None:
                 continue
             row = torch.zeros(table.shape[1], dtype=torch.float32, device="cpu")
@@ -330,14 +266,11 @@ class Bank:
 
     @torch.no_grad()
     def clear(self, slot: int) -> list[Tensor]:
-        """Make `slot` a base slot: no sibling has a rank, no output another scale or bias. Returns
-        as `write`."""
+        """Make `slot` a base slot. Returns as `write`."""
         self.ranks[self._of_experts(slot)].zero_()
         return self.write_by_column(slot, ()) + self._write_rows(slot, None)
 
     def _write_rows(self, slot: int, weight: OwnWeight | None, place: int = 0) -> list[Tensor]:
-        """Make `slot` have the rows of `weight` of its own, at `place`, and no others. Returns as
-        `write`."""
         if self.own is None:
             return []
         assert self.own_at is not None
@@ -346,8 +279,8 @@ class Bank:
         if weight is None:
             return []
         count, later = len(weight.rows), self.own.is_cuda
-        each = torch.arange(count, dtype=torch.int32, device=self.own_at.device)
-        at = each if weight.at is None else weight.at.to(each.device, non_blocking=later)
+        rows = torch.arange(count, dtype=torch.int32, device=self.own_at.device)
+        at = rows if weight.at is None else weight.at.to(rows.device, non_blocking=later)
         self.own[place, :count].copy_(weight.rows, non_blocking=True)
         if self.own_bias is not None:
             own_bias = self.own_bias[place, :count]
@@ -357,15 +290,15 @@ class Bank:
                 own_bias.copy_(weight.bias, non_blocking=later)
         if self.kind == "embedding":
             self.own_at[place].fill_(-1)
-            self.own_at[place, at.long()] = each
+            self.own_at[place, at.long()] = rows
         else:
             self.own_at[place, :count] = at
         return [_sent(torch.tensor([place, count], dtype=torch.int32), self.own_table[slot])]
 
     def _of_experts(self, slot: int) -> slice:
         """The slots of the bank that are the model's slot `slot`, one per expert."""
-        each = len(self.ranks) // self.experts
-        return slice(slot, slot + 1 + (self.experts - 1) * each, each)
+        step = len(self.ranks) // self.experts
+        return slice(slot, slot + 1 + (self.experts - 1) * step, step)
 
     def _a(self, slots: slice, sibling: int, rank: int) -> Tensor:
         """The part of A that holds one sibling's factors, (E, r, K) or (1, V, r)."""
@@ -375,9 +308,31 @@ class Bank:
         return self.A[slots, :rank, sibling * features : (sibling + 1) * features]
 
 
+def _room_for_rows(
+    kind: str,
+    slots: int,
+    shape: tuple[int, int, int],
+    vocabulary: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> OwnRows:
+    """Room for (adapters, rows, features) of own rows, none of which is taken; nothing for 0."""
+    adapters, rows, _ = shape
+    if not rows:
+        return OwnRows()
+    embedding = kind == "embedding"
+    places = adapters, vocabulary if embedding else rows
+    return OwnRows(
+        torch.zeros(shape, dtype=dtype, device=device),
+        torch.full(places, -1, dtype=torch.int32, device=device),
+        torch.full((slots, 2), -1, dtype=torch.int32, device=device),
+        None if embedding else torch.zeros((adapters, rows), dtype=dtype, device=device),
+    )
+
+
 def _sent(source: Tensor, target: Tensor) -> Tensor:
-    """Copy `source`, of the host, into `target`; what it is copied from. From memory that is not
-    page-locked, the host would wait for all that its stream was to do before."""
+    """Copy `source`, of the host, into `target`; what it is copied from, since the host would wait
+    for memory that is not page-locked."""
     source = source.pin_memory() if target.is_cuda else source
     target.copy_(source, non_blocking=target.is_cuda)
     return source

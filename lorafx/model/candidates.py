@@ -8,9 +8,8 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from lorafx.model import targets
-from lorafx.model.expert_names import folded, own_names
-from lorafx.model.experts import ExpertWeight
-from lorafx.model.marks import is_dense
+from lorafx.model.experts import ExpertWeight, folded, own_names
+from lorafx.model.forward_check import is_dense
 from lorafx.model.packed_names import PackedNames, parts_of, virtual_paths
 from lorafx.model.refusals import unsupported
 from lorafx.model.sites import Part
@@ -18,10 +17,8 @@ from lorafx.registry import Eligible, lookup
 
 
 class Candidate:
-    """A module with all names that a target may know it by.
-
-    `members` are the names that it stands for where it comes packed, else "" alone.
-    """
+    """A module with all names that a target may know it by. `members` are the names that it stands
+    for where it comes packed, else "" alone."""
 
     def __init__(
         self,
@@ -54,7 +51,6 @@ class Candidate:
     def parts(
         self, slices: Sequence[int] | None, in_features: int, out_features: int
     ) -> tuple[tuple[Part, ...], tuple[str, ...]]:
-        """`packed_names.parts_of` it."""
         return parts_of("it", self.packed_members, slices, in_features, out_features)
 
     def named_by(self, spec: str | Sequence[str]) -> frozenset[str]:
@@ -82,9 +78,9 @@ class ExpertsCandidate(Candidate):
         weight: ExpertWeight,
         packed: PackedNames,
     ) -> None:
-        own = tuple(weight.path(p) for p in paths)
+        weight_paths = tuple(weight.path(p) for p in paths)
         entry = weight.eligible(lookup(module))
-        super().__init__(weight.path(path), module, own, entry, packed)
+        super().__init__(weight.path(path), module, weight_paths, entry, packed)
         self.module_paths, self.weight, self.expert_weight = paths, weight, weight
 
     def parts(
@@ -119,11 +115,8 @@ def _folded(entries: targets.Entries) -> targets.Entries:
 
 def by_raw_weight(module: nn.Module) -> Eligible | None:
     """An entry for a module of no registered class that holds a matrix, as its `weight` or as its
-    only one: a router, say, or what PEFT's `target_parameters` names.
-
-    Where the matrix multiplies is for `match` to see; in eager mode the mark compares what the
-    forward returns with x Wᵀ.
-    """
+    only one: a router, say, or what PEFT's `target_parameters` names. Where the matrix multiplies
+    is for `match` to see."""
     held = {n: p for n, p in module._parameters.items() if p is not None and p.dim() == 2}
     name = "weight" if "weight" in held or len(held) != 1 else next(iter(held))
     weight = held.get(name)

@@ -2,9 +2,9 @@
 
     y += s · B conv(x, A)      A (r, C, kernel...), B (N, r / groups, 1...)
 
-PEFT (peft.tuners.lora.layer._ConvNd) gives A the base's kernel, stride and padding, but neither its
-groups nor its dilation nor its padding mode; B has the base's groups. Banks hold A with its kernels
-as rows (r, C·∏kernel), and B as the matrix (r, N) of all channels, zero between groups.
+PEFT gives A the base's kernel, stride and padding, but neither its groups nor its dilation nor its
+padding mode; B has the base's groups. Banks hold A with its kernels as rows (r, C·∏kernel), and B
+as the matrix (r, N) of all channels, zero between groups.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 def convolution_of(module: nn.Module) -> Convolution:
-    """`module`, which the registry says is a convolution."""
     assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     return module
 
 
 def weight_shape(module: nn.Module) -> tuple[int, ...]:
-    """(N, C / groups, kernel...): the sizes that its weight must have."""
+    """(N, C / groups, kernel...)."""
     conv = convolution_of(module)
     return conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size
 
@@ -66,7 +65,6 @@ def impossible_convolution(module: nn.Module, entry: Eligible) -> str | None:
 
 
 def is_dilated(conv: Convolution) -> bool:
-    """Whether dilation changes what it computes."""
     pairs = zip(conv.dilation, conv.kernel_size, strict=True)
     return any(step != 1 and length != 1 for step, length in pairs)
 
@@ -116,13 +114,12 @@ def matrices(module: nn.Module, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor] |
 def norm_factors(module: nn.Module, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """A and B whose product PEFT's DoRA adds to W (N, C / groups · ∏kernel) for its norms.
 
-    Without groups they are A (r, C·∏kernel) and B (N, r) as they are. With groups,
-    `_DoraConvNdLayer.get_lora_weight` reads B (N, r / groups) as (N / groups, r), and cuts each row
-    of the product into rows of W. Its norms are part of what was trained, so they are kept.
+    With groups, `_DoraConvNdLayer.get_lora_weight` reads B (N, r / groups) as (N / groups, r), and
+    cuts each row of the product into rows of W. Its norms are part of what was trained.
     """
     groups = convolution_of(module).groups
     if groups == 1:
         return A, B
     product = gathered_groups(B, groups).reshape(-1, len(A)) @ A
-    own = product.reshape(len(B), -1)
-    return own, torch.eye(len(own), dtype=own.dtype, device=own.device)
+    factor = product.reshape(len(B), -1)
+    return factor, torch.eye(len(factor), dtype=factor.dtype, device=factor.device)

@@ -3,9 +3,8 @@
     the registered product    forward(x; W) = x Wᵀ + b          or  e · W[ids]
     something more            forward(x; W + D) − forward(x; W) = x Dᵀ     for a random D
 
-Both say that adding the delta to the output is the same as adding ΔW to W. The second holds for
-offsets and further outputs too; it calls the forward once more. The tolerance is wide: it tells
-other arithmetic apart, not other rounding.
+Both say that adding the delta to the output is the same as adding ΔW to W. The tolerance is wide:
+it tells other arithmetic apart, not other rounding.
 """
 
 from __future__ import annotations
@@ -33,13 +32,7 @@ def is_dense(weight: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class ModuleProduct:
-    """x Wᵀ of one module, or W[ids] times `scale`.
-
-    Attributes:
-        kind: "linear" or "embedding".
-        weight_name, transposed: where the module keeps W, and whether as (K, N).
-        scale: the factor of embeddings that scale their output.
-    """
+    """x Wᵀ of one module, or W[ids] times `scale`; `transposed`: W is kept as (K, N)."""
 
     kind: Kind
     weight_name: str
@@ -64,16 +57,15 @@ def adds_up(
     output: Any,
 ) -> bool:
     """Whether ΔW adds its product with x to what `module` returned, to the first of several
-    outputs, and changes nothing else.
-
-    Weights that are not dense numbers (quantised) cannot be compared: then a single output passes.
-    """
+    outputs, and changes nothing else. Quantised weights cannot be compared: then a single output
+    passes."""
     several = isinstance(output, tuple)
     weight = getattr(module, product.weight_name, None)
     if not isinstance(weight, Tensor) or not is_dense(weight) or weight.is_meta:
         return not several
     # Ids outside the vocabulary would raise; they are not ids of this table.
-    if product.kind == "embedding" and not _within(x, len(weight)):
+    is_id = product.kind == "embedding" and x.numel() > 0
+    if is_id and not 0 <= int(x.min()) <= int(x.max()) < len(weight):
         return False
     bias = getattr(module, "bias", None)
     if not several and _close(output, product.of(weight, x, bias), weight.dtype):
@@ -90,23 +82,18 @@ def adds_up(
         return False
     difference = after[0].float() - before[0].float()
     return _close(difference, product.of(other, x), weight.dtype) and all(
-        _same(one, two) for one, two in zip(before[1:], after[1:], strict=True)
+        _same(old, new) for old, new in zip(before[1:], after[1:], strict=True)
     )
 
 
 @contextmanager
 def _holding(module: nn.Module, name: str, weight: Tensor) -> Iterator[None]:
-    """Inside, the module has another parameter of this name."""
     kept = module._parameters[name]
     module._parameters[name] = nn.Parameter(weight, requires_grad=False)
     try:
         yield
     finally:
         module._parameters[name] = kept
-
-
-def _within(ids: Tensor, count: int) -> bool:
-    return not ids.numel() or 0 <= int(ids.min()) <= int(ids.max()) < count
 
 
 def _close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
@@ -117,7 +104,7 @@ def _close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     return torch.allclose(found.float(), expected.float(), rtol=tolerance, atol=bound)
 
 
-def _same(one: Any, two: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(two, Tensor):
-        return one.shape == two.shape and torch.equal(one, two)
-    return one is two or bool(one == two)
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    return a is b or bool(a == b)

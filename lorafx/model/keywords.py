@@ -1,8 +1,7 @@
-"""Keywords of a call that choose an adapter elsewhere, or are a slip for ours.
+"""Keywords of a call that choose an adapter in another library, or are a slip for ours.
 
-A model's `**kwargs` swallows any name, and all rows would be the base's. So a name that no forward
-of the model declares, and that another library chooses adapters by, or that is nearly one of ours,
-is refused. Any other name is the model's business.
+A model's `**kwargs` swallows any name, and all rows would be the base's. So such a name is refused
+where no forward of the model declares it. Any other name is the model's business.
 """
 
 from __future__ import annotations
@@ -44,8 +43,7 @@ _MISSPELT = 0.85
 
 @functools.lru_cache(maxsize=1024)
 def meant(name: str) -> str | None:
-    """The name of ours that `name` stands for in another library, or is a slip of; None where it is
-    any other name, ours among them."""
+    """The name of ours that `name` stands for in another library, or is a slip of; else None."""
     if name in OURS or name in ELSEWHERE:
         return ELSEWHERE.get(name)
     near = nearest(name, OURS, 1, cutoff=_MISSPELT)
@@ -67,12 +65,15 @@ def refuse_slips(
         ConfigError: one is a slip. Nothing has run then.
     """
     for name in given:
-        own = meant(name)
-        if own is None and name in OURS and name not in ways:
-            own = name
-        if own is not None and not _declared(name, function, model):
+        ours = meant(name)
+        if ours is None and name in OURS and name not in ways:
+            ours = name
+        if ours is not None and not _declared(name, function, model):
             what = getattr(function, "__qualname__", type(function).__name__)
-            raise _refused(name, what, ways.get(own) or next(iter(ways.values())))
+            raise ConfigError(
+                f"{what} has no argument {name!r}, and where its **kwargs takes it, nothing reads "
+                f"it: it would choose no adapter. Give {ways.get(ours, next(iter(ways.values())))}"
+            )
 
 
 def _declared(name: str, function: Callable[..., Any], model: nn.Module | None) -> bool:
@@ -83,16 +84,9 @@ def _declared(name: str, function: Callable[..., Any], model: nn.Module | None) 
             parameter = inspect.signature(taker).parameters.get(name)
         except (TypeError, ValueError):  # written in C
             continue
-        if parameter is not None and parameter.kind not in _ANY:
+        if parameter is not None and parameter.kind not in (
+            parameter.VAR_KEYWORD,
+            parameter.VAR_POSITIONAL,
+        ):
             return True
     return False
-
-
-_ANY = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-
-
-def _refused(name: str, what: str, way: str) -> ConfigError:
-    return ConfigError(
-        f"{what} has no argument {name!r}, and where its **kwargs takes it, nothing reads it: it "
-        f"would choose no adapter. Give {way}"
-    )

@@ -4,22 +4,13 @@
     conv:       y ← y + scales[s, 0] · B[s, :r]ᵀ conv(x, A[s, :r])
     embedding:  y ← y + e · scales[s, 0] · A[s, ids, :r] B[s, :r]
 
-x (…, K) or ids (…), y (…, N), s the slot of the batch, i the sibling, o its offset in the bank; a
-packed module has a sibling for each part of its columns. e is the factor of embeddings that scale
-their output. Where the bank has room for DoRA, y is rescaled behind its delta
-(lorafx.kernels.ops.rescaled). The module's own forward runs untouched. Where its input and output
-do not have these shapes, a registered handler takes the call apart and adds ranges of the delta's
-columns.
+x (…, K) or ids (…), y (…, N), s the slot of the batch, i the sibling, o its offset in the bank, e
+the factor of embeddings that scale their output. The module's own forward runs untouched. Where its
+input and output do not have these shapes, a registered handler takes the call apart.
 
-A mark is a plain picklable object, so deep copies and pickles of a marked model stay marked and
-share one runtime and one bank a group among themselves. Dynamo inlines `__call__`: banks and
-slots become graph inputs, and nothing in it depends on the values of either.
-
-Where somebody else than lorafx traces their layers (torch.export, torch.compile), marks ask whether
-an adapter is active.
-
-Dynamo calls these functions while it traces, and takes what they return for a constant: no graph
-has anything of them.
+A mark is a plain picklable object, so deep copies and pickles of a marked model stay marked. Dynamo
+inlines `__call__`: banks and slots become graph inputs, and nothing depends on the values of
+either.
 """
 
 from __future__ import annotations
@@ -37,11 +28,13 @@ import lorafx.kernels.ops.expert_ops
 import lorafx.kernels.ops.ops
 import lorafx.kernels.ops.row_ops  # noqa: F401  (all define torch.ops.lorafx)
 from lorafx.errors import CaptureError, MatchError, ProvenanceError
+from lorafx.interrupts import Rollback
 from lorafx.kernels.ops.conv_ops import Window
 from lorafx.model.bank import Bank
 from lorafx.model.forward_check import ModuleProduct, adds_up
-from lorafx.model.forward_check import is_dense as is_dense
+from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.runtime import Runtime
+from lorafx.model.sites import Group
 from lorafx.registry import Handler, Kind
 from lorafx.torch_internals.compat import tracing
 from lorafx.torch_internals.dynamo import assume_constant_result
@@ -49,7 +42,7 @@ from lorafx.torch_internals.dynamo import assume_constant_result
 
 @assume_constant_result
 def refuse_at_rest(runtime: Runtime, path: str) -> bool:
-    """As `RefusesAtRest.refuse`: what is traced outside of calls would be the base."""
+    """Refuse a trace outside of calls where an adapter is wanted: it would be the base."""
     try:
         if runtime.resting is not None:
             runtime.resting.refuse(path, path or "the model")
@@ -94,7 +87,6 @@ class SiteMark:
         first: it is among those that a call of the model comes to first.
         siblings, offsets, sizes: of each part of the site: its number in the bank, its first column
             of B, its columns.
-        kind: "linear", "embedding", "conv" or "experts".
         in_features, out_features: K and N.
         window: how the kernels of a convolution's A move over x; None for other kinds.
         weight_name, transposed: where the module keeps W, and whether as (K, N).
@@ -134,25 +126,25 @@ class SiteMark:
             MatchError: input and output do not have the site's sizes, the forward computes
                 something else than the registered class, or a handler adds no delta. In a trace
                 the mark adds nothing instead, and the `match` pass looks for the weight's use.
-                Or the layer runs by itself while an adapter is wanted (lorafx.session.resting).
+                Or the layer runs by itself while an adapter is wanted.
             ProvenanceError: an eager forward of a batch that mixes adapters.
             BatchError: an eager forward on another thread than that of the call that is running.
         """
         # Dynamo makes a frame of each function that is called here, a millisecond a site.
         runtime, traced = self.runtime, tracing()
-        if not traced and self.first and runtime.resting is not None:
-            runtime.resting.refuse_slips()
+        resting = None if traced else runtime.resting
+        if self.first and resting is not None:
+            resting.refuse_slips()
         if not runtime.active:
-            if not traced:
-                if runtime.resting is not None:
-                    runtime.resting.refuse(self.path, self._name(module))
-            elif runtime.active is None:
+            if resting is not None:
+                resting.refuse(self.path, self._name(module))
+            elif traced and runtime.active is None:
                 refuse_at_rest(runtime, self.path)
             return None
         if runtime.by_handle and traced:
             refuse_exported()
-        if not traced and runtime.resting is not None:
-            runtime.resting.refuse_elsewhere()
+        if resting is not None:
+            resting.refuse_elsewhere()
         if self.kind == "experts":
             return self._of_experts(module, output)
         if self.handler is not None:
@@ -178,7 +170,9 @@ class SiteMark:
         bias = None if self.bank.gains is None else getattr(module, "bias", None)
         ranges = self.siblings, self.offsets, self.sizes
         y = self._with_delta(x, y, scale, ranges, bias if isinstance(bias, Tensor) else None)
-        return _with_first(output, y) if several else y
+        if several:  # named tuples keep their names
+            return getattr(output, "_make", tuple)((y, *output[1:]))
+        return y
 
     def _with_delta(
         self,
@@ -189,23 +183,21 @@ class SiteMark:
         addend: Tensor | None = None,
     ) -> Tensor:
         """y and the delta of the bank's columns that `ranges` (siblings, offsets, sizes) names.
-
-        `addend`, the module's bias, is what DoRA does not rescale; `match` finds it in the graph.
-        """
+        `addend`, the module's bias, is what DoRA does not rescale."""
         bank, slots = self.bank, self.runtime.slots
         # DoRA is refused where a handler says what y is.
         gains = bank.gains if self.handler is None else None
         # As a plain tuple: a named one made here, while Dynamo traces, would have the graph depend
         # on an object of this process, and such graphs cannot be saved.
-        own = (bank.own, bank.own_at, bank.own_table, bank.own_bias)
+        own_rows = (bank.own, bank.own_at, bank.own_table, bank.own_bias)
         if self.stored and tracing():
             y = torch.ops.lorafx.rows_of(x, y)
         if self.kind == "embedding":
             scales = bank.scales if scale is None else bank.scales * scale
             if scale is not None and bank.own is not None:
-                own = (bank.own * scale, *own[1:])
+                own_rows = (bank.own * scale, *own_rows[1:])
             return torch.ops.lorafx.embedding_site(
-                x, y, bank.A, bank.B, bank.ranks, scales, slots, UNPROVED, gains, *own
+                x, y, bank.A, bank.B, bank.ranks, scales, slots, UNPROVED, gains, *own_rows
             )
         if self.window is not None:
             rest = (*self.window, gains, None if gains is None else addend, bank.shifts)
@@ -226,7 +218,7 @@ class SiteMark:
             self.bias if whole else None,
             gains,
             None if gains is None else addend,
-            *own,
+            *own_rows,
             None if self.handler is not None else bank.shifts,
         )
 
@@ -238,7 +230,6 @@ class SiteMark:
         kwargs: dict[str, Any],
         output: Any,
     ) -> Any:
-        """What the handler makes of the call."""
         calls = 0
 
         def add(x: Tensor, y: Tensor, start: int = 0) -> Tensor:
@@ -277,9 +268,7 @@ class SiteMark:
 
     def _columns(self, start: int, count: int) -> tuple[list[int], list[int], list[int]]:
         """(siblings, offsets, sizes) in the bank of the site's columns [start, start + count)."""
-        siblings: list[int] = []
-        offsets: list[int] = []
-        sizes: list[int] = []
+        siblings, offsets, sizes = list[int](), list[int](), list[int]()
         first = 0
         for sibling, offset, size in zip(self.siblings, self.offsets, self.sizes, strict=True):
             low, high = max(first, start), min(first + size, start + count)
@@ -291,8 +280,7 @@ class SiteMark:
         return siblings, offsets, sizes
 
     def _of_experts(self, module: nn.Module, output: Any) -> Tensor | None:
-        """In a trace, a note that the experts ran; `match` finds the weight's use between two other
-        products."""
+        """In a trace, a note that the experts ran; `match` finds the weights' uses."""
         traced = tracing() and self.runtime.graph_passes
         if traced and isinstance(output, Tensor):
             return torch.ops.lorafx.expert_mark(output, self.bank.A)
@@ -306,11 +294,7 @@ class SiteMark:
         return None
 
     def _output_scale(self, module: nn.Module) -> Tensor | float | None:
-        """The factor that a derived embedding's forward multiplies W[ids] by, or None.
-
-        transformers keeps it in `embed_scale`, a number or a buffer that is cast to the
-        weight's dtype; PEFT reads the same attribute.
-        """
+        """The factor that a derived embedding's forward multiplies W[ids] by, or None."""
         scale = getattr(module, "embed_scale", None)
         if isinstance(scale, Tensor):
             return scale if self.stored else scale.to(getattr(module, self.weight_name).dtype)
@@ -325,7 +309,7 @@ class SiteMark:
         output: Any,
         scale: Tensor | float | None,
     ) -> None:
-        """Refuse a forward to whose output the delta cannot be added; asked on the first call."""
+        """Refuse a forward to whose output the delta cannot be added; looked at once."""
         if self.checked or not (self.derived or isinstance(output, tuple)):
             return
         product = ModuleProduct(self.kind, self.weight_name, self.transposed, scale)
@@ -386,12 +370,6 @@ class SiteMark:
         return f"{self.path or 'the model'} ({type(module).__qualname__})"
 
 
-def _with_first(output: tuple[Any, ...], y: Tensor) -> tuple[Any, ...]:
-    """`output` with another first item; named tuples keep their names."""
-    make = getattr(output, "_make", tuple)
-    return make((y, *output[1:]))
-
-
 def _first_tensor(kwargs: dict[str, Any]) -> Tensor | None:
     for value in kwargs.values():
         if isinstance(value, Tensor):
@@ -403,3 +381,87 @@ def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{tuple(value.shape)} {value.dtype}"
     return type(value).__qualname__
+
+
+@dataclass(eq=False)
+class RowMark:
+    """Hook of a quantised module without LoRA, so that later modules can carry LoRA.
+
+        y ← rows_of(x, y)      in traces of calls with adapters; nothing elsewhere
+
+    No ownership rule covers its kernel, but row m of y = x Wᵀ has the owner of row m of x.
+
+    Attributes:
+        out_features: N.
+        embedding: the module takes ids (…).
+    """
+
+    runtime: Runtime
+    out_features: int
+    embedding: bool
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """The output as the rows of the first argument, or None where it stays as it is."""
+        if not self.runtime.active or not tracing() or not args:
+            return None
+        x = args[0]
+        if not isinstance(x, Tensor) or not isinstance(output, Tensor) or output.dim() == 0:
+            return None
+        rows = x.shape if self.embedding else x.shape[:-1]
+        if output.shape[:-1] != rows or output.shape[-1] != self.out_features:
+            return None
+        return torch.ops.lorafx.rows_of(x, output)
+
+
+#: Hooks that are lorafx's.
+MARKS = (SiteMark, RowMark)
+
+
+@dataclass(eq=False)
+class Attachment:
+    """What `attach` put on a model.
+
+    Attributes:
+        groups: siblings and their banks, in the order of their first sites.
+        marks: the mark of each site, by canonical path.
+        rollback: takes the marks away, and undoes what was done to the model before they came.
+    """
+
+    groups: tuple[Group, ...]
+    runtime: Runtime
+    marks: dict[str, SiteMark]
+    rollback: Rollback
+
+    def detach(self) -> None:
+        """Take the marks away again; safe to call twice."""
+        self.rollback.run()
+
+
+def sessions_of_marks(graph: ModuleGraph) -> list[Any]:
+    """The sessions whose marks hang on the modules of a model."""
+    found = {
+        id(hook.runtime.session): hook.runtime.session
+        for _, module in graph.modules()
+        for hook in module._forward_hooks.values()
+        if isinstance(hook, MARKS) and hook.runtime.session is not None
+    }
+    return list(found.values())
+
+
+def detach(model: nn.Module) -> int:
+    """Take every mark off `model`, also those of a deep copy or pickle, but none of another model
+    that is served and shares modules with it. Returns how many were removed."""
+    removed = 0
+    for _, module in ModuleGraph(model).modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if not isinstance(hook, MARKS):
+                continue
+            session = hook.runtime.session
+            if session is None or session.program.model is model:
+                del module._forward_hooks[key]
+                module._forward_hooks_with_kwargs.pop(key, None)
+                module._forward_hooks_always_called.pop(key, None)
+                removed += 1
+    return removed

@@ -1,28 +1,24 @@
 """The module graph: which instances a model holds, under which names, over which storages.
 
-A networkx DiGraph with three kinds of node,
+    module ──name──▶ module
+    module ──name──▶ parameter or buffer ──▶ storage
 
-    module instance ──name──▶ module instance
-    module instance ──name──▶ parameter or buffer ──▶ storage
+An instance that several attributes reach has several paths; a storage may lie behind several
+parameters (tied weights, packed weights). Only *registered* submodules make paths, as in
+`nn.Module.named_modules`.
 
-One instance that several attributes reach is one node with several paths; one storage behind
-several parameters (tied weights, packed weights) is one storage node. Only *registered*
-submodules make paths, as in `nn.Module.named_modules`: a module that also sits in a plain
-Python list or dict attribute is not reached through it.
-
-The canonical path of an instance is the first one in registration order, depth first, which is
-the name `named_modules()` gives it. Other paths are aliases. Blocks that share blocks multiply
-their paths, so `paths` lists at most `MAX_PATHS` of them, while `at` resolves any path by
-walking and therefore knows all of them.
+The canonical path of an instance is the first one in registration order, depth first, which is the
+name that `named_modules()` gives it. Other paths are aliases. Blocks that share blocks multiply
+their paths, so `paths` lists at most `MAX_PATHS` of them, while `at` knows all.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
-import networkx as nx
 import torch
 from torch import Tensor, nn
 
@@ -30,8 +26,6 @@ from lorafx.errors import LorafxError, nearest
 
 # ALBERT-like models reach one layer by 12 to 48 paths; beyond this it is a combinatorial product.
 MAX_PATHS = 64
-
-Node = tuple[Literal["module", "tensor", "storage"], int]
 
 
 class Owner(NamedTuple):
@@ -68,82 +62,43 @@ def join(path: str, name: str) -> str:
 
 
 class ModuleGraph:
-    """Instances, parameters, buffers and storages of one model, as it was when `of` was called.
+    """Instances, parameters, buffers and storages of one model, as it was when this was made.
 
-    Modules and tensors are those of that moment. Storages are read anew by `sharing` and `tied`,
-    because packing re-points parameters to another storage.
+    Storages alone are read anew, because packing re-points parameters to another storage.
     """
 
-    def __init__(
-        self,
-        root: nn.Module,
-        graph: nx.DiGraph,
-        modules: dict[str, nn.Module],
-        shared: Iterable[nn.Module],
-    ) -> None:
-        """`modules` by canonical path; `shared` are those that more than one name leads to."""
+    def __init__(self, root: nn.Module) -> None:
         self.root = root
-        self.graph = graph
-        self._modules = modules
-        self._canonical = {id(module): path for path, module in modules.items()}
-        self._several = self._below(shared)
-
-    @classmethod
-    def of(cls, root: nn.Module) -> ModuleGraph:
-        """The graph of `root` and everything registered below it, in one walk over its edges."""
-        graph: nx.DiGraph = nx.DiGraph()
-        modules: dict[str, nn.Module] = {}
-        known: set[int] = set()
+        self._modules: dict[str, nn.Module] = {}
+        self._canonical: dict[int, str] = {}
+        #: What modules and tensors are held by, by `id`: the module that holds each, and the name.
+        self._holders: dict[int, list[tuple[nn.Module, str]]] = {id(root): []}
+        self._contents: dict[int, dict[str, nn.Module | Tensor]] = {}
+        self._tensors: dict[int, Tensor] = {}
         shared: list[nn.Module] = []
-        # (parent node, attribute, path, module); popped in the order of named_modules().
-        stack: list[tuple[Node | None, str, str, nn.Module]] = [(None, "", "", root)]
-        while stack:
-            parent, name, path, module = stack.pop()
-            node: Node = ("module", id(module))
-            if parent is not None:
-                _add_edge(graph, parent, node, name)
-            if id(module) in known:
+        pending = [("", root)]  # popped in the order of named_modules()
+        while pending:
+            path, module = pending.pop()
+            if id(module) in self._canonical:
                 shared.append(module)
                 continue
-            known.add(id(module))
-            modules[path] = module
-            graph.add_node(node, kind="module", module=module, path=path)
-            for kind, tensors in (("parameter", module._parameters), ("buffer", module._buffers)):
-                for attribute, tensor in tensors.items():
-                    if tensor is None:
-                        continue
-                    leaf: Node = ("tensor", id(tensor))
-                    graph.add_node(leaf, kind=kind, tensor=tensor)
-                    _add_edge(graph, node, leaf, attribute)
-            stack.extend(
-                (node, child_name, join(path, child_name), child)
-                for child_name, child in reversed(list(module._modules.items()))
-                if child is not None
-            )
-        self = cls(root, graph, modules, shared)
-        self._read_storages()
-        return self
+            self._modules[path], self._canonical[id(module)] = module, path
+            contents = self._contents[id(module)] = _contents(module)
+            for name, value in contents.items():
+                self._holders.setdefault(id(value), []).append((module, name))
+                if isinstance(value, Tensor):
+                    self._tensors[id(value)] = value
+            children = [(n, child) for n, child in contents.items() if isinstance(child, nn.Module)]
+            pending += [(join(path, name), child) for name, child in reversed(children)]
+        #: Those that several paths lead to.
+        self._shared = {id(below) for module in shared for below in module.modules()}
 
     @property
     def holds(self) -> bool:
         """Whether the model still has the modules, parameters and buffers that it had then."""
-        graph = self.graph
         for module in self._modules.values():
-            node, count = ("module", id(module)), 0
-            for kind, held in (
-                ("module", module._modules),
-                ("tensor", module._parameters),
-                ("tensor", module._buffers),
-            ):
-                for name, value in held.items():
-                    if value is None:
-                        continue
-                    edge = graph.get_edge_data(node, (kind, id(value)))
-                    if edge is None or name not in edge["names"]:
-                        return False
-                    count += 1
-            known = (graph.get_edge_data(node, other)["names"] for other in graph.successors(node))
-            if count != sum(map(len, known)):
+            then, now = self._contents[id(module)], _contents(module)
+            if then.keys() != now.keys() or any(then[name] is not now[name] for name in now):
                 return False
         return True
 
@@ -162,8 +117,7 @@ class ModuleGraph:
         except KeyError:
             raise LorafxError(
                 f"a {type(module).__qualname__} that is not part of this "
-                f"{type(self.root).__qualname__}; call ModuleGraph.of again after changing "
-                "modules"
+                f"{type(self.root).__qualname__}; make a new ModuleGraph after changing modules"
             ) from None
 
     def paths(self, module: nn.Module, limit: int = MAX_PATHS) -> tuple[str, ...]:
@@ -173,26 +127,25 @@ class ModuleGraph:
         not hold `module`.
         """
         found = dict.fromkeys([self.path(module)])
-        if id(module) not in self._several:
+        if id(module) not in self._shared:
             return tuple(found)
-        root: Node = ("module", id(self.root))
-        start: Node = ("module", id(module))
         # Every parent chain of a graph without cycles ends at the root; the step bound is for
         # cyclic ones, whose chains can run into themselves.
         steps = 64 * limit
-        chains: list[tuple[Node, str, frozenset[Node]]] = [(start, "", frozenset([start]))]
+        chains: list[tuple[nn.Module, str, frozenset[int]]] = [
+            (module, "", frozenset([id(module)]))
+        ]
         while chains and len(found) < limit and steps:
             steps -= 1
-            node, suffix, seen = chains.pop()
-            if node == root:
+            child, suffix, seen = chains.pop()
+            if child is self.root:
                 found[suffix] = None
                 continue
-            for parent in reversed(list(self.graph.predecessors(node))):
-                if parent in seen:
-                    continue
-                for name in reversed(self._names(parent, node)):
-                    longer = f"{name}.{suffix}" if suffix else name
-                    chains.append((parent, longer, seen | {parent}))
+            chains += [
+                (parent, f"{name}.{suffix}" if suffix else name, seen | {id(parent)})
+                for parent, name in reversed(self._holders[id(child)])
+                if id(parent) not in seen
+            ]
         return tuple(found)
 
     def find(self, path: str) -> nn.Module | None:
@@ -212,114 +165,81 @@ class ModuleGraph:
             )
         return module
 
-    def parent(self, path: str) -> nn.Module:
-        """The instance that holds the last name of `path`. LorafxError for the root."""
-        if not path:
-            raise LorafxError("the root module has no parent")
-        self.at(path)
-        return self.at(path.rpartition(".")[0])
-
     def ancestors(self, modules: Iterable[nn.Module]) -> set[int]:
         """`id` of each module instance that reaches one of `modules`, themselves included."""
-        seen: set[Node] = set()
-        pending: list[Node] = [("module", id(module)) for module in modules]
-        while pending:
-            node = pending.pop()
-            if node not in seen:
-                seen.add(node)
-                pending.extend(self.graph.predecessors(node))
-        return {key for _, key in seen}
-
-    def owners(self, tensor: Tensor) -> list[Owner]:
-        """The attributes that hold this very parameter or buffer; empty when none does."""
-        leaf: Node = ("tensor", id(tensor))
-        if leaf not in self.graph:
-            return []
-        return [
-            Owner(data["path"], data["module"], name)
-            for node in self.graph.predecessors(leaf)
-            for data in (self.graph.nodes[node],)
-            for name in self._names(node, leaf)
-        ]
-
-    def sharing(self, tensor: Tensor) -> list[Owner]:
-        """The attributes whose parameter or buffer lies in the storage of `tensor`, now."""
-        self._read_storages()
-        storage: Node = ("storage", storage_key(tensor))
-        if storage not in self.graph:
-            return []
-        return [
-            owner
-            for leaf in self.graph.predecessors(storage)
-            for owner in self.owners(self.graph.nodes[leaf]["tensor"])
-        ]
-
-    def alone(self) -> frozenset[int]:
-        """`id` of each parameter and buffer that one attribute holds and that shares its storage
-        with no other, nor with a plain tensor attribute of a module, now."""
-        self._read_storages()
-        graph = self.graph
-        viewed = {
-            storage_key(value)
-            for _, module in self.modules()
-            for value in vars(module).values()
-            if isinstance(value, Tensor)
-        }
-        return frozenset(
-            key
-            for (kind, key), data in graph.nodes(data=True)
-            if kind == "tensor"
-            and len(self.owners(data["tensor"])) == 1
-            and storage_key(data["tensor"]) not in viewed
-            and all(graph.in_degree(storage) == 1 for storage in graph.successors((kind, key)))
-        )
-
-    def tied(self) -> list[tuple[Owner, ...]]:
-        """Owners of each storage that more than one attribute holds, now."""
-        self._read_storages()
-        storages = [n for n, kind in self.graph.nodes(data="kind") if kind == "storage"]
-        held = (
-            tuple(
-                owner
-                for leaf in self.graph.predecessors(storage)
-                for owner in self.owners(self.graph.nodes[leaf]["tensor"])
-            )
-            for storage in storages
-        )
-        return [owners for owners in held if len(owners) > 1]
-
-    def _below(self, modules: Iterable[nn.Module]) -> set[int]:
-        """`id` of `modules` and of everything below them."""
         seen: set[int] = set()
         pending = list(modules)
         while pending:
             module = pending.pop()
             if id(module) not in seen:
                 seen.add(id(module))
-                pending.extend(child for child in module._modules.values() if child is not None)
+                pending += [parent for parent, _ in self._holders.get(id(module), ())]
         return seen
 
-    def _names(self, source: Node, target: Node) -> list[str]:
-        # Not `graph.edges`: networkx keeps that view on the graph it points to, and the cycle
-        # would keep the whole model alive until the garbage collector comes by.
-        return self.graph.get_edge_data(source, target)["names"]
-
-    def _read_storages(self) -> None:
-        """Replace the storage nodes by the storages that the tensors have at this moment."""
-        graph = self.graph
-        graph.remove_nodes_from([n for n, k in graph.nodes(data="kind") if k == "storage"])
-        leaves: list[tuple[Node, Any]] = [
-            (n, data["tensor"]) for n, data in graph.nodes(data=True) if "tensor" in data
+    def owners(self, tensor: Tensor) -> list[Owner]:
+        """The attributes that hold this very parameter or buffer; empty when none does."""
+        return [
+            Owner(self._canonical[id(module)], module, name)
+            for module, name in self._holders.get(id(tensor), ())
         ]
-        for leaf, tensor in leaves:
-            storage: Node = ("storage", storage_key(tensor))
-            graph.add_node(storage, kind="storage")
-            graph.add_edge(leaf, storage)
+
+    def alone(self) -> frozenset[int]:
+        """`id` of each parameter and buffer that one attribute holds and that shares its storage
+        with no other, nor with a plain tensor attribute of a module, now."""
+        used = Counter(storage_key(tensor) for tensor in self._tensors.values())
+        for module in self._modules.values():
+            used.update(storage_key(t) for t in vars(module).values() if isinstance(t, Tensor))
+        return frozenset(
+            key
+            for key, tensor in self._tensors.items()
+            if len(self._holders[key]) == 1 and used[storage_key(tensor)] == 1
+        )
+
+    def tied(self) -> list[tuple[Owner, ...]]:
+        """Owners of each storage that more than one attribute holds, now."""
+        held: dict[int, list[Owner]] = {}
+        for tensor in self._tensors.values():
+            held.setdefault(storage_key(tensor), []).extend(self.owners(tensor))
+        return [tuple(owners) for owners in held.values() if len(owners) > 1]
 
 
-def _add_edge(graph: nx.DiGraph, source: Node, target: Node, name: str) -> None:
-    """An edge with the attribute name; a second name for one pair joins the first."""
-    if graph.has_edge(source, target):
-        graph.get_edge_data(source, target)["names"].append(name)
-    else:
-        graph.add_edge(source, target, names=[name])
+def _contents(module: nn.Module) -> dict[str, nn.Module | Tensor]:
+    """The children, parameters and buffers of a module, by name."""
+    held = (*module._modules.items(), *module._parameters.items(), *module._buffers.items())
+    return {name: value for name, value in held if value is not None}
+
+
+#: What stands for an index in `shape_of` a path.
+INDEX = "*"
+
+
+def shape_of(path: str) -> str:
+    """`path` with "*" in the place of each index into a list of modules."""
+    return ".".join(INDEX if part.isdecimal() else part for part in path.split("."))
+
+
+def joined(paths: Iterable[str]) -> str:
+    """Paths of one `shape_of` as one: `layers.0.q`, `layers.1.q` → `layers.{0-1}.q`."""
+    parts = zip(*(path.split(".") for path in paths), strict=True)
+    return ".".join(_indices(tuple(dict.fromkeys(names))) for names in parts) or "(root)"
+
+
+def _indices(names: tuple[str, ...]) -> str:
+    if len(names) == 1:
+        return names[0]
+    runs: list[list[int]] = []
+    for index in sorted(map(int, names)):
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    texts = (f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return "{" + ",".join(texts) + "}"
+
+
+def alike(notes: Iterable[tuple[str, str]]) -> list[str]:
+    """Lines `path: text`, one for all paths of one `shape_of` that have the same text."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for path, text in notes:
+        found.setdefault((shape_of(path), text), []).append(path)
+    return [f"{joined(paths)}: {text}" for (_, text), paths in found.items()]

@@ -8,23 +8,23 @@ What an instance offers is looked for where it is selected: only then does it ha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from lorafx.errors import ConfigError, nearest
 from lorafx.registry import (
-    REPLACEMENTS,
+    OUT_OF_TREE,
     Eligible,
     FeatureSizes,
-    Replacement,
     Sharding,
     SizeOf,
     SizesOf,
     lookup_class,
     own_entry,
+    shardings,
 )
 
 
@@ -42,8 +42,7 @@ def register_oot(
 
     Args:
         replaced: a class that is registered, or inherits from one that is.
-        by: the class that takes its place and need not inherit from it. Its forward computes the
-            same product.
+        by: the class that takes its place. Its forward computes the same product.
         input_size: attribute or function giving K; by default `input_size`, or what `replaced`
             calls it. For embeddings `num_embeddings`.
         output_sizes: attribute or function giving the columns of each output slice; by default
@@ -70,24 +69,30 @@ def register_oot(
             f"{call}: no class along the MRO of {replaced.__qualname__} is registered, so there is "
             "nothing to replace; see lorafx.register"
         )
-    if by not in REPLACEMENTS and own_entry(by) is not None:
+    if by not in OUT_OF_TREE and own_entry(by) is not None:
         raise ConfigError(
             f"{call}: {by.__qualname__} is already registered; call lorafx.unregister for it first"
         )
-    if by in _replaced_by(replaced):
-        raise ConfigError(f"{call}: {replaced.__qualname__} already replaces {by.__qualname__}")
-    slices = _Slices(output_sizes or _output_names(entry))
-    REPLACEMENTS[by] = Replacement(
-        replaced,
-        by,
-        FeatureSizes(_Size(input_size or _input_names(entry)), slices.total),
-        slices if entry.kind == "linear" else None,
-        weight or entry.weight,
-        sharding,
+    embedding, sizes = entry.kind == "embedding", entry.sizes
+    inputs: list[SizeOf] = ["num_embeddings" if embedding else "input_size"]
+    outputs: list[SizeOf] = ["embedding_dim" if embedding else "output_sizes"]
+    if not entry.packed:  # a packed class has to say all of its slices
+        outputs.append("output_size")
+    if isinstance(sizes, FeatureSizes):
+        inputs.append(sizes.in_features)
+        outputs += [] if entry.packed else [sizes.out_features]
+    slices = _Slices(output_sizes or tuple(outputs))
+    whole, by_weight = shardings(sharding)
+    OUT_OF_TREE[by] = replace(
+        entry,
+        cls=by,
+        sizes=FeatureSizes(_Size(input_size or tuple(inputs)), slices.total),
+        output_sizes=slices if entry.kind == "linear" else None,
+        weight=weight or entry.weight,
+        sharding=whole,
+        weight_shardings=by_weight,
     )
-    found = own_entry(by)
-    assert found is not None
-    return found
+    return OUT_OF_TREE[by]
 
 
 def unregister_oot(by: type[nn.Module]) -> None:
@@ -96,40 +101,11 @@ def unregister_oot(by: type[nn.Module]) -> None:
     Raises:
         ConfigError: `by` replaces no class.
     """
-    if by not in REPLACEMENTS:
+    if by not in OUT_OF_TREE:
         name = getattr(by, "__qualname__", repr(by))
-        known = [cls.__qualname__ for cls in REPLACEMENTS]
+        known = [cls.__qualname__ for cls in OUT_OF_TREE]
         raise ConfigError(f"{name} replaces no class{nearest(name, known)}")
-    del REPLACEMENTS[by]
-
-
-def _replaced_by(cls: type) -> Iterator[type]:
-    """The classes that `cls` has its entry from, one replacing the next."""
-    while True:
-        cls = next(base for base in cls.__mro__ if own_entry(base) is not None)
-        yield cls
-        if cls not in REPLACEMENTS:
-            return
-        cls = REPLACEMENTS[cls].replaced
-
-
-def _input_names(entry: Eligible) -> tuple[str, ...]:
-    """Attributes that K may be in, by the order in which they are looked for."""
-    name = "num_embeddings" if entry.kind == "embedding" else "input_size"
-    return (name, *_attribute(entry, "in_features"))
-
-
-def _output_names(entry: Eligible) -> tuple[str, ...]:
-    """Likewise of the output slices; a packed class has to say all of them."""
-    name = "embedding_dim" if entry.kind == "embedding" else "output_sizes"
-    one = () if entry.packed else ("output_size", *_attribute(entry, "out_features"))
-    return (name, *one)
-
-
-def _attribute(entry: Eligible, which: str) -> tuple[str, ...]:
-    """The attribute that the replaced class has a size in, where it is one."""
-    found = getattr(entry.sizes, which, None)
-    return (found,) if isinstance(found, str) else ()
+    del OUT_OF_TREE[by]
 
 
 @dataclass(frozen=True)
@@ -141,7 +117,8 @@ class _Size:
     def __call__(self, module: nn.Module) -> Any:
         if callable(self.source):
             return self.source(module)
-        names = (self.source,) if isinstance(self.source, str) else self.source
+        found = (self.source,) if isinstance(self.source, str) else self.source
+        names = [name for name in found if isinstance(name, str)]
         for name in names:
             if hasattr(module, name):
                 return getattr(module, name)

@@ -5,15 +5,16 @@
 
 Model authors declare it on the model or on any module above the layer, users by
 `LoraConfig(packed_modules=...)`. A list has one name an output slice, in order; a mapping says
-which slices each name covers. A declaration works both ways: on a model that has `qkv_proj`, an
-adapter may name `q_proj`; on one that has `q_proj`, `k_proj` and `v_proj`, it may name `qkv_proj`.
-The declaration nearest above a module wins, and the configuration's wins over all.
+which slices each name covers. An adapter may name `q_proj` on a model that has `qkv_proj`, and
+`qkv_proj` on one that has its members. The declaration nearest above a module wins, and the
+configuration's wins over all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torch import nn
 
@@ -58,7 +59,9 @@ def _members(name: str, value: object, where: str) -> tuple[PackedMember, ...]:
         found.sort(key=lambda member: member.slices or (-1,))
         covered = [i for member in found for i in member.slices or ()]
         if len(set(covered)) != len(covered) or any(
-            not member.slices or member.slices != _consecutive(member.slices) for member in found
+            not member.slices
+            or member.slices != tuple(range(member.slices[0], member.slices[-1] + 1))
+            for member in found
         ):
             raise ConfigError(
                 f"{where}[{name!r}]: every member needs consecutive slices of its own, got "
@@ -85,10 +88,6 @@ def _slices(value: object) -> tuple[int, ...] | None:
     return None
 
 
-def _consecutive(slices: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(range(slices[0], slices[0] + len(slices)))
-
-
 def renamed(path: str, name: str) -> str:
     """`path` with another last name."""
     return join(path.rpartition(".")[0], name)
@@ -111,7 +110,6 @@ class PackedNames:
 
     @property
     def any(self) -> bool:
-        """Whether anything is declared at all."""
         return bool(self._configured or self._declared)
 
     def members(self, path: str) -> tuple[PackedMember, ...]:
@@ -122,12 +120,12 @@ class PackedNames:
         found = self._for(parent).get(name, ())
         # A member that is a module here is not packed here, whatever a mapping made for all
         # models of a family says.
-        own = any(self._graph.find(join(parent, member.name)) is not None for member in found)
-        return () if own else found
+        is_here = any(self._graph.find(join(parent, member.name)) is not None for member in found)
+        return () if is_here else found
 
     def memberships(self, path: str) -> tuple[Membership, ...]:
-        """The packed names that the module at canonical `path` is a member of. A packed name that
-        is a module itself has its own members."""
+        """The packed names that the module at canonical `path` is a member of and that are no
+        modules."""
         if not self.any:
             return ()
         parent, _, name = path.rpartition(".")
@@ -157,9 +155,9 @@ class PackedNames:
     def _for(self, parent: str) -> Members:
         """The declarations for children of `parent`: nearest above wins, the user's over all."""
         if parent not in self._above:
-            own = self._declared.get(parent, {})
+            declared = self._declared.get(parent, {})
             inherited = self._for(parent.rpartition(".")[0]) if parent else {}
-            self._above[parent] = {**inherited, **own, **self._configured}
+            self._above[parent] = {**inherited, **declared, **self._configured}
         return self._above[parent]
 
 
@@ -221,3 +219,36 @@ def parts_of(
 def virtual_paths(paths: Iterable[str], name: str) -> tuple[str, ...]:
     """The paths that a member or packed `name` has beside a module's own `paths`."""
     return tuple(dict.fromkeys(renamed(path, name) for path in paths))
+
+
+def spans(sizes: Sequence[int], rows: Sequence[int | None]) -> list[set[tuple[int, int]]]:
+    """Which slices of a packed module each of several names covers, by row counts alone.
+
+    The names partition the slices in order: each has one or more that follow one another.
+
+    Args:
+        sizes: positive rows of each slice.
+        rows: rows of each name, None where they are not known.
+
+    Returns:
+        For each name what it may cover in some partition, (first slice, slice behind the last). All
+        are empty where no partition has these rows.
+    """
+    ends = (0, *accumulate(sizes))
+
+    def following(start: int, wanted: int | None) -> list[int]:
+        later = range(start + 1, len(ends))
+        return [end for end in later if wanted in (None, ends[end] - ends[start])]
+
+    reached = [{0}]
+    for wanted in rows:
+        reached.append({end for start in reached[-1] for end in following(start, wanted)})
+    kept = {len(sizes)} & reached[-1]
+    found: list[set[tuple[int, int]]] = []
+    for starts, wanted in zip(reversed(reached[:-1]), reversed(rows), strict=True):
+        pairs = {
+            (start, end) for start in starts for end in following(start, wanted) if end in kept
+        }
+        kept = {start for start, _ in pairs}
+        found.append(pairs)
+    return found[::-1]

@@ -2,17 +2,16 @@
 
     W = [W_0; W_1; ...]  (ΣN, K),   W_i.data = W[offset_i : offset_i + N_i]
 
-The original parameters stay where and what they were (same objects, names, shapes and values), so
-`state_dict()` and `save_pretrained()` give what they gave before; memory does not grow. What splits
-the views again (`model.to(...)`, `load_state_dict(assign=True)`) is noticed before a call. The
-parameters are packed anew then, in the same memory, unless somebody keeps that:
+The parameters stay the same objects, with their names, shapes and values, and memory does not grow.
+What splits the views again (`model.to(...)`, `load_state_dict(assign=True)`) is noticed before a
+call, and the parameters are packed anew in the same memory, unless somebody keeps that:
 `p.data, ema[name] = ema[name], p.data`.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,31 +39,24 @@ class PackedGroup:
     bias: Tensor | None
 
     def __post_init__(self) -> None:
-        #: Each parameter: the dictionary that holds it, its name there, its rows.
-        self.places = [
-            (site.module._parameters, name, slice(offset, offset + site.out_features))
+        #: Each parameter: the dictionary that holds it, its name there, its buffer and rows.
+        self._places: list[tuple[dict[str, Any], str, Tensor, slice]] = [
+            (site.module._parameters, name, buffer, slice(offset, offset + site.out_features))
             for site, offset in zip(self.group.sites, self.group.offsets, strict=True)
             for name, buffer in ((site.eligible.weight, self.weight), ("bias", self.bias))
             if buffer is not None and site.module._parameters.get(name) is not None
         ]
-        self._holders = [parameters for parameters, _, _ in self.places]
-        self._names = [name for _, name, _ in self.places]
+        self._holders = [parameters for parameters, *_ in self._places]
+        self._names = [name for _, name, *_ in self._places]
 
-    def parts(self) -> list[Tensor]:
-        """Where the parameters are to lie."""
-        return [
-            (self._bias if name == "bias" else self.weight)[rows] for _, name, rows in self.places
-        ]
-
-    @property
-    def _bias(self) -> Tensor:
-        assert self.bias is not None
-        return self.bias
+    def _parts(self) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+        """Each parameter's dictionary and name, and where it is to lie."""
+        return ((held, name, buffer[rows]) for held, name, buffer, rows in self._places)
 
     @property
     def addresses(self) -> list[int]:
-        """Those of `parts`."""
-        return list(map(Tensor.data_ptr, self.parts()))
+        """Where the parameters are to lie."""
+        return [part.data_ptr() for _, _, part in self._parts()]
 
     @property
     def intact(self) -> bool:
@@ -74,54 +66,47 @@ class PackedGroup:
     @property
     def fits(self) -> bool:
         """Whether the parameters that are there now could lie in the buffers."""
-        for (parameters, name, _), part in zip(self.places, self.parts(), strict=True):
-            own = parameters.get(name)
-            if own is None or is_traceable_wrapper_subclass(own):
+        for parameters, name, part in self._parts():
+            held = parameters.get(name)
+            if held is None or is_traceable_wrapper_subclass(held):
                 return False
-            if (own.shape, own.dtype, own.device) != (part.shape, part.dtype, part.device):
+            if (held.shape, held.dtype, held.device) != (part.shape, part.dtype, part.device):
                 return False
         return True
 
     def holds(self, site: Site) -> bool:
-        """Whether what `site` multiplies by and adds is in the buffers as it is: since then its
-        weight may have been transposed in place, or it may have got a bias."""
-        own = site.module._parameters
-        parts = zip(self.places, self.parts(), strict=True)
-        mine = {name: part for (holder, name, _), part in parts if holder is own}
-        return (own.get("bias") is None or "bias" in mine) and all(
-            _laid_out(own.get(name)) == _laid_out(part) for name, part in mine.items()
+        """Whether what `site` multiplies by and adds is in the buffers: since then its weight may
+        have been transposed in place, or it may have got a bias."""
+        held = site.module._parameters
+        packed = {name: part for parameters, name, part in self._parts() if parameters is held}
+        return (held.get("bias") is None or "bias" in packed) and all(
+            _laid_out(held.get(name)) == _laid_out(part) for name, part in packed.items()
         )
 
     def fill(self) -> None:
         """Copy the parameters into the buffers and point them there: into other memory, where
         somebody holds what was taken out of a parameter, and may put it back later."""
         buffers = [tensor for tensor in (self.weight, self.bias) if tensor is not None]
-        for tensor, new in [(t, _zeros_like(t)) for t in buffers if self._taken_out(t)]:
-            tensor.data = new
-        for (parameters, name, _), part in zip(self.places, self.parts(), strict=True):
-            own: Any = parameters[name]
+        for tensor in [tensor for tensor in buffers if self._taken_out(tensor)]:
+            with torch.inference_mode(tensor.is_inference()):
+                tensor.data = torch.zeros_like(tensor)
+        for parameters, name, part in self._parts():
+            held = parameters[name]
             with writing(part):
-                part.copy_(own)
-            own.data = part
+                part.copy_(held)
+            held.data = part
 
     def _taken_out(self, buffer: Tensor) -> bool:
-        """Whether other tensors lie in the memory of one of the buffers than parameters in their
-        places."""
+        """Whether other tensors than parameters in their places lie in the memory of a buffer."""
         uses = _uses(buffer) - _uses(buffer.new_empty(0))
-        for (parameters, name, _), part in zip(self.places, self.parts(), strict=True):
-            mine = self.bias if name == "bias" else self.weight
-            uses -= mine is buffer and _laid_out(parameters[name]) == _laid_out(part)
+        for parameters, name, packed, rows in self._places:
+            uses -= packed is buffer and _laid_out(parameters[name]) == _laid_out(packed[rows])
         return uses > 0
 
 
 def _uses(tensor: Tensor) -> int:
     """How many hold its memory, one more than that for being asked."""
     return _storage_Use_Count(tensor.untyped_storage()._cdata)
-
-
-def _zeros_like(tensor: Tensor) -> Tensor:
-    with torch.inference_mode(tensor.is_inference()):
-        return torch.zeros_like(tensor)
 
 
 def _laid_out(tensor: Tensor | None) -> tuple[Any, ...] | None:
@@ -135,7 +120,6 @@ def _laid_out(tensor: Tensor | None) -> tuple[Any, ...] | None:
 def _at(
     holders: Sequence[Mapping[str, Any]], names: Sequence[str], addresses: Sequence[int]
 ) -> bool:
-    """Whether the tensors that have these names in `holders` lie at these addresses."""
     found = map(operator.getitem, holders, names)
     try:
         return list(map(Tensor.data_ptr, found)) == addresses
@@ -146,11 +130,8 @@ def _at(
 def pack_weights(
     graph: ModuleGraph, group: Group, alone: frozenset[int] | None = None
 ) -> PackedGroup | None:
-    """Make the group's base weights views of one buffer, or return None where they cannot be.
-
-    Packable: at least two siblings, and what `packable` says. `alone` is `graph.alone()` where that
-    is known: it looks at every tensor of the model.
-    """
+    """Make the group's base weights views of one buffer, or return None where they cannot be: fewer
+    than two siblings, or not `packable`. `alone` is `graph.alone()` where that is known."""
     sites = group.sites
     if len(sites) < 2:
         return None
@@ -176,8 +157,7 @@ def pack_weights(
 class PackWatch:
     """Notices before a call where the parameters of some packs are no views of them any more.
 
-    It compares the addresses of all of them at once: asking 64 packs one after another took 32 µs
-    of a call, this takes 13.
+    It compares the addresses of all at once: asking 64 packs one after another took 32 µs, this 13.
     """
 
     def __init__(self, packs: Sequence[PackedGroup]) -> None:
@@ -191,7 +171,6 @@ class PackWatch:
 
     @property
     def intact(self) -> bool:
-        """True while every parameter lies where its view of a packed buffer did at last."""
         return _at(self._holders, self._names, self._addresses)
 
     def check(self) -> None:
@@ -202,7 +181,7 @@ class PackWatch:
 
 
 def check_packed(packs: Iterable[PackedGroup]) -> None:
-    """The packed weights still are what the parameters are views of, or are made so again.
+    """Make the parameters views of the packed weights again, where they are not.
 
     Raises:
         CaptureError: the model was moved, cast or resized since it was marked.
@@ -218,11 +197,9 @@ def check_packed(packs: Iterable[PackedGroup]) -> None:
 
 
 def repack(packs: Sequence[PackedGroup]) -> PackedGroup | None:
-    """Pack the parameters anew, with the values that they have now.
-
-    Returns the first group whose buffers cannot hold them, since shape, dtype, device or format
-    have changed, or some are gone; nothing is changed then.
-    """
+    """Pack the parameters anew, with the values that they have now. Returns the first group whose
+    buffers cannot hold them, since shape, dtype, device or format have changed; nothing is changed
+    then."""
     misfit = next((packed for packed in packs if not packed.fits), None)
     if misfit is None:
         for packed in packs:
@@ -231,7 +208,7 @@ def repack(packs: Sequence[PackedGroup]) -> PackedGroup | None:
 
 
 def packable(sites: Sequence[Site], alone: frozenset[int]) -> bool:
-    """Whether the weights of sibling sites may lie in one buffer, if they are anywhere at all.
+    """Whether the weights of sibling sites may lie in one buffer.
 
     Each is a plain dense contiguous 2-D (out, in) parameter of its own storage, all of one dtype,
     device and `requires_grad`; biases likewise, where there are any.

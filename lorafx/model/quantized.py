@@ -25,11 +25,10 @@ from lorafx.model.convolutions import weight_shape
 from lorafx.model.weight_formats import (
     LIBRARIES,
     CannotStore,
+    Declared,
     Format,
     Plain,
     format_of,
-    keeping,
-    own_tensors,
 )
 from lorafx.registry import Eligible, lookup
 
@@ -51,24 +50,7 @@ def dequantize(module: nn.Module, parameter: str | None = None) -> Tensor:
     Raises:
         ConfigError: what holds the weight is in no known format, or does not give W's sizes.
     """
-    entry = lookup(module)
-    name = _name(module, parameter, entry)
-    dense = _read(module, name, entry, asked=parameter is not None)
-    if not isinstance(dense, Tensor) or not dense.is_floating_point():
-        raise ConfigError(f"{_label(module, name)} is dequantised to {_described(dense)}, not to W")
-    if parameter is not None:
-        return dense
-    if entry is not None and entry.transposed and entry.dequantize is None:
-        dense = dense.T
-    if entry is not None and entry.kind == "conv":
-        dense = dense.flatten(1)
-    expected = _shape(module, entry)
-    if expected is not None and tuple(dense.shape) != expected:
-        raise ConfigError(
-            f"{_label(module, name)} is dequantised to {tuple(dense.shape)}, but its class "
-            f"declares {expected}; see lorafx.register(dequantize=...)"
-        )
-    return dense
+    return _Weight.of(module, parameter).read()
 
 
 @torch.no_grad()
@@ -88,56 +70,111 @@ def requantize(module: nn.Module, weight: Tensor, parameter: str | None = None) 
     Raises:
         ConfigError: the format cannot be written, with the reason; nothing is changed then.
     """
-    entry = lookup(module)
-    name = _name(module, parameter, entry)
-    before = dequantize(module, parameter)
+    place = _Weight.of(module, parameter)
+    before = place.read()
     if before.shape != weight.shape:
-        raise ConfigError(
-            f"{_label(module, name)} is {tuple(before.shape)}, got {tuple(weight.shape)}"
-        )
-    own = None if entry is None or parameter is not None else entry.requantize
-    kept = Stored(module, parameter)
+        raise ConfigError(f"{place.label} is {tuple(before.shape)}, got {tuple(weight.shape)}")
+    put_back = place.format.keep(module, place.name)
     try:
-        if own is not None:
-            own(module, weight)
-        else:
-            _write(module, name, entry, weight, asked=parameter is not None)
-        after = dequantize(module, parameter)
-        difference = (after.float() - weight.float()).abs().max()
+        place.write(weight)
+        difference = (place.read().float() - weight.float()).abs().max()
         return float(difference / weight.float().abs().max().clamp_min(1e-30))
     except Exception as error:
-        kept.restore()
+        put_back()
         if not isinstance(error, CannotStore):
             raise
         raise ConfigError(
-            f"{_label(module, name)} cannot hold another weight: {error}; see "
+            f"{place.label} cannot hold another weight: {error}; see "
             "lorafx.register(requantize=...)"
         ) from error
 
 
 class Stored:
-    """The stored form of a module's weight: copies of all its tensors, which take as much memory
-    again.
+    """The stored form of a module's weight: copies of all its tensors.
 
     Raises:
         ConfigError: the weight is in no known format.
     """
 
     def __init__(self, module: nn.Module, parameter: str | None = None) -> None:
-        entry = lookup(module)
-        name = _name(module, parameter, entry)
-        if entry is not None and entry.dequantize is not None and parameter is None:
-            self._put_back = keeping(lambda: own_tensors(module))
-            return
-        kept = format_of(module, name)
-        if kept is None:
-            raise ConfigError(_unreadable(module, name))
-        self._put_back = kept.keep(module, name)
+        place = _Weight.of(module, parameter)
+        self.nbytes = sum(t.nbytes for t in place.format.tensors(module, place.name))
+        self._put_back = place.format.keep(module, place.name)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put the very same numbers back, bit by bit, in place."""
         self._put_back()
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A weight, how its module stores it, and what its class says; no entry where the weight is
+    asked for by the parameter's name."""
+
+    module: nn.Module
+    name: str
+    entry: Eligible | None
+    format: Format
+
+    @classmethod
+    def of(cls, module: nn.Module, parameter: str | None) -> _Weight:
+        entry = lookup(module) if parameter is None else None
+        name = parameter or ("weight" if entry is None else entry.weight)
+        declared = entry is not None and entry.dequantize is not None
+        found = Declared(entry) if declared and entry else format_of(module, name)
+        if found is None:
+            held = getattr(module, name, None)
+            kind = f"holds {_described(held)}" if held is not None else "does not exist"
+            raise ConfigError(
+                f"lorafx cannot read {_label(module, name)}, which {kind}; register its class with "
+                "lorafx.register(cls, dequantize=function of the module that gives W (N, K))"
+            )
+        return cls(module, name, entry, found)
+
+    @property
+    def label(self) -> str:
+        return _label(self.module, self.name)
+
+    @property
+    def _turned(self) -> bool:
+        """Whether the format gives and takes Wᵀ."""
+        entry = self.entry
+        return entry is not None and entry.transposed and not isinstance(self.format, Declared)
+
+    def read(self) -> Tensor:
+        dense: Any = self.format.dequantize(self.module, self.name)
+        if not isinstance(dense, Tensor) or not dense.is_floating_point():
+            raise ConfigError(f"{self.label} is dequantised to {_described(dense)}, not to W")
+        dense = dense.T if self._turned else dense
+        if self.entry is not None and self.entry.kind == "conv":
+            dense = dense.flatten(1)
+        expected = self._shape()
+        if expected is not None and tuple(dense.shape) != expected:
+            raise ConfigError(
+                f"{self.label} is dequantised to {tuple(dense.shape)}, but its class "
+                f"declares {expected}; see lorafx.register(dequantize=...)"
+            )
+        return dense
+
+    def write(self, weight: Tensor) -> None:
+        if self.entry is not None and self.entry.requantize is not None:
+            self.entry.requantize(self.module, weight)
+            return
+        if self.entry is not None and self.entry.kind == "conv":
+            weight = weight.view(weight_shape(self.module))
+        self.format.store(self.module, self.name, weight.T if self._turned else weight)
+
+    def _shape(self) -> tuple[int, int] | None:
+        """The sizes that W must have, where its class says them."""
+        if self.entry is None or self.entry.kind == "experts":
+            return None
+        if self.entry.kind == "conv":
+            out_channels, *kernel = weight_shape(self.module)
+            return out_channels, math.prod(kernel)
+        in_features, out_features = self.entry.sizes(self.module)
+        linear = self.entry.kind == "linear"
+        return (out_features, in_features) if linear else (in_features, out_features)
 
 
 def is_stored(module: nn.Module, entry: Eligible) -> bool:
@@ -150,6 +187,11 @@ def is_stored(module: nn.Module, entry: Eligible) -> bool:
     return any(item.holds(module, entry.weight) for item in LIBRARIES)
 
 
+def readable(module: nn.Module, entry: Eligible) -> bool:
+    """Whether `dequantize` knows how to read the module's weight, without doing it."""
+    return entry.dequantize is not None or format_of(module, entry.weight) is not None
+
+
 @dataclass(frozen=True)
 class QuantisedModules:
     """The modules of registered classes that hold their weight in a format, and whose calls compute
@@ -159,7 +201,6 @@ class QuantisedModules:
 
     @classmethod
     def of(cls, modules: Iterable[nn.Module]) -> QuantisedModules:
-        """Those among `modules`."""
         entries = ((module, lookup(module)) for module in modules)
         return cls(
             tuple(
@@ -198,60 +239,6 @@ class QuantisedModules:
     @cached_property
     def _restless(self) -> list[tuple[Format, nn.Module, str]]:
         return [found for found in self._of_libraries if found[0].is_restless(*found[1:])]
-
-
-def readable(module: nn.Module, entry: Eligible) -> bool:
-    """Whether `dequantize` knows how to read the module's weight, without doing it."""
-    return entry.dequantize is not None or format_of(module, entry.weight) is not None
-
-
-def _name(module: nn.Module, parameter: str | None, entry: Eligible | None) -> str:
-    if parameter is not None:
-        return parameter
-    return "weight" if entry is None else entry.weight
-
-
-def _read(module: nn.Module, name: str, entry: Eligible | None, *, asked: bool) -> Any:
-    if entry is not None and entry.dequantize is not None and not asked:
-        return entry.dequantize(module)
-    kept = format_of(module, name)
-    if kept is None:
-        raise ConfigError(_unreadable(module, name))
-    return kept.dequantize(module, name)
-
-
-def _write(
-    module: nn.Module, name: str, entry: Eligible | None, weight: Tensor, *, asked: bool
-) -> None:
-    if entry is not None and entry.dequantize is not None and not asked:
-        raise CannotStore("its class declares how to read its weight, but not how to write it")
-    kept = format_of(module, name)
-    assert kept is not None  # it was read
-    turned = not asked and entry is not None and entry.transposed
-    if entry is not None and entry.kind == "conv":
-        weight = weight.view(weight_shape(module))
-    kept.store(module, name, weight.T if turned else weight)
-
-
-def _shape(module: nn.Module, entry: Eligible | None) -> tuple[int, int] | None:
-    """The sizes that W must have, where its class says them."""
-    if entry is None or entry.kind == "experts":
-        return None
-    if entry.kind == "conv":
-        out_channels, *kernel = weight_shape(module)
-        return out_channels, math.prod(kernel)
-    in_features, out_features = entry.sizes(module)
-    linear = entry.kind == "linear"
-    return (out_features, in_features) if linear else (in_features, out_features)
-
-
-def _unreadable(module: nn.Module, name: str) -> str:
-    held = getattr(module, name, None)
-    kind = f"holds {_described(held)}" if held is not None else "does not exist"
-    return (
-        f"lorafx cannot read {_label(module, name)}, which {kind}; register its class with "
-        "lorafx.register(cls, dequantize=function of the module that gives W (N, K))"
-    )
 
 
 def _label(module: nn.Module, name: str) -> str:

@@ -36,10 +36,8 @@ def unsupported(module: nn.Module) -> str | None:
 
 
 def impossible(module: nn.Module, entry: Eligible | None) -> str | None:
-    """Why this module cannot carry LoRA and what to do about it, or None when it can.
-
-    `entry` is the registry's for it, None where there is none.
-    """
+    """Why this module cannot carry LoRA and what to do about it, or None when it can. `entry` is
+    the registry's for it."""
     if entry is None:
         return _unregistered(module)
     ranks = getattr(module, "tp_size", 1)
@@ -73,7 +71,6 @@ def impossible(module: nn.Module, entry: Eligible | None) -> str | None:
 
 
 def weight_of(module: nn.Module, entry: Eligible) -> Tensor | None:
-    """The tensor that holds the base weight; None where an object does."""
     weight = getattr(module, entry.weight, None)
     return weight if isinstance(weight, Tensor) else None
 
@@ -94,9 +91,7 @@ def _unregistered(module: nn.Module) -> str:
 
 def _out_of_reach(module: nn.Module, weight: Tensor, entry: Eligible) -> str | None:
     """Why the delta has no place between this rank's product and what the ranks make of it.
-
-    Elsewhere the weight's use is found in the graph, which a stored format hides.
-    """
+    Elsewhere the weight's use is found in the graph, which a stored format hides."""
     if entry.sharding is None or entry.handler is not None or not is_stored(module, entry):
         return None
     if entry.sharding.product(module) is module or not has_own_forward(module, entry):

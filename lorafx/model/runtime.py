@@ -3,8 +3,7 @@
     slots: (n,) int32 on the model's device, −1 for a base row
 
 One Runtime serves all marks of one model. It is set on the host before the forward; marks and
-graphs only read it. The slots always start at the start of one buffer that is written in place, so
-their address stays while the batch fits into the buffer.
+graphs only read it. The slots are written in place, at the start of one buffer.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from torch import Tensor
 from lorafx.errors import BatchError
 from lorafx.torch_internals.compat import mark_fixed_shape
 
-# The slots of every live Runtime. Dynamo takes whatever it reaches through a module of torch.nn,
-# a hook's attributes included, to have fixed shapes, and would recompile for each batch size.
-# What it reaches through a global may vary. Keys are strings, which it never makes symbolic.
+# The slots of every live Runtime. What Dynamo reaches through a module, a hook's attributes
+# included, has fixed shapes to it; what it reaches through a global may vary. Keys are strings,
+# which it never makes symbolic.
 _SLOTS: dict[str, Tensor] = {}
 # Keys of runtimes that are gone. Garbage may be collected while Dynamo iterates over `_SLOTS`,
 # which must not change then: they are taken out when the next runtime is made.
@@ -34,7 +33,7 @@ _SMALLEST_BUFFER = 64
 
 
 def holds_slots(value: object) -> bool:
-    """Whether this is the dict that holds the slots of all live Runtimes, in any order."""
+    """Whether this is the dict that holds the slots of all live Runtimes."""
     return value is _SLOTS
 
 
@@ -59,21 +58,18 @@ class Runtime:
         rows: the slots as host ints.
         active: some request uses an adapter. False makes every mark a no-op, so that a graph
             captured then is the base model's own. None does so outside of calls while an adapter
-            is the default: a trace that is none of lorafx's is refused then where the adapter
-            changes the layer, and Dynamo guards on it in graphs that others compile.
+            is the default: a foreign trace is refused then where the adapter changes the layer.
         uniform: all requests use the same slot, the only kind of batch that is right before the
             rows' owners are proved.
         graph_passes: graphs of this model go through lorafx's own passes. A mark that cannot add
-            its delta in a trace then leaves the weight's use to the `match` pass; where a foreign
-            backend compiles the model nobody would, and the mark raises instead.
+            its delta in a trace then leaves the weight's use to the `match` pass; else it raises.
         by_handle: graphs look `row_slots` up when they run, and what marks read is a handle of
-            constant shape: whoever compiles the model, its graphs do not depend on how many
-            requests were named. False: marks read the slots of all requests.
+            constant shape. False: marks read the slots of all requests.
         session: what serves the model, None before and after; whoever finds a mark finds it here.
         resting: whom a mark asks when its layer runs in eager mode; None where nobody serves it.
 
     Copies and pickles have slots of their own and no session. They keep the batch, unless a session
-    serves it: its call is none of theirs, and they are the base.
+    serves it: then they are the base.
     """
 
     def __init__(self, capacity: int, device: torch.device) -> None:
@@ -92,8 +88,8 @@ class Runtime:
     @property
     def slots(self) -> Tensor:
         """What marks read: the slot of each request, int32 (n,), or with `by_handle` (2,) two
-        different slots of the batch, where it has two. That is enough for a mark, which serves
-        batches of one adapter and has to notice others."""
+        different slots of the batch, where it has two: a mark serves batches of one adapter and
+        notices others."""
         return _SLOTS[self._key]
 
     @property
@@ -103,8 +99,7 @@ class Runtime:
 
     @property
     def graph_slots(self) -> Tensor:
-        """The slot of each row of the graph that is about to run: `row_slots`, unless `rows_of`
-        says otherwise."""
+        """The slot of each row of the graph that is about to run."""
         return self.row_slots if self._graph_slots is None else self._graph_slots
 
     @contextmanager
@@ -192,8 +187,8 @@ class Runtime:
                 _SLOTS[self._key] = slots
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_key", "_buffer", "_row_slots", "_graph_slots", "session", "resting")
-        state = {k: v for k, v in vars(self).items() if k not in own}
+        left_out = ("_key", "_buffer", "_row_slots", "_graph_slots", "session", "resting")
+        state = {k: v for k, v in vars(self).items() if k not in left_out}
         return state if self.session is None else {**state, **_AT_REST}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -7,8 +7,7 @@
     model.layers.0.block_sparse_moe.gate                 what is called …mlp.gate since
 
 Wrappers' names are left out wherever a module has no child of that name, but for those at the end:
-factors of `q_proj.base_layer` are not those of `q_proj`. transformers keeps, for each model, what
-its loader does to checkpoints; nothing here knows the name of a model.
+factors of `q_proj.base_layer` are not those of `q_proj`.
 """
 
 from __future__ import annotations
@@ -47,7 +46,6 @@ class Walked(NamedTuple):
 
     @property
     def whole(self) -> str:
-        """The path and what is left over."""
         return join(self.path, ".".join(self.rest)) if self.rest else self.path
 
 
@@ -103,20 +101,20 @@ class SavedNames:
 
     @cached_property
     def transforms(self) -> list[Any]:
-        """What transformers' loader does to checkpoints of the model: renamings and conversions,
-        in order; none without transformers 5, or for other models."""
+        """What transformers' loader does to checkpoints of the model: renamings and conversions, in
+        order; none without transformers 5, or for other models."""
         transformers = sys.modules.get("transformers")
         if transformers is None:
             return []
         modules = self._model.modules()
-        own = next((m for m in modules if isinstance(m, transformers.PreTrainedModel)), None)
-        if own is None:
+        pretrained = next((m for m in modules if isinstance(m, transformers.PreTrainedModel)), None)
+        if pretrained is None:
             return []
         try:
             from transformers.conversion_mapping import get_model_conversion_mapping
         except ImportError:  # before transformers 5 nothing was renamed
             return []
-        return list(get_model_conversion_mapping(own))
+        return list(get_model_conversion_mapping(pretrained))
 
     @cached_property
     def _renamings(self) -> list[Any]:
@@ -146,5 +144,5 @@ def nearest_names(name: str, known: Iterable[str]) -> str:
     known = list(known)
     last = name.rpartition(".")[2]
     # difflib takes milliseconds a hundred names.
-    alike = [own for own in known if own.rpartition(".")[2] == last]
+    alike = [path for path in known if path.rpartition(".")[2] == last]
     return nearest(name, alike[:2000]) or nearest(name, known[:1000])

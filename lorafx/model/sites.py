@@ -1,10 +1,9 @@
 """Sites and groups: the modules that carry LoRA, and what they share.
 
 A *site* is one LoRA-eligible module instance. It has one *part*, or several where the module comes
-packed: `qkv_proj` computes three projections, and an adapter may bring factors for each of them.
-A *group* is a set of sibling sites (same parent module, same kind, same input size, same dtype and
-device) whose low-rank factors live in one bank, so that one shrink over the bank can serve all
-siblings that turn out to share an input. In the bank each part is a sibling of its own.
+packed (`qkv_proj`), each of which may have factors of its own. A *group* is a set of sibling sites
+(same parent, kind, input size, dtype and device) whose factors live in one bank, where each part is
+a sibling of its own.
 """
 
 from __future__ import annotations
@@ -28,11 +27,10 @@ class Part:
     """A range of a site's output columns that has low-rank factors of its own.
 
     Attributes:
-        name: last name that an adapter may give it ("q_proj"); "" where it has none, or the
-            module's own name is the only one.
+        name: last name that an adapter may give it ("q_proj"); "" where the module's own name is
+            the only one.
         slices: indices of the output slices that it covers, consecutive.
-        in_features: K.
-        out_features: columns, the sum of its slices' sizes.
+        in_features, out_features: K, and its columns.
         selected: whether adapters may have factors here.
     """
 
@@ -45,10 +43,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Membership:
-    """A site seen as one of the projections that others pack under one `name`.
-
-    `v_proj` is number 2 of the 3 that a packed `qkv_proj` stands for.
-    """
+    """A site as one of the projections that others pack under `name`: `v_proj` is number 2 of the 3
+    of `qkv_proj`."""
 
     name: str
     index: int
@@ -66,15 +62,14 @@ class Site:
         eligible: the registry entry that matched, nearest along the MRO.
         in_features, out_features: K and N of the delta; for embeddings K is the vocabulary.
         dtype, device: of the base weight (the compute dtype where the weight is not floating).
-        parts: what its output columns consist of, in order; one part where none are given.
+        parts: what its output columns consist of, in order.
         member_of: the packed names that this module is a part of elsewhere.
-        expert_weight: for a parameter that holds a weight for each of E experts, what is known of
-            it; the path is the parameter's then. None for all others.
+        expert_weight: for a parameter of routed experts, what is known of it; the path is the
+            parameter's then. None for all others.
         loose_names: names of a packed module of which it is not declared what slices each
             covers; the rows of an adapter's B say it.
         closed_names: those of `loose_names` that adapters may not have factors for.
-        own_rows: how many rows of the weight an adapter may have of its own, in the place of the
-            base's; 0 where none.
+        own_rows: how many rows of the weight an adapter may have of its own.
     """
 
     path: str
@@ -104,8 +99,8 @@ class Site:
 
     @property
     def terms(self) -> int:
-        """How many low-rank terms one part may have to hold: gate's and up's, where their columns
-        are interleaved and so cannot be parts of their own."""
+        """How many low-rank terms a part may have to hold: gate's and up's, where their columns are
+        interleaved and so cannot be parts of their own."""
         weight = self.expert_weight
         return 2 if weight is not None and weight.halves == "interleaved" else 1
 
@@ -116,7 +111,6 @@ class Site:
 
     @property
     def dtype_name(self) -> str:
-        """As reports have it: "float32"."""
         return str(self.dtype).removeprefix("torch.")
 
     @property
@@ -157,7 +151,6 @@ def own_ranges(site: Site) -> Ranges:
 
 
 def parent_of(siblings: Sequence[Site]) -> str:
-    """Path of the module that holds sibling sites."""
     return siblings[0].path.rpartition(".")[0]
 
 
@@ -176,12 +169,10 @@ class Group:
 
     @property
     def parent(self) -> str:
-        """Path of the module that holds the sites."""
         return parent_of(self.sites)
 
     @property
     def members(self) -> tuple[str, ...]:
-        """What the sites are called in `parent`."""
         return members_of(self.sites)
 
     @cached_property
@@ -190,7 +181,6 @@ class Group:
         return (0, *accumulate(len(site.parts) for site in self.sites[:-1]))
 
     def site_of(self, sibling: int) -> Site:
-        """The site that a sibling of the bank is a part of."""
         return next(
             site
             for site, first in zip(self.sites, self.firsts, strict=True)

@@ -4,25 +4,28 @@
     "all-linear"  every eligible linear module but the output embedding (any letter case)
     list          path == entry, or path ends with "." + entry
 
-A module with several paths is named when one of them is.
+A module with several paths is named when one of them is. Patterns in adapters are not trusted, and
+`re` backtracks: `(a|a)*b` on a path of thirty letters takes minutes. The `regex` package means the
+same by a pattern, and stops when its time is up.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 
+import regex
 from torch import nn
 
 from lorafx.errors import ConfigError, nearest
-from lorafx.model.patterns import PatternError, pattern
 
 ALL_LINEAR = "all-linear"
 
 
 class Entries(tuple[str, ...]):
-    """Module names and dotted suffixes of paths. A model has thousands of modules and a list may
-    have as many entries, so they are looked up by what a path ends with."""
+    """Module names and dotted suffixes of paths, looked up by what a path ends with."""
 
     @cached_property
     def as_set(self) -> frozenset[str]:
@@ -35,12 +38,10 @@ class SavedTargets(Entries):
 
 
 class AdapterNames(SavedTargets):
-    """What the given adapters name, where the user names no modules: then no module of the model
-    was left out by anybody."""
+    """What the given adapters name, where the user names no modules."""
 
 
 def is_all_linear(spec: str | Sequence[str] | None) -> bool:
-    """Whether `spec` stands for all linear modules."""
     return isinstance(spec, str) and spec.lower() == ALL_LINEAR
 
 
@@ -48,8 +49,7 @@ def checked(spec: str | Collection[str] | None, field: str) -> str | tuple[str, 
     """`spec` as a str, a tuple of str or None.
 
     Raises:
-        ConfigError: another type, or a str that is no regular expression, or one
-            that is too large (lorafx.model.patterns).
+        ConfigError: another type, or a str that is no regular expression, or too large a one.
     """
     if spec is None:
         return None
@@ -85,11 +85,7 @@ def names(spec: str | Sequence[str], paths: Iterable[str]) -> bool:
 
 
 def output_embedding(model: nn.Module) -> nn.Module | None:
-    """The module that maps to the vocabulary, for models that say which one it is.
-
-    PEFT leaves it out of "all-linear". Models of other libraries have no such method, and some
-    inherit one that their class does not answer.
-    """
+    """The module that maps to the vocabulary, for models that say which one it is."""
     ask = getattr(model, "get_output_embeddings", None)
     if not callable(ask):
         return None
@@ -100,10 +96,76 @@ def output_embedding(model: nn.Module) -> nn.Module | None:
 
 
 def nearest_targets(entry: str, paths: Iterable[str]) -> str:
-    """A sentence fragment with the names closest to `entry` among the eligible modules.
-
-    Undotted entries are compared with last names, of which a model has few.
-    """
+    """A sentence fragment with the names closest to `entry` among the eligible modules."""
     if "." in entry:
         return nearest(entry, paths)
     return nearest(entry, dict.fromkeys(path.rpartition(".")[2] for path in paths))
+
+
+#: Longest pattern: parsing takes time quadratic in the length of a prefix that alternatives share.
+LONGEST = 1 << 15
+#: Seconds of one match. Those that people write take microseconds.
+SECONDS = 0.1
+#: Largest product of a pattern's repeat counts: `regex` writes counted repeats out.
+MOST_REPEATS = 1 << 16
+
+
+class PatternError(ConfigError):
+    """A str that is no regular expression, whose message begins with the verb, or one whose
+    matching takes too long."""
+
+
+class Pattern:
+    """A regular expression over paths.
+
+    Attributes:
+        text: as it was given.
+        tail: what every path that it matches whole ends with, as far as that is known.
+
+    Raises:
+        PatternError: it is none, or is too large.
+    """
+
+    def __init__(self, text: str, tail: str = "") -> None:
+        if len(text) > LONGEST:
+            raise PatternError(
+                f"has {len(text)} characters, and patterns may have {LONGEST}; give a list of "
+                "module names instead"
+            )
+        fault = None
+        try:
+            re.compile(text)  # `regex` takes more, which PEFT would refuse
+            if math.prod(map(int, re.findall(r"(\d+)\}", text))) > MOST_REPEATS:
+                raise PatternError(
+                    f"repeats over {MOST_REPEATS} times what it holds; give a list of module names "
+                    "instead"
+                )
+            self._compiled = regex.compile(text)
+        except (re.error, regex.error, OverflowError, ValueError, Warning) as error:
+            if isinstance(error, PatternError):
+                raise
+            raise PatternError(
+                f"is not a regular expression: {getattr(error, 'msg', error)}"
+            ) from error
+        except RecursionError:
+            fault = "has groups nested too deep"
+        if fault is not None:  # outside of the handler, whose traceback is as deep as the stack
+            raise PatternError(fault)
+        self.text = text
+        self.tail = tail
+
+    def fullmatches(self, path: str) -> bool:
+        """`re.fullmatch(text, path)` is not None; PatternError where that takes longer than
+        SECONDS."""
+        try:
+            return self._compiled.fullmatch(path, timeout=SECONDS) is not None
+        except TimeoutError:
+            raise PatternError(
+                f"the pattern {self.text!r:.120} takes over {SECONDS} seconds for one module "
+                f"({path:.80}); give a list of module names instead"
+            ) from None
+
+
+@lru_cache(maxsize=64)
+def pattern(text: str) -> Pattern:
+    return Pattern(text)

@@ -6,8 +6,7 @@
     bitsandbytes       Int8Params (W ≈ CB · SCB / 127), Params4bit (blocks of a code times absmax)
     fine-grained fp8   transformers' FP8Linear, FP8Experts: W = Q · s of its block, and one scale
 
-Each format is found by the class of what holds W. Nothing of a library is imported: whoever holds
-an object of one of its classes has imported it.
+Each format is found by the class of what holds W. Nothing of a library is imported here.
 """
 
 from __future__ import annotations
@@ -17,12 +16,14 @@ import inspect
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorafx.model.forward_check import is_dense
+from lorafx.registry import Eligible
 from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
 
 
@@ -62,7 +63,28 @@ class Format(ABC):
 
     def keep(self, module: nn.Module, name: str) -> Callable[[], None]:
         """A function that puts back what is stored now, bit by bit."""
-        return keeping(lambda: self.tensors(module, name))
+        kept = [tensor.detach().clone() for tensor in self.tensors(module, name)]
+        return lambda: _write(self.tensors(module, name), kept)
+
+
+@dataclass(frozen=True)
+class Declared(Format):
+    """What a class says of itself by `lorafx.register(dequantize=...)`."""
+
+    entry: Eligible
+
+    def holds(self, module: nn.Module, name: str) -> bool:
+        return True
+
+    def dequantize(self, module: nn.Module, name: str) -> Tensor:
+        assert self.entry.dequantize is not None
+        return self.entry.dequantize(module)
+
+    def tensors(self, module: nn.Module, name: str) -> list[Tensor]:
+        return own_tensors(module)
+
+    def store(self, module: nn.Module, name: str, weight: Tensor) -> None:
+        raise CannotStore("its class declares how to read its weight, but not how to write it")
 
 
 class QuantMethod(Format):
@@ -248,15 +270,10 @@ class FineGrained8(Format):
     def holds(self, module: nn.Module, name: str) -> bool:
         owner = "transformers.integrations.finegrained_fp8"
         known = _is(module, owner, "FP8Linear") or _is(module, owner, "FP8Experts")
-        return known and self._scale(module, name) is not None
-
-    def _scale(self, module: nn.Module, name: str) -> Tensor | None:
-        return getattr(module, f"{name}_scale_inv", None)
+        return known and getattr(module, f"{name}_scale_inv", None) is not None
 
     def dequantize(self, module: nn.Module, name: str) -> Tensor:
-        weight, scale = getattr(module, name).detach().float(), self._scale(module, name)
-        assert scale is not None
-        scale = scale.detach().float()
+        weight, scale = (tensor.detach().float() for tensor in self.tensors(module, name))
         block: Any = module.block_size
         if block is None or scale.dim() < 2:  # one for all, or one per expert
             return weight * scale.reshape(-1, *(1,) * (weight.dim() - 1))
@@ -265,9 +282,7 @@ class FineGrained8(Format):
         return weight * scale[..., :rows, :columns]
 
     def tensors(self, module: nn.Module, name: str) -> list[Tensor]:
-        scale = self._scale(module, name)
-        assert scale is not None
-        return [getattr(module, name), scale]
+        return [getattr(module, name), getattr(module, f"{name}_scale_inv")]
 
 
 class Plain(Format):
@@ -313,12 +328,6 @@ def own_tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
 
 
-def keeping(tensors: Callable[[], list[Tensor]]) -> Callable[[], None]:
-    """A function that puts back, in place, what `tensors()` hold now."""
-    kept = [tensor.detach().clone() for tensor in tensors()]
-    return lambda: _write(tensors(), kept)
-
-
 def _is(value: Any, module: str, name: str) -> bool:
     """Whether `value` is an instance of a class of a library, if that has been imported at all."""
     cls = getattr(sys.modules.get(module), name, None)
@@ -335,8 +344,7 @@ def _inner(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _made_with(make: Any, held: Any) -> dict[str, Any]:
-    """The arguments of `from_hp` that make the format that `held` has, by their names; scales are
-    those of the new weight."""
+    """The arguments of `from_hp` that make the format that `held` has, by their names."""
     block = tuple(getattr(held, "block_size", ()))
     zero = getattr(held, "zero_point", None)
     torchao: Any = sys.modules.get("torchao.quantization")

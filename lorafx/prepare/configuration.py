@@ -15,16 +15,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorafx.adapter_store.checkpoint import load_state
+from lorafx.adapter_store.extras import rows_wanted
 from lorafx.adapter_store.names import refuse_swapped
-from lorafx.adapter_store.origins import Origin
-from lorafx.adapter_store.own_reading import rows_wanted
-from lorafx.adapter_store.peft_config import PeftConfig
+from lorafx.adapter_store.peft_config import PeftConfig, picked
 from lorafx.adapter_store.peft_reader import adapter_target_modules
-from lorafx.adapter_store.peft_targets import picked
-from lorafx.adapter_store.saved import AdapterSource, AdapterState
+from lorafx.adapter_store.saved import AdapterSource, AdapterState, Origin
 from lorafx.config import LoraConfig
 from lorafx.errors import ConfigError
-from lorafx.model.own_row_limits import token_rooms
+from lorafx.model.extras import token_rooms
 from lorafx.model.targets import AdapterNames
 
 

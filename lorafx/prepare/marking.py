@@ -11,14 +11,19 @@ from typing import Any
 
 from torch import nn
 
-from lorafx.adapter_store.handed_over import without_wrappers
-from lorafx.adapter_store.peft_model import TakenOver, is_peft_model, peft_layers, take_over
+from lorafx.adapter_store.peft_model import (
+    TakenOver,
+    is_peft_model,
+    peft_layers,
+    take_over,
+    without_wrappers,
+)
 from lorafx.adapter_store.peft_reader import adapter_target_modules
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.capture.lowering import resolved
 from lorafx.config import LoraConfig, Options
 from lorafx.interrupts import Rollback
-from lorafx.model.attachment import Attachment
+from lorafx.model.marks import Attachment
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.sites import Site
 from lorafx.model.training import warn_training

@@ -8,9 +8,10 @@ the weight without its module. What such a tensor holds is its `WeightForm`
     views     by storage: sizes, strides and offset in the weight's storage
     copies    by value: rows of the tensor equal rows of W at regular distances, every one of them
 
-A tensor that shares the storage, whose neighbours are neighbours in W wherever one looks, or whose
-rows point where rows of W do (a copy in another scale or precision), but has neither form, is still
-known to come from the weight, and the site is refused in the graphs that take it.
+A tensor that shares the storage and has no such form is still known to come from the weight, and
+the site is refused in the graphs that take it. Copies of another kind (scaled, rounded, reordered)
+are not recognised: `match` refuses a site whose weight nothing uses where such a tensor may stand
+for it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from lorafx.model.forward_check import is_dense
 from lorafx.model.module_graph import storage_key
 from lorafx.model.quantized import dequantize, readable
 from lorafx.model.sites import Site
-from lorafx.program.weight_forms import WeightForm, copied_form, repeats_numbers, strided_form
+from lorafx.program.weight_forms import WeightForm, copied_form, strided_form
 from lorafx.registry import lookup
 from lorafx.torch_internals.fake_tensors import unset_fake_temporarily
 from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
@@ -227,14 +228,13 @@ class DerivedTensors:
         if not is_varied(tensor):
             return None
         for site in sites:
-            if site.eligible.kind not in ("linear", "conv"):
+            if site.eligible.kind != "linear":
                 continue
             weight = dense_weight(site)
             if weight is None or weight.device != tensor.device:
                 continue
-            linear = site.eligible.kind == "linear"
-            form = copied_form(tensor, weight) if linear else None
-            if form is not None or repeats_numbers(tensor, weight):
+            form = copied_form(tensor, weight)
+            if form is not None:
                 shape = (weight.shape[0], weight.shape[1])
                 return Derived(self._tied(site), form, shape, copied=True)
         return None

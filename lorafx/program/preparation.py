@@ -6,13 +6,12 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from lorafx.adapter_store.origins import Origin
-from lorafx.adapter_store.peft_reader import Adapter
-from lorafx.adapter_store.saved import AdapterState
+from lorafx.adapter_store.adapter import Adapter
+from lorafx.adapter_store.saved import AdapterState, Origin
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.config import LoraConfig, Options
 from lorafx.interrupts import Rollback
-from lorafx.model.attachment import Attachment
+from lorafx.model.marks import Attachment
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.packing import PackedGroup
 from lorafx.model.sites import Site

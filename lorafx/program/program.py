@@ -14,11 +14,10 @@ from torch.utils.weak import WeakIdRef
 
 from lorafx.config import LoraConfig, Options
 from lorafx.model.bank import Bank
-from lorafx.model.hook_watch import HookWatch
+from lorafx.model.changes_watch import HookWatch, SiteWatch
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.packing import PackedGroup, PackWatch
 from lorafx.model.quantized import QuantisedModules
-from lorafx.model.replaced_modules import SiteWatch
 from lorafx.model.runtime import Runtime
 from lorafx.model.sites import Group, Site
 from lorafx.ownership.held import Alone, Listed, each_repeated
@@ -154,7 +153,7 @@ class Program:
         and been replaced since it was looked at last. Walks over all of it."""
         self._look_at_sites()
         if not self.site_watch.missing and not self.graph.holds:
-            self.graph = ModuleGraph.of(self.model)
+            self.graph = ModuleGraph(self.model)
 
     def _look_at_sites(self) -> None:
         if self.site_watch.look():

@@ -15,13 +15,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.functional import normalize
-
-#: Neighbours in a tensor that are looked for in a weight. A single number says nothing: a large
-#: weight of 16 bits holds almost every number of its range.
-RUN = 4
-#: The cosine from which two rows are taken for one row in two scales or precisions.
-ALIKE = 0.995
 
 AnySize = Any  # int or SymInt
 
@@ -198,13 +191,15 @@ def strided_form(
     return WeightForm(axes, *(start if out_first else start[::-1]))
 
 
-def rows_form(tensor: torch.Tensor, weight: torch.Tensor) -> WeightForm | None:
+def copied_form(tensor: torch.Tensor, weight: torch.Tensor) -> WeightForm | None:
     """The form of a copy: `tensor` holds whole rows W[o] of the (out, in) `weight`, value by value,
     at regular distances along each of its other dimensions. None where it does not.
 
-    Both are of one dtype: W is rounded to the tensor's, as a copy of it was.
+    W is rounded to the tensor's dtype, as a copy of it was.
     """
-    columns = weight.shape[1]
+    if tensor.numel() > weight.numel():
+        return None
+    weight, columns = weight.to(tensor.dtype), weight.shape[1]
     for dim in reversed(range(tensor.dim())):
         if tensor.shape[dim] == columns:
             form = _rows_along(tensor.movedim(dim, -1), weight)
@@ -214,82 +209,8 @@ def rows_form(tensor: torch.Tensor, weight: torch.Tensor) -> WeightForm | None:
     return None
 
 
-def copied_form(tensor: torch.Tensor, weight: torch.Tensor) -> WeightForm | None:
-    """`rows_form` of a tensor that is no larger than W (out, in), whatever type W has."""
-    if tensor.numel() > weight.numel():
-        return None
-    return rows_form(tensor, weight.to(tensor.dtype))
-
-
-def repeats_numbers(tensor: torch.Tensor, weight: torch.Tensor, *, runs: bool = True) -> bool:
-    """Whether `tensor` shows numbers of W (out, in) in no form: in another order, which takes long
-    to look for (`runs`), in another scale, or rounded."""
-    inside = runs and tensor.numel() <= weight.numel()
-    if inside and in_runs(tensor, weight.to(tensor.dtype)):
-        return True
-    return rows_alike(tensor, weight)
-
-
-def rows_alike(tensor: torch.Tensor, weight: torch.Tensor, rows: int = 8) -> bool:
-    """Whether rows of `tensor` along some dimension point where rows of the (out, in) `weight` do.
-
-    Looks at `rows` of them, by cosine: a scale or another rounding changes little. No less than
-    three rows of four numbers say anything.
-    """
-    columns = weight.shape[1]
-    if columns < 4:
-        return False
-    for dim in range(tensor.dim()):
-        if tensor.shape[dim] != columns or tensor.numel() < 3 * columns:
-            continue
-        picked = _some_rows(tensor.movedim(dim, -1), rows).float()
-        cosines = normalize(picked, dim=1) @ normalize(weight.float(), dim=1).T
-        if bool((cosines.abs().amax(1) > ALIKE).all()):
-            return True
-    return False
-
-
-def in_runs(tensor: torch.Tensor, weight: torch.Tensor, runs: int = 4) -> bool:
-    """Whether neighbours along some dimension of `tensor` are neighbours in rows or in columns of
-    the 2-D `weight` of its dtype, in each of `runs` places."""
-    # Compared as bits, which is several times as fast for 16-bit floats on a CPU.
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.dtype.itemsize]
-    tensor, weight = tensor.detach().view(bits), weight.detach().view(bits)
-    for dim in range(tensor.dim()):
-        if tensor.shape[dim] >= RUN:
-            windows = tensor.movedim(dim, -1).unfold(-1, RUN, RUN)
-            picked = [run for run in _some_rows(windows, runs) if len(run.unique()) >= RUN - 1]
-            if len(picked) > 1 and all(_has_run(run, weight) for run in picked):
-                return True
-    return False
-
-
-def _has_run(run: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether some row or column of `weight` has the numbers of `run` side by side."""
-    starts = (weight.reshape(-1) == run[0]).nonzero().squeeze(-1)
-    columns = weight.shape[1]
-    reach = len(run) - 1
-    in_row = starts[starts % columns < columns - reach]
-    in_column = starts[starts < weight.numel() - reach * columns]
-    for at, along in ((in_row, 1), (in_column, columns)):
-        for step in range(1, len(run)):
-            found = at + step * along
-            at = at[weight[found // columns, found % columns] == run[step]]
-        if at.numel():
-            return True
-    return False
-
-
-def _some_rows(tensor: torch.Tensor, count: int) -> torch.Tensor:
-    """Some of the rows of (..., F), at most `count`; the tensor may be large and is not copied."""
-    leading = tensor.shape[:-1]
-    total = leading.numel()
-    index = torch.arange(0, total, max(1, total // count), device=tensor.device)[:count]
-    return tensor[torch.unravel_index(index, leading)]
-
-
 def _rows_along(tensor: torch.Tensor, weight: torch.Tensor) -> WeightForm | None:
-    """`rows_form` of a tensor whose last dimension is W's in dimension."""
+    """`copied_form` of a tensor whose last dimension is W's in dimension."""
     leading = tensor.shape[:-1]
     for start in _row_like(tensor[(0,) * len(leading)], weight):
         axes, index = [], torch.tensor(start, device=weight.device)

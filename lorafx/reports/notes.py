@@ -10,8 +10,7 @@ from lorafx.config import LoraConfig
 from lorafx.errors import some
 from lorafx.model.candidates import by_raw_weight
 from lorafx.model.experts import expert_weights
-from lorafx.model.module_graph import ModuleGraph, Owner, join
-from lorafx.model.repeated import joined, shape_of
+from lorafx.model.module_graph import ModuleGraph, Owner, join, joined, shape_of
 from lorafx.model.sites import Site
 from lorafx.registry import lookup
 from lorafx.reports.prediction import Note

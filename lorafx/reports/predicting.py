@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from lorafx.config import LoraConfig, Options
 from lorafx.errors import LorafxWarning
 from lorafx.kernels.cost.cost import factor_elements
+from lorafx.model.module_graph import shape_of
 from lorafx.model.packing import packable
 from lorafx.model.refusals import weight_of
-from lorafx.model.repeated import shape_of
 from lorafx.model.sites import Group, Site, members_of, parent_of, room_of
 from lorafx.passes.attach import allocate_groups
 from lorafx.prepare.marking import build_sites

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from lorafx.model.repeated import joined
+from lorafx.model.module_graph import joined
 from lorafx.reports.glossary import glossary_of
 from lorafx.reports.table import html_table, over, size, text_table
 from lorafx.reports.writing import json_values

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lorafx.model.repeated import joined, shape_of
+from lorafx.model.module_graph import joined, shape_of
 from lorafx.reports.table import html_table, over, text_table
 from lorafx.reports.writing import json_values
 

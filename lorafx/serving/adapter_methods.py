@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Never
 
-from lorafx.adapter_store.listing import AdapterInfo, info
 from lorafx.adapter_store.names import BASE, AdapterName, members, one_name
 from lorafx.adapter_store.saved import Source
+from lorafx.adapter_store.store import AdapterInfo, info
 from lorafx.errors import BatchError, ConfigError
 from lorafx.interrupts import undisturbed
 from lorafx.serving.names import refuse_arguments

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from lorafx.base_weights.export_merged import export_merged
 from lorafx.base_weights.merge import MergeReport, merge, unmerge
 from lorafx.base_weights.update import WeightUpdate, update_weights
+from lorafx.loading.loader import Undo
 from lorafx.loading.sources import Weights
-from lorafx.loading.writer import Undo
 
 if TYPE_CHECKING:
     from lorafx.session.session import Session

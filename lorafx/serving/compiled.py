@@ -11,17 +11,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorafx.adapter_store.handed_over import without_wrappers
 from lorafx.adapter_store.names import AdapterName
+from lorafx.adapter_store.peft_model import without_wrappers
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.base_weights.merge import merged_of
 from lorafx.capture.backend import Backend
 from lorafx.errors import CaptureError, ConfigError
 from lorafx.explanation import write_beside_dumps
 from lorafx.interrupts import undisturbed
-from lorafx.model.attachment import Attachment
-from lorafx.model.hook_watch import hooks_of
+from lorafx.model.changes_watch import hooks_of
 from lorafx.model.keywords import BY_ROW, refuse_slips
+from lorafx.model.marks import Attachment
 from lorafx.model.sites import Site
 from lorafx.program.program import Program
 from lorafx.program.slips import refuse_pipeline_slips

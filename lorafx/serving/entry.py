@@ -22,8 +22,8 @@ from lorafx.capture.traced import Traced
 from lorafx.capture.tracking import Tracking
 from lorafx.capture.weights_in_python import WeightUses
 from lorafx.errors import CaptureError, LorafxError, MatchError, ReplacedModuleError
-from lorafx.model.attachment import MARKS
 from lorafx.model.experts import LOOP, loops
+from lorafx.model.marks import MARKS
 from lorafx.ownership.held import MOST_REQUESTS
 from lorafx.ownership.memory import Memory
 from lorafx.program.handover import held_argument

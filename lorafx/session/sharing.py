@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor, nn
 
 from lorafx.errors import CaptureError
-from lorafx.model.attachment import sessions_of_marks
+from lorafx.model.marks import sessions_of_marks
 from lorafx.model.module_graph import storage_key
 from lorafx.program.derived import overlap
 from lorafx.session.session import Session, sessions

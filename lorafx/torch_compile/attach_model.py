@@ -22,7 +22,7 @@ from lorafx.capture.lowering import Lowering
 from lorafx.config import Options
 from lorafx.errors import CaptureError, ConfigError
 from lorafx.explanation import write_beside_dumps
-from lorafx.model.attachment import Attachment, sessions_of_marks
+from lorafx.model.marks import Attachment, sessions_of_marks
 from lorafx.prepare.marking import Marked, mark
 from lorafx.program.frame import Frame, wants_gradient
 from lorafx.program.program import Program

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Final
 
 from torch import Tensor, nn
 
-from lorafx.adapter_store.handed_over import without_wrappers
+from lorafx.adapter_store.peft_model import without_wrappers
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.capture.backend import Backend
 from lorafx.capture.checks import Checks
@@ -26,8 +26,7 @@ from lorafx.capture.traced import trace_again
 from lorafx.capture.tracking import Tracking, untracked
 from lorafx.capture.weights_in_python import WeightUses
 from lorafx.errors import CaptureError, ConfigError
-from lorafx.model.attachment import Attachment
-from lorafx.model.marks import SiteMark
+from lorafx.model.marks import Attachment, SiteMark
 from lorafx.program.program import Program
 from lorafx.program.roles import RoleTable
 from lorafx.program.slips import refuse_called_slips

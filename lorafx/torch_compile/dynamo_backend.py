@@ -19,7 +19,7 @@ from lorafx.capture.executable import refusing
 from lorafx.capture.lowering import InductorLowering, Lowering, lowering_for
 from lorafx.config import Options
 from lorafx.errors import CaptureError, LorafxError, ReplacedModuleError
-from lorafx.model.attachment import MARKS
+from lorafx.model.marks import MARKS
 from lorafx.program.stack import compiled_module
 from lorafx.progress import LOG
 from lorafx.torch_compile.attached import AttachedSession, attached_sessions, captured_before

@@ -20,8 +20,8 @@ from torch import nn
 
 from lorafx.capture.bound_inputs import BoundInputs
 from lorafx.capture.needless_guards import FrameGuards
-from lorafx.model.hook_watch import LaterHooks
-from lorafx.model.row_marks import RowMark
+from lorafx.model.changes_watch import LaterHooks
+from lorafx.model.marks import RowMark
 from lorafx.program.program import Program
 from lorafx.torch_internals.compat import add_function_guard
 from lorafx.torch_internals.frames import (

@@ -15,7 +15,7 @@ from torch import nn
 from lorafx.adapter_store.names import BASE, AdapterName, one_name
 from lorafx.capture.failures import explained, own_error
 from lorafx.errors import BatchError, CaptureError
-from lorafx.model.attachment import detach as remove_marks
+from lorafx.model.marks import detach as remove_marks
 from lorafx.program.stack import unwrapped
 from lorafx.serving.compiled import compiled_of
 from lorafx.serving.names import refuse_arguments

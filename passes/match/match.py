@@ -40,7 +40,8 @@ from lorafx.graph.context import (
 from lorafx.graph.graph_nodes import plain_path
 from lorafx.graph.weight_uses import Use, convolution_uses, uses_of
 from lorafx.model.convolutions import convolution_of
-from lorafx.model.marks import UNPROVED, is_dense
+from lorafx.model.forward_check import is_dense
+from lorafx.model.marks import UNPROVED
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site, own_ranges
 from lorafx.op_arguments import bound, in_order, rebind
@@ -50,15 +51,18 @@ from lorafx.passes.match.result_origins import addends_of, depends_on, origin_of
 from lorafx.program.derived import has_numbers, is_near
 from lorafx.program.frame import FrameInput, fake_value
 
+_UNUSED = "nothing uses its weight"
 
-def replaced_sites(graph: fx.Graph, ctx: Context) -> Iterator[Refusal]:
+
+def replaced_sites(graph: fx.Graph, ctx: Context, in_parts: set[Site]) -> Iterator[Refusal]:
     """Refusals of sites that this graph seems to compute by something else than their weight.
 
-    No graph so far has used the site, and here a module that holds it runs with tensors of its own
-    in place of it. For a weight whose numbers cannot be read any matrix will do; otherwise it takes
-    an attribute or buffer with as many columns as the weight has inputs, since parameters of the
-    module's own are common. What an earlier graph has computed with the site (keys and values of
-    an encoder, kept for all decode steps) needs no second use.
+    No graph so far has used the site, or this one uses parts of the weight alone (`in_parts`), and
+    here a module that holds it runs with tensors of its own in place of it. For a weight whose
+    numbers cannot be read any matrix will do; otherwise it takes an attribute or buffer with as
+    many columns as the weight has inputs, since parameters of the module's own are common. What an
+    earlier graph has computed with the site (keys and values of an encoder, kept for all decode
+    steps) needs no second use.
     """
     frame, program = ctx.frame, ctx.program
     own = [
@@ -71,7 +75,9 @@ def replaced_sites(graph: fx.Graph, ctx: Context) -> Iterator[Refusal]:
         return
     identities, paths = _running(graph)
     for site in program.sites:
-        if site.path in program.reached or site.eligible.kind != "linear":
+        if site.eligible.kind != "linear":
+            continue
+        if site.path in program.reached and site not in in_parts:
             continue
         near = site.path.rpartition(".")[0]
         parent = program.graph.at(near)
@@ -89,11 +95,12 @@ def replaced_sites(graph: fx.Graph, ctx: Context) -> Iterator[Refusal]:
             if is_near(str(holder), near) and (alike or not readable):
                 program.reached.add(site.path)
                 program.replaced.add(site.path)
+                used = "parts of its weight are used" if site in in_parts else _UNUSED
                 yield Refusal(
                     (site,),
                     "always",
-                    f"nothing uses its weight, but {near or 'the model'} computes with "
-                    f"{holder}, which may have been made from it",
+                    f"{used}, but {near or 'the model'} computes with {holder}, which may have "
+                    "been made from it",
                 )
                 break
 
@@ -167,11 +174,11 @@ class Match:
         refuse_other_uses(ctx, marks, uses)
         claimed = {origin.node for origin in origins.values() if origin is not None}
 
-        seen = set(marks.values()).union(
-            *(ctx.frame.by_node[u.weight].sites for u in uses.values())
-        )
+        inputs = [ctx.frame.by_node[use.weight] for use in uses.values()]
+        whole = set(marks.values()).union(*(i.sites for i in inputs if i.derived is None))
+        seen = whole.union(*(i.sites for i in inputs))
         ctx.program.reached.update(site.path for site in seen)
-        for refusal in replaced_sites(gm.graph, ctx):
+        for refusal in replaced_sites(gm.graph, ctx, seen - whole):
             ctx.refuse(refusal)
         edits = 0
         added: dict[int, set[fx.Node]] = {}

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lorafx.model.bank import Bank
-from lorafx.model.sites import Group, Site
+from lorafx.model.sites import Site
 from lorafx.registry import lookup
 
 
@@ -81,34 +80,6 @@ def sites_of() -> Callable[..., list[Site]]:
                 sizes = entry.sizes(module)
                 sites.append(Site(path, (), module, entry, *sizes, weight.dtype, weight.device))
         return sites
-
-    return make
-
-
-@pytest.fixture
-def groups_of() -> Callable[..., list[Group]]:
-    """One group for each run of sites of equal kind and input size, with a bank."""
-
-    def make(sites: Sequence[Site], slots: int, rank: int, dtype=torch.float32) -> list[Group]:
-        runs: dict[tuple, list[Site]] = {}
-        for site in sites:
-            alone = site.path if site.eligible.kind == "embedding" else ""
-            runs.setdefault((site.eligible.kind, site.in_features, alone), []).append(site)
-        groups = []
-        for (kind, size, _), members in runs.items():
-            outs = tuple(s.out_features for s in members)
-            bank = Bank.allocate(
-                kind=kind,
-                slots=slots,
-                rank=rank,
-                in_features=size,
-                out_features=outs,
-                dtype=dtype,
-                device=torch.device("cpu"),
-            )
-            offsets = tuple(sum(outs[:i]) for i in range(len(outs)))
-            groups.append(Group(tuple(members), offsets, bank))
-        return groups
 
     return make
 

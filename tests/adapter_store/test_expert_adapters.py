@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from expert_files import PATH, Model, delta, noise, pair, read, state_of
+from expert_files import PATH, Model, delta, pair, read, state_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 import lorafx
-from lorafx.adapter_store.peft_reader import adapter_target_modules, read_adapter
+from lorafx.adapter_store.peft_reader import adapter_target_modules
 from lorafx.errors import CheckpointError
 from lorafx.prepare.marking import build_sites
 
@@ -194,20 +194,6 @@ def test_a_pair_for_each_expert_and_projection(file: tuple, mixtral: bool) -> No
         assert torch.allclose(found.mT if transposed else found, want, atol=1e-5)
 
 
-def test_the_up_half_has_its_own_a() -> None:
-    """A peer read the gate's A for both."""
-    model = Model()
-    tensors = {
-        **pair((2, 5), (4, 2), f"{PATH}.0.gate_proj", seed=1),
-        **pair((2, 5), (4, 2), f"{PATH}.0.up_proj", seed=2),
-    }
-    adapter = read(model, tensors)
-    gate, up = (adapter.weights[f"{PATH}.gate_up_proj[{i}]"] for i in range(2))
-    assert torch.equal(gate.A[0], tensors[f"{PATH}.0.gate_proj.lora_A"])
-    assert torch.equal(up.A[0], tensors[f"{PATH}.0.up_proj.lora_A"])
-    assert gate.ranks.tolist() == up.ranks.tolist() == [2, 0, 0]
-
-
 #: For A (r, 4) and B (5, r) of down_proj, three experts: what each expert's factors are.
 FORMS: dict[str, tuple[tuple[int, ...], tuple[int, ...], Callable, Callable]] = {
     "apart": ((3, 2, 4), (3, 5, 2), lambda a, e: a[e], lambda b, e: b[e]),
@@ -250,19 +236,6 @@ def test_halves_of_all_experts(halves: str) -> None:
     assert torch.allclose(up, 3 * torch.einsum("enr,erk->enk", up_b, up_a), atol=1e-5)
 
 
-def test_one_a_for_all_experts_and_a_b_for_some() -> None:
-    model = Model()
-    tensors = {
-        f"{PATH}.w13.lora_A": noise(2, 5),
-        f"{PATH}.0.w13.lora_B": noise(8, 2, seed=1),
-        f"{PATH}.2.gate_up_proj.lora_B": noise(8, 2, seed=2),
-    }
-    a, first, third = tensors.values()
-    found = delta(model, read(model, tensors), "gate_up_proj")
-    want = torch.stack([1.5 * first @ a, torch.zeros(8, 5), 1.5 * third @ a])
-    assert torch.allclose(found, want, atol=1e-5)
-
-
 def test_what_an_adapter_names() -> None:
     model = Model(experts=4)
     for tensors, config, names in (
@@ -289,16 +262,3 @@ def test_a_target_may_be_the_module_of_experts() -> None:
             target_modules=["experts"],
             target_parameters=["router.weight"],
         )
-
-
-def test_experts_that_are_modules_are_linears() -> None:
-    model = nn.Module()
-    model.experts = nn.ModuleList(
-        nn.ModuleDict({"gate_proj": nn.Linear(5, 4), "down_proj": nn.Linear(4, 5)})
-        for _ in range(2)
-    )
-    _, sites = build_sites(model, lorafx.LoraConfig(target_modules=["gate_proj", "down_proj"]))
-    tensors = pair((2, 5), (4, 2), "experts.1.gate_proj")
-    adapter = read_adapter(state_of(tensors), "a", sites, model=model)
-    assert set(adapter.weights) == {"experts.1.gate_proj"}
-    assert adapter.weights["experts.1.gate_proj"].A.dim() == 2

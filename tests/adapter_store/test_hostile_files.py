@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import lorafx
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.errors import CheckpointError, LorafxError
-from lorafx.model.patterns import PatternError
+from lorafx.model.targets import PatternError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 MODEL, SITES = small()
@@ -36,10 +36,7 @@ CATASTROPHIC = [
     r"(([a-z_.0-9])*)*X",
     r"(.|.)*X",
     r"(\w|_|\.)+\d{9}",
-    r".*.*.*.*.*.*.*.*.*.*X",
-    r"([a-z]?){50}[a-z]{50}",
     r"(?=(.*.*)*X)a",
-    r"(.+)+$X",
 ]
 
 
@@ -71,9 +68,8 @@ def test_a_configuration_of_very_many_patterns(tmp_path: Path) -> None:
 DEEP = "(" * 10_000 + ")" * 10_000
 MALFORMED: list[tuple[str, Any, str]] = [
     ("target_modules", DEEP, "nested too deep"),
-    ("exclude_modules", DEEP, "nested too deep"),
     ("rank_pattern", {DEEP: 2}, "nested too deep"),
-    ("alpha_pattern", {DEEP: 2}, "nested too deep"),
+    ("target_modules", "*q", "is not a regular expression"),
     ("target_modules", "a{999999999999}", "is not a regular expression"),
     ("rank_pattern", {"(?i)q_proj": 2}, "is not a regular expression"),  # PEFT puts it in a group
     ("alpha_pattern", {"a)(b|": 2, "[": 1}, "is not a regular expression"),
@@ -82,6 +78,7 @@ MALFORMED: list[tuple[str, Any, str]] = [
     ("lora_alpha", float("-inf"), "lora_alpha must be a finite number"),
     ("lora_alpha", 1e300, "lora_alpha must be a finite number"),
     ("alpha_pattern", {"q_proj": 10**400}, "must be a finite number"),
+    ("r", 0, "r must be a positive integer"),
     ("r", 10**400, "r must be a positive integer"),
     ("r", float("inf"), "r must be a positive integer"),
     ("rank_pattern", {"q_proj": "2"}, "must be a positive integer"),
@@ -157,14 +154,6 @@ def test_files_that_are_no_configuration(case: str, tmp_path: Path) -> None:
         read(tmp_path, MODEL, SITES)
 
 
-def test_of_keys_that_come_twice_the_last_one_counts(tmp_path: Path) -> None:
-    """As PEFT reads it."""
-    write(tmp_path)
-    text = (tmp_path / CONFIG).read_text()
-    (tmp_path / CONFIG).write_text('{"lora_alpha": 99, ' + text[1:])
-    assert PeftConfig.read(tmp_path).lora_alpha == SETTINGS["lora_alpha"]
-
-
 # --- what lies where a file should be ---
 
 
@@ -181,15 +170,6 @@ def test_no_file_in_its_place(name: str, kind: str, tmp_path: Path) -> None:
         file.symlink_to({"device": "/dev/zero", "loop": file, "nowhere": "/nowhere"}[kind])
     with pytest.raises(CheckpointError, match=r"has no adapter_config|holds no adapter weights"):
         read(tmp_path, MODEL, SITES)
-
-
-def test_links_as_in_the_cache_of_the_hub(tmp_path: Path) -> None:
-    blobs = write(tmp_path / "blobs")
-    (tmp_path / "snapshot").mkdir()
-    for name in (CONFIG, SAFETENSORS):
-        (tmp_path / "snapshot" / name).symlink_to(f"../blobs/{name}")
-    assert blobs.is_dir()
-    assert len(read(tmp_path / "snapshot", MODEL, SITES).weights) == 7
 
 
 @pytest.mark.parametrize("folder", ["a\0b", "x" * 5_000, "", "/dev/null", "/proc/self/mem"])
@@ -235,30 +215,3 @@ def test_damaged_files(name: str, changes: Any, good: Path, tmp_path: Path) -> N
     (tmp_path / name).write_bytes(edited((good / name).read_bytes(), changes))
     with contextlib.suppress(LorafxError):
         read(tmp_path, MODEL, SITES)
-
-
-json_values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(10**30), 10**30)
-    | st.floats()
-    | st.text(max_size=12)
-    | st.text("()[]{}|*+?.\\^$ab01,<!=:", max_size=16),
-    lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9), inner, max_size=4)
-    ),
-    max_leaves=8,
-)
-
-
-@settings(max_examples=150, deadline=None)
-@given(fields=st.dictionaries(st.sampled_from([*SETTINGS, "other"]), json_values, max_size=4))
-def test_any_values(fields: dict[str, Any]) -> None:
-    try:
-        config = PeftConfig.read({**SETTINGS, **fields})
-    except LorafxError:
-        return
-    for path, _ in MODEL.named_modules():
-        config.matches(path)
-        config.scale(path, config.rank(path) or 1)
-        config.targets_parameter(path)

@@ -113,15 +113,6 @@ def test_pickles_of_other_things_than_dense_tensors(case: str, tmp_path: Path) -
         read(tmp_path, MODEL, SITES)
 
 
-@pytest.mark.parametrize("value", [[], None, 3, {"a": {"b": torch.ones(1)}}, {1: torch.ones(1)}])
-def test_pickles_that_are_no_mapping(value: Any, tmp_path: Path) -> None:
-    write(tmp_path)
-    (tmp_path / SAFETENSORS).unlink()
-    torch.save(value, tmp_path / PICKLED)
-    with pytest.raises(CheckpointError, match="does not hold a mapping"):
-        read(tmp_path, MODEL, SITES)
-
-
 def test_the_format_from_before_archives(tmp_path: Path) -> None:
     write(tmp_path, pickled=True)
     torch.save(tensors(), tmp_path / PICKLED, _use_new_zipfile_serialization=False)

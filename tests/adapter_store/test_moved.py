@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from dense_merge import REFERENCE, Case, check_mixed, random_base, save_adapter
-from dialect_files import as_loralib, as_mlx, factors
+from dialect_files import factors
 from tiny_models import token_inputs
 from torch import nn
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -89,20 +89,6 @@ def test_whole_weights_and_trained_tokens_move_with_them(text, case: Case, tmp_p
     folder = save_adapter(text, tmp_path / "tokens", rank=2, targets=["q_proj"], **tokens)
     cm = lorafx.compile(case.model(), {"a": folder}, options=REFERENCE)
     assert "model.language_model.embed_tokens" in str(cm.explain())
-
-
-@pytest.mark.parametrize("write", [as_mlx, as_loralib])
-def test_other_dialects_move_too(write, text, case: Case, tmp_path: Path) -> None:
-    plain = save_adapter(text, tmp_path / "peft", rank=2, targets=["q_proj"])
-    source = lorafx.AdapterSource(
-        write(plain, tmp_path / "other"),
-        config={"lora_alpha": 4} if write is as_loralib else None,
-    )
-    state, want = load_state(source, case.base), load_state(plain, case.base)
-    assert {key.removeprefix("base_model.model.") for key in want.tensors} == state.tensors.keys()
-    assert set(state.scales) == {
-        f"model.language_model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)
-    }
 
 
 def test_several_places_are_an_error_that_names_them(text, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from dense_merge import TOLERANCE, Case, check_mixed, error
+from dense_merge import Case, check_mixed
 from hand_made import factors, hand_case, merged, random_factors, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -50,11 +50,6 @@ def compiled(model: nn.Module, case: Case, config: Any = None, **options: Any) -
     return lorafx.compile(model, config, adapters=case.folders, options=options)
 
 
-def test_the_twins_compute_the_same() -> None:
-    apart, packed = twins()
-    assert error(packed(**IDS)["logits"], apart(**IDS)["logits"]) <= TOLERANCE
-
-
 def test_adapters_of_single_projections_on_a_packed_base(case: Case) -> None:
     cm = compiled(twins()[1], case)
     assert sorted({site.path.rpartition(".")[2] for site in cm.sites}) == sorted(
@@ -68,40 +63,15 @@ def test_adapters_of_single_projections_on_a_packed_base(case: Case) -> None:
     assert "[q_proj 16, k_proj 8, v_proj 8]" in str(cm.explain())
 
 
-@pytest.mark.slow
-def test_under_inductor(case: Case) -> None:
-    cm = compiled(twins()[1], case, lowering="inductor")
-    check_mixed(cm, case, NAMES, IDS)
-
-
 def test_in_triton(case: Case) -> None:
     cm = compiled(twins()[1], case, lowering="triton")
     check_mixed(cm, case, NAMES, IDS)
-
-
-def test_one_adapter_a_batch_in_eager_mode(case: Case) -> None:
-    model = lorafx.attach(
-        twins()[1], lorafx.LoraConfig(target_modules=TARGETS["all"]), adapters=case.folders
-    )
-    with torch.no_grad(), lorafx.adapters(model, ["part"] * 5):
-        got = model(**IDS)["logits"]
-    assert error(got, case.expected(["part"] * 5, IDS)) <= 1e-5
-    lorafx.detach(model)
 
 
 def test_targets_taken_from_the_adapters(case: Case) -> None:
     model = twins()[1]
     cm = lorafx.compile(model, case.folders, options=REFERENCE)
     check_mixed(cm, case, NAMES, IDS)
-
-
-def test_names_declared_by_the_configuration(case: Case) -> None:
-    model = twins()[1]
-    model.packed_modules_mapping = {"qkv_proj": ["nothing", "of", "this"]}
-    config = lorafx.LoraConfig(
-        target_modules=TARGETS["all"], max_adapters=4, packed_modules=MAPPING
-    )
-    check_mixed(compiled(model, case, config), case, NAMES, IDS)
 
 
 def test_names_declared_by_a_module_above_the_layer(case: Case) -> None:
@@ -190,17 +160,6 @@ def test_the_packed_weight_is_never_unpacked(case: Case, tmp_path: Path) -> None
     assert not [line for line in text.splitlines() if "aten.mm" in line and "proj" in line]
 
 
-def test_without_adapters_the_graph_is_the_bases(case: Case, tmp_path: Path) -> None:
-    model = twins()[1]
-    base = model(**IDS)["logits"]
-    cm = compiled(model, case, dump=str(tmp_path))
-    assert torch.equal(cm(**IDS)["logits"], base)
-    for folder in tmp_path.iterdir():
-        for dumped in folder.glob("*.py"):
-            assert "lorafx." not in dumped.read_text()
-    assert not list(tmp_path.glob("*lora*"))
-
-
 # --- names ---
 
 
@@ -225,13 +184,6 @@ def test_parts_can_be_excluded() -> None:
     )
     cm = lorafx.compile(twins()[1], everything, options=REFERENCE)
     assert {site.path.rpartition(".")[2] for site in cm.sites} == {"o_proj"}
-
-
-def test_packed_names_on_a_base_that_is_not_packed() -> None:
-    config = lorafx.LoraConfig(target_modules=["qkv_proj"], packed_modules=MAPPING)
-    cm = lorafx.compile(twins()[0], config, options=REFERENCE)
-    found = {site.path.rpartition(".")[2] for site in cm.sites}
-    assert found == {"q_proj", "k_proj", "v_proj"}
 
 
 def test_targets_name_packed_modules_and_members() -> None:

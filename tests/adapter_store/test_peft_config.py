@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import peft
 import pytest
@@ -42,7 +41,7 @@ def test_defaults_pass_as_object_dict_and_folder(tmp_path):
 
 def test_every_field_of_the_installed_peft_is_known():
     """A field that a new PEFT adds must be sorted into one of the three tables."""
-    known = peft_config._READ | peft_config._NO_ARITHMETIC | set(peft_config._REFUSED)
+    known = {*peft_config._READ, *peft_config._NO_ARITHMETIC, *peft_config._REFUSED}
     assert {f.name for f in dataclasses.fields(peft.LoraConfig)} <= known
 
 
@@ -80,7 +79,7 @@ def test_what_alora_is_not_trained_with(also):
         PeftConfig.read({**config, **also})
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora", "OLoRA", "corda", "loftq", "lora_ga", "new"])
+@pytest.mark.parametrize("init", ["pissa", "OLoRA", "new"])
 def test_initialisations_that_change_the_base_are_refused(init):
     with pytest.raises(UnsupportedAdapterError, match="path_initial_model_for_weight_conversion"):
         PeftConfig.read({"init_lora_weights": init})
@@ -122,22 +121,10 @@ def test_all_refused_fields_at_once():
     assert [f for f in fields if f"  - {f} = " not in str(caught.value)] == []
 
 
-def test_a_peft_object_is_refused_too():
-    config = peft.LoraConfig(use_qalora=True, layer_replication=[[0, 1]])
-    with pytest.raises(UnsupportedAdapterError, match=r"(?s)use_qalora.*layer_replication"):
-        PeftConfig.read(config)
-    with pytest.raises(UnsupportedAdapterError, match="peft_type = 'IA3'"):
-        PeftConfig.read(peft.IA3Config())
-
-
 @pytest.mark.parametrize(
     "fields",
     [
-        {"tomorrow": None},
-        {"tomorrow": False},
-        {"tomorrow": []},
-        {"tomorrow": {}},
-        {"tomorrow": ""},
+        *({"tomorrow": off} for off in (None, False, [], {}, "")),
         {"modules_to_save": []},
         {"alora_invocation_tokens": []},
         {"init_lora_weights": "gaussian"},
@@ -150,37 +137,6 @@ def test_a_peft_object_is_refused_too():
 )
 def test_benign_values_pass(fields):
     assert PeftConfig.read({"r": 4, **fields}).r == 4
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"r": 0}, "r must be a positive integer, it is 0"),
-        ({"r": "8"}, "r must be a positive integer, it is '8'"),
-        ({"lora_alpha": None}, "lora_alpha must be a finite number"),
-        ({"rank_pattern": {"q": 1.5}}, r"rank_pattern\['q'\] must be a positive integer"),
-        ({"alpha_pattern": ["q"]}, "alpha_pattern must map"),
-        ({"rank_pattern": {"(q": 2}}, r"rank_pattern key '\(q' is not a regular expression"),
-        ({"target_modules": "*q"}, "target_modules .* is not a regular expression"),
-        ({"target_modules": [1]}, "target_modules must be a string or a list of strings"),
-        ({"alora_invocation_tokens": [1, -2]}, "alora_invocation_tokens must be a list of token"),
-        ({"alora_invocation_tokens": "go"}, "alora_invocation_tokens must be a list of token ids"),
-        ({"layers_to_transform": "1"}, "layers_to_transform must be integers"),
-    ],
-)
-def test_malformed(fields, message):
-    with pytest.raises(CheckpointError, match=message):
-        PeftConfig.read(fields)
-
-
-def test_malformed_sources(tmp_path):
-    with pytest.raises(CheckpointError, match="not 3"):
-        PeftConfig.read(3)
-    (tmp_path / "adapter_config.json").write_text(json.dumps([1]))
-    with pytest.raises(CheckpointError, match="must hold a JSON object"):
-        PeftConfig.read(tmp_path)
-    with pytest.raises(CheckpointError, match="is a file; give the folder"):
-        PeftConfig.read(tmp_path / "adapter_config.json")
 
 
 KEYS = [

@@ -11,14 +11,11 @@ import pytest
 import torch
 from dense_merge import Case, check_mixed, random_base, save_adapter
 from expert_files import PATH, Model, delta, pair, read, state_of
-from packed_models import twins
 from safetensors.torch import load_file, save_file
 from tiny_models import token_inputs
 
 import lorafx
-from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_reader import read_adapter
-from lorafx.adapter_store.saved import AdapterState
 from lorafx.prepare.marking import build_sites
 
 pytestmark = pytest.mark.usefixtures("fixed_sizes")
@@ -79,20 +76,6 @@ def test_an_adapter_of_the_model_with_a_head_on_the_inner_one(tmp_path: Path) ->
     assert [site.path for site in cm.sites] == list(on_inner.weights)
 
 
-def test_parts_of_packed_projections_of_a_wrapped_model() -> None:
-    model = twins()[1]
-    _, sites = build_sites(model, lorafx.LoraConfig(target_modules=["qkv_proj"]))
-    a, b = torch.randn(2, 16), torch.randn(8, 2)
-    tensors = {
-        f"module.{PREFIX}layers.0._fsdp_wrapped_module.v_proj.lora_{letter}.weight": tensor
-        for letter, tensor in (("A", a), ("B", b))
-    }
-    state = AdapterState(PeftConfig(r=2, lora_alpha=2), tensors, "memory")
-    adapter = read_adapter(state, "a", sites, model=model)
-    assert list(adapter.weights) == ["layers.0.v_proj"]
-    assert torch.equal(adapter.weights["layers.0.v_proj"].B, b)
-
-
 def test_experts_of_a_wrapped_model() -> None:
     model = Model()
     _, sites = build_sites(model, lorafx.LoraConfig(target_modules=["experts"]))
@@ -105,16 +88,6 @@ def test_experts_of_a_wrapped_model() -> None:
     for name in ("gate_up_proj", "down_proj"):
         assert torch.equal(delta(model, wrapped, name), delta(model, expected, name))
         assert delta(model, wrapped, name).any()
-
-
-def test_the_word_weight_behind_a_projection() -> None:
-    """As base weights of fused experts are called."""
-    model = Model()
-    tensors = pair((3, 2, 5), (3, 8, 2), f"{PATH}.w13")
-    expected = delta(model, read(model, tensors), "gate_up_proj")
-    longer = {key.replace("w13", "w13_weight"): tensor for key, tensor in tensors.items()}
-    assert torch.equal(delta(model, read(model, longer), "gate_up_proj"), expected)
-    assert expected.any()
 
 
 def test_another_name_of_interleaved_columns_is_refused() -> None:

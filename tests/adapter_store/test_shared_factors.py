@@ -44,7 +44,7 @@ def banks(model: Model) -> tuple[AdapterStore, Group]:
     _, sites = build_sites(model, config)
     groups = allocate_groups(sites, config)
     group = next(g for g in groups if g.sites[0].path.endswith("gate_up_proj"))
-    return AdapterStore(groups, 2, R), group
+    return AdapterStore(groups, 2), group
 
 
 def of_slot(bank: Bank, slot: int) -> list[list[int]]:
@@ -95,14 +95,6 @@ def test_one_a_is_kept_once_in_host_memory() -> None:
     one = E * R * HIDDEN * 4
     down = E * R * (INNER + HIDDEN) * 4
     columns = 2 * E * R * INNER * 4
-    assert store["pair"].nbytes == one + columns + down
-    assert store["halves"].nbytes == 2 * one + columns
-
-
-def test_other_banks_keep_no_such_table() -> None:
-    """They are read by kernels that do not ask."""
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    config = lorafx.LoraConfig(target_modules=["0"])
-    _, sites = build_sites(model, config)
-    (group,) = allocate_groups(sites, config)
-    assert group.bank.alike is None
+    tables = 2 * 3 * 2 * E * 4  # ranks and scales
+    assert 0 < store["pair"].nbytes - (one + columns + down) <= tables
+    assert 0 < store["halves"].nbytes - (2 * one + columns) <= tables

@@ -10,15 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from dense_merge import save_adapter
 from expert_models import moe_base
 from namings import new_weights, plain
-from tiny_models import FAMILIES, VOCAB
+from tiny_models import FAMILIES
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.base_weights.copies import repeats
+from lorafx.base_weights.copies import copies_of
 from lorafx.errors import BaseWeightsError, CaptureError
 
 pytestmark = pytest.mark.usefixtures("fixed_sizes")
@@ -47,22 +46,14 @@ class Fused(nn.Module):
         q, k = self.q.weight.detach(), self.k.weight.detach()
         if self.how == "rows":
             self.fused = torch.cat([q, k])
-        elif self.how == "transposed":
-            self.fused = torch.cat([q, k]).T.contiguous()
-        elif self.how == "columns":
-            self.fused = torch.cat([q, k], dim=1)
         elif self.how == "padded":
             self.fused = 2 * torch.cat([q, k, torch.zeros(8, WIDTH)])
         else:
             self.fused = torch.cat([q @ k, q + k])
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        fused = self.fused.T if self.how == "transposed" else self.fused
-        if self.how == "columns":
-            y = torch.tanh(F.linear(torch.cat([x, x], -1), fused))
-        else:
-            q, k = F.linear(x, fused)[..., : 2 * WIDTH].chunk(2, -1)
-            y = torch.tanh(q) * torch.sigmoid(k)
+        q, k = F.linear(x, self.fused)[..., : 2 * WIDTH].chunk(2, -1)
+        y = torch.tanh(q) * torch.sigmoid(k)
         return {"logits": self.o(y)}
 
 
@@ -84,16 +75,14 @@ def check(cm: Any, like: nn.Module, x: Tensor) -> None:
     assert torch.allclose(cm(x, adapter_names=BASE)["logits"], like(x)["logits"], atol=1e-5)
 
 
-@pytest.mark.parametrize("how", ["rows", "transposed", "columns", "padded", "products"])
+@pytest.mark.parametrize("how", ["rows", "padded", "products"])
 def test_made_of_several_weights(how: str, tmp_path: Path) -> None:
-    """By the holder's hook, or refused by name. Products show once adapters have run."""
+    """By the holder's hook, or refused by name. A call shows that `o` is used as it is."""
     model = seeded(Fused, how)
     cm = compiled(model, ("q", "k", "o"))
     x = torch.randn(2, 3, WIDTH)
-    if how == "products":
-        cm.load_adapter(save_adapter(model, tmp_path, rank=2, targets=["o"]), "a")
-        cm(x, adapter_names=["a", None])
-    cm(x, adapter_names=BASE)
+    cm.load_adapter(save_adapter(model, tmp_path, rank=2, targets=["o"]), "a")
+    cm(x, adapter_names=["a", None])
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     fresh = new_weights(model, 3)
     state = plain(fresh)
@@ -233,38 +222,21 @@ def test_experts_that_were_packed_before() -> None:
 
 @pytest.mark.parametrize("value", [0.0, 0.02])
 def test_made_of_weights_that_held_one_number(value: float) -> None:
-    """Nothing tells what of them they are: the holder's hook has to, or the update is refused."""
-    for cls in (Fused, FusedAnew):
-        model = seeded(cls, "rows")
-        for parameter in model.parameters():
-            parameter.fill_(value)
-        model.fuse()
-        cm = compiled(model)
-        fresh = new_weights(seeded(cls, "rows"), 3)
-        if cls is Fused:
-            with pytest.raises(BaseWeightsError, match="fused may have been computed from it"):
-                cm.load_weights(plain(fresh))
-            continue
-        cm.load_weights(plain(fresh))
-        fresh.fuse()
-        check(cm, fresh, torch.randn(2, 3, WIDTH))
-
-
-def whisper() -> nn.Module:
-    sizes = {"d_model": 24, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": VOCAB}
-    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_mel_bins": 8}
-    tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 1)
-    config = transformers.WhisperConfig(
-        **sizes, **heads, **tokens, decoder_start_token_id=1, max_source_positions=20
-    )
-    return transformers.WhisperForConditionalGeneration(config)
+    """Nothing tells what of them they are: the holder's hook has to."""
+    model = seeded(FusedAnew, "rows")
+    for parameter in model.parameters():
+        parameter.fill_(value)
+    model.fuse()
+    cm = compiled(model)
+    fresh = new_weights(seeded(FusedAnew, "rows"), 3)
+    cm.load_weights(plain(fresh))
+    fresh.fuse()
+    check(cm, fresh, torch.randn(2, 3, WIDTH))
 
 
 ORDINARY: dict[str, Callable[[], nn.Module]] = {
-    **{name: FAMILIES[name].build for name in ("llama", "gpt2", "gemma3", "t5", "bert", "opt")},
-    "qwen3_moe": lambda: moe_base("qwen3_moe"),
+    **{name: FAMILIES[name].build for name in ("llama", "gpt2", "gemma3", "t5")},
     "deepseek_v3": lambda: moe_base("deepseek_v3"),
-    "whisper": whisper,
 }
 
 
@@ -274,9 +246,8 @@ def test_ordinary_models_hold_no_copies(family: str) -> None:
     model = ORDINARY[family]().eval().requires_grad_(False)
     fresh = plain(new_weights(model, 3))
     cm = lorafx.compile(model, lorafx.LoraConfig(), options=REFERENCE)
-    assert repeats(cm._session.program) == []
-    for parameter in model.parameters():
-        parameter.fill_(0.02)
-    assert repeats(cm._session.program) == []
+    program = cm._session.program
+    copies = copies_of(program)
+    assert not [copy for copy in copies if copy.form is not None or copy.unexplained(program)]
     cm.load_weights(fresh)
     assert all(torch.equal(t, fresh[name]) for name, t in model.state_dict().items())

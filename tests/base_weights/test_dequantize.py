@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 from packed_integers import AwqLinear, GptqLinear, PackedLinear
-from quantised import KINDS, int8_products_saturate, small_base
+from quantised import KINDS, int8_products_saturate
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import lorafx
-from lorafx.layers import Int8ChannelLinearMethod, ReplicatedLinear
 from lorafx.model.quantized import Stored, requantize
 
 K, N = 64, 96
@@ -105,13 +104,6 @@ def test_plain_weights() -> None:
     assert torch.equal(turned.weight, torch.ones(K, N))
 
 
-def test_layers_of_lorafx() -> None:
-    layer = ReplicatedLinear(K, N, quant_method=Int8ChannelLinearMethod())
-    requantize(layer, torch.randn(N, K))
-    expected = layer.weight.float() * layer.weight_scale[:, None]
-    torch.testing.assert_close(lorafx.dequantize(layer), expected)
-
-
 def test_fine_grained_fp8() -> None:
     """transformers' own: a scale for each block, or one for all; its kernels need a GPU."""
     fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
@@ -198,10 +190,3 @@ def test_a_failed_write_changes_nothing() -> None:
         assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     finally:
         lorafx.unregister(GptqLinear)
-
-
-def test_every_linear_of_a_model_can_be_read() -> None:
-    base = small_base()
-    for _, module in base.named_modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            assert torch.equal(lorafx.dequantize(module), module.weight)

@@ -104,7 +104,7 @@ def test_copies_in_no_form(layer: Case, once: bool) -> None:
     cm = lorafx.compile(model, layer.folders, options=REFERENCE)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = plain(new_weights(layer.base, 3))
-    with pytest.raises(BaseWeightsError, match=r"self_attn.w_uk was computed from it"):
+    with pytest.raises(BaseWeightsError, match=r"self_attn.w_uk may have been computed"):
         cm.load_weights(iter(state.items()) if once else state)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
@@ -154,22 +154,6 @@ def test_dequantised_copies() -> None:
     assert error(cm(x, adapter_names=[None, None])["logits"], like(x)["logits"]) <= 1e-6
 
 
-def test_a_merged_adapter(shallow: Case) -> None:
-    cm = shallow.compile()
-    cm.merge("a1")
-    fresh = new_weights(shallow.base, 4)
-    cm.load_weights(plain(fresh))
-    assert cm.merged == "a1"
-    case = Case(fresh, shallow.folders)
-    check_mixed(cm, case, ["a1"] * 3, IDS)
-    with pytest.raises(BaseWeightsError):
-        cm.load_weights({"lm_head.weight": torch.zeros(1)})
-    check_mixed(cm, case, ["a1"] * 3, IDS)
-    cm.unmerge()
-    assert all(torch.equal(t, plain(fresh)[name]) for name, t in cm.model.state_dict().items())
-    check_mixed(cm, case, ROWS, IDS)
-
-
 def test_packed_buffers_that_were_split(shallow: Case) -> None:
     """A parameter that somebody replaced is put back into the buffer, and the graphs' inputs stay
     where they were."""
@@ -206,20 +190,6 @@ def test_what_inductor_compiled(shallow: Case) -> None:
         check_mixed(cm, case, ROWS, IDS)
         check_mixed(cm, case, [None] * 3, IDS)
         assert cm.recompiles == graphs
-
-
-def test_weights_made_in_inference_mode(shallow: Case) -> None:
-    with torch.inference_mode():
-        model = new_weights(shallow.base, 2)
-    assert all(parameter.is_inference() for parameter in model.parameters())
-    cm = lorafx.compile(model, shallow.folders, options=REFERENCE)
-    fresh = new_weights(shallow.base, 7)
-    cm.load_weights(plain(fresh))
-    check_mixed(cm, Case(fresh, shallow.folders), ROWS, IDS)
-    again = plain(new_weights(shallow.base, 8))
-    with pytest.raises(BaseWeightsError):
-        cm.load_weights(pair for pair in [*again.items(), ("more", torch.zeros(1))])
-    check_mixed(cm, Case(fresh, shallow.folders), ROWS, IDS)
 
 
 def test_a_model_that_peft_had_wrapped(shallow: Case) -> None:

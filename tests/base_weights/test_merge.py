@@ -35,13 +35,6 @@ def unchanged(cm: Any, before: dict[str, Tensor]) -> bool:
     return all(torch.equal(state[name], value) for name, value in before.items())
 
 
-def ops_of(call: Any) -> set[str]:
-    """Names of lorafx's ops that a call runs."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as run:
-        call()
-    return {event.name for event in run.events() if event.name.startswith("lorafx::")}
-
-
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return build_case("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=1)
@@ -96,14 +89,6 @@ def test_every_call_is_the_adapter_s_and_nothing_is_captured(cm: Any, case: Case
         check_mixed(cm, case, NAMES, inputs)
     assert cm.recompiles == graphs
     assert addresses == {name: p.data_ptr() for name, p in cm.model.named_parameters()}
-
-
-def test_a_merged_call_runs_no_op_of_lorafx(cm: Any) -> None:
-    inputs = token_inputs(4, 5)
-    assert ops_of(lambda: cm(**inputs, adapter_names=["a1"] * 4))
-    cm.merge("a1")
-    assert not ops_of(lambda: cm(**inputs, adapter_names=["a1"] * 4))
-    assert not ops_of(lambda: cm(**inputs))
 
 
 def test_merged_before_the_first_call_the_base_is_captured(plain: Case, tmp_path: Path) -> None:
@@ -241,28 +226,6 @@ def test_warm_up_and_capture_leave_the_merge_alone(plain: Case) -> None:
     assert unchanged(cm, before)
 
 
-def test_detaching_gives_the_base_back(plain: Case) -> None:
-    cm = plain.compile()
-    before = bits(cm)
-    cm.merge("a1")
-    model = cm.detach()
-    assert cm.merged is None
-    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
-    with pytest.raises(CaptureError, match="detached"):
-        cm.merge("a1")
-
-
-def test_originals_are_counted(cm: Any) -> None:
-    assert cm.memory()["originals"] == 0
-    report = cm.merge("a0")
-    weights = dict(cm.model.named_parameters())
-    size = sum(weights[weight.name].nbytes for weight in report.weights)
-    assert cm.memory()["originals"] == report.original_bytes == size
-    assert f"{size} bytes" in str(report)
-    cm.unmerge()
-    assert cm.memory()["originals"] == 0
-
-
 def test_not_inside_a_running_call(cm: Any) -> None:
     inputs = token_inputs(4, 5)
     cm(**inputs)
@@ -333,3 +296,14 @@ def test_under_inductor(plain: Case) -> None:
         check_mixed(cm, plain, ["a1", None, name], inputs)
     assert cm.recompiles == graphs
     assert unchanged(cm, before)
+
+
+def test_originals_are_counted(cm: Any) -> None:
+    assert cm.memory()["originals"] == 0
+    report = cm.merge("a0")
+    weights = dict(cm.model.named_parameters())
+    size = sum(weights[weight.name].nbytes for weight in report.weights)
+    assert cm.memory()["originals"] == report.original_bytes == size
+    assert f"{size} bytes" in str(report)
+    cm.unmerge()
+    assert cm.memory()["originals"] == 0

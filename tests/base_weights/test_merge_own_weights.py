@@ -10,7 +10,7 @@ import transformers
 from dense_merge import REFERENCE, TOLERANCE, error, random_base
 from own_weights import own_case
 from safetensors.torch import load_file, save_file
-from tiny_models import VOCAB, Family, token_inputs
+from tiny_models import VOCAB, token_inputs
 
 import lorafx
 from lorafx.errors import MatchError
@@ -92,19 +92,3 @@ def test_fewer_outputs_are_refused(tmp_path):
     cm = lorafx.compile(small, case.folders, options=REFERENCE)
     with pytest.raises(MatchError, match="lm_head: the adapter's own weight has fewer outputs"):
         cm.merge("a")
-
-
-def test_a_classifier(tmp_path):
-    """A score without a bias is merged."""
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_labels=3,
-        pad_token_id=0,
-    )
-    base = random_base(Family(lambda **_: transformers.LlamaForSequenceClassification(config), ()))
-    case = own_case(base, tmp_path, {"a": {"target_modules": QV, "task_type": "SEQ_CLS"}})
-    check_merges(case.compile(), case, "a")

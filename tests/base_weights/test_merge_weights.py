@@ -5,7 +5,6 @@ The merged model is called by itself here, in eager mode: what its weights hold 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from absorbed import post_process
 from absorbed_cases import OneLayer, absorbed, case_of, states
 from dense_merge import TOLERANCE, build_case, error, valid
-from expert_models import Projection, moe_case, save_older
+from expert_models import moe_case
 from hand_made import SCALE, factors, hand_case, merged, save
 from merging import bits, tied_case
 from packed_models import WIDTH, packed_factors, twins
@@ -56,7 +55,11 @@ def check_merges(
 
 @pytest.mark.parametrize(
     ("family", "names"),
-    [("llama", ["a1", "a3"]), ("gpt2", ["a0", "a2", "a4"]), ("phi3", ["a0", "a1", "a3"])],
+    [
+        ("gpt2", ["a0", "a2", "a4"]),
+        pytest.param("llama", ["a1", "a3"], marks=pytest.mark.slow),
+        pytest.param("phi3", ["a0", "a1", "a3"], marks=pytest.mark.slow),
+    ],
 )
 def test_linears_and_embeddings(family: str, names: list[str], tmp_path: Path) -> None:
     """Packed siblings, Conv1D stored (in, out), an embedding with its head."""
@@ -65,48 +68,15 @@ def test_linears_and_embeddings(family: str, names: list[str], tmp_path: Path) -
     check_merges(case.compile(), lambda name: case.expected([name] * 3, inputs), inputs, *names)
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize(
+    "model_type", ["gpt_oss", pytest.param("qwen3_moe", marks=pytest.mark.slow)]
+)
 def test_routed_experts_and_routers(model_type: str, tmp_path: Path) -> None:
     """An update an expert, ranks of its own, gate and up interleaved and stored (E, in, out)."""
     case = moe_case(model_type, tmp_path)
     inputs = {"input_ids": torch.randint(3, VOCAB, (3, 5))}
     names = ("params", "down", "older")
     check_merges(case.compile(), lambda name: case.expected([name] * 3, inputs), inputs, *names)
-
-
-def test_fused_experts_of_layers(tmp_path: Path) -> None:
-    """Factors for each projection of some experts, as older files have them."""
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gate = layers.ReplicatedLinear(6, 5, bias=False)
-            self.experts = layers.FusedMoE(5, 2, 6, 8)
-
-        def forward(self, x: Tensor) -> dict[str, Tensor]:
-            return {"logits": self.experts(x, self.gate(x))}
-
-    torch.manual_seed(0)
-    block = Block().eval().requires_grad_(False)
-    wanted, pairs = copy.deepcopy(block), {}
-    for expert in (0, 3):
-        for half, parameter, n, k in (
-            ("gate", "w13_weight", 8, 6),
-            ("up", "w13_weight", 8, 6),
-            ("all", "w2_weight", 6, 8),
-        ):
-            a, b = torch.randn(2 + expert, k), torch.randn(n, 2 + expert) / 8
-            pairs[Projection(f"experts.{parameter}", expert, half)] = (a, b)
-            rows = getattr(wanted.experts, parameter)[expert]
-            rows[8:] += SCALE * (b @ a) if half == "up" else 0
-            rows[:n] += SCALE * (b @ a) if half != "up" else 0
-    called = {"gate": "gate_proj", "up": "up_proj", "all": "down_proj"}
-    folder = save_older(
-        tmp_path, pairs, lambda where: f"experts.{where.expert}.{called[where.half]}"
-    )
-    cm = lorafx.compile(block, {"a": folder}, options=REFERENCE)
-    x = torch.randn(3, 4, 6)
-    check_merges(cm, lambda name: wanted(x)["logits"], {"x": x}, "a")
 
 
 def test_parts_of_packed_layers(tmp_path: Path) -> None:
@@ -130,22 +100,6 @@ def test_parts_of_packed_layers(tmp_path: Path) -> None:
     check_merges(cm, expected, inputs, "single", "whole")
 
 
-def test_the_out_projection_of_multihead_attention(tmp_path: Path) -> None:
-    class Attention(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
-
-        def forward(self, x: Tensor) -> dict[str, Tensor]:
-            return {"logits": self.attention(x, x, x, need_weights=False)[0]}
-
-    base = Attention()
-    randomise(base)
-    case = hand_case(base, tmp_path, a=["attention.out_proj"])
-    inputs = {"x": torch.randn(2, 3, WIDTH)}
-    check_merges(case.compile(), lambda name: case.expected([name] * 2, inputs), inputs, "a")
-
-
 # Tied weights
 
 
@@ -157,7 +111,10 @@ def test_a_tied_weight_cannot_hold_two_sums(name: str, tmp_path: Path) -> None:
     with pytest.raises(MatchError, match=r"embed\.weight, head\.weight are one tensor") as caught:
         cm.merge(name)
     assert "export_merged()" in str(caught.value)
-    assert cm.merged is None
+    if name != "both":  # the other end is no site
+        alone = lorafx.compile(case.model(), {name: case.folders[name]}, options=REFERENCE)
+        with pytest.raises(MatchError, match="are one tensor"):
+            alone.merge(name)
     assert all(torch.equal(cm.model.state_dict()[key], value) for key, value in before.items())
 
 
@@ -167,42 +124,6 @@ def test_a_tied_weight_is_changed_once(tmp_path: Path) -> None:
     cm = case.compile()
     check_merges(cm, lambda name: case.expected([name] * 2, inputs), inputs, "same", "up")
     assert [weight.name for weight in cm.merge("same").weights] == ["embed.weight"]
-
-
-@pytest.mark.parametrize("selected", ["embed", "head"])
-def test_an_end_that_is_no_site_keeps_the_weight_from_changing(
-    selected: str, tmp_path: Path
-) -> None:
-    case = tied_case(tmp_path)
-    cm = lorafx.compile(case.model(), {selected: case.folders[selected]}, options=REFERENCE)
-    with pytest.raises(MatchError, match="are one tensor"):
-        cm.merge(selected)
-
-
-def test_two_parameters_over_one_storage_are_tied_too(tmp_path: Path) -> None:
-    case = tied_case(tmp_path)
-    model = case.model()
-    model.head.weight = nn.Parameter(model.embed.weight.data, requires_grad=False)
-    cm = lorafx.compile(model, {"head": case.folders["head"]}, options=REFERENCE)
-    with pytest.raises(MatchError, match="are one tensor"):
-        cm.merge("head")
-
-
-def test_a_module_under_two_names_is_one(tmp_path: Path) -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first = nn.Linear(WIDTH, WIDTH)
-            self.second = self.first
-
-        def forward(self, x: Tensor) -> dict[str, Tensor]:
-            return {"logits": self.second(torch.tanh(self.first(x)))}
-
-    base = Twice()
-    randomise(base)
-    case = hand_case(base, tmp_path, a=["first"])
-    inputs = {"x": torch.randn(2, 3, WIDTH)}
-    check_merges(case.compile(), lambda name: case.expected([name] * 2, inputs), inputs, "a")
 
 
 # What was made of a weight
@@ -228,7 +149,7 @@ def test_a_copy_in_another_scale_is_refused_by_name(tmp_path: Path) -> None:
     post_process(model, "copies")
     model.self_attn.w_uk = model.self_attn.w_uk * 2
     before = bits(model)
-    with pytest.raises(MatchError, match=r"kv_b_proj.*self_attn\.w_uk was made from it"):
+    with pytest.raises(MatchError, match=r"kv_b_proj.*self_attn\.w_uk may have been made"):
         cm.merge("a")
     cm.merge("c")  # which does not touch it
     cm.unmerge()
@@ -272,23 +193,6 @@ def test_the_sum_is_rounded_once(dtype: torch.dtype, tmp_path: Path) -> None:
     assert report.error == pytest.approx(lost, rel=0.01, abs=1e-6)
     cm.unmerge()
     assert torch.equal(model[0].weight, before)
-
-
-def test_weights_of_inference_mode(tmp_path: Path) -> None:
-    with torch.inference_mode():
-        base = nn.Sequential(nn.Linear(WIDTH, 20), nn.Linear(20, 8))
-        randomise(base)
-    twin = nn.Sequential(nn.Linear(WIDTH, 20), nn.Linear(20, 8))
-    twin.load_state_dict(base.state_dict())
-    case = hand_case(twin, tmp_path, a=["0", "1"])
-    base.eval().requires_grad_(False)
-    cm = lorafx.compile(base, case.folders, options=REFERENCE)
-    before = base[0].weight.clone()
-    cm.merge("a")
-    want = case.merged["a"][0].weight
-    torch.testing.assert_close(base[0].weight.clone(), want, rtol=0, atol=1e-6)
-    cm.unmerge()
-    assert torch.equal(base[0].weight, before)
 
 
 # Quantised weights

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from dense_merge import TOLERANCE, Case, build_case, error, random_base, valid
+from dense_merge import TOLERANCE, Case, build_case, error, valid
 from hand_made import factors, save
 from merging import bits
 from namings import new_weights
@@ -16,7 +16,7 @@ from tiny_models import token_inputs
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.errors import BaseWeightsError, BatchError, CaptureError
+from lorafx.errors import BaseWeightsError, CaptureError
 from lorafx.layers import Int8ChannelLinearMethod, ReplicatedLinear
 
 pytestmark = pytest.mark.usefixtures("fixed_sizes")
@@ -50,32 +50,6 @@ def test_the_merge_follows_the_weights(case: Case, once: bool) -> None:
     assert cm.merged == "a1"
     assert held == {name: p.data_ptr() for name, p in cm.model.named_parameters()}
     check(cm, base, case, "a1")
-
-
-def test_some_of_the_weights_alone(case: Case) -> None:
-    cm = case.compile()
-    cm.merge("a1")
-    name, other = "model.layers.0.self_attn.q_proj.weight", new_weights(case.base, 22)
-    cm.load_weights({name: other.state_dict()[name]}, strict=False)
-    base = case.model()
-    with torch.no_grad():
-        base.get_parameter(name).copy_(other.get_parameter(name))
-    check(cm, base, case, "a1")
-
-
-def test_the_merged_model_s_own_calls(case: Case) -> None:
-    """The graphs are those from before, over the new weights."""
-    cm = case.compile()
-    inputs = token_inputs(3, 5)
-    cm(**inputs)
-    cm.merge("a3")
-    cm(**inputs)
-    graphs, base = cm.recompiles, new_weights(case.base, 23)
-    cm.load_weights(base.state_dict())
-    got = cm(**inputs, adapter_names=["a3"] * 3)["logits"]
-    want = Case(base, case.folders).expected(["a3"] * 3, inputs)
-    assert error(valid(inputs, got), valid(inputs, want)) <= TOLERANCE
-    assert cm.recompiles == graphs
 
 
 @pytest.mark.parametrize("once", [False, True])
@@ -131,21 +105,6 @@ def test_an_interrupted_update(case: Case, tmp_path: Path) -> None:
     check(cm, base, case, "a1")
 
 
-def test_an_adapter_chosen_inside_of_an_update_is_refused(case: Case) -> None:
-    """The merge would be lost."""
-    cm, base = case.compile(), new_weights(case.base, 29)
-    cm.merge("a1")
-
-    def pairs() -> Iterator[tuple[str, Tensor]]:
-        with pytest.raises(BatchError, match=r"is running on this thread; set_adapter\(\) when"):
-            cm.set_adapter("a0")
-        yield from base.state_dict().items()
-
-    cm.load_weights(pairs())
-    assert cm.merged == "a1"
-    check(cm, base, case, "a1")
-
-
 def test_parameters_that_are_other_objects_now(case: Case) -> None:
     """What load_state_dict(assign=True) puts in place is packed again before it is merged."""
     cm = case.compile()
@@ -173,13 +132,3 @@ def test_quantised_weights(tmp_path: Path) -> None:
     assert all(torch.equal(model.state_dict()[key], value) for key, value in merged.items())
     cm.unmerge()
     assert all(torch.equal(model.state_dict()[key], value) for key, value in plain.items())
-
-
-def test_tied_weights_take_the_same_update_again(tmp_path: Path) -> None:
-    case = build_case("gpt2", tmp_path)
-    cm = case.compile()
-    cm.merge("a0")
-    base = new_weights(random_base("gpt2"), 26)
-    assert base.lm_head.weight is base.transformer.wte.weight
-    cm.load_weights(base.state_dict())
-    check(cm, base, case, "a0")

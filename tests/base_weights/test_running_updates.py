@@ -82,19 +82,6 @@ def test_a_merge_that_is_lost_is_said_until_somebody_decides(tmp_path: Path) -> 
     assert cm(x, adapter_names=[None, None]).shape == (2, 8)
 
 
-def test_the_cause_of_a_failed_update_is_not_hidden(tmp_path: Path) -> None:
-    cm = served(base(), tmp_path, ["a"])
-    cm.merge("own")
-
-    def pairs() -> Iterator[tuple[str, Tensor]]:
-        yield "a.weight", torch.randn(12, 8)
-        raise KeyError("the trainer died")
-
-    with pytest.raises(KeyError, match="the trainer died"):
-        cm.load_weights(pairs())
-    assert cm.merged == "own"
-
-
 def test_writes_through_data_are_seen(tmp_path: Path) -> None:
     cm = served(base(), tmp_path, ["a"])
     cm.merge("own")
@@ -146,7 +133,7 @@ def test_what_was_made_of_several_weights_is_refused_before_any_call(
     torch.manual_seed(0)
     cm = served(Keeps(make).eval().requires_grad_(False), tmp_path, ["q"])
     old = cm.model.q.weight.clone()
-    with pytest.raises(MatchError, match=r"q: fused was made from it, and would keep the old"):
+    with pytest.raises(MatchError, match="q: fused may have been made from it, and would keep"):
         cm.merge("own")
     assert torch.equal(cm.model.q.weight, old)
 

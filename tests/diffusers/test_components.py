@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import lorafx
 from lorafx.adapter_store import opening
-from lorafx.adapter_store.origins import Origin
 from lorafx.adapter_store.peft_reader import read_adapter
+from lorafx.adapter_store.saved import Origin
 from lorafx.config import LoraConfig
 from lorafx.diffusers.components import loadable, parts_of
 from lorafx.errors import CaptureError, CheckpointError, ConfigError

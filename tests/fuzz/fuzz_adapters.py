@@ -20,14 +20,14 @@ import torch
 from safetensors.torch import save
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
-with atheris.instrument_imports(include=["lorafx.adapter_store", "lorafx.model.patterns"]):
+with atheris.instrument_imports(include=["lorafx.adapter_store", "lorafx.model.targets"]):
     from hostile_adapters import CONFIG, PICKLED, SAFETENSORS, SETTINGS, read, small, write
 
     from lorafx.adapter_store.peft_config import PeftConfig
     from lorafx.adapter_store.peft_reader import read_adapter
     from lorafx.adapter_store.saved import AdapterSource
     from lorafx.errors import LorafxError
-    from lorafx.model.patterns import Pattern
+    from lorafx.model.targets import Pattern
 
 warnings.simplefilter("ignore")
 FIELDS = sorted(SETTINGS)

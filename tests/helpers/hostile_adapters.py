@@ -10,9 +10,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lorafx.adapter_store.peft_config import PeftConfig
+from lorafx.adapter_store.peft_config import PeftConfig, picked
 from lorafx.adapter_store.peft_reader import Adapter, adapter_target_modules, read_adapter
-from lorafx.adapter_store.peft_targets import picked
 from lorafx.config import LoraConfig
 from lorafx.model.sites import Site
 from lorafx.prepare.marking import build_sites

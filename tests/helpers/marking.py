@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 from lorafx.config import LoraConfig
-from lorafx.model.attachment import Attachment
+from lorafx.model.marks import Attachment
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.sites import Site
 from lorafx.passes.attach import Attach
@@ -40,7 +40,7 @@ def llama(**changes: Any) -> nn.Module:
 def attach_sites(model: nn.Module, sites: Sequence[Site], config: LoraConfig) -> Attachment:
     """Mark these sites of `model`."""
     prepared = Preparation(model, config, sites=tuple(sites))
-    prepared.graph = ModuleGraph.of(model)
+    prepared.graph = ModuleGraph(model)
     Attach().run(prepared)
     assert prepared.attachment is not None
     return prepared.attachment

@@ -72,17 +72,6 @@ def test_experts(renormalize):
     torch.testing.assert_close(captured(x, logits), y)
 
 
-@pytest.mark.parametrize("captured", [False, True])
-def test_experts_pass_gradients_on(captured):
-    layer, logits = FusedMoE(E, K, H, I), torch.randn(6, E)
-    call = torch.compile(layer, backend="aot_eager") if captured else layer
-    x, copied = (torch.ones(6, H).requires_grad_() for _ in range(2))
-    call(x, logits).square().sum().backward()
-    want = by_experts(copied, logits, layer.w13_weight, layer.w2_weight, True)
-    want.square().sum().backward()
-    torch.testing.assert_close(x.grad, copied.grad)
-
-
 def test_experts_under_autocast():
     layer, x, logits = FusedMoE(E, K, H, I), torch.randn(6, H), torch.randn(6, E)
     with torch.autocast("cpu", torch.bfloat16):
@@ -211,51 +200,3 @@ def test_experts_carry_stacked_factors(tmp_path):
     plain = base(x)
     for i, row in enumerate(rows):
         assert (oracle.difference([plain[i : i + 1]], [want[i]]) > 1e-2) == (row is not None)
-
-
-@pytest.mark.parametrize(
-    ("lowering", "found"),
-    [("inductor", "lorafx.run_expert_delta_"), ("triton", "lorafx.triton_experts")],
-)
-def test_experts_on_a_fast_road(tmp_path, lowering, found):
-    """One op a product, no matter how the tokens are routed, on one graph."""
-    torch.manual_seed(0)
-    base = Block().eval().requires_grad_(False)
-    parameters = ["experts.w13_weight", "experts.w2_weight"]
-    folders = {
-        name: oracle.save_adapter(
-            base, tmp_path / name, rank=2, targets=[], seed=seed, target_parameters=parameters
-        )
-        for seed, name in enumerate("ab")
-    }
-    cases = oracle.Oracle.of(base, folders)
-    options = {"lowering": lowering}
-    if lowering == "triton":
-        options["plan"] = {parameters[0]: "grouped", parameters[1]: "activated"}
-    cm = lorafx.compile(copy.deepcopy(base), folders, options=options)
-    for x in (torch.randn(3, 4, H), torch.randn(3, 7, H), torch.ones(3, 5, H)):
-        names = ["a", None, "b"]
-        oracle.assert_close(cm(x, adapter_names=names), cases.rows(names, {"x": x}))
-    assert cm.recompiles == 1
-    cm.dump(tmp_path / "dump")
-    (lowered,) = (tmp_path / "dump").glob("*/*-lower.py")
-    ops = [line for line in lowered.read_text().splitlines() if "torch.ops." in line]
-    assert sum(found in line for line in ops) == 2
-
-
-def test_a_routers_delta_reaches_the_experts(tmp_path):
-    """Rows of a mixed batch keep their owners through the experts' products."""
-    torch.manual_seed(0)
-    reference = Block(nn.Linear).eval().requires_grad_(False)
-    folders = {
-        name: oracle.save_adapter(reference, tmp_path / name, rank=2, targets=["gate"], seed=seed)
-        for seed, name in enumerate("ab")
-    }
-    cases = oracle.Oracle.of(reference, folders)
-    block = Block().eval()
-    load_weights(block, reference.state_dict())
-    cm = lorafx.compile(block, folders, options={"lowering": "reference"}, dynamic=False)
-    x, names = torch.randn(3, 4, H), ["a", None, "b"]
-    want = cases.rows(names, {"x": x})
-    oracle.assert_close(cm(x, adapter_names=names), want)
-    assert oracle.difference(cases.rows([None] * 3, {"x": x}), want) > 1e-2

@@ -1,16 +1,11 @@
 """load_weights: names, stacked parameters, tied weights, and every kind of mistake."""
 
-from itertools import accumulate, pairwise
-
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 import lorafx
 from lorafx.layers import (
-    FusedMoE,
     Int8ChannelLinearMethod,
     MergedColumnParallelLinear,
     ParallelLMHead,
@@ -142,15 +137,6 @@ def test_takes_one_tensor_at_a_time(checkpoint):
 
     load_weights(model, stream())
     assert len(alive) == len(checkpoint)
-
-
-def test_a_fused_tensor_on_disk(checkpoint):
-    model = Model()
-    packed = {name: value for name, value in expected(checkpoint).items() if "_proj" in name}
-    members = {saved_name(name) for name in SHAPES if "|" in name}
-    rest = {name: value for name, value in checkpoint.items() if name not in members}
-    load_weights(model, {**rest, **packed})
-    check(model, checkpoint)
 
 
 def test_mistakes_are_listed_at_once_and_nothing_is_written(checkpoint):
@@ -293,76 +279,6 @@ def test_fewer_names_than_slices(as_stream, quantised):
     assert all(torch.equal(t, want.state_dict()[n]) for n, t in model.state_dict().items())
     with pytest.raises(lorafx.CheckpointError, match="2 names are declared for the 1 slices"):
         load_weights(packed([4], ["qkv", "z"]), half, strict=False)
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(1, 4), min_size=3, max_size=6), st.data())
-def test_names_partition_the_slices(sizes, data):
-    """Tensors are taken exactly where their ends are ends of slices."""
-    total = sum(sizes)
-    inner = data.draw(st.sets(st.integers(1, total - 1), min_size=1, max_size=len(sizes) - 2))
-    ends = [0, *sorted(inner), total]
-    names = [f"n{i}" for i in range(len(ends) - 1)]
-    value = torch.randn(total, 6)
-    parts = {f"{n}.weight": value[a:b] for n, (a, b) in zip(names, pairwise(ends), strict=True)}
-    order = data.draw(st.permutations(list(parts.items())))
-    model = packed(sizes, names)
-    before = model.mixer.weight.clone()
-    if set(ends) <= {0, *accumulate(sizes)}:
-        load_weights(model, order)
-        assert torch.equal(model.mixer.weight, value)
-    else:
-        with pytest.raises(lorafx.CheckpointError, match="cannot be divided"):
-            load_weights(model, order)
-        assert torch.equal(model.mixer.weight, before)
-
-
-def test_names_of_wrapped_models_and_experts_one_by_one(checkpoint):
-    """What trainers and PEFT call tensors, as updates of a serving model take it."""
-    model = Model()
-    model.layers[0].experts = FusedMoE(3, 1, 6, 4)
-    prefix = "base_model.model."
-    tensors = {}
-    for name, tensor in checkpoint.items():
-        stem, _, last = name.rpartition(".")
-        tensors[prefix + (f"{stem}.base_layer.{last}" if "_proj" in name else name)] = tensor
-    experts = {
-        f"layers.0.experts.{e}.{name}.weight": torch.randn(shape)
-        for e in range(3)
-        for name, shape in (("gate_proj", (4, 6)), ("up_proj", (4, 6)), ("down_proj", (6, 4)))
-    }
-    tensors |= {f"_orig_mod.{name}": tensor for name, tensor in experts.items()}
-    assert load_weights(model, tensors) == set(model.state_dict())
-    check(model, checkpoint)
-    w13 = model.layers[0].experts.w13_weight
-    for e in range(3):
-        halves = [experts[f"layers.0.experts.{e}.{name}_proj.weight"] for name in ("gate", "up")]
-        assert torch.equal(w13[e], torch.cat(halves))
-    del tensors["_orig_mod.layers.0.experts.1.up_proj.weight"]
-    with pytest.raises(lorafx.CheckpointError, match=r"experts\.w13_weight: .*\('w3', 1\)"):
-        load_weights(model, tensors)
-    with pytest.raises(lorafx.CheckpointError, match=r"lora_A.*a factor of an adapter"):
-        load_weights(model, {"layers.0.q_proj.lora_A.weight": torch.zeros(2, 6)})
-
-
-def test_tensors_of_the_model_itself(checkpoint):
-    """Two weights may change places: each is read before it is overwritten, or refused."""
-    model = Model()
-    load_weights(model, checkpoint)
-    load_weights(model, model.state_dict())
-    load_weights(model, iter(model.state_dict().items()))
-    check(model, checkpoint)
-    pair = nn.ModuleDict({name: ReplicatedLinear(6, 3, bias=False) for name in "ab"})
-    a, b = (pair[name].weight.detach().clone() for name in "ab")
-    swapped = {"a.weight": pair["b"].weight, "b.weight": pair["a"].weight}
-    with pytest.raises(
-        lorafx.CheckpointError, match="shares memory with the weights of this model"
-    ):
-        load_weights(pair, iter(swapped.items()))
-    assert torch.equal(pair["a"].weight, a)
-    load_weights(pair, swapped)
-    assert torch.equal(pair["a"].weight, b)
-    assert torch.equal(pair["b"].weight, a)
 
 
 class Reversed(nn.Module):

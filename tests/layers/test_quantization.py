@@ -11,7 +11,6 @@ from transformers import LlamaForCausalLM
 import lorafx
 from lorafx.layers import (
     Int8ChannelLinearMethod,
-    MergedColumnParallelLinear,
     QKVParallelLinear,
     ReplicatedLinear,
     load_weights,
@@ -76,16 +75,6 @@ def test_weights_may_be_made_ready_after_loading():
     torch.testing.assert_close(layer(x), x @ weight.T + bias)
 
 
-def test_half_precision():
-    layer = MergedColumnParallelLinear(
-        6, [3, 2], params_dtype=torch.bfloat16, quant_method=Int8ChannelLinearMethod()
-    )
-    assert layer.compute_dtype == torch.bfloat16
-    assert layer.weight_scale.dtype == torch.float32
-    assert layer(torch.randn(2, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
-    assert layer.quant_method.dequantize(layer).dtype == torch.bfloat16
-
-
 @pytest.fixture(scope="module")
 def quantised(tmp_path_factory):
     """The example Llama in int8, the Hugging Face one with the same numbers, and adapters."""
@@ -134,15 +123,6 @@ def test_lora_on_quantised_packed_layers(quantised):
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     cm.detach()
-
-
-def test_lora_on_quantised_layers_in_eager_mode(quantised):
-    model, cases, folders = quantised
-    ids = torch.randint(0, 61, (2, 5))
-    lorafx.attach(model, folders)
-    with lorafx.adapters(model, ["all", "all"]), torch.no_grad():
-        oracle.assert_close(model(ids), cases.rows(["all"] * 2, {"input_ids": ids}))
-    lorafx.detach(model)
 
 
 class StoredWeightUsedElsewhere(torch.nn.Module):

@@ -9,7 +9,7 @@ from two_ranks import on_ranks
 
 import lorafx
 from lorafx.layers import FusedMoE
-from lorafx.layers.sharding import DownSharding, GateUpSharding
+from lorafx.layers.registered import DownSharding, GateUpSharding
 
 BATCHES = [
     ["all", None, "each", "stacked", "down", "up", None],

@@ -5,9 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafx.layers.base import ParallelLayer, ShardSizes
-from lorafx.layers.parallel import TensorParallel
-from lorafx.layers.sharding import LayerSharding
+from lorafx.layers.base import ParallelLayer, ShardSizes, TensorParallel
+from lorafx.layers.registered import LayerSharding
 
 pytestmark = pytest.mark.quick
 

@@ -9,11 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from dense_merge import REFERENCE, TOLERANCE, case_by_patterns, error
+from dense_merge import TOLERANCE, case_by_patterns, error
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-
-import lorafx
 
 NAMES = ["a", None, "b"]
 Registered = Callable[[nn.Module], RemovableHandle]
@@ -108,13 +106,6 @@ def test_hooks_that_come_and_go_after_the_first_call(case, hook, path):
     served()
     assert cm.recompiles == before  # the graphs of before
     assert path or before == graphs  # hooks of the model itself run around its graphs
-
-
-@pytest.mark.parametrize("hook", [halved, doubled])
-def test_hooks_of_the_model_that_were_there_before(case, hook):
-    model = case.model()
-    hook(model)
-    served_as(lorafx.compile(model, case.folders, options=REFERENCE), case, "", hook)
 
 
 def test_hooks_that_a_call_registers_are_the_model_s_own(case):

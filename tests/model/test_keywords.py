@@ -17,7 +17,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import lorafx
 from lorafx.errors import ConfigError
-from lorafx.model.keywords import ELSEWHERE, meant, refuse_slips
+from lorafx.model.keywords import ELSEWHERE, refuse_slips
 
 __all__ = ["fresh_dynamo"]
 pytestmark = pytest.mark.quick
@@ -40,14 +40,6 @@ def test_calls_of_a_compiled_model(cm: Any, name: str) -> None:
         cm(**token_inputs(3, 4), **{name: ["a0", None, "a1"]})
     with pytest.raises(ConfigError, match=rf"generate has no argument '{name}'"):
         cm.generate(**token_inputs(3, 4), **{name: ["a0"]}, max_new_tokens=1)
-
-
-def test_slots(cm: Any) -> None:
-    slots = torch.zeros(3, dtype=torch.int64)
-    with pytest.raises(ConfigError, match=r"'adapter_slot'.*Give adapter_slots="):
-        cm(**token_inputs(3, 4), adapter_slot=slots)
-    with pytest.raises(ConfigError, match="generate has no argument 'adapter_slots'"):
-        cm.generate(**token_inputs(3, 4), adapter_slots=slots, max_new_tokens=1)
 
 
 @pytest.mark.usefixtures("earlier_objects_frozen")
@@ -123,14 +115,6 @@ def test_the_model_itself_beside_the_compiled_one(shallow: Case) -> None:
             cm.model(**inputs, adapter_names=["a0", None, "a1"])
 
 
-def test_whole_graphs_of_marked_models(shallow: Case) -> None:
-    model, inputs = attached(shallow), token_inputs(3, 4)
-    call = compiled(model, fullgraph=True)
-    served(call, model, ["a0", None, "a1"], inputs)
-    with torch.no_grad(), pytest.raises(ConfigError, match=r"with lorafx.adapters\(model"):
-        call(**inputs, adapter_name=["a0"])
-
-
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_what_models_declare_passes(family: str, case_of: Callable[..., Case]) -> None:
     model: Any = case_of(family).model()
@@ -143,8 +127,3 @@ def test_what_models_declare_passes(family: str, case_of: Callable[..., Case]) -
     }
     refuse_slips(names, model.forward, model)
     assert not names & {*ELSEWHERE}
-
-
-@pytest.mark.parametrize("name", ["adapter_names", "attention_mask", "named", "adapter_config"])
-def test_names_that_are_no_slips(name: str) -> None:
-    assert meant(name) is None

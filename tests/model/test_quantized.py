@@ -118,33 +118,6 @@ def test_mixed_batches(kind: str, saved: tuple[nn.Module, dict[str, Path]]) -> N
     assert hooks == []
 
 
-@pytest.mark.parametrize("kind", ["torchao-fp8", "bitsandbytes-nf4"])
-def test_eager_and_attached(kind: str, saved: tuple[nn.Module, dict[str, Path]]) -> None:
-    """Marks alone, and torch.compile on a marked model."""
-    case, given = case_of(kind, saved), inputs()
-    model = lorafx.attach(copy.deepcopy(case.model), case.folders, options=REFERENCE)
-    with lorafx.adapters(model, ["a"] * 4), torch.no_grad():
-        assert error(model(**given).logits, case.rows(["a"] * 4, given)) <= KINDS[kind][1]
-    compiled = torch.compile(model, backend="lorafx", dynamic=False)
-    with lorafx.adapters(model, NAMES), torch.no_grad():
-        assert error(compiled(**given).logits, case.rows(NAMES, given)) <= KINDS[kind][1]
-    lorafx.detach(model)
-
-
-@pytest.mark.parametrize("kind", ["gptq"])
-def test_an_adapter_for_each_token(kind: str, saved: tuple[nn.Module, dict[str, Path]]) -> None:
-    """The library's kernel keeps tokens in place, which no rule for its operator says."""
-    case, given = case_of(kind, saved), inputs(2, 6)
-    model = copy.deepcopy(case.model)
-    cm = lorafx.compile(model, case.folders, options=REFERENCE, dynamic=False)
-    slots = torch.tensor([[-1, -1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
-    got = cm(**given, adapter_slots=slots, adapter_names=["a", "b"]).logits
-    plain = case.rows([None, "b"], given)
-    assert error(got[0, :2], plain[0, :2]) <= 1e-5
-    assert error(got[1], plain[1]) <= 1e-5
-    assert error(got[0, 3:], plain[0, 3:]) > 1e-2
-
-
 @pytest.mark.slow
 def test_a_kernel_that_no_graph_can_hold(saved: tuple[nn.Module, dict[str, Path]]) -> None:
     """One adapter a batch is right; whose rows they are is lost where Python runs in between."""

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 import lorafx
 from lorafx.errors import MatchError, UnsupportedAdapterError
 from lorafx.layers import FusedMoE, Int8ChannelLinearMethod, ReplicatedLinear, load_weights
-from lorafx.layers.base import ShardSizes
+from lorafx.layers.base import ShardSizes, TensorParallel
 from lorafx.layers.linear import LinearBase
-from lorafx.layers.parallel import TensorParallel
 
 pytestmark = pytest.mark.quick
 

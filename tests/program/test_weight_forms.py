@@ -11,9 +11,7 @@ from torch import Tensor
 from lorafx.program.weight_forms import (
     FIXED,
     WeightForm,
-    in_runs,
-    rows_alike,
-    rows_form,
+    copied_form,
     strided_form,
 )
 
@@ -137,37 +135,12 @@ def test_forms_by_value() -> None:
         weight[1::2].clone(),
         weight.T.clone(),
     ):
-        form = rows_form(copy, weight)
+        form = copied_form(copy, weight)
         assert form is not None
         assert torch.equal(weight.flatten()[entries(form, copy.shape)], copy)
-    assert rows_form(blocks[[2, 0, 1]], weight) is None
-    assert rows_form(weight * 2, weight) is None
-    assert rows_form(torch.randn(3, K), weight) is None
+    assert copied_form(blocks[[2, 0, 1]], weight) is None
+    assert copied_form(weight * 2, weight) is None
+    assert copied_form(torch.randn(3, K), weight) is None
     changed = blocks.clone()
     changed[2, 3, 4] += 1
-    assert rows_form(changed, weight) is None
-
-
-def test_rows_in_another_scale_or_precision_are_alike() -> None:
-    torch.manual_seed(0)
-    weight = torch.randn(N, K)
-    assert rows_alike(weight.view(3, 4, K)[:, 1:].mT * 0.1, weight)
-    assert rows_alike(weight.bfloat16().float(), weight)
-    assert not rows_alike(torch.randn(5, K), weight)
-    assert not rows_alike(weight[:, :5], weight)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_neighbours_tell_parts_of_a_weight_from_other_numbers(dtype: torch.dtype) -> None:
-    """Numbers of 16 bits are shared by all large weights, alone they say nothing."""
-    torch.manual_seed(0)
-    weight = (torch.randn(256, 128) * 0.02).to(dtype)
-    order = torch.randperm(256)
-    for part in (weight[order][:, 32:48], weight[:, 1:7].T, weight.view(8, 32, 128)[:, :5]):
-        assert in_runs(part.contiguous(), weight)
-    other = (torch.randn(8, 128) * 0.02).to(dtype)
-    assert not in_runs(other, weight)
-    assert not in_runs(other.T.contiguous(), weight)
-    assert not in_runs(torch.zeros(8, 128, dtype=dtype), weight)
-    if dtype is torch.bfloat16:
-        assert all((weight == value).any() for value in other.flatten()[:16])
+    assert copied_form(changed, weight) is None

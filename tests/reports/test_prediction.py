@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorafx
 from lorafx.errors import ConfigError
-from lorafx.model.repeated import joined, shape_of
+from lorafx.model.module_graph import joined, shape_of
 from lorafx.reports.prediction import Prediction
 from lorafx.reports.table import over, size, text_table
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -18,16 +18,14 @@ from lorafx.adapter_store.saved import AdapterState, Saved
 from lorafx.errors import CheckpointError
 from lorafx.registry import lookup
 
+#: What files call the model of a pipeline that removes the noise, whatever the pipeline calls it.
+DENOISERS = ("unet", "transformer", "diffusion_model")
 _VECTORS = {"m": "lora_magnitude_vector", "b": "lora_B.bias"}
 
 
 class Dialect(ABC):
-    """One way to save an adapter.
-
-    Attributes:
-        name: what `AdapterSource.dialect` calls it.
-        keys: its keys, for messages.
-    """
+    """One way to save an adapter. `name` is what `AdapterSource.dialect` calls it, `keys` what
+    messages say of its keys."""
 
     name: ClassVar[str]
     keys: ClassVar[str]
@@ -78,23 +76,20 @@ class Translation:
 
     def add(self, path: str, letter: str, tensor: Tensor) -> None:
         """Factor "A" (r, K) or "B" (N, r), DoRA's "m" (N,), or B's bias "b" (N,), of the module at
-        `path`.
-
-        Raises:
-            CheckpointError: there is one already.
-        """
-        module = self.module(path)
+        `path`. CheckpointError where there is one already."""
         if letter in _VECTORS:
             self.put(f"{path}.{_VECTORS[letter]}", tensor)
             return
+        module = self.module(path)
         entry = None if module is None else lookup(module)
         if entry is not None and entry.kind == "embedding":
             self.put(f"{path}.lora_embedding_{letter}", tensor)
             return
         weight = getattr(module, "weight", None)
-        if tensor.dim() == 4 and tensor.shape[2:] == (1, 1) and _dims(weight) == 2:
+        dims = weight.dim() if isinstance(weight, Tensor) else 0
+        if tensor.dim() == 4 and tensor.shape[2:] == (1, 1) and dims == 2:
             tensor = tensor[..., 0, 0]  # trained on a 1×1 convolution, which is a linear here
-        elif tensor.dim() == 2 and _dims(weight) == 4:
+        elif tensor.dim() == 2 and dims == 4:
             tensor = tensor[..., None, None]
         self.put(f"{path}.lora_{letter}.weight", tensor)
 
@@ -124,12 +119,8 @@ def raw(fields: Mapping[str, Any] | PeftConfig | None) -> Mapping[str, Any]:
     return {} if fields is None or isinstance(fields, PeftConfig) else fields
 
 
-def number(key: str, tensor: Tensor) -> float:
-    """α, saved as the tensor `key`.
-
-    Raises:
-        CheckpointError: it is not one finite number.
-    """
+def alpha_of(key: str, tensor: Tensor) -> float:
+    """α, saved as the tensor `key`. CheckpointError where it is not one finite number."""
     value = float("nan")
     if tensor.numel() == 1 and not tensor.is_complex():
         value = float(tensor.item())
@@ -141,5 +132,39 @@ def number(key: str, tensor: Tensor) -> float:
     return value
 
 
-def _dims(weight: Any) -> int:
-    return weight.dim() if isinstance(weight, Tensor) else 0
+def component_of(
+    groups: Mapping[str, Collection[str]],
+    tests: Sequence[Callable[[str], bool]],
+    given: str | None,
+    where: str,
+) -> str | None:
+    """Which component of a file the model is, by the names that the file has for each: the one of
+    which the model has some, or all. None where it has none of them, and there are several.
+
+    `tests` say whether the model has a name, the strictest first: a later one counts where none of
+    the names passes those before it.
+
+    Raises:
+        CheckpointError: several fit, or the one that was `given` is not in the file.
+    """
+    if given is not None:
+        if given not in groups:
+            raise CheckpointError(
+                f"{where} has no factors for the component {given!r}; it has some for "
+                f"{', '.join(sorted(groups))}"
+            )
+        return given
+    if len(groups) == 1:
+        return next(iter(groups))
+    for has in tests:
+        fit = [component for component, names in groups.items() if any(map(has, names))]
+        whole = [component for component in fit if all(map(has, groups[component]))]
+        fit = whole if len(whole) == 1 else fit
+        if len(fit) > 1:
+            raise CheckpointError(
+                f"{where} has factors for {' and '.join(fit)}, which both fit this model; say "
+                f"which by AdapterSource(..., component={fit[0]!r})"
+            )
+        if fit:
+            return fit[0]
+    return None

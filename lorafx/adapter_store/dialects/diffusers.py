@@ -7,27 +7,46 @@
 
 A configuration for each model lies in the metadata (`lora_adapter_metadata`). Without it and
 without α, diffusers takes α = r, so s = 1. Names of a model's first implementation are left to
-diffusers' conversion too.
+diffusers' conversions: that one is right whose factors all land on modules. Nothing of its tables
+is repeated here.
 """
 
 from __future__ import annotations
 
+import importlib
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lorafx.adapter_store.dialects.components import COMPONENTS, DENOISERS, component_of
-from lorafx.adapter_store.dialects.conversion import Converted, converted, peft_keys
-from lorafx.adapter_store.dialects.dialect import Dialect, Translation, number
-from lorafx.adapter_store.opening import json_object
+from lorafx.adapter_store.config_values import json_object
+from lorafx.adapter_store.dialects.dialect import (
+    DENOISERS,
+    Dialect,
+    Translation,
+    alpha_of,
+    component_of,
+)
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import factor_sizes, parse
+from lorafx.adapter_store.places import Places
 from lorafx.adapter_store.saved import AdapterState, Saved
-from lorafx.errors import CheckpointError
+from lorafx.errors import CheckpointError, UnsupportedAdapterError
 
+#: What pipelines call their models, and what files of the first implementations do.
+COMPONENTS = frozenset(
+    {
+        *("unet", "transformer", "transformer_2", "transformer_3", "prior", "connectors"),
+        *("text_encoder", "text_encoder_2", "text_encoder_3", "diffusion_model"),
+    }
+)
+#: Of adapters for the largest models. Conversions look through all keys, some for each of them.
+_MOST_KEYS = 20_000
 _METADATA = "lora_adapter_metadata"
 _PAIR = re.compile(r"\.lora\.(down|up)\.weight$")
 _OLDER = re.compile(r"_lora\.(down|up)\.weight(\.alpha)?$|\.lora_linear_layer\.(down|up)\.")
@@ -49,120 +68,169 @@ class Diffusers(Dialect):
         return saved.fields is None and named and any(map(parse, saved.tensors))
 
     def state(self, saved: Saved, model: nn.Module | None) -> AdapterState:
-        alphas = {key: number(key, t) for key, t in saved.tensors.items() if key.endswith(".alpha")}
+        ending = ".alpha"
+        alphas = {k: alpha_of(k, t) for k, t in saved.tensors.items() if k.endswith(ending)}
         tensors = {key: t for key, t in saved.tensors.items() if key not in alphas}
-        state = self.translated(saved, self, (tensors, alphas), model)
-        if model is None or self.lands(state, model):
+        state = _translated(saved, self, tensors, alphas, model)
+        if model is None or _lands(state, model):
             return state
-        other = converted_for(saved, self, saved.tensors, model)
-        return state if other is None else other
+        return converted_by_diffusers(saved, self, model) or state
 
     def components(self, saved: Saved) -> tuple[str, ...]:
         return tuple(_groups(saved.tensors))
 
-    def translated(
-        self, saved: Saved, dialect: Dialect, made: Converted, model: nn.Module | None
-    ) -> AdapterState:
-        """`made`, tensors and α by diffusers' names, in PEFT's names."""
-        found = Translation(saved, dialect, model)
-        groups = _groups(made[0])
-        alphas = _groups(made[1])
-        whole = model is None or self._as_they_stand(saved, found, groups, bool(made[1]))
-        if whole:
-            chosen = {
-                key: t for g in groups for key, t in _simple(groups[g], g, prefix=True).items()
-            }
-            own = {k: a for g in alphas for k, a in _simple(alphas[g], g, prefix=True).items()}
-            component = ""
-        else:
-            paths = {g: _paths(_simple(held, g)) for g, held in groups.items()}
-            picked = component_of(paths, [found.exists, found.held], saved.component, saved.where)
-            if picked is None:
-                raise CheckpointError(_nowhere(saved, paths))
-            component = picked
-            chosen = _simple(groups[component], component)
-            own = _simple(alphas.get(component, {}), component)
-            if len(groups) > 1:
-                found.left_out = tuple(sorted(groups.keys() - {component}))
-        for key, tensor in chosen.items():
-            factor = parse(key)
-            if factor is None:
-                found.put(key, tensor)
-            else:
-                found.add(
-                    factor.module,
-                    factor.letter,
-                    tensor.flatten() if factor.letter == "m" else tensor,
-                )
-        config = _config(saved, component)
-        given = {_ALPHA.sub("", key): alpha for key, alpha in own.items()}
-        for path, (_, _, rank) in factor_sizes(chosen).items():
-            if not rank:
-                continue
-            if path in given:
-                found.scales[path] = given.pop(path) / rank
-            elif config is None:
-                found.scales[path] = 1.0
-        if given:
-            raise CheckpointError(
-                f"{saved.where} has α for {', '.join(list(given)[:3])}, and no factors there"
-            )
-        dora, bias = (
-            any(key.endswith(end) for key in found.tensors)
-            for end in ("lora_magnitude_vector", "lora_B.bias")
-        )
-        return found.state(config or PeftConfig(r=None, use_dora=dora, lora_bias=bias))
 
-    @staticmethod
-    def lands(state: AdapterState, model: nn.Module) -> bool:
-        """Whether each factor is for a module of the model."""
-        found = Translation(Saved({}, None, {}, ""), Diffusers(), model)
-        factors = [factor for key in state.tensors if (factor := parse(key)) is not None]
-        return bool(factors) and all(found.module(factor.module) is not None for factor in factors)
-
-    @staticmethod
-    def _as_they_stand(
-        saved: Saved, found: Translation, groups: Mapping[str, Any], alphas: bool
-    ) -> bool:
-        """Whether the names are the model's own: it holds the models of a pipeline, or has other
-        children of such names, and then nothing says that α = r."""
-        held = {name: found.module(name) for name in groups}
-        if saved.component is not None or any(module is None for module in held.values()):
-            return not any(name in COMPONENTS for name in groups)
-        known = alphas or saved.fields is not None or _METADATA in saved.metadata
-        if len(groups) == 1 and not known:
-            name = next(iter(groups))
-            raise CheckpointError(
-                f"{saved.where} has no configuration, and {name!r} is a module of this model: it "
-                "may be PEFT's file without adapter_config.json, or a pipeline's, whose α is r. "
-                "Give AdapterSource(..., config={'r': ..., 'lora_alpha': ...})"
-            )
-        return True
-
-
-def converted_for(
-    saved: Saved, dialect: Dialect, tensors: Mapping[str, Tensor], model: nn.Module
-) -> AdapterState | None:
+def converted_by_diffusers(saved: Saved, dialect: Dialect, model: nn.Module) -> AdapterState | None:
     """What diffusers makes of names of a model's first implementation; None where it does not know
-    them.
+    them, or is not installed.
 
-    Raises as `conversion.converted`.
+    Raises:
+        CheckpointError: conversions land that differ.
+        UnsupportedAdapterError: diffusers would leave something out.
     """
-    reader = Diffusers()
+    if len(saved.tensors) > _MOST_KEYS:
+        return None
     if saved.component in DENOISERS:  # conversions call it what its pipeline does
         saved = replace(saved, component=None)
-
-    def lands(made: Converted) -> bool:
+    config = getattr(model, "config", None)  # by a UNet's, names of blocks are counted
+    blocks = config if hasattr(config, "layers_per_block") else None
+    found: dict[str, AdapterState] = {}
+    for name, loader in _loaders():
         try:
-            return reader.lands(reader.translated(saved, dialect, made, model), model)
-        except CheckpointError:
-            return False
+            with _silence():
+                made = loader.lora_state_dict(dict(saved.tensors), unet_config=blocks)
+            tensors, *rest = made if isinstance(made, tuple) else (made,)
+            alphas = {key: float(value) for key, value in (rest[0] if rest else {}).items()}
+            if tensors.keys() == saved.tensors.keys():
+                continue
+            state = _translated(saved, dialect, tensors, alphas, model)
+        except Exception:  # one that is for other models: each fails in its own way
+            continue
+        if _lands(state, model) and not any(_equal(state, other) for other in found.values()):
+            found[name] = state
+    if len(found) > 1:
+        raise CheckpointError(
+            f"diffusers converts these names in different ways for this model ({', '.join(found)});"
+            " convert the adapter by the pipeline that it is for, and save it again"
+        )
+    dora = next((key for key in saved.tensors if "dora_scale" in key), None)
+    if found and dora is not None:
+        raise UnsupportedAdapterError(
+            f"{dora} belongs to DoRA, which diffusers' conversion of these names leaves out; save "
+            "the adapter under the names that diffusers has for the model"
+        )
+    for state in found.values():
+        return replace(state, notes=(*state.notes, "its names were converted by diffusers"))
+    return None
 
-    made = converted(tensors, model, lands)
-    if made is None:
-        return None
-    state = reader.translated(saved, dialect, made, model)
-    return replace(state, notes=(*state.notes, "its names were converted by diffusers"))
+
+def _loaders() -> Iterator[tuple[str, Any]]:
+    try:
+        pipelines: Any = importlib.import_module("diffusers.loaders.lora_pipeline")
+    except ImportError:
+        return
+    seen: set[Any] = set()
+    for name, loader in vars(pipelines).items():
+        conversion = isinstance(loader, type) and vars(loader).get("lora_state_dict")
+        if conversion and conversion not in seen:
+            seen.add(conversion)
+            yield name, loader
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Without diffusers' warnings about keys that are for another conversion."""
+    log = logging.getLogger("diffusers")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _equal(first: AdapterState, second: AdapterState) -> bool:
+    pairs = first.tensors.keys() == second.tensors.keys() and first.scales == second.scales
+    return pairs and all(torch.equal(t, second.tensors[key]) for key, t in first.tensors.items())
+
+
+def _lands(state: AdapterState, model: nn.Module) -> bool:
+    places = Places((), model)
+    factors = [factor for key in state.tensors if (factor := parse(key)) is not None]
+    return bool(factors) and all(places.module(factor.module) is not None for factor in factors)
+
+
+def _translated(
+    saved: Saved,
+    dialect: Dialect,
+    tensors: Mapping[str, Tensor],
+    alphas: Mapping[str, float],
+    model: nn.Module | None,
+) -> AdapterState:
+    found = Translation(saved, dialect, model)
+    groups, alpha_groups = _groups(tensors), _groups(alphas)
+    component = ""
+    if model is None or _as_they_stand(saved, found, groups, bool(alphas)):
+        chosen = {k: t for g in groups for k, t in _simple(groups[g], g, prefix=True).items()}
+        given = {k: a for g in alpha_groups for k, a in _simple(alpha_groups[g], g, True).items()}
+    else:
+        paths = {
+            g: [factor.module for key in _simple(held, g) if (factor := parse(key)) is not None]
+            for g, held in groups.items()
+        }
+        picked = component_of(paths, [found.exists, found.held], saved.component, saved.where)
+        if picked is None:
+            first = "; ".join(f"{g}: {held[0]}" for g, held in paths.items() if held)
+            raise CheckpointError(
+                f"{saved.where} has factors for {', '.join(paths)}, and none of their modules is "
+                f"in this model ({first}); it was made for another model"
+            )
+        component = picked
+        chosen = _simple(groups[component], component)
+        given = _simple(alpha_groups.get(component, {}), component)
+        if len(groups) > 1:
+            found.left_out = tuple(sorted(groups.keys() - {component}))
+    for key, tensor in chosen.items():
+        factor = parse(key)
+        if factor is None:
+            found.put(key, tensor)
+        else:
+            vector = factor.letter == "m"
+            found.add(factor.module, factor.letter, tensor.flatten() if vector else tensor)
+    config = _config(saved, component)
+    given = {_ALPHA.sub("", key): alpha for key, alpha in given.items()}
+    for path, (_, _, rank) in factor_sizes(chosen).items():
+        if rank and path in given:
+            found.scales[path] = given.pop(path) / rank
+        elif rank and config is None:
+            found.scales[path] = 1.0
+    if given:
+        raise CheckpointError(
+            f"{saved.where} has α for {', '.join(list(given)[:3])}, and no factors there"
+        )
+    dora, bias = (
+        any(key.endswith(ending) for key in found.tensors)
+        for ending in ("lora_magnitude_vector", "lora_B.bias")
+    )
+    return found.state(config or PeftConfig(use_dora=dora, lora_bias=bias))
+
+
+def _as_they_stand(
+    saved: Saved, found: Translation, groups: Mapping[str, Any], alphas: bool
+) -> bool:
+    """Whether the names are the model's own: it holds the models of a pipeline, or has other
+    children of such names, and then nothing says that α = r."""
+    if saved.component is not None or not all(map(found.exists, groups)):
+        return COMPONENTS.isdisjoint(groups)
+    known = alphas or saved.fields is not None or _METADATA in saved.metadata
+    if len(groups) == 1 and not known:
+        name = next(iter(groups))
+        raise CheckpointError(
+            f"{saved.where} has no configuration, and {name!r} is a module of this model: it "
+            "may be PEFT's file without adapter_config.json, or a pipeline's, whose α is r. "
+            "Give AdapterSource(..., config={'r': ..., 'lora_alpha': ...})"
+        )
+    return True
 
 
 def _groups(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -178,7 +246,7 @@ def _groups(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _simple(values: Mapping[str, Any], component: str, prefix: bool = False) -> dict[str, Any]:
     """`values` of one component under keys with `lora_A` and `lora_B`."""
     if any(_OLDER.search(key) for key in values):
-        values = peft_keys(values, component)
+        values = _of_older_keys(values, component)
     named = {
         _PAIR.sub(lambda m: ".lora_A.weight" if m[1] == "down" else ".lora_B.weight", key): value
         for key, value in values.items()
@@ -189,12 +257,35 @@ def _simple(values: Mapping[str, Any], component: str, prefix: bool = False) -> 
     return {f"{component}.{k}": v for k, v in named.items()} if prefix and component else named
 
 
-def _paths(values: Mapping[str, Any]) -> list[str]:
-    return [factor.module for key in values if (factor := parse(key)) is not None]
+def _of_older_keys(tensors: Mapping[str, Any], component: str) -> dict[str, Any]:
+    """`tensors` with diffusers' older keys replaced by `lora_A` and `lora_B`, by diffusers."""
+    first, target = f"{next(iter(tensors))!r:.200}", component or "this model"
+    try:
+        utils: Any = importlib.import_module("diffusers.utils")
+    except ImportError:
+        raise CheckpointError(
+            f"{first} is an older key of diffusers, which its own conversion reads: pip install "
+            "'lorafx[diffusers]'"
+        ) from None
+    try:
+        if component.startswith("text_encoder"):
+            old = utils.convert_state_dict_to_diffusers(dict(tensors))
+            found: dict[str, Any] = utils.convert_state_dict_to_peft(old)
+        else:
+            found = utils.convert_unet_state_dict_to_peft(dict(tensors))
+    except Exception as error:
+        raise CheckpointError(
+            f"diffusers cannot read the keys for {target} ({first}, ...): {error!s:.200}"
+        ) from error
+    if len(found) < len(tensors):
+        raise CheckpointError(
+            f"{len(tensors)} keys for {target} have {len(found)} meanings ({first}, ...); keep one "
+            "of each"
+        )
+    return found
 
 
 def _config(saved: Saved, component: str) -> PeftConfig | None:
-    """The configuration of one component, where there is one."""
     if saved.fields is not None:
         return PeftConfig.read(saved.fields, where=f"the configuration of {saved.where}")
     if _METADATA not in saved.metadata:
@@ -202,13 +293,5 @@ def _config(saved: Saved, component: str) -> PeftConfig | None:
     where = f"{_METADATA} in the metadata of {saved.where}"
     fields = json_object(saved.metadata[_METADATA], where)
     begin = f"{component}." if component else ""
-    own = {key.removeprefix(begin): v for key, v in fields.items() if key.startswith(begin)}
-    return PeftConfig.read(own, where=where) if own else None
-
-
-def _nowhere(saved: Saved, paths: Mapping[str, list[str]]) -> str:
-    first = "; ".join(f"{g}: {own[0]}" for g, own in paths.items() if own)
-    return (
-        f"{saved.where} has factors for {', '.join(paths)}, and none of their modules is in this "
-        f"model ({first}); it was made for another model"
-    )
+    chosen = {key.removeprefix(begin): v for key, v in fields.items() if key.startswith(begin)}
+    return PeftConfig.read(chosen, where=where) if chosen else None

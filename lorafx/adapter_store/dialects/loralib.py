@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafx.adapter_store.config_source import short
+from lorafx.adapter_store.config_values import number, short
 from lorafx.adapter_store.dialects.dialect import Dialect, Translation, raw
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.saved import AdapterState, Saved
@@ -35,7 +35,7 @@ class Loralib(Dialect):
         return any(_FACTOR.fullmatch(key) for key in saved.tensors)
 
     def state(self, saved: Saved, model: nn.Module | None) -> AdapterState:
-        own = raw(saved.fields)
+        fields = raw(saved.fields)
         alpha = _alpha(saved)
         found, pairs = Translation(saved, self, model), dict[str, dict[str, Tensor]]()
         for key, tensor in saved.tensors.items():
@@ -45,21 +45,22 @@ class Loralib(Dialect):
             else:
                 pairs.setdefault(match["module"] or "", {})[match["letter"]] = tensor
         for path, pair in pairs.items():
-            rank = _rank(pair)
-            if _groups(pair) > 1:
-                pair = _ungrouped(found, path, pair, own)
+            b = pair.get("B")
+            rank = b.shape[1] if b is not None and b.dim() == 2 else 0  # r of one slice
+            groups = _groups(pair, rank)
+            if groups > 1:
+                pair = _ungrouped(found, path, pair, groups, fields)
             for letter, tensor in pair.items():
                 found.add(path, letter, tensor)
             if rank:
                 found.scales[path] = alpha / rank
-        return found.state(PeftConfig(r=None))
+        return found.state(PeftConfig())
 
 
 def _alpha(saved: Saved) -> float:
-    """α, the same for all modules."""
     given = saved.fields.lora_alpha if isinstance(saved.fields, PeftConfig) else None
     alpha: Any = raw(saved.fields).get("lora_alpha") if given is None else given
-    if isinstance(alpha, int | float) and not isinstance(alpha, bool) and abs(alpha) < 1e30:
+    if number(alpha) and abs(alpha) < 1e30:
         return alpha
     raise CheckpointError(
         f"{saved.where} is in loralib's dialect, whose files do not say α; give "
@@ -68,24 +69,22 @@ def _alpha(saved: Saved) -> float:
     )
 
 
-def _rank(pair: Mapping[str, Tensor]) -> int:
-    """r of one slice: what B has columns."""
-    own = pair.get("B")
-    return own.shape[1] if own is not None and own.dim() == 2 else 0
-
-
-def _groups(pair: Mapping[str, Tensor]) -> int:
-    rank, a = _rank(pair), pair.get("A")
+def _groups(pair: Mapping[str, Tensor], rank: int) -> int:
+    a = pair.get("A")
     if not rank or a is None or a.dim() != 2 or a.shape[0] % rank:
         return 1
     return a.shape[0] // rank
 
 
 def _ungrouped(
-    found: Translation, path: str, pair: Mapping[str, Tensor], fields: Mapping[str, Any]
+    found: Translation,
+    path: str,
+    pair: Mapping[str, Tensor],
+    groups: int,
+    fields: Mapping[str, Any],
 ) -> dict[str, Tensor]:
     """The factors of a MergedLinear as those of one linear."""
-    groups, b, where = _groups(pair), pair["B"], found.saved.where
+    b, where = pair["B"], found.saved.where
     enabled = fields.get("enable_lora", [True] * groups)
     if not isinstance(enabled, list | tuple) or sum(map(bool, enabled)) != groups:
         raise CheckpointError(
@@ -107,10 +106,10 @@ def _ungrouped(
     if total * given > most:
         raise CheckpointError(f"{where}: {path} would be far larger than its file")
     blocks = iter(b.split(rows))
-    own = torch.zeros(total, given, dtype=b.dtype)
+    whole = torch.zeros(total, given, dtype=b.dtype)
     rank, at = given // groups, 0
     for index, on in enumerate(enabled):
         if on:
-            own[index * rows : (index + 1) * rows, at : at + rank] = next(blocks)
+            whole[index * rows : (index + 1) * rows, at : at + rank] = next(blocks)
             at += rank
-    return {"A": pair["A"], "B": own}
+    return {"A": pair["A"], "B": whole}

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorafx.adapter_store.config_source import short
+from lorafx.adapter_store.config_values import number, short
 from lorafx.adapter_store.dialects.dialect import Dialect, Translation, raw
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.saved import AdapterState, Saved
@@ -66,14 +66,13 @@ class Mlx(Dialect):
                 raise CheckpointError(
                     f"{saved.where}: {key} has shape {tuple(tensor.shape)}, not (K, r) or (r, N)"
                 )
-            found.add(
-                path,
-                letter.upper() if letter != "m" else "m",
-                tensor.mT if letter != "m" else tensor,
-            )
+            if letter == "m":
+                found.add(path, letter, tensor)
+            else:
+                found.add(path, letter.upper(), tensor.mT)
             paths[path] = None
         found.scales.update(dict.fromkeys(paths, scale))
-        return found.state(PeftConfig(r=None, use_dora=kind == "dora"))
+        return found.state(PeftConfig(use_dora=kind == "dora"))
 
 
 def _experts(
@@ -93,13 +92,12 @@ def _experts(
             "experts are (E, r, K) and (E, N, r)"
         )
     paths = [".".join([*before, "experts", str(e), *after]) for e in range(len(tensor))]
-    for path, own in zip(paths, tensor, strict=True):
-        found.put(f"{path}.lora_{letter.upper()}.weight", own)
+    for path, factor in zip(paths, tensor, strict=True):
+        found.put(f"{path}.lora_{letter.upper()}.weight", factor)
     return paths
 
 
 def _scale(fields: Any, where: str) -> float:
-    """s of all modules."""
     given = fields.get("lora_parameters")
     if not isinstance(given, dict):
         raise CheckpointError(
@@ -110,8 +108,7 @@ def _scale(fields: Any, where: str) -> float:
     numbers = {}
     for name in ("scale", "alpha", "rank"):
         value = given.get(name)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is not None and not (number and abs(value) < 1e30):
+        if value is not None and not (number(value) and abs(value) < 1e30):
             raise CheckpointError(
                 f"{where}: lora_parameters[{name!r}] is no finite number: {short(value)}"
             )

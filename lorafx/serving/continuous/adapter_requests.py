@@ -12,7 +12,7 @@ from typing import Any
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
 
-from lorafx.adapter_store.holding import Hold
+from lorafx.adapter_store.stored import Hold
 
 
 @dataclass

@@ -14,8 +14,8 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
 
-from lorafx.adapter_store.holding import Hold
 from lorafx.adapter_store.names import BASE, AdapterName, one_name
+from lorafx.adapter_store.stored import Hold
 from lorafx.errors import BatchError, CaptureError, ConfigError, LorafxError
 from lorafx.model.keywords import refuse_slips
 from lorafx.serving.alora import column_of, warn_absent

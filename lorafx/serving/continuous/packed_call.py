@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
-from lorafx.adapter_store.holding import Hold
 from lorafx.adapter_store.names import BASE
+from lorafx.adapter_store.stored import Hold
 from lorafx.serving.continuous.adapter_requests import AdapterRequest, hold_of
 from lorafx.serving.continuous.attention import EAGER, TracedEager
 from lorafx.serving.continuous.failures import OF_THE_DEVICE, in_parts

@@ -24,7 +24,7 @@ from transformers.generation.continuous_batching.requests import (
 )
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
 
-from lorafx.adapter_store.holding import Hold
+from lorafx.adapter_store.stored import Hold
 from lorafx.errors import CapacityError, ConfigError, LorafxError, nearest
 from lorafx.serving.continuous.adapter_requests import hold_of
 from lorafx.session.session import Session

@@ -1,4 +1,4 @@
-"""This rank's share of a delta, for layers sharded over tensor-parallel ranks.
+"""The registry entries of the parallel layers, and this rank's share of a delta.
 
     ΔW = B A,   W cut into W_rank:   ΔW_rank = B_rank A_rank
 
@@ -8,7 +8,8 @@
     experts: gate and up of all       B_rank = rows of B (E, I, r) of each,  A_rank = A
     experts: down of all              B_rank = B,              A_rank = columns of A (E, r, I)
 
-Rows that pad a vocabulary get zeros.
+Rows that pad a vocabulary get zeros. Each class has an entry of its own, so that an out-of-tree
+class can stand in for any of them.
 """
 
 from __future__ import annotations
@@ -19,14 +20,22 @@ from torch import Tensor, nn
 
 from lorafx.layers.base import ParallelLayer
 from lorafx.layers.embedding import ParallelLMHead, VocabParallelEmbedding
+from lorafx.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
 from lorafx.layers.moe import FusedMoE
+from lorafx.registry import register
 
 
 class LayerSharding:
     """`lorafx.registry.Sharding` of the parallel layers."""
 
     def saved_sizes(self, module: nn.Module) -> tuple[int, tuple[int, ...]]:
-        """K and the rows of each output slice, as checkpoints have them."""
         layer = _layer(module)
         if _looks_up(layer):
             return layer.output_size, (layer.input_size,)
@@ -35,17 +44,12 @@ class LayerSharding:
     def cut(
         self, module: nn.Module, slices: tuple[int, ...], A: Tensor, B: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """This rank's A and B of one part.
-
-        Args:
-            slices: the output slices that the part covers, in order.
-            A: (r, K); of an embedding (r, V).
-            B: (N, r), N the rows of those slices in checkpoints.
-        """
+        """A (r, K) or, of an embedding, (r, V), and B (N, r), N the rows of the `slices` in
+        checkpoints."""
         layer = _layer(module)
         if _looks_up(layer):
-            own = layer.piece_of_output(A, 0, dim=1)
-            return F.pad(own, (0, layer.output_size_per_partition - own.shape[1])), B
+            columns = layer.piece_of_output(A, 0, dim=1)
+            return F.pad(columns, (0, layer.output_size_per_partition - columns.shape[1])), B
         rows = B.split([layer.output_sizes[i] for i in slices], dim=0)
         pieces = [
             layer.piece_of_output(part, i, dim=0) for i, part in zip(slices, rows, strict=True)
@@ -54,7 +58,6 @@ class LayerSharding:
         return layer.piece_of_input(A, dim=1), F.pad(torch.cat(pieces), (0, 0, 0, padding))
 
     def product(self, module: nn.Module) -> nn.Module:
-        """The call of this rank's product, which comes before the ranks' results are combined."""
         layer = _layer(module)
         return layer if layer.tp_size == 1 else layer.local_product
 
@@ -63,19 +66,13 @@ class GateUpSharding:
     """`lorafx.registry.Sharding` of `FusedMoE.w13_weight`, whose slices are gate and up."""
 
     def saved_sizes(self, module: nn.Module) -> tuple[int, tuple[int, ...]]:
-        """H and the rows of each half, as checkpoints have them."""
         layer = _experts(module)
         return layer.hidden_size, (layer.intermediate_size, layer.intermediate_size)
 
     def cut(
         self, module: nn.Module, slices: tuple[int, ...], A: Tensor, B: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """This rank's A and B of one half.
-
-        Args:
-            A: (E, r, H).
-            B: (E, I, r).
-        """
+        """A (E, r, H), B (E, I, r)."""
         return A, _experts(module).own_inner(B, dim=-2)
 
     def product(self, module: nn.Module) -> nn.Module:
@@ -87,19 +84,13 @@ class DownSharding(GateUpSharding):
     """The same of `FusedMoE.w2_weight`, whose inputs are cut."""
 
     def saved_sizes(self, module: nn.Module) -> tuple[int, tuple[int, ...]]:
-        """I and H."""
         layer = _experts(module)
         return layer.intermediate_size, (layer.hidden_size,)
 
     def cut(
         self, module: nn.Module, slices: tuple[int, ...], A: Tensor, B: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """This rank's A and B.
-
-        Args:
-            A: (E, r, I).
-            B: (E, H, r).
-        """
+        """A (E, r, I), B (E, H, r)."""
         return _experts(module).own_inner(A, dim=-1), B
 
 
@@ -115,3 +106,44 @@ def _layer(module: nn.Module) -> ParallelLayer:
 
 def _looks_up(layer: ParallelLayer) -> bool:
     return isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead)
+
+
+LINEARS: tuple[type[nn.Module], ...] = (
+    LinearBase,
+    ReplicatedLinear,
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+    ParallelLMHead,
+)
+#: What computes several projections at once.
+PACKED = (MergedColumnParallelLinear, QKVParallelLinear)
+
+
+def register_layers() -> None:
+    sharding = LayerSharding()
+    for cls in LINEARS:
+        register(
+            cls,
+            in_features="input_size_per_partition",
+            out_features="output_size_per_partition",
+            output_sizes="output_partition_sizes",
+            sharding=sharding,
+            packed=issubclass(cls, PACKED),
+        )
+    register(
+        VocabParallelEmbedding,
+        kind="embedding",
+        in_features="num_embeddings_per_partition",
+        out_features="embedding_dim",
+        sharding=sharding,
+    )
+    register(
+        FusedMoE,
+        kind="experts",
+        in_features="hidden_size",
+        out_features="intermediate_size",
+        weight="w13_weight",
+        sharding={"w13_weight": GateUpSharding(), "w2_weight": DownSharding()},
+    )

@@ -1,14 +1,18 @@
-"""Which modules may have rows of their weight replaced by an adapter's own, and how many.
+"""What an adapter may have at a module beside its factors: biases, and rows of the weight of its
+own.
 
-`modules_to_save` names modules that were trained as a whole: all rows. `trainable_tokens` says of
-how many tokens an embedding, and what is tied to it, may have trained rows.
+    y ← y + s·b              PEFT's lora_bias=True: b is lora_B's
+    y ← y + b' − b           bias="lora_only", "all": b' is the adapter's, b the base's
+
+`modules_to_save` names modules that were trained as a whole: all rows are the adapter's own.
+`trainable_tokens` says how many trained rows an embedding, and what is tied to it, may have.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorafx.errors import ConfigError
 from lorafx.model import targets
@@ -44,11 +48,9 @@ def own_refusal(site: Site) -> str | None:
 def rows_asked(
     modules_to_save: targets.Entries, trainable_tokens: Mapping[str, int], paths: Sequence[str]
 ) -> int | None:
-    """How many rows of its own an adapter may have for the module at `paths`; None for all.
-
-    A name is a path or a dotted suffix of one, of the module or of one that it lies in.
-    """
-    around = [path for own in paths for path in _with_parents(own)]
+    """How many rows of its own an adapter may have for the module at `paths`; None for all. A name
+    is a path or a dotted suffix of one, of the module or of one that it lies in."""
+    around = [above for path in paths for above in _with_parents(path)]
     if modules_to_save and targets.names(modules_to_save, around):
         return None
     rooms = (n for name, n in trainable_tokens.items() if targets.names((name,), paths))
@@ -61,26 +63,26 @@ def _with_parents(path: str) -> Iterator[str]:
         path = path.rpartition(".")[0]
 
 
-def token_rooms(asked: int | Mapping[str, int], model: nn.Module) -> dict[str, int]:
+def token_rooms(room: int | Mapping[str, int], model: nn.Module) -> dict[str, int]:
     """Room for trained tokens by module path: a number is for the input embedding, and modules
     whose weight is tied to a named one's follow it.
 
     Raises:
-        ConfigError: a number, and the model does not tell its input embedding; or it is negative.
+        ConfigError: a number, and the model does not tell its input embedding; or it is no count.
     """
-    if not asked:
+    if not room:
         return {}
-    graph = ModuleGraph.of(model)
-    if not isinstance(asked, Mapping):
+    graph = ModuleGraph(model)
+    if not isinstance(room, Mapping):
         embedding = _input_embedding(model)
         if embedding is None or not graph.has(embedding):
             raise ConfigError(
-                f"LoraConfig(trainable_tokens={asked!r}): {type(model).__name__} does not tell its "
+                f"LoraConfig(trainable_tokens={room!r}): {type(model).__name__} does not tell its "
                 "input embedding; give {name of the module: number}"
             )
-        asked = {graph.paths(embedding)[0]: asked}
+        room = {graph.paths(embedding)[0]: room}
     found: dict[str, int] = {}
-    for name, count in asked.items():
+    for name, count in room.items():
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise ConfigError(
                 f"LoraConfig(trainable_tokens=...): {name!r} has room for {count!r} rows; give a "
@@ -94,7 +96,6 @@ def token_rooms(asked: int | Mapping[str, int], model: nn.Module) -> dict[str, i
 
 
 def _input_embedding(module: nn.Module) -> nn.Module | None:
-    """The input embedding that a module tells, None where it tells none."""
     ask = getattr(module, "get_input_embeddings", None)
     try:
         found = ask() if callable(ask) else None
@@ -107,8 +108,8 @@ def is_input_embedding(graph: ModuleGraph, path: str, module: nn.Module) -> bool
     """Whether the outermost module around `path` that tells its input embedding tells `module`."""
     parents = reversed([*_with_parents(path.rpartition(".")[0])])
     around = [graph.root, *map(graph.find, parents)]
-    told = (_input_embedding(parent) for parent in around if parent is not None)
-    return next((found for found in told if found is not None), None) is module
+    embeddings = (_input_embedding(parent) for parent in around if parent is not None)
+    return next((found for found in embeddings if found is not None), None) is module
 
 
 def tied_paths(graph: ModuleGraph, module: nn.Module) -> list[str]:
@@ -119,3 +120,27 @@ def tied_paths(graph: ModuleGraph, module: nn.Module) -> list[str]:
         return []
     owners = graph.owners(weight)
     return [path for path, other, _ in owners if other is not module and lookup(other) is not None]
+
+
+#: Of modules that have biases at all.
+BIAS_KINDS = ("linear", "conv")
+
+
+def bias_refusal(site: Site) -> str | None:
+    """Why adapters cannot have biases at `site`, or None where they can."""
+    entry = site.eligible
+    if entry.kind not in BIAS_KINDS:
+        return "only linears and convolutions have one"
+    if entry.inner:
+        return "PEFT leaves it out there"
+    if entry.handler is not None:
+        return "a registered handler says where the delta goes, but not a bias"
+    if entry.sharding is not None:
+        return "several ranks share it"
+    return None
+
+
+def bias_of(site: Site) -> Tensor | None:
+    """The base's bias as it is now, a parameter or a buffer; None where there is none."""
+    bias = getattr(site.module, "bias", None)
+    return bias.detach() if isinstance(bias, Tensor) else None

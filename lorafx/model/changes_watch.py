@@ -1,12 +1,15 @@
-"""Whether the modules that carry LoRA are still where they were when the model was marked.
+"""What somebody changed on a model after it was marked: modules that were replaced, and hooks.
 
     model ──name──▶ layer ──name──▶ site      each of these edges leads to the very same module
 
-A mark hangs on a module, and an adapter's factors belong to a path. If another module takes that
-path, the delta would be lost. No call walks the tree: torch reports every module that is registered
-(assignment, `add_module`, containers that append), and a counter records whether that has happened
-to a module of interest. torch does not report deletions, insertions and writes to `_modules`; then
-Dynamo captures anew what runs differently, and every capture checks the edges.
+A mark hangs on a module, and an adapter's factors belong to a path: were another module to take
+that path, the delta would be lost. No call walks the tree: torch reports every module that is
+registered, and a counter records whether that has happened above a site. It does not report
+deletions, insertions and writes to `_modules`; then Dynamo captures anew what runs differently, and
+every capture checks the edges.
+
+On a module without forward hooks Dynamo guards on nothing, so graphs know nothing of a hook that
+comes later. torch numbers the hooks of a process, so a call compares one number.
 """
 
 from __future__ import annotations
@@ -14,13 +17,15 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from torch.utils.hooks import RemovableHandle
 
 from lorafx.errors import ReplacedModuleError, some
+from lorafx.model.marks import MARKS
 from lorafx.model.module_graph import ModuleGraph, join
 from lorafx.model.sites import Site
 from lorafx.registry import lookup
@@ -68,7 +73,6 @@ class Edge(NamedTuple):
 
     @property
     def now(self) -> nn.Module | None:
-        """The module that the attribute holds now."""
         return self.parent._modules.get(self.name)
 
 
@@ -92,7 +96,8 @@ class SiteWatch:
         ]
         self._sites = tuple(sites)
         self._broken: list[Edge] = []
-        self._stand_ins: list[nn.Module | None] = []
+        #: Each of them by identity, with what stands there.
+        self._found: list[tuple[int, nn.Module | None]] = []
         self._states = itertools.count(1)
         self.missing: frozenset[str] = frozenset()
         self.state = 0
@@ -105,16 +110,14 @@ class SiteWatch:
         """Look at every edge; whether anything is otherwise than at the last look."""
         self._seen = _REGISTRATIONS.number
         broken = [edge for edge in self._edges if edge.now is not edge.child]
-        now = [edge.now for edge in broken]
-        same = len(broken) == len(self._broken) and all(
-            edge is other and module is stand_in
-            for edge, other, module, stand_in in zip(
-                broken, self._broken, now, self._stand_ins, strict=True
-            )
+        found = [(id(edge), edge.now) for edge in broken]
+        same = len(found) == len(self._found) and all(
+            key == other and module is known
+            for (key, module), (other, known) in zip(found, self._found, strict=True)
         )
         if same:
             return False
-        self._broken, self._stand_ins = broken, now
+        self._broken, self._found = broken, found
         self.missing = frozenset(site.path for site in self._below(broken))
         self.state = next(self._states) if broken else 0
         return True
@@ -125,11 +128,7 @@ class SiteWatch:
         return self._seen != _REGISTRATIONS.number or bool(self.missing)
 
     def refuse(self, paths: Collection[str] | None = None) -> None:
-        """Refuse what touches sites at these paths, or at any, that are missing.
-
-        Raises:
-            ReplacedModuleError: there are such sites.
-        """
+        """Raises: ReplacedModuleError: there are missing sites among these paths; None for any."""
         concerned = [path for path in self.missing if paths is None or path in paths]
         if concerned:
             raise ReplacedModuleError(
@@ -144,7 +143,6 @@ class SiteWatch:
         return tuple(self._changes(self.missing))
 
     def _below(self, edges: Iterable[Edge]) -> list[Site]:
-        """The sites that are one of the edges' modules, or lie below one."""
         held = {id(module) for edge in edges for module in edge.child.modules()}
         return [site for site in self._sites if id(site.module) in held]
 
@@ -157,20 +155,15 @@ class SiteWatch:
             # Below a module that is out of the model it does not matter what holds what.
             if not lost or (edge.parent is not self._root and id(edge.parent) not in places):
                 continue
-            text = f"{edge.path or '(root)'}, {_described(edge.child)}, {_fate(edge)}"
+            fate = "taken out" if edge.now is None else f"replaced by {_described(edge.now)}"
             elsewhere = places.get(id(edge.child))
-            text += f" (now at {elsewhere})" if elsewhere is not None else ""
-            if lost != [edge.path]:
-                text += f"; it holds {some(lost)}"
-            found.append(text)
+            found.append(
+                f"{edge.path or '(root)'}, {_described(edge.child)}, was {fate} after lorafx was "
+                "given the model"
+                + (f" (now at {elsewhere})" if elsewhere is not None else "")
+                + (f"; it holds {some(lost)}" if lost != [edge.path] else "")
+            )
         return found[:3] + ([f"and {len(found) - 3} more places"] if len(found) > 3 else [])
-
-
-def _fate(edge: Edge) -> str:
-    now = edge.now
-    if now is None:
-        return "was taken out after lorafx was given the model"
-    return f"was replaced by {_described(now)} after lorafx was given the model"
 
 
 def _described(module: nn.Module) -> str:
@@ -181,3 +174,73 @@ def _described(module: nn.Module) -> str:
     except AttributeError:  # a subclass that does not keep them as the registered class does
         sizes = None
     return name if sizes is None else f"{name} ({sizes[0]} -> {sizes[1]})"
+
+
+def hooks_of(module: nn.Module) -> Iterator[tuple[int, Mapping[int, Any]]]:
+    """The number of each hook around the module's forward that is no mark, and where it is kept."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for number, hook in hooks.items():
+            if not isinstance(hook, MARKS):
+                yield number, hooks
+
+
+class LaterHooks:
+    """Whether others have registered hooks on some modules since this was made."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = tuple(modules)
+        self._seen = RemovableHandle.next_id
+        self._known = self._numbers()
+
+    @property
+    def none(self) -> bool:
+        """Whether there are none. One comparison while nobody registers hooks anywhere."""
+        now = RemovableHandle.next_id
+        if self._seen != now:
+            if self._numbers() != self._known:
+                return False
+            self._seen = now
+        return True
+
+    def _numbers(self) -> list[int]:
+        return [number for module in self._modules for number, _ in hooks_of(module)]
+
+
+class HookWatch:
+    """The hooks of others on the modules of one model.
+
+    Attributes:
+        around: whether those of `root` itself run around its graphs; those of a site are traced.
+        state: 0 with the hooks that were there at first; another number whenever there are others.
+    """
+
+    def __init__(self, root: nn.Module, sites: Sequence[Site]) -> None:
+        self._root = root
+        self.around = all(site.module is not root for site in sites)
+        self._states = itertools.count(1)
+        self._own = frozenset[int]()
+        self._first = self._current = self._look()
+        self.state = 0
+
+    def look(self) -> int:
+        """The state now."""
+        if self._seen != RemovableHandle.next_id or any(
+            number not in hooks for number, hooks in self._kept
+        ):
+            found = self._look() - self._own
+            if found != self._current:
+                self._current = found
+                self.state = 0 if found == self._first else next(self._states)
+        return self.state
+
+    def take_over(self) -> None:
+        """Take what a call has registered for the model's own: its graphs know of it. transformers
+        does so in the first call that asks for hidden states."""
+        if self._seen != RemovableHandle.next_id:
+            self._own |= self._look() - self._current
+
+    def _look(self) -> frozenset[int]:
+        self._seen = RemovableHandle.next_id
+        modules = (m for m in self._root.modules() if m is not self._root or not self.around)
+        self._kept = [found for module in modules for found in hooks_of(module)]
+        return frozenset(number for number, _ in self._kept)

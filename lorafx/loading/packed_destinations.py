@@ -1,9 +1,7 @@
 """Where tensors of packed projections go, whichever of checkpoint and model has them packed.
 
-    q_proj.weight (Nq, K) → rows 0 … Nq of qkv_proj.weight      the model packs
-    qkv_proj.weight (ΣN, K) → q_proj, k_proj, v_proj            the checkpoint packs
-
-The model or the user declares which names a packed one stands for (lorafx.model.packed_names).
+q_proj.weight (Nq, K) → rows 0 … Nq of qkv_proj.weight      the model packs
+qkv_proj.weight (ΣN, K) → q_proj, k_proj, v_proj            the checkpoint packs
 """
 
 from __future__ import annotations
@@ -16,15 +14,23 @@ from torch import nn
 
 from lorafx.loading.groups import GroupMember, JointGroup
 from lorafx.loading.loadable_layer import LoadableLayer
-from lorafx.loading.weight_names import WeightNames
-from lorafx.loading.weight_places import Box, Cut, Landing, OwnLoader, Target, at
+from lorafx.loading.weight_places import (
+    Box,
+    Cut,
+    Destination,
+    OwnLoader,
+    Target,
+    WeightNames,
+    destination,
+    no_place,
+)
 from lorafx.model.module_graph import join
 from lorafx.model.packed_names import PackedMember, PackedNames, renamed
 from lorafx.model.saved_names import Walked
 from lorafx.registry import lookup
 
 
-class PackedLandings:
+class PackedDestinations:
     """Finds the places of packed projections, and of projections that are packed, in one model."""
 
     def __init__(self, names: WeightNames, packed: PackedNames) -> None:
@@ -32,7 +38,7 @@ class PackedLandings:
         self._packed = packed
         self._joints: dict[str, JointGroup] = {}
 
-    def landings(self, walked: Walked) -> Iterator[Landing | GroupMember]:
+    def destinations(self, walked: Walked) -> Iterator[Destination | GroupMember]:
         """What a name may mean of which all but two components lead to a module."""
         if len(walked.rest) != 2 or not self._packed.any:
             return
@@ -67,12 +73,13 @@ class PackedLandings:
         members: tuple[PackedMember, ...],
         name: str,
         attribute: str,
-    ) -> Landing | GroupMember | None:
+    ) -> Destination | GroupMember | None:
         """The rows of packed `child` that `name` covers."""
         target = self._names.target(child, attribute)
         if target is None:
             return None
-        own = join(path.rpartition(".")[0], f"{name}.{attribute}")
+        parent = path.rpartition(".")[0]
+        member_path = join(parent, f"{name}.{attribute}")
         index = [member.name for member in members].index(name)
         slices = members[index].slices
         sizes = _slice_sizes(child)
@@ -80,35 +87,34 @@ class PackedLandings:
         shard_id = _shard_id(members, index, sizes)
         loadable = isinstance(child, LoadableLayer)
         if loadable and declared:
-            return at(target, own, shard_id)
+            return destination(target, member_path, shard_id)
         if loadable and len(members) > len(sizes or ()):
             wrong = (
                 f"{len(members)} names are declared for the {len(sizes or ())} slices of "
                 f"{path}; declare which slices each name covers"
             )
-            return Landing(own, None, (), wrong)
-        whole = at(target, join(path, attribute))
+            return no_place(member_path, wrong)
+        whole = destination(target, join(path, attribute))
         if not whole.cuts or isinstance(whole.cuts[0].place, OwnLoader):
-            return at(target, own, shard_id)
+            return destination(target, member_path, shard_id)
         dim = _out_dim(child, len(whole.shape or ()))
         if not declared or sizes is None:
-            parent = path.rpartition(".")[0]
-            each = tuple(join(parent, f"{member.name}.{attribute}") for member in members)
+            names = tuple(join(parent, f"{member.name}.{attribute}") for member in members)
             slices = sizes if sizes is not None and len(members) < len(sizes) else None
-            group = self._joints.setdefault(each[0], JointGroup(whole, dim, each, slices))
-            return GroupMember(group, own)
+            group = self._joints.setdefault(names[0], JointGroup(whole, dim, names, slices))
+            return GroupMember(group, member_path)
         box = whole.cuts[0].place
         assert isinstance(box, Box)
         covered = (index,) if slices is None else slices
         starts = (0, *accumulate(sizes))
         if starts[-1] != len(box.box[dim]) or covered[-1] >= len(sizes):
-            return Landing(own, None, (), f"{path} has slices of {list(sizes)}, which do not fit")
+            return no_place(member_path, f"{path} has slices of {list(sizes)}, which do not fit")
         part = box.narrowed(dim, range(starts[covered[0]], starts[covered[-1] + 1]))
-        return Landing(own, part.shape, (Cut(part),))
+        return Destination(member_path, part.shape, (Cut(part),))
 
     def _apart(
         self, module: nn.Module, path: str, canonical: str, name: str, attribute: str
-    ) -> Iterator[Landing]:
+    ) -> Iterator[Destination]:
         """The modules that packed `name` stands for, in the order in which it packs them."""
         found = [
             (membership.index, membership.count, child_name, child)
@@ -120,31 +126,30 @@ class PackedLandings:
         if not found:
             return
         found.sort(key=lambda item: item[0])
-        own = join(path, f"{name}.{attribute}")
-        landings: list[Landing] = []
-        for _, _, child_name, child in found:
-            target = self._names.target(child, attribute)
-            if target is not None:
-                landings.append(at(target, join(path, f"{child_name}.{attribute}")))
-        if len(landings) != found[0][1]:
-            yield Landing(
-                own, None, (), f"it packs {found[0][1]} tensors, but only {len(landings)} are here"
-            )
+        packed = join(path, f"{name}.{attribute}")
+        parts = [
+            destination(target, join(path, f"{child_name}.{attribute}"))
+            for _, _, child_name, child in found
+            if (target := self._names.target(child, attribute)) is not None
+        ]
+        count = found[0][1]
+        if len(parts) != count:
+            yield no_place(packed, f"it packs {count} tensors, but only {len(parts)} are here")
             return
-        wrong = "; ".join(landing.wrong for landing in landings if landing.wrong)
-        if wrong or any(landing.shape is None for landing in landings):
-            yield Landing(own, None, (), wrong or "its parts have their own loaders")
+        wrong = "; ".join(part.wrong for part in parts if part.wrong)
+        if wrong or any(part.shape is None for part in parts):
+            yield no_place(packed, wrong or "its parts have their own loaders")
             return
-        shapes = [landing.shape or () for landing in landings]
+        shapes = [part.shape or () for part in parts]
         dim = _out_dim(found[0][3], len(shapes[0]))
         ends = list(accumulate(shape[dim] for shape in shapes))
         lead = (slice(None),) * dim
         cuts = tuple(
             Cut(cut.place, (*lead, slice(end - shape[dim], end)))
-            for landing, shape, end in zip(landings, shapes, ends, strict=True)
-            for cut in landing.cuts
+            for part, shape, end in zip(parts, shapes, ends, strict=True)
+            for cut in part.cuts
         )
-        yield Landing(own, (*shapes[0][:dim], ends[-1], *shapes[0][dim + 1 :]), cuts)
+        yield Destination(packed, (*shapes[0][:dim], ends[-1], *shapes[0][dim + 1 :]), cuts)
 
 
 def _shard_id(members: Sequence[PackedMember], index: int, sizes: tuple[int, ...] | None) -> Any:
@@ -166,6 +171,5 @@ def _slice_sizes(module: nn.Module) -> tuple[int, ...] | None:
 
 
 def _out_dim(module: nn.Module, dims: int) -> int:
-    """The dimension of a weight, or of a bias, that holds outputs."""
     entry = lookup(module)
     return dims - 1 if dims and entry is not None and entry.transposed else 0

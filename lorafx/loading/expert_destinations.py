@@ -5,7 +5,7 @@
     experts.gate_up_proj          W_up                       w13, w13_weight; either orientation
     moe.gate_proj.weight          the same without the name of the module of experts
 
-Names and halves are those of adapters (lorafx.model.expert_names).
+Names and halves are those of adapters (lorafx.model.experts).
 """
 
 from __future__ import annotations
@@ -16,24 +16,29 @@ from torch import nn
 
 from lorafx.errors import CheckpointError
 from lorafx.loading.loadable_layer import LoadableLayer
-from lorafx.loading.weight_names import WeightNames
-from lorafx.loading.weight_places import Box, Cut, Landing, Shard, Target
-from lorafx.model.expert_names import PROJECTIONS, ExpertMeaning, Half, meaning
-from lorafx.model.experts import ExpertWeight, expert_weights
+from lorafx.loading.weight_places import Box, Cut, Destination, Shard, Target, WeightNames, no_place
+from lorafx.model.experts import (
+    PROJECTIONS,
+    ExpertMeaning,
+    ExpertWeight,
+    Half,
+    expert_weights,
+    meaning,
+)
 from lorafx.model.module_graph import join
 from lorafx.model.saved_names import Walked
 
 _SHARDS: dict[Half, str] = {"gate": "w1", "up": "w3"}
 
 
-class ExpertLandings:
+class ExpertDestinations:
     """Finds the places of tensors of routed experts in one model."""
 
     def __init__(self, names: WeightNames) -> None:
         self._names = names
         self._weights: dict[int, tuple[ExpertWeight, ...]] = {}
 
-    def landings(self, walked: Walked) -> Iterator[Landing]:
+    def destinations(self, walked: Walked) -> Iterator[Destination]:
         """What a name that was walked as far as it led may mean among experts."""
         for owner in self._owners(walked):
             names, kind = _named(owner.rest)
@@ -44,9 +49,11 @@ class ExpertLandings:
             if target is None:
                 continue
             path = owner.whole
-            wrong = meant.wrong or _out_of_range(meant.expert, meant.weight)
+            wrong, experts = meant.wrong, meant.weight.experts
+            if meant.expert is not None and meant.expert >= experts:
+                wrong = f"there is no expert {meant.expert}: experts are 0 to {experts - 1}"
             if wrong:
-                yield Landing(path, None, (), wrong)
+                yield no_place(path, wrong)
             elif isinstance(owner.module, LoadableLayer):
                 yield _sharded(target, path, meant)
             else:
@@ -66,7 +73,6 @@ class ExpertLandings:
                 yield Walked(child, join(walked.path, name), walked.rest)
 
     def _of(self, module: nn.Module) -> tuple[ExpertWeight, ...]:
-        """The two parameters of `module` if it is one of routed experts."""
         if id(module) not in self._weights:
             self._weights[id(module)] = expert_weights(module) or ()
         return self._weights[id(module)]
@@ -91,15 +97,9 @@ def _named(rest: Sequence[str]) -> tuple[list[str], str]:
     return names, "weight"
 
 
-def _out_of_range(expert: int | None, weight: ExpertWeight) -> str:
-    if expert is None or expert < weight.experts:
-        return ""
-    return f"there is no expert {expert}: experts are 0 to {weight.experts - 1}"
-
-
-def _boxes(target: Target, path: str, kind: str, meant: ExpertMeaning) -> Iterator[Landing]:
-    """The box of a projection: as the model stores it where the parameter's own name is given, as
-    (out, in) by other names; then the other way round, for shapes that fit that alone."""
+def _boxes(target: Target, path: str, kind: str, meant: ExpertMeaning) -> Iterator[Destination]:
+    """The box of a projection: as the model stores it by the parameter's own name, as (out, in) by
+    other names; then the other way round, for shapes that fit that alone."""
     weight = meant.weight
     assert weight is not None
     box = Box.whole(target)
@@ -117,7 +117,7 @@ def _boxes(target: Target, path: str, kind: str, meant: ExpertMeaning) -> Iterat
         shape = oriented.shape if meant.expert is None else oriented.shape[1:]
         # Other names than the parameter's own say which way round it is.
         turned = oriented is not box if meant.own else None
-        yield Landing(path, shape, (Cut(oriented),), turned=turned)
+        yield Destination(path, shape, (Cut(oriented),), turned=turned)
 
 
 def _columns(size: int, weight: ExpertWeight, half: Half) -> range:
@@ -128,7 +128,7 @@ def _columns(size: int, weight: ExpertWeight, half: Half) -> range:
     return range(size // 2) if half == "gate" else range(size // 2, size)
 
 
-def _sharded(target: Target, path: str, meant: ExpertMeaning) -> Landing:
+def _sharded(target: Target, path: str, meant: ExpertMeaning) -> Destination:
     """The shards of a layer that cuts experts' tensors itself."""
     weight, half, expert = meant.weight, meant.half, meant.expert
     assert weight is not None
@@ -136,17 +136,16 @@ def _sharded(target: Target, path: str, meant: ExpertMeaning) -> Landing:
     try:
         if expert is None and half == "all":
             whole = Shard(target)
-            return Landing(path, whole.shape, (Cut(whole),))
-        each = Shard(target, (kinds[0], expert or 0)).shape
-        shape = (len(kinds) * each[0], *each[1:])
+            return Destination(path, whole.shape, (Cut(whole),))
+        rows, *others = Shard(target, (kinds[0], expert or 0)).shape
         cuts = tuple(
-            Cut(
-                Shard(target, (kind, e)),
-                (*(() if expert is not None else (e,)), slice(i * each[0], (i + 1) * each[0])),
+            Cut(Shard(target, (kind, e)), (*lead, slice(i * rows, (i + 1) * rows)))
+            for e, lead in (
+                [(expert, ())] if expert is not None else [(e, (e,)) for e in range(weight.experts)]
             )
-            for e in ([expert] if expert is not None else range(weight.experts))
             for i, kind in enumerate(kinds)
         )
     except CheckpointError as error:
-        return Landing(path, None, (), str(error))
-    return Landing(path, shape if expert is not None else (weight.experts, *shape), cuts)
+        return no_place(path, str(error))
+    shape = (len(kinds) * rows, *others)
+    return Destination(path, shape if expert is not None else (weight.experts, *shape), cuts)

@@ -1,0 +1,443 @@
+"""What an adapter has besides factors, on its way to its sites: weights and biases of its own.
+
+    base_model.model.<module>.weight, .bias                               modules_to_save
+    base_model.model.<module>.token_adapter.trainable_tokens_delta        trainable_token_indices
+    base_model.model.<module>.base_layer.bias    bias="lora_only" or "all": b' for the base's b
+    base_model.model.<module>.bias               bias="all": of a module without factors
+
+A whole weight is (N, K), or (V, N) of an embedding; of trained tokens the configuration says which
+rows they are. Modules that are tied to the input embedding have its trained tokens too, unless
+others are saved for them; what is tied to a head does not have the head's. PEFT also saves copies
+of embeddings that were resized or carry LoRA, and of heads: they are read as whole weights where
+they differ from the model's and there is room. A module of another kind (a norm), or its bias, is
+refused unless what is saved for it is the model's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lorafx.adapter_store.adapter import LoraWeights
+from lorafx.adapter_store.findings import (
+    Findings,
+    Problem,
+    Unsupported,
+    check_sound,
+    path_label,
+    same,
+)
+from lorafx.adapter_store.peft_keys import TRAINING_KEYS, parse, without_prefix
+from lorafx.adapter_store.places import Places
+from lorafx.adapter_store.saved import AdapterState
+from lorafx.errors import Setting
+from lorafx.model.bank import OwnWeight
+from lorafx.model.candidates import by_raw_weight
+from lorafx.model.extras import (
+    OWN_KINDS,
+    bias_of,
+    bias_refusal,
+    is_input_embedding,
+    own_refusal,
+    tied_paths,
+)
+from lorafx.model.module_graph import ModuleGraph
+from lorafx.model.quantized import readable
+from lorafx.model.sites import Site
+from lorafx.registry import lookup
+
+#: As many modules are named in an error.
+_NAMED = 8
+_TOKENS = re.compile(r"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?$")
+
+
+def dora_refusal(site: Site) -> str | None:
+    """Why DoRA adapters cannot have factors at `site`, or None where they can."""
+    entry = site.eligible
+    if site.expert_weight is not None:
+        return "the weight of each routed expert would have its own norms, which is not supported"
+    if entry.handler is not None:
+        return (
+            "a registered handler says where the delta goes, but not what DoRA's scale applies to"
+        )
+    shared = entry.sharding is not None and entry.sharding.product(site.module) is not site.module
+    if shared and getattr(site.module, "bias", None) is not None:
+        return "several ranks share it, and its bias is added inside the rank's own product"
+    if not readable(site.module, entry):
+        return (
+            "DoRA needs the norm of its base weight, which is in a format that lorafx "
+            "cannot read; see lorafx.register(dequantize=...)"
+        )
+    return None
+
+
+class VectorKind(NamedTuple):
+    """A vector with a number for each output: what it belongs to, and which sites cannot have it.
+
+    Attributes:
+        flag: the field of the configuration that asks for it.
+        key: the last part of its key.
+        feature: what messages call what it belongs to.
+        refused: what messages say of sites of which `refusal` gives a reason.
+    """
+
+    flag: str
+    key: str
+    feature: str
+    refused: str
+    refusal: Callable[[Site], str | None]
+
+
+MAGNITUDE = VectorKind(
+    "use_dora", "lora_magnitude_vector", "DoRA", "cannot carry DoRA", dora_refusal
+)
+BIAS = VectorKind(
+    "lora_bias", "lora_B.bias", "lora_bias", "cannot have a bias of an adapter's", bias_refusal
+)
+
+
+def check_vector(
+    kind: VectorKind, key: str, vector: Tensor, label: str, sites: Iterable[Site], count: int
+) -> None:
+    """Raise `Problem` unless these sites may have `vector`, which is (count,)."""
+    for site in sites:
+        reason = kind.refusal(site)
+        if reason is not None:
+            raise Unsupported(f"{key}: {label} {kind.refused}: {reason}")
+    check_sound(key, vector)
+    if tuple(vector.shape) != (count,):
+        raise Problem(f"{key} has shape {tuple(vector.shape)}, {label} needs ({count},)")
+
+
+@dataclass(frozen=True)
+class SavedModule:
+    """A module whose weights an adapter's file holds: its tensors by attribute, with their keys.
+    `named`: it was trained as a whole."""
+
+    path: str
+    module: nn.Module
+    tensors: dict[str, tuple[str, Tensor]]
+    named: bool = True
+
+    @property
+    def differs(self) -> bool:
+        """Whether they are not what the model has."""
+        pairs = ((getattr(self.module, name, None), t) for name, (_, t) in self.tensors.items())
+        return not all(isinstance(base, Tensor) and same(saved, base) for base, saved in pairs)
+
+    @property
+    def eligible(self) -> bool:
+        """Whether a row may have a weight of its own here, by the module's class."""
+        entry = lookup(self.module) or by_raw_weight(self.module)
+        return entry is not None and entry.kind in OWN_KINDS
+
+
+def _saved_modules(state: AdapterState, places: Places, *, with_copies: bool) -> list[SavedModule]:
+    """The modules that `modules_to_save` names and the file has, each leaf by itself; and with
+    copies, those for whose whole weights there is room."""
+    found: dict[str, SavedModule] = {}
+    if not (state.config.modules_to_save or with_copies):
+        return []
+    for key, tensor in state.tensors.items():
+        owner, _, attribute = key.rpartition(".")
+        owner = owner.removesuffix(".base_layer")
+        named = state.config.saves(without_prefix(owner))
+        known = parse(key) is not None or key.endswith(TRAINING_KEYS)
+        bias = attribute == "bias" and state.config.bias != "none"  # trained without its weight
+        if known or not (named or (with_copies and not bias)):
+            continue
+        module = places.module(owner)
+        site = None if module is None else places.site(module)
+        if module is None or not (named or (site is not None and _has_room(site))):
+            continue
+        path = places.current(owner)
+        saved = found.setdefault(path, SavedModule(path, module, {}, named))
+        saved.tensors[attribute] = key, tensor
+    return list(found.values())
+
+
+def _has_room(site: Site) -> bool:
+    return site.own_rows == site.weight_rows
+
+
+def _saved_tokens(state: AdapterState, places: Places) -> Iterator[tuple[str, str, Tensor, str]]:
+    """(path of the module, key, its trained rows, path as it was saved)."""
+    for key, tensor in state.tensors.items():
+        found = _TOKENS.match(key)
+        if found is not None:
+            saved = without_prefix(found["module"])
+            yield places.current(found["module"]), key, tensor, saved
+
+
+def rows_wanted(state: AdapterState, model: nn.Module) -> tuple[list[str], dict[str, int]]:
+    """The modules of `model` that an adapter was trained with as a whole, and the number of rows
+    that it has of others, by path. What cannot be told is left to `OwnReading`."""
+    if not state.config.modules_to_save and not state.config.trainable_token_indices:
+        return [], {}
+    places, graph = Places((), model), ModuleGraph(model)
+    whole = [m.path for m in _saved_modules(state, places, with_copies=False) if m.eligible]
+    tokens: dict[str, int] = {}
+    for path, _, tensor, _ in _saved_tokens(state, places):
+        module = graph.find(path)
+        if module is not None and tensor.dim() == 2 and len(tensor):
+            for same_weight in (path, *tied_paths(graph, module)):
+                tokens[same_weight] = max(tokens.get(same_weight, 0), len(tensor))
+    return whole, tokens
+
+
+class OwnReading:
+    """The rows that one adapter has of its own; problems are noted in the findings.
+
+    Attributes:
+        keys: those that are dealt with.
+        found: rows by the path of the site.
+    """
+
+    def __init__(self, findings: Findings) -> None:
+        self.findings, self.places = findings, findings.places
+        self.state, self.config = findings.state, findings.config
+        self.keys: set[str] = set()
+        self.found: dict[str, OwnWeight] = {}
+        self._apart: dict[str, tuple[int, ...] | None] = {}  # tokens by path, as they were saved
+        self._reached: set[str] = set()  # paths of modules that have trained tokens
+        self._served: list[str] = []  # paths of modules that may have a weight of the adapter's own
+
+    def decode(self) -> None:
+        modules = _saved_modules(self.state, self.places, with_copies=True)
+        self._served = [saved.path for saved in modules if saved.eligible and saved.named]
+        for saved in modules:
+            self.keys.update(key for key, _ in saved.tensors.values())
+            self.findings.compared |= not saved.named
+            if (saved.eligible and saved.named) or saved.differs:
+                with self.findings.noting():
+                    self._whole(saved)
+        tokens = [*_saved_tokens(self.state, self.places)]
+        self._apart = {path: self.config.tokens_of(name) for path, _, _, name in tokens}
+        graph = ModuleGraph(self.places.model) if tokens else None
+        for path, key, rows, name in tokens:
+            assert graph is not None
+            self.keys.add(key)
+            self._reached.add(name)
+            with self.findings.noting():
+                self._tokens(graph, path, key, rows, name)
+        self._complete(modules)
+
+    def _complete(self, saved: list[SavedModule]) -> None:
+        """Note what the configuration says was trained and the file lacks: rows of the adapter
+        would get the base's."""
+        held = {id(found.module): found.tensors for found in saved}
+        named = self.places.named_modules() if self.config.modules_to_save else ()
+        for path, module in named:
+            if self.config.trains(path):
+                for name, _ in module.named_parameters(recurse=False):
+                    if name not in held.get(id(module), {}):
+                        self._lacks(path, module, name)
+        self.findings.problems.extend(
+            f"trainable_token_indices names tokens{name and f' of {name!r}'}, but the file has no "
+            "rows for them"
+            for name, ids in self.config.trainable_token_indices.items()
+            if ids and not any(path.endswith(name) for path in self._reached)
+        )
+
+    def _whole(self, saved: SavedModule) -> None:
+        site, label = self.places.site(saved.module), _label(saved.path, saved.module)
+        if not saved.eligible:
+            few = 0 < len(self._served) <= _NAMED
+            without = f"with modules_to_save={self._served}" if few else "without this module"
+            raise Unsupported(
+                f"{label} was trained as a whole (modules_to_save), and only linears and "
+                f"embeddings have another weight for each row; train the adapter {without}, or "
+                "merge it into a copy of the base model"
+            )
+        if site is None or not _has_room(site):
+            self._no_room(label, "modules_to_save", [saved.path])
+            return
+        weight_name = site.eligible.weight
+        dims = {weight_name: 2, "bias": 1}
+        held = [name for name in dims if isinstance(getattr(saved.module, name, None), Tensor)]
+        for attribute, (key, tensor) in saved.tensors.items():
+            if attribute not in held:
+                raise Unsupported(
+                    f"{key}: {label} was trained as a whole (modules_to_save), and only a weight "
+                    "and a bias that the base has too can be exchanged for each row"
+                )
+            check_sound(key, tensor)
+            if tensor.dim() != dims[attribute]:
+                raise Problem(f"{key} has shape {tuple(tensor.shape)}")
+        if lacks := [name for name in held if name not in saved.tensors]:
+            self._lacks(saved.path, saved.module, lacks[0])
+            return
+        key, rows = saved.tensors[weight_name]
+        rows = rows.mT if site.eligible.transposed else rows
+        bias = saved.tensors["bias"][1] if "bias" in saved.tensors else None
+        self._keep(saved.path, site, label, key, OwnWeight(rows, bias))
+
+    def _lacks(self, path: str, module: nn.Module, name: str) -> None:
+        problem = (
+            f"{_label(path, module)} has a weight of the adapter's own (modules_to_save), but "
+            f"the file has no {path}.{name}"
+        )
+        if problem not in self.findings.problems:
+            self.findings.problems.append(problem)
+
+    def _tokens(self, graph: ModuleGraph, path: str, key: str, rows: Tensor, saved: str) -> None:
+        module, at = graph.find(path), self.config.tokens_of(saved)
+        if module is None:
+            raise Problem(f"{key}: no such module in this model{self.places.nearest(path)}")
+        if at is None:
+            raise Problem(
+                f"{key} holds trained tokens, but trainable_token_indices does not say of "
+                f"{saved} which"
+            )
+        check_sound(key, rows)
+        if rows.dim() != 2 or len(rows) != len(at):
+            raise Problem(
+                f"{key} has shape {tuple(rows.shape)}, trainable_token_indices names {len(at)} "
+                "tokens"
+            )
+        followers: list[str] = []
+        if is_input_embedding(graph, path, module):
+            tied, apart = tied_paths(graph, module), self._apart
+            followers = [other for other in tied if apart.get(other, apart[path]) == apart[path]]
+        # In order: all rows of a weight are then those that it has, one after the other.
+        indices, order = torch.tensor(at, dtype=torch.int32).sort()
+        for place in (path, *followers):
+            self._reached.add(place)
+            owner = graph.find(place)
+            assert owner is not None
+            site, label = self.places.site(owner), _label(place, owner)
+            if site is None or site.own_rows < len(rows):
+                self._no_room(label, "trainable_tokens", len(rows))
+                return
+            beyond = [index for index in at if index >= site.weight_rows]
+            if beyond:
+                raise Problem(
+                    f"{key}: token {beyond[0]} is not one of the {site.weight_rows} of {label}; "
+                    f"call model.resize_token_embeddings({max(beyond) + 1}) before compiling"
+                )
+            if isinstance(getattr(owner, "bias", None), Tensor):
+                raise Unsupported(
+                    f"{key}: {label} adds a bias, and what PEFT computes of trained tokens "
+                    "leaves it out"
+                )
+            self._keep(place, site, label, key, OwnWeight(rows[order], None, indices))
+
+    def _keep(self, path: str, site: Site, label: str, key: str, weight: OwnWeight) -> None:
+        rows, bias, _ = weight
+        embedding = site.eligible.kind == "embedding"
+        features = site.out_features if embedding else site.in_features
+        if rows.shape[1] != features or (bias is not None and len(bias) != len(rows)):
+            raise Problem(f"{key} has shape {tuple(rows.shape)}, {label} needs (…, {features})")
+        if len(rows) > site.weight_rows:
+            raise Problem(
+                f"{key} has {len(rows)} rows, and {label} has {site.weight_rows}: a larger "
+                f"vocabulary needs model.resize_token_embeddings({len(rows)}) before compiling, "
+                "more labels a base model that was loaded with as many"
+            )
+        reason = own_refusal(site)
+        if reason is not None:
+            raise Unsupported(
+                f"{path_label(path)} cannot have a weight of its own for each row: {reason}"
+            )
+        if site.path in self.found:
+            raise Problem(f"{path_label(path)} is saved twice; keep one")
+        self.found[site.path] = weight
+
+    def _no_room(self, label: str, setting: str, value: object) -> None:
+        needed = Setting.asked(setting, value, given=True)
+        self.findings.settings.append(needed)
+        self.findings.no_room.append(
+            f"{label} has a weight of the adapter's own, for which there is no room; {needed}"
+        )
+
+
+def _label(path: str, module: nn.Module) -> str:
+    return f"{path_label(path)} ({type(module).__qualname__})"
+
+
+class BiasReading:
+    """The biases of one adapter that take the place of the base's; problems are noted in the
+    findings. A site without factors gets factors of zeros beside its bias.
+
+    Attributes:
+        keys: those that are dealt with.
+        found: biases by the path of the site.
+    """
+
+    def __init__(self, findings: Findings) -> None:
+        self.findings, self.places = findings, findings.places
+        self.state, self.config = findings.state, findings.config
+        self.keys: set[str] = set()
+        self.found: dict[str, tuple[Site, Tensor]] = {}
+        self._saved: set[int] = set()  # modules whose biases the file has
+
+    def decode(self, owned: Collection[str]) -> None:
+        """Find the biases; `owned` are sites of whose weight, and bias, the adapter has its own."""
+        if self.config.bias == "none":
+            return
+        for key, tensor in self.state.tensors.items():
+            owner, _, attribute = key.rpartition(".")
+            if attribute != "bias" or parse(key) is not None:
+                continue
+            path = owner.removesuffix(".base_layer")
+            module = self.places.module(path)
+            base = getattr(module, "bias", None)
+            if module is None or not isinstance(base, Tensor):
+                continue  # noted as a name that means nothing
+            self._saved.add(id(module))
+            site = self.places.site(module)
+            if site is not None and site.path in owned:
+                continue
+            self.keys.add(key)
+            self.findings.compared = True
+            if (site is not None and bias_refusal(site) is None) or not same(tensor, base):
+                with self.findings.noting():
+                    self._keep(key, tensor, _label(self.places.current(path), module), site)
+
+    def _keep(self, key: str, bias: Tensor, label: str, site: Site | None) -> None:
+        if site is None:
+            raise Unsupported(
+                f"{key}: the bias of {label} was trained (bias = {self.config.bias!r}), and it "
+                "carries no LoRA here; only linears and convolutions that are named by "
+                "target_modules have another bias for each row"
+            )
+        check_vector(BIAS, key, bias, label, [site], site.out_features)
+        self.found[site.path] = site, bias
+
+    def added(self, weights: dict[str, LoraWeights]) -> dict[str, LoraWeights]:
+        """The factors by part path with the biases in them. Those that equal the base's are kept
+        where there are factors: the base's may change, and they would not."""
+        found = dict(weights)
+        for site, bias in self.found.values():
+            base = bias_of(site)
+            sizes = [part.out_features for part in site.parts]
+            for index, piece in enumerate(bias.split(sizes)):
+                path = site.part_path(index)
+                if path not in found:
+                    if base is not None and same(piece, base):
+                        continue
+                    zeros = (
+                        torch.zeros(1, site.parts[index].in_features),
+                        torch.zeros(len(piece), 1),
+                    )
+                    found[path] = LoraWeights(*zeros, 0.0)
+                found[path] = found[path]._replace(own_bias=piece)
+        return found
+
+    def complete(self, sites: Sequence[Site]) -> None:
+        """Note the biases that the configuration says were trained, and the file lacks."""
+        if self.config.bias == "none":
+            return
+        for site in dict.fromkeys(sites):
+            held = isinstance(getattr(site.module, "bias", None), Tensor)
+            if held and id(site.module) not in self._saved:
+                self.findings.problems.append(
+                    f"bias = {self.config.bias!r} says that the bias of {path_label(site.path)} "
+                    "was trained, but the file does not have it (some versions of PEFT do not "
+                    "save it)"
+                )
