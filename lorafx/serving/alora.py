@@ -35,7 +35,8 @@ def any_begins(session: Session, names: Iterable[str | None]) -> bool:
     """Whether one of these adapters, or of those in a sum, begins at a token."""
     given = adapters_among(names)
     with suppress(UnknownAdapterError):  # who serves the call says so
-        return any(session.store[own].invocation for name in given for own in members(name))
+        named = (member for name in given for member in members(name))
+        return any(session.store[name].invocation for name in named)
     return False
 
 

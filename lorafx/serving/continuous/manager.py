@@ -94,7 +94,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             raise
         self.generation_config = given
         if per_request:
-            sampling.own(self.logit_processor, given)
+            sampling.take_over(self.logit_processor, given)
         #: In which the thread runs.
         self._process: int | None = None
         #: Of the thread; `batch_processor` is taken away while that still runs.
