@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -159,31 +158,6 @@ def test_adapters_take_turns_without_recompiling(kind: str, pair: Callable[[str]
     both.check([None, "denoiser", "both"], images=images)
     both.check(["both", "both"])
     assert {name: cm.recompiles for name, cm in cp.models.items()} == captured
-
-
-def test_the_pipeline_itself_on_another_thread_is_no_part_of_the_call(
-    pair: Callable[[str], Pair],
-) -> None:
-    """Its images would have the adapters of the call."""
-    both = pair("sdxl")
-    refused: list[Exception] = []
-
-    def run() -> None:
-        try:
-            both.cp.pipe(prompt="ab", **tiny.CALL)
-        except BatchError as error:
-            refused.append(error)
-
-    def callback(pipe: Any, step: int, time: Tensor, values: dict[str, Any]) -> dict[str, Any]:
-        thread = threading.Thread(target=run)
-        thread.start()
-        thread.join(20)
-        return values
-
-    got = both.call(["both", "both"], callback_on_step_end=callback).images
-    assert len(refused) == tiny.CALL["num_inference_steps"]
-    assert "another thread is in a call" in str(refused[0])
-    assert error(got, both.call(["both", "both"]).images) <= TOLERANCE
 
 
 def test_embeddings_that_were_made_in_inference_mode(pair: Callable[[str], Pair]) -> None:

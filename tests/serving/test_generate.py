@@ -133,22 +133,6 @@ def test_forward_is_put_back(served):
         del model.forward
 
 
-def test_no_nested_compile(served, monkeypatch):
-    """transformers would compile a static cache's decode by itself; the user may not be able to
-    tell, so disable_compile is set for them."""
-    seen = []
-    model = served.model
-    original = type(model).generate
-
-    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append(kwargs.get("disable_compile"))
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(type(model), "generate", generate)
-    served.generate(**prompts(2), **FIXED, do_sample=False, adapter_names=["a0", None])
-    assert seen == [True]
-
-
 def test_what_cannot_be_generated(served, plain):
     inputs = prompts(3)
     with pytest.raises(BatchError, match="adapter_names has 2 entries, but the batch has 3 rows"):
