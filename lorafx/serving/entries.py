@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lorafx.errors import CaptureError
-from lorafx.model.attachment import Attachment
+from lorafx.model.marks import Attachment
 from lorafx.serving.entry import Entry
 from lorafx.session.session import Session
 from lorafx.session.stand_ins import forward_of
