@@ -15,12 +15,12 @@ from lorafx.bisection.search import bisect as bisect
 from lorafx.config import Options
 from lorafx.errors import CapacityError, ConfigError, LorafxWarning
 from lorafx.explanation import Explanation
+from lorafx.explanation.collecting import explained
 from lorafx.explanation.why import Why, why_before
 from lorafx.prepare.configuration import request_of
 from lorafx.prepare.marking import build_sites, mark
 from lorafx.program.roles import RoleTable
-from lorafx.reports.predicting import predict
-from lorafx.reports.prediction import Prediction
+from lorafx.reports.prediction import Prediction, predict
 from lorafx.reports.profile import Profile
 from lorafx.saved_graphs.folder import folder_of
 from lorafx.serving.compiled import CompiledModel, compiled_of, refuse_compiled, refuse_other
@@ -135,7 +135,7 @@ def explain(
     session = session_of(model) if compiled is None else compiled._session
     if session is not None and lora_config is None:
         with session.lock:
-            return Explanation.of(session)
+            return explained(session)
     config = request_of(lora_config, {}, model).config
     inputs = list(_examples(model, example_inputs))
     return predict(model, config, Options.of(options), inputs)

@@ -17,9 +17,12 @@ from torch import Tensor, fx
 
 from lorafx.bisection.reference import Modules
 from lorafx.bisection.result import FirstSite
-from lorafx.capture.differences import difference
+from lorafx.capture.recorder import Stage
+from lorafx.capture.verify import difference
 from lorafx.graph.graph_nodes import module_path
-from lorafx.serving.staged_graphs import Stage
+
+#: A node, and which of its results is meant; None for all.
+Source = tuple[fx.Node, int | None]
 
 
 @dataclass
@@ -29,10 +32,17 @@ class Run:
     stage: Stage
     values: dict[str, Tensor]
 
+    @property
+    def graph(self) -> fx.Graph:
+        return self.stage.graph.graph
 
-class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps a copy of each tensor as it was made: operators behind may write into
-    it."""
+    @property
+    def returned(self) -> list[fx.Node]:
+        return list(self.graph.output_node().all_input_nodes)
+
+
+class _Values(fx.Interpreter):
+    """Keeps a copy of each tensor as it was made: operators behind may write into it."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm)
@@ -47,24 +57,23 @@ class _Recorder(fx.Interpreter):
 
 def recorded(stage: Stage, given: Sequence[Any], runs: list[Run]) -> Any:
     """The results of a stage; `runs` gets the values of its nodes."""
-    recorder = _Recorder(stage.graph)
-    results = recorder.run(*given)
-    runs.append(Run(stage, recorder.seen))
+    values = _Values(stage.graph)
+    results = values.run(*given)
+    runs.append(Run(stage, values.seen))
     return results
 
 
 def between(before: Sequence[Run], after: Sequence[Run], tolerance: float) -> FirstSite | None:
-    """The first difference between two runs of the same calls."""
+    """The first difference between two runs of the same calls: of a node that both have, else of
+    another node that is returned."""
     for good, bad in zip(before, after, strict=False):
-        for node in bad.stage.graph.graph.nodes:
-            if node.name not in good.values or node.name not in bad.values:
-                continue
-            error = difference(bad.values[node.name], good.values[node.name])
-            if error > tolerance:
-                return _traced(node, good, bad, error)
-        found = _by_outputs(good, bad, tolerance)
-        if found is not None:
-            return found
+        pairs = [(node.name, node) for node in bad.graph.nodes]
+        pairs += [(was.name, now) for was, now in zip(good.returned, bad.returned, strict=False)]
+        for name, node in pairs:
+            if name in good.values and node.name in bad.values:
+                error = difference(bad.values[node.name], good.values[name])
+                if error > tolerance:
+                    return _led_to(node, good, bad, error)
     return None
 
 
@@ -72,8 +81,8 @@ def beside(runs: Sequence[Run], modules: Modules, tolerance: float) -> FirstSite
     """The first difference from the results of the modules, in the order of their calls."""
     values: dict[str, list[tuple[fx.Node, Tensor]]] = {}
     for run in runs:
-        for node in run.stage.graph.graph.nodes:
-            for path in run.stage.sites.get(node.name, ()):
+        for node in run.graph.nodes:
+            for path in run.stage.paths(node):
                 if node.name in run.values:
                     values.setdefault(path, []).append((node, run.values[node.name]))
     for path, results in modules.items():
@@ -85,66 +94,45 @@ def beside(runs: Sequence[Run], modules: Modules, tolerance: float) -> FirstSite
     return None
 
 
-def _by_outputs(good: Run, bad: Run, tolerance: float) -> FirstSite | None:
-    """Where the graph returns another node than before."""
-    pairs = zip(returned(good), returned(bad), strict=False)
-    for was, now in pairs:
-        if was.name in good.values and now.name in bad.values:
-            error = difference(bad.values[now.name], good.values[was.name])
-            if error > tolerance:
-                return _traced(now, good, bad, error)
-    return None
-
-
-def returned(run: Run) -> list[fx.Node]:
-    """The nodes that the graph returns."""
-    return list(run.stage.graph.graph.output_node().all_input_nodes)
-
-
-def _traced(node: fx.Node, good: Run, bad: Run, error: float) -> FirstSite:
+def _led_to(node: fx.Node, good: Run, bad: Run, error: float) -> FirstSite:
     """The site that led to a wrong value: the nearest through what the pass made, else the node's
     own, else the nearest that it computes with."""
-    names = {other.name for other in good.stage.graph.graph.nodes}
+    names = {other.name for other in good.graph.nodes}
 
     def known(other: fx.Node) -> bool:
         return other.name in names
 
-    def found(paths: tuple[str, ...], *, behind: bool = False) -> FirstSite:
-        return FirstSite(paths, node.name, _where(node), error, behind)
-
     sources = list(_sources(node, None))
     made = [source for source in sources if not (known(node) and known(source[0]))]
-    near = _nearest(made, bad, known)
-    if near is not None:
-        return found(near)
-    if node.name in bad.stage.sites:
-        return found(bad.stage.sites[node.name])
-    far = _nearest(made or sources, bad, lambda _: False)
-    return found(far or (), behind=far is not None)
+    paths = _nearest(made, bad.stage, known) or bad.stage.paths(node)
+    behind = not paths
+    if behind:
+        paths = _nearest(made or sources, bad.stage, lambda _: False)
+    return FirstSite(paths, node.name, _where(node), error, behind and bool(paths))
 
 
 def _nearest(
-    starts: Sequence[tuple[fx.Node, int | None]], run: Run, ends: Callable[[fx.Node], bool]
-) -> tuple[str, ...] | None:
+    starts: Sequence[Source], stage: Stage, ends: Callable[[fx.Node], bool]
+) -> tuple[str, ...]:
     """The sites of the nearest node that has some, from `starts` backwards and not beyond nodes
     where `ends` is true; of a node of several sites the one whose part is taken."""
     pending, seen = deque(starts), {node for node, _ in starts}
     while pending:
-        own, index = pending.popleft()
-        paths = run.stage.sites.get(own.name)
+        node, index = pending.popleft()
+        paths = stage.paths(node)
         if paths:
             return paths[index : index + 1] if index is not None and index < len(paths) else paths
-        if ends(own):
+        if ends(node):
             continue
-        for source in _sources(own, index):
+        for source in _sources(node, index):
             if source[0] not in seen:
                 seen.add(source[0])
                 pending.append(source)
-    return None
+    return ()
 
 
-def _sources(node: fx.Node, index: int | None) -> Iterator[tuple[fx.Node, int | None]]:
-    """The nodes that it computes with, and which of several results it takes of each."""
+def _sources(node: fx.Node, index: int | None) -> Iterator[Source]:
+    """The nodes that it computes with."""
     if node.target is getitem:
         source: Any = node.args[0]
         yield source, int(node.args[1])  # type: ignore[arg-type]

@@ -14,13 +14,12 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from lorafx.bisection.first_site import Run, between, recorded, returned
+from lorafx.bisection.first_site import Run, between, recorded
 from lorafx.bisection.result import FirstSite
-from lorafx.capture.differences import difference
 from lorafx.capture.driver import stays
 from lorafx.capture.lowering import Lowering
-from lorafx.capture.verify import cloned, copied
-from lorafx.serving.staged_graphs import Stage
+from lorafx.capture.recorder import Stage, copied
+from lorafx.capture.verify import cloned, difference
 from lorafx.torch_internals.trees import tree_leaves
 
 
@@ -52,14 +51,18 @@ class CompiledParts:
         got = self._compiled(stage.graph, given)
         wrong = [
             f"{index} by {error:.3g}"
-            for index, (own, other) in enumerate(zip(got, results, strict=True))
-            if isinstance(other, Tensor) and (error := difference(own, other)) > self.tolerance
+            for index, (value, right) in enumerate(zip(got, results, strict=True))
+            if isinstance(right, Tensor) and (error := difference(value, right)) > self.tolerance
         ]
         if not wrong:
             return
         self.notes.append(f"outputs of the compiled graph that differ: {', '.join(wrong)}")
-        values = _nodes(want)
-        sites = [node for node in values if node.name in stage.sites]
+        values = [
+            node
+            for node in want.graph.nodes
+            if node.name in want.values and want.values[node.name].is_floating_point()
+        ]
+        sites = [node for node in values if stage.paths(node)]
         for shown in (sites, values):
             found = between([want], [self._with_values(want, given, shown)], self.tolerance)
             if found is not None and (not found.behind or shown is values):
@@ -77,11 +80,12 @@ class CompiledParts:
         graph = copied(want.stage.graph)
         output = graph.graph.output_node()
         named = {node.name: node for node in graph.graph.nodes}
-        shown = list(dict.fromkeys(n for n in (*nodes, *returned(want)) if n.name in want.values))
-        own = _listed(output)
-        output.args = ((*own, *(named[node.name] for node in shown)),)
+        shown = list(dict.fromkeys(n for n in (*nodes, *want.returned) if n.name in want.values))
+        (results,) = output.args
+        results = results if isinstance(results, (tuple, list)) else (results,)
+        output.args = ((*results, *(named[node.name] for node in shown)),)
         graph.recompile()
-        pairs = zip(shown, self._compiled(graph, given)[len(own) :], strict=True)
+        pairs = zip(shown, self._compiled(graph, given)[len(results) :], strict=True)
         return Run(want.stage, {node.name: value for node, value in pairs})
 
     def _by_cutting(
@@ -109,20 +113,6 @@ class CompiledParts:
         inputs = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
         run: Callable[[list[Any]], Any] = self.lowering.compile(gm, inputs)
         return tree_leaves(run(cloned(given)))
-
-
-def _nodes(run: Run) -> list[fx.Node]:
-    """Those whose values can be compared."""
-    return [
-        node
-        for node in run.stage.graph.graph.nodes
-        if node.name in run.values and run.values[node.name].is_floating_point()
-    ]
-
-
-def _listed(output: fx.Node) -> Sequence[Any]:
-    (results,) = output.args
-    return results if isinstance(results, (tuple, list)) else (results,)
 
 
 def _cut_off(gm: fx.GraphModule, last: fx.Node) -> fx.GraphModule:

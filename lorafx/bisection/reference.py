@@ -1,22 +1,75 @@
-"""What outputs ought to be: W + ΔW of each adapter in the model's own modules, in eager mode.
+"""Outputs of calls, and what they ought to be: W + ΔW of each adapter in the model's own modules,
+in eager mode.
 
 y[b] = f(x; W + s·B A of names[b])[b]
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lorafx.bisection.outputs import Outputs, fresh
+from lorafx.capture.verify import difference, tolerance
 from lorafx.serving.compiled import CompiledModel
+from lorafx.session.requests import Names
+from lorafx.torch_internals.trees import tree_leaves
 
 #: The results of a site's calls, in their order.
 Modules = dict[str, list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The tensors of a call's result whose dimension 0 holds the requests."""
+
+    leaves: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, result: Any, rows: int) -> Outputs:
+        return cls(
+            tuple(
+                leaf.detach().clone()
+                for leaf in tree_leaves(result)
+                if isinstance(leaf, Tensor)
+                and leaf.dim()
+                and leaf.shape[0] == rows
+                and leaf.is_floating_point()
+            )
+        )
+
+    @classmethod
+    def by_row(cls, names: Names, found: Mapping[str | None, Outputs]) -> Outputs:
+        """Each row from the outputs of its own adapter, which are those of the whole batch."""
+        leaves = zip(*(found[name].leaves for name in names), strict=True)
+        return cls(
+            tuple(torch.stack([leaf[row] for row, leaf in enumerate(rows)]) for rows in leaves)
+        )
+
+    def rows(self, which: Sequence[int]) -> Outputs:
+        return Outputs(tuple(leaf[list(which)] for leaf in self.leaves))
+
+    @property
+    def tolerance(self) -> float:
+        """That of the least exact dtype."""
+        return max((tolerance(leaf.dtype) for leaf in self.leaves), default=0.0)
+
+    def error(self, want: Outputs, mask: Tensor | None = None) -> float:
+        """The largest error of a leaf. `mask` (B, T) leaves padding out, where a leaf is
+        (B, T, ...)."""
+        if len(self.leaves) != len(want.leaves):
+            raise ValueError(f"{len(self.leaves)} outputs, and {len(want.leaves)} of the reference")
+        worst = 0.0
+        for got, right in zip(self.leaves, want.leaves, strict=True):
+            if mask is not None and got.shape[:2] == right.shape[:2] == mask.shape:
+                got, right = got[mask.bool()], right[mask.bool()]
+            worst = max(worst, difference(got, right))
+        return worst
 
 
 @dataclass
@@ -29,7 +82,7 @@ class Reference:
 
 
 def reference(
-    compiled: CompiledModel, inputs: Mapping[str, Any], names: Sequence[str | None], rows: int
+    compiled: CompiledModel, inputs: Mapping[str, Any], names: Sequence[str | None]
 ) -> Reference:
     """The reference for these adapters. Each is merged into the weights and taken out again.
 
@@ -39,10 +92,15 @@ def reference(
     found = Reference()
     with compiled._session.lock, compiled.disable_adapter():
         for name in dict.fromkeys(names):
-            with _merged(compiled, name), _results(compiled) as modules:
-                found.outputs[name] = Outputs.of(fresh(compiled.model, inputs), rows)
-            found.modules[name] = modules
+            with _merged(compiled, name), _results(compiled) as found.modules[name]:
+                found.outputs[name] = Outputs.of(fresh(compiled.model, inputs), len(names))
     return found
+
+
+def fresh(call: Callable[..., Any], inputs: Mapping[str, Any], **more: Any) -> Any:
+    """A call with copies of the inputs: a cache is written by each."""
+    with torch.no_grad():
+        return call(**copy.deepcopy(dict(inputs)), **more)
 
 
 @contextmanager
@@ -62,13 +120,10 @@ def _results(compiled: CompiledModel) -> Iterator[Modules]:
     """Inside, the results of the modules that are sites are noted."""
     noted: Modules = {}
 
-    def note(path: str, result: Any) -> None:
-        if isinstance(result, Tensor):
-            noted.setdefault(path, []).append(result.detach().clone())
-
     def hook(path: str) -> Any:
         def run(module: nn.Module, args: Any, result: Any) -> None:
-            note(path, result)
+            if isinstance(result, Tensor):
+                noted.setdefault(path, []).append(result.detach().clone())
 
         return run
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lorafx.reports.table import html_table, text_table
-from lorafx.reports.writing import json_values
+from lorafx.reports.report import Report, Table
 
 BatchKind = Literal["mixed", "one adapter at a time"]
 
@@ -17,8 +16,7 @@ class StageError:
     """The outputs with the graphs as one pass left them, run operator by operator.
 
     Attributes:
-        name: of the pass; of what follows the passes, the lowering and "as served".
-        batch: the batch that was asked for. Before `provenance` no graph knows its rows.
+        batch: the batch that was served. Before `provenance` no graph knows its rows.
         error: largest difference from the reference, relative to the largest of 1 and its
             magnitude.
     """
@@ -53,7 +51,7 @@ class FirstSite:
 
 
 @dataclass(frozen=True)
-class Bisection:
+class Bisection(Report):
     """The result of `lorafx.bisect`.
 
     Attributes:
@@ -77,41 +75,29 @@ class Bisection:
     notes: tuple[str, ...] = ()
     script: Path | None = None
 
-    def json(self) -> dict[str, Any]:
-        """The fields, of JSON's own types; null for an error that is no finite number."""
-        script = None if self.script is None else str(self.script)
-        found: dict[str, Any] = json_values({**asdict(self), "script": script})
-        return found
+    def derived(self) -> dict[str, Any]:
+        return {"script": None if self.script is None else str(self.script)}
 
-    def __str__(self) -> str:
-        lines = [
-            self._heading(),
-            f"  reference: {self.reference}; tolerance {self.tolerance:.1g}; as served "
-            f"{self.served:.3g}",
-            *(f"  {line}" for line in text_table(*self._table())),
-        ]
-        lines += [f"  note: {note}" for note in self.notes]
-        if self.script is not None:
-            lines.append(f"  reproduced by: python {self.script}")
-        return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        return html_table(self._heading(), *self._table())
-
-    def _heading(self) -> str:
+    @property
+    def heading(self) -> str:
         if self.first is None:
             return "no difference above tolerance"
         where = "" if self.site is None else f"; first site {self.site}"
         return f"first wrong after: {self.first}{where}"
 
-    def _table(self) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
-        rows: list[tuple[object, ...]] = [
-            (
-                stage.name,
-                f"{stage.error:.3g}",
-                "ok" if stage.error <= self.tolerance else "over",
-                stage.batch,
-            )
-            for stage in self.stages
+    def facts(self) -> list[str]:
+        return [
+            f"reference: {self.reference}; tolerance {self.tolerance:.1g}; as served "
+            f"{self.served:.3g}"
         ]
-        return ("after", "error", "", "batch"), rows
+
+    def tables(self) -> list[Table]:
+        rows = []
+        for stage in self.stages:
+            verdict = "ok" if stage.error <= self.tolerance else "over"
+            rows.append((stage.name, f"{stage.error:.3g}", verdict, stage.batch))
+        return [Table("", ("after", "error", "", "batch"), rows)]
+
+    def notes_as_lines(self) -> list[str]:
+        lines = [f"note: {note}" for note in self.notes]
+        return lines + ([f"reproduced by: python {self.script}"] if self.script else [])

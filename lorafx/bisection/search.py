@@ -19,20 +19,17 @@ from torch import Tensor
 from lorafx.adapter_store.names import BASE
 from lorafx.bisection.first_site import Run, beside, between, recorded
 from lorafx.bisection.lowered import CompiledParts
-from lorafx.bisection.outputs import Outputs, fresh
-from lorafx.bisection.reference import Reference, reference
+from lorafx.bisection.reference import Outputs, Reference, fresh, reference
 from lorafx.bisection.reproduction import write
 from lorafx.bisection.result import BatchKind, Bisection, FirstSite, StageError
 from lorafx.config import After
 from lorafx.errors import BatchError, ConfigError, VerifyError
-from lorafx.pass_order import CAPTURED, pipeline
+from lorafx.pass_order import CAPTURED
 from lorafx.reports.writing import check_room, written_into
 from lorafx.serving.compiled import CompiledModel, compiled_of
 from lorafx.serving.example_inputs import named_inputs
-from lorafx.serving.staged_graphs import Stages, staged
+from lorafx.serving.replay import Replay, replayed
 
-MIXED: BatchKind = "mixed"
-ALONE: BatchKind = "one adapter at a time"
 #: The first stage in which all uses of weights have their deltas, and the first that knows rows.
 FIRST, KNOWS_ROWS = "match", "provenance"
 
@@ -48,12 +45,10 @@ def bisect(
     """Find the first pass, then the first site, at which a compiled model's answers are wrong.
 
     The reference is W + ΔW of each row's adapter, merged into the model's own modules and run in
-    eager mode; weights are put back bit for bit. The model's graphs are captured once more, kept
-    after each pass, and run operator by operator with the model's own weights and banks, until the
-    outputs differ. Then two stages are compared node by node. Where the graphs are right and the
-    answers are not, they are compiled a few times more, with values from inside as results. The
-    graphs that serve stay as they are; other calls wait. It takes the memory of the graph's values
-    twice.
+    eager mode; weights are put back bit for bit. The graphs are captured once more and run operator
+    by operator as each pass left them. Where they are right and the answers are not, they are
+    compiled a few times more, with values from inside as results. The graphs that serve stay as
+    they are; other calls wait. It takes the memory of the graph's values twice.
 
     Args:
         model: what `lorafx.compile` returned.
@@ -62,8 +57,7 @@ def bisect(
         tolerance: the largest relative error that counts as right; None for that of
             `Options(verify="numeric")` by dtype: 1e-4 for float32, 2e-2 for float16, 6e-2 for
             bfloat16.
-        folder: where a program that shows the difference is written, with model, inputs, adapters
-            and passes beside it, if there is a difference. None for none.
+        folder: where a program that shows the difference is written, if there is one.
 
     Returns:
         A `Bisection`; `first` is None where nothing is wrong.
@@ -95,8 +89,15 @@ def bisect(
         raise BatchError(
             f"{len(names)} adapter_names for a batch of {rows} requests; give one for each request"
         )
-    search = _Search.of(compiled, named, names, tolerance)
-    found = search.run()
+    want = reference(compiled, named, names)
+    mixed = Outputs.by_row(names, want.outputs)
+    if not mixed.leaves:
+        raise BatchError(
+            "no output of this call is a floating-point tensor with a row for each request in "
+            "dimension 0, so there is nothing to compare"
+        )
+    tolerance = mixed.tolerance if tolerance is None else tolerance
+    found = _Search(compiled, named, names, want, mixed, tolerance).run()
     if found.first is not None and target is not None:
         with written_into(target):
             found = replace(found, script=write(target, compiled, named, names, found))
@@ -108,7 +109,6 @@ def _names(compiled: CompiledModel, names: Sequence[Any]) -> list[str | None]:
         raise ConfigError(f"adapter_names must be a list of names, got {names!r}")
     if compiled.merged is not None:
         raise ConfigError(f"{compiled.merged!r} is merged; call unmerge() before bisect()")
-    found: list[str | None] = []
     for name in names:
         if name is not None and not isinstance(name, str):
             raise ConfigError(
@@ -117,8 +117,7 @@ def _names(compiled: CompiledModel, names: Sequence[Any]) -> list[str | None]:
             )
         if name is not None and name != BASE:
             compiled._session.store.check_known(name)
-        found.append(None if name == BASE else name)
-    return found
+    return [None if name == BASE else name for name in names]
 
 
 @dataclass
@@ -129,51 +128,32 @@ class _Search:
     want: Reference
     mixed: Outputs
     tolerance: float
-    mask: Tensor | None
-
-    @classmethod
-    def of(
-        cls,
-        compiled: CompiledModel,
-        inputs: Mapping[str, Any],
-        names: list[str | None],
-        tolerance: float | None,
-    ) -> _Search:
-        want = reference(compiled, inputs, names, len(names))
-        mixed = Outputs.by_row(names, want.outputs)
-        if not mixed.leaves:
-            raise BatchError(
-                "no output of this call is a floating-point tensor with a row for each request in "
-                "dimension 0, so there is nothing to compare"
-            )
-        mask = inputs.get("attention_mask")
-        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        tolerance = mixed.tolerance if tolerance is None else tolerance
-        return cls(compiled, inputs, names, want, mixed, tolerance, mask)
 
     def run(self) -> Bisection:
         notes: list[str] = []
         try:
-            served = self._error(MIXED)
+            served = self._error("mixed")
         except VerifyError as error:  # the model compares its stages itself
             served = float("inf")
             notes.append(str(error))
-        errors: list[StageError] = []
-        with staged(self.compiled) as stages:
-            first, site = self._first(stages, errors)
+        options = self.compiled._session.program.options
+        with replayed(self.compiled) as replay:
+            errors = self._errors(replay)
+            wrong = [stage for stage in errors if stage.error > self.tolerance]
+            first = wrong[0].name if wrong else None
+            site = self._site(replay, errors, errors.index(wrong[0])) if wrong else None
             if first is None and served > self.tolerance:
-                lowering = self.compiled._session.program.options.lowering
-                first = f"lowering ({lowering})"
+                first = f"lowering ({options.lowering})"
                 notes.append(
                     "the graphs after all passes are right, run operator by operator. Options(plan="
                     "{path: 'aten'}) takes single sites out of the generated code"
                 )
-                parts = self._compiled_parts(stages)
+                parts = self._compiled_parts(replay)
                 site = parts.site
                 notes += parts.notes
         if first == FIRST:
-            own = self.compiled._session.program.options.passes
-            early = [n for n, p in own.items() if isinstance(p, After) and p.after == CAPTURED]
+            passes = options.passes.items()
+            early = [n for n, p in passes if isinstance(p, After) and p.after == CAPTURED]
             if early:
                 notes.append(
                     f"passes before {FIRST} cannot be told apart from it: {', '.join(early)}"
@@ -181,63 +161,68 @@ class _Search:
         merged = "W + ΔW merged into the model's own modules, in eager mode, each row its adapter's"
         return Bisection(self.tolerance, merged, served, tuple(errors), first, site, tuple(notes))
 
-    def _first(
-        self, stages: Stages, errors: list[StageError]
-    ) -> tuple[str | None, FirstSite | None]:
-        """The first wrong stage and its site; `errors` gets those of all stages."""
-        names = stages.names[stages.names.index(FIRST) :]
-        wrong: str | None = None
-        for name in names:
-            stages.current = name
-            errors.append(StageError(name, self._batch(name), self._error(self._batch(name))))
-            if errors[-1].error > self.tolerance and wrong is None:
-                wrong = name
-        if wrong is None:
-            return None, None
-        return wrong, self._site(stages, wrong, names)
+    def _errors(self, replay: Replay) -> list[StageError]:
+        """Of all stages that have their deltas. Until one knows rows, each adapter serves alone."""
+        batch: BatchKind = "one adapter at a time"
+        errors = []
+        for name in replay.names[replay.names.index(FIRST) :]:
+            replay.current = name
+            batch = "mixed" if name == KNOWS_ROWS else batch
+            errors.append(StageError(name, batch, self._error(batch)))
+        return errors
 
-    def _compiled_parts(self, stages: Stages) -> CompiledParts:
-        """What the lowering makes of the graphs in which a layer's operators stand in the graph
-        itself."""
-        parts = CompiledParts(stages.program_lowering, self.tolerance)
-        stages.current, stages.runner = stages.flat, parts.run
-        try:
-            self._call(self.names)
-        finally:
-            stages.runner = None
-        if not parts.notes:
-            parts.notes.append(
-                "compiled once more as the passes before outline left them, the graphs are right: "
-                "Options(passes={'outline': False}) goes without it"
-                if stages.flat != stages.names[-1]
-                else "compiled once more, the graphs are right"
-            )
-        return parts
+    def _error(self, batch: BatchKind) -> float:
+        mask = self.inputs.get("attention_mask")
+        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        if batch == "mixed":
+            return self._call(self.names).error(self.mixed, mask)
+        worst = 0.0
+        for name in self._adapters():
+            rows = [row for row, other in enumerate(self.names) if other == name]
+            got, want = self._call([name] * len(self.names)), self.want.outputs[name]
+            kept = None if mask is None else mask[rows]
+            worst = max(worst, got.rows(rows).error(want.rows(rows), kept))
+        return worst
 
-    def _site(self, stages: Stages, wrong: str, names: Sequence[str]) -> FirstSite | None:
-        batch = self._batch(wrong)
-        adapters: list[list[str | None]] = [self.names]
-        if batch == ALONE:
-            adapters = [[name] * len(self.names) for name in self._adapters()]
-        at = names.index(wrong)
-        for asked in adapters:
-            after = self._recorded(stages, wrong, asked)
-            if at and self._batch(names[at - 1]) == batch:
-                found = between(self._recorded(stages, names[at - 1], asked), after, self.tolerance)
+    def _site(self, replay: Replay, errors: Sequence[StageError], at: int) -> FirstSite | None:
+        """The first site at which the stage `at` is wrong."""
+        batch = errors[at].batch
+        names = [self.names]
+        if batch != "mixed":
+            names = [[name] * len(self.names) for name in self._adapters()]
+        for asked in names:
+            after = self._recorded(replay, errors[at].name, asked)
+            if at and errors[at - 1].batch == batch:
+                before = self._recorded(replay, errors[at - 1].name, asked)
+                found = between(before, after, self.tolerance)
             else:
                 found = beside(after, self._modules(asked), self.tolerance)
             if found is not None:
                 return found
         return None
 
+    def _compiled_parts(self, replay: Replay) -> CompiledParts:
+        """What the lowering makes of the graphs in which a layer's operators stand in the graph
+        itself."""
+        parts = CompiledParts(replay.lowering, self.tolerance)
+        with replay.running(replay.flat, parts.run):
+            self._call(self.names)
+        if not parts.notes:
+            parts.notes.append(
+                "compiled once more as the passes before outline left them, the graphs are right: "
+                "Options(passes={'outline': False}) goes without it"
+                if replay.flat != replay.names[-1]
+                else "compiled once more, the graphs are right"
+            )
+        return parts
+
     def _modules(self, asked: Sequence[str | None]) -> dict[str, list[Tensor]]:
         """Results of the sites' modules for this batch, where a row is an entry of dimension 0."""
         first, *others = dict.fromkeys(asked)
-        own = self.want.modules[first]
         if not others:
-            return own
+            return self.want.modules[first]
         found: dict[str, list[Tensor]] = {}
-        for path, results in own.items():
+        for path, results in self.want.modules[first].items():
             for at, result in enumerate(results):
                 if not result.dim() or result.shape[0] != len(asked):
                     break
@@ -247,40 +232,15 @@ class _Search:
                 found.setdefault(path, []).append(joined)
         return found
 
-    def _batch(self, stage: str) -> BatchKind:
-        """What a stage is asked for."""
-        order = self._order
-        return ALONE if order.index(stage) < order.index(KNOWS_ROWS) else MIXED
-
-    @property
-    def _order(self) -> list[str]:
-        passes = [item.name for item in pipeline(self.compiled._session.program.options).graph]
-        return passes if KNOWS_ROWS in passes else [*passes, KNOWS_ROWS]
-
     def _adapters(self) -> list[str]:
         return [name for name in dict.fromkeys(self.names) if name is not None]
-
-    def _error(self, batch: BatchKind) -> float:
-        rows = len(self.names)
-        if batch == MIXED:
-            return self._call(self.names).error(self.mixed, self.mask)
-        worst = 0.0
-        for name in self._adapters():
-            own = [row for row in range(rows) if self.names[row] == name]
-            got, want = self._call([name] * rows), self.want.outputs[name]
-            mask = None if self.mask is None else self.mask[own]
-            worst = max(worst, got.rows(own).error(want.rows(own), mask))
-        return worst
 
     def _call(self, names: Sequence[str | None]) -> Outputs:
         result = fresh(self.compiled, self.inputs, adapter_names=list(names))
         return Outputs.of(result, len(names))
 
-    def _recorded(self, stages: Stages, name: str, asked: Sequence[str | None]) -> list[Run]:
+    def _recorded(self, replay: Replay, name: str, asked: Sequence[str | None]) -> list[Run]:
         runs: list[Run] = []
-        stages.current, stages.runner = name, lambda stage, given: recorded(stage, given, runs)
-        try:
+        with replay.running(name, lambda stage, given: recorded(stage, given, runs)):
             self._call(asked)
-            return runs
-        finally:
-            stages.runner = None
+        return runs

@@ -1,15 +1,9 @@
 """Inputs of a graph that are the same tensors in every call: banks and packed weights.
 
-    Dynamo's bytecode      loads arguments and weights from the modules, in each call
-    the executable         adds banks and packed weights, which it looked up once
-
-Dynamo loads an input from where it found it, module by module, hook by hook: 6.5 µs per call and
-layer for the four banks of a Llama's layer. But a bank never moves, and in a frame that one program
-owns it is always the same. So these inputs are last in the graph that is compiled,
-and are no inputs any more in the one that Dynamo makes its bytecode for.
-
-A bank belongs to the sites whose weights the frame takes. Modules that change places without
-torch's notice (writes to `_modules`) take their marks along, so each call compares these weights.
+In a frame that one program owns they are inputs of what is compiled, looked up once, and none of
+what Dynamo makes its bytecode for, which would load them module by module (6.5 µs per call and
+layer). Modules that change places without torch's notice take their marks along, so each call
+compares the weights that a bank belongs to.
 """
 
 from __future__ import annotations
@@ -44,19 +38,17 @@ class BoundInputs:
 
     @property
     def count(self) -> int:
-        """How many there are."""
         return len(self.banks) + len(self.packed)
 
     def tensors(self, program: Program) -> tuple[Tensor, ...]:
-        """The inputs, in their order."""
         packs = [getattr(program.packed[number], name) for number, name in self.packed]
         return (*(group.bank.tensors[name] for group, name in self.banks), *packs)
 
     def around(self, program: Program, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """The executable without these inputs.
 
-        It raises ReplacedModuleError where the weights are those of other modules than at capture,
-        and an adapter of the batch touches what was there.
+        It raises ReplacedModuleError where an adapter of the batch touches a weight that is that of
+        another module than at capture.
         """
         binding = _Binding(self, program)
         program.bindings.append(binding)
@@ -72,8 +64,6 @@ class BoundInputs:
 
 
 class _Binding:
-    """The inputs of one graph, and the weights that they belong to."""
-
     def __init__(self, bound: BoundInputs, program: Program) -> None:
         self.tensors = bound.tensors(program)
         self._program = program
@@ -84,7 +74,6 @@ class _Binding:
         self._known = self._now()
 
     def _now(self) -> list[Tensor | None]:
-        """The weights, as `_weights_of` gives them."""
         weights = [self._program.weight_of(site) for site in self._sites]
         return [weights[0], *weights]
 
@@ -99,8 +88,8 @@ class _Binding:
 def bind(
     program: Program, frame: Frame, gm: fx.GraphModule, examples: Sequence[Any]
 ) -> tuple[BoundInputs | None, list[Any]]:
-    """The inputs of a frame that is of `program` alone which need not be looked up in every call,
-    and the examples. Graph, frame and examples have these inputs last now."""
+    """The inputs of a frame of `program` alone that need not be looked up in every call, and the
+    examples. Graph, frame and examples have these inputs last now."""
     places = {
         id(site): position
         for position, item in enumerate(frame.inputs)
@@ -141,8 +130,8 @@ def _reorder(graph: fx.Graph, order: Sequence[int]) -> None:
 
 
 def take_out(gm: fx.GraphModule, graph: fx.Graph, bound: Sequence[Tensor]) -> None:
-    """Make the last inputs of Dynamo's own graph attributes of its module, now that it is compiled:
-    Dynamo makes bytecode that loads the inputs which the graph has afterwards."""
+    """Make the last inputs of Dynamo's graph, which is compiled, attributes of its module: Dynamo
+    makes bytecode that loads the inputs which the graph has afterwards."""
     nodes = graph.find_nodes(op="placeholder")[-len(bound) :]
     for number, (node, tensor) in enumerate(zip(nodes, bound, strict=True)):
         name = f"_lorafx_bound_{number}"

@@ -1,8 +1,8 @@
 """What a compiled graph checks before it serves a call.
 
-A graph outlives the model that it was captured for: Dynamo keeps it, and calls it for other layers
-and other models of the same class. So nothing here holds a module or a weight. Sites are paths, and
-the tensors of the running call tell which site is meant.
+Dynamo keeps a graph, and calls it for other layers and other models of the same class. So nothing
+here holds a module or a weight: sites are paths, and the tensors of the running call tell which
+site is meant.
 """
 
 from __future__ import annotations
@@ -29,9 +29,6 @@ from lorafx.torch_internals.frames import size_expression
 class InputPlaces:
     """Where a graph's inputs are among the arguments that it is called with.
 
-    A graph may serve other layers than the one it was captured for: what belongs to a site is
-    found by the tensor that stands at its place in the running call.
-
     Attributes:
         weights: path of a site -> position of its weight, index among the sites that share it.
         banks: path of a site -> position of its group's bank, index of the site in the group.
@@ -41,7 +38,7 @@ class InputPlaces:
             else in another call.
         plain: positions of matrices (and stacks of them) that are no site's weight here, and may
             be in another call.
-        derived: path of a site -> position and form of each tensor that holds part of its weight.
+        derived: path of a site, position and form of each tensor that holds part of its weight.
         assumed: position -> argument of those `requests` whose dimension is the convention's, until
             a warning has been given for it.
         choices: those of `called` that hold several sequences of each request, in dimension 1: as
@@ -95,22 +92,16 @@ class InputPlaces:
         return places
 
     def look_once(self, values: Sequence[Any]) -> None:
-        """Look at one of those inputs alone whose requests are as many as another's by a guard.
-
-        Args:
-            values: the inputs as Dynamo traced them. The graph is compiled, so that all guards on
-                sizes are there.
-        """
+        """Look at one input alone of those whose requests are as many by a guard. `values` are the
+        inputs as Dynamo traced them; the graph is compiled, so all guards on sizes are there."""
         self.requests = _of_different_sizes(self.requests, values)
         self.called = _of_different_sizes(self.called, values)
 
     @property
     def conditional(self) -> bool:
-        """Whether what stands at some places has to be looked at before the graph runs."""
         return bool(self.plain or self.derived or self.choices)
 
     def site(self, program: Program, path: str, arguments: Sequence[Any]) -> Site | None:
-        """The site that stands in the running call where this one stood at capture."""
         if path in self.weights:
             position, index = self.weights[path]
             return program.site_of_weight(arguments[position], index)
@@ -128,8 +119,7 @@ class InputPlaces:
         *,
         when: When = "always",
     ) -> list[str]:
-        """Paths of those sites of the running call that its adapters touch, or of those that a
-        refusal for batches like `when` concerns."""
+        """Paths of the running call's sites that a refusal for batches like `when` concerns."""
         now = [self.site(program, path, arguments) for path in paths]
         concerned = {
             "dora": program.is_rescaled,
@@ -155,19 +145,14 @@ class InputPlaces:
         return sorted(found)
 
     def rows(self, arguments: Sequence[Any], *, called: bool = False) -> int | None:
-        """The number of requests that the graph serves, as its inputs have it; of the running
-        call, as its arguments have it, with `called`."""
+        """The number of requests by the graph's inputs; by the call's arguments, with `called`."""
         places = self.called if called else self.requests
         sizes = [arguments[position].shape[dim] for position, dim, _ in places]
         return max(sizes) if sizes else self.number
 
     def check_rows(self, arguments: Sequence[Any], rows: int) -> None:
-        """Every argument that carries requests has `rows` of them, or one that all share. Warns
-        once where that leaves open which dimension holds them.
-
-        Raises:
-            BatchError: it does not.
-        """
+        """Raise BatchError where an argument that carries requests has neither `rows` of them nor
+        one that all share. Warns once where it is open which dimension holds them."""
         for position, dim, name in self.called:
             check_requests(name, arguments[position].shape, dim, rows)
         for position, argument in list(self.assumed.items()):
@@ -175,11 +160,7 @@ class InputPlaces:
                 del self.assumed[position]
 
     def check_choices(self, arguments: Sequence[Any]) -> None:
-        """Arguments that hold several sequences of each request hold as many.
-
-        Raises:
-            BatchError: they do not.
-        """
+        """Raise BatchError where arguments hold different numbers of sequences for each request."""
         if len({arguments[position].shape[dim] for position, dim, _ in self.choices}) > 1:
             given = ", ".join(f"{n} {tuple(arguments[p].shape)}" for p, _, n in self.choices)
             raise BatchError(
@@ -270,11 +251,8 @@ class Checks:
     inside: dict[tuple[int, int], bool] = field(default_factory=dict)
 
     def refuse_changed(self, program: Program, arguments: Sequence[Any]) -> None:
-        """Refuse the running batch: an input is not what it was when the graph was captured.
-
-        Raises:
-            ProvenanceError: where the batch's adapters touch a site of the graph.
-        """
+        """Raise ProvenanceError where the batch's adapters touch a site of the graph: an input is
+        not what it was when the graph was captured."""
         touched = self.places.touched(program, self.sites, arguments)
         if touched:
             unseen = program.call is not None and program.call.memory.unseen
@@ -289,12 +267,10 @@ class Checks:
         to one request.
 
         Raises:
-            CaptureError: the graph was captured for a layer without LoRA, and Dynamo, which does
-                not tell such layers apart, calls it for one with.
-            MatchError: an adapter of the batch touches a site whose weight is used in a way that
-                LoRA, DoRA or a weight of the adapter's own cannot be applied to.
-            ProvenanceError: the batch mixes adapters that touch a site whose rows have no proved
-                owner.
+            CaptureError: an adapter touches a layer for which the graph has no LoRA.
+            MatchError: an adapter touches a site whose weight is used in a way that LoRA, DoRA or a
+                weight of the adapter's own cannot be applied to.
+            ProvenanceError: the batch mixes adapters at a site whose rows have no proved owner.
             BatchError: as `InputPlaces.check_choices`.
         """
         if not program.runtime.uniform:
@@ -337,7 +313,6 @@ class Checks:
         return rows if self.arguments_hold(program, arguments) else None
 
     def arguments_hold(self, program: Program, arguments: Sequence[Any]) -> bool:
-        """Whether the inputs that were arguments of the call at capture are in this call too."""
         if not self.places.arguments:
             return True
         with program.knowing_arguments():

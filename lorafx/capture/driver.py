@@ -1,4 +1,4 @@
-"""Running the passes over a graph. Only this module cleans, verifies, times and dumps."""
+"""Running the passes over a graph. Only this module cleans, verifies and times."""
 
 from __future__ import annotations
 
@@ -7,41 +7,21 @@ from collections.abc import Callable
 
 from torch import fx
 
-from lorafx.capture.dump import GraphDump
 from lorafx.capture.failures import in_pass
-from lorafx.capture.stage_views import StageViews
 from lorafx.capture.verify import check_graph, output_values
 from lorafx.graph.context import Context
-from lorafx.pass_order import CAPTURED, GraphPass, pipeline, run_passes
+from lorafx.pass_order import GraphPass, pipeline, run_passes
 from lorafx.program.pass_report import PassReport
 
-#: Is told of the captured graph (None), then of each pass and the graph that it left.
-AfterPass = Callable[[GraphPass | None, fx.GraphModule], None]
+#: Is given the captured graph (with None), then the graph after each pass with the pass's report.
+AfterPass = Callable[[fx.GraphModule, Context, PassReport | None], None]
 
 
-def run_pipeline(
-    gm: fx.GraphModule,
-    ctx: Context,
-    dump: GraphDump,
-    after_pass: AfterPass | None = None,
-) -> list[PassReport]:
-    """Run all passes that are switched on over `gm`, in place.
-
-    `after_pass` is called with None and the captured graph, then with each pass and the graph that
-    it left. Numeric verification keeps its copies that way.
-    """
+def run_pipeline(gm: fx.GraphModule, ctx: Context, after_pass: AfterPass) -> None:
+    """Run all passes that are switched on over `gm`, in place."""
     options = ctx.program.options
     outputs = output_values(gm)
-    names, states = dump.names, ctx.states
-    names.note_inputs(ctx.frame, ctx.frame.by_node)
-    views = StageViews(
-        names,
-        ctx.frame.by_node,
-        lambda node: states[node][0].site.path if node in states else "",
-    )
-    dump.add(views.stage(gm, CAPTURED, ctx))
-    if after_pass is not None:
-        after_pass(None, gm)
+    after_pass(gm, ctx, None)
 
     def cleaned(item: GraphPass, edits: int, seconds: float) -> PassReport:
         start = time.perf_counter()
@@ -53,23 +33,17 @@ def run_pipeline(
             gm.graph.lint()
         else:
             check_graph(item.name, gm, ctx, outputs)
-        seconds += time.perf_counter() - start
-        nodes = len(gm.graph.nodes)
-        names.note_pass(gm, ctx)
-        dump.outlined = ctx.outlined
-        dump.add(views.stage(gm, item.name, ctx, edits=edits, seconds=seconds))
-        if after_pass is not None:
-            after_pass(item, gm)
-        return PassReport(item.name, edits, seconds, nodes)
+        end = time.perf_counter()
+        report = PassReport(item.name, edits, seconds + end - start, len(gm.graph.nodes), end)
+        after_pass(gm, ctx, report)
+        return report
 
-    reports = run_passes(
+    run_passes(
         pipeline(options).graph,
         lambda item: item.run(gm, ctx),
         around=in_pass,
         after=cleaned,
     )
-    names.forget_nodes()
-    return reports
 
 
 def stays(node: fx.Node) -> bool:

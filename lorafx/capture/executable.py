@@ -8,7 +8,7 @@ An executable keeps nothing of one layer or model: it finds the program by the a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -55,11 +55,11 @@ def checked(
             return compiled(*arguments)
         if rows is None and not program.runtime.uniform:
             checks.refuse_changed(program, arguments)
-        notes = tracking if tracking is not None and tracking.memory is not None else None
-        looked_at = handover.seen and notes is not None
+        noting = tracking is not None and tracking.memory is not None
+        looked_at = handover.seen and noting
         slots = _slots(program, checks, arguments, rows)
-        if looked_at and notes:
-            results = notes.in_graph(partial(compiled, *arguments))
+        if tracking is not None and looked_at:
+            results = tracking.in_graph(partial(compiled, *arguments))
         else:
             with program.runtime.rows_of(slots):
                 results = compiled(*arguments)
@@ -122,52 +122,13 @@ def with_lookups(
         program = owner(arguments)
         if program is not None:
             if checks.inside:
-                _check_callers(program, arguments, checks.inside)
+                _check_callers(program, arguments, checks)
             arguments.extend(_looked_up(program, arguments, extra, banks, rooms, nulls))
             if numeric is not None and numeric.stages:
                 numeric.run(arguments, mixed=not program.runtime.uniform)
         return compiled(arguments)
 
     run._boxed_call = True  # type: ignore[attr-defined]
-    return run
-
-
-def by_activity(
-    owner: ProgramLookup, base: Callable[..., Any], lora: Callable[..., Any]
-) -> Callable[..., Any]:
-    """Two graphs of one frame that no mark stands in, so that no guard of Dynamo tells calls with
-    adapters from calls without."""
-
-    def run(*arguments: Any) -> Any:
-        program = owner(arguments)
-        active = program is not None and program.runtime.active
-        return (lora if active else base)(*arguments)
-
-    return run
-
-
-def while_missing(owner: ProgramLookup, compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """A graph that was captured while another module stood where a site was. Dynamo may call it
-    when the site is back: it does not guard on hooks that were not there.
-
-    The graph raises:
-        ReplacedModuleError: an adapter of the batch touches what is missing.
-        CaptureError: nothing is missing now, so that it is not the graph of this call.
-    """
-
-    def run(*arguments: Any) -> Any:
-        program = owner(arguments)
-        if program is not None and program.runtime.active:
-            program.look_at_modules()
-            program.refuse_missing(program.batch.touched)
-            if not program.site_watch.missing:
-                raise CaptureError(
-                    f"this graph of {type(program.model).__name__} was captured while "
-                    "modules that carry LoRA were replaced, and these modules are now "
-                    "back; call torch._dynamo.reset() once"
-                )
-        return compiled(*arguments)
-
     return run
 
 
@@ -196,16 +157,11 @@ def for_base(checks: Checks, owner: ProgramLookup, base: Callable[..., Any]) -> 
     return run
 
 
-def _check_callers(
-    program: Program, arguments: Sequence[Any], inside: Mapping[tuple[int, int], bool]
-) -> None:
-    """The graph's unmarked uses are inside or outside of their modules' calls, as when captured.
-
-    Raises:
-        MatchError: they are not: a delta would be added twice, or not at all.
-    """
+def _check_callers(program: Program, arguments: Sequence[Any], checks: Checks) -> None:
+    """Raise MatchError where the graph's unmarked uses are not inside or outside of their modules'
+    calls as when captured: a delta would be added twice, or not at all."""
     callers = calling_modules()
-    for (position, index), expected in inside.items():
+    for (position, index), expected in checks.inside.items():
         site = program.site_of_weight(arguments[position], index)
         if site is None or (id(site.module) in callers) == expected:
             continue
@@ -269,7 +225,7 @@ def _looked_up(
 
 
 def _zeros(layout: BankLayout, device: torch.device) -> Tensor:
-    """A tensor of this layout whose memory holds zeros, gaps included."""
     shape, strides, dtype = layout
     reach = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    # Gaps between the numbers hold zeros, too.
     return torch.zeros(reach + 1, dtype=dtype, device=device).as_strided(shape, strides)

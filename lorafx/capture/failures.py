@@ -1,8 +1,7 @@
 """Failures of a compiler as errors of lorafx: which part failed on which graph, and what to try.
 
-Between the failing code and the caller are AOTAutograd and Dynamo, which wrap an error in their
-own, or look at its class (some ask for a graph break, some for a restart). So an error is passed on
-as it is, with a note of its origin, and becomes an error of lorafx only outside Dynamo.
+AOTAutograd and Dynamo wrap an error in theirs, or look at its class. So it is passed on as it is,
+with a note of its origin, and becomes an error of lorafx outside Dynamo.
 """
 
 from __future__ import annotations
@@ -31,10 +30,8 @@ class _Place:
 
 @contextmanager
 def failing_in(what: str, error: type[LorafxError], way_out: str) -> Iterator[None]:
-    """Note on what leaves the block that it failed in `what`; of nested blocks the inner counts.
-
-    `error` is what it becomes for the caller, `way_out` a sentence that says what to try.
-    """
+    """Note on what leaves the block that it failed in `what`, the innermost such block. For the
+    caller it becomes an `error`; `way_out` is a sentence that says what to try."""
     try:
         yield
     except Exception as raised:
@@ -44,12 +41,10 @@ def failing_in(what: str, error: type[LorafxError], way_out: str) -> Iterator[No
 
 
 def in_pass(item: GraphPass) -> AbstractContextManager[None]:
-    """A pass over a captured graph."""
     return failing_in(f"the pass {item.name!r}", CaptureError, way_around(item))
 
 
 def in_tracing() -> AbstractContextManager[None]:
-    """AOTAutograd, on the way from Dynamo's graph to the functional one."""
     return failing_in("AOTAutograd", CaptureError, _KEEP_OUT)
 
 
@@ -99,8 +94,6 @@ def chain(raised: BaseException) -> list[BaseException]:
 
 
 def _is_of_dynamo(raised: BaseException) -> bool:
-    """Whether Dynamo itself failed. What it says of an operator that refuses its arguments is the
-    model's own error."""
-    return isinstance(raised, TorchDynamoException) and not isinstance(
-        raised, (TorchRuntimeError, ObservedException)
-    )
+    # What it says of an operator that refuses its arguments is the model's own error.
+    models = (TorchRuntimeError, ObservedException)
+    return isinstance(raised, TorchDynamoException) and not isinstance(raised, models)

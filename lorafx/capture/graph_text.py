@@ -3,10 +3,7 @@
     # model.layers.0.mlp.up_proj (my_model.py:71): up = self.up_proj(x)
     mm: "float32[8, 352]" = torch.ops.aten.mm.default(view, permute)
 
-The line of code is the user's own, not that of torch or lorafx inside of it. A graph is kept after
-every pass, and a pass changes few of its nodes: what a line shows is noted anew only where its node
-has changed. Lines are put together where they are read. (torch's own printer takes as long for one
-stage as a pass.)
+The line of code is the user's own, not that of torch or lorafx inside of it.
 """
 
 from __future__ import annotations
@@ -16,28 +13,19 @@ import operator
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import map_aggregate
 
-from lorafx.graph.graph_nodes import plain_path
-from lorafx.torch_internals.frames import size_expression
+from lorafx.capture.recorder import Place, Stage
+from lorafx.graph.graph_nodes import module_path
 from lorafx.torch_internals.operators import HigherOrderOperator, OpOverload
-
-NameOf = Callable[[fx.Node], str]
 
 _INDENT = "    "
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
-#: What arguments hold that neither keeps anything alive nor changes.
-_PLAIN = (
-    *(int, float, complex, str, OpOverload, HigherOrderOperator),
-    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
-)
 #: Operators of Python that are written as such.
 _INFIX: dict[Any, str] = {
     operator.getitem: "{}[{}]",
@@ -56,210 +44,131 @@ _INFIX: dict[Any, str] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class AsText:
-    """Something of which its text is kept."""
+class Printer:
+    """Prints the nodes of one graph of a stage.
 
-    text: str
-
-
-class Printed:
-    """A node as some stages have it. It holds neither the node nor tensors that the node holds.
-
-    Attributes:
-        name: what stands for the node's name.
-        op, target: as the node has them; a target that nothing but its text is known of is that.
-        args, kwargs: the node's, with the nodes in them as they were printed.
-        dtype, shape: of the tensor that it returns; a symbolic size is an expression. None where it
-            returns none.
-        symbol: the size that it is, as text, or "".
-        path, trace, stack: what the metadata of the node say about the code that made it.
-        seen: what `lorafx.capture.stage_views` notes of it.
+    Args:
+        path: of the module whose graph it is, "" for the graph itself.
+        names: what stands for a node's own name.
     """
 
-    __slots__ = (
-        "_line",
-        "_source",
-        "args",
-        "dtype",
-        "kwargs",
-        "name",
-        "op",
-        "path",
-        "seen",
-        "shape",
-        "stack",
-        "symbol",
-        "target",
-        "trace",
-    )
+    def __init__(self, path: str, names: Mapping[Place, str]) -> None:
+        self._path = path
+        self._names = names
 
-    def __init__(self, node: fx.Node, name: str, path: str, kept: Callable[[Any], Any]) -> None:
-        self.name = name
-        self.op = node.op
-        self.target = _kept_target(node.target)
-        self.args: Any = map_aggregate(node.args, kept)
-        self.kwargs: Any = map_aggregate(node.kwargs, kept)
-        value = node.meta.get("val", node.meta.get("example_value"))
-        self.dtype: torch.dtype | None = None
-        self.shape: tuple[Any, ...] | None = None
-        self.symbol = ""
-        if isinstance(value, Tensor):  # on a base's graph too, whose values are of any class
-            self.dtype, self.shape = value.dtype, tuple(map(size_expression, value.shape))
-        elif isinstance(value, _SYMBOLIC):
-            self.symbol = f"Sym({_text(value)})"
-        trace = node.meta.get("stack_trace")
-        self.trace = trace if isinstance(trace, str) else None
-        self.stack: Mapping[Any, Any] = node.meta.get("nn_module_stack") or {}
-        self.path = path
-        self._line: str | None = None
-        self._source: str | None = None
-        self.seen: Any = None
+    def name(self, node: fx.Node) -> str:
+        return self._names.get((self._path, node.name), node.name)
 
-    @property
-    def placeholder(self) -> bool:
-        """Whether it is an argument of the program."""
-        return self.op == "placeholder"
+    def line(self, node: fx.Node) -> str:
+        """The node as a line of the program, without its indent."""
+        if node.op == "output":
+            return f"return {self.text(node.args[0])}"
+        value = value_text(node)
+        annotated = f'{self.name(node)}: "{value}"' if value else self.name(node)
+        return annotated if node.op == "placeholder" else f"{annotated} = {self._call(node)}"
 
-    @property
-    def value(self) -> str:
-        """dtype and shape of its result, or the size that it is; "" where it is neither."""
-        if self.shape is None:
-            return self.symbol
-        sizes = ", ".join(map(_size_text, self.shape))
-        return f"{str(self.dtype).removeprefix('torch.')}[{sizes}]"
+    def _call(self, node: fx.Node) -> str:
+        target: Any = node.target
+        if node.op == "get_attr":
+            return f"self.{target}"
+        positional = list(map(self.text, node.args))
+        keywords = [f"{key} = {self.text(item)}" for key, item in node.kwargs.items()]
+        if target in _INFIX and len(positional) == 2 and not keywords:
+            return _INFIX[target].format(*positional)
+        if node.op == "call_method":
+            called = f"{positional.pop(0)}.{target}"
+        else:
+            called = f"self.{target}" if node.op == "call_module" else self.text(target)
+        return f"{called}({', '.join([*positional, *keywords])})"
 
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """The names of the nodes that it takes, each once."""
-        found: dict[str, None] = {}
-
-        def note(item: Any) -> Any:
-            if isinstance(item, Printed):
-                found[item.name] = None
-            return item
-
-        map_aggregate((self.args, self.kwargs), note)
-        return tuple(found)
-
-    @property
-    def line(self) -> str:
-        """The node as a line of the program."""
-        if self._line is None:
-            self._line = _line(self)
-        return self._line
-
-    @property
-    def source(self) -> str:
-        """The comment above it: module, place and line of the user's code."""
-        if self._source is None:
-            self._source = self.path
-            if self.trace is not None:
-                place, code = users_line(self.trace)
-                path = self.path or innermost_path(self.stack)
-                where = " ".join(filter(None, (path, f"({place})" if place else "")))
-                self._source = ": ".join(filter(None, (where, code)))
-        return self._source
+    def text(self, value: Any) -> str:
+        """A part of an argument."""
+        if isinstance(value, fx.Node):
+            return self.name(value)
+        if value is None or isinstance(value, (int, float, str)):
+            return repr(value)
+        if isinstance(value, OpOverload):
+            return f"torch.ops.{value}"
+        if isinstance(value, HigherOrderOperator):
+            return f"torch.ops.higher_order.{value.name()}"
+        if isinstance(value, tuple):
+            return f"({', '.join(map(self.text, value))}{',' * (len(value) == 1)})"
+        if isinstance(value, list):
+            return f"[{', '.join(map(self.text, value))}]"
+        if isinstance(value, slice):
+            return f"slice({', '.join(map(self.text, (value.start, value.stop, value.step)))})"
+        if isinstance(value, Mapping):
+            items = (f"{key!r}: {self.text(item)}" for key, item in value.items())
+            return "{" + ", ".join(items) + "}"
+        if isinstance(value, Tensor):
+            return f"torch.Tensor(size={[*value.shape]}, dtype={value.dtype})"
+        if isinstance(value, _SYMBOLIC):
+            return str(value.node.expr)
+        return _function_name(value) if callable(value) else repr(value)
 
 
-#: A stage: the graph ("") and those of the modules that it calls, by their paths.
-PrintedStage = tuple[tuple[str, tuple[Printed, ...]], ...]
+def _function_name(function: Any) -> str:
+    name = getattr(function, "__qualname__", None) or getattr(function, "__name__", None)
+    if name is None:
+        return repr(function)
+    module = getattr(function, "__module__", None)
+    return f"{module}.{name}" if module else str(name)
 
 
-def text_lines(stage: PrintedStage, name: str = "GraphModule") -> list[str]:
-    """The stage as a program."""
+def value_of(node: fx.Node) -> Any:
+    """The fake value, by AOTAutograd or by Dynamo."""
+    return node.meta.get("val", node.meta.get("example_value"))
+
+
+def value_text(node: fx.Node) -> str:
+    """dtype and shape of the result, or the size that it is; "" where it is neither."""
+    value = value_of(node)
+    if isinstance(value, Tensor):
+        sizes = ", ".join(map(str, value.shape))
+        return f"{str(value.dtype).removeprefix('torch.')}[{sizes}]"
+    return f"Sym({value.node.expr})" if isinstance(value, _SYMBOLIC) else ""
+
+
+def path_of(stage: Stage, place: Place, node: fx.Node) -> str:
+    """The path of the module that made a node, or of the site that a pass has made it for."""
+    sites = stage.sites.get(place)
+    return module_path(node) or (sites[0].site.path if sites else "")
+
+
+def stage_lines(stage: Stage, names: Mapping[Place, str]) -> list[str]:
+    """The stage as a program, the bodies that it calls below it."""
     found: list[str] = []
-    for path, nodes in stage:
-        indent = _INDENT * (path.count(".") + 1) if path else ""
-        own = [f"class {path.rpartition('.')[2] or name}(torch.nn.Module):"]
-        own.append(f"{_INDENT}def forward(")
-        arguments = ["self", *(node.line for node in nodes if node.placeholder)]
-        own += [f"{_INDENT * 2}{argument}," for argument in arguments]
-        own.append(f"{_INDENT}):")
-        source = ""
-        for node in nodes:
-            if node.placeholder:
+    for path, graph in stage.graphs.items():
+        printer = Printer(path, names)
+        arguments = ["self", *map(printer.line, graph.find_nodes(op="placeholder"))]
+        own = [
+            f"class {path.rpartition('.')[2] or 'GraphModule'}(torch.nn.Module):",
+            f"{_INDENT}def forward(",
+            *(f"{_INDENT * 2}{argument}," for argument in arguments),
+            f"{_INDENT}):",
+        ]
+        last = ""
+        for node in graph.nodes:
+            if node.op == "placeholder":
                 continue
-            if node.source and node.source != source:
-                own.append(f"{_INDENT * 2}# {node.source}")
-            source = node.source
-            own.append(node.line)
+            comment = _comment(stage, (path, node.name), node)
+            if comment and comment != last:
+                own.append(f"{_INDENT * 2}# {comment}")
+            last = comment
+            own.append(_INDENT * 2 + printer.line(node))
+        indent = _INDENT * (path.count(".") + 1) if path else ""
         found += ["", *(indent + line for line in own)] if path else own
     return found
 
 
-class GraphText:
-    """Prints the stages of one graph. It keeps the graph's nodes: drop it when the last is printed.
-
-    A node is taken from the stage before where everything that its line shows is the very same
-    object. Stages are kept for every graph, and read only where somebody dumps, so lines are put
-    together where they are read.
-
-    Args:
-        named: what stands for a node's name.
-        path_of: the path of the module that a node belongs to, if its metadata do not say.
-    """
-
-    def __init__(
-        self,
-        named: NameOf = operator.attrgetter("name"),
-        path_of: NameOf = lambda node: "",
-    ) -> None:
-        self._named = named
-        self._path_of = path_of
-        self._printed: dict[fx.Node, tuple[str, Any, Any, Any, Any, Printed]] = {}
-
-    def stage(self, gm: fx.GraphModule) -> PrintedStage:
-        """The graph of `gm`, and those of the modules that it calls."""
-        return tuple((name, tuple(map(self.printed, graph.nodes))) for name, graph in graphs(gm))
-
-    def printed(self, node: fx.Node) -> Printed:
-        """One node; the very same object as before where nothing of it has changed."""
-        known = self._printed.get(node)
-        if known is not None:
-            name, target, args, kwargs, value, printed = known
-            if (
-                args is node.args
-                and kwargs is node.kwargs
-                and value is node.meta.get("val")
-                and target is node.target
-                and name is node.name
-            ):
-                return printed
-        # No line has an output's name.
-        name = node.name if node.op == "output" else self._named(node)
-        path = "" if node.meta.get("nn_module_stack") else self._path_of(node)
-        made = Printed(node, name, path, self._kept)
-        value = node.meta.get("val")
-        self._printed[node] = node.name, node.target, node.args, node.kwargs, value, made
-        return made
-
-    def latest(self, node: fx.Node) -> Printed | None:
-        """A node as it was printed last."""
-        known = self._printed.get(node)
-        return None if known is None else known[-1]
-
-    def _kept(self, value: Any) -> Any:
-        """A part of an argument as it is kept."""
-        if value is None or isinstance(value, _PLAIN):
-            return value
-        if isinstance(value, fx.Node):
-            return self.latest(value) or self.printed(value)
-        return AsText(_text(value))
-
-
-def _kept_target(target: Any) -> Any:
-    plain = isinstance(target, (str, OpOverload, HigherOrderOperator)) or target in _INFIX
-    return target if plain else AsText(_text(target))
-
-
-def graphs(gm: fx.GraphModule) -> list[tuple[str, fx.Graph]]:
-    """The graph of `gm` (""), and those of the modules that it calls, by their paths."""
-    return [
-        (name, module.graph)
-        for name, module in gm.named_modules()
-        if isinstance(module, fx.GraphModule)
-    ]
+def _comment(stage: Stage, place: Place, node: fx.Node) -> str:
+    """Module, place and line of the user's code."""
+    source = node.meta.get("stack_trace")
+    path = path_of(stage, place, node)
+    if not isinstance(source, str):
+        return "" if module_path(node) else path
+    where, code = users_line(source)
+    return ": ".join(filter(None, (" ".join(filter(None, (path, where and f"({where})"))), code)))
 
 
 _FRAME = re.compile(r'^ *File "(.+?)", line (\d+), in .*\n(.*)', re.MULTILINE)
@@ -272,11 +181,11 @@ def users_line(trace: str) -> tuple[str, str]:
     """Place and code of the innermost frame that is neither torch's nor lorafx's; where there is no
     other, of the innermost of torch's."""
     frames = [found.groups() for found in _FRAME.finditer(trace)]
-    own = [frame for frame in frames if not frame[0].startswith(_INSIDE)]
-    torchs = [frame for frame in frames if not frame[0].startswith(_INSIDE[1])]
     if not frames:
         return "", ""
-    file, line, code = (own or torchs or frames)[-1]
+    users = [frame for frame in frames if not frame[0].startswith(_INSIDE)]
+    torchs = [frame for frame in frames if not frame[0].startswith(_INSIDE[1])]
+    file, line, code = (users or torchs or frames)[-1]
     return f"{_short_file(file)}:{line}", code.strip()
 
 
@@ -286,87 +195,3 @@ def _short_file(file: str) -> str:
     folders = [*filter(None, sys.path), os.getcwd()]
     inside = [folder for folder in folders if file.startswith(folder.rstrip(os.sep) + os.sep)]
     return os.path.relpath(file, max(inside, key=len)) if inside else file
-
-
-def innermost_path(stack: Mapping[Any, Any]) -> str:
-    """The path of the last module of `nn_module_stack`, "" where there is none."""
-    return plain_path([*stack.values()][-1][0]) if stack else ""
-
-
-def target_text(printed: Printed) -> str:
-    """What the node calls or gets."""
-    target = printed.target
-    return _text(target) if printed.op == "call_function" else str(target)
-
-
-def _line(printed: Printed) -> str:
-    if printed.op == "output":
-        return f"{_INDENT * 2}return {_text(printed.args[0])}"
-    value = printed.value
-    annotated = f'{printed.name}: "{value}"' if value else printed.name
-    if printed.placeholder:
-        return annotated
-    return f"{_INDENT * 2}{annotated} = {_value(printed)}"
-
-
-def _value(printed: Printed) -> str:
-    target = printed.target
-    if printed.op == "get_attr":
-        return f"self.{target}"
-    positional = list(map(_text, printed.args))
-    keywords = [f"{key} = {_text(item)}" for key, item in printed.kwargs.items()]
-    if printed.op == "call_method":
-        return f"{positional[0]}.{target}({', '.join([*positional[1:], *keywords])})"
-    if printed.op == "call_module":
-        return f"self.{target}({', '.join([*positional, *keywords])})"
-    if target in _INFIX and len(positional) == 2 and not keywords:
-        return _INFIX[target].format(*positional)
-    return f"{_text(target)}({', '.join([*positional, *keywords])})"
-
-
-def _size_text(size: Any) -> str:
-    return str(size) if isinstance(size, int) else _expression_text(size)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, Printed):
-        return value.name
-    if isinstance(value, AsText):
-        return value.text
-    if value is None or isinstance(value, (int, float, str)):
-        return repr(value)
-    if isinstance(value, OpOverload):
-        return f"torch.ops.{value}"
-    if isinstance(value, HigherOrderOperator):
-        return f"torch.ops.higher_order.{value.name()}"
-    if isinstance(value, (tuple, list, slice, Mapping)):
-        return _container(value)
-    if isinstance(value, Tensor):
-        return f"torch.Tensor(size={[*value.shape]}, dtype={value.dtype})"
-    if isinstance(value, _SYMBOLIC):
-        return _expression_text(value.node.expr)
-    return _name(value) if callable(value) else repr(value)
-
-
-@functools.lru_cache(maxsize=1000)
-def _expression_text(expression: Any) -> str:
-    """sympy takes as long for a size as all else takes for a line, and sizes are few."""
-    return str(expression)
-
-
-def _container(value: Any) -> str:
-    if isinstance(value, tuple):
-        return f"({', '.join(map(_text, value))}{',' * (len(value) == 1)})"
-    if isinstance(value, list):
-        return f"[{', '.join(map(_text, value))}]"
-    if isinstance(value, slice):
-        return f"slice({', '.join(map(_text, (value.start, value.stop, value.step)))})"
-    return "{" + ", ".join(f"{key!r}: {_text(item)}" for key, item in value.items()) + "}"
-
-
-def _name(function: Callable[..., Any]) -> str:
-    name = getattr(function, "__qualname__", None) or getattr(function, "__name__", None)
-    if name is None:
-        return repr(function)
-    module = getattr(function, "__module__", None)
-    return f"{module}.{name}" if module else str(name)

@@ -1,18 +1,12 @@
 """A captured graph may be an earlier one with numbers in place of symbols.
 
     compiled    f(ids [s0, s1], mask [s0, s1])     of several requests
-    captured    g(ids [1, s2], mask [1, s2])       of one
+    captured    g(ids [1, s2], mask [1, s2])       of one: Dynamo takes a size of one for a constant
     instance    g = f with s0 = 1, s1 = s2:        what f was compiled to serves g
 
-Dynamo takes a size of one for a constant, so a call of one request is captured anew, with guards of
-its own. But its graph is mostly the other one's, operator by operator: equal targets, literals and
-operands, and sizes that are equal once the earlier symbols stand for what the inputs have now. Then
-nothing is compiled. What AOTAutograd and the compiler found out about the earlier symbols has to be
-true of these sizes too, and is guarded here as it was there.
-
-An operator of size s0 means the same for s0 = 1 where what it gives has the same sizes, which are
-compared too: `squeeze` keeps a dimension of s0 and drops one of 1. A tensor that is broadcast along
-s0 is broadcast by an operator of Dynamo's graph. Strides along a size of one address nothing.
+Targets, literals, operands and the sizes of all results have to be equal once the earlier symbols
+stand for what the inputs have now, so `squeeze` of a size of one is another computation. What the
+compiler found out about the symbols has to be true of these sizes too, and is guarded.
 """
 
 from __future__ import annotations
@@ -47,15 +41,15 @@ class _NoForm(Exception):
 
 @dataclass(frozen=True)
 class _Size:
-    """A number in a graph, or a symbol, or what is computed of some."""
+    """A number in a graph, a symbol, or what is computed of some."""
 
     expr: sympy.Expr
 
 
 @dataclass(frozen=True)
 class _Input:
-    """One input of a graph: `source` says where it is reached, `facts` what is equal for all sizes.
-    `sizes` and `strides` are empty for a size itself, which is `size`."""
+    """An input of a graph: where it is reached, and what is equal for all sizes. A size itself has
+    a `size`, and neither `sizes` nor `strides`."""
 
     source: str
     facts: Hashable
@@ -84,69 +78,65 @@ class Form:
     def of(cls, graph: fx.Graph, examples: Sequence[Any], context: Hashable) -> Form | None:
         """The form of the graph that is being captured, whose inputs are `examples`; None where it
         has none. `context`: what else has to be equal."""
-        former = _Former()
-        placeholders = graph.find_nodes(op="placeholder")
+        numbers: dict[fx.Node, int] = {}
+        inputs, nodes = [], []
         try:
-            inputs = tuple(map(former.input, placeholders, examples))
-            nodes = [former.node(node) for node in graph.nodes if node.op != "placeholder"]
+            for node, example in zip(graph.find_nodes(op="placeholder"), examples, strict=True):
+                inputs.append(_input(node, example))
+                if inputs[-1].size is None:
+                    numbers[node] = len(numbers)
+            for node in graph.nodes:
+                if node.op != "placeholder" and not _of_sizes(node):
+                    nodes.append(_node(node, numbers))
+                    numbers[node] = len(numbers)
         except _NoForm:
             return None
         strided = [item for item in examples if isinstance(item, Tensor)]
         first: dict[int, int] = {}
         shared = tuple(first.setdefault(storage_key(item), len(first)) for item in strided)
         modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
-        own = tuple(node for node in nodes if node is not None)
-        return cls(inputs, own, captured_code(), (context, shared, modes))
+        return cls(tuple(inputs), tuple(nodes), captured_code(), (context, shared, modes))
 
 
-class _Former:
-    def __init__(self) -> None:
-        self._numbers: dict[fx.Node, int] = {}
+def _input(node: fx.Node, example: Any) -> _Input:
+    value = node.meta.get("example_value")
+    source = source_name(node)
+    if isinstance(value, _SIZES):
+        return _Input(source, "size", size=_expression(value))
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+        raise _NoForm
+    offset = _expression(value.storage_offset())
+    if not offset.is_Integer:
+        raise _NoForm
+    gradients = value.requires_grad and torch.is_grad_enabled()
+    cls, keys = type(example), _dispatch_keys(example).raw_repr()
+    kind = _AS_INPUTS.get(cls, cls), value.dtype, value.device, gradients, keys
+    flags = value.is_conj(), value.is_neg(), offset
+    sizes, strides = (tuple(map(_expression, item)) for item in (value.shape, value.stride()))
+    return _Input(source, (kind, flags), sizes, strides)
 
-    def input(self, node: fx.Node, example: Any) -> _Input:
-        value = node.meta.get("example_value")
-        source = source_name(node)
-        if isinstance(value, _SIZES):
-            return _Input(source, "size", size=_expression(value))
-        if not isinstance(value, Tensor) or value.layout is not torch.strided:
-            raise _NoForm
-        self._numbers[node] = len(self._numbers)
-        keys = _dispatch_keys(example).raw_repr()
-        gradients = value.requires_grad and torch.is_grad_enabled()
-        cls = _AS_INPUTS.get(type(example), type(example))
-        kind = cls, value.dtype, value.device, gradients, keys
-        offset = _expression(value.storage_offset())
-        if not offset.is_Integer:
-            raise _NoForm
-        flags = value.is_conj(), value.is_neg(), offset
-        sizes, strides = map(_expressions, (value.shape, value.stride()))
-        return _Input(source, (kind, flags), sizes, strides)
 
-    def node(self, node: fx.Node) -> Hashable:
-        """None for a size."""
-        if node.op not in ("call_function", "call_method", "output"):
-            raise _NoForm
-        value = None if node.op == "output" else node.meta.get("example_value")
-        if _of_sizes(value):
-            return None
-        tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-        sizes = tuple(tuple(map(_Size, _expressions(tensor.shape))) for tensor in tensors)
-        operands = self.argument(node.args), self.argument(node.kwargs)
-        form = (node.op, node.target, *operands, sizes)
-        self._numbers[node] = len(self._numbers)
-        return form
+def _of_sizes(node: fx.Node) -> bool:
+    """Whether a node is a size, or several: what is computed of them says which."""
+    leaves = [] if node.op == "output" else tree_leaves(node.meta.get("example_value"))
+    return bool(leaves) and all(isinstance(leaf, _SIZES) for leaf in leaves)
 
-    def argument(self, value: Any) -> Hashable:
+
+def _node(node: fx.Node, numbers: Mapping[fx.Node, int]) -> Hashable:
+    if node.op not in ("call_function", "call_method", "output"):
+        raise _NoForm
+
+    def argument(value: Any) -> Hashable:
         if isinstance(value, fx.Node):
-            if value in self._numbers:
-                return ("node", self._numbers[value])
-            return self.argument(value.meta["example_value"])
+            if value in numbers:
+                return ("node", numbers[value])
+            return argument(value.meta["example_value"])
         if isinstance(value, Mapping):
-            return ("mapping", tuple((key, self.argument(item)) for key, item in value.items()))
+            return ("mapping", tuple((key, argument(item)) for key, item in value.items()))
         if isinstance(value, slice):
-            return ("slice", *map(self.argument, (value.start, value.stop, value.step)))
+            return ("slice", *map(argument, (value.start, value.stop, value.step)))
         if isinstance(value, (list, tuple)):
-            return (isinstance(value, tuple), tuple(map(self.argument, value)))
+            return (isinstance(value, tuple), tuple(map(argument, value)))
         if isinstance(value, _SIZES) and not isinstance(value, bool):
             return _Size(_expression(value))
         if isinstance(value, _LITERALS):  # 1.0 and True are equal in Python
@@ -155,19 +145,14 @@ class _Former:
             return ("plain", value)
         raise _NoForm
 
-
-def _of_sizes(value: Any) -> bool:
-    """Whether a value is a size, or several: what is computed of them says which."""
-    leaves = tree_leaves(value)
-    return bool(leaves) and all(isinstance(leaf, (int, torch.SymInt)) for leaf in leaves)
+    made = None if node.op == "output" else node.meta.get("example_value")
+    tensors = [leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor)]
+    sizes = tuple(tuple(_Size(_expression(size)) for size in item.shape) for item in tensors)
+    return (node.op, node.target, argument(node.args), argument(node.kwargs), sizes)
 
 
 def _expression(value: int | torch.SymInt) -> sympy.Expr:
     return sympy.Integer(value) if isinstance(value, int) else value.node.expr
-
-
-def _expressions(values: Sequence[int | torch.SymInt]) -> tuple[sympy.Expr, ...]:
-    return tuple(map(_expression, values))
 
 
 class _Values:
@@ -178,13 +163,11 @@ class _Values:
         self._found: dict[sympy.Expr, sympy.Expr] = {}
 
     def bind(self, symbol: sympy.Expr, value: sympy.Expr) -> bool:
-        """Whether an earlier size may stand for this one."""
-        if not symbol.is_Symbol:
-            return True  # compared when all are known
-        return self._known.setdefault(symbol, value) == value
+        """Whether an earlier size may stand for this one; what is no symbol is compared later."""
+        return not symbol.is_Symbol or self._known.setdefault(symbol, value) == value
 
     def of(self, expr: Any) -> Any:
-        """The expression with the values in it; itself where a symbol is not known."""
+        """The expression with the values in it."""
         if expr.is_Integer:
             return expr
         if expr not in self._found:
@@ -200,17 +183,14 @@ class _Values:
         if isinstance(earlier, _Size):
             return isinstance(now, _Size) and self.of(earlier.expr) == now.expr
         if isinstance(earlier, tuple):
-            return (
-                isinstance(now, tuple)
-                and len(earlier) == len(now)
-                and all(map(self.equal, earlier, now))
-            )
+            alike = isinstance(now, tuple) and len(earlier) == len(now)
+            return alike and all(map(self.equal, earlier, now))
         return bool(earlier == now)
 
 
 @dataclass(frozen=True, eq=False)
-class Compiled:
-    """A graph that was compiled, by its title.
+class _Compiled:
+    """A graph that was compiled.
 
     Attributes:
         executable: takes the first `count` of the inputs.
@@ -237,9 +217,7 @@ class Compiled:
         if values is None or not all(map(values.equal, earlier.nodes, form.nodes)):
             return None
         places = self._places(form.inputs[:count], values)
-        if places is None or not self.state.check():
-            return None
-        if not all(map(values.known, self.found)):
+        if places is None or not self.state.check() or not all(map(values.known, self.found)):
             return None
         if not _hold([*map(values.of, self.found)], environment):
             return None
@@ -282,11 +260,11 @@ def _matched(earlier: Sequence[_Input], now: Sequence[_Input]) -> _Values | None
     if len(tensors[0]) != len(tensors[1]):
         return None
     pairs = list(zip(*tensors, strict=True))
-    for one, other in pairs:
-        same = one.source == other.source and one.facts == other.facts
-        if not same or len(one.sizes) != len(other.sizes):
+    for before, item in pairs:
+        same = before.source == item.source and before.facts == item.facts
+        if not same or len(before.sizes) != len(item.sizes):
             return None
-        if not all(map(values.bind, one.sizes, other.sizes)):
+        if not all(map(values.bind, before.sizes, item.sizes)):
             return None
     given = {item.source: item.size for item in now if item.size is not None}
     sizes = [(item.size, given.get(item.source)) for item in earlier if item.size is not None]
@@ -295,11 +273,11 @@ def _matched(earlier: Sequence[_Input], now: Sequence[_Input]) -> _Values | None
     for size, value in sizes:
         if not values.known(size) or value not in (None, values.of(size)):
             return None
-    for one, other in pairs:
-        if [*map(values.of, one.sizes)] != [*other.sizes]:
+    for before, item in pairs:
+        if [*map(values.of, before.sizes)] != [*item.sizes]:
             return None
-        strides = zip(one.strides, other.strides, other.sizes, strict=True)
-        if any(values.of(mine) != its for mine, its, size in strides if size != 1):
+        strides = zip(before.strides, item.strides, item.sizes, strict=True)
+        if any(values.of(old) != new for old, new, size in strides if size != 1):
             return None
     return values
 
@@ -316,18 +294,18 @@ class Instances:
     """The graphs of one program that may serve others."""
 
     def __init__(self) -> None:
-        self._compiled: list[Compiled] = []
+        self._compiled: list[_Compiled] = []
 
     def find(self, form: Form, count: int) -> tuple[str, Callable[..., Any]] | None:
-        """The title of an earlier graph that the one is an instance of which is being captured, and
+        """The title of an earlier graph of which the one that is being captured is an instance, and
         what serves it. It is called with its first `count` inputs."""
         environment = symbols_of_frame()
         if environment is None:
             return None
-        for each in self._compiled:
-            executable = each.instance(form, count, environment)
+        for compiled in self._compiled:
+            executable = compiled.instance(form, count, environment)
             if executable is not None:
-                return each.title, executable
+                return compiled.title, executable
         return None
 
     def begin(self) -> int:
@@ -345,4 +323,4 @@ class Instances:
         if environment is None or not symbols:
             return
         found = tuple(guard.expr for guard in environment.guards[begun:])
-        self._compiled.append(Compiled(title, form, executable, count, found, GlobalStateGuard()))
+        self._compiled.append(_Compiled(title, form, executable, count, found, GlobalStateGuard()))

@@ -16,14 +16,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, fx
 
-from lorafx.capture.stamps import (
-    STAMP,
-    Folded,
-    NotUnfolded,
-    fold,
-    refused_by_stamps,
-    unfold,
-)
+from lorafx.capture.stamps import STAMP, Folded, NotUnfolded, traced_once, unfold
 from lorafx.capture.written_back import write_back
 from lorafx.config import Options
 from lorafx.errors import LorafxWarning, LoweringError
@@ -34,19 +27,17 @@ from lorafx.passes.outline.regions import bodies, is_view
 from lorafx.passes.products import replace_products
 from lorafx.program.frame import fake_value
 from lorafx.torch_internals.compat import mode_settings
-from lorafx.torch_internals.shortcuts import chosen, gave_up
+from lorafx.torch_internals.shortcuts import chosen
 
 aten = torch.ops.aten
 
 
 class Lowering(Protocol):
-    """Two roads: graphs with LoRA (`compile`) and graphs of the base model alone (`base`)."""
+    """Compiles graphs with LoRA. `compile` returns an executable in AOTAutograd's boxed form."""
 
     def decompositions(self) -> dict[Any, Callable[..., Any]]: ...
 
     def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]: ...
-
-    def base(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]: ...
 
 
 def decomposition_table() -> dict[Any, Callable[..., Any]]:
@@ -88,9 +79,10 @@ _NO_HARNESS = {"benchmark_harness": False}
 class InductorLowering:
     """Inductor. The rewritten graph is what its caches hash, so a changed pass cannot be stale.
 
-    `patches` are Inductor's settings that a `mode` of torch.compile stands for. `shortcuts`:
-    names of those that are on; stamps are for graphs of the base, too. `products`: they, too,
-    multiply few rows by generated code.
+    Attributes:
+        patches: Inductor's settings that a `mode` of torch.compile stands for.
+        shortcuts: names of those that are on.
+        products: graphs of the base, too, multiply few rows by generated code.
     """
 
     patches: Mapping[str, Any] = field(default_factory=dict)
@@ -98,18 +90,18 @@ class InductorLowering:
     products: bool = False
 
     def decompositions(self) -> dict[Any, Callable[..., Any]]:
-        from lorafx.torch_internals.inductor_settings import inductor_config
+        from lorafx.torch_internals.compat import inductor_config
 
         with inductor_config.patch(dict(self.patches)):
             return decomposition_table()
 
     def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
+        from lorafx.torch_internals.compat import inductor_config
         from lorafx.torch_internals.inductor import (
             _recursive_joint_graph_passes,
             compile_fx_inner,
             get_static_input_idxs,
         )
-        from lorafx.torch_internals.inductor_settings import inductor_config
         from lorafx.torch_internals.torn_libraries import look_for_torn
 
         look_for_torn()
@@ -122,40 +114,15 @@ class InductorLowering:
             gm = _recursive_joint_graph_passes(gm)
             _keep_apart(gm, memory)
             for module in (gm, *(body for _, body in bodies(gm))):
-                output = next(node for node in module.graph.nodes if node.op == "output")
+                output = module.graph.output_node()
+                items: Any = output.args[0]
                 output.meta["user_visible_output_idxs"] = [
-                    index for index, item in enumerate(output.args[0]) if isinstance(item, fx.Node)
+                    index for index, item in enumerate(items) if isinstance(item, fx.Node)
                 ]
             # Weights, packed weights and banks stay where they are; slots are copied in, as CUDA
             # graphs do with what may move.
             fixed = get_static_input_idxs(0)
             return compile_fx_inner(gm, list(inputs), is_inference=True, static_input_idxs=fixed)
-
-    def base(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-        from lorafx.torch_internals.inductor import compile_fx
-        from lorafx.torch_internals.inductor_settings import inductor_config
-        from lorafx.torch_internals.torn_libraries import look_for_torn
-
-        look_for_torn()
-        patches = dict(self.patches)
-        if self.products and inductor_config.post_grad_custom_pre_pass is None:
-            patches["post_grad_custom_pre_pass"] = _generated_products()
-        # What stands for a layer has no gradient, and no pass but Inductor's own may see it.
-        untouched = inductor_config.joint_custom_pre_pass is None
-        if "stamps" in self.shortcuts and untouched and not torch.is_grad_enabled():
-            folded = fold(gm)
-            if folded is not None:
-                try:
-                    return _stamped(gm, examples, patches, folded)
-                except Exception as error:
-                    reason = refused_by_stamps(error)
-                    if reason is None:
-                        raise
-                    gave_up("stamps", reason)
-                    folded.restore()
-        # A compiled backward, made later, keeps the settings too.
-        compiled = compile_fx(gm, list(examples), config_patches=patches)
-        return cast("Callable[..., Any]", compiled)
 
 
 def _viewed(item: Any) -> Any:
@@ -193,50 +160,6 @@ def _keep_apart(gm: fx.GraphModule, memory: Sequence[Any]) -> None:
         gm.recompile()
 
 
-def _generated_products() -> Any:
-    """What `products` does, as a pass of Inductor's own over a graph of the base."""
-    from lorafx.torch_internals.inductor import CustomGraphPass, get_hash_for_files
-
-    class BaseProducts(CustomGraphPass):
-        def __call__(self, graph: fx.Graph) -> None:
-            replace_products(graph)
-
-        def uuid(self) -> Any:
-            return get_hash_for_files((products.__file__, dense.__file__))
-
-    return BaseProducts()
-
-
-def _stamped(
-    gm: fx.GraphModule, examples: Sequence[Any], patches: Mapping[str, Any], folded: Folded
-) -> Callable[..., Any]:
-    """What Inductor makes of the graph whose layers are stamps: before its first pass looks at what
-    AOTAutograd has traced, they are layers again."""
-    from lorafx.torch_internals.inductor import CustomGraphPass, compile_fx, compile_fx_inner
-
-    class Unfold(CustomGraphPass):
-        def __call__(self, graph: fx.Graph) -> None:
-            if graph.find_nodes(op="call_function", target=STAMP):  # not a graph inside of it
-                unfold(graph, folded)
-
-        def uuid(self) -> str:
-            return "lorafx stamps 1"  # the traced graph says what its stamps stand for
-
-    def compile_inner(traced: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
-        if traced.graph.find_nodes(op="call_function", target=STAMP):
-            raise NotUnfolded("the passes over the traced graph are switched off")
-        return compile_fx_inner(traced, *args, **kwargs)
-
-    settings = {**patches, "joint_custom_pre_pass": Unfold()}
-    try:
-        compiled = compile_fx(
-            gm, list(examples), inner_compile=compile_inner, config_patches=settings
-        )
-    finally:
-        folded.forget()
-    return cast("Callable[..., Any]", compiled)
-
-
 class NodeByNode:
     """A graph that is run as it is, in AOTAutograd's boxed convention."""
 
@@ -259,8 +182,71 @@ class ReferenceLowering:
     def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
         return NodeByNode(gm)
 
-    def base(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+
+def compile_base(
+    lowering: Lowering, gm: fx.GraphModule, examples: Sequence[Any]
+) -> Callable[..., Any]:
+    """The executable of a graph without LoRA: what torch.compile makes of it, where `lowering` is
+    Inductor's, and else the graph itself."""
+    if not isinstance(lowering, InductorLowering):
         return gm.forward
+    from lorafx.torch_internals.compat import inductor_config
+    from lorafx.torch_internals.inductor import compile_fx
+    from lorafx.torch_internals.torn_libraries import look_for_torn
+
+    look_for_torn()
+    patches = dict(lowering.patches)
+    if lowering.products and inductor_config.post_grad_custom_pre_pass is None:
+        patches["post_grad_custom_pre_pass"] = _generated_products()
+
+    def compiled(graph: fx.GraphModule, folded: Folded | None) -> Any:
+        if folded is not None:
+            return _unfolding(graph, examples, patches, folded)
+        # A compiled backward, made later, keeps the settings too.
+        return compile_fx(graph, list(examples), config_patches=patches)
+
+    # What stands for a layer has no gradient, and no pass but Inductor's own may see it.
+    untouched = inductor_config.joint_custom_pre_pass is None and not torch.is_grad_enabled()
+    folds = "stamps" in lowering.shortcuts and untouched
+    return cast("Callable[..., Any]", traced_once(gm, compiled) if folds else compiled(gm, None))
+
+
+def _generated_products() -> Any:
+    """What `products` does, as a pass of Inductor's own over a graph of the base."""
+    from lorafx.torch_internals.inductor import CustomGraphPass, get_hash_for_files
+
+    class BaseProducts(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            replace_products(graph)
+
+        def uuid(self) -> Any:
+            return get_hash_for_files((products.__file__, dense.__file__))
+
+    return BaseProducts()
+
+
+def _unfolding(
+    gm: fx.GraphModule, examples: Sequence[Any], patches: Mapping[str, Any], folded: Folded
+) -> Any:
+    """What Inductor makes of the graph whose layers are stamps: before its first pass looks at what
+    AOTAutograd has traced, they are layers again."""
+    from lorafx.torch_internals.inductor import CustomGraphPass, compile_fx, compile_fx_inner
+
+    class Unfold(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            if graph.find_nodes(op="call_function", target=STAMP):  # not a graph inside of it
+                unfold(graph, folded)
+
+        def uuid(self) -> str:
+            return "lorafx stamps 1"  # the traced graph says what its stamps stand for
+
+    def compile_inner(traced: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        if traced.graph.find_nodes(op="call_function", target=STAMP):
+            raise NotUnfolded("the passes over the traced graph are switched off")
+        return compile_fx_inner(traced, *args, **kwargs)
+
+    settings = {**patches, "joint_custom_pre_pass": Unfold()}
+    return compile_fx(gm, list(examples), inner_compile=compile_inner, config_patches=settings)
 
 
 def resolved(options: Options, device: torch.device) -> Options:

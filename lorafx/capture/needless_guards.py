@@ -1,21 +1,12 @@
 """Dynamo's guards that lorafx does without, in frames that are the same model's in every call.
 
-Dynamo guards everything that it read: of each mark some thirty things, and a dozen of each hook's
-module, 3.5 µs a call and site. Frames that several layers may share (parts of a model that breaks
-into several graphs) keep every guard: there the marks tell the layers apart. Dropped are guards
+Dynamo guards some thirty things of each mark, and a dozen of each hook's module: 3.5 µs a call and
+site. Dropped are guards on marks, which never change; on what torch.nn notes of a marked module's
+hooks (those of other kinds are seen by lorafx.model.changes_watch); and on what transformers notes
+of each class of models. Frames that several layers may share keep every guard.
 
-- on marks. A mark never changes once it is attached, and whether an adapter is active is decided
-  before the frame's code is chosen (lorafx.serving.entry);
-- on what torch.nn notes of a marked module's hooks: a mark takes keyword arguments, is not always
-  called, and is the only hook with its number; hooks of other kinds are seen by the watch that
-  comes around its forward (lorafx.model.changes_watch). The module has no `__call__` of its own:
-  where it has no hook, nobody asks. Where the mark is gone, `match` finds the weight without it,
-  and the graph is the same;
-- on what transformers notes of each class of models, once, when the first of it is made: a model of
-  another class would have every graph captured again.
-
-`lorafx.compile` drops them by the public `guard_filter_fn`. Models that users compile themselves
-take no filter: there the frame's guards are changed (lorafx.torch_compile.mark_guards).
+`lorafx.compile` drops them by the public `guard_filter_fn`, lorafx.torch_compile.mark_guards in
+frames of models that users compile themselves.
 """
 
 from __future__ import annotations
@@ -41,16 +32,12 @@ _CALLS = ("__call__", "_call_impl", "_compiled_call_impl")
 
 
 class FrameGuards:
-    """The guards of one frame, each of which is kept until something drops it.
-
-    Args:
-        guards: Dynamo's (`torch._guards.Guard`).
-        at: what is at a place that Dynamo names; None where that is not known.
+    """The guards of a frame, each of which is kept until something drops it.
 
     Attributes:
         places: what each guard is about, as Dynamo writes it.
         marks: the marks below `self`, by their places.
-        below: of each guard the place of the mark that it is about, or about something in it.
+        below: for each guard the place of the mark that it is about, or about something in it.
     """
 
     def __init__(self, guards: Sequence[Any], at: Callable[[str], Any]) -> None:
@@ -73,11 +60,11 @@ class FrameGuards:
         return list(compress(self.guards, self.kept))
 
     def drop_marks(self, names: set[str]) -> None:
-        """All guards on marks at these places."""
+        """Drop all guards on marks at these places."""
         self._dropped |= {number for number, name in enumerate(self.below) if name in names}
 
     def drop_classes(self) -> None:
-        """Guards on what transformers notes of classes of models."""
+        """Drop guards on what transformers notes of classes of models."""
         if (registry := recorded_outputs()) is None:
             return
         known: dict[str, bool] = {}
@@ -97,7 +84,7 @@ class FrameGuards:
                 self._dropped.add(number)
 
     def drop_hooks_of_marked(self) -> list[nn.Module]:
-        """Guards on the hooks of modules that have marks and no other hooks: these modules."""
+        """Drop guards on the hooks of modules that have marks and no other hooks: these modules."""
         marked: dict[str, nn.Module] = {}
         for place in dict.fromkeys(self.places):
             module = self._at(place.removesuffix(_HOOKS)) if place.endswith(_HOOKS) else None
@@ -121,8 +108,8 @@ class FrameGuards:
 
 
 def keep_guards(entries: Sequence[Any], at: Callable[[str], Any]) -> list[bool]:
-    """Which guards of a frame of an entry's own code are checked before each call; a filter for
-    Dynamo (`guard_filter_fn`), which gives its `GuardFilterEntry`s. `at` is that of FrameGuards."""
+    """Which guards of a frame of an entry's own code are checked before each call, by Dynamo's
+    `GuardFilterEntry`s. `at` is that of FrameGuards."""
     found = FrameGuards([entry.orig_guard for entry in entries], at)
     found.drop_marks(set(found.marks))
     found.drop_classes()

@@ -1,9 +1,9 @@
 """What an executable is made of, kept apart so that another process can put it together again.
 
-    checked( AOTAutograd's wrappers( with_lookups( the graph as it was lowered ) ) )
+    bound( looked up( checked( AOTAutograd's wrappers( with_lookups( the lowered graph ) ) ) ) )
 
-AOTAutograd returns one function; its own part of that (views, aliases, what is written into
-inputs) is noted while it works.
+AOTAutograd returns one function; its part of that (views, aliases, what is written into inputs) is
+noted while it works.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -19,7 +19,7 @@ from torch import fx
 
 from lorafx.capture.bound_inputs import BoundInputs
 from lorafx.capture.checks import Checks
-from lorafx.capture.executable import BankLayout, checked, for_base, with_lookups
+from lorafx.capture.executable import BankLayout, ProgramLookup, checked, for_base, with_lookups
 from lorafx.capture.lookups import Lookups
 from lorafx.kernels.cpu.cpu import builds_noted
 from lorafx.kernels.ops.delta_spec import DeltaSpec
@@ -40,12 +40,8 @@ _KNOWN_HIGHER_ORDER = (torch.ops.higher_order.invoke_subgraph,)
 
 @dataclass
 class Wrappers:
-    """AOTAutograd's part of a graph without gradients.
-
-    Attributes:
-        metadata: what is known of inputs and outputs (`ViewAndMutationMeta`).
-        wrappers: those that change arguments and results.
-        config: what the wrappers ask about the capture.
+    """AOTAutograd's part of a graph without gradients: what is known of inputs and outputs
+    (`ViewAndMutationMeta`), what changes arguments and results, what that asks about the capture.
     """
 
     metadata: Any
@@ -54,26 +50,14 @@ class Wrappers:
 
     def around(self, compiled: Callable[[list[Any]], Any]) -> Callable[..., Any]:
         """The function that AOTAutograd returned, around this graph in the boxed convention."""
-        from lorafx.torch_internals.saved_code import BundledAOTAutogradResult
+        from lorafx.torch_internals.saved_graphs import BundledAOTAutogradResult
 
-        result: Any = cast(Any, BundledAOTAutogradResult)(
-            compiled_fw=None,  # only read where torch itself loads the graph
-            compiled_bw=None,
-            aot_joint_graph_str=None,
-            aot_forward_graph_str=None,
-            aot_backward_graph_str=None,
-            min_cut_info_str=None,
-            runtime_metadata=self.metadata,
-            dispatch_wrappers=self.wrappers,
-            maybe_subclass_meta=None,
-            num_fw_outs_saved_for_bw=None,
-            indices_of_inps_to_detach=[],
-            forward_time_taken_ns=0,
-            backward_time_taken_ns=0,
-            sanitized_aot_config=self.config,
-            guards_expr=None,
-            serialized_bw_module=None,
-        )
+        # The rest is only read where torch itself loads the graph.
+        values = dict.fromkeys(item.name for item in fields(BundledAOTAutogradResult))
+        values |= {"forward_time_taken_ns": 0, "backward_time_taken_ns": 0}
+        values |= {"runtime_metadata": self.metadata, "dispatch_wrappers": self.wrappers}
+        values |= {"sanitized_aot_config": self.config, "indices_of_inps_to_detach": []}
+        result: Any = cast(Any, BundledAOTAutogradResult)(**values)
         with outside_of_frames():
             run = result._apply_runtime_wrappers(compiled, None, False, self.config)
 
@@ -92,21 +76,15 @@ def noted(parts: Parts) -> Iterator[None]:
     parts.kernels = kernels
     if told:
         config, metadata, subclasses, *rest = told[-1]
-        parts.wrappers = _own(config, metadata, subclasses, rest)
         parts.lowered = parts.lowered or rest[0]
-
-
-def _own(config: Any, metadata: Any, subclasses: Any, rest: Sequence[Any]) -> Wrappers | None:
-    """None for wrappers of tensor subclasses, and where they cannot be kept."""
-    if subclasses is None:
-        with suppress(AttributeError, TypeError, ValueError):  # it is not saved then
-            return Wrappers(metadata, rest[-1], config.to_cacheable())
-    return None
+        if subclasses is None:
+            with suppress(AttributeError, TypeError, ValueError):  # it is not saved then
+                parts.wrappers = Wrappers(metadata, rest[-1], config.to_cacheable())
 
 
 @dataclass
 class Parts:
-    """The parts of one executable: of calls with adapters, or of those without (`base`).
+    """The parts of an executable of calls with adapters, or without (`base`).
 
     Attributes:
         lowered: the graph as the lowering made it, in the boxed convention.
@@ -114,8 +92,6 @@ class Parts:
         extra, banks: as in `with_lookups`.
         foreign: operators of the graph that are neither torch's nor lorafx's.
         wrappers: None where they cannot be kept.
-        bound: the inputs that the executable adds to those that it is called with.
-        lookups: what is looked at before the graph runs.
         whole: nothing stands between these parts that is not among them.
     """
 
@@ -131,6 +107,16 @@ class Parts:
     lookups: Lookups = field(default_factory=Lookups)
     whole: bool = True
 
+    def around(
+        self, program: Program, owner: ProgramLookup, compiled: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """The executable for `program`, of what AOTAutograd returned; `checked` where it is of
+        calls with adapters."""
+        if self.base:
+            compiled = for_base(self.checks, owner, compiled)
+        compiled = self.lookups.around(compiled)
+        return compiled if self.bound is None else self.bound.around(program, compiled)
+
     def executable(
         self, program: Program, lowered: Callable[[list[Any]], Any]
     ) -> Callable[..., Any]:
@@ -141,17 +127,16 @@ class Parts:
             return program
 
         if self.base:
-            return self.lookups.around(for_base(self.checks, owner, self.wrappers.around(lowered)))
+            return self.around(program, owner, self.wrappers.around(lowered))
         found = with_lookups(self.checks, owner, lowered, self.extra, self.banks, None)
         whole = checked(self.checks, owner, self.wrappers.around(found))
-        whole = self.lookups.around(whole)
-        return whole if self.bound is None else self.bound.around(program, whole)
+        return self.around(program, owner, whole)
 
 
 def foreign_operators(gm: fx.GraphModule) -> list[str]:
-    """The operators that a graph calls, and that torch and lorafx do not know: what they do is
-    told by code that nobody compares. In Dynamo's graph there are functions that it was told not
-    to look into, and operators that are decomposed later."""
+    """The operators that a graph calls, and that torch and lorafx do not know: nobody compares the
+    code behind them. In Dynamo's graph there are functions that it was told not to look into, and
+    operators that are decomposed later."""
     found = set()
     for module in gm.modules():
         nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else ()
@@ -175,12 +160,8 @@ def foreign_operators(gm: fx.GraphModule) -> list[str]:
 
 @dataclass
 class Captured:
-    """One graph as the backend made it.
-
-    Attributes:
-        sources: of each of its inputs where Dynamo found it.
-        parts: None where one executable serves calls with adapters and without.
-    """
+    """A graph as the backend made it. `sources`: where Dynamo found its inputs; `parts`: None where
+    it is not saved."""
 
     record: GraphRecord
     frame: Frame

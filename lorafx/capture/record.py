@@ -2,28 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import fx
 
 from lorafx.capture.checks import Checks, RefusedSites
-from lorafx.capture.dump import GraphDump
+from lorafx.capture.node_names import Size, sizes_of
+from lorafx.capture.recorder import Stage, stage_of, stage_of_base
 from lorafx.capture.verify import NumericCheck
 from lorafx.graph.context import Context, Outlined, Refusal, SiteState
 from lorafx.model.sites import Site
+from lorafx.program.frame import Frame
 from lorafx.program.pass_report import PassReport
-from lorafx.viewer.stages import GraphView, Span, exclusive
+
+
+class Span(NamedTuple):
+    """A part of a compilation, in seconds of `time.perf_counter`."""
+
+    name: str
+    start: float
+    end: float
+
+
+def exclusive(spans: Sequence[Span]) -> dict[str, float]:
+    """Seconds by name in the order in which the parts began. Those of a part that lies inside
+    another are not counted in that one."""
+    found: dict[str, float] = {}
+    around: list[Span] = []
+    for span in sorted(spans, key=lambda item: (item.start, -item.end)):
+        while around and around[-1].end <= span.start:
+            around.pop()
+        seconds = span.end - span.start
+        found[span.name] = found.get(span.name, 0.0) + seconds
+        if around:
+            found[around[-1].name] -= seconds
+        around.append(span)
+    return found
 
 
 @dataclass(eq=False)
 class GraphRecord:
-    """One graph. `checks` is what its executable keeps of it; `saved` says what became of it in the
-    folder of saved graphs. `form`, `reason` and `spans` are those of lorafx.capture.told."""
+    """One graph.
+
+    Attributes:
+        checks: what its executable keeps of it.
+        keeps_stages: whether `stages` gets a copy of the graph after each pass.
+        sources: what was generated for the graph, by file name: a text, or what makes it.
+        saved: what became of it in the folder of saved graphs.
+        form, reason: the kind of call that it serves, and why no earlier graph does.
+        symbols: the symbols in `states`, in words.
+        numeric: what is compared at the first call, with `Options(verify="numeric")`.
+    """
 
     title: str
     lora: bool
-    dump: GraphDump
     checks: Checks
+    keeps_stages: bool = False
+    stages: list[Stage] = field(default_factory=list)
+    sources: dict[str, str | Callable[[], str]] = field(default_factory=dict)
     passes: list[PassReport] = field(default_factory=list)
     states: list[SiteState] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
@@ -32,9 +70,8 @@ class GraphRecord:
     form: Mapping[str, str] = field(default_factory=dict)
     reason: str = ""
     spans: list[Span] = field(default_factory=list)
-    #: The symbols in `states`, in words.
+    sizes: dict[str, Size] = field(default_factory=dict)
     symbols: dict[str, str] = field(default_factory=dict)
-    #: What is compared at the graph's first call, with `Options(verify="numeric")`.
     numeric: NumericCheck | None = None
 
     @property
@@ -42,28 +79,39 @@ class GraphRecord:
         """What compiling it took, by whom, in the order in which they began."""
         return exclusive(self.spans)
 
-    @property
-    def view(self) -> GraphView:
-        """What the viewer shows of it."""
-        dump = self.dump
-        facts = [f"outline: {item}" for item in self.outlined]
-        facts += [self.saved] if self.saved else []
-        return GraphView(
-            self.title, self.reason, dump.named_views, self.spans, self.form, facts, dump.sources
-        )
-
     def to_save(self) -> dict[str, Any]:
         """What another process needs of it."""
-        left_out = ("dump", "saved", "title", "reason", "spans", "numeric")
-        return {name: value for name, value in vars(self).items() if name not in left_out}
+        saved = ("lora", "checks", "passes", "states", "refusals", "outlined", "form", "symbols")
+        return {name: getattr(self, name) for name in saved}
 
     @classmethod
     def loaded(cls, title: str, values: Mapping[str, Any], several: list[bool]) -> GraphRecord:
         """The record of a graph that another process compiled. `several`: as in `Checks`, of this
         program."""
-        record = cls(title, dump=GraphDump(title, None), saved="loaded from the folder", **values)
+        record = cls(title, saved="loaded from the folder", **values)
         record.checks.several = several
         return record
+
+    def after(self, gm: fx.GraphModule, ctx: Context, report: PassReport | None) -> None:
+        """Note what a pass did; of the captured graph, where `report` is None."""
+        if report is not None:
+            self.passes.append(report)
+        if self.keeps_stages:
+            self.outlined = ctx.outlined
+            self.sizes = {**sizes_of(ctx.frame, ctx.frame.by_node), **self.sizes}
+            self.stages.append(stage_of(gm, ctx, report))
+
+    def keep_base(self, gm: fx.GraphModule, frame: Frame) -> None:
+        """Note a graph that no pass sees."""
+        if self.keeps_stages:
+            inputs = gm.graph.find_nodes(op="placeholder")
+            self.sizes = sizes_of(frame, dict(zip(inputs, frame.inputs, strict=True)))
+            self.stages.append(stage_of_base(gm, frame))
+
+    def code(self, text: str) -> None:
+        """Note what Inductor made of the graph, or of one of several that it consists of."""
+        number = sum(name.startswith("inductor") for name in self.sources)
+        self.sources[f"inductor{f'-{number}' if number else ''}.py"] = text
 
     def note(self, ctx: Context) -> None:
         """Keep what the passes found out."""
@@ -73,7 +121,8 @@ class GraphRecord:
                 # Nodes would hold the whole graph alive.
                 state.use = state.packed_weight = state.packed_bias = None
             self.states.extend(states)
-        self.symbols = {symbol: str(size) for symbol, size in self.dump.names.symbols.items()}
+        sizes = sizes_of(ctx.frame, ctx.frame.by_node)
+        self.symbols = {symbol: str(size) for symbol, size in sizes.items()}
         self.refusals, self.outlined = ctx.refusals, ctx.outlined
         self.checks.sites = [state.site.path for state in self.states]
         self.checks.refusals = [

@@ -1,19 +1,13 @@
-"""Repeated layers are traced by AOTAutograd once.
+"""Repeated layers are traced by AOTAutograd once; the graph is the one it would have made of all.
 
     of Dynamo's     h1 = layer(h0; W0); h2 = layer(h1; W1); h3 = layer(h2; W2)
     traced          x = stamp(h0, W0); h1 = stamp(layer(x)); h2 = stamp(h1, W1); ...
     afterwards      every stamp is the traced layer again, on its own operands
 
-AOTAutograd goes through each operator of a graph twice, at some milliseconds each. Layers are
-candidates because one module call made their nodes, and one stands for the others because their
-canonical forms are equal (lorafx.passes.outline): the same calls, literals and aliasing, on
-operands of the same metadata. What comes out is the graph that AOTAutograd would have made of all
-layers. Every pass sees that one, and proves each layer as ever.
-
-Only layers that are functions of their operands are folded, and those that also write into inputs
-of the graph, as a cache is: what such a layer makes of them is a result, which is copied into them
-behind it. A layer that writes elsewhere, or returns an operand or a view of it, stays as it is: so
-do its neighbours, where they differ.
+Layers are candidates because one module call made their nodes, and one stands for others of an
+equal canonical form (lorafx.passes.outline). They are functions of their operands, or also write
+into inputs of the graph, as a cache is: that is a result, which is copied into the input behind
+them.
 """
 
 from __future__ import annotations
@@ -22,29 +16,24 @@ import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
 
 from lorafx.capture.failures import chain
-from lorafx.capture.stamp_layers import (
-    Effects,
-    Layer,
-    effects_of,
-    is_plain,
-    is_size,
-    layers_of,
-)
 from lorafx.errors import CaptureError
-from lorafx.kernels.ops.stamp_op import LAYOUTS, Layout
+from lorafx.kernels.ops.stamp_op import LAYOUTS, Layout, without_data
 from lorafx.model.module_graph import storage_key
 from lorafx.passes.outline.isomorphism import Stretch
 from lorafx.passes.outline.outline import repeats
 from lorafx.passes.outline.regions import is_pure, is_view
 from lorafx.program.frame import fake_value
+from lorafx.torch_internals.dispatch_modes import TorchDispatchMode
 from lorafx.torch_internals.dynamo import _log_api_usage_once
-from lorafx.torch_internals.fake_tensors import FakeTensor, FakeTensorMode
+from lorafx.torch_internals.fake_tensors import FakeTensor, FakeTensorMode, enable_python_dispatcher
+from lorafx.torch_internals.shortcuts import gave_up
+from lorafx.torch_internals.trees import tree_leaves
 
 STAMP = torch.ops.lorafx.stamp.default
 OVERWRITE = torch.ops.lorafx.overwrite.default
@@ -53,16 +42,11 @@ _INERT = frozenset({_log_api_usage_once})
 #: Calls of Dynamo's graph below which a repeat is traced as quickly as it is stamped.
 LEAST = 8
 
+T = TypeVar("T")
+
 
 class NotUnfolded(CaptureError):
     """The traced graph is not one that stamps can be taken out of; it is traced without any."""
-
-
-def refused_by_stamps(error: BaseException) -> str | None:
-    """Why stamps could not be taken out of the graph that failed so; None where it failed for
-    another reason. Compilers put errors of theirs around ours."""
-    found = next((item for item in chain(error) if isinstance(item, NotUnfolded)), None)
-    return None if found is None else str(found)
 
 
 @dataclass(frozen=True)
@@ -70,9 +54,8 @@ class _Kind:
     """Layers that are alike.
 
     Attributes:
-        enter, leave: keys of the ops in front of the first one and behind it.
-        others: of each other one its key, and by the modules that the first one's nodes were made
-            in those that its own were.
+        enter, leave: keys of the ops in front of the first layer and behind it.
+        others: for the key of each other layer, its module calls by those of the first.
     """
 
     enter: int
@@ -80,87 +63,89 @@ class _Kind:
     others: dict[int, dict[tuple[Any, ...], Any]]
 
 
-class _Before(NamedTuple):
-    """A node, and what it was before layers were folded and other passes saw it."""
-
-    node: fx.Node
-    op: str
-    target: Any
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    name: str
-
-    @classmethod
-    def of(cls, node: fx.Node) -> _Before:
-        return cls(node, node.op, node.target, node.args, node.kwargs, node.name)
-
-
 @dataclass
 class Folded:
-    """What was folded in one graph of Dynamo's, and how that was before: its nodes in order."""
+    """A copy of Dynamo's graph in which stamps stand for layers."""
 
     module: fx.GraphModule
-    before: Sequence[_Before]
     kinds: list[_Kind] = field(default_factory=list)
 
-    def restore(self) -> None:
-        """Put a graph like Dynamo's own back."""
-        self.forget()
-        self.module.graph = _rebuilt(self.before)
-        self.module.recompile()
-
     def forget(self) -> None:
+        """Free the keys of the stamps."""
         for kind in self.kinds:
             for key in (kind.enter, kind.leave, *kind.others):
                 LAYOUTS.pop(key, None)
 
 
+def traced_once(
+    gm: fx.GraphModule,
+    trace: Callable[[fx.GraphModule, Folded | None], T],
+    title: str = "a graph of the base",
+) -> T:
+    """What `trace` makes of the graph, which is given with repeated layers folded, and then has to
+    `unfold` what it traces; where that cannot be done, of the graph as it is."""
+    folded = fold(gm)
+    if folded is None:
+        return trace(gm, None)
+    try:
+        return trace(folded.module, folded)
+    except Exception as error:
+        # Compilers put errors of theirs around ours.
+        found = next((item for item in chain(error) if isinstance(item, NotUnfolded)), None)
+        if found is None:
+            raise
+        gave_up("stamps", f"{title}: {found}")
+    finally:
+        folded.forget()
+    return trace(gm, None)
+
+
 def fold(gm: fx.GraphModule) -> Folded | None:
-    """Make repeated layers of Dynamo's graph stamps, in place; None where there are none."""
-    values = {node: node.meta.get("example_value") for node in gm.graph.nodes}
-    mode = next((v.fake_mode for v in values.values() if isinstance(v, FakeTensor)), None)
+    """A copy of Dynamo's graph whose repeated layers are stamps; None where there are none."""
+    values = [node.meta.get("example_value") for node in gm.graph.nodes]
+    mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
     if mode is None:
         return None
-    folded = Folded(gm, list(map(_Before.of, gm.graph.nodes)))
+    folded = Folded(_copied(gm))
     try:
-        _fold(folded, values, mode)
-    except Exception:  # without stamps the graph is traced as it always was
-        folded.restore()
+        _fold(folded, mode)
+    except Exception:  # the graph is traced without stamps
+        folded.forget()
         return None
     if not folded.kinds:
         return None
-    gm.recompile()
+    folded.module.recompile()
     return folded
 
 
-def _rebuilt(before: Sequence[_Before]) -> fx.Graph:
-    """The graph that these nodes were, some of which are erased."""
+def _copied(gm: fx.GraphModule) -> fx.GraphModule:
     graph, made = fx.Graph(), dict[fx.Node, fx.Node]()
-    for node, op, target, args, kwargs, name in before:
-        taken: Any = fx.map_arg((args, kwargs), made.__getitem__)
-        copy = graph.create_node(op, target, taken[0], taken[1], name, node.type)
-        copy.meta = {key: item for key, item in node.meta.items() if key != "val"}
+    for node in gm.graph.nodes:
+        made[node] = copy = graph.node_copy(node, made.__getitem__)
         for key in vars(node).keys() - vars(copy).keys():  # what Dynamo has noted on inputs
             setattr(copy, key, getattr(node, key))
-        made[node] = copy
-    return graph
+    module = fx.GraphModule(gm, graph)
+    module.meta = dict(gm.meta)
+    vars(module).update({key: item for key, item in vars(gm).items() if key not in vars(module)})
+    return module
 
 
-def _fold(folded: Folded, values: Mapping[fx.Node, Any], mode: FakeTensorMode) -> None:
+def _fold(folded: Folded, mode: FakeTensorMode) -> None:
     gm = folded.module
-    for node, value in values.items():
-        node.meta["val"] = value
-    places = {node: place for place, node in enumerate(values)}
-    switches = [places[node] for node in values if _switches(node)]
+    nodes = list(gm.graph.nodes)
+    for node in nodes:
+        node.meta["val"] = node.meta.get("example_value")
+    places = {node: place for place, node in enumerate(nodes)}
+    switches = [places[node] for node in nodes if _switches(node)]
     claimed: set[fx.Node] = set()
     replaced: dict[fx.Node, fx.Node] = {}
     for regions, stretches in repeats(gm, claimed, LEAST):
         begin, end = places[stretches[0].nodes[0]], places[stretches[-1].nodes[-1]]
         if any(begin < place < end for place in switches):
             continue  # equal calls may be traced in other ways behind it
-        layers = layers_of(stretches, replaced)
+        layers = _layers_of(stretches, replaced)
         stacks = [_calls(stretches[0], stretch) for stretch in stretches[1:]]
-        effects = None if None in stacks else effects_of(layers, mode)
+        effects = None if None in stacks else _effects_of(layers, mode)
         if effects is not None:
             folded.kinds.append(_stamp(gm.graph, layers, stacks, effects, replaced))
             claimed.update(node for region in regions for node in region.nodes)
@@ -180,19 +165,141 @@ def _calls(first: Stretch, other: Stretch) -> dict[tuple[Any, ...], Any] | None:
     """By the module calls that the first layer's nodes were made in, those of the other's; None
     where that is not one and the same for all nodes of a call."""
     stacks: dict[tuple[Any, ...], Any] = {}
-    for mine, theirs in zip(first.nodes, other.nodes, strict=True):
-        stack = theirs.meta.get("nn_module_stack") or {}
-        known = stacks.setdefault(tuple(mine.meta.get("nn_module_stack") or ()), stack)
+    for node, twin in zip(first.nodes, other.nodes, strict=True):
+        stack = twin.meta.get("nn_module_stack") or {}
+        known = stacks.setdefault(tuple(node.meta.get("nn_module_stack") or ()), stack)
         if tuple(known) != tuple(stack):
             return None
     return stacks
 
 
+# --- what layers take, return and write into ---
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The nodes of a layer, the tensors that it takes, and what is read behind it."""
+
+    nodes: tuple[fx.Node, ...]
+    taken: tuple[fx.Node, ...]
+    returned: tuple[fx.Node, ...]
+    sizes: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class _Effects:
+    """What layers do beside computing new tensors, by places among what they take and return.
+
+    Attributes:
+        written: operands that are written into.
+        passed: results that are an operand itself, and which.
+    """
+
+    written: tuple[int, ...]
+    passed: Mapping[int, int]
+
+    def made_by(self, layer: _Layer) -> list[fx.Node]:
+        """The results of the layer that are new tensors."""
+        return [node for at, node in enumerate(layer.returned) if at not in self.passed]
+
+
+def _layers_of(stretches: Sequence[Stretch], replaced: Mapping[fx.Node, fx.Node]) -> list[_Layer]:
+    """The layers of a kind. What is read behind one of them is a result of each. `replaced` are
+    results of layers that were stamped since the stretches were looked at."""
+    read = set()
+    for stretch in stretches:
+        inside = set(stretch.nodes)
+        for place, node in enumerate(stretch.nodes):
+            if any(user not in inside for user in node.users):
+                read.add(place)
+    found = []
+    for stretch in stretches:
+        sizes = tuple(node for node in stretch.operands if _is_size(fake_value(node)))
+        taken = tuple(replaced.get(n, n) for n in stretch.operands if n not in sizes)
+        returned = tuple(stretch.nodes[place] for place in sorted(read))
+        found.append(_Layer(stretch.nodes, taken, returned, sizes))
+    return found
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, (torch.SymInt, int)) and not isinstance(value, bool)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether AOTAutograd takes a value as one tensor."""
+    return isinstance(value, FakeTensor) and value.layout is torch.strided
+
+
+class _Writes(TorchDispatchMode):
+    """Notes the memory that operators write into, or may where their schema does not say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        written: Any = (args, kwargs)
+        if (schema := getattr(func, "_schema", None)) is not None:
+            given = {**dict(zip((a.name for a in schema.arguments), args, strict=False)), **kwargs}
+            written = [given.get(a.name) for a in schema.arguments if a.is_write]
+        leaves = tree_leaves(written)
+        self.memory |= {storage_key(item) for item in leaves if isinstance(item, Tensor)}
+        return func(*args, **kwargs)
+
+
+def _effects_of(layers: Sequence[_Layer], mode: FakeTensorMode) -> _Effects | None:
+    """What the layers do, tried on tensors without data; None where a stamp cannot say it. A
+    function of torch may write whatever its name is, so operators are recognised as they run."""
+    layer = layers[0]
+    values = [fake_value(node) for node in (*layer.taken, *layer.returned)]
+    if not all(map(_is_plain, values)):
+        return None
+    made: dict[fx.Node, Any] = {node: fake_value(node) for node in layer.sizes}
+    # With symbolic sizes, composite operators such as matmul are served by their decompositions.
+    with enable_python_dispatcher(), mode, torch.inference_mode(False), torch.no_grad():
+        made.update((node, without_data(fake_value(node))) for node in layer.taken)
+        with _Writes() as writes:
+            for node in layer.nodes:
+                if node.op not in ("call_function", "call_method"):
+                    return None  # a constant, or the graph of a branch
+                args, kwargs = fx.map_arg((node.args, node.kwargs), made.__getitem__)
+                target: Any = node.target
+                if node.op == "call_method":
+                    target, args = getattr(args[0], target), args[1:]
+                made[node] = target(*args, **kwargs)
+    operands = {id(made[node]): place for place, node in enumerate(layer.taken)}
+    results = [made[node] for node in layer.returned]
+    passed = {at: operands[id(r)] for at, r in enumerate(results) if id(r) in operands}
+    given = [storage_key(made[node]) for node in layer.taken]
+    new = [storage_key(result) for at, result in enumerate(results) if at not in passed]
+    if not new or len({*given, *new}) != len(given) + len(new):
+        return None
+    written = tuple(place for place, memory in enumerate(given) if memory in writes.memory)
+    apart = all(_are_apart(layer, written) for layer in layers)
+    return _Effects(written, passed) if apart else None
+
+
+def _are_apart(layer: _Layer, places: Sequence[int]) -> bool:
+    """Whether the operands at these places are inputs of the graph, in memory that no other operand
+    shares: what is written into them may be copied into them later."""
+    memory = [storage_key(fake_value(node)) for node in layer.taken]
+    return all(
+        layer.taken[place].op == "placeholder" and memory.count(memory[place]) == 1
+        for place in places
+    )
+
+
+# --- stamps in the place of layers ---
+
+
 def _stamp(
     graph: fx.Graph,
-    layers: Sequence[Layer],
+    layers: Sequence[_Layer],
     stacks: Sequence[Any],
-    effects: Effects,
+    effects: _Effects,
     replaced: dict[fx.Node, fx.Node],
 ) -> _Kind:
     """Put ops in front of the first layer and behind it, and one in place of each other."""
@@ -205,8 +312,7 @@ def _stamp(
             node.replace_input_with(source, item)
     with graph.inserting_before(first.nodes[-1].next):
         changed = [inside[first.taken[place]] for place in effects.written]
-        made = effects.made_by(first)
-        leave = _finish(graph, first, [*made, *changed], effects, replaced)
+        leave = _finish(graph, first, [*effects.made_by(first), *changed], effects, replaced)
     keys: dict[int, dict[tuple[Any, ...], Any]] = {}
     for layer, stack in zip(others, stacks, strict=True):
         # The layers before may have been stamped just now.
@@ -221,9 +327,9 @@ def _stamp(
 
 def _finish(
     graph: fx.Graph,
-    layer: Layer,
+    layer: _Layer,
     values: Sequence[fx.Node],
-    effects: Effects,
+    effects: _Effects,
     replaced: dict[fx.Node, fx.Node],
 ) -> int:
     """A stamp that takes `values` and gives what the layer makes and what it makes of the operands
@@ -235,9 +341,9 @@ def _finish(
     for node, item in zip(changed, given[len(made) :], strict=True):
         graph.call_function(OVERWRITE, (node, item))
     passed = {layer.returned[at]: layer.taken[place] for at, place in effects.passed.items()}
-    own = {*layer.nodes, *(item.args[0] for item in given)}
+    inside = {*layer.nodes, *(item.args[0] for item in given)}
     for node, item in {**dict(zip(made, given, strict=False)), **passed}.items():
-        node.replace_all_uses_with(item, delete_user_cb=lambda user: user not in own)
+        node.replace_all_uses_with(item, delete_user_cb=lambda user: user not in inside)
         replaced[node] = item
     return key
 
@@ -245,7 +351,7 @@ def _finish(
 def _note(
     graph: fx.Graph, values: Sequence[fx.Node], like: Sequence[fx.Node]
 ) -> tuple[list[fx.Node], int]:
-    """A stamp that takes `values` and returns tensors like `like`; those, and its key."""
+    """The results of a stamp that takes `values` and returns tensors like `like`, and its key."""
     # Torch's caches know graphs by such constants, so they are equal in every process.
     key = next(number for number in itertools.count(1) if number not in LAYOUTS)
     LAYOUTS[key] = [Layout.of(fake_value(node)) for node in like]
@@ -257,6 +363,9 @@ def _note(
             item.meta["example_value"] = item.meta["val"] = fake_value(like[index])
             found.append(item)
     return found[::-1], key
+
+
+# --- layers in the place of stamps ---
 
 
 def unfold(graph: fx.Graph, folded: Folded) -> None:
@@ -272,8 +381,7 @@ def unfold(graph: fx.Graph, folded: Folded) -> None:
         enter, leave = found.get(kind.enter), found.get(kind.leave)
         if mode is None or enter is None or leave is None:
             raise NotUnfolded("a layer that stands for others is not in the traced graph")
-        body = _body(graph, enter, leave)
-        laid_out = {node: _LaidOut.of(node) for node in body}
+        body = _body(enter, leave)
         order = {node: index for index, node in enumerate(graph.nodes)}
         for key, stacks in kind.others.items():
             call = found.get(key)
@@ -282,16 +390,15 @@ def unfold(graph: fx.Graph, folded: Folded) -> None:
             if order[call] < order[leave]:
                 raise NotUnfolded("layers were traced in another order")
             with graph.inserting_before(call), mode:
-                _expand(graph, laid_out, enter, leave, call, stacks)
+                _expand(graph, body, enter, leave, call, stacks)
         _take_out(graph, leave, leave.args[0])
         _take_out(graph, enter, enter.args[0])
-    folded.forget()
     if any(node.target is STAMP for node in graph.nodes):
         raise NotUnfolded("a stamp is left in the traced graph")
     graph.lint()
 
 
-def _body(graph: fx.Graph, enter: fx.Node, leave: fx.Node) -> list[fx.Node]:
+def _body(enter: fx.Node, leave: fx.Node) -> list[fx.Node]:
     """What is computed between the two ends, in order: from the operands, and the constants that
     go with it. Sizes are those of all layers, and stay where they are."""
     items = list(enter.users)
@@ -304,18 +411,18 @@ def _body(graph: fx.Graph, enter: fx.Node, leave: fx.Node) -> list[fx.Node]:
             raise NotUnfolded("a layer has no end")
         between.append(node)
         node = node.next
-    own = set(items)
+    inside = set(items)
     for node in between:
-        if not own.isdisjoint(node.all_input_nodes):
-            own.add(node)
-    for node in own:
-        if any(user not in own and user is not leave for user in node.users):
+        if not inside.isdisjoint(node.all_input_nodes):
+            inside.add(node)
+    for node in inside:
+        if any(user not in inside and user is not leave for user in node.users):
             raise NotUnfolded(f"{node.name} is read behind its layer")
-    pending = [*own.difference(items)]
+    pending = [*inside.difference(items)]
     seen: set[fx.Node] = set(items)
     while pending:
         node = pending.pop()
-        if node in seen or (node not in own and is_size(fake_value(node))):
+        if node in seen or (node not in inside and _is_size(fake_value(node))):
             continue
         seen.add(node)
         if node.op != "call_function" or node.target is STAMP or not is_pure(node):
@@ -326,7 +433,7 @@ def _body(graph: fx.Graph, enter: fx.Node, leave: fx.Node) -> list[fx.Node]:
 
 def _expand(
     graph: fx.Graph,
-    body: Mapping[fx.Node, _LaidOut],
+    body: Sequence[fx.Node],
     enter: fx.Node,
     leave: fx.Node,
     call: fx.Node,
@@ -335,9 +442,9 @@ def _expand(
     """The stamp `call` becomes a copy of the body on its own operands."""
     operands: Any = call.args[0]
     new: dict[fx.Node, fx.Node] = {item: operands[item.args[1]] for item in enter.users}
-    for node, value in body.items():
+    for node in body:
         copy = graph.node_copy(node, lambda source: new.get(source, source))
-        copy.meta["val"] = value.of_copy(copy)
+        copy.meta["val"] = _value_of_copy(node, copy)
         stack = tuple(node.meta.get("nn_module_stack") or ())
         if stack:
             if stack not in stacks:
@@ -348,47 +455,25 @@ def _expand(
     _take_out(graph, call, [new.get(item, item) for item in results])
 
 
-@dataclass(frozen=True)
-class _LaidOut:
-    """How a node's fake value is made again for a copy of the node.
-
-    Attributes:
-        layouts: of one tensor, or of several in a `kind`; none where the operator has to tell.
-        mode: of new tensors.
-        offset: of a view, behind the first element of its operand.
-    """
-
-    layouts: tuple[Layout, ...] = ()
-    kind: Callable[[list[Any]], Any] | None = None
-    mode: FakeTensorMode | None = None
-    offset: int | torch.SymInt = 0
-
-    @classmethod
-    def of(cls, node: fx.Node) -> _LaidOut:
-        value = fake_value(node)
-        if not is_view(node):
-            if isinstance(value, FakeTensor):
-                return cls((Layout.of(value),), mode=value.fake_mode)
-            if isinstance(value, (list, tuple)) and value and all(map(is_plain, value)):
-                layouts = tuple(map(Layout.of, value))
-                if len({*map(storage_key, value)}) == len(value):
-                    return cls(layouts, value.__class__, value[0].fake_mode)
-        base: Any = fake_value(node.all_input_nodes[0]) if node.all_input_nodes else None
-        plain = is_plain(value) and is_plain(base) and not (value.is_conj() or value.is_neg())
-        if plain and value.dtype == base.dtype and storage_key(value) == storage_key(base):
+def _value_of_copy(node: fx.Node, copy: fx.Node) -> Any:
+    """The fake value of a copy of a node: laid out like the node's, in memory of its own, or its
+    operand's where it is a view."""
+    value = fake_value(node)
+    if is_view(node):
+        base, other = (fake_value(item.all_input_nodes[0]) for item in (node, copy))
+        plain = all(map(_is_plain, (value, base, other))) and value.dtype == base.dtype
+        lazy = plain and (value.is_conj() or value.is_neg())
+        if plain and not lazy and storage_key(value) == storage_key(base):
             offset = value.storage_offset() - base.storage_offset()
-            return cls((Layout.of(value),), offset=offset)
-        return cls()
-
-    def of_copy(self, copy: fx.Node) -> Any:
-        """In memory of its own, or its operand's where it is a view."""
-        if self.mode is not None:
-            values = [layout.empty(self.mode) for layout in self.layouts]
-            return values[0] if self.kind is None else self.kind(values)
-        if self.layouts and is_plain(other := fake_value(copy.all_input_nodes[0])):
-            return self.layouts[0].view_of(other, self.offset)
-        args, kwargs = fx.map_arg((copy.args, copy.kwargs), fake_value)
-        return copy.target(*args, **kwargs)  # type: ignore[operator]
+            return Layout.of(value).view_of(other, offset)
+    elif isinstance(value, FakeTensor):
+        return without_data(value)
+    elif isinstance(value, (list, tuple)) and value and all(map(_is_plain, value)):
+        apart = len({*map(storage_key, value)}) == len(value)
+        if apart:
+            return value.__class__(map(without_data, value))
+    args, kwargs = fx.map_arg((copy.args, copy.kwargs), fake_value)
+    return copy.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _take_out(graph: fx.Graph, call: fx.Node, values: Any) -> None:

@@ -20,12 +20,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lorafx.capture.record import GraphRecord
+from lorafx.capture.record import GraphRecord, Span, exclusive
 from lorafx.program.program import Program
 from lorafx.program.row_dims import PRIMARY
 from lorafx.progress import LOG, LongWork, compiling
 from lorafx.torch_internals.frames import failed_guard
-from lorafx.viewer.stages import Span, exclusive
 
 
 class _Local(threading.local):

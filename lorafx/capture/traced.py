@@ -1,9 +1,5 @@
-"""A function under Dynamo, and code that Dynamo would stop tracing for good.
-
-Dynamo marks a code object as not to be traced after an error, a break that it cannot resume from,
-or too many graphs. Models share code objects, and a model outlives an error. Only this module
-makes, reads and resets these marks.
-"""
+"""A function under Dynamo, and code that Dynamo would stop tracing for good: models share code
+objects, and a model outlives an error. Only this module makes, reads and resets such marks."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ import functools
 from collections.abc import Callable, Sequence
 from traceback import walk_tb
 from types import CodeType, FunctionType, MethodType
-from typing import Any, Protocol
+from typing import Any
 
 from lorafx.capture.told import conversion
 from lorafx.torch_internals.compat import capture_settings, entry_arguments
@@ -28,8 +24,7 @@ from lorafx.torch_internals.dynamo import (
     set_code_exec_strategy,
 )
 from lorafx.torch_internals.frames import guard_filter
-from lorafx.torch_internals.logged_once import logged_once
-from lorafx.torch_internals.recorded_outputs import hooks_registered
+from lorafx.torch_internals.traced_calls import calls_traced
 
 #: A function that is not compiled now runs in Python this time; what it calls, and its next call,
 #: are looked at as ever.
@@ -38,22 +33,12 @@ _THIS_TIME = FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT)
 _NEVER = FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP)
 
 
-class Precompiled(Protocol):
-    """Graphs that were compiled elsewhere."""
-
-    def converted(
-        self, convert: Callable[..., ConvertFrameReturn], frame: Any, *args: Any, **kwargs: Any
-    ) -> ConvertFrameReturn:
-        """As `convert`, the conversion of the function's own frame."""
-        ...
-
-
 class Traced:
     """`function` compiled by `backend`, frame by frame where it breaks, with graphs of its own.
 
-    A function that raises while it is traced is run in Python, and Dynamo would never trace it
-    again: one bad request would leave a model without graphs. Here it is so until that error has
-    reached the caller; if the function gets over it, it stays untraced.
+    Dynamo would never again trace a function that raised while it was traced: one bad request would
+    leave a model without graphs. Here it runs in Python until that error has reached the caller; if
+    the function gets over it, it stays untraced.
 
     Args:
         name: what users call the function.
@@ -61,7 +46,8 @@ class Traced:
             at each capture.
         keep_guards: says which of a new graph's guards are checked before each call; all where it
             is None. Dynamo makes them twice to ask.
-        saved: graphs of the function that other processes compiled, tried first.
+        converted: as `convert`, its first argument, for the frame of the function itself: graphs
+            that other processes compiled are tried first.
     """
 
     def __init__(
@@ -74,7 +60,7 @@ class Traced:
         recompile_limit: int,
         sizes_by_data: Callable[[], bool],
         keep_guards: Callable[[Sequence[Any]], Sequence[bool]] | None = None,
-        saved: Precompiled | None = None,
+        converted: Callable[..., ConvertFrameReturn] | None = None,
     ) -> None:
         #: What functions raised that were given up for it.
         self.given_up: dict[CodeType, str] = {}
@@ -92,16 +78,14 @@ class Traced:
         self._recompile_limit = recompile_limit
         self._symbolic = bool(dynamic)
         self._sizes_by_data = sizes_by_data
-        self._saved = saved
+        self._converted = converted
         function = _with_own_code(function)
         self._code = function.__code__
         self.call: Callable[..., Any] = context(function)
 
     def _noting(self, convert: Callable[..., ConvertFrameReturn]) -> Callable[..., Any]:
-        """Dynamo's conversion of a frame, but for frames that were given up.
-
-        Dynamo holds its lock meanwhile, so its settings are ours in this thread alone.
-        """
+        """Dynamo's conversion of a frame, but for frames that were given up. Dynamo holds its lock
+        meanwhile, so its settings are ours in this thread alone."""
 
         @functools.wraps(convert)  # with its attributes, which Dynamo asks for
         def noting(frame: Any, *args: Any, **kwargs: Any) -> ConvertFrameReturn:
@@ -113,9 +97,9 @@ class Traced:
                     sizes_by_data=self._sizes_by_data(),
                     symbolic=self._symbolic,
                 )
-                with settings, hooks_registered(), logged_once(), conversion(self._name):
-                    if self._saved is not None and frame.f_code is self._code:
-                        return self._saved.converted(convert, frame, *args, **kwargs)
+                with settings, calls_traced(), conversion(self._name):
+                    if self._converted is not None and frame.f_code is self._code:
+                        return self._converted(convert, frame, *args, **kwargs)
                     return convert(frame, *args, **kwargs)
             except Unsupported as error:
                 if isinstance(error.__cause__, ObservedException):

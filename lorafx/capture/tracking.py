@@ -1,9 +1,8 @@
 """What Python computes between the graphs of one call.
 
-While a call with adapters runs, this sees every operator that runs outside a graph. An operator
-that uses the weight of a site without calling its module is refused. Where the rows use different
-adapters, the owners of its results are kept in the call's memory. Operators inside graphs are not
-seen: the proofs of the graphs say what they return.
+While a call with adapters runs, every operator outside of a graph is seen. One that uses the weight
+of a site without calling its module is refused. Where the rows use different adapters, the owners
+of its results are kept in the call's memory. What a graph returns is known from its proofs.
 """
 
 from __future__ import annotations
@@ -35,14 +34,14 @@ T = TypeVar("T")
 
 
 class Tracking(TorchDispatchMode):
-    """Notes the owners of what operators return and write, in `memory`, where that is asked for,
-    and has `uses` look at them.
+    """Notes the owners of what operators return and write in `memory`, and has `uses` look at them,
+    where these are given.
 
     It is put on torch's stack by `run` or `begin` and never by `with`: an interrupt between the
     steps of a context manager would leave it there. What two interrupts leave all the same sees
-    nothing any more, and the next one takes it off. It must not be left without need: a guard that
-    is entered meanwhile, such as inference mode's, brings torch's dispatcher back to a stack that
-    has a mode, and when the mode is gone, every operator without a tensor fails.
+    nothing, and the next one takes it off: inference mode's guard, entered meanwhile, would bring
+    torch's dispatcher back to a stack that has a mode, and every operator without a tensor would
+    fail.
     """
 
     supports_higher_order_operators = True
@@ -73,7 +72,6 @@ class Tracking(TorchDispatchMode):
         _push_on_torch_dispatch_stack(self)
 
     def end(self) -> None:
-        """Look at nothing any more."""
         self.over = True
         stack = _get_current_dispatch_mode_stack()
         if self in stack:
@@ -108,8 +106,8 @@ class Tracking(TorchDispatchMode):
         return results
 
     def in_graph(self, action: Callable[[], T]) -> T:
-        """What `action` returns, which runs the operators of a graph one by one: `match` knows
-        their uses of weights."""
+        """What `action` returns, which runs the operators of a graph: `match` knows their uses of
+        weights."""
         above, uses = _pops(_len_torch_dispatch_stack()), self.uses
         try:
             self.uses = None
@@ -170,7 +168,7 @@ def looks() -> bool:
 
 def untracked(action: Callable[[Tracking | None], T]) -> T:
     """What `action` returns, whose operators are not looked at: those of a graph, and of what looks
-    after labels. It is given the innermost tracking, which would have."""
+    after labels. It is given the innermost tracking that would have looked."""
     taken: list[Tracking] = []
     try:
         while (mode := running()) is not None:
@@ -185,7 +183,6 @@ def untracked(action: Callable[[Tracking | None], T]) -> T:
 
 
 def _takes_tensors(values: Iterable[object]) -> bool:
-    """Whether tensors are among an operator's arguments."""
     for value in values:
         if isinstance(value, _MAY_HOLD) and (isinstance(value, Tensor) or _takes_tensors(value)):
             return True
@@ -201,13 +198,13 @@ _run: Callable[[Iterator[Any], int], object] = deque
 
 
 def _pops(depth: int) -> Iterator[object]:
-    """Takes a mode off torch's stack at each step, until `depth` are left. Nothing in it is Python,
-    so that no interrupt comes between two steps."""
+    """Takes a mode off torch's stack at each step, until `depth` are left; all in C, so that no
+    interrupt comes between two steps."""
     lengths = takewhile(depth.__lt__, iter(_len_torch_dispatch_stack, -1))
     return map(_pop_torch_dispatch_stack, compress(repeat(None), lengths))
 
 
 def _forget_ended() -> None:
-    """Take off torch's stack what has ended and was left there."""
+    """Take off torch's stack what interrupts have left there."""
     while isinstance(left := _get_current_dispatch_mode(), Tracking) and left.over:
         _pop_torch_dispatch_stack(None)

@@ -1,29 +1,50 @@
 """Checks between passes: structure after each, and numbers against a reference on request.
 
-Numeric verification keeps the graph of every stage. On the first real call each runs node by node
-on copies of the inputs and is compared with the graph after `provenance`, whose site ops are plain
-aten. The first stage that differs names the pass that is wrong.
+On the first real call each stage runs node by node on copies of the inputs and is compared with the
+graph after `provenance`, whose site ops are plain aten. The first stage that differs names the pass
+that is wrong.
 """
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from lorafx.capture.differences import difference, tolerance
+from lorafx.capture.recorder import Stage
+from lorafx.config import Options
 from lorafx.errors import VerifyError
 from lorafx.graph.context import Context
-from lorafx.pass_order import CAPTURED, GraphPass, way_around
+from lorafx.pass_order import pipeline, way_around
 from lorafx.passes.outline.regions import bodies
 from lorafx.program.frame import fake_value
 from lorafx.torch_internals.operators import OpOverload
 from lorafx.torch_internals.trees import tree_leaves
+
+#: Tolerances of `difference` by dtype: the order of accumulation differs between stages, and errors
+#: grow over layers.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """The largest error that counts as none."""
+    return _TOLERANCE.get(dtype, 1e-4)
+
+
+def difference(got: Tensor, want: Tensor) -> float:
+    """max |got − want| / max(1, max |want|); infinite where shapes differ or something is no
+    number."""
+    if got.shape != want.shape:
+        return float("inf")
+    if not want.numel():
+        return 0.0
+    scale = max(1.0, float(want.double().abs().max()))
+    error = float((got.double() - want.double()).abs().max()) / scale
+    return error if error == error else float("inf")
 
 
 def check_graph(pass_name: str, gm: fx.GraphModule, ctx: Context, outputs: Sequence[Any]) -> None:
@@ -39,13 +60,14 @@ def check_graph(pass_name: str, gm: fx.GraphModule, ctx: Context, outputs: Seque
         gm.graph.lint()
     except (RuntimeError, AssertionError) as error:
         raise VerifyError(f"pass {pass_name!r} left a malformed graph: {error}") from error
-    nodes = _with_bodies(gm)
+    graphs = [gm.graph, *(body.graph for _, body in bodies(gm))]
+    nodes = {node for graph in graphs for node in graph.nodes}
     for node in nodes:
         if node.op == "call_function" and "val" not in node.meta and _returns(node):
             raise VerifyError(f"pass {pass_name!r} left node {node.name} without a fake value")
     values = output_values(gm)
-    # Most passes leave the very values. Symbolic sizes are told only now: a pass may have made two
-    # of them one.
+    # Most passes leave the very values. Texts of symbolic sizes are compared only now, since a pass
+    # may have made two sizes one.
     same = len(values) == len(outputs) and all(map(operator.is_, values, outputs))
     if not same and (before := _described(outputs)) != (after := _described(values)):
         raise VerifyError(
@@ -55,12 +77,6 @@ def check_graph(pass_name: str, gm: fx.GraphModule, ctx: Context, outputs: Seque
         if not all(place in nodes for place in ctx.homes.get(node, (node,))):
             paths = ", ".join(state.site.path for state in states)
             raise VerifyError(f"pass {pass_name!r} lost the LoRA of {paths} (node {node.name})")
-
-
-def _with_bodies(gm: fx.GraphModule) -> set[fx.Node]:
-    """The nodes of the graph and of the bodies that it calls."""
-    graphs = [gm.graph, *(body.graph for _, body in bodies(gm))]
-    return {node for graph in graphs for node in graph.nodes}
 
 
 def _returns(node: fx.Node) -> bool:
@@ -89,47 +105,27 @@ def _described(values: Sequence[Any]) -> list[str]:
     ]
 
 
-def copied(gm: fx.GraphModule) -> fx.GraphModule:
-    """The graph as it is now, with the bodies that it calls: passes and lowerings rewrite it."""
-    kept = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-    for name, body in bodies(gm):
-        setattr(kept, name, fx.GraphModule(body, copy.deepcopy(body.graph)))
-    return kept
-
-
 def cloned(values: Sequence[Any]) -> list[Any]:
     """Arguments of a graph that it may write into."""
     return [item.clone() if isinstance(item, Tensor) else item for item in values]
 
 
-@dataclass(frozen=True)
-class _Stage:
-    """A copy of the graph as the pass `name` left it."""
-
-    name: str
-    way_around: str
-    graph: fx.GraphModule
-    inputs: int
-
-
 @dataclass
 class NumericCheck:
-    """The stages of one graph, run side by side on the first real inputs."""
+    """The stages of one graph, run side by side on the first real inputs.
+
+    Attributes:
+        stages: dropped when they agree.
+        result: what came out of it, in words.
+    """
 
     title: str
-    stages: list[_Stage] = field(default_factory=list)
-    #: What came out of it, in words.
+    options: Options
+    stages: list[Stage]
     result: str = "numbers: the stages will be compared at the graph's first call"
 
-    def keep(self, item: GraphPass | None, gm: fx.GraphModule) -> None:
-        """Keep a copy of the graph after the pass; of the captured graph, where it is None."""
-        inputs = sum(node.op == "placeholder" for node in gm.graph.nodes)
-        kept = copied(gm)
-        name, way_out = (item.name, way_around(item)) if item else (CAPTURED, "")
-        self.stages.append(_Stage(name, way_out, kept, inputs))
-
-    def run(self, arguments: Sequence[Any], *, mixed: bool) -> list[str]:
-        """Compare all stages on `arguments`; returns the names of those compared.
+    def run(self, arguments: Sequence[Any], *, mixed: bool) -> None:
+        """Compare all stages on `arguments`.
 
         Stages before `provenance` know no rows and are left out for mixed batches.
 
@@ -138,30 +134,20 @@ class NumericCheck:
         """
         names = [stage.name for stage in self.stages]
         start = names.index("provenance") if mixed and "provenance" in names else 0
-        reference: list[Any] | None = None
-        compared: list[str] = []
-        largest = 0.0
+        # Fewer: before `match` added the inputs of unmarked uses.
+        stages = [stage for stage in self.stages[start:] if stage.input_count == len(arguments)]
         self.result = "numbers: a comparison of the stages was begun, and ended in an error"
-        for stage in self.stages[start:]:
-            if stage.inputs != len(arguments):  # before `match` added the inputs of unmarked uses
-                continue
-            given = cloned(arguments)
-            with torch.no_grad():
-                results = tree_leaves(stage.graph(*given))
-            if reference is None:
-                reference = results
-            else:
-                largest = max(largest, self._compare(stage, reference, results))
-            compared.append(stage.name)
-        self.stages.clear()
+        reference, largest = _results(stages[0], arguments), 0.0
+        for stage in stages[1:]:
+            largest = max(largest, self._compare(stage, reference, _results(stage, arguments)))
+        self.stages = []
         self.result = (
-            f"numbers: {len(compared)} stages agree, from {compared[0]} to {compared[-1]}; the "
+            f"numbers: {len(stages)} stages agree, from {stages[0].name} to {stages[-1].name}; the "
             f"largest difference is {largest:.2g} of the largest magnitude"
         )
-        return compared
 
-    def _compare(self, stage: _Stage, reference: list[Any], results: list[Any]) -> float:
-        """The largest difference, as `lorafx.capture.differences` has it."""
+    def _compare(self, stage: Stage, reference: list[Any], results: list[Any]) -> float:
+        """The largest `difference`."""
         largest = 0.0
         for index, (want, got) in enumerate(zip(reference, results, strict=True)):
             if not isinstance(want, Tensor):
@@ -174,10 +160,17 @@ class NumericCheck:
             error = difference(got, want)
             if error > tolerance(want.dtype):
                 self.result = f"numbers: pass {stage.name!r} changed them, by {error:.3g}"
+                passes = pipeline(self.options).graph
+                item = next(item for item in passes if item.name == stage.name)
                 raise VerifyError(
                     f"{self.title}: after pass {stage.name!r} output {index} differs by "
                     f"{error:.3g} of its largest magnitude, or of 1 where that is less. To serve "
-                    f"the model nevertheless, {stage.way_around}"
+                    f"the model nevertheless, {way_around(item)}"
                 )
             largest = max(largest, error)
         return largest
+
+
+def _results(stage: Stage, arguments: Sequence[Any]) -> list[Any]:
+    with torch.no_grad():
+        return tree_leaves(stage.graph(*cloned(arguments)))

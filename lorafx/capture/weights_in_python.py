@@ -1,9 +1,5 @@
-"""Weights of sites that Python uses between graphs, without calling their modules.
-
-Code that Dynamo is told to skip, or gives up on, runs in Python. A module that is called there has
-its mark. `F.linear(x, module.weight)` has none, and `match` sees only graphs, so the delta would be
-lost. Such uses are found by the memory that operators read.
-"""
+"""Weights of sites that Python uses between graphs, without calling their modules: the delta would
+be lost. Such uses are found by the memory that operators read."""
 
 from __future__ import annotations
 
@@ -34,8 +30,7 @@ class WeightUses:
     """What looks at the operators of one call that run in Python.
 
     Args:
-        inside_modules: other code than the model's runs too: what no module of the model runs is
-            not looked at. False where all that runs is a call of the model.
+        inside_modules: look only at what a module of the model runs, since other code runs too.
     """
 
     def __init__(self, program: Program, *, inside_modules: bool = False) -> None:
@@ -45,12 +40,8 @@ class WeightUses:
         self._found: MatchError | None = None
 
     def look(self, func: Any, operands: Sequence[Tensor], results: Sequence[Tensor]) -> None:
-        """Look at an operator that has run.
-
-        Raises:
-            MatchError: it has computed with the weight of a site that an adapter of the batch
-                touches, outside of a call of a module that holds it.
-        """
+        """Raise MatchError where an operator that has run has computed with the weight of a
+        site that an adapter of the batch touches, outside of a call of a module that holds it."""
         if func.namespace == "lorafx" or func.overloadpacket in READS_NO_VALUES:
             return
         sites = list(dict.fromkeys(site for item in operands for site in self._shown(item)))
@@ -102,8 +93,8 @@ class WeightUses:
         return ranges
 
     def _held(self, site: Site, running: Sequence[nn.Module]) -> bool:
-        """Whether a module runs that holds the weight: the site, whose mark comes after it, or one
-        that is no site, whose own use of a tied weight it is."""
+        """Whether a module runs that holds the weight: the site, whose mark comes after it, or
+        one that is no site, whose use of a tied weight it is."""
         weight = self._program.weight_of(site)
         return any(
             module is site.module
@@ -114,7 +105,6 @@ class WeightUses:
 
 
 def _parts(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensor, or the tensors that it is made of."""
     if not is_traceable_wrapper_subclass(tensor):
         yield tensor
         return

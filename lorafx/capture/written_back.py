@@ -3,10 +3,9 @@
     before      k1, h1 = body(h0; K1, W1)     AOTAutograd overwrites K1 with k1 after the graph
     after       h1 = body(h0; K1, W1)         the body ends in K1.copy_(k1), the graph returns K1
 
-AOTAutograd makes a graph functional: what it writes into an input is a result, which is copied into
-that input as a whole. A layer that writes one token's keys into a cache of a fixed size would copy
-the cache twice at each step: for the result, and back. A copy of a tensor into itself is none, and
-Inductor has a body that ends in such a copy write into its operand at once.
+AOTAutograd makes a graph functional, so a layer that writes one token's keys into a cache of a
+fixed size would copy the cache twice at each step: for the result, and back. Inductor has a body
+that ends in a copy into its operand write there at once.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ def write_back(gm: fx.GraphModule) -> int:
     """Have the outlined bodies of `gm`, in place, write what is copied into inputs otherwise.
     Returns how many inputs are written so.
 
-    Only on a CPU: elsewhere what calls a graph (CUDA graphs, copies of unaligned inputs) has to be
-    told of inputs that are written into, and nobody knows of those that a body writes into.
+    Only on a CPU: elsewhere CUDA graphs and copies of unaligned inputs have to know which inputs a
+    graph writes into.
     """
     calls: dict[str, list[fx.Node]] = {}
     for call in gm.graph.find_nodes(op="call_function", target=INVOKE):
@@ -58,7 +57,7 @@ def write_back(gm: fx.GraphModule) -> int:
 
 
 def described_results(gm: fx.GraphModule) -> list[tuple[Any, Any]]:
-    """What a graph returns, each with AOTAutograd's description of it; none where it has none."""
+    """What a graph returns, each with AOTAutograd's description of it; empty where it has none."""
     output = gm.graph.output_node()
     items: Any = output.args[0]
     told = output.meta.get("desc") or ()
@@ -66,7 +65,7 @@ def described_results(gm: fx.GraphModule) -> list[tuple[Any, Any]]:
 
 
 def _written(gm: fx.GraphModule) -> dict[fx.Node, fx.Node]:
-    """By what they are overwritten with, the inputs of the graph that AOTAutograd overwrites."""
+    """The inputs that AOTAutograd overwrites, by what it overwrites them with."""
     results = described_results(gm)
     items = [item for item, _ in results]
     inputs = {node.meta.get("desc"): node for node in gm.graph.find_nodes(op="placeholder")}
@@ -79,8 +78,8 @@ def _written(gm: fx.GraphModule) -> dict[fx.Node, fx.Node]:
 
 
 def _pairs(call: fx.Node, written: dict[fx.Node, fx.Node]) -> Iterator[tuple[int, int]]:
-    """Places of the results of `call` that are only copied into an input that only `call` takes,
-    and the place of that input among its operands."""
+    """Results of `call` that are only copied into an input that only `call` takes: the place of
+    each among the results, and that of the input among the operands."""
     operands: Sequence[Any] = call.args[_OPERANDS:]
     for item in call.users:
         place = written.get(item)
@@ -101,7 +100,7 @@ def _alike(value: Any, place: Any) -> bool:
 
 
 def _allowed(body: fx.GraphModule, pairs: dict[int, int]) -> dict[int, int]:
-    """Those that the body may write: results of its own, returned once, beside another result."""
+    """Those that the body may write: what it makes, returned once, beside another result."""
     results: Any = body.graph.output_node().args[0]
     found = {
         result: operand

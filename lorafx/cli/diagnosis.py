@@ -19,8 +19,7 @@ from lorafx.cli.options import AsJson, show_json
 from lorafx.cli.small_batch import SmallBatch, run_small_batch
 from lorafx.errors import LorafxError
 from lorafx.progress import LOG, progress
-from lorafx.reports.table import text_table
-from lorafx.reports.writing import json_values
+from lorafx.reports.report import json_values, text_table
 from lorafx.torch_internals import entries, shortcuts, versions
 
 

@@ -1,4 +1,4 @@
-"""What lorafx made of a model, told: `explain`, and `print(cm)`."""
+"""What lorafx made of a model: `explain`, `why`, and the text of `print(cm)`."""
 
-from lorafx.explanation.explain_dump import write_beside_dumps as write_beside_dumps
+from lorafx.explanation.explain_dump import Dumps as Dumps
 from lorafx.explanation.report import Explanation as Explanation

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 from lorafx.capture.record import GraphRecord, seen_sites
-from lorafx.explanation.delta_norms import deltas_of, known_deltas
+from lorafx.explanation.effects import deltas_of
 from lorafx.explanation.report import (
     AdapterReport,
     BankReport,
@@ -16,36 +16,33 @@ from lorafx.explanation.report import (
     RefusalReport,
     SiteReport,
 )
-from lorafx.model.sites import Group, Site, room_of
+from lorafx.model.sites import Site, room_of
 from lorafx.pass_order import pipeline
 from lorafx.session.session import Session
 from lorafx.torch_internals.shortcuts import states
 
 
-def report_of(session: Session, *, quick: bool = False) -> Explanation:
-    """The report on a compiled model. `quick`: of what is known already; nothing is looked at."""
+def explained(session: Session, *, quick: bool = False) -> Explanation:
+    """The report on a marked model. `quick`: of what is known already; nothing is looked at."""
     program, config = session.program, session.program.config
     if not quick:
         program.look_at_modules()
     records = list(session.backend.records)
     lora = [record for record in records if record.lora]
     unseen = [site.path for site in program.sites if site not in seen_sites(lora)]
+    shortcuts = states(program.options.shortcuts).items()
     return Explanation(
         model=type(program.model).__name__,
         lowering=program.options.lowering,
-        sites=tuple(map(site_report, program.sites)),
-        banks=tuple(map(bank_report, program.groups)),
+        sites=tuple(map(_site, program.sites)),
+        banks=tuple(BankReport(g.parent, g.members, g.bank.nbytes) for g in program.groups),
         slots=config.max_adapters,
         max_rank=config.max_rank,
         slot_rank=config.slot_rank,
         room=room_of(program.groups),
-        adapters=tuple(adapter_report(session, name, quick=quick) for name in session.store.names),
+        adapters=tuple(_adapter(session, name, quick=quick) for name in session.store.names),
         passes=tuple(str(pipeline(program.options)).splitlines()),
-        shortcuts_off={
-            name: state
-            for name, state in states(program.options.shortcuts).items()
-            if state != "on"
-        },
+        shortcuts_off={name: state for name, state in shortcuts if state != "on"},
         prepared=program.prepared,
         graphs=tuple(map(graph_report, records)),
         unreached=tuple(unseen) if lora else (),
@@ -53,8 +50,7 @@ def report_of(session: Session, *, quick: bool = False) -> Explanation:
     )
 
 
-def site_report(site: Site) -> SiteReport:
-    """One site."""
+def _site(site: Site) -> SiteReport:
     parts = [
         ((part.name if part.selected else "") or "-", part.out_features) for part in site.parts
     ]
@@ -72,16 +68,10 @@ def site_report(site: Site) -> SiteReport:
     )
 
 
-def bank_report(group: Group) -> BankReport:
-    """The bank of one group."""
-    return BankReport(group.parent, group.members, group.bank.nbytes)
-
-
-def adapter_report(session: Session, name: str, *, quick: bool = False) -> AdapterReport:
-    """One loaded adapter."""
+def _adapter(session: Session, name: str, *, quick: bool) -> AdapterReport:
     store, merged = session.store, session.base.merged
-    stored, groups = store[name], session.program.groups
-    deltas = known_deltas(stored) if quick else deltas_of(stored, groups)
+    stored = store[name]
+    deltas = deltas_of(stored, session.program.groups, quick=quick)
     return AdapterReport(
         name=name,
         source=stored.source,
@@ -98,7 +88,6 @@ def adapter_report(session: Session, name: str, *, quick: bool = False) -> Adapt
 
 
 def graph_report(record: GraphRecord) -> GraphReport:
-    """One graph."""
     nodes: dict[int, list[str]] = {}
     for state in record.states:
         nodes.setdefault(state.node_key, []).append(state.site.path)
@@ -116,7 +105,7 @@ def graph_report(record: GraphRecord) -> GraphReport:
                 tuple(paths),
                 first[key].form,
                 first[key].strategy or "aten",
-                in_words(first[key].rows, record.symbols),
+                _in_words(first[key].rows, record.symbols),
             )
             for key, paths in nodes.items()
         ),
@@ -129,6 +118,6 @@ def graph_report(record: GraphRecord) -> GraphReport:
     )
 
 
-def in_words(text: str, symbols: Mapping[str, str]) -> str:
+def _in_words(text: str, symbols: Mapping[str, str]) -> str:
     """`text` with what its symbols stand for."""
     return re.sub(r"\b[su][0-9]+\b", lambda found: symbols.get(found[0], found[0]), text)

@@ -1,30 +1,44 @@
-"""The report where dumps go: `explain.txt`, and torch's structured trace."""
+"""What is written as graphs are compiled: dumps, `explain.txt`, and torch's structured trace."""
 
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from functools import partial
 
-from lorafx.capture.dump import beside_compiling, own_folder, traced
-from lorafx.explanation.report import Explanation
+from lorafx.capture.record import GraphRecord
+from lorafx.explanation.collecting import explained
+from lorafx.session.session import Session
+from lorafx.viewer.dump import beside_compiling, folder_of, trace_graph, traced, write_graph
+from lorafx.viewer.graph_data import graph_data
+from lorafx.viewer.page import Page
 
-if TYPE_CHECKING:
-    from lorafx.session.session import Session
 
+class Dumps:
+    """Writes what somebody asked for of each graph of a session, as `Backend.recorded`."""
 
-def write_beside_dumps(session: weakref.ref[Session]) -> None:
-    """Write the report into the folder that the graphs of this model are dumped into, if there is
-    one, and into torch's trace, if that is kept. For after each graph."""
-    found = session()
-    if found is None:
-        return
-    traced("explain", lambda: str(Explanation.of(found)))
-    folder = own_folder(found.program)
-    if folder is not None:
-        report = f"{Explanation.of(found)}\n"
+    def __init__(self, session: Session) -> None:
+        self._session = weakref.ref(session)
+        self._page: Page | None = None
+
+    def __call__(self, record: GraphRecord) -> None:
+        session = self._session()
+        if session is None or not record.keeps_stages:
+            return
+        program, records = session.program, session.backend.records
+        if records[:1] in ([], [record]):
+            for index, report in enumerate(program.prepared):
+                traced(f"model_{index:02d}_{report.name}", partial(str, report))
+        trace_graph(record)
+        traced("explain", lambda: str(explained(session)))
+        folder = folder_of(program)
+        if folder is None:
+            return
+        if self._page is None or self._page.folder != folder:
+            name = type(program.model).__name__
+            self._page = Page(folder, name, prepared=program.prepared)
         with beside_compiling(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "explain.txt").write_text(report, encoding="utf-8")
-            if found.backend.page is not None:
-                found.backend.page.texts["explain.txt"] = report
-                found.backend.page.write()
+            write_graph(folder, record)
+            self._page.add(record, graph_data(record, program))
+            if record in records:  # it did not fail
+                self._page.texts["explain.txt"] = f"{explained(session)}\n"
+            self._page.write()

@@ -1,17 +1,20 @@
-"""`explain`: what lorafx made of a model, as values with an HTML and a text form."""
+"""`explain`: what lorafx made of a model, as values, as text and as tables."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lorafx.errors import some
 from lorafx.program.pass_report import PassReport
-from lorafx.reports.glossary import glossary_of
-from lorafx.reports.writing import json_values
+from lorafx.reports.report import Report, Table
 
-if TYPE_CHECKING:
-    from lorafx.session.session import Session
+#: Who spends time on a graph, as it is called in `GraphReport.seconds`, and in words.
+_BY = {"passes": "lorafx's passes", "inductor": "Inductor", "triton": "Inductor with Triton"}
+#: Names that a line of the summary spells out.
+_MOST = 5
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,16 @@ class SiteReport:
     loose: tuple[str, ...] = ()
     own_rows: int = 0
 
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {columns}" for name, columns in self.parts)
+        loose = f"; {', '.join(self.loose)}, told apart by their rows" if self.loose else ""
+        found = f"{self.path or '(root)'}: {self.cls} as {self.registered}, "
+        found += f"{self.in_features} -> {self.out_features}, {self.dtype}"
+        found += f" [{parts}{loose}]" if parts else ""
+        if self.own_rows:
+            found += f", room for {self.own_rows} rows of an adapter's own"
+        return found + (f", also {', '.join(self.aliases)}" if self.aliases else "")
+
 
 @dataclass(frozen=True)
 class BankReport:
@@ -49,6 +62,9 @@ class BankReport:
     parent: str
     names: tuple[str, ...]
     nbytes: int
+
+    def __str__(self) -> str:
+        return f"[{', '.join(self.names)}] of {self.parent or '(root)'}: {self.nbytes} bytes"
 
 
 @dataclass(frozen=True)
@@ -82,6 +98,18 @@ class AdapterReport:
     def norm(self) -> float | None:
         """The Frobenius norm of all of ΔW; None as `norms`."""
         return None if self.norms is None else sum(v * v for v in self.norms.values()) ** 0.5
+
+    def __str__(self) -> str:
+        found = [f"{self.name}: rank {self.rank}", f"{len(self.sites)} sites"]
+        found.append("in host memory" if self.slot is None else f"slot {self.slot}")
+        found += ["pinned"] * self.pinned + ["merged"] * self.merged
+        if self.why_idle:
+            found.append(self.why_idle)
+        elif self.norm is not None:
+            found.append(f"norm of ΔW {self.norm:.3g}")
+        if self.idle and not self.why_idle:
+            found.append(f"no effect at {len(self.idle)} of them ({some(self.idle, _MOST)})")
+        return "; ".join([", ".join(found), *self.notes])
 
 
 @dataclass(frozen=True)
@@ -142,15 +170,47 @@ class GraphReport:
     saved: str = ""
     verified: str = ""
 
+    def lines(self) -> list[str]:
+        """The graph as text."""
+        lines = [f"serves calls {self.serves} ({self.reason})"] if self.serves else []
+        if self.seconds:
+            lines.append(f"compiled in {seconds_line(self.seconds)}")
+        lines += [
+            f"{item.name}: {item.edits} edits, {item.nodes} nodes, {item.seconds * 1e3:.0f} ms"
+            for item in self.passes
+        ]
+        lines += [self.saved] if self.saved else []
+        lines += [f"verified by {self.verified}"] if self.verified else []
+        forms: Counter[str] = Counter()
+        plans: Counter[tuple[str, str]] = Counter()
+        parents: dict[str, list[str]] = {}  # packs of repeated layers are one line
+        for node in self.nodes:
+            forms[node.form] += len(node.sites)
+            plans[node.strategy, node.rows] += len(node.sites)
+            if len(node.sites) > 1:
+                names = ", ".join(path.rpartition(".")[2] for path in node.sites)
+                parents.setdefault(names, []).append(node.sites[0].rpartition(".")[0] or "(root)")
+        if forms:
+            lines.append("forms: " + ", ".join(f"{count} {form}" for form, count in forms.items()))
+        for names, found in parents.items():
+            others = f" and {len(found) - 1} more like it" if len(found) > 1 else ""
+            lines.append(f"pack {found[0]}: [{names}]{others}")
+        for (strategy, rows), count in plans.items():
+            lines.append(f"plan: {strategy} at {_count(count, 'site')}, {rows}")
+        lines += [f"outline: {item}" for item in self.outlined]
+        for refusal in self.refusals:
+            paths = ", ".join(path or "(root)" for path in refusal.sites)
+            lines.append(f"refused ({refusal.when}): {paths}: {refusal.reason}")
+        return lines
+
 
 @dataclass(frozen=True)
-class Explanation:
+class Explanation(Report):
     """What lorafx made of a model. `str()` is the whole report, `json()` its values.
 
     Attributes:
         model: the model's class.
         lowering: how its graphs become code.
-        sites, banks, adapters, graphs: see there.
         slots, max_rank: adapters that the device holds, and their largest rank.
         slot_rank: the rank that each slot has room for by itself, where slots share room.
         room: what banks have room for beside factors: "DoRA's scales", "biases", "weights of
@@ -178,13 +238,6 @@ class Explanation:
     unreached: tuple[str, ...] = ()
     replaced: tuple[str, ...] = ()
 
-    @classmethod
-    def of(cls, session: Session) -> Explanation:
-        """The report on a compiled model."""
-        from lorafx.explanation.collecting import report_of
-
-        return report_of(session)
-
     @property
     def refusals(self) -> tuple[RefusalReport, ...]:
         """Those of all graphs."""
@@ -193,52 +246,157 @@ class Explanation:
     @property
     def seconds(self) -> dict[str, float]:
         """What compiling all graphs took, by whom."""
-        found: dict[str, float] = {}
+        found: Counter[str] = Counter()
         for graph in self.graphs:
-            for what, seconds in graph.seconds.items():
-                found[what] = found.get(what, 0.0) + seconds
-        return found
+            found.update(graph.seconds)
+        return dict(found)
 
     @property
     def summary(self) -> tuple[str, ...]:
-        """The report in five lines."""
-        from lorafx.explanation.text import summary
-
-        return summary(self)
-
-    @property
-    def sections(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
-        """The report as text, by section."""
-        from lorafx.explanation.text import sections
-
-        return sections(self)
-
-    def json(self) -> dict[str, Any]:
-        """The fields, the summary and sums, of JSON's own types; null for what is no finite
-        number, such as the norm of an adapter that holds NaN."""
-        found: dict[str, Any] = json_values(
-            {
-                **asdict(self),
-                "adapters": [{**asdict(own), "norm": own.norm} for own in self.adapters],
-                "seconds": self.seconds,
-                "summary": self.summary,
-            }
+        """Five lines: the model, adapters, graphs, how deltas are computed, what is not served."""
+        nbytes = sum(bank.nbytes for bank in self.banks)
+        return (
+            f"{self.model}: {_count(len(self.sites), 'site')} (modules that carry LoRA), "
+            f"{self.slots} slots for adapters of rank up to {self.max_rank}, "
+            f"{_count(len(self.banks), 'bank')} of {nbytes:,} bytes in all",
+            self._of_adapters(),
+            self._of_graphs(),
+            self._of_nodes(),
+            self._unserved(),
         )
-        return found
+
+    def derived(self) -> dict[str, Any]:
+        adapters = [{**asdict(item), "norm": item.norm} for item in self.adapters]
+        return {"adapters": adapters, "seconds": self.seconds, "summary": self.summary}
 
     def __str__(self) -> str:
         parts = list(self.summary)
-        for title, lines in self.sections:
-            parts.append(title)
-            parts.extend(f"  {line}" for line in lines)
+        for title, lines in self.sections():
+            parts += [title, *(f"  {line}" for line in lines)]
         return "\n".join(parts)
 
-    def glossary(self) -> str:
-        """What the words of the report mean, a line each."""
-        return glossary_of(str(self))
+    def sections(self) -> list[tuple[str, Iterable[str]]]:
+        """What the text has below the summary."""
+        banks = f"banks: {len(self.banks)}, {self.slots} slots of rank up to {self.max_rank}"
+        banks += f", room for rank {self.slot_rank} in each" if self.slot_rank else ""
+        found: list[tuple[str, Iterable[str]]] = [
+            (f"sites: {len(self.sites)}", map(str, self.sites)),
+            (" and ".join([banks, *self.room]), map(str, self.banks)),
+        ]
+        if self.replaced:
+            title = (
+                "replaced after lorafx was given the model; adapters that touch them are refused"
+            )
+            found.append((title, self.replaced))
+        found.append((f"adapters: {len(self.adapters)}", map(str, self.adapters)))
+        found.append(("passes", self.passes))
+        found += [(line, ()) for line in self.facts()]
+        found.append((f"graphs: {len(self.graphs)}", ()))
+        found += [(graph.title, graph.lines()) for graph in self.graphs]
+        if self.unreached:
+            found.append(("sites that no graph has reached yet", self.unreached))
+        return found
 
-    def _repr_html_(self) -> str:
-        """For notebooks: the summary, and tables that open."""
-        from lorafx.explanation.html import page
+    # --- for notebooks ---
 
-        return page(self)
+    @property
+    def heading(self) -> str:
+        return self.summary[0]
+
+    def facts(self) -> list[str]:
+        """Which shortcuts are off, and why; nothing where all are on."""
+        off = [f"{name} ({reason})" for name, reason in self.shortcuts_off.items()]
+        return [f"shortcuts that are off: {', '.join(off)}"] if off else []
+
+    def tables(self) -> list[Table]:
+        sites = [
+            (
+                site.path or "(root)",
+                site.cls,
+                f"{site.in_features} → {site.out_features}",
+                site.dtype,
+                ", ".join(f"{name} {columns}" for name, columns in site.parts),
+                ", ".join(site.aliases),
+            )
+            for site in self.sites
+        ]
+        adapters = [
+            (
+                item.name,
+                item.rank,
+                len(item.sites),
+                "host" if item.slot is None else item.slot,
+                item.why_idle or ("" if item.norm is None else f"{item.norm:.3g}"),
+                item.source,
+            )
+            for item in self.adapters
+        ]
+        graphs = [
+            (f"{graph.title}: {graph.serves}", [(line,) for line in graph.lines()])
+            for graph in self.graphs
+        ]
+        columns = ("name", "rank", "sites", "slot", "norm of ΔW", "source")
+        return [
+            Table("summary", ("",), [(line,) for line in self.summary[1:]]),
+            Table(f"Adapters: {len(adapters)}", columns, adapters),
+            Table(
+                f"Sites: {len(sites)}", ("path", "class", "K → N", "dtype", "parts", "also"), sites
+            ),
+            *(Table(title, ("",), lines) for title, lines in graphs),
+        ]
+
+    # --- the lines of the summary ---
+
+    def _of_adapters(self) -> str:
+        if not self.adapters:
+            return "adapters: none is loaded"
+        on_device = sum(adapter.slot is not None for adapter in self.adapters)
+        line = f"adapters: {len(self.adapters)} loaded, {on_device} in slots on the device"
+        idle = [f"{item.name} ({item.why_idle})" for item in self.adapters if item.why_idle]
+        return line + (f"; without effect: {some(idle, _MOST)}" if idle else "")
+
+    def _of_graphs(self) -> str:
+        if not self.graphs:
+            return "no graph is compiled yet: the first calls do that, or warmup()"
+        lora = sum(graph.lora for graph in self.graphs)
+        return (
+            f"compiled: {_count(len(self.graphs), 'graph')}, {lora} of them with adapters, in "
+            f"{seconds_line(self.seconds)}"
+        )
+
+    def _of_nodes(self) -> str:
+        nodes = [node for graph in self.graphs for node in graph.nodes]
+        if not nodes:
+            return f"lowering: {self.lowering}"
+        ways = Counter(node.strategy.partition(" ")[0].rstrip(",") for node in nodes)
+        packed = sum(node.form == "packed" for node in nodes)
+        listed = ", ".join(f"{count} {way}" for way, count in ways.items())
+        return (
+            f"lowering: {self.lowering}; {_count(len(nodes), 'node')} with deltas ({listed}), "
+            f"{packed} of them packs of siblings"
+        )
+
+    def _unserved(self) -> str:
+        refused = dict.fromkeys(
+            f"{path or '(root)'} ({refusal.when})"
+            for refusal in self.refusals
+            for path in refusal.sites
+        )
+        served = "every site that a graph has reached is served"
+        found = [f"refused: {some(refused, _MOST)}" if refused else served if self.graphs else ""]
+        if self.unreached:
+            found.append(f"not reached by a graph yet: {some(self.unreached, _MOST)}")
+        if self.replaced:
+            found.append(f"{_count(len(self.replaced), 'site')} replaced since")
+        found += dict.fromkeys(graph.verified for graph in self.graphs)
+        return "; ".join(filter(None, found)) or "no call has been made"
+
+
+def seconds_line(seconds: Mapping[str, float]) -> str:
+    """What compiling took, and whose time that was."""
+    parts = ", ".join(f"{_BY.get(what, what)} {value:.1f}" for what, value in seconds.items())
+    return f"{sum(seconds.values()):.1f} s" + (f": {parts}" if parts else "")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Size, Tensor, nn
 
@@ -15,29 +15,21 @@ from lorafx.adapter_store.places import ExpertPlace, Places, SavedMeaning, SiteL
 from lorafx.config import LoraConfig
 from lorafx.errors import ConfigError, LorafxError, nearest
 from lorafx.explanation.collecting import graph_report
-from lorafx.explanation.delta_norms import deltas_of
-from lorafx.explanation.measured_changes import Serve, change_of
+from lorafx.explanation.effects import Serve, change_of, deltas_of
 from lorafx.explanation.report import NodeReport, RefusalReport
 from lorafx.explanation.selection import Selection, registered, selection_of
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.sites import Site
-from lorafx.reports.writing import json_values
+from lorafx.reports.report import Report
 from lorafx.session.requests import LastCall
 from lorafx.session.session import Session
 
 
-class Landed(NamedTuple):
-    """The keys of an adapter for one module, in PEFT's names with their shapes, and a note where
-    there are none."""
-
-    keys: tuple[str, ...]
-    note: str = ""
-
-
-def landed(
+def _landed(
     saved: Mapping[str, Size], model: nn.Module, sites: tuple[Site, ...], found: Selection
-) -> Landed:
-    """Those of the keys of an adapter, in PEFT's names, that are for what was found."""
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of the keys of an adapter, in PEFT's names, those that are for what was found, with their
+    shapes; and a note where there are none."""
     places = Places(sites, model)
     keys: list[str] = []
     modules: dict[str, None] = {}
@@ -48,9 +40,9 @@ def landed(
         if _means(places.meaning(path), found):
             keys.append(f"{key} {tuple(shape)}")
     if keys:
-        return Landed(tuple(keys))
+        return tuple(keys), ()
     near = nearest(found.path, modules)
-    return Landed((), f"none of its {len(saved)} keys is for this module{near}")
+    return (), (f"none of its {len(saved)} keys is for this module{near}",)
 
 
 def _means(meaning: SavedMeaning, found: Selection) -> bool:
@@ -59,12 +51,14 @@ def _means(meaning: SavedMeaning, found: Selection) -> bool:
             site is found.site and found.part in (None, part) for site, part in meaning.places
         )
     if isinstance(meaning, ExpertPlace):
-        if meaning.experts.module is not found.module:
-            return False
-        site = found.site
-        one = meaning.weight if site is not None else None
-        return one is None or site is None or site.expert_weight == one
+        weight = None if found.site is None else found.site.expert_weight
+        whole = found.site is None or meaning.weight is None
+        return meaning.experts.module is found.module and (whole or weight == meaning.weight)
     return meaning is found.module
+
+
+#: Arguments of a call.
+Call = tuple[Sequence[Any], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -82,6 +76,18 @@ class InGraph:
     nodes: tuple[NodeReport, ...]
     refusals: tuple[RefusalReport, ...]
     lora: bool
+
+    def lines(self, path: str) -> list[str]:
+        """As text, without the module's own `path`."""
+        if not self.lora:
+            return [f"{self.title}: for calls without adapters"]
+        lines = []
+        for node in self.nodes:
+            others = [other for other in node.sites if other != path]
+            form = f"{node.form} with {', '.join(others)}" if others else node.form
+            lines.append(f"{self.title}: {form}; {node.strategy}; {node.rows}")
+        lines += [f"{self.title}: refused ({item.when}): {item.reason}" for item in self.refusals]
+        return lines or [f"{self.title}: does not reach it"]
 
 
 @dataclass(frozen=True)
@@ -107,9 +113,23 @@ class WhyAdapter:
     batch: str = ""
     notes: tuple[str, ...] = ()
 
+    def noting(self, note: str) -> WhyAdapter:
+        return replace(self, notes=(*self.notes, note))
+
+    def lines(self) -> list[str]:
+        lines = [f"adapter {self.name!r} from {self.source}:"]
+        lines += [f"  key {key}" for key in self.keys]
+        if self.norm is not None:
+            relative = self.relative_norm
+            of_weight = "" if relative is None else f", {relative:.3g} of that of W"
+            lines.append(f"  norm of ΔW {self.norm:.3g}{of_weight}")
+        if self.change is not None:
+            lines.append(f"  changes its output by {self.change:.3g} (relative norm, {self.batch})")
+        return lines + [f"  {note}" for note in self.notes]
+
 
 @dataclass(frozen=True)
-class Why:
+class Why(Report):
     """What became of one module.
 
     Attributes:
@@ -137,20 +157,26 @@ class Why:
     adapter: WhyAdapter | None = None
     graphs: tuple[InGraph, ...] = ()
 
-    def json(self) -> dict[str, Any]:
-        """The fields, of JSON's own types; null for what is no finite number."""
-        found: dict[str, Any] = json_values(asdict(self))
-        return found
+    @property
+    def heading(self) -> str:
+        state = f"a site, {self.sizes}" if self.selected else "carries no LoRA"
+        return f"{self.path or '(root)'}: {self.cls}, {state}"
 
-    def __str__(self) -> str:
-        return "\n  ".join(_lines(self))
+    def facts(self) -> list[str]:
+        lines = [f"{'selected' if self.selected else 'not selected'}: {self.rule}"]
+        lines += [f"asked for as {self.asked}"] if self.asked != self.path else []
+        lines += [f"also {', '.join(self.aliases)}"] if self.aliases else []
+        lines += [f"shares its bank with {', '.join(self.beside)}"] if self.beside else []
+        lines += [f"adapters that reach it: {', '.join(self.adapters)}"] if self.adapters else []
+        lines += [] if self.adapter is None else self.adapter.lines()
+        return lines + [line for graph in self.graphs for line in graph.lines(self.path)]
 
 
 def why(
     session: Session,
     path: str,
     adapter: str | None,
-    call: tuple[Sequence[Any], Mapping[str, Any]] | None,
+    call: Call | None,
     last: LastCall | None,
     serve: Serve,
 ) -> Why:
@@ -208,12 +234,11 @@ def why_before(
     """
     found = selection_of(ModuleGraph(model), config, sites, path)
     made = _described(path, found)
-    told = []
+    answers = []
     for name, source in adapters.items():
-        keys, note = landed(_keys_at(source, model), model, sites, found)
-        notes = (note,) if note else ()
-        told.append(replace(made, adapter=WhyAdapter(name, str(source), keys, notes=notes)))
-    return told or [made]
+        keys, notes = _landed(_keys_at(source, model), model, sites, found)
+        answers.append(replace(made, adapter=WhyAdapter(name, str(source), keys, notes=notes)))
+    return answers or [made]
 
 
 def _described(asked: str, found: Selection) -> Why:
@@ -237,49 +262,44 @@ def _adapter(
     session: Session,
     found: Selection,
     name: str,
-    call: tuple[Sequence[Any], Mapping[str, Any]] | None,
+    call: Call | None,
     last: LastCall | None,
     serve: Serve,
 ) -> WhyAdapter:
     program, stored, site = session.program, session.store[name], found.site
-    keys, notes = Landed(()), []
+    keys: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     try:
         origin, model = stored.origin, program.model
         saved = stored.keys if origin is None else _keys_at(origin.source, model)
-        keys = landed(saved, model, program.sites, found)
+        keys, notes = _landed(saved, model, program.sites, found)
     except LorafxError as error:  # its files have changed
-        notes.append(f"its keys cannot be read: {error}")
-    notes += [keys.note] if keys.note else []
-    made = WhyAdapter(name, stored.source, keys.keys)
+        notes = (f"its keys cannot be read: {error}",)
+    made = WhyAdapter(name, stored.source, keys, notes=notes)
     if site is None or site.path not in stored.sites:
-        return replace(made, notes=tuple(notes))
+        return made
     deltas = deltas_of(stored, program.groups)
     if deltas is not None:
         norm = deltas.norms.get(site.path)
         made = replace(made, norm=norm, relative_norm=_relative(norm, program.weight_of(site)))
         if site.path in deltas.idle:
-            notes.append(f"no effect, because {deltas.idle[site.path]}")
-    arguments = call
-    if arguments is None and last is not None:
-        arguments = last.arguments()
+            made = made.noting(f"no effect, because {deltas.idle[site.path]}")
+    arguments = call if call is not None or last is None else last.arguments()
     if arguments is None:
-        notes.append(
+        return made.noting(
             "its change was not measured: the last batch is gone, or there was none; "
             "why(..., inputs={...}) measures it"
         )
-        return replace(made, notes=tuple(notes))
     try:
         change = change_of(serve, site, name, *arguments)
     except LorafxError as error:
         if call is not None:
             raise
-        change = None
-        notes.append(f"its change was not measured: {error}")
-    else:
-        if change is None:
-            notes.append("its change was not measured: the model does not call this module")
-    batch = "" if change is None else "the last batch" if call is None else "the given inputs"
-    return replace(made, change=change, batch=batch, notes=tuple(notes))
+        return made.noting(f"its change was not measured: {error}")
+    if change is None:
+        return made.noting("its change was not measured: the model does not call this module")
+    batch = "the last batch" if call is None else "the given inputs"
+    return replace(made, change=change, batch=batch)
 
 
 def _keys_at(source: Any, model: nn.Module) -> dict[str, Size]:
@@ -293,48 +313,3 @@ def _relative(norm: float | None, weight: Tensor | None) -> float | None:
         return None
     whole = float(weight.detach().float().norm())
     return norm / whole if whole else None
-
-
-def _lines(why: Why) -> list[str]:
-    state = f"a site, {why.sizes}" if why.selected else "carries no LoRA"
-    lines = [f"{why.path or '(root)'}: {why.cls}, {state}"]
-    lines.append(f"{'selected' if why.selected else 'not selected'}: {why.rule}")
-    if why.asked != why.path:
-        lines.append(f"asked for as {why.asked}")
-    if why.aliases:
-        lines.append(f"also {', '.join(why.aliases)}")
-    if why.beside:
-        lines.append(f"shares its bank with {', '.join(why.beside)}")
-    if why.adapters:
-        lines.append(f"adapters that reach it: {', '.join(why.adapters)}")
-    if why.adapter is not None:
-        lines += _adapter_lines(why.adapter)
-    for graph in why.graphs:
-        lines += _graph_lines(graph, why.path)
-    return lines
-
-
-def _adapter_lines(adapter: WhyAdapter) -> list[str]:
-    lines = [f"adapter {adapter.name!r} from {adapter.source}:"]
-    lines += [f"  key {key}" for key in adapter.keys]
-    if adapter.norm is not None:
-        relative = adapter.relative_norm
-        of_weight = "" if relative is None else f", {relative:.3g} of that of W"
-        lines.append(f"  norm of ΔW {adapter.norm:.3g}{of_weight}")
-    if adapter.change is not None:
-        lines.append(
-            f"  changes its output by {adapter.change:.3g} (relative norm, {adapter.batch})"
-        )
-    return lines + [f"  {note}" for note in adapter.notes]
-
-
-def _graph_lines(graph: InGraph, path: str) -> list[str]:
-    if not graph.lora:
-        return [f"{graph.title}: for calls without adapters"]
-    lines = []
-    for node in graph.nodes:
-        others = [other for other in node.sites if other != path]
-        form = f"{node.form} with {', '.join(others)}" if others else node.form
-        lines.append(f"{graph.title}: {form}; {node.strategy}; {node.rows}")
-    lines += [f"{graph.title}: refused ({item.when}): {item.reason}" for item in graph.refusals]
-    return lines or [f"{graph.title}: does not reach it"]

@@ -1,18 +1,46 @@
-"""What lorafx would make of a model, as a report: no graph was captured, and no weight was read."""
+"""What lorafx would make of a model: no graph is captured, and no weight is read.
+
+floor(D)      1 + D · bytes of A and B of one adapter / bytes of W
+
+Sites, banks and packs come from the passes over the model. Which sites share an input is found by a
+forward on the meta device, over a copy of the modules without memory.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+import copy
+import itertools
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, TypeVar
 
-from lorafx.model.module_graph import joined
-from lorafx.reports.glossary import glossary_of
-from lorafx.reports.table import html_table, over, size, text_table
-from lorafx.reports.writing import json_values
+import torch
+from torch import Tensor, nn
 
-NoteKind = Literal[
-    "refused", "device", "packs", "training", "not selected", "alias", "tied", "capacity"
-]
+from lorafx.config import LoraConfig, Options
+from lorafx.errors import LorafxWarning, some
+from lorafx.kernels.cost.cost import factor_elements
+from lorafx.model.candidates import by_raw_weight
+from lorafx.model.experts import expert_weights
+from lorafx.model.module_graph import ModuleGraph, Owner, join, joined, shape_of, storage_key
+from lorafx.model.packing import packable
+from lorafx.model.refusals import weight_of
+from lorafx.model.sites import Group, Site, members_of, parent_of, room_of
+from lorafx.passes.attach import allocate_groups
+from lorafx.prepare.marking import build_sites
+from lorafx.registry import lookup
+from lorafx.reports.report import Report, Table, over, size
+from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
+from lorafx.torch_internals.trees import tree_map_only
+
+#: Numbers of distinct adapters in a batch that floors are for.
+DISTINCT = (1, 8, 32)
+
+#: By number of distinct adapters.
+Floors = tuple[tuple[int, float | None], ...]
+
+NoteKind = Literal["refused", "packs", "training", "not selected", "alias", "tied", "capacity"]
 
 
 @dataclass(frozen=True)
@@ -62,17 +90,15 @@ class PredictedPack:
     Attributes:
         paths: of each node the path of the module that holds its sites.
         members: the sites' own names.
-        bank_bytes: of the bank behind one node. Siblings whose weights cannot be packed are nodes
-            of their own and share one bank; this is the node's part of it.
-        floors: for numbers of distinct adapters in a batch, the least traffic over that of the base
-            alone: 1 + bytes of A and B / bytes of W; None where the base reads no weight as a whole
-            (embeddings). Routed experts are all taken to have rows of each adapter.
+        bank_bytes: of the bank behind one node, or the node's part of a bank that siblings share.
+        floors: the least traffic over that of the base alone; None where the base reads no weight
+            as a whole (embeddings). Routed experts are taken to have rows of each adapter.
     """
 
     paths: tuple[str, ...]
     members: tuple[str, ...]
     bank_bytes: int
-    floors: tuple[tuple[int, float | None], ...]
+    floors: Floors
 
     @property
     def pattern(self) -> str:
@@ -99,7 +125,6 @@ class Totals:
     Attributes:
         model_bytes: of all parameters, each storage once.
         weight_bytes: of the sites' base weights.
-        bank_bytes: of all banks, which are on the device from the start.
         adapter_bytes: of the factors of one adapter of the largest rank on all sites.
         floors: as of a pack, over the sites alone, not over the whole model.
     """
@@ -110,22 +135,23 @@ class Totals:
     weight_bytes: int
     bank_bytes: int
     adapter_bytes: int
-    floors: tuple[tuple[int, float | None], ...]
+    floors: Floors
+
+
+Row = TypeVar("Row", PredictedSites, PredictedPack)
 
 
 @dataclass(frozen=True)
-class Prediction:
+class Prediction(Report):
     """What `lorafx.explain(model, lora_config)` tells of a model that is not compiled.
 
-    Modules decide which sites exist, which banks they get and which weights can be packed; which
-    siblings share an input is seen in a forward on the meta device. That each use of a weight is
-    understood, and that rows can be proved, only a captured graph shows; `cm.explain()` has that.
+    That each use of a weight is understood, and that rows can be proved, only a captured graph
+    shows; `cm.explain()` has that.
 
     Attributes:
         model: class of the model.
         slots, max_rank, slot_rank: of the banks.
         room: what the banks have room for beside factors, and no floor includes.
-        sites, packs: by the order of the model.
     """
 
     model: str
@@ -138,45 +164,27 @@ class Prediction:
     totals: Totals
     notes: tuple[Note, ...]
 
-    def json(self) -> dict[str, Any]:
-        """The fields, of JSON's own types; null for what is no finite number."""
-        found: dict[str, Any] = json_values(asdict(self))
-        rows = [*found["sites"], *found["packs"]]
-        patterns = [item.pattern for item in self.sites] + [item.pattern for item in self.packs]
-        for row, pattern in zip(rows, patterns, strict=True):
-            row["pattern"] = pattern
-        return found
+    def derived(self) -> dict[str, Any]:
+        sites = [{**asdict(row), "pattern": row.pattern} for row in self.sites]
+        return {
+            "sites": sites,
+            "packs": [{**asdict(row), "pattern": row.pattern} for row in self.packs],
+        }
 
-    def __str__(self) -> str:
-        lines = [f"{self.model}, before anything runs", *(f"  {line}" for line in self._summary())]
-        for title, columns, rows in self._tables():
-            lines += [title, *(f"  {line}" for line in text_table(columns, rows))]
-        if self.notes:
-            lines += ["notes", *(f"  {note}" for note in self.notes)]
-        return "\n".join(lines)
+    @property
+    def heading(self) -> str:
+        return f"{self.model}, before anything runs"
 
-    def glossary(self) -> str:
-        """What the words of the report mean, a line each."""
-        return glossary_of(str(self))
-
-    def _repr_html_(self) -> str:
-        told = html_table(
-            f"{self.model}, before anything runs", ("",), [[line] for line in self._summary()]
-        )
-        tables = "".join(html_table(*table) for table in self._tables())
-        notes = [(note.kind, note.text) for note in self.notes]
-        return told + tables + (html_table("notes", ("kind", "what"), notes) if notes else "")
-
-    def _summary(self) -> list[str]:
-        all_of = self.totals
+    def facts(self) -> list[str]:
+        totals = self.totals
         floors = ", ".join(
             f"{over(floor)} with {count} adapter{'s' * (count > 1)}"
-            for count, floor in all_of.floors
+            for count, floor in totals.floors
         )
         lines = [
-            f"weights {size(all_of.model_bytes)}, those of the sites {size(all_of.weight_bytes)}; "
-            f"banks {size(all_of.bank_bytes)}; one adapter of rank {self.max_rank} on all sites "
-            f"{size(all_of.adapter_bytes)}",
+            f"weights {size(totals.model_bytes)}, those of the sites {size(totals.weight_bytes)}; "
+            f"banks {size(totals.bank_bytes)}; one adapter of rank {self.max_rank} on all sites "
+            f"{size(totals.adapter_bytes)}",
             f"least traffic of the sites over the base's: {floors}, adapters of rank "
             f"{self.slot_rank}",
         ]
@@ -184,12 +192,12 @@ class Prediction:
             lines.append(f"not in these figures: {', '.join(self.room)}")
         return lines
 
-    def _tables(self) -> list[tuple[str, tuple[str, ...], list[list[object]]]]:
+    def tables(self) -> list[Table]:
         beside = "".join(f" and {name}" for name in self.room)
         if self.slot_rank < self.max_rank:
             beside = f", room for rank {self.slot_rank} in each{beside}"
-        sites: list[list[object]] = [
-            [
+        sites = [
+            (
                 row.pattern,
                 len(row.paths),
                 row.cls if row.cls == row.registered else f"{row.cls} as {row.registered}",
@@ -197,33 +205,354 @@ class Prediction:
                 row.dtype,
                 size(row.weight_bytes),
                 " + ".join(row.pack) if len(row.pack) > 1 else "alone",
-            ]
+            )
             for row in self.sites
         ]
-        packs: list[list[object]] = [
-            [
+        packs = [
+            (
                 pack.pattern,
                 len(pack.paths),
                 size(pack.bank_bytes),
                 *(over(floor) for _, floor in pack.floors),
-            ]
+            )
             for pack in self.packs
         ]
+        floors = [f"floor, {count}" for count, _ in self.totals.floors]
         return [
-            (
+            Table(
                 f"sites: {self.totals.sites}",
                 ("site", "count", "class", "in -> out", "dtype", "weight, each", "pack"),
                 sites,
             ),
-            (
+            Table(
                 f"packs: {self.totals.nodes}, {self.slots} slots of rank up to "
                 f"{self.max_rank}{beside}",
-                (
-                    "pack",
-                    "count",
-                    "bank, each",
-                    *(f"floor, {count}" for count, _ in self.totals.floors),
-                ),
+                ("pack", "count", "bank, each", *floors),
                 packs,
             ),
+            Table("notes", ("",), [(note,) for note in self.notes]),
         ]
+
+
+@dataclass(frozen=True)
+class _Node:
+    """Sites that one node is predicted to compute, of one group."""
+
+    group: Group
+    sites: tuple[Site, ...]
+
+    @property
+    def bank_bytes(self) -> int:
+        """Of the bank, the part of these sites."""
+        bytes_, mine = self.group.bank.nbytes, _columns(self.sites)
+        return bytes_ * mine // max(_columns(self.group.sites), 1)
+
+    def factor_bytes(self, rank: int) -> int:
+        """Of A and B of one adapter."""
+        parts = [part for site in self.sites for part in site.parts]
+        itemsize = self.group.bank.B.dtype.itemsize
+        return factor_elements(parts, rank) * itemsize * self.sites[0].experts
+
+    @property
+    def traffic(self) -> tuple[int, int] | None:
+        """Bytes of W, and of the factors of one adapter; None where W is not read as a whole."""
+        weights = sum(map(_weight_bytes, self.sites))
+        if self.sites[0].eligible.kind == "embedding" or not weights:
+            return None
+        return weights, self.factor_bytes(self.group.bank.slot_rank)
+
+    def pack(self) -> PredictedPack:
+        return PredictedPack(
+            (parent_of(self.sites),),
+            members_of(self.sites),
+            self.bank_bytes,
+            _floors([self]),
+        )
+
+
+def _columns(sites: Iterable[Site]) -> int:
+    return sum(site.out_features + site.in_features for site in sites)
+
+
+def _floors(nodes: Iterable[_Node]) -> Floors:
+    traffic = [node.traffic for node in nodes]
+    weights = sum(found[0] for found in traffic if found is not None)
+    factors = sum(found[1] for found in traffic if found is not None)
+    return tuple((n, 1 + n * factors / weights if weights else None) for n in DISTINCT)
+
+
+def predict(
+    model: nn.Module,
+    config: LoraConfig,
+    options: Options,
+    inputs: Sequence[Mapping[str, Any]],
+) -> Prediction:
+    """The prediction; `lorafx.explain` says what the arguments are.
+
+    Args:
+        inputs: arguments of a call by name; others in case that a forward fails with those.
+
+    Raises:
+        TargetError: as `lorafx.compile`.
+    """
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always", LorafxWarning)
+        graph, sites = build_sites(model, config)
+    meta = {site: replace(site, device=torch.device("meta")) for site in sites}
+    groups = allocate_groups(tuple(meta.values()), config)
+    alone = graph.alone() if options.runs("fuse") and options.runs("pack") else frozenset()
+    buffers = [len(group.sites) > 1 and packable(group.sites, alone) for group in groups]
+    same, why = _same_inputs(model, sites, inputs) if any(buffers) else ({}, "")
+    nodes = [
+        _Node(group, together)
+        for group, one_buffer in zip(groups, buffers, strict=True)
+        for together in _together(group, one_buffer, None if why else same)
+    ]
+    members = {site.path: members_of(node.sites) for node in nodes for site in node.sites}
+    return Prediction(
+        model=type(model).__name__,
+        slots=config.max_adapters,
+        max_rank=config.max_rank,
+        slot_rank=config.slot_rank or config.max_rank,
+        room=room_of(groups),
+        sites=_alike(_site_row(site, members[site.path]) for site in sites),
+        packs=_alike(node.pack() for node in nodes),
+        totals=Totals(
+            sites=len(members),
+            nodes=len(nodes),
+            model_bytes=_module_bytes(model),
+            weight_bytes=sum(_weight_bytes(site) for node in nodes for site in node.sites),
+            bank_bytes=sum(group.bank.nbytes for group in groups),
+            adapter_bytes=sum(node.factor_bytes(config.max_rank) for node in nodes),
+            floors=_floors(nodes),
+        ),
+        notes=notes_of(graph, sites, config, [str(item.message) for item in seen], why),
+    )
+
+
+def _same_inputs(
+    model: nn.Module, sites: Sequence[Site], inputs: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, int], str]:
+    """A number for the input of each site, or why they are not known."""
+    why = "" if inputs else "inputs of the model are not known"
+    for named in inputs:
+        try:
+            return same_inputs(model, sites, named), ""
+        except DryRunError as error:
+            why = why or f"a forward on the meta device fails ({error})"
+    return {}, why
+
+
+def _together(
+    group: Group, one_buffer: bool, same: Mapping[str, int] | None
+) -> list[tuple[Site, ...]]:
+    """The group's sites by the node that computes them: neighbours over one buffer that share their
+    input, which all do where nothing is known (`same` is None)."""
+    if not one_buffer:
+        return [(site,) for site in group.sites]
+    if same is None:
+        return [group.sites]
+    found: list[list[Site]] = []
+    for site in group.sites:
+        number = same.get(site.path)
+        if found and number is not None and number == same.get(found[-1][-1].path):
+            found[-1].append(site)
+        else:
+            found.append([site])
+    return list(map(tuple, found))
+
+
+def _site_row(site: Site, pack: tuple[str, ...]) -> PredictedSites:
+    parts = [(part.name if part.selected else "", part.out_features) for part in site.parts]
+    return PredictedSites(
+        paths=(site.path,),
+        cls=type(site.module).__name__,
+        registered="routed experts" if site.expert_weight else site.eligible.cls.__name__,
+        in_features=site.in_features,
+        out_features=site.out_features,
+        experts=site.experts,
+        parts=tuple(parts) if len(parts) > 1 else (),
+        dtype=site.dtype_name,
+        weight_bytes=_weight_bytes(site),
+        own_rows=site.own_rows,
+        pack=pack,
+    )
+
+
+def _alike(rows: Iterable[Row]) -> tuple[Row, ...]:
+    """Rows that differ in nothing but the indices of their paths as one."""
+    found: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault((shape_of(row.paths[0]), replace(row, paths=())), []).append(row)
+    return tuple(
+        replace(alike[0], paths=tuple(path for row in alike for path in row.paths))
+        for alike in found.values()
+    )
+
+
+def _weight_bytes(site: Site) -> int:
+    """Of the base weight as it is stored: of all that the module holds where it is packed."""
+    weight = weight_of(site.module, site.eligible)
+    return _module_bytes(site.module) if weight is None else stored_bytes(weight)
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """Bytes of a tensor as it is stored; of one that wraps others (a quantised weight), theirs."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return int(tensor.nbytes)
+    wrapper: Any = tensor
+    names, _ = wrapper.__tensor_flatten__()
+    return sum(stored_bytes(getattr(tensor, name)) for name in names)
+
+
+def _module_bytes(module: nn.Module) -> int:
+    """Of all parameters of the module and of those below it, each storage once."""
+    return sum({storage_key(item): stored_bytes(item) for item in module.parameters()}.values())
+
+
+class DryRunError(Exception):
+    """The forward cannot be run without numbers; the message says why."""
+
+
+def same_inputs(
+    model: nn.Module, sites: Sequence[Site], inputs: Mapping[str, Any]
+) -> dict[str, int]:
+    """A number for the input of each site that the forward calls, by path: equal numbers are one
+    tensor. A site that is called several times has that of its first call.
+
+    Args:
+        inputs: arguments of a call, by name.
+
+    Raises:
+        DryRunError: code of the model asks for numbers, or fails otherwise.
+    """
+    for path, module in model.named_modules():
+        # Hooks of others may do anything: accelerate's load weights from a disk.
+        if module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module):
+            raise DryRunError(
+                f"{path or 'the model'} has hooks, or a forward of its own, which would run"
+            )
+    numbers, found = itertools.count(), dict[str, int]()
+    seen: dict[int, tuple[Tensor, int]] = {}  # holds the tensors, so that no id comes twice
+
+    def see(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if x is not None:
+            _, number = seen.setdefault(id(x), (x, next(numbers)))
+            found.setdefault(path, number)
+
+    memo: dict[int, Any] = {}  # of each object of the model what it is in the copy
+    try:
+        for module in model.modules():
+            held = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+            memo.update({id(item): _stand_in(item) for item in held if isinstance(item, Tensor)})
+        empty = copy.deepcopy(model, memo)
+        for site in sites:
+            memo[id(site.module)].register_forward_pre_hook(
+                lambda _, args, kwargs, path=site.path: see(path, args, kwargs), with_kwargs=True
+            )
+        with torch.no_grad():
+            empty(**tree_map_only(Tensor, _stand_in, dict(inputs)))
+    except Exception as error:  # of code of the model, which may be anything
+        first = (str(error).splitlines() or [""])[0]
+        raise DryRunError(f"{type(error).__name__}: {first:.200}") from error
+    return found
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    """A tensor like this one without memory. No method of a subclass is called."""
+    made = torch.empty_strided(
+        tuple(tensor.shape), tuple(tensor.stride()), dtype=tensor.dtype, device="meta"
+    )
+    return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
+
+
+def notes_of(
+    graph: ModuleGraph,
+    sites: Sequence[Site],
+    config: LoraConfig,
+    warned: Iterable[str],
+    unknown: str,
+) -> tuple[Note, ...]:
+    """What one should know before compiling, in the order in which it matters.
+
+    Args:
+        warned: what choosing the sites warned of: modules that cannot carry LoRA.
+        unknown: why it is not known which siblings share an input; "" where it is.
+    """
+    found = [Note("refused", (), text) for text in warned]
+    if unknown:
+        text = (
+            "packs hold all siblings of one input size, which may be more than share an input: "
+            f"{unknown}. Give explain(example_inputs=...) the arguments of a call"
+        )
+        found.append(Note("packs", (), text))
+    if graph.root.training and any(module is not graph.root for module in graph.root.modules()):
+        text = "the model is in training mode; call eval() for inference"
+        found.append(Note("training", ("",), text))
+    found += _not_selected(graph, sites)
+    found += [
+        Note(
+            "alias",
+            site.paths,
+            f"{site.path} is also {some(site.aliases)}: one module, with one delta",
+        )
+        for site in sites
+        if site.aliases
+    ]
+    found += _tied(graph, sites)
+    if max(DISTINCT) > config.max_adapters:
+        text = (
+            f"a batch may have {config.max_adapters} adapters at once; figures for more are for "
+            f"LoraConfig(max_adapters={max(DISTINCT)})"
+        )
+        found.append(Note("capacity", (), text))
+    return tuple(found)
+
+
+def _not_selected(graph: ModuleGraph, sites: Sequence[Site]) -> list[Note]:
+    """Modules that could carry LoRA and are no sites, those that are alike together."""
+    taken = {id(site.module) for site in sites}
+    carried = {
+        id(getattr(site.module, name, None)) for site in sites for name in site.eligible.carries
+    }
+    alike: dict[tuple[str, type, bool], list[str]] = {}
+    for path, module in graph.modules():
+        if id(module) in taken or id(module) in carried:
+            continue
+        known = lookup(module) is not None or expert_weights(module) is not None
+        if known or by_raw_weight(module) is not None:
+            alike.setdefault((shape_of(path), type(module), known), []).append(path)
+    return [
+        Note(
+            "not selected",
+            tuple(paths),
+            f"{joined(paths)} ({cls.__name__})"
+            + ("" if known else ", a matrix of a class that is not registered: name it to have it"),
+        )
+        for (_, cls, known), paths in alike.items()
+    ]
+
+
+def _tied(graph: ModuleGraph, sites: Sequence[Site]) -> list[Note]:
+    """Weights of sites that other modules hold too."""
+    modules = {id(site.module) for site in sites}
+    notes = []
+    for owners in graph.tied():
+        of_sites = [owner for owner in owners if id(owner.module) in modules]
+        others = [owner for owner in owners if owner not in of_sites]
+        if not of_sites or len({id(owner.module) for owner in owners}) < 2:
+            continue
+        if others:
+            text = (
+                f"{some(map(_name, of_sites))} is also {some(map(_name, others))}, where no "
+                "delta is added"
+            )
+        else:
+            text = f"{some(map(_name, of_sites))} are one weight; each has deltas of its own"
+        notes.append(Note("tied", tuple(owner.path for owner in owners), text))
+    return notes
+
+
+def _name(owner: Owner) -> str:
+    return join(owner.path, owner.attribute)

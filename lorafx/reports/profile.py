@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lorafx.model.module_graph import joined, shape_of
-from lorafx.reports.table import html_table, over, text_table
-from lorafx.reports.writing import json_values
+from lorafx.reports.report import Report, Table, over
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class ProfiledNode:
 
 
 @dataclass(frozen=True)
-class Profile:
+class Profile(Report):
     """What `cm.profile` measured. All times are seconds of one call of the model.
 
     Attributes:
@@ -97,32 +96,22 @@ class Profile:
                 found.setdefault(path, []).append(_in_words(node))
         return {path: "; ".join(texts) for path, texts in found.items()}
 
-    def json(self) -> dict[str, Any]:
-        """The fields, of JSON's own types, and the ratios; null for what is no finite number."""
+    def derived(self) -> dict[str, Any]:
         nodes = [{**asdict(node), "measured": node.measured} for node in self.nodes]
-        found: dict[str, Any] = json_values({**asdict(self), "sites": self.sites, "nodes": nodes})
-        return found
+        return {"sites": self.sites, "nodes": nodes}
 
-    def __str__(self) -> str:
-        lines = [self._heading(), *(f"  {line}" for line in text_table(*self._table()))]
-        if self.unreached:
-            lines.append(f"  not run in this call: {joined_all(self.unreached)}")
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
-
-    def _repr_html_(self) -> str:
-        return html_table(self._heading(), *self._table())
-
-    def _heading(self) -> str:
+    @property
+    def heading(self) -> str:
         return (
             f"{self.model}, {self.rows} requests with {self.adapters} adapters, {self.device}, "
             f"{self.lowering}: {_ms(self.served)} ms as served; operator by operator "
             f"{_ms(self.operators)} ms, sites {_ms(self.sites)}, others {_ms(self.others)}"
         )
 
-    def _table(self) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
-        rows: list[tuple[object, ...]] = [
+    def tables(self) -> list[Table]:
+        rows = [
             (
-                " + ".join(_pack(node.paths)),
+                " + ".join(_names(node.paths)),
                 node.nodes,
                 _ms(node.base),
                 _ms(node.delta),
@@ -134,15 +123,15 @@ class Profile:
             for node in self.alike
         ]
         columns = ("sites", "nodes", "base, ms", "delta, ms", "both, ms", "over base", "floor")
-        return (*columns, "how"), rows
+        return [Table("", (*columns, "how"), rows)]
 
-
-def joined_all(paths: Sequence[str]) -> str:
-    """Paths, those that differ in their indices alone as one."""
-    alike: dict[str, list[str]] = {}
-    for path in paths:
-        alike.setdefault(shape_of(path), []).append(path)
-    return ", ".join(map(joined, alike.values()))
+    def notes_as_lines(self) -> list[str]:
+        alike: dict[str, list[str]] = {}
+        for path in self.unreached:
+            alike.setdefault(shape_of(path), []).append(path)
+        paths = ", ".join(map(joined, alike.values()))
+        unreached = [f"not run in this call: {paths}"] if paths else []
+        return [*unreached, *(f"note: {note}" for note in self.notes)]
 
 
 def _together(nodes: Sequence[ProfiledNode]) -> ProfiledNode:
@@ -164,7 +153,7 @@ def _together(nodes: Sequence[ProfiledNode]) -> ProfiledNode:
     )
 
 
-def _pack(paths: Sequence[str]) -> list[str]:
+def _names(paths: Sequence[str]) -> list[str]:
     """The first path, and the last names of the others."""
     return [paths[0] or "(root)", *(path.rpartition(".")[2] for path in paths[1:])]
 

@@ -1,26 +1,13 @@
-"""Reports for programs: values that JSON has, and folders that can be written to."""
+"""Folders that can be written to."""
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from lorafx.errors import ConfigError
-
-
-def json_values(value: Any) -> Any:
-    """`value` with None in the place of each number that is not finite: JSON has none."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: json_values(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [json_values(each) for each in value]
-    return value
 
 
 def check_room(folder: Path) -> None:

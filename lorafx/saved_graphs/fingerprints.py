@@ -1,7 +1,7 @@
 """What a value is, as text that another process can compare.
 
 Code is told by its bytecode, not by its name: a function that was replaced, or whose file was
-edited, is another one. What has no text here is not told by its class alone (`Undescribed`).
+edited, is another. What has no text here is not told by its class alone (`Undescribed`).
 """
 
 from __future__ import annotations
@@ -55,7 +55,6 @@ class Undescribed(Exception):
 
 
 def digest(texts: Iterable[str]) -> str:
-    """One short text for many."""
     found = hashlib.sha256()
     for text in texts:
         found.update(text.encode(errors="surrogatepass"))
@@ -64,7 +63,7 @@ def digest(texts: Iterable[str]) -> str:
 
 
 class Fingerprints:
-    """The texts of values as they are now. For one look: a class may be changed later.
+    """The texts of values as they are now; a class may be changed later.
 
     Args:
         names: strings that another process has others for, and what stands for them.
@@ -76,18 +75,15 @@ class Fingerprints:
         self._texts: dict[int, tuple[object, str]] = {}
 
     def of(self, value: Any) -> str:
-        """The text of a value that it tells apart from all others.
-
-        Raises:
-            Undescribed: there is none.
-        """
+        """The text of a value that it tells apart from all others. Raises Undescribed where there
+        is none."""
         text = self._text(value, 0)
         if text is None:
             raise Undescribed(f"a {type(value).__module__}.{type(value).__qualname__}")
         return text
 
     def loosely(self, value: Any, depth: int = 0) -> str:
-        """As `of`; of other objects the class, of dataclasses their fields too."""
+        """As `of`; of other objects the class, and of dataclasses their fields."""
         text = self._text(value, depth)
         if text is not None:
             return text
@@ -133,7 +129,6 @@ class Fingerprints:
         return ", ".join(texts)
 
     def _text(self, value: Any, depth: int) -> str | None:
-        """The text of `value`; None where it has none."""
         if isinstance(value, Enum):
             return f"{_name(type(value))}.{value.name}"
         if isinstance(value, PLAIN):

@@ -1,10 +1,8 @@
-"""The folder that saved graphs lie in: who may read it, how files get there and go.
-
-    folder / key / digest.graph        one graph; `key` is all that must be equal (`key.py`)
+"""The folder that saved graphs lie in, as `folder / key / digest.graph`.
 
 A file begins with a line of JSON for people (`lorafx cache list`). What follows is a pickle, and
-who can write a pickle can run code: the folder belongs to this user alone, mode 0700, and so does
-each file. Files are renamed into place, so that processes may share the folder.
+who can write a pickle can run code: folder and files belong to this user alone. Files are renamed
+into place, so that processes may share the folder.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ _MAGIC = b"lorafx graph 1\n"
 
 @dataclass(frozen=True)
 class SavedGraph:
-    """One saved graph as the command shows it."""
+    """A saved graph as the command shows it."""
 
     path: Path
     model: str
@@ -53,11 +51,8 @@ def default_folder() -> Path:
 
 
 def folder_of(option: str | bool) -> Path:
-    """The folder that `Options.cache` names, made where it is not there.
-
-    Raises:
-        ConfigError: it is not a folder that this user alone can write to.
-    """
+    """The folder that `Options.cache` names, made where it is not there. Raises ConfigError where
+    it is not a folder that this user alone can write to."""
     path = default_folder() if isinstance(option, bool) else Path(option).expanduser()
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -99,7 +94,6 @@ def write(folder: Path, key: str, model: str, title: str, body: bytes) -> Path:
 
 
 def _checksum(key: str, body: bytes) -> str:
-    """Of a file's contents and of the key that they are for."""
     return hashlib.sha256(key.encode() + b"\0" + body).hexdigest()
 
 
@@ -115,11 +109,8 @@ def files(folder: Path, key: str) -> list[Path]:
 
 
 def read(path: Path, key: str) -> bytes:
-    """The body of a file that was saved for `key`.
-
-    Raises:
-        BrokenFile: it is not what was written, or somebody else's.
-    """
+    """The body of a file that was saved for `key`. Raises BrokenFile where it is not what was
+    written, or somebody else's."""
     try:
         if hasattr(os, "getuid") and path.stat().st_uid != os.getuid():
             raise BrokenFile("it belongs to another user")

@@ -1,28 +1,11 @@
 """Dynamo's guards in another process: each is verified there against what it saw, then made anew.
 
 What Dynamo guards on is a place (a `Source`) and a kind of guard. Saved is, for every guard, the
-text of what the place held (`facts`). In the other process each place is looked up in the frame
-that is about to be compiled, and its text must be the same. Then torch makes the guards from what
-is there now, so none is missing at run time. What a kind of guard compares, and what the text is:
-
-    TENSOR_MATCH                            class, dtype, device, layout, dispatch keys; torch's
-                                            guard, made of the saved sizes and strides, has the rest
-    CONSTANT_MATCH, EQUALS_MATCH, ...       the value
-    ID_MATCH, CLOSURE_MATCH, FUNCTION_MATCH,
-    CLASS_MATCH, BUILTIN_MATCH, MODULE_MATCH
-                                            code of functions, of all methods of classes; names of
-                                            Python's modules and built-ins. Other objects have no
-                                            text: the graph is not saved
-    TYPE_MATCH                              the class with the code of its methods; keys of a dict
-    SEQUENCE_LENGTH, ..HOOKS_DICT           class and length
-    DICT_KEYS_MATCH, MAPPING_KEYS_CHECK     class, and keys in order
-    DICT_CONTAINS, HASATTR, NOT_PRESENT...  the answer, and the keys of short ones
-    DUPLICATE_INPUT, StorageOverlap         which places hold one object; torch's guard besides
-    GLOBAL_STATE, GRAD_MODE, DEFAULT_DEVICE the whole state, as torch writes it
-    SHAPE_ENV                               the expressions; torch's guard checks them
-
-Places that held one object must hold one object again, and no two of the others the same. Guards
-that lorafx drops at run time (`lorafx.capture.needless_guards`) are verified too.
+text of what the place held (`_text` has what a kind of guard compares). In the other process each
+place is looked up in the frame that is about to be compiled, and its text must be the same. Places
+that held one object must hold one object again, and no two of the others the same. Then torch makes
+the guards from what is there now. Guards that lorafx drops (`lorafx.capture.needless_guards`) are
+verified too.
 """
 
 from __future__ import annotations
@@ -41,9 +24,10 @@ from torch import nn
 
 from lorafx.model.runtime import holds_slots
 from lorafx.saved_graphs.fingerprints import PLAIN, Fingerprints, Undescribed, digest
-from lorafx.torch_internals.dynamo import GlobalStateGuard, GuardBuilder, Source, dynamo_config
+from lorafx.torch_internals.compat import dynamo_config
+from lorafx.torch_internals.dynamo import GlobalStateGuard, GuardBuilder, Source
 from lorafx.torch_internals.operators import _OpNamespace
-from lorafx.torch_internals.saved_frames import (
+from lorafx.torch_internals.saved_graphs import (
     CheckFunctionManager,
     Guard,
     GuardManagerWrapper,
@@ -86,7 +70,7 @@ _NO_LEVEL = -1
 
 @dataclass(frozen=True)
 class GuardedPlace:
-    """What one guard asked about a place, by the guard's kind and argument."""
+    """What a guard asked about a place, by the guard's kind and argument."""
 
     source: Source
     kind: str
@@ -100,7 +84,7 @@ class SavedGuards:
     Attributes:
         guards: those that are checked before each call.
         places, texts: of all guards that are about a place, and what was there.
-        same: of each place the first one that held the same object.
+        same: for each place the first that held the same object.
         state: torch's global state, as it writes it.
     """
 
@@ -120,12 +104,10 @@ class SavedGuards:
     def of(
         cls, guards: Sequence[Guard], kept: Sequence[bool], output: Any, prints: Fingerprints
     ) -> SavedGuards:
-        """The guards that Dynamo has just made for the graph of `output`.
-
-        Raises:
-            Undescribed: what one of them compares has no text.
-        """
-        if output.torch_function_mode_stack or output.functorch_layers or _in_forward_mode():
+        """The guards that Dynamo has just made for the graph of `output`. Raises Undescribed where
+        what one of them compares has no text."""
+        forward_mode = forward_level() != _NO_LEVEL
+        if output.torch_function_mode_stack or output.functorch_layers or forward_mode:
             raise Undescribed("a mode of torch that is on")
         places: dict[GuardedPlace, None] = {}
         for guard in guards:
@@ -150,29 +132,23 @@ class SavedGuards:
             builtins_name=output.name_of_builtins_dict_key_in_fglobals,
         )
 
-    def difference(
+    def hold(
         self, f_locals: dict[str, Any], f_globals: dict[str, Any], prints: Fingerprints
-    ) -> str | None:
-        """What is not as it was when the graph was captured; None where all is."""
+    ) -> bool:
+        """Whether all is as it was when the graph was captured."""
         state = GlobalStateGuard().__getstate__()
-        if state != self.state or default_device() != self.device or _in_forward_mode():
-            return "torch's global state"
+        forward_mode = forward_level() != _NO_LEVEL
+        if state != self.state or default_device() != self.device or forward_mode:
+            return False
         try:
             texts, same = _look(self.places, f_locals, f_globals, prints)
-        except Exception as error:  # a name that leads nowhere here; code of the model's own
-            return f"{type(error).__name__}: {error}"
-        for place, was, now in zip(self.places, self.texts, texts, strict=True):
-            if was != now:
-                return f"{place.source.name} ({place.kind}): {now[:80]}, not {was[:80]}"
-        for place, first, now_first in zip(self.places, self.same, same, strict=True):
-            if first != now_first:
-                return f"{place.source.name}: the same object as {self.places[first].source.name}"
-        return None
+        except Exception:  # a name that leads nowhere here; code of the model's own
+            return False
+        return texts == self.texts and same == self.same
 
     def manager(
         self, code: CodeType, f_locals: dict[str, Any], f_globals: dict[str, Any]
     ) -> GuardManagerWrapper:
-        """The guards, made from what is there now."""
         state = OutputGraphGuardsState(
             local_scope=f_locals,
             global_scope=f_globals,
@@ -192,16 +168,12 @@ class SavedGuards:
         return made.guard_manager
 
 
-def _in_forward_mode() -> bool:
-    return forward_level() != _NO_LEVEL
-
-
 def value_at(
-    source: Source, f_locals: dict[str, Any], f_globals: dict[str, Any], cache: dict[Source, Any]
+    source: Source, f_locals: dict[str, Any], f_globals: dict[str, Any], seen: dict[Source, Any]
 ) -> Any:
-    """What is at a place, as torch's guards look it up."""
+    """What is at a place, as torch's guards look it up. `seen` keeps what was looked up before."""
     scope = {"L": f_locals, "G": f_globals, "__builtins__": vars(builtins)}
-    return source.get_value(scope, _get_closure_vars(), cache)
+    return source.get_value(scope, _get_closure_vars(), seen)
 
 
 def _look(
@@ -211,14 +183,13 @@ def _look(
     prints: Fingerprints,
 ) -> tuple[list[str], list[int]]:
     """The text of each place, and the first place that holds the same object."""
-    scope = {"L": f_locals, "G": f_globals, "__builtins__": vars(builtins)}
-    closure, cache = _get_closure_vars(), {}  # type: ignore[var-annotated]
+    seen: dict[Source, Any] = {}
     texts: list[str] = []
     same: list[int] = []
     first: dict[int, int] = {}
     held: list[Any] = []  # numbers of what is gone are given again
     for number, place in enumerate(places):
-        value = place.source.get_value(scope, closure, cache)
+        value = value_at(place.source, f_locals, f_globals, seen)
         held.append(value)
         texts.append(_text(place, value, prints))
         # Python shares what cannot change as it likes, and makes methods when they are asked for.
@@ -259,8 +230,8 @@ def _text(place: GuardedPlace, value: Any, prints: Fingerprints) -> str:
 
 
 def _not_of_torch(keys: dict[Any, Any]) -> Iterable[Any]:
-    """The keys, but for variables of the environment that Inductor sets for itself when it first
-    compiles: the process that loads has not done so yet."""
+    """The keys, but for variables of the environment that Inductor sets when it first compiles: the
+    process that loads has not done so yet."""
     if keys is not vars(os.environ).get("_data"):
         return keys
     return [key for key in keys if not os.fsdecode(key).startswith("_TORCH")]
@@ -268,8 +239,8 @@ def _not_of_torch(keys: dict[Any, Any]) -> Iterable[Any]:
 
 def _names(module: ModuleType) -> str:
     """What a module of Python's has: a name that code looked for in vain is in no guard. Packages
-    have more, the more of them is imported, and so have namespaces of operators; names of Dynamo's
-    begin with underscores."""
+    and namespaces of operators have more, the more is imported; names of Dynamo's begin with
+    underscores."""
     plain = not hasattr(module, "__path__") and not isinstance(module, _OpNamespace)
     return digest(sorted(n for n in vars(module) if not n.startswith("__"))) if plain else ""
 

@@ -1,16 +1,10 @@
-"""What must be equal before a saved graph is looked at: one hash over all of it.
+"""What must be equal before a saved graph is looked at, and what its inputs are.
 
-    versions     Python, torch, what else is installed; lorafx by its sources
-    machine      processor with its features, threads, the device
-    settings     of Dynamo, AOTAutograd, Inductor; variables of the environment that torch and
-                 lorafx read; Options and LoraConfig
-    model        its modules by path: class with the code of its methods, hooks, attributes;
-                 parameters, buffers and tensor attributes by dtype, sizes, strides, and which of
-                 them lie in one memory
-    program      sites, parts, groups, banks (slots and ranks), packs, roles
-    entry        the function that is compiled, slots per request or per token
-
-The tensors' numbers are no part of it: they are inputs of a graph.
+`entry_key` is one hash over versions and lorafx's sources; the machine; settings of torch,
+variables of the environment, Options and LoraConfig; the model's modules with their code, hooks,
+attributes and tensors (sizes and sharing, not numbers); sites, banks and packs; the function that
+is compiled. `SavedInputs` says of each input that it is the weight of this site, the bank of that
+group, an argument whose first dimension holds the requests: torch's guards do not.
 """
 
 from __future__ import annotations
@@ -20,29 +14,38 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lorafx.capture.parts import Captured
 from lorafx.model.bank import Bank
 from lorafx.model.module_graph import storage_key
+from lorafx.program.frame import FrameInput
 from lorafx.program.program import Program
+from lorafx.program.roles import Role
 from lorafx.registry import registrations
 from lorafx.saved_graphs.fingerprints import Fingerprints, Undescribed, digest
-from lorafx.torch_internals.dynamo import dynamo_config, functorch_config
-from lorafx.torch_internals.inductor_settings import inductor_config
+from lorafx.saved_graphs.guards import value_at
+from lorafx.torch_internals.compat import dynamo_config, functorch_config, inductor_config
+from lorafx.torch_internals.dynamo import Source
+from lorafx.torch_internals.saved_graphs import TensorProperty, TensorPropertySource
 
-_OWN_SOURCES = ("lorafx", "lorafx.passes", "lorafx.kernels")
+_SOURCES = ("lorafx", "lorafx.passes", "lorafx.kernels")
 _READ_BY_TORCH = ("TORCH", "PYTORCH", "TRITON", "LORAFX", "OMP_", "KMP_", "MKL_", "ATEN_", "CUDA_")
-
 
 #: When this process began to have lorafx.
 _IMPORTED = time.time()
+
+#: An input that another graph made, or that is a view of a weight, depends on more than its place.
+_OF_PLACES = ("symbol", "weight", "state", "bank", "slots", "packed", "argument")
 
 
 @cache
@@ -53,7 +56,7 @@ def own_sources() -> str:
         Undescribed: a file was written since; this process runs what stood there before.
     """
     found = hashlib.sha256()
-    for package in _OWN_SOURCES:
+    for package in _SOURCES:
         root = Path(str(resources.files(package)))
         for path in sorted(root.rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
@@ -136,8 +139,8 @@ def _model(program: Program, prints: Fingerprints) -> Iterator[str]:
                 children = {key: child is None for key, child in value.items()}
                 yield f"{name} {children}"
             elif name in ("_parameters", "_buffers"):
-                for own, item in value.items():
-                    yield f"{own} {tensor(item) if isinstance(item, Tensor) else item}"
+                for key, item in value.items():
+                    yield f"{key} {tensor(item) if isinstance(item, Tensor) else item}"
             elif isinstance(value, Tensor):
                 known = program.constants.get(id(value))
                 constant = known is not None and known() is value
@@ -176,18 +179,98 @@ def can_save(program: Program) -> bool:
     """Whether the key covers all that graphs of this program depend on. Generated Triton, numeric
     checks, passes of the user's own, quantised bases and hooks of all modules depend on more."""
     options = program.options
+    # Those that PyTorch calls for every module. Dynamo leaves their guards out.
+    of_all_modules = (
+        value
+        for name, value in vars(torch.nn.modules.module).items()
+        if name.startswith("_global_forward_") and isinstance(value, dict)
+    )
     return (
         program.runtime.device.type == "cpu"
         and options.lowering in ("inductor", "reference")
         and options.verify != "numeric"
         and all(isinstance(value, bool) for value in options.passes.values())
         and not program.quantised.found
-        and not any(_hooks_of_all_modules())
+        and not any(of_all_modules)
     )
 
 
-def _hooks_of_all_modules() -> Iterator[Mapping[int, Any]]:
-    """Those that PyTorch calls for every module. Dynamo leaves their guards out."""
-    for name, value in vars(torch.nn.modules.module).items():
-        if name.startswith("_global_forward_") and isinstance(value, dict):
-            yield value
+def source_files(codes: Iterable[CodeType]) -> dict[str, str]:
+    """A hash of each file that some of the code stands in. Code without a file is told by its
+    bytecode (`fingerprints.py`)."""
+    names = sorted({code.co_filename for code in codes})
+    return {name: hashed for name in names if (hashed := hash_of_file(name)) is not None}
+
+
+def hash_of_file(name: str) -> str | None:
+    """None where there is no such file."""
+    path = Path(name)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+@dataclass
+class SavedInputs:
+    """Where Dynamo found each input, and what it was. A size has a place where it is that of a
+    tensor."""
+
+    places: list[Source | None]
+    texts: list[str]
+
+    @classmethod
+    def of(cls, graph: Captured, program: Program) -> SavedInputs:
+        """Raises Undescribed where an input depends on more than the model and the call."""
+        places: list[Source | None] = []
+        for item, source in zip(graph.frame.inputs, graph.sources, strict=True):
+            if item.kind not in _OF_PLACES or item.derived is not None:
+                raise Undescribed(f"{item.label} was made outside of the graph")
+            sized = isinstance(source, TensorPropertySource)
+            if source is None or (item.counts and not sized):
+                raise Undescribed(f"where {item.label} comes from is not known")
+            places.append(source if item.kind != "symbol" or sized else None)
+        return cls(places, [_text(item, program) for item in graph.frame.inputs])
+
+    def hold(self, program: Program, f_locals: dict[str, Any], f_globals: dict[str, Any]) -> bool:
+        """Whether each of them is that now."""
+        known, arguments = program.known_tensors(), program.call_arguments()
+        seen: dict[Source, Any] = {}
+        values: list[Tensor] = []
+        for place, text in zip(self.places, self.texts, strict=True):
+            if place is None:
+                continue
+            if isinstance(place, TensorPropertySource):
+                whole = value_at(place.base, f_locals, f_globals, seen)
+                item = FrameInput("symbol", "", counts=_counts(place, whole, arguments))
+            else:
+                value = value_at(place, f_locals, f_globals, seen)
+                if not isinstance(value, Tensor):
+                    return False
+                values.append(value)
+                item = _input(value, known, arguments)
+            if _text(item, program) != text:
+                return False
+        return not program.derived.inputs(values, known, arguments)
+
+
+def _input(value: Tensor, known: dict[int, FrameInput], arguments: dict[int, Role]) -> FrameInput:
+    """As in `Frame.of`, but for what earlier graphs made."""
+    if id(value) in known:
+        return known[id(value)]
+    if id(value) in arguments:
+        return FrameInput("argument", "", role=arguments[id(value)])
+    return FrameInput("state" if value.dim() == 0 else "unknown", "")
+
+
+def _counts(place: TensorPropertySource, whole: Any, arguments: dict[int, Role]) -> bool:
+    role = arguments.get(id(whole))
+    if place.prop is not TensorProperty.SIZE or role is None or not role.known:
+        return False
+    return role.dim == place.idx and whole.shape[place.idx] > 1
+
+
+def _text(item: FrameInput, program: Program) -> str:
+    group = None if item.group is None else program.groups.index(item.group)
+    holder = None if item.holder is None else str(item.holder)
+    label = item.label if item.kind in ("bank", "packed") else ""
+    sites = [site.path for site in item.sites]
+    kind = f"{item.kind} {label} counts {item.counts}"
+    return f"{kind} {sites} group {group} held by {holder} {item.role}"

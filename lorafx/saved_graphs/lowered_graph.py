@@ -1,11 +1,13 @@
-"""A graph as its lowering made it, in a file: Inductor's code, or the operators themselves.
+"""What of a graph lies in a file: the graph as its lowering made it, and what belongs to it.
 
-Generated kernels of lorafx are found by an id that is a hash of their source. They are built again
-before the graph runs; their libraries lie in a cache of their own, and so do those of Inductor.
+Generated kernels of lorafx are found by an id that is a hash of their source, and built again. A
+pickle names what the process has already: a site, a group, the program, a module by its place in
+the program, and by stand-ins what each process chooses names for. Tensors are refused.
 """
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Callable, Mapping
 from copy import copy
@@ -13,22 +15,38 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 
 from lorafx.capture.lowering import NodeByNode
 from lorafx.kernels.cpu import dense_delta
 from lorafx.kernels.cpu.cpu import build, build_all
 from lorafx.kernels.ops.delta_spec import DeltaSpec
+from lorafx.program.program import Program
 from lorafx.saved_graphs.fingerprints import Undescribed
 from lorafx.torch_internals.fake_tensors import FakeTensorMode
 from lorafx.torch_internals.frames import outside_of_frames
-from lorafx.torch_internals.saved_code import CompiledFxGraph
+from lorafx.torch_internals.operators import DispatchKeySet
+from lorafx.torch_internals.saved_graphs import (
+    BoxedBool,
+    BoxedDeviceIndex,
+    BundledCompiledForward,
+    CompiledFxGraph,
+    GraphPickler,
+    Options,
+)
 from lorafx.torch_internals.symbols import ShapeEnv
 
 #: Numbers in a tensor that the model's code writes out, such as `torch.tensor([])`.
 _CONSTANT = 1024
 
 Boxed = Callable[[list[Any]], Any]
+
+#: Names that Dynamo and lorafx choose anew in each process, by what stands for them in files.
+PortableNames = Mapping[str, str]
+
+#: The key of the slots that the program's marks read, the global that holds the compiled graph, the
+#: one that holds the built-in functions. `<module x>` is a global that holds Python's module x.
+SLOTS, GRAPH, BUILTINS = "<slots>", "<graph>", "<builtins>"
 
 
 @dataclass
@@ -49,11 +67,7 @@ class SavedLowered:
         raise Undescribed(f"a graph lowered to {type(lowered).__name__}")
 
     def load(self) -> Boxed:
-        """The graph, ready to run.
-
-        Raises:
-            Undescribed: a kernel is not what it was.
-        """
+        """The graph, ready to run. Raises Undescribed where a kernel is not what it was."""
         build_all(self.kernels)
         for dtype in {spec.y_dtype for spec in self.kernels}:
             dense_delta.ready(dtype)
@@ -63,7 +77,9 @@ class SavedLowered:
         if self.compiled is not None:
             return _from_inductor(self.compiled)
         assert self.operators is not None
-        return _from_operators(self.operators)
+        gm: Any = GraphPickler.loads(self.operators, FakeTensorMode(shape_env=ShapeEnv()))
+        gm.recompile()
+        return NodeByNode(gm)
 
 
 def _few_numbers(tensors: Mapping[str, torch.Tensor]) -> None:
@@ -74,8 +90,6 @@ def _few_numbers(tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def _operators(gm: fx.GraphModule) -> bytes:
-    from lorafx.torch_internals.saved_code import GraphPickler, Options
-
     _few_numbers(dict(gm.named_parameters()) | dict(gm.named_buffers()))
     bare = copy(gm)
     bare.meta = {}
@@ -83,16 +97,7 @@ def _operators(gm: fx.GraphModule) -> bytes:
     return GraphPickler.dumps(bare, options)
 
 
-def _from_operators(data: bytes) -> Boxed:
-    from lorafx.torch_internals.saved_code import GraphPickler
-
-    gm: Any = GraphPickler.loads(data, FakeTensorMode(shape_env=ShapeEnv()))
-    gm.recompile()
-    return NodeByNode(gm)
-
-
 def _compiled(graph: CompiledFxGraph) -> bytes:
-    """As torch's own caches write it."""
     _few_numbers(graph.constants or {})
     if graph.frozen_param_names:
         raise Undescribed("a graph with frozen weights")
@@ -102,13 +107,6 @@ def _compiled(graph: CompiledFxGraph) -> bytes:
 
 
 def _from_inductor(data: bytes) -> Boxed:
-    """As torch's own caches load it."""
-    from lorafx.torch_internals.saved_code import (
-        BoxedBool,
-        BoxedDeviceIndex,
-        BundledCompiledForward,
-    )
-
     forward = BundledCompiledForward(pickle.loads(data))
     settings: Any = {
         "cudagraphs": BoxedBool(False),
@@ -118,3 +116,78 @@ def _from_inductor(data: bytes) -> Boxed:
     with outside_of_frames():
         found: Boxed = forward.post_compile(forward.load([]), settings)
     return found
+
+
+def renamed(text: str, names: PortableNames) -> str:
+    """`text`, which is one of the names or an expression with them in it."""
+    if text in names:
+        return names[text]
+    for before, after in names.items():
+        if before in text:  # in expressions names are keys, in quotes: G['name']
+            text = text.replace(repr(before), repr(after))
+    return text
+
+
+def dump(value: object, program: Program, names: PortableNames) -> bytes:
+    """The pickle of `value`.
+
+    Raises:
+        Undescribed: it holds a tensor. Others, from `pickle`, for what cannot be pickled.
+    """
+    buffer = io.BytesIO()
+    _Pickler(buffer, program, names).dump(value)
+    return buffer.getvalue()
+
+
+def load(data: bytes, program: Program, names: PortableNames) -> Any:
+    """What was pickled, with the program's own objects in their places."""
+    return _Unpickler(io.BytesIO(data), program, names).load()
+
+
+class _Pickler(pickle.Pickler):
+    def __init__(self, file: io.BytesIO, program: Program, names: PortableNames) -> None:
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        self._names = {name: stand_in for stand_in, name in names.items()}
+        self._places: dict[int, tuple[str, Any]] = {
+            id(program): ("program", None),
+            id(program.runtime): ("runtime", None),
+            id(program.model): ("module", ""),
+        }
+        for path, module in program.model.named_modules():
+            self._places[id(module)] = "module", path
+        for kind, items in (("site", program.sites), ("group", program.groups)):
+            self._places.update((id(item), (kind, index)) for index, item in enumerate(items))
+
+    def persistent_id(self, value: Any) -> tuple[str, Any] | None:
+        if isinstance(value, str):
+            text = renamed(value, self._names)
+            return None if text == value else ("text", text)
+        if id(value) in self._places:
+            return self._places[id(value)]
+        if isinstance(value, (Tensor, nn.Module)):
+            raise Undescribed(f"a {type(value).__name__} in the graph's own data")
+        return None
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, DispatchKeySet):
+            return DispatchKeySet.from_raw_repr, (value.raw_repr(),)
+        return NotImplemented
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, program: Program, names: PortableNames) -> None:
+        super().__init__(file)
+        self._program, self._names = program, names
+
+    def persistent_load(self, place: tuple[str, Any]) -> Any:
+        kind, where = place
+        program = self._program
+        if kind == "text":
+            return renamed(where, self._names)
+        if kind == "site":
+            return program.sites[where]
+        if kind == "group":
+            return program.groups[where]
+        if kind == "module":
+            return program.model.get_submodule(where)
+        return program if kind == "program" else program.runtime

@@ -17,34 +17,33 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any, cast
 
 from lorafx.capture.backend import Backend
-from lorafx.capture.dump import dump_folder
 from lorafx.capture.parts import Captured, Parts
-from lorafx.capture.record import GraphRecord
+from lorafx.capture.record import GraphRecord, Span
+from lorafx.capture.recorder import dump_folder
 from lorafx.capture.told import tell
 from lorafx.errors import LorafxWarning
 from lorafx.program.program import Program
 from lorafx.saved_graphs import folder as folders
 from lorafx.saved_graphs.fingerprints import Fingerprints, Undescribed
 from lorafx.saved_graphs.guards import SavedGuards
-from lorafx.saved_graphs.inputs import SavedInputs
-from lorafx.saved_graphs.key import can_save, entry_key
-from lorafx.saved_graphs.lowered_graph import SavedLowered
-from lorafx.saved_graphs.pickling import (
+from lorafx.saved_graphs.key import SavedInputs, can_save, entry_key, hash_of_file, source_files
+from lorafx.saved_graphs.lowered_graph import (
     BUILTINS,
     GRAPH,
     SLOTS,
     PortableNames,
+    SavedLowered,
     dump,
     load,
 )
-from lorafx.saved_graphs.source_files import changed_file, source_files
 from lorafx.torch_internals.dynamo import ConvertFrameReturn, disable, input_codes
-from lorafx.torch_internals.saved_frames import (
+from lorafx.torch_internals.saved_graphs import (
     CleanupHook,
     CleanupManager,
     GuardedCode,
@@ -57,27 +56,16 @@ from lorafx.torch_internals.saved_frames import (
     unique_id,
     wrap_guarded_code,
 )
-from lorafx.viewer.stages import Span
 
-_MODULE = "<module {}>"
+_MODULE = "<module "
 _MOST = 64  # files of one key that are looked at
 
 
 class SavedGraphs:
-    """Loads and saves the graphs of one entry.
+    """Loads and saves the graphs of an entry, which `entry` tells apart from others of the program.
+    `option` is `Options.cache`."""
 
-    Args:
-        option: `Options.cache`.
-        entry: what tells the entry apart from others of the program.
-        guards: how the guards of a new graph are chosen, as in `Traced`.
-    """
-
-    def __init__(
-        self,
-        backend: Backend,
-        option: str | bool,
-        entry: Mapping[str, Any],
-    ) -> None:
+    def __init__(self, backend: Backend, option: str | bool, entry: Mapping[str, Any]) -> None:
         self._backend, self._option, self._entry = backend, option, entry
         #: Files whose graphs Dynamo has.
         self._loaded: set[Path] = set()
@@ -94,7 +82,7 @@ class SavedGraphs:
         self, convert: Callable[..., ConvertFrameReturn], frame: Any, *rest: Any, **named: Any
     ) -> ConvertFrameReturn:
         """As `convert`, Dynamo's conversion of the entry's own frame: a graph that was saved, or a
-        new one, which is saved. Dynamo holds its lock."""
+        new graph, which is saved. Dynamo holds its lock."""
         home = self._home(frame)
         if home is None:
             return convert(frame, *rest, **named)
@@ -156,7 +144,7 @@ class SavedGraphs:
                 continue
             start = time.perf_counter()
             try:
-                found = _Loading(self._backend, frame, folders.read(path, key)).result(rest)
+                found = _loaded(self._backend, frame, rest, folders.read(path, key))
             except Exception as error:
                 _warn(f"{path} is of no use, so its graph is compiled anew: {error!r}")
                 with suppress(OSError):
@@ -207,11 +195,8 @@ class _Conversion:
             graph.record.saved = text
 
     def body(self, made: GuardedCode) -> tuple[bytes, GraphRecord]:
-        """The contents of a file.
-
-        Raises:
-            Undescribed: the graph is not one that can be saved.
-        """
+        """The contents of a file, and the record. Raises Undescribed for a graph that cannot be
+        saved."""
         output, guards = self._output, self._guards
         if guards is None or len(self._graphs) != 1:
             raise Undescribed(self._why)
@@ -232,30 +217,22 @@ class _Conversion:
         second = {
             "code": SerializedCode.from_code_object(made.code),
             "lowered": SavedLowered.of(parts.lowered, parts.kernels),
-            "base": parts.base,
-            "extra": parts.extra,
-            "banks": parts.banks,
-            "bound": parts.bound,
-            "lookups": parts.lookups,
-            "wrappers": parts.wrappers,
+            "parts": replace(parts, lowered=None, kernels={}),
             "record": graph.record.to_save(),
             "reached": (self._program.reached, self._program.replaced),
         }
-        modules = json.dumps({name: of for name in names if (of := _module_of(name))})
+        modules = {name: name[len(_MODULE) : -1] for name in names if name.startswith(_MODULE)}
         halves = [dump(half, self._program, names) for half in (first, second)]
-        return pickle.dumps((modules, *halves)), graph.record
+        return pickle.dumps((json.dumps(modules), *halves)), graph.record
 
     def _names(self, code: CodeType) -> PortableNames:
         """The names that Dynamo's bytecode and guards have for things of this process."""
         assert self._guards is not None
-        names = {
-            SLOTS: self._program.runtime._key,
-            BUILTINS: self._guards.builtins_name,
-        }
+        names = {SLOTS: self._program.runtime._key, BUILTINS: self._guards.builtins_name}
         for name in sorted(set(self._output.installed_globals) - set(names.values())):
             value = self._output.global_scope[name]
             if isinstance(value, ModuleType) and sys.modules.get(value.__name__) is value:
-                names[_MODULE.format(value.__name__)] = name
+                names[f"{_MODULE}{value.__name__}>"] = name
             elif name in code.co_names and GRAPH not in names and name.startswith("__compiled_fn"):
                 names[GRAPH] = name
             else:
@@ -265,67 +242,54 @@ class _Conversion:
         return names
 
 
-def _module_of(stand_in: str) -> str | None:
-    before, after = _MODULE.split("{}")
-    if not stand_in.startswith(before):
+def _loaded(
+    backend: Backend, frame: Any, rest: Sequence[Any], body: bytes
+) -> ConvertFrameReturn | None:
+    """What Dynamo's conversion of the frame would return, from the contents of a file; None where
+    the graph is one of another call."""
+    program = backend.program
+    # In pieces: most files that are looked at are of other calls.
+    modules, first_half, second_half = pickle.loads(body)
+    names = {SLOTS: program.runtime._key, BUILTINS: unique_id("__builtins_dict__")}
+    added: dict[str, Any] = {}
+    for stand_in, module in json.loads(modules).items():
+        names[stand_in] = unique_id("__module")
+        added[names[stand_in]] = importlib.import_module(module)
+    first = load(first_half, program, names)
+    if any(hash_of_file(name) != was for name, was in first["files"].items()):
         return None
-    return stand_in.removeprefix(before).removesuffix(after)
-
-
-class _Loading:
-    """One file, while it is looked at for one frame."""
-
-    def __init__(self, backend: Backend, frame: Any, body: bytes) -> None:
-        self._backend, self._frame = backend, frame
-        # In pieces: most files that are looked at are of other calls.
-        self._modules, self._first, self._second = pickle.loads(body)
-
-    def result(self, rest: Sequence[Any]) -> ConvertFrameReturn | None:
-        """What Dynamo's conversion would return; None where the graph is one of another call."""
-        program, frame = self._backend.program, self._frame
-        names = {SLOTS: program.runtime._key, BUILTINS: unique_id("__builtins_dict__")}
-        added: dict[str, Any] = {}
-        for stand_in, module in json.loads(self._modules).items():
-            names[stand_in] = unique_id("__module")
-            added[names[stand_in]] = importlib.import_module(module)
-        first = load(self._first, program, names)
-        if changed_file(first["files"]) is not None:
-            return None
-        f_globals, f_locals = frame.f_globals, frame.f_locals
-        built_in = f_globals["__builtins__"]
-        added[names[BUILTINS]] = built_in if isinstance(built_in, dict) else vars(built_in)
-        for alias, module in first["imports"].items():
-            added[alias] = importlib.import_module(module)
-        if any(f_globals.get(name, value) is not value for name, value in added.items()):
-            return None
-        f_globals.update(added)
-        guards: SavedGuards = first["guards"]
-        prints = Fingerprints({program.runtime._key: SLOTS})
-        same = guards.difference(f_locals, f_globals, prints) is None
-        if not same or not first["inputs"].hold(program, f_locals, f_globals):
-            return None
-        manager = guards.manager(frame.f_code, f_locals, f_globals)
-        if not manager.check(f_locals):
-            return None
-        names[GRAPH] = unique_id("__compiled_fn", with_uuid=True)
-        second = load(self._second, program, names)
-        kind = "base" if second["base"] else "lora"
-        title = f"graph {len(self._backend.records)} {kind}"
-        record = GraphRecord.loaded(title, second["record"], self._backend.several)
-        parts = Parts(record.checks, second["base"], wrappers=second["wrappers"])
-        parts.extra, parts.banks = second["extra"], second["banks"]
-        parts.bound, parts.lookups = second["bound"], second["lookups"]
-        run = parts.executable(program, second["lowered"].load())
-        code = SerializedCode.to_code_object(second["code"])
-        hook = CleanupHook.create(f_globals, names[GRAPH], disable(run, reason="a compiled graph"))
-        CleanupManager.instance[code] = [hook]
-        input_codes.add(frame.f_code)
-        output_codes.add(code)
-        orig_code_map[code] = frame.f_code
-        reached, replaced = second["reached"]
-        program.reached.update(reached)
-        program.replaced.update(replaced)
-        self._backend.records.append(record)
-        compile_id = get_compile_id(rest[2])
-        made = GuardedCode(code, cast(Any, manager), compile_id, "a graph that lorafx loaded")
-        return wrap_guarded_code(made)
+    f_globals, f_locals = frame.f_globals, frame.f_locals
+    built_in = f_globals["__builtins__"]
+    added[names[BUILTINS]] = built_in if isinstance(built_in, dict) else vars(built_in)
+    for alias, module in first["imports"].items():
+        added[alias] = importlib.import_module(module)
+    if any(f_globals.get(name, value) is not value for name, value in added.items()):
+        return None
+    f_globals.update(added)
+    guards: SavedGuards = first["guards"]
+    prints = Fingerprints({program.runtime._key: SLOTS})
+    same = guards.hold(f_locals, f_globals, prints)
+    if not same or not first["inputs"].hold(program, f_locals, f_globals):
+        return None
+    manager = guards.manager(frame.f_code, f_locals, f_globals)
+    if not manager.check(f_locals):
+        return None
+    names[GRAPH] = unique_id("__compiled_fn", with_uuid=True)
+    second = load(second_half, program, names)
+    parts: Parts = second["parts"]
+    title = f"graph {len(backend.records)} {'base' if parts.base else 'lora'}"
+    record = GraphRecord.loaded(title, second["record"], backend.several)  # with parts.checks
+    run = parts.executable(program, second["lowered"].load())
+    code = SerializedCode.to_code_object(second["code"])
+    hook = CleanupHook.create(f_globals, names[GRAPH], disable(run, reason="a compiled graph"))
+    CleanupManager.instance[code] = [hook]
+    input_codes.add(frame.f_code)
+    output_codes.add(code)
+    orig_code_map[code] = frame.f_code
+    reached, replaced = second["reached"]
+    program.reached.update(reached)
+    program.replaced.update(replaced)
+    backend.records.append(record)
+    compile_id = get_compile_id(rest[2])
+    made = GuardedCode(code, cast(Any, manager), compile_id, "a graph that lorafx loaded")
+    return wrap_guarded_code(made)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -17,7 +17,7 @@ from lorafx.adapter_store.store import AdapterStore
 from lorafx.base_weights.merge import merged_of
 from lorafx.capture.backend import Backend
 from lorafx.errors import CaptureError, ConfigError
-from lorafx.explanation import write_beside_dumps
+from lorafx.explanation import Dumps
 from lorafx.interrupts import undisturbed
 from lorafx.model.changes_watch import hooks_of
 from lorafx.model.keywords import BY_ROW, refuse_slips
@@ -36,6 +36,7 @@ from lorafx.serving.entry import Entry, entered
 from lorafx.serving.generation import Generation
 from lorafx.serving.look_methods import LookMethods
 from lorafx.serving.names import delegated
+from lorafx.serving.replay import MadeCall
 from lorafx.serving.warmup import warm_up
 from lorafx.serving.waves import call_in_waves, generate_in_waves
 from lorafx.session.requests import LastCall, Names, by_slots, check_prompts, checked_names
@@ -69,13 +70,14 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
         self._stand_for(program.model)
         self._attachment = attachment
         self._session = Session(program, store, Backend(program, entered), dynamic)
-        session = weakref.ref(self._session)
-        self._session.backend.recorded = partial(write_beside_dumps, session)
+        self._session.backend.recorded = Dumps(self._session)
         self._entries = Entries(self._session, attachment)
         self._generation = Generation(self._entries)
         self._disabling = []
-        # In a list: an attribute of a module takes a microsecond to set.
-        self._last_call: list[LastCall | None] = [None]
+        # In containers: an attribute of a module takes a microsecond to set.
+        self._last_calls: dict[str, MadeCall] = {}
+        #: Those that captured graphs.
+        self._capturing_calls: list[MadeCall] = []
         try:
             join(self._session)
         except BaseException:
@@ -132,7 +134,6 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
         elif names is None:
             refuse_pipeline_slips(self.model)
         by_token = adapter_slots is not None and adapter_slots.dim() == 2
-        self._last_call[0] = LastCall.of(args, kwargs)
 
         def call(
             args: Sequence[Any], kwargs: Mapping[str, Any], names: Names | None, tokens: Any
@@ -140,11 +141,12 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
             run = partial(self._run_forward, args, kwargs)
             return self._session.call(run, names, tokens=tokens, activated=by_token)
 
+        asked = {"adapter_names": adapter_names, "adapter_slots": adapter_slots}
+        made = MadeCall("forward", LastCall.of(args, kwargs), asked)
+        run = partial(call, args, kwargs, names, tokens)
         if self._session.program.options.overflow == "waves":
-            return refusing_backward(
-                call_in_waves(self._entries, call, args, kwargs, names, tokens)
-            )
-        return refusing_backward(call(args, kwargs, names, tokens))
+            run = partial(call_in_waves, self._entries, call, args, kwargs, names, tokens)
+        return refusing_backward(self._noted(made, run))
 
     @untraced
     def generate(
@@ -180,7 +182,19 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
 
         names = checked_names(adapter_names)
         check_prompts(names, kwargs.get("input_ids", args[0] if args else kwargs.get(main)))
-        return generate_in_waves(self._entries, call, args, kwargs, names)
+        made = MadeCall("generate", LastCall.of(args, kwargs), {"adapter_names": adapter_names})
+        run = partial(generate_in_waves, self._entries, call, args, kwargs, names)
+        return self._noted(made, run)
+
+    def _noted(self, made: MadeCall, run: Callable[[], Any]) -> Any:
+        """What `run` returns, which makes the call."""
+        records = self._session.backend.records
+        captured = len(records)
+        self._last_calls[made.method] = made
+        result = run()
+        if len(records) != captured:
+            self._capturing_calls.append(made)
+        return result
 
     def _run_forward(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The model's forward for the requests of the running call; the model's call, where hooks

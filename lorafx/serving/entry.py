@@ -229,7 +229,7 @@ class Entry:
             recompile_limit=session.program.options.recompile_limit,
             sizes_by_data=lambda: session.program.quantised.sizes_by_data,
             keep_guards=session.backend.keep_guards if saved is None else saved.keep_guards,
-            saved=saved,
+            converted=None if saved is None else saved.converted,
         )
 
     def _saved(self, *, base: bool) -> SavedGraphs | None:

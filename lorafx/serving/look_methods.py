@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
+from lorafx.capture.record import GraphRecord
+from lorafx.errors import LorafxWarning, some
 from lorafx.explanation import Explanation
-from lorafx.explanation.collecting import report_of
-from lorafx.explanation.measured_changes import in_eager_mode
+from lorafx.explanation.collecting import explained
+from lorafx.explanation.effects import in_eager_mode
 from lorafx.explanation.why import Why, why
 from lorafx.reports.profile import Profile
 from lorafx.reports.writing import written_into
 from lorafx.serving.example_inputs import as_call
-from lorafx.session.requests import LastCall
-from lorafx.viewer.page import write_page
+from lorafx.serving.replay import MadeCall, captured_again
+from lorafx.viewer.dump import write_graph
+from lorafx.viewer.graph_data import graph_data
+from lorafx.viewer.page import Page
 
 if TYPE_CHECKING:
     from lorafx.serving.compiled import CompiledModel
@@ -29,7 +35,8 @@ class LookMethods:
     """The part of `CompiledModel` that looks inside."""
 
     _session: Session
-    _last_call: list[LastCall | None]
+    _last_calls: dict[str, MadeCall]
+    _capturing_calls: list[MadeCall]
     #: What `profile` measured last.
     _profile: Profile | None = None
     model: nn.Module
@@ -40,7 +47,7 @@ class LookMethods:
         show tables). It waits for running calls, and measures ΔW of adapters that it has not seen
         yet."""
         with self._session.lock:
-            return Explanation.of(self._session)
+            return explained(self._session)
 
     def why(
         self,
@@ -74,7 +81,8 @@ class LookMethods:
         session.refuse_running("why()")
         with session.lock:
             serve = partial(in_eager_mode, session)
-            return why(session, path, adapter, call, self._last_call[0], serve)
+            made = self._last_calls.get("forward")
+            return why(session, path, adapter, call, made and made.arguments, serve)
 
     def profile(
         self,
@@ -111,34 +119,71 @@ class LookMethods:
         return self._profile
 
     def dump(self, folder: str | os.PathLike[str]) -> Path:
-        """Write every captured graph, before and after each pass, as text and as diffs, with the
-        code that was generated for it, `explain.txt`, and `index.html`, which shows all of it
-        in a browser (docs/look_inside.md). Environment LORAFX_DUMP=folder does so as graphs come.
+        """Write the graphs, before and after each pass, as text and as diffs, with the code that
+        was generated for them, `explain.txt`, and `index.html`, which shows all of it in a browser
+        (docs/look_inside.md).
+
+        The calls that captured them, and the last one, are made once more for that, operator by
+        operator, with ones for arguments that are gone. Of graphs whose calls cannot be made again
+        (they had a cache, say) only the generated code is written, and a warning says so.
+        Environment LORAFX_DUMP=folder writes all graphs as they come.
 
         Raises:
             ConfigError: the folder cannot be made, or written to.
         """
         target = Path(folder)
-        with written_into(target):
+        with written_into(target), self._session.lock:
+            target.mkdir(parents=True, exist_ok=True)
             self._write(target)
         return target
 
     def _write(self, target: Path) -> None:
-        records = self._session.backend.records
-        for record in records:
-            record.dump.write(target)
-        reports = {"explain.txt": f"{self.explain()}\n"}
-        measured = {}
+        program = self._session.program
+        texts, measured = {"explain.txt": f"{self.explain()}\n"}, {}
         if self._profile is not None:
-            reports["profile.txt"], measured = f"{self._profile}\n", self._profile.by_site()
-        views = [record.view for record in records]
-        prepared = self._session.program.prepared
-        write_page(target, type(self.model).__name__, views, reports, measured, prepared)
-        for name, report in reports.items():
-            (target / name).write_text(report, encoding="utf-8")
+            texts["profile.txt"], measured = f"{self._profile}\n", self._profile.by_site()
+        page = Page(target, type(self.model).__name__, texts, measured, program.prepared)
+        unseen = []
+        for record in self._with_stages():
+            unseen += [] if record.stages else [record.title]
+            write_graph(target, record)
+            page.add(record, graph_data(record, program))
+        page.write()
+        if unseen:
+            warnings.warn(
+                f"{target} has no stages of {some(unseen)}, because the calls that captured these "
+                "cannot be made again: LORAFX_DUMP, or Options(dump=...), writes graphs as they "
+                "are compiled",
+                LorafxWarning,
+                stacklevel=3,
+            )
+
+    def _with_stages(self) -> list[GraphRecord]:
+        """The records of the graphs, with the stages of those whose calls can be made again."""
+        made, last = list(self._capturing_calls), dict(self._last_calls)
+        records = self._session.backend.records
+        try:
+            calls = [*made, *last.values()] if records else []
+            again = captured_again(cast("CompiledModel", self), calls)
+        finally:
+            self._capturing_calls[:] = made
+            self._last_calls.update(last)
+        found = []
+        for record in records:
+            alike = (
+                other for other in again if (other.form, other.lora) == (record.form, record.lora)
+            )
+            same = next(alike, None)
+            if same is not None:
+                again.remove(same)
+                record = replace(
+                    record, stages=same.stages, sizes=same.sizes, outlined=same.outlined
+                )
+            found.append(record)
+        return found
 
     def __repr__(self) -> str:
-        lines = report_of(self._session, quick=True).summary
+        lines = explained(self._session, quick=True).summary
         ways = "explain() says all, why(path) what became of a module, dump(folder) writes graphs"
         inside = [*lines, f"base model: {type(self.model).__module__}, as cm.model", ways]
         return "\n".join(["CompiledModel(", *(f"  {line}" for line in inside), ")"])

@@ -14,23 +14,24 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from lorafx.adapter_store.names import BASE
+from lorafx.capture.recorder import Stage
 from lorafx.errors import BatchError, ConfigError
 from lorafx.graph.expert_uses import is_grouped
 from lorafx.kernels.cpu.dense import DENSE_ADDMM, DENSE_MM
 from lorafx.model.sites import Site
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound, op_of
 from lorafx.passes.pack import ALIASES, VIEWS
+from lorafx.reports.prediction import stored_bytes
 from lorafx.reports.profile import Profile, ProfiledNode
-from lorafx.reports.stored_bytes import stored_bytes
 from lorafx.serving.example_inputs import named_inputs
-from lorafx.serving.staged_graphs import Stage, Staged, Stages, staged
+from lorafx.serving.replay import Replay, Staged, replayed
 from lorafx.torch_internals.operators import HigherOrderOperator, OpOverload
 
 aten = torch.ops.aten
@@ -45,14 +46,49 @@ _BETWEEN = ALIASES | VIEWS | {aten.cat.default, aten.clone.default}
 _LABEL = "lorafx node "
 
 
-@dataclass
-class _Measured:
-    """Seconds of the operators of one stage, by the name of their node, in all calls."""
+class _Measured(fx.Interpreter):
+    """Runs a stage with a label of the profiler's around each operator.
 
-    stage: Stage
-    number: int
-    seconds: dict[str, float] = field(default_factory=dict)
-    runs: int = 0
+    Attributes:
+        seconds: of the operators, by the name of their node, in all calls.
+    """
+
+    def __init__(self, stage: Stage, number: int) -> None:
+        super().__init__(stage.graph)
+        self.stage = stage
+        self.seconds: dict[str, float] = {}
+        self.runs = 0
+        self._label = f"{_LABEL}{number} "
+
+    def run(self, *args: Any, **more: Any) -> Any:
+        self.runs += 1
+        return super().run(*args, **more)
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op != "call_function":
+            return super().run_node(n)
+        with record_function(self._label + n.name):
+            return super().run_node(n)
+
+    def nodes(self, calls: int, floor_of: Callable[[Sequence[str]], float | None]) -> Nodes:
+        """Of each site's node the times of one of the calls."""
+        for node, base, delta in _site_nodes(self.stage):
+            state, paths = self.stage.sites["", node.name][0], self.stage.paths(node)
+            product = sum(self.seconds.get(name, 0.0) for name in base) / calls
+            more = sum(self.seconds.get(name, 0.0) for name in delta) / calls
+            yield ProfiledNode(
+                paths,
+                state.form,
+                state.strategy.partition(" (")[0],  # without its floor
+                max(self.runs // calls, 1),
+                product if base else None,
+                more if base else None,
+                product + more,
+                floor_of(paths),
+            )
+
+
+Nodes = Iterator[ProfiledNode]
 
 
 def profiled(
@@ -66,64 +102,35 @@ def profiled(
     if not isinstance(calls, int) or calls < 1:
         raise ConfigError(f"calls = {calls!r}: at least one call is measured")
     named = named_inputs(compiled.entry(compiled.model).roles, inputs)
-    adapters = [name for name in dict.fromkeys(names) if name not in (None, "__base__")]
+    adapters = [name for name in dict.fromkeys(names) if name not in (None, BASE)]
     if not adapters:
         raise BatchError("no request of the batch has an adapter, so there is no delta to profile")
-    served = _served(compiled, named, calls, serve)
-    with staged(compiled) as stages:
-        stages.current, earlier = stages.apart, len(compiled._session.backend.records)
-        graphs = _run(compiled, stages, named, names, calls)
-        states = {
-            state.site.path: state
-            for record in compiled._session.backend.records[earlier:]
-            for state in record.states
-        }
+    program = compiled._session.program
+    device = program.runtime.device
+    served = _served(device, named, calls, serve)
+    with replayed(compiled) as replay:
+        graphs = _measured(compiled, replay, named, names, calls)
         floors = _Floors(compiled, adapters)
-        nodes: list[ProfiledNode] = []
-        operators = 0.0
-        for graph in graphs:
-            operators += sum(graph.seconds.values())
-            for paths, base, delta in _nodes_of(graph.stage):
-                own = sum(graph.seconds.get(name, 0.0) for name in base)
-                more = sum(graph.seconds.get(name, 0.0) for name in delta)
-                state = states.get(paths[0])
-                nodes.append(
-                    ProfiledNode(
-                        paths,
-                        state.form if state else "",
-                        state.strategy.partition(" (")[0] if state else "",  # without its floor
-                        max(graph.runs // calls, 1),
-                        own / calls if base else None,
-                        more / calls if base else None,
-                        (own + more) / calls,
-                        floors.of(paths),
-                    )
-                )
+        nodes = [node for graph in graphs for node in graph.nodes(calls, floors.of)]
+    operators = sum(sum(graph.seconds.values()) for graph in graphs) / calls
     reached = {path for node in nodes for path in node.paths}
-    sites = sum(node.whole for node in nodes)
     return Profile(
-        type(compiled.model).__name__,
-        _device(compiled),
-        compiled._session.program.options.lowering,
-        len(names),
-        len(adapters),
-        calls,
-        served,
-        operators / calls,
-        operators / calls - sites,
-        tuple(nodes),
-        tuple(site.path for site in compiled.sites if site.path not in reached),
-        tuple(_notes(nodes)),
+        model=type(compiled.model).__name__,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        lowering=program.options.lowering,
+        rows=len(names),
+        adapters=len(adapters),
+        calls=calls,
+        served=served,
+        operators=operators,
+        others=operators - sum(node.whole for node in nodes),
+        nodes=tuple(nodes),
+        unreached=tuple(site.path for site in compiled.sites if site.path not in reached),
+        notes=tuple(_notes(nodes)),
     )
 
 
-def _device(compiled: Staged) -> str:
-    device = compiled._session.program.runtime.device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _notes(nodes: Iterable[ProfiledNode]) -> Iterator[str]:
-    nodes = list(nodes)
+def _notes(nodes: Sequence[ProfiledNode]) -> Iterator[str]:
     if any(len(node.paths) > 1 for node in nodes):
         yield "siblings that one node computes have one time"
     if any(node.base is None for node in nodes):
@@ -132,75 +139,59 @@ def _notes(nodes: Iterable[ProfiledNode]) -> Iterator[str]:
 
 
 def _served(
-    compiled: Staged, inputs: Mapping[str, Any], calls: int, serve: Callable[..., Any]
+    device: torch.device, inputs: Mapping[str, Any], calls: int, serve: Callable[..., Any]
 ) -> float:
     """Median seconds of a call, after one that compiles."""
     times = []
-    for at in range(calls + 1):
+    for _ in range(calls + 1):
         given = copy.deepcopy(dict(inputs))
-        _wait(compiled)
+        _wait(device)
         start = time.perf_counter()
         serve(**given)
-        _wait(compiled)
-        if at:
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
 
 
-def _wait(compiled: Staged) -> None:
-    device = compiled._session.program.runtime.device
+def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-class _Labelled(fx.Interpreter):
-    """Runs a graph with a label of the profiler's around each operator."""
-
-    def __init__(self, gm: fx.GraphModule, number: int) -> None:
-        super().__init__(gm)
-        self.number = number
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.op != "call_function":
-            return super().run_node(n)
-        with record_function(f"{_LABEL}{self.number} {n.name}"):
-            return super().run_node(n)
-
-
-def _run(
+def _measured(
     compiled: Staged,
-    stages: Stages,
+    replay: Replay,
     inputs: Mapping[str, Any],
     names: Sequence[str | None],
     calls: int,
 ) -> list[_Measured]:
-    graphs: dict[int, _Measured] = {}
+    """The graphs of a call, run operator by operator under torch.profiler."""
+    graphs: dict[Stage, _Measured] = {}
+    device = compiled._session.program.runtime.device
+    on_gpu = device.type == "cuda"
 
     def call() -> None:
         compiled(**copy.deepcopy(dict(inputs)), adapter_names=list(names))
 
     def run(stage: Stage, given: Sequence[Any]) -> Any:
-        own = graphs.setdefault(id(stage), _Measured(stage, len(graphs)))
-        own.runs += 1
-        return _Labelled(stage.graph, own.number).run(*given)
+        return graphs.setdefault(stage, _Measured(stage, len(graphs))).run(*given)
 
     call()  # captures
-    device = compiled._session.program.runtime.device
-    activities = [ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-    stages.runner = run
-    with profile(activities=activities, acc_events=True) as profiler:
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with (
+        replay.running(replay.apart, run),
+        profile(activities=activities, acc_events=True) as profiler,
+    ):
         for _ in range(calls):
             call()
-        _wait(compiled)
-    by_number = {own.number: own for own in graphs.values()}
+        _wait(device)
+    found = list(graphs.values())
     for event in profiler.events() or ():
         if event.name.startswith(_LABEL):
             number, name = event.name.removeprefix(_LABEL).split(" ", 1)
-            seconds = by_number[int(number)].seconds
-            seconds[name] = seconds.get(name, 0.0) + _seconds(event, device.type == "cuda")
-    return list(by_number.values())
+            seconds = found[int(number)].seconds
+            seconds[name] = seconds.get(name, 0.0) + _seconds(event, on_gpu)
+    return found
 
 
 def _seconds(event: Any, on_gpu: bool) -> float:
@@ -213,43 +204,32 @@ def _seconds(event: Any, on_gpu: bool) -> float:
     return sum(child.cpu_time_total for child in own) * 1e-6
 
 
-def _nodes_of(stage: Stage) -> Iterator[tuple[tuple[str, ...], list[str], list[str]]]:
-    """Of each site's node: the sites, the nodes of the base's product, those of the delta. No
-    product where one node does both."""
+def _site_nodes(stage: Stage) -> Iterator[tuple[fx.Node, list[str], list[str]]]:
+    """Each site's node with the nodes of the base's product and those of the delta. No product
+    where one node does both."""
     claimed: set[fx.Node] = set()
-    for node in stage.graph.graph.nodes:
-        paths = stage.sites.get(node.name)
-        if not paths:
+    for site in stage.graph.graph.nodes:
+        if not stage.paths(site):
             continue
         base, delta = list[str](), list[str]()
-        pending, seen = [node], {node}
+        pending, seen = [site], {site}
         while pending:
-            own = pending.pop()
-            if own in claimed or own.op != "call_function":
+            node = pending.pop()
+            if node in claimed or node.op != "call_function":
                 continue
-            if _is_product(own):
-                base.append(own.name)
-            elif own.target in _BETWEEN or own.target is getattr:
-                _follow(own.all_input_nodes, pending, seen)
-                continue
-            elif _is_lora(own):
-                delta.append(own.name)
-                _follow(_before(own), pending, seen)
-            else:
-                continue
-            claimed.add(own)
-        yield paths, base, delta
-
-
-def _follow(sources: Iterable[fx.Node], pending: list[fx.Node], seen: set[fx.Node]) -> None:
-    for source in sources:
-        if source not in seen:
-            seen.add(source)
-            pending.append(source)
-
-
-def _is_product(node: fx.Node) -> bool:
-    return node.target in _PRODUCTS or is_grouped(node)
+            sources: Iterable[fx.Node] = ()
+            if node.target in _BETWEEN or node.target is getattr:
+                sources = node.all_input_nodes
+            elif node.target in _PRODUCTS or is_grouped(node):
+                base.append(node.name)
+                claimed.add(node)
+            elif _is_lora(node):
+                delta.append(node.name)
+                claimed.add(node)
+                sources = _before(node)
+            pending += [source for source in sources if source not in seen]
+            seen.update(sources)
+        yield site, base, delta
 
 
 def _is_lora(node: fx.Node) -> bool:
@@ -259,10 +239,9 @@ def _is_lora(node: fx.Node) -> bool:
     return isinstance(op, HigherOrderOperator) and op is not AUTO_FUNCTIONALIZED
 
 
-def _before(node: fx.Node) -> Iterable[fx.Node]:
+def _before(node: fx.Node) -> Sequence[fx.Node]:
     """What a delta is added to: y, which its operator takes first, or by that name. An operator
-    that takes the weight makes y itself; launches of kernels do not say which of their arguments
-    is what."""
+    that takes the weight makes y itself; launches of kernels do not say which argument is what."""
     if not isinstance(op_of(node), OpOverload):
         return node.all_input_nodes
     call = bound(node)

@@ -202,11 +202,19 @@ def by_slots(
 
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype)
-_GONE = object()
+
+
+class _Held(NamedTuple):
+    """A tensor that is held weakly."""
+
+    tensor: weakref.ref[Tensor]
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
 
 
 class LastCall(NamedTuple):
-    """The arguments of the last call, whose tensors are held weakly."""
+    """The arguments of a call, whose tensors are held weakly."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -220,20 +228,29 @@ class LastCall(NamedTuple):
                 return None
         return cls(tuple(map(_held, args)), {name: _held(v) for name, v in kwargs.items()})
 
-    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """The arguments; None where a tensor among them is gone."""
-        args = tuple(map(_found, self.args))
-        kwargs = {name: _found(value) for name, value in self.kwargs.items()}
-        gone = any(value is _GONE for value in (*args, *kwargs.values()))
-        return None if gone else (args, kwargs)
+    def arguments(
+        self, *, stand_ins: bool = False
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The arguments. Where a tensor among them is gone, None, or, with `stand_ins`, ones in its
+        place."""
+        held = [item for item in (*self.args, *self.kwargs.values()) if isinstance(item, _Held)]
+        if not stand_ins and any(item.tensor() is None for item in held):
+            return None
+        return tuple(map(_found, self.args)), {n: _found(v) for n, v in self.kwargs.items()}
 
 
 def _held(value: Any) -> Any:
-    return weakref.ref(value) if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    return _Held(weakref.ref(value), value.shape, value.dtype, value.device)
 
 
 def _found(value: Any) -> Any:
-    if not isinstance(value, weakref.ref):
+    if not isinstance(value, _Held):
         return value
-    tensor = value()
-    return _GONE if tensor is None else tensor
+    tensor = value.tensor()
+    return (
+        torch.ones(value.shape, dtype=value.dtype, device=value.device)
+        if tensor is None
+        else tensor
+    )

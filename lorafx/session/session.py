@@ -87,7 +87,7 @@ class Session:
     ) -> None:
         self.program: Final = program
         self.store: Final = store
-        #: What compiles its graphs: another one by lorafx.serving.staged_graphs.
+        #: What compiles its graphs: another one by lorafx.serving.replay.
         self.backend = backend
         self.dynamic: Final = dynamic
         self.stand_ins: Final = StandIns()

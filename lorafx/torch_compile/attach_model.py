@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from types import FrameType
 from typing import Any, Never
 
@@ -21,7 +20,7 @@ from lorafx.capture.executable import ProgramLookup, refusing
 from lorafx.capture.lowering import Lowering
 from lorafx.config import Options
 from lorafx.errors import CaptureError, ConfigError
-from lorafx.explanation import write_beside_dumps
+from lorafx.explanation import Dumps
 from lorafx.model.marks import Attachment, sessions_of_marks
 from lorafx.prepare.marking import Marked, mark
 from lorafx.program.frame import Frame, wants_gradient
@@ -179,6 +178,13 @@ class AttachedBackend(Backend):
     def drop_guards(self, bound: BoundInputs | None) -> None:
         drop_guards_of_attached(self.program, bound)
 
+    @staticmethod
+    def kind_now(program: Program) -> bool | None:
+        if waiting():
+            return None  # a model that is captured anew is marked then
+        session = running_session()  # another model of the class may have got the graph
+        return session is not None and bool(session.program.runtime.active)
+
     def owner(self, frame: Frame, weights: Sequence[int]) -> ProgramLookup:
         # Dynamo keeps executables: what they hold is never freed, so they hold no model.
         program, adopt = weakref.ref(self.program), self.adopt
@@ -207,5 +213,5 @@ def attach_session(
     """The session of a model that has just been marked."""
     backend = AttachedBackend(program)
     backend.session = AttachedSession(program, store, backend, attachment)
-    backend.recorded = partial(write_beside_dumps, weakref.ref(backend.session))
+    backend.recorded = Dumps(backend.session)
     return backend.session

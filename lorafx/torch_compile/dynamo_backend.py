@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from lorafx.adapter_store.peft_model import peft_layers
 from lorafx.capture.executable import refusing
-from lorafx.capture.lowering import InductorLowering, Lowering, lowering_for
+from lorafx.capture.lowering import InductorLowering, Lowering, compile_base, lowering_for
 from lorafx.config import Options
 from lorafx.errors import CaptureError, LorafxError, ReplacedModuleError
 from lorafx.model.marks import MARKS
@@ -67,7 +67,7 @@ def compile_frame(
     if wanted.asks_for_lora:
         mark_captured(wanted)
     _note_unserved()
-    base = _lowering(wanted.options, patches).base(gm, examples)
+    base = compile_base(_lowering(wanted.options, patches), gm, examples)
     return captured_before(base, examples)
 
 

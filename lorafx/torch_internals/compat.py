@@ -43,18 +43,16 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 def untraced(function: _F) -> _F:
     """`function`, which code that users compile calls as it is: Dynamo breaks its graph there, and
-    what the function compiles itself is compiled as ever. It costs 0.4 µs a call."""
+    what the function compiles itself is compiled. It costs 0.4 µs a call."""
     reason = "lorafx compiled this model by itself"
     made: _F = disable(function, reason=reason)
     return made
 
 
 def entry_arguments(recompile_limit: int) -> dict[str, Any]:
-    """Arguments of `torch._dynamo.optimize` that give a function a cache and a limit of its own.
-
-    Without them every model whose forward shares a code object (transformers' decorators) would use
-    up one common limit of eight.
-    """
+    """Arguments of `torch._dynamo.optimize` that give a function a cache and a limit for itself:
+    models whose forwards share a code object (transformers' decorators) would use up one common
+    limit."""
     found: dict[str, Any] = {}
     if "isolate_recompiles" in _COMPILE_ARGUMENTS:
         found["isolate_recompiles"] = True
@@ -92,11 +90,9 @@ def capture_settings(
 
     `sizes_by_data`: operators whose results' sizes depend on data are captured too, where Dynamo
     would break the graph. Not for every model: what follows such a size in Python often cannot be.
-    `symbolic`: sizes of arguments are symbols. To keep the fake result of an operator, and to make
-    it again for an equal call, costs more then than to call the operator: a capture of 2 or 8
-    layers of Llama takes 12 to 20 % less CPU time without that cache.
-
-    What is right already is not written: a block of `lorafx.adapters` does this at every call.
+    `symbolic`: sizes of arguments are symbols. To keep and find the fake results of equal calls
+    costs more then than to call the operators: a capture of 2 or 8 layers of Llama takes 12 to 20 %
+    less CPU time without that cache.
     """
     wanted = _CAPTURE
     if "recompile_limit" not in _COMPILE_ARGUMENTS:
@@ -105,18 +101,16 @@ def capture_settings(
         wanted = (*wanted, (dynamo_config, "capture_dynamic_output_shape_ops", True))
     if symbolic:
         wanted = (*wanted, (dynamo_config, "fake_tensor_cache_enabled", False))
-    before = [
-        (config, name, own, value)
-        for config, name, value in wanted
-        if (own := getattr(config, name)) != value
-    ]
+    # What is right already is not written: a block of `lorafx.adapters` does this at every call.
+    changed = [item for item in wanted if getattr(item[0], item[1]) != item[2]]
+    before = [(config, name, getattr(config, name)) for config, name, _ in changed]
     try:
-        for config, name, _, value in before:
-            setattr(config, name, value)
+        for item in changed:
+            setattr(*item)
         yield
     finally:
-        for config, name, own, _ in before:
-            setattr(config, name, own)
+        for item in before:
+            setattr(*item)
 
 
 @contextmanager
@@ -134,12 +128,10 @@ def block_settings(recompile_limit: int, *, sizes_by_data: bool = False) -> Iter
 
 
 def traced_anew() -> AbstractContextManager[None]:
-    """Inside, AOTAutograd traces each graph, and takes none from torch's cache."""
     return functorch_config.patch(enable_autograd_cache=False)
 
 
 def is_recompile_limit(error: BaseException) -> bool:
-    """True for the error that Dynamo raises when an entry has as many graphs as it may have."""
     return isinstance(error, FailOnRecompileLimitHit)
 
 
@@ -170,11 +162,8 @@ def add_function_guard(manager: Any, function: Callable[[Any], bool]) -> None:
 
 def mark_fixed_shape(tensor: Tensor, dims: Sequence[int] | None = None) -> None:
     """Have Dynamo take the sizes of `tensor`, or those of `dims`, as constants in captures with
-    `dynamic=True`.
-
-    It does so by itself for what hangs on a module of torch.nn, and not on one of transformers:
-    generated kernels need the sizes of GPT-2's banks as much as those of Llama's.
-    """
+    `dynamic=True`. It does so by itself for what hangs on a module of torch.nn, but not of
+    transformers."""
     fixed = range(tensor.dim()) if dims is None else dims
     if is_traceable_wrapper_subclass(tensor):
         mark_static(tensor, list(fixed))

@@ -14,7 +14,6 @@ with private_names():
     from torch._C import _log_api_usage_once
     from torch._C._dynamo.guards import GlobalStateGuard
     from torch._dynamo import assume_constant_result, disable, optimize
-    from torch._dynamo import config as dynamo_config
     from torch._dynamo.convert_frame import input_codes
     from torch._dynamo.eval_frame import innermost_fn, set_code_exec_strategy
     from torch._dynamo.exc import (
@@ -27,5 +26,4 @@ with private_names():
     from torch._dynamo.source import Source
     from torch._dynamo.trace_rules import check
     from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
-    from torch._functorch import config as functorch_config
     from torch._logging import trace_structured

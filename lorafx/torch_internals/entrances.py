@@ -49,11 +49,10 @@ def unsupported(raised: BaseException, *, directly: bool = False) -> Unsupported
 
 
 def _of_private(raised: BaseException, directly: bool) -> bool:
-    """Whether the innermost code that is not torch's is on private ground, or is an expression of
-    lorafx's with a name that this folder hands out."""
     for depth, place in enumerate(reversed(list(_places(raised.__traceback__)))):
         if directly and depth > 1:
             return False
+        # The innermost code that is not torch's decides.
         module = f"{place.tb_frame.f_globals.get('__name__', '')}."
         if module.startswith(_GROUND):
             return True

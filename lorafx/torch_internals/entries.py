@@ -7,7 +7,7 @@ private names it uses is read from its source.
 from __future__ import annotations
 
 import ast
-import importlib
+import pkgutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -131,27 +131,12 @@ def handed_out() -> frozenset[str]:
 
 
 def found(name: str) -> Any:
-    """What a dotted name stands for in the installed packages.
-
-    Raises:
-        AttributeError, ImportError: nothing.
-    """
-    parts = name.split(".")
-    for end in range(len(parts), 0, -1):
-        try:
-            value: Any = importlib.import_module(".".join(parts[:end]))
-        except ImportError:
-            if end == 1:
-                raise
-            continue
-        break
-    for part in parts[end:]:
-        value = getattr(value, part)
-    return value
+    """What a dotted name stands for in the installed packages. Raises AttributeError or ImportError
+    where it stands for nothing."""
+    return pkgutil.resolve_name(name)
 
 
 def missing(name: str) -> bool:
-    """Whether the installed packages have no such name."""
     try:
         found(name)
     except (AttributeError, ImportError):

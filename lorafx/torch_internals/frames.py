@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, fx
 
+from lorafx.torch_internals.compat import add_function_guard
 from lorafx.torch_internals.entries import Required, private_names
 
 ENTRY = Required(
@@ -25,7 +26,7 @@ ENTRY = Required(
 with private_names():
     from torch._dynamo.exc import TensorifyScalarRestartAnalysis
     from torch._dynamo.guards import GuardBuilder
-    from torch._dynamo.source import LocalSource
+    from torch._dynamo.source import GlobalStateSource, LocalSource
     from torch._dynamo.symbolic_convert import InstructionTranslator
     from torch._dynamo.utils import get_metrics_context
     from torch._guards import Guard, GuardsSet, Source, TracingContext, tracing
@@ -35,7 +36,6 @@ with private_names():
 
 
 def _translator() -> Any:
-    """Dynamo's translator of the function, or of one that is inlined into it."""
     return InstructionTranslator.current_tx()
 
 
@@ -45,26 +45,24 @@ def captured_locals() -> Mapping[str, Any]:
 
 
 def captured_code() -> CodeType:
-    """That of the function that is being captured."""
     code: CodeType = _translator().output.root_tx.f_code
     return code
 
 
 def captured_self() -> Any:
-    """What `self` is in the function that is being captured; None where it has none."""
+    """`self` of the function that is being captured; None where it has none."""
     return captured_locals().get("self")
 
 
 def ends_in_break() -> bool:
-    """Whether the graph that is being compiled ends where the function breaks, so that what it
-    returns goes on to another."""
+    """Whether the graph that is being compiled ends where the function breaks."""
     reason = _translator().output.compile_subgraph_reason
     return reason is not None and bool(reason.graph_break)
 
 
 def failed_guard() -> str:
-    """The guard for which the newest earlier graph of the function does not serve the call, in the
-    words of Dynamo; where its metrics do not have it, how to see it."""
+    """Why the newest earlier graph of the function does not serve the call, in the words of Dynamo;
+    where its metrics do not have it, how to see it."""
     known = getattr(get_metrics_context(), "_metrics", {})
     text = str(known.get("recompile_reason") or "").partition("\n")[0].partition("  #")[0]
     guard = text.partition(": ")[2].strip()  # behind the number of the graph
@@ -74,10 +72,9 @@ def failed_guard() -> str:
 def guard_filter(keep: Callable[[Sequence[Any]], Sequence[bool]]) -> Callable[..., Sequence[bool]]:
     """`keep` as a filter of guards for Dynamo (`guard_filter_fn`).
 
-    Dynamo makes all guards to ask, and those that are kept once more. A guard on an object that is
-    a new one each time it is looked up, as some properties make it, would be refused then. On torch
-    2.11 and 2.12 there are such guards on transformers' `config.per_layer_config`, which every
-    cache is made from. So guards forget which object they saw.
+    Dynamo makes all guards to ask, and those that are kept once more. It would refuse a guard on an
+    object that is a new one each time it is looked up, such as transformers'
+    `config.per_layer_config` on torch 2.11 and 2.12. So guards forget which object they saw.
     """
 
     def kept(entries: Sequence[Any]) -> Sequence[bool]:
@@ -91,8 +88,8 @@ def guard_filter(keep: Callable[[Sequence[Any]], Sequence[bool]]) -> Callable[..
 def capture_again(reason: str) -> NoReturn:
     """From a backend: have Dynamo drop the graph and trace the function anew.
 
-    The error is the one restart that Dynamo lets pass from a backend. What the first trace tried
-    says nothing about the next one, which sees other modules.
+    The error is the only restart that Dynamo lets pass from a backend. What the first trace tried
+    says nothing about the next, which sees other modules.
     """
     _translator().speculation_log.clear()
     raise TensorifyScalarRestartAnalysis(restart_reason=reason)
@@ -105,8 +102,8 @@ def source_name(node: fx.Node) -> str:
 
 
 def size_source(node: fx.Node) -> tuple[Tensor, int] | None:
-    """Of which tensor, and of which of its dimensions, a graph input of the function that is being
-    captured is the size; None where that is not known."""
+    """The tensor and the dimension whose size a graph input of the captured function is; None where
+    that is not known."""
     name, dot, size = source_name(node).rpartition(".size()[")
     if not dot or not size[:-1].isdecimal():
         return None
@@ -143,16 +140,14 @@ def duck_shaped() -> bool:
 
 
 def guarded_attributes(suffix: str) -> list[str]:
-    """The names, as Dynamo writes them, of what the frame that is being captured is guarded on and
-    that so end; but for guards that are only made when they are asked for."""
-    context = TracingContext.try_get()
-    guards = () if context is None else context.guards_context.dynamo_guards.inner
-    return [name for guard in guards if (name := source_text(guard)).endswith(suffix)]
+    """The names, as Dynamo writes them, of what so ends among what the captured frame is guarded
+    on; but for guards that are only made when they are asked for."""
+    return [name for guard in frame_guards() if (name := source_text(guard)).endswith(suffix)]
 
 
 def names_of_frame() -> Callable[[str], Any]:
-    """What a name of Dynamo's stands for in the frame that is being captured, also when the capture
-    has gone on: a function of the name. None where only Dynamo can tell."""
+    """A function that gives what a name of Dynamo's stands for in the captured frame, also when the
+    capture has gone on; None where only Dynamo can tell."""
     root = _translator().output.root_tx
     scope = {"L": root.f_locals, "G": root.f_globals}
 
@@ -166,8 +161,7 @@ def names_of_frame() -> Callable[[str], Any]:
 
 
 def named_by_dynamo(name: str) -> Any:
-    """What this name stands for in the frame that is being captured; None where only Dynamo can
-    tell."""
+    """As `names_of_frame`, of one name."""
     return names_of_frame()(name)
 
 
@@ -200,6 +194,15 @@ def guard_local(name: str, make: Callable[[Any, Guard], None]) -> None:
     builder of guards."""
     guard = LocalSource(name).make_guard(make)
     TracingContext.get().guards_context.dynamo_guards.add(guard)
+
+
+def guard_frame(holds: Callable[[], bool]) -> None:
+    """Have Dynamo call the graph that is being compiled only where `holds()` is true."""
+
+    def make(builder: Any, guard: Guard) -> None:
+        add_function_guard(builder.guard_manager.root, lambda _: holds())
+
+    TracingContext.get().guards_context.dynamo_guards.add(GlobalStateSource().make_guard(make))
 
 
 @contextmanager

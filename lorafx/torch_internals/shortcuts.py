@@ -1,9 +1,7 @@
 """Shortcuts: what saves time by private ground, changes no answer, and may be off.
 
-Each is on where torch is a version that was tested, and where the private functions that it leans
-on have a source that was read, which their fingerprints say. Elsewhere it is off, which a line at
-level INFO says once, and `lorafx.explain` and `lorafx doctor` too. `Options.shortcuts`, or the
-variable LORAFX_SHORTCUTS, chooses others.
+Each is on where torch is a version that was tested, and the private functions that it leans on have
+a source that was read. `Options.shortcuts`, or the variable LORAFX_SHORTCUTS, chooses others.
 """
 
 from __future__ import annotations
@@ -112,11 +110,8 @@ def _proved(name: str) -> bool:
 
 
 def checked(setting: str | Sequence[str], what: str) -> frozenset[str] | None:
-    """The shortcuts that a setting names; None for "proved".
-
-    Raises:
-        ConfigError: it is none of "proved", "off" and names of shortcuts.
-    """
+    """The shortcuts that a setting names; None for "proved". Raises ConfigError where it is none of
+    "proved", "off" and names of shortcuts."""
     if setting in ("proved", "off"):
         return None if setting == "proved" else frozenset()
     names = [setting] if isinstance(setting, str) else list(setting)
@@ -131,16 +126,13 @@ def checked(setting: str | Sequence[str], what: str) -> frozenset[str] | None:
 
 def chosen(setting: str | Sequence[str] = "proved") -> frozenset[str]:
     """The names of the shortcuts that are on: those that are proved, or those that are named.
-
-    Raises:
-        ConfigError: the setting, or the variable that takes the place of "proved", names none.
-    """
+    Raises ConfigError as `checked`, also for the variable that takes the place of "proved"."""
     names, _ = _named(setting)
     return frozenset(filter(_proved, SHORTCUTS)) if names is None else names
 
 
 def states(setting: str | Sequence[str] = "proved") -> dict[str, str]:
-    """Of each shortcut "on", or why it is off."""
+    """For each shortcut "on", or why it is off."""
     names, by = _named(setting)
     if names is None:
         return {name: item.fault or "on" for name, item in SHORTCUTS.items()}
@@ -148,7 +140,7 @@ def states(setting: str | Sequence[str] = "proved") -> dict[str, str]:
 
 
 def _named(setting: str | Sequence[str]) -> tuple[frozenset[str] | None, str]:
-    """The names that a setting has, or the variable in its place, and which of them has these."""
+    """The names that a setting has, or the variable in its place, and where they were found."""
     names = checked(setting, option := "Options.shortcuts")
     if names is None and (text := os.environ.get(VARIABLE)):
         parts = [part.strip() for part in text.split(",")]

@@ -1,10 +1,6 @@
-"""Libraries in Inductor's cache that a killed process left half written, compiled again.
-
-Inductor has the linker write a library in its place, and takes what is there for compiled: by torch
-alone, every later process fails with "file too short", or takes the CPU for one without vector
-instructions, where it was the library that probes for them. Here a library is looked at before it
-is loaded. One that is not whole is named, removed and compiled once again.
-"""
+"""Libraries in Inductor's cache that a killed process left half written are named, removed and
+compiled again. By torch alone, every later process fails with "file too short", or takes the CPU
+for one without vector instructions, where it was the library that probes for them."""
 
 from __future__ import annotations
 
@@ -66,7 +62,6 @@ def _loading(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _remove(library: Path, key: str) -> None:
-    """Remove it, unless another process has compiled it meanwhile."""
     with FileLock(os.path.join(get_lock_dir(), f"{key}.lock"), timeout=LOCK_TIMEOUT):
         _unlink(library)
 

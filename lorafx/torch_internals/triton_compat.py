@@ -1,26 +1,9 @@
-"""Triton's interpreter on a CPU, and what differs between the versions of Triton, in one place.
-
-    interpret(function, grid, arguments)    run the Python function of a @triton.jit kernel
-    generated_triton_op(name, ...)          `torch.library.triton_op` of generated kernels
+"""Triton's interpreter on a CPU, and what differs between the versions of Triton.
 
 The interpreter is used whether or not TRITON_INTERPRET is set, so that kernels can be compiled
-ahead of time in the process that also runs them. What it gets wrong (triton 3.6 and 3.7) is put
-right while a kernel runs, and only then:
-
-- `tl.sum`, `tl.min`, `tl.max` and `tl.cumsum` are compiled functions unless TRITON_INTERPRET was
-  set before triton was imported, and when they are not, calling them leaves `triton.language`
-  patched.
-- bfloat16 is kept as the bits, in uint16. Casting from float32 cuts off instead of rounding to
-  nearest even (and where it rounds, a carry into the exponent is lost), and `tl.dot` multiplies the
-  bits as integers. Here casts round as hardware does and products are taken in float32, in which
-  those of two bfloat16 numbers are exact. Arithmetic on bfloat16 values other than casts and
-  `tl.dot` stays wrong, so generated kernels do none.
-- Triton 3.9 refuses masks that hold integers, as those that are computed of a scalar do.
-- There is no inline assembly. That of generated kernels orders launches and passes a number on.
-- A scalar that is kept as an array of one element is no index to numpy 2.4 and triton 3.6.
-- Two things take a third of the time, and go without: numpy's dtype of a value is looked up in a
-  table that is made for each look, and overflows of integers are looked for by operators of their
-  own, whose result is thrown away where `debug` is off.
+ahead of time in the process that also runs them. What it gets wrong (triton 3.6 to 3.9) is put
+right while a kernel runs, and only then. Arithmetic on bfloat16 values other than casts and
+`tl.dot` stays wrong, so generated kernels do none.
 """
 
 from __future__ import annotations
@@ -51,7 +34,7 @@ ENTRY = Required(
 with private_names():
     from torch._library import triton as triton_library
     from torch._library.triton import is_wrap_triton_enabled
-    from triton.runtime import _allocation, interpreter
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import GridExecutor
 
 # The interpreter patches triton.language and keeps the current program in a global.
@@ -77,6 +60,9 @@ def _narrow(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
 
 
+# The interpreter keeps bfloat16 as bits, in uint16; its casts cut off, and it multiplies the bits.
+
+
 def _cast(original: Callable[..., Any]) -> Callable[..., Any]:
     def cast(src: Any, dst_type: Any) -> Any:
         target = dst_type.scalar
@@ -96,7 +82,7 @@ def _dot(a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: An
 
 
 def _by_bools(original: Callable[..., Any], place: int) -> Callable[..., Any]:
-    """A masked access, whose mask is the argument at `place`, with one that holds bools."""
+    """A masked access, whose mask is the argument at `place`, with a mask that holds bools."""
 
     def access(*arguments: Any, **named: Any) -> Any:
         given = list(arguments)
@@ -123,8 +109,6 @@ def _pass_on(asm: str, constraints: str, args: Sequence[Any], **_: Any) -> Any:
 
 
 def _kept(original: Callable[[Any], np.dtype[Any]]) -> Callable[[Any], np.dtype[Any]]:
-    """`original` (triton's dtype -> numpy's), asked once for each name of a scalar type."""
-
     def look(dtype: Any) -> np.dtype[Any]:
         name = dtype.scalar.name
         found = _DTYPES.get(name)
@@ -147,11 +131,16 @@ def _scalars_as_indices(original: Callable[..., None]) -> Callable[..., None]:
 def _put_right() -> Iterator[None]:
     builder, standard = interpreter.interpreter_builder, tl.standard
     changes: list[tuple[Any, str, Any]] = [
+        # Compiled functions, unless TRITON_INTERPRET was set before triton was imported; to call
+        # them then leaves triton.language patched.
         (tl, "sum", _reduction(standard._sum_combine)),
         (tl, "min", _reduction(standard._elementwise_min)),
         (tl, "max", _reduction(standard._elementwise_max)),
         (tl, "cumsum", _running_sum),
+        # Inline assembly of generated kernels orders launches and passes a number on.
         (tl, "inline_asm_elementwise", _pass_on),
+        # These two take a third of the time: a table is made for each look at a dtype, and
+        # overflows are looked for by operators whose result is thrown away.
         (interpreter, "_get_np_dtype", _kept(interpreter._get_np_dtype)),
         (builder, "options", replace(builder.options, sanitize_overflow=builder.options.debug)),
         (interpreter, "_patch_lang_tensor", _scalars_as_indices(interpreter._patch_lang_tensor)),
@@ -183,14 +172,13 @@ class _Executor(GridExecutor):
 
 
 def _rewritten(kernel: Any) -> Callable[..., None]:
-    """The function of `kernel` as the interpreter runs it, made once for each."""
     if not isinstance(kernel, interpreter.InterpretedFunction):  # no TRITON_INTERPRET
         kernel = interpreter.InterpretedFunction(kernel.fn)
     return kernel.rewrite()
 
 
 def interpret(kernel: Any, grid: Sequence[int], arguments: Sequence[Any]) -> None:
-    """Runs `kernel` over `grid` on CPU tensors, in Triton's interpreter.
+    """Run `kernel` over `grid` on CPU tensors, in Triton's interpreter.
 
     Raises:
         LoweringError: the kernel failed; its source is in the message's cause.
@@ -220,7 +208,7 @@ def generated_triton_op(
     """`torch.library.triton_op` of kernels that are generated when they are first needed.
 
     For the keys of its caches torch reads the source of whatever the op's function calls, and looks
-    for kernels there. It finds none of these: that was a sixth of an import of lorafx, 0.8 s.
+    for kernels there. It finds none: that was a sixth of an import of lorafx, 0.8 s.
     """
 
     def registered(function: Callable[..., Any]) -> Any:

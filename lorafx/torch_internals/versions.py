@@ -68,8 +68,7 @@ def standing(package: str) -> str:
 
 
 def triton_of_torch() -> str | None:
-    """The version of triton that the installed torch was built with; None where that is not
-    known."""
+    """The triton that the installed torch was built with; None where that is not known."""
     for line in metadata.requires("torch") or ():
         if found := re.match(r"triton\s*==\s*([\d.]+)", line):
             return found[1]
@@ -78,8 +77,8 @@ def triton_of_torch() -> str | None:
 
 @cache
 def check() -> None:
-    """What is installed is old enough, and new enough. Of a version that is newer than those that
-    were tested a line in the log says so.
+    """Refuse what is installed and too old, and say in the log where torch is newer than the tested
+    ones.
 
     Raises:
         UnsupportedVersionError: a package is older than the oldest that lorafx runs on, or triton

@@ -21,8 +21,8 @@ with private_names():
 
 
 def can_be_noted() -> bool:
-    """Whether what AOTAutograd puts around a graph can be kept for another process; from torch
-    2.13 on."""
+    """Whether what AOTAutograd puts around a graph can be kept for another process; from torch 2.13
+    on."""
     return hasattr(graph_compile, "_cache_inference_info") and hasattr(AOTConfig, "to_cacheable")
 
 

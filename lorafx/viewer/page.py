@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -12,11 +14,9 @@ from typing import Any
 
 import jinja2
 
+from lorafx.capture.record import GraphRecord
 from lorafx.program.pass_report import PassReport
-from lorafx.viewer.dot import to_dot
-from lorafx.viewer.encode import graph_data, packed
-from lorafx.viewer.stages import GraphView
-from lorafx.viewer.trace import trace_events
+from lorafx.viewer.exports import to_dot, trace_events
 
 #: In this order, each in a script element of its own.
 SCRIPTS = (
@@ -34,84 +34,71 @@ SCRIPTS = (
 
 @dataclass
 class Page:
-    """The page of one model's graphs, and the exports beside it.
+    """The page of one model's graphs, and the exports beside it: index.html, trace.json, model.txt,
+    `texts`, and in the folder of each graph last.dot, its last stage.
 
-    index.html, trace.json, model.txt, and in the folder of each graph last.dot, its last stage.
+    Attributes:
+        texts: reports on the model, by file name.
+        measured: what was measured of sites, by path.
+        prepared: what the passes over the model did.
     """
 
     folder: Path
     model: str
-    texts: dict[str, str] = field(default_factory=dict)  # reports on the model, by file name
-    measured: Mapping[str, str] = field(default_factory=dict)  # by path of a site
-    prepared: Sequence[PassReport] = ()  # of the passes over the model
-    _graphs: list[GraphView] = field(default_factory=list)
-    _packed: list[str] = field(default_factory=list)
+    texts: dict[str, str] = field(default_factory=dict)
+    measured: Mapping[str, str] = field(default_factory=dict)
+    prepared: Sequence[PassReport] = ()
+    _records: list[GraphRecord] = field(default_factory=list)
+    _graphs: list[tuple[str, str]] = field(default_factory=list)
 
-    def add(self, graph: GraphView) -> None:
-        """Add a graph that was compiled. It is encoded once, however often the page is written."""
-        self._graphs.append(graph)
-        self._packed.append(packed(graph_data(graph)))
-        if graph.stages:
-            target = folder_of(self.folder, graph.title)
+    def add(self, record: GraphRecord, data: Mapping[str, Any]) -> None:
+        """Add a graph and its `graph_data`, which is encoded once, however often the page is
+        written."""
+        self._records.append(record)
+        self._graphs.append((f"{data['title']}: {data['reason']}", packed(data)))
+        if data["stages"]:
+            target = self.folder / data["title"].replace(" ", "-")
             target.mkdir(parents=True, exist_ok=True)
-            dot = to_dot(graph.stages[-1], graph.title)
-            (target / "last.dot").write_text(dot, encoding="utf-8")
+            (target / "last.dot").write_text(to_dot(data), encoding="utf-8")
 
     def write(self) -> None:
-        """Write the page and the trace with the graphs so far."""
+        """Write all files with the graphs so far."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        trace = trace_events(self.model, self._graphs, self.prepared)
-        (self.folder / "trace.json").write_text(json.dumps(trace))
-        told = "".join(f"{report}\n" for report in self.prepared)
-        (self.folder / "model.txt").write_text(told, encoding="utf-8")
-        (self.folder / "index.html").write_text(self.html(), encoding="utf-8")
+        trace = trace_events(self.model, self._records, self.prepared)
+        model = "".join(f"{report}\n" for report in self.prepared)
+        written = {"trace.json": json.dumps(trace), "model.txt": model, "index.html": self.html()}
+        for name, text in {**written, **self.texts}.items():
+            (self.folder / name).write_text(text, encoding="utf-8")
 
     def html(self) -> str:
-        titles = [f"{graph.title}: {graph.reason}" for graph in self._graphs]
-        about: dict[str, Any] = {"model": self.model, "graphs": titles, "texts": self.texts}
-        about["measured"] = dict(self.measured)
-        about["passes"] = [
-            {
-                "name": report.name,
-                "found": report.edits,
-                "seconds": round(report.seconds, 6),
-                "notes": report.notes,
-            }
-            for report in self.prepared
-        ]
+        about = {
+            "model": self.model,
+            "graphs": [title for title, _ in self._graphs],
+            "texts": self.texts,
+            "measured": dict(self.measured),
+            "passes": [
+                {
+                    "name": report.name,
+                    "found": report.edits,
+                    "seconds": round(report.seconds, 6),
+                    "notes": report.notes,
+                }
+                for report in self.prepared
+            ],
+        }
         return _template().render(
             model=self.model,
             style=_part("style.css"),
             scripts=[_part(name) for name in SCRIPTS],
             about=packed(about),
-            graphs=self._packed,
+            graphs=[data for _, data in self._graphs],
         )
 
 
-def folder_of(folder: Path, title: str) -> Path:
-    """Where the files of one graph are."""
-    return folder / title.replace(" ", "-")
-
-
-def write_page(
-    folder: Path,
-    model: str,
-    graphs: list[GraphView],
-    texts: Mapping[str, str] | None = None,
-    measured: Mapping[str, str] | None = None,
-    prepared: Sequence[PassReport] = (),
-) -> None:
-    """Write the page of `graphs`, and the exports beside it, at once.
-
-    Args:
-        texts: reports on the model, by file name.
-        measured: what was measured of sites, by path.
-        prepared: what the passes over the model did.
-    """
-    page = Page(folder, model, dict(texts or {}), measured or {}, prepared)
-    for graph in graphs:
-        page.add(graph)
-    page.write()
+def packed(value: Any) -> str:
+    """JSON, deflated, in base64, which has no character that ends a script."""
+    text = json.dumps(value, separators=(",", ":"))
+    return base64.b64encode(zlib.compress(text.encode(), 6)).decode()
 
 
 def _part(name: str) -> str:

@@ -87,7 +87,7 @@ def _barriers(nodes: Sequence[fx.Node]) -> set[fx.Node]:
     """Nodes that must stay where they are: they mutate, draw random numbers or assert, or make
     what is written back into an input (a static cache, which Inductor then updates in place).
     An assignment to items, which only Dynamo's own graphs have, is a part of its layer there as
-    methods that write are: `lorafx.capture.stamp_layers` tries what it writes into."""
+    methods that write are: `lorafx.capture.stamps` tries what it writes into."""
     found: set[fx.Node] = set()
     # torch asks several of its tables of an operator, and a graph has few operators.
     pure: set[Any] = set()

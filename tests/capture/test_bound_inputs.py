@@ -105,15 +105,6 @@ def test_adapters_come_and_go(case: Case) -> None:
     assert counters["stats"]["unique_graphs"] == graphs
 
 
-def test_two_models_of_one_class(case: Case) -> None:
-    one, other = case.compile(), case.compile()
-    other.unload_adapter("a")
-    other.load_adapter(case.folders["b"], "a")
-    for _ in range(2):
-        check(one, case)
-        check(other, Case(case.base, {"a": case.folders["b"], "b": case.folders["b"]}))
-
-
 def test_layers_that_change_places_unseen(case: Case) -> None:
     """torch reports no writes to `_modules`, and no guard of Dynamo tells equal layers apart."""
     cm = case.compile()

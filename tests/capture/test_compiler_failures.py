@@ -10,7 +10,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from attached import attached, compiled, fresh_dynamo, served
+from attached import fresh_dynamo
 from dense_merge import Case, check_mixed
 from tiny_models import FAMILIES
 from toolchain import needs_compiler
@@ -44,16 +44,6 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(torch.relu(self.up(x)))
-
-
-class Scaled(Block):
-    """Makes a constant tensor in its forward, as DeBERTa and SEW-D do."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        scale = torch.sqrt(torch.tensor(K, dtype=torch.float) * 2)
-        for _ in range(12):  # long enough for one body to serve all layers
-            x = torch.tanh(x / scale) + x
-        return super().forward(x)
 
 
 class Net(nn.Module):
@@ -108,15 +98,7 @@ def failing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Outline, "run", run)
 
 
-def test_constants_that_a_forward_makes_are_compared(tmp_path: Path) -> None:
-    c = case(tmp_path, Net(Scaled))
-    cm = c.compile(dynamic=False)
-    check_mixed(cm, c, MIXED, batch())
-    (outlined,) = cm._session.backend.records[-1].outlined
-    assert len(outlined.paths) == 3
-
-
-@pytest.mark.parametrize("failing", [KeyError, IndexError, AssertionError], indirect=True)
+@pytest.mark.parametrize("failing", [KeyError, AssertionError], indirect=True)
 @pytest.mark.usefixtures("failing")
 def test_a_pass_that_fails_is_named_with_the_switch(tmp_path: Path) -> None:
     c = case(tmp_path, Net())
@@ -129,15 +111,6 @@ def test_a_pass_that_fails_is_named_with_the_switch(tmp_path: Path) -> None:
     check_mixed(cm, c, [None, None, None], batch())
     without = c.compile({"passes": {"outline": False}}, dynamic=False)
     check_mixed(without, c, MIXED, batch())
-
-
-@pytest.mark.parametrize("failing", [KeyError], indirect=True)
-@pytest.mark.usefixtures("failing")
-def test_a_block_of_adapters_raises_the_same(tmp_path: Path) -> None:
-    c = case(tmp_path, Net())
-    model = attached(c)
-    with pytest.raises(CaptureError, match="the pass 'outline' failed on a graph of Net"):
-        served(compiled(model, dynamic=False), model, MIXED, batch())
 
 
 def test_a_pass_that_cannot_be_switched_off(
@@ -214,9 +187,3 @@ def test_graphs_with_adapters_fail_and_the_error_says_how_the_base_is_served(
     for model in (cm, apart):
         check_mixed(model, c, MIXED, batch())
         check_mixed(model, c, [None] * 3, batch())
-
-
-def test_what_the_model_raises_stays_its_own(tmp_path: Path) -> None:
-    cm = case(tmp_path, Net()).compile(dynamic=False)
-    with pytest.raises(RuntimeError, match="same reduction dim"):
-        cm(x=torch.randn(3, 4, K + 1), adapter_names=MIXED)

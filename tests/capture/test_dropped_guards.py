@@ -1,8 +1,9 @@
-"""Guards on marks in a compiled model's own frame: none is checked."""
+"""Which guards of a graph are checked before each call: none on marks, in a model's own frame."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from dense_merge import REFERENCE, Case, check_mixed
 from tiny_models import token_inputs
+from torch import nn
 from torch._dynamo.guards import CheckFunctionManager
 
 import lorafx
@@ -98,3 +100,53 @@ def test_no_guard_on_marks_is_checked(
     check_mixed(cm, shallow, [None] * len(NAMES), inputs)  # by code of the base's own
     check_mixed(cm, shallow, NAMES, inputs)
     assert cm.recompiles == 2
+
+
+class Views(Sequence[Any]):
+    """What a property makes anew each time, as transformers' `config.per_layer_config`."""
+
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: Any) -> Any:
+        if index >= len(self):
+            raise IndexError
+        return self.settings
+
+
+class Settings:
+    size = 1.0
+
+    def __getattribute__(self, name: str) -> Any:
+        return super().__getattribute__(name)
+
+    @property
+    def views(self) -> Views:
+        return Views(self)
+
+
+class Viewing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings = Settings()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.linear(x)
+        for view in self.settings.views:
+            x = x + view.size
+        return x
+
+
+def test_guards_on_what_is_a_new_object_each_time() -> None:
+    """torch 2.11 and 2.12 refused to make them twice."""
+    model, x = Viewing().eval(), torch.randn(3, 4)
+    with torch.no_grad():
+        wanted = model(x)
+    cm = lorafx.compile(
+        model, lorafx.LoraConfig(max_rank=2, target_modules="all-linear"), options=REFERENCE
+    )
+    torch.testing.assert_close(cm(x), wanted)

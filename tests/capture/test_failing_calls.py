@@ -11,7 +11,6 @@ import pytest
 import torch
 from attached import attached, compiled, fresh_dynamo, served
 from dense_merge import REFERENCE, Case, error, save_adapter
-from tiny_models import token_inputs
 from torch import Tensor, nn
 
 import lorafx
@@ -57,27 +56,6 @@ class Late(Choosy):
 @torch._dynamo.disable
 def _through_numpy(h: Tensor) -> Tensor:
     return torch.from_numpy(h.numpy().copy())
-
-
-class Patient(Choosy):
-    """Gets over what its parts raise, in Python: the break keeps the handler out of a graph."""
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        h = torch.relu(self.up(x))
-        try:
-            torch._dynamo.graph_break()
-            return {"logits": self.pick(h)}
-        except ValueError:
-            return {"logits": h}
-
-
-class Stopped(Choosy):
-    """Raises what is no Exception."""
-
-    def pick(self, h: Tensor) -> Tensor:
-        if h.shape[1] > 6:
-            raise KeyboardInterrupt
-        return self.down(h)
 
 
 class Later(Choosy):
@@ -154,24 +132,6 @@ def test_the_model_s_own_error_is_named(small):
         cm(x=rows(7), adapter_names=MIXED)
 
 
-def test_what_the_model_gets_over_is_given_up_once(small, monkeypatch):
-    case = small(Patient, ["up", "down"])
-    cm = case.compile()
-    traced: list[str] = []
-    start = torch._dynamo.convert_frame.increment_frame
-    monkeypatch.setattr(
-        torch._dynamo.convert_frame, "increment_frame", lambda: (traced.append(""), start())
-    )
-    x = rows(7)
-    expected = case.expected(["a"] * 3, {"x": x})
-    for _ in range(2):
-        assert error(cm(x=x, adapter_names=["a"] * 3)["logits"], expected) <= 1e-5
-    before = len(traced)
-    assert before
-    cm(x=x, adapter_names=["a"] * 3)
-    assert len(traced) == before
-
-
 def test_a_failure_elsewhere(tmp_path):
     """All modules that torch.nn wrote the forward of share the code that torch.compile traces."""
 
@@ -187,22 +147,6 @@ def test_a_failure_elsewhere(tmp_path):
     x, names = torch.randn(2, K), ["a", None]
     alone = torch.cat([case.alone(name)(x[row : row + 1]) for row, name in enumerate(names)])
     assert error(case.compile(dynamic=False)(x, adapter_names=names), alone) <= 1e-5
-
-
-def test_a_bad_call_of_a_transformers_model(shallow):
-    cm, inputs, names = shallow.compile(dynamic=False), token_inputs(3, 5), ["a0", None, "a1"]
-    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
-        cm(attention_mask=inputs["attention_mask"], adapter_names=["a0"] * 3)
-    assert error(cm(**inputs, adapter_names=names).logits, shallow.expected(names, inputs)) <= 1e-5
-
-
-def test_an_interrupted_call(small, serve_of):
-    case = small(Stopped, ["up", "down"])
-    serve, x = serve_of(case), rows(3)
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            serve(["a"] * 3, rows(7))
-        assert error(serve(MIXED, x), case.expected(MIXED, {"x": x})) <= 1e-5
 
 
 def _kept_out(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -236,24 +180,3 @@ def test_dynamo_switched_off(small, monkeypatch):
     assert error(cm(x=x, adapter_names=names)["logits"], case.expected(names, {"x": x})) <= 1e-5
     with pytest.raises(ProvenanceError, match="eager mode does not know"):
         cm(x=x, adapter_names=MIXED)
-
-
-def test_what_is_kept_out_of_graphs_stays_out(small):
-    seen: list[bool] = []
-
-    class Apart(Choosy):
-        @torch._dynamo.disable(recursive=False)
-        def pick(self, h: Tensor) -> Tensor:
-            seen.append(torch.compiler.is_compiling())
-            return super().pick(h)
-
-    case = small(Apart, ["up", "down"])
-    model = attached(case)
-    call = compiled(model)
-    for length in (3, 7, 3, 3):
-        try:
-            served(call, model, ["a"] * 3, {"x": rows(length)})
-        except ValueError:
-            assert length == 7
-    assert len(seen) >= 4
-    assert not any(seen)

@@ -223,27 +223,6 @@ def test_an_argument_that_is_something_else_in_another_call(small, serve_of):
     right(serve, case, MIXED, features(3, 5))
 
 
-class Loop(One):
-    """The second round runs the first one's graph, on what Python made of its result."""
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        for turn in range(2):
-            torch._dynamo.graph_break()
-            y = torch.tanh(self.w(x))
-            torch._dynamo.graph_break()
-            x = torch.tensor(y.flip(1).tolist()) if turn == 0 else y
-        return {"logits": x}
-
-
-def test_a_graph_that_runs_twice_in_a_call(small, serve_of):
-    torch.manual_seed(0)
-    case, inputs = small(Loop, ["w"]), features(3, 3)
-    serve = serve_of(case, fixed=True)
-    right(serve, case, ["a", "a", "a"], inputs)
-    with pytest.raises(ProvenanceError, match="at w a tensor comes from another place"):
-        serve(MIXED, inputs)
-
-
 class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()

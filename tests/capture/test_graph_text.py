@@ -1,19 +1,26 @@
-"""Dumped graphs: a stage printed from the one before reads like one that is printed anew."""
+"""A stage as a program; its nodes are named by what they are, and what is compiled keeps its own
+names."""
 
 from __future__ import annotations
 
 import operator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from dense_merge import REFERENCE, Case, save_adapter
 from expecttest import assert_expected_inline
+from tiny_models import FAMILIES
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lorafx.capture.graph_text import GraphText, text_lines
-
-pytestmark = pytest.mark.quick
+import lorafx
+from lorafx.capture.graph_text import stage_lines, users_line
+from lorafx.capture.node_names import ShortPaths, names_of
+from lorafx.capture.recorder import Stage, copied
+from lorafx.program.pass_report import PassReport
+from lorafx.viewer.dump import OPS, legend, plain_name
 
 aten = torch.ops.aten
 
@@ -32,7 +39,11 @@ def graph() -> tuple[fx.GraphModule, dict[str, fx.Node]]:
     w = add("w", built.get_attr("weight"), 8, 6)
     right = add("right", built.call_function(aten.permute.default, (w, [1, 0])), 6, 8)
     y = add("y", built.call_function(aten.mm.default, (x, right)), 4, 8)
-    halves = nodes["halves"] = built.call_function(aten.split.Tensor, (y, 4), {"dim": -1})
+    y.meta["stack_trace"] = (
+        '  File "model.py", line 3, in forward\n    return self.up(x)\n    ^^^^^^^\n'
+    )
+    y.meta["nn_module_stack"] = {"1": ("L['self']._modules['up']", nn.Linear)}
+    halves = built.call_function(aten.split.Tensor, (y, 4), {"dim": -1})
     left = add("left", built.call_function(operator.getitem, (halves, 0)), 4, 4)
     built.output((left, {"rest": (y,)}))
     root = nn.Module()
@@ -40,14 +51,11 @@ def graph() -> tuple[fx.GraphModule, dict[str, fx.Node]]:
     return fx.GraphModule(root, built), nodes
 
 
+@pytest.mark.quick
 def test_a_graph_reads_like_a_program() -> None:
-    gm, nodes = graph()
-    nodes["y"].meta["stack_trace"] = (
-        '  File "model.py", line 3, in forward\n    return self.up(x)\n    ^^^^^^^\n'
-    )
-    nodes["y"].meta["nn_module_stack"] = {"1": ("L['self']._modules['up']", nn.Linear)}
+    gm, _ = graph()
     assert_expected_inline(
-        "\n".join(text_lines(GraphText().stage(gm))),
+        "\n".join(stage_lines(Stage(gm), {("", "mm_default"): "up_mm"})),
         """\
 class GraphModule(torch.nn.Module):
     def forward(
@@ -57,40 +65,201 @@ class GraphModule(torch.nn.Module):
         weight: "bfloat16[8, 6]" = self.weight
         permute_default: "bfloat16[6, 8]" = torch.ops.aten.permute.default(weight, [1, 0])
         # up (model.py:3): return self.up(x)
-        mm_default: "bfloat16[4, 8]" = torch.ops.aten.mm.default(x, permute_default)
-        split_tensor = torch.ops.aten.split.Tensor(mm_default, 4, dim = -1)
+        up_mm: "bfloat16[4, 8]" = torch.ops.aten.mm.default(x, permute_default)
+        split_tensor = torch.ops.aten.split.Tensor(up_mm, 4, dim = -1)
         getitem: "bfloat16[4, 4]" = split_tensor[0]
-        return (getitem, {'rest': (mm_default,)})""",
+        return (getitem, {'rest': (up_mm,)})""",
     )
 
 
-def test_what_changes_between_stages_is_printed_anew() -> None:
+@pytest.mark.quick
+def test_a_node_has_one_name_in_all_stages_and_leaves_it_when_it_is_gone() -> None:
     gm, nodes = graph()
-    text = GraphText()
-    stages = [text_lines(text.stage(gm))]
+    y = nodes["y"]
+    stages = [Stage(copied(gm))]
+    with gm.graph.inserting_before(y):
+        other = gm.graph.call_function(aten.mm.default, y.args)
+        other.meta.update(y.meta)
+    stages.append(Stage(copied(gm), PassReport("more", 1, 0.0)))
+    y.replace_all_uses_with(other)
+    gm.graph.erase_node(y)
+    with gm.graph.inserting_after(other):
+        third = gm.graph.call_function(aten.mm.default, other.args)
+        third.meta.update(other.meta)
+    stages.append(Stage(copied(gm), PassReport("fewer", 1, 0.0)))
+    names = names_of(stages, {})
+    assert names["", "mm_default"] == "up_mm"
+    assert names["", other.name] == "up_mm_1"
+    assert names["", third.name] == "up_mm"
+    assert names["", "getitem"] == "split_0"
 
-    def stage() -> None:
-        stages.append(text_lines(text.stage(gm)))
-        assert stages[-1] == text_lines(GraphText().stage(gm))
-        assert stages[-1] != stages[-2]
 
-    nodes["y"].target = aten.matmul.default
-    stage()
-    nodes["halves"].kwargs = {"dim": 1}
-    stage()
-    with gm.graph.inserting_before(nodes["y"]):
-        own = gm.graph.call_function(aten.relu.default, (nodes["x"],))
-    nodes["y"].replace_input_with(nodes["x"], own)
-    stage()
-    nodes["y"].meta["val"] = nodes["y"].meta["val"].float()
-    stage()
-    nodes["y"].replace_input_with(own, nodes["x"])
-    gm.graph.erase_node(own)
-    stage()
-    body = fx.GraphModule(nn.Module(), fx.Graph())
-    body.graph.output(body.graph.placeholder("h"))
-    gm.body = body
-    stage()
-    assert text_lines(text.stage(gm)) == stages[-1]
-    kept = {id(line) for line in stages[0]} & {id(line) for line in stages[-1]}
-    assert len(kept) >= 3  # the same objects: stages share what they have in common
+@pytest.mark.quick
+def test_short_paths_tell_modules_apart() -> None:
+    paths = {
+        "model.layers.0.self_attn.q_proj": "layers_0_q_proj",
+        "model.layers.11.self_attn.q_proj": "layers_11_q_proj",
+        "model.layers.0.attention.output.dense": "layers_0_attention_output_dense",
+        "model.layers.0.output.dense": "model_layers_0_output_dense",
+        "model.layers.0.intermediate.dense": "layers_0_intermediate_dense",
+        "encoder.layers.0.fc": "encoder_layers_0_fc",
+        "decoder.layers.0.fc": "decoder_layers_0_fc",
+        "lm_head": "lm_head",
+        "0": "0",
+    }
+    short = ShortPaths()
+    short.add(paths)
+    assert {path: short.of(path) for path in paths} == paths
+    short.add(["vision.layers.0.self_attn.q_proj"])  # which comes later
+    assert short.of("vision.layers.0.self_attn.q_proj") == "layers_0_self_attn_q_proj"
+    assert short.of("model.layers.0.self_attn.q_proj") == "layers_0_q_proj"
+
+
+@pytest.mark.quick
+def test_the_line_is_the_users_own() -> None:
+    def frame(file: str, line: int, code: str) -> str:
+        return f'  File "{file}", line {line}, in forward\n    {code}\n'
+
+    mark = frame(lorafx.__file__.replace("__init__", "model/marks"), 135, "return site(x)")
+    linear = frame(f"{Path(torch.__file__).parent}/nn/modules/linear.py", 130, "F.linear(x)")
+    mine = frame("/somewhere/else/my_model.py", 7, "y = self.up(x)")
+    assert users_line(mine + linear + mark) == ("/somewhere/else/my_model.py:7", "y = self.up(x)")
+    assert users_line(linear + mark) == ("torch/nn/modules/linear.py:130", "F.linear(x)")
+    assert users_line("") == ("", "")
+
+
+@pytest.mark.quick
+def test_the_legend_knows_every_operator() -> None:
+    own = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("lorafx::")]
+    names = {plain_name(name.partition("::")[2].partition(".")[0]) for name in own}
+    assert {"fused_linear", "run_delta", "triton_linear", "paged_cache"} <= names
+    assert names <= OPS.keys()
+    shown = legend(["y = torch.ops.lorafx.run_delta_.default(x: s1)"], {"s1": "a", "s2": "b"}, ())
+    assert f"# lorafx.run_delta: {OPS['run_delta']}" in shown
+    assert "# s1: a" in shown
+    assert "# s2: b" not in shown
+
+
+EXPECTED = {
+    "plain": [
+        "embed_lora:",
+        "down_fused:",
+        "up_gate_packed:",
+        "up_gate_packed_1:",  # the branch that is called twice
+        "up_out:",
+        "up_gate_head_packed_weight:",
+        "down_bank_A:",
+        "slots:",
+        'requests: "Sym(',
+        "# up (tiny_models.py:",
+        ": requests of the batch: dimension 0 of ids",
+    ],
+    "llama": [
+        "layers_0_q_proj_k_proj_v_proj_packed:",
+        "layers_0_o_proj_fused:",
+        "layers_0_gate_proj_out:",
+        "layers_0_input_layernorm_weight:",
+        "# model.layers.0.self_attn.o_proj (transformers/models/llama/modeling_llama.py:",
+        ": tokens of each request: dimension 1 of input_ids",
+    ],
+    "vit": [
+        "pixel_values:",
+        "projection_weight:",
+        "# classifier (transformers/models/vit/modeling_vit.py:",
+        ": requests of the batch: dimension 0 of pixel_values",
+    ],
+}
+
+
+@pytest.mark.parametrize("family", EXPECTED)
+def test_dumps_are_readable(family: str, looked: Any, tmp_path: Path) -> None:
+    folder = looked(family).cm.dump(tmp_path) / "graph-0-lora"
+    graph = (folder / "09-pack.py").read_text()
+    for text in EXPECTED[family]:
+        assert text in graph, text
+    assert "_lora:" in (folder / "00-captured.py").read_text()
+    assert "_fused:" in (folder / "08-fuse.py").read_text()
+    assert "marks.py" not in graph
+
+
+def test_what_is_compiled_keeps_its_names(plain: Case, tmp_path: Path) -> None:
+    compiled: list[str] = []
+
+    def look(gm: torch.fx.GraphModule, ctx: Any) -> int:
+        compiled[:] = [node.name for node in gm.graph.nodes if node.op != "output"]
+        return 0
+
+    options = {"dump": str(tmp_path), "passes": {"look": lorafx.After("outline", look)}}
+    cm = plain.compile(options)
+    cm(**FAMILIES["plain"].inputs(2, 3), adapter_names=["a1", None])
+    assert compiled
+    assert not [name for name in compiled if "up_gate" in name or "_fused" in name]
+    assert "up_gate_packed:" in (tmp_path / "graph-0-lora" / "09-pack.py").read_text()
+    assert not cm._session.backend.records[0].stages  # no graph is kept alive
+
+
+def test_generated_code_is_beside_the_graphs(tmp_path: Path, monkeypatch: Any) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 6)).eval().requires_grad_(False)
+    folder = save_adapter(base, tmp_path / "a", rank=2, targets=["0"], seed=1)
+    monkeypatch.setenv("LORAFX_DUMP", str(tmp_path / "dump"))
+    cm = lorafx.compile(base, {"a": folder}, options={"lowering": "inductor", "base_graphs": True})
+    x = torch.randn(3, 8)
+    cm(x, adapter_names=["a", None, "a"])
+    cm(x)
+    graph = tmp_path / "dump" / "graph-0-lora"
+    kernels = [path.read_text() for path in graph.glob("kernel-*.cpp")]
+    assert len(kernels) == 1
+    assert "lorafx_kernel" in kernels[0]
+    for name in ("graph-0-lora", "graph-1-base"):
+        assert "def call(" in (graph.parent / name / "inductor.py").read_text()
+    assert "module_0_fused" in (graph / "09-pack.py").read_text()
+    assert "graphs: 2" in (graph.parent / "explain.txt").read_text()
+    assert cm.dump(tmp_path / "again")
+
+    def text(path: Path) -> list[str]:
+        return path.read_text().splitlines()[path.name[0].isdecimal() :]  # without times
+
+    for path in graph.iterdir():  # what is written as graphs come is what is written afterwards
+        assert text(tmp_path / "again" / "graph-0-lora" / path.name) == text(path)
+
+
+def test_attached_models_report_beside_their_dumps(
+    plain: Case, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("LORAFX_DUMP", str(tmp_path))
+    model = lorafx.attach(plain.model(), plain.folders, options=REFERENCE)
+    compiled = torch.compile(model, backend="lorafx", dynamic=True)
+    inputs = FAMILIES["plain"].inputs(2, 4)
+    with lorafx.adapters(model, ["a1", None]):
+        compiled(**inputs)
+    assert "graphs: 1" in (tmp_path / "explain.txt").read_text()
+
+
+def test_models_do_not_dump_over_one_another(small: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("LORAFX_DUMP", str(tmp_path / "dump"))
+
+    class Up(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(4, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.up(x)
+
+    case: Case = small(Up, ["up"])
+    compiled = [case.compile(dynamic=False) for _ in range(2)]
+    for cm, names in zip(compiled, (["a", None], ["a", "b"]), strict=True):
+        cm(torch.randn(2, 4), adapter_names=names)
+    first, second = tmp_path / "dump", tmp_path / "dump" / "Up-2"
+    for folder in (first, second):
+        assert "graphs: 1" in (folder / "explain.txt").read_text()
+        assert (folder / "graph-0-lora" / "14-outline.py").exists()
+    compiled[0].detach()
+    again = case.compile(dynamic=False)
+    again(torch.randn(2, 4), adapter_names=["b", None])
+    assert sorted(path.name for path in first.iterdir() if path.is_dir()) == [
+        "Up-2",
+        "graph-0-lora",
+    ]
+    assert "b: rank 3, 1 sites, slot" in (first / "explain.txt").read_text()

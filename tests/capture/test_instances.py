@@ -124,16 +124,6 @@ def test_what_is_another_computation(small, net: type[nn.Module]) -> None:
     assert cm.recompiles == 2
 
 
-def test_what_is_laid_out_in_another_way(small) -> None:
-    torch.manual_seed(0)
-    case: Case = small(Net, ["up", "down"])
-    cm = case.compile()
-    check_mixed(cm, case, MIX, batch(3))
-    turned = {"x": torch.randn(1, K, 4).transpose(1, 2)}
-    check_mixed(cm, case, ["a"], turned)
-    assert cm.recompiles == 2
-
-
 @pytest.mark.parametrize(("least", "graphs"), [(2, 1), (3, 2)])
 def test_what_is_found_out_while_a_graph_is_compiled(small, least: int, graphs: int) -> None:
     """A pass decides something by the number of requests, which is guarded."""

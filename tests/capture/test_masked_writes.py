@@ -61,15 +61,6 @@ class Broken(Reader):
         return x.masked_scatter(mask[..., None], features)
 
 
-class OneByOne(Reader):
-    """Python loops over images: each is of one request alone, and so is what it computes of it."""
-
-    def put(self, x: Tensor, mask: Tensor, features: Tensor) -> Tensor:
-        turned = [self.eye(image.flip(0)) - image.mean() for image in features.unbind()]
-        halves = [part.squeeze(0) for part in torch.stack(turned).split(1)]
-        return x.masked_scatter(mask[..., None], torch.stack(halves))
-
-
 @torch._dynamo.disable
 def scattered(x: Tensor, mask: Tensor, features: Tensor) -> Tensor:
     return x.masked_scatter(mask[..., None], features)
@@ -93,17 +84,6 @@ class Pieces(Reader):
         return x.masked_scatter(mask[..., None], features)
 
 
-class Kept(Reader):
-    """Images (B, 2, PER, K), of which those that are all zeros are left out."""
-
-    def forward(self, x: Tensor, mask: Tensor, images: Tensor) -> dict[str, Tensor]:
-        flat = images.flatten(0, 1)
-        real = (flat != 0).flatten(1).any(1)
-        real[0] |= ~real.any()
-        features = torch.tanh(self.eye(flat[real]))
-        return {"logits": self.w(scattered(x, mask, features))}
-
-
 def batch(rows: int, length: int = 5, counts: tuple[int, ...] = ()) -> dict[str, Tensor]:
     """PER positions for each row, or `counts`, at random places."""
     mask = torch.zeros(rows, length, dtype=torch.bool)
@@ -116,12 +96,8 @@ def batch(rows: int, length: int = 5, counts: tuple[int, ...] = ()) -> dict[str,
 @pytest.mark.parametrize(
     ("cls", "options"),
     [
-        *(
-            (cls, REFERENCE)
-            for cls in (Scattered, Indexed, Added, Broken, OneByOne, InPython, Pieces)
-        ),
+        *((cls, REFERENCE) for cls in (Scattered, Indexed, Added, Broken, InPython, Pieces)),
         (Scattered, INDUCTOR),
-        (OneByOne, INDUCTOR),
     ],
 )
 def test_each_row_gets_its_own_features(small, cls, options):
@@ -150,28 +126,6 @@ def test_positions_that_do_not_fit_the_requests_are_refused(small, cls, options)
     assert error(cm(**odd, adapter_names=["a"] * 3)["logits"], expected) <= 1e-5
     found = cm(**fits, adapter_names=MIXED)["logits"]
     assert error(found, case.expected(MIXED, fits)) <= 1e-5
-
-
-@pytest.mark.parametrize("cls", [InPython, Broken])
-def test_python_knows_whose_features_land_where(small, cls):
-    torch.manual_seed(0)
-    case = small(cls, ["eye", "w"])
-    cm = case.compile(dynamic=False)
-    with pytest.raises(ProvenanceError, match="at w "):
-        cm(**batch(3, counts=(2 * PER, 0, PER)), adapter_names=MIXED)
-
-
-def test_images_of_any_number_where_python_leaves_them_out(small):
-    torch.manual_seed(0)
-    case = small(Kept, ["eye", "w"])
-    cm = lorafx.compile(case.model(), adapters=case.folders, options=REFERENCE)
-    for names in (["a"] * 3, MIXED, ["b", "a", None], [None, "b", "b", "a"]):
-        numbers = (2, 1, 0, 1)[: len(names)]
-        inputs = batch(len(names), counts=tuple(PER * number for number in numbers))
-        kept = torch.arange(2) < torch.tensor(numbers)[:, None]
-        inputs["images"] = torch.randn(len(names), 2, PER, K) * kept[..., None, None]
-        found = cm(**inputs, adapter_names=names)["logits"]
-        assert error(found, case.expected(names, inputs)) <= 1e-5, names
 
 
 def test_images_that_no_adapter_touches_go_anywhere(small):

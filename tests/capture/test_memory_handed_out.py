@@ -26,10 +26,6 @@ def by_numpy(h: Tensor) -> None:
     rows[:] = rows[::-1].copy()
 
 
-def sorted_in_place(h: Tensor) -> None:
-    h.detach().numpy().sort(0)
-
-
 def shuffled(h: Tensor) -> None:
     np.random.default_rng(0).shuffle(h.numpy())
 
@@ -39,19 +35,9 @@ def by_protocol(h: Tensor) -> None:
     rows[:] = rows[::-1].copy()
 
 
-def by_view_of_numpy(h: Tensor) -> None:
-    rows = torch.from_numpy(h.numpy())
-    rows.copy_(rows.flip(0))
-
-
 def by_dlpack(h: Tensor) -> None:
     rows = np.from_dlpack(h)
     rows[:] = rows[::-1].copy()
-
-
-def by_capsule(h: Tensor) -> None:
-    rows = torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(h))
-    rows.copy_(rows.flip(0))
 
 
 def by_address(h: Tensor) -> None:
@@ -64,24 +50,7 @@ def by_storage(h: Tensor) -> None:
     h.untyped_storage().copy_(turned)
 
 
-def by_bytes(h: Tensor) -> None:
-    size = h.nbytes
-    memory = memoryview((ctypes.c_char * size).from_address(h.data_ptr())).cast("B")
-    memory[:] = bytes(memory[size // 3 :]) + bytes(memory[: size // 3])
-
-
-WRITERS = [
-    by_numpy,
-    sorted_in_place,
-    shuffled,
-    by_protocol,
-    by_view_of_numpy,
-    by_dlpack,
-    by_capsule,
-    by_address,
-    by_storage,
-    by_bytes,
-]
+WRITERS = [by_numpy, shuffled, by_protocol, by_dlpack, by_address, by_storage]
 
 
 class Written(nn.Module):
@@ -125,25 +94,6 @@ def test_rows_that_are_moved_unseen_are_refused(small, write, first):
         cm(**inputs, adapter_names=MIXED)
 
 
-class OfEqualRows(Written):
-    """Rows change places when they are equal, and back when they are not."""
-
-    def rest(self, h: Tensor) -> Tensor:
-        h = h * 0
-        self.written(h)
-        y = self.w(h)
-        self.written(y)
-        return y
-
-
-@pytest.mark.usefixtures("fixed_sizes")
-def test_equal_rows_that_numpy_may_move_are_refused(small):
-    case, inputs = small(writing(by_numpy, OfEqualRows), ["w"]), {"x": torch.randn(3, 5, K)}
-    cm = lorafx.compile(case.model(), adapters=case.folders, options=REFERENCE)
-    with pytest.raises(ProvenanceError, match=r"at w .* was handed to numpy"):
-        cm(**inputs, adapter_names=MIXED)
-
-
 class InBuffer(Written):
     """Rows cross in a buffer, of which the model holds an array."""
 
@@ -164,32 +114,11 @@ class InBuffer(Written):
         return self.arrays[0]
 
 
-class InBufferOfCall(InBuffer):
-    """As `InBuffer`, and the array is made in each call."""
-
-    def array(self) -> np.ndarray:
-        return self.rows.numpy()
-
-
-class InDict(InBuffer):
-    """Rows cross in a tensor that a dict of the model holds from call to call."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kept = {"rows": torch.zeros(3, 5, K)}
-        self.arrays = [self.kept["rows"].numpy()]
-
-    def rest(self, h: Tensor) -> Tensor:
-        self.written(h)
-        return self.w(self.kept["rows"] + 0 * h)
-
-
 @pytest.mark.usefixtures("fixed_sizes")
-@pytest.mark.parametrize("cls", [InBuffer, InBufferOfCall, InDict])
-def test_rows_that_cross_in_the_models_own_memory_unseen_are_refused(small, cls):
+def test_rows_that_cross_in_the_models_own_memory_unseen_are_refused(small):
     torch.manual_seed(0)
-    case, inputs = small(cls, ["w"]), {"x": torch.randn(3, 5, K)}
-    model = cls()
+    case, inputs = small(InBuffer, ["w"]), {"x": torch.randn(3, 5, K)}
+    model = InBuffer()
     model.load_state_dict(case.model().state_dict())
     cm = lorafx.compile(model.eval(), adapters=case.folders, options=REFERENCE)
     cm(**inputs, adapter_names=["a"] * 3)
@@ -243,16 +172,3 @@ def test_the_same_of_a_marked_model(small, write):
     assert torch.equal(found, case.base(**inputs)["logits"])
     with pytest.raises(ProvenanceError, match=r"at w "):
         served(call, model, MIXED, inputs)
-
-
-@pytest.mark.usefixtures("fresh_dynamo")
-def test_the_memory_of_a_marked_model(small):
-    torch.manual_seed(0)
-    case, inputs = small(InBuffer, ["w"]), {"x": torch.randn(3, 5, K)}
-    model = InBuffer()
-    model.load_state_dict(case.model().state_dict())
-    lorafx.attach(model.eval(), adapters=case.folders, options=REFERENCE)
-    call = compiled(model, dynamic=False)
-    served(call, model, ["a"] * 3, inputs)
-    with pytest.raises(ProvenanceError, match=r"at w "):
-        served(call, model, MIXED, {"x": torch.randn(3, 5, K)})

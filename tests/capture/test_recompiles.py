@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 import torch._dynamo
-from dense_merge import REFERENCE, check_mixed, error, random_base, save_adapter
+from dense_merge import REFERENCE, check_mixed, error, save_adapter
 from oracle import Oracle
 from tiny_models import FAMILIES, token_inputs
 from torch import Tensor, nn
@@ -96,34 +96,6 @@ def test_settings_are_the_users_own_but_while_a_graph_is_captured(small):
     assert all(found)
 
 
-def test_growing_batches_beyond_the_first_buffer_of_slots(plain, square):
-    torch.manual_seed(0)
-    cm, feed = square, FAMILIES["plain"].inputs
-    for rows in (3, 70, 5, 200):
-        names = [("a0", None, "a1")[row % 3] for row in range(rows)]
-        check_mixed(cm, plain, names, feed(rows, 2))
-    assert cm.recompiles == 1
-
-
-def test_load_and_unload_between_calls(plain, square, tmp_path):
-    torch.manual_seed(0)
-    cm, feed = square, FAMILIES["plain"].inputs
-    check_mixed(cm, plain, ["a0", "a1", None], feed(3, 4))
-    captured = cm.recompiles
-    folder = save_adapter(plain.base, tmp_path / "new", rank=4, targets=["up", "down"], seed=9)
-    oracle = Oracle.of(plain.base, {"new": folder})
-    cm.load_adapter(folder, "new")
-    assert cm.adapters == ("a0", "a1", "a2", "a3", "a4", "new")
-    inputs = feed(2, 3)
-    got = cm(**inputs, adapter_names=["new", "a1"])["logits"]
-    assert error(got[:1], oracle.rows(["new"], {"ids": inputs["ids"][:1]})[0]) <= 1e-5
-    cm.unload_adapter("new")
-    with pytest.raises(lorafx.UnknownAdapterError, match="no adapter named 'new'"):
-        cm(**inputs, adapter_names=["new", "a1"])
-    check_mixed(cm, plain, ["a2", "a1"], inputs)
-    assert cm.recompiles == captured
-
-
 class Block(nn.Module):
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -169,30 +141,6 @@ def test_twelve_layers_that_share_graphs_each_with_its_own_adapters(tmp_path):
         got = cm(**inputs, adapter_names=[name] * 4)["logits"]
         assert error(got, oracle.rows([name] * 4, inputs)[0]) <= 1e-5
     assert cm.recompiles < 12  # fewer graphs than layers: they are shared
-
-
-def test_two_models_of_one_class(tmp_path):
-    """Each has its own weights and adapters; the second must never get the first one's graph."""
-    models = [random_base("plain"), random_base("plain")]
-    with torch.no_grad():
-        for parameter in models[1].parameters():
-            parameter.mul_(-0.7)
-    oracles, compiled = [], []
-    for index, model in enumerate(models):
-        folder = save_adapter(
-            model, tmp_path / str(index), rank=2 + index, targets=["up", "gate", "head"], seed=index
-        )
-        oracles.append(Oracle.of(model, {"x": folder}))
-        compiled.append(lorafx.compile(model, {"x": folder}, options=REFERENCE, dynamic=False))
-    torch.manual_seed(1)
-    inputs = FAMILIES["plain"].inputs(3, 4)
-    names = ["x", None, "x"]
-    for _ in range(2):
-        for cm, oracle in zip(compiled, oracles, strict=True):
-            got = cm(**inputs, adapter_names=names)["logits"]
-            assert error(got, oracle.rows(names, inputs)[0]) <= 1e-5
-    wrong = oracles[0].rows(names, inputs)[0]
-    assert error(compiled[1](**inputs, adapter_names=names)["logits"], wrong) > 0.1
 
 
 def test_ten_shapes_then_generation_without_eager(shallow):

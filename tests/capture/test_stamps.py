@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from transformers import StaticCache
 
 import lorafx
-from lorafx.capture import backend, stamps
+from lorafx.capture import backend
 from lorafx.capture.stamps import Folded
 from lorafx.graph.context import Context
 from lorafx.passes.outline.isomorphism import CanonicalForm, stretch_of
@@ -103,38 +103,6 @@ def test_a_layer_that_differs_is_traced_by_itself(
     assert seen.layers == [[LAYERS - 1]]
 
 
-class Indexed(Block):
-    """Adds the row of a table that its own number names."""
-
-    number = 0
-
-    def forward(self, h: Tensor) -> Tensor:
-        return super().forward(h) + torch.arange(8.0)[self.number]
-
-
-def test_layers_with_numbers_of_their_own_stay_apart(tmp_path: Path, seen: Seen) -> None:
-    torch.manual_seed(0)
-    base = Stack(Indexed).eval().requires_grad_(False)
-    for number, layer in enumerate(base.layers):
-        layer.number = number // 2
-    compare(case_of(base, tmp_path), seen)
-    assert sorted(seen.layers[0]) == [2, 2]
-
-
-class Sorted(Block):
-    """Calls an operator that returns two tensors."""
-
-    def forward(self, h: Tensor) -> Tensor:
-        values, places = super().forward(h).sort(dim=-1)
-        return values + places
-
-
-def test_operators_with_several_results_are_copied(tmp_path: Path, seen: Seen) -> None:
-    torch.manual_seed(0)
-    compare(case_of(Stack(Sorted).eval().requires_grad_(False), tmp_path), seen)
-    assert seen.layers == [[LAYERS]]
-
-
 class Writes(Block):
     """Writes into what it is given."""
 
@@ -189,38 +157,6 @@ def test_layers_that_do_more_than_compute_are_traced(
         )
         assert (got - want).abs().max() <= 1e-5 * want.abs().max()
     assert all(LAYERS not in kinds for kinds in seen.layers)
-
-
-class Filled(Block):
-    """Fills a tensor of its own item by item, as loops over chunks do."""
-
-    def forward(self, h: Tensor) -> Tensor:
-        y = super().forward(h)
-        filled = torch.zeros_like(y)
-        for place in range(2):
-            filled[:, place] = y[:, place] * (1 + place)
-        return y + filled
-
-
-class FilledByOther(Stack):
-    """The layer behind fills what the layer before made."""
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        for layer in self.layers:
-            x = layer(x)
-            x[:, 0] = x[:, 1]
-        return {"logits": x}
-
-
-def test_layers_that_assign_to_items_of_their_own_are_traced_once(
-    tmp_path: Path, seen: Seen
-) -> None:
-    torch.manual_seed(0)
-    compare(case_of(Stack(Filled).eval().requires_grad_(False), tmp_path / "own"), seen)
-    assert seen.layers == [[LAYERS]]
-    other = FilledByOther(Filled).eval().requires_grad_(False)
-    seen.layers.clear(), seen.forms.clear()
-    compare(case_of(other, tmp_path / "other"), seen)
 
 
 def test_layers_that_write_into_a_cache_are_traced_once(tmp_path: Path, seen: Seen) -> None:
@@ -313,15 +249,6 @@ def test_layers_under_different_settings_are_traced(tmp_path: Path, seen: Seen) 
     assert all(LAYERS not in kinds for kinds in seen.layers)
 
 
-def test_new_adapters_and_sizes_need_no_new_graph(tmp_path: Path, seen: Seen) -> None:
-    case = stack(tmp_path)
-    cm: Any = case.compile({"shortcuts": ["stamps"]})
-    for names, length in ((NAMES, 5), (["a1", "a0", None, "a1"], 7), ([None, "a0"], 3)):
-        check_mixed(cm, case, names, {"x": torch.randn(len(names), length, H)})
-    assert seen.layers == [[LAYERS - 1]]  # the first one's sizes are arguments, not of results
-    assert cm.recompiles == 1
-
-
 def test_what_dynamo_guards_of_each_layer_is_still_guarded(tmp_path: Path, seen: Seen) -> None:
     case = stack(tmp_path)
     cm: Any = case.compile({"shortcuts": ["stamps"]}, dynamic=False)
@@ -335,18 +262,3 @@ def test_what_dynamo_guards_of_each_layer_is_still_guarded(tmp_path: Path, seen:
     case.base.layers[2].scale = 3.0
     case.merged.clear()
     check_mixed(cm, case, NAMES, inputs)
-
-
-def test_an_error_while_layers_are_folded_leaves_the_graph(
-    tmp_path: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own, calls = stamps._stamp, []
-
-    def fails(*args: Any) -> Any:
-        calls.append(own(*args))
-        raise RuntimeError
-
-    monkeypatch.setattr(stamps, "_stamp", fails)
-    compare(stack(tmp_path), seen)
-    assert calls
-    assert seen.layers == []

@@ -47,11 +47,6 @@ def test_a_line_a_graph(plain: Case, caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
-def test_nothing_is_said_by_default(plain: Case, capfd: pytest.CaptureFixture[str]) -> None:
-    plain.compile()(**FEED(2, 4), adapter_names=["a0", None])
-    assert "graph 0" not in "".join(capfd.readouterr())
-
-
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiling is long from the start, and nothing has been said of it."""
@@ -125,23 +120,6 @@ def test_a_terminal_has_a_line_instead(
     seconds = float(shown.rpartition(": ")[2].rpartition(" s")[0])
     assert seconds >= sum(cm._session.backend.records[0].seconds.values()) - 0.1
     assert warnings(caplog) == []
-
-
-def test_no_line_of_a_graph_that_needs_no_compiling(
-    plain: Case, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Unless it takes long."""
-    cm = plain.compile()
-    cm(**FEED(2, 4), adapter_names=["a0", None])
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setattr(progress, "_TICK", 1e6)
-    cm(**FEED(1, 4), adapter_names=["a0"])
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(progress, "_TICK", 0.01)
-    torch.compiler.reset()
-    cm(**FEED(1, 4), adapter_names=["a0"])
-    shown = capsys.readouterr().err
-    assert shown.startswith("lorafx: compiling the forward of PlainModel ... ")
 
 
 @pytest.mark.slow

@@ -69,15 +69,3 @@ def test_what_has_ended_is_taken_off() -> None:
     first.over = True
     plain()
     assert _len_torch_dispatch_stack() == 0
-
-
-def test_the_end_of_a_block_that_was_taken_off_leaves_other_modes() -> None:
-    first, second = Tracking(), Tracking()
-    left, settings = ExitStack(), ExitStack()
-    first.begin(left)
-    first.over = True
-    second.begin(settings)
-    left.close()
-    assert _len_torch_dispatch_stack() == 1
-    settings.close()
-    assert _len_torch_dispatch_stack() == 0

@@ -11,7 +11,8 @@ import pytest
 import torch
 import transformers
 from dense_merge import TOLERANCE, build_case, error
-from torch import Tensor, fx
+from hand_made import hand_case
+from torch import Tensor, fx, nn
 from torch._functorch._aot_autograd.descriptors import InputMutationAOTOutput, PlainAOTInput
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -169,3 +170,26 @@ def test_nothing_is_written_that_somebody_may_see(change: Change) -> None:
 def test_a_body_keeps_a_result() -> None:
     """Without one nobody would know of the call."""
     assert write_back(stepped(alone=True)) == 0
+
+
+class ReturnsOld(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, lengths: list[Tensor]) -> dict[str, Any]:
+        zero = torch.zeros((), dtype=torch.int64)
+        old = [lengths[0].clone(), (lengths[1] + 0).expand(2), lengths[0] + zero]
+        for length in lengths:
+            length += x.shape[1]
+        return {"logits": self.up(x), "old": old}
+
+
+def test_lengths_from_before_are_returned_as_they_were(tmp_path: Path) -> None:
+    case = hand_case(ReturnsOld(), tmp_path, a0=["up"])
+    cm: Any = case.compile({"lowering": "inductor"}, dynamic=False)
+    lengths = [torch.tensor(2), torch.tensor(5)]
+    out = cm(x=torch.randn(2, 3, 16), lengths=lengths, adapter_names=["a0", None])
+    assert [*map(int, lengths)] == [5, 8]
+    assert [each.tolist() for each in out["old"]] == [2, [5, 5], 2]
+    assert out["old"][0].data_ptr() != out["old"][2].data_ptr()

@@ -21,8 +21,8 @@ from tiny_models import FAMILIES
 from torch import nn
 
 import lorafx
-from lorafx.explanation.text import seconds_line
-from lorafx.pass_order import MODEL_PASSES
+from lorafx.explanation.report import seconds_line
+from lorafx.pass_order import CAPTURED, GRAPH_PASSES, MODEL_PASSES
 
 KINDS = ["llama", "vit", "plain"]
 
@@ -227,7 +227,7 @@ def test_stages_are_in_torchs_structured_trace(plain: Case) -> None:
     finally:
         log.removeHandler(handler)
     assert log.handlers == before
-    names = [name for name, _, _ in cm._session.backend.records[0].dump.stages]
+    names = [CAPTURED, *(item.name for item in GRAPH_PASSES)]
     expected = {f"lorafx_graph_0_lora_{i:02d}_{name}" for i, name in enumerate(names)}
     over_model = [f"lorafx_model_{i:02d}_{item.name}" for i, item in enumerate(MODEL_PASSES)]
     assert set(found) == {*over_model, *expected, "lorafx_explain"}

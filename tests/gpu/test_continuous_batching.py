@@ -48,7 +48,7 @@ def test_attention_goes_request_by_request(
     """What torch makes of attention on this device is found in the graph."""
     model = llama.model().to(device)
     model.set_attn_implementation(attention)
-    cm = lorafx.compile(model, llama.folders, options={"lowering": "triton"})
+    cm = lorafx.compile(model, llama.folders, options={"lowering": "triton", "dump": str(tmp_path)})
     work = [([*range(3, 6 + 4 * i)], name) for i, name in enumerate([None, *sorted(llama.folders)])]
     config = ContinuousBatchingConfig(**PAGES)
     with cm.continuous_batching(None, config) as engine:
@@ -64,7 +64,7 @@ def test_attention_goes_request_by_request(
         want = greedy(llama, name, prompt, 5)
         assert [*prompt, *outputs[added].generated_tokens][: len(want)] == want
     layers = llama.base.config.num_hidden_layers
-    for graph in cm.dump(tmp_path).glob("graph-*"):
+    for graph in tmp_path.glob("graph-*"):
         text = next(graph.glob("*-attend.py")).read_text()
         assert text.count("lorafx.paged_attention.default") == layers
         assert "lorafx.paged_cache.default" not in text

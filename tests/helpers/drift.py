@@ -29,10 +29,8 @@ from typing import Any
 WAYS = ("missing", "signature", "method")
 #: What a case runs, by the module of lorafx/torch_internals that uses the name.
 ROADS = {
-    **dict.fromkeys(
-        ("cpp", "decompositions", "inductor", "inductor_settings", "torn_libraries"), "inductor"
-    ),
-    **dict.fromkeys(("saved_code", "saved_frames", "wrappers"), "saved"),
+    **dict.fromkeys(("cpp", "decompositions", "inductor", "torn_libraries"), "inductor"),
+    **dict.fromkeys(("saved_graphs", "wrappers"), "saved"),
     **dict.fromkeys(("collectives", "transformers_parts", "triton"), "parts"),
     **dict.fromkeys(("functional", "inductor_wrapper", "triton_compat"), "triton"),
 }

@@ -47,10 +47,10 @@ def shallow(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 def test_fused_kernels_for_every_mix_routing_and_length(shallow: Case, tmp_path: Path) -> None:
-    cm = shallow.compile({"lowering": "triton", "plan": plan_of(shallow, **FUSED)})
+    options = {"lowering": "triton", "plan": plan_of(shallow, **FUSED), "dump": str(tmp_path)}
+    cm = shallow.compile(options)
     check_mixed(cm, shallow, NAMES, ids(5, 6))
     assert chosen(cm) == FUSED
-    cm.dump(tmp_path)
     (lowered,) = tmp_path.glob("*/*-lower.py")
     ops = [line for line in lowered.read_text().splitlines() if "torch.ops." in line]
     assert sum("lorafx.triton_experts" in line for line in ops) == 2

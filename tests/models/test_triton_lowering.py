@@ -116,9 +116,8 @@ def test_base_rows_keep_their_bits_whatever_their_neighbours_use(
 
 
 def test_dumps_show_the_generated_sources(plain: Case, tmp_path: Any) -> None:
-    cm = plain.compile(options=TRITON, dynamic=False)
+    cm = plain.compile(options={**TRITON, "dump": str(tmp_path)}, dynamic=False)
     cm(**inputs_of("plain"), adapter_names=NAMES)
-    cm.dump(tmp_path)
     sources = [path.read_text() for path in tmp_path.glob("*/kernel-*.py")]
     assert sources
     assert all("@triton.jit" in text for text in sources)

@@ -20,7 +20,7 @@ import lorafx
 from lorafx.errors import ConfigError
 from lorafx.model.module_graph import joined, shape_of
 from lorafx.reports.prediction import Prediction
-from lorafx.reports.table import over, size, text_table
+from lorafx.reports.report import over, size, text_table
 
 pytestmark = pytest.mark.quick
 

@@ -119,20 +119,9 @@ def loads(begun: Start) -> Iterator[None]:
     assert begun.call(begun.case.model()) == ["loaded from the folder"]
 
 
-def _activation(model: Any) -> None:
-    model.blocks[1].act_fn = nn.GELU()
-
-
-def _scaling(model: Any) -> None:
-    model.blocks[1].gain = 2.0
-
-
-def _hook(model: Any) -> None:
-    model.blocks[1].register_forward_hook(lambda module, args, output: output * 2)
-
-
-def _hook_before(model: Any) -> None:
-    model.blocks[0].register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+class Louder(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 3
 
 
 def _tied(model: Any) -> None:
@@ -144,37 +133,21 @@ def _own_forward(model: Any) -> None:
     block.forward = types.MethodType(lambda self, x: self.down(self.up(x)), block)
 
 
-def _subclass(model: Any) -> None:
-    class Louder(nn.LayerNorm):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) * 3
-
-    model.blocks[0].norm.__class__ = Louder
-
-
-def _epsilon(model: Any) -> None:
-    model.blocks[0].norm.eps = 0.5
-
-
-def _shared(model: Any) -> None:
-    model.blocks[1].norm = model.blocks[0].norm
-
-
-def _deeper(model: Any) -> None:
-    model.blocks.append(model.blocks[0])
-
-
-CHANGES: Mapping[str, Callable[[Any], None]] = {
-    "another activation": _activation,
-    "another scaling": _scaling,
-    "a hook on one layer": _hook,
-    "a hook before one layer": _hook_before,
+CHANGES: Mapping[str, Callable[[Any], Any]] = {
+    "another activation": lambda model: setattr(model.blocks[1], "act_fn", nn.GELU()),
+    "another scaling": lambda model: setattr(model.blocks[1], "gain", 2.0),
+    "a hook on one layer": lambda model: model.blocks[1].register_forward_hook(
+        lambda module, args, output: output * 2
+    ),
+    "a hook before one layer": lambda model: model.blocks[0].register_forward_pre_hook(
+        lambda module, args: (args[0] * 2,)
+    ),
     "tied weights": _tied,
     "a forward of one instance": _own_forward,
-    "a subclass of one module": _subclass,
-    "another epsilon": _epsilon,
-    "a module that is shared": _shared,
-    "one block more": _deeper,
+    "a subclass of one module": lambda model: setattr(model.blocks[0].norm, "__class__", Louder),
+    "another epsilon": lambda model: setattr(model.blocks[0].norm, "eps", 0.5),
+    "a module that is shared": lambda model: setattr(model.blocks[1], "norm", model.blocks[0].norm),
+    "one block more": lambda model: model.blocks.append(model.blocks[0]),
 }
 
 
@@ -185,19 +158,15 @@ def test_a_changed_model(begun: Start, name: str) -> None:
     assert "loaded from the folder" not in begun.call(model)
 
 
-def test_a_changed_global(begun: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(begun.module, "SCALE", 3.0)
-    assert begun.call(begun.case.model()) == ["saved for other processes"]
-
-
-def test_a_replaced_function(begun: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(begun.module, "mixed", lambda a, b: a - b)
-    assert begun.call(begun.case.model()) == ["saved for other processes"]
-
-
-def test_a_replaced_method(begun: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = begun.module.Block.forward
-    monkeypatch.setattr(begun.module.Block, "forward", lambda self, x: forward(self, x) * 2)
+@pytest.mark.parametrize("change", ["global", "function", "method"])
+def test_changed_code(begun: Start, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    block, forward = begun.module.Block, begun.module.Block.forward
+    owner, name, value = {
+        "global": (begun.module, "SCALE", 3.0),
+        "function": (begun.module, "mixed", lambda a, b: a - b),
+        "method": (block, "forward", lambda self, x: forward(self, x) * 2),
+    }[change]
+    monkeypatch.setattr(owner, name, value)
     assert begun.call(begun.case.model()) == ["saved for other processes"]
 
 
@@ -232,14 +201,17 @@ def test_another_default_dtype(begun: Start) -> None:
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("change", [{"max_adapters": 9}, {"max_rank": 17}, {"use_dora": True}])
-def test_another_room_for_adapters(begun: Start, change: Any) -> None:
-    config = lorafx.LoraConfig("all-linear", **change)
-    assert begun.call(begun.case.model(), config) == ["saved for other processes"]
-
-
-def test_other_modules(begun: Start) -> None:
-    config = lorafx.LoraConfig(target_modules=["up", "down", "head", "embed"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"max_adapters": 9},
+        {"max_rank": 17},
+        {"use_dora": True},
+        {"target_modules": ["up", "down", "head", "embed"]},
+    ],
+)
+def test_other_modules_or_room_for_adapters(begun: Start, config: Any) -> None:
+    config = lorafx.LoraConfig(**{"target_modules": "all-linear", **config})
     assert begun.call(begun.case.model(), config) == ["saved for other processes"]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -23,10 +24,10 @@ VOCAB = 37
 VARIABLE = "SECOND_START_SCALE"
 TABLE: dict[str, float] = {"other": 1.0}
 EMPTY = types.ModuleType("lorafx_second_start_empty")
-SCALE = [1.0]
+SCALE = {"now": 1.0}
 LIBRARY = torch.library.Library("second_start", "DEF")
 LIBRARY.define("scaled(Tensor x) -> Tensor")
-LIBRARY.impl("scaled", lambda x: x * SCALE[0], "CompositeImplicitAutograd")
+LIBRARY.impl("scaled", lambda x: x * SCALE["now"], "CompositeImplicitAutograd")
 
 
 class Model(nn.Module):
@@ -78,7 +79,7 @@ class OfTwoLists(Model):
 
 @torch._dynamo.assume_constant_result
 def constant() -> float:
-    return SCALE[0]
+    return SCALE["now"]
 
 
 class OfConstantResult(Model):
@@ -89,7 +90,7 @@ class OfConstantResult(Model):
 class OfConstantMethod(Model):
     @torch._dynamo.assume_constant_result
     def own(self) -> float:
-        return SCALE[0]
+        return SCALE["now"]
 
     def scale(self, x: Tensor) -> Any:
         return self.own()
@@ -97,7 +98,7 @@ class OfConstantMethod(Model):
 
 @torch.compiler.allow_in_graph
 def in_graph(x: Tensor) -> Tensor:
-    return torch.ones_like(x) * SCALE[0]
+    return torch.ones_like(x) * SCALE["now"]
 
 
 class OfFunctionInGraph(Model):
@@ -111,45 +112,9 @@ class OfOperator(Model):
 
 
 @contextmanager
-def _in_dict(model: Any) -> Iterator[None]:
-    TABLE["scale"] = 3.0
-    try:
-        yield
-    finally:
-        del TABLE["scale"]
-
-
-@contextmanager
-def _in_module(model: Any) -> Iterator[None]:
-    EMPTY.scale = 3.0  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        del EMPTY.scale  # type: ignore[attr-defined]
-
-
-@contextmanager
-def _in_environment(model: Any) -> Iterator[None]:
-    os.environ[VARIABLE] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[VARIABLE]
-
-
-@contextmanager
 def _one_list(model: Any) -> Iterator[None]:
     model.read = model.written
     yield
-
-
-@contextmanager
-def _scaled(model: Any) -> Iterator[None]:
-    SCALE[0] = 3.0
-    try:
-        yield
-    finally:
-        SCALE[0] = 1.0
 
 
 @contextmanager
@@ -176,14 +141,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize(
     ("cls", "change"),
     [
-        (OfGlobalDict, _in_dict),
-        (OfPythonModule, _in_module),
-        (OfEnvironment, _in_environment),
+        (OfGlobalDict, lambda model: patch.dict(TABLE, scale=3.0)),
+        (OfPythonModule, lambda model: patch.object(EMPTY, "scale", 3.0, create=True)),
+        (OfEnvironment, lambda model: patch.dict(os.environ, {VARIABLE: "1"})),
         (OfTwoLists, _one_list),
-        (OfConstantResult, _scaled),
-        (OfConstantMethod, _scaled),
-        (OfFunctionInGraph, _scaled),
-        (OfOperator, _scaled),
+        *(
+            (cls, lambda model: patch.dict(SCALE, now=3.0))
+            for cls in (OfConstantResult, OfConstantMethod, OfFunctionInGraph, OfOperator)
+        ),
         (Model, _hook_of_all),
     ],
 )

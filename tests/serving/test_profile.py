@@ -17,8 +17,8 @@ from viewed_graphs import page_data
 import lorafx
 from lorafx.errors import BatchError, ConfigError
 from lorafx.reports.profile import Profile
-from lorafx.serving.profiling import _nodes_of
-from lorafx.serving.staged_graphs import staged
+from lorafx.serving.profiling import _site_nodes
+from lorafx.serving.replay import replayed
 
 NAMES = ["a1", None, "a3", "a1"]
 
@@ -84,14 +84,15 @@ def test_products_are_those_of_their_sites(made: Made) -> None:
     """Not those of another site beside it: each has the columns of its own."""
     _, cm, inputs, profile = made
     sites = {site.path: site for site in cm.sites}
-    with staged(cm) as stages:
+    with replayed(cm) as stages:
         stages.current = "lower"
         cm(**inputs, adapter_names=NAMES)
-        for graph in stages.graphs:
-            stage = graph["lower"]
+        for record in stages.records:
+            (stage,) = (stage for stage in record.stages if stage.name == "lower")
             values = {node.name: node.meta.get("val") for node in stage.graph.graph.nodes}
             claimed: list[str] = []
-            for paths, base, delta in _nodes_of(stage):
+            for node, base, delta in _site_nodes(stage):
+                paths = stage.paths(node)
                 claimed += [*base, *delta]
                 assert len(delta) == 1
                 if base:

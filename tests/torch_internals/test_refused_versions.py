@@ -118,12 +118,6 @@ def test_a_newer_torch_runs_with_a_warning_and_without_shortcuts(
     assert report.json()["shortcuts_off"]["stamps"] == "torch 2.99.0 is untested"
 
 
-def test_a_report_names_no_shortcut_where_all_are_on(faked: Any) -> None:
-    report = small(shortcuts=list(shortcuts.SHORTCUTS)).explain()
-    assert report.shortcuts_off == {}
-    assert "shortcut" not in str(report) + report._repr_html_()
-
-
 @pytest.mark.parametrize(
     ("version", "said"),
     [

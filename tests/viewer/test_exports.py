@@ -9,13 +9,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from viewed_graphs import HOSTILE, by_hand
+from viewed_graphs import HOSTILE, by_hand, record, write_page
 
+from lorafx.capture.record import Span, exclusive
 from lorafx.program.pass_report import PassReport
-from lorafx.viewer.dot import to_dot
-from lorafx.viewer.page import write_page
-from lorafx.viewer.stages import Span, exclusive
-from lorafx.viewer.trace import trace_events
+from lorafx.viewer.exports import to_dot, trace_events
 
 _TOKEN = re.compile(r'\s*("(?:[^"\\]|\\.)*"|->|[{}\[\]=;,]|[\w.]+)')
 
@@ -41,7 +39,8 @@ def parsed(text: str) -> tuple[dict[str, str], list[tuple[str, str]]]:
 
 @pytest.mark.quick
 def test_dot_has_the_nodes_and_edges_of_the_stage() -> None:
-    labels, edges = parsed(to_dot(by_hand().stages[-1], f"graph {HOSTILE}".replace("\u2028", "")))
+    title = f"graph {HOSTILE}".replace("\u2028", "")
+    labels, edges = parsed(to_dot({**by_hand(), "title": title}))
     names = {key: label.splitlines()[0] for key, label in labels.items()}
     assert sorted(names.values()) == ["mm_packed", "output", "relu_1", "x"]  # no weights
     assert {(names[a], names[b]) for a, b in edges} == {
@@ -55,7 +54,7 @@ def test_dot_has_the_nodes_and_edges_of_the_stage() -> None:
 
 @pytest.mark.quick
 def test_dot_colours_packs_and_refusals() -> None:
-    text = to_dot(by_hand().stages[-1], "graph")
+    text = to_dot(by_hand())
     colours = dict(re.findall(r'\[label="(\w+)\\n.*fillcolor="(#\w+)"', text))
     assert colours == {"x": "#eeeeee", "mm_packed": "#e5d5ff", "relu_1": "#ffd0cc"}
 
@@ -73,7 +72,7 @@ def test_graphviz_draws_it(tmp_path: Path) -> None:
 @pytest.mark.quick
 def test_the_trace_is_of_complete_events_that_nest() -> None:
     prepared = [PassReport("select", 2, 0.5, end=2.5, notes=("q: Linear",))]
-    trace = json.loads(json.dumps(trace_events("Model", [by_hand(), by_hand()], prepared)))
+    trace = json.loads(json.dumps(trace_events("Model", [record(), record()], prepared)))
     events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
     named = [event for event in trace["traceEvents"] if event["ph"] == "M"]
     assert {event["name"] for event in named} == {"process_name", "thread_name"}

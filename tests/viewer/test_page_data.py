@@ -1,4 +1,4 @@
-"""What the page holds: each node once, stages in full, nothing of the network, no text as HTML."""
+"""What the page holds: all of the graphs, nothing of the network, no text as HTML."""
 
 from __future__ import annotations
 
@@ -7,37 +7,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from viewed_graphs import HOSTILE, REASON, by_hand, page_data, stage_nodes
+from viewed_graphs import HOSTILE, by_hand, page_data, record, write_page
 
-from lorafx.viewer.page import Page, write_page
+from lorafx.viewer.page import Page
 
 pytestmark = pytest.mark.quick
 
 
 def written(folder: Path, model: str = "Model") -> Path:
-    write_page(folder, model, [by_hand()], {"explain.txt": HOSTILE})
-    return folder / "index.html"
-
-
-def test_stages_are_whole_and_nodes_written_once(tmp_path: Path) -> None:
-    about, (graph,) = page_data(written(tmp_path))
-    assert about["graphs"] == ["graph 0 lora: first call"]
-    view = by_hand()
-    for index, stage in enumerate(view.stages):
-        for (name, nodes), (want, views) in zip(
-            stage_nodes(graph, index), stage.graphs, strict=True
-        ):
-            assert name == want
-            assert [node[0] for node in nodes] == [node.name for node in views]
-            assert [node[1] for node in nodes] == [node.line for node in views]
-            assert [node[2] for node in nodes] == [list(node.inputs) for node in views]
-    assert len(graph["nodes"]) == 8  # x, w and output are in both stages, relu_1 has changed
-    (number, served), (refusal,) = graph["stages"][1]["sites"][0], graph["refusals"]
-    assert graph["nodes"][number][0] == "mm_packed"
-    assert [graph["sites"][site][0] for site in served] == ["layers.0.q", "layers.0.k"]
-    assert refusal == [["layers.1.up"], "mixed", REASON]
-    assert graph["stages"][0]["refusals"] == []
-    assert graph["seconds"] == pytest.approx({"Dynamo": 1.5, "AOTAutograd": 0.55, "passes": 0.7})
+    return write_page(folder, model, [by_hand()], {"explain.txt": HOSTILE})
 
 
 class _Elements(HTMLParser):
@@ -60,7 +38,7 @@ def test_no_text_of_a_users_becomes_html(tmp_path: Path) -> None:
     assert [tag for tag, _ in elements.found] == [tag for tag, _ in plain.found]
     assert page_data(page)[0]["model"] == HOSTILE
     assert page_data(page)[0]["texts"] == {"explain.txt": HOSTILE}
-    assert page_data(page)[1][0]["sources"] == {"kernel.py": HOSTILE}
+    assert page_data(page)[1] == [by_hand()]
 
 
 def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
@@ -93,6 +71,6 @@ def test_the_licence_of_the_vendored_library_is_in_the_page(tmp_path: Path) -> N
 def test_a_page_grows_by_the_graphs_that_come(tmp_path: Path) -> None:
     page = Page(tmp_path, "Model")
     for count in (1, 2):
-        page.add(by_hand())
+        page.add(record(), by_hand())
         page.write()
         assert len(page_data(tmp_path / "index.html")[1]) == count

@@ -18,7 +18,7 @@ class Viewer {
     this.nodeList = new VirtualList(byId("node-list"), 28, (index) => this.nodeRow(index));
     this.diffList = new VirtualList(byId("diff-list"), 22, (index) => this.diffRow(index));
     this.listen();
-    this.setTheme(stored("lorafx-theme") || "auto");
+    this.scene.readColors();
   }
 
   async start() {
@@ -102,7 +102,7 @@ class Viewer {
     byId("view-model").children[index].scrollIntoView();
   }
 
-  /** A graph that was loaded from a folder of saved graphs has no stages, but files. */
+  /** A graph without stages has files. */
   noStages(none) {
     for (const name of OF_STAGES) document.querySelector(`[data-tab=${name}]`).disabled = none;
     if (!none) return;
@@ -110,7 +110,7 @@ class Viewer {
     byId("details").hidden = true;
     byId("filters").replaceChildren();
     byId("hits").textContent = "";
-    byId("timeline").textContent = "Nothing was traced for this graph: an earlier process compiled it.";
+    byId("timeline").textContent = "No stages: an earlier process compiled this graph, or the call that captured it cannot be made again.";
     this.state.tab = "files";
   }
 
@@ -221,12 +221,11 @@ class Viewer {
     const { words } = this;
     const wanted = (row) => [row.a, row.b].some((entry) => entry && matches(entry, words));
     const shown = words.length ? rows.filter(wanted) : folded(rows, this.unfolded);
-    this.narrow = byId("diff-list").clientWidth < 800;
-    this.diffRows = this.narrow ? unified(shown) : shown;
+    this.diffRows = shown;
     if (!shown.some((row) => row.kind !== "head")) this.diffRows = [{ kind: "fold", text: "nothing to show" }];
     const longest = Math.max(0, ...this.diffRows.map((row) =>
       Math.max(row.a ? row.a.node.line.length : 0, row.b ? row.b.node.line.length : 0)));
-    const room = byId("diff-list").clientWidth / (this.narrow ? 1 : 2) - 24;
+    const room = byId("diff-list").clientWidth / 2 - 24;
     const wider = Math.max(0, Math.min(longest, 1000) * LETTER - room);
     this.diffList.show(this.diffRows.length, { keepPlace, wider });
   }
@@ -248,10 +247,6 @@ class Viewer {
       if (entry) made.title = entry.node.path || entry.node.name;
       return made;
     };
-    if (this.narrow) {
-      const kind = row.b || row.kind === "moved" ? row.kind : "removed";
-      return element("div", "diff one", side(row.b || row.a, row.other, kind));
-    }
     const changed = row.kind === "changed";
     const left = { changed: "removed", replaced: "removed" }[row.kind] || row.kind;
     const right = { changed: "added", replaced: "added" }[row.kind] || row.kind;
@@ -283,16 +278,7 @@ class Viewer {
       if (open) this.scene.openAll();
       else this.scene.closeAll();
     });
-    byId("theme").addEventListener("click", () => {
-      const order = ["auto", "light", "dark"];
-      const now = document.documentElement.dataset.theme;
-      this.setTheme(order[(order.indexOf(now) + 1) % order.length]);
-    });
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.scene.readColors());
-    new ResizeObserver(() => {
-      const narrow = byId("diff-list").clientWidth < 800;
-      if (this.state.tab === "diff" && this.stage && narrow !== this.narrow) this.showDiff();
-    }).observe(byId("diff-list"));
     document.addEventListener("keydown", (event) => this.key(event));
   }
 
@@ -311,23 +297,6 @@ class Viewer {
     this.state.withState = !this.state.withState;
     byId("state").setAttribute("aria-pressed", String(this.state.withState));
     this.scene.show(this.stage, this.state.withState, { keepPlace: true });
-  }
-
-  setTheme(theme) {
-    document.documentElement.dataset.theme = theme;
-    byId("theme").textContent = { auto: "Auto", light: "Light", dark: "Dark" }[theme];
-    try {
-      localStorage.setItem("lorafx-theme", theme);
-    } catch { /* pages opened from a disk may have no storage */ }
-    this.scene.readColors();
-  }
-}
-
-function stored(key) {
-  try {
-    return localStorage.getItem(key);
-  } catch {
-    return null;
   }
 }
 

@@ -174,24 +174,6 @@ function folded(rows, open) {
   return found;
 }
 
-/** One line each: where there is no room for two side by side. */
-function unified(rows) {
-  const found = [];
-  let added = [];
-  for (const row of rows) {
-    if (row.kind === "replaced" || row.kind === "changed") {
-      if (row.kind === "changed" && added.length) found.push(...added.splice(0));
-      found.push({ kind: "removed", a: row.a, b: null, other: row.kind === "changed" ? row.b : null });
-      added.push({ kind: "added", a: null, b: row.b, other: row.kind === "changed" ? row.a : null });
-      if (row.kind === "changed") found.push(...added.splice(0));
-    } else {
-      if (row.kind !== "removed") found.push(...added.splice(0));
-      found.push(row);
-    }
-  }
-  return found.concat(added);
-}
-
 /** The line of `entry`, with what differs from the line of `other` marked. */
 function lineElement(entry, other) {
   if (!entry) return element("span", "none");

@@ -1,4 +1,4 @@
-// What lorafx/viewer/encode.py has written: graphs, their stages, the nodes of each stage.
+// What lorafx/viewer/graph_data.py has written: graphs, their stages, the nodes of each stage.
 "use strict";
 
 async function unpacked(element) {
@@ -10,21 +10,7 @@ async function unpacked(element) {
 class Graph {
   constructor(data) {
     Object.assign(this, data);
-    const text = (number) => data.texts[number];
-    this.nodes = data.nodes.map((row, id) => {
-      const [name, line, inputs, ...rest] = row;
-      const [op, target, value, path, cls, source, code, kind] = rest.slice(0, 8).map(text);
-      const [sizes, itemsize, free, flops] = rest.slice(8);
-      return {
-        id, name, line: line.trim(), inputs, op, target, value, path, cls, source, code, kind,
-        sizes, itemsize, free: Boolean(free), flops,
-      };
-    });
-    this.sites = data.sites.map(([path, cls, k, n, rank, flops, rows, form, strategy]) => ({
-      path, k, n, rank, flops,
-      cls: text(cls), rows: text(rows), form: text(form), strategy: text(strategy),
-    }));
-    this.refusals = data.refusals.map(([paths, when, reason]) => ({ paths, when, reason }));
+    this.nodes.forEach((node, id) => { node.id = id; });
     this.made = new Map();
   }
 
@@ -46,23 +32,21 @@ class Stage {
     this.entries = [];
     this.byKey = new Map();
     this.names = graphs.map(([graphName]) => graphName);
-    graphs.forEach(([, runs], part) => {
-      for (let i = 0; i < runs.length; i += 2) {
-        for (let id = runs[i]; id < runs[i] + runs[i + 1]; id++) {
-          const node = graph.nodes[id];
-          const own = served.get(id) || [];
-          const key = `${part}/${node.name}`;
-          const entry = { node, part, key, sites: own, users: [], index: this.entries.length };
-          const isRefused = refused.has(node.path) || own.some((site) => refused.has(site.path));
-          entry.tags = {
-            refused: isRefused && node.op !== "placeholder",
-            packs: own.some((site) => site.form === "packed"),
-            sites: own.length > 0,
-            changed: before !== null && !before.has(id),
-          };
-          this.entries.push(entry);
-          this.byKey.set(entry.key, entry);
-        }
+    graphs.forEach(([, ids], part) => {
+      for (const id of ids) {
+        const node = graph.nodes[id];
+        const sites = served.get(id) || [];
+        const key = `${part}/${node.name}`;
+        const isRefused = refused.has(node.path) || sites.some((site) => refused.has(site.path));
+        const tags = {
+          refused: isRefused && node.op !== "placeholder",
+          packs: sites.some((site) => site.form === "packed"),
+          sites: sites.length > 0,
+          changed: before !== null && !before.has(id),
+        };
+        const entry = { node, part, key, sites, tags, users: [], index: this.entries.length };
+        this.entries.push(entry);
+        this.byKey.set(key, entry);
       }
     });
     for (const entry of this.entries) {

@@ -175,12 +175,7 @@ function drawSites(container, stage, measured, shown, chosen) {
       link.addEventListener("click", () => chosen(entry));
       const cells = [site.path, site.cls, `${site.k} → ${site.n}`, site.form, site.rows, site.strategy || "not planned yet", link];
       if (names.length > cells.length) cells.push(measured[site.path] || "not run");
-      const row = element("tr", "", ...cells.map((cell, i) => {
-        const made = element("td", "", cell);
-        made.dataset.name = names[i];
-        return made;
-      }));
-      body.append(row);
+      body.append(element("tr", "", ...cells.map((cell) => element("td", "", cell))));
     }
   }
   const heads = names.map((text) => element("th", "", text));

@@ -68,7 +68,7 @@ def requests(count: int, adapters: int, seed: int = 0) -> list[tuple[list[int], 
 def test_logits_of_every_step(eight_of, tmp_path, family, layers, attention, page, lowering):
     case = eight_of(family, tmp_path, num_hidden_layers=layers)
     case.base.set_attn_implementation(attention)
-    cm = case.compile({"lowering": lowering})
+    cm = case.compile({"lowering": lowering, "dump": str(tmp_path / "dump")})
     config = ContinuousBatchingConfig(**{**PAGES, "page_size": page})
     work = requests(64, 8)
     with cm.continuous_batching(None, config) as engine:
@@ -82,7 +82,7 @@ def test_logits_of_every_step(eight_of, tmp_path, family, layers, attention, pag
         outputs = answers(engine, ids)
     check_logits(case, seen, outputs, dict(zip(ids, (w[1] for w in work), strict=True)))
     assert cm.recompiles == graphs
-    for graph in cm.dump(tmp_path / "dump").glob("graph-*"):
+    for graph in (tmp_path / "dump").glob("graph-*"):
         text = (graph / "07-attend.py").read_text()  # attention goes request by request
         assert text.count("lorafx.paged_attention.default") == layers
         assert "lorafx.paged_cache.default" not in text

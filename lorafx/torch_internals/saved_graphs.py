@@ -1,11 +1,13 @@
-"""Dynamo's part of a saved graph: the code that it made of a frame, and the frame's guards."""
+"""What graphs are saved and loaded by: the code and the guards that Dynamo made of a frame, and
+what the frame's graph was compiled to."""
 
 from __future__ import annotations
 
 from lorafx.torch_internals.entries import Required, private_names
 
 ENTRY = Required(
-    use="a frame's code and guards are written to a file, and put in force in another process",
+    use="a compiled graph, its frame's code and guards are written to a file, and put in force in "
+    "another process",
     ended_by="torch.compiler.save_cache_artifacts for graphs of other backends, with Dynamo's part",
     refused="Options(cache=...)",
 )
@@ -27,8 +29,16 @@ with private_names():
     from torch._dynamo.symbolic_convert import InstructionTranslator
     from torch._dynamo.types import GuardedCode, wrap_guarded_code
     from torch._dynamo.utils import CleanupHook, CleanupManager, orig_code_map
+    from torch._functorch._aot_autograd.aot_autograd_result import (
+        BundledAOTAutogradResult,
+        BundledCompiledForward,
+    )
     from torch._guards import Guard, GuardsSet
+    from torch._inductor.cudagraph_utils import BoxedDeviceIndex
+    from torch._inductor.output_code import CompiledFxGraph
+    from torch._inductor.utils import BoxedBool
     from torch.autograd import forward_ad
+    from torch.fx._graph_pickler import GraphPickler, Options
     from torch.utils import _device
     from torch.utils._ordered_set import OrderedSet
 

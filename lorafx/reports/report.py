@@ -1,0 +1,134 @@
+"""What reports are: values with a text, JSON, and tables for notebooks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from html import escape
+from typing import Any, NamedTuple
+
+from lorafx.reports.glossary import glossary_of
+
+
+class Table(NamedTuple):
+    """Without names of columns it is a list."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[object]]
+
+    def text(self) -> list[str]:
+        lines = text_table(self.columns, self.rows)
+        return lines if any(self.columns) else lines[1:]
+
+    def html(self) -> str:
+        head = "".join(f"<th>{escape(column)}</th>" for column in self.columns)
+        rows = ("".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in self.rows)
+        body = "".join(f"<tr>{row}</tr>" for row in rows)
+        return f"<table><tr>{head}</tr>{body}</table>"
+
+
+class Report:
+    """A report, which a frozen dataclass derives from: a heading, facts, tables and notes.
+
+    `str()` is text, `json()` has the fields, and notebooks show tables, without any style of their
+    own, so that they read in light and dark themes.
+    """
+
+    @property
+    def heading(self) -> str:
+        raise NotImplementedError
+
+    def facts(self) -> Iterable[str]:
+        """Lines below the heading."""
+        return ()
+
+    def tables(self) -> Sequence[Table]:
+        return ()
+
+    def notes_as_lines(self) -> Iterable[str]:
+        """Lines at the end."""
+        return ()
+
+    def derived(self) -> Mapping[str, Any]:
+        """What `json()` has beside the fields, or in place of some."""
+        return {}
+
+    def json(self) -> dict[str, Any]:
+        """The fields, of JSON's own types; null for what is no finite number."""
+        found: dict[str, Any] = json_values({**asdict(self), **self.derived()})  # type: ignore[call-overload]
+        return found
+
+    def __str__(self) -> str:
+        lines = [self.heading, *(f"  {line}" for line in self.facts())]
+        for table in self.tables():
+            lines += [table.title] if table.title else []
+            lines += (f"  {line}" for line in table.text())
+        return "\n".join([*lines, *(f"  {line}" for line in self.notes_as_lines())])
+
+    def _repr_html_(self) -> str:
+        tables = (
+            _details(f"{table.title or self.heading}", table.html()) if table.rows else ""
+            for table in self.tables()
+        )
+        told = [*self.facts(), *self.notes_as_lines()]
+        lines = "".join(f"<li>{escape(line)}</li>" for line in told)
+        return f"<div><b>{escape(self.heading)}</b><ul>{lines}</ul>{''.join(tables)}</div>"
+
+    def glossary(self) -> str:
+        """What the words of the report mean, a line each."""
+        return glossary_of(str(self))
+
+
+def _details(title: str, body: str) -> str:
+    return f"<details><summary>{escape(title)}</summary>{body}</details>"
+
+
+def json_values(value: Any) -> Any:
+    """`value` with None in the place of each number that is not finite: JSON has none."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: json_values(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_values(item) for item in value]
+    return value
+
+
+def text_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Lines with the cells of each column below one another; numbers end where their column does.
+
+    Empty without rows.
+    """
+    cells = [[str(cell) for cell in row] for row in rows]
+    if not cells:
+        return []
+    lines = [list(columns), *cells]
+    widths = [max(len(row[i]) for row in lines) for i in range(len(columns))]
+    right = [all(_is_number(row[i]) for row in cells) for i in range(len(columns))]
+    return [
+        "  ".join(
+            cell.rjust(width) if flush else cell.ljust(width)
+            for cell, width, flush in zip(row, widths, right, strict=True)
+        ).rstrip()
+        for row in lines
+    ]
+
+
+def _is_number(cell: str) -> bool:
+    return not cell or cell == "-" or cell.lstrip("+-")[:1].isdigit()
+
+
+def size(count: float) -> str:
+    """Bytes in the largest unit that leaves a number of at least 1, by powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def over(ratio: float | None) -> str:
+    """By how much a ratio is over 1, in percent; "-" where there is none."""
+    return "-" if ratio is None else f"{(ratio - 1) * 100:+.1f} %"

@@ -1,0 +1,119 @@
+"""Calls that Dynamo would break a graph at, while it converts a frame of ours.
+
+Behind a break in the middle of a layer it is not always known which requests a tensor belongs to,
+and a mixed batch is refused. A logger's method that remembers its calls (`functools.lru_cache`, as
+transformers' `warning_once`) is called when its call is traced. Hooks that record hidden states and
+attentions, which transformers registers under a lock, are registered before the module is traced.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from lorafx.torch_internals.compat import recorded_outputs
+from lorafx.torch_internals.entries import Required, private_names
+
+ENTRY = Required(
+    use="a method of a logger that runs once does not break a graph; hooks that record hidden "
+    "states are registered before Dynamo traces the module",
+    ended_by="a setting of Dynamo's that calls such methods while it traces "
+    "(torch.compiler.config.ignore_logging_functions drops the message); transformers registers "
+    "the hooks when a model is made, or a lock that Dynamo traces",
+)
+
+with private_names():
+    from torch._dynamo.variables import ConstantVariable
+    from torch._dynamo.variables.misc import LoggingLoggerVariable
+    from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
+
+
+def _call_method(call: Any, image: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
+    if _log(getattr(image.value, name, None), args, kwargs):
+        return ConstantVariable.create(None)
+    return call(image, tx, name, args, kwargs)
+
+
+def _log(method: Any, args: Any, kwargs: Any) -> bool:
+    """Call `method` with these arguments, as Dynamo has them; False where it does not remember its
+    calls, or an argument is known to the graph alone."""
+    if not isinstance(getattr(method, "__func__", None), functools._lru_cache_wrapper):
+        return False
+    if not all(value.is_python_constant() for value in (*args, *kwargs.values())):
+        return False
+    given = {name: value.as_python_constant() for name, value in kwargs.items()}
+    return method(*(value.as_python_constant() for value in args), **given) is None
+
+
+def _call_function(call: Any, image: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+    if _records(image.value, kwargs):
+        module: Any = sys.modules["transformers.utils.output_capturing"]
+        module.maybe_install_capturing_hooks(image.value)
+    return call(image, tx, args, kwargs)
+
+
+def _records(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    """Whether `module` is asked to record outputs, by these arguments, as Dynamo has them, or by
+    its configuration."""
+    known: Any = recorded_outputs()
+    kinds = None if known is None else known.get(module)
+    if not kinds:
+        return False
+    config = getattr(module, "config", None)
+    for name in {"output_attentions", *(f"output_{kind}" for kind in kinds)}:
+        given = kwargs.get(name)
+        if given is None:
+            wanted = getattr(config, name, False)
+        else:
+            wanted = given.is_python_constant() and given.as_python_constant()
+        if wanted:
+            return True
+    return False
+
+
+class _Local(threading.local):
+    converts = False
+
+
+_LOCAL = _Local()
+_LOCK = threading.Lock()
+#: Methods of Dynamo's classes, and what runs in their place while this thread converts.
+_INSTEAD = (
+    (LoggingLoggerVariable, "call_method", _call_method),
+    (UnspecializedNNModuleVariable, "call_function", _call_function),
+)
+
+
+@contextmanager
+def calls_traced() -> Iterator[None]:
+    """Inside, this thread converts a frame of ours. The methods are replaced once, and stay so:
+    other threads, and frames of others, get what was there before."""
+    _install()
+    before, _LOCAL.converts = _LOCAL.converts, True
+    try:
+        yield
+    finally:
+        _LOCAL.converts = before
+
+
+def _install() -> None:
+    with _LOCK:
+        for image, name, instead in _INSTEAD:
+            method = getattr(image, name)
+            if not hasattr(method, "_lorafx"):
+                setattr(image, name, _intercepted(method, instead))
+
+
+def _intercepted(method: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)  # what others have noted on it stays there
+    def intercepted(*args: Any, **kwargs: Any) -> Any:
+        return instead(method, *args, **kwargs) if _LOCAL.converts else method(*args, **kwargs)
+
+    setattr(intercepted, "_lorafx", True)  # noqa: B010  for mypy
+    return intercepted

@@ -1,0 +1,190 @@
+"""Dumps: every stage of a graph as a readable program, and what each pass changed as a diff.
+
+A legend on top of each graph says how its names are made, what its sizes are, and what lorafx's own
+operators in it compute.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from lorafx.capture.graph_text import stage_lines
+from lorafx.capture.node_names import names_of
+from lorafx.capture.record import GraphRecord
+from lorafx.capture.recorder import Stage, dump_folder, traces
+from lorafx.errors import LorafxWarning
+from lorafx.program.program import Program
+from lorafx.torch_internals.dynamo import trace_structured
+
+_OP = re.compile(r"torch\.ops\.lorafx\.(\w+)")
+
+NAMES = (
+    "Nodes are named by the site or module that they belong to and by what they do, inputs by",
+    "what they hold. (In the graph itself and in torch's own logs they have other names.) The",
+    "comments are the module's path and the line of your own code. This is text; it does not run.",
+)
+
+#: Operators of namespace `lorafx`, without what tells a variant apart.
+OPS: Mapping[str, str] = {
+    "site": "y + the LoRA delta of one module: the mark that the hook on it leaves",
+    "embedding_site": "y + the LoRA delta of an embedding: the mark that the hook on it leaves",
+    "conv_site": "y + the LoRA delta of a convolution",
+    "grouped_site": "y + the LoRA delta of a product with blocks of a weight",
+    "expert_site": "y + the LoRA delta of a product with the weights of routed experts",
+    "expert_mark": "says which experts the rows belong to, until `match` has found their product",
+    "rows_of": "y, whose row m was computed from row m of x",
+    "own_mask": "asks whether each request takes only its own elements",
+    "own_linear": "y with the outputs that adapters have weights of their own for",
+    "own_embedding": "y with the rows that adapters have of their own in an embedding",
+    "fused_linear": "x Wᵀ + b and the deltas of one site, or of a pack of siblings",
+    "fused_experts": "a product with the weights of routed experts and its deltas",
+    "grouped_mm": "product of sorted rows with the weights of routed experts, by generated C++",
+    "dense_mm": "x Wᵀ, of few rows by generated C++",
+    "dense_addmm": "x Wᵀ + b, of few rows by generated C++",
+    "dense_mm_delta": "x Wᵀ and the deltas, of few rows by generated C++ as one",
+    "dense_addmm_delta": "x Wᵀ + b and the deltas, of few rows by generated C++ as one",
+    "add_delta": "adds the delta into y in place, in plain aten",
+    "add_embedding_delta": "adds the delta of an embedding into y in place, in plain aten",
+    "run_delta": "adds the delta into y in place, by generated C++ (kernel-*.cpp)",
+    "run_embedding_delta": "adds the delta of an embedding into y in place, by generated C++",
+    "run_expert_delta": "adds the delta of routed rows into y in place, by generated C++",
+    "expert_slots": "the bank's row of each routed row: its slot and its expert",
+    "triton_linear": "x Wᵀ + b and the deltas in one Triton kernel (kernel-*.py)",
+    "triton_delta": "adds the delta into y in place, by Triton (kernel-*.py)",
+    "triton_embedding_delta": "adds the delta of an embedding into y in place, by Triton",
+    "triton_experts": "products with routed experts and their deltas, by Triton",
+    "triton_concat": "v behind the columns of x, and B behind those of W, for one product",
+    "paged_cache": "writes keys and values of new tokens into a paged cache, and reads it",
+    "paged_attention": "the same, and the attention to it, request by request",
+    "stamp": "stands for a layer that is traced once",
+    "overwrite": "writes what a stamp gives into the cache of its layer",
+    "checked_index": "an index as it is; one that is outside of its table raises",
+}
+
+#: Their arguments that shapes alone do not explain.
+ARGUMENTS = (
+    "slots: of each request the adapter's index in the banks, -1 for the base",
+    "rows: how many rows of x each request has; 0 where that is not proved",
+    "bank_A (slots, rank, in), bank_B (slots, rank, out): the factors of all adapters that are",
+    "loaded; bank_ranks, bank_scales: their real ranks and scales, for each sibling",
+)
+
+
+def legend(
+    lines: Iterable[str], symbols: Mapping[str, str], outlined: Sequence[object]
+) -> list[str]:
+    """The legend of one stage, as comments, from its lines and what the graph's symbols are."""
+    text = "\n".join(lines)
+    ops = dict.fromkeys(plain_name(name) for name in _OP.findall(text))
+    shown = (name for name in symbols if re.search(rf"\b{re.escape(name)}\b", text))
+    found = [*NAMES, *(f"{name}: {symbols[name]}" for name in shown)]
+    found += ARGUMENTS if ops else ()
+    found += [f"lorafx.{name}: {OPS[name]}" for name in ops if name in OPS]
+    found += [f"one body for layers that are alike: {item}" for item in outlined]
+    return ["#", *(f"# {line}" for line in found), "#"]
+
+
+def plain_name(op: str) -> str:
+    """An operator's name without what says that it writes in place, or is run by the interpreter of
+    Triton."""
+    return op.strip("_").replace("interpreted_", "triton_")
+
+
+#: Folders -> the program that dumps into each.
+_HELD: weakref.WeakValueDictionary[Path, Program] = weakref.WeakValueDictionary()
+
+
+def folder_of(program: Program) -> Path | None:
+    """Where the graphs of one program go: into `dump_folder`, or, while another model in service
+    dumps there, into a folder inside that is called as its class: LlamaForCausalLM-2."""
+    folder = found = dump_folder(program.options)
+    number = 1
+    while folder is not None and found is not None:
+        holder = _HELD.get(found.absolute())
+        if holder is None or holder is program or holder.runtime.session is None:
+            _HELD[found.absolute()] = program
+            break
+        number += 1
+        found = folder / f"{type(program.model).__name__}-{number}"
+    return found
+
+
+@contextmanager
+def beside_compiling(folder: Path) -> Iterator[None]:
+    """Around what is written while graphs are compiled: a folder that cannot be written to costs
+    the dump, not the graph."""
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(
+            f"there is no whole dump in {folder}, and models run without one: {error}. Change "
+            "Options(dump=...) or the variable LORAFX_DUMP",
+            LorafxWarning,
+            stacklevel=2,
+        )
+
+
+def traced(name: str, text: Callable[[], str]) -> None:
+    """Put a text into torch's structured trace, where tlparse shows it as `lorafx_<name>`. It is
+    made only if somebody keeps the trace."""
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": f"lorafx_{name}", "encoding": "string"},
+        payload_fn=text,
+    )
+
+
+def sources_of(record: GraphRecord) -> dict[str, str]:
+    """Texts that were generated for a graph, kernels above all, by file name."""
+    texts = record.sources.items()
+    return {name: text if isinstance(text, str) else text() for name, text in texts}
+
+
+def stage_texts(record: GraphRecord) -> dict[str, str]:
+    """By file name the stages with headings and legends, and what each pass changed."""
+    found: dict[str, str] = {}
+    names = names_of(record.stages, record.sizes)
+    words = {symbol: size.words for symbol, size in record.sizes.items()}
+    before: list[str] = []
+    for index, stage in enumerate(record.stages):
+        lines, heading = stage_lines(stage, names), _heading(record, stage)
+        top = [heading, *legend(lines, words, record.outlined)]
+        found[f"{index:02d}-{stage.name}.py"] = "\n".join([*top, *lines, ""])
+        if index:
+            last = record.stages[index - 1].name
+            changes = difflib.unified_diff(before, lines, last, stage.name, lineterm="", n=2)
+            found[f"{index:02d}-{stage.name}.diff"] = "\n".join([heading, *changes, ""])
+        before = lines
+    return found
+
+
+def _heading(record: GraphRecord, stage: Stage) -> str:
+    heading, report = f"# {record.title}, after {stage.name}", stage.report
+    if report is None:
+        return heading
+    return f"{heading}: {report.edits} edits, {report.nodes} nodes, {report.seconds * 1e3:.1f} ms"
+
+
+def write_graph(folder: Path, record: GraphRecord) -> None:
+    """Write the texts of a graph into a folder of its own inside `folder`."""
+    target = folder / record.title.replace(" ", "-")
+    target.mkdir(parents=True, exist_ok=True)
+    for name, text in {**stage_texts(record), **sources_of(record)}.items():
+        (target / name).write_text(text, encoding="utf-8")
+
+
+def trace_graph(record: GraphRecord) -> None:
+    """Put the texts of a graph into torch's structured trace, if somebody keeps it."""
+    if not traces():
+        return
+    for name, text in {**stage_texts(record), **sources_of(record)}.items():
+        if not name.endswith(".diff"):
+            name = name.removesuffix(".py").replace("-", "_") if name[0].isdecimal() else name
+            traced(f"{record.title.replace(' ', '_')}_{name}", partial(str, text))

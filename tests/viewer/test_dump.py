@@ -1,0 +1,244 @@
+"""What a dump has of each stage: the graph's own nodes, sites, sources, costs, refusals; and which
+graphs can be dumped afterwards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dense_merge import Case
+from tiny_models import FAMILIES
+from torch import fx, nn
+from viewed_graphs import page_data
+
+import lorafx
+from lorafx import ConfigError, LorafxWarning
+
+FEED = FAMILIES["llama"].inputs
+
+Nodes = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def dumped(llama: Case, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A Llama of two layers, which `outline` makes calls of one body; a base graph beside it."""
+    cm = llama.compile()
+    for rows in (["a0", None], [None, None]):
+        cm(**FEED(len(rows), 4), adapter_names=rows)
+    return cm, cm.dump(tmp_path_factory.mktemp("dump"))
+
+
+@pytest.fixture(scope="module")
+def graph(dumped: tuple[Any, Path]) -> dict[str, Any]:
+    """What the page has of the first graph."""
+    return page_data(dumped[1] / "index.html")[1][0]
+
+
+def nodes_of(graph: dict[str, Any], stage: dict[str, Any], part: int = 0) -> Nodes:
+    return {graph["nodes"][n]["name"]: graph["nodes"][n] for n in stage["graphs"][part][1]}
+
+
+def served(graph: dict[str, Any], stage: dict[str, Any]) -> dict[int, list[dict[str, Any]]]:
+    return {node: [graph["sites"][n] for n in sites] for node, sites in stage["sites"]}
+
+
+def test_each_stage_has_the_lines_of_its_text(
+    dumped: tuple[Any, Path], graph: dict[str, Any]
+) -> None:
+    record = dumped[0]._session.backend.records[0]
+    passes = {report.name: report for report in record.passes}
+    assert [stage["name"] for stage in graph["stages"]] == ["captured", *passes]
+    for index, stage in enumerate(graph["stages"]):
+        text = (dumped[1] / "graph-0-lora" / f"{index:02d}-{stage['name']}.py").read_text()
+        for part in range(len(stage["graphs"])):
+            nodes = nodes_of(graph, stage, part)
+            assert all(node["line"] in text for node in nodes.values())
+            assert all(nodes.keys() >= set(node["inputs"]) for node in nodes.values())
+        if stage["name"] in passes:
+            report = passes[stage["name"]]
+            assert (len(stage["graphs"][0][1]), stage["edits"]) == (report.nodes, report.edits)
+    # Nodes that a pass leaves alone are written once.
+    numbers = [n for stage in graph["stages"] for _, found in stage["graphs"] for n in found]
+    assert len(graph["nodes"]) == len(set(numbers)) < 0.3 * len(numbers)
+
+
+def test_sites_are_at_their_nodes_in_every_stage(
+    dumped: tuple[Any, Path], graph: dict[str, Any]
+) -> None:
+    states = dumped[0]._session.backend.records[0].states
+    for stage in graph["stages"][2:]:
+        sites = served(graph, stage)
+        paths = {site["path"] for found in sites.values() for site in found}
+        assert paths == {state.site.path for state in states}
+        assert sites.keys() <= {n for _, numbers in stage["graphs"] for n in numbers}
+    (pack,) = (stage for stage in graph["stages"] if stage["name"] == "pack")
+    packed = [sites for sites in served(graph, pack).values() if len(sites) > 1]
+    assert {site["form"] for sites in packed for site in sites} == {"packed"}
+    last = served(graph, graph["stages"][-1])
+    assert all(site["strategy"] and site["rows"] for sites in last.values() for site in sites)
+
+
+def test_outlined_layers_are_called_by_path(graph: dict[str, Any]) -> None:
+    last = graph["stages"][-1]
+    (_, numbers), (_, body) = last["graphs"]
+    calls = [n for n in numbers if "invoke_subgraph" in graph["nodes"][n]["target"]]
+    paths = [graph["nodes"][n]["path"] for n in calls]
+    assert paths == ["model.layers.0", "model.layers.1"]
+    sites = served(graph, last)
+    for number, path in zip(calls, paths, strict=True):
+        assert all(site["path"].startswith(path) for site in sites[number])
+    assert all(len(sites[n]) >= 2 for n in body if n in sites)  # of both layers
+
+
+def test_a_node_knows_its_module_source_and_cost(graph: dict[str, Any]) -> None:
+    nodes = nodes_of(graph, graph["stages"][0])
+    made = [node for node in nodes.values() if node["op"] == "call_function" and node["path"]]
+    sources = [node["source"] for node in made if node["source"]]
+    assert len(sources) > 0.9 * len(made) > 0
+    assert all(source.startswith("transformers/") for source in sources)
+    (gate,) = {n["code"] for n in made if n["path"] == "model.layers.0.mlp.gate_proj"}
+    assert "self.gate_proj(x)" in gate
+    products = [n for n in nodes.values() if n["target"] == "torch.ops.aten.mm.default"]
+    assert products
+    for node in products:
+        (m, k), (_, n) = (nodes[name]["sizes"] for name in node["inputs"])
+        assert node["flops"] == 2 * m * n * k
+        assert node["itemsize"] == 4
+    classes = {node["path"].rpartition(".")[2]: node["cls"] for node in made}
+    assert classes["q_proj"] == "Linear"
+    assert {n["kind"] for n in nodes.values() if n["op"] == "placeholder"} >= {"weight", "slots"}
+
+
+def test_the_dump_of_a_model_has_a_page(dumped: tuple[Any, Path]) -> None:
+    cm, folder = dumped
+    about, graphs = page_data(folder / "index.html")
+    records = cm._session.backend.records
+    assert about["model"] == "LlamaForCausalLM"
+    assert about["texts"] == {"explain.txt": (folder / "explain.txt").read_text()}
+    assert [graph["title"] for graph in graphs] == [record.title for record in records]
+    for graph, record in zip(graphs, records, strict=True):
+        assert graph["seconds"] == pytest.approx(record.seconds)
+        assert graph["stages"]
+        assert (folder / record.title.replace(" ", "-") / "last.dot").exists()
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    of_first = {event["name"]: event for event in events if event["tid"] == 1 and "ts" in event}
+    start, end = (of_first["passes"]["ts"], of_first["passes"]["ts"] + of_first["passes"]["dur"])
+    for report in records[0].passes:
+        event = of_first[report.name]
+        assert start <= event["ts"] + 1
+        assert event["ts"] + event["dur"] <= end + 1
+
+
+class OddUse(nn.Module):
+    """Its second linear is used in a way that no rule covers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.odd = nn.Linear(6, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.up(x)
+        return self.odd(h) + self.odd.weight.sin().sum()
+
+
+def test_refusals_are_there_from_the_pass_that_makes_them(
+    small: Callable[..., Case], tmp_path: Path
+) -> None:
+    cm = small(OddUse, ["up", "odd"], ["up"]).compile({"dump": str(tmp_path)}, dynamic=False)
+    cm(torch.randn(2, 6), adapter_names=["b", None])
+    _, (graph,) = page_data(tmp_path / "index.html")
+    captured, *others = graph["stages"]
+    assert not captured["refusals"]
+    assert {n for stage in others for n in stage["refusals"]} == {0}
+    (refused,) = cm._session.backend.records[0].refusals
+    assert graph["refusals"] == [{"paths": ["odd"], "when": "always", "reason": refused.reason}]
+    made = [node for node in nodes_of(graph, others[-1]).values() if node["path"] == "odd"]
+    assert any("addmm" in node["target"] for node in made)  # what the viewer shows in red
+
+
+@pytest.mark.parametrize("family", ["plain", "vit"])
+def test_a_page_is_written_as_graphs_come(
+    case_of: Callable[..., Case], family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAFX_DUMP", str(tmp_path))
+    cm, feed = case_of(family).compile(dynamic=False), FAMILIES[family].inputs
+    cm(**feed(2, 4), adapter_names=["a0", None])
+    assert len(page_data(tmp_path / "index.html")[1]) == 1
+    cm(**feed(2, 4), adapter_names=[None, None])
+    about, graphs = page_data(tmp_path / "index.html")
+    assert [graph["title"] for graph in graphs] == ["graph 0 lora", "graph 1 base"]
+    assert about["texts"] == {"explain.txt": (tmp_path / "explain.txt").read_text()}
+    assert graphs[0]["sources"].keys() == cm._session.backend.records[0].sources.keys()
+    monkeypatch.setenv("LORAFX_DUMP", str(tmp_path / "later"))
+    cm(**feed(1, 4), adapter_names=["a1"])
+    _, (later,) = page_data(tmp_path / "later" / "index.html")
+    assert later["title"] == "graph 2 lora"
+
+
+def test_a_pass_that_fails_leaves_the_stages_before_it(plain: Case, tmp_path: Path) -> None:
+    def broken(gm: fx.GraphModule, ctx: Any) -> int:
+        raise RuntimeError("this pass is wrong")
+
+    passes = {"broken": lorafx.After("match", broken)}
+    cm = plain.compile({"passes": passes, "dump": str(tmp_path)}, dynamic=False)
+    with pytest.raises(lorafx.LorafxError, match="this pass is wrong"):
+        cm(**FAMILIES["plain"].inputs(2, 4), adapter_names=["a0", None])
+    _, (graph, *_) = page_data(tmp_path / "index.html")
+    assert [stage["name"] for stage in graph["stages"]] == ["captured", "write_in_place", "match"]
+
+
+def test_stages_are_captured_again_for_a_dump(plain: Case, tmp_path: Path) -> None:
+    """Also where the arguments of the call are gone; what serves stays as it is."""
+    cm, inputs = plain.compile(), FAMILIES["plain"].inputs(2, 4)
+    want = cm(**inputs, adapter_names=["a0", None])["logits"]
+    assert not cm._session.backend.records[0].stages
+    before = torch.get_rng_state()
+    cm.dump(tmp_path / "whole")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert cm.recompiles == 1
+    assert (tmp_path / "whole" / "graph-0-lora" / "09-pack.py").exists()
+    assert torch.equal(cm(**inputs, adapter_names=["a0", None])["logits"], want)
+    del inputs
+    again = cm.dump(tmp_path / "again") / "graph-0-lora" / "09-pack.diff"
+    whole = tmp_path / "whole" / "graph-0-lora" / "09-pack.diff"
+    assert again.read_text().splitlines()[1:] == whole.read_text().splitlines()[1:]
+
+
+def test_what_cannot_be_captured_again_is_said(shallow: Case, tmp_path: Path) -> None:
+    cm, ids = shallow.compile(dynamic=False), torch.randint(3, 60, (2, 5))
+    cm.warmup({"input_ids": ids}, generate=False)
+    with pytest.warns(LorafxWarning, match=r"has no stages of graph 1 base, .* because"):
+        cm.dump(tmp_path)
+    assert "sites: 14" in (tmp_path / "explain.txt").read_text()
+    assert page_data(tmp_path / "index.html")[1][1]["stages"] == []
+
+
+def test_a_generate_can_be_dumped(shallow: Case, tmp_path: Path) -> None:
+    cm, ids = shallow.compile(), torch.randint(3, 60, (2, 5))
+    cm.generate(ids, adapter_names=["a0", None], max_new_tokens=3, do_sample=False, pad_token_id=0)
+    cm.dump(tmp_path)
+    graphs = page_data(tmp_path / "index.html")[1]
+    assert len(graphs) == cm.recompiles >= 2  # the prompt, and the steps behind it
+    assert all(graph["stages"] for graph in graphs)
+
+
+@pytest.mark.parametrize("rows", [["a0", None], [None, None]])
+def test_a_folder_that_cannot_be_written_to_changes_no_graph(
+    plain: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[str | None]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LORAFX_DUMP", str(tmp_path / "file" / "dump"))
+    cm = plain.compile()
+    inputs = FAMILIES["plain"].inputs(2, 4)
+    with pytest.warns(LorafxWarning, match="no whole dump in .*file/dump.*Not a directory") as seen:
+        found = cm(**inputs, adapter_names=rows)
+    assert not any("Dynamo failed" in str(warning.message) for warning in seen)
+    assert cm.recompiles == 1
+    with pytest.raises(ConfigError, match=r"file/dump cannot be written: .*Name a folder"):
+        cm.dump(tmp_path / "file" / "dump")
+    monkeypatch.delenv("LORAFX_DUMP")
+    torch.testing.assert_close(found, plain.compile()(**inputs, adapter_names=rows))
