@@ -211,7 +211,7 @@ def test_bisect_finds_no_difference_in_a_right_model(run, tiny: Files, tmp_path:
     said = run(*asked, "--tolerance", 1e-12, "--folder", tmp_path / "out", code=1)
     assert said["first"] is not None
     assert (tmp_path / "out" / "repro.py").is_file()
-    assert (tmp_path / "out" / "model" / "config.json").is_file()
+    assert (tmp_path / "out" / "case.pt").is_file()
 
 
 def test_profile_has_a_row_for_each_site(run, tiny: Files) -> None:
