@@ -7,12 +7,11 @@ from typing import Annotated, Any
 import typer
 
 from lorafx import __version__
-from lorafx.cli.adapters import convert, inspect
+from lorafx.cli.adapters import convert, inspect, merge
 from lorafx.cli.bench import bench
 from lorafx.cli.cache import clear_saved, list_saved
 from lorafx.cli.diagnosis import doctor
 from lorafx.cli.look import bisect, explain, profile, why
-from lorafx.cli.merge import merge
 from lorafx.cli.serve import serve
 
 #: Errors of lorafx are one line; others are faults, whose traceback is Python's own.

@@ -1,9 +1,9 @@
 """The time of several ways to compute the same, side by side: `lorafx bench`, and benchmarks/.
 
-One process. Arms run interleaved as base, arm, arm, base in blocks of random order; a block gives
-each arm two times, whose mean is paired with the base's of the same block. Reported is the median
-of the paired ratios with a bootstrap 95 % interval. The base is also measured against itself: that
-interval is the noise floor. A claim needs the bound of its interval, not the median.
+Arms run in one process, interleaved as base, arm, arm, base in blocks of random order. Reported is
+the median over blocks of the paired ratios, with a bootstrap 95 % interval. The base is also
+measured against itself: that interval is the noise floor. A claim needs the bound of its interval,
+not the median.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def serve(
     from lorafx.progress import progress
 
     with progress("importing torch and the server"):
-        from lorafx.server.requirements import check_requirements
+        from lorafx.server import check_requirements
 
         check_requirements()
         from lorafx.server.run import run

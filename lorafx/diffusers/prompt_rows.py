@@ -4,11 +4,9 @@
     noise[i]                    a label of its own, until the denoiser is called with it
     cat, repeat, view, chunk    whatever the pipeline does with them is followed, element by element
 
-No table of pipelines says so: the operators that run in Python are seen
-(`lorafx/capture/tracking.py`), and the labels of what they return are kept by memory
-(`lorafx/ownership/memory.py`). A row of the denoiser is the prompt's whose embeddings it has. A row
-whose embeddings are nobody's (zeros, for an empty prompt) is the prompt's with whose other row it
-shares the noise. What neither says is refused.
+A row of the denoiser is the prompt's whose embeddings it has. A row whose embeddings are nobody's
+(zeros, for an empty prompt) is the prompt's with whose other row it shares the noise. What neither
+says is refused.
 """
 
 from __future__ import annotations
@@ -70,11 +68,8 @@ class PromptRows:
             self._memory.given(tensor, listed(0, tuple(range(first, first + count))))
 
     def owners(self, what: str, values: Any, count: int) -> tuple[int, ...]:
-        """The prompt of each of the `count` rows that `what` is called with.
-
-        Raises:
-            BatchError: what a row is computed from says nothing of its prompt, or names several.
-        """
+        """The prompt of each of the `count` rows that `what` is called with; BatchError where what
+        a row is computed from says nothing of its prompt, or names several."""
         labels = untracked(lambda _: self._labels(values, count))
         known = self._unified(labels)
         prompts = [

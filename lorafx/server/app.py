@@ -27,13 +27,9 @@ def build_app(
     adapter_root: Path | None = None,
     api_key: str | None = None,
 ) -> FastAPI:
-    """The application that answers for a model.
-
-    Args:
-        engine: of the model, running.
-        adapter_root: the folder from which clients may load adapters; None: they may not.
-        api_key: what requests have to come with, but for /health and /metrics; None for nothing.
-    """
+    """The application that answers for a model, over its engine, which runs. Clients may load
+    adapters from `adapter_root`; with `api_key` they have to send it, but for /health and
+    /metrics."""
     metrics = Metrics(served.compiled.stats, engine.health)
     generation = Generation(served, engine, metrics)
     absent: Any = None  # the handlers of routes that are not kept

@@ -24,14 +24,8 @@ OPEN = ("/health", "/metrics")
 
 
 class RequestError(LorafxError):
-    """A request that is refused.
-
-    Args:
-        status: of the answer.
-        message: what is wrong, and the way out.
-        param: the field that is wrong.
-        code: one of OpenAI's codes, where it has one.
-    """
+    """A request that is refused: the status of the answer, the field that is wrong, and one of
+    OpenAI's codes, where it has one."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None
@@ -116,12 +110,7 @@ def _answer(
 
 class Authentication:
     """ASGI middleware that answers requests without the key with a 401, before anything is read of
-    them.
-
-    Args:
-        app: answers the others.
-        key: of visible ASCII characters; None asks for none.
-    """
+    them. Without a key all are answered."""
 
     def __init__(self, app: Any, key: str | None) -> None:
         self._app = app

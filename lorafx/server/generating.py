@@ -1,11 +1,7 @@
 """What transformers' handlers generate with: the engine, with the adapter of each request.
 
-    handler ── get_manager("base:adapter") ─▶ AdapterGeneration ── Route ─▶ AdapterBatchingManager
-                                              one for each request          one for the server
-
-A stream of text is, when it has ended, the text of the answer as a whole:
-
-    pieces of the tokens as they come + what was held back = decode(all tokens)
+handler ── get_manager("base:adapter") ─▶ AdapterGeneration ── Route ─▶ AdapterBatchingManager
+                                          one for each request          one for the server
 """
 
 from __future__ import annotations
@@ -40,13 +36,9 @@ from lorafx.torch_internals.transformers_parts import stream_error
 class TextStreamer(CBStreamer):
     """Decodes the tokens of one request for `queue`, which ends with None.
 
-    tokenizers' `DecodeStream` holds back tokens that are not a whole character yet, and raises at
-    bytes that are no text. Here what is still held back at the end is said then, and a stream goes
-    on behind such bytes.
-
-    Args:
-        engine: cancels the request.
-        parser: transformers' parser of the model's answers; None where they are plain text.
+    The pieces are together the decoded text of all tokens: what tokenizers' `DecodeStream` holds
+    back at the end is said then, and a stream goes on behind bytes that are no text. `parser` is
+    transformers' for the model's answers; None where they are plain text.
     """
 
     def __init__(
@@ -93,13 +85,8 @@ class TextStreamer(CBStreamer):
 
 
 class Route:
-    """The engine as one request sees it: requests get an adapter, and outputs come back here.
-
-    Args:
-        engine: serves the request.
-        adapter: its adapter; None is the base model.
-        failed: called where its generation fails.
-    """
+    """The engine as one request sees it: it gets its adapter, None for the base, and its outputs
+    come back here. `failed` is called where its generation fails."""
 
     def __init__(
         self, engine: AdapterBatchingManager, adapter: str | None, failed: Callable[[], None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -24,60 +24,35 @@ from lorafx.server.served_model import ServedModel
 from lorafx.serving.continuous.request_checks import RANGES, sampling_number, sampling_range
 from lorafx.serving.continuous.sampling import COLDEST
 
-#: Fields that would change the answer if they were honoured, of OpenAI and of vLLM, with the values
+#: Fields that would change the answer if they were honoured, of OpenAI and of vLLM, by the values
 #: that ask for nothing. transformers' server ignores them, honours them only without continuous
 #: batching, or knows nothing of them.
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "add_generation_prompt": (True,),
-    "allowed_token_ids": (),
-    "audio": (),
-    "background": (False,),
-    "bad_words": ([],),
-    "best_of": (1,),
-    "chat_template": (),
-    "continue_final_message": (False,),
-    "conversation": (),
-    "documents": ([],),
-    "echo": (False,),
-    "frequency_penalty": (0,),
-    "function_call": ("auto", "none"),
-    "functions": ([],),
-    "generation_config": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "ignore_eos": (False,),
-    "include_stop_str_in_output": (False,),
-    "length_penalty": (1,),
-    "logit_bias": ({},),
-    "logits_processors": ([],),
-    "logprobs": (False,),
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "modalities": (["text"],),
-    "n": (1,),
-    "presence_penalty": (0,),
-    "previous_response_id": (),
-    "priority": (0,),
-    "prompt_logprobs": (),
-    "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "stop": ([], ""),
-    "stop_token_ids": ([],),
-    "structured_outputs": (),
-    "text": ({}, {"format": {"type": "text"}}),
-    "tool_choice": ("auto",),
-    "top_logprobs": (0,),
-    "truncate_prompt_tokens": (),
-    "truncation": ("disabled",),
-    "typical_p": (1,),
-    "use_beam_search": (False,),
-}
+_FIELDS: Sequence[tuple[tuple[Any, ...], str]] = (
+    (
+        (),
+        "allowed_token_ids audio chat_template conversation generation_config guided_choice "
+        "guided_grammar guided_json guided_regex previous_response_id prompt_logprobs "
+        "structured_outputs truncate_prompt_tokens",
+    ),
+    (
+        (False,),
+        "background continue_final_message echo ignore_eos include_stop_str_in_output "
+        "logprobs return_token_ids return_tokens_as_token_ids use_beam_search",
+    ),
+    ((0,), "frequency_penalty min_p min_tokens presence_penalty priority top_logprobs"),
+    (([],), "bad_words documents functions logits_processors stop_token_ids"),
+    ((1,), "best_of length_penalty n repetition_penalty typical_p"),
+    ((True,), "add_generation_prompt skip_special_tokens spaces_between_special_tokens"),
+    (("auto", "none"), "function_call"),
+    (({},), "logit_bias"),
+    ((["text"],), "modalities"),
+    (({"type": "text"},), "response_format"),
+    (([], ""), "stop"),
+    (({}, {"format": {"type": "text"}}), "text"),
+    (("auto",), "tool_choice"),
+    (("disabled",), "truncation"),
+)
+NEUTRAL = {field: values for values, fields in _FIELDS for field in fields.split()}
 LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 TEXT_PARTS = ("text", "input_text", "output_text")
 

@@ -57,12 +57,7 @@ def counts(stats: Statistics, health: StepHealth) -> Iterator[Count]:
 
 
 class Metrics:
-    """The counts of one server.
-
-    Args:
-        stats: gives the model's own counts, `CompiledModel.stats`.
-        health: of the engine.
-    """
+    """The counts of one server; `stats` is `CompiledModel.stats`."""
 
     def __init__(self, stats: Callable[[], Statistics], health: StepHealth) -> None:
         self._registry = CollectorRegistry()

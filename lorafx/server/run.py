@@ -39,11 +39,8 @@ class Opened(NamedTuple):
 
 
 def run(settings: Settings) -> None:
-    """Serve until SIGTERM or Ctrl-C; then answer what is under way, and return.
-
-    Raises:
-        ConfigError: the address is taken. Otherwise as `opened`.
-    """
+    """Serve until SIGTERM or Ctrl-C; then answer what is under way, and return. Raises as `opened`,
+    and ConfigError where the address is taken."""
     start = time.perf_counter()
     bound = settings.bind()
     with bound, opened(settings) as server:
@@ -66,11 +63,8 @@ def opened(settings: Settings, *, lazily: bool = False) -> Iterator[Opened]:
     """The model of `settings`, loaded, compiled and warmed up, with its application.
 
     With `lazily` no adapter is loaded. The application answers for all that have a folder; who
-    calls it loads the adapter that a request asks for first.
-
-    Raises:
-        ConfigError: the model or its tokenizer cannot be loaded, or cannot be served. Otherwise as
-            `lorafx.compile`.
+    calls it loads the adapter that a request asks for first. Raises ConfigError where the model or
+    its tokenizer cannot be loaded or served; otherwise as `lorafx.compile`.
     """
     tokenizer = _tokenizer(settings)
     with progress(f"loading {settings.served_name}"):

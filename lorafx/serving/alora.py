@@ -3,10 +3,9 @@
     b = the column of input_ids (B, T) where the last occurrence of the invocation tokens begins
     slot of the token in column t:  the adapter's where t ≥ b, else −1, as for a row without any
 
-The search is PEFT's (`calculate_alora_offsets` in peft/tuners/lora/variants.py): in the ids of the
-call, or of the prompts of `generate`, with their padding; what is generated is not searched. A call
-of several tokens runs a graph with one slot per token. A decode step has one token per row, so it
-runs the graph of any other call, and names the adapters of the rows where they have begun.
+The search is PEFT's (`calculate_alora_offsets`), in the ids of the call, or of the prompts of
+`generate`, with their padding. A call of several tokens runs a graph with one slot per token, a
+decode step that of any other call.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +23,10 @@ from lorafx.adapter_store.names import BASE, adapters_among, members
 from lorafx.errors import BatchError, LorafxWarning, UnknownAdapterError
 from lorafx.program.roles import RoleTable
 from lorafx.program.row_dims import caches
+from lorafx.serving.entries import Entries
 from lorafx.session.requests import Names, Requests
 from lorafx.session.resting import refuse_elsewhere
 from lorafx.session.session import Session
-
-if TYPE_CHECKING:
-    from lorafx.serving.compiled import CompiledModel
 
 _IDS = "input_ids"
 
@@ -38,20 +35,21 @@ def any_begins(session: Session, names: Iterable[str | None]) -> bool:
     """Whether one of these adapters, or of those in a sum, begins at a token."""
     given = adapters_among(names)
     with suppress(UnknownAdapterError):  # who serves the call says so
-        return any(session.store[own].invocation for name in given for own in members(name))
+        named = (member for name in given for member in members(name))
+        return any(session.store[name].invocation for name in named)
     return False
 
 
-def forward_of(compiled: CompiledModel) -> Callable[..., Any]:
+def forward_of(entries: Entries) -> Callable[..., Any]:
     """The compiled forward of the model, for the requests of the running call."""
-    session = compiled._session
+    session = entries.session
     if session.asked.placed or not _activates(session):
-        return compiled.entry(compiled.model, per_token=session.asked.tokens is not None)
-    return ActivatedForward(compiled, compiled.model)
+        return entries.of(entries.model, per_token=session.asked.tokens is not None)
+    return ActivatedForward(entries, entries.model)
 
 
 def generating_forward_of(
-    compiled: CompiledModel,
+    entries: Entries,
     module: nn.Module,
     run: Callable[..., Any],
     args: tuple[Any, ...],
@@ -59,13 +57,13 @@ def generating_forward_of(
 ) -> Callable[..., Any]:
     """The same of `module`, for its `generate`, which is `run` and has these arguments. Raises
     BatchError where an adapter begins at a token, and there are no prompts of token ids."""
-    session = compiled._session
+    session = entries.session
     if not _activates(session):
-        return compiled.entry(module)
+        return entries.of(module)
     named = RoleTable(module, session.program.config.row_dims, run).bind(args, kwargs)
     given = named.get("inputs")
     ids = named.get(_IDS) if given is None else given
-    return ActivatedForward(compiled, module, Prompts(session, module, ids))
+    return ActivatedForward(entries, module, Prompts(session, module, ids))
 
 
 def column_of(ids: Tensor, invocation: Sequence[int]) -> list[int | None]:
@@ -120,12 +118,10 @@ class ActivatedForward:
     """The forward of `module` for requests of which some begin at a token; `prompts` are those of
     the generation that calls it."""
 
-    def __init__(
-        self, compiled: CompiledModel, module: nn.Module, prompts: Prompts | None = None
-    ) -> None:
-        self._session, self._module, self._prompts = compiled._session, module, prompts
-        self._by_row = compiled.entry(module)
-        self._by_token = compiled.entry(module, per_token=True)
+    def __init__(self, entries: Entries, module: nn.Module, prompts: Prompts | None = None) -> None:
+        self._session, self._module, self._prompts = entries.session, module, prompts
+        self._by_row = entries.of(module)
+        self._by_token = entries.of(module, per_token=True)
         functools.update_wrapper(self, module.forward)  # `generate` looks at its signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -31,8 +31,9 @@ from lorafx.serving.as_module import AsModule, refusing_backward, signature_of
 from lorafx.serving.base_methods import BaseMethods
 from lorafx.serving.batching_methods import BatchingMethods
 from lorafx.serving.call_inputs import check_tensors
+from lorafx.serving.entries import Entries
 from lorafx.serving.entry import Entry, entered
-from lorafx.serving.generation import by_itself, generate, generating_in_methods, nested_generates
+from lorafx.serving.generation import Generation
 from lorafx.serving.look_methods import LookMethods
 from lorafx.serving.names import delegated
 from lorafx.serving.replay import MadeCall
@@ -42,8 +43,6 @@ from lorafx.session.requests import LastCall, Names, by_slots, check_prompts, ch
 from lorafx.session.resting import Resting
 from lorafx.session.session import Session
 from lorafx.session.sharing import join, leave
-from lorafx.session.stand_ins import Replaced
-from lorafx.session.stand_ins import forward_of as forward_of_module
 from lorafx.torch_internals.compat import untraced
 
 
@@ -72,8 +71,8 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
         self._attachment = attachment
         self._session = Session(program, store, Backend(program, entered), dynamic)
         self._session.backend.recorded = Dumps(self._session)
-        self._entries: dict[tuple[Any, ...], Entry] = {}
-        self._by_themselves: dict[int, tuple[Entry, Callable[..., Any]]] = {}
+        self._entries = Entries(self._session, attachment)
+        self._generation = Generation(self._entries)
         self._disabling = []
         # In containers: an attribute of a module takes a microsecond to set.
         self._last_calls: dict[str, MadeCall] = {}
@@ -146,7 +145,7 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
         made = MadeCall("forward", LastCall.of(args, kwargs), asked)
         run = partial(call, args, kwargs, names, tokens)
         if self._session.program.options.overflow == "waves":
-            run = partial(call_in_waves, self, call, args, kwargs, names, tokens)
+            run = partial(call_in_waves, self._entries, call, args, kwargs, names, tokens)
         return refusing_backward(self._noted(made, run))
 
     @untraced
@@ -177,14 +176,15 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
         ) -> Any:
             def run() -> Any:
                 self._check_attached()
-                return generate(self, *args, **kwargs)
+                return self._generation.generate(*args, **kwargs)
 
             return self._session.call(run, names, repeats=True)
 
         names = checked_names(adapter_names)
         check_prompts(names, kwargs.get("input_ids", args[0] if args else kwargs.get(main)))
         made = MadeCall("generate", LastCall.of(args, kwargs), {"adapter_names": adapter_names})
-        return self._noted(made, partial(generate_in_waves, self, call, args, kwargs, names))
+        run = partial(generate_in_waves, self._entries, call, args, kwargs, names)
+        return self._noted(made, run)
 
     def _noted(self, made: MadeCall, run: Callable[[], Any]) -> Any:
         """What `run` returns, which makes the call. Calls of a replay are not noted."""
@@ -202,7 +202,7 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
         """The model's forward for the requests of the running call; the model's call, where hooks
         of the model itself run around its graphs."""
         self._check_attached()  # it may have been detached while the call waited
-        forward, session, model = forward_of(self), self._session, self.model
+        forward, session, model = forward_of(self._entries), self._session, self.model
         if not session.program.hook_watch.around or not any(hooks_of(model)):
             return forward(*args, **kwargs)
         return session.stand_ins.replacing([(model, "forward", forward)], model, *args, **kwargs)
@@ -215,18 +215,8 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
         packed: bool = False,
         method: MethodType | None = None,
     ) -> Entry:
-        """The compiled forward of `module`, which is the model or a part that is called directly,
-        or another method of it. A forward that has been put in the place of another has an entry
-        of its own, which takes the other's place."""
-        name = "forward" if method is None else method.__name__
-        own = forward_of_module(module) if method is None else method
-        key = id(module), per_token, packed, name
-        entry = self._entries.get(key)
-        if entry is None or not entry.compiles(own):
-            entry = self._entries[key] = Entry(
-                self._session, module, own, name, per_token=per_token, packed=packed
-            )
-        return entry
+        """The compiled forward of `module`, or another method of it (`Entries.of`)."""
+        return self._entries.of(module, per_token=per_token, packed=packed, method=method)
 
     def capture(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Capture the graphs for this call, without adapters and with them, by running it both
@@ -344,23 +334,6 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
 
     # --- plumbing ---
 
-    @cached_property
-    def generates(self) -> list[Replaced]:
-        """`generate` of the model and of models inside it, within a call."""
-        return nested_generates(self)
-
-    def by_itself(self, part: nn.Module) -> Callable[..., Any]:
-        """The forward of a part that a `generate` of the model's own may call. Dynamo guards on
-        the very function."""
-        entry, known = self.entry(part), self._by_themselves.get(id(part))
-        if known is None or known[0] is not entry:
-            known = self._by_themselves[id(part)] = entry, by_itself(self, part)
-        return known[1]
-
-    def generating_in_methods(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        """`method` of the model: where it calls `generate`, it is this one."""
-        return generating_in_methods(self, method)
-
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -370,8 +343,7 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
         return delegated(self, name)
 
     def _check_attached(self) -> None:
-        if not self._attachment.rollback:
-            raise CaptureError("this model was detached; call lorafx.compile again")
+        self._entries.check_attached()
 
 
 #: Those that are in use, and some that were detached.

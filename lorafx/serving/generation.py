@@ -1,11 +1,9 @@
 """transformers' `generate` over compiled forwards.
 
-`generate` calls the model, and also calls parts of it directly: a separate encoder; the encoders of
-images and videos (`get_image_features`); models inside the model with a `generate` of their own. A
-model's own `generate` (BLIP-2's) calls any of its parts. While it runs, these are replaced by their
-compiled versions, and restored whatever happens. The marks of any other part that it calls directly
-raise where adapters change it (lorafx.session.resting). transformers would compile static caches
-itself on some devices: `disable_compile` keeps it from nesting compilers.
+While it runs, the parts of the model that it calls directly are replaced by their compiled
+versions: encoders, also of images and videos (`get_image_features`), models inside the model with a
+`generate` of their own, and where the model has its own `generate` (BLIP-2) any part. The marks of
+other parts raise where adapters change them (lorafx.session.resting).
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from types import MethodType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,13 +21,12 @@ from torch import nn
 from lorafx.errors import ConfigError, LorafxError
 from lorafx.serving.added_tokens import without_added_tokens
 from lorafx.serving.alora import generating_forward_of
+from lorafx.serving.entries import Entries
+from lorafx.serving.entry import Entry
 from lorafx.serving.names import PAGED, refuse
 from lorafx.session.resting import refuse_elsewhere, wanted
 from lorafx.session.stand_ins import Replaced
 from lorafx.torch_internals.compat import tracing
-
-if TYPE_CHECKING:
-    from lorafx.serving.compiled import CompiledModel
 
 T = TypeVar("T")
 
@@ -39,38 +36,113 @@ _ENCODING = "_maybe_prepare_encoder_kwargs_for_generation"
 _ENCODES = "_supports_mm_encoder_outputs"
 
 
-def generate(compiled: CompiledModel, *args: Any, **kwargs: Any) -> Any:
-    """The model's `generate` with its forwards compiled; LorafxError where it has none."""
-    model = compiled.model
-    run = getattr(model, "generate", None)
-    if not callable(run):
-        raise LorafxError(f"{type(model).__name__} has no generate(); call the model itself")
-    parts = [item for item in compiled.generates if item[0] is not model]
-    replacing = compiled._session.stand_ins.replacing
-    attributes = [*parts, *_batching(model)]
-    return replacing(attributes, _generate, compiled, model, run, *args, **kwargs)
+class Generation:
+    """`generate` of one model."""
 
+    def __init__(self, entries: Entries) -> None:
+        self._entries = entries
+        self._session = entries.session
+        self._by_themselves: dict[int, tuple[Entry, Callable[..., Any]]] = {}
 
-def generating_in_methods(compiled: CompiledModel, method: Callable[..., T]) -> Callable[..., T]:
-    """`method` of the model: where it calls `generate`, it is this one. Dynamo leaves it to
-    Python."""
-    attributes = [*compiled.generates, *_batching(compiled.model)]
-    return functools.partial(compiled._session.stand_ins.replacing, attributes, method)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's `generate` with its forwards compiled; LorafxError where it has none."""
+        model = self._entries.model
+        run = getattr(model, "generate", None)
+        if not callable(run):
+            raise LorafxError(f"{type(model).__name__} has no generate(); call the model itself")
+        parts = [item for item in self._nested if item[0] is not model]
+        attributes = [*parts, *_batching(model)]
+        replacing = self._session.stand_ins.replacing
+        return replacing(attributes, self._generate, model, run, *args, **kwargs)
 
+    def within(self, method: Callable[..., T]) -> Callable[..., T]:
+        """`method` of the model: where it calls `generate`, it is this one. Dynamo leaves it to
+        Python."""
+        attributes = [*self._nested, *_batching(self._entries.model)]
+        return functools.partial(self._session.stand_ins.replacing, attributes, method)
 
-def _generate(
-    compiled: CompiledModel, model: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
-    kwargs.setdefault("disable_compile", True)
-    _refuse_offloading(model, kwargs)
-    if model is compiled.model:
-        args, kwargs = without_added_tokens(compiled._session, args, kwargs)
-    # Entries first: each reads the module's own forward when it is made.
-    forward = generating_forward_of(compiled, model, run, args, kwargs)
-    encoders = [(part, "forward", compiled.entry(part)) for part in _encoders(model)]
-    forwards: list[Replaced] = [(model, "forward", forward), *encoders, *_parts(compiled, model)]
-    attributes = [*forwards, *_modalities(compiled, model, kwargs)]
-    return compiled._session.stand_ins.replacing(attributes, run, *args, **kwargs)
+    @functools.cached_property
+    def _nested(self) -> list[Replaced]:
+        """The `generate` of the model, and of models inside of it, for calls of them within a call.
+        Made once: Dynamo guards on the very function."""
+        mixin, model = _mixin(), self._entries.model
+        return [
+            (part, "generate", torch.compiler.disable(self._nested_in(part)))
+            for part in model.modules()
+            if (part is model or isinstance(part, mixin))
+            and callable(getattr(part, "generate", None))
+        ]
+
+    def _nested_in(self, module: nn.Module) -> Callable[..., Any]:
+        run, session = module.generate, self._session
+        assert callable(run)
+
+        @functools.wraps(run)
+        def nested(*args: Any, **kwargs: Any) -> Any:
+            refuse_elsewhere(session)
+            repeating = session.running._replace(requests=session.asked._replace(repeats=True))
+            action = functools.partial(self._generate, module, run, *args, **kwargs)
+            return session.note(repeating, action)
+
+        return nested
+
+    def _generate(
+        self, model: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        entries, session = self._entries, self._session
+        kwargs.setdefault("disable_compile", True)
+        _refuse_offloading(model, kwargs)
+        if model is entries.model:
+            args, kwargs = without_added_tokens(session, args, kwargs)
+        # Entries first: each reads the module's own forward when it is made.
+        forward = generating_forward_of(entries, model, run, args, kwargs)
+        encoders = [(part, "forward", entries.of(part)) for part in _encoders(model)]
+        forwards: list[Replaced] = [(model, "forward", forward), *encoders, *self._parts(model)]
+        attributes = [*forwards, *_modalities(entries, model, kwargs)]
+        return session.stand_ins.replacing(attributes, run, *args, **kwargs)
+
+    def _parts(self, model: nn.Module) -> list[Replaced]:
+        """The parts of the model that a `generate` of its own class may call by themselves, as far
+        as the adapters of the call change them: children, and the embedding of the text. Models
+        inside of it have their own `generate`."""
+        if not _overrides(model, "generate"):
+            return []  # it calls what `_generate` knows
+        session = self._session
+        paths = {path for name in wanted(session) for path in session.store[name].sites}
+        changed = {id(site.module) for site in session.program.sites if site.path in paths}
+        generating = {id(part) for part, _, _ in self._nested}
+        base = getattr(model, "base_model", model)
+        children = [*model.children(), *(base.children() if isinstance(base, nn.Module) else ())]
+        embedding = getattr(model, "get_input_embeddings", lambda: None)()
+        if isinstance(embedding, nn.Module):
+            children.append(embedding)
+        return [
+            (part, "forward", self._by_itself(part))
+            for part in dict.fromkeys(children)
+            if id(part) not in generating and any(id(inner) in changed for inner in part.modules())
+        ]
+
+    def _by_itself(self, part: nn.Module) -> Callable[..., Any]:
+        """The forward of a part of the model: compiled, but inside of other calls what it was.
+        Dynamo guards on the very function."""
+        entry, session = self._entries.of(part), self._session
+        known = self._by_themselves.get(id(part))
+        if known is not None and known[0] is entry:
+            return known[1]
+        function = entry.function
+        site = next((site for site in session.program.sites if site.module is part), None)
+
+        @functools.wraps(function)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if tracing() or session.running.entries:
+                return function(*args, **kwargs)
+            output = entry(*args, **kwargs)
+            if site is not None:
+                session.returned_from = site.path
+            return output
+
+        self._by_themselves[id(part)] = entry, forward
+        return forward
 
 
 def _refuse_offloading(model: nn.Module, given: Mapping[str, Any]) -> None:
@@ -82,32 +154,6 @@ def _refuse_offloading(model: nn.Module, given: Mapping[str, Any]) -> None:
             f"cache_implementation={cache!r} copies the cache between an accelerator and the host, "
             "and there is no accelerator here; leave it out, or use 'static' or 'dynamic'"
         )
-
-
-def _nested(compiled: CompiledModel, module: nn.Module) -> Callable[..., Any]:
-    """The `generate` of a module inside of a call, for the call's requests."""
-    run, session = module.generate, compiled._session
-    assert callable(run)
-
-    @functools.wraps(run)
-    def nested(*args: Any, **kwargs: Any) -> Any:
-        refuse_elsewhere(session)
-        repeating = session.running._replace(requests=session.asked._replace(repeats=True))
-        action = functools.partial(_generate, compiled, module, run, *args, **kwargs)
-        return session.note(repeating, action)
-
-    return nested
-
-
-def nested_generates(compiled: CompiledModel) -> list[Replaced]:
-    """The `generate` of the model, and of models inside of it, for calls of them within a call.
-    Made once: Dynamo guards on the very function."""
-    mixin, model = _mixin(), compiled.model
-    return [
-        (part, "generate", torch.compiler.disable(_nested(compiled, part)))
-        for part in model.modules()
-        if (part is model or isinstance(part, mixin)) and callable(getattr(part, "generate", None))
-    ]
 
 
 def _batching(model: nn.Module) -> list[Replaced]:
@@ -126,28 +172,6 @@ def _encoders(model: nn.Module) -> list[nn.Module]:
     return [] if encoder is model else [encoder]
 
 
-def _parts(compiled: CompiledModel, model: nn.Module) -> list[Replaced]:
-    """The parts of the model that a `generate` of its own class may call by themselves, as far as
-    the adapters of the call change them: children, and the embedding of the text. Models inside of
-    it have their own `generate`."""
-    if not _overrides(model, "generate"):
-        return []  # it calls what `_generate` knows
-    session = compiled._session
-    paths = {path for name in wanted(session) for path in session.store[name].sites}
-    changed = {id(site.module) for site in session.program.sites if site.path in paths}
-    generating = {id(part) for part, _, _ in compiled.generates}
-    base = getattr(model, "base_model", model)
-    children = [*model.children(), *(base.children() if isinstance(base, nn.Module) else ())]
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    if isinstance(embedding, nn.Module):
-        children.append(embedding)
-    return [
-        (part, "forward", compiled.by_itself(part))
-        for part in dict.fromkeys(children)
-        if id(part) not in generating and any(id(module) in changed for module in part.modules())
-    ]
-
-
 def _mixin() -> Any:
     """transformers' GenerationMixin; an empty tuple where it is not imported."""
     return getattr(sys.modules.get("transformers.generation.utils"), "GenerationMixin", ())
@@ -158,27 +182,7 @@ def _overrides(model: nn.Module, method: str) -> bool:
     return getattr(type(model), method, None) is not getattr(_mixin(), method, None)
 
 
-def by_itself(compiled: CompiledModel, part: nn.Module) -> Callable[..., Any]:
-    """The forward of a part of the model: compiled, but inside of other calls what it was."""
-    entry, session = compiled.entry(part), compiled._session
-    function = entry.function
-    site = next((site for site in session.program.sites if site.module is part), None)
-
-    @functools.wraps(function)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if tracing() or session.running.entries:
-            return function(*args, **kwargs)
-        output = entry(*args, **kwargs)
-        if site is not None:
-            session.returned_from = site.path
-        return output
-
-    return forward
-
-
-def _modalities(
-    compiled: CompiledModel, model: nn.Module, given: Mapping[str, Any]
-) -> list[Replaced]:
+def _modalities(entries: Entries, model: nn.Module, given: Mapping[str, Any]) -> list[Replaced]:
     """The methods that `generate` has images and videos encoded by, before the first forward. In a
     batch of several adapters whose images come one entry a prompt, the forward encodes them
     instead: there it is proved whose they are. An `_ENCODING` of the model's own has them encoded
@@ -192,10 +196,10 @@ def _modalities(
     methods = {name: method for name, method in found if isinstance(method, MethodType)}
     if not isinstance(base, nn.Module) or not methods:
         return []
-    adapters = compiled._session.asked.names
+    adapters = entries.session.asked.names
     taken = {name for method in methods.values() for name in inspect.signature(method).parameters}
     images = [value for name in taken if isinstance(value := given.get(name), torch.Tensor)]
     by_prompt = all(image.dim() > 0 and len(image) == len(adapters) for image in images)
     if len(set(adapters)) > 1 and by_prompt and hasattr(model, _ENCODES) and not overridden:
         return [(model, _ENCODES, bool)]
-    return [(base, name, compiled.entry(base, method=method)) for name, method in methods.items()]
+    return [(base, name, entries.of(base, method=method)) for name, method in methods.items()]

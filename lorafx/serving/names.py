@@ -185,7 +185,7 @@ def _served(compiled: CompiledModel, owner: nn.Module, method: MethodType) -> Ca
                 served: Callable[..., Any] = method
                 if method.__name__ not in GENERATING:
                     served = compiled.entry(owner, method=method)
-                return compiled.generating_in_methods(served)(*args, **kwargs)
+                return compiled._generation.within(served)(*args, **kwargs)
 
             return session.call(run, names)
 

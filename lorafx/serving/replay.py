@@ -23,6 +23,7 @@ from lorafx.pass_order import CAPTURED, pipeline
 from lorafx.passes.outline.outline import Outline
 from lorafx.passes.products import Join
 from lorafx.passes.provenance import Provenance
+from lorafx.serving.entries import Entries
 from lorafx.serving.entry import Entry, entered
 from lorafx.session.requests import LastCall
 from lorafx.session.session import Session
@@ -34,7 +35,7 @@ Runner = Callable[[Stage, Sequence[Any]], Any]
 class Staged(Protocol):
     """A model whose calls are made by entries: a `CompiledModel`, or what stands for one."""
 
-    _entries: Any
+    _entries: Entries
     model: nn.Module
 
     @property
@@ -125,14 +126,15 @@ def replayed(compiled: Staged) -> Iterator[Replay]:
     session = compiled._session
     program = session.program
     with session.lock:
-        before = session.backend, compiled._entries, program.options
+        entries = compiled._entries
+        before = session.backend, entries.made, program.options
         replay = Replay(session)
         try:
             program.options = replace(program.options, verify="lint", cache=None, dump=None)
-            session.backend, compiled._entries = replay.backend, {}
+            session.backend, entries.made = replay.backend, {}
             yield replay
         finally:
-            session.backend, compiled._entries, program.options = before
+            session.backend, entries.made, program.options = before
 
 
 class MadeCall(NamedTuple):

@@ -4,8 +4,7 @@
     result     the rows of each wave in dimension 0   → (B, …), in the order of the batch
 
 Tensors may lie in lists, tuples, mappings and dataclasses, and those of results in transformers'
-dynamic caches. What all requests share goes to every wave as it is. Everything else is refused by
-name: nothing tells which of its entries is whose.
+dynamic caches. What all requests share goes to every wave. Everything else is refused by name.
 """
 
 from __future__ import annotations
@@ -102,14 +101,8 @@ class BatchRows:
 
 
 class Joined:
-    """The results of all waves as one.
-
-    Args:
-        rows: of the batch.
-        several: a result may have several entries of each request, one request after another, as
-            `generate` returns them.
-        padding: what fills sequences that have ended; None where nothing is known to.
-    """
+    """The results of all waves as one. With `several` a result may have several entries of each
+    request, as `generate` returns them; `padding` fills sequences that have ended."""
 
     def __init__(self, rows: BatchRows, *, several: bool, padding: int | None = None) -> None:
         self._rows, self._several, self._padding = rows, several, padding

@@ -1,30 +1,24 @@
 """Batches of more adapters than there are slots: a call, or a generation, in waves of its rows.
 
-    rows, each with its adapters → waves, each with no more adapters than find a slot
-                                 → a call each, in order → the results in the order of the rows
-
 A request's result does not depend on its neighbours, so this is what the batch would have given.
-Which rows of an argument are whose is what `lorafx.program.roles` says, as for the batch itself.
-What cannot be cut, or put together again, is refused by name.
+What cannot be cut by rows, or put together again, is refused by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from lorafx.adapter_store.names import BASE
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.program.roles import RoleTable
+from lorafx.serving.entries import Entries
 from lorafx.serving.row_trees import PLAIN, BatchRows, Joined
 from lorafx.session.requests import Names
 from lorafx.session.session import Session
-
-if TYPE_CHECKING:
-    from lorafx.serving.compiled import CompiledModel
 
 #: Runs the model with these arguments for these requests: adapter names, and which of them each
 #: token uses.
@@ -35,31 +29,27 @@ _SHARED = ("generation_config", "tokenizer")
 
 
 def call_in_waves(
-    compiled: CompiledModel,
+    entries: Entries,
     call: _Call,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     names: Names | None,
     tokens: Tensor | None,
 ) -> Any:
-    """What `call` returns for these arguments, in as many calls as the slots need.
-
-    Raises:
-        BatchError: an argument or a result cannot be cut by rows, or put together again.
-        Otherwise as a call.
-    """
-    session = compiled._session
+    """What `call` returns for these arguments, in as many calls as the slots need; BatchError where
+    an argument or a result cannot be cut by rows, or put together again."""
+    session = entries.session
     if names is None or not _may_overflow(session):
         return call(args, kwargs, names, tokens)
 
     def roles() -> RoleTable:
-        return compiled.entry(compiled.model, per_token=tokens is not None).roles
+        return entries.of(entries.model, per_token=tokens is not None).roles
 
     return _in_waves(session, call, args, kwargs, names, tokens, roles, generates=False)
 
 
 def generate_in_waves(
-    compiled: CompiledModel,
+    entries: Entries,
     call: _Call,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
@@ -73,7 +63,7 @@ def generate_in_waves(
             criteria, streamers) was handed in; beams are to be traced (`beam_indices`); or waves
             took different numbers of steps, and more than the sequences is asked for.
     """
-    session, model = compiled._session, compiled.model
+    session, model = entries.session, entries.model
     generate = getattr(model, "generate", None)
     if names is None or not _may_overflow(session) or not callable(generate):
         return call(args, kwargs, names, None)

@@ -12,6 +12,7 @@ from torch import nn
 from lorafx.errors import ConfigError
 from lorafx.explanation.why import Why, why
 from lorafx.reports.profile import Profile
+from lorafx.serving.entries import Entries
 from lorafx.serving.entry import Entry
 from lorafx.serving.example_inputs import as_call
 from lorafx.serving.profiling import profiled
@@ -48,14 +49,12 @@ class _Calls:
 
     def __init__(self, session: AttachedSession) -> None:
         self._session = session
-        self._entries: dict[Any, Entry] = {}
+        self._entries = Entries(session)
         self.model = session.program.model
         self.sites = session.program.sites
 
     def entry(self, module: nn.Module) -> Entry:
-        if module not in self._entries:
-            self._entries[module] = Entry(self._session, module, module.forward)
-        return self._entries[module]
+        return self._entries.of(module)
 
     def __call__(self, *, adapter_names: Sequence[Any], **inputs: Any) -> Any:
         run = partial(self.entry(self.model), **inputs)

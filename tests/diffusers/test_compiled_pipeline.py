@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import permutations
@@ -160,31 +160,6 @@ def test_adapters_take_turns_without_recompiling(kind: str, pair: Callable[[str]
     assert {name: cm.recompiles for name, cm in cp.models.items()} == captured
 
 
-def test_the_pipeline_itself_on_another_thread_is_no_part_of_the_call(
-    pair: Callable[[str], Pair],
-) -> None:
-    """Its images would have the adapters of the call."""
-    both = pair("sdxl")
-    refused: list[Exception] = []
-
-    def run() -> None:
-        try:
-            both.cp.pipe(prompt="ab", **tiny.CALL)
-        except BatchError as error:
-            refused.append(error)
-
-    def callback(pipe: Any, step: int, time: Tensor, values: dict[str, Any]) -> dict[str, Any]:
-        thread = threading.Thread(target=run)
-        thread.start()
-        thread.join(20)
-        return values
-
-    got = both.call(["both", "both"], callback_on_step_end=callback).images
-    assert len(refused) == tiny.CALL["num_inference_steps"]
-    assert "another thread is in a call" in str(refused[0])
-    assert error(got, both.call(["both", "both"]).images) <= TOLERANCE
-
-
 def test_embeddings_that_were_made_in_inference_mode(pair: Callable[[str], Pair]) -> None:
     with torch.inference_mode():
         given = embeddings(4)
@@ -229,22 +204,27 @@ def test_another_pipeline_over_the_same_models(pair: Callable[[str], Pair]) -> N
     assert cp.recompiles == captured
 
 
-def test_rows_in_another_order_keep_their_adapters(pair: Callable[[str], Pair]) -> None:
-    """The proof follows the embeddings: nothing is assumed about the pipeline."""
-    both = pair("flux")
-    pipe = both.cp.pipe
+@contextmanager
+def encoding(pipe: Any, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """The pipeline's own step between its text encoders and the denoiser, with what is changed."""
     encode = type(pipe).encode_prompt
 
-    def backwards(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
         embeddings, pooled, ids = encode(self, *args, **kwargs)
-        return embeddings.flip(0), pooled.flip(0), ids
+        return change(embeddings), change(pooled), ids
 
-    names = ["both", None, "denoiser"]
-    pipe.encode_prompt = backwards.__get__(pipe)
+    pipe.encode_prompt = changed.__get__(pipe)
     try:
-        got = both.call(names).images
+        yield
     finally:
         del pipe.encode_prompt
+
+
+def test_rows_in_another_order_keep_their_adapters(pair: Callable[[str], Pair]) -> None:
+    """The proof follows the embeddings: nothing is assumed about the pipeline."""
+    both, names = pair("flux"), ["both", None, "denoiser"]
+    with encoding(both.cp.pipe, lambda rows: rows.flip(0)):
+        got = both.call(names).images
     for row, image in ((0, 2), (2, 0)):
         inputs = {key: one(value, row) for key, value in both.inputs(3, {}).items()}
         want = both.own.images(names[row], range(image, image + 1), **inputs)
@@ -253,22 +233,12 @@ def test_rows_in_another_order_keep_their_adapters(pair: Callable[[str], Pair]) 
 
 def test_rows_that_nothing_explains_are_refused(pair: Callable[[str], Pair]) -> None:
     both = pair("flux")
-    pipe = both.cp.pipe
-    encode = type(pipe).encode_prompt
-
-    def anew(self: Any, *args: Any, **kwargs: Any) -> Any:
-        embeddings, pooled, ids = encode(self, *args, **kwargs)
-        return torch.tensor(embeddings.tolist()), torch.tensor(pooled.tolist()), ids
-
-    pipe.encode_prompt = anew.__get__(pipe)
-    try:
+    with encoding(both.cp.pipe, lambda rows: torch.tensor(rows.tolist())):
         with pytest.raises(
             BatchError, match=r"transformer \(Flux.* 2 rows for 2 prompts.*row 0, 1"
         ):
             both.call(["both", None])
         assert both.call(["both", "both"]).images.shape[0] == 2
-    finally:
-        del pipe.encode_prompt
 
 
 def test_the_pipeline_is_what_it_was(pair: Callable[[str], Pair]) -> None:

@@ -78,6 +78,22 @@ def check_logits(
         assert error(got, want) <= TOLERANCE, name
 
 
+def serve_checked(
+    case: Case,
+    cm: Any,
+    work: Sequence[tuple[Sequence[int], str | None]],
+    config: ContinuousBatchingConfig,
+    new: int = 4,
+) -> None:
+    """`check_logits` for requests (prompt, adapter) that are added at once."""
+    with cm.continuous_batching(None, config, warmup=False) as engine:
+        seen = StepLogits(engine)
+        with engine.pause():
+            ids = [engine.add_request([*p], adapter=a, max_new_tokens=new) for p, a in work]
+        outputs = answers(engine, ids)
+    check_logits(case, seen, outputs, dict(zip(ids, (a for _, a in work), strict=True)))
+
+
 def check_three_requests(case: Case, cm: Any) -> None:
     """`check_logits` for two adapters and the base, in chunks and pages of few tokens; nothing is
     compiled once the engine has started."""

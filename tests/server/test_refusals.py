@@ -200,6 +200,7 @@ def test_requests_fail_alone(server, monkeypatch, error):
     streamed = post(server, CHAT, model="tiny:a1", **question(CHAT, "w9", 2, stream=True))
     with pytest.raises(AssertionError, match="cannot be captured"):
         said(CHAT, streamed.text)
+    assert streamed.text.endswith("data: [DONE]\n\n")
     monkeypatch.setattr(server.engine, "_forward", forward)
     assert counts(server)[failures] == before + 2
     assert post(server, CHAT, model="tiny:a1", **question(CHAT, "w9", 2)).status_code == 200

@@ -22,7 +22,7 @@ from lorafx import LorafxError, LorafxWarning
 from lorafx.cli import main
 from lorafx.cli.options import as_option
 from lorafx.errors import ConfigError
-from lorafx.server.requirements import check_requirements
+from lorafx.server import check_requirements
 from lorafx.server.settings import Settings
 
 OPTIONS = [

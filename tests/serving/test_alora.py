@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import oracle
 import pytest
@@ -83,6 +84,17 @@ def test_a_row_is_its_adapter_from_the_invocation_on_and_the_base_before(served,
             assert error(want[seen], base[seen]) > 100 * TOLERANCE
 
 
+def check_generated(served: Served, inputs: Any, names: Any, given: Any, peft: Any) -> Tensor:
+    """Each row is PEFT's generation for it alone; the settings `given` and `peft` may differ."""
+    got = served.cm.generate(**inputs, **FIXED, **given, adapter_names=list(names))
+    for row, name in enumerate(names):
+        want = served.generated(name, **one(inputs, row), **peft)
+        assert torch.equal(got.sequences[row], want.sequences[0])
+        for step, wanted in zip(got.logits, want.logits, strict=True):
+            assert error(step[row], wanted[0]) <= TOLERANCE
+    return got.sequences
+
+
 @pytest.mark.parametrize(
     ("family", "cache"), [("llama", None), ("llama", "static"), ("gpt2", None)]
 )
@@ -91,12 +103,7 @@ def test_generation_goes_on_with_what_has_begun(request, family, cache) -> None:
     inputs = inputs_of(6, 9)
     begun(inputs)
     settings = {} if cache is None else {"cache_implementation": cache}
-    got = served.cm.generate(**inputs, **FIXED, **settings, adapter_names=list(MIX))
-    for row, name in enumerate(MIX):
-        want = served.generated(name, **one(inputs, row), **settings)
-        assert torch.equal(got.sequences[row], want.sequences[0])
-        for own, wanted in zip(got.logits, want.logits, strict=True):
-            assert error(own[row], wanted[0]) <= TOLERANCE
+    check_generated(served, inputs, MIX, settings, settings)
     graphs = served.cm.recompiles
     again = inputs_of(4, 7)
     again["input_ids"][1, 3:5] = torch.tensor([5, 6])
@@ -108,11 +115,8 @@ def test_generated_tokens_are_not_searched(llama) -> None:
     """As in PEFT: what begins is decided by the prompt."""
     inputs = inputs_of(2, 6)
     processed = {"logits_processor": [_Always(7)]}
-    got = llama.cm.generate(**inputs, **FIXED, **processed, adapter_names=["y", None])
-    assert bool((got.sequences[:, 6:] == 7).all())
-    want = llama.generated(None, **one(inputs, 0), **processed)
-    for own, wanted in zip(got.logits, want.logits, strict=True):
-        assert error(own[0], wanted[0]) <= TOLERANCE
+    got = check_generated(llama, inputs, ["y", None], processed, processed)
+    assert bool((got[:, 6:] == 7).all())
 
 
 class _Always:
@@ -132,12 +136,7 @@ def test_however_generate_hands_over_the_tokens(llama, settings) -> None:
     inputs = inputs_of(3, 9)
     inputs["input_ids"][0, 6:8] = torch.tensor([5, 6])
     inputs["input_ids"][2, 3] = 7
-    got = llama.cm.generate(**inputs, **FIXED, **settings, adapter_names=["x", None, "y"])
-    for row, name in enumerate(("x", None, "y")):
-        want = llama.generated(name, **one(inputs, row))
-        assert torch.equal(got.sequences[row], want.sequences[0])
-        for own, wanted in zip(got.logits, want.logits, strict=True):
-            assert error(own[row], wanted[0]) <= TOLERANCE
+    check_generated(llama, inputs, ["x", None, "y"], settings, {})
 
 
 def test_beams_keep_their_request_s_beginning(llama) -> None:

@@ -1,8 +1,5 @@
 """What stands before the replicas: it reads which adapter a request asks for, sends the request to
-a replica that holds it, and sends it to another where that one dies.
-
-It answers nothing itself but errors.
-"""
+a replica that holds it, and to another where that one dies."""
 
 from __future__ import annotations
 
@@ -89,13 +86,13 @@ class Ingress:
         """The adapter that a request asks for; "" for the base, and for what the application is to
         refuse."""
         try:
-            asked = json.loads(body).get("model")
+            model = json.loads(body).get("model")
         except (ValueError, AttributeError, RecursionError):
             return ""
         name = self._settings.served_name
-        if not isinstance(asked, str) or not asked.startswith(f"{name}:"):
+        if not isinstance(model, str) or not model.startswith(f"{name}:"):
             return ""
-        adapter = asked.removeprefix(f"{name}:")
+        adapter = model.removeprefix(f"{name}:")
         return adapter if self._settings.folder_of(adapter) is not None else ""
 
 

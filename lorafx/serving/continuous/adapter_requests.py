@@ -1,8 +1,5 @@
-"""Requests of the engine, each with its adapter, and what the engine hands back of them.
-
-The engine copies requests (forks for returned sequences) and makes new ones of those that it had to
-put off. Both keep the adapter, in the version that it had when the request was added.
-"""
+"""Requests of the engine, each with its adapter, and what the engine hands back of them. Forks, and
+what becomes of a request that is put off, keep the adapter in its version."""
 
 from __future__ import annotations
 
@@ -20,13 +17,8 @@ from lorafx.adapter_store.stored import Hold
 
 @dataclass
 class AdapterRequest(RequestState):
-    """A request of the engine.
-
-    Attributes:
-        hold: its adapter in its version; None is the base model.
-        weights: the base weights that it began with, as a number.
-        begins: the token of the sequence from which on its adapter is active (aLoRA).
-    """
+    """A request of the engine, with its adapter (`hold`, None for the base), which is active from
+    the token `begins` on (aLoRA), and a number for the base `weights` that it began with."""
 
     hold: Hold | None = None
     weights: int = 0

@@ -26,12 +26,8 @@ _SWITCHED: WeakSet[Any] = WeakSet()
 
 
 def served_attention(model: Any) -> str:
-    """The attention that an engine has the model use: "sdpa" or `EAGER`.
-
-    Raises:
-        ConfigError: its rows are not followed over pages, or another engine runs the model; or the
-            model computes attention by itself, not by transformers' attention functions.
-    """
+    """The attention that an engine has the model use: "sdpa" or `EAGER`; ConfigError where its rows
+    are not followed over pages, or another engine runs the model."""
     # transformers' own engine takes such a model, and then each of its steps fails.
     if not (model._supports_attention_backend or model._can_set_attn_implementation()):
         raise ConfigError(

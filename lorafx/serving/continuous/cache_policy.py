@@ -1,12 +1,9 @@
 """Which blocks of the engine's cache requests share, and who fails where it is full.
 
-transformers finds blocks with the same tokens again by a hash of the tokens. Keys and values also
-depend on the adapter that computed them, and on the base weights. So the first tokens of a sequence
-are hashed together with the versions of both, in place of themselves; each block's hash goes on
-from the one before it. An aLoRA adapter leaves the tokens before its invocation to the base: for
-those the version of the base weights counts, and the tokens that end with the first of the
-invocation are hashed together with the adapter's. So requests of all aLoRA adapters, and of the
-base, share the blocks before them.
+transformers finds blocks again by a hash of their tokens and of those before them. Here the first
+tokens of a sequence are hashed together with the versions of its adapter and of the base weights,
+on which keys and values depend. Of an aLoRA adapter these are the tokens that end with the first of
+its invocation: it shares the blocks before them with the base.
 """
 
 from __future__ import annotations

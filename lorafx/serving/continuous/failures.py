@@ -2,10 +2,9 @@
 
     requests of a step that fails → halves → halves of those that fail → ...
 
-A part is cut between adapters while it has several, and then between requests. A refusal (an error
-of lorafx's, but for a token id outside of its table) is about an adapter, so all that its requests
-have in the part fail with it; whatever else a model raises may be about one request. Each request
-is served in one part, or fails.
+A part is cut between adapters while it has several, and then between requests. A refusal is about
+an adapter, so all that its requests have in the part fail with it. Each request is served in one
+part, or fails.
 """
 
 from __future__ import annotations

@@ -94,12 +94,12 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             raise
         self.generation_config = given
         if per_request:
-            sampling.own(self.logit_processor, given)
+            sampling.take_over(self.logit_processor, given)
         #: In which the thread runs.
         self._process: int | None = None
         #: Of the thread; `batch_processor` is taken away while that still runs.
         self._processor: Any = None
-        self._packed = PackedForward(compiled, self._batch, self._waiting)
+        self._packed = PackedForward(compiled._entries, self._batch, self._waiting)
         self._forward: Any = self._packed
         self._outputs = self.output_router = EngineOutputs()
         self.health = StepHealth()

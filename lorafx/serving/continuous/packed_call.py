@@ -4,12 +4,9 @@
     → slots               (1, T) which adapter each token uses
     → compiled forward    as a call with T requests of one token each (`PACKED_DIMS`)
 
-All steps run the graphs with adapters, also those of the base alone, so that no step waits for a
-graph that others have not needed. A step that fails is run in parts (`failures.py`). A part has all
-tokens of the step, for the same graphs: those of other requests are copies of one of the part's, of
-the base, and write nothing into the cache. What a part that fails has overwritten of the windows of
-a sliding attention is put back. Graphs depend on how tensors lie, so they get copies of the
-engine's buffers.
+All steps run the same graphs, those with adapters, on copies of the engine's buffers: graphs depend
+on how tensors lie. So do the parts of a step that fails (`failures.py`): tokens of other requests
+are copies of one of the part's, of the base, and write nothing into the cache.
 """
 
 from __future__ import annotations
@@ -17,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +26,8 @@ from lorafx.serving.continuous.adapter_requests import AdapterRequest, hold_of
 from lorafx.serving.continuous.attention import EAGER, TracedEager
 from lorafx.serving.continuous.failures import OF_THE_DEVICE, in_parts
 from lorafx.serving.continuous.step_cache import ATTENDING_DEVICES, StepCache
+from lorafx.serving.entries import Entries
 from lorafx.session.loading import fill_ahead
-
-if TYPE_CHECKING:
-    from lorafx.serving.compiled import CompiledModel
-
 
 _EAGER = TracedEager()
 
@@ -76,11 +70,9 @@ class Step(NamedTuple):
 
 
 class PackedForward:
-    """Called by the engine in place of the model.
-
-    Args:
-        batch: gives the requests of the step, in the order of their tokens.
-        waiting: gives the adapters of the others, in the order in which they may come.
+    """Called by the engine in place of the model. `batch` gives the requests of the step, in the
+    order of their tokens, `waiting` the adapters of the others, in the order in which they may
+    come.
 
     Attributes:
         failed: the requests of the last step that failed, by their names, and why.
@@ -90,11 +82,11 @@ class PackedForward:
 
     def __init__(
         self,
-        compiled: CompiledModel,
+        entries: Entries,
         batch: Callable[[], list[FutureRequestState]],
         waiting: Callable[[], Iterable[Hold]],
     ) -> None:
-        self._compiled = compiled
+        self._entries = entries
         self._batch = batch
         self._waiting = waiting
         self._pages: StepCache | None = None
@@ -103,7 +95,7 @@ class PackedForward:
 
     def _supports_logits_to_keep(self) -> bool:
         """Asked by the engine: whether the head is only computed for tokens that need it."""
-        supports = getattr(self._compiled.model, "_supports_logits_to_keep", None)
+        supports = getattr(self._entries.model, "_supports_logits_to_keep", None)
         return supports is not None and bool(supports())
 
     def __call__(
@@ -120,7 +112,7 @@ class PackedForward:
     ) -> Any:
         """The model's output for one step. `others` say how flash attention reads its batch, and
         what the engine itself does with the logits."""
-        session = self._compiled._session
+        session = self._entries.session
         if self._pages is None or self._pages.pages is not cache.cache_tensor:
             self._pages = StepCache(cache)
         masks = _laid_out(attention_mask)
@@ -230,22 +222,22 @@ class PackedForward:
     def _run(self, step: Step, part: Sequence[int] | None = None) -> Any:
         """The model's output for a step, with the adapters of its requests, or of a part of them.
         The session's lock is held."""
-        compiled, session = self._compiled, self._compiled._session
+        entries, session = self._entries, self._entries.session
         names, tokens = self._tokens(step, part)
-        compiled._check_attached()
+        entries.check_attached()
 
         def run() -> Any:
             active = session.running._replace(active=True)
-            entry = compiled.entry(compiled.model, packed=True)
+            entry = entries.of(entries.model, packed=True)
             return session.note(active, lambda: entry(**step.named))
 
-        model: Any = compiled.model
+        model: Any = entries.model
         with _EAGER if model.config._attn_implementation == EAGER else nullcontext():
             return session.call(run, names, tokens=tokens, packed=True)
 
     def _count(self, batch: Sequence[FutureRequestState]) -> None:
         """Note how many tokens of each adapter are run."""
-        tokens = self._compiled._session.counts.tokens
+        tokens = self._entries.session.counts.tokens
         for future in batch:
             if isinstance(future.state, AdapterRequest):
                 hold = future.state.hold
@@ -255,7 +247,7 @@ class PackedForward:
         """The adapters of the step, or of a part, and which of them each token uses: (1, T), -1 for
         the base and for padding. A part leaves other tokens to the base, or to what is merged into
         it, which then serves nothing else."""
-        session = self._compiled._session
+        session = self._entries.session
         store, merged = session.store, session.base.merged
         places: dict[str, int] = {}
         numbers: list[int] = []

@@ -1,8 +1,5 @@
-"""What an engine may be asked for where adapters are served, and what a request may ask it for.
-
-Requests are checked before they are queued: in a step an error would be everybody's, or end the
-engine.
-"""
+"""What an engine may be asked for where adapters are served, and what a request may ask it for. In
+a step of the engine an error would be everybody's, or end the engine."""
 
 from __future__ import annotations
 
@@ -64,11 +61,8 @@ _REFUSED: Mapping[str, str] = {
 def served_config(
     config: ContinuousBatchingConfig | None, device: torch.device
 ) -> ContinuousBatchingConfig:
-    """The configuration with what is not served switched off.
-
-    Raises:
-        ConfigError: it asks for something of that, or for what this device cannot do.
-    """
+    """The configuration with what is not served switched off; ConfigError where it asks for that,
+    or for what this device cannot do."""
     config = ContinuousBatchingConfig() if config is None else config
     for name, why in _REFUSED.items():
         value = getattr(config, name)
@@ -93,11 +87,7 @@ def served_config(
 
 
 def checked_prompt(model: Any, input_ids: Sequence[int]) -> list[int]:
-    """The token ids of a prompt.
-
-    Raises:
-        BatchError: they are none of the model's.
-    """
+    """The token ids of a prompt; BatchError where they are none of the model's."""
     try:
         prompt = [operator.index(token) for token in input_ids]
     except TypeError as error:
@@ -118,11 +108,7 @@ def checked_prompt(model: Any, input_ids: Sequence[int]) -> list[int]:
 def checked_limits(
     max_new_tokens: int | None, eos_token_id: int | Iterable[int] | None
 ) -> tuple[int | None, list[int] | None]:
-    """After how many tokens an answer ends, and with which.
-
-    Raises:
-        ConfigError: a value is of no use.
-    """
+    """After how many tokens an answer ends, and with which. Raises ConfigError."""
     most = None if max_new_tokens is None else _integer(max_new_tokens)
     if max_new_tokens is not None and (most is None or most < 0):
         raise ConfigError(f"max_new_tokens is a number of tokens; got {max_new_tokens!r}")

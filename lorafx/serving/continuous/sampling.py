@@ -5,9 +5,8 @@ that ask for nothing.
     top_k        0 and -1 leave all tokens, and so do more than there are
     top_p        1 leaves all tokens
 
-transformers makes such a processor only where its value asks for something when the engine starts,
-and then sorts the vocabulary for every request. Here the processors are always there, and a step in
-which none of the requests asks for one skips it.
+The processors are there whatever the engine's own values are. A step in which no request asks for
+one skips it.
 """
 
 from __future__ import annotations
@@ -71,9 +70,9 @@ class Temperature(ContinuousBatchingTemperatureLogitsWarper):
 
 
 class TopK(ContinuousBatchingTopKLogitsWarper):
-    """The k highest scores; `asked` says whether a request of the step wants fewer than all."""
+    """The k highest scores; `cuts` says whether a request of the step wants fewer than all."""
 
-    asked = True
+    cuts = True
 
     def fill_defaults(self, int32_tensor: Tensor) -> None:
         int32_tensor.fill_(_count(self.top_k))
@@ -81,27 +80,27 @@ class TopK(ContinuousBatchingTopKLogitsWarper):
     def prepare_tensor_args(self, requests_with_new_token: list[FutureRequestState]) -> Tensor:
         states = [future.state for future in requests_with_new_token]
         counts = [_count(s.logit_processor_kwargs.get("top_k", self.top_k)) for s in states]
-        self.asked = any(count != ALL for count in counts)
+        self.cuts = any(count != ALL for count in counts)
         return torch.tensor(counts, dtype=torch.int32)
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
-        if not self.asked:
+        if not self.cuts:
             return scores
         return super().__call__(scores, tensor_arg.clamp(max=scores.shape[-1]))
 
 
 class TopP(ContinuousBatchingTopPLogitsWarper):
-    """The likeliest tokens that p holds; `asked` as in `TopK`."""
+    """The likeliest tokens that p holds; `cuts` as in `TopK`."""
 
-    asked = True
+    cuts = True
 
     def prepare_tensor_args(self, requests_with_new_token: list[FutureRequestState]) -> Tensor:
         shares = super().prepare_tensor_args(requests_with_new_token)
-        self.asked = bool((shares.view(torch.float32) < 1).any())
+        self.cuts = bool((shares.view(torch.float32) < 1).any())
         return shares
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
-        return super().__call__(scores, tensor_arg) if self.asked else scores
+        return super().__call__(scores, tensor_arg) if self.cuts else scores
 
 
 def _count(top_k: int) -> int:
@@ -123,7 +122,7 @@ def asking(config: GenerationConfig) -> GenerationConfig:
     return changed
 
 
-def own(processors: ContinuousBatchingLogitsProcessorList, config: GenerationConfig) -> None:
+def take_over(processors: ContinuousBatchingLogitsProcessorList, config: GenerationConfig) -> None:
     """Have transformers' processors be those above. Requests that do not say get what `config`
     says."""
     for processor in processors.logits_processor:

@@ -1,13 +1,9 @@
 """Which requests may be in the next step: those whose adapters fit into the slots together.
 
-transformers' schedulers decide the order, and how many tokens there is room for. Of their
-candidates only those are let through whose adapters have a slot in this step. Adapters that are in
-a slot go first, since a change of slots costs a copy; one that was passed over for `PATIENCE` steps
-goes before them.
-
-With asynchronous batching a step is launched before it is known what came of the one before. Slots
-need no second buffer: they are written on the stream on which the steps run. Requests that have
-failed or gone meanwhile are marked as finished, which has their part of a step under way dropped.
+transformers' schedulers decide the order, and how many tokens there is room for. Adapters that are
+in a slot go first, since a change of slots costs a copy; one that was passed over for `PATIENCE`
+steps goes before them. With asynchronous batching a step is launched before it is known what came
+of the one before: what comes of requests that have failed or gone meanwhile is dropped.
 """
 
 from __future__ import annotations
@@ -169,11 +165,7 @@ def all_pinned(name: str, pinned: int) -> CapacityError:
 
 def within_slots(scheduler_type: str) -> str:
     """The name of a scheduler in transformers' registry that keeps to the slots, and otherwise does
-    what the one that is called `scheduler_type` does.
-
-    Raises:
-        ConfigError: there is none of this name.
-    """
+    what the one that is called `scheduler_type` does; ConfigError where there is none."""
     cls = SCHEDULER_MAPPING.get(scheduler_type)
     if cls is None:
         known = [name for name in SCHEDULER_MAPPING if not name.endswith(_SUFFIX)]

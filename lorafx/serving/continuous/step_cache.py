@@ -1,8 +1,6 @@
-"""What a compiled forward is given of a paged cache for one step.
-
-transformers' attention functions call `cache.update(...)`, which is kept out of graphs: it writes
-into views of one tensor. The class here hands that tensor to one operator, `lorafx::paged_cache`.
-"""
+"""What a compiled forward is given of a paged cache for one step: the tensor of all pages, which
+attention hands to one operator, `lorafx::paged_cache`. transformers' own `update` writes into views
+of it, and is kept out of graphs."""
 
 from __future__ import annotations
 
@@ -40,13 +38,8 @@ class LayerPlace(NamedTuple):
 
 
 class WindowGroup(NamedTuple):
-    """Layers that keep a window, in one group, with rows of one size.
-
-    Attributes:
-        group, sentinel: as in their places.
-        table: the rows of the cache, (rows, numbers a row).
-        firsts: (2 · layers,) int64, where in it the keys and values of each layer begin.
-    """
+    """Layers that keep a window, in one group, with rows of one size in `table`, (rows, numbers a
+    row). `firsts`, (2 · layers,) int64, is where the keys and values of each layer begin there."""
 
     group: int
     sentinel: int

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from dense_merge import REFERENCE, Case, build_case
 from fake_streams import Cuda
-from step_logits import StepLogits, answers, check_logits
+from step_logits import serve_checked
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import lorafx
@@ -29,12 +29,7 @@ def test_adapters_of_requests_that_wait(case: Case, monkeypatch: pytest.MonkeyPa
     cm: Any = lorafx.compile(case.model(), config, adapters=case.folders, options=REFERENCE)
     cuda = Cuda()
     cuda.serve(cm, monkeypatch)
-    with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
-        seen = StepLogits(engine)
-        with engine.pause():
-            ids = [engine.add_request(p, adapter=a, max_new_tokens=3) for p, a in WORK]
-        outputs = answers(engine, ids)
-    check_logits(case, seen, outputs, dict(zip(ids, (a for _, a in WORK), strict=True)))
+    serve_checked(case, cm, WORK, CONFIG, new=3)
     first = next(n for n, launch in enumerate(cuda.launches) if not launch.writes)
     steps = [launch for launch in cuda.launches if not launch.writes]
     running = {launch.number for launch in steps[: len(cuda.devices)]}

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from dense_merge import REFERENCE, check_mixed
-from step_logits import StepLogits, answers, check_logits, decoder, greedy
+from step_logits import StepLogits, answers, check_logits, decoder, greedy, serve_checked
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -119,10 +119,7 @@ def test_more_adapters_than_slots_take_turns(llama, with_slots):
     cm = with_slots(2)
     before, free = cm.stats(), 2 - len(cm._session.store.resident)
     work = [([5 + i, 6, 7, 8], f"a{i % 8}") for i in range(24)] + [([9, 9], None)] * 2
-    with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
-        seen = StepLogits(engine)
-        outputs = serve(engine, work)
-    check_logits(llama, seen, outputs, dict(zip(outputs, (a for _, a in work), strict=True)))
+    serve_checked(llama, cm, work, CONFIG, new=5)
     stats = cm.stats()
     evictions = stats.evictions - before.evictions
     assert evictions >= 6

@@ -266,13 +266,3 @@ def test_a_request_that_asks_for_what_cannot_be_is_refused_at_once(sampling, ask
     fine = {"temperature": 0.5, "top_k": 62, "top_p": 0.0}
     one = sampling.add_request([3, 4], "own", adapter="a1", max_new_tokens=2, **fine)
     assert answers(sampling, [one])[one].error is None
-
-
-@pytest.mark.parametrize("kind", [set, torch.tensor, np.array])
-def test_numbers_of_numpy_and_tensors_end_an_answer(sampling, kind) -> None:
-    every = list(range(61))
-    ended = sampling.add_request([3, 4], adapter="a1", max_new_tokens=5, eos_token_id=kind(every))
-    most = kind([3]).pop() if kind is set else kind(3)
-    full = sampling.add_request([3, 4], adapter="a1", max_new_tokens=most, eos_token_id=kind([99]))
-    outputs = answers(sampling, [ended, full])
-    assert [len(outputs[name].generated_tokens) for name in (ended, full)] == [1, 3]

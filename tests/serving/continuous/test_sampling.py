@@ -37,7 +37,7 @@ def processors(llama: Case) -> ContinuousBatchingLogitsProcessorList:
     made = ContinuousBatchingLogitsProcessorList(
         base._get_logits_processor(sampling.asking(config)), per_request_processors=True
     )
-    sampling.own(made, config)
+    sampling.take_over(made, config)
     return made
 
 

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from dense_merge import Case, build_case, check_mixed
-from step_logits import StepLogits, answers, check_logits, decoder, greedy
+from step_logits import StepLogits, answers, check_logits, decoder, greedy, serve_checked
 from tiny_models import FAMILIES, token_inputs
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
@@ -39,12 +39,7 @@ def test_pinned_adapters_keep_their_slots_among_others_that_take_turns(llama, wi
     cm = with_slots(2)
     cm.pin_adapter("a0")
     work = [([3 + i, 4, 5], f"a{i % 4}") for i in range(8)]
-    with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
-        seen = StepLogits(engine)
-        with engine.pause():
-            ids = [engine.add_request(p, adapter=a, max_new_tokens=20) for p, a in work]
-        outputs = answers(engine, ids)
-    check_logits(llama, seen, outputs, dict(zip(ids, (a for _, a in work), strict=True)))
+    serve_checked(llama, cm, work, CONFIG, new=20)
 
 
 def test_requests_fail_where_all_slots_are_pinned_to_others(llama, with_slots):
@@ -152,35 +147,6 @@ def test_requests_that_are_left_after_the_timeout_fail(cm):
     assert output.request_id == added
     assert "finished before this request" in output.error
     assert engine._packed._pages is None  # the cache is not kept by the engine's object
-
-
-MLA = decoder(
-    "DeepseekV3",
-    [["q_b_proj"], "all-linear", ["kv_b_proj"], ["o_proj"], ["lm_head"]],
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    q_lora_rank=8,
-    kv_lora_rank=8,
-    qk_nope_head_dim=8,
-    qk_rope_head_dim=4,
-    v_head_dim=10,
-    first_k_dense_replace=1,
-)
-
-
-def test_keys_and_values_of_other_sizes_than_the_cache_is_for_are_refused(tmp_path):
-    case = build_case(MLA, tmp_path)
-    cm = case.compile(dynamic=False)  # no capture gets to its end
-    with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
-        seen = StepLogits(engine)
-        work = [[3 + i, 4, 5, 6, 7, 8] for i in range(2)]
-        # Each try traces the model's frames anew, and two adapters would be tried alone as well.
-        with engine.pause():
-            ids = [engine.add_request(p, adapter="a0", max_new_tokens=6) for p in work]
-        outputs = answers(engine, ids)
-        assert engine.is_running()
-    assert all("its cache is for" in output.error for output in outputs.values())
-    assert not seen.rows
 
 
 GEMMA2 = decoder(
