@@ -1,13 +1,11 @@
 """Reading the Python stack: which module's call is running, and with which arguments.
 
-Dynamo compiles functions, not calls: a module's forward, the pieces that graph breaks leave of it,
-the forwards of submodules. `torch.nn.Module` itself always runs in Python, so the stack below each
-of them has the `_call_impl` of every module whose call is running, with its arguments.
+`torch.nn.Module` itself always runs in Python, so the stack below each compiled function has the
+`_call_impl` of every module whose call is running.
 """
 
 from __future__ import annotations
 
-import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -74,25 +72,16 @@ def python_line() -> str | None:
 
 
 def outermost_call(belongs: Callable[[nn.Module], bool]) -> RunningCall | None:
-    """The outermost running call of a module that `belongs` is true for.
-
-    A module that torch.compile wraps is taken for what it wraps: its wrapper's call is the only
-    one where Dynamo traces the module's own.
-    """
+    """The outermost running call of a module that `belongs` is true for. A module that
+    torch.compile wraps is taken for what it wraps."""
     found: FrameType | None = None
     for frame in _frames():
-        module = called_module(frame)
-        if module is not None and belongs(module):
+        if frame.f_code is CALL and belongs(unwrapped(frame.f_locals["self"])):
             found = frame
     if found is None:
         return None
     values = found.f_locals
     return RunningCall(unwrapped(values["self"]), values["args"], values["kwargs"])
-
-
-def called_module(frame: FrameType) -> nn.Module | None:
-    """The module whose call this frame is, without torch.compile's wrapper."""
-    return unwrapped(frame.f_locals["self"]) if frame.f_code is CALL else None
 
 
 def called_directly(by: Callable[[FrameType], bool]) -> bool:
@@ -116,16 +105,6 @@ def compiled_module() -> nn.Module | None:
             found = unwrapped(frame.f_locals["self"])
         wrapped = in_wrapper_of_dynamo(frame)
     return found
-
-
-def generating(model: nn.Module) -> bool:
-    """True inside the model's own `generate`, which repeats rows for beams and returned
-    sequences."""
-    generate = getattr(type(model), "generate", None)
-    code = getattr(inspect.unwrap(generate), "__code__", None) if callable(generate) else None
-    return code is not None and any(
-        frame.f_code is code and frame.f_locals.get("self") is model for frame in _frames()
-    )
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
