@@ -31,11 +31,12 @@ def answers(model: torch.nn.Module, rows: int) -> list[str]:
 
 
 def marked() -> list[str]:
-    """`lorafx.attach` marks the model; the block says whose row each one is."""
+    """`lorafx.attach` marks the model; the block says whose row each one is. Outside of blocks
+    `compiled` is the base, as torch.compile makes it."""
     model = lorafx.attach(load(), ADAPTERS)
-    model.forward = torch.compile(model.forward, backend="lorafx", dynamic=True)
+    compiled = torch.compile(model, backend="lorafx", dynamic=True)
     with torch.no_grad(), lorafx.adapters(model, NAMES):
-        return answers(model, len(NAMES))
+        return answers(compiled, len(NAMES))
 
 
 def by_options() -> list[str]:
@@ -52,7 +53,6 @@ def peft_model() -> list[str]:
     wrapped = peft.PeftModel.from_pretrained(load(), ADAPTERS["reverse"], adapter_name="reverse")
     wrapped.load_adapter(ADAPTERS["upper"], "upper")
     model = lorafx.attach(wrapped.eval())
-    model.forward = torch.compile(model.forward, backend="lorafx", dynamic=True)
     with torch.no_grad(), lorafx.adapters(model, NAMES):
         return answers(model, len(NAMES))
 

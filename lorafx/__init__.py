@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from lorafx.pass_order import pipeline
     from lorafx.registry import register, unregister
     from lorafx.serving.compiled import CompiledModel
-    from lorafx.torch_compile.marked_models import adapters, detach, load_adapter, unload_adapter
+    from lorafx.torch_compile.attached import adapters, detach, load_adapter, unload_adapter
 
 __version__ = "0.1.0"
 
@@ -105,7 +105,7 @@ _HOMES = {
     "lorafx.pass_order": ("pipeline",),
     "lorafx.registry": ("register", "unregister"),
     "lorafx.serving.compiled": ("CompiledModel",),
-    "lorafx.torch_compile.marked_models": ("adapters", "detach", "load_adapter", "unload_adapter"),
+    "lorafx.torch_compile.attached": ("adapters", "detach", "load_adapter", "unload_adapter"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 _MODULES = ("errors", "layers")

@@ -15,7 +15,6 @@ from lorafx.bisection.search import bisect as bisect
 from lorafx.config import Options
 from lorafx.errors import CapacityError, ConfigError, LorafxWarning
 from lorafx.explanation import Explanation
-from lorafx.explanation.collecting import explained
 from lorafx.explanation.why import Why, why_before
 from lorafx.prepare.configuration import request_of
 from lorafx.prepare.marking import build_sites, mark
@@ -26,9 +25,7 @@ from lorafx.saved_graphs.folder import folder_of
 from lorafx.serving.compiled import CompiledModel, compiled_of, refuse_compiled, refuse_other
 from lorafx.serving.example_inputs import as_call, derived_example, given_examples
 from lorafx.serving.names import refuse_arguments
-from lorafx.torch_compile.attach_model import attach as attach
-from lorafx.torch_compile.attached import marked_session, session_of
-from lorafx.torch_compile.looking import profile_attached, why_attached
+from lorafx.torch_compile.attached import attach as attach
 from lorafx.torch_internals.entrances import entrance
 
 
@@ -132,10 +129,8 @@ def explain(
     """
     refuse_other(model)
     compiled = compiled_of(model)
-    session = session_of(model) if compiled is None else compiled._session
-    if session is not None and lora_config is None:
-        with session.lock:
-            return explained(session)
+    if compiled is not None and lora_config is None:
+        return compiled.explain()
     config = request_of(lora_config, {}, model).config
     inputs = list(_examples(model, example_inputs))
     return predict(model, config, Options.of(options), inputs)
@@ -160,8 +155,7 @@ def why(
             takes it, such as a folder.
         lora_config: as for `compile`, for a model without LoRA. None for what `adapter` targets.
         inputs: keyword arguments (or positional ones) of a call, to measure with by how much the
-            adapter changes what the module returns. A model that was attached keeps note of no
-            batch, so it is measured with these or not at all.
+            adapter changes what the module returns; None for the last batch.
 
     Raises:
         ConfigError: there is no such module; the error names the nearest paths. Or `lora_config` or
@@ -171,15 +165,13 @@ def why(
 
     With `inputs` it also raises what a call raises.
     """
-    compiled, session = compiled_of(model), session_of(model)
-    if lora_config is not None and (compiled is not None or session is not None):
+    compiled = compiled_of(model)
+    if lora_config is not None and compiled is not None:
         raise ConfigError(
             f"this {type(model).__name__} carries LoRA; lora_config is for models without it"
         )
     if compiled is not None:
         return compiled.why(path, adapter, inputs=inputs)
-    if session is not None:
-        return why_attached(session, path, adapter, inputs)
     refuse_other(model)
     if inputs is not None:
         raise ConfigError(
@@ -203,22 +195,24 @@ def profile(
     """Where the time of a call goes, as `CompiledModel.profile` measures it.
 
     Args:
-        model: what `compile` returned, or what torch.compile returned for a model that was given to
-            `attach`. The arguments are those of `CompiledModel.profile`. Times of operators are of
-            graphs that are captured once more, as `compile` captures them.
+        model: what `compile` or `attach` returned, or torch.compile for that. The arguments are
+            those of `CompiledModel.profile`.
 
     Raises:
         BatchError: no request has an adapter.
-        ConfigError: `calls` is no positive integer, or the model carries no LoRA or is not
-            compiled; or `inputs` are no arguments of a call.
+        ConfigError: `calls` is no positive integer, the model carries no LoRA, or `inputs` are no
+            arguments of a call.
 
     It also raises what a call raises.
     """
-    compiled = compiled_of(model)
-    if compiled is not None:
-        return compiled.profile(inputs, adapter_names, calls=calls)
     refuse_other(model)
-    return profile_attached(marked_session(model), model, inputs, adapter_names, calls)
+    compiled = compiled_of(model)
+    if compiled is None:
+        raise ConfigError(
+            f"this {type(model).__name__} carries no LoRA; call lorafx.attach(model, lora_config) "
+            "first"
+        )
+    return compiled.profile(inputs, adapter_names, calls=calls)
 
 
 def _examples(

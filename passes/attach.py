@@ -160,7 +160,7 @@ def _one_device(sites: Sequence[Site]) -> torch.device:
 
 
 def _refuse_marked(graph: ModuleGraph) -> None:
-    """Marks of a compiled model may be there, where the two only share some modules."""
+    """Marks of another model may be there, where the two only share some modules."""
     for path, module in graph.modules():
         for hook in module._forward_hooks.values():
             if not isinstance(hook, MARKS):
@@ -176,11 +176,6 @@ def _refuse_marked(graph: ModuleGraph) -> None:
                 raise CaptureError(
                     f"{marked} a LoRA mark: it is part of a {other} that carries LoRA; detach that "
                     "model first"
-                )
-            if not session.takes_turns:
-                raise CaptureError(
-                    f"{marked} the LoRA mark of a {other} that was given to lorafx.attach; to "
-                    "serve models that share modules, give each of them to lorafx.compile"
                 )
 
 

@@ -388,5 +388,5 @@ class Backend:
     def owner(self, frame: Frame, weights: Sequence[int]) -> ProgramLookup:
         """How an executable of `frame` finds the program that it serves. `weights` are the
         positions of sites' weights among the arguments that it is called with."""
-        program = self.program  # no other model shares this backend's graphs
-        return lambda arguments: program
+        program = weakref.ref(self.program)  # Dynamo keeps executables among a module's globals
+        return lambda arguments: program()

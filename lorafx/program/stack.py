@@ -73,22 +73,16 @@ def python_line() -> str | None:
 
 
 def outermost_call(belongs: Callable[[nn.Module], bool]) -> RunningCall | None:
-    """The outermost running call of a module that `belongs` is true for, without torch.compile's
-    wrapper, whose call is the only one where Dynamo traces the module's own."""
+    """The outermost running call of a module that `belongs` is true for. A module that
+    torch.compile wraps is taken for what it wraps."""
     found: FrameType | None = None
     for frame in _frames():
-        module = called_module(frame)
-        if module is not None and belongs(module):
+        if frame.f_code is CALL and belongs(unwrapped(frame.f_locals["self"])):
             found = frame
     if found is None:
         return None
     values = found.f_locals
     return RunningCall(unwrapped(values["self"]), values["args"], values["kwargs"])
-
-
-def called_module(frame: FrameType) -> nn.Module | None:
-    """The module whose call this frame is, without torch.compile's wrapper."""
-    return unwrapped(frame.f_locals["self"]) if frame.f_code is CALL else None
 
 
 def called_directly(by: Callable[[FrameType], bool]) -> bool:
@@ -111,15 +105,6 @@ def compiled_module() -> nn.Module | None:
             found = unwrapped(frame.f_locals["self"])
         wrapped = in_wrapper_of_dynamo(frame)
     return found
-
-
-def generating(model: nn.Module) -> bool:
-    """Whether the model's own `generate` is running, which repeats rows for beams."""
-    generate = getattr(type(model), "generate", None)
-    code = getattr(inspect.unwrap(generate), "__code__", None) if callable(generate) else None
-    return code is not None and any(
-        frame.f_code is code and frame.f_locals.get("self") is model for frame in _frames()
-    )
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -53,7 +53,7 @@ class AddedTokens:
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self._hidden is None or self._hidden.shape != scores.shape:
-            names = self._session.asked.of_rows(scores.shape[0], lambda: True)
+            names = self._session.asked.of_rows(scores.shape[0], repeats=True)
             known = {name: self._of(name, scores.shape[1]) for name in dict.fromkeys(names)}
             self._hidden = torch.stack([known[name] for name in names]).to(scores.device)
         return scores.masked_fill(self._hidden, -torch.inf)

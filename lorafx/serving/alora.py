@@ -95,7 +95,7 @@ class Prompts:
 
     def __init__(self, session: Session, module: nn.Module, ids: Any) -> None:
         _check_ids(session, module, ids, "generate()")
-        names = session.asked.of_rows(ids.shape[0], _repeating)
+        names = session.asked.of_rows(ids.shape[0], repeats=True)
         self.begins = _begins(session, names, ids)
         if not session.running.warming:
             _warn(session, names, self.begins)
@@ -147,13 +147,13 @@ class ActivatedForward:
         if prompts is not None:
             tokens = named["inputs_embeds"] if ids is None else ids
             rows = tokens.shape[0]
-            names = session.asked.of_rows(rows, _repeating)
+            names = session.asked.of_rows(rows, repeats=True)
             repeats = rows // len(prompts.begins)  # beams, returned sequences
             begins = [at for at in prompts.begins for _ in range(repeats)]
             return names, begins, prompts.columns(named, tokens.shape[1])
         _check_ids(session, self._module, ids, "this call")
         assert isinstance(ids, Tensor)
-        names = session.asked.of_rows(ids.shape[0], session.repeating)
+        names = session.asked.of_rows(ids.shape[0])
         begins = _begins(session, names, ids)
         if not session.running.warming:
             if any(_tokens_in(cache) != 0 for cache in caches(named)):
@@ -166,10 +166,6 @@ class ActivatedForward:
 def _activates(session: Session) -> bool:
     """Whether a request of the running call has an adapter that begins at a token."""
     return session.base.merged is None and any_begins(session, session.asked.names)
-
-
-def _repeating() -> bool:
-    return True
 
 
 def _invocation(session: Session, name: str | None) -> tuple[int, ...]:

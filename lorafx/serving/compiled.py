@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -24,7 +24,7 @@ from lorafx.model.keywords import BY_ROW, refuse_slips
 from lorafx.model.marks import Attachment
 from lorafx.model.sites import Site
 from lorafx.program.program import Program
-from lorafx.program.stack import refuse_pipeline_slips
+from lorafx.program.stack import refuse_pipeline_slips, unwrapped
 from lorafx.serving.adapter_methods import AdapterMethods
 from lorafx.serving.alora import forward_of
 from lorafx.serving.as_module import AsModule, refusing_backward, signature_of
@@ -39,7 +39,14 @@ from lorafx.serving.names import delegated
 from lorafx.serving.replay import MadeCall
 from lorafx.serving.warmup import warm_up
 from lorafx.serving.waves import call_in_waves, generate_in_waves
-from lorafx.session.requests import LastCall, Names, by_slots, check_prompts, checked_names
+from lorafx.session.requests import (
+    LastCall,
+    Names,
+    Requests,
+    by_slots,
+    check_prompts,
+    checked_names,
+)
 from lorafx.session.resting import Resting
 from lorafx.session.session import Session
 from lorafx.session.sharing import join, leave
@@ -60,7 +67,7 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
     pipelines choose, and with the signature of its forward.
     """
 
-    def __new__(cls, program: Program, *_: Any) -> CompiledModel:
+    def __new__(cls, program: Program, *_: Any, **__: Any) -> CompiledModel:
         return super().__new__(_class_of(type(program.model)) if cls is CompiledModel else cls)
 
     def __init__(
@@ -74,6 +81,8 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
         self._entries = Entries(self._session, attachment)
         self._generation = Generation(self._entries)
         self._disabling = []
+        #: Whether users call the model that was given (`lorafx.attach`), and not this object.
+        self.attached = False
         # In containers: an attribute of a module takes a microsecond to set.
         self._last_calls: dict[str, MadeCall] = {}
         #: Those that captured graphs.
@@ -127,11 +136,11 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
         """
         self._check_attached()
         refuse_slips(kwargs, self.model.forward, self.model)
-        names = checked_names(adapter_names)
+        asked: Any = checked_names(adapter_names)
         tokens = None
         if adapter_slots is not None:
-            names, tokens = by_slots(adapter_slots, self.adapters if names is None else names)
-        elif names is None:
+            asked, tokens = by_slots(adapter_slots, self.adapters if asked is None else asked)
+        elif asked is None:
             refuse_pipeline_slips(self.model)
         by_token = adapter_slots is not None and adapter_slots.dim() == 2
 
@@ -139,10 +148,12 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
             args: Sequence[Any], kwargs: Mapping[str, Any], names: Names | None, tokens: Any
         ) -> Any:
             run = partial(self._run_forward, args, kwargs)
-            return self._session.call(run, names, tokens=tokens, activated=by_token)
+            requests = asked if names is None else names
+            return self._session.call(run, requests, tokens=tokens, activated=by_token)
 
-        asked = {"adapter_names": adapter_names, "adapter_slots": adapter_slots}
-        made = MadeCall("forward", LastCall.of(args, kwargs), asked)
+        names = asked.listed if isinstance(asked, Requests) else asked
+        given = {"adapter_names": adapter_names, "adapter_slots": adapter_slots}
+        made = MadeCall("forward", LastCall.of(args, kwargs), given)
         run = partial(call, args, kwargs, names, tokens)
         if self._session.program.options.overflow == "waves":
             run = partial(call_in_waves, self._entries, call, args, kwargs, names, tokens)
@@ -166,10 +177,11 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
         It also raises what `forward` raises.
         """
         self._check_attached()
-        own = getattr(self.model, "generate", self.model.forward)
-        refuse_slips(kwargs, own, self.model, BY_ROW)
+        generating = getattr(self.model, "generate", self.model.forward)
+        refuse_slips(kwargs, generating, self.model, BY_ROW)
         main = getattr(self.model, "main_input_name", "input_ids")
         check_tensors({main: args[0], **kwargs} if args else kwargs)
+        asked: Any = checked_names(adapter_names)
 
         def call(
             args: Sequence[Any], kwargs: Mapping[str, Any], names: Names | None, _: Any
@@ -178,9 +190,9 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
                 self._check_attached()
                 return self._generation.generate(*args, **kwargs)
 
-            return self._session.call(run, names, repeats=True)
+            return self._session.call(run, asked if names is None else names, repeats=True)
 
-        names = checked_names(adapter_names)
+        names = asked.listed if isinstance(asked, Requests) else asked
         check_prompts(names, kwargs.get("input_ids", args[0] if args else kwargs.get(main)))
         made = MadeCall("generate", LastCall.of(args, kwargs), {"adapter_names": adapter_names})
         run = partial(generate_in_waves, self._entries, call, args, kwargs, names)
@@ -200,10 +212,11 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
 
     def _run_forward(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The model's forward for the requests of the running call; the model's call, where hooks
-        of the model itself run around its graphs."""
+        of the model itself run around its graphs. An attached model was called itself."""
         self._check_attached()  # it may have been detached while the call waited
         forward, session, model = forward_of(self._entries), self._session, self.model
-        if not session.program.hook_watch.around or not any(hooks_of(model)):
+        around = session.program.hook_watch.around and not self.attached
+        if not around or not any(hooks_of(model)):
             return forward(*args, **kwargs)
         return session.stand_ins.replacing([(model, "forward", forward)], model, *args, **kwargs)
 
@@ -342,6 +355,11 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
                 raise
         return delegated(self, name)
 
+    @property
+    def detached(self) -> bool:
+        """Whether its marks were taken off the model."""
+        return not self._attachment.rollback
+
     def _check_attached(self) -> None:
         self._entries.check_attached()
 
@@ -368,9 +386,19 @@ def compiled_of(model: object) -> CompiledModel | None:
     if isinstance(model, CompiledModel):
         return model
     if isinstance(model, nn.Module):
-        model = without_wrappers(model)
-    serving = (found for found in list(_COMPILED) if found._attachment.rollback)
+        model = without_wrappers(unwrapped(model))
+    serving = (found for found in list(_COMPILED) if not found.detached)
     return next((found for found in serving if found.model is model), None)
+
+
+def attached_models(among: Collection[int] | None = None) -> list[CompiledModel]:
+    """What serves the models that `lorafx.attach` marked, among those of these identities."""
+    found = [compiled for compiled in list(_COMPILED) if compiled.attached]
+    return [
+        compiled
+        for compiled in found
+        if not compiled.detached and (among is None or id(compiled.model) in among)
+    ]
 
 
 def refuse_other(model: object) -> None:
@@ -386,7 +414,14 @@ def refuse_compiled(model: nn.Module) -> None:
     """Raise CaptureError where `model` is served by what `lorafx.compile` returned, or is or holds
     that, and ConfigError where it is no model."""
     refuse_other(model)
-    if compiled_of(model) is not None:
+    compiled = compiled_of(model)
+    if compiled is not None and compiled.attached:
+        raise CaptureError(
+            f"this {type(model).__name__} already carries a LoRA mark: lorafx.attach has given it "
+            "LoRA, and lorafx.load_adapter(model, ...) takes more adapters. To begin anew, call "
+            "lorafx.detach(model) first"
+        )
+    if compiled is not None:
         raise CaptureError(
             f"lorafx already compiled this {type(model).__name__}; use the compiled model, whose "
             "load_adapter() takes more adapters. To compile it anew, as a notebook's cell does "

@@ -9,6 +9,7 @@ the batch and `Options.base_graphs`: each has a code object, and so graphs, of i
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType, MethodType
@@ -33,6 +34,7 @@ from lorafx.program.row_dims import IMAGES
 from lorafx.serving.call_inputs import check_inputs, plain_tokens
 from lorafx.session.resting import refuse_elsewhere
 from lorafx.session.session import Session
+from lorafx.session.stand_ins import InPlace
 from lorafx.torch_internals.compat import is_recompile_limit, mark_fixed_shape
 
 if TYPE_CHECKING:  # what it needs of torch may be missing where nothing is saved
@@ -223,7 +225,7 @@ class Entry:
         saved = self._saved(base=base)
         return Traced(
             self.target,
-            session.backend.per_token if self.per_token else session.backend,
+            _weakly(session.backend.per_token if self.per_token else session.backend.__call__),
             name=self.name,
             dynamic=session.dynamic,
             recompile_limit=session.program.options.recompile_limit,
@@ -293,6 +295,18 @@ def _base_graphs(session: Session) -> bool | str:
     return False if device.type == "cpu" else "warmup"
 
 
+def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """`method`, which keeps its object alive no longer: Dynamo never forgets a backend."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*arguments: Any) -> Any:
+        found = reference()
+        assert found is not None
+        return found(*arguments)
+
+    return call
+
+
 def _fix_image_sizes(named: Mapping[str, Any]) -> None:
     """Only the number of requests may vary in a graph that takes images."""
     for name in IMAGES:
@@ -307,7 +321,7 @@ def _target(program: Program, module: nn.Module, forward: Callable[..., Any]) ->
     where the part is called."""
     if all(site.module is not module for site in program.sites):
         return forward
-    if module is program.model:
+    if module is program.model and not isinstance(vars(module).get("forward"), InPlace):
 
         def call(*args: Any, **kwargs: Any) -> Any:
             return module(*args, **kwargs)

@@ -1,8 +1,6 @@
 """Inputs to run a model with: those that the user gives, or token ids made from its configuration,
-and the same with other numbers of requests and tokens.
-
-Along the dimension that holds the requests, and along that of the tokens, a tensor is repeated or
-cut; which dimensions these are is what lorafx.program.roles says.
+and the same with other numbers of requests and tokens, repeated or cut along the dimensions that
+`lorafx.program.roles` says.
 """
 
 from __future__ import annotations
@@ -125,12 +123,11 @@ def given_examples(roles: RoleTable, inputs: Any) -> tuple[Example, ...]:
     Raises:
         ConfigError: they are none of these.
     """
-    if isinstance(inputs, Mapping):
-        calls: list[tuple[tuple[Any, ...], Mapping[str, Any]]] = [((), inputs)]
-    elif isinstance(inputs, Sequence) and inputs and all(isinstance(i, Mapping) for i in inputs):
-        calls = [((), item) for item in inputs]
-    elif isinstance(inputs, Sequence) and inputs and not isinstance(inputs, str):
-        calls = [(tuple(inputs), {})]
+    listed = isinstance(inputs, Sequence) and not isinstance(inputs, str) and bool(inputs)
+    if listed and all(isinstance(item, Mapping) for item in inputs):
+        calls = [as_call(item) for item in inputs]
+    elif listed or isinstance(inputs, Mapping):
+        calls = [as_call(inputs)]
     else:
         raise ConfigError(
             "example_inputs must be the keyword arguments of a call, its positional "

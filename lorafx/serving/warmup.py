@@ -4,13 +4,9 @@
     graphs = {batch 1, more} × {one token, more} × {cache form} × {no adapter, adapters}, of which
         some are one (lorafx.capture.instances, `Options.base_graphs`)
 
-Where an aLoRA adapter is loaded there is one more call of each, for the graphs of several tokens
-that have one slot per token.
-
-A graph does not depend on which adapters a batch has, so dummies stand in for all of them. They go
-through the store into the banks as adapters do, with one pair of factors for each part of each
-site. The store, the batch, random states and the buffers of the model are restored whatever
-happens.
+A graph does not depend on which adapters a batch has, so dummies stand in for all of them. Where an
+aLoRA adapter is loaded there is one more call of each, for the graphs that have one slot per token.
+The store, the batch, random states and the buffers of the model are restored whatever happens.
 """
 
 from __future__ import annotations
@@ -20,7 +16,8 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,24 +45,6 @@ _BEGINS = "warm-up aLoRA"
 NameList = list["str | None"]
 
 
-@dataclass(frozen=True)
-class WarmupPlan:
-    """What is run.
-
-    Attributes:
-        examples: calls of the model's own forward, and prompts.
-        batch_sizes, lengths: each example is also run with these many requests and tokens.
-        forward: whether forward is run by itself.
-        generate: keyword arguments of `generate`; None where it is not run.
-    """
-
-    examples: tuple[Example, ...]
-    batch_sizes: tuple[int, ...]
-    lengths: tuple[int, ...]
-    forward: bool
-    generate: Mapping[str, Any] | None
-
-
 def warm_up(
     compiled: CompiledModel,
     example_inputs: Any,
@@ -84,20 +63,25 @@ def warm_up(
         rank = min(DEFAULT_RANK, slot)
     rank = dummy_rank(session.program.sites, config.max_rank, rank)
     with session.lock:
-        examples: tuple[Example, ...]
         if example_inputs is None:
             device = session.program.runtime.device
-            examples = (derived_example(compiled.model, device, sizes[0][0], sizes[1][0]),)
+            example = derived_example(compiled.model, device, sizes[0][0], sizes[1][0])
+            examples: tuple[Example, ...] = (example,)
         else:
             examples = given_examples(compiled.entry(compiled.model).roles, example_inputs)
-        alone = generate is None or generate is False
-        plan = WarmupPlan(examples, *sizes, alone, _generation(compiled.model, generate))
+        settings = _generation(compiled.model, generate)
+        runs: dict[str, Callable[[Example, NameList], None]] = {}
+        if generate is None or generate is False:
+            runs["forward"] = partial(_forward, compiled)
+        if settings is not None:
+            runs["generate"] = partial(_generate, compiled, settings)
         count = 2 if config.max_adapters > -(-rank // slot) else 1  # that find slots together
         names = [f"warm-up {i}" for i in range(count)]
         dummies = [dummy(name, session.program.sites, rank, seed=i) for i, name in enumerate(names)]
         if any_begins(session, session.store.names):
             dummies.append(replace(dummies[0], name=_BEGINS, invocation=(0,)))
-        calls = list(_calls(compiled, plan, [adapter.name for adapter in dummies]))
+        variants = [v for example in examples for v in _ordered(example.variants(*sizes))]
+        calls = list(_calls(runs, variants, [adapter.name for adapter in dummies]))
 
         def run() -> None:
             for adapter in dummies:
@@ -165,11 +149,11 @@ def dummy(name: str, sites: Sequence[Site], rank: int, *, seed: int) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for site in sites:
-        each = () if site.expert_weight is None else (site.experts,)
+        experts = () if site.expert_weight is None else (site.experts,)
         for index, part in enumerate(site.parts):
             k, n = part.in_features, part.out_features
-            a = torch.randn(*each, rank, k, generator=generator) / k**0.5
-            b = torch.randn(*each, n, rank, generator=generator) / rank**0.5
+            a = torch.randn(*experts, rank, k, generator=generator) / k**0.5
+            b = torch.randn(*experts, n, rank, generator=generator) / rank**0.5
             weights[site.part_path(index)] = LoraWeights(a, b, 0.01)
     return Adapter(name, weights, rank, "warm-up")
 
@@ -213,52 +197,47 @@ def _is_state(buffer: Tensor) -> bool:
 # --- calls ---
 
 
+def _ordered(variants: Iterator[Example]) -> list[Example]:
+    """Those of one request last: a graph of several may serve one, too, not the other way round."""
+    return sorted(variants, key=lambda variant: variant.rows == 1)
+
+
 def _calls(
-    compiled: CompiledModel, plan: WarmupPlan, dummies: Sequence[str]
+    runs: Mapping[str, Callable[[Example, NameList], None]],
+    variants: Sequence[Example],
+    dummies: Sequence[str],
 ) -> Iterator[tuple[str, Callable[[], None]]]:
     """(what it is, the call) in the order in which they run."""
     whole = [name for name in dummies if name != _BEGINS]
     first, last = whole[0], whole[-1]
-    for example in plan.examples:
-        variants = example.variants(plan.batch_sizes, plan.lengths)
-        # A graph of several requests may serve one, too, but not the other way round.
-        for variant in sorted(variants, key=lambda variant: variant.rows == 1):
-            rows = variant.rows
-            batches: dict[str, NameList] = {
-                "no adapter": [None] * rows,
-                "one adapter": [first] * rows,
-            }
-            if rows > 1:
-                batches["a mix"] = [(first, None, last)[row % 3] for row in range(rows)]
-            if _BEGINS in dummies:
-                batches["an aLoRA adapter"] = [_BEGINS] * rows
-            for label, names in batches.items():
-                mixed = len(set(names)) > 1 or _BEGINS in names
-                if plan.forward:
-                    yield (
-                        f"forward, {variant}, {label}",
-                        _call(_forward, mixed, compiled, variant, names),
-                    )
-                if plan.generate is not None and variant.can_generate:
-                    padded = variant.padded()
-                    for prompts in (variant,) if padded is None else (variant, padded):
-                        what = f"generate, {variant}, {label}"
-                        yield (
-                            what if prompts is variant else f"{what}, padded",
-                            _call(_generate, mixed, compiled, prompts, names, plan.generate),
-                        )
+    for variant in variants:
+        rows = variant.rows
+        batches: dict[str, NameList] = {
+            "no adapter": [None] * rows,
+            "one adapter": [first] * rows,
+        }
+        if rows > 1:
+            batches["a mix"] = [(first, None, last)[row % 3] for row in range(rows)]
+        if _BEGINS in dummies:
+            batches["an aLoRA adapter"] = [_BEGINS] * rows
+        for label, names in batches.items():
+            for what, run in runs.items():
+                padded = variant.padded() if what == "generate" else None
+                if what == "generate" and not variant.can_generate:
+                    continue
+                said = f"{what}, {variant}, {label}"
+                yield said, partial(_tried, run, variant, names)
+                if padded is not None:
+                    yield f"{said}, padded", partial(_tried, run, padded, names)
 
 
-def _call(run: Callable[..., None], mixed: bool, *arguments: Any) -> Callable[[], None]:
-    """`run` with its arguments. A mix may be refused, where whose row is whose is not proved; its
-    graph is captured then, and batches of one adapter are served by it. Where the model takes no
-    token ids, an aLoRA adapter is refused by a BatchError."""
-
-    def call() -> None:
-        with contextlib.suppress(*((ProvenanceError, BatchError) if mixed else ())):
-            run(*arguments)
-
-    return call
+def _tried(run: Callable[[Example, NameList], None], example: Example, names: NameList) -> None:
+    """A mix may be refused, where whose row is whose is not proved; its graph is captured then, and
+    batches of one adapter are served by it. So may an aLoRA adapter, where there are no token ids.
+    """
+    refused = len(set(names)) > 1 or _BEGINS in names
+    with contextlib.suppress(*((ProvenanceError, BatchError) if refused else ())):
+        run(example, names)
 
 
 def _forward(compiled: CompiledModel, example: Example, names: NameList) -> None:
@@ -271,7 +250,7 @@ def _forward(compiled: CompiledModel, example: Example, names: NameList) -> None
 
 
 def _generate(
-    compiled: CompiledModel, example: Example, names: NameList, settings: Mapping[str, Any]
+    compiled: CompiledModel, settings: Mapping[str, Any], example: Example, names: NameList
 ) -> None:
     compiled.generate(**example.prompt(), **settings, adapter_names=names)
 

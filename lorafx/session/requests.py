@@ -4,7 +4,9 @@ its arguments."""
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -59,16 +61,20 @@ class Requests(NamedTuple):
     activated: bool = False
 
     @property
+    def listed(self) -> Names | None:
+        """The names, where there is one for each request."""
+        return None if self.alike else self.names
+
+    @property
     def placed(self) -> bool:
         """Whether it is known which tokens an adapter serves that begins at one (aLoRA)."""
         return self.activated or self.tokens is not None
 
     def of_rows(
-        self, rows: int | None, repeating: Callable[[], bool], call: Call | None = None
+        self, rows: int | None, *, repeats: bool = False, call: Call | None = None
     ) -> Names:
-        """The adapter of each row; None where no argument carries rows. `repeating` may know that
-        rows of one request follow one another though `repeats` does not say so. Messages say what
-        arguments `call` has.
+        """The adapter of each of so many rows, None where no argument carries any. `repeats` as the
+        field. Messages say what arguments `call` has.
 
         Raises:
             BatchError: names and rows do not fit together.
@@ -87,7 +93,7 @@ class Requests(NamedTuple):
         given = len(names)
         if rows == given:
             return names
-        if given and rows % given == 0 and (self.repeats or repeating()):
+        if given and rows % given == 0 and (self.repeats or repeats):
             return [name for name in names for _ in range(rows // given)]
         raise _misfit(given, rows, _arguments(call))
 
@@ -162,8 +168,8 @@ def checked_names(names: Sequence[AdapterName] | None) -> Sequence[str | None] |
     Raises:
         ConfigError: it is not, or a mapping does not give weights by name; BatchError: it is empty.
     """
-    if names is None:
-        return None
+    if names is None or isinstance(names, Requests):  # of a block of `lorafx.adapters`
+        return names
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise ConfigError(
             f"adapter_names must be a list with one name, or None, per row; got {names!r}"
@@ -199,6 +205,13 @@ def by_slots(
     if slots.dim() == 1 or bool((slots == by_request[:, None]).all()):
         return [names[i] if i >= 0 else None for i in by_request.tolist()], None
     return names, slots
+
+
+#: The requests of the blocks of `lorafx.adapters` that are open in this thread or task of asyncio,
+#: by the identity of the model.
+IN_BLOCKS: ContextVar[Mapping[int, Requests]] = ContextVar(
+    "lorafx.adapters", default=MappingProxyType({})
+)
 
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype)

@@ -35,7 +35,7 @@ class Resting:
             return
         if any(other.running.entries for other in session.neighbours):
             return
-        if running.here and session.returned_from == path:
+        if (running.here or not running.depth) and session.returned_from == path:
             session.returned_from = None
             return
         for name in wanted(session):
@@ -44,7 +44,7 @@ class Resting:
             refuse_elsewhere(session)  # it is the call of another thread that wants it
             reason = (
                 f"{name!r} is the default that set_adapter chose"
-                if session.asked.alike
+                if session.asked.names == (session.default,)
                 else f"adapter {name!r} was requested by this call"
             )
             raise MatchError(

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, ClassVar, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -26,7 +26,14 @@ from lorafx.capture.backend import Backend
 from lorafx.errors import BatchError, CaptureError, ConfigError
 from lorafx.program.program import AT_REST, Batch, Call, Program
 from lorafx.program.roles import RoleTable
-from lorafx.session.requests import Names, Requests, check_tokens, not_looked_for, served_by
+from lorafx.session.requests import (
+    IN_BLOCKS,
+    Names,
+    Requests,
+    check_tokens,
+    not_looked_for,
+    served_by,
+)
 from lorafx.session.running import (
     IDLE,
     Around,
@@ -78,9 +85,6 @@ class Session:
     changed in place. `locks.calls` is held by whoever replaces `running`, `default` or `base`.
     """
 
-    #: Whether it can serve beside sessions of models that share modules with this one.
-    takes_turns: ClassVar[bool] = True
-
     def __init__(
         self, program: Program, store: AdapterStore, backend: Backend, dynamic: bool | None
     ) -> None:
@@ -121,11 +125,6 @@ class Session:
         _SESSIONS[id(self)] = self
 
     @property
-    def shares_graphs(self) -> bool:
-        """Whether all calls count as calls with an adapter. Entries decide for themselves."""
-        return False
-
-    @property
     def lock(self) -> threading.RLock:
         """See `Locks.calls`."""
         return self.locks.calls
@@ -142,8 +141,18 @@ class Session:
 
     @property
     def asked(self) -> Requests:
-        """The requests of the running call; without one those of the default."""
-        return self.running.requests or Requests((self.default,), alike=True)
+        """The requests of the running call; without one those of the block around, or of the
+        default."""
+        return (
+            self.running.requests
+            or IN_BLOCKS.get().get(id(self.program.model))
+            or Requests((self.default,), alike=True)
+        )
+
+    @property
+    def running_here(self) -> bool:
+        """Whether a call runs on this very thread."""
+        return self.running.depth > 0 and self.running.here
 
     def choose(self, default: str | None) -> None:
         """Have calls that name no adapter use this one. The lock is held."""
@@ -156,7 +165,7 @@ class Session:
     def call(
         self,
         function: Callable[[], T],
-        names: Names | None,
+        names: Names | Requests | None,
         *,
         repeats: bool = False,
         tokens: Tensor | None = None,
@@ -177,8 +186,16 @@ class Session:
         """
         try:  # no context manager: it takes a microsecond
             refuse_transformed()
+            if names is None:
+                requests = Requests((self.default,), alike=True)
+            elif isinstance(names, Requests):
+                requests = names._replace(repeats=repeats)
+            else:
+                requests = Requests(
+                    tuple(names), tokens, repeats, packed=packed, activated=activated
+                )
             # Before the lock is taken: other calls go on while files are read.
-            kept = self.fetched((self.default,) if names is None else names, tokens)  # noqa: F841
+            kept = self.fetched(requests.names, tokens)  # noqa: F841
             with self.locks.calls:
                 running, merged = self.running, self.base.merged
                 if running.updating:
@@ -187,11 +204,7 @@ class Session:
                     )
                 self.refuse_broken()
                 if names is None:
-                    requests = Requests((self.default,), alike=True)
-                else:
-                    requests = Requests(
-                        tuple(names), tokens, repeats, packed=packed, activated=activated
-                    )
+                    requests = Requests((self.default,), alike=True)  # it may be another one now
                 if merged is not None and not running.warming:
                     requests = served_by(merged.name, requests)
                     self.program.refuse_missing(self.store[merged.name].sites)
@@ -274,36 +287,25 @@ class Session:
             UnknownAdapterError, CapacityError: from the store, before anything has changed.
         """
         requests, call = self.asked, self.program.new_call(roles, named, tracks=True)
-        if requests.tokens is None:
-            check = partial(roles.check_rows, named)
-            self.set_rows(requests, roles.rows(named), check, call)
-        else:
+        running = self.running
+        if requests.tokens is not None:
             if requests.packed:
                 roles.check_rows(named, requests.tokens.numel())
             else:
                 check_tokens(requests.tokens, roles, named)
             used = requests.used()
-            names = tuple(used.values())
-            slots = self.store.acquire(names, self.running.held)
+            names: Names = tuple(used.values())
+            slots = self.store.acquire(names, running.held)
             of_tokens = requests.of_tokens(dict(zip(used, slots, strict=True)))
             self.serve(names, slots, call, of_tokens)
-
-    def set_rows(
-        self,
-        requests: Requests,
-        rows: int | None,
-        check: Callable[[int], None],
-        call: Call | None,
-    ) -> None:
-        """Give every row of a call its slot; `check` compares its arguments with their number,
-        where that matters. Raises as `set_batch`."""
-        running = self.running
-        names = requests.of_rows(rows, self.repeating, call)
+            return
+        rows = roles.rows(named)
+        names = requests.of_rows(rows, call=call)
         if self.base.merged is not None and not running.warming:
             names = [None] * len(names)  # the base's graph, over the merged weights
         self.serve(names, self.store.acquire(names, running.held), call)
         if rows is not None and not self.program.runtime.uniform:
-            check(rows)
+            roles.check_rows(named, rows)
 
     def serve(
         self,
@@ -323,7 +325,7 @@ class Session:
         if not self.backend.records:  # nothing has run yet
             program.note_constants()
         program.runtime.set_rows(slots if rows is None else rows)
-        if running.active or self.shares_graphs:
+        if running.active:
             program.runtime.active = True
         distinct = dict.fromkeys(n for n, slot in zip(names, slots, strict=True) if slot >= 0)
         stored = tuple(self.store[name] for name in distinct if name is not None)
@@ -345,10 +347,6 @@ class Session:
         if self.has_mha and self.program.runtime.active:
             return no_mha_fast_path()
         return _NOTHING
-
-    def repeating(self) -> bool:
-        """Whether rows of one request may follow one another though the requests do not say so."""
-        return False
 
     def update(self, function: Callable[[], T]) -> T:
         """What `function` returns, which writes the base weights. The locks are held."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
@@ -19,6 +20,39 @@ Replaced = tuple[nn.Module, str, Callable[..., Any]]
 #: that are replaced now the first has the least number.
 _Original = tuple[dict[str, Any], str, Any, int]
 _NUMBERS = itertools.count()
+
+
+class InPlace:
+    """Stands in the place of a module's method until `put_back`. Copies and pickles of the module
+    have the method itself."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self.model, self.name = model, name
+        self.original: Callable[..., Any] = getattr(model, name)
+        self._before = vars(model).get(name)
+        functools.update_wrapper(self, self.original, updated=())  # its signature
+
+    def put_in_place(self) -> None:
+        vars(self.model)[self.name] = self
+
+    def put_back(self) -> None:
+        """Unless something else stands there now."""
+        if vars(self.model).get(self.name) is self:
+            _put_back([(vars(self.model), self.name, self._before, 0)])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    @property
+    def __code__(self) -> Any:
+        return self.original.__code__  # torch.export asks a forward for it
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return _itself, (self.original,)
+
+
+def _itself(method: Callable[..., Any]) -> Callable[..., Any]:
+    return method
 
 
 class StandIns:
@@ -75,6 +109,8 @@ def forward_of(module: nn.Module) -> Callable[..., Any]:
     forward: Callable[..., Any] = module.forward
     if "forward" not in attributes:
         return forward
+    if isinstance(forward, InPlace):
+        return forward.original
     replaced = [
         (number, before)
         for stand_ins in list(_ALL)
@@ -84,5 +120,7 @@ def forward_of(module: nn.Module) -> Callable[..., Any]:
     if not replaced:
         return forward
     _, before = min(replaced, key=itemgetter(0))
+    if isinstance(before, InPlace):
+        return before.original
     original: Callable[..., Any] = before or MethodType(type(module).forward, module)
     return original

@@ -1,295 +1,236 @@
-"""Sessions of marked models that their users compile themselves.
+"""`lorafx.attach`: models that their users call, and compile, themselves.
 
-    with lorafx.adapters(model, ["sql", None]):      names → slots of the rows, for this block
-        compiled(input_ids)                          graph → its session → rows checked → lookups
+    with lorafx.adapters(model, ["sql", None]):      requests of this thread or task
+        model(input_ids)                             served as by lorafx.compile
 
-No object stands between the user and the model, so a call finds everything that it needs where it
-runs: its session from the tensors that the graph takes, its arguments from the Python stack.
+`attach` puts a `Method` in the place of `model.forward`, and of `model.generate`. Dynamo breaks its
+graph there. Inside a block it calls the compiled model that lorafx holds; elsewhere it calls what
+was there, so that the base model runs, and trains, as its user compiled it.
 """
 
 from __future__ import annotations
 
+import functools
+import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from functools import partial
-from typing import Any, ClassVar, Final
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from contextvars import ContextVar
+from typing import Any, Never, cast
 
+import torch
 from torch import Tensor, nn
 
+from lorafx.adapter_store.names import AdapterName, members, one_name
 from lorafx.adapter_store.peft_model import without_wrappers
-from lorafx.adapter_store.store import AdapterStore
-from lorafx.capture.backend import Backend
-from lorafx.capture.checks import Checks
-from lorafx.capture.traced import trace_again
-from lorafx.capture.tracking import Tracking, untracked
-from lorafx.capture.weights_in_python import WeightUses
-from lorafx.errors import CaptureError, ConfigError
-from lorafx.model.marks import Attachment, SiteMark
-from lorafx.program.program import Program
-from lorafx.program.roles import RoleTable
-from lorafx.program.stack import (
-    RunningCall,
-    generating,
-    outermost_call,
-    refuse_called_slips,
-    unwrapped,
-)
-from lorafx.serving.compiled import compiled_of
-from lorafx.session.requests import Requests
-from lorafx.session.running import Around, refuse_transformed
-from lorafx.session.session import Session, sessions
-from lorafx.torch_compile.tasks import IN_A_BLOCK, OtherTasks, refuse_other_tasks
-from lorafx.torch_internals.compat import block_settings
+from lorafx.capture.failures import own_error
+from lorafx.config import Options
+from lorafx.errors import BatchError, CaptureError, ConfigError
+from lorafx.model.keywords import refuse_slips
+from lorafx.model.marks import MARKS
+from lorafx.model.marks import detach as remove_marks
+from lorafx.prepare.marking import mark
+from lorafx.program.stack import unwrapped
+from lorafx.saved_graphs.folder import folder_of
+from lorafx.serving.compiled import CompiledModel, compiled_of, refuse_compiled
+from lorafx.serving.names import refuse_arguments
+from lorafx.session.requests import IN_BLOCKS, Requests, checked_names
+from lorafx.session.stand_ins import InPlace
+from lorafx.torch_internals.entrances import entrance
+
+#: How adapters are chosen for a model that its users call.
+_WAY = {"": "the names to a block around the call: with lorafx.adapters(model, [...])"}
+#: The threads of the blocks that are open, by model.
+_OPEN: weakref.WeakKeyDictionary[nn.Module, list[int]] = weakref.WeakKeyDictionary()
 
 
-class AttachedSession(Session):
-    """The session of a model that its users compile themselves.
+#: What runs a model as it is in this context: the backend asks which model that is.
+RUNNING: ContextVar[InPlace | None] = ContextVar("lorafx model as it is", default=None)
 
-    A block takes the place of a call: all calls inside it serve the same requests, so what one of
-    them proved about the rows of a tensor holds in the next.
+
+class Method(InPlace):
+    """`forward` or `generate` of an attached model. Copies and pickles of the model have the method
+    that it stands for."""
+
+    def __init__(self, model: nn.Module, compiled: CompiledModel, name: str) -> None:
+        super().__init__(model, name)
+        self.compiled = compiled
+
+    @functools.partial(torch.compiler.disable, recursive=False)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        serve = _serving(self, kwargs)
+        if serve is not None:
+            return serve(*args, **kwargs)
+        token = RUNNING.set(self)
+        try:
+            with self.compiled._session.lock:  # slots and marks are another thread's until then
+                return self.original(*args, **kwargs)
+        finally:
+            RUNNING.reset(token)
+
+
+@torch.compiler.disable
+def _serving(method: Method, given: Mapping[str, Any]) -> Callable[..., Any] | None:
+    """What serves this call; None for the model as it is, also within a call that is served."""
+    model, compiled = method.model, method.compiled
+    if compiled.detached or compiled._session.running_here:
+        return None
+    refuse_slips(given, method.original, model, _WAY)
+    requests = IN_BLOCKS.get().get(id(model))
+    return None if requests is None else functools.partial(_serve, method, requests)
+
+
+@torch.compiler.disable
+def _serve(method: Method, requests: Requests, *args: Any, **kwargs: Any) -> Any:
+    compiled, given = method.compiled, cast(Any, requests)
+    if method.name == "generate":
+        return compiled.generate(*args, **kwargs, adapter_names=given)
+    lora = any(name is not None for name in requests.names)
+    if lora and torch.is_grad_enabled() and _wants_gradient(method.model, args, kwargs):
+        raise CaptureError(
+            "this call needs gradients through lorafx's LoRA, which is for inference only; call "
+            "the model inside torch.no_grad() or torch.inference_mode()"
+        )
+    output = compiled(*args, **kwargs, adapter_names=given)
+    if any(site.module is method.model for site in compiled.sites):
+        compiled._session.returned_from = ""
+    return output
+
+
+def _wants_gradient(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    tensors = (item for item in (*args, *kwargs.values()) if isinstance(item, Tensor))
+    return any(item.requires_grad for item in (*tensors, *model.parameters()))
+
+
+class FirstCall(InPlace):
+    """`forward` of a model whose first call will attach LoRA, while a block is open around it.
+
+    It calls the model as it is, whose first frame has the backend attach LoRA and raise; then it
+    hands the call over.
     """
 
-    takes_turns: ClassVar[bool] = False
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, "forward")
+        self.lock = threading.RLock()
+        self.blocks = 0
 
-    def __init__(
-        self, program: Program, store: AdapterStore, backend: Backend, attachment: Attachment
-    ) -> None:
-        super().__init__(program, store, backend, None)
-        self._attachment: Final = attachment
-        #: The options of torch.compile that the model was marked by; None for `lorafx.attach`.
-        self.given: Mapping[str, Any] | None = None
-        program.runtime.use_handle()
-        program.runtime.session = self
-        program.runtime.resting = OtherTasks(program.model)
-        program.knowing_arguments = self.knowing_arguments
-
-    @property
-    def shares_graphs(self) -> bool:
-        """Whether blocks without an adapter run the graphs with adapters: only where users ask."""
-        return self.program.options.base_graphs is False
-
-    def close(self) -> None:
-        """Remove the marks; captured graphs serve the base model from then on. Raises CaptureError
-        inside a block."""
-        if self.running.depth:
-            raise CaptureError("detach the model after the block of lorafx.adapters, not inside it")
-        self._attachment.detach()
-        self.program.runtime.session = None
-        _BY_WEIGHT.clear()
-
-    @contextmanager
-    def block(
-        self, names: str | Sequence[str | None] | None, tracking: Tracking | None = None
-    ) -> Iterator[None]:
-        """Serve these adapters inside the block; raises as `adapters`. `tracking` looks at what
-        runs in Python, if somebody has made it do so already."""
-        if names is None or isinstance(names, str):
-            requests = Requests((names,), alike=True)
-        else:
-            requests = Requests(tuple(names))
-        refuse_transformed()
-        program, runtime = self.program, self.program.runtime
-        kept = self.fetched(requests.names)  # noqa: F841 - before the lock is taken
-        with self.locks.calls, ExitStack() as settings:
-            self.refuse_injected()
-            around = self.pause()
-            before, batch = around.running, around.batch
-            slots = self.store.acquire(requests.names)
-            try:
-                self.running = before.serving(requests)
-                _BLOCKS.append(self)
-                self.serve(requests.names, slots, program.new_call(None, {}))
-                program.quantised.settle_again()
-                settings.enter_context(self.module_paths())
-                settings.enter_context(
-                    block_settings(
-                        program.options.recompile_limit,
-                        sizes_by_data=program.quantised.sizes_by_data,
-                    )
-                )
-                touched = program.batch.touched
-                uses = WeightUses(program, inside_modules=True) if touched else None
-                if uses is not None and tracking is None:
-                    tracking = Tracking()
-                    tracking.begin(settings)
-                if tracking is not None:
-                    tracking.uses = uses
-                yield
-                if uses is not None:
-                    uses.refuse()
-            except BaseException as error:
-                trace_again(error)
-                raise
-            finally:
-                self.running, program.batch, runtime.active = before, batch, self.at_rest
-                if tracking is not None:
-                    tracking.uses = None
-                if _BLOCKS.count(self) > before.depth:
-                    _BLOCKS.remove(self)
-                self.go_on(around)
-
-    def go_on(self, around: Around) -> None:
-        """As of any session; a block around goes on with its requests, whose slots may have changed
-        hands inside."""
-        if around.running.depth:
-            names = self.asked.names
-            self.serve(names, self.store.acquire(names), around.batch.call)
-        else:
-            super().go_on(around)
-
-    def after_fork(self, *, lost: bool) -> None:
-        """As of any session; no block of another thread is open in a child."""
-        super().after_fork(lost=lost)
-        if not self.running.depth:
-            _BLOCKS[:] = [session for session in _BLOCKS if session is not self]
-
-    def begin(self, checks: Checks, arguments: Sequence[Any]) -> None:
-        """Check the call that a graph serves, and give its rows their slots.
-
-        Raises:
-            BatchError: names and rows do not fit together, or the block is another task's.
-            CaptureError: the model was changed since.
-        """
-        refuse_other_tasks()
-        rows = checks.places.rows(arguments, called=True)
-        # Between two graphs a size of one may be something that all requests share.
-        if rows is not None and (rows > 1 or checks.begins_call):
-            check = partial(checks.places.check_rows, arguments)
-            self.set_rows(self.asked, rows, check, self.program.call)
-        call = self.program.call
-        mixed = checks.several[0] and not self.program.runtime.uniform
-        if call is not None and checks.begins_call and mixed:
-            untracked(lambda _: call.memory.own(self.program.buffers()))
-        if not self.program.pack_watch.intact:
-            untracked(lambda _: self.program.pack_watch.check())
-
-    @contextmanager
-    def knowing_arguments(self) -> Iterator[None]:
-        """Inside, the program knows the arguments of the running call and their roles, which are
-        found on the stack. Only a module that declares roles may stand for the model."""
-        program, before, running = self.program, self.program.batch, self.running_call()
-        call = program.new_call(None, {}) if before.call is None else replace(before.call)
-        if running is not None:
-            module = running.module
-            if module is program.model or hasattr(module, "main_input_name"):
-                call.roles = RoleTable(module, program.config.row_dims)
-                call.named = call.roles.spread(call.roles.bind(running.args, running.kwargs))
-        program.batch = before._replace(call=call)
-        try:
-            yield
-        finally:
-            program.batch = before
-
-    def running_call(self) -> RunningCall | None:
-        """The outermost running call of a module of the model."""
-        return outermost_call(self.program.graph.has)
-
-    def repeating(self) -> bool:
-        return generating(self.program.model)
-
-    def takes(self, tensors: Iterable[Tensor]) -> bool:
-        """True where one of the tensors is a parameter, bank or buffer of this model."""
-        known = self.program.known_tensors()
-        return any(id(tensor) in known for tensor in tensors)
+    @functools.partial(torch.compiler.disable, recursive=False)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if id(self.model) not in IN_BLOCKS.get():
+            return self.original(*args, **kwargs)
+        with self.lock:
+            if vars(self.model).get("forward") is self:
+                token = RUNNING.set(self)
+                try:
+                    result = self.original(*args, **kwargs)
+                except Exception:
+                    if vars(self.model).get("forward") is self:
+                        raise
+                else:
+                    if vars(self.model).get("forward") is self:
+                        return result
+                finally:
+                    RUNNING.reset(token)
+        return self.model.forward(*args, **kwargs)
 
 
-#: The sessions whose blocks are running, in any thread.
-_BLOCKS: list[AttachedSession] = []
-#: Where `session_of_weight` found a weight last.
-_BY_WEIGHT: dict[int, weakref.ref[AttachedSession]] = {}
+_FIRST_CALLS = threading.Lock()
 
 
-def attached_sessions() -> list[AttachedSession]:
-    """The sessions of all marked models."""
-    return [session for session in sessions() if isinstance(session, AttachedSession)]
-
-
-def refuse_slips() -> None:
-    """Look at the keywords of the running call of a marked model. Raises as
-    `refuse_called_slips`."""
-    models = {id(session.program.model) for session in attached_sessions()}
-    refuse_called_slips(lambda module: id(module) in models, IN_A_BLOCK)
-
-
-def captured_before(base: Callable[..., Any], examples: Sequence[Any]) -> Callable[..., Any]:
-    """The graph of a model without LoRA, which refuses to serve adapters where LoRA has been
-    attached since: Dynamo does not guard on hooks that were not there."""
-    matrices = [
-        position
-        for position, example in enumerate(examples)
-        if isinstance(example, nn.Parameter) and example.dim() == 2
-    ]
-    if not matrices:
-        return base
-
-    def run(*arguments: Any) -> Any:
-        for session in _BLOCKS:
-            program = session.program
-            found = (program.site_of_weight(arguments[position]) for position in matrices)
-            if any(site is not None and program.is_touched(site) for site in found):
-                raise CaptureError(
-                    f"this graph of {type(program.model).__name__} was captured before LoRA "
-                    "was attached, so it has no LoRA; call torch._dynamo.reset() once, or "
-                    "attach before the first call"
-                )
-        return base(*arguments)
-
-    return run
-
-
-def session_of_weight(weight: Tensor) -> AttachedSession | None:
-    """The session of the model whose site's weight this is, or whose site's weight it holds."""
-    known = _BY_WEIGHT.get(id(weight))
-    likely = None if known is None else known()
-    if likely is not None and likely.program.site_of_weight(weight) is not None:
-        return likely
-    for session in attached_sessions():
-        if session.program.site_of_part(weight) is not None:
-            _BY_WEIGHT[id(weight)] = weakref.ref(session)
-            return session
-    return None
-
-
-def running_session() -> AttachedSession | None:
-    """The session that serves the model that is running."""
-    return next((item for item in _BLOCKS if item.running_call()), None)
-
-
-def session_of(model: nn.Module) -> AttachedSession | None:
-    """The session of a marked model, also through what torch.compile returned for it."""
-    wanted = without_wrappers(unwrapped(model))
-    for session in sessions():
-        if session.program.model is wanted and isinstance(session, AttachedSession):
-            return session
-    return None
-
-
-def marks_of(model: nn.Module) -> list[SiteMark]:
-    """All marks on modules of the model, whose ever they are."""
-    hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
-    return [hook for hook in hooks if isinstance(hook, SiteMark)]
-
-
-def marked_session(model: nn.Module) -> AttachedSession:
-    """The session of a marked model.
+@contextmanager
+def _until_attached(model: nn.Module) -> Iterator[None]:
+    """Around a block of a model that torch.compile was given `lora_config` for.
 
     Raises:
-        ConfigError: the model is not marked, or is a copy of one that is.
+        ConfigError: at the end, where no call has attached LoRA.
     """
-    session = session_of(model)
-    if session is not None:
-        return session
-    name = type(model).__name__
-    if compiled_of(unwrapped(model)) is not None:
+    with _FIRST_CALLS:
+        first = vars(model).get("forward")
+        if not isinstance(first, FirstCall):
+            first = FirstCall(model)
+            first.put_in_place()
+        first.blocks += 1
+    try:
+        yield
+    finally:
+        with _FIRST_CALLS:
+            first.blocks -= 1
+            if not first.blocks:
+                first.put_back()
+    if _attached(model) is None:
+        raise ConfigError(
+            f"no call inside the block has given this {type(model).__name__} LoRA: it was not "
+            'called, or not compiled with backend="lorafx" and lora_config among its options. '
+            "lorafx.attach(model, lora_config) marks a model before it is called"
+        )
+
+
+def attach(
+    model: nn.Module,
+    lora_config: Any = None,
+    *misplaced: Never,
+    adapters: Mapping[str, Any] | Sequence[Any] | None = None,
+    options: Options | Mapping[str, Any] | None = None,
+    **elsewhere: Never,
+) -> nn.Module:
+    """Mark `model` for LoRA and return it, for people who call the model, and torch.compile,
+    themselves.
+
+        model = lorafx.attach(model, lora_config)
+        compiled = torch.compile(model, backend="lorafx")
+        with torch.no_grad(), lorafx.adapters(model, ["sql", None, "chat"]):
+            compiled(input_ids)
+
+    Calls in a block of `lorafx.adapters` are served as by `lorafx.compile`, whether or not
+    torch.compile was called; its `mode`, `dynamic` and `options` count outside of blocks alone,
+    where it is the base model. A graph that is compiled around the model breaks there.
+    `lorafx.detach(model)` removes the marks again.
+
+    Args:
+        model, lora_config, adapters: as for `compile`. For a `peft.PeftModel` its base model is
+            marked and returned.
+        options: as for `compile`.
+        *misplaced, **elsewhere: as for `compile`.
+
+    It raises what `compile` raises. After an error the model's modules and hooks are as they were.
+    """
+    refuse_arguments("lorafx.attach", misplaced, elsewhere)
+    refuse_compiled(model)
+    options = Options.of(options)
+    if options.cache:
+        folder_of(options.cache)  # it can be used
+    with entrance():
+        marked = mark(model, lora_config, adapters, options)
+        compiled = CompiledModel(marked.program, marked.attachment, marked.store, dynamic=True)
+    model, compiled.attached = compiled.model, True
+    for name in ("forward", "generate"):
+        if callable(getattr(model, name, None)):
+            if isinstance(first := vars(model).get(name), FirstCall):
+                first.put_back()
+            method = Method(model, compiled, name)
+            marked.attachment.rollback.add(method.put_back)
+            method.put_in_place()
+    return model
+
+
+def _attached(model: nn.Module) -> CompiledModel | None:
+    """What serves an attached model.
+
+    Raises:
+        ConfigError: the model is one that lorafx.compile serves, or carries marks of another.
+    """
+    compiled, name = compiled_of(model), type(model).__name__
+    if compiled is not None and compiled.attached:
+        return compiled
+    if compiled is not None:
         raise ConfigError(
             f"lorafx.compile serves this {name}, and this is for models that lorafx.attach marked; "
             "use the compiled model itself: calls take adapter_names=[...], set_adapter(name) "
             "chooses for calls that name none, and load_adapter(folder, name) is a method"
         )
-    marks = marks_of(model)
-    if any(isinstance(mark.runtime.session, AttachedSession) for mark in marks):
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    marks = [hook for hook in hooks if isinstance(hook, MARKS)]
+    if any(mark.runtime.session is not None for mark in marks):
         raise ConfigError(
             f"this {name} contains, or is part of, a model that LoRA was attached to; pass "
             "that model"
@@ -299,4 +240,125 @@ def marked_session(model: nn.Module) -> AttachedSession:
             f"this {name} carries marks of another model, as copies and pickles of a marked one "
             "do; lorafx.detach() it and attach LoRA again"
         )
-    raise ConfigError(f"this {name} carries no LoRA; call lorafx.attach(model, lora_config) first")
+    return None
+
+
+def _marked(model: nn.Module) -> CompiledModel:
+    compiled = _attached(unwrapped(model))
+    if compiled is None:
+        raise ConfigError(
+            f"this {type(model).__name__} carries no LoRA; call lorafx.attach(model, lora_config) "
+            "first"
+        )
+    return compiled
+
+
+@contextmanager
+def adapters(
+    model: nn.Module, adapter_names: AdapterName | Sequence[AdapterName]
+) -> Iterator[None]:
+    """Serve each request of the calls inside the block with its own adapter.
+
+    Blocks may be nested; the innermost one counts. They hold for the thread, or the task of
+    asyncio, that opens them, and for tasks that it starts inside. Calls of several threads wait for
+    one another. Outside any block the model is the base model.
+
+    Args:
+        model: what `attach` returned, or a model that is compiled with `lora_config` among the
+            options of torch.compile, or what torch.compile returned for either.
+        adapter_names: one name per request, in the order of the batch, where None or "__base__" is
+            the base model, and {"sql": 0.7, "style": 0.3} a sum of adapters, or one at another
+            scale; or a single name, or sum, for all requests. Inside the model's own `generate`
+            several consecutive rows may belong to one request, as beams and returned sequences do.
+
+    Raises:
+        ConfigError: `adapter_names` is not a list of names, or the model carries no LoRA.
+        UnknownAdapterError: a name that is not loaded.
+        CaptureError: PEFT has put adapters into the model since.
+
+    For a model that its first call attaches, that call raises these. Calls inside the block raise
+    what `CompiledModel.forward` raises.
+    """
+    if adapter_names is None or isinstance(adapter_names, (str, Mapping)):
+        requests = Requests((one_name(adapter_names, "adapter_names"),), alike=True)
+    else:
+        requests = Requests(tuple(checked_names(adapter_names) or ()))
+    model = without_wrappers(unwrapped(model))
+    compiled = _attached(model)
+    if compiled is not None:
+        compiled._session.refuse_injected()
+        for name in requests.names:
+            if name is not None:
+                compiled._session.store.check_known(name)
+    threads = _OPEN.setdefault(model, [])
+    thread = threading.get_ident()
+    with nullcontext() if compiled is not None else _until_attached(model):
+        threads.append(thread)
+        token = IN_BLOCKS.set({**IN_BLOCKS.get(), id(model): requests})
+        try:
+            yield
+        except Exception as error:
+            known = own_error(error)  # of the backend, at the first frame
+            if known is None:
+                raise
+            raise known from error
+        finally:
+            threads.remove(thread)
+            with suppress(ValueError):  # a generator that another task has closed
+                IN_BLOCKS.reset(token)
+
+
+def load_adapter(
+    model: nn.Module,
+    source: Any,
+    name: str | None = None,
+    *,
+    adapter_name: str | None = None,
+    strict: bool | None = None,
+    **elsewhere: Never,
+) -> None:
+    """As `CompiledModel.load_adapter`, for a marked model.
+
+    Raises:
+        ConfigError: the model is not marked.
+        CheckpointError, UnsupportedAdapterError, CapacityError: nothing has changed then.
+    """
+    refuse_arguments("lorafx.load_adapter", (), elsewhere)
+    _marked(model).load_adapter(source, name, adapter_name=adapter_name, strict=strict)
+
+
+def unload_adapter(model: nn.Module, name: str) -> None:
+    """Forget an adapter of a marked model and free its slot.
+
+    Raises:
+        ConfigError: the model is not marked.
+        UnknownAdapterError: it is not loaded.
+        BatchError: the surrounding block serves it.
+    """
+    compiled = _marked(model)
+    requests = IN_BLOCKS.get().get(id(compiled.model))
+    served = () if requests is None else requests.names
+    if any(given is not None and name in members(given) for given in served):
+        raise BatchError(f"{name!r} is being served; unload it after the block")
+    compiled.unload_adapter(name)
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Take LoRA off a marked model, or one that `lorafx.compile` serves, and return the model.
+
+    This also works for copies and pickles of a marked model. A `peft.PeftModel` that was attached
+    gets its wrappers back.
+
+    Raises:
+        CaptureError: a block of `adapters` is open, on this thread or another one.
+        BatchError: called inside a call of the compiled model.
+    """
+    compiled = compiled_of(model)
+    if compiled is None:
+        remove_marks(model)
+        return model
+    # Threads of this process: a fork leaves one.
+    alive = {thread.ident for thread in threading.enumerate()}
+    if alive.intersection(_OPEN.get(compiled.model, ())):
+        raise CaptureError("detach the model after the block of lorafx.adapters, not inside it")
+    return compiled.detach()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from attached import attached, compiled, fresh_dynamo, served
+from attached import fresh_dynamo
 from dense_merge import REFERENCE, Case, error, save_adapter
 from torch import Tensor, nn
 
@@ -77,15 +77,11 @@ def rows(length: int) -> Tensor:
     return torch.randn(3, length, K)
 
 
-@pytest.fixture(params=["compile", "backend"])
-def serve_of(request: pytest.FixtureRequest) -> Callable[[Case], Callable[..., Tensor]]:
+@pytest.fixture
+def serve_of() -> Callable[[Case], Callable[..., Tensor]]:
     def make(case: Case) -> Callable[..., Tensor]:
-        if request.param == "compile":
-            cm = case.compile()
-            return lambda names, x: cm(x=x, adapter_names=names)["logits"]
-        model = attached(case)
-        call = compiled(model)
-        return lambda names, x: served(call, model, names, {"x": x})
+        cm = case.compile()
+        return lambda names, x: cm(x=x, adapter_names=names)["logits"]
 
     return make
 

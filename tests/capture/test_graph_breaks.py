@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from attached import compiled, fresh_dynamo, served
+from attached import fresh_dynamo
 from dense_merge import REFERENCE, Case, error
 from torch import Tensor, nn
 
@@ -24,28 +24,13 @@ K = 6
 MIXED = ["a", None, "b"]
 
 
-@pytest.fixture(params=["compile", "backend"])
-def serve_of(request: pytest.FixtureRequest) -> Callable[..., Serve]:
-    def by_compile(case: Case, config: Any, sizes: dict[str, bool]) -> Serve:
-        cm = lorafx.compile(case.model(), config, adapters=case.folders, options=REFERENCE, **sizes)
-        return lambda names, inputs: cm(**inputs, adapter_names=names)["logits"]
-
-    def by_backend(case: Case, config: Any, sizes: dict[str, bool]) -> Serve:
-        model = lorafx.attach(case.model(), config, adapters=case.folders, options=REFERENCE)
-        call = compiled(model, **sizes)
-
-        def serve(names: Any, inputs: dict[str, Tensor]) -> Tensor:
-            if names is not None:
-                return served(call, model, names, inputs)
-            with torch.no_grad():
-                return call(**inputs)["logits"]
-
-        return serve
-
+@pytest.fixture
+def serve_of() -> Callable[..., Serve]:
     def make(case: Case, config: Any = None, *, fixed: bool = False) -> Serve:
         """`fixed`: for inputs of one size each."""
-        by = by_compile if request.param == "compile" else by_backend
-        return by(case, config, {"dynamic": False} if fixed else {})
+        sizes = {"dynamic": False} if fixed else {}
+        cm = lorafx.compile(case.model(), config, adapters=case.folders, options=REFERENCE, **sizes)
+        return lambda names, inputs: cm(**inputs, adapter_names=names)["logits"]
 
     return make
 

@@ -88,8 +88,9 @@ def test_each_strategy_in_a_model(case_of, device: torch.device, strategy: str) 
 def test_the_backend_with_modes(llama: Case, device: torch.device, mode: str) -> None:
     torch.manual_seed(1)
     inputs = FAMILIES["llama"].inputs(5, 4)
-    model = lorafx.attach(llama.model().to(device), llama.folders)
-    compiled = torch.compile(model, backend="lorafx", mode=mode)
+    options = {"mode": mode}
+    model = lorafx.attach(llama.model().to(device), llama.folders, options=options)
+    compiled = torch.compile(model, backend="lorafx")
     with torch.no_grad():
         for names in (NAMES, NAMES, NAMES, ["a4"] * 5, [None, "a0", "a0", "a1", None]):
             with lorafx.adapters(model, names):

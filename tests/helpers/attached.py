@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ from dense_merge import REFERENCE, TOLERANCE, Case, error, valid
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.torch_compile.attached import marked_session
+from lorafx.serving.compiled import compiled_of
 
 Names = str | Sequence[str | None] | None
+#: Inside, calls run in Python, and marks alone add what adapters change.
+EAGER = partial(torch.compiler.set_stance, "force_eager")
 
 
 @pytest.fixture(autouse=True)
@@ -65,4 +68,4 @@ def check_base(call: Callable[..., Any], case: Case, inputs: Mapping[str, Tensor
 
 def graphs(model: nn.Module) -> int:
     """Graphs of this model that Dynamo has handed over so far."""
-    return len(marked_session(model).backend.records)
+    return compiled_of(model).recompiles

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from attached import EAGER
 from dense_merge import REFERENCE, TOLERANCE, Case, check_mixed, error
 from hand_made import hand_case
 from tiny import randomise
@@ -102,7 +103,7 @@ def case_of(cls: type[nn.Module], folder: Path) -> Case:
 
 def run_eagerly(model: nn.Module, name: str | None, inputs: dict[str, Tensor]) -> Tensor:
     """The logits of an attached model, all rows with one adapter."""
-    with torch.no_grad(), lorafx.adapters(model, [name] * len(inputs["x"])):
+    with torch.no_grad(), lorafx.adapters(model, [name] * len(inputs["x"])), EAGER():
         return model(**inputs)["logits"]
 
 

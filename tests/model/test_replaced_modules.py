@@ -12,7 +12,7 @@ from pathlib import Path
 import dense_merge
 import pytest
 import torch
-from attached import compiled, fresh_dynamo, served  # noqa: F401  (the fixture)
+from attached import EAGER, compiled, fresh_dynamo, served  # noqa: F401  (the fixture)
 from dense_merge import REFERENCE, TOLERANCE, Case, case_by_patterns, error, random_base
 from tiny_models import Family, token_inputs
 from torch import Tensor, nn
@@ -260,13 +260,14 @@ def test_attached_models_in_eager_mode(case: Case) -> None:
     model = lorafx.attach(case.model(), case.folders)
     old = model.layers[0]
     model.layers[0] = frozen(block())
-    with pytest.raises(ReplacedModuleError, match="layers"):
+    with pytest.raises(ReplacedModuleError, match="layers"), EAGER():
         served(model, model, "a", inputs())
     with pytest.raises(ReplacedModuleError, match="layers"):
         lorafx.load_adapter(model, case.folders["a"], "again")
     model.layers[0] = old
     # The head's delta has no place in eager mode, and b does not touch it.
-    got = served(model, model, "b", inputs())
+    with EAGER():
+        got = served(model, model, "b", inputs())
     assert error(got, case.expected(["b"] * 4, inputs())) <= TOLERANCE
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from attached import EAGER
 from dense_merge import REFERENCE, TOLERANCE, Case, check_mixed, error
 from hand_made import SCALE, factors, hand_case, save
 from tiny import randomise
@@ -132,7 +133,7 @@ def case_of(cls: type[nn.Module], folder: Path) -> Case:
 
 def eager(case: Case, name: str | None, x: Tensor) -> Tensor:
     model = lorafx.attach(case.model(), case.folders, options=REFERENCE)
-    with torch.no_grad(), lorafx.adapters(model, [name] * len(x)):
+    with torch.no_grad(), lorafx.adapters(model, [name] * len(x)), EAGER():
         model(x)  # the first call checks, the second does not
         return model(x)["logits"]
 

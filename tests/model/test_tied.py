@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from attached import EAGER
 from dense_merge import REFERENCE, TOLERANCE, Case, check_mixed, error
 from hand_made import hand_case
 from tiny import randomise
@@ -107,7 +108,7 @@ def test_eager_calls_as_well(tmp_path: Path) -> None:
     inputs = token_inputs(2, 4)
     inputs["attention_mask"].fill_(1)
     for name in case.folders:
-        with torch.no_grad(), lorafx.adapters(model, [name] * 2):
+        with torch.no_grad(), lorafx.adapters(model, [name] * 2), EAGER():
             got = model(**inputs)["logits"]
         assert error(got, case.expected([name] * 2, inputs)) <= TOLERANCE
 

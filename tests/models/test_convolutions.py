@@ -13,6 +13,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from attached import EAGER
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -108,13 +109,13 @@ def test_rows_of_one_batch(served: Served) -> None:
 
 
 def test_in_eager_mode_and_warm(served: Served) -> None:
-    """An attached model runs batches of one adapter as it is; dummy adapters fit convolutions."""
+    """Marks alone serve batches of one adapter; dummy adapters fit convolutions."""
     model, x = copy.deepcopy(served.base), torch.randn(2, 4, 16)
     lorafx.attach(model, served.folders)
     for name in ("all", "scaled"):
-        with lorafx.adapters(model, name):
+        with lorafx.adapters(model, name), EAGER():
             oracle.assert_close(model(x), [served.alone[name](x)])
-    with pytest.raises(ProvenanceError), lorafx.adapters(model, ["all", None]):
+    with pytest.raises(ProvenanceError), lorafx.adapters(model, ["all", None]), EAGER():
         model(x)
     served.cm.warmup(example_inputs={"x": x})
     served.check(x, ["all", None])

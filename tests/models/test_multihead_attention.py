@@ -11,6 +11,7 @@ import oracle
 import peft
 import pytest
 import torch
+from attached import EAGER
 from torch import Tensor, nn
 
 import lorafx
@@ -142,7 +143,7 @@ def test_in_eager_mode(base: nn.Module, folders: dict[str, Path]) -> None:
     model = copy.deepcopy(base)
     lorafx.attach(model, folders)
     x = torch.randn(2, 6, 8)
-    with pytest.raises(MatchError, match="at layer"), lorafx.adapters(model, "own"):
+    with pytest.raises(MatchError, match="at layer"), lorafx.adapters(model, "own"), EAGER():
         model(x)
 
 

@@ -16,7 +16,6 @@ from dense_merge import REFERENCE, TOLERANCE, Case, error
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.errors import CaptureError
 
 pytestmark = pytest.mark.quick
 
@@ -55,51 +54,28 @@ def _fresh() -> None:
     torch._dynamo.reset()
 
 
-def caller(case: Case, way: str, model: nn.Module, targets: list[str]) -> Callable[[Tensor], Any]:
-    """Calls `model` with adapter "a" in both rows, compiled one way or the other."""
+def caller(case: Case, model: nn.Module, targets: list[str]) -> Callable[[Tensor], Any]:
+    """Calls `model` with adapter "a" in both rows."""
     config = lorafx.LoraConfig(target_modules=targets, **CONFIG)
-    adapters = {"a": case.folders["a"]}
-    if way == "compile":
-        cm = lorafx.compile(model, config, adapters=adapters, options=REFERENCE)
-        return lambda x: cm(x, adapter_names=["a", "a"])["logits"]
-    lorafx.attach(model, config, adapters=adapters, options=REFERENCE)
-    compiled = torch.compile(model, backend="lorafx")
-
-    def call(x: Tensor) -> Tensor:
-        with torch.no_grad(), lorafx.adapters(model, ["a", "a"]):
-            return compiled(x)["logits"]
-
-    return call
+    cm = lorafx.compile(model, config, adapters={"a": case.folders["a"]}, options=REFERENCE)
+    return lambda x: cm(x, adapter_names=["a", "a"])["logits"]
 
 
-@pytest.mark.parametrize("way", ["compile", "attach"])
-def test_a_layer_with_fewer_sites_than_the_one_that_was_captured(small: Any, way: str) -> None:
+def test_a_layer_with_fewer_sites_than_the_one_that_was_captured(small: Any) -> None:
     case = small(Layers, NOT_ALL)
-    call = caller(case, way, case.model(), NOT_ALL)
+    call = caller(case, case.model(), NOT_ALL)
     x = torch.randn(2, 3, 12)
     assert error(call(x), case.expected(["a", "a"], {"x": x})) <= TOLERANCE
 
 
-@pytest.mark.parametrize("way", ["compile", "attach"])
-def test_weights_that_change_places_after_the_first_call(small: Any, way: str) -> None:
+def test_weights_that_change_places_after_the_first_call(small: Any) -> None:
     """ΔW stays with the module, whatever weight it holds now."""
     case = small(Layers, ALL)
     model = case.model()
-    call = caller(case, way, model, ALL)
+    call = caller(case, model, ALL)
     x = torch.randn(2, 3, 12)
     call(x)
     for module in (model, case.base):
         first, second = module.layers[0].q, module.layers[1].q
         first.weight, second.weight = second.weight, first.weight
     assert error(call(x), case.expected(["a", "a"], {"x": x})) <= TOLERANCE
-
-
-def test_models_that_share_weights_are_not_both_attached(small: Any) -> None:
-    case = small(Layers, ALL)
-    one, two = case.model(), case.model()
-    two.layers[2].v.weight = one.layers[2].v.weight
-    config = lorafx.LoraConfig(target_modules=ALL, **CONFIG)
-    lorafx.attach(one, config, options=REFERENCE)
-    with pytest.raises(CaptureError, match=r"layers\.2\.v also belongs to"):
-        lorafx.attach(two, config, options=REFERENCE)
-    assert not any(module._forward_hooks for module in two.modules())

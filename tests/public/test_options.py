@@ -7,7 +7,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import oracle
 import peft
 import pytest
 import torch
@@ -141,13 +140,6 @@ def test_explain(plain, inputs):
     assert "refused" not in text
 
 
-def test_explain_before_anything_is_compiled(plain):
-    model = plain.model()
-    text = str(lorafx.explain(model, plain.folders))
-    assert "sites: 5" in text
-    assert not any(module._forward_hooks for module in model.modules())
-
-
 def test_explain_tells_of_refusals(plain, inputs):
     cm = plain.compile(options={"max_edits": 0})
     cm(**inputs, adapter_names=["a1"] * 4)
@@ -209,24 +201,6 @@ def test_no_configuration_means_every_linear(plain):
     assert cm.adapters == ()
 
 
-def test_a_peft_model_is_taken_over(plain, inputs):
-    """Its adapters are loaded, its active one is the default, its wrappers are gone."""
-    base = copy.deepcopy(plain.base)
-    wrapped = peft.PeftModel.from_pretrained(base, str(plain.folders["a1"]), adapter_name="a1")
-    for name in ("a0", "a2"):
-        wrapped.load_adapter(str(plain.folders[name]), adapter_name=name)
-    wrapped.set_adapter("a2")
-    cm = lorafx.compile(wrapped, options=REFERENCE)
-    assert cm.adapters == ("a1", "a0", "a2")
-    assert isinstance(cm.model, type(plain.base))
-    assert not any("lora" in name for name, _ in cm.model.named_parameters())
-    got = cm(**inputs)["logits"]  # the active adapter is the default
-    assert error(got, plain.expected(["a2"] * 4, inputs)) <= 1e-5
-    check_mixed(cm, plain, ["a1", None, "a2", "a0"], inputs)
-    cm.set_adapter(None)
-    assert torch.equal(cm(**inputs)["logits"], plain.base(**inputs)["logits"])
-
-
 # Adapters by name
 
 
@@ -268,15 +242,6 @@ def test_slots_are_evicted_by_least_recent_use_and_kept_by_pins(plain, inputs):
     check_mixed(cm, plain, ["a2", "a3", "a3", "a2"], inputs)
     assert resident() == {"a2", "a3"}
     assert cm.recompiles == 1
-
-
-def test_the_oracle_tells_adapters_apart(plain, inputs):
-    """What the tests of this file compare with would notice a mix-up of any two adapters."""
-    rows = {name: plain.expected([name] * 4, inputs) for name in (None, *plain.folders)}
-    names = list(rows)
-    for i, first in enumerate(names):
-        for second in names[i + 1 :]:
-            assert oracle.difference([rows[first]], [rows[second]]) > 1e-3
 
 
 def test_a_model_in_training_mode_is_warned_about():

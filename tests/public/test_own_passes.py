@@ -100,19 +100,6 @@ def test_numeric_verification_names_the_pass_that_broke_it(plain, inputs, monkey
     assert "Options(passes={'doubles': False})" in message
 
 
-def test_the_broken_pass_can_be_switched_off(plain, inputs, monkeypatch):
-    broken(monkeypatch, "fuse", Doubles())
-    options = {"verify": "numeric", "passes": {"doubles": False}}
-    check_mixed(plain.compile(options=options), plain, NAMES, inputs)
-
-
-def test_without_numeric_verification_nothing_would_notice(plain, inputs, monkeypatch):
-    """The test above could not fail if the broken pass did nothing."""
-    broken(monkeypatch, "fuse", Doubles())
-    got = plain.compile()(**inputs, adapter_names=NAMES)["logits"]
-    assert error(got, plain.expected(NAMES, inputs)) > 1e-2
-
-
 def test_passes_of_the_users_own_run_where_they_are_placed(plain, inputs):
     order: list[str] = []
 

@@ -80,11 +80,6 @@ def test_whose_folder_it_is(plain: Case, tmp_path: Path, monkeypatch: pytest.Mon
         folder_of(str(tmp_path / "file"))
 
 
-def test_models_that_torch_compile_captures_have_no_folder(plain: Case, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"given to lorafx\.compile"):
-        lorafx.attach(plain.model(), plain.folders, options={"cache": str(tmp_path)})
-
-
 def test_a_torch_that_cannot_keep_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorafx.torch_internals.wrappers.can_be_noted", lambda: False)
     with pytest.raises(ConfigError, match=r"needs torch 2\.13 or later"):

@@ -267,17 +267,14 @@ def test_adapters_of_a_peft_model_are_taken_over(llama) -> None:
     }
 
 
-def test_marked_models_refuse_it(llama) -> None:
+def test_attached_models(llama) -> None:
     model = lorafx.attach(copy.deepcopy(llama.base), llama.folders, options=REFERENCE)
+    cm = lorafx.compile(copy.deepcopy(llama.base), llama.folders, options=REFERENCE)
     inputs = inputs_of(2, 6)
-    with (
-        pytest.raises(BatchError, match=r"'x' is an aLoRA adapter.*lorafx\.compile"),
-        lorafx.adapters(model, ["x", None]),
-    ):
-        model(**inputs)
-    with lorafx.adapters(model, "plain"), torch.no_grad():
-        got = model(**inputs).logits
-    assert error(got[:1], llama.alone("plain", **one(inputs, 0))) <= TOLERANCE
+    for names in (["x", None], ["plain", "y"]):
+        with lorafx.adapters(model, names), torch.no_grad():
+            got = model(**inputs).logits
+        assert error(got, cm(**inputs, adapter_names=names).logits) <= TOLERANCE
 
 
 class Reads(nn.Module):

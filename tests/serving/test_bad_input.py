@@ -71,11 +71,6 @@ def folder(plain, tmp_path) -> Path:
     return Path(shutil.copytree(plain.folders["a1"], tmp_path / "spoiled"))
 
 
-def spoil(folder: Path, change: Any) -> None:
-    state = load_file(folder / WEIGHTS)
-    save_file(change(state), folder / WEIGHTS)
-
-
 # Calls
 
 
@@ -165,10 +160,44 @@ def test_no_slot_is_left_beside_the_pinned_ones(served):
 # Checkpoints
 
 
-def test_wrong_shapes(served, folder):
-    spoil(folder, lambda state: {k: v[:, :-1].contiguous() for k, v in state.items()})
-    with pytest.raises(CheckpointError, match=r"up.*\(5, 11\)"):
-        served.cm.load_adapter(folder, "new")
+def shorten(folder: Path) -> None:
+    state = load_file(folder / WEIGHTS)
+    save_file({k: v[:, :-1].contiguous() for k, v in state.items()}, folder / WEIGHTS)
+
+
+def rename(folder: Path) -> None:
+    state = load_file(folder / WEIGHTS)
+    save_file({k.replace("down.", "dwon."): v for k, v in state.items()}, folder / WEIGHTS)
+
+
+def cut(folder: Path) -> None:
+    file = folder / WEIGHTS
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def ask(folder: Path, **fields: Any) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, **fields}))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (shorten, CheckpointError, r"up.*\(5, 11\)"),
+        (rename, CheckpointError, "dwon"),
+        (cut, CheckpointError, WEIGHTS),
+        (lambda folder: (folder / WEIGHTS).unlink(), CheckpointError, WEIGHTS),
+        (lambda folder: (folder / CONFIG).unlink(), CheckpointError, CONFIG),
+        (shutil.rmtree, CheckpointError, "spoiled"),
+        (lambda folder: ask(folder, use_qalora=True), UnsupportedAdapterError, "use_qalora"),
+    ],
+)
+def test_spoiled_files(served, folder, change, error, message):
+    """The adapter of that name stays."""
+    change(folder)
+    for name in ("new", "a1"):
+        with pytest.raises(error, match=message):
+            served.cm.load_adapter(folder, name)
 
 
 def test_rank_over_max_rank(served, plain, tmp_path):
@@ -177,54 +206,12 @@ def test_rank_over_max_rank(served, plain, tmp_path):
         served.cm.load_adapter(wide, "new")
 
 
-def test_truncated_weights(served, folder):
-    file = folder / WEIGHTS
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(CheckpointError, match=WEIGHTS):
-        served.cm.load_adapter(folder, "new")
-
-
-def test_absent_files(served, folder):
-    (folder / WEIGHTS).unlink()
-    with pytest.raises(CheckpointError, match=WEIGHTS):
-        served.cm.load_adapter(folder, "new")
-    (folder / CONFIG).unlink()
-    with pytest.raises(CheckpointError, match=CONFIG):
-        served.cm.load_adapter(folder, "new")
-    with pytest.raises(CheckpointError, match="nowhere"):
-        served.cm.load_adapter(folder / "nowhere", "new")
-
-
 def test_no_source(served):
     """As of an unset variable: the adapter of that name stays."""
     for name in ("a0", "new"):
         with pytest.raises(CheckpointError, match="not from a NoneType"):
             served.cm.load_adapter(None, name)
     assert "a0" in served.cm.adapters
-
-
-def test_a_checkpoint_for_another_model(served, case_of):
-    with pytest.raises(CheckpointError, match="q_proj"):
-        served.cm.load_adapter(case_of("llama").folders["a0"], "new")
-
-
-def test_a_key_that_lands_nowhere(served, folder):
-    spoil(folder, lambda s: {k.replace("model.down.", "model.dwon."): v for k, v in s.items()})
-    with pytest.raises(CheckpointError, match=r"dwon"):
-        served.cm.load_adapter(folder, "new")
-
-
-def test_a_feature_that_is_not_supported(served, folder):
-    config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps({**config, "use_qalora": True}))
-    with pytest.raises(UnsupportedAdapterError, match="use_qalora"):
-        served.cm.load_adapter(folder, "new")
-
-
-def test_replacing_an_adapter_by_a_bad_one_keeps_the_old_one(served, folder):
-    spoil(folder, lambda state: {k: v[:, :-1].contiguous() for k, v in state.items()})
-    with pytest.raises(CheckpointError):
-        served.cm.load_adapter(folder, "a1")
 
 
 @pytest.mark.parametrize("name", ["__base__", "", 3])
@@ -267,25 +254,15 @@ def test_configurations(config, kwargs, error, message):
 
 
 def test_a_bad_adapter_among_good_ones_leaves_the_model_alone(plain, folder):
-    spoil(folder, lambda state: {k: v[:, :-1].contiguous() for k, v in state.items()})
+    shorten(folder)
     model = plain.model()
     before = {name: p.data_ptr() for name, p in model.named_parameters()}
     with pytest.raises(CheckpointError, match="up"):
         lorafx.compile(model, {**plain.folders, "bad": folder})
+    for given, message in (({}, "empty mapping"), (3, "is a folder, a dict or a peft.LoraConfig")):
+        with pytest.raises(LorafxError, match=message):
+            lorafx.compile(model, given)
     untouched(model, before)
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({}, "empty mapping"),
-        (3, "is a folder, a dict or a peft.LoraConfig"),
-        ({"r": 4, "target_modules": ["upp"]}, "upp"),
-    ],
-)
-def test_what_is_no_configuration(plain, config, message):
-    with pytest.raises(LorafxError, match=message):
-        lorafx.compile(plain.model(), config)
 
 
 def test_errors_about_values_are_value_errors():

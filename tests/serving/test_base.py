@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-
 import pytest
 import torch
 from dense_merge import TOLERANCE, check_mixed, error
@@ -50,28 +48,6 @@ def test_without_adapters_inductor_is_bit_equal_to_torch_compile(plain):
     with torch.no_grad():
         want = torch.compile(plain.model(), dynamic=False)(**inputs)["logits"]
     assert torch.equal(cm(**inputs)["logits"], want)
-
-
-def test_an_adapter_that_was_active_leaves_nothing_behind(plain):
-    torch.manual_seed(0)
-    cm, inputs = plain.compile(), FAMILIES["plain"].inputs(2, 5)
-    with torch.no_grad():
-        want = plain.base(**inputs)["logits"]
-    cm(**inputs, adapter_names=["a1", "a3"])
-    assert torch.equal(cm(**inputs)["logits"], want)
-    cm.unload_adapter("a1")
-    assert torch.equal(cm(**inputs)["logits"], want)
-
-
-def test_base_rows_of_a_mixed_batch(plain):
-    """Another graph than the base's, with products of other shapes: equal up to rounding."""
-    torch.manual_seed(0)
-    cm, inputs = plain.compile(), FAMILIES["plain"].inputs(4, 5)
-    with torch.no_grad():
-        want = plain.base(**inputs)["logits"]
-    got = cm(**inputs, adapter_names=["a1", None, "a3", None])["logits"]
-    assert error(got[[1, 3]], want[[1, 3]]) <= TOLERANCE
-    assert error(got[[0, 2]], want[[0, 2]]) > 1e-3
 
 
 # Row independence
@@ -143,14 +119,6 @@ def test_packed_weights_take_no_more_memory(case_of):
     assert cm.memory()["base"] == before - sum(b.nbytes for b in model.buffers())
 
 
-def test_compiling_a_pickled_or_copied_model(plain):
-    """A copy of a compiled model is a plain model with marks; once detached it compiles again."""
-    cm = plain.compile()
-    twin = pickle.loads(pickle.dumps(cm.model))
-    with pytest.raises(CaptureError, match="already carries a LoRA mark"):
-        lorafx.compile(twin, plain.folders)
-
-
 # What happens to the weights afterwards
 
 
@@ -178,18 +146,6 @@ def test_other_weights_loaded_after_compile_are_served(plain, tmp_path):
         got = cm(**inputs, adapter_names=names)["logits"]
         assert error(got, oracle.rows(names, inputs)[0]) <= 1e-5
         assert torch.equal(cm(**inputs)["logits"], twin(**inputs)["logits"])
-
-
-def test_weights_changed_in_place_are_served(plain):
-    torch.manual_seed(0)
-    cm, inputs = plain.compile(), FAMILIES["plain"].inputs(2, 4)
-    cm(**inputs, adapter_names=["a1", "a0"])
-    twin = plain.model()
-    for model in (cm.model, twin):
-        with torch.no_grad():
-            model.up.weight.mul_(-2)
-    want = Oracle.of(twin, plain.folders).rows(["a1", "a0"], inputs)[0]
-    assert error(cm(**inputs, adapter_names=["a1", "a0"])["logits"], want) <= 1e-5
 
 
 def test_detach(plain):

@@ -134,14 +134,6 @@ def test_methods_while_an_adapter_is_merged(encoder):
     cm.unmerge()
 
 
-def test_methods_that_run_no_layer(encoder):
-    cm = encoder.compile()
-    cm.set_adapter("a")
-    assert cm.describe() == "6 features"
-    assert cm.parameters is not None
-    assert cm.encode.__name__ == "encode"
-
-
 @pytest.mark.usefixtures("fixed_sizes")
 @pytest.mark.parametrize("name", ["each", "later"])
 def test_a_body_that_runs_after_the_call_is_refused(encoder, name):

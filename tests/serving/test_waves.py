@@ -13,7 +13,7 @@ from transformers import DynamicCache, LogitsProcessorList, StaticCache
 from transformers.generation.logits_process import TemperatureLogitsWarper
 
 import lorafx
-from lorafx.errors import BatchError, CapacityError, ConfigError, UnknownAdapterError
+from lorafx.errors import BatchError, CapacityError, UnknownAdapterError
 from lorafx.serving.waves import waves_of
 
 NAMES = ["a1", None, "a3", "a0", "a1", "a4", "a2"]
@@ -213,10 +213,3 @@ def test_results_of_a_plain_module(small):
             cm(x, form=form, adapter_names=names)
     with pytest.raises(BatchError, match=r"'scale' .*declared to be shared"):
         cm(x, scale=torch.ones(4), adapter_names=names)
-
-
-def test_only_compiled_models_have_waves(shallow):
-    with pytest.raises(ConfigError, match=r"overflow='waves' is for models"):
-        lorafx.attach(shallow.model(), shallow.folders, options={"overflow": "waves"})
-    with pytest.raises(ConfigError, match=r"Options\.overflow must be one of refuse, waves"):
-        lorafx.Options(overflow="wave")
