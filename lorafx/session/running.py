@@ -15,7 +15,6 @@ import torch
 
 from lorafx.errors import CaptureError
 from lorafx.interrupts import free_after_fork
-from lorafx.program.program import Batch
 from lorafx.session.requests import Requests
 from lorafx.torch_internals.compat import transform
 
@@ -27,8 +26,8 @@ class Running(NamedTuple):
     """What is under way.
 
     Attributes:
-        requests: of the innermost call, or block of `lorafx.adapters`; None outside of any.
-        depth: calls and blocks that are running, one inside the other.
+        requests: of the innermost call; None outside of any.
+        depth: calls that are running, one inside the other.
         entries: compiled forwards that are running, likewise.
         held: slots that the forwards around the innermost go on to read.
         thread: whose calls, or whose update, these are.
@@ -51,7 +50,7 @@ class Running(NamedTuple):
     # Every call makes one of each: `_replace` would take three times as long.
 
     def serving(self, requests: Requests) -> Running:
-        """Inside of a call, or block, for these requests."""
+        """Inside of a call for these requests."""
         _, depth, entries, held, _, updating, warming, active = self
         thread = threading.get_ident()
         return Running(requests, depth + 1, entries, held, thread, updating, warming, active)
@@ -70,16 +69,6 @@ class Running(NamedTuple):
 
 #: Nothing is under way.
 IDLE = Running()
-
-
-class Around(NamedTuple):
-    """What was under way before a forward or block began inside, and goes on after it: `rows` and
-    `active` are those of the runtime."""
-
-    running: Running
-    batch: Batch
-    rows: tuple[int, ...]
-    active: bool | None
 
 
 class Named(Protocol):

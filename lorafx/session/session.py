@@ -36,7 +36,6 @@ from lorafx.session.requests import (
 )
 from lorafx.session.running import (
     IDLE,
-    Around,
     BaseState,
     Locks,
     Running,
@@ -81,8 +80,8 @@ class Served(NamedTuple):
 class Session:
     """What all calls of one model share.
 
-    What is not final is a value that is replaced whole, by whom the comment says; `counts` are
-    changed in place. `locks.calls` is held by whoever replaces `running`, `default` or `base`.
+    What is not final is a value that is replaced whole, by whom the comment says. `locks.calls` is
+    held by whoever replaces `running`, `default` or `base`.
     """
 
     def __init__(
@@ -99,7 +98,7 @@ class Session:
         )
         # Notes of PEFT's that were there before mean nothing.
         self._noted_before: Final = notes_of_peft(program.model)
-        #: What is under way: by `note` and `run`, and by blocks of `lorafx.adapters`.
+        #: What is under way: by `note` and `run`.
         self.running: Running = IDLE
         #: The adapter of calls that name none: by `choose`.
         self.default: str | None = None
@@ -249,9 +248,9 @@ class Session:
     def run(self, running: Running, action: Callable[[], T]) -> T:
         """As `note`, of what reads or writes slots or base weights: a forward, an update. The batch
         that `action` sets is taken back with it: called by itself the model is the base."""
+        self.locks.streams.follow(self.accelerators)
         program, runtime = self.program, self.program.runtime
-        around = self.pause()
-        before, batch = around.running, around.batch
+        before, batch, rows, active = self.running, program.batch, runtime.rows, runtime.active
         others: list[bool | None] = []  # `list[...]()` takes a microsecond
         try:  # as in `note`
             self.running = running
@@ -262,21 +261,11 @@ class Session:
             self.running, program.batch, runtime.active = before, batch, self.at_rest
             if others:
                 self._have_neighbours_go_on(others)
-            self.go_on(around)
-
-    def pause(self) -> Around:
-        """What is under way, and goes on after what begins now. The lock is held."""
-        self.locks.streams.follow(self.accelerators)
-        program, runtime = self.program, self.program.runtime
-        return Around(self.running, program.batch, runtime.rows, runtime.active)
-
-    def go_on(self, around: Around) -> None:
-        """Serve what was paused, whose note is taken back already, with its own slots."""
-        if around.running.entries:  # what called this one from within goes on with its own batch
-            self.program.runtime.set_rows(around.rows)
-            self.program.runtime.active = around.active
-        else:
-            self.store.copy_streams.used()
+            if before.entries:  # what called this one from within goes on with its own batch
+                runtime.set_rows(rows)
+                runtime.active = active
+            else:
+                self.store.copy_streams.used()
 
     def set_batch(self, roles: RoleTable, named: Mapping[str, Any]) -> None:
         """Give every row of the call its slot, or every token.
