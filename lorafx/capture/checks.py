@@ -121,12 +121,11 @@ class InputPlaces:
     ) -> list[str]:
         """Paths of the running call's sites that a refusal for batches like `when` concerns."""
         now = [self.site(program, path, arguments) for path in paths]
-        concerned = {
-            "dora": program.is_rescaled,
-            "own": program.has_own_rows,
-            "bias": program.is_shifted,
-        }.get(when, program.is_touched)
-        return [site.path or "(root)" for site in now if site and concerned(site)]
+        batch = program.batch
+        concerned = {"dora": batch.rescaled, "own": batch.owned, "bias": batch.shifted}.get(
+            when, batch.touched
+        )
+        return [site.path or "(root)" for site in now if site and site.path in concerned]
 
     def strangers(self, program: Program, arguments: Sequence[Any]) -> list[str]:
         """Paths of touched sites whose weights stand where no site's weight stood at capture."""

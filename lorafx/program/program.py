@@ -165,15 +165,6 @@ class Program:
     def is_touched(self, site: Site) -> bool:
         return site.path in self.batch.touched
 
-    def is_shifted(self, site: Site) -> bool:
-        return site.path in self.batch.shifted
-
-    def is_rescaled(self, site: Site) -> bool:
-        return site.path in self.batch.rescaled
-
-    def has_own_rows(self, site: Site) -> bool:
-        return site.path in self.batch.owned
-
     def _sites_by_weight(self) -> dict[int, list[Site]]:
         found: dict[int, list[Site]] = {}
         for site in self.sites:
@@ -303,7 +294,7 @@ class Program:
         )
         return Call(roles, named, memory, tracks)
 
-    def earlier_result(self, tensor: Tensor) -> Role | None:
+    def _earlier_result(self, tensor: Tensor) -> Role | None:
         """What a tensor that the running call made may be taken for by a graph that is captured
         now."""
         if self.call is None:
@@ -315,7 +306,7 @@ class Program:
             role = None if dim is None else Role("not tracked in this call", dim)
         return role
 
-    def holds_several(self, tensor: Tensor) -> bool:
+    def _holds_several(self, tensor: Tensor) -> bool:
         """Whether a tensor that the running call made holds as many entries of each request, one
         request after another."""
         held = None if self.call is None else self.call.memory.look(tensor)
@@ -324,7 +315,7 @@ class Program:
             return False
         return held.owners == each_repeated(requests, held.owners)
 
-    def only_request(self, tensor: Tensor) -> int | None:
+    def _only_request(self, tensor: Tensor) -> int | None:
         """The one request to which all of a tensor belongs that the running call made."""
         held = None if self.call is None else self.call.memory.look(tensor)
         return held.request if isinstance(held, Alone) else None
@@ -365,7 +356,7 @@ class Program:
                 # Dynamo turns Python floats held by modules into 0-d tensors.
                 inputs.append(FrameInput("state", label))
             else:
-                role = self.earlier_result(example)
+                role = self._earlier_result(example)
                 kind: InputKind = "unknown" if role is None else "result"
                 inputs.append(FrameInput(kind, label, role=role))
         frame = Frame(self._with_results(placeholders, inputs, examples))
@@ -389,7 +380,7 @@ class Program:
         tensor, dim = source
         role = arguments.get(id(tensor))
         if role is None and id(tensor) not in known:
-            role = self.earlier_result(tensor)
+            role = self._earlier_result(tensor)
         return role is not None and role.known and role.dim == dim and tensor.shape[dim] > 1
 
     def _with_results(
@@ -405,7 +396,7 @@ class Program:
         alone = {
             position: request
             for position, (item, example) in enumerate(zip(inputs, examples, strict=True))
-            if item.kind == "result" and (request := self.only_request(example)) is not None
+            if item.kind == "result" and (request := self._only_request(example)) is not None
         }
         apart = len(set(alone.values())) > 1
         for position, (node, item, example) in enumerate(zip(nodes, inputs, examples, strict=True)):
@@ -413,11 +404,11 @@ class Program:
                 role = replace(item.role, dim=None, request=alone[position], requests=requests)
                 found[position] = replace(item, role=role)
             elif item.counts and (source := size_source(node)) is not None:
-                single = apart and self.only_request(source[0]) is not None
-                counts = not single and not (by_rows and self.holds_several(source[0]))
+                single = apart and self._only_request(source[0]) is not None
+                counts = not single and not (by_rows and self._holds_several(source[0]))
                 found[position] = replace(item, counts=counts)
             elif item.kind == "result" and item.role is not None and by_rows:
-                several = item.role.dim is not None and self.holds_several(example)
+                several = item.role.dim is not None and self._holds_several(example)
                 found[position] = replace(item, role=replace(item.role, several=several))
         return found
 
