@@ -250,7 +250,7 @@ def _plain(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Problem:
+class LinearProblem:
     """Random arguments of one node: x (M, K), a weight, a bank of 8 slots that rows share."""
 
     y: Tensor
@@ -260,7 +260,9 @@ class Problem:
     bank: tuple[Tensor, ...]
 
     @classmethod
-    def random(cls, spec: TritonSpec, rows: int, device: torch.device, slots: int = 8) -> Problem:
+    def random(
+        cls, spec: TritonSpec, rows: int, device: torch.device, slots: int = 8
+    ) -> LinearProblem:
         """Values of about 1 in y, so that no number is denormal or overflows."""
         d = spec.delta
         K, N, R, G = d.in_features, spec.out_features, d.max_rank, d.group
@@ -357,8 +359,8 @@ def gpu_timer(
     spec: TritonSpec, strategy: str, rows: int, device: torch.device, *, copies: int = 20
 ) -> Timer:
     """Seconds of one call: the median of 7 replays of a CUDA graph over `copies` of the weights."""
-    problems: list[Problem | ExpertProblem] = [
-        (ExpertProblem if spec.experts else Problem).random(spec, rows, device)
+    problems: list[LinearProblem | ExpertProblem] = [
+        (ExpertProblem if spec.experts else LinearProblem).random(spec, rows, device)
         for _ in range(copies)
     ]
 

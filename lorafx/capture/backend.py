@@ -44,7 +44,6 @@ from lorafx.program.program import Program
 from lorafx.program.stack import called_directly
 from lorafx.torch_internals.aot_autograd import aot_autograd
 from lorafx.torch_internals.frames import (
-    duck_shaped,
     ends_in_break,
     guard_frame,
     guarded_attributes,
@@ -70,20 +69,12 @@ class Backend:
 
     Args:
         entered: true for a Python frame that calls the program with a call's arguments.
-
-    Attributes:
-        split_by_host: functions that such a frame calls have one code object for calls with
-            adapters, and another for those without.
     """
-
-    split_by_host = True
 
     def __init__(self, program: Program, entered: Callable[[FrameType], bool]) -> None:
         self.program = program
         self.entered = entered
         self.records: list[GraphRecord] = []
-        #: Dynamo may call this program's graphs for other models.
-        self.shares_graphs = False
         #: Some graph takes what another made: results are worth keeping note of.
         self.several = [False]
         #: Is given each graph that was compiled, while somebody wants to save it.
@@ -129,7 +120,7 @@ class Backend:
         note_tracing(spans)
         frame = self._frame(gm, examples, per_token=per_token)
         active = bool(program.runtime.active)
-        own = not program.site_watch.missing and self.owns(frame)
+        own = frame.begins_call and not program.site_watch.missing
         graph, bound, form = gm.graph, None, None
         if active and own:
             bound, examples = bind(program, frame, gm, examples)
@@ -150,8 +141,8 @@ class Backend:
             self._guard_kind(frame, active=active)
         if bound is not None:
             take_out(gm, graph, bound.tensors(program))
-        if own:
-            self.drop_guards(bound)
+        if own and "needless_guards" in self.shortcuts:
+            self._at = names_of_frame()  # Dynamo has not made its guards yet
         return executable
 
     def _record(
@@ -163,7 +154,7 @@ class Backend:
     ) -> GraphRecord:
         """The record of a graph that no other serves, as its compilation begins."""
         program = self.program
-        places = InputPlaces.of(frame, examples, shared=self.shares_graphs)
+        places = InputPlaces.of(frame, examples)
         self.several[0] |= frame.follows_another or bool(places.arguments) or ends_in_break()
         lora = bool(program.runtime.active) and frame.carries_lora
         title = f"graph {len(self.records)} {'lora' if lora else 'base'}"
@@ -220,7 +211,6 @@ class Backend:
         frame = program.frame(gm.graph, examples)
         frame.per_token = per_token
         frame.begins_call = called_directly(self.entered)
-        frame.duck_shaped = duck_shaped()
         return frame
 
     def _finds_instances(self, active: bool) -> bool:
@@ -228,7 +218,7 @@ class Backend:
         are planned for their rows; what torch.compile makes of the base for one request may differ
         in bits; a graph that is looked at, or saved, is one of its own."""
         options, device = self.program.options, self.program.runtime.device
-        if self.noted is not None or self.replay is not None or self.shares_graphs:
+        if self.noted is not None or self.replay is not None:
             return False
         if device.type != "cpu" or options.lowering == "triton" or options.verify == "numeric":
             return False
@@ -239,17 +229,17 @@ class Backend:
         its own nor a mark in it sees to that; and while what is missing of the model is missing."""
         program = self.program
         named, state = names_of_frame(), program.site_watch.state
-        by_kind = (self.split_by_host and frame.begins_call) or any(
+        by_kind = frame.begins_call or any(
             named(name.removesuffix(".active")) is program.runtime
             for name in guarded_attributes(".runtime.active")
         )
         if by_kind and not state:
             return
-        kind_now, held = self.kind_now, weakref.ref(program)  # Dynamo keeps some guards for ever
+        held = weakref.ref(program)  # Dynamo keeps some guards for ever
 
         def holds() -> bool:
             program = held()
-            if program is None or not (by_kind or kind_now(program) is active):
+            if program is None or not (by_kind or bool(program.runtime.active) is active):
                 return False
             if not (state and program.runtime.active):
                 return True
@@ -258,21 +248,6 @@ class Backend:
             return watch.state == state and not watch.missing & program.batch.touched
 
         guard_frame(holds)
-
-    @staticmethod
-    def kind_now(program: Program) -> bool | None:
-        """Whether the running call, of `program` as far as graphs know, is one with adapters; None
-        where that is yet to be seen."""
-        return bool(program.runtime.active)
-
-    def owns(self, frame: Frame) -> bool:
-        """Whether the frame that is being captured is one of this program's in every call."""
-        return frame.begins_call  # of an entry's own code
-
-    def drop_guards(self, bound: BoundInputs | None) -> None:
-        """Dynamo has not made its guards yet of a frame that is this program's in every call.
-        `bound`: the inputs that its graph does not load."""
-        self._at = names_of_frame() if "needless_guards" in self.shortcuts else None
 
     def keep_guards(self, guards: Sequence[Any]) -> Sequence[bool]:
         """Which guards of the graph that was compiled just now are checked before each call, for
@@ -330,7 +305,7 @@ class Backend:
         ctx = Context(program, frame, gm, edits_left=program.options.max_edits)
         # Rows of other graphs may be some of the batch's, in another order. That is told per
         # request, so slots per token stay as they are: rows are proved from the call's arguments.
-        if program.runtime.by_handle or not (frame.begins_call or frame.per_token):
+        if not (frame.begins_call or frame.per_token):
             ctx.look_up_slots()
         with timed(record.spans, "passes"), builds_noted() as built:
             run_pipeline(gm, ctx, record.after)

@@ -58,12 +58,9 @@ class InputPlaces:
     number: int | None = None
 
     @classmethod
-    def of(cls, frame: Frame, examples: Sequence[Any], *, shared: bool = False) -> InputPlaces:
-        """The places in a frame whose inputs are `examples`. `shared`: another model may get the
-        graph, if no mark in it says whose it is."""
+    def of(cls, frame: Frame, examples: Sequence[Any]) -> InputPlaces:
+        """The places in a frame whose inputs are `examples`."""
         places = cls()
-        marked = any(item.kind in ("bank", "slots") for item in frame.inputs)
-        elsewhere = not frame.begins_call or (shared and not marked)
         for position, (item, example) in enumerate(zip(frame.inputs, examples, strict=True)):
             for index, site in enumerate(item.sites):
                 if item.derived is None:
@@ -87,7 +84,7 @@ class InputPlaces:
                     places.choices.append((position, 1, item.label))
             if item.kind == "argument" and item.role is not None and not frame.begins_call:
                 places.arguments[position] = item.role
-            if item.kind == "state" and example.dim() > 1 and elsewhere:
+            if item.kind == "state" and example.dim() > 1 and not frame.begins_call:
                 places.plain.append(position)
         return places
 
@@ -314,8 +311,7 @@ class Checks:
     def arguments_hold(self, program: Program, arguments: Sequence[Any]) -> bool:
         if not self.places.arguments:
             return True
-        with program.knowing_arguments():
-            known = program.call_arguments()
+        known = program.call_arguments()
         return all(
             isinstance(tensor := arguments[position], Tensor) and known.get(id(tensor)) == role
             for position, role in self.places.arguments.items()

@@ -84,7 +84,7 @@ def _slots(
     program: Program, checks: Checks, arguments: Sequence[Any], rows: Rows | None
 ) -> Tensor | None:
     """The slots of a graph's rows, where they are not those of the batch."""
-    slots, count = program.runtime.row_slots, checks.places.rows(arguments)
+    slots, count = program.runtime.slots, checks.places.rows(arguments)
     if isinstance(rows, OfList) and not rows.in_order and not program.runtime.uniform:
         return slots[list(rows.owners)]
     request = rows.request if isinstance(rows, Alone) else 0

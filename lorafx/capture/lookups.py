@@ -73,7 +73,7 @@ class Value:
 
 
 @dataclass(frozen=True)
-class Step:
+class LookupStep:
     """One operation of a check; a method is a name. Indices are looked at by `refuse_outside`."""
 
     function: Callable[..., Any] | str
@@ -97,7 +97,7 @@ class Lookups:
     """What is computed and looked at before a graph runs, in order, as plain data, which is saved
     with the graph. A step that looks something up comes behind the check of its index."""
 
-    steps: tuple[Step, ...] = ()
+    steps: tuple[LookupStep, ...] = ()
 
     def check(self, inputs: Sequence[Any]) -> None:
         """Raise OutOfRangeError where an index is outside of its table."""
@@ -139,7 +139,7 @@ class LookupSearch:
         inputs = graph.find_nodes(op="placeholder")
         self._items: dict[fx.Node, FrameInput] = dict(zip(inputs, frame.inputs, strict=True))
         self._known = {node: Value(number) for number, node in enumerate(inputs)}
-        self._steps: list[Step] = []
+        self._steps: list[LookupStep] = []
         #: The first node that writes into what a node is a view of.
         self._first_writes: dict[Any, fx.Node] = {}
         #: Nodes between the beginning and the end of a `torch.vmap`, which run at its level alone.
@@ -261,7 +261,7 @@ class LookupSearch:
         self._step(refuse_outside, looked_up, {})
 
     def _step(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
-        self._steps.append(Step(function, args, kwargs))
+        self._steps.append(LookupStep(function, args, kwargs))
         return Value(len(self._items) + len(self._steps) - 1)
 
     def _size(self, use: _Use) -> _Size | None:

@@ -5,14 +5,12 @@ site. Dropped are guards on marks, which never change; on what torch.nn notes of
 hooks (those of other kinds are seen by lorafx.model.changes_watch); and on what transformers notes
 of each class of models. Frames that several layers may share keep every guard.
 
-`lorafx.compile` drops them by the public `guard_filter_fn`, lorafx.torch_compile.mark_guards in
-frames of models that users compile themselves.
+They are dropped by the public `guard_filter_fn`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import compress
 from typing import Any
 
 from torch import nn
@@ -56,9 +54,6 @@ class FrameGuards:
     def kept(self) -> list[bool]:
         return [number not in self._dropped for number in range(len(self.guards))]
 
-    def remaining(self) -> list[Any]:
-        return list(compress(self.guards, self.kept))
-
     def drop_marks(self, names: set[str]) -> None:
         """Drop all guards on marks at these places."""
         self._dropped |= {number for number, name in enumerate(self.below) if name in names}
@@ -83,8 +78,8 @@ class FrameGuards:
             if "G[" in place and of_registry(guard.originating_source):
                 self._dropped.add(number)
 
-    def drop_hooks_of_marked(self) -> list[nn.Module]:
-        """Drop guards on the hooks of modules that have marks and no other hooks: these modules."""
+    def drop_hooks_of_marked(self) -> None:
+        """Drop guards on the hooks of modules that have marks and no other hooks."""
         marked: dict[str, nn.Module] = {}
         for place in dict.fromkeys(self.places):
             module = self._at(place.removesuffix(_HOOKS)) if place.endswith(_HOOKS) else None
@@ -104,7 +99,6 @@ class FrameGuards:
             of_hooks = place in constant or (bool(marked) and place.endswith(_ALWAYS_GLOBAL))
             if of_hooks or (place in marked and absent_attribute(guard) in _CALLS):
                 self._dropped.add(number)
-        return list(marked.values())
 
 
 def keep_guards(entries: Sequence[Any], at: Callable[[str], Any]) -> list[bool]:

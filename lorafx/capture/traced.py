@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from traceback import walk_tb
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -19,7 +18,6 @@ from lorafx.torch_internals.dynamo import (
     Unsupported,
     check,
     innermost_fn,
-    input_codes,
     optimize,
     set_code_exec_strategy,
 )
@@ -153,11 +151,3 @@ def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
 def never_traced(code: CodeType) -> None:
     """Have Dynamo trace neither this function nor what it calls."""
     set_code_exec_strategy(code, _NEVER)
-
-
-def trace_again(error: BaseException) -> None:
-    """As `Traced` does, for functions that users compile themselves: let Dynamo trace again what
-    `error` came through, but what it was told never to trace."""
-    for frame, _ in walk_tb(error.__traceback__):
-        if frame.f_code in input_codes:
-            set_code_exec_strategy(frame.f_code, _THIS_TIME)

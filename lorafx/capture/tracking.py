@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from itertools import compress, repeat, takewhile
 from typing import Any, TypeVar
 
@@ -37,7 +36,7 @@ class Tracking(TorchDispatchMode):
     """Notes the owners of what operators return and write in `memory`, and has `uses` look at them,
     where these are given.
 
-    It is put on torch's stack by `run` or `begin` and never by `with`: an interrupt between the
+    It is put on torch's stack by `run` and never by `with`: an interrupt between the
     steps of a context manager would leave it there. What two interrupts leave all the same sees
     nothing, and the next one takes it off: inference mode's guard, entered meanwhile, would bring
     torch's dispatcher back to a stack that has a mode, and every operator without a tensor would
@@ -64,18 +63,6 @@ class Tracking(TorchDispatchMode):
             # call has returned.
             self.over = True
             _run(above, 0)
-
-    def begin(self, settings: ExitStack) -> None:
-        """Look at what runs from now on, until `settings` are left."""
-        _forget_ended()
-        settings.callback(self.end)
-        _push_on_torch_dispatch_stack(self)
-
-    def end(self) -> None:
-        self.over = True
-        stack = _get_current_dispatch_mode_stack()
-        if self in stack:
-            _run(_pops(stack.index(self)), 0)
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:

@@ -27,15 +27,10 @@ class _Range(NamedTuple):
 
 
 class WeightUses:
-    """What looks at the operators of one call that run in Python.
+    """What looks at the operators of one call that run in Python."""
 
-    Args:
-        inside_modules: look only at what a module of the model runs, since other code runs too.
-    """
-
-    def __init__(self, program: Program, *, inside_modules: bool = False) -> None:
+    def __init__(self, program: Program) -> None:
         self._program = program
-        self._inside_modules = inside_modules
         self._ranges: dict[int, list[_Range]] | None = None
         self._found: MatchError | None = None
 
@@ -51,8 +46,6 @@ class WeightUses:
         if results and all(storage_of(item) in memory for item in results):
             return  # one more view
         running = list(running_modules())
-        if self._inside_modules and not any(map(self._program.graph.has, running)):
-            return
         line = python_line()
         if line is None:  # what a graph of another compiler does is its own
             return

@@ -184,28 +184,6 @@ def hooks_of(module: nn.Module) -> Iterator[tuple[int, Mapping[int, Any]]]:
                 yield number, hooks
 
 
-class LaterHooks:
-    """Whether others have registered hooks on some modules since this was made."""
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._modules = tuple(modules)
-        self._seen = RemovableHandle.next_id
-        self._known = self._numbers()
-
-    @property
-    def none(self) -> bool:
-        """Whether there are none. One comparison while nobody registers hooks anywhere."""
-        now = RemovableHandle.next_id
-        if self._seen != now:
-            if self._numbers() != self._known:
-                return False
-            self._seen = now
-        return True
-
-    def _numbers(self) -> list[int]:
-        return [number for module in self._modules for number, _ in hooks_of(module)]
-
-
 class HookWatch:
     """The hooks of others on the modules of one model.
 

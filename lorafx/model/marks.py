@@ -27,7 +27,7 @@ import lorafx.kernels.ops.conv_ops
 import lorafx.kernels.ops.expert_ops
 import lorafx.kernels.ops.linear_ops
 import lorafx.kernels.ops.row_ops  # noqa: F401  (all define torch.ops.lorafx)
-from lorafx.errors import CaptureError, MatchError, ProvenanceError
+from lorafx.errors import MatchError, ProvenanceError
 from lorafx.interrupts import Rollback
 from lorafx.kernels.ops.conv_ops import Window
 from lorafx.model.bank import Bank
@@ -48,22 +48,6 @@ def refuse_at_rest(runtime: Runtime, path: str) -> bool:
             runtime.resting.refuse(path, path or "the model")
     except MatchError as error:
         raise MatchError(f"{error}. {_WAY_OUT}") from None
-    return True
-
-
-@assume_constant_result
-def refuse_exported() -> bool:
-    """Refuse torch.export inside of a block of `lorafx.adapters`. What it writes would hold the
-    banks, and read the slots of whatever block runs around it later.
-
-    Raises:
-        CaptureError: it runs.
-    """
-    if torch.compiler.is_exporting():
-        raise CaptureError(
-            "torch.export inside of a block of lorafx.adapters: the program would serve the "
-            f"adapters of any block that runs around it. {_WAY_OUT}"
-        )
     return True
 
 
@@ -141,8 +125,6 @@ class SiteMark:
             elif traced and runtime.active is None:
                 refuse_at_rest(runtime, self.path)
             return None
-        if runtime.by_handle and traced:
-            refuse_exported()
         if resting is not None:
             resting.refuse_elsewhere()
         if self.kind == "experts":

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from lorafx.errors import BatchError
-from lorafx.torch_internals.compat import mark_fixed_shape
 
 # The slots of every live Runtime. What Dynamo reaches through a module, a hook's attributes
 # included, has fixed shapes to it; what it reaches through a global may vary. Keys are strings,
@@ -63,8 +62,6 @@ class Runtime:
             rows' owners are proved.
         graph_passes: graphs of this model go through lorafx's own passes. A mark that cannot add
             its delta in a trace then leaves the weight's use to the `match` pass; else it raises.
-        by_handle: graphs look `row_slots` up when they run, and what marks read is a handle of
-            constant shape. False: marks read the slots of all requests.
         session: what serves the model, None before and after; whoever finds a mark finds it here.
         resting: whom a mark asks when its layer runs in eager mode; None where nobody serves it.
 
@@ -76,7 +73,6 @@ class Runtime:
         self.capacity = capacity
         self.device = device
         self.graph_passes = True
-        self.by_handle = False
         self.session: Any = None
         self.resting: RefusesAtRest | None = None
         self._graph_slots: Tensor | None = None
@@ -87,20 +83,13 @@ class Runtime:
 
     @property
     def slots(self) -> Tensor:
-        """What marks read: the slot of each request, int32 (n,), or with `by_handle` (2,) two
-        different slots of the batch, where it has two: a mark serves batches of one adapter and
-        notices others."""
-        return _SLOTS[self._key]
-
-    @property
-    def row_slots(self) -> Tensor:
         """(n,) int32, the slot of each request, −1 for the base."""
-        return self._row_slots if self.by_handle else self.slots
+        return _SLOTS[self._key]
 
     @property
     def graph_slots(self) -> Tensor:
         """The slot of each row of the graph that is about to run."""
-        return self.row_slots if self._graph_slots is None else self._graph_slots
+        return self.slots if self._graph_slots is None else self._graph_slots
 
     @contextmanager
     def rows_of(self, slots: Tensor | None) -> Iterator[None]:
@@ -110,14 +99,6 @@ class Runtime:
             yield
         finally:
             self._graph_slots = before
-
-    def use_handle(self) -> None:
-        """Set `by_handle`; before anything is compiled."""
-        self.by_handle = True
-        with torch.inference_mode(False):
-            _SLOTS[self._key] = torch.full((2,), -1, dtype=torch.int32, device=self.device)
-        mark_fixed_shape(_SLOTS[self._key])
-        self._write(self.rows)
 
     def set_rows(self, slots: Sequence[int] | Tensor) -> None:
         """Serve requests with these slots from the next forward on.
@@ -161,7 +142,7 @@ class Runtime:
             _SLOTS.pop(_GONE.popleft(), None)
         self._key = f"runtime {next(_KEYS)}"
         self._buffer = torch.empty(0)
-        self._row_slots: Tensor = torch.empty(0, dtype=torch.int32)
+        _SLOTS[self._key] = torch.empty(0, dtype=torch.int32)
         weakref.finalize(self, _GONE.append, self._key)
 
     def _write(self, rows: Sequence[int], given: Tensor | None = None) -> None:
@@ -172,22 +153,17 @@ class Runtime:
             if n > self._buffer.numel():
                 size = max(_SMALLEST_BUFFER, 2 * n)
                 self._buffer = torch.empty(size, dtype=torch.int32, device=self.device)
-            slots = self._row_slots
+            slots = self.slots
             if slots.shape[0] != n or slots.data_ptr() != self._buffer.data_ptr():
                 # Not a slice: of a view, Dynamo would also trace and guard the base.
                 slots = torch.empty(0, dtype=torch.int32, device=self.device).set_(
                     self._buffer.untyped_storage(), 0, (n,), (1,)
                 )
-                self._row_slots = slots
             _copy(torch.tensor(rows, dtype=torch.int32) if given is None else given, slots)
-            if self.by_handle:
-                other = next((slot for slot in rows if slot != rows[0]), rows[0])
-                _copy(torch.tensor([rows[0], other], dtype=torch.int32), self.slots)
-            else:
-                _SLOTS[self._key] = slots
+            _SLOTS[self._key] = slots
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_key", "_buffer", "_row_slots", "_graph_slots", "session", "resting")
+        left_out = ("_key", "_buffer", "_graph_slots", "session", "resting")
         state = {k: v for k, v in vars(self).items() if k not in left_out}
         return state if self.session is None else {**state, **_AT_REST}
 
@@ -195,10 +171,7 @@ class Runtime:
         vars(self).update(state)
         self.session = self.resting = self._graph_slots = None
         self._register()
-        if self.by_handle:
-            self.use_handle()
-        else:
-            self._write(self.rows)
+        self._write(self.rows)
 
 
 #: What `clear` leaves.

@@ -6,7 +6,7 @@ dropped when its graph is compiled; nothing of it reaches the executable.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -93,8 +93,6 @@ class Frame:
         #: It begins with the arguments of a call, so its inputs from them are what they are in
         #: every call. Elsewhere a local variable may hold something else the next time.
         self.begins_call = False
-        #: Sizes that were equal in the call that was captured may be one symbol.
-        self.duck_shaped = False
         #: The slots are one per token, in row-major order of (B, T), not one per request.
         self.per_token = False
         #: Arguments that hold one entry per token, with that dimension.
@@ -178,13 +176,6 @@ class Frame:
         return next((size for size in sizes if size != 1), sizes[0] if sizes else None)
 
 
-def wants_gradient(examples: Iterable[Any]) -> bool:
-    """True where a frame's results want gradients, by the values of its inputs."""
-    return torch.is_grad_enabled() and any(
-        isinstance(item, Tensor) and item.requires_grad for item in examples
-    )
-
-
 def fake_value(node: fx.Node) -> Any:
     """The fake tensor (or symbol) that tracing recorded for `node`."""
     return node.meta.get("val")
@@ -221,12 +212,6 @@ def batch_symbols(frame: Frame) -> set[Any]:
         raise ProvenanceError(
             "no input of this graph is known to hold the requests, which happens where the "
             "graph is not captured from a call of the model itself"
-        )
-    if frame.duck_shaped and any(not isinstance(size, int) for size in found & others):
-        raise ProvenanceError(
-            "the graph cannot distinguish the number of requests from another size: it was "
-            "captured outside lorafx.adapters, where torch.compile gives equal sizes one "
-            "symbol"
         )
     return found | counted
 

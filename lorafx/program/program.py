@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -54,7 +53,6 @@ class Call:
     roles: RoleTable | None
     named: Mapping[str, Any]
     memory: Memory
-    tracks: bool = False
     tracked: bool = False
 
 
@@ -94,8 +92,6 @@ class Program:
     #: appears later may hold what an earlier call computed for its own requests.
     #: By identity, held weakly: a number of `id` alone may be given to another tensor later.
     constants: Mapping[int, weakref.ref[Tensor]] = field(default_factory=dict)
-    #: Inside, `call` has the arguments of the running call.
-    knowing_arguments: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __post_init__(self) -> None:
         self.note_constants()
@@ -283,16 +279,14 @@ class Program:
             if (constant := reference()) is not None:
                 yield constant
 
-    def new_call(
-        self, roles: RoleTable | None, named: Mapping[str, Any], *, tracks: bool = False
-    ) -> Call:
+    def new_call(self, roles: RoleTable | None, named: Mapping[str, Any]) -> Call:
         """A call that has computed nothing yet."""
         own = self.own_memory.in_one_call()
         memory = Memory(
             lambda tensor: self.remembered.holds(tensor) or own(tensor),
             lambda: not self.runtime.uniform,
         )
-        return Call(roles, named, memory, tracks)
+        return Call(roles, named, memory)
 
     def _earlier_result(self, tensor: Tensor) -> Role | None:
         """What a tensor that the running call made may be taken for by a graph that is captured
@@ -300,7 +294,7 @@ class Program:
         if self.call is None:
             return None
         role = role_of(self.call.memory.look(tensor))
-        if role is None and self.call.tracks and not self.call.tracked:
+        if role is None and not self.call.tracked:
             dims = (d for d, n in enumerate(tensor.shape) if n == len(self.runtime.rows) > 1)
             dim = next(dims, None)
             role = None if dim is None else Role("not tracked in this call", dim)

@@ -153,7 +153,7 @@ def _model(program: Program, prints: Fingerprints) -> Iterator[str]:
 
 def _program(program: Program, prints: Fingerprints) -> Iterator[str]:
     runtime = program.runtime
-    yield repr((runtime.capacity, runtime.device, runtime.by_handle, runtime.graph_passes))
+    yield repr((runtime.capacity, runtime.device, runtime.graph_passes))
     for site in program.sites:
         yield prints.loosely(site)
     places = {id(site): index for index, site in enumerate(program.sites)}

@@ -101,8 +101,7 @@ class SavedGraphs:
         try:
             program.look_at_modules()
             if (
-                self._backend.shares_graphs
-                or program.site_watch.missing
+                program.site_watch.missing
                 or (program.runtime.session is not None and program.runtime.session.neighbours)
                 or dump_folder(program.options) is not None  # the passes are to be seen
                 or not can_save(program)

@@ -275,7 +275,7 @@ class Session:
                 not have the shape of `adapter_slots`.
             UnknownAdapterError, CapacityError: from the store, before anything has changed.
         """
-        requests, call = self.asked, self.program.new_call(roles, named, tracks=True)
+        requests, call = self.asked, self.program.new_call(roles, named)
         running = self.running
         if requests.tokens is not None:
             if requests.packed:

@@ -113,20 +113,6 @@ def capture_settings(
             setattr(*item)
 
 
-@contextmanager
-def block_settings(recompile_limit: int, *, sizes_by_data: bool = False) -> Iterator[None]:
-    """`capture_settings` around calls that users compile themselves; a limit of their own, where
-    it is larger, stays."""
-    config = dynamo_config
-    before = config.recompile_limit
-    with capture_settings(recompile_limit, sizes_by_data=sizes_by_data):
-        config.recompile_limit = max(before, recompile_limit)
-        try:
-            yield
-        finally:
-            config.recompile_limit = before
-
-
 def traced_anew() -> AbstractContextManager[None]:
     return functorch_config.patch(enable_autograd_cache=False)
 

@@ -29,29 +29,18 @@ with private_names():
     from torch._dynamo.source import GlobalStateSource
     from torch._dynamo.symbolic_convert import InstructionTranslator
     from torch._dynamo.utils import get_metrics_context
-    from torch._guards import Guard, GuardsSet, Source, TracingContext, tracing
+    from torch._guards import Guard, Source, TracingContext, tracing
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
-    from torch.utils._ordered_set import OrderedSet
 
 
 def _translator() -> Any:
     return InstructionTranslator.current_tx()
 
 
-def captured_locals() -> Mapping[str, Any]:
-    """The local variables that the function that is being captured began with."""
-    return dict(_translator().output.root_tx.f_locals)
-
-
 def captured_code() -> CodeType:
     code: CodeType = _translator().output.root_tx.f_code
     return code
-
-
-def captured_self() -> Any:
-    """`self` of the function that is being captured; None where it has none."""
-    return captured_locals().get("self")
 
 
 def ends_in_break() -> bool:
@@ -133,12 +122,6 @@ def size_expression(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
-def duck_shaped() -> bool:
-    """Whether the capture that is running gives sizes that are equal by chance one symbol."""
-    symbols = symbols_of_frame()
-    return symbols is not None and symbols.duck_shape
-
-
 def guarded_attributes(suffix: str) -> list[str]:
     """The names, as Dynamo writes them, of what so ends among what the captured frame is guarded
     on; but for guards that are only made when they are asked for."""
@@ -177,11 +160,6 @@ def frame_guards() -> list[Guard]:
     """What the frame that is being captured is guarded on so far."""
     context = TracingContext.try_get()
     return [] if context is None else list(context.guards_context.dynamo_guards)
-
-
-def keep_frame_guards(kept: Sequence[Guard]) -> None:
-    """Have Dynamo make these guards and those that it is yet to find."""
-    TracingContext.get().guards_context.dynamo_guards = GuardsSet(OrderedSet(kept))
 
 
 def guard_frame(holds: Callable[[], bool]) -> None:

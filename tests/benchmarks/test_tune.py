@@ -11,7 +11,7 @@ import pytest
 import torch
 from tile_cost import TileSet, fits, predicted
 from triton_variants import expert_specs, representative_specs
-from tune import ExpertProblem, Problem, neighbours, search, tune
+from tune import ExpertProblem, LinearProblem, neighbours, search, tune
 
 from lorafx.kernels.cost.chips import DEFAULT_CHIP
 from lorafx.kernels.triton import strategy_tiles
@@ -139,7 +139,7 @@ def test_a_problem_runs_its_kernel(strategy: str) -> None:
     smaller = {"columns": 40, "sizes": (40,)} if strategy == "embedding" else {"in_features": 33}
     spec = replace(spec, delta=replace(spec.delta, **smaller))
     torch.manual_seed(0)
-    problem = Problem.random(spec, 3, CPU)
+    problem = LinearProblem.random(spec, 3, CPU)
     kernel = build(spec, strategy, rows_hint=3, device=CPU)
     before = problem.y.clone()
     result = problem.run(strategy, kernel)

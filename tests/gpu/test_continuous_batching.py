@@ -78,4 +78,4 @@ def test_slots_are_written_without_waiting(llama: Case, device: torch.device) ->
     torch.cuda._sleep(500_000_000)
     runtime.set_rows([1, 0, 0, -1])
     assert not torch.cuda.current_stream(device).query()
-    assert runtime.row_slots.tolist() == [1, 0, 0, -1]
+    assert runtime.slots.tolist() == [1, 0, 0, -1]
