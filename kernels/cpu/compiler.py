@@ -2,16 +2,14 @@
 
     path = cache / sha256(source, command, compiler's version).so
 
-A library is compiled once, among threads and processes that share a cache, in a temporary folder of
-the cache, and renamed into place, so nobody sees half a file. Its source stays beside it, to read,
-and is the lock, held (flock) by whoever compiles. Where that cannot be had, for want of a file
-system that locks, or since somebody keeps it for too long, a library is compiled twice. A process
-that ends takes its compilers along. A forked child knows nothing of its parent's.
+A library is compiled once among the threads and processes that share a cache, and renamed into
+place when it is complete. Its source stays beside it and is the lock (flock) of whoever compiles;
+where locking is impossible or takes longer than PATIENCE, a library is compiled twice. A process
+that ends stops its compilers; a forked child starts without its parent's.
 
-What is compiled here includes no torch header and links nothing, so it is valid for every torch
-version and takes about a second. All that fails is a LoweringError: there is no compiler that takes
-GCC's flags, it refuses the source, the cache cannot be written, the loader refuses a library (a
-folder mounted noexec, say), or this torch does not have a function.
+Sources include no torch header and link nothing, so a library is valid for every torch version and
+takes about a second. Every failure is a LoweringError: no usable compiler, a refused source, an
+unwritable cache, a library that cannot be loaded (noexec), a missing function of torch.
 """
 
 from __future__ import annotations
@@ -41,7 +39,7 @@ from lorafx.torn import is_whole, warn_of
 
 BASE_FLAGS = (
     *("-O3", "-std=c++17", "-shared", "-fPIC", "-w"),
-    # one rounding a multiply-add, in every tile shape alike: bit-equality of rows rests on it
+    # One rounding a multiply-add, in every tile shape alike: bit-equality of rows rests on it.
     *("-ffp-contract=fast", "-fno-math-errno"),
 )
 
@@ -78,7 +76,7 @@ ISAS = (
 
 
 def runnable_isas() -> tuple[Isa, ...]:
-    """The ISAs that this CPU runs, best first; torch's own limit (ATEN_CPU_CAPABILITY) holds."""
+    """The ISAs that this CPU runs, best first; torch's limit (ATEN_CPU_CAPABILITY) holds."""
     level = torch.backends.cpu.get_cpu_capability()
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
@@ -113,7 +111,7 @@ def find_compiler() -> str:
 
 @functools.cache
 def version_of(compiler: str) -> str:
-    """What a compiler says of its version; "" where it says nothing."""
+    """What a compiler prints as its version; "" where it prints nothing."""
     done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
     return done.stdout
 
@@ -189,7 +187,7 @@ def torch_function(name: str) -> int:
 
 # --- one run of the compiler for each library ---
 
-#: Seconds to wait for a library that somebody else compiles; most take one.
+#: Seconds to wait for a library that another thread or process compiles; most take one.
 PATIENCE = 60.0
 
 _LOCK = threading.Lock()
@@ -198,7 +196,7 @@ _ended = False
 
 
 def compiled(command: Sequence[str], source: str, library: Path) -> None:
-    """Have `library` compiled from `source` by a compiler and its flags."""
+    """Compile `source` to `library`, unless another thread or process does."""
     if is_whole(library):
         return
     with _held(library.with_suffix(".cpp")) as file:
@@ -210,18 +208,17 @@ def compiled(command: Sequence[str], source: str, library: Path) -> None:
 
 @contextlib.contextmanager
 def _held(path: Path) -> Iterator[TextIO]:
-    """The file, made if need be, which nobody else holds at the same time, unless somebody keeps it
-    for longer than PATIENCE."""
+    """The locked file, created if need be; unlocked if its holder keeps it longer than PATIENCE."""
     deadline, pause = time.monotonic() + PATIENCE, 0.005
     while True:
         with path.open("a+") as file:
             busy = _lock(file)
-            # Whoever held it may have removed it.
+            # The last holder may have removed it.
             if time.monotonic() > deadline or (not busy and _is_at(file, path)):
                 try:
                     yield file
                 finally:
-                    # For a forked child too, which has inherited it.
+                    # For a forked child too, which inherits the lock.
                     with contextlib.suppress(OSError):
                         fcntl.flock(file, fcntl.LOCK_UN)
                 return
@@ -230,7 +227,7 @@ def _held(path: Path) -> Iterator[TextIO]:
 
 
 def _lock(file: TextIO) -> bool:
-    """Lock the file, unless somebody else has; true then."""
+    """Lock the file without waiting; whether that succeeded."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -264,7 +261,7 @@ def _compile(command: Sequence[str], source: str, text: TextIO, library: Path) -
 
 
 def _run(command: Sequence[str]) -> None:
-    """Run the compiler, in a group of processes of its own: it starts others."""
+    """Run the compiler in a process group of its own, since it starts further processes."""
     try:
         with _LOCK:
             if _ended:
@@ -303,7 +300,6 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 @atexit.register
 def _end() -> None:
-    """Stop the compilers."""
     global _ended
     with _LOCK:
         _ended = True
@@ -315,7 +311,7 @@ def _end() -> None:
 
 
 def _after_fork() -> None:
-    """The threads are the parent's, and so are their compilers."""
+    """Forget the threads and compilers of the parent."""
     global _LOCK
     _LOCK = threading.Lock()
     _RUNNING.clear()

@@ -2,12 +2,12 @@
 
     y[m] = x[m] W_e    for offs[e - 1] ≤ m < offs[e],    0 behind the last
 
-`aten._grouped_mm` where that is slow or cannot be compiled: on a CPU, and in other dtypes than
-bfloat16. On a CPU a generated kernel reads each weight once (product.cpp); elsewhere, and where it
-cannot be had, it is a loop over the experts that have rows, for which the host waits for offs.
-
     source(spec, isa) = #defines and constants of (dtype, sizes, unit of work)
                         + vectors.h + tiles.h + product.cpp
+
+It stands for `aten._grouped_mm` on a CPU, and in other dtypes than bfloat16. On a CPU a generated
+kernel reads each weight once; elsewhere it is a loop over the experts that have rows, for which the
+host waits for offs.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from lorafx.kernels.ops.op_library import define
 
 # Columns of a unit of work: their weights stay in a cache while an expert's rows go through them.
 UNIT = 64
-#: Rows an expert from which on a product of matrices is as fast as the generated kernel, which is
-#: 2 to 5 times as fast for one row, 1.2 to 2 times for 32 (Zen 4, two cores, float32 and bfloat16,
-#: 32 and 64 experts of 384 × 1024 to 1024 × 768). A row's sums have one order below it, and that of
+#: Rows an expert from which on a product of matrices is as fast as the generated kernel, which is 2
+#: to 5 times as fast for one row, 1.2 to 2 times for 32 (Zen 4, two cores, float32 and bfloat16, 32
+#: and 64 experts of 384 × 1024 to 1024 × 768). A row's sums have one order below it, and that of
 #: torch.mm from there on.
 MANY_ROWS = 256
 #: The same for bfloat16 on a CPU whose matrix tiles torch.mm uses; a guess, measured on none.
@@ -48,7 +48,7 @@ MANY_ROWS_WITH_TILES = 16
 
 @dataclass(frozen=True)
 class ProductSpec:
-    """What a generated kernel for y[m] = W_e x[m] takes for granted; W is (E, N, K)."""
+    """A generated kernel of y[m] = W_e x[m], for W (E, N, K)."""
 
     dtype: torch.dtype
     in_features: int
@@ -77,7 +77,6 @@ class ProductArgs(ctypes.Structure):
 
 
 def source(spec: ProductSpec, isa: Isa) -> str:
-    """The complete C++ text of the kernel of `spec` for `isa`."""
     sizes = {
         **tile_sizes(isa),
         "K": spec.in_features,
@@ -96,7 +95,7 @@ GroupedKernel = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
 
 def kernel_of(x: Tensor, weight: Tensor) -> GroupedKernel | None:
-    """The generated kernel for these operands, if there is one; they may be fake."""
+    """The generated kernel for these operands, which may be fake, if there is one."""
     on_cpu = x.device.type == weight.device.type == "cpu"
     spec = ProductSpec.of(x, weight) if on_cpu else None
     return None if spec is None else _built(spec)
@@ -111,7 +110,6 @@ def _built(spec: ProductSpec) -> GroupedKernel | None:
 
 
 def build(spec: ProductSpec, isa: Isa) -> GroupedKernel:
-    """The kernel of `spec` for y (M, N) contiguous and what `grouped_mm` takes."""
     kernel, parallel = loaded_kernel(source(spec, isa), isa)
 
     def run(y: Tensor, x: Tensor, weight: Tensor, offs: Tensor) -> None:
@@ -125,15 +123,11 @@ def build(spec: ProductSpec, isa: Isa) -> GroupedKernel:
 
 
 def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
-    """y (M, N).
+    """y (M, N) of x (M, K), sorted by expert, weight (E, K, N) and offs int32 (E,), where each
+    expert's rows end.
 
-    Args:
-        x: (M, K), rows sorted by expert.
-        weight: (E, K, N), in any layout.
-        offs: int32 (E,), where the rows of each expert end; ascending.
-
-    Raises:
-        LoweringError: sizes or dtypes that do not fit together, or an end behind the last row.
+    Raises LoweringError for sizes or dtypes that do not fit together, or an end behind the last
+    row.
     """
     _check(x, weight, offs)
     groups = _groups(offs)
@@ -155,7 +149,6 @@ def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
 
 
 def _groups(offs: Tensor) -> list[tuple[int, int]]:
-    """Where the rows of each expert start and end."""
     return list(itertools.pairwise([0, *offs.tolist()]))
 
 

@@ -1,4 +1,4 @@
-"""`lorafx::checked_index`: an index as it is, where each of its entries is one of the table's.
+"""`lorafx::checked_index`: a copy of an index, all of whose entries lie in a table.
 
     checked_index(index (…), size) = index        0 ≤ index < size, or −size ≤ index < size
 
@@ -20,12 +20,12 @@ from lorafx.kernels.ops.op_library import define, define_vmap
 def refuse_outside(
     index: Tensor, size: int, negative: bool, ignored: int | None, table: str, name: str
 ) -> None:
-    """Raise OutOfRangeError where an entry of `index` is none of the table's `size`.
+    """Raise OutOfRangeError where an entry of `index` lies outside a table of `size` entries.
 
     Args:
         negative: whether -size is the first entry.
         ignored: a value that stands for no entry.
-        table, name: for messages; the place of an entry of the index stands for `{}` in its name.
+        table, name: for messages; `{}` in `name` becomes the place of the entry.
     """
     if not index.numel():
         return

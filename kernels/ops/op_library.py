@@ -1,11 +1,10 @@
 """How ops of namespace `lorafx` are defined: a schema, an eager function and a fake function.
 
-A schema has no structures, and a graph takes each tensor as an input of its own. The Python
-functions take arguments that belong together as a NamedTuple; `flat` stands between the two, and is
-paid where Python runs an op. The generated kernels are entered past it.
-
     BankArgs    A, B, ranks, scales, slots       in a schema "Tensor A, Tensor B, …"
     Ranges      siblings, offsets, sizes         in a schema "int[] siblings, …"
+
+Python functions take arguments that belong together as a NamedTuple, schemas have them flat; `flat`
+translates where Python runs an op. Generated kernels are entered past it.
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ _LIBRARY = torch.library.Library("lorafx", "FRAGMENT")
 
 
 class BankArgs(NamedTuple):
-    """The bank of one group and the owners of the rows; see lorafx.kernels.ops.linear_ops for the
-    shapes."""
+    """The bank of one group and the slots of requests; shapes: lorafx.kernels.ops.linear_ops."""
 
     A: Tensor
     B: Tensor
@@ -33,8 +31,8 @@ class BankArgs(NamedTuple):
 
 
 class Ranges(NamedTuple):
-    """The column ranges of y. The j-th has sizes[j] columns and gets the delta of siblings[j], by
-    the columns of B from offsets[j] on."""
+    """The column ranges of y: range j has sizes[j] columns and the delta of siblings[j], by the
+    columns of B from offsets[j] on."""
 
     siblings: Sequence[int]
     offsets: Sequence[int]
@@ -65,25 +63,25 @@ def define(
 
 
 def define_functional(name: str, functional: Callable[..., object]) -> None:
-    """What functionalization makes of `lorafx::<name>`, which writes into an argument."""
+    """Define the functionalization of `lorafx::<name>`, which writes into an argument."""
     _LIBRARY.impl(name, functional, "Functionalize")
 
 
 def define_on(key: str, name: str, eager: Callable[..., object]) -> None:
-    """What `lorafx::<name>` is on devices of torch's dispatch key `key`; that of ROCm is "CUDA"."""
+    """Define `lorafx::<name>` for torch's dispatch key `key`; that of ROCm is "CUDA"."""
     _LIBRARY.impl(name, flat(eager), key)
 
 
 def define_vmap(name: str, mapped: Callable[..., object]) -> None:
-    """What `lorafx::<name>` is under torch.vmap (as torch.library.register_vmap takes it)."""
+    """Define `lorafx::<name>` under torch.vmap (as torch.library.register_vmap takes it)."""
     torch.library.register_vmap(f"lorafx::{name}", mapped, lib=_LIBRARY)
 
 
 def flat(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, taking the fields of each NamedTuple of its signature as arguments of their own,
-    by position. Torch leaves out the last arguments where they are the schema's defaults.
+    """`function` with the fields of each NamedTuple of its signature as positional arguments.
 
-    The result's signature is flat too: torch reads the schema of a `custom_op` from it.
+    Torch omits last arguments that are the schema's defaults. The result's signature is flat too:
+    torch reads the schema of a `custom_op` from it.
     """
     hints = get_type_hints(function)
     parameters: list[inspect.Parameter] = []

@@ -1,4 +1,4 @@
-"""Ops that say or check whose rows are whose: `lorafx::rows_of` and `lorafx::own_mask`."""
+"""Ops that declare or check row ownership: `lorafx::rows_of` and `lorafx::own_mask`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from lorafx.kernels.ops.op_library import define
 def rows_of(x: Tensor, y: Tensor) -> Tensor:
     """A copy of y (…, N), whose row m was computed from row m of x, (…, K) or ids (…).
 
-    A library's kernel over a quantised weight is an operator that nobody here knows. That the
-    module around it computes y = x Wᵀ is what the registry says of its class; this op says it in
-    the graph, for the analysis of whose rows are whose, which takes it away.
+    It records in the graph what the registry says of a module around an unknown operator, such as a
+    library's kernel over a quantised weight. The ownership analysis takes it away.
     """
     rows_of_fake(x, y)
     return y.clone()
@@ -30,11 +29,10 @@ def rows_of_fake(x: Tensor, y: Tensor) -> Tensor:
 def own_mask(x: Tensor, mask: Tensor, source: Tensor, slots: Tensor) -> Tensor:
     """A copy of the mask of x.masked_scatter(mask, source), or x[mask] = source.
 
-    The k-th position of a mask takes the k-th element of a source. That is the request's own
-    element if each request has as many positions as elements, which is data: it is asked when the
-    graph runs, and only where requests use different adapters.
-
-    Mask and source have an equal part for each request, in order. slots is int32 (n,).
+    The k-th position of a mask takes the k-th element of a source, which is of the same request if
+    each request has as many positions as elements. That is data, so it is checked when the graph
+    runs, and only where requests use different adapters. Mask and source have an equal part for
+    each request, in order; slots is int32 (n,).
 
     Raises:
         BatchError: the requests use different adapters, and one of them has other than as many

@@ -143,8 +143,8 @@ def _run_experts(
     """x times the weights of its rows' experts, with every range's delta: (M, N) of y's dtype.
 
     `inputs` is [x], or what x is computed from in the shrink ("activated"). Rows are sorted by
-    expert, offs (E,) says where each expert's rows end; rows behind the last are set to 0. Nothing
-    of how many rows an expert has is read on the host.
+    expert, offs (E,) says where each expert's rows end; rows behind the last are set to 0. The host
+    reads no number of rows.
     """
     y = _experts_fake(inputs, weight, offs, bank, rows, kernel)
     plan, M = plan_of(int(kernel)), y.shape[0]
