@@ -98,8 +98,7 @@ def gathered_groups(b: Tensor, groups: int) -> Tensor:
 
 
 def matrices(module: nn.Module, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor] | None:
-    """A (r, C·∏kernel) and B (N, r) of factors as PEFT saves them; None where their sizes are not
-    those of this convolution."""
+    """A (r, C·∏kernel) and B (N, r) of factors as PEFT saves them; None where sizes do not fit."""
     conv = convolution_of(module)
     dims = len(conv.kernel_size)
     rank = a.shape[0] if a.dim() else 0

@@ -9,8 +9,7 @@ the factor of embeddings that scale their output. The module's own forward runs 
 input and output do not have these shapes, a registered handler takes the call apart.
 
 A mark is a plain picklable object, so deep copies and pickles of a marked model stay marked. Dynamo
-inlines `__call__`: banks and slots become graph inputs, and nothing depends on the values of
-either.
+inlines `__call__`: banks and slots become graph inputs, and nothing depends on their values.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from lorafx.torch_internals.dynamo import assume_constant_result
 
 @assume_constant_result
 def refuse_at_rest(runtime: Runtime, path: str) -> bool:
-    """Refuse a trace outside of calls where an adapter is wanted: it would be the base."""
+    """Refuse a trace outside of calls while an adapter is the default: it would be the base."""
     try:
         if runtime.resting is not None:
             runtime.resting.refuse(path, path or "the model")
@@ -53,12 +52,8 @@ def refuse_at_rest(runtime: Runtime, path: str) -> bool:
 
 @assume_constant_result
 def refuse_exported() -> bool:
-    """Refuse torch.export inside of a block of `lorafx.adapters`. What it writes would hold the
-    banks, and read the slots of whatever block runs around it later.
-
-    Raises:
-        CaptureError: it runs.
-    """
+    """Refuse torch.export inside of a block of `lorafx.adapters` with a CaptureError: the export
+    would hold the banks, and read the slots of whatever block runs around it later."""
     if torch.compiler.is_exporting():
         raise CaptureError(
             "torch.export inside of a block of lorafx.adapters: the program would serve the "
@@ -154,8 +149,8 @@ class SiteMark:
         y = output[0] if several and output else output
         scaled = self.kind == "embedding" and self.derived
         scale = self._output_scale(module) if scaled else None
-        # A forward of another class may shift the ids it is given or take something else first
-        # (OPT's positions take the mask): only a pure scale is known to be safe.
+        # A forward of another class may shift its ids or take something else first (OPT's positions
+        # take the mask): only a pure scale is known to be safe.
         unknown = traced and scaled and scale is None
         if unknown or not self._takes(x, y, None):
             # Without a weight in the graph, match would have nothing to add the delta to.
@@ -166,7 +161,7 @@ class SiteMark:
         if not traced:
             self._refuse_mixed()
             self._check_once(module, args, kwargs, x, output, scale)
-        # What DoRA does not rescale; nothing else asks for it.
+        # DoRA does not rescale the bias.
         bias = None if self.bank.gains is None else getattr(module, "bias", None)
         ranges = self.siblings, self.offsets, self.sizes
         y = self._with_delta(x, y, scale, ranges, bias if isinstance(bias, Tensor) else None)
@@ -182,13 +177,13 @@ class SiteMark:
         ranges: Sequence[Sequence[int]],
         addend: Tensor | None = None,
     ) -> Tensor:
-        """y and the delta of the bank's columns that `ranges` (siblings, offsets, sizes) names.
-        `addend`, the module's bias, is what DoRA does not rescale."""
+        """y and the delta of the bank's columns `ranges` (siblings, offsets, sizes). DoRA does not
+        rescale `addend`, the module's bias."""
         bank, slots = self.bank, self.runtime.slots
         # DoRA is refused where a handler says what y is.
         gains = bank.gains if self.handler is None else None
-        # As a plain tuple: a named one made here, while Dynamo traces, would have the graph depend
-        # on an object of this process, and such graphs cannot be saved.
+        # A plain tuple: a NamedTuple made while Dynamo traces would have the graph depend on an
+        # object of this process, and such graphs cannot be saved.
         own_rows = (bank.own, bank.own_at, bank.own_table, bank.own_bias)
         if self.stored and tracing():
             y = torch.ops.lorafx.rows_of(x, y)
@@ -249,7 +244,7 @@ class SiteMark:
             fits = x.dim() == y.dim() == dims and x.shape[:2] == (y.shape[0], channels)
             return fits and y.shape[1] == self.out_features
         columns = y.shape[-1]
-        # Whether they are equal: asked whether they differ, Dynamo binds the graph to these sizes.
+        # Compared for equality: asked whether they differ, Dynamo binds the graph to these sizes.
         fits = x.dim() > 0 and x.shape[-1] == self.in_features and x.shape[:-1] == y.shape[:-1]
         if start is None:
             return fits and columns == self.out_features
@@ -298,7 +293,7 @@ class SiteMark:
         output: Any,
         scale: Tensor | float | None,
     ) -> None:
-        """Refuse a forward to whose output the delta cannot be added; looked at once."""
+        """Refuse, at the first call, a forward to whose output the delta cannot be added."""
         if self.checked or not (self.derived or isinstance(output, tuple)):
             return
         product = ModuleProduct(self.kind, self.weight_name, self.transposed, scale)
@@ -379,10 +374,6 @@ class RowMark:
         y ← rows_of(x, y)      in traces of calls with adapters; nothing elsewhere
 
     No ownership rule covers its kernel, but row m of y = x Wᵀ has the owner of row m of x.
-
-    Attributes:
-        out_features: N.
-        embedding: the module takes ids (…).
     """
 
     runtime: Runtime
@@ -404,7 +395,7 @@ class RowMark:
         return torch.ops.lorafx.rows_of(x, output)
 
 
-#: Hooks that are lorafx's.
+#: Classes of lorafx's hooks.
 MARKS = (SiteMark, RowMark)
 
 
@@ -424,7 +415,7 @@ class Attachment:
     rollback: Rollback
 
     def detach(self) -> None:
-        """Take the marks away again; safe to call twice."""
+        """Take the marks away; safe to call twice."""
         self.rollback.run()
 
 
@@ -440,8 +431,8 @@ def sessions_of_marks(graph: ModuleGraph) -> list[Any]:
 
 
 def detach(model: nn.Module) -> int:
-    """Take every mark off `model`, also those of a deep copy or pickle, but none of another model
-    that is served and shares modules with it. Returns how many were removed."""
+    """Take every mark off `model`, also those of a deep copy or pickle, but none of another served
+    model that shares modules with it. Returns how many were removed."""
     removed = 0
     for _, module in ModuleGraph(model).modules():
         for key, hook in list(module._forward_hooks.items()):

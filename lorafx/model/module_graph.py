@@ -7,9 +7,9 @@ An instance that several attributes reach has several paths; a storage may lie b
 parameters (tied weights, packed weights). Only *registered* submodules make paths, as in
 `nn.Module.named_modules`.
 
-The canonical path of an instance is the first one in registration order, depth first, which is the
-name that `named_modules()` gives it. Other paths are aliases. Blocks that share blocks multiply
-their paths, so `paths` lists at most `MAX_PATHS` of them, while `at` knows all.
+The canonical path of an instance is the name that `named_modules()` gives it: the first in
+registration order, depth first. Other paths are aliases. Blocks that share blocks multiply their
+paths, so `paths` lists at most `MAX_PATHS` of them, while `at` knows all.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MAX_PATHS = 64
 
 
 class Owner(NamedTuple):
-    """One attribute that holds a tensor: canonical module path, module, attribute name."""
+    """An attribute that holds a tensor: canonical module path, module, attribute name."""
 
     path: str
     module: nn.Module
@@ -37,10 +37,10 @@ class Owner(NamedTuple):
 
 
 def storage_key(tensor: Tensor) -> int:
-    """A number that two tensors share exactly when they share a storage, while both live.
+    """A number that two live tensors share exactly when they share a storage.
 
-    `data_ptr` will not do: it is 0 on the meta device. Tensor subclasses without a storage of
-    their own (quantised or sharded wrappers) count as their own storage.
+    `data_ptr` will not do: it is 0 on the meta device. Wrapper subclasses without a storage count
+    as their own.
     """
     try:
         return int(tensor.untyped_storage()._cdata)
@@ -50,28 +50,25 @@ def storage_key(tensor: Tensor) -> int:
 
 @contextmanager
 def writing(tensor: Tensor) -> Iterator[None]:
-    """Inside the block `tensor` may be viewed and written in place, without gradients: tensors made
-    in inference mode in that mode alone, all others outside of it."""
+    """Permits views and in-place writes of `tensor` without gradients: tensors made in inference
+    mode in that mode alone, all others outside of it."""
     with torch.inference_mode(tensor.is_inference()), torch.no_grad():
         yield
 
 
 def join(path: str, name: str) -> str:
-    """The dotted path of child `name` of the module at `path`."""
     return f"{path}.{name}" if path else name
 
 
 class ModuleGraph:
-    """Instances, parameters, buffers and storages of one model, as it was when this was made.
-
-    Storages alone are read anew, because packing re-points parameters to another storage.
-    """
+    """Instances, parameters, buffers and storages of one model when this was made; storages alone
+    are read anew, because packing re-points parameters to another storage."""
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
         self._modules: dict[str, nn.Module] = {}
         self._canonical: dict[int, str] = {}
-        #: What modules and tensors are held by, by `id`: the module that holds each, and the name.
+        #: The holders of modules and tensors by `id`: the module, and the name in it.
         self._holders: dict[int, list[tuple[nn.Module, str]]] = {id(root): []}
         self._contents: dict[int, dict[str, nn.Module | Tensor]] = {}
         self._tensors: dict[int, Tensor] = {}
@@ -90,7 +87,7 @@ class ModuleGraph:
                     self._tensors[id(value)] = value
             children = [(n, child) for n, child in contents.items() if isinstance(child, nn.Module)]
             pending += [(join(path, name), child) for name, child in reversed(children)]
-        #: Those that several paths lead to.
+        #: Modules and tensors that several paths lead to.
         self._shared = {id(below) for module in shared for below in module.modules()}
 
     @property
@@ -107,7 +104,6 @@ class ModuleGraph:
         yield from self._modules.items()
 
     def has(self, module: nn.Module) -> bool:
-        """Whether the model holds this instance."""
         return id(module) in self._canonical
 
     def path(self, module: nn.Module) -> str:
@@ -121,10 +117,9 @@ class ModuleGraph:
             ) from None
 
     def paths(self, module: nn.Module, limit: int = MAX_PATHS) -> tuple[str, ...]:
-        """Canonical path first, then aliases, at most `limit` in all.
+        """Canonical path first, then aliases, at most `limit` in all, without cycles.
 
-        Paths that pass one instance twice (cycles) are left out. LorafxError when the model does
-        not hold `module`.
+        LorafxError when the model does not hold `module`.
         """
         found = dict.fromkeys([self.path(module)])
         if id(module) not in self._shared:
@@ -177,7 +172,7 @@ class ModuleGraph:
         return seen
 
     def owners(self, tensor: Tensor) -> list[Owner]:
-        """The attributes that hold this very parameter or buffer; empty when none does."""
+        """The attributes that hold this very parameter or buffer."""
         return [
             Owner(self._canonical[id(module)], module, name)
             for module, name in self._holders.get(id(tensor), ())
@@ -204,12 +199,11 @@ class ModuleGraph:
 
 
 def _contents(module: nn.Module) -> dict[str, nn.Module | Tensor]:
-    """The children, parameters and buffers of a module, by name."""
     held = (*module._modules.items(), *module._parameters.items(), *module._buffers.items())
     return {name: value for name, value in held if value is not None}
 
 
-#: What stands for an index in `shape_of` a path.
+#: Stands for an index in `shape_of` a path.
 INDEX = "*"
 
 

@@ -4,10 +4,10 @@
                               "in_proj_qkvz": {"in_proj_qkv": (0, 1, 2), "in_proj_z": 3}}
 
 Model authors declare it on the model or on any module above the layer, users by
-`LoraConfig(packed_modules=...)`. A list has one name an output slice, in order; a mapping says
-which slices each name covers. An adapter may name `q_proj` on a model that has `qkv_proj`, and
-`qkv_proj` on one that has its members. The declaration nearest above a module wins, and the
-configuration's wins over all.
+`LoraConfig(packed_modules=...)`. A list has one name an output slice, in order; a mapping gives the
+slices of each name. An adapter may name `q_proj` on a model that has `qkv_proj`, and `qkv_proj` on
+one that has its members. The declaration nearest above a module wins, and the configuration's wins
+over all.
 """
 
 from __future__ import annotations
@@ -89,7 +89,6 @@ def _slices(value: object) -> tuple[int, ...] | None:
 
 
 def renamed(path: str, name: str) -> str:
-    """`path` with another last name."""
     return join(path.rpartition(".")[0], name)
 
 
@@ -118,14 +117,14 @@ class PackedNames:
             return ()
         parent, _, name = path.rpartition(".")
         found = self._for(parent).get(name, ())
-        # A member that is a module here is not packed here, whatever a mapping made for all
-        # models of a family says.
+        # A member that is a module of this model is not packed in it, whatever a mapping made for
+        # all models of a family says.
         is_here = any(self._graph.find(join(parent, member.name)) is not None for member in found)
         return () if is_here else found
 
     def memberships(self, path: str) -> tuple[Membership, ...]:
-        """The packed names that the module at canonical `path` is a member of and that are no
-        modules."""
+        """The packed names, themselves no modules, of which the module at canonical `path` is a
+        member."""
         if not self.any:
             return ()
         parent, _, name = path.rpartition(".")
@@ -137,7 +136,7 @@ class PackedNames:
         )
 
     def named(self) -> Iterator[tuple[str, nn.Module]]:
-        """(path, module) for what packed names call modules beside their own paths."""
+        """(path, module) of modules by packed names."""
         for path, module in self._graph.modules():
             others = [member.name for member in self.members(path)]
             others += [packed.name for packed in self.memberships(path)]
@@ -171,17 +170,16 @@ def parts_of(
     """The parts of a site, and the names that only an adapter's row counts can place.
 
     Args:
-        where: what messages call the module.
+        where: the module in messages.
         members: the names that it stands for.
         sizes: columns of its output slices; None where its class does not say.
         in_features, total: K and N.
 
     Returns:
-        One part a member where it is known which slices each covers; one a slice and the members'
-        names where there are fewer names than slices; else one part.
+        One part a member where the slices of each are known; one a slice and the members' names
+        where there are fewer names than slices; else one part.
 
-    Raises:
-        ValueError: the declared names and the slices do not fit together.
+    Raises ValueError where the declared names and the slices do not fit together.
     """
     whole = (Part("", (0,) if sizes is None else tuple(range(len(sizes))), in_features, total),)
     if sizes is not None and (sum(sizes) != total or not all(size > 0 for size in sizes)):
@@ -224,15 +222,9 @@ def virtual_paths(paths: Iterable[str], name: str) -> tuple[str, ...]:
 def spans(sizes: Sequence[int], rows: Sequence[int | None]) -> list[set[tuple[int, int]]]:
     """Which slices of a packed module each of several names covers, by row counts alone.
 
-    The names partition the slices in order: each has one or more that follow one another.
-
-    Args:
-        sizes: positive rows of each slice.
-        rows: rows of each name, None where they are not known.
-
-    Returns:
-        For each name what it may cover in some partition, (first slice, slice behind the last). All
-        are empty where no partition has these rows.
+    The names partition the slices in order. `sizes` are the rows of each slice, `rows` those of
+    each name, None where unknown. A name gets every (first slice, slice behind the last) that it
+    has in some partition; all are empty where there is no partition.
     """
     ends = (0, *accumulate(sizes))
 

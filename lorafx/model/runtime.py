@@ -21,12 +21,11 @@ from torch import Tensor
 from lorafx.errors import BatchError
 from lorafx.torch_internals.compat import mark_fixed_shape
 
-# The slots of every live Runtime. What Dynamo reaches through a module, a hook's attributes
-# included, has fixed shapes to it; what it reaches through a global may vary. Keys are strings,
-# which it never makes symbolic.
+# The slots of every live Runtime. Dynamo gives fixed shapes to what it reaches through a module,
+# hooks included; shapes may vary behind a global. Keys are strings, which are never symbolic.
 _SLOTS: dict[str, Tensor] = {}
-# Keys of runtimes that are gone. Garbage may be collected while Dynamo iterates over `_SLOTS`,
-# which must not change then: they are taken out when the next runtime is made.
+# Keys of dead runtimes, taken out when the next runtime is made: garbage may be collected while
+# Dynamo iterates over `_SLOTS`, which must not change then.
 _GONE: deque[str] = deque()
 _KEYS = itertools.count()
 _SMALLEST_BUFFER = 64
@@ -38,7 +37,7 @@ def holds_slots(value: object) -> bool:
 
 
 class RefusesAtRest(Protocol):
-    """What marks ask outside of a session's calls (lorafx.session.resting)."""
+    """Checks of marks outside of a session's calls (lorafx.session.resting)."""
 
     def refuse(self, path: str, layer: str) -> None:
         """Raise MatchError where an adapter that is wanted changes the layer."""
@@ -57,16 +56,16 @@ class Runtime:
         capacity: slots there are; requests name 0 to capacity − 1, or −1.
         rows: the slots as host ints.
         active: some request uses an adapter. False makes every mark a no-op, so that a graph
-            captured then is the base model's own. None does so outside of calls while an adapter
-            is the default: a foreign trace is refused then where the adapter changes the layer.
+            captured then is the base model's. None does so outside of calls while an adapter is the
+            default: a foreign trace is refused then where the adapter changes the layer.
         uniform: all requests use the same slot, the only kind of batch that is right before the
             rows' owners are proved.
         graph_passes: graphs of this model go through lorafx's own passes. A mark that cannot add
             its delta in a trace then leaves the weight's use to the `match` pass; else it raises.
         by_handle: graphs look `row_slots` up when they run, and what marks read is a handle of
             constant shape. False: marks read the slots of all requests.
-        session: what serves the model, None before and after; whoever finds a mark finds it here.
-        resting: whom a mark asks when its layer runs in eager mode; None where nobody serves it.
+        session: what serves the model, None before and after; marks lead to it.
+        resting: checks of a layer that runs in eager mode; None where nothing serves it.
 
     Copies and pickles have slots of their own and no session. They keep the batch, unless a session
     serves it: then they are the base.
@@ -87,9 +86,8 @@ class Runtime:
 
     @property
     def slots(self) -> Tensor:
-        """What marks read: the slot of each request, int32 (n,), or with `by_handle` (2,) two
-        different slots of the batch, where it has two: a mark serves batches of one adapter and
-        notices others."""
+        """The slot of each request, int32 (n,), or with `by_handle` (2,) two different slots of the
+        batch, where it has two: a mark serves batches of one adapter and notices others."""
         return _SLOTS[self._key]
 
     @property
@@ -99,7 +97,6 @@ class Runtime:
 
     @property
     def graph_slots(self) -> Tensor:
-        """The slot of each row of the graph that is about to run."""
         return self.row_slots if self._graph_slots is None else self._graph_slots
 
     @contextmanager
@@ -120,10 +117,7 @@ class Runtime:
         self._write(self.rows)
 
     def set_rows(self, slots: Sequence[int] | Tensor) -> None:
-        """Serve requests with these slots from the next forward on.
-
-        Args:
-            slots: one int a request, in [−1, capacity); or int32 (n,) on the host.
+        """Serve requests with these slots, in [−1, capacity) on the host, from the next forward on.
 
         Raises:
             BatchError: no request, or a slot out of range; or they differ from those of the last
@@ -166,8 +160,8 @@ class Runtime:
 
     def _write(self, rows: Sequence[int], given: Tensor | None = None) -> None:
         n = len(rows)
-        # Inference tensors may not be written outside inference mode, and Dynamo tells them
-        # apart: the buffer is made the same way whatever mode the caller is in.
+        # Inference tensors may not be written outside inference mode, and Dynamo tells them apart:
+        # the buffer is made the same way whatever mode the caller is in.
         with torch.inference_mode(False):
             if n > self._buffer.numel():
                 size = max(_SMALLEST_BUFFER, 2 * n)
@@ -201,15 +195,14 @@ class Runtime:
             self._write(self.rows)
 
 
-#: What `clear` leaves.
+#: The fields after `clear`.
 _AT_REST = {"rows": (-1,), "active": False, "uniform": True}
 
 
 def _copy(host: Tensor, slots: Tensor) -> None:
-    """Have `slots` be what `host` is, once the device has done what was launched before."""
+    """Copy `host` into `slots`, in stream order on the device."""
     if slots.device.type == "cuda":
-        # From memory that is not pinned the host would wait until then. torch keeps pinned memory
-        # until a copy from it is done.
+        # From unpinned memory the host would wait. torch keeps pinned memory until it is copied.
         slots.copy_(host.pin_memory(), non_blocking=True)
     else:
         slots.copy_(host)

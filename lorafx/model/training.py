@@ -1,4 +1,4 @@
-"""A model that is left in training mode, whose dropout changes every answer."""
+"""A warning for a model in training mode, whose dropout changes every answer."""
 
 from __future__ import annotations
 
