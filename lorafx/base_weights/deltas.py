@@ -48,7 +48,7 @@ class DeltaTerm:
 
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """ΔW of one site, and the rows of its weight that the adapter has of its own."""
+    """ΔW of one site, and the rows of its weight that the adapter replaces."""
 
     site: Site
     terms: tuple[DeltaTerm, ...]
@@ -56,7 +56,6 @@ class Delta:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Sizes of the weight as it is stored."""
         site = self.site
         if site.eligible.kind == "conv":
             return weight_shape(site.module)
@@ -96,7 +95,7 @@ class Delta:
     def _exchange(
         self, own: OwnWeight, made: Tensor, start: int, stop: int, before: Tensor
     ) -> None:
-        """Add own rows − `before` to `made`, in those of [start, stop) that are the adapter's."""
+        """Add own rows − `before` to `made`, in the adapter's rows among [start, stop)."""
         rows = _on(made, own.rows)
         at = torch.arange(len(rows)) if own.at is None else own.at.long()
         at = at.to(made.device)
@@ -226,7 +225,7 @@ def blocks(shape: Sequence[int], device: torch.device) -> Iterator[tuple[int, in
 
 
 def computing(weight: Tensor) -> torch.dtype:
-    """The dtype that sums with this weight are taken in."""
+    """The dtype of sums with this weight."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
@@ -237,11 +236,8 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def add_to(target: Tensor, weight: Tensor, delta: Delta, label: str) -> float:
     """target ← round(weight + ΔW), a few rows at a time; `target` may be the weight.
 
-    Returns:
-        ‖(target − weight) − ΔW‖ / ‖ΔW‖.
-
-    Raises:
-        MatchError: a sum is beyond the range of the dtype; `target` is written in part then.
+    Returns ‖(target − weight) − ΔW‖ / ‖ΔW‖. Raises MatchError for a sum beyond the range of the
+    dtype; `target` is written in part then.
     """
     dtype = computing(weight)
     lost = whole = 0.0

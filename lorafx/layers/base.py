@@ -1,5 +1,4 @@
-"""What all parallel layers share: the tensor-parallel group, sizes, this rank's part of them, and
-loading of weights.
+"""What all parallel layers share: the tensor-parallel group, this rank's sizes, and loading.
 
     slice i of the outputs has F_i rows in the checkpoint and P_i on this rank
     copies of it among the ranks: c_i = tp_size · P_i / F_i;  this rank has piece  tp_rank // c_i
@@ -47,8 +46,7 @@ class TensorParallel:
     def of(cls, group: dist.ProcessGroup | None = None) -> TensorParallel:
         """The given group, or all ranks, or a single rank where torch.distributed is not set up.
 
-        Raises:
-            ConfigError: this process is not in `group`.
+        Raises ConfigError where this process is not in `group`.
         """
         if not dist.is_available() or not dist.is_initialized():
             return cls()
@@ -76,7 +74,7 @@ class TensorParallel:
         if self.size == 1:
             return y
         ops = c10d
-        # The op stacks along the first dimension, whatever that is: give it one of its own.
+        # The op stacks along the first dimension, so it gets a new one.
         gathered = ops.wait_tensor(
             ops.all_gather_into_tensor(y.contiguous().unsqueeze(0), self.size, self.group_name)
         )
@@ -103,7 +101,7 @@ class LayerOptions(TypedDict, total=False):
 
 
 def label_of(layer: object, options: LayerOptions) -> str:
-    """What messages call a layer that is being made."""
+    """The name in messages of a layer that is being made."""
     prefix, name = options.get("prefix"), type(layer).__name__
     return f"{prefix} ({name})" if prefix else name
 
@@ -210,18 +208,12 @@ class ParallelLayer(LoadableLayer):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype that activations have, also where the weight is stored in another."""
+        """The dtype of activations, also where the weight is stored in another."""
         return self.params_dtype
 
     def slices(self, shard_id: ShardId = None) -> tuple[int, ...]:
-        """Indices of the output slices that a shard id means.
-
-        Args:
-            shard_id: a name ("q"), an index, a tuple of them, or None for all slices.
-
-        Raises:
-            CheckpointError: the layer has no such slice.
-        """
+        """Indices of the output slices of a shard id: a name ("q"), an index, a tuple of them, or
+        None for all slices. Raises CheckpointError for an unknown slice."""
         count = len(self.output_sizes)
         if shard_id is None:
             return tuple(range(count))
@@ -292,7 +284,7 @@ class ParallelLayer(LoadableLayer):
 
     def _apply(self, fn: Any, recurse: bool = True) -> ParallelLayer:
         super()._apply(fn, recurse)
-        # What .to(dtype) does to the parameters holds for the activations as well.
+        # .to(dtype) changes the dtype of activations as well.
         self.params_dtype = fn(torch.empty(0, dtype=self.params_dtype)).dtype
         return self
 
@@ -305,8 +297,8 @@ class ParallelLayer(LoadableLayer):
 
 
 class LocalProduct(nn.Module):
-    """A layer's own product as a module call, which hooks see before the ranks' are combined. The
-    delta is sharded over the ranks as the weight is, so it is added here."""
+    """A layer's own product as a module call, whose output hooks see before it is combined over
+    ranks. The delta is sharded as the weight is, so it is added here."""
 
     def forward(self, x: Tensor, layer: ParallelLayer) -> Tensor:
         return layer.compute(x)

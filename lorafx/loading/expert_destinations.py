@@ -39,7 +39,7 @@ class ExpertDestinations:
         self._weights: dict[int, tuple[ExpertWeight, ...]] = {}
 
     def destinations(self, walked: Walked) -> Iterator[Destination]:
-        """What a name that was walked as far as it led may mean among experts."""
+        """Possible places of a name that leads to a module of experts."""
         for owner in self._owners(walked):
             names, kind = _named(owner.rest)
             meant = meaning(self._of(owner.module), names)
@@ -86,8 +86,8 @@ class ExpertDestinations:
 
 
 def _named(rest: Sequence[str]) -> tuple[list[str], str]:
-    """The names that are left below a module of experts, "3.gate_proj.weight" or "w13_bias", as
-    those of a projection, and whether its weight or its bias is meant."""
+    """ "3.gate_proj.weight" or "w13_bias", split at its dots, as the names of a projection, and
+    "weight" or "bias"."""
     names = [name for name in rest if name != "base_layer"]
     if len(names) > 1 and names[-1] in ("weight", "bias"):
         return names[:-1], names[-1]
@@ -115,7 +115,7 @@ def _boxes(target: Target, path: str, kind: str, meant: ExpertMeaning) -> Iterat
             orders.reverse()
     for oriented in orders:
         shape = oriented.shape if meant.expert is None else oriented.shape[1:]
-        # Other names than the parameter's own say which way round it is.
+        # Other names than the parameter's own determine the orientation.
         turned = oriented is not box if meant.own else None
         yield Destination(path, shape, (Cut(oriented),), turned=turned)
 

@@ -24,8 +24,8 @@ from lorafx.model.packed_names import spans
 class JointGroup:
     """Tensors that fill one, one after the other along `dim`.
 
-    Attributes (of each kind of group):
-        path: what messages call it: the name of the (first) tensor of the model that it fills.
+    Attributes (of both kinds of group):
+        path: the group in messages: the name of the (first) tensor of the model that it fills.
         names: of the checkpoint's tensors, without prefixes, in order.
         destinations: what they fill.
     """
@@ -99,8 +99,6 @@ TensorGroup = JointGroup | ConvertedGroup
 
 @dataclass(frozen=True)
 class GroupMember:
-    """One tensor of a group, by its name there."""
-
     group: TensorGroup
     name: str
 

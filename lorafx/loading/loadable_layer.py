@@ -36,7 +36,7 @@ def methods_of(filled: Iterable[Target]) -> list[tuple[nn.Module, WeightMethod]]
 
 
 class LoadableLayer(nn.Module):
-    """Base of the layers; a subclass says which shapes and shard ids its parameters take.
+    """Base of the layers; a subclass defines which shapes and shard ids its parameters take.
 
     Attributes:
         prefix: the layer's name in the model, for messages; may be empty.
@@ -65,14 +65,10 @@ class LoadableLayer(nn.Module):
     def weight_loader(
         self, param: nn.Parameter, loaded_weight: Tensor, shard_id: Any = None
     ) -> None:
-        """Write a checkpoint tensor, of the whole layer's sizes, into this rank's parameter.
+        """Write a checkpoint tensor, of the whole layer's sizes, into this rank's `param`.
 
-        Args:
-            param: one of the layer's parameters.
-            shard_id: the piece of the parameter that it is; None for all of it.
-
-        Raises:
-            CheckpointError: the shape or dtype does not fit, or there is no such shard.
+        `shard_id` is the piece of the parameter; None for all of it. Raises CheckpointError where
+        the shape or dtype does not fit, or there is no such shard.
         """
         name = self.name_of(param)
         self.check_weight(name, loaded_weight.shape, shard_id)
@@ -110,7 +106,7 @@ class LoadableLayer(nn.Module):
         return f"{self.prefix} ({type(self).__name__})" if self.prefix else type(self).__name__
 
     def _keep_attributes(self) -> None:
-        """Remember what the parameters are marked with, once all of them are made."""
+        """Keep the attributes of the parameters, once all of them are made."""
         self._weight_attributes = {
             name: {key: value for key, value in vars(param).items() if key != "weight_loader"}
             for name, param in self._parameters.items()

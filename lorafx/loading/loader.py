@@ -31,10 +31,8 @@ Undo = Literal["memory", "disk"]
 
 
 class UndoLog:
-    """The numbers that tensors had before they were first written to, to be put back.
-
-    They are kept in host memory, or with "disk" in files of a temporary folder.
-    """
+    """The numbers that tensors had before they were first written to, in host memory, or with
+    "disk" in files of a temporary folder."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
@@ -59,7 +57,7 @@ class UndoLog:
             self._saved.add(key)
 
     def save_held(self, module: nn.Module) -> None:
-        """Keep what a module holds by itself: which tensors, and their numbers."""
+        """Keep which tensors a module holds by itself, and their numbers."""
         places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
         for place in places:
             for name, tensor in place.items():
@@ -69,7 +67,6 @@ class UndoLog:
                         self.save(tensor)
 
     def restore(self) -> None:
-        """Put back what was kept."""
         self._rollback.run()
         self._saved.clear()
 
@@ -94,24 +91,19 @@ def _write_back(tensor: Tensor, numbers: Tensor) -> None:
 
 
 class DerivedWeights:
-    """What a model computes from its weights and has to follow them: nothing."""
+    """Tensors that a model computes from its weights; none in this base class."""
 
     def holds(self, target: Target) -> bool:
         """Whether a target is computed from another."""
         return False
 
     def refusals(self, filled: Iterable[Target]) -> list[str]:
-        """What cannot follow the weights that get new numbers."""
+        """Why tensors computed from the weights that get new numbers cannot follow them."""
         return []
 
 
 class Loading:
-    """One source, its plan, and its writes.
-
-    Attributes:
-        plan: what the source's tensors mean: all of them after `check` where it is repeatable, else
-            after `write`.
-    """
+    """One source, its plan (complete after `check` or `write`), and its writes."""
 
     def __init__(
         self,
@@ -127,7 +119,7 @@ class Loading:
         self._source = source
         self._derived = derived or DerivedWeights()
         self._storages = {storage_key(target.tensor) for target in self.plan.targets}
-        #: Copies of tensors that were given and lie in the model's own weights.
+        #: Copies of given tensors that lie in the model's own weights.
         self._copies: dict[str, Tensor] = {}
         self._undo_log: UndoLog | None = None
         #: Tensors of groups that are not whole yet.
@@ -140,10 +132,9 @@ class Loading:
         return any(isinstance(cut.place, OwnLoader) for item in found for cut in item.cuts)
 
     def check(self) -> None:
-        """Plan all of what can be gone through twice.
+        """Plan all of a source that can be read twice.
 
-        Raises:
-            BaseWeightsError: for everything that is wrong, in one. Nothing has changed.
+        Raises BaseWeightsError for everything that is wrong; nothing has changed then.
         """
         if not self._source.repeatable:
             return
@@ -157,11 +148,11 @@ class Loading:
         self._finish()
 
     def write(self, undo_log: UndoLog | None = None) -> None:
-        """Write all of it, planning where that was not done. `undo_log` keeps what it was.
+        """Write all of it, planning where that was not done; `undo_log` keeps the old numbers.
 
         Raises:
-            BaseWeightsError: for everything that is wrong with what comes once.
-            CheckpointError: what comes twice came as something else.
+            BaseWeightsError: for everything that is wrong with a source that is read once.
+            CheckpointError: the second reading of a source differs from the first.
             Whatever the source, or a parameter's own loader, raises.
         """
         self._undo_log = undo_log
@@ -199,7 +190,7 @@ class Loading:
         self.plan.finish(self._derived.holds)
 
     def _is_own(self, meaning: Meaning, item: Item) -> bool:
-        """Whether a tensor lies in the model's own weights, in another place than it goes to."""
+        """Whether a tensor lies in the model's own weights, elsewhere than where it goes."""
         if item.given is None or storage_key(item.given) not in self._storages:
             return False
         cuts = () if isinstance(meaning, GroupMember) else meaning.cuts
@@ -239,19 +230,18 @@ def load_weights(
     """Load checkpoint tensors into the parameters and persistent buffers of `model`.
 
     Args:
-        weights: (name, tensor) pairs, taken one at a time, under any of the names that updates
-            take (docs/base_weights.md). A mapping, or a list or tuple of pairs, is checked as a
-            whole before anything is written; of another iterable each tensor is checked before it
-            is written, and nothing is written after the first problem.
+        weights: (name, tensor) pairs, under any of the names that updates take
+            (docs/base_weights.md). A mapping, or a list or tuple of pairs, is checked as a whole
+            before anything is written; of another iterable each tensor is checked before it is
+            written, and nothing is written after the first problem.
         stacked: (name in the model, name in the checkpoint, shard id), e.g.
             ("qkv_proj", "q_proj", "q"), ("in_proj_qkvz", "in_proj_qkv", (0, 1, 2)). It takes
             precedence over what the model and its modules declare in `packed_modules_mapping`.
         strict: tensors that the model has no place for, and parts of it that got no tensor, are
             errors too.
 
-    Returns:
-        Names of the parameters and buffers that were loaded, wholly or in part; for tied ones all
-        names.
+    Returns names of the parameters and buffers that were loaded, wholly or in part; for tied ones
+    all names.
 
     Raises:
         CheckpointError: all unknown, missing, duplicate and misshapen names, in one.

@@ -41,7 +41,7 @@ class PackedDestinations:
         self._joints: dict[str, JointGroup] = {}
 
     def destinations(self, walked: Walked) -> Iterator[Destination | GroupMember]:
-        """What a name may mean of which all but two components lead to a module."""
+        """Possible places of a name whose components, all but two, lead to a module."""
         if len(walked.rest) != 2 or not self._packed.any:
             return
         name, attribute = walked.rest
@@ -153,7 +153,7 @@ class PackedDestinations:
 
 
 def _shard_id(members: Sequence[PackedMember], index: int, sizes: tuple[int, ...] | None) -> Any:
-    """What the loader of a packed parameter calls one of its members; None for the whole."""
+    """The shard id of a member in a packed parameter's loader; None for the whole."""
     slices = members[index].slices
     if slices is not None:
         return slices

@@ -58,8 +58,8 @@ class Conversions:
 
     @property
     def rearrange(self) -> bool:
-        """Whether a conversion does more than to put tensors one after the other: what it takes may
-        have a name that means something else in most checkpoints."""
+        """Whether a conversion does more than concatenate tensors: its sources may have names that
+        mean something else in most checkpoints."""
         return bool(self._rearranging)
 
     def member(
@@ -71,8 +71,8 @@ class Conversions:
     ) -> GroupMember | Destination | None:
         """The group that a renamed `name` belongs to; None where no conversion takes it.
 
-        `find` gives the place of a tensor of the model by its name. With `rearranging` only of
-        conversions as `rearrange` says.
+        `find` gives the place of a tensor of the model by its name. `rearranging`: only conversions
+        of `rearrange`.
         """
         for converter in self._rearranging if rearranging else self._converters:
             index = id(converter)
@@ -110,7 +110,7 @@ class Conversions:
     def _undone(
         self, converter: Any, targets: dict[str, torch.Size]
     ) -> dict[str, tuple[str, WeightShape]]:
-        """(pattern, shape) by name of what `converter` makes tensors of these shapes from."""
+        """(pattern, shape) by name of the tensors from which `converter` makes these shapes."""
         undoing = deepcopy(converter).reverse_transform()
         key = ""
         for target, shape in targets.items():
@@ -149,10 +149,8 @@ class Resolver:
         self._advised = 0
 
     def meaning(self, name: str, shape: WeightShape) -> Meaning | None:
-        """What a tensor of this name and shape means; None where the model has no place for it.
-
-        Of several meanings the first whose shape fits, or the first of all where none does.
-        """
+        """What a tensor of this name and shape means; None where the model has no place for it. Of
+        several meanings the first whose shape fits, or the first of all where none does."""
         first: Meaning | None = None
         for found in self._meanings(name):
             if isinstance(found, GroupMember) or (
@@ -176,7 +174,7 @@ class Resolver:
         )
 
     def advice(self, name: str) -> str:
-        """What to say of a name that has no place."""
+        """The hint of a message on a name that has no place."""
         if ".lora_" in name:
             return "a factor of an adapter; load_adapter takes those"
         if self._advised >= _NEAREST:
@@ -188,8 +186,8 @@ class Resolver:
     def _meanings(self, name: str) -> Iterator[Meaning]:
         readings = list(self.names.readings(name))
         if self._conversions.rearrange:
-            # A family's own conversion knows better what a name means than its usual meaning does:
-            # Inkling's w13_weight has gate and up interleaved.
+            # A family's own conversion comes before the usual meaning of a name: Inkling's
+            # w13_weight has gate and up interleaved.
             for reading in readings:
                 if self._own(reading) is not None:
                     yield from self._by_walking(reading)

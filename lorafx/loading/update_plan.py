@@ -67,7 +67,7 @@ class UpdatePlan:
         targets: all parameters and buffers of the model.
         meanings: by the checkpoint's name.
         planned: shape and numbers of each tensor that has a meaning.
-        problems: what is wrong, in the order in which it was found.
+        problems: in the order in which they were found.
         ignored: names that the model has no place for and that are no error.
         missing: what got no numbers, once finished.
     """
@@ -95,7 +95,7 @@ class UpdatePlan:
             self._ways[self._key(target)] += resolver.names.ways(target)
 
     def take(self, item: Item) -> Meaning | None:
-        """What a tensor means; None where it has no place or something is wrong with it."""
+        """The meaning of a tensor; None where it has no place or something is wrong with it."""
         name = item.name
         if name in self._names:
             self._fault(f"{name}: a duplicate", destinations_of(self.meanings.get(name)))
@@ -121,8 +121,7 @@ class UpdatePlan:
     def finish(self, derived: Callable[[Target], bool] = lambda _: False) -> None:
         """Find what is still missing. `derived`: whether a target is computed from others.
 
-        Raises:
-            BaseWeightsError: for everything that was wrong, in one.
+        Raises BaseWeightsError for everything that was wrong.
         """
         for group, items in self._groups.items():
             lacking = [name for name in group.names if name not in items]
@@ -165,7 +164,7 @@ class UpdatePlan:
         return [target for target in self.targets if self._key(target) in self._filled]
 
     def _take_alone(self, found: Destination, item: Item) -> str:
-        """Note a tensor that has a place by itself; what is wrong with it."""
+        """Note a tensor that has a place by itself; returns a problem, or ""."""
         wrong = found.wrong
         if not wrong and found.shape not in (None, tuple(item.shape)):
             wrong = f"the checkpoint's tensor has shape {tuple(item.shape)}, expected {found.shape}"
@@ -174,7 +173,7 @@ class UpdatePlan:
         return f"{label}: {wrong}" if wrong else ""
 
     def _take_member(self, member: GroupMember, item: Item) -> str:
-        """Note a member of a group, and check the group with its last one; what is wrong."""
+        """Note a member of a group, and check the group with its last; returns a problem, or ""."""
         group = member.group
         items = self._groups.setdefault(group, {})
         if member.name in items:
@@ -190,7 +189,7 @@ class UpdatePlan:
         return f"{item.name} → {group.path}: {wrong}" if wrong else ""
 
     def _fill(self, found: Destination, item: Item, *, alone: bool = True) -> str:
-        """Note what a tensor fills; why not, where other numbers fill it already."""
+        """Note what a tensor fills; returns why not, where other numbers fill it already."""
         fills = [
             (target, part, cut.take)
             for cut in found.cuts
@@ -219,7 +218,7 @@ class UpdatePlan:
         return lambda: kept
 
     def _orientations(self) -> None:
-        """Refuse a square matrix beside one that came transposed: it may be transposed too."""
+        """Refuse a square matrix beside a transposed matrix: it may be transposed too."""
         turned: dict[int, str] = {}
         square: list[tuple[int, str, Destination]] = []
         for name, meaning in self.meanings.items():
@@ -239,7 +238,7 @@ class UpdatePlan:
                 self._fault(wrong, (meaning,))
 
     def _uncovered(self, target: Target) -> str:
-        """What of a target got no numbers, "" where nothing."""
+        """The part of a target that got no numbers, "" where there is none."""
         by_expert = self._filled.get(self._key(target))
         if by_expert is None:
             return "nothing in the checkpoint"
@@ -267,7 +266,7 @@ class UpdatePlan:
         return f"nothing in the checkpoint for {what}" if absent else ""
 
     def _fault(self, problem: str, found: Iterable[Destination]) -> None:
-        """Note a problem; what these places lack is said by it already."""
+        """Note a problem, which covers what these places lack."""
         self.problems.append(problem)
         self._faulty.update(self._keys_of(found))
 
