@@ -38,8 +38,7 @@ from lorafx.program.preparation import PassReport, Preparation
 
 
 class ModelPass(Protocol):
-    """One step over the model. `run` returns how many items it found or made, and notes in the
-    preparation what they are."""
+    """One step over the model. `run` returns how many items it found or made."""
 
     @property
     def name(self) -> str: ...
@@ -50,9 +49,8 @@ class ModelPass(Protocol):
 class GraphPass(Protocol):
     """One rewrite of the functional ATen graph.
 
-    `required` passes cannot be switched off: without them a delta could be dropped silently.
-    `run` returns the number of edits it made. It neither lints nor recompiles nor removes dead
-    code; the driver does.
+    `required` passes cannot be switched off: without them a delta could be dropped silently. `run`
+    returns the number of edits; the driver lints, recompiles and removes dead code.
     """
 
     @property
@@ -73,8 +71,8 @@ MODEL_PASSES: tuple[ModelPass, ...] = (
     PackWeights(),
 )
 
-#: `outline` is last: it compares what the lowering made of each layer, so what differs there (a
-#: pinned strategy, say) keeps layers apart.
+#: `outline` is last: it compares the lowered layers, so that differences there (a pinned strategy,
+#: say) keep layers apart.
 GRAPH_PASSES: tuple[GraphPass, ...] = (
     WriteInPlace(),
     Match(),
@@ -155,8 +153,7 @@ class Pipeline:
 def pipeline(options: Options | None = None) -> Pipeline:
     """The passes that `lorafx.compile` runs with these options, or with the defaults.
 
-    Raises:
-        ConfigError: `options.passes` names a pass that does not exist, or cannot be switched off.
+    Raises ConfigError where `options.passes` names an unknown pass, or one that cannot be off.
     """
     options = Options() if options is None else options
     known = {item.name: item for item in GRAPH_PASSES}
@@ -206,7 +203,6 @@ def _line(name: str, about: str) -> str:
 
 
 def _about(item: ModelPass | GraphPass) -> str:
-    """The first line of what its docstring says."""
     text = inspect.getdoc(item.given.run if isinstance(item, UserPass) else type(item)) or ""
     return text.partition("\n\n")[0].replace("\n", " ")
 
@@ -221,13 +217,8 @@ def run_passes(
     around: Callable[[Pass], AbstractContextManager[None]] = lambda _: nullcontext(),
     after: Callable[[Pass, int, float], PassReport],
 ) -> list[PassReport]:
-    """Run passes in their order, over the model or over a graph.
-
-    Args:
-        run: runs one pass and returns how many items it made.
-        around: the context in which a pass runs.
-        after: makes the report, given the pass, its edits and its seconds.
-    """
+    """Run passes in their order; `run` returns a pass's edits, `around` is its context, and `after`
+    makes the report, given the pass, its edits and its seconds."""
     reports: list[PassReport] = []
     for item in passes:
         start = time.perf_counter()
@@ -240,10 +231,7 @@ def run_passes(
 def run_model_passes(
     model: Preparation, passes: Sequence[ModelPass] = MODEL_PASSES
 ) -> list[PassReport]:
-    """Run passes over a model.
-
-    It raises whatever a pass raises; the model is then as it was before.
-    """
+    """Run passes over a model, which is as it was before where a pass raises."""
 
     def noted(item: ModelPass, found: int, seconds: float) -> PassReport:
         notes, model.notes = tuple(model.notes), []

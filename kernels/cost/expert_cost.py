@@ -41,7 +41,6 @@ class ExpertWork(Work):
     activation: bool = False
 
     def _hit(self, cells: int) -> float:
-        """Expected number of cells that have rows."""
         return cells * -math.expm1(self.rows * math.log1p(-1 / cells)) if cells > 1 else 1.0
 
     @property
@@ -96,7 +95,6 @@ def _activated(work: ExpertWork) -> float:
 
 
 def _delta(work: ExpertWork, l2: float, padding: float, *, tensor: bool) -> float:
-    """Seconds of keys of rows, shrink and expand beside the base's own product."""
     M, K, N, G = work.rows, work.in_features, work.columns, len(work.sizes)
     shrink = work.reader(work.a + M * K, l2 * G * K, padding * G * K, tensor=tensor)
     expand = work.reader(work.b + 2 * M * N, l2 * N, padding * N, tensor=tensor)

@@ -89,8 +89,7 @@ SPLIT_OVER_VENDOR = 0.97
 
 @dataclass(frozen=True)
 class Estimate:
-    """Modelled time of base product and delta of a node, over the vendor GEMM and over
-    `Work.floor`; a strategy with a `refusal` is not chosen."""
+    """Modelled time of a strategy; one with a `refusal` is not chosen."""
 
     seconds: float
     over_base: float
@@ -104,8 +103,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Work:
-    """One node: y (M, ΣN) = x (M, K) Wᵀ with the deltas of D adapters of rank r; `sizes` are the
-    N_i of siblings that share x, `distinct` is D."""
+    """y (M, ΣN) = x (M, K) Wᵀ of siblings that share x, with deltas of D = `distinct` adapters."""
 
     in_features: int
     sizes: tuple[int, ...]
@@ -170,13 +168,11 @@ class Work:
 
     @property
     def cached(self) -> float:
-        """Elements that the base product's tiles take from the cache; 0 where FLOPs decide, since
-        the measured rate includes the cache."""
+        """Elements from the cache; 0 where FLOPs decide, whose measured rate includes the cache."""
         M, K, N = self.rows, self.in_features, self.columns
         return 0 if self.compute_bound else self.m_tiles * K * N + self.n_tiles * M * K + M * N
 
     def base(self, memory: float = 0.0, l2: float = 0.0, flops: float = 0.0) -> float:
-        """Seconds of the base product by kernels that also move and compute the given amounts."""
         moved = self.weight_elements + self.rows * (self.in_features + self.columns) + memory
         return self.kernel(moved, self.cached + l2, self.product + flops)
 
@@ -242,8 +238,7 @@ IN_TURN = READER / 4
 
 
 def _split(work: Work) -> float:
-    """The reader waits for dependent loads, and goes round again where its tile has more adapters
-    than it multiplies side by side."""
+    """Goes round again for adapters beyond those that a tile multiplies side by side."""
     M, K, N, G = work.rows, work.in_features, work.columns, len(work.sizes)
     sums, flops = _plane_elements(work), 2.0 * M * work.padded_rank * work.adapters_in_tile
     first = work.fused_base(work.a, sums, flops * G * K, SPLIT_OVER_VENDOR)
@@ -299,7 +294,7 @@ def _shrink(work: Work) -> float:
 
 
 def _by_runs(work: Work, memory: float, terms: int) -> float:
-    """Seconds of a shrink or an expand over runs of equal slots, padded to what a dot takes."""
+    """A shrink or an expand over runs of equal slots, padded to what a dot takes."""
     run = math.ceil(math.ceil(work.rows / max(work.distinct, 1)) / DOT) * DOT
     flops = 2.0 * work.distinct * run * work.padded_rank * terms
     slow = OVER_ROOFLINE if work.compute_bound else 1.0
@@ -318,7 +313,6 @@ def _concat(work: Work) -> float:
 
 
 def _more_columns(work: Work) -> int:
-    """Columns of all siblings: a block for each adapter that the batch may have."""
     return len(work.sizes) * work.distinct * math.ceil(work.rank / UNIT) * UNIT
 
 

@@ -129,7 +129,6 @@ def cache_folder() -> Path:
 
 
 def compile_library(source: str, flags: tuple[str, ...] = ()) -> Path:
-    """The shared library of `source`, from the cache or compiled now."""
     compiler = find_compiler()
     command = [compiler, *BASE_FLAGS, *flags]
     key = hashlib.sha256("\0".join([source, *command, version_of(compiler)]).encode())
@@ -227,7 +226,7 @@ def _held(path: Path) -> Iterator[TextIO]:
 
 
 def _lock(file: TextIO) -> bool:
-    """Lock the file without waiting; whether that succeeded."""
+    """Whether the file could be locked without waiting."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -311,7 +310,6 @@ def _end() -> None:
 
 
 def _after_fork() -> None:
-    """Forget the threads and compilers of the parent."""
     global _LOCK
     _LOCK = threading.Lock()
     _RUNNING.clear()

@@ -39,7 +39,6 @@ def _template(name: str) -> str:
 
 
 def loaded_kernel(source: str, isa: Isa) -> tuple[Any, int]:
-    """`lorafx_kernel` of a compiled source, and the address of torch's parallel loop."""
     library = load_library(compile_library(source, isa.flags))
     return library.lorafx_kernel, torch_function("torch_parallel_for")
 
@@ -99,7 +98,6 @@ _DTYPES = {
 
 @functools.cache
 def dtype_code(dtype: torch.dtype) -> int:
-    """The number that torch's C interface has for `dtype`."""
     return int(ctypes.CFUNCTYPE(ctypes.c_int32)(torch_function(_DTYPES[dtype]))())
 
 
@@ -109,11 +107,8 @@ def op_source(files: Sequence[str]) -> str:
 
 
 def register(op: str, files: Sequence[str], more_shims: Sequence[str] = ()) -> ctypes.CDLL:
-    """Build and load the library of these files of this folder, which registers its CPU kernels.
-
-    The files end in `lorafx_install`, which takes the functions of torch that handles.h names and
-    `more_shims` behind them. `op` is for messages.
-    """
+    """Load the library of these files, whose `lorafx_install` takes torch's functions in handles.h
+    and `more_shims` and registers the CPU kernels of `op`."""
     library = load_library(compile_library(op_source(files)))
     names = (*_SHIMS, *more_shims)
     shims = (ctypes.c_void_p * len(names))(*(torch_function(name) for name in names))

@@ -179,12 +179,8 @@ def builds_noted() -> Iterator[dict[DeltaSpec, int]]:
 
 
 def build(spec: DeltaSpec, isa: Isa | None = None) -> int | None:
-    """The id of the kernel of `spec`, compiled if need be and loaded into this process.
-
-    `isa` is an instruction set that this CPU runs; None for the best. None is returned where
-    kernels are not generated for the spec (float64, empty ranges) or no compiler works (one
-    warning).
-    """
+    """The id of the kernel of `spec`, loaded into this process; None where kernels are not
+    generated for it (float64, empty ranges) or no compiler works (one warning)."""
     if not spec.supported():
         return None
     with _LOCK:
@@ -204,12 +200,10 @@ def build(spec: DeltaSpec, isa: Isa | None = None) -> int | None:
 
 
 def built_source(spec: DeltaSpec) -> str:
-    """The C++ of the kernel that `build(spec)` compiles on this CPU."""
     return source(spec, best_isa())
 
 
 def build_all(specs: Iterable[DeltaSpec]) -> dict[DeltaSpec, int | None]:
-    """`build` of each spec, compiled in parallel."""
     wanted = list(dict.fromkeys(specs))
     with contextlib.suppress(LoweringError):  # build meets failures again, and warns of them
         isa = best_isa()
@@ -230,10 +224,8 @@ def _kernel(spec: DeltaSpec, rows: Any) -> int | None:
 
 
 def delta_call(spec: DeltaSpec, *tensors: Any, rows: Any) -> tuple[OpOverload, tuple[Any, ...]]:
-    """The op and arguments that add the delta of `spec`, generated where that is possible.
-
-    `tensors` are y, x, A, B, ranks, scales, slots, or graph nodes of them.
-    """
+    """The op and arguments that add the delta of `spec`, generated where that is possible; tensors:
+    y, x, A, B, ranks, scales, slots, or graph nodes of them."""
     kernel = _kernel(spec, rows)
     if kernel is not None:
         return torch.ops.lorafx.run_delta_.default, (*tensors, rows, kernel)

@@ -112,7 +112,7 @@ def pays(rows: int, dtype: torch.dtype) -> bool:
 
 
 def most_rows(dtype: torch.dtype) -> int:
-    """Rows up to which the generated kernel is used for `dtype`, 0 where there is none."""
+    """Rows up to which the generated kernel is used, 0 where there is none."""
     if dtype not in ELEMENTS:
         return 0
     if dtype == torch.bfloat16 and has_matrix_tiles():
@@ -137,12 +137,8 @@ def op_library() -> ctypes.CDLL:
 
 
 def many_by_onednn(library: ctypes.CDLL, wanted: bool | None = None) -> None:
-    """Let the ops multiply many rows in float32 by oneDNN, or by aten.mm (MKL); None for the
-    faster.
-
-    Where MKL has general code alone, oneDNN takes 0.65 to 0.8 of its time for 96 to 200 rows (Zen
-    4, one thread, cold weights). In 16 bits aten.mm is oneDNN anyway.
-    """
+    """Multiply many float32 rows by oneDNN, or by MKL; None for the faster. Where MKL has general
+    code alone, oneDNN takes 0.65 to 0.8 of its time for 96 to 200 rows (Zen 4, cold weights)."""
     if wanted is None:
         wanted = torch.backends.mkldnn.is_available() and bool(library.lorafx_mm_is_slow())
     linear = torch_function("aoti_torch_cpu__linear_pointwise") if wanted else None
@@ -178,12 +174,8 @@ def use(dtype: torch.dtype, isa: Isa, rows: int) -> None:
 
 
 def dense_mm(x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
-    """x (M, K) times Wᵀ for W (N, K), (M, N) contiguous.
-
-    `sizes` cut N into parts that are multiplied one by one where rows are many, which MKL is faster
-    at (lorafx.kernels.cost.roofline.split_is_faster); empty for one part. Raises LoweringError for
-    sizes that do not fit together.
-    """
+    """x (M, K) times Wᵀ for W (N, K), contiguous. `sizes` cut N into parts that are multiplied one
+    by one where rows are many (lorafx.kernels.cost.roofline.split_is_faster)."""
     # A graph from a cache may be the first to ask for the kernel, which then replaces this one.
     if x.device.type == "cpu" and ready(x.dtype):
         y: Tensor = DENSE_MM(x, weight, sizes)
@@ -248,10 +240,7 @@ def _installed() -> bool:
 def dense_mm_delta(
     x: Tensor, weight: Tensor, sizes: list[int], bank: BankArgs, rows: int, kernel: int
 ) -> Tensor:
-    """`dense_mm` and its delta; rows and kernel, that of a linear, are as `run_delta_` takes them.
-
-    Raises LoweringError for operands that do not fit together, or a kernel that is not loaded.
-    """
+    """`dense_mm` and its delta; rows and kernel are as `run_delta_` takes them."""
     return _joined(DENSE_MM_DELTA, DENSE_MM, (x, weight, sizes), x, bank, rows, kernel)
 
 
@@ -264,7 +253,6 @@ def dense_addmm_delta(
     rows: int,
     kernel: int,
 ) -> Tensor:
-    """`dense_mm_delta` plus a bias (N,)."""
     operands = (bias, x, weight, sizes)
     return _joined(DENSE_ADDMM_DELTA, DENSE_ADDMM, operands, x, bank, rows, kernel)
 

@@ -56,8 +56,8 @@ class ProductSpec:
 
     @classmethod
     def of(cls, x: Tensor, weight: Tensor) -> ProductSpec | None:
-        """The spec for x (M, K) and weight (E, K, N); None where no kernel is generated: other
-        types than 16- and 32-bit floats, weights that do not lie as (E, N, K), strided rows."""
+        """None where no kernel is generated: weights that do not lie as (E, N, K), strided rows,
+        other types than 16- and 32-bit floats."""
         _, K, N = weight.shape
         laid = weight.stride() == (K * N, 1, K) or weight.numel() == 0
         rows = x.stride(1) == 1 and x.stride(0) >= 0
@@ -95,7 +95,6 @@ GroupedKernel = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
 
 def kernel_of(x: Tensor, weight: Tensor) -> GroupedKernel | None:
-    """The generated kernel for these operands, which may be fake, if there is one."""
     on_cpu = x.device.type == weight.device.type == "cpu"
     spec = ProductSpec.of(x, weight) if on_cpu else None
     return None if spec is None else _built(spec)
@@ -124,11 +123,7 @@ def build(spec: ProductSpec, isa: Isa) -> GroupedKernel:
 
 def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     """y (M, N) of x (M, K), sorted by expert, weight (E, K, N) and offs int32 (E,), where each
-    expert's rows end.
-
-    Raises LoweringError for sizes or dtypes that do not fit together, or an end behind the last
-    row.
-    """
+    expert's rows end. Raises LoweringError for an end behind the last row."""
     _check(x, weight, offs)
     groups = _groups(offs)
     for start, end in groups:

@@ -20,13 +20,8 @@ from lorafx.kernels.ops.op_library import define, define_vmap
 def refuse_outside(
     index: Tensor, size: int, negative: bool, ignored: int | None, table: str, name: str
 ) -> None:
-    """Raise OutOfRangeError where an entry of `index` lies outside a table of `size` entries.
-
-    Args:
-        negative: whether -size is the first entry.
-        ignored: a value that stands for no entry.
-        table, name: for messages; `{}` in `name` becomes the place of the entry.
-    """
+    """Raise OutOfRangeError where an entry of `index` is outside of a table of `size`: below −size
+    if `negative`, else below 0. `ignored` is no entry; `{}` in `name` is the entry's place."""
     if not index.numel():
         return
     first = -size if negative else 0
@@ -50,7 +45,6 @@ def refuse_outside(
 def checked_index(
     index: Tensor, size: int, negative: bool, ignored: int | None, table: str, name: str
 ) -> Tensor:
-    """A copy of `index`; the arguments are those of `refuse_outside`."""
     refuse_outside(index, size, negative, ignored, table, name)
     return index.clone()
 

@@ -55,10 +55,8 @@ def conv_site(
     addend: Tensor | None,
     shifts: Tensor | None,
 ) -> Tensor:
-    """y (M, N, D'...) + delta for x (M, C, D...), a new contiguous tensor of y's dtype.
-
-    With `gains` all of y but `addend` (N,) is rescaled then, and `shifts` are added at the end.
-    """
+    """y (M, N, D'...) + delta, a new contiguous tensor. With `gains` all of y but `addend` (N,) is
+    rescaled then, and `shifts` are added at the end."""
     conv_site_fake(x, y, bank, rows, window, gains, addend, shifts)
     out = y.clone(memory_format=torch.contiguous_format)
     if out.numel():

@@ -31,17 +31,12 @@ from lorafx.kernels.ops.op_library import BankArgs, Ranges
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 where any of the tensors is, float32 otherwise."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def row_slots(slots: Tensor, rows: int, count: int) -> Tensor:
-    """The slot of each of `count` rows: slots[(m // rows) % n], int32 (count,).
-
-    Raises:
-        ProvenanceError: rows is 0 (row ownership is not proved) and slots differ.
-        BatchError: there are rows but no slots.
-    """
+    """The slot of each of `count` rows, slots[(m // rows) % n], int32. Raises ProvenanceError if
+    rows is 0 (not proved) and slots differ, BatchError for rows without slots."""
     n = slots.shape[0]
     if n == 0 or count == 0:
         if count:
@@ -58,10 +53,8 @@ def row_slots(slots: Tensor, rows: int, count: int) -> Tensor:
 
 
 def groups(owner: Tensor, capacity: int) -> Iterator[tuple[int, Tensor]]:
-    """(slot, its row indices int64) for each slot present in owner (M,), base rows left out.
-
-    Raises BatchError for a slot that is not below `capacity`, the number of slots of the bank.
-    """
+    """(slot, its row indices int64) for each slot in owner (M,) but −1; BatchError for a slot that
+    is not below `capacity`, the bank's."""
     for slot in torch.unique(owner).tolist():
         if slot >= capacity:
             raise BatchError(f"slot {slot} in a batch, but the bank has {capacity} slots")
@@ -90,8 +83,8 @@ def _masked_v(v: Tensor, owner: Tensor, live: Tensor, scale: Tensor) -> Tensor:
 def add_linear_delta(
     y: Tensor, x: Tensor, bank: BankArgs, ranges: Ranges, rows: int, *, grouped: bool | None = None
 ) -> None:
-    """Adds the delta of each column range into y (..., Σsizes) in place; x is (..., K), both of any
-    strides. `grouped` overrides the device's choice: group rows, or mask."""
+    """Adds the delta of each range into y (..., Σsizes), of any strides; x is (..., K). `grouped`
+    overrides the device's choice: group rows, or mask."""
     x, y = torch.atleast_2d(x), torch.atleast_2d(y)  # views
     A, B, ranks, scales, slots = bank
     count = x.shape[:-1].numel()
@@ -155,8 +148,8 @@ def rescaled(
     sizes: Sequence[int],
     shifts: Tensor | None = None,
 ) -> Tensor:
-    """y (..., Σsizes) rescaled by columns [offset, offset + size) of gains (S, ΣN), then with those
-    of shifts (S, ΣN) added; None leaves either out."""
+    """y rescaled by columns [offset, offset + size) of gains (S, ΣN), then with those of shifts (S,
+    ΣN) added; None leaves either out."""
     owner = row_slots(slots, rows, y.shape[:-1].numel()).view(y.shape[:-1])
 
     def columns(table: Tensor) -> Tensor:

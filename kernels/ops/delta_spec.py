@@ -95,8 +95,7 @@ class DeltaSpec:
 
 
 def _bank_strides(A: Tensor, B: Tensor, ranks: Tensor, K: int) -> tuple[int, int, int]:
-    """(G, ΣN, spacing) of the bank that A, B and ranks are, or show some siblings of; (0, ·, ·)
-    where their strides are those of no bank, such as a transposed B."""
+    """(G, ΣN, spacing) of the bank of these tensors; (0, ·, ·) if their strides are no bank's."""
     slots, R, shown = map(int, B.shape)
     group = int(ranks.stride(0) if slots > 1 else ranks.shape[1])
     columns = int(B.stride(1) if R > 1 else B.stride(0) if slots > 1 else shown)

@@ -29,11 +29,8 @@ from lorafx.kernels.ops.op_library import BANK, RANGES, BankArgs, Ranges, define
 
 
 def expert_slots(slots: Tensor, experts: Tensor, rows: int, count: int, capacity: int) -> Tensor:
-    """The key of each row, int32 (M,), for E `count` and S `capacity`.
-
-    `experts`, integers (M,), are what each row was routed to; values outside 0 … count - 1 stand
-    for no expert. Raises BatchError where a slot is not below S.
-    """
+    """The key of each row, int32 (M,), for E `count` and S `capacity`. `experts`, integers (M,),
+    outside 0 … count − 1 stand for no expert. BatchError where a slot is not below S."""
     owner = row_slots(slots, rows, experts.shape[0])
     if owner.device.type == "cpu" and bool((owner >= capacity).any()):
         raise BatchError(f"slot {int(owner.max())} in a batch, but the bank has {capacity} slots")
@@ -98,11 +95,8 @@ def run_expert_delta_(
 ) -> None:
     """Adds the delta of `expert_site` for the column ranges of `kernel` into y (M, N) in place.
 
-    Args:
-        alike: int32 (E·S, G), the first sibling whose A, rank and scale are the same, so that no A
-            is read twice (lorafx.model.bank).
-        experts: integers, the expert of each row (M,), or with `ends` where the rows of each
-            expert end (E,), rows being sorted by expert; rows behind the last have none.
+    `alike`, int32 (E·S, G), is the bank's. `experts` are integers: the expert of each row (M,), or
+    with `ends` where the rows of each expert end (E,), rows being sorted; rows behind have none.
     """
     ranges = ranges_of("run_expert_delta_", kernel)
     if ends:
@@ -130,11 +124,8 @@ def fused_experts(
     rows: int,
     transposed: bool,
 ) -> Tensor:
-    """y (M, N) for x (M, K), weight (E, N, K) or, transposed, (E, K, N), offs integers (E,).
-
-    Rows of expert e are offs[e - 1] … offs[e] - 1, and e = experts[m] for them. Waits for `offs` on
-    a device.
-    """
+    """y (M, N) for x (M, K), weight (E, N, K) or, transposed, (E, K, N), offs integers (E,), which
+    end the rows of each expert. Waits for `offs` on a device."""
     _check_fused(x, weight, offs, bank, experts, ranges, rows, transposed)
     right, start = weight if transposed else weight.mT, 0
     y = x.new_zeros((x.shape[0], right.shape[2]))

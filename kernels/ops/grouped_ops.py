@@ -44,8 +44,7 @@ class Blocks(NamedTuple):
 def grouped_site(
     x: Tensor, y: Tensor, bank: BankArgs, ranges: Ranges, rows: int, group_dim: int, blocks: Blocks
 ) -> Tensor:
-    """y (..., F') + delta for x (..., F), a new contiguous tensor of y's dtype; the site's columns
-    are those of `siblings`, `sizes` each."""
+    """y (..., F') + delta for x (..., F), a new contiguous tensor of y's dtype."""
     _check(x, y, bank, ranges, rows, group_dim, blocks)
     out = y.clone(memory_format=torch.contiguous_format)
     if out.numel():

@@ -60,10 +60,8 @@ def site(
     own: OwnRows = OwnRows(),  # noqa: B008  an immutable tuple
     shifts: Tensor | None = None,
 ) -> Tensor:
-    """y (..., N) + delta for x (..., K), a new contiguous tensor of y's dtype.
-
-    `weight` and `bias` are the group's packed base parameters, for the `pack` pass. With `gains`
-    all of y but `addend` (N,) is rescaled then, and `shifts` are added at the end.
+    """y (..., N) + delta for x (..., K), a new contiguous tensor. `weight` and `bias` are for the
+    `pack` pass; with `gains` all of y but `addend` (N,) is rescaled; `shifts` are added at the end.
     """
     _check_site(x, y, bank, ranges, rows)
     check_by_column("site", bank.B, gains=gains, shifts=shifts)
@@ -188,7 +186,6 @@ def run_delta_fake(y, x, bank: BankArgs, rows, kernel) -> None:
 
 
 def run_embedding_delta_(y: Tensor, ids: Tensor, bank: BankArgs, rows: int, kernel: int) -> None:
-    """`add_embedding_delta_` where `kernel` has no generated code."""
     ranges_of("run_embedding_delta_", kernel)
     add_embedding_delta_(y, ids, bank, rows, 0)
 

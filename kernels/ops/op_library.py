@@ -50,8 +50,8 @@ def define(
     backward: Callable[..., object] | None = None,
     setup_context: Callable[..., None] | None = None,
 ) -> None:
-    """Define `lorafx::<name>` by its schema; `eager` runs on every device, without gradients unless
-    `backward` gives them (as torch.library.register_autograd takes both)."""
+    """Define `lorafx::<name>`; `eager` runs on every device, without gradients unless `backward`
+    gives them (torch.library.register_autograd)."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, flat(eager), "CompositeExplicitAutograd")
@@ -78,11 +78,8 @@ def define_vmap(name: str, mapped: Callable[..., object]) -> None:
 
 
 def flat(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with the fields of each NamedTuple of its signature as positional arguments.
-
-    Torch omits last arguments that are the schema's defaults. The result's signature is flat too:
-    torch reads the schema of a `custom_op` from it.
-    """
+    """`function` with the fields of each NamedTuple as positional arguments, in its signature too:
+    torch reads the schema of a `custom_op` from it. Defaults at the end may be left out."""
     hints = get_type_hints(function)
     parameters: list[inspect.Parameter] = []
     groups: list[tuple[int, int, Callable[..., Any]]] = []

@@ -47,10 +47,8 @@ def paged_cache(
     seen: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The keys and values that the queries see, (1, H, N, D), in the order of `read`.
-
-    `seen` and `mask` are carried for `paged_attention`, which `attend` makes of it.
-    """
+    """Keys and values that the queries see, (1, H, N, D), in the order of `read`. `seen` and `mask`
+    are carried for `paged_attention`, which `attend` makes of it."""
     new = (read == sentinel)[:, None, None] if ring else None
     keys = _updated(cache, key, first_key, read, write, new)
     return keys, _updated(cache, value, first_value, read, write, new)
@@ -116,8 +114,7 @@ class PagedStep(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Constants of generated kernels for `paged_attention`: `group` heads of queries share each of
-    `heads` heads of keys and values, of `size` numbers."""
+    """Constants of generated kernels: `group` heads of queries share each head of keys."""
 
     dtype: torch.dtype
     heads: int
@@ -127,18 +124,14 @@ class AttentionSpec:
 
     @classmethod
     def of_sizes(cls, step: PagedStep, **others: Any) -> Self:
-        """The spec of a step, whose tensors may be fake, with further fields of a subclass."""
         heads, size = int(step.key.shape[1]), int(step.key.shape[3])
         group = int(step.query.shape[1]) // heads
         return cls(step.query.dtype, heads, group, size, capped=step.cap != 0, **others)
 
 
 def paged_attention(step: PagedStep) -> Tensor:
-    """The result of attention (1, H, T, D), a transposed (1, T, H, D).
-
-    Raises LoweringError for sizes or dtypes that do not fit together; a generated kernel on a CPU
-    also for a row outside of the cache.
-    """
+    """The result (1, H, T, D), a transposed (1, T, H, D). Raises LoweringError for misfits; a
+    generated kernel on a CPU also for a row outside of the cache."""
     check_step(step)
     return by_request(step)
 
@@ -175,7 +168,6 @@ def paged_attention_fake(step: PagedStep) -> Tensor:
 
 
 def check_step(step: PagedStep) -> None:
-    """Raise LoweringError where sizes or dtypes do not fit together; the tensors may be fake."""
     op = "paged_attention"
     query, key, value, mask, sinks = step.query, step.key, step.value, step.mask, step.sinks
     read, write, seen = step.read, step.write, step.seen

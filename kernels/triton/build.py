@@ -56,7 +56,6 @@ class LaunchPlan:
 
     @property
     def all_kernels(self) -> tuple[GeneratedKernel, ...]:
-        """Every kernel, the sorting kernel first."""
         return (*(() if self.order is None else (self.order,)), *self.kernels.values())
 
 
@@ -158,6 +157,5 @@ def plan_of(kernel: int) -> LaunchPlan:
 
 
 def source_of(kernel: int) -> str:
-    """The generated sources behind an id, in the order of launching, for dumps."""
     texts = [f"# {k.path.name}\n{k.text}" for k in plan_of(kernel).all_kernels]
     return "\n\n".join(texts)

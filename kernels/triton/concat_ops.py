@@ -117,7 +117,6 @@ def concat_linear(
     *,
     transposed: bool = False,
 ) -> Tensor:
-    """x Wᵀ + b and the deltas, op by op, as `lower` has it in graphs."""
     spec = plan_of(kernel).spec
     more = (0, columns_of(spec, blocks_of(spec, bank)))
     x = pad(x, more)

@@ -134,8 +134,7 @@ def split(
     y: Tensor,
     batch: LaunchArgs,
 ) -> tuple[Tensor | None, Tensor]:
-    """The base product in parts of K, (Q, M, N) float32, and `shrink`'s v. A single part is written
-    into y, and None is returned for the planes."""
+    """The base product's planes (Q, M, N) float32, and `shrink`'s v. A single plane is y: None."""
     A, _, ranks, scales, _ = batch.bank
     tiles, N = kernel.tiles, spec.out_features
     sums = None
@@ -153,8 +152,8 @@ def split(
 
 
 class Base(NamedTuple):
-    """Operands of the base product: x (M, K), weight, bias. "reduce" reads the bias and `sums`, the
-    product's planes; None where y holds the product."""
+    """x (M, K), weight, bias. "reduce" reads bias and `sums`, planes; None where y holds the
+    product."""
 
     x: Tensor
     weight: Tensor

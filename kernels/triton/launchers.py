@@ -25,7 +25,6 @@ Launch = Callable[[GeneratedKernel, Sequence[Any], Sequence[Any]], None]
 
 
 def launch_wrapped(kernel: GeneratedKernel, grid: Sequence[Any], arguments: Sequence[Any]) -> None:
-    """Launches on the arguments' device, or adds the launch to the graph that is traced."""
     options = {"num_warps": kernel.tiles.num_warps, "num_stages": kernel.tiles.num_stages}
     # In a graph, lorafx.torch_internals.inductor_wrapper arranges it.
     if launches_directly() and kernel.starts_early:
@@ -46,10 +45,7 @@ def generated_op(
     *,
     mutates_args: Sequence[str] = (),
 ) -> Any:
-    """`lorafx::triton_<name>` as an op of `run`, whose last argument is the launcher.
-
-    The schema is that of `run` without it; the first argument, or the first in it, is a tensor.
-    """
+    """`lorafx::triton_<name>` of `run`, whose last argument is the launcher, and first a tensor."""
     launched = flat(run)
     signature = inspect.signature(launched)
     *parameters, _ = signature.parameters.values()

@@ -70,7 +70,6 @@ class Leaf:
 
     @property
     def inputs(self) -> int:
-        """Tensors that the op takes for it."""
         return 1 + self.gathered
 
 
@@ -145,7 +144,6 @@ class TritonSpec:
         return self.delta.supported() and self.weight_dtype in (None, self.delta.x_dtype)
 
     def heading(self) -> list[str]:
-        """Lines about the spec in the comment that opens a generated file."""
         d = self.delta
         dtypes = f"x {d.x_dtype}, bank {d.bank_dtype}, y {d.y_dtype}"
         ranges = zip(d.siblings, d.offsets, d.sizes, strict=True)
@@ -162,7 +160,6 @@ class TritonSpec:
         return lines
 
     def parameters(self, kernel: str, tiles: Tiles) -> dict[str, Any]:
-        """The values that fill the template of `kernel`."""
         d = self.delta
         counts = [-(-size // tiles.block_n) for size in d.sizes]
         k_blocks = -(-max(d.in_features, 1) // tiles.block_k)

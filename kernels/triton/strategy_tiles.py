@@ -37,14 +37,9 @@ SLOTS_AT_ONCE = 64
 
 
 def split_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> dict[str, Tiles]:
-    """Tiles of "split" and "reduce".
-
-    Each program of the base product reads x again, so W's tile is the wide one; parts of K give one
-    and a half programs a processor, which leaves room for the shrink's programs. Found by sweeps on
-    an H200 (Llama-3-8B's linears, 1 and 64 rows), as are the reader's wide tiles of 16 rows, of 64
-    sorted by slot, which read each adapter's B about once. Multiplying several adapters at once,
-    and reading ranks beside slots, were not timed.
-    """
+    """Tiles of "split" and "reduce". Each program of the base product reads x again, so W's tile is
+    the wide one; parts of K give one and a half programs a processor. Found by sweeps on an H200
+    (Llama-3-8B's linears, 1 and 64 rows); several adapters in one product were not timed."""
     shrink = shrink_tiles(spec, rows, arch)
     columns, size = sum(spec.sizes), spec.x_dtype.itemsize
     planes = len(spec.sizes) * spec.max_rank
@@ -112,8 +107,7 @@ def tuning_key(strategy: str, arch: Architecture, spec: DeltaSpec, rows: int) ->
 
 
 def tiles_for(strategy: str, spec: DeltaSpec, rows: int, arch: Architecture) -> dict[str, Tiles]:
-    """Tiles of each kernel of `strategy` for about `rows` rows, tuned ones before the heuristic's.
-    Rows are sorted by slot where a tile does its adapters' work alone."""
+    """Tiles of each kernel of `strategy` for about `rows` rows, tuned or the heuristic's."""
     rows = max(rows, 1)  # of one expert, in "grouped" and "activated"
     tuned = TUNED.get(tuning_key(strategy, arch, spec, rows))
     if tuned is not None:
@@ -151,7 +145,6 @@ def tuned_file(arch: Architecture) -> Path:
 
 @functools.cache
 def load_tuned(arch: Architecture) -> int:
-    """Load the tuned tiles of `arch` from disk into `TUNED`, once; returns how many there are."""
     path = tuned_file(arch)
     if not path.exists():
         return 0

@@ -62,7 +62,6 @@ class Tiles:
 
     @property
     def blocks(self) -> dict[str, int]:
-        """The sides of a tile, by their names in templates."""
         return {f"BLOCK_{side}": getattr(self, f"block_{side.lower()}") for side in "MNKR"}
 
 
@@ -92,8 +91,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 
 def architecture_of(device: torch.device) -> Architecture:
-    """The row of ARCHITECTURES nearest to `device`; the interpreter for a CPU. Without a driver (a
-    graph traced for an absent GPU) it is cuda80, which every later part runs."""
+    """The row of ARCHITECTURES nearest to `device`; the interpreter for a CPU; cuda80, which every
+    later part runs, without a driver."""
     if device.type == "cpu":
         return ARCHITECTURES["interpreter"]
     if torch.version.hip is not None:
@@ -112,7 +111,6 @@ def architecture_of(device: torch.device) -> Architecture:
 
 
 def power_of_two(value: int, least: int, most: int) -> int:
-    """The smallest power of two that is at least `value`, within [least, most]."""
     return min(max(1 << max(value - 1, 0).bit_length(), least), most)
 
 
@@ -125,8 +123,8 @@ def stages_that_fit(arch: Architecture, bytes_a_stage: int, most: int) -> int:
 
 
 def aligned(spec: DeltaSpec) -> bool:
-    """Whether rows of x, W and y start at multiples of 16 elements. Others are loaded an element at
-    a time, by pointers that fill registers: at 64 columns and more the compiler spills (K 2049)."""
+    """Whether rows of x, W and y start at multiples of 16 elements. Else they are loaded an element
+    at a time, by pointers that fill registers: 64 columns and more spill (K 2049)."""
     return all(size % 16 == 0 for size in (spec.in_features, *spec.sizes, spec.columns))
 
 
@@ -222,11 +220,9 @@ def shrink_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:
 def grouped_tiles(
     spec: DeltaSpec, rows: int, arch: Architecture, strategy: str
 ) -> tuple[Tiles, Tiles]:
-    """Tiles of the shrink and the product over `rows` rows of each of many experts, which fill the
-    processors. Tiles are for twice the average's rows, since a second row tile reads W once more.
-
-    A reader that starts early reads x before it waits, so not where the kernel before it makes x;
-    nor with wide tiles, whose registers its wait takes (40 bytes spilled, two siblings, Hopper).
+    """Tiles of shrink and product over `rows` rows of each of many experts, for twice the average's
+    rows, since a second row tile reads W again. A reader starts early only where the kernel before
+    it does not make x, and without wide tiles, whose registers its wait takes (40 bytes spilled).
     """
     rows = 2 * rows if rows < 64 else rows
     # x that is computed is in registers: a wgmma of it would be in flight as they are written.

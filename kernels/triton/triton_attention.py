@@ -79,7 +79,6 @@ class PagedAttentionSpec(AttentionSpec):
         return [str(self)]
 
     def parameters(self, kernel: str, tiles: Tiles) -> dict[str, Any]:
-        """The values that fill the template of `kernel`, beside the tiles."""
         D, heads = self.size, self.heads * self.group
         return {
             "dtype": TYPES[self.dtype],
@@ -132,7 +131,6 @@ def _tiles(name: str, spec: PagedAttentionSpec, few: bool, arch: Architecture) -
 
 
 def triton_attention(step: PagedStep) -> Tensor:
-    """`paged_attention` on a GPU, with the errors of its reference."""
     check_step(step)
     spec = PagedAttentionSpec.of(step)
     if spec is None:
@@ -165,12 +163,8 @@ def attend(
     few: bool | None = None,
     parts: int | None = None,
 ) -> Tensor:
-    """`triton_attention` by the kernels of `spec`; its reference is `by_request`.
-
-    Args:
-        few: whether tiles are those of steps of few tokens; None: by the number of tokens.
-        parts: of the keys of a token; None: by the numbers of programs and keys.
-    """
+    """`triton_attention` by the kernels of `spec`; `few` and `parts` (of the keys) override the
+    choice by numbers of tokens, programs and keys. The reference is `by_request`."""
     query, key, value, mask = (
         part if part.stride(3) == 1 else part.contiguous()
         for part in (step.query, step.key, step.value, step.mask)

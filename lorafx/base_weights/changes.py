@@ -80,8 +80,6 @@ class Change:
 
 
 class _Tensors:
-    """The tensors that modules of a model hold, by storage."""
-
     def __init__(self, program: Program) -> None:
         self._held: dict[int, list[tuple[Holder, Tensor]]] = {}
         for path, module in program.graph.modules():
@@ -103,13 +101,8 @@ class _Tensors:
 def changes_of(
     program: Program, store: AdapterStore, name: str, *, requantize: bool = False
 ) -> list[Change]:
-    """What merging the adapter `name` changes, in the order of the model's sites, with tied tensors
-    whose ends get different ΔW. `requantize`: quantised weights may be stored anew.
-
-    Raises:
-        UnknownAdapterError: it is not loaded.
-        MatchError: some weight cannot take its ΔW; names all of them. Or it is an aLoRA adapter.
-    """
+    """What merging the adapter `name` changes, in the order of sites. MatchError names all weights
+    that cannot take their ΔW. `requantize`: quantised weights may be stored anew."""
     if store[name].invocation:
         raise MatchError(
             f"adapter {name!r} cannot be merged: it is an aLoRA adapter, which leaves the tokens "
@@ -153,8 +146,7 @@ def changes_of(
 def _copies_by_site(
     program: Program, sites: Sequence[Site], problems: list[str]
 ) -> dict[int, list[Copy]]:
-    """The exact copies that have to follow, by the first site of a weight. A copy in another form
-    would keep the old numbers: a problem."""
+    """The exact copies that have to follow, by the first site of a weight; others are problems."""
     copies: dict[int, list[Copy]] = {}
     follow = {storage_key(w) for site in sites if (w := program.weight_of(site)) is not None}
     found = [(copy, touched) for copy in copies_of(program) if (touched := copy.touched(sites))]
@@ -237,8 +229,7 @@ def _ends(
     holder: Holder,
     by_end: Mapping[tuple[int, str], Delta],
 ) -> tuple[tuple[Holder, Delta | None], ...]:
-    """The holders that use the tensor as a weight, and what each would add. A view beside a
-    module's weights is no end: it is part of W, and changes with it."""
+    """Holders that use the tensor as a weight, and what each would add; views change with it."""
     sites = {key_of(_holder(site)) for site in program.sites}
     weight, ends = holder.tensor, []
     for other, tensor in tensors.overlapping(weight):

@@ -171,7 +171,6 @@ def copied(dense: Tensor, tensor: Tensor, form: WeightForm) -> Tensor:
 def _indices(
     tensor: Tensor, form: WeightForm, start: int, step_of: Callable[[Axis], int]
 ) -> Tensor:
-    """Indices into one dimension of W, of the tensor's sizes, or 1 where nothing changes."""
     dims = tensor.dim()
     indices = torch.full((1,) * dims, start)
     for dim, (size, axis) in enumerate(zip(tensor.shape, form.axes, strict=True)):
@@ -245,7 +244,6 @@ class Copies(DerivedWeights):
                 copy.follow(dense)
 
     def _of(self, filled: Iterable[Target]) -> list[Copy]:
-        """Copies of weights among `filled` that got no numbers themselves."""
         modules, tensors = set(), set()
         for target in filled:
             modules.add(id(target.module))

@@ -95,7 +95,6 @@ class Delta:
     def _exchange(
         self, own: OwnWeight, made: Tensor, start: int, stop: int, before: Tensor
     ) -> None:
-        """Add own rows − `before` to `made`, in the adapter's rows among [start, stop)."""
         rows = _on(made, own.rows)
         at = torch.arange(len(rows)) if own.at is None else own.at.long()
         at = at.to(made.device)
@@ -199,7 +198,6 @@ def _same_rows(a: OwnWeight | None, b: OwnWeight | None) -> bool:
 
 
 def deltas_of(groups: Sequence[Group], numbers: HostCopy) -> list[Delta]:
-    """ΔW of each site that the adapter touches."""
     terms: dict[int, list[DeltaTerm]] = {}
     sites: dict[int, Site] = {}
     for number, factors in numbers.factors.items():
@@ -225,7 +223,6 @@ def blocks(shape: Sequence[int], device: torch.device) -> Iterator[tuple[int, in
 
 
 def computing(weight: Tensor) -> torch.dtype:
-    """The dtype of sums with this weight."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
@@ -234,11 +231,8 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @torch.no_grad()
 def add_to(target: Tensor, weight: Tensor, delta: Delta, label: str) -> float:
-    """target ← round(weight + ΔW), a few rows at a time; `target` may be the weight.
-
-    Returns ‖(target − weight) − ΔW‖ / ‖ΔW‖. Raises MatchError for a sum beyond the range of the
-    dtype; `target` is written in part then.
-    """
+    """target ← round(weight + ΔW); returns ‖(target − weight) − ΔW‖ / ‖ΔW‖. MatchError, with
+    `target` written in part, for a sum beyond the range of the dtype."""
     dtype = computing(weight)
     lost = whole = 0.0
     for start, stop in blocks(weight.shape, weight.device):
@@ -260,7 +254,6 @@ def add_to(target: Tensor, weight: Tensor, delta: Delta, label: str) -> float:
 
 
 def write(target: Tensor, value: Tensor) -> None:
-    """Write in place, whatever the mode in which the target was made."""
     with writing(target):
         target.detach().copy_(value)
 

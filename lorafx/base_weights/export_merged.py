@@ -83,7 +83,6 @@ def _saves(model: nn.Module) -> bool:
 
 
 def _refuse(program: Program, name: str, changes: Sequence[Change]) -> None:
-    """Raise MatchError for what no checkpoint can say."""
     model, problems = program.model, list[str]()
     if getattr(model, "hf_quantizer", None) is not None:
         problems.append(
@@ -142,11 +141,7 @@ class _State:
     numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def merged(self, changes: Sequence[Change], *, apart: bool) -> dict[str, Tensor]:
-        """Name -> tensor, as `state_dict()` names them; with `apart` tied names get separate
-        tensors.
-
-        Raises MatchError for a changed weight, or a name's tensor, that cannot be written.
-        """
+        """Tensors as `state_dict()` names them; with `apart` tied names get separate tensors."""
         state = self.program.model.state_dict(keep_vars=True)
         odd = next((key for key, value in state.items() if not isinstance(value, Tensor)), None)
         if odd is not None:
@@ -190,7 +185,6 @@ class _State:
         return next((change for change in changes if change.weight is value), None)
 
     def _holder(self, key: str) -> Holder | None:
-        """The place of entry `key` in the model; None where the model renames entries."""
         path, _, attribute = key.rpartition(".")
         module = self.program.graph.find(path)
         return None if module is None else Holder(path, module, attribute)
@@ -229,7 +223,6 @@ class _State:
         return made
 
     def _room_for(self, like: Tensor) -> Tensor:
-        """A contiguous host tensor in a mapped file, of the shape and dtype of `like`."""
         if not like.numel():
             return torch.empty(like.shape, dtype=like.dtype)
         return in_file(self.room / str(next(self.numbers)), like)

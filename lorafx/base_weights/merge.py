@@ -64,7 +64,6 @@ class MergeReport:
 
     @property
     def error(self) -> float:
-        """The largest error of a weight."""
         return max((weight.error for weight in self.weights), default=0.0)
 
     def __str__(self) -> str:
@@ -102,7 +101,6 @@ class Original:
         return not self.in_place or mark_of(self.tensor) != self.mark
 
     def written(self) -> Original:
-        """The same, with the tensor's present mark."""
         return replace(self, mark=mark_of(self.tensor))
 
     def restore(self) -> None:
@@ -110,8 +108,6 @@ class Original:
 
 
 class StoredOriginal:
-    """A quantised weight before the merge."""
-
     in_place, touched = True, False  # formats do not tell
 
     def __init__(self, holder: Holder, parameter: str | None) -> None:
@@ -279,7 +275,6 @@ def _refuse_in_use(session: Session, name: str) -> None:
 
 
 def _refuse_shared(session: Session, name: str, changes: Sequence[Change]) -> None:
-    """Raise MatchError where one tensor would have to hold two sums, or is another model's too."""
     problems = []
     for change in changes:
         if change.tied_apart:
@@ -345,8 +340,7 @@ def _write_merged(
 
 @torch.no_grad()
 def _requantized(change: Change) -> float:
-    """Store W + ΔW in the weight's own format; returns the lost part of ΔW. Raises MatchError where
-    the format cannot be read or written."""
+    """Store W + ΔW in the weight's own format; returns the lost part of ΔW."""
     module, parameter = change.holder.module, change.parameter
     try:
         before = dequantize(module, parameter).float()

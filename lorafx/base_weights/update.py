@@ -78,12 +78,7 @@ def _update(session: Session, source: WeightSource, *, strict: bool, undo: Undo)
 
 
 def _write(session: Session, loading: Loading, copies: Copies, undo_log: UndoLog | None) -> None:
-    """Write all of it, and what follows.
-
-    Raises:
-        BaseWeightsError: what was written is put back.
-        Whatever the source raises; without an undo log the model is broken then.
-    """
+    """Write all of it, and what follows; the undo log, if any, puts it back after an error."""
     before, rollback = session.base, Rollback()
     if undo_log is not None:
         rollback.add(partial(setattr, session, "base", before))

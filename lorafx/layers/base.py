@@ -64,7 +64,6 @@ class TensorParallel:
         return cls(size, rank, group.group_name)
 
     def all_reduce(self, y: Tensor) -> Tensor:
-        """The sum of the ranks' `y`, of the same shape, on every rank."""
         if self.size == 1:
             return y
         return c10d.wait_tensor(c10d.all_reduce(y.contiguous(), "sum", self.group_name))
@@ -113,7 +112,6 @@ def group_of(options: LayerOptions) -> TensorParallel:
 
 
 def checked_sizes(layer: str, **sizes: int) -> None:
-    """Raise ConfigError for a size that is no positive integer."""
     for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or size <= 0:
             raise ConfigError(f"{layer}: {name} must be a positive integer, got {size!r}")
@@ -203,7 +201,6 @@ class ParallelLayer(LoadableLayer):
 
     @property
     def own_bias(self) -> Tensor | None:
-        """The bias that this rank adds."""
         return self.bias
 
     @property

@@ -94,7 +94,6 @@ class ColumnParallelLinear(LinearBase):
         return torch.cat([self._whole(index, part) for index, part in enumerate(slices)], dim=-1)
 
     def _whole(self, index: int, part: Tensor) -> Tensor:
-        """All of slice `index`, of which several ranks may hold the same piece."""
         whole = self.tp.all_gather(part)
         copies = whole.shape[-1] // self.output_sizes[index]
         if copies == 1:

@@ -180,7 +180,6 @@ class FusedMoE(LoadableLayer):
 
 
 def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """x (M, K) sorted by expert, weight (E, K, N), ends (E,) → (M, N)."""
     if torch.is_autocast_enabled(x.device.type):  # as it is for matmul
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)

@@ -155,7 +155,6 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def add_weight(layer: Any, name: str, value: Tensor, **attributes: Any) -> None:
-    """Register `value` as the layer's parameter `name`, without gradient, with attributes."""
     parameter = nn.Parameter(value, requires_grad=False)
     for key, attribute in attributes.items():
         setattr(parameter, key, attribute)

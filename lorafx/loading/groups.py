@@ -39,7 +39,6 @@ class JointGroup:
         self._dim, self._slices = dim, slices
 
     def misfit(self, shapes: Mapping[str, WeightShape]) -> str:
-        """Why tensors of these shapes do not fill it, "" where they do."""
         whole, dim = self.destinations[0].shape, self._dim
         assert whole is not None
         given = [shapes[name] for name in self.names]
@@ -63,8 +62,6 @@ class JointGroup:
 
 
 class ConvertedGroup:
-    """Tensors that a converter of transformers makes others of."""
-
     def __init__(
         self,
         model: Any,

@@ -42,7 +42,6 @@ class UndoLog:
     @classmethod
     @contextmanager
     def kept(cls, undo: Undo) -> Iterator[UndoLog]:
-        """An undo log for the block."""
         if undo == "memory":
             yield cls(None)
             return
@@ -50,7 +49,6 @@ class UndoLog:
             yield cls(Path(folder))
 
     def save(self, tensor: Tensor) -> None:
-        """Keep the numbers of a tensor, unless they are kept already."""
         key = memory_key(tensor)
         if key not in self._saved:
             self._rollback.add(partial(_write_back, tensor, self._copy(tensor.detach())))
@@ -114,7 +112,6 @@ class Loading:
         live: bool = True,
         derived: DerivedWeights | None = None,
     ) -> None:
-        """`strict`, `live`: see `UpdatePlan`."""
         self.plan = UpdatePlan(resolver, strict=strict, stable=source.stable, live=live)
         self._source = source
         self._derived = derived or DerivedWeights()
@@ -132,10 +129,7 @@ class Loading:
         return any(isinstance(cut.place, OwnLoader) for item in found for cut in item.cuts)
 
     def check(self) -> None:
-        """Plan all of a source that can be read twice.
-
-        Raises BaseWeightsError for everything that is wrong; nothing has changed then.
-        """
+        """Plan all of a source that can be read twice; BaseWeightsError for all that is wrong."""
         if not self._source.repeatable:
             return
         for item in self._source.items():
@@ -153,7 +147,6 @@ class Loading:
         Raises:
             BaseWeightsError: for everything that is wrong with a source that is read once.
             CheckpointError: the second reading of a source differs from the first.
-            Whatever the source, or a parameter's own loader, raises.
         """
         self._undo_log = undo_log
         if self._source.repeatable:
@@ -197,7 +190,6 @@ class Loading:
         return not (cuts and cuts[0].place.is_at(item.given))
 
     def _put(self, meaning: Meaning, loaded: Tensor) -> None:
-        """Write a tensor, or keep it until its group is whole."""
         if isinstance(meaning, Destination):
             self._write(meaning, loaded)
             return

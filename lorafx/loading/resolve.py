@@ -41,7 +41,6 @@ class Conversions:
     """What transformers' loader would do to a checkpoint of `model`."""
 
     def __init__(self, model: nn.Module, transforms: Sequence[Any]) -> None:
-        """`transforms`: `SavedNames.transforms` of the model."""
         self._model = model
         self._converters: list[Any] = []
         self._rearranging: list[Any] = []
@@ -69,11 +68,8 @@ class Conversions:
         *,
         rearranging: bool = False,
     ) -> GroupMember | Destination | None:
-        """The group that a renamed `name` belongs to; None where no conversion takes it.
-
-        `find` gives the place of a tensor of the model by its name. `rearranging`: only conversions
-        of `rearrange`.
-        """
+        """The group of a renamed `name`; None where no conversion takes it. `find` gives a tensor's
+        place by name; `rearranging`: only conversions of `rearrange`."""
         for converter in self._rearranging if rearranging else self._converters:
             index = id(converter)
             key, pattern = converter.rename_source_key(name)
@@ -90,7 +86,6 @@ class Conversions:
     def _group(
         self, converter: Any, key: str, find: Callable[[str], Destination | None]
     ) -> ConvertedGroup | str:
-        """The group that fills `key`, or why there is none, "" where the model has no `key`."""
         first, *others = converter.target_patterns
         keys = [key, *(key.replace(first, other) for other in others)]
         found = map(find, keys)
@@ -134,10 +129,7 @@ _NEAREST = 10
 
 
 class Resolver:
-    """Finds what names mean in one model."""
-
     def __init__(self, graph: ModuleGraph, model: nn.Module, packed: PackedModules | None) -> None:
-        """Raises ConfigError for a malformed declaration of packed names."""
         self.names = WeightNames(graph, model)
         self._experts = ExpertDestinations(self.names)
         self._packed = PackedDestinations(self.names, PackedNames(graph, packed))
@@ -267,7 +259,6 @@ class StackedResolver(Resolver):
 
 
 def _replaced(name: str, param: str, saved: str) -> Iterator[str]:
-    """`name` with one run of segments, `saved`, replaced by `param`."""
     segments, run = name.split("."), saved.split(".")
     for i in range(len(segments) - len(run) + 1):
         if segments[i : i + len(run)] == run:

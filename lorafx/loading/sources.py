@@ -75,10 +75,7 @@ class WeightSource:
 
 
 def source_of(weights: Weights) -> WeightSource:
-    """The source that `weights` is.
-
-    Raises ConfigError for another type, CheckpointError for a path without safetensors.
-    """
+    """The source of `weights`. CheckpointError for a path without safetensors."""
     if isinstance(weights, (str, os.PathLike)):
         return WeightSource(_stored(_files(Path(weights))), repeatable=True, stable=True)
     if isinstance(weights, Mapping):

@@ -57,7 +57,6 @@ class Target:
 
     @property
     def persistent(self) -> bool:
-        """Whether `state_dict()` has it."""
         return self.attribute not in self.module._non_persistent_buffers_set
 
     @property
@@ -91,7 +90,6 @@ class Box:
 
     @property
     def shape(self) -> WeightShape:
-        """Sizes in the checkpoint's order."""
         return tuple(len(self.box[dim]) for dim in self.order)
 
     @property
@@ -140,8 +138,7 @@ class Shard:
 
     @property
     def shape(self) -> WeightShape:
-        """Shape of the whole layer's checkpoint tensor. Raises CheckpointError for no such shard,
-        or a layer on the meta device."""
+        """Shape of the whole layer's tensor; CheckpointError for no such shard, or on meta."""
         shape = self.layer.checkpoint_shape(self.target.attribute, self.shard_id)
         self.layer.check_weight(self.target.attribute, shape, self.shard_id)
         return shape
@@ -183,7 +180,6 @@ class OwnLoader:
         return ""
 
     def write(self, loaded: Tensor) -> None:
-        """Raises CheckpointError where the loader does not take it."""
         arguments = () if self.shard_id is None else (self.shard_id,)
         parameter: Any = self.target.tensor
         try:
@@ -316,7 +312,6 @@ def meet(a: Iterable[range], b: Iterable[range]) -> bool:
 
 
 def _unlike(tensor: Tensor, given: Numbers) -> str:
-    """Why `given` numbers are not of the kind that `tensor` holds."""
     held, dtype = tensor.dtype, given.dtype
     if is_traceable_wrapper_subclass(tensor) or given.wrapper is not None:
         if given.wrapper is type(tensor) or given.wrapper is type(tensor.data):

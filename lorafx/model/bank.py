@@ -30,7 +30,6 @@ from lorafx.kernels.ops.own_rows import OwnRows
 
 
 def _reach(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """Entries of memory from the first of a tensor to the last."""
     return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
@@ -190,7 +189,6 @@ class Bank:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Tensors that a graph may take of the bank, by the names of its fields."""
         named = {name: getattr(self, name) for name in ("A", "B", "ranks", "scales")}
         more = {"alike": self.alike, "gains": self.gains, "shifts": self.shifts}
         more |= self.own_rows._asdict()
@@ -261,7 +259,6 @@ class Bank:
 
     @torch.no_grad()
     def clear(self, slot: int) -> list[Tensor]:
-        """Make `slot` a base slot. Returns as `write`."""
         self.ranks[self._of_experts(slot)].zero_()
         return self.write_by_column(slot, ()) + self._write_rows(slot, None)
 
@@ -296,7 +293,6 @@ class Bank:
         return slice(slot, slot + 1 + (self.experts - 1) * step, step)
 
     def _a(self, slots: slice, sibling: int, rank: int) -> Tensor:
-        """The part of A that holds one sibling's factors, (E, r, K) or (1, V, r)."""
         if self.kind == "embedding":
             return self.A[slots, :, :rank]
         features = self.A.shape[2] // self.ranks.shape[1]
@@ -326,15 +322,13 @@ def _room_for_rows(
 
 
 def _sent(source: Tensor, target: Tensor) -> Tensor:
-    """Copy `source`, of the host, into `target`; returns the page-locked copy that is sent, since
-    the host would wait for other memory."""
+    """The page-locked copy of `source` that is sent: the host would wait for other memory."""
     source = source.pin_memory() if target.is_cuda else source
     target.copy_(source, non_blocking=target.is_cuda)
     return source
 
 
 def _alike(factors: Sequence[Factors], ranks: Tensor, scales: Tensor) -> Tensor:
-    """`Bank.alike` of one slot, (E, G), where `factors` with one A hold the same tensor."""
     found = torch.arange(ranks.shape[1], dtype=torch.int32).repeat(ranks.shape[0], 1)
     ordered = sorted(factors, key=lambda f: f.sibling)
     for n, f in enumerate(ordered):

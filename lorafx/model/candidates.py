@@ -41,7 +41,6 @@ class Candidate:
 
     @property
     def all_paths(self) -> Iterator[str]:
-        """Its own paths, and those that it has as a packed module or a member of one."""
         yield from self.paths
         others = [member.name for member in self.packed_members]
         for name in (*others, *(packed.name for packed in self.member_of)):
@@ -67,8 +66,6 @@ class Candidate:
 
 
 class ExpertsCandidate(Candidate):
-    """One parameter of a module of routed experts. Naming the module names both parameters."""
-
     def __init__(
         self,
         path: str,

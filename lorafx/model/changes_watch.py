@@ -33,8 +33,6 @@ from lorafx.torch_internals.compat import tracing
 
 
 class _Registrations:
-    """Counts registrations on the modules above all sites of all marked models."""
-
     def __init__(self) -> None:
         self.number = 0
         #: How many watches look at the children of a module, by its identity.
@@ -77,12 +75,8 @@ class Edge(NamedTuple):
 
 
 class SiteWatch:
-    """The edges that lead to the sites of one model.
-
-    Attributes:
-        missing: paths of sites that some edge no longer led to at the last look.
-        state: 0 where nothing is missing; another number whenever another module stands there.
-    """
+    """The edges that lead to the sites of one model. `missing` are paths that some edge no longer
+    led to at the last look; `state` is 0 without any, else a number for what stands there."""
 
     def __init__(self, graph: ModuleGraph, sites: Sequence[Site]) -> None:
         self._root = graph.root
@@ -139,7 +133,6 @@ class SiteWatch:
             )
 
     def lines(self) -> tuple[str, ...]:
-        """A line for each missing module: what stands there now."""
         return tuple(self._changes(self.missing))
 
     def _below(self, edges: Iterable[Edge]) -> list[Site]:
@@ -147,7 +140,6 @@ class SiteWatch:
         return [site for site in self._sites if id(site.module) in held]
 
     def _changes(self, paths: Collection[str]) -> list[str]:
-        """For every edge that led to one of these sites, what stands there now."""
         places = {id(module): path for path, module in self._root.named_modules()}
         found = []
         for edge in self._broken:
@@ -207,12 +199,8 @@ class LaterHooks:
 
 
 class HookWatch:
-    """The hooks of others on the modules of one model.
-
-    Attributes:
-        around: whether those of `root` itself run around its graphs; those of a site are traced.
-        state: 0 with the hooks that were there at first; another number whenever there are others.
-    """
+    """The hooks of others on the modules of one model. `around`: those of `root` itself run around
+    its graphs. `state` is 0 with the first hooks; another number whenever there are others."""
 
     def __init__(self, root: nn.Module, sites: Sequence[Site]) -> None:
         self._root = root

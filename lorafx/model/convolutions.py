@@ -27,7 +27,6 @@ def convolution_of(module: nn.Module) -> Convolution:
 
 
 def weight_shape(module: nn.Module) -> tuple[int, ...]:
-    """(N, C / groups, kernel...)."""
     conv = convolution_of(module)
     return conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size
 

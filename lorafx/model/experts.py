@@ -127,7 +127,6 @@ def unlike_experts(module: nn.Module) -> str | None:
 
 
 def _stacks(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """The 3-D floating parameters by name."""
     return [
         (name, parameter)
         for name, parameter in module._parameters.items()
@@ -199,8 +198,7 @@ class ExpertMeaning(NamedTuple):
 
 
 def meaning(weights: Sequence[ExpertWeight], names: Sequence[str]) -> ExpertMeaning | None:
-    """Meaning of "3.gate_proj" or "gate_up_proj", split at its dots, below a module of experts with
-    these two weights; None where it names no projection."""
+    """Meaning of "3.gate_proj" or "gate_up_proj", split at its dots; None for no projection."""
     expert = int(names[0]) if len(names) == 2 and _INDEX.fullmatch(names[0]) else None
     if len(names) != (1 if expert is None else 2):
         return None

@@ -63,12 +63,8 @@ def _with_parents(path: str) -> Iterator[str]:
 
 
 def token_rooms(room: int | Mapping[str, int], model: nn.Module) -> dict[str, int]:
-    """Room for trained tokens by module path: a number is for the input embedding, and modules
-    whose weight is tied to a named one's follow it.
-
-    Raises ConfigError for a number where the model does not tell its input embedding, or for no
-    count.
-    """
+    """Room for trained tokens by module path: a number is for the input embedding; tied modules
+    follow. ConfigError for no count, or where the model does not tell its input embedding."""
     if not room:
         return {}
     graph = ModuleGraph(model)
@@ -113,7 +109,6 @@ def is_input_embedding(graph: ModuleGraph, path: str, module: nn.Module) -> bool
 
 
 def tied_paths(graph: ModuleGraph, module: nn.Module) -> list[str]:
-    """Paths of the other modules whose weight is the very weight of `module`."""
     entry = lookup(module)
     weight = None if entry is None else getattr(module, entry.weight, None)
     if weight is None:

@@ -56,13 +56,8 @@ def refuse_slips(
     model: nn.Module | None = None,
     ways: Mapping[str, str] = OURS,
 ) -> None:
-    """Refuse keywords of a call of `function`, which may hand them on to parts of `model`.
-
-    Args:
-        ways: how adapters are chosen in this call, by our names; any other of ours is a slip too.
-
-    Raises ConfigError for a slip, before anything has run.
-    """
+    """Raise ConfigError, before anything has run, for a slip among the keywords of a call of
+    `function`, which may pass them to parts of `model`. `ways`: ours that this call takes."""
     for name in given:
         ours = meant(name)
         if ours is None and name in OURS and name not in ways:

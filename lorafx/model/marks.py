@@ -118,12 +118,11 @@ class SiteMark:
         """The output with the delta, or None (output unchanged) when no adapter is active.
 
         Raises:
-            MatchError: input and output do not have the site's sizes, the forward computes
-                something else than the registered class, or a handler adds no delta. In a trace
-                the mark adds nothing instead, and the `match` pass looks for the weight's use.
-                Or the layer runs by itself while an adapter is wanted.
+            MatchError: other sizes than the site's, another computation, or a handler that adds no
+                delta (in a trace `match` looks for the weight's use instead); or a layer that runs
+                by itself while an adapter is wanted.
             ProvenanceError: an eager forward of a batch that mixes adapters.
-            BatchError: an eager forward on another thread than that of the call that is running.
+            BatchError: an eager forward on another thread than that of the running call.
         """
         # Dynamo makes a frame of each function that is called here, a millisecond a site.
         runtime, traced = self.runtime, tracing()
@@ -177,8 +176,7 @@ class SiteMark:
         ranges: Sequence[Sequence[int]],
         addend: Tensor | None = None,
     ) -> Tensor:
-        """y and the delta of the bank's columns `ranges` (siblings, offsets, sizes). DoRA does not
-        rescale `addend`, the module's bias."""
+        """y and the delta of the bank's columns `ranges`; DoRA does not rescale `addend`."""
         bank, slots = self.bank, self.runtime.slots
         # DoRA is refused where a handler says what y is.
         gains = bank.gains if self.handler is None else None
@@ -231,8 +229,7 @@ class SiteMark:
         return result
 
     def _takes(self, x: Any, y: Any, start: int | None) -> bool:
-        """Whether y (…, n) has room for the delta's columns [start, start + n) for this x, or for
-        all of them where `start` is None."""
+        """Whether y (…, n) has room for columns [start, start + n) for x; None: for all of them."""
         if not isinstance(x, Tensor) or not isinstance(y, Tensor) or y.dim() == 0:
             return False
         if self.kind == "embedding":
@@ -251,7 +248,6 @@ class SiteMark:
         return fits and 0 <= start <= self.out_features - columns
 
     def _columns(self, start: int, count: int) -> tuple[list[int], list[int], list[int]]:
-        """(siblings, offsets, sizes) in the bank of the site's columns [start, start + count)."""
         siblings, offsets, sizes = list[int](), list[int](), list[int]()
         first = 0
         for sibling, offset, size in zip(self.siblings, self.offsets, self.sizes, strict=True):
@@ -293,7 +289,6 @@ class SiteMark:
         output: Any,
         scale: Tensor | float | None,
     ) -> None:
-        """Refuse, at the first call, a forward to whose output the delta cannot be added."""
         if self.checked or not (self.derived or isinstance(output, tuple)):
             return
         product = ModuleProduct(self.kind, self.weight_name, self.transposed, scale)
@@ -383,7 +378,6 @@ class RowMark:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        """The output as the rows of the first argument, or None where it stays as it is."""
         if not self.runtime.active or not tracing() or not args:
             return None
         x = args[0]
@@ -401,13 +395,7 @@ MARKS = (SiteMark, RowMark)
 
 @dataclass(eq=False)
 class Attachment:
-    """What `attach` put on a model.
-
-    Attributes:
-        groups: siblings and their banks, in the order of their first sites.
-        marks: the mark of each site, by canonical path.
-        rollback: takes the marks away, and undoes what was done to the model before they came.
-    """
+    """What `attach` put on a model; `rollback` takes it away, and undoes what came before."""
 
     groups: tuple[Group, ...]
     runtime: Runtime
@@ -420,7 +408,6 @@ class Attachment:
 
 
 def sessions_of_marks(graph: ModuleGraph) -> list[Any]:
-    """The sessions whose marks hang on the modules of a model."""
     found = {
         id(hook.runtime.session): hook.runtime.session
         for _, module in graph.modules()

@@ -37,11 +37,8 @@ class Owner(NamedTuple):
 
 
 def storage_key(tensor: Tensor) -> int:
-    """A number that two live tensors share exactly when they share a storage.
-
-    `data_ptr` will not do: it is 0 on the meta device. Wrapper subclasses without a storage count
-    as their own.
-    """
+    """A number that live tensors share exactly when they share a storage; wrapper subclasses
+    without storage count as their own. (`data_ptr` is 0 on the meta device.)"""
     try:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError, AttributeError, ValueError):
@@ -50,8 +47,7 @@ def storage_key(tensor: Tensor) -> int:
 
 @contextmanager
 def writing(tensor: Tensor) -> Iterator[None]:
-    """Permits views and in-place writes of `tensor` without gradients: tensors made in inference
-    mode in that mode alone, all others outside of it."""
+    """Permits in-place writes of `tensor` without gradients, in inference mode if it needs that."""
     with torch.inference_mode(tensor.is_inference()), torch.no_grad():
         yield
 
@@ -100,14 +96,12 @@ class ModuleGraph:
         return True
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """(canonical path, module) of every instance, in the order of `named_modules()`."""
         yield from self._modules.items()
 
     def has(self, module: nn.Module) -> bool:
         return id(module) in self._canonical
 
     def path(self, module: nn.Module) -> str:
-        """Canonical path of an instance. LorafxError when the model does not hold it."""
         try:
             return self._canonical[id(module)]
         except KeyError:
@@ -117,10 +111,7 @@ class ModuleGraph:
             ) from None
 
     def paths(self, module: nn.Module, limit: int = MAX_PATHS) -> tuple[str, ...]:
-        """Canonical path first, then aliases, at most `limit` in all, without cycles.
-
-        LorafxError when the model does not hold `module`.
-        """
+        """Canonical path first, then aliases, at most `limit`, without cycles."""
         found = dict.fromkeys([self.path(module)])
         if id(module) not in self._shared:
             return tuple(found)

@@ -40,12 +40,8 @@ Members = Mapping[str, tuple[PackedMember, ...]]
 
 
 def members_of(packed: PackedModules | None, where: str) -> dict[str, tuple[PackedMember, ...]]:
-    """A declaration, checked.
-
-    Raises:
-        ConfigError: it is no such mapping, names one member twice, or the slices of a member are
-            not consecutive or overlap another's.
-    """
+    """A checked declaration. ConfigError where it is no such mapping, names a member twice, or
+    slices of a member are not consecutive or overlap."""
     if packed is None:
         return {}
     if not isinstance(packed, Mapping):
@@ -96,7 +92,6 @@ class PackedNames:
     """The declarations that hold for each module of a model."""
 
     def __init__(self, graph: ModuleGraph, configured: PackedModules | None = None) -> None:
-        """Raises ConfigError for a malformed declaration."""
         self._configured = members_of(configured, "LoraConfig.packed_modules")
         self._declared: dict[str, Members] = {}
         for path, module in graph.modules():
@@ -112,7 +107,6 @@ class PackedNames:
         return bool(self._configured or self._declared)
 
     def members(self, path: str) -> tuple[PackedMember, ...]:
-        """The names that the module at canonical `path` stands for; none for most modules."""
         if not self.any:
             return ()
         parent, _, name = path.rpartition(".")
@@ -152,7 +146,6 @@ class PackedNames:
         ]
 
     def _for(self, parent: str) -> Members:
-        """The declarations for children of `parent`: nearest above wins, the user's over all."""
         if parent not in self._above:
             declared = self._declared.get(parent, {})
             inherited = self._for(parent.rpartition(".")[0]) if parent else {}
@@ -169,17 +162,9 @@ def parts_of(
 ) -> tuple[tuple[Part, ...], tuple[str, ...]]:
     """The parts of a site, and the names that only an adapter's row counts can place.
 
-    Args:
-        where: the module in messages.
-        members: the names that it stands for.
-        sizes: columns of its output slices; None where its class does not say.
-        in_features, total: K and N.
-
-    Returns:
-        One part a member where the slices of each are known; one a slice and the members' names
-        where there are fewer names than slices; else one part.
-
-    Raises ValueError where the declared names and the slices do not fit together.
+    One part a member where the slices of each are known; one a slice, and the members' names, where
+    there are fewer names than slices; else one part. `sizes`: columns of the output slices, None
+    where the class does not say. ValueError where names and slices do not fit together.
     """
     whole = (Part("", (0,) if sizes is None else tuple(range(len(sizes))), in_features, total),)
     if sizes is not None and (sum(sizes) != total or not all(size > 0 for size in sizes)):

@@ -4,8 +4,8 @@
 
 The parameters stay the same objects, with their names, shapes and values, and memory does not grow.
 Where the views are split again (`model.to(...)`, `load_state_dict(assign=True)`), the next call
-packs the parameters anew in the same memory, unless another tensor keeps that: `p.data, ema[name] =
-ema[name], p.data`.
+packs the parameters anew in the same memory, unless another tensor keeps that:
+`p.data, ema[name] = ema[name], p.data`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ class PackedGroup:
         self._names = [name for _, name, *_ in self._places]
 
     def _parts(self) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
-        """Each parameter's dictionary and name, and its part of the buffer."""
         return ((held, name, buffer[rows]) for held, name, buffer, rows in self._places)
 
     @property
@@ -61,7 +60,6 @@ class PackedGroup:
 
     @property
     def fits(self) -> bool:
-        """Whether the present parameters could lie in the buffers."""
         for parameters, name, part in self._parts():
             held = parameters.get(name)
             if held is None or is_traceable_wrapper_subclass(held):
@@ -167,17 +165,14 @@ class PackWatch:
         return _at(self._holders, self._names, self._addresses)
 
     def check(self) -> None:
-        """As `check_packed`, of these packs."""
         if not self.intact:
             check_packed(self._packs)
             self._look()
 
 
 def check_packed(packs: Iterable[PackedGroup]) -> None:
-    """Make the parameters views of the packed weights again, where they are not.
-
-    Raises CaptureError where the model was moved, cast or resized since it was marked.
-    """
+    """Make parameters views of the packed weights again; CaptureError where the model was moved,
+    cast or resized since it was marked."""
     split = [packed for packed in packs if not packed.intact]
     misfit = repack(split) if split else None
     if misfit is not None:

@@ -90,10 +90,7 @@ def requantize(module: nn.Module, weight: Tensor, parameter: str | None = None) 
 
 
 class Stored:
-    """Copies of all tensors in which a module stores its weight.
-
-    Raises ConfigError where the weight is in no known format.
-    """
+    """Copies of all tensors of a module's weight; ConfigError where its format is unknown."""
 
     def __init__(self, module: nn.Module, parameter: str | None = None) -> None:
         place = _Weight.of(module, parameter)
@@ -136,7 +133,6 @@ class _Weight:
 
     @property
     def _turned(self) -> bool:
-        """Whether the format gives and takes Wᵀ."""
         entry = self.entry
         return entry is not None and entry.transposed and not isinstance(self.format, Declared)
 
@@ -164,7 +160,6 @@ class _Weight:
         self.format.store(self.module, self.name, weight.T if self._turned else weight)
 
     def _shape(self) -> tuple[int, int] | None:
-        """The sizes that W must have, where its class declares them."""
         if self.entry is None or self.entry.kind == "experts":
             return None
         if self.entry.kind == "conv":
@@ -184,7 +179,6 @@ def is_stored(module: nn.Module, entry: Eligible) -> bool:
 
 
 def readable(module: nn.Module, entry: Eligible) -> bool:
-    """Whether `dequantize` can read the module's weight, without doing it."""
     return entry.dequantize is not None or format_of(module, entry.weight) is not None
 
 

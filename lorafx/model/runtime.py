@@ -37,8 +37,6 @@ def holds_slots(value: object) -> bool:
 
 
 class RefusesAtRest(Protocol):
-    """Checks of marks outside of a session's calls (lorafx.session.resting)."""
-
     def refuse(self, path: str, layer: str) -> None:
         """Raise MatchError where an adapter that is wanted changes the layer."""
 
@@ -92,7 +90,6 @@ class Runtime:
 
     @property
     def row_slots(self) -> Tensor:
-        """(n,) int32, the slot of each request, −1 for the base."""
         return self._row_slots if self.by_handle else self.slots
 
     @property
@@ -117,12 +114,8 @@ class Runtime:
         self._write(self.rows)
 
     def set_rows(self, slots: Sequence[int] | Tensor) -> None:
-        """Serve requests with these slots, in [−1, capacity) on the host, from the next forward on.
-
-        Raises:
-            BatchError: no request, or a slot out of range; or they differ from those of the last
-                forward while a CUDA graph is captured. Nothing has changed then.
-        """
+        """Serve requests with these slots, in [−1, capacity), from the next forward on. BatchError
+        for no request, a slot out of range, or other slots while a CUDA graph is captured."""
         rows = tuple(slots.tolist() if isinstance(slots, Tensor) else slots)
         if not rows:
             raise BatchError("a batch needs at least one request, got an empty list of slots")
@@ -200,7 +193,6 @@ _AT_REST = {"rows": (-1,), "active": False, "uniform": True}
 
 
 def _copy(host: Tensor, slots: Tensor) -> None:
-    """Copy `host` into `slots`, in stream order on the device."""
     if slots.device.type == "cuda":
         # From unpinned memory the host would wait. torch keeps pinned memory until it is copied.
         slots.copy_(host.pin_memory(), non_blocking=True)

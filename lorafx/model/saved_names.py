@@ -50,8 +50,6 @@ class Walked(NamedTuple):
 
 
 class SavedNames:
-    """Reads the names of modules and of tensors in one model."""
-
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._has_prefix = PREFIX.partition(".")[0] in self._model._modules
@@ -76,7 +74,6 @@ class SavedNames:
         return iter(found)
 
     def renamed(self, name: str) -> str:
-        """The present name of the tensor `name`."""
         for renaming in self._renamings:
             name = renaming.rename_source_key(name)[0]
         return name
@@ -101,8 +98,7 @@ class SavedNames:
 
     @cached_property
     def transforms(self) -> list[Any]:
-        """Renamings and conversions of transformers' loader for checkpoints of the model, in order;
-        none without transformers 5, or for other models."""
+        """transformers' renamings and conversions for checkpoints of the model, in order."""
         transformers = sys.modules.get("transformers")
         if transformers is None:
             return []
@@ -131,7 +127,6 @@ def without_compiled(path: str) -> str:
 
 
 def _without_wrappers(name: str) -> str:
-    """`name` without the names of wrappers, those at its end excepted."""
     parts = name.split(".")
     end = len(parts)
     while end and parts[end - 1] in WRAPPERS:

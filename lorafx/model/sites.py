@@ -84,7 +84,6 @@ class Site:
 
     @property
     def weight_rows(self) -> int:
-        """Rows of the weight as (N, K), or (V, N) of an embedding."""
         return self.in_features if self.eligible.kind == "embedding" else self.out_features
 
     @property
@@ -94,8 +93,7 @@ class Site:
 
     @property
     def terms(self) -> int:
-        """Low-rank terms that a part may have to hold: gate's and up's, where their columns are
-        interleaved and so cannot be separate parts."""
+        """Low-rank terms that a part may hold: two for interleaved gate and up."""
         weight = self.expert_weight
         return 2 if weight is not None and weight.halves == "interleaved" else 1
 

@@ -27,8 +27,7 @@ from lorafx.registry import Eligible
 from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
 
 
-class CannotStore(Exception):
-    """A format that cannot be written, with the reason."""
+class CannotStore(Exception): ...
 
 
 class Format(ABC):
@@ -42,8 +41,7 @@ class Format(ABC):
         """W as numbers, laid out as the module stores it."""
 
     @abstractmethod
-    def tensors(self, module: nn.Module, name: str) -> list[Tensor]:
-        """The plain tensors that W is stored in."""
+    def tensors(self, module: nn.Module, name: str) -> list[Tensor]: ...
 
     def settle(self, module: nn.Module, name: str) -> None:  # noqa: B027  most do nothing
         """Do now what the module's next call would do to its tensors: no graph can hold it."""
@@ -176,8 +174,7 @@ class Bitsandbytes4(Format):
         return getattr(module, name).quant_state or module.quant_state
 
     def _unpacked(self, data: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """Data and state in the general layout. On CPUs with bfloat16 products the first forward
-        repacks both, with scales in bfloat16 and transposed, not nested any more."""
+        """Data and state in the general layout, which the first forward repacks on some CPUs."""
         if not getattr(state, "packing_format_for_cpu", False):
             return data, state
         functional: Any = sys.modules["bitsandbytes.functional"]
@@ -334,7 +331,6 @@ def _is(value: Any, module: str, name: str) -> bool:
 
 
 def _inner(tensor: Tensor) -> Iterator[Tensor]:
-    """The plain tensors that a wrapper holds, wrappers inside of it opened too."""
     if not is_wrapped(tensor):
         yield tensor
         return

@@ -1,7 +1,4 @@
-"""The differences between the versions of torch that lorafx runs on, in one place.
-
-Settings of Dynamo, of AOTAutograd and of symbolic shapes are changed only here too.
-"""
+"""Differences between the supported versions of torch, and all changes of its settings."""
 
 from __future__ import annotations
 
@@ -51,8 +48,7 @@ def untraced(function: _F) -> _F:
 
 def entry_arguments(recompile_limit: int) -> dict[str, Any]:
     """Arguments of `torch._dynamo.optimize` that give a function a cache and a limit for itself:
-    models whose forwards share a code object (transformers' decorators) would use up one common
-    limit."""
+    models whose forwards share a code object (transformers' decorators) would share a limit."""
     found: dict[str, Any] = {}
     if "isolate_recompiles" in _COMPILE_ARGUMENTS:
         found["isolate_recompiles"] = True
@@ -88,11 +84,10 @@ def capture_settings(
 ) -> Iterator[None]:
     """The settings of `_CAPTURE`, and the recompile limit where `torch.compile` takes none.
 
-    `sizes_by_data`: operators whose results' sizes depend on data are captured too, where Dynamo
-    would break the graph. Not for every model: what follows such a size in Python often cannot be.
-    `symbolic`: sizes of arguments are symbols. To keep and find the fake results of equal calls
-    costs more then than to call the operators: a capture of 2 or 8 layers of Llama takes 12 to 20 %
-    less CPU time without that cache.
+    `sizes_by_data`: operators whose results' sizes depend on data are captured, where Dynamo would
+    break the graph; what follows such a size in Python often cannot be. `symbolic`: sizes of
+    arguments are symbols; without a cache of fake results a capture of 2 or 8 layers of Llama then
+    takes 12 to 20 % less CPU time.
     """
     wanted = _CAPTURE
     if "recompile_limit" not in _COMPILE_ARGUMENTS:
@@ -101,7 +96,7 @@ def capture_settings(
         wanted = (*wanted, (dynamo_config, "capture_dynamic_output_shape_ops", True))
     if symbolic:
         wanted = (*wanted, (dynamo_config, "fake_tensor_cache_enabled", False))
-    # What is right already is not written: a block of `lorafx.adapters` does this at every call.
+    # Right settings are not written: a block of `lorafx.adapters` does this at every call.
     changed = [item for item in wanted if getattr(item[0], item[1]) != item[2]]
     before = [(config, name, getattr(config, name)) for config, name, _ in changed]
     try:
@@ -115,8 +110,7 @@ def capture_settings(
 
 @contextmanager
 def block_settings(recompile_limit: int, *, sizes_by_data: bool = False) -> Iterator[None]:
-    """`capture_settings` around calls that users compile themselves; a limit of their own, where
-    it is larger, stays."""
+    """`capture_settings` around calls that users compile; a larger limit of theirs stays."""
     config = dynamo_config
     before = config.recompile_limit
     with capture_settings(recompile_limit, sizes_by_data=sizes_by_data):
@@ -145,14 +139,13 @@ def mode_settings(mode: str | None) -> dict[str, Any]:
 
 
 def recorded_outputs() -> object | None:
-    """Where transformers notes what the outputs of each class of models can record, as soon as a
-    model of it is made; None where it is not imported."""
+    """transformers' table of outputs that classes of models record; None if not imported."""
     module = sys.modules.get("transformers.utils.output_capturing")
     return getattr(module, "_CAN_RECORD_REGISTRY", None)
 
 
 def add_function_guard(manager: Any, function: Callable[[Any], bool]) -> None:
-    """Have a manager of Dynamo's guards ask `function`, which is given what is guarded."""
+    """Add `function`, which is given the guarded object, to a manager of Dynamo's guards."""
     said = [f"{function.__module__}.{function.__qualname__}"]
     try:
         manager.add_lambda_guard(function, said, None)
@@ -161,9 +154,8 @@ def add_function_guard(manager: Any, function: Callable[[Any], bool]) -> None:
 
 
 def mark_fixed_shape(tensor: Tensor, dims: Sequence[int] | None = None) -> None:
-    """Have Dynamo take the sizes of `tensor`, or those of `dims`, as constants in captures with
-    `dynamic=True`. It does so by itself for what hangs on a module of torch.nn, but not of
-    transformers."""
+    """Make the sizes of `tensor`, or those of `dims`, constants in captures with `dynamic=True`, as
+    Dynamo does for what hangs on a module of torch.nn, but not of transformers."""
     fixed = range(tensor.dim()) if dims is None else dims
     if is_traceable_wrapper_subclass(tensor):
         mark_static(tensor, list(fixed))
@@ -175,7 +167,7 @@ def mark_fixed_shape(tensor: Tensor, dims: Sequence[int] | None = None) -> None:
 
 
 def size_hint(size: int | torch.SymInt) -> int | None:
-    """The number that a size had when the graph was captured; None where it depends on data."""
+    """A size when the graph was captured; None where it depends on data."""
     if isinstance(size, int):
         return size
     node: Any = size.node
@@ -183,7 +175,7 @@ def size_hint(size: int | torch.SymInt) -> int | None:
 
 
 _MHA_LOCK = threading.Lock()
-#: The blocks of `no_mha_fast_path` that are running, in any thread, and what was "before" them.
+#: The running blocks of `no_mha_fast_path`, of any thread, and what was "before" them.
 _MHA_BLOCKS: dict[object, bool] = {}
 
 
@@ -207,8 +199,7 @@ def no_mha_fast_path() -> Iterator[None]:
 
 
 def transform() -> str | None:
-    """What has put something else in the place of tensors, so that their numbers cannot be read or
-    written; None where nothing has. 0.2 µs."""
+    """The transform that replaces tensors by others without readable numbers, or None. 0.2 µs."""
     if _C._functorch.peek_interpreter_stack() is not None:
         return "torch.func (vmap, grad, functionalize)"
     if _C._get_tracing_state() is not None:
@@ -223,9 +214,8 @@ def transform() -> str | None:
 
 
 def tracing() -> bool:
-    """Whether this very thread traces what runs: for Dynamo, or inside of a `transform`. The rest
-    of torch.compiler.is_compiling() is the process's: it says so too while other threads compile.
-    """
+    """Whether this thread traces what runs: for Dynamo, or inside of a `transform`.
+    torch.compiler.is_compiling() is also true while other threads compile."""
     return torch.compiler.is_dynamo_compiling() or (
         torch.compiler.is_compiling() and transform() is not None
     )

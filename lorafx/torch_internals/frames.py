@@ -1,4 +1,4 @@
-"""The frame that Dynamo is capturing while it calls a backend: what can be asked of it.
+"""The frame that Dynamo is capturing while it calls a backend.
 
 Dynamo names places (`L['input_ids']`) by expressions over the function's locals and globals.
 """
@@ -40,7 +40,6 @@ def _translator() -> Any:
 
 
 def captured_locals() -> Mapping[str, Any]:
-    """The local variables that the function that is being captured began with."""
     return dict(_translator().output.root_tx.f_locals)
 
 
@@ -50,7 +49,7 @@ def captured_code() -> CodeType:
 
 
 def captured_self() -> Any:
-    """`self` of the function that is being captured; None where it has none."""
+    """`self` of the captured function; None where it has none."""
     return captured_locals().get("self")
 
 
@@ -61,7 +60,7 @@ def ends_in_break() -> bool:
 
 
 def failed_guard() -> str:
-    """Why the newest earlier graph of the function does not serve the call, in the words of Dynamo;
+    """Why the newest earlier graph of the function does not serve the call, in Dynamo's words;
     where its metrics do not have it, how to see it."""
     known = getattr(get_metrics_context(), "_metrics", {})
     text = str(known.get("recompile_reason") or "").partition("\n")[0].partition("  #")[0]
@@ -72,9 +71,9 @@ def failed_guard() -> str:
 def guard_filter(keep: Callable[[Sequence[Any]], Sequence[bool]]) -> Callable[..., Sequence[bool]]:
     """`keep` as a filter of guards for Dynamo (`guard_filter_fn`).
 
-    Dynamo makes all guards to ask, and those that are kept once more. It would refuse a guard on an
-    object that is a new one each time it is looked up, such as transformers'
-    `config.per_layer_config` on torch 2.11 and 2.12. So guards forget which object they saw.
+    Dynamo makes all guards for it, then makes the kept guards again. It would refuse a guard on an
+    object that is new at each lookup, such as transformers' `config.per_layer_config` on torch 2.11
+    and 2.12, so guards forget which object they saw.
     """
 
     def kept(entries: Sequence[Any]) -> Sequence[bool]:
@@ -86,11 +85,7 @@ def guard_filter(keep: Callable[[Sequence[Any]], Sequence[bool]]) -> Callable[..
 
 
 def capture_again(reason: str) -> NoReturn:
-    """From a backend: have Dynamo drop the graph and trace the function anew.
-
-    The error is the only restart that Dynamo lets pass from a backend. What the first trace tried
-    says nothing about the next, which sees other modules.
-    """
+    """Let Dynamo drop the graph and trace the function anew: its only restart from a backend."""
     _translator().speculation_log.clear()
     raise TensorifyScalarRestartAnalysis(restart_reason=reason)
 
@@ -102,8 +97,7 @@ def source_name(node: fx.Node) -> str:
 
 
 def size_source(node: fx.Node) -> tuple[Tensor, int] | None:
-    """The tensor and the dimension whose size a graph input of the captured function is; None where
-    that is not known."""
+    """The tensor and the dimension whose size a graph input is; None where that is not known."""
     name, dot, size = source_name(node).rpartition(".size()[")
     if not dot or not size[:-1].isdecimal():
         return None
@@ -112,8 +106,8 @@ def size_source(node: fx.Node) -> tuple[Tensor, int] | None:
 
 
 def input_place(node: fx.Node, position: int) -> tuple[int, str | None]:
-    """Which of Dynamo's inputs a placeholder of AOTAutograd's stands for, and which part of it: the
-    attributes of a tensor subclass, its sizes and strides are inputs of their own."""
+    """Dynamo's input behind a placeholder of AOTAutograd's, and which part of it: attributes of a
+    tensor subclass, its sizes and strides are separate inputs."""
     place, parts = node.meta.get("desc"), []
     while place is not None and hasattr(place, "base"):
         parts.append(getattr(place, "attr", "size"))
@@ -122,7 +116,7 @@ def input_place(node: fx.Node, position: int) -> tuple[int, str | None]:
 
 
 def symbols_of_frame() -> ShapeEnv | None:
-    """The symbols of the frame that is being captured, and what is known of them."""
+    """The symbols of the captured frame, and what is known of them."""
     context = TracingContext.try_get()
     mode = None if context is None else context.fake_mode
     return None if mode is None else mode.shape_env
@@ -134,20 +128,20 @@ def size_expression(size: Any) -> Any:
 
 
 def duck_shaped() -> bool:
-    """Whether the capture that is running gives sizes that are equal by chance one symbol."""
+    """Whether the running capture gives equal sizes one symbol."""
     symbols = symbols_of_frame()
     return symbols is not None and symbols.duck_shape
 
 
 def guarded_attributes(suffix: str) -> list[str]:
-    """The names, as Dynamo writes them, of what so ends among what the captured frame is guarded
-    on; but for guards that are only made when they are asked for."""
+    """Names, as Dynamo writes them, with this suffix among the guards of the captured frame;
+    without guards that are only made on demand."""
     return [name for guard in frame_guards() if (name := source_text(guard)).endswith(suffix)]
 
 
 def names_of_frame() -> Callable[[str], Any]:
-    """A function that gives what a name of Dynamo's stands for in the captured frame, also when the
-    capture has gone on; None where only Dynamo can tell."""
+    """A function from Dynamo's names to objects of the captured frame, which works after the
+    capture too; None where only Dynamo can tell."""
     root = _translator().output.root_tx
     scope = {"L": root.f_locals, "G": root.f_globals}
 
@@ -161,31 +155,29 @@ def names_of_frame() -> Callable[[str], Any]:
 
 
 def source_text(place: Source | Guard) -> str:
-    """A place, or that of a guard, as Dynamo writes it."""
     name: Any = place.name
     return str(name() if callable(name) else name)  # a method before torch 2.12
 
 
 def absent_attribute(guard: Guard) -> str | None:
-    """The attribute that this guard says is not in the dictionary of its object."""
+    """The attribute whose absence from an object's dictionary this guard checks."""
     made: Any = guard.create_fn
     absent = isinstance(made, partial) and made.func is GuardBuilder.NOT_PRESENT_IN_GENERIC_DICT
     return made.keywords.get("attr") if absent else None
 
 
 def frame_guards() -> list[Guard]:
-    """What the frame that is being captured is guarded on so far."""
     context = TracingContext.try_get()
     return [] if context is None else list(context.guards_context.dynamo_guards)
 
 
 def keep_frame_guards(kept: Sequence[Guard]) -> None:
-    """Have Dynamo make these guards and those that it is yet to find."""
+    """Let Dynamo make these guards and those that it is yet to find."""
     TracingContext.get().guards_context.dynamo_guards = GuardsSet(OrderedSet(kept))
 
 
 def guard_frame(holds: Callable[[], bool]) -> None:
-    """Have Dynamo call the graph that is being compiled only where `holds()` is true."""
+    """Let Dynamo call the graph that is being compiled only where `holds()` is true."""
 
     def make(builder: Any, guard: Guard) -> None:
         add_function_guard(builder.guard_manager.root, lambda _: holds())
@@ -195,7 +187,6 @@ def guard_frame(holds: Callable[[], bool]) -> None:
 
 @contextmanager
 def outside_of_frames() -> Iterator[None]:
-    """Inside, AOTAutograd and Inductor, which ask what is being captured, find a context without a
-    frame: they put together what was compiled before."""
+    """Hides the captured frame from AOTAutograd and Inductor, for code compiled before."""
     with tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv()))):
         yield

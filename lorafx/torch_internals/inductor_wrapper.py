@@ -17,10 +17,10 @@ with private_names():
 
 
 def launch_dependents_early() -> None:
-    """Have Inductor launch kernels that wait for the one before them while that one still runs.
+    """Let Inductor launch kernels that wait for the kernel before them while that still runs.
 
-    Inductor has an option of its own for this, but for the kernels that it writes, not for those
-    that it is given. Without the attribute such kernels are right, and start later.
+    Inductor's own option is for kernels that it writes. Without the attribute such kernels are
+    right, and start later.
     """
     original = PythonWrapperCodegen.define_kernel
     if getattr(original, "_lorafx", False):
