@@ -17,10 +17,7 @@ T = TypeVar("T")
 
 
 def undisturbed(action: Callable[[], T]) -> T:
-    """What `action` returns; handlers of signals that come meanwhile run after it.
-
-    For short actions: slots and weights that are put back. Only the main thread runs handlers.
-    """
+    """What a short `action` returns; handlers of signals that come meanwhile run after it."""
     if threading.current_thread() is not threading.main_thread():
         return action()
     handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
@@ -49,8 +46,7 @@ def undisturbed(action: Callable[[], T]) -> T:
 
 
 def free_after_fork(lock: threading.RLock) -> threading.RLock:
-    """The lock that a child process uses in place of `lock`: a new lock where another thread of the
-    parent, which the child lacks, held it."""
+    """`lock` for a child process: a new lock where a thread that the child lacks held it."""
     if not lock.acquire(blocking=False):
         return threading.RLock()
     lock.release()

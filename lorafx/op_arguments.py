@@ -71,11 +71,8 @@ def index_of(node: fx.Node) -> Any:
 
 
 def in_order(op: OpOverload, values: Mapping[str, Any], **others: Any) -> tuple[Any, ...]:
-    """The positional arguments of a call of `op`: `others`, and the rest of them from `values`,
-    which may be the arguments of another op. Defaults at the end are left out.
-
-    Raises KeyError where an argument is missing, or one of `others` is none of the op's.
-    """
+    """The positional arguments of a call of `op`: `others`, the rest from `values`, which may be
+    another op's, without defaults at the end. KeyError for missing or unknown arguments."""
     arguments = _arguments(op)
     if unknown := others.keys() - {argument.name for argument in arguments}:
         raise KeyError(f"{op} takes no {', '.join(sorted(unknown))}")

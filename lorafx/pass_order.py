@@ -47,11 +47,8 @@ class ModelPass(Protocol):
 
 
 class GraphPass(Protocol):
-    """One rewrite of the functional ATen graph.
-
-    `required` passes cannot be switched off: without them a delta could be dropped silently. `run`
-    returns the number of edits; the driver lints, recompiles and removes dead code.
-    """
+    """One rewrite of the functional ATen graph; `run` returns its number of edits, and the driver
+    lints and recompiles. Without a `required` pass a delta could be dropped silently."""
 
     @property
     def name(self) -> str: ...
@@ -96,8 +93,6 @@ CAPTURED = "captured"
 
 @dataclass(frozen=True)
 class UserPass:
-    """A pass of the user's own among the passes over a graph."""
-
     name: str
     given: After
     required: bool = False
@@ -126,13 +121,8 @@ def way_around(item: GraphPass) -> str:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The passes that run, in their order. `str()` gives one line for each.
-
-    Attributes:
-        model: over the model, once.
-        graph: over each captured graph, the user's own among them.
-        off: graph passes that the options switch off.
-    """
+    """The passes over the `model`, those over each `graph`, the user's among them, and those that
+    are `off`. `str()` gives one line for each."""
 
     model: tuple[ModelPass, ...]
     graph: tuple[GraphPass, ...]
@@ -151,10 +141,8 @@ class Pipeline:
 
 
 def pipeline(options: Options | None = None) -> Pipeline:
-    """The passes that `lorafx.compile` runs with these options, or with the defaults.
-
-    Raises ConfigError where `options.passes` names an unknown pass, or one that cannot be off.
-    """
+    """The passes that `lorafx.compile` runs with these options, or with the defaults. Raises
+    ConfigError where `options.passes` names an unknown pass, or one that cannot be off."""
     options = Options() if options is None else options
     known = {item.name: item for item in GRAPH_PASSES}
     own = {name: value for name, value in options.passes.items() if isinstance(value, After)}
@@ -217,8 +205,7 @@ def run_passes(
     around: Callable[[Pass], AbstractContextManager[None]] = lambda _: nullcontext(),
     after: Callable[[Pass, int, float], PassReport],
 ) -> list[PassReport]:
-    """Run passes in their order; `run` returns a pass's edits, `around` is its context, and `after`
-    makes the report, given the pass, its edits and its seconds."""
+    """Run passes in their order, each in its context `around`; `after` makes its report."""
     reports: list[PassReport] = []
     for item in passes:
         start = time.perf_counter()

@@ -81,8 +81,7 @@ class LongWork:
 
 @contextmanager
 def progress(what: str) -> Iterator[None]:
-    """Show `what` on a terminal while the block runs, with its time afterwards; without a terminal
-    it is logged when it has ended. Work inside the block gets lines of its own."""
+    """Show `what` on a terminal while the block runs, or log it when it has ended."""
     work = LongWork(what)
     work.show()
     try:

@@ -131,7 +131,6 @@ class SliceSizes:
 def shardings(
     given: Sharding | Mapping[str, Sharding] | None,
 ) -> tuple[Sharding | None, Mapping[str, Sharding]]:
-    """The sharding of a module's one weight, and those of routed experts by parameter."""
     return (None, dict(given)) if isinstance(given, Mapping) else (given, {})
 
 
@@ -259,10 +258,7 @@ def register(
 
 
 def unregister(cls: type[nn.Module]) -> None:
-    """Undo `register(cls)`; a built-in entry that it replaced applies again.
-
-    Raises ConfigError where `cls` was not registered.
-    """
+    """Undo `register(cls)`; a built-in entry applies again. ConfigError if not registered."""
     if cls not in _REGISTERED:
         known = [c.__qualname__ for c in _REGISTERED]
         name = getattr(cls, "__qualname__", repr(cls))
@@ -276,8 +272,7 @@ def lookup(module: nn.Module) -> Eligible | None:
 
 
 def is_empty(module: nn.Module) -> bool:
-    """Whether an instance of a registered class has no inputs or no outputs, so that an update of
-    its empty weight has no effect."""
+    """Whether a registered instance has no inputs or no outputs, so that its weight is empty."""
     entry = lookup(module)
     if entry is None or entry.kind == "experts":
         return False

@@ -28,13 +28,9 @@ HOST_PRODUCT, HOST_WAIT = 5e-6, 2e-5
 
 @dataclass(frozen=True)
 class ExpertWork(Work):
-    """One node: rows sorted by expert, times W[e], with the deltas of D adapters of rank r.
-
-    Attributes:
-        rows: M, a row for each token and expert that it was routed to.
-        on_host: the base's own product is a loop over experts on the host.
-        activation: whether x could be computed by the shrink.
-    """
+    """Rows sorted by expert, times W[e], with the deltas of D adapters. `rows` are pairs of a token
+    and an expert; `on_host`: the base's product is a loop over experts on the host; `activation`:
+    whether x could be computed by the shrink."""
 
     experts: int = 1
     on_host: bool = False
@@ -131,7 +127,6 @@ def _refusal(name: str, work: ExpertWork) -> str:
 
 
 def estimate_experts(work: ExpertWork) -> dict[str, Estimate]:
-    """Modelled time of every strategy for `work`, fastest first, refused ones last."""
     seconds = {name: model(work) for name, model in EXPERT_STRATEGIES.items()}
     refusals = {name: _refusal(name, work) for name in seconds}
     return ranked(seconds, refusals, work.vendor() + work.pointwise, work.floor())

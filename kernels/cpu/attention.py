@@ -88,7 +88,6 @@ def cpu_attention(step: PagedStep) -> Tensor:
 
 
 def kernel_of(step: PagedStep) -> AttentionKernel | None:
-    """The generated kernel for these arguments, which may be fake, if there is one."""
     query, key = step.query, step.key
     if query.dtype not in ELEMENTS or {key.dtype, step.mask.dtype} != {query.dtype}:
         return None

@@ -172,7 +172,6 @@ def load_library(path: Path) -> ctypes.CDLL:
 
 
 def torch_function(name: str) -> int:
-    """The address of an exported C function of torch."""
     folder = Path(torch.__file__).parent / "lib"
     for candidate in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
         if (folder / candidate).exists():

@@ -129,7 +129,6 @@ _LIBRARIES: list[ctypes.CDLL] = []  # keeps what the table points into
 
 @functools.cache
 def dispatcher() -> ctypes.CDLL:
-    """The dispatcher, built, loaded and registered as the ops' CPU kernels."""
     return register("lorafx::run_delta_", DISPATCHER)
 
 
@@ -224,8 +223,8 @@ def _kernel(spec: DeltaSpec, rows: Any) -> int | None:
 
 
 def delta_call(spec: DeltaSpec, *tensors: Any, rows: Any) -> tuple[OpOverload, tuple[Any, ...]]:
-    """The op and arguments that add the delta of `spec`, generated where that is possible; tensors:
-    y, x, A, B, ranks, scales, slots, or graph nodes of them."""
+    """Op and arguments that add the delta of `spec`; tensors may be nodes, in `run_delta_`'s
+    order."""
     kernel = _kernel(spec, rows)
     if kernel is not None:
         return torch.ops.lorafx.run_delta_.default, (*tensors, rows, kernel)
@@ -246,8 +245,7 @@ def embedding_delta_call(
 def expert_delta_call(
     spec: DeltaSpec, *tensors: Any, rows: Any, ends: bool
 ) -> tuple[OpOverload, tuple[Any, ...]] | None:
-    """`delta_call` of routed rows, or None where no kernel is generated; tensors are the first
-    arguments of `run_expert_delta_`."""
+    """`delta_call` of routed rows, by the first arguments of `run_expert_delta_`, or None."""
     kernel = _kernel(spec, rows)
     if kernel is None:
         return None

@@ -56,8 +56,7 @@ class ProductSpec:
 
     @classmethod
     def of(cls, x: Tensor, weight: Tensor) -> ProductSpec | None:
-        """None where no kernel is generated: weights that do not lie as (E, N, K), strided rows,
-        other types than 16- and 32-bit floats."""
+        """None where no kernel is generated: other dtypes, strided rows, another layout of W."""
         _, K, N = weight.shape
         laid = weight.stride() == (K * N, 1, K) or weight.numel() == 0
         rows = x.stride(1) == 1 and x.stride(0) >= 0

@@ -20,8 +20,8 @@ from lorafx.kernels.ops.op_library import define, define_vmap
 def refuse_outside(
     index: Tensor, size: int, negative: bool, ignored: int | None, table: str, name: str
 ) -> None:
-    """Raise OutOfRangeError where an entry of `index` is outside of a table of `size`: below −size
-    if `negative`, else below 0. `ignored` is no entry; `{}` in `name` is the entry's place."""
+    """Raise OutOfRangeError for an entry of `index` that a table of `size` entries, from −size on
+    if `negative`, has not. `ignored` is no entry; `{}` in `name` becomes the entry's place."""
     if not index.numel():
         return
     first = -size if negative else 0

@@ -96,8 +96,7 @@ def conv_site_fake(x, y, bank: BankArgs, rows, window: Window, gains, addend, sh
 def add_conv_delta(
     y: Tensor, x: Tensor, bank: BankArgs, rows: int, window: Window, *, by_slot: bool | None = None
 ) -> None:
-    """Adds the delta into contiguous y in place; `by_slot` overrides the device's choice between
-    visiting slots that are present and gathering factors by row."""
+    """Adds the delta into contiguous y; `by_slot` overrides the choice by device."""
     A, B, ranks, scales, slots = bank
     count, channels = x.shape[:2]
     owner = row_slots(slots, rows, count)

@@ -53,8 +53,7 @@ def row_slots(slots: Tensor, rows: int, count: int) -> Tensor:
 
 
 def groups(owner: Tensor, capacity: int) -> Iterator[tuple[int, Tensor]]:
-    """(slot, its row indices int64) for each slot in owner (M,) but −1; BatchError for a slot that
-    is not below `capacity`, the bank's."""
+    """(slot, its row indices int64) for each slot ≥ 0 in owner (M,); BatchError for others."""
     for slot in torch.unique(owner).tolist():
         if slot >= capacity:
             raise BatchError(f"slot {slot} in a batch, but the bank has {capacity} slots")
@@ -161,8 +160,7 @@ def rescaled(
 
 
 def rescaled_rows(y: Tensor, gains: Tensor, addend: Tensor | None, owner: Tensor) -> Tensor:
-    """y (..., N) rescaled by gains (S, N) of the slots of its rows; owner (...) broadcasts. Base
-    rows, and outputs whose gain is 0, keep their bits."""
+    """y (..., N) rescaled by gains (S, N) of its rows' slots; base rows keep their bits."""
     gain = gains[owner]  # -1 reads the last slot, for nothing
     wide = y.to(accumulation_dtype(y))
     product = wide if addend is None else wide - addend
@@ -171,8 +169,7 @@ def rescaled_rows(y: Tensor, gains: Tensor, addend: Tensor | None, owner: Tensor
 
 
 def shifted_rows(y: Tensor, shifts: Tensor, owner: Tensor) -> Tensor:
-    """y (..., N) + shifts[s] of shifts (S, N), the biases of adapters; owner (...) broadcasts. Base
-    rows, and outputs whose shift is 0, keep their bits."""
+    """y (..., N) + shifts[s] of shifts (S, N), biases; base rows keep their bits."""
     shift = shifts[owner]
     live = (owner >= 0).unsqueeze(-1) & (shift != 0)
     return torch.where(live, (y.to(accumulation_dtype(y)) + shift).to(y.dtype), y)

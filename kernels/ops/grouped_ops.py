@@ -88,8 +88,7 @@ def add_grouped_delta(
     *,
     by_slot: bool | None = None,
 ) -> None:
-    """Adds the delta into y in place; `by_slot` overrides the device's choice between visiting
-    slots that are present and masking all."""
+    """Adds the delta into y in place; `by_slot` overrides the choice by device."""
     A, B, ranks, scales, slots = bank
     siblings, offsets, sizes = ranges
     owner = row_slots(slots, rows, x.shape[:-1].numel()).view(x.shape[:-1])

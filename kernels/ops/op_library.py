@@ -31,8 +31,7 @@ class BankArgs(NamedTuple):
 
 
 class Ranges(NamedTuple):
-    """The column ranges of y: range j has sizes[j] columns and the delta of siblings[j], by the
-    columns of B from offsets[j] on."""
+    """Range j of y has sizes[j] columns: siblings[j]'s delta, by B's columns from offsets[j] on."""
 
     siblings: Sequence[int]
     offsets: Sequence[int]
@@ -50,8 +49,7 @@ def define(
     backward: Callable[..., object] | None = None,
     setup_context: Callable[..., None] | None = None,
 ) -> None:
-    """Define `lorafx::<name>`; `eager` runs on every device, without gradients unless `backward`
-    gives them (torch.library.register_autograd)."""
+    """Define `lorafx::<name>`; `eager` runs on every device, with gradients only by `backward`."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, flat(eager), "CompositeExplicitAutograd")
@@ -63,7 +61,6 @@ def define(
 
 
 def define_functional(name: str, functional: Callable[..., object]) -> None:
-    """Define the functionalization of `lorafx::<name>`, which writes into an argument."""
     _LIBRARY.impl(name, functional, "Functionalize")
 
 
@@ -73,7 +70,6 @@ def define_on(key: str, name: str, eager: Callable[..., object]) -> None:
 
 
 def define_vmap(name: str, mapped: Callable[..., object]) -> None:
-    """Define `lorafx::<name>` under torch.vmap (as torch.library.register_vmap takes it)."""
     torch.library.register_vmap(f"lorafx::{name}", mapped, lib=_LIBRARY)
 
 

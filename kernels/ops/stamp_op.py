@@ -28,8 +28,6 @@ from lorafx.torch_internals.fake_tensors import (
 
 
 class Layout(NamedTuple):
-    """Layout of a tensor that does not exist yet; sizes may be symbols."""
-
     shape: tuple[int | torch.SymInt, ...]
     strides: tuple[int | torch.SymInt, ...]
     dtype: torch.dtype
@@ -40,7 +38,6 @@ class Layout(NamedTuple):
         return cls(tuple(value.shape), tuple(value.stride()), value.dtype, value.device)
 
     def empty(self, mode: FakeTensorMode) -> FakeTensor:
-        """A fake tensor of this layout with storage of its own."""
         with _DisableTorchDispatch():
             # Allocating a symbolic size takes twenty times as long, all of it arithmetic on
             # symbols; only the identity of this memory matters.
@@ -57,8 +54,7 @@ class Layout(NamedTuple):
 
 
 def without_data(value: Any) -> FakeTensor:
-    """A tensor laid out like `value`, in new memory, without milliseconds of symbolic
-    arithmetic."""
+    """A tensor laid out like `value`, in new memory, without costly symbolic arithmetic."""
     return Layout.of(value).empty(value.fake_mode)
 
 

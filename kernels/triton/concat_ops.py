@@ -71,7 +71,6 @@ def place(
 def _run_concat(
     x: Tensor, w: Tensor, bank: BankArgs, rows: int, kernel: int, launch: Launch
 ) -> None:
-    """Writes the columns behind x in x' (M, K + …) and behind W in W' (N, K + …), in place."""
     _concat_fake(x, w, bank, rows, kernel)
     plan, M = plan_of(int(kernel)), x.shape[0]
     if guard_or_false(M == 0):

@@ -57,7 +57,6 @@ class LaunchArgs:
         launch: Launch,
         offs: Tensor | None = None,
     ) -> LaunchArgs:
-        """The batch of an op's arguments, sorted where there is an `order` kernel."""
         slots = bank.slots
         n = slots.shape[0]
         rows = torch.sym_min(rows, M)  # also keeps "all rows alike", 2⁶², out of 32-bit arithmetic
@@ -152,8 +151,7 @@ def split(
 
 
 class Base(NamedTuple):
-    """x (M, K), weight, bias. "reduce" reads bias and `sums`, planes; None where y holds the
-    product."""
+    """Operands of the product; "reduce" reads bias and `sums`, its planes, None if y holds it."""
 
     x: Tensor
     weight: Tensor
@@ -205,8 +203,7 @@ def expand_rows(
 def embedding_rows(
     kernel: GeneratedKernel, spec: TritonSpec, y: Tensor, ids: Tensor, batch: LaunchArgs
 ) -> None:
-    """Adds scale · A[s, ids, :r] B[s, :r] into y (M, N). An id outside the table adds nothing,
-    since a kernel cannot raise; the base's lookup did."""
+    """Adds scale · A[s, ids, :r] B[s, :r] into y (M, N); ids outside the table add nothing."""
     A, B, ranks, scales, _ = batch.bank
     tiles_n = _cdiv(spec.delta.columns, kernel.tiles.block_n)
     scalars = batch.arguments(ranks.shape[0], A.shape[1], *A.stride()[:2], y.stride(0))

@@ -138,7 +138,6 @@ def tiles_for(strategy: str, spec: DeltaSpec, rows: int, arch: Architecture) -> 
 
 
 def tuned_file(arch: Architecture) -> Path:
-    """The file of tuned tiles of `arch`, by versions and templates."""
     versions = f"triton{triton_compat.version()}-torch{torch.__version__}-{generator_hash()[:8]}"
     return cache_folder() / "tuned" / f"{arch.name}-{arch.processors}-{versions}.json"
 

@@ -91,8 +91,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 
 def architecture_of(device: torch.device) -> Architecture:
-    """The row of ARCHITECTURES nearest to `device`; the interpreter for a CPU; cuda80, which every
-    later part runs, without a driver."""
+    """The row of ARCHITECTURES nearest to `device`; without a driver cuda80, which all run."""
     if device.type == "cpu":
         return ARCHITECTURES["interpreter"]
     if torch.version.hip is not None:

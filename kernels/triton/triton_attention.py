@@ -213,7 +213,6 @@ def attend(
 
 
 def is_generated(step: PagedStep) -> bool:
-    """Whether a generated kernel computes a step on its device; its tensors may be fake."""
     if step.query.device.type == "cuda":  # which ROCm's devices call themselves too
         return has_kernels(step)
     return kernel_of(step) is not None

@@ -64,7 +64,6 @@ class Change:
 
     @property
     def dense(self) -> Tensor:
-        """W (N, K), (V, D) of an embedding."""
         if self.weight is None:
             return dequantize(self.holder.module, self.parameter)
         weight = self.weight.detach()
@@ -165,7 +164,6 @@ def _copies_by_site(
 
 
 def not_mergeable(name: str, problems: Sequence[str]) -> MatchError:
-    """The refusal of a merge, with a line for each site that cannot be merged."""
     return MatchError(
         f"adapter {name!r} cannot be merged, and nothing has changed:\n"
         + "\n".join(f"  - {problem}" for problem in problems)

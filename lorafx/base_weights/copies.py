@@ -55,8 +55,7 @@ class Weight:
 
 @dataclass(frozen=True, eq=False)
 class Copy:
-    """An exact copy of rows of a weight, or, with `form` None, a tensor beside weights that it may
-    have been made from."""
+    """An exact copy of rows of a weight, or with `form` None a tensor maybe made from it."""
 
     holder: Holder
     tensor: Tensor
@@ -81,8 +80,7 @@ class Copy:
         write(self.tensor, copied(dense, self.tensor, self.form))
 
     def unexplained(self, program: Program) -> list[Site]:
-        """The sites whose weights it may have been made from, unless graphs show that they use the
-        weights themselves."""
+        """Sites whose weights it may have been made from, unless graphs use the weights."""
         if self.form is not None or not is_varied(self.tensor):
             return []
         return [
@@ -217,7 +215,6 @@ class Copies(DerivedWeights):
         )
 
     def refresh(self, filled: Iterable[Target], undo_log: UndoLog | None) -> None:
-        """Compute the copies of new weights, in place."""
         filled = list(filled)
         made = [(copy, hook) for copy in self._of(filled) if (hook := _hook(copy))]
         hooks = {id(copy.holder.module): (copy.holder.module, hook) for copy, hook in made}
@@ -236,7 +233,6 @@ class Copies(DerivedWeights):
         self.recompute(filled)
 
     def recompute(self, filled: Iterable[Target]) -> None:
-        """Compute the exact copies from their present weights."""
         for copy in self._of(filled):
             if copy.form is not None:
                 dense = copy.weights[0].dense()

@@ -260,8 +260,7 @@ def write(target: Tensor, value: Tensor) -> None:
 
 @torch.no_grad()
 def mark_of(tensor: Tensor) -> int:
-    """A sum over the bits of all numbers, which changes with any one of them, but not where numbers
-    change places. torch's own count of writes misses those through `.data`."""
+    """A sum over the bits of all numbers; torch's count of writes misses those through `.data`."""
     bits = tensor.detach().view(_BITS[tensor.element_size()])
     words = 8 // bits.element_size()
     if bits.is_contiguous() and not bits.numel() % words and not bits.storage_offset() % words:

@@ -35,8 +35,7 @@ from lorafx.loading.loadable_layer import LoadableLayer
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """Size and rank of a tensor-parallel group, by its name: process groups can be neither copied
-    nor pickled, and models are."""
+    """A tensor-parallel group by its name: unlike process groups, models can be pickled."""
 
     size: int = 1
     rank: int = 0
@@ -44,10 +43,8 @@ class TensorParallel:
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None = None) -> TensorParallel:
-        """The given group, or all ranks, or a single rank where torch.distributed is not set up.
-
-        Raises ConfigError where this process is not in `group`.
-        """
+        """The given group, or all ranks, or one rank without torch.distributed; ConfigError where
+        this process is not in `group`."""
         if not dist.is_available() or not dist.is_initialized():
             return cls()
         rank = dist.get_rank(group)
@@ -100,7 +97,6 @@ class LayerOptions(TypedDict, total=False):
 
 
 def label_of(layer: object, options: LayerOptions) -> str:
-    """The name in messages of a layer that is being made."""
     prefix, name = options.get("prefix"), type(layer).__name__
     return f"{prefix} ({name})" if prefix else name
 

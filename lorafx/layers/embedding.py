@@ -78,10 +78,7 @@ class VocabParallelEmbedding(ParallelLayer):
 
 
 class ParallelLMHead(VocabParallelEmbedding):
-    """x (…, embedding_dim) → logits (…, num_embeddings), gathered on every rank.
-
-    With `bias`, adds a bias (num_embeddings,).
-    """
+    """x (…, embedding_dim) → logits (…, num_embeddings), with a bias if `bias`, on every rank."""
 
     def __init__(
         self,
@@ -105,10 +102,7 @@ class ParallelLMHead(VocabParallelEmbedding):
         return self.tp.all_gather(logits)[..., : self.num_embeddings]
 
     def tie_weights(self, embedding: VocabParallelEmbedding) -> ParallelLMHead:
-        """Use the embedding's weight as this head's.
-
-        Raises ConfigError where the sizes or the ranks' parts differ.
-        """
+        """Use the embedding's weight; ConfigError where sizes or the ranks' parts differ."""
         shape, other = self.weight.shape, embedding.weight.shape
         if shape != other or self.num_embeddings != embedding.num_embeddings:
             raise ConfigError(

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 
 class LinearBase(ParallelLayer):
-    """Base of the linear layers; subclasses cut the sizes among the ranks."""
-
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x)
 
@@ -49,11 +47,8 @@ class ReplicatedLinear(LinearBase):
 
 
 class ColumnParallelLinear(LinearBase):
-    """x (…, input_size) → (…, output_size / tp_size), the outputs cut among the ranks.
-
-    With `gather_output`, returns all outputs (…, output_size) on every rank. Raises ConfigError for
-    sizes that cannot be divided among the ranks.
-    """
+    """x (…, input_size) → (…, output_size / tp_size), the outputs cut among the ranks, or with
+    `gather_output` all on every rank. ConfigError for sizes that the ranks cannot divide."""
 
     def __init__(
         self,

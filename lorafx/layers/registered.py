@@ -42,8 +42,7 @@ class LayerSharding:
     def cut(
         self, module: nn.Module, slices: tuple[int, ...], A: Tensor, B: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """A (r, K) or, of an embedding, (r, V), and B (N, r), N the rows of the `slices` in
-        checkpoints."""
+        """A (r, K), of an embedding (r, V), and B (N, r), N the rows of `slices` in checkpoints."""
         layer = _layer(module)
         if _looks_up(layer):
             columns = layer.piece_of_output(A, 0, dim=1)

@@ -22,13 +22,8 @@ from lorafx.model.packed_names import spans
 
 
 class JointGroup:
-    """Tensors that fill one, one after the other along `dim`.
-
-    Attributes (of both kinds of group):
-        path: the group in messages: the name of the (first) tensor of the model that it fills.
-        names: of the checkpoint's tensors, without prefixes, in order.
-        destinations: what they fill.
-    """
+    """Checkpoint tensors `names` that fill `destinations` one after the other along `dim`; `path`
+    is the first tensor's name in messages."""
 
     def __init__(
         self, whole: Destination, dim: int, names: tuple[str, ...], slices: tuple[int, ...] | None

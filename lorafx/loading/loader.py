@@ -31,8 +31,7 @@ Undo = Literal["memory", "disk"]
 
 
 class UndoLog:
-    """The numbers that tensors had before they were first written to, in host memory, or with
-    "disk" in files of a temporary folder."""
+    """Old numbers of tensors, in host memory or, with "disk", in files of a temporary folder."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
@@ -142,11 +141,8 @@ class Loading:
         self._finish()
 
     def write(self, undo_log: UndoLog | None = None) -> None:
-        """Write all of it, planning where that was not done; `undo_log` keeps the old numbers.
-
-        Raises:
-            BaseWeightsError: for everything that is wrong with a source that is read once.
-            CheckpointError: the second reading of a source differs from the first.
+        """Write all of it, planning where that was not done. Raises BaseWeightsError for all that
+        is wrong with a source that is read once, CheckpointError where the second reading differs.
         """
         self._undo_log = undo_log
         if self._source.repeatable:

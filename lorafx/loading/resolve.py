@@ -57,8 +57,7 @@ class Conversions:
 
     @property
     def rearrange(self) -> bool:
-        """Whether a conversion does more than concatenate tensors: its sources may have names that
-        mean something else in most checkpoints."""
+        """Whether it does more than concatenate, so that its sources' names are ambiguous."""
         return bool(self._rearranging)
 
     def member(
@@ -141,8 +140,7 @@ class Resolver:
         self._advised = 0
 
     def meaning(self, name: str, shape: WeightShape) -> Meaning | None:
-        """What a tensor of this name and shape means; None where the model has no place for it. Of
-        several meanings the first whose shape fits, or the first of all where none does."""
+        """The first meaning of this name whose shape fits, else the first of all, or None."""
         first: Meaning | None = None
         for found in self._meanings(name):
             if isinstance(found, GroupMember) or (
@@ -166,7 +164,6 @@ class Resolver:
         )
 
     def advice(self, name: str) -> str:
-        """The hint of a message on a name that has no place."""
         if ".lora_" in name:
             return "a factor of an adapter; load_adapter takes those"
         if self._advised >= _NEAREST:

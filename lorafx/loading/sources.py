@@ -50,8 +50,7 @@ _DTYPES = {
 
 
 class Item(NamedTuple):
-    """One tensor of a source; `read` gives it while it stays valid. `given` is the tensor itself,
-    where it was not stored on disk."""
+    """A tensor that `read` gives while it stays valid; `given` itself, if it was not on disk."""
 
     name: str
     shape: WeightShape
@@ -62,12 +61,7 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class WeightSource:
-    """A kind of source: `items` iterates over all of it.
-
-    Attributes:
-        repeatable: it can be read twice.
-        stable: a tensor that was given stays as it is, and can be read at any time.
-    """
+    """A kind of source. `repeatable`: it can be read twice; `stable`: its tensors stay valid."""
 
     items: Callable[[], Iterator[Item]]
     repeatable: bool

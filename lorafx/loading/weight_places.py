@@ -299,8 +299,7 @@ def is_expanded(tensor: Tensor) -> bool:
 
 
 def meet(a: Iterable[range], b: Iterable[range]) -> bool:
-    """Whether two boxes of one tensor have an entry in common. Ranges of a dimension have one step,
-    or one of them is all of it."""
+    """Whether two boxes share an entry; ranges of a dimension have one step, or one has all."""
     return all(
         p
         and q

@@ -34,11 +34,8 @@ def _reach(shape: Sequence[int], strides: Sequence[int]) -> int:
 
 
 class OwnWeight(NamedTuple):
-    """Rows of a site's weight that an adapter replaces, for `Bank.write`.
-
-    rows: (T, K), of an embedding (T, N). bias: (T,) of a linear. at: int32 (T,), which rows of the
-    weight they are, ascending; None for all.
-    """
+    """Rows (T, K) of a site's weight that an adapter replaces, of an embedding (T, N), with bias
+    (T,) of a linear. `at`: int32 (T,), their ascending indices in the weight; None for all."""
 
     rows: Tensor
     bias: Tensor | None = None
@@ -217,12 +214,8 @@ class Bank:
         weight: OwnWeight | None = None,
         place: int = 0,
     ) -> list[Tensor]:
-        """Replace the contents of `slot` by `factors`, and place `place` of the own rows by
-        `weight`.
-
-        On CUDA the copies are only launched, on the current stream: `factors`, `weight`, and the
-        tensors that are returned must not change before that is done.
-        """
+        """Replace the contents of `slot`, and of `place` of the own rows by `weight`. CUDA copies
+        are only launched: arguments and results must not change before they are done."""
         slots = self._of_experts(slot)
         siblings = self.ranks.shape[1]
         ranks = torch.zeros((self.experts, siblings), dtype=torch.int32, device="cpu")

@@ -221,8 +221,7 @@ class HookWatch:
         return self.state
 
     def take_over(self) -> None:
-        """Accept the hooks that a call has registered, which its graphs include: transformers does
-        so in the first call that asks for hidden states."""
+        """Accept hooks that a call has registered, as transformers does for hidden states."""
         if self._seen != RemovableHandle.next_id:
             self._own |= self._look() - self._current
 

@@ -110,11 +110,8 @@ def matrices(module: nn.Module, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor] |
 
 
 def norm_factors(module: nn.Module, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B whose product PEFT's DoRA adds to W (N, C / groups · ∏kernel) for its norms.
-
-    With groups, `_DoraConvNdLayer.get_lora_weight` reads B (N, r / groups) as (N / groups, r), and
-    cuts each row of the product into rows of W. Its norms are part of what was trained.
-    """
+    """A and B whose product PEFT's DoRA adds to W (N, C / groups · ∏kernel) for its norms: with
+    groups, `_DoraConvNdLayer.get_lora_weight` reads B (N, r / groups) as (N / groups, r)."""
     groups = convolution_of(module).groups
     if groups == 1:
         return A, B

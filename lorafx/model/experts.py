@@ -181,14 +181,8 @@ NESTED = "base_layer"
 
 
 class ExpertMeaning(NamedTuple):
-    """What a name below a module of routed experts means.
-
-    Attributes:
-        weight: the parameter; None where the module has no such projection.
-        expert: the index, None for all.
-        own: whether it is the parameter's own name.
-        wrong: why nothing can be placed by this name, "" where it can.
-    """
+    """A name below a module of experts: its `weight`, or None; its `expert`, None for all; whether
+    it is the parameter's `own` name; why it has no place (`wrong`), "" where it has."""
 
     weight: ExpertWeight | None
     half: Half

@@ -47,8 +47,7 @@ def own_refusal(site: Site) -> str | None:
 def rows_asked(
     modules_to_save: targets.Entries, trainable_tokens: Mapping[str, int], paths: Sequence[str]
 ) -> int | None:
-    """Rows that an adapter may replace at the module at `paths`; None for all. A name is a path or
-    a dotted suffix of the path of the module or of a module around it."""
+    """Rows that an adapter may replace at the module at `paths`, or around; None: all."""
     around = [above for path in paths for above in _with_parents(path)]
     if modules_to_save and targets.names(modules_to_save, around):
         return None
@@ -100,8 +99,7 @@ def _input_embedding(module: nn.Module) -> nn.Module | None:
 
 
 def is_input_embedding(graph: ModuleGraph, path: str, module: nn.Module) -> bool:
-    """Whether `module` is the input embedding of the outermost module around `path` that has
-    one."""
+    """Whether `module` is the input embedding of the outermost module that has one."""
     parents = reversed([*_with_parents(path.rpartition(".")[0])])
     around = [graph.root, *map(graph.find, parents)]
     embeddings = (_input_embedding(parent) for parent in around if parent is not None)

@@ -56,8 +56,8 @@ def adds_up(
     x: Tensor,
     output: Any,
 ) -> bool:
-    """Whether ΔW adds its product with x to the first output of `module`, and changes no other.
-    Quantised weights cannot be compared: then a single output passes."""
+    """Whether ΔW adds its product with x to the first output of `module`, and changes no other. A
+    single output of quantised weights passes."""
     several = isinstance(output, tuple)
     weight = getattr(module, product.weight_name, None)
     if not isinstance(weight, Tensor) or not is_dense(weight) or weight.is_meta:

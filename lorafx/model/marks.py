@@ -52,8 +52,8 @@ def refuse_at_rest(runtime: Runtime, path: str) -> bool:
 
 @assume_constant_result
 def refuse_exported() -> bool:
-    """Refuse torch.export inside of a block of `lorafx.adapters` with a CaptureError: the export
-    would hold the banks, and read the slots of whatever block runs around it later."""
+    """Raise CaptureError for torch.export inside of `lorafx.adapters`: the export would hold the
+    banks, and read the slots of later blocks."""
     if torch.compiler.is_exporting():
         raise CaptureError(
             "torch.export inside of a block of lorafx.adapters: the program would serve the "

@@ -37,8 +37,7 @@ class Owner(NamedTuple):
 
 
 def storage_key(tensor: Tensor) -> int:
-    """A number that live tensors share exactly when they share a storage; wrapper subclasses
-    without storage count as their own. (`data_ptr` is 0 on the meta device.)"""
+    """A number that live tensors share exactly when they share a storage, on meta too."""
     try:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError, AttributeError, ValueError):
@@ -57,8 +56,7 @@ def join(path: str, name: str) -> str:
 
 
 class ModuleGraph:
-    """Instances, parameters, buffers and storages of one model when this was made; storages alone
-    are read anew, because packing re-points parameters to another storage."""
+    """Instances, parameters and buffers of a model when this was made; storages are read anew."""
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
@@ -170,8 +168,7 @@ class ModuleGraph:
         ]
 
     def alone(self) -> frozenset[int]:
-        """`id` of each parameter and buffer that one attribute holds and that shares its storage
-        with no other, nor with a plain tensor attribute of a module, now."""
+        """`id` of parameters and buffers that one attribute holds and whose storage is unshared."""
         used = Counter(storage_key(tensor) for tensor in self._tensors.values())
         for module in self._modules.values():
             used.update(storage_key(t) for t in vars(module).values() if isinstance(t, Tensor))

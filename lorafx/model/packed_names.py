@@ -40,8 +40,7 @@ Members = Mapping[str, tuple[PackedMember, ...]]
 
 
 def members_of(packed: PackedModules | None, where: str) -> dict[str, tuple[PackedMember, ...]]:
-    """A checked declaration. ConfigError where it is no such mapping, names a member twice, or
-    slices of a member are not consecutive or overlap."""
+    """A checked declaration; ConfigError for another type, repeated names, overlapping slices."""
     if packed is None:
         return {}
     if not isinstance(packed, Mapping):
@@ -89,8 +88,6 @@ def renamed(path: str, name: str) -> str:
 
 
 class PackedNames:
-    """The declarations that hold for each module of a model."""
-
     def __init__(self, graph: ModuleGraph, configured: PackedModules | None = None) -> None:
         self._configured = members_of(configured, "LoraConfig.packed_modules")
         self._declared: dict[str, Members] = {}
@@ -117,8 +114,7 @@ class PackedNames:
         return () if is_here else found
 
     def memberships(self, path: str) -> tuple[Membership, ...]:
-        """The packed names, themselves no modules, of which the module at canonical `path` is a
-        member."""
+        """Packed names without a module that the module at `path` is a member of."""
         if not self.any:
             return ()
         parent, _, name = path.rpartition(".")
@@ -130,7 +126,6 @@ class PackedNames:
         )
 
     def named(self) -> Iterator[tuple[str, nn.Module]]:
-        """(path, module) of modules by packed names."""
         for path, module in self._graph.modules():
             others = [member.name for member in self.members(path)]
             others += [packed.name for packed in self.memberships(path)]
@@ -205,12 +200,9 @@ def virtual_paths(paths: Iterable[str], name: str) -> tuple[str, ...]:
 
 
 def spans(sizes: Sequence[int], rows: Sequence[int | None]) -> list[set[tuple[int, int]]]:
-    """Which slices of a packed module each of several names covers, by row counts alone.
-
-    The names partition the slices in order. `sizes` are the rows of each slice, `rows` those of
-    each name, None where unknown. A name gets every (first slice, slice behind the last) that it
-    has in some partition; all are empty where there is no partition.
-    """
+    """Which slices of a packed module each of several names covers, by row counts alone: every
+    (first slice, slice behind the last) in some partition of `sizes` into `rows`, in order. `rows`
+    are None where unknown; without a partition all are empty."""
     ends = (0, *accumulate(sizes))
 
     def following(start: int, wanted: int | None) -> list[int]:

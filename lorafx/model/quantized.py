@@ -171,8 +171,7 @@ class _Weight:
 
 
 def is_stored(module: nn.Module, entry: Eligible) -> bool:
-    """Whether the module holds its weight in a format instead of W's numbers; true too where no
-    attribute of the weight's name holds a tensor, since it is packed under others."""
+    """Whether the module holds its weight in a format, or under other names than the weight's."""
     if entry.dequantize is not None or not Plain().holds(module, entry.weight):
         return True
     return any(item.holds(module, entry.weight) for item in LIBRARIES)
@@ -184,8 +183,7 @@ def readable(module: nn.Module, entry: Eligible) -> bool:
 
 @dataclass(frozen=True)
 class QuantisedModules:
-    """The modules of registered classes whose weight is in a format and whose calls compute y = x
-    Wᵀ or W[ids], when `of` was called; with their entries."""
+    """Modules of registered classes, with entries, that compute y = x Wᵀ with a stored W."""
 
     found: tuple[tuple[nn.Module, Eligible], ...]
 

@@ -89,8 +89,7 @@ def _unregistered(module: nn.Module) -> str:
 
 
 def _out_of_reach(module: nn.Module, weight: Tensor, entry: Eligible) -> str | None:
-    """Why the delta has no place between this rank's product and its reduction across ranks.
-    Without a stored format, the graph shows the weight's use instead."""
+    """Why the delta has no place between this rank's product and the ranks' reduction."""
     if entry.sharding is None or entry.handler is not None or not is_stored(module, entry):
         return None
     if entry.sharding.product(module) is module or not has_own_forward(module, entry):

@@ -140,7 +140,6 @@ class Runtime:
         self.active, self.uniform = high >= 0, low == high
 
     def clear(self) -> None:
-        """Serve the base model alone."""
         self.set_rows([-1])
 
     def _register(self) -> None:

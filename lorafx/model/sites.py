@@ -24,13 +24,8 @@ from lorafx.registry import Eligible
 
 @dataclass(frozen=True)
 class Part:
-    """A range of a site's output columns with separate low-rank factors.
-
-    Attributes:
-        name: last name that an adapter may give it ("q_proj"); "" where only the module's own does.
-        slices: indices of the output slices that it covers, consecutive.
-        selected: whether adapters may have factors here.
-    """
+    """Output slices of a site with separate factors; an adapter may give `name` as the last name
+    ("" for the module's own), and factors if it is `selected`."""
 
     name: str
     slices: tuple[int, ...]
@@ -138,7 +133,6 @@ def has_own_forward(module: nn.Module, entry: Eligible) -> bool:
 
 
 def own_ranges(site: Site) -> Ranges:
-    """Ranges of the site's parts in a bank for this site alone."""
     sizes = tuple(part.out_features for part in site.parts)
     return Ranges(tuple(range(len(sizes))), (0, *accumulate(sizes[:-1])), sizes)
 
@@ -181,12 +175,10 @@ class Group:
         )
 
     def ranges(self, index: int) -> Ranges:
-        """Ranges of the parts of site `index` in the bank."""
         siblings, offsets, sizes = own_ranges(self.sites[index])
         first, start = self.firsts[index], self.offsets[index]
         return Ranges(tuple(first + i for i in siblings), tuple(start + o for o in offsets), sizes)
 
 
 def room_of(groups: Iterable[Group]) -> tuple[str, ...]:
-    """Names of optional parts that any of their banks has room for, for reports."""
     return tuple(dict.fromkeys(name for group in groups for name in group.bank.room))

@@ -33,8 +33,7 @@ class Entries(tuple[str, ...]):
 
 
 class SavedTargets(Entries):
-    """Modules that a checkpoint names. The path of a module names that module alone: a head called
-    `output` does not stand for every `attention.output`."""
+    """Modules of a checkpoint; the path of a module names that module alone, no suffixes."""
 
 
 class AdapterNames(SavedTargets):
@@ -46,10 +45,7 @@ def is_all_linear(spec: str | Sequence[str] | None) -> bool:
 
 
 def checked(spec: str | Collection[str] | None, field: str) -> str | tuple[str, ...] | None:
-    """`spec` as a str, a tuple of str or None.
-
-    Raises ConfigError for another type, or a str that is no regular expression, or too large a one.
-    """
+    """`spec` as a str, a tuple of str or None; ConfigError for other types and bad patterns."""
     if spec is None:
         return None
     if isinstance(spec, str):
@@ -95,7 +91,6 @@ def output_embedding(model: nn.Module) -> nn.Module | None:
 
 
 def nearest_targets(entry: str, paths: Iterable[str]) -> str:
-    """A sentence fragment with the names closest to `entry` among the eligible modules."""
     if "." in entry:
         return nearest(entry, paths)
     return nearest(entry, dict.fromkeys(path.rpartition(".")[2] for path in paths))
@@ -114,10 +109,7 @@ class PatternError(ConfigError):
 
 
 class Pattern:
-    """A regular expression over paths; `tail` ends every path that it matches, as far as known.
-
-    Raises PatternError where `text` is none, or is too large.
-    """
+    """A regular expression over paths, or a PatternError; `tail` ends all paths that match."""
 
     def __init__(self, text: str, tail: str = "") -> None:
         if len(text) > LONGEST:

@@ -10,7 +10,6 @@ from lorafx.errors import LorafxWarning
 
 
 def warn_training(model: nn.Module, stacklevel: int) -> None:
-    """Warn the caller `stacklevel` frames up that the model is in training mode."""
     warnings.warn(
         f"{type(model).__name__} is in training mode, so its dropout is active; call eval() for "
         "inference",

@@ -39,9 +39,8 @@ def entrance() -> Iterator[None]:
 
 
 def unsupported(raised: BaseException, *, directly: bool = False) -> UnsupportedVersionError | None:
-    """The replacement of an error that another torch is the cause of; None for errors of lorafx,
-    the model, its caller. `directly`: what was called has raised it, and not code deep inside of a
-    compiler, which may fail on the model's graph."""
+    """The replacement of an error that another torch is the cause of, or None. `directly`: what was
+    called has raised it, not code deep inside of a compiler, which may fail on the graph."""
     known = isinstance(raised, (AttributeError, TypeError, ImportError))
     if not known or not _of_private(raised, directly):
         return None

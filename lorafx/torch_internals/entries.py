@@ -26,13 +26,8 @@ _PRIVATE = ("torch.fx.experimental", "triton.runtime", "triton.compiler", "trito
 
 @dataclass(frozen=True)
 class Required:
-    """A private part without which lorafx, or a part of it, cannot work.
-
-    Attributes:
-        use: what it is used for.
-        ended_by: the public interface that would make it superfluous.
-        refused: what is refused where a name is missing.
-    """
+    """A private part that lorafx needs for `use`, until there is the public interface `ended_by`;
+    `refused` is what fails without it."""
 
     use: str
     ended_by: str
@@ -41,8 +36,7 @@ class Required:
 
 @contextmanager
 def private_names() -> Iterator[None]:
-    """Around private names: a missing name, other arguments, or a version that lorafx does not run
-    on become an UnsupportedVersionError."""
+    """Turns missing or changed private names, and other versions, into UnsupportedVersionError."""
     versions.check()
     try:
         yield
@@ -59,8 +53,7 @@ def is_private(name: str) -> bool:
 
 
 def names_in(source: str) -> set[str]:
-    """The private names that a module's source imports or reaches by attributes of its imports,
-    names that this folder exports included."""
+    """The private names that a source uses, under the names that this folder exports included."""
     tree = ast.parse(source)
     meant, found = imported(tree)
     inner = {node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
@@ -90,7 +83,6 @@ def imported(tree: ast.AST) -> tuple[dict[str, str], set[str]]:
 
 
 def dotted(node: ast.AST, meant: Mapping[str, str]) -> str | None:
-    """The whole name that an expression stands for, given what imported names mean."""
     if isinstance(node, ast.Name):
         return meant.get(node.id)
     above = dotted(node.value, meant) if isinstance(node, ast.Attribute) else None

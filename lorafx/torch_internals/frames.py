@@ -60,8 +60,7 @@ def ends_in_break() -> bool:
 
 
 def failed_guard() -> str:
-    """Why the newest earlier graph of the function does not serve the call, in Dynamo's words;
-    where its metrics do not have it, how to see it."""
+    """Why the newest earlier graph does not serve the call, in Dynamo's words, or how to see it."""
     known = getattr(get_metrics_context(), "_metrics", {})
     text = str(known.get("recompile_reason") or "").partition("\n")[0].partition("  #")[0]
     guard = text.partition(": ")[2].strip()  # behind the number of the graph
@@ -106,8 +105,7 @@ def size_source(node: fx.Node) -> tuple[Tensor, int] | None:
 
 
 def input_place(node: fx.Node, position: int) -> tuple[int, str | None]:
-    """Dynamo's input behind a placeholder of AOTAutograd's, and which part of it: attributes of a
-    tensor subclass, its sizes and strides are separate inputs."""
+    """Dynamo's input behind a placeholder of AOTAutograd's, and its part, such as a size."""
     place, parts = node.meta.get("desc"), []
     while place is not None and hasattr(place, "base"):
         parts.append(getattr(place, "attr", "size"))
@@ -134,14 +132,12 @@ def duck_shaped() -> bool:
 
 
 def guarded_attributes(suffix: str) -> list[str]:
-    """Names, as Dynamo writes them, with this suffix among the guards of the captured frame;
-    without guards that are only made on demand."""
+    """Guarded names with this suffix, but for guards that are only made on demand."""
     return [name for guard in frame_guards() if (name := source_text(guard)).endswith(suffix)]
 
 
 def names_of_frame() -> Callable[[str], Any]:
-    """A function from Dynamo's names to objects of the captured frame, which works after the
-    capture too; None where only Dynamo can tell."""
+    """From Dynamo's names to objects of the frame, after the capture too; None if unknown."""
     root = _translator().output.root_tx
     scope = {"L": root.f_locals, "G": root.f_globals}
 

@@ -17,11 +17,8 @@ with private_names():
 
 
 def launch_dependents_early() -> None:
-    """Let Inductor launch kernels that wait for the kernel before them while that still runs.
-
-    Inductor's own option is for kernels that it writes. Without the attribute such kernels are
-    right, and start later.
-    """
+    """Let Inductor launch kernels that wait by themselves while the kernel before them runs; its
+    own option does so only for kernels that it writes. Without it they start later."""
     original = PythonWrapperCodegen.define_kernel
     if getattr(original, "_lorafx", False):
         return

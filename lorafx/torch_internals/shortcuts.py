@@ -23,14 +23,8 @@ VARIABLE = "LORAFX_SHORTCUTS"
 
 @dataclass(frozen=True)
 class Shortcut:
-    """One shortcut.
-
-    Attributes:
-        replaces: what is done without it.
-        gains: what it saves, as measured (docs/compile_time.md, docs/performance.md).
-        reads: private names that it uses, each with the fingerprints of known sources: their first
-            eight hexadecimal digits of SHA-256.
-    """
+    """What it `replaces` and `gains` (docs/compile_time.md, docs/performance.md); `reads` has the
+    private names that it uses, with the first eight digits of SHA-256 of known sources."""
 
     name: str
     replaces: str
@@ -93,7 +87,6 @@ SHORTCUTS = {
 
 
 def fingerprint(name: str) -> str:
-    """Of the source of a function or a class; "" where there is none."""
     try:
         source = inspect.getsource(found(name))
     except (AttributeError, ImportError, TypeError, OSError):
@@ -110,8 +103,7 @@ def _proved(name: str) -> bool:
 
 
 def checked(setting: str | Sequence[str], what: str) -> frozenset[str] | None:
-    """The shortcuts that a setting names; None for "proved". Raises ConfigError where it is none of
-    "proved", "off" and names of shortcuts."""
+    """The shortcuts in a setting; None for "proved"; ConfigError for unknown names."""
     if setting in ("proved", "off"):
         return None if setting == "proved" else frozenset()
     names = [setting] if isinstance(setting, str) else list(setting)
@@ -125,8 +117,7 @@ def checked(setting: str | Sequence[str], what: str) -> frozenset[str] | None:
 
 
 def chosen(setting: str | Sequence[str] = "proved") -> frozenset[str]:
-    """The names of the shortcuts that are on. Raises ConfigError as `checked`, also for the
-    variable that replaces "proved"."""
+    """The shortcuts that are on; ConfigError as `checked`, also for the variable."""
     names, _ = _named(setting)
     return frozenset(filter(_proved, SHORTCUTS)) if names is None else names
 

@@ -29,8 +29,7 @@ _MARK = "_lorafx_looks_for_torn_libraries"
 
 
 def look_for_torn() -> None:
-    """Let Inductor check libraries before it loads them, in this process, from now on, as far as
-    this version of torch loads them in a known way."""
+    """Let Inductor, where this torch is known, check libraries before it loads them."""
     load = vars(codecache.CppCodeCache).get("_load_library")
     if isinstance(load, classmethod) and not hasattr(load.__func__, _MARK):
         codecache.CppCodeCache._load_library = classmethod(_marked(_loading(load.__func__)))  # type: ignore[method-assign,assignment]

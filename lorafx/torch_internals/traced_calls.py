@@ -90,8 +90,7 @@ _INSTEAD = (
 
 @contextmanager
 def calls_traced() -> Iterator[None]:
-    """Inside, this thread converts a frame of ours. The methods are replaced once, and stay so:
-    other threads, and frames of others, get the original methods."""
+    """This thread converts a frame of ours; other threads and frames keep Dynamo's methods."""
     _install()
     before, _LOCAL.converts = _LOCAL.converts, True
     try:

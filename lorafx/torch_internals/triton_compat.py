@@ -177,12 +177,8 @@ def _rewritten(kernel: Any) -> Callable[..., None]:
 
 
 def interpret(kernel: Any, grid: Sequence[int], arguments: Sequence[Any]) -> None:
-    """Run `kernel` over `grid` on CPU tensors, in Triton's interpreter.
-
-    Raises:
-        LoweringError: the kernel failed; its source is in the message's cause.
-        UnsupportedVersionError: this module failed, with another version of Triton.
-    """
+    """Run `kernel` over `grid` on CPU tensors, in Triton's interpreter. Raises LoweringError where
+    the kernel fails, UnsupportedVersionError where this module does, with another Triton."""
     function = kernel.fn  # what @triton.jit was put on
     with _LOCK, _put_right(), np.errstate(all="ignore"):  # a NaN in x is not the kernel's fault
         try:
@@ -204,11 +200,7 @@ def version() -> str:
 def generated_triton_op(
     name: str, *, mutates_args: Sequence[str]
 ) -> Callable[[Callable[..., Any]], Any]:
-    """`torch.library.triton_op` of kernels that are generated when they are first needed.
-
-    torch would read the source of whatever the op's function calls, looking for kernels for the
-    keys of its caches: a sixth of an import of lorafx, 0.8 s, to find none.
-    """
+    """`torch.library.triton_op` without a search of sources for kernels: 0.8 s of an import."""
 
     def registered(function: Callable[..., Any]) -> Any:
         library: Any = triton_library

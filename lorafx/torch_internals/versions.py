@@ -72,11 +72,8 @@ def triton_of_torch() -> str | None:
 
 @cache
 def check() -> None:
-    """Refuse packages that are too old, and log where torch is newer than the tested versions.
-
-    Raises UnsupportedVersionError where a package is older than supported, triton is not that of
-    torch, or torch is not installed.
-    """
+    """Log torch that is newer than tested. Raises UnsupportedVersionError where a package is too
+    old, triton is not that of torch, or torch is not installed."""
     if installed("torch") is None:
         raise UnsupportedVersionError(
             f'lorafx needs torch: pip install "torch=={TESTED["torch"][-2]}.*"'
