@@ -3,13 +3,11 @@
     path = cache / sha256(source, command, compiler's version).so
 
 A library is compiled once among the threads and processes that share a cache, and renamed into
-place when it is complete. Its source stays beside it and is the lock (flock) of whoever compiles;
-where locking is impossible or takes longer than PATIENCE, a library is compiled twice. A process
-that ends stops its compilers; a forked child starts without its parent's.
+place when it is complete. Its source beside it is the lock (flock); where locking is impossible or
+takes longer than PATIENCE, a library is compiled twice. A process that ends stops its compilers.
 
 Sources include no torch header and link nothing, so a library is valid for every torch version and
-takes about a second. Every failure is a LoweringError: no usable compiler, a refused source, an
-unwritable cache, a library that cannot be loaded (noexec), a missing function of torch.
+takes about a second. Every failure is a LoweringError.
 """
 
 from __future__ import annotations

@@ -223,8 +223,7 @@ def _kernel(spec: DeltaSpec, rows: Any) -> int | None:
 
 
 def delta_call(spec: DeltaSpec, *tensors: Any, rows: Any) -> tuple[OpOverload, tuple[Any, ...]]:
-    """Op and arguments that add the delta of `spec`; tensors may be nodes, in `run_delta_`'s
-    order."""
+    """The op and arguments of `spec`'s delta; tensors as in `run_delta_`, or graph nodes."""
     kernel = _kernel(spec, rows)
     if kernel is not None:
         return torch.ops.lorafx.run_delta_.default, (*tensors, rows, kernel)

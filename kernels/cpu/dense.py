@@ -8,11 +8,8 @@
 On a CPU few rows are multiplied by generated code that reads W once (dense.cpp), more of them by
 aten.mm and addmm, or by oneDNN where that is faster. The choice is made at each call in C++
 (dense_op.cpp), so no graph depends on M. Without a compiler and on other devices aten computes all.
-A row computed by generated code is bit-equal in every batch that is computed so.
-
-A product and its delta take one parallel region for few rows (delta_beside.cpp): the threads share
-out v = x A, then each adds v B to the columns of y that it multiplied. Otherwise the two ops run
-one after the other; y has the same bits. No gradient is registered.
+A row computed by generated code is bit-equal in every such batch. For few rows a product and its
+delta take one parallel region (delta_beside.cpp), with the same bits. No gradient is registered.
 
     source(dtype, isa) = #defines and constants of (dtype, tiles)
                          + vectors.h + epilogue.h + dense_args.h + dense.cpp

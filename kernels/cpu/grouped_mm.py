@@ -5,9 +5,8 @@
     source(spec, isa) = #defines and constants of (dtype, sizes, unit of work)
                         + vectors.h + tiles.h + product.cpp
 
-It stands for `aten._grouped_mm` on a CPU, and in other dtypes than bfloat16. On a CPU a generated
-kernel reads each weight once; elsewhere it is a loop over the experts that have rows, for which the
-host waits for offs.
+On a CPU a generated kernel reads each weight once; elsewhere, for dtypes that `aten._grouped_mm`
+does not take, it is a loop over the experts that have rows, for which the host waits for offs.
 """
 
 from __future__ import annotations

@@ -9,9 +9,8 @@ base's stride and padding, behind which B (S, R, N) is a 1x1 convolution, as PEF
 dilated. `pads` are the zeros before and after each spatial dimension, first dimension first.
 
 Sums are in float32 (float64 for float64 tensors), y is read and rounded once. On a CPU only rows of
-slots that are present are computed, at their rank. On an accelerator, where asking for the slots
-would make the host wait, each row gathers its A, and one convolution with a group a row computes
-all.
+slots that are present are computed. On an accelerator, where asking for the slots would make the
+host wait, each row gathers its A, and one convolution with a group a row computes all.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ DoRA rescales what comes out (`rescaled`; the pass `rescale` writes the same int
 
     y[m, n] ← y[m, n] + G[s, n] · (y[m, n] − c[n])
 
-y = W x + s·B A x + c holds the low-rank delta already, c is what else is in it (the bias), and G =
-m / ‖W + s·B A‖ − 1 by output, so that y becomes c + m / ‖W + s·B A‖ · (W x + s·B A x).
+y = W x + s·B A x + c holds the low-rank delta and the bias c, and G = m / ‖W + s·B A‖ − 1 by
+output, so that y becomes c + m / ‖W + s·B A‖ · (W x + s·B A x).
 
 On a CPU rows are grouped by the slots that are present, so work grows with the active adapters. On
 an accelerator that grouping would make the host wait, so all slots are multiplied and masked.
@@ -53,7 +53,7 @@ def row_slots(slots: Tensor, rows: int, count: int) -> Tensor:
 
 
 def groups(owner: Tensor, capacity: int) -> Iterator[tuple[int, Tensor]]:
-    """(slot, its row indices int64) for each slot ≥ 0 in owner (M,); BatchError for others."""
+    """(slot, its row indices int64) for each slot ≥ 0 in owner (M,); BatchError at `capacity`."""
     for slot in torch.unique(owner).tolist():
         if slot >= capacity:
             raise BatchError(f"slot {slot} in a batch, but the bank has {capacity} slots")

@@ -8,18 +8,16 @@
 see, as transformers' `PagedAttentionCache.update` does (generation/continuous_batching). The
 layer's keys begin at row `first_key`, its values at row `first_value`. A ring keeps a window: a new
 token takes the row of the token that leaves it, so old rows are read first, and an entry of `read`
-that is `sentinel` stands for the next new token. Other caches are written first. One operator that
-says what it writes into spares a functional graph the copies of transformers' views.
+that is `sentinel` stands for the next new token. Other caches are written first.
 
 `paged_attention` is that, and the attention of the new tokens to the K and V that it returns:
 
     out[t, h] = Σ_j p[j] V[j],    p = softmax(cap(scale · q[t, h] · K[j]) + mask[t, j])
                                   for seen[t, 0] ≤ j < seen[t, 1]
 
-A step's mask hides the keys of other requests from a query; here they are not read. Sums are
-float32. Generated kernels (lorafx.kernels.cpu.attention, lorafx.kernels.triton.triton_attention)
-read keys and values where they lie in the cache. Elsewhere the host waits for `seen`, and each
-request is an attention call.
+Keys of other requests are not read, and sums are float32. Generated kernels (lorafx.kernels.cpu,
+lorafx.kernels.triton) read keys and values where they lie in the cache. Elsewhere the host waits
+for `seen`, and each request is an attention call.
 """
 
 from __future__ import annotations

@@ -6,9 +6,8 @@
     split     (Q, M, N) float32          Σ_q p[q] = x Wᵀ, and shrink's v
     rows      y (M, N)                   y += v B a row at a time; v from planes or from a table
 
-s is the slot of row m: slots[(m // rows) % n]. A launch freezes grid and tiles, never slots, ranks
-or who has how many rows: kernels read those on the device, so a captured launch stays right when
-they change.
+s is the slot of row m: slots[(m // rows) % n]. A launch freezes grid and tiles; kernels read slots,
+ranks and numbers of rows on the device, so a captured launch stays right when they change.
 """
 
 from __future__ import annotations

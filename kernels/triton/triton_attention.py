@@ -8,13 +8,11 @@
     tile = BLOCK_M rows of queries (tokens of one request times the heads of a group)
            × BLOCK_N keys of one head
 
-A decode step has a tile with little but the heads of one group in it, reads keys once, and wants
-many programs; a chunk of a prompt reads the same keys for many tokens. The host knows how many
-tokens a step has, the device whose they are: the grid has a program for each token, and all but the
-first of a tile end at once. Sizes of a step are arguments. So nothing waits for the device, and
-other mixes, lengths and layers need no other kernel. Tiles are chosen by the number of tokens, and
-keys are cut into parts where that makes fewer programs than processors. No figure here was measured
-on a GPU.
+The host knows how many tokens a step has, the device whose they are: the grid has a program for
+each token, and all but the first of a tile end at once. Sizes of a step are arguments. So nothing
+waits for the device, and other mixes, lengths and layers need no other kernel. Tiles are chosen by
+the number of tokens, and keys are cut into parts where programs are fewer than processors. No
+figure here was measured on a GPU.
 
 Importing this module registers it for CUDA and ROCm devices, where steps without kernels
 (`has_kernels`) are computed as on other devices. A kernel cannot raise: to a row outside of the

@@ -5,10 +5,9 @@
     lorafx::triton_embedding_delta_  the delta of an embedding, added into y in place
     lorafx::triton_experts           products with routed experts' weights and their deltas, (M, N)
 
-`kernel` is an id of build.py, which stands for strategy, sizes and column ranges; slots, rows and
-the bank are those of lorafx.kernels.ops.linear_ops, with rows > 0. The torch references are
-`lorafx::fused_linear`, `add_delta_`, `add_embedding_delta_` and `fused_experts` with the same
-ranges. All raise LoweringError for an argument that `kernel` was not made for.
+`kernel` is an id of build.py. Other arguments are as in lorafx.kernels.ops.linear_ops, with
+rows > 0; the references are `lorafx::fused_linear`, `add_delta_`, `add_embedding_delta_` and
+`fused_experts`. All raise LoweringError for an argument that `kernel` was not made for.
 """
 
 from __future__ import annotations

@@ -4,9 +4,8 @@
 
 A mark hangs on a module, and an adapter's factors belong to a path: were another module to take
 that path, the delta would be lost. No call walks the tree: torch reports every module that is
-registered, and a counter records whether that has happened above a site. torch does not report
-deletions, insertions and writes to `_modules`; then Dynamo captures anew what runs differently, and
-every capture checks the edges.
+registered. For deletions, insertions and writes to `_modules`, which torch does not report, Dynamo
+captures anew, and every capture checks the edges.
 
 Dynamo guards on nothing of a module without forward hooks, so graphs do not notice later hooks.
 torch numbers the hooks of a process, so a call compares one number.

@@ -4,12 +4,9 @@
     module ──name──▶ parameter or buffer ──▶ storage
 
 An instance that several attributes reach has several paths; a storage may lie behind several
-parameters (tied weights, packed weights). Only *registered* submodules make paths, as in
-`nn.Module.named_modules`.
-
-The canonical path of an instance is the name that `named_modules()` gives it: the first in
-registration order, depth first. Other paths are aliases. Blocks that share blocks multiply their
-paths, so `paths` lists at most `MAX_PATHS` of them, while `at` knows all.
+parameters (tied weights, packed weights). The canonical path of an instance is the name that
+`named_modules()` gives it: the first in registration order, depth first. Other paths are aliases,
+of which `paths` lists at most `MAX_PATHS`, while `at` knows all.
 """
 
 from __future__ import annotations
