@@ -94,7 +94,7 @@ __all__ = [
     "why",
 ]
 
-#: Where the names come from that are no errors.
+#: Modules of the names that are no errors.
 _HOMES = {
     "lorafx.adapter_store.saved": ("AdapterSource",),
     "lorafx.api": ("attach", "bisect", "compile", "explain", "profile", "why"),
@@ -126,7 +126,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _imported(module: str) -> Any:
-    """Raises UnsupportedVersionError where the installed torch is not one that it works with."""
+    """Raises UnsupportedVersionError where lorafx does not support the installed torch."""
     from lorafx.torch_internals.entrances import entrance
 
     with entrance():

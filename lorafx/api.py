@@ -48,8 +48,8 @@ def compile(
     Args:
         model: any `nn.Module`. Adapters that PEFT has put into it are taken over, from a
             `peft.PeftModel` (which raises until `detach`) or from transformers' `load_adapter`.
-            PEFT's wrappers are removed, and the adapter that was active becomes the default; of
-            several, their sum.
+            PEFT's wrappers are removed, and the active adapter, or the sum of several, becomes the
+            default.
         lora_config: a `LoraConfig`, a `peft.LoraConfig` or its dict, an adapter, a mapping name ->
             adapter or a list of folders (these adapters are loaded too), or None for the modules
             that `adapters` target, or every linear where there are none. An adapter is a folder, a
@@ -57,17 +57,14 @@ def compile(
             (docs/adapters.md).
         adapters: name -> adapter, loaded before the first call; or a list of folders, files or
             names on the hub, where an adapter's name is the last part of its path.
-        example_inputs: keyword arguments (or positional ones) of a call. Graphs are captured with
-            them at once; otherwise the first calls capture graphs.
+        example_inputs: keyword arguments (or positional ones) of a call with which graphs are
+            captured at once; otherwise the first calls capture graphs.
         dynamic: as in `torch.compile`: True captures graphs for any batch size and length, False
             one for each, and None one for the first and another for all that differ from it.
         mode: as in `torch.compile`; the same as `Options.mode`.
         options: an `Options` or its dict.
-        *misplaced, **elsewhere: what users of torch.compile and PEFT may give: refused with the way
-            out, unless it is False or None.
-
-    Returns:
-        The executable module.
+        *misplaced, **elsewhere: arguments of torch.compile and PEFT: refused with the way out,
+            unless False or None.
 
     Raises:
         ConfigError, TargetError: a configuration that cannot be honoured.
@@ -75,8 +72,8 @@ def compile(
         CaptureError: the model is already compiled or attached, or shares modules with an attached
             one. It may share modules with compiled models, as a draft does with its target.
 
-    It also raises what a call with `example_inputs` raises. After an error the model's modules
-    and hooks are as they were.
+    It also raises what a call with `example_inputs` raises. After an error the model's modules and
+    hooks are as they were.
     """
     refuse_arguments("lorafx.compile", misplaced, elsewhere)
     if dynamic is not None and not isinstance(dynamic, bool):
@@ -110,18 +107,17 @@ def explain(
 ) -> Explanation | Prediction:
     """What `lora_config` would make of `model`; nothing runs and nothing changes.
 
-    The model may be on the meta device, as `with torch.device("meta")` or accelerate's
-    `init_empty_weights` builds it: no weight is read, and banks are computed there. The prediction
-    has a table of sites and of packs (classes, parts, bytes, and the least traffic of 1, 8 and 32
-    distinct adapters over the base's), sums, and notes on modules that carry no LoRA. For a model
-    that is already marked, leave out `lora_config`; the report is then that of `cm.explain()`, with
-    its graphs.
+    The model may be on the meta device (`with torch.device("meta")`, accelerate's
+    `init_empty_weights`): no weight is read, and banks are computed there. The prediction has a
+    table of sites and of packs (classes, parts, bytes, and the least traffic of 1, 8 and 32
+    distinct adapters over the base's), sums, and notes on modules that carry no LoRA. For a marked
+    model leave out `lora_config`; the report is then that of `cm.explain()`, with its graphs.
 
     Args:
         lora_config: as for `compile`; adapters that it names are not loaded.
         options: an `Options` or its dict, which decides what is packed and how.
-        example_inputs: arguments of a call, to see which siblings share an input. Token ids need
-            not be given. The forward runs on the meta device, so it computes shapes alone.
+        example_inputs: arguments of a call, to see which siblings share an input; token ids are
+            optional. The forward runs on the meta device.
 
     Raises:
         ConfigError: a configuration that cannot be honoured, or what is no model.
@@ -144,7 +140,7 @@ def why(
     lora_config: Any = None,
     inputs: Mapping[str, Any] | Sequence[Any] | None = None,
 ) -> Why:
-    """What became of the module at `path`, as `CompiledModel.why` says it, of any model.
+    """What became of the module at `path`, as `CompiledModel.why` reports it, of any model.
 
     Args:
         model: what `compile` returned; what `attach` returned, or torch.compile for that; or a
@@ -218,8 +214,7 @@ def profile(
 def _examples(
     model: nn.Module, given: Mapping[str, Any] | Sequence[Any] | None
 ) -> Iterator[Mapping[str, Any]]:
-    """Arguments of a call by name: what the user gives, and token ids without a mask, since code
-    looks into masks for padding."""
+    """Arguments of a call by name, with token ids but no mask, since code looks into masks."""
     if given is not None:
         yield given_examples(RoleTable(model, {}), given)[0].named
     with suppress(ConfigError):  # it takes something else
@@ -228,8 +223,7 @@ def _examples(
 
 
 def _set_default(compiled: CompiledModel, active: Sequence[str]) -> None:
-    """What PEFT applied becomes the default. Warns where that is several adapters of which there is
-    no sum."""
+    """Make the adapters that PEFT applied the default, or warn where several have no sum."""
     if not active:
         return
     try:

@@ -13,7 +13,7 @@ from torch import fx
 from lorafx.errors import ConfigError, Setting, nearest
 
 LoweringName = Literal["auto", "inductor", "triton", "reference"]
-#: How a LoRA node can be computed, by lowering; "aten" is the op's own implementation.
+#: Strategies of a LoRA node, by lowering; "aten" is the op's own implementation.
 STRATEGIES: Mapping[str, tuple[str, ...]] = {
     "inductor": ("generated", "aten"),
     "triton": (
@@ -22,7 +22,6 @@ STRATEGIES: Mapping[str, tuple[str, ...]] = {
     ),
     "reference": ("aten",),
 }
-#: Modes of torch.compile.
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 Verify = Literal["off", "lint", "numeric"]
 Overflow = Literal["refuse", "waves"]
@@ -40,9 +39,9 @@ class LoraConfig:
         exclude_modules: the same forms; removed from `target_modules`.
         max_adapters: number of slots on the device: how many adapters can be active in one batch.
         max_rank: largest rank of an adapter that can be loaded.
-        slot_rank: the rank that a slot has room for. An adapter of a larger one takes several slots
-            in a row, and the last slot has room for `max_rank`, so memory is paid by rank
-            (docs/adapter_store.md). None for `max_rank`.
+        slot_rank: the rank that a slot has room for; None for `max_rank`. An adapter of a larger
+            rank takes several adjacent slots, and the last slot has room for `max_rank`, so memory
+            is paid by rank (docs/adapter_store.md).
         dtype: dtype of the banks; None takes each module's weight dtype.
         row_dims: the dimension that holds the requests, by name of the forward's argument,
             "batch.x" for the item `x` of a dict; None for an argument that all requests share. It
@@ -55,25 +54,23 @@ class LoraConfig:
         use_dora: whether banks have room for DoRA adapters: one scale per output beside the
             factors, applied in every graph with adapters. It turns itself on where an adapter that
             is loaded while compiling is DoRA.
-        lora_bias: whether banks have room for biases that adapters add to what linears and
-            convolutions compute: lora_B's (PEFT's `lora_bias`), or in the place of the base's
-            (`bias="lora_only"`, "all"). It turns itself on like `use_dora`.
-        modules_to_save: modules of which adapters may have a whole weight of their own (PEFT's
-            field of that name): paths, or dotted suffixes, of linears, embeddings, or modules that
-            hold some. Those of adapters that are given when compiling are added.
-        trainable_tokens: how many rows of an embedding an adapter may have of its own (PEFT's
+        lora_bias: whether banks have room for biases of linears and convolutions that adapters add
+            (PEFT's `lora_bias`) or replace (`bias="lora_only"`, "all"). It turns itself on like
+            `use_dora`.
+        modules_to_save: modules whose whole weight adapters may replace (PEFT's field of that
+            name): paths, or dotted suffixes, of linears, embeddings, or modules that hold some.
+            Those of adapters that are given when compiling are added.
+        trainable_tokens: how many rows of an embedding an adapter may replace (PEFT's
             trainable_token_indices): a number for the model's input embedding, or numbers by name
-            of a module. Heads that are tied to it follow. It grows to what adapters that are given
-            when compiling have.
-        max_own_weights: how many adapters with weights, or rows of weights, of their own can be
-            active in one batch. There is room for as many whole weights on the device. None for
-            `max_adapters`.
-        max_host_bytes: how much host memory the adapters may take. Over it, those that were used
-            least recently are dropped and read again from their files when they are asked for
-            (docs/adapter_store.md). None for no limit.
+            of a module. Heads that are tied to it follow. Adapters that are given when compiling
+            raise it to their number.
+        max_own_weights: how many adapters with replaced weights, or rows of weights, can be active
+            in one batch, each with whole weights on the device. None for `max_adapters`.
+        max_host_bytes: host memory for adapters; None for no limit. Over it, the least recently
+            used are dropped and read again from their files (docs/adapter_store.md).
         base_vocab_size: tokens from this number on were added to the model for adapters. `generate`
-            chooses them for no row but those of adapters that have rows of their own for them, in
-            an embedding or a head. None: any token may be chosen for any row.
+            chooses them only for rows of adapters that have rows for them in an embedding or a
+            head. None: any token may be chosen for any row.
     """
 
     target_modules: str | Sequence[str] | None = None
@@ -127,7 +124,7 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class After:
-    """A pass of the user's own over each captured graph, for `Options.passes`.
+    """A user's pass over each captured graph, for `Options.passes`.
 
         def count_products(gm, ctx):
             "How many matrix products the graph holds."
@@ -137,13 +134,13 @@ class After:
         lorafx.compile(model, options={"passes": {"count": lorafx.After("match", count_products)}})
 
     Attributes:
-        after: the name of the pass that it follows, which may be another pass of the user's own;
+        after: the name of the pass that it follows, which may be another pass of the user's;
             "captured" places it before the first pass.
         run: `run(gm, ctx) -> int` changes the functional ATen graph `gm` (a `torch.fx.GraphModule`)
             in place and returns how many edits it made. A new node needs its fake value in
             `meta["val"]`, as `ctx.call(graph, op, args)` gives it (`lorafx.graph.context.Context`).
             As after any pass, dead code is removed and the graph is recompiled, verified and
-            dumped. The pass runs for graphs with adapters, not for those of the base's own
+            dumped. The pass runs for graphs with adapters, not for the base's
             (`Options.base_graphs`).
     """
 
@@ -169,33 +166,30 @@ class Options:
             "split", "epilogue", "recompute", "gemv", "segments" and "concat", and "grouped" and
             "activated" for routed experts, for Triton (docs/kernels.md); "aten".
         dump: the folder for the graph after every pass; None reads LORAFX_DUMP.
-        recompile_limit: the largest number of graphs that one entry may have; needing more is an
-            error.
+        recompile_limit: the largest number of graphs of one entry; needing more is an error.
         strict: an adapter whose file lacks factors for a module that its own configuration targets
             is an error. Otherwise that module keeps W, with one warning. Modules that `LoraConfig`
             does not select do not count.
-        shortcuts: what saves time by private parts of torch and changes no answer: "proved" is all
-            that are proved on the installed torch, or what the variable LORAFX_SHORTCUTS names in
-            their place; "off" is none; a list of names is these alone, proved or not
-            (docs/torch_internals.md).
+        shortcuts: savings by private parts of torch that change no answer: "proved" is all that are
+            proved on the installed torch, or those in the variable LORAFX_SHORTCUTS; "off" is none;
+            a list of names is these alone, proved or not (docs/torch_internals.md).
         cache: a folder where graphs are saved, so that the next process that compiles the same
             model need not trace it; True for one beside the compiled kernels
-            (docs/saved_graphs.md). Loading a graph runs code from the folder, so it has to be one
-            that you alone can write to. None: graphs are not saved.
+            (docs/saved_graphs.md); None for none. Loading a graph runs code from the folder, so
+            nobody else may have write access to it.
         overflow: what is done with a batch of more distinct adapters than there are slots: "refuse"
             raises CapacityError; with "waves" calls and `generate` run its rows in several batches
             and put the results back in their order (docs/adapter_store.md).
-        base_products: on a CPU, graphs of the base's own (`base_graphs`) multiply few rows by
-            generated code, too, as those with adapters do. Their results are then those of
-            `torch.compile(model)` up to rounding only, and no longer bit-equal.
-        base_graphs: whether calls without an adapter have graphs of their own, which are those of
-            `torch.compile(model)`, bit for bit. True: they have. False: they run the graphs with
-            adapters, of which they use none, so that half as many graphs are compiled; their
-            results are the base's up to rounding. "warmup": False until `warmup` has compiled such
-            graphs, then True. "auto" is False on a CPU, where graphs with adapters are as fast
-            without one; "warmup" on a GPU, where each linear's kernel would look at its rows'
-            slots; True with `lowering="reference"`, and for models with `nn.MultiheadAttention`,
-            for whose own fast path adapters leave no room.
+        base_products: on a CPU, the base's graphs (`base_graphs`) multiply few rows by generated
+            code, too, as those with adapters do. Their results are then those of
+            `torch.compile(model)` up to rounding, and no longer bit-equal.
+        base_graphs: whether calls without an adapter have separate graphs, which are those of
+            `torch.compile(model)`, bit for bit. False: they run the graphs with adapters, so that
+            half as many graphs are compiled; results are the base's up to rounding. "warmup": False
+            until `warmup` has compiled such graphs, then True. "auto" is False on a CPU, where
+            graphs with adapters are as fast without one; "warmup" on a GPU, where each linear's
+            kernel would look at its rows' slots; True with `lowering="reference"`, and for models
+            with `nn.MultiheadAttention`, whose fast path leaves no room for adapters.
         mode: a mode of torch.compile, which stands for settings of Inductor: "reduce-overhead",
             "max-autotune", "max-autotune-no-cudagraphs"; None, or "default", for none.
     """
@@ -231,7 +225,6 @@ class Options:
         return cls(**value)
 
     def runs(self, name: str) -> bool:
-        """Whether the graph pass of this name is switched on."""
         return bool(self.passes.get(name, True))
 
     def __post_init__(self) -> None:

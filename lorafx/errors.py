@@ -12,13 +12,12 @@ from typing import NamedTuple
 
 
 class Setting(NamedTuple):
-    """A field of `LoraConfig` or `Options` that a message names, so that a program with options of
-    its own can name those.
+    """A field of `LoraConfig` or `Options` that a message names, so that a program can name its own
+    option.
 
     Attributes:
-        name: the field.
-        text: what the message says of it; Python's spelling.
-        value: what would do; None where the message does not say.
+        text: the field in the message, in Python's spelling.
+        value: what would do; None where the message names none.
         given: whether it would do, too, to give the adapter when the model is compiled.
     """
 
@@ -53,7 +52,7 @@ class LorafxError(Exception):
             self.settings = settings
 
     def spelled(self, spell: Callable[[Setting], str]) -> str:
-        """The message, with what `spell` says of its settings."""
+        """The message, with its settings in the spelling of `spell`."""
         text = str(self)
         for setting in self.settings:
             text = text.replace(setting.text, spell(setting))
@@ -217,8 +216,7 @@ class LoweringError(LorafxError):
     """
 
 
-#: How alike two names are that may be the same, by difflib's measure from 0 to 1. At 0.4 "conv" was
-#: near to "fc_in".
+#: Least similarity of two names by difflib, from 0 to 1. At 0.4 "conv" was near to "fc_in".
 _ALIKE = 0.6
 
 
@@ -237,8 +235,8 @@ def nearest(
     cutoff: float = _ALIKE,
     prefix: str = "",
 ) -> str:
-    """A sentence fragment naming the closest candidates to `name`, with `prefix` before each, or an
-    empty string where none is near: at least `cutoff` alike, or another in one character."""
+    """A sentence fragment naming the closest candidates to `name`, with `prefix` before each; empty
+    where none is `cutoff` alike, or differs in one character."""
     known = list(candidates)
     close = difflib.get_close_matches(name, known, n=count, cutoff=cutoff)
     slips = {other for other in known if other not in close and _one_apart(name, other)}

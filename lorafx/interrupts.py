@@ -1,9 +1,8 @@
 """Code that a signal must not interrupt, and locks that a fork must not inherit.
 
-Python runs signal handlers between any two steps of the main thread, and the one of SIGINT raises
-KeyboardInterrupt there. Most of lorafx is safe from that, because it records work in progress
-before it begins, so that anything left half done is recognised. Code that restores state runs
-whole.
+Python runs signal handlers between any two steps of the main thread, and that of SIGINT raises
+KeyboardInterrupt there. Most of lorafx records work in progress before it begins, so that anything
+left half done is recognised. Code that restores state runs whole.
 """
 
 from __future__ import annotations
@@ -18,11 +17,7 @@ T = TypeVar("T")
 
 
 def undisturbed(action: Callable[[], T]) -> T:
-    """What `action` returns; handlers of signals that come meanwhile run after it.
-
-    For what is short: slots and weights that are put back. Only the main thread runs handlers, so
-    on any other one there is nothing to wait for.
-    """
+    """What a short `action` returns; handlers of signals that come meanwhile run after it."""
     if threading.current_thread() is not threading.main_thread():
         return action()
     handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
@@ -51,8 +46,7 @@ def undisturbed(action: Callable[[], T]) -> T:
 
 
 def free_after_fork(lock: threading.RLock) -> threading.RLock:
-    """The lock that a child process uses in place of `lock`: itself, but where another thread of
-    the parent held it, which is none of the child's."""
+    """`lock` for a child process: a new lock where a thread that the child lacks held it."""
     if not lock.acquire(blocking=False):
         return threading.RLock()
     lock.release()
@@ -60,8 +54,7 @@ def free_after_fork(lock: threading.RLock) -> threading.RLock:
 
 
 class Rollback:
-    """How to put back what has been changed so far, a step for each change. `bool` and `len` tell
-    how many there are."""
+    """How to undo the changes so far, a step for each. `bool` and `len` count them."""
 
     def __init__(self) -> None:
         self._steps: list[Callable[[], object]] = []
@@ -70,11 +63,11 @@ class Rollback:
         return len(self._steps)
 
     def add(self, step: Callable[[], object]) -> None:
-        """`step` puts one thing back. It may run twice."""
+        """`step` undoes one change. It may run twice."""
         self._steps.append(step)
 
     def run(self) -> None:
-        """Put everything back, the last change first, whatever signals come; once."""
+        """Undo everything, the last change first, whatever signals come; once."""
         undisturbed(self._run)
 
     def _run(self) -> None:

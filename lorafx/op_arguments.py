@@ -2,8 +2,8 @@
 
     site(x, y, A, B, …, rows)    bound(node)["rows"]    rebind(node, rows=4)
 
-Ops that take the same thing have one name for it, so a call becomes that of another op by what
-differs: `in_order(FUSED, bound(site), weight=w, bias=b, transposed=False)`.
+Ops use one name for one argument, so a call becomes that of another op by what differs:
+`in_order(FUSED, bound(site), weight=w, bias=b, transposed=False)`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from lorafx.torch_internals.operators import OpOverload, OpOverloadPacket
 #: Calls the op that is its first argument, which writes into others of them.
 AUTO_FUNCTIONALIZED = torch.ops.higher_order.auto_functionalized
 
-#: The same as AOTAutograd makes it of an operator that writes: its bases are apart.
+#: AOTAutograd's form for an operator that writes: its bases are apart.
 TRACED_WRITE = torch.ops.higher_order.auto_functionalized_v2
 
 
 def op_of(node: fx.Node) -> Any:
-    """What `node` calls: an op that writes in place is inside of `auto_functionalized`."""
+    """The op that `node` calls: an op that writes in place is inside of `auto_functionalized`."""
     return node.args[0] if node.target is AUTO_FUNCTIONALIZED else node.target
 
 
@@ -37,8 +37,6 @@ class _Argument(NamedTuple):
 
 @functools.cache
 def _arguments(op: OpOverload | OpOverloadPacket) -> tuple[_Argument, ...]:
-    """What an op takes, in Dynamo's graphs too, which call it by its name without an overload.
-    torch makes new objects whenever a schema is asked."""
     op = op.default if isinstance(op, OpOverloadPacket) else op
     return tuple(
         _Argument(item.name, item.has_default_value(), item.default_value)
@@ -62,26 +60,19 @@ def bound(node: fx.Node) -> dict[str, Any]:
 
 
 def operand(node: fx.Node) -> Any:
-    """The first argument of a call, by position or by name: what a view is of, what is cast."""
     if node.args and node.target is not AUTO_FUNCTIONALIZED:
         return node.args[0]
     return next(iter(bound(node).values()))
 
 
 def index_of(node: fx.Node) -> Any:
-    """Which item of its operand a call of `operator.getitem` gets; it has no schema."""
+    """The item that a call of `operator.getitem` gets; it has no schema."""
     return node.args[1]
 
 
 def in_order(op: OpOverload, values: Mapping[str, Any], **others: Any) -> tuple[Any, ...]:
-    """The positional arguments of a call of `op`: `others`, and the rest of them from `values`.
-
-    Defaults at the end are left out. What `values` has besides is not looked at, so they may be the
-    arguments of another op.
-
-    Raises:
-        KeyError: an argument is missing, or one of `others` is none of the op's.
-    """
+    """The positional arguments of a call of `op`: `others`, the rest from `values`, which may be
+    another op's, without defaults at the end. KeyError for missing or unknown arguments."""
     arguments = _arguments(op)
     if unknown := others.keys() - {argument.name for argument in arguments}:
         raise KeyError(f"{op} takes no {', '.join(sorted(unknown))}")
@@ -97,9 +88,5 @@ def in_order(op: OpOverload, values: Mapping[str, Any], **others: Any) -> tuple[
 
 
 def rebind(node: fx.Node, **values: Any) -> None:
-    """Give a call other values for the arguments of these names.
-
-    Raises:
-        KeyError: the op has no argument of such a name.
-    """
+    """Replace the arguments of these names. Raises KeyError for an unknown name."""
     node.args, node.kwargs = in_order(node.target, bound(node), **values), {}  # type: ignore[arg-type]

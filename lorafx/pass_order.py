@@ -38,8 +38,7 @@ from lorafx.program.preparation import PassReport, Preparation
 
 
 class ModelPass(Protocol):
-    """One step over the model. `run` returns how many items it found or made, and notes in the
-    preparation what they are."""
+    """One step over the model. `run` returns how many items it found or made."""
 
     @property
     def name(self) -> str: ...
@@ -48,12 +47,8 @@ class ModelPass(Protocol):
 
 
 class GraphPass(Protocol):
-    """One rewrite of the functional ATen graph.
-
-    `required` passes cannot be switched off: without them a delta could be dropped silently.
-    `run` returns the number of edits it made. It neither lints nor recompiles nor removes dead
-    code; the driver does.
-    """
+    """One rewrite of the functional ATen graph; `run` returns its number of edits, and the driver
+    lints and recompiles. Without a `required` pass a delta could be dropped silently."""
 
     @property
     def name(self) -> str: ...
@@ -73,8 +68,8 @@ MODEL_PASSES: tuple[ModelPass, ...] = (
     PackWeights(),
 )
 
-#: `outline` is last: it compares what the lowering made of each layer, so what differs there (a
-#: pinned strategy, say) keeps layers apart.
+#: `outline` is last: it compares the lowered layers, so that differences there (a pinned strategy,
+#: say) keep layers apart.
 GRAPH_PASSES: tuple[GraphPass, ...] = (
     WriteInPlace(),
     Match(),
@@ -98,8 +93,6 @@ CAPTURED = "captured"
 
 @dataclass(frozen=True)
 class UserPass:
-    """A pass of the user's own among the passes over a graph."""
-
     name: str
     given: After
     required: bool = False
@@ -128,13 +121,8 @@ def way_around(item: GraphPass) -> str:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The passes that run, in their order. `str()` gives one line for each.
-
-    Attributes:
-        model: over the model, once.
-        graph: over each captured graph, the user's own among them.
-        off: graph passes that the options switch off.
-    """
+    """The passes over the `model`, those over each `graph`, the user's among them, and those that
+    are `off`. `str()` gives one line for each."""
 
     model: tuple[ModelPass, ...]
     graph: tuple[GraphPass, ...]
@@ -153,11 +141,8 @@ class Pipeline:
 
 
 def pipeline(options: Options | None = None) -> Pipeline:
-    """The passes that `lorafx.compile` runs with these options, or with the defaults.
-
-    Raises:
-        ConfigError: `options.passes` names a pass that does not exist, or cannot be switched off.
-    """
+    """The passes that `lorafx.compile` runs with these options, or with the defaults. Raises
+    ConfigError where `options.passes` names an unknown pass, or one that cannot be off."""
     options = Options() if options is None else options
     known = {item.name: item for item in GRAPH_PASSES}
     own = {name: value for name, value in options.passes.items() if isinstance(value, After)}
@@ -206,7 +191,6 @@ def _line(name: str, about: str) -> str:
 
 
 def _about(item: ModelPass | GraphPass) -> str:
-    """The first line of what its docstring says."""
     text = inspect.getdoc(item.given.run if isinstance(item, UserPass) else type(item)) or ""
     return text.partition("\n\n")[0].replace("\n", " ")
 
@@ -221,13 +205,7 @@ def run_passes(
     around: Callable[[Pass], AbstractContextManager[None]] = lambda _: nullcontext(),
     after: Callable[[Pass, int, float], PassReport],
 ) -> list[PassReport]:
-    """Run passes in their order, over the model or over a graph.
-
-    Args:
-        run: runs one pass and returns how many items it made.
-        around: the context in which a pass runs.
-        after: makes the report, given the pass, its edits and its seconds.
-    """
+    """Run passes in their order, each in its context `around`; `after` makes its report."""
     reports: list[PassReport] = []
     for item in passes:
         start = time.perf_counter()
@@ -240,10 +218,7 @@ def run_passes(
 def run_model_passes(
     model: Preparation, passes: Sequence[ModelPass] = MODEL_PASSES
 ) -> list[PassReport]:
-    """Run passes over a model.
-
-    It raises whatever a pass raises; the model is then as it was before.
-    """
+    """Run passes over a model, which is as it was before where a pass raises."""
 
     def noted(item: ModelPass, found: int, seconds: float) -> PassReport:
         notes, model.notes = tuple(model.notes), []

@@ -2,9 +2,8 @@
 
     lorafx: compiling graph 0 lora of LlamaForCausalLM, first call: 12.3 s
 
-Compiling is the work that nobody asked for. Where there is no terminal, the first compilation of
-more than `PATIENCE` seconds is a line at level WARNING, once in a process, unless level INFO, which
-has a line for each, is shown anyway.
+Without a terminal, the first compilation of more than `PATIENCE` seconds is a line at level
+WARNING, once in a process; level INFO has a line for each.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from contextlib import contextmanager
 #: Level INFO has a line for each piece of long work. `TORCH_LOGS="+lorafx"` shows it too.
 LOG = logging.getLogger("lorafx")
 
-#: Seconds of compiling before it is said, elsewhere than on a terminal.
+#: Seconds of compiling before a warning, elsewhere than on a terminal.
 PATIENCE = 5.0
 #: Seconds after which the line of a terminal is written anew.
 _TICK = 1.0
@@ -30,12 +29,7 @@ _warned = False
 
 
 class LongWork:
-    """Long work that is under way, and its line on the terminal, where standard error is one.
-
-    Attributes:
-        what: says what it is.
-        terminal: where its line goes; None without a terminal.
-    """
+    """Running work named `what`, and its line on `terminal`, None where standard error is none."""
 
     _open: LongWork | None = None  # whose line has not ended
 
@@ -48,12 +42,10 @@ class LongWork:
 
     @property
     def seconds(self) -> float:
-        """Since it has begun."""
         return time.perf_counter() - self._start
 
     def show(self, what: str | None = None) -> None:
-        """Show on a terminal what it is, which is `what` from now on if that is given, and for how
-        long it has been so."""
+        """Show on a terminal its name, `what` from now on if given, and its time so far."""
         self.what = what or self.what
         with _LOCK:
             if self.terminal is None or self._ended:
@@ -64,7 +56,6 @@ class LongWork:
             self._length, self._shown, LongWork._open = len(line), True, self
 
     def end(self) -> None:
-        """End its line, if it has one, with its time."""
         with _LOCK:
             if self._shown and not self._ended:
                 self._write(f"lorafx: {self.what}: {self.seconds:.1f} s", end="\n")
@@ -81,7 +72,6 @@ class LongWork:
             self.show()
 
     def _write(self, text: str, end: str) -> None:
-        """In place of its own open line, or below that of others."""
         if LongWork._open is self:
             text = f"\r{text.ljust(self._length)}"
         elif LongWork._open is not None:
@@ -91,11 +81,7 @@ class LongWork:
 
 @contextmanager
 def progress(what: str) -> Iterator[None]:
-    """Show `what` on a terminal while the block runs, with its time afterwards; without a terminal
-    it is logged when it has ended.
-
-    What is shown inside the block gets lines of its own.
-    """
+    """Show `what` on a terminal while the block runs, or log it when it has ended."""
     work = LongWork(what)
     work.show()
     try:
@@ -108,8 +94,7 @@ def progress(what: str) -> Iterator[None]:
 
 @contextmanager
 def compiling(what: str) -> Iterator[LongWork]:
-    """Around a capture, and what is compiled for it. A terminal has its line after a second, or as
-    soon as the block calls `show`; elsewhere it is warned of as the module says."""
+    """Around a capture and its compilation; a terminal has its line after a second, or `show`."""
     work, ended = LongWork(what), threading.Event()
     watch = threading.Thread(target=work.watch, args=(ended,), daemon=True)
     watched = work.terminal is not None or _to_be_warned()

@@ -3,7 +3,7 @@
 Subclasses of a registered class are eligible with it, and the nearest entry along the MRO wins.
 Built in: `nn.Linear`, `nn.Embedding`, `nn.Conv1d` to `nn.Conv3d`, the packed input projection of
 `nn.MultiheadAttention`, and transformers' `Conv1D`. A class that replaces a registered one
-(lorafx.model.out_of_tree) has that one's entry with sizes of its own.
+(lorafx.model.out_of_tree) has that entry with other sizes.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from lorafx.errors import ConfigError, nearest
 
 Kind = Literal["linear", "embedding", "experts", "conv"]
-#: Those that classes can be registered with; convolutions are torch's own.
+#: Kinds that classes can be registered with; convolutions are torch's own.
 KINDS: tuple[Kind, ...] = ("linear", "embedding", "experts")
 SizeOf = str | Callable[[nn.Module], int]
 SizesOf = str | Callable[[nn.Module], Sequence[int]]
 
 
 class Sharding(Protocol):
-    """What a tensor-parallel module's checkpoint holds, and which share of it is this rank's."""
+    """The checkpoint of a tensor-parallel module, and this rank's share of it."""
 
     def saved_sizes(self, module: nn.Module) -> tuple[int, tuple[int, ...]]:
         """K and the size of each output slice, as a checkpoint has them."""
@@ -51,8 +51,8 @@ class Sharding(Protocol):
 class Add(Protocol):
     """Adds a site's delta to the columns [start, start + n) of what its weight computes.
 
-    x (…, K) and y (…, n) → y + Δ(x)[…, start : start + n]; for an embedding x is ids (…) and y
-    has all N columns.
+    x (…, K) and y (…, n) → y + Δ(x)[…, start : start + n]; for an embedding x is ids (…) and y has
+    all N columns.
     """
 
     def __call__(self, x: Tensor, y: Tensor, start: int = 0) -> Tensor: ...
@@ -64,8 +64,8 @@ Handler = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any, Add], Any]
 
 @dataclass(frozen=True)
 class Eligible:
-    """One registered class: how to read the sizes and the weight of its instances. `register` says
-    what the other fields mean.
+    """One registered class: how to read the sizes and the weight of its instances. `register`
+    describes the other fields.
 
     Attributes:
         kind: "linear" (y = x Wᵀ), "embedding" (y = W[ids]), "conv" (a convolution of torch's) or
@@ -131,7 +131,6 @@ class SliceSizes:
 def shardings(
     given: Sharding | Mapping[str, Sharding] | None,
 ) -> tuple[Sharding | None, Mapping[str, Sharding]]:
-    """The sharding of a module's one weight, and those of routed experts by parameter."""
     return (None, dict(given)) if isinstance(given, Mapping) else (given, {})
 
 
@@ -140,7 +139,6 @@ def _read(module: nn.Module, size: SizeOf) -> int:
 
 
 def _kernel_entries(module: nn.Module) -> int:
-    """C · ∏kernel of a convolution: what one row of A has."""
     assert isinstance(module, _CONVOLUTIONS)
     return module.in_channels * math.prod(module.kernel_size)
 
@@ -174,7 +172,7 @@ _BUILT_IN: dict[type[nn.Module], Eligible] = {
     ),
 }
 _REGISTERED: dict[type[nn.Module], Eligible] = {}
-#: Those of `register_oot` (lorafx.model.out_of_tree).
+#: Entries of `register_oot` (lorafx.model.out_of_tree).
 OUT_OF_TREE: dict[type[nn.Module], Eligible] = {}
 
 
@@ -198,7 +196,7 @@ def register(
 
     Args:
         cls: the class. Its forward must compute y = x Wᵀ (+ bias) over the last dimension, or
-            y = W[ids] for kind "embedding", unless a handler says where the delta goes.
+            y = W[ids] for kind "embedding", unless a handler places the delta.
         in_features, out_features: attribute name, or a function of the instance, giving K and
             N; for embeddings the vocabulary and the dimension.
         weight: attribute that holds W, which may be absent or packed in quantised classes.
@@ -218,13 +216,12 @@ def register(
             the instance giving their number; `warmup` makes its adapters' rank a multiple of it.
         dequantize: for a class that stores its weight in a format of its own (packed integers,
             scales), a function of the instance giving W (N, K) of y = x Wᵀ, or (V, D) for an
-            embedding, as numbers. `lorafx.dequantize` calls it; serving adapters does not need it.
+            embedding. `lorafx.dequantize` calls it; serving adapters does not need it.
         requantize: `requantize(module, W)` stores such a W in the instance, in place, keeping its
             tensors' sizes and dtypes. Without it adapters cannot be merged into the class.
 
-    Raises:
-        ConfigError: `cls` is not a module class, `kind` is none of the three, or `handler`,
-            `dequantize` or `requantize` cannot be called.
+    Raises ConfigError where `cls` is not a module class, `kind` is none of the three, or a function
+    cannot be called.
     """
     if not isinstance(cls, type) or not issubclass(cls, nn.Module):
         raise ConfigError(f"register() takes an nn.Module class, got {cls!r}")
@@ -261,11 +258,7 @@ def register(
 
 
 def unregister(cls: type[nn.Module]) -> None:
-    """Undo `register(cls)`; a built-in entry that it replaced applies again.
-
-    Raises:
-        ConfigError: `cls` was not registered.
-    """
+    """Undo `register(cls)`; a built-in entry applies again. ConfigError if not registered."""
     if cls not in _REGISTERED:
         known = [c.__qualname__ for c in _REGISTERED]
         name = getattr(cls, "__qualname__", repr(cls))
@@ -279,8 +272,7 @@ def lookup(module: nn.Module) -> Eligible | None:
 
 
 def is_empty(module: nn.Module) -> bool:
-    """Whether an instance of a registered class has no inputs or no outputs, so that its weight has
-    no numbers and an update of it no effect."""
+    """Whether a registered instance has no inputs or no outputs, so that its weight is empty."""
     entry = lookup(module)
     if entry is None or entry.kind == "experts":
         return False
@@ -294,7 +286,6 @@ def is_empty(module: nn.Module) -> bool:
 
 
 def lookup_class(cls: type) -> Eligible | None:
-    """As `lookup`, for instances of `cls`."""
     for base in cls.__mro__:
         entry = own_entry(base)
         if entry is not None:
@@ -303,7 +294,7 @@ def lookup_class(cls: type) -> Eligible | None:
 
 
 def own_entry(cls: type) -> Eligible | None:
-    """The entry of this very class, not of one above it."""
+    """The entry of this very class, without base classes."""
     entry = _REGISTERED.get(cls) or _BUILT_IN.get(cls) or OUT_OF_TREE.get(cls)
     if entry is None and cls is _transformers_conv1d():
         entry = Eligible(cls, "linear", FeatureSizes("nx", "nf"), transposed=True)
@@ -316,6 +307,5 @@ def registrations() -> tuple[object, ...]:
 
 
 def _transformers_conv1d() -> type[nn.Module] | None:
-    """transformers' Conv1D, the class object itself. Importing transformers for it would cost
-    seconds, and a model that holds one has imported it already."""
+    """transformers' Conv1D, if imported: an import costs seconds, and models imply it."""
     return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)

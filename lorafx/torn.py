@@ -1,7 +1,7 @@
 """Libraries of which only the beginning was written, because the linker was killed.
 
-Linkers write the header that says where the last part lies, and most write it last. To load half a
-library is an error at best, and ends the process at worst.
+Linkers write the header that locates the last part, and most write it last. Loading half a library
+is an error at best, and ends the process at worst.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def is_whole(library: Path) -> bool:
 
 
 def warn_of(library: Path) -> None:
-    """Say that a library in a cache is not whole, and is made again."""
+    """Warn that a library in a cache is not whole, and is compiled again."""
     warnings.warn(
         f"{library} is not whole, as when a process is killed while it compiles; it is compiled "
         "again",

@@ -1,7 +1,4 @@
-"""GPUs as the cost models see them: what kernels reach, assumed from data sheets or measured.
-
-`benchmarks/calibrate.py` measures the GPU of this machine.
-"""
+"""Constants of GPUs for the cost models: data sheets, or what benchmarks/calibrate.py measured."""
 
 from __future__ import annotations
 
@@ -19,17 +16,15 @@ from lorafx.kernels.cpu.compiler import cache_folder
 
 @dataclass(frozen=True)
 class Chip:
-    """What the GPU model takes for granted; SI units, rates that kernels reach, not data sheets'.
+    """What a GPU reaches, in SI units: rates that kernels were seen to reach, below data sheets'.
 
     Attributes:
-        bandwidth, l2_bandwidth: of device memory and of the second-level cache, bytes/s.
         tensor_rate: FLOP/s of a GEMM of 16-bit types.
         fma_rate: FLOP/s outside of tensor cores, which is what float32 gets (no TF32 rounding).
-        processors: how many there are to share l2_bandwidth.
+        processors: streaming multiprocessors, which share l2_bandwidth.
         launch: seconds that one more dependent kernel costs inside a captured graph.
-        triton_over_vendor: speed of a plain Triton GEMM over the vendor's where the FLOPs decide;
+        triton_over_vendor: speed of a plain Triton GEMM over the vendor's where FLOPs decide;
             None while unmeasured.
-        calibrated: whether the figures were measured on the chip.
     """
 
     name: str
@@ -43,16 +38,15 @@ class Chip:
     calibrated: bool = False
 
     def rate(self, dtype: torch.dtype) -> float:
-        """FLOP/s of a matrix product with operands of `dtype`."""
         return self.tensor_rate if dtype in (torch.float16, torch.bfloat16) else self.fma_rate
 
 
 MEMORY, FLOPS = 0.87, 0.70  # reached of the data sheet's figures: assumed
-#: Data sheets times what is assumed reachable; the L2 figures are rough (a few microbenchmarks).
+#: Data sheets times an assumed reachable share; the L2 figures are from a few microbenchmarks.
 CHIPS: Mapping[tuple[str, int | str], Chip] = {
     ("cuda", 80): Chip("A100", MEMORY * 2.04e12, 4.0e12, FLOPS * 312e12, FLOPS * 19.5e12, 108),
-    # Measured on an H200 by this module (torch 2.11, CUDA 13.0, Triton 3.6, 2026-11-20), but for
-    # the cache: what a tile loop over W reached, x and W read by 224 programs in 59.6 µs.
+    # Measured on an H200 (torch 2.11, CUDA 13.0, Triton 3.6, 2026-11-20). The cache's figure is
+    # what a tile loop over W reached: x and W read by 224 programs in 59.6 µs.
     ("cuda", 90): Chip(
         "H200", 4.29e12, 5.9e12, 7.5e14, 5.09e13, 132, 1.02e-6, triton_over_vendor=0.70
     ),
@@ -82,13 +76,12 @@ def assumed_chip(device: torch.device) -> Chip:
 
 
 def chip_file(name: str) -> Path:
-    """Where the measured figures of the device called `name` are kept, for this torch."""
+    """Where the measured figures of the device `name` are kept, for this version of torch."""
     plain = re.sub(r"\W+", "-", name)
     return cache_folder() / "chips" / f"{plain}-torch{torch.__version__}.json"
 
 
 @functools.cache
 def load_chip(name: str) -> Chip | None:
-    """What was measured on the device called `name`; None where nothing was."""
     path = chip_file(name)
     return Chip(**json.loads(path.read_text())) if path.exists() else None

@@ -1,15 +1,14 @@
-"""The cost model of products with routed experts on a GPU: a roofline, as kernels/cost/roofline.py.
+"""Cost model of products with routed experts on a GPU: the roofline of kernels/cost/roofline.py.
 
     experts with rows   H(E) = E (1 - (1 - 1/E)^M)      M rows that are spread evenly
-    pairs with rows     H(E·D), of experts and adapters: each one's A and B is read once
+    pairs with rows     H(E·D), of experts and adapters: the A and B of a pair are read once
 
     grouped     shrink, then one kernel of product and expand, a tile an expert's
     activated   the same, where the shrink also computes x: one kernel less
     segments    the vendor's grouped product, keys of rows, shrink and expand over sorted rows
     gemv        the same a row at a time
 
-No figure here was measured on a chip but those that chips.py and cost.py say were:
-how fast the kernels stream W, what the host's loop costs and what sorting costs are assumptions.
+The constants of this file are assumptions; measured figures are those of chips.py and roofline.py.
 """
 
 from __future__ import annotations
@@ -19,31 +18,25 @@ from dataclasses import dataclass
 
 from lorafx.kernels.cost.roofline import DOT, TILE_M, Estimate, Work, ranked, slower_than_vendor
 
-#: Speed of the grouped kernel's loop over W beside the vendor's grouped product where bytes decide:
-#: assumed. Experts give it thousands of programs, which the slower dense kernels lack, and the
-#: vendor's tiles are mostly empty there; `split` was measured to reach 0.97 of a dense product.
+#: Assumed speed of the grouped kernel's loop over W beside the vendor's grouped product where bytes
+#: decide: experts give it thousands of programs, and the vendor's tiles are mostly empty there.
 STREAMING = 1.0
-#: Seconds of a product that the host launches in a loop over experts, for each expert with rows,
-#: and of its wait for where they end: assumed.
+#: Assumed seconds of a product launched by the host's loop over experts, for an expert with rows,
+#: and of the host's wait for where their rows end.
 HOST_PRODUCT, HOST_WAIT = 5e-6, 2e-5
 
 
 @dataclass(frozen=True)
 class ExpertWork(Work):
-    """One node: rows sorted by expert, times W[e], with the deltas of D adapters of rank r.
-
-    Attributes:
-        rows: M, a row for each token and expert that it was routed to.
-        on_host: the base's own product is a loop over experts on the host.
-        activation: whether x could be computed by the shrink.
-    """
+    """Rows sorted by expert, times W[e], with the deltas of D adapters. `rows` are pairs of a token
+    and an expert; `on_host`: the base's product is a loop over experts on the host; `activation`:
+    whether x could be computed by the shrink."""
 
     experts: int = 1
     on_host: bool = False
     activation: bool = False
 
     def _hit(self, cells: int) -> float:
-        """How many of so many cells have rows, on average."""
         return cells * -math.expm1(self.rows * math.log1p(-1 / cells)) if cells > 1 else 1.0
 
     @property
@@ -72,14 +65,13 @@ class ExpertWork(Work):
         return tiles * self.in_features * self.columns
 
     def vendor(self) -> float:
-        """Seconds of the base's own product."""
         if self.on_host:
             return self.base() + HOST_WAIT + self.active * HOST_PRODUCT
         return super().vendor()
 
     @property
     def pointwise(self) -> float:
-        """Seconds of computing x from two halves by a kernel of its own."""
+        """Seconds of computing x from two halves by a separate kernel."""
         size = 3.0 * self.rows * self.in_features
         return self.kernel(size, 0, 0) + self.chip.launch if self.activation else 0.0
 
@@ -99,7 +91,6 @@ def _activated(work: ExpertWork) -> float:
 
 
 def _delta(work: ExpertWork, l2: float, padding: float, *, tensor: bool) -> float:
-    """Keys of rows, shrink and expand beside the base's own product."""
     M, K, N, G = work.rows, work.in_features, work.columns, len(work.sizes)
     shrink = work.reader(work.a + M * K, l2 * G * K, padding * G * K, tensor=tensor)
     expand = work.reader(work.b + 2 * M * N, l2 * N, padding * N, tensor=tensor)
@@ -136,7 +127,6 @@ def _refusal(name: str, work: ExpertWork) -> str:
 
 
 def estimate_experts(work: ExpertWork) -> dict[str, Estimate]:
-    """Every strategy's modelled time for `work`, fastest first, refused ones last."""
     seconds = {name: model(work) for name, model in EXPERT_STRATEGIES.items()}
     refusals = {name: _refusal(name, work) for name in seconds}
     return ranked(seconds, refusals, work.vendor() + work.pointwise, work.floor())

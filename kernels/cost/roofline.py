@@ -19,8 +19,8 @@ and each kernel after the first one more dependent launch. What the strategies l
     concat      B copied behind W, v behind x, then the vendor's product of the longer x and W: its
                 FLOPs grow by (K + C) / K for C columns. W is copied for its columns at every call
 
-The chips' constants are those of lorafx.kernels.cost.chips: assumptions until a run on the chip
-calibrates them. No time of "concat" was measured on a chip; what it is made of was, on an H200.
+Constants of chips are those of lorafx.kernels.cost.chips. "concat" was not timed on a chip as a
+whole; its parts were, on an H200.
 """
 
 from __future__ import annotations
@@ -44,8 +44,7 @@ class Sized(Protocol):
 
 
 def byte_floor(sites: Iterable[Sized], rank: int, distinct: int) -> float:
-    """Least traffic of these sites with `distinct` adapters of `rank`, over the base's alone, in
-    elements: base and adapters are taken to have one dtype."""
+    """Least traffic of these sites with `distinct` adapters of `rank` over the base's alone."""
     parts = list(sites)
     weights = sum(part.in_features * part.out_features for part in parts)
     return 1 + distinct * factor_elements(parts, rank) / weights if weights else 1.0
@@ -75,24 +74,22 @@ def split_is_faster(dtype: torch.dtype, device: torch.device) -> bool:
 
 TILE_N, TILE_M, DOT = 128, 64, 16  # columns and rows of a tile of y; least side of a dot
 
-#: Seconds of a kernel that reads what the one before it wrote, however little: its loads follow
-#: from each other. And of one adapter more in a tile that takes its adapters one after another.
+#: Seconds of a kernel that reads what the kernel before it wrote, however little, since its loads
+#: depend on each other; and of a further adapter in a tile that takes its adapters in turn.
 #: Measured on an H200 with the layers of Llama-3-8B, 1 and 64 rows.
 READER, ADAPTER = 2.5e-6, 1.2e-6
 #: Seconds before a product's bytes flow and after they have: a product of few bytes takes longer.
 START = 4e-6
-#: Speed of our kernels' loop over W beside the vendor's where bytes decide (an H200): that of
-#: "epilogue" and "recompute" has too few programs for narrow layers and too many registers.
+#: Speed of the loop over W in "epilogue" and "recompute" beside the vendor's where bytes decide
+#: (H200): too few programs for narrow layers, too many registers.
 LOOP_OVER_VENDOR = 0.62
-#: That of "split", with its K in parts.
+#: The same for "split", whose K is in parts.
 SPLIT_OVER_VENDOR = 0.97
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Modelled time of one strategy for one node: of base product and delta together, over the
-    vendor GEMM alone, and over `Work.floor`. `refusal` says why it is not chosen whatever its time;
-    empty where it may be."""
+    """Modelled time of a strategy; one with a `refusal` is not chosen."""
 
     seconds: float
     over_base: float
@@ -106,8 +103,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Work:
-    """One node: y (M, ΣN) = x (M, K) Wᵀ with the deltas of D adapters of rank r in M rows. `sizes`
-    are N_i of the siblings that share x, `distinct` is D."""
+    """y (M, ΣN) = x (M, K) Wᵀ of siblings that share x, with deltas of D = `distinct` adapters."""
 
     in_features: int
     sizes: tuple[int, ...]
@@ -140,12 +136,10 @@ class Work:
 
     @property
     def weight_elements(self) -> float:
-        """Elements of W that are read."""
         return self.in_features * self.columns
 
     @property
     def a(self) -> float:
-        """Elements of A that are read."""
         return self.distinct * self.rank * len(self.sizes) * self.in_features
 
     @property
@@ -154,7 +148,6 @@ class Work:
 
     @property
     def product(self) -> float:
-        """FLOPs of the base product."""
         return 2.0 * self.rows * self.in_features * self.columns
 
     @property
@@ -170,34 +163,31 @@ class Work:
         return max(memory * size / chip.bandwidth, l2 * size / chip.l2_bandwidth, flops / rate)
 
     def reader(self, memory: float, l2: float, flops: float, *, tensor: bool = True) -> float:
-        """A kernel that has to wait for the one before it, and its launch."""
+        """Seconds of a kernel that waits for the kernel before it, with its launch."""
         return max(self.kernel(memory, l2, flops, tensor=tensor), READER) + self.chip.launch
 
     @property
     def cached(self) -> float:
-        """Elements that the base product's tiles take from the cache. 0 where FLOPs decide: there
-        the rate was reached with all that the cache had to give."""
+        """Elements from the cache; 0 where FLOPs decide, whose measured rate includes the cache."""
         M, K, N = self.rows, self.in_features, self.columns
         return 0 if self.compute_bound else self.m_tiles * K * N + self.n_tiles * M * K + M * N
 
     def base(self, memory: float = 0.0, l2: float = 0.0, flops: float = 0.0) -> float:
-        """Seconds of the base product by kernels that also do what is named."""
         moved = self.weight_elements + self.rows * (self.in_features + self.columns) + memory
         return self.kernel(moved, self.cached + l2, self.product + flops)
 
     def fused_base(
         self, memory: float, l2: float, flops: float, streaming: float = LOOP_OVER_VENDOR
     ) -> float:
-        """The base product by our own kernel, slower than the vendor's by what was measured."""
+        """Seconds of the base product by a generated kernel, at its measured speed."""
         speed = (self.chip.triton_over_vendor or 1.0) if self.compute_bound else streaming
         return self.base(memory, l2, flops) / speed + START
 
     def vendor(self) -> float:
-        """Seconds of the vendor's GEMM."""
         return self.base() + START
 
     def floor(self) -> float:
-        """Seconds that no implementation goes below: each active factor read once and used."""
+        """Lower bound of any implementation: W and each active factor read once and used."""
         flops = 2.0 * self.rows * self.rank * (len(self.sizes) * self.in_features + self.columns)
         return self.base(self.a + self.b, 0, flops) + START
 
@@ -205,8 +195,7 @@ class Work:
 def work_of(
     sites: Sequence[Sized], rows: int, slots: int, rank: int, dtype: torch.dtype, chip: Chip
 ) -> Work:
-    """Sites that share one x, as the cost model sees them. Of a bank of so many slots, a batch is
-    taken to have min(slots, rows) adapters."""
+    """Sites that share one x as a node; a batch is taken to have min(slots, rows) adapters."""
     sizes = tuple(site.out_features for site in sites)
     distinct = max(1, min(slots, rows))
     return Work(sites[0].in_features, sizes, max(rows, 1), distinct, rank, dtype, chip)
@@ -223,7 +212,7 @@ def _recompute(work: Work) -> float:
         work.m_tiles * work.rank * (work.n_tiles * K + adapters * N),
         2.0 * M * work.padded_rank * (work.n_tiles * K + adapters * N),
     )
-    # A further adapter's loop reads x and A once more, after the loop over W and not beside it.
+    # A further adapter's loop reads x and A again, after the loop over W.
     a_loop = K * (min(max(M, DOT), TILE_M) + work.padded_rank) * work.dtype.itemsize
     waves = math.ceil(work.m_tiles * work.n_tiles / chip.processors)
     after = waves * (adapters - 1) * a_loop / (chip.l2_bandwidth / chip.processors)
@@ -240,17 +229,16 @@ def _epilogue(work: Work) -> float:
     return shrink + work.chip.launch + work.fused_base(work.b + v, l2, 2.0 * M * padded * N)
 
 
-#: Rows of a tile of the reader of "split", and of those that are sorted by slot before they are
-#: dealt to tiles; loads of it that follow from each other; factors that it multiplies side by side,
-#: half of them in the tiles of layers of WIDE columns or more.
+#: Of the reader of "split": rows of a tile; rows sorted by slot before they are dealt to tiles;
+#: loads that depend on each other; factors multiplied side by side, half as many in tiles of layers
+#: of WIDE columns or more.
 TILE, WINDOW, LOADS, LANES, WIDE = 16, 64, 2, 64, 16384
-#: Seconds of one load in turn: an H200 timed a reader of four.
+#: Seconds of one dependent load: an H200 timed a reader of four.
 IN_TURN = READER / 4
 
 
 def _split(work: Work) -> float:
-    """The reader waits for loads that follow from each other, and goes round by round where its
-    tile has more adapters than it multiplies side by side."""
+    """Goes round again for adapters beyond those that a tile multiplies side by side."""
     M, K, N, G = work.rows, work.in_features, work.columns, len(work.sizes)
     sums, flops = _plane_elements(work), 2.0 * M * work.padded_rank * work.adapters_in_tile
     first = work.fused_base(work.a, sums, flops * G * K, SPLIT_OVER_VENDOR)
@@ -260,8 +248,7 @@ def _split(work: Work) -> float:
 
 
 def _plane_elements(work: Work) -> float:
-    """Elements of the planes of the parts of K, which are of float32; a single part goes through y.
-    K has as many as lorafx.kernels.triton.strategy_tiles cuts it into."""
+    """Elements of the float32 planes of the parts of K (strategy_tiles.py); one part goes to y."""
     wide = 128 if work.columns >= WIDE or work.rows <= TILE else 64
     tiles = work.m_tiles * math.ceil(work.columns / wide)
     most = min(work.chip.processors * 3 // 2 // tiles, math.ceil(work.in_features / 64) // 4)
@@ -280,11 +267,10 @@ def split_rounds(work: Work) -> int:
 
 # --- strategies around the vendor's GEMM ---
 
-#: Shrink and expand took 2.1 (gate/up), 3.0 (down) and 3.7 times (q/k/v) their roofline on an H200
-#: at 8192 rows.
+#: Shrink and expand took 2.1 (gate/up), 3.0 (down) and 3.7 times (q/k/v) their roofline (H200, 8192
+#: rows).
 OVER_ROOFLINE = 3.0
-#: Columns that x and W are made longer by at most, and the units in which they come and a vendor's
-#: GEMM takes them.
+#: Most columns that lengthen x and W, their unit, and the unit that a vendor's GEMM takes of K.
 MOST_COLUMNS, UNIT, K_TILE = 256, 16, 64
 
 
@@ -303,13 +289,12 @@ def _segments(work: Work) -> float:
 
 
 def _shrink(work: Work) -> float:
-    """v of rows grouped by adapter: x and each A are read once."""
     x = work.rows * work.in_features
     return _by_runs(work, work.a + x, len(work.sizes) * work.in_features)
 
 
 def _by_runs(work: Work, memory: float, terms: int) -> float:
-    """A shrink or an expand over runs of equal slots, each padded to what a dot takes."""
+    """A shrink or an expand over runs of equal slots, padded to what a dot takes."""
     run = math.ceil(math.ceil(work.rows / max(work.distinct, 1)) / DOT) * DOT
     flops = 2.0 * work.distinct * run * work.padded_rank * terms
     slow = OVER_ROOFLINE if work.compute_bound else 1.0
@@ -328,7 +313,6 @@ def _concat(work: Work) -> float:
 
 
 def _more_columns(work: Work) -> int:
-    """Columns of all siblings: a block of each for each adapter that the batch may have."""
     return len(work.sizes) * work.distinct * math.ceil(work.rank / UNIT) * UNIT
 
 
@@ -342,20 +326,20 @@ GPU_STRATEGIES = {
     "segments": _segments,
     "concat": _concat,
 }
-#: Their own base product instead of the vendor's.
+#: Strategies that compute the base product themselves.
 FUSED = ("split", "epilogue", "recompute")
-#: What no chip has timed, for who is told of a choice.
+#: Notes for users on what no chip has timed.
 UNTIMED: Mapping[str, str] = {
     "concat": "never measured on a chip",
     "split": "its reader measured in an earlier form only",
 }
-#: A vendor GEMM this much faster than plain Triton's costs more than all of LoRA (5 % against
-#: 0.6 to 5 % of the floor), so below it a fused kernel is not used where FLOPs decide.
+#: A vendor GEMM this much faster than plain Triton's costs more than all of LoRA (5 % against 0.6
+#: to 5 % of the floor): below this ratio a fused kernel is not used where FLOPs decide.
 LEAST_TRITON_OVER_VENDOR = 0.97
 
 
 def estimate(work: Work) -> dict[str, Estimate]:
-    """Every strategy's modelled time for `work`, fastest first, refused ones last."""
+    """Modelled time of every strategy for `work`, fastest first, refused ones last."""
     seconds = {name: model(work) for name, model in GPU_STRATEGIES.items()}
     refusals = {name: _refusal(name, work) for name in seconds}
     return ranked(seconds, refusals, work.vendor(), work.floor())
@@ -363,7 +347,7 @@ def estimate(work: Work) -> dict[str, Estimate]:
 
 def _refusal(name: str, work: Work) -> str:
     if name == "split" and any(size % 16 for size in (work.in_features, *work.sizes)):
-        # Run on a GPU for whole blocks of 16 elements only, but for kernels by themselves.
+        # On a GPU these kernels were run for whole blocks of 16 elements only.
         return "K or a column count is not a multiple of 16"
     if name == "concat":
         if not work.compute_bound:
@@ -375,7 +359,7 @@ def _refusal(name: str, work: Work) -> str:
 
 
 def slower_than_vendor(chip: Chip) -> str:
-    """Why a base product of our own does not pay where FLOPs decide, "" where it does."""
+    """Why a generated base product does not pay where FLOPs decide, "" where it does."""
     speed = chip.triton_over_vendor
     if speed is None:
         return "plain Triton was not measured against the vendor GEMM for this many rows"

@@ -1,10 +1,9 @@
-"""`lorafx::paged_attention` on a CPU, by a generated kernel (attention.cpp).
-
-Importing this module registers it. Where no kernel can be had, each request is an attention of its
-own (lorafx.kernels.ops.paged_attention).
+"""`lorafx::paged_attention` on a CPU, by a generated kernel; importing this module registers it.
 
     source(spec, isa) = #defines and constants of (dtype, sizes, unit of work)
                         + vectors.h + tiles.h + attention.cpp
+
+Where no kernel can be built, the reference of lorafx.kernels.ops.paged_attention runs.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ from lorafx.kernels.cpu.cpu_source import (
 from lorafx.kernels.ops.op_library import define_on
 from lorafx.kernels.ops.paged_attention import AttentionSpec, PagedStep, by_request, check_step
 
-# Rows of the cache that are read together at most, where they follow each other: a page or two.
+# Most rows of the cache that are read together where they are adjacent: a page or two.
 RUN = 32
 # Rows of queries times heads in a unit of work: their sums stay in the first-level cache.
 MOST = 64
-# For as many rows or fewer, keys come as a stream from memory and are asked for ahead of their use.
+# For as many rows or fewer, keys stream from memory and are prefetched.
 STREAMED = 4
 
 
@@ -54,7 +53,6 @@ class AttentionArgs(ctypes.Structure):
 
 
 def source(spec: AttentionSpec, isa: Isa) -> str:
-    """The complete C++ text of the kernel of `spec` for `isa`."""
     row = spec.heads * spec.size
     sizes = {
         **tile_sizes(isa),
@@ -84,13 +82,12 @@ AttentionKernel = Callable[[PagedStep], Tensor]
 
 
 def cpu_attention(step: PagedStep) -> Tensor:
-    """`lorafx.kernels.ops.paged_attention.paged_attention`, with what it raises, on a CPU."""
+    """`paged_attention` on a CPU, with the errors of its reference."""
     check_step(step)
     return (kernel_of(step) or by_request)(step)
 
 
 def kernel_of(step: PagedStep) -> AttentionKernel | None:
-    """The generated kernel for these arguments, if there is one; they may be fake."""
     query, key = step.query, step.key
     if query.dtype not in ELEMENTS or {key.dtype, step.mask.dtype} != {query.dtype}:
         return None
@@ -109,7 +106,6 @@ def _built(spec: AttentionSpec) -> AttentionKernel | None:
 
 
 def build(spec: AttentionSpec, isa: Isa) -> AttentionKernel:
-    """The kernel of `spec`."""
     kernel, parallel = loaded_kernel(source(spec, isa), isa)
     width = spec.heads * spec.size * spec.dtype.itemsize
 

@@ -2,16 +2,12 @@
 
     path = cache / sha256(source, command, compiler's version).so
 
-A library is compiled once, among threads and processes that share a cache, in a temporary folder of
-the cache, and renamed into place, so nobody sees half a file. Its source stays beside it, to read,
-and is the lock, held (flock) by whoever compiles. Where that cannot be had, for want of a file
-system that locks, or since somebody keeps it for too long, a library is compiled twice. A process
-that ends takes its compilers along. A forked child knows nothing of its parent's.
+A library is compiled once among the threads and processes that share a cache, and renamed into
+place when it is complete. Its source beside it is the lock (flock); where locking is impossible or
+takes longer than PATIENCE, a library is compiled twice. A process that ends stops its compilers.
 
-What is compiled here includes no torch header and links nothing, so it is valid for every torch
-version and takes about a second. All that fails is a LoweringError: there is no compiler that takes
-GCC's flags, it refuses the source, the cache cannot be written, the loader refuses a library (a
-folder mounted noexec, say), or this torch does not have a function.
+Sources include no torch header and link nothing, so a library is valid for every torch version and
+takes about a second. Every failure is a LoweringError.
 """
 
 from __future__ import annotations
@@ -41,7 +37,7 @@ from lorafx.torn import is_whole, warn_of
 
 BASE_FLAGS = (
     *("-O3", "-std=c++17", "-shared", "-fPIC", "-w"),
-    # one rounding a multiply-add, in every tile shape alike: bit-equality of rows rests on it
+    # One rounding a multiply-add, in every tile shape alike: bit-equality of rows rests on it.
     *("-ffp-contract=fast", "-fno-math-errno"),
 )
 
@@ -78,7 +74,7 @@ ISAS = (
 
 
 def runnable_isas() -> tuple[Isa, ...]:
-    """The ISAs that this CPU runs, best first; torch's own limit (ATEN_CPU_CAPABILITY) holds."""
+    """The ISAs that this CPU runs, best first; torch's limit (ATEN_CPU_CAPABILITY) holds."""
     level = torch.backends.cpu.get_cpu_capability()
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
@@ -113,7 +109,7 @@ def find_compiler() -> str:
 
 @functools.cache
 def version_of(compiler: str) -> str:
-    """What a compiler says of its version; "" where it says nothing."""
+    """What a compiler prints as its version; "" where it prints nothing."""
     done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
     return done.stdout
 
@@ -131,7 +127,6 @@ def cache_folder() -> Path:
 
 
 def compile_library(source: str, flags: tuple[str, ...] = ()) -> Path:
-    """The shared library of `source`, from the cache or compiled now."""
     compiler = find_compiler()
     command = [compiler, *BASE_FLAGS, *flags]
     key = hashlib.sha256("\0".join([source, *command, version_of(compiler)]).encode())
@@ -175,7 +170,6 @@ def load_library(path: Path) -> ctypes.CDLL:
 
 
 def torch_function(name: str) -> int:
-    """The address of an exported C function of torch."""
     folder = Path(torch.__file__).parent / "lib"
     for candidate in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
         if (folder / candidate).exists():
@@ -189,7 +183,7 @@ def torch_function(name: str) -> int:
 
 # --- one run of the compiler for each library ---
 
-#: Seconds to wait for a library that somebody else compiles; most take one.
+#: Seconds to wait for a library that another thread or process compiles; most take one.
 PATIENCE = 60.0
 
 _LOCK = threading.Lock()
@@ -198,7 +192,7 @@ _ended = False
 
 
 def compiled(command: Sequence[str], source: str, library: Path) -> None:
-    """Have `library` compiled from `source` by a compiler and its flags."""
+    """Compile `source` to `library`, unless another thread or process does."""
     if is_whole(library):
         return
     with _held(library.with_suffix(".cpp")) as file:
@@ -210,18 +204,17 @@ def compiled(command: Sequence[str], source: str, library: Path) -> None:
 
 @contextlib.contextmanager
 def _held(path: Path) -> Iterator[TextIO]:
-    """The file, made if need be, which nobody else holds at the same time, unless somebody keeps it
-    for longer than PATIENCE."""
+    """The locked file, created if need be; unlocked if its holder keeps it longer than PATIENCE."""
     deadline, pause = time.monotonic() + PATIENCE, 0.005
     while True:
         with path.open("a+") as file:
             busy = _lock(file)
-            # Whoever held it may have removed it.
+            # The last holder may have removed it.
             if time.monotonic() > deadline or (not busy and _is_at(file, path)):
                 try:
                     yield file
                 finally:
-                    # For a forked child too, which has inherited it.
+                    # For a forked child too, which inherits the lock.
                     with contextlib.suppress(OSError):
                         fcntl.flock(file, fcntl.LOCK_UN)
                 return
@@ -230,7 +223,7 @@ def _held(path: Path) -> Iterator[TextIO]:
 
 
 def _lock(file: TextIO) -> bool:
-    """Lock the file, unless somebody else has; true then."""
+    """Whether the file could be locked without waiting."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -264,7 +257,7 @@ def _compile(command: Sequence[str], source: str, text: TextIO, library: Path) -
 
 
 def _run(command: Sequence[str]) -> None:
-    """Run the compiler, in a group of processes of its own: it starts others."""
+    """Run the compiler in a process group of its own, since it starts further processes."""
     try:
         with _LOCK:
             if _ended:
@@ -303,7 +296,6 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 @atexit.register
 def _end() -> None:
-    """Stop the compilers."""
     global _ended
     with _LOCK:
         _ended = True
@@ -315,7 +307,6 @@ def _end() -> None:
 
 
 def _after_fork() -> None:
-    """The threads are the parent's, and so are their compilers."""
     global _LOCK
     _LOCK = threading.Lock()
     _RUNNING.clear()

@@ -1,10 +1,10 @@
-"""What the CPU kernels share: pieces of their C++ sources, and how ops in C++ are registered.
+"""What the CPU kernels share: pieces of their C++ sources, and the registration of ops in C++.
 
     register(op, files) = handles.h + files, compiled and loaded, given torch's functions
 
-The functions are handed over as pointers through torch's stable C interface, so no torch header is
-read and nothing is linked: a library takes 0.1 s to compile instead of tens of seconds. A call of
-its ops costs 2 µs from Python, where one through a Python kernel costs 20 µs and more.
+Functions are passed as pointers through torch's stable C interface: no torch header is read and
+nothing is linked, so a library compiles in 0.1 s instead of tens of seconds. A call from Python
+costs 2 µs, against 20 µs and more through a Python kernel.
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ ELEMENTS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 # Below this many multiply-adds one thread is faster than waking the others (about 3 µs, 2 cores).
 SERIAL_WORK = 1 << 15
-# Bytes that a stream of B is asked for ahead of its use; 512 was best of 0, 128 ... 1024 for decode
-# in float32 and bfloat16 (Zen 4, 8 adapters of rank 16, N = 1024 ... 5632).
+# Bytes by which B is prefetched; 512 was best of 0, 128 ... 1024 for decode in float32 and bfloat16
+# (Zen 4, 8 adapters of rank 16, N = 1024 ... 5632).
 AHEAD = 512
 
 
 def templates(*names: str) -> list[str]:
-    """The texts of these files of this folder."""
     return [_template(name) for name in names]
 
 
@@ -40,13 +39,12 @@ def _template(name: str) -> str:
 
 
 def loaded_kernel(source: str, isa: Isa) -> tuple[Any, int]:
-    """`lorafx_kernel` of a source, compiled, and the address of torch's parallel loop."""
     library = load_library(compile_library(source, isa.flags))
     return library.lorafx_kernel, torch_function("torch_parallel_for")
 
 
 def tile_sizes(isa: Isa) -> dict[str, int]:
-    """What tiles.h takes of the instruction set, and all kernels alike."""
+    """Constants of tiles.h that depend on the instruction set alone."""
     return {
         "TILE": isa.tile,
         "PLANES": isa.planes,
@@ -57,7 +55,7 @@ def tile_sizes(isa: Isa) -> dict[str, int]:
 
 
 def element_defines(isa: Isa, x: torch.dtype, factors: torch.dtype, y: torch.dtype) -> list[str]:
-    """The lines that vectors.h needs: lanes, instructions, element types of x, factors and y."""
+    """Lines that vectors.h needs: lanes, instructions, element types of x, factors and y."""
     values = {
         "LANES": isa.lanes,
         "HAS_F16C": int(isa.f16c),
@@ -70,7 +68,6 @@ def element_defines(isa: Isa, x: torch.dtype, factors: torch.dtype, y: torch.dty
 
 
 def constants(values: Mapping[str, int]) -> list[str]:
-    """The lines that give a template its sizes."""
     return [f"static const long {name} = {value};" for name, value in values.items()]
 
 
@@ -101,21 +98,17 @@ _DTYPES = {
 
 @functools.cache
 def dtype_code(dtype: torch.dtype) -> int:
-    """The number that torch's C interface has for `dtype`."""
     return int(ctypes.CFUNCTYPE(ctypes.c_int32)(torch_function(_DTYPES[dtype]))())
 
 
 def op_source(files: Sequence[str]) -> str:
-    """The text of the library of these files of this folder, which is compiled without flags."""
+    """The text of a library of ops, which is compiled without flags."""
     return "\n".join(templates("handles.h", *files))
 
 
 def register(op: str, files: Sequence[str], more_shims: Sequence[str] = ()) -> ctypes.CDLL:
-    """The library of these files of this folder, whose CPU kernels torch knows from now on.
-
-    The files end in `lorafx_install`, which takes the functions of torch that handles.h names and
-    `more_shims` behind them. `op` is for messages.
-    """
+    """Load the library of these files, whose `lorafx_install` takes torch's functions in handles.h
+    and `more_shims` and registers the CPU kernels of `op`."""
     library = load_library(compile_library(op_source(files)))
     names = (*_SHIMS, *more_shims)
     shims = (ctypes.c_void_p * len(names))(*(torch_function(name) for name in names))

@@ -6,9 +6,9 @@
                         + vectors.h + tiles.h + rows.h + delta_args.h + delta.cpp
                         + epilogue.h + delta_beside.cpp, where y is a product with a dense weight
 
-The C++ is compiled once (lorafx.kernels.cpu.compiler), loaded into each process before its graphs
-run, and entered by id into the table of one dispatcher (dispatcher.cpp). Where no compiler works,
-build returns None, one warning says why, and `delta_call` names the aten op instead.
+Kernels are loaded into each process before its graphs run, and entered by id into the table of one
+dispatcher (dispatcher.cpp). Where no compiler works, `build` returns None after one warning, and
+`delta_call` names the aten op.
 """
 
 from __future__ import annotations
@@ -45,22 +45,21 @@ from lorafx.torch_internals.operators import OpOverload
 
 # With fewer rows per thread than this, a row's planes and columns are shared out instead of rows.
 SPLIT_ROWS = 2
-# A load of an adapter's factors from memory takes about as long as the work of so many rows that
+# Loading an adapter's factors from memory takes about as long as the work of this many rows that
 # find them in a cache (Zen 4, rank 16); 8 and 32 are as good.
 LOAD_ROWS = 16
-# Up to so many rows the threads share out ranges (q, k, v) one by one: with few adapters, shares of
-# whole rows are uneven. A long prompt has rows enough.
+# Up to this many rows threads share out ranges (q, k, v) one by one: with few adapters, shares of
+# whole rows are uneven.
 FEW_ROWS = 64
-# Columns of one unit of work then.
+# Columns of one unit of work up to FEW_ROWS.
 COLUMN_BLOCK = 512
-#: What a kernel of deltas is optimised by where its loops are vectors already: -O3 takes 1.3 times
-#: as long to compile it to code that is as fast, to a percent (GCC 12, float32 and bfloat16, ranks
-#: 6 and 16, decode and prefill on a Zen 4). Without -fpeel-loops small tiles are 2 % slower.
+#: Loops are vectors already: -O3 takes 1.3 times as long to compile for equal speed (GCC 12,
+#: float32 and bfloat16, ranks 6 and 16, decode and prefill on a Zen 4). Without -fpeel-loops small
+#: tiles are 2 % slower.
 _VECTORS_ALREADY = ("-O2", "-fpeel-loops")
 
 
 def source(spec: DeltaSpec, isa: Isa) -> str:
-    """The complete C++ text of the kernel of `spec` for `isa`."""
     features = 0 if spec.embedding else len(spec.sizes) * spec.in_features
     sizes = {
         **tile_sizes(isa),
@@ -118,9 +117,8 @@ class KernelEntry(ctypes.Structure):
     )
 
 
-#: What `struct Kernel` has of a spec as it is.
+#: Fields of `struct Kernel` that are fields of a spec.
 _OF_SPEC = ("in_features", "group", "columns", "last_column", "experts")
-#: What the dispatcher consists of, for `register`.
 DISPATCHER = ("rows.h", "delta_args.h", "epilogue.h", "dispatcher.cpp")
 
 _LOCK = threading.RLock()
@@ -131,7 +129,6 @@ _LIBRARIES: list[ctypes.CDLL] = []  # keeps what the table points into
 
 @functools.cache
 def dispatcher() -> ctypes.CDLL:
-    """The dispatcher, built, loaded and registered as the ops' CPU kernels."""
     return register("lorafx::run_delta_", DISPATCHER)
 
 
@@ -171,7 +168,7 @@ def _load(spec: DeltaSpec, kernel: int, path: Path) -> None:
 
 @contextlib.contextmanager
 def builds_noted() -> Iterator[dict[DeltaSpec, int]]:
-    """The kernels that `build` returns in the block, whichever thread asks, with their ids."""
+    """Records the kernels that `build` returns in the block, on any thread, with their ids."""
     found: dict[DeltaSpec, int] = {}
     _NOTES.append(found)
     try:
@@ -181,12 +178,8 @@ def builds_noted() -> Iterator[dict[DeltaSpec, int]]:
 
 
 def build(spec: DeltaSpec, isa: Isa | None = None) -> int | None:
-    """The id of the kernel of `spec`, compiled if need be and loaded into this process.
-
-    `isa` is an instruction set that this CPU runs; None for the best. Returns an id above 0; None
-    where kernels are not generated for the spec (float64, empty ranges) or cannot be (no compiler;
-    warned about once).
-    """
+    """The id of the kernel of `spec`, loaded into this process; None where kernels are not
+    generated for it (float64, empty ranges) or no compiler works (one warning)."""
     if not spec.supported():
         return None
     with _LOCK:
@@ -206,12 +199,10 @@ def build(spec: DeltaSpec, isa: Isa | None = None) -> int | None:
 
 
 def built_source(spec: DeltaSpec) -> str:
-    """The C++ of the kernel that `build(spec)` compiles on this CPU."""
     return source(spec, best_isa())
 
 
 def build_all(specs: Iterable[DeltaSpec]) -> dict[DeltaSpec, int | None]:
-    """`build` of each spec; those to be compiled are compiled at the same time."""
     wanted = list(dict.fromkeys(specs))
     with contextlib.suppress(LoweringError):  # build meets failures again, and warns of them
         isa = best_isa()
@@ -226,16 +217,13 @@ def build_all(specs: Iterable[DeltaSpec]) -> dict[DeltaSpec, int | None]:
 
 
 def _kernel(spec: DeltaSpec, rows: Any) -> int | None:
-    """The kernel of `spec`, unless `rows` is a literal 0: only aten can say what was not proved."""
+    """The kernel of `spec`; None for a literal `rows` of 0, whose check only aten makes."""
     unproved = isinstance(rows, int) and rows == 0
     return None if unproved else build(spec)
 
 
 def delta_call(spec: DeltaSpec, *tensors: Any, rows: Any) -> tuple[OpOverload, tuple[Any, ...]]:
-    """The op and arguments that add the delta of `spec`, generated where that is possible.
-
-    `tensors` are y, x, A, B, ranks, scales, slots, or graph nodes of them.
-    """
+    """The op and arguments of `spec`'s delta; tensors as in `run_delta_`, or graph nodes."""
     kernel = _kernel(spec, rows)
     if kernel is not None:
         return torch.ops.lorafx.run_delta_.default, (*tensors, rows, kernel)
@@ -256,8 +244,7 @@ def embedding_delta_call(
 def expert_delta_call(
     spec: DeltaSpec, *tensors: Any, rows: Any, ends: bool
 ) -> tuple[OpOverload, tuple[Any, ...]] | None:
-    """`delta_call` of routed rows, or None where no kernel can do it; tensors: as
-    `lorafx.kernels.ops.expert_ops.run_expert_delta_` begins."""
+    """`delta_call` of routed rows, by the first arguments of `run_expert_delta_`, or None."""
     kernel = _kernel(spec, rows)
     if kernel is None:
         return None

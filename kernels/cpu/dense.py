@@ -6,17 +6,10 @@
     dense_addmm_delta   y = x Wᵀ + b + Δ(x)
 
 On a CPU few rows are multiplied by generated code that reads W once (dense.cpp), more of them by
-aten.mm and addmm, or by oneDNN where that is faster. That is decided at each call, in C++
-(dense_op.cpp): a call costs what one of aten costs, and no graph depends on M. Where no compiler
-works, and on other devices, it is aten alone. A row computed by generated code is bit-equal in
-every batch that is computed so.
-
-A product and its delta take one parallel region for few rows (delta_beside.cpp): first the threads
-share out v = x A, then each adds v B to the columns of y that it has just multiplied. Where rows
-are many, where no generated kernel multiplies, and on other devices, the two ops run one after the
-other. y has the same bits either way.
-
-Inference only: no gradient is registered.
+aten.mm and addmm, or by oneDNN where that is faster. The choice is made at each call in C++
+(dense_op.cpp), so no graph depends on M. Without a compiler and on other devices aten computes all.
+A row computed by generated code is bit-equal in every such batch. For few rows a product and its
+delta take one parallel region (delta_beside.cpp), with the same bits. No gradient is registered.
 
     source(dtype, isa) = #defines and constants of (dtype, tiles)
                          + vectors.h + epilogue.h + dense_args.h + dense.cpp
@@ -60,12 +53,11 @@ from lorafx.kernels.ops.op_library import BANK, BankArgs, define
 UNIT_BYTES = 1 << 18
 #: Columns of y that an epilogue takes at once; 64 to 1024 are as good (Zen 4, 16 rows, float32).
 EPILOGUE_COLUMNS = 256
-#: How often a thread looks whether the others are done before it lets another one run.
+#: How often a thread looks whether the others are done before it yields.
 SPINS = 1 << 10
 
 
 def source(dtype: torch.dtype, isa: Isa) -> str:
-    """The complete C++ text of the kernel for x, W and y of `dtype` for `isa`."""
     # A conversion of x for each column costs more than one pass over x.
     widened = dtype == torch.float16
     sizes = {
@@ -85,9 +77,8 @@ def source(dtype: torch.dtype, isa: Isa) -> str:
     return "\n".join([f"// {isa.name}: {dtype}", *defines, *constants(sizes), *texts])
 
 
-#: What the ops' kernels in C++ consist of, for `register`.
 DENSE_OPS = ("epilogue.h", "dense_args.h", "dense_op.cpp")
-#: What dense_op.cpp calls beside those of handles.h, in the order of its `struct DenseShims`.
+#: Functions that dense_op.cpp calls beside those of handles.h, in the order of `struct DenseShims`.
 _MORE_SHIMS = (
     "aoti_torch_empty_strided",
     "aoti_torch__reinterpret_tensor",
@@ -102,8 +93,8 @@ _MORE_SHIMS = (
 #: 16 rows, 0.7 for 32 and 0.85 for 64 in float32 and bfloat16, and about as long for 128 (Zen 4,
 #: one thread, cold weights of 1024 × 1024 and 1024 × 2816).
 MOST_ROWS = 64
-#: In float16 where aten.mm has no instructions for it: there the generated kernel is 3 to 5 times
-#: as fast, from 4 rows to 512, and was not measured beyond.
+#: In float16 where aten.mm has no instructions for it: the generated kernel is 3 to 5 times as fast
+#: from 4 rows to 512, and was not measured beyond.
 MOST_ROWS_FLOAT16 = 512
 #: In bfloat16 on a CPU whose matrix tiles aten.mm uses; a guess, measured on none.
 MOST_ROWS_WITH_TILES = 8
@@ -113,12 +104,12 @@ _LIBRARIES: list[ctypes.CDLL] = []  # keeps what the table points into
 
 
 def pays(rows: int, dtype: torch.dtype) -> bool:
-    """Whether so many rows are multiplied by anything else than aten, where `ready`."""
+    """Whether this many rows are multiplied by anything but aten, where `ready`."""
     return rows <= most_rows(dtype) or bool(op_library().lorafx_has_many(dtype_code(dtype)))
 
 
 def most_rows(dtype: torch.dtype) -> int:
-    """Rows up to which the generated kernel is used for `dtype`, 0 where there is none."""
+    """Rows up to which the generated kernel is used, 0 where there is none."""
     if dtype not in ELEMENTS:
         return 0
     if dtype == torch.bfloat16 and has_matrix_tiles():
@@ -135,7 +126,6 @@ def _half_is_slow() -> bool:
 
 @functools.cache
 def op_library() -> ctypes.CDLL:
-    """The ops' CPU kernels in C++, loaded and registered."""
     library = register("lorafx::dense_mm", DENSE_OPS, _MORE_SHIMS)
     library.lorafx_add.argtypes = (ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p)
     library.lorafx_add_many.argtypes = (ctypes.c_int32, ctypes.c_void_p)
@@ -144,11 +134,8 @@ def op_library() -> ctypes.CDLL:
 
 
 def many_by_onednn(library: ctypes.CDLL, wanted: bool | None = None) -> None:
-    """Have the ops multiply many rows in float32 by oneDNN, or by aten.mm; None for the faster.
-
-    aten.mm is MKL there; in 16 bits it is oneDNN anyway. Where MKL has general code alone, oneDNN
-    takes 0.65 to 0.8 of its time for 96 to 200 rows (Zen 4, one thread, cold weights).
-    """
+    """Multiply many float32 rows by oneDNN, or by MKL; None for the faster. Where MKL has general
+    code alone, oneDNN takes 0.65 to 0.8 of its time for 96 to 200 rows (Zen 4, cold weights)."""
     if wanted is None:
         wanted = torch.backends.mkldnn.is_available() and bool(library.lorafx_mm_is_slow())
     linear = torch_function("aoti_torch_cpu__linear_pointwise") if wanted else None
@@ -157,8 +144,7 @@ def many_by_onednn(library: ctypes.CDLL, wanted: bool | None = None) -> None:
 
 @functools.cache
 def ready(dtype: torch.dtype) -> bool:
-    """Whether there is a generated kernel for `dtype`, compiled if need be and loaded into this
-    process. Where there is none for want of a compiler it is warned about, once for each dtype."""
+    """Whether a generated kernel for `dtype` is loaded, compiled if need be; warns once a dtype."""
     with _LOCK:
         try:
             isa = best_isa()
@@ -172,12 +158,12 @@ def ready(dtype: torch.dtype) -> bool:
 
 
 def generates(isa: Isa) -> bool:
-    """Whether kernels are generated for it: with narrower vectors nobody has measured them."""
+    """Whether kernels are generated for `isa`; narrower vectors were not measured."""
     return isa.lanes >= 8
 
 
 def use(dtype: torch.dtype, isa: Isa, rows: int) -> None:
-    """Have the ops use the kernel of `dtype` for `isa` for up to so many rows, in this process."""
+    """Let the ops use the kernel of `dtype` for `isa` up to `rows` rows, in this process."""
     library = load_library(compile_library(source(dtype, isa), isa.flags))
     kernel = ctypes.cast(library.lorafx_kernel, ctypes.c_void_p)
     _LIBRARIES.append(library)
@@ -185,16 +171,9 @@ def use(dtype: torch.dtype, isa: Isa, rows: int) -> None:
 
 
 def dense_mm(x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
-    """x (M, K) times Wᵀ for W (N, K), (M, N) contiguous.
-
-    sizes are what N consists of: columns that are multiplied part by part where rows are many,
-    which MKL is faster at (lorafx.kernels.cost.roofline.split_is_faster); empty for one part.
-
-    Raises:
-        LoweringError: sizes that do not fit together.
-    """
-    # The CPU's own kernel takes this one's place where it can be had; a graph from a cache may be
-    # the first to ask for it.
+    """x (M, K) times Wᵀ for W (N, K), contiguous. `sizes` cut N into parts that are multiplied one
+    by one where rows are many (lorafx.kernels.cost.roofline.split_is_faster)."""
+    # A graph from a cache may be the first to ask for the kernel, which then replaces this one.
     if x.device.type == "cpu" and ready(x.dtype):
         y: Tensor = DENSE_MM(x, weight, sizes)
         return y
@@ -203,7 +182,7 @@ def dense_mm(x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
 
 
 def dense_addmm(bias: Tensor, x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
-    """`dense_mm` and a bias (N,)."""
+    """`dense_mm` plus a bias (N,)."""
     if x.device.type == "cpu" and ready(x.dtype):
         y: Tensor = DENSE_ADDMM(bias, x, weight, sizes)
         return y
@@ -258,11 +237,7 @@ def _installed() -> bool:
 def dense_mm_delta(
     x: Tensor, weight: Tensor, sizes: list[int], bank: BankArgs, rows: int, kernel: int
 ) -> Tensor:
-    """`dense_mm` and its delta; rows and kernel, that of a linear, are as `run_delta_` takes them.
-
-    Raises:
-        LoweringError: operands that do not fit together, or a kernel that is not loaded.
-    """
+    """`dense_mm` and its delta; rows and kernel are as `run_delta_` takes them."""
     return _joined(DENSE_MM_DELTA, DENSE_MM, (x, weight, sizes), x, bank, rows, kernel)
 
 
@@ -275,7 +250,6 @@ def dense_addmm_delta(
     rows: int,
     kernel: int,
 ) -> Tensor:
-    """`dense_mm_delta` and a bias (N,)."""
     operands = (bias, x, weight, sizes)
     return _joined(DENSE_ADDMM_DELTA, DENSE_ADDMM, operands, x, bank, rows, kernel)
 
@@ -283,7 +257,6 @@ def dense_addmm_delta(
 def _joined(
     joined: Any, product: Any, operands: Any, x: Tensor, bank: BankArgs, rows: int, kernel: int
 ) -> Tensor:
-    # As in `dense_mm`: a graph from a cache may be the first to ask for the kernel in C++.
     if x.device.type == "cpu" and kernel in KERNELS and joined_ready(x.dtype):
         y: Tensor = joined(*operands, *bank, rows, kernel)
         return y

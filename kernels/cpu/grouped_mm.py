@@ -2,12 +2,11 @@
 
     y[m] = x[m] W_e    for offs[e - 1] ≤ m < offs[e],    0 behind the last
 
-`aten._grouped_mm` where that is slow or cannot be compiled: on a CPU, and in other dtypes than
-bfloat16. On a CPU a generated kernel reads each weight once (product.cpp); elsewhere, and where it
-cannot be had, it is a loop over the experts that have rows, for which the host waits for offs.
-
     source(spec, isa) = #defines and constants of (dtype, sizes, unit of work)
                         + vectors.h + tiles.h + product.cpp
+
+On a CPU a generated kernel reads each weight once; elsewhere, for dtypes that `aten._grouped_mm`
+does not take, it is a loop over the experts that have rows, for which the host waits for offs.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ from lorafx.kernels.ops.op_library import define
 
 # Columns of a unit of work: their weights stay in a cache while an expert's rows go through them.
 UNIT = 64
-#: Rows an expert from which on a product of matrices is as fast as the generated kernel, which is
-#: 2 to 5 times as fast for one row, 1.2 to 2 times for 32 (Zen 4, two cores, float32 and bfloat16,
-#: 32 and 64 experts of 384 × 1024 to 1024 × 768). A row's sums have one order below it, and that of
+#: Rows an expert from which on a product of matrices is as fast as the generated kernel, which is 2
+#: to 5 times as fast for one row, 1.2 to 2 times for 32 (Zen 4, two cores, float32 and bfloat16, 32
+#: and 64 experts of 384 × 1024 to 1024 × 768). A row's sums have one order below it, and that of
 #: torch.mm from there on.
 MANY_ROWS = 256
 #: The same for bfloat16 on a CPU whose matrix tiles torch.mm uses; a guess, measured on none.
@@ -48,7 +47,7 @@ MANY_ROWS_WITH_TILES = 16
 
 @dataclass(frozen=True)
 class ProductSpec:
-    """What a generated kernel for y[m] = W_e x[m] takes for granted; W is (E, N, K)."""
+    """A generated kernel of y[m] = W_e x[m], for W (E, N, K)."""
 
     dtype: torch.dtype
     in_features: int
@@ -56,8 +55,7 @@ class ProductSpec:
 
     @classmethod
     def of(cls, x: Tensor, weight: Tensor) -> ProductSpec | None:
-        """The spec for x (M, K) and weight (E, K, N); None where no kernel is generated: other
-        types than 16- and 32-bit floats, weights that do not lie as (E, N, K), strided rows."""
+        """None where no kernel is generated: other dtypes, strided rows, another layout of W."""
         _, K, N = weight.shape
         laid = weight.stride() == (K * N, 1, K) or weight.numel() == 0
         rows = x.stride(1) == 1 and x.stride(0) >= 0
@@ -77,7 +75,6 @@ class ProductArgs(ctypes.Structure):
 
 
 def source(spec: ProductSpec, isa: Isa) -> str:
-    """The complete C++ text of the kernel of `spec` for `isa`."""
     sizes = {
         **tile_sizes(isa),
         "K": spec.in_features,
@@ -96,7 +93,6 @@ GroupedKernel = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
 
 def kernel_of(x: Tensor, weight: Tensor) -> GroupedKernel | None:
-    """The generated kernel for these operands, if there is one; they may be fake."""
     on_cpu = x.device.type == weight.device.type == "cpu"
     spec = ProductSpec.of(x, weight) if on_cpu else None
     return None if spec is None else _built(spec)
@@ -111,7 +107,6 @@ def _built(spec: ProductSpec) -> GroupedKernel | None:
 
 
 def build(spec: ProductSpec, isa: Isa) -> GroupedKernel:
-    """The kernel of `spec` for y (M, N) contiguous and what `grouped_mm` takes."""
     kernel, parallel = loaded_kernel(source(spec, isa), isa)
 
     def run(y: Tensor, x: Tensor, weight: Tensor, offs: Tensor) -> None:
@@ -125,16 +120,8 @@ def build(spec: ProductSpec, isa: Isa) -> GroupedKernel:
 
 
 def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
-    """y (M, N).
-
-    Args:
-        x: (M, K), rows sorted by expert.
-        weight: (E, K, N), in any layout.
-        offs: int32 (E,), where the rows of each expert end; ascending.
-
-    Raises:
-        LoweringError: sizes or dtypes that do not fit together, or an end behind the last row.
-    """
+    """y (M, N) of x (M, K), sorted by expert, weight (E, K, N) and offs int32 (E,), where each
+    expert's rows end. Raises LoweringError for an end behind the last row."""
     _check(x, weight, offs)
     groups = _groups(offs)
     for start, end in groups:
@@ -155,7 +142,6 @@ def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
 
 
 def _groups(offs: Tensor) -> list[tuple[int, int]]:
-    """Where the rows of each expert start and end."""
     return list(itertools.pairwise([0, *offs.tolist()]))
 
 

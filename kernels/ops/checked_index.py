@@ -1,4 +1,4 @@
-"""`lorafx::checked_index`: an index as it is, where each of its entries is one of the table's.
+"""`lorafx::checked_index`: a copy of an index, all of whose entries lie in a table.
 
     checked_index(index (…), size) = index        0 ≤ index < size, or −size ≤ index < size
 
@@ -20,13 +20,8 @@ from lorafx.kernels.ops.op_library import define, define_vmap
 def refuse_outside(
     index: Tensor, size: int, negative: bool, ignored: int | None, table: str, name: str
 ) -> None:
-    """Raise OutOfRangeError where an entry of `index` is none of the table's `size`.
-
-    Args:
-        negative: whether -size is the first entry.
-        ignored: a value that stands for no entry.
-        table, name: for messages; the place of an entry of the index stands for `{}` in its name.
-    """
+    """Raise OutOfRangeError for an entry of `index` that a table of `size` entries, from −size on
+    if `negative`, has not. `ignored` is no entry; `{}` in `name` becomes the entry's place."""
     if not index.numel():
         return
     first = -size if negative else 0
@@ -50,7 +45,6 @@ def refuse_outside(
 def checked_index(
     index: Tensor, size: int, negative: bool, ignored: int | None, table: str, name: str
 ) -> Tensor:
-    """A copy of `index`; the arguments are those of `refuse_outside`."""
     refuse_outside(index, size, negative, ignored, table, name)
     return index.clone()
 

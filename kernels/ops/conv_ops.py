@@ -3,16 +3,14 @@
     y[m] += scales[s] · B[s, :r]ᵀ · conv(x[m], A[s, :r])        s = slot of row m, r = ranks[s, 0]
 
 x (M, C, D...), y (M, N, D'...) with one to three spatial dimensions; row m is index m of the first
-one. A (S, R, C·∏kernel) holds kernels (C, kernel...) as rows: a low-rank convolution with the
-base's stride and padding, behind which B (S, R, N) is a 1x1 convolution. That is PEFT's LoRA on
-convolutions (peft.tuners.lora.layer._ConvNd): A sees all channels, whatever the base's groups are,
-and is not dilated. `pads` are the zeros before and after each spatial dimension, (low, high) each,
-first dimension first.
+dimension. A (S, R, C·∏kernel) holds kernels (C, kernel...) as rows: a low-rank convolution with the
+base's stride and padding, behind which B (S, R, N) is a 1x1 convolution, as PEFT's LoRA has it
+(peft.tuners.lora.layer._ConvNd): A sees all channels, whatever the base's groups are, and is not
+dilated. `pads` are the zeros before and after each spatial dimension, first dimension first.
 
-Sums are in float32 (float64 for float64 tensors), y is read and rounded once. On a CPU only the
-rows of the slots that are present are worked on, at their own rank. On an accelerator, where asking
-for them would make the host wait, each row gathers its A, and one convolution with a group for each
-row computes all of them.
+Sums are in float32 (float64 for float64 tensors), y is read and rounded once. On a CPU only rows of
+slots that are present are computed. On an accelerator, where asking for the slots would make the
+host wait, each row gathers its A, and one convolution with a group a row computes all.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: 
 
 
 class Window(NamedTuple):
-    """How A's kernel moves over x: one entry for each spatial dimension, two of `pads`."""
+    """How A's kernel moves over x: an entry for each spatial dimension, two of `pads`."""
 
     kernel: Sequence[int]
     stride: Sequence[int]
@@ -56,10 +54,8 @@ def conv_site(
     addend: Tensor | None,
     shifts: Tensor | None,
 ) -> Tensor:
-    """y (M, N, D'...) + delta for x (M, C, D...), a new contiguous tensor of y's dtype.
-
-    With `gains` all of y but `addend` (N,) is rescaled then, and `shifts` are added at the end.
-    """
+    """y (M, N, D'...) + delta, a new contiguous tensor. With `gains` all of y but `addend` (N,) is
+    rescaled then, and `shifts` are added at the end."""
     conv_site_fake(x, y, bank, rows, window, gains, addend, shifts)
     out = y.clone(memory_format=torch.contiguous_format)
     if out.numel():
@@ -99,8 +95,7 @@ def conv_site_fake(x, y, bank: BankArgs, rows, window: Window, gains, addend, sh
 def add_conv_delta(
     y: Tensor, x: Tensor, bank: BankArgs, rows: int, window: Window, *, by_slot: bool | None = None
 ) -> None:
-    """Adds the delta into y, contiguous, in place. `by_slot` overrides the choice by device between
-    visiting the slots that are present and gathering the factors of each row."""
+    """Adds the delta into contiguous y; `by_slot` overrides the choice by device."""
     A, B, ranks, scales, slots = bank
     count, channels = x.shape[:2]
     owner = row_slots(slots, rows, count)

@@ -5,20 +5,18 @@
     y[m, columns] += v[m] B[s, :r, offset : offset + size]
 
 Embedding: A[s, id, :r] stands for A x. Sums are in float32 for 16-bit and 32-bit tensors and in
-float64 for float64; y is read and rounded once. Rows whose slot is negative are left alone.
-
-All functions raise as `row_slots` and `groups` do.
+float64 for float64; y is read and rounded once. Rows whose slot is negative keep their bits. All
+functions raise as `row_slots` and `groups` do.
 
 DoRA rescales what comes out (`rescaled`; the pass `rescale` writes the same into the graph):
 
     y[m, n] ← y[m, n] + G[s, n] · (y[m, n] − c[n])
 
-y = W x + s·B A x + c holds the low-rank delta already, c is what else is in it (the bias), and
-G = m / ‖W + s·B A‖ − 1 by output, so that y becomes c + m / ‖W + s·B A‖ · (W x + s·B A x).
+y = W x + s·B A x + c holds the low-rank delta and the bias c, and G = m / ‖W + s·B A‖ − 1 by
+output, so that y becomes c + m / ‖W + s·B A‖ · (W x + s·B A x).
 
-On a CPU the rows are grouped by the slots that are present, so work grows with the adapters that
-are active. On an accelerator that grouping would make the host wait for the device, so all slots
-are multiplied and masked: right, and slow; the generated kernels are for speed.
+On a CPU rows are grouped by the slots that are present, so work grows with the active adapters. On
+an accelerator that grouping would make the host wait, so all slots are multiplied and masked.
 """
 
 from __future__ import annotations
@@ -33,17 +31,12 @@ from lorafx.kernels.ops.op_library import BankArgs, Ranges
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 where any of them is, float32 otherwise."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def row_slots(slots: Tensor, rows: int, count: int) -> Tensor:
-    """The slot of each of `count` rows: slots[(m // rows) % n], int32 (count,).
-
-    Raises:
-        ProvenanceError: rows is 0 (row ownership is not proved) and slots differ.
-        BatchError: there are rows but no slots.
-    """
+    """The slot of each of `count` rows, slots[(m // rows) % n], int32. Raises ProvenanceError if
+    rows is 0 (not proved) and slots differ, BatchError for rows without slots."""
     n = slots.shape[0]
     if n == 0 or count == 0:
         if count:
@@ -60,11 +53,7 @@ def row_slots(slots: Tensor, rows: int, count: int) -> Tensor:
 
 
 def groups(owner: Tensor, capacity: int) -> Iterator[tuple[int, Tensor]]:
-    """(slot, its row indices int64) for each slot present in owner (M,), base rows left out.
-
-    Raises:
-        BatchError: a slot is not below `capacity`, the number of slots of the bank.
-    """
+    """(slot, its row indices int64) for each slot ≥ 0 in owner (M,); BatchError at `capacity`."""
     for slot in torch.unique(owner).tolist():
         if slot >= capacity:
             raise BatchError(f"slot {slot} in a batch, but the bank has {capacity} slots")
@@ -73,7 +62,7 @@ def groups(owner: Tensor, capacity: int) -> Iterator[tuple[int, Tensor]]:
 
 
 def _places(index: Tensor, leading: Sequence[int]) -> tuple[Tensor, ...]:
-    """What indexes rows by number in a tensor (*leading, F) of any strides, without a copy."""
+    """Indices of rows by number in a tensor (*leading, F) of any strides, without a copy."""
     return (index,) if len(leading) == 1 else tuple(torch.unravel_index(index, tuple(leading)))
 
 
@@ -84,7 +73,7 @@ def _masked_b(B: Tensor, rank: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
 
 
 def _masked_v(v: Tensor, owner: Tensor, live: Tensor, scale: Tensor) -> Tensor:
-    """scale · v (M, S, R) where the row owns the slot and the factor is live, as (M, S·R)."""
+    """scale · v (M, S, R) where the row has the slot and the factor is live, as (M, S·R)."""
     mine = owner.unsqueeze(-1) == torch.arange(v.shape[1], device=v.device)
     keep = mine.unsqueeze(-1) & live
     return torch.where(keep, v * scale.to(v.dtype).unsqueeze(-1), 0).flatten(1)
@@ -93,9 +82,8 @@ def _masked_v(v: Tensor, owner: Tensor, live: Tensor, scale: Tensor) -> Tensor:
 def add_linear_delta(
     y: Tensor, x: Tensor, bank: BankArgs, ranges: Ranges, rows: int, *, grouped: bool | None = None
 ) -> None:
-    """Adds the delta of each column range into y (..., Σsizes) in place; x is (..., K). Of any
-    strides, none is copied. `grouped` overrides the choice by device between grouping rows by slot
-    and masking all slots."""
+    """Adds the delta of each range into y (..., Σsizes), of any strides; x is (..., K). `grouped`
+    overrides the device's choice: group rows, or mask."""
     x, y = torch.atleast_2d(x), torch.atleast_2d(y)  # views
     A, B, ranks, scales, slots = bank
     count = x.shape[:-1].numel()
@@ -159,8 +147,8 @@ def rescaled(
     sizes: Sequence[int],
     shifts: Tensor | None = None,
 ) -> Tensor:
-    """y (..., Σsizes) rescaled by the columns [offset, offset + size) of gains (S, ΣN), then with
-    those of shifts (S, ΣN) added; None for either leaves it out."""
+    """y rescaled by columns [offset, offset + size) of gains (S, ΣN), then with those of shifts (S,
+    ΣN) added; None leaves either out."""
     owner = row_slots(slots, rows, y.shape[:-1].numel()).view(y.shape[:-1])
 
     def columns(table: Tensor) -> Tensor:
@@ -172,8 +160,7 @@ def rescaled(
 
 
 def rescaled_rows(y: Tensor, gains: Tensor, addend: Tensor | None, owner: Tensor) -> Tensor:
-    """y (..., N) rescaled by gains (S, N), given the slots of its rows: owner (...), whose sizes
-    may be 1 where those of y are not. Base rows, and outputs whose gain is 0, keep their bits."""
+    """y (..., N) rescaled by gains (S, N) of its rows' slots; base rows keep their bits."""
     gain = gains[owner]  # -1 reads the last slot, for nothing
     wide = y.to(accumulation_dtype(y))
     product = wide if addend is None else wide - addend
@@ -182,8 +169,7 @@ def rescaled_rows(y: Tensor, gains: Tensor, addend: Tensor | None, owner: Tensor
 
 
 def shifted_rows(y: Tensor, shifts: Tensor, owner: Tensor) -> Tensor:
-    """y (..., N) + shifts[s] of shifts (S, N), the biases of adapters; owner is as in
-    `rescaled_rows`. Base rows, and outputs whose shift is 0, keep their bits."""
+    """y (..., N) + shifts[s] of shifts (S, N), biases; base rows keep their bits."""
     shift = shifts[owner]
     live = (owner >= 0).unsqueeze(-1) & (shift != 0)
     return torch.where(live, (y.to(accumulation_dtype(y)) + shift).to(y.dtype), y)

@@ -1,4 +1,4 @@
-"""What the generated kernels of a delta take for granted, in C++ and in Triton alike."""
+"""Dtypes, sizes and layout for which a kernel of a delta is generated, in C++ and in Triton."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: What kernels are generated for.
+#: Kernels are generated for these.
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class DeltaSpec:
-    """What a generated kernel takes for granted.
+    """The constants of a generated kernel.
 
     Attributes:
         x_dtype: for an embedding ignored (ids may be int32 or int64).
@@ -54,7 +54,7 @@ class DeltaSpec:
         *ranges: Sequence[int],
         experts: int = 0,
     ) -> DeltaSpec:
-        """The spec of an `add_delta_` call; the tensors may be fake, only metadata is read."""
+        """The spec of an `add_delta_` call; the tensors may be fake."""
         R, K = int(B.shape[1]), int(A.shape[2]) // max(int(ranks.shape[1]), 1)
         group, columns, spacing = _bank_strides(A, B, ranks, K)
         siblings, offsets, sizes = map(tuple, ranges)
@@ -75,17 +75,15 @@ class DeltaSpec:
 
     @property
     def slot_rows(self) -> int:
-        """Rows of A and B from one slot to the next."""
         return self.spacing or self.max_rank
 
     @property
     def last_column(self) -> int:
-        """Where the last of its columns ends in the bank, or in the part that is shown of it."""
+        """Where the last column ends in the bank, or in the part of it that is shown."""
         return max(offset + size for offset, size in zip(self.offsets, self.sizes, strict=True))
 
     def supported(self) -> bool:
-        """Whether kernels are generated for it: 16- and 32-bit floats, nothing empty, a bank laid
-        out as lorafx allocates it."""
+        """Whether kernels are generated: 16- and 32-bit floats, nothing empty, a bank's layout."""
         return (
             {self.x_dtype, self.bank_dtype, self.y_dtype} <= set(FLOATS)
             and self.max_rank > 0
@@ -97,8 +95,7 @@ class DeltaSpec:
 
 
 def _bank_strides(A: Tensor, B: Tensor, ranks: Tensor, K: int) -> tuple[int, int, int]:
-    """(G, ΣN, spacing) of the bank that A, B and ranks are, or show some siblings of; (0, ·, ·)
-    where their strides are those of no bank, such as a transposed B."""
+    """(G, ΣN, spacing) of the bank of these tensors; (0, ·, ·) if their strides are no bank's."""
     slots, R, shown = map(int, B.shape)
     group = int(ranks.stride(0) if slots > 1 else ranks.shape[1])
     columns = int(B.stride(1) if R > 1 else B.stride(0) if slots > 1 else shown)
@@ -112,6 +109,6 @@ def _bank_strides(A: Tensor, B: Tensor, ranks: Tensor, K: int) -> tuple[int, int
 
 
 def have_strides(tensor: Tensor, strides: Sequence[int]) -> bool:
-    """Whether it lies at these strides, those of dimensions of one entry apart."""
+    """Whether `tensor` has these strides; dimensions of one entry may have any."""
     triples = zip(tensor.shape, tensor.stride(), strides, strict=True)
     return all(size == 1 or have == want for size, have, want in triples)

@@ -3,7 +3,7 @@ request in slot s and routed to expert e, is a row of slot
 
     key[m] = e·S + s    where 0 ≤ s < S and 0 ≤ e < E,    else -1
 
-so the delta of an expert's product is `add_delta_` with a key for each row, whatever computes it:
+so the delta of an expert's product is `add_delta_` with a key for each row:
 
     y[m] += scales[key] · (x[m] A[key]ᵀ) B[key]
 
@@ -29,11 +29,8 @@ from lorafx.kernels.ops.op_library import BANK, RANGES, BankArgs, Ranges, define
 
 
 def expert_slots(slots: Tensor, experts: Tensor, rows: int, count: int, capacity: int) -> Tensor:
-    """The key of each row, int32 (M,).
-
-    experts, integers (M,), are what each row was routed to; others than 0 … count - 1 stand for
-    none. count is E, capacity S. Raises BatchError where a slot is not below S.
-    """
+    """The key of each row, int32 (M,), for E `count` and S `capacity`. `experts`, integers (M,),
+    outside 0 … count − 1 stand for no expert. BatchError where a slot is not below S."""
     owner = row_slots(slots, rows, experts.shape[0])
     if owner.device.type == "cpu" and bool((owner >= capacity).any()):
         raise BatchError(f"slot {int(owner.max())} in a batch, but the bank has {capacity} slots")
@@ -64,8 +61,7 @@ def expert_mark_fake(y, A):
 def expert_site(
     x: Tensor, y: Tensor, bank: BankArgs, experts: Tensor, ranges: Ranges, rows: int, count: int
 ) -> Tensor:
-    """y (M, N) + delta for x (M, K), row m being expert experts[m]'s; a new contiguous tensor. The
-    rest is as in `site`, and E is `count`."""
+    """y (M, N) + delta for x (M, K), row m of expert experts[m]; a new contiguous tensor."""
     _check_site(x, y, bank, experts, ranges, rows, count)
     out = y.clone(memory_format=torch.contiguous_format)
     _add_delta(out, x, bank, experts, ranges, rows, count)
@@ -97,15 +93,10 @@ def run_expert_delta_(
     ends: bool,
     kernel: int,
 ) -> None:
-    """The delta of `expert_site` for the column ranges of `kernel`, added into y (M, N) in place.
+    """Adds the delta of `expert_site` for the column ranges of `kernel` into y (M, N) in place.
 
-    This is what runs off the CPU; on it, the generated code does, from dispatcher.cpp.
-
-    Args:
-        alike: int32 (E·S, G), the first sibling whose A, rank and scale are the same: what is
-            known of the bank, so that no A is read twice (lorafx.model.bank).
-        experts: integers, the expert of each row (M,), or with `ends` where the rows of each
-            expert end (E,), rows being sorted by expert; rows behind the last have none.
+    `alike`, int32 (E·S, G), is the bank's. `experts` are integers: the expert of each row (M,), or
+    with `ends` where the rows of each expert end (E,), rows being sorted; rows behind have none.
     """
     ranges = ranges_of("run_expert_delta_", kernel)
     if ends:
@@ -133,11 +124,8 @@ def fused_experts(
     rows: int,
     transposed: bool,
 ) -> Tensor:
-    """y (M, N) for x (M, K), weight (E, N, K) or, transposed, (E, K, N), offs integers (E,).
-
-    Rows are sorted by expert: those of expert e are offs[e - 1] … offs[e] - 1, and e = experts[m]
-    says the same. Waits for `offs` on a device.
-    """
+    """y (M, N) for x (M, K), weight (E, N, K) or, transposed, (E, K, N), offs integers (E,), which
+    end the rows of each expert. Waits for `offs` on a device."""
     _check_fused(x, weight, offs, bank, experts, ranges, rows, transposed)
     right, start = weight if transposed else weight.mT, 0
     y = x.new_zeros((x.shape[0], right.shape[2]))
@@ -168,7 +156,6 @@ def _check_fused(x, weight, offs, bank, experts, ranges, rows, transposed) -> No
 
 
 def check_ends(op: str, offs: Tensor, experts: int) -> None:
-    """Refuses ends of groups that are not those of so many experts."""
     require(
         op,
         offs.dim() == 1 and offs.shape[0] == experts and offs.dtype in (torch.int32, torch.int64),

@@ -14,9 +14,9 @@ and its key half (over out). x (..., F) and y (..., F') have the same leading si
 their dimension `group_dim` is in group p mod G, so that a batch of matrices (B·G, M, F) is served
 as well as (G, B·M, F). `rows` counts all leading dimensions, as for the other ops.
 
-Sums are in float32 (float64 for float64 tensors), y is read and rounded once. On a CPU only the
-rows and ranks of the slots that are present are worked on; on an accelerator, where asking for
-them would make the host wait, all slots are multiplied and masked.
+Sums are in float32 (float64 for float64 tensors), y is read and rounded once. On a CPU only rows
+and ranks of slots that are present are computed; on an accelerator, where asking for the slots
+would make the host wait, all slots are multiplied and masked.
 """
 
 from __future__ import annotations
@@ -44,10 +44,7 @@ class Blocks(NamedTuple):
 def grouped_site(
     x: Tensor, y: Tensor, bank: BankArgs, ranges: Ranges, rows: int, group_dim: int, blocks: Blocks
 ) -> Tensor:
-    """y (..., F') + delta for x (..., F), a new contiguous tensor of y's dtype.
-
-    The site's output columns are those of `siblings`, `sizes` each, as `fused_linear` has them.
-    """
+    """y (..., F') + delta for x (..., F), a new contiguous tensor of y's dtype."""
     _check(x, y, bank, ranges, rows, group_dim, blocks)
     out = y.clone(memory_format=torch.contiguous_format)
     if out.numel():
@@ -91,8 +88,7 @@ def add_grouped_delta(
     *,
     by_slot: bool | None = None,
 ) -> None:
-    """Adds the delta into y in place. `by_slot` overrides the choice by device between visiting the
-    slots that are present and masking all slots."""
+    """Adds the delta into y in place; `by_slot` overrides the choice by device."""
     A, B, ranks, scales, slots = bank
     siblings, offsets, sizes = ranges
     owner = row_slots(slots, rows, x.shape[:-1].numel()).view(x.shape[:-1])

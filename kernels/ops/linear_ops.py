@@ -1,6 +1,6 @@
 """The ops of linears and embeddings: schemas, fake implementations, eager references.
 
-Importing this module registers them. What they share:
+Importing this module registers them. Arguments:
 
     slots   int32 (n,), -1 for a base row; rows m of x are counted over all its dimensions but the
             last (an embedding's over all dimensions of ids)
@@ -22,7 +22,7 @@ Importing this module registers them. What they share:
 
 The add ops are plain aten when `kernel` is 0 and otherwise call the run ops, whose CPU kernels are
 in dispatcher.cpp: short schemas, because lists cost half the time of a call (4.6 µs against 2.0).
-Inference only: no gradient is registered.
+No gradient is registered.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from lorafx.kernels.ops.op_checks import (
 from lorafx.kernels.ops.op_library import BANK, RANGES, BankArgs, Ranges, define
 from lorafx.kernels.ops.own_rows import OWN_ROWS, OwnRows, with_own_rows
 
-# The column ranges of each generated kernel that this process has loaded, by id
+# The column ranges of each generated kernel that this process has loaded, by id.
 KERNELS: dict[int, Ranges] = {}
 
 
@@ -60,10 +60,8 @@ def site(
     own: OwnRows = OwnRows(),  # noqa: B008  an immutable tuple
     shifts: Tensor | None = None,
 ) -> Tensor:
-    """y (..., N) + delta for x (..., K), a new contiguous tensor of y's dtype.
-
-    `weight` and `bias` are the group's packed base parameters, carried for the `pack` pass only.
-    With `gains` all of y but `addend` (N,) is rescaled then, and `shifts` are added at the end.
+    """y (..., N) + delta for x (..., K), a new contiguous tensor. `weight` and `bias` are for the
+    `pack` pass; with `gains` all of y but `addend` (N,) is rescaled; `shifts` are added at the end.
     """
     _check_site(x, y, bank, ranges, rows)
     check_by_column("site", bank.B, gains=gains, shifts=shifts)
@@ -94,8 +92,7 @@ def embedding_site(
     gains: Tensor | None = None,
     own: OwnRows = OwnRows(),  # noqa: B008  an immutable tuple
 ) -> Tensor:
-    """y (*ids.shape, N) + scales · A[slot, ids, :r] B[slot, :r], rescaled by `gains`; a new
-    contiguous tensor."""
+    """y (*ids.shape, N) + scales · A[slot, ids, :r] B[slot, :r], rescaled by `gains`; a copy."""
     check_embedding("embedding_site", ids, y, bank, rows)
     check_by_column("embedding_site", bank.B, gains=gains)
     y = with_own_rows(ids, y, own, bank.slots, rows, embedding=True)
@@ -143,7 +140,7 @@ def _check_fused(x, weight, bank, ranges, rows, transposed):
 def add_delta_(
     y: Tensor, x: Tensor, bank: BankArgs, ranges: Ranges, rows: int, kernel: int
 ) -> None:
-    """The delta of `fused_linear`, added into y (..., Σsizes) in place; aten if `kernel` is 0."""
+    """Adds the delta of `fused_linear` into y (..., Σsizes) in place; aten if `kernel` is 0."""
     if kernel:
         torch.ops.lorafx.run_delta_(y, x, *bank, rows, kernel)
         return
@@ -157,7 +154,7 @@ def add_delta_fake(y, x, bank: BankArgs, ranges: Ranges, rows, kernel) -> None:
 
 
 def add_embedding_delta_(y: Tensor, ids: Tensor, bank: BankArgs, rows: int, kernel: int) -> None:
-    """The delta of `embedding_site`, added into y in place; aten if `kernel` is 0."""
+    """Adds the delta of `embedding_site` into y in place; aten if `kernel` is 0."""
     if kernel:
         torch.ops.lorafx.run_embedding_delta_(y, ids, *bank, rows, kernel)
         return
@@ -170,7 +167,6 @@ def add_embedding_delta_fake(y, ids, bank: BankArgs, rows, kernel) -> None:
 
 
 def ranges_of(op: str, kernel: int) -> Ranges:
-    """The column ranges that a kernel was generated for."""
     if kernel not in KERNELS:
         raise LoweringError(
             f"lorafx::{op}: kernel {kernel} is not loaded in this process; build it with"
@@ -180,10 +176,7 @@ def ranges_of(op: str, kernel: int) -> Ranges:
 
 
 def run_delta_(y: Tensor, x: Tensor, bank: BankArgs, rows: int, kernel: int) -> None:
-    """`add_delta_` for the column ranges that `kernel` was generated for.
-
-    This is what runs off the CPU; on it, the generated code does, from dispatcher.cpp.
-    """
+    """`add_delta_` for the ranges of `kernel`; on a CPU dispatcher.cpp runs in its place."""
     add_delta_(y, x, bank, ranges_of("run_delta_", kernel), rows, 0)
 
 
@@ -193,7 +186,6 @@ def run_delta_fake(y, x, bank: BankArgs, rows, kernel) -> None:
 
 
 def run_embedding_delta_(y: Tensor, ids: Tensor, bank: BankArgs, rows: int, kernel: int) -> None:
-    """`add_embedding_delta_` where `kernel` has no generated code."""
     ranges_of("run_embedding_delta_", kernel)
     add_embedding_delta_(y, ids, bank, rows, 0)
 

@@ -1,6 +1,5 @@
-"""What the ops ask of their arguments before anything is computed, on real and on fake tensors.
-
-Every check raises LoweringError, which names the op and the size or dtype that does not fit.
+"""Checks of the ops' arguments, real or fake; each raises LoweringError with the op's name and the
+size or dtype that does not fit.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from lorafx.torch_internals.symbols import guard_or_true
 
 
 def require(op: str, condition: bool | torch.SymBool, message: str) -> None:
-    """A condition on sizes that only data tell counts as met."""
+    """A condition on sizes that only data determine counts as met."""
     if not guard_or_true(condition):
         raise LoweringError(f"lorafx::{op}: {message}")
 
 
 def check_bank(op: str, bank: BankArgs) -> None:
-    """Dtypes and numbers of dimensions, and that its tensors are of as many slots and siblings."""
+    """Dtypes and numbers of dimensions fit, and all tensors have as many slots and siblings."""
     A, B, ranks, scales, slots = bank
     require(op, A.dim() == B.dim() == 3, f"A and B are 3-d, not {A.dim()}-d and {B.dim()}-d")
     require(op, A.dtype == B.dtype, f"A is {A.dtype} and B {B.dtype}; a bank has one dtype")
@@ -62,8 +61,7 @@ def check_linear(
     ranges: Ranges,
     features: int | torch.SymInt | None = None,
 ) -> None:
-    """The bank is for x's features, or for `features`, and the ranges are columns of it that fill
-    y."""
+    """The bank is for x's features, or `features`, and the ranges are its columns and fill y."""
     check_bank(op, bank)
     A, (siblings, offsets, sizes) = bank.A, ranges
     G, R, columns = bank.ranks.shape[1], bank.B.shape[1], bank.B.shape[2]

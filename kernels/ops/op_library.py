@@ -1,11 +1,10 @@
 """How ops of namespace `lorafx` are defined: a schema, an eager function and a fake function.
 
-A schema has no structures, and a graph takes each tensor as an input of its own. The Python
-functions take arguments that belong together as a NamedTuple; `flat` stands between the two, and is
-paid where Python runs an op. The generated kernels are entered past it.
-
     BankArgs    A, B, ranks, scales, slots       in a schema "Tensor A, Tensor B, …"
     Ranges      siblings, offsets, sizes         in a schema "int[] siblings, …"
+
+Python functions take arguments that belong together as a NamedTuple, schemas have them flat; `flat`
+translates where Python runs an op. Generated kernels are entered past it.
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ _LIBRARY = torch.library.Library("lorafx", "FRAGMENT")
 
 
 class BankArgs(NamedTuple):
-    """The bank of one group and the owners of the rows; see lorafx.kernels.ops.linear_ops for the
-    shapes."""
+    """The bank of one group and the slots of requests; shapes: lorafx.kernels.ops.linear_ops."""
 
     A: Tensor
     B: Tensor
@@ -33,8 +31,7 @@ class BankArgs(NamedTuple):
 
 
 class Ranges(NamedTuple):
-    """The column ranges of y. The j-th has sizes[j] columns and gets the delta of siblings[j], by
-    the columns of B from offsets[j] on."""
+    """Range j of y has sizes[j] columns: siblings[j]'s delta, by B's columns from offsets[j] on."""
 
     siblings: Sequence[int]
     offsets: Sequence[int]
@@ -52,8 +49,7 @@ def define(
     backward: Callable[..., object] | None = None,
     setup_context: Callable[..., None] | None = None,
 ) -> None:
-    """Define `lorafx::<name>` by its schema; `eager` runs on every device, without gradients unless
-    `backward` gives them (as torch.library.register_autograd takes both)."""
+    """Define `lorafx::<name>`; `eager` runs on every device, with gradients only by `backward`."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, flat(eager), "CompositeExplicitAutograd")
@@ -65,26 +61,21 @@ def define(
 
 
 def define_functional(name: str, functional: Callable[..., object]) -> None:
-    """What functionalization makes of `lorafx::<name>`, which writes into an argument."""
     _LIBRARY.impl(name, functional, "Functionalize")
 
 
 def define_on(key: str, name: str, eager: Callable[..., object]) -> None:
-    """What `lorafx::<name>` is on devices of torch's dispatch key `key`; that of ROCm is "CUDA"."""
+    """Define `lorafx::<name>` for torch's dispatch key `key`; that of ROCm is "CUDA"."""
     _LIBRARY.impl(name, flat(eager), key)
 
 
 def define_vmap(name: str, mapped: Callable[..., object]) -> None:
-    """What `lorafx::<name>` is under torch.vmap (as torch.library.register_vmap takes it)."""
     torch.library.register_vmap(f"lorafx::{name}", mapped, lib=_LIBRARY)
 
 
 def flat(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, taking the fields of each NamedTuple of its signature as arguments of their own,
-    by position. Torch leaves out the last arguments where they are the schema's defaults.
-
-    The result's signature is flat too: torch reads the schema of a `custom_op` from it.
-    """
+    """`function` with the fields of each NamedTuple as positional arguments, in its signature too:
+    torch reads the schema of a `custom_op` from it. Defaults at the end may be left out."""
     hints = get_type_hints(function)
     parameters: list[inspect.Parameter] = []
     groups: list[tuple[int, int, Callable[..., Any]]] = []

@@ -1,4 +1,4 @@
-"""Rows of a weight that an adapter has of its own, in the place of the base's, in plain aten.
+"""Rows of a weight that an adapter replaces by its own, in plain aten.
 
     linear      y[m, n] ← x[m] · own[i, t] + own_bias[i, t]     n = own_at[i, t], t < count
     embedding   y[m]    ← own[i, t]                             t = own_at[i, id of m], t ≥ 0
@@ -24,8 +24,7 @@ from lorafx.kernels.ops.op_library import define
 
 
 class OwnRows(NamedTuple):
-    """What a bank holds of the rows that adapters have of their own: for M adapters at a time, of
-    those in S slots.
+    """Replacement rows of a bank, for M adapters at a time, of those in S slots.
 
     own (M, T, K) in the dtype of the weight. own_at int32: of a linear (M, T), the output that each
     row computes; of an embedding (M, V), which row each id has, −1 for the base's. own_table int32
@@ -39,7 +38,7 @@ class OwnRows(NamedTuple):
     own_bias: Tensor | None = None
 
 
-#: The arguments of an op that takes them all, absent where the bank has no room for them.
+#: Schema of these arguments, absent where the bank has no room for such rows.
 OWN_ROWS = ", ".join(f"Tensor? {name}=None" for name in OwnRows._fields)
 
 
@@ -64,8 +63,7 @@ def own_linear(
     slots: Tensor,
     rows: int,
 ) -> Tensor:
-    """y (..., N) with the outputs that adapters compute by rows of their own of x (..., K), a new
-    contiguous tensor of y's dtype."""
+    """A contiguous copy of y (..., N) with the outputs of x (..., K) that adapters replace."""
     own_linear_fake(x, y, own, own_at, own_table, own_bias, slots, rows)
     out = y.clone(memory_format=torch.contiguous_format)
     count, columns = x.shape[:-1].numel(), y.shape[-1]
@@ -99,7 +97,7 @@ def own_linear_fake(x, y, own, own_at, own_table, own_bias, slots, rows):
 def own_embedding(
     ids: Tensor, y: Tensor, own: Tensor, own_at: Tensor, own_table: Tensor, slots: Tensor, rows: int
 ) -> Tensor:
-    """y (*ids.shape, N) with the rows that adapters have of their own, a new contiguous tensor."""
+    """A contiguous copy of y (*ids.shape, N) with the rows that adapters replace."""
     own_embedding_fake(ids, y, own, own_at, own_table, slots, rows)
     owner = row_slots(slots, rows, ids.numel()).view(ids.shape).long()
     which = torch.where(owner >= 0, own_table[owner.clamp(min=0), 0], -1).long()

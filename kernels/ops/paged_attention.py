@@ -4,23 +4,20 @@
     cache (bytes,) uint8      all pages of all layers; rows of H · D numbers in it
     read (N,), write (T,)     rows of the layer's part of the cache, int64
 
-`paged_cache` writes the keys and values of new tokens into the cache, and reads those that the
-queries see. The layer's keys begin at row `first_key`, its values at row `first_value`. A ring
-keeps a window: a new token takes the row of the one that leaves it, so the old rows are read first,
-and an entry of `read` that is `sentinel` stands for the next new token. Other caches are written
-first. That is what transformers' `PagedAttentionCache.update` does
-(generation/continuous_batching); there it writes into views of one tensor, of which a functional
-graph would need copies. Here the graph has one operator, which says what it writes into.
+`paged_cache` writes keys and values of new tokens into the cache and reads those that the queries
+see, as transformers' `PagedAttentionCache.update` does (generation/continuous_batching). The
+layer's keys begin at row `first_key`, its values at row `first_value`. A ring keeps a window: a new
+token takes the row of the token that leaves it, so old rows are read first, and an entry of `read`
+that is `sentinel` stands for the next new token. Other caches are written first.
 
-`paged_attention` is that, and the attention of the new tokens to K and V, what it returns:
+`paged_attention` is that, and the attention of the new tokens to the K and V that it returns:
 
     out[t, h] = Σ_j p[j] V[j],    p = softmax(cap(scale · q[t, h] · K[j]) + mask[t, j])
                                   for seen[t, 0] ≤ j < seen[t, 1]
 
-The mask of a step hides the keys of all other requests from a query; here they are not read. Sums
-are float32. Generated kernels read keys and values where they lie in the cache: on a CPU
-(lorafx.kernels.cpu.attention) and on a GPU (lorafx.kernels.triton.triton_attention). Elsewhere, and
-where none can be had, the host waits for `seen`, and each request is an attention of its own.
+Keys of other requests are not read, and sums are float32. Generated kernels (lorafx.kernels.cpu,
+lorafx.kernels.triton) read keys and values where they lie in the cache. Elsewhere the host waits
+for `seen`, and each request is an attention call.
 """
 
 from __future__ import annotations
@@ -48,10 +45,8 @@ def paged_cache(
     seen: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The keys and values that the queries see, (1, H, N, D), in the order of `read`.
-
-    `seen` and `mask` are carried for `paged_attention`, which `attend` makes of it.
-    """
+    """Keys and values that the queries see, (1, H, N, D), in the order of `read`. `seen` and `mask`
+    are carried for `paged_attention`, which `attend` makes of it."""
     new = (read == sentinel)[:, None, None] if ring else None
     keys = _updated(cache, key, first_key, read, write, new)
     return keys, _updated(cache, value, first_value, read, write, new)
@@ -82,14 +77,13 @@ def paged_cache_fake(key, value, cache, read, *_):
 
 
 class PagedStep(NamedTuple):
-    """What `paged_attention` takes: the T new tokens of a step in one layer.
+    """Arguments of `paged_attention`: the T new tokens of a step in one layer.
 
     Attributes:
         query: (1, H, T, D), of all requests' new tokens; keys have G heads, a divisor of H.
         seen: int64 (T, 2), where in `read` the keys of each token's request begin and end. Tokens
             that follow each other and have the same are of one request. One that sees none gets 0.
         mask: (1, 1, T, N), added to the scores; half of the dtype's lowest number hides a key.
-        scale: of the scores.
         cap: c of c · tanh(score / c), before the mask is added; 0 for none.
         sinks: (H,), a further score of each head's, whose value is 0.
     """
@@ -118,13 +112,7 @@ class PagedStep(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """What generated kernels for `paged_attention` take for granted.
-
-    Attributes:
-        heads: of keys and values.
-        group: heads of queries for each of them.
-        size: numbers a head.
-    """
+    """Constants of generated kernels: `group` heads of queries share each head of keys."""
 
     dtype: torch.dtype
     heads: int
@@ -134,19 +122,14 @@ class AttentionSpec:
 
     @classmethod
     def of_sizes(cls, step: PagedStep, **others: Any) -> Self:
-        """That of a step, whose tensors may be fake, and what else the class tells apart."""
         heads, size = int(step.key.shape[1]), int(step.key.shape[3])
         group = int(step.query.shape[1]) // heads
         return cls(step.query.dtype, heads, group, size, capped=step.cap != 0, **others)
 
 
 def paged_attention(step: PagedStep) -> Tensor:
-    """The result of attention (1, H, T, D), a transposed (1, T, H, D).
-
-    Raises:
-        LoweringError: sizes or dtypes that do not fit together; of a generated kernel on a CPU also
-            a row outside of the cache.
-    """
+    """The result (1, H, T, D), a transposed (1, T, H, D). Raises LoweringError for misfits; a
+    generated kernel on a CPU also for a row outside of the cache."""
     check_step(step)
     return by_request(step)
 
@@ -183,7 +166,6 @@ def paged_attention_fake(step: PagedStep) -> Tensor:
 
 
 def check_step(step: PagedStep) -> None:
-    """Raise LoweringError where sizes or dtypes do not fit together; the tensors may be fake."""
     op = "paged_attention"
     query, key, value, mask, sinks = step.query, step.key, step.value, step.mask, step.sinks
     read, write, seen = step.read, step.write, step.seen

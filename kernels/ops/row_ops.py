@@ -1,4 +1,4 @@
-"""Ops that say or check whose rows are whose: `lorafx::rows_of` and `lorafx::own_mask`."""
+"""Ops that declare or check row ownership: `lorafx::rows_of` and `lorafx::own_mask`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,8 @@ from lorafx.kernels.ops.op_library import define
 
 
 def rows_of(x: Tensor, y: Tensor) -> Tensor:
-    """A copy of y (…, N), whose row m was computed from row m of x, (…, K) or ids (…).
-
-    A library's kernel over a quantised weight is an operator that nobody here knows. That the
-    module around it computes y = x Wᵀ is what the registry says of its class; this op says it in
-    the graph, for the analysis of whose rows are whose, which takes it away.
-    """
+    """A copy of y (…, N), whose row m was computed from row m of x, (…, K) or ids (…): what the
+    registry says of a module around an unknown operator. The ownership analysis takes it away."""
     rows_of_fake(x, y)
     return y.clone()
 
@@ -30,15 +26,9 @@ def rows_of_fake(x: Tensor, y: Tensor) -> Tensor:
 def own_mask(x: Tensor, mask: Tensor, source: Tensor, slots: Tensor) -> Tensor:
     """A copy of the mask of x.masked_scatter(mask, source), or x[mask] = source.
 
-    The k-th position of a mask takes the k-th element of a source. That is the request's own
-    element if each request has as many positions as elements, which is data: it is asked when the
-    graph runs, and only where requests use different adapters.
-
-    Mask and source have an equal part for each request, in order. slots is int32 (n,).
-
-    Raises:
-        BatchError: the requests use different adapters, and one of them has other than as many
-            positions as elements.
+    The k-th position takes the k-th element of the source, which is of the same request if each has
+    as many positions as elements. That is data, so the graph checks it when it runs, and only where
+    requests use different adapters: else BatchError. Mask and source have an equal part a request.
     """
     requests = slots.shape[0]
     if requests > 1 and mask.numel() and bool((slots != slots[0]).any()):

@@ -3,9 +3,9 @@
     lorafx::stamp(values, key)          new tensors of the layouts that are noted for `key`
     lorafx::overwrite(written, value)   written becomes value, which is laid out like it
 
-A stamp says nothing of what is computed and never runs: lorafx.capture.stamps takes all of them out
-of the graph again. In the traced graph an overwritten tensor is the value itself. (Tensor.copy_
-makes a copy, for which symbolic sizes are expanded and compared: 4 ms of tracing each.)
+A stamp never runs: lorafx.capture.stamps takes all of them out of the graph again. In the traced
+graph an overwritten tensor is the value itself: Tensor.copy_ expands and compares symbolic sizes, 4
+ms of tracing each.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ from lorafx.torch_internals.fake_tensors import (
 
 
 class Layout(NamedTuple):
-    """What is known of a tensor before there is one; sizes may be symbols."""
-
     shape: tuple[int | torch.SymInt, ...]
     strides: tuple[int | torch.SymInt, ...]
     dtype: torch.dtype
@@ -40,16 +38,15 @@ class Layout(NamedTuple):
         return cls(tuple(value.shape), tuple(value.stride()), value.dtype, value.device)
 
     def empty(self, mode: FakeTensorMode) -> FakeTensor:
-        """A fake tensor so laid out, in memory of its own."""
         with _DisableTorchDispatch():
-            # To allocate a symbolic size takes twenty times as long, all of it arithmetic on
-            # symbols; nobody asks how large this memory is, only whose.
+            # Allocating a symbolic size takes twenty times as long, all of it arithmetic on
+            # symbols; only the identity of this memory matters.
             nothing = torch.empty(0, dtype=self.dtype, device="meta")
             meta = nothing.as_strided(self.shape, self.strides)
         return FakeTensor(mode, meta, self.device)
 
     def view_of(self, other: FakeTensor, offset: int | torch.SymInt) -> FakeTensor:
-        """A fake tensor so laid out, in the memory of `other` and so far behind its first."""
+        """A fake tensor of this layout in the memory of `other`, from its element `offset` on."""
         mode = other.fake_mode
         with in_kernel_invocation_manager(mode):
             meta = other.as_strided(self.shape, self.strides, offset + other.storage_offset())
@@ -57,12 +54,11 @@ class Layout(NamedTuple):
 
 
 def without_data(value: Any) -> FakeTensor:
-    """A tensor laid out like `value`, in memory of its own. Operators with symbolic sizes take
-    milliseconds to say as much."""
+    """A tensor laid out like `value`, in new memory, without costly symbolic arithmetic."""
     return Layout.of(value).empty(value.fake_mode)
 
 
-#: By key, what the ops of a capture that is running return.
+#: Results of the ops of the running capture, by key.
 LAYOUTS: dict[int, Sequence[Layout]] = {}
 
 
@@ -87,7 +83,7 @@ def overwrite_fake(written: Tensor, value: Tensor) -> None:
 
 
 def overwrite_functional(written: Tensor, value: Tensor) -> None:
-    """As functionalization has all operators that write: both are its own wrappers."""
+    """Functionalization of an operator that writes; both arguments are its wrappers."""
     functional._sync(value)
     functional._functionalize_replace(written, functional._from_functional_tensor(value))
     functional._functionalize_commit_update(written)

@@ -36,9 +36,9 @@ from lorafx.kernels.triton.tiles import Architecture, Tiles, architecture_of
 LINEAR = ("split", "epilogue", "recompute")
 #: Strategies of `lorafx::triton_experts`, likewise.
 EXPERTS = ("grouped", "activated")
-#: The one that makes x and W longer for the vendor's GEMM (lorafx.kernels.triton.concat_ops).
+#: The strategy that makes x and W longer for the vendor's GEMM (concat_ops.py).
 CONCAT = "concat"
-#: Those of the deltas alone.
+#: Strategies of the deltas alone.
 DELTA = ("segments", "gemv", "embedding")
 #: One program of the sorting kernel ranks this many requests.
 ORDER_TILES = Tiles(block_m=64, num_stages=1)
@@ -46,8 +46,7 @@ ORDER_TILES = Tiles(block_m=64, num_stages=1)
 
 @dataclass(frozen=True, eq=False)
 class LaunchPlan:
-    """What an id stands for: kernels by name, in the order of launching, and the sorting kernel
-    where rows are visited sorted by slot."""
+    """The kernels of an id in the order of launching, and the sorting kernel if rows are sorted."""
 
     id: int
     strategy: str
@@ -57,7 +56,6 @@ class LaunchPlan:
 
     @property
     def all_kernels(self) -> tuple[GeneratedKernel, ...]:
-        """Every kernel, the sorting kernel first."""
         return (*(() if self.order is None else (self.order,)), *self.kernels.values())
 
 
@@ -77,17 +75,13 @@ def build(
     """The id of the kernels of `spec`, generated if need be and known to this process.
 
     Args:
-        strategy: of STRATEGY_KERNELS.
-        rows_hint: rows of x to choose tiles for, at least 1; the kernels are right for any number.
-            Of one expert where there are several.
-        device: where they will run. On a CPU they run in Triton's interpreter.
+        rows_hint: rows of x to choose tiles for, at least 1, of one expert where there are several;
+            the kernels are right for any number.
+        device: where they will run; a CPU means Triton's interpreter.
         tiles: of each kernel of the strategy, instead of the heuristic's or the tuner's.
 
-    Returns an id above 0; None where no kernels are generated (float64, empty ranges).
-
-    Raises:
-        LoweringError: an unknown strategy, one that cannot compute the node, or a generated file
-            cannot be written or imported.
+    Returns None where no kernels are generated (float64, empty ranges). Raises LoweringError for an
+    unknown strategy, a strategy that cannot compute the node, or a file that cannot be written.
     """
     if strategy not in STRATEGY_KERNELS:
         known = ", ".join(STRATEGY_KERNELS)
@@ -153,7 +147,6 @@ def _plan(
 
 
 def plan_of(kernel: int) -> LaunchPlan:
-    """What `kernel` stands for."""
     plan = _PLANS.get(kernel)
     if plan is None:
         raise LoweringError(
@@ -164,6 +157,5 @@ def plan_of(kernel: int) -> LaunchPlan:
 
 
 def source_of(kernel: int) -> str:
-    """The generated sources behind an id, in the order of launching, for dumps."""
     texts = [f"# {k.path.name}\n{k.text}" for k in plan_of(kernel).all_kernels]
     return "\n\n".join(texts)

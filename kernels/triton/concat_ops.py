@@ -8,13 +8,13 @@
     place    x'[m, block of m, r] = scale · Σ_k A[slot of m, sibling, r, k] x[m, k]
 
 A sibling has a block of `TritonSpec.width` columns for each slot of the bank or for each request. A
-row's v is in its own block, the rest of its columns are 0, and W' is 0 in the columns of other
-siblings. v is rounded to x's type before it is multiplied by B, which is of that type already:
+row's v is in the block of its slot, the rest of its columns are 0, and W' is 0 in the columns of
+other siblings. v is rounded to x's type before it is multiplied by B, which is of that type:
 
     |ŷ - y| ≤ u |y| + u Σ_k |v_k| |B_k| + (2K + r + 8) 2⁻²⁴ |y|₁
 
-with u = 2⁻⁸ for bfloat16 and 2⁻¹¹ for float16. What W' has in the blocks of other rows is a number
-always: where B of an adapter is none, its rows are NaN, and nobody else's.
+with u = 2⁻⁸ for bfloat16 and 2⁻¹¹ for float16. W' is finite in the blocks of other rows: where an
+adapter's B is not, the rows of that adapter alone are NaN.
 """
 
 from __future__ import annotations
@@ -37,19 +37,16 @@ from lorafx.torch_internals.symbols import guard_or_false
 
 
 def columns_of(spec: TritonSpec, blocks: Any) -> Any:
-    """Columns behind x and W where each sibling has so many blocks."""
     return len(spec.delta.sizes) * spec.width * blocks
 
 
 def blocks_of(spec: TritonSpec, bank: BankArgs) -> Any:
-    """Blocks of each sibling."""
     return bank.slots.shape[0] if spec.by_request else bank.B.shape[0]
 
 
 def gather(kernel: GeneratedKernel, spec: TritonSpec, w: Tensor, batch: LaunchArgs) -> Tensor:
     """Writes B into W' (N, …), or (…, N) where the spec is transposed, behind its K columns.
-    (blocks, T) int32: whether B of a block has what is no number in each of T column tiles, where
-    W' has 0."""
+    Returns int32 (blocks, T): where B is not finite, by block and column tile; W' has 0 there."""
     bank = batch.bank
     blocks = blocks_of(spec, bank)
     tiles_n = sum(-(-size // kernel.tiles.block_n) for size in spec.delta.sizes)
@@ -63,7 +60,7 @@ def gather(kernel: GeneratedKernel, spec: TritonSpec, w: Tensor, batch: LaunchAr
 def place(
     kernel: GeneratedKernel, spec: TritonSpec, x: Tensor, flags: Tensor, batch: LaunchArgs
 ) -> None:
-    """Writes v into x' (M, …) behind x; NaN for rows of slots that `flags` has something of."""
+    """Writes v into x' (M, …) behind x; NaN for rows of slots that `flags` marks."""
     bank, tiles = batch.bank, kernel.tiles
     grid = (batch.tiles(tiles.block_m), -(-columns_of(spec, 1) // tiles.block_r))
     pointers = [x, bank.A, bank.ranks, bank.scales, flags, *batch.pointers]
@@ -74,7 +71,6 @@ def place(
 def _run_concat(
     x: Tensor, w: Tensor, bank: BankArgs, rows: int, kernel: int, launch: Launch
 ) -> None:
-    """Writes the columns behind x in x' (M, K + …) and behind W in W' (N, K + …), in place."""
     _concat_fake(x, w, bank, rows, kernel)
     plan, M = plan_of(int(kernel)), x.shape[0]
     if guard_or_false(M == 0):
@@ -120,7 +116,6 @@ def concat_linear(
     *,
     transposed: bool = False,
 ) -> Tensor:
-    """x Wᵀ + b and the deltas, op by op, as `lower` has it in graphs."""
     spec = plan_of(kernel).spec
     more = (0, columns_of(spec, blocks_of(spec, bank)))
     x = pad(x, more)

@@ -3,9 +3,8 @@
     file = cache / triton / <kernel>_<key>.py
     key  = sha256(kernel, spec, tiles, architecture, templates, versions of triton and torch)
 
-Triton reads a kernel's text through `inspect`, and tracebacks and dumps show it, so the text has to
-be a file. A process that finds the file imports it and renders no template. Files are written under
-another name and renamed into place, so none is ever seen half written.
+Triton, tracebacks and dumps read a kernel's text through `inspect`, so it has to be a file. A
+process that finds the file imports it. Files are renamed into place when they are complete.
 """
 
 from __future__ import annotations
@@ -28,14 +27,13 @@ from lorafx.kernels.triton.source import KERNELS, Spec, generator_hash, source
 from lorafx.kernels.triton.tiles import Architecture, Tiles
 from lorafx.torch_internals import triton_compat
 
-#: What launches first, of those that another kernel reads the result of.
+#: Kernels that launch first and whose result another kernel reads.
 FIRST = ("shrink", "shrink_rows", "split", "activate")
 
 
 @dataclass(frozen=True, eq=False)
 class GeneratedKernel:
-    """A kernel of this process: its name in KERNELS, and its function as @triton.jit made it. Equal
-    keys mean equal text."""
+    """A kernel of this process and its @triton.jit function. Equal keys mean equal text."""
 
     name: str
     key: str
@@ -54,7 +52,6 @@ class GeneratedKernel:
 
 
 def key_of(kernel: str, spec: Spec | None, tiles: Tiles, arch: Architecture) -> str:
-    """The name under which the cache keeps a kernel."""
     parts = (
         *(kernel, repr(spec), repr(tiles), arch.name),
         *(generator_hash(), triton_compat.version(), torch.__version__),
@@ -63,7 +60,6 @@ def key_of(kernel: str, spec: Spec | None, tiles: Tiles, arch: Architecture) -> 
 
 
 def load(kernel: str, spec: Spec | None, tiles: Tiles, arch: Architecture) -> GeneratedKernel:
-    """The kernel, from the cache or generated now."""
     key = key_of(kernel, spec, tiles, arch)
     folder = cache_folder() / "triton"
     path = folder / f"{kernel}_{key}.py"

@@ -6,9 +6,8 @@
     split     (Q, M, N) float32          Σ_q p[q] = x Wᵀ, and shrink's v
     rows      y (M, N)                   y += v B a row at a time; v from planes or from a table
 
-s is the slot of row m: slots[(m // rows) % n]. A launch freezes grid and tiles, never slots, ranks
-or who has how many rows: kernels read those on the device, so a captured launch stays right when
-they change.
+s is the slot of row m: slots[(m // rows) % n]. A launch freezes grid and tiles; kernels read slots,
+ranks and numbers of rows on the device, so a captured launch stays right when they change.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from lorafx.kernels.triton.source import TritonSpec
 
 @dataclass(frozen=True)
 class LaunchArgs:
-    """The bank, whose row each row is as the kernels take it, and how they are run.
+    """The bank, the ownership of rows in the form that kernels take, and the launcher.
 
     Attributes:
         rows: rows a request, at most M: all rows alike is M rows of the first request.
@@ -57,7 +56,6 @@ class LaunchArgs:
         launch: Launch,
         offs: Tensor | None = None,
     ) -> LaunchArgs:
-        """The batch of an op's arguments; sorted where there is an `order` kernel."""
         slots = bank.slots
         n = slots.shape[0]
         rows = torch.sym_min(rows, M)  # also keeps "all rows alike", 2⁶², out of 32-bit arithmetic
@@ -70,25 +68,22 @@ class LaunchArgs:
         return cls(M, bank, rows, order, count, span, launch, offs)
 
     def tiles(self, block: int) -> Any:
-        """Tiles of `block` rows; a sorted batch may have a few places without a row at its end.
-        With experts the most that there can be: each begins a tile, and so do rows of none."""
+        """Most tiles of `block` rows; each expert, and rows of no expert, begin a tile."""
         if self.offs is not None:
             groups = torch.sym_min(self.offs.shape[0], self.M) + 1
             return (self.M + groups * (block - 1)) // block
         return _cdiv(self.M if self.order is None else self.count * self.span, block)
 
     def arguments(self, *tail: Any) -> list[Any]:
-        """M, n, rows and, for sorted rows, span and count, followed by `tail`."""
         sorting = [] if self.order is None else [self.span, self.count]
         return [self.M, self.bank.slots.shape[0], self.rows, *sorting, *tail]
 
     @property
     def pointers(self) -> list[Tensor]:
-        """slots and, for sorted rows, order or the experts' ends."""
         return [t for t in (self.bank.slots, self.order, self.offs) if t is not None]
 
     def planes(self, kernel: GeneratedKernel, spec: TritonSpec) -> Tensor:
-        """Room for shrink's v, (P, M, J·R) float32."""
+        """Empty planes for shrink's v, (P, M, J·R) float32."""
         size = kernel.tiles.parts, self.M, spec.planes
         return torch.empty(size, dtype=torch.float32, device=self.bank.A.device)
 
@@ -98,8 +93,8 @@ def _cdiv(value: Any, by: Any) -> Any:
 
 
 def shrink(kernel: GeneratedKernel, spec: TritonSpec, x: Tensor, batch: LaunchArgs) -> Tensor:
-    """v (P, M, J·R) float32 of x (M, K), by `shrink` or `shrink_rows`. What a row's adapter has no
-    factor for is not written, and must not be read."""
+    """v (P, M, J·R) float32 of x (M, K), by `shrink` or `shrink_rows`. Factors beyond a row's rank
+    are not written and must not be read."""
     A, _, ranks, scales, _ = batch.bank
     tiles, v = kernel.tiles, batch.planes(kernel, spec)
     tall = batch.M if kernel.name == "shrink_rows" else batch.tiles(tiles.block_m) * tiles.lanes
@@ -137,8 +132,7 @@ def split(
     y: Tensor,
     batch: LaunchArgs,
 ) -> tuple[Tensor | None, Tensor]:
-    """The base product in parts of K, (Q, M, N) float32, and beside it `shrink`'s v. A single part
-    is written into y, and None is returned for the planes."""
+    """The base product's planes (Q, M, N) float32, and `shrink`'s v. A single plane is y: None."""
     A, _, ranks, scales, _ = batch.bank
     tiles, N = kernel.tiles, spec.out_features
     sums = None
@@ -156,8 +150,7 @@ def split(
 
 
 class Base(NamedTuple):
-    """What `linear` computes the base product of: x (M, K), the weight and the bias. "reduce" reads
-    the bias and `sums`, the product's planes; None where y holds the product."""
+    """Operands of the product; "reduce" reads bias and `sums`, its planes, None if y holds it."""
 
     x: Tensor
     weight: Tensor
@@ -200,7 +193,6 @@ def linear(
 def expand_rows(
     kernel: GeneratedKernel, spec: TritonSpec, y: Tensor, v: Tensor, batch: LaunchArgs
 ) -> None:
-    """Adds v B into y (M, N) row by row."""
     B, ranks = batch.bank.B, batch.bank.ranks
     tiles_n = sum(_cdiv(size, kernel.tiles.block_n) for size in spec.delta.sizes)
     scalars = batch.arguments(ranks.shape[0], v.stride(0), y.stride(0))
@@ -210,8 +202,7 @@ def expand_rows(
 def embedding_rows(
     kernel: GeneratedKernel, spec: TritonSpec, y: Tensor, ids: Tensor, batch: LaunchArgs
 ) -> None:
-    """Adds scale · A[s, ids, :r] B[s, :r] into y (M, N). An id outside the table adds nothing: a
-    kernel cannot raise, and the base's own lookup has."""
+    """Adds scale · A[s, ids, :r] B[s, :r] into y (M, N); ids outside the table add nothing."""
     A, B, ranks, scales, _ = batch.bank
     tiles_n = _cdiv(spec.delta.columns, kernel.tiles.block_n)
     scalars = batch.arguments(ranks.shape[0], A.shape[1], *A.stride()[:2], y.stride(0))

@@ -1,6 +1,5 @@
-"""What the ops of generated Triton kernels ask of their arguments, real or fake, before a launch.
-
-Every check raises LoweringError, which names the op and what does not fit the kernel.
+"""Checks of real or fake arguments before generated Triton kernels are launched; each raises
+LoweringError with the op's name and what does not fit.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ def adjacent(tensor: Tensor) -> bool:
 
 
 def require_adjacent(op: str, **tensors: Tensor) -> None:
-    """A copy here would be one that nobody asked for; whoever builds a graph makes it, or plans
-    another strategy."""
+    """Refuses strided rows: a graph's author makes the copy, or plans another strategy."""
     for name, tensor in tensors.items():
         require(
             op,
@@ -39,7 +37,7 @@ def require_adjacent(op: str, **tensors: Tensor) -> None:
 def checked_plan(
     op: str, kernel: int, strategies: Sequence[str], bank: BankArgs, rows: Any
 ) -> LaunchPlan:
-    """What `kernel` stands for, if it is of these strategies and for such a bank."""
+    """The plan of `kernel`, if it is of these strategies and for such a bank."""
     # A triton_op's schema has no plain int: where Dynamo made the id a symbol, int() guards on it.
     plan = plan_of(int(kernel))
     d = plan.spec.delta
@@ -62,7 +60,7 @@ def checked_plan(
         laid["A"] = (d.slot_rows * factor, factor, 1)
     for name, strides in laid.items():
         tensor = getattr(bank, name)
-        # it may show some siblings of the bank
+        # It may show some siblings of the bank.
         require(
             op,
             have_strides(tensor, strides),

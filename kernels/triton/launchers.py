@@ -25,9 +25,8 @@ Launch = Callable[[GeneratedKernel, Sequence[Any], Sequence[Any]], None]
 
 
 def launch_wrapped(kernel: GeneratedKernel, grid: Sequence[Any], arguments: Sequence[Any]) -> None:
-    """Launches on the arguments' device, or adds the launch to the graph that is traced."""
     options = {"num_warps": kernel.tiles.num_warps, "num_stages": kernel.tiles.num_stages}
-    # in a graph, lorafx.torch_internals.inductor_wrapper sees to it
+    # In a graph, lorafx.torch_internals.inductor_wrapper arranges it.
     if launches_directly() and kernel.starts_early:
         options["launch_pdl"] = True
     wrap_triton(kernel.jit)[tuple(grid)](*arguments, **options)
@@ -36,7 +35,6 @@ def launch_wrapped(kernel: GeneratedKernel, grid: Sequence[Any], arguments: Sequ
 def launch_interpreted(
     kernel: GeneratedKernel, grid: Sequence[Any], arguments: Sequence[Any]
 ) -> None:
-    """Runs the kernel in Triton's interpreter."""
     interpret(kernel.jit, grid, arguments)
 
 
@@ -47,10 +45,7 @@ def generated_op(
     *,
     mutates_args: Sequence[str] = (),
 ) -> Any:
-    """`lorafx::triton_<name>`, which does as `run`, whose last argument is the launcher.
-
-    The schema is that of `run` without it; the first argument, or the first in it, is a tensor.
-    """
+    """`lorafx::triton_<name>` of `run`, whose last argument is the launcher, and first a tensor."""
     launched = flat(run)
     signature = inspect.signature(launched)
     *parameters, _ = signature.parameters.values()

@@ -15,8 +15,8 @@
     attend, attend_split, attend_sum, write_new    attention over a paged cache
 
 With routed experts rows are sorted by expert, a tile is of one expert, and s is its (slot, expert).
-s is the slot of row m, r runs over the s-th adapter's own rank. Every size but those of the batch
-is a literal of the source; the batch's own (M rows, n slots, rows a request) are arguments.
+s is the slot of row m, r runs over the s-th adapter's rank. Every size is a literal of the source,
+except for the batch's (M rows, n slots, rows a request), which are arguments.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from lorafx.kernels.triton.tiles import Tiles, power_of_two
 
 TYPES = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
 
-#: Elements that the columns of "concat" come in: what a matrix instruction takes of K, 32 bytes.
+#: Unit of columns of "concat" in elements: what a matrix instruction takes of K, 32 bytes.
 COLUMN_UNIT = 16
 
 # kernel -> its template and the constants that tell it from the template's other kernels
@@ -70,7 +70,6 @@ class Leaf:
 
     @property
     def inputs(self) -> int:
-        """How many tensors the op takes for it."""
         return 1 + self.gathered
 
 
@@ -93,7 +92,7 @@ class Activation:
     of experts). Leaves are in the order in which the op takes them, each followed by its ids if
     gathered. The names g0, g1, … in `lines` stand for `loads`, whose steps of two are interleaved
     halves. A line is a Triton statement that gives a name to a float32 expression of earlier names;
-    where the graph itself casts to a narrower type, so does the text. `result` is the name of h.
+    where the graph casts to a narrower type, so does the text. `result` is the name of h.
     """
 
     leaves: tuple[Leaf, ...]
@@ -103,21 +102,19 @@ class Activation:
 
     @property
     def inputs(self) -> int:
-        """How many tensors the leaves are."""
         return sum(leaf.inputs for leaf in self.leaves)
 
 
 @dataclass(frozen=True)
 class TritonSpec:
-    """What the kernels of one LoRA node take for granted.
+    """The constants of the kernels of one LoRA node.
 
     Attributes:
         weight_dtype: of the base weight, for a strategy that computes the base product too.
         transposed: the base weight is (K, N).
         experts: E where the weight holds one for each expert; 0 for all others.
         activation: what x is computed by, for a strategy that does so itself.
-        by_request: "concat" has a block of columns for each request of the batch, instead of each
-            slot of the bank.
+        by_request: "concat" has a block of columns for each request instead of each slot.
     """
 
     delta: DeltaSpec
@@ -130,7 +127,6 @@ class TritonSpec:
 
     @property
     def out_features(self) -> int:
-        """Columns of y."""
         return sum(self.delta.sizes)
 
     @property
@@ -148,7 +144,6 @@ class TritonSpec:
         return self.delta.supported() and self.weight_dtype in (None, self.delta.x_dtype)
 
     def heading(self) -> list[str]:
-        """What the comment that a generated file opens with says of it."""
         d = self.delta
         dtypes = f"x {d.x_dtype}, bank {d.bank_dtype}, y {d.y_dtype}"
         ranges = zip(d.siblings, d.offsets, d.sizes, strict=True)
@@ -165,7 +160,6 @@ class TritonSpec:
         return lines
 
     def parameters(self, kernel: str, tiles: Tiles) -> dict[str, Any]:
-        """What the template of `kernel` is filled with."""
         d = self.delta
         counts = [-(-size // tiles.block_n) for size in d.sizes]
         k_blocks = -(-max(d.in_features, 1) // tiles.block_k)
@@ -211,7 +205,7 @@ class TritonSpec:
             "range_firsts": [j * d.max_rank for j in range(len(d.sizes))],
             "tile_firsts": _starts(tuple(counts)),
             "tiles_block": power_of_two(sum(counts), 1, 1 << 20),
-            # of a kernel that takes a tile's slots side by side, or goes slot by slot after all
+            # Of a kernel that takes a tile's slots side by side, or goes slot by slot after all.
             "slot_factors": power_of_two(factors, 16, 16) if batched else tiles.block_r,
             "code": 1 << d.max_rank.bit_length(),
             "bias": self.bias,
@@ -265,14 +259,12 @@ def _environment() -> jinja2.Environment:
 
 @functools.cache
 def generator_hash() -> str:
-    """Of the templates and of the file that fills them: kernels of others have other ids."""
+    """A hash of the templates and this file, which is part of every kernel's id."""
     files = [Path(__file__), *sorted(Path(__file__).parent.glob("templates/*.jinja"))]
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
 
 
 class Spec(Protocol):
-    """What a kernel is generated for."""
-
     def heading(self) -> list[str]: ...
 
     def parameters(self, kernel: str, tiles: Tiles) -> dict[str, Any]: ...

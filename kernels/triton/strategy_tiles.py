@@ -32,19 +32,14 @@ from lorafx.kernels.triton.tiles import (
 )
 from lorafx.torch_internals import triton_compat
 
-#: A load of so many ranks takes no longer than one of those that a tile needs.
+#: A load of this many ranks takes no longer than a load of those that a tile needs.
 SLOTS_AT_ONCE = 64
 
 
 def split_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> dict[str, Tiles]:
-    """Tiles of "split" and "reduce".
-
-    Each program of the base product reads x again, so W's tile is the wide one; as many parts of K
-    as give one and a half programs a processor, what leaves the shrink's programs a place. Found by
-    sweeps on an H200 (Llama-3-8B's linears, 1 and 64 rows), as are the reader's wide tiles of 16
-    rows, of 64 sorted by slot: they read each adapter's B about once. That several adapters are
-    multiplied at once, and ranks read beside slots, was not timed.
-    """
+    """Tiles of "split" and "reduce". Each program of the base product reads x again, so W's tile is
+    the wide one; parts of K give one and a half programs a processor. Found by sweeps on an H200
+    (Llama-3-8B's linears, 1 and 64 rows); several adapters in one product were not timed."""
     shrink = shrink_tiles(spec, rows, arch)
     columns, size = sum(spec.sizes), spec.x_dtype.itemsize
     planes = len(spec.sizes) * spec.max_rank
@@ -108,13 +103,11 @@ TUNED: dict[Key, dict[str, Tiles]] = {}
 
 
 def tuning_key(strategy: str, arch: Architecture, spec: DeltaSpec, rows: int) -> Key:
-    """Where `TUNED` keeps the tiles of a node."""
     return strategy, arch.name, spec, power_of_two(rows, 1, 1 << 20)
 
 
 def tiles_for(strategy: str, spec: DeltaSpec, rows: int, arch: Architecture) -> dict[str, Tiles]:
-    """Tiles of each kernel of `strategy` for about `rows` rows, tuned ones before the heuristic's.
-    Rows are sorted by slot where a tile does nothing but its adapters' work."""
+    """Tiles of each kernel of `strategy` for about `rows` rows, tuned or the heuristic's."""
     rows = max(rows, 1)  # of one expert, in "grouped" and "activated"
     tuned = TUNED.get(tuning_key(strategy, arch, spec, rows))
     if tuned is not None:
@@ -145,14 +138,12 @@ def tiles_for(strategy: str, spec: DeltaSpec, rows: int, arch: Architecture) -> 
 
 
 def tuned_file(arch: Architecture) -> Path:
-    """Where the winners of `arch` are kept: other versions or templates have other winners."""
     versions = f"triton{triton_compat.version()}-torch{torch.__version__}-{generator_hash()[:8]}"
     return cache_folder() / "tuned" / f"{arch.name}-{arch.processors}-{versions}.json"
 
 
 @functools.cache
 def load_tuned(arch: Architecture) -> int:
-    """Bring the winners that are on disk for `arch` into `TUNED`, once; how many there are."""
     path = tuned_file(arch)
     if not path.exists():
         return 0

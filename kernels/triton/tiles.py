@@ -62,18 +62,12 @@ class Tiles:
 
     @property
     def blocks(self) -> dict[str, int]:
-        """The sides of a tile, by their names in templates."""
         return {f"BLOCK_{side}": getattr(self, f"block_{side.lower()}") for side in "MNKR"}
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the heuristic needs to know of a device.
-
-    Attributes:
-        shared_kib: shared memory that one program may use.
-        overlaps: a kernel may start while the one before it runs (programmatic dependent launch).
-    """
+    """What the heuristic needs to know of a device; `overlaps`: programmatic dependent launch."""
 
     name: str
     processors: int
@@ -97,8 +91,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 
 def architecture_of(device: torch.device) -> Architecture:
-    """The row of ARCHITECTURES nearest to `device`; the interpreter for a CPU. Without a driver (a
-    graph traced for a GPU that is not here) cuda80's: every later part runs it."""
+    """The row of ARCHITECTURES nearest to `device`; without a driver cuda80, which all run."""
     if device.type == "cpu":
         return ARCHITECTURES["interpreter"]
     if torch.version.hip is not None:
@@ -117,7 +110,6 @@ def architecture_of(device: torch.device) -> Architecture:
 
 
 def power_of_two(value: int, least: int, most: int) -> int:
-    """The smallest power of two that is at least `value`, within [least, most]."""
     return min(max(1 << max(value - 1, 0).bit_length(), least), most)
 
 
@@ -130,16 +122,14 @@ def stages_that_fit(arch: Architecture, bytes_a_stage: int, most: int) -> int:
 
 
 def aligned(spec: DeltaSpec) -> bool:
-    """Whether rows of x, W and y start at multiples of 16 elements. Others are loaded an element at
-    a time, by pointers that fill twice the registers of what they point to: at 64 columns and more
-    the compiler spills (K 2049, all architectures)."""
+    """Whether rows of x, W and y start at multiples of 16 elements. Else they are loaded an element
+    at a time, by pointers that fill registers: 64 columns and more spill (K 2049)."""
     return all(size % 16 == 0 for size in (spec.in_features, *spec.sizes, spec.columns))
 
 
 def linear_tiles(spec: DeltaSpec, rows: int, arch: Architecture, kernel: str) -> Tiles:
-    """Tiles of "epilogue", "recompute" and "expand". Sixteen factors at a time: v is a tile of
-    registers for each part, and twice in the bank's type, so that with more of them kernels of rank
-    64 and 256 spill."""
+    """Tiles of "epilogue", "recompute" and "expand". Sixteen factors at a time: v takes registers
+    for each part, and twice in the bank's type; with more, kernels of rank 64 and 256 spill."""
     width = max(spec.sizes)
     if arch.name == "interpreter":
         return Tiles(
@@ -211,7 +201,7 @@ def shrink_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:
     # At 64 rows registers are short for element-wise loads of float32, and, but on Hopper, for many
     # factors (24 to 40 bytes spilled by ptxas for cuda80 and cuda100): twice the threads.
     crowded = block_r >= 32 and arch.name in ("cuda80", "cuda100")
-    # What parts do not fill, adapters do: with eight in a batch, eight programs read one A each.
+    # Adapters fill what parts do not: with eight in a batch, eight programs read one A each.
     lanes = power_of_two(arch.processors // (programs * parts), 1, 8) if rows <= 64 else 1
     return Tiles(
         block_m=block_m,
@@ -229,15 +219,12 @@ def shrink_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:
 def grouped_tiles(
     spec: DeltaSpec, rows: int, arch: Architecture, strategy: str
 ) -> tuple[Tiles, Tiles]:
-    """Tiles of the shrink and the product over `rows` rows of each of many experts, which fill the
-    processors, so neither is cut up for that. Some experts have twice the rows of the average:
-    tiles are chosen for those, since a second row tile reads W once more.
-
-    A reader that starts early reads x before it waits, so not where the kernel before it makes x;
-    nor with wide tiles, whose registers its wait takes (40 bytes spilled, two siblings, Hopper).
+    """Tiles of shrink and product over `rows` rows of each of many experts, for twice the average's
+    rows, since a second row tile reads W again. A reader starts early only where the kernel before
+    it does not make x, and without wide tiles, whose registers its wait takes (40 bytes spilled).
     """
     rows = 2 * rows if rows < 64 else rows
-    # x that is computed is in registers: a wgmma of it would be in flight as they are written
+    # x that is computed is in registers: a wgmma of it would be in flight as they are written.
     first = shrink_tiles(spec, rows if strategy == "grouped" else min(rows, 32), arch)
     second = linear_tiles(spec, rows, arch, "epilogue")
     if arch.name != "interpreter":
@@ -264,9 +251,8 @@ def grouped_tiles(
 
 
 def concat_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> dict[str, Tiles]:
-    """Tiles of "gather" and "place", a shrink whose result is read as it is, so K is not cut up for
-    more programs: row tiles are as low as fill the processors, and few rows take a program for 16
-    factors."""
+    """Tiles of "gather" and "place", a shrink whose result is read as it is, so that K stays whole:
+    row tiles are as low as fill the processors, and few rows take a program for 16 factors."""
     factors = len(spec.sizes) * power_of_two(spec.max_rank, 16, 1 << 20)
     if arch.name == "interpreter":
         wide = power_of_two(max(spec.sizes), 16, 128)
@@ -292,7 +278,7 @@ def concat_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> dict[str, Ti
         block_r=block_r,
         swap=block_m < 64,
         ordered=ordered,
-        # loads of x and A and stores of v hold a pointer an element: 80 bytes spilled with four
+        # Loads of x and A and stores of v hold a pointer an element: 80 bytes spilled with four.
         num_warps=8 if block_m * block_r >= 64 * 32 else 4,
         num_stages=stages_that_fit(arch, block_k * (block_m + block_r) * size, 4),
     )
@@ -314,7 +300,6 @@ def shrink_rows_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:
 
 
 def expand_rows_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:
-    """Tiles of the per-row expand and of the embedding."""
     wide = 1024 if arch.name == "interpreter" else 256
     return Tiles(
         block_n=power_of_two(max(spec.sizes), 16, wide),

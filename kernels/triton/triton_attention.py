@@ -8,17 +8,15 @@
     tile = BLOCK_M rows of queries (tokens of one request times the heads of a group)
            × BLOCK_N keys of one head
 
-A decode step has a tile with the heads of one group and little else in it, reads keys once, and
-wants many programs; a chunk of a prompt reads the same keys for many tokens. How many tokens a step
-has is known on the host, whose they are is not: the grid has a program for each token, and all but
-the first of a tile end at once. Sizes of a step are arguments. So nothing waits for the device, and
-other mixes, lengths and layers need no other kernel. All that steps may need is compiled at the
-first. Tiles are chosen by the number of tokens, and keys are cut into parts where that makes fewer
-programs than processors. None of the figures here was measured on a GPU.
+The host knows how many tokens a step has, the device whose they are: the grid has a program for
+each token, and all but the first of a tile end at once. Sizes of a step are arguments. So nothing
+waits for the device, and other mixes, lengths and layers need no other kernel. Tiles are chosen by
+the number of tokens, and keys are cut into parts where programs are fewer than processors. No
+figure here was measured on a GPU.
 
-Importing this module registers it for CUDA and ROCm devices. What has no kernels (`has_kernels`) is
-computed there as on other devices. A kernel cannot raise: to a row outside of the cache nothing is
-written, and a token that sees one gets what is no number.
+Importing this module registers it for CUDA and ROCm devices, where steps without kernels
+(`has_kernels`) are computed as on other devices. A kernel cannot raise: to a row outside of the
+cache nothing is written, and a token that sees such a row gets NaN.
 """
 
 from __future__ import annotations
@@ -41,15 +39,15 @@ from lorafx.kernels.triton.launchers import Launch, launch_wrapped
 from lorafx.kernels.triton.source import TYPES
 from lorafx.kernels.triton.tiles import Architecture, Tiles, architecture_of, power_of_two
 
-#: Numbers a head at most: of more, a tile's sums do not fit into registers.
+#: Most numbers a head: with more, a tile's sums do not fit into registers.
 MOST_SIZE = 256
-#: Heads of a group at most, for the same reason.
+#: Most heads of a group, for the same reason.
 MOST_GROUP = 64
 #: Tokens of a step up to which tiles are those of decode.
 FEW = 128
 #: Programs for each processor that keys are cut up for.
 WAVES = 2
-#: Parts of the keys at most, and keys of a part at least.
+#: Most parts of the keys, and least keys of a part.
 MOST_PARTS, LEAST_KEYS = 16, 256
 
 
@@ -64,14 +62,13 @@ def has_kernels(step: PagedStep) -> bool:
 
 @dataclass(frozen=True)
 class PagedAttentionSpec(AttentionSpec):
-    """And whether each head has a further score, and the cache is a ring."""
+    """Adds whether heads have a further score (sinks), and whether the cache is a ring."""
 
     sinks: bool = False
     ring: bool = False
 
     @classmethod
     def of(cls, step: PagedStep) -> PagedAttentionSpec | None:
-        """The spec of a step; None where `has_kernels` is not."""
         if not has_kernels(step):
             return None
         return cls.of_sizes(step, sinks=step.sinks is not None, ring=step.ring)
@@ -80,7 +77,6 @@ class PagedAttentionSpec(AttentionSpec):
         return [str(self)]
 
     def parameters(self, kernel: str, tiles: Tiles) -> dict[str, Any]:
-        """What the template of `kernel` is filled with, beside the tiles."""
         D, heads = self.size, self.heads * self.group
         return {
             "dtype": TYPES[self.dtype],
@@ -101,8 +97,7 @@ class PagedAttentionSpec(AttentionSpec):
 
 
 def parts_for(programs: int, keys: int, arch: Architecture) -> int:
-    """Into how many parts the keys of a token are cut, for so many programs with one part; no
-    request has more than `keys`."""
+    """Parts of the keys of a token, at most `keys`, for a grid of `programs` with one part."""
     wanted = -(-WAVES * arch.processors // max(programs, 1))
     return max(min(wanted, keys // LEAST_KEYS, MOST_PARTS), 1)
 
@@ -112,7 +107,6 @@ architecture = functools.cache(architecture_of)
 
 @functools.cache
 def kernel(name: str, spec: PagedAttentionSpec, few: bool, arch: Architecture) -> GeneratedKernel:
-    """The kernel `name` for a step of few tokens, or of many."""
     return load(name, spec, _tiles(name, spec, few, arch), arch)
 
 
@@ -135,7 +129,6 @@ def _tiles(name: str, spec: PagedAttentionSpec, few: bool, arch: Architecture) -
 
 
 def triton_attention(step: PagedStep) -> Tensor:
-    """`lorafx.kernels.ops.paged_attention.paged_attention`, with what it raises, on a GPU."""
     check_step(step)
     spec = PagedAttentionSpec.of(step)
     if spec is None:
@@ -149,12 +142,12 @@ def triton_attention(step: PagedStep) -> Tensor:
         return attend(launch_wrapped, arch, spec, step)
 
 
-#: What later steps may need is there, so that none of them waits for a compiler.
+#: Kernels of later steps are compiled at the first, so that no step waits for a compiler.
 _COMPILED: set[tuple[PagedAttentionSpec, torch.device]] = set()
 
 
 def _compile(kernel: GeneratedKernel, grid: Sequence[Any], arguments: Sequence[Any]) -> None:
-    """In place of a launch: what that would have Triton compile, which keeps it."""
+    """A launcher that compiles the kernel instead of running it."""
     options = {"num_warps": kernel.tiles.num_warps, "num_stages": kernel.tiles.num_stages}
     kernel.jit.warmup(*arguments, grid=tuple(grid), **options)
 
@@ -168,13 +161,8 @@ def attend(
     few: bool | None = None,
     parts: int | None = None,
 ) -> Tensor:
-    """`triton_attention` by the kernels of `spec`; its reference is
-    `lorafx.kernels.ops.paged_attention.by_request`.
-
-    Args:
-        few: whether tiles are those of steps of few tokens; None: by the number of tokens.
-        parts: of the keys of a token; None: by the numbers of programs and keys.
-    """
+    """`triton_attention` by the kernels of `spec`; `few` and `parts` (of the keys) override the
+    choice by numbers of tokens, programs and keys. The reference is `by_request`."""
     query, key, value, mask = (
         part if part.stride(3) == 1 else part.contiguous()
         for part in (step.query, step.key, step.value, step.mask)
@@ -223,7 +211,6 @@ def attend(
 
 
 def is_generated(step: PagedStep) -> bool:
-    """Whether a generated kernel computes a step on its device; its tensors may be fake."""
     if step.query.device.type == "cuda":  # which ROCm's devices call themselves too
         return has_kernels(step)
     return kernel_of(step) is not None

@@ -5,10 +5,9 @@
     lorafx::triton_embedding_delta_  the delta of an embedding, added into y in place
     lorafx::triton_experts           products with routed experts' weights and their deltas, (M, N)
 
-`kernel` is an id of build.py, which stands for strategy, sizes and column ranges; slots, rows and
-the bank are those of lorafx.kernels.ops.linear_ops, with rows > 0. The torch references are
-`lorafx::fused_linear`, `add_delta_`, `add_embedding_delta_` and `fused_experts` with the same
-ranges. All raise LoweringError for an argument that `kernel` was not made for.
+`kernel` is an id of build.py. Other arguments are as in lorafx.kernels.ops.linear_ops, with
+rows > 0; the references are `lorafx::fused_linear`, `add_delta_`, `add_embedding_delta_` and
+`fused_experts`. All raise LoweringError for an argument that `kernel` was not made for.
 """
 
 from __future__ import annotations
@@ -54,7 +53,6 @@ def _run_linear(
     kernel: int,
     launch: Launch,
 ) -> Tensor:
-    """x (M, K) times the weight, with bias and every range's delta: (M, N) of y's dtype."""
     y = _linear_fake(x, weight, bias, bank, rows, kernel)
     plan, M = plan_of(int(kernel)), x.shape[0]
     if guard_or_false(M == 0):
@@ -88,7 +86,6 @@ def _linear_fake(x, weight, bias, bank: BankArgs, rows, kernel):
 def _run_delta(
     y: Tensor, x: Tensor, bank: BankArgs, rows: int, kernel: int, launch: Launch
 ) -> None:
-    """Adds every range's delta for x (M, K) into y (M, N) in place; base rows keep their bits."""
     _delta_fake(y, x, bank, rows, kernel)
     plan, M = plan_of(int(kernel)), x.shape[0]
     if guard_or_false(M == 0):
@@ -111,7 +108,6 @@ def _delta_fake(y, x, bank: BankArgs, rows, kernel) -> None:
 def _run_embedding_delta(
     y: Tensor, ids: Tensor, bank: BankArgs, rows: int, kernel: int, launch: Launch
 ) -> None:
-    """Adds the delta of ids (M,) into y (M, N) in place; base rows keep their bits."""
     _embedding_fake(y, ids, bank, rows, kernel)
     plan, M = plan_of(int(kernel)), ids.shape[0]
     if guard_or_false(M == 0):
@@ -140,12 +136,8 @@ def _run_experts(
     kernel: int,
     launch: Launch,
 ) -> Tensor:
-    """x times the weights of its rows' experts, with every range's delta: (M, N) of y's dtype.
-
-    `inputs` is [x], or what x is computed from in the shrink ("activated"). Rows are sorted by
-    expert, offs (E,) says where each expert's rows end; rows behind the last are set to 0. Nothing
-    of how many rows an expert has is read on the host.
-    """
+    """`inputs` is [x], or what "activated" computes x from. Rows are sorted by expert, offs (E,)
+    ends those of each; rows behind the last become 0. The host reads no number of rows."""
     y = _experts_fake(inputs, weight, offs, bank, rows, kernel)
     plan, M = plan_of(int(kernel)), y.shape[0]
     if guard_or_false(M == 0):
@@ -173,7 +165,7 @@ def _experts_fake(inputs, weight, offs, bank: BankArgs, rows, kernel):
 
 
 def _check_inputs(plan: LaunchPlan, inputs: Sequence[Tensor], A: Tensor) -> Any:
-    """Refuses inputs that the plan's kernels were not made for; returns the number of rows."""
+    """The number of rows; refuses inputs that the plan's kernels were not made for."""
     activation = plan.spec.activation
     if activation is None:
         require(EXPERTS_OP, len(inputs) == 1, f"{len(inputs)} inputs; the kernel takes x alone")
@@ -196,7 +188,6 @@ def _check_inputs(plan: LaunchPlan, inputs: Sequence[Tensor], A: Tensor) -> Any:
 
 
 def _check_leaf(index: int, leaf: Leaf, last: int, tensors: Sequence[Tensor]) -> Any:
-    """Checks a leaf and its ids, if it is gathered; returns its rows."""
     table = tensors[0]
     require(
         EXPERTS_OP,

@@ -59,12 +59,11 @@ class Change:
 
     @property
     def parameter(self) -> str | None:
-        """What `dequantize` is asked for: one of several weights of a module by its name."""
+        """The name that `dequantize` takes for one of several weights of a module."""
         return None if self.delta.site.expert_weight is None else self.holder.attribute
 
     @property
     def dense(self) -> Tensor:
-        """W (N, K), (V, D) of an embedding, as it is now."""
         if self.weight is None:
             return dequantize(self.holder.module, self.parameter)
         weight = self.weight.detach()
@@ -72,7 +71,7 @@ class Change:
 
     @property
     def tied_apart(self) -> bool:
-        """Whether the ends do not all get the same ΔW, so that one tensor cannot hold the sums."""
+        """Whether ends get different ΔW, so that one tensor cannot hold the sums."""
         return any(
             delta is not self.delta and (delta is None or not delta.same_as(self.delta))
             for _, delta in self.ends
@@ -80,8 +79,6 @@ class Change:
 
 
 class _Tensors:
-    """The tensors that modules of a model hold, by storage."""
-
     def __init__(self, program: Program) -> None:
         self._held: dict[int, list[tuple[Holder, Tensor]]] = {}
         for path, module in program.graph.modules():
@@ -95,7 +92,6 @@ class _Tensors:
         return any(holder.module is module and value is tensor for holder, value in found)
 
     def overlapping(self, weight: Tensor) -> Iterator[tuple[Holder, Tensor]]:
-        """Holders of tensors that have memory in common with `weight`."""
         for holder, tensor in self._held.get(storage_key(weight), ()):
             if tensor is weight or overlap(tensor, weight):
                 yield holder, tensor
@@ -104,17 +100,8 @@ class _Tensors:
 def changes_of(
     program: Program, store: AdapterStore, name: str, *, requantize: bool = False
 ) -> list[Change]:
-    """What merging the adapter `name` changes, in the order of the model's sites.
-
-    Tied tensors whose ends get different ΔW are in the list (`Change.tied_apart`).
-
-    Args:
-        requantize: quantised weights may be stored anew in their own format.
-
-    Raises:
-        UnknownAdapterError: it is not loaded.
-        MatchError: some weight cannot take its ΔW; names all of them. Or it is an aLoRA adapter.
-    """
+    """What merging the adapter `name` changes, in the order of sites. MatchError names all weights
+    that cannot take their ΔW. `requantize`: quantised weights may be stored anew."""
     if store[name].invocation:
         raise MatchError(
             f"adapter {name!r} cannot be merged: it is an aLoRA adapter, which leaves the tokens "
@@ -158,8 +145,7 @@ def changes_of(
 def _copies_by_site(
     program: Program, sites: Sequence[Site], problems: list[str]
 ) -> dict[int, list[Copy]]:
-    """The exact copies that have to follow, by the first site among those of one weight. What may
-    be made of these weights in another way would keep the old numbers: a problem."""
+    """The exact copies that have to follow, by the first site of a weight; others are problems."""
     copies: dict[int, list[Copy]] = {}
     follow = {storage_key(w) for site in sites if (w := program.weight_of(site)) is not None}
     found = [(copy, touched) for copy in copies_of(program) if (touched := copy.touched(sites))]
@@ -178,7 +164,6 @@ def _copies_by_site(
 
 
 def not_mergeable(name: str, problems: Sequence[str]) -> MatchError:
-    """The refusal of a merge, with a line for each site that cannot be merged."""
     return MatchError(
         f"adapter {name!r} cannot be merged, and nothing has changed:\n"
         + "\n".join(f"  - {problem}" for problem in problems)
@@ -229,7 +214,6 @@ def _problem(program: Program, tensors: _Tensors, delta: Delta, *, requantize: b
 
 
 def _fixed_bias(tensors: _Tensors, site: Site) -> str | None:
-    """Why the site's bias cannot be changed, or None where it can."""
     bias = site.module._parameters.get("bias")
     if bias is None:
         return "the base has no parameter to merge it into"
@@ -243,10 +227,7 @@ def _ends(
     holder: Holder,
     by_end: Mapping[tuple[int, str], Delta],
 ) -> tuple[tuple[Holder, Delta | None], ...]:
-    """The holders that use the tensor as a weight of their own, and what each would add.
-
-    A view that a module keeps beside its weights is no end: it is part of W, and changes with it.
-    """
+    """Holders that use the tensor as a weight, and what each would add; views change with it."""
     sites = {key_of(_holder(site)) for site in program.sites}
     weight, ends = holder.tensor, []
     for other, tensor in tensors.overlapping(weight):

@@ -1,12 +1,12 @@
-"""Tensors that hold numbers of weights a second time, and have to follow them.
+"""Tensors that repeat numbers of weights and have to follow them.
 
     t[k_0, …] = W[o₀ + Σ k_d · out_d, i₀ + Σ k_d · into_d]    an exact copy of rows: computed anew,
                                                               into the same memory
     a matrix of another make, held beside a weight            by the holder's
                                                               `process_weights_after_loading`
 
-Views of a weight see new numbers by themselves. W is (N, K) of a linear, (V, D) of an embedding,
-(E · A, B) of routed experts stored (E, A, B).
+Views of a weight see new numbers by themselves. W is (N, K) of a linear, (V, D) of an embedding, (E
+· A, B) of routed experts stored (E, A, B).
 """
 
 from __future__ import annotations
@@ -55,8 +55,7 @@ class Weight:
 
 @dataclass(frozen=True, eq=False)
 class Copy:
-    """A tensor that holds an exact copy of rows of a weight, or stands beside weights that it may
-    have been made from: then `form` is None."""
+    """An exact copy of rows of a weight, or with `form` None a tensor maybe made from it."""
 
     holder: Holder
     tensor: Tensor
@@ -64,7 +63,7 @@ class Copy:
     form: WeightForm | None
 
     def touched(self, sites: Sequence[Site]) -> list[Site]:
-        """The sites whose weights, tied ones too, these are; one of those with one holder."""
+        """The sites whose weights, tied ones too, these are."""
         held = [(weight.holder.module, weight.holder.attribute) for weight in self.weights]
         tensors = [getattr(module, name, None) for module, name in held]
         found = {}
@@ -77,13 +76,11 @@ class Copy:
         return list(reversed(found.values()))
 
     def follow(self, dense: Tensor) -> None:
-        """Hold what W (N, K) has now."""
         assert self.form is not None
         write(self.tensor, copied(dense, self.tensor, self.form))
 
     def unexplained(self, program: Program) -> list[Site]:
-        """The sites whose weights it may have been made from, as far as graphs have not shown that
-        they use the weights themselves."""
+        """Sites whose weights it may have been made from, unless graphs use the weights."""
         if self.form is not None or not is_varied(self.tensor):
             return []
         return [
@@ -94,7 +91,7 @@ class Copy:
 
 
 def copies_of(program: Program) -> list[Copy]:
-    """The tensors of a program's model that repeat, or may repeat, numbers of its weights."""
+    """Tensors of a program's model that repeat, or may repeat, numbers of its weights."""
     model = program.model
     weights = list(_weights(model))
     found = []
@@ -108,7 +105,7 @@ def copies_of(program: Program) -> list[Copy]:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[Holder, Tensor]]:
-    """Matrices and more that modules hold and that are no weights' own memory."""
+    """Tensors of two and more dimensions in modules that are not in the memory of weights."""
     storages = {storage_key(parameter) for parameter in model.parameters()}
     for path, module in model.named_modules():
         experts = expert_weights(module)
@@ -129,7 +126,6 @@ def _tensors(model: nn.Module) -> Iterator[tuple[Holder, Tensor]]:
 
 
 def _is_saved(holder: Holder) -> bool:
-    """Whether it is a persistent buffer, which checkpoints have."""
     module, name = holder.module, holder.attribute
     return name in module._buffers and name not in module._non_persistent_buffers_set
 
@@ -157,14 +153,14 @@ def _copy(holder: Holder, tensor: Tensor, near: Sequence[Weight]) -> Copy | None
             return Copy(holder, tensor, (weight,), form)
         if dense.shape[1] in tensor.shape:
             beside.append(weight)
-    # What checkpoints hold has numbers of its own.
+    # A tensor of checkpoints gets its numbers from there.
     if parameter or not beside or _is_saved(holder):
         return None
     return Copy(holder, tensor, tuple(beside), None)
 
 
 def copied(dense: Tensor, tensor: Tensor, form: WeightForm) -> Tensor:
-    """What `tensor` holds of W (N, K): t[k_0, …] = W[o₀ + Σ k_d · out_d, i₀ + Σ k_d · into_d]."""
+    """The value of `tensor`, by its `form`, for W (N, K)."""
     rows = _indices(tensor, form, form.out, lambda axis: axis.out)
     columns = _indices(tensor, form, form.into, lambda axis: axis.into)
     return dense[rows.to(dense.device), columns.to(dense.device)].to(tensor.dtype)
@@ -173,7 +169,6 @@ def copied(dense: Tensor, tensor: Tensor, form: WeightForm) -> Tensor:
 def _indices(
     tensor: Tensor, form: WeightForm, start: int, step_of: Callable[[Axis], int]
 ) -> Tensor:
-    """(sizes of the tensor, or 1 where nothing changes) indices into one dimension of W."""
     dims = tensor.dim()
     indices = torch.full((1,) * dims, start)
     for dim, (size, axis) in enumerate(zip(tensor.shape, form.axes, strict=True)):
@@ -187,7 +182,7 @@ def _indices(
 
 
 class Copies(DerivedWeights):
-    """The copies that a model holds, as they are before an update."""
+    """The copies that a model holds before an update."""
 
     def __init__(self, program: Program) -> None:
         self._program = program
@@ -220,7 +215,6 @@ class Copies(DerivedWeights):
         )
 
     def refresh(self, filled: Iterable[Target], undo_log: UndoLog | None) -> None:
-        """Compute what follows weights that got new numbers, in the memory where it is."""
         filled = list(filled)
         made = [(copy, hook) for copy in self._of(filled) if (hook := _hook(copy))]
         hooks = {id(copy.holder.module): (copy.holder.module, hook) for copy, hook in made}
@@ -239,7 +233,6 @@ class Copies(DerivedWeights):
         self.recompute(filled)
 
     def recompute(self, filled: Iterable[Target]) -> None:
-        """Compute the exact copies from their weights as they are."""
         for copy in self._of(filled):
             if copy.form is not None:
                 dense = copy.weights[0].dense()
@@ -247,7 +240,6 @@ class Copies(DerivedWeights):
                 copy.follow(dense)
 
     def _of(self, filled: Iterable[Target]) -> list[Copy]:
-        """The copies of weights that are among `filled` and that got no numbers themselves."""
         modules, tensors = set(), set()
         for target in filled:
             modules.add(id(target.module))
@@ -261,7 +253,7 @@ class Copies(DerivedWeights):
 
 
 def _hook(copy: Copy) -> Callable[[], Any] | None:
-    """What the holder computes a copy in no form with; None where nothing can be called."""
+    """The holder's hook that computes a copy without a form; None where there is none."""
     hook = getattr(copy.holder.module, _HOOK, None)
     if copy.form is not None or not callable(hook):
         return None

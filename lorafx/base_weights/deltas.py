@@ -48,7 +48,7 @@ class DeltaTerm:
 
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """ΔW of one site, and the rows of its weight that the adapter has of its own."""
+    """ΔW of one site, and the rows of its weight that the adapter replaces."""
 
     site: Site
     terms: tuple[DeltaTerm, ...]
@@ -56,7 +56,6 @@ class Delta:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Sizes of the weight as it is stored."""
         site = self.site
         if site.eligible.kind == "conv":
             return weight_shape(site.module)
@@ -96,7 +95,6 @@ class Delta:
     def _exchange(
         self, own: OwnWeight, made: Tensor, start: int, stop: int, before: Tensor
     ) -> None:
-        """Add own rows − `before` to `made`, in those of [start, stop) that are the adapter's."""
         rows = _on(made, own.rows)
         at = torch.arange(len(rows)) if own.at is None else own.at.long()
         at = at.to(made.device)
@@ -200,7 +198,6 @@ def _same_rows(a: OwnWeight | None, b: OwnWeight | None) -> bool:
 
 
 def deltas_of(groups: Sequence[Group], numbers: HostCopy) -> list[Delta]:
-    """ΔW of each site that the adapter touches."""
     terms: dict[int, list[DeltaTerm]] = {}
     sites: dict[int, Site] = {}
     for number, factors in numbers.factors.items():
@@ -226,7 +223,6 @@ def blocks(shape: Sequence[int], device: torch.device) -> Iterator[tuple[int, in
 
 
 def computing(weight: Tensor) -> torch.dtype:
-    """The dtype that sums with this weight are taken in."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
@@ -235,14 +231,8 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @torch.no_grad()
 def add_to(target: Tensor, weight: Tensor, delta: Delta, label: str) -> float:
-    """target ← round(weight + ΔW), a few rows at a time; `target` may be the weight.
-
-    Returns:
-        ‖(target − weight) − ΔW‖ / ‖ΔW‖.
-
-    Raises:
-        MatchError: a sum is beyond the range of the dtype; `target` is written in part then.
-    """
+    """target ← round(weight + ΔW); returns ‖(target − weight) − ΔW‖ / ‖ΔW‖. MatchError, with
+    `target` written in part, for a sum beyond the range of the dtype."""
     dtype = computing(weight)
     lost = whole = 0.0
     for start, stop in blocks(weight.shape, weight.device):
@@ -264,15 +254,13 @@ def add_to(target: Tensor, weight: Tensor, delta: Delta, label: str) -> float:
 
 
 def write(target: Tensor, value: Tensor) -> None:
-    """Write in place, whatever the mode in which the target was made."""
     with writing(target):
         target.detach().copy_(value)
 
 
 @torch.no_grad()
 def mark_of(tensor: Tensor) -> int:
-    """A sum over the bits of all numbers, which changes with any one of them, but not where numbers
-    change places. torch's own count of writes misses those through `.data`."""
+    """A sum over the bits of all numbers; torch's count of writes misses those through `.data`."""
     bits = tensor.detach().view(_BITS[tensor.element_size()])
     words = 8 // bits.element_size()
     if bits.is_contiguous() and not bits.numel() % words and not bits.storage_offset() % words:

@@ -41,7 +41,6 @@ FILE = "model.safetensors"
 
 
 def export_merged(session: Session, name: str, folder: Path, *, max_shard_size: int | str) -> Path:
-    """See `CompiledModel.export_merged`."""
     program = session.program
     session.refuse_running("export_merged()")
     with session.weights_lock:  # weights stay, calls go on
@@ -84,7 +83,6 @@ def _saves(model: nn.Module) -> bool:
 
 
 def _refuse(program: Program, name: str, changes: Sequence[Change]) -> None:
-    """Raise MatchError for what no checkpoint can say."""
     model, problems = program.model, list[str]()
     if getattr(model, "hf_quantizer", None) is not None:
         problems.append(
@@ -114,7 +112,7 @@ def _refuse(program: Program, name: str, changes: Sequence[Change]) -> None:
 
 
 def _twin(model: Any, *, untie: bool) -> Any:
-    """The model with configurations of its own, which saving writes to; all else is shared."""
+    """The model with copies of its configurations, which saving writes to; all else is shared."""
     twin = copy.copy(model)
     twin.config = copy.deepcopy(model.config)
     if getattr(model, "generation_config", None) is not None:
@@ -143,14 +141,7 @@ class _State:
     numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def merged(self, changes: Sequence[Change], *, apart: bool) -> dict[str, Tensor]:
-        """Name -> tensor, as `state_dict()` names them.
-
-        Args:
-            apart: every name gets a tensor of its own, also where several names are tied.
-
-        Raises:
-            MatchError: a changed weight, or what a name holds, cannot be written.
-        """
+        """Tensors as `state_dict()` names them; with `apart` tied names get separate tensors."""
         state = self.program.model.state_dict(keep_vars=True)
         odd = next((key for key, value in state.items() if not isinstance(value, Tensor)), None)
         if odd is not None:
@@ -194,13 +185,11 @@ class _State:
         return next((change for change in changes if change.weight is value), None)
 
     def _holder(self, key: str) -> Holder | None:
-        """Where the model holds what it calls `key`; None where it renames entries."""
         path, _, attribute = key.rpartition(".")
         module = self.program.graph.find(path)
         return None if module is None else Holder(path, module, attribute)
 
     def _end(self, key: str, change: Change) -> Tensor:
-        """W + ΔW of one end of a change."""
         delta: Delta | None = change.delta
         holder = self._holder(key)
         if change.tied_apart and holder is not None:
@@ -212,7 +201,7 @@ class _State:
         return made
 
     def _part(self, key: str, value: Tensor, changes: Sequence[Change]) -> Tensor | None:
-        """What of W + ΔW `value` holds, where it is a view or a copy of a changed weight."""
+        """The part of W + ΔW in `value`, where it is a view or a copy of a changed weight."""
         derived = self.program.derived.look(value) if value.dim() > 1 and changes else None
         sites = () if derived is None else derived.sites
         weights = [self.program.weight_of(site) for site in sites]
@@ -234,7 +223,6 @@ class _State:
         return made
 
     def _room_for(self, like: Tensor) -> Tensor:
-        """A contiguous host tensor in a mapped file, of the shape and dtype of `like`."""
         if not like.numel():
             return torch.empty(like.shape, dtype=like.dtype)
         return in_file(self.room / str(next(self.numbers)), like)

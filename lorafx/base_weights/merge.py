@@ -4,7 +4,7 @@
     unmerge    W                        the very bits, from copies that were kept in host memory
 
 A merged model runs the base model's own graphs, which take the weights as inputs: nothing is
-captured again. Originals take as many bytes of host memory as the changed weights have; those of
+captured again. Originals take as many bytes of host memory as the changed weights; those of
 quantised weights stay on their device.
 """
 
@@ -64,7 +64,6 @@ class MergeReport:
 
     @property
     def error(self) -> float:
-        """The largest error of a weight."""
         return max((weight.error for weight in self.weights), default=0.0)
 
     def __str__(self) -> str:
@@ -77,7 +76,7 @@ class MergeReport:
 
 @dataclass(frozen=True, eq=False)
 class Original:
-    """A tensor as it was: its numbers in host memory, and its mark when merge last wrote it."""
+    """A tensor's numbers in host memory, and its mark when merge last wrote it."""
 
     holder: Holder
     tensor: Tensor
@@ -98,11 +97,10 @@ class Original:
 
     @property
     def touched(self) -> bool:
-        """Whether something else has written or replaced the tensor since."""
+        """Whether anything but merge has written or replaced the tensor since."""
         return not self.in_place or mark_of(self.tensor) != self.mark
 
     def written(self) -> Original:
-        """The same, with the mark of the tensor as it is now."""
         return replace(self, mark=mark_of(self.tensor))
 
     def restore(self) -> None:
@@ -110,8 +108,6 @@ class Original:
 
 
 class StoredOriginal:
-    """A quantised weight as it was."""
-
     in_place, touched = True, False  # formats do not tell
 
     def __init__(self, holder: Holder, parameter: str | None) -> None:
@@ -128,7 +124,7 @@ class StoredOriginal:
 
 @dataclass(frozen=True, eq=False)
 class Merged:
-    """The adapter that the base weights hold, and what they were before."""
+    """The adapter that the base weights hold, and their originals."""
 
     report: MergeReport
     requantize: bool
@@ -148,7 +144,6 @@ _HALF = (
 
 
 def merge(session: Session, name: str, *, requantize: bool = False) -> MergeReport:
-    """See `CompiledModel.merge`."""
     session.refuse_running(f"merge {name!r}")
     kept = session.store.fetch([name], resident=True)  # noqa: F841 - before the locks are taken
     with session.weights_lock, session.lock:
@@ -170,7 +165,6 @@ def _merge(session: Session, name: str, *, requantize: bool) -> MergeReport:
 
 
 def unmerge(session: Session, *, force: bool = False) -> None:
-    """See `CompiledModel.unmerge`."""
     session.refuse_running("unmerge()")
     with session.weights_lock, session.lock:
         session.locks.streams.follow(session.accelerators)
@@ -204,8 +198,8 @@ def _take_out(session: Session, merged: Merged) -> None:
 
 
 def unmerged(session: Session, action: Callable[[], T]) -> T:
-    """What `action`, which writes base weights, returns. It runs with the base's own weights; what
-    was merged is merged into the new ones afterwards.
+    """What `action` returns, which writes base weights: it runs with the base's own weights, and
+    the merged adapter is merged into the new weights afterwards.
 
     Raises:
         BatchError: a call is running.
@@ -281,7 +275,6 @@ def _refuse_in_use(session: Session, name: str) -> None:
 
 
 def _refuse_shared(session: Session, name: str, changes: Sequence[Change]) -> None:
-    """Raise MatchError where one tensor would have to hold two sums, or is another model's too."""
     problems = []
     for change in changes:
         if change.tied_apart:
@@ -347,11 +340,7 @@ def _write_merged(
 
 @torch.no_grad()
 def _requantized(change: Change) -> float:
-    """Store W + ΔW in the weight's own format; what of ΔW is lost.
-
-    Raises:
-        MatchError: the format cannot be read or written.
-    """
+    """Store W + ΔW in the weight's own format; returns the lost part of ΔW."""
     module, parameter = change.holder.module, change.parameter
     try:
         before = dequantize(module, parameter).float()

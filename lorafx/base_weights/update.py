@@ -3,8 +3,8 @@
     source ─▶ plan ─▶ writes (lorafx.loading) ─▶ what follows: copies of weights, norms of DoRA
 
 Numbers are written in place, so packed buffers, tied weights and captured graphs see them. A source
-that can be gone through twice is checked before the first write. Of any other (a generator) the old
-weights are kept until all of it was right, and put back where it was not.
+that can be read twice is checked before the first write. For any other (a generator) the old
+weights are kept, and put back where something is wrong.
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ class WeightUpdate:
 def update_weights(
     session: Session, weights: Weights, *, strict: bool = True, undo: Undo = "memory"
 ) -> WeightUpdate:
-    """See `CompiledModel.load_weights`."""
     if undo not in ("memory", "disk"):
         raise ConfigError(f'undo is "memory" or "disk", got {undo!r}')
     source = source_of(weights)
@@ -79,12 +78,7 @@ def _update(session: Session, source: WeightSource, *, strict: bool, undo: Undo)
 
 
 def _write(session: Session, loading: Loading, copies: Copies, undo_log: UndoLog | None) -> None:
-    """Write all of it, and what follows.
-
-    Raises:
-        BaseWeightsError: what was written is put back.
-        Whatever the source raises; without an undo log the model is broken then.
-    """
+    """Write all of it, and what follows; the undo log, if any, puts it back after an error."""
     before, rollback = session.base, Rollback()
     if undo_log is not None:
         rollback.add(partial(setattr, session, "base", before))
@@ -99,7 +93,7 @@ def _write(session: Session, loading: Loading, copies: Copies, undo_log: UndoLog
         session.base = before._replace(broken=broken)
     except BaseException:
         if undo_log is None:
-            # Copies stay those of the weights, so that the next update knows them.
+            # Copies stay those of the weights, so that the next update finds them.
             copies.recompute(loading.plan.filled())
         rollback.run()
         raise

@@ -1,5 +1,4 @@
-"""What all parallel layers share: the tensor-parallel group, sizes, this rank's part of them, and
-loading of weights.
+"""What all parallel layers share: the tensor-parallel group, this rank's sizes, and loading.
 
     slice i of the outputs has F_i rows in the checkpoint and P_i on this rank
     copies of it among the ranks: c_i = tp_size · P_i / F_i;  this rank has piece  tp_rank // c_i
@@ -36,8 +35,7 @@ from lorafx.loading.loadable_layer import LoadableLayer
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """Size and rank of a tensor-parallel group, by its name: process groups can be neither copied
-    nor pickled, and models are."""
+    """A tensor-parallel group by its name: unlike process groups, models can be pickled."""
 
     size: int = 1
     rank: int = 0
@@ -45,11 +43,8 @@ class TensorParallel:
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None = None) -> TensorParallel:
-        """The given group, or all ranks, or a single rank where torch.distributed is not set up.
-
-        Raises:
-            ConfigError: this process is not in `group`.
-        """
+        """The given group, or all ranks, or one rank without torch.distributed; ConfigError where
+        this process is not in `group`."""
         if not dist.is_available() or not dist.is_initialized():
             return cls()
         rank = dist.get_rank(group)
@@ -66,7 +61,6 @@ class TensorParallel:
         return cls(size, rank, group.group_name)
 
     def all_reduce(self, y: Tensor) -> Tensor:
-        """The sum of the ranks' `y`, of the same shape, on every rank."""
         if self.size == 1:
             return y
         return c10d.wait_tensor(c10d.all_reduce(y.contiguous(), "sum", self.group_name))
@@ -76,7 +70,7 @@ class TensorParallel:
         if self.size == 1:
             return y
         ops = c10d
-        # The op stacks along the first dimension, whatever that is: give it one of its own.
+        # The op stacks along the first dimension, so it gets a new one.
         gathered = ops.wait_tensor(
             ops.all_gather_into_tensor(y.contiguous().unsqueeze(0), self.size, self.group_name)
         )
@@ -103,7 +97,6 @@ class LayerOptions(TypedDict, total=False):
 
 
 def label_of(layer: object, options: LayerOptions) -> str:
-    """What messages call a layer that is being made."""
     prefix, name = options.get("prefix"), type(layer).__name__
     return f"{prefix} ({name})" if prefix else name
 
@@ -115,7 +108,6 @@ def group_of(options: LayerOptions) -> TensorParallel:
 
 
 def checked_sizes(layer: str, **sizes: int) -> None:
-    """Raise ConfigError for a size that is no positive integer."""
     for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or size <= 0:
             raise ConfigError(f"{layer}: {name} must be a positive integer, got {size!r}")
@@ -205,23 +197,16 @@ class ParallelLayer(LoadableLayer):
 
     @property
     def own_bias(self) -> Tensor | None:
-        """The bias that this rank adds."""
         return self.bias
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype that activations have, also where the weight is stored in another."""
+        """The dtype of activations, also where the weight is stored in another."""
         return self.params_dtype
 
     def slices(self, shard_id: ShardId = None) -> tuple[int, ...]:
-        """Indices of the output slices that a shard id means.
-
-        Args:
-            shard_id: a name ("q"), an index, a tuple of them, or None for all slices.
-
-        Raises:
-            CheckpointError: the layer has no such slice.
-        """
+        """Indices of the output slices of a shard id: a name ("q"), an index, a tuple of them, or
+        None for all slices. Raises CheckpointError for an unknown slice."""
         count = len(self.output_sizes)
         if shard_id is None:
             return tuple(range(count))
@@ -292,7 +277,7 @@ class ParallelLayer(LoadableLayer):
 
     def _apply(self, fn: Any, recurse: bool = True) -> ParallelLayer:
         super()._apply(fn, recurse)
-        # What .to(dtype) does to the parameters holds for the activations as well.
+        # .to(dtype) changes the dtype of activations as well.
         self.params_dtype = fn(torch.empty(0, dtype=self.params_dtype)).dtype
         return self
 
@@ -305,8 +290,8 @@ class ParallelLayer(LoadableLayer):
 
 
 class LocalProduct(nn.Module):
-    """A layer's own product as a module call, which hooks see before the ranks' are combined. The
-    delta is sharded over the ranks as the weight is, so it is added here."""
+    """A layer's own product as a module call, whose output hooks see before it is combined over
+    ranks. The delta is sharded as the weight is, so it is added here."""
 
     def forward(self, x: Tensor, layer: ParallelLayer) -> Tensor:
         return layer.compute(x)

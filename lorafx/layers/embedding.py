@@ -36,8 +36,7 @@ class VocabParallelEmbedding(ParallelLayer):
         num_embeddings_per_partition: rows on this rank, padding included.
         first_index: the id of this rank's first row.
 
-    Raises:
-        ConfigError: sizes that are not positive, or fewer embeddings than ranks.
+    Raises ConfigError for sizes that are not positive, or fewer embeddings than ranks.
     """
 
     def __init__(
@@ -72,18 +71,14 @@ class VocabParallelEmbedding(ParallelLayer):
         return F.embedding(x, self.weight)
 
     def own_ids(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(row of this rank's W, 0 where another rank has the id; which those are)."""
+        """(row of this rank's W, 0 where another rank has the id; which ids this rank has)."""
         local = ids - self.first_index
         elsewhere = (local < 0) | (local >= self.num_embeddings_per_partition)
         return local.masked_fill(elsewhere, 0), elsewhere
 
 
 class ParallelLMHead(VocabParallelEmbedding):
-    """x (…, embedding_dim) → logits (…, num_embeddings), gathered on every rank.
-
-    Args:
-        bias: add a bias (num_embeddings,).
-    """
+    """x (…, embedding_dim) → logits (…, num_embeddings), with a bias if `bias`, on every rank."""
 
     def __init__(
         self,
@@ -107,11 +102,7 @@ class ParallelLMHead(VocabParallelEmbedding):
         return self.tp.all_gather(logits)[..., : self.num_embeddings]
 
     def tie_weights(self, embedding: VocabParallelEmbedding) -> ParallelLMHead:
-        """Use the embedding's weight as this head's.
-
-        Raises:
-            ConfigError: the sizes or the ranks' parts differ.
-        """
+        """Use the embedding's weight; ConfigError where sizes or the ranks' parts differ."""
         shape, other = self.weight.shape, embedding.weight.shape
         if shape != other or self.num_embeddings != embedding.num_embeddings:
             raise ConfigError(

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 
 class LinearBase(ParallelLayer):
-    """Base of the linear layers; a subclass says how its sizes are cut among the ranks."""
-
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x)
 
@@ -49,14 +47,8 @@ class ReplicatedLinear(LinearBase):
 
 
 class ColumnParallelLinear(LinearBase):
-    """x (…, input_size) → (…, output_size / tp_size), the outputs cut among the ranks.
-
-    Args:
-        gather_output: return all outputs (…, output_size) on every rank.
-
-    Raises:
-        ConfigError: sizes that cannot be divided among the ranks.
-    """
+    """x (…, input_size) → (…, output_size / tp_size), the outputs cut among the ranks, or with
+    `gather_output` all on every rank. ConfigError for sizes that the ranks cannot divide."""
 
     def __init__(
         self,
@@ -97,7 +89,6 @@ class ColumnParallelLinear(LinearBase):
         return torch.cat([self._whole(index, part) for index, part in enumerate(slices)], dim=-1)
 
     def _whole(self, index: int, part: Tensor) -> Tensor:
-        """All of slice `index`, of which several ranks may hold the same piece."""
         whole = self.tp.all_gather(part)
         copies = whole.shape[-1] // self.output_sizes[index]
         if copies == 1:
@@ -107,13 +98,10 @@ class ColumnParallelLinear(LinearBase):
 
 
 class MergedColumnParallelLinear(ColumnParallelLinear):
-    """Several column-parallel linears of one input as one: y = [x W_0ᵀ; x W_1ᵀ; ...] + b.
+    """Several column-parallel linears of one input: y = [x W_0ᵀ; x W_1ᵀ; ...] + b.
 
-    Args:
-        output_sizes: rows of each slice in checkpoints. Shard ids are their indices.
-
-    Raises:
-        ConfigError: sizes that cannot be divided among the ranks.
+    `output_sizes` are the rows of each slice in checkpoints; shard ids are their indices. Raises
+    ConfigError for sizes that cannot be divided among the ranks.
     """
 
     def __init__(
@@ -151,8 +139,7 @@ class QKVParallelLinear(ColumnParallelLinear):
         num_heads, num_kv_heads: heads on this rank.
         num_kv_head_replicas: ranks that hold the same KV head.
 
-    Raises:
-        ConfigError: heads that cannot be divided among the ranks.
+    Raises ConfigError for heads that cannot be divided among the ranks.
     """
 
     shard_names: ClassVar[dict[str, int]] = {"q": 0, "k": 1, "v": 2}
@@ -204,8 +191,7 @@ class RowParallelLinear(LinearBase):
         reduce_results: sum over the ranks. Without it the rank's own term is returned, and rank 0
             alone adds the bias.
 
-    Raises:
-        ConfigError: sizes that cannot be divided among the ranks.
+    Raises ConfigError for sizes that cannot be divided among the ranks.
     """
 
     def __init__(

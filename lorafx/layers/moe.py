@@ -25,7 +25,7 @@ from lorafx.torch_internals.operators import grouped_mm
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-#: What a loader may be told: the projection and the expert, or nothing.
+#: Shard ids of loaders: the projection and the expert, or None.
 ExpertShard = tuple[str, int] | None
 
 
@@ -42,8 +42,7 @@ class FusedMoE(LoadableLayer):
         hidden_size, intermediate_size: H and I.
         renormalize: divide the chosen experts' probabilities by their sum.
 
-    Raises:
-        ConfigError: sizes that are not positive, k > E, or I that the ranks cannot divide.
+    Raises ConfigError for sizes that are not positive, k > E, or I that the ranks cannot divide.
     """
 
     w13_weight: Tensor
@@ -128,7 +127,7 @@ class FusedMoE(LoadableLayer):
             target[:, half * part : (half + 1) * part].copy_(self.own_inner(value, dim=1))
 
     def own_inner(self, value: Tensor, dim: int) -> Tensor:
-        """This rank's part of what has all I inner features along `dim`."""
+        """This rank's part of `value`, which has all I inner features along `dim`."""
         part = self.intermediate_size_per_partition
         return value.narrow(dim, self.tp_rank * part, part)
 
@@ -181,7 +180,6 @@ class FusedMoE(LoadableLayer):
 
 
 def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """x (M, K) sorted by expert, weight (E, K, N), ends (E,) → (M, N)."""
     if torch.is_autocast_enabled(x.device.type):  # as it is for matmul
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)

@@ -3,7 +3,7 @@
     unquantised    y = x Wᵀ + b                     weight (N, K)
     int8 channel   y = (x Qᵀ) · s + b, W ≈ s · Q    weight Q (N, K) int8, weight_scale s (N,) f32
 
-N and K are this rank's sizes. A method has no state of its own, so layers may share one.
+N and K are this rank's sizes. A method is stateless, so layers may share it.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class QuantizeMethodBase(WeightMethod, ABC):
         """The dense weight (N, K) that `apply` multiplies by, in the layer's `params_dtype`."""
 
     def incoming(self, layer: Any, name: str, loaded: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """What a checkpoint tensor for the parameter `name` becomes: parameters and their values,
-        of the checkpoint's sizes; the layer cuts them to this rank afterwards."""
+        """Parameters and their values, of the checkpoint's sizes, that a checkpoint tensor for the
+        parameter `name` becomes; the layer cuts them to this rank afterwards."""
         yield name, loaded
 
     def fills(self, layer: Any, name: str, dtype: torch.dtype) -> tuple[str, ...]:
@@ -99,8 +99,8 @@ class UnquantizedLinearMethod(QuantizeMethodBase):
 class Int8ChannelLinearMethod(QuantizeMethodBase):
     """Weight-only int8, one scale per output row, symmetric.
 
-    Dense weights of a checkpoint are quantised as they are loaded, by whole rows before they are
-    cut, so that every rank has the scales that one rank would have.
+    Dense weights of a checkpoint are quantised by whole rows before they are cut, so that every
+    rank has the scales that a single rank would have.
     """
 
     def create_weights(
@@ -155,7 +155,6 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def add_weight(layer: Any, name: str, value: Tensor, **attributes: Any) -> None:
-    """Register `value` as the layer's parameter `name`, without gradient, with attributes."""
     parameter = nn.Parameter(value, requires_grad=False)
     for key, attribute in attributes.items():
         setattr(parameter, key, attribute)

@@ -8,8 +8,8 @@
     experts: gate and up of all       B_rank = rows of B (E, I, r) of each,  A_rank = A
     experts: down of all              B_rank = B,              A_rank = columns of A (E, r, I)
 
-Rows that pad a vocabulary get zeros. Each class has an entry of its own, so that an out-of-tree
-class can stand in for any of them.
+Rows that pad a vocabulary get zeros. Each class has an entry, so that an out-of-tree class can
+stand in for any of them.
 """
 
 from __future__ import annotations
@@ -33,8 +33,6 @@ from lorafx.registry import register
 
 
 class LayerSharding:
-    """`lorafx.registry.Sharding` of the parallel layers."""
-
     def saved_sizes(self, module: nn.Module) -> tuple[int, tuple[int, ...]]:
         layer = _layer(module)
         if _looks_up(layer):
@@ -44,8 +42,7 @@ class LayerSharding:
     def cut(
         self, module: nn.Module, slices: tuple[int, ...], A: Tensor, B: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """A (r, K) or, of an embedding, (r, V), and B (N, r), N the rows of the `slices` in
-        checkpoints."""
+        """A (r, K), of an embedding (r, V), and B (N, r), N the rows of `slices` in checkpoints."""
         layer = _layer(module)
         if _looks_up(layer):
             columns = layer.piece_of_output(A, 0, dim=1)
@@ -63,7 +60,7 @@ class LayerSharding:
 
 
 class GateUpSharding:
-    """`lorafx.registry.Sharding` of `FusedMoE.w13_weight`, whose slices are gate and up."""
+    """Sharding of `FusedMoE.w13_weight`, whose slices are gate and up."""
 
     def saved_sizes(self, module: nn.Module) -> tuple[int, tuple[int, ...]]:
         layer = _experts(module)
@@ -81,7 +78,7 @@ class GateUpSharding:
 
 
 class DownSharding(GateUpSharding):
-    """The same of `FusedMoE.w2_weight`, whose inputs are cut."""
+    """Sharding of `FusedMoE.w2_weight`, whose inputs are cut."""
 
     def saved_sizes(self, module: nn.Module) -> tuple[int, tuple[int, ...]]:
         layer = _experts(module)
@@ -117,7 +114,7 @@ LINEARS: tuple[type[nn.Module], ...] = (
     RowParallelLinear,
     ParallelLMHead,
 )
-#: What computes several projections at once.
+#: Layers that compute several projections at once.
 PACKED = (MergedColumnParallelLinear, QKVParallelLinear)
 
 

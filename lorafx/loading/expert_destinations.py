@@ -32,14 +32,12 @@ _SHARDS: dict[Half, str] = {"gate": "w1", "up": "w3"}
 
 
 class ExpertDestinations:
-    """Finds the places of tensors of routed experts in one model."""
-
     def __init__(self, names: WeightNames) -> None:
         self._names = names
         self._weights: dict[int, tuple[ExpertWeight, ...]] = {}
 
     def destinations(self, walked: Walked) -> Iterator[Destination]:
-        """What a name that was walked as far as it led may mean among experts."""
+        """Possible places of a name that leads to a module of experts."""
         for owner in self._owners(walked):
             names, kind = _named(owner.rest)
             meant = meaning(self._of(owner.module), names)
@@ -86,8 +84,7 @@ class ExpertDestinations:
 
 
 def _named(rest: Sequence[str]) -> tuple[list[str], str]:
-    """The names that are left below a module of experts, "3.gate_proj.weight" or "w13_bias", as
-    those of a projection, and whether its weight or its bias is meant."""
+    """A split "3.gate_proj.weight" as names of a projection, and "weight" or "bias"."""
     names = [name for name in rest if name != "base_layer"]
     if len(names) > 1 and names[-1] in ("weight", "bias"):
         return names[:-1], names[-1]
@@ -98,8 +95,7 @@ def _named(rest: Sequence[str]) -> tuple[list[str], str]:
 
 
 def _boxes(target: Target, path: str, kind: str, meant: ExpertMeaning) -> Iterator[Destination]:
-    """The box of a projection: as the model stores it by the parameter's own name, as (out, in) by
-    other names; then the other way round, for shapes that fit that alone."""
+    """As stored by the parameter's own name, else as (out, in); then, where shapes fit, turned."""
     weight = meant.weight
     assert weight is not None
     box = Box.whole(target)
@@ -115,7 +111,7 @@ def _boxes(target: Target, path: str, kind: str, meant: ExpertMeaning) -> Iterat
             orders.reverse()
     for oriented in orders:
         shape = oriented.shape if meant.expert is None else oriented.shape[1:]
-        # Other names than the parameter's own say which way round it is.
+        # Other names than the parameter's own determine the orientation.
         turned = oriented is not box if meant.own else None
         yield Destination(path, shape, (Cut(oriented),), turned=turned)
 
@@ -129,7 +125,6 @@ def _columns(size: int, weight: ExpertWeight, half: Half) -> range:
 
 
 def _sharded(target: Target, path: str, meant: ExpertMeaning) -> Destination:
-    """The shards of a layer that cuts experts' tensors itself."""
     weight, half, expert = meant.weight, meant.half, meant.expert
     assert weight is not None
     kinds = ["w2"] if weight.down else ["w1", "w3"] if half == "all" else [_SHARDS[half]]

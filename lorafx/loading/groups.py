@@ -22,13 +22,8 @@ from lorafx.model.packed_names import spans
 
 
 class JointGroup:
-    """Tensors that fill one, one after the other along `dim`.
-
-    Attributes (of each kind of group):
-        path: what messages call it: the name of the (first) tensor of the model that it fills.
-        names: of the checkpoint's tensors, without prefixes, in order.
-        destinations: what they fill.
-    """
+    """Checkpoint tensors `names` that fill `destinations` one after the other along `dim`; `path`
+    is the first tensor's name in messages."""
 
     def __init__(
         self, whole: Destination, dim: int, names: tuple[str, ...], slices: tuple[int, ...] | None
@@ -39,7 +34,6 @@ class JointGroup:
         self._dim, self._slices = dim, slices
 
     def misfit(self, shapes: Mapping[str, WeightShape]) -> str:
-        """Why tensors of these shapes do not fill it, "" where they do."""
         whole, dim = self.destinations[0].shape, self._dim
         assert whole is not None
         given = [shapes[name] for name in self.names]
@@ -63,8 +57,6 @@ class JointGroup:
 
 
 class ConvertedGroup:
-    """Tensors that a converter of transformers makes others of."""
-
     def __init__(
         self,
         model: Any,
@@ -99,8 +91,6 @@ TensorGroup = JointGroup | ConvertedGroup
 
 @dataclass(frozen=True)
 class GroupMember:
-    """One tensor of a group, by its name there."""
-
     group: TensorGroup
     name: str
 

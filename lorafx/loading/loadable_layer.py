@@ -36,7 +36,7 @@ def methods_of(filled: Iterable[Target]) -> list[tuple[nn.Module, WeightMethod]]
 
 
 class LoadableLayer(nn.Module):
-    """Base of the layers; a subclass says which shapes and shard ids its parameters take.
+    """Base of the layers; a subclass defines which shapes and shard ids its parameters take.
 
     Attributes:
         prefix: the layer's name in the model, for messages; may be empty.
@@ -55,8 +55,7 @@ class LoadableLayer(nn.Module):
         """What a shard id fills of a parameter, in units that cannot be loaded by halves."""
 
     @abstractmethod
-    def _load(self, name: str, loaded: Tensor, shard_id: Any) -> None:
-        """Write a tensor of the right shape."""
+    def _load(self, name: str, loaded: Tensor, shard_id: Any) -> None: ...
 
     def fills(self, name: str, dtype: torch.dtype) -> tuple[str, ...]:
         """The parameters that a checkpoint tensor of this dtype for `name` gives values to."""
@@ -65,15 +64,8 @@ class LoadableLayer(nn.Module):
     def weight_loader(
         self, param: nn.Parameter, loaded_weight: Tensor, shard_id: Any = None
     ) -> None:
-        """Write a checkpoint tensor, of the whole layer's sizes, into this rank's parameter.
-
-        Args:
-            param: one of the layer's parameters.
-            shard_id: the piece of the parameter that it is; None for all of it.
-
-        Raises:
-            CheckpointError: the shape or dtype does not fit, or there is no such shard.
-        """
+        """Write a checkpoint tensor, of the whole layer's sizes, into this rank's `param`, or its
+        piece `shard_id`. CheckpointError for another shape, dtype or shard."""
         name = self.name_of(param)
         self.check_weight(name, loaded_weight.shape, shard_id)
         with torch.no_grad():
@@ -110,7 +102,6 @@ class LoadableLayer(nn.Module):
         return f"{self.prefix} ({type(self).__name__})" if self.prefix else type(self).__name__
 
     def _keep_attributes(self) -> None:
-        """Remember what the parameters are marked with, once all of them are made."""
         self._weight_attributes = {
             name: {key: value for key, value in vars(param).items() if key != "weight_loader"}
             for name, param in self._parameters.items()

@@ -31,10 +31,7 @@ Undo = Literal["memory", "disk"]
 
 
 class UndoLog:
-    """The numbers that tensors had before they were first written to, to be put back.
-
-    They are kept in host memory, or with "disk" in files of a temporary folder.
-    """
+    """Old numbers of tensors, in host memory or, with "disk", in files of a temporary folder."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
@@ -44,7 +41,6 @@ class UndoLog:
     @classmethod
     @contextmanager
     def kept(cls, undo: Undo) -> Iterator[UndoLog]:
-        """An undo log for the block."""
         if undo == "memory":
             yield cls(None)
             return
@@ -52,14 +48,13 @@ class UndoLog:
             yield cls(Path(folder))
 
     def save(self, tensor: Tensor) -> None:
-        """Keep the numbers of a tensor, unless they are kept already."""
         key = memory_key(tensor)
         if key not in self._saved:
             self._rollback.add(partial(_write_back, tensor, self._copy(tensor.detach())))
             self._saved.add(key)
 
     def save_held(self, module: nn.Module) -> None:
-        """Keep what a module holds by itself: which tensors, and their numbers."""
+        """Keep which tensors a module holds by itself, and their numbers."""
         places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
         for place in places:
             for name, tensor in place.items():
@@ -69,7 +64,6 @@ class UndoLog:
                         self.save(tensor)
 
     def restore(self) -> None:
-        """Put back what was kept."""
         self._rollback.run()
         self._saved.clear()
 
@@ -94,24 +88,19 @@ def _write_back(tensor: Tensor, numbers: Tensor) -> None:
 
 
 class DerivedWeights:
-    """What a model computes from its weights and has to follow them: nothing."""
+    """Tensors that a model computes from its weights; none in this base class."""
 
     def holds(self, target: Target) -> bool:
         """Whether a target is computed from another."""
         return False
 
     def refusals(self, filled: Iterable[Target]) -> list[str]:
-        """What cannot follow the weights that get new numbers."""
+        """Why tensors computed from the weights that get new numbers cannot follow them."""
         return []
 
 
 class Loading:
-    """One source, its plan, and its writes.
-
-    Attributes:
-        plan: what the source's tensors mean: all of them after `check` where it is repeatable, else
-            after `write`.
-    """
+    """One source, its plan (complete after `check` or `write`), and its writes."""
 
     def __init__(
         self,
@@ -122,12 +111,11 @@ class Loading:
         live: bool = True,
         derived: DerivedWeights | None = None,
     ) -> None:
-        """`strict`, `live`: see `UpdatePlan`."""
         self.plan = UpdatePlan(resolver, strict=strict, stable=source.stable, live=live)
         self._source = source
         self._derived = derived or DerivedWeights()
         self._storages = {storage_key(target.tensor) for target in self.plan.targets}
-        #: Copies of tensors that were given and lie in the model's own weights.
+        #: Copies of given tensors that lie in the model's own weights.
         self._copies: dict[str, Tensor] = {}
         self._undo_log: UndoLog | None = None
         #: Tensors of groups that are not whole yet.
@@ -140,11 +128,7 @@ class Loading:
         return any(isinstance(cut.place, OwnLoader) for item in found for cut in item.cuts)
 
     def check(self) -> None:
-        """Plan all of what can be gone through twice.
-
-        Raises:
-            BaseWeightsError: for everything that is wrong, in one. Nothing has changed.
-        """
+        """Plan all of a source that can be read twice; BaseWeightsError for all that is wrong."""
         if not self._source.repeatable:
             return
         for item in self._source.items():
@@ -157,12 +141,8 @@ class Loading:
         self._finish()
 
     def write(self, undo_log: UndoLog | None = None) -> None:
-        """Write all of it, planning where that was not done. `undo_log` keeps what it was.
-
-        Raises:
-            BaseWeightsError: for everything that is wrong with what comes once.
-            CheckpointError: what comes twice came as something else.
-            Whatever the source, or a parameter's own loader, raises.
+        """Write all of it, planning where that was not done. Raises BaseWeightsError for all that
+        is wrong with a source that is read once, CheckpointError where the second reading differs.
         """
         self._undo_log = undo_log
         if self._source.repeatable:
@@ -199,14 +179,13 @@ class Loading:
         self.plan.finish(self._derived.holds)
 
     def _is_own(self, meaning: Meaning, item: Item) -> bool:
-        """Whether a tensor lies in the model's own weights, in another place than it goes to."""
+        """Whether a tensor lies in the model's own weights, elsewhere than where it goes."""
         if item.given is None or storage_key(item.given) not in self._storages:
             return False
         cuts = () if isinstance(meaning, GroupMember) else meaning.cuts
         return not (cuts and cuts[0].place.is_at(item.given))
 
     def _put(self, meaning: Meaning, loaded: Tensor) -> None:
-        """Write a tensor, or keep it until its group is whole."""
         if isinstance(meaning, Destination):
             self._write(meaning, loaded)
             return
@@ -239,19 +218,18 @@ def load_weights(
     """Load checkpoint tensors into the parameters and persistent buffers of `model`.
 
     Args:
-        weights: (name, tensor) pairs, taken one at a time, under any of the names that updates
-            take (docs/base_weights.md). A mapping, or a list or tuple of pairs, is checked as a
-            whole before anything is written; of another iterable each tensor is checked before it
-            is written, and nothing is written after the first problem.
+        weights: (name, tensor) pairs, under any of the names that updates take
+            (docs/base_weights.md). A mapping, or a list or tuple of pairs, is checked as a whole
+            before anything is written; of another iterable each tensor is checked before it is
+            written, and nothing is written after the first problem.
         stacked: (name in the model, name in the checkpoint, shard id), e.g.
             ("qkv_proj", "q_proj", "q"), ("in_proj_qkvz", "in_proj_qkv", (0, 1, 2)). It takes
             precedence over what the model and its modules declare in `packed_modules_mapping`.
         strict: tensors that the model has no place for, and parts of it that got no tensor, are
             errors too.
 
-    Returns:
-        Names of the parameters and buffers that were loaded, wholly or in part; for tied ones all
-        names.
+    Returns names of the parameters and buffers that were loaded, wholly or in part; for tied ones
+    all names.
 
     Raises:
         CheckpointError: all unknown, missing, duplicate and misshapen names, in one.

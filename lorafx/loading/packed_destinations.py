@@ -33,15 +33,13 @@ from lorafx.registry import lookup
 
 
 class PackedDestinations:
-    """Finds the places of packed projections, and of projections that are packed, in one model."""
-
     def __init__(self, names: WeightNames, packed: PackedNames) -> None:
         self._names = names
         self._packed = packed
         self._joints: dict[str, JointGroup] = {}
 
     def destinations(self, walked: Walked) -> Iterator[Destination | GroupMember]:
-        """What a name may mean of which all but two components lead to a module."""
+        """Possible places of a name whose components, all but two, lead to a module."""
         if len(walked.rest) != 2 or not self._packed.any:
             return
         name, attribute = walked.rest
@@ -76,7 +74,6 @@ class PackedDestinations:
         name: str,
         attribute: str,
     ) -> Destination | GroupMember | None:
-        """The rows of packed `child` that `name` covers."""
         target = self._names.target(child, attribute)
         if target is None:
             return None
@@ -115,7 +112,6 @@ class PackedDestinations:
     def _apart(
         self, module: nn.Module, path: str, canonical: str, name: str, attribute: str
     ) -> Iterator[Destination]:
-        """The modules that packed `name` stands for, in the order in which it packs them."""
         found = [
             (membership.index, membership.count, child_name, child)
             for child_name, child in module._modules.items()
@@ -153,7 +149,6 @@ class PackedDestinations:
 
 
 def _shard_id(members: Sequence[PackedMember], index: int, sizes: tuple[int, ...] | None) -> Any:
-    """What the loader of a packed parameter calls one of its members; None for the whole."""
     slices = members[index].slices
     if slices is not None:
         return slices

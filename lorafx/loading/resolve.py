@@ -41,7 +41,6 @@ class Conversions:
     """What transformers' loader would do to a checkpoint of `model`."""
 
     def __init__(self, model: nn.Module, transforms: Sequence[Any]) -> None:
-        """`transforms`: `SavedNames.transforms` of the model."""
         self._model = model
         self._converters: list[Any] = []
         self._rearranging: list[Any] = []
@@ -58,8 +57,7 @@ class Conversions:
 
     @property
     def rearrange(self) -> bool:
-        """Whether a conversion does more than to put tensors one after the other: what it takes may
-        have a name that means something else in most checkpoints."""
+        """Whether it does more than concatenate, so that its sources' names are ambiguous."""
         return bool(self._rearranging)
 
     def member(
@@ -69,11 +67,8 @@ class Conversions:
         *,
         rearranging: bool = False,
     ) -> GroupMember | Destination | None:
-        """The group that a renamed `name` belongs to; None where no conversion takes it.
-
-        `find` gives the place of a tensor of the model by its name. With `rearranging` only of
-        conversions as `rearrange` says.
-        """
+        """The group of a renamed `name`; None where no conversion takes it. `find` gives a tensor's
+        place by name; `rearranging`: only conversions of `rearrange`."""
         for converter in self._rearranging if rearranging else self._converters:
             index = id(converter)
             key, pattern = converter.rename_source_key(name)
@@ -90,7 +85,6 @@ class Conversions:
     def _group(
         self, converter: Any, key: str, find: Callable[[str], Destination | None]
     ) -> ConvertedGroup | str:
-        """The group that fills `key`, or why there is none, "" where the model has no `key`."""
         first, *others = converter.target_patterns
         keys = [key, *(key.replace(first, other) for other in others)]
         found = map(find, keys)
@@ -110,7 +104,7 @@ class Conversions:
     def _undone(
         self, converter: Any, targets: dict[str, torch.Size]
     ) -> dict[str, tuple[str, WeightShape]]:
-        """(pattern, shape) by name of what `converter` makes tensors of these shapes from."""
+        """(pattern, shape) by name of the tensors from which `converter` makes these shapes."""
         undoing = deepcopy(converter).reverse_transform()
         key = ""
         for target, shape in targets.items():
@@ -134,10 +128,7 @@ _NEAREST = 10
 
 
 class Resolver:
-    """Finds what names mean in one model."""
-
     def __init__(self, graph: ModuleGraph, model: nn.Module, packed: PackedModules | None) -> None:
-        """Raises ConfigError for a malformed declaration of packed names."""
         self.names = WeightNames(graph, model)
         self._experts = ExpertDestinations(self.names)
         self._packed = PackedDestinations(self.names, PackedNames(graph, packed))
@@ -149,10 +140,7 @@ class Resolver:
         self._advised = 0
 
     def meaning(self, name: str, shape: WeightShape) -> Meaning | None:
-        """What a tensor of this name and shape means; None where the model has no place for it.
-
-        Of several meanings the first whose shape fits, or the first of all where none does.
-        """
+        """The first meaning of this name whose shape fits, else the first of all, or None."""
         first: Meaning | None = None
         for found in self._meanings(name):
             if isinstance(found, GroupMember) or (
@@ -176,7 +164,6 @@ class Resolver:
         )
 
     def advice(self, name: str) -> str:
-        """What to say of a name that has no place."""
         if ".lora_" in name:
             return "a factor of an adapter; load_adapter takes those"
         if self._advised >= _NEAREST:
@@ -188,8 +175,8 @@ class Resolver:
     def _meanings(self, name: str) -> Iterator[Meaning]:
         readings = list(self.names.readings(name))
         if self._conversions.rearrange:
-            # A family's own conversion knows better what a name means than its usual meaning does:
-            # Inkling's w13_weight has gate and up interleaved.
+            # A family's own conversion comes before the usual meaning of a name: Inkling's
+            # w13_weight has gate and up interleaved.
             for reading in readings:
                 if self._own(reading) is not None:
                     yield from self._by_walking(reading)
@@ -269,7 +256,6 @@ class StackedResolver(Resolver):
 
 
 def _replaced(name: str, param: str, saved: str) -> Iterator[str]:
-    """`name` with one run of segments, `saved`, replaced by `param`."""
     segments, run = name.split("."), saved.split(".")
     for i in range(len(segments) - len(run) + 1):
         if segments[i : i + len(run)] == run:

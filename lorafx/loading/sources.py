@@ -29,7 +29,7 @@ from lorafx.interrupts import undisturbed
 from lorafx.loading.weight_places import Numbers, WeightShape
 
 NamedTensors = Iterable[tuple[str, Tensor]]
-#: What `load_weights` takes.
+#: Arguments of `load_weights`.
 Weights = Mapping[str, Tensor] | NamedTensors | Callable[[], NamedTensors] | str | os.PathLike[str]
 
 _INDEX = "model.safetensors.index.json"
@@ -50,8 +50,7 @@ _DTYPES = {
 
 
 class Item(NamedTuple):
-    """One tensor of a source; `read` gives it, for as long as the source says that it stays.
-    `given` is the tensor itself, where it was not stored on disk."""
+    """A tensor that `read` gives while it stays valid; `given` itself, if it was not on disk."""
 
     name: str
     shape: WeightShape
@@ -62,12 +61,7 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class WeightSource:
-    """A kind of source: `items` goes through all of it.
-
-    Attributes:
-        repeatable: it can be gone through twice.
-        stable: a tensor that was given stays as it is, and can be read at any time.
-    """
+    """A kind of source. `repeatable`: it can be read twice; `stable`: its tensors stay valid."""
 
     items: Callable[[], Iterator[Item]]
     repeatable: bool
@@ -75,12 +69,7 @@ class WeightSource:
 
 
 def source_of(weights: Weights) -> WeightSource:
-    """The source that `weights` is.
-
-    Raises:
-        ConfigError: it is no such thing.
-        CheckpointError: a path without safetensors.
-    """
+    """The source of `weights`. CheckpointError for a path without safetensors."""
     if isinstance(weights, (str, os.PathLike)):
         return WeightSource(_stored(_files(Path(weights))), repeatable=True, stable=True)
     if isinstance(weights, Mapping):
@@ -109,7 +98,6 @@ def _given(pairs: Iterable[Any]) -> Iterator[Item]:
 
 
 def _stored(paths: Sequence[Path]) -> Callable[[], Iterator[Item]]:
-    """What goes through files of safetensors."""
     # Each is opened once: reading its header takes time.
     opened = cache(partial(safe_open, framework="pt"))
 
@@ -158,12 +146,8 @@ def _files(path: Path) -> list[Path]:
 
 
 def in_file(file: Path, like: Tensor) -> Tensor:
-    """A contiguous tensor on the host in `file`, of the shape and dtype of `like`. Its room on the
-    disk is taken now: a page without room would end the process (SIGBUS) when it is written.
-
-    Raises:
-        OSError: there is no room, or the file cannot be written.
-    """
+    """A contiguous host tensor in `file`, of the shape and dtype of `like`. Disk space is allocated
+    at once: a page without it would end the process (SIGBUS). Raises OSError without it."""
     with file.open("wb") as made:
         os.posix_fallocate(made.fileno(), 0, like.numel() * like.element_size())
     numbers = torch.from_file(str(file), shared=True, size=like.numel(), dtype=like.dtype)

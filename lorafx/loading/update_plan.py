@@ -31,14 +31,8 @@ _Key = tuple[object, ...]
 
 @dataclass(frozen=True)
 class _Filled:
-    """A part of a target that a tensor fills.
-
-    Attributes:
-        part: a box, or the pieces of a layer that cuts tensors itself.
-        name: the checkpoint's.
-        path: the name in the model by which it was reached.
-        numbers: reads the tensor, where the target is tied.
-    """
+    """A part of a target (a box, or pieces of a layer) that the checkpoint's `name` fills; `path`
+    is its name in the model, `numbers` reads the tensor, where the target is tied."""
 
     part: Any
     name: str
@@ -55,7 +49,6 @@ class _Filled:
 
 
 def _expert(part: Any) -> int | None:
-    """The first index of a box where that is a single one."""
     single = isinstance(part, tuple) and len(part) > 1 and len(part[0]) == 1
     return part[0].start if single else None
 
@@ -67,7 +60,7 @@ class UpdatePlan:
         targets: all parameters and buffers of the model.
         meanings: by the checkpoint's name.
         planned: shape and numbers of each tensor that has a meaning.
-        problems: what is wrong, in the order in which it was found.
+        problems: in the order in which they were found.
         ignored: names that the model has no place for and that are no error.
         missing: what got no numbers, once finished.
     """
@@ -95,7 +88,7 @@ class UpdatePlan:
             self._ways[self._key(target)] += resolver.names.ways(target)
 
     def take(self, item: Item) -> Meaning | None:
-        """What a tensor means; None where it has no place or something is wrong with it."""
+        """The meaning of a tensor; None where it has no place or something is wrong with it."""
         name = item.name
         if name in self._names:
             self._fault(f"{name}: a duplicate", destinations_of(self.meanings.get(name)))
@@ -119,11 +112,7 @@ class UpdatePlan:
         return None if wrong else found
 
     def finish(self, derived: Callable[[Target], bool] = lambda _: False) -> None:
-        """Find what is still missing. `derived`: whether a target is computed from others.
-
-        Raises:
-            BaseWeightsError: for everything that was wrong, in one.
-        """
+        """Find what is missing; BaseWeightsError for everything wrong."""
         for group, items in self._groups.items():
             lacking = [name for name in group.names if name not in items]
             if lacking:
@@ -165,7 +154,6 @@ class UpdatePlan:
         return [target for target in self.targets if self._key(target) in self._filled]
 
     def _take_alone(self, found: Destination, item: Item) -> str:
-        """Note a tensor that has a place by itself; what is wrong with it."""
         wrong = found.wrong
         if not wrong and found.shape not in (None, tuple(item.shape)):
             wrong = f"the checkpoint's tensor has shape {tuple(item.shape)}, expected {found.shape}"
@@ -174,7 +162,6 @@ class UpdatePlan:
         return f"{label}: {wrong}" if wrong else ""
 
     def _take_member(self, member: GroupMember, item: Item) -> str:
-        """Note a member of a group, and check the group with its last one; what is wrong."""
         group = member.group
         items = self._groups.setdefault(group, {})
         if member.name in items:
@@ -190,7 +177,7 @@ class UpdatePlan:
         return f"{item.name} → {group.path}: {wrong}" if wrong else ""
 
     def _fill(self, found: Destination, item: Item, *, alone: bool = True) -> str:
-        """Note what a tensor fills; why not, where other numbers fill it already."""
+        """Note what a tensor fills; returns why not, where other numbers fill it already."""
         fills = [
             (target, part, cut.take)
             for cut in found.cuts
@@ -219,7 +206,7 @@ class UpdatePlan:
         return lambda: kept
 
     def _orientations(self) -> None:
-        """Refuse a square matrix beside one that came transposed: it may be transposed too."""
+        """Refuse a square matrix beside a transposed matrix: it may be transposed too."""
         turned: dict[int, str] = {}
         square: list[tuple[int, str, Destination]] = []
         for name, meaning in self.meanings.items():
@@ -239,7 +226,6 @@ class UpdatePlan:
                 self._fault(wrong, (meaning,))
 
     def _uncovered(self, target: Target) -> str:
-        """What of a target got no numbers, "" where nothing."""
         by_expert = self._filled.get(self._key(target))
         if by_expert is None:
             return "nothing in the checkpoint"
@@ -267,7 +253,6 @@ class UpdatePlan:
         return f"nothing in the checkpoint for {what}" if absent else ""
 
     def _fault(self, problem: str, found: Iterable[Destination]) -> None:
-        """Note a problem; what these places lack is said by it already."""
         self.problems.append(problem)
         self._faulty.update(self._keys_of(found))
 
@@ -282,7 +267,6 @@ class UpdatePlan:
 
 
 def _unlike(found: Iterable[Destination], numbers: Numbers) -> str:
-    """Why numbers of this kind cannot be written there, "" where they can."""
     refusals = (cut.place.refusal(numbers) for item in found for cut in item.cuts)
     return next(filter(None, refusals), "")
 

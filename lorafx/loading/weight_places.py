@@ -3,7 +3,7 @@
     W[box] permuted by `order` ← t,   box = a range of indices for each dimension of W
 
 A *target* is a parameter or buffer of the model, whatever names lead to it. A *place* is a part of
-one. A *destination* says of one checkpoint tensor which parts of it go to which places.
+one. A *destination* maps parts of one checkpoint tensor to places.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WeightShape = tuple[int, ...]
 
 
 class Numbers(NamedTuple):
-    """What kind of numbers a tensor has: its dtype, and its class where that wraps others."""
+    """A tensor's dtype, and its class where that wraps other tensors."""
 
     dtype: torch.dtype
     wrapper: type | None = None
@@ -45,7 +45,7 @@ class Target:
 
     @property
     def tensor(self) -> Tensor:
-        """The tensor that is there now: packing gives parameters other storages."""
+        """The present tensor: packing gives parameters other storages."""
         parameter = self.module._parameters.get(self.attribute)
         found = self.module._buffers.get(self.attribute) if parameter is None else parameter
         assert found is not None
@@ -57,7 +57,6 @@ class Target:
 
     @property
     def persistent(self) -> bool:
-        """Whether `state_dict()` has it."""
         return self.attribute not in self.module._non_persistent_buffers_set
 
     @property
@@ -80,18 +79,17 @@ class Box:
         return cls(target, tuple(map(range, shape)), tuple(range(len(shape))))
 
     def narrowed(self, dim: int, indices: range) -> Box:
-        """The part of dimension `dim` of the target that `indices` are of what is left of it."""
+        """The part of dimension `dim` of the target that `indices` select of what is left of it."""
         kept = self.box[dim][indices.start : indices.stop : indices.step]
         return Box(self.target, (*self.box[:dim], kept, *self.box[dim + 1 :]), self.order)
 
     def swapped(self) -> Box:
-        """The same of a checkpoint that has the last two dimensions the other way round."""
+        """The same for a checkpoint with the last two dimensions swapped."""
         *leading, a, b = self.order
         return Box(self.target, self.box, (*leading, b, a))
 
     @property
     def shape(self) -> WeightShape:
-        """Sizes in the checkpoint's order."""
         return tuple(len(self.box[dim]) for dim in self.order)
 
     @property
@@ -105,7 +103,7 @@ class Box:
         yield self.target, self.box
 
     def is_at(self, tensor: Tensor) -> bool:
-        """Whether `tensor` is this very place in memory, to which writing it changes nothing."""
+        """Whether `tensor` is this place in memory, so that writing it changes nothing."""
         return same_memory(self.view, tensor)
 
     def refusal(self, given: Numbers) -> str:
@@ -128,7 +126,7 @@ class Box:
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """What a shard id means of a parameter of a layer that cuts checkpoint tensors itself."""
+    """A shard id of a parameter of a layer that cuts checkpoint tensors itself."""
 
     target: Target
     shard_id: Any = None
@@ -140,11 +138,7 @@ class Shard:
 
     @property
     def shape(self) -> WeightShape:
-        """Of the checkpoint's tensor, which is the whole layer's.
-
-        Raises:
-            CheckpointError: no such shard, or a layer on the meta device.
-        """
+        """Shape of the whole layer's tensor; CheckpointError for no such shard, or on meta."""
         shape = self.layer.checkpoint_shape(self.target.attribute, self.shard_id)
         self.layer.check_weight(self.target.attribute, shape, self.shard_id)
         return shape
@@ -171,7 +165,7 @@ class Shard:
 
 @dataclass(frozen=True, eq=False)
 class OwnLoader:
-    """A parameter that brings a `weight_loader` of its own, whose shapes nobody else knows."""
+    """A parameter with a `weight_loader` of the model's, which alone knows its shapes."""
 
     target: Target
     shard_id: Any = None
@@ -186,7 +180,6 @@ class OwnLoader:
         return ""
 
     def write(self, loaded: Tensor) -> None:
-        """Raises CheckpointError where the loader does not take it."""
         arguments = () if self.shard_id is None else (self.shard_id,)
         parameter: Any = self.target.tensor
         try:
@@ -201,7 +194,7 @@ WeightPlace = Box | Shard | OwnLoader
 
 @dataclass(frozen=True)
 class Cut:
-    """A part of a checkpoint tensor: `take` indexes it, and the place that it goes to."""
+    """A part of a checkpoint tensor, indexed by `take`, and the place that it goes to."""
 
     place: WeightPlace
     take: tuple[slice | int, ...] = ()
@@ -228,7 +221,7 @@ class Destination:
 
     @property
     def square(self) -> bool:
-        """Whether the shape does not tell which way round it came."""
+        """Whether the shape leaves the orientation open."""
         return self.shape is not None and len(self.shape) > 1 and self.shape[-1] == self.shape[-2]
 
     def write(self, loaded: Tensor) -> None:
@@ -275,7 +268,6 @@ class WeightNames(SavedNames):
         return list(self._targets.values())
 
     def target(self, module: nn.Module, attribute: str) -> Target | None:
-        """The tensor that `module` holds by this name, None where it holds none."""
         return self._targets.get((id(module), attribute))
 
     def ways(self, target: Target) -> int:
@@ -307,20 +299,18 @@ def is_expanded(tensor: Tensor) -> bool:
 
 
 def meet(a: Iterable[range], b: Iterable[range]) -> bool:
-    """Whether two boxes of one tensor have an entry in common. Ranges of a dimension have one step,
-    or one of them is all of it."""
+    """Whether two boxes share an entry; ranges of a dimension have one step, or one has all."""
     return all(
         p
         and q
         and max(p[0], q[0]) <= min(p[-1], q[-1])
-        # Of interleaved halves each has every other index.
+        # Interleaved halves have every other index.
         and (p.step != q.step or (p[0] - q[0]) % p.step == 0)
         for p, q in zip(a, b, strict=True)
     )
 
 
 def _unlike(tensor: Tensor, given: Numbers) -> str:
-    """Why `given` numbers are not what `tensor` holds."""
     held, dtype = tensor.dtype, given.dtype
     if is_traceable_wrapper_subclass(tensor) or given.wrapper is not None:
         if given.wrapper is type(tensor) or given.wrapper is type(tensor.data):

@@ -6,7 +6,7 @@
     y from own[s] in the place of W         with room for weights of adapters' own
 
 with s the row's slot and r = ranks[s, i]. Rows with slot -1 are base rows. Factors beyond a slot's
-own rank are never read.
+rank are never read.
 
 Slots may share memory: slot s begins p rows behind slot s − 1 in A and in B, p ≤ R, and reaches
 over the slots behind it where its rank is larger than p. An adapter of rank r then takes ⌈r / p⌉
@@ -30,16 +30,12 @@ from lorafx.kernels.ops.own_rows import OwnRows
 
 
 def _reach(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """Entries of memory from the first one of a tensor to the last."""
     return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
 class OwnWeight(NamedTuple):
-    """The rows of a site's weight that an adapter has of its own, for `Bank.write`.
-
-    rows: (T, K), of an embedding (T, N). bias: (T,) of a linear. at: int32 (T,), which rows of the
-    weight they are, ascending; None for all.
-    """
+    """Rows (T, K) of a site's weight that an adapter replaces, of an embedding (T, N), with bias
+    (T,) of a linear. `at`: int32 (T,), their ascending indices in the weight; None for all."""
 
     rows: Tensor
     bias: Tensor | None = None
@@ -56,8 +52,7 @@ class Factors(NamedTuple):
     A: linear (r, K), embedding (V, r). B: (r, N), the checkpoint's B transposed. With experts: A
     (E, r, K), B (E, r, N), and `ranks` and `scales` (E,), no rank above r. DoRA, float32 (N,): the
     trained `magnitude` m and `gains`, m / ‖W + s·B A‖ − 1. Biases, float32 (N,): lora_B's b is
-    `bias`; b' in the place of the base's is `own_bias`; `shift` is what both add to the output, s·b
-    + b' − the base's bias.
+    `bias`; b', which replaces the base's, is `own_bias`; `shift` is s·b + b' − the base's bias.
     """
 
     sibling: int
@@ -132,16 +127,15 @@ class Bank:
         own_dtype: torch.dtype | None = None,
         slot_rank: int | None = None,
     ) -> Bank:
-        """A bank of zeros for siblings with these output sizes, and with room for `own_rows` rows
-        of the weight for each of `own_weights` adapters. A slot begins `slot_rank` (None: `rank`)
-        rows behind the one before it."""
+        """A bank of zeros, with room for `own_rows` rows of the weight for each of `own_weights`
+        adapters. A slot begins `slot_rank` (None: `rank`) rows behind the slot before it."""
         siblings, columns = len(out_features), sum(out_features)
         step = rank if slot_rank is None else min(slot_rank, rank)
         if experts > 1:  # the last slot of an expert reaches over slots that nobody has
             slots = experts * (slots - 1 + -(-rank // step))
 
         def overlapping(shape: tuple[int, int, int], strides: tuple[int, int, int]) -> Tensor:
-            # No view of another tensor: graphs take it as it is.
+            # Graphs take it as it is, so it must be no view of another tensor.
             memory = torch.zeros(_reach(shape, strides), dtype=dtype, device=device)
             made = torch.empty(0, dtype=dtype, device=device)
             return made.set_(memory.untyped_storage(), 0, shape, strides)
@@ -180,11 +174,10 @@ class Bank:
 
     @property
     def max_rank(self) -> int:
-        """R."""
         return self.B.shape[1]
 
     def width(self, rank: int) -> int:
-        """How many slots in a row an adapter of this rank takes."""
+        """Adjacent slots that an adapter of this rank takes."""
         return -(-rank // self.slot_rank)
 
     @property
@@ -193,7 +186,6 @@ class Bank:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What a graph may take of the bank, by the names of its fields."""
         named = {name: getattr(self, name) for name in ("A", "B", "ranks", "scales")}
         more = {"alike": self.alike, "gains": self.gains, "shifts": self.shifts}
         more |= self.own_rows._asdict()
@@ -201,7 +193,7 @@ class Bank:
 
     @property
     def room(self) -> tuple[str, ...]:
-        """What it has room for beside factors, as reports say it."""
+        """Names of optional parts that the bank has room for, for reports."""
         held = {
             "DoRA's scales": self.gains,
             "biases": self.shifts,
@@ -222,14 +214,8 @@ class Bank:
         weight: OwnWeight | None = None,
         place: int = 0,
     ) -> list[Tensor]:
-        """Make `slot` hold `factors`, and at `place` of the bank's own rows those of `weight`, and
-        nothing else, in place.
-
-        Rows beyond a sibling's rank keep what they held: `ranks` says that they are not read.
-
-        On CUDA it is only launched, on the current stream. What it is copied from must not change
-        before that is done: `factors`, `weight`, and the tensors that are returned.
-        """
+        """Replace the contents of `slot`, and of `place` of the own rows by `weight`. CUDA copies
+        are only launched: arguments and results must not change before they are done."""
         slots = self._of_experts(slot)
         siblings = self.ranks.shape[1]
         ranks = torch.zeros((self.experts, siblings), dtype=torch.int32, device="cpu")
@@ -249,7 +235,7 @@ class Bank:
 
     @torch.no_grad()
     def write_by_column(self, slot: int, factors: Sequence[Factors]) -> list[Tensor]:
-        """Make `slot` rescale and shift outputs as `factors` say, in place. Returns as `write`."""
+        """Write the gains and shifts of `factors` into `slot`. Returns as `write`."""
         made = []
         for table, values in (
             (self.gains, [f.gains for f in factors]),
@@ -266,7 +252,6 @@ class Bank:
 
     @torch.no_grad()
     def clear(self, slot: int) -> list[Tensor]:
-        """Make `slot` a base slot. Returns as `write`."""
         self.ranks[self._of_experts(slot)].zero_()
         return self.write_by_column(slot, ()) + self._write_rows(slot, None)
 
@@ -301,7 +286,6 @@ class Bank:
         return slice(slot, slot + 1 + (self.experts - 1) * step, step)
 
     def _a(self, slots: slice, sibling: int, rank: int) -> Tensor:
-        """The part of A that holds one sibling's factors, (E, r, K) or (1, V, r)."""
         if self.kind == "embedding":
             return self.A[slots, :, :rank]
         features = self.A.shape[2] // self.ranks.shape[1]
@@ -316,7 +300,7 @@ def _room_for_rows(
     dtype: torch.dtype,
     device: torch.device,
 ) -> OwnRows:
-    """Room for (adapters, rows, features) of own rows, none of which is taken; nothing for 0."""
+    """Free room for (adapters, rows, features) of own rows; none for 0."""
     adapters, rows, _ = shape
     if not rows:
         return OwnRows()
@@ -331,15 +315,13 @@ def _room_for_rows(
 
 
 def _sent(source: Tensor, target: Tensor) -> Tensor:
-    """Copy `source`, of the host, into `target`; what it is copied from, since the host would wait
-    for memory that is not page-locked."""
+    """The page-locked copy of `source` that is sent: the host would wait for other memory."""
     source = source.pin_memory() if target.is_cuda else source
     target.copy_(source, non_blocking=target.is_cuda)
     return source
 
 
 def _alike(factors: Sequence[Factors], ranks: Tensor, scales: Tensor) -> Tensor:
-    """`Bank.alike` of one slot, (E, G), where `factors` with one A hold the same tensor."""
     found = torch.arange(ranks.shape[1], dtype=torch.int32).repeat(ranks.shape[0], 1)
     ordered = sorted(factors, key=lambda f: f.sibling)
     for n, f in enumerate(ordered):

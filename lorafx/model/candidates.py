@@ -1,4 +1,4 @@
-"""What `select` may choose: a model's modules with all names that a target may know them by."""
+"""What `select` may choose: a model's modules with all names that a target may use for them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from lorafx.registry import Eligible, lookup
 
 
 class Candidate:
-    """A module with all names that a target may know it by. `members` are the names that it stands
-    for where it comes packed, else "" alone."""
+    """A module with its names. `members` are those that it stands for if packed, else "" alone."""
 
     def __init__(
         self,
@@ -33,7 +32,7 @@ class Candidate:
         self.member_of = packed.memberships(path) if entry is not None else ()
         self.members = frozenset(member.name for member in self.packed_members) or frozenset([""])
 
-    #: For a parameter of routed experts, what is known of it.
+    #: For a parameter of routed experts.
     expert_weight: ExpertWeight | None = None
 
     @property
@@ -42,7 +41,6 @@ class Candidate:
 
     @property
     def all_paths(self) -> Iterator[str]:
-        """Its own paths, and those that it has as a packed module or a member of one."""
         yield from self.paths
         others = [member.name for member in self.packed_members]
         for name in (*others, *(packed.name for packed in self.member_of)):
@@ -68,8 +66,6 @@ class Candidate:
 
 
 class ExpertsCandidate(Candidate):
-    """One parameter of a module of routed experts. Naming the module names both parameters."""
-
     def __init__(
         self,
         path: str,
@@ -86,7 +82,8 @@ class ExpertsCandidate(Candidate):
     def parts(
         self, slices: Sequence[int] | None, in_features: int, out_features: int
     ) -> tuple[tuple[Part, ...], tuple[str, ...]]:
-        """Gate and up apart where their columns are: an older adapter has an A for each."""
+        """Gate and up as two parts if their columns are apart: older adapters have an A for
+        each."""
         count = 2 if self.weight.halves == "stacked" else 1
         size = out_features // count
         return tuple(Part("", (i,), in_features, size) for i in range(count)), ()
@@ -114,9 +111,8 @@ def _folded(entries: targets.Entries) -> targets.Entries:
 
 
 def by_raw_weight(module: nn.Module) -> Eligible | None:
-    """An entry for a module of no registered class that holds a matrix, as its `weight` or as its
-    only one: a router, say, or what PEFT's `target_parameters` names. Where the matrix multiplies
-    is for `match` to see."""
+    """An entry for a module of no registered class that holds one matrix, or a `weight`: a router,
+    or a name in PEFT's `target_parameters`. `match` finds where it multiplies."""
     held = {n: p for n, p in module._parameters.items() if p is not None and p.dim() == 2}
     name = "weight" if "weight" in held or len(held) != 1 else next(iter(held))
     weight = held.get(name)

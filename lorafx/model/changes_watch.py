@@ -1,15 +1,14 @@
-"""What somebody changed on a model after it was marked: modules that were replaced, and hooks.
+"""What changed on a model after it was marked: replaced modules, and hooks of others.
 
     model ──name──▶ layer ──name──▶ site      each of these edges leads to the very same module
 
 A mark hangs on a module, and an adapter's factors belong to a path: were another module to take
 that path, the delta would be lost. No call walks the tree: torch reports every module that is
-registered, and a counter records whether that has happened above a site. It does not report
-deletions, insertions and writes to `_modules`; then Dynamo captures anew what runs differently, and
-every capture checks the edges.
+registered. For deletions, insertions and writes to `_modules`, which torch does not report, Dynamo
+captures anew, and every capture checks the edges.
 
-On a module without forward hooks Dynamo guards on nothing, so graphs know nothing of a hook that
-comes later. torch numbers the hooks of a process, so a call compares one number.
+Dynamo guards on nothing of a module without forward hooks, so graphs do not notice later hooks.
+torch numbers the hooks of a process, so a call compares one number.
 """
 
 from __future__ import annotations
@@ -33,8 +32,6 @@ from lorafx.torch_internals.compat import tracing
 
 
 class _Registrations:
-    """Counts what is registered on the modules above all sites of all marked models."""
-
     def __init__(self) -> None:
         self.number = 0
         #: How many watches look at the children of a module, by its identity.
@@ -58,7 +55,7 @@ _REGISTRATIONS = _Registrations()
 
 
 def _registered(module: nn.Module, name: str, child: nn.Module | None) -> None:
-    # Where a forward makes modules Dynamo traces this too, and is to guard on nothing in here.
+    # Dynamo traces this where a forward makes modules, and must not guard on this state.
     if not tracing() and id(module) in _REGISTRATIONS.parents:
         _REGISTRATIONS.number += 1
 
@@ -77,12 +74,8 @@ class Edge(NamedTuple):
 
 
 class SiteWatch:
-    """The edges that lead to the sites of one model.
-
-    Attributes:
-        missing: paths of the sites to which some edge does not lead any more, as of the last look.
-        state: 0 where nothing is missing; another number whenever something else stands there.
-    """
+    """The edges that lead to the sites of one model. `missing` are paths that some edge no longer
+    led to at the last look; `state` is 0 without any, else a number for what stands there."""
 
     def __init__(self, graph: ModuleGraph, sites: Sequence[Site]) -> None:
         self._root = graph.root
@@ -96,7 +89,7 @@ class SiteWatch:
         ]
         self._sites = tuple(sites)
         self._broken: list[Edge] = []
-        #: Each of them by identity, with what stands there.
+        #: Each lost edge by identity, with the module that stands there.
         self._found: list[tuple[int, nn.Module | None]] = []
         self._states = itertools.count(1)
         self.missing: frozenset[str] = frozenset()
@@ -107,7 +100,7 @@ class SiteWatch:
         weakref.finalize(self, _REGISTRATIONS.forget, parents)
 
     def look(self) -> bool:
-        """Look at every edge; whether anything is otherwise than at the last look."""
+        """Look at every edge; whether anything changed since the last look."""
         self._seen = _REGISTRATIONS.number
         broken = [edge for edge in self._edges if edge.now is not edge.child]
         found = [(id(edge), edge.now) for edge in broken]
@@ -124,7 +117,7 @@ class SiteWatch:
 
     @property
     def in_doubt(self) -> bool:
-        """Whether it takes a look to know what is missing. Where something was, it may be back."""
+        """Whether only a look can tell what is missing: a module that was missing may be back."""
         return self._seen != _REGISTRATIONS.number or bool(self.missing)
 
     def refuse(self, paths: Collection[str] | None = None) -> None:
@@ -139,7 +132,6 @@ class SiteWatch:
             )
 
     def lines(self) -> tuple[str, ...]:
-        """What has become of the modules that are missing."""
         return tuple(self._changes(self.missing))
 
     def _below(self, edges: Iterable[Edge]) -> list[Site]:
@@ -147,7 +139,6 @@ class SiteWatch:
         return [site for site in self._sites if id(site.module) in held]
 
     def _changes(self, paths: Collection[str]) -> list[str]:
-        """For every edge that led to one of these sites, what stands there now."""
         places = {id(module): path for path, module in self._root.named_modules()}
         found = []
         for edge in self._broken:
@@ -177,7 +168,7 @@ def _described(module: nn.Module) -> str:
 
 
 def hooks_of(module: nn.Module) -> Iterator[tuple[int, Mapping[int, Any]]]:
-    """The number of each hook around the module's forward that is no mark, and where it is kept."""
+    """The number of each hook around the module's forward that is no mark, and its dictionary."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for number, hook in hooks.items():
             if not isinstance(hook, MARKS):
@@ -185,12 +176,8 @@ def hooks_of(module: nn.Module) -> Iterator[tuple[int, Mapping[int, Any]]]:
 
 
 class HookWatch:
-    """The hooks of others on the modules of one model.
-
-    Attributes:
-        around: whether those of `root` itself run around its graphs; those of a site are traced.
-        state: 0 with the hooks that were there at first; another number whenever there are others.
-    """
+    """The hooks of others on the modules of one model. `around`: those of `root` itself run around
+    its graphs. `state` is 0 with the first hooks; another number whenever there are others."""
 
     def __init__(self, root: nn.Module, sites: Sequence[Site]) -> None:
         self._root = root
@@ -201,7 +188,6 @@ class HookWatch:
         self.state = 0
 
     def look(self) -> int:
-        """The state now."""
         if self._seen != RemovableHandle.next_id or any(
             number not in hooks for number, hooks in self._kept
         ):
@@ -212,8 +198,7 @@ class HookWatch:
         return self.state
 
     def take_over(self) -> None:
-        """Take what a call has registered for the model's own: its graphs know of it. transformers
-        does so in the first call that asks for hidden states."""
+        """Accept hooks that a call has registered, as transformers does for hidden states."""
         if self._seen != RemovableHandle.next_id:
             self._own |= self._look() - self._current
 

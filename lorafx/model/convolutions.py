@@ -27,7 +27,6 @@ def convolution_of(module: nn.Module) -> Convolution:
 
 
 def weight_shape(module: nn.Module) -> tuple[int, ...]:
-    """(N, C / groups, kernel...)."""
     conv = convolution_of(module)
     return conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size
 
@@ -98,8 +97,7 @@ def gathered_groups(b: Tensor, groups: int) -> Tensor:
 
 
 def matrices(module: nn.Module, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor] | None:
-    """A (r, C·∏kernel) and B (N, r) of factors as PEFT saves them; None where their sizes are not
-    those of this convolution."""
+    """A (r, C·∏kernel) and B (N, r) of factors as PEFT saves them; None where sizes do not fit."""
     conv = convolution_of(module)
     dims = len(conv.kernel_size)
     rank = a.shape[0] if a.dim() else 0
@@ -112,11 +110,8 @@ def matrices(module: nn.Module, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor] |
 
 
 def norm_factors(module: nn.Module, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B whose product PEFT's DoRA adds to W (N, C / groups · ∏kernel) for its norms.
-
-    With groups, `_DoraConvNdLayer.get_lora_weight` reads B (N, r / groups) as (N / groups, r), and
-    cuts each row of the product into rows of W. Its norms are part of what was trained.
-    """
+    """A and B whose product PEFT's DoRA adds to W (N, C / groups · ∏kernel) for its norms: with
+    groups, `_DoraConvNdLayer.get_lora_weight` reads B (N, r / groups) as (N / groups, r)."""
     groups = convolution_of(module).groups
     if groups == 1:
         return A, B

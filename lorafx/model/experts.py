@@ -3,9 +3,9 @@
     h = act(x W_upᵀ[e])    or   act(gate) ⊙ up of x W_upᵀ[e]
     y = h W_downᵀ[e]            for the experts e that a router chose for each token
 
-Such a module is known by two 3-D parameters over the same number of experts, of which the second
-maps back to the size that the first one takes. Each parameter is a site by itself. transformers'
-classes say by attributes how they store them; for others the shapes say it.
+A module is of this kind if it has two 3-D parameters over the same number of experts, of which the
+second maps back to the input size of the first. Each parameter is a site. transformers' classes
+declare their layout by attributes; that of others follows from the shapes.
 
     experts.gate_up_proj          the parameter of all experts; w13, w13_weight, w2 the same
     experts.gate_proj             the gates of all experts
@@ -13,7 +13,8 @@ classes say by attributes how they store them; for others the shapes say it.
     experts.3.w1, w3, w2          the same in Mixtral's words: gate, up, down
     experts.base_layer            PEFT's wrapper of one parameter inside that of another
 
-A *half* is what a name covers of a parameter's columns: all of it, its gate or its up projection.
+A *half* is the part of a parameter's columns that a name covers: all, its gate or its up
+projection.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class ExpertWeight:
     down: bool
 
     def eligible(self, entry: Eligible | None) -> Eligible:
-        """What the registry would say of the parameter; `entry` is that of its module's class."""
+        """A registry entry of the parameter; `entry` is that of its module's class."""
         sizes = self.in_features, self.out_features
         return Eligible(
             nn.Module,
@@ -79,8 +80,7 @@ class ExpertWeight:
 
 
 def expert_weights(module: nn.Module) -> tuple[ExpertWeight, ExpertWeight] | None:
-    """The two weights of a module of routed experts, up (or gate and up) first; None for any
-    other."""
+    """Both weights of routed experts, up (or gate and up) first; None for other modules."""
     entry = lookup(module)
     if entry is not None and entry.kind != "experts":
         return None
@@ -99,7 +99,7 @@ def expert_weights(module: nn.Module) -> tuple[ExpertWeight, ExpertWeight] | Non
 
 
 def saved_weights(module: nn.Module) -> tuple[ExpertWeight, ...] | None:
-    """`expert_weights` with the sizes that checkpoints have, of which this rank may hold a part."""
+    """`expert_weights` with the sizes of checkpoints, of which this rank may hold a part."""
     entry, found = lookup(module), expert_weights(module)
     if entry is None or found is None:
         return found
@@ -127,7 +127,6 @@ def unlike_experts(module: nn.Module) -> str | None:
 
 
 def _stacks(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """The 3-D floating parameters by name."""
     return [
         (name, parameter)
         for name, parameter in module._parameters.items()
@@ -136,7 +135,7 @@ def _stacks(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def loops(module: nn.Module) -> bool:
-    """Whether transformers' switch tells the module to run one expert after another in Python."""
+    """Whether transformers' switch makes the module run one expert after another in Python."""
     switched = isinstance(getattr(module, "has_gate", None), bool)
     config = getattr(module, "config", None)
     return switched and getattr(config, "_experts_implementation", None) == "eager"
@@ -182,14 +181,8 @@ NESTED = "base_layer"
 
 
 class ExpertMeaning(NamedTuple):
-    """What a name below a module of routed experts means.
-
-    Attributes:
-        weight: the parameter; None where the module has no such projection.
-        expert: the index, None for all.
-        own: whether it is the parameter's own name.
-        wrong: why nothing can be placed by this name, "" where it can.
-    """
+    """A name below a module of experts: its `weight`, or None; its `expert`, None for all; whether
+    it is the parameter's `own` name; why it has no place (`wrong`), "" where it has."""
 
     weight: ExpertWeight | None
     half: Half
@@ -199,8 +192,7 @@ class ExpertMeaning(NamedTuple):
 
 
 def meaning(weights: Sequence[ExpertWeight], names: Sequence[str]) -> ExpertMeaning | None:
-    """What "3.gate_proj" or "gate_up_proj", split at its dots, means below a module of experts that
-    has these two weights; None where it is no projection of theirs."""
+    """Meaning of "3.gate_proj" or "gate_up_proj", split at its dots; None for no projection."""
     expert = int(names[0]) if len(names) == 2 and _INDEX.fullmatch(names[0]) else None
     if len(names) != (1 if expert is None else 2):
         return None
@@ -230,7 +222,7 @@ def unnested(path: str) -> str:
 
 
 def covers(weight: ExpertWeight, name: str) -> Half | None:
-    """What a projection's name covers of `weight`; None where it is another parameter's."""
+    """The half of `weight` that a projection's name covers; None for another parameter's."""
     down, half = PROJECTIONS[name]
     if down != weight.down:
         return None
@@ -249,7 +241,7 @@ def folded(entry: str) -> str:
 
 
 def own_names(weight: ExpertWeight, module_path: str, expert: int = 0) -> Iterator[str]:
-    """The paths that one expert's part of `weight`, or that of all, may have in a checkpoint."""
+    """Paths that one expert's part of `weight`, or that of all, may have in a checkpoint."""
     for name in PROJECTIONS:
         if covers(weight, name) is not None:
             yield f"{module_path}.{expert}.{name}".lstrip(".")

@@ -1,11 +1,10 @@
-"""What an adapter may have at a module beside its factors: biases, and rows of the weight of its
-own.
+"""What an adapter may have at a module beside its factors: biases, and rows of the weight.
 
     y ← y + s·b              PEFT's lora_bias=True: b is lora_B's
     y ← y + b' − b           bias="lora_only", "all": b' is the adapter's, b the base's
 
-`modules_to_save` names modules that were trained as a whole: all rows are the adapter's own.
-`trainable_tokens` says how many trained rows an embedding, and what is tied to it, may have.
+`modules_to_save` names modules that were trained as a whole: all rows are the adapter's.
+`trainable_tokens` bounds the trained rows of an embedding, and of what is tied to it.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site
 from lorafx.registry import lookup
 
-#: Of modules that may have another weight for each row.
+#: Kinds of modules that may have another weight for each row.
 OWN_KINDS = ("linear", "embedding")
 
 
 def own_refusal(site: Site) -> str | None:
-    """Why an adapter cannot have rows of the site's weight of its own, or None where it can."""
+    """Why an adapter cannot replace rows of the site's weight, or None where it can."""
     entry = site.eligible
     if site.expert_weight is not None:
         return "it holds routed experts"
@@ -48,8 +47,7 @@ def own_refusal(site: Site) -> str | None:
 def rows_asked(
     modules_to_save: targets.Entries, trainable_tokens: Mapping[str, int], paths: Sequence[str]
 ) -> int | None:
-    """How many rows of its own an adapter may have for the module at `paths`; None for all. A name
-    is a path or a dotted suffix of one, of the module or of one that it lies in."""
+    """Rows that an adapter may replace at the module at `paths`, or around; None: all."""
     around = [above for path in paths for above in _with_parents(path)]
     if modules_to_save and targets.names(modules_to_save, around):
         return None
@@ -64,12 +62,8 @@ def _with_parents(path: str) -> Iterator[str]:
 
 
 def token_rooms(room: int | Mapping[str, int], model: nn.Module) -> dict[str, int]:
-    """Room for trained tokens by module path: a number is for the input embedding, and modules
-    whose weight is tied to a named one's follow it.
-
-    Raises:
-        ConfigError: a number, and the model does not tell its input embedding; or it is no count.
-    """
+    """Room for trained tokens by module path: a number is for the input embedding; tied modules
+    follow. ConfigError for no count, or where the model does not tell its input embedding."""
     if not room:
         return {}
     graph = ModuleGraph(model)
@@ -105,7 +99,7 @@ def _input_embedding(module: nn.Module) -> nn.Module | None:
 
 
 def is_input_embedding(graph: ModuleGraph, path: str, module: nn.Module) -> bool:
-    """Whether the outermost module around `path` that tells its input embedding tells `module`."""
+    """Whether `module` is the input embedding of the outermost module that has one."""
     parents = reversed([*_with_parents(path.rpartition(".")[0])])
     around = [graph.root, *map(graph.find, parents)]
     embeddings = (_input_embedding(parent) for parent in around if parent is not None)
@@ -113,7 +107,6 @@ def is_input_embedding(graph: ModuleGraph, path: str, module: nn.Module) -> bool
 
 
 def tied_paths(graph: ModuleGraph, module: nn.Module) -> list[str]:
-    """Paths of the other modules whose weight is the very weight of `module`."""
     entry = lookup(module)
     weight = None if entry is None else getattr(module, entry.weight, None)
     if weight is None:
@@ -122,7 +115,7 @@ def tied_paths(graph: ModuleGraph, module: nn.Module) -> list[str]:
     return [path for path, other, _ in owners if other is not module and lookup(other) is not None]
 
 
-#: Of modules that have biases at all.
+#: Kinds of modules that have biases at all.
 BIAS_KINDS = ("linear", "conv")
 
 
@@ -141,6 +134,6 @@ def bias_refusal(site: Site) -> str | None:
 
 
 def bias_of(site: Site) -> Tensor | None:
-    """The base's bias as it is now, a parameter or a buffer; None where there is none."""
+    """The base's present bias, a parameter or a buffer; None where there is none."""
     bias = getattr(site.module, "bias", None)
     return bias.detach() if isinstance(bias, Tensor) else None

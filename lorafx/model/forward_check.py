@@ -1,10 +1,10 @@
-"""What a module's own forward does with its weight, seen from its numbers on one eager call.
+"""What a module's forward does with its weight, found by its numbers on one eager call.
 
     the registered product    forward(x; W) = x Wᵀ + b          or  e · W[ids]
     something more            forward(x; W + D) − forward(x; W) = x Dᵀ     for a random D
 
-Both say that adding the delta to the output is the same as adding ΔW to W. The tolerance is wide:
-it tells other arithmetic apart, not other rounding.
+Either shows that adding the delta to the output equals adding ΔW to W. The tolerance is wide: it
+tells other arithmetic apart, not other rounding.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ModuleProduct:
     scale: Tensor | float | None = None
 
     def of(self, weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The product of x (…, K) or ids (…) with `weight` in the place of W, (…, N)."""
+        """The product of x (…, K) or ids (…) with `weight` instead of W, (…, N)."""
         if self.kind == "embedding":
             y = F.embedding(x.long(), weight)
             return y if self.scale is None else y * self.scale
@@ -56,9 +56,8 @@ def adds_up(
     x: Tensor,
     output: Any,
 ) -> bool:
-    """Whether ΔW adds its product with x to what `module` returned, to the first of several
-    outputs, and changes nothing else. Quantised weights cannot be compared: then a single output
-    passes."""
+    """Whether ΔW adds its product with x to the first output of `module`, and changes no other. A
+    single output of quantised weights passes."""
     several = isinstance(output, tuple)
     weight = getattr(module, product.weight_name, None)
     if not isinstance(weight, Tensor) or not is_dense(weight) or weight.is_meta:

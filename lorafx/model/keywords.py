@@ -1,7 +1,7 @@
 """Keywords of a call that choose an adapter in another library, or are a slip for ours.
 
 A model's `**kwargs` swallows any name, and all rows would be the base's. So such a name is refused
-where no forward of the model declares it. Any other name is the model's business.
+where no forward of the model declares it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 
 from lorafx.errors import ConfigError, nearest
 
-#: What lorafx chooses adapters by -> how it is given.
+#: Keywords by which lorafx chooses adapters -> how they are given.
 OURS: Mapping[str, str] = {
     "adapter_names": 'adapter_names=["sql", None, ...], one name or None per row',
     "adapter_slots": "adapter_slots=, a tensor of integers that point into adapter_names",
@@ -37,13 +37,13 @@ ELSEWHERE: Mapping[str, str] = {
     ),
     **dict.fromkeys(("adapter_slot", "adapter_index", "adapter_indices"), "adapter_slots"),
 }
-#: How alike a name is to one that it is a slip of.
+#: Similarity from which a name is a slip.
 _MISSPELT = 0.85
 
 
 @functools.lru_cache(maxsize=1024)
 def meant(name: str) -> str | None:
-    """The name of ours that `name` stands for in another library, or is a slip of; else None."""
+    """The keyword of ours that `name` stands for in another library, or is a slip of; else None."""
     if name in OURS or name in ELSEWHERE:
         return ELSEWHERE.get(name)
     near = nearest(name, OURS, 1, cutoff=_MISSPELT)
@@ -56,14 +56,8 @@ def refuse_slips(
     model: nn.Module | None = None,
     ways: Mapping[str, str] = OURS,
 ) -> None:
-    """Look at the keywords of a call of `function`, which may hand them on to parts of `model`.
-
-    Args:
-        ways: how adapters are chosen in this call, by our names; any other of ours is a slip too.
-
-    Raises:
-        ConfigError: one is a slip. Nothing has run then.
-    """
+    """Raise ConfigError, before anything has run, for a slip among the keywords of a call of
+    `function`, which may pass them to parts of `model`. `ways`: ours that this call takes."""
     for name in given:
         ours = meant(name)
         if ours is None and name in OURS and name not in ways:

@@ -9,8 +9,7 @@ the factor of embeddings that scale their output. The module's own forward runs 
 input and output do not have these shapes, a registered handler takes the call apart.
 
 A mark is a plain picklable object, so deep copies and pickles of a marked model stay marked. Dynamo
-inlines `__call__`: banks and slots become graph inputs, and nothing depends on the values of
-either.
+inlines `__call__`: banks and slots become graph inputs, and nothing depends on their values.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from lorafx.torch_internals.dynamo import assume_constant_result
 
 @assume_constant_result
 def refuse_at_rest(runtime: Runtime, path: str) -> bool:
-    """Refuse a trace outside of calls where an adapter is wanted: it would be the base."""
+    """Refuse a trace outside of calls while an adapter is the default: it would be the base."""
     try:
         if runtime.resting is not None:
             runtime.resting.refuse(path, path or "the model")
@@ -107,12 +106,11 @@ class SiteMark:
         """The output with the delta, or None (output unchanged) when no adapter is active.
 
         Raises:
-            MatchError: input and output do not have the site's sizes, the forward computes
-                something else than the registered class, or a handler adds no delta. In a trace
-                the mark adds nothing instead, and the `match` pass looks for the weight's use.
-                Or the layer runs by itself while an adapter is wanted.
+            MatchError: other sizes than the site's, another computation, or a handler that adds no
+                delta (in a trace `match` looks for the weight's use instead); or a layer that runs
+                by itself while an adapter is wanted.
             ProvenanceError: an eager forward of a batch that mixes adapters.
-            BatchError: an eager forward on another thread than that of the call that is running.
+            BatchError: an eager forward on another thread than that of the running call.
         """
         # Dynamo makes a frame of each function that is called here, a millisecond a site.
         runtime, traced = self.runtime, tracing()
@@ -136,8 +134,8 @@ class SiteMark:
         y = output[0] if several and output else output
         scaled = self.kind == "embedding" and self.derived
         scale = self._output_scale(module) if scaled else None
-        # A forward of another class may shift the ids it is given or take something else first
-        # (OPT's positions take the mask): only a pure scale is known to be safe.
+        # A forward of another class may shift its ids or take something else first (OPT's positions
+        # take the mask): only a pure scale is known to be safe.
         unknown = traced and scaled and scale is None
         if unknown or not self._takes(x, y, None):
             # Without a weight in the graph, match would have nothing to add the delta to.
@@ -148,7 +146,7 @@ class SiteMark:
         if not traced:
             self._refuse_mixed()
             self._check_once(module, args, kwargs, x, output, scale)
-        # What DoRA does not rescale; nothing else asks for it.
+        # DoRA does not rescale the bias.
         bias = None if self.bank.gains is None else getattr(module, "bias", None)
         ranges = self.siblings, self.offsets, self.sizes
         y = self._with_delta(x, y, scale, ranges, bias if isinstance(bias, Tensor) else None)
@@ -164,13 +162,12 @@ class SiteMark:
         ranges: Sequence[Sequence[int]],
         addend: Tensor | None = None,
     ) -> Tensor:
-        """y and the delta of the bank's columns that `ranges` (siblings, offsets, sizes) names.
-        `addend`, the module's bias, is what DoRA does not rescale."""
+        """y and the delta of the bank's columns `ranges`; DoRA does not rescale `addend`."""
         bank, slots = self.bank, self.runtime.slots
         # DoRA is refused where a handler says what y is.
         gains = bank.gains if self.handler is None else None
-        # As a plain tuple: a named one made here, while Dynamo traces, would have the graph depend
-        # on an object of this process, and such graphs cannot be saved.
+        # A plain tuple: a NamedTuple made while Dynamo traces would have the graph depend on an
+        # object of this process, and such graphs cannot be saved.
         own_rows = (bank.own, bank.own_at, bank.own_table, bank.own_bias)
         if self.stored and tracing():
             y = torch.ops.lorafx.rows_of(x, y)
@@ -218,8 +215,7 @@ class SiteMark:
         return result
 
     def _takes(self, x: Any, y: Any, start: int | None) -> bool:
-        """Whether y (…, n) has room for the delta's columns [start, start + n) for this x, or for
-        all of them where `start` is None."""
+        """Whether y (…, n) has room for columns [start, start + n) for x; None: for all of them."""
         if not isinstance(x, Tensor) or not isinstance(y, Tensor) or y.dim() == 0:
             return False
         if self.kind == "embedding":
@@ -231,14 +227,13 @@ class SiteMark:
             fits = x.dim() == y.dim() == dims and x.shape[:2] == (y.shape[0], channels)
             return fits and y.shape[1] == self.out_features
         columns = y.shape[-1]
-        # Whether they are equal: asked whether they differ, Dynamo binds the graph to these sizes.
+        # Compared for equality: asked whether they differ, Dynamo binds the graph to these sizes.
         fits = x.dim() > 0 and x.shape[-1] == self.in_features and x.shape[:-1] == y.shape[:-1]
         if start is None:
             return fits and columns == self.out_features
         return fits and 0 <= start <= self.out_features - columns
 
     def _columns(self, start: int, count: int) -> tuple[list[int], list[int], list[int]]:
-        """(siblings, offsets, sizes) in the bank of the site's columns [start, start + count)."""
         siblings, offsets, sizes = list[int](), list[int](), list[int]()
         first = 0
         for sibling, offset, size in zip(self.siblings, self.offsets, self.sizes, strict=True):
@@ -280,7 +275,6 @@ class SiteMark:
         output: Any,
         scale: Tensor | float | None,
     ) -> None:
-        """Refuse a forward to whose output the delta cannot be added; looked at once."""
         if self.checked or not (self.derived or isinstance(output, tuple)):
             return
         product = ModuleProduct(self.kind, self.weight_name, self.transposed, scale)
@@ -361,10 +355,6 @@ class RowMark:
         y ← rows_of(x, y)      in traces of calls with adapters; nothing elsewhere
 
     No ownership rule covers its kernel, but row m of y = x Wᵀ has the owner of row m of x.
-
-    Attributes:
-        out_features: N.
-        embedding: the module takes ids (…).
     """
 
     runtime: Runtime
@@ -374,7 +364,6 @@ class RowMark:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        """The output as the rows of the first argument, or None where it stays as it is."""
         if not self.runtime.active or not tracing() or not args:
             return None
         x = args[0]
@@ -386,19 +375,13 @@ class RowMark:
         return torch.ops.lorafx.rows_of(x, output)
 
 
-#: Hooks that are lorafx's.
+#: Classes of lorafx's hooks.
 MARKS = (SiteMark, RowMark)
 
 
 @dataclass(eq=False)
 class Attachment:
-    """What `attach` put on a model.
-
-    Attributes:
-        groups: siblings and their banks, in the order of their first sites.
-        marks: the mark of each site, by canonical path.
-        rollback: takes the marks away, and undoes what was done to the model before they came.
-    """
+    """What `attach` put on a model; `rollback` takes it away, and undoes what came before."""
 
     groups: tuple[Group, ...]
     runtime: Runtime
@@ -406,12 +389,11 @@ class Attachment:
     rollback: Rollback
 
     def detach(self) -> None:
-        """Take the marks away again; safe to call twice."""
+        """Take the marks away; safe to call twice."""
         self.rollback.run()
 
 
 def sessions_of_marks(graph: ModuleGraph) -> list[Any]:
-    """The sessions whose marks hang on the modules of a model."""
     found = {
         id(hook.runtime.session): hook.runtime.session
         for _, module in graph.modules()
@@ -422,8 +404,8 @@ def sessions_of_marks(graph: ModuleGraph) -> list[Any]:
 
 
 def detach(model: nn.Module) -> int:
-    """Take every mark off `model`, also those of a deep copy or pickle, but none of another model
-    that is served and shares modules with it. Returns how many were removed."""
+    """Take every mark off `model`, also those of a deep copy or pickle, but none of another served
+    model that shares modules with it. Returns how many were removed."""
     removed = 0
     for _, module in ModuleGraph(model).modules():
         for key, hook in list(module._forward_hooks.items()):

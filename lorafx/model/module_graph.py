@@ -4,12 +4,9 @@
     module ──name──▶ parameter or buffer ──▶ storage
 
 An instance that several attributes reach has several paths; a storage may lie behind several
-parameters (tied weights, packed weights). Only *registered* submodules make paths, as in
-`nn.Module.named_modules`.
-
-The canonical path of an instance is the first one in registration order, depth first, which is the
-name that `named_modules()` gives it. Other paths are aliases. Blocks that share blocks multiply
-their paths, so `paths` lists at most `MAX_PATHS` of them, while `at` knows all.
+parameters (tied weights, packed weights). The canonical path of an instance is the name that
+`named_modules()` gives it: the first in registration order, depth first. Other paths are aliases,
+of which `paths` lists at most `MAX_PATHS`, while `at` knows all.
 """
 
 from __future__ import annotations
@@ -29,7 +26,7 @@ MAX_PATHS = 64
 
 
 class Owner(NamedTuple):
-    """One attribute that holds a tensor: canonical module path, module, attribute name."""
+    """An attribute that holds a tensor: canonical module path, module, attribute name."""
 
     path: str
     module: nn.Module
@@ -37,11 +34,7 @@ class Owner(NamedTuple):
 
 
 def storage_key(tensor: Tensor) -> int:
-    """A number that two tensors share exactly when they share a storage, while both live.
-
-    `data_ptr` will not do: it is 0 on the meta device. Tensor subclasses without a storage of
-    their own (quantised or sharded wrappers) count as their own storage.
-    """
+    """A number that live tensors share exactly when they share a storage, on meta too."""
     try:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError, AttributeError, ValueError):
@@ -50,28 +43,23 @@ def storage_key(tensor: Tensor) -> int:
 
 @contextmanager
 def writing(tensor: Tensor) -> Iterator[None]:
-    """Inside the block `tensor` may be viewed and written in place, without gradients: tensors made
-    in inference mode in that mode alone, all others outside of it."""
+    """Permits in-place writes of `tensor` without gradients, in inference mode if it needs that."""
     with torch.inference_mode(tensor.is_inference()), torch.no_grad():
         yield
 
 
 def join(path: str, name: str) -> str:
-    """The dotted path of child `name` of the module at `path`."""
     return f"{path}.{name}" if path else name
 
 
 class ModuleGraph:
-    """Instances, parameters, buffers and storages of one model, as it was when this was made.
-
-    Storages alone are read anew, because packing re-points parameters to another storage.
-    """
+    """Instances, parameters and buffers of a model when this was made; storages are read anew."""
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
         self._modules: dict[str, nn.Module] = {}
         self._canonical: dict[int, str] = {}
-        #: What modules and tensors are held by, by `id`: the module that holds each, and the name.
+        #: The holders of modules and tensors by `id`: the module, and the name in it.
         self._holders: dict[int, list[tuple[nn.Module, str]]] = {id(root): []}
         self._contents: dict[int, dict[str, nn.Module | Tensor]] = {}
         self._tensors: dict[int, Tensor] = {}
@@ -90,7 +78,7 @@ class ModuleGraph:
                     self._tensors[id(value)] = value
             children = [(n, child) for n, child in contents.items() if isinstance(child, nn.Module)]
             pending += [(join(path, name), child) for name, child in reversed(children)]
-        #: Those that several paths lead to.
+        #: Modules and tensors that several paths lead to.
         self._shared = {id(below) for module in shared for below in module.modules()}
 
     @property
@@ -103,15 +91,12 @@ class ModuleGraph:
         return True
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """(canonical path, module) of every instance, in the order of `named_modules()`."""
         yield from self._modules.items()
 
     def has(self, module: nn.Module) -> bool:
-        """Whether the model holds this instance."""
         return id(module) in self._canonical
 
     def path(self, module: nn.Module) -> str:
-        """Canonical path of an instance. LorafxError when the model does not hold it."""
         try:
             return self._canonical[id(module)]
         except KeyError:
@@ -121,11 +106,7 @@ class ModuleGraph:
             ) from None
 
     def paths(self, module: nn.Module, limit: int = MAX_PATHS) -> tuple[str, ...]:
-        """Canonical path first, then aliases, at most `limit` in all.
-
-        Paths that pass one instance twice (cycles) are left out. LorafxError when the model does
-        not hold `module`.
-        """
+        """Canonical path first, then aliases, at most `limit`, without cycles."""
         found = dict.fromkeys([self.path(module)])
         if id(module) not in self._shared:
             return tuple(found)
@@ -177,15 +158,14 @@ class ModuleGraph:
         return seen
 
     def owners(self, tensor: Tensor) -> list[Owner]:
-        """The attributes that hold this very parameter or buffer; empty when none does."""
+        """The attributes that hold this very parameter or buffer."""
         return [
             Owner(self._canonical[id(module)], module, name)
             for module, name in self._holders.get(id(tensor), ())
         ]
 
     def alone(self) -> frozenset[int]:
-        """`id` of each parameter and buffer that one attribute holds and that shares its storage
-        with no other, nor with a plain tensor attribute of a module, now."""
+        """`id` of parameters and buffers that one attribute holds and whose storage is unshared."""
         used = Counter(storage_key(tensor) for tensor in self._tensors.values())
         for module in self._modules.values():
             used.update(storage_key(t) for t in vars(module).values() if isinstance(t, Tensor))
@@ -204,12 +184,11 @@ class ModuleGraph:
 
 
 def _contents(module: nn.Module) -> dict[str, nn.Module | Tensor]:
-    """The children, parameters and buffers of a module, by name."""
     held = (*module._modules.items(), *module._parameters.items(), *module._buffers.items())
     return {name: value for name, value in held if value is not None}
 
 
-#: What stands for an index in `shape_of` a path.
+#: Stands for an index in `shape_of` a path.
 INDEX = "*"
 
 

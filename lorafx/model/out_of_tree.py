@@ -1,9 +1,9 @@
-"""Classes that replace a registered one without inheriting from it.
+"""Classes that replace a registered class without inheriting from it.
 
     register_oot(QKVParallelLinear, MyQKV):   lookup(MyQKV(...)) = lookup(QKVParallelLinear(...)),
                                               with the sizes and the weight that MyQKV offers
 
-What an instance offers is looked for where it is selected: only then does it have all attributes.
+An instance is looked at where it is selected: only then does it have all attributes.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def register_oot(
     sharding: Sharding | Mapping[str, Sharding] | None = None,
 ) -> Eligible:
     """Match `by` and its subclasses wherever `replaced` would match; a later call for `by` replaces
-    this one.
+    this one. Returns the entry that instances of `by` have.
 
     Args:
-        replaced: a class that is registered, or inherits from one that is.
+        replaced: a class that is registered, or inherits from a registered class.
         by: the class that takes its place. Its forward computes the same product.
         input_size: attribute or function giving K; by default `input_size`, or what `replaced`
             calls it. For embeddings `num_embeddings`.
@@ -50,9 +50,6 @@ def register_oot(
             embeddings `embedding_dim`.
         weight: attribute that holds W; by default that of `replaced`.
         sharding: for tensor-parallel classes, as in `register`; sizes are then those of this rank.
-
-    Returns:
-        The entry that instances of `by` have.
 
     Raises:
         ConfigError: one of the two is not a module class, `replaced` is not registered, or `by` is
@@ -96,11 +93,7 @@ def register_oot(
 
 
 def unregister_oot(by: type[nn.Module]) -> None:
-    """Undo `register_oot(..., by)`.
-
-    Raises:
-        ConfigError: `by` replaces no class.
-    """
+    """Undo `register_oot(..., by)`. Raises ConfigError if `by` replaces no class."""
     if by not in OUT_OF_TREE:
         name = getattr(by, "__qualname__", repr(by))
         known = [cls.__qualname__ for cls in OUT_OF_TREE]

@@ -4,10 +4,10 @@
                               "in_proj_qkvz": {"in_proj_qkv": (0, 1, 2), "in_proj_z": 3}}
 
 Model authors declare it on the model or on any module above the layer, users by
-`LoraConfig(packed_modules=...)`. A list has one name an output slice, in order; a mapping says
-which slices each name covers. An adapter may name `q_proj` on a model that has `qkv_proj`, and
-`qkv_proj` on one that has its members. The declaration nearest above a module wins, and the
-configuration's wins over all.
+`LoraConfig(packed_modules=...)`. A list has one name an output slice, in order; a mapping gives the
+slices of each name. An adapter may name `q_proj` on a model that has `qkv_proj`, and `qkv_proj` on
+one that has its members. The declaration nearest above a module wins, and the configuration's wins
+over all.
 """
 
 from __future__ import annotations
@@ -40,12 +40,7 @@ Members = Mapping[str, tuple[PackedMember, ...]]
 
 
 def members_of(packed: PackedModules | None, where: str) -> dict[str, tuple[PackedMember, ...]]:
-    """A declaration, checked.
-
-    Raises:
-        ConfigError: it is no such mapping, names one member twice, or the slices of a member are
-            not consecutive or overlap another's.
-    """
+    """A checked declaration; ConfigError for another type, repeated names, overlapping slices."""
     if packed is None:
         return {}
     if not isinstance(packed, Mapping):
@@ -89,15 +84,11 @@ def _slices(value: object) -> tuple[int, ...] | None:
 
 
 def renamed(path: str, name: str) -> str:
-    """`path` with another last name."""
     return join(path.rpartition(".")[0], name)
 
 
 class PackedNames:
-    """The declarations that hold for each module of a model."""
-
     def __init__(self, graph: ModuleGraph, configured: PackedModules | None = None) -> None:
-        """Raises ConfigError for a malformed declaration."""
         self._configured = members_of(configured, "LoraConfig.packed_modules")
         self._declared: dict[str, Members] = {}
         for path, module in graph.modules():
@@ -113,19 +104,17 @@ class PackedNames:
         return bool(self._configured or self._declared)
 
     def members(self, path: str) -> tuple[PackedMember, ...]:
-        """The names that the module at canonical `path` stands for; none for most modules."""
         if not self.any:
             return ()
         parent, _, name = path.rpartition(".")
         found = self._for(parent).get(name, ())
-        # A member that is a module here is not packed here, whatever a mapping made for all
-        # models of a family says.
+        # A member that is a module of this model is not packed in it, whatever a mapping made for
+        # all models of a family says.
         is_here = any(self._graph.find(join(parent, member.name)) is not None for member in found)
         return () if is_here else found
 
     def memberships(self, path: str) -> tuple[Membership, ...]:
-        """The packed names that the module at canonical `path` is a member of and that are no
-        modules."""
+        """Packed names without a module that the module at `path` is a member of."""
         if not self.any:
             return ()
         parent, _, name = path.rpartition(".")
@@ -137,7 +126,6 @@ class PackedNames:
         )
 
     def named(self) -> Iterator[tuple[str, nn.Module]]:
-        """(path, module) for what packed names call modules beside their own paths."""
         for path, module in self._graph.modules():
             others = [member.name for member in self.members(path)]
             others += [packed.name for packed in self.memberships(path)]
@@ -153,7 +141,6 @@ class PackedNames:
         ]
 
     def _for(self, parent: str) -> Members:
-        """The declarations for children of `parent`: nearest above wins, the user's over all."""
         if parent not in self._above:
             declared = self._declared.get(parent, {})
             inherited = self._for(parent.rpartition(".")[0]) if parent else {}
@@ -170,18 +157,9 @@ def parts_of(
 ) -> tuple[tuple[Part, ...], tuple[str, ...]]:
     """The parts of a site, and the names that only an adapter's row counts can place.
 
-    Args:
-        where: what messages call the module.
-        members: the names that it stands for.
-        sizes: columns of its output slices; None where its class does not say.
-        in_features, total: K and N.
-
-    Returns:
-        One part a member where it is known which slices each covers; one a slice and the members'
-        names where there are fewer names than slices; else one part.
-
-    Raises:
-        ValueError: the declared names and the slices do not fit together.
+    One part a member where the slices of each are known; one a slice, and the members' names, where
+    there are fewer names than slices; else one part. `sizes`: columns of the output slices, None
+    where the class does not say. ValueError where names and slices do not fit together.
     """
     whole = (Part("", (0,) if sizes is None else tuple(range(len(sizes))), in_features, total),)
     if sizes is not None and (sum(sizes) != total or not all(size > 0 for size in sizes)):
@@ -222,18 +200,9 @@ def virtual_paths(paths: Iterable[str], name: str) -> tuple[str, ...]:
 
 
 def spans(sizes: Sequence[int], rows: Sequence[int | None]) -> list[set[tuple[int, int]]]:
-    """Which slices of a packed module each of several names covers, by row counts alone.
-
-    The names partition the slices in order: each has one or more that follow one another.
-
-    Args:
-        sizes: positive rows of each slice.
-        rows: rows of each name, None where they are not known.
-
-    Returns:
-        For each name what it may cover in some partition, (first slice, slice behind the last). All
-        are empty where no partition has these rows.
-    """
+    """Which slices of a packed module each of several names covers, by row counts alone: every
+    (first slice, slice behind the last) in some partition of `sizes` into `rows`, in order. `rows`
+    are None where unknown; without a partition all are empty."""
     ends = (0, *accumulate(sizes))
 
     def following(start: int, wanted: int | None) -> list[int]:

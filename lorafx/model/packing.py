@@ -3,8 +3,8 @@
     W = [W_0; W_1; ...]  (ΣN, K),   W_i.data = W[offset_i : offset_i + N_i]
 
 The parameters stay the same objects, with their names, shapes and values, and memory does not grow.
-What splits the views again (`model.to(...)`, `load_state_dict(assign=True)`) is noticed before a
-call, and the parameters are packed anew in the same memory, unless somebody keeps that:
+Where the views are split again (`model.to(...)`, `load_state_dict(assign=True)`), the next call
+packs the parameters anew in the same memory, unless another tensor keeps that:
 `p.data, ema[name] = ema[name], p.data`.
 """
 
@@ -28,11 +28,7 @@ from lorafx.torch_internals.subclasses import _storage_Use_Count, is_traceable_w
 
 @dataclass(eq=False)
 class PackedGroup:
-    """One group whose base weights are views of `weight` (ΣN, K), biases of `bias` (ΣN,).
-
-    Where only some siblings have a bias, the others' part of `bias` is zero. Both stay the same
-    objects, whatever memory they lie in.
-    """
+    """A group whose weights are views of `weight` (ΣN, K), biases of `bias` (ΣN,), or 0."""
 
     group: Group
     weight: Tensor
@@ -50,22 +46,19 @@ class PackedGroup:
         self._names = [name for _, name, *_ in self._places]
 
     def _parts(self) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
-        """Each parameter's dictionary and name, and where it is to lie."""
         return ((held, name, buffer[rows]) for held, name, buffer, rows in self._places)
 
     @property
     def addresses(self) -> list[int]:
-        """Where the parameters are to lie."""
         return [part.data_ptr() for _, _, part in self._parts()]
 
     @property
     def intact(self) -> bool:
-        """True while every sibling's parameter still is its view of the packed buffer."""
+        """Whether every sibling's parameter still is its view of the packed buffer."""
         return _at(self._holders, self._names, self.addresses)
 
     @property
     def fits(self) -> bool:
-        """Whether the parameters that are there now could lie in the buffers."""
         for parameters, name, part in self._parts():
             held = parameters.get(name)
             if held is None or is_traceable_wrapper_subclass(held):
@@ -75,8 +68,7 @@ class PackedGroup:
         return True
 
     def holds(self, site: Site) -> bool:
-        """Whether what `site` multiplies by and adds is in the buffers: since then its weight may
-        have been transposed in place, or it may have got a bias."""
+        """Whether `site`'s weight, maybe transposed since, and bias are in the buffers."""
         held = site.module._parameters
         packed = {name: part for parameters, name, part in self._parts() if parameters is held}
         return (held.get("bias") is None or "bias" in packed) and all(
@@ -84,8 +76,8 @@ class PackedGroup:
         )
 
     def fill(self) -> None:
-        """Copy the parameters into the buffers and point them there: into other memory, where
-        somebody holds what was taken out of a parameter, and may put it back later."""
+        """Copy the parameters into the buffers and point them there: into other memory where
+        another tensor uses the buffer's, since it may be put back later."""
         buffers = [tensor for tensor in (self.weight, self.bias) if tensor is not None]
         for tensor in [tensor for tensor in buffers if self._taken_out(tensor)]:
             with torch.inference_mode(tensor.is_inference()):
@@ -105,14 +97,14 @@ class PackedGroup:
 
 
 def _uses(tensor: Tensor) -> int:
-    """How many hold its memory, one more than that for being asked."""
+    """Reference count of its memory, the reference of this query included."""
     return _storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
 def _laid_out(tensor: Tensor | None) -> tuple[Any, ...] | None:
     if tensor is None:
         return None
-    # Of a dimension of one entry the stride says nothing.
+    # A dimension of one entry may have any stride.
     strides = [n for n, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
     return (tensor.shape, strides, tensor.data_ptr())
 
@@ -130,8 +122,8 @@ def _at(
 def pack_weights(
     graph: ModuleGraph, group: Group, alone: frozenset[int] | None = None
 ) -> PackedGroup | None:
-    """Make the group's base weights views of one buffer, or return None where they cannot be: fewer
-    than two siblings, or not `packable`. `alone` is `graph.alone()` where that is known."""
+    """Make the group's base weights views of one buffer, or return None: fewer than two siblings,
+    or not `packable`. `alone` is `graph.alone()` where that is known."""
     sites = group.sites
     if len(sites) < 2:
         return None
@@ -142,8 +134,7 @@ def pack_weights(
         return None
     has_bias = any(site.module._parameters.get("bias") is not None for site in sites)
     rows = sum(site.out_features for site in sites)
-    # Parameters from inference mode need a buffer from there: a mixture of the two could be
-    # neither viewed nor written.
+    # Parameters from inference mode need a buffer from there: a mixture could not be viewed.
     with torch.inference_mode(weights[0].is_inference()):
         buffer = weights[0].new_zeros((rows, sites[0].in_features))
         packed = PackedGroup(group, buffer, buffer.new_zeros(rows) if has_bias else None)
@@ -155,10 +146,7 @@ def pack_weights(
 
 
 class PackWatch:
-    """Notices before a call where the parameters of some packs are no views of them any more.
-
-    It compares the addresses of all at once: asking 64 packs one after another took 32 µs, this 13.
-    """
+    """Notices before a call that parameters left their packs: 13 µs for 64 packs, by address."""
 
     def __init__(self, packs: Sequence[PackedGroup]) -> None:
         self._packs = packs
@@ -174,18 +162,13 @@ class PackWatch:
         return _at(self._holders, self._names, self._addresses)
 
     def check(self) -> None:
-        """As `check_packed`, of these packs."""
         if not self.intact:
             check_packed(self._packs)
             self._look()
 
 
 def check_packed(packs: Iterable[PackedGroup]) -> None:
-    """Make the parameters views of the packed weights again, where they are not.
-
-    Raises:
-        CaptureError: the model was moved, cast or resized since it was marked.
-    """
+    """Make parameters views of the packs again; CaptureError where the model was moved or cast."""
     split = [packed for packed in packs if not packed.intact]
     misfit = repack(split) if split else None
     if misfit is not None:
@@ -197,9 +180,8 @@ def check_packed(packs: Iterable[PackedGroup]) -> None:
 
 
 def repack(packs: Sequence[PackedGroup]) -> PackedGroup | None:
-    """Pack the parameters anew, with the values that they have now. Returns the first group whose
-    buffers cannot hold them, since shape, dtype, device or format have changed; nothing is changed
-    then."""
+    """Pack the parameters' present values anew. Returns the first group whose buffers cannot hold
+    them; nothing is changed then."""
     misfit = next((packed for packed in packs if not packed.fits), None)
     if misfit is None:
         for packed in packs:
@@ -208,11 +190,8 @@ def repack(packs: Sequence[PackedGroup]) -> PackedGroup | None:
 
 
 def packable(sites: Sequence[Site], alone: frozenset[int]) -> bool:
-    """Whether the weights of sibling sites may lie in one buffer.
-
-    Each is a plain dense contiguous 2-D (out, in) parameter of its own storage, all of one dtype,
-    device and `requires_grad`; biases likewise, where there are any.
-    """
+    """Whether the weights of sibling sites may lie in one buffer: plain contiguous 2-D (out, in)
+    parameters, each with its own storage, alike in dtype, device, `requires_grad`; also biases."""
     weights = []
     for site in sites:
         if site.eligible.kind != "linear" or site.eligible.transposed:

@@ -5,8 +5,8 @@
     requantize(module, W) → e     the module computes with W' of its own format,
                                   e = max |W − W'| / max |W|
 
-What a class says by `lorafx.register(dequantize=..., requantize=...)` comes first, then the formats
-of lorafx.model.weight_formats.
+`lorafx.register(dequantize=..., requantize=...)` of a class comes first, then the formats of
+lorafx.model.weight_formats.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def dequantize(module: nn.Module, parameter: str | None = None) -> Tensor:
     """The base weight of `module` as dense numbers.
 
     Args:
-        module: a linear or embedding of any class, plain or quantised; nothing of it changes.
+        module: a linear or embedding of any class, plain or quantised.
         parameter: which weight, for a module that holds several (`"gate_up_proj"` of routed
             experts). None for the one that its class is registered with, or `weight`.
 
@@ -55,10 +55,10 @@ def dequantize(module: nn.Module, parameter: str | None = None) -> Tensor:
 
 @torch.no_grad()
 def requantize(module: nn.Module, weight: Tensor, parameter: str | None = None) -> float:
-    """Store `weight` in the format of the module's own, in place; the inverse of `dequantize`.
+    """Store `weight` in the module's format, in place; the inverse of `dequantize`.
 
-    Objects, addresses, sizes and dtypes stay as they were, so compiled graphs see the new weight.
-    Make a `Stored` first to be able to restore exactly what was there.
+    Objects, addresses, sizes and dtypes stay, so compiled graphs see the new weight. Make a
+    `Stored` first to be able to restore exactly what was there.
 
     Args:
         weight: W, as `dequantize(module, parameter)` gives it, in any floating dtype.
@@ -90,11 +90,7 @@ def requantize(module: nn.Module, weight: Tensor, parameter: str | None = None) 
 
 
 class Stored:
-    """The stored form of a module's weight: copies of all its tensors.
-
-    Raises:
-        ConfigError: the weight is in no known format.
-    """
+    """Copies of all tensors of a module's weight; ConfigError where its format is unknown."""
 
     def __init__(self, module: nn.Module, parameter: str | None = None) -> None:
         place = _Weight.of(module, parameter)
@@ -103,14 +99,13 @@ class Stored:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the very same numbers back, bit by bit, in place."""
+        """Put the same numbers back, bit by bit, in place."""
         self._put_back()
 
 
 @dataclass(frozen=True)
 class _Weight:
-    """A weight, how its module stores it, and what its class says; no entry where the weight is
-    asked for by the parameter's name."""
+    """A weight, its format, and its class's entry; None where the parameter was named."""
 
     module: nn.Module
     name: str
@@ -138,7 +133,6 @@ class _Weight:
 
     @property
     def _turned(self) -> bool:
-        """Whether the format gives and takes Wᵀ."""
         entry = self.entry
         return entry is not None and entry.transposed and not isinstance(self.format, Declared)
 
@@ -166,7 +160,6 @@ class _Weight:
         self.format.store(self.module, self.name, weight.T if self._turned else weight)
 
     def _shape(self) -> tuple[int, int] | None:
-        """The sizes that W must have, where its class says them."""
         if self.entry is None or self.entry.kind == "experts":
             return None
         if self.entry.kind == "conv":
@@ -178,24 +171,19 @@ class _Weight:
 
 
 def is_stored(module: nn.Module, entry: Eligible) -> bool:
-    """Whether the module holds its weight in a format, in place of W's own numbers.
-
-    True too where no attribute of the weight's name holds a tensor: it is packed under others.
-    """
+    """Whether the module holds its weight in a format, or under other names than the weight's."""
     if entry.dequantize is not None or not Plain().holds(module, entry.weight):
         return True
     return any(item.holds(module, entry.weight) for item in LIBRARIES)
 
 
 def readable(module: nn.Module, entry: Eligible) -> bool:
-    """Whether `dequantize` knows how to read the module's weight, without doing it."""
     return entry.dequantize is not None or format_of(module, entry.weight) is not None
 
 
 @dataclass(frozen=True)
 class QuantisedModules:
-    """The modules of registered classes that hold their weight in a format, and whose calls compute
-    y = x Wᵀ or W[ids], as they were when `of` was called; with their entries."""
+    """Modules of registered classes, with entries, that compute y = x Wᵀ with a stored W."""
 
     found: tuple[tuple[nn.Module, Eligible], ...]
 
@@ -213,7 +201,7 @@ class QuantisedModules:
         )
 
     def settle(self) -> None:
-        """Have libraries do now what they would otherwise do in a module's first call."""
+        """Let libraries do now what they would otherwise do in a module's first call."""
         for item, module, name in self._of_libraries:
             item.settle(module, name)
 
@@ -224,7 +212,7 @@ class QuantisedModules:
 
     @cached_property
     def sizes_by_data(self) -> bool:
-        """Whether some kernel returns tensors whose sizes depend on what is in others."""
+        """Whether some kernel returns tensors whose sizes depend on other tensors' contents."""
         return any(item.sizes_by_data(module) for item, module, _ in self._of_libraries)
 
     @cached_property

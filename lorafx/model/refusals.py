@@ -14,10 +14,10 @@ from lorafx.model.weight_formats import is_wrapped
 from lorafx.registry import Eligible
 from lorafx.torch_internals.modules import _ConvTransposeNd, _NormBase
 
-#: How to go without a module.
+#: The way out for a module.
 LEAVE = "leave it out of target_modules, or name it in exclude_modules"
 
-# Of torch's own classes; the first that the module is an instance of counts.
+# Torch's own classes; the first that the module is an instance of counts.
 _UNSUPPORTED: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((_ConvTransposeNd,), "transposed convolutions carry no LoRA, here or in PEFT"),
     ((nn.EmbeddingBag,), "embedding bags, which sum rows of their weight, carry no LoRA"),
@@ -36,8 +36,7 @@ def unsupported(module: nn.Module) -> str | None:
 
 
 def impossible(module: nn.Module, entry: Eligible | None) -> str | None:
-    """Why this module cannot carry LoRA and what to do about it, or None when it can. `entry` is
-    the registry's for it."""
+    """Why this module, with its registry `entry`, cannot carry LoRA and the way out, or None."""
     if entry is None:
         return _unregistered(module)
     ranks = getattr(module, "tp_size", 1)
@@ -90,8 +89,7 @@ def _unregistered(module: nn.Module) -> str:
 
 
 def _out_of_reach(module: nn.Module, weight: Tensor, entry: Eligible) -> str | None:
-    """Why the delta has no place between this rank's product and what the ranks make of it.
-    Elsewhere the weight's use is found in the graph, which a stored format hides."""
+    """Why the delta has no place between this rank's product and the ranks' reduction."""
     if entry.sharding is None or entry.handler is not None or not is_stored(module, entry):
         return None
     if entry.sharding.product(module) is module or not has_own_forward(module, entry):

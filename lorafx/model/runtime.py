@@ -20,12 +20,11 @@ from torch import Tensor
 
 from lorafx.errors import BatchError
 
-# The slots of every live Runtime. What Dynamo reaches through a module, a hook's attributes
-# included, has fixed shapes to it; what it reaches through a global may vary. Keys are strings,
-# which it never makes symbolic.
+# The slots of every live Runtime. Dynamo gives fixed shapes to what it reaches through a module,
+# hooks included; shapes may vary behind a global. Keys are strings, which are never symbolic.
 _SLOTS: dict[str, Tensor] = {}
-# Keys of runtimes that are gone. Garbage may be collected while Dynamo iterates over `_SLOTS`,
-# which must not change then: they are taken out when the next runtime is made.
+# Keys of dead runtimes, taken out when the next runtime is made: garbage may be collected while
+# Dynamo iterates over `_SLOTS`, which must not change then.
 _GONE: deque[str] = deque()
 _KEYS = itertools.count()
 _SMALLEST_BUFFER = 64
@@ -37,8 +36,6 @@ def holds_slots(value: object) -> bool:
 
 
 class RefusesAtRest(Protocol):
-    """What marks ask outside of a session's calls (lorafx.session.resting)."""
-
     def refuse(self, path: str, layer: str) -> None:
         """Raise MatchError where an adapter that is wanted changes the layer."""
 
@@ -56,8 +53,8 @@ class Runtime:
         capacity: slots there are; requests name 0 to capacity − 1, or −1.
         rows: the slots as host ints.
         active: some request uses an adapter. False makes every mark a no-op, so that a graph
-            captured then is the base model's own. None does so outside of calls while an adapter
-            is the default: a foreign trace is refused then where the adapter changes the layer.
+            captured then is the base model's. None does so outside of calls while an adapter is the
+            default: a foreign trace is refused then where the adapter changes the layer.
         uniform: all requests use the same slot, the only kind of batch that is right before the
             rows' owners are proved.
         graph_passes: graphs of this model go through lorafx's own passes. A mark that cannot add
@@ -101,15 +98,8 @@ class Runtime:
             self._graph_slots = before
 
     def set_rows(self, slots: Sequence[int] | Tensor) -> None:
-        """Serve requests with these slots from the next forward on.
-
-        Args:
-            slots: one int a request, in [−1, capacity); or int32 (n,) on the host.
-
-        Raises:
-            BatchError: no request, or a slot out of range; or they differ from those of the last
-                forward while a CUDA graph is captured. Nothing has changed then.
-        """
+        """Serve requests with these slots, in [−1, capacity), from the next forward on. BatchError
+        for no request, a slot out of range, or other slots while a CUDA graph is captured."""
         rows = tuple(slots.tolist() if isinstance(slots, Tensor) else slots)
         if not rows:
             raise BatchError("a batch needs at least one request, got an empty list of slots")
@@ -134,7 +124,6 @@ class Runtime:
         self.active, self.uniform = high >= 0, low == high
 
     def clear(self) -> None:
-        """Serve the base model alone."""
         self.set_rows([-1])
 
     def _register(self) -> None:
@@ -147,8 +136,8 @@ class Runtime:
 
     def _write(self, rows: Sequence[int], given: Tensor | None = None) -> None:
         n = len(rows)
-        # Inference tensors may not be written outside inference mode, and Dynamo tells them
-        # apart: the buffer is made the same way whatever mode the caller is in.
+        # Inference tensors may not be written outside inference mode, and Dynamo tells them apart:
+        # the buffer is made the same way whatever mode the caller is in.
         with torch.inference_mode(False):
             if n > self._buffer.numel():
                 size = max(_SMALLEST_BUFFER, 2 * n)
@@ -174,15 +163,13 @@ class Runtime:
         self._write(self.rows)
 
 
-#: What `clear` leaves.
+#: The fields after `clear`.
 _AT_REST = {"rows": (-1,), "active": False, "uniform": True}
 
 
 def _copy(host: Tensor, slots: Tensor) -> None:
-    """Have `slots` be what `host` is, once the device has done what was launched before."""
     if slots.device.type == "cuda":
-        # From memory that is not pinned the host would wait until then. torch keeps pinned memory
-        # until a copy from it is done.
+        # From unpinned memory the host would wait. torch keeps pinned memory until it is copied.
         slots.copy_(host.pin_memory(), non_blocking=True)
     else:
         slots.copy_(host)

@@ -4,7 +4,7 @@
     base_model.model.model.layers.0.self_attn.q_proj     PEFT's prefix
     _orig_mod.model.…, module.model.…                    wrappers of torch.compile, DDP, FSDP, PEFT
     layers.0.self_attn.q_proj                            of the model that one with a head holds
-    model.layers.0.block_sparse_moe.gate                 what is called …mlp.gate since
+    model.layers.0.block_sparse_moe.gate                 renamed to …mlp.gate since
 
 Wrappers' names are left out wherever a module has no child of that name, but for those at the end:
 factors of `q_proj.base_layer` are not those of `q_proj`.
@@ -50,8 +50,6 @@ class Walked(NamedTuple):
 
 
 class SavedNames:
-    """Reads the names of modules and of tensors in one model."""
-
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._has_prefix = PREFIX.partition(".")[0] in self._model._modules
@@ -60,7 +58,7 @@ class SavedNames:
 
     def readings(self, name: str) -> Iterator[str]:
         """What `name` may be without prefixes, likeliest first."""
-        # Nobody but PEFT begins so, unless the model has such a child itself.
+        # Only PEFT's names begin so, unless the model has such a child itself.
         prefixed = name.startswith(PREFIX) and not self._has_prefix
         found = dict.fromkeys([] if prefixed else [name])
         plain = _without_wrappers(name)
@@ -76,7 +74,6 @@ class SavedNames:
         return iter(found)
 
     def renamed(self, name: str) -> str:
-        """What the tensor `name` is called since."""
         for renaming in self._renamings:
             name = renaming.rename_source_key(name)[0]
         return name
@@ -101,8 +98,7 @@ class SavedNames:
 
     @cached_property
     def transforms(self) -> list[Any]:
-        """What transformers' loader does to checkpoints of the model: renamings and conversions, in
-        order; none without transformers 5, or for other models."""
+        """transformers' renamings and conversions for checkpoints of the model, in order."""
         transformers = sys.modules.get("transformers")
         if transformers is None:
             return []
@@ -131,7 +127,6 @@ def without_compiled(path: str) -> str:
 
 
 def _without_wrappers(name: str) -> str:
-    """`name` without the names of wrappers, those at its end excepted."""
     parts = name.split(".")
     end = len(parts)
     while end and parts[end - 1] in WRAPPERS:

@@ -24,15 +24,8 @@ from lorafx.registry import Eligible
 
 @dataclass(frozen=True)
 class Part:
-    """A range of a site's output columns that has low-rank factors of its own.
-
-    Attributes:
-        name: last name that an adapter may give it ("q_proj"); "" where the module's own name is
-            the only one.
-        slices: indices of the output slices that it covers, consecutive.
-        in_features, out_features: K, and its columns.
-        selected: whether adapters may have factors here.
-    """
+    """Output slices of a site with separate factors; an adapter may give `name` as the last name
+    ("" for the module's own), and factors if it is `selected`."""
 
     name: str
     slices: tuple[int, ...]
@@ -43,8 +36,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Membership:
-    """A site as one of the projections that others pack under `name`: `v_proj` is number 2 of the 3
-    of `qkv_proj`."""
+    """A site that others pack under `name`: `v_proj` is number 2 of the 3 of `qkv_proj`."""
 
     name: str
     index: int
@@ -57,19 +49,17 @@ class Site:
 
     Attributes:
         path: canonical dotted path from the root ("" for the root itself).
-        aliases: the other paths that reach the same instance.
         module: the instance; never replaced or changed.
         eligible: the registry entry that matched, nearest along the MRO.
         in_features, out_features: K and N of the delta; for embeddings K is the vocabulary.
         dtype, device: of the base weight (the compute dtype where the weight is not floating).
         parts: what its output columns consist of, in order.
         member_of: the packed names that this module is a part of elsewhere.
-        expert_weight: for a parameter of routed experts, what is known of it; the path is the
-            parameter's then. None for all others.
-        loose_names: names of a packed module of which it is not declared what slices each
-            covers; the rows of an adapter's B say it.
+        expert_weight: for a parameter of routed experts, whose path is the parameter's then.
+        loose_names: names of a packed module whose slices are not declared; the rows of an
+            adapter's B determine them.
         closed_names: those of `loose_names` that adapters may not have factors for.
-        own_rows: how many rows of the weight an adapter may have of its own.
+        own_rows: how many rows of the weight an adapter may replace.
     """
 
     path: str
@@ -89,7 +79,6 @@ class Site:
 
     @property
     def weight_rows(self) -> int:
-        """Rows of the weight as (N, K), or (V, N) of an embedding."""
         return self.in_features if self.eligible.kind == "embedding" else self.out_features
 
     @property
@@ -99,8 +88,7 @@ class Site:
 
     @property
     def terms(self) -> int:
-        """How many low-rank terms a part may have to hold: gate's and up's, where their columns are
-        interleaved and so cannot be parts of their own."""
+        """Low-rank terms that a part may hold: two for interleaved gate and up."""
         weight = self.expert_weight
         return 2 if weight is not None and weight.halves == "interleaved" else 1
 
@@ -118,7 +106,7 @@ class Site:
         return (self.path, *self.aliases)
 
     def part_path(self, index: int) -> str:
-        """What messages and adapters call part `index`: the path that it would have unpacked."""
+        """The path of part `index` in messages and adapters: that of the unpacked module."""
         if len(self.parts) == 1:
             return self.path
         name = self.parts[index].name
@@ -145,7 +133,6 @@ def has_own_forward(module: nn.Module, entry: Eligible) -> bool:
 
 
 def own_ranges(site: Site) -> Ranges:
-    """Of the site's parts in a bank of its own."""
     sizes = tuple(part.out_features for part in site.parts)
     return Ranges(tuple(range(len(sizes))), (0, *accumulate(sizes[:-1])), sizes)
 
@@ -155,7 +142,7 @@ def parent_of(siblings: Sequence[Site]) -> str:
 
 
 def members_of(siblings: Sequence[Site]) -> tuple[str, ...]:
-    """What sibling sites are called in the module that holds them; the model itself "(root)"."""
+    """Names of sibling sites in the module that holds them; the model itself is "(root)"."""
     return tuple(site.path.rpartition(".")[2] or "(root)" for site in siblings)
 
 
@@ -188,12 +175,10 @@ class Group:
         )
 
     def ranges(self, index: int) -> Ranges:
-        """Of the parts of site `index` in the bank."""
         siblings, offsets, sizes = own_ranges(self.sites[index])
         first, start = self.firsts[index], self.offsets[index]
         return Ranges(tuple(first + i for i in siblings), tuple(start + o for o in offsets), sizes)
 
 
 def room_of(groups: Iterable[Group]) -> tuple[str, ...]:
-    """What any of their banks has room for beside factors, as reports say it."""
     return tuple(dict.fromkeys(name for group in groups for name in group.bank.room))

@@ -5,8 +5,8 @@
     list          path == entry, or path ends with "." + entry
 
 A module with several paths is named when one of them is. Patterns in adapters are not trusted, and
-`re` backtracks: `(a|a)*b` on a path of thirty letters takes minutes. The `regex` package means the
-same by a pattern, and stops when its time is up.
+`re` backtracks for minutes over `(a|a)*b` on thirty letters; the `regex` package gives a pattern
+the same meaning, and stops when its time is up.
 """
 
 from __future__ import annotations
@@ -33,12 +33,11 @@ class Entries(tuple[str, ...]):
 
 
 class SavedTargets(Entries):
-    """Modules that a checkpoint names. Where an entry is the path of a module it names that one
-    alone: a head called `output` does not stand for every `attention.output`."""
+    """Modules of a checkpoint; the path of a module names that module alone, no suffixes."""
 
 
 class AdapterNames(SavedTargets):
-    """What the given adapters name, where the user names no modules."""
+    """The modules of the given adapters, where the user names none."""
 
 
 def is_all_linear(spec: str | Sequence[str] | None) -> bool:
@@ -46,11 +45,7 @@ def is_all_linear(spec: str | Sequence[str] | None) -> bool:
 
 
 def checked(spec: str | Collection[str] | None, field: str) -> str | tuple[str, ...] | None:
-    """`spec` as a str, a tuple of str or None.
-
-    Raises:
-        ConfigError: another type, or a str that is no regular expression, or too large a one.
-    """
+    """`spec` as a str, a tuple of str or None; ConfigError for other types and bad patterns."""
     if spec is None:
         return None
     if isinstance(spec, str):
@@ -85,7 +80,7 @@ def names(spec: str | Sequence[str], paths: Iterable[str]) -> bool:
 
 
 def output_embedding(model: nn.Module) -> nn.Module | None:
-    """The module that maps to the vocabulary, for models that say which one it is."""
+    """The module that maps to the vocabulary, for models that declare it."""
     ask = getattr(model, "get_output_embeddings", None)
     if not callable(ask):
         return None
@@ -96,7 +91,6 @@ def output_embedding(model: nn.Module) -> nn.Module | None:
 
 
 def nearest_targets(entry: str, paths: Iterable[str]) -> str:
-    """A sentence fragment with the names closest to `entry` among the eligible modules."""
     if "." in entry:
         return nearest(entry, paths)
     return nearest(entry, dict.fromkeys(path.rpartition(".")[2] for path in paths))
@@ -104,27 +98,18 @@ def nearest_targets(entry: str, paths: Iterable[str]) -> str:
 
 #: Longest pattern: parsing takes time quadratic in the length of a prefix that alternatives share.
 LONGEST = 1 << 15
-#: Seconds of one match. Those that people write take microseconds.
+#: Seconds of one match. Patterns that people write take microseconds.
 SECONDS = 0.1
 #: Largest product of a pattern's repeat counts: `regex` writes counted repeats out.
 MOST_REPEATS = 1 << 16
 
 
 class PatternError(ConfigError):
-    """A str that is no regular expression, whose message begins with the verb, or one whose
-    matching takes too long."""
+    """A str that is no regular expression (the message begins with the verb), or takes too long."""
 
 
 class Pattern:
-    """A regular expression over paths.
-
-    Attributes:
-        text: as it was given.
-        tail: what every path that it matches whole ends with, as far as that is known.
-
-    Raises:
-        PatternError: it is none, or is too large.
-    """
+    """A regular expression over paths, or a PatternError; `tail` ends all paths that match."""
 
     def __init__(self, text: str, tail: str = "") -> None:
         if len(text) > LONGEST:
@@ -151,8 +136,7 @@ class Pattern:
         self.tail = tail
 
     def fullmatches(self, path: str) -> bool:
-        """`re.fullmatch(text, path)` is not None; PatternError where that takes longer than
-        SECONDS."""
+        """Whether `re.fullmatch(text, path)` matches; PatternError after SECONDS."""
         try:
             return self._compiled.fullmatch(path, timeout=SECONDS) is not None
         except TimeoutError:

@@ -1,4 +1,4 @@
-"""A model that is left in training mode, whose dropout changes every answer."""
+"""A warning for a model in training mode, whose dropout changes every answer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from lorafx.errors import LorafxWarning
 
 
 def warn_training(model: nn.Module, stacklevel: int) -> None:
-    """Warn the caller `stacklevel` frames up that the model is in training mode."""
     warnings.warn(
         f"{type(model).__name__} is in training mode, so its dropout is active; call eval() for "
         "inference",

@@ -6,7 +6,7 @@
     bitsandbytes       Int8Params (W ≈ CB · SCB / 127), Params4bit (blocks of a code times absmax)
     fine-grained fp8   transformers' FP8Linear, FP8Experts: W = Q · s of its block, and one scale
 
-Each format is found by the class of what holds W. Nothing of a library is imported here.
+A format is found by the class of what holds W; no library is imported here.
 """
 
 from __future__ import annotations
@@ -27,34 +27,31 @@ from lorafx.registry import Eligible
 from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
 
 
-class CannotStore(Exception):
-    """A format that cannot be written, with the reason."""
+class CannotStore(Exception): ...
 
 
 class Format(ABC):
     """One way to store a weight. `name` is the attribute of the module that holds it."""
 
     @abstractmethod
-    def holds(self, module: nn.Module, name: str) -> bool:
-        """Whether the module stores that weight so."""
+    def holds(self, module: nn.Module, name: str) -> bool: ...
 
     @abstractmethod
     def dequantize(self, module: nn.Module, name: str) -> Tensor:
         """W as numbers, laid out as the module stores it."""
 
     @abstractmethod
-    def tensors(self, module: nn.Module, name: str) -> list[Tensor]:
-        """The plain tensors that W is stored in."""
+    def tensors(self, module: nn.Module, name: str) -> list[Tensor]: ...
 
     def settle(self, module: nn.Module, name: str) -> None:  # noqa: B027  most do nothing
-        """Do now what the module's next call would do to what it holds: no graph can hold it."""
+        """Do now what the module's next call would do to its tensors: no graph can hold it."""
 
     def is_restless(self, module: nn.Module, name: str) -> bool:
         """Whether something else than calls undoes `settle`."""
         return False
 
     def sizes_by_data(self, module: nn.Module) -> bool:
-        """Whether its kernels return tensors whose sizes depend on what is in others."""
+        """Whether its kernels return tensors whose sizes depend on other tensors' contents."""
         return False
 
     def store(self, module: nn.Module, name: str, weight: Tensor) -> None:
@@ -62,14 +59,14 @@ class Format(ABC):
         raise CannotStore(f"lorafx can read {type(self).__name__}, but not write it")
 
     def keep(self, module: nn.Module, name: str) -> Callable[[], None]:
-        """A function that puts back what is stored now, bit by bit."""
+        """A function that restores what is stored now, bit by bit."""
         kept = [tensor.detach().clone() for tensor in self.tensors(module, name)]
         return lambda: _write(self.tensors(module, name), kept)
 
 
 @dataclass(frozen=True)
 class Declared(Format):
-    """What a class says of itself by `lorafx.register(dequantize=...)`."""
+    """A format declared by `lorafx.register(dequantize=...)`."""
 
     entry: Eligible
 
@@ -146,7 +143,7 @@ class Bitsandbytes8(Format):
 
 
 class Bitsandbytes4(Format):
-    """Linear4bit: two numbers a byte, `quant_state` says the code, the scales and the shape."""
+    """Linear4bit: two numbers a byte; `quant_state` has the code, the scales and the shape."""
 
     def holds(self, module: nn.Module, name: str) -> bool:
         weight: Any = getattr(module, name, None)
@@ -177,8 +174,7 @@ class Bitsandbytes4(Format):
         return getattr(module, name).quant_state or module.quant_state
 
     def _unpacked(self, data: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """Data and state in the general layout. On CPUs with bfloat16 products the first forward
-        repacks both, with scales in bfloat16 and transposed, not nested any more."""
+        """Data and state in the general layout, which the first forward repacks on some CPUs."""
         if not getattr(state, "packing_format_for_cpu", False):
             return data, state
         functional: Any = sys.modules["bitsandbytes.functional"]
@@ -302,7 +298,7 @@ class Plain(Format):
         getattr(module, name).data.copy_(weight)
 
 
-#: Whose weights are no numbers of W, whatever dtype they are stored in.
+#: Formats whose tensors are no numbers of W, whatever their dtype.
 LIBRARIES: tuple[Format, ...] = (
     Bitsandbytes4(),
     Bitsandbytes8(),
@@ -314,28 +310,27 @@ FORMATS: tuple[Format, ...] = (*LIBRARIES, QuantMethod(), Plain())
 
 
 def is_wrapped(weight: Any) -> bool:
-    """Whether a tensor is a subclass that has no numbers of its own but those of other tensors."""
+    """Whether a tensor is a subclass that has only the numbers of other tensors."""
     return isinstance(weight, Tensor) and is_traceable_wrapper_subclass(weight)
 
 
 def format_of(module: nn.Module, name: str) -> Format | None:
-    """How the module stores that weight, None where no format knows."""
+    """The format of that weight, None where it is unknown."""
     return next((item for item in FORMATS if item.holds(module, name)), None)
 
 
 def own_tensors(module: nn.Module) -> list[Tensor]:
-    """All that a module without children may store its weight in."""
+    """All tensors that a module without children may store its weight in."""
     return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
 
 
 def _is(value: Any, module: str, name: str) -> bool:
-    """Whether `value` is an instance of a class of a library, if that has been imported at all."""
+    """Whether `value` is an instance of a library's class, without importing the library."""
     cls = getattr(sys.modules.get(module), name, None)
     return isinstance(cls, type) and isinstance(value, cls)
 
 
 def _inner(tensor: Tensor) -> Iterator[Tensor]:
-    """The plain tensors that a wrapper holds, wrappers inside of it opened too."""
     if not is_wrapped(tensor):
         yield tensor
         return

@@ -1,7 +1,4 @@
-"""The differences between the versions of torch that lorafx runs on, in one place.
-
-Settings of Dynamo, of AOTAutograd and of symbolic shapes are changed only here too.
-"""
+"""Differences between the supported versions of torch, and all changes of its settings."""
 
 from __future__ import annotations
 
@@ -42,17 +39,14 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def untraced(function: _F) -> _F:
-    """`function`, which code that users compile calls as it is: Dynamo breaks its graph there, and
-    what the function compiles itself is compiled. It costs 0.4 µs a call."""
+    """`function` behind a break of Dynamo's graph; what it compiles is compiled. 0.4 µs a call."""
     reason = "lorafx compiled this model by itself"
     made: _F = disable(function, reason=reason)
     return made
 
 
 def entry_arguments(recompile_limit: int) -> dict[str, Any]:
-    """Arguments of `torch._dynamo.optimize` that give a function a cache and a limit for itself:
-    models whose forwards share a code object (transformers' decorators) would use up one common
-    limit."""
+    """Arguments of `torch._dynamo.optimize` for a cache and a limit of the function's own."""
     found: dict[str, Any] = {}
     if "isolate_recompiles" in _COMPILE_ARGUMENTS:
         found["isolate_recompiles"] = True
@@ -88,11 +82,9 @@ def capture_settings(
 ) -> Iterator[None]:
     """The settings of `_CAPTURE`, and the recompile limit where `torch.compile` takes none.
 
-    `sizes_by_data`: operators whose results' sizes depend on data are captured too, where Dynamo
-    would break the graph. Not for every model: what follows such a size in Python often cannot be.
-    `symbolic`: sizes of arguments are symbols. To keep and find the fake results of equal calls
-    costs more then than to call the operators: a capture of 2 or 8 layers of Llama takes 12 to 20 %
-    less CPU time without that cache.
+    `sizes_by_data`: capture operators whose results' sizes depend on data; Python often cannot
+    follow. `symbolic`: sizes of arguments are symbols, and fake results are not cached: 12 to 20 %
+    less CPU time for 2 or 8 layers of Llama.
     """
     wanted = _CAPTURE
     if "recompile_limit" not in _COMPILE_ARGUMENTS:
@@ -101,7 +93,7 @@ def capture_settings(
         wanted = (*wanted, (dynamo_config, "capture_dynamic_output_shape_ops", True))
     if symbolic:
         wanted = (*wanted, (dynamo_config, "fake_tensor_cache_enabled", False))
-    # What is right already is not written: a block of `lorafx.adapters` does this at every call.
+    # Right settings are not written: a block of `lorafx.adapters` does this at every call.
     changed = [item for item in wanted if getattr(item[0], item[1]) != item[2]]
     before = [(config, name, getattr(config, name)) for config, name, _ in changed]
     try:
@@ -122,7 +114,6 @@ def is_recompile_limit(error: BaseException) -> bool:
 
 
 def mode_settings(mode: str | None) -> dict[str, Any]:
-    """Inductor's settings that a `mode` of torch.compile stands for."""
     if mode is None or mode == "default":
         return {}
     from torch._inductor import list_mode_options
@@ -131,14 +122,13 @@ def mode_settings(mode: str | None) -> dict[str, Any]:
 
 
 def recorded_outputs() -> object | None:
-    """Where transformers notes what the outputs of each class of models can record, as soon as a
-    model of it is made; None where it is not imported."""
+    """transformers' table of outputs that classes of models record; None if not imported."""
     module = sys.modules.get("transformers.utils.output_capturing")
     return getattr(module, "_CAN_RECORD_REGISTRY", None)
 
 
 def add_function_guard(manager: Any, function: Callable[[Any], bool]) -> None:
-    """Have a manager of Dynamo's guards ask `function`, which is given what is guarded."""
+    """Add `function`, which is given the guarded object, to a manager of Dynamo's guards."""
     said = [f"{function.__module__}.{function.__qualname__}"]
     try:
         manager.add_lambda_guard(function, said, None)
@@ -147,9 +137,7 @@ def add_function_guard(manager: Any, function: Callable[[Any], bool]) -> None:
 
 
 def mark_fixed_shape(tensor: Tensor, dims: Sequence[int] | None = None) -> None:
-    """Have Dynamo take the sizes of `tensor`, or those of `dims`, as constants in captures with
-    `dynamic=True`. It does so by itself for what hangs on a module of torch.nn, but not of
-    transformers."""
+    """Make sizes of `tensor`, or `dims`, constants, as Dynamo does for torch.nn's modules alone."""
     fixed = range(tensor.dim()) if dims is None else dims
     if is_traceable_wrapper_subclass(tensor):
         mark_static(tensor, list(fixed))
@@ -161,7 +149,7 @@ def mark_fixed_shape(tensor: Tensor, dims: Sequence[int] | None = None) -> None:
 
 
 def size_hint(size: int | torch.SymInt) -> int | None:
-    """The number that a size had when the graph was captured; None where it depends on data."""
+    """A size when the graph was captured; None where it depends on data."""
     if isinstance(size, int):
         return size
     node: Any = size.node
@@ -169,7 +157,7 @@ def size_hint(size: int | torch.SymInt) -> int | None:
 
 
 _MHA_LOCK = threading.Lock()
-#: The blocks of `no_mha_fast_path` that are running, in any thread, and what was "before" them.
+#: The running blocks of `no_mha_fast_path`, of any thread, and what was "before" them.
 _MHA_BLOCKS: dict[object, bool] = {}
 
 
@@ -193,8 +181,7 @@ def no_mha_fast_path() -> Iterator[None]:
 
 
 def transform() -> str | None:
-    """What has put something else in the place of tensors, so that their numbers cannot be read or
-    written; None where nothing has. 0.2 µs."""
+    """The transform that replaces tensors by others without readable numbers, or None. 0.2 µs."""
     if _C._functorch.peek_interpreter_stack() is not None:
         return "torch.func (vmap, grad, functionalize)"
     if _C._get_tracing_state() is not None:
@@ -209,9 +196,7 @@ def transform() -> str | None:
 
 
 def tracing() -> bool:
-    """Whether this very thread traces what runs: for Dynamo, or inside of a `transform`. The rest
-    of torch.compiler.is_compiling() is the process's: it says so too while other threads compile.
-    """
+    """Whether this thread traces; torch.compiler.is_compiling() also looks at other threads."""
     return torch.compiler.is_dynamo_compiling() or (
         torch.compiler.is_compiling() and transform() is not None
     )

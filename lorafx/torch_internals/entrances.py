@@ -1,7 +1,7 @@
-"""Where lorafx is entered, what fails because torch is another one becomes one error.
+"""At lorafx's entrances, whatever fails because of another torch becomes one error.
 
-Imports of private names say so by themselves (`private_names`). A name that is asked for later, or
-takes other arguments than it did, raises an AttributeError or a TypeError somewhere below.
+Imports of private names raise it by themselves (`private_names`). A name that is read later, or
+takes other arguments, raises an AttributeError or a TypeError somewhere below.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lorafx.torch_internals import versions
 from lorafx.torch_internals.entries import handed_out
 
 _OWN = __name__.partition(".")[0]
-#: Folders whose code does little else than use private ground.
+#: Folders whose code does little else than use private names.
 _GROUND = tuple(f"{_OWN}.{folder}." for folder in ("torch_internals", "capture", "saved_graphs"))
 #: Packages whose code is called with private names. Modules of torch.nn are the model's.
 _CALLED = ("torch.", "triton.")
@@ -28,7 +28,7 @@ _OF_MODELS = "torch.nn."
 
 @contextmanager
 def entrance() -> Iterator[None]:
-    """What leaves the block because torch is another one is an UnsupportedVersionError."""
+    """Turns errors of the block whose cause is another torch into UnsupportedVersionError."""
     try:
         yield
     except Exception as error:
@@ -39,9 +39,8 @@ def entrance() -> Iterator[None]:
 
 
 def unsupported(raised: BaseException, *, directly: bool = False) -> UnsupportedVersionError | None:
-    """What to raise in the place of an error that another torch is the cause of; None for others:
-    of lorafx's own, of the model, of its caller. `directly`: what was called has raised it, and not
-    code deep inside of a compiler, which may fail on the model's graph."""
+    """The replacement of an error that another torch is the cause of, or None. `directly`: what was
+    called has raised it, not code deep inside of a compiler, which may fail on the graph."""
     known = isinstance(raised, (AttributeError, TypeError, ImportError))
     if not known or not _of_private(raised, directly):
         return None

@@ -1,7 +1,7 @@
 """What lorafx needs of private parts of other packages: required parts, and shortcuts.
 
-Each module of this folder has an `ENTRY`, one row of the table in docs/torch_internals.md. Which
-private names it uses is read from its source.
+Each module of this folder has an `ENTRY`, one row of the table in docs/torch_internals.md; the
+private names that it uses are read from its source.
 """
 
 from __future__ import annotations
@@ -20,19 +20,14 @@ from lorafx.torch_internals import versions
 
 FOLDER = Path(__file__).parent
 _PACKAGES = ("torch", "triton", "transformers", "peft")
-#: Modules that promise nothing, though no underscore says so.
+#: Modules that promise nothing, though they have no underscore.
 _PRIVATE = ("torch.fx.experimental", "triton.runtime", "triton.compiler", "triton.backends")
 
 
 @dataclass(frozen=True)
 class Required:
-    """Private ground without which lorafx, or a part of it, cannot work.
-
-    Attributes:
-        use: what it is used for.
-        ended_by: the public interface that would make it superfluous.
-        refused: what is refused where a name is missing.
-    """
+    """A private part that lorafx needs for `use`, until there is the public interface `ended_by`;
+    `refused` is what fails without it."""
 
     use: str
     ended_by: str
@@ -41,8 +36,7 @@ class Required:
 
 @contextmanager
 def private_names() -> Iterator[None]:
-    """Around private names: one that is missing, or takes other arguments, is an
-    UnsupportedVersionError, and so is a version that lorafx does not run on."""
+    """Turns missing or changed private names, and other versions, into UnsupportedVersionError."""
     versions.check()
     try:
         yield
@@ -51,7 +45,6 @@ def private_names() -> Iterator[None]:
 
 
 def is_private(name: str) -> bool:
-    """Whether a dotted name of one of the packages promises nothing."""
     first, *rest = name.split(".")
     if first not in _PACKAGES:
         return False
@@ -60,8 +53,7 @@ def is_private(name: str) -> bool:
 
 
 def names_in(source: str) -> set[str]:
-    """The private names that a module's source imports or reaches by attributes of what it imports.
-    What this folder hands out counts under the name that it has there."""
+    """The private names that a source uses, under the names that this folder exports included."""
     tree = ast.parse(source)
     meant, found = imported(tree)
     inner = {node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
@@ -91,7 +83,6 @@ def imported(tree: ast.AST) -> tuple[dict[str, str], set[str]]:
 
 
 def dotted(node: ast.AST, meant: Mapping[str, str]) -> str | None:
-    """The whole name that an expression stands for, where imported names mean this."""
     if isinstance(node, ast.Name):
         return meant.get(node.id)
     above = dotted(node.value, meant) if isinstance(node, ast.Attribute) else None
@@ -109,7 +100,7 @@ class PrivateGround:
 
 @cache
 def table() -> tuple[PrivateGround, ...]:
-    """All of this folder, read from the sources: importing what is missing would fail."""
+    """All modules of this folder, read from the sources: importing what is missing would fail."""
     rows = []
     for path in sorted(FOLDER.glob("*.py")):
         source = path.read_text()
@@ -125,14 +116,13 @@ def table() -> tuple[PrivateGround, ...]:
 
 @cache
 def handed_out() -> frozenset[str]:
-    """The names that private ones have in this folder, by which others import them."""
+    """The names under which this folder exports private ones."""
     meant = [imported(ast.parse(path.read_text()))[0] for path in FOLDER.glob("*.py")]
     return frozenset(own for names in meant for own, name in names.items() if is_private(name))
 
 
 def found(name: str) -> Any:
-    """What a dotted name stands for in the installed packages. Raises AttributeError or ImportError
-    where it stands for nothing."""
+    """The object of a dotted name in the installed packages; AttributeError or ImportError."""
     return pkgutil.resolve_name(name)
 
 

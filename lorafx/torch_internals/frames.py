@@ -1,4 +1,4 @@
-"""The frame that Dynamo is capturing while it calls a backend: what can be asked of it.
+"""The frame that Dynamo is capturing while it calls a backend.
 
 Dynamo names places (`L['input_ids']`) by expressions over the function's locals and globals.
 """
@@ -50,8 +50,7 @@ def ends_in_break() -> bool:
 
 
 def failed_guard() -> str:
-    """Why the newest earlier graph of the function does not serve the call, in the words of Dynamo;
-    where its metrics do not have it, how to see it."""
+    """Why the newest earlier graph does not serve the call, in Dynamo's words, or how to see it."""
     known = getattr(get_metrics_context(), "_metrics", {})
     text = str(known.get("recompile_reason") or "").partition("\n")[0].partition("  #")[0]
     guard = text.partition(": ")[2].strip()  # behind the number of the graph
@@ -61,9 +60,9 @@ def failed_guard() -> str:
 def guard_filter(keep: Callable[[Sequence[Any]], Sequence[bool]]) -> Callable[..., Sequence[bool]]:
     """`keep` as a filter of guards for Dynamo (`guard_filter_fn`).
 
-    Dynamo makes all guards to ask, and those that are kept once more. It would refuse a guard on an
-    object that is a new one each time it is looked up, such as transformers'
-    `config.per_layer_config` on torch 2.11 and 2.12. So guards forget which object they saw.
+    Dynamo makes all guards for it, then makes the kept guards again. It would refuse a guard on an
+    object that is new at each lookup, such as transformers' `config.per_layer_config` on torch 2.11
+    and 2.12, so guards forget which object they saw.
     """
 
     def kept(entries: Sequence[Any]) -> Sequence[bool]:
@@ -75,11 +74,7 @@ def guard_filter(keep: Callable[[Sequence[Any]], Sequence[bool]]) -> Callable[..
 
 
 def capture_again(reason: str) -> NoReturn:
-    """From a backend: have Dynamo drop the graph and trace the function anew.
-
-    The error is the only restart that Dynamo lets pass from a backend. What the first trace tried
-    says nothing about the next, which sees other modules.
-    """
+    """Let Dynamo drop the graph and trace the function anew: its only restart from a backend."""
     _translator().speculation_log.clear()
     raise TensorifyScalarRestartAnalysis(restart_reason=reason)
 
@@ -91,8 +86,7 @@ def source_name(node: fx.Node) -> str:
 
 
 def size_source(node: fx.Node) -> tuple[Tensor, int] | None:
-    """The tensor and the dimension whose size a graph input of the captured function is; None where
-    that is not known."""
+    """The tensor and the dimension whose size a graph input is; None where that is not known."""
     name, dot, size = source_name(node).rpartition(".size()[")
     if not dot or not size[:-1].isdecimal():
         return None
@@ -101,8 +95,7 @@ def size_source(node: fx.Node) -> tuple[Tensor, int] | None:
 
 
 def input_place(node: fx.Node, position: int) -> tuple[int, str | None]:
-    """Which of Dynamo's inputs a placeholder of AOTAutograd's stands for, and which part of it: the
-    attributes of a tensor subclass, its sizes and strides are inputs of their own."""
+    """Dynamo's input behind a placeholder of AOTAutograd's, and its part, such as a size."""
     place, parts = node.meta.get("desc"), []
     while place is not None and hasattr(place, "base"):
         parts.append(getattr(place, "attr", "size"))
@@ -111,7 +104,7 @@ def input_place(node: fx.Node, position: int) -> tuple[int, str | None]:
 
 
 def symbols_of_frame() -> ShapeEnv | None:
-    """The symbols of the frame that is being captured, and what is known of them."""
+    """The symbols of the captured frame, and what is known of them."""
     context = TracingContext.try_get()
     mode = None if context is None else context.fake_mode
     return None if mode is None else mode.shape_env
@@ -123,14 +116,12 @@ def size_expression(size: Any) -> Any:
 
 
 def guarded_attributes(suffix: str) -> list[str]:
-    """The names, as Dynamo writes them, of what so ends among what the captured frame is guarded
-    on; but for guards that are only made when they are asked for."""
+    """Guarded names with this suffix, but for guards that are only made on demand."""
     return [name for guard in frame_guards() if (name := source_text(guard)).endswith(suffix)]
 
 
 def names_of_frame() -> Callable[[str], Any]:
-    """A function that gives what a name of Dynamo's stands for in the captured frame, also when the
-    capture has gone on; None where only Dynamo can tell."""
+    """From Dynamo's names to objects of the frame, after the capture too; None if unknown."""
     root = _translator().output.root_tx
     scope = {"L": root.f_locals, "G": root.f_globals}
 
@@ -144,26 +135,24 @@ def names_of_frame() -> Callable[[str], Any]:
 
 
 def source_text(place: Source | Guard) -> str:
-    """A place, or that of a guard, as Dynamo writes it."""
     name: Any = place.name
     return str(name() if callable(name) else name)  # a method before torch 2.12
 
 
 def absent_attribute(guard: Guard) -> str | None:
-    """The attribute that this guard says is not in the dictionary of its object."""
+    """The attribute whose absence from an object's dictionary this guard checks."""
     made: Any = guard.create_fn
     absent = isinstance(made, partial) and made.func is GuardBuilder.NOT_PRESENT_IN_GENERIC_DICT
     return made.keywords.get("attr") if absent else None
 
 
 def frame_guards() -> list[Guard]:
-    """What the frame that is being captured is guarded on so far."""
     context = TracingContext.try_get()
     return [] if context is None else list(context.guards_context.dynamo_guards)
 
 
 def guard_frame(holds: Callable[[], bool]) -> None:
-    """Have Dynamo call the graph that is being compiled only where `holds()` is true."""
+    """Let Dynamo call the graph that is being compiled only where `holds()` is true."""
 
     def make(builder: Any, guard: Guard) -> None:
         add_function_guard(builder.guard_manager.root, lambda _: holds())
@@ -173,7 +162,6 @@ def guard_frame(holds: Callable[[], bool]) -> None:
 
 @contextmanager
 def outside_of_frames() -> Iterator[None]:
-    """Inside, AOTAutograd and Inductor, which ask what is being captured, find a context without a
-    frame: they put together what was compiled before."""
+    """Hides the captured frame from AOTAutograd and Inductor, for code compiled before."""
     with tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv()))):
         yield

@@ -27,8 +27,7 @@ with private_names():
 
 @contextmanager
 def code_noted(note: Callable[[str], None]) -> Iterator[None]:
-    """Note the code that Inductor makes in the block, or finds in its cache. Dynamo's lock is
-    held."""
+    """Note the code that Inductor makes, or finds in its cache, under Dynamo's lock."""
 
     lowered: Any = GraphLowering
     before = lowered.save_output_code

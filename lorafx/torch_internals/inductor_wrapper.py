@@ -17,11 +17,8 @@ with private_names():
 
 
 def launch_dependents_early() -> None:
-    """Have Inductor launch kernels that wait for the one before them while that one still runs.
-
-    Inductor has an option of its own for this, but for the kernels that it writes, not for those
-    that it is given. Without the attribute such kernels are right, and start later.
-    """
+    """Let Inductor launch kernels that wait by themselves while the kernel before them runs; its
+    own option does so only for kernels that it writes. Without it they start later."""
     original = PythonWrapperCodegen.define_kernel
     if getattr(original, "_lorafx", False):
         return

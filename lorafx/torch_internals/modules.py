@@ -19,12 +19,12 @@ with private_names():
     from torch.nn.modules.batchnorm import _NormBase
     from torch.nn.modules.conv import _ConvTransposeNd
 
-    #: The code of every module's call, and that of what calls it.
+    #: The code of every module's call, and that of its caller.
     CALL = nn.Module._call_impl.__code__
     CALLS = (CALL, nn.Module._wrapped_call_impl.__code__)
     _WRAPPERS = eval_frame.__name__
 
 
 def in_wrapper_of_dynamo(frame: FrameType) -> bool:
-    """Whether the frame is that of what Dynamo puts around a compiled function."""
+    """Whether the frame is that of Dynamo's wrapper around a compiled function."""
     return frame.f_globals.get("__name__") == _WRAPPERS

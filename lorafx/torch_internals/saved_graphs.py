@@ -1,5 +1,6 @@
-"""What graphs are saved and loaded by: the code and the guards that Dynamo made of a frame, and
-what the frame's graph was compiled to."""
+"""Saving and loading of graphs: the code and the guards that Dynamo made of a frame, and what the
+frame's graph was compiled to.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Shortcuts: what saves time by private ground, changes no answer, and may be off.
+"""Shortcuts: savings by private parts of torch that change no answer and may be off.
 
-Each is on where torch is a version that was tested, and the private functions that it leans on have
-a source that was read. `Options.shortcuts`, or the variable LORAFX_SHORTCUTS, chooses others.
+Each is on where torch is a tested version and the private functions that it uses have a known
+source. `Options.shortcuts`, or the variable LORAFX_SHORTCUTS, chooses others.
 """
 
 from __future__ import annotations
@@ -23,14 +23,8 @@ VARIABLE = "LORAFX_SHORTCUTS"
 
 @dataclass(frozen=True)
 class Shortcut:
-    """One shortcut.
-
-    Attributes:
-        replaces: what is done without it.
-        gains: what it saves, as measured (docs/compile_time.md, docs/performance.md).
-        reads: private names that it leans on, each with the fingerprints of the sources that were
-            read: their first eight hexadecimal digits of SHA-256.
-    """
+    """What it `replaces` and `gains` (docs/compile_time.md, docs/performance.md); `reads` has the
+    private names that it uses, with the first eight digits of SHA-256 of known sources."""
 
     name: str
     replaces: str
@@ -93,7 +87,6 @@ SHORTCUTS = {
 
 
 def fingerprint(name: str) -> str:
-    """Of the source of a function or a class; "" where there is none."""
     try:
         source = inspect.getsource(found(name))
     except (AttributeError, ImportError, TypeError, OSError):
@@ -110,8 +103,7 @@ def _proved(name: str) -> bool:
 
 
 def checked(setting: str | Sequence[str], what: str) -> frozenset[str] | None:
-    """The shortcuts that a setting names; None for "proved". Raises ConfigError where it is none of
-    "proved", "off" and names of shortcuts."""
+    """The shortcuts in a setting; None for "proved"; ConfigError for unknown names."""
     if setting in ("proved", "off"):
         return None if setting == "proved" else frozenset()
     names = [setting] if isinstance(setting, str) else list(setting)
@@ -125,8 +117,7 @@ def checked(setting: str | Sequence[str], what: str) -> frozenset[str] | None:
 
 
 def chosen(setting: str | Sequence[str] = "proved") -> frozenset[str]:
-    """The names of the shortcuts that are on: those that are proved, or those that are named.
-    Raises ConfigError as `checked`, also for the variable that takes the place of "proved"."""
+    """The shortcuts that are on; ConfigError as `checked`, also for the variable."""
     names, _ = _named(setting)
     return frozenset(filter(_proved, SHORTCUTS)) if names is None else names
 
@@ -140,7 +131,7 @@ def states(setting: str | Sequence[str] = "proved") -> dict[str, str]:
 
 
 def _named(setting: str | Sequence[str]) -> tuple[frozenset[str] | None, str]:
-    """The names that a setting has, or the variable in its place, and where they were found."""
+    """The names in a setting, or in the variable in its place, and where they were found."""
     names = checked(setting, option := "Options.shortcuts")
     if names is None and (text := os.environ.get(VARIABLE)):
         parts = [part.strip() for part in text.split(",")]
@@ -150,5 +141,5 @@ def _named(setting: str | Sequence[str]) -> tuple[frozenset[str] | None, str]:
 
 @cache
 def gave_up(name: str, reason: str) -> None:
-    """Say, once for each reason, that a shortcut was not taken where it might have been."""
+    """Log, once for each reason, that a shortcut was not taken where it might have been."""
     LOG.info("the shortcut %r gave up: %s; %s", name, reason, SHORTCUTS[name].replaces)

@@ -1,6 +1,7 @@
 """Libraries in Inductor's cache that a killed process left half written are named, removed and
 compiled again. By torch alone, every later process fails with "file too short", or takes the CPU
-for one without vector instructions, where it was the library that probes for them."""
+for one without vector instructions.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +29,7 @@ _MARK = "_lorafx_looks_for_torn_libraries"
 
 
 def look_for_torn() -> None:
-    """Have Inductor look at libraries before it loads them, in this process, from now on. What this
-    version of torch does in another way is left alone."""
+    """Let Inductor, where this torch is known, check libraries before it loads them."""
     load = vars(codecache.CppCodeCache).get("_load_library")
     if isinstance(load, classmethod) and not hasattr(load.__func__, _MARK):
         codecache.CppCodeCache._load_library = classmethod(_marked(_loading(load.__func__)))  # type: ignore[method-assign,assignment]
@@ -67,7 +67,6 @@ def _remove(library: Path, key: str) -> None:
 
 
 def _unlink(library: Path) -> None:
-    """Remove what is not whole, in Inductor's cache; the caller holds its lock."""
     inside = library.resolve().is_relative_to(Path(cache_dir()).resolve())
     if inside and library.exists() and not is_whole(library):
         warn_of(library)

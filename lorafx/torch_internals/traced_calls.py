@@ -1,4 +1,4 @@
-"""Calls that Dynamo would break a graph at, while it converts a frame of ours.
+"""Calls at which Dynamo would break a graph while it converts a frame of ours.
 
 Behind a break in the middle of a layer it is not always known which requests a tensor belongs to,
 and a mixed batch is refused. A logger's method that remembers its calls (`functools.lru_cache`, as
@@ -41,8 +41,7 @@ def _call_method(call: Any, image: Any, tx: Any, name: str, args: Any, kwargs: A
 
 
 def _log(method: Any, args: Any, kwargs: Any) -> bool:
-    """Call `method` with these arguments, as Dynamo has them; False where it does not remember its
-    calls, or an argument is known to the graph alone."""
+    """Call `method`; False where it does not remember its calls, or an argument is in the graph."""
     if not isinstance(getattr(method, "__func__", None), functools._lru_cache_wrapper):
         return False
     if not all(value.is_python_constant() for value in (*args, *kwargs.values())):
@@ -59,8 +58,7 @@ def _call_function(call: Any, image: Any, tx: Any, args: Any, kwargs: Any) -> An
 
 
 def _records(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
-    """Whether `module` is asked to record outputs, by these arguments, as Dynamo has them, or by
-    its configuration."""
+    """Whether `module` is to record outputs, by Dynamo's arguments, or by its configuration."""
     known: Any = recorded_outputs()
     kinds = None if known is None else known.get(module)
     if not kinds:
@@ -92,8 +90,7 @@ _INSTEAD = (
 
 @contextmanager
 def calls_traced() -> Iterator[None]:
-    """Inside, this thread converts a frame of ours. The methods are replaced once, and stay so:
-    other threads, and frames of others, get what was there before."""
+    """This thread converts a frame of ours; other threads and frames keep Dynamo's methods."""
     _install()
     before, _LOCAL.converts = _LOCAL.converts, True
     try:

@@ -26,11 +26,7 @@ def stream_error(message: str) -> Any:
 
 
 def causal_model_class(config: Any) -> type:
-    """The class of models that AutoModelForCausalLM makes for this configuration.
-
-    Raises:
-        KeyError: there is none.
-    """
+    """AutoModelForCausalLM's class for this configuration, or a KeyError."""
     import transformers
 
     with private_names():

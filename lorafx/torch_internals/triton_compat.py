@@ -1,9 +1,9 @@
 """Triton's interpreter on a CPU, and what differs between the versions of Triton.
 
 The interpreter is used whether or not TRITON_INTERPRET is set, so that kernels can be compiled
-ahead of time in the process that also runs them. What it gets wrong (triton 3.6 to 3.9) is put
-right while a kernel runs, and only then. Arithmetic on bfloat16 values other than casts and
-`tl.dot` stays wrong, so generated kernels do none.
+ahead of time in the process that also runs them. Its errors (triton 3.6 to 3.9) are corrected while
+a kernel runs, and only then. Arithmetic on bfloat16 values other than casts and `tl.dot` stays
+wrong, so generated kernels do none.
 """
 
 from __future__ import annotations
@@ -49,7 +49,6 @@ def _is_bf16(value: Any) -> bool:
 
 
 def _widen(bits: np.ndarray) -> np.ndarray:
-    """float32 values of bfloat16 bits."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
@@ -131,7 +130,7 @@ def _scalars_as_indices(original: Callable[..., None]) -> Callable[..., None]:
 def _put_right() -> Iterator[None]:
     builder, standard = interpreter.interpreter_builder, tl.standard
     changes: list[tuple[Any, str, Any]] = [
-        # Compiled functions, unless TRITON_INTERPRET was set before triton was imported; to call
+        # Compiled functions, unless TRITON_INTERPRET was set before triton was imported; calling
         # them then leaves triton.language patched.
         (tl, "sum", _reduction(standard._sum_combine)),
         (tl, "min", _reduction(standard._elementwise_min)),
@@ -156,13 +155,13 @@ def _put_right() -> Iterator[None]:
     finally:
         for change in before:
             setattr(*change)
-        # The class's own show again.
+        # Uncover the class's own methods.
         del builder.cast_impl, builder.create_dot
         del builder.create_masked_load, builder.create_masked_store
 
 
 class _Executor(GridExecutor):
-    """Triton's own copies whole storages to the host and back: of banks, on every launch."""
+    """Copies no whole storages (of banks) to the host and back on every launch."""
 
     def _init_args_hst(self, args_dev: Any, kwargs: Any) -> Any:
         return args_dev, kwargs
@@ -178,12 +177,8 @@ def _rewritten(kernel: Any) -> Callable[..., None]:
 
 
 def interpret(kernel: Any, grid: Sequence[int], arguments: Sequence[Any]) -> None:
-    """Run `kernel` over `grid` on CPU tensors, in Triton's interpreter.
-
-    Raises:
-        LoweringError: the kernel failed; its source is in the message's cause.
-        UnsupportedVersionError: this module did, with a Triton that is another one.
-    """
+    """Run `kernel` over `grid` on CPU tensors, in Triton's interpreter. Raises LoweringError where
+    the kernel fails, UnsupportedVersionError where this module does, with another Triton."""
     function = kernel.fn  # what @triton.jit was put on
     with _LOCK, _put_right(), np.errstate(all="ignore"):  # a NaN in x is not the kernel's fault
         try:
@@ -205,11 +200,7 @@ def version() -> str:
 def generated_triton_op(
     name: str, *, mutates_args: Sequence[str]
 ) -> Callable[[Callable[..., Any]], Any]:
-    """`torch.library.triton_op` of kernels that are generated when they are first needed.
-
-    For the keys of its caches torch reads the source of whatever the op's function calls, and looks
-    for kernels there. It finds none: that was a sixth of an import of lorafx, 0.8 s.
-    """
+    """`torch.library.triton_op` without a search of sources for kernels: 0.8 s of an import."""
 
     def registered(function: Callable[..., Any]) -> Any:
         library: Any = triton_library
@@ -225,5 +216,5 @@ def generated_triton_op(
 
 
 def launches_directly() -> bool:
-    """Whether `wrap_triton` hands out the kernel itself, because nothing is being traced."""
+    """Whether `wrap_triton` returns the kernel itself, because nothing is being traced."""
     return not is_wrap_triton_enabled()

@@ -1,7 +1,4 @@
-"""Versions of torch, triton, transformers and peft: which were tested, which are refused.
-
-They are read from what is installed; none of the packages is imported for it.
-"""
+"""Tested and refused versions of torch, triton, transformers and peft, without importing them."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from importlib import metadata
 from lorafx.errors import UnsupportedVersionError
 from lorafx.progress import LOG
 
-#: The versions that were tested, the oldest first; of torch each with the triton of its builds.
+#: The tested versions, the oldest first; of torch each with the triton of its builds.
 TORCH = {"2.11": "3.6", "2.12": "3.7", "2.13": "3.7", "2.14": "3.8", "2.15": "3.9"}
 TRANSFORMERS = ("5.0", "5.10", "5.23")
 PEFT = ("0.18", "0.21")
@@ -26,7 +23,6 @@ def numbers(version: str) -> tuple[int, ...]:
 
 @cache
 def installed(package: str) -> str | None:
-    """The version of an installed package; None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -34,7 +30,6 @@ def installed(package: str) -> str | None:
 
 
 def torch_minor() -> str:
-    """`2.14` of the installed torch."""
     return ".".join(map(str, numbers(installed("torch") or "")))
 
 
@@ -77,13 +72,8 @@ def triton_of_torch() -> str | None:
 
 @cache
 def check() -> None:
-    """Refuse what is installed and too old, and say in the log where torch is newer than the tested
-    ones.
-
-    Raises:
-        UnsupportedVersionError: a package is older than the oldest that lorafx runs on, or triton
-            is not that of torch; torch is not installed.
-    """
+    """Log torch that is newer than tested. Raises UnsupportedVersionError where a package is too
+    old, triton is not that of torch, or torch is not installed."""
     if installed("torch") is None:
         raise UnsupportedVersionError(
             f'lorafx needs torch: pip install "torch=={TESTED["torch"][-2]}.*"'

@@ -21,16 +21,14 @@ with private_names():
 
 
 def can_be_noted() -> bool:
-    """Whether what AOTAutograd puts around a graph can be kept for another process; from torch 2.13
-    on."""
+    """Whether AOTAutograd's wrappers can be kept for another process; from torch 2.13 on."""
     return hasattr(graph_compile, "_cache_inference_info") and hasattr(AOTConfig, "to_cacheable")
 
 
 @contextmanager
 def inference_info_noted() -> Iterator[list[tuple[Any, ...]]]:
-    """Note what AOTAutograd is about to cache of each graph that it compiles for this thread in the
-    block: its configuration, the metadata, those of tensor subclasses, the lowered graph, ..., the
-    wrappers. Dynamo's lock is held."""
+    """Note what AOTAutograd is about to cache of each graph that it compiles for this thread:
+    configuration, metadata, lowered graph, ..., wrappers. Dynamo's lock is held."""
     found: list[tuple[Any, ...]] = []
     thread = threading.get_ident()
     original: Any = getattr(graph_compile, "_cache_inference_info", None)
