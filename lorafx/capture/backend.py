@@ -1,10 +1,9 @@
-"""The Dynamo backend of one program: a captured frame goes in, an executable comes out.
+"""The Dynamo backend of a program: compiles captured frames to executables.
 
-A frame of a call without adapters is compiled as the base model's would be. Any other goes through
-AOTAutograd to the functional ATen graph, the passes, and the lowering; so do parts without sites,
-since the proof of a later graph may rest on the owners of their results. A graph serves calls of
-the kind that it was captured for: an entry's own frame belongs to one kind
-(lorafx.serving.entry), and what a model breaks into is guarded.
+A frame of a call without adapters is compiled like the base model's. All others, even parts without
+sites, which proofs of later graphs may need, go through AOTAutograd, the passes and the lowering. A
+graph serves calls of the kind it was captured for: an entry's frame has a single kind
+(lorafx.serving.entry), and other frames are guarded.
 """
 
 from __future__ import annotations
@@ -55,8 +54,8 @@ from lorafx.torch_internals.shortcuts import chosen
 
 @dataclass(frozen=True)
 class Compilation:
-    """One graph on its way to an executable. `owner` finds the program that this serves; `parts`
-    are filled in on the way."""
+    """A graph on its way to an executable. `owner` finds the program at run time; `parts` are
+    filled in on the way."""
 
     frame: Frame
     record: GraphRecord
@@ -66,14 +65,14 @@ class Compilation:
 
 
 class Backend:
-    """Compiles the frames of one program.
+    """Compiles the frames of a program.
 
     Args:
         entered: true for a Python frame that calls the program with a call's arguments.
 
     Attributes:
-        split_by_host: functions that such a frame calls have one code object for calls with
-            adapters, and another for those without.
+        split_by_host: functions that such a frame calls have separate code objects for calls with
+            and without adapters.
     """
 
     split_by_host = True
@@ -82,32 +81,27 @@ class Backend:
         self.program = program
         self.entered = entered
         self.records: list[GraphRecord] = []
-        #: Dynamo may call this program's graphs for other models.
+        #: Whether Dynamo may call this program's graphs for other models.
         self.shares_graphs = False
-        #: Some graph takes what another made: results are worth keeping note of.
+        #: Whether some graph takes another's results, which are then noted.
         self.several = [False]
-        #: Is given each graph that was compiled, while somebody wants to save it.
+        #: Receives each compiled graph to save.
         self.noted: Callable[[Captured], None] | None = None
-        #: Is given the record of each graph, with its stages where they are wanted, also of one
-        #: that a pass or a compiler has failed at.
+        #: Receives the record of each graph, even of a failed compilation.
         self.recorded: Callable[[GraphRecord], None] | None = None
         self.lowering: Lowering = lowering_for(program.options)
         self.shortcuts = chosen(program.options.shortcuts)
-        #: Gives what runs in place of a lowered graph, whose stages are kept; None where graphs are
-        #: lowered.
+        #: Replaces a lowered graph, whose stages are kept; None to lower graphs.
         self.replay: Callable[[GraphRecord], Callable[[list[Any]], Any]] | None = None
-        #: Finds what a place of the frame that is being captured holds, where the frame is the
-        #: program's own in every call.
+        #: Looks up a place of the captured frame, if the frame is always the program's.
         self._at: Callable[[str], Any] | None = None
-        #: Graphs that may serve calls of other sizes.
         self.instances = Instances()
 
     def __call__(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-        """Compile a frame of calls with one slot a request."""
         return self.compile(gm, examples, self.lowering)
 
     def per_token(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-        """Compile a frame of calls with one slot a token."""
+        """Compiles a frame of calls with a slot for each token."""
         return self.compile(gm, examples, self.lowering, per_token=True)
 
     def compile(
@@ -118,12 +112,8 @@ class Backend:
         *,
         per_token: bool = False,
     ) -> Callable[..., Any]:
-        """The executable of a frame whose inputs are `examples`.
-
-        Raises:
-            ReplacedModuleError: a module that carries an adapter of the batch. No graph is kept
-                then, and Dynamo asks again in the next call.
-        """
+        """The executable of a frame whose inputs are `examples`. Raises ReplacedModuleError,
+        keeping no graph, for a replaced module with an active adapter."""
         program, self._at = self.program, None
         spans: list[Span] = []
         note_tracing(spans)
@@ -161,7 +151,6 @@ class Backend:
         call: Mapping[str, str],
         spans: list[Span],
     ) -> GraphRecord:
-        """The record of a graph that no other serves, as its compilation begins."""
         program = self.program
         places = InputPlaces.of(frame, examples, shared=self.shares_graphs)
         self.several[0] |= frame.follows_another or bool(places.arguments) or ends_in_break()
@@ -182,10 +171,10 @@ class Backend:
         lowering: Lowering,
         bound: BoundInputs | None,
     ) -> Callable[..., Any]:
-        """The executable of a graph that no other serves; it is recorded."""
+        """The executable of a new graph, recorded."""
         program, active = self.program, bool(self.program.runtime.active)
         inputs = gm.graph.find_nodes(op="placeholder")
-        # Whatever compiles a graph may change it.
+        # Compilers may change the graph.
         values = [node.meta.get("example_value") for node in inputs]
         sources = [getattr(node.meta.get("grapharg"), "source", None) for node in inputs]
         owner = self.owner(frame, [p for p, item in enumerate(frame.inputs) if item.sites])
@@ -224,9 +213,9 @@ class Backend:
         return frame
 
     def _finds_instances(self, active: bool) -> bool:
-        """Whether a graph may serve calls of other sizes than it was captured for. Triton kernels
-        are planned for their rows; what torch.compile makes of the base for one request may differ
-        in bits; a graph that is looked at, or saved, is one of its own."""
+        """Whether a graph may serve other sizes. Triton kernels are planned for their rows; the
+        base's bits may depend on the batch size; recorded and saved graphs are compiled
+        separately."""
         options, device = self.program.options, self.program.runtime.device
         if self.noted is not None or self.replay is not None or self.shares_graphs:
             return False
@@ -235,8 +224,8 @@ class Backend:
         return active or options.lowering == "reference"
 
     def _guard_kind(self, frame: Frame, *, active: bool) -> None:
-        """Have Dynamo call the graph for calls of its kind alone, where neither a code object of
-        its own nor a mark in it sees to that; and while what is missing of the model is missing."""
+        """Guard the kind of call, unless a code object or a mark separates it, and missing
+        modules."""
         program = self.program
         named, state = names_of_frame(), program.site_watch.state
         by_kind = (self.split_by_host and frame.begins_call) or any(
@@ -261,29 +250,26 @@ class Backend:
 
     @staticmethod
     def kind_now(program: Program) -> bool | None:
-        """Whether the running call, of `program` as far as graphs know, is one with adapters; None
-        where that is yet to be seen."""
+        """Whether the running call of `program` has adapters; None if still unknown."""
         return bool(program.runtime.active)
 
     def owns(self, frame: Frame) -> bool:
-        """Whether the frame that is being captured is one of this program's in every call."""
+        """Whether the captured frame is this program's in every call."""
         return frame.begins_call  # of an entry's own code
 
     def drop_guards(self, bound: BoundInputs | None) -> None:
-        """Dynamo has not made its guards yet of a frame that is this program's in every call.
-        `bound`: the inputs that its graph does not load."""
+        """Drop guards, before Dynamo makes them, of a frame that is always this program's; its
+        graph does not load the inputs in `bound`."""
         self._at = names_of_frame() if "needless_guards" in self.shortcuts else None
 
     def keep_guards(self, guards: Sequence[Any]) -> Sequence[bool]:
-        """Which guards of the graph that was compiled just now are checked before each call, for
-        Dynamo."""
+        """Dynamo's filter of the new graph's guards."""
         at, self._at = self._at, None
         return [True] * len(guards) if at is None else keep_guards(guards, at)
 
     def _compile_base(
         self, gm: fx.GraphModule, examples: Sequence[Any], compilation: Compilation
     ) -> Callable[..., Any]:
-        """The executable of calls without adapters."""
         record = compilation.record
         record.keep_base(gm, compilation.frame)
         with self.lowering_timed(record), self._noting(compilation.parts):
@@ -292,7 +278,6 @@ class Backend:
     def compile_lora(
         self, gm: fx.GraphModule, examples: Sequence[Any], compilation: Compilation
     ) -> Callable[..., Any]:
-        """The executable of calls with adapters."""
         record = compilation.record
 
         def trace(graph: fx.GraphModule, folded: Folded | None) -> Callable[..., Any]:
@@ -305,7 +290,7 @@ class Backend:
                 fw_compiler=compiler,
                 inference_compiler=compiler,
                 decompositions=compilation.lowering.decompositions(),
-                # Else what was written into is a result, and is copied back as a whole.
+                # Otherwise a written input is a result, copied back whole.
                 keep_inference_input_mutations=writes_in_place(gm),
             )(graph, examples)
 
@@ -321,15 +306,15 @@ class Backend:
     def _lowered(
         self, gm: fx.GraphModule, inputs: Sequence[Any], compilation: Compilation
     ) -> Callable[..., Any]:
-        """What AOTAutograd's graph is compiled to, after the passes."""
+        """Runs the passes and the lowering on AOTAutograd's graph."""
         program, record, parts = self.program, compilation.record, compilation.parts
         frame = compilation.frame
         if self.noted is not None:
             parts.foreign += foreign_operators(gm)
         frame.bind(gm.graph)
         ctx = Context(program, frame, gm, edits_left=program.options.max_edits)
-        # Rows of other graphs may be some of the batch's, in another order. That is told per
-        # request, so slots per token stay as they are: rows are proved from the call's arguments.
+        # Other graphs may return permuted rows. These labels are per request, so slots per token
+        # are left alone: their rows are proved from the call's arguments.
         if program.runtime.by_handle or not (frame.begins_call or frame.per_token):
             ctx.look_up_slots()
         with timed(record.spans, "passes"), builds_noted() as built:
@@ -358,14 +343,13 @@ class Backend:
             None if name in (SLOTS, ONE_SLOT) else (tuple(value.shape), value.stride(), value.dtype)
             for (_, _, name), value in zip(extra, values, strict=True)
         ]
-        # The parts of a tensor subclass do not say whose they are.
+        # Parts of a tensor subclass do not name their site.
         whole = [node for node, item in frame.by_node.items() if item.sites and not item.part]
         owner = self.owner(frame, [frame.positions[node] for node in whole])
         return with_lookups(record.checks, owner, executable, extra, parts.banks, record.numeric)
 
     @contextmanager
     def lowering_timed(self, record: GraphRecord) -> Iterator[None]:
-        """Around what the lowering does, which is timed; what Inductor writes is noted."""
         name = self.program.options.lowering
         code: AbstractContextManager[None] = nullcontext()
         if name != "reference":
@@ -377,7 +361,7 @@ class Backend:
 
     @contextmanager
     def failing(self, record: GraphRecord) -> Iterator[None]:
-        """Around the compilation of a graph: one that fails is recorded as far as it got."""
+        """Records a graph as far as its compilation got."""
         try:
             yield
         except BaseException:
@@ -386,7 +370,7 @@ class Backend:
             raise
 
     def owner(self, frame: Frame, weights: Sequence[int]) -> ProgramLookup:
-        """How an executable of `frame` finds the program that it serves. `weights` are the
-        positions of sites' weights among the arguments that it is called with."""
+        """How an executable finds its program; `weights` are argument positions of sites'
+        weights."""
         program = self.program  # no other model shares this backend's graphs
         return lambda arguments: program
