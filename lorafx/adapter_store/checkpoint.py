@@ -125,7 +125,6 @@ def _mapped(state: AdapterState, mapping: Mapping[str, str]) -> AdapterState:
 
 
 def _moved(state: AdapterState, model: nn.Module) -> AdapterState:
-    """`state` with its paths where the model has them now."""
     places = Places((), model)
     known_heads: dict[str, bool] = {}
 
@@ -181,7 +180,6 @@ def _is_elsewhere(places: Places, path: str) -> bool:
 def _new_beginning(
     lost: Mapping[str, Mapping[str, Tensor]], model: nn.Module, where: str
 ) -> tuple[str, str] | None:
-    """(old, new) beginning of all lost paths, if the model has such a place."""
     known = {without_compiled(path): module for path, module in model.named_modules()}
     paths = [path.split(".") for path in lost]
     for cut in range(min(map(len, paths)) - 1):

@@ -90,7 +90,6 @@ class _Lane:
         self._flying.append(copy)
 
     def pending(self, slots: Iterable[int]) -> list[_Copy]:
-        """The last copies into these slots that may be unfinished."""
         found = dict.fromkeys(self.copies[slot] for slot in slots if slot in self.copies)
         return [copy for copy in found if not copy.done]
 

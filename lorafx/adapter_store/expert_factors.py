@@ -211,7 +211,6 @@ def _columns(site: Site, part: int, half: Half, b: Tensor) -> Tensor | None:
 
 
 def _joined(experts: int, terms: Sequence[tuple[ExpertTerm, Tensor]]) -> LoraWeights:
-    """The terms of a part concatenated along r."""
     ranks = torch.zeros(experts, dtype=torch.int32)
     for term, _ in terms:
         ranks[term.experts.start : term.experts.stop] += term.A.shape[1]

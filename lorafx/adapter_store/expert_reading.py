@@ -249,7 +249,6 @@ class ExpertReading:
     def _term_of_one(
         self, weight: ExpertWeight, half: Half, expert: int, pair: _Pair
     ) -> list[ExpertTerm]:
-        """The term of a single expert; a factor shared by all experts may complete the pair."""
         _check_pair(pair)
         single = next(found for found in pair.values() if found.place.expert is not None)
         a, b = (_of_expert(pair[letter], expert) for letter in "AB")

@@ -227,7 +227,6 @@ def _gains(site: Site, weight: Tensor, first: int, f: Factors) -> Tensor:
 
 
 def _chunks(weight: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Blocks that cover the matrix, cut along the dimension with the larger stride."""
     along = 0 if weight.stride(0) >= weight.stride(1) else 1
     step = max(1, _CHUNK // max(1, weight.shape[1 - along]))
     for start in range(0, weight.shape[along], step):

@@ -337,7 +337,6 @@ def _read(values: Mapping[str, Any], where: str) -> PeftConfig:
 
 
 def _refused(values: Mapping[str, Any]) -> Iterable[str]:
-    """Settings that lorafx does not support, with the way out."""
     kind = values.get("peft_type")
     kind = getattr(kind, "value", kind)
     if kind is not None and not (isinstance(kind, str) and kind == "LORA"):

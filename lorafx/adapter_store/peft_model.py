@@ -54,7 +54,6 @@ def peft_layers(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _own_weights(model: nn.Module) -> list[Any]:
-    """PEFT's wrappers of modules whose weights adapters replace."""
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     return [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]

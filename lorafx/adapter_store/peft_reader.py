@@ -142,7 +142,6 @@ def _parameters(place: ExpertPlace, config: PeftConfig) -> list[str]:
 
 
 def _rank_of(place: ExpertPlace, config: PeftConfig, rows: int, dims: int) -> int:
-    """The rank of an A of `dims` dimensions with `rows` rows, possibly of all experts."""
     if place.expert is not None or dims == 3:
         return rows
     configured = {config.r, *config.rank_pattern.values()} - {None} or {rows}
@@ -167,7 +166,6 @@ class _Coverage:
 
 
 def _coverage(reading: Reading, selection: LoraConfig | None) -> _Coverage:
-    """The targeted paths that the file of a finished `reading` leaves out."""
     if reading.unknown:
         return _Coverage((), 0)  # the factors of a renamed module are not missing as well
     return _Search(reading, selection).run()
@@ -203,7 +201,6 @@ class _Search:
         return self.exclude is None or not targets.names(self.exclude, [path])
 
     def _modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Modules, by path, that PEFT would have given factors."""
         reading, config = self.reading, self.config
         got = {id(site.module) for item in reading.landings.values() for site, _ in item.places}
         got |= {id(module) for module in reading.unselected.values()} | reading.experts.modules

@@ -164,7 +164,6 @@ class Reading:
     def _decode(
         self, landing: SiteLanding, keys: dict[str, FactorKey]
     ) -> Iterator[tuple[str, LoraWeights]]:
-        """(part path, factors), or nothing if a problem was noted."""
         if not keys:
             return  # factors of the wrong kind, noted when they were placed
         label = _label(landing)
@@ -255,7 +254,6 @@ class Reading:
         return vector
 
     def _undivided(self, landing: SiteLanding) -> str:
-        """A message on the slices and names of `landing`'s site."""
         sizes = [saved_sizes(place)[1] for place in landing.places]
         named = ", ".join(
             f"{site.part_path(i).rpartition('.')[2]} {size}"

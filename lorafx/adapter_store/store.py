@@ -297,7 +297,6 @@ class AdapterStore(Slots):
             self._put_back()
 
     def _give_slots(self, wanted: list[str], held: frozenset[int]) -> int:
-        """Give slots to the adapters of a batch, now used; returns how many had one."""
         self._let_go()
         self._check_known(wanted)
         if len(wanted) > self.max_adapters:
@@ -309,7 +308,6 @@ class AdapterStore(Slots):
         return had
 
     def _check_known(self, names: Sequence[str]) -> None:
-        """Raise UnknownAdapterError unless all are loaded; ConfigError for weights by name."""
         lacking = [n for n in names if not isinstance(n, str) or n not in self._adapters]
         for name in lacking:
             if isinstance(name, Mapping):

@@ -149,7 +149,6 @@ class HostTier:
 
     @property
     def over(self) -> bool:
-        """Whether the copies exceed the budget."""
         return self.budget is not None and self._nbytes > self.budget
 
     def add(self, stored: StoredAdapter) -> None:

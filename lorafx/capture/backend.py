@@ -171,7 +171,6 @@ class Backend:
         lowering: Lowering,
         bound: BoundInputs | None,
     ) -> Callable[..., Any]:
-        """The executable of a new graph, recorded."""
         program, active = self.program, bool(self.program.runtime.active)
         inputs = gm.graph.find_nodes(op="placeholder")
         # Compilers may change the graph.
@@ -263,7 +262,6 @@ class Backend:
         self._at = names_of_frame() if "needless_guards" in self.shortcuts else None
 
     def keep_guards(self, guards: Sequence[Any]) -> Sequence[bool]:
-        """Dynamo's filter of the new graph's guards."""
         at, self._at = self._at, None
         return [True] * len(guards) if at is None else keep_guards(guards, at)
 
@@ -306,7 +304,6 @@ class Backend:
     def _lowered(
         self, gm: fx.GraphModule, inputs: Sequence[Any], compilation: Compilation
     ) -> Callable[..., Any]:
-        """Runs the passes and the lowering on AOTAutograd's graph."""
         program, record, parts = self.program, compilation.record, compilation.parts
         frame = compilation.frame
         if self.noted is not None:
@@ -361,7 +358,6 @@ class Backend:
 
     @contextmanager
     def failing(self, record: GraphRecord) -> Iterator[None]:
-        """Records a graph as far as its compilation got."""
         try:
             yield
         except BaseException:

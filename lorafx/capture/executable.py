@@ -81,7 +81,6 @@ def checked(
 def _slots(
     program: Program, checks: Checks, arguments: Sequence[Any], rows: Rows | None
 ) -> Tensor | None:
-    """The slots of a graph's rows, if they differ from the batch's."""
     slots, count = program.runtime.row_slots, checks.places.rows(arguments)
     if isinstance(rows, OfList) and not rows.in_order and not program.runtime.uniform:
         return slots[list(rows.owners)]

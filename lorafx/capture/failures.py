@@ -49,7 +49,6 @@ def in_tracing() -> AbstractContextManager[None]:
 
 
 def in_lowering(name: str) -> AbstractContextManager[None]:
-    """`failing_in` for the compiler behind the passes, or of the base's graphs."""
     way_out = 'run the graphs node by node by Options(lowering="reference")'
     if name == "reference":
         way_out = _KEEP_OUT

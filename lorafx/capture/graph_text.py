@@ -57,7 +57,6 @@ class Printer:
         return self._names.get((self._path, node.name), node.name)
 
     def line(self, node: fx.Node) -> str:
-        """The node as an unindented line of the program."""
         if node.op == "output":
             return f"return {self.text(node.args[0])}"
         value = value_text(node)
@@ -158,7 +157,6 @@ def stage_lines(stage: Stage, names: Mapping[Place, str]) -> list[str]:
 
 
 def _comment(stage: Stage, place: Place, node: fx.Node) -> str:
-    """Module, place and line of the user's code."""
     source = node.meta.get("stack_trace")
     path = path_of(stage, place, node)
     if not isinstance(source, str):

@@ -114,7 +114,6 @@ def _input(node: fx.Node, example: Any) -> _Input:
 
 
 def _of_sizes(node: fx.Node) -> bool:
-    """Whether a node is a size, or several, which are compared in their uses."""
     leaves = [] if node.op == "output" else tree_leaves(node.meta.get("example_value"))
     return bool(leaves) and all(isinstance(leaf, _SIZES) for leaf in leaves)
 
@@ -164,7 +163,6 @@ class _Values:
         return not symbol.is_Symbol or self._known.setdefault(symbol, value) == value
 
     def of(self, expr: Any) -> Any:
-        """The expression after substitution."""
         if expr.is_Integer:
             return expr
         if expr not in self._found:
@@ -175,7 +173,6 @@ class _Values:
         return bool(expr.free_symbols <= self._known.keys())
 
     def equal(self, earlier: Any, now: Any) -> bool:
-        """Whether arguments or parts of nodes are equal after substitution."""
         if isinstance(earlier, _Size):
             return isinstance(now, _Size) and self.of(earlier.expr) == now.expr
         if isinstance(earlier, tuple):
@@ -250,7 +247,6 @@ class _Compiled:
 
 
 def _matched(earlier: Sequence[_Input], now: Sequence[_Input]) -> _Values | None:
-    """The values of the earlier inputs' symbols; None where inputs differ."""
     values = _Values()
     tensors = [[item for item in inputs if item.size is None] for inputs in (earlier, now)]
     if len(tensors[0]) != len(tensors[1]):

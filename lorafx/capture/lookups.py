@@ -115,8 +115,6 @@ class Lookups:
 
 
 class _Use(NamedTuple):
-    """An index in the graph; without `dim` it counts all numbers of the table."""
-
     pointer: fx.Node
     table: fx.Node
     dim: int | None
@@ -263,7 +261,6 @@ class LookupSearch:
         return Value(len(self._items) + len(self._steps) - 1)
 
     def _size(self, use: _Use) -> _Size | None:
-        """The table's number of entries, if it is the size of an input."""
         size = _entries(_value(use.table), use.dim)
         if not isinstance(size, torch.SymInt):
             return size
@@ -353,7 +350,6 @@ def _use(
 
 
 def _is_place(node: fx.Node) -> bool:
-    """Whether a node holds places that the model has found in a tensor."""
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
         return bool(node.args[1] == 1) and _called(node.args[0]) in _FOUND_BESIDE
     return _called(node) in _FOUND
@@ -399,7 +395,6 @@ def _value(item: Any) -> Any:
 
 
 def _counts(value: Tensor) -> bool:
-    """Whether a tensor holds integers in host memory."""
     dtype = value.dtype
     whole = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
     return whole and value.device.type == "cpu"

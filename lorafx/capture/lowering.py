@@ -124,7 +124,6 @@ class InductorLowering:
 
 
 def _viewed(item: Any) -> Any:
-    """The base of a result that is a view, or the result."""
     while isinstance(item, fx.Node) and is_view(item) and isinstance(item.args[0], fx.Node):
         item = item.args[0]
     return item
@@ -207,7 +206,6 @@ def compile_base(
 
 
 def _generated_products() -> Any:
-    """The Inductor pass over a base graph that implements `products`."""
     from lorafx.torch_internals.inductor import CustomGraphPass, get_hash_for_files
 
     class BaseProducts(CustomGraphPass):

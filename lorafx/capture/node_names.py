@@ -84,14 +84,6 @@ def names_of(stages: Iterable[Stage], sizes: Mapping[str, Size]) -> dict[Place, 
 
 
 class _Facts(NamedTuple):
-    """The parts of a name.
-
-    Attributes:
-        what: the operator, the meaning of an input, or the index of an item.
-        paths: of its sites, else of the module whose forward made it.
-        item_of: the node that it is an item of.
-    """
-
     what: str
     paths: tuple[str, ...] = ()
     item_of: Place | None = None
@@ -105,7 +97,6 @@ class _Naming:
         self._short = ShortPaths()
 
     def add(self, stage: Stage) -> None:
-        """Name the new nodes of a stage."""
         calls: dict[Any, fx.Node] = {}
         for node in stage.graphs[""].find_nodes(op="call_function", target=INVOKE):
             calls.setdefault(node.args[1], node)
@@ -188,7 +179,6 @@ class _Naming:
 
 
 def _part_of_pack(stage: Stage, path: str, item: fx.Node) -> str | None:
-    """The path of the site whose columns of a pack an item is."""
     split, index = item.args
     if not isinstance(split, fx.Node) or _operator(split) != "split_with_sizes":
         return None
@@ -210,7 +200,6 @@ class ShortPaths:
         return self._short[path]
 
     def add(self, paths: Iterable[str]) -> None:
-        """Find short names for new paths."""
         left = [path for path in dict.fromkeys(paths) if path not in self._short]
         taken, kept = set(self._short.values()), 1
         while left:

@@ -79,7 +79,6 @@ class GraphRecord:
         return exclusive(self.spans)
 
     def to_save(self) -> dict[str, Any]:
-        """The part that another process needs."""
         saved = ("lora", "checks", "passes", "states", "refusals", "outlined", "form", "symbols")
         return {name: getattr(self, name) for name in saved}
 
@@ -100,7 +99,6 @@ class GraphRecord:
             self.stages.append(stage_of(gm, ctx, report))
 
     def keep_base(self, gm: fx.GraphModule, frame: Frame) -> None:
-        """Note a graph without passes."""
         if self.keeps_stages:
             inputs = gm.graph.find_nodes(op="placeholder")
             self.sizes = sizes_of(frame, dict(zip(inputs, frame.inputs, strict=True)))

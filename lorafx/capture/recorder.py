@@ -58,7 +58,6 @@ class Stage:
 
     @cached_property
     def input_count(self) -> int:
-        """The number of arguments; later passes may add some."""
         return len(self.graph.graph.find_nodes(op="placeholder"))
 
 

@@ -70,7 +70,6 @@ class Folded:
     kinds: list[_Kind] = field(default_factory=list)
 
     def forget(self) -> None:
-        """Free the stamps' keys."""
         for kind in self.kinds:
             for key in (kind.enter, kind.leave, *kind.others):
                 LAYOUTS.pop(key, None)
@@ -197,7 +196,6 @@ class _Effects:
     passed: Mapping[int, int]
 
     def made_by(self, layer: _Layer) -> list[fx.Node]:
-        """The new tensors among the layer's results."""
         return [node for at, node in enumerate(layer.returned) if at not in self.passed]
 
 
@@ -224,7 +222,6 @@ def _is_size(value: Any) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether AOTAutograd treats a value as one tensor."""
     return isinstance(value, FakeTensor) and value.layout is torch.strided
 
 
@@ -433,7 +430,6 @@ def _expand(
     call: fx.Node,
     stacks: dict[tuple[Any, ...], Any],
 ) -> None:
-    """Replace `call` by a copy of the body on its operands."""
     operands: Any = call.args[0]
     new: dict[fx.Node, fx.Node] = {item: operands[item.args[1]] for item in enter.users}
     for node in body:
@@ -470,7 +466,6 @@ def _value_of_copy(node: fx.Node, copy: fx.Node) -> Any:
 
 
 def _take_out(graph: fx.Graph, call: fx.Node, values: Any) -> None:
-    """Replace the results of `call` by `values`."""
     for item in list(call.users):
         item.replace_all_uses_with(values[item.args[1]])
         graph.erase_node(item)

@@ -131,7 +131,6 @@ def reason(form: Mapping[str, str], earlier: Sequence[Mapping[str, str]]) -> str
 
 
 def _distance(form: Mapping[str, str], other: Mapping[str, str]) -> tuple[int, int]:
-    """The number of differing properties, then those that only one form has."""
     differing = sum(other.get(what) != text for what, text in form.items())
     return differing + len(other.keys() - form.keys()), len(form.keys() ^ other.keys())
 
@@ -152,7 +151,6 @@ def tell_instance(title: str, model: str, form: Mapping[str, str], spans: Sequen
 
 
 def _end_line(graph: str) -> None:
-    """End the terminal's line before the log goes on."""
     work = _LOCAL.work
     if work is not None:
         work.what = work.what if work.what.endswith(graph) else graph

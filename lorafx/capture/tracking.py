@@ -142,8 +142,7 @@ class Tracking(TorchDispatchMode):
             if storage_of(output) not in shown:
                 memory.note(output, held)
 
-    def _made(self, func: OpOverload, results: object) -> None:
-        """Note the results of an operator without tensor arguments."""
+    def _made(self, func: OpOverload, results: object) -> None: ...
 
 
 never_traced(Tracking.__torch_dispatch__.__code__)
@@ -200,6 +199,5 @@ def _pops(depth: int) -> Iterator[object]:
 
 
 def _forget_ended() -> None:
-    """Remove modes that interrupts have left on torch's stack."""
     while isinstance(left := _get_current_dispatch_mode(), Tracking) and left.over:
         _pop_torch_dispatch_stack(None)

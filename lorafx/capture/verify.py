@@ -75,7 +75,6 @@ def check_graph(pass_name: str, gm: fx.GraphModule, ctx: Context, outputs: Seque
 
 
 def _returns(node: fx.Node) -> bool:
-    """Whether an operator returns a value; assertions on sizes do not."""
     return not isinstance(node.target, OpOverload) or bool(node.target._schema.returns)
 
 

@@ -19,8 +19,6 @@ from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
 
 
 class _Range(NamedTuple):
-    """The bytes of a storage that a site's weight occupies."""
-
     first: int
     last: int
     site: Site
@@ -69,7 +67,6 @@ class WeightUses:
             raise self._found
 
     def _shown(self, tensor: Tensor) -> Iterator[Site]:
-        """The touched sites whose weights overlap the tensor."""
         if self._ranges is None:
             self._ranges = self._touched()
         for part in _parts(tensor):
@@ -113,7 +110,6 @@ def _parts(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
-    """First and past-the-end byte in its storage."""
     if not tensor.numel() or tensor.layout is not torch.strided:
         return 0, 0
     reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))

@@ -55,7 +55,6 @@ def write_back(gm: fx.GraphModule) -> int:
 
 
 def _written(gm: fx.GraphModule) -> dict[fx.Node, fx.Node]:
-    """Values that AOTAutograd copies into inputs -> these inputs."""
     output = gm.graph.output_node()
     items: Any = output.args[0]
     descriptions = output.meta.get("desc") or ()

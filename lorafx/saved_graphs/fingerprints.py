@@ -198,7 +198,6 @@ class Fingerprints:
                         yield f"{name} {self._member(value, 1)}"
 
     def _member(self, value: Any, depth: int) -> str:
-        """A member of a class or closure: code and plain values; other classes by name."""
         if isinstance(value, type):
             return _name(value)
         if isinstance(value, (staticmethod, classmethod)):

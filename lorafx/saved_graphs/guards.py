@@ -180,7 +180,6 @@ def _look(
     f_globals: dict[str, Any],
     prints: Fingerprints,
 ) -> tuple[list[str], list[int]]:
-    """The text of each place, and the first place with the same object."""
     seen: dict[Source, Any] = {}
     texts: list[str] = []
     same: list[int] = []

@@ -115,7 +115,6 @@ def _settings(prints: Fingerprints) -> Iterator[str]:
 
 
 def _model(program: Program, prints: Fingerprints) -> Iterator[str]:
-    """The structure of the model, with sharing."""
     seen: dict[int, int] = {}
     objects: dict[int, int] = {}
     memory: dict[Any, int] = {}

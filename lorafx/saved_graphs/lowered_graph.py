@@ -82,7 +82,6 @@ class SavedLowered:
 
 
 def _few_numbers(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raises Undescribed for tensors that may be the model's."""
     for name, value in tensors.items():
         if value.numel() > _CONSTANT or isinstance(value, torch.nn.Parameter):
             raise Undescribed(f"a graph that holds a tensor of its own, {name}")

@@ -94,7 +94,6 @@ class SavedGraphs:
         return result
 
     def _home(self, frame: Any) -> tuple[Path, str] | None:
-        """The folder and key of the frame's graphs, if they are saved."""
         program = self._backend.program
         try:
             program.look_at_modules()
@@ -163,8 +162,6 @@ def _warn(text: str) -> None:
 
 
 class _Conversion:
-    """Notes on a frame that Dynamo is converting."""
-
     def __init__(self, program: Program) -> None:
         self._program = program
         self._graphs: list[Captured] = []
@@ -177,7 +174,6 @@ class _Conversion:
         self._output = InstructionTranslator.current_tx().output
 
     def note_guards(self, guards: Sequence[Any], kept: Sequence[bool]) -> None:
-        """Note guards while Dynamo's trace exists."""
         if len(self._graphs) != 1:
             self._why = "the model breaks into several graphs"
             return
@@ -223,7 +219,6 @@ class _Conversion:
         return pickle.dumps((json.dumps(modules), *halves)), graph.record
 
     def _names(self, code: CodeType) -> PortableNames:
-        """Process-specific names in Dynamo's bytecode and guards."""
         assert self._guards is not None
         names = {SLOTS: self._program.runtime._key, BUILTINS: self._guards.builtins_name}
         for name in sorted(set(self._output.installed_globals) - set(names.values())):

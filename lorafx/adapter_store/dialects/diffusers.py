@@ -138,7 +138,6 @@ def _loaders() -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Hides diffusers' warnings about keys of other conversions."""
     log = logging.getLogger("diffusers")
     level = log.level
     log.setLevel(logging.CRITICAL)

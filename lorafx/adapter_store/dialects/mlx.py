@@ -77,7 +77,6 @@ class Mlx(Dialect):
 def _experts(
     found: Translation, parts: list[str], letter: str, tensor: Tensor, key: str
 ) -> list[str]:
-    """Adds each expert's factors under its unstacked name; returns the paths."""
     at = parts.index(_SWITCH)
     before, after = parts[:at], parts[at + 1 :]
     if letter == "a" and tensor.dim() == 2:  # (E·r, K) in older releases; E is that of B
