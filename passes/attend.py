@@ -86,8 +86,8 @@ def _call(given: dict[str, Any], asked: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _read(attention: fx.Node) -> list[fx.Node] | None:
-    """The nodes between a paged cache and `attention`, latest first, the cache's call last; None
-    without a cache or with other readers."""
+    """The nodes from `attention` back to the cache's call; None without one or with other
+    readers."""
     asked = bound(attention)
     keys, values = _heads(asked["key"]), _heads(asked["value"])
     if keys is None or values is None:
@@ -134,8 +134,7 @@ def _only_result(attention: fx.Node) -> fx.Node | None:
 
 
 def _fits(cached: fx.Node, attention: fx.Node) -> bool:
-    """Whether this attention takes the step's mask, and no earlier node reads the written
-    values."""
+    """Whether this attention takes the step's mask, and no earlier node reads the writes."""
     given, asked = bound(cached), bound(attention)
     seen, mask = given["seen"], given["mask"]
     if seen is None or mask is None or _unpadded(asked[_ATTENTION[attention.target]]) != mask:

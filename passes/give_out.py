@@ -120,8 +120,7 @@ def _without_requests(graph: fx.Graph, seeds: Mapping[fx.Node, Label]) -> bool:
 
 
 class Attempt:
-    """A rewrite of a graph, for some sites with a shared x, that can be undone. `sites`: site node
-    -> replacement."""
+    """A revertible rewrite of a graph for sites with a shared x: site node -> replacement."""
 
     def __init__(
         self, graph: fx.Graph, flow: Flow, batch: BatchSymbols, roots: set[fx.Node]
@@ -190,8 +189,7 @@ class Attempt:
         self._inputs.append((user, old, new))
 
     def _settle(self) -> None:
-        """Update later fake values. Strides may change, so views that need the old ones become
-        reshapes."""
+        """Update later fake values; views that need the old strides become reshapes."""
         changed = {new for _, old, new in self._inputs if _layout(new) != _layout(old)}
         for node in self.graph.nodes:
             if node not in self.before or not changed.intersection(node.all_input_nodes):

@@ -143,8 +143,7 @@ EMBEDDING = "embedding"
 def _triton_choice(
     ctx: Context, node: fx.Node, rows: int | None, device: torch.device
 ) -> tuple[str, str]:
-    """(strategy, why) under the Triton lowering. Raises ConfigError for a pinned strategy that this
-    node cannot have."""
+    """(strategy, why) under the Triton lowering; ConfigError for an unfit pinned strategy."""
     pinned, proved = _pinned(ctx, node), bound(node)["rows"]
     if isinstance(proved, int) and proved == 0:
         return ATEN, "row ownership was not analysed, and only aten can refuse a mixed batch"
@@ -201,8 +200,7 @@ def _work(ctx: Context, node: fx.Node) -> Work | None:
 
 
 def _fusable(node: fx.Node) -> bool:
-    """Whether a kernel may compute the base product: it is in the node, with a readable weight
-    layout."""
+    """Whether a kernel may compute the base product, from a weight layout that it can read."""
     return node.target is FUSED_OP and adjacent(fake_value(bound(node)["weight"]))
 
 
@@ -293,7 +291,6 @@ def _paths(ctx: Context, node: fx.Node) -> list[str]:
 
 
 def _split(node: fx.Node) -> bool:
-    """Whether a pack's base product is faster a sibling at a time."""
     if node.target is not FUSED_OP:
         return False
     call = bound(node)

@@ -97,8 +97,8 @@ class _Scales:
         return last
 
     def _by_row(self, node: fx.Node, table: fx.Node) -> tuple[fx.Node, fx.Node]:
-        """`table` (S, ΣN) for each row and output, broadcastable to y, and where it is of a slot
-        and not 0."""
+        """`table` (S, ΣN) by row and output, broadcastable to y, and where it is of a slot and not
+        0."""
         y, owner = fake_value(node), self._owner(node)
         value = self.ctx.emit(aten.index.Tensor, self._columns(node, table), [owner])
         used = self.ctx.emit(aten.unsqueeze.default, self.ctx.emit(aten.ge.Scalar, owner, 0), -1)
@@ -125,7 +125,6 @@ class _Scales:
         return self.ctx.emit(aten.where.self, live, total, otherwise)
 
     def _columns(self, node: fx.Node, table: fx.Node) -> fx.Node:
-        """The site's columns of `table`, (S, N)."""
         if node.target is not SITE_OP:
             return table
         call = bound(node)

@@ -116,7 +116,6 @@ class _Selection:
         self.eligible_paths = [item.path for item in self.modules if item.entry is not None]
 
     def _candidates_of(self, path: str, module: nn.Module) -> Iterator[Candidate]:
-        """The module, and each of its parameters of routed experts."""
         entry, paths = lookup(module), self.graph.paths(module)
         weights = expert_weights(module)
         if weights is None:
@@ -307,7 +306,6 @@ class _Selection:
         return f"; eligible below it: {', '.join(below[:3])}" if below else ""
 
     def _site(self, item: Candidate, selected: frozenset[str]) -> Site | str:
-        """The site with these members selected, or why there is none."""
         module = item.module
         entry = item.entry
         if entry is None and not self.by_default:

@@ -53,8 +53,7 @@ class WriteInPlace:
 
 
 def _written(place: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The successive calls that write into `place`, and the nodes that copy the last result back;
-    empty if anything else reads `place` or a result."""
+    """Successive calls that write into `place`, and copies back; empty with other readers."""
     chain: list[fx.Node] = []
     copies: list[fx.Node] = []
     base = place
@@ -75,7 +74,6 @@ def _written(place: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
 
 
 def _called(node: fx.Node) -> Any:
-    """The operator of a functional call."""
     return node.args[0]
 
 
@@ -94,7 +92,6 @@ def _writes(node: fx.Node, base: fx.Node) -> bool:
 
 
 def _in_place(node: fx.Node, place: fx.Node) -> None:
-    """Replace a functional call by its operator, writing into `place`."""
     op = _called(node)
     results = _RESULTS[op]
     given = {name: value for name, value in node.kwargs.items() if not name.startswith("_")}

@@ -70,8 +70,7 @@ def load_state(source: Any, model: nn.Module | None = None, *, warn: bool = True
 
 
 def _expanded(state: AdapterState, model: nn.Module) -> AdapterState:
-    """`state` with BD-LoRA's blocks, A (r, K/n) or B (N, r/n), on a diagonal, up to the module's
-    size."""
+    """`state` with BD-LoRA's blocks, A (r, K/n) or B (N, r/n), on a diagonal."""
     settings = state.config.block_diagonal
     if settings is None or settings.blocks == 1:
         return state
@@ -212,8 +211,8 @@ def _fits(
     known: Mapping[str, nn.Module],
     whole: bool,
 ) -> bool:
-    """Whether all paths are below `start` with weights of their sizes; or, unless `whole`, some
-    paths and the layers of the others, which may be packed or experts."""
+    """Whether all paths are below `start`, with their sizes; or, unless `whole`, some, with
+    layers."""
     present = 0
     for end, factors in ends.items():
         module = known.get(start + end)

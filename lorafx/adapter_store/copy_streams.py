@@ -33,8 +33,8 @@ _Mark: TypeAlias = "torch.cuda.Stream | torch.cuda.Event"
 
 @dataclass(eq=False)
 class _Copy:
-    """A copy of `name`. `host` keeps its source alive until it is `done`. `awaited`: a stream of
-    calls waits for it."""
+    """A copy of `name`, whose source `host` lives until it is `done`; a call may have `awaited`
+    it."""
 
     name: str
     event: torch.cuda.Event
@@ -156,7 +156,7 @@ class CopyStreams:
                     lane.used()
 
     def write(self, name: str, slots: Iterable[int], write: Callable[[], object]) -> None:
-        """`write` fills slots with `name` on the current stream, after earlier uses. Raises as
+        """`write` fills slots on the current stream, after earlier uses. Raises as
         `refuse_captured`."""
         self.refuse_captured([name])
         self.use(slots)

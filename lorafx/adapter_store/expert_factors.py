@@ -63,8 +63,7 @@ def exchanged(
 
 
 def wrapped(a: Tensor, b: Tensor, sizes: tuple[int, int, int], swapped: bool | None) -> Stacked:
-    """Factors saved by PEFT's parameter wrapper. `swapped` decides where both orders fit. Raises
-    `Problem` where neither fits."""
+    """Factors from PEFT's wrapper; `swapped` decides where both orders fit. Raises `Problem`."""
     experts, k, n = sizes
     if a.dim() == b.dim() == 3:
         return named(a, b, sizes, None)
@@ -111,8 +110,8 @@ def named(a: Tensor, b: Tensor, sizes: tuple[int, int, int], rank: int | None) -
 
 
 def _rank(a: Tensor, b: Tensor, experts: int, configured: int | None) -> int | None:
-    """r of factors that may be stacked, apart or shared; None where their shapes disagree. Raises
-    `Problem` where r is ambiguous."""
+    """r of factors in any layout, None where shapes disagree; raises `Problem` for an ambiguous
+    r."""
     rows, columns = a.shape[-2], b.shape[-1]
     if a.dim() == 3 or b.dim() == 3:
         if a.dim() == b.dim():

@@ -53,8 +53,7 @@ _Pair = dict[str, _Found]
 
 @dataclass
 class _Module:
-    """A file's pairs for a module: by wrapper, and by parameter, half and expert. `touched` are the
-    columns with factors, by parameter."""
+    """A file's pairs for a module; `touched` are the columns with factors, by parameter."""
 
     experts: Experts
     wrappers: dict[bool, _Pair] = field(default_factory=dict)
@@ -73,8 +72,7 @@ class _Module:
 
 
 class ExpertReading:
-    """The routed experts' factors of a checkpoint, saved at `paths`. `singly`: some path names a
-    single expert."""
+    """Routed experts' factors of a checkpoint at `paths`, some of a single expert if `singly`."""
 
     def __init__(self, findings: Findings) -> None:
         self.findings, self.config = findings, findings.config

@@ -75,8 +75,7 @@ def dora_refusal(site: Site) -> str | None:
 
 
 class VectorKind(NamedTuple):
-    """A vector with a number for each output: the field that enables it, the end of its key, and
-    the refusal of unsuitable sites."""
+    """A vector over outputs: the field that enables it, its key's end, and refusals of sites."""
 
     flag: str
     key: str
@@ -103,8 +102,7 @@ def check_vector(
 
 @dataclass(frozen=True)
 class SavedModule:
-    """A module whose weights a file holds: its tensors by attribute, with their keys. `named`: it
-    was trained as a whole."""
+    """A module whose weights a file holds, with their keys; `named` if trained as a whole."""
 
     path: str
     module: nn.Module
@@ -125,8 +123,7 @@ class SavedModule:
 
 
 def _saved_modules(state: AdapterState, places: Places, *, with_copies: bool) -> list[SavedModule]:
-    """Leaves that `modules_to_save` names and the file has; `with_copies` also whole weights that
-    fit."""
+    """Leaves of `modules_to_save` in the file; `with_copies` also whole weights that fit."""
     found: dict[str, SavedModule] = {}
     if not (state.config.modules_to_save or with_copies):
         return []
@@ -178,8 +175,8 @@ def rows_wanted(state: AdapterState, model: nn.Module) -> tuple[list[str], dict[
 
 
 class OwnReading:
-    """The rows that an adapter replaces, `found` by site path. `keys` are the processed keys;
-    problems go to the findings."""
+    """The replaced rows, `found` by site path; `keys` are processed, problems go to the
+    findings."""
 
     def __init__(self, findings: Findings) -> None:
         self.findings, self.places = findings, findings.places
@@ -355,8 +352,7 @@ class BiasReading:
         self._saved: set[int] = set()  # modules whose biases the file has
 
     def decode(self, owned: Collection[str]) -> None:
-        """Find the biases; at the sites `owned` the adapter replaces the weight, and the bias with
-        it."""
+        """Find the biases; the adapter replaces the whole weight and bias of sites `owned`."""
         if self.config.bias == "none":
             return
         for key, tensor in self.state.tensors.items():

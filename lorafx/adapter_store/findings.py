@@ -59,8 +59,7 @@ class Findings:
         return self.state.config
 
     def raise_problems(self, name: str) -> None:
-        """Raise all problems of adapter `name` as one error: a CapacityError if only ranks or room
-        are lacking."""
+        """Raise all problems as one error, a CapacityError if only ranks or room are lacking."""
         problems = [*self.unsupported, *self.problems, *self.no_room]
         if self.over_rank:
             rank = max(self.over_rank.values())

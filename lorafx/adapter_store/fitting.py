@@ -132,8 +132,7 @@ def _check_room(adapter: Adapter, places: Mapping[str, BankPlace], groups: Seque
 
 
 def _own_weight(site: Site, weight: OwnWeight, bank: Bank) -> OwnWeight:
-    """Replaced rows in the bank's dtype, on the host; outputs that a whole linear lacks are
-    −inf."""
+    """Replaced rows in the bank's dtype, on the host; a whole linear's missing outputs are −inf."""
     assert bank.own is not None
     rows, bias = weight.rows, weight.bias
     lacks = site.weight_rows - len(rows)
@@ -180,8 +179,7 @@ def host_copy(tensor: Tensor, dtype: torch.dtype, pin: bool) -> Tensor:
 
 @torch.no_grad()
 def measure(group: Group, factors: Iterable[Factors]) -> None:
-    """Fill the gains of factors with magnitudes and the shifts of factors with biases, s·b + b' −
-    b, in place. Raises ConfigError for an unknown format of a base weight."""
+    """Fill gains, and shifts s·b + b' − b, in place. Raises ConfigError for an unknown format."""
     factors = list(factors)
     for site, offset in zip(group.sites, group.offsets, strict=True):
         here = [f for f in factors if offset <= f.offset < offset + site.out_features]

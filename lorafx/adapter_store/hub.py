@@ -29,8 +29,7 @@ def is_repository(source: str) -> bool:
 
 
 def downloaded(name: str, revision: str | None) -> Path:
-    """The folder of the repository's snapshot; huggingface_hub's settings apply. Raises
-    CheckpointError where huggingface_hub is missing or fails."""
+    """The repository's snapshot folder. Raises CheckpointError if huggingface_hub cannot get it."""
     absent = f"adapter folder {name} does not exist here"
     try:
         from huggingface_hub import snapshot_download
@@ -59,8 +58,7 @@ def _reason(error: Exception) -> str:
 
 
 def check_model(name: str) -> None:
-    """Raise ConfigError, within seconds, where `name` is neither a folder nor a model on the
-    hub."""
+    """Raise ConfigError, within seconds, unless `name` is a folder or a model on the hub."""
     if os.path.lexists(name):
         return
     absent = f"{name} cannot be loaded: there is no folder of that name"

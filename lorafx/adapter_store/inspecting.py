@@ -79,8 +79,8 @@ def inspected(given: AdapterSource) -> Inspected:
 
 
 def config_of(folder: Path) -> PeftConfig:
-    """An adapter folder's configuration in PEFT's terms; PEFT's own folders are read without
-    tensors. Raises as `load_state`."""
+    """A folder's configuration in PEFT's terms, for PEFT without tensors. Raises as
+    `load_state`."""
     fields, where = raw_fields(folder)
     if not Mlx.configures(fields):
         return PeftConfig.read(fields, where=where)

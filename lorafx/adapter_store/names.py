@@ -22,8 +22,7 @@ AdapterName: TypeAlias = "str | Mapping[str, float] | None"
 
 
 class Mixture(str):
-    """The name of a sum of adapters, which reads "0.7·sql + 0.3·style". `weights` are sorted by
-    name."""
+    """The name of a sum of adapters, "0.7·sql + 0.3·style"; `weights` are sorted by name."""
 
     weights: tuple[tuple[str, float], ...]
 

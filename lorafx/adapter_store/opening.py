@@ -49,8 +49,7 @@ _Read = tuple[dict[str, Tensor], dict[str, str]]
 
 
 def opened(given: AdapterSource) -> Saved:
-    """The tensors and the configuration of `given`. Raises CheckpointError where it is unreadable,
-    UnsupportedAdapterError for a PEFT configuration that lorafx cannot honour."""
+    """Tensors and configuration of `given`; raises CheckpointError or UnsupportedAdapterError."""
     source = given.source
     if isinstance(source, Saved):
         return replace(source, component=given.component)

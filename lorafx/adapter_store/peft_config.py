@@ -39,8 +39,7 @@ from lorafx.registry import lookup
 
 @dataclass(frozen=True)
 class BlockDiagonal:
-    """PEFT's `use_bdlora`: parts of module paths whose A, or B, is saved as `blocks` diagonal
-    blocks."""
+    """PEFT's `use_bdlora`: path parts of modules whose A, or B, is saved as diagonal `blocks`."""
 
     a: tuple[str, ...] = ()
     b: tuple[str, ...] = ()
@@ -237,8 +236,7 @@ class PeftConfig:
         return names(targets, [path]) and (not by_suffix or self._layer_wanted(path))
 
     def trains(self, path: str) -> bool:
-        """Whether the module at `path`, or a parent of it, was trained as a whole. As PEFT, by the
-        ending of a name, dots or not."""
+        """Whether the module or a parent was trained as a whole; any ending of a name counts."""
         if not self.modules_to_save:
             return False
         parts = path.split(".")

@@ -66,16 +66,14 @@ def without_prefix(path: str) -> str:
 
 
 def candidates(path: str) -> tuple[str, ...]:
-    """The module paths that a saved path may mean, likeliest first: attributes may be named like
-    PEFT's prefix."""
+    """Module paths of a saved path, likeliest first: attributes may be named like PEFT's prefix."""
     plain = without_compiled(path)
     stripped = (plain + ".").removeprefix(PREFIX).rstrip(".")
     return (stripped,) if stripped == plain else (stripped, plain)
 
 
 class FactorSizes(NamedTuple):
-    """K, N and r of a pair of saved factors, 0 where unknown. A convolution's K is its input
-    channels."""
+    """K (of a convolution: input channels), N and r of a pair of factors, 0 where unknown."""
 
     in_features: int
     out_features: int

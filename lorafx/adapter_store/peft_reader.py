@@ -217,8 +217,7 @@ class _Search:
                 yield path, module
 
     def _packed(self, missing: Collection[int]) -> Iterator[str]:
-        """Packed names and parts that PEFT would have given factors, beyond the `missing`
-        modules."""
+        """Packed names that PEFT would have given factors, beyond the `missing` modules."""
         reading = self.reading
         landed = {(id(item.places[0][0]), item.loose) for item in reading.landings.values()}
         known: set[str] = set()
@@ -249,7 +248,6 @@ class _Search:
         yield from ((path, module) for path, module in names if lookup(module) is not None)
 
     def _experts(self) -> Iterator[str]:
-        """Targeted expert parameters, and single experts by older names, where the file has any."""
         config, found = self.config, self.reading.experts
         if not config.target_parameters and not found.singly:
             return
@@ -270,8 +268,7 @@ class _Search:
 def _single(
     config: PeftConfig, weight: ExpertWeight, path: str, touched: Collection[Columns]
 ) -> Iterator[str]:
-    """Projections of single experts that PEFT would have given factors before experts were
-    fused."""
+    """Single experts' projections that PEFT gave factors before experts were fused."""
     known = set(touched)
     for name in PROJECTIONS:
         half = covers(weight, name)

@@ -19,8 +19,8 @@ from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
 
 
 def load_pickled(content: BinaryIO, file: str) -> dict[str, Tensor]:
-    """The tensors in `content` by name, on the CPU. Raises CheckpointError, naming `file`, unless
-    it holds plain tensors within its size."""
+    """The plain tensors in `content` by name, within its size; else CheckpointError names
+    `file`."""
     try:
         held = _held(content, file)
         tensors = torch.load(content, map_location="cpu", weights_only=True)

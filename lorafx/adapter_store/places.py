@@ -58,8 +58,8 @@ class SiteLanding:
         return (self.loose, *((id(site), part) for site, part in self.places))
 
     def fitting(self, rows: Mapping[str, int]) -> tuple[SitePart, ...] | None:
-        """The places that the factors cover, if `rows` (B's, by the site's loose names) partition
-        its slices unambiguously."""
+        """The places that factors cover, if `rows` of B partition the site's slices
+        unambiguously."""
         if not self.loose:
             return self.places
         names = self.places[0][0].loose_names
@@ -83,8 +83,7 @@ def saved_sizes(place: SitePart) -> tuple[int, int]:
 
 @dataclass(eq=False)
 class Experts:
-    """A module of routed experts. Its two `weights` are in registration order, with checkpoint
-    sizes; `sites` are the selected ones, by the parameter's name."""
+    """Routed experts: both `weights` in registration order, and selected `sites` by parameter."""
 
     path: str
     module: nn.Module
@@ -195,8 +194,7 @@ class Places:
         return self._by_module.get(id(module))
 
     def current(self, path: str) -> str:
-        """The model's name of saved `path`, possibly a packed name; a path that leads nowhere only
-        loses prefixes."""
+        """The model's name of saved `path`; an unknown path only loses prefixes."""
         best, left = without_prefix(path), 2
         for reading, _ in self._readings(path):
             walked = self._names.walk(reading)
@@ -217,8 +215,7 @@ class Places:
         return found | {key for key, experts in self._experts.items() if experts.sites}
 
     def packed_names(self) -> Iterator[tuple[str, str, tuple[SitePart, ...]]]:
-        """(path, `SiteLanding.loose`, places) of unpacked names of packed sites' parts, and packed
-        names of separate sites."""
+        """(path, `SiteLanding.loose`, places) of unpacked and packed names beside the sites'."""
         return ((path, found.loose, found.places) for path, found in self._packed.items())
 
     def nearest(self, path: str) -> str:

@@ -66,8 +66,7 @@ Source: TypeAlias = "str | os.PathLike[str] | bytes | Mapping[str, Tensor] | Ada
 
 @dataclass(frozen=True)
 class Saved:
-    """The contents of a source: tensors by saved key, raw or parsed configuration, and safetensors
-    metadata. Messages call it `where`."""
+    """A source's tensors by key, configuration, and safetensors metadata; `where` in messages."""
 
     tensors: Mapping[str, Tensor]
     fields: Mapping[str, Any] | PeftConfig | None
@@ -101,8 +100,7 @@ class AdapterState:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an adapter can be read again: an absolute path, the settings that its files lack, and a
-    stamp of each file."""
+    """Where an adapter can be read again: path, settings, and a stamp of each file."""
 
     source: AdapterSource
     path: Path

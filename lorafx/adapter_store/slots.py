@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
 
 class OwnPlaces:
-    """Where replaced weights lie in the banks, with room for those of `count` slots. A place
-    belongs to a slot as long as its adapter has replaced weights."""
+    """Places of replaced weights in the banks, which follow the slots of their adapters."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -49,8 +48,8 @@ class OwnPlaces:
     def to_evict(
         self, missing: Sequence[str], resident: Collection[str], evictable: Sequence[str]
     ) -> list[str]:
-        """The first of `evictable` that make room for the replaced weights of `missing`; all of
-        `resident` have a place. Raises CapacityError where they do not suffice."""
+        """The first of `evictable` that make room for the weights of `missing`; else
+        CapacityError."""
         lacking = len(missing) + len(resident) - self.count
         if not missing or lacking <= 0:
             return []
@@ -102,8 +101,7 @@ class Slots:
         return sum(any(n in adapters and adapters[n].owned for n in part) for part in parts)
 
     def _staying(self, wanted: Collection[str]) -> set[str]:
-        """Pinned adapters that keep slots beside `wanted`; held versions share the slot of a pinned
-        name."""
+        """Pinned adapters beside `wanted`; held versions share the slot of a pinned name."""
         replaced = {name.replaced for name in wanted if isinstance(name, Retired)}
         return self._pinned - (replaced - set(wanted))
 
@@ -126,7 +124,6 @@ class Slots:
         return sum(self._adapters[member].width for member in members(name))
 
     def _fits(self, slot: int, stored: StoredAdapter) -> bool:
-        """Whether the banks have room for this adapter in `slot`, in the place of its occupant."""
         if stored.owned and self._own.free(slot, self._owners().values()) is None:
             return False
         others = {s for n, first in self._slots.items() for s in self._window(n, first)}

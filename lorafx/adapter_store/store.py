@@ -98,7 +98,7 @@ class AdapterStore(Slots):
             return isinstance(name, str) and all(n in self._adapters for n in members(name))
 
     def __getitem__(self, name: str) -> StoredAdapter:
-        """The stored adapter or sum; UnknownAdapterError, or as
+        """The adapter or sum; raises UnknownAdapterError, or as
         `lorafx.adapter_store.mixing.mixed`."""
         with self._lock:
             self._check_known([name])
@@ -196,8 +196,7 @@ class AdapterStore(Slots):
             self._pinned.discard(name)
 
     def hold(self, name: str) -> Hold:
-        """Keep this version of an adapter as long as the result lives, even if it is replaced or
-        unloaded. Raises as `fetch`."""
+        """Keep this version of an adapter while the result lives. Raises as `fetch`."""
         with self.fetched([name]), self._lock:
             stored = self[name]
             hold = Hold(name, stored, self.host.numbers(stored))
@@ -264,8 +263,7 @@ class AdapterStore(Slots):
             return [self._slots[name] for name in wanted]
 
     def refresh_magnitudes(self) -> None:
-        """Recompute DoRA norms and bias differences from the current base weights, in place.
-        ConfigError for an unknown weight format."""
+        """Recompute DoRA norms and bias differences in place. ConfigError for an unknown format."""
         with self._lock:
             self.copy_streams.use(range(self.max_adapters))
             following = {n: s.host for n, s in self._adapters.items() if s.follows_base and s.host}
@@ -278,8 +276,8 @@ class AdapterStore(Slots):
                         self._groups[g].bank.write_by_column(self._slots[name], factors)
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes of the banks ("banks"), of host copies ("host"), and of the files of rereadable
-        adapters ("disk")."""
+        """Bytes of the banks, of host copies ("host"), and of rereadable adapters' files
+        ("disk")."""
         with self._lock:
             every = self._adapters.values()
             return {
@@ -395,7 +393,6 @@ class AdapterStore(Slots):
                 self._unload(made)
 
     def _trim(self) -> None:
-        """Keep host memory within the budget: sums and most adapters can be recovered."""
         if not self.host.over or self._aside is not None:
             return
         held = self._held_versions()

@@ -205,8 +205,7 @@ class HostTier:
                 self._nbytes -= stored.nbytes
 
     def trim(self, stays: Callable[[StoredAdapter], bool]) -> None:
-        """Drop copies down to the budget, except copies that cannot be read again or follow the
-        base weights (DoRA, biases)."""
+        """Drop copies down to the budget, if they can be read again and do not follow the base."""
         if self.reader is None:
             return
         with self._lock:

@@ -64,8 +64,7 @@ def recorded(stage: Stage, given: Sequence[Any], runs: list[Run]) -> Any:
 
 
 def between(before: Sequence[Run], after: Sequence[Run], tolerance: float) -> FirstSite | None:
-    """The first difference between two runs of the same calls: of a common node, else of another
-    returned node."""
+    """The first difference between runs of the same calls: of common, else of returned nodes."""
     for good, bad in zip(before, after, strict=False):
         pairs = [(node.name, node) for node in bad.graph.nodes]
         pairs += [(was.name, now) for was, now in zip(good.returned, bad.returned, strict=False)]
@@ -95,8 +94,7 @@ def beside(runs: Sequence[Run], modules: Modules, tolerance: float) -> FirstSite
 
 
 def _led_to(node: fx.Node, good: Run, bad: Run, error: float) -> FirstSite:
-    """The site behind a wrong value: nearest among the pass's new nodes, else the node's, else the
-    nearest operand's."""
+    """The site of a wrong value: among the pass's new nodes, else the node's, else an operand's."""
     names = {other.name for other in good.graph.nodes}
 
     def known(other: fx.Node) -> bool:
@@ -114,8 +112,7 @@ def _led_to(node: fx.Node, good: Run, bad: Run, error: float) -> FirstSite:
 def _nearest(
     starts: Sequence[Source], stage: Stage, ends: Callable[[fx.Node], bool]
 ) -> tuple[str, ...]:
-    """The sites of the nearest node backwards from `starts`, up to nodes where `ends` holds; of a
-    pack the site whose part is taken."""
+    """Sites of the nearest node backwards, up to nodes where `ends`; of a pack the part's site."""
     pending, seen = deque(starts), {node for node, _ in starts}
     while pending:
         node, index = pending.popleft()

@@ -24,8 +24,7 @@ from lorafx.torch_internals.trees import tree_leaves
 
 @dataclass
 class CompiledParts:
-    """Finds the first differing `site` in graphs given in order of their calls; `notes` are
-    observations."""
+    """Finds the first differing `site` in graphs given in order of their calls."""
 
     lowering: Lowering
     tolerance: float
@@ -86,8 +85,7 @@ class CompiledParts:
     def _by_cutting(
         self, want: Run, given: Sequence[Any], sites: Sequence[fx.Node]
     ) -> FirstSite | None:
-        """The first of `sites` behind which the cut-off graph is wrong; those behind it are then
-        wrong too."""
+        """The first of `sites` behind which the cut-off graph is wrong."""
 
         def found(node: fx.Node) -> FirstSite | None:
             cut = _cut_off(want.stage.graph, node)
@@ -110,7 +108,6 @@ class CompiledParts:
 
 
 def _cut_off(gm: fx.GraphModule, last: fx.Node) -> fx.GraphModule:
-    """A copy that ends with `last` and returns it."""
     cut = copied(gm)
     behind = [node for node in cut.graph.nodes if node.op != "placeholder"]
     (node,) = (node for node in behind if node.name == last.name)

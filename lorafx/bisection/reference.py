@@ -71,8 +71,7 @@ class Outputs:
 
 @dataclass
 class Reference:
-    """By adapter (None: the base): outputs of the whole batch, and each site's results by path, in
-    order of first calls."""
+    """Adapter (None: the base) -> outputs of the whole batch, and results by site path."""
 
     outputs: dict[str | None, Outputs] = field(default_factory=dict)
     modules: dict[str | None, Modules] = field(default_factory=dict)
@@ -81,8 +80,7 @@ class Reference:
 def reference(
     compiled: CompiledModel, inputs: Mapping[str, Any], names: Sequence[str | None]
 ) -> Reference:
-    """The reference for these adapters, each merged into the weights and taken out again. Raises
-    MatchError where that is impossible."""
+    """The outputs with each adapter merged in turn. Raises MatchError where that is impossible."""
     found = Reference()
     with compiled._session.lock, compiled.disable_adapter():
         for name in dict.fromkeys(names):

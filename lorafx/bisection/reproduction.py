@@ -101,7 +101,6 @@ def write(
 
 
 def _unmarked(model: nn.Module) -> nn.Module:
-    """A copy without marks."""
     hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
     made = copy.deepcopy(model, {id(hook): hook for hook in hooks if isinstance(hook, MARKS)})
     for module in made.modules():
@@ -137,8 +136,7 @@ def _adapter(
 
 
 def _carry(target: Path, made: Sequence[Any]) -> None:
-    """Copy sources outside installed packages into `target`. Raises ConfigError for the running
-    program's, which a pickle cannot name."""
+    """Copy sources outside installed packages; ConfigError for the running program's."""
     homes = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     installed = [Path(home).resolve() for home in homes] + [Path(__file__).resolve().parents[1]]
     for name in dict.fromkeys(item.__module__ for item in made):

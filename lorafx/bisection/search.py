@@ -184,7 +184,6 @@ class _Search:
         return worst
 
     def _site(self, replay: Replay, errors: Sequence[StageError], at: int) -> FirstSite | None:
-        """The first site at which the stage `at` is wrong."""
         batch = errors[at].batch
         names = [self.names]
         if batch != "mixed":

@@ -54,8 +54,7 @@ from lorafx.torch_internals.shortcuts import chosen
 
 @dataclass(frozen=True)
 class Compilation:
-    """A graph on its way to an executable. `owner` finds the program at run time; `parts` are
-    filled in on the way."""
+    """A graph on its way to an executable; `owner` finds its program at run time."""
 
     frame: Frame
     record: GraphRecord
@@ -223,8 +222,7 @@ class Backend:
         return active or options.lowering == "reference"
 
     def _guard_kind(self, frame: Frame, *, active: bool) -> None:
-        """Guard the kind of call, unless a code object or a mark separates it, and missing
-        modules."""
+        """Guard the kind of call, unless code or a mark separates it, and missing modules."""
         program = self.program
         named, state = names_of_frame(), program.site_watch.state
         by_kind = (self.split_by_host and frame.begins_call) or any(
@@ -257,8 +255,7 @@ class Backend:
         return frame.begins_call  # of an entry's own code
 
     def drop_guards(self, bound: BoundInputs | None) -> None:
-        """Drop guards, before Dynamo makes them, of a frame that is always this program's; its
-        graph does not load the inputs in `bound`."""
+        """Drop guards of a frame that is always this program's, without the inputs in `bound`."""
         self._at = names_of_frame() if "needless_guards" in self.shortcuts else None
 
     def keep_guards(self, guards: Sequence[Any]) -> Sequence[bool]:
@@ -366,7 +363,6 @@ class Backend:
             raise
 
     def owner(self, frame: Frame, weights: Sequence[int]) -> ProgramLookup:
-        """How an executable finds its program; `weights` are argument positions of sites'
-        weights."""
+        """How an executable finds its program, by `weights` at these argument positions."""
         program = self.program  # no other model shares this backend's graphs
         return lambda arguments: program

@@ -44,8 +44,7 @@ class BoundInputs:
         return (*(group.bank.tensors[name] for group, name in self.banks), *packs)
 
     def around(self, program: Program, compiled: Callable[..., Any]) -> Callable[..., Any]:
-        """The executable without these inputs; raises ReplacedModuleError where an active adapter's
-        weight has been replaced since capture."""
+        """The executable; raises ReplacedModuleError for an active adapter's replaced weight."""
         binding = _Binding(self, program)
         program.bindings.append(binding)
         held = weakref.ref(binding)  # Dynamo keeps some executables for ever
@@ -84,8 +83,7 @@ class _Binding:
 def bind(
     program: Program, frame: Frame, gm: fx.GraphModule, examples: Sequence[Any]
 ) -> tuple[BoundInputs | None, list[Any]]:
-    """The bindable inputs of a frame that `program` owns, now last in graph and frame, and the
-    reordered examples."""
+    """The bindable inputs, now last in graph and frame, and the reordered examples."""
     places = {
         id(site): position
         for position, item in enumerate(frame.inputs)
@@ -126,8 +124,7 @@ def _reorder(graph: fx.Graph, order: Sequence[int]) -> None:
 
 
 def take_out(gm: fx.GraphModule, graph: fx.Graph, bound: Sequence[Tensor]) -> None:
-    """Turn the last inputs of Dynamo's graph into attributes, so that its bytecode does not load
-    them."""
+    """Turn the last inputs of Dynamo's graph into attributes, which bytecode does not load."""
     nodes = graph.find_nodes(op="placeholder")[-len(bound) :]
     for number, (node, tensor) in enumerate(zip(nodes, bound, strict=True)):
         name = f"_lorafx_bound_{number}"

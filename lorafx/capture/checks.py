@@ -55,8 +55,7 @@ class InputPlaces:
 
     @classmethod
     def of(cls, frame: Frame, examples: Sequence[Any], *, shared: bool = False) -> InputPlaces:
-        """The places in a frame. `shared`: other models may get the graph, which has no mark of its
-        program."""
+        """The places in a frame. `shared`: other models may get the graph, which has no mark."""
         places = cls()
         marked = any(item.kind in ("bank", "slots") for item in frame.inputs)
         elsewhere = not frame.begins_call or (shared and not marked)
@@ -88,8 +87,8 @@ class InputPlaces:
         return places
 
     def look_once(self, values: Sequence[Any]) -> None:
-        """Check only one of the inputs whose request counts a guard makes equal; called after
-        compilation with Dynamo's `values`."""
+        """After compilation, check only one of the inputs whose request counts are guarded
+        equal."""
         self.requests = _of_different_sizes(self.requests, values)
         self.called = _of_different_sizes(self.called, values)
 
@@ -147,8 +146,8 @@ class InputPlaces:
         return max(sizes) if sizes else self.number
 
     def check_rows(self, arguments: Sequence[Any], rows: int) -> None:
-        """Raise BatchError where an input has neither `rows` requests nor a shared one. Warns once
-        about an assumed dimension."""
+        """Raise BatchError unless inputs have `rows` requests or a shared one; warns once if
+        unsure."""
         for position, dim, name in self.called:
             check_requests(name, arguments[position].shape, dim, rows)
         for position, argument in list(self.assumed.items()):
@@ -205,8 +204,8 @@ class RefusedSites:
     reason: str
 
     def error(self, names: str, *, unseen: bool = False) -> LorafxError:
-        """The error for a call with adapters on these sites. `unseen`: the call's memory was handed
-        out or written unseen."""
+        """The error of a call with adapters here; `unseen`: memory was handed out or written
+        unseen."""
         if self.when in _PARTS:
             refused, setting = _PARTS[self.when]
             return MatchError(

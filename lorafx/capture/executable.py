@@ -130,8 +130,7 @@ def with_lookups(
 
 
 def refusing(error: LorafxError) -> Callable[..., Any]:
-    """An executable that raises `error` at run time: raised during compilation, Dynamo would wrap
-    it."""
+    """An executable that raises `error` at run time, which Dynamo would wrap in compilation."""
     kind, text = type(error), str(error)
 
     def run(*arguments: Any) -> Any:
@@ -154,8 +153,7 @@ def for_base(checks: Checks, owner: ProgramLookup, base: Callable[..., Any]) -> 
 
 
 def _check_callers(program: Program, arguments: Sequence[Any], checks: Checks) -> None:
-    """Raise MatchError where the graph's unmarked uses moved into or out of their modules' calls
-    since capture: a delta would be lost or doubled."""
+    """Raise MatchError where unmarked uses moved into or out of their modules' calls."""
     callers = calling_modules()
     for (position, index), expected in checks.inside.items():
         site = program.site_of_weight(arguments[position], index)

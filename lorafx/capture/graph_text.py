@@ -172,8 +172,7 @@ _INSIDE = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1
 
 @functools.lru_cache(maxsize=1000)
 def users_line(trace: str) -> tuple[str, str]:
-    """Place and code of the innermost frame outside torch and lorafx, or else of torch's
-    innermost."""
+    """Place and code of the innermost frame outside torch and lorafx, or else of torch's."""
     frames = [found.groups() for found in _FRAME.finditer(trace)]
     if not frames:
         return "", ""

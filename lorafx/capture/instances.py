@@ -199,8 +199,8 @@ class _Compiled:
     state: Any
 
     def instance(self, form: Form, count: int, environment: ShapeEnv) -> Callable[..., Any] | None:
-        """The executable for a graph of this form with `count` inputs and the symbols of
-        `environment`, or None."""
+        """The executable for a graph of this form with `count` inputs, if this is its
+        generalisation."""
         earlier = self.form
         if earlier.code is not form.code or earlier.context != form.context:
             return None
@@ -289,8 +289,7 @@ class Instances:
         self._compiled: list[_Compiled] = []
 
     def find(self, form: Form, count: int) -> tuple[str, Callable[..., Any]] | None:
-        """Title and executable of a compiled graph that serves this form, called with its first
-        `count` inputs."""
+        """Title and executable, called with `count` inputs, of a compiled graph for this form."""
         environment = symbols_of_frame()
         if environment is None:
             return None

@@ -92,8 +92,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Lookups:
-    """Steps that run before a graph, as plain data that is saved with it. A lookup comes after the
-    check of its index."""
+    """Steps before a graph, saved with it; a lookup comes after the check of its index."""
 
     steps: tuple[Step, ...] = ()
 
@@ -127,8 +126,7 @@ _Size = int | tuple[fx.Node, int | None]
 
 
 class LookupSearch:
-    """Finds the indices of a Dynamo graph with `frame`'s inputs; `lookups` are those checked before
-    it runs."""
+    """Finds a Dynamo graph's indices; `lookups` are those checked before it runs."""
 
     def __init__(self, graph: fx.Graph, frame: Frame) -> None:
         self._graph = graph
@@ -232,7 +230,6 @@ class LookupSearch:
         return f"the index {{}} that the model makes of {some(names) or 'the sizes of this call'}"
 
     def _is_of_call(self, node: fx.Node) -> bool:
-        """Whether a node may hold a bad index from a call."""
         return node in self._of_call or _root(node) in self._filled
 
     def _add(self, use: _Use, index: fx.Node, size: _Size, way: list[fx.Node]) -> None:
@@ -277,8 +274,7 @@ class LookupSearch:
         return None
 
     def _way(self, index: fx.Node, user: fx.Node) -> list[fx.Node] | None:
-        """The nodes that compute the index of `user`, in order; None where they are impure or
-        independent of the call."""
+        """The nodes that compute the index, in order; None if impure or independent of the call."""
         found: set[fx.Node] = set()
         left, of_call = [index], False
         while left:
@@ -430,7 +426,6 @@ def _is_small(node: fx.Node) -> bool:
 
 
 def _is_pure(node: fx.Node) -> bool:
-    """Whether a node may run twice: torch functions without writes and randomness."""
     if _written(node) or node.target in _BY_CHANCE:
         return False
     if node.op == "call_method":

@@ -180,8 +180,7 @@ class ReferenceLowering:
 def compile_base(
     lowering: Lowering, gm: fx.GraphModule, examples: Sequence[Any]
 ) -> Callable[..., Any]:
-    """The executable of a graph without LoRA: torch.compile's, or for other lowerings the graph
-    itself."""
+    """The executable of a graph without LoRA: torch.compile's, or the graph itself."""
     if not isinstance(lowering, InductorLowering):
         return gm.forward
     from lorafx.torch_internals.compat import inductor_config

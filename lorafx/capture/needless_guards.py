@@ -107,8 +107,7 @@ class FrameGuards:
 
 
 def keep_guards(entries: Sequence[Any], at: Callable[[str], Any]) -> list[bool]:
-    """Which of Dynamo's `GuardFilterEntry`s of an entry's frame are kept; `at` as in
-    FrameGuards."""
+    """Which of Dynamo's `GuardFilterEntry`s of an entry's frame to keep; `at` as in FrameGuards."""
     found = FrameGuards([entry.orig_guard for entry in entries], at)
     found.drop_marks(set(found.marks))
     found.drop_classes()

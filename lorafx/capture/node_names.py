@@ -190,8 +190,7 @@ def _part_of_pack(stage: Stage, path: str, item: fx.Node) -> str | None:
 
 
 class ShortPaths:
-    """Short names of modules: numbered layers, and as much of the end as is unique
-    (`model.layers.0.self_attn.q_proj` → `layers_0_q_proj`)."""
+    """Unique short names of modules: `model.layers.0.self_attn.q_proj` → `layers_0_q_proj`."""
 
     def __init__(self) -> None:
         self._short: dict[str, str] = {}
@@ -217,8 +216,7 @@ class ShortPaths:
 
 
 def _shortened(path: str, kept: int) -> str:
-    """The numbered parts of a path and `kept` others, from the end, then from before the last
-    number."""
+    """The numbered parts of a path and `kept` others, preferably from the end."""
     parts = path.split(".")
     numbers = {i for i, part in enumerate(parts) if part.isdecimal()}
     numbers |= {i - 1 for i in numbers if i}

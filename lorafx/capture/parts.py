@@ -40,8 +40,7 @@ _KNOWN_HIGHER_ORDER = (torch.ops.higher_order.invoke_subgraph,)
 
 @dataclass
 class Wrappers:
-    """AOTAutograd's part of a graph without gradients: `ViewAndMutationMeta`, the wrappers, and
-    their configuration."""
+    """AOTAutograd's wrappers of a graph without gradients, with their metadata and settings."""
 
     metadata: Any
     wrappers: list[Any]

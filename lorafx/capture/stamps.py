@@ -80,8 +80,7 @@ def traced_once(
     trace: Callable[[fx.GraphModule, Folded | None], T],
     title: str = "a graph of the base",
 ) -> T:
-    """`trace` of the graph with repeated layers folded, which it must `unfold`; if that fails, of
-    the original graph."""
+    """`trace` of the folded graph, which it must `unfold`; if that fails, of the original."""
     folded = fold(gm)
     if folded is None:
         return trace(gm, None)
@@ -152,8 +151,7 @@ def _fold(folded: Folded, mode: FakeTensorMode) -> None:
 
 
 def _switches(node: fx.Node) -> bool:
-    """Whether a call may change how later ones are traced, as autocast and gradient mode do: it
-    neither takes nor returns a value."""
+    """Whether a call, without operands and value, may change later tracing (autocast)."""
     if not node.op.startswith("call_") or fake_value(node) is not None or node.target in _INERT:
         return False
     return not any(isinstance(fake_value(source), Tensor) for source in node.all_input_nodes)
@@ -200,8 +198,7 @@ class _Effects:
 
 
 def _layers_of(stretches: Sequence[Stretch], replaced: Mapping[fx.Node, fx.Node]) -> list[_Layer]:
-    """The layers of a kind; a value read behind any of them is a result of all. `replaced`: results
-    of layers stamped meanwhile."""
+    """The layers of a kind, with common results. `replaced`: results of stamped layers."""
     read = set()
     for stretch in stretches:
         inside = set(stretch.nodes)
@@ -246,8 +243,7 @@ class _Writes(TorchDispatchMode):
 
 
 def _effects_of(layers: Sequence[_Layer], mode: FakeTensorMode) -> _Effects | None:
-    """The layers' effects, found by running them on fake tensors, since names of functions do not
-    tell; None where a stamp cannot express them."""
+    """The layers' effects, found on fake tensors; None where a stamp cannot express them."""
     layer = layers[0]
     values = [fake_value(node) for node in (*layer.taken, *layer.returned)]
     if not all(map(_is_plain, values)):
@@ -278,8 +274,7 @@ def _effects_of(layers: Sequence[_Layer], mode: FakeTensorMode) -> _Effects | No
 
 
 def _are_apart(layer: _Layer, places: Sequence[int]) -> bool:
-    """Whether these operands are graph inputs in unshared memory, so that writes may be copied in
-    later."""
+    """Whether these operands are graph inputs in unshared memory, to be written later."""
     memory = [storage_key(fake_value(node)) for node in layer.taken]
     return all(
         layer.taken[place].op == "placeholder" and memory.count(memory[place]) == 1
@@ -297,7 +292,6 @@ def _stamp(
     effects: _Effects,
     replaced: dict[fx.Node, fx.Node],
 ) -> _Kind:
-    """Put ops before and after the first layer, and a stamp for each other."""
     first, *others = layers
     with graph.inserting_before(first.nodes[0]):
         given, enter = _note(graph, first.taken, first.taken)
@@ -345,7 +339,6 @@ def _finish(
 def _note(
     graph: fx.Graph, values: Sequence[fx.Node], like: Sequence[fx.Node]
 ) -> tuple[list[fx.Node], int]:
-    """The results, like tensors `like`, and the key of a stamp of `values`."""
     # torch's caches hash such constants, so they are equal in every process.
     key = next(number for number in itertools.count(1) if number not in LAYOUTS)
     LAYOUTS[key] = [Layout.of(fake_value(node)) for node in like]
@@ -363,8 +356,7 @@ def _note(
 
 
 def unfold(graph: fx.Graph, folded: Folded) -> None:
-    """Replace the stamps in AOTAutograd's graph, in place. After NotUnfolded the graph is
-    unusable."""
+    """Replace the stamps in AOTAutograd's graph, in place; after NotUnfolded it is unusable."""
     found = {node.args[1]: node for node in graph.nodes if node.target is STAMP}
     values = [fake_value(node) for node in graph.nodes]
     mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
@@ -390,8 +382,7 @@ def unfold(graph: fx.Graph, folded: Folded) -> None:
 
 
 def _body(enter: fx.Node, leave: fx.Node) -> list[fx.Node]:
-    """The layer's computation in order, with its constants. Sizes are shared by all layers, and
-    stay."""
+    """The layer's computation in order, with its constants but without shared sizes."""
     items = list(enter.users)
     if any(item.target is not operator.getitem for item in items):
         raise NotUnfolded("the operands of a layer are read as a list")

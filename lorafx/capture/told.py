@@ -108,8 +108,7 @@ def form_of(program: Program, *, begins_call: bool, per_token: bool) -> dict[str
 
 
 def _as_parameters(module: nn.Module) -> bool:
-    """Whether its weights are parameters; `torch.func.functional_call` may substitute plain
-    tensors."""
+    """Whether weights are parameters, not plain tensors of `torch.func.functional_call`."""
     weights = (weight for weight in module._parameters.values() if weight is not None)
     return all(isinstance(weight, nn.Parameter) for weight in weights)
 

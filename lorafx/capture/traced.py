@@ -82,8 +82,7 @@ class Traced:
         self.call: Callable[..., Any] = context(function)
 
     def _noting(self, convert: Callable[..., ConvertFrameReturn]) -> Callable[..., Any]:
-        """Dynamo's conversion, except for given-up frames. Dynamo holds its lock, so its settings
-        change for this thread alone."""
+        """Dynamo's conversion, except for given-up frames. Dynamo's lock keeps settings local."""
 
         @functools.wraps(convert)  # with its attributes, which Dynamo asks for
         def noting(frame: Any, *args: Any, **kwargs: Any) -> ConvertFrameReturn:
@@ -153,8 +152,7 @@ def never_traced(code: CodeType) -> None:
 
 
 def trace_again(error: BaseException) -> None:
-    """Let Dynamo trace again what `error` came through, except `never_traced` code; for functions
-    that users compile themselves."""
+    """For functions that users compile: let Dynamo trace again the code behind `error`."""
     for frame, _ in walk_tb(error.__traceback__):
         if frame.f_code in input_codes:
             set_code_exec_strategy(frame.f_code, _THIS_TIME)

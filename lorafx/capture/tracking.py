@@ -163,8 +163,7 @@ def looks() -> bool:
 
 
 def untracked(action: Callable[[Tracking | None], T]) -> T:
-    """Run `action`, a graph or bookkeeping, without tracking; it receives the innermost
-    tracking."""
+    """Run `action` without tracking; it receives the innermost tracking."""
     taken: list[Tracking] = []
     try:
         while (mode := running()) is not None:

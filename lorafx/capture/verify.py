@@ -106,8 +106,7 @@ def cloned(values: Sequence[Any]) -> list[Any]:
 
 @dataclass
 class NumericCheck:
-    """The stages of a graph, compared on the first real inputs and then dropped. `result`: the
-    outcome in words."""
+    """The stages of a graph, compared on the first real inputs and then dropped."""
 
     title: str
     options: Options

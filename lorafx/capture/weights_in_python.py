@@ -25,8 +25,7 @@ class _Range(NamedTuple):
 
 
 class WeightUses:
-    """Checks operators of a call that run in Python. `inside_modules`: only inside the model's
-    modules, since other code runs too."""
+    """Checks operators that run in Python, if `inside_modules` only in the model's modules."""
 
     def __init__(self, program: Program, *, inside_modules: bool = False) -> None:
         self._program = program
@@ -35,8 +34,7 @@ class WeightUses:
         self._found: MatchError | None = None
 
     def look(self, func: Any, operands: Sequence[Tensor], results: Sequence[Tensor]) -> None:
-        """Raise MatchError where an operator read a touched site's weight outside of calls of
-        modules that hold it."""
+        """Raise MatchError for a touched site's weight read outside of its modules' calls."""
         if func.namespace == "lorafx" or func.overloadpacket in READS_NO_VALUES:
             return
         sites = list(dict.fromkeys(site for item in operands for site in self._shown(item)))
@@ -87,8 +85,8 @@ class WeightUses:
         return ranges
 
     def _held(self, site: Site, running: Sequence[nn.Module]) -> bool:
-        """Whether a module that holds the weight is running: the site, whose mark comes later, or a
-        module that is no site with a tied weight."""
+        """Whether the site, whose mark comes later, or another module with the weight is
+        running."""
         weight = self._program.weight_of(site)
         return any(
             module is site.module

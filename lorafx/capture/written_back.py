@@ -70,8 +70,7 @@ def _written(gm: fx.GraphModule) -> dict[fx.Node, fx.Node]:
 
 
 def _pairs(call: fx.Node, written: dict[fx.Node, fx.Node]) -> Iterator[tuple[int, int]]:
-    """(result, operand) indices of `call` where the result is only copied into an input that only
-    `call` takes."""
+    """(result, operand) indices of results only copied into inputs that only `call` takes."""
     operands: Sequence[Any] = call.args[_OPERANDS:]
     for item in call.users:
         place = written.get(item)

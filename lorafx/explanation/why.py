@@ -63,8 +63,7 @@ Call = tuple[Sequence[Any], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class InGraph:
-    """A graph's treatment of the module: its nodes, its refusals, and whether it is of calls with
-    adapters."""
+    """A graph's nodes and refusals for the module; `lora` if it is of calls with adapters."""
 
     title: str
     nodes: tuple[NodeReport, ...]

@@ -87,8 +87,7 @@ class SiteState:
 
 @dataclass(frozen=True)
 class Outlined:
-    """Repeated layers with a common body: its attribute, the calls' module paths in order, and its
-    number of nodes."""
+    """Repeated layers with a common body: its attribute, calls' module paths, and size."""
 
     name: str
     paths: tuple[str, ...]
@@ -201,8 +200,7 @@ class Context:
         return [module for _, module, _ in owners if id(module) not in selected]
 
     def made_by_other_owner(self, node: fx.Node, weight: fx.Node) -> bool:
-        """Whether a module with this very weight that is no site, such as an embedding tied to a
-        head, made the use. Modules above the site do not count."""
+        """Whether a module with this very weight that is no site, not above it, made the use."""
         item = self.frame.by_node[weight]
         if item.derived is not None or any(self.inside(node, s.module) for s in item.sites):
             return False
@@ -230,7 +228,7 @@ class Context:
         return self.edits_left >= 0
 
     def call(self, graph: fx.Graph, target: Any, args: tuple[Any, ...], **kwargs: Any) -> fx.Node:
-        """A call_function node with its fake value, at the insertion point; `kwargs` are
+        """A call_function node with a fake value, at the insertion point; `kwargs` are
         constants."""
         node = graph.call_function(target, args, kwargs)
         values = fx.node.map_arg(args, fake_value)
@@ -244,7 +242,6 @@ class Context:
         return self.call(self.graph, target, args, **kwargs)
 
     def size(self, node: fx.Node, dim: int) -> Any:
-        """A size of `node`, as a number or a node."""
         size = fake_value(node).shape[dim]
         return size if isinstance(size, int) else self.emit(torch.ops.aten.sym_size.int, node, dim)
 
@@ -319,8 +316,7 @@ class Context:
 
 
 def call_in_place(op: OpOverload, arguments: tuple[Any, ...]) -> fx.Node:
-    """The first argument, y, as written by `op`, in functional form; Inductor decides whether to
-    copy y."""
+    """The first argument, y, written by `op`, in functional form; Inductor decides on copies."""
     return written_by(op, dict(zip(_names(op), arguments, strict=True)), _names(op)[0])[0]
 
 

@@ -74,8 +74,7 @@ class Use:
 
 @dataclass(frozen=True)
 class _Held:
-    """`node` holds W (`shape`: N, K) or part of it in this form; `stored` numbers become W after a
-    product with one of `scales`."""
+    """`node` holds W or part of it; `stored` numbers become W after a product with `scales`."""
 
     weight: fx.Node
     shape: tuple[Any, Any]
@@ -157,7 +156,6 @@ def _sizes(value: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _interpret(held: _Held, user: fx.Node) -> list[_Held | Use]:
-    """A user's forms of the weight, its use, or nothing (for sizes)."""
     if user.op == "output":
         return [held.unknown(user, "the weight itself is returned")]
     value = fake_value(user)
@@ -235,7 +233,6 @@ def _part(held: _Held, user: fx.Node, form: WeightForm | None) -> _Held | Use:
 
 
 def _taken_apart(held: _Held, user: fx.Node) -> list[_Held | Use]:
-    """split, unbind."""
     dim, parts = bound(user)["dim"] % len(held.form.axes), fake_value(user)
     single = user.target is aten.unbind.int
     sizes = [1 if single else _sizes(part)[dim] for part in parts]
@@ -308,8 +305,7 @@ def _linear(held: _Held, user: fx.Node) -> Use:
 def _by_blocks(
     held: _Held, user: fx.Node, x: fx.Node, *, summed: int, kept: int, swapped: bool = False
 ) -> Use:
-    """A product with blocks of W; dimension `summed` of the form runs along x's features, `kept`
-    along y's."""
+    """A product with blocks of W: `summed` runs along x's features, `kept` along y's."""
     axes, sizes = held.form.axes, held.sizes
     groups, group = 1, FIXED
     if len(axes) == 3 and not axes[0].fixed:

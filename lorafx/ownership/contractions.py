@@ -67,8 +67,7 @@ def matmul(node: fx.Node, flow: Flow) -> Label:
 
 
 def grouped(node: fx.Node, flow: Flow) -> Label:
-    """Rows (N, K) by expert weights (E, K, M): each row keeps its place, whatever the bounds
-    `offs`."""
+    """Rows (N, K) by expert weights (E, K, M): each row keeps its place for any `offs`."""
     args = bound(node)
     rows = args.get("self", args.get("input", args.get("mat_a")))
     weight = args.get("mat2", args.get("weight", args.get("mat_b")))

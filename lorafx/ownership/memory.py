@@ -228,8 +228,7 @@ def _apart(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
 
 
 def _spread(cells: Tensor, held: Held | None, place: Geometry) -> bool:
-    """Write a view's label into its storage's cells; false where overlapping elements may
-    differ."""
+    """Write a view's label into cells; false where overlapping elements may differ."""
     size, stride, offset = place
     if isinstance(held, (Listed, Patchy)) and not _apart(size, stride):
         return False

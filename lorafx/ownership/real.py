@@ -70,8 +70,7 @@ def indexed(func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels)
 
 
 def laid(func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels) -> Tensor | None:
-    """x[indices] = y, or += y: y's owners at their targets; None for several owners of an
-    element."""
+    """x[indices] = y, or += y: y's owners at their targets, None if ambiguous."""
     table, index = cells_in(named["self"], labels).clone(), Indices.of(named, labels)
     before = table[index.key]
     owners = cells_in(named.get("source", named.get("values")), labels).expand(before.shape)

@@ -102,8 +102,7 @@ def in_turn(flow: Flow, tensor: fx.Node, label: Own) -> bool:
 def chosen(
     node: fx.Node, flow: Flow, x: fx.Node, mask: fx.Node, first: int, source: fx.Node
 ) -> Single:
-    """x with the mask's positions, from dimension `first` on, set to or increased by the source's
-    elements."""
+    """x with masked positions, from dimension `first`, set to or increased by the source."""
     at = flow.label(mask)
     label = flow.agree(node, [flow.label(x), at.at(at.dim + first) if isinstance(at, Own) else at])
     own = flow.label(source)

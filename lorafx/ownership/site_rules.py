@@ -52,8 +52,7 @@ def site(node: fx.Node, flow: Flow) -> Label:
 
 
 def expert_site(node: fx.Node, flow: Flow) -> Label:
-    """expert_site(x, y, ..., experts): y's rows, each plus its delta; the choice of experts moves
-    no row."""
+    """expert_site(x, y, ..., experts): y's rows, each plus its delta; no row moves."""
     args = bound(node)
     labels = [flow.label(args["x"]), flow.label(args["y"])]
     mixed = next((label for label in labels if isinstance(label, Mixed)), None)

@@ -43,8 +43,7 @@ class Ended(Exception):
 
 
 class Vectorizer:
-    """Copies of shared nodes, inserted before the node `before`: shared node -> its copies (n,
-    …)."""
+    """Shared node -> its copies (n, …), inserted before the node `before`."""
 
     def __init__(self, graph: fx.Graph, flow: Flow, emitter: Emitter) -> None:
         self.graph, self.flow, self.emitter = graph, flow, emitter
@@ -69,8 +68,8 @@ class Vectorizer:
         return new
 
     def site(self, node: fx.Node) -> fx.Node:
-        """site(x, y, ...) and embedding_site(ids, y, ...) of a copy for each request: a single
-        product y, different deltas."""
+        """site and embedding_site of a copy for each request: a single product y, different
+        deltas."""
         op: Any = node.target
         call, name = bound(node), input_name(node)
         x, y = call[name], call["y"]
@@ -216,7 +215,6 @@ class Vectorizer:
         return self.emit(aten.repeat.default, wide, [1, *repeats])
 
     def _joined(self, node: fx.Node) -> fx.Node:
-        """cat and stack."""
         args = bound(node)
         tensors, n = args["tensors"], len(self.flow.shape(node))
         if any(len(self.flow.shape(t)) != len(self.flow.shape(tensors[0])) for t in tensors):
@@ -249,7 +247,6 @@ class Vectorizer:
         return self.emit(node.target, self.copies[x], dim, self.copies_of(index))
 
     def _as_it_is(self, node: fx.Node) -> fx.Node:
-        """Operators that count dimensions from the last."""
         first, args = operand(node), bound(node)
         self.only(node, first)
         args[next(iter(args))] = self.copies[first]
@@ -290,8 +287,8 @@ class Vectorizer:
     # --- copies meet owned values ---
 
     def by_size(self, node: fx.Node) -> fx.Node | None:
-        """The result of a shared `node` that repeats its operand once for each request, with copy i
-        in repetition i; else None."""
+        """A shared `node` that repeats its operand for each request, with copy i in repetition
+        i."""
         if not self.flow.batch.is_Symbol:
             return None  # another size may happen to be the same number
         packet = called_by(node)
@@ -315,7 +312,6 @@ class Vectorizer:
         return self.emit(node.target, *args, **kwargs)
 
     def _size_at(self, arg: fx.Node, dim: int, ndim: int) -> sympy.Expr:
-        """An operand's size along a dimension of the broadcast `ndim`."""
         shape = self.flow.shape(arg)
         at = dim - ndim + len(shape)
         return shape[at] if at >= 0 else ONE
@@ -349,8 +345,8 @@ class Vectorizer:
         return self.emit(aten.reshape.default, copies, [*sizes[:d], -1, *sizes[d:]])
 
     def by_owner(self, node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
-        """(operand with copies, replacement) pairs of `node`. Raises Ended unless they are
-        broadcast along a known owner dimension."""
+        """(operand, replacement) pairs; raises Ended unless broadcast along a known owner
+        dimension."""
         flow, label = self.flow, self.flow.labels[node]
         single = label[0] if isinstance(label, tuple) else label
         if isinstance(single, Mixed):

@@ -143,8 +143,7 @@ def diagonal(node: fx.Node, flow: Flow, dim: int) -> int | None:
 
 
 def windowed(node: fx.Node, flow: Flow, dim: int) -> int | None:
-    """unfold(dimension, size, step): windows along a dimension, contents in a new last
-    dimension."""
+    """unfold(dimension, size, step): windows along a dimension, contents in a new last one."""
     return None if dim == wrap(bound(node)["dimension"], ndim(node, flow)) else dim
 
 

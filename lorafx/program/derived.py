@@ -181,8 +181,7 @@ class DerivedTensors:
         return found
 
     def _likely(self, holder: Holder | None, taken: set[int]) -> Iterator[Site]:
-        """Sites that a copy may come from: near its holder, or else those whose weight the graph
-        does not take."""
+        """Sites that a copy may come from: near its holder, or with weights absent in the graph."""
         program = self._program
         if holder is None:
             for site in program.sites:

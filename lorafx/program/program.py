@@ -120,8 +120,7 @@ class Program:
         return self.batch.call
 
     def note_constants(self) -> None:
-        """Take the modules' current tensor attributes, also in containers, for constants; called
-        before the first call."""
+        """Take the modules' tensor attributes before the first call for constants."""
         self.remembered = Remembered()
         self.remembered.keep(in_containers(self.model))
         plain = [tensor for _, tensor in _plain_attributes(self.model)]
@@ -174,8 +173,7 @@ class Program:
         return found
 
     def site_of_weight(self, weight: Tensor, index: int = 0) -> Site | None:
-        """The site whose base weight this tensor is or derives from; of tied sites that at
-        `index`."""
+        """The site of this base weight or derived tensor; of tied sites that at `index`."""
         if not self._knows(weight):
             self._look_at_sites()
             self._by_weight = self._sites_by_weight()
@@ -265,7 +263,6 @@ class Program:
         return known
 
     def _modules(self) -> Iterable[tuple[str, nn.Module]]:
-        """The model's modules, current and former."""
         yield from self.graph.modules()
         if self.site_watch.missing:
             yield from self.model.named_modules()
@@ -275,7 +272,6 @@ class Program:
         return (tensor for tensor in self._own_tensors() if not isinstance(tensor, nn.Parameter))
 
     def _own_tensors(self) -> Iterator[Tensor]:
-        """The model's tensors that depend on no request."""
         for _, module in self.graph.modules():
             yield from (t for t in module._parameters.values() if t is not None)
             yield from (t for t in module._buffers.values() if t is not None)
@@ -306,8 +302,7 @@ class Program:
         return role
 
     def holds_several(self, tensor: Tensor) -> bool:
-        """Whether a tensor of the running call has equally many entries of each request, in
-        turn."""
+        """Whether a tensor of the running call has as many entries of each request, in turn."""
         held = None if self.call is None else self.call.memory.look(tensor)
         requests = tuple(range(len(self.runtime.rows)))
         if not isinstance(held, Listed) or held.owners == requests:
@@ -385,8 +380,7 @@ class Program:
     def _with_results(
         self, nodes: Sequence[fx.Node], inputs: Sequence[FrameInput], examples: Sequence[Any]
     ) -> list[FrameInput]:
-        """The inputs, marking earlier results with several entries of each request among others
-        with one, or of a single request."""
+        """The inputs, marking earlier results of several entries a request or of one request."""
         requests, found = len(self.runtime.rows), list(inputs)
         by_rows = any(
             item.requests_dim is not None and example.shape[item.requests_dim] == requests

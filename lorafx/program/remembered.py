@@ -73,8 +73,7 @@ class TensorVersions:
 
 
 class OwnMemory:
-    """Storages of parameters, buffers and constants. `tensors` walks the modules, at most once a
-    call."""
+    """Storages of parameters, buffers and constants, from `tensors` at most once a call."""
 
     def __init__(self, tensors: Callable[[], Iterable[Tensor]]) -> None:
         self._tensors = tensors

@@ -70,8 +70,7 @@ class RoleTable:
         self.declares_roles = hasattr(module, "main_input_name")
 
     def spread(self, named: Mapping[str, Any]) -> dict[str, Any]:
-        """`named` with dicts replaced by their items, "batch.x" for `x` of `batch`, except dicts
-        with a role, such as `encoder_outputs`."""
+        """`named` with items ("batch.x") for dicts without a role of their own."""
         found: dict[str, Any] = {}
         for name, value in named.items():
             if not isinstance(value, _NO_DICT) and self.spreads(name, value):
@@ -141,8 +140,8 @@ class RoleTable:
         return _role(argument, BATCH_FIRST, assumed=True)
 
     def check_rows(self, named: Mapping[str, Any], rows: int) -> None:
-        """Raise BatchError unless every argument with requests has `rows` of them, or a shared one.
-        Warns once where two dimensions match."""
+        """Raise BatchError unless arguments have `rows` requests or a shared one; warns once if
+        unsure."""
         named = self.spread(named)
         for name, value in named.items():
             if not isinstance(value, Tensor):
@@ -223,8 +222,7 @@ _SHOWN = 8
 def check_requests(
     name: str, shape: Sequence[int], dim: int, rows: int, call: Mapping[str, Any] | None = None
 ) -> None:
-    """Raise BatchError, listing the arguments of `call`, unless dimension `dim` has `rows` entries
-    or a shared one."""
+    """Raise BatchError, listing `call`, unless dimension `dim` has `rows` entries or one."""
     if len(shape) <= dim or shape[dim] not in (rows, 1):
         raise BatchError(
             f"argument {name!r} has shape {tuple(shape)}, but its dimension {dim} should hold the "
@@ -236,8 +234,7 @@ def check_requests(
 
 
 def warn_ambiguous(name: str, tensor: Tensor, rows: int) -> bool:
-    """Warn, and return True, where the assumed requests' dimension is the first and another, other
-    than features, has as many entries."""
+    """Warn, and return True, if besides the assumed first dimension another has as many entries."""
     sizes = tensor.shape[1:-1] if tensor.is_floating_point() else tensor.shape[1:]
     if rows not in sizes:
         return False

@@ -105,8 +105,7 @@ _RANKS: Mapping[str, int] = {**dict.fromkeys(TOKEN_DIMS, 2), "inputs_embeds": 3}
 
 
 def choices(named: Mapping[str, Any], prefix: str = "") -> tuple[str, ...]:
-    """A call's arguments, after `prefix`, with the sequences of each request in dimension 1: (B, C,
-    T), as in multiple choice."""
+    """A call's arguments (B, C, T) with a request's sequences in dimension 1 (multiple choice)."""
     given = {own: named.get(prefix + own) for own in _RANKS}
     several = {
         own: value
@@ -122,8 +121,7 @@ def choices(named: Mapping[str, Any], prefix: str = "") -> tuple[str, ...]:
 
 
 def _position_ids_dim(tensor: Tensor, several: bool) -> int | None:
-    """(T,) is shared; (B, T) and (B, C, T) have requests first; (axes, B, T) is multi-axis
-    rotary."""
+    """(T,) is shared; requests come first in (B, T), (B, C, T), second in (axes, B, T)."""
     return 0 if several else {0: None, 1: None, 2: 0}.get(tensor.dim(), 1)
 
 

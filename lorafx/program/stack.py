@@ -87,8 +87,7 @@ def called_module(frame: FrameType) -> nn.Module | None:
 
 
 def called_directly(by: Callable[[FrameType], bool]) -> bool:
-    """Whether `by` holds for the caller of the code that Dynamo is compiling, which then begins
-    with that call's arguments."""
+    """Whether `by` holds for the caller of the compiled code, which begins with its arguments."""
     for frame in _frames():
         if by(frame):
             return True

@@ -240,12 +240,10 @@ class _Node:
 
     @property
     def bank_bytes(self) -> int:
-        """The share of these sites."""
         bytes_, mine = self.group.bank.nbytes, _columns(self.sites)
         return bytes_ * mine // max(_columns(self.group.sites), 1)
 
     def factor_bytes(self, rank: int) -> int:
-        """Of an adapter's A and B."""
         parts = [part for site in self.sites for part in site.parts]
         itemsize = self.group.bank.B.dtype.itemsize
         return factor_elements(parts, rank) * itemsize * self.sites[0].experts
@@ -337,8 +335,7 @@ def _same_inputs(
 def _together(
     group: Group, one_buffer: bool, same: Mapping[str, int] | None
 ) -> list[tuple[Site, ...]]:
-    """The group's sites by node: neighbours over one buffer with the same input (if `same` is None:
-    all)."""
+    """The group's sites by node: neighbours over one buffer with the `same` input (None: any)."""
     if not one_buffer:
         return [(site,) for site in group.sites]
     if same is None:
@@ -397,7 +394,6 @@ def stored_bytes(tensor: Tensor) -> int:
 
 
 def _module_bytes(module: nn.Module) -> int:
-    """Of all parameters below the module, each storage once."""
     return sum({storage_key(item): stored_bytes(item) for item in module.parameters()}.values())
 
 
@@ -515,7 +511,6 @@ def _not_selected(graph: ModuleGraph, sites: Sequence[Site]) -> list[Note]:
 
 
 def _tied(graph: ModuleGraph, sites: Sequence[Site]) -> list[Note]:
-    """Weights of sites that other modules share."""
     modules = {id(site.module) for site in sites}
     notes = []
     for owners in graph.tied():

@@ -63,8 +63,7 @@ def digest(texts: Iterable[str]) -> str:
 
 
 class Fingerprints:
-    """The current texts of values; classes may change later. `names` maps process-specific strings
-    to portable ones."""
+    """Texts of current values; `names` maps process-specific strings to portable ones."""
 
     def __init__(self, names: Mapping[str, str] | None = None) -> None:
         self._names = names or {}

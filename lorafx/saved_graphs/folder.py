@@ -50,8 +50,7 @@ def default_folder() -> Path:
 
 
 def folder_of(option: str | bool) -> Path:
-    """The folder of `Options.cache`, created if absent. Raises ConfigError unless only this user
-    can write to it."""
+    """The folder of `Options.cache`, created if absent; ConfigError unless private to the user."""
     path = default_folder() if isinstance(option, bool) else Path(option).expanduser()
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -102,8 +102,7 @@ class SavedGuards:
     def of(
         cls, guards: Sequence[Guard], kept: Sequence[bool], output: Any, prints: Fingerprints
     ) -> SavedGuards:
-        """Dynamo's new guards for the graph of `output`. Raises Undescribed where a compared value
-        has no text."""
+        """Dynamo's new guards for the graph of `output`; Undescribed for a value without text."""
         forward_mode = forward_level() != _NO_LEVEL
         if output.torch_function_mode_stack or output.functorch_layers or forward_mode:
             raise Undescribed("a mode of torch that is on")
@@ -234,8 +233,7 @@ def _not_of_torch(keys: dict[Any, Any]) -> Iterable[Any]:
 
 
 def _names(module: ModuleType) -> str:
-    """A Python module's names, since failed lookups have no guards; without Dynamo's underscored
-    names, and without packages and operator namespaces, which grow with imports."""
+    """A Python module's public names, since failed lookups have no guards; none of packages."""
     plain = not hasattr(module, "__path__") and not isinstance(module, _OpNamespace)
     return digest(sorted(n for n in vars(module) if not n.startswith("__"))) if plain else ""
 

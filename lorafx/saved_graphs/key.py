@@ -191,8 +191,7 @@ def can_save(program: Program) -> bool:
 
 
 def source_files(codes: Iterable[CodeType]) -> dict[str, str]:
-    """Hashes of the files of this code; code without a file is identified by bytecode
-    (`fingerprints.py`)."""
+    """Hashes of the code's files; other code is identified by bytecode (`fingerprints.py`)."""
     names = sorted({code.co_filename for code in codes})
     return {name: hashed for name in names if (hashed := hash_of_file(name)) is not None}
 

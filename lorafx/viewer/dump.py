@@ -129,8 +129,7 @@ def beside_compiling(folder: Path) -> Iterator[None]:
 
 
 def traced(name: str, text: Callable[[], str]) -> None:
-    """Put a text into torch's structured trace, shown by tlparse as `lorafx_<name>`; made only if
-    traced."""
+    """Put a text into torch's structured trace, if on; tlparse shows it as `lorafx_<name>`."""
     trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": f"lorafx_{name}", "encoding": "string"},

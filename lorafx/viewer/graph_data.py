@@ -151,7 +151,6 @@ def _node(
 
 
 def _module_of(item: FrameInput) -> tuple[str, str]:
-    """Path and class of an input's module."""
     sites = item.group.sites if item.group is not None else item.sites
     if sites:
         return sites[0].path, type(sites[0].module).__qualname__
@@ -172,8 +171,7 @@ def _sizes(value: Any) -> tuple[int, ...]:
 
 
 def _flops(node: fx.Node) -> int:
-    """torch's count (`torch.utils.flop_counter`), if any, from numbers: symbols would add
-    guards."""
+    """torch's count (`torch.utils.flop_counter`) from numbers: symbols would add guards."""
     formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
     if formula is None:
         return 0

@@ -103,8 +103,7 @@ def _is_packed(ctx: Context, site: Site) -> bool:
 
 
 def _adds_own_bias(ctx: Context, site: Site, use: Use) -> bool:
-    """Whether the product's addend is the module's bias, as in the packed bias, or both are
-    absent."""
+    """Whether the product's addend is the module's bias, as in the packed bias, if any."""
     own = getattr(site.module, "bias", None)
     if use.bias is None:
         return own is None

@@ -147,7 +147,6 @@ def _with_columns(ctx: Context, tensor: fx.Node, dim: int, more: int) -> fx.Node
 def _product(
     ctx: Context, x: fx.Node, weight: fx.Node, bias: fx.Node | None, *, swap: bool
 ) -> fx.Node:
-    """x Wᵀ + b (x W with `swap`) for x (M, K)."""
     right = weight if swap else ctx.emit(aten.permute.default, weight, [1, 0])
     if bias is None:
         return ctx.emit(aten.mm.default, x, right)
@@ -190,8 +189,7 @@ def _generated_product(ctx: Context, y: fx.Node) -> fx.Node:
 
 
 def _expert_delta(ctx: Context, node: fx.Node, call: dict[str, Any]) -> fx.Node:
-    """y (M, N) after the delta of rows with known experts. `call`: the arguments of `expert_site`,
-    with y and x (M, …)."""
+    """y (M, N) after the delta of rows with known experts, from `expert_site`'s arguments."""
     alike = ctx.beside(call["A"], ALIKE)
     if strategy_of(node).name == GENERATED and alike is not None:
         ends = _ends(call["experts"], call["count"])
@@ -250,7 +248,6 @@ def _embedding(ctx: Context, node: fx.Node) -> fx.Node:
 
 
 def _add_delta(ctx: Context, node: fx.Node, call: dict[str, Any]) -> fx.Node:
-    """y after the delta; `call`: the arguments of `add_delta_`."""
     strategy = strategy_of(node)
     if strategy.kernel:
         laid = {name: _adjacent(ctx, call[name]) for name in ("y", "x")}
@@ -268,7 +265,6 @@ def _operands(call: dict[str, Any], x: str = "x") -> tuple[Any, ...]:
 
 
 def _flat(ctx: Context, node: Any) -> fx.Node:
-    """(…, F) as (M, F)."""
     value = fake_value(node)
     if value.dim() == 2:
         return node

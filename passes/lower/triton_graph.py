@@ -150,7 +150,6 @@ def _copied(
     origin: fx.Node,
     shared: dict[object, fx.Node],
 ) -> list[Any]:
-    """Copy `body` into `graph`, reusing earlier copies; returns its results."""
     copies: dict[fx.Node, fx.Node] = {}
     placeholders = iter(inputs)
     results: list[Any] = []

@@ -141,7 +141,6 @@ def _other_arithmetic(site: Site, use: Use) -> Refusal | None:
 
 
 def _insert_conv_site(ctx: Context, use: Use, values: Mapping[str, Any]) -> fx.Node:
-    """The site's op on the use's result; `values` are the bank's arguments, y and rows."""
     call = bound(use.node)
     padding = call["padding"]
     pads = [size for size in padding for _ in range(2)]
@@ -222,7 +221,6 @@ class Match:
 
 
 def _uses(ctx: Context) -> dict[fx.Node, Use]:
-    """All uses of sites' weights in the graph, by the node that computes y."""
     uses: dict[fx.Node, Use] = {}
     held: dict[int, set[fx.Node]] = {}
     for node, item in ctx.frame.by_node.items():
@@ -248,8 +246,7 @@ def _same_stored(ctx: Context, use: Use, other: Use) -> bool:
 
 
 def _uses_of_input(node: fx.Node, item: FrameInput, held: Mapping[int, Set[fx.Node]]) -> list[Use]:
-    """The uses of a weight or derived input. `held`: inputs that a module holds beside its
-    weight."""
+    """The uses of a weight or derived input; `held` are other inputs from its module."""
     derived = item.derived
     if derived is None and any(site.eligible.kind == "conv" for site in item.sites):
         return convolution_uses(node)
@@ -348,7 +345,6 @@ def _owner(ctx: Context, use: Use) -> Site | Refusal | None:
 
 
 def _insert(ctx: Context, site: Site, use: Use) -> None:
-    """y' = site(x, y) at the use. The bank is looked up by the weight at run time."""
     assert use.x is not None
     bank = ctx.bank_inputs(site, use.weight)
     y = use.node

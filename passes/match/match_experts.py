@@ -76,7 +76,6 @@ def insert_expert_sites(ctx: Context) -> int:
 
 
 def _owner(ctx: Context, sites: list[Site], use: ExpertUse) -> Site | Refusal | None:
-    """The site of a use; None for an unselected module with the same weight."""
     if use.kind == "unknown":
         return ctx.unknown_use(use.weight, use.node, use.reason)
     others = ctx.other_owners(use.weight)

@@ -28,8 +28,7 @@ def addends_of(y: fx.Node, uses: dict[fx.Node, Use]) -> list[fx.Node]:
 def followed(
     y: fx.Node, uses: dict[fx.Node, Use]
 ) -> tuple[Use | None, list[tuple[fx.Node, fx.Node]]]:
-    """The use behind `y`, through views, casts and additions of constants (the bias), and these
-    (addition, constant) pairs."""
+    """The use behind `y`, through views, casts and additions, and (addition, constant) pairs."""
     node: Any = y
     added: list[tuple[fx.Node, fx.Node]] = []
     while isinstance(node, fx.Node) and node not in uses:
@@ -94,8 +93,7 @@ def refuse_other_uses(ctx: Context, marks: dict[fx.Node, Site], uses: dict[fx.No
 def _additions(
     ctx: Context, site: Site, bias: fx.Node, marks: dict[fx.Node, Site], uses: dict[fx.Node, Use]
 ) -> set[fx.Node]:
-    """The nodes that add the bias to a product with the weight of `site`, and its marks, which take
-    it for DoRA."""
+    """Nodes that add the bias to a product with the weight of `site`, and its marks."""
     found = {
         use.node
         for use in uses.values()

@@ -40,8 +40,7 @@ class CanonicalForm:
 
 @dataclass(frozen=True, eq=False)
 class Stretch:
-    """Adjacent nodes, their operands, and their form. `symbols` of their sizes are numbered as in
-    the form."""
+    """Adjacent nodes, their operands, sizes' `symbols` in the form's order, and form."""
 
     nodes: tuple[fx.Node, ...]
     operands: tuple[fx.Node, ...]
@@ -127,7 +126,6 @@ class _Former:
         return ("object", _Identity(value))
 
     def expression(self, expr: sympy.Basic) -> sympy.Basic:
-        """`expr` in the stretch's symbols."""
         known = self.expressions.get(expr)
         if known is None:
             for symbol in sorted(expr.free_symbols, key=str):
@@ -144,8 +142,7 @@ class _Former:
         return ("unknown", _Identity(node)) if value is self else self.value(value)
 
     def aligned(self, operand: fx.Node) -> Hashable:
-        """Whether vectors may begin at its first element: Inductor only checks the operands of a
-        body's first call."""
+        """Whether its vectors are aligned, which Inductor checks in a body's first call only."""
         value = operand.meta.get("val")
         if not isinstance(value, Tensor):
             return None
@@ -224,7 +221,6 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _attribute(gm: fx.GraphModule, target: str) -> Any:
-    """The value of a get_attr node `a.b.c`."""
     found: Any = gm
     for name in target.split("."):
         found = getattr(found, name)

@@ -58,8 +58,8 @@ class Outline:
 def repeats(
     gm: fx.GraphModule, claimed: set[fx.Node], least: int
 ) -> Iterator[tuple[tuple[Region, ...], tuple[Stretch, ...]]]:
-    """Groups of isomorphic regions of at least `least` nodes, longest first, that do not overlap
-    `claimed`, which the caller extends."""
+    """Isomorphic regions of at least `least` nodes, longest first, beside the caller's
+    `claimed`."""
     # Over a paged cache, equal lengths of two kinds of layers may differ in the next step.
     sizes = {} if writes_in_place(gm) else sizes_of(gm.graph)
     lengths: dict[int, list[Region]] = {}
@@ -84,8 +84,7 @@ def repeats(
 
 @dataclass(frozen=True)
 class _Member:
-    """A stretch: indices of nodes whose values leave it, directly or by a view, and nodes
-    recomputed behind the call."""
+    """A stretch, indices of nodes whose values leave it, and nodes recomputed behind the call."""
 
     stretch: Stretch
     results: frozenset[int]
@@ -187,7 +186,6 @@ def _call(
     results: Sequence[int],
     replaced: dict[fx.Node, fx.Node],
 ) -> fx.Node:
-    """The stretch's nodes become a call of the body."""
     nodes = member.stretch.nodes
     own = set(nodes)
     with graph.inserting_before(nodes[0]):

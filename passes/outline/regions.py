@@ -69,7 +69,6 @@ def _runs(
 
 
 def _stack(node: fx.Node) -> tuple[Any, ...]:
-    """The module calls that `node` was made in, outermost first."""
     return tuple(node.meta.get("nn_module_stack") or ())
 
 
@@ -133,8 +132,7 @@ def is_free(node: fx.Node) -> bool:
 
 
 def hoist_shared(graph: fx.Graph) -> int:
-    """Move values shared by regions and independent of activations to the front; returns their
-    number."""
+    """Move activation-independent values of several regions to the front; returns their number."""
     _settle_sizes(graph)
     invariant = _invariant(graph)
     wanted: set[fx.Node] = set()

@@ -66,8 +66,8 @@ class Translation:
         return self.module(path) is not None
 
     def held(self, path: str) -> bool:
-        """Whether `path` exists without its first name: transformers 5 has no `text_model` around
-        CLIP's."""
+        """Whether `path` exists without its first name (transformers 5's CLIP has no
+        `text_model`)."""
         rest = path.partition(".")[2]
         return bool(rest) and self.exists(rest)
 
