@@ -1,1 +1,1 @@
-"""Compiler passes: one file each, or a folder of that name. `lorafx.pipeline` has their order."""
+"""Compiler passes: a file or folder each. `lorafx.pipeline` has their order."""

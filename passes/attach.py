@@ -1,11 +1,10 @@
-"""attach: one bank for each group of siblings, one mark on each site.
+"""attach: a bank for each group of siblings, a mark on each site.
 
     (Site, ...) → groups by (parent, kind, K, dtype, device) → Bank each → SiteMark each
 
-Siblings are sites that may turn out to share an input (q/k/v, gate/up); one bank lets one shrink
-serve them all. Embeddings, convolutions, and sites where adapters may have rows of the weight of
-their own stay alone. Only the forward hooks of the model change, and `Attachment.detach` removes
-exactly those.
+Siblings are sites that may share an input (q/k/v, gate/up), and then share a shrink through their
+bank. Embeddings, convolutions, and sites with replaceable rows are groups of one. Only the model's
+forward hooks change, and `Attachment.detach` removes exactly those.
 """
 
 from __future__ import annotations
@@ -35,10 +34,8 @@ from lorafx.torch_internals.compat import mark_fixed_shape
 
 @dataclass(frozen=True)
 class Attach:
-    """One bank for each group of siblings, and one mark on each site.
-
-    Raises CaptureError for a model that is marked or compiled already; nothing changes then.
-    """
+    """A bank for each group of siblings, and a mark on each site. Raises CaptureError, before any
+    change, for a marked or compiled model."""
 
     name: ClassVar[str] = "attach"
 
@@ -71,11 +68,11 @@ def _attach(
         for group in groups
         for index, site in enumerate(group.sites)
     }
-    # Of each large part of the model: a call may leave some out.
+    # For each large part of the model, since a call may skip some.
     parts = {tuple(site.path.split(".")[:2]): site.path for site in reversed(sites)}
     for path in parts.values():
         marks[path].first = True
-    # Hooks of others see the output with its delta: for them the model is W + ΔW.
+    # Others' hooks see the output with its delta: for them the model is W + ΔW.
     hooks: list[tuple[nn.Module, SiteMark | RowMark]] = [
         (site.marked, marks[site.path]) for site in sites
     ]
@@ -92,7 +89,7 @@ def _attach(
 
 
 def allocate_groups(sites: Sequence[Site], config: LoraConfig) -> tuple[Group, ...]:
-    """Groups of siblings with banks of zeros on the sites' device (which may be meta)."""
+    """Groups of siblings with zero banks on the sites' device (maybe meta)."""
     found: dict[object, list[Site]] = {}
     for site in sites:
         key: object = (
@@ -180,7 +177,7 @@ def _refuse_marked(graph: ModuleGraph) -> None:
 
 
 def _refuse_compiled(graph: ModuleGraph, sites: Sequence[Site]) -> None:
-    """Dynamo does not guard hooks: a forward compiled before would go on without any delta."""
+    """Dynamo does not guard hooks: a compiled forward would run without deltas."""
     above = graph.ancestors(site.module for site in sites)
     for path, module in graph.modules():
         if id(module) not in above:

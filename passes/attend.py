@@ -1,11 +1,11 @@
-"""Attention over a paged cache reads the keys of one request after the other.
+"""Attention over a paged cache reads the keys one request at a time.
 
     K, V = paged_cache(k, v, …, seen, mask);  y = attention(q, K, V, mask)
                                       →      y = paged_attention(q, k, v, …, seen, mask)
 
-The mask has to be the very input that the cache was handed, on a GPU padded, cut back and expanded.
-Keys and values may be repeated for the heads of a group. Where anything else reads them, or the
-statistics of attention, and where no kernel is generated, the graph is left as it is.
+The mask must be the cache's very input, on a GPU padded, cut back and expanded. Keys and values may
+be repeated for the heads of a group. With other readers of these or of the attention's statistics,
+or without a generated kernel, the graph is unchanged.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from lorafx.torch_internals.symbols import statically_known_true
 
 aten = torch.ops.aten
 
-#: What torch makes of `scaled_dot_product_attention` with a mask where no statistics are asked for,
-#: on a CPU and on GPUs, and the name of the mask.
+#: torch's forms of a masked `scaled_dot_product_attention` without statistics, on CPUs and GPUs,
+#: and the name of the mask.
 _ATTENTION: dict[Any, str] = {
     aten._scaled_dot_product_flash_attention_for_cpu.default: "attn_mask",
     aten._scaled_dot_product_efficient_attention.default: "attn_bias",
     aten._scaled_dot_product_cudnn_attention.default: "attn_bias",
 }
-#: What leaves elements in their order: always, or where it leaves the sizes as they are.
+#: Operators that keep elements in order: always, or if they keep the sizes.
 _IN_ORDER = (
     aten.clone.default,
     aten.view.default,
@@ -48,7 +48,7 @@ _OF_SIZES = (aten.expand.default, aten.slice.Tensor)
 
 @dataclass(frozen=True)
 class Attend:
-    """Attention over a paged cache reads the keys of one request after the other."""
+    """Attention over a paged cache reads the keys one request at a time."""
 
     name: str = "attend"
     required: bool = False
@@ -86,8 +86,8 @@ def _call(given: dict[str, Any], asked: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _read(attention: fx.Node) -> list[fx.Node] | None:
-    """The nodes by which `attention` takes keys and values out of a paged cache, the later first,
-    and last the call of the cache; None where it takes others, or something else reads these."""
+    """The nodes from `attention` back to the cache's call; None without one or with other
+    readers."""
     asked = bound(attention)
     keys, values = _heads(asked["key"]), _heads(asked["value"])
     if keys is None or values is None:
@@ -102,9 +102,8 @@ def _read(attention: fx.Node) -> list[fx.Node] | None:
 
 
 def _heads(node: fx.Node) -> list[fx.Node] | None:
-    """`node` (1, H, N, D), what it is made of, and so on back to a result (1, G, N, D) of a paged
-    cache whose heads one `expand` repeats for the queries of a group; None where it is anything
-    else."""
+    """The nodes from `node` (1, H, N, D) back to a paged cache's result (1, G, N, D), whose heads
+    one `expand` repeats for the queries of a group; else None."""
     chain, spread = [node], []
     while (last := chain[-1]).target is not operator.getitem:
         if last.target not in (*_IN_ORDER, *_OF_SIZES):
@@ -129,13 +128,13 @@ def _heads(node: fx.Node) -> list[fx.Node] | None:
 
 
 def _only_result(attention: fx.Node) -> fx.Node | None:
-    """What `attention` returns, where nothing reads its statistics."""
+    """The result of `attention`, if its statistics are unread."""
     [*results] = attention.users
     return results[0] if len(results) == 1 and index_of(results[0]) == 0 else None
 
 
 def _fits(cached: fx.Node, attention: fx.Node) -> bool:
-    """Whether this attention takes the step's mask, and nothing before it sees what is written."""
+    """Whether this attention takes the step's mask, and no earlier node reads the writes."""
     given, asked = bound(cached), bound(attention)
     seen, mask = given["seen"], given["mask"]
     if seen is None or mask is None or _unpadded(asked[_ATTENTION[attention.target]]) != mask:
@@ -149,8 +148,7 @@ def _fits(cached: fx.Node, attention: fx.Node) -> bool:
 
 
 def _unpadded(mask: fx.Node | None) -> fx.Node | None:
-    """What the mask was before torch aligned it: padded at the end, cut off there, copied,
-    expanded."""
+    """The mask before torch aligned it: padded at the end, cut off there, copied, expanded."""
     while mask is not None and mask.op == "call_function":
         last = fake_value(mask).dim() - 1
         args = bound(mask) if isinstance(mask.target, OpOverload) else {}
@@ -167,7 +165,7 @@ def _unpadded(mask: fx.Node | None) -> fx.Node | None:
 
 
 def _transposed(result: torch.Tensor) -> bool:
-    """Whether a result (1, H, T, D) lies as (1, T, H, D), as what takes its place does."""
+    """Whether a result (1, H, T, D) lies as (1, T, H, D), like its replacement."""
     _, heads, tokens, size = result.shape
     _, of_heads, of_tokens, of_size = result.stride()
     return _same((of_heads, of_size), (size, 1)) and (
@@ -176,7 +174,7 @@ def _transposed(result: torch.Tensor) -> bool:
 
 
 def _equal(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    """The same sizes, symbols among them."""
+    """The same sizes, symbols included."""
     return len(one) == len(other) and all(
         statically_known_true(a == b) for a, b in zip(one, other, strict=True)
     )

@@ -1,10 +1,10 @@
-"""What all requests share gets one copy per request where a delta makes it differ.
+"""Gives each request a copy of shared values where deltas make them differ.
 
     y' = site(x, y), x of no request  →  copies[i] = site(x, y) with request i's delta, (n, …)
 
-The product y is computed once, its deltas once per request, and so is what follows y', up to where
-it meets what requests own (`ownership/vectorize.py`). `provenance` then has to prove the rows of
-the sites. Where it does not, or a rule is missing on the way, the graph stays as it was.
+The product y is computed once, its deltas for each request, and so are the nodes behind y', up to
+where they meet owned values (`ownership/vectorize.py`). If `provenance` cannot prove the sites'
+rows then, or a rule is missing, the graph is left unchanged.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lorafx.torch_internals.fake_tensors import enable_python_dispatcher
 
 aten = torch.ops.aten
 VIEWS = (aten.view.default, aten._unsafe_view.default)
-#: Operators whose results are other values where the operand lies in memory otherwise.
+#: Operators whose results depend on the operand's layout.
 OF_LAYOUT = (
     *(aten.as_strided, aten.as_strided_copy, aten.as_strided_scatter),
     *(aten.sym_stride, aten.sym_storage_offset),
@@ -43,7 +43,7 @@ OF_LAYOUT = (
 
 @dataclass(frozen=True)
 class GiveOut:
-    """What all requests share gets one copy per request where a delta makes it differ."""
+    """Gives each request a copy of shared values where deltas make them differ."""
 
     name: str = "give_out"
     required: bool = False
@@ -69,15 +69,10 @@ def give_out(
     *,
     assume: bool = False,
 ) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, str]]:
-    """Make copies, one per request, of what sites compute from an x that all requests share.
+    """Copy, for each request, the results of sites whose x all requests share.
 
-    Args:
-        allowed: called for each site.
-        assume: as in `flow_through`.
-
-    Returns:
-        the sites that others took the place of, with those; and the sites that stay as they are,
-        with the reason.
+    `allowed` is called for each site; `assume` as in `flow_through`. Returns replaced sites ->
+    replacements, and unchanged sites -> reasons.
     """
     if not _without_requests(graph, seeds):
         return {}, {}
@@ -102,7 +97,7 @@ def give_out(
 
 
 def _batch(frame: Frame) -> BatchSymbols | None:
-    """The number of requests, where there may be several of them and slots are theirs."""
+    """The number of requests, if several are possible and slots are per request."""
     try:
         batch = batch_of(frame)
     except ProvenanceError:
@@ -111,7 +106,7 @@ def _batch(frame: Frame) -> BatchSymbols | None:
 
 
 def _without_requests(graph: fx.Graph, seeds: Mapping[fx.Node, Label]) -> bool:
-    """Whether some site's x is computed from nothing that may belong to requests."""
+    """Whether some site's x depends on no request data."""
     theirs: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -125,8 +120,7 @@ def _without_requests(graph: fx.Graph, seeds: Mapping[fx.Node, Label]) -> bool:
 
 
 class Attempt:
-    """One rewrite of a graph, for some of the sites whose x is shared, that can be undone. `sites`:
-    a site node -> the one that takes its place."""
+    """A revertible rewrite of a graph for sites with a shared x: site node -> replacement."""
 
     def __init__(
         self, graph: fx.Graph, flow: Flow, batch: BatchSymbols, roots: set[fx.Node]
@@ -141,7 +135,7 @@ class Attempt:
         self._views: list[tuple[fx.Node, object]] = []
 
     def run(self) -> dict[fx.Node, str]:
-        """Rewrite the graph; returns the roots for which that is impossible, with the reason."""
+        """Rewrite the graph; returns impossible roots -> reasons."""
         failed: dict[fx.Node, str] = {}
         for node in [node for node in self.graph.nodes if node in self.before]:
             shared = [arg for arg in node.all_input_nodes if arg in self.vectorizer.copies]
@@ -195,8 +189,7 @@ class Attempt:
         self._inputs.append((user, old, new))
 
     def _settle(self) -> None:
-        """Bring the fake values behind what was put in up to date. Strides may change, and views
-        that need the old ones become reshapes."""
+        """Update later fake values; views that need the old strides become reshapes."""
         changed = {new for _, old, new in self._inputs if _layout(new) != _layout(old)}
         for node in self.graph.nodes:
             if node not in self.before or not changed.intersection(node.all_input_nodes):
@@ -225,7 +218,7 @@ class Attempt:
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def unproved(self, flow: Flow) -> dict[fx.Node, str]:
-        """The roots of sites whose rows the ordinary rules do not prove now, with the reason."""
+        """Roots of sites whose rows the ordinary rules do not prove -> reasons."""
         failed: dict[fx.Node, str] = {}
         for old, new in self.sites.items():
             proof = row_map(new, flow)
@@ -265,7 +258,6 @@ def _layout(node: fx.Node) -> object:
 
 
 def _layouts(value: object) -> object:
-    """Sizes and strides, as they are written."""
     if isinstance(value, (tuple, list)):
         return [_layouts(one) for one in value]
     if not isinstance(value, torch.Tensor):

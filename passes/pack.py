@@ -2,9 +2,8 @@
 
     y_i = x W_iᵀ + b_i + Δ_i(x)   →   [y_0 | y_1 | ...] = fused_linear(x, [W_0; W_1; ...], ...)
 
-That they share x is not assumed from their names: it is the same node of the graph. The packed
-weight is a graph input that the mark carries (lorafx.model.packing), so one graph serves all
-layers.
+The proof is the graph: x is the same node. The packed weight is a graph input carried by the mark
+(lorafx.model.packing), so a graph serves all layers.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ from lorafx.program.frame import fake_value
 
 aten = torch.ops.aten
 
-#: Nodes whose result shares its operand's memory whatever the strides are.
+#: Nodes whose result shares its operand's memory for any strides.
 ALIASES = frozenset(
     {aten.permute.default, aten.transpose.int, aten.t.default, aten.slice.Tensor}
     | {aten.select.int, aten.expand.default, aten.unsqueeze.default, aten.alias.default}
     | {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.split.Tensor}
     | {aten.split_with_sizes.default, aten.unfold.default, aten.detach.default, operator.getitem}
 )
-#: Views that exist only for some strides; `reshape` is the same value for any.
+#: Views that require some strides; `reshape` computes the same for any.
 VIEWS = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.default})
-#: What addresses memory by the strides that tracing saw.
+#: Operators that address memory by the traced strides.
 ADDRESSING = frozenset(
     {aten.as_strided.default, aten.view.dtype, aten.view_as_complex.default}
     | {aten.view_as_real.default}
@@ -40,7 +39,7 @@ ADDRESSING = frozenset(
 
 @dataclass(frozen=True)
 class Pack:
-    """Siblings that share the very same x become one node."""
+    """Siblings with the same x become one node."""
 
     name: str = "pack"
     required: bool = False
@@ -57,7 +56,7 @@ class Pack:
 
 
 def _candidates(ctx: Context) -> list[list[fx.Node]]:
-    """Fused nodes by what they must have in common: x, bank, slots, rows, packed weight."""
+    """Fused nodes grouped by x, bank, slots, rows and packed weight."""
     buckets: dict[tuple[object, ...], list[fx.Node]] = {}
     for node, (state, *_) in ctx.states.items():
         if node.target is FUSED_OP and state.packed_weight is not None:
@@ -69,7 +68,7 @@ def _candidates(ctx: Context) -> list[list[fx.Node]]:
 
 
 def _adjacent(ctx: Context, nodes: list[fx.Node]) -> list[list[fx.Node]]:
-    """Runs of siblings whose rows follow one another in the packed weight."""
+    """Runs of siblings with adjacent rows in the packed weight."""
     runs: list[list[fx.Node]] = []
     end = None
     for node in sorted(nodes, key=lambda item: bound(item)["offsets"][0]):
@@ -106,8 +105,8 @@ def _merge(ctx: Context, run: list[fx.Node], first: fx.Node) -> None:
 
 
 def _allow_strides(ctx: Context, part: fx.Node) -> None:
-    """Make the readers of `part`, columns of the packed y, right for its strides: views that merge
-    rows become reshapes, what addresses the memory itself gets a contiguous copy."""
+    """Adapt the readers of `part`, columns of the packed y, to its strides: views that merge rows
+    become reshapes, operators that address memory get a contiguous copy."""
     pending, seen = [part], {part}
     while pending:
         for user in list(pending.pop().users):
@@ -128,7 +127,6 @@ def _allow_strides(ctx: Context, part: fx.Node) -> None:
 
 
 def _rows(ctx: Context, packed: fx.Node | None, start: int, count: int) -> fx.Node | None:
-    """Rows [start, start + count) of a packed input."""
     if packed is None or (start == 0 and count == fake_value(packed).shape[0]):
         return packed
     return ctx.emit(aten.slice.Tensor, packed, 0, start, start + count)

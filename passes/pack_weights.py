@@ -25,7 +25,7 @@ class PackWeights:
     name: ClassVar[str] = "pack_weights"
 
     def run(self, model: Preparation) -> int:
-        # Only the pass `pack` reads packed weights, and what it merges is what `fuse` made.
+        # Only `pack` reads packed weights, and it merges nodes of `fuse`.
         if not (model.options.runs("pack") and model.options.runs("fuse")):
             model.notes.append("nothing: the pass pack, or fuse, is switched off")
             return 0

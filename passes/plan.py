@@ -1,4 +1,4 @@
-"""Choose how each LoRA node is computed, and say so.
+"""Choose how each LoRA node is computed.
 
     inductor   on a CPU generated C++, else plain aten; a pack's base product is one GEMM, or one a
                sibling where that is faster
@@ -54,11 +54,11 @@ _KEY = "lorafx_strategy"
 
 @dataclass(frozen=True)
 class Strategy:
-    """The choice for one node.
+    """The choice for a node.
 
     Attributes:
-        name: how the node is computed, one of `lorafx.config.STRATEGIES` of the lowering.
-        kernel: id of the generated Triton kernels; 0 for other strategies.
+        name: from `lorafx.config.STRATEGIES` of the lowering.
+        kernel: id of the generated Triton kernels; else 0.
         split: a pack's base product is one GEMM per sibling.
         reason: what decided.
     """
@@ -70,7 +70,7 @@ class Strategy:
 
 
 def choose(ctx: Context, node: fx.Node, strategy: Strategy) -> None:
-    """Make `strategy` the node's, and note it for `explain`."""
+    """Set the node's strategy, and note it for `explain`."""
     node.meta[_KEY] = strategy
     if strategy.kernel:
         ctx.kernels.add(strategy.kernel)
@@ -80,13 +80,13 @@ def choose(ctx: Context, node: fx.Node, strategy: Strategy) -> None:
 
 
 def strategy_of(node: fx.Node) -> Strategy:
-    """The node's strategy; aten where nothing was planned."""
+    """The node's strategy; aten if unplanned."""
     return node.meta.get(_KEY, Strategy(ATEN))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How each node is computed: by generated code or plain aten."""
+    """Choose between generated code and plain aten for each node."""
 
     name: str = "plan"
     required: bool = False
@@ -134,20 +134,16 @@ def _triton(ctx: Context, nodes: Sequence[fx.Node]) -> None:
         choose(ctx, node, Strategy(name, kernel=kernel or 0, reason=reason))
 
 
-#: What tiles are chosen for where the number of rows depends on data.
+#: Assumed number of rows if it depends on data.
 UNKNOWN_ROWS = 4096
-#: The one strategy of an embedding's delta.
+#: The only strategy of an embedding's delta.
 EMBEDDING = "embedding"
 
 
 def _triton_choice(
     ctx: Context, node: fx.Node, rows: int | None, device: torch.device
 ) -> tuple[str, str]:
-    """(strategy, why) of a node under the Triton lowering.
-
-    Raises:
-        ConfigError: the user pinned a strategy that this node cannot have.
-    """
+    """(strategy, why) under the Triton lowering; ConfigError for an unfit pinned strategy."""
     pinned, proved = _pinned(ctx, node), bound(node)["rows"]
     if isinstance(proved, int) and proved == 0:
         return ATEN, "row ownership was not analysed, and only aten can refuse a mixed batch"
@@ -176,7 +172,7 @@ def _triton_choice(
 
 
 def _unfit(node: fx.Node, name: str) -> str:
-    """Why a pinned strategy cannot compute this node, as the end of a message; "" where it can."""
+    """Why a pinned strategy cannot compute this node, as the end of a message, or ""."""
     others = "pin 'gemv', 'segments' or 'aten'"
     if node.target is EMBEDDING_OP and name != ATEN:
         return ", but embeddings have a single strategy; remove the pin, or pin 'aten'"
@@ -204,13 +200,12 @@ def _work(ctx: Context, node: fx.Node) -> Work | None:
 
 
 def _fusable(node: fx.Node) -> bool:
-    """Whether a kernel may compute the base product too: it is in the node, and the kernel can read
-    the weight as it lies."""
+    """Whether a kernel may compute the base product, from a weight layout that it can read."""
     return node.target is FUSED_OP and adjacent(fake_value(bound(node)["weight"]))
 
 
 def _not_concat(node: fx.Node) -> str:
-    """Why the vendor's GEMM cannot be given a longer x and weight; "" where it can."""
+    """Why the vendor's GEMM cannot have a longer x and weight, or ""."""
     if node.target is not FUSED_OP:
         return "whose base product is not part of the node"
     weight = fake_value(bound(node)["weight"])
@@ -222,7 +217,7 @@ def _not_concat(node: fx.Node) -> str:
 
 
 def _not_for_experts(node: fx.Node, name: str) -> str:
-    """Why a strategy cannot compute this node's product with routed experts; "" where it can."""
+    """Why a strategy cannot compute this node's product with routed experts, or ""."""
     if name not in EXPERTS:
         return ""
     if node.target is not FUSED_EXPERTS:
@@ -259,7 +254,7 @@ def _expert_estimates(
 
 
 def _rows(node: fx.Node) -> int | None:
-    """The rows that the graph was captured with, where tracing knows a number."""
+    """The captured number of rows, if known to tracing."""
     value = fake_value(node)
     rows = 1
     for size in value.shape[:-1]:
@@ -271,11 +266,7 @@ def _rows(node: fx.Node) -> int | None:
 
 
 def _pinned(ctx: Context, node: fx.Node) -> str | None:
-    """The strategy that the user pinned, or None.
-
-    Raises:
-        ConfigError: the node computes several sites, pinned to different strategies.
-    """
+    """The strategy pinned by the user, if any. Raises ConfigError for a node with several."""
     plan = ctx.program.options.plan
     pinned = {plan[path] for path in _paths(ctx, node) if path in plan}
     if len(pinned) > 1:
@@ -300,7 +291,6 @@ def _paths(ctx: Context, node: fx.Node) -> list[str]:
 
 
 def _split(node: fx.Node) -> bool:
-    """Whether a pack's base product is better done a sibling at a time."""
     if node.target is not FUSED_OP:
         return False
     call = bound(node)
@@ -309,7 +299,7 @@ def _split(node: fx.Node) -> bool:
 
 
 def _parts(sites: Sequence[Site]) -> list[Part]:
-    """What the sites' factors multiply: a packed site has an A and a B for each part."""
+    """The operands of the sites' factors: a packed site has an A and a B for each part."""
     return [part for site in sites for part in site.parts]
 
 
@@ -324,7 +314,7 @@ def _floor(ctx: Context, node: fx.Node) -> str:
 
 
 def delta_spec(node: fx.Node) -> DeltaSpec:
-    """What a kernel for its delta takes for granted."""
+    """The specialisation of a kernel for its delta."""
     call = bound(node)
     if node.target is EMBEDDING_OP:
         return DeltaSpec.of_embedding(*(fake_value(call[name]) for name in ("y", "A", "B")))
@@ -333,7 +323,7 @@ def delta_spec(node: fx.Node) -> DeltaSpec:
 
 
 def cpu_spec(node: fx.Node) -> DeltaSpec:
-    """`delta_spec` of a kernel on a CPU, which finds the bank's slots of routed rows by itself."""
+    """`delta_spec` for a CPU, whose kernels find the slots of routed rows."""
     spec = delta_spec(node)
     if node.target is EXPERT_OP:
         return replace(spec, experts=bound(node)["count"])
@@ -343,7 +333,7 @@ def cpu_spec(node: fx.Node) -> DeltaSpec:
 
 
 def triton_spec(node: fx.Node) -> TritonSpec:
-    """`delta_spec`, and the base weight where it is part of the node."""
+    """`delta_spec`, with the base weight if it is part of the node."""
     if node.target not in (FUSED_OP, FUSED_EXPERTS):
         return TritonSpec(delta_spec(node))
     call = bound(node)

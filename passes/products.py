@@ -4,8 +4,8 @@
     addmm(b, x, Wᵀ)                            →   dense_addmm(b, x, W, [])
     cat([mm(x, W[:n]ᵀ), mm(x, W[n:]ᵀ)], 1)     →   dense_mm(x, W, [n, N - n])
 
-W is an input of the graph or a part of one; a product of always many rows is left alone. A delta
-that is added into such a product, which nothing else reads, is computed in the same parallel region
+W is an input of the graph or a part of one; products that always have many rows are left alone. The
+only reader of such a product may be a delta, which joins its parallel region
 (lorafx.kernels.cpu.dense):
 
     run_delta_(y = dense_mm(x, W), x, bank)         →   dense_mm_delta(x, W, bank)
@@ -42,7 +42,7 @@ RUN_DELTA = torch.ops.lorafx.run_delta_.default
 
 @dataclass(frozen=True)
 class Products:
-    """Products with weights become an op that has generated code for few rows, on a CPU."""
+    """Products with weights become an op with generated code for few rows, on a CPU."""
 
     name: str = "products"
     required: bool = False
@@ -54,7 +54,7 @@ class Products:
 
 
 def replace_products(graph: fx.Graph, allowed: Callable[[], bool] = lambda: True) -> int:
-    """Replace what `allowed` lets pass, which is asked for each product; how many those are."""
+    """Replace products while `allowed`; returns their number."""
     edits = 0
     for find in (_side_by_side, _product):  # parts first: each is a product too
         edits += sum(_replace(graph, node, find, allowed) for node in [*graph.nodes])
@@ -62,7 +62,7 @@ def replace_products(graph: fx.Graph, allowed: Callable[[], bool] = lambda: True
 
 
 class Product(NamedTuple):
-    """x Wᵀ + bias, where W has so many rows for each of its parts; none for one part."""
+    """x Wᵀ + bias, with the numbers of rows of W's parts, if several."""
 
     x: fx.Node
     weight: fx.Node
@@ -90,7 +90,7 @@ def _replace(
 
 
 def _pays(found: Product) -> bool:
-    """Whether the op may be faster than aten, for a type that a kernel is generated for."""
+    """Whether the op may be faster than aten, with a kernel for the dtype."""
     values = [fake_value(item) for item in found[:3] if item is not None]
     rows, dtype = values[0].shape[0], values[0].dtype
     if any(value.dtype != dtype or value.device.type != "cpu" for value in values):
@@ -99,7 +99,6 @@ def _pays(found: Product) -> bool:
 
 
 def _product(node: fx.Node) -> Product | None:
-    """A product with a weight that lies as (N, K)."""
     if node.target is aten.mm.default:
         call = bound(node)
         x, right, bias = call["self"], call["mat2"], None
@@ -119,7 +118,7 @@ def _product(node: fx.Node) -> Product | None:
 
 
 def _is_given(weight: fx.Node) -> bool:
-    """Whether it is an input of the graph, or a part of one; of a known size."""
+    """Whether it is an input of the graph, or a part of one, of a known size."""
     if not all(isinstance(size, int) for size in fake_value(weight).shape):
         return False
     while weight.target is aten.slice.Tensor:
@@ -128,7 +127,7 @@ def _is_given(weight: fx.Node) -> bool:
 
 
 def _side_by_side(node: fx.Node) -> Product | None:
-    """Products of one x with all rows of a weight, in their order."""
+    """Products of one x with all rows of a weight, in order."""
     if node.target is not aten.cat.default or bound(node)["dim"] not in (1, -1):
         return None
     parts = [_product(item) for item in bound(node)["tensors"]]
@@ -145,7 +144,7 @@ def _side_by_side(node: fx.Node) -> Product | None:
 
 
 def _whole(parts: Sequence[fx.Node]) -> fx.Node | None:
-    """What consists of these slices of its first dimension, in their order."""
+    """The tensor that consists of these slices of its first dimension, in order."""
     source, end = None, 0
     for part in parts:
         call = bound(part) if part.target is aten.slice.Tensor else {}
@@ -174,7 +173,6 @@ class Join:
 
 
 def _joins(delta: fx.Node) -> bool:
-    """Whether it adds a delta into a product of the same x that nobody else reads."""
     if op_of(delta) is not RUN_DELTA:
         return False
     call, readers = bound(delta), [*delta.users]

@@ -1,8 +1,8 @@
-"""read: what the saved tensors of each adapter mean on the sites; load: the store that has them.
+"""read: the meaning of adapters' saved tensors on the sites; load: the store.
 
     name → AdapterState   →   Adapter each: part path → A, B, scale   →   AdapterStore
 
-Everything that is wrong with a file is found here, before the model has changed.
+All errors in files are found here, before the model changes.
 """
 
 from __future__ import annotations
@@ -18,10 +18,7 @@ from lorafx.progress import progress
 
 @dataclass(frozen=True)
 class Read:
-    """What the saved tensors of each adapter mean on the sites.
-
-    Raises CheckpointError, UnsupportedAdapterError or CapacityError, which name the tensor.
-    """
+    """The meaning of saved tensors on the sites. Raises errors of adapters that name the tensor."""
 
     name: ClassVar[str] = "read"
 
@@ -49,7 +46,7 @@ class Read:
 
 @dataclass(frozen=True)
 class LoadAdapters:
-    """The store over the banks, with the adapters that were read."""
+    """The store over the banks, with the decoded adapters."""
 
     name: ClassVar[str] = "load"
 

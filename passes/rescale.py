@@ -1,4 +1,4 @@
-"""What adapters change beside the delta: rows of the weight before it, scales and biases behind it.
+"""Adapters' changes beside the delta: replaced rows of the weight, scales and biases.
 
     y' = site(x, y, ..., own...)             →   y₁ = own_linear(x, y, own..., slots, rows)
                                                  y' = site(x, y₁, ...)
@@ -6,8 +6,8 @@
                                                  y₂ = y₁ + G[s] · (y₁ − c)   where G[s] ≠ 0
                                                  y' = y₂ + shifts[s]         where shifts[s] ≠ 0
 
-with s ≥ 0 the slot of each row, for every lowering. Only where banks have room for it: otherwise no
-site takes any. Inductor fuses the arithmetic into what reads it.
+with s ≥ 0 the slot of each row, for every lowering, and only where banks have room. Inductor fuses
+the arithmetic into its readers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ OWN_OPS = {
 
 @dataclass(frozen=True)
 class Rescale:
-    """DoRA's scales of outputs and adapters' biases go behind the delta, in plain aten."""
+    """DoRA's scales and adapters' biases are applied behind the delta, in plain aten."""
 
     name: str = "rescale"
     required: bool = True
@@ -58,13 +58,13 @@ class Rescale:
 
 @dataclass
 class _Scales:
-    """Emits the scales of one graph. Owners of rows are computed once for all sites alike."""
+    """Emits a graph's scales, computing owners of rows once for equal sites."""
 
     ctx: Context
     owners: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
 
     def take_out(self, node: fx.Node) -> None:
-        """The site keeps its delta; what read it reads the rescaled y."""
+        """The site keeps its delta; its readers get the rescaled y."""
         scale = {name: value for name, value in bound(node).items() if name in SCALE}
         rebind(node, **dict.fromkeys(scale))
         readers = list(node.users)
@@ -97,8 +97,8 @@ class _Scales:
         return last
 
     def _by_row(self, node: fx.Node, table: fx.Node) -> tuple[fx.Node, fx.Node]:
-        """What `table` (S, ΣN) has for each output of each row, broadcastable to y, and where it is
-        of a slot and not 0."""
+        """`table` (S, ΣN) by row and output, broadcastable to y, and where it is of a slot and not
+        0."""
         y, owner = fake_value(node), self._owner(node)
         value = self.ctx.emit(aten.index.Tensor, self._columns(node, table), [owner])
         used = self.ctx.emit(aten.unsqueeze.default, self.ctx.emit(aten.ge.Scalar, owner, 0), -1)
@@ -114,7 +114,7 @@ class _Scales:
         return self.ctx.emit(reshape, value, sizes), self.ctx.emit(reshape, live, sizes)
 
     def _along_channels(self, node: fx.Node, addend: fx.Node) -> fx.Node:
-        """A bias (N,) as it is added to y: a convolution has its channels second."""
+        """A bias (N,) shaped for y: a convolution has its channels second."""
         if node.target is not CONV_OP:
             return addend
         y = fake_value(node)
@@ -125,7 +125,6 @@ class _Scales:
         return self.ctx.emit(aten.where.self, live, total, otherwise)
 
     def _columns(self, node: fx.Node, table: fx.Node) -> fx.Node:
-        """The site's own columns of `table`, (S, N)."""
         if node.target is not SITE_OP:
             return table
         call = bound(node)
@@ -148,7 +147,7 @@ class _Scales:
                 known = isinstance(count, int) and isinstance(size, int)
                 count = count * size if known else emit(operator.mul, count, size)
             index = self.ctx.numbers(count, torch.int64, fake_value(node).device)
-            # Unproved rows: the site's own op refuses batches that mix adapters.
+            # Unproved rows: the site's op refuses batches that mix adapters.
             rows = rows if isinstance(rows, fx.Node) or rows > 0 else ALL_ALIKE
             index = emit(aten.div.Scalar_mode, index, rows, rounding_mode="floor")
             index = emit(aten.remainder.Scalar, index, self.ctx.size(slots, 0))
@@ -163,7 +162,7 @@ class _Scales:
 
 @dataclass(frozen=True)
 class ReplaceRows:
-    """Rows of a weight that adapters have of their own take the place of the base's."""
+    """Adapters' rows of a weight replace the base's."""
 
     name: str = "replace_rows"
     required: bool = True
@@ -175,7 +174,7 @@ class ReplaceRows:
             if op is None or bound(node).get("own") is None:
                 continue
             call = bound(node)
-            # Unproved rows: the site's own op refuses batches that mix adapters.
+            # Unproved rows: the site's op refuses batches that mix adapters.
             call["rows"] = call["rows"] or ALL_ALIKE
             with gm.graph.inserting_before(node):
                 y = ctx.emit(op, *in_order(op, call))

@@ -1,11 +1,10 @@
-"""alias: each module once, under its canonical path, with the other paths that reach it; select:
-the sites that a configuration asks for.
+"""alias: each module once, under its canonical path, with its other paths; select: the sites of a
+configuration.
 
     model → ModuleGraph;   ModuleGraph, LoraConfig → (Site, ...) in canonical path order
 
-Two parameters over one storage (a tied head and embedding) are two sites. Modules that the user
-names but that cannot carry LoRA are reported in one error; those that only "all-linear" swept up
-are left out with a warning.
+Two parameters over one storage (a tied head and embedding) are two sites. Named modules that cannot
+carry LoRA are reported in one error; those from "all-linear" are left out with a warning.
 """
 
 from __future__ import annotations
@@ -36,17 +35,15 @@ from lorafx.program.preparation import Preparation
 from lorafx.registry import Eligible, is_empty, lookup
 from lorafx.torch_internals.modules import OptimizedModule
 
-#: A regular expression can name thousands of containers; the first ones show the mistake.
+#: A regular expression can name thousands of containers; the first show the mistake.
 _SHOWN = 20
 _EMPTY = "its weight is empty, so LoRA has nothing to change"
 
 
 @dataclass(frozen=True)
 class Alias:
-    """Each module once, under its canonical path, with the other paths that reach it.
-
-    Raises CaptureError for a `torch.compile` wrapper: its graphs would never see marks.
-    """
+    """Each module once, under its canonical path, with its other paths. Raises CaptureError for a
+    `torch.compile` wrapper, whose graphs would never see marks."""
 
     name: ClassVar[str] = "alias"
 
@@ -70,10 +67,8 @@ class Alias:
 
 @dataclass(frozen=True)
 class Select:
-    """The modules that the configuration asks for, and that can carry LoRA.
-
-    Raises TargetError for targets that name nothing, or modules that cannot carry LoRA.
-    """
+    """The configured modules that can carry LoRA. Raises TargetError for targets that name nothing,
+    or modules that cannot carry LoRA."""
 
     name: ClassVar[str] = "select"
 
@@ -86,7 +81,7 @@ class Select:
 
 
 def left_out(graph: ModuleGraph, config: LoraConfig, module: nn.Module) -> str:
-    """Why a module of the model, which is no site, was not selected."""
+    """Why a module that is no site was not selected."""
     found = _Selection(graph, config)
     items = [item for item in found.modules if item.module is module]
     return "; ".join(dict.fromkeys(map(found.why_not, items)))
@@ -111,7 +106,7 @@ class _Selection:
             for path, module in self.graph.modules()
             for item in self._candidates_of(path, module)
         ]
-        # Exact entries reach a module also by an alias beyond those that are listed.
+        # Exact entries also reach a module by unlisted aliases.
         exact = () if self.target is None or isinstance(self.target, str) else self.target
         found = {entry: self.graph.find(entry) for entry in exact}
         self.walked = {id(module) for module in found.values()} - {id(None)}
@@ -121,7 +116,6 @@ class _Selection:
         self.eligible_paths = [item.path for item in self.modules if item.entry is not None]
 
     def _candidates_of(self, path: str, module: nn.Module) -> Iterator[Candidate]:
-        """The module, and each parameter of routed experts that it holds."""
         entry, paths = lookup(module), self.graph.paths(module)
         weights = expert_weights(module)
         if weights is None:
@@ -175,7 +169,7 @@ class _Selection:
         return tuple(found)
 
     def notes(self, sites: Sequence[Site]) -> list[str]:
-        """What was selected, and why what could carry LoRA or was asked for was not."""
+        """The selection, and why other candidates were left out."""
         taken = {id(site.module) for site in sites}
         for site in sites:  # what a site carries is selected with it
             carried = (getattr(site.module, name, None) for name in site.eligible.carries)
@@ -192,7 +186,7 @@ class _Selection:
         return [*alike(chosen), *alike(others)]
 
     def _targeted(self, item: Candidate) -> frozenset[str]:
-        """The members of the module that are asked for, "" being one that has no names."""
+        """The targeted members of the module, "" for an unnamed one."""
         if self.target is None or self.by_default:
             entry = item.entry
             linear = entry is not None and entry.is_linear and item.module is not self.head
@@ -210,7 +204,6 @@ class _Selection:
         return item.named_by(self.exclude)
 
     def why_not(self, item: Candidate) -> str:
-        """Why a module that is no site was not selected."""
         targeted, spec = self._targeted(item), self.config.target_modules
         if targeted and not targeted - self._excluded(item):
             return f"exclude_modules={self.config.exclude_modules!r:.200} names it"
@@ -239,13 +232,13 @@ class _Selection:
         )
 
     def _rows_asked(self, item: Candidate) -> int | None:
-        """How many rows of its weight adapters may have of their own; None for all of them."""
+        """How many rows of its weight adapters may replace; None for all."""
         rows = rows_asked(self.saved, self.tokens, item.paths)
         container = item.entry is None and not dict(item.module.named_parameters(recurse=False))
         return 0 if container else rows  # it holds what is meant
 
     def _unnamed(self) -> Iterator[str]:
-        """A problem for each entry of the configuration that names no module at all."""
+        """A problem for each entry of the configuration that names no module."""
         root = type(self.graph.root).__qualname__
         lists = {
             "target_modules entry": () if isinstance(self.target, str) else self.target or (),
@@ -263,7 +256,7 @@ class _Selection:
             )
 
     def _nothing(self, named: int, excluded: int, left_out: Sequence[str]) -> str:
-        """Why no site is left of the `named` modules, `excluded` of which are excluded."""
+        """Why none of the `named` modules, of which `excluded` are excluded, is a site."""
         asked, root = self.config.target_modules, type(self.graph.root).__qualname__
         if named == 0:
             return f"target_modules={asked!r} names no module of {root}{self._nearest(str(asked))}"
@@ -290,7 +283,7 @@ class _Selection:
 
     @cached_property
     def _suffixes(self) -> frozenset[str]:
-        """Everything that an entry of a list may be to name some module."""
+        """All valid list entries."""
         return frozenset(
             suffix
             for item in self.modules
@@ -306,14 +299,13 @@ class _Selection:
         return f"; modules that can carry LoRA: {', '.join(list(last)[:5])}"
 
     def _candidates(self, item: Candidate) -> str:
-        """What the user may have meant by a module that cannot carry LoRA."""
+        """Suggestions for a module that cannot carry LoRA."""
         if item.entry is not None or len(self.problems) >= _SHOWN:
             return ""
         below = [p for p in self.eligible_paths if not item.path or p.startswith(f"{item.path}.")]
         return f"; eligible below it: {', '.join(below[:3])}" if below else ""
 
     def _site(self, item: Candidate, selected: frozenset[str]) -> Site | str:
-        """The site with these members selected, or why there can be none."""
         module = item.module
         entry = item.entry
         if entry is None and not self.by_default:
@@ -359,7 +351,7 @@ class _Selection:
     def _compute_dtype(
         self, module: nn.Module, entry: Eligible, weight: Tensor | None
     ) -> torch.dtype:
-        """Dtype of the weight; where that is packed or 8-bit, the dtype it is computed in."""
+        """The weight's dtype; if packed or 8-bit, the dtype of its computation."""
         if weight is not None and (is_wrapped(weight) or not is_stored(module, entry)):
             return weight.dtype
         declared = getattr(module, "compute_dtype", None)  # bitsandbytes, HQQ
@@ -373,7 +365,7 @@ class _Selection:
 
 
 def _device_of(module: nn.Module, root: nn.Module) -> torch.device:
-    """Where a module without a weight tensor computes: beside its other tensors."""
+    """The device of a module without a weight tensor: that of its other tensors."""
     for holder in (module, root):
         for tensor in (*holder.parameters(), *holder.buffers()):
             return tensor.device

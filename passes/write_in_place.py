@@ -1,9 +1,9 @@
-"""Operators that write into an input of the graph do so, with nothing in between.
+"""Operators that write into an input of the graph do so without a functional wrapper.
 
     y, p' = auto_functionalized_v2(op, x, _all_bases=[p]);  …;  p.copy_(p')      →      y = op(x, p)
 
-Taken literally, AOTAutograd's functional graph copies a whole cache for each layer. Where nothing
-else reads the input or what stands for it, the order of the operators says the same.
+AOTAutograd's functional graph would copy a whole cache for each layer. If the input and its new
+values have no other readers, the operators' order means the same.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from lorafx.op_arguments import TRACED_WRITE, bound, in_order, index_of
 _COPY = torch.ops.aten.copy_.default
 
 
-#: Operators that write into their argument `cache`, and how many results each has.
+#: Operators that write into their argument `cache` -> numbers of results.
 _RESULTS = {PAGED_CACHE: 2, PAGED_ATTENTION: 1}
 
 
 def writes_in_place(gm: fx.GraphModule) -> bool:
-    """Whether a graph of Dynamo's calls one of these operators."""
+    """Whether Dynamo's graph calls such an operator."""
     return any(gm.graph.find_nodes(op="call_function", target=op) for op in _RESULTS)
 
 
@@ -53,8 +53,7 @@ class WriteInPlace:
 
 
 def _written(place: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The calls that write into `place` one after another, and what copies the last result back;
-    nothing where anything else takes `place` or one of the results."""
+    """Successive calls that write into `place`, and copies back; empty with other readers."""
     chain: list[fx.Node] = []
     copies: list[fx.Node] = []
     base = place
@@ -75,7 +74,6 @@ def _written(place: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
 
 
 def _called(node: fx.Node) -> Any:
-    """The operator that a functional call is of: that call has no schema."""
     return node.args[0]
 
 
@@ -84,17 +82,16 @@ def _copies_into(node: fx.Node, place: fx.Node) -> bool:
 
 
 def _writes(node: fx.Node, base: fx.Node) -> bool:
-    """Whether `node` calls one of the writers with `base`, all of it, as what is written into."""
+    """Whether `node` calls a writer with all of `base` as its target."""
     if node.target is not TRACED_WRITE or _called(node) not in _RESULTS:
         return False
     bases: Any = node.kwargs.get("_all_bases", ())
-    # Of a view there is also which.
+    # Views also have an index.
     view = {name: value for name, value in node.kwargs.items() if name.startswith("_cache_")}
     return view == {"_cache_base_index": 0} and len(bases) == 1 and bases[0] is base
 
 
 def _in_place(node: fx.Node, place: fx.Node) -> None:
-    """Replace a functional call by one of the operator itself, which writes into `place`."""
     op = _called(node)
     results = _RESULTS[op]
     given = {name: value for name, value in node.kwargs.items() if not name.startswith("_")}

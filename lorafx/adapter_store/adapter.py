@@ -12,11 +12,10 @@ from lorafx.model.bank import OwnWeight
 
 
 class LoraWeights(NamedTuple):
-    """One part's factors: A (r, K) and B (N, r) in the file's dtype, and s. DoRA's m (N,) is its
-    `magnitude`. `bias` (N,) is that of lora_B, `own_bias` (N,) takes the place of the base's.
+    """One part's factors: A (r, K) and B (N, r) in the file's dtype, and s. `magnitude` is DoRA's m
+    (N,); `bias` (N,) is lora_B's; `own_bias` (N,) replaces the base's.
 
-    Of routed experts A (E, r, K), B (E, N, r), and s and `ranks` (E,), an expert's rank being at
-    most r and 0 where the adapter does not touch it.
+    Routed experts: A (E, r, K), B (E, N, r), s and `ranks` (E,), 0 for untouched experts.
     """
 
     A: Tensor
@@ -37,15 +36,14 @@ class Adapter:
     """A decoded adapter.
 
     Attributes:
-        weights: `Site.part_path` -> factors; what the adapter does not touch is absent.
-        rank: the largest rank that it was trained with anywhere.
-        spans: path of a name of a packed module -> the slices that its rows say it covers, where
-            that is not declared.
-        own: path of a site -> the rows of its weight that the adapter has of its own.
-        replaces_biases: it was trained with biases in the place of the base's.
-        compared: its file holds copies of base weights, which were compared with the model's.
-        invocation: the tokens from which on it is active (aLoRA); empty where it always is.
-        keys: its keys, in PEFT's names, with the shapes of their tensors.
+        weights: `Site.part_path` -> factors; untouched parts are absent.
+        rank: the largest rank anywhere.
+        spans: packed module's name -> slices that its rows cover, where not declared.
+        own: site path -> rows of its weight that the adapter replaces.
+        replaces_biases: the adapter was trained with biases that replace the base's.
+        compared: the file's copies of base weights were compared with the model's.
+        invocation: the tokens from which on it is active (aLoRA); empty if always.
+        keys: PEFT keys -> shapes.
     """
 
     name: str
@@ -62,12 +60,12 @@ class Adapter:
 
     @property
     def magnitudes(self) -> tuple[str, ...]:
-        """The parts whose outputs it rescales (DoRA)."""
+        """The parts whose outputs the adapter rescales (DoRA)."""
         return tuple(p for p, weights in self.weights.items() if weights.magnitude is not None)
 
     @property
     def biased(self) -> tuple[str, ...]:
-        """The parts to whose outputs it adds a bias."""
+        """The parts to whose outputs the adapter adds a bias."""
         return tuple(
             p for p, w in self.weights.items() if w.bias is not None or w.own_bias is not None
         )

@@ -1,14 +1,13 @@
-"""Adapters as the readers take them: opened, told apart by dialect, in PEFT's names.
+"""Adapters as the readers take them: opened, in a known dialect, under PEFT's names.
 
-    source ─▶ Saved ─▶ dialect ─▶ key_mapping, or what moved ─▶ AdapterState
+    source ─▶ Saved ─▶ dialect ─▶ key_mapping, or moved paths ─▶ AdapterState
 
-Modules may have moved: an adapter of a text model on a model that holds the text model.
+Modules may have moved: an adapter of a text model on a model that contains the text model.
 
     model.layers.0.self_attn.q_proj   →   model.language_model.layers.0.self_attn.q_proj
 
-`key_mapping` says so by regular expressions. Without it, the paths of a file that lead nowhere are
-looked for below another beginning, the same for all of them, with weights of their sizes. One such
-place is taken and said; several are an error.
+`key_mapping` renames by regular expressions. Without it, paths that lead nowhere are looked up
+below another common beginning, with weights of their sizes; several candidates are an error.
 """
 
 from __future__ import annotations
@@ -37,15 +36,14 @@ def load_state(source: Any, model: nn.Module | None = None, *, warn: bool = True
     """Configuration and tensors of `source`, in PEFT's names.
 
     Args:
-        source: an `AdapterSource`, what its `source` may be, or an `AdapterState`, which is
-            returned.
-        model: what the adapter is for. Without it names of dialects that flatten them stay as they
-            are, and factors of embeddings read like those of linears.
-        warn: whether factors for other models of a pipeline are worth a warning.
+        source: an `AdapterSource`, a valid `source` of an `AdapterSource`, or an `AdapterState`,
+            which is returned.
+        model: resolves flattened names and tells embeddings from linears.
+        warn: whether to warn about factors for other models of a pipeline.
 
     Raises:
-        CheckpointError: absent, truncated or of another format, or names that are ambiguous.
-        UnsupportedAdapterError: a configuration, or an adapter's kind, that lorafx cannot honour.
+        CheckpointError: unreadable, or with ambiguous names.
+        UnsupportedAdapterError: a configuration or adapter kind that lorafx cannot honour.
     """
     if isinstance(source, AdapterState):
         return source
@@ -72,8 +70,7 @@ def load_state(source: Any, model: nn.Module | None = None, *, warn: bool = True
 
 
 def _expanded(state: AdapterState, model: nn.Module) -> AdapterState:
-    """`state` with the blocks of BD-LoRA's factors, A (r, K/n) or B (N, r/n), on a diagonal. What
-    would be larger than the module it is for stays as it is, for the reader to refuse."""
+    """`state` with BD-LoRA's blocks, A (r, K/n) or B (N, r/n), on a diagonal."""
     settings = state.config.block_diagonal
     if settings is None or settings.blocks == 1:
         return state
@@ -93,12 +90,6 @@ def _expanded(state: AdapterState, model: nn.Module) -> AdapterState:
 
 
 def _mapped(state: AdapterState, mapping: Mapping[str, str]) -> AdapterState:
-    """`state` with its paths renamed by regular expressions, one after the other.
-
-    Raises:
-        ConfigError: an expression is none, or none of them matches a path.
-        CheckpointError: two keys become one.
-    """
     if not isinstance(mapping, Mapping):
         raise ConfigError(
             "key_mapping maps regular expressions to what takes the place of their matches, "
@@ -133,8 +124,6 @@ def _mapped(state: AdapterState, mapping: Mapping[str, str]) -> AdapterState:
 
 
 def _moved(state: AdapterState, model: nn.Module) -> AdapterState:
-    """`state` with its paths where the model has them now. CheckpointError where there are several
-    such places."""
     places = Places((), model)
     known_heads: dict[str, bool] = {}
 
@@ -166,22 +155,19 @@ def _moved(state: AdapterState, model: nn.Module) -> AdapterState:
 
 
 def _head(path: str) -> str:
-    """`path` before its first number: what lies in one list of layers is there or not as a whole.
-    Without a number, the path."""
+    """`path` before its first number (its list of layers); without a number, `path`."""
     names = path.split(".")
     at = next((i for i, name in enumerate(names) if name.isdigit()), len(names))
     return ".".join(names[:at])
 
 
 def _layer(path: str) -> str:
-    """`path` up to its first number; without one, the path."""
     head = _head(path)
     return join(head, path.removeprefix(head).removeprefix(".").partition(".")[0])
 
 
 def _is_elsewhere(places: Places, path: str) -> bool:
-    """Whether the list of layers that `path` names is not where it says. A layer that is lacking,
-    or a part of one, did not move."""
+    """Whether the model lacks the whole list of layers that `path` names."""
     module: nn.Module | None = places.model
     for name in places.current(path).split("."):
         module = module._modules.get(name) if module is not None else None
@@ -193,7 +179,6 @@ def _is_elsewhere(places: Places, path: str) -> bool:
 def _new_beginning(
     lost: Mapping[str, Mapping[str, Tensor]], model: nn.Module, where: str
 ) -> tuple[str, str] | None:
-    """(old, new) beginning of all lost paths; None where there is no such place."""
     known = {without_compiled(path): module for path, module in model.named_modules()}
     paths = [path.split(".") for path in lost]
     for cut in range(min(map(len, paths)) - 1):
@@ -226,8 +211,8 @@ def _fits(
     known: Mapping[str, nn.Module],
     whole: bool,
 ) -> bool:
-    """Whether all paths are below `start`, with weights of their sizes; or, unless `whole`, some,
-    and the layers of the others, which may be packed, or experts."""
+    """Whether all paths are below `start`, with their sizes; or, unless `whole`, some, with
+    layers."""
     present = 0
     for end, factors in ends.items():
         module = known.get(start + end)
@@ -269,7 +254,7 @@ def _renamed(state: AdapterState, rename: Callable[[str], str]) -> AdapterState:
 
 
 def _scale(state: AdapterState, path: str, rank: int) -> float | None:
-    """s of the module that was saved as `path`, where patterns would not know its new name."""
+    """s of the module saved as `path`, where patterns would not match its new name."""
     config = state.config
     if path in state.scales or not (config.rank_pattern or config.alpha_pattern):
         return state.scales.get(path)

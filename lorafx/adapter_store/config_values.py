@@ -20,20 +20,16 @@ _LARGEST = 1 << 26
 # Names of lists of layers: "layers", "h", "model.layers". PEFT would take a regular expression.
 _LAYER_NAME = re.compile(r"(\\?[.]|[\w-]){1,256}")
 _MOST_LAYER_NAMES = 64
-# No module has as many dimensions; s = α/r is kept in float32.
+# s = α/r is kept in float32.
 _LARGEST_RANK = 1 << 40
 _LARGEST_ALPHA = 3e38
 _LARGEST_TOKEN = (1 << 31) - 1
-#: Patterns of one field, and those of them that are tried on every module: milliseconds for each.
+#: Patterns of one field, and patterns tried on every module, which take milliseconds.
 _MOST_PATTERNS, _MOST_TRIED = 1 << 14, 512
 
 
 def raw_fields(source: Any) -> tuple[dict[str, Any], str]:
-    """The raw fields of a folder, a mapping or a `peft.LoraConfig`, and what messages call it.
-
-    Raises:
-        CheckpointError: it is absent, unreadable, or of another form.
-    """
+    """The raw fields of a folder, a mapping or a `peft.LoraConfig`, and their name in messages."""
     if isinstance(source, Mapping):
         values, where = dict(source), "adapter configuration"
     elif dataclasses.is_dataclass(source) and hasattr(source, "peft_type"):
@@ -55,7 +51,7 @@ def raw_fields(source: Any) -> tuple[dict[str, Any], str]:
 def _load_file(folder: Path) -> tuple[dict[str, Any], str]:
     file = folder / CONFIG_FILE
     try:
-        # A pipe or a device would be waited for, or have no end.
+        # Reading a pipe or a device would block or never end.
         absent = "" if file.is_file() else _absent(folder)
         size = 0 if absent else file.stat().st_size
     except (OSError, ValueError) as exc:
@@ -89,7 +85,7 @@ def _absent(folder: Path) -> str:
 
 
 def json_object(text: str, what: str) -> dict[str, Any]:
-    """The JSON object in `text`; CheckpointError where it holds none."""
+    """The JSON object in `text`."""
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -108,22 +104,22 @@ def short(value: Any) -> str:
 
 
 def is_off(value: Any) -> bool:
-    """Null, false or nothing: how every PEFT version spells a feature that is not used."""
+    """Whether a field is null, false or empty: PEFT's spellings of an unused feature."""
     if value is None or value is False:
         return True
     return isinstance(value, str | Sequence | Mapping | Set) and len(value) == 0
 
 
 def number(value: Any) -> bool:
-    """Whether it is a number, of which Python's booleans are none."""
+    """Whether `value` is a number; booleans are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class Malformed(ValueError):
-    """A field is not what it must be."""
+    """A field has a wrong type or range."""
 
 
-#: The value of a field by its name, as it is used; raises `Malformed`.
+#: The validated value of a named field; raises `Malformed`.
 Check: TypeAlias = Callable[[str, Any], Any]
 
 
@@ -183,7 +179,7 @@ layer_names = _check("the name, or a few names, of lists of layers", _names_laye
 
 
 def targets(name: str, value: Any) -> str | tuple[str, ...] | None:
-    """A regular expression, "all-linear", or names in order; None where it is not given."""
+    """A regular expression, "all-linear", names in order, or None."""
     if isinstance(value, str):
         if not is_all_linear(value):
             _regex(name, value, pattern)
@@ -194,7 +190,7 @@ def targets(name: str, value: Any) -> str | tuple[str, ...] | None:
 
 
 def tokens_by_ending(name: str, value: Any) -> dict[str, tuple[int, ...]]:
-    """Lists of token ids by the ending of a module's name; one list alone is under ""."""
+    """Lists of token ids by the ending of a module's name; "" for a bare list."""
     lists = value if isinstance(value, Mapping) else {"": value}
     found = {text(f"{name} key", ending): tokens(name, ids) for ending, ids in lists.items()}
     if any(len(set(ids)) < len(ids) for ids in found.values()):
@@ -222,7 +218,7 @@ def by_pattern(check: Check) -> Check:
 
 
 def keyed(key: str) -> Pattern:
-    """What a key of `rank_pattern` or `alpha_pattern` matches whole. Raises PatternError."""
+    """Compiles a key of `rank_pattern` or `alpha_pattern` for whole matches."""
     name = re.search(r"(\\?)(\w*)\$?$", key)
     assert name is not None
     open_ended = set(key) & set("|()[]{}")  # it may end in several ways

@@ -1,14 +1,14 @@
-"""Copies of adapters into slots, on a stream of their own beside the steps that are running.
+"""Copies of adapters into slots, on a stream beside the running steps.
 
-    a copy into slots    waits for what has used these slots, and for the copies before it
+    a copy into slots    waits for earlier uses of these slots, and for earlier copies
     a use of slots       waits for the last copy into each of them
 
-A use is whatever the current stream does with a slot: a step that reads it, or a write that is not
-a copy. What waits is the stream of the device, by events; the host goes on. Uses on several streams
-follow one another (`lorafx.session.running`), so the last use of a slot stands for those before it.
+A use is anything that the current stream does with a slot, other than a copy. Only device streams
+wait, by events. Uses on several streams are ordered (`lorafx.session.running`), so the last use of
+a slot stands for the earlier ones.
 
-A CUDA graph that was captured around a call runs when its owner says, which nobody tells lorafx. So
-once a call has been captured, copies are made on the current stream, as on devices without streams.
+Replays of a captured CUDA graph are invisible to lorafx. So once a call has been captured, copies
+are made on the current stream, as on devices without streams.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from torch import Tensor
 from lorafx.errors import BatchError
 from lorafx.interrupts import undisturbed
 
-#: After which a slot is free again: what was launched on a stream so far, or until an event.
+#: A slot is free again after this work of a stream, or this event.
 _Mark: TypeAlias = "torch.cuda.Stream | torch.cuda.Event"
 
 
 @dataclass(eq=False)
 class _Copy:
-    """A copy of `name`. `host` is what it is made from, which lives until it is `done`. `awaited`:
-    a stream of calls waits for it."""
+    """A copy of `name`, whose source `host` lives until it is `done`; a call may have `awaited`
+    it."""
 
     name: str
     event: torch.cuda.Event
@@ -44,7 +44,7 @@ class _Copy:
 
 
 class _Lane:
-    """One device: its stream of copies, and who has used and filled each slot there last."""
+    """The copy stream of a device, with the last use and the last copy of each slot."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -57,7 +57,6 @@ class _Lane:
         self._flying: deque[_Copy] = deque()  # in the order in which they end
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
-        """Have nobody else get the memory of these while a copy is on its way there."""
         for tensor in tensors:
             if tensor.device == self.device:
                 tensor.record_stream(self.stream)
@@ -78,7 +77,6 @@ class _Lane:
         self._using.clear()
 
     def wait(self, slots: Iterable[int]) -> None:
-        """Have the stream of copies wait for what has used these slots."""
         for mark in dict.fromkeys(self.users[slot] for slot in slots if slot in self.users):
             if isinstance(mark, torch.cuda.Stream):
                 self.stream.wait_stream(mark)
@@ -92,7 +90,6 @@ class _Lane:
         self._flying.append(copy)
 
     def pending(self, slots: Iterable[int]) -> list[_Copy]:
-        """The last copies into these slots that are not known to be done."""
         found = dict.fromkeys(self.copies[slot] for slot in slots if slot in self.copies)
         return [copy for copy in found if not copy.done]
 
@@ -103,8 +100,7 @@ class _Lane:
 
 
 class CopyStreams:
-    """The streams of copies into the tensors of banks, one for each CUDA device; nothing on others.
-    Safe to use from several threads."""
+    """The copy streams of all CUDA devices. Safe to use from several threads."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         devices = dict.fromkeys(tensor.device for tensor in tensors)
@@ -112,17 +108,15 @@ class CopyStreams:
         for lane in self._lanes:
             lane.keep(tensors)
         self._lock = threading.RLock()
-        #: Whether a call was captured into a CUDA graph.
         self.captured = False
 
     @property
     def beside(self) -> bool:
-        """Whether copies run beside what the current stream does."""
+        """Whether copies run beside the current stream."""
         return bool(self._lanes) and not self.captured
 
     def refuse_captured(self, names: Sequence[str]) -> None:
-        """Raise BatchError where a call is captured into a CUDA graph, and these adapters would be
-        written into slots."""
+        """Raise BatchError where adapters would be written into slots during CUDA graph capture."""
         if names and self._capturing():
             raise BatchError(
                 f"{', '.join(map(repr, names))} would be written into the banks while a CUDA graph "
@@ -131,12 +125,11 @@ class CopyStreams:
             )
 
     def use(self, slots: Iterable[int]) -> None:
-        """Have what is launched on current streams from now on begin when these slots hold what was
-        copied into them last; copies into them wait for it.
+        """Later launches on current streams wait for the last copies into these slots; later copies
+        into them wait for these launches.
 
         Raises:
-            BatchError: the stream is being captured into a CUDA graph, which cannot wait for what
-                runs today, and no call has waited for the copy yet.
+            BatchError: the stream is being captured, and no call has waited for the copy yet.
         """
         if not self._lanes:
             return
@@ -156,15 +149,15 @@ class CopyStreams:
                 lane.use(slots)
 
     def used(self) -> None:
-        """The uses that have begun end with what has been launched so far."""
+        """Ends the begun uses at what has been launched so far."""
         if self._lanes and not self._capturing():
             with self._lock:
                 for lane in self._lanes:
                     lane.used()
 
     def write(self, name: str, slots: Iterable[int], write: Callable[[], object]) -> None:
-        """Have `write` fill slots with `name` in the turn of the current stream, behind what has
-        used these. Raises as `refuse_captured`."""
+        """`write` fills slots on the current stream, after earlier uses. Raises as
+        `refuse_captured`."""
         self.refuse_captured([name])
         self.use(slots)
         write()
@@ -176,15 +169,14 @@ class CopyStreams:
         write: Callable[[], Sequence[object]],
         behind: Sequence[int] | None = None,
     ) -> None:
-        """Have `write` fill these slots with `name`, beside what has not used them. It launches
-        copies on current streams, behind the uses of the slots `behind` (None for `slots`), and
-        returns what they are made from. Raises as `refuse_captured`."""
+        """`write` launches copies into these slots, after the uses of the slots `behind` (default:
+        `slots`), and returns their sources. Raises as `refuse_captured`."""
         behind = slots if behind is None else behind
         if not self.beside:
             self.write(name, behind, write)
             return
         self.refuse_captured([name])
-        # Whole: an interrupt would leave the caller on the stream of copies.
+        # An interrupt would leave the caller on the copy stream.
         undisturbed(partial(self._copy, name, slots, write, behind))
 
     def _copy(

@@ -1,4 +1,4 @@
-"""Factors of routed experts: from the shapes that they are saved in to one pair for each part.
+"""Factors of routed experts: from their saved shapes to a pair for each part.
 
     ΔW[e] = Σ_t s_t · B_t[e] A_t[e],   W (E, N, K),   A (E, r, K),   B (E, N, r)
 
@@ -8,12 +8,11 @@
     shared             A (r, K) or B (N, r), the same for all experts
 
 PEFT reads a parameter's dimensions by the module's attribute `is_transposed`, before 0.19 by their
-order alone: where that differs from what the module computes, its A and B are exchanged. The
-shapes tell unless K = N; then its version does.
+order alone: where that differs from the module's computation, A and B are exchanged. The shapes
+tell unless K = N; then PEFT's version does.
 
-The terms t are factors of the whole parameter, or of its gate and of its up projection. Where gate
-and up are parts of their own, each part has one term. Where their columns are interleaved both
-terms become one pair of rank r_gate + r_up, with zeros in B at the other's columns.
+The terms t are factors of the whole parameter, of its gate, or of its up projection. Interleaved
+gate and up terms become a pair of rank r_gate + r_up, with zeros in B at the other's columns.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class Stacked(NamedTuple):
 
 
 def sizes_of(weight: ExpertWeight, half: Half) -> tuple[int, int, int]:
-    """E, K, and N of a half of a parameter's columns."""
+    """E, K, and the N of a half of a parameter's columns."""
     divided = half != "all" and bool(weight.halves)
     n = weight.out_features // 2 if divided else weight.out_features
     return weight.experts, weight.in_features, n
@@ -64,8 +63,7 @@ def exchanged(
 
 
 def wrapped(a: Tensor, b: Tensor, sizes: tuple[int, int, int], swapped: bool | None) -> Stacked:
-    """Factors that PEFT's wrapper of a parameter saved. `swapped` decides where both orders fit:
-    see `exchanged`. Raises `Problem` where they do not fit."""
+    """Factors from PEFT's wrapper; `swapped` decides where both orders fit. Raises `Problem`."""
     experts, k, n = sizes
     if a.dim() == b.dim() == 3:
         return named(a, b, sizes, None)
@@ -89,9 +87,8 @@ def wrapped(a: Tensor, b: Tensor, sizes: tuple[int, int, int], swapped: bool | N
 
 
 def named(a: Tensor, b: Tensor, sizes: tuple[int, int, int], rank: int | None) -> Stacked:
-    """Factors under a parameter's own name, stacked, apart or shared, each in its own way. `rank`
-    is the configuration's: it decides where one factor for all and stacked ones look alike. Raises
-    `Problem` where they do not fit."""
+    """Factors under a parameter's name: each stacked, apart or shared. The configured `rank`
+    decides where shared and stacked shapes coincide. Raises `Problem` where nothing fits."""
     experts, k, n = sizes
     matrices = a.dim() == b.dim() == 2
     if matrices and k != n and _stacks(a, b, experts, n, k):
@@ -113,8 +110,8 @@ def named(a: Tensor, b: Tensor, sizes: tuple[int, int, int], rank: int | None) -
 
 
 def _rank(a: Tensor, b: Tensor, experts: int, configured: int | None) -> int | None:
-    """r of factors that may be stacked, apart or shared; None where they do not go together.
-    Raises `Problem` where that cannot be told."""
+    """r of factors in any layout, None where shapes disagree; raises `Problem` for an ambiguous
+    r."""
     rows, columns = a.shape[-2], b.shape[-1]
     if a.dim() == 3 or b.dim() == 3:
         if a.dim() == b.dim():
@@ -122,7 +119,7 @@ def _rank(a: Tensor, b: Tensor, experts: int, configured: int | None) -> int | N
         apart, other = (rows, columns) if a.dim() == 3 else (columns, rows)
         return apart if other in (apart, apart * experts) else None
     if rows == columns and experts > 1:
-        # One pair for all experts, or one each: only the rank tells.
+        # Shared or stacked: only the rank tells.
         if configured == rows:
             return rows
         if configured is not None and configured * experts == rows:
@@ -179,8 +176,8 @@ def _check_overlap(terms: Sequence[ExpertTerm], name: str) -> None:
 
 
 def assembled(site: Site, terms: Sequence[ExpertTerm]) -> Iterator[tuple[str, LoraWeights]]:
-    """(part path, factors) of each part of `site` that a term touches, in the widest dtype of them.
-    Raises `Problem` where terms overlap."""
+    """(part path, factors) of each touched part of `site`, in the terms' widest dtype. Raises
+    `Problem` where terms overlap."""
     assert site.expert_weight is not None
     _check_overlap(terms, site.expert_weight.name)
     for index in range(len(site.parts)):
@@ -213,7 +210,6 @@ def _columns(site: Site, part: int, half: Half, b: Tensor) -> Tensor | None:
 
 
 def _joined(experts: int, terms: Sequence[tuple[ExpertTerm, Tensor]]) -> LoraWeights:
-    """The terms of one part beside each other in r."""
     ranks = torch.zeros(experts, dtype=torch.int32)
     for term, _ in terms:
         ranks[term.experts.start : term.experts.stop] += term.A.shape[1]
@@ -233,7 +229,7 @@ def _joined(experts: int, terms: Sequence[tuple[ExpertTerm, Tensor]]) -> LoraWei
             joined_b[expert, :, start:end] = columns[at]
             used[expert] = end
             if start and float(scales[expert]) != term.scale:
-                # Terms of unequal scales: there is one scale an expert, so B takes them.
+                # An expert has a single scale, so B absorbs unequal scales of terms.
                 joined_b[expert, :, :start] *= scales[expert].to(dtype)
                 joined_b[expert, :, start:end] *= term.scale
                 scales[expert] = 1

@@ -1,12 +1,12 @@
-"""Factors of routed experts on their way from saved tensors to terms (see `expert_factors`).
+"""From saved tensors of routed experts to terms (see `expert_factors`).
 
     experts.3.gate_proj.lora_A (r, K), lora_B (N, r)    a term of expert 3
     experts.gate_up_proj.lora_A, lora_B                 a term of every expert, by the shapes
     experts.gate_up_proj.lora_A, experts.3.…lora_B      terms that share their A
     experts.lora_A, experts.base_layer.lora_A           PEFT's wrappers, the outer and the inner
 
-PEFT wraps the parameters in the order in which the module registers them, so the inner wrapper is
-the first of two. A wrapper alone has the outer one's name, whichever parameter it is of.
+PEFT wraps parameters in order of registration, so the inner wrapper is of the first. A single
+wrapper has the outer name, whatever its parameter.
 """
 
 from __future__ import annotations
@@ -53,10 +53,7 @@ _Pair = dict[str, _Found]
 
 @dataclass
 class _Module:
-    """What a file has for one module: pairs by wrapper, and by parameter, half and expert.
-
-    `touched` are the halves of which experts (None: all) that it has factors for, by parameter.
-    """
+    """A file's pairs for a module; `touched` are the columns with factors, by parameter."""
 
     experts: Experts
     wrappers: dict[bool, _Pair] = field(default_factory=dict)
@@ -75,10 +72,7 @@ class _Module:
 
 
 class ExpertReading:
-    """The factors of one checkpoint that belong to routed experts.
-
-    `paths` are the saved paths that do; `singly` is whether one of them is of a single expert.
-    """
+    """Routed experts' factors of a checkpoint at `paths`, some of a single expert if `singly`."""
 
     def __init__(self, findings: Findings) -> None:
         self.findings, self.config = findings, findings.config
@@ -88,7 +82,7 @@ class ExpertReading:
         self._beyond: dict[int, tuple[Experts, set[int]]] = {}
 
     def take(self, factor: FactorKey, place: ExpertPlace) -> None:
-        """Keep a factor that belongs to routed experts. Raises `Problem`."""
+        """Keep a factor of routed experts. Raises `Problem`."""
         self.paths.add(place.saved)
         self.singly |= place.expert is not None
         experts, weight = place.experts, place.weight
@@ -116,7 +110,7 @@ class ExpertReading:
                 )
 
     def decode(self) -> Iterator[tuple[str, LoraWeights]]:
-        """(part path, factors) of each part that the file has factors for and no problem with."""
+        """(part path, factors) of each part whose factors have no problem."""
         for experts, indices in self._beyond.values():
             self.findings.problems.append(
                 f"{experts.path} has {experts.count} experts here (0 … {experts.count - 1}), and "
@@ -137,12 +131,11 @@ class ExpertReading:
         return set(self._modules)
 
     def touched(self, experts: Experts, weight: ExpertWeight) -> Collection[Columns]:
-        """What the file has factors for of the parameter."""
+        """The columns of a parameter that the file has factors for."""
         module = self._modules.get(id(experts.module))
         return () if module is None else module.touched.get(weight.name, ())
 
     def _named(self, module: _Module, terms: dict[str, list[ExpertTerm]]) -> None:
-        """Add the terms of factors under names of parameters, and of single experts."""
         weights = {weight.name: weight for weight in module.experts.weights}
         for (name, half), pairs in module.named.items():
             weight, found = weights[name], terms.setdefault(name, [])
@@ -162,7 +155,6 @@ class ExpertReading:
                     found += self._term_of_one(weight, half, expert, {**common, **pair})
 
     def _unwrap(self, module: _Module, terms: dict[str, list[ExpertTerm]]) -> None:
-        """Add the terms of PEFT's wrappers, each on the parameter that it is of."""
         parameters: list[tuple[bool, ExpertWeight]] = []
         with self.findings.noting():
             for pair in module.wrappers.values():
@@ -198,7 +190,7 @@ class ExpertReading:
     def _parameters(
         self, experts: Experts, pairs: dict[bool, _Pair]
     ) -> list[tuple[bool, ExpertWeight]]:
-        """The parameter that each wrapper is of: by order, by the configuration, by the shapes."""
+        """The parameter of each wrapper: by order, by the configuration, by the shapes."""
         if len(pairs) == 2:
             orders = [experts.weights, experts.weights[::-1]]
             fitting = [
@@ -255,7 +247,6 @@ class ExpertReading:
     def _term_of_one(
         self, weight: ExpertWeight, half: Half, expert: int, pair: _Pair
     ) -> list[ExpertTerm]:
-        """The term of one expert; a factor for all experts may serve it."""
         _check_pair(pair)
         single = next(found for found in pair.values() if found.place.expert is not None)
         a, b = (_of_expert(pair[letter], expert) for letter in "AB")
@@ -283,7 +274,6 @@ def _check_pair(pair: _Pair) -> None:
 
 @contextmanager
 def _naming(pair: _Pair, what: str = "") -> Iterator[None]:
-    """A block whose problems are those of this pair."""
     try:
         yield
     except Problem as problem:

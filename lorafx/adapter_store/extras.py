@@ -1,16 +1,15 @@
-"""What an adapter has besides factors, on its way to its sites: weights and biases of its own.
+"""Weights and biases that an adapter replaces, on their way to sites.
 
     base_model.model.<module>.weight, .bias                               modules_to_save
     base_model.model.<module>.token_adapter.trainable_tokens_delta        trainable_token_indices
     base_model.model.<module>.base_layer.bias    bias="lora_only" or "all": b' for the base's b
     base_model.model.<module>.bias               bias="all": of a module without factors
 
-A whole weight is (N, K), or (V, N) of an embedding; of trained tokens the configuration says which
-rows they are. Modules that are tied to the input embedding have its trained tokens too, unless
-others are saved for them; what is tied to a head does not have the head's. PEFT also saves copies
-of embeddings that were resized or carry LoRA, and of heads: they are read as whole weights where
-they differ from the model's and there is room. A module of another kind (a norm), or its bias, is
-refused unless what is saved for it is the model's.
+A whole weight is (N, K), of an embedding (V, N); the configuration names the rows of trained
+tokens. Modules tied to the input embedding get its trained tokens too, unless others are saved for
+them. PEFT also saves copies of heads, and of embeddings that were resized or carry LoRA: they are
+read as whole weights if they differ from the model's and there is room. Modules of another kind (a
+norm) are refused unless their saved values are the model's.
 """
 
 from __future__ import annotations
@@ -51,13 +50,12 @@ from lorafx.model.quantized import readable
 from lorafx.model.sites import Site
 from lorafx.registry import lookup
 
-#: As many modules are named in an error.
 _NAMED = 8
 _TOKENS = re.compile(r"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?$")
 
 
 def dora_refusal(site: Site) -> str | None:
-    """Why DoRA adapters cannot have factors at `site`, or None where they can."""
+    """Why DoRA adapters cannot have factors at `site`, if they cannot."""
     entry = site.eligible
     if site.expert_weight is not None:
         return "the weight of each routed expert would have its own norms, which is not supported"
@@ -77,8 +75,7 @@ def dora_refusal(site: Site) -> str | None:
 
 
 class VectorKind(NamedTuple):
-    """A vector with a number for each output: the field that asks for it, the end of its key, and
-    what messages say of sites of which `refusal` gives a reason."""
+    """A vector over outputs: the field that enables it, its key's end, and refusals of sites."""
 
     flag: str
     key: str
@@ -93,7 +90,7 @@ BIAS = VectorKind("lora_bias", "lora_B.bias", "cannot have a bias of an adapter'
 def check_vector(
     kind: VectorKind, key: str, vector: Tensor, label: str, sites: Iterable[Site], count: int
 ) -> None:
-    """Raise `Problem` unless these sites may have `vector`, which is (count,)."""
+    """Raise `Problem` unless these sites may have `vector` (count,)."""
     for site in sites:
         reason = kind.refusal(site)
         if reason is not None:
@@ -105,8 +102,7 @@ def check_vector(
 
 @dataclass(frozen=True)
 class SavedModule:
-    """A module whose weights an adapter's file holds: its tensors by attribute, with their keys.
-    `named`: it was trained as a whole."""
+    """A module whose weights a file holds, with their keys; `named` if trained as a whole."""
 
     path: str
     module: nn.Module
@@ -115,20 +111,19 @@ class SavedModule:
 
     @property
     def differs(self) -> bool:
-        """Whether they are not what the model has."""
+        """Whether the saved tensors differ from the model's."""
         pairs = ((getattr(self.module, name, None), t) for name, (_, t) in self.tensors.items())
         return not all(isinstance(base, Tensor) and same(saved, base) for base, saved in pairs)
 
     @property
     def eligible(self) -> bool:
-        """Whether a row may have a weight of its own here, by the module's class."""
+        """Whether rows may have different weights here, by the module's class."""
         entry = lookup(self.module) or by_raw_weight(self.module)
         return entry is not None and entry.kind in OWN_KINDS
 
 
 def _saved_modules(state: AdapterState, places: Places, *, with_copies: bool) -> list[SavedModule]:
-    """The modules that `modules_to_save` names and the file has, each leaf by itself; and with
-    copies, those for whose whole weights there is room."""
+    """Leaves of `modules_to_save` in the file; `with_copies` also whole weights that fit."""
     found: dict[str, SavedModule] = {}
     if not (state.config.modules_to_save or with_copies):
         return []
@@ -164,8 +159,8 @@ def _saved_tokens(state: AdapterState, places: Places) -> Iterator[tuple[str, st
 
 
 def rows_wanted(state: AdapterState, model: nn.Module) -> tuple[list[str], dict[str, int]]:
-    """The modules of `model` that an adapter was trained with as a whole, and the number of rows
-    that it has of others, by path. What cannot be told is left to `OwnReading`."""
+    """The modules of `model` trained as a whole, and the number of trained rows of others, by path.
+    Undecidable cases are left to `OwnReading`."""
     if not state.config.modules_to_save and not state.config.trainable_token_indices:
         return [], {}
     places, graph = Places((), model), ModuleGraph(model)
@@ -180,8 +175,8 @@ def rows_wanted(state: AdapterState, model: nn.Module) -> tuple[list[str], dict[
 
 
 class OwnReading:
-    """The rows that one adapter has of its own, `found` by the path of the site. `keys` are those
-    that are dealt with; problems are noted in the findings."""
+    """The replaced rows, `found` by site path; `keys` are processed, problems go to the
+    findings."""
 
     def __init__(self, findings: Findings) -> None:
         self.findings, self.places = findings, findings.places
@@ -213,8 +208,7 @@ class OwnReading:
         self._complete(modules)
 
     def _complete(self, saved: list[SavedModule]) -> None:
-        """Note what the configuration says was trained and the file lacks: rows of the adapter
-        would get the base's."""
+        """Note trained modules that the file lacks, whose rows would get the base's weight."""
         held = {id(found.module): found.tensors for found in saved}
         named = self.places.named_modules() if self.config.modules_to_save else ()
         for path, module in named:
@@ -289,7 +283,7 @@ class OwnReading:
         if is_input_embedding(graph, path, module):
             tied, apart = tied_paths(graph, module), self._apart
             followers = [other for other in tied if apart.get(other, apart[path]) == apart[path]]
-        # In order: all rows of a weight are then those that it has, one after the other.
+        # Sorted, so a whole weight has its rows in order.
         indices, order = torch.tensor(at, dtype=torch.int32).sort()
         for place in (path, *followers):
             self._reached.add(place)
@@ -346,9 +340,9 @@ def _label(path: str, module: nn.Module) -> str:
 
 
 class BiasReading:
-    """The biases of one adapter that take the place of the base's, `found` by the path of the site.
-    `keys` are those that are dealt with; problems are noted in the findings. A site without factors
-    gets factors of zeros beside its bias."""
+    """The biases of an adapter that replace the base's, `found` by site path. `keys` are the
+    processed keys; problems go to the findings. A site without factors gets zero factors beside its
+    bias."""
 
     def __init__(self, findings: Findings) -> None:
         self.findings, self.places = findings, findings.places
@@ -358,7 +352,7 @@ class BiasReading:
         self._saved: set[int] = set()  # modules whose biases the file has
 
     def decode(self, owned: Collection[str]) -> None:
-        """Find the biases; `owned` are sites of whose weight, and bias, the adapter has its own."""
+        """Find the biases; the adapter replaces the whole weight and bias of sites `owned`."""
         if self.config.bias == "none":
             return
         for key, tensor in self.state.tensors.items():
@@ -391,8 +385,8 @@ class BiasReading:
         self.found[site.path] = site, bias
 
     def added(self, weights: dict[str, LoraWeights]) -> dict[str, LoraWeights]:
-        """The factors by part path with the biases in them. Those that equal the base's are kept
-        where there are factors: the base's may change, and they would not."""
+        """The factors by part path with their biases. Biases equal to the base's are kept at sites
+        with factors, since the base's may change."""
         found = dict(weights)
         for site, bias in self.found.values():
             base = bias_of(site)
@@ -411,7 +405,7 @@ class BiasReading:
         return found
 
     def complete(self, sites: Sequence[Site]) -> None:
-        """Note the biases that the configuration says were trained, and the file lacks."""
+        """Note trained biases that the file lacks."""
         if self.config.bias == "none":
             return
         for site in dict.fromkeys(sites):

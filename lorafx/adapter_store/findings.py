@@ -1,6 +1,6 @@
-"""The problems found so far in one adapter checkpoint, and the checks that record them.
+"""The problems found in an adapter checkpoint, and the checks that record them.
 
-All readers of a file share one object, so that all of its problems are reported at once.
+All readers of a file share a `Findings`, so that all problems are reported at once.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Problem(Exception):
-    """A part of a file that cannot be placed, and why; `Findings.noting` records it."""
+    """Why a part of a file cannot be placed; `Findings.noting` records it."""
 
 
 class Unsupported(Problem):
-    """It is arithmetic beyond LoRA."""
+    """A problem of arithmetic beyond LoRA."""
 
 
-# A file may have a million names, none of which is in the model.
+# A million names may all be absent from the model.
 _MOST_PROBLEMS = 100
 
 
 class Findings:
-    """The checkpoint, the model's places for it, and what does not fit between the two.
+    """The checkpoint, the model's places for it, and what does not fit.
 
     Attributes:
-        problems, unsupported, no_room: a line each.
-        over_rank: what has a rank over `max_rank`, and the rank.
-        settings: those that the lines name.
-        closed: saved paths whose place was not selected, and the line that says so.
-        largest: the largest rank that was met.
-        compared: something of the file was compared with the base, which may change.
+        problems, unsupported, no_room: messages.
+        over_rank: names and ranks over `max_rank`.
+        settings: settings that the messages name.
+        closed: saved paths at unselected places, with messages.
+        largest: the largest rank met.
+        compared: whether a saved tensor was compared with the base, which may change.
     """
 
     def __init__(self, state: AdapterState, places: Places, max_rank: int | None) -> None:
@@ -59,8 +59,7 @@ class Findings:
         return self.state.config
 
     def raise_problems(self, name: str) -> None:
-        """Raise the error that tells all problems of adapter `name`, if there are any: a
-        CapacityError where they are a rank over `max_rank` or no room alone."""
+        """Raise all problems as one error, a CapacityError if only ranks or room are lacking."""
         problems = [*self.unsupported, *self.problems, *self.no_room]
         if self.over_rank:
             rank = max(self.over_rank.values())
@@ -87,7 +86,7 @@ class Findings:
 
     @contextmanager
     def noting(self) -> Iterator[None]:
-        """A block that a `Problem` ends, which is recorded."""
+        """A block whose `Problem` is recorded and ends it."""
         try:
             yield
         except Unsupported as problem:
@@ -102,12 +101,9 @@ class Findings:
         return alike and torch.equal(a, b)
 
     def scale(self, label: str, name: str, saved: str, rank: int) -> float | None:
-        """s of the module or parameter that the configuration's patterns call `name`, whose factors
-        were saved as `saved`; None where the banks do not hold its rank, which is noted.
-
-        Raises:
-            Problem: the configuration says another rank.
-        """
+        """s of the module or parameter that patterns call `name`, saved as `saved`. None, with a
+        finding, for a rank over `max_rank`; raises `Problem` where the configuration has another
+        rank."""
         configured, given = self.config.rank(name), self.state.scales.get(saved)
         if configured not in (None, rank) and given is None:
             raise Problem(
@@ -122,7 +118,7 @@ class Findings:
 
 
 def check_sound(key: str, tensor: Tensor) -> None:
-    """Raise `Problem` unless a tensor is of finite floating-point numbers."""
+    """Raise `Problem` unless `tensor` holds finite floating-point numbers."""
     if tensor.dtype not in DTYPES:
         raise Problem(f"{key} is {tensor.dtype}; factors must be floating point")
     unsound = int((~torch.isfinite(tensor)).sum())
@@ -131,8 +127,7 @@ def check_sound(key: str, tensor: Tensor) -> None:
 
 
 def check_shape(key: str, tensor: Tensor, want: tuple[int, int], needs: str) -> None:
-    """Raise `Problem`, which says what it `needs`, unless a factor has the shape `want`, none of it
-    0."""
+    """Raise `Problem` with the text `needs` unless a factor has the non-empty shape `want`."""
     shape = tuple(tensor.shape)
     if shape == want and all(shape):
         return
@@ -147,12 +142,12 @@ def path_label(path: str) -> str:
 
 
 def listed(paths: list[str]) -> str:
-    """The first of some paths, and how many there are besides."""
+    """The first of some paths, and the count of the others."""
     return some(map(path_label, paths), 8)
 
 
 def same(saved: Tensor, base: Tensor) -> bool:
-    """Whether a saved copy is the model's tensor, up to the rounding of the narrower dtype."""
+    """Whether a saved copy equals the model's tensor, up to rounding of the narrower dtype."""
     if saved.shape != base.shape or not {saved.dtype, base.dtype} <= {*DTYPES}:
         return False
     if base.is_meta:

@@ -1,12 +1,12 @@
-"""From an adapter as its file has it to what the banks take.
+"""From a decoded adapter to the dtype and layout of the banks.
 
-DoRA's scale of each output, given the base weight, is taken once per adapter, in float32 over the
-factors as the bank has them, of the base weight dequantised:
+DoRA's scale of each output is computed once per adapter, in float32, from the bank's factors and
+the dequantised base weight:
 
     y' = c + m / ‖W + s·B A‖ · (W x + s·B A x)        gains = m / ‖W + s·B A‖ − 1    (N,)
 
 The norm is over the inputs of each output: rows of W (N, K); columns of an embedding's (V, N). An
-output whose W + s·B A is zero stays zero under any scale, and gets none.
+output whose W + s·B A is zero gets no scale.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from lorafx.model.extras import bias_of
 from lorafx.model.quantized import dequantize
 from lorafx.model.sites import Group, Site
 
-#: Entries of W + s·B A that are held at once.
+#: Entries of W + s·B A in memory at a time.
 _CHUNK = 1 << 22
 
 
 class BankPlace(NamedTuple):
-    """Where the factors of one part of a site lie: its sibling and first column in the bank."""
+    """The sibling and first bank column of a site's part."""
 
     group: int
     site: Site
@@ -42,7 +42,7 @@ class BankPlace(NamedTuple):
 
 
 def places_of(groups: Sequence[Group]) -> dict[str, BankPlace]:
-    """Where the factors of each part of a site lie, by its path."""
+    """Part path -> its place in the banks."""
     return {
         site.part_path(part): BankPlace(g, site, *numbers)
         for g, group in enumerate(groups)
@@ -57,7 +57,7 @@ def fitted(
     groups: Sequence[Group],
     origin: Origin | None = None,
 ) -> StoredAdapter:
-    """`adapter`, which was read for the sites of `groups`, in the dtype and layout of their banks.
+    """`adapter` in the dtype and layout of the banks of `groups`, whose sites it was read for.
 
     Raises:
         CapacityError: the banks have no room for DoRA or biases.
@@ -132,8 +132,7 @@ def _check_room(adapter: Adapter, places: Mapping[str, BankPlace], groups: Seque
 
 
 def _own_weight(site: Site, weight: OwnWeight, bank: Bank) -> OwnWeight:
-    """Rows of an adapter's own in the bank's dtype, on the host. A linear that was trained as a
-    whole with fewer outputs than the base has: those that it lacks are −inf."""
+    """Replaced rows in the bank's dtype, on the host; a whole linear's missing outputs are −inf."""
     assert bank.own is not None
     rows, bias = weight.rows, weight.bias
     lacks = site.weight_rows - len(rows)
@@ -173,19 +172,14 @@ def _factors(place: BankPlace, weights: LoraWeights, bank: Bank) -> Factors:
 
 
 def host_copy(tensor: Tensor, dtype: torch.dtype, pin: bool) -> Tensor:
-    """A contiguous copy on the host, page-locked where it is to be copied to a GPU."""
+    """A contiguous copy on the host, page-locked if `pin`."""
     made = torch.empty(tensor.shape, dtype=dtype, device="cpu", pin_memory=pin)
     return made.copy_(tensor.detach())
 
 
 @torch.no_grad()
 def measure(group: Group, factors: Iterable[Factors]) -> None:
-    """Fill the gains of those of the group's `factors` that have magnitudes, and the shifts of
-    those that have biases, s·b + b' − b, in place. Each base weight is read once.
-
-    Raises:
-        ConfigError: what holds a base weight is in no known format.
-    """
+    """Fill gains, and shifts s·b + b' − b, in place. Raises ConfigError for an unknown format."""
     factors = list(factors)
     for site, offset in zip(group.sites, group.offsets, strict=True):
         here = [f for f in factors if offset <= f.offset < offset + site.out_features]
@@ -209,13 +203,13 @@ def measure(group: Group, factors: Iterable[Factors]) -> None:
 
 
 def base_weight(site: Site) -> Tensor:
-    """W of the site as dense numbers: (N, K), the weight of an embedding turned round."""
+    """W of the site as dense numbers: (N, K), embeddings transposed."""
     weight = dequantize(site.module).detach()
     return weight.mT if site.eligible.kind == "embedding" else weight
 
 
 def _gains(site: Site, weight: Tensor, first: int, f: Factors) -> Tensor:
-    """G (N,) float32 on the host, of outputs [first, first + N) of `base_weight`."""
+    """G (N,) float32 on the host, of outputs [first, first + N)."""
     assert f.magnitude is not None
     rows_of_part = weight[first : first + f.B.shape[-1]]
     A = f.A.mT if site.eligible.kind == "embedding" else f.A
@@ -231,7 +225,6 @@ def _gains(site: Site, weight: Tensor, first: int, f: Factors) -> Tensor:
 
 
 def _chunks(weight: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Blocks that cover the matrix, cut along the dimension with the larger steps in memory."""
     along = 0 if weight.stride(0) >= weight.stride(1) else 1
     step = max(1, _CHUNK // max(1, weight.shape[1 - along]))
     for start in range(0, weight.shape[along], step):

@@ -1,5 +1,4 @@
-"""What is on the Hugging Face hub, by huggingface_hub: adapters, from its cache or downloaded into
-it, and whether a model can be had."""
+"""Adapters from the Hugging Face hub or its cache, and whether the hub has a model."""
 
 from __future__ import annotations
 
@@ -11,11 +10,11 @@ from lorafx.errors import CheckpointError, ConfigError
 
 _PART = r"[A-Za-z0-9][\w.-]{0,95}"
 _NAME = re.compile(f"{_PART}/{_PART}")
-#: A model may be older than owners are.
+#: Old models have no owner.
 _MODEL = re.compile(f"({_PART}/)?{_PART}")
-#: Seconds that the hub may take to say whether it has a model.
+#: Seconds to wait for the hub.
 _PATIENCE = 5
-#: What an adapter may consist of. Nothing else of a repository is downloaded.
+#: Only these files of a repository are downloaded.
 _PATTERNS = ["adapter_*", "adapters.safetensors", "pytorch_lora_weights.*", "*.safetensors"]
 
 
@@ -25,17 +24,12 @@ def is_name(source: str) -> bool:
 
 
 def is_repository(source: str) -> bool:
-    """Whether `source` reads "owner/name", and nothing on this machine is called so."""
+    """Whether `source` reads "owner/name" and is no local path."""
     return is_name(source) and not os.path.lexists(source)
 
 
 def downloaded(name: str, revision: str | None) -> Path:
-    """The folder of the repository's snapshot. HF_HUB_OFFLINE and the other settings of
-    huggingface_hub apply.
-
-    Raises:
-        CheckpointError: huggingface_hub is not installed, or cannot get it.
-    """
+    """The repository's snapshot folder. Raises CheckpointError if huggingface_hub cannot get it."""
     absent = f"adapter folder {name} does not exist here"
     try:
         from huggingface_hub import snapshot_download
@@ -64,8 +58,7 @@ def _reason(error: Exception) -> str:
 
 
 def check_model(name: str) -> None:
-    """Raise ConfigError, within seconds, where `name` is no folder here and the hub cannot give a
-    model of this name: transformers asks for half a minute, and says nothing of the folder."""
+    """Raise ConfigError, within seconds, unless `name` is a folder or a model on the hub."""
     if os.path.lexists(name):
         return
     absent = f"{name} cannot be loaded: there is no folder of that name"

@@ -20,7 +20,7 @@ from lorafx.errors import UnsupportedAdapterError
 
 @dataclass(frozen=True)
 class Row:
-    """A module's factors: their sizes, and s, None where it is not known."""
+    """A module's factors: their sizes, and s if known."""
 
     path: str
     sizes: FactorSizes
@@ -29,9 +29,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Inspected:
-    """What an adapter holds: modules with factors in order, features beside plain factors, and keys
-    that are no factors. Where it would be refused whatever the model, `refusal` says why, and
-    `dialect` is empty."""
+    """Modules with factors, features beyond plain factors, and other keys of an adapter. `refusal`:
+    why no model can take it; then `dialect` is empty."""
 
     where: str
     dialect: str
@@ -44,7 +43,7 @@ class Inspected:
     refusal: str = ""
 
     def lines(self) -> Iterator[str]:
-        """The report, `modules` apart."""
+        """The report without `modules`."""
         yield f"dialect: {self.dialect or 'unknown'}"
         yield f"{self.tensors} tensors, {self.nbytes} bytes"
         if self.modules:
@@ -59,11 +58,7 @@ class Inspected:
 
 
 def inspected(given: AdapterSource) -> Inspected:
-    """What `given` holds.
-
-    Raises:
-        CheckpointError: it cannot be read at all. What lorafx does not support is in `refusal`.
-    """
+    """The contents of `given`; raises CheckpointError where it is unreadable."""
     try:
         state = load_state(given)
     except UnsupportedAdapterError as error:
@@ -84,8 +79,8 @@ def inspected(given: AdapterSource) -> Inspected:
 
 
 def config_of(folder: Path) -> PeftConfig:
-    """What an adapter's folder asks for, in PEFT's terms; of PEFT's own no tensor is read. Raises
-    as `load_state`."""
+    """A folder's configuration in PEFT's terms, for PEFT without tensors. Raises as
+    `load_state`."""
     fields, where = raw_fields(folder)
     if not Mlx.configures(fields):
         return PeftConfig.read(fields, where=where)
@@ -103,7 +98,7 @@ def _sizes(tensors: Mapping[str, Tensor]) -> list[tuple[str, FactorSizes]]:
 
 
 def _kinds(keys: list[str], tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    """Keys of a method that is not supported, by their last parts: how many, and the first."""
+    """Keys of unsupported methods, by their last parts: count and first."""
     kinds: dict[str, list[str]] = {}
     for key in keys:
         kinds.setdefault(key.removesuffix(".weight").rpartition(".")[2], []).append(key)

@@ -1,10 +1,10 @@
-"""A sum of adapters as one adapter, of the sum of their ranks.
+"""A sum of adapters as an adapter whose rank is the sum of theirs.
 
     Σ_i w_i · s_i · B_i A_i = s · [B_1, v_2 · B_2, …] [A_1; A_2; …]      v_i = w_i · s_i / s
 
-s is that w_i · s_i which is largest in magnitude, so nothing overflows, and the B of that adapter
-keeps its bits. An adapter that is alone at a site keeps its own factors there, and only its scale
-is another. A new weight is other numbers in the same banks, so no graph depends on it.
+s is the w_i · s_i of largest magnitude, so nothing overflows and that adapter's B keeps its bits. A
+site with a single adapter keeps its factors; only the scale changes. Weights change bank contents
+alone, so no graph depends on them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lorafx.errors import CapacityError, ConfigError
 from lorafx.model.bank import Bank, Factors
 from lorafx.model.sites import Group
 
-#: By sibling of a bank: factors there, and the weight of the adapter that they are of.
+#: By sibling of a bank: factors, and their adapter's weight.
 _Terms = dict[int, list[tuple[Factors, float]]]
 
 
@@ -33,13 +33,12 @@ def mixed(
     copies: Mapping[str, HostCopy],
     groups: Sequence[Group],
 ) -> StoredAdapter:
-    """The sum that `name` stands for, of `adapters` that fit the banks of `groups`, with these
-    host `copies`.
+    """The sum `name` of `adapters`, with these host `copies`.
 
     Raises:
-        ConfigError: what one of them does is not linear in its weight: DoRA, weights or biases of
-            its own; one is an aLoRA adapter; or a scale is beyond float32.
-        CapacityError: the sum of the ranks is over what a bank holds.
+        ConfigError: an adapter that is not linear in its weight (DoRA, replaced weights or biases,
+            aLoRA), or a scale beyond float32.
+        CapacityError: the sum of the ranks exceeds a bank's.
     """
     summed = [(adapters[member], weight) for member, weight in name.weights if weight]
     if len(summed) == 1 and summed[0][1] == 1:  # the others have weight 0
@@ -71,7 +70,6 @@ def mixed(
 
 
 def _sizes(factors: Mapping[int, Sequence[Factors]]) -> dict[int, int]:
-    """Bytes of A and B by their identity."""
     return {id(t): t.nbytes for of_group in factors.values() for f in of_group for t in (f.A, f.B)}
 
 
@@ -113,12 +111,12 @@ def _check_room(name: Mixture, terms: Sequence[_Terms], groups: Sequence[Group])
 
 
 def _sums(name: Mixture, terms: _Terms, bank: Bank) -> list[Factors]:
-    """One pair of factors a sibling. Siblings whose adapters share their A share the sum's."""
+    """A pair of factors for each sibling. Siblings whose adapters share A share the sum's A."""
     joined: dict[tuple[int, ...], Tensor] = {}
     found = []
     for summed in terms.values():
         factors = [f for f, _ in summed]
-        # s, and the v of each adapter, (adapters,); with experts (E,) and (adapters, E).
+        # s, and the v of the adapters, (adapters,); with experts (E,) and (adapters, E).
         experts = factors[0].B.shape[:-2]
         scales = torch.stack(
             [torch.as_tensor(f.scale, dtype=torch.float64).expand(experts) * w for f, w in summed]
@@ -153,7 +151,6 @@ def _cat(tensors: Sequence[Tensor], dim: int, bank: Bank) -> Tensor:
 
 
 def _ranks(factors: Sequence[Factors]) -> Tensor | None:
-    """The rank of each expert. Where an adapter has less than its widest expert, zeros follow."""
     if all(f.ranks is None for f in factors):
         return None
     start, ranks = 0, torch.zeros(factors[0].B.shape[0], dtype=torch.int32)

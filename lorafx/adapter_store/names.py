@@ -1,4 +1,4 @@
-"""What calls name adapters by: a name, the base's, or weights by name for a sum of adapters.
+"""Names of adapters in calls: a name, the base's, or weights by name for a sum.
 
 "sql"                            the adapter
 {"sql": 0.5}                     the adapter at half its scale
@@ -22,8 +22,7 @@ AdapterName: TypeAlias = "str | Mapping[str, float] | None"
 
 
 class Mixture(str):
-    """The name of a sum of adapters: it reads "0.7·sql + 0.3·style", and equals sums of the same
-    adapters with the same weights alone. `weights` are (name, weight) in the order of names."""
+    """The name of a sum of adapters, "0.7·sql + 0.3·style"; `weights` are sorted by name."""
 
     weights: tuple[tuple[str, float], ...]
 
@@ -44,18 +43,13 @@ class Mixture(str):
 
 
 def members(name: str) -> tuple[str, ...]:
-    """The adapters that a name stands for: those of a sum, or the adapter itself."""
+    """The adapters that a name stands for."""
     return tuple(member for member, _ in name.weights) if isinstance(name, Mixture) else (name,)
 
 
 def one_name(value: Any, where: str) -> str | None:
-    """The name that `value` stands for, itself a name, None for the base, or a mapping of names to
-    weights. One adapter at weight 1 has its own name.
-
-    Raises:
-        ConfigError: it is none of these, is empty, gives the base a weight, or has a weight that is
-            no finite number. The message begins with `where`.
-    """
+    """The name that `value` stands for: a name, None for the base, or weights by name. A single
+    adapter at weight 1 keeps its name. ConfigError messages begin with `where`."""
     if value is None or isinstance(value, str):
         return value
     if not isinstance(value, Mapping):
@@ -96,7 +90,7 @@ def _number(weight: object) -> float:
 
 
 def adapters_among(names: Iterable[str | None]) -> list[str]:
-    """Those of `names` that are not the base, each once."""
+    """The distinct `names` that are not the base."""
     return list(dict.fromkeys(name for name in names if name is not None and name != BASE))
 
 
@@ -109,7 +103,7 @@ def check_name(name: object) -> None:
 
 
 def refuse_swapped(source: object, name: str) -> None:
-    """Raise ConfigError where `source` is no path, nor a name on the hub, and `name` is a path."""
+    """Raise ConfigError where `name` is a path and `source` is neither a path nor on the hub."""
     if not isinstance(source, str) or {"/", os.sep} & set(source):
         return
     if not os.path.exists(source) and os.path.exists(name):

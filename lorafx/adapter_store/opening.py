@@ -1,13 +1,12 @@
 """From a source of an adapter to its tensors and its configuration.
 
-    a folder                        adapter_config.json beside a file of one of `WEIGHTS`, or of any
-                                    name where there is no other
-    a file                          safetensors or a pickle of tensors, told by its first bytes
+    a folder                        adapter_config.json beside a file of `WEIGHTS`, or of any name
+    a file                          safetensors or a pickle of tensors, by its first bytes
     owner/name                      on the Hugging Face hub, by huggingface_hub
     bytes, or tensors by name       in memory
 
-Files are not trusted: reading them yields tensors or a CheckpointError, and takes memory in
-proportion to their size. Names inside a file are never taken for paths.
+Files are not trusted: reading yields tensors or a CheckpointError, in memory proportional to their
+size. Names inside a file are never used as paths.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from lorafx.interrupts import undisturbed
 
 SAFETENSORS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
-#: Names that libraries give to the weights: PEFT, mlx-lm, diffusers.
+#: Names of weight files by PEFT, mlx-lm, diffusers.
 WEIGHTS = (
     SAFETENSORS,
     PICKLED,
@@ -42,20 +41,15 @@ WEIGHTS = (
     "pytorch_lora_weights.safetensors",
     "pytorch_lora_weights.bin",
 )
-#: Keys of a safetensors file's metadata under which a configuration lies, as JSON.
+#: Metadata keys of a safetensors file that may hold a JSON configuration.
 _METADATA = ("adapter_config", CONFIG_FILE, "peft_config")
 _LONGEST_NAME = 1024
-#: Tensors by name, and a file's metadata.
+#: Tensors by name, and metadata.
 _Read = tuple[dict[str, Tensor], dict[str, str]]
 
 
 def opened(given: AdapterSource) -> Saved:
-    """The tensors and the configuration that `given` names.
-
-    Raises:
-        CheckpointError: absent, truncated, or of another format.
-        UnsupportedAdapterError: a PEFT configuration that lorafx cannot honour.
-    """
+    """Tensors and configuration of `given`; raises CheckpointError or UnsupportedAdapterError."""
     source = given.source
     if isinstance(source, Saved):
         return replace(source, component=given.component)
@@ -77,7 +71,6 @@ def opened(given: AdapterSource) -> Saved:
 
 
 def _at(given: AdapterSource, path: Path) -> Saved:
-    """What a file or a folder holds; its configuration is checked before its weights are read."""
     try:
         single = path.is_file()
     except (OSError, ValueError) as exc:
@@ -116,13 +109,13 @@ def _stamps(path: Path) -> dict[str, Stamp]:
 
 
 def _checked(fields: dict[str, Any], where: str) -> PeftConfig | dict[str, Any]:
-    """The fields; PEFT's are read, so that what they ask for is refused before the weights are."""
+    """The fields; PEFT's are parsed, so unsupported ones are refused before weights are read."""
     return PeftConfig.read(fields, where=where) if "peft_type" in fields else fields
 
 
 def _saved(given: AdapterSource, read: _Read, where: str, fields: Any) -> Saved:
     tensors, metadata = read
-    # Names are compared with the model's by what takes time for long ones.
+    # Long names are slow to compare with the model's.
     longest = max(tensors, key=len, default="")
     if len(longest) > _LONGEST_NAME:
         raise CheckpointError(
@@ -209,13 +202,13 @@ def _from_bytes(content: bytes) -> _Read:
 
 
 def _is_safetensors(start: bytes) -> bool:
-    """Whether a file begins as safetensors do: the header's length in eight bytes, then JSON."""
+    """Whether a file begins with an eight-byte header length, then JSON."""
     return start[8:] == b"{"
 
 
 def _safetensors(read: Callable[[], _Read], where: str) -> _Read:
     try:
-        # torch takes an interrupt in the middle for a value that has no shape.
+        # An interrupt inside torch makes it take a value for one without shape.
         return undisturbed(read)
     except Exception as exc:  # headers may claim anything, such as a size of 2**63
         raise CheckpointError(

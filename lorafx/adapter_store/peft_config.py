@@ -1,12 +1,12 @@
-r"""PEFT's `adapter_config.json`: what a LoRA adapter's configuration means for inference.
+r"""PEFT's `adapter_config.json`: the meaning of a LoRA configuration for inference.
 
     y = base(x) + s · B (A x),   s = α/r, or α/√r with `use_rslora`;   y scaled with `use_dora`
 
 r and α are per module: the first key k of `rank_pattern` / `alpha_pattern`, in the file's order,
-with `re.match(rf"(.*\.)?({k})$", path)` decides, else `r` and `lora_alpha`. The patterns are not
-trusted, so they are matched against a clock (lorafx.model.targets). Fields that change this
-arithmetic are refused by name; so is any field that this reader does not know, unless it is off:
-PEFT adds fields with every version. Other methods of PEFT are refused with the way out.
+with `re.match(rf"(.*\.)?({k})$", path)` decides, else `r` and `lora_alpha`. Patterns are not
+trusted and are matched with a time limit (lorafx.model.targets). Fields that change this arithmetic
+are refused by name, and so are unknown fields that are set: PEFT adds fields with every version.
+Other methods of PEFT are refused with the way out.
 """
 
 from __future__ import annotations
@@ -39,15 +39,14 @@ from lorafx.registry import lookup
 
 @dataclass(frozen=True)
 class BlockDiagonal:
-    """PEFT's `use_bdlora`: parts of the paths of modules whose A, or B, is saved as `blocks` blocks
-    of a diagonal."""
+    """PEFT's `use_bdlora`: path parts of modules whose A, or B, is saved as diagonal `blocks`."""
 
     a: tuple[str, ...] = ()
     b: tuple[str, ...] = ()
     blocks: int = 1
 
     def letter(self, path: str) -> str | None:
-        """Which factor of the module at `path` is block-diagonal; None for neither."""
+        """The block-diagonal factor of the module at `path`, if any."""
         if any(part in path for part in self.a):
             return "A"
         return "B" if any(part in path for part in self.b) else None
@@ -70,7 +69,7 @@ def _blocks(name: str, value: Any) -> BlockDiagonal:
 
 
 _MERGE = "merge it into a copy of the base model (`PeftModel.merge_and_unload()`) instead"
-#: Other methods of PEFT that are not merged, and the way out.
+#: PEFT methods that cannot be merged, and the way out.
 _PROMPT = "it learns prompts and no weights; put them before the inputs (`inputs_embeds`) instead"
 _MIXED = (
     "a router of its own mixes adapters for each token; load its adapters one by one, and give a "
@@ -82,14 +81,14 @@ _UNMERGED: Mapping[str, str] = {
     **dict.fromkeys(("PROMPT_TUNING", "P_TUNING"), _PROMPT),
 }
 
-#: Initialisations that leave the base weight alone, so that s·B A is the whole difference.
+#: Initialisations that keep the base weight, so that s·B A is the whole difference.
 _PLAIN_INITS = frozenset({"gaussian", "orthogonal", "eva", "mica"})
 _EXPORT = (
     "export with `save_pretrained(path_initial_model_for_weight_conversion=...)`, which writes a "
     f"plain LoRA of rank 2r, or {_MERGE}"
 )
-#: Fields that say how the adapter was trained, packaged or initialised. The *_config fields of
-#: initialisations stay set after an exact export; `velora_config` changes gradients only.
+#: Fields of training, packaging and initialisation. The *_config fields of initialisations stay set
+#: after an exact export; `velora_config` changes gradients only.
 _NO_ARITHMETIC = frozenset(
     {
         *("task_type", "auto_mapping", "revision", "inference_mode", "lora_dropout"),
@@ -98,7 +97,7 @@ _NO_ARITHMETIC = frozenset(
     }
 )
 
-# Fields whose every set value changes the arithmetic, with the way out.
+# Fields that change the arithmetic whenever set, with the way out.
 _REFUSED: Mapping[str, str] = {
     "use_qalora": f"QALoRA pools the inputs of lora_A; {_MERGE}",
     "layer_replication": (
@@ -110,10 +109,10 @@ _REFUSED: Mapping[str, str] = {
     "kasa_config": f"KaSA truncates the base weight and adds a diagonal; {_MERGE}",
     "monteclora_config": f"MonteCLoRA samples its weights; {_MERGE}",
 }
-# Configuration objects count as asked for even when empty: PEFT would build one with defaults.
+# Empty configuration objects count as set: PEFT would fill in defaults.
 _OBJECTS = frozenset({"arrow_config", "kasa_config", "monteclora_config"})
 
-# What PEFT has no aLoRA with, or applies to all tokens of an aLoRA adapter.
+# Features that PEFT lacks with aLoRA, or applies to all tokens.
 _NOT_WITH_ALORA = (
     *("use_dora", "use_bdlora", "target_parameters", "modules_to_save"),
     "trainable_token_indices",
@@ -129,32 +128,31 @@ def _version(name: str, value: Any) -> tuple[int, ...] | None:
 
 
 def _read_by(check: Check, default: Any = None, name: str = "") -> Any:
-    """A field that is checked so, and called `name` in the file."""
+    """A dataclass field with its check and its name in the file."""
     return field(default_factory=lambda: default, metadata={"check": check, "name": name})
 
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """What lorafx needs of a PEFT LoRA configuration; everything else was refused.
+    """The fields of a PEFT LoRA configuration that lorafx uses; all others were refused.
 
     Attributes:
-        r: rank where `rank_pattern` says nothing; None where the file leaves it out.
-        lora_bias: lora_B has a bias, which is added with the scale s.
-        bias: "none"; "lora_only" where the biases of the modules with factors were trained too, and
-            "all" where those of the whole model were.
-        target_modules, exclude_modules: a tuple of exact or dotted-suffix names, one regular
-            expression (a str, `re.fullmatch`), "all-linear", or None.
-        target_parameters: exact or dotted-suffix names of parameters ("mlp.experts.down_proj"), by
-            which rank_pattern and alpha_pattern go there.
+        r: rank where `rank_pattern` has no match; None where absent.
+        lora_bias: lora_B has a bias, added with the scale s.
+        bias: "none", "lora_only" (biases of modules with factors are trained) or "all".
+        target_modules, exclude_modules: exact or dotted-suffix names, one regular expression (a
+            str, `re.fullmatch`), "all-linear", or None.
+        target_parameters: exact or dotted-suffix names of parameters ("mlp.experts.down_proj"),
+            which rank_pattern and alpha_pattern use too.
         layers_to_transform, layers_pattern: restrict a tuple of suffixes to these layers.
-        modules_to_save: endings of the names of modules that were trained as a whole;
-            with ensure_weight_tying also what is tied to them.
-        trainable_token_indices: the tokens that were trained, by the ending of an embedding's name;
-            "" stands for the one that the file has.
+        modules_to_save: endings of names of modules trained as a whole; with ensure_weight_tying
+            also modules tied to them.
+        trainable_token_indices: trained tokens by the ending of an embedding's name; "" is the
+            file's only embedding.
         fan_in_fan_out: the base weight is stored (in, out); the delta is the same.
-        invocation: of an aLoRA adapter, the token ids from whose last occurrence on it is active
-            in a sequence (`alora_invocation_tokens`); empty for others.
-        peft_version: the release that wrote it, (0, 19) say; None where it does not tell.
+        invocation: `alora_invocation_tokens`, from whose last occurrence in a sequence an aLoRA
+            adapter is active; else empty.
+        peft_version: the writing release, (0, 19) say.
     """
 
     r: int | None = _read_by(checks.rank)
@@ -189,12 +187,12 @@ class PeftConfig:
 
     @classmethod
     def read(cls, source: Any, *, where: str | None = None) -> PeftConfig:
-        """The configuration in a folder, a mapping, or a `peft.LoraConfig`, which messages call
-        `where`.
+        """The configuration in a folder, a mapping, or a `peft.LoraConfig`, named `where` in
+        messages.
 
         Raises:
             CheckpointError: it is absent or malformed.
-            UnsupportedAdapterError: all fields that are refused.
+            UnsupportedAdapterError: fields that lorafx refuses, all at once.
         """
         if isinstance(source, PeftConfig):
             return source
@@ -203,7 +201,7 @@ class PeftConfig:
 
     @property
     def max_rank(self) -> int | None:
-        """The largest rank that the configuration asks for anywhere; None if it does not say."""
+        """The largest configured rank, if any."""
         ranks = [*self.rank_pattern.values(), *([] if self.r is None else [self.r])]
         return max(ranks, default=None)
 
@@ -212,12 +210,12 @@ class PeftConfig:
         return names(self.target_parameters, [path])
 
     def name_of(self, path: str, parameter: str = "weight") -> str:
-        """What the patterns call the module at `path`: its parameter where that is the target."""
+        """The name of the module at `path` in patterns: its parameter where that is the target."""
         name = f"{path}.{parameter}" if path else parameter
         return name if self.targets_parameter(name) and not self.matches(path) else path
 
     def rank(self, path: str) -> int | None:
-        """Rank of the module at `path` (its dotted path without PEFT's prefixes)."""
+        """Rank of the module at `path`, a dotted path without PEFT's prefixes."""
         return _by_pattern(self._ranks, path, self.r)
 
     def scale(self, path: str, rank: int) -> float:
@@ -226,10 +224,8 @@ class PeftConfig:
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def matches(self, path: str) -> bool:
-        """Whether PEFT would have put LoRA on the module at `path`.
-
-        False for every path where the configuration does not name modules ("all-linear", None).
-        """
+        """Whether PEFT would have put LoRA on the module at `path`; always false without module
+        names ("all-linear", None)."""
         targets = self.target_modules
         excluded = self.exclude_modules
         if targets is None or targets == "all-linear":
@@ -240,8 +236,7 @@ class PeftConfig:
         return names(targets, [path]) and (not by_suffix or self._layer_wanted(path))
 
     def trains(self, path: str) -> bool:
-        """Whether the module at `path`, or one that it lies in, was trained as a whole. PEFT goes
-        by the ending of a name, dots or not."""
+        """Whether the module or a parent was trained as a whole; any ending of a name counts."""
         if not self.modules_to_save:
             return False
         parts = path.split(".")
@@ -249,13 +244,12 @@ class PeftConfig:
         return any(_ending(self._saved, name) is not None for name in around)
 
     def saves(self, path: str) -> bool:
-        """Whether a whole weight that is saved for the module at `path` was trained: as it is, or
-        what it is tied to."""
+        """Whether the module at `path`, or a module tied to it, was trained as a whole."""
         tied = self.ensure_weight_tying and bool(self.modules_to_save)
         return tied or self.trains(path)
 
     def tokens_of(self, path: str) -> tuple[int, ...] | None:
-        """The tokens that were trained of the embedding at `path`; None where it does not say."""
+        """The trained tokens of the embedding at `path`, where the configuration names them."""
         name = _ending(self._tokens, path)
         return None if name is None else self.trainable_token_indices[name]
 
@@ -282,7 +276,7 @@ class PeftConfig:
     def _layer_wanted(self, path: str) -> bool:
         if self.layers_to_transform is None:
             return True
-        # PEFT: the first numbered segment is the layer (a later one may be an expert).
+        # PEFT: the first numbered segment is the layer; later numbers may be experts.
         patterns = self.layers_pattern or (r"[^.]*",)
         lead = r"(?:^|.*?\.)" if self.layers_pattern else r".*?\."
         for name in patterns:
@@ -293,7 +287,7 @@ class PeftConfig:
 
 
 def _by_length(names: Iterable[str]) -> dict[int, frozenset[str]]:
-    """Names by their length, longest first: a file may have as many as a model has modules."""
+    """Names by their length, longest first, for `_ending` in time independent of their number."""
     found: dict[int, set[str]] = {}
     for name in sorted(names, key=len, reverse=True):
         found.setdefault(len(name), set()).add(name)
@@ -301,7 +295,6 @@ def _by_length(names: Iterable[str]) -> dict[int, frozenset[str]]:
 
 
 def _ending(names: Mapping[int, frozenset[str]], path: str) -> str | None:
-    """The longest of the names that `path` ends with."""
     endings = ((path[len(path) - n :], alike) for n, alike in names.items() if n <= len(path))
     return next((ending for ending, alike in endings if ending in alike), None)
 
@@ -313,9 +306,9 @@ def _by_pattern(patterns: Iterable[tuple[Pattern, Any]], path: str, default: Any
     return default
 
 
-#: What is read, by the names in the file.
+#: Fields by their names in the file.
 _READ = {f.metadata["name"] or f.name: f for f in dataclasses.fields(PeftConfig)}
-#: Fields that have no value that means the same as none.
+#: Fields without a neutral value.
 _NEVER_OFF = ("r", "lora_alpha", "target_modules")
 
 
@@ -342,7 +335,6 @@ def _read(values: Mapping[str, Any], where: str) -> PeftConfig:
 
 
 def _refused(values: Mapping[str, Any]) -> Iterable[str]:
-    """What a configuration asks for that lorafx does not do, with the way out, a line each."""
     kind = values.get("peft_type")
     kind = getattr(kind, "value", kind)
     if kind is not None and not (isinstance(kind, str) and kind == "LORA"):
@@ -379,10 +371,8 @@ def _refused(values: Mapping[str, Any]) -> Iterable[str]:
 
 
 def picked(config: PeftConfig, model: nn.Module) -> SavedTargets:
-    """Paths of the modules, and of the 3-D parameters, of `model` that PEFT would put LoRA on.
-
-    A targeted matrix is named by the module that holds it. Modules may be named by packed names.
-    """
+    """Paths of the modules and 3-D parameters of `model` that PEFT would put LoRA on; a matrix is
+    named by its module. Modules may be given by packed names."""
     every = is_all_linear(config.target_modules)
     head = output_embedding(model) if every else None
     found: dict[str, None] = {}

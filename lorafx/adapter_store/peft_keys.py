@@ -1,4 +1,4 @@
-"""Keys of PEFT checkpoints: which factor a key holds, of what path, and of which rank.
+"""Keys of PEFT checkpoints: factor, path and rank.
 
     base_model.model.<module>.lora_A.weight            (r, K)     linear
     base_model.model.<module>.lora_B.weight            (N, r)
@@ -9,8 +9,7 @@
     base_model.model.<module>.lora_embedding_B         (N, r)
     base_model.model.<module>.lora_magnitude_vector    (N,)       DoRA, beside either
 
-An adapter's name may be left over (`lora_A.default.weight`). What the path leads to is for
-lorafx.model.saved_names to say.
+An adapter's name may remain (`lora_A.default.weight`). lorafx.model.saved_names resolves paths.
 """
 
 from __future__ import annotations
@@ -31,14 +30,13 @@ _FACTOR = re.compile(
 )
 _BIAS = re.compile(r"^(?:(?P<module>.+)\.)?lora_B(?:\.[^.]+)??\.bias$")
 _VECTORS: Mapping[str, Letter] = {"lora_magnitude_vector": "m", "lora_bias": "b"}
-#: Endings of what is saved beside the factors and used in training only: VeLoRA compresses
-#: activations with it.
+#: Tensors used in training only: VeLoRA compresses activations with them.
 TRAINING_KEYS = (".lora_velora_embed",)
 
 
 class FactorKey(NamedTuple):
-    """A key that holds a low-rank factor ("A", "B"), DoRA's "m", or the bias "b" of lora_B.
-    `module` is the path before it, prefixes included; `factor` is what messages call it."""
+    """A key of a factor ("A", "B"), DoRA's "m", or lora_B's bias "b". `module` is the path,
+    prefixes included; `factor` is its name in messages."""
 
     key: str
     module: str
@@ -54,7 +52,7 @@ class FactorKey(NamedTuple):
 
 
 def parse(key: str) -> FactorKey | None:
-    """What `key` holds, or None if it is no such key."""
+    """The parts of `key`, or None for other keys."""
     bias = _BIAS.match(key)
     if bias is not None:
         return FactorKey(key, bias["module"] or "", "lora_bias")
@@ -68,16 +66,14 @@ def without_prefix(path: str) -> str:
 
 
 def candidates(path: str) -> tuple[str, ...]:
-    """The module paths that a saved path may mean, likeliest first: a model may have attributes
-    that are called as PEFT's prefix."""
+    """Module paths of a saved path, likeliest first: attributes may be named like PEFT's prefix."""
     plain = without_compiled(path)
     stripped = (plain + ".").removeprefix(PREFIX).rstrip(".")
     return (stripped,) if stripped == plain else (stripped, plain)
 
 
 class FactorSizes(NamedTuple):
-    """K, N and r of a pair of saved factors, 0 where the file does not show them. K of a
-    convolution is the number of its input channels."""
+    """K (of a convolution: input channels), N and r of a pair of factors, 0 where unknown."""
 
     in_features: int
     out_features: int
@@ -85,11 +81,11 @@ class FactorSizes(NamedTuple):
 
 
 def factor_sizes(tensors: Mapping[str, Tensor]) -> dict[str, FactorSizes]:
-    """The sizes of the factors of each module, by its path in the keys of `tensors`.
+    """The sizes of the factors of each module, by its path in the keys.
 
-    Factors of three dimensions are those of experts, A (E, r, K) and B (E, N, r), or of a Conv1d,
-    whose B ends in 1 and whose r is a multiple of what stands before that. The rows of experts'
-    factors in two dimensions, (r·E, K), are counted as they are.
+    Factors of three dimensions are experts', A (E, r, K) and B (E, N, r), or a Conv1d's, whose B
+    ends in 1 and whose r is a multiple of the dimension before. The rows of two-dimensional factors
+    of experts, (r·E, K), are counted as they are.
     """
     shapes: dict[str, dict[Letter, tuple[int, ...]]] = {}
     for key, tensor in tensors.items():

@@ -1,15 +1,14 @@
-"""Taking over the adapters of PEFT that are in memory: of a `peft.PeftModel`, or injected.
+"""Takes over the adapters of PEFT in memory: of a `peft.PeftModel`, or injected.
 
-PEFT replaces each target module in its parent by a wrapper that holds it as `base_layer`, below a
-`peft.PeftModel` or in the model itself (transformers' `load_adapter` and `add_adapter`,
-`peft.inject_adapter_in_model`). What was trained as a whole, and embeddings of which tokens were,
-have wrappers that hold them as `original_module`. The adapters' weights are read first, then each
-wrapper is replaced by what it wraps. `restore()` puts everything back.
+PEFT replaces target modules by wrappers that hold them as `base_layer`, below a `peft.PeftModel` or
+in the model itself (`load_adapter`, `add_adapter`, `peft.inject_adapter_in_model`). Modules trained
+as a whole, and embeddings with trained tokens, are `original_module` of their wrappers. The
+adapters' weights are read first, then each wrapper is replaced by its module. `restore()` puts
+everything back.
 
-A PeftModel without its wrappers would compute the base model, switch adapters that are not there,
-and save none. So the methods that it and its tuner have from PEFT's classes raise meanwhile; they
-are shadowed on the objects. PEFT stays optional: nothing of it is imported before somebody has made
-such a model.
+Without its wrappers a PeftModel would silently compute the base model and save no adapters, so
+methods of PEFT's classes are shadowed on the objects and raise meanwhile. PEFT is optional: it is
+only used if already imported.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.saved import AdapterState
 from lorafx.errors import CaptureError, CheckpointError, UnsupportedAdapterError
 
-#: What PEFT and transformers leave on a model that has adapters in it: a model without lacks them.
+#: Attributes that PEFT and transformers leave on a model with adapters.
 _NOTES = ("peft_config", "_hf_peft_config_loaded")
-#: Methods of `nn.Module` itself that would answer without the adapters.
+#: Methods of `nn.Module` that would answer without the adapters.
 _OF_MODULES = ("forward", "state_dict", "load_state_dict")
-#: Methods of PEFT's classes that answer rightly, and what the end of a block of `disable_adapter`
-#: calls, in which the model may have been handed over.
+#: Methods of PEFT's classes that stay right, or that end a `disable_adapter` block in which the
+#: model was taken over.
 _HARMLESS = ("get_base_model", "enable_adapter_layers")
 
 
@@ -44,7 +43,7 @@ def is_peft_model(model: object) -> bool:
 
 
 def peft_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    """(module path, wrapper) of what PEFT has put in the place of the model's modules."""
+    """(module path, wrapper) of PEFT's replacements."""
     if "peft" not in sys.modules:
         return []
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -55,14 +54,13 @@ def peft_layers(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _own_weights(model: nn.Module) -> list[Any]:
-    """PEFT's wrappers of modules of which adapters have weights of their own."""
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     return [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
 
 
 def notes_of_peft(model: nn.Module) -> bool:
-    """Whether PEFT has noted on the model that it put adapters into it; asked in every call."""
+    """Whether the model is marked as having PEFT adapters; checked in every call."""
     return _NOTES[0] in vars(model)
 
 
@@ -71,8 +69,7 @@ class TakenOver:
     """A model without its wrappers.
 
     Attributes:
-        base: the base model.
-        adapters: adapter name -> configuration, tensors (not copied) and live scales.
+        adapters: name -> configuration, tensors (not copied) and live scales.
         active: the adapters that the model applied by default, all at once.
     """
 
@@ -84,7 +81,7 @@ class TakenOver:
     _hidden: list[tuple[nn.Module, str]] = field(default_factory=list)
 
     def restore(self) -> None:
-        """Put PEFT's wrappers back, so that the model has its adapters again."""
+        """Put PEFT's wrappers back."""
         for parent, name, wrapper in reversed(self._wrappers):
             parent._modules[name] = wrapper
         self._wrappers.clear()
@@ -96,11 +93,10 @@ class TakenOver:
 
 
 def take_over(model: nn.Module) -> TakenOver:
-    """Read the adapters of a PeftModel, or of a model that they were injected into, then unwrap it.
+    """Read the adapters of a PeftModel or an injected model, then unwrap it.
 
-    Raises, with the model unchanged: UnsupportedAdapterError when an adapter, or a wrapper in the
-    model, is of a kind that lorafx does not do; CheckpointError when adapters are merged into the
-    base weights, or belong to a part of the model, or there are none.
+    Raises, with the model unchanged: UnsupportedAdapterError for an unsupported adapter or wrapper;
+    CheckpointError for merged adapters, adapters of a part of the model, or none.
     """
     whole = is_peft_model(model)
     what = "the PeftModel" if whole else f"the {type(model).__name__}"
@@ -127,7 +123,7 @@ def take_over(model: nn.Module) -> TakenOver:
         )
         for name, config in configs.items()
     }
-    # Each layer applies those of the active adapters that it has.
+    # Each layer applies those active adapters that it has.
     applied = (n for _, layer in layers for n in layer.active_adapters if n in layer.scaling)
     disabled = any(layer.disable_adapters for _, layer in layers)
     taken = TakenOver(base, adapters, () if disabled else tuple(dict.fromkeys(applied)))
@@ -138,8 +134,7 @@ def take_over(model: nn.Module) -> TakenOver:
 
 
 def _tensors_of(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """One adapter's tensors. PEFT looks for trained tokens of each adapter where one has some;
-    those that are not there are empty for it."""
+    """An adapter's tensors. PEFT registers empty trained tokens for adapters without any."""
     from peft.utils.other import TrainableTokensWrapper
 
     absent = torch.empty(0)
@@ -148,7 +143,7 @@ def _tensors_of(model: nn.Module, name: str) -> dict[str, Tensor]:
         for path, module in model.named_modules()
         if isinstance(module, TrainableTokensWrapper)
     }
-    # Not state_dict(): modules of bitsandbytes change their weights in it.
+    # Not state_dict(): bitsandbytes modules change their weights in it.
     tensors.update(model.named_parameters(remove_duplicate=False))
     tensors.update(model.named_buffers(remove_duplicate=False))
     found = sys.modules["peft"].get_peft_model_state_dict(
@@ -184,7 +179,7 @@ def _refuse_other_layers(layers: list[tuple[str, Any]]) -> None:
 
     for path, layer in layers:
         inner = getattr(layer, "base_layer", None)
-        # Two parameters of one module have a wrapper each, one inside of the other.
+        # Two parameters of a module have nested wrappers.
         nested = isinstance(layer, ParamWrapper) and isinstance(inner, ParamWrapper)
         single = inner is not None and not isinstance(inner, BaseTunerLayer)
         if not isinstance(layer, LoraLayer) or not (nested or single):
@@ -215,7 +210,7 @@ def _unwrap(taken: TakenOver) -> None:
 
 
 def without_wrappers(model: nn.Module) -> nn.Module:
-    """The base model of a PeftModel that was handed over; any other model is returned."""
+    """The base model of a taken-over PeftModel; other models are returned."""
     forward = vars(model).get("forward") if isinstance(model, nn.Module) else None
     if not isinstance(forward, partial) or forward.func is not _refuse:
         return model

@@ -1,13 +1,13 @@
-"""Reading LoRA checkpoints: every saved tensor is placed, or an error names it.
+"""Reads LoRA checkpoints: every saved tensor is placed, or an error names it.
 
-All problems of a file are found before anything is raised, and nothing is changed by reading.
+All problems of a file are found before anything is raised, and reading changes nothing.
 
-Modules that the configuration targets and the file has no factors for keep W. An adapter of a
-model's language part targets `q_proj`, and the vision tower has a `q_proj` too. Such a file is
-correct, but one that lost tensors looks the same. So there is a warning, or an error if `strict`.
+Targeted modules without factors in the file keep W. That is correct for a language adapter whose
+`q_proj` also matches the vision tower, but looks the same as lost tensors: so there is a warning,
+or an error if `strict`.
 
-    selected by a LoraConfig    its sites, and the selected parts of them, are looked at
-    selected by the adapters    every module of the model, but those that are excluded
+    selected by a LoraConfig    its sites, and the selected parts of them, are checked
+    selected by the adapters    every module of the model, except excluded ones
 """
 
 from __future__ import annotations
@@ -40,20 +40,18 @@ if TYPE_CHECKING:
 
 
 class AdapterTargets(NamedTuple):
-    """What an adapter asks of a model: module paths without prefixes, and its largest rank."""
+    """An adapter's module paths without prefixes, and its largest rank."""
 
     modules: tuple[str, ...]
     rank: int
 
 
 def adapter_target_modules(source: Any, model: nn.Module) -> AdapterTargets:
-    """The modules of `model` that an adapter's saved keys name, and its largest rank.
+    """The modules of `model` that an adapter's keys name, under their current names, and its
+    largest rank. Keys of routed experts name parameters.
 
-    Keys of routed experts name the parameters that they are of, and keys from before a module was
-    renamed the module as it is called now.
-
-    Raises CheckpointError (UnsupportedAdapterError for the configuration) as `read_adapter` does
-    for what can be seen without the model; shapes and placement are checked there.
+    Raises CheckpointError or UnsupportedAdapterError as `read_adapter`, but shapes and placement
+    are not checked.
     """
     modules: dict[str, None] = {}
     rank = 0
@@ -90,20 +88,19 @@ def read_adapter(
     """Read the adapter `source` and place every tensor on one of `sites`.
 
     Args:
-        source: as `lorafx.adapter_store.checkpoint.load_state` takes it.
-        sites: the selected sites; keys may use any of their paths, the names of the parts of
-            packed sites, and packed names of sites that are apart (`LoraConfig.packed_modules`).
-        model: root module of `sites`. Saved copies of its base weights are compared with them.
-        max_rank: largest rank that the banks hold.
-        lora_config: what `sites` were selected by. Where that was what adapters target, modules
-            that are no sites count among those that the adapter leaves out.
-        strict: a targeted module that the file has no factors for is a problem, not a warning.
-        warn: give that warning.
+        source: as in `lorafx.adapter_store.checkpoint.load_state`.
+        sites: the selected sites; keys may use any of their paths, names of parts of packed sites,
+            and packed names of separate sites (`LoraConfig.packed_modules`).
+        model: root module of `sites`, with whose weights saved copies are compared.
+        max_rank: largest rank of the banks.
+        lora_config: the selection of `sites`. If adapters' targets were the selection, modules that
+            are no sites count as left out too.
+        strict: a targeted module without factors is a problem, not a warning.
+        warn: whether to give that warning.
 
     Raises:
-        UnsupportedAdapterError: the configuration, or a key, asks for arithmetic beyond LoRA.
-        CapacityError: the only problems are a rank over `max_rank`, or no room for weights of the
-            adapter's own.
+        UnsupportedAdapterError: arithmetic beyond LoRA.
+        CapacityError: only ranks over `max_rank`, or no room for replaced weights.
         CheckpointError: anything else, all problems of the file at once.
     """
     state = load_state(source, model, warn=warn)
@@ -145,7 +142,6 @@ def _parameters(place: ExpertPlace, config: PeftConfig) -> list[str]:
 
 
 def _rank_of(place: ExpertPlace, config: PeftConfig, rows: int, dims: int) -> int:
-    """The rank of an A of `dims` dimensions with `rows` rows, which may be those of all experts."""
     if place.expert is not None or dims == 3:
         return rows
     configured = {config.r, *config.rank_pattern.values()} - {None} or {rows}
@@ -155,8 +151,7 @@ def _rank_of(place: ExpertPlace, config: PeftConfig, rows: int, dims: int) -> in
 
 @dataclass(frozen=True)
 class _Coverage:
-    """The paths that an adapter's configuration targets and its file has no factors for, and at how
-    many places it has some."""
+    """Targeted paths without factors, and the number of places with factors."""
 
     missing: tuple[str, ...]
     placed: int
@@ -171,8 +166,6 @@ class _Coverage:
 
 
 def _coverage(reading: Reading, selection: LoraConfig | None) -> _Coverage:
-    """What the file of `reading`, which has run, leaves out. `selection` is what the sites were
-    selected by; None for nothing but the sites."""
     if reading.unknown:
         return _Coverage((), 0)  # the factors of a renamed module are not missing as well
     return _Search(reading, selection).run()
@@ -182,7 +175,7 @@ class _Search:
     def __init__(self, reading: Reading, selection: LoraConfig | None) -> None:
         self.reading, self.places, self.config = reading, reading.places, reading.config
         target_modules = None if selection is None else selection.target_modules
-        #: Whether the adapters themselves were the selection, so that no module was left out of it.
+        #: Whether the adapters were the selection, so that no module was left out of it.
         self.whole = isinstance(target_modules, targets.AdapterNames)
         self.packed_modules = None if selection is None else selection.packed_modules
         exclude = None if selection is None else selection.exclude_modules
@@ -197,7 +190,7 @@ class _Search:
         return _Coverage(tuple(missing), placed)
 
     def _counts(self, path: str, module: nn.Module | None) -> bool:
-        """Whether a module that is no site, or what one of its packed names means, counts."""
+        """Whether a module that is no site, or a module of a packed name, counts."""
         if not self.whole:
             return False
         entry = None if module is None else lookup(module)
@@ -208,7 +201,6 @@ class _Search:
         return self.exclude is None or not targets.names(self.exclude, [path])
 
     def _modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Modules, by their own paths, that PEFT would have given factors."""
         reading, config = self.reading, self.config
         got = {id(site.module) for item in reading.landings.values() for site, _ in item.places}
         got |= {id(module) for module in reading.unselected.values()} | reading.experts.modules
@@ -225,8 +217,7 @@ class _Search:
                 yield path, module
 
     def _packed(self, missing: Collection[int]) -> Iterator[str]:
-        """Packed names, and names of what is packed, that PEFT would have given factors; without
-        those that only say again what the `missing` modules do."""
+        """Packed names that PEFT would have given factors, beyond the `missing` modules."""
         reading = self.reading
         landed = {(id(item.places[0][0]), item.loose) for item in reading.landings.values()}
         known: set[str] = set()
@@ -248,8 +239,7 @@ class _Search:
                 yield path
 
     def _unselected_names(self) -> Iterator[tuple[str, nn.Module]]:
-        """(packed name or part's name, module) of all modules, for adapters that are the
-        selection."""
+        """(packed name or part's name, module) of all modules, if adapters are the selection."""
         model = self.places.model
         declared = self.packed_modules or any(hasattr(m, ATTRIBUTE) for m in model.modules())
         if not self.whole or not declared:
@@ -258,8 +248,6 @@ class _Search:
         yield from ((path, module) for path, module in names if lookup(module) is not None)
 
     def _experts(self) -> Iterator[str]:
-        """Parameters of routed experts that target_parameters names, and single experts by their
-        older names, where the file has any."""
         config, found = self.config, self.reading.experts
         if not config.target_parameters and not found.singly:
             return
@@ -280,8 +268,7 @@ class _Search:
 def _single(
     config: PeftConfig, weight: ExpertWeight, path: str, touched: Collection[Columns]
 ) -> Iterator[str]:
-    """The projections of single experts that PEFT would have given factors before experts were
-    fused. Each has several names, of which a pattern may match all."""
+    """Single experts' projections that PEFT gave factors before experts were fused."""
     known = set(touched)
     for name in PROJECTIONS:
         half = covers(weight, name)

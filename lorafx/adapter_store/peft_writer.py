@@ -25,12 +25,11 @@ _ENDINGS = {"m": "lora_magnitude_vector", "b": "lora_B.bias"}
 
 
 def write_peft(state: AdapterState, folder: Path) -> tuple[str, ...]:
-    """Write `state` into `folder`, which is created, and return the paths of its modules.
+    """Write `state` into the new `folder` and return the paths of its modules.
 
     Raises:
-        ConfigError: the folder is not empty, or `state` is PEFT's own already.
-        CheckpointError: keys that are no factors, or paths without dots, which only a model can
-            tell apart; or the folder cannot be written.
+        ConfigError: the folder is not empty, or `state` is PEFT's already.
+        CheckpointError: keys without factors, paths without dots, or an unwritable folder.
     """
     if state.dialect == "peft":
         raise ConfigError(f"{state.where} is a PEFT adapter already; copy its folder")
@@ -67,7 +66,7 @@ def write_peft(state: AdapterState, folder: Path) -> tuple[str, ...]:
 
 
 def refuse_full(folder: Path) -> None:
-    """Raise ConfigError where something is in `folder`, which is to be written, or it is a file."""
+    """Raise ConfigError where `folder` is a file or not empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is not empty; name a folder that does not exist yet")
 

@@ -1,9 +1,8 @@
-"""Tensors of a pickled adapter (`adapter_model.bin`), which is not trusted.
+"""Tensors of an untrusted pickled adapter (`adapter_model.bin`).
 
-`torch.load(weights_only=True)` builds tensors and runs no code. It still inflates compressed
-entries of the archive, however large they get, lets a tensor claim more numbers than were saved,
-and fails in many ways on a damaged pickle. A file is read here only if nothing in it can take more
-memory than the file's size, and gives plain dense tensors or a CheckpointError.
+`torch.load(weights_only=True)` runs no code, but inflates compressed entries of any size, lets a
+tensor claim more numbers than were saved, and fails in many ways on damaged pickles. Here memory is
+bounded by the file's size, and the result is plain dense tensors or a CheckpointError.
 """
 
 from __future__ import annotations
@@ -20,18 +19,14 @@ from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
 
 
 def load_pickled(content: BinaryIO, file: str) -> dict[str, Tensor]:
-    """The tensors in `content` by name, on the CPU. Messages call it `file`.
-
-    Raises:
-        CheckpointError: it cannot be read, holds something else than plain tensors, or claims more
-            than its size.
-    """
+    """The plain tensors in `content` by name, within its size; else CheckpointError names
+    `file`."""
     try:
         held = _held(content, file)
         tensors = torch.load(content, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
-    # A damaged pickle ends in whatever its unpickler runs into: KeyError, IndexError, MemoryError.
+    # Damaged pickles raise anything: KeyError, IndexError, MemoryError.
     except Exception as exc:
         reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
         raise CheckpointError(
@@ -52,7 +47,7 @@ def load_pickled(content: BinaryIO, file: str) -> dict[str, Tensor]:
 
 
 def _held(content: BinaryIO, file: str) -> int:
-    """Bytes that the file can hold of tensors' numbers."""
+    """Bytes of numbers that the file can contain."""
     size = content.seek(0, io.SEEK_END)
     content.seek(0)
     archive = content.read(2) == b"PK"
@@ -75,7 +70,7 @@ def _held(content: BinaryIO, file: str) -> int:
 
 
 def unlike_plain(tensor: Tensor) -> str | None:
-    """Why this is no dense tensor with values, or None where it is one."""
+    """Why `tensor` is not dense with values, if it is not."""
     if is_traceable_wrapper_subclass(tensor):
         return f"is a {type(tensor).__name__}"
     if tensor.is_nested:
@@ -90,7 +85,7 @@ def unlike_plain(tensor: Tensor) -> str | None:
 
 
 def _check_claims(file: str, tensors: dict[str, Tensor], held: int) -> None:
-    """No more numbers than were saved: neither by strides of zero nor by a storage that grew."""
+    """Refuse more numbers than were saved, by zero strides or grown storages."""
     storages = [tensor.untyped_storage() for tensor in tensors.values()]
     claimed = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
     if claimed > held:

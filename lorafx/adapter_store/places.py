@@ -1,13 +1,13 @@
-"""Which site, which parts of sites, or which routed experts a path in a checkpoint means.
+"""Resolves saved paths to sites, parts of sites, or routed experts.
 
     model.layers.0.self_attn.o_proj    the site at this path, or at an alias of it
     model.layers.0.self_attn.q_proj    a part of the packed site model.layers.0.self_attn.qkv_proj
-    model.layers.0.self_attn.qkv_proj  the sites q_proj, k_proj and v_proj, where they are apart
-    model.layers.0.block_sparse_moe.gate   what is called model.layers.0.mlp.gate since
+    model.layers.0.self_attn.qkv_proj  the separate sites q_proj, k_proj and v_proj
+    model.layers.0.block_sparse_moe.gate   an older name of model.layers.0.mlp.gate
     mlp.experts.3.gate_proj            the gate of expert 3
     mlp.experts.gate_up_proj           the parameter, of all experts
-    mlp.experts, mlp.experts.base_layer    a parameter that PEFT wrapped; the configuration and the
-                                       shapes tell which
+    mlp.experts, mlp.experts.base_layer    a parameter in PEFT's wrapper, told by configuration and
+                                       shapes
 
 A *landing* is parts of sites in the order of the saved B's rows.
 """
@@ -30,10 +30,9 @@ from lorafx.registry import lookup
 if TYPE_CHECKING:
     from lorafx.model.sites import Membership, Site
 
-#: What messages call the setting that selects modules.
 TARGETS = Setting("target_modules", "target_modules when compiling")
 _WEIGHT = ".weight"
-#: A site and the number of one of its parts.
+#: A site and the index of a part.
 SitePart = tuple["Site", int]
 
 
@@ -44,8 +43,8 @@ class SiteLanding:
     Attributes:
         places: the parts, in the order of B's rows.
         saved: the path without prefixes.
-        loose: the name whose slices only B's rows can tell; `places` are all it may cover then.
-        missing: why factors may not be placed here, "" where they may.
+        loose: a name whose slices only B's rows tell; then `places` are its candidates.
+        missing: why factors may not be placed here, or "".
     """
 
     places: tuple[SitePart, ...]
@@ -55,15 +54,12 @@ class SiteLanding:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Equal for landings that mean the same."""
+        """Equal for equivalent landings."""
         return (self.loose, *((id(site), part) for site, part in self.places))
 
     def fitting(self, rows: Mapping[str, int]) -> tuple[SitePart, ...] | None:
-        """The places that the factors cover; None where that cannot be told.
-
-        `rows` are those of B under the site's loose names, which together have to partition its
-        slices.
-        """
+        """The places that factors cover, if `rows` of B partition the site's slices
+        unambiguously."""
         if not self.loose:
             return self.places
         names = self.places[0][0].loose_names
@@ -76,7 +72,7 @@ class SiteLanding:
 
 
 def saved_sizes(place: SitePart) -> tuple[int, int]:
-    """(K, N) of a part as a checkpoint has it: of the whole module where it is sharded."""
+    """(K, N) of a part in a checkpoint: of the unsharded module."""
     site, index = place
     part = site.parts[index]
     if site.eligible.sharding is None:
@@ -87,9 +83,7 @@ def saved_sizes(place: SitePart) -> tuple[int, int]:
 
 @dataclass(eq=False)
 class Experts:
-    """A module of routed experts. Its two `weights` are in the order in which it registers them,
-    and PEFT wraps them, with the sizes that checkpoints have. `sites` are the selected ones, by the
-    parameter's name."""
+    """Routed experts: both `weights` in registration order, and selected `sites` by parameter."""
 
     path: str
     module: nn.Module
@@ -103,15 +97,15 @@ class Experts:
 
 @dataclass(frozen=True)
 class ExpertPlace:
-    """What a saved path means among routed experts.
+    """The meaning of a saved path among routed experts.
 
     Attributes:
         saved: the path without prefixes.
         weight: the parameter; None where PEFT's wrapper leaves it open.
-        half: what is meant of its columns.
+        half: the half of its columns.
         expert: the index, None for all.
         nested: whether it is the inner one of two wrappers.
-        reason: why factors have no place here, "" where they have one.
+        reason: why factors have no place here, or "".
     """
 
     experts: Experts
@@ -128,8 +122,7 @@ SavedMeaning = SiteLanding | ExpertPlace | nn.Module | None
 
 
 class Places:
-    """Finds what saved paths mean among the `sites` of `model`, or at least which modules they
-    name."""
+    """Resolves saved paths among the `sites` and modules of `model`."""
 
     def __init__(self, sites: Sequence[Site], model: nn.Module) -> None:
         self.model = model
@@ -148,7 +141,7 @@ class Places:
         self._known: list[str] | None = None
 
     def meaning(self, path: str) -> SavedMeaning:
-        """What `path` means; a module that it returns is neither a site nor routed experts."""
+        """The meaning of `path`; a returned module is neither a site nor routed experts."""
         if path not in self._meanings:
             readings = (self._meaning(*reading) for reading in self._readings(path))
             self._meanings[path] = next((found for found in readings if found is not None), None)
@@ -172,7 +165,7 @@ class Places:
         return ExpertPlace(experts, saved, *place, reason=meant.wrong)
 
     def experts_of(self, module: nn.Module, path: str) -> Experts | None:
-        """The module of routed experts that `module` at `path` is, selected or not."""
+        """`module` at `path` as routed experts, selected or not."""
         weights = None if id(module) in self._experts else saved_weights(module)
         if weights is not None:
             order = list(module._parameters)
@@ -185,9 +178,9 @@ class Places:
         return None if walked.rest else walked.module
 
     def carried(self, saved: str) -> tuple[str, int]:
-        """The module to which a configuration gave the factors saved at `saved`, and how often
-        PEFT adds their delta: `mha.base_layer.out_proj` has those of a child that `mha` carries
-        (`Eligible.carries`); other paths have their own, once."""
+        """The module that the factors at `saved` were configured for, and how often PEFT adds their
+        delta: for `mha.base_layer.out_proj` a child carried by `mha` (`Eligible.carries`); else
+        `saved`, once."""
         wrapper, _, name = saved.rpartition(".")
         if wrapper.rpartition(".")[2] != NESTED:
             return saved, 1
@@ -201,8 +194,7 @@ class Places:
         return self._by_module.get(id(module))
 
     def current(self, path: str) -> str:
-        """What the model calls what was saved as `path`. It may be a packed name beside a module;
-        where it leads nowhere, it is the path without prefixes."""
+        """The model's name of saved `path`; an unknown path only loses prefixes."""
         best, left = without_prefix(path), 2
         for reading, _ in self._readings(path):
             walked = self._names.walk(reading)
@@ -217,18 +209,17 @@ class Places:
         return ((without_compiled(path), module) for path, module in self.model.named_modules())
 
     def selected_modules(self) -> set[int]:
-        """Identities of the modules that were selected, wholly or in part."""
+        """Identities of wholly or partly selected modules."""
         sites = self._by_module.values()
         found = {id(s.module) for s in sites if any(part.selected for part in s.parts)}
         return found | {key for key, experts in self._experts.items() if experts.sites}
 
     def packed_names(self) -> Iterator[tuple[str, str, tuple[SitePart, ...]]]:
-        """(path, `SiteLanding.loose`, places) of what parts of packed sites would be called
-        unpacked, and the other way round."""
+        """(path, `SiteLanding.loose`, places) of unpacked and packed names beside the sites'."""
         return ((path, found.loose, found.places) for path, found in self._packed.items())
 
     def nearest(self, path: str) -> str:
-        """A message fragment with the existing module paths closest to `path`."""
+        """A message fragment with the closest module paths."""
         if self._known is None:
             self._known = [name for name, _ in self.named_modules() if name]
             self._known += self._packed
@@ -236,10 +227,10 @@ class Places:
         return nearest_names(without_prefix(path), self._known)
 
     def _readings(self, path: str) -> Iterator[tuple[str, str]]:
-        """(path in the model, path as it was saved): as it stands, then by its newer name."""
+        """(path in the model, path as saved): unchanged, then renamed."""
         known: dict[str, str] = {}
         if path.count(PREFIX) > 1:
-            # Of PEFT around PEFT: the outer factors are for weights that inner ones have changed.
+            # PEFT around PEFT: outer factors are for weights changed by inner ones.
             yield from ((saved, saved) for saved in candidates(path))
             return
         for saved in candidates(path):
@@ -248,7 +239,7 @@ class Places:
                     known[reading] = saved
                     yield reading, saved
         for reading, saved in known.items():
-            # Renamings are for the names of weights: a path may become that of a parameter.
+            # Renamings apply to names of weights.
             newer = self._names.renamed(reading + _WEIGHT).removesuffix(_WEIGHT)
             if newer != reading:
                 yield from ((name, saved) for name in self._names.readings(newer))

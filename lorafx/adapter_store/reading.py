@@ -1,12 +1,12 @@
-"""One adapter checkpoint on its way into factors by site, with every problem met on the way.
+"""An adapter checkpoint on its way into factors by site, collecting every problem.
 
     ΔW = s · B A,   A (r, K), B (N, r);   embeddings: A (r, V), ΔE = s · (B A)ᵀ;   DoRA: m (N,)
 
-A tensor belongs to a site, to a part of a packed one, or to several sites that its name packs:
-then B is split by their output sizes and A is shared. The rank is A's; it must be the rank that
-the configuration says, since s = α/r comes from there.
+A tensor belongs to a site, to a part of a packed site, or to several sites that its name packs:
+then B is split by their output sizes and A is shared. A's rank must be the configured rank, which s
+= α/r comes from.
 
-Slices of some names in a packed module are told by the rows of an adapter's factors alone:
+Only the rows of an adapter's factors tell the slices of some names in a packed module:
 
     slices [8, 8, 8, 8];  in_proj_qkv with 24 rows, in_proj_z with 8  →  slices 0, 1, 2 and slice 3
 """
@@ -47,21 +47,21 @@ from lorafx.model.refusals import unsupported
 from lorafx.model.sites import Site
 from lorafx.registry import is_empty, lookup
 
-#: With `save_embedding_layers`, which is on where a vocabulary grew, `save_pretrained` writes
-#: embeddings and heads with all that their wrappers hold.
+#: With `save_embedding_layers`, which a grown vocabulary enables, `save_pretrained` writes
+#: embeddings and heads with everything in their wrappers.
 _WRAPPED = re.compile(r"\.(modules_to_save|original_module)\.")
 _KINDS = {"embedding": "an embedding", "conv": "a convolution"}
 
 
 class Reading:
-    """One checkpoint on its way into site-keyed factors.
+    """A checkpoint on its way into factors by site.
 
     Attributes:
-        landings, factors: where factors go, and their keys by letter.
-        unselected: modules that are no sites and have factors, by their paths.
+        landings, factors: targets of factors, and their keys by letter.
+        unselected: paths of unselected modules with factors.
         unknown: saved paths that name nothing.
-        decoded: part paths that got factors, those of experts aside.
-        spans: the slices that saved names turned out to cover (`loose_names`).
+        decoded: part paths with factors, except experts'.
+        spans: slices that saved names cover (`loose_names`).
     """
 
     def __init__(self, findings: Findings) -> None:
@@ -77,11 +77,11 @@ class Reading:
         self.biases = BiasReading(findings)
         self.decoded: set[str] = set()
         self.spans: dict[str, range] = {}
-        #: Rows of B by loose name, by the site that it is a name of.
+        #: Rows of B by loose name, by site.
         self._rows: dict[Site, dict[str, int]] = {}
 
     def run(self) -> dict[str, LoraWeights]:
-        """The factors by part path; problems are noted in the findings."""
+        """The factors by part path; problems go to the findings."""
         self.own.decode()
         self.biases.decode(self.own.found)
         for key in self.state.tensors:
@@ -164,7 +164,6 @@ class Reading:
     def _decode(
         self, landing: SiteLanding, keys: dict[str, FactorKey]
     ) -> Iterator[tuple[str, LoraWeights]]:
-        """The factors of each part by its path; none when a problem was noted."""
         if not keys:
             return  # factors of the wrong kind, noted when they were placed
         label = _label(landing)
@@ -240,7 +239,7 @@ class Reading:
         places: tuple[SitePart, ...],
         count: int,
     ) -> Tensor | None:
-        """DoRA's m, or the bias of lora_B, of a landing (count,); None where it has none."""
+        """DoRA's m, or lora_B's bias, of a landing (count,)."""
         wanted, layer = getattr(self.config, kind.flag), places[0][0].eligible.kind
         if factor is None:
             if wanted and not (kind is BIAS and layer == "embedding"):
@@ -255,7 +254,6 @@ class Reading:
         return vector
 
     def _undivided(self, landing: SiteLanding) -> str:
-        """Which slices there are, and what the names of `landing`'s site have to do with them."""
         sizes = [saved_sizes(place)[1] for place in landing.places]
         named = ", ".join(
             f"{site.part_path(i).rpartition('.')[2]} {size}"
@@ -273,8 +271,7 @@ class Reading:
         return f"{landing.loose} takes some of {named}, while {others} takes all others"
 
     def _settle(self, landing: SiteLanding) -> None:
-        """Note the slices of each loose name of the site that the rows leave no doubt about, also
-        of names that the file has no factors for."""
+        """Note the slices of each loose name of the site that the rows determine."""
         if not landing.loose:
             return
         site = landing.places[0][0]
@@ -303,8 +300,7 @@ class Reading:
             )
 
     def _is_beside_own(self, key: str) -> bool:
-        """Whether PEFT saved the tensor beside the adapter's own weight, from the wrapper of its
-        module: that weight once more, or the base's, in whose place it is."""
+        """Whether `key` is a wrapper's copy of a replaced weight, or of the base weight."""
         copy, trained = _WRAPPED.search(key), _WRAPPED.sub(".", key)
         if copy is None or trained not in self.own.keys:
             return False

@@ -1,4 +1,4 @@
-"""An adapter as it was saved, and the form that all readers take.
+"""A saved adapter, and the form that all readers take.
 
     source ─▶ Saved, in a dialect ─▶ AdapterState, in PEFT's names
 
@@ -20,33 +20,29 @@ from lorafx.adapter_store.config_values import CONFIG_FILE
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.errors import CheckpointError
 
-#: Endings of files that hold tensors.
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
-#: Inode, bytes, and ns since 1970, by what a file that was written again differs.
+#: Inode, bytes, and mtime in ns: any rewrite of a file changes it.
 Stamp: TypeAlias = tuple[int, int, int]
 
 
 @dataclass(frozen=True, eq=False)
 class AdapterSource:
-    """Where an adapter comes from, with what its files do not say.
-
-    It stands wherever an adapter's folder may: among the adapters of `lorafx.compile`, and in
-    `load_adapter`.
+    """Where an adapter comes from, with settings that its files lack; accepted wherever an
+    adapter's folder is.
 
     Attributes:
-        source: a folder; one file (safetensors, or a pickle of tensors); a name on the Hugging Face
+        source: a folder; a file (safetensors, or a pickle of tensors); a name on the Hugging Face
             hub ("owner/name"); the bytes of a file; or tensors by name.
-        config: the adapter's configuration: a dict of the fields that its dialect's configuration
-            has (adapter_config.json's), or a `peft.LoraConfig`. None for what lies beside the
-            tensors: adapter_config.json, or the metadata of a safetensors file.
-        dialect: "peft", "diffusers", "kohya", "mlx" or "loralib"; None tells it by the keys.
-        component: for files with factors for several models of a pipeline, which one this model is
-            ("unet", "transformer", "text_encoder", ...). None tells it by the names.
-        key_mapping: regular expressions and what replaces them in the paths of modules, one after
-            the other, as in transformers' `from_pretrained`, for a model whose modules moved.
+        config: the fields of its dialect's configuration (adapter_config.json's) or a
+            `peft.LoraConfig`; default: the one beside the tensors, or in safetensors metadata.
+        dialect: "peft", "diffusers", "kohya", "mlx" or "loralib"; default: told by the keys.
+        component: the component of a pipeline that this model is ("unet", "transformer",
+            "text_encoder", ...); default: told by the names.
+        key_mapping: regular expressions and replacements in module paths, applied in order, as in
+            transformers' `from_pretrained`.
         revision: branch, tag or commit on the hub.
 
-    `config` and `key_mapping` are copied: an adapter may be read again later.
+    `config` and `key_mapping` are copied, since an adapter may be read again later.
     """
 
     source: str | os.PathLike[str] | bytes | Mapping[str, Tensor] | Saved
@@ -65,14 +61,12 @@ class AdapterSource:
                 object.__setattr__(self, name, deepcopy(value))
 
 
-#: What an adapter may be given as.
 Source: TypeAlias = "str | os.PathLike[str] | bytes | Mapping[str, Tensor] | AdapterSource"
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What a source holds: tensors by saved key; the raw fields of the configuration, or one that
-    was read, None where there is none; a safetensors file's metadata. Messages call it `where`."""
+    """A source's tensors by key, configuration, and safetensors metadata; `where` in messages."""
 
     tensors: Mapping[str, Tensor]
     fields: Mapping[str, Any] | PeftConfig | None
@@ -87,12 +81,12 @@ class AdapterState:
     """An adapter's configuration and its tensors by PEFT's keys.
 
     Attributes:
-        where: what messages call it.
-        scales: s by module path, where it is known better than from the configuration (an adapter
-            in memory may have been rescaled; other dialects save α with each module).
+        where: its name in messages.
+        scales: s by module path, overriding the configuration (live adapters may be rescaled; other
+            dialects save α by module).
         dialect: the dialect that it was saved in.
-        left_out: components of a pipeline that its file has factors for besides this model.
-        notes: what was decided while it was read, a line each, for the log and `explain`.
+        left_out: other components of a pipeline with factors in its file.
+        notes: decisions of the reader, for the log and `explain`.
     """
 
     config: PeftConfig
@@ -106,8 +100,7 @@ class AdapterState:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an adapter can be read again: a folder, or a file, by its absolute path, with what it
-    does not say itself, and a stamp of each file by its name."""
+    """Where an adapter can be read again: path, settings, and a stamp of each file."""
 
     source: AdapterSource
     path: Path
@@ -115,8 +108,7 @@ class Origin:
 
     @classmethod
     def of(cls, source: Any) -> Origin | None:
-        """The origin of what is about to be read from `source`, or was; None for an adapter in
-        memory or on the hub, and for what cannot be listed, which the reader says better."""
+        """The origin of `source`; None in memory, on the hub, or where it cannot be listed."""
         given = source if isinstance(source, AdapterSource) else AdapterSource(source)
         if isinstance(given.source, Saved):
             known = given.source.origin
@@ -133,11 +125,11 @@ class Origin:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on the disk."""
+        """Bytes on disk."""
         return sum(size for _, size, _ in self.files.values())
 
     def check(self, name: str) -> None:
-        """Raise CheckpointError where the files are not those that adapter `name` was read from."""
+        """Raise CheckpointError where the files of adapter `name` have changed."""
         try:
             now = stamps(self.path)
         except OSError as error:
@@ -162,7 +154,7 @@ class Origin:
 
 
 def stamps(path: Path) -> dict[str, Stamp]:
-    """A stamp of each file of which the adapter at `path`, a folder or a file, may consist."""
+    """The stamps of an adapter's files."""
     if path.is_dir():
         kinds = (".json", *SUFFIXES)
         files = [file for file in path.iterdir() if file.suffix in kinds and file.is_file()]

@@ -1,7 +1,7 @@
-"""The part of the store that is about slots: who has which, who loses one, what is written there.
+"""The slots of the banks: assignment, eviction and writes.
 
-Banks are written in place. While a slot is written it belongs to nobody. The store's lock is held
-by whoever calls.
+Banks are written in place. A slot belongs to no adapter while it is written. Callers hold the
+store's lock.
 """
 
 from __future__ import annotations
@@ -24,16 +24,14 @@ if TYPE_CHECKING:
 
 
 class OwnPlaces:
-    """Where adapters' own weights lie in the banks, which have room for those of `count` slots. A
-    place belongs to a slot as long as the slot holds an adapter with weights of its own."""
+    """Places of replaced weights in the banks, which follow the slots of their adapters."""
 
     def __init__(self, count: int) -> None:
         self.count = count
         self._by_slot: dict[int, int] = {}
 
     def free(self, slot: int, holding: Iterable[int]) -> int | None:
-        """The place for `slot`: where it had one, or one that none of the slots `holding` has. None
-        where there is none."""
+        """The place of `slot`, or a place that no slot in `holding` has, if any."""
         taken = {self._by_slot[other] for other in holding if other != slot}
         known = self._by_slot.get(slot)
         if known is not None and known not in taken:
@@ -41,7 +39,7 @@ class OwnPlaces:
         return min(set(range(self.count)).difference(taken), default=None)
 
     def take(self, slot: int, holding: Iterable[int]) -> int:
-        """Give `slot` the place of `free`, which there is."""
+        """Give `slot` its `free` place, which must exist."""
         place = self.free(slot, holding)
         assert place is not None, f"slot {slot} was promised a place"
         self._by_slot[slot] = place
@@ -50,12 +48,8 @@ class OwnPlaces:
     def to_evict(
         self, missing: Sequence[str], resident: Collection[str], evictable: Sequence[str]
     ) -> list[str]:
-        """Those of `evictable` that have to make room for the own weights of `missing`, in their
-        order. `resident` are all that have a place.
-
-        Raises:
-            CapacityError: that would not be enough.
-        """
+        """The first of `evictable` that make room for the weights of `missing`; else
+        CapacityError."""
         lacking = len(missing) + len(resident) - self.count
         if not missing or lacking <= 0:
             return []
@@ -71,9 +65,9 @@ class OwnPlaces:
 
 
 class Slots:
-    """Slots of the banks of `groups`: `max_adapters`, of which `own_weights` have room for weights
-    of their own. An adapter of a rank over that of a slot takes several
-    (lorafx.adapter_store.windows); its slot is the first of them. They are written from `host`."""
+    """`max_adapters` slots in the banks of `groups`, `own_weights` of them with room for replaced
+    weights, written from `host`. Adapters of larger rank take a window of slots
+    (lorafx.adapter_store.windows), named by the first."""
 
     def __init__(
         self, groups: Sequence[Group], max_adapters: int, own_weights: int, host: HostTier
@@ -83,12 +77,11 @@ class Slots:
         self._widest = max((g.bank.width(g.bank.max_rank) for g in groups), default=1)
         self.max_adapters, self.host = max_adapters, host
         self.copy_streams = CopyStreams([t for g in groups for t in g.bank.tensors.values()])
-        #: As in lorafx.session.statistics.
         self.hits = self.loads = self.evictions = 0
         self._adapters: dict[str, StoredAdapter] = {}
         self._slots: OrderedDict[str, int] = OrderedDict()  # least recently used first
         self._pinned: set[str] = set()
-        #: The rows of the last batch, the slot of each, and all that they use.
+        #: The rows of the last batch, their slots, and all slots of these.
         self._last: tuple[tuple[str | None, ...], tuple[int, ...], tuple[int, ...]] | None = None
         self._written: set[int] = set()  # slots, inside `set_aside`
         self._aside: Any = None  # what the store held, inside `set_aside`
@@ -97,8 +90,7 @@ class Slots:
         return {name: slot for name, slot in self._slots.items() if self._adapters[name].owned}
 
     def _owning(self, names: Iterable[str]) -> int:
-        """How many of these have weights of their own. A sum has them that is one adapter at weight
-        1, whether it was made already or not."""
+        """How many of these replace weights; a sum does only as a single adapter at weight 1."""
         parts = (
             [member for member, weight in name.weights if weight]
             if isinstance(name, Mixture)
@@ -109,8 +101,7 @@ class Slots:
         return sum(any(n in adapters and adapters[n].owned for n in part) for part in parts)
 
     def _staying(self, wanted: Collection[str]) -> set[str]:
-        """The pinned adapters that keep their slots beside those that are `wanted`. Where the name
-        is pinned under which a version was loaded, both take turns in its slot."""
+        """Pinned adapters beside `wanted`; held versions share the slot of a pinned name."""
         replaced = {name.replaced for name in wanted if isinstance(name, Retired)}
         return self._pinned - (replaced - set(wanted))
 
@@ -127,14 +118,12 @@ class Slots:
         return window(slot, self._adapters[name].width, self.max_adapters)
 
     def _width(self, name: str) -> int:
-        """How many slots an adapter takes in a row. A sum that is not made yet takes at most as
-        many as its members."""
+        """The number of slots of an adapter; a sum not yet made takes at most its members'."""
         if name in self._adapters:
             return self._adapters[name].width
         return sum(self._adapters[member].width for member in members(name))
 
     def _fits(self, slot: int, stored: StoredAdapter) -> bool:
-        """Whether the banks have room for what goes into `slot` in the place of what is there."""
         if stored.owned and self._own.free(slot, self._owners().values()) is None:
             return False
         others = {s for n, first in self._slots.items() for s in self._window(n, first)}
@@ -160,15 +149,14 @@ class Slots:
                 try:
                     self._write(slots[name], self._adapters[name])
                 except LorafxError:
-                    # Its files have changed, which is found before anything is written. Who asks
-                    # for it will hear of that.
+                    # Its files have changed, which is found before any write; its next user gets
+                    # the error.
                     del slots[name]
             self._written.difference_update(taken)
         self._slots, self._aside = slots, None
 
     def _make_resident(self, wanted: list[str], held: frozenset[int]) -> int:
-        """Give slots to those of `wanted` that have none; how many had one. Slots that are `held`
-        keep what they hold."""
+        """Give slots to `wanted`, sparing `held` ones; returns how many had one."""
         missing = [name for name in wanted if name not in self._slots]
         if not missing:
             return len(wanted)
@@ -188,7 +176,7 @@ class Slots:
         if places is None:
             lacking = {name: widths[name] for name in missing}
             raise no_slots(lacking, kept.difference(wanted) or kept, self.max_adapters)
-        # Before anything changes: a file may be gone.
+        # Before anything changes, since a file may be gone.
         copies = {name: self.host.numbers(self._adapters[name]) for name in places}
         self._last = None
         taken = {slot for name, first in places.items() for slot in self._window(name, first)}
@@ -201,8 +189,8 @@ class Slots:
         for name, slot in places.items():
             self.loads += 1
             self.host.written(copies[name])
-            # Between here and the assignment the slot belongs to nobody: if the device fails
-            # in the middle, the store still tells the truth.
+            # Until the assignment the slot belongs to nobody, so a device failure leaves the store
+            # consistent.
             self._write(slot, self._adapters[name], beside=True)
             self._slots[name] = slot
         return len(wanted) - len(missing)
@@ -223,7 +211,6 @@ class Slots:
             self._slots.move_to_end(name)
 
     def _write(self, slot: int, stored: StoredAdapter, *, beside: bool = False) -> None:
-        """Write an adapter into a slot: in the turn of the current stream, or `beside` it."""
         taken = window(slot, stored.width, self.max_adapters)
         if self._aside is not None:
             self._written.update(taken)
@@ -240,7 +227,7 @@ class Slots:
                     sources += group.bank.clear(slot)
             return sources
 
-        # The place of weights of its own may have been that of any slot.
+        # The place of replaced weights may have been any slot's.
         behind = range(self.max_adapters) if numbers.own else taken
         if beside:
             self.copy_streams.copy(stored.name, taken, write, behind)
@@ -255,7 +242,7 @@ class Slots:
 
 
 def too_many(wanted: Mapping[str, int], slots: int) -> CapacityError:
-    """More adapters in a batch than find slots; `wanted` says how many each takes."""
+    """A batch's adapters exceed the slots; `wanted` has the slots of each."""
     if len(wanted) > slots:
         return CapacityError(
             f"the batch has {len(wanted)} distinct adapters ({', '.join(wanted)}), but "
@@ -273,7 +260,7 @@ def too_many(wanted: Mapping[str, int], slots: int) -> CapacityError:
 
 
 def no_slots(missing: Mapping[str, int], kept: AbstractSet[str], slots: int) -> CapacityError:
-    """The slots are kept for others, `kept`; `missing` says how many slots each takes."""
+    """The other slots are `kept`; `missing` has the slots of each."""
     lacking = ", ".join(
         name if width == 1 else f"{name} ({width} slots in a row)"
         for name, width in missing.items()

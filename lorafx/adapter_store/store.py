@@ -1,16 +1,15 @@
-"""The store: adapters in host memory by name, and which of them hold a slot of the banks.
+"""The store: adapters in host memory by name, and the slots of the banks.
 
     load      checkpoint factors -> host copies in the banks' dtype and layout
-    fetch     host copies that the budget left no room for -> read again
+    fetch     host copies dropped for the budget -> read again
     acquire   the names of a batch's rows -> slots; missing adapters are written into free slots,
               or over the least recently used adapter that is neither pinned nor in the batch
-    hold      a version that is replaced or unloaded meanwhile goes on under a name of its own
-    sums      adapters of their own, made of loaded ones when a batch asks for them, and forgotten
-              with any of these
+    hold      a replaced or unloaded version lives on under a private name
+    sums      adapters made of loaded ones on demand, and forgotten with any of these
 
 Banks are written in place, so compiled graphs and captured addresses stay valid. Everything is
-checked before the first write; a call that raises has changed nothing. While a slot is written it
-belongs to nobody: no adapter is served from a half-written one, whatever interrupts the write.
+checked before the first write; a call that raises has changed nothing. A slot belongs to no adapter
+while it is written, so no adapter is ever served from a half-written slot.
 """
 
 from __future__ import annotations
@@ -41,9 +40,9 @@ T = TypeVar("T")
 
 
 class AdapterStore(Slots):
-    """Adapters by name over the banks of `groups`, which have `max_adapters` slots and room for the
-    weights of their own of `own_weights` adapters, None for one a slot. Host copies may take
-    `max_host_bytes`. Safe to use from several threads."""
+    """Adapters by name over the banks of `groups`, with `max_adapters` slots, room for the replaced
+    weights of `own_weights` adapters (default: all slots), and at most `max_host_bytes` of host
+    copies. Safe to use from several threads."""
 
     def __init__(
         self,
@@ -56,7 +55,7 @@ class AdapterStore(Slots):
         rooms = max_adapters if own_weights is None else own_weights
         super().__init__(groups, max_adapters, rooms, HostTier(self._fitted, max_host_bytes))
         self._lock = threading.RLock()
-        # Versions that requests hold though they were replaced or unloaded, and their names.
+        # Versions that requests hold though replaced or unloaded, and their names.
         self._held: WeakSet[Hold] = WeakSet()
         self._retired: dict[int, Retired] = {}
 
@@ -68,13 +67,13 @@ class AdapterStore(Slots):
 
     @property
     def versions(self) -> dict[str, int]:
-        """Loaded adapters -> the version of each."""
+        """Loaded adapters -> version."""
         with self._lock:
             return {name: self._adapters[name].version for name in self.names}
 
     @property
     def resident(self) -> dict[str, int]:
-        """Adapters, and sums of some, that hold a slot -> the slot, least recently used first."""
+        """Adapters and sums -> slot, least recently used first."""
         with self._lock:
             return dict(self._slots)
 
@@ -85,7 +84,7 @@ class AdapterStore(Slots):
             return frozenset(self._pinned)
 
     def fits(self, names: frozenset[str], *, own: bool = False) -> bool:
-        """Whether these adapters find slots, or with `own` room for their own weights, together."""
+        """Whether these adapters find slots together; with `own`, room for replaced weights."""
         with self._lock:
             return self._together(names, own=own)
 
@@ -99,26 +98,26 @@ class AdapterStore(Slots):
             return isinstance(name, str) and all(n in self._adapters for n in members(name))
 
     def __getitem__(self, name: str) -> StoredAdapter:
-        """The stored adapter, or the sum; UnknownAdapterError if there is none of this name. Raises
-        as `lorafx.adapter_store.mixing.mixed`."""
+        """The adapter or sum; raises UnknownAdapterError, or as
+        `lorafx.adapter_store.mixing.mixed`."""
         with self._lock:
             self._check_known([name])
             self._mix([name])
             return self._adapters[name]
 
     def load(self, adapter: Adapter, origin: Origin | None = None) -> None:
-        """Keep `adapter` in host memory; `origin` says where it can be read again. One of the same
-        name is replaced, and rewritten in place if it holds a slot.
+        """Keep `adapter` in host memory, replacing its namesake in place; `origin` allows reading
+        it again.
 
         Raises:
             CapacityError: the banks have no room for it.
             CheckpointError: values beyond the banks' dtype, or slices unlike those of others.
-            ConfigError: a name that no adapter can have.
+            ConfigError: an invalid name.
         """
         self.loading(adapter, origin)()
 
     def loading(self, adapter: Adapter, origin: Origin | None = None) -> Callable[[], None]:
-        """What does as `load` does, which has been found possible. Raises as that."""
+        """Checks a `load`, and returns its unfailing second half. Raises as `load`."""
         check_name(adapter.name)
         stored = self._fitted(adapter, origin=origin)
         with self._lock:
@@ -135,12 +134,12 @@ class AdapterStore(Slots):
         return keep
 
     def fetch(self, names: Iterable[str | None], *, resident: bool = False) -> list[HostCopy]:
-        """The host copies of these adapters, of those with a slot only if `resident`, which stay in
-        memory as long as what is returned. What was dropped is read again; other threads go on.
+        """The host copies of these adapters (of `resident` only those with a slot), which stay in
+        memory as long as the result. Dropped copies are read again, without the lock.
 
         Raises:
             UnknownAdapterError: a name that is not loaded.
-            CheckpointError: a file has changed since it was loaded, or cannot be read.
+            CheckpointError: a file has changed since it was loaded, or is unreadable.
         """
         found: list[HostCopy] = []
         if self.host.budget is None:
@@ -159,19 +158,19 @@ class AdapterStore(Slots):
 
     @contextmanager
     def fetched(self, names: Iterable[str | None]) -> Iterator[None]:
-        """A block in which the host copies of these adapters stay in memory. Raises as `fetch`."""
+        """A block during which these host copies stay in memory. Raises as `fetch`."""
         copies = self.fetch(names, resident=True)
         yield
         del copies
 
     def read_with(self, reader: Callable[[AdapterSource, str], Adapter]) -> None:
-        """Read adapters again by this, from a source, by a name; until then none is dropped."""
+        """Set the reader of adapters, by source and name; without it no copy is dropped."""
         with self._lock:
             self.host.reader = reader
             self._trim()
 
     def numbers(self, name: str) -> HostCopy:
-        """The host copy of an adapter, or of a sum. Raises as `__getitem__` and `fetch`."""
+        """The host copy of an adapter or a sum. Raises as `__getitem__` and `fetch`."""
         with self._lock:
             return self.host.numbers(self[name])
 
@@ -182,7 +181,7 @@ class AdapterStore(Slots):
             undisturbed(lambda: self._unload(name))
 
     def pin(self, name: str) -> int:
-        """Give an adapter a slot that it keeps until unpinned; returns the slot."""
+        """Give an adapter a slot until it is unpinned; returns the slot."""
         with self.fetched([name]), self._lock:
             self._check_known([name])
             (slot,) = self.acquire([name])
@@ -191,14 +190,13 @@ class AdapterStore(Slots):
             return slot
 
     def unpin(self, name: str) -> None:
-        """Let an adapter be evicted again; nothing happens if it was not pinned."""
+        """Let an adapter be evicted again, if it was pinned."""
         with self._lock:
             self._check_known([name])
             self._pinned.discard(name)
 
     def hold(self, name: str) -> Hold:
-        """Keep this version of an adapter for as long as the returned object lives, whatever is
-        loaded under the name, or unloaded, meanwhile. Raises as `fetch`."""
+        """Keep this version of an adapter while the result lives. Raises as `fetch`."""
         with self.fetched([name]), self._lock:
             stored = self[name]
             hold = Hold(name, stored, self.host.numbers(stored))
@@ -206,19 +204,17 @@ class AdapterStore(Slots):
             return hold
 
     def held_name(self, hold: Hold) -> str:
-        """The name by which `acquire` takes the version that is held."""
+        """The name of a held version for `acquire`."""
         with self._lock:
             loaded = self._adapters.get(hold.name) is hold.stored
             return hold.name if loaded else self._retired[hold.stored.version]
 
     def held_names(self, holds: Iterable[Hold]) -> list[str]:
-        """`held_name` of each."""
         with self._lock:
             return [self.held_name(hold) for hold in holds]
 
     def set_aside(self, action: Callable[[], T]) -> T:
-        """What `action` returns with an empty store; afterwards everything is as it was, in the
-        same slots. Other threads that ask for the store wait."""
+        """Run `action` with an empty store, then restore it, slots included. Other threads wait."""
         with self._lock:
             before = self._adapters, self._slots, self._pinned
             empty: OrderedDict[str, int] = OrderedDict()
@@ -235,13 +231,12 @@ class AdapterStore(Slots):
                     raise
 
     def acquire(self, names: Sequence[str | None], held: frozenset[int] = frozenset()) -> list[int]:
-        """The slot of each row's adapter, -1 for None and "__base__". Slots that are `held`, by
-        calls around the running one, keep what they hold.
+        """The slot of each row's adapter, -1 for None and "__base__". Slots `held` by enclosing
+        calls keep their contents.
 
         Raises:
             UnknownAdapterError: a name that is not loaded.
-            CapacityError: more adapters than slots, or than pinned ones leave free; a sum whose
-                ranks find no room.
+            CapacityError: too few free slots, or no room for the ranks of a sum.
             ConfigError: a sum that cannot be made.
         """
         key = tuple(names)
@@ -259,8 +254,8 @@ class AdapterStore(Slots):
             return slots
 
     def fill(self, names: Sequence[str | None], held: frozenset[int] = frozenset()) -> list[int]:
-        """Give slots to these adapters before a batch asks for them; returns the slots. What does
-        not use these waits for no copy where `copy_streams.beside`. Raises as `acquire`."""
+        """Give slots to these adapters ahead of a batch. Users of other slots do not wait if
+        `copy_streams.beside`. Raises as `acquire`."""
         with self._lock:
             wanted = adapters_among(names)
             self._give_slots(wanted, held)
@@ -268,8 +263,7 @@ class AdapterStore(Slots):
             return [self._slots[name] for name in wanted]
 
     def refresh_magnitudes(self) -> None:
-        """Take the norms of DoRA adapters, and the differences of adapters' own biases, again from
-        the base weights as they are now, in place. ConfigError where one is in no known format."""
+        """Recompute DoRA norms and bias differences in place. ConfigError for an unknown format."""
         with self._lock:
             self.copy_streams.use(range(self.max_adapters))
             following = {n: s.host for n, s in self._adapters.items() if s.follows_base and s.host}
@@ -282,8 +276,8 @@ class AdapterStore(Slots):
                         self._groups[g].bank.write_by_column(self._slots[name], factors)
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes of the banks ("banks"), of the adapters in host memory ("host"), and of the files
-        of those that can be read again ("disk")."""
+        """Bytes of the banks, of host copies ("host"), and of rereadable adapters' files
+        ("disk")."""
         with self._lock:
             every = self._adapters.values()
             return {
@@ -293,7 +287,7 @@ class AdapterStore(Slots):
             }
 
     def after_fork(self) -> None:
-        """In a child process: free of what other threads of the parent were doing."""
+        """Reset locks in a child process."""
         self.host.after_fork()
         lock = free_after_fork(self._lock)
         if lock is not self._lock:
@@ -301,7 +295,6 @@ class AdapterStore(Slots):
             self._put_back()
 
     def _give_slots(self, wanted: list[str], held: frozenset[int]) -> int:
-        """Give slots to the adapters of a batch, which are used now; how many had one."""
         self._let_go()
         self._check_known(wanted)
         if len(wanted) > self.max_adapters:
@@ -313,8 +306,6 @@ class AdapterStore(Slots):
         return had
 
     def _check_known(self, names: Sequence[str]) -> None:
-        """Raise UnknownAdapterError unless all of these are loaded; ConfigError for weights by
-        name, where a name belongs."""
         lacking = [n for n in names if not isinstance(n, str) or n not in self._adapters]
         for name in lacking:
             if isinstance(name, Mapping):
@@ -342,7 +333,7 @@ class AdapterStore(Slots):
         self.host.add(stored)
 
     def _retire(self, name: str) -> None:
-        """Give a version that requests hold, and its slot, a name of its own."""
+        """Rename a version that requests hold, with its slot."""
         self._let_go()
         stored = self._adapters.get(name)
         if stored is None or not any(hold.stored is stored for hold in list(self._held)):
@@ -382,8 +373,7 @@ class AdapterStore(Slots):
         return [name for name in self._adapters if isinstance(name, Mixture)]
 
     def _mix(self, names: Sequence[str]) -> None:
-        """Make the sums among `names`, whose adapters are loaded. Of earlier ones that have no slot
-        the last few are kept."""
+        """Make the sums among `names`; of earlier ones without a slot, keep the last few."""
         missing = [n for n in names if isinstance(n, Mixture) and n not in self._adapters]
         if not missing:
             return
@@ -403,7 +393,6 @@ class AdapterStore(Slots):
                 self._unload(made)
 
     def _trim(self) -> None:
-        """Keep host memory within the budget: sums can be made again, and most adapters read."""
         if not self.host.over or self._aside is not None:
             return
         held = self._held_versions()
@@ -414,8 +403,7 @@ class AdapterStore(Slots):
 
 
 def _check_spans(stored: StoredAdapter, adapters: Iterable[StoredAdapter]) -> None:
-    """Raise CheckpointError unless a name of a packed module means the same slices in all
-    adapters."""
+    """Raise CheckpointError unless packed names mean the same slices in all adapters."""
     for other in adapters:
         for path in stored.spans.keys() & other.spans.keys():
             slices, others = stored.spans[path], other.spans[path]
@@ -442,8 +430,8 @@ def _outgrown(stored: StoredAdapter) -> CapacityError:
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """A loaded adapter: its largest rank, the paths of the modules that it changes, its slot on the
-    device (None where it has none), whether it keeps that, and its bytes in host memory now."""
+    """A loaded adapter: its largest rank, the paths of the modules that it changes, its slot (None
+    where it has none), whether it is pinned, and its current host bytes."""
 
     name: str
     source: str
@@ -456,7 +444,7 @@ class AdapterInfo:
 
 
 def info(store: AdapterStore, name: str) -> AdapterInfo:
-    """What is known of the adapter of this name; UnknownAdapterError where it is not loaded."""
+    """The `AdapterInfo` of a loaded adapter."""
     s = store[name]
     slot, pinned = store.resident.get(name), name in store.pinned
     return AdapterInfo(name, s.source, s.rank, s.sites, s.version, slot, pinned, s.nbytes)

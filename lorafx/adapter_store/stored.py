@@ -1,10 +1,10 @@
-"""What host memory holds of adapters, in the banks' dtype and layout, under a budget of bytes.
+"""Host memory of adapters, in the banks' dtype and layout, within a budget of bytes.
 
     adapter without a slot → its host copy → the slot
-    no host copy           → its files     → a new one
+    no host copy           → its files     → a new copy
 
-Over the budget the copies go that were used least recently, of adapters that can be read again. A
-copy that somebody still uses stays in memory until nobody does, and is found again until then.
+Over the budget, the least recently used copies of rereadable adapters are dropped. A dropped copy
+is found again as long as it is in use.
 """
 
 from __future__ import annotations
@@ -25,15 +25,13 @@ from lorafx.errors import LorafxError
 from lorafx.interrupts import free_after_fork, undisturbed
 from lorafx.model.bank import Factors, OwnWeight
 
-#: The version of an adapter that is stored now.
 next_version = itertools.count(1).__next__
 
 
 class HostCopy:
-    """The numbers of an adapter in host memory: by index of a group its factors, and the rows that
-    it has of its own of the weight of its one site. `nbytes` is beside what is `shared`: of a sum,
-    the bytes of tensors that are those of another copy, by its id. `again`: they were just read
-    again, and not used yet."""
+    """The numbers of an adapter: factors and replaced rows by group index. `nbytes` excludes
+    `shared`, the bytes of tensors that a sum has from other copies, by id. `again`: reread and not
+    used yet."""
 
     __slots__ = ("__weakref__", "again", "factors", "nbytes", "own", "shared")
 
@@ -52,18 +50,16 @@ class HostCopy:
 
 @dataclass(eq=False)
 class StoredAdapter:
-    """A loaded adapter, with what `Adapter` says of it. Only its host copy comes and goes.
+    """A loaded adapter. Only its host copy comes and goes.
 
     Attributes:
         sites: canonical paths of the sites that it touches.
-        host: its numbers in host memory; None where they were dropped.
-        rescaled, owned, shifted: those of the sites whose outputs it rescales (DoRA), of whose
-            weight it has rows of its own, and to whose outputs it adds a bias.
-        origin: where it can be read again; None where it cannot, or where the base weights as they
-            are then would decide what its file means.
-        keys: as in `Adapter`, where it cannot be read again.
-        version: another number for each adapter that was loaded in this process, from 1 on.
-        dropped: the copy that was dropped, as long as somebody uses it.
+        host: its numbers in host memory, unless dropped.
+        rescaled, owned, shifted: sites with DoRA, with replaced rows, and with an added bias.
+        origin: where it can be read again; None where base weights decide its meaning.
+        keys: as in `Adapter`, if it cannot be read again.
+        version: unique in this process, from 1 on.
+        dropped: the dropped copy, while it is in use.
         width: how many slots it takes in a row.
     """
 
@@ -86,24 +82,23 @@ class StoredAdapter:
 
     @property
     def follows_base(self) -> bool:
-        """Whether some of its numbers are taken again when base weights change."""
+        """Whether some numbers are recomputed when base weights change."""
         return bool(self.rescaled or self.shifted)
 
     @property
     def copy(self) -> HostCopy | None:
-        """Its numbers, as long as they are in host memory."""
+        """Its numbers, while they are in host memory."""
         return self.host or (None if self.dropped is None else self.dropped())
 
     @property
     def nbytes(self) -> int:
-        """Host memory that its numbers take now."""
+        """Host memory of its numbers now."""
         copy = self.copy
         return 0 if copy is None else copy.nbytes
 
 
 class Hold:
-    """One version of an adapter, kept as long as this object lives, and so is its host copy
-    (`AdapterStore.hold`)."""
+    """Keeps a version of an adapter, and its host copy, alive (`AdapterStore.hold`)."""
 
     __slots__ = ("__weakref__", "name", "numbers", "stored")
 
@@ -112,8 +107,7 @@ class Hold:
 
 
 class Retired(str):
-    """The name of a version that was `replaced` or unloaded while requests hold it. It is equal to
-    itself alone, whatever is loaded under a name that reads the same."""
+    """The name of a `replaced` or unloaded version that requests hold; equal only to itself."""
 
     replaced: str
 
@@ -133,14 +127,14 @@ class Retired(str):
 
 
 class HostTier:
-    """The copies of the adapters of one store within a budget of bytes, None for no limit. Safe to
-    use from several threads; files are read without its lock.
+    """The host copies of a store within a budget of bytes (None: no limit). Safe to use from
+    several threads; files are read without its lock.
 
     Attributes:
-        hits, misses: adapters that were written into a slot from host memory, or read again for it.
-        changed: reads that failed.
-        evictions: copies that were dropped.
-        reader: reads an adapter again, by its source and name; None where nothing can be dropped.
+        hits, misses: adapters written into a slot from host memory, or after rereading.
+        changed: failed reads.
+        evictions: dropped copies.
+        reader: rereads an adapter by source and name; without it nothing is dropped.
     """
 
     def __init__(self, fitted: Callable[[Adapter], StoredAdapter], budget: int | None) -> None:
@@ -155,18 +149,16 @@ class HostTier:
 
     @property
     def over(self) -> bool:
-        """Whether the copies that are kept are over the budget."""
         return self.budget is not None and self._nbytes > self.budget
 
     def add(self, stored: StoredAdapter) -> None:
-        """Keep the copy of an adapter that was just loaded."""
         assert stored.host is not None
         with self._lock:
             self._known.add(stored.version)
             self._keep(stored, stored.host)
 
     def get(self, stored: StoredAdapter) -> HostCopy | None:
-        """The copy of an adapter, which is used now; None where there is none."""
+        """The copy of an adapter, marked as used; None if dropped."""
         with self._lock:
             copy = stored.copy
             if copy is not None:
@@ -174,7 +166,7 @@ class HostTier:
             return copy
 
     def numbers(self, stored: StoredAdapter) -> HostCopy:
-        """The copy of an adapter, which is read where there is none. Raises as `read`."""
+        """The copy of an adapter, reread if dropped. Raises as `read`."""
         copy = self.get(stored)
         return self.read(stored) if copy is None else copy
 
@@ -184,11 +176,7 @@ class HostTier:
         copy.again = False
 
     def read(self, stored: StoredAdapter) -> HostCopy:
-        """Read an adapter again.
-
-        Raises:
-            CheckpointError: its files have changed since it was loaded, or cannot be read.
-        """
+        """Reread an adapter; CheckpointError where its files have changed or are unreadable."""
         origin, reader = stored.origin, self.reader
         assert origin is not None, f"{stored.name!r} was dropped"
         assert reader is not None
@@ -210,15 +198,14 @@ class HostTier:
             return copy
 
     def forget(self, stored: StoredAdapter) -> None:
-        """An adapter was unloaded, or only requests under way hold it: it counts no more."""
+        """Stop counting an adapter that was unloaded, or is only held."""
         with self._lock:
             self._known.discard(stored.version)
             if self._kept.pop(stored.version, None) is not None:
                 self._nbytes -= stored.nbytes
 
     def trim(self, stays: Callable[[StoredAdapter], bool]) -> None:
-        """Drop copies until the rest is within the budget. Those stay that cannot be read again,
-        and those whose numbers follow the base weights: DoRA, biases."""
+        """Drop copies down to the budget, if they can be read again and do not follow the base."""
         if self.reader is None:
             return
         with self._lock:
@@ -240,7 +227,7 @@ class HostTier:
                 self.evictions += 1
 
     def after_fork(self) -> None:
-        """In a child process: free of what other threads of the parent were doing."""
+        """Reset the lock in a child process."""
         self._lock = free_after_fork(self._lock)
 
     def _keep(self, stored: StoredAdapter, copy: HostCopy) -> None:

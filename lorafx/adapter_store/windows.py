@@ -1,10 +1,10 @@
-"""Which slots adapters take, where one of a larger rank takes several in a row.
+"""Windows of slots: an adapter of larger rank takes several slots in a row.
 
     width of an adapter   ⌈rank / slot rank⌉, the most of any bank     its window: that many slots
 
-The last slot has room for the largest rank (lorafx.model.bank), so a window may reach past it. That
-is why adapters fit wherever the widths of all but the widest sum up to less than the number of
-slots and no window has to stay where it is (`fit`).
+The last slot has room for the largest rank (lorafx.model.bank), so a window may reach past it.
+Hence adapters fit wherever the widths of all but the widest sum up to less than the number of slots
+and all windows may move (`fit`).
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from lorafx.model.sites import Group
 
 
 def width_of(groups: Sequence[Group], factors: Mapping[int, Iterable[Factors]]) -> int:
-    """The slots that an adapter with these factors, by number of the group, takes in a row."""
+    """The slots in a row of an adapter with these factors by group."""
     widths = (groups[g].bank.width(f.rank) for g, of_group in factors.items() for f in of_group)
     return max(widths, default=1)
 
 
 def window(first: int, width: int, count: int) -> range:
-    """Those of `count` slots that an adapter in slot `first` takes."""
+    """The slots, of `count`, of an adapter in slot `first`."""
     return range(first, min(first + width, count))
 
 
 def fit(widths: Mapping[str, int], kept: Mapping[str, int], count: int, widest: int) -> bool:
-    """Whether adapters of these widths find slots together, where those of `kept` stay in these.
-    `arranged` would say the same more slowly, and an engine asks in each step."""
+    """Whether adapters of these widths find slots together, with those of `kept` in place; a fast
+    form of `arranged` for each step of an engine."""
     most = max(widths.values(), default=0)
     if most > 1 and kept:
         return arranged(widths, kept, (), kept, count, widest) is not None
@@ -43,13 +43,11 @@ def arranged(
     count: int,
     widest: int,
 ) -> dict[str, int] | None:
-    """The first slot of each adapter that gets another one than it has, None where they do not
-    fit into `count` slots.
+    """The first slot of each adapter that moves, or None where they do not fit into `count` slots.
 
-    `slots` are the first ones of those that have some. The `evictable` may lose theirs, least
-    recently used first; the `kept` have to stay. Free slots go first. Where that does not do, all
-    of the evictable ones go, and the others that are not kept may move. The last slot is kept for
-    the `widest` that there can be, if possible.
+    `slots` are the current first slots. The `evictable` may lose theirs, least recently used first,
+    after free slots are used up; the `kept` stay. If that fails, all evictable ones go and others
+    may move. The last slot is left for the `widest` possible adapter, if possible.
     """
     windows = {name: window(first, widths[name], count) for name, first in slots.items()}
     missing = {name: width for name, width in widths.items() if name not in slots}
@@ -68,9 +66,8 @@ def _placed(
     count: int,
     widest: int,
 ) -> dict[str, int] | None:
-    """The first slot of each of these, the widest first, which evict none but `evictable`. Those of
-    the width `widest` take the highest slots and others the lowest, so that what is left between
-    them is in one piece."""
+    """First slots, widest adapters first, evicting only `evictable`. Adapters of width `widest` go
+    to the highest slots and others to the lowest, which keeps the gap in one piece."""
     age = {name: number for number, name in enumerate(evictable)}
     taken: list[str | None] = [None] * count
     for name, slots in windows.items():

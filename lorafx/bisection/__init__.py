@@ -1,1 +1,1 @@
-"""`lorafx.bisect`: the first pass, then the first site, at which a program's answers are wrong."""
+"""`lorafx.bisect`: the first pass, then the first site, with wrong values."""

@@ -1,8 +1,8 @@
-"""The first site at which the values of a graph are wrong.
+"""Finds the first site with wrong values in a graph.
 
-Between two stages: nodes that both have are equal in value as long as the pass between them is
-right. From the first that is not, the way back leads through what the pass made to the site.
-Without a stage before: the value of each site's node beside the result of its module with W + ΔW.
+Between two stages, common nodes have equal values as long as the pass is right. The first that
+differs leads back to the site through the nodes that the pass made. Without an earlier stage, each
+site's node is compared with its module's result under W + ΔW.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from lorafx.capture.recorder import Stage
 from lorafx.capture.verify import difference
 from lorafx.graph.context import module_path
 
-#: A node, and which of its results is meant; None for all.
+#: A node and the index of a result, None for all.
 Source = tuple[fx.Node, int | None]
 
 
 @dataclass
 class Run:
-    """The values of the nodes of one stage in one call of its graph."""
+    """The values of a stage's nodes in a call of its graph."""
 
     stage: Stage
     values: dict[str, Tensor]
@@ -42,7 +42,7 @@ class Run:
 
 
 class _Values(fx.Interpreter):
-    """Keeps a copy of each tensor as it was made: operators behind may write into it."""
+    """Copies each tensor when it is made: later operators may overwrite it."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm)
@@ -56,7 +56,7 @@ class _Values(fx.Interpreter):
 
 
 def recorded(stage: Stage, given: Sequence[Any], runs: list[Run]) -> Any:
-    """The results of a stage; `runs` gets the values of its nodes."""
+    """The results of a stage; appends the values of its nodes to `runs`."""
     values = _Values(stage.graph)
     results = values.run(*given)
     runs.append(Run(stage, values.seen))
@@ -64,8 +64,7 @@ def recorded(stage: Stage, given: Sequence[Any], runs: list[Run]) -> Any:
 
 
 def between(before: Sequence[Run], after: Sequence[Run], tolerance: float) -> FirstSite | None:
-    """The first difference between two runs of the same calls: of a node that both have, else of
-    another node that is returned."""
+    """The first difference between runs of the same calls: of common, else of returned nodes."""
     for good, bad in zip(before, after, strict=False):
         pairs = [(node.name, node) for node in bad.graph.nodes]
         pairs += [(was.name, now) for was, now in zip(good.returned, bad.returned, strict=False)]
@@ -78,7 +77,7 @@ def between(before: Sequence[Run], after: Sequence[Run], tolerance: float) -> Fi
 
 
 def beside(runs: Sequence[Run], modules: Modules, tolerance: float) -> FirstSite | None:
-    """The first difference from the results of the modules, in the order of their calls."""
+    """The first difference from the modules' results, in the order of their calls."""
     values: dict[str, list[tuple[fx.Node, Tensor]]] = {}
     for run in runs:
         for node in run.graph.nodes:
@@ -95,8 +94,7 @@ def beside(runs: Sequence[Run], modules: Modules, tolerance: float) -> FirstSite
 
 
 def _led_to(node: fx.Node, good: Run, bad: Run, error: float) -> FirstSite:
-    """The site that led to a wrong value: the nearest through what the pass made, else the node's
-    own, else the nearest that it computes with."""
+    """The site of a wrong value: among the pass's new nodes, else the node's, else an operand's."""
     names = {other.name for other in good.graph.nodes}
 
     def known(other: fx.Node) -> bool:
@@ -114,8 +112,7 @@ def _led_to(node: fx.Node, good: Run, bad: Run, error: float) -> FirstSite:
 def _nearest(
     starts: Sequence[Source], stage: Stage, ends: Callable[[fx.Node], bool]
 ) -> tuple[str, ...]:
-    """The sites of the nearest node that has some, from `starts` backwards and not beyond nodes
-    where `ends` is true; of a node of several sites the one whose part is taken."""
+    """Sites of the nearest node backwards, up to nodes where `ends`; of a pack the part's site."""
     pending, seen = deque(starts), {node for node, _ in starts}
     while pending:
         node, index = pending.popleft()
@@ -132,7 +129,6 @@ def _nearest(
 
 
 def _sources(node: fx.Node, index: int | None) -> Iterator[Source]:
-    """The nodes that it computes with."""
     if node.target is getitem:
         source: Any = node.args[0]
         yield source, int(node.args[1])  # type: ignore[arg-type]

@@ -1,9 +1,8 @@
-"""Where the compiled form of a right graph leaves tolerance.
+"""Finds where the compiled form of a right graph leaves tolerance.
 
-The same graph is compiled again with values from its inside as further results: those of the sites,
-then those of all nodes. What is computed before them may then be fused in another way, which hides
-some faults. So where nothing differs in this way, the graph is cut off behind one site after the
-other. The rest of the model goes on with the results of the graph that is run node by node.
+The graph is recompiled with inner values as results: those of the sites, then of all nodes. That
+may change fusion and hide a fault. If nothing differs so, the graph is cut off behind each site in
+turn. The rest of the model continues with results of the graph run node by node.
 """
 
 from __future__ import annotations
@@ -25,12 +24,7 @@ from lorafx.torch_internals.trees import tree_leaves
 
 @dataclass
 class CompiledParts:
-    """Looks for the first difference in the graphs that it is given, in the order of their calls.
-
-    Attributes:
-        site: where it was, once it was found.
-        notes: what was seen.
-    """
+    """Finds the first differing `site` in graphs given in order of their calls."""
 
     lowering: Lowering
     tolerance: float
@@ -38,7 +32,7 @@ class CompiledParts:
     notes: list[str] = field(default_factory=list)
 
     def run(self, stage: Stage, given: Sequence[Any]) -> Any:
-        """The results of a stage, node by node; meanwhile its compiled form is looked at."""
+        """The results of a stage run node by node, after checking its compiled form."""
         runs: list[Run] = []
         begun = cloned(given)  # operators may write into inputs
         results = recorded(stage, given, runs)
@@ -76,7 +70,7 @@ class CompiledParts:
             )
 
     def _with_values(self, want: Run, given: Sequence[Any], nodes: Sequence[fx.Node]) -> Run:
-        """The values of these nodes, and of those that the graph returns."""
+        """The values of these nodes and the results, compiled."""
         graph = copied(want.stage.graph)
         output = graph.graph.output_node()
         named = {node.name: node for node in graph.graph.nodes}
@@ -91,8 +85,7 @@ class CompiledParts:
     def _by_cutting(
         self, want: Run, given: Sequence[Any], sites: Sequence[fx.Node]
     ) -> FirstSite | None:
-        """The first of `sites` behind which the graph, cut off there, is wrong. One that is wrong
-        makes those behind it wrong."""
+        """The first of `sites` behind which the cut-off graph is wrong."""
 
         def found(node: fx.Node) -> FirstSite | None:
             cut = _cut_off(want.stage.graph, node)
@@ -108,7 +101,6 @@ class CompiledParts:
         return last
 
     def _compiled(self, gm: fx.GraphModule, given: Sequence[Any]) -> list[Any]:
-        """The results of the compiled graph."""
         gm = copied(gm)  # whatever compiles a graph may change it
         inputs = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
         run: Callable[[list[Any]], Any] = self.lowering.compile(gm, inputs)
@@ -116,7 +108,6 @@ class CompiledParts:
 
 
 def _cut_off(gm: fx.GraphModule, last: fx.Node) -> fx.GraphModule:
-    """A copy that ends with the node and returns it."""
     cut = copied(gm)
     behind = [node for node in cut.graph.nodes if node.op != "placeholder"]
     (node,) = (node for node in behind if node.name == last.name)

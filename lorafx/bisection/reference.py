@@ -1,5 +1,4 @@
-"""Outputs of calls, and what they ought to be: W + ΔW of each adapter in the model's own modules,
-in eager mode.
+"""Outputs of calls, and their reference: the model's modules with W + ΔW, in eager mode.
 
 y[b] = f(x; W + s·B A of names[b])[b]
 """
@@ -20,13 +19,12 @@ from lorafx.serving.compiled import CompiledModel
 from lorafx.session.requests import Names
 from lorafx.torch_internals.trees import tree_leaves
 
-#: The results of a site's calls, in their order.
 Modules = dict[str, list[Tensor]]
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """The tensors of a call's result whose dimension 0 holds the requests."""
+    """The tensors of a call's result with requests in dimension 0."""
 
     leaves: tuple[Tensor, ...]
 
@@ -45,7 +43,7 @@ class Outputs:
 
     @classmethod
     def by_row(cls, names: Names, found: Mapping[str | None, Outputs]) -> Outputs:
-        """Each row from the outputs of its own adapter, which are those of the whole batch."""
+        """Each row from the batch-wide outputs of its adapter."""
         leaves = zip(*(found[name].leaves for name in names), strict=True)
         return cls(
             tuple(torch.stack([leaf[row] for row, leaf in enumerate(rows)]) for rows in leaves)
@@ -60,8 +58,7 @@ class Outputs:
         return max((tolerance(leaf.dtype) for leaf in self.leaves), default=0.0)
 
     def error(self, want: Outputs, mask: Tensor | None = None) -> float:
-        """The largest error of a leaf. `mask` (B, T) leaves padding out, where a leaf is
-        (B, T, ...)."""
+        """The largest error of a leaf. `mask` (B, T) excludes padding of leaves (B, T, ...)."""
         if len(self.leaves) != len(want.leaves):
             raise ValueError(f"{len(self.leaves)} outputs, and {len(want.leaves)} of the reference")
         worst = 0.0
@@ -74,8 +71,7 @@ class Outputs:
 
 @dataclass
 class Reference:
-    """By adapter, None for the base: outputs of the whole batch, and results of each site, by path
-    in the order of the first calls."""
+    """Adapter (None: the base) -> outputs of the whole batch, and results by site path."""
 
     outputs: dict[str | None, Outputs] = field(default_factory=dict)
     modules: dict[str | None, Modules] = field(default_factory=dict)
@@ -84,11 +80,7 @@ class Reference:
 def reference(
     compiled: CompiledModel, inputs: Mapping[str, Any], names: Sequence[str | None]
 ) -> Reference:
-    """The reference for these adapters. Each is merged into the weights and taken out again.
-
-    Raises:
-        MatchError: an adapter cannot be merged.
-    """
+    """The outputs with each adapter merged in turn. Raises MatchError where that is impossible."""
     found = Reference()
     with compiled._session.lock, compiled.disable_adapter():
         for name in dict.fromkeys(names):
@@ -98,7 +90,7 @@ def reference(
 
 
 def fresh(call: Callable[..., Any], inputs: Mapping[str, Any], **more: Any) -> Any:
-    """A call with copies of the inputs: a cache is written by each."""
+    """A call with copied inputs, since calls write into caches."""
     with torch.no_grad():
         return call(**copy.deepcopy(dict(inputs)), **more)
 
@@ -117,7 +109,7 @@ def _merged(compiled: CompiledModel, name: str | None) -> Iterator[None]:
 
 @contextmanager
 def _results(compiled: CompiledModel) -> Iterator[Modules]:
-    """Inside, the results of the modules that are sites are noted."""
+    """Notes the results of the sites' modules in a block."""
     noted: Modules = {}
 
     def hook(path: str) -> Any:

@@ -1,9 +1,9 @@
-"""A program that shows a difference, with all that it needs beside it.
+"""A self-contained program that shows a difference.
 
 repro.py     compiles and bisects again
 case.pt      the model, its configuration and options, inputs, names of adapters
 adapters/    a folder or a file each
-modules/     the sources of the model's classes, and of passes of the user's own
+modules/     the sources of the model's classes, and of users' passes
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ print(found)
 sys.exit(0 if found.first is None else 1)
 '''
 
-#: What an adapter's files may leave to be said.
+#: Settings that an adapter's files may lack.
 _SAID = ("config", "dialect", "component", "key_mapping")
 
 
@@ -64,11 +64,8 @@ def write(
     names: Sequence[str | None],
     found: Bisection,
 ) -> Path:
-    """Write the program into `folder`, and return its path.
-
-    Raises:
-        ConfigError: the model or a pass cannot be pickled, or an adapter came from no file.
-    """
+    """Write the program into `folder`, and return its path. Raises ConfigError for an unpicklable
+    model or pass, or an adapter without file."""
     program = compiled._session.program
     folder.mkdir(parents=True, exist_ok=True)
     options = {
@@ -104,7 +101,6 @@ def write(
 
 
 def _unmarked(model: nn.Module) -> nn.Module:
-    """A copy without marks."""
     hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
     made = copy.deepcopy(model, {id(hook): hook for hook in hooks if isinstance(hook, MARKS)})
     for module in made.modules():
@@ -118,7 +114,7 @@ def _unmarked(model: nn.Module) -> nn.Module:
 def _adapter(
     folder: Path, place: str, compiled: CompiledModel, name: str
 ) -> tuple[str, dict[str, Any]]:
-    """Copy an adapter's files. Returns where they lie in `folder`, and what they do not say."""
+    """Copy an adapter's files; returns their place in `folder`, and settings that they lack."""
     stored, said = compiled._session.store[name], dict[str, Any]()
     path = Path(stored.source)
     if stored.origin is not None:
@@ -140,11 +136,7 @@ def _adapter(
 
 
 def _carry(target: Path, made: Sequence[Any]) -> None:
-    """Copy the sources of what is no part of an installed package into `target`.
-
-    Raises:
-        ConfigError: it is of the program that is running, which a pickle cannot name.
-    """
+    """Copy sources outside installed packages; ConfigError for the running program's."""
     homes = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     installed = [Path(home).resolve() for home in homes] + [Path(__file__).resolve().parents[1]]
     for name in dict.fromkeys(item.__module__ for item in made):

@@ -1,4 +1,4 @@
-"""What a bisection found."""
+"""The result of a bisection."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ BatchKind = Literal["mixed", "one adapter at a time"]
 
 @dataclass(frozen=True)
 class StageError:
-    """The outputs with the graphs as one pass left them, run operator by operator.
+    """The error of outputs after a pass, with graphs run operator by operator.
 
     Attributes:
-        batch: the batch that was served. Before `provenance` no graph knows its rows.
-        error: largest difference from the reference, relative to the largest of 1 and its
-            magnitude.
+        batch: the served batch. Before `provenance` graphs do not know their rows.
+        error: max |got − want| / max(1, max |want|).
     """
 
     name: str
@@ -31,11 +30,11 @@ class FirstSite:
     """Where values first differ.
 
     Attributes:
-        paths: the sites; several where one node computes them and nothing tells them apart.
-        node: the node of the graph at which the difference was seen.
-        where: its module and source line, where the graph says them.
+        paths: the sites; several where a node computes them together.
+        node: the node with the difference.
+        where: its module and source line, if known.
         error: as `StageError.error`, of that node's value.
-        behind: the node is none of the site's own: it computes with the site's result.
+        behind: whether the node only computes with the site's result.
     """
 
     paths: tuple[str, ...]
@@ -55,15 +54,14 @@ class Bisection(Report):
     """The result of `lorafx.bisect`.
 
     Attributes:
-        tolerance: the largest relative error that counts as right.
-        reference: what outputs were compared with.
-        served: the error of the model as it answers.
-        stages: errors by pass, in the order of the passes.
-        first: name of the first pass whose graphs' outputs are over the tolerance; None where there
-            is none.
-        site: the first site at which they are, where it was found.
-        notes: what could not be looked at, and why.
-        script: a program that shows the difference; None where there is none, or none was wanted.
+        tolerance: the largest acceptable relative error.
+        reference: the reference of outputs.
+        served: the error of the model as served.
+        stages: errors by pass, in order.
+        first: the first pass with errors over the tolerance, if any.
+        site: the first such site, if found.
+        notes: what could not be checked, and why.
+        script: a program that shows the difference, if wanted.
     """
 
     tolerance: float

@@ -1,9 +1,9 @@
-"""`lorafx.bisect`: from wrong answers to the pass and the site that make them wrong.
+"""`lorafx.bisect`: from wrong answers to the responsible pass and site.
 
-    outputs with the graphs after match, give_out, …, outline    beside    W + ΔW, each row its own
+    outputs with the graphs after match, give_out, …, outline    beside    W + ΔW by row
 
-The first pass whose graphs give other outputs is wrong, and what it did to the first value that
-differs leads to the site.
+The first pass whose graphs give other outputs is wrong, and its changes to the first differing
+value lead to the site.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lorafx.serving.compiled import CompiledModel, compiled_of
 from lorafx.serving.example_inputs import named_inputs
 from lorafx.serving.replay import Replay, replayed
 
-#: The first stage in which all uses of weights have their deltas, and the first that knows rows.
+#: The first stage with all deltas, and the first that knows rows.
 FIRST, KNOWS_ROWS = "match", "provenance"
 
 
@@ -44,32 +44,31 @@ def bisect(
 ) -> Bisection:
     """Find the first pass, then the first site, at which a compiled model's answers are wrong.
 
-    The reference is W + ΔW of each row's adapter, merged into the model's own modules and run in
-    eager mode; weights are put back bit for bit. The graphs are captured once more and run operator
-    by operator as each pass left them. Where they are right and the answers are not, they are
-    compiled a few times more, with values from inside as results. The graphs that serve stay as
-    they are; other calls wait. It takes the memory of the graph's values twice.
+    The reference is W + ΔW of each row's adapter, merged into the modules and run in eager mode;
+    weights are restored bit for bit. The graphs are captured again and run operator by operator
+    after each pass; if these are right and the answers are not, they are recompiled with inner
+    values as results. Serving graphs are unaffected; other calls wait. Needs twice the memory of
+    the graph's values.
 
     Args:
-        model: what `lorafx.compile` returned.
-        inputs: the arguments of a call, by name or in their order.
+        model: a model from `lorafx.compile`.
+        inputs: the arguments of a call, by name or in order.
         adapter_names: an adapter for each request, None for the base; no sums.
-        tolerance: the largest relative error that counts as right; None for that of
+        tolerance: the largest acceptable relative error; default: that of
             `Options(verify="numeric")` by dtype: 1e-4 for float32, 2e-2 for float16, 6e-2 for
             bfloat16.
-        folder: where a program that shows the difference is written, if there is one.
+        folder: receives a program that shows the difference, if there is one.
 
     Returns:
         A `Bisection`; `first` is None where nothing is wrong.
 
     Raises:
-        ConfigError: not a compiled model, an adapter is merged, a sum of adapters, `folder` is not
-            empty or cannot be written to, or what would have to be written cannot be.
-        BatchError: `adapter_names` is not as long as the batch, or no output is a tensor with a row
-            for each request.
+        ConfigError: not a compiled model, a merged adapter, a sum of adapters, an unusable or
+            non-empty `folder`, or a program that cannot be written.
+        BatchError: `adapter_names` does not fit the batch, or no output has a row for each request.
         MatchError: an adapter cannot be merged, so there is no reference.
 
-    It also raises whatever the call itself raises.
+    It also raises the call's own errors.
     """
     compiled = compiled_of(model)
     if compiled is None:
@@ -162,7 +161,7 @@ class _Search:
         return Bisection(self.tolerance, merged, served, tuple(errors), first, site, tuple(notes))
 
     def _errors(self, replay: Replay) -> list[StageError]:
-        """Of all stages that have their deltas. Until one knows rows, each adapter serves alone."""
+        """Of all stages with all deltas. Until a stage knows rows, each adapter serves alone."""
         batch: BatchKind = "one adapter at a time"
         errors = []
         for name in replay.names[replay.names.index(FIRST) :]:
@@ -185,7 +184,6 @@ class _Search:
         return worst
 
     def _site(self, replay: Replay, errors: Sequence[StageError], at: int) -> FirstSite | None:
-        """The first site at which the stage `at` is wrong."""
         batch = errors[at].batch
         names = [self.names]
         if batch != "mixed":
@@ -202,8 +200,7 @@ class _Search:
         return None
 
     def _compiled_parts(self, replay: Replay) -> CompiledParts:
-        """What the lowering makes of the graphs in which a layer's operators stand in the graph
-        itself."""
+        """Checks the lowering of graphs without outlined layers."""
         parts = CompiledParts(replay.lowering, self.tolerance)
         with replay.running(replay.flat, parts.run):
             self._call(self.names)
@@ -217,7 +214,7 @@ class _Search:
         return parts
 
     def _modules(self, asked: Sequence[str | None]) -> dict[str, list[Tensor]]:
-        """Results of the sites' modules for this batch, where a row is an entry of dimension 0."""
+        """Results of the sites' modules for this batch, with rows in dimension 0."""
         first, *others = dict.fromkeys(asked)
         if not others:
             return self.want.modules[first]

@@ -1,2 +1,1 @@
-"""From a frame that Dynamo captured to an executable: the backend, the driver of the passes,
-checks."""
+"""From a frame captured by Dynamo to an executable: backend, driver of the passes, checks."""

@@ -1,10 +1,9 @@
-"""The Dynamo backend of one program: a captured frame goes in, an executable comes out.
+"""The Dynamo backend of a program: compiles captured frames to executables.
 
-A frame of a call without adapters is compiled as the base model's would be. Any other goes through
-AOTAutograd to the functional ATen graph, the passes, and the lowering; so do parts without sites,
-since the proof of a later graph may rest on the owners of their results. A graph serves calls of
-the kind that it was captured for: an entry's own frame belongs to one kind
-(lorafx.serving.entry), and what a model breaks into is guarded.
+A frame of a call without adapters is compiled like the base model's. All others, even parts without
+sites, which proofs of later graphs may need, go through AOTAutograd, the passes and the lowering. A
+graph serves calls of the kind it was captured for: an entry's frame has a single kind
+(lorafx.serving.entry), and other frames are guarded.
 """
 
 from __future__ import annotations
@@ -54,8 +53,7 @@ from lorafx.torch_internals.shortcuts import chosen
 
 @dataclass(frozen=True)
 class Compilation:
-    """One graph on its way to an executable. `owner` finds the program that this serves; `parts`
-    are filled in on the way."""
+    """A graph on its way to an executable; `owner` finds its program at run time."""
 
     frame: Frame
     record: GraphRecord
@@ -65,7 +63,7 @@ class Compilation:
 
 
 class Backend:
-    """Compiles the frames of one program.
+    """Compiles the frames of a program.
 
     Args:
         entered: true for a Python frame that calls the program with a call's arguments.
@@ -77,28 +75,23 @@ class Backend:
         self.records: list[GraphRecord] = []
         #: Some graph takes what another made: results are worth keeping note of.
         self.several = [False]
-        #: Is given each graph that was compiled, while somebody wants to save it.
+        #: Receives each compiled graph to save.
         self.noted: Callable[[Captured], None] | None = None
-        #: Is given the record of each graph, with its stages where they are wanted, also of one
-        #: that a pass or a compiler has failed at.
+        #: Receives the record of each graph, even of a failed compilation.
         self.recorded: Callable[[GraphRecord], None] | None = None
         self.lowering: Lowering = lowering_for(program.options)
         self.shortcuts = chosen(program.options.shortcuts)
-        #: Gives what runs in place of a lowered graph, whose stages are kept; None where graphs are
-        #: lowered.
+        #: Replaces a lowered graph, whose stages are kept; None to lower graphs.
         self.replay: Callable[[GraphRecord], Callable[[list[Any]], Any]] | None = None
-        #: Finds what a place of the frame that is being captured holds, where the frame is the
-        #: program's own in every call.
+        #: Looks up a place of the captured frame, if the frame is always the program's.
         self._at: Callable[[str], Any] | None = None
-        #: Graphs that may serve calls of other sizes.
         self.instances = Instances()
 
     def __call__(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-        """Compile a frame of calls with one slot a request."""
         return self.compile(gm, examples, self.lowering)
 
     def per_token(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-        """Compile a frame of calls with one slot a token."""
+        """Compiles a frame of calls with a slot for each token."""
         return self.compile(gm, examples, self.lowering, per_token=True)
 
     def compile(
@@ -109,12 +102,8 @@ class Backend:
         *,
         per_token: bool = False,
     ) -> Callable[..., Any]:
-        """The executable of a frame whose inputs are `examples`.
-
-        Raises:
-            ReplacedModuleError: a module that carries an adapter of the batch. No graph is kept
-                then, and Dynamo asks again in the next call.
-        """
+        """The executable of a frame whose inputs are `examples`. Raises ReplacedModuleError,
+        keeping no graph, for a replaced module with an active adapter."""
         program, self._at = self.program, None
         spans: list[Span] = []
         note_tracing(spans)
@@ -152,7 +141,6 @@ class Backend:
         call: Mapping[str, str],
         spans: list[Span],
     ) -> GraphRecord:
-        """The record of a graph that no other serves, as its compilation begins."""
         program = self.program
         places = InputPlaces.of(frame, examples)
         self.several[0] |= frame.follows_another or bool(places.arguments) or ends_in_break()
@@ -173,10 +161,9 @@ class Backend:
         lowering: Lowering,
         bound: BoundInputs | None,
     ) -> Callable[..., Any]:
-        """The executable of a graph that no other serves; it is recorded."""
         program, active = self.program, bool(self.program.runtime.active)
         inputs = gm.graph.find_nodes(op="placeholder")
-        # Whatever compiles a graph may change it.
+        # Compilers may change the graph.
         values = [node.meta.get("example_value") for node in inputs]
         sources = [getattr(node.meta.get("grapharg"), "source", None) for node in inputs]
         owner = self.owner(frame, [p for p, item in enumerate(frame.inputs) if item.sites])
@@ -214,9 +201,9 @@ class Backend:
         return frame
 
     def _finds_instances(self, active: bool) -> bool:
-        """Whether a graph may serve calls of other sizes than it was captured for. Triton kernels
-        are planned for their rows; what torch.compile makes of the base for one request may differ
-        in bits; a graph that is looked at, or saved, is one of its own."""
+        """Whether a graph may serve other sizes. Triton kernels are planned for their rows; the
+        base's bits may depend on the batch size; recorded and saved graphs are compiled
+        separately."""
         options, device = self.program.options, self.program.runtime.device
         if self.noted is not None or self.replay is not None:
             return False
@@ -225,8 +212,7 @@ class Backend:
         return active or options.lowering == "reference"
 
     def _guard_kind(self, frame: Frame, *, active: bool) -> None:
-        """Have Dynamo call the graph for calls of its kind alone, where neither a code object of
-        its own nor a mark in it sees to that; and while what is missing of the model is missing."""
+        """Guard the kind of call, unless code or a mark separates it, and missing modules."""
         program = self.program
         named, state = names_of_frame(), program.site_watch.state
         by_kind = frame.begins_call or any(
@@ -250,15 +236,12 @@ class Backend:
         guard_frame(holds)
 
     def keep_guards(self, guards: Sequence[Any]) -> Sequence[bool]:
-        """Which guards of the graph that was compiled just now are checked before each call, for
-        Dynamo."""
         at, self._at = self._at, None
         return [True] * len(guards) if at is None else keep_guards(guards, at)
 
     def _compile_base(
         self, gm: fx.GraphModule, examples: Sequence[Any], compilation: Compilation
     ) -> Callable[..., Any]:
-        """The executable of calls without adapters."""
         record = compilation.record
         record.keep_base(gm, compilation.frame)
         with self.lowering_timed(record), self._noting(compilation.parts):
@@ -267,7 +250,6 @@ class Backend:
     def compile_lora(
         self, gm: fx.GraphModule, examples: Sequence[Any], compilation: Compilation
     ) -> Callable[..., Any]:
-        """The executable of calls with adapters."""
         record = compilation.record
 
         def trace(graph: fx.GraphModule, folded: Folded | None) -> Callable[..., Any]:
@@ -280,7 +262,7 @@ class Backend:
                 fw_compiler=compiler,
                 inference_compiler=compiler,
                 decompositions=compilation.lowering.decompositions(),
-                # Else what was written into is a result, and is copied back as a whole.
+                # Otherwise a written input is a result, copied back whole.
                 keep_inference_input_mutations=writes_in_place(gm),
             )(graph, examples)
 
@@ -296,7 +278,6 @@ class Backend:
     def _lowered(
         self, gm: fx.GraphModule, inputs: Sequence[Any], compilation: Compilation
     ) -> Callable[..., Any]:
-        """What AOTAutograd's graph is compiled to, after the passes."""
         program, record, parts = self.program, compilation.record, compilation.parts
         frame = compilation.frame
         if self.noted is not None:
@@ -333,14 +314,13 @@ class Backend:
             None if name in (SLOTS, ONE_SLOT) else (tuple(value.shape), value.stride(), value.dtype)
             for (_, _, name), value in zip(extra, values, strict=True)
         ]
-        # The parts of a tensor subclass do not say whose they are.
+        # Parts of a tensor subclass do not name their site.
         whole = [node for node, item in frame.by_node.items() if item.sites and not item.part]
         owner = self.owner(frame, [frame.positions[node] for node in whole])
         return with_lookups(record.checks, owner, executable, extra, parts.banks, record.numeric)
 
     @contextmanager
     def lowering_timed(self, record: GraphRecord) -> Iterator[None]:
-        """Around what the lowering does, which is timed; what Inductor writes is noted."""
         name = self.program.options.lowering
         code: AbstractContextManager[None] = nullcontext()
         if name != "reference":
@@ -352,7 +332,6 @@ class Backend:
 
     @contextmanager
     def failing(self, record: GraphRecord) -> Iterator[None]:
-        """Around the compilation of a graph: one that fails is recorded as far as it got."""
         try:
             yield
         except BaseException:

@@ -1,9 +1,8 @@
-"""Inputs of a graph that are the same tensors in every call: banks and packed weights.
+"""Inputs that are the same tensors in every call: banks and packed weights.
 
-In a frame that one program owns they are inputs of what is compiled, looked up once, and none of
-what Dynamo makes its bytecode for, which would load them module by module (6.5 µs per call and
-layer). Modules that change places without torch's notice take their marks along, so each call
-compares the weights that a bank belongs to.
+In a frame owned by a program they are looked up once and hidden from Dynamo, whose bytecode would
+load them module by module (6.5 µs per call and layer). Modules that change places unnoticed by
+torch carry their marks along, so each call compares the weights of the banks' sites.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from lorafx.program.program import Program
 
 @dataclass(frozen=True)
 class BoundInputs:
-    """The last inputs of one graph.
+    """The bound inputs, which are the last of a graph: banks, then packed weights.
 
     Attributes:
-        banks: of each the group, and the name of the bank's tensor; they come first.
-        packed: of each the number of the pack, and the name of its tensor.
-        weights: of the sites that these belong to the position of the weight, and the site.
+        banks: (group, name of the bank's tensor).
+        packed: (index of the pack, name of its tensor).
+        weights: (position of the weight, site) of their sites.
     """
 
     banks: tuple[tuple[Group, str], ...]
@@ -45,11 +44,7 @@ class BoundInputs:
         return (*(group.bank.tensors[name] for group, name in self.banks), *packs)
 
     def around(self, program: Program, compiled: Callable[..., Any]) -> Callable[..., Any]:
-        """The executable without these inputs.
-
-        It raises ReplacedModuleError where an adapter of the batch touches a weight that is that of
-        another module than at capture.
-        """
+        """The executable; raises ReplacedModuleError for an active adapter's replaced weight."""
         binding = _Binding(self, program)
         program.bindings.append(binding)
         held = weakref.ref(binding)  # Dynamo keeps some executables for ever
@@ -68,7 +63,7 @@ class _Binding:
         self.tensors = bound.tensors(program)
         self._program = program
         first, *others = (position for position, _ in bound.weights)
-        # Of one position an itemgetter would give no tuple.
+        # itemgetter of a single position would give no tuple.
         self._weights_of = operator.itemgetter(first, first, *others)
         self._sites = [site for _, site in bound.weights]
         self._known = self._now()
@@ -81,15 +76,14 @@ class _Binding:
         if not all(map(operator.is_, self._weights_of(arguments), self._known)):
             self._program.look_at_modules()
             self._program.refuse_missing(self._program.batch.touched)
-            # A parameter was replaced, or what was is of no adapter of this batch.
+            # A parameter was replaced, or the replaced one has no adapter in this batch.
             self._known = self._now()
 
 
 def bind(
     program: Program, frame: Frame, gm: fx.GraphModule, examples: Sequence[Any]
 ) -> tuple[BoundInputs | None, list[Any]]:
-    """The inputs of a frame of `program` alone that need not be looked up in every call, and the
-    examples. Graph, frame and examples have these inputs last now."""
+    """The bindable inputs, now last in graph and frame, and the reordered examples."""
     places = {
         id(site): position
         for position, item in enumerate(frame.inputs)
@@ -130,8 +124,7 @@ def _reorder(graph: fx.Graph, order: Sequence[int]) -> None:
 
 
 def take_out(gm: fx.GraphModule, graph: fx.Graph, bound: Sequence[Tensor]) -> None:
-    """Make the last inputs of Dynamo's graph, which is compiled, attributes of its module: Dynamo
-    makes bytecode that loads the inputs which the graph has afterwards."""
+    """Turn the last inputs of Dynamo's graph into attributes, which bytecode does not load."""
     nodes = graph.find_nodes(op="placeholder")[-len(bound) :]
     for number, (node, tensor) in enumerate(zip(nodes, bound, strict=True)):
         name = f"_lorafx_bound_{number}"

@@ -1,8 +1,7 @@
-"""What a compiled graph checks before it serves a call.
+"""The checks of a compiled graph before it serves a call.
 
-Dynamo keeps a graph, and calls it for other layers and other models of the same class. So nothing
-here holds a module or a weight: sites are paths, and the tensors of the running call tell which
-site is meant.
+Dynamo calls a graph for other layers and models of the same class too. So no module or weight is
+kept here: sites are paths, and the running call's tensors identify them.
 """
 
 from __future__ import annotations
@@ -27,23 +26,20 @@ from lorafx.torch_internals.frames import size_expression
 
 @dataclass
 class InputPlaces:
-    """Where a graph's inputs are among the arguments that it is called with.
+    """Positions of a graph's inputs among its arguments.
 
     Attributes:
         weights: path of a site -> position of its weight, index among the sites that share it.
         banks: path of a site -> position of its group's bank, index of the site in the group.
         requests: (position, dimension, name) of inputs that carry requests.
-        called: those of them that are arguments of the call.
-        arguments: position -> role of those inputs from the call's arguments that may be something
-            else in another call.
-        plain: positions of matrices (and stacks of them) that are no site's weight here, and may
-            be in another call.
-        derived: path of a site, position and form of each tensor that holds part of its weight.
-        assumed: position -> argument of those `requests` whose dimension is the convention's, until
-            a warning has been given for it.
-        choices: those of `called` that hold several sequences of each request, in dimension 1: as
-            many in all of them.
-        number: how many requests the graph is for, where inputs are of one request each.
+        called: those that are arguments of the call.
+        arguments: position -> role of call arguments that may be something else in another call.
+        plain: positions of matrices (and stacks) that are no site's weight, but may be in another
+            call.
+        derived: path, position and form of each tensor that contains part of a site's weight.
+        assumed: position -> argument whose request dimension is conventional, until warned about.
+        choices: those of `called` with several sequences a request in dimension 1, equally many.
+        number: how many requests the graph is for, if its inputs are of one request each.
     """
 
     weights: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -89,8 +85,8 @@ class InputPlaces:
         return places
 
     def look_once(self, values: Sequence[Any]) -> None:
-        """Look at one input alone of those whose requests are as many by a guard. `values` are the
-        inputs as Dynamo traced them; the graph is compiled, so all guards on sizes are there."""
+        """After compilation, check only one of the inputs whose request counts are guarded
+        equal."""
         self.requests = _of_different_sizes(self.requests, values)
         self.called = _of_different_sizes(self.called, values)
 
@@ -116,7 +112,7 @@ class InputPlaces:
         *,
         when: When = "always",
     ) -> list[str]:
-        """Paths of the running call's sites that a refusal for batches like `when` concerns."""
+        """Paths of the running call's sites that a refusal for batches `when` concerns."""
         now = [self.site(program, path, arguments) for path in paths]
         batch = program.batch
         concerned = {"dora": batch.rescaled, "own": batch.owned, "bias": batch.shifted}.get(
@@ -125,12 +121,12 @@ class InputPlaces:
         return [site.path or "(root)" for site in now if site and site.path in concerned]
 
     def strangers(self, program: Program, arguments: Sequence[Any]) -> list[str]:
-        """Paths of touched sites whose weights stand where no site's weight stood at capture."""
+        """Paths of touched sites whose weights replace a plain input."""
         found = [program.site_of_part(arguments[position]) for position in self.plain]
         return [site.path for site in found if site and program.is_touched(site)]
 
     def changed(self, program: Program, arguments: Sequence[Any]) -> list[str]:
-        """Paths of touched sites of whose weight an input held part, and does not any more."""
+        """Paths of touched sites whose derived inputs no longer hold their weight."""
         found: set[str] = set()
         for path, position, form in self.derived:
             now = program.derived.look(arguments[position])
@@ -141,14 +137,14 @@ class InputPlaces:
         return sorted(found)
 
     def rows(self, arguments: Sequence[Any], *, called: bool = False) -> int | None:
-        """The number of requests by the graph's inputs; by the call's arguments, with `called`."""
+        """The number of requests by the inputs, or by the call's arguments."""
         places = self.called if called else self.requests
         sizes = [arguments[position].shape[dim] for position, dim, _ in places]
         return max(sizes) if sizes else self.number
 
     def check_rows(self, arguments: Sequence[Any], rows: int) -> None:
-        """Raise BatchError where an argument that carries requests has neither `rows` of them nor
-        one that all share. Warns once where it is open which dimension holds them."""
+        """Raise BatchError unless inputs have `rows` requests or a shared one; warns once if
+        unsure."""
         for position, dim, name in self.called:
             check_requests(name, arguments[position].shape, dim, rows)
         for position, argument in list(self.assumed.items()):
@@ -156,7 +152,7 @@ class InputPlaces:
                 del self.assumed[position]
 
     def check_choices(self, arguments: Sequence[Any]) -> None:
-        """Raise BatchError where arguments hold different numbers of sequences for each request."""
+        """Raise BatchError where arguments differ in sequences per request."""
         if len({arguments[position].shape[dim] for position, dim, _ in self.choices}) > 1:
             given = ", ".join(f"{n} {tuple(arguments[p].shape)}" for p, _, n in self.choices)
             raise BatchError(
@@ -168,7 +164,7 @@ class InputPlaces:
 def _of_different_sizes(
     places: Sequence[tuple[int, int, str]], values: Sequence[Any]
 ) -> list[tuple[int, int, str]]:
-    """The first place of each size. A step with a cache has two for each layer."""
+    """The first place of each size: a decode step has two inputs per layer."""
     found: dict[Any, tuple[int, int, str]] = {}
     for place in places:
         position, dim, _ = place
@@ -178,8 +174,7 @@ def _of_different_sizes(
     return list(found.values())
 
 
-#: Parts of adapters beside their factors: what cannot be done with them, and the setting of PEFT
-#: that makes an adapter have them.
+#: Parts of adapters beside factors: the unsupported effect, and the PEFT setting that adds them.
 _PARTS: dict[When, tuple[str, str]] = {
     "dora": ("DoRA cannot be applied at {}", "use_dora"),
     "own": (
@@ -199,15 +194,15 @@ _UNSEEN = (
 
 @dataclass(frozen=True)
 class RefusedSites:
-    """Sites by their paths that a graph cannot serve, for which batches, and why: a `Refusal`."""
+    """Site paths that a graph cannot serve, in which batches, and why (`Refusal`)."""
 
     sites: tuple[str, ...]
     when: When
     reason: str
 
     def error(self, names: str, *, unseen: bool = False) -> LorafxError:
-        """What a call says whose adapters concern the sites of these names. `unseen`: memory of
-        the call was handed out, or written into unseen."""
+        """The error of a call with adapters here; `unseen`: memory was handed out or written
+        unseen."""
         if self.when in _PARTS:
             refused, setting = _PARTS[self.when]
             return MatchError(
@@ -229,13 +224,13 @@ class RefusedSites:
 
 @dataclass(eq=False)
 class Checks:
-    """What one graph checks.
+    """The checks of a graph.
 
     Attributes:
         begins_call, inside: as in `Frame`.
         sites: paths of the sites that the graph serves.
-        several: whether the model is in several graphs, so that results are worth a note; one
-            list of one bool for all graphs of a program.
+        several: whether the model has several graphs, so results are noted; a list shared by the
+            program's graphs.
     """
 
     places: InputPlaces
@@ -247,8 +242,7 @@ class Checks:
     inside: dict[tuple[int, int], bool] = field(default_factory=dict)
 
     def refuse_changed(self, program: Program, arguments: Sequence[Any]) -> None:
-        """Raise ProvenanceError where the batch's adapters touch a site of the graph: an input is
-        not what it was when the graph was captured."""
+        """Raise ProvenanceError where an input of a touched site has changed since capture."""
         touched = self.places.touched(program, self.sites, arguments)
         if touched:
             unseen = program.call is not None and program.call.memory.unseen
@@ -259,14 +253,14 @@ class Checks:
             )
 
     def check(self, program: Program, arguments: Sequence[Any], *, alone: bool = False) -> None:
-        """Refuse the running batch where this graph cannot serve it. `alone`: all its rows belong
-        to one request.
+        """Refuse the running batch where this graph cannot serve it. `alone`: all rows belong to a
+        single request.
 
         Raises:
             CaptureError: an adapter touches a layer for which the graph has no LoRA.
-            MatchError: an adapter touches a site whose weight is used in a way that LoRA, DoRA or a
-                weight of the adapter's own cannot be applied to.
-            ProvenanceError: the batch mixes adapters at a site whose rows have no proved owner.
+            MatchError: LoRA, DoRA or a replaced weight cannot be applied to a use of a touched
+                weight.
+            ProvenanceError: mixed adapters at a site whose rows have no proved owner.
             BatchError: as `InputPlaces.check_choices`.
         """
         if not program.runtime.uniform:
@@ -296,7 +290,7 @@ class Checks:
                 raise refusal.error(", ".join(touched), unseen=unseen)
 
     def rows(self, program: Program, arguments: Sequence[Any]) -> Rows | None:
-        """Whose rows the graph computes in the running call; None where that is not known."""
+        """The owners of the graph's rows in the running call, if known."""
         assert program.call is not None
         of_call = self.places.arguments
         rows = self.handover.rows(

@@ -1,4 +1,4 @@
-"""Running the passes over a graph. Only this module cleans, verifies and times."""
+"""Runs the passes over a graph. Only this module cleans, verifies and times."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lorafx.graph.context import Context
 from lorafx.pass_order import GraphPass, pipeline, run_passes
 from lorafx.program.preparation import PassReport
 
-#: Is given the captured graph (with None), then the graph after each pass with the pass's report.
+#: Receives the captured graph (with None), then the graph after each pass with its report.
 AfterPass = Callable[[fx.GraphModule, Context, PassReport | None], None]
 
 
 def run_pipeline(gm: fx.GraphModule, ctx: Context, after_pass: AfterPass) -> None:
-    """Run all passes that are switched on over `gm`, in place."""
+    """Run all enabled passes over `gm`, in place."""
     options = ctx.program.options
     outputs = output_values(gm)
     after_pass(gm, ctx, None)
@@ -47,6 +47,5 @@ def run_pipeline(gm: fx.GraphModule, ctx: Context, after_pass: AfterPass) -> Non
 
 
 def stays(node: fx.Node) -> bool:
-    """Whether a node is no dead code. Placeholders must stay (the executable's calling convention),
-    and so must effects. What has users stays in any case, and is not looked at."""
+    """Whether a node without users must stay: placeholders (the calling convention) and effects."""
     return node.op == "placeholder" or bool(node.users) or node.is_impure()

@@ -1,8 +1,8 @@
-"""What Dynamo calls in place of a frame: the compiled graph behind the checks of each call.
+"""The executable of a frame: the compiled graph behind the checks of each call.
 
-    arguments → checks of this batch → what `match` added, looked up → graph → results noted
+    arguments → checks of this batch → lookup of `match`'s inputs → graph → results noted
 
-An executable keeps nothing of one layer or model: it finds the program by the arguments
+An executable keeps nothing of a layer or model: it finds the program by the arguments
 (`ProgramLookup`), and banks by the weight at their position.
 """
 
@@ -25,19 +25,17 @@ from lorafx.program.handover import OfList, Rows
 from lorafx.program.program import ROOMS, Program
 from lorafx.program.stack import calling_modules
 
-#: The program that a graph serves in the running call, by the arguments that it is called with;
-#: None where the call is of a model without LoRA.
+#: The program that a graph serves, by the graph's arguments; None for models without LoRA.
 ProgramLookup = Callable[[Sequence[Any]], "Program | None"]
 
-#: Sizes, strides and dtype of a bank's tensor that a graph takes.
+#: Sizes, strides and dtype of a bank's tensor.
 BankLayout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
 def checked(
     checks: Checks, owner: ProgramLookup, compiled: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """The graph among others of one call: what it cannot serve is refused, what it takes from
-    others is checked, what it returns is noted."""
+    """The graph with checks of the batch and of its inputs, and with its results noted."""
 
     def run(*arguments: Any) -> Any:
         program = owner(arguments)
@@ -98,7 +96,7 @@ def _slots(
 def looked_at(
     compiled: Callable[[list[Any]], Any], operators: fx.GraphModule
 ) -> Callable[[list[Any]], Any]:
-    """The graph, and where what Python computes is tracked, its operators one after another."""
+    """The graph, run operator by operator while Python's computations are tracked."""
 
     def run(arguments: list[Any]) -> Any:
         return operators.forward(*arguments) if looks() else compiled(arguments)
@@ -114,7 +112,7 @@ def with_lookups(
     banks: Sequence[BankLayout | None],
     numeric: NumericCheck | None,
 ) -> Callable[..., Any]:
-    """The graph with the inputs that the passes added, in AOTAutograd's boxed convention."""
+    """The graph with the inputs added by passes, in AOTAutograd's boxed convention."""
     nulls: dict[int, Tensor] = {}
     rooms = frozenset(extra)
 
@@ -133,8 +131,7 @@ def with_lookups(
 
 
 def refusing(error: LorafxError) -> Callable[..., Any]:
-    """An executable for what cannot be compiled. Raised where a graph is compiled, the error would
-    reach the caller inside one of Dynamo's."""
+    """An executable that raises `error` at run time, which Dynamo would wrap in compilation."""
     kind, text = type(error), str(error)
 
     def run(*arguments: Any) -> Any:
@@ -144,7 +141,6 @@ def refusing(error: LorafxError) -> Callable[..., Any]:
 
 
 def for_base(checks: Checks, owner: ProgramLookup, base: Callable[..., Any]) -> Callable[..., Any]:
-    """The graph of the base model."""
     if not checks.places.plain:
         return base  # no other kind of call can get it
 
@@ -158,8 +154,7 @@ def for_base(checks: Checks, owner: ProgramLookup, base: Callable[..., Any]) -> 
 
 
 def _check_callers(program: Program, arguments: Sequence[Any], checks: Checks) -> None:
-    """Raise MatchError where the graph's unmarked uses are not inside or outside of their modules'
-    calls as when captured: a delta would be added twice, or not at all."""
+    """Raise MatchError where unmarked uses moved into or out of their modules' calls."""
     callers = calling_modules()
     for (position, index), expected in checks.inside.items():
         site = program.site_of_weight(arguments[position], index)
@@ -181,15 +176,13 @@ def _looked_up(
     rooms: frozenset[tuple[int, int, str]],
     nulls: dict[int, Tensor],
 ) -> list[Any]:
-    """The inputs that the passes added, banks found by the weight that stands at their position.
-
-    A layer whose weight carries no site gets a bank of rank zero, which `nulls` keeps.
+    """The inputs added by passes; banks are found by the weight at their position, and are of rank
+    zero (`nulls`) for a weight without site.
 
     Raises:
-        CaptureError: a layer's bank does not lie as that of the layer that was captured, where
-            generated code takes its strides for granted; or one of them has no room for DoRA, or
-            for weights of adapters' own.
-        ReplacedModuleError: the layer's module stands where one that carries LoRA stood.
+        CaptureError: a bank's layout differs from the captured layer's, or lacks room for DoRA or
+            replaced weights.
+        ReplacedModuleError: the layer's module replaces one with LoRA.
     """
     fixed = program.options.lowering != "reference"
     found: list[Any] = []
@@ -227,5 +220,5 @@ def _looked_up(
 def _zeros(layout: BankLayout, device: torch.device) -> Tensor:
     shape, strides, dtype = layout
     reach = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    # Gaps between the numbers hold zeros, too.
+    # Gaps between the numbers are zeros, too.
     return torch.zeros(reach + 1, dtype=dtype, device=device).as_strided(shape, strides)

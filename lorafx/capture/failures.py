@@ -1,7 +1,7 @@
-"""Failures of a compiler as errors of lorafx: which part failed on which graph, and what to try.
+"""Compiler failures as errors of lorafx: the failing part, the graph, and the way out.
 
-AOTAutograd and Dynamo wrap an error in theirs, or look at its class. So it is passed on as it is,
-with a note of its origin, and becomes an error of lorafx outside Dynamo.
+AOTAutograd and Dynamo wrap errors or check their class. So an error passes unchanged, with a note
+of its origin, and is converted outside Dynamo.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class _Place:
 
 @contextmanager
 def failing_in(what: str, error: type[LorafxError], way_out: str) -> Iterator[None]:
-    """Note on what leaves the block that it failed in `what`, the innermost such block. For the
-    caller it becomes an `error`; `way_out` is a sentence that says what to try."""
+    """Note on exceptions that the innermost such block failed in `what`; they become `error`, with
+    the advice `way_out`."""
     try:
         yield
     except Exception as raised:
@@ -49,7 +49,6 @@ def in_tracing() -> AbstractContextManager[None]:
 
 
 def in_lowering(name: str) -> AbstractContextManager[None]:
-    """The compiler behind the passes, or of the base model's own graphs."""
     way_out = 'run the graphs node by node by Options(lowering="reference")'
     if name == "reference":
         way_out = _KEEP_OUT
@@ -57,16 +56,13 @@ def in_lowering(name: str) -> AbstractContextManager[None]:
 
 
 def own_error(raised: BaseException) -> LorafxError | None:
-    """The error of lorafx that Dynamo or Inductor has put one of theirs around."""
+    """lorafx's error inside an error of Dynamo or Inductor."""
     return next((item for item in chain(raised)[1:] if isinstance(item, LorafxError)), None)
 
 
 def explained(raised: BaseException, model: str, base: str = "") -> LorafxError | None:
-    """The error of lorafx for a failure of a compiler on a graph of `model`; None for what the
-    model raised, or its caller's arguments made it raise.
-
-    `base` is a sentence that says what becomes of calls without an adapter.
-    """
+    """The lorafx error for a compiler failure on a graph of `model`; None for errors of the model
+    or its arguments. `base` tells what happens to calls without an adapter."""
     errors = chain(raised)
     place = next((getattr(item, _NOTE) for item in errors if hasattr(item, _NOTE)), None)
     if place is None and not _is_of_dynamo(raised):
@@ -84,7 +80,7 @@ def explained(raised: BaseException, model: str, base: str = "") -> LorafxError 
 
 
 def chain(raised: BaseException) -> list[BaseException]:
-    """The error, and the errors that Dynamo and Inductor have put theirs around."""
+    """The error, and the errors that Dynamo and Inductor have wrapped."""
     found = [raised]
     while isinstance(inner := getattr(found[-1], "inner_exception", None), BaseException):
         if inner in found:
@@ -94,6 +90,6 @@ def chain(raised: BaseException) -> list[BaseException]:
 
 
 def _is_of_dynamo(raised: BaseException) -> bool:
-    # What it says of an operator that refuses its arguments is the model's own error.
+    # An operator refusing its arguments is the model's error.
     models = (TorchRuntimeError, ObservedException)
     return isinstance(raised, TorchDynamoException) and not isinstance(raised, models)

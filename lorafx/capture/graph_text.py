@@ -1,9 +1,7 @@
-"""Graphs as readable programs.
+"""Graphs as readable programs, with the user's lines of code.
 
-    # model.layers.0.mlp.up_proj (my_model.py:71): up = self.up_proj(x)
-    mm: "float32[8, 352]" = torch.ops.aten.mm.default(view, permute)
-
-The line of code is the user's own, not that of torch or lorafx inside of it.
+# model.layers.0.mlp.up_proj (my_model.py:71): up = self.up_proj(x)
+mm: "float32[8, 352]" = torch.ops.aten.mm.default(view, permute)
 """
 
 from __future__ import annotations
@@ -26,7 +24,6 @@ from lorafx.torch_internals.operators import HigherOrderOperator, OpOverload
 
 _INDENT = "    "
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
-#: Operators of Python that are written as such.
 _INFIX: dict[Any, str] = {
     operator.getitem: "{}[{}]",
     operator.add: "{} + {}",
@@ -45,11 +42,11 @@ _INFIX: dict[Any, str] = {
 
 
 class Printer:
-    """Prints the nodes of one graph of a stage.
+    """Prints the nodes of a stage's graph.
 
     Args:
-        path: of the module whose graph it is, "" for the graph itself.
-        names: what stands for a node's own name.
+        path: path of the graph's module, "" for the main graph.
+        names: printed names of nodes.
     """
 
     def __init__(self, path: str, names: Mapping[Place, str]) -> None:
@@ -60,7 +57,6 @@ class Printer:
         return self._names.get((self._path, node.name), node.name)
 
     def line(self, node: fx.Node) -> str:
-        """The node as a line of the program, without its indent."""
         if node.op == "output":
             return f"return {self.text(node.args[0])}"
         value = value_text(node)
@@ -82,7 +78,6 @@ class Printer:
         return f"{called}({', '.join([*positional, *keywords])})"
 
     def text(self, value: Any) -> str:
-        """A part of an argument."""
         if isinstance(value, fx.Node):
             return self.name(value)
         if value is None or isinstance(value, (int, float, str)):
@@ -116,12 +111,12 @@ def _function_name(function: Any) -> str:
 
 
 def value_of(node: fx.Node) -> Any:
-    """The fake value, by AOTAutograd or by Dynamo."""
+    """The fake value, from AOTAutograd or Dynamo."""
     return node.meta.get("val", node.meta.get("example_value"))
 
 
 def value_text(node: fx.Node) -> str:
-    """dtype and shape of the result, or the size that it is; "" where it is neither."""
+    """dtype and shape, or the value of a size; else ""."""
     value = value_of(node)
     if isinstance(value, Tensor):
         sizes = ", ".join(map(str, value.shape))
@@ -130,13 +125,13 @@ def value_text(node: fx.Node) -> str:
 
 
 def path_of(stage: Stage, place: Place, node: fx.Node) -> str:
-    """The path of the module that made a node, or of the site that a pass has made it for."""
+    """The module that made a node, or the site that a pass made it for."""
     sites = stage.sites.get(place)
     return module_path(node) or (sites[0].site.path if sites else "")
 
 
 def stage_lines(stage: Stage, names: Mapping[Place, str]) -> list[str]:
-    """The stage as a program, the bodies that it calls below it."""
+    """The stage as a program, followed by the bodies that it calls."""
     found: list[str] = []
     for path, graph in stage.graphs.items():
         printer = Printer(path, names)
@@ -162,7 +157,6 @@ def stage_lines(stage: Stage, names: Mapping[Place, str]) -> list[str]:
 
 
 def _comment(stage: Stage, place: Place, node: fx.Node) -> str:
-    """Module, place and line of the user's code."""
     source = node.meta.get("stack_trace")
     path = path_of(stage, place, node)
     if not isinstance(source, str):
@@ -172,14 +166,13 @@ def _comment(stage: Stage, place: Place, node: fx.Node) -> str:
 
 
 _FRAME = re.compile(r'^ *File "(.+?)", line (\d+), in .*\n(.*)', re.MULTILINE)
-#: Folders of code that nobody looks for: a linear inside torch, a mark inside lorafx.
+#: Code inside torch and lorafx is skipped.
 _INSIDE = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}")
 
 
 @functools.lru_cache(maxsize=1000)
 def users_line(trace: str) -> tuple[str, str]:
-    """Place and code of the innermost frame that is neither torch's nor lorafx's; where there is no
-    other, of the innermost of torch's."""
+    """Place and code of the innermost frame outside torch and lorafx, or else of torch's."""
     frames = [found.groups() for found in _FRAME.finditer(trace)]
     if not frames:
         return "", ""
@@ -191,7 +184,7 @@ def users_line(trace: str) -> tuple[str, str]:
 
 @functools.cache
 def _short_file(file: str) -> str:
-    """A file's path from where it is imported, or from the working directory."""
+    """A file's path relative to its import root or the working directory."""
     folders = [*filter(None, sys.path), os.getcwd()]
     inside = [folder for folder in folders if file.startswith(folder.rstrip(os.sep) + os.sep)]
     return os.path.relpath(file, max(inside, key=len)) if inside else file

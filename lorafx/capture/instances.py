@@ -1,12 +1,12 @@
-"""A captured graph may be an earlier one with numbers in place of symbols.
+"""Reuse of executables: a new graph equals a compiled one after some symbols are set.
 
     compiled    f(ids [s0, s1], mask [s0, s1])     of several requests
     captured    g(ids [1, s2], mask [1, s2])       of one: Dynamo takes a size of one for a constant
-    instance    g = f with s0 = 1, s1 = s2:        what f was compiled to serves g
+    instance    g = f with s0 = 1, s1 = s2:        f's executable serves g
 
-Targets, literals, operands and the sizes of all results have to be equal once the earlier symbols
-stand for what the inputs have now, so `squeeze` of a size of one is another computation. What the
-compiler found out about the symbols has to be true of these sizes too, and is guarded.
+Targets, literals, operands and result sizes must be equal after substitution, so `squeeze` of a
+size of one is another computation. What the compiler assumed about the symbols must also be true of
+these sizes, and is guarded.
 """
 
 from __future__ import annotations
@@ -30,26 +30,25 @@ from lorafx.torch_internals.trees import tree_leaves
 
 _SIZES = (int, torch.SymInt)
 _LITERALS = (bool, float, complex, str, bytes)
-#: To a compiled graph a parameter is a tensor; `torch.func.functional_call` may give either.
+#: Compiled graphs treat parameters as tensors; `torch.func.functional_call` may give either.
 _AS_INPUTS: Mapping[type, type] = {torch.nn.Parameter: Tensor}
 _PLAIN = (torch.dtype, torch.device, torch.layout, torch.memory_format, OperatorBase)
 
 
 class _NoForm(Exception):
-    """The graph holds something that is not compared."""
+    """The graph contains a value that cannot be compared."""
 
 
 @dataclass(frozen=True)
 class _Size:
-    """A number in a graph, a symbol, or what is computed of some."""
+    """A number, a symbol, or an expression of symbols."""
 
     expr: sympy.Expr
 
 
 @dataclass(frozen=True)
 class _Input:
-    """An input of a graph: where it is reached, and what is equal for all sizes. A size itself has
-    a `size`, and neither `sizes` nor `strides`."""
+    """An input: its source, and facts that hold for all sizes. Size inputs have `size` alone."""
 
     source: str
     facts: Hashable
@@ -60,13 +59,12 @@ class _Input:
 
 @dataclass(frozen=True)
 class Form:
-    """What a graph of Dynamo's computes, and of what.
+    """The computation of a Dynamo graph.
 
     Attributes:
-        inputs: in their order.
-        nodes: what is called, with what, and the sizes of what it gives; sizes are no nodes.
-        code: of the function that was captured, which one entry has for itself.
-        context: what else a compiled graph rests on.
+        nodes: targets, arguments and result sizes; size nodes are left out.
+        code: of the captured function, which belongs to a single entry.
+        context: other dependencies of the executable.
     """
 
     inputs: tuple[_Input, ...]
@@ -76,8 +74,7 @@ class Form:
 
     @classmethod
     def of(cls, graph: fx.Graph, examples: Sequence[Any], context: Hashable) -> Form | None:
-        """The form of the graph that is being captured, whose inputs are `examples`; None where it
-        has none. `context`: what else has to be equal."""
+        """The form of the graph being captured, if comparable; `context` must be equal too."""
         numbers: dict[fx.Node, int] = {}
         inputs, nodes = [], []
         try:
@@ -117,7 +114,6 @@ def _input(node: fx.Node, example: Any) -> _Input:
 
 
 def _of_sizes(node: fx.Node) -> bool:
-    """Whether a node is a size, or several: what is computed of them says which."""
     leaves = [] if node.op == "output" else tree_leaves(node.meta.get("example_value"))
     return bool(leaves) and all(isinstance(leaf, _SIZES) for leaf in leaves)
 
@@ -156,18 +152,17 @@ def _expression(value: int | torch.SymInt) -> sympy.Expr:
 
 
 class _Values:
-    """What the symbols of an earlier graph stand for."""
+    """The values of an earlier graph's symbols."""
 
     def __init__(self) -> None:
         self._known: dict[sympy.Expr, sympy.Expr] = {}
         self._found: dict[sympy.Expr, sympy.Expr] = {}
 
     def bind(self, symbol: sympy.Expr, value: sympy.Expr) -> bool:
-        """Whether an earlier size may stand for this one; what is no symbol is compared later."""
+        """Bind a symbol, if unbound; expressions are compared later."""
         return not symbol.is_Symbol or self._known.setdefault(symbol, value) == value
 
     def of(self, expr: Any) -> Any:
-        """The expression with the values in it."""
         if expr.is_Integer:
             return expr
         if expr not in self._found:
@@ -175,11 +170,9 @@ class _Values:
         return self._found[expr]
 
     def known(self, expr: Any) -> bool:
-        """Whether there is a value for each of its symbols."""
         return bool(expr.free_symbols <= self._known.keys())
 
     def equal(self, earlier: Any, now: Any) -> bool:
-        """Whether an argument, or a part of a node, is the same."""
         if isinstance(earlier, _Size):
             return isinstance(now, _Size) and self.of(earlier.expr) == now.expr
         if isinstance(earlier, tuple):
@@ -190,11 +183,11 @@ class _Values:
 
 @dataclass(frozen=True, eq=False)
 class _Compiled:
-    """A graph that was compiled.
+    """A compiled graph.
 
     Attributes:
         executable: takes the first `count` of the inputs.
-        found: what was found out about symbols while it was compiled.
+        found: assumptions about symbols made during compilation.
         state: torch's global state then.
     """
 
@@ -206,8 +199,8 @@ class _Compiled:
     state: Any
 
     def instance(self, form: Form, count: int, environment: ShapeEnv) -> Callable[..., Any] | None:
-        """What serves a graph of this form, called with its first `count` inputs; None where it is
-        no instance of this one. `environment` has its symbols."""
+        """The executable for a graph of this form with `count` inputs, if this is its
+        generalisation."""
         earlier = self.form
         if earlier.code is not form.code or earlier.context != form.context:
             return None
@@ -232,8 +225,8 @@ class _Compiled:
     def _places(
         self, inputs: Sequence[_Input], values: _Values
     ) -> tuple[list[int], tuple[int, ...]] | None:
-        """For each input of the executable its place among those given now and `numbers`, which
-        are sizes that are numbers now; None where a size is nowhere."""
+        """Each executable input's position among the given inputs followed by the returned constant
+        sizes, or None."""
         at = {item.source: place for place, item in enumerate(inputs)}
         sized = {item.size: place for place, item in enumerate(inputs) if item.size is not None}
         places: list[int] = []
@@ -254,7 +247,6 @@ class _Compiled:
 
 
 def _matched(earlier: Sequence[_Input], now: Sequence[_Input]) -> _Values | None:
-    """What the earlier inputs' symbols stand for; None where an input is another."""
     values = _Values()
     tensors = [[item for item in inputs if item.size is None] for inputs in (earlier, now)]
     if len(tensors[0]) != len(tensors[1]):
@@ -283,7 +275,7 @@ def _matched(earlier: Sequence[_Input], now: Sequence[_Input]) -> _Values | None
 
 
 def _hold(found: Sequence[Any], environment: ShapeEnv) -> bool:
-    """Whether all of this is so now; then it is guarded."""
+    """Whether all assumptions hold now; they are then guarded."""
     hints = environment.backed_var_to_val
     if any(expr.xreplace(hints) != sympy.true for expr in found):
         return False
@@ -291,14 +283,13 @@ def _hold(found: Sequence[Any], environment: ShapeEnv) -> bool:
 
 
 class Instances:
-    """The graphs of one program that may serve others."""
+    """A program's graphs that may serve others."""
 
     def __init__(self) -> None:
         self._compiled: list[_Compiled] = []
 
     def find(self, form: Form, count: int) -> tuple[str, Callable[..., Any]] | None:
-        """The title of an earlier graph of which the one that is being captured is an instance, and
-        what serves it. It is called with its first `count` inputs."""
+        """Title and executable, called with `count` inputs, of a compiled graph for this form."""
         environment = symbols_of_frame()
         if environment is None:
             return None
@@ -309,15 +300,14 @@ class Instances:
         return None
 
     def begin(self) -> int:
-        """How much is found out about symbols so far."""
+        """The number of assumptions about symbols so far."""
         environment = symbols_of_frame()
         return 0 if environment is None else len(environment.guards)
 
     def keep(
         self, title: str, form: Form, executable: Callable[..., Any], count: int, begun: int
     ) -> None:
-        """Keep a graph that was compiled since `begin` gave `begun`, and whose executable takes the
-        first `count` of its inputs. Only one with symbols may have instances."""
+        """Keep a graph compiled since `begin` returned `begun`, if it has symbols."""
         environment = symbols_of_frame()
         symbols = any(size.free_symbols for item in form.inputs for size in item.sizes)
         if environment is None or not symbols:

@@ -1,12 +1,12 @@
-"""Indices that a graph looks up in tables, checked against the sizes of the tables.
+"""Checks of a graph's table indices against the tables' sizes.
 
     F.embedding(f(input_ids), W)     f is small and pure → computed once more, before the graph runs
     F.embedding(g(input_ids), W)     otherwise → F.embedding(checked_index(g(input_ids)), W)
-    hidden[argmax(logits)]           a place that the model has found → in range by how it is made
+    hidden[argmax(logits)]           a place that the model has found → in range by construction
 
-Generated code checks an index on all threads of a CPU at once, and an error there ends the process.
-So what a call's tensors and sizes make an index of is looked at on the host, and refused by name.
-Tensors of a GPU are not looked at: the host would wait for it.
+Generated CPU code checks indices on all threads at once, and an error there ends the process. So
+indices made from a call's tensors and sizes are checked on the host, with an error that names them.
+Tensors on a GPU are not checked, since the host would wait.
 """
 
 from __future__ import annotations
@@ -37,37 +37,36 @@ _BY_DIM = frozenset(
         *("index_reduce", "index_reduce_", "scatter_reduce", "scatter_reduce_"),
     )
 )
-#: Methods whose result has the numbers of what they are called on, where that holds integers.
+#: Methods whose integer results have the operand's numbers.
 _SAME = frozenset(
     (
         *("view", "reshape", "flatten", "contiguous", "clone", "unsqueeze", "squeeze", "expand"),
         *("to", "long", "transpose", "permute", "detach"),
     )
 )
-#: Functions of sizes whose results are always the same.
+#: Deterministic functions of sizes.
 _FACTORIES = (torch.arange, torch.zeros, torch.ones, torch.full)
 #: Functions that begin and end a level of `torch.vmap` in Dynamo's graphs.
 _LEVELS = {"_vmap_increment_nesting": 1, "_vmap_decrement_nesting": -1}
-#: What is another thing each time.
+#: Random functions.
 _BY_CHANCE = frozenset(
     (
         *(torch.bernoulli, torch.multinomial, torch.normal, torch.poisson, torch.rand_like),
         *(torch.randn_like, torch.randint_like, functional.dropout, "bernoulli", "multinomial"),
     )
 )
-#: Kinds of inputs that are a call's own, or made of such.
+#: Kinds of inputs that come from a call.
 _OF_CALL = ("symbol", "argument", "result", "unknown")
-#: Functions and methods whose results are places in their operand, and those that have such places
-#: behind the values of these.
+#: Functions whose results are places in their operand, alone or after the values.
 _FOUND = frozenset(("argmax", "argmin", "argsort", "multinomial", "nonzero"))
 _FOUND_BESIDE = frozenset(("kthvalue", "max", "median", "min", "mode", "sort", "topk"))
-#: Operations on the way to an index, and numbers in each as it is captured, at most.
+#: Limits: operations on the way to an index, and numbers in each at capture.
 _LONGEST, _NUMBERS = 24, 1 << 16
 
 
 @dataclass(frozen=True)
 class Value:
-    """A value that is known when the graph runs: of an input, or of a step, which follow them."""
+    """The value of an input or, numbered after the inputs, of a step."""
 
     number: int
 
@@ -81,7 +80,6 @@ class LookupStep:
     kwargs: dict[str, Any]
 
     def run(self, values: Sequence[Any]) -> Any:
-        """Its value, by those before it."""
         given: Any = map_aggregate(
             (self.args, self.kwargs),
             lambda item: values[item.number] if isinstance(item, Value) else item,
@@ -94,8 +92,7 @@ class LookupStep:
 
 @dataclass(frozen=True)
 class Lookups:
-    """What is computed and looked at before a graph runs, in order, as plain data, which is saved
-    with the graph. A step that looks something up comes behind the check of its index."""
+    """Steps before a graph, saved with it; a lookup comes after the check of its index."""
 
     steps: tuple[LookupStep, ...] = ()
 
@@ -117,8 +114,6 @@ class Lookups:
 
 
 class _Use(NamedTuple):
-    """An index as it stands in the graph; without a `dim` it counts all numbers of the table."""
-
     pointer: fx.Node
     table: fx.Node
     dim: int | None
@@ -126,13 +121,12 @@ class _Use(NamedTuple):
     ignored: int | None = None
 
 
-#: A number, or the size of a dimension of an input, or an input that is one.
+#: A number, the size of an input's dimension, or a size input.
 _Size = int | tuple[fx.Node, int | None]
 
 
 class LookupSearch:
-    """The indices of a graph of Dynamo's whose inputs are `frame`'s, by position; `lookups` are
-    those that are checked before the graph runs."""
+    """Finds a Dynamo graph's indices; `lookups` are those checked before it runs."""
 
     def __init__(self, graph: fx.Graph, frame: Frame) -> None:
         self._graph = graph
@@ -142,12 +136,12 @@ class LookupSearch:
         self._steps: list[LookupStep] = []
         #: The first node that writes into what a node is a view of.
         self._first_writes: dict[Any, fx.Node] = {}
-        #: Nodes between the beginning and the end of a `torch.vmap`, which run at its level alone.
+        #: Nodes inside `torch.vmap`, which only run at its level.
         self._mapped: set[fx.Node] = set()
-        #: Nodes made of a call's tensors and sizes, and roots of what such are written into.
+        #: Nodes computed from a call's tensors and sizes, and tensors that these are written into.
         self._of_call: set[fx.Node] = set()
         self._filled: set[Any] = set()
-        #: Indices of a call that cannot be checked before the graph runs, each with its user.
+        #: Call-dependent indices that cannot be checked beforehand, with their users.
         self._left: list[tuple[fx.Node, _Use]] = []
         levels = 0
         for node in graph.nodes:
@@ -191,7 +185,7 @@ class LookupSearch:
         return Lookups(tuple(self._steps))
 
     def check_inside(self, gm: fx.GraphModule) -> None:
-        """Have the graph, which is `gm`'s, check the other indices."""
+        """Insert checks of the remaining indices into `gm`."""
         for node, use in self._left:
             self._check_inside(node, use)
         if self._left:
@@ -210,7 +204,7 @@ class LookupSearch:
                 method, where = ("numel", ()) if dim is None else ("size", (dim,))
                 number = graph.call_method(method, (table, *where))
                 number.meta.update(meta, example_value=size)
-            # Tables have no names here, or else the layers of a model would not be equal any more.
+            # Names of tables would make equal layers of a model differ.
             name = self._made_of(self._before(index))
             arguments = (index, number, use.negative, use.ignored, _unnamed(dim), name)
             checked = graph.call_function(CHECKED_INDEX, arguments)
@@ -236,7 +230,6 @@ class LookupSearch:
         return f"the index {{}} that the model makes of {some(names) or 'the sizes of this call'}"
 
     def _is_of_call(self, node: fx.Node) -> bool:
-        """Whether a node holds something of a call that may be a bad index."""
         return node in self._of_call or _root(node) in self._filled
 
     def _add(self, use: _Use, index: fx.Node, size: _Size, way: list[fx.Node]) -> None:
@@ -265,7 +258,6 @@ class LookupSearch:
         return Value(len(self._items) + len(self._steps) - 1)
 
     def _size(self, use: _Use) -> _Size | None:
-        """How many entries the table has; None where that is a size of no input."""
         size = _entries(_value(use.table), use.dim)
         if not isinstance(size, torch.SymInt):
             return size
@@ -282,8 +274,7 @@ class LookupSearch:
         return None
 
     def _way(self, index: fx.Node, user: fx.Node) -> list[fx.Node] | None:
-        """The nodes that compute the index of `user`, in their order; None where they are not to
-        run twice, or have nothing of a call."""
+        """The nodes that compute the index, in order; None if impure or independent of the call."""
         found: set[fx.Node] = set()
         left, of_call = [index], False
         while left:
@@ -316,7 +307,6 @@ class LookupSearch:
 
 
 def _uses(node: fx.Node) -> Iterator[_Use]:
-    """The indices among the arguments of a node."""
     target, args, kwargs = node.target, node.args, node.kwargs
     name = _called(node)
 
@@ -356,7 +346,6 @@ def _use(
 
 
 def _is_place(node: fx.Node) -> bool:
-    """Whether a node holds places in a tensor, which the model has found there."""
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
         return bool(node.args[1] == 1) and _called(node.args[0]) in _FOUND_BESIDE
     return _called(node) in _FOUND
@@ -402,14 +391,13 @@ def _value(item: Any) -> Any:
 
 
 def _counts(value: Tensor) -> bool:
-    """Whether a tensor holds integers, in the memory of the host."""
     dtype = value.dtype
     whole = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
     return whole and value.device.type == "cpu"
 
 
 def _same_numbers(node: fx.Node) -> fx.Node:
-    """What held the numbers of `node` before they were laid out anew, in the caller's places."""
+    """The source of `node`'s numbers before they were laid out anew."""
     while node.op == "call_method" and node.target in _SAME:
         before = node.args[0]
         value = _value(before)
@@ -420,7 +408,7 @@ def _same_numbers(node: fx.Node) -> fx.Node:
 
 
 def _is_small(node: fx.Node) -> bool:
-    """Whether a value is as small as arguments of a call are: no dimension twice."""
+    """Whether a value is about as small as a call's arguments: no dimension twice."""
     value = _value(node)
     if isinstance(value, (tuple, list)):
         return all(not isinstance(item, Tensor) for item in value)
@@ -438,7 +426,6 @@ def _is_small(node: fx.Node) -> bool:
 
 
 def _is_pure(node: fx.Node) -> bool:
-    """Whether a node may run twice: a function of torch's that writes nothing and is not random."""
     if _written(node) or node.target in _BY_CHANCE:
         return False
     if node.op == "call_method":
@@ -462,8 +449,7 @@ _IN_PLACE = frozenset(
 
 
 def _written(node: fx.Node) -> list[fx.Node]:
-    """The nodes that a node may write into: by an operator's schema, by torch's names for what
-    works in place, by `out=` and `inplace=True`."""
+    """The nodes that a node may write into: by schema, in-place name, `out=` or `inplace=True`."""
     if node.op not in ("call_function", "call_method"):
         return []
     schema = getattr(node.target, "_schema", None)
@@ -480,7 +466,7 @@ def _written(node: fx.Node) -> list[fx.Node]:
 
 
 def _root(item: Any) -> Any:
-    """The tensor that a chain of nodes began with, each of which may be a view of the last."""
+    """The base tensor of a chain of possible views."""
     while isinstance(item, fx.Node) and item.op != "placeholder" and item.args:
         if not isinstance(item.args[0], fx.Node) or not _may_share(item, item.args[0]):
             break
@@ -489,7 +475,6 @@ def _root(item: Any) -> Any:
 
 
 def _may_share(node: fx.Node, other: fx.Node) -> bool:
-    """Whether two nodes may hold the same memory; those of several tensors may."""
     a, b = _value(node), _value(other)
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return True

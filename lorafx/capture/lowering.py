@@ -1,7 +1,8 @@
-"""Lowerings: how a graph after the passes, and a graph without LoRA, become executables.
+"""Lowerings: from graphs after the passes, and graphs without LoRA, to executables.
 
 inductor    Inductor with generated kernels for the LoRA part; the base as torch.compile has it
-triton      the same, with Triton kernels: `plan` and `lower` make the graph, Inductor compiles it
+triton      the same, with Triton kernels: `plan` and `lower` make the graph, Inductor compiles
+    it
 reference   aten, run node by node; the base as eager has it
 """
 
@@ -33,7 +34,7 @@ aten = torch.ops.aten
 
 
 class Lowering(Protocol):
-    """Compiles graphs with LoRA. `compile` returns an executable in AOTAutograd's boxed form."""
+    """Compiles graphs with LoRA; executables are in AOTAutograd's boxed form."""
 
     def decompositions(self) -> dict[Any, Callable[..., Any]]: ...
 
@@ -41,10 +42,7 @@ class Lowering(Protocol):
 
 
 def decomposition_table() -> dict[Any, Callable[..., Any]]:
-    """Inductor's table without those that take matrix products apart: `match` has to see them.
-
-    Inductor lowers the products itself afterwards.
-    """
+    """Inductor's table without decompositions of matrix products, which `match` has to see."""
     from lorafx.torch_internals.decompositions import select_decomp_table
 
     table = dict(select_decomp_table())
@@ -56,10 +54,10 @@ def decomposition_table() -> dict[Any, Callable[..., Any]]:
 
 
 def _joined(decomposed: Callable[..., Any], tensors: Sequence[Tensor], dim: int = 0) -> Any:
-    """`torch.cat` where Inductor leaves out what is empty, laid out as eager has it.
+    """`torch.cat` without empty operands, laid out as in eager mode.
 
-    Inductor copies the one tensor that is left as it lies. A cache begins empty, so a prompt's keys
-    would lie otherwise than those of the steps behind it, and each layout takes a graph of its own.
+    Inductor keeps the layout of a single remaining tensor: a prompt's keys after an empty cache
+    would differ from later steps' keys, and each layout would be compiled separately.
     """
     result = decomposed(tensors, dim)
     if result is NotImplemented or all(tensor is tensors[0] for tensor in tensors):
@@ -67,22 +65,22 @@ def _joined(decomposed: Callable[..., Any], tensors: Sequence[Tensor], dim: int 
     return result.clone(memory_format=torch.contiguous_format)
 
 
-#: Deltas are added in place, into the output of a product. Inductor's order by peak memory may put
-#: such an op behind those that read its result: seen on torch 2.13 in a graph of 1,500 nodes, where
-#: the router of a model was served without its adapter.
+#: Deltas are added in place into a product's output. Inductor's order by peak memory may move such
+#: an op behind readers of its result: on torch 2.13, in a graph of 1,500 nodes, a router lost its
+#: adapter.
 _IN_ORDER = {"reorder_for_peak_memory": False}
-#: Code behind the generated module that times it when it is run as a script: lines for each input.
+#: Omits the timing code of generated modules, several lines for each input.
 _NO_HARNESS = {"benchmark_harness": False}
 
 
 @dataclass(frozen=True)
 class InductorLowering:
-    """Inductor. The rewritten graph is what its caches hash, so a changed pass cannot be stale.
+    """Inductor. Its caches hash the rewritten graph, so a changed pass invalidates them.
 
     Attributes:
-        patches: Inductor's settings that a `mode` of torch.compile stands for.
-        shortcuts: names of those that are on.
-        products: graphs of the base, too, multiply few rows by generated code.
+        patches: Inductor's settings for a `mode` of torch.compile.
+        shortcuts: names of the enabled shortcuts.
+        products: whether base graphs multiply few rows by generated code too.
     """
 
     patches: Mapping[str, Any] = field(default_factory=dict)
@@ -108,7 +106,7 @@ class InductorLowering:
         if "written_back" in self.shortcuts:
             write_back(gm)
         with inductor_config.patch({**self.patches, **_IN_ORDER, **_NO_HARNESS}):
-            # What compile_fx does for inference before its inner compile.
+            # As compile_fx before its inner compile for inference.
             results: Any = gm.graph.output_node().args[0]
             memory = [_viewed(item) for item in results]
             gm = _recursive_joint_graph_passes(gm)
@@ -119,23 +117,21 @@ class InductorLowering:
                 output.meta["user_visible_output_idxs"] = [
                     index for index, item in enumerate(items) if isinstance(item, fx.Node)
                 ]
-            # Weights, packed weights and banks stay where they are; slots are copied in, as CUDA
-            # graphs do with what may move.
+            # Weights, packed weights and banks have fixed addresses; slots are copied in, as CUDA
+            # graphs do with inputs that may move.
             fixed = get_static_input_idxs(0)
             return compile_fx_inner(gm, list(inputs), is_inference=True, static_input_idxs=fixed)
 
 
 def _viewed(item: Any) -> Any:
-    """What a result is a view of; any other is itself."""
     while isinstance(item, fx.Node) and is_view(item) and isinstance(item.args[0], fx.Node):
         item = item.args[0]
     return item
 
 
 def _keep_apart(gm: fx.GraphModule, memory: Sequence[Any]) -> None:
-    """Have results that have become inputs, or views of some, as in `n + 0`, be tensors of their
-    own. `memory` holds what the results were views of as AOTAutograd knows them: it overwrites
-    inputs after the graph."""
+    """Copy results that have become inputs or views of inputs, as in `n + 0`: AOTAutograd
+    overwrites inputs after the graph. `memory`: what the results were views of for AOTAutograd."""
     output = gm.graph.output_node()
     items: list[Any] = list(output.args[0])  # type: ignore[arg-type]
     changed = False
@@ -161,7 +157,7 @@ def _keep_apart(gm: fx.GraphModule, memory: Sequence[Any]) -> None:
 
 
 class NodeByNode:
-    """A graph that is run as it is, in AOTAutograd's boxed convention."""
+    """A graph run by the interpreter, in AOTAutograd's boxed convention."""
 
     _boxed_call = True
 
@@ -174,8 +170,6 @@ class NodeByNode:
 
 
 class ReferenceLowering:
-    """Plain aten, node by node, on any device."""
-
     def decompositions(self) -> dict[Any, Callable[..., Any]]:
         return decomposition_table()
 
@@ -186,8 +180,7 @@ class ReferenceLowering:
 def compile_base(
     lowering: Lowering, gm: fx.GraphModule, examples: Sequence[Any]
 ) -> Callable[..., Any]:
-    """The executable of a graph without LoRA: what torch.compile makes of it, where `lowering` is
-    Inductor's, and else the graph itself."""
+    """The executable of a graph without LoRA: torch.compile's, or the graph itself."""
     if not isinstance(lowering, InductorLowering):
         return gm.forward
     from lorafx.torch_internals.compat import inductor_config
@@ -202,17 +195,16 @@ def compile_base(
     def compiled(graph: fx.GraphModule, folded: Folded | None) -> Any:
         if folded is not None:
             return _unfolding(graph, examples, patches, folded)
-        # A compiled backward, made later, keeps the settings too.
+        # A backward compiled later needs the settings too.
         return compile_fx(graph, list(examples), config_patches=patches)
 
-    # What stands for a layer has no gradient, and no pass but Inductor's own may see it.
+    # Stamps have no gradient, and must not be seen by foreign passes.
     untouched = inductor_config.joint_custom_pre_pass is None and not torch.is_grad_enabled()
     folds = "stamps" in lowering.shortcuts and untouched
     return cast("Callable[..., Any]", traced_once(gm, compiled) if folds else compiled(gm, None))
 
 
 def _generated_products() -> Any:
-    """What `products` does, as a pass of Inductor's own over a graph of the base."""
     from lorafx.torch_internals.inductor import CustomGraphPass, get_hash_for_files
 
     class BaseProducts(CustomGraphPass):
@@ -228,8 +220,7 @@ def _generated_products() -> Any:
 def _unfolding(
     gm: fx.GraphModule, examples: Sequence[Any], patches: Mapping[str, Any], folded: Folded
 ) -> Any:
-    """What Inductor makes of the graph whose layers are stamps: before its first pass looks at what
-    AOTAutograd has traced, they are layers again."""
+    """Compiles a graph with stamps, unfolding it before Inductor's first pass."""
     from lorafx.torch_internals.inductor import CustomGraphPass, compile_fx, compile_fx_inner
 
     class Unfold(CustomGraphPass):
@@ -250,11 +241,8 @@ def _unfolding(
 
 
 def resolved(options: Options, device: torch.device) -> Options:
-    """`options` with "auto" made into what the machine can do.
-
-    That is Triton on CUDA and ROCm devices, else Inductor; on a CPU without a C++ compiler, which
-    Inductor needs too, plain aten, with a warning.
-    """
+    """`options` with "auto" resolved: Triton on CUDA and ROCm devices, else Inductor; on a CPU
+    without a C++ compiler plain aten, with a warning."""
     if options.lowering != "auto":
         return options
     if device.type == "cpu":
@@ -267,7 +255,7 @@ def resolved(options: Options, device: torch.device) -> Options:
 
 
 def lowering_for(options: Options, patches: Mapping[str, Any] | None = None) -> Lowering:
-    """The lowering that `Options.lowering` names; `patches` are settings of Inductor."""
+    """The lowering named by `Options.lowering`, with settings `patches` of Inductor."""
     if options.lowering == "reference":
         return ReferenceLowering()
     products_of_base = options.base_products and options.lowering == "inductor"

@@ -1,9 +1,9 @@
-"""Dynamo's guards that lorafx does without, in frames that are the same model's in every call.
+"""Dynamo's guards that lorafx drops, in frames that always belong to the same model.
 
-Dynamo guards some thirty things of each mark, and a dozen of each hook's module: 3.5 µs a call and
-site. Dropped are guards on marks, which never change; on what torch.nn notes of a marked module's
-hooks (those of other kinds are seen by lorafx.model.changes_watch); and on what transformers notes
-of each class of models. Frames that several layers may share keep every guard.
+Dynamo guards some thirty things of each mark, and a dozen of each hook's module: 3.5 µs per call
+and site. Dropped are guards on marks, which never change; on torch.nn's notes of a marked module's
+hooks (other hooks are seen by lorafx.model.changes_watch); and on transformers' notes of model
+classes. Frames shared by several layers keep every guard.
 
 They are dropped by the public `guard_filter_fn`.
 """
@@ -20,22 +20,22 @@ from lorafx.torch_internals.compat import recorded_outputs
 from lorafx.torch_internals.frames import absent_attribute, source_text
 
 _HOOKS = "._forward_hooks"
-#: What torch.nn notes of hooks by their numbers, which are never given twice.
+#: torch.nn's notes of hooks by numbers that are never reused.
 _ALWAYS, _ALWAYS_GLOBAL = "._forward_hooks_always_called", "._global_forward_hooks_always_called"
 _WITH_KWARGS = "._forward_hooks_with_kwargs"
-#: Kinds of hooks of which Dynamo guards, since torch 2.14, that a module with another has none.
+#: Hook dictionaries that Dynamo, since torch 2.14, guards to be empty on hooked modules.
 _OTHER_HOOKS = ("_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-#: What Dynamo looks for in the dictionary of a module only where the module has hooks.
+#: Attributes that Dynamo looks up only on hooked modules.
 _CALLS = ("__call__", "_call_impl", "_compiled_call_impl")
 
 
 class FrameGuards:
-    """The guards of a frame, each of which is kept until something drops it.
+    """The guards of a frame, all kept until dropped.
 
     Attributes:
-        places: what each guard is about, as Dynamo writes it.
-        marks: the marks below `self`, by their places.
-        below: for each guard the place of the mark that it is about, or about something in it.
+        places: Dynamo's name of what each guard is about.
+        marks: the marks below `self`, by place.
+        below: for each guard the place of the mark that contains its subject.
     """
 
     def __init__(self, guards: Sequence[Any], at: Callable[[str], Any]) -> None:
@@ -55,11 +55,10 @@ class FrameGuards:
         return [number not in self._dropped for number in range(len(self.guards))]
 
     def drop_marks(self, names: set[str]) -> None:
-        """Drop all guards on marks at these places."""
         self._dropped |= {number for number, name in enumerate(self.below) if name in names}
 
     def drop_classes(self) -> None:
-        """Drop guards on what transformers notes of classes of models."""
+        """Drop guards on transformers' notes of model classes."""
         if (registry := recorded_outputs()) is None:
             return
         known: dict[str, bool] = {}
@@ -102,8 +101,7 @@ class FrameGuards:
 
 
 def keep_guards(entries: Sequence[Any], at: Callable[[str], Any]) -> list[bool]:
-    """Which guards of a frame of an entry's own code are checked before each call, by Dynamo's
-    `GuardFilterEntry`s. `at` is that of FrameGuards."""
+    """Which of Dynamo's `GuardFilterEntry`s of an entry's frame to keep; `at` as in FrameGuards."""
     found = FrameGuards([entry.orig_guard for entry in entries], at)
     found.drop_marks(set(found.marks))
     found.drop_classes()
@@ -116,7 +114,7 @@ def _only_marks(hooks: Any) -> bool:
 
 
 def _hook_above(guard: Any, place: str) -> str | None:
-    """Where the hook below `self` is that this guard is about."""
+    """The place of the hook below `self` that contains the guard's subject."""
     source = guard.originating_source
     while (base := getattr(source, "base", None)) is not None:
         if source_text(base).endswith(_HOOKS):

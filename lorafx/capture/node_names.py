@@ -1,11 +1,11 @@
 """Readable names of a graph's nodes, for texts alone.
 
-    mm_3              →  layers_0_down_proj_mm            what it does, where the model does it
+    mm_3              →  layers_0_down_proj_mm            the operation, and the module
     fused_linear_7    →  layers_0_q_proj_k_proj_packed    the sites that it serves
-    l_stack0_arg_12   →  layers_0_q_proj_weight           what an input is
+    l_stack0_arg_12   →  layers_0_q_proj_weight           the meaning of an input
 
-The graph keeps its own names. A node is called the same in all stages; a name is free again when
-the node that had it is gone.
+The graph keeps its names. A node has the same name in all stages; names of removed nodes are
+reused.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from lorafx.passes.outline.outline import INVOKE
 from lorafx.program.frame import Frame, FrameInput, batch_symbols
 from lorafx.torch_internals.operators import HigherOrderOperator, OpOverload
 
-#: Sites that a name spells out.
+#: Sites spelt out in a name.
 _SPELT = 4
 
 
 class Size(NamedTuple):
-    """What a symbol in shapes is: a dimension of an input, and what it counts if that is known."""
+    """The meaning of a symbol: a dimension of an input, and what it counts if known."""
 
     of: str
     dim: int
@@ -51,7 +51,7 @@ class Size(NamedTuple):
 
 
 def sizes_of(frame: Frame, inputs: Mapping[fx.Node, FrameInput]) -> dict[str, Size]:
-    """What the symbols are that sizes of inputs have; arguments of the call say it best."""
+    """The meanings of the symbols in input sizes; arguments of the call take precedence."""
     found: dict[str, Size] = {}
     try:
         requests = {str(symbol) for symbol in batch_symbols(frame)} if frame.by_node else set()
@@ -76,7 +76,7 @@ def sizes_of(frame: Frame, inputs: Mapping[fx.Node, FrameInput]) -> dict[str, Si
 
 
 def names_of(stages: Iterable[Stage], sizes: Mapping[str, Size]) -> dict[Place, str]:
-    """The names of all nodes of all stages of one graph."""
+    """The names of all nodes of all stages of a graph."""
     naming = _Naming(sizes)
     for stage in stages:
         naming.add(stage)
@@ -84,14 +84,6 @@ def names_of(stages: Iterable[Stage], sizes: Mapping[str, Size]) -> dict[Place, 
 
 
 class _Facts(NamedTuple):
-    """What a name is made of.
-
-    Attributes:
-        what: the operator, or what an input is; the index of an item of another node.
-        paths: of the sites that it serves or belongs to, else of the module whose forward made it.
-        item_of: the node that it is an item of.
-    """
-
     what: str
     paths: tuple[str, ...] = ()
     item_of: Place | None = None
@@ -105,7 +97,6 @@ class _Naming:
         self._short = ShortPaths()
 
     def add(self, stage: Stage) -> None:
-        """Name the nodes that are new in a stage."""
         calls: dict[Any, fx.Node] = {}
         for node in stage.graphs[""].find_nodes(op="call_function", target=INVOKE):
             calls.setdefault(node.args[1], node)
@@ -140,7 +131,7 @@ class _Naming:
             return _Facts(*self._input(node, item))
         states = stage.sites.get(place)
         if states and node.target is not INVOKE:
-            # Forms that say less than "lora" does.
+            # Forms less specific than "lora".
             plain = states[0].form in ("mark", "rewritten")
             what = "lora" if plain else states[0].form
             return _Facts(what, tuple(state.site.path for state in states))
@@ -188,7 +179,6 @@ class _Naming:
 
 
 def _part_of_pack(stage: Stage, path: str, item: fx.Node) -> str | None:
-    """The path of the site whose columns of a pack an item is."""
     split, index = item.args
     if not isinstance(split, fx.Node) or _operator(split) != "split_with_sizes":
         return None
@@ -200,18 +190,15 @@ def _part_of_pack(stage: Stage, path: str, item: fx.Node) -> str | None:
 
 
 class ShortPaths:
-    """Paths of modules as short names: layers with their numbers, and as much more of the end as
-    tells them apart (`model.layers.0.self_attn.q_proj` → `layers_0_q_proj`)."""
+    """Unique short names of modules: `model.layers.0.self_attn.q_proj` → `layers_0_q_proj`."""
 
     def __init__(self) -> None:
         self._short: dict[str, str] = {}
 
     def of(self, path: str) -> str:
-        """The short name of a path that was added."""
         return self._short[path]
 
     def add(self, paths: Iterable[str]) -> None:
-        """Find short names for paths; those that have one keep it."""
         left = [path for path in dict.fromkeys(paths) if path not in self._short]
         taken, kept = set(self._short.values()), 1
         while left:
@@ -229,8 +216,7 @@ class ShortPaths:
 
 
 def _shortened(path: str, kept: int) -> str:
-    """The numbered parts of a path, and `kept` others: the end of the path says most, then what is
-    before the last number."""
+    """The numbered parts of a path and `kept` others, preferably from the end."""
     parts = path.split(".")
     numbers = {i for i, part in enumerate(parts) if part.isdecimal()}
     numbers |= {i - 1 for i in numbers if i}
@@ -247,7 +233,6 @@ def _identifier(text: str) -> str:
 
 
 def _operator(node: fx.Node) -> str:
-    """The short name of what the node calls."""
     target: Any = node.target
     if target is AUTO_FUNCTIONALIZED:
         target = node.args[0]
@@ -259,5 +244,5 @@ def _operator(node: fx.Node) -> str:
 
 
 def _label(item: FrameInput) -> str:
-    """Where Dynamo found an input, in words that a name may have."""
+    """Dynamo's source of an input as an identifier."""
     return plain_path(item.label) or re.sub(r"\W+", "_", item.label.removeprefix("L")).strip("_")

@@ -1,9 +1,9 @@
-"""What an executable is made of, kept apart so that another process can put it together again.
+"""The parts of an executable, from which another process can rebuild it.
 
     bound( looked up( checked( AOTAutograd's wrappers( with_lookups( the lowered graph ) ) ) ) )
 
-AOTAutograd returns one function; its part of that (views, aliases, what is written into inputs) is
-noted while it works.
+AOTAutograd returns a single function; its wrappers (views, aliases, input mutations) are noted
+while it works.
 """
 
 from __future__ import annotations
@@ -40,19 +40,17 @@ _KNOWN_HIGHER_ORDER = (torch.ops.higher_order.invoke_subgraph,)
 
 @dataclass
 class Wrappers:
-    """AOTAutograd's part of a graph without gradients: what is known of inputs and outputs
-    (`ViewAndMutationMeta`), what changes arguments and results, what that asks about the capture.
-    """
+    """AOTAutograd's wrappers of a graph without gradients, with their metadata and settings."""
 
     metadata: Any
     wrappers: list[Any]
     config: Any
 
     def around(self, compiled: Callable[[list[Any]], Any]) -> Callable[..., Any]:
-        """The function that AOTAutograd returned, around this graph in the boxed convention."""
+        """AOTAutograd's function around `compiled`, a graph in the boxed convention."""
         from lorafx.torch_internals.saved_graphs import BundledAOTAutogradResult
 
-        # The rest is only read where torch itself loads the graph.
+        # Other fields are only read when torch itself loads the graph.
         values = dict.fromkeys(item.name for item in fields(BundledAOTAutogradResult))
         values |= {"forward_time_taken_ns": 0, "backward_time_taken_ns": 0}
         values |= {"runtime_metadata": self.metadata, "dispatch_wrappers": self.wrappers}
@@ -70,7 +68,7 @@ class Wrappers:
 @contextmanager
 def noted(parts: Parts) -> Iterator[None]:
     """Note in `parts` what AOTAutograd and the lowering make in the block."""
-    # From torch's cache would come a function that nobody can look into.
+    # torch's cache would return an opaque function.
     with builds_noted() as kernels, inference_info_noted() as told, traced_anew():
         yield
     parts.kernels = kernels
@@ -87,12 +85,12 @@ class Parts:
     """The parts of an executable of calls with adapters, or without (`base`).
 
     Attributes:
-        lowered: the graph as the lowering made it, in the boxed convention.
-        kernels: the generated C++ kernels that it calls, with their ids.
+        lowered: the graph from the lowering, in the boxed convention.
+        kernels: its generated C++ kernels, with their ids.
         extra, banks: as in `with_lookups`.
         foreign: operators of the graph that are neither torch's nor lorafx's.
         wrappers: None where they cannot be kept.
-        whole: nothing stands between these parts that is not among them.
+        whole: whether these parts are complete.
     """
 
     checks: Checks
@@ -110,8 +108,7 @@ class Parts:
     def around(
         self, program: Program, owner: ProgramLookup, compiled: Callable[..., Any]
     ) -> Callable[..., Any]:
-        """The executable for `program`, of what AOTAutograd returned; `checked` where it is of
-        calls with adapters."""
+        """The executable of AOTAutograd's function; with adapters, `checked`."""
         if self.base:
             compiled = for_base(self.checks, owner, compiled)
         compiled = self.lookups.around(compiled)
@@ -120,7 +117,7 @@ class Parts:
     def executable(
         self, program: Program, lowered: Callable[[list[Any]], Any]
     ) -> Callable[..., Any]:
-        """The executable for `program`, of the graph as it was loaded."""
+        """The executable of a loaded graph."""
         assert self.wrappers is not None
 
         def owner(arguments: Sequence[Any]) -> Program:
@@ -134,9 +131,8 @@ class Parts:
 
 
 def foreign_operators(gm: fx.GraphModule) -> list[str]:
-    """The operators that a graph calls, and that torch and lorafx do not know: nobody compares the
-    code behind them. In Dynamo's graph there are functions that it was told not to look into, and
-    operators that are decomposed later."""
+    """Operators unknown to torch and lorafx, whose code is not compared. Dynamo's graph contains
+    functions left untraced, and operators that are decomposed later."""
     found = set()
     for module in gm.modules():
         nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else ()
@@ -160,8 +156,7 @@ def foreign_operators(gm: fx.GraphModule) -> list[str]:
 
 @dataclass
 class Captured:
-    """A graph as the backend made it. `sources`: where Dynamo found its inputs; `parts`: None where
-    it is not saved."""
+    """A graph from the backend. `sources` of its inputs in Dynamo; `parts` only if it is saved."""
 
     record: GraphRecord
     frame: Frame

@@ -1,4 +1,4 @@
-"""What is known about one compiled graph; `explain`, `dump` and the tests read it."""
+"""Facts about a compiled graph, for `explain`, `dump` and tests."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ class Span(NamedTuple):
 
 
 def exclusive(spans: Sequence[Span]) -> dict[str, float]:
-    """Seconds by name in the order in which the parts began. Those of a part that lies inside
-    another are not counted in that one."""
+    """Seconds by name, in order of beginning, without those of nested parts."""
     found: dict[str, float] = {}
     around: list[Span] = []
     for span in sorted(spans, key=lambda item: (item.start, -item.end)):
@@ -44,16 +43,16 @@ def exclusive(spans: Sequence[Span]) -> dict[str, float]:
 
 @dataclass(eq=False)
 class GraphRecord:
-    """One graph.
+    """A graph's record.
 
     Attributes:
-        checks: what its executable keeps of it.
+        checks: the part kept by its executable.
         keeps_stages: whether `stages` gets a copy of the graph after each pass.
-        sources: what was generated for the graph, by file name: a text, or what makes it.
-        saved: what became of it in the folder of saved graphs.
-        form, reason: the kind of call that it serves, and why no earlier graph does.
+        sources: generated sources by file name: a text, or a function that makes it.
+        saved: its fate in the folder of saved graphs.
+        form, reason: its kind of call, and why no earlier graph serves that.
         symbols: the symbols in `states`, in words.
-        numeric: what is compared at the first call, with `Options(verify="numeric")`.
+        numeric: the check at the first call, with `Options(verify="numeric")`.
     """
 
     title: str
@@ -76,24 +75,22 @@ class GraphRecord:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """What compiling it took, by whom, in the order in which they began."""
+        """Compile times by part, in order."""
         return exclusive(self.spans)
 
     def to_save(self) -> dict[str, Any]:
-        """What another process needs of it."""
         saved = ("lora", "checks", "passes", "states", "refusals", "outlined", "form", "symbols")
         return {name: getattr(self, name) for name in saved}
 
     @classmethod
     def loaded(cls, title: str, values: Mapping[str, Any], several: list[bool]) -> GraphRecord:
-        """The record of a graph that another process compiled. `several`: as in `Checks`, of this
-        program."""
+        """The record of a loaded graph; `several` as in `Checks`."""
         record = cls(title, saved="loaded from the folder", **values)
         record.checks.several = several
         return record
 
     def after(self, gm: fx.GraphModule, ctx: Context, report: PassReport | None) -> None:
-        """Note what a pass did; of the captured graph, where `report` is None."""
+        """Note a pass's result, or the captured graph if `report` is None."""
         if report is not None:
             self.passes.append(report)
         if self.keeps_stages:
@@ -102,23 +99,21 @@ class GraphRecord:
             self.stages.append(stage_of(gm, ctx, report))
 
     def keep_base(self, gm: fx.GraphModule, frame: Frame) -> None:
-        """Note a graph that no pass sees."""
         if self.keeps_stages:
             inputs = gm.graph.find_nodes(op="placeholder")
             self.sizes = sizes_of(frame, dict(zip(inputs, frame.inputs, strict=True)))
             self.stages.append(stage_of_base(gm, frame))
 
     def code(self, text: str) -> None:
-        """Note what Inductor made of the graph, or of one of several that it consists of."""
+        """Note Inductor's code for the graph or a part of it."""
         number = sum(name.startswith("inductor") for name in self.sources)
         self.sources[f"inductor{f'-{number}' if number else ''}.py"] = text
 
     def note(self, ctx: Context) -> None:
-        """Keep what the passes found out."""
         for key, states in enumerate(ctx.states.values()):
             for state in states:
                 state.node_key = key
-                # Nodes would hold the whole graph alive.
+                # Nodes would keep the whole graph alive.
                 state.use = state.packed_weight = state.packed_bias = None
             self.states.extend(states)
         sizes = sizes_of(ctx.frame, ctx.frame.by_node)

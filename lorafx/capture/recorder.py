@@ -1,7 +1,6 @@
-"""Stages: copies of one graph as each pass left it, kept only where somebody asks for them.
+"""Stages: copies of a graph after each pass, kept on request.
 
-Dumps, names, numeric verification, bisection and the viewer's page are functions of a list of
-stages.
+Dumps, names, numeric verification, bisection and the viewer's page are functions of the stages.
 """
 
 from __future__ import annotations
@@ -22,19 +21,19 @@ from lorafx.pass_order import CAPTURED
 from lorafx.program.frame import Frame, FrameInput
 from lorafx.program.preparation import PassReport
 
-#: A node: the path of the module whose graph holds it ("" for the graph itself), and its name.
+#: The path of a graph's module ("" for the main graph), and a node's name.
 Place = tuple[str, str]
 
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """A graph as one pass left it.
+    """A graph after a pass.
 
     Attributes:
-        graph: a copy, whose nodes have the names of the original's.
-        report: what the pass did; None for the captured graph.
-        inputs: by name of the placeholder, of the graph itself.
-        sites: those that a node serves.
+        graph: a copy with the original's node names.
+        report: the pass's; None for the captured graph.
+        inputs: by placeholder name, of the main graph.
+        sites: the sites of each node.
     """
 
     graph: fx.GraphModule
@@ -49,22 +48,20 @@ class Stage:
 
     @cached_property
     def graphs(self) -> dict[str, fx.Graph]:
-        """The graph (""), and those of the modules that it calls, by their paths."""
+        """The main graph (""), and the graphs of the modules that it calls, by path."""
         modules = self.graph.named_modules()
         return {path: item.graph for path, item in modules if isinstance(item, fx.GraphModule)}
 
     def paths(self, node: fx.Node) -> tuple[str, ...]:
-        """Of the sites that a node of the graph itself serves."""
+        """Paths of the sites of a node of the main graph."""
         return tuple(state.site.path for state in self.sites.get(("", node.name), ()))
 
     @cached_property
     def input_count(self) -> int:
-        """How many arguments it takes; later passes may add some."""
         return len(self.graph.graph.find_nodes(op="placeholder"))
 
 
 def stage_of(gm: fx.GraphModule, ctx: Context, report: PassReport | None) -> Stage:
-    """The stage after the pass that `report` is of."""
     modules = gm.named_modules()
     paths = {item.graph: path for path, item in modules if isinstance(item, fx.GraphModule)}
     sites: dict[Place, tuple[SiteState, ...]] = {}
@@ -79,13 +76,12 @@ def stage_of(gm: fx.GraphModule, ctx: Context, report: PassReport | None) -> Sta
 
 
 def stage_of_base(gm: fx.GraphModule, frame: Frame) -> Stage:
-    """The one stage of a graph that no pass sees."""
     inputs = zip(gm.graph.find_nodes(op="placeholder"), frame.inputs, strict=True)
     return Stage(copied(gm), inputs={node.name: item for node, item in inputs})
 
 
 def inputs_of(frame: Frame) -> dict[str, FrameInput]:
-    """The inputs by name. Banks that are looked up by a weight have its site."""
+    """The inputs by name. Banks looked up by a weight have its site."""
     found = {node.name: item for node, item in frame.by_node.items()}
     for (position, which, _), node in frame.extra_nodes.items():
         sites = frame.inputs[position].sites
@@ -95,7 +91,7 @@ def inputs_of(frame: Frame) -> dict[str, FrameInput]:
 
 
 def copied(gm: fx.GraphModule) -> fx.GraphModule:
-    """The graph as it is now, with those that it calls. Fake values are shared."""
+    """A copy of the graph and the graphs that it calls, sharing fake values."""
     kept = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     for name, child in kept.named_children():
         if isinstance(child, fx.GraphModule):
@@ -104,16 +100,16 @@ def copied(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def recorded(options: Options) -> bool:
-    """Whether the stages of graphs are wanted as they are compiled."""
+    """Whether stages are kept during compilation."""
     return dump_folder(options) is not None or options.verify == "numeric" or traces()
 
 
 def traces() -> bool:
-    """Whether somebody keeps torch's structured trace (TORCH_TRACE)."""
+    """Whether torch's structured trace (TORCH_TRACE) is on."""
     return bool(logging.getLogger("torch.__trace").handlers)
 
 
 def dump_folder(options: Options) -> Path | None:
-    """Where dumps go: `Options.dump`, else LORAFX_DUMP, else nowhere. The one place that asks."""
+    """The folder of dumps: `Options.dump`, else LORAFX_DUMP, else None."""
     folder = options.dump or os.environ.get("LORAFX_DUMP")
     return Path(folder) if folder else None

@@ -1,13 +1,12 @@
-"""Repeated layers are traced by AOTAutograd once; the graph is the one it would have made of all.
+"""AOTAutograd traces repeated layers once; the resulting graph is the same as if it traced all.
 
     of Dynamo's     h1 = layer(h0; W0); h2 = layer(h1; W1); h3 = layer(h2; W2)
     traced          x = stamp(h0, W0); h1 = stamp(layer(x)); h2 = stamp(h1, W1); ...
-    afterwards      every stamp is the traced layer again, on its own operands
+    afterwards      every stamp is the traced layer again, on its operands
 
-Layers are candidates because one module call made their nodes, and one stands for others of an
-equal canonical form (lorafx.passes.outline). They are functions of their operands, or also write
-into inputs of the graph, as a cache is: that is a result, which is copied into the input behind
-them.
+A layer's nodes were made by a module call, and layers of an equal canonical form share a trace
+(lorafx.passes.outline). They are functions of their operands, and may write into inputs of the
+graph, such as a cache: the written value is then a result, copied into the input afterwards.
 """
 
 from __future__ import annotations
@@ -37,25 +36,25 @@ from lorafx.torch_internals.trees import tree_leaves
 
 STAMP = torch.ops.lorafx.stamp.default
 OVERWRITE = torch.ops.lorafx.overwrite.default
-#: Calls without a value that do nothing in a graph.
+#: Calls without value or effect on a graph.
 _INERT = frozenset({_log_api_usage_once})
-#: Calls of Dynamo's graph below which a repeat is traced as quickly as it is stamped.
+#: In shorter layers (calls of Dynamo's graph), stamping saves no time.
 LEAST = 8
 
 T = TypeVar("T")
 
 
 class NotUnfolded(CaptureError):
-    """The traced graph is not one that stamps can be taken out of; it is traced without any."""
+    """The stamps cannot be taken out of the traced graph; it is traced without any."""
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """Layers that are alike.
+    """Equal layers.
 
     Attributes:
-        enter, leave: keys of the ops in front of the first layer and behind it.
-        others: for the key of each other layer, its module calls by those of the first.
+        enter, leave: keys of the ops before and after the first layer.
+        others: key of each other layer -> its module calls by those of the first.
     """
 
     enter: int
@@ -65,13 +64,12 @@ class _Kind:
 
 @dataclass
 class Folded:
-    """A copy of Dynamo's graph in which stamps stand for layers."""
+    """A copy of Dynamo's graph with stamps for layers."""
 
     module: fx.GraphModule
     kinds: list[_Kind] = field(default_factory=list)
 
     def forget(self) -> None:
-        """Free the keys of the stamps."""
         for kind in self.kinds:
             for key in (kind.enter, kind.leave, *kind.others):
                 LAYOUTS.pop(key, None)
@@ -82,15 +80,14 @@ def traced_once(
     trace: Callable[[fx.GraphModule, Folded | None], T],
     title: str = "a graph of the base",
 ) -> T:
-    """What `trace` makes of the graph, which is given with repeated layers folded, and then has to
-    `unfold` what it traces; where that cannot be done, of the graph as it is."""
+    """`trace` of the folded graph, which it must `unfold`; if that fails, of the original."""
     folded = fold(gm)
     if folded is None:
         return trace(gm, None)
     try:
         return trace(folded.module, folded)
     except Exception as error:
-        # Compilers put errors of theirs around ours.
+        # Compilers wrap our errors.
         found = next((item for item in chain(error) if isinstance(item, NotUnfolded)), None)
         if found is None:
             raise
@@ -101,7 +98,7 @@ def traced_once(
 
 
 def fold(gm: fx.GraphModule) -> Folded | None:
-    """A copy of Dynamo's graph whose repeated layers are stamps; None where there are none."""
+    """A copy of Dynamo's graph with stamps for repeated layers, if there are any."""
     values = [node.meta.get("example_value") for node in gm.graph.nodes]
     mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
     if mode is None:
@@ -154,16 +151,14 @@ def _fold(folded: Folded, mode: FakeTensorMode) -> None:
 
 
 def _switches(node: fx.Node) -> bool:
-    """Whether a call may set how later ones are traced, as autocast and gradient mode do: it has no
-    value, and takes none either, as an assignment to items of a tensor does."""
+    """Whether a call, without operands and value, may change later tracing (autocast)."""
     if not node.op.startswith("call_") or fake_value(node) is not None or node.target in _INERT:
         return False
     return not any(isinstance(fake_value(source), Tensor) for source in node.all_input_nodes)
 
 
 def _calls(first: Stretch, other: Stretch) -> dict[tuple[Any, ...], Any] | None:
-    """By the module calls that the first layer's nodes were made in, those of the other's; None
-    where that is not one and the same for all nodes of a call."""
+    """The other layer's module calls by the first's, or None where they do not correspond."""
     stacks: dict[tuple[Any, ...], Any] = {}
     for node, twin in zip(first.nodes, other.nodes, strict=True):
         stack = twin.meta.get("nn_module_stack") or {}
@@ -173,12 +168,12 @@ def _calls(first: Stretch, other: Stretch) -> dict[tuple[Any, ...], Any] | None:
     return stacks
 
 
-# --- what layers take, return and write into ---
+# --- operands, results and writes of layers ---
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """The nodes of a layer, the tensors that it takes, and what is read behind it."""
+    """The nodes of a layer, its tensor operands, and the values read behind it."""
 
     nodes: tuple[fx.Node, ...]
     taken: tuple[fx.Node, ...]
@@ -188,24 +183,22 @@ class _Layer:
 
 @dataclass(frozen=True)
 class _Effects:
-    """What layers do beside computing new tensors, by places among what they take and return.
+    """Effects of layers other than new tensors.
 
     Attributes:
-        written: operands that are written into.
-        passed: results that are an operand itself, and which.
+        written: indices of operands that are written into.
+        passed: index of a result -> operand that it is.
     """
 
     written: tuple[int, ...]
     passed: Mapping[int, int]
 
     def made_by(self, layer: _Layer) -> list[fx.Node]:
-        """The results of the layer that are new tensors."""
         return [node for at, node in enumerate(layer.returned) if at not in self.passed]
 
 
 def _layers_of(stretches: Sequence[Stretch], replaced: Mapping[fx.Node, fx.Node]) -> list[_Layer]:
-    """The layers of a kind. What is read behind one of them is a result of each. `replaced` are
-    results of layers that were stamped since the stretches were looked at."""
+    """The layers of a kind, with common results. `replaced`: results of stamped layers."""
     read = set()
     for stretch in stretches:
         inside = set(stretch.nodes)
@@ -226,12 +219,11 @@ def _is_size(value: Any) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether AOTAutograd takes a value as one tensor."""
     return isinstance(value, FakeTensor) and value.layout is torch.strided
 
 
 class _Writes(TorchDispatchMode):
-    """Notes the memory that operators write into, or may where their schema does not say."""
+    """Notes memory that operators write, or may write without saying so in their schema."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -251,14 +243,13 @@ class _Writes(TorchDispatchMode):
 
 
 def _effects_of(layers: Sequence[_Layer], mode: FakeTensorMode) -> _Effects | None:
-    """What the layers do, tried on tensors without data; None where a stamp cannot say it. A
-    function of torch may write whatever its name is, so operators are recognised as they run."""
+    """The layers' effects, found on fake tensors; None where a stamp cannot express them."""
     layer = layers[0]
     values = [fake_value(node) for node in (*layer.taken, *layer.returned)]
     if not all(map(_is_plain, values)):
         return None
     made: dict[fx.Node, Any] = {node: fake_value(node) for node in layer.sizes}
-    # With symbolic sizes, composite operators such as matmul are served by their decompositions.
+    # With symbolic sizes, composite operators such as matmul need their decompositions.
     with enable_python_dispatcher(), mode, torch.inference_mode(False), torch.no_grad():
         made.update((node, without_data(fake_value(node))) for node in layer.taken)
         with _Writes() as writes:
@@ -283,8 +274,7 @@ def _effects_of(layers: Sequence[_Layer], mode: FakeTensorMode) -> _Effects | No
 
 
 def _are_apart(layer: _Layer, places: Sequence[int]) -> bool:
-    """Whether the operands at these places are inputs of the graph, in memory that no other operand
-    shares: what is written into them may be copied into them later."""
+    """Whether these operands are graph inputs in unshared memory, to be written later."""
     memory = [storage_key(fake_value(node)) for node in layer.taken]
     return all(
         layer.taken[place].op == "placeholder" and memory.count(memory[place]) == 1
@@ -292,7 +282,7 @@ def _are_apart(layer: _Layer, places: Sequence[int]) -> bool:
     )
 
 
-# --- stamps in the place of layers ---
+# --- stamps for layers ---
 
 
 def _stamp(
@@ -302,7 +292,6 @@ def _stamp(
     effects: _Effects,
     replaced: dict[fx.Node, fx.Node],
 ) -> _Kind:
-    """Put ops in front of the first layer and behind it, and one in place of each other."""
     first, *others = layers
     with graph.inserting_before(first.nodes[0]):
         given, enter = _note(graph, first.taken, first.taken)
@@ -315,7 +304,7 @@ def _stamp(
         leave = _finish(graph, first, [*effects.made_by(first), *changed], effects, replaced)
     keys: dict[int, dict[tuple[Any, ...], Any]] = {}
     for layer, stack in zip(others, stacks, strict=True):
-        # The layers before may have been stamped just now.
+        # The previous layers may have been stamped just now.
         layer = replace(layer, taken=tuple(replaced.get(node, node) for node in layer.taken))
         with graph.inserting_before(layer.nodes[0]):
             key = _finish(graph, layer, layer.taken, effects, replaced)
@@ -332,9 +321,8 @@ def _finish(
     effects: _Effects,
     replaced: dict[fx.Node, fx.Node],
 ) -> int:
-    """A stamp that takes `values` and gives what the layer makes and what it makes of the operands
-    that it writes into, which is copied into them. Whoever reads a result of the layer reads that.
-    """
+    """A stamp of `values` that returns the layer's new tensors and its written operands, which are
+    copied back; readers of the layer are redirected."""
     changed = [layer.taken[place] for place in effects.written]
     made = effects.made_by(layer)
     given, key = _note(graph, values, [*made, *changed])
@@ -351,8 +339,7 @@ def _finish(
 def _note(
     graph: fx.Graph, values: Sequence[fx.Node], like: Sequence[fx.Node]
 ) -> tuple[list[fx.Node], int]:
-    """The results of a stamp that takes `values` and returns tensors like `like`, and its key."""
-    # Torch's caches know graphs by such constants, so they are equal in every process.
+    # torch's caches hash such constants, so they are equal in every process.
     key = next(number for number in itertools.count(1) if number not in LAYOUTS)
     LAYOUTS[key] = [Layout.of(fake_value(node)) for node in like]
     call = graph.call_function(STAMP, (list(values), key))
@@ -365,15 +352,11 @@ def _note(
     return found[::-1], key
 
 
-# --- layers in the place of stamps ---
+# --- layers for stamps ---
 
 
 def unfold(graph: fx.Graph, folded: Folded) -> None:
-    """Take the stamps out of what AOTAutograd made of the graph, in place.
-
-    Raises:
-        NotUnfolded: the graph is not what was expected. It must not be used then.
-    """
+    """Replace the stamps in AOTAutograd's graph, in place; after NotUnfolded it is unusable."""
     found = {node.args[1]: node for node in graph.nodes if node.target is STAMP}
     values = [fake_value(node) for node in graph.nodes]
     mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
@@ -399,8 +382,7 @@ def unfold(graph: fx.Graph, folded: Folded) -> None:
 
 
 def _body(enter: fx.Node, leave: fx.Node) -> list[fx.Node]:
-    """What is computed between the two ends, in order: from the operands, and the constants that
-    go with it. Sizes are those of all layers, and stay where they are."""
+    """The layer's computation in order, with its constants but without shared sizes."""
     items = list(enter.users)
     if any(item.target is not operator.getitem for item in items):
         raise NotUnfolded("the operands of a layer are read as a list")
@@ -439,7 +421,6 @@ def _expand(
     call: fx.Node,
     stacks: dict[tuple[Any, ...], Any],
 ) -> None:
-    """The stamp `call` becomes a copy of the body on its own operands."""
     operands: Any = call.args[0]
     new: dict[fx.Node, fx.Node] = {item: operands[item.args[1]] for item in enter.users}
     for node in body:
@@ -456,8 +437,7 @@ def _expand(
 
 
 def _value_of_copy(node: fx.Node, copy: fx.Node) -> Any:
-    """The fake value of a copy of a node: laid out like the node's, in memory of its own, or its
-    operand's where it is a view."""
+    """The fake value of a copy, with the node's layout, in new memory or viewing its operand."""
     value = fake_value(node)
     if is_view(node):
         base, other = (fake_value(item.all_input_nodes[0]) for item in (node, copy))
@@ -477,7 +457,6 @@ def _value_of_copy(node: fx.Node, copy: fx.Node) -> Any:
 
 
 def _take_out(graph: fx.Graph, call: fx.Node, values: Any) -> None:
-    """Whoever reads a result of `call` reads the value."""
     for item in list(call.users):
         item.replace_all_uses_with(values[item.args[1]])
         graph.erase_node(item)

@@ -1,12 +1,11 @@
-"""What is said of each graph as it is compiled: which call it is for, why no other serves it, and
-where the time went.
+"""The log line of each compiled graph: its kind of call, why no earlier graph serves it, and times.
 
     graph 2 lora of LlamaForCausalLM: new: a batch of one, labels given; 12.3 s (Dynamo 4.1,
     AOTAutograd 5.0, passes 0.8, inductor 2.4)
 
-One line a graph at level INFO of the logger `lorafx`, and on a terminal. Why it is new is what the
-call has that the nearest earlier graph's call had not, of what is known here, or the guard that
-failed; TORCH_LOGS="recompiles" prints every such guard.
+Lines go to the logger `lorafx` at level INFO, and to a terminal. The reason is the call's
+difference from the nearest earlier graph's, as far as known here, or the failed guard;
+TORCH_LOGS="recompiles" prints all failed guards.
 """
 
 from __future__ import annotations
@@ -40,8 +39,7 @@ _PLAIN = (bool, int, float, str)
 
 @contextmanager
 def conversion(name: str) -> Iterator[None]:
-    """Around Dynamo's conversion of a frame, which it does one at a time, of the function that is
-    called `name`."""
+    """Around Dynamo's conversion of a frame of the function `name`; conversions are serial."""
     before = _LOCAL.begun, _LOCAL.work
     with compiling(f"compiling {name}") as work:
         _LOCAL.begun, _LOCAL.work = time.perf_counter(), work
@@ -53,7 +51,7 @@ def conversion(name: str) -> Iterator[None]:
 
 @contextmanager
 def shown(graph: str) -> Iterator[None]:
-    """Around what compiles a graph, which a terminal calls `graph`, in a conversion or without."""
+    """Around the compilation of a graph, called `graph` on a terminal."""
     what = f"compiling {graph}"
     if _LOCAL.work is not None:
         _LOCAL.work.show(what)
@@ -65,14 +63,13 @@ def shown(graph: str) -> Iterator[None]:
 
 
 def note_tracing(spans: list[Span]) -> None:
-    """Note how long Dynamo has traced, where its conversion is watched."""
+    """Note Dynamo's tracing time so far, inside a `conversion`."""
     if _LOCAL.begun is not None:
         spans.append(Span("Dynamo", _LOCAL.begun, time.perf_counter()))
 
 
 @contextmanager
 def timed(spans: list[Span], what: str) -> Iterator[None]:
-    """Note when the block began and ended."""
     start = time.perf_counter()
     try:
         yield
@@ -81,7 +78,7 @@ def timed(spans: list[Span], what: str) -> Iterator[None]:
 
 
 def form_of(program: Program, *, begins_call: bool, per_token: bool) -> dict[str, str]:
-    """What kind of call is running, by what graphs differ in."""
+    """The running call's kind, by the properties that graphs differ in."""
     call, runtime = program.call, program.runtime
     named: Mapping[str, object] = {} if call is None else call.named
     tokens = next((named[name] for name in PRIMARY if isinstance(named.get(name), Tensor)), None)
@@ -111,13 +108,13 @@ def form_of(program: Program, *, begins_call: bool, per_token: bool) -> dict[str
 
 
 def _as_parameters(module: nn.Module) -> bool:
-    """`torch.func.functional_call` may put plain tensors in their places."""
+    """Whether weights are parameters, not plain tensors of `torch.func.functional_call`."""
     weights = (weight for weight in module._parameters.values() if weight is not None)
     return all(isinstance(weight, nn.Parameter) for weight in weights)
 
 
 def reason(form: Mapping[str, str], earlier: Sequence[Mapping[str, str]]) -> str:
-    """Why a call of this form is not served by the graphs of earlier ones."""
+    """Why the graphs of earlier forms do not serve this form."""
     if not earlier:
         return "first call"
     nearest = min(earlier, key=partial(_distance, form))
@@ -133,20 +130,19 @@ def reason(form: Mapping[str, str], earlier: Sequence[Mapping[str, str]]) -> str
 
 
 def _distance(form: Mapping[str, str], other: Mapping[str, str]) -> tuple[int, int]:
-    """How many things differ; of equally many, those that only one has count more."""
     differing = sum(other.get(what) != text for what, text in form.items())
     return differing + len(other.keys() - form.keys()), len(form.keys() ^ other.keys())
 
 
 def tell(record: GraphRecord, model: str) -> None:
-    """Log the line of a graph that was compiled."""
+    """Log the line of a compiled graph."""
     graph = f"{record.title} of {model}"
     _end_line(f"{graph}, {record.reason}")
     LOG.info("%s: %s; %s", graph, record.reason, _times(record.seconds))
 
 
 def tell_instance(title: str, model: str, form: Mapping[str, str], spans: Sequence[Span]) -> None:
-    """Log that a call of this form was captured, and is served by a graph that there is."""
+    """Log that an existing graph serves a captured call."""
     kinds = ("requests", "tokens", "plain weights", "inference mode")
     text = f"{title} of {model} serves {', '.join(form[what] for what in kinds if what in form)}"
     _end_line(f"{text}, too")
@@ -154,7 +150,6 @@ def tell_instance(title: str, model: str, form: Mapping[str, str], spans: Sequen
 
 
 def _end_line(graph: str) -> None:
-    """End the terminal's line, if there is one, before the log goes on."""
     work = _LOCAL.work
     if work is not None:
         work.what = work.what if work.what.endswith(graph) else graph

@@ -1,5 +1,7 @@
-"""A function under Dynamo, and code that Dynamo would stop tracing for good: models share code
-objects, and a model outlives an error. Only this module makes, reads and resets such marks."""
+"""Functions under Dynamo, which outlive errors that stop Dynamo's tracing for good.
+
+Models share code objects. Only this module makes, reads and resets Dynamo's marks on them.
+"""
 
 from __future__ import annotations
 
@@ -24,28 +26,24 @@ from lorafx.torch_internals.dynamo import (
 from lorafx.torch_internals.frames import guard_filter
 from lorafx.torch_internals.traced_calls import calls_traced
 
-#: A function that is not compiled now runs in Python this time; what it calls, and its next call,
-#: are looked at as ever.
+#: Run an uncompiled function in Python once; its callees and its next call are traced as usual.
 _THIS_TIME = FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT)
-#: A function that Dynamo leaves alone, with all that it calls.
+#: Leave a function and its callees to Python.
 _NEVER = FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP)
 
 
 class Traced:
-    """`function` compiled by `backend`, frame by frame where it breaks, with graphs of its own.
+    """`function` compiled by `backend`, frame by frame where it breaks, with separate graphs.
 
-    Dynamo would never again trace a function that raised while it was traced: one bad request would
-    leave a model without graphs. Here it runs in Python until that error has reached the caller; if
-    the function gets over it, it stays untraced.
+    Dynamo never again traces a function that raised during tracing. Here it runs in Python until
+    the error has reached the caller; a function that catches the error stays untraced.
 
     Args:
-        name: what users call the function.
-        sizes_by_data: whether operators whose results' sizes depend on data are captured too, asked
-            at each capture.
-        keep_guards: says which of a new graph's guards are checked before each call; all where it
-            is None. Dynamo makes them twice to ask.
-        converted: as `convert`, its first argument, for the frame of the function itself: graphs
-            that other processes compiled are tried first.
+        name: the function's name for users.
+        sizes_by_data: whether operators with data-dependent sizes are captured, evaluated at each
+            capture.
+        keep_guards: selects guards of a new graph; Dynamo then makes them twice.
+        converted: wraps Dynamo's `convert` for the function's frame, to load saved graphs.
     """
 
     def __init__(
@@ -60,7 +58,7 @@ class Traced:
         keep_guards: Callable[[Sequence[Any]], Sequence[bool]] | None = None,
         converted: Callable[..., ConvertFrameReturn] | None = None,
     ) -> None:
-        #: What functions raised that were given up for it.
+        #: Errors of functions that were given up.
         self.given_up: dict[CodeType, str] = {}
         context: Any = optimize(
             backend,
@@ -82,8 +80,7 @@ class Traced:
         self.call: Callable[..., Any] = context(function)
 
     def _noting(self, convert: Callable[..., ConvertFrameReturn]) -> Callable[..., Any]:
-        """Dynamo's conversion of a frame, but for frames that were given up. Dynamo holds its lock
-        meanwhile, so its settings are ours in this thread alone."""
+        """Dynamo's conversion, except for given-up frames. Dynamo's lock keeps settings local."""
 
         @functools.wraps(convert)  # with its attributes, which Dynamo asks for
         def noting(frame: Any, *args: Any, **kwargs: Any) -> ConvertFrameReturn:
@@ -109,7 +106,7 @@ class Traced:
 
 
 def _what_was_raised(error: Unsupported) -> str:
-    """`ValueError('too many')`, as Dynamo writes it: the error itself was never made."""
+    """`ValueError('too many')`, as Dynamo writes it without making the error."""
     begin = "raised exception "
     for line in f"{error}\n{error.__cause__}".splitlines():
         if begin in line:
@@ -118,17 +115,16 @@ def _what_was_raised(error: Unsupported) -> str:
 
 
 def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with a code object that nothing else shares.
+    """`function` with an unshared code object.
 
-    Dynamo notes on the code object that a frame is not to be traced. One code stands behind all
-    modules that torch.nn wrote the forward of, and one behind each decorator of transformers, so
-    what another torch.compile gave up would not be traced here either.
+    Dynamo marks untraceable frames on their code, which torch.nn's forward and decorators of
+    transformers share among modules: another torch.compile's failure would stop tracing here.
     """
     if not isinstance(function, MethodType):
         function = innermost_fn(function)  # of what was compiled, or kept from it
     plain = function.__func__ if isinstance(function, MethodType) else function
-    # What is no function (a partial, an object) has no frame, and torch's own functions are not
-    # traced: torch.compile too puts such a call around them.
+    # Partials and objects have no frame, and torch's functions are not traced: like torch.compile,
+    # put a call around them.
     if not isinstance(plain, FunctionType) or check(plain):
         inner = function
 
@@ -149,5 +145,5 @@ def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def never_traced(code: CodeType) -> None:
-    """Have Dynamo trace neither this function nor what it calls."""
+    """Exclude this function and its callees from tracing."""
     set_code_exec_strategy(code, _NEVER)

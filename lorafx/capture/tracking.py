@@ -1,8 +1,8 @@
-"""What Python computes between the graphs of one call.
+"""Tracks Python's computations between the graphs of a call.
 
-While a call with adapters runs, every operator outside of a graph is seen. One that uses the weight
-of a site without calling its module is refused. Where the rows use different adapters, the owners
-of its results are kept in the call's memory. What a graph returns is known from its proofs.
+While a call with adapters runs, every operator outside of graphs is seen. An operator that uses a
+site's weight without calling its module is refused. For rows of different adapters, owners of
+results are kept in the call's memory. Results of graphs are known from proofs.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ T = TypeVar("T")
 
 
 class Tracking(TorchDispatchMode):
-    """Notes the owners of what operators return and write in `memory`, and has `uses` look at them,
-    where these are given.
+    """Notes the owners of operators' results and writes in `memory`, and checks operators with
+    `uses`.
 
     It is put on torch's stack by `run` and never by `with`: an interrupt between the
     steps of a context manager would leave it there. What two interrupts leave all the same sees
@@ -52,15 +52,14 @@ class Tracking(TorchDispatchMode):
         self.over = False
 
     def run(self, action: Callable[[], T]) -> T:
-        """What `action` returns, whose operators are looked at."""
+        """Run `action`, tracking its operators."""
         _forget_ended()
         above = _pops(_len_torch_dispatch_stack())
         try:
             _push_on_torch_dispatch_stack(self)
             return action()
         finally:
-            # One call, of C: Python looks for signals where a Python function begins and where a
-            # call has returned.
+            # A single C call: Python handles signals at Python function entries and after returns.
             self.over = True
             _run(above, 0)
 
@@ -93,8 +92,7 @@ class Tracking(TorchDispatchMode):
         return results
 
     def in_graph(self, action: Callable[[], T]) -> T:
-        """What `action` returns, which runs the operators of a graph: `match` knows their uses of
-        weights."""
+        """Run `action`, a graph's operators, whose uses of weights `match` knows."""
         above, uses = _pops(_len_torch_dispatch_stack()), self.uses
         try:
             self.uses = None
@@ -132,21 +130,20 @@ class Tracking(TorchDispatchMode):
             if storage_of(output) not in shown:
                 memory.note(output, held)
 
-    def _made(self, func: OpOverload, results: object) -> None:
-        """Told of what an operator without tensors among its arguments returned."""
+    def _made(self, func: OpOverload, results: object) -> None: ...
 
 
 never_traced(Tracking.__torch_dispatch__.__code__)
 
 
 def running() -> Tracking | None:
-    """The tracking that looks at operators now, where no other mode stands before it."""
+    """The tracking at work, unless another mode precedes it."""
     mode = _get_current_dispatch_mode()
     return mode if isinstance(mode, Tracking) else None
 
 
 def looks() -> bool:
-    """Whether owners are noted now, behind other modes perhaps."""
+    """Whether owners are noted, perhaps behind other modes."""
     stack = _get_current_dispatch_mode_stack()
     return any(
         isinstance(mode, Tracking) and not mode.over and mode.memory is not None for mode in stack
@@ -154,8 +151,7 @@ def looks() -> bool:
 
 
 def untracked(action: Callable[[Tracking | None], T]) -> T:
-    """What `action` returns, whose operators are not looked at: those of a graph, and of what looks
-    after labels. It is given the innermost tracking that would have looked."""
+    """Run `action` without tracking; it receives the innermost tracking."""
     taken: list[Tracking] = []
     try:
         while (mode := running()) is not None:
@@ -176,22 +172,19 @@ def _takes_tensors(values: Iterable[object]) -> bool:
     return False
 
 
-#: Tensors, and what holds some.
 _MAY_HOLD = (Tensor, list, tuple)
 
 
-#: Runs an iterator to its end, in C.
+#: Exhausts an iterator, in C.
 _run: Callable[[Iterator[Any], int], object] = deque
 
 
 def _pops(depth: int) -> Iterator[object]:
-    """Takes a mode off torch's stack at each step, until `depth` are left; all in C, so that no
-    interrupt comes between two steps."""
+    """Pops torch's modes down to `depth`, in C, so that no interrupt comes between."""
     lengths = takewhile(depth.__lt__, iter(_len_torch_dispatch_stack, -1))
     return map(_pop_torch_dispatch_stack, compress(repeat(None), lengths))
 
 
 def _forget_ended() -> None:
-    """Take off torch's stack what interrupts have left there."""
     while isinstance(left := _get_current_dispatch_mode(), Tracking) and left.over:
         _pop_torch_dispatch_stack(None)

@@ -1,8 +1,8 @@
 """Checks between passes: structure after each, and numbers against a reference on request.
 
 On the first real call each stage runs node by node on copies of the inputs and is compared with the
-graph after `provenance`, whose site ops are plain aten. The first stage that differs names the pass
-that is wrong.
+graph after `provenance`, whose site ops are plain aten. The first stage that differs names the
+wrong pass.
 """
 
 from __future__ import annotations
@@ -25,19 +25,17 @@ from lorafx.program.frame import fake_value
 from lorafx.torch_internals.operators import OpOverload
 from lorafx.torch_internals.trees import tree_leaves
 
-#: Tolerances of `difference` by dtype: the order of accumulation differs between stages, and errors
-#: grow over layers.
+#: Tolerances of `difference`: the order of accumulation differs between stages, and errors grow
+#: over layers.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """The largest error that counts as none."""
     return _TOLERANCE.get(dtype, 1e-4)
 
 
 def difference(got: Tensor, want: Tensor) -> float:
-    """max |got − want| / max(1, max |want|); infinite where shapes differ or something is no
-    number."""
+    """max |got − want| / max(1, max |want|); infinite for unequal shapes or non-finite numbers."""
     if got.shape != want.shape:
         return float("inf")
     if not want.numel():
@@ -48,13 +46,10 @@ def difference(got: Tensor, want: Tensor) -> float:
 
 
 def check_graph(pass_name: str, gm: fx.GraphModule, ctx: Context, outputs: Sequence[Any]) -> None:
-    """Structure, fake values, that the outputs still are `outputs`, and that no site was lost.
+    """Check structure, fake values, unchanged `outputs`, and that no site was lost.
 
-    Args:
-        outputs: `output_values` of the graph as captured, or its `output_signature`.
-
-    Raises:
-        VerifyError: naming the pass, and what it broke.
+    `outputs` are the captured graph's `output_values` or `output_signature`. Raises VerifyError,
+    naming the pass.
     """
     try:
         gm.graph.lint()
@@ -66,8 +61,8 @@ def check_graph(pass_name: str, gm: fx.GraphModule, ctx: Context, outputs: Seque
         if node.op == "call_function" and "val" not in node.meta and _returns(node):
             raise VerifyError(f"pass {pass_name!r} left node {node.name} without a fake value")
     values = output_values(gm)
-    # Most passes leave the very values. Texts of symbolic sizes are compared only now, since a pass
-    # may have made two sizes one.
+    # Most passes keep the values. Texts of symbolic sizes are compared late, since a pass may unify
+    # sizes.
     same = len(values) == len(outputs) and all(map(operator.is_, values, outputs))
     if not same and (before := _described(outputs)) != (after := _described(values)):
         raise VerifyError(
@@ -80,17 +75,16 @@ def check_graph(pass_name: str, gm: fx.GraphModule, ctx: Context, outputs: Seque
 
 
 def _returns(node: fx.Node) -> bool:
-    """False for operators that return nothing: assertions on sizes."""
     return not isinstance(node.target, OpOverload) or bool(node.target._schema.returns)
 
 
 def output_signature(gm: fx.GraphModule) -> list[str]:
-    """Shape and dtype of each of the graph's outputs."""
+    """Shapes and dtypes of the outputs."""
     return _described(output_values(gm))
 
 
 def output_values(gm: fx.GraphModule) -> list[Any]:
-    """The fake value of each of the graph's outputs."""
+    """The outputs' fake values."""
     output = next(node for node in gm.graph.nodes if node.op == "output")
     return [
         fake_value(item) if isinstance(item, fx.Node) else item
@@ -106,18 +100,13 @@ def _described(values: Sequence[Any]) -> list[str]:
 
 
 def cloned(values: Sequence[Any]) -> list[Any]:
-    """Arguments of a graph that it may write into."""
+    """Copies of arguments that a graph may write into."""
     return [item.clone() if isinstance(item, Tensor) else item for item in values]
 
 
 @dataclass
 class NumericCheck:
-    """The stages of one graph, run side by side on the first real inputs.
-
-    Attributes:
-        stages: dropped when they agree.
-        result: what came out of it, in words.
-    """
+    """The stages of a graph, compared on the first real inputs and then dropped."""
 
     title: str
     options: Options
@@ -125,16 +114,11 @@ class NumericCheck:
     result: str = "numbers: the stages will be compared at the graph's first call"
 
     def run(self, arguments: Sequence[Any], *, mixed: bool) -> None:
-        """Compare all stages on `arguments`.
-
-        Stages before `provenance` know no rows and are left out for mixed batches.
-
-        Raises:
-            VerifyError: a stage computes something else than the first one.
-        """
+        """Compare all stages on `arguments`; mixed batches start at `provenance`, since earlier
+        stages know no rows. Raises VerifyError for a stage that differs."""
         names = [stage.name for stage in self.stages]
         start = names.index("provenance") if mixed and "provenance" in names else 0
-        # Fewer: before `match` added the inputs of unmarked uses.
+        # Fewer inputs: stages before `match` added those of unmarked uses.
         stages = [stage for stage in self.stages[start:] if stage.input_count == len(arguments)]
         self.result = "numbers: a comparison of the stages was begun, and ended in an error"
         reference, largest = _results(stages[0], arguments), 0.0
@@ -147,7 +131,6 @@ class NumericCheck:
         )
 
     def _compare(self, stage: Stage, reference: list[Any], results: list[Any]) -> float:
-        """The largest `difference`."""
         largest = 0.0
         for index, (want, got) in enumerate(zip(reference, results, strict=True)):
             if not isinstance(want, Tensor):

@@ -1,5 +1,5 @@
-"""Weights of sites that Python uses between graphs, without calling their modules: the delta would
-be lost. Such uses are found by the memory that operators read."""
+"""Refuses uses of sites' weights by Python between graphs without calling their modules, which
+would lose the delta. Uses are found by the memory that operators read."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
 
 
 class _Range(NamedTuple):
-    """The bytes of a storage that a site's weight lies in."""
-
     first: int
     last: int
     site: Site
@@ -35,8 +33,7 @@ class WeightUses:
         self._found: MatchError | None = None
 
     def look(self, func: Any, operands: Sequence[Tensor], results: Sequence[Tensor]) -> None:
-        """Raise MatchError where an operator that has run has computed with the weight of a
-        site that an adapter of the batch touches, outside of a call of a module that holds it."""
+        """Raise MatchError for a touched site's weight read outside of its modules' calls."""
         if func.namespace == "lorafx" or func.overloadpacket in READS_NO_VALUES:
             return
         sites = list(dict.fromkeys(site for item in operands for site in self._shown(item)))
@@ -60,12 +57,11 @@ class WeightUses:
             raise self._found
 
     def refuse(self) -> None:
-        """Raise once more what the model's own code has caught."""
+        """Raise an error again that the model's code has caught."""
         if self._found is not None:
             raise self._found
 
     def _shown(self, tensor: Tensor) -> Iterator[Site]:
-        """The touched sites whose weights lie where this tensor lies."""
         if self._ranges is None:
             self._ranges = self._touched()
         for part in _parts(tensor):
@@ -86,8 +82,8 @@ class WeightUses:
         return ranges
 
     def _held(self, site: Site, running: Sequence[nn.Module]) -> bool:
-        """Whether a module runs that holds the weight: the site, whose mark comes after it, or
-        one that is no site, whose use of a tied weight it is."""
+        """Whether the site, whose mark comes later, or another module with the weight is
+        running."""
         weight = self._program.weight_of(site)
         return any(
             module is site.module
@@ -109,7 +105,6 @@ def _parts(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The first byte of its storage that it shows, and the one behind the last."""
     if not tensor.numel() or tensor.layout is not torch.strided:
         return 0, 0
     reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))

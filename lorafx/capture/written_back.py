@@ -1,11 +1,11 @@
-"""Outlined layers write into a cache themselves, where it is an input that nothing else reads.
+"""Outlined layers write into caches that are otherwise unread inputs.
 
     before      k1, h1 = body(h0; K1, W1)     AOTAutograd overwrites K1 with k1 after the graph
     after       h1 = body(h0; K1, W1)         the body ends in K1.copy_(k1), the graph returns K1
 
-AOTAutograd makes a graph functional, so a layer that writes one token's keys into a cache of a
-fixed size would copy the cache twice at each step: for the result, and back. Inductor has a body
-that ends in a copy into its operand write there at once.
+AOTAutograd makes graphs functional, so writing a token's keys into a fixed-size cache would copy
+the cache twice at each step. A body that ends in a copy into its operand lets Inductor write in
+place.
 """
 
 from __future__ import annotations
@@ -22,16 +22,14 @@ from lorafx.program.frame import fake_value
 from lorafx.torch_internals.aot_autograd import InputMutationAOTOutput
 from lorafx.torch_internals.frames import size_expression
 
-#: Arguments of a call in front of the body's operands: the body and its name.
+#: Arguments of a call before the operands: the body and its name.
 _OPERANDS = 2
 
 
 def write_back(gm: fx.GraphModule) -> int:
-    """Have the outlined bodies of `gm`, in place, write what is copied into inputs otherwise.
-    Returns how many inputs are written so.
+    """Rewrite the outlined bodies of `gm`, in place; returns the number of inputs they write.
 
-    Only on a CPU: elsewhere CUDA graphs and copies of unaligned inputs have to know which inputs a
-    graph writes into.
+    Only on a CPU: elsewhere CUDA graphs and copies of unaligned inputs need the written inputs.
     """
     calls: dict[str, list[fx.Node]] = {}
     for call in gm.graph.find_nodes(op="call_function", target=INVOKE):
@@ -57,7 +55,6 @@ def write_back(gm: fx.GraphModule) -> int:
 
 
 def _written(gm: fx.GraphModule) -> dict[fx.Node, fx.Node]:
-    """The inputs that AOTAutograd overwrites, by what it overwrites them with."""
     output = gm.graph.output_node()
     items: Any = output.args[0]
     descriptions = output.meta.get("desc") or ()
@@ -73,8 +70,7 @@ def _written(gm: fx.GraphModule) -> dict[fx.Node, fx.Node]:
 
 
 def _pairs(call: fx.Node, written: dict[fx.Node, fx.Node]) -> Iterator[tuple[int, int]]:
-    """Results of `call` that are only copied into an input that only `call` takes: the place of
-    each among the results, and that of the input among the operands."""
+    """(result, operand) indices of results only copied into inputs that only `call` takes."""
     operands: Sequence[Any] = call.args[_OPERANDS:]
     for item in call.users:
         place = written.get(item)
@@ -95,7 +91,7 @@ def _alike(value: Any, place: Any) -> bool:
 
 
 def _allowed(body: fx.GraphModule, pairs: dict[int, int]) -> dict[int, int]:
-    """Those that the body may write: what it makes, returned once, beside another result."""
+    """The pairs that the body may write: new values, returned once, beside another result."""
     results: Any = body.graph.output_node().args[0]
     found = {
         result: operand

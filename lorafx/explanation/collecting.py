@@ -22,7 +22,7 @@ from lorafx.torch_internals.shortcuts import states
 
 
 def explained(session: Session, *, quick: bool = False) -> Explanation:
-    """The report on a marked model. `quick`: of what is known already; nothing is looked at."""
+    """The report on a marked model. `quick`: only of what is known already."""
     program, config = session.program, session.program.config
     if not quick:
         program.look_at_modules()
@@ -116,5 +116,5 @@ def graph_report(record: GraphRecord) -> GraphReport:
 
 
 def _in_words(text: str, symbols: Mapping[str, str]) -> str:
-    """`text` with what its symbols stand for."""
+    """`text` with its symbols explained."""
     return re.sub(r"\b[su][0-9]+\b", lambda found: symbols.get(found[0], found[0]), text)

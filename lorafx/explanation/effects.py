@@ -1,4 +1,4 @@
-"""What an adapter does, module by module: how large ΔW is, and how much it changes the output.
+"""The effect of an adapter by module: the size of ΔW, and the change of the output.
 
 ‖s·B A‖² = s² tr((Bᵀ B) (A Aᵀ))      the products are (r, r): ΔW itself is never made
 ‖(y + delta) − y‖ / ‖y‖               y and y + delta on the two sides of the module's mark
@@ -25,28 +25,27 @@ from lorafx.torch_internals.fake_tensors import unset_fake_temporarily
 
 @dataclass(frozen=True)
 class Deltas:
-    """Of one adapter by site: the norm of ΔW, and why it changes nothing there, if so."""
+    """An adapter's norms of ΔW by site, and reasons why it changes nothing there."""
 
     norms: dict[str, float]
     idle: dict[str, str]
 
     @property
     def why_idle(self) -> str:
-        """Why the adapter changes nothing anywhere; "" if it does somewhere."""
+        """Why the adapter changes nothing anywhere, or ""."""
         if len(self.idle) < len(self.norms) or not self.idle:
             return ""
         return "no effect, because " + " or ".join(sorted(set(self.idle.values())))
 
 
-#: Of adapters that were looked at. A new version of an adapter is another object.
+#: A new version of an adapter is another object.
 _KNOWN: weakref.WeakKeyDictionary[StoredAdapter, Deltas] = weakref.WeakKeyDictionary()
 
 
 def deltas_of(
     stored: StoredAdapter, groups: Sequence[Group], *, quick: bool = False
 ) -> Deltas | None:
-    """The deltas of an adapter; None where its numbers are not in host memory. `quick`: None also
-    where they were not computed before."""
+    """The deltas of an adapter; None if its numbers are not in host memory or, if `quick`, new."""
     if stored not in _KNOWN and not quick:
         copy = stored.host or (stored.dropped() if stored.dropped is not None else None)
         if copy is None:
@@ -71,14 +70,13 @@ def deltas_of(
 
 
 def _square(site: Site, factors: Factors) -> float:
-    """‖ΔW‖² of one part."""
     a, b = _wide(factors.A), _wide(factors.B)
     if site.eligible.kind == "embedding":
         a = a.mT  # (V, r)
     if factors.ranks is not None:  # what is behind an expert's own rank is not read
         within = torch.arange(b.shape[-2]) < factors.ranks[:, None]
         b = b * within[..., None]
-    # Each is a square already: their product would leave float32 where ΔW itself does not.
+    # Both factors are squares: their product may exceed float32 where ΔW does not.
     square = ((a @ a.mT).double() * (b @ b.mT).double()).sum((-2, -1))
     scale = torch.as_tensor(factors.scale, dtype=square.dtype)
     return max(float((square * scale**2).sum()), 0.0)
@@ -89,7 +87,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _why_nothing(factors: Factors) -> str:
-    """Why one part changes nothing; "" if it may."""
+    """Why a part changes nothing, or ""."""
     others = (factors.gains, factors.shift)
     if any(tensor is not None and bool(tensor.any()) for tensor in others):
         return ""
@@ -97,20 +95,15 @@ def _why_nothing(factors: Factors) -> str:
     return next((f"{name} is zero" for name, tensor in named if not bool(tensor.any())), "")
 
 
-#: Runs a model with an adapter, by its name, for all requests of a call with these arguments.
+#: Runs a model with a named adapter for all requests of a call.
 Serve = Callable[[str, Sequence[Any], Mapping[str, Any]], None]
 
 
 def change_of(
     serve: Serve, site: Site, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> float | None:
-    """The relative norm of what adapter `name` adds to what `site` returns for these arguments, in
-    one eager run with it for all requests; None where the model does not call the site's module.
-
-    Raises:
-        LorafxError: the adapter cannot be served for such a call.
-        Whatever the model raises.
-    """
+    """The relative norm of adapter `name`'s change of `site`'s output in an eager run; None if the
+    model does not call the site's module. Raises LorafxError, or the model's errors."""
     added = whole = 0.0
     before: list[Tensor] = []
 
@@ -138,7 +131,6 @@ def change_of(
 def in_eager_mode(
     session: Session, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> None:
-    """Run the model that `lorafx.compile` serves, as `Serve`."""
     model, row_dims = session.program.model, session.program.config.row_dims
     roles = RoleTable(model, row_dims)
     named = roles.spread(roles.bind(tuple(args), kwargs))

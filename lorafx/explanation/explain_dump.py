@@ -1,4 +1,4 @@
-"""What is written as graphs are compiled: dumps, `explain.txt`, and torch's structured trace."""
+"""Writes dumps, `explain.txt`, and torch's structured trace during compilation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lorafx.viewer.page import Page
 
 
 class Dumps:
-    """Writes what somebody asked for of each graph of a session, as `Backend.recorded`."""
+    """Writes the requested outputs of each graph of a session, as `Backend.recorded`."""
 
     def __init__(self, session: Session) -> None:
         self._session = weakref.ref(session)

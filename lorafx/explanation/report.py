@@ -1,4 +1,4 @@
-"""`explain`: what lorafx made of a model, as values, as text and as tables."""
+"""The report of `explain`, as values, text and tables."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from lorafx.errors import some
 from lorafx.program.preparation import PassReport
 from lorafx.reports.report import Report, Table
 
-#: Who spends time on a graph, as it is called in `GraphReport.seconds`, and in words.
+#: Names of compilation phases in `GraphReport.seconds` -> words.
 _BY = {"passes": "lorafx's passes", "inductor": "Inductor", "triton": "Inductor with Triton"}
-#: Names that a line of the summary spells out.
 _MOST = 5
 
 
@@ -23,14 +22,13 @@ class SiteReport:
     """A module, or a weight of routed experts, that carries LoRA.
 
     Attributes:
-        path, aliases: its canonical path, and the others that reach it.
-        cls, registered: its class, and the registered one along its MRO that made it a site.
-        in_features, out_features: K and N; for embeddings K is the vocabulary.
+        path, aliases: its canonical path, and other paths to it.
+        cls, registered: its class, and the registered class along its MRO.
+        in_features, out_features: K and N; an embedding's K is the vocabulary.
         dtype: of its base weight.
-        parts: name and columns of each projection that it computes, where there are several; "-"
-            for one that has no name or was not selected.
-        loose: names of projections that the rows of an adapter's B tell apart.
-        own_rows: how many rows of its weight an adapter may have of its own.
+        parts: name and columns of each projection of several; "-" if unnamed or not selected.
+        loose: names of projections that only the rows of B tell apart.
+        own_rows: how many rows of its weight an adapter may replace.
     """
 
     path: str
@@ -57,8 +55,8 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class BankReport:
-    """The factors of all slots for the sites of one group. `parent` is the path of the module that
-    holds the sites, `names` are their last names, `nbytes` its size on the device in bytes."""
+    """The factors of all slots for a group's sites: path of their parent module, their last names,
+    and device bytes."""
 
     parent: str
     names: tuple[str, ...]
@@ -74,13 +72,12 @@ class AdapterReport:
 
     Attributes:
         name, source, rank, notes: as in the adapter's file.
-        sites: canonical paths of the modules that it reaches.
-        slot: its slot on the device; None where it is in host memory or on disk.
-        pinned, merged: whether it keeps the slot, and whether the base weights hold it.
-        norms: by site, the Frobenius norm of ΔW = s·B A. None where its numbers are not in host
-            memory now, or were not asked for.
+        sites: canonical paths of its modules.
+        slot: its slot on the device, if it has one.
+        pinned, merged: whether it keeps the slot, and whether it is merged into base weights.
+        norms: Frobenius norm of ΔW = s·B A by site, if in host memory and requested.
         idle: the sites where it changes nothing.
-        why_idle: why, if it changes nothing anywhere; "" otherwise.
+        why_idle: why it changes nothing anywhere, or "".
     """
 
     name: str
@@ -97,7 +94,7 @@ class AdapterReport:
 
     @property
     def norm(self) -> float | None:
-        """The Frobenius norm of all of ΔW; None as `norms`."""
+        """The Frobenius norm of all of ΔW, if known."""
         return None if self.norms is None else sum(v * v for v in self.norms.values()) ** 0.5
 
     def __str__(self) -> str:
@@ -115,12 +112,12 @@ class AdapterReport:
 
 @dataclass(frozen=True)
 class NodeReport:
-    """One node of a graph that adds deltas.
+    """A node of a graph that adds deltas.
 
     Attributes:
-        sites: the sites that it serves: several where siblings were packed.
-        form: "packed", "fused" (with the base's product), "mark" (the hook's own op) or
-            "rewritten" (a use of the weight without its module).
+        sites: several for packed siblings.
+        form: "packed", "fused" (with the base's product), "mark" (the hook's op) or "rewritten" (a
+            use of the weight without its module).
         strategy: how it is computed, and why.
         rows: which rows of x belong to which request.
     """
@@ -138,16 +135,15 @@ class GraphReport:
     Attributes:
         title: "graph 0 lora".
         lora: whether it serves calls with adapters.
-        serves: what kind of call it is for, in words.
+        serves: the kind of call, in words.
         reason: why no earlier graph serves that call.
-        seconds: what compiling it took, by whom: "Dynamo", "AOTAutograd", "passes" (lorafx's), and
-            the lowering; "loading" of a saved graph.
-        passes: what each pass did.
+        seconds: compile times of "Dynamo", "AOTAutograd", "passes" (lorafx's), the lowering, and
+            "loading" of a saved graph.
         nodes: the nodes that add deltas.
         refusals: what it cannot serve.
-        outlined: repeated layers that are computed by one body.
-        saved: what became of it in the folder of saved graphs.
-        verified: the result of `Options(verify="numeric")`; "" where that is off.
+        outlined: repeated layers that share a body.
+        saved: its fate in the folder of saved graphs.
+        verified: the result of `Options(verify="numeric")`, or "".
     """
 
     title: str
@@ -163,7 +159,6 @@ class GraphReport:
     verified: str = ""
 
     def lines(self) -> list[str]:
-        """The graph as text."""
         lines = [f"serves calls {self.serves} ({self.reason})"] if self.serves else []
         if self.seconds:
             lines.append(f"compiled in {seconds_line(self.seconds)}")
@@ -203,15 +198,15 @@ class Explanation(Report):
     Attributes:
         model: the model's class.
         lowering: how its graphs become code.
-        slots, max_rank: adapters that the device holds, and their largest rank.
-        slot_rank: the rank that each slot has room for by itself, where slots share room.
-        room: what banks have room for beside factors: "DoRA's scales", "biases", "weights of
-            adapters' own".
-        passes: the passes in their order, as `lorafx.pipeline()` prints them.
-        shortcuts_off: why shortcuts are off, by name; those that are on are not in it.
-        prepared: what each pass over the model found and did; `notes` are its lines.
+        slots, max_rank: adapters on the device, and their largest rank.
+        slot_rank: the rank of a single slot, where slots share room.
+        room: contents of banks beside factors: "DoRA's scales", "biases", "weights of adapters'
+            own".
+        passes: the passes in order, as in `lorafx.pipeline()`.
+        shortcuts_off: names of disabled shortcuts -> reasons.
+        prepared: results of the passes over the model; `notes` are their lines.
         unreached: sites that no graph has reached yet.
-        replaced: what is not where it was when lorafx was given the model.
+        replaced: modules that have changed since lorafx was given the model.
     """
 
     model: str
@@ -232,12 +227,12 @@ class Explanation(Report):
 
     @property
     def refusals(self) -> tuple[RefusedSites, ...]:
-        """Those of all graphs."""
+        """The refusals of all graphs."""
         return tuple(refusal for graph in self.graphs for refusal in graph.refusals)
 
     @property
     def seconds(self) -> dict[str, float]:
-        """What compiling all graphs took, by whom."""
+        """Compile times of all graphs by phase."""
         found: Counter[str] = Counter()
         for graph in self.graphs:
             found.update(graph.seconds)
@@ -245,7 +240,7 @@ class Explanation(Report):
 
     @property
     def summary(self) -> tuple[str, ...]:
-        """Five lines: the model, adapters, graphs, how deltas are computed, what is not served."""
+        """Five lines: the model, adapters, graphs, computation of deltas, refusals."""
         nbytes = sum(bank.nbytes for bank in self.banks)
         return (
             f"{self.model}: {_count(len(self.sites), 'site')} (modules that carry LoRA), "
@@ -268,7 +263,7 @@ class Explanation(Report):
         return "\n".join(parts)
 
     def sections(self) -> list[tuple[str, Iterable[str]]]:
-        """What the text has below the summary."""
+        """The text below the summary."""
         banks = f"banks: {len(self.banks)}, {self.slots} slots of rank up to {self.max_rank}"
         banks += f", room for rank {self.slot_rank} in each" if self.slot_rank else ""
         found: list[tuple[str, Iterable[str]]] = [
@@ -296,7 +291,7 @@ class Explanation(Report):
         return self.summary[0]
 
     def facts(self) -> list[str]:
-        """Which shortcuts are off, and why; nothing where all are on."""
+        """Disabled shortcuts, with reasons."""
         off = [f"{name} ({reason})" for name, reason in self.shortcuts_off.items()]
         return [f"shortcuts that are off: {', '.join(off)}"] if off else []
 
@@ -385,7 +380,7 @@ class Explanation(Report):
 
 
 def seconds_line(seconds: Mapping[str, float]) -> str:
-    """What compiling took, and whose time that was."""
+    """Compile times in words."""
     parts = ", ".join(f"{_BY.get(what, what)} {value:.1f}" for what, value in seconds.items())
     return f"{sum(seconds.values()):.1f} s" + (f": {parts}" if parts else "")
 

@@ -1,4 +1,4 @@
-"""Which module a path means, and by which rule it is a site or is none."""
+"""Which module a path means, and the rule that makes it a site or not."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lorafx.registry import lookup_class, own_entry
 
 @dataclass(frozen=True)
 class Selection:
-    """What a path means.
+    """The meaning of a path.
 
     Attributes:
-        module: the instance; of a parameter of routed experts the module that holds it.
-        path, aliases: its canonical path, and the others that reach it.
-        site: what it is, or is a part of; None where it carries no LoRA.
-        part: which part of the site, None for all.
-        rule: why it was selected, or was not.
+        module: the instance; for a parameter of routed experts its module.
+        path, aliases: its canonical path, and other paths to it.
+        site: the site that it is, or is part of, if any.
+        part: the part of the site, None for all.
+        rule: why it was selected or not.
     """
 
     module: nn.Module
@@ -39,12 +39,8 @@ class Selection:
 def selection_of(
     graph: ModuleGraph, config: LoraConfig, sites: Sequence[Site], path: str
 ) -> Selection:
-    """What `path` means: any path of a module, of a part of a packed one ("...self_attn.q_proj"),
-    or of a parameter of routed experts.
-
-    Raises:
-        ConfigError: it means nothing; the error names the nearest paths.
-    """
+    """The meaning of `path`: of a module, of a part of a packed module ("...self_attn.q_proj"), or
+    of a parameter of routed experts. Raises ConfigError with the nearest paths."""
     for site in sites:
         if path in site.paths:
             return Selection(
@@ -80,12 +76,12 @@ def _parts(sites: Sequence[Site]) -> Iterator[tuple[Site, int]]:
 
 
 def why_selected(config: LoraConfig, site: Site) -> str:
-    """The rule by which a site is one: of the configuration, and of the registry."""
+    """The rules of configuration and registry that select a site."""
     return f"{_named_by(config, site)}; {registered(type(site.module))}"
 
 
 def registered(cls: type) -> str:
-    """The registered class that a class is looked up as, and the way there along its MRO."""
+    """The registered class for a class, and the way there along its MRO."""
     entry = lookup_class(cls)
     if entry is None:
         return f"no class of the MRO of {cls.__qualname__} is registered"

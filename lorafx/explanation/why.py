@@ -1,4 +1,4 @@
-"""`why`: what became of one module, and of what an adapter has for it."""
+"""`why`: the fate of a module, and of an adapter's tensors for it."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ from lorafx.session.session import Session
 def _landed(
     saved: Mapping[str, Size], model: nn.Module, sites: tuple[Site, ...], found: Selection
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Of the keys of an adapter, in PEFT's names, those that are for what was found, with their
-    shapes; and a note where there are none."""
+    """An adapter's keys with shapes for `found`, and a note if there are none."""
     places = Places(sites, model)
     keys: list[str] = []
     modules: dict[str, None] = {}
@@ -64,14 +63,7 @@ Call = tuple[Sequence[Any], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class InGraph:
-    """What one graph does for the module.
-
-    Attributes:
-        title: the graph's.
-        nodes: those that add its delta, with the sites that they serve besides.
-        refusals: why the graph cannot serve it, and for which batches.
-        lora: whether the graph is one of calls with adapters.
-    """
+    """A graph's nodes and refusals for the module; `lora` if it is of calls with adapters."""
 
     title: str
     nodes: tuple[NodeReport, ...]
@@ -79,7 +71,7 @@ class InGraph:
     lora: bool
 
     def lines(self, path: str) -> list[str]:
-        """As text, without the module's own `path`."""
+        """Text without the module's `path`."""
         if not self.lora:
             return [f"{self.title}: for calls without adapters"]
         lines = []
@@ -93,16 +85,15 @@ class InGraph:
 
 @dataclass(frozen=True)
 class WhyAdapter:
-    """What an adapter has for the module.
+    """An adapter's effect on the module.
 
     Attributes:
-        name, source: the adapter's.
-        keys: those of its keys that are for the module, with their shapes.
-        norm: the Frobenius norm of ΔW = s·B A; None where it is not known.
-        relative_norm: the same over the norm of W.
-        change: by how much it changes what the module returns, as a relative norm.
-        batch: the inputs that `change` was measured with: "the last batch", "the given inputs".
-        notes: what is to be said besides: why it has no effect, what could not be measured.
+        keys: its keys for the module, with shapes.
+        norm: the Frobenius norm of ΔW = s·B A, if known.
+        relative_norm: the norm relative to W's.
+        change: the relative norm of the change of the module's output.
+        batch: the inputs of `change`: "the last batch", "the given inputs".
+        notes: why it has no effect, what could not be measured.
     """
 
     name: str
@@ -131,19 +122,17 @@ class WhyAdapter:
 
 @dataclass(frozen=True)
 class Why(Report):
-    """What became of one module.
+    """The fate of a module.
 
     Attributes:
-        asked: the path that was asked for.
-        path, aliases: the module's canonical path, and the others that reach it.
-        cls: its class.
+        asked: the given path.
+        path, aliases: the module's canonical path, and other paths to it.
         selected: whether it carries LoRA.
         rule: why, or why not: class hierarchy, target_modules, registry.
         sizes: "24 -> 40, float32" of a site.
         beside: the sites that share its bank.
         adapters: the loaded adapters that reach it.
-        adapter: of the adapter that was asked for.
-        graphs: what each graph does for it.
+        adapter: of the given adapter.
     """
 
     asked: str
@@ -181,11 +170,11 @@ def why(
     last: LastCall | None,
     serve: Serve,
 ) -> Why:
-    """What became of the module at `path` in a marked model.
+    """The fate of the module at `path` in a marked model.
 
     Args:
-        call: arguments to measure with; None for those of the `last` one.
-        serve: measures.
+        call: arguments to measure with; default: those of the `last` call.
+        serve: runs the measurement.
 
     Raises:
         ConfigError: there is no such module.
@@ -227,7 +216,7 @@ def why_before(
     path: str,
     adapters: Mapping[str, Any],
 ) -> list[Why]:
-    """As `why` of a model that was not compiled: of each adapter, or of the module alone.
+    """As `why`, of a model that is not compiled: for each adapter, or the module alone.
 
     Raises:
         ConfigError: there is no such module.
@@ -304,7 +293,7 @@ def _adapter(
 
 
 def _keys_at(source: Any, model: nn.Module) -> dict[str, Size]:
-    """The keys of an adapter's file, with shapes. Raises as `load_state`."""
+    """The keys in an adapter's file, with shapes. Raises as `load_state`."""
     state = load_state(source, model, warn=False)
     return {key: tensor.shape for key, tensor in state.tensors.items()}
 

@@ -39,14 +39,14 @@ OWN_MASK = torch.ops.lorafx.own_mask.default
 FUSED_OP = torch.ops.lorafx.fused_linear.default
 
 SITE_OPS = frozenset({SITE_OP, EMBEDDING_OP, GROUPED_OP, CONV_OP, EXPERT_OP})
-#: Those for which no kernel is generated: they run as they are under every lowering.
+#: Ops without generated kernels, unchanged by every lowering.
 PLAIN_SITE_OPS = frozenset({GROUPED_OP, CONV_OP})
 
 When = Literal["always", "mixed", "dora", "own", "bias"]
 
 
 def is_site(node: fx.Node) -> bool:
-    """True for a node of the ops that add one site's delta to y."""
+    """Whether a node's op adds a site's delta to y."""
     return node.op == "call_function" and node.target in SITE_OPS
 
 
@@ -54,9 +54,9 @@ def is_site(node: fx.Node) -> bool:
 class Refusal:
     """Why LoRA cannot be applied at some sites in this graph.
 
-    `when` names the batches that it concerns: "always" all whose adapters touch the site, "mixed"
-    those whose rows use different adapters, "dora", "own" and "bias" those with adapters that
-    rescale the site's output, have own rows of its weight, or add a bias there.
+    `when`: the batches concerned: "always" (adapters touch the site), "mixed" (rows use different
+    adapters), "dora", "own" and "bias" (adapters rescale the site's output, replace rows of its
+    weight, or add a bias).
     """
 
     sites: tuple[Site, ...]
@@ -73,7 +73,7 @@ class Refusal:
 
 @dataclass
 class SiteState:
-    """What became of one site in one graph; printed by `explain` and the dumps."""
+    """A site's treatment in a graph, for `explain` and dumps."""
 
     site: Site
     use: Use | None
@@ -87,8 +87,7 @@ class SiteState:
 
 @dataclass(frozen=True)
 class Outlined:
-    """Repeated layers that one body computes: the attribute that holds it, the module paths of its
-    calls in order, and how many nodes it has."""
+    """Repeated layers with a common body: its attribute, calls' module paths, and size."""
 
     name: str
     paths: tuple[str, ...]
@@ -101,7 +100,7 @@ class Outlined:
 
 @dataclass(eq=False)
 class Context:
-    """State of one graph on its way through the passes."""
+    """State of a graph on its way through the passes."""
 
     program: Program
     frame: Frame
@@ -114,9 +113,9 @@ class Context:
     kernels: set[int] = field(default_factory=set)
     handover: Handover = field(default_factory=Handover)
     outlined: list[Outlined] = field(default_factory=list)
-    #: Sites whose x all requests share, and why `give_out` has no copy for each request.
+    #: Sites with a shared x, and why `give_out` did not copy it for each request.
     kept_shared: dict[fx.Node, str] = field(default_factory=dict)
-    #: Site nodes that `outline` moved: the call that computes each now, and the node in its body.
+    #: Site nodes moved by `outline` -> the call that computes each, and the node in its body.
     homes: dict[fx.Node, tuple[fx.Node, fx.Node]] = field(default_factory=dict)
     fake_mode: FakeTensorMode | None = field(init=False)
 
@@ -143,11 +142,11 @@ class Context:
         return item.group.site_of(int(call.get("siblings", (0,))[0]))
 
     def record(self, site: Site, node: fx.Node, use: Use | None, *, form: str = "mark") -> None:
-        """`node` serves `site`."""
+        """Note that `node` serves `site`."""
         self.states[node] = [SiteState(site, use, form=form)]
 
     def merge(self, old: Iterable[fx.Node], new: fx.Node, form: str) -> None:
-        """`new` now does what the nodes `old` did."""
+        """`new` replaces the nodes `old`."""
         merged: list[SiteState] = []
         for node in old:
             merged.extend(self.states.pop(node))
@@ -158,10 +157,10 @@ class Context:
     def refuse(self, refusal: Refusal) -> None:
         self.refusals.append(refusal)
 
-    # --- where things are ---
+    # --- locations ---
 
     def where(self, node: fx.Node) -> str:
-        """A fragment for messages: the node, the innermost module, the source line."""
+        """A fragment for messages: node, innermost module, source line."""
         parts = [f"node {node.name}"]
         path = module_path(node)
         if path:
@@ -173,17 +172,17 @@ class Context:
         return f" ({', '.join(parts)})"
 
     def inside(self, node: fx.Node, module: nn.Module) -> bool:
-        """True where `node` was made by the forward of `module` itself or something below it."""
+        """Whether the forward of `module`, or of a module below it, made `node`."""
         stack = node.meta.get("nn_module_stack") or {}
         names = [str(key).partition("@")[0] for key in stack]
         if any(name.isdecimal() for name in names):  # Dynamo's keys are identities
             return str(id(module)) in names
-        # By path, which is the module's own only where the whole model is one frame.
+        # Paths are the module's only if the whole model is one frame.
         paths = self.program.graph.paths(module)
         return any(plain_path(path) in paths for path, _ in stack.values())
 
     def unknown_use(self, weight: fx.Node, node: fx.Node, reason: str) -> Refusal:
-        """The refusal of what `node` does with the weight of sites."""
+        """The refusal of an unknown use by `node` of a weight of sites."""
         return Refusal(
             self.frame.by_node[weight].sites,
             "always",
@@ -191,7 +190,7 @@ class Context:
         )
 
     def other_owners(self, weight: fx.Node) -> list[nn.Module]:
-        """Modules that hold the same weight and are not sites."""
+        """Modules with the same weight that are no sites."""
         sites = self.frame.by_node[weight].sites
         tensor = self.program.weight_of(sites[0])
         if tensor is None:
@@ -201,8 +200,7 @@ class Context:
         return [module for _, module, _ in owners if id(module) not in selected]
 
     def made_by_other_owner(self, node: fx.Node, weight: fx.Node) -> bool:
-        """Whether a use was made by a module that holds the very weight and is no site, such as the
-        embedding that a head is tied to. Modules above the site do not count."""
+        """Whether a module with this very weight that is no site, not above it, made the use."""
         item = self.frame.by_node[weight]
         if item.derived is not None or any(self.inside(node, s.module) for s in item.sites):
             return False
@@ -213,7 +211,7 @@ class Context:
         )
 
     def unselected_owners(self, weight: fx.Node, kind: str) -> list[nn.Module]:
-        """Those of `other_owners` that are of this kind (a tied head)."""
+        """Those of `other_owners` of this kind (a tied head)."""
         return [
             module
             for module in self.other_owners(weight)
@@ -223,14 +221,14 @@ class Context:
     # --- new nodes ---
 
     def take_edit(self) -> bool:
-        """True while the budget of `Options.max_edits` lasts; each True uses one up."""
+        """Use up an edit of `Options.max_edits`; False if none is left."""
         if self.edits_left is None:
             return True
         self.edits_left -= 1
         return self.edits_left >= 0
 
     def call(self, graph: fx.Graph, target: Any, args: tuple[Any, ...], **kwargs: Any) -> fx.Node:
-        """A call_function node with its fake value, at the insertion point; `kwargs` are
+        """A call_function node with a fake value, at the insertion point; `kwargs` are
         constants."""
         node = graph.call_function(target, args, kwargs)
         values = fx.node.map_arg(args, fake_value)
@@ -244,19 +242,18 @@ class Context:
         return self.call(self.graph, target, args, **kwargs)
 
     def size(self, node: fx.Node, dim: int) -> Any:
-        """A size of `node`, as a number or a node."""
         size = fake_value(node).shape[dim]
         return size if isinstance(size, int) else self.emit(torch.ops.aten.sym_size.int, node, dim)
 
     def numbers(self, count: Any, dtype: torch.dtype, device: torch.device) -> fx.Node:
-        """0, 1, … count - 1, in the form that Inductor's decompositions give `arange`."""
+        """0, 1, … count - 1, as Inductor decomposes `arange`."""
         settings = {"dtype": dtype, "device": device, "requires_grad": False}
         return self.emit(torch.ops.prims.iota.default, count, start=0, step=1, **settings)
 
     def bank_inputs(self, site: Site, weight: fx.Node) -> dict[str, fx.Node | None]:
-        """The fields of the site's bank and its slots as graph inputs that the executable looks up
-        by the weight that it is called with: the same graph may serve other layers. None for gains
-        and shifts, and no own rows, where there is no room for them."""
+        """The site's bank fields and slots as graph inputs, looked up by the weight at run time,
+        since the graph may serve other layers. Gains, shifts and replaced rows only where there is
+        room."""
         bank = self.program.site_bank(site)
         own = [name for name, tensor in bank.own_rows._asdict().items() if tensor is not None]
         found: dict[str, fx.Node | None] = dict.fromkeys((GAINS, SHIFTS))
@@ -268,14 +265,14 @@ class Context:
         return {**found, "slots": slots or self._slots_input(self._place(site, weight))}
 
     def bank_input(self, site: Site, weight: fx.Node, name: str) -> fx.Node:
-        """One field of the site's bank as such an input."""
+        """Such an input for a single field."""
         assert self.fake_mode is not None
         value = getattr(self.program.site_bank(site), name)
         fake = self.fake_mode.from_tensor(value, static_shapes=True)
         return self._extra_input(self._place(site, weight), name, fake)
 
     def beside(self, field: fx.Node, name: str) -> fx.Node | None:
-        """The input with another field of the bank that `field` belongs to, if there is one."""
+        """The input of another field of `field`'s bank, if any."""
         inputs = self.frame.extra_nodes
         found = next((key for key, node in inputs.items() if node is field), None)
         return None if found is None else inputs.get((*found[:2], name))
@@ -285,7 +282,7 @@ class Context:
         return self.frame.positions[weight], self.frame.by_node[weight].sites.index(site)
 
     def look_up_slots(self) -> None:
-        """Where marks read a handle, have the executable look the rows' slots up instead."""
+        """Replace the handle read by marks by the rows' slots, looked up."""
         items = self.frame.by_node.items()
         handle = next((node for node, item in items if item.kind == "slots"), None)
         if handle is not None:
@@ -319,13 +316,12 @@ class Context:
 
 
 def call_in_place(op: OpOverload, arguments: tuple[Any, ...]) -> fx.Node:
-    """The first argument, y, after `op` has written it, as functional nodes. Inductor decides
-    whether y's buffer may be written without a copy."""
+    """The first argument, y, written by `op`, in functional form; Inductor decides on copies."""
     return written_by(op, dict(zip(_names(op), arguments, strict=True)), _names(op)[0])[0]
 
 
 def written_by(op: OpOverload, values: Mapping[str, Any], *written: str) -> list[fx.Node]:
-    """The arguments `written` of `op`, which writes no others, after its call."""
+    """The arguments `written` of `op`, its only ones, after its call."""
     given = {name: values[name] for name in _names(op)}
     graph = given[written[0]].graph
     call = graph.call_function(AUTO_FUNCTIONALIZED, (op,), given)
@@ -343,14 +339,14 @@ def _names(op: OpOverload) -> list[str]:
 
 
 def module_path(node: fx.Node) -> str:
-    """Path of the innermost module whose forward made `node`, or "" where it is not known."""
+    """Path of the innermost module whose forward made `node`, or ""."""
     stack = node.meta.get("nn_module_stack") or {}
     for path, _ in reversed(list(stack.values())):
         return plain_path(path)
     return ""
 
 
-#: The module whose forward is traced, by whatever name its forward has for it.
+#: The traced module, by any local name.
 _ROOT = re.compile(r"^L\['\w+'\]")
 
 

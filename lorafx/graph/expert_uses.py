@@ -1,10 +1,10 @@
-"""Where the weights of routed experts multiply in an ATen graph.
+"""Products with the weights of routed experts in an ATen graph.
 
     sorted     y = grouped_mm(x, W, offs)    rows sorted by expert, offs (E,) where each one's end
     chosen     y = bmm(x, W[ids])            a weight gathered for each row
-    all        y = bmm(x, W)                 every expert multiplies rows of its own, x (E, T, K)
+    all        y = bmm(x, W)                 every expert multiplies its rows, x (E, T, K)
 
-W (E, N, K), or (E, K, N) where it is stored transposed, seen through casts and transposes.
+W (E, N, K), or (E, K, N) if stored transposed, seen through casts and transposes.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ aten = torch.ops.aten
 ExpertUseKind = Literal["sorted", "chosen", "all", "unknown"]
 GROUPED = frozenset({aten._grouped_mm.default})
 SWAPS = frozenset({aten.transpose.int, aten.permute.default})
-#: transformers' own op, where torch's cannot be compiled: (namespace, name).
+#: transformers' op, where torch's cannot be compiled: (namespace, name).
 FALLBACK = ("transformers", "grouped_mm_fallback")
 
 
 @dataclass(frozen=True)
 class ExpertUse:
-    """One product with the weights of all experts.
+    """A product with the weights of all experts.
 
     Attributes:
-        kind: see the module's equations; "unknown" where no rule knows the use.
+        kind: see the module's equations; "unknown" without a rule.
         choice: offs or ids; None for "all".
         swapped: y comes as (rows, N, 1), x as (rows, K, 1).
         reason: for "unknown", why.
@@ -59,7 +59,7 @@ class _Form:
 
 
 def expert_uses(weight: fx.Node, *, transposed: bool) -> list[ExpertUse]:
-    """All uses of the 3-D weight held by `weight`; `transposed` where it is stored (E, K, N)."""
+    """All uses of the 3-D `weight`; `transposed` if stored (E, K, N)."""
     found: list[ExpertUse] = []
     pending = [_Form(weight, transposed)]
     while pending:
@@ -140,7 +140,7 @@ def is_grouped(node: fx.Node) -> bool:
 
 
 class Grouped(NamedTuple):
-    """What a product of sorted rows takes; `plain` where that is all."""
+    """The operands of a product of sorted rows; `plain` if there are no others."""
 
     x: Any
     weight: Any
@@ -149,7 +149,7 @@ class Grouped(NamedTuple):
 
 
 def grouped(node: fx.Node) -> Grouped:
-    """The arguments of a node that `is_grouped`; torch's own op has other names for them."""
+    """The operands of a grouped node, under the names of either op."""
     call = bound(node)
     if node.target in GROUPED:
         others = call["bias"], call["out_dtype"]

@@ -1,9 +1,9 @@
-"""The computation of a product's input, as an expression that a kernel can compute.
+"""The computation of a product's input, as an expression for a kernel.
 
     h = mul(silu(y[:, :K]), y[:, K:])   →   Activation(g0 = y[m, k], g1 = y[m, K + k], …), (y,)
 
-The region reaches from h back through pointwise operators, slices of columns and casts to float
-tensors with a row for each row of h (leaves), or to rows gathered from a table.
+The region reaches from h back through pointwise operators, slices of columns and casts to leaves:
+float tensors with a row for each row of h, or rows gathered from a table.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ aten, prims = torch.ops.aten, torch.ops.prims
 
 _EXP = "1 / (1 + tl.exp(-({0})))"
 _ALL = "propagate_nan=tl.PropagateNan.ALL"
-#: Operator → Triton expression of its operands, all float32.
+#: Operator → Triton expression of float32 operands.
 FORMS: Mapping[Any, str] = {
     aten.add.Tensor: "{0} + {1}",
     aten.sub.Tensor: "{0} - {1}",
@@ -50,14 +50,13 @@ POWERS: Mapping[float, str] = {2: "{0} * {0}", 3: "{0} * {0} * {0}"}
 CASTS = frozenset({prims.convert_element_type.default, aten._to_copy.default})
 SAME = frozenset({aten.alias.default, aten.clone.default, aten.detach.default})
 SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default})
-#: Beyond these a kernel of the region would have too few registers.
+#: Larger regions would exhaust a kernel's registers.
 MOST_LINES, MOST_LEAVES, MOST_LOADS = 40, 4, 8
 
 
 @dataclass(frozen=True)
 class PointwiseRegion:
-    """h as an expression, its leaves (…, W) in the kernels' order, and the nodes that it
-    replaces."""
+    """h as an expression, its leaves (…, W) in the kernels' order, and the replaced nodes."""
 
     activation: Activation
     inputs: tuple[fx.Node, ...]
@@ -76,7 +75,7 @@ class _Unknown(Exception):
 
 
 def region_of(h: Any) -> PointwiseRegion | NoRegion:
-    """What computes h (…, K). Pure; the graph is only read."""
+    """The region of h (…, K). Pure; the graph is only read."""
     value = fake_value(h) if isinstance(h, fx.Node) else None
     if value is None or value.dim() < 2 or value.dtype not in TYPES:
         return NoRegion("it is not a matrix of 16- or 32-bit floats")
@@ -103,7 +102,7 @@ def region_of(h: Any) -> PointwiseRegion | NoRegion:
 
 @dataclass
 class _Builder:
-    """Names of the values that were met: of columns start + step · k of a node."""
+    """Names of values: columns start + step · k of a node."""
 
     rows: tuple[Any, ...]
     lines: list[str] = field(default_factory=list)
@@ -182,7 +181,6 @@ class _Builder:
 
 
 def _form(node: fx.Node) -> str | None:
-    """The expression of a known pointwise operator."""
     if node.op != "call_function":
         return None
     value = fake_value(node)

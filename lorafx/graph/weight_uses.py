@@ -1,4 +1,4 @@
-"""Every way in which a weight is used in an ATen graph, followed through views and casts.
+"""All uses of a weight in an ATen graph, followed through views and casts.
 
     linear     y = x Wᵀ          mm, addmm, bmm, baddbmm, linear with W as the right operand
     swapped    y = W xᵀ          mm, bmm with W as the left operand (mamba's dt_proj)
@@ -8,7 +8,7 @@
     conv       y = conv(x, W), W (N, C / groups, kernel...)
     unknown    anything else, with the reason
 
-What part of W a node holds is its `WeightForm` (lorafx.program.weight_forms).
+The part of W in a node is its `WeightForm` (lorafx.program.weight_forms).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ prims = torch.ops.prims
 
 UseKind = Literal["linear", "blocks", "embedding", "conv", "unknown"]
 
-#: Same value, same shape semantics: W or y seen through them is still W or y.
+#: W or y seen through these, with the same values and shape semantics, is still W or y.
 SAME_VALUE = frozenset(
     {aten.alias.default, aten.detach.default, aten.clone.default, aten.contiguous.default}
     | {aten.lift_fresh_copy.default, aten._to_copy.default, prims.convert_element_type.default}
@@ -46,17 +46,17 @@ RESHAPES = frozenset(
 
 @dataclass(frozen=True)
 class Use:
-    """One use of a weight.
+    """A use of a weight.
 
     Attributes:
-        kind: what is computed; see the module's equations.
-        node: the node that computes y (for "unknown": the node that is not understood).
+        kind: see the module's equations.
+        node: the node that computes y ("unknown": the node without a rule).
         x: the other operand: x, or the ids of an embedding.
         bias: the addend of an addmm or linear.
-        plain: True where W enters uncast and not broadcast, so that the GEMM may be fused.
-        swapped: W is the left operand, so that x and y have their last dimensions swapped.
-        blocks: for "blocks", which; the groups are the first dimension of x.
-        stored: W enters in the format that it is stored in (int8), its scale left out.
+        plain: W enters uncast and not broadcast, so that the GEMM may be fused.
+        swapped: W is the left operand; the last dimensions of x and y are swapped.
+        blocks: for "blocks"; the groups are the first dimension of x.
+        stored: W enters in its stored format (int8), without its scale.
         reason: for "unknown", why.
     """
 
@@ -74,8 +74,7 @@ class Use:
 
 @dataclass(frozen=True)
 class _Held:
-    """`node` holds W (`shape`: N, K) or part of it in this form; `stored` numbers are W after a
-    product with one of `scales`."""
+    """`node` holds W or part of it; `stored` numbers become W after a product with `scales`."""
 
     weight: fx.Node
     shape: tuple[Any, Any]
@@ -119,10 +118,10 @@ def uses_of(
     part: tuple[WeightForm, tuple[int, int]] | None = None,
     scales: Collection[fx.Node] = (),
 ) -> list[Use]:
-    """All uses of the 2-D weight held by `weight`; `transposed` where it is stored (in, out).
+    """All uses of the 2-D `weight`; `transposed` if stored (in, out).
 
-    For a view or copy of W, `part` is its form and (N, K) of W. `scales` are the graph inputs that
-    may turn stored numbers into those of W.
+    For a view or copy of W, `part` is its form and W's (N, K). `scales` are graph inputs that may
+    turn stored numbers into W.
     """
     found: list[Use] = []
     if part is None:
@@ -147,7 +146,7 @@ def uses_of(
 
 
 def _sizes(value: torch.Tensor) -> tuple[Any, ...]:
-    """Sizes, those that the graph is guarded on as numbers."""
+    """Sizes, as numbers where the graph guards them."""
     return tuple(
         int(size)
         if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Integer)
@@ -157,7 +156,6 @@ def _sizes(value: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _interpret(held: _Held, user: fx.Node) -> list[_Held | Use]:
-    """What `user` does with the weight: other forms of it, a use, or nothing (its sizes)."""
     if user.op == "output":
         return [held.unknown(user, "the weight itself is returned")]
     value = fake_value(user)
@@ -176,7 +174,7 @@ def _same(held: _Held, user: fx.Node) -> _Held:
 
 
 def order_of(user: fx.Node, dims: int) -> list[int]:
-    """Where the dimensions of a transpose or permutation come from."""
+    """The operand's dimensions in a transpose's or permutation's order."""
     call = bound(user)
     if user.target is aten.permute.default:
         return [int(dim) % dims for dim in call["dims"]]
@@ -235,7 +233,6 @@ def _part(held: _Held, user: fx.Node, form: WeightForm | None) -> _Held | Use:
 
 
 def _taken_apart(held: _Held, user: fx.Node) -> list[_Held | Use]:
-    """split, unbind."""
     dim, parts = bound(user)["dim"] % len(held.form.axes), fake_value(user)
     single = user.target is aten.unbind.int
     sizes = [1 if single else _sizes(part)[dim] for part in parts]
@@ -254,7 +251,7 @@ def _taken_apart(held: _Held, user: fx.Node) -> list[_Held | Use]:
 
 
 def _scaled(held: _Held, user: fx.Node) -> _Held | Use:
-    """Stored numbers times the scale of their module, the weight dequantised where it is used."""
+    """Stored numbers times their scale: the weight dequantised in the graph."""
     call = bound(user)
     first, second = call["self"], call["other"]
     other = second if first is held.node else first
@@ -265,7 +262,7 @@ def _scaled(held: _Held, user: fx.Node) -> _Held | Use:
     return replace(held, node=user, stored=False)
 
 
-#: What products call their addend, where they have one, their left operand and their right one.
+#: Names of products' addend, left operand and right operand.
 _PRODUCTS: dict[Any, tuple[str, str, str]] = {
     aten.mm.default: ("", "self", "mat2"),
     aten.bmm.default: ("", "self", "mat2"),
@@ -308,8 +305,7 @@ def _linear(held: _Held, user: fx.Node) -> Use:
 def _by_blocks(
     held: _Held, user: fx.Node, x: fx.Node, *, summed: int, kept: int, swapped: bool = False
 ) -> Use:
-    """A product with blocks of W; dimension `summed` of the form runs along x's features, `kept`
-    along y's."""
+    """A product with blocks of W: `summed` runs along x's features, `kept` along y's."""
     axes, sizes = held.form.axes, held.sizes
     groups, group = 1, FIXED
     if len(axes) == 3 and not axes[0].fixed:
@@ -358,12 +354,11 @@ _HANDLERS: dict[Any, _Handler] = {
 
 
 def is_constant(node: fx.Node) -> bool:
-    """True for a graph input seen through views and casts: a bias, not something computed."""
+    """Whether a node is a graph input (a bias) seen through views and casts."""
     return _input_of(node) is not None
 
 
 def _input_of(node: fx.Node) -> fx.Node | None:
-    """The graph input that `node` is, seen through views and casts."""
     while node.op == "call_function" and (node.target in SAME_VALUE or node.target in RESHAPES):
         source = operand(node)
         if not isinstance(source, fx.Node):
@@ -376,7 +371,7 @@ CONVOLUTION = torch.ops.aten.convolution.default
 
 
 def convolution_uses(weight: fx.Node) -> list[Use]:
-    """All uses of the weight held by `weight`."""
+    """All convolutions with `weight`."""
     found: list[Use] = []
     pending = [weight]
     while pending:

@@ -1,7 +1,7 @@
 """Rules for contractions: the owner's letter must survive from the operands into the output.
 
-In an einsum such as `nk,km->nm` an owner dimension is one letter; summing over it mixes requests.
-All operands that are owned must name the same letter and the same map.
+In an einsum such as `nk,km->nm` an owner dimension is a letter; summing over it mixes requests. All
+owned operands must have the same letter and map.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ aten = torch.ops.aten
 def lettered(
     node: fx.Node, flow: Flow, operands: list[tuple[object, str]], out: str, *bias: object
 ) -> Single:
-    """The label of `out` from operands with their letters; `bias` is broadcast to the output."""
+    """The label of `out` from operands with letters; `bias` is broadcast to the output."""
     labels: list[Single] = []
     for arg, letters in operands:
         label = flow.label(arg)
@@ -35,7 +35,7 @@ def lettered(
 
 
 def einsum(operands: dict[str, str], out: str, bias: str | None = None) -> Rule:
-    """A contraction whose operands are the named schema arguments."""
+    """The rule of a contraction of named schema arguments."""
 
     def rule(node: fx.Node, flow: Flow) -> Label:
         args = bound(node)
@@ -67,10 +67,7 @@ def matmul(node: fx.Node, flow: Flow) -> Label:
 
 
 def grouped(node: fx.Node, flow: Flow) -> Label:
-    """Rows (N, K) by expert weights (E, K, M), bounds in offs: each row keeps its place.
-
-    The bounds count the tokens of all requests, but move none.
-    """
+    """Rows (N, K) by expert weights (E, K, M): each row keeps its place for any `offs`."""
     args = bound(node)
     rows = args.get("self", args.get("input", args.get("mat_a")))
     weight = args.get("mat2", args.get("weight", args.get("mat_b")))
@@ -86,7 +83,7 @@ def grouped(node: fx.Node, flow: Flow) -> Label:
 def attention(node: fx.Node, flow: Flow) -> Label:
     """Scaled dot product: q (b, h, q, d), k (b, h, k, d), v (b, h, k, e) -> (b, h, q, e).
 
-    Heads carry an owner only where q, k and v have as many. Statistics keep (b, h) in front.
+    Heads carry an owner only if q, k and v have as many. Statistics begin with (b, h).
     """
     args = bound(node)
     mask = next((args[k] for k in ("attn_mask", "attn_bias") if args.get(k) is not None), None)
@@ -120,7 +117,7 @@ def attention(node: fx.Node, flow: Flow) -> Label:
 
 @of_owned
 def recurrent(node: fx.Node, flow: Flow, label: Own) -> Label:
-    """One layer over x (time, batch, features); the batch of a state is its second last dim."""
+    """A layer over x (time, batch, features); a state's batch is its second last dim."""
     args = bound(node)
     for state in (args["hx_"], args["cx_"]):
         if flow.label(state) not in (None, label.at(len(flow.shape(state)) - 2)):

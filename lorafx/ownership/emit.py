@@ -1,6 +1,6 @@
-"""Row maps as graph nodes: sizes from the graph's own symbols, slots through a permutation.
+"""Row maps as graph nodes: sizes from the graph's symbols, slots through a permutation.
 
-A map through a permutation p of N rows becomes one slot a row, with n = len(slots):
+A map through a permutation p of N rows becomes a slot for each row, with n = len(slots):
 
     slots'[m] = slots[(p[i_m] // R) mod n]        (i_m row m's index along the owner dimension)
 """
@@ -40,7 +40,7 @@ _FUNCTIONS: tuple[tuple[type, Callable[..., Any]], ...] = (
 
 
 class Emitter:
-    """Adds nodes to one graph, each value once. Ask for uses in graph order."""
+    """Adds nodes to a graph, each value once. Request uses in graph order."""
 
     def __init__(self, graph: fx.Graph, batch: BatchSymbols) -> None:
         self.graph = graph
@@ -51,7 +51,7 @@ class Emitter:
         self.fake_mode = detect_fake_mode(
             [n.meta["val"] for n in self._inputs if isinstance(n.meta.get("val"), torch.Tensor)]
         )
-        # Sizes that only data tell: who asks for one stands behind the node that computes it.
+        # Data-dependent sizes, available behind the node that computes them.
         self._computed: dict[sympy.Expr, fx.Node] = {}
         for node in graph.nodes:
             value = node.meta.get("val")
@@ -63,14 +63,13 @@ class Emitter:
     def call(
         self, before: fx.Node, target: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> fx.Node:
-        """A call_function node before `before`, with its fake value."""
         with self.graph.inserting_before(before):
             node = self.graph.call_function(target, args, kwargs)
         values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
         if self.fake_mode is None:
             node.meta["val"] = target(*values[0], **values[1])
         else:
-            # Kernels of the C++ dispatcher may take a size for the number that it is just now.
+            # C++ kernels may specialise on the current value of a size.
             with enable_python_dispatcher(), self.fake_mode:
                 node.meta["val"] = target(*values[0], **values[1])
         return node
@@ -118,7 +117,7 @@ class Emitter:
         return total if len(parts) > 1 else self.call(before, target, total)
 
     def slot_of(self, slots: fx.Node, request: int, before: fx.Node) -> fx.Node:
-        """The slot of one request, (1,)."""
+        """The slot (1,) of a request."""
         key = (slots, request)
         if key not in self._slots:
             one = self.call(before, aten.select.int, slots, 0, request)
@@ -128,7 +127,7 @@ class Emitter:
     def row_slots(
         self, slots: fx.Node, own: Own, x: fx.Node, ndim: int, before: fx.Node
     ) -> fx.Node | None:
-        """slots'[m], one entry for each row of x: its first `ndim` dimensions, owned so."""
+        """slots'[m] for each row of x, over its first `ndim` dimensions."""
         step = self.size(own.rows, before)
         if step is None:
             return None
@@ -143,8 +142,8 @@ class Emitter:
         return self._slots[key]
 
     def cut_slots(self, slots: fx.Node, cut: fx.Node, before: fx.Node) -> fx.Node | None:
-        """The slots of the tokens that `cut` keeps of each request: `slots` (B·T,) has one for each
-        token of the tensor (B, T, ...) that it cuts at dimension 1."""
+        """The slots of the tokens kept by `cut`, from `slots` (B·T,) of the tensor (B, T, ...) that
+        it cuts along dimension 1."""
         args = bound(cut)
         key = (slots, cut)
         if key not in self._slots:
@@ -171,7 +170,7 @@ class Emitter:
         return size if isinstance(size, int) else self.call(before, aten.sym_size.int, node, dim)
 
     def _spread(self, picked: fx.Node, x: fx.Node, dim: int, ndim: int, before: fx.Node) -> fx.Node:
-        """(N,) along dimension `dim` of x's row dimensions, flattened to one entry per row."""
+        """`picked` (N,), along dimension `dim` of x, as an entry for each row."""
         if ndim == 1:
             return picked
         shape = [self.size_of(x, d, before) for d in range(ndim)]

@@ -1,7 +1,7 @@
-"""The state of one propagation, and what rules share.
+"""The state of a propagation, and helpers of rules.
 
-A rule is a function (node, flow) -> Label. It reads the labels of its inputs through `flow`, and
-answers `flow.lost(node, why)` where it cannot prove one.
+A rule (node, flow) -> Label reads the labels of its inputs through `flow`, and returns
+`flow.lost(node, why)` where it cannot prove a label.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Flow:
     """Labels and digits of the nodes seen so far. `batch` is B as a sympy expression.
 
     Args:
-        give_out: copies of something shared may be given out to the requests.
+        give_out: copies of shared values may be given out to the requests.
         withheld: sites where they may not.
-        assume: labels may rest on what the graph asks when it runs, of the nodes in `fits`.
+        assume: labels may rest on run-time checks of the nodes in `fits`.
         picks: vectors (N,) of places of requests among the inputs, used as `perm`.
     """
 
@@ -51,7 +51,7 @@ class Flow:
         self.fits: list[fx.Node] = []
 
     def label(self, arg: object) -> Single:
-        """The label of an argument; constants and numbers depend on no request."""
+        """The label of an argument; None for constants and numbers."""
         label = self.labels.get(arg) if isinstance(arg, fx.Node) else None
         if isinstance(label, tuple):
             return next((one for one in label if isinstance(one, Mixed)), None)
@@ -61,7 +61,7 @@ class Flow:
         return self.digits.get(arg) if isinstance(arg, fx.Node) else None
 
     def shape(self, arg: object) -> Shape:
-        """Sizes of a tensor argument; numbers have none."""
+        """Sizes of a tensor argument; () for numbers."""
         value = arg.meta.get("val") if isinstance(arg, fx.Node) else None
         return self.sizes.shape(value) if isinstance(value, torch.Tensor) else ()
 
@@ -70,19 +70,19 @@ class Flow:
         return self.sizes.of(arg)
 
     def numbers(self, args: Iterable[object]) -> Shape:
-        """A list of integer arguments; empty where one of them is no integer."""
+        """Integer arguments as expressions; () unless all are integers."""
         found = [self.size(arg) for arg in args]
         return tuple(one for one in found if one is not None) if None not in found else ()
 
     def whole(self, size: sympy.Expr, own: Own) -> bool:
-        """A size is a whole number of the label's periods rows·B."""
+        """Whether `size` is a whole number of the label's periods rows·B."""
         return is_multiple(size, own.rows * self.batch)
 
     def lost(self, node: fx.Node, why: str) -> Mixed:
         return Mixed(f"{operator_name(node)}: {why} ({place(node)})")
 
     def agree(self, node: fx.Node, labels: Iterable[Single]) -> Single:
-        """The one label of operands that meet index by index; None is neutral."""
+        """The common label of operands that meet index by index; None is neutral."""
         joined: Single = None
         for label in labels:
             if isinstance(label, Mixed):
@@ -95,11 +95,11 @@ class Flow:
         return joined
 
     def broadcast(self, node: fx.Node, args: Iterable[object], ndim: int) -> Single:
-        """The one label of operands broadcast together, right-aligned, to `ndim` dimensions."""
+        """The common label of operands broadcast, right-aligned, to `ndim` dimensions."""
         return self.agree(node, [self.aligned(arg, ndim) for arg in args])
 
     def aligned(self, arg: object, ndim: int) -> Single:
-        """An operand's label in the numbering of a result that it is broadcast to."""
+        """An operand's label in the dimensions of a broadcast result."""
         label = self.label(arg)
         if not isinstance(label, Own):
             return label
@@ -107,19 +107,18 @@ class Flow:
 
 
 def outputs(node: fx.Node) -> Sequence[torch.Tensor | None]:
-    """The fake tensors that a node computes, one for each output."""
+    """The fake tensors of a node's outputs."""
     value = node.meta.get("val")
     return value if isinstance(value, (tuple, list)) else [value]
 
 
 def each_output(node: fx.Node, label: Single) -> Label:
-    """One label for all outputs of a node."""
     value = node.meta.get("val")
     return (label,) * len(value) if isinstance(value, (tuple, list)) else label
 
 
 def of_owned(rule: Callable[[fx.Node, Flow, Own], Label]) -> Rule:
-    """A rule of the first operand's label, where that is owned; others are each output's label."""
+    """A rule of the first operand's label if owned; other labels pass to each output."""
 
     @wraps(rule)
     def whole(node: fx.Node, flow: Flow) -> Label:
@@ -130,12 +129,12 @@ def of_owned(rule: Callable[[fx.Node, Flow, Own], Label]) -> Rule:
 
 
 def wrap(dim: int, ndim: int) -> int:
-    """A dimension counted from the front."""
+    """`dim` counted from the front."""
     return dim % ndim if ndim else 0
 
 
 def wrap_all(dims: object, ndim: int) -> set[int]:
-    """A schema's dim list as positions; None and an empty list mean every dimension."""
+    """A schema's dim list as positions; None and () mean every dimension."""
     if isinstance(dims, int):
         return {wrap(dims, ndim)}
     if dims is None or not isinstance(dims, Sequence) or len(dims) == 0:
@@ -151,7 +150,7 @@ def operator_name(node: fx.Node) -> str:
 
 
 def place(node: fx.Node) -> str:
-    """Where a node comes from: its name, innermost module and source line."""
+    """A node's origin: its name, innermost module and source line."""
     parts = [f"node {node.name}"]
     stack = node.meta.get("nn_module_stack")
     if stack:

@@ -1,12 +1,11 @@
-"""Labels of real tensors: which request each element belongs to, known by its very place.
+"""Labels of real tensors: the request of each element, by position.
 
     SHARED             no element depends on a request
     Alone(b)           every element belongs to request b, or to none
     Listed(dim, L)     index i along `dim` belongs to request L[i], to none where L[i] is NOBODY
-    Patchy(cells)      cells[...] is the request of each element; no one dimension tells them apart
+    Patchy(cells)      cells[...] is the request of each element, irregularly
 
-None stands for a tensor of unknown owners. `cells` are int16 tensors with as many dimensions as
-the tensor they describe, of its size or of one in each.
+None stands for unknown owners. `cells` are int16 tensors that broadcast to the tensor's shape.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import torch
 from torch import Tensor
 
 NOBODY, UNKNOWN = -1, -2
-#: Requests that cells can tell apart.
 MOST_REQUESTS = torch.iinfo(torch.int16).max
 
 
@@ -62,13 +60,13 @@ def listed(dim: int, owners: tuple[int, ...]) -> Held:
 
 
 def each_repeated(owners: tuple[int, ...], entries: Sequence[int]) -> tuple[int, ...] | None:
-    """The owners of as many entries, each owner's next to one another; None if uneven."""
+    """The owners of `entries`, each owner's adjacent; None if uneven."""
     times, rest = divmod(len(entries), len(owners))
     return None if rest else tuple(owner for owner in owners for _ in range(times))
 
 
 def cells_of(held: Held | None, ndim: int, device: torch.device) -> Tensor:
-    """Cells, broadcastable, of a tensor of `ndim` dimensions that is held so."""
+    """Broadcastable cells of a tensor of `ndim` dimensions with label `held`."""
     if isinstance(held, Patchy):
         return held.cells
     if isinstance(held, Listed):
@@ -80,7 +78,7 @@ def cells_of(held: Held | None, ndim: int, device: torch.device) -> Tensor:
 
 
 def held_by(cells: Tensor) -> Held | None:
-    """What these cells say, in the simplest form; None where some element's owner is unknown."""
+    """The simplest label of these cells; None where some owner is unknown."""
     for dim, stride in enumerate(cells.stride()):
         if stride == 0:  # the same all along
             cells = cells.narrow(dim, 0, 1)
@@ -101,7 +99,7 @@ def held_by(cells: Tensor) -> Held | None:
 
 
 def _ends(cells: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The least and the greatest request over `dims`; NOBODY counts in neither, but alone."""
+    """The least and greatest request over `dims`, ignoring NOBODY beside others."""
     if not dims:
         return cells, cells
     nowhere = cells == NOBODY
@@ -110,14 +108,14 @@ def _ends(cells: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 def joined(one: Tensor, other: Tensor) -> Tensor:
-    """Cells of what is computed element by element from two tensors, broadcast."""
+    """Cells of an elementwise result of two tensors."""
     one, other = torch.broadcast_tensors(one, other)
     agree = (one == other) | (other == NOBODY)
     return torch.where(one == NOBODY, other, torch.where(agree, one, UNKNOWN))
 
 
 def renamed(held: Held | None, requests: Mapping[int, int]) -> Held | None:
-    """The label with requests[b] in place of b, where it is there."""
+    """The label with requests[b] for b."""
     if isinstance(held, Alone):
         return listed(0, (requests.get(held.request, held.request),))
     if isinstance(held, Listed):
@@ -126,7 +124,7 @@ def renamed(held: Held | None, requests: Mapping[int, int]) -> Held | None:
 
 
 def renamed_cells(cells: Tensor, requests: Mapping[int, int]) -> Tensor:
-    """`renamed`, of cells; UNKNOWN and NOBODY stay."""
+    """As `renamed`, for cells; UNKNOWN and NOBODY stay."""
     if not cells.numel():
         return cells
     table = torch.arange(UNKNOWN, max(int(cells.max()), *requests) + 1, dtype=torch.int16)
@@ -136,7 +134,7 @@ def renamed_cells(cells: Tensor, requests: Mapping[int, int]) -> Tensor:
 
 
 def same_owners(lists: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
-    """The one list that all of these are, where NOBODY fits anybody; None where they differ."""
+    """The common list, where NOBODY matches anybody; None where they differ."""
     if len({len(owners) for owners in lists}) != 1:
         return None
     if all(owners == lists[0] for owners in lists):

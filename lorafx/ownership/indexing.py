@@ -1,8 +1,8 @@
-"""Rules for operators that choose positions by tensors of indices.
+"""Rules for operators that choose positions by index tensors.
 
 x owned at d, indexed there by t whose values are the digit v(i) = (p[i] // k) mod m, is owned
-through the composition: row i belongs to (v(i) // rows) mod B = (p[i] // (k·rows)) mod B, when m
-is a whole number of periods. Writing runs the same map backwards.
+through the composition: row i belongs to (v(i) // rows) mod B = (p[i] // (k·rows)) mod B, when m is
+a whole number of periods. Writing runs the same map backwards.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ aten, prims = torch.ops.aten, torch.ops.prims
 def compose(
     flow: Flow, outer: Own | Digit, index: Digit, modulus: sympy.Expr
 ) -> tuple[sympy.Expr, fx.Node | None] | None:
-    """(rows, perm) of outer∘index: the digit `outer` of the positions that `index` names."""
+    """(rows, perm) of outer∘index: the digit `outer` at the positions in `index`."""
     if outer.perm is not None:
         undone = index.perm is not None and flow.inverses.get(index.perm) is outer.perm
         same = index.rows == ONE and undone and is_multiple(index.modulus, outer.rows * modulus)
@@ -36,8 +36,8 @@ def compose(
 
 
 class IndexedDims:
-    """Where dimensions go when x is indexed by the tensors `at` some of its dimensions. The `count`
-    dimensions of the index start at `first` in the result."""
+    """The dimensions of x[indices], where x is indexed at dimensions `at`. The index's `count`
+    dimensions start at `first`."""
 
     def __init__(self, flow: Flow, ndim: int, indices: list[Any]) -> None:
         self.at = {d: t for d, t in enumerate(indices) if t is not None}
@@ -62,7 +62,7 @@ def is_boolean(arg: fx.Node) -> bool:
 
 
 def layout(node: fx.Node, flow: Flow, x: fx.Node, indices: list[Any]) -> IndexedDims | None:
-    """None where an index is a boolean mask: its result has as many rows as it has ones."""
+    """The dimensions of x[indices]; None for boolean masks, whose result size depends on data."""
     if any(t is not None and is_boolean(t) for t in indices):
         return None
     return IndexedDims(flow, len(flow.shape(x)), indices)
@@ -118,7 +118,7 @@ def index_digit(node: fx.Node, flow: Flow) -> Digit | None:
 
 
 def embedded(node: fx.Node, flow: Flow) -> Label:
-    """embedding(weight, indices): one table for all requests, a row for each index."""
+    """embedding(weight, indices): a shared table, a row for each index."""
     args = bound(node)
     if flow.label(args["weight"]) is not None:
         return flow.lost(node, "the table depends on requests")
@@ -126,7 +126,7 @@ def embedded(node: fx.Node, flow: Flow) -> Label:
 
 
 def written(node: fx.Node, flow: Flow, x: fx.Node, indices: list[Any], values: object) -> Single:
-    """x with x[indices] replaced by (or increased by) values, in the shape of x."""
+    """x with x[indices] replaced by (or increased by) values."""
     own, where = flow.label(x), layout(node, flow, x, indices)
     if where is None:
         return masked_write(node, flow, x, indices, values)
@@ -148,7 +148,7 @@ def written(node: fx.Node, flow: Flow, x: fx.Node, indices: list[Any], values: o
 def landed(
     node: fx.Node, flow: Flow, x: fx.Node, where: IndexedDims, label: Own, role: str
 ) -> Single:
-    """The label in x's numbering of something owned in the numbering of the result x[indices].
+    """A label of the result x[indices] in x's dimensions.
 
     Row i, of owner (p[i] // rows) mod B, is written to v(i) = (p[i] // k) mod m of dimension d:
     index v belongs to (v // (rows / k)) mod B.
@@ -237,7 +237,7 @@ def elementwise_index(node: fx.Node, flow: Flow) -> Label:
 
 
 def taken(node: fx.Node, flow: Flow) -> Label:
-    """take(self, index): positions of a flat table that depends on no request."""
+    """take(self, index): positions of a flat shared table."""
     args = bound(node)
     if flow.label(args["self"]) is not None:
         return flow.lost(node, "flat positions of an owned tensor")

@@ -1,18 +1,18 @@
-"""Labels: what is known about which request the entries of a tensor belong to.
+"""Labels: which request the entries of a tensor belong to.
 
-With B requests in the batch, a tensor t carries one of
+With B requests in the batch, a tensor t has one of the labels
 
     None                   t depends on no request (weights, position tables, iotas)
     Own(dim, rows, perm)   t[..., i, ...] (i along `dim`) depends on one request only, namely
                            ((perm[i] if perm else i) // rows) mod B
     One(request)           t depends on this request only
-    Pooled()               entries of all requests, of which a mask lets each query see its own
+    Pooled()               entries of all requests, of which a mask shows each query its own
     Mixed(reason)          nothing is proved
 
 The size of an owned dimension is always a whole number of periods rows·B. Labels are canonical
-(`dim` is not negative, `rows` is a positive sympy expression), so equality of labels is equality
-of maps. The statement is about ownership, not information flow: that a router sorts the tokens of
-all requests together moves rows about (`perm`), it does not make them common property.
+(`dim` is not negative, `rows` is a positive sympy expression), so equal labels are equal maps.
+Labels state ownership, not information flow: a router that sorts the tokens of all requests
+together only moves rows (`perm`).
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ class Own:
 
 @dataclass(frozen=True)
 class One:
-    """The whole tensor belongs to the request of this number in the batch."""
+    """The whole tensor belongs to this request of the batch."""
 
     request: int
 
 
 @dataclass(frozen=True)
 class Pooled:
-    """What a paged cache holds: keys or values of all requests; a mask says which a query sees."""
+    """A paged cache's keys or values of all requests; a mask restricts each query."""
 
 
 @dataclass(frozen=True)
 class Mixed:
-    """Nothing is proved; `reason` names the operator and the place where the proof was lost."""
+    """Nothing is proved; `reason` names where the proof was lost."""
 
     reason: str
 
@@ -65,13 +65,13 @@ class Mixed:
 
 @dataclass(frozen=True)
 class Digit:
-    """What is known about the *values* of an integer tensor t: a digit of the position.
+    """The *values* of an integer tensor t as a digit of the position.
 
         t[..., i, ...] = ((perm[i] if perm else i) // rows) mod modulus      (i along `dim`)
 
-    An iota of n entries is Digit(0, 1, n); the indices p of a 1-D sort of n entries are
-    Digit(0, 1, n, p), and p // k is Digit(0, k, n/k, p). An `Own` label is the same arithmetic with
-    modulus B: indexing composes the two.
+    An iota of n entries is Digit(0, 1, n); the indices p of a 1-D sort of n entries are Digit(0, 1,
+    n, p), and p // k is Digit(0, k, n/k, p). An `Own` label is the same arithmetic with modulus B:
+    indexing composes the two.
     """
 
     dim: int
@@ -84,6 +84,6 @@ class Digit:
         return replace(self, dim=dim)
 
 
-# What one tensor carries, and what a node carries: a tuple for an operator with several outputs.
+# The label of a tensor, and of a node: a tuple for several outputs.
 Single: TypeAlias = Own | One | Pooled | Mixed | None
 Label: TypeAlias = Single | tuple[Single, ...]

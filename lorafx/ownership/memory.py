@@ -1,8 +1,7 @@
-"""Who owns what lies in memory: labels of real tensors, kept by storage.
+"""Owners of memory: labels of real tensors, kept by storage.
 
-A view shows memory that is labelled already. Labels are kept by view, and spread over cells, one an
-element of the storage, when another view is asked for. Memory that was written into unseen has no
-label any more. What tells that, is its state:
+Labels are kept by view, and spread over cells, one for each element of the storage, for views
+without a label. Memory that was written unseen loses its labels, which its state reveals:
 
     version     counts the writes that torch sees
     open        torch has given the memory out as a numpy array, which may be written into
@@ -47,26 +46,26 @@ Geometry: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], int]
 
 @dataclass(eq=False)
 class _Block:
-    """What is known of one storage: nothing ever again where it is `handed` out."""
+    """The labels of a storage; none ever again once it is `handed` out."""
 
     ref: StorageWeakRef
     state: MemoryState
     itemsize: int
     handed: bool = False
     views: dict[Geometry, Held | None] = field(default_factory=dict)
-    #: (elements of the storage,) int16, once a view was asked for that was not labelled.
+    #: (elements of the storage,) int16, made for views without a label.
     cells: Tensor | None = None
 
 
 class Memory:
-    """Labels of the tensors of one call.
+    """Labels of the tensors of a call.
 
     Args:
-        shared: true for a tensor of the model itself, which depends on no request.
-        guarded: whether requests differ, so that writes that torch does not see are looked for.
+        shared: whether a tensor is the model's, which depends on no request.
+        guarded: whether requests differ, so that unseen writes must be found.
 
     Attributes:
-        unseen: a tensor was handed to numpy, or written into by code that is not followed.
+        unseen: a tensor was handed to numpy, or written by untracked code.
     """
 
     def __init__(
@@ -79,7 +78,7 @@ class Memory:
         self.unseen = False
 
     def look(self, tensor: Tensor) -> Held | None:
-        """The label of this tensor as it is now; None where its owners are not known."""
+        """The current label of a tensor; None for unknown owners."""
         if not tensor.numel():
             return SHARED
         block = self._block(tensor)
@@ -93,24 +92,24 @@ class Memory:
         return block.views[place]
 
     def computed(self, tensor: Tensor) -> bool:
-        """Whether `tensor` is of the call, and was not written into unseen."""
+        """Whether `tensor` is of the call, and was not written unseen."""
         block = self._block(tensor)
         return block is not None and self._intact(block, tensor)
 
     def own(self, tensors: Iterable[Tensor]) -> None:
-        """No request has touched these yet."""
+        """Label new memory as touched by no request."""
         for tensor in tensors:
             if self._block(tensor) is None and (block := self._new(tensor)) is not None:
                 block.views[(_elements(tensor),), (1,), 0] = SHARED
 
     def given(self, tensor: Tensor, held: Held | None) -> None:
-        """`tensor` is an argument of the call, and is held so."""
+        """Label an argument of the call."""
         block = self._block(tensor) or self._new(tensor)
         if block is not None:
             block.views[_place(tensor)] = held
 
     def note(self, tensor: Tensor, held: Held | None, inputs: Iterable[Tensor] = ()) -> None:
-        """`tensor` was computed from `inputs`, or shows memory of one of them, and is held so."""
+        """Label a result of `inputs`, or a view of one."""
         key, block = storage_of(tensor), self._block(tensor)
         if key is None or all(storage_of(item) != key for item in inputs):
             block = self._new(tensor)
@@ -120,8 +119,7 @@ class Memory:
             block.views[_place(tensor)] = held
 
     def write(self, tensor: Tensor, held: Held | None, *, uncounted: int = 0) -> None:
-        """`tensor` was written into, and is held so now. Its version does not count the last
-        `uncounted` times yet."""
+        """Label a written tensor, whose version lacks the last `uncounted` writes."""
         block, place = self._block(tensor), _place(tensor)
         if block is not None and block.handed:
             return
@@ -145,7 +143,7 @@ class Memory:
         block.state = state._replace(version=state.version + uncounted)
 
     def rename(self, requests: Mapping[int, int]) -> None:
-        """What belonged to a request of `requests` belongs to the one that it names."""
+        """Rename requests in all labels."""
         if not requests:
             return
         for block in self._blocks.values():
@@ -154,7 +152,7 @@ class Memory:
                 block.cells = renamed_cells(block.cells, requests)
 
     def _new(self, tensor: Tensor) -> _Block | None:
-        """An empty block for the storage of `tensor`; None where nothing can be known of it."""
+        """A new block for the tensor's storage, if trackable."""
         key = storage_of(tensor)
         if key is None:
             return None
@@ -169,7 +167,7 @@ class Memory:
         return state_of(tensor, digested=self._guarded())
 
     def _intact(self, block: _Block, tensor: Tensor) -> bool:
-        """Whether the memory is what was labelled; if not, all that is known of it is dropped."""
+        """Whether the memory is as labelled; otherwise its labels are dropped."""
         if tensor.is_inference() or block.handed:
             return False
         now = state_of(tensor, digested=block.state.digest is not None)
@@ -205,7 +203,7 @@ class Memory:
 
 
 def storage_of(tensor: Tensor) -> int | None:
-    """Which storage this is; None for a tensor that is made of others."""
+    """The storage's id; None for composite tensors."""
     if is_traceable_wrapper_subclass(tensor) or tensor.layout is not torch.strided:
         return None
     return tensor.untyped_storage()._cdata
@@ -220,7 +218,7 @@ def _elements(tensor: Tensor) -> int:
 
 
 def _apart(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """No two elements lie in one place."""
+    """Whether no two elements share a place."""
     reach = 0
     for step, count in sorted((s, n) for n, s in zip(size, stride, strict=True) if n > 1):
         if step <= reach:
@@ -230,8 +228,7 @@ def _apart(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
 
 
 def _spread(cells: Tensor, held: Held | None, place: Geometry) -> bool:
-    """Write a view's label into the cells of its storage; false where elements that lie in one
-    place may have different owners."""
+    """Write a view's label into cells; false where overlapping elements may differ."""
     size, stride, offset = place
     if isinstance(held, (Listed, Patchy)) and not _apart(size, stride):
         return False
@@ -246,12 +243,12 @@ def _spread(cells: Tensor, held: Held | None, place: Geometry) -> bool:
 
 
 _P, _Q = -7046029254386353131, -4658895280553007687
-#: Words at a time, which stay in a core's cache.
+#: Words at a time, within a core's cache.
 _CHUNK = 1 << 17
 
 
 class MemoryState(NamedTuple):
-    """The state of a tensor's whole storage. `digest` is None where nobody asked for it."""
+    """The state of a whole storage; `digest` only on request."""
 
     version: int
     open: bool
@@ -259,7 +256,6 @@ class MemoryState(NamedTuple):
 
 
 def state_of(tensor: Tensor, *, digested: bool) -> MemoryState:
-    """The state of the memory in which a tensor lies that counts its writes."""
     storage = tensor.untyped_storage()
     return MemoryState(
         tensor._version, not storage.resizable(), _digest(tensor) if digested else None

@@ -1,7 +1,7 @@
-"""Rules for operators that act entry by entry: out[i] = f(a[i], b[i], ...) after broadcasting.
+"""Rules for elementwise operators: out[i] = f(a[i], b[i], ...) after broadcasting.
 
-All labels that are not None must name the same dimension, counted from the right, and the same
-map. Most of these operators carry `torch.Tag.pointwise`; the tables name those that do not.
+All labels that are not None must have the same map and dimension, counted from the right. Tables
+name the operators without `torch.Tag.pointwise`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ aten, prims = torch.ops.aten, torch.ops.prims
 
 
 def pointwise(node: fx.Node, flow: Flow) -> Label:
-    """Every tensor operand is broadcast to the (first) output."""
+    """Every tensor operand is broadcast to the first output."""
     first = outputs(node)[0]
     if not isinstance(first, torch.Tensor):
         return flow.agree(node, map(flow.label, node.all_input_nodes))
@@ -34,7 +34,7 @@ def pointwise(node: fx.Node, flow: Flow) -> Label:
 
 
 def same_as_first(node: fx.Node, flow: Flow) -> Label:
-    """The first argument's entries, each where it was; other operands depend on no request."""
+    """The first argument's entries in place; other operands must be shared."""
     first = operand(node)
     others = flow.agree(node, [flow.label(a) for a in node.all_input_nodes if a is not first])
     if others is not None:
@@ -43,18 +43,18 @@ def same_as_first(node: fx.Node, flow: Flow) -> Label:
 
 
 def copied(node: fx.Node, flow: Flow) -> Label:
-    """copy(self, src): src broadcast to self's shape; self's own values are gone."""
+    """copy(self, src): src broadcast to self's shape; self's values are gone."""
     src = bound(node)["src"]
     return flow.aligned(src, len(flow.shape(node)))
 
 
 def unlabelled(node: fx.Node, flow: Flow) -> Label:
-    """A new tensor of which only shape, dtype and device come from the inputs."""
+    """A new tensor with only shape, dtype and device from the inputs."""
     return each_output(node, None)
 
 
 def searched(node: fx.Node, flow: Flow) -> Label:
-    """Positions of the values of one operand in a table that depends on no request."""
+    """Positions of values in a shared table."""
     args = bound(node)
     table = args.get("boundaries", args.get("sorted_sequence", args.get("test_elements")))
     values = args.get("self", args.get("input", args.get("elements")))
@@ -81,7 +81,6 @@ def as_real(node: fx.Node, flow: Flow) -> Label:
     return label
 
 
-#: Operators whose results do not depend on the values of their operands.
 READS_NO_VALUES = (
     aten.empty_like, aten.zeros_like, aten.ones_like, aten.full_like, aten.rand_like,
     aten.randn_like, aten.randint_like, aten.new_empty, aten.new_zeros, aten.new_ones,
@@ -122,7 +121,7 @@ RULES: dict[object, Rule] = {
 
 
 def cast_digit(node: fx.Node, flow: Flow) -> Digit | None:
-    """Copies, aliases and casts keep values, unless the type is too narrow to hold them."""
+    """Copies, aliases and casts keep values, unless the type is too narrow."""
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or value.dtype not in (torch.int32, torch.int64):
         return None
@@ -142,7 +141,7 @@ def divided_digit(node: fx.Node, flow: Flow) -> Digit | None:
 
 
 def rounds_down(node: fx.Node) -> bool:
-    """An integer division (the values are not negative: truncation is the floor)."""
+    """An integer division (values are not negative: truncation is the floor)."""
     rounding = bound(node).get("rounding_mode")
     return node.target.overloadpacket == aten.floor_divide or rounding in ("floor", "trunc")  # type: ignore[union-attr]
 

@@ -1,12 +1,11 @@
-"""Rules for what a paged cache holds: the keys and values of all requests (`Pooled`).
+"""Rules for a paged cache: the keys and values of all requests (`Pooled`).
 
     paged_cache(key, value, ...)         Pooled(), Pooled()
     views, copies, casts, scaling        Pooled() again
-    query · keys, weights · values       the rows of what is no pool
+    query · keys, weights · values       the rows of the operand that is no pool
     paged_attention(query, ...)          the rows of the queries
 
-A row of attention's result stands where its query stood. Everything else that meets a pool is
-refused.
+All other operators on a pool are refused.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from lorafx.ownership.labels import Label, Mixed, Own, Pooled, Single
 
 
 def cached(node: fx.Node, flow: Flow) -> Label:
-    """paged_cache(key, value, ...): what the queries of all requests see."""
+    """paged_cache(key, value, ...): pools for the queries of all requests."""
     return each_output(node, Pooled())
 
 
 def attended(node: fx.Node, flow: Flow) -> Label:
-    """paged_attention(query, ...): each query (1, H, T, D) sees the keys of its own request."""
+    """paged_attention(query, ...): each query (1, H, T, D) sees the keys of its request."""
     label = flow.label(bound(node)["query"])
     if isinstance(label, Mixed) or (isinstance(label, Own) and label.dim == 2):
         return label
@@ -36,7 +35,7 @@ def attended(node: fx.Node, flow: Flow) -> Label:
 
 
 def read(node: fx.Node, flow: Flow, labels: Sequence[Single], rule: Rule | None) -> Label:
-    """The label of what takes a pool; `rule` is the operator's own."""
+    """The label of an operator on a pool; `rule` is the operator's."""
     mixed = next((label for label in labels if isinstance(label, Mixed)), None)
     if mixed is not None:
         return each_output(node, mixed)

@@ -1,8 +1,8 @@
 """Rules for operators that run in Python, between the graphs of a model, on real tensors.
 
-The rules of the graph are used with numbers in place of symbols: index i along an operand's
-dimension is a request of its own, and the owners' list says which. What moves whole elements
-(indexing by known values, joining, padding) moves their cells.
+The graph's rules are used with numbers for symbols: each index along an operand's dimension is a
+request, which the owners' list maps. Operators that move whole elements (indexing by known values,
+joining, padding) move their cells.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ Labels = Mapping[int, "Held | None"]  # by identity of the tensor
 
 
 def cells_in(value: Tensor, labels: Labels) -> Tensor:
-    """One cell an element."""
+    """A cell for each element."""
     return cells_of(labels[id(value)], value.dim(), value.device).expand(value.shape)
 
 
 def moved(func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels) -> Tensor:
-    """An operator that says by numbers where elements go: it does so with their cells."""
+    """Apply an operator with numeric positions to the cells."""
 
     def cells(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -58,7 +58,7 @@ def padded(func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels) 
 
 
 def positions(func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels) -> Tensor:
-    """nonzero: each position belongs to whom the element there belongs to."""
+    """nonzero: each position belongs to the owner of its element."""
     cells = cells_in(named["self"], labels)[tuple(result.unbind(1))]
     return cells.unsqueeze(1).expand(result.shape)
 
@@ -70,8 +70,7 @@ def indexed(func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels)
 
 
 def laid(func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels) -> Tensor | None:
-    """x[indices] = y, or += y: each element has y's owner where y lands; None for several
-    owners."""
+    """x[indices] = y, or += y: y's owners at their targets, None if ambiguous."""
     table, index = cells_in(named["self"], labels).clone(), Indices.of(named, labels)
     before = table[index.key]
     owners = cells_in(named.get("source", named.get("values")), labels).expand(before.shape)
@@ -83,7 +82,7 @@ def laid(func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels) ->
 
 
 def masked(func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels) -> Tensor | None:
-    """x.masked_scatter(mask, source): each element has its owner in the source where it lands."""
+    """x.masked_scatter(mask, source): source's owners at their targets."""
     mask = named["mask"]
     whose = cells_in(mask, labels).expand(result.shape)
     mask, x = mask.expand(result.shape), cells_in(named["self"], labels).expand(result.shape)
@@ -92,7 +91,7 @@ def masked(func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels) 
 
 
 class Indices:
-    """The indices of a tensor by its dimensions, masks as positions, and the owners of each."""
+    """A tensor's indices by dimension, masks as positions, with their owners."""
 
     def __init__(self, indices: Sequence[Tensor | None], labels: Labels) -> None:
         self.at: list[Tensor | None] = []
@@ -129,8 +128,7 @@ class Indices:
     def owned(self, picked: Tensor) -> Tensor:
         """`picked`, cells of table[indices], joined with the owners of the indices.
 
-        A mask of unknown owners takes nothing from what it leaves in: which rows are left, in their
-        order, is not their content.
+        A mask of unknown owners is neutral: the selection of rows, in order, is not their content.
         """
         places = [dim for dim, index in enumerate(self.at) if index is not None]
         together = places == list(range(places[0], places[0] + len(places)))
@@ -145,7 +143,7 @@ class Indices:
         return picked
 
 
-#: By the operator, or the one that computes what it writes in place.
+#: By operator, or its functional form.
 MOVES: dict[object, Callable[[Any, Mapping[str, Any], Tensor, Labels], Tensor | None]] = {
     **dict.fromkeys(
         (aten.cat, aten.stack, aten.flip, aten.roll, aten.repeat, aten.slice_scatter), moved
@@ -189,13 +187,13 @@ def _written_places(func: Any) -> tuple[tuple[int, str], ...]:
     )
 
 
-#: Writers that ask nothing of what was there.
+#: Operators whose result ignores the old contents.
 _OVERWRITING = (aten.copy_, aten.fill_, aten.zero_)
 
 
 @cache
 def functional(func: Any) -> Any:
-    """The operator that computes what this one writes in place."""
+    """The out-of-place form of an operator."""
     if not func._schema.is_mutable:
         return func
     name = func.overloadpacket._qualified_op_name.removeprefix("aten::")
@@ -206,8 +204,8 @@ def functional(func: Any) -> Any:
 def held_results(
     func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], results: object, labels: Labels
 ) -> list[Held | None]:
-    """The labels of an operator's results, in the order of `tensors_in`; for one that writes into
-    an argument, of that argument afterwards. `labels` are the operands' before it ran."""
+    """The labels of an operator's results, in the order of `tensors_in`, or of its written
+    argument. `labels` are the operands' before it ran."""
     outputs, twin = list(tensors_in(results)), functional(func)
     operands = [*tensors_in(args), *tensors_in(dict(kwargs))]
     if func.overloadpacket in _OVERWRITING:
@@ -243,7 +241,7 @@ def _named(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[st
 
 
 def _joined(operands: Sequence[Tensor], helds: Sequence[Held | None]) -> Tensor:
-    """Cells of what is computed element by element from these."""
+    """Cells of an elementwise result."""
     cells = cells_of(SHARED, 0, operands[0].device)
     for operand, held in zip(operands, helds, strict=True):
         cells = joined(cells, cells_of(held, operand.dim(), operand.device))
@@ -251,7 +249,7 @@ def _joined(operands: Sequence[Tensor], helds: Sequence[Held | None]) -> Tensor:
 
 
 def alone(helds: Sequence[Held | None]) -> Shared | Alone | None:
-    """What everything is that is computed from such operands, if they have one owner, or none."""
+    """The label of any result of such operands, if they have at most one owner."""
     requests = {held.request for held in helds if isinstance(held, Alone)}
     if len(requests) > 1 or any(not isinstance(held, (Alone, Shared)) for held in helds):
         return None
@@ -264,7 +262,7 @@ def alone(helds: Sequence[Held | None]) -> Shared | Alone | None:
 def _by_rule(
     func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], results: object, labels: Labels
 ) -> list[Held | None] | None:
-    """The rule of the graph's propagation, where all owned operands list the same owners."""
+    """The graph's rule, if all owned operands list the same owners."""
     listed = [held for held in labels.values() if not isinstance(held, Shared)]
     owners = same_owners([held.owners for held in listed if isinstance(held, Listed)])
     if owners is None or not all(isinstance(held, Listed) for held in listed):

@@ -1,4 +1,4 @@
-"""Rules for reductions, scans, sorts and norms: what works along dimensions must spare the owner.
+"""Rules for reductions, scans, sorts and norms, which must not work along the owner dimension.
 
 out[...] = f(x[..., :, ...]) over `dim`. Only a 1-D sort may run along the owner dimension: its
 values are x[p] for its indices p, so they are owned through p.
@@ -22,7 +22,7 @@ aten, prims = torch.ops.aten, torch.ops.prims
 
 @of_owned
 def reduced(node: fx.Node, flow: Flow, label: Own) -> Label:
-    """Reductions over `dim` or `dims`; none given (or an empty list) means all."""
+    """Reductions over `dim` or `dims`; None and () mean all."""
     args = bound(node)
     n = len(flow.shape(operand(node)))
     dims = wrap_all(args.get("dim", args.get("dims")), n)
@@ -36,7 +36,7 @@ def reduced(node: fx.Node, flow: Flow, label: Own) -> Label:
 
 @of_owned
 def scanned(node: fx.Node, flow: Flow, label: Own) -> Label:
-    """Softmax, cumulative sums, fft, top-k: the shape's dimensions stay, `dim` is worked along."""
+    """Softmax, cumulative sums, fft, top-k: work along `dim`, and keep all dimensions."""
     if label.dim in wrap_all(bound(node).get("dim"), len(flow.shape(operand(node)))):
         return each_output(node, flow.lost(node, f"works along the owner dimension of {label}"))
     return each_output(node, label)
@@ -58,8 +58,8 @@ def sorted_values(node: fx.Node, flow: Flow, label: Own) -> Label:
 
 
 def normalised(over: Callable[[fx.Node, Flow, int], bool], leading: bool = True) -> Rule:
-    """Norms: (out, mean, rstd, ...) where `over` says whether dimension d is averaged over. With
-    `leading`, the statistics keep the other dimensions in their places. Weights are shared."""
+    """Norms: (out, mean, rstd, ...), averaged over dimensions d where `over`. With `leading`,
+    statistics keep the other dimensions in place. Weights are shared."""
 
     def rule(node: fx.Node, flow: Flow) -> Label:
         label = same_as_first(node, flow)

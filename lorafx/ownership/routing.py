@@ -1,14 +1,14 @@
-"""Where rows go when a graph routes them: permutations, masks, and collectives over ranks.
+"""Rules for routing: permutations, masks, and collectives over ranks.
 
-Mixture-of-experts layers sort the (token, choice) pairs of all requests by expert: the indices p
-of that vector sort are a permutation, p // k the tokens it visits, and its inverse is the second
+Mixture-of-experts layers sort the (token, choice) pairs of all requests by expert: the indices p of
+that vector sort are a permutation, p // k the tokens it visits, and its inverse is the second
 argsort, or an iota written (index_put, scatter) at p. `Flow.inverses` records such pairs.
 
     x.masked_scatter(mask, source)      x[mask] = source
 
-The k-th position takes the k-th element. Where the requests follow one another in x and source,
-that is the request's own exactly if each has as many positions as elements. It is assumed here,
-noted in `Flow.fits`, and checked when the graph runs (`lorafx::own_mask`).
+The k-th position takes the k-th element. If requests are in turn in x and source, a request gets
+exactly its elements if it has as many positions as elements. That is assumed here, noted in
+`Flow.fits`, and checked at run time (`lorafx::own_mask`).
 
     all_reduce, wait    out[i] = Σ_rank a_rank[i]
     all_gather          out = [a_0; a_1; ...] along the first dimension
@@ -43,7 +43,7 @@ def iota(node: fx.Node, flow: Flow) -> Digit | None:
 
 
 def vector_order(node: fx.Node, flow: Flow) -> Digit | None:
-    """The indices of a vector sort: a permutation, maybe the inverse of the one it sorts."""
+    """The indices of a vector sort: a permutation, maybe the inverse of the sorted one."""
     sort = operand(node) if node.target is operator.getitem else node
     if not isinstance(sort, fx.Node) or not isinstance(sort.target, OpOverload):
         return None
@@ -94,7 +94,7 @@ DIGITS = {
 
 
 def in_turn(flow: Flow, tensor: fx.Node, label: Own) -> bool:
-    """In row-major order all elements of the first request come first, then all of the second."""
+    """Whether, in row-major order, each request's elements follow the previous request's."""
     upto = product(flow.shape(tensor)[: label.dim + 1])
     return label.perm is None and equal(upto, label.rows * flow.batch)
 
@@ -102,8 +102,7 @@ def in_turn(flow: Flow, tensor: fx.Node, label: Own) -> bool:
 def chosen(
     node: fx.Node, flow: Flow, x: fx.Node, mask: fx.Node, first: int, source: fx.Node
 ) -> Single:
-    """x with the positions of the mask, which begins at dimension `first` of x, replaced or
-    increased by the source's elements."""
+    """x with masked positions, from dimension `first`, set to or increased by the source."""
     at = flow.label(mask)
     label = flow.agree(node, [flow.label(x), at.at(at.dim + first) if isinstance(at, Own) else at])
     own = flow.label(source)
@@ -136,7 +135,7 @@ RULES: dict[object, Rule] = {aten.masked_scatter: masked_scatter}
 
 
 def parts(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
-    """x, the mask and the source of a node that is in `Flow.fits`."""
+    """x, the mask and the source of a node in `Flow.fits`."""
     args = bound(node)
     if "mask" in args:
         return args["self"], args["mask"], args["source"]
@@ -144,12 +143,12 @@ def parts(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
 
 
 def kept(node: fx.Node, flow: Flow) -> Label:
-    """Each entry where it was."""
+    """Each entry in place."""
     return flow.label(operand(node))
 
 
 def gathered(node: fx.Node, flow: Flow) -> Label:
-    """The ranks' tensors one after another: only what is owned along another dimension is kept."""
+    """The ranks' tensors concatenated: only other owned dimensions are kept."""
     label = flow.label(operand(node))
     if isinstance(label, Own) and label.dim == 0:
         return flow.lost(node, "the ranks' requests are gathered along their own dimension")

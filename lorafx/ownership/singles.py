@@ -1,10 +1,10 @@
-"""Tensors all of whose elements belong to one request: Python took the batch apart.
+"""Rules for tensors of a single request, where Python took the batch apart.
 
     list(x), x[2], x.split(k), ...     One(b): every element belongs to request b
     cat([One(0), ..., One(B − 1)])     the requests again, in order
 
-The graph has to know the number of requests as a number. What is computed from tensors of one
-request alone is that request's, whatever the operator.
+B must be a number in the graph. Results of tensors of a single request are that request's, whatever
+the operator.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ aten, prims = torch.ops.aten, torch.ops.prims
 
 
 def request_of(flow: Flow, own: Own, first: sympy.Expr, size: sympy.Expr = ONE) -> One | None:
-    """Whose the entries [first, first + size) of the owner dimension are, where they are one's."""
+    """The request of entries [first, first + size) of the owner dimension, if only one."""
     numbers = (first, size, own.rows, flow.batch)
     if own.perm is not None or not all(n.is_Integer for n in numbers):
         return None
@@ -34,7 +34,7 @@ def request_of(flow: Flow, own: Own, first: sympy.Expr, size: sympy.Expr = ONE) 
 
 
 def taken_apart(node: fx.Node, flow: Flow) -> Label | None:
-    """The labels of parts of the owner dimension that belong to one request each; else None."""
+    """The labels of parts of the owner dimension within a single request each; else None."""
     packet = getattr(node.target, "overloadpacket", None)
     if packet not in CUTS:
         return None
@@ -67,7 +67,7 @@ def taken_apart(node: fx.Node, flow: Flow) -> Label | None:
 
 
 def together(node: fx.Node, flow: Flow, labels: Sequence[Single]) -> Label:
-    """The label of what is computed from operands some of which belong to one request alone."""
+    """The label of a result of operands some of which belong to a single request."""
     known = {label for label in labels if label is not None}
     if len(known) == 1:
         return each_output(node, known.pop())
@@ -82,7 +82,7 @@ def together(node: fx.Node, flow: Flow, labels: Sequence[Single]) -> Label:
 
 
 def _joined(node: fx.Node, flow: Flow, stacked: bool) -> Own | None:
-    """All requests' parts joined in order, as long as one another."""
+    """All requests' parts joined in order, of equal length."""
     args = bound(node)
     dim = wrap(args.get("dim", 0), len(flow.shape(node)))
     lengths: dict[int, sympy.Expr] = {}

@@ -1,4 +1,4 @@
-"""Rules for lorafx's own operators: y plus a delta of x's rows; x and y belong together."""
+"""Rules for lorafx's operators: y plus a delta of x's rows; x and y belong together."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lorafx.op_arguments import bound
 from lorafx.ownership.flow import Flow, Rule
 from lorafx.ownership.labels import Label, Mixed, Own
 
-#: In a site's `meta`: the dimension whose entries are copies of the same x, one per request.
+#: In a site's `meta`: the dimension of copies of the same x, one for each request.
 GIVEN_DIM = "lorafx_given_dim"
 
 
 def input_name(node: fx.Node) -> str:
-    """What the op of a site calls the tensor that meets A: an embedding takes ids."""
+    """The op's name of the tensor that meets A: an embedding takes ids."""
     return "ids" if "ids" in bound(node) else "x"
 
 
@@ -30,7 +30,7 @@ def input_of(node: fx.Node) -> fx.Node:
 
 
 def row_dims(node: fx.Node) -> int:
-    """How many leading dimensions of a site's x its rows are counted over."""
+    """The number of leading dimensions of x that index rows."""
     dims: int = input_of(node).meta["val"].dim()
     if node.target is torch.ops.lorafx.embedding_site.default:
         return dims
@@ -40,7 +40,7 @@ def row_dims(node: fx.Node) -> int:
 def site(node: fx.Node, flow: Flow) -> Label:
     """site(x, y, ...), grouped_site, embedding_site(ids, y, ...): y's rows, each plus its delta.
 
-    The row dimensions of x and y are the same. Banks and slots are shared by construction.
+    x and y have the same row dimensions. Banks and slots are shared by construction.
     """
     x, y = input_of(node), bound(node)["y"]
     label = flow.label(x)
@@ -52,10 +52,7 @@ def site(node: fx.Node, flow: Flow) -> Label:
 
 
 def expert_site(node: fx.Node, flow: Flow) -> Label:
-    """expert_site(x, y, ..., experts): y's rows, each plus its own delta.
-
-    Which expert a row goes to may depend on everybody's rows: it moves none.
-    """
+    """expert_site(x, y, ..., experts): y's rows, each plus its delta; no row moves."""
     args = bound(node)
     labels = [flow.label(args["x"]), flow.label(args["y"])]
     mixed = next((label for label in labels if isinstance(label, Mixed)), None)
@@ -75,11 +72,9 @@ def conv_site(node: fx.Node, flow: Flow) -> Label:
 
 
 def given_out(node: fx.Node, flow: Flow, x: fx.Node, y: fx.Node) -> Own | None:
-    """Copies of something shared, one per request (learned queries, expanded type ids): exactly one
-    row dimension of x has B entries, or was made for them.
-
-    `propagate.flow_through` takes the label back where what follows does not keep to it.
-    """
+    """Copies of a shared value, one for each request (learned queries, expanded type ids): exactly
+    one row dimension of x has B entries, or was made for them. `propagate.flow_through` withdraws
+    the label if later nodes do not keep to it."""
     if not flow.give_out or node in flow.withheld:
         return None
     if GIVEN_DIM in node.meta:
@@ -96,7 +91,7 @@ def given_out(node: fx.Node, flow: Flow, x: fx.Node, y: fx.Node) -> Own | None:
 
 
 def rows_of(node: fx.Node, flow: Flow) -> Label:
-    """rows_of(x, y): what is proved of y, or else of x, from whose row m that of y is computed."""
+    """rows_of(x, y): the label of y, or else of x, from whose row m that of y is computed."""
     args = bound(node)
     x, y = args["x"], args["y"]
     label, of_x = flow.label(y), flow.label(x)

@@ -1,7 +1,5 @@
-"""Rules for operators of images and signals (batch, channels, spatial...) with shared weights.
-
-An owner in front of the dimensions that are worked on survives.
-"""
+"""Rules for operators of images and signals (batch, channels, spatial...) with shared weights. An
+owner before the worked dimensions survives."""
 
 from __future__ import annotations
 
@@ -36,7 +34,7 @@ def convolution(node: fx.Node, flow: Flow) -> Label:
 
 
 def in_front_of(trailing: int) -> Rule:
-    """The last `trailing` dimensions are worked on; the owner is in front of them."""
+    """The owner is in front of the last `trailing` dimensions."""
 
     def rule(node: fx.Node, flow: Flow) -> Label:
         label = same_as_first(node, flow)
@@ -68,7 +66,7 @@ def distances(node: fx.Node, flow: Flow) -> Label:
 
 
 def solved(node: fx.Node, flow: Flow) -> Label:
-    """Systems of equations: the last two dimensions are matrices, those in front broadcast."""
+    """Linear systems: matrices in the last two dimensions, the leading ones broadcast."""
     n = len(flow.shape(node))
     label = flow.broadcast(node, node.all_input_nodes, n)
     if isinstance(label, Own) and label.dim >= n - 2:

@@ -1,8 +1,9 @@
-"""Exact arithmetic on symbolic sizes: one symbol for the batch, division by cancellation.
+"""Exact arithmetic on symbolic sizes, with a single symbol for the batch and division by
+cancellation.
 
-Sizes are read from the fake tensors (`SymInt.node.expr`), never from hints, so that what is proved
-holds for every call. An expression is kept as integer · ∏ baseᵉ, and a / b exists only where every
-factor of b cancels.
+Sizes are read from fake tensors (`SymInt.node.expr`), never from hints, so proofs hold for every
+call. An expression is kept as integer · ∏ baseᵉ, and a / b exists only where every factor of b
+cancels.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ ONE = sympy.Integer(1)
 class BatchSymbols:
     """Symbols and integers known to equal the number of requests B (checked at entry).
 
-    `canonical` stands for all `members`; a number, if there is one. `multiples` are sizes that are
-    whole multiples of B, and those of `alike` are equal to each other.
+    `canonical` stands for all `members`; a number, if there is one. `multiples` are whole multiples
+    of B; sizes in `alike` are equal.
     """
 
     members: frozenset[sympy.Expr]
@@ -36,11 +37,8 @@ class BatchSymbols:
 
     @staticmethod
     def of(sizes: Iterable[int | torch.SymInt | sympy.Expr]) -> BatchSymbols:
-        """From the leading sizes of the inputs that carry requests.
-
-        Raises:
-            ProvenanceError: these are not symbols and at most one integer.
-        """
+        """From the leading sizes of the inputs that carry requests: symbols, and at most one
+        integer; else ProvenanceError."""
         members = frozenset(as_expr(size) for size in sizes)
         numbers = {m for m in members if m.is_Integer}
         odd = [m for m in members if not (m.is_Integer or m.is_Symbol)]
@@ -63,7 +61,7 @@ class BatchSymbols:
         return replace(self, alike=frozenset(as_expr(size) for size in sizes) - self.members)
 
     def each(self, size: int | torch.SymInt) -> sympy.Expr:
-        """size / B, where size is known to be a whole multiple of B."""
+        """size / B, for a whole multiple of B."""
         return FloorDiv(as_expr(size), self.canonical)
 
     @property
@@ -78,7 +76,7 @@ def as_expr(size: int | torch.SymInt | sympy.Expr) -> sympy.Expr:
 
 
 class Sizes:
-    """Sizes in a graph as expressions in which all batch symbols are one."""
+    """A graph's sizes as expressions with a single batch symbol."""
 
     def __init__(self, batch: BatchSymbols) -> None:
         self.batch = batch.canonical
@@ -89,11 +87,11 @@ class Sizes:
             self._unify |= {size: one for size in batch.alike if size.is_Symbol and size != one}
         self._learnt: dict[sympy.Expr, sympy.Expr] = {}
         self._memo: dict[sympy.Expr, sympy.Expr] = {}
-        #: By identity tensors, which are held, and their shapes: rules ask again and again.
+        #: By identity; tensors and their shapes, which rules read repeatedly.
         self._shapes: dict[int, tuple[torch.Tensor, Shape]] = {}
 
     def of(self, size: object) -> sympy.Expr | None:
-        """An int, SymInt or node holding one, as an expression; None where it is neither."""
+        """An int, SymInt or node with such a value, as an expression; else None."""
         if isinstance(size, fx.Node):
             size = size.meta.get("val")
         if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
@@ -114,10 +112,8 @@ class Sizes:
         return self._memo[expr]
 
     def learn(self, size: sympy.Expr, same: sympy.Expr) -> None:
-        """Use `same` wherever `size`, another expression of the same number, occurs.
-
-        Only towards fewer operations, or from a symbol to a number: B·H = 4·B says that H is 4.
-        """
+        """Use `same` for the equal `size` everywhere, if it has fewer operations, or is a number
+        for a symbol: B·H = 4·B says that H is 4."""
         if size == same or size.is_Integer:
             return
         if same.count_ops() >= size.count_ops():
@@ -142,7 +138,7 @@ class Sizes:
 
 @lru_cache(maxsize=65536)
 def factors(expr: sympy.Expr) -> tuple[int, dict[sympy.Expr, int]]:
-    """expr as (integer, {base: positive exponent}), with sums factored where that is possible."""
+    """expr as (integer, {base: positive exponent}), with sums factored if possible."""
     if expr.is_Integer:
         return int(expr), {}
     if expr.is_Mul:
@@ -198,17 +194,17 @@ def product(sizes: Iterable[sympy.Expr]) -> sympy.Expr:
 
 
 def is_multiple(a: sympy.Expr, b: sympy.Expr) -> bool:
-    """b divides a for all values of the symbols."""
+    """Whether b divides a for all values of the symbols."""
     return divide(a, b) is not None
 
 
 def equal(a: sympy.Expr, b: sympy.Expr) -> bool:
-    """a = b for all values of the symbols."""
+    """Whether a = b for all values of the symbols."""
     return a == b or divide(a, b) == ONE
 
 
 def never_negative(expr: sympy.Expr) -> bool:
-    """expr ≥ 0 for all non-negative values of its atoms: no term of the expansion is negative."""
+    """Whether no term of the expansion is negative, so expr ≥ 0 for non-negative atoms."""
     atoms = {a: sympy.Dummy(integer=True, nonnegative=True) for a in expr.atoms(sympy.Function)}
     expanded = sympy.expand(expr.xreplace(atoms))
     return all(
@@ -221,16 +217,16 @@ def never_negative(expr: sympy.Expr) -> bool:
 def reshaped(
     dim: int, rows: sympy.Expr, modulus: sympy.Expr, old: Shape, new: Shape, fixed: bool = False
 ) -> tuple[int, sympy.Expr] | None:
-    """Where the digit (i_dim // rows) mod modulus of a row-major position goes in a new shape.
+    """The place of the digit (i_dim // rows) mod modulus of a row-major position in a new shape.
 
     With F = rows · ∏ old[dim+1:] the digit is (position // F) mod modulus, because old[dim] is a
-    whole number of periods. Output dimension e of suffix product P carries it as
-    (i_e // R') mod modulus with R' = F / P, when P divides F and modulus·R' divides new[e]. The
-    same in prefix products, for shapes whose trailing sizes do not cancel symbolically:
-    R' = rows · ∏ new[:e+1] / ∏ old[:dim+1].
+    whole number of periods. Output dimension e of suffix product P carries it as (i_e // R') mod
+    modulus with R' = F / P, when P divides F and modulus·R' divides new[e]. The same in prefix
+    products, for shapes whose trailing sizes do not cancel symbolically: R' = rows · ∏ new[:e+1] /
+    ∏ old[:dim+1].
 
-    `fixed`: only a dimension that is kept as it is will do (its indices go through a table).
-    Returns (e, R') or None.
+    `fixed`: only an unchanged dimension is accepted (its indices go through a table). Returns (e,
+    R') or None.
     """
     behind = product(old[dim + 1 :])
     before = product(old[: dim + 1])

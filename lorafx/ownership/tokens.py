@@ -1,12 +1,12 @@
-"""Which token position each row of a site stands for, where slots are given per token (B, T).
+"""The token position of each row of a site, where slots are given per token (B, T).
 
-Ownership says which request a row belongs to. Here each dimension of a tensor has a state:
+Ownership tells a row's request. Here each dimension of a tensor has a state:
 
     rows (an expression)   index i stands for position (i // rows) mod T
     None                   neutral: the dimension says nothing about positions
     LOST                   positions were moved, contracted into it, or never known
 
-Row t of attention's output stands for position t: this is about places, not about information.
+Row t of attention's output stands for position t: states are about places, not information.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ aten = torch.ops.aten
 
 
 class TokenState(Enum):
-    """The state of a dimension whose positions are not known."""
+    """The state of a dimension whose positions are unknown."""
 
     LOST = "lost"
 
@@ -51,7 +51,7 @@ States: TypeAlias = tuple[State, ...]
 
 
 class Alignment:
-    """States of every tensor of a graph. `flow` is the finished ownership propagation."""
+    """States of all tensors of a graph, after ownership propagation (`flow`)."""
 
     def __init__(
         self, graph: fx.Graph, flow: Flow, tokens: BatchSymbols, seeds: Mapping[fx.Node, int]
@@ -67,11 +67,11 @@ class Alignment:
                 )
 
     def shape(self, node: object) -> Shape:
-        """Sizes in which all names of T are one symbol."""
+        """Sizes with a single symbol for T."""
         return tuple(size.xreplace(self._same) for size in self.flow.shape(node))
 
     def of(self, arg: object) -> States:
-        """A tensor that depends on no request says nothing about positions."""
+        """A tensor's states; neutral where it depends on no request."""
         if isinstance(arg, fx.Node) and self.flow.label(arg) is not None and arg in self.states:
             return self.states[arg]
         return (None,) * len(self.shape(arg))
@@ -91,8 +91,8 @@ class Alignment:
         return None
 
     def cut(self, node: fx.Node, label: Label, ndim: int) -> fx.Node | None:
-        """The tensor (B, T, ...) in order of which `node` is `tensor[:, start:end]`, (B, L,
-        ...)."""
+        """The tensor (B, T, ...), in slot order, with `node` (B, L, ...) = `tensor[:,
+        start:end]`."""
         if node.target is not aten.slice.Tensor or ndim != 2 or label != Own(0):
             return None
         args = bound(node)
@@ -157,7 +157,7 @@ class Alignment:
         return tuple(found) if len(found) == n else (LOST,) * n
 
     def _broadcast(self, args: Sequence[object], n: int) -> States:
-        """Along each dimension the operands that are not broadcast there must agree."""
+        """Operands that are not broadcast along a dimension must agree there."""
         states: list[State] = [None] * n
         for arg in args:
             shape, own = self.shape(arg), self.of(arg)
@@ -173,7 +173,7 @@ class Alignment:
         return a if a == b else LOST
 
     def _moved(self, node: fx.Node, renumber: views.Renumber) -> States:
-        """Permutations and their like: what cannot stay (a roll, a pad) is lost where it was."""
+        """Permutations keep states; rolls and pads lose them."""
         n, kept = len(self.shape(node)), self.of(operand(node))
         states: list[State] = [None] * n
         for d, state in enumerate(kept):

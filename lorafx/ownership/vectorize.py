@@ -1,11 +1,11 @@
-"""Operators vectorised over requests: once more, on one copy per request of what all share.
+"""Operators vectorised over requests: applied to a copy for each request of a shared tensor.
 
     t (…) depends on no request    →    copies of t (n, …), where copies[i] is request i's
 
-Every rule keeps op(copies)[i] = op(copies[i]). Where copies meet what requests own, each goes to
-its request, and what is computed there has the shape that it had: at an expand or repeat to the
-number of requests, and at pointwise operators and attention masks whose other operands are owned.
-Operators that no rule knows end it.
+Every rule keeps op(copies)[i] = op(copies[i]). Where copies meet owned values, each goes to its
+request, and the result has its previous shape: at an expand or repeat to the number of requests,
+and at pointwise operators and attention masks with owned operands. Unknown operators end the
+vectorised part.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lorafx.ownership.symbolic import ONE, Shape, divide, equal
 
 aten, prims = torch.ops.aten, torch.ops.prims
 BatchingRule = Callable[["Vectorizer", fx.Node], fx.Node]
-#: One number for all requests does not widen what it meets, a number for each request may.
+#: A number for all requests does not promote dtypes, a number for each may.
 OTHER_TYPE = "the copies have another dtype than the original"
 
 
@@ -43,8 +43,7 @@ class Ended(Exception):
 
 
 class Vectorizer:
-    """Copies of shared nodes, put into their graph before the node `before`: a shared node -> the
-    node with its copies (n, …)."""
+    """Shared node -> its copies (n, …), inserted before the node `before`."""
 
     def __init__(self, graph: fx.Graph, flow: Flow, emitter: Emitter) -> None:
         self.graph, self.flow, self.emitter = graph, flow, emitter
@@ -52,11 +51,7 @@ class Vectorizer:
         self.before: fx.Node = next(iter(graph.nodes))
 
     def vectorized(self, node: fx.Node) -> fx.Node:
-        """The copies of `node`, some of whose operands have copies.
-
-        Raises:
-            Ended: no rule knows how.
-        """
+        """The copies of `node` from its operands' copies; raises Ended for unknown operators."""
         rule = _rule(node)
         if rule is None:
             raise Ended(node, "no rule copies what this operator computes")
@@ -73,8 +68,8 @@ class Vectorizer:
         return new
 
     def site(self, node: fx.Node) -> fx.Node:
-        """site(x, y, ...) and embedding_site(ids, y, ...) of one copy per request: the product y is
-        computed once, the deltas differ."""
+        """site and embedding_site of a copy for each request: a single product y, different
+        deltas."""
         op: Any = node.target
         call, name = bound(node), input_name(node)
         x, y = call[name], call["y"]
@@ -106,32 +101,30 @@ class Vectorizer:
 
     @property
     def count(self) -> Any:
-        """n, as a number or a node."""
         count = self.emitter.size(self.flow.batch, self.before)
         if count is None:
             raise ValueError("the graph cannot compute the number of requests")
         return count
 
     def size_of(self, node: fx.Node, dim: int) -> Any:
-        """One size of a new node, as a number or a node."""
         return self.emitter.size_of(node, dim, self.before)
 
     def copies_of(self, node: fx.Node) -> fx.Node:
-        """(n, …): its copies, or the same for every request."""
+        """(n, …): its copies, or expanded."""
         if node in self.copies:
             return self.copies[node]
         sizes = [self.count] + [-1] * len(self.flow.shape(node))
         return self.emit(aten.expand.default, self.emit(aten.unsqueeze.default, node, 0), sizes)
 
     def wide(self, node: fx.Node, ndim: int) -> fx.Node:
-        """Copies of what is broadcast to `ndim` dimensions, (n, 1, …, 1, …)."""
+        """Copies of a node broadcast to `ndim` dimensions, (n, 1, …, 1, …)."""
         copies = self.copies[node]
         for _ in range(ndim - len(self.flow.shape(node))):
             copies = self.emit(aten.unsqueeze.default, copies, 1)
         return copies
 
     def only(self, node: fx.Node, *allowed: object) -> None:
-        """Of the operands only these have copies."""
+        """Raise Ended if other operands have copies."""
         for arg in node.all_input_nodes:
             if arg in self.copies and not any(arg is one for one in allowed):
                 raise Ended(node, "an operand that should be the same for all requests is not")
@@ -156,7 +149,7 @@ class Vectorizer:
         return self.emit(node.target, *args, **kwargs)
 
     def _along(self, node: fx.Node, *, all_if_none: bool = False, more: int = 0) -> fx.Node:
-        """An operator of one tensor that says which dimensions it works along."""
+        """An operator of a tensor along given dimensions."""
         args = bound(node)
         first = operand(node)
         self.only(node, first)
@@ -222,7 +215,6 @@ class Vectorizer:
         return self.emit(aten.repeat.default, wide, [1, *repeats])
 
     def _joined(self, node: fx.Node) -> fx.Node:
-        """cat and stack of tensors some of which have copies."""
         args = bound(node)
         tensors, n = args["tensors"], len(self.flow.shape(node))
         if any(len(self.flow.shape(t)) != len(self.flow.shape(tensors[0])) for t in tensors):
@@ -231,7 +223,7 @@ class Vectorizer:
         return self.emit(node.target, copies, wrap(args["dim"], n) + 1)
 
     def _indexed(self, node: fx.Node) -> fx.Node:
-        """x[indices] with the same indices for all requests."""
+        """x[indices] with shared indices."""
         x, indices = operand(node), list(bound(node)["indices"])
         self.only(node, x)
         at = [d for d, index in enumerate(indices) if index is not None]
@@ -255,7 +247,6 @@ class Vectorizer:
         return self.emit(node.target, self.copies[x], dim, self.copies_of(index))
 
     def _as_it_is(self, node: fx.Node) -> fx.Node:
-        """It counts dimensions from the last one."""
         first, args = operand(node), bound(node)
         self.only(node, first)
         args[next(iter(args))] = self.copies[first]
@@ -293,11 +284,11 @@ class Vectorizer:
     def _item(self, node: fx.Node) -> fx.Node:
         return self.emit(operator.getitem, self.copies[operand(node)], index_of(node))
 
-    # --- where copies meet what requests own ---
+    # --- copies meet owned values ---
 
     def by_size(self, node: fx.Node) -> fx.Node | None:
-        """The result of a shared `node` that repeats its operand once for each request, with copy i
-        in repetition i; None where it does something else."""
+        """A shared `node` that repeats its operand for each request, with copy i in repetition
+        i."""
         if not self.flow.batch.is_Symbol:
             return None  # another size may happen to be the same number
         packet = called_by(node)
@@ -308,7 +299,7 @@ class Vectorizer:
         return self._broadcast(node) if rule_for(node.target)[0] is pointwise.pointwise else None
 
     def _broadcast(self, node: fx.Node) -> fx.Node | None:
-        """Pointwise, against something shared that has an entry for each request (a mask)."""
+        """Pointwise with a shared operand that has an entry for each request (a mask)."""
         flow, new = self.flow, self.flow.shape(node)
         dims = [d for d, size in enumerate(new) if size == flow.batch]
         operands = {arg for arg in node.all_input_nodes if arg in self.copies}
@@ -321,7 +312,6 @@ class Vectorizer:
         return self.emit(node.target, *args, **kwargs)
 
     def _size_at(self, arg: fx.Node, dim: int, ndim: int) -> sympy.Expr:
-        """The size of an operand along a dimension of the `ndim` that it is broadcast to."""
         shape = self.flow.shape(arg)
         at = dim - ndim + len(shape)
         return shape[at] if at >= 0 else ONE
@@ -355,11 +345,8 @@ class Vectorizer:
         return self.emit(aten.reshape.default, copies, [*sizes[:d], -1, *sizes[d:]])
 
     def by_owner(self, node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
-        """For each operand of `node` with copies, what takes its place.
-
-        Raises:
-            Ended: it is not broadcast along the owner's dimension, or that is not known.
-        """
+        """(operand, replacement) pairs; raises Ended unless broadcast along a known owner
+        dimension."""
         flow, label = self.flow, self.flow.labels[node]
         single = label[0] if isinstance(label, tuple) else label
         if isinstance(single, Mixed):
@@ -406,7 +393,7 @@ class Vectorizer:
         return self.emit(aten.reshape.default, wide, [*kept[:dim], -1, *kept[dim:]])
 
     def _placed(self, node: fx.Node, ndim: int, dim: int) -> fx.Node:
-        """Copies of `node`, broadcast to `ndim` dimensions, along the one at `dim` of size one."""
+        """Copies of `node`, broadcast to `ndim` dimensions, along dimension `dim` of size one."""
         copies = self.emit(aten.squeeze.dim, self.wide(node, ndim), dim + 1)
         if dim == 0:
             return copies

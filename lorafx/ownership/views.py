@@ -1,7 +1,7 @@
-"""Rules for operators that move positions without looking at values.
+"""Rules for operators that move positions without reading values.
 
-Views find the digit of the position again (`symbolic.reshaped`); permutations renumber dimensions;
-slices, pads, rolls and flips must leave the owner dimension alone. The rules serve ownership and
+Views relocate the digit of the position (`symbolic.reshaped`); permutations renumber dimensions;
+slices, pads, rolls and flips must not touch the owner dimension. The rules serve ownership and
 known index values (`Digit`).
 """
 
@@ -42,8 +42,8 @@ def view(node: fx.Node, flow: Flow, label: Own) -> Label:
 
 
 def learn_sizes(node: fx.Node, flow: Flow) -> None:
-    """The sizes that a view was asked for, which tracing may know by a longer expression such as
-    ((B·H·W) // (H·W)) // ... for 4, or for -1."""
+    """Learn a view's given sizes, which tracing may know by longer expressions such as ((B·H·W) //
+    (H·W)) // ... for 4, or for -1."""
     args = bound(node)
     asked = args["size"] if "size" in args else args.get("shape")
     if not isinstance(asked, (list, tuple)):
@@ -70,7 +70,7 @@ def view_digit(node: fx.Node, flow: Flow) -> Digit | None:
 
 
 def moved(renumber: Renumber, why: str) -> tuple[Rule, Callable]:
-    """A rule (and its twin for digits) that sends dimension d of the first argument elsewhere."""
+    """A rule (and its twin for digits) that renumbers the first argument's dimensions."""
 
     @of_owned
     def rule(node: fx.Node, flow: Flow, label: Own) -> Label:
@@ -103,7 +103,7 @@ def transposed(node: fx.Node, flow: Flow, dim: int) -> int | None:
 
 
 def turned(node: fx.Node, flow: Flow, dim: int) -> int | None:
-    """t(): the transpose of a matrix, a vector as it is."""
+    """t(): transposes a matrix, keeps a vector."""
     return 1 - dim if ndim(node, flow) == 2 else dim
 
 
@@ -113,7 +113,7 @@ def unsqueezed(node: fx.Node, flow: Flow, dim: int) -> int | None:
 
 
 def squeezed(node: fx.Node, flow: Flow, dim: int) -> int | None:
-    """An owner dimension has B > 1 entries or more and is never squeezed away."""
+    """An owner dimension has at least B > 1 entries and is never squeezed away."""
     args, shape = bound(node), flow.shape(operand(node))
     dims = args.get("dim", args.get("dimensions"))
     asked = wrap_all(dims, len(shape))
@@ -143,12 +143,12 @@ def diagonal(node: fx.Node, flow: Flow, dim: int) -> int | None:
 
 
 def windowed(node: fx.Node, flow: Flow, dim: int) -> int | None:
-    """unfold(dimension, size, step): windows along one dimension, their inside a new last one."""
+    """unfold(dimension, size, step): windows along a dimension, contents in a new last one."""
     return None if dim == wrap(bound(node)["dimension"], ndim(node, flow)) else dim
 
 
 def untouched(*names: str) -> Renumber:
-    """All dimensions stay in place, and the ones that an argument names must not be the owner."""
+    """All dimensions stay; those named by arguments must not be the owner."""
 
     def renumber(node: fx.Node, flow: Flow, dim: int) -> int | None:
         args, n = bound(node), ndim(node, flow)
@@ -185,7 +185,7 @@ def repeated(node: fx.Node, flow: Flow, label: Own) -> Label:
 
 @of_owned
 def repeat_interleaved(node: fx.Node, flow: Flow, label: Own) -> Label:
-    """repeat_interleave by a number: rows become rows·k along the repeated dimension."""
+    """repeat_interleave by a number k: rows become rows·k along that dimension."""
     args = bound(node)
     k, dim = flow.size(args.get("repeats")), args.get("dim")
     if dim is not None and wrap(dim, ndim(node, flow)) != label.dim:
@@ -197,7 +197,7 @@ def repeat_interleaved(node: fx.Node, flow: Flow, label: Own) -> Label:
 
 @of_owned
 def as_strided(node: fx.Node, flow: Flow, label: Own) -> Label:
-    """Only windows of a dense input that stay inside one step of its leading owner dimension."""
+    """Only windows of a dense input inside a step of its leading owner dimension."""
     args = bound(node)
     value = args["self"].meta["val"]
     shape, stride = flow.sizes.shape(value), flow.sizes.strides(value)
@@ -258,7 +258,7 @@ RULES: dict[object, Rule] = {
     aten.repeat_interleave: repeat_interleaved,
     aten.as_strided: as_strided,
 }
-# Padding, windows and reversals change values of the result's positions: no twin for digits.
+# Padding, windows and reversals change values by position: no twin for digits.
 DIGITS = {
     **dict.fromkeys(VIEWS, view_digit),
     **{

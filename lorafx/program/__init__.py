@@ -1,1 +1,1 @@
-"""What all parts share: the program in service, its frames, the running call and its rows."""
+"""Shared state: the program in service, its frames, the running call and its rows."""

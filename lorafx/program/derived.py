@@ -1,17 +1,15 @@
-"""Tensors that hold a site's weight, or part of it, under another name.
+"""Tensors that contain a site's weight, or part of it, under another name.
 
-Serving code cuts `kv_b_proj.weight` into W_UK and W_UV after loading and keeps those: views of the
-weight, or copies where it was dequantised or made contiguous. A graph that multiplies by them uses
-the weight without its module. What such a tensor holds is its `WeightForm`
-(lorafx.program.weight_forms):
+Serving code cuts `kv_b_proj.weight` into W_UK and W_UV after loading and keeps these as views, or
+as copies after dequantisation or `contiguous`. A graph that multiplies by them bypasses the
+weight's module. Their content is a `WeightForm` (lorafx.program.weight_forms):
 
     views     by storage: sizes, strides and offset in the weight's storage
     copies    by value: rows of the tensor equal rows of W at regular distances, every one of them
 
-A tensor that shares the storage and has no such form is still known to come from the weight, and
-the site is refused in the graphs that take it. Copies of another kind (scaled, rounded, reordered)
-are not recognised: `match` refuses a site whose weight nothing uses where such a tensor may stand
-for it.
+A tensor that shares the storage without such a form still counts as derived, and its site is
+refused in graphs that take it. Other copies (scaled, rounded, reordered) are not recognised:
+`match` refuses an unused site where such a tensor may replace its weight.
 """
 
 from __future__ import annotations
@@ -38,19 +36,19 @@ if TYPE_CHECKING:
     from lorafx.program.frame import FrameInput
     from lorafx.program.program import Program
 
-#: Distinct values that a tensor must have to be compared with weights.
+#: Distinct values that a tensor needs to be compared with weights.
 DISTINCT = 16
 
 
 @dataclass(frozen=True)
 class Derived:
-    """What a tensor holds.
+    """The weight in a tensor.
 
     Attributes:
-        sites: those whose weight it is part of; several where the weight is tied.
-        form: which part; None where it is no regular part.
+        sites: several where the weight is tied.
+        form: the part; None if irregular.
         shape: (N, K) of the weight.
-        copied: it is a copy, not a view.
+        copied: whether it is a copy, not a view.
     """
 
     sites: tuple[Site, ...]
@@ -61,7 +59,7 @@ class Derived:
 
 @dataclass(frozen=True)
 class Holder:
-    """The attribute that holds a tensor: the module, its path, the attribute's name."""
+    """The attribute of a module that holds a tensor."""
 
     path: str
     module: nn.Module
@@ -76,13 +74,13 @@ class Holder:
 
     @property
     def is_own_weight(self) -> bool:
-        """True for the weight of a module that could be a site: a tied head is its own end."""
+        """Whether it is the weight of a possible site, such as a tied head."""
         entry = lookup(self.module)
         return entry is not None and self.attribute in (entry.weight, "bias")
 
 
 class _Seen:
-    """What was found about tensors, by identity, for as long as they live."""
+    """Results by tensor identity, for the tensor's lifetime."""
 
     def __init__(self) -> None:
         self._found: dict[int, tuple[weakref.ref[Tensor], Derived | None]] = {}
@@ -100,7 +98,7 @@ class _Seen:
 
 
 class DerivedTensors:
-    """What is known about the tensors of one program."""
+    """The derived tensors of a program."""
 
     def __init__(self, program: Program) -> None:
         self._owner = weakref.ref(program)  # no cycle: models are freed with their last reference
@@ -114,7 +112,7 @@ class DerivedTensors:
         return program
 
     def of(self, tensor: Tensor) -> Derived | None:
-        """What `tensor` holds, if it is a view, or was looked at closely before."""
+        """The weight in `tensor`, if it is a view, or was compared before."""
         if tensor in self._looked_at:
             return self._looked_at[tensor]
         if isinstance(tensor, nn.Parameter):
@@ -124,13 +122,13 @@ class DerivedTensors:
         return self._views[tensor]
 
     def look(self, tensor: Tensor) -> Derived | None:
-        """What `tensor` holds, copies included; each tensor is compared with weights once."""
+        """The weight in `tensor`, copies included; a tensor is compared once."""
         if tensor not in self._looked_at:
             self._look([tensor], set())
         return self._looked_at[tensor]
 
     def of_attribute(self, tensor: Tensor) -> Derived | None:
-        """`look`, where a module of the model holds `tensor`."""
+        """`look`, if a module of the model holds `tensor`."""
         if tensor not in self._looked_at and not self._holders({id(tensor)}):
             self._looked_at[tensor] = None
         return self.look(tensor)
@@ -138,11 +136,10 @@ class DerivedTensors:
     def inputs(
         self, examples: Sequence[Any], known: Mapping[int, FrameInput], data: Mapping[int, Any]
     ) -> dict[int, Derived]:
-        """Those inputs of a graph that hold weights of sites, by identity.
+        """A graph's inputs that contain sites' weights, by identity.
 
-        `known` are the inputs that are no data of a request, `data` those that are. What an earlier
-        graph of the call returned is data too: rows of a tied embedding, say. Were it made of a
-        weight in any other way, that graph would be refused.
+        `known` inputs are no request data, `data` are. Results of earlier graphs are data too: any
+        other use of a weight there would have been refused.
         """
         candidates = [
             example
@@ -156,7 +153,7 @@ class DerivedTensors:
         return self._look(candidates, {id(example) for example in examples})
 
     def _look(self, tensors: Sequence[Tensor], taken: set[int]) -> dict[int, Derived]:
-        """What tensors of a graph hold that also takes the inputs `taken`."""
+        """The weights in tensors of a graph that also takes the inputs `taken`."""
         found: dict[int, Derived] = {}
         if not tensors:
             return found
@@ -184,8 +181,7 @@ class DerivedTensors:
         return found
 
     def _likely(self, holder: Holder | None, taken: set[int]) -> Iterator[Site]:
-        """Sites that a copy may come from: those near its holder; where that is no module, those
-        whose own weight the graph does not take."""
+        """Sites that a copy may come from: near its holder, or with weights absent in the graph."""
         program = self._program
         if holder is None:
             for site in program.sites:
@@ -195,7 +191,7 @@ class DerivedTensors:
         if lookup(holder.module) is not None:  # scales and the like, of its own weight if of any
             yield from (site for site in program.sites if site.module is holder.module)
             return
-        # The linear is a child of the holder, or stands beside it, or beside what holds it.
+        # The linear is a child of the holder, a sibling, or a sibling of its parent.
         near = holder.path.rpartition(".")[0]
         for site in program.sites:
             if any(is_near(path, near) for path in site.paths):
@@ -240,7 +236,6 @@ class DerivedTensors:
         return None
 
     def _tied(self, site: Site) -> tuple[Site, ...]:
-        """The sites that have the weight of `site`."""
         weight = self._program.weight_of(site)
         return tuple(
             other
@@ -250,8 +245,7 @@ class DerivedTensors:
 
 
 def held_by(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that a module itself holds, by the attributes' names: parameters, buffers and
-    plain attributes."""
+    """A module's parameters, buffers and tensor attributes by name."""
     for place in (module._parameters, module._buffers, vars(module)):
         for name, value in place.items():
             if isinstance(value, Tensor):
@@ -265,25 +259,24 @@ def is_near(path: str, module: str) -> bool:
 
 
 def is_numbers(tensor: Tensor) -> bool:
-    """True for plain dense floating-point numbers that can be looked at."""
+    """Whether a tensor is plain, dense, floating-point and readable."""
     return is_dense(tensor) and not tensor.is_meta and not is_traceable_wrapper_subclass(tensor)
 
 
 def has_numbers(site: Site) -> bool:
-    """Whether `dense_weight` can be had, without computing it."""
+    """Whether `dense_weight` is available, without computing it."""
     return readable(site.module, site.eligible)
 
 
 def dense_weight(site: Site) -> Tensor | None:
-    """W (N, K) as numbers, whatever holds it; None where nothing can read it."""
+    """W (N, K) as numbers from any format, if readable."""
     dense = numbers_of(site.module)
     sizes = (site.out_features, site.in_features)
     return dense if dense is not None and tuple(dense.shape) == sizes else None
 
 
 def numbers_of(module: nn.Module, attribute: str | None = None) -> Tensor | None:
-    """The module's weight, or another of its parameters, as it is used, whatever holds it; None
-    where nothing can read it."""
+    """The module's effective weight, or another parameter, from any format, if readable."""
     try:
         dense = dequantize(module, attribute)
     except ConfigError:
@@ -299,7 +292,7 @@ def is_varied(tensor: Tensor) -> bool:
 
 
 def overlap(tensor: Tensor, weight: Tensor) -> bool:
-    """Whether two tensors of one storage have bytes in common, by their first and last ones."""
+    """Whether the byte ranges of two tensors of a storage overlap."""
     (a, b), (c, d) = _bytes(tensor), _bytes(weight)
     return a < d and c < b
 

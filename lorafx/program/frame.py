@@ -1,7 +1,7 @@
-"""One captured frame: what each input of its graph is.
+"""A captured frame: the meaning of each input of its graph.
 
-Identity of the example tensors that Dynamo hands over says it (`Program.frame`). The frame is
-dropped when its graph is compiled; nothing of it reaches the executable.
+It follows from the identity of Dynamo's example tensors (`Program.frame`). The frame is dropped
+after compilation; executables keep nothing of it.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ InputKind = Literal[
 ]
 
 
-#: Names of slots that the executable looks up: one per request, or the first one alone where no
-#: input says how many requests there are.
+#: Slots that the executable looks up: for each request, or the first slot alone if no input tells
+#: the number of requests.
 SLOTS, ONE_SLOT = "slots", "slot"
 
 
 @dataclass(frozen=True)
 class FrameInput:
-    """One graph input.
+    """A graph input.
 
     Attributes:
-        kind: "symbol" (a size), "weight" (of a selected site, or what was made of it), "state"
-            (another parameter, buffer or attribute of a module), "bank", "slots", "packed" (packed
-            base weight or bias), "argument" (of the call), "result" (of an earlier graph of the
-            call, whose owner was proved there), "unknown" (made between two graphs, a global).
-        sites: the sites whose base weight or bias this is.
+        kind: "symbol" (a size), "weight" (of a selected site, or derived), "state" (another
+            parameter, buffer or attribute), "bank", "slots", "packed" (packed base weight or bias),
+            "argument" (of the call), "result" (of an earlier graph of the call, with proved
+            owners), "unknown" (made between graphs, a global).
+        sites: the sites with this base weight or bias.
         group: for banks and packed tensors.
         role: for arguments and results.
-        derived: for weights, where this is a view or a copy of the base weight.
+        derived: for weights that are views or copies.
         holder: for state, the attribute that holds it.
-        label: how to name the input in messages.
-        part: the attribute of a tensor subclass that this is; "" for a whole input.
-        counts: whether this symbol was the number of requests in the call that was captured.
+        label: its name in messages.
+        part: the attribute of a tensor subclass; "" for a whole input.
+        counts: whether this symbol was the number of requests at capture.
     """
 
     kind: InputKind
@@ -61,7 +61,7 @@ class FrameInput:
     counts: bool = False
 
     def taken_apart(self, part: str, value: Any) -> FrameInput:
-        """The input that holds this attribute of a tensor subclass, or one of its sizes."""
+        """The input of an attribute or size of a tensor subclass."""
         kind: InputKind = self.kind
         if not isinstance(value, Tensor):
             kind = "symbol"
@@ -72,69 +72,69 @@ class FrameInput:
 
     @property
     def requests_dim(self) -> int | None:
-        """The dimension that holds the requests, where this carries them and it is known."""
+        """The requests' dimension, if known."""
         if self.kind not in ("argument", "result") or self.role is None or not self.role.known:
             return None
         return None if self.role.several else self.role.dim
 
     @property
     def several_dim(self) -> int | None:
-        """The dimension that holds several entries of each request."""
+        """The dimension with several entries of each request."""
         return self.role.dim if self.role is not None and self.role.several else None
 
 
 class Frame:
-    """The inputs of one captured frame, by position, and by placeholder once AOT has traced it."""
+    """A captured frame's inputs by position, and by placeholder after AOTAutograd."""
 
     def __init__(self, inputs: Sequence[FrameInput]) -> None:
         self.inputs = tuple(inputs)
-        #: Positions of buffers and other tensors of the model that its forward may write into.
+        #: Positions of the model's tensors that its forward may write into.
         self.writable: tuple[int, ...] = ()
-        #: It begins with the arguments of a call, so its inputs from them are what they are in
-        #: every call. Elsewhere a local variable may hold something else the next time.
+        #: Whether it begins with the call's arguments, whose meaning is the same in every call;
+        #: other local variables may change.
         self.begins_call = False
         #: The slots are one per token, in row-major order of (B, T), not one per request.
         self.per_token = False
-        #: Arguments that hold one entry per token, with that dimension.
+        #: Arguments with an entry for each token -> that dimension.
         self.token_dims: Mapping[str, int] = TOKEN_DIMS
-        #: Arguments that hold several sequences of each request, in dimension 1: as many in all of
-        #: them, which the graph checks when it runs.
+        #: Arguments with several sequences a request in dimension 1, equally many as checked at run
+        #: time.
         self.choices: tuple[str, ...] = ()
         self.by_node: dict[fx.Node, FrameInput] = {}
-        #: Position of each placeholder among the arguments that the executable is called with.
+        #: Placeholder -> position among the executable's arguments.
         self.positions: dict[fx.Node, int] = {}
-        #: Inputs that `match` added, by (position of a weight, which of the sites that share it,
-        #: field of that site's bank). They follow the others in this order.
+        #: Inputs added by `match` after the others, by (position of a weight, index among the sites
+        #: that share it, field of that site's bank), in order.
         self.extra_nodes: dict[tuple[int, int, str], fx.Node] = {}
-        #: Modules whose call this frame is part of, by identity: their hooks run after it.
+        #: Identities of modules whose calls this frame is part of: their hooks run after it.
         self.callers = calling_modules()
-        #: For each unmarked use that `match` met, by the weight's position and which of the sites
-        #: that share it: whether that site's module was among the callers.
+        #: Unmarked uses met by `match`, by the weight's position and site index -> whether that
+        #: site's module was among the callers.
         self.inside: dict[tuple[int, int], bool] = {}
 
     def reorder(self, order: Sequence[int]) -> None:
-        """Have the inputs in another order, `order` being their positions now. Before `bind`."""
+        """Reorder the inputs by their current positions, before `bind`."""
         self.inputs = tuple(self.inputs[position] for position in order)
         self.writable = tuple(p for p, before in enumerate(order) if before in self.writable)
 
     @property
     def counted(self) -> tuple[int, ...]:
-        """Positions of sizes that are taken for the number of requests."""
+        """Positions of sizes taken for the number of requests."""
         return tuple(p for p, item in enumerate(self.inputs) if item.counts)
 
     def chosen(self, item: FrameInput) -> bool:
-        """Whether an input holds as many sequences of each request as others of this kind."""
+        """Whether an input has several sequences of each request."""
         of = item.role.argument if item.kind == "argument" and item.role is not None else None
         return of in self.choices
 
     @property
     def follows_another(self) -> bool:
-        """True where some input was made in the running call: the model is in several graphs."""
+        """Whether some input was made in the running call: the model is in several graphs."""
         return any(item.kind in ("result", "unknown") for item in self.inputs)
 
     @property
     def taken(self) -> dict[int, Role]:
-        """Roles of the inputs that earlier graphs returned, by position."""
+        """Position -> role of results of earlier graphs."""
         return {
             position: item.role
             for position, item in enumerate(self.inputs)
@@ -143,18 +143,17 @@ class Frame:
 
     @property
     def handed(self) -> tuple[int, ...]:
-        """Positions of the inputs that may hold something of requests without being known as
-        arguments."""
+        """Positions of inputs that may hold request data without being arguments."""
         kinds = ("result", "unknown") if self.begins_call else ("result", "unknown", "argument")
         return tuple(p for p, item in enumerate(self.inputs) if item.kind in kinds)
 
     @property
     def carries_lora(self) -> bool:
-        """True where the graph takes a bank, or the weight of a selected site."""
+        """Whether the graph takes a bank or a selected site's weight."""
         return any(item.kind in ("bank", "weight") for item in self.inputs)
 
     def bind(self, graph: fx.Graph) -> None:
-        """Map AOTAutograd's placeholders, which keep the order of Dynamo's, to the inputs."""
+        """Map AOTAutograd's placeholders, in Dynamo's order, to the inputs."""
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         for position, node in enumerate(placeholders):
             index, part = input_place(node, position)
@@ -163,8 +162,7 @@ class Frame:
             self.positions[node] = position
 
     def batch_size(self) -> Any:
-        """The number of requests as tracing knows it (int or SymInt); None if no input
-        carries any."""
+        """The number of requests in tracing (int or SymInt), if some input carries requests."""
         sizes: list[Any] = []
         for node, item in self.by_node.items():
             dim = item.requests_dim
@@ -172,21 +170,18 @@ class Frame:
                 sizes.append(item.role.requests)
             if dim is not None and dim < fake_value(node).dim():
                 sizes.append(fake_value(node).shape[dim])
-        # A size of one beside a larger batch is an argument that all requests share.
+        # A size of one beside a larger batch is an argument shared by all requests.
         return next((size for size in sizes if size != 1), sizes[0] if sizes else None)
 
 
 def fake_value(node: fx.Node) -> Any:
-    """The fake tensor (or symbol) that tracing recorded for `node`."""
+    """The fake tensor or symbol of `node`."""
     return node.meta.get("val")
 
 
 def batch_symbols(frame: Frame) -> set[Any]:
-    """The symbols (or ints) that are the number of requests, by contract, in this frame's graph.
-
-    Raises:
-        ProvenanceError: no input is known to hold requests, or the symbol may be another size.
-    """
+    """The symbols (or ints) that are the number of requests by contract. Raises ProvenanceError
+    where no input holds requests, or the symbol may be another size."""
     found: set[Any] = set()
     others: set[Any] = set()
     counted: set[Any] = set()
@@ -217,7 +212,7 @@ def batch_symbols(frame: Frame) -> set[Any]:
 
 
 def several(frame: Frame) -> list[Any]:
-    """The sizes (SymInts or ints) that hold several entries of each request."""
+    """The sizes (SymInts or ints) of several entries of each request."""
     return [
         fake_value(node).shape[item.several_dim]
         for node, item in frame.by_node.items()
@@ -232,7 +227,7 @@ def numbers_of_choices(frame: Frame) -> list[Any]:
 
 
 def token_inputs(frame: Frame) -> dict[fx.Node, int]:
-    """The arguments that hold one entry per token, with that dimension (checked at entry)."""
+    """Arguments with an entry for each token -> that dimension (checked at entry)."""
     found: dict[fx.Node, int] = {}
     for node, item in frame.by_node.items():
         dim = frame.token_dims.get(item.role.argument) if item.role is not None else None

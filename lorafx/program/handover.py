@@ -1,9 +1,9 @@
-"""Owners of the tensors that one captured graph of a call hands to the next.
+"""Owners of tensors handed from a captured graph of a call to the next.
 
-What `provenance` proved about a result is kept in the call's memory, and so is what is known of the
-operators between graphs (`lorafx/capture/tracking.py`). A graph's proof holds in a call where index
-i of the inputs that it rests on belongs to one request, and to the same one in each. Where all
-inputs belong to one request no proof is needed.
+The call's memory holds what `provenance` proved about results, and the owners tracked between
+graphs (`lorafx/capture/tracking.py`). A graph's proof holds in a call where index i of the inputs
+that it rests on belongs to the same single request in each. If all inputs belong to a single
+request no proof is needed.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ _RESULT = "a result of an earlier graph"
 
 @dataclass(frozen=True)
 class OfList:
-    """Index i of what a graph's proof rests on belongs to row owners[i] of the batch."""
+    """Index i of the inputs of a graph's proof belongs to row owners[i] of the batch."""
 
     owners: tuple[int, ...]
     in_order: bool = False
 
 
-#: Whose the rows of a graph are in one call; None where that is not known.
+#: The owners of a graph's rows in a call, if known.
 Rows: TypeAlias = OfList | Alone
 
 
 def role_of(held: Held | None) -> Role | None:
-    """What a tensor that is held so may be taken for when a graph is captured."""
+    """The role of a tensor with this label for a new graph."""
     if isinstance(held, Shared):
         return Role(_RESULT, None)
     if isinstance(held, Listed):
@@ -62,7 +62,7 @@ def role_of(held: Held | None) -> Role | None:
 
 
 def held_argument(role: Role, tensor: Tensor, requests: int) -> Held | None:
-    """What an argument of the call holds, by its role."""
+    """The label of an argument by its role."""
     if not role.known:
         return None
     if role.dim is None:
@@ -75,16 +75,15 @@ def held_argument(role: Role, tensor: Tensor, requests: int) -> Held | None:
 
 @dataclass(frozen=True)
 class Given:
-    """What a result holds: index i along `dim` belongs to row (i // R) mod n of the graph's n rows,
-    where the dimension has `periods` · n · R entries. Without `dim` it depends on `row`, or on no
-    request."""
+    """A result's owners: index i along `dim`, of `periods` · n · R entries, belongs to row (i // R)
+    mod n of the graph's n rows. Without `dim` it depends on `row`, or on no request."""
 
     dim: int | None = None
     periods: int = 1
     row: int | None = None
 
     def held(self, tensor: Tensor, rows: Rows | None) -> Held | None:
-        """What such a result holds in a call with these rows."""
+        """The result's label in a call with these rows."""
         if isinstance(rows, Alone):
             return rows
         if rows is not None and self.row is not None:
@@ -108,21 +107,19 @@ def in_order_of(requests: int) -> OfList:
 
 @dataclass
 class Handover:
-    """What one graph takes over from earlier graphs of its call, and what it hands on.
+    """The owners that a graph takes over from earlier graphs of its call, and hands on.
 
     Attributes:
-        inputs: positions of those inputs that may hold something of requests.
-        taken: those that earlier graphs returned, or Python made, by position, with the roles
-            that the proofs of this graph rest on.
-        counted: positions of sizes that they take for the number of rows.
-        writable: positions of the model's own tensors that may have been written into before.
-        given: what is proved of its results, by position.
-        written: what is proved of its inputs after it has written into them, by position.
-        seen: it has no site, and something that it computes is not proved: a call that is tracked
-            runs it operator by operator.
-        fresh: it has not run yet; a graph that is captured next may need its results.
-        constant: positions of results that depend on no request and no adapter, with those of the
-            model's tensors that they are computed from.
+        inputs: positions of inputs that may hold request data.
+        taken: position -> role, which proofs rest on, of tensors from earlier graphs or Python.
+        counted: positions of their sizes taken for the number of rows.
+        writable: positions of the model's tensors that may have been written before.
+        given: proofs of results, by position.
+        written: proofs of inputs after the graph's writes, by position.
+        seen: a graph without sites has unproved values; tracked calls run it operator by operator.
+        fresh: it has not run yet; the next captured graph may need its results.
+        constant: positions of results independent of requests and adapters -> positions of the
+            model's tensors that they come from.
     """
 
     inputs: tuple[int, ...] = ()
@@ -142,7 +139,7 @@ class Handover:
         requests: int,
         of_call: Mapping[int, Role],
     ) -> Rows | None:
-        """Whose the rows are in a call of so many `requests`. `of_call`: roles of the arguments."""
+        """The owners of rows in a call of so many `requests` with arguments `of_call`."""
         rows = self._rows(memory, arguments, requests, of_call)
         if isinstance(rows, OfList) and any(
             arguments[position] != len(rows.owners) for position in self.counted
@@ -211,8 +208,7 @@ class Handover:
         *,
         looked_at: bool,
     ) -> None:
-        """Keep what this call's results, and the inputs that it wrote into, hold. `looked_at`: the
-        memory knows already what its operators did."""
+        """Keep labels of this call's results and written inputs, unless tracked (`looked_at`)."""
         for position, given in self.written.items():
             tensor = arguments[position]
             if isinstance(tensor, Tensor) and not looked_at:
@@ -238,7 +234,7 @@ def _held(given: Given | None, tensor: Tensor, rows: Rows | None) -> Held | None
 
 
 def results_of(graph: fx.Graph, flow: Flow) -> Handover:
-    """What is proved of a graph's results, from the labels that provenance gave them."""
+    """Proofs of a graph's results, from provenance's labels."""
     found = Handover()
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
     results = output.args[0]

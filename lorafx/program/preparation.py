@@ -1,4 +1,4 @@
-"""A model on its way to being marked: what passes read and fill in, and a report of each pass."""
+"""A model on its way to being marked, as passes fill it in, and a report of each pass."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from lorafx.model.sites import Site
 
 @dataclass(eq=False)
 class Preparation:
-    """What is known of the model so far. Nothing of it has changed before `attachment` is there.
+    """The results of the passes so far. The model is unchanged until `attachment`.
 
     Attributes:
-        saved: adapters as they were saved, by name; `read` takes them out.
-        origins: where those that came from files can be read again.
+        saved: saved adapters by name, removed by `read`.
+        origins: where adapters from files can be read again.
         graph: its modules (pass `alias`).
         sites: in canonical path order (`select`).
-        adapters: what the saved tensors mean on the sites (`read`).
+        adapters: decoded on the sites (`read`).
         attachment: groups, banks and marks (`attach`).
         store: the adapters in host memory, with slots (`load`).
         packed: siblings whose weights are views of one buffer (`pack_weights`).
-        notes: what the running pass has found and done, a line each.
-        rollback: undoes what has been done to the model.
+        notes: the running pass's lines.
+        rollback: undoes all changes to the model.
     """
 
     model: nn.Module
@@ -51,13 +51,13 @@ class Preparation:
 
 @dataclass(frozen=True)
 class PassReport:
-    """What one pass did.
+    """A pass's result.
 
     Attributes:
-        edits: of a graph; of a model, how many items the pass found or made.
+        edits: of a graph; for a model, how many items were found or made.
         nodes: of the graph after it; 0 for passes over the model.
         end: of a pass over the model, by `time.perf_counter`.
-        notes: of a pass over the model, a line each.
+        notes: of a pass over the model, as lines.
     """
 
     name: str

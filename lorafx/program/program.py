@@ -1,4 +1,4 @@
-"""A program: one attached model with everything that compiling its frames needs to know."""
+"""A program: an attached model with everything needed to compile its frames."""
 
 from __future__ import annotations
 
@@ -29,11 +29,10 @@ from lorafx.program.row_dims import choices, new_tokens
 from lorafx.torch_internals.fake_tensors import unset_fake_temporarily
 from lorafx.torch_internals.frames import size_source, source_name
 
-#: What every site op takes of a bank, and what those that rescale take besides.
+#: Bank fields of every site op, and additional fields of ops that rescale.
 BANK_FIELDS = ("A", "B", "ranks", "scales")
 GAINS, SHIFTS = "gains", "shifts"
-#: Fields that a bank has only where it was made with room for something: what that is, and the
-#: setting that makes it.
+#: Bank fields with optional room: its content, and the setting that enables it.
 ROOMS = {
     GAINS: ("DoRA", "LoraConfig(use_dora=True)"),
     SHIFTS: ("biases of adapters", "LoraConfig(lora_bias=True)"),
@@ -43,12 +42,9 @@ ROOMS = {
 
 @dataclass(eq=False)
 class Call:
-    """The running call: its entry's roles and its arguments by name, and whose is what it has
-    computed.
-
-    `tracks`: what Python computes between graphs is tracked in calls that mix adapters; `tracked`:
-    it is in this call.
-    """
+    """The running call: its entry's roles, its arguments by name, and the owners of its memory.
+    `tracks`: Python between graphs is tracked in calls that mix adapters; `tracked`: in this
+    call."""
 
     roles: RoleTable | None
     named: Mapping[str, Any]
@@ -57,9 +53,8 @@ class Call:
 
 
 class Batch(NamedTuple):
-    """The running call (None where nothing runs), and canonical paths of the sites that its
-    adapters touch, rescale (DoRA), have rows of the weight of, and add a bias to. Replaced whole.
-    """
+    """The running call, if any, and canonical paths of sites that its adapters touch, rescale
+    (DoRA), replace rows of, and add a bias to. Replaced whole."""
 
     call: Call | None = None
     touched: frozenset[str] = frozenset()
@@ -74,7 +69,7 @@ AT_REST = Batch()
 
 @dataclass(eq=False)
 class Program:
-    """What the passes may ask about the model. Lives as long as the CompiledModel."""
+    """An attached model as passes see it. Lives as long as the CompiledModel."""
 
     model: nn.Module
     graph: ModuleGraph
@@ -84,22 +79,20 @@ class Program:
     runtime: Runtime
     config: LoraConfig
     options: Options
-    #: What the passes over the model did.
     prepared: tuple[PassReport, ...] = ()
-    #: What is served at the moment. Written by sessions alone.
+    #: Written by sessions alone.
     batch: Batch = AT_REST
-    #: Plain tensor attributes of modules that existed before the first call: constants. One that
-    #: appears later may hold what an earlier call computed for its own requests.
-    #: By identity, held weakly: a number of `id` alone may be given to another tensor later.
+    #: Tensor attributes of modules from before the first call: constants. Later ones may hold an
+    #: earlier call's request data. By identity with weak references, since ids are reused.
     constants: Mapping[int, weakref.ref[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.note_constants()
-        #: What graphs of this program alone rest on, kept alive for them.
+        #: Keeps alive objects that only this program's graphs use.
         self.bindings: list[object] = []
         #: Canonical paths of the sites that some graph serves or refuses.
         self.reached: set[str] = set()
-        #: Those of them that a graph seems to compute by something else than their weight.
+        #: Those that a graph seems to compute without their weight.
         self.replaced: set[str] = set()
         self.derived = DerivedTensors(self)
         self.site_watch = SiteWatch(self.graph, self.sites)
@@ -108,7 +101,7 @@ class Program:
         self.own_memory = OwnMemory(self._own_tensors)
         self.quantised = QuantisedModules.of(module for _, module in self.graph.modules())
         self._by_weight: dict[int, list[Site]] = {}
-        #: Tensors that were looked for and are no site's weight.
+        #: Tensors known to be no site's weight.
         self._no_sites: dict[int, weakref.ref[Tensor]] = {}
         self._site_banks: dict[int, Bank] = {}
         self._home = {
@@ -120,12 +113,10 @@ class Program:
 
     @property
     def call(self) -> Call | None:
-        """The running call."""
         return self.batch.call
 
     def note_constants(self) -> None:
-        """Take for constants the tensors that modules have now as attributes and in containers. For
-        before the first call: what is there then depends on no request."""
+        """Take the modules' tensor attributes before the first call for constants."""
         self.remembered = Remembered()
         self.remembered.keep(in_containers(self.model))
         plain = [tensor for _, tensor in _plain_attributes(self.model)]
@@ -133,7 +124,7 @@ class Program:
         self.versions = TensorVersions([*self.model.buffers(), *plain])
 
     def look_at_modules(self) -> None:
-        """Know the modules, parameters and buffers that the model has now. Walks over all of it."""
+        """Walk over the model for its current modules, parameters and buffers."""
         self._look_at_sites()
         if not self.site_watch.missing and not self.graph.holds:
             self.graph = ModuleGraph(self.model)
@@ -143,18 +134,17 @@ class Program:
             self._no_sites.clear()  # what is no site's weight now is looked at again then
 
     def refuse_missing(self, paths: Collection[str] | None = None) -> None:
-        """Raise ReplacedModuleError where sites at these paths (None: any) are not where they
-        were."""
+        """Raise ReplacedModuleError where sites at these paths (None: any) have been replaced."""
         if self.site_watch.in_doubt:
             self.look_at_modules()
             self.site_watch.refuse(paths)
 
     def home(self, site: Site) -> tuple[Group, int]:
-        """The group a site belongs to and its index there."""
+        """A site's group, and its index there."""
         return self._home[id(site)]
 
     def weight_of(self, site: Site) -> Tensor | None:
-        """The site's base weight as it is now, or None where it holds no plain tensor."""
+        """The site's current base weight, if a plain tensor."""
         value = getattr(site.module, site.eligible.weight, None)
         return value if isinstance(value, Tensor) else None
 
@@ -170,8 +160,7 @@ class Program:
         return found
 
     def site_of_weight(self, weight: Tensor, index: int = 0) -> Site | None:
-        """The site whose base weight this tensor is, or holds part of; of tied sites the one at
-        `index`."""
+        """The site of this base weight or derived tensor; of tied sites that at `index`."""
         if not self._knows(weight):
             self._look_at_sites()
             self._by_weight = self._sites_by_weight()
@@ -185,7 +174,7 @@ class Program:
         return tied[index]
 
     def site_of_part(self, tensor: Tensor, index: int = 0) -> Site | None:
-        """As `site_of_weight`; a tensor that a module holds is compared with the weights once."""
+        """As `site_of_weight`, comparing a module's tensor with the weights once."""
         site = self.site_of_weight(tensor, index)
         if site is not None:
             return site
@@ -208,7 +197,7 @@ class Program:
         return self._site_banks[id(site)]
 
     def site_bank(self, site: Site) -> Bank:
-        """The site's own share of its group's bank, as a bank of its parts (views)."""
+        """The site's columns of its group's bank, as views."""
         group, index = self.home(site)
         bank, offset = group.bank, group.offsets[index]
         first, siblings = group.firsts[index], bank.ranks.shape[1]
@@ -230,12 +219,12 @@ class Program:
             )
 
     def group_of_bank(self, A: Tensor) -> Group | None:
-        """The group whose bank holds this very A."""
+        """The group whose bank has this very A."""
         group = self._by_bank.get(id(A))
         return group if group is not None and group.bank.A is A else None
 
     def known_tensors(self) -> dict[int, FrameInput]:
-        """Every tensor that is not data of a request, by identity."""
+        """All tensors without request data, by identity."""
         known: dict[int, FrameInput] = {}
         for path, module in self._modules():
             for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
@@ -261,17 +250,15 @@ class Program:
         return known
 
     def _modules(self) -> Iterable[tuple[str, nn.Module]]:
-        """The modules of the model, and those that it had when a site was still there."""
         yield from self.graph.modules()
         if self.site_watch.missing:
             yield from self.model.named_modules()
 
     def buffers(self) -> Iterator[Tensor]:
-        """The tensors of the model that its forward may write into."""
+        """The model's tensors that its forward may write into."""
         return (tensor for tensor in self._own_tensors() if not isinstance(tensor, nn.Parameter))
 
     def _own_tensors(self) -> Iterator[Tensor]:
-        """Every tensor of the model that depends on no request."""
         for _, module in self.graph.modules():
             yield from (t for t in module._parameters.values() if t is not None)
             yield from (t for t in module._buffers.values() if t is not None)
@@ -319,7 +306,7 @@ class Program:
         return self.call is not None and self.call.memory.computed(tensor)
 
     def call_arguments(self) -> dict[int, Role]:
-        """The tensors of the running call, by identity, with their roles."""
+        """The running call's tensors by identity, with roles."""
         found: dict[int, Role] = {}
         if self.call is None or self.call.roles is None:
             return found
@@ -329,7 +316,7 @@ class Program:
         return found
 
     def frame(self, graph: fx.Graph, examples: Sequence[Any]) -> Frame:
-        """What the inputs of a Dynamo graph are, by the identity of their example values."""
+        """The meanings of a Dynamo graph's inputs, by identity of example values."""
         known, arguments = self.known_tensors(), self.call_arguments()
         derived = self.derived.inputs(examples, known, arguments)
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -347,7 +334,7 @@ class Program:
             elif id(example) in arguments:
                 inputs.append(FrameInput("argument", label, role=arguments[id(example)]))
             elif example.dim() == 0 and example.numel() == 1:
-                # Dynamo turns Python floats held by modules into 0-d tensors.
+                # Dynamo turns modules' Python floats into 0-d tensors.
                 inputs.append(FrameInput("state", label))
             else:
                 role = self._earlier_result(example)
@@ -367,7 +354,7 @@ class Program:
     def _counts_requests(
         self, node: fx.Node, arguments: Mapping[int, Role], known: Mapping[int, FrameInput]
     ) -> bool:
-        """Whether a size is that of a dimension of requests; `known` tensors have none."""
+        """Whether a size is that of a dimension of requests, not of a `known` tensor."""
         source = size_source(node)
         if source is None:
             return False
@@ -380,8 +367,7 @@ class Program:
     def _with_results(
         self, nodes: Sequence[fx.Node], inputs: Sequence[FrameInput], examples: Sequence[Any]
     ) -> list[FrameInput]:
-        """The inputs, with those results of earlier graphs marked that hold several entries of
-        each request where others hold one, or belong to one request where others do to another."""
+        """The inputs, marking earlier results of several entries a request or of one request."""
         requests, found = len(self.runtime.rows), list(inputs)
         by_rows = any(
             item.requests_dim is not None and example.shape[item.requests_dim] == requests
@@ -417,5 +403,5 @@ def _plain_attributes(model: nn.Module) -> list[tuple[Holder, Tensor]]:
 
 
 def _columns(table: Tensor | None, offset: int, site: Site) -> Tensor | None:
-    """The columns of one site of what a bank has by column."""
+    """A site's columns of a bank's table."""
     return None if table is None else table[:, offset : offset + site.out_features]

@@ -1,8 +1,8 @@
-"""Tensors of the model that depend on no request: its own, and what it computed and kept.
+"""Tensors of the model that depend on no request: its own, and cached results.
 
 A module may keep a table of biases in a dict. It depends on no request and no adapter if it existed
-before the model was compiled, or if a graph computed it only from sizes and the model's tensors,
-without any weight that carries LoRA, and as long as nothing writes into it.
+before compilation, or if a graph computed it only from sizes and the model's tensors without LoRA,
+and as long as it is not written into.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from lorafx.ownership.memory import MemoryState, state_of, storage_of
 
 
 class Remembered:
-    """Storages of such tensors, with the state that each had."""
+    """Storages of such tensors, with their states."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[StorageWeakRef, MemoryState]] = {}
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
-        """These are such tensors, as they are now."""
+        """Remember tensors in their current state."""
         self._known = {k: item for k, item in self._known.items() if not item[0].expired()}
         for tensor in tensors:
             key = storage_of(tensor)
@@ -34,7 +34,7 @@ class Remembered:
                 self._known[key] = reference, state_of(tensor, digested=True)
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether this lies in the memory of one of them, and nobody has written into it."""
+        """Whether a tensor lies in such memory, unwritten since."""
         found = self._known.get(key) if (key := storage_of(tensor)) is not None else None
         if found is None or found[0].expired() or tensor.is_inference():
             return False
@@ -42,7 +42,7 @@ class Remembered:
 
 
 def in_containers(model: nn.Module) -> Iterator[Tensor]:
-    """The tensors in dicts, lists and tuples that the modules have as attributes."""
+    """The tensors in modules' dict, list and tuple attributes."""
     for module in model.modules():
         for value in vars(module).values():
             if value is module._parameters or value is module._buffers:
@@ -53,7 +53,7 @@ def in_containers(model: nn.Module) -> Iterator[Tensor]:
 
 
 class TensorVersions:
-    """The states, but for their bytes, that tensors of a model had when it was compiled."""
+    """The states, without digests, of a model's tensors at compilation."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._known = {
@@ -63,7 +63,7 @@ class TensorVersions:
         }
 
     def unwritten(self, tensor: object) -> bool:
-        """Whether this is one of them, and nobody has written into it. Parameters count always."""
+        """Whether this is such a tensor, unwritten since, or a parameter."""
         if isinstance(tensor, nn.Parameter):
             return True
         reference, state = self._known.get(id(tensor), (None, None))
@@ -73,18 +73,14 @@ class TensorVersions:
 
 
 class OwnMemory:
-    """Storages of parameters, buffers and constants.
-
-    `tensors` gives what the model holds now. It walks the modules, so it is called at most once a
-    call.
-    """
+    """Storages of parameters, buffers and constants, from `tensors` at most once a call."""
 
     def __init__(self, tensors: Callable[[], Iterable[Tensor]]) -> None:
         self._tensors = tensors
         self._known: dict[int, Any] = {}
 
     def in_one_call(self) -> Callable[[Tensor], bool]:
-        """Whether a tensor lies in the model's memory; for one call."""
+        """A test, for a single call, whether a tensor lies in the model's memory."""
         looked = False
 
         def holds(tensor: Tensor) -> bool:

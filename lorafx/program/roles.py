@@ -1,10 +1,9 @@
 """Which forward arguments carry requests, and in which dimension.
 
-The contract is: along that dimension, index b belongs to request b. The dimension comes from
-`LoraConfig.row_dims`, from the tables of lorafx.program.row_dims, or, for models that declare no
-roles of their own, from the convention that dimension 0 is the batch. It is never guessed from
-sizes. Items of a dict are arguments of their own: `x` of `batch` is "batch.x", and its role is that
-of "x" where the user declares none.
+By contract, index b along that dimension belongs to request b. The dimension comes from
+`LoraConfig.row_dims`, from the tables of lorafx.program.row_dims, or, for models without declared
+roles, from the convention that dimension 0 is the batch. It is never guessed from sizes. Items of a
+dict are separate arguments: `x` of `batch` is "batch.x", with the role of "x" unless declared.
 """
 
 from __future__ import annotations
@@ -34,12 +33,11 @@ from lorafx.program.row_dims import (
 
 @dataclass(frozen=True)
 class Role:
-    """What one tensor argument is: its argument's name, and the requests' dimension.
+    """A tensor argument's name, and the requests' dimension.
 
-    `known` is False where nothing says which dimension that is, `assumed` True where the convention
-    does alone. `several`: it holds as many entries of each request, one request after another.
-    `request`: all of it is that of this number, of so many `requests`. `picks`: its values are
-    places of requests.
+    `known`: the dimension is known; `assumed`: by convention alone. `several`: it has equally many
+    entries of each request, in turn. `request`: it belongs to this request alone, of `requests`.
+    `picks`: its values are places of requests.
     """
 
     argument: str
@@ -53,7 +51,7 @@ class Role:
 
 
 class RoleTable:
-    """Roles of the arguments of one module's forward, or of `function`, a method of it."""
+    """Roles of the arguments of a module's forward, or of its method `function`."""
 
     def __init__(
         self,
@@ -66,14 +64,13 @@ class RoleTable:
         self._signature = inspect.signature(module.forward if function is None else function)
         self._row_dims = dict(PACKED_DIMS if packed else row_dims)
         self.packed = packed
-        #: Arguments that a warning was given for.
+        #: Arguments already warned about.
         self._warned: set[str] = set()
-        # A model that names its main input declares roles; for others batch first is the contract.
+        # Models with a main input name declare roles; for others batch first is the contract.
         self.declares_roles = hasattr(module, "main_input_name")
 
     def spread(self, named: Mapping[str, Any]) -> dict[str, Any]:
-        """`named` with the items of dicts in place of these, "batch.x" for `x` of `batch`. A dict
-        with a role of its own, as `encoder_outputs` has, stays whole."""
+        """`named` with items ("batch.x") for dicts without a role of their own."""
         found: dict[str, Any] = {}
         for name, value in named.items():
             if not isinstance(value, _NO_DICT) and self.spreads(name, value):
@@ -83,11 +80,11 @@ class RoleTable:
         return found
 
     def spreads(self, name: str, value: Any) -> bool:
-        """Whether `value` is a dict whose items have roles of their own."""
+        """Whether `value` is a dict whose items have separate roles."""
         return isinstance(value, Mapping) and name not in self._row_dims and name not in ROW_DIMS
 
     def by_name(self, args: tuple[Any, ...]) -> bool:
-        """Whether these positional arguments of a call can all be given by name."""
+        """Whether all positional arguments can be given by name."""
         kinds = [parameter.kind for parameter in self._signature.parameters.values()]
         positional = sum(kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for kind in kinds)
         only = inspect.Parameter.POSITIONAL_ONLY
@@ -110,7 +107,7 @@ class RoleTable:
     def changed(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], change: Callable[[str, Any], Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The same call with `change(name, value)` in place of each argument, by `bind`'s names."""
+        """The call with each argument replaced by `change(name, value)`, by `bind`'s names."""
         bound = self._signature.bind_partial(*args, **kwargs)
         for name, value in bound.arguments.items():
             kind = self._signature.parameters[name].kind
@@ -143,12 +140,8 @@ class RoleTable:
         return _role(argument, BATCH_FIRST, assumed=True)
 
     def check_rows(self, named: Mapping[str, Any], rows: int) -> None:
-        """Every argument that carries requests has `rows` of them, or one that all share. Warns
-        once where two dimensions have so many.
-
-        Raises:
-            BatchError: it does not.
-        """
+        """Raise BatchError unless arguments have `rows` requests or a shared one; warns once if
+        unsure."""
         named = self.spread(named)
         for name, value in named.items():
             if not isinstance(value, Tensor):
@@ -173,13 +166,13 @@ class RoleTable:
         return None
 
 
-#: What is no dict: to ask whether a tensor is a Mapping takes five times as long.
+#: isinstance(tensor, Mapping) takes five times as long.
 _NO_DICT = (Tensor, int, float, str, type(None))
 
 
 @functools.lru_cache(maxsize=512)
 def _role(argument: str, dim: int | None, *, known: bool = True, assumed: bool = False) -> Role:
-    """Every call has the same ones, and one takes 0.8 µs to make."""
+    """Cached: every call has the same roles, and making one takes 0.8 µs."""
     return Role(argument, dim, known=known, assumed=assumed)
 
 
@@ -212,7 +205,7 @@ def tensor_leaves(value: Any) -> Iterator[Tensor]:
 
 
 def sizes_of(named: Mapping[str, Any]) -> str:
-    """The end of a message: the tensors among the arguments of a call, with their sizes."""
+    """The end of a message: the sizes of a call's tensors."""
     said = [
         f"{name} {tuple(value.shape)}"
         if isinstance(value, Tensor)
@@ -229,11 +222,7 @@ _SHOWN = 8
 def check_requests(
     name: str, shape: Sequence[int], dim: int, rows: int, call: Mapping[str, Any] | None = None
 ) -> None:
-    """Dimension `dim` of the argument holds all `rows` requests, or one entry that they share.
-
-    Raises:
-        BatchError: it does not. The message lists the arguments of `call`.
-    """
+    """Raise BatchError, listing `call`, unless dimension `dim` has `rows` entries or one."""
     if len(shape) <= dim or shape[dim] not in (rows, 1):
         raise BatchError(
             f"argument {name!r} has shape {tuple(shape)}, but its dimension {dim} should hold the "
@@ -245,8 +234,7 @@ def check_requests(
 
 
 def warn_ambiguous(name: str, tensor: Tensor, rows: int) -> bool:
-    """Warn, and say so, where an argument's first dimension is assumed to hold the requests and
-    another one, but for the features of floating-point numbers, has as many entries."""
+    """Warn, and return True, if besides the assumed first dimension another has as many entries."""
     sizes = tensor.shape[1:-1] if tensor.is_floating_point() else tensor.shape[1:]
     if rows not in sizes:
         return False
@@ -264,12 +252,8 @@ def warn_ambiguous(name: str, tensor: Tensor, rows: int) -> bool:
 
 
 def check_names(row_dims: Mapping[str, Any], model: nn.Module) -> None:
-    """The names in `LoraConfig.row_dims` are those of arguments of the model's methods, or of a
-    forward in it. Behind a dot stands the key of a dict.
-
-    Raises:
-        ConfigError: one is not, or looks like the misspelt name of one.
-    """
+    """Raise ConfigError where a name in `LoraConfig.row_dims` is no argument of the model's methods
+    or of a forward in it, or looks misspelt. A dot precedes a dict's key."""
     known = {*ROW_DIMS, *RANKED}
     functions = [getattr(module.forward, "__func__", module.forward) for module in model.modules()]
     own = (getattr(type(model), name) for name in dir(type(model)) if not name.startswith("_"))
@@ -293,5 +277,5 @@ def check_names(row_dims: Mapping[str, Any], model: nn.Module) -> None:
             )
 
 
-#: How alike a name is to one that it may be a slip of.
+#: Similarity at which a name counts as misspelt.
 _MISSPELT = 0.8

@@ -1,7 +1,5 @@
-"""What arguments of known names hold: which dimension is the requests', which the tokens'.
-
-Names are those of transformers' forwards. `LoraConfig.row_dims` declares others.
-"""
+"""The requests' and tokens' dimensions of arguments with known names, from transformers' forwards.
+`LoraConfig.row_dims` declares others."""
 
 from __future__ import annotations
 
@@ -10,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-#: By convention, where nothing says more.
+#: By convention, without other knowledge.
 BATCH_FIRST = 0
 
-#: Arguments in the order in which they are asked for the number of requests.
+#: Arguments in order of precedence for the number of requests.
 PRIMARY = (
     *("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features"),
     *("decoder_input_ids", "decoder_inputs_embeds"),
@@ -34,18 +32,18 @@ _SHARED = (
     *("cache_position", "head_mask", "decoder_head_mask", "cross_attn_head_mask"),
     *("logits_to_keep", "num_logits_to_keep"),
 )
-#: Argument role -> dimension of the requests; None for what all requests share.
+#: Argument role -> dimension of the requests; None for shared arguments.
 ROW_DIMS: Mapping[str, int | None] = {
     **dict.fromkeys((*PRIMARY, *_MASKS_AND_TYPES, *_STATES), BATCH_FIRST),
     "mems": 1,  # (memory length, batch, hidden)
     **dict.fromkeys(_SHARED),
 }
 
-#: The same in models that declare roles: elsewhere such names are anybody's, and the sequence may
-#: come first.
+#: Only in models that declare roles: elsewhere such names are ambiguous, and the sequence may come
+#: first.
 DECLARED_DIMS: Mapping[str, int | None] = dict.fromkeys(
     (
-        # what is seen beside a text
+        # images beside a text
         *("visual_embeds", "visual_attention_mask", "visual_token_type_ids"),
         *("visual_feats", "visual_pos"),
         # time series
@@ -58,8 +56,8 @@ DECLARED_DIMS: Mapping[str, int | None] = dict.fromkeys(
     BATCH_FIRST,
 )
 
-#: The same for a packed call over a paged cache: (1, T) tokens of all sequences, one sequence after
-#: another. Each token is a request of its own here, with the slot of the request it is of.
+#: For a packed call over a paged cache: (1, T) tokens of all sequences in turn. Each token counts
+#: as a request here, with the slot of its request.
 PACKED_DIMS: Mapping[str, int | None] = {
     "input_ids": 1,
     "inputs_embeds": 1,
@@ -70,29 +68,28 @@ PACKED_DIMS: Mapping[str, int | None] = {
     "logits_to_keep": None,
 }
 
-#: Arguments of a packed call whose values are places of tokens.
+#: Arguments of a packed call whose values are token positions.
 PICKS = ("logits_to_keep",)
 
-#: Arguments whose channels and image size are constants of a graph. As symbols they pass through
-#: window partitions and rolls into expressions that tracing does not come to an end with (Swin).
+#: Arguments whose channels and image size are graph constants: as symbols, tracing does not finish
+#: with the expressions of window partitions and rolls (Swin).
 IMAGES = ("pixel_values",)
 
-#: Arguments that hold one entry per token -> that dimension; those of a call have one length T.
+#: Arguments with an entry for each token -> that dimension; in a call all have length T.
 TOKEN_DIMS: Mapping[str, int] = dict.fromkeys(
     ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids"), 1
 )
 
-#: Arguments that hold what a model keeps of earlier tokens.
+#: Arguments that keep earlier tokens.
 CACHES = ("past_key_values", "cache_params", "past_buckets_states", "state", "mems")
 
 
 def caches(named: Mapping[str, Any]) -> list[Any]:
-    """The arguments of a call that hold what the model keeps of earlier tokens."""
     return [named[name] for name in CACHES if named.get(name) is not None]
 
 
 def new_tokens(named: Mapping[str, Any]) -> dict[str, int]:
-    """The arguments of a call that hold one entry for each of its T tokens, with that dimension."""
+    """A call's arguments with an entry for each of its T tokens -> that dimension."""
     cached = bool(caches(named))
     return {
         name: dim
@@ -103,13 +100,12 @@ def new_tokens(named: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-#: Arguments that hold one entry per token -> their rank where a request is one sequence.
+#: Arguments with an entry for each token -> their rank if a request is one sequence.
 _RANKS: Mapping[str, int] = {**dict.fromkeys(TOKEN_DIMS, 2), "inputs_embeds": 3}
 
 
 def choices(named: Mapping[str, Any], prefix: str = "") -> tuple[str, ...]:
-    """The arguments of a call, behind `prefix`, whose dimension 1 holds the sequences of each
-    request: (B, C, T), as models for multiple choice take them."""
+    """A call's arguments (B, C, T) with a request's sequences in dimension 1 (multiple choice)."""
     given = {own: named.get(prefix + own) for own in _RANKS}
     several = {
         own: value
@@ -125,13 +121,12 @@ def choices(named: Mapping[str, Any], prefix: str = "") -> tuple[str, ...]:
 
 
 def _position_ids_dim(tensor: Tensor, several: bool) -> int | None:
-    """(T,) is shared; (B, T) and (B, C, T) have requests first; (axes, B, T) is multi-axis
-    rotary."""
+    """(T,) is shared; requests come first in (B, T), (B, C, T), second in (axes, B, T)."""
     return 0 if several else {0: None, 1: None, 2: 0}.get(tensor.dim(), 1)
 
 
 #: Roles whose dimension depends on the tensor's rank, and on whether requests have several
-#: sequences each.
+#: sequences.
 RANKED: Mapping[str, Callable[[Tensor, bool], int | None]] = {
     "position_ids": _position_ids_dim,
     "decoder_position_ids": _position_ids_dim,

@@ -1,7 +1,7 @@
-"""Reading the Python stack: which module's call is running, and with which arguments.
+"""Reads the Python stack: which module's call is running, with which arguments.
 
 Dynamo compiles functions, not calls. `torch.nn.Module` itself always runs in Python, so the stack
-below each of them has the `_call_impl` of every module whose call is running, with its arguments.
+below contains the `_call_impl` of every module whose call is running.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from torch import nn
 from lorafx.model.keywords import refuse_slips
 from lorafx.torch_internals.modules import CALL, CALLS, OptimizedModule, in_wrapper_of_dynamo
 
-#: Modules whose frames stand, while a function is compiled, between the backend and its caller.
+#: Modules between the backend and its caller during compilation.
 _COMPILERS = re.compile(r"torch(\._dynamo\..*|\._utils_internal)?|lorafx\..*|contextlib")
-#: Modules that make graphs, and that run them.
+#: Modules that make and run graphs.
 _GRAPHS = re.compile(r"torch\.(_functorch|_inductor|fx)\b")
 
 
 @dataclass(frozen=True)
 class RunningCall:
-    """A module's call that is running: what is called with what."""
+    """A module's running call."""
 
     module: nn.Module
     args: tuple[Any, ...]
@@ -42,27 +42,22 @@ def _frames() -> Iterator[FrameType]:
 
 
 def call_of(code: CodeType) -> FrameType | None:
-    """The innermost running call of the function with this code."""
     return next((frame for frame in _frames() if frame.f_code is code), None)
 
 
 def calling_modules() -> frozenset[int]:
-    """Identities of the modules whose `__call__` is running.
-
-    Where Dynamo cannot break a frame in two, the hooks of these run after it in graphs of their
-    own.
-    """
+    """Identities of the modules whose `__call__` is running. Where Dynamo cannot break a frame,
+    their hooks run after it in separate graphs."""
     return frozenset(map(id, running_modules()))
 
 
 def running_modules() -> Iterator[nn.Module]:
-    """The modules whose `__call__` is running, the innermost first."""
+    """The modules whose `__call__` is running, innermost first."""
     return (frame.f_locals["self"] for frame in _frames() if frame.f_code is CALL)
 
 
 def python_line() -> str | None:
-    """`file:line` of the innermost frame that is neither torch's nor ours; None inside a
-    compiler."""
+    """`file:line` of the innermost frame outside torch and lorafx; None inside a compiler."""
     for frame in _frames():
         name = str(frame.f_globals.get("__name__"))
         if _GRAPHS.match(name) or frame.f_code.co_filename.startswith("<eval_with_key>"):
@@ -86,8 +81,7 @@ def outermost_call(belongs: Callable[[nn.Module], bool]) -> RunningCall | None:
 
 
 def called_directly(by: Callable[[FrameType], bool]) -> bool:
-    """Whether `by` holds for the frame that called what Dynamo is compiling now, which then begins
-    with the arguments of that call."""
+    """Whether `by` holds for the caller of the compiled code, which begins with its arguments."""
     for frame in _frames():
         if by(frame):
             return True
@@ -97,7 +91,7 @@ def called_directly(by: Callable[[FrameType], bool]) -> bool:
 
 
 def compiled_module() -> nn.Module | None:
-    """The module that torch.compile was applied to, of the compiled call that is running."""
+    """The module of the running call to a torch.compile wrapper."""
     found: nn.Module | None = None
     wrapped = False
     for frame in _frames():
@@ -108,7 +102,7 @@ def compiled_module() -> nn.Module | None:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module itself, where torch.compile has wrapped it."""
+    """The module without torch.compile's wrapper."""
     while isinstance(module, OptimizedModule):
         inner = module._orig_mod
         assert isinstance(inner, nn.Module)
@@ -117,24 +111,16 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def refuse_called_slips(belongs: Callable[[nn.Module], bool], way: str) -> None:
-    """Refuse keywords that would choose an adapter elsewhere, in the outermost running call of a
-    module that `belongs` is true for. `way` is how adapters are chosen.
-
-    Raises:
-        ConfigError: as `refuse_slips`.
-    """
+    """Raise ConfigError, as `refuse_slips`, for keywords that would choose an adapter elsewhere in
+    the outermost running call; `way` is how adapters are chosen."""
     running = outermost_call(belongs)
     if running is not None and running.kwargs:
         refuse_slips(running.kwargs, running.module.forward, running.module, {"": way})
 
 
 def refuse_pipeline_slips(model: nn.Module) -> None:
-    """The same for the pipeline of transformers that is calling `model`, which hands its keywords
-    to a tokenizer.
-
-    Raises:
-        ConfigError: as `refuse_slips`, for names of ours too, which have not arrived.
-    """
+    """`refuse_slips` for the transformers pipeline that is calling `model`, which hands keywords,
+    even valid ones, to a tokenizer."""
     base: Any = sys.modules.get("transformers.pipelines.base")
     if base is None:
         return

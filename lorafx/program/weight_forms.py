@@ -1,12 +1,12 @@
-"""Weights seen through views: which entry of W each entry of a tensor is.
+"""Weights seen through views: the entry of W behind each entry of a tensor.
 
     t[k_0, ..., k_d] = W[o₀ + Σ k_d · out_d,  i₀ + Σ k_d · into_d]
 
-An *axis* is one dimension's (out_d, into_d), one of them zero; both are where the dimension has
-size one or is broadcast. A *form* is the axes of all dimensions and (o₀, i₀). Views take forms to
+An *axis* is a dimension's (out_d, into_d), one of them zero; both are zero for a dimension of size
+one or a broadcast one. A *form* is the axes of all dimensions and (o₀, i₀). Views take forms to
 forms: `W.view(H, n + v, K).split([n, v], 1)` gives W_UK (n + v, 0), (1, 0), (0, 1) at (0, 0), and
-W_UV the same at (n, 0). A *period* p says that index k stands for k mod p, which is what a
-broadcast batch dimension and a group dimension make when they are viewed as one.
+W_UV the same at (n, 0). A *period* p says that index k stands for k mod p, as for a broadcast batch
+dimension and a group dimension viewed as one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ AnySize = Any  # int or SymInt
 
 
 class Axis(NamedTuple):
-    """Steps along W's out and in dimensions for one step along a dimension; period or 0."""
+    """Steps along W's out and in dimensions for a step along a dimension; period or 0."""
 
     out: int = 0
     into: int = 0
@@ -28,7 +28,7 @@ class Axis(NamedTuple):
 
     @property
     def fixed(self) -> bool:
-        """True where every index stands for the same entries of W."""
+        """Whether every index stands for the same entries of W."""
         return not self.out and not self.into
 
     def stretched(self, count: int) -> Axis:
@@ -41,7 +41,7 @@ OUT, IN = Axis(out=1), Axis(into=1)
 
 
 class WeightForm(NamedTuple):
-    """Axes by dimension, and where in W (out, in) they start."""
+    """Axes by dimension, and their start in W (out, in)."""
 
     axes: tuple[Axis, ...]
     out: int = 0
@@ -49,7 +49,7 @@ class WeightForm(NamedTuple):
 
     @classmethod
     def of_weight(cls, *, transposed: bool) -> WeightForm:
-        """W itself, (out, in), or (in, out) where it is stored `transposed`."""
+        """W itself, (out, in), or (in, out) if stored `transposed`."""
         return cls((IN, OUT) if transposed else (OUT, IN))
 
     def permuted(self, order: Sequence[int]) -> WeightForm:
@@ -69,14 +69,14 @@ class WeightForm(NamedTuple):
         return self._replace(axes=axes).moved(axis, start)
 
     def selected(self, dim: int, index: int) -> WeightForm | None:
-        """One index of a dimension, which is dropped."""
+        """An index of a dimension, which is dropped."""
         axis = self.axes[dim]
         index = index % axis.period if axis.period else index
         return self._replace(axes=self.axes[:dim] + self.axes[dim + 1 :]).moved(axis, index)
 
     def reshaped(self, before: Sequence[AnySize], after: Sequence[AnySize]) -> WeightForm | None:
-        """Row-major view from sizes `before` to `after`; None where an index of the result is no
-        single step through W."""
+        """Row-major view from sizes `before` to `after`; None where an index is no step through
+        W."""
         left = [
             (size, axis)
             for size, axis in zip(before, self.axes, strict=True)
@@ -107,7 +107,7 @@ class WeightForm(NamedTuple):
 
 
 def same_size(a: AnySize, b: AnySize) -> bool:
-    """Equal as ints or as symbols; never by a hint, which would add a guard."""
+    """Equal as ints or symbols, never by a hint, which would add a guard."""
     if isinstance(a, int) or isinstance(b, int):
         return isinstance(a, int) and isinstance(b, int) and a == b
     return a.node.expr == b.node.expr
@@ -118,7 +118,6 @@ def _divides(part: AnySize, size: AnySize) -> bool:
 
 
 def _split(axis: Axis, inner: int) -> tuple[Axis, Axis] | None:
-    """The axes of k // inner and k % inner."""
     own = axis._replace(period=0)
     if axis.fixed:
         return FIXED, FIXED
@@ -135,7 +134,6 @@ def _split(axis: Axis, inner: int) -> tuple[Axis, Axis] | None:
 def _merged(
     left_size: AnySize, left: Axis, size: AnySize, axis: Axis
 ) -> tuple[AnySize, Axis] | None:
-    """Two neighbouring dimensions as one."""
     total = left_size * size
     if left.fixed and axis.fixed:
         return total, FIXED
@@ -157,9 +155,7 @@ def strided_form(
     transposed: bool,
 ) -> WeightForm | None:
     """The form of a tensor of these sizes, strides and offset in the storage of the 2-D `weight`.
-
-    None where it is no regular part of W: it lies outside, or a stride runs along both dimensions.
-    """
+    None where it is irregular: outside of W, or with a stride along both dimensions."""
     if weight.dim() != 2 or not weight.numel():
         return None
     rows, columns = weight.shape
@@ -192,11 +188,8 @@ def strided_form(
 
 
 def copied_form(tensor: torch.Tensor, weight: torch.Tensor) -> WeightForm | None:
-    """The form of a copy: `tensor` holds whole rows W[o] of the (out, in) `weight`, value by value,
-    at regular distances along each of its other dimensions. None where it does not.
-
-    W is rounded to the tensor's dtype, as a copy of it was.
-    """
+    """The form of a copy: `tensor` holds whole rows W[o] of the (out, in) `weight`, rounded to its
+    dtype, at regular distances along its other dimensions; else None."""
     if tensor.numel() > weight.numel():
         return None
     weight, columns = weight.to(tensor.dtype), weight.shape[1]

@@ -1,11 +1,11 @@
-"""What the words of reports mean, for those who ask."""
+"""The meanings of the words in reports."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 
-#: Those that docs/architecture.md has too mean the same there.
+#: Equal to docs/architecture.md for shared words.
 WORDS: Mapping[str, str] = {
     "site": "a module, or a weight of routed experts, that carries LoRA",
     "part": "a range of a site's output columns with a name of its own, such as `q_proj` in a "
@@ -30,7 +30,7 @@ WORDS: Mapping[str, str] = {
 
 
 def glossary_of(report: str) -> str:
-    """A line for each of the words that a report uses, in its singular or plural."""
+    """A line for each known word in a report, singular or plural."""
     used = {
         word: meaning
         for word, meaning in WORDS.items()

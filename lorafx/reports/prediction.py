@@ -1,9 +1,9 @@
-"""What lorafx would make of a model: no graph is captured, and no weight is read.
+"""Predicts what lorafx makes of a model, without capturing graphs or reading weights.
 
-floor(D)      1 + D · bytes of A and B of one adapter / bytes of W
+    floor(D)      1 + D · bytes of A and B of one adapter / bytes of W
 
-Sites, banks and packs come from the passes over the model. Which sites share an input is found by a
-forward on the meta device, over a copy of the modules without memory.
+Sites, banks and packs come from the passes over the model. A forward on the meta device, over a
+copy of the modules without memory, finds which sites share an input.
 """
 
 from __future__ import annotations
@@ -34,10 +34,9 @@ from lorafx.reports.report import Report, Table, over, size
 from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
 from lorafx.torch_internals.trees import tree_map_only
 
-#: Numbers of distinct adapters in a batch that floors are for.
+#: Numbers of distinct adapters in a batch.
 DISTINCT = (1, 8, 32)
 
-#: By number of distinct adapters.
 Floors = tuple[tuple[int, float | None], ...]
 
 NoteKind = Literal["refused", "packs", "training", "not selected", "alias", "tied", "capacity"]
@@ -45,19 +44,18 @@ NoteKind = Literal["refused", "packs", "training", "not selected", "alias", "tie
 
 @dataclass(frozen=True)
 class PredictedSites:
-    """Sites that differ in nothing but the indices of their paths.
+    """Sites that differ only in the indices of their paths.
 
     Attributes:
-        paths: the canonical path of each.
-        cls, registered: their class, and the registered one that made them sites.
-        in_features, out_features: K and N; for embeddings K is the vocabulary.
-        experts: E of a parameter that holds the weights of E experts; 1 for others.
-        parts: name and columns of each projection that the module computes, where it is several;
-            the name is "" where adapters have none for it.
-        dtype: of the base weight, or that it is computed in.
-        weight_bytes: of one base weight, as it is stored.
-        own_rows: how many rows of the weight an adapter may have of its own.
-        pack: the names of the sites that one node is predicted to compute, itself included.
+        paths: their canonical paths.
+        cls, registered: their class, and the registered class that made them sites.
+        in_features, out_features: K and N; an embedding's K is the vocabulary.
+        experts: E of a parameter of E experts, else 1.
+        parts: name and columns of each projection of several; "" for names unknown to adapters.
+        dtype: of the base weight, or of its computation.
+        weight_bytes: of a base weight as stored.
+        own_rows: how many rows of the weight an adapter may replace.
+        pack: names of the sites in the predicted node, itself included.
     """
 
     paths: tuple[str, ...]
@@ -85,14 +83,14 @@ class PredictedSites:
 
 @dataclass(frozen=True)
 class PredictedPack:
-    """Nodes that are alike: each computes one site, or siblings over one weight buffer.
+    """Equal nodes, each a site or siblings over one weight buffer.
 
     Attributes:
-        paths: of each node the path of the module that holds its sites.
-        members: the sites' own names.
-        bank_bytes: of the bank behind one node, or the node's part of a bank that siblings share.
-        floors: the least traffic over that of the base alone; None where the base reads no weight
-            as a whole (embeddings). Routed experts are taken to have rows of each adapter.
+        paths: the parent module of each node's sites.
+        members: the last names of the sites.
+        bank_bytes: of a node's part of its bank.
+        floors: the least traffic relative to the base's; None for embeddings. Every adapter is
+            assumed to have rows at routed experts.
     """
 
     paths: tuple[str, ...]
@@ -108,7 +106,7 @@ class PredictedPack:
 
 @dataclass(frozen=True)
 class Note:
-    """What one should know before compiling: of what kind, about which modules, and what."""
+    """A remark before compiling: its kind, modules, and text."""
 
     kind: NoteKind
     paths: tuple[str, ...]
@@ -125,8 +123,8 @@ class Totals:
     Attributes:
         model_bytes: of all parameters, each storage once.
         weight_bytes: of the sites' base weights.
-        adapter_bytes: of the factors of one adapter of the largest rank on all sites.
-        floors: as of a pack, over the sites alone, not over the whole model.
+        adapter_bytes: of an adapter of the largest rank on all sites.
+        floors: as of a pack, over the sites alone.
     """
 
     sites: int
@@ -143,15 +141,14 @@ Row = TypeVar("Row", PredictedSites, PredictedPack)
 
 @dataclass(frozen=True)
 class Prediction(Report):
-    """What `lorafx.explain(model, lora_config)` tells of a model that is not compiled.
+    """The result of `lorafx.explain(model, lora_config)`, of a model that is not compiled.
 
-    That each use of a weight is understood, and that rows can be proved, only a captured graph
-    shows; `cm.explain()` has that.
+    Only a captured graph (`cm.explain()`) shows whether uses of weights are understood and rows are
+    proved.
 
     Attributes:
-        model: class of the model.
         slots, max_rank, slot_rank: of the banks.
-        room: what the banks have room for beside factors, and no floor includes.
+        room: contents of the banks beside factors, not included in floors.
     """
 
     model: str
@@ -236,26 +233,24 @@ class Prediction(Report):
 
 @dataclass(frozen=True)
 class _Node:
-    """Sites that one node is predicted to compute, of one group."""
+    """Sites of a group in a predicted node."""
 
     group: Group
     sites: tuple[Site, ...]
 
     @property
     def bank_bytes(self) -> int:
-        """Of the bank, the part of these sites."""
         bytes_, mine = self.group.bank.nbytes, _columns(self.sites)
         return bytes_ * mine // max(_columns(self.group.sites), 1)
 
     def factor_bytes(self, rank: int) -> int:
-        """Of A and B of one adapter."""
         parts = [part for site in self.sites for part in site.parts]
         itemsize = self.group.bank.B.dtype.itemsize
         return factor_elements(parts, rank) * itemsize * self.sites[0].experts
 
     @property
     def traffic(self) -> tuple[int, int] | None:
-        """Bytes of W, and of the factors of one adapter; None where W is not read as a whole."""
+        """Bytes of W and of an adapter's factors; None where W is not read as a whole."""
         weights = sum(map(_weight_bytes, self.sites))
         if self.sites[0].eligible.kind == "embedding" or not weights:
             return None
@@ -287,14 +282,8 @@ def predict(
     options: Options,
     inputs: Sequence[Mapping[str, Any]],
 ) -> Prediction:
-    """The prediction; `lorafx.explain` says what the arguments are.
-
-    Args:
-        inputs: arguments of a call by name; others in case that a forward fails with those.
-
-    Raises:
-        TargetError: as `lorafx.compile`.
-    """
+    """The prediction of `lorafx.explain`. `inputs`: alternative arguments by name, tried in order.
+    Raises TargetError as `lorafx.compile`."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always", LorafxWarning)
         graph, sites = build_sites(model, config)
@@ -333,7 +322,7 @@ def predict(
 def _same_inputs(
     model: nn.Module, sites: Sequence[Site], inputs: Sequence[Mapping[str, Any]]
 ) -> tuple[dict[str, int], str]:
-    """A number for the input of each site, or why they are not known."""
+    """A number for each site's input, or why inputs are unknown."""
     why = "" if inputs else "inputs of the model are not known"
     for named in inputs:
         try:
@@ -346,8 +335,7 @@ def _same_inputs(
 def _together(
     group: Group, one_buffer: bool, same: Mapping[str, int] | None
 ) -> list[tuple[Site, ...]]:
-    """The group's sites by the node that computes them: neighbours over one buffer that share their
-    input, which all do where nothing is known (`same` is None)."""
+    """The group's sites by node: neighbours over one buffer with the `same` input (None: any)."""
     if not one_buffer:
         return [(site,) for site in group.sites]
     if same is None:
@@ -380,7 +368,7 @@ def _site_row(site: Site, pack: tuple[str, ...]) -> PredictedSites:
 
 
 def _alike(rows: Iterable[Row]) -> tuple[Row, ...]:
-    """Rows that differ in nothing but the indices of their paths as one."""
+    """Merges rows that differ only in the indices of their paths."""
     found: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         found.setdefault((shape_of(row.paths[0]), replace(row, paths=())), []).append(row)
@@ -391,13 +379,13 @@ def _alike(rows: Iterable[Row]) -> tuple[Row, ...]:
 
 
 def _weight_bytes(site: Site) -> int:
-    """Of the base weight as it is stored: of all that the module holds where it is packed."""
+    """Stored bytes of the base weight; of all tensors of a module with a packed weight."""
     weight = weight_of(site.module, site.eligible)
     return _module_bytes(site.module) if weight is None else stored_bytes(weight)
 
 
 def stored_bytes(tensor: Tensor) -> int:
-    """Bytes of a tensor as it is stored; of one that wraps others (a quantised weight), theirs."""
+    """Stored bytes of a tensor; of the parts of a wrapper (a quantised weight)."""
     if not is_traceable_wrapper_subclass(tensor):
         return int(tensor.nbytes)
     wrapper: Any = tensor
@@ -406,28 +394,20 @@ def stored_bytes(tensor: Tensor) -> int:
 
 
 def _module_bytes(module: nn.Module) -> int:
-    """Of all parameters of the module and of those below it, each storage once."""
     return sum({storage_key(item): stored_bytes(item) for item in module.parameters()}.values())
 
 
 class DryRunError(Exception):
-    """The forward cannot be run without numbers; the message says why."""
+    """The forward cannot run without numbers, for the reason in the message."""
 
 
 def same_inputs(
     model: nn.Module, sites: Sequence[Site], inputs: Mapping[str, Any]
 ) -> dict[str, int]:
-    """A number for the input of each site that the forward calls, by path: equal numbers are one
-    tensor. A site that is called several times has that of its first call.
-
-    Args:
-        inputs: arguments of a call, by name.
-
-    Raises:
-        DryRunError: code of the model asks for numbers, or fails otherwise.
-    """
+    """Path of each called site -> a number for the input of its first call; equal numbers are one
+    tensor. Raises DryRunError where the model asks for numbers or fails."""
     for path, module in model.named_modules():
-        # Hooks of others may do anything: accelerate's load weights from a disk.
+        # Foreign hooks may do anything: accelerate's load weights from disk.
         if module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module):
             raise DryRunError(
                 f"{path or 'the model'} has hooks, or a forward of its own, which would run"
@@ -460,7 +440,7 @@ def same_inputs(
 
 
 def _stand_in(tensor: Tensor) -> Tensor:
-    """A tensor like this one without memory. No method of a subclass is called."""
+    """A like tensor without memory, made without methods of a subclass."""
     made = torch.empty_strided(
         tuple(tensor.shape), tuple(tensor.stride()), dtype=tensor.dtype, device="meta"
     )
@@ -474,12 +454,8 @@ def notes_of(
     warned: Iterable[str],
     unknown: str,
 ) -> tuple[Note, ...]:
-    """What one should know before compiling, in the order in which it matters.
-
-    Args:
-        warned: what choosing the sites warned of: modules that cannot carry LoRA.
-        unknown: why it is not known which siblings share an input; "" where it is.
-    """
+    """Remarks before compiling, in order of importance. `warned`: warnings about modules that
+    cannot carry LoRA; `unknown`: why shared inputs are unknown, or ""."""
     found = [Note("refused", (), text) for text in warned]
     if unknown:
         text = (
@@ -511,7 +487,7 @@ def notes_of(
 
 
 def _not_selected(graph: ModuleGraph, sites: Sequence[Site]) -> list[Note]:
-    """Modules that could carry LoRA and are no sites, those that are alike together."""
+    """Unselected modules that could carry LoRA, equal ones together."""
     taken = {id(site.module) for site in sites}
     carried = {
         id(getattr(site.module, name, None)) for site in sites for name in site.eligible.carries
@@ -535,7 +511,6 @@ def _not_selected(graph: ModuleGraph, sites: Sequence[Site]) -> list[Note]:
 
 
 def _tied(graph: ModuleGraph, sites: Sequence[Site]) -> list[Note]:
-    """Weights of sites that other modules hold too."""
     modules = {id(site.module) for site in sites}
     notes = []
     for owners in graph.tied():

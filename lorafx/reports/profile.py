@@ -1,4 +1,4 @@
-"""Where the time of a call goes: site by site, beside the byte floor."""
+"""Times of a call by site, beside the byte floor."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from lorafx.reports.report import Report, Table, over
 
 @dataclass(frozen=True)
 class ProfiledNode:
-    """One node of a graph, or alike ones together.
+    """A node of a graph, or a sum of equal nodes.
 
     Attributes:
-        paths: the sites that it computes; several are a pack, whose time is not divided among them.
-        form, strategy: what became of it.
-        calls: how often it runs in one call of the model.
-        base, delta: seconds of one call of the model, of the base's product and of what LoRA adds;
-            None where one operator does both.
-        whole: both together.
-        floor: least traffic with the adapters of this batch over that of the base; None where the
-            base reads no weight as a whole.
-        nodes: how many alike ones these are the sums of.
+        paths: its sites; the time of a pack is not divided among them.
+        calls: how often it runs in a call of the model.
+        base, delta: seconds per call of the model of the base's product and of LoRA; None where a
+            single operator does both.
+        whole: their sum.
+        floor: least traffic with this batch's adapters relative to the base's; None where the base
+            reads no weight as a whole.
+        nodes: the number of summed nodes.
     """
 
     paths: tuple[str, ...]
@@ -38,26 +37,25 @@ class ProfiledNode:
 
     @property
     def measured(self) -> float | None:
-        """Base and delta over the base; None where they cannot be told apart."""
+        """(base + delta) / base, if known separately."""
         return self.whole / self.base if self.base else None
 
 
 @dataclass(frozen=True)
 class Profile(Report):
-    """What `cm.profile` measured. All times are seconds of one call of the model.
+    """The result of `cm.profile`. All times are seconds of one call of the model.
 
     Attributes:
-        model: class of the model.
         device: "cpu", or the GPU's name.
         lowering: as `Options.lowering`.
         rows, adapters: requests of the batch, and its distinct adapters.
-        calls: how many calls the means are of.
-        served: a call of the model as it serves, by the clock: the median.
-        operators: the graphs run operator by operator, without what Python takes between operators.
-        others: of that, what belongs to no site.
+        calls: the number of averaged calls.
+        served: median wall time of a served call.
+        operators: the graphs run operator by operator, without Python's overhead.
+        others: the part of `operators` that belongs to no site.
         nodes: in the order of the graphs.
         unreached: sites that this call does not run.
-        notes: what the figures do not say.
+        notes: limits of the figures.
     """
 
     model: str
@@ -80,7 +78,7 @@ class Profile(Report):
 
     @property
     def alike(self) -> tuple[ProfiledNode, ...]:
-        """Nodes whose sites differ in the indices of their paths alone, together."""
+        """Sums of nodes whose sites differ only in the indices of their paths."""
         found: dict[object, list[ProfiledNode]] = {}
         for node in self.nodes:
             shapes = tuple(map(shape_of, node.paths))
@@ -89,7 +87,7 @@ class Profile(Report):
         return tuple(map(_together, found.values()))
 
     def by_site(self) -> dict[str, str]:
-        """The times of each site in words, by path."""
+        """Path -> times in words."""
         found: dict[str, list[str]] = {}
         for node in self.nodes:
             for path in node.paths:
@@ -154,7 +152,7 @@ def _together(nodes: Sequence[ProfiledNode]) -> ProfiledNode:
 
 
 def _names(paths: Sequence[str]) -> list[str]:
-    """The first path, and the last names of the others."""
+    """The first path, and the others' last names."""
     return [paths[0] or "(root)", *(path.rpartition(".")[2] for path in paths[1:])]
 
 

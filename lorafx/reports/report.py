@@ -1,4 +1,4 @@
-"""What reports are: values with a text, JSON, and tables for notebooks."""
+"""Reports: values with a text, JSON, and tables for notebooks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lorafx.reports.glossary import glossary_of
 
 
 class Table(NamedTuple):
-    """Without names of columns it is a list."""
+    """A table, or without columns a list."""
 
     title: str
     columns: Sequence[str]
@@ -30,10 +30,10 @@ class Table(NamedTuple):
 
 
 class Report:
-    """A report, which a frozen dataclass derives from: a heading, facts, tables and notes.
+    """The base of reports, which are frozen dataclasses: a heading, facts, tables and notes.
 
-    `str()` is text, `json()` has the fields, and notebooks show tables, without any style of their
-    own, so that they read in light and dark themes.
+    `str()` is text, `json()` has the fields, and notebooks show unstyled tables, readable in light
+    and dark themes.
     """
 
     @property
@@ -52,11 +52,11 @@ class Report:
         return ()
 
     def derived(self) -> Mapping[str, Any]:
-        """What `json()` has beside the fields, or in place of some."""
+        """Additional or overriding values of `json()`."""
         return {}
 
     def json(self) -> dict[str, Any]:
-        """The fields, of JSON's own types; null for what is no finite number."""
+        """The fields as JSON types; null for non-finite numbers."""
         found: dict[str, Any] = json_values({**asdict(self), **self.derived()})  # type: ignore[call-overload]
         return found
 
@@ -77,7 +77,7 @@ class Report:
         return f"<div><b>{escape(self.heading)}</b><ul>{lines}</ul>{''.join(tables)}</div>"
 
     def glossary(self) -> str:
-        """What the words of the report mean, a line each."""
+        """The report's words with their meanings."""
         return glossary_of(str(self))
 
 
@@ -86,7 +86,7 @@ def _details(title: str, body: str) -> str:
 
 
 def json_values(value: Any) -> Any:
-    """`value` with None in the place of each number that is not finite: JSON has none."""
+    """`value` with None for numbers that are not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -97,10 +97,7 @@ def json_values(value: Any) -> Any:
 
 
 def text_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """Lines with the cells of each column below one another; numbers end where their column does.
-
-    Empty without rows.
-    """
+    """Aligned lines of cells, numbers to the right; empty without rows."""
     cells = [[str(cell) for cell in row] for row in rows]
     if not cells:
         return []
@@ -121,7 +118,7 @@ def _is_number(cell: str) -> bool:
 
 
 def size(count: float) -> str:
-    """Bytes in the largest unit that leaves a number of at least 1, by powers of 1000."""
+    """Bytes in the largest unit with a number of at least 1, by powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 1000:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
@@ -130,5 +127,5 @@ def size(count: float) -> str:
 
 
 def over(ratio: float | None) -> str:
-    """By how much a ratio is over 1, in percent; "-" where there is none."""
+    """A ratio's excess over 1 in percent, or "-"."""
     return "-" if ratio is None else f"{(ratio - 1) * 100:+.1f} %"

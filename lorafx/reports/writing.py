@@ -1,4 +1,4 @@
-"""Folders that can be written to."""
+"""Checks of output folders."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lorafx.errors import ConfigError
 
 
 def check_room(folder: Path) -> None:
-    """Raise ConfigError where `folder`, which may not exist yet, cannot be made or written to."""
+    """Raise ConfigError where `folder` cannot be created or written to."""
     with written_into(folder):
         home = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not home.is_dir():
@@ -22,7 +22,7 @@ def check_room(folder: Path) -> None:
 
 @contextmanager
 def written_into(folder: Path) -> Iterator[None]:
-    """Around what writes into `folder`. Raises ConfigError where that cannot be done."""
+    """Turns failures to write into `folder` into ConfigErrors."""
     try:
         yield
     except OSError as error:

@@ -1,2 +1,1 @@
-"""Graphs that an earlier process compiled: written to a folder, verified and loaded by a later
-one."""
+"""Graphs saved to a folder, and verified and loaded by later processes."""

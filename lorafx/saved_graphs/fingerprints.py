@@ -1,7 +1,7 @@
-"""What a value is, as text that another process can compare.
+"""Fingerprints: values as text that other processes can compare.
 
-Code is told by its bytecode, not by its name: a function that was replaced, or whose file was
-edited, is another. What has no text here is not told by its class alone (`Undescribed`).
+Code is identified by its bytecode, not its name, so replaced functions and edited files differ.
+Values without such a text raise `Undescribed`; their class does not identify them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lorafx.torch_internals.operators import OpOverload, OpOverloadPacket, _dispatch_keys
 
-#: Classes whose values are told by `repr`.
+#: Classes whose `repr` identifies the value.
 PLAIN = (
     *(bool, int, float, complex, str, bytes, range, slice),
     *(type(None), type(...), type(NotImplemented)),
@@ -34,7 +34,7 @@ _BUILT_IN = (
     types.GetSetDescriptorType,
     types.MemberDescriptorType,
 )
-#: What Python notes on a class: not what it does.
+#: Python's notes on a class that do not affect its behaviour.
 _NOTES = frozenset(
     (
         *("__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "_abc_impl"),
@@ -42,7 +42,7 @@ _NOTES = frozenset(
         *("__dataclass_fields__", "__annotations_cache__", "__annotate_func__"),
     )
 )
-#: What users tell Dynamo about a tensor's sizes.
+#: Users' marks for Dynamo on a tensor's sizes.
 _MARKS = (
     *("_dynamo_dynamic_indices", "_dynamo_weak_dynamic_indices", "_dynamo_unbacked_indices"),
     *("_dynamo_strict_unbacked_indices", "_dynamo_static_indices"),
@@ -51,7 +51,7 @@ _DEEPEST = 6
 
 
 class Undescribed(Exception):
-    """A value of a kind that cannot be compared with one of another process."""
+    """A value that cannot be compared with another process's."""
 
 
 def digest(texts: Iterable[str]) -> str:
@@ -63,27 +63,22 @@ def digest(texts: Iterable[str]) -> str:
 
 
 class Fingerprints:
-    """The texts of values as they are now; a class may be changed later.
-
-    Args:
-        names: strings that another process has others for, and what stands for them.
-    """
+    """Texts of current values; `names` maps process-specific strings to portable ones."""
 
     def __init__(self, names: Mapping[str, str] | None = None) -> None:
         self._names = names or {}
-        #: By identity; the value is kept, so that its number is given to no other.
+        #: By identity; the value is kept, so that its id is not reused.
         self._texts: dict[int, tuple[object, str]] = {}
 
     def of(self, value: Any) -> str:
-        """The text of a value that it tells apart from all others. Raises Undescribed where there
-        is none."""
+        """The text that identifies a value, or Undescribed."""
         text = self._text(value, 0)
         if text is None:
             raise Undescribed(f"a {type(value).__module__}.{type(value).__qualname__}")
         return text
 
     def loosely(self, value: Any, depth: int = 0) -> str:
-        """As `of`; of other objects the class, and of dataclasses their fields."""
+        """As `of`, but other objects by class, and dataclasses by their fields."""
         text = self._text(value, depth)
         if text is not None:
             return text
@@ -101,15 +96,15 @@ class Fingerprints:
         return f"a {name}"
 
     def of_class(self, cls: type) -> str:
-        """A class, by the code of all that its instances inherit."""
+        """A class, by all code that its instances inherit."""
         return self._kept(cls, lambda: f"{_name(cls)}#{digest(self._members(cls))}", _name(cls))
 
     def of_code(self, code: types.CodeType) -> str:
-        """A code object, by its bytecode and constants; not by where it stands."""
+        """A code object, by bytecode and constants."""
         return self._kept(code, lambda: digest(self._code(code)), code.co_name)
 
     def tensor(self, value: Tensor) -> str:
-        """A tensor without its numbers, sizes and strides."""
+        """A tensor without numbers, sizes and strides."""
         marks = {
             name: sorted(getattr(value, name))
             for name in _MARKS
@@ -180,7 +175,7 @@ class Fingerprints:
 
     def _function_parts(self, function: types.FunctionType, depth: int) -> Iterable[str]:
         if getattr(function, "_dynamo_marked_constant", False):
-            # Dynamo called it, and guards on nothing that it read.
+            # Dynamo called it without guards on what it read.
             raise Undescribed(f"{function.__qualname__}, whose result is taken for a constant")
         yield self.of_code(function.__code__)
         for value in (function.__defaults__, function.__kwdefaults__):
@@ -202,7 +197,6 @@ class Fingerprints:
                         yield f"{name} {self._member(value, 1)}"
 
     def _member(self, value: Any, depth: int) -> str:
-        """What a class or a closure holds: code and plain values; other classes by their names."""
         if isinstance(value, type):
             return _name(value)
         if isinstance(value, (staticmethod, classmethod)):
@@ -236,7 +230,7 @@ class Fingerprints:
         return f"{type(value).__name__} {value!r}"
 
     def _kept(self, value: object, text: Callable[[], str], meanwhile: str) -> str:
-        """`text()`, asked for once; `meanwhile` where it leads back to itself."""
+        """The memoised `text()`; `meanwhile` in cycles."""
         if id(value) not in self._texts:
             self._texts[id(value)] = value, meanwhile
             self._texts[id(value)] = value, text()

@@ -1,8 +1,7 @@
-"""The folder that saved graphs lie in, as `folder / key / digest.graph`.
+"""The folder of saved graphs, `folder / key / digest.graph`.
 
-A file begins with a line of JSON for people (`lorafx cache list`). What follows is a pickle, and
-who can write a pickle can run code: folder and files belong to this user alone. Files are renamed
-into place, so that processes may share the folder.
+A file is a line of JSON (`lorafx cache list`) and a pickle. Pickles can run code, so folder and
+files belong to this user alone. Files are renamed into place, so processes may share the folder.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _MAGIC = b"lorafx graph 1\n"
 
 @dataclass(frozen=True)
 class SavedGraph:
-    """A saved graph as the command shows it."""
+    """A saved graph as `lorafx cache list` shows it."""
 
     path: Path
     model: str
@@ -37,22 +36,21 @@ class SavedGraph:
 
     @property
     def age(self) -> float:
-        """Seconds since it was written, or loaded last."""
+        """Seconds since the last write or load."""
         return max(0.0, time.time() - self.used)
 
 
 class BrokenFile(Exception):
-    """A file that is not what was written."""
+    """A file with unexpected contents or owner."""
 
 
 def default_folder() -> Path:
-    """Beside the compiled kernels: LORAFX_CACHE_DIR, or a folder of Inductor's cache."""
+    """LORAFX_CACHE_DIR, or a folder beside the compiled kernels in Inductor's cache."""
     return cache_folder() / "graphs"
 
 
 def folder_of(option: str | bool) -> Path:
-    """The folder that `Options.cache` names, made where it is not there. Raises ConfigError where
-    it is not a folder that this user alone can write to."""
+    """The folder of `Options.cache`, created if absent; ConfigError unless private to the user."""
     path = default_folder() if isinstance(option, bool) else Path(option).expanduser()
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -75,7 +73,7 @@ def folder_of(option: str | bool) -> Path:
 
 
 def write(folder: Path, key: str, model: str, title: str, body: bytes) -> Path:
-    """Put a graph into the folder, in one step."""
+    """Put a graph into the folder, atomically."""
     home = folder / key
     home.mkdir(mode=0o700, exist_ok=True)
     found = _checksum(key, body)
@@ -109,8 +107,7 @@ def files(folder: Path, key: str) -> list[Path]:
 
 
 def read(path: Path, key: str) -> bytes:
-    """The body of a file that was saved for `key`. Raises BrokenFile where it is not what was
-    written, or somebody else's."""
+    """The body of a file saved for `key`; raises BrokenFile for other contents or owners."""
     try:
         if hasattr(os, "getuid") and path.stat().st_uid != os.getuid():
             raise BrokenFile("it belongs to another user")
@@ -139,7 +136,7 @@ def _taken_apart(data: bytes) -> tuple[dict[str, object], bytes]:
 
 
 def entries(folder: Path) -> Iterator[SavedGraph]:
-    """What is in the folder; files that cannot be read have no model's name."""
+    """The contents of the folder; unreadable files have no model name."""
     for path in sorted(folder.glob("*/*.graph")):
         try:
             size, when = path.stat().st_size, path.stat().st_mtime
@@ -153,7 +150,7 @@ def entries(folder: Path) -> Iterator[SavedGraph]:
 
 
 def clear(folder: Path, older_than: float = 0.0) -> int:
-    """Remove the graphs that are older than so many seconds; how many there were."""
+    """Remove graphs older than so many seconds; returns their number."""
     gone = 0
     for entry in entries(folder):
         if entry.age >= older_than:

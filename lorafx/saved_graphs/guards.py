@@ -1,11 +1,9 @@
-"""Dynamo's guards in another process: each is verified there against what it saw, then made anew.
+"""Dynamo's guards across processes: each is verified against what it saw, then remade.
 
-What Dynamo guards on is a place (a `Source`) and a kind of guard. Saved is, for every guard, the
-text of what the place held (`_text` has what a kind of guard compares). In the other process each
-place is looked up in the frame that is about to be compiled, and its text must be the same. Places
-that held one object must hold one object again, and no two of the others the same. Then torch makes
-the guards from what is there now. Guards that lorafx drops (`lorafx.capture.needless_guards`) are
-verified too.
+A guard has a place (a `Source`) and a kind. Saved is the text of every guarded place (`_text`).
+Loading looks each place up in the frame to be compiled and compares the texts. Places of the same
+object must hold one object again, and others different objects. Then torch makes the guards anew.
+Guards that lorafx drops (`lorafx.capture.needless_guards`) are verified too.
 """
 
 from __future__ import annotations
@@ -43,7 +41,7 @@ from lorafx.torch_internals.saved_graphs import (
 )
 from lorafx.torch_internals.trees import tree_map
 
-#: By what torch calls the maker of a guard: how the text of its place is made.
+#: Kinds of guards by how the text of their place is made.
 _VALUE = frozenset(
     (
         *("ID_MATCH", "EQUALS_MATCH", "CONSTANT_MATCH", "CONSTANT_SUBCLASS_MATCH", "BOOL_MATCH"),
@@ -56,7 +54,7 @@ _LENGTH = frozenset(("SEQUENCE_LENGTH", "EMPTY_NN_MODULE_HOOKS_DICT"))
 _KEYS = frozenset(("DICT_KEYS_MATCH", "MAPPING_KEYS_CHECK"))
 _MEMBER = frozenset(("DICT_CONTAINS", "DICT_NOT_CONTAINS", "SET_CONTAINS", "SET_NOT_CONTAINS"))
 _ATTRIBUTE = frozenset(("HASATTR", "NOT_PRESENT_IN_GENERIC_DICT"))
-#: About no place: `SavedGuards.state` and `shapes`.
+#: Guards without place: `SavedGuards.state` and `shapes`.
 _STATE = frozenset(
     (
         *("GRAD_MODE", "DETERMINISTIC_ALGORITHMS", "GLOBAL_STATE", "TORCH_FUNCTION_STATE"),
@@ -64,13 +62,13 @@ _STATE = frozenset(
     )
 )
 _SHORT = 64
-#: Of forward-mode gradients, outside of all.
+#: Outside all levels of forward-mode gradients.
 _NO_LEVEL = -1
 
 
 @dataclass(frozen=True)
 class GuardedPlace:
-    """What a guard asked about a place, by the guard's kind and argument."""
+    """A guarded place, with the guard's kind and argument."""
 
     source: Source
     kind: str
@@ -79,13 +77,13 @@ class GuardedPlace:
 
 @dataclass
 class SavedGuards:
-    """The guards of one graph.
+    """The guards of a graph.
 
     Attributes:
-        guards: those that are checked before each call.
-        places, texts: of all guards that are about a place, and what was there.
-        same: for each place the first that held the same object.
-        state: torch's global state, as it writes it.
+        guards: those checked before each call.
+        places, texts: of all guards with a place, and its text.
+        same: for each place the first with the same object.
+        state: torch's global state, as torch writes it.
     """
 
     guards: list[Guard]
@@ -104,8 +102,7 @@ class SavedGuards:
     def of(
         cls, guards: Sequence[Guard], kept: Sequence[bool], output: Any, prints: Fingerprints
     ) -> SavedGuards:
-        """The guards that Dynamo has just made for the graph of `output`. Raises Undescribed where
-        what one of them compares has no text."""
+        """Dynamo's new guards for the graph of `output`; Undescribed for a value without text."""
         forward_mode = forward_level() != _NO_LEVEL
         if output.torch_function_mode_stack or output.functorch_layers or forward_mode:
             raise Undescribed("a mode of torch that is on")
@@ -135,7 +132,7 @@ class SavedGuards:
     def hold(
         self, f_locals: dict[str, Any], f_globals: dict[str, Any], prints: Fingerprints
     ) -> bool:
-        """Whether all is as it was when the graph was captured."""
+        """Whether all guards hold as at capture."""
         state = GlobalStateGuard().__getstate__()
         forward_mode = forward_level() != _NO_LEVEL
         if state != self.state or default_device() != self.device or forward_mode:
@@ -171,7 +168,7 @@ class SavedGuards:
 def value_at(
     source: Source, f_locals: dict[str, Any], f_globals: dict[str, Any], seen: dict[Source, Any]
 ) -> Any:
-    """What is at a place, as torch's guards look it up. `seen` keeps what was looked up before."""
+    """The value of a place, as torch's guards look it up, memoised in `seen`."""
     scope = {"L": f_locals, "G": f_globals, "__builtins__": vars(builtins)}
     return source.get_value(scope, _get_closure_vars(), seen)
 
@@ -182,7 +179,6 @@ def _look(
     f_globals: dict[str, Any],
     prints: Fingerprints,
 ) -> tuple[list[str], list[int]]:
-    """The text of each place, and the first place that holds the same object."""
     seen: dict[Source, Any] = {}
     texts: list[str] = []
     same: list[int] = []
@@ -192,24 +188,24 @@ def _look(
         value = value_at(place.source, f_locals, f_globals, seen)
         held.append(value)
         texts.append(_text(place, value, prints))
-        # Python shares what cannot change as it likes, and makes methods when they are asked for.
+        # Python shares immutable objects freely, and makes methods on access.
         apart = isinstance(value, (*PLAIN, tuple, frozenset, MethodType))
         same.append(number if apart else first.setdefault(id(value), number))
     return texts, same
 
 
 def _text(place: GuardedPlace, value: Any, prints: Fingerprints) -> str:
-    """Raises Undescribed where what the guard compares has no text."""
+    """The text of what the guard compares, or Undescribed."""
     kind, argument = place.kind, place.argument
     if kind == "TENSOR_MATCH":
         return prints.tensor(value)
     if isinstance(value, ModuleType):
         return f"{prints.of(value)} {_names(value)}"
     if kind in _VALUE:
-        # Modules of torch.nn are compared by what is in them, at places of their own.
+        # Contents of torch.nn modules are guarded at other places.
         return prints.of_class(type(value)) if isinstance(value, nn.Module) else prints.of(value)
     if kind in _CLASS:
-        # A key that code looked for in vain is in no guard.
+        # No guard records the failed lookup of a key.
         looked_up = isinstance(value, dict) and not holds_slots(value)
         keys = sorted(map(prints.loosely, _not_of_torch(value))) if looked_up else ""
         return f"{prints.of_class(type(value))} {digest(keys)}"
@@ -230,23 +226,20 @@ def _text(place: GuardedPlace, value: Any, prints: Fingerprints) -> str:
 
 
 def _not_of_torch(keys: dict[Any, Any]) -> Iterable[Any]:
-    """The keys, but for variables of the environment that Inductor sets when it first compiles: the
-    process that loads has not done so yet."""
+    """The keys without environment variables that Inductor sets at its first compilation."""
     if keys is not vars(os.environ).get("_data"):
         return keys
     return [key for key in keys if not os.fsdecode(key).startswith("_TORCH")]
 
 
 def _names(module: ModuleType) -> str:
-    """What a module of Python's has: a name that code looked for in vain is in no guard. Packages
-    and namespaces of operators have more, the more is imported; names of Dynamo's begin with
-    underscores."""
+    """A Python module's public names, since failed lookups have no guards; none of packages."""
     plain = not hasattr(module, "__path__") and not isinstance(module, _OpNamespace)
     return digest(sorted(n for n in vars(module) if not n.startswith("__"))) if plain else ""
 
 
 def _argument(guard: Guard) -> Any:
-    """What the guard's maker takes besides the place, where the text depends on it."""
+    """The guard maker's extra argument, where the text depends on it."""
     if isinstance(guard.create_fn, partial) and guard.create_fn_name() in _MEMBER | _ATTRIBUTE:
         named = guard.create_fn.keywords
         return (
@@ -256,7 +249,7 @@ def _argument(guard: Guard) -> Any:
 
 
 def _bare(guard: Guard) -> Guard:
-    """The guard without what it saw: it looks again where it is made."""
+    """The guard without its observations, which it makes anew."""
     make = guard.create_fn
     if isinstance(make, partial) and make.func in (
         GuardBuilder.TENSOR_MATCH,
@@ -277,7 +270,7 @@ def _bare(guard: Guard) -> Guard:
 
 
 def _shapes(output: Any) -> ShapeCodeParts:
-    """The expressions over sizes that hold for the graph, as `GuardBuilder.SHAPE_ENV` asks."""
+    """The graph's expressions over sizes, as in `GuardBuilder.SHAPE_ENV`."""
     fakes = output.shape_env.tracked_fakes or []
 
     def parts(*languages: str) -> list[Any]:

@@ -1,10 +1,10 @@
-"""What must be equal before a saved graph is looked at, and what its inputs are.
+"""The key of saved graphs, and the meaning of their inputs.
 
-`entry_key` is one hash over versions and lorafx's sources; the machine; settings of torch,
-variables of the environment, Options and LoraConfig; the model's modules with their code, hooks,
-attributes and tensors (sizes and sharing, not numbers); sites, banks and packs; the function that
-is compiled. `SavedInputs` says of each input that it is the weight of this site, the bank of that
-group, an argument whose first dimension holds the requests: torch's guards do not.
+`entry_key` hashes versions and lorafx's sources; the machine; settings of torch, environment
+variables, Options and LoraConfig; the model's modules with code, hooks, attributes and tensors
+(sizes and sharing, not numbers); sites, banks and packs; the compiled function. `SavedInputs`
+records each input's meaning (a site's weight, a group's bank, an argument with requests in its
+first dimension), which torch's guards do not.
 """
 
 from __future__ import annotations
@@ -41,20 +41,16 @@ from lorafx.torch_internals.saved_graphs import TensorProperty, TensorPropertySo
 _SOURCES = ("lorafx", "lorafx.passes", "lorafx.kernels")
 _READ_BY_TORCH = ("TORCH", "PYTORCH", "TRITON", "LORAFX", "OMP_", "KMP_", "MKL_", "ATEN_", "CUDA_")
 
-#: When this process began to have lorafx.
+#: When this process imported lorafx.
 _IMPORTED = time.time()
 
-#: An input that another graph made, or that is a view of a weight, depends on more than its place.
+#: Results of other graphs and views of weights depend on more than their place.
 _OF_PLACES = ("symbol", "weight", "state", "bank", "slots", "packed", "argument")
 
 
 @cache
 def own_sources() -> str:
-    """A hash of all of lorafx: passes, templates and the rest.
-
-    Raises:
-        Undescribed: a file was written since; this process runs what stood there before.
-    """
+    """A hash of lorafx's files. Raises Undescribed if a file changed since it was imported."""
     found = hashlib.sha256()
     for package in _SOURCES:
         root = Path(str(resources.files(package)))
@@ -68,7 +64,7 @@ def own_sources() -> str:
 
 @cache
 def machine() -> str:
-    """The processor, its features, and the installed packages by name and version."""
+    """The processor, its features, and the versions of installed packages."""
     features = ""
     if (info := Path("/proc/cpuinfo")).exists():
         lines = info.read_text(errors="replace").splitlines()
@@ -90,7 +86,7 @@ def machine() -> str:
 
 
 def entry_key(program: Program, entry: Mapping[str, Any]) -> str:
-    """The key of graphs of one entry of a program, as both are now."""
+    """The current key of an entry of a program."""
     prints = Fingerprints({program.runtime._key: "<slots>"})
     options = {k: v for k, v in vars(program.options).items() if k not in ("cache", "dump")}
     texts = [
@@ -107,7 +103,7 @@ def entry_key(program: Program, entry: Mapping[str, Any]) -> str:
 
 
 def _settings(prints: Fingerprints) -> Iterator[str]:
-    # Not torch's own hash of them, which depends on the order that a process has sets in.
+    # torch's hash of them depends on the process's order of sets.
     for config in (dynamo_config, functorch_config, inductor_config):
         values = config.save_config_portable(ignore_private_configs=False)
         for name in sorted(values.keys() - config._compile_ignored_keys):
@@ -119,7 +115,6 @@ def _settings(prints: Fingerprints) -> Iterator[str]:
 
 
 def _model(program: Program, prints: Fingerprints) -> Iterator[str]:
-    """The structure of the model, with what is shared in it."""
     seen: dict[int, int] = {}
     objects: dict[int, int] = {}
     memory: dict[Any, int] = {}
@@ -176,10 +171,10 @@ def _sizes(tensor: Tensor) -> str:
 
 
 def can_save(program: Program) -> bool:
-    """Whether the key covers all that graphs of this program depend on. Generated Triton, numeric
-    checks, passes of the user's own, quantised bases and hooks of all modules depend on more."""
+    """Whether the key covers all dependencies of this program's graphs. Generated Triton, numeric
+    checks, custom passes, quantised bases and global module hooks depend on more."""
     options = program.options
-    # Those that PyTorch calls for every module. Dynamo leaves their guards out.
+    # PyTorch's global module hooks, whose guards Dynamo omits.
     of_all_modules = (
         value
         for name, value in vars(torch.nn.modules.module).items()
@@ -196,22 +191,19 @@ def can_save(program: Program) -> bool:
 
 
 def source_files(codes: Iterable[CodeType]) -> dict[str, str]:
-    """A hash of each file that some of the code stands in. Code without a file is told by its
-    bytecode (`fingerprints.py`)."""
+    """Hashes of the code's files; other code is identified by bytecode (`fingerprints.py`)."""
     names = sorted({code.co_filename for code in codes})
     return {name: hashed for name in names if (hashed := hash_of_file(name)) is not None}
 
 
 def hash_of_file(name: str) -> str | None:
-    """None where there is no such file."""
     path = Path(name)
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 @dataclass
 class SavedInputs:
-    """Where Dynamo found each input, and what it was. A size has a place where it is that of a
-    tensor."""
+    """Dynamo's place of each input, and its meaning. A size's place is its tensor's."""
 
     places: list[Source | None]
     texts: list[str]
@@ -230,7 +222,7 @@ class SavedInputs:
         return cls(places, [_text(item, program) for item in graph.frame.inputs])
 
     def hold(self, program: Program, f_locals: dict[str, Any], f_globals: dict[str, Any]) -> bool:
-        """Whether each of them is that now."""
+        """Whether each place still has its meaning."""
         known, arguments = program.known_tensors(), program.call_arguments()
         seen: dict[Source, Any] = {}
         values: list[Tensor] = []
@@ -252,7 +244,7 @@ class SavedInputs:
 
 
 def _input(value: Tensor, known: dict[int, FrameInput], arguments: dict[int, Role]) -> FrameInput:
-    """As in `Frame.of`, but for what earlier graphs made."""
+    """As in `Frame.of`, except for results of earlier graphs."""
     if id(value) in known:
         return known[id(value)]
     if id(value) in arguments:

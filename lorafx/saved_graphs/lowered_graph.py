@@ -1,8 +1,8 @@
-"""What of a graph lies in a file: the graph as its lowering made it, and what belongs to it.
+"""The lowered graph in a file, and its companions.
 
-Generated kernels of lorafx are found by an id that is a hash of their source, and built again. A
-pickle names what the process has already: a site, a group, the program, a module by its place in
-the program, and by stand-ins what each process chooses names for. Tensors are refused.
+lorafx's generated kernels are found by a hash of their source, and rebuilt. A pickle refers to
+existing objects: a site, a group, the program, a module by its place in the program, and stand-ins
+for names that each process chooses. Tensors are refused.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ from lorafx.torch_internals.saved_graphs import (
 )
 from lorafx.torch_internals.symbols import ShapeEnv
 
-#: Numbers in a tensor that the model's code writes out, such as `torch.tensor([])`.
+#: Numbers in a literal tensor of the model's code, such as `torch.tensor([])`.
 _CONSTANT = 1024
 
 Boxed = Callable[[list[Any]], Any]
 
-#: Names that Dynamo and lorafx choose anew in each process, by what stands for them in files.
+#: Process-specific names of Dynamo and lorafx -> stand-ins in files.
 PortableNames = Mapping[str, str]
 
-#: The key of the slots that the program's marks read, the global that holds the compiled graph, the
-#: one that holds the built-in functions. `<module x>` is a global that holds Python's module x.
+#: The slots of the program's marks, the global of the compiled graph, and the global of built-in
+#: functions. `<module x>` is the global of Python's module x.
 SLOTS, GRAPH, BUILTINS = "<slots>", "<graph>", "<builtins>"
 
 
 @dataclass
 class SavedLowered:
-    """One graph: `operators` of plain aten or `compiled` by Inductor."""
+    """A graph: `operators` of plain aten, or `compiled` by Inductor."""
 
     kernels: dict[DeltaSpec, int]
     operators: bytes | None = None
@@ -59,7 +59,6 @@ class SavedLowered:
 
     @classmethod
     def of(cls, lowered: Any, kernels: Mapping[DeltaSpec, int]) -> SavedLowered:
-        """Raises Undescribed for what is neither."""
         if isinstance(lowered, NodeByNode):
             return cls(dict(kernels), operators=_operators(lowered.graph_module))
         if isinstance(lowered, CompiledFxGraph):
@@ -67,7 +66,7 @@ class SavedLowered:
         raise Undescribed(f"a graph lowered to {type(lowered).__name__}")
 
     def load(self) -> Boxed:
-        """The graph, ready to run. Raises Undescribed where a kernel is not what it was."""
+        """The runnable graph. Raises Undescribed where a kernel has changed."""
         build_all(self.kernels)
         for dtype in {spec.y_dtype for spec in self.kernels}:
             dense.joined_ready(dtype)
@@ -83,7 +82,6 @@ class SavedLowered:
 
 
 def _few_numbers(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raises Undescribed where one of them may be the model's."""
     for name, value in tensors.items():
         if value.numel() > _CONSTANT or isinstance(value, torch.nn.Parameter):
             raise Undescribed(f"a graph that holds a tensor of its own, {name}")
@@ -119,7 +117,7 @@ def _from_inductor(data: bytes) -> Boxed:
 
 
 def renamed(text: str, names: PortableNames) -> str:
-    """`text`, which is one of the names or an expression with them in it."""
+    """`text` with these names replaced, alone or in an expression."""
     if text in names:
         return names[text]
     for before, after in names.items():
@@ -129,18 +127,14 @@ def renamed(text: str, names: PortableNames) -> str:
 
 
 def dump(value: object, program: Program, names: PortableNames) -> bytes:
-    """The pickle of `value`.
-
-    Raises:
-        Undescribed: it holds a tensor. Others, from `pickle`, for what cannot be pickled.
-    """
+    """The pickle of `value`. Raises Undescribed for tensors, and `pickle`'s errors."""
     buffer = io.BytesIO()
     _Pickler(buffer, program, names).dump(value)
     return buffer.getvalue()
 
 
 def load(data: bytes, program: Program, names: PortableNames) -> Any:
-    """What was pickled, with the program's own objects in their places."""
+    """The unpickled value, with the program's objects."""
     return _Unpickler(io.BytesIO(data), program, names).load()
 
 

@@ -1,10 +1,10 @@
-"""The graphs of one entry that earlier processes saved, tried before Dynamo traces.
+"""Saved graphs of an entry, tried before Dynamo traces.
 
     Dynamo asks for a frame → a saved graph whose guards hold here → its bytecode, guards, graph
-                            → none: Dynamo traces; what it made is saved for the next process
+                            → none: Dynamo traces; the result is saved for the next process
 
-A graph is saved where it is the whole of a call: one frame, one graph, no break; what cannot be
-saved is compiled as ever, in every process. Nothing in here may fail a call.
+Only graphs that are a whole call are saved: one frame, one graph, no break. Errors in here never
+fail a call.
 """
 
 from __future__ import annotations
@@ -62,17 +62,16 @@ _MOST = 64  # files of one key that are looked at
 
 
 class SavedGraphs:
-    """Loads and saves the graphs of an entry, which `entry` tells apart from others of the program.
-    `option` is `Options.cache`."""
+    """Loads and saves the graphs of an `entry` of the program; `option` is `Options.cache`."""
 
     def __init__(self, backend: Backend, option: str | bool, entry: Mapping[str, Any]) -> None:
         self._backend, self._option, self._entry = backend, option, entry
-        #: Files whose graphs Dynamo has.
+        #: Files of graphs that Dynamo has.
         self._loaded: set[Path] = set()
         self._conversion: _Conversion | None = None
 
     def keep_guards(self, guards: Sequence[Any]) -> Sequence[bool]:
-        """Which of a new graph's guards are checked before each call; they are noted."""
+        """Select and note the guards of a new graph."""
         kept = self._backend.keep_guards(guards)
         if self._conversion is not None:
             self._conversion.note_guards(guards, kept)
@@ -81,8 +80,7 @@ class SavedGraphs:
     def converted(
         self, convert: Callable[..., ConvertFrameReturn], frame: Any, *rest: Any, **named: Any
     ) -> ConvertFrameReturn:
-        """As `convert`, Dynamo's conversion of the entry's own frame: a graph that was saved, or a
-        new graph, which is saved. Dynamo holds its lock."""
+        """Dynamo's `convert` for the entry's frame, with saved graphs. Dynamo holds its lock."""
         home = self._home(frame)
         if home is None:
             return convert(frame, *rest, **named)
@@ -96,7 +94,6 @@ class SavedGraphs:
         return result
 
     def _home(self, frame: Any) -> tuple[Path, str] | None:
-        """The folder and the key of the frame's graphs; None where they are not saved."""
         program = self._backend.program
         try:
             program.look_at_modules()
@@ -164,8 +161,6 @@ def _warn(text: str) -> None:
 
 
 class _Conversion:
-    """What is noted while Dynamo converts one frame."""
-
     def __init__(self, program: Program) -> None:
         self._program = program
         self._graphs: list[Captured] = []
@@ -178,7 +173,6 @@ class _Conversion:
         self._output = InstructionTranslator.current_tx().output
 
     def note_guards(self, guards: Sequence[Any], kept: Sequence[bool]) -> None:
-        """Now, as long as Dynamo has what it traced."""
         if len(self._graphs) != 1:
             self._why = "the model breaks into several graphs"
             return
@@ -194,8 +188,7 @@ class _Conversion:
             graph.record.saved = text
 
     def body(self, made: GuardedCode) -> tuple[bytes, GraphRecord]:
-        """The contents of a file, and the record. Raises Undescribed for a graph that cannot be
-        saved."""
+        """A file's contents, and the record; Undescribed for graphs that cannot be saved."""
         output, guards = self._output, self._guards
         if guards is None or len(self._graphs) != 1:
             raise Undescribed(self._why)
@@ -225,7 +218,6 @@ class _Conversion:
         return pickle.dumps((json.dumps(modules), *halves)), graph.record
 
     def _names(self, code: CodeType) -> PortableNames:
-        """The names that Dynamo's bytecode and guards have for things of this process."""
         assert self._guards is not None
         names = {SLOTS: self._program.runtime._key, BUILTINS: self._guards.builtins_name}
         for name in sorted(set(self._output.installed_globals) - set(names.values())):
@@ -244,10 +236,9 @@ class _Conversion:
 def _loaded(
     backend: Backend, frame: Any, rest: Sequence[Any], body: bytes
 ) -> ConvertFrameReturn | None:
-    """What Dynamo's conversion of the frame would return, from the contents of a file; None where
-    the graph is one of another call."""
+    """Dynamo's conversion result from a file's contents; None for another call's graph."""
     program = backend.program
-    # In pieces: most files that are looked at are of other calls.
+    # In pieces, since most files are of other calls.
     modules, first_half, second_half = pickle.loads(body)
     names = {SLOTS: program.runtime._key, BUILTINS: unique_id("__builtins_dict__")}
     added: dict[str, Any] = {}

@@ -1,1 +1,1 @@
-"""The page that shows what the passes made of each graph, and the exports beside it."""
+"""The page that shows each graph after each pass, and exports."""

@@ -1,7 +1,6 @@
-"""Dumps: every stage of a graph as a readable program, and what each pass changed as a diff.
+"""Dumps: every stage of a graph as a readable program, and each pass's changes as a diff.
 
-A legend on top of each graph says how its names are made, what its sizes are, and what lorafx's own
-operators in it compute.
+A legend above each graph explains its names, sizes, and lorafx's operators.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ NAMES = (
     "comments are the module's path and the line of your own code. This is text; it does not run.",
 )
 
-#: Operators of namespace `lorafx`, without what tells a variant apart.
+#: Operators of namespace `lorafx`, without variants.
 OPS: Mapping[str, str] = {
     "site": "y + the LoRA delta of one module: the mark that the hook on it leaves",
     "embedding_site": "y + the LoRA delta of an embedding: the mark that the hook on it leaves",
@@ -68,7 +67,7 @@ OPS: Mapping[str, str] = {
     "checked_index": "an index as it is; one that is outside of its table raises",
 }
 
-#: Their arguments that shapes alone do not explain.
+#: Arguments that shapes alone do not explain.
 ARGUMENTS = (
     "slots: of each request the adapter's index in the banks, -1 for the base",
     "rows: how many rows of x each request has; 0 where that is not proved",
@@ -80,7 +79,7 @@ ARGUMENTS = (
 def legend(
     lines: Iterable[str], symbols: Mapping[str, str], outlined: Sequence[object]
 ) -> list[str]:
-    """The legend of one stage, as comments, from its lines and what the graph's symbols are."""
+    """The legend of a stage, as comments."""
     text = "\n".join(lines)
     ops = dict.fromkeys(plain_name(name) for name in _OP.findall(text))
     shown = (name for name in symbols if re.search(rf"\b{re.escape(name)}\b", text))
@@ -92,8 +91,7 @@ def legend(
 
 
 def plain_name(op: str) -> str:
-    """An operator's name without what says that it writes in place, or is run by the interpreter of
-    Triton."""
+    """An operator's name without marks of variants (in place, Triton's interpreter)."""
     return op.strip("_").replace("interpreted_", "triton_")
 
 
@@ -102,8 +100,8 @@ _HELD: weakref.WeakValueDictionary[Path, Program] = weakref.WeakValueDictionary(
 
 
 def folder_of(program: Program) -> Path | None:
-    """Where the graphs of one program go: into `dump_folder`, or, while another model in service
-    dumps there, into a folder inside that is called as its class: LlamaForCausalLM-2."""
+    """The folder for a program's graphs: `dump_folder`, or a subfolder of its class's name
+    (LlamaForCausalLM-2) while another model dumps there."""
     folder = found = dump_folder(program.options)
     number = 1
     while folder is not None and found is not None:
@@ -118,8 +116,7 @@ def folder_of(program: Program) -> Path | None:
 
 @contextmanager
 def beside_compiling(folder: Path) -> Iterator[None]:
-    """Around what is written while graphs are compiled: a folder that cannot be written to costs
-    the dump, not the graph."""
+    """A block whose failures to write cost the dump, not the graph."""
     try:
         yield
     except OSError as error:
@@ -132,8 +129,7 @@ def beside_compiling(folder: Path) -> Iterator[None]:
 
 
 def traced(name: str, text: Callable[[], str]) -> None:
-    """Put a text into torch's structured trace, where tlparse shows it as `lorafx_<name>`. It is
-    made only if somebody keeps the trace."""
+    """Put a text into torch's structured trace, if on; tlparse shows it as `lorafx_<name>`."""
     trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": f"lorafx_{name}", "encoding": "string"},
@@ -142,13 +138,13 @@ def traced(name: str, text: Callable[[], str]) -> None:
 
 
 def sources_of(record: GraphRecord) -> dict[str, str]:
-    """Texts that were generated for a graph, kernels above all, by file name."""
+    """A graph's generated texts, kernels above all, by file name."""
     texts = record.sources.items()
     return {name: text if isinstance(text, str) else text() for name, text in texts}
 
 
 def stage_texts(record: GraphRecord) -> dict[str, str]:
-    """By file name the stages with headings and legends, and what each pass changed."""
+    """File name -> stages with headings and legends, and diffs."""
     found: dict[str, str] = {}
     names = names_of(record.stages, record.sizes)
     words = {symbol: size.words for symbol, size in record.sizes.items()}
@@ -173,7 +169,7 @@ def _heading(record: GraphRecord, stage: Stage) -> str:
 
 
 def write_graph(folder: Path, record: GraphRecord) -> None:
-    """Write the texts of a graph into a folder of its own inside `folder`."""
+    """Write the texts of a graph into a subfolder."""
     target = folder / record.title.replace(" ", "-")
     target.mkdir(parents=True, exist_ok=True)
     for name, text in {**stage_texts(record), **sources_of(record)}.items():
@@ -181,7 +177,7 @@ def write_graph(folder: Path, record: GraphRecord) -> None:
 
 
 def trace_graph(record: GraphRecord) -> None:
-    """Put the texts of a graph into torch's structured trace, if somebody keeps it."""
+    """Put a graph's texts into torch's structured trace, if on."""
     if not traces():
         return
     for name, text in {**stage_texts(record), **sources_of(record)}.items():

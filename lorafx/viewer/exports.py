@@ -1,4 +1,4 @@
-"""A graph for Graphviz, and what compiling took for Perfetto."""
+"""A graph for Graphviz, and compile times for Perfetto."""
 
 from __future__ import annotations
 
@@ -8,17 +8,14 @@ from typing import Any
 from lorafx.capture.record import GraphRecord
 from lorafx.program.preparation import PassReport
 
-#: Inputs that are not shown: each is read by the one or two nodes of a module, and named there.
+#: Hidden inputs: the nodes that read them name them.
 _STATE = frozenset({"weight", "bank", "state", "packed", "symbol"})
 _SITE, _PACK, _REFUSED, _INPUT = "#cfe3ff", "#e5d5ff", "#ffd0cc", "#eeeeee"
 
 
 def to_dot(data: Mapping[str, Any]) -> str:
-    """The last stage of `graph_data` in Graphviz' language, a box for each module.
-
-    Sites are blue, packs purple, what a refused site computes red. Parameters and banks are left
-    out; they stand in the labels of the nodes that read them.
-    """
+    """The last stage of `graph_data` for Graphviz, a box for each module. Sites are blue, packs
+    purple, refused sites red; parameters and banks stand in labels."""
     stage = data["stages"][-1]
     title = f"{data['title']}, after {stage['name']}"
     lines = [
@@ -98,8 +95,8 @@ def _quoted(text: str) -> str:
 def trace_events(
     model: str, records: Sequence[GraphRecord], prepared: Sequence[PassReport] = ()
 ) -> dict[str, Any]:
-    """What compiling took in Chrome's trace format: complete events ("X"), microseconds from the
-    first. The first thread has the passes over the model; each graph is another."""
+    """Compile times in Chrome's trace format: complete events ("X"), in microseconds from the
+    first. Thread 0: passes over the model; then a thread for each graph."""
     reports = [*prepared, *(report for record in records for report in record.passes)]
     starts = [span.start for record in records for span in record.spans]
     first = min([*starts, *(report.end - report.seconds for report in reports)], default=0.0)

@@ -1,6 +1,6 @@
-"""What the page shows of a graph, of JSON's own types. `page/model.js` reads it.
+"""The page's data of a graph, in JSON types, read by `page/model.js`.
 
-A node that several stages share is written once: a stage has the numbers of its nodes.
+Nodes shared by several stages are written once: stages refer to them by number.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _REFUSAL = ("paths", "when", "reason")
 
 
 class _Table:
-    """Rows by number, each once."""
+    """Distinct rows by number."""
 
     def __init__(self, fields: tuple[str, ...]) -> None:
         self._fields = fields
@@ -50,12 +50,12 @@ class _Table:
 
 
 def graph_data(record: GraphRecord, program: Program) -> dict[str, Any]:
-    """All of one graph of a program.
+    """All data of a graph.
 
-    Of a node: `inputs` names of those that it reads; `path`, `cls` of the module that made it;
-    `source`, `code` the line of the user's code; `kind` of an input; `sizes` the shape in the
-    numbers of the capture; `free` where it moves no memory; `flops` of a product or an attention.
-    Of a site: `k`, `n` sizes of the delta, `rank` the room of a slot, `flops` at that rank.
+    Node: `inputs` names of operands; `path`, `cls` its module; `source`, `code` the user's line;
+    `kind` of an input; `sizes` the captured shape; `free` if it moves no memory; `flops` of
+    products and attentions. Site: `k`, `n` sizes of the delta, `rank` of a slot, `flops` at that
+    rank.
     """
     encoder = _Encoder(record, program)
     facts = [f"outline: {item}" for item in record.outlined]
@@ -151,7 +151,6 @@ def _node(
 
 
 def _module_of(item: FrameInput) -> tuple[str, str]:
-    """Path and class of the module whose tensor an input is."""
     sites = item.group.sites if item.group is not None else item.sites
     if sites:
         return sites[0].path, type(sites[0].module).__qualname__
@@ -166,16 +165,13 @@ def _class_of(node: fx.Node) -> str:
 
 
 def _sizes(value: Any) -> tuple[int, ...]:
-    """The shape of a tensor in numbers; () where one of them depends on data."""
+    """A tensor's shape in numbers; () where a size depends on data."""
     hints = tuple(map(size_hint, value.shape)) if isinstance(value, Tensor) else ()
     return tuple(size for size in hints if size is not None) if None not in hints else ()
 
 
 def _flops(node: fx.Node) -> int:
-    """torch's own count (`torch.utils.flop_counter`), where it has one for the operator.
-
-    The formula is given shapes in numbers: to compare symbols would put guards on the graph.
-    """
+    """torch's count (`torch.utils.flop_counter`) from numbers: symbols would add guards."""
     formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
     if formula is None:
         return 0

@@ -1,4 +1,4 @@
-"""index.html: the viewer with all that it shows, in one file that needs no network."""
+"""index.html: the viewer with its data, in a file that needs no network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lorafx.capture.record import GraphRecord
 from lorafx.program.preparation import PassReport
 from lorafx.viewer.exports import to_dot, trace_events
 
-#: In this order, each in a script element of its own.
+#: In this order, each in a script element.
 SCRIPTS = (
     "vendor/dagre.min.js",
     "vendor/cytoscape.min.js",
@@ -34,13 +34,13 @@ SCRIPTS = (
 
 @dataclass
 class Page:
-    """The page of one model's graphs, and the exports beside it: index.html, trace.json, model.txt,
-    `texts`, and in the folder of each graph last.dot, its last stage.
+    """A model's page and exports: index.html, trace.json, model.txt, `texts`, and last.dot in each
+    graph's folder.
 
     Attributes:
-        texts: reports on the model, by file name.
-        measured: what was measured of sites, by path.
-        prepared: what the passes over the model did.
+        texts: reports by file name.
+        measured: measurements of sites, by path.
+        prepared: results of the passes over the model.
     """
 
     folder: Path
@@ -52,8 +52,7 @@ class Page:
     _graphs: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, record: GraphRecord, data: Mapping[str, Any]) -> None:
-        """Add a graph and its `graph_data`, which is encoded once, however often the page is
-        written."""
+        """Add a graph and its `graph_data`, which is encoded once."""
         self._records.append(record)
         self._graphs.append((f"{data['title']}: {data['reason']}", packed(data)))
         if data["stages"]:
@@ -96,7 +95,7 @@ class Page:
 
 
 def packed(value: Any) -> str:
-    """JSON, deflated, in base64, which has no character that ends a script."""
+    """Deflated JSON in base64, which cannot end a script element."""
     text = json.dumps(value, separators=(",", ":"))
     return base64.b64encode(zlib.compress(text.encode(), 6)).decode()
 

@@ -1,9 +1,9 @@
-"""Base linear and its site become one node: y = x Wᵀ + b + Δ(x), x read once, y written once.
+"""A base linear and its site become one node: x is read once, y written once.
 
     y = mm(x, Wᵀ); y' = site(x, y, bank)   →   y' = fused_linear(x, W, b, bank)
 
-Only where W enters the product as it is (uncast, unexpanded) and y has no other reader. Products
-with routed experts likewise, for the Triton lowering (lorafx.passes.fuse.fuse_experts).
+Only if W enters the product unchanged (uncast, unexpanded) and y has no other reader. For the
+Triton lowering also products with routed experts (lorafx.passes.fuse.fuse_experts).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lorafx.torch_internals.fake_tensors import unset_fake_temporarily
 
 aten = torch.ops.aten
 FUSIBLE = frozenset({aten.mm.default, aten.addmm.default, aten.linear.default})
-#: Where a node came from, kept for messages and dumps.
+#: Origins of a node, for messages and dumps.
 COPIED = ("nn_module_stack", "stack_trace")
 
 
@@ -67,7 +67,6 @@ def _fusible(node: fx.Node, state: SiteState) -> bool:
 
 
 def _unviewed(node: Any, until: Any) -> Any:
-    """`node` without the views on top of it, stopping at `until`."""
     while node is not until and isinstance(node, fx.Node) and node.target in RESHAPES:
         node = operand(node)
     return node
@@ -81,22 +80,22 @@ def _fuse(ctx: Context, node: fx.Node, state: SiteState) -> None:
     arguments = in_order(FUSED_OP, call, **base, transposed=state.site.eligible.transposed)
     with ctx.graph.inserting_before(node):
         if fake_value(call["x"]).dtype == fake_value(node).dtype:
-            # Both make a new contiguous tensor of these sizes, and what the one asks of its
-            # arguments the product and the other have asked.
+            # Both return a new contiguous tensor of these sizes; product and site have checked
+            # their arguments.
             fused = ctx.graph.call_function(FUSED_OP, arguments)
             fused.meta["val"] = fake_value(node)
         else:
             fused = ctx.emit(FUSED_OP, *arguments)
     fused.meta.update({key: node.meta[key] for key in COPIED if key in node.meta})
     if _adds_own_bias(ctx, state.site, use) and _is_packed(ctx, state.site):
-        # A mark carries those of the group into the graph, where it does.
+        # A mark, where present, brings the group's packed weights into the graph.
         state.packed_weight, state.packed_bias = call["weight"], call["bias"]
     node.replace_all_uses_with(fused)
     ctx.merge([node], fused, "fused")
 
 
 def _is_packed(ctx: Context, site: Site) -> bool:
-    """Whether the packed weights of the site's group, if it has some, hold what the site has."""
+    """Whether the group's packed weights, if any, equal the site's."""
     group, _ = ctx.program.home(site)
     packs = [packed for packed in ctx.program.packed if packed.group is group]
     with unset_fake_temporarily():  # passes run while AOTAutograd's fake mode is on
@@ -104,8 +103,7 @@ def _is_packed(ctx: Context, site: Site) -> bool:
 
 
 def _adds_own_bias(ctx: Context, site: Site, use: Use) -> bool:
-    """Whether the product's addend is the module's bias, which the packed bias holds, or neither
-    has one."""
+    """Whether the product's addend is the module's bias, as in the packed bias, if any."""
     own = getattr(site.module, "bias", None)
     if use.bias is None:
         return own is None

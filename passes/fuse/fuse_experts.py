@@ -3,7 +3,7 @@
     y = grouped_mm(x, W, offs)
     y' = expert_site(x, y, bank, e)   →   y' = fused_experts(x, W, offs, bank, e)
 
-The node keeps the name of the base's own operator, for plans that leave the product to it.
+The node keeps the name of the base's operator, for plans that use it for the product.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from lorafx.program.frame import fake_value
 
 aten = torch.ops.aten
 FUSED_EXPERTS = torch.ops.lorafx.fused_experts.default
-#: Where a fused node keeps the operator whose product it stands for.
+#: A fused node's original operator.
 _PRODUCT = "lorafx_product"
-#: Where a node came from, kept for messages and dumps.
+#: Origins of a node, for messages and dumps.
 _COPIED = ("nn_module_stack", "stack_trace")
 
 
 def fuse_experts(ctx: Context, node: fx.Node) -> bool:
-    """Fuse an expert_site with the grouped product whose rows it knows the experts of."""
+    """Fuse an expert_site with the grouped product of its rows."""
     if node.target is not EXPERT_OP:
         return False
     call = bound(node)
@@ -55,7 +55,7 @@ def fuse_experts(ctx: Context, node: fx.Node) -> bool:
 
 
 def product(ctx: Context, node: fx.Node) -> fx.Node:
-    """The grouped product that the fused `node` stands for, (M, N), as it was."""
+    """The original grouped product (M, N) of a fused `node`."""
     call = bound(node)
     right = call["weight"]
     if not call["transposed"]:
@@ -64,12 +64,12 @@ def product(ctx: Context, node: fx.Node) -> fx.Node:
 
 
 def loops_on_host(node: fx.Node) -> bool:
-    """Whether that product is a loop over experts on the host: all but torch's own are."""
+    """Whether that product loops over experts on the host, as all but torch's do."""
     return node.meta[_PRODUCT] not in GROUPED
 
 
 def region(node: fx.Node) -> PointwiseRegion | NoRegion:
-    """What computes x of the fused `node`, if nothing else reads x."""
+    """The computation of x of the fused `node`, if x has no other reader."""
     x = bound(node)["x"]
     sizes = aten.sym_size.int  # of the rows' numbers, which nobody needs then
     others = [user for user in x.users if user is not node and user.target is not sizes]

@@ -1,1 +1,1 @@
-"""lower: nodes become what the backend runs."""
+"""lower: nodes become operators of the backend."""

@@ -1,4 +1,4 @@
-"""LoRA nodes become what the chosen lowering executes.
+"""LoRA nodes become the operators of the chosen lowering.
 
     inductor   fused_linear → mm / addmm (one, or one per sibling), then add_delta_ into its output;
                site → add_delta_ into y; expert_site → run_expert_delta_ into y, or as a site whose
@@ -8,9 +8,9 @@
                `_concat` has around the vendor's product, as planned;
                fused_experts → triton_experts, or the grouped product and then as expert_site;
                site → triton_delta_ into y. On a GPU their launches are put into the graph.
-    reference  nothing to do: the ops' own aten implementations run.
+    reference  nothing to do: the ops' aten implementations run.
 
-grouped_site and conv_site run as they are. Ops that write are wrapped in `auto_functionalized`.
+grouped_site and conv_site are unchanged. Ops that write are wrapped in `auto_functionalized`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ TRITON_OPS = (
 
 @dataclass(frozen=True)
 class Lower:
-    """Nodes become what the chosen lowering executes."""
+    """Nodes become the operators of the chosen lowering."""
 
     name: str = "lower"
     required: bool = True
@@ -121,8 +121,8 @@ def _linear(ctx: Context, node: fx.Node) -> fx.Node:
 
 def _concat(ctx: Context, kernel: int, call: dict[str, Any]) -> fx.Node:
     """x', W' = triton_concat_([x | …], [W | …], bank); y = x' W'ᵀ + b: the vendor's GEMM with a
-    longer x (M, K), whose rows are in one piece, and a longer W. Both are results of aten.cat, so
-    that Inductor has what computes x write it into x'."""
+    longer contiguous x (M, K) and W. Both are results of aten.cat, so Inductor computes x directly
+    into x'."""
     spec = plan_of(kernel).spec
     blocks = fake_value(call["slots" if spec.by_request else "B"]).shape[0]
     more = concat_ops.columns_of(spec, blocks)
@@ -135,7 +135,7 @@ def _concat(ctx: Context, kernel: int, call: dict[str, Any]) -> fx.Node:
 
 
 def _with_columns(ctx: Context, tensor: fx.Node, dim: int, more: int) -> fx.Node:
-    """A new tensor that holds `tensor` before so many zeros along `dim`."""
+    """`tensor` followed by so many zeros along `dim`."""
     value, other = fake_value(tensor), ctx.size(tensor, 1 - dim)
     settings = {"dtype": value.dtype, "device": value.device, "pin_memory": False}
     sizes = [more, other] if dim == 0 else [other, more]
@@ -147,7 +147,6 @@ def _with_columns(ctx: Context, tensor: fx.Node, dim: int, more: int) -> fx.Node
 def _product(
     ctx: Context, x: fx.Node, weight: fx.Node, bias: fx.Node | None, *, swap: bool
 ) -> fx.Node:
-    """x Wᵀ + b (x W with `swap`) for x (M, K)."""
     right = weight if swap else ctx.emit(aten.permute.default, weight, [1, 0])
     if bias is None:
         return ctx.emit(aten.mm.default, x, right)
@@ -158,7 +157,7 @@ def _site(ctx: Context, node: fx.Node) -> fx.Node:
     call = bound(node)
     y = _spread(ctx, call["y"])
     if not strategy_of(node).kernel and _same_strides(y, node):
-        # These kernels take rows as they lie; flat, x and y could be copies.
+        # These kernels take any row layout; flattening might copy x and y.
         return _add_delta(ctx, node, {**call, "y": y})
     flat = {"y": _flat(ctx, y), "x": _flat(ctx, call["x"])}
     written = _add_delta(ctx, node, {**call, **flat})
@@ -174,7 +173,7 @@ def _experts(ctx: Context, node: fx.Node) -> fx.Node:
 
 
 def _generated_product(ctx: Context, y: fx.Node) -> fx.Node:
-    """The grouped product y by a generated kernel, where there is one."""
+    """The grouped product y by a generated kernel, if there is one."""
     if not is_grouped(y) or ctx.program.options.lowering != "inductor":
         return y
     x, weight, offs, plain = grouped(y)
@@ -190,8 +189,7 @@ def _generated_product(ctx: Context, y: fx.Node) -> fx.Node:
 
 
 def _expert_delta(ctx: Context, node: fx.Node, call: dict[str, Any]) -> fx.Node:
-    """y (M, N) after the delta of rows whose experts are known. `call` is what `expert_site` takes,
-    with y and x (M, …)."""
+    """y (M, N) after the delta of rows with known experts, from `expert_site`'s arguments."""
     alike = ctx.beside(call["A"], ALIKE)
     if strategy_of(node).name == GENERATED and alike is not None:
         ends = _ends(call["experts"], call["count"])
@@ -207,7 +205,7 @@ def _expert_delta(ctx: Context, node: fx.Node, call: dict[str, Any]) -> fx.Node:
 
 
 def _ends(experts: fx.Node, count: int) -> fx.Node | None:
-    """Where the rows of each expert end, if `experts` was read from that, as `match` does it."""
+    """The ends of each expert's rows, if `match` read `experts` from them."""
     if experts.target is not aten.searchsorted.Tensor or not bound(experts)["right"]:
         return None
     ends: fx.Node = bound(experts)["sorted_sequence"]
@@ -250,7 +248,6 @@ def _embedding(ctx: Context, node: fx.Node) -> fx.Node:
 
 
 def _add_delta(ctx: Context, node: fx.Node, call: dict[str, Any]) -> fx.Node:
-    """y after the delta; `call` is what `add_delta_` takes."""
     strategy = strategy_of(node)
     if strategy.kernel:
         laid = {name: _adjacent(ctx, call[name]) for name in ("y", "x")}
@@ -263,12 +260,11 @@ def _add_delta(ctx: Context, node: fx.Node, call: dict[str, Any]) -> fx.Node:
 
 
 def _operands(call: dict[str, Any], x: str = "x") -> tuple[Any, ...]:
-    """y, x and the bank, as every kernel on a CPU begins."""
+    """y, x and the bank, as every CPU kernel begins."""
     return tuple(call[name] for name in ("y", x, *BankArgs._fields))
 
 
 def _flat(ctx: Context, node: Any) -> fx.Node:
-    """(…, F) as (M, F)."""
     value = fake_value(node)
     if value.dim() == 2:
         return node
@@ -276,7 +272,7 @@ def _flat(ctx: Context, node: Any) -> fx.Node:
 
 
 def _spread(ctx: Context, y: fx.Node) -> fx.Node:
-    """y with a place in memory for each element, where rows that were one are written apart."""
+    """y without overlapping elements, where broadcast rows are written separately."""
     value = fake_value(y)
     if all(guard_or_true(stride != 0) for stride in value.stride()):
         return y
@@ -289,14 +285,14 @@ def _same_strides(one: fx.Node, other: fx.Node) -> bool:
 
 
 def _adjacent(ctx: Context, node: fx.Node) -> fx.Node:
-    """`node`, or a copy of it whose rows' elements lie side by side, which Triton kernels need."""
+    """`node` with contiguous rows, which Triton kernels need, or a copy."""
     if adjacent(fake_value(node)):
         return node
     return ctx.emit(aten.clone.default, node, memory_format=torch.contiguous_format)
 
 
 def _shaped(ctx: Context, y: fx.Node, source: Any, like: fx.Node) -> fx.Node:
-    """(M, N) as the shape of `like`, whose leading sizes are those of `source`."""
+    """(M, N) in the shape of `like`, with leading sizes of `source`."""
     value = fake_value(like)
     if value.dim() == 2:
         return y

@@ -3,10 +3,10 @@
     y' = auto_functionalized(lorafx::triton_delta_, y, x, …)[1]
  →  y' = triton_kernel_wrapper_functional(kernel, grid, {y_ptr: y, …}, clone [y_ptr])['y_ptr']
 
-The body of each op is traced on the node's own fake tensors, with the functionalisation of
-AOTAutograd, which has run before `lower`. Inductor gets kernels, which it can plan memory for,
-capture in CUDA graphs and put into ahead-of-time packages. What two bodies compute from the same
-inputs is computed once: the requests sorted by slot, sizes.
+Each op's body is traced on the node's fake tensors and functionalised, which AOTAutograd has done
+before `lower`. Inductor can then plan the kernels' memory, capture them in CUDA graphs and package
+them ahead of time. Bodies share computations from the same inputs: the requests sorted by slot,
+sizes.
 """
 
 from __future__ import annotations
@@ -37,18 +37,15 @@ KERNEL_CALL = torch.ops.higher_order.triton_kernel_wrapper_functional
 def inline_triton_ops(
     gm: fx.GraphModule, ops: Collection[OpOverload], *, early: bool = False
 ) -> dict[fx.Node, fx.Node]:
-    """Replace every call of `ops`, plain or in `auto_functionalized`, by the op's own body.
+    """Replace every call of `ops`, plain or in `auto_functionalized`, by the op's body.
 
     Args:
-        gm: a functional graph whose nodes carry fake tensors in `meta["val"]`; changed in place.
+        gm: a functional graph with fake tensors in `meta["val"]`; changed in place.
         ops: overloads made by `torch.library.triton_op`.
-        early: kernels may launch while the one that they wait for runs (`early_launches`).
+        early: kernels may launch before their predecessor ends (`early_launches`).
 
-    Returns:
-        The nodes that now hold what nodes of the graph held before: results, and what was written.
-
-    Raises:
-        LoweringError: a body does not trace.
+    Returns former nodes of results and writes -> their replacements. Raises LoweringError where a
+    body does not trace.
     """
     if early:
         launch_dependents_early()
@@ -83,7 +80,7 @@ def _replace(
     replaced = {}
     returned = len(op._schema.returns)
     if node.target is AUTO_FUNCTIONALIZED or returned > 1:
-        # Where op returns nothing, None stands for that before what it has written.
+        # An op without results returns None before its written arguments.
         shift = 1 if returned == 0 else 0
         for user in list(node.users):  # getitem: what op returns, then what it has written
             index = index_of(user)
@@ -109,7 +106,7 @@ def _leaves(arguments: list[Any]) -> Iterator[Any]:
 
 
 def _description(item: Any, inputs: list[fx.Node]) -> object:
-    """What a traced body depends on: which input, its metadata; values of everything else."""
+    """The dependencies of a traced body: inputs and their metadata, values of other arguments."""
     if not isinstance(item, fx.Node):
         return (type(item), item)
     value, index = item.meta["val"], inputs.index(item)
@@ -120,7 +117,7 @@ def _description(item: Any, inputs: list[fx.Node]) -> object:
 
 
 def _traced(op: OpOverload, arguments: list[Any], inputs: list[fx.Node]) -> fx.GraphModule:
-    """inputs → what `op` returns, then the arguments that it writes, as one functional graph."""
+    """inputs → results of `op`, then its written arguments, as a functional graph."""
     position = {node: index for index, node in enumerate(inputs)}
     mutated = [a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments]
 
@@ -153,7 +150,6 @@ def _copied(
     origin: fx.Node,
     shared: dict[object, fx.Node],
 ) -> list[Any]:
-    """`body` copied to where `graph` inserts, less what was copied there before; its results."""
     copies: dict[fx.Node, fx.Node] = {}
     placeholders = iter(inputs)
     results: list[Any] = []
@@ -176,7 +172,7 @@ def _copied(
 
 
 def _key(node: fx.Node, copies: dict[fx.Node, fx.Node]) -> object:
-    """Equal for nodes that compute the same: sizes by expression, unwritten buffers by size."""
+    """Equal for equal computations: sizes by expression, unwritten buffers by size."""
     if isinstance(node.meta.get("val"), torch.SymInt):
         return str(node.meta["val"])
 

@@ -1,15 +1,15 @@
 """Map every use of a selected module's weight to its site, and make every use carry its delta.
 
-A use either carries its mark already (the hook's `site` op on y or on y + bias), or is a linear,
-embedding or convolution past its module's call, which gets the op here (`F.linear(x, m.weight)`,
-MultiheadAttention's out_proj), or is refused by name. A mark that stands behind other arithmetic of
-the module (a scaled embedding, a router's softmax) is moved to the use of the weight, so that the
-result is that of W + ΔW. A module without a plain weight tensor keeps its mark as it is, and so
-does one with a registered handler.
+A use either has a mark already (the hook's `site` op on y or on y + bias), or is a linear,
+embedding or convolution that bypasses its module's call (`F.linear(x, m.weight)`,
+MultiheadAttention's out_proj) and gets the op here, or is refused by name. A mark behind other
+arithmetic of the module (a scaled embedding, a router's softmax) moves to the use of the weight, so
+that the result is that of W + ΔW. Modules without a plain weight tensor or with a registered
+handler keep their marks.
 
-A site is also refused where a graph seems to compute it with something other than its weight: a
-product of two weights leaves no values that could be recognised (lorafx.program.derived), only a
-linear that nothing uses, in a module that multiplies by tensors of its own.
+A site is also refused if a graph seems to replace its weight: a product of two weights has no
+recognisable values (lorafx.program.derived), only an unused linear in a module that multiplies by
+other tensors.
 """
 
 from __future__ import annotations
@@ -60,18 +60,17 @@ _COMPILED_APART = (
     "its class overrides forward, and a graph break puts the forward and the mark into separate "
     "graphs"
 )
-#: What adapters may have beside factors, and the field of a bank that is there for it.
+#: Adapters' parts beside factors, and their bank fields.
 _EXTRAS: tuple[tuple[When, str], ...] = (("dora", "gains"), ("own", "own"), ("bias", "shifts"))
 _USE_KINDS = {"linear": "linear", "blocks": "linear", "embedding": "embedding", "conv": "conv"}
 
 
 def _replaced_sites(ctx: Context, in_parts: Set[Site]) -> Iterator[Refusal]:
-    """Refusals of sites that this graph seems to compute by something else than their weight.
+    """Refusals of sites that this graph seems to compute without their weight.
 
-    No graph so far has used the site, or this one uses parts of the weight alone (`in_parts`), and
-    here a module that holds it runs with tensors of its own in place of it: any matrix, if the
-    weight's numbers cannot be read; otherwise an attribute or buffer with as many columns as the
-    weight has inputs.
+    No graph so far has used the site, or this one only parts of the weight (`in_parts`), and a
+    module that holds it runs with other tensors of its own: any matrix if the weight is unreadable;
+    else an attribute or buffer with as many columns as the weight has inputs.
     """
     frame, program = ctx.frame, ctx.program
     own = [
@@ -121,15 +120,14 @@ def _is_matrix(node: fx.Node) -> bool:
 
 
 def _running(graph: fx.Graph) -> tuple[set[str], set[str]]:
-    """Identities, as text, and paths of the modules whose forwards made the graph's nodes."""
+    """Ids, as text, and paths of the modules whose forwards made the graph's nodes."""
     stacks = (node.meta.get("nn_module_stack") or {} for node in graph.nodes)
     entries = {(str(key).partition("@")[0], path) for s in stacks for key, (path, _) in s.items()}
     return {name for name, _ in entries}, {plain_path(path) for _, path in entries}
 
 
 def _other_arithmetic(site: Site, use: Use) -> Refusal | None:
-    """Why A, which has the module's stride and padding, cannot be convolved as this use convolves
-    W."""
+    """Why A, with the module's stride and padding, does not fit this use's convolution."""
     module, call = convolution_of(site.module), bound(use.node)
     if call["transposed"] or call["groups"] != module.groups:
         reason = "its weight is used in a convolution of another kind than its own"
@@ -143,7 +141,6 @@ def _other_arithmetic(site: Site, use: Use) -> Refusal | None:
 
 
 def _insert_conv_site(ctx: Context, use: Use, values: Mapping[str, Any]) -> fx.Node:
-    """The site's op on what the use computes; `values` are the bank's arguments, y and rows."""
     call = bound(use.node)
     padding = call["padding"]
     pads = [size for size in padding for _ in range(2)]
@@ -155,7 +152,7 @@ def _insert_conv_site(ctx: Context, use: Use, values: Mapping[str, Any]) -> fx.N
 
 @dataclass(frozen=True)
 class Match:
-    """Every use of a selected weight carries its delta, or the reason why it cannot is kept."""
+    """Every use of a selected weight carries its delta or is refused with a reason."""
 
     name: str = "match"
     required: bool = True
@@ -163,7 +160,7 @@ class Match:
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         marks = {node: ctx.site_of_mark(node) for node in gm.graph.nodes if is_site(node)}
         uses = _uses(ctx)
-        # What a module returns is x Wᵀ where its y is; with blocks of W it may be anything.
+        # A module returns x Wᵀ where y is that; with blocks of W its result is unknown.
         products = {node: use for node, use in uses.items() if use.kind != "blocks"}
         origins = {mark: followed(bound(mark)["y"], products)[0] for mark in marks}
         for mark, site in marks.items():
@@ -215,7 +212,7 @@ class Match:
             if site.eligible.handler is not None:
                 ctx.refuse(Refusal((site,), "always", _USED_BEFORE))
             else:
-                # The delta is at the weight's own use now; behind it would count it twice.
+                # The delta is now at the weight's use; a second one would count it twice.
                 mark.replace_all_uses_with(bound(mark)["y"])
                 ctx.states.pop(mark)
                 gm.graph.erase_node(mark)
@@ -224,7 +221,6 @@ class Match:
 
 
 def _uses(ctx: Context) -> dict[fx.Node, Use]:
-    """All uses of weights of sites in the graph, by the node that computes y."""
     uses: dict[fx.Node, Use] = {}
     held: dict[int, set[fx.Node]] = {}
     for node, item in ctx.frame.by_node.items():
@@ -244,14 +240,13 @@ def _uses(ctx: Context) -> dict[fx.Node, Use]:
 
 
 def _same_stored(ctx: Context, use: Use, other: Use) -> bool:
-    """Whether two parts of one stored weight enter together: its numbers and their scales."""
+    """Whether the numbers and scales of one stored weight enter together."""
     items = ctx.frame.by_node
     return use.stored and other.stored and items[use.weight].sites == items[other.weight].sites
 
 
 def _uses_of_input(node: fx.Node, item: FrameInput, held: Mapping[int, Set[fx.Node]]) -> list[Use]:
-    """The uses of one input, the weight itself or what was made of it. `held`: the inputs that a
-    module holds beside its weight."""
+    """The uses of a weight or derived input; `held` are other inputs from its module."""
     derived = item.derived
     if derived is None and any(site.eligible.kind == "conv" for site in item.sites):
         return convolution_uses(node)
@@ -277,7 +272,7 @@ def _uses_of_input(node: fx.Node, item: FrameInput, held: Mapping[int, Set[fx.No
 
 
 def _joined(ctx: Context, use: Use, other: Use) -> Use:
-    """A use at whose node another weight enters too: (W + ΔW)(V + ΔV) is not two deltas."""
+    """A use whose node has another weight too: (W + ΔW)(V + ΔV) is not two deltas."""
     if use.kind == "unknown":
         return use
     label = ctx.frame.by_node[other.weight].label
@@ -285,8 +280,8 @@ def _joined(ctx: Context, use: Use, other: Use) -> Use:
 
 
 def _mark_follows(ctx: Context, site: Site, use: Use) -> bool:
-    """Whether the use is part of a running call of the module, whose mark adds the delta in a graph
-    that follows; refused unless the module returns x Wᵀ itself."""
+    """Whether a running call of the module makes the use, so its mark follows in a later graph;
+    refused unless the module returns x Wᵀ itself."""
     frame = ctx.frame
     inside = id(site.module) in frame.callers
     frame.inside[frame.positions[use.weight], frame.by_node[use.weight].sites.index(site)] = inside
@@ -296,14 +291,13 @@ def _mark_follows(ctx: Context, site: Site, use: Use) -> bool:
 
 
 def _forward_unknown(site: Site) -> bool:
-    """Whether the module may return something else than x Wᵀ, and no handler says what."""
+    """Whether the module may return another result than x Wᵀ, without a handler."""
     return site.has_own_forward and site.eligible.handler is None
 
 
 def _left_to_mark(ctx: Context, use: Use) -> Site | None:
-    """The site whose mark adds this use's delta, if its module's call makes the use and only that
-    call as a whole is known to compute x Wᵀ: it has a handler, or its weight is stored in a format.
-    """
+    """The site whose mark adds this use's delta, if its module's call makes the use and is only
+    known as a whole to compute x Wᵀ: by a handler or a stored format."""
     item = ctx.frame.by_node[use.weight]
     for site in item.sites:
         stored = bool(item.part) or not is_dense(fake_value(use.weight))
@@ -318,7 +312,7 @@ def _left_to_mark(ctx: Context, use: Use) -> Site | None:
 
 
 def _owner(ctx: Context, use: Use) -> Site | Refusal | None:
-    """The site that an unmarked use belongs to; None where it belongs to a module not selected."""
+    """The site of an unmarked use; None for a module not selected."""
     sites = ctx.frame.by_node[use.weight].sites
     if use.kind == "unknown":
         unknown = ctx.unknown_use(use.weight, use.node, use.reason)
@@ -351,7 +345,6 @@ def _owner(ctx: Context, use: Use) -> Site | Refusal | None:
 
 
 def _insert(ctx: Context, site: Site, use: Use) -> None:
-    """y' = site(x, y) at the use. The bank is looked up by the weight at run time."""
     assert use.x is not None
     bank = ctx.bank_inputs(site, use.weight)
     y = use.node
@@ -390,8 +383,7 @@ def _rescales(node: fx.Node) -> bool:
 
 
 def _leave_alone(ctx: Context, site: Site, node: fx.Node, addends: list[fx.Node]) -> None:
-    """Give the site's op the sum of what stands beside the product in y, which DoRA does not
-    scale."""
+    """Give the site's op the sum of y's addends, which DoRA does not scale."""
     if any(size != 1 for item in addends for size in fake_value(item).shape[:-1]):
         ctx.refuse(
             Refusal(
@@ -407,7 +399,6 @@ def _leave_alone(ctx: Context, site: Site, node: fx.Node, addends: list[fx.Node]
 
 
 def _swapped(ctx: Context, node: fx.Node) -> fx.Node:
-    """`node` with its last two dimensions swapped."""
     dims = list(range(fake_value(node).dim()))
     dims[-1], dims[-2] = dims[-2], dims[-1]
     return ctx.emit(aten.permute.default, node, dims)

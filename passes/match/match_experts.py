@@ -2,7 +2,7 @@
 
     y = grouped_mm(x, W, offs)   →   y' = expert_site(x, y, bank, e)
 
-e is the expert of each row, read from the base's own dispatch: the ends of the sorted groups, the
+e is the expert of each row, read from the base's dispatch: the ends of the sorted groups, the
 chosen indices, or the place in the batch of matrices.
 """
 
@@ -23,9 +23,9 @@ from lorafx.op_arguments import bound, in_order, index_of, operand
 from lorafx.program.frame import fake_value
 
 aten = torch.ops.aten
-#: Give values and their indices.
+#: Operators that return values and their indices.
 RANKINGS = frozenset({aten.topk.default, aten.sort.default, aten.sort.stable})
-#: Give some of the indices that they take, in any order.
+#: Operators that return some of their indices, in any order.
 SAME_INDICES = frozenset(
     {
         *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.clone.default),
@@ -35,7 +35,7 @@ SAME_INDICES = frozenset(
     }
 )
 
-#: The field of a bank of experts that says which siblings share factors.
+#: The bank's field of siblings that share factors.
 ALIKE = "alike"
 
 _NOT_CAPTURED = f"its experts ran, but no product with their weights is in the graph: {LOOP}"
@@ -46,7 +46,7 @@ _QUANTISED = (
 
 
 def insert_expert_sites(ctx: Context) -> int:
-    """Put an op behind each product with a selected expert weight; returns how many."""
+    """Add an op behind each product with a selected expert weight; returns their number."""
     edits = 0
     served: set[int] = set()
     for node, item in list(ctx.frame.by_node.items()):
@@ -76,7 +76,6 @@ def insert_expert_sites(ctx: Context) -> int:
 
 
 def _owner(ctx: Context, sites: list[Site], use: ExpertUse) -> Site | Refusal | None:
-    """The site that a use belongs to; None for a module that is none and holds the same weight."""
     if use.kind == "unknown":
         return ctx.unknown_use(use.weight, use.node, use.reason)
     others = ctx.other_owners(use.weight)
@@ -113,14 +112,13 @@ def _insert(ctx: Context, site: Site, use: ExpertUse) -> None:
 
 
 def _rows(ctx: Context, node: fx.Node, use: ExpertUse) -> fx.Node:
-    """(rows, F) of what a product takes or gives: without the dimension of size one when chosen."""
+    """(rows, F) of a product's operand or result, without the dimension of size one of "chosen"."""
     if use.kind != "chosen":
         return node
     return ctx.emit(aten.squeeze.dim, node, 2 if use.swapped else 1)
 
 
 def _experts(ctx: Context, site: Site, use: ExpertUse) -> fx.Node:
-    """The expert of each row, (rows,)."""
     assert use.x is not None
     device = fake_value(use.x).device
     if use.kind == "chosen":
@@ -138,7 +136,7 @@ def _experts(ctx: Context, site: Site, use: ExpertUse) -> fx.Node:
 
 
 def _from_0(ctx: Context, ids: fx.Node, count: int) -> fx.Node:
-    """Indices as 0 … E - 1: -1 is the last expert of W[ids]. Those of topk and sort are so."""
+    """Indices as 0 … E - 1: -1 is the last expert of W[ids]. topk and sort return such indices."""
     source = ids
     while source.target in SAME_INDICES or source.target in RANKINGS or _position(source) == 0:
         source = operand(source)
@@ -150,7 +148,7 @@ def _from_0(ctx: Context, ids: fx.Node, count: int) -> fx.Node:
 
 
 def _position(node: fx.Node) -> int | None:
-    """0 for the values that topk and sort give, 1 for their indices, None for anything else."""
+    """0 for the values of topk and sort, 1 for their indices, else None."""
     if node.target is not operator.getitem or operand(node).target not in RANKINGS:
         return None
     return int(index_of(node))

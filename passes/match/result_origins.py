@@ -1,6 +1,6 @@
-"""Where a result comes from: the use of a weight behind a module's output, and what is added to it.
+"""The origin of a module's output: the use of a weight, and the added terms.
 
-Rows of an adapter's own replace W's and the bias's, so y has to be x Wᵀ and the module's own bias.
+An adapter's rows replace W's and the bias's, so y must be x Wᵀ plus the module's own bias.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 
 def addends_of(y: fx.Node, uses: dict[fx.Node, Use]) -> list[fx.Node]:
-    """What `y`, which has an origin, holds beside the product with the weight."""
+    """The terms of `y`, which has an origin, beside the product with the weight."""
     use, added = followed(y, uses)
     constants = [constant for _, constant in added]
     return constants if use is None or use.bias is None else [*constants, use.bias]
@@ -28,8 +28,7 @@ def addends_of(y: fx.Node, uses: dict[fx.Node, Use]) -> list[fx.Node]:
 def followed(
     y: fx.Node, uses: dict[fx.Node, Use]
 ) -> tuple[Use | None, list[tuple[fx.Node, fx.Node]]]:
-    """The use whose output `y` is, up to views, casts and the addition of constants (the bias), and
-    these additions, each with the constant that it adds."""
+    """The use behind `y`, through views, casts and additions, and (addition, constant) pairs."""
     node: Any = y
     added: list[tuple[fx.Node, fx.Node]] = []
     while isinstance(node, fx.Node) and node not in uses:
@@ -53,7 +52,7 @@ def followed(
 
 
 def depends_on(node: fx.Node, ancestors: set[fx.Node]) -> bool:
-    """True where `node` is computed from one of `ancestors`."""
+    """Whether `node` is computed from one of `ancestors`."""
     seen: set[fx.Node] = set()
     pending = [node]
     while pending:
@@ -67,7 +66,7 @@ def depends_on(node: fx.Node, ancestors: set[fx.Node]) -> bool:
 
 
 def check_addends(ctx: Context, site: Site, addends: list[fx.Node]) -> None:
-    """Refuse rows of an adapter's own where y is not x Wᵀ and the module's own bias."""
+    """Refuse replaced rows where y is not x Wᵀ plus the module's own bias."""
     bias = getattr(site.module, "bias", None)
     held = [_held(ctx, addend) for addend in addends]
     if len(held) != (bias is not None) or any(tensor is not bias for tensor in held):
@@ -77,7 +76,7 @@ def check_addends(ctx: Context, site: Site, addends: list[fx.Node]) -> None:
 
 
 def refuse_other_uses(ctx: Context, marks: dict[fx.Node, Site], uses: dict[fx.Node, Use]) -> None:
-    """Refuse rows of an adapter's own where something else reads the bias of their module."""
+    """Refuse replaced rows where another node reads the bias of their module."""
     sites = [site for site in ctx.program.sites if site.own_rows]
     if not sites:
         return
@@ -94,8 +93,7 @@ def refuse_other_uses(ctx: Context, marks: dict[fx.Node, Site], uses: dict[fx.No
 def _additions(
     ctx: Context, site: Site, bias: fx.Node, marks: dict[fx.Node, Site], uses: dict[fx.Node, Use]
 ) -> set[fx.Node]:
-    """The nodes that add the bias to a product with the weight of `site`, and its marks, which take
-    it for DoRA's sake."""
+    """Nodes that add the bias to a product with the weight of `site`, and its marks."""
     found = {
         use.node
         for use in uses.values()

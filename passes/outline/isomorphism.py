@@ -1,13 +1,12 @@
-"""Are two stretches of a functional graph the same computation on other operands?
+"""Whether two stretches of a functional graph are the same computation on other operands.
 
     form(n_0 ... n_k) = for each node: what it calls, with what, and what comes out
                         for each operand: its metadata
 
-An argument is the stretch's own j-th node, the i-th distinct node from outside by first use, or a
-literal with its type; symbols are numbered by first use, and those of two stretches have to
-`agree`. No names are looked at. Equal forms mean equal targets, literals, constants, shapes,
-strides, dtypes, devices and aliasing. Mutation and randomness have no form: `regions` keeps them
-out.
+An argument is the stretch's j-th node, the i-th distinct node from outside by first use, or a
+literal with its type; symbols are numbered by first use, and must `agree` between stretches. Names
+are ignored. Equal forms mean equal targets, literals, constants, shapes, strides, dtypes, devices
+and aliasing. Mutation and randomness have no form: `regions` keeps them out.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from lorafx.torch_internals.compat import size_hint
 from lorafx.torch_internals.fake_tensors import FakeTensor, unset_fake_temporarily
 from lorafx.torch_internals.operators import OperatorBase
 
-#: bytes of the widest vector that Inductor's GPU kernels load at once
+#: bytes of the widest vector load of Inductor's GPU kernels
 VECTOR = 16
 _PLAIN = (torch.dtype, torch.device, torch.layout, torch.memory_format, OperatorBase)
 _NUMBERS = (float, complex)
@@ -41,8 +40,7 @@ class CanonicalForm:
 
 @dataclass(frozen=True, eq=False)
 class Stretch:
-    """Nodes that follow one another, the operands they take from before them, and their form.
-    `symbols` are those of its sizes, in the order of their numbers in the form."""
+    """Adjacent nodes, their operands, sizes' `symbols` in the form's order, and form."""
 
     nodes: tuple[fx.Node, ...]
     operands: tuple[fx.Node, ...]
@@ -62,9 +60,9 @@ def stretch_of(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> Stretch:
 
 
 def agree(a: Stretch, b: Stretch, sizes: Mapping[sympy.Symbol, torch.SymInt]) -> bool:
-    """Whether the symbols of two stretches of equal form are the same, or equal in the call that is
-    captured, which a guard then says (the lengths of two layers' caches). `sizes` are the graph's
-    symbols as sizes; one without a value at hand is itself alone."""
+    """Whether the symbols of two stretches of equal form are the same, or equal at capture, which
+    is then guarded (the lengths of two layers' caches). `sizes` are the graph's symbols as sizes;
+    symbols without a value equal only themselves."""
     pairs = [(x, y) for x, y in zip(a.symbols, b.symbols, strict=True) if x != y]
     hints = {x: size_hint(sizes[x]) for pair in pairs for x in pair if x in sizes}
     known = all(hints.get(x) is not None and hints[x] == hints.get(y) for x, y in pairs)
@@ -72,7 +70,7 @@ def agree(a: Stretch, b: Stretch, sizes: Mapping[sympy.Symbol, torch.SymInt]) ->
 
 
 def sizes_of(graph: fx.Graph) -> dict[sympy.Symbol, torch.SymInt]:
-    """The sizes among the graph's inputs, and of them, that are one symbol each."""
+    """Symbols -> sizes, of the inputs and in their shapes."""
     found: dict[sympy.Symbol, torch.SymInt] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -128,7 +126,6 @@ class _Former:
         return ("object", _Identity(value))
 
     def expression(self, expr: sympy.Basic) -> sympy.Basic:
-        """`expr` in the stretch's own symbols."""
         known = self.expressions.get(expr)
         if known is None:
             for symbol in sorted(expr.free_symbols, key=str):
@@ -140,13 +137,12 @@ class _Former:
         return known
 
     def result(self, node: fx.Node) -> Hashable:
-        """The metadata of what `node` returns. A node without a fake value equals no other."""
+        """The metadata of a node's result. A node without a fake value equals no other."""
         value = node.meta.get("val", self)
         return ("unknown", _Identity(node)) if value is self else self.value(value)
 
     def aligned(self, operand: fx.Node) -> Hashable:
-        """Whether vectors may begin at its first element: Inductor looks at the operands of the
-        first call of a body alone."""
+        """Whether its vectors are aligned, which Inductor checks in a body's first call only."""
         value = operand.meta.get("val")
         if not isinstance(value, Tensor):
             return None
@@ -162,8 +158,8 @@ class _Former:
             if isinstance(value, Mapping):  # what a Triton kernel has written, by argument
                 return ("mapping", tuple((key, self.value(item)) for key, item in value.items()))
             return self.literal(value)
-        # The storage offset is left out: it follows from the arguments and from the operands' own,
-        # which differ where a checkpoint's tensors are views of one file.
+        # No storage offset: it follows from the arguments and the operands' offsets, which differ
+        # if tensors are views of a checkpoint's file.
         strides: Hashable = ("unknown", _Identity(value))
         if value.layout is torch.strided:
             strides = self.sizes(value.stride())
@@ -172,7 +168,7 @@ class _Former:
         return ("tensor", value.__class__, value.dtype, value.device, shape, strides, flags)
 
     def sizes(self, sizes: Sequence[Any]) -> Hashable:
-        """Numbers as they are, symbols as in `literal`."""
+        """Numbers, and symbols as in `literal`."""
         return tuple(
             [
                 size if isinstance(size, int) else ("symbol", self.expression(size.node.expr))
@@ -196,7 +192,7 @@ class _Identity:
 
 @dataclass(frozen=True, eq=False)
 class _Constant:
-    """An attribute of the graph's module: equal to tensors of equal metadata and bits."""
+    """A module attribute: equal to tensors of equal metadata and bits."""
 
     value: Any
 
@@ -225,7 +221,6 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _attribute(gm: fx.GraphModule, target: str) -> Any:
-    """The value of a get_attr node: `a.b.c` of the module."""
     found: Any = gm
     for name in target.split("."):
         found = getattr(found, name)

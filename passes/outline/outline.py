@@ -1,11 +1,11 @@
-"""Repeated layers are compiled once and called with their own weights and banks.
+"""Repeated layers are compiled once and called with their weights and banks.
 
     h1 = layer(h0; W0, bank0); h2 = layer(h1; W1, bank1); ...
     →   h1 = invoke_subgraph(body, h0, W0, bank0); h2 = invoke_subgraph(body, h1, W1, bank1); ...
 
-Candidates are the nodes of one module call (regions.py), merged where their canonical forms are
-equal (isomorphism.py). A body returns fresh tensors only: views that readers outside need are taken
-again outside, since a result that shares an operand's memory would be overwritten with it.
+Candidates are the nodes of a module call (regions.py), merged if their canonical forms are equal
+(isomorphism.py). A body returns fresh tensors only: readers outside take views again, since a
+result that shares an operand's memory would be overwritten with it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ INVOKE = torch.ops.higher_order.invoke_subgraph
 
 @dataclass(frozen=True)
 class Outline:
-    """Repeated layers become calls of one body. Repeats of less than `min_nodes` stay: a call costs
-    more than their compilation, and nothing fuses across its ends."""
+    """Repeated layers become calls of a body. Repeats below `min_nodes` stay: a call costs more
+    than their compilation, and prevents fusion across its ends."""
 
     name: str = "outline"
     required: bool = False
@@ -58,9 +58,9 @@ class Outline:
 def repeats(
     gm: fx.GraphModule, claimed: set[fx.Node], least: int
 ) -> Iterator[tuple[tuple[Region, ...], tuple[Stretch, ...]]]:
-    """Groups of isomorphic regions of at least so many nodes, longest first; none overlaps what is
-    `claimed`, where the caller puts what it has used."""
-    # Over a paged cache, layers of two kinds read as many rows in one step, and not in the next.
+    """Isomorphic regions of at least `least` nodes, longest first, beside the caller's
+    `claimed`."""
+    # Over a paged cache, equal lengths of two kinds of layers may differ in the next step.
     sizes = {} if writes_in_place(gm) else sizes_of(gm.graph)
     lengths: dict[int, list[Region]] = {}
     for region in regions_of(gm.graph):
@@ -84,8 +84,7 @@ def repeats(
 
 @dataclass(frozen=True)
 class _Member:
-    """One stretch of a group: the places of the nodes whose values leave it, by themselves or by a
-    view, and the nodes that are computed once more behind the call."""
+    """A stretch, indices of nodes whose values leave it, and nodes recomputed behind the call."""
 
     stretch: Stretch
     results: frozenset[int]
@@ -140,7 +139,7 @@ def _outline(
 
 
 def _symbols(graph: fx.Graph, stretch: Stretch) -> list[fx.Node]:
-    """Sizes among the graph's inputs that the body needs and that are no operands yet."""
+    """Size inputs that the body needs beside its operands."""
     needed = set()
     for node in (*stretch.nodes, *stretch.operands):
         for value in tree_leaves(fake_value(node)):
@@ -153,8 +152,8 @@ def _symbols(graph: fx.Graph, stretch: Stretch) -> list[fx.Node]:
         value = fake_value(node)
         if isinstance(value, torch.SymInt) and value.node.expr in needed:
             inputs.setdefault(value.node.expr, []).append(node)
-    # The lengths of all layers' caches may have become one symbol. Inductor calls an input as what
-    # it was: so the one that was this symbol is taken, and none of the others.
+    # The lengths of all layers' caches may share a symbol, but Inductor identifies inputs by their
+    # original symbols: only the input that was this symbol is taken.
     found: list[fx.Node] = []
     for symbol, nodes in inputs.items():
         own = [node for node in nodes if fake_value(node).node._expr == symbol]
@@ -168,7 +167,7 @@ def _body(
     operands: Sequence[fx.Node],
     results: Sequence[int],
 ) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
-    """`nodes` as a graph of their own over their operands and sizes; and where each node went."""
+    """`nodes` as a graph over their operands and sizes, and node -> its copy."""
     graph = fx.Graph()
     inside: dict[fx.Node, fx.Node] = {}
     for node in operands:
@@ -187,7 +186,6 @@ def _call(
     results: Sequence[int],
     replaced: dict[fx.Node, fx.Node],
 ) -> fx.Node:
-    """The stretch's nodes become one call of the body."""
     nodes = member.stretch.nodes
     own = set(nodes)
     with graph.inserting_before(nodes[0]):

@@ -1,8 +1,8 @@
-"""Where repeats may be: the stretches of a graph that one call of a module left in it.
+"""Candidates for repeats: the stretches of a graph that a module's call left in it.
 
-The nodes of one module call follow one another, and each says which calls it was made in
-(`nn_module_stack`). Nodes that passes added belong to the stretch that they stand in. A stretch is
-contiguous in an order of definition before use, hence convex: no path leaves it and comes back.
+The nodes of a module call are adjacent and name their calls (`nn_module_stack`). Nodes added by
+passes belong to the stretch around them. A stretch is contiguous in an order of definition before
+use, hence convex: no path leaves it and comes back.
 """
 
 from __future__ import annotations
@@ -22,22 +22,20 @@ from lorafx.torch_internals.operators import OpOverload
 
 aten = torch.ops.aten
 
-#: What reads a size off a tensor.
 _SIZES = frozenset({aten.sym_size.int, aten.sym_stride.int})
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
 
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """The nodes of one module call, or of a part of it between two barriers; `path` is for
-    messages."""
+    """The nodes of a module call, or of a part between two barriers; `path` is for messages."""
 
     path: str
     nodes: tuple[fx.Node, ...]
 
 
 def regions_of(graph: fx.Graph) -> list[Region]:
-    """All regions of the graph, nested ones too: longest first, then in the graph's order."""
+    """All regions of the graph, also nested ones, longest first, then in graph order."""
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
     barriers = _barriers(nodes)
     stacks = [() if node in barriers else _stack(node) for node in nodes]
@@ -71,16 +69,14 @@ def _runs(
 
 
 def _stack(node: fx.Node) -> tuple[Any, ...]:
-    """The module calls that `node` was made in, outermost first."""
     return tuple(node.meta.get("nn_module_stack") or ())
 
 
 def _barriers(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    """Nodes that must stay where they are: they mutate, draw random numbers or assert, or make what
-    is written back into an input. An assignment to items, in Dynamo's own graphs, is a part of its
-    layer."""
+    """Immovable nodes: mutations, random numbers, assertions, and values written back into inputs.
+    Assignments to items, in Dynamo's graphs, belong to their layer."""
     found: set[fx.Node] = set()
-    # torch asks several of its tables of an operator, and a graph has few operators.
+    # torch's lookups of an operator are slow, and a graph has few operators.
     pure: set[Any] = set()
     for node in nodes:
         if node.op != "call_function" or node.target in pure or node.target is operator.setitem:
@@ -90,7 +86,7 @@ def _barriers(nodes: Sequence[fx.Node]) -> set[fx.Node]:
                 pure.add(node.target)
         elif not is_pure(node):
             found.add(node)
-            # A call takes and returns tensors, so the results of a barrier are told apart there.
+            # Calls take and return tensors, so a barrier's results are unpacked there.
             found.update(user for user in node.users if user.target is operator.getitem)
             if node.target is aten.copy_.default:
                 source: Any = bound(node)["src"]
@@ -101,17 +97,17 @@ def _barriers(nodes: Sequence[fx.Node]) -> set[fx.Node]:
 
 
 def is_pure(node: fx.Node) -> bool:
-    """True where `node` neither mutates, nor draws random numbers, nor has another effect."""
+    """Whether `node` neither mutates, nor draws random numbers, nor has another effect."""
     return node.op == "get_attr" or not _has_effect(node) or _drops_nothing(node)
 
 
 def _has_effect(node: fx.Node) -> bool:
-    """Whether its operator has an effect, whatever it is called with."""
+    """Whether its operator has an effect for any arguments."""
     return node.is_impure() or _mutates(node)
 
 
 def _drops_nothing(node: fx.Node) -> bool:
-    """True for an attention that is tagged as random for its dropout, whose probability is 0."""
+    """Whether it is an attention tagged as random for dropout, with probability 0."""
     return hasattr(node.target, "_schema") and bound(node).get("dropout_p", 1) == 0
 
 
@@ -121,7 +117,7 @@ def _mutates(node: fx.Node) -> bool:
 
 
 def is_view(node: fx.Node) -> bool:
-    """True where the result may share its operand's memory, by the operator's schema."""
+    """Whether the result may share its operand's memory, by schema."""
     if node.op != "call_function":
         return False
     if node.target is operator.getitem:
@@ -131,13 +127,12 @@ def is_view(node: fx.Node) -> bool:
 
 
 def is_free(node: fx.Node) -> bool:
-    """True for what costs nothing to compute once more: views, sizes, constants."""
+    """Whether recomputation costs nothing: views, sizes, constants."""
     return node.op == "get_attr" or is_view(node) or isinstance(fake_value(node), _SYMBOLIC)
 
 
 def hoist_shared(graph: fx.Graph) -> int:
-    """Put what several regions read and no activation goes into before all of them; returns how
-    many nodes moved."""
+    """Move activation-independent values of several regions to the front; returns their number."""
     _settle_sizes(graph)
     invariant = _invariant(graph)
     wanted: set[fx.Node] = set()
@@ -164,7 +159,7 @@ def hoist_shared(graph: fx.Graph) -> int:
 
 
 def _settle_sizes(graph: fx.Graph) -> None:
-    """A size read off an activation is a number, or computed from the sizes among the inputs."""
+    """Replace sizes of activations by numbers, or by expressions of size inputs."""
     known: dict[Any, fx.Node] = {}
     anchor = next(node for node in graph.nodes if node.op != "placeholder")
     for node in list(graph.nodes):
@@ -186,7 +181,7 @@ def _settle_sizes(graph: fx.Graph) -> None:
 
 
 def _computed(graph: fx.Graph, expr: Any, known: dict[Any, fx.Node]) -> Any:
-    """`expr` as a number or a node: a polynomial in sizes that are inputs; else None."""
+    """`expr` as a number or a node: a polynomial in size inputs; else None."""
     if expr.is_Integer:
         return int(expr)
     if expr not in known and isinstance(expr, (sympy.Add, sympy.Mul)):
@@ -210,7 +205,7 @@ def _replace_argument(user: fx.Node, old: fx.Node, new: Any) -> None:
 
 
 def bodies(gm: fx.GraphModule) -> list[tuple[str, fx.GraphModule]]:
-    """The graphs that the graph holds as attributes, by name: outlined layers, branches."""
+    """The graphs in the graph's attributes, by name: outlined layers, branches."""
     names = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
     return [
         (name, module)
@@ -220,7 +215,7 @@ def bodies(gm: fx.GraphModule) -> list[tuple[str, fx.GraphModule]]:
 
 
 def _invariant(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes computed from sizes, slots and other integers among the inputs, and constants."""
+    """Nodes computed from sizes, slots, other integer inputs, and constants."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder":

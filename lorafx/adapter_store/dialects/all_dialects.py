@@ -1,4 +1,4 @@
-"""The dialects, and which one a file is in."""
+"""All dialects, and the detection of a file's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lorafx.errors import CheckpointError, ConfigError, UnsupportedAdapterError,
 
 
 class Peft(Dialect):
-    """PEFT's own files, with and without its prefix, and a configuration."""
+    """PEFT's files, with or without its prefix, and a configuration."""
 
     name = "peft"
     keys = "<module>.lora_A.weight"
@@ -38,10 +38,10 @@ class Peft(Dialect):
         return AdapterState(config, saved.tensors, saved.where)
 
 
-#: The first one that claims a file reads it.
+#: The first claimant reads a file.
 DIALECTS: tuple[Dialect, ...] = (Mlx(), Kohya(), Diffusers(), Loralib(), Peft())
 
-#: The last parts of a key, and the method other than LoRA that has them.
+#: Last parts of keys -> the other method that has them.
 _METHODS: Mapping[str, str] = {
     r"hada_[wt][12](_[ab])?": "LoHa: a product of two low-rank matrices, element by element",
     r"lokr_[wt][12](_[ab])?": "LoKr: a Kronecker product",
@@ -57,18 +57,18 @@ _METHODS: Mapping[str, str] = {
     r"module_logits|poly_lora_[AB](\..+)?": "Poly: a mixture of skills",
 }
 _PATTERNS = [(re.compile(rf"(?:.*\.)?(?:{keys})"), method) for keys, method in _METHODS.items()]
-#: Of each module GLoRA has all of these. One alone is the weight of a module of that name.
+#: A GLoRA module has all of these; a single one is the weight of a module of that name.
 _GLORA = re.compile(r"((?:.*\.)?)[ab][12]\.weight")
 _OF_GLORA = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
 
 
 def dialect_of(saved: Saved, name: str | None = None) -> Dialect:
-    """The dialect of this name, or the one that `saved` is in.
+    """The named dialect, or the dialect of `saved`.
 
     Raises:
-        ConfigError: there is no dialect of this name.
-        UnsupportedAdapterError: the keys are those of another method than LoRA.
-        CheckpointError: the keys are those of no dialect.
+        ConfigError: an unknown name.
+        UnsupportedAdapterError: the keys of another method than LoRA.
+        CheckpointError: the keys of no dialect.
     """
     known = {dialect.name: dialect for dialect in DIALECTS}
     if name is not None:

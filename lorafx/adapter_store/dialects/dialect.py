@@ -1,4 +1,4 @@
-"""What a dialect is: it knows its own files, and says them in PEFT's names.
+"""The interface of dialects: recognise files, and translate them to PEFT's names.
 
 <module>.lora_A.weight (r, K), <module>.lora_B.weight (N, r), and s by module
 """
@@ -18,35 +18,33 @@ from lorafx.adapter_store.saved import AdapterState, Saved
 from lorafx.errors import CheckpointError
 from lorafx.registry import lookup
 
-#: What files call the model of a pipeline that removes the noise, whatever the pipeline calls it.
+#: Names in files of a pipeline's denoising model.
 DENOISERS = ("unet", "transformer", "diffusion_model")
 _VECTORS = {"m": "lora_magnitude_vector", "b": "lora_B.bias"}
 
 
 class Dialect(ABC):
-    """One way to save an adapter. `name` is what `AdapterSource.dialect` calls it, `keys` what
-    messages say of its keys."""
+    """A way to save adapters: its `name` in `AdapterSource.dialect`, its `keys` in messages."""
 
     name: ClassVar[str]
     keys: ClassVar[str]
 
     @abstractmethod
     def claims(self, saved: Saved) -> bool:
-        """Whether `saved` is in this dialect, by its keys."""
+        """Whether the keys of `saved` are of this dialect."""
 
     @abstractmethod
     def state(self, saved: Saved, model: nn.Module | None) -> AdapterState:
-        """`saved` in PEFT's names. Tensors are views of the saved ones; every key is placed under a
-        name of PEFT's, or stays as it is for the reader to refuse.
+        """`saved` in PEFT's names. Tensors are views; unknown keys are kept for the reader to
+        refuse.
 
         Raises:
-            CheckpointError: keys that cannot be read, or a configuration that lacks what it needs.
+            CheckpointError: unreadable keys, or an incomplete configuration.
             UnsupportedAdapterError: arithmetic beyond LoRA.
         """
 
     def components(self, saved: Saved) -> tuple[str, ...]:
-        """The models of a pipeline that `saved` has factors for; "" stands for one that its keys do
-        not name."""
+        """The models of a pipeline with factors in `saved`; "" where the keys name none."""
         return ("",)
 
 
@@ -61,22 +59,21 @@ class Translation:
         self._places = None if model is None else Places((), model)
 
     def module(self, path: str) -> nn.Module | None:
-        """The module at `path` of the model, None where there is none, or no model."""
+        """The model's module at `path`, if any."""
         return None if self._places is None else self._places.module(path)
 
     def exists(self, path: str) -> bool:
-        """Whether the model has a module at `path`."""
         return self.module(path) is not None
 
     def held(self, path: str) -> bool:
-        """Whether the model has a module at `path` without its first name, which may be that of the
-        model that held this one: transformers 5 has no `text_model` around CLIP's."""
+        """Whether `path` exists without its first name (transformers 5's CLIP has no
+        `text_model`)."""
         rest = path.partition(".")[2]
         return bool(rest) and self.exists(rest)
 
     def add(self, path: str, letter: str, tensor: Tensor) -> None:
-        """Factor "A" (r, K) or "B" (N, r), DoRA's "m" (N,), or B's bias "b" (N,), of the module at
-        `path`. CheckpointError where there is one already."""
+        """Add "A" (r, K), "B" (N, r), DoRA's "m" (N,) or B's bias "b" (N,) of the module at `path`;
+        duplicates raise CheckpointError."""
         if letter in _VECTORS:
             self.put(f"{path}.{_VECTORS[letter]}", tensor)
             return
@@ -94,7 +91,7 @@ class Translation:
         self.put(f"{path}.lora_{letter}.weight", tensor)
 
     def put(self, key: str, tensor: Tensor) -> None:
-        """Take a tensor under its name in PEFT. CheckpointError where there is one already."""
+        """Add a tensor under its PEFT key; duplicates raise CheckpointError."""
         if key in self.tensors:
             raise CheckpointError(f"{self.saved.where} has two keys that mean {key}; keep one")
         self.tensors[key] = tensor
@@ -115,12 +112,12 @@ class Translation:
 
 
 def raw(fields: Mapping[str, Any] | PeftConfig | None) -> Mapping[str, Any]:
-    """Fields of a dialect's own configuration; none where there is another one."""
+    """The fields of a dialect's configuration; none of PEFT's."""
     return {} if fields is None or isinstance(fields, PeftConfig) else fields
 
 
 def alpha_of(key: str, tensor: Tensor) -> float:
-    """α, saved as the tensor `key`. CheckpointError where it is not one finite number."""
+    """α from the tensor `key`; CheckpointError unless it is one finite number."""
     value = float("nan")
     if tensor.numel() == 1 and not tensor.is_complex():
         value = float(tensor.item())
@@ -138,14 +135,11 @@ def component_of(
     given: str | None,
     where: str,
 ) -> str | None:
-    """Which component of a file the model is, by the names that the file has for each: the one of
-    which the model has some, or all. None where it has none of them, and there are several.
+    """The file's component that the model has some, or all, names of; None where it has no names
+    and there are several.
 
-    `tests` say whether the model has a name, the strictest first: a later one counts where none of
-    the names passes those before it.
-
-    Raises:
-        CheckpointError: several fit, or the one that was `given` is not in the file.
+    `tests` whether the model has a name are tried strictest first, each only if no name passes the
+    previous ones. Raises CheckpointError where several fit, or `given` is not in the file.
     """
     if given is not None:
         if given not in groups:

@@ -5,10 +5,9 @@
     unet.<module>.alpha                              α, s = α/r
     unet.<…attn1>.processor.to_q_lora.down.weight    older keys, which diffusers itself converts
 
-A configuration for each model lies in the metadata (`lora_adapter_metadata`). Without it and
-without α, diffusers takes α = r, so s = 1. Names of a model's first implementation are left to
-diffusers' conversions: that one is right whose factors all land on modules. Nothing of its tables
-is repeated here.
+Configurations are in the metadata (`lora_adapter_metadata`). Without them and without α, diffusers
+takes α = r, so s = 1. Names of a model's first implementation go through diffusers' conversions: a
+conversion is right if all its factors land on modules.
 """
 
 from __future__ import annotations
@@ -38,14 +37,14 @@ from lorafx.adapter_store.places import Places
 from lorafx.adapter_store.saved import AdapterState, Saved
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
 
-#: What pipelines call their models, and what files of the first implementations do.
+#: Names of models by pipelines and by files of first implementations.
 COMPONENTS = frozenset(
     {
         *("unet", "transformer", "transformer_2", "transformer_3", "prior", "connectors"),
         *("text_encoder", "text_encoder_2", "text_encoder_3", "diffusion_model"),
     }
 )
-#: Of adapters for the largest models. Conversions look through all keys, some for each of them.
+#: Conversions scan all keys, some once per key.
 _MOST_KEYS = 20_000
 _METADATA = "lora_adapter_metadata"
 _PAIR = re.compile(r"\.lora\.(down|up)\.weight$")
@@ -54,7 +53,7 @@ _ALPHA = re.compile(r"(\.lora_[AB](\.weight)?|\.lora\.down(\.weight)?)?\.alpha$"
 
 
 class Diffusers(Dialect):
-    """unet.<module>.lora_A.weight, or .lora.down.weight, and so on for each model of a pipeline."""
+    """unet.<module>.lora_A.weight, or .lora.down.weight, for each model of a pipeline."""
 
     name = "diffusers"
     keys = "unet.<module>.lora_A.weight or .lora.down.weight"
@@ -81,12 +80,12 @@ class Diffusers(Dialect):
 
 
 def converted_by_diffusers(saved: Saved, dialect: Dialect, model: nn.Module) -> AdapterState | None:
-    """What diffusers makes of names of a model's first implementation; None where it does not know
-    them, or is not installed.
+    """diffusers' conversion of a first implementation's names; None where it has none, or is not
+    installed.
 
     Raises:
-        CheckpointError: conversions land that differ.
-        UnsupportedAdapterError: diffusers would leave something out.
+        CheckpointError: several conversions land, with different results.
+        UnsupportedAdapterError: diffusers would drop a part.
     """
     if len(saved.tensors) > _MOST_KEYS:
         return None
@@ -139,7 +138,6 @@ def _loaders() -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Without diffusers' warnings about keys that are for another conversion."""
     log = logging.getLogger("diffusers")
     level = log.level
     log.setLevel(logging.CRITICAL)
@@ -218,8 +216,7 @@ def _translated(
 def _as_they_stand(
     saved: Saved, found: Translation, groups: Mapping[str, Any], alphas: bool
 ) -> bool:
-    """Whether the names are the model's own: it holds the models of a pipeline, or has other
-    children of such names, and then nothing says that α = r."""
+    """Whether the model is a whole pipeline, or has such children; then α = r is not implied."""
     if saved.component is not None or not all(map(found.exists, groups)):
         return COMPONENTS.isdisjoint(groups)
     known = alphas or saved.fields is not None or _METADATA in saved.metadata
@@ -234,7 +231,7 @@ def _as_they_stand(
 
 
 def _groups(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Values by component, and by key without it; "" for keys that begin with none."""
+    """Values by component ("" for none), and by the rest of the key."""
     groups: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         component, _, rest = key.partition(".")
@@ -244,7 +241,6 @@ def _groups(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _simple(values: Mapping[str, Any], component: str, prefix: bool = False) -> dict[str, Any]:
-    """`values` of one component under keys with `lora_A` and `lora_B`."""
     if any(_OLDER.search(key) for key in values):
         values = _of_older_keys(values, component)
     named = {
@@ -258,7 +254,6 @@ def _simple(values: Mapping[str, Any], component: str, prefix: bool = False) -> 
 
 
 def _of_older_keys(tensors: Mapping[str, Any], component: str) -> dict[str, Any]:
-    """`tensors` with diffusers' older keys replaced by `lora_A` and `lora_B`, by diffusers."""
     first, target = f"{next(iter(tensors))!r:.200}", component or "this model"
     try:
         utils: Any = importlib.import_module("diffusers.utils")

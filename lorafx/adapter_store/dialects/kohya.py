@@ -1,11 +1,10 @@
-"""Files of kohya's sd-scripts and of A1111: paths whose dots have become underscores.
+"""Files of kohya's sd-scripts and of A1111: paths with underscores for dots.
 
     lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight   A
     ….lora_up.weight   B;   ….alpha   α, s = α/r, and 1 where it is absent;   ….dora_scale   m
 
-Which module a name means is found by flattening the model's own names. A name that two modules have
-is refused. Where none has it, diffusers' conversion for the model decides: many such files have the
-names of a model's first implementation.
+Names are resolved by flattening the model's; ambiguous names are refused. Unknown names go to
+diffusers' conversion: many files use the names of a model's first implementation.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _LETTERS = {
     "lora_B.weight": "B",
     "dora_scale": "m",
 }
-#: What files call the models of a pipeline, and what pipelines call them.
+#: Components in files -> components of pipelines.
 _COMPONENTS: Mapping[str, str] = {
     "lora_unet": "unet",
     "lora_transformer": "transformer",
@@ -42,7 +41,7 @@ _COMPONENTS: Mapping[str, str] = {
     "lora_prior_te": "text_encoder",
 }
 _PREFIX = re.compile(rf"({'|'.join(sorted(_COMPONENTS, key=len, reverse=True))})_")
-#: The paths of modules that hold weights, by what they are without dots.
+#: Module paths by their flattened forms.
 _Flat = Mapping[str, tuple[str, ...]]
 
 
@@ -112,8 +111,7 @@ def _flattened(model: nn.Module) -> _Flat:
 def _of_this_model(
     names: Iterable[str], saved: Saved, flat: _Flat
 ) -> tuple[dict[str, str], tuple[str, ...]]:
-    """What this model's modules may be called without dots, by the names in the file that are for
-    it, and the components of the others."""
+    """The file's names for this model's modules, and the components of other names."""
     groups: dict[str, dict[str, str]] = {}
     held: dict[str, str] = {}
     for name in names:
@@ -126,7 +124,7 @@ def _of_this_model(
         return held, ()
 
     def has_inner(name: str) -> bool:
-        """Without what may be the model that held this one ("text_model")."""
+        """Without what may be a parent model's name ("text_model")."""
         return any(name.split("_", cut)[-1] in flat for cut in (1, 2))
 
     rests = {component: group.values() for component, group in groups.items()}
@@ -137,8 +135,7 @@ def _of_this_model(
 
 
 def _unwrapped(names: dict[str, str], flat: Mapping[str, Any]) -> dict[str, str]:
-    """`names` without a beginning that all those share which are of no module, where each is one's
-    whole path then: transformers 5 has no `text_model` around CLIP's."""
+    """`names` without a common wrapper's name: transformers 5 has no `text_model` around CLIP's."""
     lost = [rest for rest in names.values() if rest not in flat]
     for cut in (1, 2):
         starts = {rest[: len(rest) - len(rest.split("_", cut)[-1])] for rest in lost}

@@ -3,8 +3,7 @@
     <module>.lora_A (r, K), .lora_B (N, r)            s = lora_alpha / r;  embeddings (r, V), (D, r)
     <module>.lora_A (G·r, K), .lora_B (N·G/P, r)      MergedLinear: G of P equal slices have LoRA
 
-MergedLinear multiplies by groups: rows g·r … of A belong to slice g alone. As one pair of factors
-that is a block-diagonal B of rank G·r, with s as before.
+In MergedLinear rows g·r … of A belong to slice g: a block-diagonal B of rank G·r, s unchanged.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _FACTOR = re.compile(r"(?:(?P<module>.+)\.)?lora_(?P<letter>[AB])")
 
 
 class Loralib(Dialect):
-    """<module>.lora_A and .lora_B, parameters of the module itself; α is given beside."""
+    """<module>.lora_A and .lora_B, parameters of the module; α comes from the configuration."""
 
     name = "loralib"
     keys = "<module>.lora_A"
@@ -76,7 +75,6 @@ def _ungrouped(
     groups: int,
     fields: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """The factors of a MergedLinear as those of one linear."""
     b, where = pair["B"], found.saved.where
     enabled = fields.get("enable_lora", [True] * groups)
     if not isinstance(enabled, list | tuple) or sum(map(bool, enabled)) != groups:

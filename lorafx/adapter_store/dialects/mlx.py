@@ -1,11 +1,10 @@
-"""mlx-lm's adapters: adapters.safetensors beside an adapter_config.json of its own.
+"""mlx-lm's adapters: adapters.safetensors beside a specific adapter_config.json.
 
     <module>.lora_a (K, r), .lora_b (r, N)    y + scale · (x lora_a) lora_b
     <module>.m (N,)                           DoRA, beside either
     <mlp>.switch_mlp.<proj>.lora_a (E, r, K), .lora_b (E, N, r)    routed experts
 
-`scale` is in the configuration's `lora_parameters`, and nothing divides it by r. Older releases
-have `alpha` there too: s = scale · alpha / rank.
+`scale`, in `lora_parameters`, is not divided by r. Older releases: s = scale · alpha / rank.
 """
 
 from __future__ import annotations
@@ -78,7 +77,6 @@ class Mlx(Dialect):
 def _experts(
     found: Translation, parts: list[str], letter: str, tensor: Tensor, key: str
 ) -> list[str]:
-    """Factors of all experts, each under its name from before mlx stacked them; the paths."""
     at = parts.index(_SWITCH)
     before, after = parts[:at], parts[at + 1 :]
     if letter == "a" and tensor.dim() == 2:  # (E·r, K) in older releases; E is that of B
