@@ -113,12 +113,6 @@ def test_pickles_of_other_things_than_dense_tensors(case: str, tmp_path: Path) -
         read(tmp_path, MODEL, SITES)
 
 
-def test_the_format_from_before_archives(tmp_path: Path) -> None:
-    write(tmp_path, pickled=True)
-    torch.save(tensors(), tmp_path / PICKLED, _use_new_zipfile_serialization=False)
-    assert len(read(tmp_path, MODEL, SITES).weights) == 7
-
-
 def _deflated(file: Path, size: int) -> None:
     """An archive whose one tensor is `size` zeros, compressed to a thousandth."""
     torch.save({KEY: torch.zeros(size // 4)}, file)

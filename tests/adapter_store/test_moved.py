@@ -84,33 +84,6 @@ def test_several_places_are_an_error_that_names_them(text, tmp_path: Path) -> No
     assert all("language_model.layers" in key for key in state.tensors)
 
 
-def test_packed_names_move_with_the_layer_that_they_are_in(case: Case) -> None:
-    """`qkv_proj` is no module here; the layer is."""
-    factors = {}
-    for name, rows in (("qkv_proj", 48), ("q_proj", 24)):
-        path = f"model.layers.1.self_attn.{name}"
-        factors[f"{path}.lora_A.weight"] = torch.ones(2, 24)
-        factors[f"{path}.lora_B.weight"] = torch.ones(rows, 2)
-    source = lorafx.AdapterSource(factors, config={"r": 2, "lora_alpha": 2})
-    state = load_state(source, case.base)
-    assert {key.partition(".self_attn")[0] for key in state.tensors} == {
-        "model.language_model.layers.1"
-    }
-    wrong = {key.replace("layers.1", "layers.9"): t for key, t in factors.items()}
-    source = lorafx.AdapterSource(wrong, config={"r": 2, "lora_alpha": 2})
-    assert load_state(source, case.base).notes == ()
-
-
-def test_what_did_not_move_stays(text, case: Case, folder: Path) -> None:
-    assert load_state(folder, text).notes == ()
-    deeper = {"model.layers.7.self_attn.q_proj.lora_A.weight": torch.ones(2, 24)}
-    source = lorafx.AdapterSource(deeper, config={"r": 2, "lora_alpha": 2})
-    assert load_state(source, text).tensors.keys() == deeper.keys()
-    unknown = {"model.blocks.0.attention.lora_A.weight": torch.ones(2, 24)}
-    source = lorafx.AdapterSource(unknown, config={"r": 2, "lora_alpha": 2})
-    assert load_state(source, case.base).notes == ()
-
-
 @pytest.mark.parametrize(
     ("mapping", "error", "message"),
     [

@@ -8,7 +8,7 @@ import torch
 
 from lorafx.adapter_store.peft_model import is_peft_model, take_over
 from lorafx.adapter_store.peft_reader import read_adapter
-from lorafx.errors import CaptureError, CheckpointError, UnsupportedAdapterError
+from lorafx.errors import CheckpointError, UnsupportedAdapterError
 
 pytestmark = [pytest.mark.usefixtures("fixed_sizes"), pytest.mark.filterwarnings("ignore")]
 
@@ -72,49 +72,6 @@ def test_live_scales_win(build, sites_of):
     assert scales == [3.0, 1.5]
 
 
-def test_weighted_adapter(build, sites_of):
-    """PEFT gives a combination a rank that its configuration may not say for each module."""
-    model = wrapped(
-        build("llama"),
-        {"r": 2, "target_modules": ["q_proj"]},
-        {"r": 3, "target_modules": ["q_proj"]},
-    )
-    model.add_weighted_adapter(["a", "b"], [0.7, 0.3], "mix", combination_type="cat")
-    model.set_adapter("mix")
-    expected = model.base_model.model.model.layers[0].self_attn.q_proj.get_delta_weight("mix")
-    taken = take_over(model)
-    assert taken.active == ("mix",)
-    base = taken.base
-    adapter = read_adapter(taken.adapters["mix"], "mix", sites_of(base), model=base)
-    a, b, scale, *_ = adapter.weights["model.layers.0.self_attn.q_proj"]
-    torch.testing.assert_close(scale * (b @ a), expected)
-
-
-def test_unwrapped_peft_model_refuses_adapters_and_restore_gives_them_back(build):
-    model = wrapped(build("llama"), {"r": 2, "target_modules": ["q_proj", "embed_tokens"]})
-    before = logits(model, adapter_names=["a", "__base__"])
-    saved = set(model.state_dict())
-    taken = take_over(model)
-    assert not hasattr(taken.base, "peft_config")
-    with pytest.raises(CaptureError, match="lorafx took over the adapters"):
-        logits(model, adapter_names=["a", "__base__"])
-    taken.restore()
-    assert set(model.state_dict()) == saved
-    assert torch.equal(logits(model, adapter_names=["a", "__base__"]), before)
-    assert taken.base.peft_config is model.peft_config
-
-
-def test_active_adapter(build):
-    configs = [{"r": 2, "target_modules": ["q_proj"]}, {"r": 2, "target_modules": ["v_proj"]}]
-    model = wrapped(build("llama"), *configs)
-    model.set_adapter("b")
-    taken = take_over(model)
-    assert taken.active == ("b",)
-    taken.restore()
-    with model.disable_adapter():
-        assert take_over(model).active == ()
-
-
 def test_merged_adapters_are_refused_and_nothing_changes(build):
     model = wrapped(build("llama"), {"r": 2, "target_modules": ["q_proj"]})
     model.merge_adapter()
@@ -138,8 +95,3 @@ def test_unsupported_adapters_leave_the_model_alone(config, field, build):
         take_over(model)
     assert set(dict(model.named_modules())) == names
     assert torch.equal(logits(model), before)
-
-
-def test_other_models_are_refused(build):
-    with pytest.raises(CheckpointError, match=r"is not a peft\.PeftModel"):
-        take_over(build("plain"))

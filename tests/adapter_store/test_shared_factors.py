@@ -71,30 +71,3 @@ def test_gate_and_up_of_one_pair_are_alike() -> None:
     store.load(replace(read(model, a_half_each(shared=False)), name="halves"))
     assert store.acquire(["halves"]) == [0]
     assert of_slot(group.bank, 0) == APART
-
-
-def test_what_is_alike_is_told_by_values() -> None:
-    """Saved apart with one A: found too. Unequal scales or ranks are not alike, by expert."""
-    model = Model()
-    store, group = banks(model)
-    same = a_half_each(shared=True)
-    store.load(replace(read(model, same), name="same"))
-    assert store.acquire(["same"]) == [0]
-    assert of_slot(group.bank, 0) == SHARED
-    unequal = read(model, same, alpha_pattern={rf"{PATH}.1.up_proj": 7})
-    store.load(replace(unequal, name="unequal"))
-    assert store.acquire(["unequal"]) == [1]
-    assert of_slot(group.bank, 1) == [[0, 0], [0, 1], [0, 0]]
-
-
-def test_one_a_is_kept_once_in_host_memory() -> None:
-    model = Model()
-    store, _ = banks(model)
-    for name, tensors in (("pair", both_halves(0)), ("halves", a_half_each(shared=False))):
-        store.load(replace(read(model, tensors), name=name))
-    one = E * R * HIDDEN * 4
-    down = E * R * (INNER + HIDDEN) * 4
-    columns = 2 * E * R * INNER * 4
-    tables = 2 * 3 * 2 * E * 4  # ranks and scales
-    assert 0 < store["pair"].nbytes - (one + columns + down) <= tables
-    assert 0 < store["halves"].nbytes - (2 * one + columns) <= tables

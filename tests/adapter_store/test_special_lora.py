@@ -15,8 +15,7 @@ from torch import nn
 
 import lorafx
 from lorafx.adapter_store.checkpoint import load_state
-from lorafx.adapter_store.peft_config import PeftConfig
-from lorafx.errors import CheckpointError, UnsupportedAdapterError
+from lorafx.errors import UnsupportedAdapterError
 
 pytestmark = [pytest.mark.quick, pytest.mark.filterwarnings("ignore")]
 
@@ -81,31 +80,3 @@ def test_blocks_on_a_diagonal_and_converted_initialisations(base, tmp_path: Path
     case = Case(base, folders, merged)
     cm = lorafx.compile(case.model(), case.folders, options=REFERENCE)
     check_mixed(cm, case, [*folders, None], token_inputs(4, 6))
-
-
-def test_blocks_that_are_too_many_allocate_nothing(base: nn.Module) -> None:
-    """A full matrix would have 10^12 entries; the reader says what is wrong with the shape."""
-    path = "model.layers.0.self_attn.q_proj"
-    tensors = {
-        f"{path}.lora_A.weight": torch.ones(1_000_000, 1),
-        f"{path}.lora_B.weight": torch.ones(24, 4),
-    }
-    settings = {"nblocks": 1_000_000, "target_modules_bd_a": ["q_proj"]}
-    source = lorafx.AdapterSource(tensors, config={"r": 4, "use_bdlora": settings})
-    assert load_state(source, base).tensors[f"{path}.lora_A.weight"].shape == (1_000_000, 1)
-    with pytest.raises(CheckpointError, match=r"q_proj.lora_A.weight has shape \(1000000, 1\)"):
-        lorafx.compile(copy.deepcopy(base), {"a": source}, options=REFERENCE)
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("LOHA", "only LORA adapters are read; merge it .*merge_and_unload"),
-        ("XLORA", "a router of its own.*weights by name"),
-        ("PREFIX_TUNING", "learns prompts"),
-        ("METHOD_OF_TOMORROW", "only LORA adapters are read"),
-    ],
-)
-def test_other_methods_are_refused_with_the_way_out(kind: str, message: str) -> None:
-    with pytest.raises(UnsupportedAdapterError, match=f"peft_type = '{kind}': .*{message}"):
-        PeftConfig.read({"peft_type": kind})

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lorafx.config import LoraConfig
-from lorafx.errors import CaptureError
-from lorafx.model.packing import PackedGroup, PackWatch, pack_weights, repack
+from lorafx.model.packing import PackedGroup, pack_weights, repack
 from lorafx.passes.attach import allocate_groups
 from lorafx.prepare.marking import build_sites
 
@@ -95,22 +94,3 @@ def test_what_splits_the_views_is_noticed_and_repaired(siblings, dtype, data) ->
         assert torch.equal(parameter, values[name])
     weights = [values[f"p{i}.weight"] for i in range(len(siblings))]
     assert torch.equal(packed.weight, torch.cat(weights))
-
-
-@pytest.mark.parametrize("which", range(3))
-def test_all_packs_are_watched_at_once(which: int) -> None:
-    models = [_model([(3, False), (2, True)], torch.float32) for _ in range(3)]
-    packs = [_packed(model) for model in models]
-    watch = PackWatch(packs)
-    assert watch.intact
-    split = models[which].p1
-    split.bias.data = torch.ones(2)
-    assert not watch.intact
-    watch.check()
-    assert watch.intact
-    assert torch.equal(packs[which].bias, torch.tensor([0.0, 0, 0, 1, 1]))
-    split.weight = None  # gone
-    assert not watch.intact
-    with pytest.raises(CaptureError, match="siblings have changed"):
-        watch.check()
-    assert PackWatch([]).intact

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
-from dense_merge import REFERENCE, TOLERANCE, Case, check_mixed, error
+from dense_merge import REFERENCE, Case, check_mixed
 from hand_made import hand_case
 from tiny import randomise
 from tiny_models import VOCAB, token_inputs
@@ -24,20 +23,6 @@ from lorafx.prepare.marking import build_sites
 pytestmark = pytest.mark.usefixtures("fixed_sizes")
 
 NAMES = ["both", "embed", None, "head", "both"]
-
-
-def llama(tied: bool = True) -> nn.Module:
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=24,
-            intermediate_size=40,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            tie_word_embeddings=tied,
-        )
-    )
 
 
 class Parallel(nn.Module):
@@ -66,12 +51,12 @@ def tied_case(build: Any, folder: Path) -> Case:
     torch.manual_seed(0)
     base = build()
     randomise(base)
-    embed = "model.embed_tokens" if build is llama else "embed_tokens"
+    embed = "embed_tokens"
     assert base.lm_head.weight is base.get_submodule(embed).weight
     return hand_case(base, folder, both=[embed, "lm_head"], embed=[embed], head=["lm_head"])
 
 
-@pytest.mark.parametrize("build", [llama, Parallel, Functional])
+@pytest.mark.parametrize("build", [Parallel, Functional])
 def test_each_end_has_its_own_delta(tmp_path: Path, build: Any) -> None:
     """Adapters of both ends and of one alone, side by side in one batch."""
     case = tied_case(build, tmp_path)
@@ -89,27 +74,6 @@ def test_each_end_has_its_own_delta(tmp_path: Path, build: Any) -> None:
         ("lm_head", "linear"),
     ]
     assert len({storage_key(site.module.weight) for site in sites}) == 1
-
-
-@pytest.mark.parametrize("name", ["embed", "head"])
-def test_with_one_end_selected_the_other_is_the_base(tmp_path: Path, name: str) -> None:
-    case = tied_case(Parallel, tmp_path)
-    cm = lorafx.compile(case.model(), {name: case.folders[name]}, options=REFERENCE)
-    assert "sites: 1\n" in str(cm.explain())
-    inputs = token_inputs(3, 4)
-    inputs["attention_mask"].fill_(1)
-    check_mixed(cm, case, [name, None, name], inputs)
-
-
-def test_eager_calls_as_well(tmp_path: Path) -> None:
-    case = tied_case(Parallel, tmp_path)
-    model = lorafx.attach(case.model(), case.folders, options=REFERENCE)
-    inputs = token_inputs(2, 4)
-    inputs["attention_mask"].fill_(1)
-    for name in case.folders:
-        with torch.no_grad(), lorafx.adapters(model, [name] * 2):
-            got = model(**inputs)["logits"]
-        assert error(got, case.expected([name] * 2, inputs)) <= TOLERANCE
 
 
 # A name that contains lm_head

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import oracle
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,27 +17,6 @@ pytestmark = pytest.mark.usefixtures("fixed_sizes")
 
 REFERENCE = {"lowering": "reference"}
 V, D = 24, 20
-
-
-def test_the_head_of_a_quantised_embedding(tmp_path: Path) -> None:
-    """I-BERT looks words up by a class of its own, which is no nn.Embedding."""
-    family = next(f for f in tiny.families("masked") if f.model_type == "ibert")
-    model = tiny.build(family)
-    assert model.lm_head.decoder.weight is model.ibert.embeddings.word_embeddings.weight
-    folders = {
-        "both": oracle.save_adapter(
-            model, tmp_path / "both", rank=2, targets=oracle.linears(model)
-        ),
-        "head": oracle.save_adapter(
-            model, tmp_path / "head", rank=3, targets=["lm_head.decoder"], seed=1
-        ),
-    }
-    cases = oracle.Oracle.of(model, folders)
-    cm = lorafx.compile(model, folders, options=REFERENCE)
-    inputs, names = {"input_ids": torch.randint(3, 60, (3, 5))}, ["both", None, "head"]
-    want = cases.rows(names, inputs)
-    oracle.assert_close(cm(**inputs, adapter_names=names), want)
-    assert oracle.difference(cases.rows([None] * 3, inputs), want) > 1e-2
 
 
 class Scaled(nn.Module):

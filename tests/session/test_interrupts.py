@@ -176,7 +176,7 @@ ACTS = {
 }
 
 
-@pytest.fixture(scope="module", params=["plain", "dora"])
+@pytest.fixture(scope="module", params=["plain", pytest.param("dora", marks=pytest.mark.slow)])
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
     config = {"use_dora": True} if request.param == "dora" else {}
     return World(tmp_path_factory.mktemp("world"), config)

@@ -44,11 +44,8 @@ def fake(action: Callable[[], Any]) -> Any:
 WAYS: dict[str, Callable[[SimpleNamespace, torch.Tensor], Any]] = {
     "export": lambda own, ids: torch.export.export(own.cm, (ids,), {"adapter_names": NAMES}),
     "make_fx": lambda own, ids: make_fx(logits(own.cm))(ids),
-    "jit": lambda own, ids: torch.jit.trace(logits(own.cm), (ids,)),
     "vmap": lambda own, ids: mapped(own.cm, ids),
     "load": lambda own, _: fake(lambda: own.cm.load_adapter(own.case.folders["a2"], "a0")),
-    "pin": lambda own, _: fake(lambda: own.cm.pin_adapter("a1")),
-    "merge": lambda own, _: fake(lambda: own.cm.merge("a0")),
 }
 
 
@@ -63,7 +60,9 @@ def test_refused_and_nothing_has_changed(way: str, served: SimpleNamespace) -> N
     assert cm.recompiles == captured
 
 
-STRICT = pytest.mark.parametrize("strict", [False, True], ids=["python", "dynamo"])
+STRICT = pytest.mark.parametrize(
+    "strict", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["python", "dynamo"]
+)
 
 
 @STRICT
