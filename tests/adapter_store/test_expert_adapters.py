@@ -101,18 +101,6 @@ def test_a_square_parameter_needs_the_version_that_wrote_it() -> None:
         read(square, tensors, peft_version=None, **config)
 
 
-def test_the_matrix_of_a_router_is_a_linear() -> None:
-    model = Model()
-    adapter = read(
-        model,
-        pair((2, 5), (3, 2), "block.router"),
-        r=4,
-        rank_pattern={"router.weight": 2},
-        target_parameters=["router.weight"],
-    )
-    assert adapter.weights["block.router"].scale == 1.5
-
-
 @st.composite
 def older_files(draw: st.DrawFn) -> tuple[str, bool, list[tuple[str, int, int, float]]]:
     """(halves, transposed, [(projection, expert, rank, alpha)])."""

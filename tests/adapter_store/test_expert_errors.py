@@ -1,4 +1,4 @@
-"""Expert adapters that cannot be placed: what is wrong is named, all of it at once."""
+"""Expert adapters that cannot be placed: what is wrong is named."""
 
 from __future__ import annotations
 

@@ -87,28 +87,3 @@ def read(model: nn.Module, rows: dict[str, int]) -> Adapter:
     state = expert_files.state_of(pairs(rows))
     _, sites = build_sites(model, lorafx.LoraConfig(target_modules=["mixer"]))
     return read_adapter(state, "x", sites, model=model)
-
-
-@pytest.mark.parametrize("second", [{"qkv": 16, "z": 16}, {"z": 16}, {"qkv": 16}])
-def test_adapters_do_not_contradict_each_other(second: dict[str, int]) -> None:
-    model = nn.Sequential(packed([8, 8, 8, 8], ["qkv", "z"]).mixer).eval()
-    model.packed_modules_mapping = {"0": ["qkv", "z"]}
-    config = lorafx.LoraConfig(target_modules=["0"])
-    cm = lorafx.compile(model, config, options={"lowering": "reference"})
-    store = cm._session.store
-
-    def load(name: str, rows: dict[str, int]) -> None:
-        state = expert_files.state_of(pairs(rows))
-        store.load(read_adapter(state, name, cm.sites, model=model))
-
-    load("first", {"qkv": 24})
-    with pytest.raises(CheckpointError) as error:
-        load("second", second)
-    assert "one of the two is for another model" in str(error.value)
-    assert "slices 0, 1" in str(error.value) or "slices 2, 3" in str(error.value)
-    assert cm.adapters == ("first",)
-    load("third", {"qkv": 24, "z": 8})
-    load("first", {"z": 8})
-    for name in ("first", "third"):
-        store.unload(name)
-    load("second", second)

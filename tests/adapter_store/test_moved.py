@@ -62,17 +62,6 @@ def test_found_by_itself_and_by_key_mapping_in_one_batch(case: Case, caplog) -> 
     assert [said in line for line in lines if line.startswith(("  a:", "  b:"))] == [True, False]
 
 
-def test_whole_weights_and_trained_tokens_move_with_them(text, case: Case, tmp_path: Path) -> None:
-    own = {"modules_to_save": ["embed_tokens"]}
-    folder = save_adapter(text, tmp_path / "whole", rank=2, targets=["q_proj"], **own)
-    keys = load_state(folder, case.base).tensors.keys()
-    assert "model.language_model.embed_tokens.weight" in keys
-    tokens = {"trainable_token_indices": {"embed_tokens": [3, 5]}}
-    folder = save_adapter(text, tmp_path / "tokens", rank=2, targets=["q_proj"], **tokens)
-    cm = lorafx.compile(case.model(), {"a": folder}, options=REFERENCE)
-    assert "model.language_model.embed_tokens" in str(cm.explain())
-
-
 def test_several_places_are_an_error_that_names_them(text, tmp_path: Path) -> None:
     model = llava(text, 24)  # the vision tower's layers have the same names and sizes
     folder = save_adapter(text, tmp_path, rank=2, targets=["q_proj"])

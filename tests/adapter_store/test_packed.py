@@ -10,7 +10,7 @@ import torch
 from dense_merge import Case, check_mixed
 from hand_made import factors, hand_case, merged, random_factors, save
 from packed_models import MAPPING, PACKED_AS, packed_factors, twins
-from torch import Tensor, nn
+from torch import nn
 
 import lorafx
 from lorafx.errors import CheckpointError, ConfigError, TargetError
@@ -77,33 +77,6 @@ def test_packed_adapters(name: str, tmp_path: Path) -> None:
     names = ["packed", "other", None, "packed", "other"]
     for model in (packed, case.model()):
         check_mixed(compiled(model, case, config), case, names, IDS)
-
-
-def test_a_file_with_both_forms_must_not_contradict_itself(tmp_path: Path) -> None:
-    apart, packed = twins()
-    own, expected = packed_factors(0, "qkv_proj", rank=2, seed=1)
-    q = {"layers.0.q_proj": expected["layers.0.q_proj"]}
-    same = _joined(tmp_path / "same", packed, apart, own, q)
-    config = lorafx.LoraConfig(target_modules=["qkv_proj"])
-    cm = lorafx.compile(packed, config, adapters={"same": same}, options=REFERENCE)
-    case = Case(apart, {"same": same}, {"same": merged(apart, expected)})
-    check_mixed(cm, case, ["same", None], {"input_ids": IDS["input_ids"][:2]})
-    a, b = q["layers.0.q_proj"]
-    other = _joined(tmp_path / "other", packed, apart, own, {"layers.0.q_proj": (a, b + 1)})
-    with pytest.raises(CheckpointError, match=r"qkv_proj .*both.* layers\.0\.q_proj and differ"):
-        cm.load_adapter(other, "other")
-    assert cm.adapters == ("same",)
-
-
-def _joined(folder: Path, packed: nn.Module, apart: nn.Module, first: Any, second: Any) -> Path:
-    """One adapter whose file holds what two files hold."""
-    from safetensors.torch import load_file, save_file
-
-    tensors: dict[str, Tensor] = {}
-    for model, pairs in ((packed, first), (apart, second)):
-        tensors |= load_file(save(model, folder, pairs) / "adapter_model.safetensors")
-    save_file(tensors, folder / "adapter_model.safetensors")
-    return folder
 
 
 # --- one forward path ---

@@ -13,7 +13,7 @@ import pytest
 import torch
 from dense_merge import random_base, save_adapter
 from dialect_files import WEIGHTS, as_mlx
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorafx
@@ -60,23 +60,6 @@ def test_one_file_whose_metadata_holds_the_configuration(base, folder, tmp_path)
     save_file(load_file(folder / WEIGHTS), file, {"adapter_config": json.dumps(config)})
     with pytest.raises(UnsupportedAdapterError, match="use_qalora"):
         load_state(file, base)
-
-
-def test_tensors_and_bytes_with_a_configuration(base, folder, tmp_path) -> None:
-    tensors = load_file(folder / WEIGHTS)
-    config = json.loads((folder / CONFIG).read_text())
-    torch.save(tensors, tmp_path / "pickled")
-    for held in (tensors, save(tensors), (tmp_path / "pickled").read_bytes()):
-        assert same(lorafx.AdapterSource(held, config=config), base, folder)
-    with pytest.raises(CheckpointError, match="maps names to tensors; it has 'a': of class int"):
-        load_state({"a": 1}, base)
-    with pytest.raises(CheckpointError, match="weights_only=True"):
-        load_state(b"nothing of this kind", base)
-    with pytest.raises(CheckpointError, match="is not a readable safetensors file"):
-        load_state(save(tensors)[:-5], base)
-    torch.save({"a": print}, tmp_path / "code")
-    with pytest.raises(CheckpointError, match="weights_only=True"):
-        load_state((tmp_path / "code").read_bytes(), base)
 
 
 @pytest.fixture

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from small_banks import SIZES, held, make_adapter, make_groups, same
 
 from lorafx.adapter_store.adapter import Adapter
 from lorafx.adapter_store.store import AdapterStore
-from lorafx.adapter_store.windows import arranged, window
 from lorafx.errors import CapacityError
 
 pytestmark = [pytest.mark.usefixtures("fixed_sizes"), pytest.mark.quick]
@@ -30,42 +29,6 @@ def load(store: AdapterStore, **ranks: int) -> dict[str, Adapter]:
     for adapter in made.values():
         store.load(adapter)
     return made
-
-
-def drawn(data, count: int, widest: int) -> tuple[dict[str, int], dict[str, range]]:
-    """Adapters by width, and the windows of some of them."""
-    names = [f"a{i}" for i in range(data.draw(st.integers(1, 9)))]
-    widths = {name: data.draw(st.integers(1, widest)) for name in names}
-    taken: set[int] = set()
-    resident = {}
-    for name in data.draw(st.lists(st.sampled_from(names), unique=True)):
-        slots = window(data.draw(st.integers(0, count - 1)), widths[name], count)
-        if taken.isdisjoint(slots):
-            resident[name] = slots
-            taken |= set(slots)
-    return widths, resident
-
-
-@settings(max_examples=100, deadline=None)
-@given(data=st.data(), count=st.integers(1, 12))
-def test_windows_never_overlap_and_what_is_kept_stays(data, count):
-    widths, resident = drawn(data, count, 5)
-    evictable = [n for n in resident if data.draw(st.booleans())]
-    kept = {n for n in resident if n not in evictable and data.draw(st.booleans())}
-    missing = [n for n in widths if n not in resident]
-    slots = {name: own[0] for name, own in resident.items()}
-    found = arranged(widths, slots, evictable, kept, count, 5)
-    staying = [n for n in resident if n not in evictable]
-    if found is None:
-        every = [widths[n] for n in [*missing, *staying]]
-        assert kept or sum(every) - max(every) >= count
-        return
-    assert set(missing) <= found.keys()
-    assert kept.isdisjoint(found)
-    windows = {name: window(first, widths[name], count) for name, first in found.items()}
-    windows |= {name: resident[name] for name in staying if name not in found}
-    taken = [slot for slots in windows.values() for slot in slots]
-    assert len(taken) == len(set(taken))
 
 
 def test_what_stood_in_a_window_is_back_afterwards():

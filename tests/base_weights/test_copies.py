@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,56 +98,6 @@ def test_made_of_several_weights(how: str, tmp_path: Path) -> None:
     assert model.fused is kept
     fresh.fuse()
     check(cm, fresh, x)
-
-
-def test_a_hook_that_raises() -> None:
-    """What it wrote, what it put into the module and the weights are all put back."""
-    model = seeded(FusedAnew, "rows")
-    old = copy.deepcopy(model)
-    cm = compiled(model)
-    x = torch.randn(2, 3, WIDTH)
-    check(cm, old, x)
-    kept, graphs = model.fused, cm.recompiles
-    fresh = new_weights(model, 3)
-    state = plain(fresh)
-    model.fail = True
-    with pytest.raises(ValueError, match="no more memory"):
-        cm.load_weights(iter(state.items()))
-    assert model.fused is kept
-    assert torch.equal(kept, old.fused)
-    assert all(torch.equal(t, old.state_dict()[n]) for n, t in model.state_dict().items())
-    check(cm, old, x)
-    model.fail = False
-    cm.load_weights(state)
-    fresh.fuse()
-    check(cm, fresh, x)
-    assert cm.recompiles == graphs
-
-
-class Tied(nn.Module):
-    """Its head is a copy of its embedding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(50, WIDTH)
-        self.o = nn.Linear(WIDTH, WIDTH)
-        self.head = self.embed.weight.detach().clone()
-
-    def forward(self, ids: Tensor) -> dict[str, Tensor]:
-        return {"logits": F.linear(self.o(self.embed(ids)), self.head)}
-
-
-def test_a_copy_of_an_embedding() -> None:
-    model = seeded(Tied)
-    cm = compiled(model)
-    ids = torch.randint(0, 50, (2, 5))
-    check(cm, model, ids)
-    fresh = new_weights(model, 3)
-    fresh.head = fresh.embed.weight.clone()
-    kept = model.head
-    cm.load_weights(plain(fresh))
-    assert model.head is kept
-    check(cm, fresh, ids)
 
 
 class Experts(nn.Module):

@@ -14,24 +14,18 @@ from dense_merge import (
     build_case,
     check_mixed,
     error,
-    random_base,
-    save_adapter,
     valid,
 )
 from expert_models import moe_case
 from full_disk import no_file_over
-from merging import bits, tied_case
+from merging import bits
 from safetensors import safe_open
-from safetensors.torch import load_file
 from tiny_models import VOCAB, token_inputs
 from torch import Tensor
 
-import lorafx
-from lorafx.errors import CheckpointError, ConfigError, MatchError
+from lorafx.errors import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("fixed_sizes")
-
-REFERENCE = {"lowering": "reference"}
 
 
 def check_export(cm: Any, case: Case, name: str, folder: Path, inputs: dict[str, Tensor]) -> Any:
@@ -102,38 +96,6 @@ def test_tied_weights_that_are_told_apart_are_written_as_two(
     assert cm.model.lm_head.weight is cm.model.transformer.wte.weight
 
 
-def test_tied_weights_of_a_module_of_one_s_own(tmp_path: Path) -> None:
-    """Told apart, nothing could say that they are two; else both names are there."""
-    case = tied_case(tmp_path / "adapters")
-    cm = case.compile()
-    for name in ("both", "embed", "head"):
-        with pytest.raises(MatchError, match="no configuration that could declare them untied"):
-            cm.export_merged(name, tmp_path / name)
-        assert not (tmp_path / name).exists()
-    inputs = {"input_ids": torch.randint(0, VOCAB, (2, 4))}
-    for name in ("same", "up"):
-        folder = cm.export_merged(name, tmp_path / name)
-        fresh = case.model()
-        fresh.load_state_dict(load_file(folder / "model.safetensors"))
-        with torch.no_grad():
-            got = fresh(**inputs)["logits"]
-        assert error(got, case.expected([name] * 2, inputs)) <= TOLERANCE
-
-
-def test_of_a_merged_model_it_is_what_the_model_holds(gpt2: Case, tmp_path: Path) -> None:
-    cm = gpt2.compile()
-    cm.merge("a0")
-    with pytest.raises(
-        ConfigError, match=r"'a0' is merged; call unmerge\(\) before 'a2' is written"
-    ):
-        cm.export_merged("a2", tmp_path / "a2")
-    merged = bits(cm.model)
-    loaded = type(cm.model).from_pretrained(cm.export_merged("a0", tmp_path / "a0"))
-    assert all(torch.equal(loaded.state_dict()[key], value) for key, value in merged.items())
-    assert all(torch.equal(cm.model.state_dict()[key], value) for key, value in merged.items())
-    assert cm.merged == "a0"
-
-
 def test_calls_go_on_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another thread is served while the files are written; a merge waits for them."""
     case = build_case("llama", tmp_path / "adapters", num_hidden_layers=1)
@@ -180,12 +142,3 @@ def test_a_full_disk(gpt2: Case, tmp_path: Path) -> None:
         cm.export_merged("a1", tmp_path / "full")
     assert not list((tmp_path / "full").glob("*.safetensors"))
     check_mixed(cm, gpt2, ["a1", None], inputs)
-
-
-def test_encoder_decoders_keep_their_tied_weights(tmp_path: Path) -> None:
-    """There the flag that unties them changes what is computed."""
-    base = random_base("t5", tie_word_embeddings=True, num_layers=1, num_decoder_layers=1)
-    folder = save_adapter(base, tmp_path / "a", rank=2, targets=["lm_head", "q"], seed=1)
-    cm = lorafx.compile(base, {"a": folder}, options=REFERENCE)
-    with pytest.raises(MatchError, match=r"lm_head\.weight.*encoder-decoder"):
-        cm.export_merged("a", tmp_path / "merged")

@@ -1,4 +1,4 @@
-"""What depends on base weights sees new ones: copies, packed buffers, merged adapters, graphs."""
+"""What depends on base weights sees new ones: absorbed copies and compiled graphs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import torch
 from absorbed import AbsorbedAttention, post_process
 from absorbed_cases import REFERENCE, OneLayer, absorbed, case_of, states
 from dense_merge import Case, check_mixed, error
-from namings import new_weights, of_peft, plain
-from peft import PeftModel
+from namings import new_weights, plain
 from torch import Tensor, nn
 
 import lorafx
@@ -128,18 +127,3 @@ def test_what_inductor_compiled(shallow: Case) -> None:
         check_mixed(cm, case, ROWS, IDS)
         check_mixed(cm, case, [None] * 3, IDS)
         assert cm.recompiles == graphs
-
-
-def test_a_model_that_peft_had_wrapped(shallow: Case) -> None:
-    wrapped = PeftModel.from_pretrained(shallow.model(), str(shallow.folders["a0"]), "a0")
-    wrapped.load_adapter(str(shallow.folders["a2"]), "a2")
-    trainer = new_weights(shallow.base, 9)
-    cm = lorafx.compile(wrapped, options=REFERENCE)
-    # What the trainer's own wrapped model is called, without the factors.
-    twin = PeftModel.from_pretrained(trainer, str(shallow.folders["a0"]))
-    state = {name: t for name, t in twin.state_dict().items() if "lora_" not in name}
-    assert any(".base_layer." in name for name in state)
-    cm.load_weights(state)
-    fresh = new_weights(shallow.base, 9)
-    assert set(of_peft(fresh)) >= {name for name in state if "base_layer" in name}
-    check_mixed(cm, Case(fresh, shallow.folders), ROWS, IDS)

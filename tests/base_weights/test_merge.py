@@ -169,25 +169,6 @@ def test_what_would_change_the_merged_adapter_is_refused(cm: Any, case: Case) ->
     assert merged_line.startswith("a1: ")
 
 
-def test_other_adapters_come_and_go(cm: Any, case: Case) -> None:
-    inputs = token_inputs(4, 5)
-    cm.merge("a1")
-    merged = bits(cm)
-    cm.load_adapter(case.folders["a0"], "new")
-    cm.pin_adapter("a3")
-    cm.pin_adapter("a1")
-    cm.unload_adapter("a2")
-    assert unchanged(cm, merged)
-    cm.unmerge()
-    want = case.expected(["a0", "a3", "a1", None], inputs)
-    got = cm(**inputs, adapter_names=["new", "a3", "a1", None])["logits"]
-    assert error(valid(inputs, got), valid(inputs, want)) <= TOLERANCE
-    cm.load_adapter(case.folders["a2"], "a2")
-    cm.unpin_adapter("a3")
-    cm.unpin_adapter("a1")
-    cm.unload_adapter("new")
-
-
 @pytest.mark.slow
 def test_not_inside_a_running_call(cm: Any) -> None:
     inputs = token_inputs(4, 5)
@@ -241,21 +222,4 @@ def test_what_cannot_be_summed_changes_nothing(plain: Case) -> None:
     with pytest.raises(MatchError, match=r"head\.weight.*beyond the range of torch\.float16"):
         cm.merge("a")
     assert cm.merged is None
-    assert unchanged(cm, before)
-
-
-def test_under_inductor(plain: Case) -> None:
-    cm = plain.compile({"lowering": "inductor"})
-    inputs = plain_inputs(3, 4)
-    cm(**inputs)
-    check_mixed(cm, plain, ["a1", None, "a0"], inputs)
-    graphs, before = cm.recompiles, bits(cm)
-    for name in ("a1", "a3"):
-        cm.merge(name)
-        for keywords in ({}, {"adapter_names": [name] * 3}):
-            got = cm(**inputs, **keywords)["logits"]
-            assert error(got, plain.expected([name] * 3, inputs)) <= TOLERANCE
-        cm.unmerge()
-        check_mixed(cm, plain, ["a1", None, name], inputs)
-    assert cm.recompiles == graphs
     assert unchanged(cm, before)

@@ -9,7 +9,6 @@ import torch
 import transformers
 from dense_merge import TOLERANCE, error, random_base
 from own_weights import own_case
-from safetensors.torch import load_file, save_file
 from tiny_models import token_inputs
 
 from lorafx.errors import MatchError
@@ -50,23 +49,6 @@ def test_heads_embeddings_and_tokens(tmp_path):
     x = token_inputs(2, 6)
     with torch.no_grad():
         assert error(written(**x)["logits"], case.expected(["both"] * 2, x)) <= TOLERANCE
-
-
-def test_a_transposed_weight(tmp_path):
-    """Weight and bias of a Conv1D, of which PEFT saves both."""
-    plan = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
-    base = random_base("gpt2", n_layer=1)
-    case = own_case(base, tmp_path, {"a": {**plan, "modules_to_save": ["c_fc"]}})
-    with pytest.raises(MatchError, match=r"c_fc: the adapter has a bias of its own"):
-        case.compile().merge("a")
-    file = case.folders["a"] / "adapter_model.safetensors"
-    bias = base.transformer.h[0].mlp.c_fc.bias
-    key = "base_model.model.transformer.h.0.mlp.c_fc.bias"
-    save_file({**load_file(file), key: bias.detach().clone()}, file)
-    check_merges(case.compile(), case, "a")
-    tokens = {**plan, "trainable_token_indices": {"wte": [3, 5]}}
-    case = own_case(base, tmp_path / "tied", {"a": tokens})
-    check_merges(case.compile(), case, "a")
 
 
 def test_a_tied_weight(tmp_path):

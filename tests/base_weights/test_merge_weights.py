@@ -15,9 +15,9 @@ from absorbed import post_process
 from absorbed_cases import OneLayer, absorbed, case_of, states
 from dense_merge import TOLERANCE, build_case, error, valid
 from expert_models import moe_case
-from hand_made import SCALE, factors, merged, save
+from hand_made import SCALE, factors, save
 from merging import bits, tied_case
-from packed_models import WIDTH, packed_factors, twins
+from packed_models import WIDTH
 from tiny_models import VOCAB, token_inputs
 from torch import Tensor, nn
 
@@ -75,27 +75,6 @@ def test_routed_experts_and_routers(model_type: str, tmp_path: Path) -> None:
     inputs = {"input_ids": torch.randint(3, VOCAB, (3, 5))}
     names = ("params", "down", "older")
     check_merges(case.compile(), lambda name: case.expected([name] * 3, inputs), inputs, *names)
-
-
-def test_parts_of_packed_layers(tmp_path: Path) -> None:
-    apart, packed = twins()
-    single = factors(
-        apart, ["layers.0.q_proj", "layers.0.up_proj", "layers.1.v_proj"], rank=3, seed=1
-    )
-    whole, whole_apart = packed_factors(1, "in_proj_qkvz", rank=2, seed=2)
-    folders = {
-        "single": save(apart, tmp_path / "single", single),
-        "whole": save(packed, tmp_path / "whole", whole),
-    }
-    wanted = {"single": merged(apart, single), "whole": merged(apart, whole_apart)}
-    inputs = {"input_ids": torch.randint(0, 20, (2, 4))}
-    cm = lorafx.compile(packed, folders, options=REFERENCE)
-
-    def expected(name: str) -> Tensor:
-        with torch.no_grad():
-            return wanted[name](**inputs)["logits"]
-
-    check_merges(cm, expected, inputs, "single", "whole")
 
 
 # Tied weights

@@ -86,13 +86,3 @@ def test_an_interrupted_update(case: Case, tmp_path: Path) -> None:
     cm.load_weights(base.state_dict())
     assert cm.merged == "a1"
     check(cm, base, case, "a1")
-
-
-def test_parameters_that_are_other_objects_now(case: Case) -> None:
-    """What load_state_dict(assign=True) puts in place is packed again before it is merged."""
-    cm = case.compile()
-    base = new_weights(case.base, 28)
-    cm.model.load_state_dict(bits(base), assign=True)
-    cm.merge("a1")
-    assert all(packed.intact for packed in cm._session.program.packed)
-    check(cm, base, case, "a1")

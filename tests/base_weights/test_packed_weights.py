@@ -1,104 +1,25 @@
-"""Packed projections in the model, in the checkpoint, or in both; layers that cut weights
-themselves; experts of model authors' own."""
+"""Packed projections, layers that cut weights themselves, and a family's own conversion."""
 
 from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers
-from dense_merge import Case, check_mixed
 from expert_models import moe_base
-from hand_made import hand_case
 from namings import new_weights, older
-from packed_models import MAPPING, PACKED_AS, Packed, twins
 from pushed_shards import push_weights
 from tensor_parallel import llama_config
-from torch import Tensor, nn
 from two_ranks import on_ranks
 
 import lorafx
 from lorafx.errors import BaseWeightsError
-from lorafx.layers import load_weights
 
 pytestmark = pytest.mark.usefixtures("fixed_sizes")
 
 REFERENCE = {"lowering": "reference"}
-NAMES = ["a", None, "b", "a"]
-IDS = {"input_ids": torch.randint(0, 20, (4, 7), generator=torch.Generator().manual_seed(1))}
-LINEARS = [f"layers.{i}.{name}" for i in range(2) for name in [*PACKED_AS, "o_proj", "down_proj"]]
 
 
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    apart, _ = twins()
-    return hand_case(apart, tmp_path_factory.mktemp("apart"), a=LINEARS, b=LINEARS[1::2])
-
-
-def compiled(model: nn.Module, case: Case, config: Any = None) -> Any:
-    return lorafx.compile(model, config, adapters=case.folders, options=REFERENCE)
-
-
-@pytest.fixture(scope="module")
-def packed_served(case: Case) -> Any:
-    cm = compiled(twins()[1], case)
-    cm(**IDS, adapter_names=NAMES)
-    return cm
-
-
-@pytest.fixture(scope="module")
-def apart_served(case: Case) -> Any:
-    config = lorafx.LoraConfig(
-        target_modules=[*PACKED_AS, "o_proj", "down_proj"], packed_modules=MAPPING
-    )
-    cm = compiled(twins()[0], case, config)
-    cm(**IDS, adapter_names=NAMES)
-    return cm
-
-
-def moved(case: Case, base: nn.Module, folder: Path) -> Case:
-    """The same adapters over a new base."""
-    return hand_case(base, folder, a=LINEARS, b=LINEARS[1::2])
-
-
-def packed_state(apart: nn.Module) -> dict[str, Tensor]:
-    """The state of a model like `apart` that is packed."""
-    model = Packed()
-    load_weights(model, apart.state_dict())
-    return dict(model.state_dict())
-
-
-@pytest.mark.parametrize("packed_names", [False, True], ids=["apart", "packed"])
-def test_into_a_packed_model(
-    packed_served: Any, case: Case, tmp_path: Path, packed_names: bool
-) -> None:
-    cm = packed_served
-    apart = new_weights(case.base, 3 + packed_names)
-    graphs = cm.recompiles
-    state = packed_state(apart) if packed_names else apart.state_dict()
-    report = cm.load_weights(reversed(list(state.items())))
-    assert set(report.loaded) == set(cm.model.state_dict())
-    check_mixed(cm, moved(case, apart, tmp_path), NAMES, IDS)
-    assert cm.recompiles == graphs
-
-
-def test_packed_tensors_into_a_model_that_is_not(
-    apart_served: Any, case: Case, tmp_path: Path
-) -> None:
-    cm = apart_served
-    graphs = cm.recompiles
-    apart = new_weights(case.base, 5)
-    pairs = list(packed_state(apart).items())
-    assert any("in_proj_qkvz" in name for name, _ in pairs)
-    cm.load_weights(iter(pairs))
-    check_mixed(cm, moved(case, apart, tmp_path), NAMES, IDS)
-    assert cm.recompiles == graphs
-
-
-@pytest.mark.parametrize("once", [False, True], ids=["list", "generator"])
-def test_members_whose_sizes_nobody_declared(once: bool) -> None:
+def test_members_whose_sizes_nobody_declared() -> None:
     sizes = {"num_hidden_layers": 1, "hidden_size": 24, "intermediate_size": 40, "vocab_size": 61}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
     model = transformers.Phi3ForCausalLM(transformers.Phi3Config(**sizes, **heads)).eval()
@@ -115,7 +36,7 @@ def test_members_whose_sizes_nobody_declared(once: bool) -> None:
             given.update({name.replace("gate_up", half): part for half, part in parts})
         else:
             given[name] = tensor
-    cm.load_weights(reversed(given.items()) if once else given)
+    cm.load_weights(reversed(given.items()))
     assert all(torch.equal(t, want[name]) for name, t in model.state_dict().items())
 
     q = next(name for name in given if "q_proj" in name)
@@ -123,7 +44,7 @@ def test_members_whose_sizes_nobody_declared(once: bool) -> None:
         cm.load_weights({**given, q: torch.zeros(23, 24)})
     del given[q]
     with pytest.raises(BaseWeightsError, match=r"needs .*q_proj.weight too"):
-        cm.load_weights(iter(given.items()) if once else given)
+        cm.load_weights(given)
     assert all(torch.equal(t, want[name]) for name, t in model.state_dict().items())
 
 

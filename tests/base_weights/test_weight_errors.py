@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from dense_merge import Case, check_mixed
-from full_disk import no_file_over
 from namings import new_weights, plain
 from safetensors.torch import save_file
 from torch import Tensor
@@ -116,15 +115,6 @@ def test_a_generator_that_fails_half_way(served: Any, shallow: Case, undo: Any) 
     served(**IDS, adapter_names=NAMES)
     with pytest.raises(ConfigError, match="undo is"):
         served.load_weights(failing(), undo="never")
-
-
-def test_a_full_disk(served: Any, shallow: Case) -> None:
-    """Of a generator the old weights are kept there."""
-    state = {name: own.clone() for name, own in served.model.state_dict().items()}
-    new = ((name, own + 1) for name, own in state.items())
-    with no_file_over(0), pytest.raises(CheckpointError, match=r"disk until .*TMPDIR"):
-        served.load_weights(new, undo="disk")
-    assert all(torch.equal(own, state[name]) for name, own in served.model.state_dict().items())
 
 
 def test_a_function_that_fails_the_second_time(served: Any, shallow: Case) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lorafx
-from lorafx.layers import FusedMoE, ParallelLMHead, VocabParallelEmbedding, load_weights
+from lorafx.layers import FusedMoE, VocabParallelEmbedding, load_weights
 
 E, K, H, I = 5, 2, 6, 8  # noqa: E741
 
@@ -26,15 +26,6 @@ def test_embedding():
     assert torch.equal(layer(ids), table[ids])
     with pytest.raises(lorafx.CheckpointError, match=r"\(12, 4\), expected \(11, 4\)"):
         layer.weight.weight_loader(layer.weight, torch.zeros(12, 4))
-
-
-def test_tied_head():
-    embedding, head = VocabParallelEmbedding(11, 4), ParallelLMHead(11, 4)
-    assert head.tie_weights(embedding) is head
-    assert head.weight is embedding.weight
-    with pytest.raises(ValueError, match=r"cannot share the weight \(11, 5\)"):
-        head.tie_weights(VocabParallelEmbedding(11, 5))
-    assert head.weight is embedding.weight
 
 
 def by_experts(x, logits, w13, w2, renormalize):

@@ -67,22 +67,6 @@ def test_is_nn_linear(name, bias, generator):
     assert set(layer.state_dict()) == ({"weight", "bias"} if bias else {"weight"})
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_says_its_sizes(name):
-    inputs, sizes, make = LAYERS[name]
-    layer = make()
-    assert (layer.input_size, layer.output_size) == (inputs, sum(sizes))
-    assert layer.output_sizes == layer.output_partition_sizes == sizes
-    assert layer.input_size_per_partition == inputs
-    assert layer.output_size_per_partition == sum(sizes)
-    assert (layer.tp_size, layer.tp_rank) == (1, 0)
-    assert layer.weight.shape == (sum(sizes), inputs)
-    assert (layer.weight.output_dim, layer.weight.input_dim) == (0, 1)
-    assert isinstance(layer.quant_method, lorafx.layers.UnquantizedLinearMethod)
-    assert torch.equal(layer.quant_method.dequantize(layer), layer.weight)
-    assert torch.isfinite(layer(torch.randn(2, inputs))).all()  # also before anything is loaded
-
-
 @pytest.mark.parametrize("groups", [(0, 1, 2), ((0, 1), 2), (0, (1, 2)), ((2, 0), (1,)), (None,)])
 @pytest.mark.parametrize("name", PACKED)
 def test_slices_are_loaded_by_index_and_tuple(name, groups, generator):

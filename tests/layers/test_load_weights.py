@@ -6,7 +6,6 @@ from torch import nn
 
 import lorafx
 from lorafx.layers import (
-    Int8ChannelLinearMethod,
     MergedColumnParallelLinear,
     ParallelLMHead,
     QKVParallelLinear,
@@ -150,20 +149,6 @@ def test_mistakes_are_listed_at_once_and_nothing_is_written(checkpoint):
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-def test_parts_of_a_checkpoint(checkpoint):
-    model = Model()
-    some = {
-        "layers.0.q_proj.weight": checkpoint["layers.0.q_proj.weight"],
-        "vision.patch.weight": torch.zeros(3, 3),
-    }
-    with pytest.raises(lorafx.CheckpointError, match="vision"):
-        load_weights(model, some)
-    assert load_weights(model, some, strict=False) == {"layers.0.qkv_proj.weight"}
-    assert torch.equal(model.layers[0].qkv_proj.weight[:6], some["layers.0.q_proj.weight"])
-    with pytest.raises(lorafx.CheckpointError, match=r"\(5, 6\)"):
-        load_weights(model, {"layers.0.q_proj.weight": torch.zeros(5, 6)}, strict=False)
-
-
 def test_tied_weights_under_both_names(checkpoint):
     model = Model()
     load_weights(model, {**checkpoint, "head.weight": checkpoint["embed.weight"].clone()})
@@ -182,49 +167,3 @@ def packed(sizes, names, **options):
     model.mixer = MergedColumnParallelLinear(6, sizes, bias=False, **options)
     model.packed_modules_mapping = {"mixer": names}
     return model
-
-
-@pytest.mark.parametrize("as_stream", [True, False])
-def test_fewer_names_than_slices(as_stream):
-    """Rows say where each name ends, whichever comes first."""
-    method = Int8ChannelLinearMethod()
-    model = packed([4, 4, 6, 6], ["qkv", "z"], quant_method=method)
-    want = packed([4, 4, 6, 6], ["qkv", "z"], quant_method=method)
-    rows = {"z.weight": torch.randn(6, 6), "qkv.weight": torch.randn(14, 6)}
-    loaded = load_weights(model, iter(rows.items()) if as_stream else rows)
-    assert loaded == set(model.state_dict())
-    load_weights(want, {"mixer.weight": torch.cat([rows["qkv.weight"], rows["z.weight"]])})
-    assert all(torch.equal(t, want.state_dict()[n]) for n, t in model.state_dict().items())
-
-    half = {"z.weight": torch.zeros(6, 6)}
-    assert load_weights(model, half, strict=False) == set()
-    with pytest.raises(lorafx.CheckpointError, match=r"z\.weight: needs qkv\.weight too"):
-        load_weights(model, half)
-    wrong = {"qkv.weight": torch.zeros(12, 6), "z.weight": torch.zeros(8, 6)}
-    with pytest.raises(lorafx.CheckpointError, match=r"slices of \(4, 4, 6, 6\) cannot be divided"):
-        load_weights(model, wrong, strict=False)
-    assert all(torch.equal(t, want.state_dict()[n]) for n, t in model.state_dict().items())
-    with pytest.raises(lorafx.CheckpointError, match="2 names are declared for the 1 slices"):
-        load_weights(packed([4], ["qkv", "z"]), half, strict=False)
-
-
-class Reversed(nn.Module):
-    """A parameter with a loader that its author wrote."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Parameter(torch.zeros(4), requires_grad=False)
-
-        def load(param, loaded, shard_id=None):
-            assert loaded.shape == (4,), f"four entries, got {tuple(loaded.shape)}"
-            param.data.copy_(loaded.flip(0))
-
-        self.table.weight_loader = load
-
-
-def test_loaders_of_other_modules():
-    model = Reversed()
-    assert load_weights(model, {"table": torch.arange(4.0)}) == {"table"}
-    assert model.table.tolist() == [3, 2, 1, 0]
-    with pytest.raises(lorafx.CheckpointError, match="table: four entries, got"):
-        load_weights(model, iter([("table", torch.zeros(3))]))

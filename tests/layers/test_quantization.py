@@ -34,22 +34,6 @@ def test_computes_with_the_dequantised_weight():
     torch.testing.assert_close(layer(x), x @ weight.T + layer.bias)
 
 
-def test_is_loaded_from_dense_slices_or_as_it_was_saved():
-    dense = torch.randn(24, 6)
-    first, second, third = int8(), int8(), int8()
-    first.weight.weight_loader(first.weight, dense)
-    for shard_id, rows in zip("qkv", dense.split((12, 6, 6)), strict=True):
-        second.weight.weight_loader(second.weight, rows, shard_id)
-    assert load_weights(third, first.state_dict()) == {"weight", "weight_scale", "bias"}
-    for other in (second, third):
-        assert torch.equal(other.weight, first.weight)
-        assert torch.equal(other.weight_scale, first.weight_scale)
-    with pytest.raises(
-        lorafx.CheckpointError, match=r"int8 or floating-point numbers, got torch\.int32"
-    ):
-        first.weight.weight_loader(first.weight, dense.int())
-
-
 def test_weights_may_be_made_ready_after_loading():
     class Transposed(lorafx.layers.UnquantizedLinearMethod):
         """Keeps a copy in another layout, as kernels ask for."""

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 import lorafx
 from lorafx import layers
 from lorafx.config import LoraConfig
-from lorafx.errors import ConfigError, TargetError
+from lorafx.errors import ConfigError
 from lorafx.prepare.marking import build_sites
-from lorafx.registry import lookup
 
 K, SIZES = 6, (8, 4, 4)
 NAMES = ["a", None, "b", "a"]
@@ -45,19 +44,6 @@ class MyColumn(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.kernel)
-
-
-class MyExperts(nn.Module):
-    """As FusedMoE, whose constructor arguments it keeps under the same names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_experts, self.top_k, self.hidden_size, self.intermediate_size = 3, 2, K, 5
-        self.w13_weight = nn.Parameter(torch.randn(3, 10, K))
-        self.w2_weight = nn.Parameter(torch.randn(3, K, 5))
-
-    def forward(self, x: Tensor, router_logits: Tensor) -> Tensor:
-        raise NotImplementedError
 
 
 @pytest.fixture
@@ -151,32 +137,6 @@ def test_attributes_of_other_names(tmp_path: Path, oot: Any) -> None:
     wanted = F.linear(x, base.up.kernel)
     wanted[0] += 2 * F.linear(F.linear(x[0], a), b)
     assert error(got, wanted) <= TOLERANCE
-
-
-def test_embeddings_and_experts(oot: Any) -> None:
-    class MyTable(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.num_embeddings, self.embedding_dim = 11, 4
-            self.weight = nn.Parameter(torch.randn(11, 4))
-
-    oot(layers.VocabParallelEmbedding, MyTable)
-    oot(layers.FusedMoE, MyExperts)
-    table = lookup(MyTable())
-    assert (table.kind, table.sizes(MyTable())) == ("embedding", (11, 4))
-    experts = lookup(MyExperts())
-    assert (experts.kind, experts.weight) == ("experts", "w13_weight")
-    assert experts.sizes(MyExperts()) == (K, 5)
-    model = nn.ModuleDict({"experts": MyExperts(), "other": nn.Linear(2, 2)})
-    real = nn.ModuleDict({"experts": layers.FusedMoE(3, 2, K, 5), "other": nn.Linear(2, 2)})
-    for holder in (model, real):
-        sites = build_sites(holder, LoraConfig(target_modules=["experts"]))[1]
-        found = [(site.path, site.experts, site.in_features, site.out_features) for site in sites]
-        assert found == [("experts.w13_weight", 3, K, 10), ("experts.w2_weight", 3, 5, K)]
-    model["experts"].tp_size = 2
-    with pytest.raises(TargetError, match=r"experts\.w13_weight \(MyExperts\): 2 ranks share"):
-        build_sites(model, LoraConfig(target_modules=["experts"]))
-    assert [site.path for site in build_sites(model, LoraConfig())[1]] == ["other"]
 
 
 # What an instance offers

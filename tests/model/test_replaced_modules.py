@@ -197,20 +197,6 @@ def test_attached_models(case: Case, change: Callable[[Stack], None]) -> None:
     assert error(served(call, model, NAMES, inputs()), want) <= TOLERANCE
 
 
-def test_attached_models_in_eager_mode(case: Case) -> None:
-    model = lorafx.attach(case.model(), case.folders)
-    old = model.layers[0]
-    model.layers[0] = frozen(block())
-    with pytest.raises(ReplacedModuleError, match="layers"):
-        served(model, model, "a", inputs())
-    with pytest.raises(ReplacedModuleError, match="layers"):
-        lorafx.load_adapter(model, case.folders["a"], "again")
-    model.layers[0] = old
-    # The head's delta has no place in eager mode, and b does not touch it.
-    got = served(model, model, "b", inputs())
-    assert error(got, case.expected(["b"] * 4, inputs())) <= TOLERANCE
-
-
 def test_no_call_walks_the_model(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither in ordinary calls nor where modules of no model of lorafx's are made."""
     cm = case.compile(dynamic=False)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dense_merge import REFERENCE, TOLERANCE, Case, check_mixed, error
-from hand_made import SCALE, factors, hand_case, save
+from hand_made import hand_case
 from tiny import randomise
 from torch import Tensor, nn
 
@@ -132,48 +132,6 @@ def test_a_subclass_is_eligible_and_keeps_its_forward(tmp_path: Path, cls: Any) 
 
 
 # Kernels over weights that are no plain numbers
-
-
-class Int8(Deep):
-    """W = s · Q, int8 matrix and one scale a row, multiplied by a kernel of its own."""
-
-    def __init__(self) -> None:
-        super().__init__(K, N)
-        weight = torch.randn(N, K)
-        self.scale = nn.Parameter(weight.abs().amax(1) / 127, requires_grad=False)
-        quantised = (weight / self.scale[:, None]).round().to(torch.int8)
-        self.weight = nn.Parameter(quantised, requires_grad=False)
-        self.compute_dtype = torch.float32
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype)) * self.scale + self.bias
-
-
-class WithDelta(nn.Module):
-    """The oracle of a weight that cannot be merged into: module(x) + x ΔWᵀ."""
-
-    def __init__(self, module: nn.Module, delta: Tensor) -> None:
-        super().__init__()
-        self.module, self.delta = module, delta
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.module(x) + F.linear(x, self.delta)
-
-
-def test_another_kernel_over_a_stored_weight(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    base = Model(Int8).eval().requires_grad_(False)
-    plain = nn.ModuleDict({"middle": nn.Linear(K, N)})
-    case = Case(base, {})
-    for rank, name in ((2, "a"), (3, "b")):
-        pairs = factors(plain, ["middle"], rank=rank, seed=rank)
-        a, b = pairs["middle"]
-        case.folders[name] = save(plain, tmp_path / name, pairs)
-        case.merged[name] = case.model()
-        case.merged[name].middle = WithDelta(case.merged[name].middle, SCALE * (b @ a))
-    x = torch.randn(4, 3, K)
-    check_mixed(case.compile(), case, NAMES, {"x": x})
-    assert error(eager(case, "b", x), case.expected(["b"] * 4, {"x": x})) <= TOLERANCE
 
 
 # Which entry is found

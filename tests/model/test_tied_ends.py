@@ -45,17 +45,6 @@ class Tied(nn.Module):
         return self.words(ids)
 
 
-class Outside(Tied):
-    """The same arithmetic by the model itself, which holds the weight too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.own = self.head.weight
-
-    def look_up(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.own.abs() * self.own.sign())
-
-
 class Broken(Tied):
     """Breaks behind the lookup and before the head, as around a loop over experts."""
 
@@ -97,13 +86,6 @@ def test_an_embedding_of_any_class_is_no_use_of_the_head(tmp_path: Path) -> None
     cases, cm = served(Tied(), tmp_path)
     inputs, names = {"ids": torch.randint(0, V, (3, 5))}, ["a", None, "b"]
     oracle.assert_close(cm(**inputs, adapter_names=names), cases.rows(names, inputs))
-
-
-def test_a_module_above_the_head_says_nothing(tmp_path: Path) -> None:
-    """What the model itself does with the weight may be the head's business: refused."""
-    _, cm = served(Outside(), tmp_path)
-    with pytest.raises(MatchError, match=r"head: its weight is used in a way that no rule covers"):
-        cm(torch.randint(0, V, (3, 5)), adapter_names=["a", None, "b"])
 
 
 def test_rows_of_the_weight_behind_a_break_are_no_copy_of_it(tmp_path: Path) -> None:

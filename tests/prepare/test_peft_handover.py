@@ -11,7 +11,7 @@ from dense_merge import REFERENCE, check_mixed, error
 from tiny_models import token_inputs
 
 import lorafx
-from lorafx.errors import CaptureError, CheckpointError
+from lorafx.errors import CaptureError, CheckpointError, UnsupportedAdapterError
 
 pytestmark = pytest.mark.usefixtures("fixed_sizes")
 
@@ -112,19 +112,6 @@ def test_adapters_that_transformers_injected_are_taken_over(shallow):
     assert error(answer(model), shallow.expected(["a1", "a1"], BATCH)) <= 1e-5
 
 
-def test_injected_by_peft_into_any_module(plain):
-    config = peft.LoraConfig(r=2, target_modules=["up"], init_lora_weights=False)
-    model = peft.inject_adapter_in_model(config, plain.model(), "x").eval()
-    ids = {"ids": BATCH["input_ids"]}
-    with torch.no_grad():
-        want = model(**ids)["logits"]
-    cm = lorafx.compile(model, options=REFERENCE)
-    assert error(cm(**ids)["logits"], want) <= 1e-5
-    got = cm(**ids, adapter_names=[None, "x"])["logits"]
-    assert error(got[1], want[1]) <= 1e-5
-    assert error(got[0], plain.expected([None, None], ids)[0]) <= 1e-5
-
-
 def test_several_active_adapters_are_a_sum(shallow):
     model = injected(shallow, "a0", "a1")
     model.set_adapter(["a0", "a1"])
@@ -179,6 +166,26 @@ def test_adapters_that_were_trained_in_the_model_and_never_saved(shallow):
         assert error(got, want) <= 1e-5
         assert error(alone[first], base) > 1e-3
     assert error(answer(cm), base) <= 1e-6
+
+
+def test_merged_adapters_and_other_layers_of_peft_are_refused_and_nothing_changes(shallow, plain):
+    pm = wrapped(shallow)
+    pm.merge_adapter()
+    with pytest.raises(CheckpointError, match=r"a1 are merged .*unmerge_adapter"):
+        lorafx.compile(pm, options=REFERENCE)
+    model = peft.inject_adapter_in_model(peft.LoHaConfig(target_modules=["up"]), plain.model())
+    names = set(dict(model.named_modules()))
+    with pytest.raises(UnsupportedAdapterError, match=r"(?s)PlainModel's adapter .*LOHA"):
+        lorafx.compile(model, options=REFERENCE)
+    assert set(dict(model.named_modules())) == names
+
+
+def test_scales_that_were_set_in_the_model_count(shallow):
+    pm = wrapped(shallow)
+    pm.base_model.model.model.layers[0].self_attn.q_proj.set_scale("a1", 0.5)
+    before = answer(pm)
+    assert error(answer(lorafx.compile(pm, options=REFERENCE)), before) <= 1e-5
+    assert error(before, shallow.expected(["a1", "a1"], BATCH)) > 1e-3
 
 
 def test_adapters_of_a_part_of_the_model_are_refused(shallow):

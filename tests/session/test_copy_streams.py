@@ -18,7 +18,6 @@ from own_weights import own_case
 
 import lorafx
 from lorafx.errors import BatchError, CapacityError
-from lorafx.model.bank import Bank
 
 #: Of several widths, with norms of the base, and with weights of their own.
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -190,18 +189,6 @@ def test_prefetched_adapters_are_served(cm, case: Case, cuda: Cuda) -> None:
     assert (cm.stats().loads, cm.recompiles) == (loads, graphs)
 
 
-def test_more_than_there_are_slots_are_refused_before_anything_has_changed(cm, cuda: Cuda) -> None:
-    cm.pin_adapter("c")
-    step(cm, "a", "b")
-    before = cm._session.store.resident
-    with pytest.raises(CapacityError, match="no slots for d: 4 slots"):
-        cm.prefetch_adapters(["a", "b", "d"], slots=True)
-    with pytest.raises(lorafx.UnknownAdapterError, match="'x'"):
-        cm.prefetch_adapters(["d", "x"], slots=True)
-    assert cm._session.store.resident == before
-    cm.unpin_adapter("c")
-
-
 def test_what_is_copied_lives_until_it_has_arrived(case: Case, cuda: Cuda, cm) -> None:
     """A budget for host memory, or a new version, would let go of it at once."""
     cuda.finished = lambda: False
@@ -242,28 +229,6 @@ def test_nothing_is_written_while_a_call_is_captured(cm, case: Case, cuda: Cuda)
     cuda.capturing = False
     step(cm, "a", None)
     assert cm._session.store.resident == before
-
-
-def test_a_write_that_fails_is_waited_for_and_its_slot_is_nobodys(
-    cm, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write, current = Bank.write, dict(cuda.current)
-
-    def failing(bank: Bank, *args: Any) -> Any:
-        write(bank, *args)
-        raise MemoryError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Bank, "write", failing)
-        with pytest.raises(MemoryError):
-            cm.prefetch_adapters(["a"], slots=True)
-    assert cuda.current == current
-    assert "a" not in cm._session.store.resident
-    broken = cuda.launches[-1]
-    step(cm, "a", None)
-    assert waits(
-        [launch for launch in cuda.launches[-2:] if launch.device == broken.device], [broken]
-    )
 
 
 def test_calls_inside_a_call_keep_the_slots_around_them(cm, cuda: Cuda) -> None:

@@ -164,19 +164,3 @@ def test_nor_is_it_of_generate(shallow, lm):
     assert {type(error) for error in found} == {BatchError}
     (got,) = elsewhere(lambda: cm.model(**inputs).logits)
     assert error(got, shallow.expected([None], inputs)) <= 1e-5
-
-
-def test_detach_waits_for_calls_of_others(pausing, meanwhile):
-    cm, x = served(pausing), rows()
-    check(cm, pausing, MIXED, x)
-    threads = [threading.Thread(target=cm.detach)]
-
-    def act() -> None:
-        threads[0].start()
-        threads[0].join(0.3)
-        assert threads[0].is_alive()
-
-    meanwhile.append(act)
-    check(cm, pausing, MIXED, x)
-    threads[0].join(20)
-    assert not threads[0].is_alive()

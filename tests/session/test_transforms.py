@@ -84,22 +84,6 @@ def test_the_model_is_exported_as_calls_have_it(strict: bool, served: SimpleName
     torch.testing.assert_close(exported(), base)
 
 
-def test_a_graph_of_others_is_the_base_only_where_calls_are(served: SimpleNamespace) -> None:
-    """Compiled by another backend before there was a default."""
-    cm, ids = served.cm, plain_inputs(2, 4)["ids"]
-    compiled = torch.compile(cm.model, backend="eager")
-    base = served.case.expected([None, None], {"ids": ids})
-    torch.testing.assert_close(compiled(ids)["logits"], base)
-    cm.set_adapter("a0")
-    with pytest.raises(Exception, match="'a0' is the default"):
-        compiled(ids)
-    cm(ids)
-    with pytest.raises(Exception, match="'a0' is the default"):
-        compiled(ids)
-    cm.set_adapter(None)
-    torch.testing.assert_close(compiled(ids)["logits"], base)
-
-
 @STRICT
 def test_an_attached_model_is_not_exported_in_a_block(strict: bool, plain: Case) -> None:
     """The program served the adapters of whatever block ran around it later."""
