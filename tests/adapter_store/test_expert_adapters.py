@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from expert_files import PATH, Model, delta, pair, read, state_of
+from expert_files import PATH, Model, delta, pair, read
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import lorafx
-from lorafx.adapter_store.peft_reader import adapter_target_modules
 from lorafx.errors import CheckpointError
 from lorafx.prepare.marking import build_sites
 
@@ -52,7 +51,7 @@ def peft_files(draw: st.DrawFn) -> tuple[dict[str, Any], list[str], str, tuple[i
 
 
 @given(peft_files(), st.booleans())
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_what_peft_saves(file: tuple, named: bool) -> None:
     """One parameter or two on one module, however it is stored and whichever comes first."""
     form, names, version, ranks = file
@@ -89,18 +88,6 @@ def test_what_peft_saves(file: tuple, named: bool) -> None:
         assert torch.allclose(found, want, atol=1e-5), (name, form)
 
 
-def test_a_parameter_alone_is_told_by_its_shapes_or_by_the_configuration() -> None:
-    model = Model()
-    adapter = read(model, pair((6, 4), (5, 6), PATH))
-    assert set(adapter.weights) == {f"{PATH}.down_proj"}
-    square = Model(hidden=4, inner=4, halves="")
-    alike = pair((6, 4), (4, 6), PATH)
-    with pytest.raises(CheckpointError, match="does not say which of them was trained"):
-        read(square, alike)
-    adapter = read(square, alike, target_parameters=["experts.down_proj"])
-    assert set(adapter.weights) == {f"{PATH}.down_proj"}
-
-
 def test_a_square_parameter_needs_the_version_that_wrote_it() -> None:
     square = Model(hidden=4, inner=2)
     tensors = pair((6, 4), (4, 6), PATH)
@@ -112,34 +99,6 @@ def test_a_square_parameter_needs_the_version_that_wrote_it() -> None:
         assert torch.allclose(delta(square, adapter, "gate_up_proj"), want, atol=1e-5)
     with pytest.raises(CheckpointError, match="lacks peft_version"):
         read(square, tensors, peft_version=None, **config)
-
-
-def test_rank_and_alpha_by_the_name_of_the_parameter() -> None:
-    model = Model()
-    tensors = {**pair((9, 5), (8, 9), f"{PATH}.base_layer"), **pair((3, 4), (5, 3), PATH)}
-    adapter = read(
-        model,
-        tensors,
-        r=7,
-        rank_pattern={"experts.gate_up_proj": 3, "block.experts.down_proj": 1},
-        alpha_pattern={"gate_up_proj": 12},
-        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
-    )
-    assert adapter.rank == 3
-    scales = {path.rpartition(".")[2]: float(w.scale[0]) for path, w in adapter.weights.items()}
-    assert scales == {"gate_up_proj[0]": 4, "gate_up_proj[1]": 4, "down_proj": 3}
-
-
-def test_the_matrix_of_a_router_is_a_linear() -> None:
-    model = Model()
-    adapter = read(
-        model,
-        pair((2, 5), (3, 2), "block.router"),
-        r=4,
-        rank_pattern={"router.weight": 2},
-        target_parameters=["router.weight"],
-    )
-    assert adapter.weights["block.router"].scale == 1.5
 
 
 @st.composite
@@ -164,7 +123,7 @@ def older_files(draw: st.DrawFn) -> tuple[str, bool, list[tuple[str, int, int, f
 
 
 @given(older_files(), st.booleans())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_a_pair_for_each_expert_and_projection(file: tuple, mixtral: bool) -> None:
     """Gate and up keep factors of their own, whatever ranks and scales they have."""
     halves, transposed, chosen = file
@@ -208,57 +167,11 @@ FORMS: dict[str, tuple[tuple[int, ...], tuple[int, ...], Callable, Callable]] = 
 
 
 @pytest.mark.parametrize("form", list(FORMS))
-@pytest.mark.parametrize("name", ["down_proj", "w2"])
-def test_factors_of_all_experts(form: str, name: str) -> None:
+def test_factors_of_all_experts(form: str) -> None:
     model = Model()
     a_shape, b_shape, own_a, own_b = FORMS[form]
-    tensors = pair(a_shape, b_shape, f"{PATH}.{name}")
+    tensors = pair(a_shape, b_shape, f"{PATH}.w2")
     a, b = tensors.values()
     found = delta(model, read(model, tensors), "down_proj")
     want = torch.stack([1.5 * own_b(b, e) @ own_a(a, e) for e in range(3)])
     assert torch.allclose(found, want, atol=1e-5)
-
-
-@pytest.mark.parametrize("halves", ["stacked", "interleaved"])
-def test_halves_of_all_experts(halves: str) -> None:
-    model = Model(halves=halves)
-    tensors = {
-        **pair((2, 5), (3, 4, 2), f"{PATH}.gate_proj", seed=1),
-        **pair((3, 1, 5), (3, 4, 1), f"{PATH}.up_proj", seed=2),
-    }
-    gate_a, gate_b, up_a, up_b = tensors.values()
-    adapter = read(model, tensors, rank_pattern={"up_proj": 1})
-    found = delta(model, adapter, "gate_up_proj")
-    gate, up = (
-        (found[:, :4], found[:, 4:]) if halves == "stacked" else (found[:, ::2], found[:, 1::2])
-    )
-    assert torch.allclose(gate, 1.5 * torch.einsum("enr,rk->enk", gate_b, gate_a), atol=1e-5)
-    assert torch.allclose(up, 3 * torch.einsum("enr,erk->enk", up_b, up_a), atol=1e-5)
-
-
-def test_what_an_adapter_names() -> None:
-    model = Model(experts=4)
-    for tensors, config, names in (
-        (pair((8, 4), (5, 8), PATH), {"target_parameters": ["experts.down_proj"]}, ["down_proj"]),
-        (pair((2, 4), (5, 2), f"{PATH}.3.w2"), {}, ["down_proj"]),
-        (pair((2, 5), (4, 2), f"{PATH}.1.up_proj"), {}, ["gate_up_proj"]),
-        (pair((4, 2, 5), (4, 8, 2), f"{PATH}.w13"), {}, ["gate_up_proj"]),
-    ):
-        found = adapter_target_modules(state_of(tensors, **config), model)
-        assert found.modules == tuple(f"{PATH}.{name}" for name in names)
-        assert found.rank == 2
-        _, sites = build_sites(model, lorafx.LoraConfig(target_modules=found.modules))
-        assert [site.path for site in sites] == list(found.modules)
-
-
-def test_a_target_may_be_the_module_of_experts() -> None:
-    model = Model()
-    tensors = pair((3, 2, 4), (3, 5, 2), f"{PATH}.down_proj")
-    assert set(read(model, tensors, target_modules=["experts"]).weights) == {f"{PATH}.down_proj"}
-    with pytest.warns(lorafx.LorafxWarning, match=r"1 of them \(50 %\): block.experts\. "):
-        read(
-            model,
-            pair((2, 5), (3, 2), "block.router"),
-            target_modules=["experts"],
-            target_parameters=["router.weight"],
-        )

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hostile_adapters import CONFIG, PICKLED, SAFETENSORS, SETTINGS, read, small, write
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -21,12 +20,6 @@ from lorafx.model.targets import PatternError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 MODEL, SITES = small()
-
-
-def test_the_adapter_is_sound(tmp_path: Path) -> None:
-    for pickled in (False, True):
-        adapter = read(write(tmp_path / str(pickled), pickled=pickled), MODEL, SITES)
-        assert len(adapter.weights) == 7
 
 
 # --- configurations ---
@@ -41,9 +34,7 @@ CATASTROPHIC = [
 
 
 @pytest.mark.parametrize("text", CATASTROPHIC)
-@pytest.mark.parametrize(
-    "field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"]
-)
+@pytest.mark.parametrize("field", ["target_modules", "rank_pattern"])
 def test_patterns_that_backtrack_for_ever(field: str, text: str, tmp_path: Path) -> None:
     own = SETTINGS[field]
     write(tmp_path, **{field: {text: 2, **own} if isinstance(own, dict) else text})
@@ -68,47 +59,26 @@ def test_a_configuration_of_very_many_patterns(tmp_path: Path) -> None:
 DEEP = "(" * 10_000 + ")" * 10_000
 MALFORMED: list[tuple[str, Any, str]] = [
     ("target_modules", DEEP, "nested too deep"),
-    ("rank_pattern", {DEEP: 2}, "nested too deep"),
     ("target_modules", "*q", "is not a regular expression"),
-    ("target_modules", "a{999999999999}", "is not a regular expression"),
     ("rank_pattern", {"(?i)q_proj": 2}, "is not a regular expression"),  # PEFT puts it in a group
-    ("alpha_pattern", {"a)(b|": 2, "[": 1}, "is not a regular expression"),
     ("lora_alpha", 10**400, "lora_alpha must be a finite number"),
     ("lora_alpha", float("nan"), "lora_alpha must be a finite number"),
-    ("lora_alpha", float("-inf"), "lora_alpha must be a finite number"),
-    ("lora_alpha", 1e300, "lora_alpha must be a finite number"),
-    ("alpha_pattern", {"q_proj": 10**400}, "must be a finite number"),
     ("r", 0, "r must be a positive integer"),
-    ("r", 10**400, "r must be a positive integer"),
-    ("r", float("inf"), "r must be a positive integer"),
     ("rank_pattern", {"q_proj": "2"}, "must be a positive integer"),
     ("rank_pattern", [1], "must map module names"),
     ("layers_pattern", 7, "layers_pattern must be the name"),
-    ("layers_pattern", ["layers", 7], "layers_pattern must be the name"),
-    ("layers_pattern", "layers|h", "layers_pattern must be the name"),
-    ("layers_pattern", "(.*)*", "layers_pattern must be the name"),
     ("layers_to_transform", [0, "1"], "layers_to_transform must be integers"),
-    ("layers_to_transform", {"0": 1}, "layers_to_transform must be integers"),
     ("use_dora", "false", "use_dora must be true or false"),
-    ("use_rslora", [0], "use_rslora must be true or false"),
-    ("fan_in_fan_out", 0.5, "fan_in_fan_out must be true or false"),
     ("base_model_name_or_path", {"a": 1}, "must be a string"),
     ("target_parameters", [["a"]], "must be a list of strings"),
-    ("target_modules", [1, "a"], "must be a string or a list of strings"),
     ("modules_to_save", "score", "must be a list of names"),
-    ("modules_to_save", ["score", ""], "must be a list of names"),
     ("trainable_token_indices", [3, -1], "must be a list of token ids"),
-    ("trainable_token_indices", [3, True], "must be a list of token ids"),
-    ("trainable_token_indices", {"embed": 3}, "must be a list of token ids"),
     ("trainable_token_indices", [3, 4, 3], "names a token twice"),
     ("alora_invocation_tokens", "go", "must be a list of token ids"),
-    ("use_bdlora", 3, "must be an object"),
     ("use_bdlora", {"nblocks": 0}, "nblocks must be a positive integer"),
-    ("use_bdlora", {"target_modules_bd_a": "q"}, "target_modules_bd_a must be a list of names"),
     ("use_bdlora", {"blocks_of_tomorrow": 1}, "unknown field 'blocks_of_tomorrow'"),
     ("peft_type", ["LORA"], "only LORA adapters"),
     ("bias", [0], "bias must be none, lora_only or all"),
-    ("init_lora_weights", 10**400, "init_lora_weights = "),
 ]
 
 
@@ -122,35 +92,11 @@ def test_values_that_cannot_be_meant(field: str, value: Any, message: str, tmp_p
         read(tmp_path, MODEL, SITES)
 
 
-def test_values_of_dicts_that_json_cannot_have() -> None:
-    class Odd:
-        def __len__(self) -> int:
-            raise TypeError
-
-    numbers = torch.ones(3)
-    for value in (10**9000, Odd(), numbers, torch.tensor(1), b"a", {1: 2}, object()):
-        for field in SETTINGS:
-            with contextlib.suppress(CheckpointError):
-                PeftConfig.read({**SETTINGS, field: value})
-        with pytest.raises(CheckpointError):
-            PeftConfig.read({**SETTINGS, "some_field": value})
-    with pytest.raises(CheckpointError, match="must map field names"):
-        PeftConfig.read({**SETTINGS, 3: 1})
-
-
-@pytest.mark.parametrize("version", ["9" * 5_000 + ".1", "0." + "9" * 5_000, 19, [0, 19], "", "x"])
-def test_versions_that_say_nothing(version: Any) -> None:
-    assert PeftConfig.read({**SETTINGS, "peft_version": version}).peft_version is None
-
-
 FILES: dict[str, bytes] = {
     "nested": b"[" * 100_000,
     "digits": b'{"r": ' + b"9" * 5_000 + b"}",
-    "no UTF-8": b'{"r": "\xff\xfe"}',
     "a list": b"[1, 2]",
-    "null": b"null",
     "nothing": b"",
-    "a NUL": b"{\x00}",
 }
 
 
@@ -166,7 +112,7 @@ def test_files_that_are_no_configuration(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [CONFIG, SAFETENSORS, PICKLED])
-@pytest.mark.parametrize("kind", ["folder", "pipe", "device", "loop", "nowhere"])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device"])
 def test_no_file_in_its_place(name: str, kind: str, tmp_path: Path) -> None:
     file = write(tmp_path, pickled=name == PICKLED) / name
     file.unlink()
@@ -175,7 +121,7 @@ def test_no_file_in_its_place(name: str, kind: str, tmp_path: Path) -> None:
     elif kind == "pipe":
         os.mkfifo(file)
     else:
-        file.symlink_to({"device": "/dev/zero", "loop": file, "nowhere": "/nowhere"}[kind])
+        file.symlink_to("/dev/zero")
     with pytest.raises(CheckpointError, match=r"has no adapter_config|holds no adapter weights"):
         read(tmp_path, MODEL, SITES)
 
@@ -213,7 +159,7 @@ def edited(data: bytes, changes: list[tuple[float, str, bytes]]) -> bytes:
 
 @pytest.mark.parametrize("name", [CONFIG, SAFETENSORS, PICKLED])
 @settings(
-    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(changes=edits)
 @example(changes=[(0.5, "-", b"0" * 9)])

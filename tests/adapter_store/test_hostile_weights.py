@@ -36,19 +36,11 @@ HEADERS = {
     "terabytes of data": header({KEY: entry([1 << 38, 6], 24 << 38)}, b"\0" * 24),
     "a product that overflows": header({KEY: entry([1 << 62, 1 << 62], 0)}),
     "no numbers, and huge": header({KEY: entry([0, 1 << 63], 0)}),
-    "no numbers, and large": header({KEY: entry([1 << 40, 0], 0)}),
     "a size below zero": header({KEY: entry([-1, 6], 0)}),
-    "another dtype": header({KEY: entry([2, 6], 12, "F8_E4M3")}, b"\0" * 12),
-    "half bytes": header({KEY: entry([2, 6], 6, "F4")}, b"\0" * 6),
     "integers": header({KEY: entry([2, 6], 12, "I8")}, b"\0" * 12),
-    "complex numbers": header({KEY: entry([2, 6], 96, "C64")}, b"\0" * 96),
     "an unknown dtype": header({KEY: entry([2, 6], 12, "X1")}, b"\0" * 12),
     "no dimensions": header({KEY: entry([], 4)}, b"\0" * 4),
-    "many dimensions": header({KEY: entry([1] * 1_000, 4)}, b"\0" * 4),
     "a long name": header({"a" * 100_000: entry([1], 4)}, b"\0" * 4),
-    "an expert of many digits": header(
-        {f"experts.{'9' * 900}.w2.lora_A.weight": entry([1], 4)}, b"\0" * 4
-    ),
     "a nested header": (100_000).to_bytes(8, "little") + b"[" * 100_000,
     "a base weight of another dtype": header(
         {"base_model.model.embed.weight": entry([11, 6], 66, "F8_E4M3")}, b"\0" * 66
@@ -79,14 +71,9 @@ class _Grown:
 
 ODD: dict[str, tuple[Callable[[], Any], str]] = {
     "sparse": (_sparse, "is a sparse tensor"),
-    "compressed rows": (lambda: torch.eye(6).to_sparse_csr(), "is a sparse tensor"),
     "nested": (  # torch 2.15 does not read it
         lambda: torch.nested.nested_tensor([torch.ones(2)]),
         "is a nested tensor|cannot be read with weights_only=True",
-    ),
-    "jagged": (
-        lambda: torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged),
-        "cannot be read|is a ",
     ),
     "meta": (lambda: torch.ones(2, 6, device="meta"), "on the device meta"),
     "quantised": (
@@ -96,7 +83,6 @@ ODD: dict[str, tuple[Callable[[], Any], str]] = {
     "expanded": (lambda: torch.ones(1).expand(1 << 20, 1 << 20), "more than its saved storage"),
     "grown": (_Grown, "claim|not resizable"),
     "a number": (lambda: 3, "does not hold a mapping"),
-    "a list": (lambda: [torch.ones(2)], "does not hold a mapping"),
     "code": (lambda: os.system, "cannot be read with weights_only"),
 }
 
@@ -111,12 +97,6 @@ def test_pickles_of_other_things_than_dense_tensors(case: str, tmp_path: Path) -
         torch.save({**tensors(), KEY: make()}, tmp_path / PICKLED)
     with pytest.raises(CheckpointError, match=message):
         read(tmp_path, MODEL, SITES)
-
-
-def test_the_format_from_before_archives(tmp_path: Path) -> None:
-    write(tmp_path, pickled=True)
-    torch.save(tensors(), tmp_path / PICKLED, _use_new_zipfile_serialization=False)
-    assert len(read(tmp_path, MODEL, SITES).weights) == 7
 
 
 def _deflated(file: Path, size: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations, pairwise
+from itertools import pairwise
 
 import expert_files
 import pytest
@@ -35,26 +35,6 @@ def cuts(draw: st.DrawFn) -> tuple[list[int], list[int]]:
 
 def rows_of(sizes: list[int], ends: list[int]) -> list[int]:
     return [sum(sizes[start:end]) for start, end in pairwise(ends)]
-
-
-@settings(deadline=None)
-@given(cuts(), st.data())
-def test_spans_are_those_of_all_partitions(
-    cut: tuple[list[int], list[int]], data: st.DataObject
-) -> None:
-    sizes, ends = cut
-    true = rows_of(sizes, ends)
-    some = st.one_of(st.none(), st.sampled_from(true), st.integers(0, 12))
-    rows = data.draw(st.lists(some, min_size=len(true), max_size=len(true)))
-    want: list[set[tuple[int, int]]] = [set() for _ in rows]
-    for inner in combinations(range(1, len(sizes)), len(rows) - 1):
-        parts = list(pairwise([0, *inner, len(sizes)]))
-        if all(
-            r in (None, sum(sizes[start:end])) for r, (start, end) in zip(rows, parts, strict=True)
-        ):
-            for own, part in zip(want, parts, strict=True):
-                own.add(part)
-    assert spans(sizes, rows) == want
 
 
 @settings(deadline=None)
@@ -107,43 +87,3 @@ def read(model: nn.Module, rows: dict[str, int]) -> Adapter:
     state = expert_files.state_of(pairs(rows))
     _, sites = build_sites(model, lorafx.LoraConfig(target_modules=["mixer"]))
     return read_adapter(state, "x", sites, model=model)
-
-
-def test_a_hole_is_refused_by_name() -> None:
-    model = packed([8, 8, 8, 8], ["qkv", "z"])
-    with pytest.raises(CheckpointError) as error:
-        read(model, {"qkv": 16, "z": 8})
-    lines = str(error.value).splitlines()[1:]
-    assert len(lines) == 2
-    assert (
-        "qkv.lora_B.weight has shape (16, 2), whose 16 rows cannot be split over the slices of qkv:"
-        " qkv takes some of mixer[0] 8, mixer[1] 8, mixer[2] 8, mixer[3] 8, while z (8 rows"
-        " here) takes all others"
-    ) in lines[0]
-    assert "z takes some of" in lines[1]
-    assert set(read(model, {"qkv": 16}).weights) == {"mixer[0]", "mixer[1]"}
-
-
-@pytest.mark.parametrize("second", [{"qkv": 16, "z": 16}, {"z": 16}, {"qkv": 16}])
-def test_adapters_do_not_contradict_each_other(second: dict[str, int]) -> None:
-    model = nn.Sequential(packed([8, 8, 8, 8], ["qkv", "z"]).mixer).eval()
-    model.packed_modules_mapping = {"0": ["qkv", "z"]}
-    config = lorafx.LoraConfig(target_modules=["0"])
-    cm = lorafx.compile(model, config, options={"lowering": "reference"})
-    store = cm._session.store
-
-    def load(name: str, rows: dict[str, int]) -> None:
-        state = expert_files.state_of(pairs(rows))
-        store.load(read_adapter(state, name, cm.sites, model=model))
-
-    load("first", {"qkv": 24})
-    with pytest.raises(CheckpointError) as error:
-        load("second", second)
-    assert "one of the two is for another model" in str(error.value)
-    assert "slices 0, 1" in str(error.value) or "slices 2, 3" in str(error.value)
-    assert cm.adapters == ("first",)
-    load("third", {"qkv": 24, "z": 8})
-    load("first", {"z": 8})
-    for name in ("first", "third"):
-        store.unload(name)
-    load("second", second)

@@ -62,17 +62,6 @@ def test_found_by_itself_and_by_key_mapping_in_one_batch(case: Case, caplog) -> 
     assert [said in line for line in lines if line.startswith(("  a:", "  b:"))] == [True, False]
 
 
-def test_whole_weights_and_trained_tokens_move_with_them(text, case: Case, tmp_path: Path) -> None:
-    own = {"modules_to_save": ["embed_tokens"]}
-    folder = save_adapter(text, tmp_path / "whole", rank=2, targets=["q_proj"], **own)
-    keys = load_state(folder, case.base).tensors.keys()
-    assert "model.language_model.embed_tokens.weight" in keys
-    tokens = {"trainable_token_indices": {"embed_tokens": [3, 5]}}
-    folder = save_adapter(text, tmp_path / "tokens", rank=2, targets=["q_proj"], **tokens)
-    cm = lorafx.compile(case.model(), {"a": folder}, options=REFERENCE)
-    assert "model.language_model.embed_tokens" in str(cm.explain())
-
-
 def test_several_places_are_an_error_that_names_them(text, tmp_path: Path) -> None:
     model = llava(text, 24)  # the vision tower's layers have the same names and sizes
     folder = save_adapter(text, tmp_path, rank=2, targets=["q_proj"])
@@ -82,33 +71,6 @@ def test_several_places_are_an_error_that_names_them(text, tmp_path: Path) -> No
         load_state(folder, model)
     state = load_state(lorafx.AdapterSource(folder, key_mapping=MAPPING), model)
     assert all("language_model.layers" in key for key in state.tensors)
-
-
-def test_packed_names_move_with_the_layer_that_they_are_in(case: Case) -> None:
-    """`qkv_proj` is no module here; the layer is."""
-    factors = {}
-    for name, rows in (("qkv_proj", 48), ("q_proj", 24)):
-        path = f"model.layers.1.self_attn.{name}"
-        factors[f"{path}.lora_A.weight"] = torch.ones(2, 24)
-        factors[f"{path}.lora_B.weight"] = torch.ones(rows, 2)
-    source = lorafx.AdapterSource(factors, config={"r": 2, "lora_alpha": 2})
-    state = load_state(source, case.base)
-    assert {key.partition(".self_attn")[0] for key in state.tensors} == {
-        "model.language_model.layers.1"
-    }
-    wrong = {key.replace("layers.1", "layers.9"): t for key, t in factors.items()}
-    source = lorafx.AdapterSource(wrong, config={"r": 2, "lora_alpha": 2})
-    assert load_state(source, case.base).notes == ()
-
-
-def test_what_did_not_move_stays(text, case: Case, folder: Path) -> None:
-    assert load_state(folder, text).notes == ()
-    deeper = {"model.layers.7.self_attn.q_proj.lora_A.weight": torch.ones(2, 24)}
-    source = lorafx.AdapterSource(deeper, config={"r": 2, "lora_alpha": 2})
-    assert load_state(source, text).tensors.keys() == deeper.keys()
-    unknown = {"model.blocks.0.attention.lora_A.weight": torch.ones(2, 24)}
-    source = lorafx.AdapterSource(unknown, config={"r": 2, "lora_alpha": 2})
-    assert load_state(source, case.base).notes == ()
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,8 @@ import pytest
 import torch
 from dense_merge import Case, check_mixed
 from hand_made import factors, hand_case, merged, random_factors, save
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from packed_models import MAPPING, MIXER, PACKED_AS, packed_factors, twins
-from torch import Tensor, nn
+from packed_models import MAPPING, PACKED_AS, packed_factors, twins
+from torch import nn
 
 import lorafx
 from lorafx.errors import CheckpointError, ConfigError, TargetError
@@ -63,21 +61,6 @@ def test_adapters_of_single_projections_on_a_packed_base(case: Case) -> None:
     assert "[q_proj 16, k_proj 8, v_proj 8]" in str(cm.explain())
 
 
-def test_in_triton(case: Case) -> None:
-    cm = compiled(twins()[1], case, lowering="triton")
-    check_mixed(cm, case, NAMES, IDS)
-
-
-def test_fewer_names_than_slices_are_told_apart_by_their_rows(case: Case) -> None:
-    model = twins()[1]
-    mapping = {**MAPPING, "in_proj_qkvz": ["in_proj_qkv", "in_proj_z"]}
-    model.packed_modules_mapping = mapping
-    cm = compiled(model, case)
-    mixer = next(site for site in cm.sites if site.path.endswith("0.in_proj_qkvz"))
-    assert [part.out_features for part in mixer.parts] == list(MIXER)
-    check_mixed(cm, case, NAMES, IDS)
-
-
 @pytest.mark.parametrize("name", list(MAPPING))
 def test_packed_adapters(name: str, tmp_path: Path) -> None:
     """One A and a B over all slices: on the packed base, and split over a base that is not."""
@@ -94,33 +77,6 @@ def test_packed_adapters(name: str, tmp_path: Path) -> None:
     names = ["packed", "other", None, "packed", "other"]
     for model in (packed, case.model()):
         check_mixed(compiled(model, case, config), case, names, IDS)
-
-
-def test_a_file_with_both_forms_must_not_contradict_itself(tmp_path: Path) -> None:
-    apart, packed = twins()
-    own, expected = packed_factors(0, "qkv_proj", rank=2, seed=1)
-    q = {"layers.0.q_proj": expected["layers.0.q_proj"]}
-    same = _joined(tmp_path / "same", packed, apart, own, q)
-    config = lorafx.LoraConfig(target_modules=["qkv_proj"])
-    cm = lorafx.compile(packed, config, adapters={"same": same}, options=REFERENCE)
-    case = Case(apart, {"same": same}, {"same": merged(apart, expected)})
-    check_mixed(cm, case, ["same", None], {"input_ids": IDS["input_ids"][:2]})
-    a, b = q["layers.0.q_proj"]
-    other = _joined(tmp_path / "other", packed, apart, own, {"layers.0.q_proj": (a, b + 1)})
-    with pytest.raises(CheckpointError, match=r"qkv_proj .*both.* layers\.0\.q_proj and differ"):
-        cm.load_adapter(other, "other")
-    assert cm.adapters == ("same",)
-
-
-def _joined(folder: Path, packed: nn.Module, apart: nn.Module, first: Any, second: Any) -> Path:
-    """One adapter whose file holds what two files hold."""
-    from safetensors.torch import load_file, save_file
-
-    tensors: dict[str, Tensor] = {}
-    for model, pairs in ((packed, first), (apart, second)):
-        tensors |= load_file(save(model, folder, pairs) / "adapter_model.safetensors")
-    save_file(tensors, folder / "adapter_model.safetensors")
-    return folder
 
 
 # --- one forward path ---
@@ -197,15 +153,6 @@ def test_declarations_that_cannot_be(packed: Any, words: str) -> None:
         lorafx.compile(model, config, options=REFERENCE)
 
 
-def test_a_class_that_does_not_say_its_slices() -> None:
-    model = nn.Sequential()
-    model.add_module("qkv_proj", nn.Linear(4, 12))
-    packed = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
-    config = lorafx.LoraConfig(target_modules=["k_proj"], packed_modules=packed)
-    with pytest.raises(TargetError, match=r"qkv_proj \(Linear\).*register\(output_sizes=.*\)"):
-        lorafx.compile(model, config, options=REFERENCE)
-
-
 # --- B that cannot be split ---
 
 
@@ -224,58 +171,3 @@ def test_rows_that_fit_no_split(name: str, rows: int, words: str, tmp_path: Path
     with pytest.raises(ValueError, match=words):
         cm.load_adapter(folder, "wrong")
     assert cm.adapters == ()
-
-
-def test_a_packed_name_of_which_some_modules_were_not_selected(tmp_path: Path) -> None:
-    config = lorafx.LoraConfig(target_modules=["q_proj", "k_proj"], packed_modules=MAPPING)
-    cm = lorafx.compile(twins()[0], config, options=REFERENCE)
-    with pytest.raises(CheckpointError, match=r"packs 3 modules, but only .* was selected"):
-        cm.load_adapter(random_factors(tmp_path, "layers.0.qkv_proj", 32), "wrong")
-
-
-class _Merged(nn.Linear):
-    """A linear of several slices, registered for the property below."""
-
-    def __init__(self, width: int, sizes: list[int]) -> None:
-        super().__init__(width, sum(sizes))
-        self.slice_sizes = sizes
-
-
-@settings(max_examples=40, deadline=None)
-@given(data=st.data())
-def test_any_split_is_the_dense_update(data: st.DataObject) -> None:
-    """Random slices in random groups, some left out: what is loaded is the dense ΔW, row by row."""
-    from lorafx.adapter_store.checkpoint import AdapterState
-    from lorafx.adapter_store.peft_config import PeftConfig
-    from lorafx.adapter_store.peft_reader import read_adapter
-    from lorafx.prepare.marking import build_sites
-
-    sizes = data.draw(st.lists(st.integers(1, 6), min_size=2, max_size=5))
-    cuts = data.draw(st.sets(st.integers(1, len(sizes) - 1)))
-    bounds = [0, *sorted(cuts), len(sizes)]
-    groups = {f"m{i}": tuple(range(bounds[i], bounds[i + 1])) for i in range(len(bounds) - 1)}
-    taken = data.draw(st.sets(st.sampled_from(list(groups)), min_size=1))
-    lorafx.register(_Merged, output_sizes="slice_sizes")
-    try:
-        model = nn.Sequential()
-        model.add_module("packed", _Merged(3, sizes))
-        config = lorafx.LoraConfig(target_modules=["packed"], packed_modules={"packed": groups})
-        _, (site,) = build_sites(model, config)
-    finally:
-        lorafx.unregister(_Merged)
-    tensors, dense = {}, torch.zeros(sum(sizes), 3)
-    for name in taken:
-        slices = groups[name]
-        start, rows = sum(sizes[: slices[0]]), sum(sizes[i] for i in slices)
-        a, b = torch.randn(2, 3), torch.randn(rows, 2)
-        dense[start : start + rows] = b @ a
-        tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
-    state = AdapterState(PeftConfig(r=2, lora_alpha=2), tensors, "memory")
-    adapter = read_adapter(state, "a", [site], model=model)
-    got, at = torch.zeros_like(dense), 0
-    for index, part in enumerate(site.parts):
-        found = adapter.weights.get(site.part_path(index))
-        if found is not None:
-            got[at : at + part.out_features] = found.scale * found.B @ found.A
-        at += part.out_features
-    torch.testing.assert_close(got, dense)

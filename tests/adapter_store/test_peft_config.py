@@ -79,32 +79,6 @@ def test_what_alora_is_not_trained_with(also):
         PeftConfig.read({**config, **also})
 
 
-@pytest.mark.parametrize("init", ["pissa", "OLoRA", "new"])
-def test_initialisations_that_change_the_base_are_refused(init):
-    with pytest.raises(UnsupportedAdapterError, match="path_initial_model_for_weight_conversion"):
-        PeftConfig.read({"init_lora_weights": init})
-
-
-def test_modules_and_tokens_that_were_trained():
-    config = PeftConfig.read(
-        {"modules_to_save": ["score", "norm"], "trainable_token_indices": {"embed": [3, 1]}}
-    )
-    assert [config.saves(path) for path in ("score", "a.score.dense", "input_layernorm", "b")] == [
-        *(True, True, True),  # PEFT goes by the ending of a name
-        False,
-    ]
-    assert config.tokens_of("model.embed") == (3, 1)
-    assert config.tokens_of("lm_head") is None
-    assert PeftConfig.read({"trainable_token_indices": [7]}).tokens_of("any") == (7,)
-
-
-def test_all_refused_fields_at_once():
-    fields = {k: v for k, v in REFUSED.items() if k != "peft_type"}
-    with pytest.raises(UnsupportedAdapterError) as caught:
-        PeftConfig.read(fields)
-    assert [f for f in fields if f"  - {f} = " not in str(caught.value)] == []
-
-
 @pytest.mark.parametrize(
     "fields",
     [

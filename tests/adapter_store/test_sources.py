@@ -12,14 +12,13 @@ import huggingface_hub.constants
 import pytest
 import torch
 from dense_merge import random_base, save_adapter
-from dialect_files import WEIGHTS, as_kohya, as_mlx
-from safetensors.torch import load_file, save, save_file
+from dialect_files import WEIGHTS, as_mlx
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorafx
 from lorafx.adapter_store import opening
 from lorafx.adapter_store.checkpoint import load_state
-from lorafx.adapter_store.inspecting import config_of
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
 
 pytestmark = [
@@ -48,13 +47,6 @@ def same(source: object, base: nn.Module, folder: Path) -> bool:
     )
 
 
-def test_a_pickled_file_beside_its_configuration(base, folder, tmp_path) -> None:
-    shutil.copy(folder / CONFIG, tmp_path / CONFIG)
-    torch.save(load_file(folder / WEIGHTS), tmp_path / "adapter_model.bin")
-    assert same(tmp_path / "adapter_model.bin", base, folder)
-    assert same(str(tmp_path), base, folder)
-
-
 def test_one_file_whose_metadata_holds_the_configuration(base, folder, tmp_path) -> None:
     file = tmp_path / "sql.safetensors"
     save_file(load_file(folder / WEIGHTS), file, {"adapter_config": (folder / CONFIG).read_text()})
@@ -68,31 +60,6 @@ def test_one_file_whose_metadata_holds_the_configuration(base, folder, tmp_path)
     save_file(load_file(folder / WEIGHTS), file, {"adapter_config": json.dumps(config)})
     with pytest.raises(UnsupportedAdapterError, match="use_qalora"):
         load_state(file, base)
-
-
-def test_tensors_and_bytes_with_a_configuration(base, folder, tmp_path) -> None:
-    tensors = load_file(folder / WEIGHTS)
-    config = json.loads((folder / CONFIG).read_text())
-    torch.save(tensors, tmp_path / "pickled")
-    for held in (tensors, save(tensors), (tmp_path / "pickled").read_bytes()):
-        assert same(lorafx.AdapterSource(held, config=config), base, folder)
-    with pytest.raises(CheckpointError, match="maps names to tensors; it has 'a': of class int"):
-        load_state({"a": 1}, base)
-    with pytest.raises(CheckpointError, match="weights_only=True"):
-        load_state(b"nothing of this kind", base)
-    with pytest.raises(CheckpointError, match="is not a readable safetensors file"):
-        load_state(save(tensors)[:-5], base)
-    torch.save({"a": print}, tmp_path / "code")
-    with pytest.raises(CheckpointError, match="weights_only=True"):
-        load_state((tmp_path / "code").read_bytes(), base)
-
-
-def test_a_folder_with_several_files_wants_one_named(base, folder, tmp_path) -> None:
-    for name in ("a.safetensors", "b.safetensors"):
-        as_kohya(folder, tmp_path / name)
-    with pytest.raises(CheckpointError, match=r"\(a.safetensors, b.safetensors\); give the path"):
-        load_state(tmp_path, base)
-    assert load_state(tmp_path / "a.safetensors", base).dialect == "kohya"
 
 
 @pytest.fixture
@@ -131,21 +98,6 @@ def test_a_name_that_the_hub_does_not_have(base, hub) -> None:
         load_state(Path("someone/absent"), base)  # a path stays on this machine
 
 
-def test_a_folder_on_this_machine_comes_before_the_hub(
-    base, folder, hub, tmp_path, monkeypatch
-) -> None:
-    hub("someone/sql", as_mlx(folder, tmp_path / "mlx"))
-    (tmp_path / "someone").mkdir()
-    shutil.copytree(folder, tmp_path / "someone" / "sql")
-    monkeypatch.chdir(tmp_path)
-    assert load_state("someone/sql", base).dialect == "peft"
-
-
-def test_what_a_folder_asks_for_in_any_dialect(base, folder, tmp_path) -> None:
-    mlx = config_of(as_mlx(folder, tmp_path / "mlx"))
-    assert (mlx.max_rank, mlx.use_dora) == (config_of(folder).max_rank, False) == (2, False)
-
-
 @pytest.mark.parametrize("single", [False, True])
 def test_files_that_are_written_while_they_are_read(
     base, folder, tmp_path, single, monkeypatch
@@ -166,18 +118,3 @@ def test_files_that_are_written_while_they_are_read(
         with pytest.raises(CheckpointError, match="was written while the adapter was read"):
             load_state(source, base)
     assert load_state(source, base).config.lora_alpha == 40
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda tensor: tensor.to("meta"), "is on the device meta and holds no values"),
-        (lambda tensor: tensor.to_sparse(), "is a sparse tensor"),
-        (lambda tensor: torch.nested.as_nested_tensor([tensor]), "is a nested tensor"),
-    ],
-)
-def test_tensors_in_memory_that_are_not_dense(change, said, base, folder) -> None:
-    key, tensors = next(iter(load_file(folder / WEIGHTS))), load_file(folder / WEIGHTS)
-    source = lorafx.AdapterSource(tensors | {key: change(tensors[key])}, config=folder)
-    with pytest.raises(CheckpointError, match=f"given tensors: .*lora_A.* {said}.*; give a dense"):
-        load_state(source, base)

@@ -1,4 +1,4 @@
-"""LoRA in special forms: blocks on a diagonal, and initialisations that change the base weight."""
+"""LoRA in a special form: blocks on a diagonal."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ from tiny_models import token_inputs
 from torch import nn
 
 import lorafx
-from lorafx.adapter_store.checkpoint import load_state
-from lorafx.adapter_store.peft_config import PeftConfig
-from lorafx.errors import CheckpointError, UnsupportedAdapterError
 
 pytestmark = [pytest.mark.quick, pytest.mark.filterwarnings("ignore")]
 
@@ -58,54 +55,7 @@ def blocks(base: nn.Module, folder: Path) -> nn.Module:
     return model.merge_and_unload().eval()
 
 
-def converted(init: str, base: nn.Module, folder: Path) -> nn.Module:
-    """An initialisation that changes the base: refused as it is, converted by PEFT to `folder`."""
-    plain, initial = folder.with_name(f"{init}-plain"), folder.with_name(f"{init}-initial")
-    model = wrapped(base, r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=init)
-    model.peft_config["default"].init_lora_weights = True
-    model.save_pretrained(initial)
-    model.peft_config["default"].init_lora_weights = init
-    want = copy.deepcopy(trained(model)).merge_and_unload().eval()
-    model.save_pretrained(plain)
-    way_out = rf"(?i){init}.*path_initial_model_for_weight"
-    with pytest.raises(UnsupportedAdapterError, match=way_out):
-        load_state(plain, base)
-    model.save_pretrained(folder, path_initial_model_for_weight_conversion=initial)
-    return want
-
-
-def test_blocks_on_a_diagonal_and_converted_initialisations(base, tmp_path: Path) -> None:
-    folders = {name: tmp_path / name for name in ("blocks", "pissa", "olora")}
-    merged = {"blocks": blocks(base, folders["blocks"])}
-    merged |= {init: converted(init, base, folders[init]) for init in ("pissa", "olora")}
-    case = Case(base, folders, merged)
+def test_blocks_on_a_diagonal(base, tmp_path: Path) -> None:
+    case = Case(base, {"blocks": tmp_path}, {"blocks": blocks(base, tmp_path)})
     cm = lorafx.compile(case.model(), case.folders, options=REFERENCE)
-    check_mixed(cm, case, [*folders, None], token_inputs(4, 6))
-
-
-def test_blocks_that_are_too_many_allocate_nothing(base: nn.Module) -> None:
-    """A full matrix would have 10^12 entries; the reader says what is wrong with the shape."""
-    path = "model.layers.0.self_attn.q_proj"
-    tensors = {
-        f"{path}.lora_A.weight": torch.ones(1_000_000, 1),
-        f"{path}.lora_B.weight": torch.ones(24, 4),
-    }
-    settings = {"nblocks": 1_000_000, "target_modules_bd_a": ["q_proj"]}
-    source = lorafx.AdapterSource(tensors, config={"r": 4, "use_bdlora": settings})
-    assert load_state(source, base).tensors[f"{path}.lora_A.weight"].shape == (1_000_000, 1)
-    with pytest.raises(CheckpointError, match=r"q_proj.lora_A.weight has shape \(1000000, 1\)"):
-        lorafx.compile(copy.deepcopy(base), {"a": source}, options=REFERENCE)
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("LOHA", "only LORA adapters are read; merge it .*merge_and_unload"),
-        ("XLORA", "a router of its own.*weights by name"),
-        ("PREFIX_TUNING", "learns prompts"),
-        ("METHOD_OF_TOMORROW", "only LORA adapters are read"),
-    ],
-)
-def test_other_methods_are_refused_with_the_way_out(kind: str, message: str) -> None:
-    with pytest.raises(UnsupportedAdapterError, match=f"peft_type = '{kind}': .*{message}"):
-        PeftConfig.read({"peft_type": kind})
+    check_mixed(cm, case, ["blocks", None], token_inputs(2, 6))

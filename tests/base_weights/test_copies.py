@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 import lorafx
 from lorafx.base_weights.copies import copies_of
-from lorafx.errors import BaseWeightsError, CaptureError
+from lorafx.errors import BaseWeightsError
 
 pytestmark = pytest.mark.usefixtures("fixed_sizes")
 
@@ -101,81 +100,6 @@ def test_made_of_several_weights(how: str, tmp_path: Path) -> None:
     check(cm, fresh, x)
 
 
-@pytest.mark.parametrize("once", [False, True], ids=["mapping", "generator"])
-def test_a_hook_that_raises(once: bool) -> None:
-    """What it wrote, what it put into the module and the weights are all put back."""
-    model = seeded(FusedAnew, "rows")
-    old = copy.deepcopy(model)
-    cm = compiled(model)
-    x = torch.randn(2, 3, WIDTH)
-    check(cm, old, x)
-    kept, graphs = model.fused, cm.recompiles
-    fresh = new_weights(model, 3)
-    state = plain(fresh)
-    model.fail = True
-    with pytest.raises(ValueError, match="no more memory"):
-        cm.load_weights(iter(state.items()) if once else state)
-    assert model.fused is kept
-    assert torch.equal(kept, old.fused)
-    assert all(torch.equal(t, old.state_dict()[n]) for n, t in model.state_dict().items())
-    check(cm, old, x)
-    model.fail = False
-    cm.load_weights(iter(state.items()) if once else state)
-    fresh.fuse()
-    check(cm, fresh, x)
-    assert cm.recompiles == graphs
-
-
-class Tied(nn.Module):
-    """Its head is a copy of its embedding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(50, WIDTH)
-        self.o = nn.Linear(WIDTH, WIDTH)
-        self.head = self.embed.weight.detach().clone()
-
-    def forward(self, ids: Tensor) -> dict[str, Tensor]:
-        return {"logits": F.linear(self.o(self.embed(ids)), self.head)}
-
-
-def test_a_copy_of_an_embedding() -> None:
-    model = seeded(Tied)
-    cm = compiled(model)
-    ids = torch.randint(0, 50, (2, 5))
-    check(cm, model, ids)
-    fresh = new_weights(model, 3)
-    fresh.head = fresh.embed.weight.clone()
-    kept = model.head
-    cm.load_weights(plain(fresh))
-    assert model.head is kept
-    check(cm, fresh, ids)
-
-
-def test_copies_after_an_update_that_failed_half_way() -> None:
-    """They stay copies of what the weights are meanwhile, so that the next update knows them."""
-    model = seeded(Tied)
-    cm = compiled(model)
-    fresh = new_weights(model, 3)
-    fresh.head = fresh.embed.weight.clone()
-    rounds: list[int] = []
-
-    def pairs() -> Iterator[tuple[str, Tensor]]:
-        rounds.append(1)
-        for index, pair in enumerate(plain(fresh).items()):
-            if len(rounds) == 2 and index == 1:
-                raise OSError("the trainer is gone")
-            yield pair
-
-    ids = torch.randint(0, 50, (2, 5))
-    with pytest.raises(OSError, match="the trainer is gone"):
-        cm.load_weights(pairs)
-    with pytest.raises(CaptureError, match="partly old and partly new"):
-        cm(ids, adapter_names=BASE)
-    cm.load_weights(pairs)
-    check(cm, fresh, ids)
-
-
 class Experts(nn.Module):
     """Routed experts that multiply by transposes of their parameters, laid out anew."""
 
@@ -205,37 +129,8 @@ class Routed(nn.Module):
         return {"logits": x + self.experts(self.o(x), self.router(x).argmax(-1))}
 
 
-def test_experts_that_were_packed_before() -> None:
-    model = seeded(Routed)
-    cm = compiled(model)
-    x = torch.randn(2, 8)
-    check(cm, model, x)
-    fresh = new_weights(model, 3)
-    fresh.experts.pack()
-    kept = model.experts.w1, model.experts.w2
-    cm.load_weights(plain(fresh))
-    assert model.experts.w1 is kept[0]
-    assert model.experts.w2 is kept[1]
-    assert torch.equal(kept[0], fresh.experts.w1)
-    check(cm, fresh, x)
-
-
-@pytest.mark.parametrize("value", [0.0, 0.02])
-def test_made_of_weights_that_held_one_number(value: float) -> None:
-    """Nothing tells what of them they are: the holder's hook has to."""
-    model = seeded(FusedAnew, "rows")
-    for parameter in model.parameters():
-        parameter.fill_(value)
-    model.fuse()
-    cm = compiled(model)
-    fresh = new_weights(seeded(FusedAnew, "rows"), 3)
-    cm.load_weights(plain(fresh))
-    fresh.fuse()
-    check(cm, fresh, torch.randn(2, 3, WIDTH))
-
-
 ORDINARY: dict[str, Callable[[], nn.Module]] = {
-    **{name: FAMILIES[name].build for name in ("llama", "gpt2", "gemma3", "t5")},
+    **{name: FAMILIES[name].build for name in ("gpt2",)},
     "deepseek_v3": lambda: moe_base("deepseek_v3"),
 }
 

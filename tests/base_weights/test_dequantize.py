@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -49,15 +48,13 @@ def multiplies_by_it(kind: str) -> bool:
     return kind != "torchao-int8-dynamic" or not int8_products_saturate()
 
 
-@pytest.mark.parametrize("ran", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("registered")
-def test_reads_what_the_kernel_multiplies_by(kind: str, ran: bool) -> None:
+def test_reads_what_the_kernel_multiplies_by(kind: str) -> None:
     """Also after the first call, in which libraries move or repack what they hold."""
     dense, module = quantised(kind)
     x = torch.randn(5, K)
-    if ran:
-        module(x)
+    module(x)
     found = lorafx.dequantize(module)
     assert found.shape == (N, K)
     assert found.is_floating_point()
@@ -120,22 +117,6 @@ def test_fine_grained_fp8() -> None:
         requantize(linear, torch.randn(N, K))
 
 
-def test_routed_experts() -> None:
-    library = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-    experts = nn.Module()
-    experts.gate_up_proj = nn.Parameter(torch.randn(3, 32, 16), requires_grad=False)
-    experts.down_proj = nn.Parameter(torch.randn(3, 16, 16), requires_grad=False)
-    dense = experts.gate_up_proj.detach().clone()
-    names = {"gate_up_proj": library.Float8WeightOnlyConfig()}
-    library.quantize_(experts, library.FqnToConfig(names), filter_fn=None)
-    assert lorafx.dequantize(experts, "gate_up_proj").shape == (3, 32, 16)
-    assert torch.equal(lorafx.dequantize(experts, "down_proj"), experts.down_proj)
-    error = requantize(experts, 2 * dense, "gate_up_proj")
-    assert error <= 0.05
-    found = lorafx.dequantize(experts, "gate_up_proj")
-    assert (found - 2 * dense).abs().max() <= 0.05 * 2 * dense.abs().max()
-
-
 class Unknown(nn.Linear):
     """Integers whose scale nobody knows."""
 
@@ -172,21 +153,3 @@ def test_what_cannot_be_read_or_written_is_named() -> None:
         lorafx.unregister(Unknown)
     with pytest.raises(lorafx.ConfigError, match="dequantize=3 cannot be called"):
         lorafx.register(Unknown, dequantize=3)  # type: ignore[arg-type]
-
-
-def test_a_failed_write_changes_nothing() -> None:
-    """A function of the user's that raises half-way."""
-
-    def half(module: nn.Module, weight: Tensor) -> None:
-        module.qweight.zero_()
-        raise RuntimeError("half-way")
-
-    lorafx.register(GptqLinear, dequantize=PackedLinear.dequantized, requantize=half)
-    try:
-        _, module = quantised("gptq")
-        before = copy.deepcopy(module.state_dict())
-        with pytest.raises(RuntimeError, match="half-way"):
-            requantize(module, torch.randn(N, K))
-        assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-    finally:
-        lorafx.unregister(GptqLinear)

@@ -14,24 +14,18 @@ from dense_merge import (
     build_case,
     check_mixed,
     error,
-    random_base,
-    save_adapter,
     valid,
 )
 from expert_models import moe_case
 from full_disk import no_file_over
-from merging import bits, tied_case
+from merging import bits
 from safetensors import safe_open
-from safetensors.torch import load_file
-from tiny_models import VOCAB, plain_inputs, token_inputs
+from tiny_models import VOCAB, token_inputs
 from torch import Tensor
 
-import lorafx
-from lorafx.errors import CheckpointError, ConfigError, MatchError, UnknownAdapterError
+from lorafx.errors import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("fixed_sizes")
-
-REFERENCE = {"lowering": "reference"}
 
 
 def check_export(cm: Any, case: Case, name: str, folder: Path, inputs: dict[str, Tensor]) -> Any:
@@ -62,7 +56,9 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return build_case("gpt2", tmp_path_factory.mktemp("gpt2"))
 
 
-@pytest.mark.parametrize(("family", "name"), [("llama", "a3"), ("phi3", "a1")])
+@pytest.mark.parametrize(
+    ("family", "name"), [("llama", "a3"), pytest.param("phi3", "a1", marks=pytest.mark.slow)]
+)
 def test_transformers_loads_it(family: str, name: str, tmp_path: Path) -> None:
     case = build_case(family, tmp_path / "adapters")
     cm = case.compile()
@@ -98,53 +94,6 @@ def test_tied_weights_that_are_told_apart_are_written_as_two(
     assert loaded.config.tie_word_embeddings is tied
     assert (loaded.lm_head.weight is loaded.transformer.wte.weight) is tied
     assert cm.model.lm_head.weight is cm.model.transformer.wte.weight
-
-
-def test_a_module_of_one_s_own_is_one_file(tmp_path: Path) -> None:
-    case = build_case("plain", tmp_path / "adapters")
-    cm = case.compile()
-    before = bits(cm.model)
-    folder = cm.export_merged("a1", tmp_path / "deep" / "merged")
-    assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
-    fresh = case.model()
-    fresh.load_state_dict(load_file(folder / "model.safetensors"))
-    inputs = plain_inputs(3, 4)
-    with torch.no_grad():
-        got = fresh(**inputs)["logits"]
-    assert error(got, case.expected(["a1"] * 3, inputs)) <= TOLERANCE
-    assert all(torch.equal(cm.model.state_dict()[key], value) for key, value in before.items())
-
-
-def test_tied_weights_of_a_module_of_one_s_own(tmp_path: Path) -> None:
-    """Told apart, nothing could say that they are two; else both names are there."""
-    case = tied_case(tmp_path / "adapters")
-    cm = case.compile()
-    for name in ("both", "embed", "head"):
-        with pytest.raises(MatchError, match="no configuration that could declare them untied"):
-            cm.export_merged(name, tmp_path / name)
-        assert not (tmp_path / name).exists()
-    inputs = {"input_ids": torch.randint(0, VOCAB, (2, 4))}
-    for name in ("same", "up"):
-        folder = cm.export_merged(name, tmp_path / name)
-        fresh = case.model()
-        fresh.load_state_dict(load_file(folder / "model.safetensors"))
-        with torch.no_grad():
-            got = fresh(**inputs)["logits"]
-        assert error(got, case.expected([name] * 2, inputs)) <= TOLERANCE
-
-
-def test_of_a_merged_model_it_is_what_the_model_holds(gpt2: Case, tmp_path: Path) -> None:
-    cm = gpt2.compile()
-    cm.merge("a0")
-    with pytest.raises(
-        ConfigError, match=r"'a0' is merged; call unmerge\(\) before 'a2' is written"
-    ):
-        cm.export_merged("a2", tmp_path / "a2")
-    merged = bits(cm.model)
-    loaded = type(cm.model).from_pretrained(cm.export_merged("a0", tmp_path / "a0"))
-    assert all(torch.equal(loaded.state_dict()[key], value) for key, value in merged.items())
-    assert all(torch.equal(cm.model.state_dict()[key], value) for key, value in merged.items())
-    assert cm.merged == "a0"
 
 
 def test_calls_go_on_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,31 +136,9 @@ def test_calls_go_on_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert error(valid(inputs, got), valid(inputs, case.expected(["a1"] * 3, inputs))) <= TOLERANCE
 
 
-def test_refusals(gpt2: Case, tmp_path: Path) -> None:
-    cm = gpt2.compile()
-    with pytest.raises(UnknownAdapterError, match="no adapter named 'b'"):
-        cm.export_merged("b", tmp_path / "b")
-    assert not (tmp_path / "b").exists()
-    file = tmp_path / "file"
-    file.write_text("")
-    with pytest.raises(CheckpointError, match="cannot be written"):
-        cm.export_merged("a0", file)
-
-
-@pytest.mark.parametrize("room", [0, 20_000])
-def test_a_full_disk(room: int, gpt2: Case, tmp_path: Path) -> None:
-    """For the merged weights, which are mapped files, and for the checkpoint."""
+def test_a_full_disk(gpt2: Case, tmp_path: Path) -> None:
     cm, inputs = gpt2.compile(), token_inputs(2, 4)
-    with no_file_over(room), pytest.raises(CheckpointError, match=r"be written: .*too large"):
+    with no_file_over(20_000), pytest.raises(CheckpointError, match=r"be written: .*too large"):
         cm.export_merged("a1", tmp_path / "full")
     assert not list((tmp_path / "full").glob("*.safetensors"))
     check_mixed(cm, gpt2, ["a1", None], inputs)
-
-
-def test_encoder_decoders_keep_their_tied_weights(tmp_path: Path) -> None:
-    """There the flag that unties them changes what is computed."""
-    base = random_base("t5", tie_word_embeddings=True, num_layers=1, num_decoder_layers=1)
-    folder = save_adapter(base, tmp_path / "a", rank=2, targets=["lm_head", "q"], seed=1)
-    cm = lorafx.compile(base, {"a": folder}, options=REFERENCE)
-    with pytest.raises(MatchError, match=r"lm_head\.weight.*encoder-decoder"):
-        cm.export_merged("a", tmp_path / "merged")

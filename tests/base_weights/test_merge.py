@@ -107,7 +107,7 @@ def test_merged_before_the_first_call_the_base_is_captured(plain: Case, tmp_path
     assert cm.recompiles == 2
 
 
-@pytest.mark.parametrize("names", [["a1"] * 3 + ["a0"], [None] * 4, ["__base__"] * 4, ["a2"] * 4])
+@pytest.mark.parametrize("names", [["a1"] * 3 + ["a0"], [None] * 4])
 def test_calls_that_name_something_else_are_refused(cm: Any, names: list[str | None]) -> None:
     inputs = token_inputs(4, 5)
     cm.merge("a1")
@@ -119,27 +119,7 @@ def test_calls_that_name_something_else_are_refused(cm: Any, names: list[str | N
         cm(**inputs, adapter_names=["a1"] * 3)
 
 
-def test_slots_a_token_may_name_the_merged_adapter_alone(cm: Any, case: Case) -> None:
-    inputs = token_inputs(4, 5)
-    graphs = cm.recompiles
-    cm.merge("a1")
-    index = cm.adapters.index("a1")
-    want = case.expected(["a1"] * 4, inputs)
-    for slots in (torch.full((4,), index), torch.full((4, 5), index)):
-        got = cm(**inputs, adapter_slots=slots)["logits"]
-        assert error(valid(inputs, got), valid(inputs, want)) <= TOLERANCE
-    slots = torch.full((4, 5), index)
-    slots[0, 3] = -1
-    with pytest.raises(BatchError, match="asks for the base model"):
-        cm(**inputs, adapter_slots=slots)
-    with pytest.raises(BatchError, match="asks for 'a0'"):
-        cm(**inputs, adapter_slots=torch.zeros(4, dtype=torch.int))
-    # Two names for one adapter: tokens differ in number alone.
-    slots[0, 3] = 1 - index
-    cm(**inputs, adapter_names=["a1"] * 4, adapter_slots=slots.clamp(0, 3))
-    assert cm.recompiles == graphs
-
-
+@pytest.mark.slow
 def test_generate_gives_the_merged_model_s_tokens(cm: Any, case: Case) -> None:
     inputs = token_inputs(2, 4)
     inputs["attention_mask"].fill_(1)
@@ -189,43 +169,7 @@ def test_what_would_change_the_merged_adapter_is_refused(cm: Any, case: Case) ->
     assert merged_line.startswith("a1: ")
 
 
-def test_other_adapters_come_and_go(cm: Any, case: Case) -> None:
-    inputs = token_inputs(4, 5)
-    cm.merge("a1")
-    merged = bits(cm)
-    cm.load_adapter(case.folders["a0"], "new")
-    cm.pin_adapter("a3")
-    cm.pin_adapter("a1")
-    cm.unload_adapter("a2")
-    assert unchanged(cm, merged)
-    cm.unmerge()
-    want = case.expected(["a0", "a3", "a1", None], inputs)
-    got = cm(**inputs, adapter_names=["new", "a3", "a1", None])["logits"]
-    assert error(valid(inputs, got), valid(inputs, want)) <= TOLERANCE
-    cm.load_adapter(case.folders["a2"], "a2")
-    cm.unpin_adapter("a3")
-    cm.unpin_adapter("a1")
-    cm.unload_adapter("new")
-
-
-def test_warm_up_and_capture_leave_the_merge_alone(plain: Case) -> None:
-    cm = plain.compile()
-    before = bits(cm)
-    cm.merge("a1")
-    merged = bits(cm)
-    inputs = plain_inputs(4, 5)
-    cm.capture((), inputs)
-    cm.warmup(inputs, batch_sizes=(4,), lengths=(5,), generate=False)
-    assert unchanged(cm, merged)
-    graphs = cm.recompiles
-    got = cm(**inputs)["logits"]
-    assert error(got, plain.expected(["a1"] * 4, inputs)) <= TOLERANCE
-    cm.unmerge()
-    check_mixed(cm, plain, NAMES, inputs)
-    assert cm.recompiles == graphs
-    assert unchanged(cm, before)
-
-
+@pytest.mark.slow
 def test_not_inside_a_running_call(cm: Any) -> None:
     inputs = token_inputs(4, 5)
     cm(**inputs)
@@ -279,31 +223,3 @@ def test_what_cannot_be_summed_changes_nothing(plain: Case) -> None:
         cm.merge("a")
     assert cm.merged is None
     assert unchanged(cm, before)
-
-
-def test_under_inductor(plain: Case) -> None:
-    cm = plain.compile({"lowering": "inductor"})
-    inputs = plain_inputs(3, 4)
-    cm(**inputs)
-    check_mixed(cm, plain, ["a1", None, "a0"], inputs)
-    graphs, before = cm.recompiles, bits(cm)
-    for name in ("a1", "a3"):
-        cm.merge(name)
-        for keywords in ({}, {"adapter_names": [name] * 3}):
-            got = cm(**inputs, **keywords)["logits"]
-            assert error(got, plain.expected([name] * 3, inputs)) <= TOLERANCE
-        cm.unmerge()
-        check_mixed(cm, plain, ["a1", None, name], inputs)
-    assert cm.recompiles == graphs
-    assert unchanged(cm, before)
-
-
-def test_originals_are_counted(cm: Any) -> None:
-    assert cm.memory()["originals"] == 0
-    report = cm.merge("a0")
-    weights = dict(cm.model.named_parameters())
-    size = sum(weights[weight.name].nbytes for weight in report.weights)
-    assert cm.memory()["originals"] == report.original_bytes == size
-    assert f"{size} bytes" in str(report)
-    cm.unmerge()
-    assert cm.memory()["originals"] == 0

@@ -1,4 +1,4 @@
-"""Parameters that bring a `weight_loader`, and tensors that cannot be written at all."""
+"""Parameters that bring a `weight_loader`."""
 
 from __future__ import annotations
 
@@ -62,29 +62,3 @@ def test_shards_of_an_own_loader(packed: Any, once: bool) -> None:
         with pytest.raises(BaseWeightsError, match="a duplicate of"):
             push(state)
     assert torch.equal(model.qkv_proj.weight, whole + 1)
-
-
-class Expanded(nn.Module):
-    """Its buffer's rows are one place in memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.proj = nn.Linear(8, 8, bias=False)
-        self.register_buffer("table", torch.zeros(1, 8).expand(4, 8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x) + self.table[0]
-
-
-def test_what_cannot_be_written_is_refused_before_the_first_write() -> None:
-    model = Expanded().eval()
-    cm = lorafx.compile(model, lorafx.LoraConfig(), options=REFERENCE)
-    old = model.proj.weight.clone()
-    fresh = torch.randn(8, 8)
-    with pytest.raises(BaseWeightsError, match=r"table: several of its entries share memory"):
-        cm.load_weights({"proj.weight": fresh, "table": torch.ones(4, 8)})
-    assert torch.equal(model.proj.weight, old)
-    x = torch.randn(2, 8)
-    assert torch.equal(cm(x, adapter_names=[None, None]), model(x))
-    cm.load_weights({"proj.weight": fresh})
-    assert torch.equal(model.proj.weight, fresh)

@@ -1,122 +1,25 @@
-"""Packed projections in the model, in the checkpoint, or in both; layers that cut weights
-themselves; experts of model authors' own."""
+"""Packed projections, layers that cut weights themselves, and a family's own conversion."""
 
 from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers
-from dense_merge import Case, check_mixed
 from expert_models import moe_base
-from hand_made import hand_case
 from namings import new_weights, older
-from packed_models import MAPPING, PACKED_AS, Packed, twins
 from pushed_shards import push_weights
 from tensor_parallel import llama_config
-from torch import Tensor, nn
 from two_ranks import on_ranks
 
 import lorafx
 from lorafx.errors import BaseWeightsError
-from lorafx.layers import FusedMoE, load_weights
 
 pytestmark = pytest.mark.usefixtures("fixed_sizes")
 
 REFERENCE = {"lowering": "reference"}
-NAMES = ["a", None, "b", "a"]
-IDS = {"input_ids": torch.randint(0, 20, (4, 7), generator=torch.Generator().manual_seed(1))}
-LINEARS = [f"layers.{i}.{name}" for i in range(2) for name in [*PACKED_AS, "o_proj", "down_proj"]]
 
 
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    apart, _ = twins()
-    return hand_case(apart, tmp_path_factory.mktemp("apart"), a=LINEARS, b=LINEARS[1::2])
-
-
-def compiled(model: nn.Module, case: Case, config: Any = None) -> Any:
-    return lorafx.compile(model, config, adapters=case.folders, options=REFERENCE)
-
-
-@pytest.fixture(scope="module")
-def packed_served(case: Case) -> Any:
-    cm = compiled(twins()[1], case)
-    cm(**IDS, adapter_names=NAMES)
-    return cm
-
-
-@pytest.fixture(scope="module")
-def apart_served(case: Case) -> Any:
-    config = lorafx.LoraConfig(
-        target_modules=[*PACKED_AS, "o_proj", "down_proj"], packed_modules=MAPPING
-    )
-    cm = compiled(twins()[0], case, config)
-    cm(**IDS, adapter_names=NAMES)
-    return cm
-
-
-def moved(case: Case, base: nn.Module, folder: Path) -> Case:
-    """The same adapters over a new base."""
-    return hand_case(base, folder, a=LINEARS, b=LINEARS[1::2])
-
-
-def packed_state(apart: nn.Module) -> dict[str, Tensor]:
-    """The state of a model like `apart` that is packed."""
-    model = Packed()
-    load_weights(model, apart.state_dict())
-    return dict(model.state_dict())
-
-
-@pytest.mark.parametrize("packed_names", [False, True], ids=["apart", "packed"])
-def test_into_a_packed_model(
-    packed_served: Any, case: Case, tmp_path: Path, packed_names: bool
-) -> None:
-    cm = packed_served
-    apart = new_weights(case.base, 3 + packed_names)
-    graphs = cm.recompiles
-    state = packed_state(apart) if packed_names else apart.state_dict()
-    report = cm.load_weights(reversed(list(state.items())))
-    assert set(report.loaded) == set(cm.model.state_dict())
-    check_mixed(cm, moved(case, apart, tmp_path), NAMES, IDS)
-    assert cm.recompiles == graphs
-
-
-def test_fewer_names_than_slices(case: Case, tmp_path: Path) -> None:
-    """A list says the order of the names; rows say where each one ends."""
-    model = twins()[1]
-    names = ["in_proj_qkv", "in_proj_z"]
-    model.packed_modules_mapping = {**MAPPING, "in_proj_qkvz": names}
-    cm = compiled(model, case)
-    apart = new_weights(case.base, 9)
-    state = apart.state_dict()
-    assert set(cm.load_weights(state).loaded) == set(model.state_dict())
-    check_mixed(cm, moved(case, apart, tmp_path), NAMES, IDS)
-    first, second = (f"layers.0.{name}.weight" for name in names)
-    wrong = {first: torch.zeros(20, 16), second: torch.zeros(6, 16)}
-    with pytest.raises(BaseWeightsError, match=r"slices of \(6, 6, 10, 4\) cannot be divided"):
-        cm.load_weights({**state, **wrong})
-    check_mixed(cm, moved(case, apart, tmp_path), NAMES, IDS)
-
-
-@pytest.mark.parametrize("once", [False, True], ids=["list", "generator"])
-def test_packed_tensors_into_a_model_that_is_not(
-    apart_served: Any, case: Case, tmp_path: Path, once: bool
-) -> None:
-    cm = apart_served
-    graphs = cm.recompiles
-    apart = new_weights(case.base, 5 + once)
-    pairs = list(packed_state(apart).items())
-    assert any("in_proj_qkvz" in name for name, _ in pairs)
-    cm.load_weights(iter(pairs) if once else pairs)
-    check_mixed(cm, moved(case, apart, tmp_path), NAMES, IDS)
-    assert cm.recompiles == graphs
-
-
-@pytest.mark.parametrize("once", [False, True], ids=["list", "generator"])
-def test_members_whose_sizes_nobody_declared(once: bool) -> None:
+def test_members_whose_sizes_nobody_declared() -> None:
     sizes = {"num_hidden_layers": 1, "hidden_size": 24, "intermediate_size": 40, "vocab_size": 61}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
     model = transformers.Phi3ForCausalLM(transformers.Phi3Config(**sizes, **heads)).eval()
@@ -133,7 +36,7 @@ def test_members_whose_sizes_nobody_declared(once: bool) -> None:
             given.update({name.replace("gate_up", half): part for half, part in parts})
         else:
             given[name] = tensor
-    cm.load_weights(reversed(given.items()) if once else given)
+    cm.load_weights(reversed(given.items()))
     assert all(torch.equal(t, want[name]) for name, t in model.state_dict().items())
 
     q = next(name for name in given if "q_proj" in name)
@@ -141,86 +44,8 @@ def test_members_whose_sizes_nobody_declared(once: bool) -> None:
         cm.load_weights({**given, q: torch.zeros(23, 24)})
     del given[q]
     with pytest.raises(BaseWeightsError, match=r"needs .*q_proj.weight too"):
-        cm.load_weights(iter(given.items()) if once else given)
+        cm.load_weights(given)
     assert all(torch.equal(t, want[name]) for name, t in model.state_dict().items())
-
-
-class Moe(nn.Module):
-    """A Step-3 block as model authors write it: router, shared expert, fused experts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = nn.Linear(16, 4, bias=False)
-        self.experts = FusedMoE(4, 2, 16, 6)
-        self.share_expert = nn.Linear(16, 16, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.experts(x, self.gate(x)) + self.share_expert(x)
-
-
-class StepLike(nn.Module):
-    """Packed attention of `packed_models`, and mixtures of experts behind it."""
-
-    packed_modules_mapping = MAPPING
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = Packed()
-        self.moe = Moe()
-        self.embed = nn.Embedding(20, 16)
-        self.out = nn.Linear(16, 20, bias=False)
-
-    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
-        x = self.embed(input_ids)
-        for layer in self.inner.layers:
-            x = layer(x)
-        return {"logits": self.out(x + self.moe(x))}
-
-
-def step_state(model: StepLike, form: str) -> dict[str, Tensor]:
-    """The state as a Step-3 checkpoint or trainer has it."""
-    state = dict(model.state_dict())
-    w13, w2 = state.pop("moe.experts.w13_weight"), state.pop("moe.experts.w2_weight")
-    gate, up = w13.chunk(2, dim=1)
-    if form == "step":
-        experts = {"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": w2}
-    elif form == "wrapped":
-        experts = {"experts.base_layer.w13_weight": w13, "experts.base_layer.w2_weight": w2}
-    else:
-        experts = {
-            f"experts.{e}.{name}.weight": w[e]
-            for e in range(4)
-            for name, w in (("gate_proj", gate), ("up_proj", up), ("down_proj", w2))
-        }
-    return {**state, **{f"moe.{name}": tensor for name, tensor in experts.items()}}
-
-
-STEP_PATHS = ["inner.layers.0.o_proj", "moe.gate", "moe.share_expert", "inner.layers.1.qkv_proj"]
-
-
-@pytest.fixture(scope="module")
-def step(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, nn.Module]:
-    """The compiled model and its base."""
-    torch.manual_seed(0)
-    base = StepLike().eval().requires_grad_(False)
-    case = hand_case(base, tmp_path_factory.mktemp("step"), a=STEP_PATHS, b=STEP_PATHS[:2])
-    cm = compiled(case.model(), case)
-    cm(**IDS, adapter_names=NAMES)
-    return cm, base
-
-
-@pytest.mark.parametrize("form", ["step", "wrapped", "per expert"])
-def test_step_like(step: tuple[Any, nn.Module], form: str, tmp_path: Path) -> None:
-    cm, base = step
-    graphs = cm.recompiles
-    fresh = new_weights(base, len(form))
-    state = step_state(fresh, form)
-    cm.load_weights(state if form == "step" else iter(state.items()))
-    check_mixed(cm, hand_case(fresh, tmp_path, a=STEP_PATHS, b=STEP_PATHS[:2]), NAMES, IDS)
-    assert cm.recompiles == graphs
-    beyond = {**state, "moe.experts.4.gate_proj.weight": torch.zeros(6, 16)}
-    with pytest.raises(BaseWeightsError, match="there is no expert 4"):
-        cm.load_weights(beyond)
 
 
 @pytest.mark.slow
@@ -228,13 +53,6 @@ def test_two_ranks_take_their_shares() -> None:
     torch.manual_seed(0)
     states = [dict(transformers.LlamaForCausalLM(llama_config()).state_dict()) for _ in range(2)]
     assert on_ranks(2, push_weights, *states, False) == [True, True]
-
-
-def test_a_quantised_layer_takes_dense_weights() -> None:
-    """The scales are of whole rows: one rank is as good as two."""
-    torch.manual_seed(0)
-    states = [dict(transformers.LlamaForCausalLM(llama_config()).state_dict()) for _ in range(2)]
-    assert push_weights(0, 1, *states, True)
 
 
 def test_a_familys_own_conversion_goes_before_the_usual_meaning_of_a_name() -> None:

@@ -4,7 +4,6 @@ does not lose or leave behind."""
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from dense_merge import REFERENCE, TOLERANCE, error
+from dense_merge import REFERENCE
 from torch import Tensor, nn
 
 import lorafx
@@ -88,78 +87,3 @@ def test_writes_through_data_are_seen(tmp_path: Path) -> None:
     cm.model.a.weight.data[3, 5] += 1  # torch counts no write
     with pytest.raises(CaptureError, match=r"a\.weight: something wrote or replaced these weights"):
         cm.unmerge()
-
-
-def test_calls_go_on_while_a_merge_waits_for_an_export(tmp_path: Path) -> None:
-    cm = served(base(), tmp_path, ["a"])
-    x = torch.randn(2, 8)
-    want = cm(x)
-    lock = cm._session.weights_lock  # an export holds it
-    with lock:
-        merging = threading.Thread(target=cm.merge, args=("own",))
-        merging.start()
-        merging.join(0.2)
-        assert merging.is_alive()
-        got: list[Tensor] = []
-        calling = threading.Thread(target=lambda: got.append(cm(x)))
-        calling.start()
-        calling.join(30)
-        assert torch.equal(got[0], want)
-    merging.join(30)
-    assert cm.merged == "own"
-
-
-class Keeps(nn.Module):
-    """Computes with what was made of its projections when it was loaded."""
-
-    def __init__(self, make: Callable[[nn.Module], Tensor]) -> None:
-        super().__init__()
-        self.q, self.k = nn.Linear(8, 12, bias=False), nn.Linear(8, 12, bias=False)
-        self.fused = make(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.nn.functional.linear(x, self.fused)
-        return y[..., :12] * y[..., 12:]
-
-
-@pytest.mark.parametrize("turned", [False, True])
-def test_what_was_made_of_several_weights_is_refused_before_any_call(
-    turned: bool, tmp_path: Path
-) -> None:
-    def make(module: Any) -> Tensor:
-        joined = torch.cat([module.q.weight, module.k.weight]).detach()
-        return joined.T.contiguous().T if turned else joined
-
-    torch.manual_seed(0)
-    cm = served(Keeps(make).eval().requires_grad_(False), tmp_path, ["q"])
-    old = cm.model.q.weight.clone()
-    with pytest.raises(MatchError, match="q: fused may have been made from it, and would keep"):
-        cm.merge("own")
-    assert torch.equal(cm.model.q.weight, old)
-
-
-class Shares(nn.Module):
-    """A part of a weight, copied, that two modules hold."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.proj = nn.Linear(8, 24, bias=False)
-        self.upper = self.proj.weight.detach()[:12].clone()
-        self.kernel = nn.Module()
-        self.kernel.upper = self.upper
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x, self.upper) + self.proj(x)[..., 12:]
-
-
-def test_a_copy_that_two_modules_hold_is_put_back(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = Shares().eval().requires_grad_(False)
-    cm = served(model, tmp_path, ["proj"])
-    x = torch.randn(2, 8)
-    want = cm(x, adapter_names=["own", "own"])
-    old = cm.model.upper.clone()
-    cm.merge("own")
-    assert error(cm(x), want) <= TOLERANCE
-    cm.unmerge()
-    assert torch.equal(cm.model.upper, old)

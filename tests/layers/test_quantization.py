@@ -1,7 +1,6 @@
 """Int8 layers: what they hold, how they are loaded, and LoRA on quantised packed layers."""
 
 import oracle
-import peft
 import pytest
 import torch
 from tensor_parallel import example, llama_config
@@ -33,29 +32,6 @@ def test_computes_with_the_dequantised_weight():
     assert int(layer.weight.abs().max()) == 127
     x = torch.randn(2, 3, 6)
     torch.testing.assert_close(layer(x), x @ weight.T + layer.bias)
-
-
-def test_is_loaded_from_dense_slices_or_as_it_was_saved():
-    dense = torch.randn(24, 6)
-    first, second, third = int8(), int8(), int8()
-    first.weight.weight_loader(first.weight, dense)
-    for shard_id, rows in zip("qkv", dense.split((12, 6, 6)), strict=True):
-        second.weight.weight_loader(second.weight, rows, shard_id)
-    assert load_weights(third, first.state_dict()) == {"weight", "weight_scale", "bias"}
-    for other in (second, third):
-        assert torch.equal(other.weight, first.weight)
-        assert torch.equal(other.weight_scale, first.weight_scale)
-    with pytest.raises(
-        lorafx.CheckpointError, match=r"int8 or floating-point numbers, got torch\.int32"
-    ):
-        first.weight.weight_loader(first.weight, dense.int())
-
-
-def test_a_dense_checkpoint_leaves_no_scale_missing():
-    layer = int8(bias=False)
-    assert load_weights(layer, {"weight": torch.randn(24, 6)}) == {"weight", "weight_scale"}
-    with pytest.raises(lorafx.CheckpointError, match="weight_scale: nothing in the checkpoint"):
-        load_weights(layer, {"weight": layer.weight})
 
 
 def test_weights_may_be_made_ready_after_loading():
@@ -123,27 +99,3 @@ def test_lora_on_quantised_packed_layers(quantised):
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     cm.detach()
-
-
-class StoredWeightUsedElsewhere(torch.nn.Module):
-    """Multiplies by the stored int8 numbers itself."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = ReplicatedLinear(6, 4, bias=False, quant_method=Int8ChannelLinearMethod())
-
-    def forward(self, x):
-        return torch.nn.functional.linear(x, self.inner.weight.float())
-
-
-def test_stored_numbers_used_outside_of_the_layer_are_refused(tmp_path):
-    model = StoredWeightUsedElsewhere().eval()
-    plain = torch.nn.Module()
-    plain.inner = torch.nn.Linear(6, 4, bias=False)
-    config = peft.LoraConfig(r=2, target_modules=["inner"], init_lora_weights=False)
-    peft.get_peft_model(plain, config).save_pretrained(str(tmp_path))
-    cm = lorafx.compile(model, {"a": tmp_path}, options={"lowering": "reference"}, dynamic=False)
-    x = torch.randn(2, 6)
-    assert torch.equal(cm(x, adapter_names=[None, None]), model(x))
-    with pytest.raises(lorafx.MatchError, match=r"\(torch\.int8\) is used outside its call"):
-        cm(x, adapter_names=["a", "a"])

@@ -17,6 +17,7 @@ from lorafx.layers import Int8ChannelLinearMethod, RowParallelLinear, load_weigh
 from lorafx.layers.quantization import quantize_int8
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_two_ranks_compute_what_one_computes():
     torch.manual_seed(0)

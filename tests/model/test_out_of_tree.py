@@ -17,9 +17,8 @@ from torch import Tensor, nn
 import lorafx
 from lorafx import layers
 from lorafx.config import LoraConfig
-from lorafx.errors import ConfigError, TargetError
+from lorafx.errors import ConfigError
 from lorafx.prepare.marking import build_sites
-from lorafx.registry import lookup
 
 K, SIZES = 6, (8, 4, 4)
 NAMES = ["a", None, "b", "a"]
@@ -37,10 +36,6 @@ class MyQKV(nn.Module):
         return F.linear(x, self.weight)
 
 
-class DeeperQKV(MyQKV):
-    pass
-
-
 class MyColumn(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -49,19 +44,6 @@ class MyColumn(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.kernel)
-
-
-class MyExperts(nn.Module):
-    """As FusedMoE, whose constructor arguments it keeps under the same names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_experts, self.top_k, self.hidden_size, self.intermediate_size = 3, 2, K, 5
-        self.w13_weight = nn.Parameter(torch.randn(3, 10, K))
-        self.w2_weight = nn.Parameter(torch.randn(3, K, 5))
-
-    def forward(self, x: Tensor, router_logits: Tensor) -> Tensor:
-        raise NotImplementedError
 
 
 @pytest.fixture
@@ -93,7 +75,7 @@ class Model(nn.Module):
         return {"logits": x + self.o_proj(torch.cat((q, k * 2, v - 1), dim=-1))}
 
 
-REPLACED = [layers.QKVParallelLinear, layers.MergedColumnParallelLinear]
+REPLACED = [layers.QKVParallelLinear]
 
 
 @pytest.mark.parametrize("replaced", REPLACED)
@@ -123,19 +105,6 @@ def _save_slices(folder: Path, pairs: dict[str, tuple[Tensor, Tensor]]) -> Path:
     """An adapter of projections that the base has packed only."""
     apart = nn.ModuleDict({name: nn.Linear(K, len(b)) for name, (_, b) in pairs.items()})
     return save(apart, folder, pairs)
-
-
-def test_unregistering_restores() -> None:
-    assert lookup(MyQKV()) is None
-    lorafx.register_oot(layers.QKVParallelLinear, MyQKV)
-    entry = lookup(DeeperQKV())
-    assert entry is not None
-    assert entry.cls is MyQKV
-    assert entry.sizes(MyQKV()) == (K, 16)
-    assert entry.output_sizes is not None
-    assert entry.output_sizes(MyQKV()) == SIZES
-    lorafx.unregister_oot(MyQKV)
-    assert lookup(DeeperQKV()) is None
 
 
 def test_attributes_of_other_names(tmp_path: Path, oot: Any) -> None:
@@ -170,89 +139,7 @@ def test_attributes_of_other_names(tmp_path: Path, oot: Any) -> None:
     assert error(got, wanted) <= TOLERANCE
 
 
-def test_replaced_along_the_mro_and_by_a_replacement(oot: Any) -> None:
-    """What replaces a subclass of a registered class, and what replaces a replacement."""
-
-    class Third(MyQKV):
-        pass
-
-    class SubQKV(layers.QKVParallelLinear):
-        pass
-
-    class Other(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.input_size, self.output_sizes, self.weight = 3, [4], None
-
-    oot(SubQKV, MyQKV)
-    oot(Third, Other)
-    entry = lookup(Other())
-    assert entry.kind == "linear"
-    assert entry.sizes(Other()) == (3, 4)
-
-
-def test_embeddings_and_experts(oot: Any) -> None:
-    class MyTable(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.num_embeddings, self.embedding_dim = 11, 4
-            self.weight = nn.Parameter(torch.randn(11, 4))
-
-    oot(layers.VocabParallelEmbedding, MyTable)
-    oot(layers.FusedMoE, MyExperts)
-    table = lookup(MyTable())
-    assert (table.kind, table.sizes(MyTable())) == ("embedding", (11, 4))
-    experts = lookup(MyExperts())
-    assert (experts.kind, experts.weight) == ("experts", "w13_weight")
-    assert experts.sizes(MyExperts()) == (K, 5)
-    model = nn.ModuleDict({"experts": MyExperts(), "other": nn.Linear(2, 2)})
-    real = nn.ModuleDict({"experts": layers.FusedMoE(3, 2, K, 5), "other": nn.Linear(2, 2)})
-    for holder in (model, real):
-        sites = build_sites(holder, LoraConfig(target_modules=["experts"]))[1]
-        found = [(site.path, site.experts, site.in_features, site.out_features) for site in sites]
-        assert found == [("experts.w13_weight", 3, K, 10), ("experts.w2_weight", 3, 5, K)]
-    model["experts"].tp_size = 2
-    with pytest.raises(TargetError, match=r"experts\.w13_weight \(MyExperts\): 2 ranks share"):
-        build_sites(model, LoraConfig(target_modules=["experts"]))
-    assert [site.path for site in build_sites(model, LoraConfig())[1]] == ["other"]
-
-
 # What an instance offers
-
-
-class ByProperty(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(K, 3)
-
-    input_size = property(lambda self: self.inner.in_features)
-    output_sizes = property(lambda self: (self.inner.out_features,))
-
-    @property
-    def weight(self) -> Tensor:
-        return self.inner.weight
-
-
-class ByAnswering(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = MyQKV(K, (1, 2))
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("inner"), name)
-
-
-@pytest.mark.parametrize("by", [ByProperty, ByAnswering])
-def test_what_a_class_offers_is_found(oot: Any, by: Any) -> None:
-    entry = oot(layers.QKVParallelLinear, by)
-    module = by()
-    assert entry.sizes(module) == (K, 3)
-    assert sum(entry.output_sizes(module)) == 3
-    (site,) = build_sites(nn.ModuleDict({"m": module}), LoraConfig(target_modules=["m"]))[1]
-    assert (site.in_features, site.out_features) == (K, 3)
 
 
 def test_refusals() -> None:

@@ -23,16 +23,6 @@ def _open(model: nn.Module, **config: Any) -> Any:
     return lorafx.compile(model.eval(), lorafx.LoraConfig(**config), options=REFERENCE)
 
 
-def test_names_whose_slices_are_not_known_can_be_excluded(tmp_path: Path) -> None:
-    model = twins()[1]
-    model.packed_modules_mapping = {"in_proj_qkvz": ["in_proj_qkv", "in_proj_z"]}
-    cm = _open(model, target_modules=["in_proj_qkvz"], exclude_modules=["in_proj_z"])
-    cm.load_adapter(random_factors(tmp_path / "qkv", "layers.0.in_proj_qkv", 22), "qkv")
-    for name, rows in (("in_proj_z", 4), ("in_proj_qkvz", 26)):
-        with pytest.raises(CheckpointError, match="in_proj_z exists but was not selected"):
-            cm.load_adapter(random_factors(tmp_path / name, f"layers.0.{name}", rows), "z")
-
-
 def test_a_name_that_two_packed_modules_have_is_refused(tmp_path: Path) -> None:
     model = nn.Module()
     model.qkv_proj = layers.MergedColumnParallelLinear(16, [8, 8, 8])
@@ -42,19 +32,6 @@ def test_a_name_that_two_packed_modules_have_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="packed in each of qkv_proj, kv_proj"):
         cm.load_adapter(random_factors(tmp_path / "k", "k", 8), "k")
     cm.load_adapter(random_factors(tmp_path / "q", "q", 8), "q")
-
-
-def test_slices_that_no_name_covers_belong_to_the_module(tmp_path: Path) -> None:
-    cm = _open(twins()[1], packed_modules={"qkv_proj": {"q_proj": 0}})
-    cm.load_adapter(random_factors(tmp_path, "layers.0.qkv_proj", 32), "whole")
-
-
-def test_members_with_two_names_in_one_module(tmp_path: Path) -> None:
-    model = nn.Module()
-    model.q_proj = model.query = nn.Linear(16, 8)
-    model.k_proj = nn.Linear(16, 8)
-    cm = _open(model, packed_modules={"qk_proj": ["q_proj", "k_proj"]})
-    cm.load_adapter(random_factors(tmp_path, "qk_proj", 16), "both")
 
 
 def test_layers_that_a_peft_configuration_picks(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -19,17 +18,6 @@ class Deep(NonDynamicallyQuantizableLinear):
 
 class Deeper(Deep):
     pass
-
-
-class Projection(nn.Module):
-    """Not a Linear at all: sizes and weight under names of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kernel = nn.Parameter(torch.randn(5, 3))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.kernel
 
 
 @pytest.fixture
@@ -55,42 +43,12 @@ def test_subclasses_are_eligible_with_their_base():
     assert lookup(nn.Embedding(7, 4)).kind == "embedding"
 
 
-def test_other_classes_are_not():
-    for module in (nn.LayerNorm(3), nn.Bilinear(2, 2, 2), nn.ReLU(), nn.EmbeddingBag(3, 2)):
-        assert lookup(module) is None
-
-
-def test_nearest_entry_wins(registered):
-    registered(Deep, weight="packed")
-    assert lookup(Deeper(2, 2)).weight == "packed"
-    assert lookup(NonDynamicallyQuantizableLinear(2, 2)).weight == "weight"
-
-
-def test_user_registration_by_function_and_name(registered):
-    assert lookup(Projection()) is None
-    entry = registered(
-        Projection,
-        in_features=lambda m: m.kernel.shape[0],
-        out_features=lambda m: m.kernel.shape[1],
-        weight="kernel",
-        transposed=True,
-    )
-    assert lookup(Projection()) is entry
-    assert entry.sizes(Projection()) == (5, 3)
-    assert entry.transposed
-
-
 def test_registration_over_a_built_in_is_undone():
     built_in = lookup(nn.Linear(2, 2))
     entry = register(nn.Linear, weight="other")
     assert lookup(Deep(2, 2)) is entry
     unregister(nn.Linear)
     assert lookup(Deep(2, 2)) is built_in
-
-
-def test_parametrised_modules_stay_eligible():
-    module = torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 5))
-    assert lookup(module).sizes(module) == (3, 5)
 
 
 def test_transformers_conv1d():

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import oracle
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,27 +17,6 @@ pytestmark = pytest.mark.usefixtures("fixed_sizes")
 
 REFERENCE = {"lowering": "reference"}
 V, D = 24, 20
-
-
-def test_the_head_of_a_quantised_embedding(tmp_path: Path) -> None:
-    """I-BERT looks words up by a class of its own, which is no nn.Embedding."""
-    family = next(f for f in tiny.families("masked") if f.model_type == "ibert")
-    model = tiny.build(family)
-    assert model.lm_head.decoder.weight is model.ibert.embeddings.word_embeddings.weight
-    folders = {
-        "both": oracle.save_adapter(
-            model, tmp_path / "both", rank=2, targets=oracle.linears(model)
-        ),
-        "head": oracle.save_adapter(
-            model, tmp_path / "head", rank=3, targets=["lm_head.decoder"], seed=1
-        ),
-    }
-    cases = oracle.Oracle.of(model, folders)
-    cm = lorafx.compile(model, folders, options=REFERENCE)
-    inputs, names = {"input_ids": torch.randint(3, 60, (3, 5))}, ["both", None, "head"]
-    want = cases.rows(names, inputs)
-    oracle.assert_close(cm(**inputs, adapter_names=names), want)
-    assert oracle.difference(cases.rows([None] * 3, inputs), want) > 1e-2
 
 
 class Scaled(nn.Module):
@@ -65,17 +43,6 @@ class Tied(nn.Module):
 
     def look_up(self, ids: Tensor) -> Tensor:
         return self.words(ids)
-
-
-class Outside(Tied):
-    """The same arithmetic by the model itself, which holds the weight too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.own = self.head.weight
-
-    def look_up(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.own.abs() * self.own.sign())
 
 
 class Broken(Tied):
@@ -119,13 +86,6 @@ def test_an_embedding_of_any_class_is_no_use_of_the_head(tmp_path: Path) -> None
     cases, cm = served(Tied(), tmp_path)
     inputs, names = {"ids": torch.randint(0, V, (3, 5))}, ["a", None, "b"]
     oracle.assert_close(cm(**inputs, adapter_names=names), cases.rows(names, inputs))
-
-
-def test_a_module_above_the_head_says_nothing(tmp_path: Path) -> None:
-    """What the model itself does with the weight may be the head's business: refused."""
-    _, cm = served(Outside(), tmp_path)
-    with pytest.raises(MatchError, match=r"head: its weight is used in a way that no rule covers"):
-        cm(torch.randint(0, V, (3, 5)), adapter_names=["a", None, "b"])
 
 
 def test_rows_of_the_weight_behind_a_break_are_no_copy_of_it(tmp_path: Path) -> None:

@@ -47,7 +47,16 @@ def _in_child(action: Callable[[], None], seconds: int = 30) -> int:
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
-@pytest.mark.parametrize("what", ["call", "generate", "slot", "weights", "merge", "warm-up"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "call",
+        "slot",
+        "weights",
+        "merge",
+        *(pytest.param(w, marks=pytest.mark.slow) for w in ("generate", "warm-up")),
+    ],
+)
 def test_fork_while_another_thread_is_busy(pausing, meanwhile, monkeypatch, shallow, lm, what):
     """Its locks are held by nobody in the child, and what it was doing is not half done there."""
     torch.set_num_threads(1)  # the threads of an OpenMP pool do not exist in a child

@@ -36,16 +36,6 @@ def test_a_turn_on_another_stream_waits_for_the_one_before(current) -> None:
     assert (first.waited_for, second.waited_for) == ([second], [first])
 
 
-def test_each_device_has_turns_of_its_own(current) -> None:
-    streams = Streams()
-    one, two, three = (Stream() for _ in range(3))
-    current.update({DEVICE: one, OTHER: two})
-    streams.follow([DEVICE, OTHER])
-    current[DEVICE] = three
-    streams.follow([DEVICE, OTHER])
-    assert (one.waited_for, two.waited_for, three.waited_for) == ([], [], [one])
-
-
 def test_what_is_captured_waits_for_nothing_and_is_waited_for_by_nobody(
     current, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,20 +49,3 @@ def test_what_is_captured_waits_for_nothing_and_is_waited_for_by_nobody(
     current[DEVICE] = own
     streams.follow([DEVICE])
     assert (own.waited_for, capturing.waited_for) == ([], [])
-
-
-def test_a_wait_that_is_interrupted_comes_again(current) -> None:
-    streams, (first, second) = Streams(), (Stream(), Stream())
-    current[DEVICE] = first
-    streams.follow([DEVICE])
-    current[DEVICE] = second
-    second.wait_stream = interrupt  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        streams.follow([DEVICE])
-    del second.wait_stream
-    streams.follow([DEVICE])
-    assert second.waited_for == [first]
-
-
-def interrupt(other: Stream) -> None:
-    raise KeyboardInterrupt

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from dense_merge import REFERENCE, Case, check_mixed
 from dialect_files import WRITERS, alpha, source
 from safetensors.torch import load_file, save
@@ -14,7 +13,6 @@ from tiny_models import token_inputs
 import lorafx
 from lorafx.adapter_store.checkpoint import load_state
 from lorafx.errors import (
-    CheckpointError,
     ConfigError,
 )
 
@@ -77,8 +75,3 @@ def test_what_load_adapter_takes_in_memory_and_as_bytes(case: Case, compiled, wr
 def test_an_unknown_dialect_names_the_known_ones(case: Case, written) -> None:
     with pytest.raises(ConfigError, match=r"no dialect 'koya'; nearest: kohya"):
         load_state(lorafx.AdapterSource(written["kohya"], dialect="koya"), case.base)
-
-
-def test_keys_of_no_dialect(case: Case) -> None:
-    with pytest.raises(CheckpointError, match=r"no known dialect \('some.thing'\)"):
-        load_state({"some.thing": torch.ones(2)}, case.base)

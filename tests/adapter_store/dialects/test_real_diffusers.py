@@ -17,10 +17,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import lorafx
-from lorafx.adapter_store.checkpoint import load_state
 from lorafx.adapter_store.peft_reader import read_adapter
 from lorafx.config import LoraConfig
-from lorafx.errors import CheckpointError
 from lorafx.prepare.marking import build_sites
 
 pytestmark = [pytest.mark.usefixtures("fixed_sizes"), pytest.mark.filterwarnings("ignore")]
@@ -130,36 +128,22 @@ def test_a_mixed_batch_of_what_diffusers_and_kohya_save(unet, saved) -> None:
     assert "converted by diffusers" in str(cm.explain())
 
 
-@pytest.mark.parametrize("dialect", ["kohya", "diffusers"])
-def test_a_text_encoder_that_has_lost_its_wrapper(dialect: str) -> None:
+def test_a_text_encoder_that_has_lost_its_wrapper() -> None:
     """Files say `text_model`, which transformers 5 has no more; the UNet's factors are left out."""
     sizes = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2}
     model = CLIPTextModel(CLIPTextConfig(**sizes, num_hidden_layers=2, vocab_size=20)).eval()
     tensors = {}
     for layer in (0, 1):
         path = f"text_model.encoder.layers.{layer}.self_attn.q_proj"
-        if dialect == "kohya":
-            own = [f"lora_te_{path.replace('.', '_')}.lora_{x}.weight" for x in ("down", "up")]
-        else:
-            own = [f"text_encoder.{path}.lora_linear_layer.{x}.weight" for x in ("down", "up")]
+        own = [f"lora_te_{path.replace('.', '_')}.lora_{x}.weight" for x in ("down", "up")]
         tensors |= dict(zip(own, (torch.ones(2, 8), torch.ones(8, 2)), strict=True))
-    unet = {"kohya": "lora_unet_mid_block_0_a", "diffusers": "unet.mid_block.0.a"}[dialect]
+    unet = "lora_unet_mid_block_0_a"
     tensors |= {f"{unet}.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
     _, sites = build_sites(model, LoraConfig(target_modules=["q_proj"]))
     with pytest.warns(lorafx.LorafxWarning, match=r"a pipeline too \(unet\)"):
         adapter = read_adapter(tensors, "a", sites, model=model)
     assert adapter.weights.keys() == {f"encoder.layers.{n}.self_attn.q_proj" for n in (0, 1)}
     assert {weights.scale for weights in adapter.weights.values()} == {1.0}
-
-
-def test_names_that_diffusers_does_not_know_either(unet) -> None:
-    name = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn9_to_q"
-    tensors = {
-        f"{name}.lora_down.weight": torch.ones(1, 8),
-        f"{name}.lora_up.weight": torch.ones(8, 1),
-    }
-    with pytest.raises(CheckpointError, match="1 of its 1 names are of no module"):
-        load_state(tensors, unet)
 
 
 def test_flux_by_the_names_of_its_first_implementation() -> None:
