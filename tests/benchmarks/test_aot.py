@@ -85,7 +85,10 @@ def check(record: Record, variant: AotVariant) -> None:
     assert not record.partitions, f"{name}: warps are specialised, which no template asks for"
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "target",
+    [t if t == "cuda90" else pytest.param(t, marks=pytest.mark.slow) for t in TARGETS],
+)
 def test_each_kernel_fits_each_chip(target: str) -> None:
     variants = {v.name: v for v in variants_for_aot(target, (1, 64, 4096))}
     assert set(CUT) <= set(variants)
@@ -142,12 +145,14 @@ def epilogue_with(**changes: object) -> AotVariant:
     return replace(variant, kernel=kernel, **launch)
 
 
+@pytest.mark.slow
 def test_spilled_registers_are_a_fault() -> None:
     record = compile_variant(epilogue_with(block_m=64, block_n=64, num_warps=1), "cuda90")
     assert record.local_bytes > 0
     assert any("local memory" in fault for fault in record.faults)
 
 
+@pytest.mark.slow
 def test_too_much_shared_memory_is_a_fault() -> None:
     record = compile_variant(epilogue_with(num_stages=8), "cuda90")
     assert record.shared_bytes > TARGETS["cuda90"].shared_bytes

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 pytestmark = pytest.mark.usefixtures("bench")
 
 
+@pytest.mark.slow
 def test_every_arm_of_the_layer_benchmark_is_right(capsys: pytest.CaptureFixture[str]) -> None:
     import gpu_layers
 
@@ -53,55 +52,3 @@ def test_workloads_are_those_of_the_models() -> None:
         all_cases = list(cases(model))
         assert len(all_cases) == len(MIXES) * len(layers)
         assert all(case.slots >= case.distinct for case in all_cases)
-
-
-@pytest.mark.quick
-def test_floors_are_those_of_the_performance_document() -> None:
-    """Llama-3-8B's linears, rank 16: 1.006 with one adapter, 1.044 with 8, 1.175 with 32."""
-    import gpu_model
-    from gpu_cases import LAYERS, Case
-
-    def layer(distinct: int) -> float:
-        works = [
-            Case("", "", K, sizes, 1, distinct, 16).work(torch.device("cpu"))
-            for K, sizes in LAYERS["llama-8b"].values()
-        ]
-        factors = sum(work.a + work.b for work in works)
-        return 1 + factors / sum(work.in_features * work.columns for work in works)
-
-    for distinct, floor in ((1, 1.006), (8, 1.044), (32, 1.175)):
-        assert layer(distinct) == pytest.approx(floor, abs=0.02)
-        whole = gpu_model.floor_of(gpu_model.config_of(32), 16, distinct)
-        assert 1 < whole < layer(distinct)  # the vocabulary's weights have no adapters
-
-
-@pytest.mark.quick
-def test_segments_of_the_peers_cover_every_row_once() -> None:
-    import peers
-
-    slots = torch.tensor([2, 0, 2, 2, 0] * 20, dtype=torch.int32)
-    batch = peers.sglang_segments(slots)
-    starts = batch.seg_indptr.tolist()
-    assert starts[0] == 0
-    assert starts[-1] == 100
-    assert sorted(batch.permutation.tolist()) == list(range(100))
-    for index, owner in enumerate(batch.weight_indices.tolist()):
-        rows = batch.permutation[starts[index] : starts[index + 1]].long()
-        assert 0 < len(rows) <= batch.max_len == 32
-        assert slots[rows].unique().tolist() == [owner]
-
-
-def test_cutting_a_wheel_keeps_the_ops(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import peers
-
-    wheel, out = tmp_path / "vllm.whl", tmp_path / "vllm.zip"
-    folder = "vllm/lora/ops/triton_ops"
-    ops = [f"{folder}/lora_shrink_op.py", f"{folder}/fused_moe_lora_op.py"]
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for name in (*ops, f"{folder}/fused_moe_lora_fp8_op.py", "vllm/_C.abi3.so", "vllm/x.py"):
-            archive.writestr(name, "")
-    monkeypatch.setattr(sys, "argv", ["peers.py", "cut", str(wheel), str(out)])
-    peers.main()
-    assert zipfile.ZipFile(out).namelist() == ops

@@ -46,13 +46,6 @@ def test_the_registry_is_sound() -> None:
     assert files == {name.partition(": ")[2] for name in names if name.startswith("tests: ")}
 
 
-def test_a_source_that_is_gone_is_named() -> None:
-    from gpu_results import source_files
-
-    with pytest.raises(FileNotFoundError, match=r"kernels/gone\.py: no file or folder"):
-        source_files(["kernels/gone.py"])
-
-
 def test_the_report_needs_no_torch_and_says_what_is_to_do(tmp_path: Path) -> None:
     """As anybody runs it: by the interpreter alone, no package installed."""
     command = [sys.executable, "-S", str(FOLDER / "gpu_queue.py"), "--report"]

@@ -149,18 +149,6 @@ def test_failures_go_first_once_mended_and_last_until_then(world: Any, tmp_path:
     assert (entry["attempts"], entry["before"]) == (1, ["two"])
 
 
-def test_rows_of_a_broken_run_are_not_measured_again(world: Any, tmp_path: Path) -> None:
-    queue = world("resumed")
-    queue.todo = lambda todo=queue.todo: [] if queue.tried or queue.store.entries else todo()
-    assert run(queue, tmp_path)[0] == ["resumed"]
-    entry = kept(world, "resumed")
-    assert (entry["status"], [row["key"] for row in entry["rows"]]) == ("failed", [0])
-    assert entry["why"] == "the process ended with status 7: no memory"
-    assert run(world("resumed"), tmp_path)[0] == ["resumed"]
-    entry = kept(world, "resumed")
-    assert (entry["status"], [row["key"] for row in entry["rows"]]) == ("measured", [0, 1, "end"])
-
-
 def test_a_job_is_killed_at_its_limit_with_what_it_started(world: Any, tmp_path: Path) -> None:
     ran = run(world("parent", "quick", job={"most": 3.0}), tmp_path)[0]
     assert ran == ["parent", "quick", "parent"]
@@ -187,98 +175,4 @@ def test_rows_are_on_disk_while_the_job_runs(world: Any, tmp_path: Path) -> None
     assert not list((world.kept / "gpu").glob("*.tmp"))
 
 
-def test_kept_files_are_put_back_for_the_jobs_that_build_on_them(
-    world: Any, tmp_path: Path
-) -> None:
-    from gpu_jobs import Job
-
-    jobs = [
-        Job("cache", "tests", "", sources=("kernels",), estimate=1.0, inputs=("tune",)),
-        Job("tune", "tests", "", sources=("kernels",), estimate=1.0),
-        Job("without", "tests", "", sources=("kernels",), estimate=1.0),
-    ]
-    assert run(world(jobs=jobs), tmp_path)[0] == ["cache", "tune", "without"]
-    queue = world(jobs=jobs)
-    states = [queue.state(job) for job in jobs]
-    assert states == ["stale", "measured", "measured"]  # tiles were tuned since
-    run(queue, tmp_path)
-    assert kept(world, "cache")["rows"][0]["key"] == ["tuned/x.json"]
-    assert kept(world, "without")["rows"][0]["key"] == []  # tuning in the same run or not
-
-
 # --- jobs in their own process ---
-
-
-def test_a_self_check_runs_each_tiny_form_once(capsys: pytest.CaptureFixture[str]) -> None:
-    import gpu_job
-    from gpu_jobs import all_jobs
-
-    names = ("decode main: split", "decode rest: split")
-    assert gpu_job.self_check([job for job in all_jobs() if job.name in names]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.partition(", ")[0] for line in lines if line.startswith("decode")] == [
-        "decode main: split: right",
-        "decode rest: split: in its tiny form as decode main: split",
-    ]
-
-
-def test_a_job_as_the_queue_runs_it(world: Any, tmp_path: Path) -> None:
-    """The command and paths of a real job, but for the GPU: what tuning keeps comes back."""
-    import gpu_here
-    from gpu_jobs import TUNING, Job
-
-    second = "tune split: o M=64 r=16"
-    queue = world(jobs=[job for job in TUNING if job.name == second], limit=300.0)
-    worker = str(FOLDER / "gpu_job.py")
-    queue.launch = lambda job, part: [
-        *(sys.executable, worker, "--self-check", "--part", str(part), job.name)
-    ]
-    link = gpu_here.link_lorafx(tmp_path)
-    queue.environment = lambda cache: {
-        **gpu_here.job_environment(link, cache),
-        "TRITON_INTERPRET": "1",
-    }
-    queue.digests.root = ROOT
-    assert run(queue, tmp_path) == ([second], [])
-    entry = json.loads((world.kept / "gpu" / "tuning.json").read_text())[second]
-    assert (entry["status"], entry.get("why")) == ("measured", None)
-    jobs = [Job("cache", "tests", "", sources=("kernels",), estimate=1.0, inputs=(second,))]
-    run(world(jobs=jobs), tmp_path)
-    assert kept(world, "cache")["rows"][0]["key"] == [entry["rows"][0]["file"]]
-
-
-TESTS = """
-import os, pytest
-def test_passes(): pass
-def test_fails(): assert 1 == 2
-def test_crashes(): os._exit(9)
-@pytest.mark.skip(reason="not here")
-def test_is_skipped(): pass
-def test_after_the_crash(): pass
-"""
-
-
-def test_a_test_file_goes_on_behind_a_crash(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import gpu_job
-    import gpu_tests
-
-    file = tmp_path / "test_some.py"
-    file.write_text(TESTS)
-    monkeypatch.setenv("PYTHONPATH", str(FOLDER))
-    part = gpu_job.Part(tmp_path / "part.json")
-    part.before = ["test_some.py::test_fails"]
-    context = gpu_job.Context(part, tiny=True)
-    gpu_tests.run_file(context, file=str(file), lanes=1)
-    name = {row["key"].rpartition("::")[2]: row["outcome"] for row in part.rows}
-    assert name == {
-        "test_passes": "passed",
-        "test_is_skipped": "skipped",
-        "test_after_the_crash": "passed",
-    }
-    why = {key.rpartition("::")[2]: text for key, text in part.failures.items()}
-    assert "assert 1 == 2" in why["test_fails"]
-    assert why["test_crashes"].startswith("the process ended with status 9")
-    assert next(iter(why)) == "test_fails"  # first, since it failed before
-    assert part.summary == "2 failed, 2 passed, 1 skipped"

@@ -11,6 +11,7 @@ import torch
 pytestmark = pytest.mark.usefixtures("bench")
 
 
+@pytest.mark.slow
 def test_graphs_are_still_and_none_is_compiled_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

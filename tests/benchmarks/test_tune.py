@@ -60,20 +60,6 @@ def test_the_search_ends_where_no_single_change_is_faster(strategy: str) -> None
         assert all(fits(name, other[name], LAYER.delta, H200) for name in changed)
 
 
-def test_what_the_model_calls_hopeless_is_not_timed() -> None:
-    timed: list[TileSet] = []
-    worst = model("epilogue", 4096)
-
-    def timer(tiles: TileSet) -> float:
-        timed.append(tiles)
-        return 1.0
-
-    found = search("epilogue", LAYER.delta, 4096, H200, DEFAULT_CHIP, timer)
-    assert found.pruned > 0
-    assert found.timed == len(timed)
-    assert all(worst(tiles) <= 2.0 * worst(timed[0]) for tiles in timed)
-
-
 def test_the_search_stops_at_its_budget_and_survives_tiles_that_do_not_run() -> None:
     times = iter([1.0, *[math.inf] * 6])
     found = search("epilogue", LAYER.delta, 64, H200, DEFAULT_CHIP, lambda _: next(times), most=7)
@@ -106,30 +92,6 @@ def test_a_damaged_file_leaves_the_heuristic(empty_cache: Path, text: str) -> No
     path.write_text(text)
     assert load_tuned(INTERPRETER) == 0
     assert tiles_for("recompute", LAYER.delta, 8, INTERPRETER) == want
-
-
-def test_experts_are_searched_too() -> None:
-    spec = expert_specs()["qwen3_down_r16_bf16"]
-
-    def timer(tiles: TileSet) -> float:
-        return predicted("activated", tiles, spec.delta, 4, H200, DEFAULT_CHIP, spec.experts)
-
-    settings = {"experts": spec.experts, "most": 10_000}
-    found = search("activated", spec.delta, 4, H200, DEFAULT_CHIP, timer, **settings)
-    assert found.seconds == timer(found.tiles) <= found.heuristic
-
-
-@pytest.mark.parametrize("name", ["odd_up_r5_fp32", "odd_down_r8_bf16"])
-def test_a_problem_of_experts_runs_its_kernels(name: str) -> None:
-    spec = replace(expert_specs()[name], experts=3)
-    strategy = "grouped" if spec.activation is None else "activated"
-    torch.manual_seed(0)
-    problem = ExpertProblem.random(spec, 3, CPU)
-    kernel = build(spec, strategy, rows_hint=3, device=CPU)
-    assert kernel is not None
-    result = problem.run(strategy, kernel)
-    assert result.shape == (9, spec.out_features)
-    assert 0.1 < result.float().std() < 10
 
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "embedding"])

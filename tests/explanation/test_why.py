@@ -25,7 +25,6 @@ pytestmark = pytest.mark.usefixtures("fixed_sizes")
 #: Of each family an adapter, and the first module in the order of the forward that it changes.
 FIRST = {
     "llama": ("a0", "model.layers.0.self_attn.q_proj"),
-    "vit": ("a0", None),
     "plain": ("a3", "embed"),
 }
 
@@ -108,14 +107,6 @@ def test_inputs_that_are_given(looked: Any) -> None:
     )
 
 
-def test_what_an_adapter_has_nothing_for(looked: Any) -> None:
-    told = looked("llama").cm.why("model.layers.0.mlp.gate_proj", adapter="a0")
-    assert told.selected
-    assert told.adapter.keys == ()
-    assert told.adapter.norm is None
-    assert any("none of its 4 keys is for this module" in note for note in told.adapter.notes)
-
-
 def test_names_that_mean_nothing(looked: Any) -> None:
     cm = looked("llama").cm
     with pytest.raises(ConfigError, match=r"nearest: model\.layers\.0\.mlp\.gate_proj"):
@@ -176,15 +167,6 @@ def test_the_rules() -> None:
     told = rule("norm", target_modules="all-linear")
     assert "no class of the MRO of Norm is registered" in told
     assert "Sites below it: up, down" in rule("")
-
-
-def test_an_alias_is_the_module() -> None:
-    cm = lorafx.compile(Odd().eval(), lorafx.LoraConfig("all-linear"), options=REFERENCE)
-    told = cm.why("norm.same")
-    assert (told.asked, told.path) == ("norm.same", "down")
-    assert told.aliases == ("norm.same",)
-    assert told.selected
-    assert "also norm.same" in str(told)
 
 
 def test_a_refusal_is_told(plain: Case) -> None:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import zipfile
-from pathlib import Path
-
 import pytest
 import torch
 from dense_merge import Case
 from on_device import assert_served, call_of, compiled_on, kernel_on, moved, to, write
 from tiny_models import FAMILIES
-from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
-from triton_cases import BF16, LINEARS, STRATEGIES, assert_right, make_case
+from triton_cases import BF16, STRATEGIES, assert_right, make_case
 
 import lorafx
-from lorafx.kernels.triton.build import LINEAR
 
 NAMES = ["a1", None, "a3", "a0", "a2"]
 MIX = (2, -1, 0, 1, 1, 3, 0, 0)
@@ -74,16 +69,6 @@ def test_whole_models(case_of, device: torch.device, family: str) -> None:
     assert cm.recompiles <= graphs + 1  # one token is a graph of its own
 
 
-@pytest.mark.parametrize("strategy", LINEARS)
-def test_each_strategy_in_a_model(case_of, device: torch.device, strategy: str) -> None:
-    case: Case = case_of("plain")
-    torch.manual_seed(1)
-    inputs = FAMILIES["plain"].inputs(5, 4)
-    plan = dict.fromkeys(["up", "gate", "down", "head"], strategy)
-    cm = compiled_on(case, device, plan=plan)
-    assert_served(cm(**to(inputs, device), adapter_names=NAMES)["logits"], case, NAMES, inputs)
-
-
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_the_backend_with_modes(llama: Case, device: torch.device, mode: str) -> None:
     torch.manual_seed(1)
@@ -96,29 +81,3 @@ def test_the_backend_with_modes(llama: Case, device: torch.device, mode: str) ->
             with lorafx.adapters(model, names):
                 got = compiled(**to(inputs, device))["logits"].clone()
             assert_served(got, llama, names, inputs)
-
-
-class _Layer(nn.Module):
-    """One linear by a generated kernel, bank and slots as inputs."""
-
-    def __init__(self, kernel: int) -> None:
-        super().__init__()
-        self.kernel = kernel
-
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor, *bank: Tensor) -> Tensor:
-        return torch.ops.lorafx.triton_linear(x, weight, bias, *bank, 1, self.kernel).relu()
-
-
-@pytest.mark.parametrize("strategy", LINEAR)
-def test_an_ahead_of_time_package_holds_the_kernels(
-    device: torch.device, strategy: str, tmp_path: Path
-) -> None:
-    """To load one, be it of x + 1, ended the process with torch 2.11 on the H200 tried."""
-    live = moved(case_of(MIX), device)
-    p = live.problem
-    arguments = (p.x, live.weight, live.bias, *p.bank)
-    exported = torch.export.export(_Layer(kernel_on(live, strategy, device)), arguments)
-    path = torch._inductor.aoti_compile_and_package(
-        exported, package_path=str(tmp_path / "layer.pt2")
-    )
-    assert any(name.endswith((".cubin", ".hsaco")) for name in zipfile.ZipFile(path).namelist())

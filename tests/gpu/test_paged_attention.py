@@ -51,10 +51,3 @@ def test_the_host_does_not_wait(device: torch.device, heads: str) -> None:
             PAGED_ATTENTION(**call)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-
-
-def test_results_are_the_same_every_time(device: torch.device) -> None:
-    """Parts are added in a fixed order: no atomics."""
-    call = paged_step([(1, 5000)], **HEADS["llama"], dtype=BF16, device=device)
-    first = PAGED_ATTENTION(**call)
-    assert all(torch.equal(first, PAGED_ATTENTION(**call)) for _ in range(20))

@@ -24,16 +24,6 @@ def double_relu(gm: fx.GraphModule, ctx: Any) -> int:
     return sum(_twice(gm, ctx, node) for node in nodes)
 
 
-def double_last(gm: fx.GraphModule, ctx: Any) -> int:
-    """What the graph returns is twice what it was."""
-    output = gm.graph.output_node()
-    (result, *rest) = output.args[0]
-    with gm.graph.inserting_before(output):
-        twice = ctx.call(gm.graph, torch.ops.aten.mul.Tensor, (result, 2.0))
-    output.args = ((twice, *rest),)
-    return 1
-
-
 def swap_rows(gm: fx.GraphModule, ctx: Any) -> int:
     """Requests get each other's adapters."""
     edits = 0

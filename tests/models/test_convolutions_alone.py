@@ -33,16 +33,10 @@ class Alone(nn.Module):
 
 #: Class, size of one request and settings.
 CONVOLUTIONS: dict[str, tuple[type[nn.Module], tuple[int, ...], dict[str, Any]]] = {
-    "1d": (nn.Conv1d, (4, 9), {"kernel_size": 3}),
     "1d of one channel": (nn.Conv1d, (1, 9), {"kernel_size": 2}),
     "1d pointwise": (nn.Conv1d, (4, 9), {"kernel_size": 1}),
-    "1d strided": (nn.Conv1d, (4, 9), {"kernel_size": 3, "stride": 2, "padding": 1}),
-    "1d in groups": (nn.Conv1d, (4, 9), {"kernel_size": 3, "groups": 2, "padding": "same"}),
-    "2d": (nn.Conv2d, (4, 5, 6), {"kernel_size": 3}),
-    "2d strided": (nn.Conv2d, (4, 5, 6), {"kernel_size": (3, 1), "stride": 2, "padding": (1, 0)}),
     "2d in groups": (nn.Conv2d, (4, 5, 6), {"kernel_size": 2, "groups": 4}),
     "3d": (nn.Conv3d, (2, 4, 4, 4), {"kernel_size": 2}),
-    "3d strided": (nn.Conv3d, (2, 4, 4, 4), {"kernel_size": 2, "stride": 2, "padding": 1}),
 }
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import hand_made
-import oracle
 import pytest
 import torch
 from dense_merge import REFERENCE, TOLERANCE, Case, check_mixed, error, save_adapter
@@ -97,15 +96,6 @@ def test_rows_that_are_not_dora_keep_their_bits(served):
         assert torch.equal(mixed[row], alone[row]) == (NAMES[row] == name)
 
 
-def test_generate(cases, served):
-    case, x = cases("llama"), inputs(rows=4)
-    names = ["d1", None, "d3", "p2"]
-    fixed = {"pad_token_id": 0, "eos_token_id": None, "max_new_tokens": 2, "do_sample": False}
-    got = served.generate(**x, **fixed, adapter_names=names)
-    rows = [case.alone(n).generate(**oracle.one_row(x, i), **fixed) for i, n in enumerate(names)]
-    assert torch.equal(got, torch.cat(rows))
-
-
 def test_weights_that_are_stored_transposed(cases):
     case = cases("gpt2")
     check_mixed(case.compile(dynamic=False), case, NAMES, inputs())
@@ -125,13 +115,6 @@ def test_in_inductors_code(plain, lowering):
     assert "and DoRA's scales" in told
     assert "and DoRA's scales" in str(lorafx.explain(plain.model(), plain.folders["d1"]))
     assert told.count("rescale: 8 edits") == 1
-
-
-@pytest.mark.parametrize("off", ["fuse", "pack", "provenance"])
-def test_without_a_pass(plain, off):
-    cm = plain.compile({"passes": {off: False}}, dynamic=False)
-    names = ["d1"] * len(NAMES) if off == "provenance" else NAMES
-    check_mixed(cm, plain, names, plain_inputs())
 
 
 # What is kept
@@ -251,9 +234,6 @@ def test_an_output_without_any_weight_stays_zero(plain, tmp_path):
     assert bool((gains(cm, "d")["head"][5:] == 0).all())
     got = cm(**plain_inputs(1), adapter_names=["d"])["logits"]
     assert torch.equal(got[..., 5:], base.head.bias[5:].expand_as(got[..., 5:]))
-
-
-# Modules
 
 
 # Files

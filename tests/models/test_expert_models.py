@@ -13,25 +13,19 @@ from typing import Any
 
 import oracle
 import pytest
-import tiny
 import torch
 from dense_merge import REFERENCE, check_mixed, error
 from expert_models import (
     MIXED,
-    check_generated,
     experts_modules,
     ids,
     moe_base,
     moe_case,
     router_names,
 )
-from tiny_inputs import inputs
 from torch import Tensor, nn
-from transformers.integrations import use_experts_implementation
-from transformers.models.step3p7 import modeling_step3p7
 
 import lorafx
-from lorafx.errors import MatchError
 
 #: Model type -> packs that `explain` shows, by last names. Qwen3-MoE is in test_qwen3_moe.
 MODELS = {
@@ -52,11 +46,14 @@ MODELS = {
 #: given. Qwen2-MoE's any sizes are in tests/conformance.
 ANY_SIZES = ("deepseek_v3", "llama4")
 
-#: Laid out as qwen2_moe's, without its shared expert.
-ALIKE = pytest.param("olmoe", marks=pytest.mark.slow)
+#: In `make test`: a plain model, transposed weights with biases, shared experts.
+QUICK = ("mixtral", "gpt_oss", "qwen2_moe")
 
 
-@pytest.mark.parametrize("model_type", [ALIKE if name == "olmoe" else name for name in MODELS])
+@pytest.mark.parametrize(
+    "model_type",
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS],
+)
 def test_mixed_batches(model_type: str, tmp_path: Path) -> None:
     case = moe_case(model_type, tmp_path)
     cm = case.compile(dynamic=model_type in ANY_SIZES)
@@ -75,47 +72,6 @@ def test_mixed_batches(model_type: str, tmp_path: Path) -> None:
     for pack in MODELS[model_type]:
         assert f"[{pack}]" in told, told
     assert "refused" not in told
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model_type", list(MODELS))
-def test_generated_tokens_are_those_of_the_merged_models(model_type: str, tmp_path: Path) -> None:
-    case = moe_case(model_type, tmp_path)
-    check_generated(case.compile(), case)
-
-
-@pytest.mark.slow
-def test_a_class_without_the_switch_is_refused_until_it_is_given_one(tmp_path: Path) -> None:
-    """Step3p7 runs its experts one after another; the refusal names a way out, which works."""
-    config = tiny.shrink(
-        modeling_step3p7.Step3p7TextConfig,
-        num_hidden_layers=1,
-        layer_types=["full_attention"],
-        mlp_layer_types=["sparse"],
-        sliding_window=4,
-    )
-    torch.manual_seed(0)
-    base = modeling_step3p7.Step3p7TextModel(config).eval().requires_grad_(False)
-    tiny.randomise(base)
-    path, experts = next(experts_modules(base))
-    every = {"target_parameters": [f"{path}.gate_up_proj", f"{path}.down_proj"]}
-    folder = oracle.save_adapter(base, tmp_path, rank=3, targets=[], **every)
-    reference = oracle.Oracle.of(base, {"a": folder})
-    names, batch = ["a", None, "a"], inputs(base, "causal", 3, 5, padding=False)
-    refused = lorafx.compile(copy.deepcopy(base), {"a": folder}, options=REFERENCE, dynamic=False)
-    with pytest.raises(MatchError, match=r"(?s)layers.0.mlp.experts.*use_experts_implementation"):
-        refused(**batch, adapter_names=names)
-
-    @use_experts_implementation
-    class Switched(modeling_step3p7.Step3p7Experts):
-        pass
-
-    switched = Switched(config)
-    switched.load_state_dict(experts.state_dict())
-    base.set_submodule(path, switched.requires_grad_(False))
-    config._experts_implementation = "grouped_mm"
-    cm = lorafx.compile(base, {"a": folder}, options=REFERENCE, dynamic=False)
-    oracle.assert_close(cm(**batch, adapter_names=names), reference.rows(names, batch))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import pytest
@@ -12,17 +11,13 @@ from dense_merge import Case, error, save_adapter
 from layouts import (
     LAYOUTS,
     elements_apart,
-    large,
     last_first,
     row_stride,
     rows_apart,
 )
-from toolchain import needs_compiler
 from torch import Tensor, nn
 
 import lorafx
-
-lora = torch.ops.lorafx
 
 
 class Layouts(nn.Module):
@@ -69,7 +64,10 @@ def strided_case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case(base, folders)
 
 
-@pytest.mark.parametrize("lowering", ["reference", "inductor", "triton"])
+@pytest.mark.parametrize(
+    "lowering",
+    ["reference", *(pytest.param(n, marks=pytest.mark.slow) for n in ("inductor", "triton"))],
+)
 def test_models_of_strided_weights_and_activations(strided_case: Case, lowering: str) -> None:
     model = lay_out(strided_case.model())
     strides = {name: p.stride() for name, p in model.named_parameters()}
@@ -130,43 +128,3 @@ def test_a_graph_that_two_layers_share_knows_how_their_banks_lie(
         return
     with pytest.raises(lorafx.CaptureError, match=r"layers.1.q shares a graph with a layer"):
         cm(x, adapter_names=["a", "a"])
-
-
-class OneLinear(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.proj = nn.Linear(512, 320)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x)
-
-
-#: Bytes in which oneDNN multiplies, for one and two threads.
-ONEDNN_WORKSPACE = 270_000
-
-
-@needs_compiler
-def test_models_allocate_for_a_layout_what_the_base_does(tmp_path: Path) -> None:
-    """With adapters as without: no copy of x, W or the bank beside those of the base's graph. Each
-    is larger than what oneDNN works in."""
-    torch.manual_seed(0)
-    base = OneLinear().eval().requires_grad_(False)
-    folder = save_adapter(base, tmp_path / "a", rank=16, targets=["proj"])
-    x, added = torch.randn(8, 64, 512), {}
-    for layout in ("contiguous", "row stride", "last first", "first two swapped"):
-        lay, model = LAYOUTS.get(layout, lambda t: t), copy.deepcopy(base)
-        if layout != "first two swapped":
-            model.proj.weight = nn.Parameter(lay(model.proj.weight.detach()), requires_grad=False)
-        config = lorafx.LoraConfig(max_adapters=64)
-        cm = lorafx.compile(
-            model, config, adapters={"a": folder}, options={"verify": "off"}, dynamic=False
-        )
-        laid, names = lay(x), ["a", None] * 4
-        least = min(x.nbytes, model.proj.weight.numel() * 4, cm.memory()["banks"] // 3)
-        assert least // 2 > ONEDNN_WORKSPACE
-        calls = (lambda: cm(laid), lambda: cm(laid, adapter_names=names))  # noqa: B023
-        for call in calls:  # compiled before they are measured
-            call()
-        without, mixed = (large(call, least) for call in calls)
-        added[layout] = mixed - without
-    assert set(added.values()) == {0}, added

@@ -46,7 +46,11 @@ def built(model: Any, folder: Path, targets: list[str]) -> tuple[Any, Case]:
     ("model", "targets"),
     [
         (transformers.BertForMultipleChoice, ["query", "value"]),
-        (transformers.DebertaV2ForMultipleChoice, ["query_proj", "value_proj"]),
+        pytest.param(
+            transformers.DebertaV2ForMultipleChoice,
+            ["query_proj", "value_proj"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_each_request_has_its_adapter_in_all_choices(model, targets, tmp_path):

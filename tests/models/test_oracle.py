@@ -14,7 +14,7 @@ MIXED = ["a0", None, "a1", "a2", "a3", "a4", "a1"]
 
 
 #: `make test-all` has those too that differ from others of them in what no rule depends on.
-ALIKE = {"gemma3", "phi3", "qwen3"}
+ALIKE = {"bert", "gemma3", "opt", "phi3", "qwen3"}
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,9 @@ def test_tied_embeddings_with_lora_on_both_ends(case_of):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-@pytest.mark.parametrize("lowering", ["reference", "inductor"])
+@pytest.mark.parametrize(
+    "lowering", ["reference", pytest.param("inductor", marks=pytest.mark.slow)]
+)
 def test_bfloat16_is_as_near_to_fp64_as_the_merged_model_in_bfloat16(tmp_path, lowering):
     """The bound is measured: twice the error that running W + ΔW densely in bf16 has.
 

@@ -77,7 +77,7 @@ def steps(rows: int) -> dict[str, Tensor]:
     ("build", "inputs", "result"),
     [
         (visual_bert, seen, "logits"),
-        (lxmert, regions, "question_answering_score"),
+        pytest.param(lxmert, regions, "question_answering_score", marks=pytest.mark.slow),
         (series, values, "prediction_outputs"),
         (trajectory, steps, "action_preds"),
     ],

@@ -17,8 +17,7 @@ from tiny_models import token_inputs
 from torch import Tensor, nn
 
 import lorafx
-from lorafx import LoraConfig
-from lorafx.errors import CheckpointError, ConfigError
+from lorafx.errors import CheckpointError
 
 QV = ["q_proj", "v_proj"]
 ONE_LAYER = {"num_hidden_layers": 1}
@@ -101,28 +100,3 @@ def test_a_bias_that_is_missing_or_out_of_range(tmp_path):
     edited(folder, lambda state: {k: t for k, t in state.items() if k != bias})
     with pytest.raises(CheckpointError, match=r"the file has no head\.bias"):
         lorafx.compile(Biased().eval(), {"a": folder})
-    # A copy that nothing names: its own weight would be added to the bias of the base.
-    folder = save_own(Biased(), tmp_path / "b", seed=1, r=2, target_modules=["first"])
-    copy = {"base_model.model.head.weight": torch.ones(8, 6)}
-    edited(folder, lambda state: {**state, **copy})
-    config = LoraConfig(["first"], modules_to_save=["head"])
-    with pytest.raises(CheckpointError, match=r"the file has no head\.bias"):
-        lorafx.compile(Biased().eval(), config, adapters={"b": folder})
-
-
-def test_an_embedding_without_added_tokens_keeps_them_hidden(tmp_path):
-    """An adapter whose own embedding is as small as the base was does not say an added token."""
-    small = random_base("llama", **ONE_LAYER)
-    count = small.config.vocab_size
-    plan = {"target_modules": QV, "modules_to_save": ["embed_tokens"]}
-    folder = save_own(small, tmp_path / "a", seed=1, r=2, **plan)
-    small.resize_token_embeddings(count + 4, mean_resizing=False)
-    with torch.no_grad():
-        small.lm_head.weight[count:] = 50 * small.lm_head.weight[:4]
-    with pytest.raises(ConfigError, match=f"base_vocab_size = {count + 5} .* has {count + 4}"):
-        lorafx.compile(small, LoraConfig(QV, base_vocab_size=count + 5))
-    config = LoraConfig(QV, base_vocab_size=count)
-    cm = lorafx.compile(small, config, adapters={"a": folder}, options=REFERENCE, dynamic=False)
-    fixed = {"pad_token_id": 0, "eos_token_id": None, "max_new_tokens": 2, "do_sample": False}
-    got = cm.generate(**inputs(2), **fixed, adapter_names=["a", "a"])
-    assert bool((got < count).all())

@@ -135,7 +135,10 @@ def numbers(answer: Any) -> tuple[list[float], list[str]]:
     return ([], [answer]) if isinstance(answer, str) else ([float(answer)], [])
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    "task",
+    [t if "classification" in t else pytest.param(t, marks=pytest.mark.slow) for t in TASKS],
+)
 def test_a_pipeline_answers_as_with_the_merged_model(task, tmp_path, caplog):
     build, prepare, given, arguments = TASKS[task]
     prepared = {name: make() for name, make in prepare.items()}
@@ -153,8 +156,7 @@ def test_a_pipeline_answers_as_with_the_merged_model(task, tmp_path, caplog):
     assert "not supported" not in caplog.text
 
 
-@pytest.mark.parametrize("name", ["adapter_names", "adapter_name", "lora_request"])
-@pytest.mark.parametrize("made", [True, False])
+@pytest.mark.parametrize(("made", "name"), [(True, "adapter_names"), (False, "lora_request")])
 def test_names_that_a_pipeline_gives_to_its_tokenizer_are_refused(made, name, tmp_path):
     build, prepare, given, _ = TASKS["text-classification"]
     cm, _ = served(build(), tmp_path / "mine")
@@ -196,8 +198,14 @@ LABELLED: dict[str, tuple[Callable[[], nn.Module], dict[str, torch.Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("removing", [True, False])
-@pytest.mark.parametrize("labelled", LABELLED)
+@pytest.mark.parametrize(
+    ("labelled", "removing"),
+    [
+        ("classes", True),
+        pytest.param("tokens", False, marks=pytest.mark.slow),
+        pytest.param("spans", True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_trainer_evaluates_as_with_the_merged_model(labelled, removing, tmp_path):
     build, labels = LABELLED[labelled]
     cm, merged = served(build(), tmp_path / "mine")

@@ -71,7 +71,7 @@ def inputs() -> dict[str, torch.Tensor]:
     "kind",
     [
         "torchao-int8",
-        "bitsandbytes-nf4",
+        pytest.param("bitsandbytes-nf4", marks=pytest.mark.slow),
         pytest.param("bitsandbytes-8", marks=pytest.mark.slow),
     ],
 )

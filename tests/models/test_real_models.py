@@ -54,7 +54,10 @@ def case_of(model_type: str, folder: Path) -> Case:
     return case
 
 
-@pytest.mark.parametrize("model_type", list(MODELS))
+@pytest.mark.parametrize(
+    "model_type",
+    ["qwen3_next", *(pytest.param(n, marks=pytest.mark.slow) for n in list(MODELS)[:2])],
+)
 def test_every_linear_of(model_type: str, tmp_path: Path) -> None:
     case = case_of(model_type, tmp_path)
     assert bool(routers(case.base)) == (model_type in WITH_ROUTERS)

@@ -12,10 +12,9 @@ import pytest
 import torch
 from dense_merge import Case
 from tiny_models import FAMILIES
-from torch import fx, nn
+from torch import nn
 from viewed_graphs import page_data
 
-import lorafx
 from lorafx import ConfigError, LorafxWarning
 
 FEED = FAMILIES["llama"].inputs
@@ -80,18 +79,6 @@ def test_sites_are_at_their_nodes_in_every_stage(
     assert {site["form"] for sites in packed for site in sites} == {"packed"}
     last = served(graph, graph["stages"][-1])
     assert all(site["strategy"] and site["rows"] for sites in last.values() for site in sites)
-
-
-def test_outlined_layers_are_called_by_path(graph: dict[str, Any]) -> None:
-    last = graph["stages"][-1]
-    (_, numbers), (_, body) = last["graphs"]
-    calls = [n for n in numbers if "invoke_subgraph" in graph["nodes"][n]["target"]]
-    paths = [graph["nodes"][n]["path"] for n in calls]
-    assert paths == ["model.layers.0", "model.layers.1"]
-    sites = served(graph, last)
-    for number, path in zip(calls, paths, strict=True):
-        assert all(site["path"].startswith(path) for site in sites[number])
-    assert all(len(sites[n]) >= 2 for n in body if n in sites)  # of both layers
 
 
 def test_a_node_knows_its_module_source_and_cost(graph: dict[str, Any]) -> None:
@@ -160,12 +147,11 @@ def test_refusals_are_there_from_the_pass_that_makes_them(
     assert any("addmm" in node["target"] for node in made)  # what the viewer shows in red
 
 
-@pytest.mark.parametrize("family", ["plain", "vit"])
 def test_a_page_is_written_as_graphs_come(
-    case_of: Callable[..., Case], family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plain: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORAFX_DUMP", str(tmp_path))
-    cm, feed = case_of(family).compile(dynamic=False), FAMILIES[family].inputs
+    cm, feed = plain.compile(dynamic=False), FAMILIES["plain"].inputs
     cm(**feed(2, 4), adapter_names=["a0", None])
     assert len(page_data(tmp_path / "index.html")[1]) == 1
     cm(**feed(2, 4), adapter_names=[None, None])
@@ -177,18 +163,6 @@ def test_a_page_is_written_as_graphs_come(
     cm(**feed(1, 4), adapter_names=["a1"])
     _, (later,) = page_data(tmp_path / "later" / "index.html")
     assert later["title"] == "graph 2 lora"
-
-
-def test_a_pass_that_fails_leaves_the_stages_before_it(plain: Case, tmp_path: Path) -> None:
-    def broken(gm: fx.GraphModule, ctx: Any) -> int:
-        raise RuntimeError("this pass is wrong")
-
-    passes = {"broken": lorafx.After("match", broken)}
-    cm = plain.compile({"passes": passes, "dump": str(tmp_path)}, dynamic=False)
-    with pytest.raises(lorafx.LorafxError, match="this pass is wrong"):
-        cm(**FAMILIES["plain"].inputs(2, 4), adapter_names=["a0", None])
-    _, (graph, *_) = page_data(tmp_path / "index.html")
-    assert [stage["name"] for stage in graph["stages"]] == ["captured", "write_in_place", "match"]
 
 
 def test_stages_are_captured_again_for_a_dump(plain: Case, tmp_path: Path) -> None:
@@ -215,15 +189,6 @@ def test_what_cannot_be_captured_again_is_said(shallow: Case, tmp_path: Path) ->
         cm.dump(tmp_path)
     assert "sites: 9" in (tmp_path / "explain.txt").read_text()
     assert page_data(tmp_path / "index.html")[1][1]["stages"] == []
-
-
-def test_a_generate_can_be_dumped(shallow: Case, tmp_path: Path) -> None:
-    cm, ids = shallow.compile(), torch.randint(3, 60, (2, 5))
-    cm.generate(ids, adapter_names=["a0", None], max_new_tokens=3, do_sample=False, pad_token_id=0)
-    cm.dump(tmp_path)
-    graphs = page_data(tmp_path / "index.html")[1]
-    assert len(graphs) == cm.recompiles >= 2  # the prompt, and the steps behind it
-    assert all(graph["stages"] for graph in graphs)
 
 
 @pytest.mark.parametrize("rows", [["a0", None], [None, None]])

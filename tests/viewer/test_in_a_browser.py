@@ -144,71 +144,6 @@ def test_the_diff_of_any_two_passes(window: Browser, page: Path) -> None:
     assert window.run("return document.querySelectorAll('.diff').length") < 200
 
 
-_DIFF = """
-const stage = (name) => viewer.graph.stage(viewer.graph.stages.findIndex((s) => s.name === name));
-const rows = diffRows(stage(arguments[0]), stage(arguments[1]));
-"""
-
-
-def test_layers_that_are_outlined_have_moved(window: Browser, page: Path) -> None:
-    window.open(page, "#graph=0&stage=outline&tab=diff")
-    counts = window.run(_DIFF + "return diffCounts(rows)", "join", "outline")
-    # The calls, what takes their results apart, inputs and output of the body.
-    assert counts["removed"] == 0
-    assert counts["added"] < 50
-    assert counts["moved"] > 100
-    assert f"{counts['moved']} moved" in text(window, "#diff-counts")
-    folds = window.run(
-        "return [...document.querySelectorAll('.fold')].map((each) => each.textContent)"
-    )
-    for layer in (0, 1):
-        told = f"lines of model.layers.{layer}: a call of outlined_0 on the other side"
-        assert any(told in fold for fold in folds), folds
-    # Beside each line of the body stands that of the first layer.
-    pairs = window.run(
-        _DIFF
-        + "const body = rows.slice(rows.findIndex((row) => row.text === 'outlined_0'));"
-        + "return body.filter((r) => r.b && r.b.node.op === 'call_function')"
-        + ".map((r) => [r.a && r.a.node.target, r.b.node.target, r.a && r.a.node.path])",
-        "join",
-        "outline",
-    )
-    assert len(pairs) > 50
-    assert all(target == other for target, other, _ in pairs)
-    assert {path for _, _, path in pairs if path} > {"model.layers.0.self_attn"}
-    assert not any(path.startswith("model.layers.1") for _, _, path in pairs)
-    back = window.run(_DIFF + "return diffCounts(rows)", "outline", "join")
-    assert (back["added"], back["removed"]) == (0, counts["added"])
-    assert back["moved"] == counts["moved"]
-
-
-def test_what_replaces_a_node_stands_beside_it(window: Browser, page: Path) -> None:
-    """`fuse` makes a product and its site one node of another name and operator."""
-    window.open(page, "#graph=0&stage=fuse&tab=diff")
-    pairs = window.run(
-        _DIFF
-        + "return rows.filter((r) => r.kind === 'replaced' && r.b.sites.length && r.a.sites.length)"
-        + ".map((r) => [r.a.sites[0].path, r.b.sites[0].path])",
-        "rescale",
-        "fuse",
-    )
-    assert len(pairs) >= 10
-    assert all(one == other for one, other in pairs)
-
-
-def test_light_and_dark(window: Browser, page: Path) -> None:
-    found = {}
-    for scheme in ("light", "dark"):
-        features = [{"name": "prefers-color-scheme", "value": scheme}]
-        window.devtools("Emulation.setEmulatedMedia", features=features)
-        window.open(page)
-        found[scheme] = window.run(
-            "return [getComputedStyle(document.body).backgroundColor, viewer.scene.colors.node]"
-        )
-    assert found["light"][0] == "rgb(255, 255, 255)"
-    assert found["light"][1] != found["dark"][1]
-
-
 def test_of_5000_nodes_one_layer_is_open_at_first(window: Browser, tmp_path: Path) -> None:
     write_page(tmp_path, "Deep", [deep(32, 160)])
     window.open(tmp_path / "index.html", "#tab=graph")
@@ -226,26 +161,6 @@ def test_of_5000_nodes_one_layer_is_open_at_first(window: Browser, tmp_path: Pat
     assert window.run("return document.querySelectorAll('#node-list .node').length") < 100
 
 
-def test_a_graph_that_was_loaded_has_files_alone(window: Browser, tmp_path: Path) -> None:
-    loaded = {**by_hand(), "stages": [], "sources": {}, "facts": ["saved elsewhere"]}
-    write_page(tmp_path, "Model", [by_hand(), loaded])
-    window.open(tmp_path / "index.html", "#graph=0&tab=nodes")
-    select = (
-        "const box = document.getElementById('graph'); box.value = arguments[0];"
-        "box.dispatchEvent(new Event('change'))"
-    )
-    window.run(select, "1")
-    window.wait("return viewer.state.graph === 1")
-    assert window.run("return viewer.state.tab") == "files"
-    assert text(window, "#file-text") == "saved elsewhere"
-    assert "cannot be made again" in text(window, "#timeline")
-    assert window.run("return document.querySelector('[data-tab=graph]').disabled")
-    window.run(select, "0")
-    window.wait("return viewer.state.graph === 0")
-    window.click("[data-tab=graph]")
-    assert window.run("return viewer.stage.name") == "pack"
-
-
 def test_what_the_passes_over_the_model_did(window: Browser, page: Path) -> None:
     window.open(page, "#graph=0&stage=pack&tab=graph")
     names = "return [...document.querySelectorAll('.pass')].map((each) => each.dataset.pass)"
@@ -260,14 +175,6 @@ def test_what_the_passes_over_the_model_did(window: Browser, page: Path) -> None
     assert "no slot yet" in shown
     window.click("[data-pass=fuse]")
     assert window.run("return [viewer.state.tab, viewer.stage.name]") == ["graph", "fuse"]
-
-
-def test_what_was_measured_stands_with_its_site(window: Browser, tmp_path: Path) -> None:
-    write_page(tmp_path, "Model", [by_hand()], measured={"layers.0.q": "0.25 ms"})
-    window.open(tmp_path / "index.html", "#tab=sites&stage=pack&node=0/mm_packed")
-    rows = "return [...document.querySelectorAll('tbody tr')].map((e) => e.lastChild.textContent)"
-    assert window.run(rows) == ["0.25 ms", "not run"]
-    assert text(window, "#details dl").endswith("Measured0.25 ms")
 
 
 def test_texts_are_texts(window: Browser, tmp_path: Path) -> None:

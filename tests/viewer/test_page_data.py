@@ -7,9 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from viewed_graphs import HOSTILE, by_hand, page_data, record, write_page
-
-from lorafx.viewer.page import Page
+from viewed_graphs import HOSTILE, by_hand, page_data, write_page
 
 pytestmark = pytest.mark.quick
 
@@ -66,11 +64,3 @@ def test_the_licence_of_the_vendored_library_is_in_the_page(tmp_path: Path) -> N
     text = written(tmp_path).read_text(encoding="utf-8")
     assert "Copyright (c) 2012-2014 Chris Pettitt" in text
     assert "Permission is hereby granted, free of charge" in text
-
-
-def test_a_page_grows_by_the_graphs_that_come(tmp_path: Path) -> None:
-    page = Page(tmp_path, "Model")
-    for count in (1, 2):
-        page.add(record(), by_hand())
-        page.write()
-        assert len(page_data(tmp_path / "index.html")[1]) == count

@@ -18,8 +18,8 @@ from toolchain import needs_compiler
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.cpu import compiler, delta_kernels
-from lorafx.kernels.cpu.compiler import Isa, compile_library, load_library
-from lorafx.kernels.cpu.delta_kernels import build, delta_call, embedding_delta_call
+from lorafx.kernels.cpu.compiler import compile_library, load_library
+from lorafx.kernels.cpu.delta_kernels import build, delta_call
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 
 SOURCE = 'extern "C" int answer() { return 42; }\n'
@@ -81,32 +81,12 @@ def test_a_cache_that_cannot_be_written(
         assert build(_spec(104)) is not None
 
 
-def test_a_library_that_does_not_load(tmp_path: Path) -> None:
-    (tmp_path / "broken.so").write_text("no library")
-    with pytest.raises(LoweringError, match="set LORAFX_CACHE_DIR to another folder"):
-        load_library(tmp_path / "broken.so")
-
-
 @pytest.fixture
 def fresh_choice() -> Iterator[None]:
     """The choice of instruction set is made anew, in the test and after it."""
     compiler.best_isa.cache_clear()
     yield
     compiler.best_isa.cache_clear()
-
-
-@needs_compiler
-@pytest.mark.usefixtures("fresh_choice")
-def test_an_instruction_set_that_the_compiler_does_not_know(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    unknown = Isa("of the future", ("-mfuture",), 32, 8, 4, 2)
-    runs = compiler.runnable_isas()
-    monkeypatch.setattr(compiler, "runnable_isas", lambda: (unknown, *runs))
-    assert compiler.best_isa() in runs
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert build(_spec(103)) is not None
 
 
 @pytest.mark.usefixtures("fresh_choice")
@@ -127,21 +107,6 @@ def test_no_compiler_means_aten_and_one_warning(folder: Path) -> None:
     assert_delta(p, y)
 
 
-@needs_compiler
-def test_calls_name_the_generated_kernel() -> None:
-    p = random_problem(x_shape=(2, 7), slots=(0, 1), rows=1, sizes=(9,))
-    spec = p.spec
-    y = p.y.clone()
-    op, arguments = delta_call(spec, y, p.x, *p.bank, rows=1)
-    assert op is torch.ops.lorafx.run_delta_.default
-    assert arguments[-1] == build(spec)
-    assert delta_call(spec, y, p.x, *p.bank, rows=0)[0] is torch.ops.lorafx.add_delta_.default
-    e = random_problem(x_shape=(2, 3), slots=(0, 1), rows=3, sizes=(9,), vocabulary=5)
-    y = e.y.clone()
-    op, arguments = embedding_delta_call(e.spec, y, e.x, *e.bank, rows=3)
-    assert op is torch.ops.lorafx.run_embedding_delta_.default
-
-
 ELSEWHERE = """
 import torch
 from lorafx.kernels.cpu.delta_kernels import build
@@ -152,6 +117,7 @@ print(build(DeltaSpec(f, f, f, 7, 5, 1, 9, (0,), (0,), (9,))))
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_ids_are_the_same_in_every_process() -> None:
     f = torch.float32
     here = build(DeltaSpec(f, f, f, 7, 5, 1, 9, (0,), (0,), (9,)))

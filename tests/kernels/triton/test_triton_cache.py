@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,44 +16,9 @@ from triton_cases import STRATEGIES, kernel_of, make_case, run
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.triton import generated
-from lorafx.kernels.triton.build import LINEAR, ORDER_TILES, STRATEGY_KERNELS, source_of
+from lorafx.kernels.triton.build import ORDER_TILES, source_of
 from lorafx.kernels.triton.strategy_tiles import tiles_for
 from lorafx.kernels.triton.tiles import ARCHITECTURES
-
-HELPERS = Path(__file__).parents[2] / "helpers"
-PROCESS = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from triton_cases import kernel_of, make_case, run
-if "--no-templates" in sys.argv:
-    from lorafx.kernels.triton import generated
-    del generated.source
-case = make_case(K=24, sizes=(13, 8), slots=(2, -1, 0), rows=2, rank=4)
-print(kernel_of(case, "segments"), run(case, "segments").double().sum().item())
-"""
-
-
-def in_process(folder: Path, *arguments: str, **environment: str) -> str:
-    """What a fresh process says of the case's kernels and result, with the cache in `folder`."""
-    done = subprocess.run(
-        [sys.executable, "-c", PROCESS, str(HELPERS), *arguments],
-        env={**os.environ, "LORAFX_CACHE_DIR": str(folder), "PYTHONSAFEPATH": "1", **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
-@pytest.mark.slow
-def test_a_second_process_generates_nothing(tmp_path: Path) -> None:
-    """Same id, same bits; also with TRITON_INTERPRET set before triton is imported."""
-    first = in_process(tmp_path)
-    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "triton").glob("*.py")}
-    assert sorted(path.name.split("_")[0] for path in written) == ["expand", "shrink"]
-    assert in_process(tmp_path, "--no-templates", TRITON_INTERPRET="1") == first
-    assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "triton").glob("*.py")}
 
 
 def test_a_damaged_file_is_an_error_that_names_it(
@@ -70,23 +32,6 @@ def test_a_damaged_file_is_an_error_that_names_it(
     (tmp_path / "triton" / f"shrink_{key}.py").write_text("def shrink(")
     with pytest.raises(LoweringError, match=f"shrink_{key}.py cannot be imported"):
         generated.load("shrink", spec, tiles, arch)
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_what_a_file_says(strategy: str) -> None:
-    """It can be read on its own: what it was made from, literal sizes, no template left in it."""
-    case = make_case(K=72, sizes=(40, 24), slots=(0, 1), rank=6, bias=False)
-    text = source_of(kernel_of(case, strategy))
-    assert text.count('"""Generated from') == len(STRATEGY_KERNELS[strategy])
-    assert "sibling 1, bank [40, 64)" in text
-    assert "K 72, rank at most 6" in text
-    assert re.search(r"R: tl\.constexpr = 6\n", text)
-    assert "{{" not in text
-    assert "{%" not in text
-    assert "bias_ptr" not in text
-    assert "atomic" not in text
-    with_bias = make_case(K=72, sizes=(40, 24), slots=(0, 1), rank=6)
-    assert ("bias_ptr" in source_of(kernel_of(with_bias, strategy))) == (strategy in LINEAR)
 
 
 @pytest.mark.parametrize("strategy", ["split", "epilogue", "recompute", "segments"])

@@ -50,17 +50,3 @@ def test_what_cannot_be_made_longer() -> None:
     }.items():
         with pytest.raises(LoweringError, match=said):
             kernel_of(made, "concat")
-
-
-def test_bad_longer_operands() -> None:
-    case = make_case(K=32, sizes=(8, 8), slots=(0, 1))
-    p, kernel = case.problem, kernel_of(case, "concat")
-    x, w = torch.zeros(2, 96), torch.zeros(16, 96)
-    for said, wrong in {
-        "x' is torch.float32 \\(2, 95\\), .* \\(M, 32 \\+ 64\\)": (x[:, 1:], w),
-        "the rows of x": (x.T.contiguous().T, w),
-        "W' is torch.float32 \\(15, 96\\)": (x, w[1:]),
-        "W' is torch.float32 \\(16, 95\\)": (x, w[:, 1:]),
-    }.items():
-        with pytest.raises(LoweringError, match=said):
-            lora.triton_concat_(*wrong, *p.bank, p.rows, kernel)

@@ -16,7 +16,6 @@ from torch.library import opcheck
 from triton_cases import BF16, FP16, FP32
 
 from lorafx.errors import LoweringError
-from lorafx.kernels.triton.build import TritonSpec, build
 from lorafx.kernels.triton.strategy_tiles import tiles_for
 from lorafx.kernels.triton.tiles import ARCHITECTURES
 
@@ -75,23 +74,6 @@ def test_one_kernel_for_all_counts() -> None:
         case = make_experts(counts, (0, -1, 3), **sizes)
         got = lora.triton_experts([case.x], case.weight, case.offs, *case.bank, 1, kernel)
         assert_right(case, got)
-
-
-def test_no_rows() -> None:
-    case = make_experts((2, 1), (0, 1))
-    ends = torch.zeros_like(case.offs)
-    got = lora.triton_experts([case.x[:0]], case.weight, ends, *case.bank, 1, kernel_of(case))
-    assert got.shape == (0, sum(case.sizes))
-
-
-def test_rows_of_a_request_side_by_side() -> None:
-    """One slot a request, several rows each."""
-    case = make_experts((4, 4), (0, 0, 1, 1, -1, -1, 2, 2))
-    kernel = kernel_of(case)
-    slots = torch.tensor([0, 1, -1, 2], dtype=torch.int32)
-    bank = (*case.bank[:4], slots)
-    got = lora.triton_experts([case.x], case.weight, case.offs, *bank, 2, kernel)
-    assert torch.equal(got, run(case))
 
 
 def test_the_reference_is_what_it_replaces() -> None:
@@ -175,14 +157,3 @@ def test_bad_arguments(message: str) -> None:
     bad = replace(case, **BAD[message](case))
     with pytest.raises(LoweringError, match=message):
         lora.triton_experts([bad.x], bad.weight, bad.offs, *bad.bank, 1, kernel)
-
-
-def test_strategies_are_for_their_specs() -> None:
-    case = make_experts((2, 0, 3), (0, -1, 1))
-    hint: dict[str, Any] = {"rows_hint": 2, "device": torch.device("cpu")}
-    with pytest.raises(LoweringError, match="needs the activation"):
-        build(case.spec, "activated", **hint)
-    with pytest.raises(LoweringError, match="does not serve 3 experts"):
-        build(case.spec, "epilogue", **hint)
-    with pytest.raises(LoweringError, match="does not serve 0 experts"):
-        build(TritonSpec(case.spec.delta, FP32), "grouped", **hint)

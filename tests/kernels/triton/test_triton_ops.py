@@ -56,13 +56,6 @@ def test_opcheck(strategy: str) -> None:
     assert set(checks.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("strategy", STRATEGY_OPS)
-def test_no_rows(strategy: str) -> None:
-    case = case_of(strategy)
-    empty = case.with_(x=case.problem.x[:0], y=case.problem.y[:0])
-    assert run(empty, strategy).shape == (0, case.spec.out_features)
-
-
 def apart(t: Tensor) -> Tensor:
     """Rows behind those of another tensor, and with others between them."""
     return torch.cat([t, t], 1).repeat(2, 1)[t.shape[0] :, : t.shape[1]]
@@ -84,28 +77,6 @@ def test_layouts(strategy: str) -> None:
     assert torch.equal(y, expected)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_rows_whose_elements_lie_apart_are_refused(strategy: str) -> None:
-    """Not copied behind the caller's back, and y is left alone."""
-    case = case_of(strategy)
-    p, kernel = case.problem, kernel_of(case, strategy)
-    columns_first = p.x.T.contiguous().T
-    if strategy in LINEAR:
-        with pytest.raises(LoweringError, match=r"the rows of x .* side by side"):
-            lora.triton_linear(columns_first, case.weight, case.bias, *p.bank, p.rows, kernel)
-        columns = case.weight.T.contiguous().T
-        with pytest.raises(LoweringError, match=r"the rows of weight .* side by side"):
-            lora.triton_linear(p.x, columns, case.bias, *p.bank, p.rows, kernel)
-        return
-    y = p.y.T.contiguous().T
-    before = y.clone()
-    with pytest.raises(LoweringError, match=r"the rows of x .* side by side"):
-        lora.triton_delta_(y, columns_first, *p.bank, p.rows, kernel)
-    with pytest.raises(LoweringError, match=r"the rows of y .* side by side"):
-        lora.triton_delta_(y, p.x, *p.bank, p.rows, kernel)
-    assert torch.equal(y, before)
-
-
 BAD: dict[str, Callable[[Case], dict[str, object]]] = {
     "x is": lambda c: {"x": c.problem.x[:, 1:]},
     "y has 5 rows": lambda c: {"y": c.problem.y[1:]},
@@ -125,20 +96,6 @@ def test_bad_arguments(message: str) -> None:
     with pytest.raises(LoweringError, match=message):
         lora.triton_delta_(p.y, p.x, *p.bank, p.rows, kernel)
     assert torch.equal(p.y, before)
-
-
-def test_ids_and_bases_of_kernels() -> None:
-    case = case_of("segments")
-    p = case.problem
-    with pytest.raises(LoweringError, match="not loaded in this process"):
-        lora.triton_delta_(p.y, p.x, *p.bank, p.rows, 12345)
-    fused = kernel_of(case, "epilogue")
-    with pytest.raises(LoweringError, match="is one of 'epilogue'"):
-        lora.triton_delta_(p.y, p.x, *p.bank, p.rows, fused)
-    with pytest.raises(LoweringError, match="the weight is"):
-        lora.triton_linear(p.x, case.weight[1:], case.bias, *p.bank, p.rows, fused)
-    with pytest.raises(LoweringError, match="with a bias of 21 columns"):
-        lora.triton_linear(p.x, case.weight, None, *p.bank, p.rows, fused)
 
 
 def test_what_is_not_generated() -> None:

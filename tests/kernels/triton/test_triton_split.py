@@ -45,22 +45,6 @@ def test_ranks_that_come_beside_the_slots_and_those_of_slots_behind_them(window:
     assert all(torch.equal(one, found[0]) for one in found)
 
 
-@pytest.mark.parametrize("changes", [{"batched": False}, {"block_r": 16}])
-def test_the_epilogue_with_slots_side_by_side_or_not(changes: dict[str, object]) -> None:
-    case = make_case(K=80, sizes=(48, 16), slots=SLOTS, rank=12)
-    tiles = tiles_of(case, "epilogue")
-    tiles["epilogue"] = replace(tiles["epilogue"], **changes)
-    assert_right(case, "epilogue", run(case, "epilogue", tiles))
-
-
-def test_a_shrink_that_picks_its_rows() -> None:
-    case = make_case(K=64, sizes=(32, 16), slots=(0,) * 20 + (1, 2, -1) * 10, rank=4)
-    tiles = tiles_of(case, "epilogue")
-    for picked in (0, 16, 32):
-        tiles["shrink"] = replace(tiles["shrink"], block_m=64, picked=picked, lanes=2)
-        assert_right(case, "epilogue", run(case, "epilogue", tiles))
-
-
 def test_only_readers_start_early_and_only_where_the_chip_can() -> None:
     from lorafx.kernels.triton.source import source
 
