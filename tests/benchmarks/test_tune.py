@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tile_cost import TileSet, fits, predicted
-from triton_variants import expert_specs, representative_specs
-from tune import ExpertProblem, LinearProblem, neighbours, search, tune
+from tile_cost import fits, predicted
+from triton_variants import representative_specs
+from tune import LinearProblem, neighbours, search, tune
 
 from lorafx.kernels.cost.chips import DEFAULT_CHIP
 from lorafx.kernels.triton import strategy_tiles

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from attached import EAGER
 from dense_merge import REFERENCE, TOLERANCE, Case, check_mixed, error
 from hand_made import hand_case

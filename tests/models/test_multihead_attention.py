@@ -15,7 +15,7 @@ from attached import EAGER
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.errors import UnsupportedAdapterError
+from lorafx.errors import MatchError, UnsupportedAdapterError
 
 REFERENCE = {"lowering": "reference"}
 
