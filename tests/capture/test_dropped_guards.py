@@ -2,84 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from dense_merge import REFERENCE, Case, check_mixed
+from dense_merge import Case, check_mixed
 from tiny_models import token_inputs
-from torch import nn
 from torch._dynamo.guards import CheckFunctionManager
 
-import lorafx
-from lorafx.torch_compile.attached import marked_session
-
 NAMES = ["a1", None, "a3"]
-
-
-@pytest.mark.slow
-def test_a_model_of_another_class_captures_nothing(shallow: Case) -> None:
-    """transformers notes the class of each model that is made, in a dictionary that forwards
-    read."""
-    cm, inputs = shallow.compile(dynamic=False), token_inputs(len(NAMES), 4)
-    attached = lorafx.attach(shallow.model(), shallow.folders, options=REFERENCE)
-    call = torch.compile(attached, backend="lorafx", dynamic=False)
-
-    def graphs() -> tuple[int, int]:
-        check_mixed(cm, shallow, NAMES, inputs)
-        cm(**inputs)
-        with torch.no_grad(), lorafx.adapters(attached, NAMES):
-            call(**inputs)
-        return cm.recompiles, len(marked_session(attached).backend.records)
-
-    class Other(type(shallow.base)):  # type: ignore[misc]
-        """Of a name that no model has had."""
-
-    captured = graphs()
-    Other(shallow.base.config)
-    assert graphs() == captured == (2, 1)
-
-
-def test_what_is_guarded_of_marked_modules(shallow: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As much as of modules without a hook."""
-    made: list[Counter[str]] = []
-    build = CheckFunctionManager.build_guards
-
-    def noting(self: Any, guards: Any, *args: Any, **kwargs: Any) -> Any:
-        counted = {(guard.create_fn_name(), _text(guard), _attribute(guard)) for guard in guards}
-        made.append(Counter(kind for kind, text, _ in counted if "down_proj" in text))
-        made[-1]["global"] = sum("hooks_always_called" in text for _, text, _ in counted)
-        return build(self, guards, *args, **kwargs)
-
-    monkeypatch.setattr(CheckFunctionManager, "build_guards", noting)
-    inputs = token_inputs(len(NAMES), 4)
-    with torch.no_grad():
-        torch.compile(shallow.model(), backend="eager", dynamic=False)(**inputs)
-        attached = lorafx.attach(shallow.model(), shallow.folders, options=REFERENCE)
-        with lorafx.adapters(attached, ["a1"] * len(NAMES)):
-            torch.compile(attached, backend="lorafx", dynamic=False)(**inputs)
-    shallow.compile(dynamic=False)(**inputs, adapter_names=NAMES)
-    base, by_backend, _, compiled = (
-        made  # `lorafx.compile` drops them by a filter, behind the first
-    )
-    assert by_backend - base == compiled - base == Counter()
 
 
 def _text(guard: Any) -> str:
     return str(guard.name() if callable(guard.name) else guard.name)
 
 
-def _attribute(guard: Any) -> Any:
-    return guard.create_fn.keywords.get("attr") if isinstance(guard.create_fn, partial) else None
-
-
-@pytest.mark.parametrize("cached", [False, True])
 def test_no_guard_on_marks_is_checked(
-    shallow: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+    shallow: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Dynamo makes all guards before they are chosen."""
     made: list[list[str]] = []
@@ -90,8 +29,7 @@ def test_no_guard_on_marks_is_checked(
         return build(self, guards, *args, **kwargs)
 
     monkeypatch.setattr(CheckFunctionManager, "build_guards", noting)
-    options: dict[str, Any] = {"cache": str(tmp_path / "graphs")} if cached else {}
-    cm: Any = shallow.compile(options, dynamic=False)
+    cm: Any = shallow.compile({"cache": str(tmp_path / "graphs")}, dynamic=False)
     inputs = token_inputs(len(NAMES), 4)
     check_mixed(cm, shallow, NAMES, inputs)
     *before, last = made
@@ -100,53 +38,3 @@ def test_no_guard_on_marks_is_checked(
     check_mixed(cm, shallow, [None] * len(NAMES), inputs)  # by code of the base's own
     check_mixed(cm, shallow, NAMES, inputs)
     assert cm.recompiles == 2
-
-
-class Views(Sequence[Any]):
-    """What a property makes anew each time, as transformers' `config.per_layer_config`."""
-
-    def __init__(self, settings: Any) -> None:
-        self.settings = settings
-
-    def __len__(self) -> int:
-        return 2
-
-    def __getitem__(self, index: Any) -> Any:
-        if index >= len(self):
-            raise IndexError
-        return self.settings
-
-
-class Settings:
-    size = 1.0
-
-    def __getattribute__(self, name: str) -> Any:
-        return super().__getattribute__(name)
-
-    @property
-    def views(self) -> Views:
-        return Views(self)
-
-
-class Viewing(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.settings = Settings()
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.linear(x)
-        for view in self.settings.views:
-            x = x + view.size
-        return x
-
-
-def test_guards_on_what_is_a_new_object_each_time() -> None:
-    """torch 2.11 and 2.12 refused to make them twice."""
-    model, x = Viewing().eval(), torch.randn(3, 4)
-    with torch.no_grad():
-        wanted = model(x)
-    cm = lorafx.compile(
-        model, lorafx.LoraConfig(max_rank=2, target_modules="all-linear"), options=REFERENCE
-    )
-    torch.testing.assert_close(cm(x), wanted)

@@ -74,18 +74,6 @@ def test_places_behind_a_static_cache(shallow: Case) -> None:
         cm(input_ids=ids(), past_key_values=cache)
 
 
-@pytest.mark.parametrize("lowering", ["inductor"])
-def test_the_process_lives(shallow: Case, lowering: str) -> None:
-    """So many rows that generated code uses all threads: it ended the process."""
-    cm = shallow.compile({"lowering": lowering})
-    wrong = ids(300, 7)
-    wrong[200:] = VOCAB + 5
-    for names in (None, ["a0", *[None] * 299]):
-        assert cm(input_ids=ids(300, 7), adapter_names=names).logits.isfinite().all()
-        with pytest.raises(OutOfRangeError, match=r"input_ids\[200, 0\]"):
-            cm(input_ids=wrong, adapter_names=names)
-
-
 def test_models_that_users_compile(shallow: Case) -> None:
     model = attached(shallow)
     call = compiled(model)
@@ -166,14 +154,6 @@ def test_what_a_graph_is_asked_for() -> None:
     assert pickle.loads(pickle.dumps(found)) == found
 
 
-def by_method(ids: torch.Tensor) -> None:
-    ids.view(-1).add_(1)
-
-
-def by_schema(ids: torch.Tensor) -> None:
-    torch.ops.aten.clamp_.default(ids, 0, 3)
-
-
 class Far(nn.Module):
     """Embeds what a function makes of indices, far from where a call gives them."""
 
@@ -195,40 +175,13 @@ def pairs(index: torch.Tensor) -> torch.Tensor:
     return index[:, :, None] - index[:, None, :]
 
 
-def far(model: Far, index: torch.Tensor) -> torch.Tensor:
-    for number in range(30):
-        index = index + number - number
-    return model.kinds(index)
-
-
-def by_pairs(model: Far, index: torch.Tensor) -> torch.Tensor:
-    return model.kinds(pairs(index)).sum(2)
-
-
 def by_gather(model: Far, index: torch.Tensor) -> torch.Tensor:
     table = model.kinds.weight[:, 0].expand(*index.shape, 8)
     return torch.take_along_dim(table, pairs(index), 2).sum(-1, keepdim=True)
 
 
-def by_flat_place(model: Far, index: torch.Tensor) -> torch.Tensor:
-    return torch.take(model.kinds.weight, pairs(index) * 6).sum(-1, keepdim=True)
-
-
-def by_sizes(model: Far, index: torch.Tensor) -> torch.Tensor:
-    """As models with relative positions do."""
-    places = torch.arange(index.shape[1])
-    return model.kinds((places[:, None] - places[None]).abs()).sum(1)
-
-
 def by_weight(model: Far, index: torch.Tensor) -> torch.Tensor:
     return model.kinds((index * model.gains).long())
-
-
-def mapped(model: Far, index: torch.Tensor) -> torch.Tensor:
-    return torch.vmap(lambda row: functional.embedding(row, model.kinds.weight))(index)
-
-
-FAR = [far, by_pairs, by_gather, by_flat_place, by_weight, mapped]
 
 
 def far_case(made: Any, folder: Path) -> Case:
@@ -236,7 +189,7 @@ def far_case(made: Any, folder: Path) -> Case:
     return hand_case(base, folder, a0=["layers.0", "layers.2"], a1=["layers.1", "out"])
 
 
-@pytest.mark.parametrize("made", FAR)
+@pytest.mark.parametrize("made", [by_gather, pytest.param(by_weight, marks=pytest.mark.slow)])
 def test_an_index_far_from_a_call_never_ends_the_process(made: Any, tmp_path: Path) -> None:
     """What cannot be checked before the graph runs is checked inside of it: with so many rows
     generated code uses all threads."""
@@ -256,16 +209,6 @@ def test_an_index_far_from_a_call_never_ends_the_process(made: Any, tmp_path: Pa
     assert graphs[0] == cm.recompiles
 
 
-def test_more_tokens_than_relative_positions(tmp_path: Path) -> None:
-    cm = far_case(by_sizes, tmp_path).compile({"lowering": "inductor"})
-    for length in (7, 8):
-        cm(x=torch.randn(3, length, 6), index=torch.zeros(3, length, dtype=torch.int64))
-    with pytest.raises(
-        OutOfRangeError, match=r"\[0, 8\] .* the sizes of this call is 8, but .* has 8"
-    ):
-        cm(x=torch.randn(3, 9, 6), index=torch.zeros(3, 9, dtype=torch.int64))
-
-
 def checks_inside(model: nn.Module, *inputs: torch.Tensor) -> int:
     """How many checks stand in the graph of a model."""
     found = []
@@ -281,38 +224,14 @@ def checks_inside(model: nn.Module, *inputs: torch.Tensor) -> int:
     return found[0]
 
 
-class Found(nn.Module):
-    """Takes places that it finds, values beside such, and places that are always the same."""
-
-    def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        order, best = x.argsort(), x.topk(2, 0)
-        return table[order // 2].sum() + table[best.indices].sum() + table[torch.arange(3)].sum()
-
-
-class Sorted(nn.Module):
-    def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        return functional.embedding(pairs(x.sort().values[None]), table)
-
-
-def test_places_that_a_model_finds_are_not_checked() -> None:
-    table = torch.ones(4, 4)
-    assert checks_inside(Found(), torch.zeros(4, dtype=torch.int64), table) == 0
-    assert checks_inside(Sorted(), torch.zeros(4, dtype=torch.int64), table) == 1
-
-
 class InPlace(nn.Module):
-    def __init__(self, write: Callable[[torch.Tensor], None]) -> None:
-        super().__init__()
-        self.write = write
-
     def forward(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        self.write(ids)
+        torch.ops.aten.clamp_.default(ids, 0, 3)
         return functional.embedding(ids, table)
 
 
-@pytest.mark.parametrize("write", [by_method, by_schema])
-def test_an_index_that_the_graph_writes_is_checked_inside(write: Any) -> None:
+def test_an_index_that_the_graph_writes_is_checked_inside() -> None:
     inputs = torch.zeros(5, 3, dtype=torch.int64), torch.ones(4, 4)
-    assert not looked_up(InPlace(write), *inputs).steps
+    assert not looked_up(InPlace(), *inputs).steps
     torch._dynamo.reset()
-    assert checks_inside(InPlace(write), *inputs) == 1
+    assert checks_inside(InPlace(), *inputs) == 1

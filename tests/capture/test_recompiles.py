@@ -10,7 +10,7 @@ import torch._dynamo
 from dense_merge import REFERENCE, check_mixed, error, save_adapter
 from oracle import Oracle
 from tiny_models import FAMILIES, token_inputs
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.utils import counters
 
 import lorafx
@@ -70,32 +70,6 @@ def test_batch_as_long_as_the_sequence_is_no_common_symbol(plain, square):
     assert torch.fx.experimental._config.use_duck_shape  # the user's own setting is back
 
 
-def test_settings_are_the_users_own_but_while_a_graph_is_captured(small):
-    """What a model runs in Python may compile something itself, and so may other threads."""
-    found: list[bool] = []
-
-    class Breaks(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.before, self.after = nn.Linear(6, 6), nn.Linear(6, 6)
-
-        def forward(self, x: Tensor) -> dict[str, Tensor]:
-            x = self.before(x)
-            self.note()
-            return {"logits": self.after(x)}
-
-        @torch._dynamo.disable
-        def note(self) -> None:
-            found.append(torch.fx.experimental._config.use_duck_shape)
-
-    case = small(Breaks, ["before", "after"])
-    cm = case.compile(dynamic=False)
-    for _ in range(2):
-        check_mixed(cm, case, ["a", "b", "a"], {"x": torch.randn(3, 6)})
-    assert found
-    assert all(found)
-
-
 class Block(nn.Module):
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -143,6 +117,7 @@ def test_twelve_layers_that_share_graphs_each_with_its_own_adapters(tmp_path):
     assert cm.recompiles < 12  # fewer graphs than layers: they are shared
 
 
+@pytest.mark.slow
 def test_ten_shapes_then_generation_without_eager(shallow):
     """Dynamo's own limit of eight graphs a code object, and its silent eager after, stay away."""
     cm = shallow.compile(options={"verify": "off"})

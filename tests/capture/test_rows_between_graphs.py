@@ -12,7 +12,6 @@ from lorafx.errors import ProvenanceError
 
 K = 6
 MIXED = ["a", None, "b"]
-INDUCTOR = {"lowering": "inductor"}
 
 
 @torch._dynamo.disable
@@ -95,20 +94,18 @@ class Flattened(Layers):
 
 
 @pytest.mark.parametrize(
-    ("cls", "targets", "options"),
+    ("cls", "targets"),
     [
-        (Reordered, ["first", "w"], REFERENCE),
-        (InPieces, ["first", "w"], REFERENCE),
-        (InPieces, ["w"], INDUCTOR),
-        (Experts, ["first", "w.0", "w.1", "w.2", "router"], REFERENCE),
-        (Flattened, ["first", "w"], REFERENCE),
-        (Flattened, ["w"], INDUCTOR),
+        (Reordered, ["first", "w"]),
+        (InPieces, ["first", "w"]),
+        (Experts, ["first", "w.0", "w.1", "w.2", "router"]),
+        (Flattened, ["first", "w"]),
     ],
 )
-def test_rows_that_python_moves_keep_their_owners(small, cls, targets, options):
+def test_rows_that_python_moves_keep_their_owners(small, cls, targets):
     torch.manual_seed(0)
     case = small(cls, targets)
-    cm = lorafx.compile(case.model(), adapters=case.folders, options=options)
+    cm = lorafx.compile(case.model(), adapters=case.folders, options=REFERENCE)
     batches = [(["a"] * 3, 5), (MIXED, 5), (["b", "a", None], 4), (["b", "b", None, "a"], 4)]
     for names, length in batches:
         inputs = {"x": torch.randn(len(names), length, K)}
@@ -205,21 +202,8 @@ def test_what_a_model_keeps_of_its_own_tensors_is_shared_by_later_calls(small, b
         cm(**inputs, adapter_names=names)
 
 
-class OfWrittenBuffer(Cached):
-    """What it keeps is of a buffer, into which it wrote what adapters change."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("scratch", torch.zeros(K))
-
-    def computed(self, x: Tensor) -> Tensor:
-        self.scratch.copy_(self.first(self.table))
-        torch._dynamo.graph_break()
-        return self.scratch * 2
-
-
 @pytest.mark.usefixtures("fixed_sizes")
-@pytest.mark.parametrize("cls", [OfRequests, OfWeight, OfWrittenBuffer])
+@pytest.mark.parametrize("cls", [OfRequests, OfWeight])
 def test_what_a_model_keeps_of_requests_or_adapters_is_not_shared(small, cls):
     torch.manual_seed(0)
     case = small(cls, ["first", "w"])

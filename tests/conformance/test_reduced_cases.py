@@ -85,59 +85,6 @@ def test_readers_of_packed_siblings_that_address_memory(tmp_path: Path, chunks: 
     check(Siblings(chunks), tmp_path, ["q", "k"], x=torch.randn(3, 5, 8))
 
 
-class Broken(nn.Module):
-    """longformer: a question about values, asked in Python, splits the model into graphs."""
-
-    def __init__(self, *, shuffled: bool = False) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 4)
-        self.shuffled = shuffled
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.tanh(self.first(x))
-        scale = 2.0 if bool((h.abs() > 5).any()) else 1.0
-        if self.shuffled:
-            h = outside(h)
-        return self.second(h * scale)
-
-
-@torch.compiler.disable
-def outside(h: Tensor) -> Tensor:
-    return h.flip(0).flip(0)
-
-
-def test_a_result_keeps_its_owner_across_a_graph_break(tmp_path: Path) -> None:
-    compiled = check(Broken(), tmp_path, ["first", "second"], x=torch.randn(3, 5, 6))
-    assert compiled.recompiles > 1
-
-
-def test_what_python_made_between_two_graphs_keeps_its_owner(tmp_path: Path) -> None:
-    compiled = check(Broken(shuffled=True), tmp_path, ["first", "second"], x=torch.randn(3, 5, 6))
-    assert compiled.recompiles > 1
-
-
-class Written(nn.Module):
-    """What one graph returned is written into before the next one takes it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.tanh(self.first(x))
-        double_(h)
-        return self.second(h)
-
-
-@torch.compiler.disable
-def double_(h: Tensor) -> None:
-    h.mul_(2)
-
-
-def test_a_result_that_was_written_by_itself_keeps_its_owner(tmp_path: Path) -> None:
-    check(Written(), tmp_path, ["second"], x=torch.randn(3, 5, 6))
-
-
 class Ends(nn.Module):
     """git: a head whose name is the suffix of other modules' names."""
 

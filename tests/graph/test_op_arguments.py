@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import operator
-
 import pytest
 import torch
 from torch import fx
 
-from lorafx.graph.context import EMBEDDING_OP, FUSED_OP, SITE_OP, call_in_place
-from lorafx.op_arguments import bound, in_order, index_of, op_of, operand, rebind
+from lorafx.graph.context import FUSED_OP, SITE_OP, call_in_place
+from lorafx.op_arguments import bound, in_order, op_of, rebind
 
 BANK = ("A", "B", "ranks", "scales", "slots")
 
@@ -38,17 +36,6 @@ def test_a_call_is_read_and_changed_by_name(graph: fx.Graph) -> None:
     assert not given["gains"].users
 
 
-def test_the_call_of_one_op_is_that_of_another_but_for_what_differs(graph: fx.Graph) -> None:
-    given = inputs(graph, "x", "y", *BANK, "w")
-    site = graph.call_function(SITE_OP, (*list(given.values())[:7], [0], [0], [4], 3))
-    bank = tuple(given[name] for name in BANK)
-    base = {"weight": given["w"], "bias": None, "transposed": False}
-    fused = (given["x"], given["w"], None, *bank, [0], [0], [4], 3, False)
-    assert in_order(FUSED_OP, bound(site), **base) == fused
-    table = (given["w"], given["y"], *bank, 3)
-    assert in_order(EMBEDDING_OP, bound(site), ids=given["w"]) == table
-
-
 def test_a_name_that_the_op_lacks_and_one_that_is_missing_are_told(graph: fx.Graph) -> None:
     given = inputs(graph, "x", "y", *BANK)
     site = graph.call_function(SITE_OP, (*given.values(), [0], [0], [4], 3))
@@ -66,16 +53,3 @@ def test_an_op_in_place_is_read_through_its_wrapper(graph: fx.Graph) -> None:
     wrapper = written.all_input_nodes[0]
     assert op_of(wrapper) is op
     assert bound(wrapper) == {**given, "rows": 3, "kernel": 7}
-
-
-def test_the_first_argument_by_position_or_name(graph: fx.Graph) -> None:
-    given = inputs(graph, "x", "y")
-    view = torch.ops.aten.view.default
-    assert operand(graph.call_function(view, (given["x"], [2]))) is given["x"]
-    named = graph.call_function(view, (), {"size": [2], "self": given["x"]})
-    assert operand(named) is given["x"]
-    item = graph.call_function(operator.getitem, (named, 1))
-    assert (operand(item), index_of(item)) == (named, 1)
-    given["y"].meta["val"] = torch.empty(2, 4)
-    written = call_in_place(torch.ops.lorafx.run_delta_.default, (given["y"], *[1] * 8))
-    assert operand(operand(written)) is given["y"]

@@ -1,8 +1,7 @@
 """Tiny transformers models: every site is proved, and no label of any node is contradicted.
 
-Batch first, flattened tokens (OPT), sequence first (XLNet), windows (Swin), expert dispatch
-(Qwen3-MoE), encoder-decoder (T5). One request's ids or pixels change; T is a multiple of B, then
-T equals B.
+Sequence first (XLNet), expert dispatch (Qwen3-MoE). One request's ids change; T is a multiple of B,
+then T equals B.
 """
 
 from __future__ import annotations
@@ -35,41 +34,17 @@ LLAMA = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4,
     "num_key_value_heads": 2, **TEXT,
 }  # fmt: skip
-T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-VISION = {"image_size": 16, "num_channels": 3}
 
-# class, configuration, names of the inputs, sites that are shared by all requests
+# class, configuration, names of the inputs
 MODELS = {
-    "llama": ("LlamaForCausalLM", LLAMA, ("input_ids", "attention_mask"), 0),
-    "opt": (
-        "OPTForCausalLM",
-        {"hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
-         "word_embed_proj_dim": 16, **TEXT},
-        ("input_ids", "attention_mask"),
-        0,
-    ),
     "xlnet": (
         "XLNetLMHeadModel",
         {"d_model": 16, "d_inner": 24, "n_layer": 1, "n_head": 2, **TEXT},
         ("input_ids", "attention_mask"),
-        0,
     ),
     "qwen3_moe": (
-        "Qwen3MoeForCausalLM", {**LLAMA, **EXPERTS, "head_dim": 8}, ("input_ids",), 0
-    ),
-    "t5": (
-        "T5ForConditionalGeneration",
-        {**T5, **TEXT, "decoder_start_token_id": 0},
-        ("input_ids", "decoder_input_ids"),
-        2,  # the relative position tables
-    ),
-    "swin": (
-        "SwinForImageClassification",
-        {**VISION, "embed_dim": 8, "depths": [2], "num_heads": [2], "patch_size": 2,
-         "window_size": 4},
-        ("pixel_values",),
-        0,
+        "Qwen3MoeForCausalLM", {**LLAMA, **EXPERTS, "head_dim": 8}, ("input_ids",)
     ),
 }  # fmt: skip
 
@@ -95,9 +70,7 @@ def mark(model: nn.Module) -> None:
 def inputs_of(names, batch: int, time: int) -> dict[str, torch.Tensor]:
     made = {}
     for name in names:
-        if name == "pixel_values":
-            made[name] = torch.randn(batch, 3, 16, 16)
-        elif name == "attention_mask":
+        if name == "attention_mask":
             made[name] = torch.ones(batch, time, dtype=torch.long)
             made[name][0, time - 1] = 0
         else:
@@ -110,7 +83,7 @@ def traced(
 ) -> tuple[fx.GraphModule, list[torch.Tensor]]:
     """The model as a functional ATen graph, and what its first inputs are: parameters and buffers.
 
-    Sizes of the others are symbols, but channels and sizes of images.
+    Sizes of the others are symbols.
     """
     held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
@@ -122,21 +95,18 @@ def traced(
 
     mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
     fakes = [mode.from_tensor(tensor, static_shapes=True) for tensor in held.values()]
-    for name, tensor in example.items():
-        symbols = 1 if name == "pixel_values" else 2
-        dims = [
-            DimDynamic.DYNAMIC if d < symbols else DimDynamic.STATIC for d in range(tensor.dim())
-        ]
+    for tensor in example.values():
+        dims = [DimDynamic.DYNAMIC] * tensor.dim()
         fakes.append(mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dims)))
     with torch.no_grad(), enable_python_dispatcher(), _compiling_state_context(), mode:
         graph = make_fx(dispatch_functionalize(run), decomposition_table=select_decomp_table())
         return graph(*fakes), list(held.values())
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", ["xlnet", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
 def test_sites_are_proved_and_labels_hold(family):
     torch.manual_seed(0)
-    name, config, names, shared = MODELS[family]
+    name, config, names = MODELS[family]
     cls = getattr(transformers, name)
     model = cls(cls.config_class(**config)).eval().requires_grad_(False)
     mark(model)
@@ -150,8 +120,7 @@ def test_sites_are_proved_and_labels_hold(family):
     proofs = [row_map(node, flow) for node in gm.graph.nodes if is_site(node)]
     refused = [proof.reason for proof in proofs if not isinstance(proof, RowMap)]
     assert len(proofs) > 3
-    assert len(refused) == shared, refused
-    assert all("shared by all requests" in reason for reason in refused)
+    assert not refused
     matmuls = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
     products = [node for node in gm.graph.nodes if node.target in matmuls]
     assert products

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import sympy
-import torch
 from torch.utils._sympy.functions import FloorDiv
 
 from lorafx.errors import ProvenanceError
@@ -12,16 +11,12 @@ from lorafx.ownership.symbolic import (
     BatchSymbols,
     Sizes,
     divide,
-    equal,
-    is_multiple,
-    never_negative,
     reshaped,
 )
 
 pytestmark = pytest.mark.quick
 
 B, T, K, C = (sympy.Symbol(name, positive=True, integer=True) for name in "BTKC")
-ONE = sympy.Integer(1)
 
 
 def n(*sizes: object) -> tuple[sympy.Expr, ...]:
@@ -46,19 +41,6 @@ def test_divide_cancels_or_gives_up(a, b, quotient):
     assert divide(sympy.sympify(a), sympy.sympify(b)) == quotient
 
 
-def test_equality_is_symbolic():
-    assert equal(B * (T + 1), B * T + B)
-    assert not equal(B, T)
-    assert is_multiple(sympy.Integer(0), B)
-
-
-def test_never_negative_needs_every_term():
-    assert never_negative(2 * B * T + 3)
-    assert never_negative((T + 1) * B - B)
-    assert not never_negative(T - B)
-    assert not never_negative(sympy.Integer(-1))
-
-
 @pytest.mark.parametrize(
     ("dim", "rows", "old", "new", "where"),
     [
@@ -81,11 +63,6 @@ def test_reshaped(dim, rows, old, new, where):
     assert found == (None if where is None else (where[0], sympy.sympify(where[1])))
 
 
-def test_reshaped_by_prefix_when_trailing_sizes_do_not_cancel():
-    height = FloorDiv(T, 4)
-    assert reshaped(0, ONE, B, n(B, T, K), n(B, height, 4, K)) == (0, ONE)
-
-
 def test_reshaped_table_rows_must_stay_whole():
     assert reshaped(0, T, B, n(B * T, K), n(B * T, 2, C), fixed=True) == (0, T)
     assert reshaped(0, T, B, n(B * T, K), n(B, T, K), fixed=True) is None
@@ -104,15 +81,6 @@ def test_batch_symbols_become_one():
 def test_batch_symbols_refuse_what_is_not_one_number_of_requests(sizes):
     with pytest.raises(ProvenanceError, match="number of requests"):
         BatchSymbols.of(sizes)
-
-
-def test_no_hint_is_read():
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-    env = ShapeEnv(duck_shape=False)
-    six = env.create_unbacked_symint()
-    assert Sizes(BatchSymbols.of([B])).of(six) == six.node.expr
-    assert isinstance(six, torch.SymInt)
 
 
 def test_a_size_is_learnt_from_the_product_with_the_requests() -> None:

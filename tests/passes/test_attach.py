@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
-
 import pytest
 import torch
 from marking import ALL, attach, llama
@@ -46,15 +44,6 @@ def test_saved_files_are_the_same(tmp_path):
     model.save_pretrained(tmp_path / "after")
     for file in (tmp_path / "before").iterdir():
         assert (tmp_path / "after" / file.name).read_bytes() == file.read_bytes()
-
-
-def test_marks_make_no_cycles():
-    model = nn.Sequential(nn.Linear(2, 2))
-    attachment = attach(model)
-    gone, runtime = weakref.ref(model), weakref.ref(attachment.runtime)
-    del model, attachment
-    assert gone() is None
-    assert runtime() is None
 
 
 def test_siblings_share_a_bank():
@@ -135,12 +124,6 @@ def test_a_model_that_is_compiled_already(compile_it, message):
     with pytest.raises(CaptureError, match=message):
         attach(model)
     assert not any(m._forward_hooks for m in model.modules())
-
-
-def test_a_compiled_part_without_sites_does_not_matter():
-    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    model[1].compile(backend="eager")
-    assert list(attach(model).marks) == ["0"]
 
 
 def test_sites_on_two_devices():

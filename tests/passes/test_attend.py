@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from by_keyword import by_keyword
 from compile_only_gpu import on_cuda
 from dense_merge import error
 from expecttest import assert_expected_inline
@@ -36,7 +35,6 @@ Change = Callable[[SiteGraph, fx.Node], fx.Node]
 
 def built(
     group: int = 1,
-    transposed: bool = True,
     mask: Change = lambda g, mask: mask,
     keys: Change = lambda g, keys: keys,
     also: Callable[[SiteGraph, fx.Node, fx.Node], list[fx.Node]] = lambda g, keys, pages: [],
@@ -53,7 +51,7 @@ def built(
     hidden[0, 0, 0, 4:] = hidden[0, 0, 1:, :4] = hidden[0, 0, 1, 6] = torch.finfo(torch.float32).min
     queries = torch.randn(1, HEADS * group, TOKENS, size)
     values: list[Any] = [
-        queries.transpose(1, 2).contiguous().transpose(1, 2) if transposed else queries,
+        queries.transpose(1, 2).contiguous().transpose(1, 2),
         *torch.randn(2, 1, HEADS, TOKENS, size).unbind(),
         torch.randn(32 * HEADS * size).view(torch.uint8),
         torch.tensor([1, 2, 3, 4, 9, 10, 11]),
@@ -109,21 +107,11 @@ return paged_attention
     assert error(done.result()[0], want) <= 1e-6
 
 
-@pytest.mark.parametrize("named", [False, True])
-def test_heads_that_are_repeated(named: bool) -> None:
+def test_heads_that_are_repeated() -> None:
     done = built(group=3)
     want = done.result()[0]
-    if named:
-        by_keyword(done.gm.graph)
     assert done.run(Attend()) == 1
     assert len(done.targets()) == 1
-    assert error(done.result()[0], want) <= 1e-6
-
-
-def test_queries_of_another_layout() -> None:
-    done = built(transposed=False)
-    want = done.result()[0]
-    assert done.run(Attend()) == 1
     assert error(done.result()[0], want) <= 1e-6
 
 

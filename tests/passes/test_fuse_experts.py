@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers.integrations.moe  # noqa: F401  registers grouped_mm_fallback
-from by_keyword import by_keyword
 from compile_only_gpu import CUDA, compile_only_gpu, on_cuda
 from dense_merge import error
 from expecttest import assert_expected_inline
@@ -65,10 +64,9 @@ def graph_of(
     lowering: str = "triton",
     dtype: torch.dtype = torch.float32,
     loop: bool = True,
-    named: bool = False,
     both_read: bool = False,
 ) -> tuple[SiteGraph, Finished]:
-    """Two products with experts; `named` where calls give their arguments by name."""
+    """Two products with experts."""
     torch.manual_seed(0)
     g = SiteGraph(Holder(experts=Experts(dtype)), ROWS, lowering=lowering, targets=["experts"])
     x = g.argument(torch.randn(M, H).to(dtype))
@@ -80,8 +78,6 @@ def graph_of(
     h = act(g, y)
     out = g.call(product, h, g.call(aten.permute.default, weights[1], [0, 2, 1]), ends)
     done = g.output(out, y) if both_read else g.output(out)
-    if named:
-        by_keyword(done.gm.graph)
     done.run(Match())
     for node in done.ctx.states:  # as provenance would: EACH rows a request
         rebind(node, rows=EACH)
@@ -108,7 +104,7 @@ def strategies(done: Finished) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("up", "down"),
-    [("grouped", "grouped"), ("grouped", "activated"), ("segments", "gemv"), ("aten", "aten")],
+    [("grouped", "activated"), ("segments", "gemv")],
 )
 def test_every_plan_gives_the_same(up: str, down: str) -> None:
     _, plain = graph_of(silu, lowering="reference")
@@ -173,18 +169,6 @@ return fused_experts_1
     )
 
 
-def test_arguments_by_name() -> None:
-    _, done = graph_of(silu, named=True)
-    assert done.run(Fuse()) == 2
-    done.run(Plan(), Lower())
-    assert strategies(done) == {UP: "grouped", DOWN: "activated"}
-    reasons = [state.strategy for states in done.ctx.states.values() for state in states]
-    assert all("modelled" in reason and "byte floor" in reason for reason in reasons)
-    _, plain = graph_of(silu, lowering="reference")
-    plain.run(Fuse())
-    assert error(*done.result(), *plain.result()) <= 1e-5
-
-
 def test_what_is_not_pointwise_stays_outside() -> None:
     _, done = graph_of(cumulative)
     done.run(Fuse())
@@ -199,13 +183,12 @@ def test_what_is_not_pointwise_stays_outside() -> None:
     assert "cumsum.default" in done.targets()
 
 
-@pytest.mark.parametrize("name", ["down_proj", "gate_up_proj"])
-def test_a_pin_that_cannot_be_is_refused_by_name(name: str) -> None:
+def test_a_pin_that_cannot_be_is_refused_by_name() -> None:
     _, done = graph_of(cumulative)
-    pin(done, **{name: "activated"})
+    pin(done, down_proj="activated")
     done.run(Fuse())
     with pytest.raises(
-        ConfigError, match=rf"'activated' for experts\.{name}: kernels cannot compute its"
+        ConfigError, match=r"'activated' for experts\.down_proj: kernels cannot compute its"
     ):
         done.run(Plan())
 
@@ -223,20 +206,10 @@ def test_a_product_with_another_reader_is_left() -> None:
     assert strategies(done)[DOWN] == "activated"
 
 
-def test_pins_need_a_fused_product() -> None:
-    _, done = graph_of(silu)
-    pin(done, gate_up_proj="grouped")
-    with pytest.raises(ConfigError, match="it is not a grouped product"):
-        done.run(Plan())
-
-
-@pytest.mark.parametrize(
-    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
-)
-@pytest.mark.parametrize("down", ["grouped", "activated"])
-def test_lowered_for_a_gpu(down: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("down", [pytest.param("grouped", marks=pytest.mark.slow), "activated"])
+def test_lowered_for_a_gpu(down: str) -> None:
     """Two launches a product, no opaque op, no product of the vendor's."""
-    g, done = graph_of(silu, dtype=dtype, loop=dtype != torch.bfloat16)
+    g, done = graph_of(silu, dtype=torch.bfloat16, loop=False)
     pin(done, gate_up_proj="grouped", down_proj=down)
     done.run(Fuse())
     on_cuda(g.mode, done.gm)
@@ -290,10 +263,6 @@ Y = torch.randn(6, 8)
         (lambda y: y.double() * 2, "not a matrix of 16- or 32-bit floats"),
         (lambda y: y.to(torch.int32).float() * 2, ""),
         (lambda y: y.T * 2, ""),
-        (lambda y: y * torch.arange(8.0), "not have one entry per row"),
-        (lambda y: y[:3] * 2, ""),
-        (lambda y: y.double().float() * 2, ""),
-        (lambda y: (y > 0) * y, ""),
     ],
 )
 def test_what_is_refused(function: Callable[..., Tensor], reason: str) -> None:
@@ -313,14 +282,3 @@ def test_columns_are_followed_through_slices_of_slices() -> None:
     loads = {(load.start, load.step) for load in found.activation.loads}
     assert loads == {(1, 2), (5, 1)}
     assert len(found.inputs) == 1
-
-
-def test_long_regions_are_refused() -> None:
-    def long(y: Tensor) -> Tensor:
-        for i in range(50):
-            y = y + i
-        return y
-
-    found = expression(long, Y)
-    assert isinstance(found, NoRegion)
-    assert "more than 40 operators" in found.reason

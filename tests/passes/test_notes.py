@@ -62,22 +62,3 @@ def test_each_pass_says_what_it_did(tmp_path):
     assert all(
         report.end > report.end - report.seconds > 0 for report in cm._session.program.prepared
     )
-
-
-def test_what_is_left_out_has_its_reason():
-    model = Model().eval()
-    model.layers[0].k.weight = model.layers[0].q.weight
-    with pytest.warns(lorafx.LorafxWarning, match="its weight is empty"):
-        cm = lorafx.compile(model, options={"passes": {"pack": False}})
-    found = notes(cm)
-    assert (
-        "empty: not selected: its weight is empty, so LoRA has nothing to change"
-        in (found["select"])
-    )
-    assert found["pack_weights"] == ("nothing: the pass pack, or fuse, is switched off",)
-    cm.detach()
-    with pytest.warns(lorafx.LorafxWarning, match="its weight is empty"):
-        cm = lorafx.compile(model)
-    apart, packed = notes(cm)["pack_weights"]
-    assert apart.startswith("layers.0: q + k + v + up keep weights of their own: ")
-    assert packed == "layers.1: the weights of q + k + v + up are views of one buffer"

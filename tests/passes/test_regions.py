@@ -62,14 +62,6 @@ def test_runs_of_nested_calls_with_nodes_that_no_call_made():
                                ["sin_default", "tanh_default", "cos_default"]]  # fmt: skip
 
 
-def test_what_another_call_made_ends_a_run():
-    b = Built()
-    sin = b.made(("a",), aten.sin.default, b.x)
-    cos = b.made(("b",), aten.cos.default, sin)
-    gm = b.done(b.made(("a",), aten.exp.default, cos))
-    assert spans(gm.graph) == [["sin_default"], ["cos_default"], ["exp_default"]]
-
-
 def test_random_numbers_end_a_run_and_attention_without_dropout_does_not():
     b = Built()
     sin = b.made(("a",), aten.sin.default, b.x)

@@ -16,7 +16,6 @@ from lorafx.errors import LoweringError
 from lorafx.kernels.triton.build import build, plan_of
 from lorafx.kernels.triton.concat_ops import columns_of
 from lorafx.kernels.triton.source import Activation, Leaf, Load
-from lorafx.passes.lower.lower import TRITON_OPS
 from lorafx.passes.lower.triton_graph import inline_triton_ops
 
 lora = torch.ops.lorafx
@@ -115,7 +114,7 @@ def sizes_of_grid(call: fx.Node, rows: int) -> tuple[int, ...]:
     return tuple(value(item) for item in call.kwargs["grid"][0])
 
 
-@pytest.mark.parametrize("strategy", ["split", "epilogue", "recompute"])
+@pytest.mark.parametrize("strategy", ["split", "epilogue"])
 def test_linear_becomes_its_kernels_with_a_grid_of_the_rows(strategy: str) -> None:
     gm, kernel, _ = linear_graph(strategy)
     calls = inlined(gm)
@@ -130,7 +129,7 @@ def test_linear_becomes_its_kernels_with_a_grid_of_the_rows(strategy: str) -> No
     assert calls[-1].kwargs["kwargs"]["M"].meta["val"].node.expr.free_symbols
 
 
-@pytest.mark.parametrize(("strategy", "rows"), [("gemv", 8), ("segments", 8), ("segments", 4096)])
+@pytest.mark.parametrize(("strategy", "rows"), [("gemv", 8), ("segments", 4096)])
 def test_delta_writes_the_product_that_it_was_given(strategy: str, rows: int) -> None:
     gm, kernel, _ = delta_graph(strategy, rows)
     calls = inlined(gm)
@@ -152,12 +151,6 @@ def test_nothing_about_slots_is_in_the_graph() -> None:
                     assert is_tensor == name.endswith("_ptr")
         assert not any(node.target is torch.ops.aten._local_scalar_dense.default
                        for node in gm.graph.nodes)  # fmt: skip
-
-
-def test_embedding_becomes_its_kernel() -> None:
-    gm, _, _ = embedding_graph()
-    (call,) = inlined(gm)
-    assert call.kwargs["tensors_to_clone"] == ["y_ptr"]
 
 
 def test_repeated_layers_are_traced_once_and_keep_their_own_tensors(monkeypatch) -> None:
@@ -234,17 +227,6 @@ def test_one_tensor_in_two_places_is_not_two_tensors() -> None:
     assert pointers == [(w, A, B), (other, B, B)]
 
 
-def test_lower_inlines_every_triton_op() -> None:
-    assert TRITON_OPS == OPS
-
-
-def test_other_nodes_stay() -> None:
-    b = Builder()
-    x = b.input("x", (b.rows, K))
-    gm = b.done(b.call(torch.ops.aten.relu.default, (x,), b.value(K)))
-    assert len(inline_triton_ops(gm, OPS)) == 0
-
-
 def test_a_body_that_does_not_trace_is_an_error_naming_the_op() -> None:
     b = Builder()
     x, weight = b.input("x", (b.rows, K)), b.input("weight", (sum(SIZES), K))
@@ -273,11 +255,11 @@ def test_inductor_calls_the_kernel_on_the_buffer_of_the_product() -> None:
     assert "clone" not in body
 
 
-@pytest.mark.parametrize("activation", [None, GATED], ids=["grouped", "activated"])
-def test_inductor_calls_the_kernels_of_experts(activation: Activation | None) -> None:
+@pytest.mark.slow
+def test_inductor_calls_the_kernels_of_experts() -> None:
     """Two launches whose grids are expressions of the rows; where an expert's rows end is read on
     the device."""
-    gm, kernel, b = experts_graph(activation)
+    gm, kernel, b = experts_graph(GATED)
     calls = inlined(gm)
     tiles = [k.tiles for k in plan_of(kernel).kernels.values()]
     assert len(calls) == len(tiles) == 2
@@ -332,6 +314,7 @@ def concat_graph() -> tuple[fx.GraphModule, Builder]:
     return b.done(b.call(aten.mm.default, (written[0], right), b.value(N))), b
 
 
+@pytest.mark.slow
 def test_inductor_writes_longer_operands_in_place() -> None:
     with compile_only_gpu():
         gm, b = concat_graph()

@@ -64,7 +64,7 @@ def step(rng: random.Random, tensor: Tensor, form: WeightForm) -> tuple[Tensor, 
     return tensor.index_select(dim, index), form.sliced(dim, start, stride)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(6))
 def test_views_and_their_forms_agree(seed: int) -> None:
     rng, followed = random.Random(seed), 0
     for _ in range(100):
@@ -81,16 +81,6 @@ def test_views_and_their_forms_agree(seed: int) -> None:
             assert torch.equal(entries(form, tensor.shape), tensor)
             followed += 1
     assert followed > 50
-
-
-def test_forms_of_the_usual_cuts() -> None:
-    heads, n, v = 3, 3, 1
-    form = WeightForm.of_weight(transposed=False).reshaped((N, K), (heads, n + v, K))
-    assert form is not None
-    w_uv = form.sliced(1, n, 1)
-    assert w_uv is not None
-    assert w_uv.axes == ((n + v, 0, 0), (1, 0, 0), (0, 1, 0))
-    assert (w_uv.out, w_uv.into) == (n, 0)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -91,6 +91,7 @@ def test_loaded_graphs_generate_with_a_cache(shallow: Case, cache: Path) -> None
     assert state(cm) == [LOADED] * len(state(first))
 
 
+@pytest.mark.slow
 def test_inductors_code_with_generated_kernels(plain: Case, cache: Path) -> None:
     torch.manual_seed(0)
     inputs = plain_inputs(3, 5)
@@ -104,6 +105,7 @@ def test_inductors_code_with_generated_kernels(plain: Case, cache: Path) -> None
     assert state(cm) == [LOADED] * 2
 
 
+@pytest.mark.slow
 def test_what_a_process_gathers_as_it_compiles_is_no_difference(
     shallow: Case, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 import lorafx
 from lorafx.cli import diagnosis, main
-from lorafx.cli.small_batch import TOLERANCE, SmallBatch, run_small_batch
+from lorafx.cli.small_batch import TOLERANCE, SmallBatch
 from lorafx.torch_internals import entries, shortcuts
 
 
@@ -48,13 +48,6 @@ def test_everything_holds_here(run, unlearnt: None) -> None:
     assert found["batch"]["seconds"] > 0
 
 
-def test_without_transformers_it_compiles_a_model_of_torchs(faked) -> None:
-    faked(transformers=None, peft=None)
-    found = run_small_batch()
-    assert found.model == "Sequential"
-    assert found.right
-
-
 @pytest.mark.quick
 def test_the_text_has_a_line_for_each_part_and_shortcut(run, batch, unlearnt, monkeypatch) -> None:
     monkeypatch.setenv(shortcuts.VARIABLE, "off")
@@ -74,7 +67,6 @@ def test_the_text_has_a_line_for_each_part_and_shortcut(run, batch, unlearnt, mo
     ("found", "wrong"),
     [
         ({"torch": "2.10.0"}, "lorafx needs torch 2.11 or later, and this is torch 2.10.0: "),
-        ({"transformers": "4.57.1"}, "and this is transformers 4.57.1: "),
         ({"triton": "2.0.1"}, ", and this is triton 2.0.1: pip install "),
     ],
 )

@@ -17,12 +17,10 @@ from typing import Any
 
 import drift
 import pytest
-import torch
 
 import lorafx
 from lorafx.torch_internals import entries
 
-ROOT = Path(__file__).parents[2]
 Case = dict[str, str]
 
 
@@ -93,16 +91,3 @@ def test_a_name_of_each_road(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_every_name(tmp_path: Path) -> None:
     check(every_case(), tmp_path)
-
-
-def test_what_the_harness_sees(tmp_path: Path) -> None:
-    """Without a drift all is right, a name that is needed is missed, and one that only saved graphs
-    need is not missed where none are saved."""
-    plain = {"name": "", "way": "none", "road": "call"}
-    needed = "torch._C._functorch.peek_interpreter_stack"
-    cases = [plain, *({"name": needed, "way": way, "road": "call"} for way in drift.WAYS[:2])]
-    cases.append({"name": "torch._dynamo.package.SerializedCode", "way": "missing", "road": "call"})
-    found = verdicts(cases, tmp_path)
-    assert [case["verdict"] for case in found] == ["right", "refused", "refused", "right"]
-    assert all(case["reached"] for case in found[1:3])
-    assert f"torch {torch.__version__.partition('+')[0]}" in found[1]["text"]
