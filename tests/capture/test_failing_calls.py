@@ -14,7 +14,7 @@ from dense_merge import REFERENCE, Case, error
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.errors import CaptureError, ProvenanceError
+from lorafx.errors import ProvenanceError
 
 __all__ = ["fresh_dynamo"]
 
@@ -45,23 +45,6 @@ class Broken(Choosy):
     def pick(self, h: Tensor) -> Tensor:
         torch._dynamo.graph_break()
         return super().pick(h)
-
-
-class Late(Choosy):
-    """Whose rows are whose is not known of what comes back from numpy."""
-
-    def pick(self, h: Tensor) -> Tensor:
-        return super().pick(self.down(_through_numpy(h)))
-
-
-@torch._dynamo.disable
-def _through_numpy(h: Tensor) -> Tensor:
-    return torch.from_numpy(h.numpy().copy())
-
-
-class Later(Choosy):
-    def forward(self, x: Tensor) -> Any:
-        yield self.up(x)
 
 
 def rows(length: int) -> Tensor:
@@ -111,16 +94,6 @@ def test_graphs_stay(small):
     assert cm.recompiles == pieces
 
 
-def test_the_model_s_own_error_is_named(small):
-    """Run in pieces, a mixed batch is refused before the model raises."""
-    case = small(Late, ["up", "down"])
-    cm = case.compile()
-    with pytest.raises(
-        ProvenanceError, match=r"raised an error when this call was traced: .*too many tokens"
-    ):
-        cm(x=rows(7), adapter_names=MIXED)
-
-
 def _kept_out(call: Callable[..., Any]) -> Callable[..., Any]:
     return torch._dynamo.disable(call)
 
@@ -133,14 +106,6 @@ def test_forwards_that_are_no_functions(small, changed):
     model.forward = changed(model.forward)
     cm = lorafx.compile(model, case.folders, options=REFERENCE, dynamic=False)
     assert error(cm(x=x, adapter_names=MIXED)["logits"], case.expected(MIXED, {"x": x})) <= 1e-5
-
-
-def test_a_forward_that_runs_after_its_call_is_refused(small):
-    case = small(Choosy, ["up", "down"])
-    model = Later().eval().requires_grad_(False)
-    cm = lorafx.compile(model, case.folders, options=REFERENCE)
-    with pytest.raises(CaptureError, match="Later is a generator"):
-        cm(rows(3), adapter_names=["a"] * 3)
 
 
 def test_dynamo_switched_off(small, monkeypatch):

@@ -11,15 +11,12 @@ import pytest
 import torch
 from dense_merge import Case, save_adapter
 from expecttest import assert_expected_inline
-from tiny_models import FAMILIES
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lorafx
-from lorafx.capture.graph_text import stage_lines, users_line
-from lorafx.capture.node_names import names_of
-from lorafx.capture.recorder import Stage, copied
-from lorafx.program.preparation import PassReport
+from lorafx.capture.graph_text import stage_lines
+from lorafx.capture.recorder import Stage
 from lorafx.viewer.dump import OPS, legend, plain_name
 
 aten = torch.ops.aten
@@ -73,41 +70,6 @@ class GraphModule(torch.nn.Module):
 
 
 @pytest.mark.quick
-def test_a_node_has_one_name_in_all_stages_and_leaves_it_when_it_is_gone() -> None:
-    gm, nodes = graph()
-    y = nodes["y"]
-    stages = [Stage(copied(gm))]
-    with gm.graph.inserting_before(y):
-        other = gm.graph.call_function(aten.mm.default, y.args)
-        other.meta.update(y.meta)
-    stages.append(Stage(copied(gm), PassReport("more", 1, 0.0)))
-    y.replace_all_uses_with(other)
-    gm.graph.erase_node(y)
-    with gm.graph.inserting_after(other):
-        third = gm.graph.call_function(aten.mm.default, other.args)
-        third.meta.update(other.meta)
-    stages.append(Stage(copied(gm), PassReport("fewer", 1, 0.0)))
-    names = names_of(stages, {})
-    assert names["", "mm_default"] == "up_mm"
-    assert names["", other.name] == "up_mm_1"
-    assert names["", third.name] == "up_mm"
-    assert names["", "getitem"] == "split_0"
-
-
-@pytest.mark.quick
-def test_the_line_is_the_users_own() -> None:
-    def frame(file: str, line: int, code: str) -> str:
-        return f'  File "{file}", line {line}, in forward\n    {code}\n'
-
-    mark = frame(lorafx.__file__.replace("__init__", "model/marks"), 135, "return site(x)")
-    linear = frame(f"{Path(torch.__file__).parent}/nn/modules/linear.py", 130, "F.linear(x)")
-    mine = frame("/somewhere/else/my_model.py", 7, "y = self.up(x)")
-    assert users_line(mine + linear + mark) == ("/somewhere/else/my_model.py:7", "y = self.up(x)")
-    assert users_line(linear + mark) == ("torch/nn/modules/linear.py:130", "F.linear(x)")
-    assert users_line("") == ("", "")
-
-
-@pytest.mark.quick
 def test_the_legend_knows_every_operator() -> None:
     own = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("lorafx::")]
     names = {plain_name(name.partition("::")[2].partition(".")[0]) for name in own}
@@ -153,22 +115,6 @@ def test_dumps_are_readable(family: str, looked: Any, tmp_path: Path) -> None:
     assert "_lora:" in (folder / "00-captured.py").read_text()
     assert "_fused:" in (folder / "08-fuse.py").read_text()
     assert "marks.py" not in graph
-
-
-def test_what_is_compiled_keeps_its_names(plain: Case, tmp_path: Path) -> None:
-    compiled: list[str] = []
-
-    def look(gm: torch.fx.GraphModule, ctx: Any) -> int:
-        compiled[:] = [node.name for node in gm.graph.nodes if node.op != "output"]
-        return 0
-
-    options = {"dump": str(tmp_path), "passes": {"look": lorafx.After("outline", look)}}
-    cm = plain.compile(options)
-    cm(**FAMILIES["plain"].inputs(2, 3), adapter_names=["a1", None])
-    assert compiled
-    assert not [name for name in compiled if "up_gate" in name or "_fused" in name]
-    assert "up_gate_packed:" in (tmp_path / "graph-0-lora" / "09-pack.py").read_text()
-    assert not cm._session.backend.records[0].stages  # no graph is kept alive
 
 
 def test_generated_code_is_beside_the_graphs(tmp_path: Path, monkeypatch: Any) -> None:

@@ -4,7 +4,6 @@ process."""
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,10 @@ from dense_merge import TOLERANCE, Case, error
 from hand_made import hand_case
 from tiny_models import VOCAB, token_inputs
 from torch import nn
-from torch.nn import functional
 from transformers import StaticCache
 
 import lorafx
 from lorafx import OutOfRangeError
-from lorafx.capture.lookups import LookupSearch
-from lorafx.kernels.ops.checked_index import CHECKED_INDEX, refuse_outside
-from lorafx.program.frame import Frame, FrameInput
 
 __all__ = ["fresh_dynamo"]
 
@@ -100,60 +95,6 @@ def test_saved_graphs(shallow: Case, tmp_path: Path) -> None:
         cm(input_ids=ids(_0=VOCAB), **call)
 
 
-class Pointing(nn.Module):
-    """Indices of every kind, of which some are the model's own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens, self.out = nn.Embedding(8, 4), nn.Linear(4, 4)
-        self.register_buffer("order", torch.tensor([1, 0]))
-
-    def forward(self, ids: torch.Tensor, picks: torch.Tensor) -> torch.Tensor:
-        h = self.out(self.tokens(ids + 1))
-        best = h.argmax(-1)
-        rows = torch.arange(h.shape[0])
-        return (
-            h[rows, picks]
-            + self.tokens.weight[best][:, 0]
-            + h[:, :2].index_select(1, self.order)[:, 0]
-        )
-
-
-def looked_up(model: nn.Module, *inputs: torch.Tensor) -> Any:
-    found = []
-
-    def backend(gm: torch.fx.GraphModule, examples: Any) -> Any:
-        found.append(LookupSearch(gm.graph, frame_of(gm, examples)).lookups)
-        return gm.forward
-
-    with torch.no_grad():
-        torch.compile(model, backend=backend, dynamic=True)(*inputs)
-    return found[0]
-
-
-def frame_of(gm: torch.fx.GraphModule, examples: Any) -> Frame:
-    nodes = gm.graph.find_nodes(op="placeholder")
-    pairs = zip(nodes, examples, strict=True)
-    return Frame([FrameInput(kind_of(example), node.name) for node, example in pairs])
-
-
-def kind_of(example: Any) -> Any:
-    if not isinstance(example, torch.Tensor):
-        return "symbol"
-    return "argument" if example.dtype == torch.int64 and example.shape != (2,) else "state"
-
-
-def test_what_a_graph_is_asked_for() -> None:
-    """The arithmetic of the caller's own indices is done, none of the model's."""
-    found = looked_up(
-        Pointing(), torch.ones(5, 3, dtype=torch.int64), torch.ones(5, dtype=torch.int64)
-    )
-    tables = [step.args[4] for step in found.steps if step.function is refuse_outside]
-    assert len(tables) == 3
-    assert "tokens" in tables[0]
-    assert pickle.loads(pickle.dumps(found)) == found
-
-
 class Far(nn.Module):
     """Embeds what a function makes of indices, far from where a call gives them."""
 
@@ -207,31 +148,3 @@ def test_an_index_far_from_a_call_never_ends_the_process(made: Any, tmp_path: Pa
         with pytest.raises(OutOfRangeError, match=r"\[200, .* that the model makes of index is"):
             cm(x=x, index=wrong, adapter_names=names)
     assert graphs[0] == cm.recompiles
-
-
-def checks_inside(model: nn.Module, *inputs: torch.Tensor) -> int:
-    """How many checks stand in the graph of a model."""
-    found = []
-
-    def backend(gm: torch.fx.GraphModule, examples: Any) -> Any:
-        LookupSearch(gm.graph, frame_of(gm, examples)).check_inside(gm)
-        found.append(len(gm.graph.find_nodes(op="call_function", target=CHECKED_INDEX)))
-        return gm.forward
-
-    with torch.no_grad():
-        got = torch.compile(model, backend=backend, dynamic=True)(*inputs)
-        torch.testing.assert_close(got, model(*inputs))
-    return found[0]
-
-
-class InPlace(nn.Module):
-    def forward(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        torch.ops.aten.clamp_.default(ids, 0, 3)
-        return functional.embedding(ids, table)
-
-
-def test_an_index_that_the_graph_writes_is_checked_inside() -> None:
-    inputs = torch.zeros(5, 3, dtype=torch.int64), torch.ones(4, 4)
-    assert not looked_up(InPlace(), *inputs).steps
-    torch._dynamo.reset()
-    assert checks_inside(InPlace(), *inputs) == 1

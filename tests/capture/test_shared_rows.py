@@ -74,32 +74,6 @@ class Weight(nn.Module):
         return {"logits": x @ self.pos(positions(D).sin())}
 
 
-class Picked(nn.Module):
-    """Python turns the requests round between graphs, and back; or a shared result crosses them."""
-
-    sites = ("pos", "up", "out")
-    early = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pos, self.up, self.out = (nn.Linear(D, D) for _ in range(3))
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        early = self.pos(positions(x.shape[1]).sin()) if self.early else None
-        x = self.up(x).tanh()
-        torch._dynamo.graph_break()
-        x = x[torch.arange(x.shape[0] - 1, -1, -1)]
-        torch._dynamo.graph_break()
-        p = self.pos(positions(x.shape[1]).sin()) if early is None else early
-        y = self.out(x * p)
-        torch._dynamo.graph_break()
-        return {"logits": y[torch.arange(x.shape[0] - 1, -1, -1)]}
-
-
-class PickedEarly(Picked):
-    early = True
-
-
 def inputs(rows: int, length: int = 8) -> dict[str, Tensor]:
     return {"x": torch.randn(rows, length, D)}
 
@@ -151,22 +125,6 @@ def test_what_cannot_be_given_out_is_refused_with_the_operator(small):
     ) as told:
         cm(**inputs(3), adapter_names=["a", None, "b"])
     assert "self.pos(positions(D)" in str(told.value)
-
-
-def test_rows_that_python_picks_between_graphs(small):
-    case = small(Picked, Picked.sites)
-    cm = case.compile()
-    check_mixed(cm, case, ["a", None, "b"], inputs(3))
-    check_mixed(cm, case, ["b", "b", "a", None], inputs(4))
-
-
-@pytest.mark.usefixtures("fixed_sizes")
-def test_shared_results_between_graphs_are_refused(small):
-    case = small(PickedEarly, Picked.sites)
-    cm = case.compile()
-    check_mixed(cm, case, ["b"] * 3, inputs(3))
-    with pytest.raises(ProvenanceError, match=r"at pos .* returned once for all requests"):
-        cm(**inputs(3), adapter_names=["a", None, "b"])
 
 
 @pytest.mark.usefixtures("fixed_sizes")

@@ -13,7 +13,6 @@ from tiny_models import FAMILIES
 from torch import Tensor, nn
 
 from lorafx import progress
-from lorafx.capture.told import reason
 
 FEED = FAMILIES["plain"].inputs
 LINE = re.compile(r"graph (\d+ \w+) of PlainModel: (.*); (\d+\.\d) s \((.*)\)")
@@ -114,26 +113,3 @@ class Scaled(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return {"logits": self.up(x) * self.scale}
-
-
-@pytest.mark.quick
-def test_reasons_name_what_the_nearest_earlier_call_had_not() -> None:
-    first = {
-        "requests": "a batch of one",
-        "tokens": "one token each",
-        "mask": "mask of 2 dimensions",
-    }
-    second = {"requests": "several requests", "tokens": "one token each"}
-    assert reason(first, []) == "first call"
-    assert reason(second, [first]) == "new: several requests, no mask"
-    assert reason({**first, "tokens": "several tokens each"}, [second, first]) == (
-        "new: several tokens each"
-    )
-    assert "guard" in reason(dict(first), [second, first])
-    # Of equally near ones, one that has the same arguments.
-    masked = {**first, "mask": "2-d int64 mask"}
-    narrow = {**first, "mask": "2-d int32 mask"}
-    assert reason(narrow, [{"requests": "a batch of one", "tokens": "one token each"}, masked]) == (
-        "new: 2-d int32 mask"
-    )
-    assert reason(masked, [second]) == "new: a batch of one, mask given"

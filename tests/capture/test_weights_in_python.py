@@ -62,15 +62,6 @@ class Caught(Layers):
         return h
 
 
-class Switched(Layers):
-    def rest(self, h: Tensor, kept_out: bool = False) -> Tensor:
-        return self.kept(h) if kept_out else self.w(h)
-
-    @torch._dynamo.disable
-    def kept(self, h: Tensor) -> Tensor:
-        return self.past(h)
-
-
 class OfCopy(Layers):
     """A weight that Python makes of the site's own, for a graph."""
 
@@ -88,19 +79,6 @@ class Called(Layers):
     @torch._dynamo.disable
     def rest(self, h: Tensor) -> Tensor:
         return self.w(h)
-
-
-class Tied(Called):
-    """The weight of an embedding that is no site, looked up by itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names = nn.Embedding(K, K)
-        self.names.weight = self.w.weight
-
-    @torch._dynamo.disable
-    def rest(self, h: Tensor) -> Tensor:
-        return self.w(h) + self.names(torch.ones(h.shape[0], dtype=torch.int64))
 
 
 PAST = (KeptOut, InGenerator, Caught, OfCopy)
@@ -122,23 +100,8 @@ def test_adapters_of_other_modules_are_served(small):
     assert error(found, case.expected(["a"] * 3, inputs)) <= 1e-5
 
 
-def test_a_function_that_is_given_up_later(small):
-    """Its first calls, of the base and with an adapter, go another way."""
-    case, x = small(Switched, ["w"]), torch.randn(3, K)
-    cm = case.compile(dynamic=False)
-    for names in (None, ["a"] * 3):
-        cm(x=x, adapter_names=names)
-    cm(x=x, kept_out=True)
-    for names in BATCHES * 2:
-        with pytest.raises(MatchError, match="at w: aten"):
-            cm(x=x, kept_out=True, adapter_names=names)
-    found = cm(x=x, adapter_names=["b"] * 3)["logits"]
-    assert error(found, case.expected(["b"] * 3, {"x": x})) <= 1e-5
-
-
-@pytest.mark.parametrize("cls", [Called, Tied])
-def test_what_reads_no_weight_of_a_site_is_served(small, cls):
-    case, inputs = small(cls, ["w"]), {"x": torch.randn(3, K)}
+def test_what_reads_no_weight_of_a_site_is_served(small):
+    case, inputs = small(Called, ["w"]), {"x": torch.randn(3, K)}
     cm = case.compile(dynamic=False)
     for _ in range(2):
         found = cm(**inputs, adapter_names=["a"] * 3)["logits"]

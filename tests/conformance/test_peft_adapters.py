@@ -283,27 +283,6 @@ def test_a_case_beside_others(name: str, model: str, served: Callable[[str], Ser
     oracle.assert_close(result(case.cm, {**first, "adapter_names": [name]}), [want[:1]])
 
 
-ALONE = [case for case in SERVED if "lin0" not in case[2].get("target_modules", ())]
-
-
-@pytest.mark.parametrize(
-    ("name", "model", "config"),
-    [case for case in ALONE if case[1] in ("Conv1d", "Conv2dGroups")],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_a_convolution_without_max_rank(
-    name: str, model: str, config: dict[str, Any], tmp_path: Path
-) -> None:
-    """Nothing but the adapter's own file says its rank."""
-    base = base_of(model)
-    alone: dict[str | None, nn.Module] = {None: base, name: train(base, model, config, tmp_path)}
-    options = {"lowering": "reference"}
-    cm = lorafx.compile(copy.deepcopy(base), adapters={name: tmp_path}, options=options)
-    names, inputs = [name, None] * 5 + [name], inputs_of(model, 11)
-    found = result(cm, {**inputs, "adapter_names": names})
-    oracle.assert_close(found, [Served(cm, alone).expected(names, inputs)])
-
-
 @pytest.mark.parametrize(("config", "field"), [case[1:] for case in REFUSED])
 def test_what_is_refused(config: dict[str, Any], field: str, tmp_path: Path) -> None:
     base = base_of("MLP")

@@ -83,20 +83,3 @@ class Siblings(nn.Module):
 @pytest.mark.parametrize("chunks", [False, True])
 def test_readers_of_packed_siblings_that_address_memory(tmp_path: Path, chunks: bool) -> None:
     check(Siblings(chunks), tmp_path, ["q", "k"], x=torch.randn(3, 5, 8))
-
-
-class Ends(nn.Module):
-    """git: a head whose name is the suffix of other modules' names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = nn.ModuleDict({"output": nn.LayerNorm(6), "dense": nn.Linear(6, 6)})
-        self.output = nn.Linear(6, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.output(self.block["output"](self.block["dense"](x)))
-
-
-def test_an_adapter_names_modules_by_whole_paths(tmp_path: Path) -> None:
-    compiled = check(Ends(), tmp_path, ["output", "block.dense"], x=torch.randn(3, 5, 6))
-    assert [site.path for site in compiled.sites] == ["block.dense", "output"]

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any
 
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from dense_merge import Case, check_mixed, error
-from safetensors.torch import load_file, save_file
+from dense_merge import check_mixed, error
 from torch import Tensor, nn
 
 from lorafx.errors import MatchError
@@ -91,68 +86,6 @@ def test_an_unknown_use_is_refused_by_name_where_an_adapter_touches_it(small, us
     assert "refused (always): w: its weight is used" in str(cm.explain())
 
 
-class Attention(nn.Module):
-    """nn.MultiheadAttention reads `out_proj.weight` and never calls it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(K, K)
-        self.attention = nn.MultiheadAttention(K, 2, batch_first=True)
-        self.out = nn.Linear(K, N)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        h = self.inner(x)
-        return {"logits": self.out(self.attention(h, h, h, need_weights=False)[0])}
-
-
-def dense(case: Case, path: str, name: str | None) -> nn.Module:
-    """The oracle where PEFT cannot merge: W + ΔW computed from the files."""
-    model = case.model()
-    if name is not None:
-        state = load_file(case.folders[name] / "adapter_model.safetensors")
-        a, b = (state[f"base_model.model.{path}.lora_{end}.weight"] for end in "AB")
-        with torch.no_grad():
-            model.get_submodule(path).weight += 2.0 * b @ a
-    return model
-
-
-def check_dense(cm: Any, case: Case, path: str, inputs: dict[str, Tensor], names=NAMES) -> None:
-    got = cm(**inputs, adapter_names=names)["logits"]
-    for row, name in enumerate(names):
-        want = dense(case, path, name)(**oracle.one_row(inputs, row))["logits"][0]
-        assert error(got[row], want) <= 1e-5
-
-
-def saved_by_hand(folder: Path, path: str, shape: tuple[int, int], rank: int) -> Path:
-    """A PEFT folder for a module that PEFT itself would not wrap."""
-    folder.mkdir()
-    torch.manual_seed(rank)
-    prefix = f"base_model.model.{path}.lora_"
-    factors = {
-        f"{prefix}A.weight": torch.randn(rank, shape[1]) * 0.5,
-        f"{prefix}B.weight": torch.randn(shape[0], rank) * 0.5,
-    }
-    save_file(factors, str(folder / "adapter_model.safetensors"))
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": [path]}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
-
-
-def by_hand(tmp_path: Path, cls: type[nn.Module], path: str, shape: tuple[int, int]) -> Case:
-    torch.manual_seed(0)
-    base = cls().eval().requires_grad_(False)
-    folders = {
-        name: saved_by_hand(tmp_path / name, path, shape, rank)
-        for name, rank in (("a", 2), ("b", 3))
-    }
-    return Case(base, folders)
-
-
-def test_multihead_attention_out_proj(tmp_path):
-    case = by_hand(tmp_path, Attention, "attention.out_proj", (K, K))
-    check_dense(case.compile(dynamic=False), case, "attention.out_proj", features(4, 3))
-
-
 class FastPath(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -162,13 +95,12 @@ class FastPath(nn.Module):
         return {"logits": self.layer(x)}
 
 
-def test_transformer_encoder_layers_take_no_fast_path_past_lora(tmp_path):
-    path = "layer.linear1"
-    case = by_hand(tmp_path, FastPath, path, (10, K))
+def test_transformer_encoder_layers_take_no_fast_path_past_lora(small):
+    case = small(FastPath, ["layer.linear1"])
     cm = case.compile(dynamic=False)
     inputs = features(4, 3)
     before = torch.backends.mha.get_fastpath_enabled()
-    check_dense(cm, case, path, inputs)
+    check_mixed(cm, case, NAMES, inputs)
     assert torch.backends.mha.get_fastpath_enabled() is before
     # torch leaves its fast path wherever a forward hook of any kind hangs, so bit-equality is with
     # the base model off that path; on it, the base's own numbers differ in the last place.

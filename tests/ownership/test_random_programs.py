@@ -10,7 +10,7 @@ equal to B among them. Expert dispatch, of which what the usual roads give back 
     back        p undone by argsort, by an index or scatter of an iota, or added where it
                 came from
 
-or no permutation at all: a mask an expert, slots of a fixed capacity.
+or no permutation at all: a mask an expert.
 """
 
 from __future__ import annotations
@@ -133,21 +133,6 @@ def masked(flat: Tensor, k: int, r: random.Random) -> Tensor:
     return y
 
 
-def capacity(flat: Tensor, k: int, r: random.Random) -> Tensor:
-    """Room for two rows an expert: rows find a place by how many came before them, of all requests;
-    the rest is dropped. No row of that buffer has an owner that could be known beforehand."""
-    chosen, weights = routed(flat, k, r)
-    keys = chosen.flatten()
-    before = (torch.nn.functional.one_hot(keys, E).cumsum(0) - 1).gather(1, keys[:, None])[:, 0]
-    room = 2
-    place = torch.where(before < room, keys * room + before, E * room)
-    rows = flat.repeat_interleave(k, 0)
-    buffer = torch.zeros(E * room + 1, H, dtype=flat.dtype).index_copy(0, place, rows)
-    y = (buffer[:-1].view(E, room, H) * FACTORS.view(E, 1, 1)).tanh().view(-1, H)
-    y = torch.cat([y, torch.zeros_like(y[:1])])[place] * weights.reshape(-1, 1)
-    return y.view(-1, k, H).sum(1)
-
-
 def not_undone(flat: Tensor, k: int, r: random.Random) -> Tensor:
     """A wrong inverse: the permutation once more."""
     chosen, weights = routed(flat, k, r)
@@ -161,7 +146,6 @@ ROADS: dict[Callable[[Tensor, int, random.Random], Tensor], bool] = {
     permuted: True,
     added_back: True,
     masked: True,
-    capacity: False,
     not_undone: False,
 }
 

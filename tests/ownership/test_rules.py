@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from by_keyword import by_keyword
-from ownership_graphs import labelled, taint, trace
+from ownership_graphs import labelled, taint
 from torch import fx
 
 from lorafx.ownership.flow import Flow
@@ -114,22 +114,6 @@ def test_batch_first(name):
     again = relabelled(gm, flow)
     for node, label in flow.labels.items():
         assert kept(again.labels[node]) == kept(label), node
-
-
-def test_an_operand_that_a_rule_does_not_look_at_is_not_forgotten():
-    """A reduction's packet also holds max(a, b): shared on the left, owned on the right."""
-    gm = trace(lambda x, y: x + y, [X, X.clone()])
-    shared, owned = (n for n in gm.graph.nodes if n.op == "placeholder")
-    total = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.add.Tensor)
-    batch = BatchSymbols.of([owned.meta["val"].shape[0]])
-    expected = {torch.ops.aten.max.other: Own, torch.ops.aten.convolution.default: Mixed}
-    for target, kind in expected.items():
-        extra = (None, [1], [0], [1], False, [0], 1) if kind is Mixed else ()
-        assert isinstance(total, fx.Node)
-        total.target, total.args = target, (shared, owned, *extra)
-        assert (
-            type(flow_through(gm.graph, {shared: None, owned: Own(0)}, batch).labels[total]) is kind
-        )
 
 
 @torch.library.custom_op("lorafx_tests::mystery", mutates_args=())

@@ -64,30 +64,6 @@ def test_siblings_share_a_bank():
     assert all(m.bank is bank for m in marks)
 
 
-def test_what_differs_does_not_share():
-    model = nn.ModuleDict(
-        {
-            "a": nn.Linear(4, 4),
-            "b": nn.Linear(4, 4).bfloat16(),
-            "c": nn.Linear(5, 4),
-            "e": nn.Embedding(4, 4),
-            "f": nn.Embedding(4, 4),
-            "inner": nn.ModuleDict({"a": nn.Linear(4, 4)}),
-        }
-    )
-    attachment = attach(model, r".*[abcef]")
-    assert [[s.path for s in g.sites] for g in attachment.groups] == [
-        ["a"],
-        ["b"],
-        ["c"],
-        ["e"],
-        ["f"],
-        ["inner.a"],
-    ]
-    assert attachment.groups[1].bank.A.dtype == torch.bfloat16
-    assert attach(nn.Linear(2, 2), dtype=torch.float16).groups[0].bank.A.dtype == torch.float16
-
-
 def test_attaching_twice():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     attachment = attach(model, ["1"])

@@ -17,7 +17,6 @@ from site_graphs import Finished, Holder, SiteGraph
 from torch import Tensor, fx, nn
 
 from lorafx.errors import ConfigError
-from lorafx.graph.context import EXPERT_OP
 from lorafx.graph.pointwise_region import NoRegion, PointwiseRegion
 from lorafx.op_arguments import rebind
 from lorafx.passes.fuse.fuse import Fuse
@@ -64,7 +63,6 @@ def graph_of(
     lowering: str = "triton",
     dtype: torch.dtype = torch.float32,
     loop: bool = True,
-    both_read: bool = False,
 ) -> tuple[SiteGraph, Finished]:
     """Two products with experts."""
     torch.manual_seed(0)
@@ -77,7 +75,7 @@ def graph_of(
     y = g.call(product, x, g.call(aten.permute.default, weights[0], [0, 2, 1]), ends)
     h = act(g, y)
     out = g.call(product, h, g.call(aten.permute.default, weights[1], [0, 2, 1]), ends)
-    done = g.output(out, y) if both_read else g.output(out)
+    done = g.output(out)
     done.run(Match())
     for node in done.ctx.states:  # as provenance would: EACH rows a request
         rebind(node, rows=EACH)
@@ -193,19 +191,6 @@ def test_a_pin_that_cannot_be_is_refused_by_name() -> None:
         done.run(Plan())
 
 
-def test_a_product_with_another_reader_is_left() -> None:
-    """Its result without the delta is needed too."""
-    _, done = graph_of(silu, both_read=True)
-    # `match` gave every reader the op's result; take one of them back
-    site = next(node for node in done.ctx.states if node.target is EXPERT_OP)
-    output = next(node for node in done.gm.graph.nodes if node.op == "output")
-    output.args = ((output.args[0][0], site.args[1]),)
-    assert done.run(Fuse()) == 1
-    assert len(fused(done)) == 1
-    done.run(Plan(), Lower())
-    assert strategies(done)[DOWN] == "activated"
-
-
 @pytest.mark.parametrize("down", [pytest.param("grouped", marks=pytest.mark.slow), "activated"])
 def test_lowered_for_a_gpu(down: str) -> None:
     """Two launches a product, no opaque op, no product of the vendor's."""
@@ -227,16 +212,6 @@ def test_lowered_for_a_gpu(down: str) -> None:
     (output,) = next(n for n in done.gm.graph.nodes if n.op == "output").args[0]
     assert output.meta["val"].shape == (M, H)
     assert output.meta["val"].device == CUDA
-
-
-def test_the_vendors_product_comes_back_for_other_plans() -> None:
-    g, done = graph_of(silu, dtype=torch.bfloat16, loop=False)
-    pin(done, gate_up_proj="segments", down_proj="gemv")
-    done.run(Fuse())
-    on_cuda(g.mode, done.gm)
-    with compile_only_gpu():
-        done.run(Plan(), Lower())
-    assert done.targets().count("_grouped_mm.default") == 2
 
 
 # --- what is known of activations ---
@@ -274,11 +249,3 @@ def test_what_is_refused(function: Callable[..., Tensor], reason: str) -> None:
     assert reason == ""
     leaf = found.inputs[0]
     assert leaf.op != "placeholder", "the leaf is what the view or comparison gives"
-
-
-def test_columns_are_followed_through_slices_of_slices() -> None:
-    found = expression(lambda y: y[:, 1:7][:, ::2] * y[:, -3:], Y)
-    assert isinstance(found, PointwiseRegion)
-    loads = {(load.start, load.step) for load in found.activation.loads}
-    assert loads == {(1, 2), (5, 1)}
-    assert len(found.inputs) == 1

@@ -130,11 +130,6 @@ def test_one_difference_keeps_stretches_apart(name):
     assert first.form != second.form
 
 
-def test_constants_of_equal_value_are_one():
-    first, second = pair(_constants(torch.arange(4.0), torch.arange(4.0)))
-    assert first.form == second.form
-
-
 def appended(graph: Graph, index: int, new: fx.Node, *past: fx.Node) -> list[fx.Node]:
     return [graph.call(aten.cat.default, [past[index], new])]
 

@@ -14,7 +14,6 @@ from transformers.pytorch_utils import Conv1D
 from lorafx.passes.fuse.fuse import Fuse
 from lorafx.passes.lower.lower import Lower
 from lorafx.passes.match.match import Match
-from lorafx.passes.plan import Plan
 
 pytestmark = pytest.mark.quick
 
@@ -121,14 +120,3 @@ def test_an_embedding():
     assert done.run(Match(), Fuse(), Lower()) == 1
     assert wrapped(done) == ["add_embedding_delta_"]
     assert error(done.result()[0], want) <= 1e-6
-
-
-def test_the_reference_keeps_the_ops():
-    torch.manual_seed(2)
-    g, node = start("with_bias", torch.randn(B, T, K), lowering="reference")
-    done = g.output(g.mark("with_bias", node, product(g, "with_bias", node), rows=T))
-    assert done.run(Match(), Fuse(), Plan()) == 1
-    ((state,),) = done.ctx.states.values()
-    assert state.strategy.startswith("aten (")
-    assert done.run(Lower()) == 0
-    assert done.targets() == ["fused_linear.default"]

@@ -226,25 +226,3 @@ def test_random_numbers_stay_outside():
     done = Builder().stack(layer).finish()
     assert outlined(done) == 1
     assert done.targets().count("rand_like.default") == LAYERS
-
-
-def test_what_is_written_back_into_an_input_stays_outside():
-    """Inductor updates a cache in place where the update and the copy back stand in one graph."""
-    caches: list[fx.Node] = []
-
-    def layer(b: Builder, index: int, h: fx.Node) -> fx.Node:
-        g = b.g
-        new = g.call(aten.slice_scatter.default, caches[index], h, 0, 0, B)
-        caches[index] = new
-        return plain(b, index, g.call(aten.slice.Tensor, new, 0, 0, B))
-
-    builder = Builder()
-    caches.extend(builder.g.argument(torch.randn(B + 2, K)) for _ in range(LAYERS))
-    inputs = list(caches)
-    builder.stack(layer)
-    for cache, new in zip(inputs, caches, strict=True):
-        builder.g.call(aten.copy_.default, cache, new)
-    done = builder.finish()
-    assert outlined(done) == 1
-    assert done.targets().count("slice_scatter.default") == LAYERS
-    assert len(calls(done)) == LAYERS

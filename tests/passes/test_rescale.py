@@ -129,26 +129,6 @@ return site
     )
 
 
-def test_an_embedding_before_and_after() -> None:
-    _, done = embedding()
-    assert_expected_inline(
-        shown(done, ReplaceRows(), first=(Match(),)),
-        """\
-embedding = aten.embedding(w_weight, x)
-embedding_site = lorafx.embedding_site(x, embedding, bank, slots, 2, None, own, own_at,
-    own_table)
-return embedding_site
-
-replace_rows: 1 edit
-
-embedding = aten.embedding(w_weight, x)
-own_embedding = lorafx.own_embedding(x, embedding, own, own_at, own_table, slots, 2)
-embedding_site = lorafx.embedding_site(x, own_embedding, bank, slots, 2)
-return embedding_site
-""",
-    )
-
-
 @pytest.mark.parametrize("at", [(5, 3, 0), tuple(range(N))])
 def test_a_linear_has_the_outputs_of_the_slots_rows(at: tuple[int, ...]) -> None:
     g, done = linear()

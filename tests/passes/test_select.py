@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from marking import attach_sites
-from safetensors.torch import save_file
 from torch import nn
 
-import lorafx
 from lorafx.config import LoraConfig
-from lorafx.errors import CaptureError, CheckpointError, LorafxWarning, TargetError
+from lorafx.errors import CaptureError, LorafxWarning, TargetError
 from lorafx.passes.select import Alias
 from lorafx.prepare.marking import build_sites
 from lorafx.program.preparation import Preparation
@@ -97,34 +93,6 @@ def test_peft_selects_the_same():
         assert mine == set(wrapped.targeted_module_names)
 
 
-def test_sizes_dtype_and_device():
-    model = Model().to(torch.bfloat16)
-    sites = build_sites(model, LoraConfig(target_modules=["embed", "k_proj"]))[1]
-    assert [(s.in_features, s.out_features) for s in sites] == [(16, 8), (8, 4), (8, 4)]
-    assert {s.dtype for s in sites} == {torch.bfloat16}
-    assert {s.device.type for s in sites} == {"cpu"}
-    assert sites[1].module is model.layers[0].k_proj
-
-
-class Packed(nn.Linear):
-    """Stores W as bytes, two values each, as 4-bit formats do."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
-        packed = torch.zeros(in_features * out_features // 2, 1, dtype=torch.uint8)
-        self.weight = nn.Parameter(packed, requires_grad=False)
-
-
-def test_quantised_weights_take_the_declared_sizes_and_the_compute_dtype():
-    model = Model(packed=Packed(8, 6)).to(torch.bfloat16)
-    (site,) = build_sites(model, LoraConfig(target_modules=["packed"]))[1]
-    assert (site.in_features, site.out_features) == (8, 6)
-    assert site.dtype == torch.bfloat16
-    model.packed.compute_dtype = torch.float16
-    (site,) = build_sites(model, LoraConfig(target_modules=["packed"]))[1]
-    assert site.dtype == torch.float16
-
-
 # Refusals ---------------------------------------------------------------------------------
 
 
@@ -207,31 +175,6 @@ def test_every_problem_at_once():
 def test_targets_that_name_nothing(target, near):
     with pytest.raises(TargetError, match=f"names no module of Model{near}"):
         paths(Model(), target)
-
-
-def test_excluded_modules_need_not_be_able_to_carry_lora():
-    """The way out that messages name."""
-    model = Model(odd=nn.Conv2d(4, 4, 3))
-    assert paths(model, r".*(odd|q_proj)", ["odd"]) == paths(Model(), ["q_proj"])
-
-
-def test_an_adapter_of_a_transposed_convolution(tmp_path):
-    model = nn.Sequential(nn.ConvTranspose1d(4, 4, 1), nn.Linear(4, 4))
-    factors = {"A": torch.ones(2, 4, 1), "B": torch.ones(4, 2, 1)}
-    tensors = {f"base_model.model.0.lora_{x}.weight": t for x, t in factors.items()}
-    tensors |= {f"base_model.model.1.lora_{x}.weight": t[..., 0] for x, t in factors.items()}
-    copies = {key: t.clone() for key, t in tensors.items()}
-    save_file(copies, tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text(
-        json.dumps({"peft_type": "LORA", "r": 2, "target_modules": ["0", "1"]})
-    )
-    message = r"^0 \(ConvTranspose1d\): transposed convolutions .*an adapter has factors for it"
-    with pytest.raises(TargetError, match=message):
-        lorafx.compile(model, {"a": tmp_path})
-    cm = lorafx.compile(model.eval(), lorafx.LoraConfig(), options={"lowering": "reference"})
-    message = r"0 \(ConvTranspose1d\) cannot have factors: transposed convolutions"
-    with pytest.raises(CheckpointError, match=message):
-        cm.load_adapter(tmp_path, "a")
 
 
 def test_everything_excluded():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from dataclasses import replace
 
@@ -14,7 +13,6 @@ from torch import Tensor, fx
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.triton.build import build, plan_of
-from lorafx.kernels.triton.concat_ops import columns_of
 from lorafx.kernels.triton.source import Activation, Leaf, Load
 from lorafx.passes.lower.triton_graph import inline_triton_ops
 
@@ -175,34 +173,6 @@ def test_repeated_layers_are_traced_once_and_keep_their_own_tensors(monkeypatch)
     assert used == banks
 
 
-def test_requests_are_sorted_once_for_all_nodes() -> None:
-    """Two nodes with kernels, x and banks of their own share the sorting kernel, nothing else."""
-    b, kernels = Builder(), [kernel_for("segments", rows) for rows in (4096, 256)]
-    slots, outputs = b.input("slots", (8,), torch.int32), []
-    for kernel in kernels:
-        x, value = b.input("x", (b.rows, K)), b.value(sum(SIZES))
-        y = b.call(torch.ops.aten.mm.default, (x, b.input("w", (K, sum(SIZES)))), value)
-        outputs.append(b.in_place(OPS[1], (y, x, *b.bank()[:4], slots, 5, kernel), value))
-    b.graph.output(tuple(outputs))
-    gm = fx.GraphModule({}, b.graph)
-    with compile_only_gpu():
-        inline_triton_ops(gm, OPS)
-    gm.graph.lint()
-    calls = kernel_calls(gm)
-    plans = [plan_of(kernel) for kernel in kernels]
-    assert plans[0].kernels != plans[1].kernels
-    assert all(plan.order is not None for plan in plans)
-    assert len(calls) == 1 + sum(len(plan.kernels) for plan in plans)
-    written = [
-        call.kwargs["kwargs"][name] for call in calls for name in call.kwargs["tensors_to_clone"]
-    ]
-    assert len(set(written)) == len(written)  # no two kernels write one buffer
-    buffers = [node for node in gm.graph.nodes if node.target is torch.ops.aten.empty.memory_format]
-    assert all(node.users for node in buffers)
-    orders = {call.kwargs["kwargs"].get("order_ptr") for call in calls[1:]}
-    assert len(orders) == 1
-
-
 def test_one_tensor_in_two_places_is_not_two_tensors() -> None:
     """A body traced for distinct inputs is not reused where two of them are one node."""
     b, kernel = Builder(), kernel_for("recompute", group=1, siblings=(0,), offsets=(0,),
@@ -276,63 +246,3 @@ def test_inductor_calls_the_kernels_of_experts() -> None:
 
 
 aten = torch.ops.aten
-N = sum(SIZES)
-
-
-def concat_graph() -> tuple[fx.GraphModule, Builder]:
-    """relu(x) beside zeros, W beside zeros → triton_concat_ → product."""
-    b = Builder()
-    kernel = build(spec(), "concat", rows_hint=4096, device=CUDA)
-    assert kernel is not None
-    more = columns_of(plan_of(kernel).spec, SLOTS)
-    weight = b.input("weight", (N, K))
-    x = b.input("x", (b.rows, K))
-    x = b.call(aten.relu.default, (x,), b.value(K))
-    rows = b.call(aten.sym_size.int, (x, 0), b.rows)
-
-    def value(*shape: object) -> Tensor:
-        with b.mode:
-            return torch.empty(shape, dtype=torch.bfloat16, device=CUDA)
-
-    def beside(middle: fx.Node, rows: object, count: object) -> fx.Node:
-        zeros = b.call(aten.full.default, ([rows, more], 0.0), value(count, more))
-        zeros.kwargs = {"dtype": torch.bfloat16, "device": CUDA, "pin_memory": False}
-        return b.call(aten.cat.default, ([middle, zeros], 1), value(count, K + more))
-
-    longer_x, longer_w = beside(x, rows, b.rows), beside(weight, N, N)
-    names = [argument.name for argument in OPS[4]._schema.arguments]
-    given = (longer_x, longer_w, *b.bank(), 5, kernel)
-    both = b.graph.call_function(
-        torch.ops.higher_order.auto_functionalized, (OPS[4],), dict(zip(names, given, strict=True))
-    )
-    values = longer_x.meta["val"], longer_w.meta["val"]
-    both.meta["val"] = (None, *values)
-    written = [b.call(operator.getitem, (both, i + 1), values[i]) for i in range(2)]
-    with b.mode:
-        turned = aten.permute.default(written[1].meta["val"], [1, 0])
-    right = b.call(aten.permute.default, (written[1], [1, 0]), turned)
-    return b.done(b.call(aten.mm.default, (written[0], right), b.value(N))), b
-
-
-@pytest.mark.slow
-def test_inductor_writes_longer_operands_in_place() -> None:
-    with compile_only_gpu():
-        gm, b = concat_graph()
-        inline_triton_ops(gm, OPS)
-    gm.graph.lint()
-    gm.recompile()
-    text = generated_code(gm, b.mode)
-    body = text[text.index("def call(") :]
-    gather, place = (re.search(rf"{name}_\d+\.run\((.*)\)", body) for name in ("gather", "place"))
-    assert gather is not None
-    assert place is not None
-    products = re.findall(r"extern_kernels\.mm\((.*?), out=", body)
-    assert len(products) == 1
-    w = gather[1].split(", ")[3]
-    x = place[1].split(", ")[0]
-    assert products[0].startswith(f"{x}, reinterpret_tensor({w}, ")
-    assert gather.start() < place.start() < body.index("extern_kernels.mm(")
-    assert "clone" not in body
-    assert ".copy_(" not in body
-    launches = [line for line in body.splitlines() if ".run(" in line and f"{w}," in line]
-    assert len(launches) == 2  # gather, and what writes W into W'

@@ -16,7 +16,7 @@ from absorbed import (
 from absorbed_cases import REFERENCE, OneLayer, absorbed, case_of, deepseek, states
 from dense_merge import Case, check_mixed, error
 from tiny_models import VOCAB
-from torch import Tensor, nn
+from torch import nn
 
 import lorafx
 from lorafx.errors import MatchError
@@ -80,19 +80,6 @@ def test_absorbed_by_inductor(layer: Case) -> None:
     check_mixed(cm, layer, NAMES, states(5, 4))
 
 
-def test_absorbed_with_a_slot_a_token(layer: Case) -> None:
-    model = absorbed(layer)
-    cm = lorafx.compile(model, layer.folders, options=REFERENCE, dynamic=False)
-    post_process(model)
-    inputs = states(2, 4)
-    slots = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1]])
-    got = cm(**inputs, adapter_names=["a", "b"], adapter_slots=slots)["logits"]
-    # The first tokens attend to none of the later ones: they are what one adapter a row gives.
-    want = layer.expected(["b", "a"], inputs)
-    assert error(got[:, :2], want[:, :2]) <= 1e-5
-    assert error(got[:, 2:], want[:, 2:]) > 1e-3
-
-
 def test_post_processed_again(layer: Case) -> None:
     """New copies of the same parts are served by the same graph; what else takes their place is
     refused."""
@@ -113,30 +100,6 @@ def test_post_processed_again(layer: Case) -> None:
     assert error(cm(**inputs, adapter_names=["c", None])["logits"][1], base[1]) <= 1e-5
 
 
-class TwoLayers(nn.Module):
-    """Two attentions, each in graphs of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([OneLayer(), OneLayer()])
-
-    def forward(self, inputs_embeds: Tensor) -> dict[str, Tensor]:
-        for layer in self.layers:
-            inputs_embeds = inputs_embeds + layer(inputs_embeds)["logits"]
-            torch._dynamo.graph_break()
-        return {"logits": inputs_embeds}
-
-
-def test_layers_that_share_a_graph_have_parts_of_their_own(tmp_path) -> None:
-    case = case_of(TwoLayers, tmp_path)
-    model = absorbed(case)
-    cm = lorafx.compile(model, case.folders, options=REFERENCE, dynamic=False)
-    post_process(model, "copies")
-    for name in case.folders:
-        check_mixed(cm, case, [name] * 3, states(3, 4))
-    assert cm.recompiles == 1
-
-
 @pytest.mark.slow
 def test_under_torch_compile(layer: Case) -> None:
     """Marked models that their users compile, the second one on the first one's graph. Only
@@ -154,18 +117,6 @@ def test_under_torch_compile(layer: Case) -> None:
                 got = compiled(**inputs)["logits"]
         assert error(got, layer.expected(["a", None, "a"], inputs)) <= 1e-5
         lorafx.detach(model)
-
-
-def test_parts_of_a_weight_that_has_siblings(tmp_path) -> None:
-    """q_b_proj and kv_b_proj have equal inputs, so their weights could be packed in one buffer."""
-    case = case_of(lambda: OneLayer(q_lora_rank=14), tmp_path)
-    model = absorbed(case)
-    attention = model.self_attn
-    cm = lorafx.compile(model, case.folders, options=REFERENCE, dynamic=False)
-    post_process(model)
-    storages = {t.untyped_storage()._cdata for t in (attention.w_uk, attention.kv_b_proj.weight)}
-    assert len(storages) == 1
-    check_mixed(cm, case, NAMES, states(5, 4))
 
 
 # What is refused: never dropped

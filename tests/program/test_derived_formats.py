@@ -1,4 +1,4 @@
-"""Base weights in formats of their own, weights used by groups, what code sees after compiling."""
+"""Base weights in formats of their own, used past their modules."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from absorbed import (
 from absorbed_cases import REFERENCE
 from dense_merge import Case, check_mixed, save_adapter
 from torch import Tensor, nn
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4GroupedLinear
 
 import lorafx
 from lorafx.layers import ReplicatedLinear
@@ -96,68 +95,3 @@ def test_quantised_weights(quantised: tuple[Case, dict], how: str) -> None:
     model.post_process()
     check_mixed(cm, case, NAMES, {"x": torch.randn(5, 4, model.width)})
     assert "refused" not in str(cm.explain())
-
-
-# Weights by groups
-
-
-class Grouped(nn.Module):
-    """DeepSeek-V4's grouped output projection between two linears."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(6, 3 * 8)
-        self.o_a_proj = DeepseekV4GroupedLinear(8, 3 * 5, n_groups=3)
-        self.o_b_proj = nn.Linear(3 * 5, 7)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        grouped = torch.tanh(self.up(x)).unflatten(-1, (3, 8))
-        return {"logits": self.o_b_proj(self.o_a_proj(grouped).flatten(2))}
-
-
-@pytest.mark.slow
-def test_grouped_linear_of_transformers(small) -> None:
-    case = small(Grouped, ["o_a_proj"], ["o_a_proj", "o_b_proj", "up"])
-    cm = case.compile(options={"lowering": "inductor"})
-    check_mixed(cm, case, ["a", None, "b", "a"], {"x": torch.randn(4, 3, 6)})
-    check_mixed(cm, case, ["b", "a"], {"x": torch.randn(2, 5, 6)})
-    forms = {state.site.path: state.form for state in cm._session.backend.records[-1].states}
-    assert forms["o_a_proj"] == "rewritten"
-
-
-# Metadata
-
-
-def snapshot(model: nn.Module) -> dict[str, object]:
-    """What code may look at, by identity: every attribute of every module, and its class."""
-    found: dict[str, object] = {}
-    for path, module in model.named_modules():
-        found[f"{path}:class"] = module.__class__
-        for name, value in vars(module).items():
-            if name in ("_parameters", "_buffers", "_modules"):
-                for key, held in value.items():
-                    found[f"{path}:{key}"] = held
-            elif not name.startswith("_forward_hooks"):
-                found[f"{path}.{name}"] = value
-    return found
-
-
-def test_everything_that_code_may_look_at_is_the_same() -> None:
-    torch.manual_seed(0)
-    model = Latent("no").eval().requires_grad_(False)
-    for module in model.modules():
-        module.marked_by_me = object()
-    before = snapshot(model)
-    keys = list(model.state_dict())
-    cm = lorafx.compile(model, lorafx.LoraConfig(), options=REFERENCE)
-
-    def check() -> None:
-        after = snapshot(model)
-        assert after.keys() == before.keys()
-        assert [key for key in before if after[key] is not before[key]] == []
-        assert list(model.state_dict()) == keys
-
-    check()
-    assert model.kv_b_proj.weight.dtype is torch.int8
-    cm.detach()
-    check()

@@ -101,19 +101,6 @@ def test_a_newer_torch_is_untested_and_no_fault(run, faked, batch) -> None:
 
 
 @pytest.mark.quick
-def test_names_that_are_missing_are_told_with_what_is_refused(
-    run, unlearnt, batch, monkeypatch
-) -> None:
-    row = next(row for row in entries.table() if row.module == "cpp")
-    monkeypatch.setattr(entries, "missing", lambda name: name == row.names[0])
-    said = f"cpp lacks {row.names[0]}; refused without: {row.entry.refused}"
-    assert f"wrong: {said}" in run(code=1).splitlines()
-    found = run("--json", code=1)
-    (part,) = [part for part in found["required"] if part["missing"]]
-    assert (part["module"], part["missing"]) == ("cpp", [row.names[0]])
-
-
-@pytest.mark.quick
 def test_other_faults(run, unlearnt, batch, monkeypatch) -> None:
     batch[0] = SmallBatch("Small", "cpu", float("nan"), 1.0)
     (fault,) = run("--json", code=1)["faults"]
