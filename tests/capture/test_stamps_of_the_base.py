@@ -19,6 +19,7 @@ from lorafx.capture.stamps import Folded, NotUnfolded, unfold
 NAMES = [None] * 3
 
 
+@pytest.mark.slow
 def test_inductor_writes_the_same_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With stamps, without, and where the layers cannot be put back in their places."""
     case = stack(tmp_path)

@@ -24,6 +24,7 @@ aten = torch.ops.aten
 NAMES = ["a0", None, "a1"]
 
 
+@pytest.mark.slow
 def test_a_step_writes_into_a_static_cache_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -231,7 +231,11 @@ class Task:
         }
         self.adapters = {
             name: oracle.save_adapter(
-                self.base, folder / name, rank=2 + seed % 2, targets=["up", "down"], seed=seed
+                self.base,
+                folder / name,
+                rank=2 + seed % 2,
+                targets=oracle.linears(self.base),
+                seed=seed,
             )
             for seed, name in enumerate(("a", "b", "c"))
         }

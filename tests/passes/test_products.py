@@ -195,6 +195,7 @@ def test_a_batch_that_grows_and_shrinks(plain) -> None:
     assert not any(report.name == "join" for report in reports)
 
 
+@pytest.mark.slow
 def test_calls_without_an_adapter(plain) -> None:
     """Bit-equal to torch.compile, or by the same products where that is asked for: a request of
     the base is the same alone and beside others then."""

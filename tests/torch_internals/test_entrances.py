@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 import lorafx
 from lorafx.errors import LorafxError, UnsupportedVersionError
-from lorafx.session import session
 from lorafx.torch_internals import compat
 
 pytestmark = pytest.mark.quick
@@ -20,10 +19,6 @@ REFERENCE = {"lowering": "reference"}
 
 def compiled(model: nn.Module) -> Any:
     return lorafx.compile(model.eval(), CONFIG, options=REFERENCE, dynamic=False)
-
-
-def fails(*args: Any, **kwargs: Any) -> Any:
-    raise AttributeError("there is no such name")
 
 
 class _Gone:
@@ -75,10 +70,3 @@ def test_not_of_the_model(model: nn.Module, given: Any, error: type[Exception]) 
         cm(given)
     assert not isinstance(got.value, UnsupportedVersionError)
     assert isinstance(got.value, (error, LorafxError, torch._dynamo.exc.TorchDynamoException))
-
-
-def test_not_of_lorafx_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    cm = compiled(nn.Sequential(nn.Linear(4, 4)))
-    monkeypatch.setattr(session.Session, "run", fails)
-    with pytest.raises(AttributeError, match="no such name"):
-        cm(torch.randn(2, 4))
