@@ -3,7 +3,6 @@ merge: classes of no library, known by the shapes of what they hold."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from dense_merge import REFERENCE, Case, check_mixed
+from dense_merge import Case, check_mixed
 from torch import Tensor, nn
 from transformers.integrations import moe
 
@@ -154,33 +153,6 @@ def test_forms(name: str, tmp_path: Path) -> None:
     one_way = torch.randn(1, 1, H).expand(4, 7, H).clone()  # the same experts; the others empty
     check_mixed(cm, case, ["up", "down", None, "all"], {"x": one_way})
     assert cm.recompiles == graphs
-
-
-class Twice(nn.Module):
-    """Two blocks whose experts are other modules with the same parameters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = Block(Form("sorted")), Block(Form("sorted"))
-        for name in ("gate_up_proj", "down_proj"):
-            setattr(self.b.experts, name, getattr(self.a.experts, name))
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return self.b(self.a(x)["logits"])
-
-
-def test_an_adapter_of_one_of_two_modules_with_the_same_parameters(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    base = Twice().eval().requires_grad_(False)
-    apart = copy.deepcopy(base)
-    apart.b.experts = copy.deepcopy(apart.b.experts)
-    parameters = ["b.experts.gate_up_proj", "b.experts.down_proj"]
-    folder = oracle.save_adapter(
-        apart, tmp_path / "b", rank=2, targets=[], target_parameters=parameters
-    )
-    case = Case(apart, {"own": folder})
-    cm = lorafx.compile(base, {"own": folder}, options=REFERENCE, dynamic=False)
-    check_mixed(cm, case, ["own", None, "own"], {"x": torch.randn(3, 4, H)})
 
 
 class Three(nn.Module):

@@ -41,7 +41,6 @@ def built(
     causal: bool = False,
     kernel: Any = _ATTENTION,
     size: int = SIZE,
-    statistics: bool = False,
 ) -> Finished:
     """Two requests: one token that sees four rows, and two that see three. `mask`, `keys` change
     what attention takes; `also` is what else is computed of the keys and the cache."""
@@ -73,9 +72,7 @@ def built(
     if kernel is _ATTENTION:
         both = g.call(kernel, *asked, 0.0, causal, attn_mask=hides, scale=0.4)
     else:
-        both = g.call(kernel, *asked, hides, statistics, 0.0, causal, scale=0.4)
-    if statistics:
-        others = [*others, g.call(operator.getitem, both, 1)]
+        both = g.call(kernel, *asked, hides, False, 0.0, causal, scale=0.4)
     done = g.output(g.call(operator.getitem, both, 0), *others)
     if kernel is not _ATTENTION:
         on_cuda(g.mode, done.gm)
@@ -142,13 +139,8 @@ def cut(g: SiteGraph, mask: fx.Node) -> fx.Node:
     return g.call(aten.slice.Tensor, mask, -1, 0, COUNT)
 
 
-def later(g: SiteGraph, mask: fx.Node) -> fx.Node:
-    mask = g.call(aten.constant_pad_nd.default, mask, [0, 1], 0.0)
-    return g.call(aten.slice.Tensor, mask, -1, 1, COUNT + 1)
-
-
-ON_A_GPU = [{"mask": change} for change in (added, cut, later, lambda g, mask: None)]
-ON_A_GPU += [{"causal": True}, {"statistics": True}, {"size": 300}]  # the last has no kernel
+ON_A_GPU = [{"mask": change} for change in (added, cut, lambda g, mask: None)]
+ON_A_GPU += [{"causal": True}, {"size": 300}]  # the last has no kernel
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 import pytest
 import torch
-from compile_only_gpu import CUDA, compile_only_gpu, generated_code
-from cuda_graphs import RANK, SIZES, SLOTS, Builder, K, kernel_for, spec
+from compile_only_gpu import compile_only_gpu, generated_code
+from cuda_graphs import RANK, SIZES, SLOTS, Builder, K, kernel_for
 from torch import Tensor, fx
 
 from lorafx.errors import LoweringError
-from lorafx.kernels.triton.build import build, plan_of
-from lorafx.kernels.triton.source import Activation, Leaf, Load
+from lorafx.kernels.triton.build import plan_of
 from lorafx.passes.lower.triton_graph import inline_triton_ops
 
 lora = torch.ops.lorafx
@@ -57,32 +55,6 @@ def embedding_graph() -> tuple[fx.GraphModule, int, Builder]:
 
 def kernel_calls(gm: fx.GraphModule) -> list[fx.Node]:
     return [node for node in gm.graph.nodes if node.target is KERNEL_CALL]
-
-
-def experts_graph(activation: Activation | None) -> tuple[fx.GraphModule, int, Builder]:
-    """x, or two halves that it is computed from → triton_experts."""
-    b, experts = Builder(), 3
-    strategy = "grouped" if activation is None else "activated"
-    full = replace(spec(), experts=experts, activation=activation)
-    kernel = build(full, strategy, rows_hint=4, device=CUDA)
-    assert kernel is not None
-    x = b.input("x", (b.rows, K if activation is None else 2 * K))
-    weight, offs = (
-        b.input("weight", (experts, sum(SIZES), K)),
-        b.input("offs", (experts,), torch.int32),
-    )
-    shapes = {"A": (RANK, 2 * K), "B": (RANK, sum(SIZES)), "ranks": (2,), "scales": (2,)}
-    dtypes = {"ranks": torch.int32, "scales": torch.float32}
-    bank = [
-        b.input(name, (SLOTS * experts, *shape), dtypes.get(name, torch.bfloat16))
-        for name, shape in shapes.items()
-    ]
-    slots = b.input("slots", (b.rows,), torch.int32)
-    arguments = ([x], weight, offs, *bank, slots, 1, kernel)
-    return b.done(b.call(OPS[3], arguments, b.value(sum(SIZES)))), kernel, b
-
-
-GATED = Activation((Leaf(torch.bfloat16),), (Load(0, 0, 1), Load(0, K, 1)), ("t0 = g0 * g1",), "t0")
 
 
 def inlined(gm: fx.GraphModule) -> list[fx.Node]:
@@ -223,26 +195,6 @@ def test_inductor_calls_the_kernel_on_the_buffer_of_the_product() -> None:
     assert buffer in run[1].split(", ")
     assert re.search(r"s\d+", run[1])  # the grid is an expression of M's symbol
     assert "clone" not in body
-
-
-@pytest.mark.slow
-def test_inductor_calls_the_kernels_of_experts() -> None:
-    """Two launches whose grids are expressions of the rows; where an expert's rows end is read on
-    the device."""
-    gm, kernel, b = experts_graph(GATED)
-    calls = inlined(gm)
-    tiles = [k.tiles for k in plan_of(kernel).kernels.values()]
-    assert len(calls) == len(tiles) == 2
-    columns = sum(-(-size // tiles[1].block_n) for size in SIZES)
-    for rows in (1, 37, 4096):
-        tall = (rows + (min(3, rows) + 1) * (tiles[1].block_m - 1)) // tiles[1].block_m
-        assert sizes_of_grid(calls[1], rows) == (tall * columns, 1, 1)
-    text = generated_code(gm, b.mode)
-    body = text[text.index("def call(") :]
-    assert "torch.ops.lorafx" not in text
-    assert len(re.findall(r"(?:shrink|linear)_\d+\.run\(", body)) == 2
-    assert ".item()" not in body
-    assert ".tolist()" not in body
 
 
 aten = torch.ops.aten
