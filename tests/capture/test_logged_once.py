@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 
 import torch
-from dense_merge import REFERENCE, TOLERANCE, build_case, check_mixed, error
-from tiny_models import FAMILIES
+from dense_merge import REFERENCE
 from torch import nn
 from transformers.utils.logging import get_logger
 
@@ -28,20 +27,6 @@ class Warns(nn.Module):
         else:
             LOG.warning_once("once")
         return self.linear(x)
-
-
-def test_attentions_that_sdpa_does_not_have(tmp_path):
-    """Hidden states are recorded by hooks, and a call that asks for them comes first."""
-    case = build_case("vit", tmp_path)
-    assert case.base.config._attn_implementation == "sdpa"
-    cm, names = case.compile(), ["a1", None, "a2"]
-    x = FAMILIES["vit"].inputs(3, 5)
-    want = case.expected(names, x)
-    for asked in ("output_hidden_states", "output_attentions"):
-        got = cm(**x, adapter_names=names, **{asked: True})
-        assert error(got["logits"], want) <= TOLERANCE
-    assert cm.recompiles == 2
-    check_mixed(cm, case, names, x)
 
 
 def test_one_graph_and_one_message(small, monkeypatch):

@@ -17,21 +17,13 @@ import lorafx
 from lorafx.errors import ProvenanceError
 
 __all__ = ["fresh_dynamo"]
+
 K = 6
 MIXED = ["a", None, "b"]
 
 
 def by_numpy(h: Tensor) -> None:
     rows = h.detach().numpy()
-    rows[:] = rows[::-1].copy()
-
-
-def shuffled(h: Tensor) -> None:
-    np.random.default_rng(0).shuffle(h.numpy())
-
-
-def by_protocol(h: Tensor) -> None:
-    rows = np.asarray(h)
     rows[:] = rows[::-1].copy()
 
 
@@ -50,7 +42,7 @@ def by_storage(h: Tensor) -> None:
     h.untyped_storage().copy_(turned)
 
 
-WRITERS = [by_numpy, shuffled, by_protocol, by_dlpack, by_address, by_storage]
+WRITERS = [by_numpy, by_dlpack, by_address, by_storage]
 
 
 class Written(nn.Module):
@@ -80,50 +72,16 @@ def writing(write: Callable[[Tensor], None], cls: type[Written] = Written) -> ty
 
 
 @pytest.mark.usefixtures("fixed_sizes")
-@pytest.mark.parametrize("first", ["mixed", "alone"])
 @pytest.mark.parametrize("write", WRITERS)
-def test_rows_that_are_moved_unseen_are_refused(small, write, first):
+def test_rows_that_are_moved_unseen_are_refused(small, write):
     torch.manual_seed(0)
     case, inputs = small(writing(write), ["w"]), {"x": torch.randn(3, 5, K)}
     cm = lorafx.compile(case.model(), adapters=case.folders, options=REFERENCE)
-    if first == "alone":
-        cm(**inputs, adapter_names=["a"] * 3)
     with pytest.raises(ProvenanceError, match=r"at w "):
         cm(**inputs, adapter_names=MIXED)
-    with pytest.raises(ProvenanceError, match=r"at w "):
-        cm(**inputs, adapter_names=MIXED)
-
-
-class InBuffer(Written):
-    """Rows cross in a buffer, of which the model holds an array."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("rows", torch.zeros(3, 5, K))
-        self.arrays = [self.rows.numpy()]
-
-    def rest(self, h: Tensor) -> Tensor:
-        self.written(h)
-        return self.w(self.rows + 0 * h)
-
-    @torch._dynamo.disable
-    def written(self, h: Tensor) -> None:
-        self.array()[:] = np.array(h.tolist())[::-1]
-
-    def array(self) -> np.ndarray:
-        return self.arrays[0]
-
-
-@pytest.mark.usefixtures("fixed_sizes")
-def test_rows_that_cross_in_the_models_own_memory_unseen_are_refused(small):
-    torch.manual_seed(0)
-    case, inputs = small(InBuffer, ["w"]), {"x": torch.randn(3, 5, K)}
-    model = InBuffer()
-    model.load_state_dict(case.model().state_dict())
-    cm = lorafx.compile(model.eval(), adapters=case.folders, options=REFERENCE)
     cm(**inputs, adapter_names=["a"] * 3)
     with pytest.raises(ProvenanceError, match=r"at w "):
-        cm(x=torch.randn(3, 5, K), adapter_names=MIXED)
+        cm(**inputs, adapter_names=MIXED)
 
 
 class Read(Written):
@@ -136,25 +94,18 @@ class Read(Written):
         return self.w(h).roll(-1, 0)
 
 
-def as_numbers(h: Tensor) -> None:
-    assert len(h.tolist()) == len(h)
-    assert float(h.sum()) < h.numel()
-
-
-def of_a_copy(h: Tensor) -> None:
-    h.clone().numpy().sort(0)
-
-
 def read_by_address(h: Tensor) -> None:
     assert len(ctypes.string_at(h.data_ptr(), h.nbytes)) == h.untyped_storage().nbytes()
     assert np.isfinite(np.from_dlpack(h)).all()
 
 
 @pytest.mark.usefixtures("fixed_sizes")
-@pytest.mark.parametrize("write", [as_numbers, of_a_copy, read_by_address])
-def test_what_is_only_read_keeps_its_owners(small, write):
+def test_what_is_only_read_keeps_its_owners(small):
     torch.manual_seed(0)
-    case, inputs = small(writing(write, Read), ["first", "w"]), {"x": torch.randn(3, 5, K)}
+    case, inputs = (
+        small(writing(read_by_address, Read), ["first", "w"]),
+        {"x": torch.randn(3, 5, K)},
+    )
     cm = lorafx.compile(case.model(), adapters=case.folders, options=REFERENCE)
     for names in (["a"] * 3, MIXED, ["b", "a", None]):
         found = cm(**inputs, adapter_names=names)["logits"]
@@ -162,10 +113,9 @@ def test_what_is_only_read_keeps_its_owners(small, write):
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("write", [by_numpy, by_dlpack])
-def test_the_same_of_a_marked_model(small, write):
+def test_the_same_of_a_marked_model(small):
     torch.manual_seed(0)
-    case, inputs = small(writing(write), ["w"]), {"x": torch.randn(3, 5, K)}
+    case, inputs = small(writing(by_numpy), ["w"]), {"x": torch.randn(3, 5, K)}
     model = lorafx.attach(case.model(), adapters=case.folders, options=REFERENCE)
     call = compiled(model, dynamic=False)
     found = served(call, model, [None] * 3, inputs)

@@ -7,13 +7,10 @@ import random
 import pytest
 import torch
 import torch._dynamo
-from dense_merge import REFERENCE, check_mixed, error, save_adapter
-from oracle import Oracle
+from dense_merge import check_mixed, error
 from tiny_models import FAMILIES, token_inputs
-from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-import lorafx
 from lorafx.errors import CaptureError
 
 
@@ -70,79 +67,7 @@ def test_batch_as_long_as_the_sequence_is_no_common_symbol(plain, square):
     assert torch.fx.experimental._config.use_duck_shape  # the user's own setting is back
 
 
-def test_settings_are_the_users_own_but_while_a_graph_is_captured(small):
-    """What a model runs in Python may compile something itself, and so may other threads."""
-    found: list[bool] = []
-
-    class Breaks(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.before, self.after = nn.Linear(6, 6), nn.Linear(6, 6)
-
-        def forward(self, x: Tensor) -> dict[str, Tensor]:
-            x = self.before(x)
-            self.note()
-            return {"logits": self.after(x)}
-
-        @torch._dynamo.disable
-        def note(self) -> None:
-            found.append(torch.fx.experimental._config.use_duck_shape)
-
-    case = small(Breaks, ["before", "after"])
-    cm = case.compile(dynamic=False)
-    for _ in range(2):
-        check_mixed(cm, case, ["a", "b", "a"], {"x": torch.randn(3, 6)})
-    assert found
-    assert all(found)
-
-
-class Block(nn.Module):
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(size, 2 * size)
-        self.gate = nn.Linear(size, 2 * size)
-        self.down = nn.Linear(2 * size, size)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Dynamo compiles this frame once for all layers: the break makes each block a frame.
-        torch._dynamo.graph_break()
-        return x + self.down(torch.tanh(self.gate(x)) * self.up(x))
-
-
-class Stack(nn.Module):
-    def __init__(self, layers: int = 12, size: int = 8) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Block(size) for _ in range(layers))
-
-    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        for layer in self.layers:
-            x = layer(x)
-        return {"logits": x}
-
-
-def stack(seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    return Stack().eval().requires_grad_(False)
-
-
-def test_twelve_layers_that_share_graphs_each_with_its_own_adapters(tmp_path):
-    """Layers of one class share graphs where Dynamo breaks them out; weights, packed weights and
-    banks of one must not be another's, and adapters of some layers leave the others alone."""
-    base = stack(0)
-    plans = {"some": ["layers.3.up", "layers.7.down", "layers.11.gate"], "all": ["up", "down"]}
-    folders = {
-        name: save_adapter(base, tmp_path / name, rank=3, targets=plan)
-        for name, plan in plans.items()
-    }
-    oracle = Oracle.of(base, folders)
-    cm = lorafx.compile(base, folders, options=REFERENCE, dynamic=False)
-    inputs = {"x": torch.randn(4, 3, 8)}
-    for name in ("some", "all", None, "some"):
-        got = cm(**inputs, adapter_names=[name] * 4)["logits"]
-        assert error(got, oracle.rows([name] * 4, inputs)[0]) <= 1e-5
-    assert cm.recompiles < 12  # fewer graphs than layers: they are shared
-
-
+@pytest.mark.slow
 def test_ten_shapes_then_generation_without_eager(shallow):
     """Dynamo's own limit of eight graphs a code object, and its silent eager after, stay away."""
     cm = shallow.compile(options={"verify": "off"})

@@ -12,17 +12,11 @@ from lorafx.errors import ProvenanceError
 
 K = 6
 MIXED = ["a", None, "b"]
-INDUCTOR = {"lowering": "inductor"}
 
 
 @torch._dynamo.disable
 def rolled(h: Tensor, by: int) -> Tensor:
     return h[torch.arange(h.shape[0]).roll(by)]
-
-
-@torch._dynamo.disable
-def through_numbers(h: Tensor) -> Tensor:
-    return torch.from_numpy(h.numpy()[::-1].copy())
 
 
 @torch._dynamo.disable
@@ -81,34 +75,18 @@ class Experts(Layers):
         return out.view(h.shape)
 
 
-class Flattened(Layers):
-    """Sizes that come to a graph as numbers: its operators are looked at one after another."""
-
-    def rest(self, h: Tensor) -> Tensor:
-        batch, length = h.shape[0], h.shape[1]
-        flat = h.reshape(batch * length, K)
-        torch._dynamo.graph_break()
-        flat = torch.relu(flat) + flat
-        h = (flat.view(batch, length, K) * 2).contiguous()
-        torch._dynamo.graph_break()
-        return self.w(h)
-
-
 @pytest.mark.parametrize(
-    ("cls", "targets", "options"),
+    ("cls", "targets"),
     [
-        (Reordered, ["first", "w"], REFERENCE),
-        (InPieces, ["first", "w"], REFERENCE),
-        (InPieces, ["w"], INDUCTOR),
-        (Experts, ["first", "w.0", "w.1", "w.2", "router"], REFERENCE),
-        (Flattened, ["first", "w"], REFERENCE),
-        (Flattened, ["w"], INDUCTOR),
+        (Reordered, ["first", "w"]),
+        (InPieces, ["first", "w"]),
+        (Experts, ["first", "w.0", "w.1", "w.2", "router"]),
     ],
 )
-def test_rows_that_python_moves_keep_their_owners(small, cls, targets, options):
+def test_rows_that_python_moves_keep_their_owners(small, cls, targets):
     torch.manual_seed(0)
     case = small(cls, targets)
-    cm = lorafx.compile(case.model(), adapters=case.folders, options=options)
+    cm = lorafx.compile(case.model(), adapters=case.folders, options=REFERENCE)
     batches = [(["a"] * 3, 5), (MIXED, 5), (["b", "a", None], 4), (["b", "b", None, "a"], 4)]
     for names, length in batches:
         inputs = {"x": torch.randn(len(names), length, K)}
@@ -134,18 +112,13 @@ class InBuffer(Layers):
         return rolled(y, -1) + 0 * h
 
 
-class ThroughNumbers(Layers):
-    def rest(self, h: Tensor) -> Tensor:
-        return self.w(through_numbers(h)).flip(0)
-
-
 class Summed(Layers):
     def rest(self, h: Tensor) -> Tensor:
         return self.w(summed(h))
 
 
 @pytest.mark.usefixtures("fixed_sizes")
-@pytest.mark.parametrize("cls", [ThroughNumbers, Summed, InBuffer])
+@pytest.mark.parametrize("cls", [Summed, InBuffer])
 def test_what_has_no_one_owner_is_refused(small, cls):
     torch.manual_seed(0)
     case, inputs = small(cls, ["w"]), {"x": torch.randn(3, 5, K)}
@@ -188,13 +161,10 @@ class OfWeight(Cached):
         return self.table * torch.ones_like(self.table) @ self.first(torch.eye(K))
 
 
-@pytest.mark.parametrize("before", [False, True])
-def test_what_a_model_keeps_of_its_own_tensors_is_shared_by_later_calls(small, before):
+def test_what_a_model_keeps_of_its_own_tensors_is_shared_by_later_calls(small):
     torch.manual_seed(0)
     case = small(Cached, ["first", "w"])
     model = case.model()
-    if before:
-        model(torch.randn(2, 5, K))
     cm = lorafx.compile(model, adapters=case.folders, options=REFERENCE)
     for names, length in ((["a"] * 3, 5), (MIXED, 5), (["b", "b", None, "a"], 4)):
         inputs = {"x": torch.randn(len(names), length, K)}
@@ -205,21 +175,8 @@ def test_what_a_model_keeps_of_its_own_tensors_is_shared_by_later_calls(small, b
         cm(**inputs, adapter_names=names)
 
 
-class OfWrittenBuffer(Cached):
-    """What it keeps is of a buffer, into which it wrote what adapters change."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("scratch", torch.zeros(K))
-
-    def computed(self, x: Tensor) -> Tensor:
-        self.scratch.copy_(self.first(self.table))
-        torch._dynamo.graph_break()
-        return self.scratch * 2
-
-
 @pytest.mark.usefixtures("fixed_sizes")
-@pytest.mark.parametrize("cls", [OfRequests, OfWeight, OfWrittenBuffer])
+@pytest.mark.parametrize("cls", [OfRequests, OfWeight])
 def test_what_a_model_keeps_of_requests_or_adapters_is_not_shared(small, cls):
     torch.manual_seed(0)
     case = small(cls, ["first", "w"])

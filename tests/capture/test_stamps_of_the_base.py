@@ -8,45 +8,21 @@ from typing import Any
 import pytest
 import torch
 from dense_merge import TOLERANCE, error
-from hand_made import hand_case
-from torch import Tensor, fx, nn
+from stacks import LAYERS, H, stack
+from torch import fx
 from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
 
 from lorafx.capture import lowering
 from lorafx.capture.stamps import Folded, NotUnfolded, unfold
 
-H, LAYERS, NAMES = 6, 3, [None] * 3
+NAMES = [None] * 3
 
 
-class Block(nn.Module):
-    """h + down(tanh(up(norm(h)))) / 2 + |sin(h)|."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(H)
-        self.up, self.down = nn.Linear(H, 2 * H), nn.Linear(2 * H, H, bias=False)
-
-    def forward(self, h: Tensor) -> Tensor:
-        return h + self.down(torch.tanh(self.up(self.norm(h)))).mul(0.5) + h.sin().abs()
-
-
-class Stack(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Block() for _ in range(LAYERS))
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        for layer in self.layers:
-            x = layer(x)
-        return {"logits": x}
-
-
+@pytest.mark.slow
 def test_inductor_writes_the_same_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With stamps, without, and where the layers cannot be put back in their places."""
-    torch.manual_seed(0)
-    base = Stack().eval().requires_grad_(False)
-    case = hand_case(base, tmp_path, a0=["layers.0.up"])
+    case = stack(tmp_path)
     folds: list[Folded] = []
 
     def works(graph: fx.Graph, folded: Folded) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 import sys
-import time
 
 import pytest
 import torch
@@ -13,9 +12,7 @@ from dense_merge import Case
 from tiny_models import FAMILIES
 from torch import Tensor, nn
 
-import lorafx
 from lorafx import progress
-from lorafx.capture.told import reason
 
 FEED = FAMILIES["plain"].inputs
 LINE = re.compile(r"graph (\d+ \w+) of PlainModel: (.*); (\d+\.\d) s \((.*)\)")
@@ -72,32 +69,6 @@ def test_long_compiling_is_warned_of_once_in_a_process(
     assert "\n" not in text
 
 
-def test_the_warning_comes_while_it_compiles_and_says_what(
-    plain: Case, impatient: None, caplog: pytest.LogCaptureFixture
-) -> None:
-    cm = plain.compile(options={"passes": {"wait": lorafx.After("captured", _until_warned)}})
-    cm(**FEED(2, 4), adapter_names=["a0", None])
-    what = "(compiling the forward of PlainModel|compiling graph 0 lora of PlainModel, first call)"
-    assert re.match(rf"lorafx is {what}: \d+ s so far", warnings(caplog)[0])
-
-
-def _until_warned(gm: object, ctx: object) -> int:
-    end = time.monotonic() + 60
-    while not progress._warned:
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    return 0
-
-
-@pytest.mark.parametrize("level", [logging.INFO, logging.ERROR])
-def test_no_warning_where_each_graph_is_said_or_nothing_wanted(
-    plain: Case, impatient: None, caplog: pytest.LogCaptureFixture, level: int
-) -> None:
-    with caplog.at_level(level, logger="lorafx"):
-        plain.compile()(**FEED(2, 4), adapter_names=["a0", None])
-    assert warnings(caplog) == []
-
-
 def test_a_terminal_has_a_line_instead(
     plain: Case,
     impatient: None,
@@ -122,23 +93,6 @@ def test_a_terminal_has_a_line_instead(
     assert warnings(caplog) == []
 
 
-@pytest.mark.slow
-def test_a_graph_that_must_be_new_says_why(shallow: Case) -> None:
-    """A loss is another computation; so are a tuple, and a mask of another dtype."""
-    cm = shallow.compile(options={"lowering": "reference"})
-    ids, names = FAMILIES["llama"].inputs(2, 4)["input_ids"], ["a0", None]
-    for more, why in (
-        ({}, "first call"),
-        ({"labels": ids}, "new: labels given"),
-        ({"use_cache": False}, "new: use_cache=False"),
-        ({"attention_mask": torch.ones_like(ids)}, "new: attention_mask given"),
-        ({"attention_mask": torch.ones(2, 4, dtype=torch.bool)}, "new: 2-d bool attention_mask"),
-        ({"attention_mask": torch.ones(2, 1, 4, 4, dtype=torch.bool)}, "new: 4-d bool"),
-    ):
-        cm(input_ids=ids, adapter_names=names, **more)
-        assert cm.explain().graphs[-1].reason.startswith(why)
-
-
 def test_what_nothing_else_tells_names_the_guard(small) -> None:
     case: Case = small(Scaled, ["up"])
     cm = case.compile(options={"lowering": "reference"})
@@ -159,26 +113,3 @@ class Scaled(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return {"logits": self.up(x) * self.scale}
-
-
-@pytest.mark.quick
-def test_reasons_name_what_the_nearest_earlier_call_had_not() -> None:
-    first = {
-        "requests": "a batch of one",
-        "tokens": "one token each",
-        "mask": "mask of 2 dimensions",
-    }
-    second = {"requests": "several requests", "tokens": "one token each"}
-    assert reason(first, []) == "first call"
-    assert reason(second, [first]) == "new: several requests, no mask"
-    assert reason({**first, "tokens": "several tokens each"}, [second, first]) == (
-        "new: several tokens each"
-    )
-    assert "guard" in reason(dict(first), [second, first])
-    # Of equally near ones, one that has the same arguments.
-    masked = {**first, "mask": "2-d int64 mask"}
-    narrow = {**first, "mask": "2-d int32 mask"}
-    assert reason(narrow, [{"requests": "a batch of one", "tokens": "one token each"}, masked]) == (
-        "new: 2-d int32 mask"
-    )
-    assert reason(masked, [second]) == "new: a batch of one, mask given"

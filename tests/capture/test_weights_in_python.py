@@ -54,38 +54,12 @@ class InGenerator(Layers):
         return next(each())
 
 
-class InContext(Layers):
-    def rest(self, h: Tensor) -> Tensor:
-        @contextlib.contextmanager
-        def context() -> Iterator[None]:
-            torch._dynamo.graph_break()
-            yield
-
-        with context():
-            return F.linear(h, self.w.weight, self.w.bias)
-
-
 class Caught(Layers):
     @torch._dynamo.disable
     def rest(self, h: Tensor) -> Tensor:
         with contextlib.suppress(Exception):
             return self.past(h)
         return h
-
-
-class Switched(Layers):
-    def rest(self, h: Tensor, kept_out: bool = False) -> Tensor:
-        return self.kept(h) if kept_out else self.w(h)
-
-    @torch._dynamo.disable
-    def kept(self, h: Tensor) -> Tensor:
-        return self.past(h)
-
-
-class ByForward(Layers):
-    @torch._dynamo.disable
-    def rest(self, h: Tensor) -> Tensor:
-        return self.w.forward(h)
 
 
 class OfCopy(Layers):
@@ -107,30 +81,7 @@ class Called(Layers):
         return self.w(h)
 
 
-class Shape(Called):
-    """Sizes, types and views of the weight, and new tensors like it."""
-
-    @torch._dynamo.disable
-    def rest(self, h: Tensor) -> Tensor:
-        like = torch.zeros_like(self.w.weight).sum() + self.w.weight.new_ones(1)
-        assert self.w.weight.T.shape == (K, K)
-        return self.w(h.to(self.w.weight.dtype)) + like - 1
-
-
-class Tied(Called):
-    """The weight of an embedding that is no site, looked up by itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names = nn.Embedding(K, K)
-        self.names.weight = self.w.weight
-
-    @torch._dynamo.disable
-    def rest(self, h: Tensor) -> Tensor:
-        return self.w(h) + self.names(torch.ones(h.shape[0], dtype=torch.int64))
-
-
-PAST = (KeptOut, InGenerator, InContext, Caught, ByForward, OfCopy)
+PAST = (KeptOut, InGenerator, Caught, OfCopy)
 
 
 @pytest.mark.parametrize("cls", PAST)
@@ -143,42 +94,21 @@ def test_weights_past_their_modules_are_refused(small, cls):
     assert torch.equal(cm(**inputs)["logits"], case.base(**inputs)["logits"])
 
 
-@pytest.mark.parametrize("cls", PAST)
-def test_adapters_of_other_modules_are_served(small, cls):
-    case, inputs = small(cls, ["first"]), {"x": torch.randn(3, K)}
+def test_adapters_of_other_modules_are_served(small):
+    case, inputs = small(KeptOut, ["first"]), {"x": torch.randn(3, K)}
     found = case.compile(dynamic=False)(**inputs, adapter_names=["a"] * 3)["logits"]
     assert error(found, case.expected(["a"] * 3, inputs)) <= 1e-5
 
 
-def test_a_function_that_is_given_up_later(small):
-    """Its first calls, of the base and with an adapter, go another way."""
-    case, x = small(Switched, ["w"]), torch.randn(3, K)
-    cm = case.compile(dynamic=False)
-    for names in (None, ["a"] * 3):
-        cm(x=x, adapter_names=names)
-    cm(x=x, kept_out=True)
-    for names in BATCHES * 2:
-        with pytest.raises(MatchError, match="at w: aten"):
-            cm(x=x, kept_out=True, adapter_names=names)
-    found = cm(x=x, adapter_names=["b"] * 3)["logits"]
-    assert error(found, case.expected(["b"] * 3, {"x": x})) <= 1e-5
-
-
-@pytest.mark.parametrize("cls", [Called, Shape, Tied])
-def test_what_reads_no_weight_of_a_site_is_served(small, cls):
-    case, inputs = small(cls, ["w"]), {"x": torch.randn(3, K)}
+def test_what_reads_no_weight_of_a_site_is_served(small):
+    case, inputs = small(Called, ["w"]), {"x": torch.randn(3, K)}
     cm = case.compile(dynamic=False)
     for _ in range(2):
         found = cm(**inputs, adapter_names=["a"] * 3)["logits"]
         assert error(found, case.expected(["a"] * 3, inputs)) <= 1e-5
 
 
-class Inline(Layers):
-    def rest(self, h: Tensor) -> Tensor:
-        return F.linear(h, self.w.weight, self.w.bias)
-
-
-@pytest.mark.parametrize("cls", [Inline, KeptOut, InGenerator, Caught])
+@pytest.mark.parametrize("cls", [KeptOut, InGenerator])
 def test_marked_models_in_eager_mode(small, cls):
     case, inputs = small(cls, ["w"]), {"x": torch.randn(3, K)}
     model = lorafx.attach(case.model(), case.folders)
@@ -192,14 +122,10 @@ def test_marked_models_in_eager_mode(small, cls):
         assert torch.equal(model(**inputs)["logits"], case.base(**inputs)["logits"])
 
 
-@pytest.mark.parametrize("options", [None, "adapters"])
-@pytest.mark.parametrize("cls", [KeptOut, InGenerator])
-def test_marked_models_that_users_compile(small, cls, options, fresh_dynamo):
-    case, inputs = small(cls, ["w"]), {"x": torch.randn(3, K)}
-    model, given = case.model(), {"lora_config": None, "adapters": case.folders, **REFERENCE}
-    if options is None:
-        lorafx.attach(model, case.folders, options=REFERENCE)
-    call = torch.compile(model, backend="lorafx", options=given if options else None)
+def test_marked_models_that_users_compile(small, fresh_dynamo):
+    case, inputs = small(InGenerator, ["w"]), {"x": torch.randn(3, K)}
+    model = lorafx.attach(case.model(), case.folders, options=REFERENCE)
+    call = torch.compile(model, backend="lorafx")
     with torch.no_grad():
         for names in BATCHES * 2:
             with pytest.raises(MatchError, match="at w: aten"), lorafx.adapters(model, names):

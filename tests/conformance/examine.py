@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from tiny_inputs import inputs
 from torch import fx
 
 import lorafx
-from lorafx.capture.lowering import Lowering
 from lorafx.errors import LorafxError, MatchError, ProvenanceError, TargetError
 
 #: (batch, length): length no multiple of the batch, equal to it, a multiple of it.
@@ -82,6 +82,7 @@ def compared(
 ) -> dict[str, Any]:
     """Calls of `model` compiled with adapters on `sites`, each compared with the oracle."""
     report: dict[str, Any] = {}
+    operators: set[str] = set()
     adapters = oracle.standard_adapters(model, folder, sites.routers, sites.experts)
     reference = oracle.Oracle.of(model, adapters)
     batches = [_independent(reference, batch) for batch in batches]
@@ -93,11 +94,11 @@ def compared(
         oracle.difference(reference.rows([name] * 3, batches[0]), base_rows) for name in adapters
     )
     try:
-        compiled = lorafx.compile(model, adapters, options={"lowering": lowering})
+        note = lorafx.After("outline", partial(_note, operators))
+        options = {"lowering": lowering, "passes": {"note": note}}
+        compiled = lorafx.compile(model, adapters, options=options)
     except TargetError as error:
         return {**report, "outcome": "unmatched", "detail": brief(error)}
-    backend = compiled._session.backend
-    backend.lowering = noting = _Noting(backend.lowering)
     try:
         worst = 0.0
         for mix, batch in _calls(list(adapters), batches):
@@ -124,7 +125,7 @@ def compared(
         report["graphs"] = compiled.recompiles
     except MatchError as error:
         report.update(outcome="unmatched", detail=brief(error), refusals=_refusals(compiled))
-    report["operators"] = sorted(noting.operators)
+    report["operators"] = sorted(operators)
     return report
 
 
@@ -197,22 +198,16 @@ def _traced_difference(reference: oracle.Oracle, batch: Mapping[str, Any]) -> fl
     )
 
 
-class _Noting:
-    """A lowering that notes the names of the operators in every graph with LoRA."""
-
-    def __init__(self, lowering: Lowering) -> None:
-        self.lowering, self.operators = lowering, set[str]()
-        self.base, self.decompositions = lowering.base, lowering.decompositions
-
-    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
-        self.operators.update(
-            str(node.target)
-            for module in gm.modules()
-            if isinstance(module, fx.GraphModule)
-            for node in module.graph.nodes
-            if isinstance(node.target, torch._ops.OpOverload)
-        )
-        return self.lowering.compile(gm, inputs)
+def _note(operators: set[str], gm: fx.GraphModule, ctx: Any) -> int:
+    """Add the names of the operators in a graph with LoRA."""
+    operators.update(
+        str(node.target)
+        for module in gm.modules()
+        if isinstance(module, fx.GraphModule)
+        for node in module.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload)
+    )
+    return 0
 
 
 def _refusals(compiled: lorafx.CompiledModel) -> dict[str, int]:

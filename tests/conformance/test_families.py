@@ -15,25 +15,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import examine
-import oracle
 import pytest
 import tiny
-import torch
-from tiny_inputs import inputs
 
 CASES = (
     pytest.param("causal", "xlnet", marks=pytest.mark.slow),
     ("causal", "qwen2_moe"),
-    ("causal", "mamba"),
-    # These four are in tests/models/test_oracle.py too, by another oracle.
-    pytest.param("seq2seq", "t5", marks=pytest.mark.slow),
-    pytest.param("causal", "opt", marks=pytest.mark.slow),
-    pytest.param("image", "vit", marks=pytest.mark.slow),
-    pytest.param("masked", "bert", marks=pytest.mark.slow),
+    pytest.param("causal", "mamba", marks=pytest.mark.slow),
     pytest.param("image", "swin", marks=pytest.mark.slow),  # as swinv2, but for its bias
-    pytest.param("image", "siglip2", marks=pytest.mark.slow),
-    pytest.param("image", "levit", marks=pytest.mark.slow),
-    ("audio", "wav2vec2"),
+    pytest.param("audio", "wav2vec2", marks=pytest.mark.slow),
     pytest.param("masked", "xmod", marks=pytest.mark.slow),
     pytest.param("image", "swinv2", marks=pytest.mark.slow),
     pytest.param("audio", "wav2vec2-conformer", marks=pytest.mark.slow),
@@ -62,15 +52,3 @@ def test_family_equals_dense_merge(kind: str, model_type: str, tmp_path: Path) -
     if kind == "image-text":
         assert "pixel_values" in report["inputs"], "it ran without images"
     assert report["effect"] > 1e-3, "its adapters change too little for a comparison to mean much"
-
-
-def test_oracle_sees_a_wrong_row(tmp_path: Path) -> None:
-    family = next(f for f in tiny.families("causal") if f.model_type == "llama")
-    model = tiny.build(family)
-    adapters = oracle.standard_adapters(model, tmp_path)
-    reference = oracle.Oracle.of(model, adapters)
-    batch = inputs(model, "causal", 3, 5)
-    right = reference.rows(["all", None, "odd"], batch)
-    with torch.no_grad():
-        wrong = reference.rows(["all", None, "even"], batch)
-    assert oracle.difference(wrong, right) > 1e-2

@@ -35,15 +35,10 @@ def traced(function: Callable[..., object], *inputs: Tensor) -> tuple[fx.Graph, 
         (lambda x, w: x @ w.t(), "linear"),
         (lambda x, w: torch.addmm(BIAS, x, w.permute(1, 0)), "linear"),
         (lambda x, w: torch.addmm(BIAS, x, w.t(), beta=2), "unknown"),
-        (lambda x, w: aten.linear(x, w, BIAS), "linear"),
         (lambda x, w: x @ w.to(torch.float64).float().transpose(-2, -1), "linear"),
-        (lambda x, w: (w @ x.t()).t(), "linear"),
-        (lambda x, w: torch.bmm(x[None], w.t().unsqueeze(0)), "linear"),
         (lambda x, w: torch.baddbmm(BIAS, x[None], w.t().expand(1, K, N)), "linear"),
-        (lambda x, w: x @ w[2:4].t(), "blocks"),
         (lambda x, w: x @ w.split(2)[1].t(), "blocks"),
         (lambda x, w: torch.bmm(x.expand(2, M, K), w.view(2, 3, K).transpose(1, 2)), "blocks"),
-        (lambda x, w: x @ w.view(2, 3, K).select(0, 1).t(), "blocks"),
         (lambda x, w: F.embedding(IDS, w), "embedding"),
         (lambda x, w: w * x[0], "unknown"),
     ],
@@ -54,17 +49,6 @@ def test_uses_of_a_weight(function: Callable[..., Tensor], kind: str) -> None:
     assert {use.kind for use in found} == {kind}
     by_keyword(graph)
     assert uses_of(weight, transposed=False) == found
-
-
-def test_a_scaled_weight() -> None:
-    graph, weight = traced(lambda s, w: s * w, torch.randn(N, 1), torch.ones(N, K).to(torch.int8))
-    scale = next(iter(graph.nodes))
-    (product,) = graph.find_nodes(op="call_function", target=aten.mul.Tensor)
-    found = uses_of(weight, transposed=False, scales={scale})
-    assert [(use.node.op, use.reason) for use in found] == [("output", found[0].reason)]
-    by_keyword(graph)
-    assert product.kwargs
-    assert uses_of(weight, transposed=False, scales={scale}) == found
 
 
 @pytest.mark.parametrize(
@@ -92,7 +76,6 @@ def test_uses_of_experts(function: Callable[..., Tensor], kind: str) -> None:
         lambda ids, y: F.silu(y[:, :4]) * y[:, 4:],
         lambda ids, y: y.split(4, 1)[1].clamp(-1, 1) / y.split(4, 1)[0].square(),
         lambda ids, y: y.to(torch.bfloat16).float().pow(2) - 1.5,
-        lambda ids, y: y.clone().clamp(max=1.0),
         lambda ids, y: y[ids] + 1,
     ],
 )
@@ -103,11 +86,3 @@ def test_pointwise_regions(function: Callable[..., Tensor]) -> None:
     assert isinstance(found, PointwiseRegion)
     by_keyword(graph)
     assert region_of(result) == found
-
-
-def test_a_multiple_of_an_addend_is_no_sum() -> None:
-    graph, _ = traced(lambda x, y: torch.add(x, y, alpha=2) * x, *torch.randn(2, M, 8))
-    (total,) = graph.find_nodes(op="call_function", target=aten.add.Tensor)
-    found = region_of(graph.output_node().args[0])
-    assert isinstance(found, PointwiseRegion)
-    assert total in found.inputs

@@ -3,7 +3,6 @@ merge: classes of no library, known by the shapes of what they hold."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from dense_merge import REFERENCE, Case, check_mixed
+from dense_merge import Case, check_mixed
 from torch import Tensor, nn
 from transformers.integrations import moe
 
@@ -31,8 +30,8 @@ class Form:
     """How experts are stored and run.
 
     Attributes:
-        dispatch: "sorted", "chosen" or "all", as in lorafx.graph.expert_uses; "masked" is "all"
-            with the choice as a mask over the results, "from the end" is "chosen" by -E … -1.
+        dispatch: "sorted", "chosen" or "all", as in lorafx.graph.expert_uses; "from the end" is
+            "chosen" by -E … -1.
         halves: "stacked", "interleaved", or "" for experts without a gate.
         declared: whether the class says how it stores them, as transformers' classes do.
     """
@@ -46,16 +45,12 @@ class Form:
 
 
 FORMS = {
-    "sorted": Form("sorted"),
     "sorted, no gate, relu squared": Form("sorted", halves="", activation=relu_squared),
     "sorted, biases, interleaved, transposed": Form(
         "sorted", halves="interleaved", transposed=True, bias=True
     ),
-    "chosen, gelu, biases": Form("chosen", bias=True, activation=F.gelu),
     "chosen from the end": Form("from the end", bias=True),
-    "chosen, transposed, no gate": Form("chosen", halves="", transposed=True),
     "all, transposed, undeclared": Form("all", transposed=True, declared=False),
-    "masked, interleaved": Form("masked", halves="interleaved"),
 }
 
 
@@ -78,17 +73,11 @@ class Routed(nn.Module):
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """(T, H) → (T, H): Σ_k weights[t, k] · expert chosen[t, k] of x[t]."""
-        if self.form.dispatch in ("all", "masked"):
+        if self.form.dispatch == "all":
             every = self.product(self.first, x.expand(E, *x.shape), None, None)
             every = self.product("down_proj", self.activated(every), None, None)
-            if self.form.dispatch == "all":
-                share = torch.zeros_like(x[:, :1].expand(-1, E)).scatter(1, chosen, weights)
-                return (every * share.T.unsqueeze(-1)).sum(0)
-            y = torch.zeros_like(x)
-            for e in range(E):
-                share = (weights * (chosen == e)).sum(1, keepdim=True)
-                y = y + torch.where(share > 0, every[e] * share, 0)
-            return y
+            share = torch.zeros_like(x[:, :1].expand(-1, E)).scatter(1, chosen, weights)
+            return (every * share.T.unsqueeze(-1)).sum(0)
         experts = chosen.flatten()
         if self.form.dispatch == "from the end":
             experts = experts - E
@@ -164,64 +153,6 @@ def test_forms(name: str, tmp_path: Path) -> None:
     one_way = torch.randn(1, 1, H).expand(4, 7, H).clone()  # the same experts; the others empty
     check_mixed(cm, case, ["up", "down", None, "all"], {"x": one_way})
     assert cm.recompiles == graphs
-
-
-class Twice(nn.Module):
-    """Two blocks whose experts are other modules with the same parameters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = Block(FORMS["sorted"]), Block(FORMS["sorted"])
-        for name in ("gate_up_proj", "down_proj"):
-            setattr(self.b.experts, name, getattr(self.a.experts, name))
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return self.b(self.a(x)["logits"])
-
-
-@pytest.mark.parametrize("path", ["a", "b"])
-def test_an_adapter_of_one_of_two_modules_with_the_same_parameters(
-    path: str, tmp_path: Path
-) -> None:
-    torch.manual_seed(0)
-    base = Twice().eval().requires_grad_(False)
-    apart = copy.deepcopy(base)
-    apart.b.experts = copy.deepcopy(apart.b.experts)
-    parameters = [f"{path}.experts.gate_up_proj", f"{path}.experts.down_proj"]
-    folder = oracle.save_adapter(
-        apart, tmp_path / path, rank=2, targets=[], target_parameters=parameters
-    )
-    case = Case(apart, {"own": folder})
-    cm = lorafx.compile(base, {"own": folder}, options=REFERENCE, dynamic=False)
-    check_mixed(cm, case, ["own", None, "own"], {"x": torch.randn(3, 4, H)})
-
-
-class Capped(nn.Module):
-    """Experts chosen by where a row is among E - 1 bounds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.experts = nn.Linear(H, H), Routed(FORMS["chosen, gelu, biases"])
-        self.register_buffer("bounds", torch.tensor([2, 3, 9][: E - 1]))
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        flat = self.inner(x).flatten(0, -2)
-        numbers = torch.arange(flat.shape[0], device=x.device)
-        ids = torch.searchsorted(self.bounds, numbers, right=True)
-        y = self.experts.product("gate_up_proj", flat, ids, None)
-        y = self.experts.product("down_proj", self.experts.activated(y), ids, None)
-        return {"logits": y.view_as(x)}
-
-
-@pytest.mark.slow
-def test_bounds_of_fewer_experts_are_no_ends_of_groups(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    base = Capped().eval().requires_grad_(False)
-    both = ["experts.gate_up_proj", "experts.down_proj"]
-    folder = oracle.save_adapter(base, tmp_path / "own", rank=2, targets=[], target_parameters=both)
-    case = Case(base, {"own": folder})
-    cm = case.compile({"lowering": "inductor"}, dynamic=False)
-    check_mixed(cm, case, ["own"], {"x": torch.randn(1, 12, H)})
 
 
 class Three(nn.Module):

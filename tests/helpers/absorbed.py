@@ -41,10 +41,6 @@ def _buffers(owner: nn.Module, w_uk: Tensor, w_uv: Tensor) -> None:
     owner.register_buffer("w_uv", w_uv, persistent=False)
 
 
-def _permuted(owner: nn.Module, w_uk: Tensor, w_uv: Tensor) -> None:
-    owner.w_uk, owner.w_uv = w_uk.permute(1, 2, 0).permute(2, 0, 1), w_uv.transpose(1, 2).mT
-
-
 def _copies(owner: nn.Module, w_uk: Tensor, w_uv: Tensor) -> None:
     owner.w_uk, owner.w_uv = w_uk.contiguous(), w_uv.contiguous()
 
@@ -62,7 +58,6 @@ def _parameters(owner: nn.Module, w_uk: Tensor, w_uv: Tensor) -> None:
 KEPT: dict[str, Callable[[nn.Module, Tensor, Tensor], None]] = {
     "views": _attributes,
     "views in buffers": _buffers,
-    "permuted views": _permuted,
     "copies": _copies,
     "permuted copies": _permuted_copies,
     "parameters": _parameters,
@@ -85,12 +80,7 @@ def by_einsum(x: Tensor, blocks: Tensor) -> Tensor:
     return torch.einsum("bhta,hac->bhtc", x, blocks)
 
 
-def by_head(x: Tensor, blocks: Tensor) -> Tensor:
-    """A product a head."""
-    return torch.stack([x[:, h] @ blocks[h] for h in range(x.shape[1])], 1)
-
-
-PRODUCTS = {"bmm": by_bmm, "matmul": by_matmul, "einsum": by_einsum, "heads apart": by_head}
+PRODUCTS = {"bmm": by_bmm, "matmul": by_matmul, "einsum": by_einsum}
 
 
 class AbsorbedAttention(DeepseekV3Attention):

@@ -1,11 +1,11 @@
-"""Another torch than the one that is installed, for lorafx alone: one private name is missing,
-takes other arguments, or its class has a method more.
+"""Another torch than the one that is installed, for lorafx alone: one private name is missing, or a
+function takes other arguments.
 
     python drift.py FOLDER < cases        a process forked for each, its verdict as a line of JSON
 
-Names are those that `entries.table()` reads from the sources. A missing name, and a function that
-takes other arguments, are written into the sources of lorafx/torch_internals as they are imported.
-Classes stay what they are, since torch compares them: their constructors look at who calls them.
+Names are those that `entries.table()` reads from the sources. The drift is written into the sources
+of lorafx/torch_internals as they are imported. Classes are missing or stay what they are, since
+torch compares them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import ast
 import importlib.abc
 import importlib.machinery
 import importlib.util
-import inspect
 import json
 import os
 import signal
@@ -26,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-WAYS = ("missing", "signature", "method")
+WAYS = ("missing", "signature")
 #: What a case runs, by the module of lorafx/torch_internals that uses the name.
 ROADS = {
     **dict.fromkeys(("cpp", "decompositions", "inductor", "torn_libraries"), "inductor"),
@@ -52,7 +51,6 @@ class Drift:
 
     def __init__(self, name: str, way: str) -> None:
         self.name, self.way, self.reached = name, way, False
-        self.immutable = False
 
     @_of_torch
     def missing(self) -> Any:
@@ -69,34 +67,12 @@ class Drift:
 
     def changed(self, value: Any) -> Any:
         """A function that takes other arguments."""
-        if isinstance(value, type) and not self.immutable:
-            return value  # `install` has seen to it
 
         def other(*args: Any, **kwargs: Any) -> Any:
             self.reached = True
             return _takes_another(*args, **kwargs)
 
         return _of_torch(other)
-
-    def install(self, value: Any) -> None:
-        """Change a class, for those who call it from lorafx."""
-        if self.way == "method":
-            method = _public_method(value)
-            setattr(value, f"also_{method}", inspect.getattr_static(value, method))
-        elif self.way == "signature" and isinstance(value, type):
-            made = "__init__" if value.__init__ is not object.__init__ else "__new__"
-            original = getattr(value, made)
-
-            def construct(*args: Any, **kwargs: Any) -> Any:
-                if sys._getframe(1).f_globals.get("__name__", "").startswith("lorafx"):
-                    self.reached = True
-                    _takes_another(*args, **kwargs)
-                return original(*args, **kwargs)
-
-            try:
-                setattr(value, made, _of_torch(construct))
-            except TypeError:  # a class of C
-                self.immutable = True
 
     def found(self, find: Callable[[str], Any]) -> Callable[[str], Any]:
         """`entries.found`, by which shortcuts look at what they lean on."""
@@ -113,19 +89,7 @@ class Drift:
 
 
 def _takes_another(*, that_nobody_passes: Any) -> Any:
-    """A function, and a constructor, of another signature."""
-
-
-def _public_method(value: Any) -> str | None:
-    """A method that another name may be given, of a class that can be changed."""
-    if not isinstance(value, type):
-        return None
-    for name, method in vars(value).items():
-        if not name.startswith("_") and isinstance(
-            method, (types.FunctionType, classmethod, staticmethod)
-        ):
-            return name
-    return None
+    """A function of another signature."""
 
 
 class _Rewriting(ast.NodeTransformer):
@@ -145,7 +109,7 @@ class _Rewriting(ast.NodeTransformer):
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> Any:
         named = [i for i in node.names if f"{node.module}.{i.name}" == self.drift.name]
-        if not named or self.drift.way == "method":
+        if not named:
             return node
         if self.drift.way == "missing":
             return self._statement("_drift.not_imported()")
@@ -158,11 +122,9 @@ class _Rewriting(ast.NodeTransformer):
             return self.generic_visit(node)
         if self.drift.way == "missing":
             return ast.parse("_drift.missing()", mode="eval").body
-        if self.drift.way == "signature":
-            called = ast.parse("_drift.changed(_)", mode="eval").body
-            called.args = [node]  # type: ignore[attr-defined]
-            return called
-        return node
+        called = ast.parse("_drift.changed(_)", mode="eval").body
+        called.args = [node]  # type: ignore[attr-defined]
+        return called
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
@@ -216,13 +178,7 @@ def applies(name: str, way: str) -> bool:
         value = entries_module().found(name)
     except (AttributeError, ImportError):
         return way == "missing"
-    if way == "missing":
-        return True
-    if way == "method":
-        return _public_method(value) is not None
-    if isinstance(value, type) and issubclass(value, BaseException):
-        return "__init__" in vars(value)
-    return callable(value)
+    return way == "missing" or (callable(value) and not isinstance(value, type))
 
 
 # --- what a case runs ---------------------------------------------------------------------------
@@ -264,8 +220,7 @@ class Task:
     """The model, two adapters and the answers, made before lorafx is imported."""
 
     def __init__(self, folder: Path) -> None:
-        import copy
-
+        import oracle
         import torch
 
         self.folder = folder
@@ -274,40 +229,17 @@ class Task:
             length: torch.randn(3, length, K, generator=torch.Generator().manual_seed(length))
             for length in (4, 5)
         }
-        self.adapters: dict[str, Path] = {}
-        merged = {None: self.base}
-        for seed, name in enumerate(("a", "b", "c")):
-            twin = copy.deepcopy(self.base)
-            self.adapters[name] = self._save(name, twin, seed)
-            merged[name] = twin
-        self.merged = merged
-
-    def _save(self, name: str, twin: Any, seed: int) -> Path:
-        import torch
-        from safetensors.torch import save_file
-        from torch import nn
-
-        rank, tensors = 2 + seed % 2, {}
-        generator = torch.Generator().manual_seed(seed)
-        for path, module in twin.named_modules():
-            if isinstance(module, nn.Linear):
-                out, inner = module.weight.shape
-                a = torch.randn(rank, inner, generator=generator) / inner**0.5
-                b = torch.randn(out, rank, generator=generator) / rank**0.5
-                tensors[f"base_model.model.{path}.lora_A.weight"] = a
-                tensors[f"base_model.model.{path}.lora_B.weight"] = b
-                module.weight += b @ a
-        folder = self.folder / f"adapter_{name}"
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / "adapter_model.safetensors")
-        config = {
-            "peft_type": "LORA",
-            "r": rank,
-            "lora_alpha": rank,
-            "target_modules": ["up", "down"],
+        self.adapters = {
+            name: oracle.save_adapter(
+                self.base,
+                folder / name,
+                rank=2 + seed % 2,
+                targets=oracle.linears(self.base),
+                seed=seed,
+            )
+            for seed, name in enumerate(("a", "b", "c"))
         }
-        (folder / "adapter_config.json").write_text(json.dumps(config))
-        return folder
+        self.oracle = oracle.Oracle.of(self.base, self.adapters)
 
     def model(self) -> Any:
         import copy
@@ -315,13 +247,10 @@ class Task:
         return copy.deepcopy(self.base)
 
     def check(self, got: Any, names: Sequence[str | None], length: int) -> None:
-        import torch
+        import oracle
 
-        rows = zip(names, self.x[length], strict=True)
-        with torch.no_grad():
-            want = torch.stack([self.merged[name](x) for name, x in rows])
-        difference = float((got - want).abs().max() / want.abs().max().clamp(min=1))
-        if not difference <= 1e-5:
+        difference = oracle.difference([got], self.oracle.rows(names, {"x": self.x[length]}))
+        if not difference <= oracle.TOLERANCE:
             raise Wrong(f"{names}, length {length}: off by {difference:.2e}")
 
 
@@ -411,10 +340,8 @@ def verdict(task: Task, name: str, way: str, road: str) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     drift = Drift(name, way)
     entries = entries_module()
-    value = entries.found(name) if way in ("signature", "method") else None
     sys.meta_path.insert(0, _Finder(drift, entries))
     entries.found = drift.found(entries.found)
-    drift.install(value)
     said: dict[str, Any] = {"name": name, "way": way, "road": road}
     try:
         run(task, road)
@@ -485,6 +412,7 @@ def forked(task: Task, case: Mapping[str, str]) -> dict[str, Any]:
 
 def main() -> None:
     assert not any(name.partition(".")[0] == "lorafx" for name in sys.modules)
+    sys.path.append(str(Path(__file__).parents[1] / "conformance"))
     task = Task(Path(sys.argv[1]))
     cases = json.load(sys.stdin)
     warm_up()

@@ -18,10 +18,6 @@ def activation(layer: Any) -> None:
     layer.act = F.relu
 
 
-def no_bias(layer: Any) -> None:
-    layer.up.bias = None
-
-
 def eps(layer: Any) -> None:
     layer.norm.eps = 1e-3
 

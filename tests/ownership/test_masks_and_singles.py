@@ -28,27 +28,15 @@ def indexed(x, mask, source):
 
 WRITES = {
     "scatter": (lambda x, m, s: x.masked_scatter(m[..., None], s), (0, 0, 0), Own),
-    "expanded": (lambda x, m, s: x.masked_scatter(m[..., None].expand_as(x), s), (0, 0, 0), Own),
     "indexed": (indexed, (0, 0, 0), Own),
     "shared source": (lambda x, m, s: x.masked_scatter(m[..., None], s), (0, 0, None), Own),
-    "shared x": (lambda x, m, s: x.masked_scatter(m[..., None], s), (None, 0, 0), Own),
     "shared x and mask": (
         lambda x, m, s: x.masked_scatter(m[..., None], s),
         (None, None, 0),
         Mixed,
     ),
-    "sequence first": (
-        lambda x, m, s: x.mT.contiguous().masked_scatter(m[:, None], s).transpose(0, 1),
-        (0, 0, 0),
-        Own,
-    ),
     "x by tokens": (
         lambda x, m, s: x.transpose(0, 1).masked_scatter(m.T[..., None], s),
-        (0, 0, 0),
-        Mixed,
-    ),
-    "source by patches": (
-        lambda x, m, s: x.masked_scatter(m[..., None], s.transpose(0, 1).contiguous()),
         (0, 0, 0),
         Mixed,
     ),
@@ -87,20 +75,13 @@ def half(x):
 
 SINGLES = {
     "one row": (half, One(1)),
-    "last row": (lambda x: x[-1], One(B - 1)),
     "part": (lambda x: x.flatten(0, 1)[T : 2 * T - 1], One(1)),
     "over the edge": (lambda x: x.flatten(0, 1)[T - 1 : T + 1], Mixed),
-    "zeros like it": (lambda x: torch.zeros_like(x[1]) + 1, None),
     "joined": (lambda x: torch.cat(list(x)), Own(0, rows=T)),
-    "stacked": (lambda x: torch.stack([row.cumsum(0) for row in x.unbind()], 1), Own(1)),
     "split": (lambda x: torch.cat([p * 2 for p in x.flatten(0, 1).split(T)]), Own(0, rows=T)),
-    "halves": (lambda x: torch.cat([x[0], x[1][:2], x[1][2:], x[2]]), Own(0, rows=T)),
     "turned round": (lambda x: torch.cat([x[1], x[0], x[2]]), Mixed),
     "one is missing": (lambda x: torch.cat([x[0], x[1]]), Mixed),
-    "one is longer": (lambda x: torch.cat([x[0], x[1], x[2], x[2]]), Mixed),
-    "met": (lambda x: x[0] + x[1], Mixed),
     "met by all": (lambda x: x + x[1], Mixed),
-    "along features": (lambda x: torch.cat([x[0], x[1], x[2]], 1), Own(1, rows=K)),
 }
 
 

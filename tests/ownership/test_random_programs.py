@@ -7,10 +7,10 @@ equal to B among them. Expert dispatch, of which what the usual roads give back 
     order       a permutation p of them by expert: sort or argsort, stable or not, either way
     gather      rows p // k of x, or rows p of repeated x
     work        a function of a row and of its expert, and weights gathered at p
-    back        p undone by argsort, by an index, scatter or copy of an iota, or added where it
+    back        p undone by argsort, by an index or scatter of an iota, or added where it
                 came from
 
-or no permutation at all: a mask an expert, products with one-hot masks, slots of a fixed capacity.
+or no permutation at all: a mask an expert.
 """
 
 from __future__ import annotations
@@ -49,19 +49,11 @@ def by_scatter(p: Tensor) -> Tensor:
     return torch.empty_like(p).scatter(0, p, torch.arange(p.shape[0]))
 
 
-def by_copy(p: Tensor) -> Tensor:
-    return torch.empty_like(p).index_copy(0, p, torch.arange(p.shape[0]))
-
-
 def by_argsort(p: Tensor) -> Tensor:
     return p.argsort()
 
 
-def by_sort(p: Tensor) -> Tensor:
-    return p.sort().indices
-
-
-INVERSES: tuple[Inverse, ...] = (by_index, by_scatter, by_copy, by_argsort, by_sort)
+INVERSES: tuple[Inverse, ...] = (by_index, by_scatter, by_argsort)
 
 
 def routed(flat: Tensor, k: int, r: random.Random) -> tuple[Tensor, Tensor]:
@@ -141,43 +133,6 @@ def masked(flat: Tensor, k: int, r: random.Random) -> Tensor:
     return y
 
 
-def one_hot(flat: Tensor, k: int, r: random.Random) -> Tensor:
-    """Products with the one-hot choice: (T, E) weights times (E, T, H) results."""
-    chosen, weights = routed(flat, k, r)
-    hot = torch.nn.functional.one_hot(chosen, E).to(flat.dtype)
-    share = (hot * weights.unsqueeze(-1)).sum(1)
-    every = (flat.expand(E, *flat.shape) * FACTORS.view(E, 1, 1)).tanh()
-    if r.random() < 0.5:
-        return torch.einsum("te,eth->th", share, every)
-    return (every * share.T.unsqueeze(-1)).sum(0)
-
-
-def scattered(flat: Tensor, k: int, r: random.Random) -> Tensor:
-    """Weights put at their experts, (T, E)."""
-    chosen, weights = routed(flat, k, r)
-    share = torch.zeros(flat.shape[0], E, dtype=flat.dtype).scatter(1, chosen, weights)
-    return (
-        torch.stack([(flat * f).tanh() for f in FACTORS.unbind()], 1)
-        .mul(share.unsqueeze(-1))
-        .sum(1)
-    )
-
-
-def capacity(flat: Tensor, k: int, r: random.Random) -> Tensor:
-    """Room for two rows an expert: rows find a place by how many came before them, of all requests;
-    the rest is dropped. No row of that buffer has an owner that could be known beforehand."""
-    chosen, weights = routed(flat, k, r)
-    keys = chosen.flatten()
-    before = (torch.nn.functional.one_hot(keys, E).cumsum(0) - 1).gather(1, keys[:, None])[:, 0]
-    room = 2
-    place = torch.where(before < room, keys * room + before, E * room)
-    rows = flat.repeat_interleave(k, 0)
-    buffer = torch.zeros(E * room + 1, H, dtype=flat.dtype).index_copy(0, place, rows)
-    y = (buffer[:-1].view(E, room, H) * FACTORS.view(E, 1, 1)).tanh().view(-1, H)
-    y = torch.cat([y, torch.zeros_like(y[:1])])[place] * weights.reshape(-1, 1)
-    return y.view(-1, k, H).sum(1)
-
-
 def not_undone(flat: Tensor, k: int, r: random.Random) -> Tensor:
     """A wrong inverse: the permutation once more."""
     chosen, weights = routed(flat, k, r)
@@ -186,24 +141,12 @@ def not_undone(flat: Tensor, k: int, r: random.Random) -> Tensor:
     return y[p].view(-1, k, H).sum(1)
 
 
-def added_elsewhere(flat: Tensor, k: int, r: random.Random) -> Tensor:
-    """Results added to the tokens of another order."""
-    chosen, weights = routed(flat, k, r)
-    p, q = chosen.flatten().argsort(), weights.flatten().argsort()
-    y = worked(flat[p // k], chosen.flatten()[p])
-    return torch.zeros_like(flat).index_add(0, q // k, y)
-
-
 #: Each road, and whether its result is owned as its input is; False where nothing can be known.
 ROADS: dict[Callable[[Tensor, int, random.Random], Tensor], bool] = {
     permuted: True,
     added_back: True,
     masked: True,
-    one_hot: True,
-    scattered: True,
-    capacity: False,
     not_undone: False,
-    added_elsewhere: False,
 }
 
 
@@ -246,7 +189,7 @@ def result_of(flow: Flow) -> fx.Node:
 
 @pytest.mark.parametrize("road", list(ROADS), ids=lambda road: road.__name__)
 @settings(
-    max_examples=8,
+    max_examples=4,
     deadline=None,
     suppress_health_check=list(HealthCheck),
     derandomize=True,
@@ -281,7 +224,7 @@ def test_a_loop_over_the_experts_that_were_chosen():
     assert isinstance(flow.labels[result_of(flow)], Mixed)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(seed=st.integers(0, 10**9), length=st.integers(2, 8), dim=st.integers(0, 1))
 def test_no_label_is_contradicted(seed, length, dim):
     judge(random_program(seed, length), dim, seed)

@@ -6,25 +6,20 @@ request's input changed: no element may move that a label gives to another reque
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from random_programs import STEPS, TABLE, K, program
+from random_programs import TABLE, K, program
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorafx.capture.tracking import Tracking
-from lorafx.ownership.held import Alone, Held, Listed, Patchy, cells_of, listed
+from lorafx.ownership.held import Held, cells_of, listed
 from lorafx.ownership.memory import Memory
 from lorafx.ownership.real import tensors_in
-
-Step = Callable[[Tensor, random.Random], Tensor]
-
 
 FRESH = (torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.new_empty)
 
@@ -106,17 +101,7 @@ def judge(run: Callable[[Tensor], Any], dim: int, seed: int) -> list[Held | None
     return helds
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(seed=st.integers(0, 10**9), length=st.integers(2, 8), dim=st.integers(0, 1))
 def test_no_label_is_contradicted(seed, length, dim):
     judge(program(seed, length), dim, seed)
-
-
-@pytest.mark.parametrize("step", dict.fromkeys(STEPS), ids=lambda step: step.__name__)
-def test_every_step_keeps_some_owner(step):
-    kinds = {
-        type(held)
-        for seed in range(6)
-        for held in judge(lambda x, s=seed: step(x, random.Random(s)), 0, seed)
-    }
-    assert kinds & {Alone, Listed, Patchy}

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from by_keyword import by_keyword
-from ownership_graphs import labelled, taint, trace
+from ownership_graphs import labelled, taint
 from torch import fx
 
 from lorafx.ownership.flow import Flow
@@ -17,7 +17,6 @@ from lorafx.ownership.symbolic import BatchSymbols
 pytestmark = pytest.mark.quick
 
 X = torch.arange(3 * 5 * 4, dtype=torch.float64).view(3, 5, 4).sin()  # (B, T, K)
-SEQ = torch.arange(5 * 3 * 4, dtype=torch.float64).view(5, 3, 4).sin()  # (T, B, K)
 ROWS = torch.arange(6 * 4, dtype=torch.float64).view(6, 4).cos()
 WEIGHT = torch.arange(4 * 7, dtype=torch.float64).view(4, 7).cos()
 IDS = torch.tensor([[3, 1, 0, 2, 4], [0, 0, 4, 1, 2], [2, 4, 1, 3, 0]])
@@ -39,50 +38,31 @@ BATCH_FIRST = {
     "recurrence": (lambda x: LSTM(x.float())[0], "0:1"),
     # pointwise and broadcasting
     "add_shared": (lambda x: x + torch.ones(4), "0:1"),
-    "cast": (lambda x: x.float().relu(), "0:1"),
-    "where": (lambda x: torch.where(x > 0, x, 0.0), "0:1"),
     "outer_sum": (lambda x: x[:, None] + x[None], "add"),
-    "like": (lambda x: torch.zeros_like(x), None),
     # views, permutations, expansions
     "view_as_real": (lambda x: torch.view_as_real(torch.complex(x, x)), "0:1"),
     "transpose": (lambda x: x.transpose(0, 1), "1:1"),
-    "unsqueeze": (lambda x: x.unsqueeze(0), "1:1"),
-    "squeeze": (lambda x: x.unsqueeze(0).squeeze(0), "0:1"),
     "heads": (lambda x: x.view(x.shape[0], -1, 2, 2).transpose(1, 2), "0:1"),
     "repeat_rows": (lambda x: x.repeat_interleave(2, 0), "0:2"),
     "tile_rows": (lambda x: x.repeat(2, 1, 1), "0:1"),
     "expand": (lambda x: x[:, :, None].expand(-1, -1, 6, -1), "0:1"),
-    "unfold": (lambda x: x.unfold(1, 2, 1), "0:1"),
     "windows": (lambda x: x.as_strided((x.shape[0], 3, 2, 4), (20, 4, 4, 1)), "0:1"),
-    "windows_beyond": (lambda x: x.as_strided((x.shape[0] - 1, 6, 4), (20, 4, 1)), "as_strided"),
     # pieces
-    "narrow_time": (lambda x: x[:, 1:], "0:1"),
     "narrow_rows": (lambda x: x[1:], "slice"),
-    "one_row": (lambda x: x[0], "select"),
     "last_token": (lambda x: x[:, -1], "0:1"),
     "every_other_copy": (lambda x: x.repeat_interleave(2, 0)[0::2], "0:1"),
-    "first_of_two_tiles": (lambda x: x.repeat(2, 1, 1).chunk(2)[1], "0:1"),
     "cat_rows": (lambda x: torch.cat([x, 2 * x]), "0:1"),
     "cat_shared_rows": (lambda x: torch.cat([x, torch.ones(1, 5, 4)]), "cat"),
-    "cat_time": (lambda x: torch.cat([torch.zeros(x.shape[0], 1, 4), x], 1), "0:1"),
-    "stack": (lambda x: torch.stack([x, x], 1), "0:1"),
     "stack_front": (lambda x: torch.stack([x, x]), "1:1"),
-    "pad_time": (lambda x: F.pad(x, (0, 0, 1, 0)), "0:1"),
     "pad_rows": (lambda x: F.pad(x, (0, 0, 0, 0, 1, 0)), "constant_pad_nd"),
     "shift_time": (lambda x: x.roll(1, 1), "0:1"),
     "shift_rows": (lambda x: x.roll(1, 0), None),  # decomposed: what is lost is checked below
-    "flip_time": (lambda x: x.flip(1), "0:1"),
     "flip_rows": (lambda x: x.flip(0), "rev"),
     # along dimensions
     "softmax": (lambda x: x.softmax(-1), "0:1"),
-    "cumsum_rows": (lambda x: x.cumsum(0), "cumsum"),
     "mean_time": (lambda x: x.mean(1), "0:1"),
-    "sum_all": (lambda x: x.sum(), "sum"),
-    "max_kept": (lambda x: x.amax(1, keepdim=True), "0:1"),
     "topk": (lambda x: x.topk(2)[1], "0:1"),
     "layer_norm": (lambda x: F.layer_norm(x, (4,)), "0:1"),
-    "group_norm": (lambda x: F.group_norm(x.transpose(1, 2), 2), "0:1"),
-    "instance_norm": (lambda x: F.instance_norm(x.transpose(1, 2)), "0:1"),
     # contractions
     "linear": (lambda x: x @ WEIGHT, "0:1"),
     "scores": (lambda x: x @ x.transpose(1, 2), "0:1"),
@@ -94,14 +74,11 @@ BATCH_FIRST = {
     ),
     # writes
     "write_time": (lambda x: x.clone().index_fill_(1, torch.tensor([0]), 0.0), "0:1"),
-    "write_slice": (lambda x: torch.slice_scatter(x, x[:, :2], 1, 0, 2), "0:1"),
-    "masked": (lambda x: x.masked_fill(x > 0, 0.0), "0:1"),
     # choices
     "last_real_token": (lambda x: x[torch.arange(x.shape[0]), x.argmax(1)[:, 0]], "0:1"),
     "gather_time": (lambda x: x.gather(1, x.argsort(1)), "0:1"),
     "gather_rows": (lambda x: x.gather(0, (x > 0).long()), "gather"),
     "permuted_rows": (lambda x: x[torch.tensor([1, 0, 2])], "index"),
-    "selected_rows": (lambda x: x.index_select(0, torch.arange(x.shape[0])), "0:1"),
 }
 
 
@@ -139,29 +116,6 @@ def test_batch_first(name):
         assert kept(again.labels[node]) == kept(label), node
 
 
-def test_an_operand_that_a_rule_does_not_look_at_is_not_forgotten():
-    """A reduction's packet also holds max(a, b): shared on the left, owned on the right."""
-    gm = trace(lambda x, y: x + y, [X, X.clone()])
-    shared, owned = (n for n in gm.graph.nodes if n.op == "placeholder")
-    total = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.add.Tensor)
-    batch = BatchSymbols.of([owned.meta["val"].shape[0]])
-    expected = {torch.ops.aten.max.other: Own, torch.ops.aten.convolution.default: Mixed}
-    for target, kind in expected.items():
-        extra = (None, [1], [0], [1], False, [0], 1) if kind is Mixed else ()
-        assert isinstance(total, fx.Node)
-        total.target, total.args = target, (shared, owned, *extra)
-        assert (
-            type(flow_through(gm.graph, {shared: None, owned: Own(0)}, batch).labels[total]) is kind
-        )
-
-
-def test_reason_names_operator_and_node():
-    label, _, gm = labelled(lambda x: x.cumsum(0) * 2, [X], [Own(0)])
-    node = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.cumsum.default)
-    assert label.reason.startswith("aten::cumsum:")
-    assert f"node {node.name}" in label.reason
-
-
 @torch.library.custom_op("lorafx_tests::mystery", mutates_args=())
 def mystery(x: torch.Tensor) -> torch.Tensor:
     return x.flip(0)
@@ -176,18 +130,8 @@ def test_unknown_operator_is_loud():
     assert "lorafx_tests::mystery: no rule for this operator" in label.reason
 
 
-def test_input_without_a_label_is_mixed():
-    gm = trace(lambda x, y: x + y, [X, X.clone()])
-    first, second = (n for n in gm.graph.nodes if n.op == "placeholder")
-    labels = flow_through(
-        gm.graph, {first: Own(0)}, BatchSymbols.of([first.meta["val"].shape[0]])
-    ).labels
-    assert "unknown origin" in labels[second].reason
-
-
 SEQUENCE_FIRST = {
     "flat": (lambda x: x.reshape(-1, 4), "0:1"),
-    "flat_linear": (lambda x: (x.reshape(-1, 4) @ WEIGHT).view(x.shape[0], x.shape[1], 7), "1:1"),
     "as_if_batch_first": (lambda x: x.reshape(x.shape[1], x.shape[0], 4).cumsum(1), "mixed"),
     "attention": (
         lambda x: torch.einsum("ibd,jbd->bij", x, x).softmax(-1) @ x.transpose(0, 1),
@@ -198,7 +142,7 @@ SEQUENCE_FIRST = {
 
 
 @pytest.mark.parametrize("name", SEQUENCE_FIRST)
-@pytest.mark.parametrize(("time", "batch"), [(5, 3), (6, 3), (3, 3)])
+@pytest.mark.parametrize(("time", "batch"), [(6, 3), (3, 3)])
 def test_sequence_first(name, time, batch):
     """T a multiple of B, and T equal to B: what misleads every guess by shape."""
     fn, expected = SEQUENCE_FIRST[name]
@@ -226,34 +170,15 @@ def dispatch_inverse(x):
     return picked[inverse].view(-1, k, 7).sum(1)
 
 
-def dispatch_argsort(x):
-    flat, _, p, k = route(x)
-    return (flat.repeat_interleave(k, 0)[p] @ WEIGHT)[p.argsort()].view(-1, k, 7).sum(1)
-
-
 def dispatch_index_add(x):
     flat, _, p, k = route(x)
     out = torch.zeros(flat.shape[0], 7, dtype=x.dtype)
     return out.index_add(0, p // k, flat[p // k] @ WEIGHT)
 
 
-def dispatch_token_table(x):
-    flat, _, p, k = route(x)
-    tokens = torch.arange(flat.shape[0])[:, None].expand(-1, k).reshape(-1)
-    return torch.zeros_like(flat).index_add(0, tokens[p], flat[tokens[p]])
-
-
 def dispatch_left_sorted(x):
     flat, _, p, k = route(x)
     return flat[p // k] @ WEIGHT
-
-
-def dispatch_write_back(x):
-    flat, _, p, k = route(x)
-    rows = flat.repeat_interleave(k, 0)
-    out = torch.zeros_like(rows)
-    out[p] = rows[p]
-    return out
 
 
 def wrong_inverse(x):
@@ -262,28 +187,11 @@ def wrong_inverse(x):
     return flat[p // k][other.argsort()]
 
 
-def wrong_divisor(x):
-    flat, _, p, _ = route(x)
-    return flat.repeat_interleave(4, 0)[: 2 * flat.shape[0]][p // 3]
-
-
-def sorted_positions(x):
-    _, _, p, _ = route(x)
-    out = torch.zeros(p.shape[0], dtype=torch.long)
-    out[p] = torch.arange(p.shape[0])
-    return out
-
-
 DISPATCH = {
     dispatch_inverse: "0:{T}",
-    dispatch_argsort: "0:{T}",
     dispatch_index_add: "0:{T}",
-    dispatch_token_table: "0:{T}",
-    dispatch_write_back: "0:2*{T}",
     dispatch_left_sorted: "0:2*{T}p",
     wrong_inverse: "mixed",
-    wrong_divisor: "mixed",
-    sorted_positions: "mixed",
 }
 
 
@@ -337,12 +245,3 @@ def test_grouped_rows_meet_their_experts():
     x = ROWS.bfloat16().repeat(1, 2)
     label, _, _ = labelled(fn, [x, bounds], [Own(0), Mixed("counts of everybody's tokens")], (1,))
     assert rows_of(label) == "0:1"
-
-
-def test_static_batch_is_exact_arithmetic():
-    """All sizes are numbers and T is a multiple of B: dimensions are followed, not guessed."""
-    x = torch.randn(4, 2, 6, dtype=torch.float64)
-    flat, _, _ = labelled(lambda x: x.reshape(-1, 6), [x], [Own(1)], static=(0,))
-    assert rows_of(flat) == "0:1"
-    lost, _, _ = labelled(lambda x: x.reshape(2, 4, 6).cumsum(1), [x], [Own(1)], static=(0,))
-    assert isinstance(lost, Mixed)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
-
 import pytest
 import torch
 from marking import ALL, attach, llama
@@ -48,15 +46,6 @@ def test_saved_files_are_the_same(tmp_path):
         assert (tmp_path / "after" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_marks_make_no_cycles():
-    model = nn.Sequential(nn.Linear(2, 2))
-    attachment = attach(model)
-    gone, runtime = weakref.ref(model), weakref.ref(attachment.runtime)
-    del model, attachment
-    assert gone() is None
-    assert runtime() is None
-
-
 def test_siblings_share_a_bank():
     attachment = attach(llama(), ALL)
     found = [([s.path.rpartition(".")[2] for s in g.sites], g.offsets) for g in attachment.groups]
@@ -73,30 +62,6 @@ def test_siblings_share_a_bank():
     marks = [attachment.marks[s.path] for s in attachment.groups[1].sites]
     assert [m.siblings for m in marks] == [(0,), (1,), (2,), (3,)]
     assert all(m.bank is bank for m in marks)
-
-
-def test_what_differs_does_not_share():
-    model = nn.ModuleDict(
-        {
-            "a": nn.Linear(4, 4),
-            "b": nn.Linear(4, 4).bfloat16(),
-            "c": nn.Linear(5, 4),
-            "e": nn.Embedding(4, 4),
-            "f": nn.Embedding(4, 4),
-            "inner": nn.ModuleDict({"a": nn.Linear(4, 4)}),
-        }
-    )
-    attachment = attach(model, r".*[abcef]")
-    assert [[s.path for s in g.sites] for g in attachment.groups] == [
-        ["a"],
-        ["b"],
-        ["c"],
-        ["e"],
-        ["f"],
-        ["inner.a"],
-    ]
-    assert attachment.groups[1].bank.A.dtype == torch.bfloat16
-    assert attach(nn.Linear(2, 2), dtype=torch.float16).groups[0].bank.A.dtype == torch.float16
 
 
 def test_attaching_twice():
@@ -135,12 +100,6 @@ def test_a_model_that_is_compiled_already(compile_it, message):
     with pytest.raises(CaptureError, match=message):
         attach(model)
     assert not any(m._forward_hooks for m in model.modules())
-
-
-def test_a_compiled_part_without_sites_does_not_matter():
-    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    model[1].compile(backend="eager")
-    assert list(attach(model).marks) == ["0"]
 
 
 def test_sites_on_two_devices():

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from by_keyword import by_keyword
 from compile_only_gpu import on_cuda
 from dense_merge import error
 from expecttest import assert_expected_inline
@@ -36,14 +35,12 @@ Change = Callable[[SiteGraph, fx.Node], fx.Node]
 
 def built(
     group: int = 1,
-    transposed: bool = True,
     mask: Change = lambda g, mask: mask,
     keys: Change = lambda g, keys: keys,
     also: Callable[[SiteGraph, fx.Node, fx.Node], list[fx.Node]] = lambda g, keys, pages: [],
     causal: bool = False,
     kernel: Any = _ATTENTION,
     size: int = SIZE,
-    statistics: bool = False,
 ) -> Finished:
     """Two requests: one token that sees four rows, and two that see three. `mask`, `keys` change
     what attention takes; `also` is what else is computed of the keys and the cache."""
@@ -53,7 +50,7 @@ def built(
     hidden[0, 0, 0, 4:] = hidden[0, 0, 1:, :4] = hidden[0, 0, 1, 6] = torch.finfo(torch.float32).min
     queries = torch.randn(1, HEADS * group, TOKENS, size)
     values: list[Any] = [
-        queries.transpose(1, 2).contiguous().transpose(1, 2) if transposed else queries,
+        queries.transpose(1, 2).contiguous().transpose(1, 2),
         *torch.randn(2, 1, HEADS, TOKENS, size).unbind(),
         torch.randn(32 * HEADS * size).view(torch.uint8),
         torch.tensor([1, 2, 3, 4, 9, 10, 11]),
@@ -75,9 +72,7 @@ def built(
     if kernel is _ATTENTION:
         both = g.call(kernel, *asked, 0.0, causal, attn_mask=hides, scale=0.4)
     else:
-        both = g.call(kernel, *asked, hides, statistics, 0.0, causal, scale=0.4)
-    if statistics:
-        others = [*others, g.call(operator.getitem, both, 1)]
+        both = g.call(kernel, *asked, hides, False, 0.0, causal, scale=0.4)
     done = g.output(g.call(operator.getitem, both, 0), *others)
     if kernel is not _ATTENTION:
         on_cuda(g.mode, done.gm)
@@ -109,21 +104,11 @@ return paged_attention
     assert error(done.result()[0], want) <= 1e-6
 
 
-@pytest.mark.parametrize("named", [False, True])
-def test_heads_that_are_repeated(named: bool) -> None:
+def test_heads_that_are_repeated() -> None:
     done = built(group=3)
     want = done.result()[0]
-    if named:
-        by_keyword(done.gm.graph)
     assert done.run(Attend()) == 1
     assert len(done.targets()) == 1
-    assert error(done.result()[0], want) <= 1e-6
-
-
-def test_queries_of_another_layout() -> None:
-    done = built(transposed=False)
-    want = done.result()[0]
-    assert done.run(Attend()) == 1
     assert error(done.result()[0], want) <= 1e-6
 
 
@@ -154,13 +139,8 @@ def cut(g: SiteGraph, mask: fx.Node) -> fx.Node:
     return g.call(aten.slice.Tensor, mask, -1, 0, COUNT)
 
 
-def later(g: SiteGraph, mask: fx.Node) -> fx.Node:
-    mask = g.call(aten.constant_pad_nd.default, mask, [0, 1], 0.0)
-    return g.call(aten.slice.Tensor, mask, -1, 1, COUNT + 1)
-
-
-ON_A_GPU = [{"mask": change} for change in (added, cut, later, lambda g, mask: None)]
-ON_A_GPU += [{"causal": True}, {"statistics": True}, {"size": 300}]  # the last has no kernel
+ON_A_GPU = [{"mask": change} for change in (added, cut, lambda g, mask: None)]
+ON_A_GPU += [{"causal": True}, {"size": 300}]  # the last has no kernel
 
 
 @pytest.mark.parametrize(

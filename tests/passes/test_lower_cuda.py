@@ -47,9 +47,7 @@ def graph_of(path: str) -> tuple[SiteGraph, Finished]:
     ("path", "pin", "base"),
     [
         ("linear", "epilogue", []),
-        ("linear", "recompute", []),
         ("linear", "segments", ["addmm.default"]),
-        ("linear", "gemv", ["addmm.default"]),
         ("transposed", "epilogue", []),
         ("embed", None, ["embedding.default"]),
     ],
@@ -82,14 +80,13 @@ def test_lora_nodes_become_kernels(path: str, pin: str | None, base: list[str]) 
     assert output.meta["val"].device == CUDA
 
 
-@pytest.mark.parametrize("path", ["linear", "transposed"])
-def test_longer_operands_are_written_before_the_product(path: str) -> None:
+def test_longer_operands_are_written_before_the_product() -> None:
     """Two kernels, each into a buffer of its own that the product then reads; nothing else of
     lorafx is left."""
-    g, done = graph_of(path)
+    g, done = graph_of("linear")
     done.run(Match(), Fuse())
     on_cuda(g.mode, done.gm)
-    done.ctx.program.options = replace(done.ctx.program.options, plan={path: "concat"})
+    done.ctx.program.options = replace(done.ctx.program.options, plan={"linear": "concat"})
     with compile_only_gpu():
         assert done.run(Plan(), Lower()) == 1
     gather, place = (node for node in done.gm.graph.nodes if node.target is KERNEL_CALL)

@@ -10,7 +10,6 @@ from graph_text import shown
 from site_graphs import Holder, SiteGraph
 from torch import nn
 
-from lorafx.kernels.cpu.grouped_mm import GROUPED_MM
 from lorafx.passes.match.match import Match
 
 pytestmark = pytest.mark.quick
@@ -58,95 +57,6 @@ return site, site_1
     )
 
 
-class Experts(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up_proj = nn.Parameter(torch.randn(E, N, K))
-        self.down_proj = nn.Parameter(torch.randn(E, K, N))
-
-
-def routed(sorted_rows: bool):
-    """x (M, K) and the experts: where their rows end, or one for each row."""
-    torch.manual_seed(0)
-    g = SiteGraph(Holder(experts=Experts()), ROWS, targets=["experts"])
-    x = g.argument(torch.randn(E * T, K))
-    choice = [1, E * T] if sorted_rows else [0, 1, 1, 0]
-    choice = g.argument(torch.tensor(choice, dtype=torch.int32 if sorted_rows else torch.int64))
-    weight = g.weight("experts.up_proj", "up_proj")
-    g.input(g.program.runtime.slots)
-    return g, x, choice, weight
-
-
-def test_sorted_experts_before_and_after():
-    g, x, ends, weight = routed(sorted_rows=True)
-    right = g.call(aten.permute.default, weight, [0, 2, 1])
-    done = g.output(g.call(GROUPED_MM, x, right, ends))
-    assert_expected_inline(
-        shown(done, Match()),
-        """\
-permute = aten.permute(experts_up_proj_up_proj, [0, 2, 1])
-grouped_mm = lorafx.grouped_mm(x, permute, x_1)
-return grouped_mm
-
-match: 1 edit
-
-permute = aten.permute(experts_up_proj_up_proj, [0, 2, 1])
-grouped_mm = lorafx.grouped_mm(x, permute, x_1)
-iota = prims.iota(4, start=0, step=1, dtype=torch.int32, device=cpu, requires_grad=False)
-searchsorted = aten.searchsorted.Tensor(x_1, iota, out_int32=True, right=True)
-expert_site = lorafx.expert_site(x, grouped_mm, bank, slots, searchsorted, [0], [0], [6], 0,
-    2)
-return expert_site
-""",
-    )
-
-
-def test_chosen_experts_before_and_after():
-    g, x, ids, weight = routed(sorted_rows=False)
-    own = g.call(aten.permute.default, g.call(aten.index.Tensor, weight, [ids]), [0, 2, 1])
-    y = g.call(aten.bmm.default, g.call(aten.unsqueeze.default, x, 1), own)
-    done = g.output(g.call(aten.squeeze.dim, y, 1))
-    assert_expected_inline(
-        shown(done, Match()),
-        """\
-index = aten.index.Tensor(experts_up_proj_up_proj, [x_1])
-permute = aten.permute(index, [0, 2, 1])
-unsqueeze = aten.unsqueeze(x, 1)
-bmm = aten.bmm(unsqueeze, permute)
-squeeze = aten.squeeze.dim(bmm, 1)
-return squeeze
-
-match: 1 edit
-
-index = aten.index.Tensor(experts_up_proj_up_proj, [x_1])
-permute = aten.permute(index, [0, 2, 1])
-unsqueeze = aten.unsqueeze(x, 1)
-bmm = aten.bmm(unsqueeze, permute)
-squeeze = aten.squeeze.dim(unsqueeze, 1)
-squeeze_1 = aten.squeeze.dim(bmm, 1)
-add = aten.add.Tensor(x_1, 2)
-lt = aten.lt.Scalar(x_1, 0)
-where = aten.where.self(lt, add, x_1)
-expert_site = lorafx.expert_site(squeeze, squeeze_1, bank, slots, where, [0], [0], [6], 0,
-    2)
-reshape = aten.reshape(expert_site, [4, 1, 6])
-squeeze_2 = aten.squeeze.dim(reshape, 1)
-return squeeze_2
-""",
-    )
-
-
-def test_a_mark_is_mapped_to_its_site_and_use():
-    g, x = start("up")
-    done = g.output(g.mark("up", x, addmm(g, x)))
-    assert done.run(Match()) == 0
-    ((state,),) = done.ctx.states.values()
-    assert state.site.path == "up"
-    assert state.use is not None
-    assert state.use.node.target is aten.addmm.default
-    assert error(done.result()[0], g.merged("up", done.values[0])) <= 1e-5
-
-
 def linear(g, x, path="up"):
     return g.call(aten.linear.default, x, g.weight(path), g.weight(path, "bias"))
 
@@ -159,15 +69,6 @@ def from_the_left(g, x):
     return g.call(aten.add.Tensor, y, g.weight("up", "bias"))
 
 
-def einsum(g, x):
-    """(1, K, N) through sizes of one on all sides."""
-    w = g.call(aten.unsqueeze.default, g.weight("up"), 2)
-    w = g.call(aten.permute.default, w, [2, 1, 0])
-    flat = g.call(aten.view.default, x, [1, B * T, K])
-    y = g.call(aten.view.default, g.call(aten.bmm.default, flat, w), [B, T, N])
-    return g.call(aten.add.Tensor, y, g.weight("up", "bias"))
-
-
 @pytest.mark.parametrize(
     ("build", "expected"),
     [
@@ -177,7 +78,6 @@ def einsum(g, x):
             from_the_left,
             ["unsqueeze", "expand", "permute", "bmm", *["permute"] * 2, "site", *["permute"] * 2],
         ),
-        (einsum, ["unsqueeze", "permute", "view", "bmm", "site", "view"]),
     ],
 )
 def test_an_unmarked_use_gets_its_delta(build, expected):
@@ -215,11 +115,6 @@ def doubled(g, x):
     return g.call(aten.linear.default, x, twice)
 
 
-def flattened(g, x):
-    flat = g.call(aten.view.default, g.weight("up"), [K, N])
-    return g.call(aten.mm.default, g.call(aten.view.default, x, [B * T, K]), flat)
-
-
 def returned(g, x):
     return g.weight("up")
 
@@ -234,7 +129,6 @@ def scaled_product(g, x):
     ("build", "reason"),
     [
         (doubled, "no rule for aten.mul"),
-        (flattened, "its rows are merged or split by a reshape"),
         (returned, "the weight itself is returned"),
         (scaled_product, "alpha or beta"),
     ],
@@ -247,14 +141,6 @@ def test_an_unknown_use_is_refused_by_name(build, reason):
     assert (when, paths) == ("always", ["up"])
     assert reason in text
     assert "its weight is used in a way that no rule covers" in text
-
-
-def test_reading_the_size_of_a_weight_is_no_use():
-    g, x = start("up", marks=False)
-    g.call(aten.sym_size.int, g.weight("up"), 0)
-    done = g.output(addmm(g, x))
-    assert done.run(Match()) == 1
-    assert done.refusals() == []
 
 
 def test_a_tied_weight_is_told_apart_by_its_use():

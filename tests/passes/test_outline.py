@@ -139,16 +139,6 @@ def test_layers_of_one_form_are_calls_of_one_body(passes):
     assert str(told).startswith("layers.0 and 2 more like it as one")
 
 
-def test_each_site_has_a_call_and_a_node_in_its_body():
-    done = Builder().stack(plain).finish()
-    outlined(done)
-    body = done.gm.get_submodule("outlined_0")
-    homes = [done.ctx.homes[node] for node in done.ctx.states]
-    assert [call for call, _ in homes] == calls(done)
-    (inner,) = {inner for _, inner in homes}
-    assert inner in set(body.graph.nodes)
-
-
 def test_a_lost_call_or_body_node_is_noticed():
     done = Builder().stack(plain).finish()
     outlined(done)
@@ -173,7 +163,6 @@ def changed(change):
 
 
 OTHER = {
-    "a literal": lambda b, h, i, last: b.g.call(aten.mul.Tensor, h, 0.5 if last else 0.25),
     "a constant": lambda b, h, i, last: b.g.call(
         aten.mul.Tensor, h, b.constant(i, 0.5 if last else 0.25)
     ),
@@ -189,19 +178,6 @@ def test_a_layer_that_differs_is_not_merged(name):
     done = Builder().stack(changed(OTHER[name])).finish()
     outlined(done)
     assert [told.paths for told in done.ctx.outlined] == [("layers.0", "layers.1")]
-
-
-def test_two_kinds_of_layer_are_two_bodies():
-    def layer(b: Builder, index: int, h: fx.Node) -> fx.Node:
-        op = aten.sin.default if index % 2 else aten.tanh.default
-        return plain(b, index, b.g.call(op, h))
-
-    done = Builder(5).stack(layer).finish()
-    assert outlined(done) == 2
-    assert [told.paths for told in done.ctx.outlined] == [
-        ("layers.0", "layers.2", "layers.4"),
-        ("layers.1", "layers.3"),
-    ]
 
 
 def test_views_leave_a_body_as_fresh_tensors():
@@ -250,49 +226,3 @@ def test_random_numbers_stay_outside():
     done = Builder().stack(layer).finish()
     assert outlined(done) == 1
     assert done.targets().count("rand_like.default") == LAYERS
-
-
-def test_what_is_written_back_into_an_input_stays_outside():
-    """Inductor updates a cache in place where the update and the copy back stand in one graph."""
-    caches: list[fx.Node] = []
-
-    def layer(b: Builder, index: int, h: fx.Node) -> fx.Node:
-        g = b.g
-        new = g.call(aten.slice_scatter.default, caches[index], h, 0, 0, B)
-        caches[index] = new
-        return plain(b, index, g.call(aten.slice.Tensor, new, 0, 0, B))
-
-    builder = Builder()
-    caches.extend(builder.g.argument(torch.randn(B + 2, K)) for _ in range(LAYERS))
-    inputs = list(caches)
-    builder.stack(layer)
-    for cache, new in zip(inputs, caches, strict=True):
-        builder.g.call(aten.copy_.default, cache, new)
-    done = builder.finish()
-    assert outlined(done) == 1
-    assert done.targets().count("slice_scatter.default") == LAYERS
-    assert len(calls(done)) == LAYERS
-
-
-def test_short_repeats_stay():
-    done = Builder().stack(plain).finish()
-    before = done.targets()
-    assert done.run(Match(), Outline()) == 0
-    assert done.targets() == before
-
-
-def test_a_budget_of_edits():
-    done = Builder().stack(plain).finish()
-    done.ctx.edits_left = 0
-    assert outlined(done) == 0
-    assert not calls(done)
-
-
-def test_nodes_without_a_module_belong_to_the_layer_they_stand_in():
-    """Passes add nodes that no module made."""
-    done = Builder().stack(plain).finish()
-    for node in done.gm.graph.nodes:
-        if node.target is aten.relu.default:
-            del node.meta["nn_module_stack"]
-    assert outlined(done) == 1
-    assert done.targets() == ["invoke_subgraph", "getitem"] * LAYERS

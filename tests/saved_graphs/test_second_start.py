@@ -80,17 +80,6 @@ def test_loaded_graphs_serve_mixes_sizes_and_new_adapters(shallow: Case, cache: 
 
 
 @pytest.mark.slow
-def test_loaded_graphs_generate_with_a_cache(shallow: Case, cache: Path) -> None:
-    inputs = token_inputs(3, 4)
-    named = {"max_new_tokens": 4, "do_sample": False, "adapter_names": list(MIX)}
-    first = start(shallow.model(), shallow, cache)
-    want = first.generate(**inputs, **named)
-    assert set(state(first)) == {SAVED}
-    cm = start(shallow.model(), shallow, cache)
-    assert torch.equal(cm.generate(**inputs, **named), want)
-    assert state(cm) == [LOADED] * len(state(first))
-
-
 def test_inductors_code_with_generated_kernels(plain: Case, cache: Path) -> None:
     torch.manual_seed(0)
     inputs = plain_inputs(3, 5)
@@ -102,24 +91,6 @@ def test_inductors_code_with_generated_kernels(plain: Case, cache: Path) -> None
         assert state(cm) == [found] * 2  # and the base's own
     check_mixed(cm, plain, ["a2", "a4", None, "a3", "a1"], plain_inputs(5, 9))
     assert state(cm) == [LOADED] * 2
-
-
-def test_what_a_process_gathers_as_it_compiles_is_no_difference(
-    shallow: Case, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Inductor sets a variable of the environment, of which grouped attention reads another; and
-    operators come into their namespace when they are first asked for."""
-    variable, operators = "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR", vars(torch.ops.lorafx)
-    monkeypatch.setenv(variable, "1")
-    _ = torch.ops.lorafx.stamp
-    first = start(shallow.model(), shallow, cache, dynamic=False)
-    check_mixed(first, shallow, MIX, token_inputs(3, 5))
-    monkeypatch.delenv(variable)
-    monkeypatch.delitem(operators, "stamp")
-    cm = start(shallow.model(), shallow, cache, dynamic=False)
-    check_mixed(cm, shallow, MIX, token_inputs(3, 5))
-    assert state(first) == [SAVED]
-    assert state(cm) == [LOADED]
 
 
 @pytest.mark.usefixtures("earlier_objects_frozen")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,11 +21,7 @@ from lorafx.errors import LorafxWarning
 VOCAB = 37
 VARIABLE = "SECOND_START_SCALE"
 TABLE: dict[str, float] = {"other": 1.0}
-EMPTY = types.ModuleType("lorafx_second_start_empty")
 SCALE = {"now": 1.0}
-LIBRARY = torch.library.Library("second_start", "DEF")
-LIBRARY.define("scaled(Tensor x) -> Tensor")
-LIBRARY.impl("scaled", lambda x: x * SCALE["now"], "CompositeImplicitAutograd")
 
 
 class Model(nn.Module):
@@ -53,28 +47,9 @@ class OfGlobalDict(Model):
             return 1.0
 
 
-class OfPythonModule(Model):
-    def scale(self, x: Tensor) -> Any:
-        return getattr(EMPTY, "scale", 1.0)
-
-
 class OfEnvironment(Model):
     def scale(self, x: Tensor) -> Any:
         return 3.0 if os.environ.get(VARIABLE) else 1.0
-
-
-class OfTwoLists(Model):
-    """Both hold one number, until the forward appends one to the first of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.written, self.read = [1], [1]
-
-    def scale(self, x: Tensor) -> Any:
-        self.written.append(1)
-        found = float(len(self.read))
-        self.written.pop()
-        return found
 
 
 @torch._dynamo.assume_constant_result
@@ -87,15 +62,6 @@ class OfConstantResult(Model):
         return constant()
 
 
-class OfConstantMethod(Model):
-    @torch._dynamo.assume_constant_result
-    def own(self) -> float:
-        return SCALE["now"]
-
-    def scale(self, x: Tensor) -> Any:
-        return self.own()
-
-
 @torch.compiler.allow_in_graph
 def in_graph(x: Tensor) -> Tensor:
     return torch.ones_like(x) * SCALE["now"]
@@ -104,17 +70,6 @@ def in_graph(x: Tensor) -> Tensor:
 class OfFunctionInGraph(Model):
     def scale(self, x: Tensor) -> Any:
         return in_graph(x)
-
-
-class OfOperator(Model):
-    def scale(self, x: Tensor) -> Any:
-        return torch.ops.second_start.scaled(torch.ones_like(x))
-
-
-@contextmanager
-def _one_list(model: Any) -> Iterator[None]:
-    model.read = model.written
-    yield
 
 
 @contextmanager
@@ -130,7 +85,6 @@ def _hook_of_all(model: Any) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    sys.modules[EMPTY.__name__] = EMPTY
     folder, base = tmp_path_factory.mktemp("adapters"), Model()
     return {
         f"a{n}": save_adapter(base, folder / f"a{n}", rank=n + 2, targets="all-linear", seed=n)
@@ -142,12 +96,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ("cls", "change"),
     [
         (OfGlobalDict, lambda model: patch.dict(TABLE, scale=3.0)),
-        (OfPythonModule, lambda model: patch.object(EMPTY, "scale", 3.0, create=True)),
         (OfEnvironment, lambda model: patch.dict(os.environ, {VARIABLE: "1"})),
-        (OfTwoLists, _one_list),
         *(
             (cls, lambda model: patch.dict(SCALE, now=3.0))
-            for cls in (OfConstantResult, OfConstantMethod, OfFunctionInGraph, OfOperator)
+            for cls in (OfConstantResult, OfFunctionInGraph)
         ),
         (Model, _hook_of_all),
     ],

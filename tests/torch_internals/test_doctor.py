@@ -9,7 +9,7 @@ import pytest
 
 import lorafx
 from lorafx.cli import diagnosis, main
-from lorafx.cli.small_batch import TOLERANCE, SmallBatch, run_small_batch
+from lorafx.cli.small_batch import TOLERANCE, SmallBatch
 from lorafx.torch_internals import entries, shortcuts
 
 
@@ -48,13 +48,6 @@ def test_everything_holds_here(run, unlearnt: None) -> None:
     assert found["batch"]["seconds"] > 0
 
 
-def test_without_transformers_it_compiles_a_model_of_torchs(faked) -> None:
-    faked(transformers=None, peft=None)
-    found = run_small_batch()
-    assert found.model == "Sequential"
-    assert found.right
-
-
 @pytest.mark.quick
 def test_the_text_has_a_line_for_each_part_and_shortcut(run, batch, unlearnt, monkeypatch) -> None:
     monkeypatch.setenv(shortcuts.VARIABLE, "off")
@@ -74,7 +67,6 @@ def test_the_text_has_a_line_for_each_part_and_shortcut(run, batch, unlearnt, mo
     ("found", "wrong"),
     [
         ({"torch": "2.10.0"}, "lorafx needs torch 2.11 or later, and this is torch 2.10.0: "),
-        ({"transformers": "4.57.1"}, "and this is transformers 4.57.1: "),
         ({"triton": "2.0.1"}, ", and this is triton 2.0.1: pip install "),
     ],
 )
@@ -106,19 +98,6 @@ def test_a_newer_torch_is_untested_and_no_fault(run, faked, batch) -> None:
     said = run("--json")
     assert said["installed"]["torch"].startswith("2.99.0 (untested; tested: 2.11, ")
     assert set(said["shortcuts"].values()) == {"torch 2.99.0 is untested"}
-
-
-@pytest.mark.quick
-def test_names_that_are_missing_are_told_with_what_is_refused(
-    run, unlearnt, batch, monkeypatch
-) -> None:
-    row = next(row for row in entries.table() if row.module == "cpp")
-    monkeypatch.setattr(entries, "missing", lambda name: name == row.names[0])
-    said = f"cpp lacks {row.names[0]}; refused without: {row.entry.refused}"
-    assert f"wrong: {said}" in run(code=1).splitlines()
-    found = run("--json", code=1)
-    (part,) = [part for part in found["required"] if part["missing"]]
-    assert (part["module"], part["missing"]) == ("cpp", [row.names[0]])
 
 
 @pytest.mark.quick
