@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from attached import fresh_dynamo
-from dense_merge import REFERENCE, Case, error, save_adapter
+from dense_merge import REFERENCE, Case, error
 from torch import Tensor, nn
 
 import lorafx

@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.errors import MatchError
+from lorafx.errors import MatchError, ProvenanceError
 
 REFERENCE = {"lowering": "reference"}
 
