@@ -110,7 +110,7 @@ def attempt(model: nn.Module, config: LoraConfig) -> dict[str, tuple[float, floa
     prepared = Preparation(model, config)
     _, *match = timed(lambda: run_model_passes(prepared, (Alias(), Select())))
     _, *attach = timed(lambda: run_model_passes(prepared, (Attach(),)))
-    prepared.undo()
+    prepared.rollback.run()
     _, *everything = timed(lambda: lorafx.attach(model, config))
     lorafx.detach(model)
     return {"match": tuple(match), "attach": tuple(attach), "all": tuple(everything)}
