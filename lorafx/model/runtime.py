@@ -58,15 +58,14 @@ class Runtime:
             default: a foreign trace is refused then where the adapter changes the layer.
         uniform: all requests use the same slot, the only kind of batch that is right before the
             rows' owners are proved.
-        graph_passes: graphs of this model go through lorafx's own passes. A mark that cannot add
-            its delta in a trace then leaves the weight's use to the `match` pass; else it raises.
+        graph_passes: graphs go through lorafx's passes: a mark that cannot add its delta in a trace
+            leaves the weight's use to `match`; else it raises.
         by_handle: graphs look `row_slots` up when they run, and what marks read is a handle of
             constant shape. False: marks read the slots of all requests.
-        session: what serves the model, None before and after; marks lead to it.
         resting: checks of a layer that runs in eager mode; None where nothing serves it.
 
-    Copies and pickles have slots of their own and no session. They keep the batch, unless a session
-    serves it: then they are the base.
+    Copies and pickles have slots of their own and no session; they are the base, if a session
+    served.
     """
 
     def __init__(self, capacity: int, device: torch.device) -> None:
