@@ -64,8 +64,7 @@ class Runtime:
             constant shape. False: marks read the slots of all requests.
         resting: checks of a layer that runs in eager mode; None where nothing serves it.
 
-    Copies and pickles have slots of their own and no session; they are the base, if a session
-    served.
+    Copies and pickles have no session. They keep the batch; of a served model they are the base.
     """
 
     def __init__(self, capacity: int, device: torch.device) -> None:
