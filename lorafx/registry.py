@@ -36,10 +36,8 @@ class Sharding(Protocol):
     def cut(
         self, module: nn.Module, slices: tuple[int, ...], A: Tensor, B: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """This rank's share of A (…, r, K) and B (…, N, r), N the columns of `slices`.
-
-        Routed experts have factors for each of E experts, (E, r, K) and (E, N, r).
-        """
+        """This rank's share of A (…, r, K) and B (…, N, r), N the columns of `slices`; routed
+        experts have (E, r, K) and (E, N, r)."""
         ...
 
     def product(self, module: nn.Module) -> nn.Module:
@@ -69,14 +67,11 @@ class Eligible:
 
     Attributes:
         kind: "linear" (y = x Wᵀ), "embedding" (y = W[ids]), "conv" (a convolution of torch's) or
-            "experts" (routed experts, whose 3-D parameters are known by their shapes,
-            lorafx.model.experts).
+            "experts" (routed experts, lorafx.model.experts).
         sizes: instance -> (in_features, out_features); of a convolution the entries of one kernel
             over all channels, and the output channels.
-        output_sizes: instance -> columns of each output slice; None for modules that compute one
-            projection.
-        sharding: None where modules hold what checkpoints hold.
-        weight_shardings: the same for each parameter of a class of routed experts, by name.
+        sharding, weight_shardings: of the weight, or of experts' parameters by name; None or empty
+            where modules hold what checkpoints hold.
         inner: the forward multiplies by the weight and returns something else, so that the product
             is found in the graph alone. "all-linear" and the default leave such classes out.
         carries: children that PEFT gives factors together with the module, by attribute, and how

@@ -16,7 +16,7 @@ from lorafx.kernels.cpu.compiler import cache_folder
 
 @dataclass(frozen=True)
 class Chip:
-    """What a GPU reaches, in SI units: rates that kernels were seen to reach, below data sheets'.
+    """What a GPU reaches, in SI units: rates of kernels, not of data sheets.
 
     Attributes:
         tensor_rate: FLOP/s of a GEMM of 16-bit types.

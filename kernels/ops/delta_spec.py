@@ -17,16 +17,14 @@ class DeltaSpec:
     """The constants of a generated kernel.
 
     Attributes:
-        x_dtype: for an embedding ignored (ids may be int32 or int64).
         in_features: K; 0 for an embedding.
         group: siblings of the bank, G; 0 where the tensors are not laid out as a bank is.
         columns: ΣN of the bank.
-        siblings, offsets, sizes: the column ranges of y, as the ops take them. Where A, B, ranks
-            and scales show some siblings of a larger bank, they count from the first shown.
-        embedding: A is (S, V, R) and x holds ids.
-        experts: E of a bank of E·S slots whose rows are routed (`run_expert_delta_`); 0 for others.
-        spacing: rows of A and B from one slot to the next, 0 for `max_rank`. With fewer, slots
-            overlap (lorafx.model.bank).
+        siblings, offsets, sizes: the column ranges of y, as the ops take them, counted from the
+            first sibling that A, B, ranks and scales show.
+        embedding: A is (S, V, R) and x holds ids, of either int dtype.
+        experts: E of a bank of E·S slots whose rows are routed; 0 for others.
+        spacing: rows of A and B from one slot to the next, 0 for `max_rank`.
     """
 
     x_dtype: torch.dtype

@@ -81,8 +81,8 @@ class PagedStep(NamedTuple):
 
     Attributes:
         query: (1, H, T, D), of all requests' new tokens; keys have G heads, a divisor of H.
-        seen: int64 (T, 2), where in `read` the keys of each token's request begin and end. Tokens
-            that follow each other and have the same are of one request. One that sees none gets 0.
+        seen: int64 (T, 2), where in `read` the keys of each token's request begin and end, 0 for
+            none. Adjacent tokens with equal entries are of one request.
         mask: (1, 1, T, N), added to the scores; half of the dtype's lowest number hides a key.
         cap: c of c · tanh(score / c), before the mask is added; 0 for none.
         sinks: (H,), a further score of each head's, whose value is 0.

@@ -110,8 +110,7 @@ class TritonSpec:
     """The constants of the kernels of one LoRA node.
 
     Attributes:
-        weight_dtype: of the base weight, for a strategy that computes the base product too.
-        transposed: the base weight is (K, N).
+        weight_dtype, transposed: of the base weight, (K, N) if transposed.
         experts: E where the weight holds one for each expert; 0 for all others.
         activation: what x is computed by, for a strategy that does so itself.
         by_request: "concat" has a block of columns for each request instead of each slot.

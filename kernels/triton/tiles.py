@@ -25,17 +25,14 @@ class Tiles:
     Attributes:
         block_m, block_n, block_k: rows, columns and terms of a tile.
         block_r: factors of a tile, the rank padded for the matrix instruction.
-        parts: planes of partial sums that the shrink leaves and its reader adds up, in order.
-        split: planes of partial sums of the base product, likewise; one is y itself.
+        parts, split: planes of partial sums of the shrink, and of the base product (one is y).
         lanes: programs of the shrink that share the distinct slots of a row tile.
         group_m: row tiles that walk through W together.
         swap: the tile is held transposed, so that few rows take the narrow side (N ≥ 8) of a
             matrix instruction and columns the wide one (M ≥ 16; 64 for wgmma).
         window: rows that are sorted by slot in the kernel itself, before it takes block_m of them.
-        picked: rows of one slot that the shrink picks out of a tile at a time; 0: it computes all
-            rows of the tile for each slot.
-        batched: the reader of v multiplies a tile's slots side by side, block_r factors at a time,
-            instead of slot by slot.
+        picked: rows of one slot that the shrink computes at a time; 0: the tile for each slot.
+        batched: the reader of v multiplies a tile's slots side by side, block_r factors at a time.
         at_once: slots whose ranks a batched reader fetches beside the slots of its rows, so that B
             waits for one load instead of three; 0: for its rows' slots, once it has those.
         overlap: the reader of v starts while the shrink runs (programmatic dependent launch).
@@ -91,7 +88,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 
 def architecture_of(device: torch.device) -> Architecture:
-    """The row of ARCHITECTURES nearest to `device`; without a driver cuda80, which all run."""
+    """The row nearest to `device`, the interpreter for a CPU; without a driver cuda80."""
     if device.type == "cpu":
         return ARCHITECTURES["interpreter"]
     if torch.version.hip is not None:

@@ -5,8 +5,8 @@
     a matrix of another make, held beside a weight            by the holder's
                                                               `process_weights_after_loading`
 
-Views of a weight see new numbers by themselves. W is (N, K) of a linear, (V, D) of an embedding, (E
-· A, B) of routed experts stored (E, A, B).
+Views of a weight see new numbers by themselves. W is (N, K) of a linear, (V, D) of an embedding,
+(E · A, B) of routed experts stored (E, A, B).
 """
 
 from __future__ import annotations

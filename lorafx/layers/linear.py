@@ -98,11 +98,8 @@ class ColumnParallelLinear(LinearBase):
 
 
 class MergedColumnParallelLinear(ColumnParallelLinear):
-    """Several column-parallel linears of one input: y = [x W_0ᵀ; x W_1ᵀ; ...] + b.
-
-    `output_sizes` are the rows of each slice in checkpoints; shard ids are their indices. Raises
-    ConfigError for sizes that cannot be divided among the ranks.
-    """
+    """Several column-parallel linears of one input: y = [x W_0ᵀ; x W_1ᵀ; ...] + b. Slice i has
+    output_sizes[i] rows in checkpoints and shard id i."""
 
     def __init__(
         self,

@@ -97,11 +97,8 @@ class UnquantizedLinearMethod(QuantizeMethodBase):
 
 
 class Int8ChannelLinearMethod(QuantizeMethodBase):
-    """Weight-only int8, one scale per output row, symmetric.
-
-    Dense weights of a checkpoint are quantised by whole rows before they are cut, so that every
-    rank has the scales that a single rank would have.
-    """
+    """Weight-only int8, one scale per output row, symmetric. Whole rows of dense checkpoints are
+    quantised before they are cut, so that scales do not depend on ranks."""
 
     def create_weights(
         self,

@@ -36,12 +36,8 @@ def methods_of(filled: Iterable[Target]) -> list[tuple[nn.Module, WeightMethod]]
 
 
 class LoadableLayer(nn.Module):
-    """Base of the layers; a subclass defines which shapes and shard ids its parameters take.
-
-    Attributes:
-        prefix: the layer's name in the model, for messages; may be empty.
-        output_sizes: rows of each output slice in checkpoints; () where it has none.
-    """
+    """Base of layers whose subclasses define the shapes and shard ids of parameters;
+    `output_sizes`: rows of output slices in checkpoints; `prefix`: the layer's name in messages."""
 
     prefix: str = ""
     output_sizes: tuple[int, ...] = ()

@@ -54,16 +54,8 @@ def _expert(part: Any) -> int | None:
 
 
 class UpdatePlan:
-    """What the tensors of one update mean.
-
-    Attributes:
-        targets: all parameters and buffers of the model.
-        meanings: by the checkpoint's name.
-        planned: shape and numbers of each tensor that has a meaning.
-        problems: in the order in which they were found.
-        ignored: names that the model has no place for and that are no error.
-        missing: what got no numbers, once finished.
-    """
+    """What the tensors of one update mean (`meanings`, by the checkpoint's name), what is wrong
+    (`problems`), what has no place and is no error (`ignored`), and, once finished, `missing`."""
 
     def __init__(
         self, resolver: Resolver, *, strict: bool, stable: bool, live: bool = True

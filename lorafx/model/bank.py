@@ -80,17 +80,11 @@ class Bank:
         A: linear (S, R, G·K), K columns a sibling (K of a convolution: one kernel over all
             channels); embedding (S, V, R).
         B: (S, R, ΣN), N_i columns a sibling.
-        ranks: (S, G) int32; 0 where the slot's adapter does not touch the sibling.
-        scales: (S, G) float32, α/r or α/√r.
-        experts: E; S is a multiple of it.
-        alike: (S, G) int32, of experts alone: the first sibling whose A, rank and scale in that
-            slot are the same, so that a kernel can read A once.
-        gains: (S, ΣN) float32, by how much DoRA's scale of each output differs from 1.
-        shifts: (S, ΣN) float32, what slots add to each output beside their delta.
-        own, own_at, own_table, own_bias: as in OwnRows.
+        ranks, scales: (S, G) int32, float32; rank 0 where the adapter does not touch the sibling.
+        alike: (S, G) int32, of `experts` alone: the first sibling with the same A, rank and scale.
+        gains, shifts: (S, ΣN) float32, DoRA's scale of each output − 1, and biases; or None.
+        own, own_at, own_table, own_bias: as in OwnRows; or None.
         slot_rank: p; 0 of a part of a bank, which is not written.
-
-    `gains`, `shifts` and the own rows are None where the bank has no room for them.
     """
 
     A: Tensor

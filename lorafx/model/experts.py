@@ -44,15 +44,8 @@ LOOP = (
 
 @dataclass(frozen=True)
 class ExpertWeight:
-    """One 3-D parameter of an experts module.
-
-    Attributes:
-        experts: E.
-        in_features, out_features: K and N of each expert.
-        transposed: stored (E, K, N) instead of (E, N, K).
-        halves: how gate and up lie in its columns.
-        down: whether it is the second of the two.
-    """
+    """One 3-D parameter of an experts module: (E, N, K), or (E, K, N) if `transposed`; `down` for
+    the second of the two, `halves` for gate and up in its columns."""
 
     name: str
     experts: int

@@ -64,17 +64,13 @@ class SiteMark:
     """Hook of one site, for `register_forward_hook(mark, with_kwargs=True)`.
 
     Attributes:
-        path: canonical path of the site.
-        runtime: the batch, one for all marks of a model.
-        bank: factors of the site's group, one object for all its siblings.
         first: it is among those that a call of the model comes to first.
         siblings, offsets, sizes: of each part of the site: its number in the bank, its first column
             of B, its columns.
-        in_features, out_features: K and N.
         window: how the kernels of a convolution's A move over x; None for other kinds.
         weight_name, transposed: where the module keeps W, and whether as (K, N).
         derived: the module's forward is not that of the registered class, so what it computes
-            is checked against W once, on the first eager call (lorafx.model.forward_check).
+            is checked against W on the first eager call (lorafx.model.forward_check).
         handler: takes calls apart whose input and output do not have the site's sizes; trusted.
         stored: the weight is in a format, so that only the call as a whole is known to be x Wᵀ.
         weight, bias: packed base weight and bias of the group, set by the pack step.
@@ -350,12 +346,8 @@ def _describe(value: Any) -> str:
 
 @dataclass(eq=False)
 class RowMark:
-    """Hook of a quantised module without LoRA, so that later modules can carry LoRA.
-
-        y ← rows_of(x, y)      in traces of calls with adapters; nothing elsewhere
-
-    No ownership rule covers its kernel, but row m of y = x Wᵀ has the owner of row m of x.
-    """
+    """Hook of a quantised module without LoRA, which no ownership rule covers: row m of its y = x
+    Wᵀ has the owner of row m of x. y ← rows_of(x, y) in traces of calls with adapters."""
 
     runtime: Runtime
     out_features: int

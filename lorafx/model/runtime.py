@@ -62,8 +62,7 @@ class Runtime:
         session: what serves the model, None before and after; whoever finds a mark finds it here.
         resting: whom a mark asks when its layer runs in eager mode; None where nobody serves it.
 
-    Copies and pickles have slots of their own and no session. They keep the batch, unless a session
-    serves it: then they are the base.
+    Copies and pickles have no session. They keep the batch; of a served model they are the base.
     """
 
     def __init__(self, capacity: int, device: torch.device) -> None:

@@ -58,12 +58,9 @@ def failed_guard() -> str:
 
 
 def guard_filter(keep: Callable[[Sequence[Any]], Sequence[bool]]) -> Callable[..., Sequence[bool]]:
-    """`keep` as a filter of guards for Dynamo (`guard_filter_fn`).
-
-    Dynamo makes all guards for it, then makes the kept guards again. It would refuse a guard on an
-    object that is new at each lookup, such as transformers' `config.per_layer_config` on torch 2.11
-    and 2.12, so guards forget which object they saw.
-    """
+    """`keep` as a filter of guards for Dynamo, which makes the kept guards a second time. Guards
+    forget which object they saw, since some are new at each lookup, such as transformers'
+    `config.per_layer_config` on torch 2.11 and 2.12."""
 
     def kept(entries: Sequence[Any]) -> Sequence[bool]:
         for entry in entries:
