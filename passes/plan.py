@@ -54,14 +54,8 @@ _KEY = "lorafx_strategy"
 
 @dataclass(frozen=True)
 class Strategy:
-    """The choice for a node.
-
-    Attributes:
-        name: from `lorafx.config.STRATEGIES` of the lowering.
-        kernel: id of the generated Triton kernels; else 0.
-        split: a pack's base product is one GEMM per sibling.
-        reason: what decided.
-    """
+    """The choice for a node: a name from `lorafx.config.STRATEGIES`, the id of Triton kernels or 0,
+    whether a pack's base product is `split` into a GEMM per sibling, and the reason."""
 
     name: str
     kernel: int = 0

@@ -35,15 +35,9 @@ from lorafx.progress import LOG
 def load_state(source: Any, model: nn.Module | None = None, *, warn: bool = True) -> AdapterState:
     """Configuration and tensors of `source`, in PEFT's names.
 
-    Args:
-        source: an `AdapterSource`, a valid `source` of an `AdapterSource`, or an `AdapterState`,
-            which is returned.
-        model: resolves flattened names and tells embeddings from linears.
-        warn: whether to warn about factors for other models of a pipeline.
-
-    Raises:
-        CheckpointError: unreadable, or with ambiguous names.
-        UnsupportedAdapterError: a configuration or adapter kind that lorafx cannot honour.
+    `source` is an `AdapterSource`, a valid `source` of it, or an `AdapterState`, which is returned.
+    `model` resolves flattened names and tells embeddings from linears. `warn` is about factors for
+    other models of a pipeline. Raises CheckpointError and UnsupportedAdapterError.
     """
     if isinstance(source, AdapterState):
         return source

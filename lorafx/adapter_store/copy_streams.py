@@ -125,12 +125,8 @@ class CopyStreams:
             )
 
     def use(self, slots: Iterable[int]) -> None:
-        """Later launches on current streams wait for the last copies into these slots; later copies
-        into them wait for these launches.
-
-        Raises:
-            BatchError: the stream is being captured, and no call has waited for the copy yet.
-        """
+        """Later launches wait for the last copies into these slots, and later copies for the
+        launches. Raises BatchError during a capture if no call has waited for a copy yet."""
         if not self._lanes:
             return
         slots = tuple(slots)

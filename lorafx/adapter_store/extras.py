@@ -340,9 +340,8 @@ def _label(path: str, module: nn.Module) -> str:
 
 
 class BiasReading:
-    """The biases of an adapter that replace the base's, `found` by site path. `keys` are the
-    processed keys; problems go to the findings. A site without factors gets zero factors beside its
-    bias."""
+    """The replaced biases, `found` by site path, with zero factors at sites without; `keys` are
+    processed, problems go to the findings."""
 
     def __init__(self, findings: Findings) -> None:
         self.findings, self.places = findings, findings.places

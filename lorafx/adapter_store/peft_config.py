@@ -187,13 +187,8 @@ class PeftConfig:
 
     @classmethod
     def read(cls, source: Any, *, where: str | None = None) -> PeftConfig:
-        """The configuration in a folder, a mapping, or a `peft.LoraConfig`, named `where` in
-        messages.
-
-        Raises:
-            CheckpointError: it is absent or malformed.
-            UnsupportedAdapterError: fields that lorafx refuses, all at once.
-        """
+        """The configuration in a folder, a mapping, or a `peft.LoraConfig`. Raises CheckpointError,
+        or UnsupportedAdapterError with all refused fields."""
         if isinstance(source, PeftConfig):
             return source
         values, found = raw_fields(source)

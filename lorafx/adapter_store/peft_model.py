@@ -66,12 +66,8 @@ def notes_of_peft(model: nn.Module) -> bool:
 
 @dataclass
 class TakenOver:
-    """A model without its wrappers.
-
-    Attributes:
-        adapters: name -> configuration, tensors (not copied) and live scales.
-        active: the adapters that the model applied by default, all at once.
-    """
+    """A model without its wrappers, its `adapters` (tensors not copied), and those active by
+    default."""
 
     base: nn.Module
     adapters: dict[str, AdapterState]
@@ -95,8 +91,8 @@ class TakenOver:
 def take_over(model: nn.Module) -> TakenOver:
     """Read the adapters of a PeftModel or an injected model, then unwrap it.
 
-    Raises, with the model unchanged: UnsupportedAdapterError for an unsupported adapter or wrapper;
-    CheckpointError for merged adapters, adapters of a part of the model, or none.
+    Raises, with the model unchanged: UnsupportedAdapterError; CheckpointError for merged adapters,
+    adapters of a part of the model, or none.
     """
     whole = is_peft_model(model)
     what = "the PeftModel" if whole else f"the {type(model).__name__}"

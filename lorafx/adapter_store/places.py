@@ -38,14 +38,8 @@ SitePart = tuple["Site", int]
 
 @dataclass(frozen=True)
 class SiteLanding:
-    """Parts of sites that a saved path means.
-
-    Attributes:
-        places: the parts, in the order of B's rows.
-        saved: the path without prefixes.
-        loose: a name whose slices only B's rows tell; then `places` are its candidates.
-        missing: why factors may not be placed here, or "".
-    """
+    """Parts of sites, in the order of B's rows, that the path `saved` means. `loose`: a name whose
+    slices, among `places`, only B's rows tell. `missing`: why factors may not be here, or ""."""
 
     places: tuple[SitePart, ...]
     saved: str
@@ -97,15 +91,13 @@ class Experts:
 
 @dataclass(frozen=True)
 class ExpertPlace:
-    """The meaning of a saved path among routed experts.
+    """The meaning of the path `saved` among routed experts; `reason`: why factors have no place, or
+    "".
 
     Attributes:
-        saved: the path without prefixes.
         weight: the parameter; None where PEFT's wrapper leaves it open.
-        half: the half of its columns.
         expert: the index, None for all.
         nested: whether it is the inner one of two wrappers.
-        reason: why factors have no place here, or "".
     """
 
     experts: Experts
@@ -178,9 +170,8 @@ class Places:
         return None if walked.rest else walked.module
 
     def carried(self, saved: str) -> tuple[str, int]:
-        """The module that the factors at `saved` were configured for, and how often PEFT adds their
-        delta: for `mha.base_layer.out_proj` a child carried by `mha` (`Eligible.carries`); else
-        `saved`, once."""
+        """The module of the factors at `saved` (for `mha.base_layer.out_proj` a child carried by
+        `mha`), and how often PEFT adds their delta."""
         wrapper, _, name = saved.rpartition(".")
         if wrapper.rpartition(".")[2] != NESTED:
             return saved, 1

@@ -58,8 +58,7 @@ class Reading:
 
     Attributes:
         landings, factors: targets of factors, and their keys by letter.
-        unselected: paths of unselected modules with factors.
-        unknown: saved paths that name nothing.
+        unselected, unknown: saved paths without a site, and without any meaning.
         decoded: part paths with factors, except experts'.
         spans: slices that saved names cover (`loose_names`).
     """

@@ -82,9 +82,7 @@ class AdapterState:
 
     Attributes:
         where: its name in messages.
-        scales: s by module path, overriding the configuration (live adapters may be rescaled; other
-            dialects save α by module).
-        dialect: the dialect that it was saved in.
+        scales: s by module path, overriding the configuration.
         left_out: other components of a pipeline with factors in its file.
         notes: decisions of the reader, for the log and `explain`.
     """

@@ -65,9 +65,9 @@ class OwnPlaces:
 
 
 class Slots:
-    """`max_adapters` slots in the banks of `groups`, `own_weights` of them with room for replaced
-    weights, written from `host`. Adapters of larger rank take a window of slots
-    (lorafx.adapter_store.windows), named by the first."""
+    """The slots in the banks of `groups`, `own_weights` of them with room for replaced weights.
+    Adapters of larger rank take a window (lorafx.adapter_store.windows), named by its first
+    slot."""
 
     def __init__(
         self, groups: Sequence[Group], max_adapters: int, own_weights: int, host: HostTier

@@ -40,9 +40,9 @@ T = TypeVar("T")
 
 
 class AdapterStore(Slots):
-    """Adapters by name over the banks of `groups`, with `max_adapters` slots, room for the replaced
-    weights of `own_weights` adapters (default: all slots), and at most `max_host_bytes` of host
-    copies. Safe to use from several threads."""
+    """Adapters by name over the banks of `groups`, with room for `own_weights` adapters' replaced
+    weights (default: all slots) and `max_host_bytes` of host copies. Safe to use from several
+    threads."""
 
     def __init__(
         self,
@@ -106,14 +106,9 @@ class AdapterStore(Slots):
             return self._adapters[name]
 
     def load(self, adapter: Adapter, origin: Origin | None = None) -> None:
-        """Keep `adapter` in host memory, replacing its namesake in place; `origin` allows reading
-        it again.
-
-        Raises:
-            CapacityError: the banks have no room for it.
-            CheckpointError: values beyond the banks' dtype, or slices unlike those of others.
-            ConfigError: an invalid name.
-        """
+        """Keep `adapter` in host memory, replacing its namesake in place; it can be reread from
+        `origin`. Raises CapacityError, CheckpointError for values beyond the banks' dtype or
+        contradictory slices, ConfigError for an invalid name."""
         self.loading(adapter, origin)()
 
     def loading(self, adapter: Adapter, origin: Origin | None = None) -> Callable[[], None]:
@@ -134,13 +129,9 @@ class AdapterStore(Slots):
         return keep
 
     def fetch(self, names: Iterable[str | None], *, resident: bool = False) -> list[HostCopy]:
-        """The host copies of these adapters (of `resident` only those with a slot), which stay in
-        memory as long as the result. Dropped copies are read again, without the lock.
-
-        Raises:
-            UnknownAdapterError: a name that is not loaded.
-            CheckpointError: a file has changed since it was loaded, or is unreadable.
-        """
+        """These adapters' host copies (of `resident` only those with a slot), kept as long as the
+        result lives. Dropped copies are read again, without the lock. Raises UnknownAdapterError,
+        or CheckpointError for a changed file."""
         found: list[HostCopy] = []
         if self.host.budget is None:
             return found
@@ -231,14 +222,9 @@ class AdapterStore(Slots):
                     raise
 
     def acquire(self, names: Sequence[str | None], held: frozenset[int] = frozenset()) -> list[int]:
-        """The slot of each row's adapter, -1 for None and "__base__". Slots `held` by enclosing
-        calls keep their contents.
-
-        Raises:
-            UnknownAdapterError: a name that is not loaded.
-            CapacityError: too few free slots, or no room for the ranks of a sum.
-            ConfigError: a sum that cannot be made.
-        """
+        """The slot of each row's adapter, -1 for None and "__base__"; slots `held` by enclosing
+        calls keep their contents. Raises UnknownAdapterError, CapacityError for too few free slots
+        or ranks, ConfigError for an impossible sum."""
         key = tuple(names)
         with self._lock:
             if self._last is not None and self._last[0] == key:

@@ -29,9 +29,8 @@ next_version = itertools.count(1).__next__
 
 
 class HostCopy:
-    """The numbers of an adapter: factors and replaced rows by group index. `nbytes` excludes
-    `shared`, the bytes of tensors that a sum has from other copies, by id. `again`: reread and not
-    used yet."""
+    """An adapter's factors and replaced rows by group index. `nbytes` excludes `shared`: a sum's
+    tensors from other copies, by id. `again`: reread and not used yet."""
 
     __slots__ = ("__weakref__", "again", "factors", "nbytes", "own", "shared")
 
@@ -53,8 +52,6 @@ class StoredAdapter:
     """A loaded adapter. Only its host copy comes and goes.
 
     Attributes:
-        sites: canonical paths of the sites that it touches.
-        host: its numbers in host memory, unless dropped.
         rescaled, owned, shifted: sites with DoRA, with replaced rows, and with an added bias.
         origin: where it can be read again; None where base weights decide its meaning.
         keys: as in `Adapter`, if it cannot be read again.
@@ -133,7 +130,6 @@ class HostTier:
     Attributes:
         hits, misses: adapters written into a slot from host memory, or after rereading.
         changed: failed reads.
-        evictions: dropped copies.
         reader: rereads an adapter by source and name; without it nothing is dropped.
     """
 

@@ -66,12 +66,9 @@ class Compilation:
 class Backend:
     """Compiles the frames of a program.
 
-    Args:
-        entered: true for a Python frame that calls the program with a call's arguments.
-
-    Attributes:
-        split_by_host: functions that such a frame calls have separate code objects for calls with
-            and without adapters.
+    `entered` tells whether a Python frame calls the program with a call's arguments; if
+    `split_by_host`, functions of such frames have separate code objects for calls with and without
+    adapters.
     """
 
     split_by_host = True
@@ -211,9 +208,8 @@ class Backend:
         return frame
 
     def _finds_instances(self, active: bool) -> bool:
-        """Whether a graph may serve other sizes. Triton kernels are planned for their rows; the
-        base's bits may depend on the batch size; recorded and saved graphs are compiled
-        separately."""
+        """Whether graphs may serve other sizes: not Triton's, planned for their rows; nor the
+        base's, whose bits may depend on sizes; nor recorded and saved ones."""
         options, device = self.program.options, self.program.runtime.device
         if self.noted is not None or self.replay is not None or self.shares_graphs:
             return False

@@ -23,13 +23,8 @@ from lorafx.program.program import Program
 
 @dataclass(frozen=True)
 class BoundInputs:
-    """The bound inputs, which are the last of a graph: banks, then packed weights.
-
-    Attributes:
-        banks: (group, name of the bank's tensor).
-        packed: (index of the pack, name of its tensor).
-        weights: (position of the weight, site) of their sites.
-    """
+    """The last inputs of a graph: `banks` by group and tensor name, `packed` by index and tensor
+    name; and the positions of their sites' `weights`."""
 
     banks: tuple[tuple[Group, str], ...]
     packed: tuple[tuple[int, str], ...]

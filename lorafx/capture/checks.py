@@ -29,13 +29,11 @@ class InputPlaces:
     """Positions of a graph's inputs among its arguments.
 
     Attributes:
-        weights: path of a site -> position of its weight, index among the sites that share it.
-        banks: path of a site -> position of its group's bank, index of the site in the group.
+        weights, banks: site path -> position, and index among the weight's or the group's sites.
         requests: (position, dimension, name) of inputs that carry requests.
         called: those that are arguments of the call.
         arguments: position -> role of call arguments that may be something else in another call.
-        plain: positions of matrices (and stacks) that are no site's weight, but may be in another
-            call.
+        plain: positions of matrices (and stacks) that may be a site's weight in another call.
         derived: path, position and form of each tensor that contains part of a site's weight.
         assumed: position -> argument whose request dimension is conventional, until warned about.
         choices: those of `called` with several sequences a request in dimension 1, equally many.
@@ -227,14 +225,8 @@ class RefusedSites:
 
 @dataclass(eq=False)
 class Checks:
-    """The checks of a graph.
-
-    Attributes:
-        begins_call, inside: as in `Frame`.
-        sites: paths of the sites that the graph serves.
-        several: whether the model has several graphs, so results are noted; a list shared by the
-            program's graphs.
-    """
+    """The checks of a graph for `sites`; `begins_call` and `inside` as in `Frame`. `several`, a
+    list shared by the program's graphs: results are noted, since the model has several graphs."""
 
     places: InputPlaces
     begins_call: bool

@@ -59,13 +59,8 @@ class _Input:
 
 @dataclass(frozen=True)
 class Form:
-    """The computation of a Dynamo graph.
-
-    Attributes:
-        nodes: targets, arguments and result sizes; size nodes are left out.
-        code: of the captured function, which belongs to a single entry.
-        context: other dependencies of the executable.
-    """
+    """The computation of a Dynamo graph; `nodes` without sizes, `code` of the captured function,
+    and the executable's other dependencies, `context`."""
 
     inputs: tuple[_Input, ...]
     nodes: tuple[Hashable, ...]
@@ -183,13 +178,8 @@ class _Values:
 
 @dataclass(frozen=True, eq=False)
 class _Compiled:
-    """A compiled graph.
-
-    Attributes:
-        executable: takes the first `count` of the inputs.
-        found: assumptions about symbols made during compilation.
-        state: torch's global state then.
-    """
+    """A compiled graph; the executable takes the first `count` inputs. `found` are assumptions
+    about symbols, `state` torch's global state then."""
 
     title: str
     form: Form

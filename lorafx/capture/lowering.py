@@ -77,10 +77,8 @@ _NO_HARNESS = {"benchmark_harness": False}
 class InductorLowering:
     """Inductor. Its caches hash the rewritten graph, so a changed pass invalidates them.
 
-    Attributes:
-        patches: Inductor's settings for a `mode` of torch.compile.
-        shortcuts: names of the enabled shortcuts.
-        products: whether base graphs multiply few rows by generated code too.
+    `patches` are settings for a `mode` of torch.compile; with `products` base graphs multiply few
+    rows by generated code too.
     """
 
     patches: Mapping[str, Any] = field(default_factory=dict)

@@ -89,7 +89,6 @@ class Parts:
         kernels: its generated C++ kernels, with their ids.
         extra, banks: as in `with_lookups`.
         foreign: operators of the graph that are neither torch's nor lorafx's.
-        wrappers: None where they cannot be kept.
         whole: whether these parts are complete.
     """
 

@@ -51,8 +51,6 @@ class GraphRecord:
         sources: generated sources by file name: a text, or a function that makes it.
         saved: its fate in the folder of saved graphs.
         form, reason: its kind of call, and why no earlier graph serves that.
-        symbols: the symbols in `states`, in words.
-        numeric: the check at the first call, with `Options(verify="numeric")`.
     """
 
     title: str

@@ -27,14 +27,8 @@ Place = tuple[str, str]
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """A graph after a pass.
-
-    Attributes:
-        graph: a copy with the original's node names.
-        report: the pass's; None for the captured graph.
-        inputs: by placeholder name, of the main graph.
-        sites: the sites of each node.
-    """
+    """A copy of a graph after a pass (`report` None: as captured), with its main graph's inputs and
+    nodes' sites by name."""
 
     graph: fx.GraphModule
     report: PassReport | None = None

@@ -50,12 +50,8 @@ class NotUnfolded(CaptureError):
 
 @dataclass(frozen=True)
 class _Kind:
-    """Equal layers.
-
-    Attributes:
-        enter, leave: keys of the ops before and after the first layer.
-        others: key of each other layer -> its module calls by those of the first.
-    """
+    """Equal layers: keys of the ops around the first layer, and of each other layer, with its
+    module calls by those of the first."""
 
     enter: int
     leave: int
@@ -183,12 +179,8 @@ class _Layer:
 
 @dataclass(frozen=True)
 class _Effects:
-    """Effects of layers other than new tensors.
-
-    Attributes:
-        written: indices of operands that are written into.
-        passed: index of a result -> operand that it is.
-    """
+    """Effects of layers other than new tensors: operands `written`, and results `passed` from
+    operands."""
 
     written: tuple[int, ...]
     passed: Mapping[int, int]

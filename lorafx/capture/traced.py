@@ -41,9 +41,7 @@ class Traced:
     the error has reached the caller; a function that catches the error stays untraced.
 
     Args:
-        name: the function's name for users.
-        sizes_by_data: whether operators with data-dependent sizes are captured, evaluated at each
-            capture.
+        sizes_by_data: evaluated at each capture: whether to capture data-dependent sizes.
         keep_guards: selects guards of a new graph; Dynamo then makes them twice.
         converted: wraps Dynamo's `convert` for the function's frame, to load saved graphs.
     """
@@ -117,11 +115,8 @@ def _what_was_raised(error: Unsupported) -> str:
 
 
 def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with an unshared code object.
-
-    Dynamo marks untraceable frames on their code, which torch.nn's forward and decorators of
-    transformers share among modules: another torch.compile's failure would stop tracing here.
-    """
+    """`function` with an unshared code object: Dynamo marks untraceable frames on their code, which
+    modules share through torch.nn's forwards and transformers' decorators."""
     if not isinstance(function, MethodType):
         function = innermost_fn(function)  # of what was compiled, or kept from it
     plain = function.__func__ if isinstance(function, MethodType) else function

@@ -34,13 +34,11 @@ T = TypeVar("T")
 
 
 class Tracking(TorchDispatchMode):
-    """Notes the owners of operators' results and writes in `memory`, and checks operators with
-    `uses`.
+    """Notes owners of operators' results and writes in `memory`, and checks operators with `uses`.
 
-    Use `run` or `begin`, never `with`: an interrupt between a context manager's steps would leave
-    the mode on torch's stack. A mode left by two interrupts is inert and removed by the next one:
-    otherwise inference mode's guard would restore the dispatcher to a stack with a mode, and
-    operators without tensors would fail.
+    Use `run` or `begin`, never `with`, since an interrupt between the steps of a context manager
+    leaves the mode on torch's stack. Such a mode is inert and removed by the next one: otherwise
+    inference mode's guard would restore a dispatcher that fails on operators without tensors.
     """
 
     supports_higher_order_operators = True

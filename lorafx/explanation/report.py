@@ -22,10 +22,9 @@ class SiteReport:
     """A module, or a weight of routed experts, that carries LoRA.
 
     Attributes:
-        path, aliases: its canonical path, and other paths to it.
-        cls, registered: its class, and the registered class along its MRO.
+        aliases: other paths to it.
+        registered: the registered class along its MRO.
         in_features, out_features: K and N; an embedding's K is the vocabulary.
-        dtype: of its base weight.
         parts: name and columns of each projection of several; "-" if unnamed or not selected.
         loose: names of projections that only the rows of B tell apart.
         own_rows: how many rows of its weight an adapter may replace.
@@ -71,10 +70,8 @@ class AdapterReport:
     """A loaded adapter.
 
     Attributes:
-        name, source, rank, notes: as in the adapter's file.
-        sites: canonical paths of its modules.
         slot: its slot on the device, if it has one.
-        pinned, merged: whether it keeps the slot, and whether it is merged into base weights.
+        merged: whether it is merged into base weights.
         norms: Frobenius norm of ΔW = s·B A by site, if in host memory and requested.
         idle: the sites where it changes nothing.
         why_idle: why it changes nothing anywhere, or "".
@@ -140,7 +137,6 @@ class GraphReport:
         seconds: compile times of "Dynamo", "AOTAutograd", "passes" (lorafx's), the lowering, and
             "loading" of a saved graph.
         nodes: the nodes that add deltas.
-        refusals: what it cannot serve.
         outlined: repeated layers that share a body.
         saved: its fate in the folder of saved graphs.
         verified: the result of `Options(verify="numeric")`, or "".
@@ -196,13 +192,10 @@ class Explanation(Report):
     """What lorafx made of a model. `str()` is the whole report, `json()` its values.
 
     Attributes:
-        model: the model's class.
         lowering: how its graphs become code.
         slots, max_rank: adapters on the device, and their largest rank.
         slot_rank: the rank of a single slot, where slots share room.
-        room: contents of banks beside factors: "DoRA's scales", "biases", "weights of adapters'
-            own".
-        passes: the passes in order, as in `lorafx.pipeline()`.
+        room: "DoRA's scales", "biases", "weights of adapters' own", if banks have room for them.
         shortcuts_off: names of disabled shortcuts -> reasons.
         prepared: results of the passes over the model; `notes` are their lines.
         unreached: sites that no graph has reached yet.

@@ -52,12 +52,9 @@ def is_site(node: fx.Node) -> bool:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why LoRA cannot be applied at some sites in this graph.
-
-    `when`: the batches concerned: "always" (adapters touch the site), "mixed" (rows use different
-    adapters), "dora", "own" and "bias" (adapters rescale the site's output, replace rows of its
-    weight, or add a bias).
-    """
+    """Why LoRA cannot be applied at some sites in this graph, in batches `when`: "always" (adapters
+    touch the site), "mixed" (rows use different adapters), "dora", "own" and "bias" (adapters
+    rescale the site's output, replace rows of its weight, or add a bias)."""
 
     sites: tuple[Site, ...]
     when: When
@@ -251,9 +248,8 @@ class Context:
         return self.emit(torch.ops.prims.iota.default, count, start=0, step=1, **settings)
 
     def bank_inputs(self, site: Site, weight: fx.Node) -> dict[str, fx.Node | None]:
-        """The site's bank fields and slots as graph inputs, looked up by the weight at run time,
-        since the graph may serve other layers. Gains, shifts and replaced rows only where there is
-        room."""
+        """The site's bank fields and slots as inputs, looked up by the weight at run time, since
+        the graph may serve other layers. Gains, shifts and replaced rows only if there is room."""
         bank = self.program.site_bank(site)
         own = [name for name, tensor in bank.own_rows._asdict().items() if tensor is not None]
         found: dict[str, fx.Node | None] = dict.fromkeys((GAINS, SHIFTS))

@@ -46,10 +46,9 @@ RESHAPES = frozenset(
 
 @dataclass(frozen=True)
 class Use:
-    """A use of a weight.
+    """A use of a weight; `kind` as in the module's equations, or "unknown" for a `reason`.
 
     Attributes:
-        kind: see the module's equations.
         node: the node that computes y ("unknown": the node without a rule).
         x: the other operand: x, or the ids of an embedding.
         bias: the addend of an addmm or linear.
@@ -57,7 +56,6 @@ class Use:
         swapped: W is the left operand; the last dimensions of x and y are swapped.
         blocks: for "blocks"; the groups are the first dimension of x.
         stored: W enters in its stored format (int8), without its scale.
-        reason: for "unknown", why.
     """
 
     kind: UseKind

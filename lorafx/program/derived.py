@@ -42,14 +42,7 @@ DISTINCT = 16
 
 @dataclass(frozen=True)
 class Derived:
-    """The weight in a tensor.
-
-    Attributes:
-        sites: several where the weight is tied.
-        form: the part; None if irregular.
-        shape: (N, K) of the weight.
-        copied: whether it is a copy, not a view.
-    """
+    """The weight (N, K) in a tensor: tied `sites`, and the part, if regular. `copied`: no view."""
 
     sites: tuple[Site, ...]
     form: WeightForm | None
@@ -136,11 +129,8 @@ class DerivedTensors:
     def inputs(
         self, examples: Sequence[Any], known: Mapping[int, FrameInput], data: Mapping[int, Any]
     ) -> dict[int, Derived]:
-        """A graph's inputs that contain sites' weights, by identity.
-
-        `known` inputs are no request data, `data` are. Results of earlier graphs are data too: any
-        other use of a weight there would have been refused.
-        """
+        """A graph's inputs that contain sites' weights, by identity. Results of earlier graphs are
+        `data`, like the call's: other uses of a weight there would have been refused."""
         candidates = [
             example
             for example in examples

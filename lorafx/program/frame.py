@@ -40,12 +40,8 @@ class FrameInput:
             parameter, buffer or attribute), "bank", "slots", "packed" (packed base weight or bias),
             "argument" (of the call), "result" (of an earlier graph of the call, with proved
             owners), "unknown" (made between graphs, a global).
-        sites: the sites with this base weight or bias.
-        group: for banks and packed tensors.
-        role: for arguments and results.
-        derived: for weights that are views or copies.
-        holder: for state, the attribute that holds it.
         label: its name in messages.
+        sites: the sites with this base weight or bias.
         part: the attribute of a tensor subclass; "" for a whole input.
         counts: whether this symbol was the number of requests at capture.
     """

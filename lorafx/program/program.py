@@ -43,9 +43,8 @@ ROOMS = {
 
 @dataclass(eq=False)
 class Call:
-    """The running call: its entry's roles, its arguments by name, and the owners of its memory.
-    `tracks`: Python between graphs is tracked in calls that mix adapters; `tracked`: in this
-    call."""
+    """The running call: roles and arguments by name, and its memory's owners. `tracks`: Python
+    between graphs is tracked in calls that mix adapters; `tracked`: in this call."""
 
     roles: RoleTable | None
     named: Mapping[str, Any]

@@ -47,8 +47,7 @@ class PredictedSites:
     """Sites that differ only in the indices of their paths.
 
     Attributes:
-        paths: their canonical paths.
-        cls, registered: their class, and the registered class that made them sites.
+        registered: the registered class that made them sites.
         in_features, out_features: K and N; an embedding's K is the vocabulary.
         experts: E of a parameter of E experts, else 1.
         parts: name and columns of each projection of several; "" for names unknown to adapters.
@@ -87,7 +86,6 @@ class PredictedPack:
 
     Attributes:
         paths: the parent module of each node's sites.
-        members: the last names of the sites.
         bank_bytes: of a node's part of its bank.
         floors: the least traffic relative to the base's; None for embeddings. Every adapter is
             assumed to have rows at routed experts.
@@ -118,14 +116,8 @@ class Note:
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over the model.
-
-    Attributes:
-        model_bytes: of all parameters, each storage once.
-        weight_bytes: of the sites' base weights.
-        adapter_bytes: of an adapter of the largest rank on all sites.
-        floors: as of a pack, over the sites alone.
-    """
+    """Sums over the model: parameters (each storage once), sites' base weights, and an adapter of
+    the largest rank on all sites; `floors` are over the sites alone."""
 
     sites: int
     nodes: int
@@ -141,15 +133,9 @@ Row = TypeVar("Row", PredictedSites, PredictedPack)
 
 @dataclass(frozen=True)
 class Prediction(Report):
-    """The result of `lorafx.explain(model, lora_config)`, of a model that is not compiled.
-
-    Only a captured graph (`cm.explain()`) shows whether uses of weights are understood and rows are
-    proved.
-
-    Attributes:
-        slots, max_rank, slot_rank: of the banks.
-        room: contents of the banks beside factors, not included in floors.
-    """
+    """The result of `lorafx.explain(model, lora_config)`, of a model that is not compiled. Only a
+    captured graph (`cm.explain()`) shows whether uses of weights are understood and rows are
+    proved. `room`: contents of the banks beside factors, not included in floors."""
 
     model: str
     slots: int

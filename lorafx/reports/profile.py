@@ -47,13 +47,11 @@ class Profile(Report):
 
     Attributes:
         device: "cpu", or the GPU's name.
-        lowering: as `Options.lowering`.
         rows, adapters: requests of the batch, and its distinct adapters.
         calls: the number of averaged calls.
         served: median wall time of a served call.
         operators: the graphs run operator by operator, without Python's overhead.
         others: the part of `operators` that belongs to no site.
-        nodes: in the order of the graphs.
         unreached: sites that this call does not run.
         notes: limits of the figures.
     """

@@ -77,14 +77,8 @@ class GuardedPlace:
 
 @dataclass
 class SavedGuards:
-    """The guards of a graph.
-
-    Attributes:
-        guards: those checked before each call.
-        places, texts: of all guards with a place, and its text.
-        same: for each place the first with the same object.
-        state: torch's global state, as torch writes it.
-    """
+    """The guards checked before each call; places of all guards, and their texts; `same`: for each
+    place the first with the same object; and torch's global state."""
 
     guards: list[Guard]
     places: list[GuardedPlace]

@@ -34,14 +34,8 @@ SCRIPTS = (
 
 @dataclass
 class Page:
-    """A model's page and exports: index.html, trace.json, model.txt, `texts`, and last.dot in each
-    graph's folder.
-
-    Attributes:
-        texts: reports by file name.
-        measured: measurements of sites, by path.
-        prepared: results of the passes over the model.
-    """
+    """A model's page and exports: index.html, trace.json, model.txt, `texts` by file name, and
+    last.dot in each graph's folder. `measured`: measurements of sites, by path."""
 
     folder: Path
     model: str

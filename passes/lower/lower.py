@@ -121,8 +121,7 @@ def _linear(ctx: Context, node: fx.Node) -> fx.Node:
 
 def _concat(ctx: Context, kernel: int, call: dict[str, Any]) -> fx.Node:
     """x', W' = triton_concat_([x | …], [W | …], bank); y = x' W'ᵀ + b: the vendor's GEMM with a
-    longer contiguous x (M, K) and W. Both are results of aten.cat, so Inductor computes x directly
-    into x'."""
+    longer x (M, K) and W. Both come from aten.cat, so Inductor computes x directly into x'."""
     spec = plan_of(kernel).spec
     blocks = fake_value(call["slots" if spec.by_request else "B"]).shape[0]
     more = concat_ops.columns_of(spec, blocks)

@@ -37,15 +37,11 @@ KERNEL_CALL = torch.ops.higher_order.triton_kernel_wrapper_functional
 def inline_triton_ops(
     gm: fx.GraphModule, ops: Collection[OpOverload], *, early: bool = False
 ) -> dict[fx.Node, fx.Node]:
-    """Replace every call of `ops`, plain or in `auto_functionalized`, by the op's body.
+    """Replace calls of the `triton_op`s `ops`, plain or in `auto_functionalized`, by their bodies.
 
-    Args:
-        gm: a functional graph with fake tensors in `meta["val"]`; changed in place.
-        ops: overloads made by `torch.library.triton_op`.
-        early: kernels may launch before their predecessor ends (`early_launches`).
-
-    Returns former nodes of results and writes -> their replacements. Raises LoweringError where a
-    body does not trace.
+    `gm` is functional, with fake tensors, and changed in place. With `early`, kernels may launch
+    before their predecessor ends. Returns former nodes of results and writes -> replacements.
+    Raises LoweringError where a body does not trace.
     """
     if early:
         launch_dependents_early()

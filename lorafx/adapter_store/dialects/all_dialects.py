@@ -63,13 +63,8 @@ _OF_GLORA = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
 
 
 def dialect_of(saved: Saved, name: str | None = None) -> Dialect:
-    """The named dialect, or the dialect of `saved`.
-
-    Raises:
-        ConfigError: an unknown name.
-        UnsupportedAdapterError: the keys of another method than LoRA.
-        CheckpointError: the keys of no dialect.
-    """
+    """The dialect `name`, or that of `saved`. Raises ConfigError for an unknown name,
+    UnsupportedAdapterError for keys of another method, CheckpointError for unknown keys."""
     known = {dialect.name: dialect for dialect in DIALECTS}
     if name is not None:
         if name not in known:

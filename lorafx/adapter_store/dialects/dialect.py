@@ -35,13 +35,8 @@ class Dialect(ABC):
 
     @abstractmethod
     def state(self, saved: Saved, model: nn.Module | None) -> AdapterState:
-        """`saved` in PEFT's names. Tensors are views; unknown keys are kept for the reader to
-        refuse.
-
-        Raises:
-            CheckpointError: unreadable keys, or an incomplete configuration.
-            UnsupportedAdapterError: arithmetic beyond LoRA.
-        """
+        """`saved` in PEFT's names, with views of its tensors; unknown keys are left for the reader
+        to refuse. Raises CheckpointError and UnsupportedAdapterError."""
 
     def components(self, saved: Saved) -> tuple[str, ...]:
         """The models of a pipeline with factors in `saved`; "" where the keys name none."""
@@ -135,11 +130,11 @@ def component_of(
     given: str | None,
     where: str,
 ) -> str | None:
-    """The file's component that the model has some, or all, names of; None where it has no names
-    and there are several.
+    """The file's component with names of the model; None without such names and with several
+    components.
 
-    `tests` whether the model has a name are tried strictest first, each only if no name passes the
-    previous ones. Raises CheckpointError where several fit, or `given` is not in the file.
+    `tests` for a name are tried strictest first, each only if no name passes the previous ones.
+    Raises CheckpointError where several fit, or `given` is not in the file.
     """
     if given is not None:
         if given not in groups:

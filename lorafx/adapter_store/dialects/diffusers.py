@@ -80,13 +80,8 @@ class Diffusers(Dialect):
 
 
 def converted_by_diffusers(saved: Saved, dialect: Dialect, model: nn.Module) -> AdapterState | None:
-    """diffusers' conversion of a first implementation's names; None where it has none, or is not
-    installed.
-
-    Raises:
-        CheckpointError: several conversions land, with different results.
-        UnsupportedAdapterError: diffusers would drop a part.
-    """
+    """diffusers' conversion of first implementations' names, if any. Raises CheckpointError for
+    ambiguous conversions, UnsupportedAdapterError for incomplete ones."""
     if len(saved.tensors) > _MOST_KEYS:
         return None
     if saved.component in DENOISERS:  # conversions call it what its pipeline does
