@@ -43,7 +43,7 @@ OF_LAYOUT = (
 
 @dataclass(frozen=True)
 class GiveOut:
-    """Gives each request a copy of shared values where deltas make them differ."""
+    """Values that all requests share get a copy for each request where deltas make them differ."""
 
     name: str = "give_out"
     required: bool = False

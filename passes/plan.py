@@ -80,7 +80,7 @@ def strategy_of(node: fx.Node) -> Strategy:
 
 @dataclass(frozen=True)
 class Plan:
-    """Choose between generated code and plain aten for each node."""
+    """The strategy of each node: generated code or plain aten."""
 
     name: str = "plan"
     required: bool = False

@@ -18,7 +18,10 @@ from lorafx.progress import progress
 
 @dataclass(frozen=True)
 class Read:
-    """The meaning of saved tensors on the sites. Raises errors of adapters that name the tensor."""
+    """The meaning of each adapter's saved tensors on the sites.
+
+    Raises CheckpointError, UnsupportedAdapterError or CapacityError, which name the tensor.
+    """
 
     name: ClassVar[str] = "read"
 

@@ -41,7 +41,7 @@ OWN_OPS = {
 
 @dataclass(frozen=True)
 class Rescale:
-    """DoRA's scales and adapters' biases are applied behind the delta, in plain aten."""
+    """DoRA's scales and adapters' biases go behind the delta, in plain aten."""
 
     name: str = "rescale"
     required: bool = True
@@ -162,7 +162,7 @@ class _Scales:
 
 @dataclass(frozen=True)
 class ReplaceRows:
-    """Adapters' rows of a weight replace the base's."""
+    """Rows of a weight that adapters have replace the base's."""
 
     name: str = "replace_rows"
     required: bool = True

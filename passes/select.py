@@ -42,8 +42,10 @@ _EMPTY = "its weight is empty, so LoRA has nothing to change"
 
 @dataclass(frozen=True)
 class Alias:
-    """Each module once, under its canonical path, with its other paths. Raises CaptureError for a
-    `torch.compile` wrapper, whose graphs would never see marks."""
+    """Each module once, under its canonical path, with its other paths.
+
+    Raises CaptureError for a `torch.compile` wrapper, whose graphs would never see marks.
+    """
 
     name: ClassVar[str] = "alias"
 
@@ -67,8 +69,10 @@ class Alias:
 
 @dataclass(frozen=True)
 class Select:
-    """The configured modules that can carry LoRA. Raises TargetError for targets that name nothing,
-    or modules that cannot carry LoRA."""
+    """The configured modules that can carry LoRA.
+
+    Raises TargetError for targets that name nothing, or modules that cannot carry LoRA.
+    """
 
     name: ClassVar[str] = "select"
 

@@ -31,8 +31,10 @@ INVOKE = torch.ops.higher_order.invoke_subgraph
 
 @dataclass(frozen=True)
 class Outline:
-    """Repeated layers become calls of a body. Repeats below `min_nodes` stay: a call costs more
-    than their compilation, and prevents fusion across its ends."""
+    """Repeated layers become calls of one body.
+
+    Repeats below `min_nodes` stay: a call costs more, and prevents fusion across its ends.
+    """
 
     name: str = "outline"
     required: bool = False
