@@ -248,7 +248,6 @@ def _expert_estimates(
 
 
 def _rows(node: fx.Node) -> int | None:
-    """The captured number of rows, if known to tracing."""
     value = fake_value(node)
     rows = 1
     for size in value.shape[:-1]:
@@ -260,7 +259,6 @@ def _rows(node: fx.Node) -> int | None:
 
 
 def _pinned(ctx: Context, node: fx.Node) -> str | None:
-    """The strategy pinned by the user, if any. Raises ConfigError for a node with several."""
     plan = ctx.program.options.plan
     pinned = {plan[path] for path in _paths(ctx, node) if path in plan}
     if len(pinned) > 1:
@@ -293,7 +291,6 @@ def _split(node: fx.Node) -> bool:
 
 
 def _parts(sites: Sequence[Site]) -> list[Part]:
-    """The operands of the sites' factors: a packed site has an A and a B for each part."""
     return [part for site in sites for part in site.parts]
 
 

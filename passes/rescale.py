@@ -64,7 +64,6 @@ class _Scales:
     owners: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
 
     def take_out(self, node: fx.Node) -> None:
-        """The site keeps its delta; its readers get the rescaled y."""
         scale = {name: value for name, value in bound(node).items() if name in SCALE}
         rebind(node, **dict.fromkeys(scale))
         readers = list(node.users)

@@ -173,7 +173,6 @@ class _Selection:
         return tuple(found)
 
     def notes(self, sites: Sequence[Site]) -> list[str]:
-        """The selection, and why other candidates were left out."""
         taken = {id(site.module) for site in sites}
         for site in sites:  # what a site carries is selected with it
             carried = (getattr(site.module, name, None) for name in site.eligible.carries)
@@ -242,7 +241,6 @@ class _Selection:
         return 0 if container else rows  # it holds what is meant
 
     def _unnamed(self) -> Iterator[str]:
-        """A problem for each entry of the configuration that names no module."""
         root = type(self.graph.root).__qualname__
         lists = {
             "target_modules entry": () if isinstance(self.target, str) else self.target or (),
@@ -287,7 +285,6 @@ class _Selection:
 
     @cached_property
     def _suffixes(self) -> frozenset[str]:
-        """All valid list entries."""
         return frozenset(
             suffix
             for item in self.modules

@@ -2,12 +2,12 @@
 
     source ─▶ Saved ─▶ dialect ─▶ key_mapping, or moved paths ─▶ AdapterState
 
-Modules may have moved: an adapter of a text model on a model that contains the text model.
+An adapter of a text model may be meant for a model that contains the text model:
 
     model.layers.0.self_attn.q_proj   →   model.language_model.layers.0.self_attn.q_proj
 
-`key_mapping` renames by regular expressions. Without it, paths that lead nowhere are looked up
-below another common beginning, with weights of their sizes; several candidates are an error.
+Without a `key_mapping`, lost paths are looked up below another common beginning, with weights of
+their sizes; several candidates are an error.
 """
 
 from __future__ import annotations

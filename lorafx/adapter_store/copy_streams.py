@@ -3,12 +3,9 @@
     a copy into slots    waits for earlier uses of these slots, and for earlier copies
     a use of slots       waits for the last copy into each of them
 
-A use is anything that the current stream does with a slot, other than a copy. Only device streams
-wait, by events. Uses on several streams are ordered (`lorafx.session.running`), so the last use of
-a slot stands for the earlier ones.
-
-Replays of a captured CUDA graph are invisible to lorafx. So once a call has been captured, copies
-are made on the current stream, as on devices without streams.
+Only device streams wait, by events. Uses on several streams are ordered (`lorafx.session.running`),
+so the last use of a slot stands for the earlier ones. Once a call has been captured into a CUDA
+graph, whose replays are invisible to lorafx, copies are made on the current stream.
 """
 
 from __future__ import annotations
@@ -112,7 +109,6 @@ class CopyStreams:
 
     @property
     def beside(self) -> bool:
-        """Whether copies run beside the current stream."""
         return bool(self._lanes) and not self.captured
 
     def refuse_captured(self, names: Sequence[str]) -> None:

@@ -7,12 +7,10 @@
     apart              A (E, r, K), B (E, N, r)
     shared             A (r, K) or B (N, r), the same for all experts
 
-PEFT reads a parameter's dimensions by the module's attribute `is_transposed`, before 0.19 by their
-order alone: where that differs from the module's computation, A and B are exchanged. The shapes
-tell unless K = N; then PEFT's version does.
-
-The terms t are factors of the whole parameter, of its gate, or of its up projection. Interleaved
-gate and up terms become a pair of rank r_gate + r_up, with zeros in B at the other's columns.
+PEFT exchanges A and B where the module's `is_transposed`, or before 0.19 the order of dimensions,
+disagrees with its computation. The shapes tell unless K = N; then PEFT's version does. Terms are of
+the whole parameter, its gate, or its up projection; interleaved gate and up terms become a pair of
+rank r_gate + r_up, with zeros in B at the other's columns.
 """
 
 from __future__ import annotations

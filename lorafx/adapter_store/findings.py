@@ -93,7 +93,6 @@ class Findings:
             self.problems.append(str(problem))
 
     def equal(self, first: str, second: str) -> bool:
-        """Whether two keys hold the same factor."""
         a, b = self.state.tensors[first], self.state.tensors[second]
         alike = a.shape == b.shape and a.dtype == b.dtype and a.dtype in DTYPES
         return alike and torch.equal(a, b)

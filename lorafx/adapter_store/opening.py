@@ -5,8 +5,8 @@
     owner/name                      on the Hugging Face hub, by huggingface_hub
     bytes, or tensors by name       in memory
 
-Files are not trusted: reading yields tensors or a CheckpointError, in memory proportional to their
-size. Names inside a file are never used as paths.
+Untrusted files yield tensors or a CheckpointError, in memory proportional to their size. Names
+inside a file are never used as paths.
 """
 
 from __future__ import annotations

@@ -2,11 +2,10 @@ r"""PEFT's `adapter_config.json`: the meaning of a LoRA configuration for infere
 
     y = base(x) + s · B (A x),   s = α/r, or α/√r with `use_rslora`;   y scaled with `use_dora`
 
-r and α are per module: the first key k of `rank_pattern` / `alpha_pattern`, in the file's order,
-with `re.match(rf"(.*\.)?({k})$", path)` decides, else `r` and `lora_alpha`. Patterns are not
-trusted and are matched with a time limit (lorafx.model.targets). Fields that change this arithmetic
-are refused by name, and so are unknown fields that are set: PEFT adds fields with every version.
-Other methods of PEFT are refused with the way out.
+For r and α the first key k of `rank_pattern` / `alpha_pattern`, in the file's order, with
+`re.match(rf"(.*\.)?({k})$", path)` decides, else `r` and `lora_alpha`. Untrusted patterns are
+matched with a time limit (lorafx.model.targets). Fields that change this arithmetic, unknown fields
+that are set, and other methods of PEFT are refused by name.
 """
 
 from __future__ import annotations
@@ -46,7 +45,6 @@ class BlockDiagonal:
     blocks: int = 1
 
     def letter(self, path: str) -> str | None:
-        """The block-diagonal factor of the module at `path`, if any."""
         if any(part in path for part in self.a):
             return "A"
         return "B" if any(part in path for part in self.b) else None
@@ -196,12 +194,10 @@ class PeftConfig:
 
     @property
     def max_rank(self) -> int | None:
-        """The largest configured rank, if any."""
         ranks = [*self.rank_pattern.values(), *([] if self.r is None else [self.r])]
         return max(ranks, default=None)
 
     def targets_parameter(self, path: str) -> bool:
-        """Whether PEFT would have put LoRA on the parameter at `path`."""
         return names(self.target_parameters, [path])
 
     def name_of(self, path: str, parameter: str = "weight") -> str:

@@ -1,14 +1,10 @@
 """Takes over the adapters of PEFT in memory: of a `peft.PeftModel`, or injected.
 
 PEFT replaces target modules by wrappers that hold them as `base_layer`, below a `peft.PeftModel` or
-in the model itself (`load_adapter`, `add_adapter`, `peft.inject_adapter_in_model`). Modules trained
-as a whole, and embeddings with trained tokens, are `original_module` of their wrappers. The
-adapters' weights are read first, then each wrapper is replaced by its module. `restore()` puts
-everything back.
-
-Without its wrappers a PeftModel would silently compute the base model and save no adapters, so
-methods of PEFT's classes are shadowed on the objects and raise meanwhile. PEFT is optional: it is
-only used if already imported.
+in the model itself; modules trained as a whole, and embeddings with trained tokens, are
+`original_module` of their wrappers. The adapters' weights are read, then each wrapper is replaced
+by its module; `restore()` puts everything back. Methods of PEFT's classes are shadowed and raise
+meanwhile: without wrappers they would silently compute or save the base. PEFT is optional.
 """
 
 from __future__ import annotations
@@ -77,7 +73,6 @@ class TakenOver:
     _hidden: list[tuple[nn.Module, str]] = field(default_factory=list)
 
     def restore(self) -> None:
-        """Put PEFT's wrappers back."""
         for parent, name, wrapper in reversed(self._wrappers):
             parent._modules[name] = wrapper
         self._wrappers.clear()

@@ -2,12 +2,9 @@
 
 All problems of a file are found before anything is raised, and reading changes nothing.
 
-Targeted modules without factors in the file keep W. That is correct for a language adapter whose
-`q_proj` also matches the vision tower, but looks the same as lost tensors: so there is a warning,
-or an error if `strict`.
-
-    selected by a LoraConfig    its sites, and the selected parts of them, are checked
-    selected by the adapters    every module of the model, except excluded ones
+Targeted modules without factors keep W: correct for a language adapter whose `q_proj` also matches
+the vision tower, but indistinguishable from lost tensors. So there is a warning, or an error if
+`strict`. It covers the selected sites and parts, or, if adapters were the selection, every module.
 """
 
 from __future__ import annotations

@@ -48,7 +48,6 @@ class SiteLanding:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Equal for equivalent landings."""
         return (self.loose, *((id(site), part) for site, part in self.places))
 
     def fitting(self, rows: Mapping[str, int]) -> tuple[SitePart, ...] | None:
@@ -196,11 +195,9 @@ class Places:
         return best
 
     def named_modules(self) -> Iterable[tuple[str, nn.Module]]:
-        """Every module under its canonical path."""
         return ((without_compiled(path), module) for path, module in self.model.named_modules())
 
     def selected_modules(self) -> set[int]:
-        """Identities of wholly or partly selected modules."""
         sites = self._by_module.values()
         found = {id(s.module) for s in sites if any(part.selected for part in s.parts)}
         return found | {key for key, experts in self._experts.items() if experts.sites}

@@ -123,11 +123,9 @@ class Origin:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on disk."""
         return sum(size for _, size, _ in self.files.values())
 
     def check(self, name: str) -> None:
-        """Raise CheckpointError where the files of adapter `name` have changed."""
         try:
             now = stamps(self.path)
         except OSError as error:

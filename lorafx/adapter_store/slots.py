@@ -39,7 +39,6 @@ class OwnPlaces:
         return min(set(range(self.count)).difference(taken), default=None)
 
     def take(self, slot: int, holding: Iterable[int]) -> int:
-        """Give `slot` its `free` place, which must exist."""
         place = self.free(slot, holding)
         assert place is not None, f"slot {slot} was promised a place"
         self._by_slot[slot] = place

@@ -7,9 +7,8 @@
     hold      a replaced or unloaded version lives on under a private name
     sums      adapters made of loaded ones on demand, and forgotten with any of these
 
-Banks are written in place, so compiled graphs and captured addresses stay valid. Everything is
-checked before the first write; a call that raises has changed nothing. A slot belongs to no adapter
-while it is written, so no adapter is ever served from a half-written slot.
+Banks are written in place, so captured addresses stay valid. Everything is checked before the first
+write; a call that raises has changed nothing. A slot belongs to no adapter while it is written.
 """
 
 from __future__ import annotations
@@ -61,13 +60,11 @@ class AdapterStore(Slots):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Loaded adapters, in order of loading."""
         with self._lock:
             return tuple(n for n in self._adapters if not isinstance(n, (Retired, Mixture)))
 
     @property
     def versions(self) -> dict[str, int]:
-        """Loaded adapters -> version."""
         with self._lock:
             return {name: self._adapters[name].version for name in self.names}
 
@@ -89,7 +86,6 @@ class AdapterStore(Slots):
             return self._together(names, own=own)
 
     def check_known(self, name: str) -> None:
-        """Raise UnknownAdapterError unless this names loaded adapters, or the base."""
         with self._lock:
             self._check_known([name] if name != BASE else [])
 
@@ -166,7 +162,6 @@ class AdapterStore(Slots):
             return self.host.numbers(self[name])
 
     def unload(self, name: str) -> None:
-        """Forget an adapter, pinned or not, and free its slot."""
         with self._lock:
             self._check_known([name])
             undisturbed(lambda: self._unload(name))
@@ -181,7 +176,6 @@ class AdapterStore(Slots):
             return slot
 
     def unpin(self, name: str) -> None:
-        """Let an adapter be evicted again, if it was pinned."""
         with self._lock:
             self._check_known([name])
             self._pinned.discard(name)
@@ -195,7 +189,6 @@ class AdapterStore(Slots):
             return hold
 
     def held_name(self, hold: Hold) -> str:
-        """The name of a held version for `acquire`."""
         with self._lock:
             loaded = self._adapters.get(hold.name) is hold.stored
             return hold.name if loaded else self._retired[hold.stored.version]
@@ -273,7 +266,6 @@ class AdapterStore(Slots):
             }
 
     def after_fork(self) -> None:
-        """Reset locks in a child process."""
         self.host.after_fork()
         lock = free_after_fork(self._lock)
         if lock is not self._lock:

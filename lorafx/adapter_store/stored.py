@@ -84,12 +84,10 @@ class StoredAdapter:
 
     @property
     def copy(self) -> HostCopy | None:
-        """Its numbers, while they are in host memory."""
         return self.host or (None if self.dropped is None else self.dropped())
 
     @property
     def nbytes(self) -> int:
-        """Host memory of its numbers now."""
         copy = self.copy
         return 0 if copy is None else copy.nbytes
 
@@ -154,7 +152,6 @@ class HostTier:
             self._keep(stored, stored.host)
 
     def get(self, stored: StoredAdapter) -> HostCopy | None:
-        """The copy of an adapter, marked as used; None if dropped."""
         with self._lock:
             copy = stored.copy
             if copy is not None:
@@ -167,7 +164,6 @@ class HostTier:
         return self.read(stored) if copy is None else copy
 
     def written(self, copy: HostCopy) -> None:
-        """Count a copy that goes into a slot."""
         self.hits += not copy.again
         copy.again = False
 
@@ -223,7 +219,6 @@ class HostTier:
                 self.evictions += 1
 
     def after_fork(self) -> None:
-        """Reset the lock in a child process."""
         self._lock = free_after_fork(self._lock)
 
     def _keep(self, stored: StoredAdapter, copy: HostCopy) -> None:

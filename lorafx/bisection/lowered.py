@@ -70,7 +70,6 @@ class CompiledParts:
             )
 
     def _with_values(self, want: Run, given: Sequence[Any], nodes: Sequence[fx.Node]) -> Run:
-        """The values of these nodes and the results, compiled."""
         graph = copied(want.stage.graph)
         output = graph.graph.output_node()
         named = {node.name: node for node in graph.graph.nodes}

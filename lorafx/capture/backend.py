@@ -1,9 +1,8 @@
 """The Dynamo backend of a program: compiles captured frames to executables.
 
-A frame of a call without adapters is compiled like the base model's. All others, even parts without
-sites, which proofs of later graphs may need, go through AOTAutograd, the passes and the lowering. A
-graph serves calls of the kind it was captured for: an entry's frame has a single kind
-(lorafx.serving.entry), and other frames are guarded.
+Frames of calls without adapters are compiled like the base model's; all others, even parts without
+sites, which later proofs may need, go through AOTAutograd, the passes and the lowering. A graph
+serves calls of the kind it was captured for.
 """
 
 from __future__ import annotations
@@ -97,7 +96,6 @@ class Backend:
         return self.compile(gm, examples, self.lowering)
 
     def per_token(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-        """Compiles a frame of calls with a slot for each token."""
         return self.compile(gm, examples, self.lowering, per_token=True)
 
     def compile(
@@ -247,7 +245,6 @@ class Backend:
         return bool(program.runtime.active)
 
     def owns(self, frame: Frame) -> bool:
-        """Whether the captured frame is this program's in every call."""
         return frame.begins_call  # of an entry's own code
 
     def drop_guards(self, bound: BoundInputs | None) -> None:

@@ -1,8 +1,7 @@
-"""Inputs that are the same tensors in every call: banks and packed weights.
+"""Inputs that are the same tensors in every call, looked up once: banks and packed weights.
 
-In a frame owned by a program they are looked up once and hidden from Dynamo, whose bytecode would
-load them module by module (6.5 µs per call and layer). Modules that change places unnoticed by
-torch carry their marks along, so each call compares the weights of the banks' sites.
+They are hidden from Dynamo, whose bytecode would load them module by module (6.5 µs per call and
+layer). Each call compares the weights of the banks' sites, since modules may change places.
 """
 
 from __future__ import annotations

@@ -153,7 +153,6 @@ class InputPlaces:
                 del self.assumed[position]
 
     def check_choices(self, arguments: Sequence[Any]) -> None:
-        """Raise BatchError where arguments differ in sequences per request."""
         if len({arguments[position].shape[dim] for position, dim, _ in self.choices}) > 1:
             given = ", ".join(f"{n} {tuple(arguments[p].shape)}" for p, _, n in self.choices)
             raise BatchError(

@@ -4,9 +4,8 @@
     captured    g(ids [1, s2], mask [1, s2])       of one: Dynamo takes a size of one for a constant
     instance    g = f with s0 = 1, s1 = s2:        f's executable serves g
 
-Targets, literals, operands and result sizes must be equal after substitution, so `squeeze` of a
-size of one is another computation. What the compiler assumed about the symbols must also be true of
-these sizes, and is guarded.
+Targets, literals, operands and result sizes must be equal after substitution; the compiler's
+assumptions about symbols must hold for these sizes too, and are guarded.
 """
 
 from __future__ import annotations
@@ -290,14 +289,12 @@ class Instances:
         return None
 
     def begin(self) -> int:
-        """The number of assumptions about symbols so far."""
         environment = symbols_of_frame()
         return 0 if environment is None else len(environment.guards)
 
     def keep(
         self, title: str, form: Form, executable: Callable[..., Any], count: int, begun: int
     ) -> None:
-        """Keep a graph compiled since `begin` returned `begun`, if it has symbols."""
         environment = symbols_of_frame()
         symbols = any(size.free_symbols for item in form.inputs for size in item.sizes)
         if environment is None or not symbols:

@@ -1,12 +1,10 @@
 """Dynamo's guards that lorafx drops, in frames that always belong to the same model.
 
-Dynamo guards some thirty things of each mark, and a dozen of each hook's module: 3.5 µs per call
-and site. Dropped are guards on marks, which never change; on torch.nn's notes of a marked module's
-hooks (other hooks are seen by lorafx.model.changes_watch); and on transformers' notes of model
-classes. Frames shared by several layers keep every guard.
-
-`lorafx.compile` uses the public `guard_filter_fn`; lorafx.torch_compile.mark_guards serves models
-that users compile themselves.
+Guards on marks and hooks cost 3.5 µs per call and site. Dropped are guards on marks, which never
+change; on torch.nn's notes of a marked module's hooks (other hooks are seen by
+lorafx.model.changes_watch); and on transformers' notes of model classes. Frames shared by several
+layers keep every guard. `lorafx.compile` uses the public `guard_filter_fn`;
+lorafx.torch_compile.mark_guards serves models that users compile themselves.
 """
 
 from __future__ import annotations
@@ -78,7 +76,7 @@ class FrameGuards:
                 self._dropped.add(number)
 
     def drop_hooks_of_marked(self) -> list[nn.Module]:
-        """Drop and return modules whose only hooks are marks, with guards on their hooks."""
+        """Drop guards on hooks of modules whose only hooks are marks; returns these modules."""
         marked: dict[str, nn.Module] = {}
         for place in dict.fromkeys(self.places):
             module = self._at(place.removesuffix(_HOOKS)) if place.endswith(_HOOKS) else None

@@ -116,7 +116,6 @@ class Parts:
     def executable(
         self, program: Program, lowered: Callable[[list[Any]], Any]
     ) -> Callable[..., Any]:
-        """The executable of a loaded graph."""
         assert self.wrappers is not None
 
         def owner(arguments: Sequence[Any]) -> Program:

@@ -73,7 +73,6 @@ class GraphRecord:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Compile times by part, in order."""
         return exclusive(self.spans)
 
     def to_save(self) -> dict[str, Any]:
@@ -103,7 +102,6 @@ class GraphRecord:
             self.stages.append(stage_of_base(gm, frame))
 
     def code(self, text: str) -> None:
-        """Note Inductor's code for the graph or a part of it."""
         number = sum(name.startswith("inductor") for name in self.sources)
         self.sources[f"inductor{f'-{number}' if number else ''}.py"] = text
 

@@ -47,7 +47,6 @@ class Stage:
         return {path: item.graph for path, item in modules if isinstance(item, fx.GraphModule)}
 
     def paths(self, node: fx.Node) -> tuple[str, ...]:
-        """Paths of the sites of a node of the main graph."""
         return tuple(state.site.path for state in self.sites.get(("", node.name), ()))
 
     @cached_property

@@ -4,9 +4,8 @@
     traced          x = stamp(h0, W0); h1 = stamp(layer(x)); h2 = stamp(h1, W1); ...
     afterwards      every stamp is the traced layer again, on its operands
 
-A layer's nodes were made by a module call, and layers of an equal canonical form share a trace
-(lorafx.passes.outline). They are functions of their operands, and may write into inputs of the
-graph, such as a cache: the written value is then a result, copied into the input afterwards.
+Layers are module calls of equal canonical form (lorafx.passes.outline). Values that they write into
+inputs of the graph, such as a cache, are results, copied into the input afterwards.
 """
 
 from __future__ import annotations
@@ -429,7 +428,6 @@ def _expand(
 
 
 def _value_of_copy(node: fx.Node, copy: fx.Node) -> Any:
-    """The fake value of a copy, with the node's layout, in new memory or viewing its operand."""
     value = fake_value(node)
     if is_view(node):
         base, other = (fake_value(item.all_input_nodes[0]) for item in (node, copy))

@@ -50,7 +50,6 @@ class Tracking(TorchDispatchMode):
         self.over = False
 
     def run(self, action: Callable[[], T]) -> T:
-        """Run `action`, tracking its operators."""
         _forget_ended()
         above = _pops(_len_torch_dispatch_stack())
         try:
@@ -62,7 +61,6 @@ class Tracking(TorchDispatchMode):
             _run(above, 0)
 
     def begin(self, settings: ExitStack) -> None:
-        """Track until `settings` are closed."""
         _forget_ended()
         settings.callback(self.end)
         _push_on_torch_dispatch_stack(self)

@@ -87,7 +87,6 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _why_nothing(factors: Factors) -> str:
-    """Why a part changes nothing, or ""."""
     others = (factors.gains, factors.shift)
     if any(tensor is not None and bool(tensor.any()) for tensor in others):
         return ""

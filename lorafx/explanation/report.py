@@ -220,7 +220,6 @@ class Explanation(Report):
 
     @property
     def refusals(self) -> tuple[RefusedSites, ...]:
-        """The refusals of all graphs."""
         return tuple(refusal for graph in self.graphs for refusal in graph.refusals)
 
     @property
@@ -256,7 +255,6 @@ class Explanation(Report):
         return "\n".join(parts)
 
     def sections(self) -> list[tuple[str, Iterable[str]]]:
-        """The text below the summary."""
         banks = f"banks: {len(self.banks)}, {self.slots} slots of rank up to {self.max_rank}"
         banks += f", room for rank {self.slot_rank} in each" if self.slot_rank else ""
         found: list[tuple[str, Iterable[str]]] = [
@@ -284,7 +282,6 @@ class Explanation(Report):
         return self.summary[0]
 
     def facts(self) -> list[str]:
-        """Disabled shortcuts, with reasons."""
         off = [f"{name} ({reason})" for name, reason in self.shortcuts_off.items()]
         return [f"shortcuts that are off: {', '.join(off)}"] if off else []
 

@@ -71,7 +71,6 @@ class InGraph:
     lora: bool
 
     def lines(self, path: str) -> list[str]:
-        """Text without the module's `path`."""
         if not self.lora:
             return [f"{self.title}: for calls without adapters"]
         lines = []

@@ -139,11 +139,9 @@ class Context:
         return item.group.site_of(int(call.get("siblings", (0,))[0]))
 
     def record(self, site: Site, node: fx.Node, use: Use | None, *, form: str = "mark") -> None:
-        """Note that `node` serves `site`."""
         self.states[node] = [SiteState(site, use, form=form)]
 
     def merge(self, old: Iterable[fx.Node], new: fx.Node, form: str) -> None:
-        """`new` replaces the nodes `old`."""
         merged: list[SiteState] = []
         for node in old:
             merged.extend(self.states.pop(node))
@@ -187,7 +185,6 @@ class Context:
         )
 
     def other_owners(self, weight: fx.Node) -> list[nn.Module]:
-        """Modules with the same weight that are no sites."""
         sites = self.frame.by_node[weight].sites
         tensor = self.program.weight_of(sites[0])
         if tensor is None:
@@ -208,7 +205,6 @@ class Context:
         )
 
     def unselected_owners(self, weight: fx.Node, kind: str) -> list[nn.Module]:
-        """Those of `other_owners` of this kind (a tied head)."""
         return [
             module
             for module in self.other_owners(weight)
@@ -235,7 +231,6 @@ class Context:
         return node
 
     def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """`call` in this graph."""
         return self.call(self.graph, target, args, **kwargs)
 
     def size(self, node: fx.Node, dim: int) -> Any:
@@ -261,7 +256,6 @@ class Context:
         return {**found, "slots": slots or self._slots_input(self._place(site, weight))}
 
     def bank_input(self, site: Site, weight: fx.Node, name: str) -> fx.Node:
-        """Such an input for a single field."""
         assert self.fake_mode is not None
         value = getattr(self.program.site_bank(site), name)
         fake = self.fake_mode.from_tensor(value, static_shapes=True)

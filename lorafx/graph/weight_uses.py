@@ -144,7 +144,6 @@ def uses_of(
 
 
 def _sizes(value: torch.Tensor) -> tuple[Any, ...]:
-    """Sizes, as numbers where the graph guards them."""
     return tuple(
         int(size)
         if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Integer)
@@ -249,7 +248,6 @@ def _taken_apart(held: _Held, user: fx.Node) -> list[_Held | Use]:
 
 
 def _scaled(held: _Held, user: fx.Node) -> _Held | Use:
-    """Stored numbers times their scale: the weight dequantised in the graph."""
     call = bound(user)
     first, second = call["self"], call["other"]
     other = second if first is held.node else first

@@ -117,7 +117,6 @@ class Emitter:
         return total if len(parts) > 1 else self.call(before, target, total)
 
     def slot_of(self, slots: fx.Node, request: int, before: fx.Node) -> fx.Node:
-        """The slot (1,) of a request."""
         key = (slots, request)
         if key not in self._slots:
             one = self.call(before, aten.select.int, slots, 0, request)
@@ -165,7 +164,6 @@ class Emitter:
         return self._slots[key]
 
     def size_of(self, node: fx.Node, dim: int, before: fx.Node) -> Any:
-        """A size of `node`, as a number or a node."""
         size = node.meta["val"].shape[dim]
         return size if isinstance(size, int) else self.call(before, aten.sym_size.int, node, dim)
 

@@ -61,7 +61,6 @@ class BatchSymbols:
         return replace(self, alike=frozenset(as_expr(size) for size in sizes) - self.members)
 
     def each(self, size: int | torch.SymInt) -> sympy.Expr:
-        """size / B, for a whole multiple of B."""
         return FloorDiv(as_expr(size), self.canonical)
 
     @property

@@ -67,7 +67,6 @@ class Alignment:
                 )
 
     def shape(self, node: object) -> Shape:
-        """Sizes with a single symbol for T."""
         return tuple(size.xreplace(self._same) for size in self.flow.shape(node))
 
     def of(self, arg: object) -> States:

@@ -149,7 +149,6 @@ class Vectorizer:
         return self.emit(node.target, *args, **kwargs)
 
     def _along(self, node: fx.Node, *, all_if_none: bool = False, more: int = 0) -> fx.Node:
-        """An operator of a tensor along given dimensions."""
         args = bound(node)
         first = operand(node)
         self.only(node, first)
@@ -223,7 +222,6 @@ class Vectorizer:
         return self.emit(node.target, copies, wrap(args["dim"], n) + 1)
 
     def _indexed(self, node: fx.Node) -> fx.Node:
-        """x[indices] with shared indices."""
         x, indices = operand(node), list(bound(node)["indices"])
         self.only(node, x)
         at = [d for d, index in enumerate(indices) if index is not None]
@@ -232,7 +230,6 @@ class Vectorizer:
         return self.emit(node.target, self.copies[x], [None, *indices])
 
     def _written(self, node: fx.Node) -> fx.Node:
-        """select_scatter, slice_scatter: src laid over a part of x."""
         args = bound(node)
         x, src = args.pop("self"), args.pop("src")
         args["dim"] = wrap(args["dim"], len(self.flow.shape(x))) + 1

@@ -1,15 +1,15 @@
 """Tensors that contain a site's weight, or part of it, under another name.
 
-Serving code cuts `kv_b_proj.weight` into W_UK and W_UV after loading and keeps these as views, or
-as copies after dequantisation or `contiguous`. A graph that multiplies by them bypasses the
-weight's module. Their content is a `WeightForm` (lorafx.program.weight_forms):
+Serving code cuts `kv_b_proj.weight` into W_UK and W_UV after loading, as views or as copies after
+dequantisation or `contiguous`. A graph that multiplies by them bypasses the weight's module. Their
+content is a `WeightForm` (lorafx.program.weight_forms):
 
     views     by storage: sizes, strides and offset in the weight's storage
     copies    by value: rows of the tensor equal rows of W at regular distances, every one of them
 
-A tensor that shares the storage without such a form still counts as derived, and its site is
-refused in graphs that take it. Other copies (scaled, rounded, reordered) are not recognised:
-`match` refuses an unused site where such a tensor may replace its weight.
+A view without such a form refuses its site in graphs that take it. Other copies (scaled, rounded,
+reordered) are not recognised: `match` refuses an unused site where such a tensor may replace its
+weight.
 """
 
 from __future__ import annotations

@@ -68,14 +68,12 @@ class FrameInput:
 
     @property
     def requests_dim(self) -> int | None:
-        """The requests' dimension, if known."""
         if self.kind not in ("argument", "result") or self.role is None or not self.role.known:
             return None
         return None if self.role.several else self.role.dim
 
     @property
     def several_dim(self) -> int | None:
-        """The dimension with several entries of each request."""
         return self.role.dim if self.role is not None and self.role.several else None
 
 
@@ -121,13 +119,11 @@ class Frame:
         return tuple(p for p, item in enumerate(self.inputs) if item.counts)
 
     def chosen(self, item: FrameInput) -> bool:
-        """Whether an input has several sequences of each request."""
         of = item.role.argument if item.kind == "argument" and item.role is not None else None
         return of in self.choices
 
     @property
     def follows_another(self) -> bool:
-        """Whether some input was made in the running call: the model is in several graphs."""
         return any(item.kind in ("result", "unknown") for item in self.inputs)
 
     @property
@@ -147,7 +143,6 @@ class Frame:
 
     @property
     def carries_lora(self) -> bool:
-        """Whether the graph takes a bank or a selected site's weight."""
         return any(item.kind in ("bank", "weight") for item in self.inputs)
 
     def bind(self, graph: fx.Graph) -> None:

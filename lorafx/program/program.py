@@ -143,11 +143,9 @@ class Program:
             self.site_watch.refuse(paths)
 
     def home(self, site: Site) -> tuple[Group, int]:
-        """A site's group, and its index there."""
         return self._home[id(site)]
 
     def weight_of(self, site: Site) -> Tensor | None:
-        """The site's current base weight, if a plain tensor."""
         value = getattr(site.module, site.eligible.weight, None)
         return value if isinstance(value, Tensor) else None
 
@@ -200,7 +198,6 @@ class Program:
         return seen is not None and seen() is weight
 
     def bank_of_weight(self, weight: Tensor, index: int = 0) -> Bank | None:
-        """The bank of `site_of_weight` alone."""
         site = self.site_of_weight(weight, index)
         if site is None:
             return None
@@ -231,7 +228,6 @@ class Program:
             )
 
     def group_of_bank(self, A: Tensor) -> Group | None:
-        """The group whose bank has this very A."""
         group = self._by_bank.get(id(A))
         return group if group is not None and group.bank.A is A else None
 
@@ -267,7 +263,6 @@ class Program:
             yield from self.model.named_modules()
 
     def buffers(self) -> Iterator[Tensor]:
-        """The model's tensors that its forward may write into."""
         return (tensor for tensor in self._own_tensors() if not isinstance(tensor, nn.Parameter))
 
     def _own_tensors(self) -> Iterator[Tensor]:
@@ -281,7 +276,6 @@ class Program:
     def new_call(
         self, roles: RoleTable | None, named: Mapping[str, Any], *, tracks: bool = False
     ) -> Call:
-        """A call that has computed nothing yet."""
         own = self.own_memory.in_one_call()
         memory = Memory(
             lambda tensor: self.remembered.holds(tensor) or own(tensor),
@@ -309,16 +303,13 @@ class Program:
         return held.owners == each_repeated(requests, held.owners)
 
     def only_request(self, tensor: Tensor) -> int | None:
-        """The single request of a tensor from the running call, if so."""
         held = None if self.call is None else self.call.memory.look(tensor)
         return held.request if isinstance(held, Alone) else None
 
     def is_result(self, tensor: Tensor) -> bool:
-        """Whether an earlier graph of the running call returned this very tensor."""
         return self.call is not None and self.call.memory.computed(tensor)
 
     def call_arguments(self) -> dict[int, Role]:
-        """The running call's tensors by identity, with roles."""
         found: dict[int, Role] = {}
         if self.call is None or self.call.roles is None:
             return found
@@ -415,5 +406,4 @@ def _plain_attributes(model: nn.Module) -> list[tuple[Holder, Tensor]]:
 
 
 def _columns(table: Tensor | None, offset: int, site: Site) -> Tensor | None:
-    """A site's columns of a bank's table."""
     return None if table is None else table[:, offset : offset + site.out_features]

@@ -354,7 +354,6 @@ def _site_row(site: Site, pack: tuple[str, ...]) -> PredictedSites:
 
 
 def _alike(rows: Iterable[Row]) -> tuple[Row, ...]:
-    """Merges rows that differ only in the indices of their paths."""
     found: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         found.setdefault((shape_of(row.paths[0]), replace(row, paths=())), []).append(row)
@@ -473,7 +472,6 @@ def notes_of(
 
 
 def _not_selected(graph: ModuleGraph, sites: Sequence[Site]) -> list[Note]:
-    """Unselected modules that could carry LoRA, equal ones together."""
     taken = {id(site.module) for site in sites}
     carried = {
         id(getattr(site.module, name, None)) for site in sites for name in site.eligible.carries

@@ -71,7 +71,6 @@ class Profile(Report):
 
     @property
     def sites(self) -> float:
-        """Seconds that belong to sites."""
         return sum(node.whole for node in self.nodes)
 
     @property
@@ -150,7 +149,6 @@ def _together(nodes: Sequence[ProfiledNode]) -> ProfiledNode:
 
 
 def _names(paths: Sequence[str]) -> list[str]:
-    """The first path, and the others' last names."""
     return [paths[0] or "(root)", *(path.rpartition(".")[2] for path in paths[1:])]
 
 

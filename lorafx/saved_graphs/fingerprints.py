@@ -96,7 +96,6 @@ class Fingerprints:
         return f"a {name}"
 
     def of_class(self, cls: type) -> str:
-        """A class, by all code that its instances inherit."""
         return self._kept(cls, lambda: f"{_name(cls)}#{digest(self._members(cls))}", _name(cls))
 
     def of_code(self, code: types.CodeType) -> str:

@@ -1,9 +1,8 @@
 """Dynamo's guards across processes: each is verified against what it saw, then remade.
 
-A guard has a place (a `Source`) and a kind. Saved is the text of every guarded place (`_text`).
-Loading looks each place up in the frame to be compiled and compares the texts. Places of the same
-object must hold one object again, and others different objects. Then torch makes the guards anew.
-Guards that lorafx drops (`lorafx.capture.needless_guards`) are verified too.
+Saved is the text of every guarded place (a `Source`). Loading looks places up in the frame to be
+compiled and compares the texts; places of the same object must hold one object again, and others
+different ones. Guards that lorafx drops are verified too.
 """
 
 from __future__ import annotations
@@ -126,7 +125,6 @@ class SavedGuards:
     def hold(
         self, f_locals: dict[str, Any], f_globals: dict[str, Any], prints: Fingerprints
     ) -> bool:
-        """Whether all guards hold as at capture."""
         state = GlobalStateGuard().__getstate__()
         forward_mode = forward_level() != _NO_LEVEL
         if state != self.state or default_device() != self.device or forward_mode:
@@ -243,7 +241,6 @@ def _argument(guard: Guard) -> Any:
 
 
 def _bare(guard: Guard) -> Guard:
-    """The guard without its observations, which it makes anew."""
     make = guard.create_fn
     if isinstance(make, partial) and make.func in (
         GuardBuilder.TENSOR_MATCH,

@@ -46,7 +46,6 @@ class Page:
     _graphs: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, record: GraphRecord, data: Mapping[str, Any]) -> None:
-        """Add a graph and its `graph_data`, which is encoded once."""
         self._records.append(record)
         self._graphs.append((f"{data['title']}: {data['reason']}", packed(data)))
         if data["stages"]:
@@ -55,7 +54,6 @@ class Page:
             (target / "last.dot").write_text(to_dot(data), encoding="utf-8")
 
     def write(self) -> None:
-        """Write all files with the graphs so far."""
         self.folder.mkdir(parents=True, exist_ok=True)
         trace = trace_events(self.model, self._records, self.prepared)
         model = "".join(f"{report}\n" for report in self.prepared)

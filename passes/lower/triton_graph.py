@@ -113,7 +113,6 @@ def _description(item: Any, inputs: list[fx.Node]) -> object:
 
 
 def _traced(op: OpOverload, arguments: list[Any], inputs: list[fx.Node]) -> fx.GraphModule:
-    """inputs → results of `op`, then its written arguments, as a functional graph."""
     position = {node: index for index, node in enumerate(inputs)}
     mutated = [a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments]
 

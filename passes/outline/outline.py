@@ -141,7 +141,6 @@ def _outline(
 
 
 def _symbols(graph: fx.Graph, stretch: Stretch) -> list[fx.Node]:
-    """Size inputs that the body needs beside its operands."""
     needed = set()
     for node in (*stretch.nodes, *stretch.operands):
         for value in tree_leaves(fake_value(node)):
@@ -169,7 +168,6 @@ def _body(
     operands: Sequence[fx.Node],
     results: Sequence[int],
 ) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
-    """`nodes` as a graph over their operands and sizes, and node -> its copy."""
     graph = fx.Graph()
     inside: dict[fx.Node, fx.Node] = {}
     for node in operands:

@@ -51,7 +51,6 @@ def regions_of(graph: fx.Graph) -> list[Region]:
 def _runs(
     nodes: Sequence[fx.Node], stacks: Sequence[tuple[Any, ...]], barriers: set[fx.Node], depth: int
 ) -> Iterator[tuple[int, int]]:
-    """(first, last) of each run of nodes made in one call at this depth."""
     call: tuple[Any, ...] = ()
     first = last = -1
     for index, (node, stack) in enumerate(zip(nodes, stacks, strict=True)):
@@ -102,7 +101,6 @@ def is_pure(node: fx.Node) -> bool:
 
 
 def _has_effect(node: fx.Node) -> bool:
-    """Whether its operator has an effect for any arguments."""
     return node.is_impure() or _mutates(node)
 
 
@@ -215,7 +213,6 @@ def bodies(gm: fx.GraphModule) -> list[tuple[str, fx.GraphModule]]:
 
 
 def _invariant(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes computed from sizes, slots, other integer inputs, and constants."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder":

@@ -54,7 +54,6 @@ class Translation:
         self._places = None if model is None else Places((), model)
 
     def module(self, path: str) -> nn.Module | None:
-        """The model's module at `path`, if any."""
         return None if self._places is None else self._places.module(path)
 
     def exists(self, path: str) -> bool:
@@ -92,7 +91,6 @@ class Translation:
         self.tensors[key] = tensor
 
     def keep(self, key: str) -> None:
-        """Leave a key to the reader."""
         self.put(key, self.saved.tensors[key])
 
     def state(self, config: PeftConfig) -> AdapterState:

@@ -5,9 +5,8 @@
     unet.<module>.alpha                              α, s = α/r
     unet.<…attn1>.processor.to_q_lora.down.weight    older keys, which diffusers itself converts
 
-Configurations are in the metadata (`lora_adapter_metadata`). Without them and without α, diffusers
-takes α = r, so s = 1. Names of a model's first implementation go through diffusers' conversions: a
-conversion is right if all its factors land on modules.
+Without α or a configuration in the metadata (`lora_adapter_metadata`), α = r. For names of a
+model's first implementation, the diffusers conversion counts whose factors all land on modules.
 """
 
 from __future__ import annotations
