@@ -66,7 +66,7 @@ class Attend:
                     continue
                 with gm.graph.inserting_before(attention):
                     node = ctx.emit(PAGED_ATTENTION, *call)
-                    if not _transposed(laid):  # torch says so of contiguous queries
+                    if not _transposed(laid):  # torch's statement for contiguous queries
                         as_it_was = {"memory_format": torch.contiguous_format}
                         node = ctx.emit(aten.clone.default, node, **as_it_was)
                 node.meta = {**attention.meta, **node.meta}

@@ -83,9 +83,9 @@ def _replace(
     op = DENSE_ADDMM if bias else DENSE_MM
     with graph.inserting_before(node):
         new = graph.call_function(op, (*bias, found.x, found.weight, list(found.sizes)))
-    new.meta["val"] = fake_value(node)  # as large, and contiguous too
+    new.meta["val"] = fake_value(node)  # of equal size, contiguous too
     node.replace_all_uses_with(new)
-    graph.erase_node(node)  # its parts have no reader then
+    graph.erase_node(node)  # its parts are then unread
     return True
 
 

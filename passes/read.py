@@ -29,7 +29,7 @@ class Read:
         for name in list(model.saved):
             with progress(f"reading adapter {name}"):
                 adapter = read_adapter(
-                    model.saved.pop(name),  # what was saved is not kept beside what was read
+                    model.saved.pop(name),  # saved tensors are freed once read
                     name,
                     model.sites,
                     model=model.model,

@@ -174,7 +174,7 @@ class _Selection:
 
     def notes(self, sites: Sequence[Site]) -> list[str]:
         taken = {id(site.module) for site in sites}
-        for site in sites:  # what a site carries is selected with it
+        for site in sites:  # carried modules are selected with their site
             carried = (getattr(site.module, name, None) for name in site.eligible.carries)
             taken.update(map(id, carried))
         chosen = (
@@ -238,7 +238,7 @@ class _Selection:
         """How many rows of its weight adapters may replace; None for all."""
         rows = rows_asked(self.saved, self.tokens, item.paths)
         container = item.entry is None and not dict(item.module.named_parameters(recurse=False))
-        return 0 if container else rows  # it holds what is meant
+        return 0 if container else rows  # a container of the meant modules
 
     def _unnamed(self) -> Iterator[str]:
         root = type(self.graph.root).__qualname__

@@ -50,7 +50,7 @@ class _Lane:
         self.stream.wait_stream(torch.cuda.current_stream(device))
         self.copies: dict[int, _Copy] = {}
         self.users: dict[int, _Mark] = {}
-        self._using: dict[int, torch.cuda.Stream] = {}  # those of the users that go on
+        self._using: dict[int, torch.cuda.Stream] = {}  # streams of uses in progress
         self._flying: deque[_Copy] = deque()  # in the order in which they end
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
@@ -185,7 +185,7 @@ class CopyStreams:
                 streams.enter_context(torch.cuda.stream(lane.stream))
             try:
                 host = write()
-            finally:  # what it has launched before it failed is waited for too
+            finally:  # a failed write may have launched copies
                 for lane in self._lanes:
                     lane.copied(name, slots, host)
 

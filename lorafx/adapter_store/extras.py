@@ -360,7 +360,7 @@ class BiasReading:
             module = self.places.module(path)
             base = getattr(module, "bias", None)
             if module is None or not isinstance(base, Tensor):
-                continue  # noted as a name that means nothing
+                continue  # noted as an unknown name
             self._saved.add(id(module))
             site = self.places.site(module)
             if site is not None and site.path in owned:

@@ -331,7 +331,7 @@ def _refused(values: Mapping[str, Any]) -> Iterable[str]:
     if kind is not None and not (isinstance(kind, str) and kind == "LORA"):
         known = _UNMERGED.get(kind) if isinstance(kind, str) else None
         yield f"peft_type = {short(kind)}: {known or f'only LORA adapters are read; {_MERGE}'}"
-        return  # another type's fields have meanings of their own
+        return  # another type's fields have other meanings
     init = values.get("init_lora_weights", True)
     name = init.lower() if isinstance(init, str) else ""
     if not (init is None or isinstance(init, bool) or name in _PLAIN_INITS):

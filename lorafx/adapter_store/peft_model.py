@@ -125,7 +125,8 @@ def take_over(model: nn.Module) -> TakenOver:
 
 
 def _tensors_of(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """An adapter's tensors. PEFT registers empty trained tokens for adapters without any."""
+    """An adapter's tensors; placeholders stand for trained tokens, which PEFT expects of every
+    adapter."""
     from peft.utils.other import TrainableTokensWrapper
 
     absent = torch.empty(0)

@@ -169,8 +169,8 @@ class Places:
         return None if walked.rest else walked.module
 
     def carried(self, saved: str) -> tuple[str, int]:
-        """The module of the factors at `saved` (for `mha.base_layer.out_proj` a child carried by
-        `mha`), and how often PEFT adds their delta."""
+        """The configured module of the factors at `saved` (`mha` for `mha.base_layer.out_proj`, a
+        child that it carries), and how often PEFT adds their delta."""
         wrapper, _, name = saved.rpartition(".")
         if wrapper.rpartition(".")[2] != NESTED:
             return saved, 1

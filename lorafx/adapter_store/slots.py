@@ -182,14 +182,14 @@ class Slots:
         evicted += [n for n in staying if not taken.isdisjoint(self._window(n, slots[n]))]
         for name in [*evicted, *(name for name in places if name in self._slots)]:
             slot = self._slots.pop(name)
-            if slot not in places.values():  # what is not written anew
+            if slot not in places.values():  # slots that keep their contents
                 self._clear(slot)
         self.evictions += len(evicted)
         for name, slot in places.items():
             self.loads += 1
             self.host.written(copies[name])
-            # Until the assignment the slot belongs to nobody, so a device failure leaves the store
-            # consistent.
+            # Until the assignment the slot belongs to no adapter: after a device failure the store
+            # is consistent.
             self._write(slot, self._adapters[name], beside=True)
             self._slots[name] = slot
         return len(wanted) - len(missing)

@@ -172,7 +172,7 @@ class AdapterStore(Slots):
             self._check_known([name])
             (slot,) = self.acquire([name])
             self._pinned.add(name)
-            self.host.numbers(self[name])  # which stays
+            self.host.numbers(self[name])  # it stays loaded
             return slot
 
     def unpin(self, name: str) -> None:
@@ -210,7 +210,7 @@ class AdapterStore(Slots):
             finally:
                 try:
                     undisturbed(self._put_back)
-                except BaseException:  # of a signal that came before it began
+                except BaseException:  # a signal before it began
                     undisturbed(self._put_back)
                     raise
 
@@ -222,7 +222,7 @@ class AdapterStore(Slots):
         with self._lock:
             if self._last is not None and self._last[0] == key:
                 self.copy_streams.use(self._last[2])
-                return list(self._last[1])  # decoding asks for the same rows step after step
+                return list(self._last[1])  # decoding repeats the same rows
             wanted = adapters_among(key)
             self.hits += self._give_slots(wanted, held)
             slots = [-1 if n is None or n == BASE else self._slots[n] for n in key]

@@ -176,7 +176,7 @@ class HostTier:
         try:
             origin.check(stored.name)
             copy = self._fitted(reader(origin.source, stored.name)).host
-            origin.check(stored.name)  # nor did they change meanwhile
+            origin.check(stored.name)  # unchanged since
         except LorafxError:
             self.changed += 1
             raise

@@ -100,7 +100,7 @@ class CompiledParts:
         return last
 
     def _compiled(self, gm: fx.GraphModule, given: Sequence[Any]) -> list[Any]:
-        gm = copied(gm)  # whatever compiles a graph may change it
+        gm = copied(gm)  # compilers may change the graph
         inputs = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
         run: Callable[[list[Any]], Any] = self.lowering.compile(gm, inputs)
         return tree_leaves(run(cloned(given)))

@@ -248,7 +248,7 @@ class Backend:
         return frame.begins_call  # of an entry's own code
 
     def drop_guards(self, bound: BoundInputs | None) -> None:
-        """Drop guards of a frame that is always this program's, without the inputs in `bound`."""
+        """Choose, before Dynamo makes them, to drop guards of a frame that is this program's."""
         self._at = names_of_frame() if "needless_guards" in self.shortcuts else None
 
     def keep_guards(self, guards: Sequence[Any]) -> Sequence[bool]:

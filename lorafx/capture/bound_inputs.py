@@ -90,7 +90,7 @@ def bind(
     for position, item in enumerate(frame.inputs):
         group = item.group
         if group is None or any(id(site) not in places for site in group.sites):
-            continue  # nothing would tell that it is of other sites now
+            continue  # a later change of its sites would go unnoticed
         if item.kind == "bank":
             banks[position] = group, item.label
         elif item.kind == "packed":

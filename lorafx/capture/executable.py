@@ -141,7 +141,7 @@ def refusing(error: LorafxError) -> Callable[..., Any]:
 
 def for_base(checks: Checks, owner: ProgramLookup, base: Callable[..., Any]) -> Callable[..., Any]:
     if not checks.places.plain:
-        return base  # no other kind of call can get it
+        return base  # only calls of this kind reach it
 
     def run(*arguments: Any) -> Any:
         program = owner(arguments)

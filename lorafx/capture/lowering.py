@@ -223,11 +223,11 @@ def _unfolding(
 
     class Unfold(CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:
-            if graph.find_nodes(op="call_function", target=STAMP):  # not a graph inside of it
+            if graph.find_nodes(op="call_function", target=STAMP):  # not in a nested graph
                 unfold(graph, folded)
 
         def uuid(self) -> str:
-            return "lorafx stamps 1"  # the traced graph says what its stamps stand for
+            return "lorafx stamps 1"  # the traced graph determines the stamps
 
     def compile_inner(traced: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
         if traced.graph.find_nodes(op="call_function", target=STAMP):

@@ -114,7 +114,7 @@ def _copied(gm: fx.GraphModule) -> fx.GraphModule:
     graph, made = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in gm.graph.nodes:
         made[node] = copy = graph.node_copy(node, made.__getitem__)
-        for key in vars(node).keys() - vars(copy).keys():  # what Dynamo has noted on inputs
+        for key in vars(node).keys() - vars(copy).keys():  # Dynamo's notes on inputs
             setattr(copy, key, getattr(node, key))
     module = fx.GraphModule(gm, graph)
     module.meta = dict(gm.meta)
@@ -134,7 +134,7 @@ def _fold(folded: Folded, mode: FakeTensorMode) -> None:
     for regions, stretches in repeats(gm, claimed, LEAST):
         begin, end = places[stretches[0].nodes[0]], places[stretches[-1].nodes[-1]]
         if any(begin < place < end for place in switches):
-            continue  # equal calls may be traced in other ways behind it
+            continue  # later equal calls may be traced differently
         layers = _layers_of(stretches, replaced)
         stacks = [_calls(stretches[0], stretch) for stretch in stretches[1:]]
         effects = None if None in stacks else _effects_of(layers, mode)
@@ -360,7 +360,7 @@ def unfold(graph: fx.Graph, folded: Folded) -> None:
         for key, stacks in kind.others.items():
             call = found.get(key)
             if call is None:
-                continue  # nothing reads what that layer computes
+                continue  # the layer's results are unread
             if order[call] < order[leave]:
                 raise NotUnfolded("layers were traced in another order")
             with graph.inserting_before(call), mode:

@@ -82,7 +82,7 @@ class Traced:
     def _noting(self, convert: Callable[..., ConvertFrameReturn]) -> Callable[..., Any]:
         """Dynamo's conversion, except for given-up frames. Dynamo's lock keeps settings local."""
 
-        @functools.wraps(convert)  # with its attributes, which Dynamo asks for
+        @functools.wraps(convert)  # with its attributes, which Dynamo reads
         def noting(frame: Any, *args: Any, **kwargs: Any) -> ConvertFrameReturn:
             if frame.f_code in self.given_up:
                 return ConvertFrameReturn(frame_exec_strategy=_THIS_TIME)
@@ -118,7 +118,7 @@ def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` with an unshared code object: Dynamo marks untraceable frames on their code, which
     modules share through torch.nn's forwards and transformers' decorators."""
     if not isinstance(function, MethodType):
-        function = innermost_fn(function)  # of what was compiled, or kept from it
+        function = innermost_fn(function)  # through wrappers of torch.compile and disable
     plain = function.__func__ if isinstance(function, MethodType) else function
     # Partials and objects have no frame, and torch's functions are not traced: like torch.compile,
     # put a call around them.

@@ -77,7 +77,7 @@ class Tracking(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # torch would wrap what sees each operator; Dynamo is told below
+        return False  # else torch wraps it; Dynamo is handled below
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -85,7 +85,7 @@ class Tracking(TorchDispatchMode):
         named: Mapping[str, Any] = kwargs or {}
         memory = self.memory
         if memory is None and not (_takes_tensors(args) or _takes_tensors(named.values())):
-            return func(*args, **named)  # of no weight
+            return func(*args, **named)  # of a graph
         if self.over or not isinstance(func, OpOverload):
             return func(*args, **named)
         operands = [*tensors_in(args), *tensors_in(dict(named))]
@@ -127,7 +127,7 @@ class Tracking(TorchDispatchMode):
         try:
             helds = held_results(func, args, named, results, before)
         except (RuntimeError, TypeError, ValueError, IndexError):
-            helds = [None] * len(outputs)  # what no rule can follow is unknown
+            helds = [None] * len(outputs)  # unknown without a rule
         if len(changed) != len(outputs):
             now: list[Held | None] = [alone(list(before.values()))] * len(changed)
         else:

@@ -47,7 +47,7 @@ class WeightUses:
         if self._inside_modules and not any(map(self._program.graph.has, running)):
             return
         line = python_line()
-        if line is None:  # what a graph of another compiler does is its own
+        if line is None:  # inside another compiler's graph
             return
         past = [site.path for site in sites if not self._held(site, running)]
         if past:

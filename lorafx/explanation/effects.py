@@ -73,7 +73,7 @@ def _square(site: Site, factors: Factors) -> float:
     a, b = _wide(factors.A), _wide(factors.B)
     if site.eligible.kind == "embedding":
         a = a.mT  # (V, r)
-    if factors.ranks is not None:  # what is behind an expert's own rank is not read
+    if factors.ranks is not None:  # columns beyond an expert's rank are unused
         within = torch.arange(b.shape[-2]) < factors.ranks[:, None]
         b = b * within[..., None]
     # Both factors are squares: their product may exceed float32 where ΔW does not.

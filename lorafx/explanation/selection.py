@@ -52,7 +52,7 @@ def selection_of(
         )
     own, *aliases = graph.paths(module)
     same = next((site for site in sites if site.module is module), None)
-    if same is not None:  # by an alias that is not listed, or routed experts by their module
+    if same is not None:  # an unlisted alias, or the module of routed experts
         rule = why_selected(config, same)
     else:
         rule = left_out(graph, config, module)

@@ -58,7 +58,7 @@ class Emitter:
             if isinstance(value, torch.SymInt) and value.node.expr.is_Symbol:
                 known = self._sizes if node.op == "placeholder" else self._computed
                 known.setdefault(self.sizes.unify(value.node.expr), node)
-                known.setdefault(value.node.expr, node)  # inside of what it is unified with
+                known.setdefault(value.node.expr, node)  # also inside unified expressions
 
     def call(
         self, before: fx.Node, target: Callable[..., Any], /, *args: Any, **kwargs: Any

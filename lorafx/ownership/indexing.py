@@ -138,7 +138,7 @@ def written(node: fx.Node, flow: Flow, x: fx.Node, indices: list[Any], values: o
     for t in where.at.values():
         label, digit = flow.aligned(t, where.count), flow.digit(t)
         if isinstance(label, Mixed) and isinstance(passed, Own) and digit is not None:
-            continue  # the order of everybody's rows, through which `passed` has been followed
+            continue  # the permutation through which `passed` was followed
         if isinstance(label, Own):
             label = landed(node, flow, x, where, label, "index")
         labels.append(label)

@@ -178,7 +178,7 @@ class DerivedTensors:
                 if id(program.weight_of(site)) not in taken:
                     yield site
             return
-        if lookup(holder.module) is not None:  # scales and the like, of its own weight if of any
+        if lookup(holder.module) is not None:  # scales and the like of its weight
             yield from (site for site in program.sites if site.module is holder.module)
             return
         # The linear is a child of the holder, a sibling, or a sibling of its parent.

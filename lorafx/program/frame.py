@@ -61,7 +61,7 @@ class FrameInput:
         kind: InputKind = self.kind
         if not isinstance(value, Tensor):
             kind = "symbol"
-        elif kind in ("argument", "result"):  # how its parts lie is the subclass's business
+        elif kind in ("argument", "result"):  # the subclass decides the layout of its parts
             kind = "unknown"
         sites = self.sites if kind == "weight" else ()
         return replace(self, kind=kind, label=f"{self.label}.{part}", sites=sites, part=part)

@@ -19,9 +19,9 @@ from lorafx.model.sites import Site
 
 @dataclass(eq=False)
 class Preparation:
-    """The results of the passes so far: `alias` the graph, `select` the sites, `read` the adapters
-    from `saved`, `attach` the attachment, `load` the store, `pack_weights` the packed siblings. The
-    model is unchanged until `attachment`; `rollback` undoes all changes."""
+    """The results of the passes so far: `graph` (alias), `sites` (select), `adapters` (read, from
+    `saved`), `attachment` (attach), `store` (load) and `packed` siblings (pack_weights). The model
+    is unchanged until `attachment`; `rollback` undoes all changes."""
 
     model: nn.Module
     config: LoraConfig

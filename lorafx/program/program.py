@@ -134,7 +134,7 @@ class Program:
 
     def _look_at_sites(self) -> None:
         if self.site_watch.look():
-            self._no_sites.clear()  # what is no site's weight now is looked at again then
+            self._no_sites.clear()  # these are then checked again
 
     def refuse_missing(self, paths: Collection[str] | None = None) -> None:
         """Raise ReplacedModuleError where sites at these paths (None: any) have been replaced."""

@@ -174,7 +174,7 @@ def _role(argument: str, dim: int | None, *, known: bool = True, assumed: bool =
     return Role(argument, dim, known=known, assumed=assumed)
 
 
-_DEPTH = 8  # how far containers are followed; a cache object refers to much that is no tensor
+_DEPTH = 8  # of nested containers; cache objects refer to much besides tensors
 
 
 def tensor_leaves(value: Any) -> Iterator[Tensor]:

@@ -406,7 +406,7 @@ def same_inputs(
             _, number = seen.setdefault(id(x), (x, next(numbers)))
             found.setdefault(path, number)
 
-    memo: dict[int, Any] = {}  # of each object of the model what it is in the copy
+    memo: dict[int, Any] = {}  # id of an object of the model -> its copy
     try:
         for module in model.modules():
             held = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
@@ -418,7 +418,7 @@ def same_inputs(
             )
         with torch.no_grad():
             empty(**tree_map_only(Tensor, _stand_in, dict(inputs)))
-    except Exception as error:  # of code of the model, which may be anything
+    except Exception as error:  # the model's code may raise anything
         first = (str(error).splitlines() or [""])[0]
         raise DryRunError(f"{type(error).__name__}: {first:.200}") from error
     return found

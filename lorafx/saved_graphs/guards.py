@@ -131,7 +131,7 @@ class SavedGuards:
             return False
         try:
             texts, same = _look(self.places, f_locals, f_globals, prints)
-        except Exception:  # a name that leads nowhere here; code of the model's own
+        except Exception:  # a missing name, or an error of the model's code
             return False
         return texts == self.texts and same == self.same
 
@@ -150,7 +150,7 @@ class SavedGuards:
             global_state_guard=GlobalStateGuard(),
             _guards=GuardsSet(OrderedSet(self.guards)),
             _aotautograd_guards=self.of_aot,
-            skip_guards_check=True,  # whoever asks does
+            skip_guards_check=True,  # callers check
             name_of_builtins_dict_key_in_fglobals=self.builtins_name,
         )
         made = CheckFunctionManager(code, OutputGraphCommon(state), shape_code_parts=self.shapes)
@@ -175,7 +175,7 @@ def _look(
     texts: list[str] = []
     same: list[int] = []
     first: dict[int, int] = {}
-    held: list[Any] = []  # numbers of what is gone are given again
+    held: list[Any] = []  # keeps ids from being reused
     for number, place in enumerate(places):
         value = value_at(place.source, f_locals, f_globals, seen)
         held.append(value)

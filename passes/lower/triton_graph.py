@@ -53,7 +53,7 @@ def inline_triton_ops(
         if op in ops:
             replaced.update(_replace(node, op, bodies, shared))
     for node in reversed(gm.graph.nodes):
-        if node.target is EMPTY and not node.users:  # of a call that is shared
+        if node.target is EMPTY and not node.users:  # of a shared call
             gm.graph.erase_node(node)
     return replaced
 
@@ -78,7 +78,7 @@ def _replace(
     if node.target is AUTO_FUNCTIONALIZED or returned > 1:
         # An op without results returns None before its written arguments.
         shift = 1 if returned == 0 else 0
-        for user in list(node.users):  # getitem: what op returns, then what it has written
+        for user in list(node.users):  # getitem: results of op, then its written arguments
             index = index_of(user)
             assert user.target is operator.getitem
             assert isinstance(index, int)
@@ -182,7 +182,7 @@ def _key(node: fx.Node, copies: dict[fx.Node, fx.Node]) -> object:
         return (type(item), item)
 
     kwargs: dict[str, Any] = dict(node.kwargs)
-    if node.target is KERNEL_CALL:  # each trace has numbers of its own for kernel and constants
+    if node.target is KERNEL_CALL:  # ids of kernel and constants differ by trace
         kernel = kernel_side_table.get_kernel(kwargs.pop("kernel_idx"))
         constants = kernel_side_table.get_constant_args(kwargs.pop("constant_args_idx"))
         options = [str(config) for config in getattr(kernel, "configs", ())]

@@ -101,7 +101,7 @@ class _Former:
             if value in self.own:
                 return ("node", self.own[value])
             return ("operand", self.operands.setdefault(value, len(self.operands)))
-        if value is None or isinstance(value, _DISCRETE):  # most of what is no node
+        if value is None or isinstance(value, _DISCRETE):  # most literals
             return self.literal(value)
         if isinstance(value, (list, tuple)):
             kind = "tuple" if isinstance(value, tuple) else "list"
@@ -155,7 +155,7 @@ class _Former:
         if not isinstance(value, Tensor):
             if isinstance(value, (list, tuple)):
                 return tuple(map(self.value, value))
-            if isinstance(value, Mapping):  # what a Triton kernel has written, by argument
+            if isinstance(value, Mapping):  # a Triton kernel's writes, by argument
                 return ("mapping", tuple((key, self.value(item)) for key, item in value.items()))
             return self.literal(value)
         # No storage offset: it follows from the arguments and the operands' offsets, which differ

@@ -55,7 +55,7 @@ def _runs(
     first = last = -1
     for index, (node, stack) in enumerate(zip(nodes, stacks, strict=True)):
         if not stack and node not in barriers:
-            continue  # in the run if the run goes on behind it
+            continue  # part of the run if that continues
         here = stack[:depth] if len(stack) >= depth else ()
         if here and here == call:
             last = index
@@ -148,7 +148,7 @@ def hoist_shared(graph: fx.Graph) -> int:
                 pending.extend(node.all_input_nodes)
     anchor = next(node for node in graph.nodes if node.op != "placeholder")
     for node in [node for node in graph.nodes if node in wanted]:
-        node.meta.pop("nn_module_stack", None)  # of no region from now on
+        node.meta.pop("nn_module_stack", None)  # belongs to no region any more
         if node is anchor:
             anchor = anchor.next
         else:
@@ -221,7 +221,7 @@ def _invariant(graph: fx.Graph) -> set[fx.Node]:
                 found.add(node)
         elif not is_pure(node):
             if node.op == "call_function" and _mutates(node):
-                break  # what is read behind it may have changed
+                break  # later reads may see changes
         elif all(source in found for source in node.all_input_nodes):
             found.add(node)
     return found

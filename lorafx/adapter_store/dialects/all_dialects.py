@@ -80,7 +80,7 @@ def dialect_of(saved: Saved, name: str | None = None) -> Dialect:
         if dialect.claims(saved):
             return dialect
     if saved.fields is not None:
-        return known["peft"]  # which says what is wrong with each key
+        return known["peft"]  # its errors name each key
     first = ", ".join(repr(key[:100]) for key in list(saved.tensors)[:3]) or "no tensors"
     expected = "; ".join(f"{dialect.name}: {dialect.keys}" for dialect in DIALECTS)
     raise CheckpointError(

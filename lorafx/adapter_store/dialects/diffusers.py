@@ -83,9 +83,9 @@ def converted_by_diffusers(saved: Saved, dialect: Dialect, model: nn.Module) -> 
     ambiguous conversions, UnsupportedAdapterError for incomplete ones."""
     if len(saved.tensors) > _MOST_KEYS:
         return None
-    if saved.component in DENOISERS:  # conversions call it what its pipeline does
+    if saved.component in DENOISERS:  # conversions use the pipeline's name
         saved = replace(saved, component=None)
-    config = getattr(model, "config", None)  # by a UNet's, names of blocks are counted
+    config = getattr(model, "config", None)  # a UNet's decides the numbers of blocks
     blocks = config if hasattr(config, "layers_per_block") else None
     found: dict[str, AdapterState] = {}
     for name, loader in _loaders():
@@ -97,7 +97,7 @@ def converted_by_diffusers(saved: Saved, dialect: Dialect, model: nn.Module) -> 
             if tensors.keys() == saved.tensors.keys():
                 continue
             state = _translated(saved, dialect, tensors, alphas, model)
-        except Exception:  # one that is for other models: each fails in its own way
+        except Exception:  # conversions of other models raise anything
             continue
         if _lands(state, model) and not any(_equal(state, other) for other in found.values()):
             found[name] = state
