@@ -85,8 +85,7 @@ def _call(given: dict[str, Any], asked: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _read(attention: fx.Node) -> list[fx.Node] | None:
-    """The nodes from `attention` back to the cache's call; None without one or with other
-    readers."""
+    """The nodes from `attention` back to the cache's call; None with other readers."""
     asked = bound(attention)
     keys, values = _heads(asked["key"]), _heads(asked["value"])
     if keys is None or values is None:

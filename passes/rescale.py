@@ -96,7 +96,7 @@ class _Scales:
         return last
 
     def _by_row(self, node: fx.Node, table: fx.Node) -> tuple[fx.Node, fx.Node]:
-        """`table` (S, ΣN) by row and output, broadcastable to y, and where it is of a slot and not
+        """`table` (S, ΣN) by row and output, broadcastable to y, and where it is of a slot, not
         0."""
         y, owner = fake_value(node), self._owner(node)
         value = self.ctx.emit(aten.index.Tensor, self._columns(node, table), [owner])

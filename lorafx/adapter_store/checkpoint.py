@@ -205,8 +205,7 @@ def _fits(
     known: Mapping[str, nn.Module],
     whole: bool,
 ) -> bool:
-    """Whether all paths are below `start`, with their sizes; or, unless `whole`, some, with
-    layers."""
+    """Whether all paths, or unless `whole` some and the others' layers, fit below `start`."""
     present = 0
     for end, factors in ends.items():
         module = known.get(start + end)

@@ -30,8 +30,8 @@ _Mark: TypeAlias = "torch.cuda.Stream | torch.cuda.Event"
 
 @dataclass(eq=False)
 class _Copy:
-    """A copy of `name`, whose source `host` lives until it is `done`; a call may have `awaited`
-    it."""
+    """A copy of `name`; its source `host` lives until it is `done`; `awaited` by a call's
+    stream."""
 
     name: str
     event: torch.cuda.Event
@@ -148,7 +148,7 @@ class CopyStreams:
                     lane.used()
 
     def write(self, name: str, slots: Iterable[int], write: Callable[[], object]) -> None:
-        """`write` fills slots on the current stream, after earlier uses. Raises as
+        """`write` fills slots on the current stream, behind earlier uses, or as
         `refuse_captured`."""
         self.refuse_captured([name])
         self.use(slots)

@@ -108,8 +108,7 @@ def named(a: Tensor, b: Tensor, sizes: tuple[int, int, int], rank: int | None) -
 
 
 def _rank(a: Tensor, b: Tensor, experts: int, configured: int | None) -> int | None:
-    """r of factors in any layout, None where shapes disagree; raises `Problem` for an ambiguous
-    r."""
+    """r of factors in any layout, None if shapes disagree; raises `Problem` if ambiguous."""
     rows, columns = a.shape[-2], b.shape[-1]
     if a.dim() == 3 or b.dim() == 3:
         if a.dim() == b.dim():
@@ -174,8 +173,7 @@ def _check_overlap(terms: Sequence[ExpertTerm], name: str) -> None:
 
 
 def assembled(site: Site, terms: Sequence[ExpertTerm]) -> Iterator[tuple[str, LoraWeights]]:
-    """(part path, factors) of each touched part of `site`, in the terms' widest dtype. Raises
-    `Problem` where terms overlap."""
+    """(part path, factors) in the terms' widest dtype. Raises `Problem` where terms overlap."""
     assert site.expert_weight is not None
     _check_overlap(terms, site.expert_weight.name)
     for index in range(len(site.parts)):

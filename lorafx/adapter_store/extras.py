@@ -173,8 +173,7 @@ def rows_wanted(state: AdapterState, model: nn.Module) -> tuple[list[str], dict[
 
 
 class OwnReading:
-    """The replaced rows, `found` by site path; `keys` are processed, problems go to the
-    findings."""
+    """The replaced rows, `found` by site path; `keys` are processed keys."""
 
     def __init__(self, findings: Findings) -> None:
         self.findings, self.places = findings, findings.places

@@ -79,8 +79,7 @@ def inspected(given: AdapterSource) -> Inspected:
 
 
 def config_of(folder: Path) -> PeftConfig:
-    """A folder's configuration in PEFT's terms, for PEFT without tensors. Raises as
-    `load_state`."""
+    """A folder's configuration in PEFT's terms; PEFT's tensors are not read."""
     fields, where = raw_fields(folder)
     if not Mlx.configures(fields):
         return PeftConfig.read(fields, where=where)

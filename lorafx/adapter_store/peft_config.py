@@ -215,8 +215,7 @@ class PeftConfig:
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def matches(self, path: str) -> bool:
-        """Whether PEFT would have put LoRA on the module at `path`; always false without module
-        names ("all-linear", None)."""
+        """Whether PEFT would have put LoRA on the module; false for "all-linear" and None."""
         targets = self.target_modules
         excluded = self.exclude_modules
         if targets is None or targets == "all-linear":

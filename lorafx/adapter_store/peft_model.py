@@ -62,7 +62,7 @@ def notes_of_peft(model: nn.Module) -> bool:
 
 @dataclass
 class TakenOver:
-    """A model without its wrappers, its `adapters` (tensors not copied), and those active by
+    """A model without wrappers, its `adapters` (tensors not copied), and those active by
     default."""
 
     base: nn.Module
@@ -125,8 +125,7 @@ def take_over(model: nn.Module) -> TakenOver:
 
 
 def _tensors_of(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """An adapter's tensors; placeholders stand for trained tokens, which PEFT expects of every
-    adapter."""
+    """An adapter's tensors. PEFT expects trained tokens of every adapter: placeholders stand in."""
     from peft.utils.other import TrainableTokensWrapper
 
     absent = torch.empty(0)

@@ -51,8 +51,7 @@ class SiteLanding:
         return (self.loose, *((id(site), part) for site, part in self.places))
 
     def fitting(self, rows: Mapping[str, int]) -> tuple[SitePart, ...] | None:
-        """The places that factors cover, if `rows` of B partition the site's slices
-        unambiguously."""
+        """The places of the factors, if B's `rows` partition the site's slices unambiguously."""
         if not self.loose:
             return self.places
         names = self.places[0][0].loose_names

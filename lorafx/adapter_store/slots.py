@@ -47,8 +47,7 @@ class OwnPlaces:
     def to_evict(
         self, missing: Sequence[str], resident: Collection[str], evictable: Sequence[str]
     ) -> list[str]:
-        """The first of `evictable` that make room for the weights of `missing`; else
-        CapacityError."""
+        """The first of `evictable` that make room for `missing`, or CapacityError."""
         lacking = len(missing) + len(resident) - self.count
         if not missing or lacking <= 0:
             return []
@@ -64,9 +63,8 @@ class OwnPlaces:
 
 
 class Slots:
-    """The slots in the banks of `groups`, `own_weights` of them with room for replaced weights.
-    Adapters of larger rank take a window (lorafx.adapter_store.windows), named by its first
-    slot."""
+    """The slots in the banks of `groups`, `own_weights` of them with room for replaced weights. A
+    window (lorafx.adapter_store.windows) is named by its first slot."""
 
     def __init__(
         self, groups: Sequence[Group], max_adapters: int, own_weights: int, host: HostTier

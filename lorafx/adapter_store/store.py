@@ -255,8 +255,7 @@ class AdapterStore(Slots):
                         self._groups[g].bank.write_by_column(self._slots[name], factors)
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes of the banks, of host copies ("host"), and of rereadable adapters' files
-        ("disk")."""
+        """Bytes of the banks, of host copies ("host"), and of rereadable files ("disk")."""
         with self._lock:
             every = self._adapters.values()
             return {

@@ -85,8 +85,7 @@ class InputPlaces:
         return places
 
     def look_once(self, values: Sequence[Any]) -> None:
-        """After compilation, check only one of the inputs whose request counts are guarded
-        equal."""
+        """After compilation, check only one of the inputs with request counts guarded equal."""
         self.requests = _of_different_sizes(self.requests, values)
         self.called = _of_different_sizes(self.called, values)
 
@@ -144,8 +143,7 @@ class InputPlaces:
         return max(sizes) if sizes else self.number
 
     def check_rows(self, arguments: Sequence[Any], rows: int) -> None:
-        """Raise BatchError unless inputs have `rows` requests or a shared one; warns once if
-        unsure."""
+        """Raise BatchError unless inputs have `rows` requests or a shared one; may warn once."""
         for position, dim, name in self.called:
             check_requests(name, arguments[position].shape, dim, rows)
         for position, argument in list(self.assumed.items()):
@@ -201,8 +199,7 @@ class RefusedSites:
     reason: str
 
     def error(self, names: str, *, unseen: bool = False) -> LorafxError:
-        """The error of a call with adapters here; `unseen`: memory was handed out or written
-        unseen."""
+        """The error of a call with adapters here, whose memory was handed out if `unseen`."""
         if self.when in _PARTS:
             refused, setting = _PARTS[self.when]
             return MatchError(

@@ -188,8 +188,7 @@ class _Compiled:
     state: Any
 
     def instance(self, form: Form, count: int, environment: ShapeEnv) -> Callable[..., Any] | None:
-        """The executable for a graph of this form with `count` inputs, if this is its
-        generalisation."""
+        """The executable for a graph of this form with `count` inputs, if more general."""
         earlier = self.form
         if earlier.code is not form.code or earlier.context != form.context:
             return None
@@ -214,8 +213,7 @@ class _Compiled:
     def _places(
         self, inputs: Sequence[_Input], values: _Values
     ) -> tuple[list[int], tuple[int, ...]] | None:
-        """Each executable input's position among the given inputs followed by the returned constant
-        sizes, or None."""
+        """Positions of executable inputs among the given ones and the returned constant sizes."""
         at = {item.source: place for place, item in enumerate(inputs)}
         sized = {item.size: place for place, item in enumerate(inputs) if item.size is not None}
         places: list[int] = []

@@ -178,8 +178,7 @@ class _Layer:
 
 @dataclass(frozen=True)
 class _Effects:
-    """Effects of layers other than new tensors: operands `written`, and results `passed` from
-    operands."""
+    """Effects of layers beside new tensors: operands `written`, operands `passed` as results."""
 
     written: tuple[int, ...]
     passed: Mapping[int, int]

@@ -85,8 +85,7 @@ class WeightUses:
         return ranges
 
     def _held(self, site: Site, running: Sequence[nn.Module]) -> bool:
-        """Whether the site, whose mark comes later, or another module with the weight is
-        running."""
+        """Whether the site, whose mark comes later, or another holder of the weight is running."""
         weight = self._program.weight_of(site)
         return any(
             module is site.module

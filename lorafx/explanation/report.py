@@ -54,8 +54,7 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class BankReport:
-    """The factors of all slots for a group's sites: path of their parent module, their last names,
-    and device bytes."""
+    """The factors of a group's sites for all slots: parent path, last names, device bytes."""
 
     parent: str
     names: tuple[str, ...]

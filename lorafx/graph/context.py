@@ -221,8 +221,7 @@ class Context:
         return self.edits_left >= 0
 
     def call(self, graph: fx.Graph, target: Any, args: tuple[Any, ...], **kwargs: Any) -> fx.Node:
-        """A call_function node with a fake value, at the insertion point; `kwargs` are
-        constants."""
+        """A call_function node with a fake value, at the insertion point; `kwargs` are constant."""
         node = graph.call_function(target, args, kwargs)
         values = fx.node.map_arg(args, fake_value)
         assert self.fake_mode is not None

@@ -36,8 +36,7 @@ def compose(
 
 
 class IndexedDims:
-    """The dimensions of x[indices], where x is indexed at dimensions `at`. The index's `count`
-    dimensions start at `first`."""
+    """The dimensions of x[indices], indexed `at` some; `count` of the index start at `first`."""
 
     def __init__(self, flow: Flow, ndim: int, indices: list[Any]) -> None:
         self.at = {d: t for d, t in enumerate(indices) if t is not None}

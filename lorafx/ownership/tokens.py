@@ -90,7 +90,7 @@ class Alignment:
         return None
 
     def cut(self, node: fx.Node, label: Label, ndim: int) -> fx.Node | None:
-        """The tensor (B, T, ...), in slot order, with `node` (B, L, ...) = `tensor[:,
+        """The (B, T, ...) tensor, in slot order, with `node` (B, L, ...) = `tensor[:,
         start:end]`."""
         if node.target is not aten.slice.Tensor or ndim != 2 or label != Own(0):
             return None

@@ -68,8 +68,7 @@ class Vectorizer:
         return new
 
     def site(self, node: fx.Node) -> fx.Node:
-        """site and embedding_site of a copy for each request: a single product y, different
-        deltas."""
+        """A site of a copy for each request: a single product y, different deltas."""
         op: Any = node.target
         call, name = bound(node), input_name(node)
         x, y = call[name], call["y"]
@@ -284,8 +283,7 @@ class Vectorizer:
     # --- copies meet owned values ---
 
     def by_size(self, node: fx.Node) -> fx.Node | None:
-        """A shared `node` that repeats its operand for each request, with copy i in repetition
-        i."""
+        """A shared `node` that repeats its operand for each request, copy i in repetition i."""
         if not self.flow.batch.is_Symbol:
             return None  # another size may happen to be the same number
         packet = called_by(node)
@@ -342,8 +340,7 @@ class Vectorizer:
         return self.emit(aten.reshape.default, copies, [*sizes[:d], -1, *sizes[d:]])
 
     def by_owner(self, node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
-        """(operand, replacement) pairs; raises Ended unless broadcast along a known owner
-        dimension."""
+        """(operand, replacement) pairs; Ended unless broadcast along a known owner dimension."""
         flow, label = self.flow, self.flow.labels[node]
         single = label[0] if isinstance(label, tuple) else label
         if isinstance(single, Mixed):

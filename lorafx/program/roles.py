@@ -138,8 +138,7 @@ class RoleTable:
         return _role(argument, BATCH_FIRST, assumed=True)
 
     def check_rows(self, named: Mapping[str, Any], rows: int) -> None:
-        """Raise BatchError unless arguments have `rows` requests or a shared one; warns once if
-        unsure."""
+        """Raise BatchError unless arguments have `rows` requests or a shared one; may warn once."""
         named = self.spread(named)
         for name, value in named.items():
             if not isinstance(value, Tensor):

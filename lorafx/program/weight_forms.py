@@ -72,8 +72,7 @@ class WeightForm(NamedTuple):
         return self._replace(axes=self.axes[:dim] + self.axes[dim + 1 :]).moved(axis, index)
 
     def reshaped(self, before: Sequence[AnySize], after: Sequence[AnySize]) -> WeightForm | None:
-        """Row-major view from sizes `before` to `after`; None where an index is no step through
-        W."""
+        """Row-major view from sizes `before` to `after`; None where an index is no step in W."""
         left = [
             (size, axis)
             for size, axis in zip(before, self.axes, strict=True)

@@ -60,9 +60,8 @@ def stretch_of(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> Stretch:
 
 
 def agree(a: Stretch, b: Stretch, sizes: Mapping[sympy.Symbol, torch.SymInt]) -> bool:
-    """Whether the symbols of two stretches of equal form are the same, or equal at capture, which
-    is then guarded. `sizes` are the graph's symbols; symbols without a value equal only
-    themselves."""
+    """Whether the symbols of stretches of equal form are the same, or equal at capture, which is
+    then guarded; symbols without a value in `sizes` equal only themselves."""
     pairs = [(x, y) for x, y in zip(a.symbols, b.symbols, strict=True) if x != y]
     hints = {x: size_hint(sizes[x]) for pair in pairs for x in pair if x in sizes}
     known = all(hints.get(x) is not None and hints[x] == hints.get(y) for x, y in pairs)

@@ -60,8 +60,7 @@ class Outline:
 def repeats(
     gm: fx.GraphModule, claimed: set[fx.Node], least: int
 ) -> Iterator[tuple[tuple[Region, ...], tuple[Stretch, ...]]]:
-    """Isomorphic regions of at least `least` nodes, longest first, beside the caller's
-    `claimed`."""
+    """Isomorphic regions of `least` nodes or more, longest first, beside the caller's `claimed`."""
     # Over a paged cache, equal lengths of two kinds of layers may differ in the next step.
     sizes = {} if writes_in_place(gm) else sizes_of(gm.graph)
     lengths: dict[int, list[Region]] = {}

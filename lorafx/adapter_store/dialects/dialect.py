@@ -60,14 +60,14 @@ class Translation:
         return self.module(path) is not None
 
     def held(self, path: str) -> bool:
-        """Whether `path` exists without its first name (transformers 5's CLIP has no
-        `text_model`)."""
+        """Whether `path` exists without its first name: transformers 5's CLIP has no
+        `text_model`."""
         rest = path.partition(".")[2]
         return bool(rest) and self.exists(rest)
 
     def add(self, path: str, letter: str, tensor: Tensor) -> None:
-        """Add "A" (r, K), "B" (N, r), DoRA's "m" (N,) or B's bias "b" (N,) of the module at `path`;
-        duplicates raise CheckpointError."""
+        """Add "A" (r, K), "B" (N, r), DoRA's "m" (N,) or B's bias "b" (N,); duplicates are an
+        error."""
         if letter in _VECTORS:
             self.put(f"{path}.{_VECTORS[letter]}", tensor)
             return
