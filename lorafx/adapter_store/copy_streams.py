@@ -30,8 +30,7 @@ _Mark: TypeAlias = "torch.cuda.Stream | torch.cuda.Event"
 
 @dataclass(eq=False)
 class _Copy:
-    """A copy of `name`; its source `host` lives until it is `done`; `awaited` by a call's
-    stream."""
+    """A copy of `name`, with its source `host` until `done`; `awaited` by a stream of calls."""
 
     name: str
     event: torch.cuda.Event
@@ -148,7 +147,7 @@ class CopyStreams:
                     lane.used()
 
     def write(self, name: str, slots: Iterable[int], write: Callable[[], object]) -> None:
-        """`write` fills slots on the current stream, behind earlier uses, or as
+        """`write` fills slots behind earlier uses on the current stream. Raises as
         `refuse_captured`."""
         self.refuse_captured([name])
         self.use(slots)

@@ -30,7 +30,8 @@ class _Place:
 
 @contextmanager
 def failing_in(what: str, error: type[LorafxError], way_out: str) -> Iterator[None]:
-    """Notes that an exception left the innermost such block, to become `error` with a `way_out`."""
+    """Notes on exceptions where they arose; for the caller they become an `error` with a
+    `way_out`."""
     try:
         yield
     except Exception as raised:
