@@ -34,8 +34,10 @@ from lorafx.torch_internals.compat import mark_fixed_shape
 
 @dataclass(frozen=True)
 class Attach:
-    """A bank for each group of siblings, and a mark on each site. Raises CaptureError, before any
-    change, for a marked or compiled model."""
+    """A bank for each group of siblings, and a mark on each site.
+
+    Raises CaptureError, before any change, for a marked or compiled model.
+    """
 
     name: ClassVar[str] = "attach"
 

@@ -4,8 +4,7 @@
                                       →      y = paged_attention(q, k, v, …, seen, mask)
 
 The mask must be the cache's very input, on a GPU padded, cut back and expanded. Keys and values may
-be repeated for the heads of a group. With other readers of these or of the attention's statistics,
-or without a generated kernel, the graph is unchanged.
+be repeated for the heads of a group, must have no other readers, and need a generated kernel.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ class Attend:
                     continue
                 with gm.graph.inserting_before(attention):
                     node = ctx.emit(PAGED_ATTENTION, *call)
-                    if not _transposed(laid):  # torch says so of contiguous queries
+                    if not _transposed(laid):  # torch's statement for contiguous queries
                         as_it_was = {"memory_format": torch.contiguous_format}
                         node = ctx.emit(aten.clone.default, node, **as_it_was)
                 node.meta = {**attention.meta, **node.meta}
@@ -86,8 +85,7 @@ def _call(given: dict[str, Any], asked: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _read(attention: fx.Node) -> list[fx.Node] | None:
-    """The nodes from `attention` back to the cache's call; None without one or with other
-    readers."""
+    """The nodes from `attention` back to the cache's call; None with other readers."""
     asked = bound(attention)
     keys, values = _heads(asked["key"]), _heads(asked["value"])
     if keys is None or values is None:
@@ -128,7 +126,6 @@ def _heads(node: fx.Node) -> list[fx.Node] | None:
 
 
 def _only_result(attention: fx.Node) -> fx.Node | None:
-    """The result of `attention`, if its statistics are unread."""
     [*results] = attention.users
     return results[0] if len(results) == 1 and index_of(results[0]) == 0 else None
 
@@ -174,12 +171,10 @@ def _transposed(result: torch.Tensor) -> bool:
 
 
 def _equal(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    """The same sizes, symbols included."""
     return len(one) == len(other) and all(
         statically_known_true(a == b) for a, b in zip(one, other, strict=True)
     )
 
 
 def _same(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    """Equal sizes that are numbers, not symbols."""
     return all(isinstance(a, int) and a == b for a, b in zip(one, other, strict=True))

@@ -43,7 +43,7 @@ OF_LAYOUT = (
 
 @dataclass(frozen=True)
 class GiveOut:
-    """Gives each request a copy of shared values where deltas make them differ."""
+    """Values that all requests share get a copy for each request where deltas make them differ."""
 
     name: str = "give_out"
     required: bool = False
@@ -131,7 +131,7 @@ class Attempt:
         self.sites: dict[fx.Node, fx.Node] = {}
         self._of: dict[fx.Node, set[fx.Node]] = {}
         self._inputs: list[tuple[fx.Node, fx.Node, fx.Node]] = []
-        self._values: dict[fx.Node, object] = {}  # of before
+        self._values: dict[fx.Node, object] = {}  # earlier fake values
         self._views: list[tuple[fx.Node, object]] = []
 
     def run(self) -> dict[fx.Node, str]:
@@ -165,7 +165,7 @@ class Attempt:
                 raise Ended(node, "no rule copies what this operator computes")
             vectorizer.copies[node] = self.sites[node] = vectorizer.site(node)
         elif rule_for(node.target)[0] is unlabelled and fake_value(node) is not None:
-            for arg in shared:  # whose sizes it asks for
+            for arg in shared:  # for their sizes
                 self._put(node, arg, vectorizer.emit(aten.select.int, vectorizer.copies[arg], 0, 0))
         elif node.target is ROWS_OF:
             y = bound(node)["y"]

@@ -68,7 +68,6 @@ def _candidates(ctx: Context) -> list[list[fx.Node]]:
 
 
 def _adjacent(ctx: Context, nodes: list[fx.Node]) -> list[list[fx.Node]]:
-    """Runs of siblings with adjacent rows in the packed weight."""
     runs: list[list[fx.Node]] = []
     end = None
     for node in sorted(nodes, key=lambda item: bound(item)["offsets"][0]):

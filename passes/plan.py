@@ -54,14 +54,8 @@ _KEY = "lorafx_strategy"
 
 @dataclass(frozen=True)
 class Strategy:
-    """The choice for a node.
-
-    Attributes:
-        name: from `lorafx.config.STRATEGIES` of the lowering.
-        kernel: id of the generated Triton kernels; else 0.
-        split: a pack's base product is one GEMM per sibling.
-        reason: what decided.
-    """
+    """The choice for a node: a name from `lorafx.config.STRATEGIES`, the id of Triton kernels or 0,
+    whether a pack's base product is `split` into a GEMM per sibling, and the reason."""
 
     name: str
     kernel: int = 0
@@ -86,7 +80,7 @@ def strategy_of(node: fx.Node) -> Strategy:
 
 @dataclass(frozen=True)
 class Plan:
-    """Choose between generated code and plain aten for each node."""
+    """The strategy of each node: generated code or plain aten."""
 
     name: str = "plan"
     required: bool = False
@@ -254,7 +248,6 @@ def _expert_estimates(
 
 
 def _rows(node: fx.Node) -> int | None:
-    """The captured number of rows, if known to tracing."""
     value = fake_value(node)
     rows = 1
     for size in value.shape[:-1]:
@@ -266,7 +259,6 @@ def _rows(node: fx.Node) -> int | None:
 
 
 def _pinned(ctx: Context, node: fx.Node) -> str | None:
-    """The strategy pinned by the user, if any. Raises ConfigError for a node with several."""
     plan = ctx.program.options.plan
     pinned = {plan[path] for path in _paths(ctx, node) if path in plan}
     if len(pinned) > 1:
@@ -299,7 +291,6 @@ def _split(node: fx.Node) -> bool:
 
 
 def _parts(sites: Sequence[Site]) -> list[Part]:
-    """The operands of the sites' factors: a packed site has an A and a B for each part."""
     return [part for site in sites for part in site.parts]
 
 

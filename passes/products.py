@@ -83,9 +83,9 @@ def _replace(
     op = DENSE_ADDMM if bias else DENSE_MM
     with graph.inserting_before(node):
         new = graph.call_function(op, (*bias, found.x, found.weight, list(found.sizes)))
-    new.meta["val"] = fake_value(node)  # as large, and contiguous too
+    new.meta["val"] = fake_value(node)  # of equal size, contiguous too
     node.replace_all_uses_with(new)
-    graph.erase_node(node)  # its parts have no reader then
+    graph.erase_node(node)  # its parts are then unread
     return True
 
 
@@ -118,7 +118,6 @@ def _product(node: fx.Node) -> Product | None:
 
 
 def _is_given(weight: fx.Node) -> bool:
-    """Whether it is an input of the graph, or a part of one, of a known size."""
     if not all(isinstance(size, int) for size in fake_value(weight).shape):
         return False
     while weight.target is aten.slice.Tensor:
@@ -144,7 +143,6 @@ def _side_by_side(node: fx.Node) -> Product | None:
 
 
 def _whole(parts: Sequence[fx.Node]) -> fx.Node | None:
-    """The tensor that consists of these slices of its first dimension, in order."""
     source, end = None, 0
     for part in parts:
         call = bound(part) if part.target is aten.slice.Tensor else {}

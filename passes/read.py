@@ -18,7 +18,10 @@ from lorafx.progress import progress
 
 @dataclass(frozen=True)
 class Read:
-    """The meaning of saved tensors on the sites. Raises errors of adapters that name the tensor."""
+    """The meaning of each adapter's saved tensors on the sites.
+
+    Raises CheckpointError, UnsupportedAdapterError or CapacityError, which name the tensor.
+    """
 
     name: ClassVar[str] = "read"
 
@@ -26,7 +29,7 @@ class Read:
         for name in list(model.saved):
             with progress(f"reading adapter {name}"):
                 adapter = read_adapter(
-                    model.saved.pop(name),  # what was saved is not kept beside what was read
+                    model.saved.pop(name),  # saved tensors are freed once read
                     name,
                     model.sites,
                     model=model.model,

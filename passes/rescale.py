@@ -41,7 +41,7 @@ OWN_OPS = {
 
 @dataclass(frozen=True)
 class Rescale:
-    """DoRA's scales and adapters' biases are applied behind the delta, in plain aten."""
+    """DoRA's scales and adapters' biases go behind the delta, in plain aten."""
 
     name: str = "rescale"
     required: bool = True
@@ -64,7 +64,6 @@ class _Scales:
     owners: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
 
     def take_out(self, node: fx.Node) -> None:
-        """The site keeps its delta; its readers get the rescaled y."""
         scale = {name: value for name, value in bound(node).items() if name in SCALE}
         rebind(node, **dict.fromkeys(scale))
         readers = list(node.users)
@@ -97,7 +96,7 @@ class _Scales:
         return last
 
     def _by_row(self, node: fx.Node, table: fx.Node) -> tuple[fx.Node, fx.Node]:
-        """`table` (S, ΣN) by row and output, broadcastable to y, and where it is of a slot and not
+        """`table` (S, ΣN) by row and output, broadcastable to y, and where it is of a slot, not
         0."""
         y, owner = fake_value(node), self._owner(node)
         value = self.ctx.emit(aten.index.Tensor, self._columns(node, table), [owner])
@@ -162,7 +161,7 @@ class _Scales:
 
 @dataclass(frozen=True)
 class ReplaceRows:
-    """Adapters' rows of a weight replace the base's."""
+    """Rows of a weight that adapters have replace the base's."""
 
     name: str = "replace_rows"
     required: bool = True

@@ -42,8 +42,10 @@ _EMPTY = "its weight is empty, so LoRA has nothing to change"
 
 @dataclass(frozen=True)
 class Alias:
-    """Each module once, under its canonical path, with its other paths. Raises CaptureError for a
-    `torch.compile` wrapper, whose graphs would never see marks."""
+    """Each module once, under its canonical path, with its other paths.
+
+    Raises CaptureError for a `torch.compile` wrapper, whose graphs would never see marks.
+    """
 
     name: ClassVar[str] = "alias"
 
@@ -67,8 +69,10 @@ class Alias:
 
 @dataclass(frozen=True)
 class Select:
-    """The configured modules that can carry LoRA. Raises TargetError for targets that name nothing,
-    or modules that cannot carry LoRA."""
+    """The configured modules that can carry LoRA.
+
+    Raises TargetError for targets that name nothing, or modules that cannot carry LoRA.
+    """
 
     name: ClassVar[str] = "select"
 
@@ -169,9 +173,8 @@ class _Selection:
         return tuple(found)
 
     def notes(self, sites: Sequence[Site]) -> list[str]:
-        """The selection, and why other candidates were left out."""
         taken = {id(site.module) for site in sites}
-        for site in sites:  # what a site carries is selected with it
+        for site in sites:  # carried modules are selected with their site
             carried = (getattr(site.module, name, None) for name in site.eligible.carries)
             taken.update(map(id, carried))
         chosen = (
@@ -235,10 +238,9 @@ class _Selection:
         """How many rows of its weight adapters may replace; None for all."""
         rows = rows_asked(self.saved, self.tokens, item.paths)
         container = item.entry is None and not dict(item.module.named_parameters(recurse=False))
-        return 0 if container else rows  # it holds what is meant
+        return 0 if container else rows  # a container of the meant modules
 
     def _unnamed(self) -> Iterator[str]:
-        """A problem for each entry of the configuration that names no module."""
         root = type(self.graph.root).__qualname__
         lists = {
             "target_modules entry": () if isinstance(self.target, str) else self.target or (),
@@ -283,7 +285,6 @@ class _Selection:
 
     @cached_property
     def _suffixes(self) -> frozenset[str]:
-        """All valid list entries."""
         return frozenset(
             suffix
             for item in self.modules

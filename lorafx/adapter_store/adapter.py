@@ -12,8 +12,8 @@ from lorafx.model.bank import OwnWeight
 
 
 class LoraWeights(NamedTuple):
-    """One part's factors: A (r, K) and B (N, r) in the file's dtype, and s. `magnitude` is DoRA's m
-    (N,); `bias` (N,) is lora_B's; `own_bias` (N,) replaces the base's.
+    """A part's A (r, K), B (N, r) and s; DoRA's `magnitude`, lora_B's `bias` and a replacing
+    `own_bias` (N,).
 
     Routed experts: A (E, r, K), B (E, N, r), s and `ranks` (E,), 0 for untouched experts.
     """
@@ -37,13 +37,11 @@ class Adapter:
 
     Attributes:
         weights: `Site.part_path` -> factors; untouched parts are absent.
-        rank: the largest rank anywhere.
         spans: packed module's name -> slices that its rows cover, where not declared.
         own: site path -> rows of its weight that the adapter replaces.
         replaces_biases: the adapter was trained with biases that replace the base's.
         compared: the file's copies of base weights were compared with the model's.
         invocation: the tokens from which on it is active (aLoRA); empty if always.
-        keys: PEFT keys -> shapes.
     """
 
     name: str

@@ -2,12 +2,12 @@
 
     source ─▶ Saved ─▶ dialect ─▶ key_mapping, or moved paths ─▶ AdapterState
 
-Modules may have moved: an adapter of a text model on a model that contains the text model.
+An adapter of a text model may be meant for a model that contains the text model:
 
     model.layers.0.self_attn.q_proj   →   model.language_model.layers.0.self_attn.q_proj
 
-`key_mapping` renames by regular expressions. Without it, paths that lead nowhere are looked up
-below another common beginning, with weights of their sizes; several candidates are an error.
+Without a `key_mapping`, lost paths are looked up below another common beginning, with weights of
+their sizes; several candidates are an error.
 """
 
 from __future__ import annotations
@@ -35,15 +35,9 @@ from lorafx.progress import LOG
 def load_state(source: Any, model: nn.Module | None = None, *, warn: bool = True) -> AdapterState:
     """Configuration and tensors of `source`, in PEFT's names.
 
-    Args:
-        source: an `AdapterSource`, a valid `source` of an `AdapterSource`, or an `AdapterState`,
-            which is returned.
-        model: resolves flattened names and tells embeddings from linears.
-        warn: whether to warn about factors for other models of a pipeline.
-
-    Raises:
-        CheckpointError: unreadable, or with ambiguous names.
-        UnsupportedAdapterError: a configuration or adapter kind that lorafx cannot honour.
+    `source` is an `AdapterSource`, a valid `source` of it, or an `AdapterState`, which is returned.
+    `model` resolves flattened names and tells embeddings from linears. `warn` is about factors for
+    other models of a pipeline. Raises CheckpointError and UnsupportedAdapterError.
     """
     if isinstance(source, AdapterState):
         return source
@@ -211,8 +205,7 @@ def _fits(
     known: Mapping[str, nn.Module],
     whole: bool,
 ) -> bool:
-    """Whether all paths are below `start`, with their sizes; or, unless `whole`, some, with
-    layers."""
+    """Whether all paths, or unless `whole` some and the others' layers, fit below `start`."""
     present = 0
     for end, factors in ends.items():
         module = known.get(start + end)

@@ -3,12 +3,9 @@
     a copy into slots    waits for earlier uses of these slots, and for earlier copies
     a use of slots       waits for the last copy into each of them
 
-A use is anything that the current stream does with a slot, other than a copy. Only device streams
-wait, by events. Uses on several streams are ordered (`lorafx.session.running`), so the last use of
-a slot stands for the earlier ones.
-
-Replays of a captured CUDA graph are invisible to lorafx. So once a call has been captured, copies
-are made on the current stream, as on devices without streams.
+Only device streams wait, by events. Uses on several streams are ordered (`lorafx.session.running`),
+so the last use of a slot stands for the earlier ones. Once a call has been captured into a CUDA
+graph, whose replays are invisible to lorafx, copies are made on the current stream.
 """
 
 from __future__ import annotations
@@ -33,8 +30,7 @@ _Mark: TypeAlias = "torch.cuda.Stream | torch.cuda.Event"
 
 @dataclass(eq=False)
 class _Copy:
-    """A copy of `name`, whose source `host` lives until it is `done`; a call may have `awaited`
-    it."""
+    """A copy of `name`, with its source `host` until `done`; `awaited` by a stream of calls."""
 
     name: str
     event: torch.cuda.Event
@@ -53,7 +49,7 @@ class _Lane:
         self.stream.wait_stream(torch.cuda.current_stream(device))
         self.copies: dict[int, _Copy] = {}
         self.users: dict[int, _Mark] = {}
-        self._using: dict[int, torch.cuda.Stream] = {}  # those of the users that go on
+        self._using: dict[int, torch.cuda.Stream] = {}  # streams of uses in progress
         self._flying: deque[_Copy] = deque()  # in the order in which they end
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
@@ -112,7 +108,6 @@ class CopyStreams:
 
     @property
     def beside(self) -> bool:
-        """Whether copies run beside the current stream."""
         return bool(self._lanes) and not self.captured
 
     def refuse_captured(self, names: Sequence[str]) -> None:
@@ -125,12 +120,8 @@ class CopyStreams:
             )
 
     def use(self, slots: Iterable[int]) -> None:
-        """Later launches on current streams wait for the last copies into these slots; later copies
-        into them wait for these launches.
-
-        Raises:
-            BatchError: the stream is being captured, and no call has waited for the copy yet.
-        """
+        """Later launches wait for the last copies into these slots, and later copies for the
+        launches. Raises BatchError during a capture if no call has waited for a copy yet."""
         if not self._lanes:
             return
         slots = tuple(slots)
@@ -156,7 +147,7 @@ class CopyStreams:
                     lane.used()
 
     def write(self, name: str, slots: Iterable[int], write: Callable[[], object]) -> None:
-        """`write` fills slots on the current stream, after earlier uses. Raises as
+        """`write` fills slots behind earlier uses on the current stream. Raises as
         `refuse_captured`."""
         self.refuse_captured([name])
         self.use(slots)
@@ -193,7 +184,7 @@ class CopyStreams:
                 streams.enter_context(torch.cuda.stream(lane.stream))
             try:
                 host = write()
-            finally:  # what it has launched before it failed is waited for too
+            finally:  # a failed write may have launched copies
                 for lane in self._lanes:
                     lane.copied(name, slots, host)
 

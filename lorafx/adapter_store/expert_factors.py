@@ -7,12 +7,10 @@
     apart              A (E, r, K), B (E, N, r)
     shared             A (r, K) or B (N, r), the same for all experts
 
-PEFT reads a parameter's dimensions by the module's attribute `is_transposed`, before 0.19 by their
-order alone: where that differs from the module's computation, A and B are exchanged. The shapes
-tell unless K = N; then PEFT's version does.
-
-The terms t are factors of the whole parameter, of its gate, or of its up projection. Interleaved
-gate and up terms become a pair of rank r_gate + r_up, with zeros in B at the other's columns.
+PEFT exchanges A and B where the module's `is_transposed`, or before 0.19 the order of dimensions,
+disagrees with its computation. The shapes tell unless K = N; then PEFT's version does. Terms are of
+the whole parameter, its gate, or its up projection; interleaved gate and up terms become a pair of
+rank r_gate + r_up, with zeros in B at the other's columns.
 """
 
 from __future__ import annotations
@@ -110,8 +108,7 @@ def named(a: Tensor, b: Tensor, sizes: tuple[int, int, int], rank: int | None) -
 
 
 def _rank(a: Tensor, b: Tensor, experts: int, configured: int | None) -> int | None:
-    """r of factors in any layout, None where shapes disagree; raises `Problem` for an ambiguous
-    r."""
+    """r of factors in any layout, None if shapes disagree; raises `Problem` if ambiguous."""
     rows, columns = a.shape[-2], b.shape[-1]
     if a.dim() == 3 or b.dim() == 3:
         if a.dim() == b.dim():
@@ -176,8 +173,7 @@ def _check_overlap(terms: Sequence[ExpertTerm], name: str) -> None:
 
 
 def assembled(site: Site, terms: Sequence[ExpertTerm]) -> Iterator[tuple[str, LoraWeights]]:
-    """(part path, factors) of each touched part of `site`, in the terms' widest dtype. Raises
-    `Problem` where terms overlap."""
+    """(part path, factors) in the terms' widest dtype. Raises `Problem` where terms overlap."""
     assert site.expert_weight is not None
     _check_overlap(terms, site.expert_weight.name)
     for index in range(len(site.parts)):

@@ -5,8 +5,7 @@
     experts.gate_up_proj.lora_A, experts.3.…lora_B      terms that share their A
     experts.lora_A, experts.base_layer.lora_A           PEFT's wrappers, the outer and the inner
 
-PEFT wraps parameters in order of registration, so the inner wrapper is of the first. A single
-wrapper has the outer name, whatever its parameter.
+The inner wrapper is of the first registered parameter; a single wrapper has the outer name.
 """
 
 from __future__ import annotations
@@ -82,7 +81,6 @@ class ExpertReading:
         self._beyond: dict[int, tuple[Experts, set[int]]] = {}
 
     def take(self, factor: FactorKey, place: ExpertPlace) -> None:
-        """Keep a factor of routed experts. Raises `Problem`."""
         self.paths.add(place.saved)
         self.singly |= place.expert is not None
         experts, weight = place.experts, place.weight
@@ -127,11 +125,9 @@ class ExpertReading:
 
     @property
     def modules(self) -> set[int]:
-        """Identities of the modules that the file has factors for."""
         return set(self._modules)
 
     def touched(self, experts: Experts, weight: ExpertWeight) -> Collection[Columns]:
-        """The columns of a parameter that the file has factors for."""
         module = self._modules.get(id(experts.module))
         return () if module is None else module.touched.get(weight.name, ())
 

@@ -5,11 +5,10 @@
     base_model.model.<module>.base_layer.bias    bias="lora_only" or "all": b' for the base's b
     base_model.model.<module>.bias               bias="all": of a module without factors
 
-A whole weight is (N, K), of an embedding (V, N); the configuration names the rows of trained
-tokens. Modules tied to the input embedding get its trained tokens too, unless others are saved for
-them. PEFT also saves copies of heads, and of embeddings that were resized or carry LoRA: they are
-read as whole weights if they differ from the model's and there is room. Modules of another kind (a
-norm) are refused unless their saved values are the model's.
+A whole weight is (N, K), of an embedding (V, N). Modules tied to the input embedding get its
+trained tokens, unless others are saved for them. Saved copies of heads and embeddings are whole
+weights if they differ from the model's and there is room. Other modules (norms) are refused unless
+their saved values are the model's.
 """
 
 from __future__ import annotations
@@ -111,7 +110,6 @@ class SavedModule:
 
     @property
     def differs(self) -> bool:
-        """Whether the saved tensors differ from the model's."""
         pairs = ((getattr(self.module, name, None), t) for name, (_, t) in self.tensors.items())
         return not all(isinstance(base, Tensor) and same(saved, base) for base, saved in pairs)
 
@@ -175,8 +173,7 @@ def rows_wanted(state: AdapterState, model: nn.Module) -> tuple[list[str], dict[
 
 
 class OwnReading:
-    """The replaced rows, `found` by site path; `keys` are processed, problems go to the
-    findings."""
+    """The replaced rows, `found` by site path; `keys` are processed keys."""
 
     def __init__(self, findings: Findings) -> None:
         self.findings, self.places = findings, findings.places
@@ -340,9 +337,8 @@ def _label(path: str, module: nn.Module) -> str:
 
 
 class BiasReading:
-    """The biases of an adapter that replace the base's, `found` by site path. `keys` are the
-    processed keys; problems go to the findings. A site without factors gets zero factors beside its
-    bias."""
+    """The replaced biases, `found` by site path, with zero factors at sites without; `keys` are
+    processed, problems go to the findings."""
 
     def __init__(self, findings: Findings) -> None:
         self.findings, self.places = findings, findings.places
@@ -363,7 +359,7 @@ class BiasReading:
             module = self.places.module(path)
             base = getattr(module, "bias", None)
             if module is None or not isinstance(base, Tensor):
-                continue  # noted as a name that means nothing
+                continue  # noted as an unknown name
             self._saved.add(id(module))
             site = self.places.site(module)
             if site is not None and site.path in owned:
@@ -405,7 +401,6 @@ class BiasReading:
         return found
 
     def complete(self, sites: Sequence[Site]) -> None:
-        """Note trained biases that the file lacks."""
         if self.config.bias == "none":
             return
         for site in dict.fromkeys(sites):

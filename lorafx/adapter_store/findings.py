@@ -36,10 +36,8 @@ class Findings:
 
     Attributes:
         problems, unsupported, no_room: messages.
-        over_rank: names and ranks over `max_rank`.
         settings: settings that the messages name.
         closed: saved paths at unselected places, with messages.
-        largest: the largest rank met.
         compared: whether a saved tensor was compared with the base, which may change.
     """
 
@@ -95,15 +93,13 @@ class Findings:
             self.problems.append(str(problem))
 
     def equal(self, first: str, second: str) -> bool:
-        """Whether two keys hold the same factor."""
         a, b = self.state.tensors[first], self.state.tensors[second]
         alike = a.shape == b.shape and a.dtype == b.dtype and a.dtype in DTYPES
         return alike and torch.equal(a, b)
 
     def scale(self, label: str, name: str, saved: str, rank: int) -> float | None:
-        """s of the module or parameter that patterns call `name`, saved as `saved`. None, with a
-        finding, for a rank over `max_rank`; raises `Problem` where the configuration has another
-        rank."""
+        """s of the module called `name` by patterns and saved as `saved`; None for a rank over
+        `max_rank`. Raises `Problem` for another rank than configured."""
         configured, given = self.config.rank(name), self.state.scales.get(saved)
         if configured not in (None, rank) and given is None:
             raise Problem(

@@ -57,12 +57,8 @@ def fitted(
     groups: Sequence[Group],
     origin: Origin | None = None,
 ) -> StoredAdapter:
-    """`adapter` in the dtype and layout of the banks of `groups`, whose sites it was read for.
-
-    Raises:
-        CapacityError: the banks have no room for DoRA or biases.
-        CheckpointError: values beyond the banks' dtype.
-    """
+    """`adapter`, read for the sites of `groups`, in the banks' dtype and layout. Raises
+    CapacityError without room for DoRA or biases, CheckpointError for values beyond the dtype."""
     _check_room(adapter, places, groups)
     factors: dict[int, list[Factors]] = {}
     beyond: list[str] = []

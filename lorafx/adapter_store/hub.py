@@ -46,7 +46,7 @@ def downloaded(name: str, revision: str | None) -> Path:
                 ignore_patterns=["*/*"],
             )
         )
-    except Exception as error:  # of the network, of HTTP, of the hub
+    except Exception as error:  # network, HTTP or hub errors
         raise CheckpointError(
             f"{absent}, and {name!r} cannot be had from the hub: {_reason(error)}"
         ) from error
@@ -67,7 +67,7 @@ def check_model(name: str) -> None:
     try:
         from huggingface_hub import HfApi, try_to_load_from_cache
         from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-    except ImportError:  # who loads the model says so
+    except ImportError:  # loading the model reports it
         return
     if isinstance(try_to_load_from_cache(name, "config.json"), str):
         return
@@ -78,7 +78,7 @@ def check_model(name: str) -> None:
         raise ConfigError(
             f"{absent} or on the hub; correct the name, or log in where the model is private"
         ) from error
-    except HfHubHTTPError:  # a mirror that answers nothing but files, a model that is gated
+    except HfHubHTTPError:  # a mirror with files only, a gated model
         return
-    except Exception as error:  # offline, as it is set or as it is
+    except Exception as error:  # offline
         raise ConfigError(f"{absent}; the hub cannot be asked: {_reason(error)}") from error

@@ -62,7 +62,7 @@ def inspected(given: AdapterSource) -> Inspected:
     try:
         state = load_state(given)
     except UnsupportedAdapterError as error:
-        saved = opened(replace(given, config={}))  # whatever the configuration asks for
+        saved = opened(replace(given, config={}))  # for any configuration
         tensors = saved.tensors
         rows = tuple(Row(path, sizes, None) for path, sizes in _sizes(tensors))
         kinds = tuple(_kinds([key for key in tensors if parse(key) is None], tensors))
@@ -79,8 +79,7 @@ def inspected(given: AdapterSource) -> Inspected:
 
 
 def config_of(folder: Path) -> PeftConfig:
-    """A folder's configuration in PEFT's terms, for PEFT without tensors. Raises as
-    `load_state`."""
+    """A folder's configuration in PEFT's terms; PEFT's tensors are not read."""
     fields, where = raw_fields(folder)
     if not Mlx.configures(fields):
         return PeftConfig.read(fields, where=where)

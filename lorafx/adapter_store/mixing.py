@@ -33,13 +33,9 @@ def mixed(
     copies: Mapping[str, HostCopy],
     groups: Sequence[Group],
 ) -> StoredAdapter:
-    """The sum `name` of `adapters`, with these host `copies`.
-
-    Raises:
-        ConfigError: an adapter that is not linear in its weight (DoRA, replaced weights or biases,
-            aLoRA), or a scale beyond float32.
-        CapacityError: the sum of the ranks exceeds a bank's.
-    """
+    """The sum `name` of `adapters`, with these host `copies`. Raises ConfigError for an adapter
+    that is not linear in its weight or a scale beyond float32, CapacityError for a sum of ranks
+    beyond a bank's."""
     summed = [(adapters[member], weight) for member, weight in name.weights if weight]
     if len(summed) == 1 and summed[0][1] == 1:  # the others have weight 0
         single = summed[0][0]

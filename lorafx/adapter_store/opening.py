@@ -5,8 +5,8 @@
     owner/name                      on the Hugging Face hub, by huggingface_hub
     bytes, or tensors by name       in memory
 
-Files are not trusted: reading yields tensors or a CheckpointError, in memory proportional to their
-size. Names inside a file are never used as paths.
+Untrusted files yield tensors or a CheckpointError, in memory proportional to their size. Names
+inside a file are never used as paths.
 """
 
 from __future__ import annotations
@@ -85,11 +85,11 @@ def _at(given: AdapterSource, path: Path) -> Saved:
         except CheckpointError as error:
             if single or not folder.is_dir() or (folder / CONFIG_FILE).exists():
                 raise
-            problem = error  # other dialects have none
+            problem = error  # which other dialects lack
     file = path if single else _weights(folder, problem)
     read = _from_file(file)
     now = _stamps(path)
-    for name in (file.name, CONFIG_FILE):  # else α may be of one version, what it scales of another
+    for name in (file.name, CONFIG_FILE):  # α and factors of the same version
         if before.get(name) != now.get(name):
             raise CheckpointError(
                 f"{folder / name} was written while the adapter was read, which may be half of one "
@@ -104,7 +104,7 @@ def _at(given: AdapterSource, path: Path) -> Saved:
 def _stamps(path: Path) -> dict[str, Stamp]:
     try:
         return stamps(path)
-    except (OSError, ValueError):  # the reader says that better
+    except (OSError, ValueError):  # the reader reports it
         return {}
 
 

@@ -2,11 +2,10 @@ r"""PEFT's `adapter_config.json`: the meaning of a LoRA configuration for infere
 
     y = base(x) + s · B (A x),   s = α/r, or α/√r with `use_rslora`;   y scaled with `use_dora`
 
-r and α are per module: the first key k of `rank_pattern` / `alpha_pattern`, in the file's order,
-with `re.match(rf"(.*\.)?({k})$", path)` decides, else `r` and `lora_alpha`. Patterns are not
-trusted and are matched with a time limit (lorafx.model.targets). Fields that change this arithmetic
-are refused by name, and so are unknown fields that are set: PEFT adds fields with every version.
-Other methods of PEFT are refused with the way out.
+For r and α the first key k of `rank_pattern` / `alpha_pattern`, in the file's order, with
+`re.match(rf"(.*\.)?({k})$", path)` decides, else `r` and `lora_alpha`. Untrusted patterns are
+matched with a time limit (lorafx.model.targets). Fields that change this arithmetic, unknown fields
+that are set, and other methods of PEFT are refused by name.
 """
 
 from __future__ import annotations
@@ -46,7 +45,6 @@ class BlockDiagonal:
     blocks: int = 1
 
     def letter(self, path: str) -> str | None:
-        """The block-diagonal factor of the module at `path`, if any."""
         if any(part in path for part in self.a):
             return "A"
         return "B" if any(part in path for part in self.b) else None
@@ -187,13 +185,8 @@ class PeftConfig:
 
     @classmethod
     def read(cls, source: Any, *, where: str | None = None) -> PeftConfig:
-        """The configuration in a folder, a mapping, or a `peft.LoraConfig`, named `where` in
-        messages.
-
-        Raises:
-            CheckpointError: it is absent or malformed.
-            UnsupportedAdapterError: fields that lorafx refuses, all at once.
-        """
+        """The configuration in a folder, a mapping, or a `peft.LoraConfig`. Raises CheckpointError,
+        or UnsupportedAdapterError with all refused fields."""
         if isinstance(source, PeftConfig):
             return source
         values, found = raw_fields(source)
@@ -201,12 +194,10 @@ class PeftConfig:
 
     @property
     def max_rank(self) -> int | None:
-        """The largest configured rank, if any."""
         ranks = [*self.rank_pattern.values(), *([] if self.r is None else [self.r])]
         return max(ranks, default=None)
 
     def targets_parameter(self, path: str) -> bool:
-        """Whether PEFT would have put LoRA on the parameter at `path`."""
         return names(self.target_parameters, [path])
 
     def name_of(self, path: str, parameter: str = "weight") -> str:
@@ -224,8 +215,7 @@ class PeftConfig:
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def matches(self, path: str) -> bool:
-        """Whether PEFT would have put LoRA on the module at `path`; always false without module
-        names ("all-linear", None)."""
+        """Whether PEFT would have put LoRA on the module; false for "all-linear" and None."""
         targets = self.target_modules
         excluded = self.exclude_modules
         if targets is None or targets == "all-linear":
@@ -340,7 +330,7 @@ def _refused(values: Mapping[str, Any]) -> Iterable[str]:
     if kind is not None and not (isinstance(kind, str) and kind == "LORA"):
         known = _UNMERGED.get(kind) if isinstance(kind, str) else None
         yield f"peft_type = {short(kind)}: {known or f'only LORA adapters are read; {_MERGE}'}"
-        return  # another type's fields have meanings of their own
+        return  # another type's fields have other meanings
     init = values.get("init_lora_weights", True)
     name = init.lower() if isinstance(init, str) else ""
     if not (init is None or isinstance(init, bool) or name in _PLAIN_INITS):

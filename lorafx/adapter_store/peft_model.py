@@ -1,14 +1,10 @@
 """Takes over the adapters of PEFT in memory: of a `peft.PeftModel`, or injected.
 
 PEFT replaces target modules by wrappers that hold them as `base_layer`, below a `peft.PeftModel` or
-in the model itself (`load_adapter`, `add_adapter`, `peft.inject_adapter_in_model`). Modules trained
-as a whole, and embeddings with trained tokens, are `original_module` of their wrappers. The
-adapters' weights are read first, then each wrapper is replaced by its module. `restore()` puts
-everything back.
-
-Without its wrappers a PeftModel would silently compute the base model and save no adapters, so
-methods of PEFT's classes are shadowed on the objects and raise meanwhile. PEFT is optional: it is
-only used if already imported.
+in the model itself; modules trained as a whole, and embeddings with trained tokens, are
+`original_module` of their wrappers. The adapters' weights are read, then each wrapper is replaced
+by its module; `restore()` puts everything back. Methods of PEFT's classes are shadowed and raise
+meanwhile: without wrappers they would silently compute or save the base. PEFT is optional.
 """
 
 from __future__ import annotations
@@ -66,12 +62,8 @@ def notes_of_peft(model: nn.Module) -> bool:
 
 @dataclass
 class TakenOver:
-    """A model without its wrappers.
-
-    Attributes:
-        adapters: name -> configuration, tensors (not copied) and live scales.
-        active: the adapters that the model applied by default, all at once.
-    """
+    """A model without wrappers, its `adapters` (tensors not copied), and those active by
+    default."""
 
     base: nn.Module
     adapters: dict[str, AdapterState]
@@ -81,7 +73,6 @@ class TakenOver:
     _hidden: list[tuple[nn.Module, str]] = field(default_factory=list)
 
     def restore(self) -> None:
-        """Put PEFT's wrappers back."""
         for parent, name, wrapper in reversed(self._wrappers):
             parent._modules[name] = wrapper
         self._wrappers.clear()
@@ -95,8 +86,8 @@ class TakenOver:
 def take_over(model: nn.Module) -> TakenOver:
     """Read the adapters of a PeftModel or an injected model, then unwrap it.
 
-    Raises, with the model unchanged: UnsupportedAdapterError for an unsupported adapter or wrapper;
-    CheckpointError for merged adapters, adapters of a part of the model, or none.
+    Raises, with the model unchanged: UnsupportedAdapterError; CheckpointError for merged adapters,
+    adapters of a part of the model, or none.
     """
     whole = is_peft_model(model)
     what = "the PeftModel" if whole else f"the {type(model).__name__}"
@@ -134,7 +125,7 @@ def take_over(model: nn.Module) -> TakenOver:
 
 
 def _tensors_of(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """An adapter's tensors. PEFT registers empty trained tokens for adapters without any."""
+    """An adapter's tensors. PEFT expects trained tokens of every adapter: placeholders stand in."""
     from peft.utils.other import TrainableTokensWrapper
 
     absent = torch.empty(0)

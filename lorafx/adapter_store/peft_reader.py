@@ -2,12 +2,9 @@
 
 All problems of a file are found before anything is raised, and reading changes nothing.
 
-Targeted modules without factors in the file keep W. That is correct for a language adapter whose
-`q_proj` also matches the vision tower, but looks the same as lost tensors: so there is a warning,
-or an error if `strict`.
-
-    selected by a LoraConfig    its sites, and the selected parts of them, are checked
-    selected by the adapters    every module of the model, except excluded ones
+Targeted modules without factors keep W: correct for a language adapter whose `q_proj` also matches
+the vision tower, but indistinguishable from lost tensors. So there is a warning, or an error if
+`strict`. It covers the selected sites and parts, or, if adapters were the selection, every module.
 """
 
 from __future__ import annotations
@@ -47,12 +44,8 @@ class AdapterTargets(NamedTuple):
 
 
 def adapter_target_modules(source: Any, model: nn.Module) -> AdapterTargets:
-    """The modules of `model` that an adapter's keys name, under their current names, and its
-    largest rank. Keys of routed experts name parameters.
-
-    Raises CheckpointError or UnsupportedAdapterError as `read_adapter`, but shapes and placement
-    are not checked.
-    """
+    """The modules of `model` that an adapter's keys name, under current names, and its largest
+    rank. Raises as `read_adapter`, except for shapes and placement."""
     modules: dict[str, None] = {}
     rank = 0
     state, places = load_state(source, model), Places((), model)
@@ -85,10 +78,9 @@ def read_adapter(
     strict: bool = False,
     warn: bool = True,
 ) -> Adapter:
-    """Read the adapter `source` and place every tensor on one of `sites`.
+    """Read the adapter `source`, as in `load_state`, and place every tensor on one of `sites`.
 
     Args:
-        source: as in `lorafx.adapter_store.checkpoint.load_state`.
         sites: the selected sites; keys may use any of their paths, names of parts of packed sites,
             and packed names of separate sites (`LoraConfig.packed_modules`).
         model: root module of `sites`, with whose weights saved copies are compared.
@@ -96,7 +88,6 @@ def read_adapter(
         lora_config: the selection of `sites`. If adapters' targets were the selection, modules that
             are no sites count as left out too.
         strict: a targeted module without factors is a problem, not a warning.
-        warn: whether to give that warning.
 
     Raises:
         UnsupportedAdapterError: arithmetic beyond LoRA.

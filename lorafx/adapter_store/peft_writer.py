@@ -25,12 +25,8 @@ _ENDINGS = {"m": "lora_magnitude_vector", "b": "lora_B.bias"}
 
 
 def write_peft(state: AdapterState, folder: Path) -> tuple[str, ...]:
-    """Write `state` into the new `folder` and return the paths of its modules.
-
-    Raises:
-        ConfigError: the folder is not empty, or `state` is PEFT's already.
-        CheckpointError: keys without factors, paths without dots, or an unwritable folder.
-    """
+    """Write `state` into the new `folder`; returns module paths. Raises ConfigError for a full
+    folder or PEFT's own state, CheckpointError for keys without factors or paths without dots."""
     if state.dialect == "peft":
         raise ConfigError(f"{state.where} is a PEFT adapter already; copy its folder")
     refuse_full(folder)

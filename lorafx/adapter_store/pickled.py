@@ -19,8 +19,7 @@ from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
 
 
 def load_pickled(content: BinaryIO, file: str) -> dict[str, Tensor]:
-    """The plain tensors in `content` by name, within its size; else CheckpointError names
-    `file`."""
+    """The plain tensors in `content` by name, within its size; CheckpointError names `file`."""
     try:
         held = _held(content, file)
         tensors = torch.load(content, map_location="cpu", weights_only=True)

@@ -38,14 +38,8 @@ SitePart = tuple["Site", int]
 
 @dataclass(frozen=True)
 class SiteLanding:
-    """Parts of sites that a saved path means.
-
-    Attributes:
-        places: the parts, in the order of B's rows.
-        saved: the path without prefixes.
-        loose: a name whose slices only B's rows tell; then `places` are its candidates.
-        missing: why factors may not be placed here, or "".
-    """
+    """Parts of sites, in the order of B's rows, that the path `saved` means. `loose`: a name whose
+    slices, among `places`, only B's rows tell. `missing`: why factors may not be here, or ""."""
 
     places: tuple[SitePart, ...]
     saved: str
@@ -54,12 +48,10 @@ class SiteLanding:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Equal for equivalent landings."""
         return (self.loose, *((id(site), part) for site, part in self.places))
 
     def fitting(self, rows: Mapping[str, int]) -> tuple[SitePart, ...] | None:
-        """The places that factors cover, if `rows` of B partition the site's slices
-        unambiguously."""
+        """The places of the factors, if B's `rows` partition the site's slices unambiguously."""
         if not self.loose:
             return self.places
         names = self.places[0][0].loose_names
@@ -97,15 +89,13 @@ class Experts:
 
 @dataclass(frozen=True)
 class ExpertPlace:
-    """The meaning of a saved path among routed experts.
+    """The meaning of the path `saved` among routed experts; `reason`: why factors have no place, or
+    "".
 
     Attributes:
-        saved: the path without prefixes.
         weight: the parameter; None where PEFT's wrapper leaves it open.
-        half: the half of its columns.
         expert: the index, None for all.
         nested: whether it is the inner one of two wrappers.
-        reason: why factors have no place here, or "".
     """
 
     experts: Experts
@@ -178,9 +168,8 @@ class Places:
         return None if walked.rest else walked.module
 
     def carried(self, saved: str) -> tuple[str, int]:
-        """The module that the factors at `saved` were configured for, and how often PEFT adds their
-        delta: for `mha.base_layer.out_proj` a child carried by `mha` (`Eligible.carries`); else
-        `saved`, once."""
+        """The configured module of the factors at `saved` (`mha` for `mha.base_layer.out_proj`, a
+        child that it carries), and how often PEFT adds their delta."""
         wrapper, _, name = saved.rpartition(".")
         if wrapper.rpartition(".")[2] != NESTED:
             return saved, 1
@@ -205,11 +194,9 @@ class Places:
         return best
 
     def named_modules(self) -> Iterable[tuple[str, nn.Module]]:
-        """Every module under its canonical path."""
         return ((without_compiled(path), module) for path, module in self.model.named_modules())
 
     def selected_modules(self) -> set[int]:
-        """Identities of wholly or partly selected modules."""
         sites = self._by_module.values()
         found = {id(s.module) for s in sites if any(part.selected for part in s.parts)}
         return found | {key for key, experts in self._experts.items() if experts.sites}

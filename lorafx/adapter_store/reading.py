@@ -2,11 +2,8 @@
 
     ΔW = s · B A,   A (r, K), B (N, r);   embeddings: A (r, V), ΔE = s · (B A)ᵀ;   DoRA: m (N,)
 
-A tensor belongs to a site, to a part of a packed site, or to several sites that its name packs:
-then B is split by their output sizes and A is shared. A's rank must be the configured rank, which s
-= α/r comes from.
-
-Only the rows of an adapter's factors tell the slices of some names in a packed module:
+If a name packs several sites, B is split by their output sizes and A is shared. A's rank must be
+the configured rank, which s = α/r comes from. Only the rows of B tell the slices of some names:
 
     slices [8, 8, 8, 8];  in_proj_qkv with 24 rows, in_proj_z with 8  →  slices 0, 1, 2 and slice 3
 """
@@ -58,8 +55,7 @@ class Reading:
 
     Attributes:
         landings, factors: targets of factors, and their keys by letter.
-        unselected: paths of unselected modules with factors.
-        unknown: saved paths that name nothing.
+        unselected, unknown: saved paths without a site, and without any meaning.
         decoded: part paths with factors, except experts'.
         spans: slices that saved names cover (`loose_names`).
     """

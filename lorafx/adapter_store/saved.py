@@ -82,9 +82,7 @@ class AdapterState:
 
     Attributes:
         where: its name in messages.
-        scales: s by module path, overriding the configuration (live adapters may be rescaled; other
-            dialects save α by module).
-        dialect: the dialect that it was saved in.
+        scales: s by module path, overriding the configuration.
         left_out: other components of a pipeline with factors in its file.
         notes: decisions of the reader, for the log and `explain`.
     """
@@ -125,11 +123,9 @@ class Origin:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on disk."""
         return sum(size for _, size, _ in self.files.values())
 
     def check(self, name: str) -> None:
-        """Raise CheckpointError where the files of adapter `name` have changed."""
         try:
             now = stamps(self.path)
         except OSError as error:

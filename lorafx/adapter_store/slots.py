@@ -39,7 +39,6 @@ class OwnPlaces:
         return min(set(range(self.count)).difference(taken), default=None)
 
     def take(self, slot: int, holding: Iterable[int]) -> int:
-        """Give `slot` its `free` place, which must exist."""
         place = self.free(slot, holding)
         assert place is not None, f"slot {slot} was promised a place"
         self._by_slot[slot] = place
@@ -48,8 +47,7 @@ class OwnPlaces:
     def to_evict(
         self, missing: Sequence[str], resident: Collection[str], evictable: Sequence[str]
     ) -> list[str]:
-        """The first of `evictable` that make room for the weights of `missing`; else
-        CapacityError."""
+        """The first of `evictable` that make room for `missing`, or CapacityError."""
         lacking = len(missing) + len(resident) - self.count
         if not missing or lacking <= 0:
             return []
@@ -65,9 +63,8 @@ class OwnPlaces:
 
 
 class Slots:
-    """`max_adapters` slots in the banks of `groups`, `own_weights` of them with room for replaced
-    weights, written from `host`. Adapters of larger rank take a window of slots
-    (lorafx.adapter_store.windows), named by the first."""
+    """The slots in the banks of `groups`, `own_weights` of them with room for replaced weights. A
+    window (lorafx.adapter_store.windows) is named by its first slot."""
 
     def __init__(
         self, groups: Sequence[Group], max_adapters: int, own_weights: int, host: HostTier
@@ -183,14 +180,14 @@ class Slots:
         evicted += [n for n in staying if not taken.isdisjoint(self._window(n, slots[n]))]
         for name in [*evicted, *(name for name in places if name in self._slots)]:
             slot = self._slots.pop(name)
-            if slot not in places.values():  # what is not written anew
+            if slot not in places.values():  # slots that keep their contents
                 self._clear(slot)
         self.evictions += len(evicted)
         for name, slot in places.items():
             self.loads += 1
             self.host.written(copies[name])
-            # Until the assignment the slot belongs to nobody, so a device failure leaves the store
-            # consistent.
+            # Until the assignment the slot belongs to no adapter: after a device failure the store
+            # is consistent.
             self._write(slot, self._adapters[name], beside=True)
             self._slots[name] = slot
         return len(wanted) - len(missing)

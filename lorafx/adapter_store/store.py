@@ -7,9 +7,8 @@
     hold      a replaced or unloaded version lives on under a private name
     sums      adapters made of loaded ones on demand, and forgotten with any of these
 
-Banks are written in place, so compiled graphs and captured addresses stay valid. Everything is
-checked before the first write; a call that raises has changed nothing. A slot belongs to no adapter
-while it is written, so no adapter is ever served from a half-written slot.
+Banks are written in place, so captured addresses stay valid. Everything is checked before the first
+write; a call that raises has changed nothing. A slot belongs to no adapter while it is written.
 """
 
 from __future__ import annotations
@@ -40,9 +39,9 @@ T = TypeVar("T")
 
 
 class AdapterStore(Slots):
-    """Adapters by name over the banks of `groups`, with `max_adapters` slots, room for the replaced
-    weights of `own_weights` adapters (default: all slots), and at most `max_host_bytes` of host
-    copies. Safe to use from several threads."""
+    """Adapters by name over the banks of `groups`, with room for `own_weights` adapters' replaced
+    weights (default: all slots) and `max_host_bytes` of host copies. Safe to use from several
+    threads."""
 
     def __init__(
         self,
@@ -61,13 +60,11 @@ class AdapterStore(Slots):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Loaded adapters, in order of loading."""
         with self._lock:
             return tuple(n for n in self._adapters if not isinstance(n, (Retired, Mixture)))
 
     @property
     def versions(self) -> dict[str, int]:
-        """Loaded adapters -> version."""
         with self._lock:
             return {name: self._adapters[name].version for name in self.names}
 
@@ -89,7 +86,6 @@ class AdapterStore(Slots):
             return self._together(names, own=own)
 
     def check_known(self, name: str) -> None:
-        """Raise UnknownAdapterError unless this names loaded adapters, or the base."""
         with self._lock:
             self._check_known([name] if name != BASE else [])
 
@@ -106,14 +102,9 @@ class AdapterStore(Slots):
             return self._adapters[name]
 
     def load(self, adapter: Adapter, origin: Origin | None = None) -> None:
-        """Keep `adapter` in host memory, replacing its namesake in place; `origin` allows reading
-        it again.
-
-        Raises:
-            CapacityError: the banks have no room for it.
-            CheckpointError: values beyond the banks' dtype, or slices unlike those of others.
-            ConfigError: an invalid name.
-        """
+        """Keep `adapter` in host memory, replacing its namesake in place; it can be reread from
+        `origin`. Raises CapacityError, CheckpointError for values beyond the banks' dtype or
+        contradictory slices, ConfigError for an invalid name."""
         self.loading(adapter, origin)()
 
     def loading(self, adapter: Adapter, origin: Origin | None = None) -> Callable[[], None]:
@@ -134,13 +125,9 @@ class AdapterStore(Slots):
         return keep
 
     def fetch(self, names: Iterable[str | None], *, resident: bool = False) -> list[HostCopy]:
-        """The host copies of these adapters (of `resident` only those with a slot), which stay in
-        memory as long as the result. Dropped copies are read again, without the lock.
-
-        Raises:
-            UnknownAdapterError: a name that is not loaded.
-            CheckpointError: a file has changed since it was loaded, or is unreadable.
-        """
+        """These adapters' host copies (of `resident` only those with a slot), kept as long as the
+        result lives. Dropped copies are read again, without the lock. Raises UnknownAdapterError,
+        or CheckpointError for a changed file."""
         found: list[HostCopy] = []
         if self.host.budget is None:
             return found
@@ -175,7 +162,6 @@ class AdapterStore(Slots):
             return self.host.numbers(self[name])
 
     def unload(self, name: str) -> None:
-        """Forget an adapter, pinned or not, and free its slot."""
         with self._lock:
             self._check_known([name])
             undisturbed(lambda: self._unload(name))
@@ -186,11 +172,10 @@ class AdapterStore(Slots):
             self._check_known([name])
             (slot,) = self.acquire([name])
             self._pinned.add(name)
-            self.host.numbers(self[name])  # which stays
+            self.host.numbers(self[name])  # it stays loaded
             return slot
 
     def unpin(self, name: str) -> None:
-        """Let an adapter be evicted again, if it was pinned."""
         with self._lock:
             self._check_known([name])
             self._pinned.discard(name)
@@ -204,7 +189,6 @@ class AdapterStore(Slots):
             return hold
 
     def held_name(self, hold: Hold) -> str:
-        """The name of a held version for `acquire`."""
         with self._lock:
             loaded = self._adapters.get(hold.name) is hold.stored
             return hold.name if loaded else self._retired[hold.stored.version]
@@ -226,24 +210,19 @@ class AdapterStore(Slots):
             finally:
                 try:
                     undisturbed(self._put_back)
-                except BaseException:  # of a signal that came before it began
+                except BaseException:  # a signal before it began
                     undisturbed(self._put_back)
                     raise
 
     def acquire(self, names: Sequence[str | None], held: frozenset[int] = frozenset()) -> list[int]:
-        """The slot of each row's adapter, -1 for None and "__base__". Slots `held` by enclosing
-        calls keep their contents.
-
-        Raises:
-            UnknownAdapterError: a name that is not loaded.
-            CapacityError: too few free slots, or no room for the ranks of a sum.
-            ConfigError: a sum that cannot be made.
-        """
+        """The slot of each row's adapter, -1 for None and "__base__"; slots `held` by enclosing
+        calls keep their contents. Raises UnknownAdapterError, CapacityError for too few free slots
+        or ranks, ConfigError for an impossible sum."""
         key = tuple(names)
         with self._lock:
             if self._last is not None and self._last[0] == key:
                 self.copy_streams.use(self._last[2])
-                return list(self._last[1])  # decoding asks for the same rows step after step
+                return list(self._last[1])  # decoding repeats the same rows
             wanted = adapters_among(key)
             self.hits += self._give_slots(wanted, held)
             slots = [-1 if n is None or n == BASE else self._slots[n] for n in key]
@@ -276,8 +255,7 @@ class AdapterStore(Slots):
                         self._groups[g].bank.write_by_column(self._slots[name], factors)
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes of the banks, of host copies ("host"), and of rereadable adapters' files
-        ("disk")."""
+        """Bytes of the banks, of host copies ("host"), and of rereadable files ("disk")."""
         with self._lock:
             every = self._adapters.values()
             return {
@@ -287,7 +265,6 @@ class AdapterStore(Slots):
             }
 
     def after_fork(self) -> None:
-        """Reset locks in a child process."""
         self.host.after_fork()
         lock = free_after_fork(self._lock)
         if lock is not self._lock:

@@ -29,9 +29,8 @@ next_version = itertools.count(1).__next__
 
 
 class HostCopy:
-    """The numbers of an adapter: factors and replaced rows by group index. `nbytes` excludes
-    `shared`, the bytes of tensors that a sum has from other copies, by id. `again`: reread and not
-    used yet."""
+    """An adapter's factors and replaced rows by group index. `nbytes` excludes `shared`: a sum's
+    tensors from other copies, by id. `again`: reread and not used yet."""
 
     __slots__ = ("__weakref__", "again", "factors", "nbytes", "own", "shared")
 
@@ -53,8 +52,6 @@ class StoredAdapter:
     """A loaded adapter. Only its host copy comes and goes.
 
     Attributes:
-        sites: canonical paths of the sites that it touches.
-        host: its numbers in host memory, unless dropped.
         rescaled, owned, shifted: sites with DoRA, with replaced rows, and with an added bias.
         origin: where it can be read again; None where base weights decide its meaning.
         keys: as in `Adapter`, if it cannot be read again.
@@ -87,12 +84,10 @@ class StoredAdapter:
 
     @property
     def copy(self) -> HostCopy | None:
-        """Its numbers, while they are in host memory."""
         return self.host or (None if self.dropped is None else self.dropped())
 
     @property
     def nbytes(self) -> int:
-        """Host memory of its numbers now."""
         copy = self.copy
         return 0 if copy is None else copy.nbytes
 
@@ -133,7 +128,6 @@ class HostTier:
     Attributes:
         hits, misses: adapters written into a slot from host memory, or after rereading.
         changed: failed reads.
-        evictions: dropped copies.
         reader: rereads an adapter by source and name; without it nothing is dropped.
     """
 
@@ -158,7 +152,6 @@ class HostTier:
             self._keep(stored, stored.host)
 
     def get(self, stored: StoredAdapter) -> HostCopy | None:
-        """The copy of an adapter, marked as used; None if dropped."""
         with self._lock:
             copy = stored.copy
             if copy is not None:
@@ -171,7 +164,6 @@ class HostTier:
         return self.read(stored) if copy is None else copy
 
     def written(self, copy: HostCopy) -> None:
-        """Count a copy that goes into a slot."""
         self.hits += not copy.again
         copy.again = False
 
@@ -184,7 +176,7 @@ class HostTier:
         try:
             origin.check(stored.name)
             copy = self._fitted(reader(origin.source, stored.name)).host
-            origin.check(stored.name)  # nor did they change meanwhile
+            origin.check(stored.name)  # unchanged since
         except LorafxError:
             self.changed += 1
             raise
@@ -227,7 +219,6 @@ class HostTier:
                 self.evictions += 1
 
     def after_fork(self) -> None:
-        """Reset the lock in a child process."""
         self._lock = free_after_fork(self._lock)
 
     def _keep(self, stored: StoredAdapter, copy: HostCopy) -> None:

@@ -70,7 +70,6 @@ class CompiledParts:
             )
 
     def _with_values(self, want: Run, given: Sequence[Any], nodes: Sequence[fx.Node]) -> Run:
-        """The values of these nodes and the results, compiled."""
         graph = copied(want.stage.graph)
         output = graph.graph.output_node()
         named = {node.name: node for node in graph.graph.nodes}
@@ -101,7 +100,7 @@ class CompiledParts:
         return last
 
     def _compiled(self, gm: fx.GraphModule, given: Sequence[Any]) -> list[Any]:
-        gm = copied(gm)  # whatever compiles a graph may change it
+        gm = copied(gm)  # compilers may change the graph
         inputs = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
         run: Callable[[list[Any]], Any] = self.lowering.compile(gm, inputs)
         return tree_leaves(run(cloned(given)))

@@ -43,7 +43,6 @@ class Outputs:
 
     @classmethod
     def by_row(cls, names: Names, found: Mapping[str | None, Outputs]) -> Outputs:
-        """Each row from the batch-wide outputs of its adapter."""
         leaves = zip(*(found[name].leaves for name in names), strict=True)
         return cls(
             tuple(torch.stack([leaf[row] for row, leaf in enumerate(rows)]) for rows in leaves)
@@ -54,7 +53,6 @@ class Outputs:
 
     @property
     def tolerance(self) -> float:
-        """That of the least exact dtype."""
         return max((tolerance(leaf.dtype) for leaf in self.leaves), default=0.0)
 
     def error(self, want: Outputs, mask: Tensor | None = None) -> float:
@@ -109,7 +107,6 @@ def _merged(compiled: CompiledModel, name: str | None) -> Iterator[None]:
 
 @contextmanager
 def _results(compiled: CompiledModel) -> Iterator[Modules]:
-    """Notes the results of the sites' modules in a block."""
     noted: Modules = {}
 
     def hook(path: str) -> Any:

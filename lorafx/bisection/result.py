@@ -13,12 +13,8 @@ BatchKind = Literal["mixed", "one adapter at a time"]
 
 @dataclass(frozen=True)
 class StageError:
-    """The error of outputs after a pass, with graphs run operator by operator.
-
-    Attributes:
-        batch: the served batch. Before `provenance` graphs do not know their rows.
-        error: max |got − want| / max(1, max |want|).
-    """
+    """`error`, max |got − want| / max(1, max |want|), of outputs after a pass, run operator by
+    operator. Before `provenance` graphs do not know a batch's rows."""
 
     name: str
     batch: BatchKind
@@ -31,8 +27,7 @@ class FirstSite:
 
     Attributes:
         paths: the sites; several where a node computes them together.
-        node: the node with the difference.
-        where: its module and source line, if known.
+        node, where: the node with the difference, its module and source line.
         error: as `StageError.error`, of that node's value.
         behind: whether the node only computes with the site's result.
     """
@@ -54,12 +49,10 @@ class Bisection(Report):
     """The result of `lorafx.bisect`.
 
     Attributes:
-        tolerance: the largest acceptable relative error.
         reference: the reference of outputs.
         served: the error of the model as served.
         stages: errors by pass, in order.
         first: the first pass with errors over the tolerance, if any.
-        site: the first such site, if found.
         notes: what could not be checked, and why.
         script: a program that shows the difference, if wanted.
     """

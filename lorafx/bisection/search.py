@@ -132,7 +132,7 @@ class _Search:
         notes: list[str] = []
         try:
             served = self._error("mixed")
-        except VerifyError as error:  # the model compares its stages itself
+        except VerifyError as error:  # from its own Options(verify="numeric")
             served = float("inf")
             notes.append(str(error))
         options = self.compiled._session.program.options

@@ -1,9 +1,8 @@
 """The Dynamo backend of a program: compiles captured frames to executables.
 
-A frame of a call without adapters is compiled like the base model's. All others, even parts without
-sites, which proofs of later graphs may need, go through AOTAutograd, the passes and the lowering. A
-graph serves calls of the kind it was captured for: an entry's frame has a single kind
-(lorafx.serving.entry), and other frames are guarded.
+Frames of calls without adapters are compiled like the base model's; all others, even parts without
+sites, which later proofs may need, go through AOTAutograd, the passes and the lowering. A graph
+serves calls of the kind it was captured for.
 """
 
 from __future__ import annotations
@@ -91,7 +90,6 @@ class Backend:
         return self.compile(gm, examples, self.lowering)
 
     def per_token(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-        """Compiles a frame of calls with a slot for each token."""
         return self.compile(gm, examples, self.lowering, per_token=True)
 
     def compile(
@@ -201,9 +199,8 @@ class Backend:
         return frame
 
     def _finds_instances(self, active: bool) -> bool:
-        """Whether a graph may serve other sizes. Triton kernels are planned for their rows; the
-        base's bits may depend on the batch size; recorded and saved graphs are compiled
-        separately."""
+        """Whether graphs may serve other sizes: not Triton's, planned for their rows; nor the
+        base's, whose bits may depend on sizes; nor recorded and saved ones."""
         options, device = self.program.options, self.program.runtime.device
         if self.noted is not None or self.replay is not None:
             return False

@@ -1,8 +1,7 @@
-"""Inputs that are the same tensors in every call: banks and packed weights.
+"""Inputs that are the same tensors in every call, looked up once: banks and packed weights.
 
-In a frame owned by a program they are looked up once and hidden from Dynamo, whose bytecode would
-load them module by module (6.5 µs per call and layer). Modules that change places unnoticed by
-torch carry their marks along, so each call compares the weights of the banks' sites.
+They are hidden from Dynamo, whose bytecode would load them module by module (6.5 µs per call and
+layer). Each call compares the weights of the banks' sites, since modules may change places.
 """
 
 from __future__ import annotations
@@ -23,13 +22,8 @@ from lorafx.program.program import Program
 
 @dataclass(frozen=True)
 class BoundInputs:
-    """The bound inputs, which are the last of a graph: banks, then packed weights.
-
-    Attributes:
-        banks: (group, name of the bank's tensor).
-        packed: (index of the pack, name of its tensor).
-        weights: (position of the weight, site) of their sites.
-    """
+    """The last inputs of a graph: `banks` by group and tensor name, `packed` by index and tensor
+    name; and the positions of their sites' `weights`."""
 
     banks: tuple[tuple[Group, str], ...]
     packed: tuple[tuple[int, str], ...]
@@ -96,7 +90,7 @@ def bind(
     for position, item in enumerate(frame.inputs):
         group = item.group
         if group is None or any(id(site) not in places for site in group.sites):
-            continue  # nothing would tell that it is of other sites now
+            continue  # a later change of its sites would go unnoticed
         if item.kind == "bank":
             banks[position] = group, item.label
         elif item.kind == "packed":

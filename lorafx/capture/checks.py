@@ -29,13 +29,11 @@ class InputPlaces:
     """Positions of a graph's inputs among its arguments.
 
     Attributes:
-        weights: path of a site -> position of its weight, index among the sites that share it.
-        banks: path of a site -> position of its group's bank, index of the site in the group.
+        weights, banks: site path -> position, and index among the weight's or the group's sites.
         requests: (position, dimension, name) of inputs that carry requests.
         called: those that are arguments of the call.
         arguments: position -> role of call arguments that may be something else in another call.
-        plain: positions of matrices (and stacks) that are no site's weight, but may be in another
-            call.
+        plain: positions of matrices (and stacks) that may be a site's weight in another call.
         derived: path, position and form of each tensor that contains part of a site's weight.
         assumed: position -> argument whose request dimension is conventional, until warned about.
         choices: those of `called` with several sequences a request in dimension 1, equally many.
@@ -85,8 +83,7 @@ class InputPlaces:
         return places
 
     def look_once(self, values: Sequence[Any]) -> None:
-        """After compilation, check only one of the inputs whose request counts are guarded
-        equal."""
+        """After compilation, check only one of the inputs with request counts guarded equal."""
         self.requests = _of_different_sizes(self.requests, values)
         self.called = _of_different_sizes(self.called, values)
 
@@ -143,8 +140,7 @@ class InputPlaces:
         return max(sizes) if sizes else self.number
 
     def check_rows(self, arguments: Sequence[Any], rows: int) -> None:
-        """Raise BatchError unless inputs have `rows` requests or a shared one; warns once if
-        unsure."""
+        """Raise BatchError unless inputs have `rows` requests or a shared one; may warn once."""
         for position, dim, name in self.called:
             check_requests(name, arguments[position].shape, dim, rows)
         for position, argument in list(self.assumed.items()):
@@ -152,7 +148,6 @@ class InputPlaces:
                 del self.assumed[position]
 
     def check_choices(self, arguments: Sequence[Any]) -> None:
-        """Raise BatchError where arguments differ in sequences per request."""
         if len({arguments[position].shape[dim] for position, dim, _ in self.choices}) > 1:
             given = ", ".join(f"{n} {tuple(arguments[p].shape)}" for p, _, n in self.choices)
             raise BatchError(
@@ -201,8 +196,7 @@ class RefusedSites:
     reason: str
 
     def error(self, names: str, *, unseen: bool = False) -> LorafxError:
-        """The error of a call with adapters here; `unseen`: memory was handed out or written
-        unseen."""
+        """The error of a call with adapters here, whose memory was handed out if `unseen`."""
         if self.when in _PARTS:
             refused, setting = _PARTS[self.when]
             return MatchError(
@@ -224,14 +218,8 @@ class RefusedSites:
 
 @dataclass(eq=False)
 class Checks:
-    """The checks of a graph.
-
-    Attributes:
-        begins_call, inside: as in `Frame`.
-        sites: paths of the sites that the graph serves.
-        several: whether the model has several graphs, so results are noted; a list shared by the
-            program's graphs.
-    """
+    """The checks of a graph for `sites`; `begins_call` and `inside` as in `Frame`. `several`, a
+    list shared by the program's graphs: results are noted, since the model has several graphs."""
 
     places: InputPlaces
     begins_call: bool

@@ -142,7 +142,7 @@ def refusing(error: LorafxError) -> Callable[..., Any]:
 
 def for_base(checks: Checks, owner: ProgramLookup, base: Callable[..., Any]) -> Callable[..., Any]:
     if not checks.places.plain:
-        return base  # no other kind of call can get it
+        return base  # only calls of this kind reach it
 
     def run(*arguments: Any) -> Any:
         program = owner(arguments)
@@ -176,12 +176,11 @@ def _looked_up(
     rooms: frozenset[tuple[int, int, str]],
     nulls: dict[int, Tensor],
 ) -> list[Any]:
-    """The inputs added by passes; banks are found by the weight at their position, and are of rank
-    zero (`nulls`) for a weight without site.
+    """The inputs added by passes; banks are found by weight, `nulls` of rank zero for a weight
+    without site.
 
     Raises:
-        CaptureError: a bank's layout differs from the captured layer's, or lacks room for DoRA or
-            replaced weights.
+        CaptureError: a bank's layout differs from the captured layer's, or lacks room.
         ReplacedModuleError: the layer's module replaces one with LoRA.
     """
     fixed = program.options.lowering != "reference"

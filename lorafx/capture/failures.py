@@ -30,8 +30,8 @@ class _Place:
 
 @contextmanager
 def failing_in(what: str, error: type[LorafxError], way_out: str) -> Iterator[None]:
-    """Note on exceptions that the innermost such block failed in `what`; they become `error`, with
-    the advice `way_out`."""
+    """Notes on exceptions where they arose; for the caller they become an `error` with a
+    `way_out`."""
     try:
         yield
     except Exception as raised:

@@ -42,12 +42,7 @@ _INFIX: dict[Any, str] = {
 
 
 class Printer:
-    """Prints the nodes of a stage's graph.
-
-    Args:
-        path: path of the graph's module, "" for the main graph.
-        names: printed names of nodes.
-    """
+    """Prints the nodes of a stage's graph at `path` ("": the main graph) under given `names`."""
 
     def __init__(self, path: str, names: Mapping[Place, str]) -> None:
         self._path = path

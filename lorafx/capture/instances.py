@@ -4,9 +4,8 @@
     captured    g(ids [1, s2], mask [1, s2])       of one: Dynamo takes a size of one for a constant
     instance    g = f with s0 = 1, s1 = s2:        f's executable serves g
 
-Targets, literals, operands and result sizes must be equal after substitution, so `squeeze` of a
-size of one is another computation. What the compiler assumed about the symbols must also be true of
-these sizes, and is guarded.
+Targets, literals, operands and result sizes must be equal after substitution; the compiler's
+assumptions about symbols must hold for these sizes too, and are guarded.
 """
 
 from __future__ import annotations
@@ -59,13 +58,8 @@ class _Input:
 
 @dataclass(frozen=True)
 class Form:
-    """The computation of a Dynamo graph.
-
-    Attributes:
-        nodes: targets, arguments and result sizes; size nodes are left out.
-        code: of the captured function, which belongs to a single entry.
-        context: other dependencies of the executable.
-    """
+    """The computation of a Dynamo graph; `nodes` without sizes, `code` of the captured function,
+    and the executable's other dependencies, `context`."""
 
     inputs: tuple[_Input, ...]
     nodes: tuple[Hashable, ...]
@@ -183,13 +177,8 @@ class _Values:
 
 @dataclass(frozen=True, eq=False)
 class _Compiled:
-    """A compiled graph.
-
-    Attributes:
-        executable: takes the first `count` of the inputs.
-        found: assumptions about symbols made during compilation.
-        state: torch's global state then.
-    """
+    """A compiled graph; the executable takes the first `count` inputs. `found` are assumptions
+    about symbols, `state` torch's global state then."""
 
     title: str
     form: Form
@@ -199,8 +188,7 @@ class _Compiled:
     state: Any
 
     def instance(self, form: Form, count: int, environment: ShapeEnv) -> Callable[..., Any] | None:
-        """The executable for a graph of this form with `count` inputs, if this is its
-        generalisation."""
+        """The executable for a graph of this form with `count` inputs, if more general."""
         earlier = self.form
         if earlier.code is not form.code or earlier.context != form.context:
             return None
@@ -225,8 +213,7 @@ class _Compiled:
     def _places(
         self, inputs: Sequence[_Input], values: _Values
     ) -> tuple[list[int], tuple[int, ...]] | None:
-        """Each executable input's position among the given inputs followed by the returned constant
-        sizes, or None."""
+        """Positions of executable inputs among the given ones and the returned constant sizes."""
         at = {item.source: place for place, item in enumerate(inputs)}
         sized = {item.size: place for place, item in enumerate(inputs) if item.size is not None}
         places: list[int] = []
@@ -300,14 +287,12 @@ class Instances:
         return None
 
     def begin(self) -> int:
-        """The number of assumptions about symbols so far."""
         environment = symbols_of_frame()
         return 0 if environment is None else len(environment.guards)
 
     def keep(
         self, title: str, form: Form, executable: Callable[..., Any], count: int, begun: int
     ) -> None:
-        """Keep a graph compiled since `begin` returned `begun`, if it has symbols."""
         environment = symbols_of_frame()
         symbols = any(size.free_symbols for item in form.inputs for size in item.sizes)
         if environment is None or not symbols:

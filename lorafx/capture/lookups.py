@@ -97,7 +97,6 @@ class Lookups:
     steps: tuple[LookupStep, ...] = ()
 
     def check(self, inputs: Sequence[Any]) -> None:
-        """Raise OutOfRangeError where an index is outside of its table."""
         values = list(inputs)
         for step in self.steps:
             values.append(step.run(values))
@@ -185,7 +184,6 @@ class LookupSearch:
         return Lookups(tuple(self._steps))
 
     def check_inside(self, gm: fx.GraphModule) -> None:
-        """Insert checks of the remaining indices into `gm`."""
         for node, use in self._left:
             self._check_inside(node, use)
         if self._left:

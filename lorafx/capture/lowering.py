@@ -77,10 +77,8 @@ _NO_HARNESS = {"benchmark_harness": False}
 class InductorLowering:
     """Inductor. Its caches hash the rewritten graph, so a changed pass invalidates them.
 
-    Attributes:
-        patches: Inductor's settings for a `mode` of torch.compile.
-        shortcuts: names of the enabled shortcuts.
-        products: whether base graphs multiply few rows by generated code too.
+    `patches` are settings for a `mode` of torch.compile; with `products` base graphs multiply few
+    rows by generated code too.
     """
 
     patches: Mapping[str, Any] = field(default_factory=dict)
@@ -225,11 +223,11 @@ def _unfolding(
 
     class Unfold(CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:
-            if graph.find_nodes(op="call_function", target=STAMP):  # not a graph inside of it
+            if graph.find_nodes(op="call_function", target=STAMP):  # not in a nested graph
                 unfold(graph, folded)
 
         def uuid(self) -> str:
-            return "lorafx stamps 1"  # the traced graph says what its stamps stand for
+            return "lorafx stamps 1"  # the traced graph determines the stamps
 
     def compile_inner(traced: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
         if traced.graph.find_nodes(op="call_function", target=STAMP):

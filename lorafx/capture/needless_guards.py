@@ -30,13 +30,8 @@ _CALLS = ("__call__", "_call_impl", "_compiled_call_impl")
 
 
 class FrameGuards:
-    """The guards of a frame, all kept until dropped.
-
-    Attributes:
-        places: Dynamo's name of what each guard is about.
-        marks: the marks below `self`, by place.
-        below: for each guard the place of the mark that contains its subject.
-    """
+    """The guards of a frame, all kept until dropped: Dynamo's `places` of their subjects, `marks`
+    below `self` by place, and the mark that contains each subject (`below`)."""
 
     def __init__(self, guards: Sequence[Any], at: Callable[[str], Any]) -> None:
         self.guards, self._at = guards, at

@@ -111,7 +111,7 @@ class _Naming:
                     used.add((path, self.names[place]))
                 elif node.op != "output":
                     new.append(place)
-                    if isinstance(operand, fx.Node):  # a body's input is called as what it is given
+                    if isinstance(operand, fx.Node):  # a body's input is named after its operand
                         self._facts[place] = self._facts["", operand.name]
                     else:
                         self._facts[place] = self._of(stage, place, node)

@@ -89,7 +89,6 @@ class Parts:
         kernels: its generated C++ kernels, with their ids.
         extra, banks: as in `with_lookups`.
         foreign: operators of the graph that are neither torch's nor lorafx's.
-        wrappers: None where they cannot be kept.
         whole: whether these parts are complete.
     """
 
@@ -117,7 +116,6 @@ class Parts:
     def executable(
         self, program: Program, lowered: Callable[[list[Any]], Any]
     ) -> Callable[..., Any]:
-        """The executable of a loaded graph."""
         assert self.wrappers is not None
 
         def owner(arguments: Sequence[Any]) -> Program:

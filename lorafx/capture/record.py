@@ -51,8 +51,6 @@ class GraphRecord:
         sources: generated sources by file name: a text, or a function that makes it.
         saved: its fate in the folder of saved graphs.
         form, reason: its kind of call, and why no earlier graph serves that.
-        symbols: the symbols in `states`, in words.
-        numeric: the check at the first call, with `Options(verify="numeric")`.
     """
 
     title: str
@@ -75,7 +73,6 @@ class GraphRecord:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Compile times by part, in order."""
         return exclusive(self.spans)
 
     def to_save(self) -> dict[str, Any]:
@@ -105,7 +102,6 @@ class GraphRecord:
             self.stages.append(stage_of_base(gm, frame))
 
     def code(self, text: str) -> None:
-        """Note Inductor's code for the graph or a part of it."""
         number = sum(name.startswith("inductor") for name in self.sources)
         self.sources[f"inductor{f'-{number}' if number else ''}.py"] = text
 

@@ -27,14 +27,8 @@ Place = tuple[str, str]
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """A graph after a pass.
-
-    Attributes:
-        graph: a copy with the original's node names.
-        report: the pass's; None for the captured graph.
-        inputs: by placeholder name, of the main graph.
-        sites: the sites of each node.
-    """
+    """A copy of a graph after a pass (`report` None: as captured), with its main graph's inputs and
+    nodes' sites by name."""
 
     graph: fx.GraphModule
     report: PassReport | None = None
@@ -53,7 +47,6 @@ class Stage:
         return {path: item.graph for path, item in modules if isinstance(item, fx.GraphModule)}
 
     def paths(self, node: fx.Node) -> tuple[str, ...]:
-        """Paths of the sites of a node of the main graph."""
         return tuple(state.site.path for state in self.sites.get(("", node.name), ()))
 
     @cached_property

@@ -4,9 +4,8 @@
     traced          x = stamp(h0, W0); h1 = stamp(layer(x)); h2 = stamp(h1, W1); ...
     afterwards      every stamp is the traced layer again, on its operands
 
-A layer's nodes were made by a module call, and layers of an equal canonical form share a trace
-(lorafx.passes.outline). They are functions of their operands, and may write into inputs of the
-graph, such as a cache: the written value is then a result, copied into the input afterwards.
+Layers are module calls of equal canonical form (lorafx.passes.outline). Values that they write into
+inputs of the graph, such as a cache, are results, copied into the input afterwards.
 """
 
 from __future__ import annotations
@@ -50,12 +49,8 @@ class NotUnfolded(CaptureError):
 
 @dataclass(frozen=True)
 class _Kind:
-    """Equal layers.
-
-    Attributes:
-        enter, leave: keys of the ops before and after the first layer.
-        others: key of each other layer -> its module calls by those of the first.
-    """
+    """Equal layers: keys of the ops around the first layer, and of each other layer, with its
+    module calls by those of the first."""
 
     enter: int
     leave: int
@@ -119,7 +114,7 @@ def _copied(gm: fx.GraphModule) -> fx.GraphModule:
     graph, made = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in gm.graph.nodes:
         made[node] = copy = graph.node_copy(node, made.__getitem__)
-        for key in vars(node).keys() - vars(copy).keys():  # what Dynamo has noted on inputs
+        for key in vars(node).keys() - vars(copy).keys():  # Dynamo's notes on inputs
             setattr(copy, key, getattr(node, key))
     module = fx.GraphModule(gm, graph)
     module.meta = dict(gm.meta)
@@ -139,7 +134,7 @@ def _fold(folded: Folded, mode: FakeTensorMode) -> None:
     for regions, stretches in repeats(gm, claimed, LEAST):
         begin, end = places[stretches[0].nodes[0]], places[stretches[-1].nodes[-1]]
         if any(begin < place < end for place in switches):
-            continue  # equal calls may be traced in other ways behind it
+            continue  # later equal calls may be traced differently
         layers = _layers_of(stretches, replaced)
         stacks = [_calls(stretches[0], stretch) for stretch in stretches[1:]]
         effects = None if None in stacks else _effects_of(layers, mode)
@@ -183,12 +178,7 @@ class _Layer:
 
 @dataclass(frozen=True)
 class _Effects:
-    """Effects of layers other than new tensors.
-
-    Attributes:
-        written: indices of operands that are written into.
-        passed: index of a result -> operand that it is.
-    """
+    """Effects of layers beside new tensors: operands `written`, operands `passed` as results."""
 
     written: tuple[int, ...]
     passed: Mapping[int, int]
@@ -369,7 +359,7 @@ def unfold(graph: fx.Graph, folded: Folded) -> None:
         for key, stacks in kind.others.items():
             call = found.get(key)
             if call is None:
-                continue  # nothing reads what that layer computes
+                continue  # the layer's results are unread
             if order[call] < order[leave]:
                 raise NotUnfolded("layers were traced in another order")
             with graph.inserting_before(call), mode:
@@ -437,7 +427,6 @@ def _expand(
 
 
 def _value_of_copy(node: fx.Node, copy: fx.Node) -> Any:
-    """The fake value of a copy, with the node's layout, in new memory or viewing its operand."""
     value = fake_value(node)
     if is_view(node):
         base, other = (fake_value(item.all_input_nodes[0]) for item in (node, copy))

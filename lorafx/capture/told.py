@@ -1,11 +1,10 @@
-"""The log line of each compiled graph: its kind of call, why no earlier graph serves it, and times.
+"""The log line of each compiled graph, at level INFO of the logger `lorafx` and on a terminal.
 
     graph 2 lora of LlamaForCausalLM: new: a batch of one, labels given; 12.3 s (Dynamo 4.1,
     AOTAutograd 5.0, passes 0.8, inductor 2.4)
 
-Lines go to the logger `lorafx` at level INFO, and to a terminal. The reason is the call's
-difference from the nearest earlier graph's, as far as known here, or the failed guard;
-TORCH_LOGS="recompiles" prints all failed guards.
+The reason is the difference from the nearest earlier graph's call, as far as known here, or the
+failed guard; TORCH_LOGS="recompiles" prints all failed guards.
 """
 
 from __future__ import annotations

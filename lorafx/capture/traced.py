@@ -39,9 +39,7 @@ class Traced:
     the error has reached the caller; a function that catches the error stays untraced.
 
     Args:
-        name: the function's name for users.
-        sizes_by_data: whether operators with data-dependent sizes are captured, evaluated at each
-            capture.
+        sizes_by_data: evaluated at each capture: whether to capture data-dependent sizes.
         keep_guards: selects guards of a new graph; Dynamo then makes them twice.
         converted: wraps Dynamo's `convert` for the function's frame, to load saved graphs.
     """
@@ -82,7 +80,7 @@ class Traced:
     def _noting(self, convert: Callable[..., ConvertFrameReturn]) -> Callable[..., Any]:
         """Dynamo's conversion, except for given-up frames. Dynamo's lock keeps settings local."""
 
-        @functools.wraps(convert)  # with its attributes, which Dynamo asks for
+        @functools.wraps(convert)  # with its attributes, which Dynamo reads
         def noting(frame: Any, *args: Any, **kwargs: Any) -> ConvertFrameReturn:
             if frame.f_code in self.given_up:
                 return ConvertFrameReturn(frame_exec_strategy=_THIS_TIME)
@@ -115,13 +113,10 @@ def _what_was_raised(error: Unsupported) -> str:
 
 
 def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with an unshared code object.
-
-    Dynamo marks untraceable frames on their code, which torch.nn's forward and decorators of
-    transformers share among modules: another torch.compile's failure would stop tracing here.
-    """
+    """`function` with an unshared code object: Dynamo marks untraceable frames on their code, which
+    modules share through torch.nn's forwards and transformers' decorators."""
     if not isinstance(function, MethodType):
-        function = innermost_fn(function)  # of what was compiled, or kept from it
+        function = innermost_fn(function)  # through wrappers of torch.compile and disable
     plain = function.__func__ if isinstance(function, MethodType) else function
     # Partials and objects have no frame, and torch's functions are not traced: like torch.compile,
     # put a call around them.

@@ -33,8 +33,7 @@ T = TypeVar("T")
 
 
 class Tracking(TorchDispatchMode):
-    """Notes the owners of operators' results and writes in `memory`, and checks operators with
-    `uses`.
+    """Notes owners of operators' results and writes in `memory`, and checks operators with `uses`.
 
     It is put on torch's stack by `run` and never by `with`: an interrupt between the
     steps of a context manager would leave it there. What two interrupts leave all the same sees
@@ -52,7 +51,6 @@ class Tracking(TorchDispatchMode):
         self.over = False
 
     def run(self, action: Callable[[], T]) -> T:
-        """Run `action`, tracking its operators."""
         _forget_ended()
         above = _pops(_len_torch_dispatch_stack())
         try:
@@ -69,7 +67,7 @@ class Tracking(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # torch would wrap what sees each operator; Dynamo is told below
+        return False  # else torch wraps it; Dynamo is handled below
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -77,7 +75,7 @@ class Tracking(TorchDispatchMode):
         named: Mapping[str, Any] = kwargs or {}
         memory = self.memory
         if memory is None and not (_takes_tensors(args) or _takes_tensors(named.values())):
-            return func(*args, **named)  # of no weight
+            return func(*args, **named)  # of a graph
         if self.over or not isinstance(func, OpOverload):
             return func(*args, **named)
         operands = [*tensors_in(args), *tensors_in(dict(named))]
@@ -119,7 +117,7 @@ class Tracking(TorchDispatchMode):
         try:
             helds = held_results(func, args, named, results, before)
         except (RuntimeError, TypeError, ValueError, IndexError):
-            helds = [None] * len(outputs)  # what no rule can follow is unknown
+            helds = [None] * len(outputs)  # unknown without a rule
         if len(changed) != len(outputs):
             now: list[Held | None] = [alone(list(before.values()))] * len(changed)
         else:

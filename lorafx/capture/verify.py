@@ -46,11 +46,8 @@ def difference(got: Tensor, want: Tensor) -> float:
 
 
 def check_graph(pass_name: str, gm: fx.GraphModule, ctx: Context, outputs: Sequence[Any]) -> None:
-    """Check structure, fake values, unchanged `outputs`, and that no site was lost.
-
-    `outputs` are the captured graph's `output_values` or `output_signature`. Raises VerifyError,
-    naming the pass.
-    """
+    """Raise VerifyError, naming the pass, for a broken structure or fake value, a lost site, or
+    changed `outputs` (the captured graph's `output_values` or `output_signature`)."""
     try:
         gm.graph.lint()
     except (RuntimeError, AssertionError) as error:

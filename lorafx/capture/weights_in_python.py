@@ -44,7 +44,7 @@ class WeightUses:
             return  # one more view
         running = list(running_modules())
         line = python_line()
-        if line is None:  # what a graph of another compiler does is its own
+        if line is None:  # inside another compiler's graph
             return
         past = [site.path for site in sites if not self._held(site, running)]
         if past:
@@ -82,8 +82,7 @@ class WeightUses:
         return ranges
 
     def _held(self, site: Site, running: Sequence[nn.Module]) -> bool:
-        """Whether the site, whose mark comes later, or another module with the weight is
-        running."""
+        """Whether the site, whose mark comes later, or another holder of the weight is running."""
         weight = self._program.weight_of(site)
         return any(
             module is site.module

@@ -27,10 +27,8 @@ _OPERANDS = 2
 
 
 def write_back(gm: fx.GraphModule) -> int:
-    """Rewrite the outlined bodies of `gm`, in place; returns the number of inputs they write.
-
-    Only on a CPU: elsewhere CUDA graphs and copies of unaligned inputs need the written inputs.
-    """
+    """Rewrite the outlined bodies of `gm`, in place; returns the number of inputs they write. Only
+    on a CPU: elsewhere CUDA graphs and copies of unaligned inputs need the written inputs."""
     calls: dict[str, list[fx.Node]] = {}
     for call in gm.graph.find_nodes(op="call_function", target=INVOKE):
         calls.setdefault(str(call.args[1]), []).append(call)

@@ -116,5 +116,4 @@ def graph_report(record: GraphRecord) -> GraphReport:
 
 
 def _in_words(text: str, symbols: Mapping[str, str]) -> str:
-    """`text` with its symbols explained."""
     return re.sub(r"\b[su][0-9]+\b", lambda found: symbols.get(found[0], found[0]), text)

@@ -73,7 +73,7 @@ def _square(site: Site, factors: Factors) -> float:
     a, b = _wide(factors.A), _wide(factors.B)
     if site.eligible.kind == "embedding":
         a = a.mT  # (V, r)
-    if factors.ranks is not None:  # what is behind an expert's own rank is not read
+    if factors.ranks is not None:  # columns beyond an expert's rank are unused
         within = torch.arange(b.shape[-2]) < factors.ranks[:, None]
         b = b * within[..., None]
     # Both factors are squares: their product may exceed float32 where ΔW does not.
@@ -87,7 +87,6 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _why_nothing(factors: Factors) -> str:
-    """Why a part changes nothing, or ""."""
     others = (factors.gains, factors.shift)
     if any(tensor is not None and bool(tensor.any()) for tensor in others):
         return ""

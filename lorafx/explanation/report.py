@@ -22,10 +22,9 @@ class SiteReport:
     """A module, or a weight of routed experts, that carries LoRA.
 
     Attributes:
-        path, aliases: its canonical path, and other paths to it.
-        cls, registered: its class, and the registered class along its MRO.
+        aliases: other paths to it.
+        registered: the registered class along its MRO.
         in_features, out_features: K and N; an embedding's K is the vocabulary.
-        dtype: of its base weight.
         parts: name and columns of each projection of several; "-" if unnamed or not selected.
         loose: names of projections that only the rows of B tell apart.
         own_rows: how many rows of its weight an adapter may replace.
@@ -55,8 +54,7 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class BankReport:
-    """The factors of all slots for a group's sites: path of their parent module, their last names,
-    and device bytes."""
+    """The factors of a group's sites for all slots: parent path, last names, device bytes."""
 
     parent: str
     names: tuple[str, ...]
@@ -71,10 +69,8 @@ class AdapterReport:
     """A loaded adapter.
 
     Attributes:
-        name, source, rank, notes: as in the adapter's file.
-        sites: canonical paths of its modules.
         slot: its slot on the device, if it has one.
-        pinned, merged: whether it keeps the slot, and whether it is merged into base weights.
+        merged: whether it is merged into base weights.
         norms: Frobenius norm of ΔW = s·B A by site, if in host memory and requested.
         idle: the sites where it changes nothing.
         why_idle: why it changes nothing anywhere, or "".
@@ -140,7 +136,6 @@ class GraphReport:
         seconds: compile times of "Dynamo", "AOTAutograd", "passes" (lorafx's), the lowering, and
             "loading" of a saved graph.
         nodes: the nodes that add deltas.
-        refusals: what it cannot serve.
         outlined: repeated layers that share a body.
         saved: its fate in the folder of saved graphs.
         verified: the result of `Options(verify="numeric")`, or "".
@@ -196,13 +191,10 @@ class Explanation(Report):
     """What lorafx made of a model. `str()` is the whole report, `json()` its values.
 
     Attributes:
-        model: the model's class.
         lowering: how its graphs become code.
         slots, max_rank: adapters on the device, and their largest rank.
         slot_rank: the rank of a single slot, where slots share room.
-        room: contents of banks beside factors: "DoRA's scales", "biases", "weights of adapters'
-            own".
-        passes: the passes in order, as in `lorafx.pipeline()`.
+        room: "DoRA's scales", "biases", "weights of adapters' own", if banks have room for them.
         shortcuts_off: names of disabled shortcuts -> reasons.
         prepared: results of the passes over the model; `notes` are their lines.
         unreached: sites that no graph has reached yet.
@@ -227,7 +219,6 @@ class Explanation(Report):
 
     @property
     def refusals(self) -> tuple[RefusedSites, ...]:
-        """The refusals of all graphs."""
         return tuple(refusal for graph in self.graphs for refusal in graph.refusals)
 
     @property
@@ -263,7 +254,6 @@ class Explanation(Report):
         return "\n".join(parts)
 
     def sections(self) -> list[tuple[str, Iterable[str]]]:
-        """The text below the summary."""
         banks = f"banks: {len(self.banks)}, {self.slots} slots of rank up to {self.max_rank}"
         banks += f", room for rank {self.slot_rank} in each" if self.slot_rank else ""
         found: list[tuple[str, Iterable[str]]] = [
@@ -291,7 +281,6 @@ class Explanation(Report):
         return self.summary[0]
 
     def facts(self) -> list[str]:
-        """Disabled shortcuts, with reasons."""
         off = [f"{name} ({reason})" for name, reason in self.shortcuts_off.items()]
         return [f"shortcuts that are off: {', '.join(off)}"] if off else []
 

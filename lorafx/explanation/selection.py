@@ -18,15 +18,8 @@ from lorafx.registry import lookup_class, own_entry
 
 @dataclass(frozen=True)
 class Selection:
-    """The meaning of a path.
-
-    Attributes:
-        module: the instance; for a parameter of routed experts its module.
-        path, aliases: its canonical path, and other paths to it.
-        site: the site that it is, or is part of, if any.
-        part: the part of the site, None for all.
-        rule: why it was selected or not.
-    """
+    """The meaning of a path: a module, or for routed experts' parameters their module; the site
+    (and its `part`, None for all) that it is, if any; and the rule for it."""
 
     module: nn.Module
     path: str
@@ -59,7 +52,7 @@ def selection_of(
         )
     own, *aliases = graph.paths(module)
     same = next((site for site in sites if site.module is module), None)
-    if same is not None:  # by an alias that is not listed, or routed experts by their module
+    if same is not None:  # an unlisted alias, or the module of routed experts
         rule = why_selected(config, same)
     else:
         rule = left_out(graph, config, module)

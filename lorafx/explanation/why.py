@@ -71,7 +71,6 @@ class InGraph:
     lora: bool
 
     def lines(self, path: str) -> list[str]:
-        """Text without the module's `path`."""
         if not self.lora:
             return [f"{self.title}: for calls without adapters"]
         lines = []
@@ -89,8 +88,7 @@ class WhyAdapter:
 
     Attributes:
         keys: its keys for the module, with shapes.
-        norm: the Frobenius norm of ΔW = s·B A, if known.
-        relative_norm: the norm relative to W's.
+        norm: the Frobenius norm of ΔW = s·B A, if known; `relative_norm` is relative to W's.
         change: the relative norm of the change of the module's output.
         batch: the inputs of `change`: "the last batch", "the given inputs".
         notes: why it has no effect, what could not be measured.
@@ -126,13 +124,11 @@ class Why(Report):
 
     Attributes:
         asked: the given path.
-        path, aliases: the module's canonical path, and other paths to it.
         selected: whether it carries LoRA.
         rule: why, or why not: class hierarchy, target_modules, registry.
         sizes: "24 -> 40, float32" of a site.
         beside: the sites that share its bank.
         adapters: the loaded adapters that reach it.
-        adapter: of the given adapter.
     """
 
     asked: str
@@ -170,17 +166,9 @@ def why(
     last: LastCall | None,
     serve: Serve,
 ) -> Why:
-    """The fate of the module at `path` in a marked model.
-
-    Args:
-        call: arguments to measure with; default: those of the `last` call.
-        serve: runs the measurement.
-
-    Raises:
-        ConfigError: there is no such module.
-        UnknownAdapterError: the adapter is not loaded.
-        With `call`, whatever that raises.
-    """
+    """The fate of the module at `path` in a marked model; `serve` measures with `call`, or the
+    arguments of the `last` call. Raises ConfigError without such a module, UnknownAdapterError, and
+    the errors of `call`."""
     program, store = session.program, session.store
     program.look_at_modules()
     found = selection_of(program.graph, program.config, program.sites, path)
@@ -216,12 +204,8 @@ def why_before(
     path: str,
     adapters: Mapping[str, Any],
 ) -> list[Why]:
-    """As `why`, of a model that is not compiled: for each adapter, or the module alone.
-
-    Raises:
-        ConfigError: there is no such module.
-        CheckpointError, UnsupportedAdapterError: an adapter cannot be read.
-    """
+    """As `why`, of a model that is not compiled: for each adapter, or the module alone. Raises
+    ConfigError without such a module, or errors of unreadable adapters."""
     found = selection_of(ModuleGraph(model), config, sites, path)
     made = _described(path, found)
     answers = []

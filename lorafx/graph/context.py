@@ -52,12 +52,9 @@ def is_site(node: fx.Node) -> bool:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why LoRA cannot be applied at some sites in this graph.
-
-    `when`: the batches concerned: "always" (adapters touch the site), "mixed" (rows use different
-    adapters), "dora", "own" and "bias" (adapters rescale the site's output, replace rows of its
-    weight, or add a bias).
-    """
+    """Why LoRA cannot be applied at some sites in this graph, in batches `when`: "always" (adapters
+    touch the site), "mixed" (rows use different adapters), "dora", "own" and "bias" (adapters
+    rescale the site's output, replace rows of its weight, or add a bias)."""
 
     sites: tuple[Site, ...]
     when: When
@@ -142,11 +139,9 @@ class Context:
         return item.group.site_of(int(call.get("siblings", (0,))[0]))
 
     def record(self, site: Site, node: fx.Node, use: Use | None, *, form: str = "mark") -> None:
-        """Note that `node` serves `site`."""
         self.states[node] = [SiteState(site, use, form=form)]
 
     def merge(self, old: Iterable[fx.Node], new: fx.Node, form: str) -> None:
-        """`new` replaces the nodes `old`."""
         merged: list[SiteState] = []
         for node in old:
             merged.extend(self.states.pop(node))
@@ -190,7 +185,6 @@ class Context:
         )
 
     def other_owners(self, weight: fx.Node) -> list[nn.Module]:
-        """Modules with the same weight that are no sites."""
         sites = self.frame.by_node[weight].sites
         tensor = self.program.weight_of(sites[0])
         if tensor is None:
@@ -211,7 +205,6 @@ class Context:
         )
 
     def unselected_owners(self, weight: fx.Node, kind: str) -> list[nn.Module]:
-        """Those of `other_owners` of this kind (a tied head)."""
         return [
             module
             for module in self.other_owners(weight)
@@ -228,8 +221,7 @@ class Context:
         return self.edits_left >= 0
 
     def call(self, graph: fx.Graph, target: Any, args: tuple[Any, ...], **kwargs: Any) -> fx.Node:
-        """A call_function node with a fake value, at the insertion point; `kwargs` are
-        constants."""
+        """A call_function node with a fake value, at the insertion point; `kwargs` are constant."""
         node = graph.call_function(target, args, kwargs)
         values = fx.node.map_arg(args, fake_value)
         assert self.fake_mode is not None
@@ -238,7 +230,6 @@ class Context:
         return node
 
     def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """`call` in this graph."""
         return self.call(self.graph, target, args, **kwargs)
 
     def size(self, node: fx.Node, dim: int) -> Any:
@@ -251,9 +242,8 @@ class Context:
         return self.emit(torch.ops.prims.iota.default, count, start=0, step=1, **settings)
 
     def bank_inputs(self, site: Site, weight: fx.Node) -> dict[str, fx.Node | None]:
-        """The site's bank fields and slots as graph inputs, looked up by the weight at run time,
-        since the graph may serve other layers. Gains, shifts and replaced rows only where there is
-        room."""
+        """The site's bank fields and slots as inputs, looked up by the weight at run time, since
+        the graph may serve other layers. Gains, shifts and replaced rows only if there is room."""
         bank = self.program.site_bank(site)
         own = [name for name, tensor in bank.own_rows._asdict().items() if tensor is not None]
         found: dict[str, fx.Node | None] = dict.fromkeys((GAINS, SHIFTS))
@@ -265,7 +255,6 @@ class Context:
         return {**found, "slots": slots or self._slots_input(self._place(site, weight))}
 
     def bank_input(self, site: Site, weight: fx.Node, name: str) -> fx.Node:
-        """Such an input for a single field."""
         assert self.fake_mode is not None
         value = getattr(self.program.site_bank(site), name)
         fake = self.fake_mode.from_tensor(value, static_shapes=True)

@@ -31,14 +31,8 @@ FALLBACK = ("transformers", "grouped_mm_fallback")
 
 @dataclass(frozen=True)
 class ExpertUse:
-    """A product with the weights of all experts.
-
-    Attributes:
-        kind: see the module's equations; "unknown" without a rule.
-        choice: offs or ids; None for "all".
-        swapped: y comes as (rows, N, 1), x as (rows, K, 1).
-        reason: for "unknown", why.
-    """
+    """A product with the weights of all experts; `kind` as in the module's equations, or "unknown"
+    for a `reason`. `choice` is offs or ids. `swapped`: y is (rows, N, 1), x (rows, K, 1)."""
 
     kind: ExpertUseKind
     weight: fx.Node

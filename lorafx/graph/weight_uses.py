@@ -46,10 +46,9 @@ RESHAPES = frozenset(
 
 @dataclass(frozen=True)
 class Use:
-    """A use of a weight.
+    """A use of a weight; `kind` as in the module's equations, or "unknown" for a `reason`.
 
     Attributes:
-        kind: see the module's equations.
         node: the node that computes y ("unknown": the node without a rule).
         x: the other operand: x, or the ids of an embedding.
         bias: the addend of an addmm or linear.
@@ -57,7 +56,6 @@ class Use:
         swapped: W is the left operand; the last dimensions of x and y are swapped.
         blocks: for "blocks"; the groups are the first dimension of x.
         stored: W enters in its stored format (int8), without its scale.
-        reason: for "unknown", why.
     """
 
     kind: UseKind
@@ -146,7 +144,6 @@ def uses_of(
 
 
 def _sizes(value: torch.Tensor) -> tuple[Any, ...]:
-    """Sizes, as numbers where the graph guards them."""
     return tuple(
         int(size)
         if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Integer)
@@ -251,7 +248,6 @@ def _taken_apart(held: _Held, user: fx.Node) -> list[_Held | Use]:
 
 
 def _scaled(held: _Held, user: fx.Node) -> _Held | Use:
-    """Stored numbers times their scale: the weight dequantised in the graph."""
     call = bound(user)
     first, second = call["self"], call["other"]
     other = second if first is held.node else first

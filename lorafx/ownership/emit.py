@@ -58,7 +58,7 @@ class Emitter:
             if isinstance(value, torch.SymInt) and value.node.expr.is_Symbol:
                 known = self._sizes if node.op == "placeholder" else self._computed
                 known.setdefault(self.sizes.unify(value.node.expr), node)
-                known.setdefault(value.node.expr, node)  # inside of what it is unified with
+                known.setdefault(value.node.expr, node)  # also inside unified expressions
 
     def call(
         self, before: fx.Node, target: Callable[..., Any], /, *args: Any, **kwargs: Any
@@ -117,7 +117,6 @@ class Emitter:
         return total if len(parts) > 1 else self.call(before, target, total)
 
     def slot_of(self, slots: fx.Node, request: int, before: fx.Node) -> fx.Node:
-        """The slot (1,) of a request."""
         key = (slots, request)
         if key not in self._slots:
             one = self.call(before, aten.select.int, slots, 0, request)
@@ -165,7 +164,6 @@ class Emitter:
         return self._slots[key]
 
     def size_of(self, node: fx.Node, dim: int, before: fx.Node) -> Any:
-        """A size of `node`, as a number or a node."""
         size = node.meta["val"].shape[dim]
         return size if isinstance(size, int) else self.call(before, aten.sym_size.int, node, dim)
 

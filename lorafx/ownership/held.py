@@ -80,7 +80,7 @@ def cells_of(held: Held | None, ndim: int, device: torch.device) -> Tensor:
 def held_by(cells: Tensor) -> Held | None:
     """The simplest label of these cells; None where some owner is unknown."""
     for dim, stride in enumerate(cells.stride()):
-        if stride == 0:  # the same all along
+        if stride == 0:  # constant
             cells = cells.narrow(dim, 0, 1)
     if not cells.numel():
         return SHARED

@@ -36,8 +36,7 @@ def compose(
 
 
 class IndexedDims:
-    """The dimensions of x[indices], where x is indexed at dimensions `at`. The index's `count`
-    dimensions start at `first`."""
+    """The dimensions of x[indices], indexed `at` some; `count` of the index start at `first`."""
 
     def __init__(self, flow: Flow, ndim: int, indices: list[Any]) -> None:
         self.at = {d: t for d, t in enumerate(indices) if t is not None}
@@ -138,7 +137,7 @@ def written(node: fx.Node, flow: Flow, x: fx.Node, indices: list[Any], values: o
     for t in where.at.values():
         label, digit = flow.aligned(t, where.count), flow.digit(t)
         if isinstance(label, Mixed) and isinstance(passed, Own) and digit is not None:
-            continue  # the order of everybody's rows, through which `passed` has been followed
+            continue  # the permutation through which `passed` was followed
         if isinstance(label, Own):
             label = landed(node, flow, x, where, label, "index")
         labels.append(label)

@@ -33,7 +33,6 @@ class Own:
     perm: fx.Node | None = None
 
     def at(self, dim: int) -> Own:
-        """The same map along another dimension."""
         return replace(self, dim=dim)
 
     def __str__(self) -> str:
@@ -80,7 +79,6 @@ class Digit:
     perm: fx.Node | None = None
 
     def at(self, dim: int) -> Digit:
-        """The same values along another dimension."""
         return replace(self, dim=dim)
 
 

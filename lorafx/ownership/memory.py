@@ -103,7 +103,6 @@ class Memory:
                 block.views[(_elements(tensor),), (1,), 0] = SHARED
 
     def given(self, tensor: Tensor, held: Held | None) -> None:
-        """Label an argument of the call."""
         block = self._block(tensor) or self._new(tensor)
         if block is not None:
             block.views[_place(tensor)] = held
@@ -143,7 +142,6 @@ class Memory:
         block.state = state._replace(version=state.version + uncounted)
 
     def rename(self, requests: Mapping[int, int]) -> None:
-        """Rename requests in all labels."""
         if not requests:
             return
         for block in self._blocks.values():
@@ -152,7 +150,6 @@ class Memory:
                 block.cells = renamed_cells(block.cells, requests)
 
     def _new(self, tensor: Tensor) -> _Block | None:
-        """A new block for the tensor's storage, if trackable."""
         key = storage_of(tensor)
         if key is None:
             return None
@@ -218,7 +215,6 @@ def _elements(tensor: Tensor) -> int:
 
 
 def _apart(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Whether no two elements share a place."""
     reach = 0
     for step, count in sorted((s, n) for n, s in zip(size, stride, strict=True) if n > 1):
         if step <= reach:

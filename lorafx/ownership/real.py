@@ -241,7 +241,6 @@ def _named(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[st
 
 
 def _joined(operands: Sequence[Tensor], helds: Sequence[Held | None]) -> Tensor:
-    """Cells of an elementwise result."""
     cells = cells_of(SHARED, 0, operands[0].device)
     for operand, held in zip(operands, helds, strict=True):
         cells = joined(cells, cells_of(held, operand.dim(), operand.device))

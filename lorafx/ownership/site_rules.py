@@ -72,9 +72,8 @@ def conv_site(node: fx.Node, flow: Flow) -> Label:
 
 
 def given_out(node: fx.Node, flow: Flow, x: fx.Node, y: fx.Node) -> Own | None:
-    """Copies of a shared value, one for each request (learned queries, expanded type ids): exactly
-    one row dimension of x has B entries, or was made for them. `propagate.flow_through` withdraws
-    the label if later nodes do not keep to it."""
+    """Copies of a shared value, one for each request: exactly one row dimension of x has B entries,
+    or was made for them. `propagate.flow_through` withdraws it if later nodes disagree."""
     if not flow.give_out or node in flow.withheld:
         return None
     if GIVEN_DIM in node.meta:

@@ -37,8 +37,7 @@ class BatchSymbols:
 
     @staticmethod
     def of(sizes: Iterable[int | torch.SymInt | sympy.Expr]) -> BatchSymbols:
-        """From the leading sizes of the inputs that carry requests: symbols, and at most one
-        integer; else ProvenanceError."""
+        """From leading sizes, symbols and at most one integer, of inputs with requests."""
         members = frozenset(as_expr(size) for size in sizes)
         numbers = {m for m in members if m.is_Integer}
         odd = [m for m in members if not (m.is_Integer or m.is_Symbol)]
@@ -61,7 +60,6 @@ class BatchSymbols:
         return replace(self, alike=frozenset(as_expr(size) for size in sizes) - self.members)
 
     def each(self, size: int | torch.SymInt) -> sympy.Expr:
-        """size / B, for a whole multiple of B."""
         return FloorDiv(as_expr(size), self.canonical)
 
     @property

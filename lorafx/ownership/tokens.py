@@ -67,7 +67,6 @@ class Alignment:
                 )
 
     def shape(self, node: object) -> Shape:
-        """Sizes with a single symbol for T."""
         return tuple(size.xreplace(self._same) for size in self.flow.shape(node))
 
     def of(self, arg: object) -> States:
@@ -91,7 +90,7 @@ class Alignment:
         return None
 
     def cut(self, node: fx.Node, label: Label, ndim: int) -> fx.Node | None:
-        """The tensor (B, T, ...), in slot order, with `node` (B, L, ...) = `tensor[:,
+        """The (B, T, ...) tensor, in slot order, with `node` (B, L, ...) = `tensor[:,
         start:end]`."""
         if node.target is not aten.slice.Tensor or ndim != 2 or label != Own(0):
             return None

@@ -68,8 +68,7 @@ class Vectorizer:
         return new
 
     def site(self, node: fx.Node) -> fx.Node:
-        """site and embedding_site of a copy for each request: a single product y, different
-        deltas."""
+        """A site of a copy for each request: a single product y, different deltas."""
         op: Any = node.target
         call, name = bound(node), input_name(node)
         x, y = call[name], call["y"]
@@ -149,7 +148,6 @@ class Vectorizer:
         return self.emit(node.target, *args, **kwargs)
 
     def _along(self, node: fx.Node, *, all_if_none: bool = False, more: int = 0) -> fx.Node:
-        """An operator of a tensor along given dimensions."""
         args = bound(node)
         first = operand(node)
         self.only(node, first)
@@ -223,7 +221,6 @@ class Vectorizer:
         return self.emit(node.target, copies, wrap(args["dim"], n) + 1)
 
     def _indexed(self, node: fx.Node) -> fx.Node:
-        """x[indices] with shared indices."""
         x, indices = operand(node), list(bound(node)["indices"])
         self.only(node, x)
         at = [d for d, index in enumerate(indices) if index is not None]
@@ -232,7 +229,6 @@ class Vectorizer:
         return self.emit(node.target, self.copies[x], [None, *indices])
 
     def _written(self, node: fx.Node) -> fx.Node:
-        """select_scatter, slice_scatter: src laid over a part of x."""
         args = bound(node)
         x, src = args.pop("self"), args.pop("src")
         args["dim"] = wrap(args["dim"], len(self.flow.shape(x))) + 1
@@ -287,8 +283,7 @@ class Vectorizer:
     # --- copies meet owned values ---
 
     def by_size(self, node: fx.Node) -> fx.Node | None:
-        """A shared `node` that repeats its operand for each request, with copy i in repetition
-        i."""
+        """A shared `node` that repeats its operand for each request, copy i in repetition i."""
         if not self.flow.batch.is_Symbol:
             return None  # another size may happen to be the same number
         packet = called_by(node)
@@ -345,8 +340,7 @@ class Vectorizer:
         return self.emit(aten.reshape.default, copies, [*sizes[:d], -1, *sizes[d:]])
 
     def by_owner(self, node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
-        """(operand, replacement) pairs; raises Ended unless broadcast along a known owner
-        dimension."""
+        """(operand, replacement) pairs; Ended unless broadcast along a known owner dimension."""
         flow, label = self.flow, self.flow.labels[node]
         single = label[0] if isinstance(label, tuple) else label
         if isinstance(single, Mixed):

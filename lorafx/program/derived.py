@@ -1,15 +1,15 @@
 """Tensors that contain a site's weight, or part of it, under another name.
 
-Serving code cuts `kv_b_proj.weight` into W_UK and W_UV after loading and keeps these as views, or
-as copies after dequantisation or `contiguous`. A graph that multiplies by them bypasses the
-weight's module. Their content is a `WeightForm` (lorafx.program.weight_forms):
+Serving code cuts `kv_b_proj.weight` into W_UK and W_UV after loading, as views or as copies after
+dequantisation or `contiguous`. A graph that multiplies by them bypasses the weight's module. Their
+content is a `WeightForm` (lorafx.program.weight_forms):
 
     views     by storage: sizes, strides and offset in the weight's storage
     copies    by value: rows of the tensor equal rows of W at regular distances, every one of them
 
-A tensor that shares the storage without such a form still counts as derived, and its site is
-refused in graphs that take it. Other copies (scaled, rounded, reordered) are not recognised:
-`match` refuses an unused site where such a tensor may replace its weight.
+A view without such a form refuses its site in graphs that take it. Other copies (scaled, rounded,
+reordered) are not recognised: `match` refuses an unused site where such a tensor may replace its
+weight.
 """
 
 from __future__ import annotations
@@ -42,14 +42,7 @@ DISTINCT = 16
 
 @dataclass(frozen=True)
 class Derived:
-    """The weight in a tensor.
-
-    Attributes:
-        sites: several where the weight is tied.
-        form: the part; None if irregular.
-        shape: (N, K) of the weight.
-        copied: whether it is a copy, not a view.
-    """
+    """The weight (N, K) in a tensor: tied `sites`, and the part, if regular. `copied`: no view."""
 
     sites: tuple[Site, ...]
     form: WeightForm | None
@@ -136,11 +129,8 @@ class DerivedTensors:
     def inputs(
         self, examples: Sequence[Any], known: Mapping[int, FrameInput], data: Mapping[int, Any]
     ) -> dict[int, Derived]:
-        """A graph's inputs that contain sites' weights, by identity.
-
-        `known` inputs are no request data, `data` are. Results of earlier graphs are data too: any
-        other use of a weight there would have been refused.
-        """
+        """A graph's inputs that contain sites' weights, by identity. Results of earlier graphs are
+        `data`, like the call's: other uses of a weight there would have been refused."""
         candidates = [
             example
             for example in examples
@@ -188,7 +178,7 @@ class DerivedTensors:
                 if id(program.weight_of(site)) not in taken:
                     yield site
             return
-        if lookup(holder.module) is not None:  # scales and the like, of its own weight if of any
+        if lookup(holder.module) is not None:  # scales and the like of its weight
             yield from (site for site in program.sites if site.module is holder.module)
             return
         # The linear is a child of the holder, a sibling, or a sibling of its parent.

@@ -40,12 +40,8 @@ class FrameInput:
             parameter, buffer or attribute), "bank", "slots", "packed" (packed base weight or bias),
             "argument" (of the call), "result" (of an earlier graph of the call, with proved
             owners), "unknown" (made between graphs, a global).
-        sites: the sites with this base weight or bias.
-        group: for banks and packed tensors.
-        role: for arguments and results.
-        derived: for weights that are views or copies.
-        holder: for state, the attribute that holds it.
         label: its name in messages.
+        sites: the sites with this base weight or bias.
         part: the attribute of a tensor subclass; "" for a whole input.
         counts: whether this symbol was the number of requests at capture.
     """
@@ -65,21 +61,19 @@ class FrameInput:
         kind: InputKind = self.kind
         if not isinstance(value, Tensor):
             kind = "symbol"
-        elif kind in ("argument", "result"):  # how its parts lie is the subclass's business
+        elif kind in ("argument", "result"):  # the subclass decides the layout of its parts
             kind = "unknown"
         sites = self.sites if kind == "weight" else ()
         return replace(self, kind=kind, label=f"{self.label}.{part}", sites=sites, part=part)
 
     @property
     def requests_dim(self) -> int | None:
-        """The requests' dimension, if known."""
         if self.kind not in ("argument", "result") or self.role is None or not self.role.known:
             return None
         return None if self.role.several else self.role.dim
 
     @property
     def several_dim(self) -> int | None:
-        """The dimension with several entries of each request."""
         return self.role.dim if self.role is not None and self.role.several else None
 
 
@@ -123,13 +117,11 @@ class Frame:
         return tuple(p for p, item in enumerate(self.inputs) if item.counts)
 
     def chosen(self, item: FrameInput) -> bool:
-        """Whether an input has several sequences of each request."""
         of = item.role.argument if item.kind == "argument" and item.role is not None else None
         return of in self.choices
 
     @property
     def follows_another(self) -> bool:
-        """Whether some input was made in the running call: the model is in several graphs."""
         return any(item.kind in ("result", "unknown") for item in self.inputs)
 
     @property
@@ -149,7 +141,6 @@ class Frame:
 
     @property
     def carries_lora(self) -> bool:
-        """Whether the graph takes a bank or a selected site's weight."""
         return any(item.kind in ("bank", "weight") for item in self.inputs)
 
     def bind(self, graph: fx.Graph) -> None:

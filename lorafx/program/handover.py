@@ -1,9 +1,8 @@
 """Owners of tensors handed from a captured graph of a call to the next.
 
-The call's memory holds what `provenance` proved about results, and the owners tracked between
-graphs (`lorafx/capture/tracking.py`). A graph's proof holds in a call where index i of the inputs
-that it rests on belongs to the same single request in each. If all inputs belong to a single
-request no proof is needed.
+The call's memory holds `provenance`'s proofs about results, and the owners tracked between graphs
+(`lorafx/capture/tracking.py`). A proof holds in a call where index i of its inputs belongs to the
+same single request in each, or where all inputs belong to a single request.
 """
 
 from __future__ import annotations
@@ -83,7 +82,6 @@ class Given:
     row: int | None = None
 
     def held(self, tensor: Tensor, rows: Rows | None) -> Held | None:
-        """The result's label in a call with these rows."""
         if isinstance(rows, Alone):
             return rows
         if rows is not None and self.row is not None:

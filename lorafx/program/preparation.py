@@ -19,20 +19,9 @@ from lorafx.model.sites import Site
 
 @dataclass(eq=False)
 class Preparation:
-    """The results of the passes so far. The model is unchanged until `attachment`.
-
-    Attributes:
-        saved: saved adapters by name, removed by `read`.
-        origins: where adapters from files can be read again.
-        graph: its modules (pass `alias`).
-        sites: in canonical path order (`select`).
-        adapters: decoded on the sites (`read`).
-        attachment: groups, banks and marks (`attach`).
-        store: the adapters in host memory, with slots (`load`).
-        packed: siblings whose weights are views of one buffer (`pack_weights`).
-        notes: the running pass's lines.
-        rollback: undoes all changes to the model.
-    """
+    """The results of the passes so far: `graph` (alias), `sites` (select), `adapters` (read, from
+    `saved`), `attachment` (attach), `store` (load) and `packed` siblings (pack_weights). The model
+    is unchanged until `attachment`; `rollback` undoes all changes."""
 
     model: nn.Module
     config: LoraConfig
@@ -51,14 +40,8 @@ class Preparation:
 
 @dataclass(frozen=True)
 class PassReport:
-    """A pass's result.
-
-    Attributes:
-        edits: of a graph; for a model, how many items were found or made.
-        nodes: of the graph after it; 0 for passes over the model.
-        end: of a pass over the model, by `time.perf_counter`.
-        notes: of a pass over the model, as lines.
-    """
+    """A pass's result: `edits` of a graph, or items of a model; `nodes` after it, 0 for a model.
+    `end`, by `time.perf_counter`, and `notes` are of passes over the model."""
 
     name: str
     edits: int

@@ -42,9 +42,8 @@ ROOMS = {
 
 @dataclass(eq=False)
 class Call:
-    """The running call: its entry's roles, its arguments by name, and the owners of its memory.
-    `tracks`: Python between graphs is tracked in calls that mix adapters; `tracked`: in this
-    call."""
+    """The running call: roles and arguments by name, and its memory's owners. `tracks`: Python
+    between graphs is tracked in calls that mix adapters; `tracked`: in this call."""
 
     roles: RoleTable | None
     named: Mapping[str, Any]
@@ -131,7 +130,7 @@ class Program:
 
     def _look_at_sites(self) -> None:
         if self.site_watch.look():
-            self._no_sites.clear()  # what is no site's weight now is looked at again then
+            self._no_sites.clear()  # these are then checked again
 
     def refuse_missing(self, paths: Collection[str] | None = None) -> None:
         """Raise ReplacedModuleError where sites at these paths (None: any) have been replaced."""
@@ -140,11 +139,9 @@ class Program:
             self.site_watch.refuse(paths)
 
     def home(self, site: Site) -> tuple[Group, int]:
-        """A site's group, and its index there."""
         return self._home[id(site)]
 
     def weight_of(self, site: Site) -> Tensor | None:
-        """The site's current base weight, if a plain tensor."""
         value = getattr(site.module, site.eligible.weight, None)
         return value if isinstance(value, Tensor) else None
 
@@ -188,7 +185,6 @@ class Program:
         return seen is not None and seen() is weight
 
     def bank_of_weight(self, weight: Tensor, index: int = 0) -> Bank | None:
-        """The bank of `site_of_weight` alone."""
         site = self.site_of_weight(weight, index)
         if site is None:
             return None
@@ -219,7 +215,6 @@ class Program:
             )
 
     def group_of_bank(self, A: Tensor) -> Group | None:
-        """The group whose bank has this very A."""
         group = self._by_bank.get(id(A))
         return group if group is not None and group.bank.A is A else None
 
@@ -255,7 +250,6 @@ class Program:
             yield from self.model.named_modules()
 
     def buffers(self) -> Iterator[Tensor]:
-        """The model's tensors that its forward may write into."""
         return (tensor for tensor in self._own_tensors() if not isinstance(tensor, nn.Parameter))
 
     def _own_tensors(self) -> Iterator[Tensor]:
@@ -302,11 +296,9 @@ class Program:
         return held.request if isinstance(held, Alone) else None
 
     def is_result(self, tensor: Tensor) -> bool:
-        """Whether an earlier graph of the running call returned this very tensor."""
         return self.call is not None and self.call.memory.computed(tensor)
 
     def call_arguments(self) -> dict[int, Role]:
-        """The running call's tensors by identity, with roles."""
         found: dict[int, Role] = {}
         if self.call is None or self.call.roles is None:
             return found
@@ -403,5 +395,4 @@ def _plain_attributes(model: nn.Module) -> list[tuple[Holder, Tensor]]:
 
 
 def _columns(table: Tensor | None, offset: int, site: Site) -> Tensor | None:
-    """A site's columns of a bank's table."""
     return None if table is None else table[:, offset : offset + site.out_features]

@@ -25,7 +25,6 @@ class Remembered:
         self._known: dict[int, tuple[StorageWeakRef, MemoryState]] = {}
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
-        """Remember tensors in their current state."""
         self._known = {k: item for k, item in self._known.items() if not item[0].expired()}
         for tensor in tensors:
             key = storage_of(tensor)
@@ -34,7 +33,6 @@ class Remembered:
                 self._known[key] = reference, state_of(tensor, digested=True)
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether a tensor lies in such memory, unwritten since."""
         found = self._known.get(key) if (key := storage_of(tensor)) is not None else None
         if found is None or found[0].expired() or tensor.is_inference():
             return False

@@ -1,9 +1,9 @@
 """Which forward arguments carry requests, and in which dimension.
 
-By contract, index b along that dimension belongs to request b. The dimension comes from
-`LoraConfig.row_dims`, from the tables of lorafx.program.row_dims, or, for models without declared
-roles, from the convention that dimension 0 is the batch. It is never guessed from sizes. Items of a
-dict are separate arguments: `x` of `batch` is "batch.x", with the role of "x" unless declared.
+By contract, index b along that dimension belongs to request b. It comes from `LoraConfig.row_dims`,
+lorafx.program.row_dims, or, without declared roles, the convention that dimension 0 is the batch;
+it is never guessed from sizes. An item `x` of a dict `batch` is "batch.x", with the role of "x"
+unless declared.
 """
 
 from __future__ import annotations
@@ -80,11 +80,9 @@ class RoleTable:
         return found
 
     def spreads(self, name: str, value: Any) -> bool:
-        """Whether `value` is a dict whose items have separate roles."""
         return isinstance(value, Mapping) and name not in self._row_dims and name not in ROW_DIMS
 
     def by_name(self, args: tuple[Any, ...]) -> bool:
-        """Whether all positional arguments can be given by name."""
         kinds = [parameter.kind for parameter in self._signature.parameters.values()]
         positional = sum(kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for kind in kinds)
         only = inspect.Parameter.POSITIONAL_ONLY
@@ -140,8 +138,7 @@ class RoleTable:
         return _role(argument, BATCH_FIRST, assumed=True)
 
     def check_rows(self, named: Mapping[str, Any], rows: int) -> None:
-        """Raise BatchError unless arguments have `rows` requests or a shared one; warns once if
-        unsure."""
+        """Raise BatchError unless arguments have `rows` requests or a shared one; may warn once."""
         named = self.spread(named)
         for name, value in named.items():
             if not isinstance(value, Tensor):
@@ -176,7 +173,7 @@ def _role(argument: str, dim: int | None, *, known: bool = True, assumed: bool =
     return Role(argument, dim, known=known, assumed=assumed)
 
 
-_DEPTH = 8  # how far containers are followed; a cache object refers to much that is no tensor
+_DEPTH = 8  # of nested containers; cache objects refer to much besides tensors
 
 
 def tensor_leaves(value: Any) -> Iterator[Tensor]:

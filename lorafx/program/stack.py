@@ -119,8 +119,8 @@ def refuse_called_slips(belongs: Callable[[nn.Module], bool], way: str) -> None:
 
 
 def refuse_pipeline_slips(model: nn.Module) -> None:
-    """`refuse_slips` for the transformers pipeline that is calling `model`, which hands keywords,
-    even valid ones, to a tokenizer."""
+    """`refuse_slips` for a transformers pipeline, which hands even valid keywords to a
+    tokenizer."""
     base: Any = sys.modules.get("transformers.pipelines.base")
     if base is None:
         return

@@ -2,11 +2,10 @@
 
     t[k_0, ..., k_d] = W[o₀ + Σ k_d · out_d,  i₀ + Σ k_d · into_d]
 
-An *axis* is a dimension's (out_d, into_d), one of them zero; both are zero for a dimension of size
-one or a broadcast one. A *form* is the axes of all dimensions and (o₀, i₀). Views take forms to
-forms: `W.view(H, n + v, K).split([n, v], 1)` gives W_UK (n + v, 0), (1, 0), (0, 1) at (0, 0), and
-W_UV the same at (n, 0). A *period* p says that index k stands for k mod p, as for a broadcast batch
-dimension and a group dimension viewed as one.
+An *axis* is a dimension's (out_d, into_d), one of them zero, or both (size one, broadcast); a
+*form* is all axes and (o₀, i₀). `W.view(H, n + v, K).split([n, v], 1)` gives W_UK (n + v, 0), (1,
+0), (0, 1) at (0, 0), and W_UV the same at (n, 0). A *period* p says that index k stands for k mod
+p, as for a broadcast batch dimension and a group dimension viewed as one.
 """
 
 from __future__ import annotations
@@ -28,11 +27,9 @@ class Axis(NamedTuple):
 
     @property
     def fixed(self) -> bool:
-        """Whether every index stands for the same entries of W."""
         return not self.out and not self.into
 
     def stretched(self, count: int) -> Axis:
-        """The axis of every `count`-th index."""
         return Axis(self.out * count, self.into * count)
 
 
@@ -75,8 +72,7 @@ class WeightForm(NamedTuple):
         return self._replace(axes=self.axes[:dim] + self.axes[dim + 1 :]).moved(axis, index)
 
     def reshaped(self, before: Sequence[AnySize], after: Sequence[AnySize]) -> WeightForm | None:
-        """Row-major view from sizes `before` to `after`; None where an index is no step through
-        W."""
+        """Row-major view from sizes `before` to `after`; None where an index is no step in W."""
         left = [
             (size, axis)
             for size, axis in zip(before, self.axes, strict=True)
@@ -226,7 +222,6 @@ def _rows_along(tensor: torch.Tensor, weight: torch.Tensor) -> WeightForm | None
 
 
 def _row_like(row: torch.Tensor, weight: torch.Tensor, limit: int = 4) -> list[int]:
-    """Indices of the first rows of `weight` that equal `row`."""
     candidates = (weight[:, 0] == row[0]).nonzero().squeeze(-1)
     same = (weight[candidates] == row).all(1)
     return candidates[same][:limit].tolist()

@@ -47,8 +47,7 @@ class PredictedSites:
     """Sites that differ only in the indices of their paths.
 
     Attributes:
-        paths: their canonical paths.
-        cls, registered: their class, and the registered class that made them sites.
+        registered: the registered class that made them sites.
         in_features, out_features: K and N; an embedding's K is the vocabulary.
         experts: E of a parameter of E experts, else 1.
         parts: name and columns of each projection of several; "" for names unknown to adapters.
@@ -87,7 +86,6 @@ class PredictedPack:
 
     Attributes:
         paths: the parent module of each node's sites.
-        members: the last names of the sites.
         bank_bytes: of a node's part of its bank.
         floors: the least traffic relative to the base's; None for embeddings. Every adapter is
             assumed to have rows at routed experts.
@@ -118,14 +116,8 @@ class Note:
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over the model.
-
-    Attributes:
-        model_bytes: of all parameters, each storage once.
-        weight_bytes: of the sites' base weights.
-        adapter_bytes: of an adapter of the largest rank on all sites.
-        floors: as of a pack, over the sites alone.
-    """
+    """Sums over the model: parameters (each storage once), sites' base weights, and an adapter of
+    the largest rank on all sites; `floors` are over the sites alone."""
 
     sites: int
     nodes: int
@@ -141,15 +133,9 @@ Row = TypeVar("Row", PredictedSites, PredictedPack)
 
 @dataclass(frozen=True)
 class Prediction(Report):
-    """The result of `lorafx.explain(model, lora_config)`, of a model that is not compiled.
-
-    Only a captured graph (`cm.explain()`) shows whether uses of weights are understood and rows are
-    proved.
-
-    Attributes:
-        slots, max_rank, slot_rank: of the banks.
-        room: contents of the banks beside factors, not included in floors.
-    """
+    """The result of `lorafx.explain(model, lora_config)`, of a model that is not compiled. Only a
+    captured graph (`cm.explain()`) shows whether uses of weights are understood and rows are
+    proved. `room`: contents of the banks beside factors, not included in floors."""
 
     model: str
     slots: int
@@ -368,7 +354,6 @@ def _site_row(site: Site, pack: tuple[str, ...]) -> PredictedSites:
 
 
 def _alike(rows: Iterable[Row]) -> tuple[Row, ...]:
-    """Merges rows that differ only in the indices of their paths."""
     found: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         found.setdefault((shape_of(row.paths[0]), replace(row, paths=())), []).append(row)
@@ -421,7 +406,7 @@ def same_inputs(
             _, number = seen.setdefault(id(x), (x, next(numbers)))
             found.setdefault(path, number)
 
-    memo: dict[int, Any] = {}  # of each object of the model what it is in the copy
+    memo: dict[int, Any] = {}  # id of an object of the model -> its copy
     try:
         for module in model.modules():
             held = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
@@ -433,7 +418,7 @@ def same_inputs(
             )
         with torch.no_grad():
             empty(**tree_map_only(Tensor, _stand_in, dict(inputs)))
-    except Exception as error:  # of code of the model, which may be anything
+    except Exception as error:  # the model's code may raise anything
         first = (str(error).splitlines() or [""])[0]
         raise DryRunError(f"{type(error).__name__}: {first:.200}") from error
     return found
@@ -487,7 +472,6 @@ def notes_of(
 
 
 def _not_selected(graph: ModuleGraph, sites: Sequence[Site]) -> list[Note]:
-    """Unselected modules that could carry LoRA, equal ones together."""
     taken = {id(site.module) for site in sites}
     carried = {
         id(getattr(site.module, name, None)) for site in sites for name in site.eligible.carries

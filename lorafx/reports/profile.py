@@ -47,13 +47,11 @@ class Profile(Report):
 
     Attributes:
         device: "cpu", or the GPU's name.
-        lowering: as `Options.lowering`.
         rows, adapters: requests of the batch, and its distinct adapters.
         calls: the number of averaged calls.
         served: median wall time of a served call.
         operators: the graphs run operator by operator, without Python's overhead.
         others: the part of `operators` that belongs to no site.
-        nodes: in the order of the graphs.
         unreached: sites that this call does not run.
         notes: limits of the figures.
     """
@@ -73,7 +71,6 @@ class Profile(Report):
 
     @property
     def sites(self) -> float:
-        """Seconds that belong to sites."""
         return sum(node.whole for node in self.nodes)
 
     @property
@@ -152,7 +149,6 @@ def _together(nodes: Sequence[ProfiledNode]) -> ProfiledNode:
 
 
 def _names(paths: Sequence[str]) -> list[str]:
-    """The first path, and the others' last names."""
     return [paths[0] or "(root)", *(path.rpartition(".")[2] for path in paths[1:])]
 
 

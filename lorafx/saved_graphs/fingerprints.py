@@ -96,7 +96,6 @@ class Fingerprints:
         return f"a {name}"
 
     def of_class(self, cls: type) -> str:
-        """A class, by all code that its instances inherit."""
         return self._kept(cls, lambda: f"{_name(cls)}#{digest(self._members(cls))}", _name(cls))
 
     def of_code(self, code: types.CodeType) -> str:
@@ -140,7 +139,7 @@ class Fingerprints:
             owner = getattr(value, "__self__", None)
             of = "" if owner is None or isinstance(owner, types.ModuleType) else _name(type(owner))
             home = getattr(value, "__module__", None)
-            if value is hash:  # of text: each process has its own
+            if value is hash:  # hashes of text differ by process
                 of = f"{hash(home)}"
             return f"built-in {home}.{getattr(value, '__qualname__', value)} {of}"
         if isinstance(value, types.ModuleType):
@@ -191,7 +190,7 @@ class Fingerprints:
     def _members(self, cls: type) -> Iterable[str]:
         for base in cls.__mro__:
             yield _name(base)
-            if base.__flags__ & 1 << 9:  # not one of C's, which nobody can change
+            if base.__flags__ & 1 << 9:  # a mutable class, not one of C's
                 for name, value in sorted(vars(base).items()):
                     if name not in _NOTES:
                         yield f"{name} {self._member(value, 1)}"

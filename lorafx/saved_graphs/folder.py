@@ -36,7 +36,6 @@ class SavedGraph:
 
     @property
     def age(self) -> float:
-        """Seconds since the last write or load."""
         return max(0.0, time.time() - self.used)
 
 

@@ -1,9 +1,8 @@
 """Dynamo's guards across processes: each is verified against what it saw, then remade.
 
-A guard has a place (a `Source`) and a kind. Saved is the text of every guarded place (`_text`).
-Loading looks each place up in the frame to be compiled and compares the texts. Places of the same
-object must hold one object again, and others different objects. Then torch makes the guards anew.
-Guards that lorafx drops (`lorafx.capture.needless_guards`) are verified too.
+Saved is the text of every guarded place (a `Source`). Loading looks places up in the frame to be
+compiled and compares the texts; places of the same object must hold one object again, and others
+different ones. Guards that lorafx drops are verified too.
 """
 
 from __future__ import annotations
@@ -77,14 +76,8 @@ class GuardedPlace:
 
 @dataclass
 class SavedGuards:
-    """The guards of a graph.
-
-    Attributes:
-        guards: those checked before each call.
-        places, texts: of all guards with a place, and its text.
-        same: for each place the first with the same object.
-        state: torch's global state, as torch writes it.
-    """
+    """The guards checked before each call; places of all guards, and their texts; `same`: for each
+    place the first with the same object; and torch's global state."""
 
     guards: list[Guard]
     places: list[GuardedPlace]
@@ -132,14 +125,13 @@ class SavedGuards:
     def hold(
         self, f_locals: dict[str, Any], f_globals: dict[str, Any], prints: Fingerprints
     ) -> bool:
-        """Whether all guards hold as at capture."""
         state = GlobalStateGuard().__getstate__()
         forward_mode = forward_level() != _NO_LEVEL
         if state != self.state or default_device() != self.device or forward_mode:
             return False
         try:
             texts, same = _look(self.places, f_locals, f_globals, prints)
-        except Exception:  # a name that leads nowhere here; code of the model's own
+        except Exception:  # a missing name, or an error of the model's code
             return False
         return texts == self.texts and same == self.same
 
@@ -158,7 +150,7 @@ class SavedGuards:
             global_state_guard=GlobalStateGuard(),
             _guards=GuardsSet(OrderedSet(self.guards)),
             _aotautograd_guards=self.of_aot,
-            skip_guards_check=True,  # whoever asks does
+            skip_guards_check=True,  # callers check
             name_of_builtins_dict_key_in_fglobals=self.builtins_name,
         )
         made = CheckFunctionManager(code, OutputGraphCommon(state), shape_code_parts=self.shapes)
@@ -183,7 +175,7 @@ def _look(
     texts: list[str] = []
     same: list[int] = []
     first: dict[int, int] = {}
-    held: list[Any] = []  # numbers of what is gone are given again
+    held: list[Any] = []  # keeps ids from being reused
     for number, place in enumerate(places):
         value = value_at(place.source, f_locals, f_globals, seen)
         held.append(value)
@@ -249,7 +241,6 @@ def _argument(guard: Guard) -> Any:
 
 
 def _bare(guard: Guard) -> Guard:
-    """The guard without its observations, which it makes anew."""
     make = guard.create_fn
     if isinstance(make, partial) and make.func in (
         GuardBuilder.TENSOR_MATCH,

@@ -3,8 +3,7 @@
 `entry_key` hashes versions and lorafx's sources; the machine; settings of torch, environment
 variables, Options and LoraConfig; the model's modules with code, hooks, attributes and tensors
 (sizes and sharing, not numbers); sites, banks and packs; the compiled function. `SavedInputs`
-records each input's meaning (a site's weight, a group's bank, an argument with requests in its
-first dimension), which torch's guards do not.
+records the meaning of inputs, which torch's guards do not.
 """
 
 from __future__ import annotations
@@ -222,7 +221,6 @@ class SavedInputs:
         return cls(places, [_text(item, program) for item in graph.frame.inputs])
 
     def hold(self, program: Program, f_locals: dict[str, Any], f_globals: dict[str, Any]) -> bool:
-        """Whether each place still has its meaning."""
         known, arguments = program.known_tensors(), program.call_arguments()
         seen: dict[Source, Any] = {}
         values: list[Tensor] = []

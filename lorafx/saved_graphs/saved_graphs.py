@@ -58,7 +58,7 @@ from lorafx.torch_internals.saved_graphs import (
 )
 
 _MODULE = "<module "
-_MOST = 64  # files of one key that are looked at
+_MOST = 64  # files of a key that are tried
 
 
 class SavedGraphs:
@@ -100,13 +100,13 @@ class SavedGraphs:
             if (
                 program.site_watch.missing
                 or (program.runtime.session is not None and program.runtime.session.neighbours)
-                or dump_folder(program.options) is not None  # the passes are to be seen
+                or dump_folder(program.options) is not None  # dumps need the passes
                 or not can_save(program)
             ):
                 return None
             key = entry_key(program, {**self._entry, "code": frame.f_code})
             return folders.folder_of(self._option), key
-        except Exception as error:  # of the model's own attributes, of the file system
+        except Exception as error:  # of the model's attributes or the file system
             _warn(f"graphs of {type(program.model).__name__} are not saved: {error}")
             return None
 
@@ -127,7 +127,7 @@ class SavedGraphs:
             record.saved = "saved for other processes"
         except OSError as error:
             _warn(f"a graph could not be saved in {folder}: {error}")
-        except Exception as error:  # what has no text; of pickle, and of what it calls
+        except Exception as error:  # Undescribed, or errors of pickling
             conversion.tell(f"not saved: {error}")
 
     def _load(

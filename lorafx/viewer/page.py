@@ -34,14 +34,8 @@ SCRIPTS = (
 
 @dataclass
 class Page:
-    """A model's page and exports: index.html, trace.json, model.txt, `texts`, and last.dot in each
-    graph's folder.
-
-    Attributes:
-        texts: reports by file name.
-        measured: measurements of sites, by path.
-        prepared: results of the passes over the model.
-    """
+    """A model's page and exports: index.html, trace.json, model.txt, `texts` by file name, and
+    last.dot in each graph's folder. `measured`: measurements of sites, by path."""
 
     folder: Path
     model: str
@@ -52,7 +46,6 @@ class Page:
     _graphs: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, record: GraphRecord, data: Mapping[str, Any]) -> None:
-        """Add a graph and its `graph_data`, which is encoded once."""
         self._records.append(record)
         self._graphs.append((f"{data['title']}: {data['reason']}", packed(data)))
         if data["stages"]:
@@ -61,7 +54,6 @@ class Page:
             (target / "last.dot").write_text(to_dot(data), encoding="utf-8")
 
     def write(self) -> None:
-        """Write all files with the graphs so far."""
         self.folder.mkdir(parents=True, exist_ok=True)
         trace = trace_events(self.model, self._records, self.prepared)
         model = "".join(f"{report}\n" for report in self.prepared)

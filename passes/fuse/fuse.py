@@ -95,7 +95,6 @@ def _fuse(ctx: Context, node: fx.Node, state: SiteState) -> None:
 
 
 def _is_packed(ctx: Context, site: Site) -> bool:
-    """Whether the group's packed weights, if any, equal the site's."""
     group, _ = ctx.program.home(site)
     packs = [packed for packed in ctx.program.packed if packed.group is group]
     with unset_fake_temporarily():  # passes run while AOTAutograd's fake mode is on

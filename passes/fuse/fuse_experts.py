@@ -71,7 +71,7 @@ def loops_on_host(node: fx.Node) -> bool:
 def region(node: fx.Node) -> PointwiseRegion | NoRegion:
     """The computation of x of the fused `node`, if x has no other reader."""
     x = bound(node)["x"]
-    sizes = aten.sym_size.int  # of the rows' numbers, which nobody needs then
+    sizes = aten.sym_size.int  # readers of sizes, which become unused
     others = [user for user in x.users if user is not node and user.target is not sizes]
     if others:
         return NoRegion(f"{x.name} is also read by {others[0].name}")

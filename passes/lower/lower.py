@@ -121,8 +121,7 @@ def _linear(ctx: Context, node: fx.Node) -> fx.Node:
 
 def _concat(ctx: Context, kernel: int, call: dict[str, Any]) -> fx.Node:
     """x', W' = triton_concat_([x | …], [W | …], bank); y = x' W'ᵀ + b: the vendor's GEMM with a
-    longer contiguous x (M, K) and W. Both are results of aten.cat, so Inductor computes x directly
-    into x'."""
+    longer x (M, K) and W. Both come from aten.cat, so Inductor computes x directly into x'."""
     spec = plan_of(kernel).spec
     blocks = fake_value(call["slots" if spec.by_request else "B"]).shape[0]
     more = concat_ops.columns_of(spec, blocks)
@@ -135,7 +134,6 @@ def _concat(ctx: Context, kernel: int, call: dict[str, Any]) -> fx.Node:
 
 
 def _with_columns(ctx: Context, tensor: fx.Node, dim: int, more: int) -> fx.Node:
-    """`tensor` followed by so many zeros along `dim`."""
     value, other = fake_value(tensor), ctx.size(tensor, 1 - dim)
     settings = {"dtype": value.dtype, "device": value.device, "pin_memory": False}
     sizes = [more, other] if dim == 0 else [other, more]
@@ -173,7 +171,6 @@ def _experts(ctx: Context, node: fx.Node) -> fx.Node:
 
 
 def _generated_product(ctx: Context, y: fx.Node) -> fx.Node:
-    """The grouped product y by a generated kernel, if there is one."""
     if not is_grouped(y) or ctx.program.options.lowering != "inductor":
         return y
     x, weight, offs, plain = grouped(y)
@@ -260,7 +257,6 @@ def _add_delta(ctx: Context, node: fx.Node, call: dict[str, Any]) -> fx.Node:
 
 
 def _operands(call: dict[str, Any], x: str = "x") -> tuple[Any, ...]:
-    """y, x and the bank, as every CPU kernel begins."""
     return tuple(call[name] for name in ("y", x, *BankArgs._fields))
 
 
@@ -292,7 +288,6 @@ def _adjacent(ctx: Context, node: fx.Node) -> fx.Node:
 
 
 def _shaped(ctx: Context, y: fx.Node, source: Any, like: fx.Node) -> fx.Node:
-    """(M, N) in the shape of `like`, with leading sizes of `source`."""
     value = fake_value(like)
     if value.dim() == 2:
         return y

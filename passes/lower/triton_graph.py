@@ -37,15 +37,11 @@ KERNEL_CALL = torch.ops.higher_order.triton_kernel_wrapper_functional
 def inline_triton_ops(
     gm: fx.GraphModule, ops: Collection[OpOverload], *, early: bool = False
 ) -> dict[fx.Node, fx.Node]:
-    """Replace every call of `ops`, plain or in `auto_functionalized`, by the op's body.
+    """Replace calls of the `triton_op`s `ops`, plain or in `auto_functionalized`, by their bodies.
 
-    Args:
-        gm: a functional graph with fake tensors in `meta["val"]`; changed in place.
-        ops: overloads made by `torch.library.triton_op`.
-        early: kernels may launch before their predecessor ends (`early_launches`).
-
-    Returns former nodes of results and writes -> their replacements. Raises LoweringError where a
-    body does not trace.
+    `gm` is functional, with fake tensors, and changed in place. With `early`, kernels may launch
+    before their predecessor ends. Returns former nodes of results and writes -> replacements.
+    Raises LoweringError where a body does not trace.
     """
     if early:
         launch_dependents_early()
@@ -57,7 +53,7 @@ def inline_triton_ops(
         if op in ops:
             replaced.update(_replace(node, op, bodies, shared))
     for node in reversed(gm.graph.nodes):
-        if node.target is EMPTY and not node.users:  # of a call that is shared
+        if node.target is EMPTY and not node.users:  # of a shared call
             gm.graph.erase_node(node)
     return replaced
 
@@ -82,7 +78,7 @@ def _replace(
     if node.target is AUTO_FUNCTIONALIZED or returned > 1:
         # An op without results returns None before its written arguments.
         shift = 1 if returned == 0 else 0
-        for user in list(node.users):  # getitem: what op returns, then what it has written
+        for user in list(node.users):  # getitem: results of op, then its written arguments
             index = index_of(user)
             assert user.target is operator.getitem
             assert isinstance(index, int)
@@ -117,7 +113,6 @@ def _description(item: Any, inputs: list[fx.Node]) -> object:
 
 
 def _traced(op: OpOverload, arguments: list[Any], inputs: list[fx.Node]) -> fx.GraphModule:
-    """inputs → results of `op`, then its written arguments, as a functional graph."""
     position = {node: index for index, node in enumerate(inputs)}
     mutated = [a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments]
 
@@ -187,7 +182,7 @@ def _key(node: fx.Node, copies: dict[fx.Node, fx.Node]) -> object:
         return (type(item), item)
 
     kwargs: dict[str, Any] = dict(node.kwargs)
-    if node.target is KERNEL_CALL:  # each trace has numbers of its own for kernel and constants
+    if node.target is KERNEL_CALL:  # ids of kernel and constants differ by trace
         kernel = kernel_side_table.get_kernel(kwargs.pop("kernel_idx"))
         constants = kernel_side_table.get_constant_args(kwargs.pop("constant_args_idx"))
         options = [str(config) for config in getattr(kernel, "configs", ())]

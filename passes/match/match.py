@@ -1,15 +1,13 @@
 """Map every use of a selected module's weight to its site, and make every use carry its delta.
 
-A use either has a mark already (the hook's `site` op on y or on y + bias), or is a linear,
-embedding or convolution that bypasses its module's call (`F.linear(x, m.weight)`,
-MultiheadAttention's out_proj) and gets the op here, or is refused by name. A mark behind other
-arithmetic of the module (a scaled embedding, a router's softmax) moves to the use of the weight, so
-that the result is that of W + ΔW. Modules without a plain weight tensor or with a registered
+A use has a mark already (the hook's `site` op on y or on y + bias), or is a linear, embedding or
+convolution that bypasses its module's call and gets the op here, or is refused by name. A mark
+behind other arithmetic of the module (a scaled embedding, a router's softmax) moves to the use of
+the weight: the result is that of W + ΔW. Modules without a plain weight tensor or with a registered
 handler keep their marks.
 
-A site is also refused if a graph seems to replace its weight: a product of two weights has no
-recognisable values (lorafx.program.derived), only an unused linear in a module that multiplies by
-other tensors.
+A site is also refused if a graph seems to replace its weight: an unused linear in a module that
+multiplies by other tensors, such as a product of two weights (lorafx.program.derived).
 """
 
 from __future__ import annotations
@@ -152,7 +150,7 @@ def _insert_conv_site(ctx: Context, use: Use, values: Mapping[str, Any]) -> fx.N
 
 @dataclass(frozen=True)
 class Match:
-    """Every use of a selected weight carries its delta or is refused with a reason."""
+    """Every use of a selected weight carries its delta, or is refused with a reason."""
 
     name: str = "match"
     required: bool = True
@@ -240,7 +238,6 @@ def _uses(ctx: Context) -> dict[fx.Node, Use]:
 
 
 def _same_stored(ctx: Context, use: Use, other: Use) -> bool:
-    """Whether the numbers and scales of one stored weight enter together."""
     items = ctx.frame.by_node
     return use.stored and other.stored and items[use.weight].sites == items[other.weight].sites
 
@@ -312,7 +309,6 @@ def _left_to_mark(ctx: Context, use: Use) -> Site | None:
 
 
 def _owner(ctx: Context, use: Use) -> Site | Refusal | None:
-    """The site of an unmarked use; None for a module not selected."""
     sites = ctx.frame.by_node[use.weight].sites
     if use.kind == "unknown":
         unknown = ctx.unknown_use(use.weight, use.node, use.reason)
@@ -378,7 +374,6 @@ def _insert(ctx: Context, site: Site, use: Use) -> None:
 
 
 def _rescales(node: fx.Node) -> bool:
-    """Whether this is the op of a linear, or a convolution, with room for DoRA."""
     return node.target in (SITE_OP, CONV_OP) and bound(node)["gains"] is not None
 
 

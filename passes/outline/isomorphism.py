@@ -60,9 +60,8 @@ def stretch_of(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> Stretch:
 
 
 def agree(a: Stretch, b: Stretch, sizes: Mapping[sympy.Symbol, torch.SymInt]) -> bool:
-    """Whether the symbols of two stretches of equal form are the same, or equal at capture, which
-    is then guarded (the lengths of two layers' caches). `sizes` are the graph's symbols as sizes;
-    symbols without a value equal only themselves."""
+    """Whether the symbols of stretches of equal form are the same, or equal at capture, which is
+    then guarded; symbols without a value in `sizes` equal only themselves."""
     pairs = [(x, y) for x, y in zip(a.symbols, b.symbols, strict=True) if x != y]
     hints = {x: size_hint(sizes[x]) for pair in pairs for x in pair if x in sizes}
     known = all(hints.get(x) is not None and hints[x] == hints.get(y) for x, y in pairs)
@@ -101,7 +100,7 @@ class _Former:
             if value in self.own:
                 return ("node", self.own[value])
             return ("operand", self.operands.setdefault(value, len(self.operands)))
-        if value is None or isinstance(value, _DISCRETE):  # most of what is no node
+        if value is None or isinstance(value, _DISCRETE):  # most literals
             return self.literal(value)
         if isinstance(value, (list, tuple)):
             kind = "tuple" if isinstance(value, tuple) else "list"
@@ -155,7 +154,7 @@ class _Former:
         if not isinstance(value, Tensor):
             if isinstance(value, (list, tuple)):
                 return tuple(map(self.value, value))
-            if isinstance(value, Mapping):  # what a Triton kernel has written, by argument
+            if isinstance(value, Mapping):  # a Triton kernel's writes, by argument
                 return ("mapping", tuple((key, self.value(item)) for key, item in value.items()))
             return self.literal(value)
         # No storage offset: it follows from the arguments and the operands' offsets, which differ

@@ -31,8 +31,10 @@ INVOKE = torch.ops.higher_order.invoke_subgraph
 
 @dataclass(frozen=True)
 class Outline:
-    """Repeated layers become calls of a body. Repeats below `min_nodes` stay: a call costs more
-    than their compilation, and prevents fusion across its ends."""
+    """Repeated layers become calls of one body.
+
+    Repeats below `min_nodes` stay: a call costs more, and prevents fusion across its ends.
+    """
 
     name: str = "outline"
     required: bool = False
@@ -58,8 +60,7 @@ class Outline:
 def repeats(
     gm: fx.GraphModule, claimed: set[fx.Node], least: int
 ) -> Iterator[tuple[tuple[Region, ...], tuple[Stretch, ...]]]:
-    """Isomorphic regions of at least `least` nodes, longest first, beside the caller's
-    `claimed`."""
+    """Isomorphic regions of `least` nodes or more, longest first, beside the caller's `claimed`."""
     # Over a paged cache, equal lengths of two kinds of layers may differ in the next step.
     sizes = {} if writes_in_place(gm) else sizes_of(gm.graph)
     lengths: dict[int, list[Region]] = {}
@@ -139,7 +140,6 @@ def _outline(
 
 
 def _symbols(graph: fx.Graph, stretch: Stretch) -> list[fx.Node]:
-    """Size inputs that the body needs beside its operands."""
     needed = set()
     for node in (*stretch.nodes, *stretch.operands):
         for value in tree_leaves(fake_value(node)):
@@ -167,7 +167,6 @@ def _body(
     operands: Sequence[fx.Node],
     results: Sequence[int],
 ) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
-    """`nodes` as a graph over their operands and sizes, and node -> its copy."""
     graph = fx.Graph()
     inside: dict[fx.Node, fx.Node] = {}
     for node in operands:

@@ -51,12 +51,11 @@ def regions_of(graph: fx.Graph) -> list[Region]:
 def _runs(
     nodes: Sequence[fx.Node], stacks: Sequence[tuple[Any, ...]], barriers: set[fx.Node], depth: int
 ) -> Iterator[tuple[int, int]]:
-    """(first, last) of each run of nodes made in one call at this depth."""
     call: tuple[Any, ...] = ()
     first = last = -1
     for index, (node, stack) in enumerate(zip(nodes, stacks, strict=True)):
         if not stack and node not in barriers:
-            continue  # in the run if the run goes on behind it
+            continue  # part of the run if that continues
         here = stack[:depth] if len(stack) >= depth else ()
         if here and here == call:
             last = index
@@ -102,7 +101,6 @@ def is_pure(node: fx.Node) -> bool:
 
 
 def _has_effect(node: fx.Node) -> bool:
-    """Whether its operator has an effect for any arguments."""
     return node.is_impure() or _mutates(node)
 
 
@@ -150,7 +148,7 @@ def hoist_shared(graph: fx.Graph) -> int:
                 pending.extend(node.all_input_nodes)
     anchor = next(node for node in graph.nodes if node.op != "placeholder")
     for node in [node for node in graph.nodes if node in wanted]:
-        node.meta.pop("nn_module_stack", None)  # of no region from now on
+        node.meta.pop("nn_module_stack", None)  # belongs to no region any more
         if node is anchor:
             anchor = anchor.next
         else:
@@ -215,7 +213,6 @@ def bodies(gm: fx.GraphModule) -> list[tuple[str, fx.GraphModule]]:
 
 
 def _invariant(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes computed from sizes, slots, other integer inputs, and constants."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -224,7 +221,7 @@ def _invariant(graph: fx.Graph) -> set[fx.Node]:
                 found.add(node)
         elif not is_pure(node):
             if node.op == "call_function" and _mutates(node):
-                break  # what is read behind it may have changed
+                break  # later reads may see changes
         elif all(source in found for source in node.all_input_nodes):
             found.add(node)
     return found

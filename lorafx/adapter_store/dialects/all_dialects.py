@@ -63,13 +63,8 @@ _OF_GLORA = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
 
 
 def dialect_of(saved: Saved, name: str | None = None) -> Dialect:
-    """The named dialect, or the dialect of `saved`.
-
-    Raises:
-        ConfigError: an unknown name.
-        UnsupportedAdapterError: the keys of another method than LoRA.
-        CheckpointError: the keys of no dialect.
-    """
+    """The dialect `name`, or that of `saved`. Raises ConfigError for an unknown name,
+    UnsupportedAdapterError for keys of another method, CheckpointError for unknown keys."""
     known = {dialect.name: dialect for dialect in DIALECTS}
     if name is not None:
         if name not in known:
@@ -85,7 +80,7 @@ def dialect_of(saved: Saved, name: str | None = None) -> Dialect:
         if dialect.claims(saved):
             return dialect
     if saved.fields is not None:
-        return known["peft"]  # which says what is wrong with each key
+        return known["peft"]  # its errors name each key
     first = ", ".join(repr(key[:100]) for key in list(saved.tensors)[:3]) or "no tensors"
     expected = "; ".join(f"{dialect.name}: {dialect.keys}" for dialect in DIALECTS)
     raise CheckpointError(

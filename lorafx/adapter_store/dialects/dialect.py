@@ -35,13 +35,8 @@ class Dialect(ABC):
 
     @abstractmethod
     def state(self, saved: Saved, model: nn.Module | None) -> AdapterState:
-        """`saved` in PEFT's names. Tensors are views; unknown keys are kept for the reader to
-        refuse.
-
-        Raises:
-            CheckpointError: unreadable keys, or an incomplete configuration.
-            UnsupportedAdapterError: arithmetic beyond LoRA.
-        """
+        """`saved` in PEFT's names, with views of its tensors; unknown keys are left for the reader
+        to refuse. Raises CheckpointError and UnsupportedAdapterError."""
 
     def components(self, saved: Saved) -> tuple[str, ...]:
         """The models of a pipeline with factors in `saved`; "" where the keys name none."""
@@ -59,21 +54,20 @@ class Translation:
         self._places = None if model is None else Places((), model)
 
     def module(self, path: str) -> nn.Module | None:
-        """The model's module at `path`, if any."""
         return None if self._places is None else self._places.module(path)
 
     def exists(self, path: str) -> bool:
         return self.module(path) is not None
 
     def held(self, path: str) -> bool:
-        """Whether `path` exists without its first name (transformers 5's CLIP has no
-        `text_model`)."""
+        """Whether `path` exists without its first name: transformers 5's CLIP has no
+        `text_model`."""
         rest = path.partition(".")[2]
         return bool(rest) and self.exists(rest)
 
     def add(self, path: str, letter: str, tensor: Tensor) -> None:
-        """Add "A" (r, K), "B" (N, r), DoRA's "m" (N,) or B's bias "b" (N,) of the module at `path`;
-        duplicates raise CheckpointError."""
+        """Add "A" (r, K), "B" (N, r), DoRA's "m" (N,) or B's bias "b" (N,); duplicates are an
+        error."""
         if letter in _VECTORS:
             self.put(f"{path}.{_VECTORS[letter]}", tensor)
             return
@@ -97,7 +91,6 @@ class Translation:
         self.tensors[key] = tensor
 
     def keep(self, key: str) -> None:
-        """Leave a key to the reader."""
         self.put(key, self.saved.tensors[key])
 
     def state(self, config: PeftConfig) -> AdapterState:
@@ -135,11 +128,11 @@ def component_of(
     given: str | None,
     where: str,
 ) -> str | None:
-    """The file's component that the model has some, or all, names of; None where it has no names
-    and there are several.
+    """The file's component with names of the model; None without such names and with several
+    components.
 
-    `tests` whether the model has a name are tried strictest first, each only if no name passes the
-    previous ones. Raises CheckpointError where several fit, or `given` is not in the file.
+    `tests` for a name are tried strictest first, each only if no name passes the previous ones.
+    Raises CheckpointError where several fit, or `given` is not in the file.
     """
     if given is not None:
         if given not in groups:

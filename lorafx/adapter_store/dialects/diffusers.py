@@ -5,9 +5,8 @@
     unet.<module>.alpha                              α, s = α/r
     unet.<…attn1>.processor.to_q_lora.down.weight    older keys, which diffusers itself converts
 
-Configurations are in the metadata (`lora_adapter_metadata`). Without them and without α, diffusers
-takes α = r, so s = 1. Names of a model's first implementation go through diffusers' conversions: a
-conversion is right if all its factors land on modules.
+Without α or a configuration in the metadata (`lora_adapter_metadata`), α = r. For names of a
+model's first implementation, the diffusers conversion counts whose factors all land on modules.
 """
 
 from __future__ import annotations
@@ -80,18 +79,13 @@ class Diffusers(Dialect):
 
 
 def converted_by_diffusers(saved: Saved, dialect: Dialect, model: nn.Module) -> AdapterState | None:
-    """diffusers' conversion of a first implementation's names; None where it has none, or is not
-    installed.
-
-    Raises:
-        CheckpointError: several conversions land, with different results.
-        UnsupportedAdapterError: diffusers would drop a part.
-    """
+    """diffusers' conversion of first implementations' names, if any. Raises CheckpointError for
+    ambiguous conversions, UnsupportedAdapterError for incomplete ones."""
     if len(saved.tensors) > _MOST_KEYS:
         return None
-    if saved.component in DENOISERS:  # conversions call it what its pipeline does
+    if saved.component in DENOISERS:  # conversions use the pipeline's name
         saved = replace(saved, component=None)
-    config = getattr(model, "config", None)  # by a UNet's, names of blocks are counted
+    config = getattr(model, "config", None)  # a UNet's decides the numbers of blocks
     blocks = config if hasattr(config, "layers_per_block") else None
     found: dict[str, AdapterState] = {}
     for name, loader in _loaders():
@@ -103,7 +97,7 @@ def converted_by_diffusers(saved: Saved, dialect: Dialect, model: nn.Module) -> 
             if tensors.keys() == saved.tensors.keys():
                 continue
             state = _translated(saved, dialect, tensors, alphas, model)
-        except Exception:  # one that is for other models: each fails in its own way
+        except Exception:  # conversions of other models raise anything
             continue
         if _lands(state, model) and not any(_equal(state, other) for other in found.values()):
             found[name] = state

@@ -120,7 +120,7 @@ def _of_this_model(
         rest = name[match.end() :] if match else name
         groups.setdefault(component, {})[name] = rest
         held[name] = f"{component}_{rest}"
-    if any(name in flat for name in held.values()):  # it holds the models of a pipeline
+    if any(name in flat for name in held.values()):  # the model is a whole pipeline
         return held, ()
 
     def has_inner(name: str) -> bool:

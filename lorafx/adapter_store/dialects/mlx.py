@@ -34,7 +34,6 @@ class Mlx(Dialect):
 
     @staticmethod
     def configures(fields: Mapping[str, Any]) -> bool:
-        """Whether these are fields of mlx-lm's adapter_config.json."""
         return "peft_type" not in fields and "lora_parameters" in fields
 
     def claims(self, saved: Saved) -> bool:
