@@ -67,26 +67,6 @@ def test_batch_as_long_as_the_sequence_is_no_common_symbol(plain, square):
     assert torch.fx.experimental._config.use_duck_shape  # the user's own setting is back
 
 
-@pytest.mark.slow
-def test_ten_shapes_then_generation_without_eager(shallow):
-    """Dynamo's own limit of eight graphs a code object, and its silent eager after, stay away."""
-    cm = shallow.compile(options={"verify": "off"})
-    torch.manual_seed(0)
-    names = ["a1", None, "a0", "a3"]
-    shapes = ((1, 3), (2, 2), (3, 9), (4, 4), (1, 1), (2, 7), (4, 1), (3, 3), (2, 1), (1, 8))
-    for rows, length in shapes:
-        cm(**token_inputs(rows, length), adapter_names=names[:rows])
-    fixed = {"pad_token_id": 0, "eos_token_id": None, "max_new_tokens": 3, "do_sample": False}
-    inputs = token_inputs(3, 10)
-    got = cm.generate(**inputs, **fixed, adapter_names=names[:3])
-    captured, seen = cm.recompiles, frames()
-    assert torch.equal(got, cm.generate(**inputs, **fixed, adapter_names=names[:3]))
-    assert (cm.recompiles, frames()) == (captured, seen)
-    for row, name in enumerate(names[:3]):
-        one = {key: value[row : row + 1] for key, value in inputs.items()}
-        assert torch.equal(got[row], shallow.alone(name).generate(**one, **fixed)[0])
-
-
 def test_the_recompile_limit_is_an_error_not_silent_eager(plain):
     cm = plain.compile(options={"recompile_limit": 1}, dynamic=False)
     feed = FAMILIES["plain"].inputs

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -29,8 +28,8 @@ class Layers(nn.Module):
         self.first = nn.Linear(K, K)
         self.w = nn.Linear(K, K)
 
-    def forward(self, x: Tensor, **kwargs: Any) -> dict[str, Tensor]:
-        return {"logits": self.first(self.rest(torch.tanh(self.first(x)), **kwargs))}
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.first(self.rest(torch.tanh(self.first(x))))}
 
     def rest(self, h: Tensor) -> Tensor:
         return self.past(h)
@@ -94,14 +93,9 @@ def test_weights_past_their_modules_are_refused(small, cls):
     assert torch.equal(cm(**inputs)["logits"], case.base(**inputs)["logits"])
 
 
-def test_adapters_of_other_modules_are_served(small):
-    case, inputs = small(KeptOut, ["first"]), {"x": torch.randn(3, K)}
-    found = case.compile(dynamic=False)(**inputs, adapter_names=["a"] * 3)["logits"]
-    assert error(found, case.expected(["a"] * 3, inputs)) <= 1e-5
-
-
-def test_what_reads_no_weight_of_a_site_is_served(small):
-    case, inputs = small(Called, ["w"]), {"x": torch.randn(3, K)}
+@pytest.mark.parametrize(("cls", "target"), [(KeptOut, "first"), (Called, "w")])
+def test_what_reads_no_weight_of_a_site_is_served(small, cls, target):
+    case, inputs = small(cls, [target]), {"x": torch.randn(3, K)}
     cm = case.compile(dynamic=False)
     for _ in range(2):
         found = cm(**inputs, adapter_names=["a"] * 3)["logits"]

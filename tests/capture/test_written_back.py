@@ -9,48 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from dense_merge import TOLERANCE, build_case, error
 from hand_made import hand_case
 from torch import Tensor, fx, nn
 from torch._functorch._aot_autograd.descriptors import InputMutationAOTOutput, PlainAOTInput
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lorafx.capture import lowering
 from lorafx.capture.written_back import write_back
 from lorafx.passes.outline.outline import INVOKE
 
 aten = torch.ops.aten
-NAMES = ["a0", None, "a1"]
-
-
-@pytest.mark.slow
-def test_a_step_writes_into_a_static_cache_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    written: list[int] = []
-
-    def noting(gm: fx.GraphModule) -> int:
-        written.append(write_back(gm))
-        return written[-1]
-
-    monkeypatch.setattr(lowering, "write_back", noting)
-    case = build_case("llama", tmp_path)
-    cm: Any = case.compile(options={"lowering": "inductor"}, dynamic=False)
-    past = transformers.StaticCache(config=cm.model.config, max_cache_len=9)
-    ids = torch.tensor([[7, 40, 12, 5, 8], [9, 9, 31, 2, 4], [60, 5, 17, 33, 33]])
-    given = {"past_key_values": past, "adapter_names": NAMES}
-    parts = [ids[:, :3], ids[:, 3:4], ids[:, 4:]]
-    outputs = [cm(input_ids=parts[0], **given)["logits"]]
-    memory = [layer.keys.data_ptr() for layer in past.layers]
-    outputs += [cm(input_ids=part, **given)["logits"] for part in parts[1:]]
-    assert error(torch.cat(outputs, 1), case.expected(NAMES, {"input_ids": ids})) <= TOLERANCE
-    # The prompt makes the cache. Each layer has keys and values.
-    assert written == [0, 2 * len(past.layers)]
-    assert [layer.keys.data_ptr() for layer in past.layers] == memory
-    for layer in past.layers:
-        assert not layer.keys[:, :, 5:].any()
-        assert layer.keys[:, :, :5].square().sum((1, 3)).all()
 
 
 Change = Callable[[fx.Graph, list[fx.Node], list[fx.Node]], None]

@@ -117,10 +117,12 @@ BIAS: dict[str, Any] = {"lora_bias": True, "lora_alpha": 32}
 PROJECTIONS = {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj", "v_proj", "o_proj"]}
 EXPERTS: dict[str, dict[str, Any]] = {
     "plain": {},
+    "rslora": {"use_rslora": True, "lora_alpha": 4},
     "patterns": {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"v_proj": 3}},
     "DoRA": DORA,
     "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
     "lora_bias": {"lora_bias": True},
+    "lora_only": {"bias": "lora_only"},
     "head": {"modules_to_save": ["lm_head"]},
     "tokens": {"trainable_token_indices": {"embed_tokens": [3, 5, 9]}},
     "router": {"target_modules": [], "target_parameters": ["mlp.gate.weight"]},

@@ -9,7 +9,6 @@ import pytest
 import sweep
 import tiny
 from sites import sites_of
-from table import table
 from tiny_inputs import inputs
 
 pytestmark = pytest.mark.quick
@@ -56,28 +55,6 @@ def test_cover_takes_what_holds_most_that_is_missing() -> None:
     # b holds most; c alone has cos; then all are covered, and a holds most once more.
     assert [name for _, name in sweep.chosen(reports, share=0.6)] == ["b", "c", "a"]
     assert sweep.chosen(reports[::-1], share=0.6) == sweep.chosen(reports, share=0.6)
-
-
-def test_table_counts_by_kind_and_gives_reasons() -> None:
-    text = table(
-        [
-            report("llama"),
-            report("jetmoe", outcome="unmatched", detail="MatchError at a.py:1: no | rule"),
-            report("mixtral", experts=2, routers=1),
-            report("longcat_flash", experts=2, routers=0, routing="TargetError at b.py:2: a loop"),
-            report("vit", kind="image", outcome="base", detail="ImportError: none"),
-            report("llama", lowering="inductor"),
-            report("llava", kind="image-text", inputs=["input_ids", "pixel_values"]),
-            report("aria", kind="image-text", inputs=["input_ids"]),
-        ]
-    )
-    assert "6 families tried" in text
-    assert "| causal | 3 | 1 | 0 |" in text
-    assert r"| causal | jetmoe | unmatched | MatchError: no \| rule |" in text
-    assert "| causal | longcat_flash | TargetError: a loop |" in text
-    assert "Both are served in 1 of them" in text
-    assert "in 1 families" in text
-    assert "text alone, since their images come in a form of their own: aria." in text
 
 
 def test_routers_and_experts_are_found_by_what_they_do() -> None:

@@ -99,18 +99,6 @@ def test_linear_becomes_its_kernels_with_a_grid_of_the_rows(strategy: str) -> No
     assert calls[-1].kwargs["kwargs"]["M"].meta["val"].node.expr.free_symbols
 
 
-@pytest.mark.parametrize(("strategy", "rows"), [("gemv", 8), ("segments", 4096)])
-def test_delta_writes_the_product_that_it_was_given(strategy: str, rows: int) -> None:
-    gm, kernel, _ = delta_graph(strategy, rows)
-    calls = inlined(gm)
-    assert len(calls) == len(plan_of(kernel).all_kernels)
-    last = calls[-1]
-    assert last.kwargs["kwargs"]["y_ptr"].target is torch.ops.aten.mm.default
-    assert last.kwargs["tensors_to_clone"] == ["y_ptr"]
-    (result,) = last.users
-    assert [user.target for user in result.users] == [torch.ops.aten.mul.Tensor]
-
-
 def test_nothing_about_slots_is_in_the_graph() -> None:
     """Slots, ranks and factors are pointers; whatever else a kernel takes is a size."""
     for gm, _, _ in (linear_graph("epilogue"), delta_graph("segments", 4096), embedding_graph()):
@@ -121,28 +109,6 @@ def test_nothing_about_slots_is_in_the_graph() -> None:
                     assert is_tensor == name.endswith("_ptr")
         assert not any(node.target is torch.ops.aten._local_scalar_dense.default
                        for node in gm.graph.nodes)  # fmt: skip
-
-
-def test_repeated_layers_are_traced_once_and_keep_their_own_tensors(monkeypatch) -> None:
-    import lorafx.passes.lower.triton_graph as module
-
-    b, kernel = Builder(), kernel_for("recompute")
-    x = b.input("x", (b.rows, K))
-    banks, outputs = [], []
-    for _ in range(3):
-        weight, bank = b.input("weight", (sum(SIZES), K)), b.bank()
-        banks.append((weight, *bank[:2]))
-        outputs.append(b.call(OPS[0], (x, weight, None, *bank, 5, kernel), b.value(sum(SIZES))))
-    b.graph.output(tuple(outputs))
-    gm = fx.GraphModule({}, b.graph)
-    traced, original = [], module._traced
-    monkeypatch.setattr(module, "_traced", lambda *a: traced.append(a[0]) or original(*a))
-    with compile_only_gpu():
-        assert len(inline_triton_ops(gm, OPS)) == 3
-    assert len(traced) == 1
-    used = [tuple(c.kwargs["kwargs"][n] for n in ("w_ptr", "a_ptr", "b_ptr")) for c in
-            kernel_calls(gm)]  # fmt: skip
-    assert used == banks
 
 
 def test_one_tensor_in_two_places_is_not_two_tensors() -> None:
