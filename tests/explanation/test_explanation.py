@@ -117,13 +117,6 @@ def test_all_forms_say_the_same(family: str, looked: Any) -> None:
     assert lines[1].strip() == report.summary[0]
 
 
-def test_the_glossary_is_shown_on_request_only(looked: Any) -> None:
-    report = looked("llama").cm.explain()
-    lines = report.glossary().splitlines()
-    assert "bank      the factors of all slots of one group, on the device" in lines
-    assert not any(line in str(report) for line in lines)
-
-
 def test_the_result_of_verifying_is_told(plain: Case) -> None:
     cm = plain.compile({"verify": "numeric"}, dynamic=False)
     inputs = FAMILIES["plain"].inputs(2, 3)

@@ -169,14 +169,6 @@ def test_the_rules() -> None:
     assert "Sites below it: up, down" in rule("")
 
 
-def test_a_refusal_is_told(plain: Case) -> None:
-    cm = plain.compile({"max_edits": 0})
-    cm(**FAMILIES["plain"].inputs(2, 3), adapter_names=["a1", "a1"])
-    (graph,) = cm.why("up").graphs
-    assert [item.when for item in graph.refusals] == ["mixed"] * len(graph.refusals) != []
-    assert "refused (mixed): Options.max_edits allows no more edits" in str(cm.why("up"))
-
-
 def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     demo = Path(__file__).parents[2] / "examples"
     adapter = next(path for path in sorted((demo / "demo_adapters").iterdir()) if path.is_dir())

@@ -67,15 +67,3 @@ def test_attention_goes_request_by_request(
         text = next(graph.glob("*-attend.py")).read_text()
         assert text.count("lorafx.paged_attention.default") == layers
         assert "lorafx.paged_cache.default" not in text
-
-
-def test_slots_are_written_without_waiting(llama: Case, device: torch.device) -> None:
-    """Otherwise the host could not prepare a step while the one before is under way."""
-    cm = compiled_on(llama, device)
-    runtime = cm._session.program.runtime
-    runtime.set_rows([0, 1, -1, 0])
-    torch.cuda.synchronize(device)
-    torch.cuda._sleep(500_000_000)
-    runtime.set_rows([1, 0, 0, -1])
-    assert not torch.cuda.current_stream(device).query()
-    assert runtime.row_slots.tolist() == [1, 0, 0, -1]

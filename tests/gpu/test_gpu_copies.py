@@ -114,24 +114,3 @@ def test_a_captured_graph_keeps_its_slots(served, llama: Case, device: torch.dev
         graph.graph.replay()
         cm.prefetch_adapters([name], slots=True)
         assert_served(graph.replay(), llama, mix, inputs)
-
-
-def test_what_is_captured_writes_nothing(served, llama: Case, device: torch.device) -> None:
-    """Neither slots nor adapters: each replay would write them again."""
-    cm, inputs = served
-    on_device = to(inputs, device)
-    *_, missing = sorted(llama.folders)
-    cm(**on_device, adapter_names=[missing, None])
-    for names, said in (([None, missing], "make the same call"), (["x", None], "'x' would be")):
-        if "x" in names:
-            cm.load_adapter(llama.folders[missing], "x")
-        stream = torch.cuda.Stream(device)
-        with torch.cuda.stream(stream):
-            graph = torch.cuda.CUDAGraph()
-            graph.capture_begin()
-            with pytest.raises(lorafx.BatchError, match=said):
-                cm(**on_device, adapter_names=names)
-            graph.capture_end()
-    torch.cuda.synchronize(device)
-    names = ["x", missing]
-    assert_served(cm(**on_device, adapter_names=names)["logits"], llama, [missing] * 2, inputs)

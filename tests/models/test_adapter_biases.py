@@ -158,22 +158,6 @@ def test_merging(
     oracle.assert_close(exported(x), [want])
 
 
-def test_merging_into_a_quantised_weight(tmp_path: Path) -> None:
-    """Its bias is a plain tensor, which takes the adapter's."""
-    torchao = pytest.importorskip("torchao.quantization")
-    torch.manual_seed(0)
-    dense = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).eval().requires_grad_(False)
-    folder = save(dense, tmp_path / "a", target_modules=["0"], lora_bias=True)
-    bias = next(t for key, t in load_file(folder / FILE).items() if key.endswith("lora_B.bias"))
-    torchao.quantize_(dense, torchao.Int8WeightOnlyConfig())
-    cm = lorafx.compile(dense, {"a": folder}, options=REFERENCE, dynamic=False)
-    before = dense[0].bias.clone()
-    cm.merge("a", requantize=True)
-    assert torch.equal(dense[0].bias, before + 5 / 3 * bias)
-    cm.unmerge()
-    assert torch.equal(dense[0].bias, before)
-
-
 def test_sums_and_some_merges_are_refused(cm: Any) -> None:
     with pytest.raises(ConfigError, match="'added' was trained with biases"):
         cm(torch.randn(1, 6, 5), adapter_names=[{"added": 0.5, "plain": 1.0}])

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.adapter_store.checkpoint import load_state
-from lorafx.adapter_store.inspecting import inspected
-from lorafx.adapter_store.peft_writer import write_peft
-from lorafx.adapter_store.saved import AdapterSource
 
 
 class Alone(nn.Module):
@@ -68,17 +62,3 @@ def test_an_adapter_on_one_convolution(kind: str, tmp_path: Path) -> None:
     rows = [alone[name](row[None]) for name, row in zip(names, x, strict=True)]
     oracle.assert_close(cm(x, adapter_names=names), [torch.cat(rows)])
     assert oracle.difference([rows[0]], [base(x[:1])]) > 1e-3
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize("kind", CONVOLUTIONS)
-def test_what_is_told_and_written_of_it(kind: str, tmp_path: Path) -> None:
-    """Sizes that `lorafx inspect` shows, and the r that `lorafx convert` writes."""
-    cls, sizes, settings = CONVOLUTIONS[kind]
-    base = Alone(cls(sizes[0], 8, **settings))
-    folder = oracle.save_adapter(base, tmp_path / "saved", rank=12, targets=["body.0"])
-    (row,) = inspected(AdapterSource(folder)).modules
-    assert row.sizes == (sizes[0], 8, 12)
-    write_peft(replace(load_state(folder), dialect="memory"), tmp_path / "written")
-    fields = json.loads((tmp_path / "written" / "adapter_config.json").read_text())
-    assert fields["r"] == 12

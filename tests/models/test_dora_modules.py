@@ -110,28 +110,6 @@ def test_rows_that_are_sorted(tmp_path):
     check_mixed(case.compile({"verify": "numeric"}), case, NAMES, {"x": torch.randn(4, 5, 6)})
 
 
-def test_a_slot_a_token(tmp_path):
-    torch.manual_seed(0)
-    base = nn.Sequential(nn.Embedding(11, 6), nn.Tanh(), nn.Linear(6, 9)).requires_grad_(False)
-    model = Ids(base).eval()
-    case = dora_case(model, tmp_path, {"d0": ["layers.0", "layers.2"], "d3": ["layers.2"]})
-    cm, ids = case.compile(), torch.arange(8).view(2, 4)
-    slots = torch.tensor([[0, 1, -1, 1], [0, 0, 1, -1]])
-    got = cm(input_ids=ids, adapter_slots=slots, adapter_names=["d0", "d3"])["logits"]
-    for name, index in (("d0", 0), ("d3", 1), (None, -1)):
-        want = case.alone(name)(input_ids=ids)["logits"]
-        assert error(got[slots == index], want[slots == index]) <= TOLERANCE
-
-
-class Ids(nn.Module):
-    def __init__(self, layers: nn.Module) -> None:
-        super().__init__()
-        self.layers = layers
-
-    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
-        return {"logits": self.layers(input_ids)}
-
-
 class Wrapped(nn.Module):
     def __init__(self, w: nn.Module) -> None:
         super().__init__()

@@ -43,12 +43,6 @@ def test_refuses_what_is_outside() -> None:
         checked(torch.tensor([-4, -5]), negative=True)
 
 
-def test_what_stands_for_no_entry() -> None:
-    checked(torch.tensor([-100, 3]), ignored=-100)
-    with pytest.raises(OutOfRangeError, match=r"\[1\] is -1"):
-        checked(torch.tensor([-100, -1]), ignored=-100)
-
-
 def test_under_vmap() -> None:
     index = torch.tensor([[0, 3, 1], [1, 2, 0]])
     assert torch.equal(torch.vmap(torch.vmap(checked), in_dims=1)(index), index.T)

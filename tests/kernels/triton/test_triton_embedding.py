@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from delta_oracle import random_problem, sharing_room
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from triton_cases import BF16, FP16, FP32, Case, assert_right, run
 
 
@@ -31,17 +29,6 @@ def test_slots_that_share_room() -> None:
     shared = Case(sharing_room(case.problem, 2), case.weight)
     assert shared.spec.delta.spacing == 2
     assert torch.equal(run(shared, "embedding"), run(case, "embedding"))
-
-
-@settings(max_examples=20, deadline=None)
-@given(
-    slots=st.lists(st.integers(-1, 3), min_size=1, max_size=5),
-    rows=st.one_of(st.integers(1, 4), st.just(1 << 62)),
-    M=st.integers(1, 9),
-)
-def test_any_map_of_rows(slots: list[int], rows: int, M: int) -> None:
-    case = embedding(tuple(slots), rows, M)
-    assert_right(case, "embedding", run(case, "embedding"))
 
 
 def test_ids_outside_the_table_add_nothing() -> None:

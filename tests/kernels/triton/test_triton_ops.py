@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.library import opcheck
-from triton_cases import BF16, CPU, STRATEGIES, Case, kernel_of, lora, make_case, run
+from triton_cases import BF16, CPU, Case, kernel_of, lora, make_case, run
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.ops.op_library import BankArgs
@@ -54,27 +54,6 @@ def test_opcheck(strategy: str) -> None:
     case = case.with_(A=p.A.nan_to_num(), B=p.B.nan_to_num())
     checks = opcheck(STRATEGY_OPS[strategy], arguments_of(case, strategy))
     assert set(checks.values()) == {"SUCCESS"}
-
-
-def apart(t: Tensor) -> Tensor:
-    """Rows behind those of another tensor, and with others between them."""
-    return torch.cat([t, t], 1).repeat(2, 1)[t.shape[0] :, : t.shape[1]]
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_layouts(strategy: str) -> None:
-    """Any stride between rows of x, y and the weight, any of the bias; y is written in place."""
-    case, lay = case_of(strategy), apart
-    assert case.bias is not None
-    bias = case.bias.repeat_interleave(2)[::2]
-    laid = Case(case.problem.with_(x=lay(case.problem.x)), lay(case.weight), bias)
-    expected = run(case, strategy)
-    if strategy in LINEAR:
-        assert torch.equal(run(laid, strategy), expected)
-        return
-    p, y = laid.problem, lay(case.problem.y)
-    lora.triton_delta_(y, p.x, *p.bank, p.rows, kernel_of(case, strategy))
-    assert torch.equal(y, expected)
 
 
 BAD: dict[str, Callable[[Case], dict[str, object]]] = {

@@ -10,7 +10,6 @@ from triton_cases import BF16, CPU, assert_right, make_case, run
 
 from lorafx.kernels.triton.strategy_tiles import tiles_for
 from lorafx.kernels.triton.tiles import ARCHITECTURES, architecture_of
-from lorafx.torch_internals.inductor_wrapper import launch_dependents_early
 
 SLOTS = (0, 1, 2, 3, -1, 5, 7, 0, 2) * 5
 
@@ -55,19 +54,3 @@ def test_only_readers_start_early_and_only_where_the_chip_can() -> None:
             texts = [source(kernel, case.spec, tiles) for kernel, tiles in (first, last)]
             assert ["launch_dependents" in text for text in texts] == [arch.overlaps, False], name
             assert ["griddepcontrol.wait" in text for text in texts] == [False, arch.overlaps], name
-
-
-def test_inductor_is_told_of_kernels_that_wait() -> None:
-    """Its own code is what carries the attribute; anything else passes unchanged."""
-    from torch._inductor.codegen.wrapper import KernelDefinitionLine, PythonWrapperCodegen
-
-    launch_dependents_early()
-    launch_dependents_early()  # once is enough
-    lines: list[KernelDefinitionLine] = []
-    wrapper = PythonWrapperCodegen.__new__(PythonWrapperCodegen)
-    wrapper.writeline = lines.append
-    for body in ("triton_meta={'device': 0}, griddepcontrol.wait", "triton_meta={'device': 0}"):
-        wrapper.define_kernel("k", body)
-    texts = [line.kernel_body for line in lines]
-    assert texts[0].startswith("triton_meta={'launch_pdl': True, 'device': 0}")
-    assert texts[1] == "triton_meta={'device': 0}"
