@@ -9,16 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dense_merge import REFERENCE, Case, check_mixed, random_base
-from dora_cases import add_magnitudes
+from dense_merge import Case, check_mixed, random_base
 from own_weights import own_case, save_own
-from safetensors.torch import load_file, save_file
 from tiny import randomise
 from tiny_models import token_inputs
 from torch import Tensor, nn
 
-import lorafx
-from lorafx.errors import MatchError, UnsupportedAdapterError
+from lorafx.errors import MatchError
 
 K, N, V = 6, 8, 11
 
@@ -137,22 +134,3 @@ def test_other_arithmetic_is_refused_and_other_adapters_are_served(make, tmp_pat
     with pytest.raises(MatchError, match="an adapter has of its own for head cannot be applied"):
         cm(ids=ids, adapter_names=["own", None, "plain"])
     check_mixed(cm, case, ["plain", None, "plain"], {"ids": ids})
-
-
-def test_dora_on_a_weight_of_its_own_is_refused(tmp_path):
-    base = random_base("llama", num_hidden_layers=1)
-    folder = save_own(
-        base, tmp_path / "a", seed=1, r=2, target_modules=["o_proj"], modules_to_save=["lm_head"]
-    )
-    add_magnitudes(folder, {"model.layers.0.self_attn.o_proj": torch.rand(24) + 0.5})
-    lorafx.compile(base, {"a": folder}, options=REFERENCE).detach()
-    config = folder / "adapter_config.json"
-    text = config.read_text().replace('"lm_head"', '"o_proj"')
-    config.write_text(text)
-    file = folder / "adapter_model.safetensors"
-    state = load_file(file)
-    del state["base_model.model.lm_head.weight"]
-    state["base_model.model.model.layers.0.self_attn.o_proj.weight"] = torch.randn(24, 24)
-    save_file(state, file)
-    with pytest.raises(UnsupportedAdapterError, match=r"o_proj: the norms of DoRA are those of"):
-        lorafx.compile(base, {"a": folder})

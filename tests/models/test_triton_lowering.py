@@ -51,16 +51,6 @@ def test_each_strategy_gives_the_merged_models_logits(plain: Case, strategy: str
     assert cm.recompiles == graphs
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_transformers_models(case_of: Any, family: str) -> None:
-    """Packed siblings with grouped queries; weights stored (in, out) with biases."""
-    case = case_of(family, **{"num_hidden_layers": 1} if family == "llama" else {})
-    cm = case.compile(options=TRITON, dynamic=False)
-    check_mixed(cm, case, NAMES, inputs_of(family))
-    assert "aten" not in strategies(cm)
-
-
 #: Sizes of models whose linears all have a K that is a multiple of 16.
 WHOLE = {
     "llama": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1},

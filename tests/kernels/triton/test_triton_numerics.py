@@ -83,7 +83,7 @@ def test_some_of_a_group(strategy: str, siblings: tuple[int, ...]) -> None:
     assert_right(case, strategy, run(case, strategy))
 
 
-@pytest.mark.parametrize("rows", [1, 17, 100])
+@pytest.mark.parametrize("rows", [17, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 100))])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_tiles_of_devices(strategy: str, rows: int) -> None:
     """The heuristic's tiles for GPUs: transposed tiles, parts of K, lanes, sorted rows. What
