@@ -186,6 +186,7 @@ def test_a_trainer_evaluates_as_with_the_merged_model(tmp_path):
         assert error(torch.from_numpy(mine), torch.from_numpy(theirs)) <= 1e-5
 
 
+@pytest.mark.slow
 def test_a_trainer_that_is_to_train_is_told_what_to_train(tmp_path):
     cm, _ = served(TASKS["text-classification"][0](), tmp_path / "mine")
     rows = Rows(input_ids=ids(), **CLASSES)
