@@ -6,7 +6,6 @@ summary of all of them (docs/kernels.md) must be of the sources as they are.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import aot
@@ -15,8 +14,6 @@ import torch
 from aot import TARGETS, Record, compile_variant
 from triton_variants import AotVariant, variants_for_aot
 
-from lorafx.kernels.triton.generated import load
-from lorafx.kernels.triton.tiles import ARCHITECTURES
 from lorafx.kernels.triton.triton_attention import PagedAttentionSpec
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "kernels.md"
@@ -108,16 +105,6 @@ def test_the_cut_has_every_kernel() -> None:
         assert all(name.endswith("_ptr") for name in pointers)
 
 
-@pytest.mark.parametrize(
-    "name", ["split/reduce/gate_up_r16_bf16/m64", "epilogue/epilogue/o_r16_bf16/m64"]
-)
-def test_a_kernel_that_waits_still_moves_16_bytes_at_a_time(name: str) -> None:
-    """What waiting adds to pointers is known to be a multiple of 16 elements."""
-    variant = next(v for v in variants_for_aot("cuda90", (64,)) if v.name == name)
-    assert variant.kernel.starts_early
-    assert compile_variant(variant, "cuda90").narrow == 0
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_variant_fits(target: str) -> None:
@@ -133,30 +120,6 @@ def test_the_committed_summary_is_of_these_sources() -> None:
 
 
 # --- what the records would say of an unfit kernel ---
-
-
-def epilogue_with(**changes: object) -> AotVariant:
-    """o_proj's epilogue kernel for many rows on cuda90, cut up otherwise."""
-    name = "epilogue/epilogue/o_r16_bf16/m4096"
-    variant = next(v for v in variants_for_aot("cuda90", (4096,)) if v.name == name)
-    tiles = replace(variant.kernel.tiles, **changes)
-    kernel = load("epilogue", variant.spec, tiles, ARCHITECTURES["cuda90"])
-    launch = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    return replace(variant, kernel=kernel, **launch)
-
-
-@pytest.mark.slow
-def test_spilled_registers_are_a_fault() -> None:
-    record = compile_variant(epilogue_with(block_m=64, block_n=64, num_warps=1), "cuda90")
-    assert record.local_bytes > 0
-    assert any("local memory" in fault for fault in record.faults)
-
-
-@pytest.mark.slow
-def test_too_much_shared_memory_is_a_fault() -> None:
-    record = compile_variant(epilogue_with(num_stages=8), "cuda90")
-    assert record.shared_bytes > TARGETS["cuda90"].shared_bytes
-    assert any("shared memory" in fault for fault in record.faults)
 
 
 REGISTER = "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%f1,%f2}, {%r1,%r2}, %rd1, 1;"

@@ -52,23 +52,3 @@ def test_the_report_needs_no_torch_and_says_what_is_to_do(tmp_path: Path) -> Non
     done = subprocess.run([*command, "--only", "prefill main"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "prefill main: segments" in done.stdout
-
-
-def test_lorafx_is_found_where_it_is_not_installed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import gpu_here
-
-    monkeypatch.setattr(gpu_here.importlib.util, "find_spec", lambda name: None)
-    folder = gpu_here.link_lorafx(tmp_path)
-    code = (
-        f"import sys; sys.path[:0] = [{str(folder)!r}]\n"
-        "import importlib.util as u; from importlib import metadata as m\n"
-        "print(u.find_spec('lorafx').origin, u.find_spec('kernels'), u.find_spec('passes'))\n"
-        "print([p.value for p in m.entry_points(group='torch_dynamo_backends')])\n"
-    )
-    done = subprocess.run([sys.executable, "-IS", "-c", code], capture_output=True, text=True)
-    assert done.stdout.splitlines() == [
-        f"{folder}/lorafx/__init__.py None None",
-        "['lorafx.torch_compile.dynamo_backend:compile_frame']",
-    ]

@@ -159,20 +159,4 @@ def test_a_job_is_killed_at_its_limit_with_what_it_started(world: Any, tmp_path:
     assert not any(is_running(int(child)) for child in keys[1::2])
 
 
-def test_rows_are_on_disk_while_the_job_runs(world: Any, tmp_path: Path) -> None:
-    """A queue that is killed itself loses nothing that was found."""
-    queue, seen = world("second"), []
-    put = queue.store.put
-
-    def watch(group: str, name: str, entry: dict[str, Any]) -> None:
-        put(group, name, entry)
-        seen.append((kept(world, name)["status"], len(kept(world, name)["rows"])))
-
-    queue.store.put = watch
-    run(queue, tmp_path)
-    assert ("partial", 1) in seen
-    assert seen[-1] == ("measured", 2)
-    assert not list((world.kept / "gpu").glob("*.tmp"))
-
-
 # --- jobs in their own process ---

@@ -78,16 +78,6 @@ def test_a_wrong_pass_and_its_site_are_found(
     assert json.loads(json.dumps(found.json()))["site"]["paths"] == list(site)
 
 
-def test_rows_that_get_the_adapters_of_others(plain: Case, inputs: Any) -> None:
-    """Batches of one adapter are right then."""
-    cm = wrong(plain, "provenance", wrong_passes.swap_rows)
-    found = lorafx.bisect(cm, inputs, NAMES)
-    assert found.first == "mine"
-    assert found.site is not None
-    assert found.site.paths == ("embed",)
-    assert lorafx.bisect(cm, inputs, ["a1"] * 4).first is None
-
-
 @pytest.mark.slow
 def test_the_written_program_shows_the_difference(plain: Case, inputs: Any, tmp_path: Path) -> None:
     cm = wrong(plain, "fuse", wrong_passes.double_one)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 import lorafx
 from lorafx.cli import main
-from lorafx.errors import ConfigError, UnknownAdapterError
 
 pytestmark = pytest.mark.usefixtures("fixed_sizes")
 
@@ -107,16 +106,6 @@ def test_inputs_that_are_given(looked: Any) -> None:
     )
 
 
-def test_names_that_mean_nothing(looked: Any) -> None:
-    cm = looked("llama").cm
-    with pytest.raises(ConfigError, match=r"nearest: model\.layers\.0\.mlp\.gate_proj"):
-        cm.why("model.layers.0.mlp.gate_prj")
-    with pytest.raises(UnknownAdapterError):
-        cm.why("lm_head", adapter="none of this name")
-    with pytest.raises(ConfigError, match="base model"):
-        cm.why("lm_head", adapter="__base__")
-
-
 class Norm(nn.Module):
     def __init__(self, head: nn.Linear) -> None:
         super().__init__()
@@ -167,14 +156,6 @@ def test_the_rules() -> None:
     told = rule("norm", target_modules="all-linear")
     assert "no class of the MRO of Norm is registered" in told
     assert "Sites below it: up, down" in rule("")
-
-
-def test_a_refusal_is_told(plain: Case) -> None:
-    cm = plain.compile({"max_edits": 0})
-    cm(**FAMILIES["plain"].inputs(2, 3), adapter_names=["a1", "a1"])
-    (graph,) = cm.why("up").graphs
-    assert [item.when for item in graph.refusals] == ["mixed"] * len(graph.refusals) != []
-    assert "refused (mixed): Options.max_edits allows no more edits" in str(cm.why("up"))
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,12 +30,6 @@ def gate(y: Tensor) -> Tensor:
     return F.silu(half) * up
 
 
-def interleaved(y: Tensor, table: Tensor, ids: Tensor) -> Tensor:
-    y = y + table[ids]
-    half, up = y[..., ::2].clamp(max=1.5), y[..., 1::2].clamp(min=-1, max=1)
-    return (up + 1) * half * torch.sigmoid(half * 1.702)
-
-
 def call_of(case: Experts, strategy: str, device: torch.device, rows_hint: int | None = None):
     """What runs the op on the case's tensors as they are then."""
     kernel = kernel_of(case, strategy, device=device, rows_hint=rows_hint)
@@ -62,16 +56,6 @@ def test_mixes(device: torch.device, batch: str, dtype: torch.dtype, rows_hint: 
         tail=3,
     )
     _, call = call_of(case, "grouped", device, rows_hint)
-    assert_right(case, call().cpu())
-
-
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
-@pytest.mark.parametrize("function", [gate, interleaved])
-@pytest.mark.parametrize("rows_hint", [1, 2000])
-def test_activations(device: torch.device, function, dtype: torch.dtype, rows_hint: int) -> None:
-    case = make_experts(*BATCHES["decode"], K=144, sizes=(80,), rank=16, dtype=dtype, tail=2)
-    case = activated(case, function, 2)
-    _, call = call_of(case, "activated", device, rows_hint)
     assert_right(case, call().cpu())
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from dense_merge import Case
-from on_device import assert_served, captured, compiled_on, to
+from on_device import assert_served, compiled_on, to
 from tiny_models import FAMILIES
 
 import lorafx
@@ -102,36 +102,3 @@ def test_calls_that_are_launched_ahead_read_their_own_adapters(
     torch.cuda.synchronize(device)
     for mix, answer in zip(mixes, answers, strict=True):
         assert_served(answer, llama, mix, inputs)
-
-
-def test_a_captured_graph_keeps_its_slots(served, llama: Case, device: torch.device) -> None:
-    cm, inputs = served
-    on_device, names = to(inputs, device), sorted(llama.folders)
-    mix = names[:2]
-    graph = captured(lambda: cm(**on_device, adapter_names=mix)["logits"])
-    for name in names[2:]:
-        torch.cuda._sleep(BUSY)
-        graph.graph.replay()
-        cm.prefetch_adapters([name], slots=True)
-        assert_served(graph.replay(), llama, mix, inputs)
-
-
-def test_what_is_captured_writes_nothing(served, llama: Case, device: torch.device) -> None:
-    """Neither slots nor adapters: each replay would write them again."""
-    cm, inputs = served
-    on_device = to(inputs, device)
-    *_, missing = sorted(llama.folders)
-    cm(**on_device, adapter_names=[missing, None])
-    for names, said in (([None, missing], "make the same call"), (["x", None], "'x' would be")):
-        if "x" in names:
-            cm.load_adapter(llama.folders[missing], "x")
-        stream = torch.cuda.Stream(device)
-        with torch.cuda.stream(stream):
-            graph = torch.cuda.CUDAGraph()
-            graph.capture_begin()
-            with pytest.raises(lorafx.BatchError, match=said):
-                cm(**on_device, adapter_names=names)
-            graph.capture_end()
-    torch.cuda.synchronize(device)
-    names = ["x", missing]
-    assert_served(cm(**on_device, adapter_names=names)["logits"], llama, [missing] * 2, inputs)

@@ -60,15 +60,6 @@ def of_compiled(model: nn.Module) -> State:
     )
 
 
-def of_ddp(model: nn.Module) -> State:
-    return _renamed(plain(model), lambda name: f"module.base_model.model.{name}")
-
-
-def without_head(model: nn.Module) -> State:
-    """The inner model's own names, and the head's."""
-    return _renamed(plain(model), lambda name: name.removeprefix("model."))
-
-
 def older(model: nn.Module) -> State:
     return dict(revert_weight_conversion(model, plain(model)))
 
@@ -106,25 +97,9 @@ def mixtral_words(model: nn.Module) -> State:
     )
 
 
-def fused(model: nn.Module, between: str = "") -> State:
+def fused(model: nn.Module) -> State:
     words = {"gate_up_proj": "w13_weight", "down_proj": "w2_weight"}
-    return _experts(model, lambda module, name, w: {f"{module}.{between}{words[name]}": w})
-
-
-def fused_in_peft(model: nn.Module) -> State:
-    return _renamed(fused(model, "base_layer."), lambda name: f"base_model.model.{name}")
-
-
-def halves(model: nn.Module) -> State:
-    """The gates of all experts, and the ups of all."""
-
-    def split(module: str, name: str, tensor: Tensor) -> State:
-        if name == "down_proj":
-            return {f"{module}.down_proj.weight": tensor}
-        gate, up = tensor.chunk(2, dim=1)
-        return {f"{module}.gate_proj.weight": gate, f"{module}.up_proj.weight": up}
-
-    return _experts(model, split)
+    return _experts(model, lambda module, name, w: {f"{module}.{words[name]}": w})
 
 
 def turned(model: nn.Module) -> State:
@@ -136,15 +111,11 @@ DENSE: dict[str, Callable[[Any], State]] = {
     "plain": plain,
     "peft": of_peft,
     "compiled": of_compiled,
-    "ddp": of_ddp,
-    "inner": without_head,
     "older": older,
 }
 EXPERTS: dict[str, Callable[[Any], State]] = {
     "per expert": per_expert,
     "w1 w2 w3": mixtral_words,
     "w13 w2": fused,
-    "w13 in peft": fused_in_peft,
-    "halves": halves,
     "turned": turned,
 }

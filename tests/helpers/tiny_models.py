@@ -130,25 +130,6 @@ FAMILIES: Mapping[str, Family] = {
         ),
         config={"fan_in_fan_out": True},
     ),
-    "opt": Family(
-        _causal(
-            transformers.OPTConfig,
-            transformers.OPTForCausalLM,
-            hidden_size=24,
-            word_embed_proj_dim=24,
-            ffn_dim=40,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-        ),
-        (
-            ["q_proj", "v_proj"],
-            "all-linear",
-            ["fc1", "fc2"],
-            ["embed_tokens", "fc2"],
-            ["layers.0.fc1"],
-        ),
-    ),
     "phi3": Family(
         _causal(transformers.Phi3Config, transformers.Phi3ForCausalLM, **_ONE_LAYER),
         (

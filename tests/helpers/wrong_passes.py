@@ -24,21 +24,6 @@ def double_relu(gm: fx.GraphModule, ctx: Any) -> int:
     return sum(_twice(gm, ctx, node) for node in nodes)
 
 
-def swap_rows(gm: fx.GraphModule, ctx: Any) -> int:
-    """Requests get each other's adapters."""
-    edits = 0
-    for node, item in list(ctx.frame.by_node.items()):
-        if item.kind != "slots" or not node.users:
-            continue
-        users = list(node.users)
-        with gm.graph.inserting_after(node):
-            other = ctx.call(gm.graph, torch.ops.aten.flip.default, (node, [0]))
-        for user in users:
-            user.replace_input_with(node, other)
-        edits += 1
-    return edits
-
-
 def _paths(ctx: Any, node: fx.Node) -> list[str]:
     return [state.site.path for state in ctx.states[node]]
 

@@ -10,20 +10,17 @@ import oracle
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lorafx
 from lorafx.errors import (
-    CapacityError,
-    CheckpointError,
     ConfigError,
     MatchError,
     UnsupportedAdapterError,
 )
 
 REFERENCE = {"lowering": "reference"}
-FILE = "adapter_model.safetensors"
 
 
 class Tower(nn.Module):
@@ -129,13 +126,6 @@ def test_new_base_weights(base: nn.Module, folders: dict[str, Path]) -> None:
     check(cm, changed, folders, ["added", None, "replaced", "both", "scaled"])
 
 
-def test_what_needs_room(base: nn.Module, folders: dict[str, Path]) -> None:
-    config = lorafx.LoraConfig(target_modules=EVERY, max_rank=3)
-    cm = lorafx.compile(copy.deepcopy(base), config, options=REFERENCE, dynamic=False)
-    with pytest.raises(CapacityError, match=r"LoraConfig\(lora_bias=True\)"):
-        cm.load_adapter(folders["added"], "added")
-
-
 @pytest.mark.parametrize("name", ["replaced", "both"])
 def test_merging(
     cm: Any, base: nn.Module, folders: dict[str, Path], name: str, tmp_path: Path
@@ -156,22 +146,6 @@ def test_merging(
     exported = tower()
     exported.load_state_dict(load_file(next(tmp_path.glob("*.safetensors"))))
     oracle.assert_close(exported(x), [want])
-
-
-def test_merging_into_a_quantised_weight(tmp_path: Path) -> None:
-    """Its bias is a plain tensor, which takes the adapter's."""
-    torchao = pytest.importorskip("torchao.quantization")
-    torch.manual_seed(0)
-    dense = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).eval().requires_grad_(False)
-    folder = save(dense, tmp_path / "a", target_modules=["0"], lora_bias=True)
-    bias = next(t for key, t in load_file(folder / FILE).items() if key.endswith("lora_B.bias"))
-    torchao.quantize_(dense, torchao.Int8WeightOnlyConfig())
-    cm = lorafx.compile(dense, {"a": folder}, options=REFERENCE, dynamic=False)
-    before = dense[0].bias.clone()
-    cm.merge("a", requantize=True)
-    assert torch.equal(dense[0].bias, before + 5 / 3 * bias)
-    cm.unmerge()
-    assert torch.equal(dense[0].bias, before)
 
 
 def test_sums_and_some_merges_are_refused(cm: Any) -> None:
@@ -196,19 +170,3 @@ def test_biases_of_the_whole_model(base: nn.Module, tmp_path: Path) -> None:
     norm = save(base, tmp_path / "norm", trained="norm.bias", **config)
     with pytest.raises(UnsupportedAdapterError, match=r"bias of norm \(LayerNorm\) was trained"):
         cm.load_adapter(norm, "norm")
-
-
-def test_a_file_without_its_biases(cm: Any, folders: dict[str, Path], tmp_path: Path) -> None:
-    for name, ending, message in (
-        ("replaced", "base_layer.bias", "the bias of out was trained, but the file does not"),
-        ("one", "lora_B.bias", "lora_bias is set, but left has no lora_B.bias"),
-    ):
-        copied = tmp_path / name
-        copied.mkdir()
-        for file in ("adapter_config.json", FILE):
-            (copied / file).write_bytes((folders[name] / file).read_bytes())
-        weights = copied / FILE
-        left = {key: t for key, t in load_file(weights).items() if not key.endswith(ending)}
-        save_file(left, weights)
-        with pytest.raises(CheckpointError, match=message):
-            cm.load_adapter(copied, name)

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hand_made
 import pytest
 import torch
 from dense_merge import REFERENCE, TOLERANCE, Case, check_mixed, error, save_adapter
-from dora_cases import add_magnitudes, family_case
+from dora_cases import family_case
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, PlainModel, token_inputs
-from torch import Tensor, nn
+from torch import Tensor
 
 import lorafx
-from lorafx.errors import CapacityError, CheckpointError
+from lorafx.errors import CheckpointError
 
 NAMES = ["d0", None, "p2", "d1", "d3", "d0"]
 MIXES = (NAMES, NAMES[::-1], ["d1", "d1", "p2", "d3", None, None], ["p2", None] * 3)
@@ -120,44 +118,6 @@ def test_in_inductors_code(plain, lowering):
 # What is kept
 
 
-def test_the_scale_is_that_of_the_merged_weight(plain):
-    cm = plain.compile()
-    for name in ("d0", "d1", "d3"):
-        merged, found = plain.alone(name), gains(cm, name)
-        folder = plain.folders[name]
-        scale = json.loads((folder / "adapter_config.json").read_text())["lora_alpha"]
-        tensors = load_file(folder / "adapter_model.safetensors")
-        for path, gain in found.items():
-            module = plain.base.get_submodule(path)
-            look_up = isinstance(module, nn.Embedding)
-            form = "lora_embedding_{}" if look_up else "lora_{}.weight"
-            keys = [f"base_model.model.{path}.{form.format(letter)}" for letter in "AB"]
-            if keys[0] not in tensors:
-                assert not gain.any()
-                continue
-            a, b = (tensors[key].double() for key in keys)
-            before, after = module.weight.double(), merged.get_submodule(path).weight.double()
-            total = (before.T if look_up else before) + scale / a.shape[0] * b @ a
-            after = after.T if look_up else after
-            want = after.norm(dim=1) / total.norm(dim=1) - 1
-            torch.testing.assert_close(gain.double(), want, atol=1e-6, rtol=1e-5)
-
-
-def test_a_slot_keeps_no_scale_of_the_adapter_before(plain):
-    """One slot: DoRA, a plain adapter over it, nothing."""
-    config = lorafx.LoraConfig(max_adapters=1, max_rank=8, target_modules=list(PlainModelLinears))
-    cm = lorafx.compile(
-        plain.model(), config, adapters=plain.folders, options=REFERENCE, dynamic=False
-    )
-    banks = [group.bank.gains for group in cm._session.program.groups]
-    for name in ("d1", "p2", "d3", "p2"):
-        check_mixed(cm, plain, [name, None], plain_inputs(2))
-        assert any(bool(bank.any()) for bank in banks) == name.startswith("d")
-    cm(**plain_inputs(2), adapter_names=["d1", None])
-    cm.unload_adapter("d1")
-    assert not any(bool(bank.any()) for bank in banks)
-
-
 PlainModelLinears = dict(PlainModel().named_children())
 
 
@@ -175,27 +135,6 @@ def test_room_can_be_kept_for_later(plain, tmp_path):
     cm.load_adapter(plain.folders["p2"], "d1")  # a plain one in its place
     assert cm.memory()["host"] < host
     assert not any(gain.any() for gain in gains(cm, "d1").values())
-
-
-def test_without_room_nothing_is_different_and_dora_is_refused(plain):
-    one = {"p2": plain.folders["p2"]}
-    cm = lorafx.compile(plain.model(), one, options=REFERENCE, dynamic=False)
-    assert all(group.bank.gains is None for group in cm._session.program.groups)
-    cm(**plain_inputs(), adapter_names=["p2"] * len(NAMES))
-    assert all(
-        report.edits == 0
-        for r in cm._session.backend.records
-        for report in r.passes
-        if report.name == "rescale"
-    )
-    with pytest.raises(CheckpointError, match="not selected"):
-        cm.load_adapter(plain.folders["d1"], "d")
-    other = lorafx.compile(
-        plain.model(), lorafx.LoraConfig(target_modules=list(PlainModelLinears)), options=REFERENCE
-    )
-    with pytest.raises(CapacityError, match=r"LoraConfig\(use_dora=True\)"):
-        other.load_adapter(plain.folders["d1"], "d")
-    assert other.adapters == ()
 
 
 def test_new_base_weights_are_measured_again(plain):
@@ -219,21 +158,6 @@ def test_new_base_weights_are_measured_again(plain):
     cm._session.store.refresh_magnitudes()
     check_mixed(cm, other, NAMES, plain_inputs())
     assert before == (graphs(cm), [g.bank.gains.data_ptr() for g in cm._session.program.groups])
-
-
-def test_an_output_without_any_weight_stays_zero(plain, tmp_path):
-    """Rows that pad a vocabulary: PEFT divides zero by zero there."""
-    base = copy.deepcopy(plain.base)
-    base.head.weight[5:] = 0
-    pairs = hand_made.factors(base, ["head"], rank=2, seed=0)
-    pairs["head"][1][5:] = 0
-    folder = hand_made.save(base, tmp_path / "d", pairs)
-    m = torch.rand(base.head.out_features) + 0.5
-    add_magnitudes(folder, {"head": m})
-    cm = lorafx.compile(base, {"d": folder}, options=REFERENCE, dynamic=False)
-    assert bool((gains(cm, "d")["head"][5:] == 0).all())
-    got = cm(**plain_inputs(1), adapter_names=["d"])["logits"]
-    assert torch.equal(got[..., 5:], base.head.bias[5:].expand_as(got[..., 5:]))
 
 
 # Files

@@ -16,7 +16,7 @@ from quantised import KINDS
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.errors import MatchError, UnsupportedAdapterError
+from lorafx.errors import UnsupportedAdapterError
 from lorafx.layers import FusedMoE, load_weights
 from lorafx.layers.base import ShardSizes, TensorParallel
 from lorafx.layers.linear import LinearBase
@@ -67,69 +67,6 @@ def test_weights_used_without_their_module(tmp_path):
     case = dora_case(base, tmp_path, {"d0": ["w"], "d3": ["first", "w"], "p2": ["w"]})
     cm = case.compile({"verify": "numeric"}, dynamic=False)
     check_mixed(cm, case, NAMES, {"x": torch.randn(4, 3, 6)})
-
-
-class Blocks(Uses):
-    """Only some rows of the weight are used."""
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {"logits": F.linear(torch.tanh(self.first(x)), self.w.weight[2:])}
-
-
-def test_a_weight_in_blocks_is_refused_for_dora_alone(tmp_path):
-    torch.manual_seed(0)
-    case = dora_case(
-        Blocks().eval().requires_grad_(False), tmp_path, {"d0": ["w"], "d3": ["first"], "p2": ["w"]}
-    )
-    cm, x = case.compile(dynamic=False), {"x": torch.randn(3, 3, 6)}
-    check_mixed(cm, case, ["d3", None, "p2"], x)
-    with pytest.raises(MatchError, match="DoRA cannot be applied at w: its weight is used in blo"):
-        cm(**x, adapter_names=["d0", None, "p2"])
-
-
-class Sorted(nn.Module):
-    """Tokens of all requests in an order of their own, as experts and windows have them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Linear(6, 9)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        flat = x.flatten(0, 1)
-        order = flat[:, 0].argsort()
-        y = torch.empty(len(order), 9).index_copy(0, order, self.w(flat[order]))
-        return {"logits": y.view(*x.shape[:2], 9)}
-
-
-def test_rows_that_are_sorted(tmp_path):
-    """The owner of a row is looked up through the permutation, by the scale as by the delta."""
-    torch.manual_seed(0)
-    case = dora_case(
-        Sorted().eval().requires_grad_(False), tmp_path, {"d0": ["w"], "p2": ["w"], "d3": ["w"]}
-    )
-    check_mixed(case.compile({"verify": "numeric"}), case, NAMES, {"x": torch.randn(4, 5, 6)})
-
-
-def test_a_slot_a_token(tmp_path):
-    torch.manual_seed(0)
-    base = nn.Sequential(nn.Embedding(11, 6), nn.Tanh(), nn.Linear(6, 9)).requires_grad_(False)
-    model = Ids(base).eval()
-    case = dora_case(model, tmp_path, {"d0": ["layers.0", "layers.2"], "d3": ["layers.2"]})
-    cm, ids = case.compile(), torch.arange(8).view(2, 4)
-    slots = torch.tensor([[0, 1, -1, 1], [0, 0, 1, -1]])
-    got = cm(input_ids=ids, adapter_slots=slots, adapter_names=["d0", "d3"])["logits"]
-    for name, index in (("d0", 0), ("d3", 1), (None, -1)):
-        want = case.alone(name)(input_ids=ids)["logits"]
-        assert error(got[slots == index], want[slots == index]) <= TOLERANCE
-
-
-class Ids(nn.Module):
-    def __init__(self, layers: nn.Module) -> None:
-        super().__init__()
-        self.layers = layers
-
-    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
-        return {"logits": self.layers(input_ids)}
 
 
 class Wrapped(nn.Module):

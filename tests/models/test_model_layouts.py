@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -82,49 +80,3 @@ def test_models_of_strided_weights_and_activations(strided_case: Case, lowering:
         x = LAYOUTS[layout](torch.randn(4, 6, 64))
         got = cm(x=x, adapter_names=names)["logits"]
         assert error(got, strided_case.expected(names, {"x": x})) <= 1e-5
-
-
-class Broken(nn.Module):
-    """A frame of its own, whose weight is used without its module."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q = nn.Linear(8, 8)
-        self.other = nn.Linear(8, 12)
-
-    def forward(self, x: Tensor) -> Tensor:
-        torch._dynamo.graph_break()
-        return x + F.linear(x, self.q.weight)
-
-
-class TwoBroken(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([Broken(), Broken()])
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        for layer in self.layers:
-            x = layer(x)
-        return {"logits": x}
-
-
-@pytest.mark.parametrize("lowering", ["reference", "inductor"])
-def test_a_graph_that_two_layers_share_knows_how_their_banks_lie(
-    lowering: str, tmp_path: Path
-) -> None:
-    """One layer's q stands in a bank with a sibling and the other's alone: aten takes both, and
-    code that was generated for one of them is refused for the other."""
-    torch.manual_seed(0)
-    base = TwoBroken().eval().requires_grad_(False)
-    folder = save_adapter(base, tmp_path / "a", rank=2, targets=["q"])
-    case = Case(base, {"a": folder})
-    config = lorafx.LoraConfig(["layers.0.q", "layers.1.q", "layers.1.other"])
-    options = {"lowering": lowering}
-    cm = lorafx.compile(case.model(), config, adapters=case.folders, options=options, dynamic=False)
-    x = torch.randn(2, 3, 8)
-    if lowering == "reference":
-        got = cm(x, adapter_names=["a", "a"])["logits"]
-        assert error(got, case.expected(["a", "a"], {"x": x})) <= 1e-5
-        return
-    with pytest.raises(lorafx.CaptureError, match=r"layers.1.q shares a graph with a layer"):
-        cm(x, adapter_names=["a", "a"])

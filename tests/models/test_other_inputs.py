@@ -12,10 +12,6 @@ from dense_merge import TOLERANCE, Case, error, random_base, save_adapter
 from tiny_models import VOCAB, Family, token_inputs
 from torch import Tensor, nn
 from transformers import (
-    DecisionTransformerConfig,
-    DecisionTransformerModel,
-    LxmertConfig,
-    LxmertForQuestionAnswering,
     PatchTSTConfig,
     PatchTSTForPrediction,
     VisualBertConfig,
@@ -36,19 +32,6 @@ def seen(rows: int) -> dict[str, Tensor]:
     return {**token_inputs(rows, 6), **embeds, "visual_attention_mask": torch.ones(rows, 4)}
 
 
-def lxmert() -> nn.Module:
-    sizes = {"vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 40, "num_qa_labels": 3}
-    layers = {"l_layers": 1, "x_layers": 1, "r_layers": 1, "num_attention_heads": 4}
-    return LxmertForQuestionAnswering(LxmertConfig(**sizes, **layers, visual_feat_dim=20))
-
-
-def regions(rows: int) -> dict[str, Tensor]:
-    seen = {"visual_feats": torch.randn(rows, 4, 20), "visual_pos": torch.rand(rows, 4, 4)}
-    mask = torch.ones(rows, 4)
-    mask[0, 3] = 0
-    return {**token_inputs(rows, 6), **seen, "visual_attention_mask": mask}
-
-
 def series() -> nn.Module:
     patches = {"context_length": 16, "patch_length": 4, "patch_stride": 4, "prediction_length": 4}
     sizes = {"num_input_channels": 2, "d_model": 24, "ffn_dim": 40, "use_cls_token": True}
@@ -61,25 +44,11 @@ def values(rows: int) -> dict[str, Tensor]:
     return {"past_values": torch.randn(rows, 16, 2)}
 
 
-def trajectory() -> nn.Module:
-    sizes = {"state_dim": 5, "act_dim": 3, "hidden_size": 24, "max_ep_len": 20, "n_positions": 64}
-    return DecisionTransformerModel(DecisionTransformerConfig(**sizes, n_layer=1, n_head=2))
-
-
-def steps(rows: int) -> dict[str, Tensor]:
-    sizes = {"states": 5, "actions": 3, "rewards": 1, "returns_to_go": 1}
-    made = {name: torch.randn(rows, 4, size) for name, size in sizes.items()}
-    times = torch.arange(4).expand(rows, 4).contiguous()
-    return {**made, "timesteps": times, "attention_mask": torch.ones(rows, 4)}
-
-
 @pytest.mark.parametrize(
     ("build", "inputs", "result"),
     [
         (visual_bert, seen, "logits"),
-        pytest.param(lxmert, regions, "question_answering_score", marks=pytest.mark.slow),
         (series, values, "prediction_outputs"),
-        (trajectory, steps, "action_preds"),
     ],
 )
 def test_requests_are_known(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from dense_merge import TOLERANCE, Case, build_case, check_mixed, error
+from dense_merge import Case, build_case, check_mixed
 from tiny_models import FAMILIES, token_inputs
 
 from lorafx.capture.record import GraphRecord
@@ -57,18 +57,3 @@ def test_two_kinds_of_layer_are_two_bodies(tmp_path):
     cm = case.compile(dynamic=False)
     check_mixed(cm, case, NAMES, FAMILIES["gemma3"].inputs(4, 7))
     assert repeats(cm) == [("model.layers.0", "model.layers.2")]
-
-
-@pytest.mark.slow
-def test_inductor_compiles_the_body_once(deep):
-    torch.manual_seed(0)
-    inputs = token_inputs(4, 6)
-    inductor = {"lowering": "inductor"}
-    cm, off = deep.compile(inductor), deep.compile({**inductor, **OFF}, dynamic=False)
-    check_mixed(cm, deep, NAMES, inputs)
-    assert len(repeats(cm)[0]) == LAYERS
-    got, want = (each(**inputs, adapter_names=NAMES).logits for each in (cm, off))
-    assert error(got, want) <= TOLERANCE
-    captured = cm.recompiles
-    check_mixed(cm, deep, NAMES[1:], token_inputs(3, 9))
-    assert cm.recompiles == captured

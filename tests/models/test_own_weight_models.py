@@ -15,7 +15,7 @@ import transformers
 from dense_merge import REFERENCE, TOLERANCE, check_mixed, error, random_base
 from own_weights import own_case, train
 from safetensors.torch import load_file, save_file
-from tiny_models import VOCAB, Family, PlainModel, right_padded, token_inputs
+from tiny_models import VOCAB, Family, right_padded, token_inputs
 
 import lorafx
 from lorafx import LoraConfig
@@ -95,29 +95,6 @@ def test_room_by_a_peft_configuration(tmp_path):
     cm.load_adapter(str(case.folders["a"]), "a")
     torch.manual_seed(0)
     check_mixed(cm, case, ["a", None], right_padded(2, 6))
-
-
-class TokenByToken(PlainModel):
-    """Mixes no tokens."""
-
-    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        return super().forward(input_ids)
-
-
-def test_an_adapter_for_each_token(tmp_path):
-    base = random_base(Family(lambda **_: TokenByToken(), ()))
-    plans = {"whole": ["head", "embed"], "head": ["head"]}
-    case = own_case(
-        base,
-        tmp_path,
-        {n: {"target_modules": ["up"], "modules_to_save": m} for n, m in plans.items()},
-    )
-    cm, ids = case.compile(dynamic=False), torch.randint(VOCAB, (3, 4))
-    slots = torch.tensor([[0, -1, 1, 0], [1, 1, 0, -1], [-1, 0, 0, 1]])
-    got = cm(input_ids=ids, adapter_slots=slots)["logits"]
-    for slot, name in ((0, "whole"), (1, "head"), (-1, None)):
-        want = case.expected([name] * 3, {"input_ids": ids})
-        assert error(got[slots == slot], want[slots == slot]) <= TOLERANCE
 
 
 def _family(model: Any, config: Any) -> Any:

@@ -9,17 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dense_merge import REFERENCE, Case, check_mixed, random_base
-from dora_cases import add_magnitudes
+from dense_merge import Case, check_mixed, random_base
 from own_weights import own_case, save_own
-from safetensors.torch import load_file, save_file
 from tiny import randomise
 from tiny_models import token_inputs
 from torch import Tensor, nn
 
-import lorafx
-from lorafx import layers
-from lorafx.errors import MatchError, TargetError, UnsupportedAdapterError
+from lorafx.errors import MatchError
 
 K, N, V = 6, 8, 11
 
@@ -44,16 +40,6 @@ def test_a_transposed_weight_and_positions(tmp_path):
     check_mixed(case.compile(dynamic=False), case, ["conv", None, "positions", "tokens"], inputs(4))
 
 
-def test_repeated_layers(tmp_path):
-    """Layers that `outline` makes one body, each with a weight of its own; a delta beside it."""
-    plans = {
-        "whole": {"target_modules": ["q_proj"], "modules_to_save": ["o_proj"]},
-        "lora": {"target_modules": ["q_proj", "o_proj"]},
-    }
-    case = own_case(random_base("llama"), tmp_path, plans)
-    check_mixed(case.compile(dynamic=False), case, ["whole", None, "lora"], inputs(3))
-
-
 class Offset(nn.Linear):
     """Adds more than its bias."""
 
@@ -63,15 +49,6 @@ class Offset(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + self.offset
-
-
-class Held(Offset):
-    """The offset is trained too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        del self.offset
-        self.offset = nn.Parameter(torch.randn(N))
 
 
 class Scaled(nn.Linear):
@@ -157,32 +134,3 @@ def test_other_arithmetic_is_refused_and_other_adapters_are_served(make, tmp_pat
     with pytest.raises(MatchError, match="an adapter has of its own for head cannot be applied"):
         cm(ids=ids, adapter_names=["own", None, "plain"])
     check_mixed(cm, case, ["plain", None, "plain"], {"ids": ids})
-
-
-def test_dora_on_a_weight_of_its_own_is_refused(tmp_path):
-    base = random_base("llama", num_hidden_layers=1)
-    folder = save_own(
-        base, tmp_path / "a", seed=1, r=2, target_modules=["o_proj"], modules_to_save=["lm_head"]
-    )
-    add_magnitudes(folder, {"model.layers.0.self_attn.o_proj": torch.rand(24) + 0.5})
-    lorafx.compile(base, {"a": folder}, options=REFERENCE).detach()
-    config = folder / "adapter_config.json"
-    text = config.read_text().replace('"lm_head"', '"o_proj"')
-    config.write_text(text)
-    file = folder / "adapter_model.safetensors"
-    state = load_file(file)
-    del state["base_model.model.lm_head.weight"]
-    state["base_model.model.model.layers.0.self_attn.o_proj.weight"] = torch.randn(24, 24)
-    save_file(state, file)
-    with pytest.raises(UnsupportedAdapterError, match=r"o_proj: the norms of DoRA are those of"):
-        lorafx.compile(base, {"a": folder})
-
-
-def test_what_has_no_weight_for_each_row_is_refused_by_name(tmp_path):
-    model = built(Model(lambda: layers.ColumnParallelLinear(K, N, disable_tp=True)))
-    config = lorafx.LoraConfig(["first"], modules_to_save=["head"])
-    with pytest.raises(TargetError, match=r"head \(ColumnParallelLinear\).*one rank's share"):
-        lorafx.compile(model, config)
-    folder = save_own(built(Model(Held)), tmp_path / "a", seed=1, r=2, **_plan(["head"]))
-    with pytest.raises(UnsupportedAdapterError, match=r"head\.offset: .* only a weight and a bias"):
-        lorafx.compile(built(Model(Held)), {"a": folder})

@@ -3,8 +3,6 @@ base rows, against PEFT's own merge of each row."""
 
 from __future__ import annotations
 
-import copy
-import re
 from typing import Any
 
 import peft
@@ -177,19 +175,6 @@ def test_modules_of_other_kinds_are_refused_by_name(case, tmp_path):
         UnsupportedAdapterError, match=r"model\.norm \(LlamaRMSNorm\) was trained as a whole"
     ):
         lorafx.compile(case.model(), {"n": folder})
-
-
-def test_a_head_with_a_norm_says_which_modules_of_it_are_served(tmp_path):
-    base = random_base("bert", num_hidden_layers=1, tie_word_embeddings=False)
-    head = "cls.predictions.transform"
-    lora = {"r": 2, "target_modules": ["query"]}
-    whole = save_own(base, tmp_path / "whole", seed=1, modules_to_save=[head], **lora)
-    named = [f"{head}.dense"]
-    way_out = rf"{head}\.LayerNorm \(LayerNorm\).*modules_to_save={re.escape(str(named))}, or"
-    with pytest.raises(UnsupportedAdapterError, match=way_out):
-        lorafx.compile(copy.deepcopy(base), {"whole": whole})
-    case = own_case(base, tmp_path, {"n": {"target_modules": ["query"], "modules_to_save": named}})
-    check_mixed(case.compile(dynamic=False), case, ["n", None], token_inputs(2, 5))
 
 
 def test_no_room(case):

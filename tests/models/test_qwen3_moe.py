@@ -26,7 +26,7 @@ from expert_models import (
 from torch import nn
 
 import lorafx
-from lorafx.errors import CheckpointError, MatchError
+from lorafx.errors import MatchError
 
 
 @pytest.fixture(scope="module")
@@ -147,23 +147,6 @@ def test_a_router_changes_the_way_of_its_own_rows(
     batch = ids(4, 7)
     with also(served, shallow, Case(shallow.base, {"router": folder})) as case:
         check_mixed(served, case, [None, "router", "older", "router"], batch)
-
-
-def test_targets_from_a_peft_configuration(shallow: Case) -> None:
-    """A configuration with target_parameters names the same sites as the adapter's keys."""
-    peft = oracle.LoraConfig(
-        r=3,
-        target_modules=["q_proj"],
-        target_parameters=["experts.gate_up_proj", "mlp.gate.weight"],
-    )
-    cm = lorafx.compile(shallow.model(), peft, options=REFERENCE)
-    assert sorted(site.path.partition("layers.0.")[2] for site in cm.sites) == [
-        "mlp.experts.gate_up_proj",
-        "mlp.gate",
-        "self_attn.q_proj",
-    ]
-    with pytest.raises(CheckpointError, match="down_proj exists but was not selected"):
-        cm.load_adapter(shallow.folders["down"], "down")
 
 
 def test_a_peft_model_with_wrapped_experts_is_taken_over(shallow: Case) -> None:

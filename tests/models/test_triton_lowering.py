@@ -51,16 +51,6 @@ def test_each_strategy_gives_the_merged_models_logits(plain: Case, strategy: str
     assert cm.recompiles == graphs
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_transformers_models(case_of: Any, family: str) -> None:
-    """Packed siblings with grouped queries; weights stored (in, out) with biases."""
-    case = case_of(family, **{"num_hidden_layers": 1} if family == "llama" else {})
-    cm = case.compile(options=TRITON, dynamic=False)
-    check_mixed(cm, case, NAMES, inputs_of(family))
-    assert "aten" not in strategies(cm)
-
-
 #: Sizes of models whose linears all have a K that is a multiple of 16.
 WHOLE = {
     "llama": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1},
@@ -115,26 +105,11 @@ def test_base_rows_keep_their_bits_whatever_their_neighbours_use(plain: Case) ->
     assert error(some[1:2], plain.expected([None] * 5, inputs)[1:2]) <= TOLERANCE
 
 
-def test_dumps_show_the_generated_sources(plain: Case, tmp_path: Any) -> None:
-    cm = plain.compile(options={**TRITON, "dump": str(tmp_path)}, dynamic=False)
-    cm(**inputs_of("plain"), adapter_names=NAMES)
-    sources = [path.read_text() for path in tmp_path.glob("*/kernel-*.py")]
-    assert sources
-    assert all("@triton.jit" in text for text in sources)
-    assert any("triton_" in path.read_text() for path in tmp_path.glob("*/*-lower.py"))
-
-
 def test_a_strategy_that_the_lowering_lacks_is_refused(plain: Case) -> None:
     with pytest.raises(ConfigError, match="generated"):
         plain.compile(options={**TRITON, "plan": {"up": "generated"}})
     with pytest.raises(ConfigError, match="epilogue"):
         plain.compile(options={"lowering": "inductor", "plan": {"up": "epilogue"}})
-
-
-def test_an_embedding_has_one_strategy(plain: Case) -> None:
-    cm = plain.compile(options={**TRITON, "plan": {"embed": "segments"}}, dynamic=False)
-    with pytest.raises(Exception, match="embeddings have a single strategy"):
-        cm(**inputs_of("plain"), adapter_names=NAMES)
 
 
 def test_a_site_without_its_base_product_cannot_be_fused(plain: Case) -> None:

@@ -64,27 +64,6 @@ def test_a_click_on_a_node_says_what_it_is(window: Browser, page: Path) -> None:
     assert window.run("return document.getElementById('details').hidden")
 
 
-def test_it_opens_on_a_site(window: Browser, page: Path) -> None:
-    """Of the last stage, where layers are outlined, and of any other; a node that the address
-    names comes first."""
-    seen = (
-        "const { cy } = viewer.scene; const [x, y] = [cy.width() / 2, cy.height() / 2];"
-        "const node = cy.nodes('.node').filter((each) => {"
-        "  const box = each.renderedBoundingBox({ includeLabels: false });"
-        "  return box.x1 <= x && x <= box.x2 && box.y1 <= y && y <= box.y2; });"
-        "const { entry } = node.scratch();"
-        "return [entry.node.name, entry.node.target, entry.sites.map((s) => s.path)]"
-    )
-    for fragment in ("", "#graph=0&stage=rescale&tab=graph"):
-        window.open(page, fragment)
-        name, target, paths = window.run(seen)
-        assert paths, name
-        assert "torch.ops.lorafx" in target
-        assert window.run("return document.getElementById('details').hidden")
-    window.open(page, "#graph=0&stage=rescale&node=0/" + name)
-    assert window.run("return viewer.selected.node.name") == name
-
-
 def test_filters_and_search(window: Browser, page: Path) -> None:
     window.open(page, "#graph=0&stage=fuse&tab=nodes")
     everything = window.run("return viewer.found.length")

@@ -93,15 +93,6 @@ def test_each_instruction_set(isa: Any, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @needs_compiler
-def test_any_strides() -> None:
-    call = step(group=2)
-    for name in ("query", "key", "value"):
-        call[name] = call[name].mT.contiguous().mT
-    call["mask"] = call["mask"].repeat(1, 1, 1, 2)[..., : len(call["read"])]
-    check(call)
-
-
-@needs_compiler
 @pytest.mark.parametrize("part", ["query", "key"])
 def test_what_is_no_number_stays_with_its_request(part: str) -> None:
     call = step()
@@ -125,11 +116,3 @@ def test_places_outside_of_the_cache(name: str, value: int) -> None:
 @pytest.mark.parametrize("window", [4, 0])
 def test_opcheck(window: int) -> None:
     opcheck(PAGED_ATTENTION, tuple(step(window=window).values()))
-
-
-def test_no_tokens() -> None:
-    call = step()
-    for name, dim in (("query", 2), ("key", 2), ("value", 2), ("mask", 2), ("write", 0)):
-        call[name] = call[name].narrow(dim, 0, 0)
-    call["seen"] = call["seen"][:0]
-    assert PAGED_ATTENTION(**call).shape == (1, 2, 0, 10)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -105,27 +102,3 @@ def test_no_compiler_means_aten_and_one_warning(folder: Path) -> None:
     assert arguments[-1] == 0
     op(*arguments)
     assert_delta(p, y)
-
-
-ELSEWHERE = """
-import torch
-from lorafx.kernels.cpu.delta_kernels import build
-from lorafx.kernels.ops.delta_spec import DeltaSpec
-f = torch.float32
-print(build(DeltaSpec(f, f, f, 7, 5, 1, 9, (0,), (0,), (9,))))
-"""
-
-
-@needs_compiler
-@pytest.mark.slow
-def test_ids_are_the_same_in_every_process() -> None:
-    f = torch.float32
-    here = build(DeltaSpec(f, f, f, 7, 5, 1, 9, (0,), (0,), (9,)))
-    done = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "PYTHONSAFEPATH": "1"},
-    )
-    assert done.stdout.split() == [str(here)]

@@ -170,26 +170,6 @@ def test_siblings_that_share_an_a(batch: str, dtype: torch.dtype, threads: int) 
     assert torch.equal(run(r.with_(A=hidden, alike=alike)), want)
 
 
-@pytest.mark.parametrize("ends", [False, True], ids=["chosen", "sorted"])
-def test_rows_are_independent(ends: bool, threads: int) -> None:
-    """A row's bits do not depend on the rows around it: their adapters, their experts."""
-    for name in ("gate and up", "gate and up bf16"):
-        r = routed(name, "prefill", ends=ends)
-        together, owner = run(r), r.keyed.owners()
-        for m in range(0, len(owner), 17):
-            count = torch.zeros(r.count + 1, dtype=torch.int64)
-            expert = owner[m] // SLOTS if owner[m] >= 0 else 0
-            count[expert] = 1
-            one = r.with_(
-                y=r.keyed.y[m : m + 1],
-                x=r.keyed.x[m : m + 1],
-                slots=r.slots[m // r.rows % len(r.slots)].view(1),
-                experts=count[: r.count].cumsum(0) if ends else torch.tensor([expert]),
-                rows=1,
-            )
-            assert torch.equal(run(one)[0], together[m])
-
-
 BAD = {
     "a slot is outside the bank": lambda r: {"slots": r.slots + 1},
     "alike \\(int32\\) is not \\(slots": lambda r: {"alike": r.alike[1:]},

@@ -99,20 +99,6 @@ def test_a_row_is_the_same_in_every_batch(dtype: torch.dtype) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("rows", [4, 100])
-@pytest.mark.usefixtures("library")
-def test_operands_that_are_views(rows: int) -> None:
-    bias, x, weight = operands(rows, 20, 30, torch.float32)
-    wide, deep = torch.randn(rows, 50), torch.randn(30, 50)
-    for view in (wide[:, 9:29], wide[:, :40:2], x.T.contiguous().T, x[:1].expand(rows, 20)):
-        check(lora.dense_mm(view, weight, []), view, weight)
-    for view in (deep[:, 9:29], deep[:, :40:2], weight.T.contiguous().T):
-        check(lora.dense_mm(x, view, [10, 20]), x, view)
-    for view in (torch.randn(60)[::2], bias[:1].expand(30)):
-        check(lora.dense_addmm(view, x, weight, [10, 20]), x, weight, view)
-
-
-@needs_compiler
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("sizes", [[], [3, 6]], ids=str)
 def test_opcheck(bias: bool, sizes: list[int]) -> None:

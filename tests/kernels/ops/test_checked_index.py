@@ -43,21 +43,6 @@ def test_refuses_what_is_outside() -> None:
         checked(torch.tensor([-4, -5]), negative=True)
 
 
-def test_what_stands_for_no_entry() -> None:
-    checked(torch.tensor([-100, 3]), ignored=-100)
-    with pytest.raises(OutOfRangeError, match=r"\[1\] is -1"):
-        checked(torch.tensor([-100, -1]), ignored=-100)
-
-
-def test_under_vmap() -> None:
-    index = torch.tensor([[0, 3, 1], [1, 2, 0]])
-    assert torch.equal(torch.vmap(torch.vmap(checked), in_dims=1)(index), index.T)
-    shared = torch.vmap(lambda x: x + checked(index[0]))(index)
-    assert torch.equal(shared, index + index[0])
-    with pytest.raises(OutOfRangeError, match=r"\[1, 0\] is 4"):
-        torch.vmap(checked)(torch.tensor([[0], [4]]))
-
-
 def test_rows_stay_whose_they_are() -> None:
     graph = make_fx(lambda index: checked(index), tracing_mode="fake")(
         torch.zeros(3, 3, dtype=torch.int64)

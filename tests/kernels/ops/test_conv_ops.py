@@ -12,8 +12,6 @@ from torch import Tensor
 from torch.library import opcheck
 
 from lorafx.errors import LoweringError, ProvenanceError
-from lorafx.kernels.ops.conv_ops import Window, add_conv_delta
-from lorafx.kernels.ops.op_library import BankArgs
 
 pytestmark = pytest.mark.quick
 
@@ -77,33 +75,6 @@ def test_every_window(name: str, dora: bool) -> None:
     torch.testing.assert_close(got.double(), expected(args), rtol=1e-5, atol=1e-5)
     assert torch.equal(args[1], before)
     assert torch.equal(got[2:4], before[2:4])  # base rows, bit for bit
-
-
-@pytest.mark.parametrize("name", WINDOWS)
-def test_factors_beyond_a_rank_and_rows_of_the_base_are_not_read(name: str) -> None:
-    """However the factors are found: by the slots that are present, or by row."""
-    args = arguments(name)
-    want = expected(args)
-    x, y, A, B, ranks, _, slots, rows, *window = args[:-3]
-    for slot in range(SLOTS):
-        A[slot, int(ranks[slot, 0]) :] = torch.nan
-        B[slot, int(ranks[slot, 0]) :] = torch.nan
-    x[2:4] = torch.inf
-    for by_slot in (True, False):
-        out = y.clone()
-        bank = BankArgs(*args[2:7])
-        add_conv_delta(out, x, bank, rows, Window(*map(tuple, window)), by_slot=by_slot)
-        torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
-    assert slots.tolist() == [1, -1, 0, 2]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_sums_are_wider_than_the_results(dtype: torch.dtype) -> None:
-    args = arguments("2d", dtype=dtype)
-    got = torch.ops.lorafx.conv_site(*args)
-    want = expected(args)
-    assert got.dtype == dtype
-    assert bool(((got.double() - want).abs() <= torch.finfo(dtype).eps * want.abs() + 1e-5).all())
 
 
 def test_unproved_rows_and_misfits_are_told() -> None:

@@ -120,32 +120,6 @@ def test_every_cut_in_every_layout(cut: str, lead: str, over_out: bool) -> None:
         torch.testing.assert_close(masked.double(), want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_sums_are_wider_than_the_results(dtype: torch.dtype) -> None:
-    args = arguments("rows by group", over_out=True, parts=(N,), lead=LEADS[0], dtype=dtype)
-    want = expected(args, "rows by group", (N,), True)
-    got = torch.ops.lorafx.grouped_site(*args)
-    assert got.dtype == dtype
-    bound = torch.finfo(dtype).eps * want.abs() + 1e-5
-    assert bool(((got.double() - want).abs() <= bound).all())
-
-
-def test_factors_beyond_a_rank_and_other_requests_rows_are_not_read() -> None:
-    args = arguments("whole", over_out=False, parts=(N,), lead=LEADS[0], dtype=torch.float32)
-    x, y, A, B, ranks = args[:5]
-    clean = torch.ops.lorafx.grouped_site(*args)
-    for slot in range(SLOTS):
-        A[slot, int(ranks[slot, 0]) :] = torch.nan
-        B[slot, int(ranks[slot, 0]) :] = torch.nan
-    x[:, 3:6] = torch.inf  # the rows of a base request
-    for by_slot in (True, False):
-        out = y.clone()
-        blocks = Blocks(args[12], tuple(args[13]), tuple(args[14]), False)
-        bank_and_ranges = BankArgs(*args[2:7]), Ranges(*args[7:10])
-        add_grouped_delta(out, x, *bank_and_ranges, *args[10:12], blocks, by_slot=by_slot)
-        torch.testing.assert_close(out, clean)
-
-
 def test_unproved_rows_and_misfits_are_told() -> None:
     args = arguments("whole", over_out=False, parts=(N,), lead=LEADS[0], dtype=torch.float32)
     with pytest.raises(ProvenanceError, match="row ownership is not proved"):

@@ -53,21 +53,6 @@ def test_delta_lands_in_the_products_buffer(aten: bool, dtype: torch.dtype) -> N
     assert "copy_" not in code
 
 
-def test_one_graph_for_every_batch_size() -> None:
-    p = random_problem(x_shape=(12, 7), slots=(2, -1, 0, 1), rows=3)
-    weight = torch.randn(7, 30)
-    compiled = torch.compile(traced(p), fullgraph=True, dynamic=True)
-    with torch.no_grad(), torch.fx.experimental._config.patch(use_duck_shape=False):
-        compiled(p.x, weight, *p.bank)
-        with torch.compiler.set_stance("fail_on_recompile"):
-            for requests in (2, 5, 31):
-                q = random_problem(
-                    x_shape=(requests * 3, 7), slots=[j % 5 - 1 for j in range(requests)], rows=3
-                )
-                y = compiled(q.x, weight, *q.bank)
-                assert_delta(with_product(q, weight), y)
-
-
 def test_embedding() -> None:
     e = random_problem(x_shape=(4, 3), slots=(2, -1, 0, 1), rows=3, sizes=(9,), vocabulary=11)
     weight = torch.randn(11, 9)

@@ -84,25 +84,6 @@ def test_any_strides(vocabulary: int | None, data: st.DataObject) -> None:
 
 
 @needs_compiler
-def test_generated_kernels_take_some_siblings_of_a_bank() -> None:
-    """As a weight that is used without its module finds them: views with the strides of all."""
-    p = random_problem(x_shape=(5, 19), slots=(2, -1, 0, 1, 3), rows=1, sizes=(11, 6, 9))
-    K = p.x.shape[-1]
-    for first, last, columns in ((0, 1, (0, 11)), (1, 2, (11, 17)), (1, 3, (11, 26))):
-        part = p.with_(
-            y=p.y[:, columns[0] : columns[1]].clone(),
-            A=p.A[..., first * K : last * K],
-            B=p.B[:, :, columns[0] : columns[1]],
-            ranks=p.ranks[:, first:last],
-            scales=p.scales[:, first:last],
-            siblings=list(range(last - first)),
-            offsets=[0, 6][: last - first],
-            sizes=p.sizes[first:last],
-        )
-        assert_delta(part, add(part, generated=True))
-
-
-@needs_compiler
 def test_a_transposed_bank_is_refused_by_kernels_and_served_by_aten() -> None:
     p = random_problem(x_shape=(5, 19), slots=(2, -1, 0), rows=1, sizes=(11,))
     kernel = build(p.spec)

@@ -94,15 +94,6 @@ def test_aten(dtypes: tuple[torch.dtype, ...], grouped: bool) -> None:
     assert_delta(e, y)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 5])
-def test_row_map_wraps_around(rows: int) -> None:
-    """Row m belongs to slots[(m // rows) % n], whatever M is."""
-    p = linear(rows=rows, x_shape=(23, 7))
-    y = p.y.clone()
-    lora.add_delta_(y, p.x, *p.bank, *p.ranges, rows, 0)
-    assert_delta(p, y)
-
-
 def test_site_leaves_y_alone_and_reads_its_own_columns() -> None:
     p = linear(sizes=(13, 17, 4), siblings=(1,))
     before = p.y.clone()
@@ -133,28 +124,13 @@ def test_rows_not_traced_to_requests() -> None:
         lora.site(mixed.x, mixed.y[..., :13], *mixed.bank, [0], [0], [13], 0)
 
 
-def test_no_rows() -> None:
-    for slots in (MIX, ()):
-        p = linear(x_shape=(0, 3, 7), slots=slots)
-        assert lora.site(p.x, p.y[..., :13], *p.bank, [0], [0], [13], 3).shape == (0, 3, 13)
-        e = embedding(x_shape=(0, 3), slots=slots)
-        assert lora.embedding_site(e.x, e.y, *e.bank, 3).shape == (0, 3, 9)
-
-
 BAD = {
     "x has 6 features, A was made for 7": lambda p: {"x": p.x[..., :6]},
     "x has 12 rows and y has 9": lambda p: {"y": p.y[:3]},
     "A is torch.float32 and B torch.bfloat16": lambda p: {"B": p.B.bfloat16()},
     "slots is int32": lambda p: {"slots": p.slots.long()},
-    "ranks is int32": lambda p: {"ranks": p.ranks.long()},
-    "scales is float32": lambda p: {"scales": p.scales.double()},
-    "B has 3 slots, ranks has 4": lambda p: {"B": p.B[:3]},
-    "A has 4 rows per slot, and B has 5": lambda p: {"A": p.A[:, :4]},
     r"sizes \[13, 16\] do not fill y's 30 columns": lambda p: {"sizes": [13, 16]},
-    "sibling 2 of a group of 2": lambda p: {"siblings": [0, 2]},
     r"columns \[14, 31\) of a bank of 30 columns": lambda p: {"offsets": [0, 14]},
-    "2 siblings, 1 offsets and 2 sizes do not pair up": lambda p: {"offsets": [0]},
-    "rows is -1": lambda p: {"rows": -1},
 }
 
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 import lorafx.kernels.ops.own_rows  # noqa: F401  (defines torch.ops.lorafx)
-from lorafx.errors import LoweringError
 from lorafx.model.bank import Bank, OwnWeight
 
 S, V, K, N = 3, 7, 4, 5
@@ -80,11 +79,3 @@ def test_opcheck() -> None:
     torch.library.opcheck(linear_op, (x, y, *b.own_rows, SLOTS, 2), test_utils=checks)
     arguments = (ids, y, e.own, e.own_at, e.own_table, SLOTS, 2)
     torch.library.opcheck(embedding_op, arguments, test_utils=checks)
-
-
-def test_sizes_that_do_not_fit() -> None:
-    b = bank("linear", N)
-    with pytest.raises(LoweringError, match=r"own is \(adapters, rows, K\)"):
-        linear(b, torch.randn(4, 2, K + 1), torch.randn(4, 2, N))
-    with pytest.raises(LoweringError, match="5 rows for 4 outputs"):
-        linear(b, torch.randn(4, 2, K), torch.randn(4, 2, N - 1))

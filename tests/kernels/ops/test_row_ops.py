@@ -26,6 +26,11 @@ def unknown_kernel(x: Tensor) -> Tensor:
     return x.new_zeros(*x.shape[:-1], N)
 
 
+@unknown_kernel.register_fake
+def _(x):
+    return x.new_empty(*x.shape[:-1], N)
+
+
 def label_of(fn: Callable[[Tensor], Tensor]) -> Label:
     """The label of fn(x), x (B, T, K) owned along its first dimension."""
     graph = make_fx(fn, tracing_mode="fake")(torch.randn(B, T, K)).graph

@@ -117,6 +117,7 @@ def test_rows_outside_of_the_cache() -> None:
     assert torch.equal(same.all(1), ~written)
 
 
+@pytest.mark.slow
 def test_one_binary_for_all_steps() -> None:
     """Sizes of a step, places of a layer: neither is compiled for, not even where one is 1."""
     binaries: dict[str, set[int]] = {}

@@ -59,13 +59,6 @@ def test_the_tiles_of_a_gpu(rows: int, arch: str) -> None:
     assert_right(gated, run(gated, "activated", tiles=tiles))
 
 
-def test_rows_of_no_expert_are_zero() -> None:
-    case = make_experts((2, 0, 19), (0, 1, -1), tail=35)
-    got = run(case)
-    assert_right(case, got)
-    assert (got[21:] == 0).all()
-
-
 def test_one_kernel_for_all_counts() -> None:
     """Nothing of how many rows an expert has, or how many there are, is in a launch."""
     sizes = {"K": 32, "sizes": (16, 16), "rank": 4}

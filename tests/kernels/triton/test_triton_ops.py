@@ -12,15 +12,14 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.library import opcheck
-from triton_cases import BF16, CPU, STRATEGIES, Case, kernel_of, lora, make_case, run
+from triton_cases import BF16, Case, kernel_of, lora, make_case, run
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.ops.op_library import BankArgs
 from lorafx.kernels.triton import triton_ops
-from lorafx.kernels.triton.build import LINEAR, TritonSpec, build, plan_of
+from lorafx.kernels.triton.build import LINEAR, build, plan_of
 from lorafx.kernels.triton.concat_ops import columns_of
 from lorafx.kernels.triton.launchers import launch_wrapped
-from lorafx.kernels.triton.tiles import Tiles
 
 STRATEGY_OPS = {
     **dict.fromkeys(LINEAR, lora.triton_linear),
@@ -56,27 +55,6 @@ def test_opcheck(strategy: str) -> None:
     assert set(checks.values()) == {"SUCCESS"}
 
 
-def apart(t: Tensor) -> Tensor:
-    """Rows behind those of another tensor, and with others between them."""
-    return torch.cat([t, t], 1).repeat(2, 1)[t.shape[0] :, : t.shape[1]]
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_layouts(strategy: str) -> None:
-    """Any stride between rows of x, y and the weight, any of the bias; y is written in place."""
-    case, lay = case_of(strategy), apart
-    assert case.bias is not None
-    bias = case.bias.repeat_interleave(2)[::2]
-    laid = Case(case.problem.with_(x=lay(case.problem.x)), lay(case.weight), bias)
-    expected = run(case, strategy)
-    if strategy in LINEAR:
-        assert torch.equal(run(laid, strategy), expected)
-        return
-    p, y = laid.problem, lay(case.problem.y)
-    lora.triton_delta_(y, p.x, *p.bank, p.rows, kernel_of(case, strategy))
-    assert torch.equal(y, expected)
-
-
 BAD: dict[str, Callable[[Case], dict[str, object]]] = {
     "x is": lambda c: {"x": c.problem.x[:, 1:]},
     "y has 5 rows": lambda c: {"y": c.problem.y[1:]},
@@ -96,50 +74,6 @@ def test_bad_arguments(message: str) -> None:
     with pytest.raises(LoweringError, match=message):
         lora.triton_delta_(p.y, p.x, *p.bank, p.rows, kernel)
     assert torch.equal(p.y, before)
-
-
-def test_what_is_not_generated() -> None:
-    case = case_of("segments")
-    hint = {"rows_hint": 6, "device": CPU}
-    double = make_case(K=8, sizes=(4,), slots=(0,), dtypes=(torch.float64,) * 3)
-    assert build(double.spec, "epilogue", **hint) is None
-    assert build(case.spec, "embedding", **hint) is None
-    with pytest.raises(LoweringError, match="there are split, epilogue, recompute"):
-        build(case.spec, "fastest", **hint)
-    with pytest.raises(LoweringError, match="name its weight"):
-        build(TritonSpec(case.spec.delta), "epilogue", **hint)
-    tiles = {"shrink": Tiles(parts=2), "expand": Tiles()}
-    with pytest.raises(LoweringError, match="disagree on parts"):
-        build(case.spec, "segments", **hint, tiles=tiles)
-
-
-def test_compiled_for_a_cpu_the_interpreter_is_opaque() -> None:
-    """AOTAutograd takes the op apart as far as the interpreter's op; M and rows are symbols."""
-    case = case_of("epilogue")
-    p = case.problem
-    linear, adding = kernel_of(case, "epilogue"), kernel_of(case, "segments")
-    graphs: list[str] = []
-
-    def keep(gm: torch.fx.GraphModule, inputs: object) -> object:
-        graphs.append(gm.code)
-        return gm.forward
-
-    from torch._dynamo.backends.common import aot_autograd
-
-    @torch.compile(backend=aot_autograd(fw_compiler=keep), dynamic=True)
-    def both(x: Tensor, bank: tuple[Tensor, ...], rows: int) -> Tensor:
-        y = lora.triton_linear(x, case.weight, case.bias, *bank, rows, linear)
-        lora.triton_delta_(y, x, *bank, rows, adding)
-        return y
-
-    with torch.no_grad():
-        for x, rows in ((p.x, 2), (torch.randn(12, 24), 4)):
-            expected = run(case.with_(x=x, rows=rows), "epilogue")
-            lora.triton_delta_(expected, x, *p.bank, rows, adding)
-            assert torch.equal(both(x, p.bank, rows), expected)
-    assert "interpreted_linear" in graphs[0]
-    assert "interpreted_delta_" in graphs[0]
-    assert "triton_kernel_wrapper" not in graphs[0]
 
 
 LAUNCHES = {"epilogue": 2, "recompute": 1, "segments": 3, "gemv": 2}
