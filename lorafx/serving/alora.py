@@ -23,7 +23,7 @@ from lorafx.adapter_store.names import BASE, adapters_among, members
 from lorafx.errors import BatchError, LorafxWarning, UnknownAdapterError
 from lorafx.program.roles import RoleTable
 from lorafx.program.row_dims import caches
-from lorafx.serving.entries import Entries
+from lorafx.serving.entries import CompiledForwards
 from lorafx.session.requests import Names, Requests
 from lorafx.session.resting import refuse_elsewhere
 from lorafx.session.session import Session
@@ -40,7 +40,7 @@ def any_begins(session: Session, names: Iterable[str | None]) -> bool:
     return False
 
 
-def forward_of(entries: Entries) -> Callable[..., Any]:
+def forward_of(entries: CompiledForwards) -> Callable[..., Any]:
     """The compiled forward of the model, for the requests of the running call."""
     session = entries.session
     if session.asked.placed or not _activates(session):
@@ -49,7 +49,7 @@ def forward_of(entries: Entries) -> Callable[..., Any]:
 
 
 def generating_forward_of(
-    entries: Entries,
+    entries: CompiledForwards,
     module: nn.Module,
     run: Callable[..., Any],
     args: tuple[Any, ...],
@@ -118,7 +118,9 @@ class ActivatedForward:
     """The forward of `module` for requests of which some begin at a token; `prompts` are those of
     the generation that calls it."""
 
-    def __init__(self, entries: Entries, module: nn.Module, prompts: Prompts | None = None) -> None:
+    def __init__(
+        self, entries: CompiledForwards, module: nn.Module, prompts: Prompts | None = None
+    ) -> None:
         self._session, self._module, self._prompts = entries.session, module, prompts
         self._by_row = entries.of(module)
         self._by_token = entries.of(module, per_token=True)

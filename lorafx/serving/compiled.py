@@ -31,9 +31,9 @@ from lorafx.serving.as_module import AsModule, refusing_backward, signature_of
 from lorafx.serving.base_methods import BaseMethods
 from lorafx.serving.batching_methods import BatchingMethods
 from lorafx.serving.call_inputs import check_tensors
-from lorafx.serving.entries import Entries
+from lorafx.serving.entries import CompiledForwards
 from lorafx.serving.entry import Entry, entered
-from lorafx.serving.generation import Generation
+from lorafx.serving.generation import CompiledGenerate
 from lorafx.serving.look_methods import LookMethods
 from lorafx.serving.names import delegated
 from lorafx.serving.replay import MadeCall
@@ -78,8 +78,8 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
         self._attachment = attachment
         self._session = Session(program, store, Backend(program, entered), dynamic)
         self._session.backend.recorded = Dumps(self._session)
-        self._entries = Entries(self._session, attachment)
-        self._generation = Generation(self._entries)
+        self._entries = CompiledForwards(self._session, attachment)
+        self._generation = CompiledGenerate(self._entries)
         self._disabling = []
         #: Whether users call the model that was given (`lorafx.attach`), and not this object.
         self.attached = False
@@ -228,7 +228,7 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
         packed: bool = False,
         method: MethodType | None = None,
     ) -> Entry:
-        """The compiled forward of `module`, or another method of it (`Entries.of`)."""
+        """The compiled forward of `module`, or another method of it (`CompiledForwards.of`)."""
         return self._entries.of(module, per_token=per_token, packed=packed, method=method)
 
     def capture(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

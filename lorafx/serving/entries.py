@@ -14,7 +14,7 @@ from lorafx.session.session import Session
 from lorafx.session.stand_ins import forward_of
 
 
-class Entries:
+class CompiledForwards:
     """The entries of one session. `made` are those that there are; `attachment` put the marks on
     the model of a `CompiledModel`."""
 

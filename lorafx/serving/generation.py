@@ -21,7 +21,7 @@ from torch import nn
 from lorafx.errors import ConfigError, LorafxError
 from lorafx.serving.added_tokens import without_added_tokens
 from lorafx.serving.alora import generating_forward_of
-from lorafx.serving.entries import Entries
+from lorafx.serving.entries import CompiledForwards
 from lorafx.serving.entry import Entry
 from lorafx.serving.names import PAGED, refuse
 from lorafx.session.resting import refuse_elsewhere, wanted
@@ -36,10 +36,10 @@ _ENCODING = "_maybe_prepare_encoder_kwargs_for_generation"
 _ENCODES = "_supports_mm_encoder_outputs"
 
 
-class Generation:
+class CompiledGenerate:
     """`generate` of one model."""
 
-    def __init__(self, entries: Entries) -> None:
+    def __init__(self, entries: CompiledForwards) -> None:
         self._entries = entries
         self._session = entries.session
         self._by_themselves: dict[int, tuple[Entry, Callable[..., Any]]] = {}
@@ -94,7 +94,7 @@ class Generation:
         _refuse_offloading(model, kwargs)
         if model is entries.model:
             args, kwargs = without_added_tokens(session, args, kwargs)
-        # Entries first: each reads the module's own forward when it is made.
+        # CompiledForwards first: each reads the module's own forward when it is made.
         forward = generating_forward_of(entries, model, run, args, kwargs)
         encoders = [(part, "forward", entries.of(part)) for part in _encoders(model)]
         forwards: list[Replaced] = [(model, "forward", forward), *encoders, *self._parts(model)]
@@ -182,7 +182,9 @@ def _overrides(model: nn.Module, method: str) -> bool:
     return getattr(type(model), method, None) is not getattr(_mixin(), method, None)
 
 
-def _modalities(entries: Entries, model: nn.Module, given: Mapping[str, Any]) -> list[Replaced]:
+def _modalities(
+    entries: CompiledForwards, model: nn.Module, given: Mapping[str, Any]
+) -> list[Replaced]:
     """The methods that `generate` has images and videos encoded by, before the first forward. In a
     batch of several adapters whose images come one entry a prompt, the forward encodes them
     instead: there it is proved whose they are. An `_ENCODING` of the model's own has them encoded

@@ -23,7 +23,7 @@ from lorafx.pass_order import CAPTURED, pipeline
 from lorafx.passes.outline.outline import Outline
 from lorafx.passes.products import Join
 from lorafx.passes.provenance import Provenance
-from lorafx.serving.entries import Entries
+from lorafx.serving.entries import CompiledForwards
 from lorafx.serving.entry import Entry, entered
 from lorafx.session.requests import LastCall
 from lorafx.session.session import Session
@@ -35,7 +35,7 @@ Runner = Callable[[Stage, Sequence[Any]], Any]
 class Staged(Protocol):
     """A model whose calls are made by entries: a `CompiledModel`, or what stands for one."""
 
-    _entries: Entries
+    _entries: CompiledForwards
     model: nn.Module
 
     @property

@@ -15,7 +15,7 @@ from torch import Tensor
 from lorafx.adapter_store.names import BASE
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.program.roles import RoleTable
-from lorafx.serving.entries import Entries
+from lorafx.serving.entries import CompiledForwards
 from lorafx.serving.row_trees import PLAIN, BatchRows, Joined
 from lorafx.session.requests import Names
 from lorafx.session.session import Session
@@ -29,7 +29,7 @@ _SHARED = ("generation_config", "tokenizer")
 
 
 def call_in_waves(
-    entries: Entries,
+    entries: CompiledForwards,
     call: _Call,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
@@ -49,7 +49,7 @@ def call_in_waves(
 
 
 def generate_in_waves(
-    entries: Entries,
+    entries: CompiledForwards,
     call: _Call,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],

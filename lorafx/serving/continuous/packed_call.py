@@ -26,7 +26,7 @@ from lorafx.serving.continuous.adapter_requests import AdapterRequest, hold_of
 from lorafx.serving.continuous.attention import EAGER, TracedEager
 from lorafx.serving.continuous.failures import OF_THE_DEVICE, in_parts
 from lorafx.serving.continuous.step_cache import ATTENDING_DEVICES, StepCache
-from lorafx.serving.entries import Entries
+from lorafx.serving.entries import CompiledForwards
 from lorafx.session.loading import fill_ahead
 
 _EAGER = TracedEager()
@@ -82,7 +82,7 @@ class PackedForward:
 
     def __init__(
         self,
-        entries: Entries,
+        entries: CompiledForwards,
         batch: Callable[[], list[FutureRequestState]],
         waiting: Callable[[], Iterable[Hold]],
     ) -> None:
