@@ -150,7 +150,7 @@ def _insert_conv_site(ctx: Context, use: Use, values: Mapping[str, Any]) -> fx.N
 
 @dataclass(frozen=True)
 class Match:
-    """Every use of a selected weight carries its delta, or is refused with a reason."""
+    """Every use of a selected weight carries its delta, or becomes a refusal."""
 
     name: str = "match"
     required: bool = True

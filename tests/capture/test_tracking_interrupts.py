@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from interrupting import every_place
 from torch._C import _len_torch_dispatch_stack
 
 from lorafx.capture.tracking import Tracking, untracked
+from lorafx.torch_internals.dispatch_modes import _push_on_torch_dispatch_stack
 
 
 @pytest.fixture(autouse=True)
@@ -48,16 +48,9 @@ def test_an_interrupt_anywhere_leaves_nothing_on_the_stack(action: Callable[[], 
 
 
 def test_what_has_ended_is_taken_off() -> None:
-    first, second = Tracking(), Tracking()
-    left, settings = ExitStack(), ExitStack()
-    first.begin(left)
-    first.over = True
-    second.begin(settings)
-    assert _len_torch_dispatch_stack() == 1
-    settings.close()
-    left.close()
-    assert _len_torch_dispatch_stack() == 0
-    first.begin(left)
-    first.over = True
+    """As two interrupts leave it."""
+    left = Tracking()
+    _push_on_torch_dispatch_stack(left)
+    left.over = True
     plain()
     assert _len_torch_dispatch_stack() == 0

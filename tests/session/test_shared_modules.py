@@ -235,4 +235,4 @@ def test_what_is_refused(cases: SimpleNamespace) -> None:
     with pytest.raises(CaptureError, match="already carries a LoRA mark"):
         lorafx.compile(copy.deepcopy(pair.draft), options=REFERENCE)
     lorafx.detach(pair.draft)
-    check(target, llama.target)
+    check(target, cases.target)
