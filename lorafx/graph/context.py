@@ -64,9 +64,6 @@ class Refusal:
     def paths(self) -> tuple[str, ...]:
         return tuple(site.path for site in self.sites)
 
-    def describe(self) -> str:
-        return f"{', '.join(path or '(root)' for path in self.paths)}: {self.reason}"
-
 
 @dataclass
 class SiteState:

@@ -220,16 +220,9 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
             return forward(*args, **kwargs)
         return session.stand_ins.replacing([(model, "forward", forward)], model, *args, **kwargs)
 
-    def entry(
-        self,
-        module: nn.Module,
-        *,
-        per_token: bool = False,
-        packed: bool = False,
-        method: MethodType | None = None,
-    ) -> Entry:
+    def entry(self, module: nn.Module, *, method: MethodType | None = None) -> Entry:
         """The compiled forward of `module`, or another method of it (`CompiledForwards.of`)."""
-        return self._entries.of(module, per_token=per_token, packed=packed, method=method)
+        return self._entries.of(module, method=method)
 
     def capture(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Capture the graphs for this call, without adapters and with them, by running it both

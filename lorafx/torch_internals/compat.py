@@ -93,7 +93,7 @@ def capture_settings(
         wanted = (*wanted, (dynamo_config, "capture_dynamic_output_shape_ops", True))
     if symbolic:
         wanted = (*wanted, (dynamo_config, "fake_tensor_cache_enabled", False))
-    # Right settings are not written: a block of `lorafx.adapters` does this at every call.
+    # Right settings are not written: every call does this.
     changed = [item for item in wanted if getattr(item[0], item[1]) != item[2]]
     before = [(config, name, getattr(config, name)) for config, name, _ in changed]
     try:
