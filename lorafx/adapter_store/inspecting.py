@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorafx.adapter_store.checkpoint import load_state
 from lorafx.adapter_store.config_values import raw_fields
-from lorafx.adapter_store.dialects.mlx import Mlx
+from lorafx.adapter_store.dialects import mlx
 from lorafx.adapter_store.opening import opened
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import FactorSizes, factor_sizes, parse, without_prefix
@@ -81,7 +81,7 @@ def inspected(given: AdapterSource) -> Inspected:
 def config_of(folder: Path) -> PeftConfig:
     """A folder's configuration in PEFT's terms; PEFT's tensors are not read."""
     fields, where = raw_fields(folder)
-    if not Mlx.configures(fields):
+    if not mlx.configures(fields):
         return PeftConfig.read(fields, where=where)
     state = load_state(folder)
     ranks = [sizes.rank for sizes in factor_sizes(state.tensors).values() if sizes.rank]

@@ -3,43 +3,60 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
+from typing import NamedTuple
 
 from torch import nn
 
-from lorafx.adapter_store.dialects.dialect import Dialect
-from lorafx.adapter_store.dialects.diffusers import Diffusers
-from lorafx.adapter_store.dialects.kohya import Kohya
-from lorafx.adapter_store.dialects.loralib import Loralib
-from lorafx.adapter_store.dialects.mlx import Mlx
+from lorafx.adapter_store.dialects import diffusers, kohya, loralib, mlx
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import parse
 from lorafx.adapter_store.saved import AdapterState, Saved
 from lorafx.errors import CheckpointError, ConfigError, UnsupportedAdapterError, nearest
 
 
-class Peft(Dialect):
-    """PEFT's files, with or without its prefix, and a configuration."""
+class Dialect(NamedTuple):
+    """A way to save adapters.
 
-    name = "peft"
-    keys = "<module>.lora_A.weight"
+    Attributes:
+        name: in `AdapterSource.dialect`.
+        keys: an example in messages.
+        claims: whether the keys of a file are of this dialect.
+        state: a file in PEFT's names, with views of its tensors; unknown keys are left for the
+            reader to refuse. Raises CheckpointError and UnsupportedAdapterError.
+        components: the models of a pipeline with factors in a file; "" where the keys name none.
+    """
 
-    def claims(self, saved: Saved) -> bool:
-        return any(parse(key) is not None for key in saved.tensors)
+    name: str
+    keys: str
+    claims: Callable[[Saved], bool]
+    state: Callable[[Saved, nn.Module | None], AdapterState]
+    components: Callable[[Saved], tuple[str, ...]] = lambda _: ("",)
 
-    def state(self, saved: Saved, model: nn.Module | None) -> AdapterState:
-        if saved.fields is None:
-            raise CheckpointError(
-                f"{saved.where} has no configuration, and without α (lora_alpha) the scale of its "
-                "factors is not known; give AdapterSource(..., config={'r': ..., 'lora_alpha': "
-                "...}), or the folder with its adapter_config.json"
-            )
-        config = PeftConfig.read(saved.fields, where=f"the configuration of {saved.where}")
-        return AdapterState(config, saved.tensors, saved.where)
+
+def _is_peft(saved: Saved) -> bool:
+    return any(parse(key) is not None for key in saved.tensors)
+
+
+def _peft(saved: Saved, _: nn.Module | None) -> AdapterState:
+    if saved.fields is None:
+        raise CheckpointError(
+            f"{saved.where} has no configuration, and without α (lora_alpha) the scale of its "
+            "factors is not known; give AdapterSource(..., config={'r': ..., 'lora_alpha': "
+            "...}), or the folder with its adapter_config.json"
+        )
+    config = PeftConfig.read(saved.fields, where=f"the configuration of {saved.where}")
+    return AdapterState(config, saved.tensors, saved.where)
 
 
 #: The first claimant reads a file.
-DIALECTS: tuple[Dialect, ...] = (Mlx(), Kohya(), Diffusers(), Loralib(), Peft())
+DIALECTS = (
+    Dialect("mlx", mlx.KEYS, mlx.claims, mlx.state),
+    Dialect("kohya", kohya.KEYS, kohya.claims, kohya.state, kohya.components),
+    Dialect("diffusers", diffusers.KEYS, diffusers.claims, diffusers.state, diffusers.components),
+    Dialect("loralib", loralib.KEYS, loralib.claims, loralib.state),
+    Dialect("peft", "<module>.lora_A.weight", _is_peft, _peft),
+)
 
 #: Last parts of keys -> the other method that has them.
 _METHODS: Mapping[str, str] = {

@@ -1,4 +1,4 @@
-"""The interface of dialects: recognise files, and translate them to PEFT's names.
+"""What dialects share on the way to PEFT's names.
 
 <module>.lora_A.weight (r, K), <module>.lora_B.weight (N, r), and s by module
 """
@@ -6,9 +6,8 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,30 +22,10 @@ DENOISERS = ("unet", "transformer", "diffusion_model")
 _VECTORS = {"m": "lora_magnitude_vector", "b": "lora_B.bias"}
 
 
-class Dialect(ABC):
-    """A way to save adapters: its `name` in `AdapterSource.dialect`, its `keys` in messages."""
-
-    name: ClassVar[str]
-    keys: ClassVar[str]
-
-    @abstractmethod
-    def claims(self, saved: Saved) -> bool:
-        """Whether the keys of `saved` are of this dialect."""
-
-    @abstractmethod
-    def state(self, saved: Saved, model: nn.Module | None) -> AdapterState:
-        """`saved` in PEFT's names, with views of its tensors; unknown keys are left for the reader
-        to refuse. Raises CheckpointError and UnsupportedAdapterError."""
-
-    def components(self, saved: Saved) -> tuple[str, ...]:
-        """The models of a pipeline with factors in `saved`; "" where the keys name none."""
-        return ("",)
-
-
 class Translation:
     """Factors on their way into PEFT's names."""
 
-    def __init__(self, saved: Saved, dialect: Dialect, model: nn.Module | None) -> None:
+    def __init__(self, saved: Saved, dialect: str, model: nn.Module | None) -> None:
         self.saved, self.dialect = saved, dialect
         self.tensors: dict[str, Tensor] = {}
         self.scales: dict[str, float] = {}
@@ -58,12 +37,6 @@ class Translation:
 
     def exists(self, path: str) -> bool:
         return self.module(path) is not None
-
-    def held(self, path: str) -> bool:
-        """Whether `path` exists without its first name: transformers 5's CLIP has no
-        `text_model`."""
-        rest = path.partition(".")[2]
-        return bool(rest) and self.exists(rest)
 
     def add(self, path: str, letter: str, tensor: Tensor) -> None:
         """Add "A" (r, K), "B" (N, r), DoRA's "m" (N,) or B's bias "b" (N,); duplicates are an
@@ -97,9 +70,9 @@ class Translation:
         return AdapterState(
             config,
             self.tensors,
-            f"{self.saved.where} ({self.dialect.name})",
+            f"{self.saved.where} ({self.dialect})",
             self.scales,
-            self.dialect.name,
+            self.dialect,
             self.left_out,
         )
 
@@ -120,38 +93,3 @@ def alpha_of(key: str, tensor: Tensor) -> float:
             f"{tensor.dtype}"
         )
     return value
-
-
-def component_of(
-    groups: Mapping[str, Collection[str]],
-    tests: Sequence[Callable[[str], bool]],
-    given: str | None,
-    where: str,
-) -> str | None:
-    """The file's component with names of the model; None without such names and with several
-    components.
-
-    `tests` for a name are tried strictest first, each only if no name passes the previous ones.
-    Raises CheckpointError where several fit, or `given` is not in the file.
-    """
-    if given is not None:
-        if given not in groups:
-            raise CheckpointError(
-                f"{where} has no factors for the component {given!r}; it has some for "
-                f"{', '.join(sorted(groups))}"
-            )
-        return given
-    if len(groups) == 1:
-        return next(iter(groups))
-    for has in tests:
-        fit = [component for component, names in groups.items() if any(map(has, names))]
-        whole = [component for component in fit if all(map(has, groups[component]))]
-        fit = whole if len(whole) == 1 else fit
-        if len(fit) > 1:
-            raise CheckpointError(
-                f"{where} has factors for {' and '.join(fit)}, which both fit this model; say "
-                f"which by AdapterSource(..., component={fit[0]!r})"
-            )
-        if fit:
-            return fit[0]
-    return None

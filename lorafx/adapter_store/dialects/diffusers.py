@@ -23,19 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.adapter_store.config_values import json_object
-from lorafx.adapter_store.dialects.dialect import (
-    DENOISERS,
-    Dialect,
-    Translation,
-    alpha_of,
-    component_of,
-)
+from lorafx.adapter_store.dialects.dialect import DENOISERS, Translation, alpha_of
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import factor_sizes, parse
 from lorafx.adapter_store.places import Places
 from lorafx.adapter_store.saved import AdapterState, Saved
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
 
+KEYS = "unet.<module>.lora_A.weight or .lora.down.weight"
 #: Names of models by pipelines and by files of first implementations.
 COMPONENTS = frozenset(
     {
@@ -51,34 +46,41 @@ _OLDER = re.compile(r"_lora\.(down|up)\.weight(\.alpha)?$|\.lora_linear_layer\.(
 _ALPHA = re.compile(r"(\.lora_[AB](\.weight)?|\.lora\.down(\.weight)?)?\.alpha$")
 
 
-class Diffusers(Dialect):
-    """unet.<module>.lora_A.weight, or .lora.down.weight, for each model of a pipeline."""
-
-    name = "diffusers"
-    keys = "unet.<module>.lora_A.weight or .lora.down.weight"
-
-    def claims(self, saved: Saved) -> bool:
-        if _METADATA in saved.metadata:
-            return True
-        if any(_PAIR.search(key) or _OLDER.search(key) for key in saved.tensors):
-            return True
-        named = all(key.partition(".")[0] in COMPONENTS for key in saved.tensors)
-        return saved.fields is None and named and any(map(parse, saved.tensors))
-
-    def state(self, saved: Saved, model: nn.Module | None) -> AdapterState:
-        ending = ".alpha"
-        alphas = {k: alpha_of(k, t) for k, t in saved.tensors.items() if k.endswith(ending)}
-        tensors = {key: t for key, t in saved.tensors.items() if key not in alphas}
-        state = _translated(saved, self, tensors, alphas, model)
-        if model is None or _lands(state, model):
-            return state
-        return converted_by_diffusers(saved, self, model) or state
-
-    def components(self, saved: Saved) -> tuple[str, ...]:
-        return tuple(_groups(saved.tensors))
+def claims(saved: Saved) -> bool:
+    if _METADATA in saved.metadata:
+        return True
+    if any(_PAIR.search(key) or _OLDER.search(key) for key in saved.tensors):
+        return True
+    named = all(key.partition(".")[0] in COMPONENTS for key in saved.tensors)
+    return saved.fields is None and named and any(map(parse, saved.tensors))
 
 
-def converted_by_diffusers(saved: Saved, dialect: Dialect, model: nn.Module) -> AdapterState | None:
+def components(saved: Saved) -> tuple[str, ...]:
+    return tuple(_groups(saved.tensors))
+
+
+def state(saved: Saved, model: nn.Module | None) -> AdapterState:
+    alphas = {k: alpha_of(k, t) for k, t in saved.tensors.items() if k.endswith(".alpha")}
+    tensors = {key: t for key, t in saved.tensors.items() if key not in alphas}
+    return translated(saved, "diffusers", tensors, alphas, model)
+
+
+def translated(
+    saved: Saved,
+    dialect: str,
+    tensors: Mapping[str, Tensor],
+    alphas: Mapping[str, float],
+    model: nn.Module | None,
+) -> AdapterState:
+    """Factors and α under diffusers' names as `AdapterState`, or what diffusers converts `saved`
+    to where their modules are not the model's. Raises as `converted_by_diffusers`."""
+    found = _translated(saved, dialect, tensors, alphas, model)
+    if model is None or _lands(found, model):
+        return found
+    return converted_by_diffusers(saved, dialect, model) or found
+
+
+def converted_by_diffusers(saved: Saved, dialect: str, model: nn.Module) -> AdapterState | None:
     """diffusers' conversion of first implementations' names, if any. Raises CheckpointError for
     ambiguous conversions, UnsupportedAdapterError for incomplete ones."""
     if len(saved.tensors) > _MOST_KEYS:
@@ -154,34 +156,27 @@ def _lands(state: AdapterState, model: nn.Module) -> bool:
 
 def _translated(
     saved: Saved,
-    dialect: Dialect,
+    dialect: str,
     tensors: Mapping[str, Tensor],
     alphas: Mapping[str, float],
     model: nn.Module | None,
 ) -> AdapterState:
     found = Translation(saved, dialect, model)
     groups, alpha_groups = _groups(tensors), _groups(alphas)
-    component = ""
-    if model is None or _as_they_stand(saved, found, groups, bool(alphas)):
-        chosen = {k: t for g in groups for k, t in _simple(groups[g], g, prefix=True).items()}
-        given = {k: a for g in alpha_groups for k, a in _simple(alpha_groups[g], g, True).items()}
-    else:
+    component = None
+    if model is not None and not _as_they_stand(saved, found, groups, bool(alphas)):
         paths = {
             g: [factor.module for key in _simple(held, g) if (factor := parse(key)) is not None]
             for g, held in groups.items()
         }
-        picked = component_of(paths, [found.exists, found.held], saved.component, saved.where)
-        if picked is None:
-            first = "; ".join(f"{g}: {held[0]}" for g, held in paths.items() if held)
-            raise CheckpointError(
-                f"{saved.where} has factors for {', '.join(paths)}, and none of their modules is "
-                f"in this model ({first}); it was made for another model"
-            )
-        component = picked
+        component = _component(saved, paths, found)
+    if component is None:
+        chosen = {k: t for g in groups for k, t in _simple(groups[g], g, prefix=True).items()}
+        given = {k: a for g in alpha_groups for k, a in _simple(alpha_groups[g], g, True).items()}
+    else:
         chosen = _simple(groups[component], component)
         given = _simple(alpha_groups.get(component, {}), component)
-        if len(groups) > 1:
-            found.left_out = tuple(sorted(groups.keys() - {component}))
+        found.left_out = tuple(sorted(groups.keys() - {component}))
     for key, tensor in chosen.items():
         factor = parse(key)
         if factor is None:
@@ -189,7 +184,7 @@ def _translated(
         else:
             vector = factor.letter == "m"
             found.add(factor.module, factor.letter, tensor.flatten() if vector else tensor)
-    config = _config(saved, component)
+    config = _config(saved, component or "")
     given = {_ALPHA.sub("", key): alpha for key, alpha in given.items()}
     for path, (_, _, rank) in factor_sizes(chosen).items():
         if rank and path in given:
@@ -222,6 +217,35 @@ def _as_they_stand(
             "Give AdapterSource(..., config={'r': ..., 'lora_alpha': ...})"
         )
     return True
+
+
+def _component(saved: Saved, paths: Mapping[str, list[str]], found: Translation) -> str | None:
+    """The component whose paths are the model's: `saved.component`, the only one, or the one that
+    has such paths, if need be without their first name (transformers 5's CLIP has no `text_model`).
+    Raises CheckpointError where several fit, or the given one is not in the file."""
+    given = saved.component
+    if given is not None and given not in paths:
+        raise CheckpointError(
+            f"{saved.where} has no factors for the component {given!r}; it has some for "
+            f"{', '.join(sorted(paths))}"
+        )
+    if given is not None or len(paths) == 1:
+        return given or next(iter(paths))
+    for depth in (0, 1):
+        held = {
+            g: [found.exists(p.split(".", depth)[-1]) for p in all_] for g, all_ in paths.items()
+        }
+        fit = [g for g, known in held.items() if any(known)]
+        whole = [g for g in fit if all(held[g])]
+        fit = whole if len(whole) == 1 else fit
+        if len(fit) > 1:
+            raise CheckpointError(
+                f"{saved.where} has factors for {' and '.join(fit)}, which both fit this model; "
+                f"say which by AdapterSource(..., component={fit[0]!r})"
+            )
+        if fit:
+            return fit[0]
+    return None
 
 
 def _groups(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -16,44 +16,40 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.adapter_store.config_values import number, short
-from lorafx.adapter_store.dialects.dialect import Dialect, Translation, raw
+from lorafx.adapter_store.dialects.dialect import Translation, raw
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.saved import AdapterState, Saved
 from lorafx.errors import CheckpointError
 
+KEYS = "<module>.lora_A"
 _FACTOR = re.compile(r"(?:(?P<module>.+)\.)?lora_(?P<letter>[AB])")
 
 
-class Loralib(Dialect):
-    """<module>.lora_A and .lora_B, parameters of the module; α comes from the configuration."""
+def claims(saved: Saved) -> bool:
+    return any(_FACTOR.fullmatch(key) for key in saved.tensors)
 
-    name = "loralib"
-    keys = "<module>.lora_A"
 
-    def claims(self, saved: Saved) -> bool:
-        return any(_FACTOR.fullmatch(key) for key in saved.tensors)
-
-    def state(self, saved: Saved, model: nn.Module | None) -> AdapterState:
-        fields = raw(saved.fields)
-        alpha = _alpha(saved)
-        found, pairs = Translation(saved, self, model), dict[str, dict[str, Tensor]]()
-        for key, tensor in saved.tensors.items():
-            match = _FACTOR.fullmatch(key)
-            if match is None:
-                found.keep(key)
-            else:
-                pairs.setdefault(match["module"] or "", {})[match["letter"]] = tensor
-        for path, pair in pairs.items():
-            a, b = pair.get("A"), pair.get("B")
-            rank = b.shape[1] if b is not None and b.dim() == 2 else 0  # r of one slice
-            rows = a.shape[0] if a is not None and a.dim() == 2 else 0
-            if rows > rank > 0 and rows % rank == 0:
-                pair = _ungrouped(found, path, pair, rows // rank, fields)
-            for letter, tensor in pair.items():
-                found.add(path, letter, tensor)
-            if rank:
-                found.scales[path] = alpha / rank
-        return found.state(PeftConfig())
+def state(saved: Saved, model: nn.Module | None) -> AdapterState:
+    fields = raw(saved.fields)
+    alpha = _alpha(saved)
+    found, pairs = Translation(saved, "loralib", model), dict[str, dict[str, Tensor]]()
+    for key, tensor in saved.tensors.items():
+        match = _FACTOR.fullmatch(key)
+        if match is None:
+            found.keep(key)
+        else:
+            pairs.setdefault(match["module"] or "", {})[match["letter"]] = tensor
+    for path, pair in pairs.items():
+        a, b = pair.get("A"), pair.get("B")
+        rank = b.shape[1] if b is not None and b.dim() == 2 else 0  # r of one slice
+        rows = a.shape[0] if a is not None and a.dim() == 2 else 0
+        if rows > rank > 0 and rows % rank == 0:
+            pair = _ungrouped(found, path, pair, rows // rank, fields)
+        for letter, tensor in pair.items():
+            found.add(path, letter, tensor)
+        if rank:
+            found.scales[path] = alpha / rank
+    return found.state(PeftConfig())
 
 
 def _alpha(saved: Saved) -> float:

@@ -17,60 +17,56 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorafx.adapter_store.config_values import number, short
-from lorafx.adapter_store.dialects.dialect import Dialect, Translation, raw
+from lorafx.adapter_store.dialects.dialect import Translation, raw
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.saved import AdapterState, Saved
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
 
+KEYS = "<module>.lora_a"
 _FACTOR = re.compile(r"(?:(?P<module>.+)\.)?(?P<factor>lora_[ab]|m)")
 _SWITCH = "switch_mlp"
 
 
-class Mlx(Dialect):
-    """<module>.lora_a (K, r) and .lora_b (r, N), with a scale in `lora_parameters`."""
+def configures(fields: Mapping[str, Any]) -> bool:
+    return "peft_type" not in fields and "lora_parameters" in fields
 
-    name = "mlx"
-    keys = "<module>.lora_a"
 
-    @staticmethod
-    def configures(fields: Mapping[str, Any]) -> bool:
-        return "peft_type" not in fields and "lora_parameters" in fields
+def claims(saved: Saved) -> bool:
+    return any(key.endswith((".lora_a", ".lora_b")) for key in saved.tensors)
 
-    def claims(self, saved: Saved) -> bool:
-        return any(key.endswith((".lora_a", ".lora_b")) for key in saved.tensors)
 
-    def state(self, saved: Saved, model: nn.Module | None) -> AdapterState:
-        fields = raw(saved.fields)
-        scale = _scale(fields, saved.where)
-        kind = fields.get("fine_tune_type", "lora")
-        if kind not in ("lora", "dora"):
-            raise UnsupportedAdapterError(
-                f"{saved.where} has fine_tune_type = {short(kind)}, which trains whole weights; "
-                "fuse it into the base model (mlx_lm.fuse) and load that"
+def state(saved: Saved, model: nn.Module | None) -> AdapterState:
+    fields = raw(saved.fields)
+    scale = _scale(fields, saved.where)
+    kind = fields.get("fine_tune_type", "lora")
+    if kind not in ("lora", "dora"):
+        raise UnsupportedAdapterError(
+            f"{saved.where} has fine_tune_type = {short(kind)}, which trains whole weights; "
+            "fuse it into the base model (mlx_lm.fuse) and load that"
+        )
+    found = Translation(saved, "mlx", model)
+    paths: dict[str, None] = {}
+    for key, tensor in saved.tensors.items():
+        match = _FACTOR.fullmatch(key)
+        if match is None or (match["factor"] == "m" and kind != "dora"):
+            found.keep(key)
+            continue
+        path, letter = match["module"] or "", match["factor"].removeprefix("lora_")
+        parts = path.split(".")
+        if _SWITCH in parts:
+            paths.update(dict.fromkeys(_experts(found, parts, letter, tensor, key)))
+            continue
+        if letter != "m" and tensor.dim() != 2:
+            raise CheckpointError(
+                f"{saved.where}: {key} has shape {tuple(tensor.shape)}, not (K, r) or (r, N)"
             )
-        found = Translation(saved, self, model)
-        paths: dict[str, None] = {}
-        for key, tensor in saved.tensors.items():
-            match = _FACTOR.fullmatch(key)
-            if match is None or (match["factor"] == "m" and kind != "dora"):
-                found.keep(key)
-                continue
-            path, letter = match["module"] or "", match["factor"].removeprefix("lora_")
-            parts = path.split(".")
-            if _SWITCH in parts:
-                paths.update(dict.fromkeys(_experts(found, parts, letter, tensor, key)))
-                continue
-            if letter != "m" and tensor.dim() != 2:
-                raise CheckpointError(
-                    f"{saved.where}: {key} has shape {tuple(tensor.shape)}, not (K, r) or (r, N)"
-                )
-            if letter == "m":
-                found.add(path, letter, tensor)
-            else:
-                found.add(path, letter.upper(), tensor.mT)
-            paths[path] = None
-        found.scales.update(dict.fromkeys(paths, scale))
-        return found.state(PeftConfig(use_dora=kind == "dora"))
+        if letter == "m":
+            found.add(path, letter, tensor)
+        else:
+            found.add(path, letter.upper(), tensor.mT)
+        paths[path] = None
+    found.scales.update(dict.fromkeys(paths, scale))
+    return found.state(PeftConfig(use_dora=kind == "dora"))
 
 
 def _experts(
