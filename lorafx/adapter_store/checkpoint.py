@@ -22,10 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.adapter_store.dialects.all_dialects import dialect_of
-from lorafx.adapter_store.opening import opened
 from lorafx.adapter_store.peft_keys import factor_sizes, parse, without_prefix
 from lorafx.adapter_store.places import Places
-from lorafx.adapter_store.saved import AdapterSource, AdapterState
+from lorafx.adapter_store.saved import AdapterSource, AdapterState, opened
 from lorafx.errors import CheckpointError, ConfigError, LorafxWarning
 from lorafx.model.module_graph import join
 from lorafx.model.saved_names import without_compiled

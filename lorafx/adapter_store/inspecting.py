@@ -11,10 +11,9 @@ from torch import Tensor
 from lorafx.adapter_store.checkpoint import load_state
 from lorafx.adapter_store.config_values import raw_fields
 from lorafx.adapter_store.dialects import mlx
-from lorafx.adapter_store.opening import opened
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import FactorSizes, factor_sizes, parse, without_prefix
-from lorafx.adapter_store.saved import AdapterSource, AdapterState
+from lorafx.adapter_store.saved import AdapterSource, AdapterState, opened
 from lorafx.errors import UnsupportedAdapterError
 
 

@@ -58,7 +58,7 @@ def adapters_in(folders: Sequence[str]) -> dict[str, str]:
     """Adapters by name: each of `folders` is one, a file of one, a name on the hub, or a folder of
     adapter folders. Raises ConfigError where two are called the same, or a folder holds none."""
     from lorafx.adapter_store.config_values import CONFIG_FILE
-    from lorafx.adapter_store.opening import WEIGHTS
+    from lorafx.adapter_store.saved import WEIGHTS
 
     def is_adapter(folder: Path) -> bool:
         return any((folder / name).is_file() for name in (CONFIG_FILE, *WEIGHTS))

@@ -18,8 +18,7 @@ from torch import nn
 
 from lorafx.adapter_store.dialects.all_dialects import dialect_of
 from lorafx.adapter_store.dialects.dialect import DENOISERS
-from lorafx.adapter_store.opening import opened
-from lorafx.adapter_store.saved import AdapterSource
+from lorafx.adapter_store.saved import AdapterSource, opened
 from lorafx.errors import CaptureError, CheckpointError, ConfigError, LorafxWarning, nearest
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from lorafx.adapter_store.hub import check_model
 from lorafx.adapter_store.inspecting import config_of
-from lorafx.adapter_store.opening import PICKLED, SAFETENSORS, WEIGHTS
+from lorafx.adapter_store.saved import PICKLED, SAFETENSORS, WEIGHTS
 from lorafx.config import LoraConfig, Options
 from lorafx.errors import CapacityError, CheckpointError, ConfigError, LorafxWarning
 

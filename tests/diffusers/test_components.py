@@ -13,7 +13,7 @@ from dense_merge import REFERENCE
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.adapter_store import opening
+from lorafx.adapter_store import saved
 from lorafx.adapter_store.peft_reader import read_adapter
 from lorafx.adapter_store.saved import Origin
 from lorafx.config import LoraConfig
@@ -75,7 +75,7 @@ def test_files_are_read_once_for_all_models(
         read.append(Path(file).name)
         return safetensors.torch.load_file(file, **given)
 
-    monkeypatch.setattr(opening, "load_file", load_file)
+    monkeypatch.setattr(saved, "load_file", load_file)
     files = {name: tmp_path / f"{name}.safetensors" for name in ("a", "b")}
     for file in files.values():
         safetensors.torch.save_file(FILES["kohya, by the first implementation's names"], file)
@@ -95,7 +95,7 @@ def test_a_part_is_read_again_from_where_it_was(flux: Any, tmp_path: Path) -> No
     part = parts_of(file, flux, loadable(flux, None))["text_encoder"]
     origin = Origin.of(part)
     assert origin is not None
-    again = opening.opened(origin.source)
+    again = saved.opened(origin.source)
     assert again.component == "text_encoder"
     assert type(origin.source) is lorafx.AdapterSource  # which keeps no tensors
     with file.open("ab") as more:
