@@ -6,8 +6,8 @@ An adapter of a text model may be meant for a model that contains the text model
 
     model.layers.0.self_attn.q_proj   →   model.language_model.layers.0.self_attn.q_proj
 
-Without a `key_mapping`, lost paths are looked up below another common beginning, with weights of
-their sizes; several candidates are an error.
+Without a `key_mapping`, lost paths are looked up below another beginning, the same for all, with
+weights of their sizes; several candidates are an error.
 """
 
 from __future__ import annotations
@@ -118,13 +118,14 @@ def _mapped(state: AdapterState, mapping: Mapping[str, str]) -> AdapterState:
 
 def _moved(state: AdapterState, model: nn.Module) -> AdapterState:
     places = Places((), model)
-    known_heads: dict[str, bool] = {}
+    heads: dict[str, bool] = {}
 
     def is_lost(path: str) -> bool:
+        """Whether the model lacks the whole list of layers, not just one of them."""
         head = _head(path)
-        if head not in known_heads:
-            known_heads[head] = places.meaning(path) is None and _is_elsewhere(places, path)
-        return known_heads[head]
+        if head not in heads:
+            heads[head] = places.meaning(path) is None and places.meaning(head) is None
+        return heads[head]
 
     lost: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.tensors.items():
@@ -149,78 +150,47 @@ def _moved(state: AdapterState, model: nn.Module) -> AdapterState:
 
 def _head(path: str) -> str:
     """`path` before its first number (its list of layers); without a number, `path`."""
-    names = path.split(".")
-    at = next((i for i, name in enumerate(names) if name.isdigit()), len(names))
-    return ".".join(names[:at])
-
-
-def _layer(path: str) -> str:
-    head = _head(path)
-    return join(head, path.removeprefix(head).removeprefix(".").partition(".")[0])
-
-
-def _is_elsewhere(places: Places, path: str) -> bool:
-    """Whether the model lacks the whole list of layers that `path` names."""
-    module: nn.Module | None = places.model
-    for name in places.current(path).split("."):
-        module = module._modules.get(name) if module is not None else None
-        if module is None or name.isdigit():
-            return not name.isdigit()
-    return False
+    return re.split(r"(?:^|[.])\d+(?:[.]|$)", path, maxsplit=1)[0]
 
 
 def _new_beginning(
     lost: Mapping[str, Mapping[str, Tensor]], model: nn.Module, where: str
 ) -> tuple[str, str] | None:
+    """The common beginning of the lost paths, and what has modules of their sizes in its place."""
     known = {without_compiled(path): module for path, module in model.named_modules()}
-    paths = [path.split(".") for path in lost]
-    for cut in range(min(map(len, paths)) - 1):
-        old = ".".join(paths[0][:cut])
-        if any(path[:cut] != paths[0][:cut] for path in paths):
+    first = next(iter(lost)).split(".")
+    for cut in range(len(first) - 1):
+        old, end = ".".join(first[:cut]), ".".join(first[cut:])
+        common = all(not old or path.startswith(f"{old}.") for path in lost)
+        if not common or _head(end) in ("", end):  # the end has to name a list of layers
             break
-        ends = {".".join(path[cut:]): lost[".".join(path)] for path in paths}
-        layer = _layer(next(iter(ends)))
-        if not re.fullmatch(r"\D.*\.\d+", layer):
-            break
-        starts = [p[: len(p) - len(layer)] for p in known if f".{p}".endswith(f".{layer}")]
-        fitting: list[str] = []
-        for whole in (True, False):
-            fitting = fitting or [s for s in starts if _fits(s, ends, known, whole)]
+        starts = [path.removesuffix(end) for path in known if f".{path}".endswith(f".{end}")]
+        ends = {path.removeprefix(old).removeprefix("."): factors for path, factors in lost.items()}
+        fitting = [
+            start.removesuffix(".")
+            for start in starts
+            if all(_fits(known.get(start + end), factors) for end, factors in ends.items())
+        ]
         if len(fitting) > 1:
-            names = [start.removesuffix(".") for start in fitting]
             raise CheckpointError(
                 f"{where}: {old or 'the root'} of the model that it was made for may be "
-                f"{' or '.join(names)} here; say which by AdapterSource(..., key_mapping="
-                f"{{'^{old}': '{names[0]}'}})"
+                f"{' or '.join(fitting)} here; say which by AdapterSource(..., key_mapping="
+                f"{{'^{old}': '{fitting[0]}'}})"
             )
         if fitting:
-            return old, fitting[0].removesuffix(".")
+            return old, fitting[0]
     return None
 
 
-def _fits(
-    start: str,
-    ends: Mapping[str, Mapping[str, Tensor]],
-    known: Mapping[str, nn.Module],
-    whole: bool,
-) -> bool:
-    """Whether all paths, or unless `whole` some and the others' layers, fit below `start`."""
-    present = 0
-    for end, factors in ends.items():
-        module = known.get(start + end)
-        if module is None:
-            if whole or _layer(start + end) not in known:
-                return False
-            continue
-        present += 1
-        weight = getattr(module, "weight", None)
-        matrices = {letter: f for letter, f in factors.items() if f.dim() == 2}
-        sizes = [f.shape[-1 if letter == "A" else 0] for letter, f in matrices.items()]
-        if isinstance(weight, Tensor) and not (
-            weight.dim() == 2 and all(size in weight.shape for size in sizes)
-        ):
-            return False
-    return present > 0
+def _fits(module: nn.Module | None, factors: Mapping[str, Tensor]) -> bool:
+    if module is None:
+        return False
+    weight = getattr(module, "weight", None)
+    matrices = {letter: f for letter, f in factors.items() if f.dim() == 2}
+    sizes = [f.shape[-1 if letter == "A" else 0] for letter, f in matrices.items()]
+    return not isinstance(weight, Tensor) or (
+        weight.dim() == 2 and all(size in weight.shape for size in sizes)
+    )
 
 
 def _renamed(state: AdapterState, rename: Callable[[str], str]) -> AdapterState:
