@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
@@ -98,11 +98,16 @@ def read_adapter(
     findings = Findings(state, Places(sites, model), max_rank)
     reading = Reading(findings)
     weights = reading.run()
-    left_out = _coverage(reading, lora_config)
-    if strict and left_out.missing:
+    missing = () if reading.unknown else tuple(dict.fromkeys(_Search(reading, lora_config).run()))
+    total = len(missing) + len(reading.landings) + len(reading.experts.paths)
+    left_out = (
+        f"its configuration targets {total} modules here, but its file has no factors for "
+        f"{len(missing)} of them ({100 * len(missing) / (total or 1):.0f} %): {some(missing, 8)}"
+    )
+    if strict and missing:
         findings.problems.append(f"{left_out}; strict=True makes this an error")
     findings.raise_problems(name)
-    if left_out.missing and warn:
+    if missing and warn:
         warnings.warn(
             f"adapter {name!r} in {state.where}: {left_out}. These modules keep the base "
             "weights, which is right if the adapter was trained on only a part of the "
@@ -140,45 +145,22 @@ def _rank_of(place: ExpertPlace, config: PeftConfig, rows: int, dims: int) -> in
     return max(rows // place.experts.count, 1) if stacked else rows
 
 
-@dataclass(frozen=True)
-class _Coverage:
-    """Targeted paths without factors, and the number of places with factors."""
-
-    missing: tuple[str, ...]
-    placed: int
-
-    def __str__(self) -> str:
-        total = len(self.missing) + self.placed
-        return (
-            f"its configuration targets {total} modules here, but its file has no factors "
-            f"for {len(self.missing)} of them ({100 * len(self.missing) / total:.0f} %): "
-            f"{some(self.missing, 8)}"
-        )
-
-
-def _coverage(reading: Reading, selection: LoraConfig | None) -> _Coverage:
-    if reading.unknown:
-        return _Coverage((), 0)  # the factors of a renamed module are not missing as well
-    return _Search(reading, selection).run()
-
-
 class _Search:
+    """Targeted paths without factors. The factors of a renamed module are not missing as well."""
+
     def __init__(self, reading: Reading, selection: LoraConfig | None) -> None:
         self.reading, self.places, self.config = reading, reading.places, reading.config
-        target_modules = None if selection is None else selection.target_modules
+        selection = selection or LoraConfig()
         #: Whether the adapters were the selection, so that no module was left out of it.
-        self.whole = isinstance(target_modules, targets.AdapterNames)
-        self.packed_modules = None if selection is None else selection.packed_modules
-        exclude = None if selection is None else selection.exclude_modules
-        self.exclude = targets.checked(exclude, "exclude_modules")
+        self.whole = isinstance(selection.target_modules, targets.AdapterNames)
+        self.packed_modules = selection.packed_modules
+        self.exclude = targets.checked(selection.exclude_modules, "exclude_modules")
 
-    def run(self) -> _Coverage:
+    def run(self) -> Iterator[str]:
         modules = dict(self._modules())
-        missing = dict.fromkeys(modules)
-        missing.update(dict.fromkeys(self._packed({id(module) for module in modules.values()})))
-        missing.update(dict.fromkeys(self._experts()))
-        placed = len(self.reading.landings) + len(self.reading.experts.paths)
-        return _Coverage(tuple(missing), placed)
+        yield from modules
+        yield from self._packed({id(module) for module in modules.values()})
+        yield from self._experts()
 
     def _counts(self, path: str, module: nn.Module | None) -> bool:
         """Whether a module that is no site, or a module of a packed name, counts."""
@@ -239,8 +221,8 @@ class _Search:
         yield from ((path, module) for path, module in names if lookup(module) is not None)
 
     def _experts(self) -> Iterator[str]:
-        config, found = self.config, self.reading.experts
-        if not config.target_parameters and not found.singly:
+        found = self.reading.experts
+        if not self.config.target_parameters and not found.singly:
             return
         for path, module in self.places.named_modules():
             experts = self.places.experts_of(module, path)
@@ -250,22 +232,16 @@ class _Search:
                 whole, touched = weight.path(path), found.touched(experts, weight)
                 if not (weight.name in experts.sites or self._counts(whole, module)):
                     continue
-                if not config.targets_parameter(whole):
-                    yield from _single(config, weight, path, touched)
+                if not self.config.targets_parameter(whole):
+                    yield from self._single(weight, path, set(touched))
                 elif not touched:
                     yield whole
 
-
-def _single(
-    config: PeftConfig, weight: ExpertWeight, path: str, touched: Collection[Columns]
-) -> Iterator[str]:
-    """Single experts' projections that PEFT gave factors before experts were fused."""
-    known = set(touched)
-    for name in PROJECTIONS:
-        half = covers(weight, name)
-        for expert in range(weight.experts if half is not None else 0):
-            assert half is not None
+    def _single(self, weight: ExpertWeight, path: str, known: set[Columns]) -> Iterator[str]:
+        """Single experts' projections that PEFT gave factors before experts were fused."""
+        halves = [(name, half) for name in PROJECTIONS if (half := covers(weight, name))]
+        for (name, half), expert in product(halves, range(weight.experts)):
             alike = {(h, e) for h in overlapping(half) for e in (None, expert)}
-            if known.isdisjoint(alike) and config.matches(f"{path}.{expert}.{name}"):
+            if known.isdisjoint(alike) and self.config.matches(f"{path}.{expert}.{name}"):
                 known.add((half, expert))
                 yield f"{path}.{expert}.{name}"
