@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import Size, Tensor
 
 from lorafx.model.bank import OwnWeight
+from lorafx.model.extras import When
 
 
 class LoraWeights(NamedTuple):
@@ -57,13 +58,11 @@ class Adapter:
     keys: Mapping[str, Size] = field(default_factory=dict)
 
     @property
-    def magnitudes(self) -> tuple[str, ...]:
-        """The parts whose outputs the adapter rescales (DoRA)."""
-        return tuple(p for p, weights in self.weights.items() if weights.magnitude is not None)
-
-    @property
-    def biased(self) -> tuple[str, ...]:
-        """The parts to whose outputs the adapter adds a bias."""
-        return tuple(
-            p for p, w in self.weights.items() if w.bias is not None or w.own_bias is not None
-        )
+    def extras(self) -> dict[When, tuple[str, ...]]:
+        """The parts and sites with `EXTRAS`, by their names."""
+        parts = self.weights.items()
+        return {
+            "dora": tuple(path for path, w in parts if w.magnitude is not None),
+            "own": tuple(self.own),
+            "bias": tuple(p for p, w in parts if w.bias is not None or w.own_bias is not None),
+        }

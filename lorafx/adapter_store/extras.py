@@ -14,9 +14,8 @@ their saved values are the model's.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +36,9 @@ from lorafx.errors import Setting
 from lorafx.model.bank import OwnWeight
 from lorafx.model.candidates import by_raw_weight
 from lorafx.model.extras import (
+    EXTRAS,
     OWN_KINDS,
+    Extra,
     bias_of,
     bias_refusal,
     is_input_embedding,
@@ -45,7 +46,6 @@ from lorafx.model.extras import (
     tied_paths,
 )
 from lorafx.model.module_graph import ModuleGraph
-from lorafx.model.quantized import readable
 from lorafx.model.sites import Site
 from lorafx.registry import lookup
 
@@ -53,47 +53,14 @@ _NAMED = 8
 _TOKENS = re.compile(r"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?$")
 
 
-def dora_refusal(site: Site) -> str | None:
-    """Why DoRA adapters cannot have factors at `site`, if they cannot."""
-    entry = site.eligible
-    if site.expert_weight is not None:
-        return "the weight of each routed expert would have its own norms, which is not supported"
-    if entry.handler is not None:
-        return (
-            "a registered handler says where the delta goes, but not what DoRA's scale applies to"
-        )
-    shared = entry.sharding is not None and entry.sharding.product(site.module) is not site.module
-    if shared and getattr(site.module, "bias", None) is not None:
-        return "several ranks share it, and its bias is added inside the rank's own product"
-    if not readable(site.module, entry):
-        return (
-            "DoRA needs the norm of its base weight, which is in a format that lorafx "
-            "cannot read; see lorafx.register(dequantize=...)"
-        )
-    return None
-
-
-class VectorKind(NamedTuple):
-    """A vector over outputs: the field that enables it, its key's end, and refusals of sites."""
-
-    flag: str
-    key: str
-    refused: str
-    refusal: Callable[[Site], str | None]
-
-
-MAGNITUDE = VectorKind("use_dora", "lora_magnitude_vector", "cannot carry DoRA", dora_refusal)
-BIAS = VectorKind("lora_bias", "lora_B.bias", "cannot have a bias of an adapter's", bias_refusal)
-
-
 def check_vector(
-    kind: VectorKind, key: str, vector: Tensor, label: str, sites: Iterable[Site], count: int
+    extra: Extra, key: str, vector: Tensor, label: str, sites: Iterable[Site], count: int
 ) -> None:
     """Raise `Problem` unless these sites may have `vector` (count,)."""
     for site in sites:
-        reason = kind.refusal(site)
+        reason = extra.refusal(site)
         if reason is not None:
-            raise Unsupported(f"{key}: {label} {kind.refused}: {reason}")
+            raise Unsupported(f"{key}: {label} cannot have {extra.what}: {reason}")
     check_sound(key, vector)
     if tuple(vector.shape) != (count,):
         raise Problem(f"{key} has shape {tuple(vector.shape)}, {label} needs ({count},)")
@@ -377,7 +344,7 @@ class BiasReading:
                 "carries no LoRA here; only linears and convolutions that are named by "
                 "target_modules have another bias for each row"
             )
-        check_vector(BIAS, key, bias, label, [site], site.out_features)
+        check_vector(EXTRAS["bias"], key, bias, label, [site], site.out_features)
         self.found[site.path] = site, bias
 
     def added(self, weights: dict[str, LoraWeights]) -> dict[str, LoraWeights]:

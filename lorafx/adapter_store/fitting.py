@@ -24,7 +24,7 @@ from lorafx.adapter_store.windows import width_of
 from lorafx.errors import CapacityError, CheckpointError, Setting
 from lorafx.model.bank import Bank, Factors, OwnWeight
 from lorafx.model.convolutions import norm_factors
-from lorafx.model.extras import bias_of
+from lorafx.model.extras import EXTRAS, bias_of
 from lorafx.model.quantized import dequantize
 from lorafx.model.sites import Group, Site
 
@@ -100,9 +100,7 @@ def fitted(
         adapter.source,
         sites([*adapter.weights, *adapter.own]),
         HostCopy(factors, size, owned),
-        rescaled=sites(adapter.magnitudes),
-        owned=sites(adapter.own),
-        shifted=sites(adapter.biased),
+        extras={name: sites(paths) for name, paths in adapter.extras.items()},
         spans=adapter.spans,
         notes=adapter.notes,
         invocation=adapter.invocation,
@@ -113,16 +111,14 @@ def fitted(
 
 
 def _check_room(adapter: Adapter, places: Mapping[str, BankPlace], groups: Sequence[Group]) -> None:
-    biases = "was trained with biases (lora_bias, bias)"
-    for paths, table, flag, what in (
-        (adapter.magnitudes, "gains", "use_dora", "is a DoRA adapter"),
-        (adapter.biased, "shifts", "lora_bias", biases),
-    ):
+    for name, paths in adapter.extras.items():
+        extra = EXTRAS[name]
         banks = [groups[places[path].group].bank for path in paths]
-        if banks and all(getattr(bank, table) is None for bank in banks):
-            setting = Setting.asked(flag, True, given=True)
+        if banks and all(getattr(bank, extra.room) is None for bank in banks):
+            setting = Setting.asked(extra.setting.partition("=")[0], True, given=True)
             raise CapacityError(
-                f"adapter {adapter.name!r} {what}, for which the banks have no room; {setting}",
+                f"adapter {adapter.name!r} has {extra.what} ({extra.training}), for which the "
+                f"banks have no room; {setting}",
                 settings=(setting,),
             )
 

@@ -70,15 +70,15 @@ def _sizes(factors: Mapping[int, Sequence[Factors]]) -> dict[int, int]:
 
 
 def _refuse(name: Mixture, adapter: StoredAdapter) -> None:
-    shifted, owned = ", ".join(adapter.shifted), ", ".join(adapter.owned)
+    dora, biases = (adapter.extras.get(name) for name in ("dora", "bias"))
     reasons = {
         "is an aLoRA adapter, which serves only the tokens from its invocation on": (
             adapter.invocation
         ),
-        "is a DoRA adapter, whose magnitudes are not linear in a weight": adapter.rescaled,
-        f"was trained with biases (lora_bias or bias; {shifted})": shifted,
-        f"has weights of its own ({owned}; modules_to_save or trainable tokens), which take the "
-        "place of the base's": owned,
+        "is a DoRA adapter, whose magnitudes are not linear in a weight": dora,
+        "was trained with biases (lora_bias or bias)": biases,
+        "has weights of its own (modules_to_save or trainable tokens), which take the place of the "
+        "base's": adapter.owned,
     }
     for reason, applies in reasons.items():
         if applies:

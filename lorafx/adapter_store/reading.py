@@ -11,21 +11,14 @@ the configured rank, which s = α/r comes from. Only the rows of B tell the slic
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from lorafx.adapter_store.adapter import LoraWeights
 from lorafx.adapter_store.expert_reading import ExpertReading
-from lorafx.adapter_store.extras import (
-    BIAS,
-    MAGNITUDE,
-    BiasReading,
-    OwnReading,
-    VectorKind,
-    check_vector,
-)
+from lorafx.adapter_store.extras import BiasReading, OwnReading, check_vector
 from lorafx.adapter_store.findings import (
     Findings,
     Problem,
@@ -39,6 +32,7 @@ from lorafx.adapter_store.findings import (
 from lorafx.adapter_store.peft_keys import TRAINING_KEYS, FactorKey, parse, without_prefix
 from lorafx.adapter_store.places import TARGETS, ExpertPlace, SiteLanding, SitePart, saved_sizes
 from lorafx.model.convolutions import convolution_of, matrices
+from lorafx.model.extras import EXTRAS, When
 from lorafx.model.packed_names import renamed, spans
 from lorafx.model.refusals import unsupported
 from lorafx.model.sites import Site
@@ -47,6 +41,11 @@ from lorafx.registry import is_empty, lookup
 #: With `save_embedding_layers`, which a grown vocabulary enables, `save_pretrained` writes
 #: embeddings and heads with everything in their wrappers.
 _WRAPPED = re.compile(r"\.(modules_to_save|original_module)\.")
+#: Vectors over outputs: the field that enables them, and their keys' end.
+_VECTORS: Mapping[When, tuple[str, str]] = {
+    "dora": ("use_dora", "lora_magnitude_vector"),
+    "bias": ("lora_bias", "lora_B.bias"),
+}
 _KINDS = {"embedding": "an embedding", "conv": "a convolution"}
 
 
@@ -187,8 +186,8 @@ class Reading:
         if s is None:
             return
         self._settle(landing)
-        m = self._vector(MAGNITUDE, label, keys.get("m"), places, n)
-        bias = self._vector(BIAS, label, keys.get("b"), places, n)
+        m = self._vector("dora", label, keys.get("m"), places, n)
+        bias = self._vector("bias", label, keys.get("b"), places, n)
         start = 0
         for (site, index), (_, size) in zip(places, sizes, strict=True):
             rows_of_part = slice(start, start + size)
@@ -229,24 +228,26 @@ class Reading:
 
     def _vector(
         self,
-        kind: VectorKind,
+        name: When,
         label: str,
         factor: FactorKey | None,
         places: tuple[SitePart, ...],
         count: int,
     ) -> Tensor | None:
         """DoRA's m, or lora_B's bias, of a landing (count,)."""
-        wanted, layer = getattr(self.config, kind.flag), places[0][0].eligible.kind
+        flag, ending = _VECTORS[name]
+        wanted, layer = getattr(self.config, flag), places[0][0].eligible.kind
         if factor is None:
-            if wanted and not (kind is BIAS and layer == "embedding"):
-                raise Problem(f"{kind.flag} is set, but {label} has no {kind.key}")
+            if wanted and not (name == "bias" and layer == "embedding"):
+                raise Problem(f"{flag} is set, but {label} has no {ending}")
             return None
         if not wanted:
-            raise Unsupported(f"{factor.key} is there, but {kind.flag} is not set")
+            raise Unsupported(f"{factor.key} is there, but {flag} is not set")
         vector = self.state.tensors[factor.key]
         if layer == "conv" and vector.dim() > 1:
             vector = vector.flatten()  # (1, N, 1, ...)
-        check_vector(kind, factor.key, vector, label, [site for site, _ in places], count)
+        sites = [site for site, _ in places]
+        check_vector(EXTRAS[name], factor.key, vector, label, sites, count)
         return vector
 
     def _undivided(self, landing: SiteLanding) -> str:

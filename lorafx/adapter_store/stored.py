@@ -24,6 +24,7 @@ from lorafx.adapter_store.saved import AdapterSource, Origin
 from lorafx.errors import LorafxError
 from lorafx.interrupts import free_after_fork, undisturbed
 from lorafx.model.bank import Factors, OwnWeight
+from lorafx.model.extras import When
 
 next_version = itertools.count(1).__next__
 
@@ -52,7 +53,7 @@ class StoredAdapter:
     """A loaded adapter. Only its host copy comes and goes.
 
     Attributes:
-        rescaled, owned, shifted: sites with DoRA, with replaced rows, and with an added bias.
+        extras: sites with `EXTRAS`, by their names.
         origin: where it can be read again; None where base weights decide its meaning.
         keys: as in `Adapter`, if it cannot be read again.
         version: unique in this process, from 1 on.
@@ -65,9 +66,7 @@ class StoredAdapter:
     source: str
     sites: tuple[str, ...]
     host: HostCopy | None
-    rescaled: tuple[str, ...] = ()
-    owned: tuple[str, ...] = ()
-    shifted: tuple[str, ...] = ()
+    extras: Mapping[When, tuple[str, ...]] = field(default_factory=dict)
     spans: Mapping[str, range] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     invocation: tuple[int, ...] = ()
@@ -80,7 +79,12 @@ class StoredAdapter:
     @property
     def follows_base(self) -> bool:
         """Whether some numbers are recomputed when base weights change."""
-        return bool(self.rescaled or self.shifted)
+        return bool(self.extras.get("dora") or self.extras.get("bias"))
+
+    @property
+    def owned(self) -> tuple[str, ...]:
+        """The sites with rows of the adapter's own."""
+        return self.extras.get("own", ())
 
     @property
     def copy(self) -> HostCopy | None:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from lorafx.errors import BatchError, CaptureError, LorafxError, MatchError, ProvenanceError
-from lorafx.graph.context import When
+from lorafx.model.extras import EXTRAS, When
 from lorafx.model.sites import Site
 from lorafx.ownership.held import Alone
 from lorafx.program.frame import Frame
@@ -112,9 +112,7 @@ class InputPlaces:
         """Paths of the running call's sites that a refusal for batches `when` concerns."""
         now = [self.site(program, path, arguments) for path in paths]
         batch = program.batch
-        concerned = {"dora": batch.rescaled, "own": batch.owned, "bias": batch.shifted}.get(
-            when, batch.touched
-        )
+        concerned = batch.extras.get(when, frozenset()) if when in EXTRAS else batch.touched
         return [site.path or "(root)" for site in now if site and site.path in concerned]
 
     def strangers(self, program: Program, arguments: Sequence[Any]) -> list[str]:
@@ -169,17 +167,6 @@ def _of_different_sizes(
     return list(found.values())
 
 
-#: Parts of adapters beside factors: the unsupported effect, and the PEFT setting that adds them.
-_PARTS: dict[When, tuple[str, str]] = {
-    "dora": ("DoRA cannot be applied at {}", "use_dora"),
-    "own": (
-        "the weight that an adapter has of its own for {} cannot be applied",
-        "modules_to_save",
-    ),
-    "bias": ("the bias that an adapter adds at {} cannot be applied", "lora_bias and bias"),
-}
-
-
 _ELSEWHERE = "a tensor comes from another place than when the graph was captured"
 _UNSEEN = (
     "the memory of a tensor was handed to numpy between two graphs, or written into where torch "
@@ -197,11 +184,11 @@ class RefusedSites:
 
     def error(self, names: str, *, unseen: bool = False) -> LorafxError:
         """The error of a call with adapters here, whose memory was handed out if `unseen`."""
-        if self.when in _PARTS:
-            refused, setting = _PARTS[self.when]
+        if self.when in EXTRAS:
+            extra = EXTRAS[self.when]
             return MatchError(
-                f"{refused.format(names)}: {self.reason}. Merge the adapter into a copy of the "
-                f"base model, or train it without {setting}"
+                f"{extra.unapplied.format(names)}: {self.reason}. Merge the adapter into a copy of "
+                f"the base model, or train it without {extra.training}"
             )
         if self.when == "always":
             return MatchError(

@@ -19,10 +19,11 @@ from lorafx.capture.checks import Checks
 from lorafx.capture.tracking import Tracking, looks, untracked
 from lorafx.capture.verify import NumericCheck
 from lorafx.errors import CaptureError, LorafxError, MatchError
+from lorafx.model.extras import EXTRAS
 from lorafx.ownership.held import SHARED, Alone
 from lorafx.program.frame import SLOTS
 from lorafx.program.handover import OfList, Rows
-from lorafx.program.program import ROOMS, Program
+from lorafx.program.program import Program
 from lorafx.program.stack import calling_modules
 
 #: The program that a graph serves, by the graph's arguments; None for models without LoRA.
@@ -198,12 +199,13 @@ def _looked_up(
                 nulls[number] = _zeros(layout, program.runtime.device)
             found.append(nulls[number])
             continue
-        for room, (what, setting) in ROOMS.items():
+        for kind in EXTRAS.values():
+            room = kind.room
             if (getattr(bank, room) is not None) != ((position, index, room) in rooms):
                 raise CaptureError(
                     f"{site.path} shares a graph with another layer of its class, and only one of "
-                    f"the two has room for {what}; give both models, or all such layers, "
-                    f"{setting}, or neither"
+                    f"the two has room for {kind.what}; give both models, or all such layers, "
+                    f"LoraConfig({kind.setting}), or neither"
                 )
         value = getattr(bank, name)
         if fixed and value.stride() != layout[1]:

@@ -7,7 +7,7 @@ import operator
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,6 +19,7 @@ import lorafx.kernels.ops.linear_ops
 import lorafx.kernels.ops.row_ops  # noqa: F401  (all define torch.ops.lorafx)
 from lorafx.errors import MatchError
 from lorafx.graph.weight_uses import Use
+from lorafx.model.extras import When
 from lorafx.model.sites import Site
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound
 from lorafx.program.frame import ONE_SLOT, SLOTS, Frame, FrameInput, InputKind, fake_value
@@ -41,8 +42,6 @@ FUSED_OP = torch.ops.lorafx.fused_linear.default
 SITE_OPS = frozenset({SITE_OP, EMBEDDING_OP, GROUPED_OP, CONV_OP, EXPERT_OP})
 #: Ops without generated kernels, unchanged by every lowering.
 PLAIN_SITE_OPS = frozenset({GROUPED_OP, CONV_OP})
-
-When = Literal["always", "mixed", "dora", "own", "bias"]
 
 
 def is_site(node: fx.Node) -> bool:

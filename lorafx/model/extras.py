@@ -1,4 +1,4 @@
-"""What an adapter may have at a module beside its factors: biases, and rows of the weight.
+"""What an adapter may have at a module beside its factors: DoRA, biases, rows of the weight.
 
     y ← y + s·b              PEFT's lora_bias=True: b is lora_B's
     y ← y + b' − b           bias="lora_only", "all": b' is the adapter's, b the base's
@@ -9,17 +9,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
 from lorafx.errors import ConfigError
 from lorafx.model import targets
 from lorafx.model.module_graph import ModuleGraph
-from lorafx.model.quantized import is_stored
+from lorafx.model.quantized import is_stored, readable
 from lorafx.model.sites import Site
 from lorafx.registry import lookup
 
+#: Batches in which a graph refuses a site.
+When = Literal["always", "mixed", "dora", "own", "bias"]
 #: Kinds of modules that may have another weight for each row.
 OWN_KINDS = ("linear", "embedding")
 
@@ -41,6 +44,26 @@ def own_refusal(site: Site) -> str | None:
         return "it packs several projections"
     if is_stored(site.module, entry):
         return "its weight is quantised"
+    return None
+
+
+def dora_refusal(site: Site) -> str | None:
+    """Why DoRA adapters cannot have factors at `site`, if they cannot."""
+    entry = site.eligible
+    if site.expert_weight is not None:
+        return "the weight of each routed expert would have its own norms, which is not supported"
+    if entry.handler is not None:
+        return (
+            "a registered handler says where the delta goes, but not what DoRA's scale applies to"
+        )
+    shared = entry.sharding is not None and entry.sharding.product(site.module) is not site.module
+    if shared and getattr(site.module, "bias", None) is not None:
+        return "several ranks share it, and its bias is added inside the rank's own product"
+    if not readable(site.module, entry):
+        return (
+            "DoRA needs the norm of its base weight, which is in a format that lorafx "
+            "cannot read; see lorafx.register(dequantize=...)"
+        )
     return None
 
 
@@ -131,6 +154,49 @@ def bias_refusal(site: Site) -> str | None:
     if entry.sharding is not None:
         return "several ranks share it"
     return None
+
+
+class Extra(NamedTuple):
+    """What an adapter may have beside its factors.
+
+    Attributes:
+        room: the bank's table for it, which is there with the `setting` of LoraConfig.
+        what: what messages call it.
+        unapplied: what a graph that refuses it says, of the sites {}.
+        training: PEFT's setting that gives an adapter some.
+        refusal: why a site cannot have it, or None.
+    """
+
+    room: str
+    setting: str
+    what: str
+    unapplied: str
+    training: str
+    refusal: Callable[[Site], str | None]
+
+
+#: By the batches that a graph refuses for it (`Refusal.when`).
+EXTRAS: Mapping[When, Extra] = {
+    "dora": Extra(
+        "gains", "use_dora=True", "DoRA", "DoRA cannot be applied at {}", "use_dora", dora_refusal
+    ),
+    "own": Extra(
+        "own",
+        "modules_to_save=...",
+        "a weight of an adapter's own",
+        "the weight that an adapter has of its own for {} cannot be applied",
+        "modules_to_save",
+        own_refusal,
+    ),
+    "bias": Extra(
+        "shifts",
+        "lora_bias=True",
+        "a bias of an adapter's",
+        "the bias that an adapter adds at {} cannot be applied",
+        "lora_bias and bias",
+        bias_refusal,
+    ),
+}
 
 
 def bias_of(site: Site) -> Tensor | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
@@ -12,6 +13,7 @@ from torch import Tensor, fx, nn
 from lorafx.config import LoraConfig, Options
 from lorafx.model.bank import Bank
 from lorafx.model.changes_watch import HookWatch, SiteWatch
+from lorafx.model.extras import When
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.packing import PackedGroup, PackWatch
 from lorafx.model.quantized import QuantisedModules
@@ -32,12 +34,6 @@ from lorafx.torch_internals.frames import size_source, source_name
 #: Bank fields of every site op, and additional fields of ops that rescale.
 BANK_FIELDS = ("A", "B", "ranks", "scales")
 GAINS, SHIFTS = "gains", "shifts"
-#: Bank fields with optional room: its content, and the setting that enables it.
-ROOMS = {
-    GAINS: ("DoRA", "LoraConfig(use_dora=True)"),
-    SHIFTS: ("biases of adapters", "LoraConfig(lora_bias=True)"),
-    "own": ("weights of adapters' own", "LoraConfig(modules_to_save=...)"),
-}
 
 
 @dataclass(eq=False)
@@ -52,14 +48,12 @@ class Call:
 
 
 class Batch(NamedTuple):
-    """The running call, if any, and canonical paths of sites that its adapters touch, rescale
-    (DoRA), replace rows of, and add a bias to. Replaced whole."""
+    """The running call, if any, and canonical paths of sites that its adapters touch, and have
+    `EXTRAS` at, by their names. Replaced whole."""
 
     call: Call | None = None
     touched: frozenset[str] = frozenset()
-    rescaled: frozenset[str] = frozenset()
-    owned: frozenset[str] = frozenset()
-    shifted: frozenset[str] = frozenset()
+    extras: Mapping[When, frozenset[str]] = MappingProxyType({})
 
 
 #: Nothing runs.

@@ -136,7 +136,7 @@ def _keeping(
     program, merged = session.program, session.base.merged
     _refuse(session, name)
     program.look_at_modules()
-    if adapter.magnitudes and merged is not None:
+    if adapter.extras["dora"] and merged is not None:
         raise ConfigError(
             f"{name!r} is a DoRA adapter, whose norms come from the base's own weights, "
             f"but {merged.name!r} is merged into them; call unmerge() before loading it"

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeVar
 
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from lorafx.adapter_store.store import AdapterStore, StoredAdapter
 from lorafx.adapter_store.stored import HostCopy
 from lorafx.capture.backend import Backend
 from lorafx.errors import BatchError, CaptureError, ConfigError
+from lorafx.model.extras import EXTRAS, When
 from lorafx.program.program import AT_REST, Batch, Call, Program
 from lorafx.program.roles import RoleTable
 from lorafx.session.requests import (
@@ -53,15 +55,12 @@ _NOTHING: Final = nullcontext()
 
 
 class Served(NamedTuple):
-    """Adapters, and the sites that they touch, that they rescale, of whose weight they have rows of
-    their own, and to whose outputs they add a bias; and one of them that begins at a token
-    (aLoRA)."""
+    """Adapters, the sites that they touch, and have `EXTRAS` at, by their names; and one of them
+    that begins at a token (aLoRA)."""
 
     adapters: tuple[StoredAdapter, ...] = ()
     touched: frozenset[str] = frozenset()
-    rescaled: frozenset[str] = frozenset()
-    owned: frozenset[str] = frozenset()
-    shifted: frozenset[str] = frozenset()
+    extras: Mapping[When, frozenset[str]] = MappingProxyType({})
     begins: StoredAdapter | None = None
 
     @classmethod
@@ -70,9 +69,10 @@ class Served(NamedTuple):
         return cls(
             tuple(adapters),
             frozenset().union(*(adapter.sites for adapter in adapters)),
-            frozenset().union(*(adapter.rescaled for adapter in adapters)),
-            frozenset().union(*(adapter.owned for adapter in adapters)),
-            frozenset().union(*(adapter.shifted for adapter in adapters)),
+            {
+                n: frozenset().union(*(adapter.extras.get(n, ()) for adapter in adapters))
+                for n in EXTRAS
+            },
             next((adapter for adapter in adapters if adapter.invocation), None),
         )
 
@@ -323,8 +323,8 @@ class Session:
             served = self._last_served = Served.of(stored)
         if served.begins and not self.asked.placed:
             raise not_looked_for(served.begins.name, served.begins.invocation)
-        sites = served.touched, served.rescaled, served.owned, served.shifted
-        program.batch = Batch(call) if running.warming else Batch(call, *sites)
+        sites = () if running.warming else (served.touched, served.extras)
+        program.batch = Batch(call, *sites)
         program.refuse_missing(program.batch.touched)
 
     def forget_served(self) -> None:

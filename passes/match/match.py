@@ -26,12 +26,12 @@ from lorafx.graph.context import (
     SITE_OP,
     Context,
     Refusal,
-    When,
     is_site,
     plain_path,
 )
 from lorafx.graph.weight_uses import Use, convolution_uses, uses_of
 from lorafx.model.convolutions import convolution_of
+from lorafx.model.extras import EXTRAS
 from lorafx.model.forward_check import is_dense
 from lorafx.model.marks import UNPROVED
 from lorafx.model.quantized import is_stored
@@ -58,8 +58,6 @@ _COMPILED_APART = (
     "its class overrides forward, and a graph break puts the forward and the mark into separate "
     "graphs"
 )
-#: Adapters' parts beside factors, and their bank fields.
-_EXTRAS: tuple[tuple[When, str], ...] = (("dora", "gains"), ("own", "own"), ("bias", "shifts"))
 _USE_KINDS = {"linear": "linear", "blocks": "linear", "embedding": "embedding", "conv": "conv"}
 
 
@@ -359,8 +357,8 @@ def _insert(ctx: Context, site: Site, use: Use) -> None:
                 check_addends(ctx, site, [] if use.bias is None else [use.bias])
             node = ctx.emit(SITE_OP, *in_order(SITE_OP, call, x=x_rows))
         else:
-            for when, name in _EXTRAS:
-                if bank.get(name) is not None:
+            for when, extra in EXTRAS.items():
+                if bank.get(extra.room) is not None:
                     ctx.refuse(Refusal((site,), when, "its weight is used in blocks"))
             blocks = use.blocks._asdict()
             arguments = in_order(GROUPED_OP, call, x=x_rows, group_dim=0, **blocks)
