@@ -26,6 +26,7 @@ _LARGEST_ALPHA = 3e38
 _LARGEST_TOKEN = (1 << 31) - 1
 #: Patterns of one field, and patterns tried on every module, which take milliseconds.
 _MOST_PATTERNS, _MOST_TRIED = 1 << 14, 512
+_MOST_NAMES = 1 << 12
 
 
 def raw_fields(source: Any) -> tuple[dict[str, Any], str]:
@@ -168,7 +169,11 @@ flag = _check("true or false", lambda v: isinstance(v, int) and v in (0, 1), boo
 text = _check("a string", _is_text)
 bias = _check("none, lora_only or all", lambda v: v in ("none", "lora_only", "all"))
 strings = _check("a list of strings", lambda v: _listed(v, _is_text), _in_order)
-names = _check("a list of names", lambda v: _listed(v, lambda n: _is_text(n) and n), _in_order)
+names = _check(
+    f"a list of names, {_MOST_NAMES} at most",
+    lambda v: _listed(v, lambda n: _is_text(n) and n) and len(v) <= _MOST_NAMES,
+    _in_order,
+)
 tokens = _check(
     "a list of token ids", lambda v: not isinstance(v, set) and _listed(v, _is_token), tuple
 )
@@ -192,6 +197,8 @@ def targets(name: str, value: Any) -> str | tuple[str, ...] | None:
 def tokens_by_ending(name: str, value: Any) -> dict[str, tuple[int, ...]]:
     """Lists of token ids by the ending of a module's name; "" for a bare list."""
     lists = value if isinstance(value, Mapping) else {"": value}
+    if len(lists) > _MOST_NAMES:
+        raise Malformed(f"{name} has {len(lists)} lists; there may be {_MOST_NAMES}")
     found = {text(f"{name} key", ending): tokens(name, ids) for ending, ids in lists.items()}
     if any(len(set(ids)) < len(ids) for ids in found.values()):
         raise Malformed(f"{name} names a token twice: {short(value)}")

@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from torch import nn
@@ -67,17 +68,20 @@ def _blocks(name: str, value: Any) -> BlockDiagonal:
 
 
 _MERGE = "merge it into a copy of the base model (`PeftModel.merge_and_unload()`) instead"
-#: PEFT methods that cannot be merged, and the way out.
 _PROMPT = "it learns prompts and no weights; put them before the inputs (`inputs_embeds`) instead"
 _MIXED = (
     "a router of its own mixes adapters for each token; load its adapters one by one, and give a "
     "request weights by name for a fixed mixture"
 )
-_UNMERGED: Mapping[str, str] = {
-    **dict.fromkeys(("POLY", "XLORA"), _MIXED),
-    **dict.fromkeys(("ADAPTION_PROMPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING"), _PROMPT),
-    **dict.fromkeys(("PROMPT_TUNING", "P_TUNING"), _PROMPT),
-}
+_PROMPTS = (
+    "ADAPTION_PROMPT",
+    "MULTITASK_PROMPT_TUNING",
+    "PREFIX_TUNING",
+    "PROMPT_TUNING",
+    "P_TUNING",
+)
+#: PEFT methods that cannot be merged, and the way out.
+_UNMERGED = {**dict.fromkeys(("POLY", "XLORA"), _MIXED), **dict.fromkeys(_PROMPTS, _PROMPT)}
 
 #: Initialisations that keep the base weight, so that s·B A is the whole difference.
 _PLAIN_INITS = frozenset({"gaussian", "orthogonal", "eva", "mica"})
@@ -227,11 +231,9 @@ class PeftConfig:
 
     def trains(self, path: str) -> bool:
         """Whether the module or a parent was trained as a whole; any ending of a name counts."""
-        if not self.modules_to_save:
-            return False
-        parts = path.split(".")
-        around = (".".join(parts[: n + 1]) for n in range(len(parts)))
-        return any(_ending(self._saved, name) is not None for name in around)
+        parts = path.split(".") if self.modules_to_save else ()
+        around = accumulate(parts, "{}.{}".format)
+        return any(name.endswith(self.modules_to_save) for name in around)
 
     def saves(self, path: str) -> bool:
         """Whether the module at `path`, or a module tied to it, was trained as a whole."""
@@ -240,16 +242,8 @@ class PeftConfig:
 
     def tokens_of(self, path: str) -> tuple[int, ...] | None:
         """The trained tokens of the embedding at `path`, where the configuration names them."""
-        name = _ending(self._tokens, path)
-        return None if name is None else self.trainable_token_indices[name]
-
-    @cached_property
-    def _saved(self) -> Mapping[int, frozenset[str]]:
-        return _by_length(self.modules_to_save)
-
-    @cached_property
-    def _tokens(self) -> Mapping[int, frozenset[str]]:
-        return _by_length(self.trainable_token_indices)
+        longest_first = sorted(self.trainable_token_indices.items(), key=lambda item: -len(item[0]))
+        return next((ids for name, ids in longest_first if path.endswith(name)), None)
 
     @cached_property
     def _ranks(self) -> list[tuple[Pattern, int]]:
@@ -274,19 +268,6 @@ class PeftConfig:
             if found:
                 return int(found["idx"]) in self._layers
         return False
-
-
-def _by_length(names: Iterable[str]) -> dict[int, frozenset[str]]:
-    """Names by their length, longest first, for `_ending` in time independent of their number."""
-    found: dict[int, set[str]] = {}
-    for name in sorted(names, key=len, reverse=True):
-        found.setdefault(len(name), set()).add(name)
-    return {length: frozenset(alike) for length, alike in found.items()}
-
-
-def _ending(names: Mapping[int, frozenset[str]], path: str) -> str | None:
-    endings = ((path[len(path) - n :], alike) for n, alike in names.items() if n <= len(path))
-    return next((ending for ending, alike in endings if ending in alike), None)
 
 
 def _by_pattern(patterns: Iterable[tuple[Pattern, Any]], path: str, default: Any) -> Any:
