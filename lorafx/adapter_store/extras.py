@@ -14,7 +14,7 @@ their saved values are the model's.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -125,7 +125,7 @@ def _saved_tokens(state: AdapterState, places: Places) -> Iterator[tuple[str, st
 
 def rows_wanted(state: AdapterState, model: nn.Module) -> tuple[list[str], dict[str, int]]:
     """The modules of `model` trained as a whole, and the number of trained rows of others, by path.
-    Undecidable cases are left to `OwnReading`."""
+    Undecidable cases are left to `ExtrasReading`."""
     if not state.config.modules_to_save and not state.config.trainable_token_indices:
         return [], {}
     places, graph = Places((), model), ModuleGraph(model)
@@ -139,17 +139,19 @@ def rows_wanted(state: AdapterState, model: nn.Module) -> tuple[list[str], dict[
     return whole, tokens
 
 
-class OwnReading:
-    """The replaced rows, `found` by site path; `keys` are processed keys."""
+class ExtrasReading:
+    """Replaced rows and biases of a file, by site path; `keys` are processed keys."""
 
     def __init__(self, findings: Findings) -> None:
         self.findings, self.places = findings, findings.places
         self.state, self.config = findings.state, findings.config
         self.keys: set[str] = set()
-        self.found: dict[str, OwnWeight] = {}
+        self.own: dict[str, OwnWeight] = {}
+        self.biases: dict[str, tuple[Site, Tensor]] = {}
         self._apart: dict[str, tuple[int, ...] | None] = {}  # tokens by path, as they were saved
         self._reached: set[str] = set()  # paths of modules that have trained tokens
         self._served: list[str] = []  # paths of modules that may have a weight of the adapter's own
+        self._biased: set[int] = set()  # modules whose biases the file has
 
     def decode(self) -> None:
         modules = _saved_modules(self.state, self.places, with_copies=True)
@@ -169,9 +171,13 @@ class OwnReading:
             self._reached.add(name)
             with self.findings.noting():
                 self._tokens(graph, path, key, rows, name)
-        self._complete(modules)
+        self._refuse_absent(modules)
+        if self.config.bias != "none":
+            for key, tensor in self.state.tensors.items():
+                with self.findings.noting():
+                    self._bias(key, tensor)
 
-    def _complete(self, saved: list[SavedModule]) -> None:
+    def _refuse_absent(self, saved: list[SavedModule]) -> None:
         """Note trained modules that the file lacks, whose rows would get the base's weight."""
         held = {id(found.module): found.tensors for found in saved}
         named = self.places.named_modules() if self.config.modules_to_save else ()
@@ -287,9 +293,9 @@ class OwnReading:
             raise Unsupported(
                 f"{path_label(path)} cannot have a weight of its own for each row: {reason}"
             )
-        if site.path in self.found:
+        if site.path in self.own:
             raise Problem(f"{path_label(path)} is saved twice; keep one")
-        self.found[site.path] = weight
+        self.own[site.path] = weight
 
     def _no_room(self, label: str, setting: str, value: object) -> None:
         needed = Setting.asked(setting, value, given=True)
@@ -298,83 +304,58 @@ class OwnReading:
             f"{label} has a weight of the adapter's own, for which there is no room; {needed}"
         )
 
-
-def _label(path: str, module: nn.Module) -> str:
-    return f"{path_label(path)} ({type(module).__qualname__})"
-
-
-class BiasReading:
-    """The replaced biases, `found` by site path, with zero factors at sites without; `keys` are
-    processed, problems go to the findings."""
-
-    def __init__(self, findings: Findings) -> None:
-        self.findings, self.places = findings, findings.places
-        self.state, self.config = findings.state, findings.config
-        self.keys: set[str] = set()
-        self.found: dict[str, tuple[Site, Tensor]] = {}
-        self._saved: set[int] = set()  # modules whose biases the file has
-
-    def decode(self, owned: Collection[str]) -> None:
-        """Find the biases; the adapter replaces the whole weight and bias of sites `owned`."""
-        if self.config.bias == "none":
+    def _bias(self, key: str, bias: Tensor) -> None:
+        owner, _, attribute = key.rpartition(".")
+        if attribute != "bias" or parse(key) is not None:
             return
-        for key, tensor in self.state.tensors.items():
-            owner, _, attribute = key.rpartition(".")
-            if attribute != "bias" or parse(key) is not None:
-                continue
-            path = owner.removesuffix(".base_layer")
-            module = self.places.module(path)
-            base = getattr(module, "bias", None)
-            if module is None or not isinstance(base, Tensor):
-                continue  # noted as an unknown name
-            self._saved.add(id(module))
-            site = self.places.site(module)
-            if site is not None and site.path in owned:
-                continue
-            self.keys.add(key)
-            self.findings.compared = True
-            if (site is not None and bias_refusal(site) is None) or not same(tensor, base):
-                with self.findings.noting():
-                    self._keep(key, tensor, _label(self.places.current(path), module), site)
-
-    def _keep(self, key: str, bias: Tensor, label: str, site: Site | None) -> None:
-        if site is None:
+        path = owner.removesuffix(".base_layer")
+        module = self.places.module(path)
+        base = getattr(module, "bias", None)
+        if module is None or not isinstance(base, Tensor):
+            return  # noted as an unknown name
+        self._biased.add(id(module))
+        site, label = self.places.site(module), _label(self.places.current(path), module)
+        if site is not None and site.path in self.own:
+            return
+        self.keys.add(key)
+        self.findings.compared = True
+        if site is not None and (bias_refusal(site) is None or not same(bias, base)):
+            check_vector(EXTRAS["bias"], key, bias, label, [site], site.out_features)
+            self.biases[site.path] = site, bias
+        elif not same(bias, base):
             raise Unsupported(
                 f"{key}: the bias of {label} was trained (bias = {self.config.bias!r}), and it "
                 "carries no LoRA here; only linears and convolutions that are named by "
                 "target_modules have another bias for each row"
             )
-        check_vector(EXTRAS["bias"], key, bias, label, [site], site.out_features)
-        self.found[site.path] = site, bias
 
-    def added(self, weights: dict[str, LoraWeights]) -> dict[str, LoraWeights]:
-        """The factors by part path with their biases. Biases equal to the base's are kept at sites
-        with factors, since the base's may change."""
+    def with_biases(self, weights: dict[str, LoraWeights]) -> dict[str, LoraWeights]:
+        """The factors by part path with their biases, zero factors at sites without. Biases equal
+        to the base's are kept at sites with factors, since the base's may change."""
         found = dict(weights)
-        for site, bias in self.found.values():
+        for site, bias in self.biases.values():
             base = bias_of(site)
             sizes = [part.out_features for part in site.parts]
             for index, piece in enumerate(bias.split(sizes)):
-                path = site.part_path(index)
+                path, part = site.part_path(index), site.parts[index]
                 if path not in found:
                     if base is not None and same(piece, base):
                         continue
-                    zeros = (
-                        torch.zeros(1, site.parts[index].in_features),
-                        torch.zeros(len(piece), 1),
-                    )
-                    found[path] = LoraWeights(*zeros, 0.0)
+                    a, b = torch.zeros(1, part.in_features), torch.zeros(len(piece), 1)
+                    found[path] = LoraWeights(a, b, 0.0)
                 found[path] = found[path]._replace(own_bias=piece)
         return found
 
-    def complete(self, sites: Sequence[Site]) -> None:
-        if self.config.bias == "none":
-            return
-        for site in dict.fromkeys(sites):
+    def refuse_absent_biases(self, sites: Sequence[Site]) -> None:
+        for site in dict.fromkeys(sites) if self.config.bias != "none" else ():
             held = isinstance(getattr(site.module, "bias", None), Tensor)
-            if held and id(site.module) not in self._saved:
+            if held and id(site.module) not in self._biased:
                 self.findings.problems.append(
                     f"bias = {self.config.bias!r} says that the bias of {path_label(site.path)} "
                     "was trained, but the file does not have it (some versions of PEFT do not "
                     "save it)"
                 )
+
+
+def _label(path: str, module: nn.Module) -> str:
+    return f"{path_label(path)} ({type(module).__qualname__})"

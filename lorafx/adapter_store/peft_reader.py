@@ -121,7 +121,7 @@ def read_adapter(
         findings.largest,
         state.where,
         spans=reading.spans,
-        own=reading.own.found,
+        own=reading.extras.own,
         notes=state.notes,
         replaces_biases=state.config.bias != "none",
         compared=findings.compared,

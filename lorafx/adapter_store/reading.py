@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lorafx.adapter_store.adapter import LoraWeights
 from lorafx.adapter_store.expert_reading import ExpertReading
-from lorafx.adapter_store.extras import BiasReading, OwnReading, check_vector
+from lorafx.adapter_store.extras import ExtrasReading, check_vector
 from lorafx.adapter_store.findings import (
     Findings,
     Problem,
@@ -68,8 +68,7 @@ class Reading:
         self.unselected: dict[str, nn.Module] = {}
         self.unknown: dict[str, None] = {}
         self.experts = ExpertReading(findings)
-        self.own = OwnReading(findings)
-        self.biases = BiasReading(findings)
+        self.extras = ExtrasReading(findings)
         self.decoded: set[str] = set()
         self.spans: dict[str, range] = {}
         #: Rows of B by loose name, by site.
@@ -77,11 +76,10 @@ class Reading:
 
     def run(self) -> dict[str, LoraWeights]:
         """The factors by part path; problems go to the findings."""
-        self.own.decode()
-        self.biases.decode(self.own.found)
+        self.extras.decode()
         for key in self.state.tensors:
             factor = parse(key)
-            if key in self.own.keys or key in self.biases.keys:
+            if key in self.extras.keys:
                 continue
             with self.findings.noting():
                 if factor is None:
@@ -103,7 +101,7 @@ class Reading:
                             f"{landing.saved} and {saved_as[path]} both have factors for "
                             f"{path_label(path)} and differ; keep one"
                         )
-                    if weights.magnitude is not None and path in self.own.found:
+                    if weights.magnitude is not None and path in self.extras.own:
                         raise Unsupported(
                             f"{path}: the norms of DoRA are those of the base weight, and the "
                             "adapter has a weight of its own there"
@@ -117,10 +115,11 @@ class Reading:
                 "have its own norms, which lorafx does not support"
             )
         self._report_placement()
-        found = self.biases.added(decoded)
-        self.biases.complete([site for item in self.landings.values() for site, _ in item.places])
+        found = self.extras.with_biases(decoded)
+        sites = [site for item in self.landings.values() for site, _ in item.places]
+        self.extras.refuse_absent_biases(sites)
         self.decoded.update(found)
-        some = self.factors or self.experts.paths or self.own.keys or found
+        some = self.factors or self.experts.paths or self.extras.keys or found
         if not (some or self.unknown or self.unselected or self.closed):
             self.problems.append("the file holds no LoRA factors (lora_A, lora_B)")
         return found | experts
@@ -299,7 +298,7 @@ class Reading:
     def _is_beside_own(self, key: str) -> bool:
         """Whether `key` is a wrapper's copy of a replaced weight, or of the base weight."""
         copy, trained = _WRAPPED.search(key), _WRAPPED.sub(".", key)
-        if copy is None or trained not in self.own.keys:
+        if copy is None or trained not in self.extras.keys:
             return False
         tensors = self.state.tensors
         return copy[1] == "original_module" or same(tensors[key], tensors[trained])
