@@ -30,7 +30,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorafx.adapter_store.adapter import LoraWeights
 from lorafx.adapter_store.findings import (
     Findings,
     Problem,
@@ -40,6 +39,7 @@ from lorafx.adapter_store.findings import (
 )
 from lorafx.adapter_store.peft_keys import FactorKey
 from lorafx.adapter_store.places import ExpertPlace, Experts, not_selected, saved_sizes
+from lorafx.adapter_store.stored import LoraWeights
 from lorafx.errors import some
 from lorafx.model.experts import Columns, ExpertWeight, Half, unnested
 from lorafx.model.sites import Site

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorafx.adapter_store.adapter import LoraWeights
 from lorafx.adapter_store.findings import (
     Findings,
     Problem,
@@ -32,6 +31,7 @@ from lorafx.adapter_store.findings import (
 from lorafx.adapter_store.peft_keys import TRAINING_KEYS, parse, without_prefix
 from lorafx.adapter_store.places import Places
 from lorafx.adapter_store.saved import AdapterState
+from lorafx.adapter_store.stored import LoraWeights
 from lorafx.errors import Setting
 from lorafx.model.bank import OwnWeight
 from lorafx.model.candidates import by_raw_weight

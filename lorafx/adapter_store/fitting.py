@@ -17,10 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorafx.adapter_store.adapter import Adapter, LoraWeights
 from lorafx.adapter_store.saved import Origin
-from lorafx.adapter_store.stored import HostCopy, StoredAdapter
-from lorafx.adapter_store.windows import width_of
+from lorafx.adapter_store.slots import width_of
+from lorafx.adapter_store.stored import Adapter, HostCopy, LoraWeights, StoredAdapter
 from lorafx.errors import CapacityError, CheckpointError, Setting
 from lorafx.model.bank import Bank, Factors, OwnWeight
 from lorafx.model.convolutions import norm_factors

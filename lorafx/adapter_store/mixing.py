@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lorafx.adapter_store.fitting import host_copy
 from lorafx.adapter_store.names import Mixture
+from lorafx.adapter_store.slots import width_of
 from lorafx.adapter_store.stored import HostCopy, StoredAdapter, next_version
-from lorafx.adapter_store.windows import width_of
 from lorafx.errors import CapacityError, ConfigError
 from lorafx.model.bank import Bank, Factors
 from lorafx.model.sites import Group

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
-from lorafx.adapter_store.adapter import Adapter as Adapter
 from lorafx.adapter_store.checkpoint import load_state
 from lorafx.adapter_store.extras import rows_wanted
 from lorafx.adapter_store.findings import Findings
@@ -24,6 +23,7 @@ from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import factor_sizes, parse
 from lorafx.adapter_store.places import ExpertPlace, Places
 from lorafx.adapter_store.reading import Reading
+from lorafx.adapter_store.stored import Adapter as Adapter
 from lorafx.config import LoraConfig
 from lorafx.errors import CheckpointError, LorafxWarning, some
 from lorafx.model import targets

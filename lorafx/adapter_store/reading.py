@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from lorafx.adapter_store.adapter import LoraWeights
 from lorafx.adapter_store.expert_reading import ExpertReading
 from lorafx.adapter_store.extras import ExtrasReading, check_vector
 from lorafx.adapter_store.findings import (
@@ -31,6 +30,7 @@ from lorafx.adapter_store.findings import (
 )
 from lorafx.adapter_store.peft_keys import TRAINING_KEYS, FactorKey, parse, without_prefix
 from lorafx.adapter_store.places import TARGETS, ExpertPlace, SiteLanding, SitePart, saved_sizes
+from lorafx.adapter_store.stored import LoraWeights
 from lorafx.model.convolutions import convolution_of, matrices
 from lorafx.model.extras import EXTRAS, When
 from lorafx.model.packed_names import renamed, spans

@@ -9,6 +9,10 @@
 
 Untrusted files yield tensors or a CheckpointError, in memory proportional to their size. Names
 inside a file are never used as paths.
+
+`torch.load(weights_only=True)` runs no code, but inflates compressed entries of any size, lets a
+tensor claim more numbers than were saved, and fails in many ways on damaged pickles. So the sizes
+of entries and tensors are compared with that of the file.
 """
 
 from __future__ import annotations
@@ -16,12 +20,14 @@ from __future__ import annotations
 import io
 import json
 import os
+import zipfile
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load, load_file
 from torch import Tensor
@@ -29,9 +35,9 @@ from torch import Tensor
 from lorafx.adapter_store.config_values import CONFIG_FILE, json_object, raw_fields
 from lorafx.adapter_store.hub import downloaded, is_repository
 from lorafx.adapter_store.peft_config import PeftConfig
-from lorafx.adapter_store.pickled import load_pickled, unlike_plain
 from lorafx.errors import CheckpointError
 from lorafx.interrupts import undisturbed
+from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
 
 SAFETENSORS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
@@ -275,7 +281,7 @@ def _in_memory(given: AdapterSource, tensors: Mapping[str, Any]) -> Saved:
                 f"an adapter in memory maps names to tensors; it has {key!r:.80}: "
                 f"of class {type(tensor).__name__}"
             )
-        unlike = unlike_plain(tensor)
+        unlike = _unlike_plain(tensor)
         if unlike is not None:
             raise CheckpointError(f"{where}: {key:.200} {unlike}; give a dense tensor")
     return _saved(given, ({key: t.detach() for key, t in tensors.items()}, {}), where, None)
@@ -310,7 +316,7 @@ def _from_file(file: Path) -> _Read:
         with file.open("rb") as content:
             size = os.fstat(content.fileno()).st_size
             if not _is_safetensors(content.read(9)) and file.suffix != ".safetensors":
-                return load_pickled(content, str(file)), {}
+                return _load_pickled(content, str(file)), {}
     except OSError as exc:
         raise CheckpointError(f"{file} cannot be read: {exc}") from exc
 
@@ -325,7 +331,7 @@ def _from_file(file: Path) -> _Read:
 def _from_bytes(content: bytes) -> _Read:
     where = f"{len(content)} bytes"
     if not _is_safetensors(content[:9]):
-        return load_pickled(io.BytesIO(content), where), {}
+        return _load_pickled(io.BytesIO(content), where), {}
 
     def read() -> _Read:
         header = content[8 : 8 + int.from_bytes(content[:8], "little")]
@@ -348,3 +354,82 @@ def _safetensors(read: Callable[[], _Read], where: str) -> _Read:
             f"{where} is not a readable safetensors file, truncated or of another format: {exc}; "
             "save or download the adapter again"
         ) from exc
+
+
+def _load_pickled(content: BinaryIO, file: str) -> dict[str, Tensor]:
+    """The plain tensors in `content` by name, within its size; CheckpointError names `file`."""
+    try:
+        held = _held(content, file)
+        tensors = torch.load(content, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    # Damaged pickles raise anything: KeyError, IndexError, MemoryError.
+    except Exception as exc:
+        reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
+        raise CheckpointError(
+            f"{file} cannot be read with weights_only=True ({reason:.200}); it is "
+            "truncated, or holds objects other than tensors: save the adapter again as "
+            "adapter_model.safetensors"
+        ) from exc
+    if not isinstance(tensors, dict) or not all(
+        isinstance(k, str) and isinstance(t, Tensor) for k, t in tensors.items()
+    ):
+        raise CheckpointError(f"{file} does not hold a mapping from names to tensors")
+    for key, tensor in tensors.items():
+        unlike = _unlike_plain(tensor)
+        if unlike is not None:
+            raise CheckpointError(f"{file}: {key[:200]!r} {unlike}; save it as a dense tensor")
+    _check_claims(file, tensors, held)
+    return {key: tensor.detach() for key, tensor in tensors.items()}
+
+
+def _held(content: BinaryIO, file: str) -> int:
+    """Bytes of numbers that the file can contain."""
+    size = content.seek(0, io.SEEK_END)
+    content.seek(0)
+    archive = content.read(2) == b"PK"
+    content.seek(0)
+    if not archive:
+        return size  # the format from before torch 1.6: numbers follow the pickle
+    with zipfile.ZipFile(content) as entries:
+        infos = entries.infolist()
+    content.seek(0)
+    if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
+        raise CheckpointError(
+            f"{file} is a compressed archive, which torch.save never writes; save the adapter again"
+        )
+    held = sum(info.file_size for info in infos)
+    if held > size:
+        raise CheckpointError(
+            f"{file} has {size} bytes and lists entries of {held} bytes; save the adapter again"
+        )
+    return held
+
+
+def _unlike_plain(tensor: Tensor) -> str | None:
+    """Why `tensor` is not dense with values, if it is not."""
+    if is_traceable_wrapper_subclass(tensor):
+        return f"is a {type(tensor).__name__}"
+    if tensor.is_nested:
+        return "is a nested tensor"
+    if tensor.layout is not torch.strided:
+        return f"is a sparse tensor ({tensor.layout})"
+    if tensor.is_quantized:
+        return f"is a quantised tensor ({tensor.dtype})"
+    if tensor.is_meta:
+        return "is on the device meta and holds no values"
+    return None
+
+
+def _check_claims(file: str, tensors: dict[str, Tensor], held: int) -> None:
+    """Refuse more numbers than were saved, by zero strides or grown storages."""
+    storages = [tensor.untyped_storage() for tensor in tensors.values()]
+    claimed = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    if claimed > held:
+        raise CheckpointError(f"{file}: its tensors claim {claimed} bytes, but it holds {held}")
+    for key, tensor in tensors.items():
+        if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+            raise CheckpointError(
+                f"{file}: {key[:200]!r} has shape {tuple(tensor.shape)}, which is more than "
+                "its saved storage; save it as a contiguous tensor"
+            )

@@ -2,6 +2,11 @@
 
 Banks are written in place. A slot belongs to no adapter while it is written. Callers hold the
 store's lock.
+
+An adapter of larger rank takes a window, several slots in a row: ⌈rank / slot rank⌉, the most of
+any bank. The last slot has room for the largest rank (lorafx.model.bank), so a window may reach
+past it. Hence adapters fit wherever the widths of all but the widest sum up to less than the number
+of slots and all windows may move.
 """
 
 from __future__ import annotations
@@ -14,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 from lorafx.adapter_store.copy_streams import CopyStreams
 from lorafx.adapter_store.names import Mixture, members
 from lorafx.adapter_store.stored import HostTier, Retired, StoredAdapter
-from lorafx.adapter_store.windows import arranged, fit, window
 from lorafx.errors import CapacityError, LorafxError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lorafx.model.bank import Factors
     from lorafx.model.sites import Group
 
 
@@ -64,7 +69,7 @@ class OwnPlaces:
 
 class Slots:
     """The slots in the banks of `groups`, `own_weights` of them with room for replaced weights. A
-    window (lorafx.adapter_store.windows) is named by its first slot."""
+    window is named by its first slot."""
 
     def __init__(
         self, groups: Sequence[Group], max_adapters: int, own_weights: int, host: HostTier
@@ -109,7 +114,7 @@ class Slots:
             return placed
         kept = {name: slot for name, slot in self._slots.items() if name in pinned}
         widths = {name: self._width(name) for name in names | pinned}
-        return fit(widths, kept, self.max_adapters, self._widest)
+        return _fit(widths, kept, self.max_adapters, self._widest)
 
     def _window(self, name: str, slot: int) -> range:
         return window(slot, self._adapters[name].width, self.max_adapters)
@@ -159,7 +164,7 @@ class Slots:
             return len(wanted)
         self.copy_streams.refuse_captured(missing)
         every = {name: self._adapters[name].width for name in wanted}
-        if not fit(every, {}, self.max_adapters, self._widest):
+        if not _fit(every, {}, self.max_adapters, self._widest):
             raise too_many(every, self.max_adapters)
         pinned = self._staying(wanted)
         kept = {name for name, slot in self._slots.items() if name in pinned or slot in held}
@@ -169,7 +174,7 @@ class Slots:
         slots = {name: slot for name, slot in self._slots.items() if name not in evicted}
         widths = {name: self._adapters[name].width for name in [*slots, *missing]}
         staying = [name for name in evictable if name not in evicted]
-        places = arranged(widths, slots, staying, kept, self.max_adapters, self._widest)
+        places = _arranged(widths, slots, staying, kept, self.max_adapters, self._widest)
         if places is None:
             lacking = {name: widths[name] for name in missing}
             raise no_slots(lacking, kept.difference(wanted) or kept, self.max_adapters)
@@ -268,3 +273,82 @@ def no_slots(missing: Mapping[str, int], kept: AbstractSet[str], slots: int) -> 
         "unpin_adapter() some, split the batch, or "
         "compile with a larger LoraConfig(max_adapters=...)"
     )
+
+
+def width_of(groups: Sequence[Group], factors: Mapping[int, Iterable[Factors]]) -> int:
+    """The slots in a row of an adapter with these factors by group."""
+    widths = (groups[g].bank.width(f.rank) for g, of_group in factors.items() for f in of_group)
+    return max(widths, default=1)
+
+
+def window(first: int, width: int, count: int) -> range:
+    """The slots, of `count`, of an adapter in slot `first`."""
+    return range(first, min(first + width, count))
+
+
+def _fit(widths: Mapping[str, int], kept: Mapping[str, int], count: int, widest: int) -> bool:
+    """Whether adapters of these widths find slots together, with those of `kept` in place; a fast
+    form of `_arranged` for each step of an engine."""
+    most = max(widths.values(), default=0)
+    if most > 1 and kept:
+        return _arranged(widths, kept, (), kept, count, widest) is not None
+    return sum(widths.values()) - most < count
+
+
+def _arranged(
+    widths: Mapping[str, int],
+    slots: Mapping[str, int],
+    evictable: Sequence[str],
+    kept: Collection[str],
+    count: int,
+    widest: int,
+) -> dict[str, int] | None:
+    """The first slot of each adapter that moves, or None where they do not fit into `count` slots.
+
+    `slots` are the current first slots. The `evictable` may lose theirs, least recently used first,
+    after free slots are used up; the `kept` stay. If that fails, all evictable ones go and others
+    may move. The last slot is left for the `widest` possible adapter, if possible.
+    """
+    windows = {name: window(first, widths[name], count) for name, first in slots.items()}
+    missing = {name: width for name, width in widths.items() if name not in slots}
+    placed = _placed(missing, windows, evictable, count, widest)
+    if placed is not None:
+        return placed
+    moving = {n: width for n, width in widths.items() if n not in evictable and n not in kept}
+    staying = {name: slots for name, slots in windows.items() if name in kept}
+    return _placed(moving, staying, (), count, max(moving.values()))
+
+
+def _placed(
+    widths: Mapping[str, int],
+    windows: Mapping[str, range],
+    evictable: Sequence[str],
+    count: int,
+    widest: int,
+) -> dict[str, int] | None:
+    """First slots, widest adapters first, evicting only `evictable`. Adapters of width `widest` go
+    to the highest slots and others to the lowest, which keeps the gap in one piece."""
+    age = {name: number for number, name in enumerate(evictable)}
+    taken: list[str | None] = [None] * count
+    for name, slots in windows.items():
+        for slot in slots:
+            taken[slot] = name
+    found: dict[str, int] = {}
+    for name in sorted(widths, key=lambda name: -widths[name]):
+        width = widths[name]
+        costs: list[tuple[int, int, int, int]] = []
+        for first in range(count):
+            others = {taken[slot] for slot in window(first, width, count)}
+            ages = [age.get(other, -1) for other in others if other is not None]
+            if -1 not in ages:
+                at = -first if width == widest > 1 else first
+                costs.append((max(ages, default=-1), len(ages), at, first))
+        if not costs:
+            return None
+        *_, found[name] = min(costs)
+        slots = window(found[name], width, count)
+        gone = {taken[slot] for slot in slots}
+        taken = [None if other in gone else other for other in taken]
+        for slot in slots:
+            taken[slot] = name
+    return found

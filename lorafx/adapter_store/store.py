@@ -22,13 +22,12 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 from weakref import WeakSet
 
-from lorafx.adapter_store.adapter import Adapter
 from lorafx.adapter_store.fitting import fitted, measure, places_of
 from lorafx.adapter_store.mixing import mixed
 from lorafx.adapter_store.names import BASE, Mixture, adapters_among, check_name, members
 from lorafx.adapter_store.saved import AdapterSource, Origin
 from lorafx.adapter_store.slots import Slots, too_many
-from lorafx.adapter_store.stored import Hold, HostCopy, HostTier, Retired, StoredAdapter
+from lorafx.adapter_store.stored import Adapter, Hold, HostCopy, HostTier, Retired, StoredAdapter
 from lorafx.errors import CapacityError, CheckpointError, ConfigError, UnknownAdapterError, nearest
 from lorafx.interrupts import free_after_fork, undisturbed
 

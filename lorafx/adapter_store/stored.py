@@ -1,4 +1,4 @@
-"""Host memory of adapters, in the banks' dtype and layout, within a budget of bytes.
+"""Decoded adapters, and their host memory in the banks' dtype and layout, within a budget of bytes.
 
     adapter without a slot → its host copy → the slot
     no host copy           → its files     → a new copy
@@ -15,11 +15,11 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 from weakref import ReferenceType
 
-from torch import Size
+from torch import Size, Tensor
 
-from lorafx.adapter_store.adapter import Adapter
 from lorafx.adapter_store.saved import AdapterSource, Origin
 from lorafx.errors import LorafxError
 from lorafx.interrupts import free_after_fork, undisturbed
@@ -27,6 +27,62 @@ from lorafx.model.bank import Factors, OwnWeight
 from lorafx.model.extras import When
 
 next_version = itertools.count(1).__next__
+
+
+class LoraWeights(NamedTuple):
+    """A part's A (r, K), B (N, r) and s; DoRA's `magnitude`, lora_B's `bias` and a replacing
+    `own_bias` (N,).
+
+    Routed experts: A (E, r, K), B (E, N, r), s and `ranks` (E,), 0 for untouched experts.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float | Tensor
+    ranks: Tensor | None = None
+    magnitude: Tensor | None = None
+    bias: Tensor | None = None
+    own_bias: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.B.shape[-1]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A decoded adapter.
+
+    Attributes:
+        weights: `Site.part_path` -> factors; untouched parts are absent.
+        spans: packed module's name -> slices that its rows cover, where not declared.
+        own: site path -> rows of its weight that the adapter replaces.
+        replaces_biases: the adapter was trained with biases that replace the base's.
+        compared: the file's copies of base weights were compared with the model's.
+        invocation: the tokens from which on it is active (aLoRA); empty if always.
+    """
+
+    name: str
+    weights: dict[str, LoraWeights]
+    rank: int
+    source: str
+    spans: Mapping[str, range] = field(default_factory=dict)
+    own: Mapping[str, OwnWeight] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    replaces_biases: bool = False
+    compared: bool = False
+    invocation: tuple[int, ...] = ()
+    keys: Mapping[str, Size] = field(default_factory=dict)
+
+    @property
+    def extras(self) -> dict[When, tuple[str, ...]]:
+        """The parts and sites with `EXTRAS`, by their names."""
+        parts = self.weights.items()
+        return {
+            "dora": tuple(path for path, w in parts if w.magnitude is not None),
+            "own": tuple(self.own),
+            "bias": tuple(p for p, w in parts if w.bias is not None or w.own_bias is not None),
+        }
 
 
 class HostCopy:

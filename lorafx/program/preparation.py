@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from lorafx.adapter_store.adapter import Adapter
 from lorafx.adapter_store.saved import AdapterState, Origin
 from lorafx.adapter_store.store import AdapterStore
+from lorafx.adapter_store.stored import Adapter
 from lorafx.config import LoraConfig, Options
 from lorafx.interrupts import Rollback
 from lorafx.model.marks import Attachment

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lorafx.adapter_store.adapter import Adapter, LoraWeights
+from lorafx.adapter_store.stored import Adapter, LoraWeights
 from lorafx.errors import BatchError, CapacityError, ConfigError, ProvenanceError, some
 from lorafx.model.sites import Site
 from lorafx.progress import progress

@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from lorafx.adapter_store.adapter import Adapter
 from lorafx.adapter_store.names import members, refuse_swapped
 from lorafx.adapter_store.saved import AdapterSource, Origin
-from lorafx.adapter_store.stored import Hold
+from lorafx.adapter_store.stored import Adapter, Hold
 from lorafx.errors import CheckpointError, ConfigError, LorafxError, ReplacedModuleError
 from lorafx.interrupts import undisturbed
 from lorafx.session.running import refuse_transformed

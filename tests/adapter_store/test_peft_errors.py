@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lorafx.adapter_store.adapter import Adapter
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_reader import adapter_target_modules, read_adapter
 from lorafx.adapter_store.saved import AdapterState
+from lorafx.adapter_store.stored import Adapter
 from lorafx.config import LoraConfig
 from lorafx.errors import CheckpointError, LorafxWarning
 from lorafx.prepare.marking import build_sites

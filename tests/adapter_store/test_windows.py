@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from small_banks import SIZES, held, make_adapter, make_groups, same
 
-from lorafx.adapter_store.adapter import Adapter
 from lorafx.adapter_store.store import AdapterStore
+from lorafx.adapter_store.stored import Adapter
 from lorafx.errors import CapacityError
 
 pytestmark = [pytest.mark.usefixtures("fixed_sizes"), pytest.mark.quick]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lorafx.adapter_store.adapter import Adapter, LoraWeights
+from lorafx.adapter_store.stored import Adapter, LoraWeights
 from lorafx.model.bank import Bank
 from lorafx.model.sites import Group, Site
 from lorafx.registry import lookup
