@@ -1,21 +1,122 @@
-"""Reading PEFT checkpoints: equal to PEFT's own merge, every key placed or named."""
+"""Reading PEFT checkpoints: equal to PEFT's own merge; each key is placed, or an error names it."""
 
 from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_reader import Adapter, adapter_target_modules, read_adapter
 from lorafx.adapter_store.saved import AdapterState
+from lorafx.config import LoraConfig
+from lorafx.errors import CheckpointError, LorafxWarning
 from lorafx.model.sites import Site
+from lorafx.prepare.marking import build_sites
 from lorafx.registry import lookup
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class Plain(nn.Module):
+    """Two linears of unequal sizes and an embedding, called in no particular way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.up = nn.Linear(6, 10)
+        self.down = nn.Linear(10, 6, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.relu(self.up(self.embed(ids))))
+
+
+def _llama(tied: bool = False) -> nn.Module:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=24,
+            hidden_size=16,
+            intermediate_size=20,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            tie_word_embeddings=tied,
+        )
+    )
+
+
+def _gpt2() -> nn.Module:
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=24, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+    )
+
+
+_MODELS: dict[str, Callable[[], nn.Module]] = {
+    "llama": _llama,
+    "llama-tied": lambda: _llama(tied=True),
+    "gpt2": _gpt2,
+    "plain": Plain,
+}
+
+
+@pytest.fixture
+def build() -> Callable[[str], nn.Module]:
+    """Model by name, with the same random weights every time."""
+
+    def make(name: str) -> nn.Module:
+        torch.manual_seed(7)
+        return _MODELS[name]().eval()
+
+    return make
+
+
+@pytest.fixture
+def sites_of() -> Callable[..., list[Site]]:
+    """The sites of a model whose path ends in one of `names` (all eligible ones by default)."""
+
+    def make(model: nn.Module, names: Sequence[str] = ("",)) -> list[Site]:
+        sites = []
+        for path, module in model.named_modules():
+            entry = lookup(module)
+            if entry is not None and path.endswith(tuple(names)):
+                weight = getattr(module, entry.weight)
+                sizes = entry.sizes(module)
+                sites.append(Site(path, (), module, entry, *sizes, weight.dtype, weight.device))
+        return sites
+
+    return make
+
+
+@pytest.fixture
+def save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Wrap a model with PEFT, randomise the adapter, save it; returns the folder."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def make(model: nn.Module, folder: str = "adapter", dtype=None, **config) -> Path:
+        torch.manual_seed(len(folder))
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(**config))
+        with torch.no_grad():
+            for name, parameter in wrapped.named_parameters():
+                if "lora_" in name:
+                    parameter.normal_(std=0.3)
+                    if dtype is not None:
+                        parameter.data = parameter.data.to(dtype)
+        wrapped.save_pretrained(str(tmp_path / folder))
+        return tmp_path / folder
+
+    return make
+
 
 QKV = ["q_proj", "k_proj", "v_proj"]
 
@@ -140,3 +241,142 @@ def test_round_trip(modules, style, alpha, rslora, dtype):
         assert (a.shape, b.shape) == ((r, k), (n, r))
         assert any(a is t for t in tensors.values())
         assert scale == pytest.approx(alpha / (r**0.5 if rslora else r))
+
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+BASE = "base_model.model."
+UP = f"{BASE}up.lora_"
+PAIRS = {
+    f"{UP}A.weight": torch.ones(2, 6),
+    f"{UP}B.weight": torch.ones(10, 2),
+    f"{BASE}down.lora_A.weight": torch.ones(2, 10),
+    f"{BASE}down.lora_B.weight": torch.ones(6, 2),
+    f"{BASE}embed.lora_embedding_A": torch.ones(2, 11),
+    f"{BASE}embed.lora_embedding_B": torch.ones(6, 2),
+}
+
+
+def plain() -> nn.Module:
+    torch.manual_seed(7)
+    return Plain()
+
+
+def read(
+    change: dict[str, Tensor | None],
+    config: dict[str, Any] | None = None,
+    model: nn.Module | None = None,
+    targets: Any = ("up", "down", "embed"),
+    **kwargs: Any,
+) -> Adapter:
+    """The adapter with some tensors changed, or taken out, on a plain model."""
+    changed = {**PAIRS, **change}
+    tensors = {key: tensor for key, tensor in changed.items() if tensor is not None}
+    fields = {"r": 2, "target_modules": ["up", "down", "embed"], **(config or {})}
+    state = AdapterState(PeftConfig.read(fields), tensors, "memory")
+    model = plain() if model is None else model
+    inner = getattr(model, "_orig_mod", model)
+    _, sites = build_sites(inner, LoraConfig(target_modules=[*targets]))
+    return read_adapter(state, "mine", sites, model=model, **kwargs)
+
+
+BROKEN: dict[str, tuple[dict[str, Tensor | None], str]] = {
+    "wrong K": (
+        {f"{UP}A.weight": torch.ones(2, 5)},
+        r"up\.lora_A\.weight has shape \(2, 5\), up needs \(r, 6\)",
+    ),
+    "wrong r": ({f"{UP}B.weight": torch.ones(10, 3)}, r"\(10, 3\), up needs \(10, r = 2\)"),
+    "empty": ({f"{UP}A.weight": torch.ones(0, 6)}, "without gathering its shards"),
+    "A alone": ({f"{UP}B.weight": None}, "up has no factor B"),
+    "NaN": ({f"{UP}A.weight": torch.full((2, 6), torch.nan)}, "holds 12 NaN or infinite values"),
+    "differing twin": ({"up.lora_A.weight": torch.zeros(2, 6)}, "both lora_A of up and differ"),
+    "leftover": ({f"{BASE}up.thing": torch.ones(2)}, r"up\.thing is not a LoRA factor"),
+    "unknown module": (
+        {f"{BASE}upp.lora_A.weight": torch.ones(2, 6)},
+        "base_model.model.upp: no such module in this model; nearest: up",
+    ),
+    "changed base weight": (
+        {f"{BASE}embed.base_layer.weight": torch.ones(11, 6)},
+        r"embed\.base_layer\.weight \(11, 6\) is a base weight that differs",
+    ),
+    "tokens that nothing names": (
+        {f"{BASE}embed.token_adapter.trainable_tokens_delta": torch.ones(2, 12)},
+        "trainable_token_indices does not say of embed",
+    ),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_file(case: str) -> None:
+    change, message = BROKEN[case]
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read(change)
+    assert "adapter 'mine' in " in str(caught.value)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("compiled", [False, True])
+def test_unselected_module(compiled: bool) -> None:
+    model: Any = torch.compile(plain()) if compiled else plain()
+    with pytest.raises(CheckpointError, match="down exists but was not selected") as caught:
+        read({}, model=model, targets=("up", "embed"))
+    assert len(str(caught.value).splitlines()) == 2  # and is not reported a second time
+
+
+@pytest.mark.quick
+def test_a_targeted_module_that_the_file_lacks() -> None:
+    change: dict[str, Tensor | None] = {key: None for key in PAIRS if "down" in key}
+    message = r"no factors for 1 of them \(33 %\): down"
+    with pytest.raises(CheckpointError, match=message):
+        read(change, strict=True)
+    with pytest.warns(LorafxWarning, match=message):
+        assert {*read(change).weights} == {"up", "embed"}
+    with warnings.catch_warnings():  # down is no site: nobody asked for it
+        warnings.simplefilter("error", LorafxWarning)
+        read(change, targets=("up", "embed"), strict=True)
+
+
+@pytest.mark.quick
+def test_saved_copies_of_base_weights_are_compared(build, sites_of, save) -> None:
+    """PEFT saves the embedding's base weight beside its factors; equal ones are no problem."""
+    folder = save(build("llama"), r=2, target_modules=["embed_tokens", "lm_head"])
+    assert any(k.endswith("embed_tokens.base_layer.weight") for k in load_file(folder / WEIGHTS))
+    for dtype in (torch.float32, torch.bfloat16):
+        model = build("llama").to(dtype)
+        assert len(read_adapter(folder, "a", sites_of(model), model=model).weights) == 2
+    other = build("llama")
+    other.model.embed_tokens.weight.data += 1
+    with pytest.raises(CheckpointError, match="base weight that differs"):
+        read_adapter(folder, "a", sites_of(other), model=other)
+
+
+def _truncate(folder: Path) -> None:
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[: len(data) // 2])
+
+
+FILES = {
+    "truncated": (_truncate, "not a readable safetensors file"),
+    "absent": (lambda f: (f / WEIGHTS).unlink(), "holds no adapter weights"),
+    "no configuration": (lambda f: (f / CONFIG).unlink(), "has no adapter_config.json"),
+    "no factors": (lambda f: save_file({}, f / WEIGHTS), "holds no LoRA factors"),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("case", FILES)
+def test_unreadable_folder(case: str, tmp_path: Path) -> None:
+    damage, message = FILES[case]
+    folder = tmp_path / "sql"
+    folder.mkdir()
+    save_file(PAIRS, folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 2}))
+    damage(folder)
+    model = plain()
+    with pytest.raises(CheckpointError, match=message):
+        read_adapter(folder, "a", build_sites(model, LoraConfig())[1], model=model)
+    with pytest.raises(CheckpointError, match=message):
+        adapter_target_modules(folder, model)
+    if (folder / CONFIG).exists():
+        with pytest.raises(CheckpointError, match="its subfolders with adapters are sql"):
+            read_adapter(tmp_path, "a", [], model=model)
