@@ -14,7 +14,7 @@ A *landing* is parts of sites in the order of the saved B's rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ from torch import nn
 from lorafx.adapter_store.peft_keys import candidates, without_prefix
 from lorafx.errors import Setting
 from lorafx.model.experts import NESTED, ExpertWeight, Half, meaning, saved_weights
-from lorafx.model.packed_names import spans, virtual_paths
+from lorafx.model.packed_names import virtual_paths
 from lorafx.model.saved_names import PREFIX, SavedNames, nearest_names, without_compiled
 from lorafx.registry import lookup
 
@@ -49,18 +49,6 @@ class SiteLanding:
     @property
     def key(self) -> tuple[object, ...]:
         return (self.loose, *((id(site), part) for site, part in self.places))
-
-    def fitting(self, rows: Mapping[str, int]) -> tuple[SitePart, ...] | None:
-        """The places of the factors, if B's `rows` partition the site's slices unambiguously."""
-        if not self.loose:
-            return self.places
-        names = self.places[0][0].loose_names
-        sizes = [saved_sizes(place)[1] for place in self.places]
-        found = spans(sizes, [rows.get(name) for name in names])[names.index(self.loose)]
-        if len(found) != 1:
-            return None
-        ((start, end),) = found
-        return self.places[start:end]
 
 
 def saved_sizes(place: SitePart) -> tuple[int, int]:

@@ -166,7 +166,7 @@ class Reading:
             raise Problem(f"{next(iter(keys.values())).key}: {label} has no factor {lacks[0]}")
         a, b = self._matrices(landing, label, keys["A"].key, keys["B"].key)
         rank = a.shape[0] if a.dim() == 2 else 0
-        places = landing.fitting(self._rows.get(landing.places[0][0], {}))
+        places = self._fitting(landing)
         sizes = [saved_sizes(place) for place in places or landing.places]
         n, k = sum(size for _, size in sizes), sizes[0][0]
         check_shape(keys["A"].key, a, (rank, k), f"{label} needs (r, {k})")
@@ -184,7 +184,6 @@ class Reading:
         s = self.findings.scale(label, name, landing.saved, rank)
         if s is None:
             return
-        self._settle(landing)
         m = self._vector("dora", label, keys.get("m"), places, n)
         bias = self._vector("bias", label, keys.get("b"), places, n)
         start = 0
@@ -266,17 +265,20 @@ class Reading:
         )
         return f"{landing.loose} takes some of {named}, while {others} takes all others"
 
-    def _settle(self, landing: SiteLanding) -> None:
-        """Note the slices of each loose name of the site that the rows determine."""
+    def _fitting(self, landing: SiteLanding) -> tuple[SitePart, ...] | None:
+        """The places of the factors, if B's rows partition the site's slices unambiguously. Notes
+        the slices of each loose name that the rows determine."""
         if not landing.loose:
-            return
+            return landing.places
         site = landing.places[0][0]
         given = self._rows.get(site, {})
         sizes = [saved_sizes(place)[1] for place in landing.places]
-        found = spans(sizes, [given.get(name) for name in site.loose_names])
-        for name, possible in zip(site.loose_names, found, strict=True):
-            if len(possible) == 1:
-                self.spans[renamed(site.path, name)] = range(*next(iter(possible)))
+        possible = spans(sizes, [given.get(name) for name in site.loose_names])
+        for name, found in zip(site.loose_names, possible, strict=True):
+            if len(found) == 1:
+                self.spans[renamed(site.path, name)] = range(*next(iter(found)))
+        covered = self.spans.get(renamed(site.path, landing.loose))
+        return None if covered is None else tuple(landing.places[i] for i in covered)
 
     def _other_key(self, key: str) -> None:
         if key.endswith(TRAINING_KEYS) or self._is_beside_own(key):
