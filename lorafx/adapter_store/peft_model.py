@@ -10,7 +10,6 @@ meanwhile: without wrappers they would silently compute or save the base. PEFT i
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from types import FunctionType
@@ -212,21 +211,18 @@ def _hide_methods(peft_model: nn.Module) -> list[tuple[nn.Module, str]]:
     hidden: list[tuple[nn.Module, str]] = []
     owner = type(peft_model).__name__
     for part in (peft_model, cast(nn.Module, peft_model.base_model)):
-        for name in _methods(type(part)):
-            if name not in vars(part):
+        bases = [base for base in type(part).__mro__ if base not in nn.Module.__mro__]
+        named = {name: value for base in bases for name, value in vars(base).items()}
+        methods = [
+            name
+            for name, value in named.items()
+            if isinstance(value, FunctionType) and not (name[0] == "_" or hasattr(nn.Module, name))
+        ]
+        for name in dict.fromkeys([*_OF_MODULES, *methods]):
+            if name not in vars(part) and name not in _HARMLESS:
                 vars(part)[name] = partial(_refuse, owner, name)
                 hidden.append((part, name))
     return hidden
-
-
-def _methods(cls: type) -> Iterator[str]:
-    yield from _OF_MODULES
-    bases = [base for base in cls.__mro__ if base not in nn.Module.__mro__]
-    named = {name: value for base in bases for name, value in vars(base).items()}
-    for name, value in named.items():
-        public = not name.startswith("_") and name not in _HARMLESS
-        if public and isinstance(value, FunctionType) and not hasattr(nn.Module, name):
-            yield name
 
 
 def _refuse(owner: str, name: str, *_: Any, **__: Any) -> NoReturn:
