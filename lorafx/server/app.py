@@ -47,7 +47,7 @@ def build_app(
     ]
     answer_errors(app)
     app.add_middleware(Authentication, key=api_key)
-    loading = AdapterLoading(served, adapter_root)
+    loading = AdapterLoading(served.compiled, adapter_root)
 
     # Not coroutines: they read files, and FastAPI runs them in threads.
     @app.post("/v1/load_lora_adapter")

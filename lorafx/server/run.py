@@ -25,7 +25,7 @@ from lorafx.errors import ConfigError
 from lorafx.prepare.configuration import covering
 from lorafx.progress import progress
 from lorafx.server.app import build_app
-from lorafx.server.served_model import ServedFolder, ServedModel
+from lorafx.server.served_model import ServedModel
 from lorafx.server.settings import Settings
 from lorafx.serving.compiled import CompiledModel
 
@@ -78,9 +78,8 @@ def opened(settings: Settings, *, lazily: bool = False) -> Iterator[Opened]:
     engine_config = ContinuousBatchingConfig(
         **settings.engine(model.device.type == "cpu"), per_request_processors=True
     )
-    served = ServedModel(compiled, tokenizer, settings.served_name)
-    if lazily:
-        served = ServedFolder(settings, compiled, tokenizer)
+    folders = settings if lazily else None
+    served = ServedModel(compiled, tokenizer, settings.served_name, folders)
     with compiled.continuous_batching(_generation(settings, model), engine_config) as engine:
         try:
             app = build_app(served, engine, settings.root(), settings.api_key)

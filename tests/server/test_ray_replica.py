@@ -17,9 +17,8 @@ from served import SMALL
 
 from lorafx.errors import BatchError, CapacityError, ConfigError, UnknownAdapterError
 from lorafx.server.ray import RaySettings, build
-from lorafx.server.ray.held_adapters import HeldAdapters
-from lorafx.server.ray.ingress import Answer
-from lorafx.server.ray.replica import Counts, Replica
+from lorafx.server.ray.application import Answer
+from lorafx.server.ray.replica import Counts, HeldAdapters, Replica
 
 
 def settings_of(files, **given: Any) -> RaySettings:
