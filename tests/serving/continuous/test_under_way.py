@@ -146,7 +146,7 @@ def test_requests_that_are_left_after_the_timeout_fail(cm):
     output = engine.output_router.output_queue.get(timeout=1)
     assert output.request_id == added
     assert "finished before this request" in output.error
-    assert engine._packed._pages is None  # the cache is not kept by the engine's object
+    assert engine._packed.pages is None  # the cache is not kept by the engine's object
 
 
 GEMMA2 = decoder(
