@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from lorafx.errors import ConfigError, LorafxError
+from lorafx.errors import LorafxError
 from lorafx.serving.added_tokens import without_added_tokens
 from lorafx.serving.alora import generating_forward_of
 from lorafx.serving.entries import CompiledForwards
@@ -91,7 +91,6 @@ class CompiledGenerate:
     ) -> Any:
         entries, session = self._entries, self._session
         kwargs.setdefault("disable_compile", True)
-        _refuse_offloading(model, kwargs)
         if model is entries.model:
             args, kwargs = without_added_tokens(session, args, kwargs)
         # CompiledForwards first: each reads the module's own forward when it is made.
@@ -143,17 +142,6 @@ class CompiledGenerate:
 
         self._by_themselves[id(part)] = entry, forward
         return forward
-
-
-def _refuse_offloading(model: nn.Module, given: Mapping[str, Any]) -> None:
-    """Raise ConfigError where the cache asks for streams of an accelerator, and there is none."""
-    config = given.get("generation_config") or getattr(model, "generation_config", None)
-    cache = given.get("cache_implementation") or getattr(config, "cache_implementation", None)
-    if isinstance(cache, str) and "offloaded" in cache and not torch.accelerator.is_available():
-        raise ConfigError(
-            f"cache_implementation={cache!r} copies the cache between an accelerator and the host, "
-            "and there is no accelerator here; leave it out, or use 'static' or 'dynamic'"
-        )
 
 
 def _batching(model: nn.Module) -> list[Replaced]:
