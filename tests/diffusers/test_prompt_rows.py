@@ -42,6 +42,9 @@ def test_one_noise_for_all_prompts_says_nothing() -> None:
 
 def test_a_row_of_several_prompts_is_refused() -> None:
     rows, embeddings = given(2)
-    both = embeddings, embeddings.flip(0)
+
+    def pipeline() -> tuple[int, ...]:
+        return rows.owners("a denoiser", (embeddings, embeddings.flip(0)), 2)
+
     with pytest.raises(BatchError, match="its arguments name several prompts for row 0, 1"):
-        rows.run(lambda: rows.owners("a denoiser", both, 2))
+        rows.run(pipeline)
