@@ -160,14 +160,10 @@ def _padding(bound: Mapping[str, Any], settings: Any) -> int | None:
     """The token that fills the rows of sequences that have ended."""
     for name in ("pad_token_id", "eos_token_id"):
         value = bound.get(name)
-        if value is None:
-            value = getattr(settings, name, None)
-        if isinstance(value, Tensor):
-            value = value.flatten().tolist()
-        if isinstance(value, Sequence):
-            value = value[0] if value else None
-        if value is not None:
-            return int(value)
+        value = getattr(settings, name, None) if value is None else value
+        tokens = [] if value is None else torch.as_tensor(value).flatten().tolist()
+        if tokens:
+            return int(tokens[0])
     return None
 
 
