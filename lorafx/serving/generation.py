@@ -53,23 +53,24 @@ class CompiledGenerate:
         run = getattr(model, "generate", None)
         if not callable(run):
             raise LorafxError(f"{type(model).__name__} has no generate(); call the model itself")
-        parts = [item for item in self._nested if item[0] is not model]
-        attributes = [*parts, *_batching(model)]
+        attributes = [item for item in self._nested if item[:2] != (model, "generate")]
         replacing = self._session.stand_ins.replacing
         return replacing(attributes, self._generate, model, run, *args, **kwargs)
 
     def within(self, method: Callable[..., T]) -> Callable[..., T]:
         """`method` of the model: where it calls `generate`, it is this one. Dynamo leaves it to
         Python."""
-        attributes = [*self._nested, *_batching(self._entries.model)]
-        return functools.partial(self._session.stand_ins.replacing, attributes, method)
+        return functools.partial(self._session.stand_ins.replacing, self._nested, method)
 
     @functools.cached_property
     def _nested(self) -> list[Replaced]:
-        """The `generate` of the model, and of models inside of it, for calls of them within a call.
-        Made once: Dynamo guards on the very function."""
-        mixin, model = _mixin(), self._entries.model
-        return [
+        """The `generate` of the model, and of models inside of it, for calls of them within a call,
+        and `generate_batch`, to which paged caches are handed over: it is refused. Made once:
+        Dynamo guards on the very function."""
+        mixin, model, batching = _mixin(), self._entries.model, "generate_batch"
+        refused: Replaced = (model, batching, functools.partial(refuse, batching, PAGED))
+        found: list[Replaced] = [refused] if hasattr(model, batching) else []
+        return found + [
             (part, "generate", torch.compiler.disable(self._nested_in(part)))
             for part in model.modules()
             if (part is model or isinstance(part, mixin))
@@ -148,13 +149,6 @@ class CompiledGenerate:
 
         self._by_themselves[id(part)] = entry, forward
         return forward
-
-
-def _batching(model: nn.Module) -> list[Replaced]:
-    """`generate` hands paged caches over to continuous batching, which is refused."""
-    name = "generate_batch"
-    refusing = functools.partial(refuse, name, PAGED)
-    return [(model, name, refusing)] if hasattr(model, name) else []
 
 
 def _mixin() -> Any:
