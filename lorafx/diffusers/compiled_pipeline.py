@@ -99,7 +99,11 @@ def compile_pipeline(
     compiled: dict[str, CompiledModel] = {}
     try:
         for name, model in models.items():
-            config = configs.get(name) or _room_for(sources[name], model)
+            config = configs.get(name)
+            if config is None:  # what these adapters need, and sums of two of them
+                config = request_of(None, sources[name], model).config
+                sums = 2 if len(sources[name]) > 1 else 1
+                config = replace(config, max_rank=sums * config.max_rank)
             taken = inspect.signature(model.forward).parameters
             shared = dict.fromkeys(argument for argument in SHARED_ARGUMENTS if argument in taken)
             config = replace(config, row_dims={**shared, **config.row_dims})
@@ -154,7 +158,10 @@ class CompiledPipeline:
         refuse_slips(kwargs, type(self.pipe).__call__, ways=_BY_PROMPT)
         names = checked_names(adapter_names)
         if names is not None and len(set(names)) > 1:
-            kwargs = _for_each_prompt(kwargs, len(names))
+            # Some pipelines encode one text once, for rows of all adapters.
+            for name, value in kwargs.items():
+                if "negative_prompt" in name and isinstance(value, str):
+                    kwargs[name] = [value] * len(names)
         given = _bound(self.pipe, args, kwargs)
         self._check(given)
         by_model: dict[str, Names | None] = dict.fromkeys(self.models)
@@ -285,12 +292,6 @@ def _by_component(config: Any, models: Mapping[str, nn.Module]) -> dict[str, Lor
     return found
 
 
-def _room_for(sources: Mapping[str, Any], model: nn.Module) -> LoraConfig:
-    """What these adapters need, and sums of two of them."""
-    config = request_of(None, sources, model).config
-    return replace(config, max_rank=2 * config.max_rank) if len(sources) > 1 else config
-
-
 def _known(names: Names, loaded: Sequence[str]) -> Names:
     """`names` in a model that has a part of these adapters alone."""
 
@@ -308,15 +309,6 @@ def _known(names: Names, loaded: Sequence[str]) -> Names:
 def _bound(pipe: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
     signature = inspect.signature(type(pipe).__call__)
     return signature.bind_partial(None, *args, **kwargs).arguments
-
-
-def _for_each_prompt(arguments: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """The arguments with a negative prompt for each prompt: some pipelines encode one text once,
-    for rows of all adapters."""
-    return {
-        name: [value] * count if "negative_prompt" in name and isinstance(value, str) else value
-        for name, value in arguments.items()
-    }
 
 
 def _check_prompts(arguments: Mapping[str, Any], count: int) -> None:

@@ -31,24 +31,20 @@ def loadable(pipe: Any, components: Iterable[str] | None) -> dict[str, nn.Module
             "a single model with lorafx.compile"
         )
     models = {name: m for name, m in pipe.components.items() if isinstance(m, nn.Module)}
-    if components is None:
-        names = [name for name in getattr(pipe, "_lora_loadable_modules", ()) if name in models]
-        if not names:
-            raise ConfigError(
-                f"diffusers loads no adapters into {type(pipe).__name__}; name the models that "
-                f"carry LoRA by components=... (it has {', '.join(models)})"
-            )
-    else:
-        names = list(dict.fromkeys(components))
-        for name in names:
-            if name not in models:
-                raise ConfigError(
-                    f"{type(pipe).__name__} has no model {name!r}{nearest(str(name), models)}; it "
-                    f"has {', '.join(models)}"
-                )
-        if not names:
-            raise ConfigError("components=() names no model; leave it out for diffusers' choice")
+    known = [name for name in getattr(pipe, "_lora_loadable_modules", ()) if name in models]
+    names = known if components is None else list(dict.fromkeys(components))
+    if not names:
+        why = f"diffusers loads no adapters into {type(pipe).__name__}"
+        raise ConfigError(
+            f"{why if components is None else 'components=() names no model'}; name the models "
+            f"that carry LoRA by components=... (it has {', '.join(models)})"
+        )
     for name in names:
+        if name not in models:
+            raise ConfigError(
+                f"{type(pipe).__name__} has no model {name!r}{nearest(str(name), models)}; it "
+                f"has {', '.join(models)}"
+            )
         if any(hasattr(module, "_hf_hook") for module in models[name].modules()):
             raise CaptureError(
                 f"{name} is moved between devices by accelerate's hooks, and banks are not; move "
@@ -83,31 +79,29 @@ def parts_of(source: Any, pipe: Any, models: Mapping[str, nn.Module]) -> dict[st
     found: dict[str, AdapterSource] = {}
     for name in named if given.component is None else (given.component,):
         model = _model_of(name, models)
-        if model is not None:
-            if model in found:
-                raise CheckpointError(
-                    f"{saved.where} has factors for {name or 'no model by name'} and "
-                    f"{found[model].component}, which are both {model} here; say which by "
-                    "AdapterSource(..., component=...)"
-                )
-            found[model] = replace(given, source=saved, component=name or None)
-            continue
         known = getattr(pipe, "components", {})
-        if name in known and known[name] is None:
+        if model is not None and model in found:
+            raise CheckpointError(
+                f"{saved.where} has factors for {name or 'no model by name'} and "
+                f"{found[model].component}, which are both {model} here; say which by "
+                "AdapterSource(..., component=...)"
+            )
+        if model is not None:
+            found[model] = replace(given, source=saved, component=name or None)
+        elif name in known and known[name] is None:
             warnings.warn(
                 f"{saved.where} has factors for {name}, without which the pipeline was loaded; "
                 "embeddings that are given have to come from it, with this adapter",
                 LorafxWarning,
                 stacklevel=3,
             )
-            continue
-        why = f"{type(pipe).__name__} does not have"
-        if name in known:
-            why = "is not compiled; name it by components="
-        raise CheckpointError(
-            f"{saved.where} has factors for {name or 'a model that it does not name'}, which "
-            f"{why} (compiled: {', '.join(models)})"
-        )
+        else:
+            missing = f"{type(pipe).__name__} does not have"
+            why = "is not compiled; name it by components=" if name in known else missing
+            raise CheckpointError(
+                f"{saved.where} has factors for {name or 'a model that it does not name'}, which "
+                f"{why} (compiled: {', '.join(models)})"
+            )
     if not found:
         raise CheckpointError(f"{saved.where} has factors for none of {', '.join(models)}")
     return found

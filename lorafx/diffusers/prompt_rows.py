@@ -54,11 +54,13 @@ class PromptRows:
 
     def of_prompts(self, value: Any) -> None:
         """Row b of each tensor in `value` belongs to prompt b."""
-        self._say(value, tuple(range(self.prompts)))
+        self.of_rows(value, tuple(range(self.prompts)))
 
     def of_rows(self, value: Any, owners: tuple[int, ...]) -> None:
         """Row i of each tensor in `value` belongs to prompt owners[i]."""
-        self._say(value, owners)
+        for tensor in tensor_leaves(value):
+            if tensor.dim() and tensor.shape[0] == len(owners):
+                self._memory.given(tensor, listed(0, owners))
 
     def of_noise(self, tensor: Tensor) -> None:
         """`tensor` has rows of which nobody knows yet whose they are."""
@@ -71,7 +73,17 @@ class PromptRows:
         """The prompt of each of the `count` rows that `what` is called with; BatchError where what
         a row is computed from says nothing of its prompt, or names several."""
         labels = untracked(lambda _: self._labels(values, count))
-        known = self._unified(labels)
+        # Labels of noise -> the prompt of the rows that have it; NOBODY where it is several
+        # prompts', which may begin with the same noise.
+        users: dict[int, set[int]] = {}
+        for of_row in labels:
+            owned = {label for label in of_row if label < self.prompts}
+            for label in of_row - owned if owned else ():
+                users.setdefault(label, set()).update(owned)
+        known = {
+            label: next(iter(owned)) if len(owned) == 1 else NOBODY
+            for label, owned in users.items()
+        }
         prompts = [
             {known.get(label, label) for label in of_row} & set(range(self.prompts))
             for of_row in labels
@@ -89,11 +101,6 @@ class PromptRows:
         untracked(lambda _: self._memory.rename(known))
         self._begun = True
         return tuple(of_row.pop() for of_row in prompts)
-
-    def _say(self, value: Any, owners: tuple[int, ...]) -> None:
-        for tensor in tensor_leaves(value):
-            if tensor.dim() and tensor.shape[0] == len(owners):
-                self._memory.given(tensor, listed(0, owners))
 
     def _labels(self, values: Any, count: int) -> list[set[int]]:
         """The labels of each row of the tensors in `values`."""
@@ -119,20 +126,6 @@ class PromptRows:
             labels: list[int] = torch.where(least == most, most, NOBODY).tolist()
             return labels
         return [NOBODY] * rows
-
-    def _unified(self, found: Sequence[set[int]]) -> dict[int, int]:
-        """Labels of noise -> the prompt of the rows that have it; NOBODY where it is several
-        prompts', which may begin with the same noise."""
-        users: dict[int, set[int]] = {}
-        for of_row in found:
-            prompts = {label for label in of_row if label < self.prompts}
-            for label in of_row - prompts:
-                users.setdefault(label, set()).update(prompts)
-        return {
-            label: next(iter(prompts)) if len(prompts) == 1 else NOBODY
-            for label, prompts in users.items()
-            if prompts
-        }
 
 
 def counted(tensor: Tensor) -> Tensor:

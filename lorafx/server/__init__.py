@@ -6,21 +6,20 @@ import importlib
 
 from lorafx.errors import ConfigError
 
+#: What cannot be imported, what is missing then, and what installs it.
+_NEEDED = (
+    *((module, module, "'lorafx[serve]'") for module in ("fastapi", "uvicorn", "openai")),
+    ("prometheus_client", "prometheus_client", "'lorafx[serve]'"),
+    ("lorafx.server.run", "transformers 5.23 or newer", "'lorafx[serve]' 'transformers>=5.23'"),
+)
+
 
 def check_requirements() -> None:
     """Raise ConfigError where something that the server needs is not installed."""
-    for module in ("fastapi", "uvicorn", "openai", "prometheus_client"):
+    for module, name, packages in _NEEDED:
         try:
             importlib.import_module(module)
         except ImportError as error:
             raise ConfigError(
-                f"lorafx serve needs {module}, which cannot be imported ({error}): "
-                "pip install 'lorafx[serve]'"
+                f"lorafx serve needs {name} ({error}): pip install {packages}"
             ) from error
-    try:
-        importlib.import_module("lorafx.server.run")
-    except ImportError as error:
-        raise ConfigError(
-            f"lorafx serve needs transformers 5.23 or newer ({error}): "
-            "pip install 'lorafx[serve]' 'transformers>=5.23'"
-        ) from error

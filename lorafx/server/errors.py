@@ -24,15 +24,15 @@ OPEN = ("/health", "/metrics")
 
 
 class RequestError(LorafxError):
-    """A request that is refused: the status of the answer, the field that is wrong, and one of
+    """A request that is refused: the field that is wrong, the status of the answer, and one of
     OpenAI's codes, where it has one."""
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+        self, message: str, param: str | None = None, *, status: int = 400, code: str | None = None
     ) -> None:
         super().__init__(message)
-        self.status = status
         self.param = param
+        self.status = status
         self.code = code
 
 
@@ -42,21 +42,43 @@ def status_of(error: BaseException) -> int:
         return error.status
     if isinstance(error, HTTPException):
         return error.status_code
+    if isinstance(error, RequestValidationError):
+        return 400
     if isinstance(error, UnknownAdapterError):
         return 404
     # A BatchError of the engine: it takes no requests.
     return 503 if isinstance(error, (CBWorkerDeadError, BatchError)) else 500
 
 
-def error_response(error: Exception) -> JSONResponse:
-    """The answer to a request that ends with this error."""
-    param, code = getattr(error, "param", None), getattr(error, "code", None)
-    return _answer(status_of(error), message_of(error), param, code)
-
-
 def message_of(error: Exception) -> str:
     """What is wrong, and the way out by options of `lorafx serve`, not by fields of LoraConfig."""
+    if isinstance(error, HTTPException):
+        return str(error.detail)
+    if isinstance(error, RequestValidationError):
+        return f"the body is not a JSON object: {_malformed(error)}"
     return error.spelled(_as_option) if isinstance(error, LorafxError) else str(error)
+
+
+def error_response(error: Exception) -> JSONResponse:
+    """The answer to a request that ends with this error."""
+    status = status_of(error)
+    told = {
+        "message": message_of(error),
+        "type": "invalid_request_error" if status < 500 else "server_error",
+        "param": getattr(error, "param", None),
+        "code": getattr(error, "code", None),
+    }
+    return JSONResponse({"error": told}, status)
+
+
+def answer_errors(app: FastAPI) -> None:
+    """Have `app` answer all errors in OpenAI's form."""
+
+    async def answered(_: Request, error: Exception) -> JSONResponse:
+        return error_response(error)
+
+    for kind in (LorafxError, CBWorkerDeadError, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, answered)
 
 
 def _as_option(setting: Setting) -> str:
@@ -70,25 +92,7 @@ def _as_option(setting: Setting) -> str:
     return setting.text
 
 
-def answer_errors(app: FastAPI) -> None:
-    """Have `app` answer all errors in OpenAI's form."""
-
-    async def lorafx_error(_: Request, error: Exception) -> JSONResponse:
-        return error_response(error)
-
-    async def http_error(_: Request, error: Exception) -> JSONResponse:
-        return _answer(status_of(error), str(getattr(error, "detail", error)))
-
-    async def malformed(_: Request, error: Exception) -> JSONResponse:
-        return _answer(400, f"the body is not a JSON object: {_malformed(error)}")
-
-    app.add_exception_handler(LorafxError, lorafx_error)
-    app.add_exception_handler(CBWorkerDeadError, lorafx_error)
-    app.add_exception_handler(HTTPException, http_error)
-    app.add_exception_handler(RequestValidationError, malformed)
-
-
-def _malformed(error: Any) -> str:
+def _malformed(error: RequestValidationError) -> str:
     """What FastAPI found, without the place in its code that it adds."""
     found = error.errors()[0]
     if found["type"] == "json_invalid":
@@ -97,15 +101,6 @@ def _malformed(error: Any) -> str:
     if isinstance(given, bytes):
         return "its Content-Type has to be application/json"
     return "it is empty" if given is None else f"it is {json.dumps(given):.80}"
-
-
-def _answer(
-    status: int, message: str, param: str | None = None, code: str | None = None
-) -> JSONResponse:
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return JSONResponse(
-        {"error": {"message": message, "type": kind, "param": param, "code": code}}, status
-    )
 
 
 class Authentication:
@@ -129,6 +124,6 @@ class Authentication:
         else:
             await self._app(scope, receive, send)
             return
-        refusal = error_response(RequestError(401, text, code="invalid_api_key"))
+        refusal = error_response(RequestError(text, status=401, code="invalid_api_key"))
         refusal.headers["WWW-Authenticate"] = "Bearer"
         await refusal(scope, receive, send)

@@ -1,7 +1,7 @@
 """What transformers' handlers generate with: the engine, with the adapter of each request.
 
-handler ── get_manager("base:adapter") ─▶ AdapterGeneration ── Route ─▶ AdapterBatchingManager
-                                          one for each request          one for the server
+handler ── get_manager("base:adapter") ─▶ AdapterGeneration ─▶ AdapterBatchingManager
+                                          one for each request   one for the server
 """
 
 from __future__ import annotations
@@ -84,18 +84,26 @@ class TextStreamer(CBStreamer):
             self._queue.put_nowait(item)
 
 
-class Route:
-    """The engine as one request sees it: it gets its adapter, None for the base, and its outputs
-    come back here. `failed` is called where its generation fails."""
+class AdapterGeneration(CBGenerateManager):
+    """Generates for one request with an adapter, None for the base; prompt and answer have at most
+    `most_tokens` together. `failed` is called where the generation fails. What transformers calls
+    of its engine is here too: the request goes to `engine` with its adapter, and its outputs come
+    back here."""
 
     def __init__(
-        self, engine: AdapterBatchingManager, adapter: str | None, failed: Callable[[], None]
+        self,
+        engine: AdapterBatchingManager,
+        adapter: str | None,
+        most_tokens: int,
+        failed: Callable[[], None],
     ) -> None:
-        self._engine = engine
-        self._adapter = adapter
+        super().__init__()
+        self._cb: Any = self
+        self._engine, self._adapter = engine, adapter
+        self._most_tokens = most_tokens
         self._failed = failed
         self._callback: Callable[[Any], None] | None = None
-        self.sampling: dict[str, Any] = {}
+        self._sampling: dict[str, Any] = {}
 
     @property
     def background_thread_status(self) -> Any:
@@ -116,15 +124,9 @@ class Route:
             self._callback(output)
 
         self._engine.register_result_handler(request_id, deliver)
+        given = {**request, **self._sampling, "adapter": self._adapter, "streaming": streaming}
         try:
-            return self._engine.add_request(
-                input_ids,
-                request_id=request_id,
-                adapter=self._adapter,
-                streaming=streaming,
-                **request,
-                **self.sampling,
-            )
+            return self._engine.add_request(input_ids, request_id, **given)
         except BaseException:
             self._forget(request_id)
             raise
@@ -137,15 +139,6 @@ class Route:
         router = self._engine.output_router
         with router._lock:
             router.result_handlers.pop(request_id, None)
-
-
-class AdapterGeneration(CBGenerateManager):
-    """Generates for one request, whose prompt and answer have at most `most_tokens` together."""
-
-    def __init__(self, route: Route, most_tokens: int) -> None:
-        super().__init__()
-        self._cb: Any = route
-        self._most_tokens = most_tokens
 
     def generate_streaming(
         self,
@@ -163,7 +156,7 @@ class AdapterGeneration(CBGenerateManager):
         name = uuid4().hex
         self._check_alive(name)
         queue: asyncio.Queue[Any] = asyncio.Queue()
-        streamer = TextStreamer(self._cb, name, processor._tokenizer, queue, response_parser)
+        streamer = TextStreamer(self, name, processor._tokenizer, queue, response_parser)
 
         def deliver(output: Any) -> None:
             try:
@@ -175,8 +168,8 @@ class AdapterGeneration(CBGenerateManager):
             except Exception as error:  # of a parser, about this answer alone
                 queue.put_nowait(stream_error(_quotable(str(error))))
 
-        self._cb.register_result_handler(name, deliver)
-        self._cb.add_request(
+        self.register_result_handler(name, deliver)
+        self.add_request(
             inputs["input_ids"],
             request_id=name,
             streaming=True,
@@ -203,26 +196,22 @@ class AdapterGeneration(CBGenerateManager):
         except CBWorkerDeadError:
             raise
         except RuntimeError as error:
-            raise RequestError(500, str(error)) from error
+            raise RequestError(str(error), status=500) from error
         return processor._tokenizer.decode(tokens, skip_special_tokens=True), length, tokens
-
-    def stop(self) -> None:
-        """Nothing: the engine is the server's."""
 
     def _prepare(self, inputs: dict[str, Any], config: GenerationConfig) -> None:
         """Raise RequestError where the prompt is too long or empty; have the answer fit."""
         length = len(inputs["input_ids"])
         if not length:
-            raise RequestError(400, "the prompt has no tokens; write something", param="prompt")
+            raise RequestError("the prompt has no tokens; write something", "prompt")
         if length >= self._most_tokens:
             raise RequestError(
-                400,
                 f"the prompt has {length} tokens, and prompt and answer together may have "
                 f"{self._most_tokens}; shorten it",
                 code="context_length_exceeded",
             )
         config.max_new_tokens = min(config.max_new_tokens, self._most_tokens - length)
-        self._cb.sampling = {name: getattr(config, name) for name in RANGES}
+        self._sampling = {name: getattr(config, name) for name in RANGES}
 
 
 class Generation(GenerationState):
@@ -253,14 +242,8 @@ class Generation(GenerationState):
         """For a request that asks for this model."""
         adapter = self._served.adapter_of(model_id)
         label = BASE if adapter is None else adapter
-        route = Route(self._engine, adapter, lambda: self._metrics.failed(label))
-        return AdapterGeneration(route, self._most_tokens)
-
-    def is_cb_alive(self) -> bool:
-        return self._engine.background_thread_status.can_accept_new_requests() is None
-
-    def shutdown(self) -> None:
-        """Nothing: who opened the server closes it."""
+        failed = self._metrics.failures.labels(label).inc
+        return AdapterGeneration(self._engine, adapter, self._most_tokens, failed)
 
 
 def _quotable(text: str) -> str:

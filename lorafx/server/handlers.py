@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -53,7 +54,30 @@ _FIELDS: Sequence[tuple[tuple[Any, ...], str]] = (
     (("disabled",), "truncation"),
 )
 NEUTRAL = {field: values for values, fields in _FIELDS for field in fields.split()}
-LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+
+
+def _is_length(value: Any) -> bool:
+    return isinstance(value, int) and value is not True and value > 0
+
+
+def _is_sampling(name: str, value: Any) -> bool:
+    return sampling_number(name, value) is not None
+
+
+def _are_objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+#: Fields that are served: what their values have to be, and how that is said.
+FORMS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        ("max_tokens", "max_completion_tokens", "max_output_tokens"),
+        (_is_length, "a number of tokens, at least 1"),
+    ),
+    **{name: (partial(_is_sampling, name), sampling_range(name)) for name in RANGES},
+    "suffix": (lambda value: isinstance(value, str), "a string"),
+    "tools": (_are_objects, "a list of objects"),
+}
 TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -75,7 +99,7 @@ class AdapterHandler(BaseHandler):
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
         """Answer a request, or raise why it is refused."""
         label = UNKNOWN
-        self._metrics.began()
+        self._metrics.running.inc()
         try:
             _check_text(body)
             adapter = self._served.adapter_of(body.get("model"))
@@ -87,7 +111,7 @@ class AdapterHandler(BaseHandler):
                 response = await handler.handle_request(body, request_id)
             except TemplateError as error:
                 why = f"the chat template refuses the messages: {error}"
-                raise _bad(why, self.prompt) from error
+                raise RequestError(why, self.prompt) from error
         except BaseException as error:
             self._metrics.ended(label, status_of(error))
             raise
@@ -131,75 +155,58 @@ class AdapterHandler(BaseHandler):
         for field, values in NEUTRAL.items():
             if field in body and body.pop(field) not in values:
                 neutral = " or ".join(map(repr, values))
-                raise _bad(
+                raise RequestError(
                     f"`{field}` is not served with continuous batching; leave it out"
                     + (f", or send {neutral}" if neutral else ""),
                     field,
                 )
-        for field in LENGTHS:
-            value = body.get(field)
-            if value is not None and (not isinstance(value, int) or value is True or value < 1):
-                raise _bad(f"`{field}` is a number of tokens, at least 1; got {value!r}", field)
-        self._check_sampling(body)
+        for field, (fits, what) in FORMS.items():
+            if field in body and not fits(body[field]):
+                raise RequestError(f"`{field}` is {what}; got {body[field]!r:.80}", field)
+        # With a seed transformers would set the process's.
+        drawn = body.get("temperature", self._generation.config.temperature) >= COLDEST
+        if body.pop("seed", None) is not None and drawn:
+            raise RequestError(
+                "`seed` is not served: requests of one batch draw from one generator; leave it "
+                "out, or send `temperature` 0, which draws nothing",
+                "seed",
+            )
         if self.prompt not in body:
-            raise _bad(f"`{self.prompt}` is missing", self.prompt)
+            raise RequestError(f"`{self.prompt}` is missing", self.prompt)
         if self.chat and getattr(self._served.tokenizer, "chat_template", None) is None:
-            raise _bad(
+            raise RequestError(
                 f"the tokenizer of {self._served.name!r} has no chat template; ask "
                 "/v1/completions with a `prompt`"
             )
-        if not isinstance(body.get("suffix", ""), str):
-            raise _bad(f"`suffix` is a string; got {body['suffix']!r:.80}", "suffix")
-        tools = body.get("tools", [])
-        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-            raise _bad(f"`tools` is a list of objects; got {tools!r:.80}", "tools")
         given = body.get("chat_template_kwargs") or {}
         taken = inspect.signature(self._served.tokenizer.apply_chat_template).parameters
         if not isinstance(given, dict) or not taken.keys().isdisjoint(given):
-            raise _bad(
+            raise RequestError(
                 "`chat_template_kwargs` is an object with the template's own variables; "
                 f"got {given!r:.80}",
                 "chat_template_kwargs",
             )
         return body
 
-    def _check_sampling(self, body: dict[str, Any]) -> None:
-        for field in RANGES:
-            value = body.get(field)
-            if value is not None and sampling_number(field, value) is None:
-                raise _bad(f"`{field}` is {sampling_range(field)}; got {value!r:.80}", field)
-        if body.pop("seed", None) is None:  # with one transformers would set the process's seed
-            return
-        if body.get("temperature", self._generation.config.temperature) >= COLDEST:
-            raise _bad(
-                "`seed` is not served: requests of one batch draw from one generator; leave it "
-                "out, or send `temperature` 0, which draws nothing",
-                "seed",
-            )
-
     @staticmethod
     def get_processor_inputs_from_messages(messages: Any, modality: Modality) -> list[dict]:
         """transformers' form of a request's messages, which have text only."""
         if not isinstance(messages, list) or not messages:
-            raise _bad("`messages` is a list of messages, at least one")
+            raise RequestError("`messages` is a list of messages, at least one")
         for message in messages:
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-                raise _bad(f"a message is an object with a `role`; got {message!r:.80}")
+                raise RequestError(f"a message is an object with a `role`; got {message!r:.80}")
             content = message.get("content")
             if content is None or isinstance(content, str):
                 continue
             for part in content if isinstance(content, list) else [content]:
                 kind = part.get("type") if isinstance(part, dict) else None
                 if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
-                    raise _bad(
+                    raise RequestError(
                         "the content of a message is text: a string, or parts of the types "
                         f"{', '.join(TEXT_PARTS)}; got {kind or part!r:.80}"
                     )
         return BaseHandler.get_processor_inputs_from_messages(messages, modality)
-
-
-def _bad(message: str, field: str | None = None) -> RequestError:
-    return RequestError(400, message, param=field)
 
 
 def _check_text(body: Mapping[str, Any]) -> None:
@@ -209,7 +216,7 @@ def _check_text(body: Mapping[str, Any]) -> None:
         json.dumps(body, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start]
-        raise _bad(
+        raise RequestError(
             f"the request holds {half!r}, half of a surrogate pair; send whole characters"
         ) from error
 

@@ -57,52 +57,43 @@ def counts(stats: Statistics, health: StepHealth) -> Iterator[Count]:
 
 
 class Metrics:
-    """The counts of one server; `stats` is `CompiledModel.stats`."""
+    """The counts of one server; `stats` is `CompiledModel.stats`.
+
+    Attributes:
+        requests: those that have ended, by adapter and status.
+        failures: those whose generation failed, by adapter.
+        running: those that are being answered.
+    """
 
     def __init__(self, stats: Callable[[], Statistics], health: StepHealth) -> None:
+        self._stats, self._health = stats, health
         self._registry = CollectorRegistry()
-        self._requests = Counter(
+        self.requests = Counter(
             "lorafx_requests",
             "Requests that have ended, by adapter and status; 499: the client went away",
             ["adapter", "status"],
             registry=self._registry,
         )
-        self._failures = Counter(
+        self.failures = Counter(
             "lorafx_failures",
             "Requests whose generation failed, also after the answer had begun",
             ["adapter"],
             registry=self._registry,
         )
-        self._running = Gauge(
+        self.running = Gauge(
             "lorafx_requests_running",
             "Requests that are being answered",
             registry=self._registry,
         )
-        self._registry.register(_Collector(stats, health))
-
-    def began(self) -> None:
-        """A request has come."""
-        self._running.inc()
+        self._registry.register(self)
 
     def ended(self, adapter: str, status: int) -> None:
         """A request has been answered, or given up."""
-        self._running.dec()
-        self._requests.labels(adapter, str(status)).inc()
-
-    def failed(self, adapter: str) -> None:
-        """The generation of a request has failed."""
-        self._failures.labels(adapter).inc()
-
-    def text(self) -> bytes:
-        """All counts in Prometheus's format."""
-        return generate_latest(self._registry)
-
-
-class _Collector:
-    def __init__(self, stats: Callable[[], Statistics], health: StepHealth) -> None:
-        self._stats, self._health = stats, health
+        self.running.dec()
+        self.requests.labels(adapter, str(status)).inc()
 
     def collect(self) -> Iterator[Metric]:
+        """The numbers of the model and its engine, as the registry asks for them."""
         families: dict[str, Any] = {}
         for count in counts(self._stats(), self._health):
             if count.name not in families:
@@ -110,3 +101,7 @@ class _Collector:
                 families[count.name] = kind(count.name, count.text, labels=list(count.labels))
             families[count.name].add_metric(list(count.labels.values()), count.value)
         yield from families.values()
+
+    def text(self) -> bytes:
+        """All counts in Prometheus's format."""
+        return generate_latest(self._registry)

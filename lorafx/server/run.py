@@ -25,7 +25,7 @@ from lorafx.errors import ConfigError
 from lorafx.prepare.configuration import covering
 from lorafx.progress import progress
 from lorafx.server.app import build_app
-from lorafx.server.served_model import ServedFolder, ServedModel
+from lorafx.server.served_model import ServedModel
 from lorafx.server.settings import Settings
 from lorafx.serving.compiled import CompiledModel
 
@@ -78,9 +78,8 @@ def opened(settings: Settings, *, lazily: bool = False) -> Iterator[Opened]:
     engine_config = ContinuousBatchingConfig(
         **settings.engine(model.device.type == "cpu"), per_request_processors=True
     )
-    served = ServedModel(compiled, tokenizer, settings.served_name)
-    if lazily:
-        served = ServedFolder(settings, compiled, tokenizer)
+    folders = settings if lazily else None
+    served = ServedModel(compiled, tokenizer, settings.served_name, folders)
     with compiled.continuous_batching(_generation(settings, model), engine_config) as engine:
         try:
             app = build_app(served, engine, settings.root(), settings.api_key)
@@ -125,20 +124,17 @@ def _readable(model: str) -> Iterator[None]:
 
 def _generation(settings: Settings, model: Any) -> GenerationConfig:
     """How tokens are chosen where a request does not say."""
-    of_model = model.generation_config
-    temperature = settings.temperature
-    if temperature is None:
-        temperature = (of_model.temperature or 1.0) if of_model.do_sample else 0.0
+    given = model.generation_config
     names = ("eos_token_id", "pad_token_id", "bos_token_id")
-    tokens = {name: getattr(of_model, name) for name in names}
-    top_k, top_p = (of_model.top_k, of_model.top_p) if of_model.do_sample else (None, None)
-    return GenerationConfig(
-        **tokens,
-        do_sample=True,  # requests choose; temperature 0 takes the likeliest token
-        temperature=temperature,
-        top_k=top_k or 0,
-        top_p=1.0 if top_p is None else top_p,
-    )
+    served = GenerationConfig(**{name: getattr(given, name) for name in names})
+    served.do_sample = True  # requests choose; temperature 0 takes the likeliest token
+    served.temperature, served.top_k, served.top_p = 0.0, 0, 1.0
+    if given.do_sample:
+        served.temperature, served.top_k = given.temperature or 1.0, given.top_k or 0
+        served.top_p = 1.0 if given.top_p is None else given.top_p
+    if settings.temperature is not None:
+        served.temperature = settings.temperature
+    return served
 
 
 @contextmanager

@@ -17,87 +17,67 @@ from lorafx.serving.compiled import CompiledModel
 
 class ServedModel(ModelManager):
     """What transformers' server asks for models: here one, that stays. Requests ask for the base by
-    `name`, for an adapter by `name:adapter`."""
+    `name`, for an adapter by `name:adapter`. With `folders` the adapters that have a folder may be
+    asked for, which are loaded then; without, those that are loaded."""
 
     def __init__(
-        self, compiled: CompiledModel, tokenizer: PreTrainedTokenizerFast, name: str
+        self,
+        compiled: CompiledModel,
+        tokenizer: PreTrainedTokenizerFast,
+        name: str,
+        folders: Settings | None = None,
     ) -> None:
         super().__init__()
         self.get_gen_models: Any = self.listed  # a static method there
         self.compiled = compiled
         self.tokenizer = tokenizer
         self.name = name
+        self._folders = folders
         self._created = int(time.time())
 
     def adapters(self) -> Sequence[str]:
         """The adapters that may be asked for."""
-        return self.compiled.adapters
+        return self.compiled.adapters if self._folders is None else self._folders.folders()
 
-    def has(self, adapter: str) -> bool:
-        return adapter in self.compiled.adapters
-
-    def names(self) -> list[str]:
-        return [self.name, *(self.name_of(adapter) for adapter in self.adapters())]
-
-    def name_of(self, adapter: str | None) -> str:
-        return self.name if adapter is None else f"{self.name}:{adapter}"
+    def _has(self, adapter: str) -> bool:
+        if self._folders is None:
+            return adapter in self.compiled.adapters
+        return self._folders.folder_of(adapter) is not None
 
     def adapter_of(self, model: object) -> str | None:
         """The adapter that a request asks for by `model`; None is the base model."""
         if not isinstance(model, str) or not model:
             raise RequestError(
-                400,
                 f"the field `model` says what is to answer: {self.name!r} for the base model, "
                 f'"{self.name}:ADAPTER" for an adapter; got {model!r}',
-                param="model",
+                "model",
             )
         if model == self.name:
             return None
         adapter = model.removeprefix(f"{self.name}:")
-        if adapter != model and self.has(adapter):
+        if adapter != model and self._has(adapter):
             return adapter
         raise RequestError(
-            404,
             f"there is no model {model!r}{self._nearest(model)}; the base model is "
             f'{self.name!r}, an adapter "{self.name}:ADAPTER", and GET /v1/models lists all',
-            param="model",
+            "model",
+            status=404,
             code="model_not_found",
         )
 
     def _nearest(self, model: str) -> str:
         """What may have been meant: a name as it is, or an adapter's without the base model's, or
         with another one."""
-        adapter = model if self.has(model) else model.partition(":")[2] or model
-        if self.has(adapter):
-            return f"; nearest: {self.name_of(adapter)}"
-        return nearest(model, self.names()) or nearest(
-            adapter, self.adapters(), prefix=self.name_of("")
-        )
+        adapter = model if self._has(model) else model.partition(":")[2] or model
+        if self._has(adapter):
+            return f"; nearest: {self.name}:{adapter}"
+        names = [entry["id"] for entry in self.listed()]
+        return nearest(model, names) or nearest(adapter, self.adapters(), prefix=f"{self.name}:")
 
     def listed(self) -> list[dict[str, Any]]:
         """The entries of /v1/models."""
         entry = {"object": "model", "created": self._created, "owned_by": "lorafx"}
-        base, *adapters = self.names()
         return [
-            {"id": base, **entry, "parent": None},
-            *({"id": name, **entry, "parent": base} for name in adapters),
+            {"id": self.name, **entry, "parent": None},
+            *({"id": f"{self.name}:{a}", **entry, "parent": self.name} for a in self.adapters()),
         ]
-
-    def shutdown(self) -> None:
-        """Nothing: who opened the server closes it."""
-
-
-class ServedFolder(ServedModel):
-    """A model whose adapters are loaded when they are asked for, where they have a folder."""
-
-    def __init__(
-        self, settings: Settings, compiled: CompiledModel, tokenizer: PreTrainedTokenizerFast
-    ) -> None:
-        super().__init__(compiled, tokenizer, settings.served_name)
-        self._settings = settings
-
-    def adapters(self) -> Sequence[str]:
-        return self._settings.folders()
-
-    def has(self, adapter: str) -> bool:
-        return self._settings.folder_of(adapter) is not None

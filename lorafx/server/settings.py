@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import warnings
 from collections.abc import Mapping
@@ -18,8 +19,13 @@ from lorafx.errors import CapacityError, CheckpointError, ConfigError, LorafxWar
 CONFIG = "adapter_config.json"
 #: The one rule for names. Others would break lines of the log, or could not be asked for.
 UNPRINTABLE = "may have any letters and signs, also / and :, but none that cannot be printed"
-#: The least values of some fields; `LoraConfig` checks those of its own.
-_LEAST = {"page_size": 1, "num_blocks": 1, "max_batch_tokens": 1, "temperature": 0, "drain": 0}
+#: Values that some fields may have; `LoraConfig` and `Options` check those of their own.
+_RANGES: Mapping[str, tuple[float, float]] = {
+    **dict.fromkeys(("page_size", "num_blocks", "max_batch_tokens"), (1, math.inf)),
+    **dict.fromkeys(("temperature", "drain"), (0, math.inf)),
+    "port": (0, 65535),
+    "max_memory_percent": (0.001, 1),
+}
 
 
 @dataclass(frozen=True)
@@ -58,15 +64,10 @@ class Settings:
     found: Mapping[str, Path] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
+        for name, (least, most) in _RANGES.items():
             value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise ConfigError(f"{option(name)} is at least {least}; got {value}")
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"--port is a number from 0 to 65535; got {self.port}")
-        share = self.max_memory_percent
-        if share is not None and not 0 < share <= 1:
-            raise ConfigError(f"--max-memory-percent is between 0 and 1; got {share}")
+            if value is not None and not least <= value <= most:
+                raise ConfigError(f"{option(name)} is a number from {least} to {most}; got {value}")
         key = self.api_key
         if key is not None and not (key and all("!" <= letter <= "~" for letter in key)):
             raise ConfigError(
@@ -89,7 +90,23 @@ class Settings:
         for name in (self.served_name, *self.found):
             if not name.isprintable():
                 raise ConfigError(f"a name that requests ask for {UNPRINTABLE}; got {name!r}")
-        self._check_adapters()
+        if not self.found and not self.allow_runtime_loading:
+            raise ConfigError(
+                "there is no adapter to serve: name a folder of adapters with --adapters, or let "
+                "clients load some with --allow-runtime-loading"
+            )
+        self.lora_config()
+        for name, path in self.found.items():
+            rank = config_of(path).max_rank
+            if self.max_rank is not None and rank is not None and rank > self.max_rank:
+                raise CapacityError(
+                    f"{name!r} in {path} has rank {rank}, which is more than --max-rank "
+                    f"{self.max_rank}; give --max-rank {rank} or more, or leave it out"
+                )
+            if not any((path / file).is_file() for file in WEIGHTS):
+                raise CheckpointError(
+                    f"{path} holds no adapter weights: neither {SAFETENSORS} nor {PICKLED}"
+                )
 
     @property
     def served_name(self) -> str:
@@ -177,25 +194,6 @@ class Settings:
                 "others with --host and --port"
             ) from error
         return bound
-
-    def _check_adapters(self) -> None:
-        if not self.found and not self.allow_runtime_loading:
-            raise ConfigError(
-                "there is no adapter to serve: name a folder of adapters with --adapters, or let "
-                "clients load some with --allow-runtime-loading"
-            )
-        self.lora_config()
-        for name, folder in self.found.items():
-            rank = config_of(folder).max_rank
-            if self.max_rank is not None and rank is not None and rank > self.max_rank:
-                raise CapacityError(
-                    f"{name!r} in {folder} has rank {rank}, which is more than --max-rank "
-                    f"{self.max_rank}; give --max-rank {rank} or more, or leave it out"
-                )
-            if not any((folder / file).is_file() for file in WEIGHTS):
-                raise CheckpointError(
-                    f"{folder} holds no adapter weights: neither {SAFETENSORS} nor {PICKLED}"
-                )
 
 
 def option(name: str) -> str:

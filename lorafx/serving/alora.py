@@ -63,7 +63,10 @@ def generating_forward_of(
     named = RoleTable(module, session.program.config.row_dims, run).bind(args, kwargs)
     given = named.get("inputs")
     ids = named.get(_IDS) if given is None else given
-    return ActivatedForward(entries, module, Prompts(session, module, ids))
+    _check_ids(session, module, ids, "generate()")
+    assert isinstance(ids, Tensor)
+    names = session.asked.of_rows(ids.shape[0], repeats=True)
+    return ActivatedForward(entries, module, _begins(session, names, ids), ids.shape[1])
 
 
 def column_of(ids: Tensor, invocation: Sequence[int]) -> list[int | None]:
@@ -89,39 +92,22 @@ def warn_absent(name: str, invocation: Sequence[int]) -> None:
     )
 
 
-class Prompts:
-    """Where the adapters of a generation begin: `begins` has the column of each prompt, None where
-    its adapter never does."""
-
-    def __init__(self, session: Session, module: nn.Module, ids: Any) -> None:
-        _check_ids(session, module, ids, "generate()")
-        names = session.asked.of_rows(ids.shape[0], repeats=True)
-        self.begins = _begins(session, names, ids)
-        if not session.running.warming:
-            _warn(session, names, self.begins)
-        self._length = ids.shape[1]
-        #: Tokens that forwards have seen so far, those of a cache that was given included.
-        self._seen = 0
-
-    def columns(self, named: Mapping[str, Any], length: int) -> range:
-        """The columns of the `length` tokens that a forward has."""
-        if length == 1 and self._seen >= self._length:  # where exactly makes no difference
-            return range(self._seen, self._seen + 1)
-        held = caches(named)
-        known = _tokens_in(held[0]) if held else 0
-        first = self._seen if known is None else known
-        self._seen = first + length
-        return range(first, self._seen)
-
-
 class ActivatedForward:
-    """The forward of `module` for requests of which some begin at a token; `prompts` are those of
-    the generation that calls it."""
+    """The forward of `module` for requests of which some begin at a token. Called by `generate`,
+    it is given the column where the adapter of each prompt begins, None where it never does, and
+    the `length` of the prompts."""
 
     def __init__(
-        self, entries: CompiledForwards, module: nn.Module, prompts: Prompts | None = None
+        self,
+        entries: CompiledForwards,
+        module: nn.Module,
+        begins: Sequence[int | None] | None = None,
+        length: int = 0,
     ) -> None:
-        self._session, self._module, self._prompts = entries.session, module, prompts
+        self._session, self._module = entries.session, module
+        self._begins, self._length = begins, length
+        #: Tokens that forwards of a generation have seen so far, those of a given cache included.
+        self._seen = 0
         self._by_row = entries.of(module)
         self._by_token = entries.of(module, per_token=True)
         functools.update_wrapper(self, module.forward)  # `generate` looks at its signature
@@ -144,25 +130,28 @@ class ActivatedForward:
 
     def _placed(self, named: Mapping[str, Any]) -> tuple[Names, list[int | None], range]:
         """The adapter of each row, the column where it begins, and the columns of the call."""
-        session, prompts = self._session, self._prompts
-        ids = named.get(_IDS)
-        if prompts is not None:
+        session, ids = self._session, named.get(_IDS)
+        if self._begins is not None:
             tokens = named["inputs_embeds"] if ids is None else ids
-            rows = tokens.shape[0]
-            names = session.asked.of_rows(rows, repeats=True)
-            repeats = rows // len(prompts.begins)  # beams, returned sequences
-            begins = [at for at in prompts.begins for _ in range(repeats)]
-            return names, begins, prompts.columns(named, tokens.shape[1])
+            rows, length = tokens.shape[:2]
+            repeats = rows // len(self._begins)  # beams, returned sequences
+            begins = [at for at in self._begins for _ in range(repeats)]
+            return session.asked.of_rows(rows, repeats=True), begins, self._columns(named, length)
         _check_ids(session, self._module, ids, "this call")
         assert isinstance(ids, Tensor)
         names = session.asked.of_rows(ids.shape[0])
-        begins = _begins(session, names, ids)
-        if not session.running.warming:
-            if any(_tokens_in(cache) != 0 for cache in caches(named)):
-                _refuse_unknown(session, names, begins)
-            else:
-                _warn(session, names, begins)
-        return names, begins, range(ids.shape[1])
+        cached = any(_tokens_in(cache) != 0 for cache in caches(named))
+        return names, _begins(session, names, ids, cached=cached), range(ids.shape[1])
+
+    def _columns(self, named: Mapping[str, Any], length: int) -> range:
+        """The columns of the `length` tokens that a forward of a generation has."""
+        if length == 1 and self._seen >= self._length:  # where exactly makes no difference
+            return range(self._seen, self._seen + 1)
+        held = caches(named)
+        known = _tokens_in(held[0]) if held else 0
+        first = self._seen if known is None else known
+        self._seen = first + length
+        return range(first, self._seen)
 
 
 def _activates(session: Session) -> bool:
@@ -174,15 +163,31 @@ def _invocation(session: Session, name: str | None) -> tuple[int, ...]:
     return () if name is None or name == BASE else session.store[name].invocation
 
 
-def _begins(session: Session, names: Names, ids: Tensor) -> list[int | None]:
-    """The column where the adapter of each row begins."""
+def _begins(
+    session: Session, names: Names, ids: Tensor, *, cached: bool = False
+) -> list[int | None]:
+    """The column where the adapter of each row begins; None where it never does, with a warning.
+    BatchError where it may have begun among the tokens of a cache."""
     begins: list[int | None] = [0] * len(names)
     for name in dict.fromkeys(names):
         invocation = _invocation(session, name)
-        if invocation:
-            rows = [row for row, of_row in enumerate(names) if of_row == name]
-            for row, column in zip(rows, column_of(ids[rows], invocation), strict=True):
-                begins[row] = column
+        if not invocation:
+            continue
+        rows = [row for row, of_row in enumerate(names) if of_row == name]
+        for row, column in zip(rows, column_of(ids[rows], invocation), strict=True):
+            begins[row] = column
+        absent = [row for row in rows if begins[row] is None]
+        if not absent or session.running.warming:
+            continue
+        if cached:
+            raise BatchError(
+                f"row {absent[0]} names {name!r}, an aLoRA adapter, whose invocation tokens "
+                f"{list(invocation)} are not among the new tokens of this call. "
+                "Whether they are among the tokens of its cache is not known here. Call "
+                "generate(), which remembers it; or give the adapter of each new token with "
+                "adapter_slots=, shape (B, T); or name None, which is the base model"
+            )
+        warn_absent(str(name), invocation)
     return begins
 
 
@@ -225,22 +230,3 @@ def _check_ids(session: Session, module: nn.Module, ids: Any, what: str) -> None
         f"shape (B, T), and {why}. Give input_ids; in a call adapter_slots=, shape (B, T), gives "
         "the adapter of each token instead"
     )
-
-
-def _warn(session: Session, names: Names, begins: Sequence[int | None]) -> None:
-    absent = (name for name, at in zip(names, begins, strict=True) if at is None)
-    for name in dict.fromkeys(absent):
-        warn_absent(str(name), _invocation(session, name))
-
-
-def _refuse_unknown(session: Session, names: Names, begins: Sequence[int | None]) -> None:
-    """Raise BatchError where an adapter may have begun among the tokens of a cache."""
-    for row, (name, at) in enumerate(zip(names, begins, strict=True)):
-        if at is None:
-            raise BatchError(
-                f"row {row} names {name!r}, an aLoRA adapter, whose invocation tokens "
-                f"{list(_invocation(session, name))} are not among the new tokens of this call. "
-                "Whether they are among the tokens of its cache is not known here. Call "
-                "generate(), which remembers it; or give the adapter of each new token with "
-                "adapter_slots=, shape (B, T); or name None, which is the base model"
-            )

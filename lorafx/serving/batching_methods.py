@@ -13,7 +13,7 @@ from lorafx.adapter_store.names import AdapterName
 from lorafx.errors import BatchError, ConfigError, LorafxWarning
 from lorafx.model.keywords import BY_ROW, refuse_slips
 from lorafx.progress import progress
-from lorafx.serving.added_tokens import refuse_added_tokens
+from lorafx.serving.generation import refuse_added_tokens
 from lorafx.session.requests import checked_names
 from lorafx.session.statistics import Statistics
 

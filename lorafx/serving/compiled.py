@@ -38,7 +38,7 @@ from lorafx.serving.look_methods import LookMethods
 from lorafx.serving.names import delegated
 from lorafx.serving.replay import MadeCall
 from lorafx.serving.warmup import warm_up
-from lorafx.serving.waves import call_in_waves, generate_in_waves
+from lorafx.serving.waves import in_waves
 from lorafx.session.requests import (
     LastCall,
     Names,
@@ -156,7 +156,7 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
         made = MadeCall("forward", LastCall.of(args, kwargs), given)
         run = partial(call, args, kwargs, names, tokens)
         if self._session.program.options.overflow == "waves":
-            run = partial(call_in_waves, self._entries, call, args, kwargs, names, tokens)
+            run = partial(in_waves, self._entries, call, args, kwargs, names, tokens)
         return refusing_backward(self._noted(made, run))
 
     @untraced
@@ -195,7 +195,7 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
         names = asked.listed if isinstance(asked, Requests) else asked
         check_prompts(names, kwargs.get("input_ids", args[0] if args else kwargs.get(main)))
         made = MadeCall("generate", LastCall.of(args, kwargs), {"adapter_names": adapter_names})
-        run = partial(generate_in_waves, self._entries, call, args, kwargs, names)
+        run = partial(in_waves, self._entries, call, args, kwargs, names, generates=True)
         return self._noted(made, run)
 
     def _noted(self, made: MadeCall, run: Callable[[], Any]) -> Any:

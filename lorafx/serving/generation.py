@@ -16,19 +16,22 @@ from types import MethodType
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorafx.errors import ConfigError, LorafxError
-from lorafx.serving.added_tokens import without_added_tokens
 from lorafx.serving.alora import generating_forward_of
 from lorafx.serving.entries import CompiledForwards
 from lorafx.serving.entry import Entry
 from lorafx.serving.names import PAGED, refuse
 from lorafx.session.resting import refuse_elsewhere, wanted
+from lorafx.session.session import Session
 from lorafx.session.stand_ins import Replaced
 from lorafx.torch_internals.compat import tracing
 
 T = TypeVar("T")
+
+#: The argument of generate(inputs, generation_config, logits_processor), and its place.
+_PROCESSORS, _PLACE = "logits_processor", 2
 
 #: The step of `generate` that runs encoders.
 _ENCODING = "_maybe_prepare_encoder_kwargs_for_generation"
@@ -50,23 +53,24 @@ class CompiledGenerate:
         run = getattr(model, "generate", None)
         if not callable(run):
             raise LorafxError(f"{type(model).__name__} has no generate(); call the model itself")
-        parts = [item for item in self._nested if item[0] is not model]
-        attributes = [*parts, *_batching(model)]
+        attributes = [item for item in self._nested if item[:2] != (model, "generate")]
         replacing = self._session.stand_ins.replacing
         return replacing(attributes, self._generate, model, run, *args, **kwargs)
 
     def within(self, method: Callable[..., T]) -> Callable[..., T]:
         """`method` of the model: where it calls `generate`, it is this one. Dynamo leaves it to
         Python."""
-        attributes = [*self._nested, *_batching(self._entries.model)]
-        return functools.partial(self._session.stand_ins.replacing, attributes, method)
+        return functools.partial(self._session.stand_ins.replacing, self._nested, method)
 
     @functools.cached_property
     def _nested(self) -> list[Replaced]:
-        """The `generate` of the model, and of models inside of it, for calls of them within a call.
-        Made once: Dynamo guards on the very function."""
-        mixin, model = _mixin(), self._entries.model
-        return [
+        """The `generate` of the model, and of models inside of it, for calls of them within a call,
+        and `generate_batch`, to which paged caches are handed over: it is refused. Made once:
+        Dynamo guards on the very function."""
+        mixin, model, batching = _mixin(), self._entries.model, "generate_batch"
+        refused: Replaced = (model, batching, functools.partial(refuse, batching, PAGED))
+        found: list[Replaced] = [refused] if hasattr(model, batching) else []
+        return found + [
             (part, "generate", torch.compiler.disable(self._nested_in(part)))
             for part in model.modules()
             if (part is model or isinstance(part, mixin))
@@ -91,14 +95,16 @@ class CompiledGenerate:
     ) -> Any:
         entries, session = self._entries, self._session
         kwargs.setdefault("disable_compile", True)
-        _refuse_offloading(model, kwargs)
         if model is entries.model:
             args, kwargs = without_added_tokens(session, args, kwargs)
         # CompiledForwards first: each reads the module's own forward when it is made.
         forward = generating_forward_of(entries, model, run, args, kwargs)
-        encoders = [(part, "forward", entries.of(part)) for part in _encoders(model)]
-        forwards: list[Replaced] = [(model, "forward", forward), *encoders, *self._parts(model)]
-        attributes = [*forwards, *_modalities(entries, model, kwargs)]
+        attributes: list[Replaced] = [(model, "forward", forward)]
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            encoder: nn.Module = model.get_encoder()  # type: ignore[operator]
+            if encoder is not model:
+                attributes.append((encoder, "forward", entries.of(encoder)))
+        attributes += self._parts(model) + _modalities(entries, model, kwargs)
         return session.stand_ins.replacing(attributes, run, *args, **kwargs)
 
     def _parts(self, model: nn.Module) -> list[Replaced]:
@@ -145,33 +151,6 @@ class CompiledGenerate:
         return forward
 
 
-def _refuse_offloading(model: nn.Module, given: Mapping[str, Any]) -> None:
-    """Raise ConfigError where the cache asks for streams of an accelerator, and there is none."""
-    config = given.get("generation_config") or getattr(model, "generation_config", None)
-    cache = given.get("cache_implementation") or getattr(config, "cache_implementation", None)
-    if isinstance(cache, str) and "offloaded" in cache and not torch.accelerator.is_available():
-        raise ConfigError(
-            f"cache_implementation={cache!r} copies the cache between an accelerator and the host, "
-            "and there is no accelerator here; leave it out, or use 'static' or 'dynamic'"
-        )
-
-
-def _batching(model: nn.Module) -> list[Replaced]:
-    """`generate` hands paged caches over to continuous batching, which is refused."""
-    name = "generate_batch"
-    refusing = functools.partial(refuse, name, PAGED)
-    return [(model, name, refusing)] if hasattr(model, name) else []
-
-
-def _encoders(model: nn.Module) -> list[nn.Module]:
-    """The encoder that `generate` runs by itself, for encoder-decoder models."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return []
-    get_encoder: Callable[[], nn.Module] = getattr(model, "get_encoder")  # noqa: B009
-    encoder = get_encoder()
-    return [] if encoder is model else [encoder]
-
-
 def _mixin() -> Any:
     """transformers' GenerationMixin; an empty tuple where it is not imported."""
     return getattr(sys.modules.get("transformers.generation.utils"), "GenerationMixin", ())
@@ -200,8 +179,68 @@ def _modalities(
         return []
     adapters = entries.session.asked.names
     taken = {name for method in methods.values() for name in inspect.signature(method).parameters}
-    images = [value for name in taken if isinstance(value := given.get(name), torch.Tensor)]
+    images = [value for name in taken if isinstance(value := given.get(name), Tensor)]
     by_prompt = all(image.dim() > 0 and len(image) == len(adapters) for image in images)
     if len(set(adapters)) > 1 and by_prompt and hasattr(model, _ENCODES) and not overridden:
         return [(model, _ENCODES, bool)]
     return [(base, name, entries.of(base, method=method)) for name, method in methods.items()]
+
+
+def without_added_tokens(
+    session: Session, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of `generate` with a processor of the scores beside those that are given."""
+    size = session.program.config.base_vocab_size
+    if size is None:
+        return args, kwargs
+    hiding = AddedTokens(session, size)
+    if len(args) > _PLACE:
+        given = [*(args[_PLACE] or []), hiding]
+        return (*args[:_PLACE], given, *args[_PLACE + 1 :]), kwargs
+    return args, {**kwargs, _PROCESSORS: [*(kwargs.get(_PROCESSORS) or []), hiding]}
+
+
+def refuse_added_tokens(session: Session, what: str) -> None:
+    """Raise ConfigError where tokens are to be kept from some rows, which `what` does not do."""
+    if session.program.config.base_vocab_size is not None:
+        raise ConfigError(
+            f"{what} does not keep added tokens from rows that were not trained with them; compile "
+            "without LoraConfig(base_vocab_size=...), or call generate()"
+        )
+
+
+class AddedTokens:
+    """What transformers calls with the scores of each step, (rows, vocabulary).
+
+        scores[m, v] = −inf    for v ≥ base_vocab_size, unless the adapter of row m has a row of
+                               its own for v, in an embedding or a head
+
+    A base model whose embeddings were resized has numbers for tokens that were added for some
+    adapters, which mean nothing to rows that were not trained with them.
+    """
+
+    def __init__(self, session: Session, size: int) -> None:
+        self._session, self._size = session, size
+        self._hidden: Tensor | None = None  # (rows, vocabulary), for the rows of the last step
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self._hidden is None or self._hidden.shape != scores.shape:
+            names = self._session.asked.of_rows(scores.shape[0], repeats=True)
+            known = {name: self._of(name, scores.shape[1]) for name in dict.fromkeys(names)}
+            self._hidden = torch.stack([known[name] for name in names]).to(scores.device)
+        return scores.masked_fill(self._hidden, -torch.inf)
+
+    def _of(self, name: str | None, count: int) -> Tensor:
+        """Which tokens are kept from rows of an adapter, bool (vocabulary,)."""
+        hidden = torch.arange(count) >= self._size
+        store = self._session.store
+        if name is None or name not in store:
+            return hidden
+        for group, weight in store.numbers(name).own.items():
+            if self._session.program.groups[group].sites[0].weight_rows != count:
+                continue  # no weight of the vocabulary
+            if weight.at is None:  # an embedding may have fewer than the base
+                hidden[: len(weight.rows)] = False
+            else:
+                hidden[weight.at.long()] = False
+        return hidden

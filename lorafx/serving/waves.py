@@ -1,22 +1,31 @@
 """Batches of more adapters than there are slots: a call, or a generation, in waves of its rows.
 
+    argument   (…, B, …) in the dimension of its role → the rows of each wave
+    result     the rows of each wave in dimension 0   → (B, …), in the order of the batch
+
 A request's result does not depend on its neighbours, so this is what the batch would have given.
-What cannot be cut by rows, or put together again, is refused by name.
+Tensors may lie in lists, tuples, mappings and dataclasses, and those of results in transformers'
+dynamic caches. What all requests share goes to every wave. Everything else is refused by name.
 """
 
 from __future__ import annotations
 
+import copy
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from lorafx.adapter_store.names import BASE
 from lorafx.adapter_store.store import AdapterStore
+from lorafx.errors import BatchError
 from lorafx.program.roles import RoleTable
+from lorafx.program.row_dims import CACHES, ROW_DIMS
 from lorafx.serving.entries import CompiledForwards
-from lorafx.serving.row_trees import PLAIN, BatchRows, Joined
 from lorafx.session.requests import Names
 from lorafx.session.session import Session
 
@@ -26,68 +35,51 @@ _Call = Callable[[Sequence[Any], Mapping[str, Any], "Names | None", "Tensor | No
 
 #: What `generate` takes that all requests share.
 _SHARED = ("generation_config", "tokenizer")
+#: What is no property of a row.
+_PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 
 
-def call_in_waves(
+def in_waves(
     entries: CompiledForwards,
     call: _Call,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     names: Names | None,
-    tokens: Tensor | None,
+    tokens: Tensor | None = None,
+    *,
+    generates: bool = False,
 ) -> Any:
-    """What `call` returns for these arguments, in as many calls as the slots need; BatchError where
-    an argument or a result cannot be cut by rows, or put together again."""
-    session = entries.session
-    if names is None or not _may_overflow(session):
-        return call(args, kwargs, names, tokens)
-
-    def roles() -> RoleTable:
-        return entries.of(entries.model, per_token=tokens is not None).roles
-
-    return _in_waves(session, call, args, kwargs, names, tokens, roles, generates=False)
-
-
-def generate_in_waves(
-    entries: CompiledForwards,
-    call: _Call,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    names: Names | None,
-) -> Any:
-    """As `call_in_waves`, of `generate`. Sequences of a wave that ended before the longest are
-    padded as those of one batch would be.
+    """What `call` returns for these arguments, of the model's forward or of its `generate`, in as
+    many calls as the slots need. Sequences of a wave that ended before the longest are padded as
+    those of one batch would be.
 
     Raises:
-        BatchError: as `call_in_waves`; what looks at rows by their number (processors of logits,
-            criteria, streamers) was handed in; beams are to be traced (`beam_indices`); or waves
-            took different numbers of steps, and more than the sequences is asked for.
+        BatchError: an argument or a result cannot be cut by rows, or put together again. Of
+            `generate` also: what looks at rows by their number (processors of logits, criteria,
+            streamers) was handed in; beams are to be traced (`beam_indices`); or waves took
+            different numbers of steps, and more than the sequences is asked for.
     """
     session, model = entries.session, entries.model
-    generate = getattr(model, "generate", None)
-    if names is None or not _may_overflow(session) or not callable(generate):
-        return call(args, kwargs, names, None)
-    roles = partial(RoleTable, model, session.program.config.row_dims, generate)
-    return _in_waves(session, call, args, kwargs, names, None, roles, generates=True)
-
-
-def _in_waves(
-    session: Session,
-    call: _Call,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    names: Names,
-    tokens: Tensor | None,
-    roles: Callable[[], RoleTable],
-    *,
-    generates: bool,
-) -> Any:
+    # What calls around this one read stays in its slots.
+    inside = session.running.here and session.running.entries
+    generate: Any = getattr(model, "generate", None)
+    if (
+        names is None
+        or session.program.options.overflow != "waves"
+        or inside
+        or (generates and not callable(generate))
+    ):
+        return call(args, kwargs, names, tokens)
     kept = session.fetched(names, tokens)  # noqa: F841 - before the lock is taken
     with session.lock:
         waves = _waves(session, names, tokens)
         if waves is None:
             return call(args, kwargs, names, tokens)
-        model, table = session.program.model, roles()
+        row_dims = session.program.config.row_dims
+        if generates:
+            table = RoleTable(model, row_dims, generate)
+        else:
+            table = entries.of(model, per_token=tokens is not None).roles
         bound = table.bind(tuple(args), kwargs)
         settings = bound.get("generation_config") or getattr(model, "generation_config", None)
         renamed = {"inputs": getattr(model, "main_input_name", "inputs")} if generates else {}
@@ -95,7 +87,8 @@ def _in_waves(
         named = {renamed.get(name, name): value for name, value in bound.items()}
         if table.rows(named) != (len(names) if tokens is None else len(tokens)):
             return call(args, kwargs, names, tokens)
-        rows = BatchRows(table, session.program.config.row_dims, waves)
+        padding = _padding(bound, settings) if generates else None
+        rows = _Rows(table, row_dims, named, waves, several=generates, padding=padding)
         rows.check({name: value for name, value in named.items() if name not in shared})
 
         def part(wave: int, name: str, value: Any) -> Any:
@@ -109,16 +102,8 @@ def _in_waves(
                 results.append(call(wave_args, wave_kwargs, of_rows, None))
             else:
                 results.append(call(wave_args, wave_kwargs, names, tokens[wave]))
-        padding = _padding(bound, settings) if generates else None
-        return Joined(rows, several=generates, padding=padding).of(results)
-
-
-def _may_overflow(session: Session) -> bool:
-    """Whether waves are asked for, and possible: what calls around this one read stays in its
-    slots."""
-    if session.program.options.overflow != "waves":
-        return False
-    return not (session.running.here and session.running.entries)
+        with torch.no_grad():
+            return rows.joined("the result", results)
 
 
 def _waves(session: Session, names: Names, tokens: Tensor | None) -> list[list[int]] | None:
@@ -168,19 +153,219 @@ def waves_of(store: AdapterStore, rows: Sequence[frozenset[str]]) -> list[list[i
 
 def _is_shared(name: str, value: Any, settings: Any) -> bool:
     """Whether an argument of `generate` is of all requests."""
-    return name in _SHARED or isinstance(value, PLAIN) or hasattr(settings, name)
+    return name in _SHARED or isinstance(value, _PLAIN) or hasattr(settings, name)
 
 
 def _padding(bound: Mapping[str, Any], settings: Any) -> int | None:
     """The token that fills the rows of sequences that have ended."""
     for name in ("pad_token_id", "eos_token_id"):
         value = bound.get(name)
-        if value is None:
-            value = getattr(settings, name, None)
-        if isinstance(value, Tensor):
-            value = value.flatten().tolist()
-        if isinstance(value, Sequence):
-            value = value[0] if value else None
-        if value is not None:
-            return int(value)
+        value = getattr(settings, name, None) if value is None else value
+        tokens = [] if value is None else torch.as_tensor(value).flatten().tolist()
+        if tokens:
+            return int(tokens[0])
     return None
+
+
+class _Rows:
+    """Cuts the arguments of a call (`named`) into the rows of each wave, and puts results together.
+
+    With `several` a result may have several entries of each request, as `generate` returns them;
+    `padding` fills sequences that have ended. `row_dims` are those that the user declared.
+    """
+
+    def __init__(
+        self,
+        table: RoleTable,
+        row_dims: Mapping[str, int | None],
+        named: Mapping[str, Any],
+        waves: Sequence[Sequence[int]],
+        *,
+        several: bool,
+        padding: int | None,
+    ) -> None:
+        self._table, self._row_dims, self._named = table, row_dims, named
+        self._several, self._padding = several, padding
+        self._waves = [torch.tensor(list(wave)) for wave in waves]
+        self._count = sum(map(len, waves))
+        #: For each row of the batch, its place among the rows of all waves.
+        self._places = torch.cat(self._waves).argsort()
+
+    def check(self, arguments: Mapping[str, Any]) -> None:
+        """Raise BatchError unless these arguments can be cut."""
+        self._table.check_rows(arguments, self._count)
+        for name, value in arguments.items():
+            self._check(name, value)
+
+    def _check(self, name: str, value: Any) -> None:
+        if isinstance(value, _PLAIN):
+            return
+        if isinstance(value, Tensor):
+            role = self._table.role(name, value, self._named)
+            shared = self._row_dims.get(name, 0) is None and value.dim()
+            if not role.known or shared:
+                what = "is declared to be shared" if role.known else "is in no table of roles"
+                _refuse(
+                    f"nothing tells which entries of argument {name!r} {tuple(value.shape)} "
+                    f"belong to which request: it {what}. Declare the dimension of the requests "
+                    f"with LoraConfig(row_dims={{{name!r}: dim}})"
+                )
+            if role.dim is not None and value.shape[role.dim] not in (1, self._count):
+                _refuse(
+                    f"dimension {role.dim} of argument {name!r} {tuple(value.shape)} does not "
+                    f"hold the {self._count} requests"
+                )
+            return
+        if isinstance(value, _cache_classes()):
+            _refuse(
+                f"argument {name!r} is a {type(value).__name__}, which all requests fill together"
+            )
+        inside = self._inside(name, value)
+        if inside is None or any(isinstance(i, _PLAIN) and i is not None for _, i in inside):
+            _refuse(
+                f"argument {name!r} ({type(value).__name__}) cannot be cut into the rows of "
+                "its requests"
+            )
+        for label, item in inside:
+            self._check(label, item)
+
+    def _inside(self, name: str, value: Any) -> list[tuple[str, Any]] | None:
+        """What an argument holds, each item by the name that its role goes by."""
+        items, spreads = _items(value), self._table.spreads(name, value)
+        if items is None:
+            return None
+        return [(f"{name}.{label}" if spreads else name, item) for label, item in items]
+
+    def part(self, wave: int, name: str, value: Any) -> Any:
+        """The argument of one wave."""
+        if isinstance(value, _PLAIN):
+            return value
+        if isinstance(value, Tensor):
+            dim = self._table.role(name, value, self._named).dim
+            if dim is None or value.shape[dim] == 1 != self._count:
+                return value
+            with torch.no_grad():
+                return value.index_select(dim, self._waves[wave].to(value.device))
+        inside = self._inside(name, value) or ()
+        return _rebuilt(value, [self.part(wave, label, item) for label, item in inside])
+
+    def joined(self, name: str, parts: Sequence[Any]) -> Any:
+        """The result of the batch; BatchError where a part of it cannot be put together."""
+        first = parts[0]
+        if isinstance(first, Tensor):
+            return self._tensors(name, parts)
+        if isinstance(first, _cache_classes()):
+            return self._cache(name, parts)
+        if isinstance(first, _PLAIN):
+            if any(part != first for part in parts):
+                _refuse(f"{name} is {first!r} for some rows and something else for others")
+            return first
+        items = [_items(part) or [] for part in parts]
+        if _items(first) is None or len(set(map(len, items))) > 1:
+            _refuse(
+                f"{name} ({type(first).__name__}) cannot be put together from the rows' own, of "
+                f"{', '.join(str(len(of_part)) for of_part in items)} entries"
+            )
+        columns = zip(*items, strict=True)
+        return _rebuilt(
+            first,
+            [self.joined(column[0][0] or name, [item for _, item in column]) for column in columns],
+        )
+
+    def _tensors(self, name: str, parts: Sequence[Tensor]) -> Tensor:
+        if name == "beam_indices":
+            _refuse("beam_indices are places in the batch, which are others in each wave")
+        dim = (ROW_DIMS[name] if name in CACHES else 0) or 0
+        shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+        sizes = [len(wave) for wave in self._waves]
+        counts = [part.shape[dim] if part.dim() > dim else 0 for part in parts]
+        times = counts[0] // sizes[0]  # entries of each request
+        several = times > 1 and not self._several
+        if times < 1 or several or counts != [size * times for size in sizes]:
+            _refuse(
+                f"{name} has shapes {shapes} for {', '.join(map(str, sizes))} requests, and "
+                f"dimension {dim} should hold them: what is of all rows together has no order to "
+                "be put into"
+            )
+        if name in ("sequences", "the result") and self._several:
+            parts = self._padded(parts)
+        if len({part.shape[:dim] + part.shape[dim + 1 :] for part in parts}) > 1:
+            _refuse(f"{name} has shapes {shapes} for the rows of the batch")
+        whole = torch.cat(list(parts), dim)
+        order = self._places[:, None] * times + torch.arange(times)
+        return whole.index_select(dim, order.flatten().to(whole.device))
+
+    def _padded(self, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+        lengths = [part.shape[1] if part.dim() == 2 else 0 for part in parts]
+        if len(set(lengths)) == 1 or self._padding is None:
+            return parts
+        return [
+            nn.functional.pad(part, (0, max(lengths) - length), value=self._padding)
+            for part, length in zip(parts, lengths, strict=True)
+        ]
+
+    def _cache(self, name: str, parts: Sequence[Any]) -> Any:
+        """A cache of the rows of all `parts`, with layers of keys and values that grow."""
+        made = copy.copy(parts[0])
+        inner = [n for n, value in vars(made).items() if isinstance(value, _cache_classes())]
+        for attribute in inner:  # of an encoder and a decoder
+            caches = [getattr(part, attribute) for part in parts]
+            setattr(made, attribute, self._cache(name, caches))
+        if not inner:
+            columns = zip(*(part.layers for part in parts), strict=True)
+            made.layers = [self._layer(name, made, layers) for layers in columns]
+        return made
+
+    def _layer(self, name: str, cache: Any, layers: Sequence[Any]) -> Any:
+        made = copy.copy(layers[0])
+        known = isinstance(made, sys.modules["transformers.cache_utils"].DynamicLayer)
+        known &= not getattr(cache, "offloading", False)
+        for attribute, value in list(vars(made).items()):
+            values = [getattr(layer, attribute) for layer in layers]
+            if isinstance(value, Tensor) and attribute in ("keys", "values"):
+                if known and value.numel():
+                    setattr(made, attribute, self._tensors(f"{attribute} of {name}", values))
+            elif isinstance(value, _PLAIN):
+                if any(other != value for other in values):
+                    _refuse(f"{attribute} of {name} ({type(made).__name__}) differs between rows")
+            else:
+                known &= isinstance(value, Tensor) and not value.dim()
+        if not known:
+            _refuse(
+                f"{name} is a {type(cache).__name__} with layers {type(made).__name__}, which "
+                "cannot be cut into rows; give a DynamicCache, or use_cache=False"
+            )
+        return made
+
+
+def _refuse(why: str) -> NoReturn:
+    raise BatchError(
+        f"{why}. The batch has more adapters than slots. Split it, or compile with a larger "
+        "LoraConfig(max_adapters=...)"
+    )
+
+
+def _items(value: Any) -> list[tuple[str, Any]] | None:
+    """What a container holds, by name where its items have names; None where it is none."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return [(field.name, getattr(value, field.name)) for field in fields(value)]
+    if isinstance(value, Mapping):
+        return [(str(key), item) for key, item in value.items()]
+    return [("", item) for item in value] if isinstance(value, (list, tuple)) else None
+
+
+def _rebuilt(value: Any, items: Sequence[Any]) -> Any:
+    """A container like `value` with these items."""
+    kind: Any = type(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        names = (field.name for field in fields(value))
+        return replace(value, **dict(zip(names, items, strict=True)))
+    if isinstance(value, Mapping):
+        return kind(zip(value, items, strict=True))
+    return kind(*items) if hasattr(value, "_fields") else kind(items)
+
+
+def _cache_classes() -> tuple[type, ...]:
+    """transformers' caches, where it is imported."""
+    known = getattr(sys.modules.get("transformers.cache_utils"), "Cache", None)
+    return () if known is None else (known,)

@@ -10,6 +10,7 @@ from functools import partial
 from itertools import permutations
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import tiny_pipelines as tiny
@@ -266,20 +267,6 @@ def test_an_adapter_is_loaded_into_all_models_or_none(pair: Callable[[str], Pair
     both.check(["both", None])
 
 
-class NotedLock:
-    """A session's lock that notes when it is taken."""
-
-    def __init__(self, lock: Any, note: Callable[[], None]) -> None:
-        self.lock, self.note = lock, note
-
-    def __enter__(self) -> None:
-        self.note()
-        self.lock.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        self.lock.__exit__(*error)
-
-
 def test_locks_of_several_models_are_always_taken_in_one_order(
     pair: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,8 +274,15 @@ def test_locks_of_several_models_are_always_taken_in_one_order(
     both = pair("sdxl")
     sessions = {name: cm._session for name, cm in both.cp.models.items()}
     taken: list[str] = []
+
+    def entered(lock: Any, name: str) -> None:
+        taken.append(name)
+        lock.__enter__()
+
     for name, session in sessions.items():
-        lock = NotedLock(session.locks.calls, partial(taken.append, name))
+        lock = MagicMock(wraps=session.locks.calls)
+        lock.__enter__.side_effect = partial(entered, session.locks.calls, name)
+        lock.__exit__.side_effect = session.locks.calls.__exit__
         monkeypatch.setattr(session.locks, "calls", lock)
     orders = []
     for given in permutations(sessions.values()):

@@ -13,7 +13,7 @@ from served import ask, client_of, question
 
 from lorafx.server.app import ROUTES, build_app
 from lorafx.server.ray import RaySettings
-from lorafx.server.ray.ingress import Ingress
+from lorafx.server.ray.application import Ingress
 from lorafx.server.served_model import ServedModel
 from lorafx.server.settings import Settings
 

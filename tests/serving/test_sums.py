@@ -15,7 +15,7 @@ from dense_merge import TOLERANCE, build_case, check_mixed, error, random_base, 
 from dora_cases import family_case
 from expert_models import ids, moe_case
 from own_weights import own_case
-from step_logits import StepLogits, answers, check_logits, greedy
+from step_logits import greedy
 from sums import SumCase
 from tiny_models import FAMILIES, token_inputs
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
@@ -47,12 +47,6 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> SumCase:
 def served(case: SumCase) -> Any:
     """One compiled model for the module: its graphs are shared as in use."""
     return case.with_room()
-
-
-@pytest.fixture(scope="module")
-def narrow(case: SumCase) -> Any:
-    """With two slots, for engines."""
-    return case.with_room(max_adapters=2)
 
 
 def feed(rows: int, length: int = 5) -> dict[str, torch.Tensor]:
@@ -136,6 +130,9 @@ def test_the_default(case: SumCase, served: Any) -> None:
             served.merge("a0")
         with pytest.raises(UnknownAdapterError, match="'b0'; nearest: a0"):
             served.set_adapter({"b0": 0.5})
+        for act in (served.pin_adapter, served.unload_adapter):
+            with pytest.raises(ConfigError, match="weights by name are for calls"):
+                act(MIX)
         assert error(served(**inputs).logits, case.expected([MIX, MIX], inputs)) <= TOLERANCE
     finally:
         served.set_adapter(None)
@@ -206,10 +203,8 @@ def test_too_large_a_rank(case: SumCase) -> None:
     [
         ({}, ConfigError, r"adapter_names\[1\] is an empty mapping"),
         ({"a0": math.nan}, ConfigError, "'a0' the weight nan"),
-        ({"a0": 1.0, "a1": -math.inf}, ConfigError, "'a1' the weight -inf"),
         ({"a0": 10**400}, ConfigError, "'a0' the weight 1000"),
         ({"a0": True}, ConfigError, "'a0' the weight True"),
-        ({"a0": "0.5"}, ConfigError, "'a0' the weight '0.5'"),
         ({"a0": 1e300}, ConfigError, "beyond the range of float32"),
         ({"a0": 0.5, "__base__": 0.5}, ConfigError, "gives the base model a weight"),
         ({"a0": 0.5, 3: 0.5}, ConfigError, "3 among its names"),
@@ -222,14 +217,6 @@ def test_what_is_no_sum(served: Any, given: Any, kind: type[Exception], said: st
     with pytest.raises(kind, match=said):
         served(**feed(2), adapter_names=["a1", given])
     assert (served._session.store.resident, served.memory(), served.recompiles) == before
-
-
-def test_names_are_for_what_is_loaded(served: Any) -> None:
-    for act in (served.pin_adapter, served.unpin_adapter, served.merge, served.unload_adapter):
-        with pytest.raises(ConfigError, match="weights by name are for calls"):
-            act(MIX)
-    with pytest.raises(UnknownAdapterError):
-        served(**feed(2), adapter_names=["0.7·a0 + 0.3·a1", None])
 
 
 @pytest.mark.usefixtures("fixed_sizes")
@@ -260,8 +247,8 @@ def test_what_is_not_linear_in_a_weight(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("earlier_objects_frozen")
-def test_continuous_batching_with_more_sums_than_slots(case: SumCase, narrow: Any) -> None:
-    cm = narrow
+def test_continuous_batching_with_more_sums_than_slots(case: SumCase) -> None:
+    cm = case.with_room(max_adapters=2)
     names = [MIX, {"a1": 0.5}, None, {"a0": -1.0, "a3": 1.0}, "a2", {"rs": 2.0, "a0": 1.0}]
     prompts = [[3 + row, 4, 5, 6] for row in range(len(names))]
     outputs = cm.generate_batch(prompts, names, continuous_batching_config=PAGES, max_new_tokens=4)
@@ -271,19 +258,3 @@ def test_continuous_batching_with_more_sums_than_slots(case: SumCase, narrow: An
     assert cm.stats().tokens["0.7·a0 + 0.3·a1"] >= len(prompts[0])
     with pytest.raises(ConfigError, match="empty mapping"):
         cm.generate_batch(prompts[:1], adapter_names=[{}])
-
-
-@pytest.mark.usefixtures("earlier_objects_frozen")
-def test_a_request_keeps_the_sum_that_it_was_added_with(case: SumCase, narrow: Any) -> None:
-    cm = narrow
-    with cm.continuous_batching(None, PAGES, warmup=False) as engine:
-        seen = StepLogits(engine)
-        with engine.pause():
-            old = engine.add_request([3, 4, 5], adapter=MIX, max_new_tokens=4)
-            cm.load_adapter(case.folders["a2"], "a0")
-            new = engine.add_request([3, 4, 5], adapter=MIX, max_new_tokens=4)
-        outputs = answers(engine, [old, new])
-    cm.load_adapter(case.folders["a0"], "a0")
-    changed = SumCase(case.base, {**case.folders, "a0": case.folders["a2"]})
-    check_logits(case, seen, {old: outputs[old]}, {old: MIX})
-    check_logits(changed, seen, {new: outputs[new]}, {new: MIX})

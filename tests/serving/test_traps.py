@@ -3,13 +3,11 @@ test_graph_breaks)."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 
 import pytest
 import torch
-from dense_merge import Case, check_mixed, error, save_adapter
+from dense_merge import check_mixed, error
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -119,46 +117,6 @@ def test_grad_modes_share_the_graphs(plain):
         assert torch.equal(got, want)
         assert not got.requires_grad
     assert cm.recompiles <= 2
-
-
-PROCESS = """
-import sys, torch, lorafx
-base, adapters, inputs, names, want = torch.load(sys.argv[1], weights_only=False)
-options = {"lowering": "inductor", "passes": {"fuse": False}, "dump": sys.argv[2]}
-cm = lorafx.compile(base, adapters, options=options)
-assert (cm(inputs, adapter_names=names) - want).abs().max() <= 1e-5
-"""
-
-
-@pytest.mark.slow
-def test_a_pass_switched_off_in_a_fresh_process_with_a_warm_cache(tmp_path, monkeypatch):
-    """Rewriting where Inductor's caches do not look would serve stale code. (The cache is the one
-    of all tests: in one of its own each process would try the CPU's instruction sets anew.)"""
-    monkeypatch.setenv("PYTHONSAFEPATH", "1")
-    torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(K, N)).eval().requires_grad_(False)
-    adapters = {
-        name: save_adapter(base, tmp_path / name, rank=rank, targets=["0"], seed=rank)
-        for name, rank in (("a", 2), ("b", 3))
-    }
-    case, names, inputs = Case(base, adapters), ["b", None, "a"], torch.randn(3, 4, K)
-    want = torch.cat([case.alone(name)(inputs[i : i + 1]) for i, name in enumerate(names)])
-    assert error(want, base(inputs)) > 1e-3
-    saved = tmp_path / "saved"
-    torch.save((base, adapters, inputs, names, want), saved)
-    cm = case.compile({"lowering": "inductor", "dump": str(tmp_path / "fused")})
-    assert error(cm(inputs, adapter_names=names), want) <= 1e-5
-    apart = tmp_path / "apart"
-    done = subprocess.run(
-        [sys.executable, "-c", PROCESS, str(saved), str(apart)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    (ours,), (theirs,) = (
-        [path.read_text() for path in folder.glob("*/*-lower.py")]
-        for folder in (tmp_path / "fused", apart)
-    )
-    without_times = [text.partition("\n")[2] for text in (ours, theirs)]
-    assert without_times[0] != without_times[1]
 
 
 def test_attributes_made_by_a_call_are_not_constants(small):

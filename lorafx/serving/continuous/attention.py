@@ -3,18 +3,19 @@ may be in graphs and knows `softcap`, other than transformers'."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.eager_paged import eager_paged_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
 from lorafx.errors import ConfigError
 from lorafx.progress import LOG
+from lorafx.serving.continuous.step_cache import StepCache
 from lorafx.session.session import Session
 
 T = TypeVar("T")
@@ -26,8 +27,7 @@ _SWITCHED: WeakSet[Any] = WeakSet()
 
 
 def served_attention(model: Any) -> str:
-    """The attention that an engine has the model use: "sdpa" or `EAGER`; ConfigError where its rows
-    are not followed over pages, or another engine runs the model."""
+    """The attention that an engine has the model use: "sdpa" or `EAGER`. Raises ConfigError."""
     # transformers' own engine takes such a model, and then each of its steps fails.
     if not (model._supports_attention_backend or model._can_set_attn_implementation()):
         raise ConfigError(
@@ -118,26 +118,27 @@ def eager_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of (1, H, T, D) queries to what the cache holds for them: (1, T, H, D), and the
-    weights, where there are any.
+    weights, where there are any; transformers' own for a cache that is none of ours.
 
     Raises:
-        ConfigError: the model adds a bias by position, or is called outside the engine.
+        ConfigError: the model adds a bias by position.
     """
-    cache = kwargs.pop("cache", None)
-    if cache is None or position_bias is not None:
-        raise ConfigError(
-            f"{type(module).__name__} cannot compute eager attention over pages: "
-            + ("it adds a bias by position" if cache is not None else "there is no paged cache")
-            + "; call generate() for this model, outside continuous batching"
-        )
+    cache = kwargs.get("cache")
+    layer: Any = module.layer_idx
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if not isinstance(cache, StepCache):
+        own: Any = eager_paged_attention_forward
+        return own(module, query, key, value, attention_mask, scaling, **kwargs)
+    if position_bias is not None:
+        raise ConfigError(
+            f"{type(module).__name__} cannot compute eager attention over pages: it adds a bias by "
+            "position; call generate() for this model, outside continuous batching"
+        )
     sinks = getattr(module, "sinks", None)
-    by_request = cache.attend(
-        query, key, value, module.layer_idx, attention_mask, scaling, softcap, sinks
-    )
+    by_request = cache.attend(query, key, value, layer, attention_mask, scaling, softcap, sinks)
     if by_request is not None:
         return by_request.transpose(1, 2), None
-    key, value = cache.update(key, value, module.layer_idx, kwargs)
+    key, value = cache.update(key, value, layer, kwargs)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -154,22 +155,4 @@ def eager_attention(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
-class TracedEager:
-    """In blocks of it `eager_attention` stands in transformers' registry. Engines of several models
-    may be in such blocks at once."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._functions: Any = ALL_ATTENTION_FUNCTIONS
-
-    def __enter__(self) -> None:
-        with self._lock:
-            self._inside += 1
-            self._functions[EAGER] = eager_attention
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                del self._functions[EAGER]
+ALL_ATTENTION_FUNCTIONS.register(EAGER, eager_attention)

@@ -106,16 +106,12 @@ class StepHealth:
         self.last: Exception | None = None
         self._passed_over = 0
 
-    @property
-    def failing(self) -> bool:
-        """Whether the next steps are expected to fail."""
-        return self.in_a_row >= IN_A_ROW
-
     def searches(self) -> bool:
         """Whether the next step is run in parts if it fails; asked once for each step. The tries
         are in vain where the model fails for everybody. But where somebody sends one bad request
         after the other, they serve those beside them, and end the row."""
-        self._passed_over = (self._passed_over + 1) % SEARCHED if self.failing else 0
+        failing = self.in_a_row >= IN_A_ROW
+        self._passed_over = (self._passed_over + 1) % SEARCHED if failing else 0
         return self._passed_over == 0
 
     def succeeded(self) -> None:
@@ -140,7 +136,7 @@ class StepHealth:
     def reason(self) -> str | None:
         """Why the engine is not healthy; None where it is. Without the error's text, which may
         hold what a request said."""
-        if not self.failing or self.last is None:
+        if self.in_a_row < IN_A_ROW:
             return None
         return (
             f"The last {self.in_a_row} steps of the engine failed, the last one with "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig
@@ -20,11 +20,7 @@ from lorafx.errors import BatchError, CaptureError, ConfigError, LorafxError
 from lorafx.model.keywords import refuse_slips
 from lorafx.serving.alora import column_of, warn_absent
 from lorafx.serving.continuous import sampling
-from lorafx.serving.continuous.adapter_requests import (
-    AdapterRequest,
-    EngineOutputs,
-    hold_of,
-)
+from lorafx.serving.continuous.adapter_requests import AdapterRequest, EngineOutputs, hold_of
 from lorafx.serving.continuous.attention import EngineAttention
 from lorafx.serving.continuous.cache_policy import AdapterPages, FullCache
 from lorafx.serving.continuous.failures import StepHealth, as_told
@@ -41,18 +37,10 @@ if TYPE_CHECKING:
     from lorafx.serving.compiled import CompiledModel
 
 
-class Default:
-    """The class of `DEFAULT`."""
-
-    def __repr__(self) -> str:
-        return "DEFAULT"
-
-
 #: How a request names its adapter.
 _WAYS = {"adapter": 'adapter="sql", or None for the base'}
-
 #: The adapter of `set_adapter`.
-DEFAULT: Final = Default()
+DEFAULT: Any = object()
 
 
 class AdapterBatchingManager(ContinuousBatchingManager):
@@ -116,7 +104,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         record_timestamps: bool = False,
         eos_token_id: int | list[int] | None = None,
         *,
-        adapter: AdapterName | Default = DEFAULT,
+        adapter: AdapterName = DEFAULT,
         **logit_processor_kwargs: Any,
     ) -> str:
         """Queue a request, and return its name.
@@ -155,7 +143,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         config = self.generation_config
         chosen = checked_sampling(self.logit_processor, logit_processor_kwargs, config)
         prompt = checked_prompt(self.compiled.model, input_ids)
-        hold, begins = self._begun(self._hold(adapter), prompt)
+        hold, begins = self._held(adapter, prompt)
         request_id = self._named(request_id)
         state = AdapterRequest(
             request_id=request_id,
@@ -203,7 +191,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self._attention.give_back()
         if not self.is_running() and not keep_for_next_session:
             self._processor = None
-            self._packed.forget()
+            self._packed.pages = None
 
     def destroy(self) -> None:
         """As transformers' own. An engine that never ran gives back the model's attention too."""
@@ -241,22 +229,17 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             return str(error)
         return self.background_thread_status.can_accept_new_requests()
 
-    def _hold(self, adapter: AdapterName | Default) -> Hold | None:
-        session = self.compiled._session
-        unsaid = isinstance(adapter, Default)
-        name = session.default if unsaid else one_name(adapter, "adapter")
-        if name is None or name == BASE:
-            return None
-        hold = session.store.hold(name)
-        pinned = session.store.pinned
-        if pinned and name not in pinned and not session.store.fits(frozenset({name})):
-            raise all_pinned(name, len(pinned))
-        return hold
-
-    def _begun(self, hold: Hold | None, prompt: list[int]) -> tuple[Hold | None, int]:
+    def _held(self, adapter: AdapterName, prompt: list[int]) -> tuple[Hold | None, int]:
         """The adapter, and the token of the prompt at which it begins; the base where an aLoRA
         adapter never does."""
-        if hold is None or not hold.stored.invocation:
+        session = self.compiled._session
+        name = session.default if adapter is DEFAULT else one_name(adapter, "adapter")
+        if name is None or name == BASE:
+            return None, 0
+        hold, pinned = session.store.hold(name), session.store.pinned
+        if pinned and name not in pinned and not session.store.fits(frozenset({name})):
+            raise all_pinned(name, len(pinned))
+        if not hold.stored.invocation:
             return hold, 0
         (column,) = column_of(torch.tensor([prompt]), hold.stored.invocation)
         if column is None:
@@ -265,17 +248,17 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         return hold, column
 
     def _named(self, request_id: str | None) -> str:
-        count = self.num_return_sequences - 1
-        if request_id is not None:
-            if not self._outputs.begin(request_id, count):
-                raise BatchError(f"a request named {request_id!r} is under way; give another name")
-            return request_id
+        """The name of a request, which no other one has that is under way."""
         while True:
-            with self._request_lock:
-                name = f"req_{self._request_counter}"
-                self._request_counter += 1
-            if self._outputs.begin(name, count):
+            name = request_id
+            if name is None:
+                with self._request_lock:
+                    name = f"req_{self._request_counter}"
+                    self._request_counter += 1
+            if self._outputs.begin(name, self.num_return_sequences - 1):
                 return name
+            if request_id is not None:
+                raise BatchError(f"a request named {request_id!r} is under way; give another name")
 
     def _fail(self, state: RequestState, error: LorafxError) -> None:
         """Have a request that is not in the step fail."""

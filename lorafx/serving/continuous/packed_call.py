@@ -12,7 +12,6 @@ are copies of one of the part's, of the base, and write nothing into the cache.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -23,13 +22,10 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 from lorafx.adapter_store.names import BASE
 from lorafx.adapter_store.stored import Hold
 from lorafx.serving.continuous.adapter_requests import AdapterRequest, hold_of
-from lorafx.serving.continuous.attention import EAGER, TracedEager
 from lorafx.serving.continuous.failures import OF_THE_DEVICE, in_parts
 from lorafx.serving.continuous.step_cache import ATTENDING_DEVICES, StepCache
 from lorafx.serving.entries import CompiledForwards
 from lorafx.session.loading import fill_ahead
-
-_EAGER = TracedEager()
 
 
 class Step(NamedTuple):
@@ -75,6 +71,7 @@ class PackedForward:
     come.
 
     Attributes:
+        pages: the engine's cache, which may be let go of by None.
         failed: the requests of the last step that failed, by their names, and why.
         searches: whether a step that fails is run in parts.
         waits: whether the host waits for each step, and so may look at what came of it.
@@ -89,7 +86,7 @@ class PackedForward:
         self._entries = entries
         self._batch = batch
         self._waiting = waiting
-        self._pages: StepCache | None = None
+        self.pages: StepCache | None = None
         self.failed: dict[str, Exception] = {}
         self.searches = self.waits = True
 
@@ -113,11 +110,11 @@ class PackedForward:
         """The model's output for one step. `others` say how flash attention reads its batch, and
         what the engine itself does with the logits."""
         session = self._entries.session
-        if self._pages is None or self._pages.pages is not cache.cache_tensor:
-            self._pages = StepCache(cache)
+        if self.pages is None or self.pages.pages is not cache.cache_tensor:
+            self.pages = StepCache(cache)
         masks = _laid_out(attention_mask)
-        seen, of_kinds = _by_kind(self._pages.kinds, input_ids.shape[1], masks, others)
-        pages = self._pages.step(read_index, write_index, seen, of_kinds)
+        seen, of_kinds = _by_kind(self.pages.kinds, input_ids.shape[1], masks, others)
+        pages = self.pages.step(read_index, write_index, seen, of_kinds)
         named: dict[str, Any] = {
             "input_ids": input_ids,
             "position_ids": position_ids,
@@ -159,10 +156,6 @@ class PackedForward:
             output.logits = output.logits[:, :1]
         return output
 
-    def forget(self) -> None:
-        """Let go of the cache."""
-        self._pages = None
-
     def _in_parts(
         self,
         step: Step,
@@ -181,18 +174,15 @@ class PackedForward:
             for kind, rows in zip(cache.kinds, cache.read, strict=True)
         ]
 
-        def absent(from_rows: Tensor, part: Sequence[int]) -> Tensor:
-            return ~torch.isin(from_rows, torch.tensor(part))
-
         def run(part: Sequence[int]) -> Any:
-            missing = absent(owners, part)
+            missing, *keys = (
+                ~torch.isin(rows, torch.tensor(part)).to(ids.device) for rows in (owners, *of_keys)
+            )
             first = int(missing.long().argmin())
-            missing = missing.to(ids.device)
             changed: dict[str, Any] = {
                 name: torch.where(missing, named[name][..., first : first + 1], named[name])
                 for name in ("input_ids", "position_ids")
             }
-            keys = [absent(of_group, part).to(ids.device) for of_group in of_keys]
             changed["cache"] = cache.without(missing, keys)
             of_part = step._replace(named={**named, **changed})
             try:
@@ -231,9 +221,7 @@ class PackedForward:
             entry = entries.of(entries.model, packed=True)
             return session.note(active, lambda: entry(**step.named))
 
-        model: Any = entries.model
-        with _EAGER if model.config._attn_implementation == EAGER else nullcontext():
-            return session.call(run, names, tokens=tokens, packed=True)
+        return session.call(run, names, tokens=tokens, packed=True)
 
     def _count(self, batch: Sequence[FutureRequestState]) -> None:
         """Note how many tokens of each adapter are run."""

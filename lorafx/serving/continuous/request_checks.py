@@ -8,7 +8,7 @@ import operator
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, SupportsFloat
+from typing import Any, SupportsFloat, cast
 
 import torch
 from transformers import GenerationConfig
@@ -114,14 +114,13 @@ def checked_limits(
         raise ConfigError(f"max_new_tokens is a number of tokens; got {max_new_tokens!r}")
     if eos_token_id is None:
         return most, None
-    ends: list[int | None] = [_integer(eos_token_id)]
-    if ends == [None] and isinstance(eos_token_id, Iterable):
-        with suppress(TypeError):  # a tensor without a dimension
-            ends = [_integer(token) for token in eos_token_id]
-    found = [end for end in ends if end is not None]
-    if len(found) < len(ends):
-        raise ConfigError(f"eos_token_id is a token id or a list of them; got {eos_token_id!r}")
-    return most, found
+    single, several = _integer(eos_token_id), cast("Iterable[int]", eos_token_id)
+    try:
+        return most, [operator.index(token) for token in several] if single is None else [single]
+    except TypeError as error:
+        raise ConfigError(
+            f"eos_token_id is a token id or a list of them; got {eos_token_id!r}"
+        ) from error
 
 
 def sampling_number(name: str, value: Any) -> float | None:
@@ -143,12 +142,8 @@ def checked_sampling(
     config: GenerationConfig,
 ) -> dict[str, Any]:
     """How a request wants its tokens chosen, without what asks for nothing, or for what an engine
-    of this `config` does anyway.
-
-    Raises:
-        ConfigError: the engine was not started for such an argument, or no token can be chosen with
-            its value.
-    """
+    of this `config` does anyway. ConfigError where the engine was not started for such an argument,
+    or no token can be chosen with its value."""
     wanted: dict[str, Any] = {}
     for name, value in given.items():
         if value is None:
@@ -181,7 +176,6 @@ def checked_sampling(
 
 
 def _number(value: Any) -> float | None:
-    """`value` where it is a number; else None."""
     if isinstance(value, bool) or not isinstance(value, SupportsFloat):
         return None
     with suppress(OverflowError, RuntimeError, TypeError, ValueError):  # several, or no data

@@ -31,8 +31,6 @@ from lorafx.serving.continuous.request_checks import UNSAID
 COLDEST = 1e-5
 #: top_k of a request that leaves all tokens.
 ALL = torch.iinfo(torch.int32).max
-#: Values with which transformers makes its processors.
-_ASKING = {"temperature": 2.0, "top_k": 1, "top_p": 0.5}
 
 
 class Temperature(ContinuousBatchingTemperatureLogitsWarper):
@@ -107,18 +105,10 @@ def _count(top_k: int) -> int:
     return min(top_k, ALL) if top_k > 0 else ALL
 
 
-_SKIPPED: dict[type, tuple[type, str]] = {
-    ContinuousBatchingTemperatureLogitsWarper: (Temperature, "temperature"),
-    ContinuousBatchingTopKLogitsWarper: (TopK, "top_k"),
-    ContinuousBatchingTopPLogitsWarper: (TopP, "top_p"),
-}
-
-
 def asking(config: GenerationConfig) -> GenerationConfig:
     """`config` with values for which transformers makes each of the processors above."""
     changed = copy.deepcopy(config)
-    for name, value in _ASKING.items():
-        setattr(changed, name, value)
+    changed.temperature, changed.top_k, changed.top_p = 2.0, 1, 0.5
     return changed
 
 
@@ -127,9 +117,10 @@ def take_over(processors: ContinuousBatchingLogitsProcessorList, config: Generat
     says."""
     for processor in processors.logits_processor:
         found: Any = processor
-        for cls, (skipped, name) in _SKIPPED.items():
-            if isinstance(found, cls):
-                found.__class__ = skipped
+        for cls in (Temperature, TopK, TopP):
+            if isinstance(found, cls.__bases__):
+                found.__class__ = cls
+                (name,) = cls.supported_kwargs
                 value = getattr(config, name)
                 setattr(found, name, UNSAID[name] if value is None else value)
 

@@ -94,17 +94,13 @@ class SlotsPerStep:
         for state in candidates:
             hold = hold_of(state)
             name = None if hold is None else names[hold.stored.version]
-            if name is None or name in pinned or self._has_room(name):
+            wanted = frozenset[str]() if name is None else frozenset({name})
+            # Without room for its own weights a request says so in its step.
+            if wanted <= pinned or store.fits(wanted) or not store.fits(wanted, own=True):
                 found.append(state)
             else:
-                self._fail(state, all_pinned(name, len(pinned)))
+                self._fail(state, all_pinned(str(name), len(pinned)))
         return found
-
-    def _has_room(self, name: str) -> bool:
-        """Whether pinned adapters leave a slot. Without room for its own weights a request says so
-        in its step."""
-        store, wanted = self._session.store, frozenset({name})
-        return store.fits(wanted) or not store.fits(wanted, own=True)
 
     def _ready(self, candidates: Sequence[RequestState]) -> Sequence[RequestState]:
         """The candidates whose adapters have a slot in this step; notes which wait."""

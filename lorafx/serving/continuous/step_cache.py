@@ -4,6 +4,7 @@ of it, and is kept out of graphs."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -89,8 +90,7 @@ class StepCache(PagedAttentionCache):
     ) -> StepCache:
         """For a step that reads and writes these rows. Where nothing is read (transformers gives
         no rows then), the queries see the new tokens: a graph need not tell the two apart."""
-        step = StepCache.__new__(StepCache)
-        vars(step).update(vars(self))
+        step = copy.copy(self)
         step.read = [
             rows.clone() if rows.numel() else self._unread(group, new)
             for group, (rows, new) in enumerate(zip(read, write, strict=True))

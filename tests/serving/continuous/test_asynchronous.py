@@ -22,7 +22,6 @@ from transformers.generation.continuous_batching import (
     offloading_manager,
 )
 
-from lorafx import ConfigError
 from lorafx.serving.continuous.scheduling import Pairs
 
 pytestmark = pytest.mark.usefixtures("earlier_objects_frozen")
@@ -62,15 +61,6 @@ def trimmed(seen: StepLogits, outputs: dict[str, Any]) -> int:
         more += len(seen.rows[name]) - count
         del seen.rows[name][count:]
     return more
-
-
-def test_a_cpu_has_no_streams(cm) -> None:
-    block = cm.continuous_batching(None, CONFIG, warmup=False)
-    with (
-        pytest.raises(ConfigError, match=r"use_async_batching=True\) needs streams .* on cpu"),
-        block,
-    ):
-        pass
 
 
 def test_logits_of_every_step(llama: Case, with_slots, streams) -> None:

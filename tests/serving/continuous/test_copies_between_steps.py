@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from dense_merge import REFERENCE, Case, build_case
+from dense_merge import REFERENCE, Case
 from fake_streams import Cuda
 from step_logits import serve_checked
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
@@ -19,17 +19,12 @@ CONFIG = ContinuousBatchingConfig(page_size=4, num_blocks=256, max_batch_tokens=
 WORK = [([3, 4, 5, 6, 7, 8, 9], "a0"), ([4, 5, 6, 7, 8, 9, 3], "a1"), ([5] * 7, "a3")]
 
 
-@pytest.fixture(scope="module")
-def case(tmp_path_factory) -> Case:
-    return build_case("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=1)
-
-
-def test_adapters_of_requests_that_wait(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapters_of_requests_that_wait(llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     config = lorafx.LoraConfig(max_adapters=3, max_rank=8)
-    cm: Any = lorafx.compile(case.model(), config, adapters=case.folders, options=REFERENCE)
+    cm: Any = lorafx.compile(llama.model(), config, adapters=llama.folders, options=REFERENCE)
     cuda = Cuda()
     cuda.serve(cm, monkeypatch)
-    serve_checked(case, cm, WORK, CONFIG, new=3)
+    serve_checked(llama, cm, WORK, CONFIG, new=3)
     first = next(n for n, launch in enumerate(cuda.launches) if not launch.writes)
     steps = [launch for launch in cuda.launches if not launch.writes]
     running = {launch.number for launch in steps[: len(cuda.devices)]}

@@ -262,8 +262,7 @@ def test_a_model_with_flash_attention_has_another_while_an_engine_runs(llama, ca
         assert model.config._attn_implementation == attention
 
 
-@pytest.mark.parametrize(("attention", "warmup"), [("sdpa", False), ("eager", True)])
-def test_a_model_without_a_paged_cache_is_refused(attention, warmup):
+def test_a_model_without_a_paged_cache_is_refused():
     """transformers' engine knows no cache for recurrent layers. The model keeps its attention."""
     config = transformers.Qwen3NextConfig(
         vocab_size=61,
@@ -278,21 +277,20 @@ def test_a_model_without_a_paged_cache_is_refused(attention, warmup):
         layer_types=["linear_attention"],
     )
     model = transformers.Qwen3NextForCausalLM(config).eval()
-    model.set_attn_implementation(attention)
+    model.set_attn_implementation("eager")
     cm = lorafx.compile(model, LoraConfig(target_modules="all-linear"), options=REFERENCE)
-    block = cm.continuous_batching(None, CONFIG, warmup=warmup)
+    block = cm.continuous_batching(None, CONFIG)
     text = r"paged cache for Qwen3NextForCausalLM: .*linear_attention.*generate\(\)"
     with pytest.raises(ConfigError, match=text), block:
         pass
-    assert model.config._attn_implementation == attention
+    assert model.config._attn_implementation == "eager"
 
 
-@pytest.mark.parametrize("kind", ["Bloom", "Falcon"])  # of no attention to choose, and of its own
-def test_a_model_that_computes_attention_by_itself_is_refused(kind):
-    config = getattr(transformers, f"{kind}Config")(
+def test_a_model_that_computes_attention_by_itself_is_refused():
+    config = transformers.FalconConfig(
         vocab_size=61, hidden_size=24, num_hidden_layers=1, num_attention_heads=2
     )
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    model = transformers.FalconForCausalLM(config).eval()
     cm = lorafx.compile(model, LoraConfig(target_modules="all-linear"), options=REFERENCE)
-    with pytest.raises(ConfigError, match=rf"{kind}ForCausalLM computes attention by itself"):
+    with pytest.raises(ConfigError, match="FalconForCausalLM computes attention by itself"):
         cm.generate_batch([[3, 4]], continuous_batching_config=CONFIG)

@@ -138,9 +138,8 @@ def test_how_likely_the_likeliest_token_is_does_not_depend_on_others(llama, engi
         torch.testing.assert_close(torch.tensor(output.logprobs), want, atol=1e-5, rtol=1e-5)
 
 
-def test_a_request_may_ask_for_what_its_engine_does_anyway(llama) -> None:
+def test_a_request_may_ask_for_what_its_engine_does_anyway(llama, cm) -> None:
     """Where it cannot choose; leaving all tokens is a choice too."""
-    cm = llama.compile()
     drawing = copy.deepcopy(cm.model.generation_config)
     drawing.do_sample, drawing.temperature, drawing.top_k, drawing.top_p = True, 0.7, None, 0.9
     config = dataclasses.replace(CONFIG, per_request_processors=False)
