@@ -117,13 +117,13 @@ def _is_number(cell: str) -> bool:
     return not cell or cell == "-" or cell.lstrip("+-")[:1].isdigit()
 
 
-def size(count: float) -> str:
-    """Bytes in the largest unit with a number of at least 1, by powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
+def size(count: float, unit: str = "B") -> str:
+    """Bytes, or another unit, with the prefix that leaves at least 1, by powers of 1000."""
+    for prefix in ("", "k", "M", "G"):
         if abs(count) < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+            return f"{count:.1f} {prefix}{unit}" if prefix else f"{count:.0f} {unit}"
         count /= 1000
-    return f"{count:.1f} TB"
+    return f"{count:.1f} T{unit}"
 
 
 def over(ratio: float | None) -> str:
