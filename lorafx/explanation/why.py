@@ -103,9 +103,6 @@ class WhyAdapter:
     batch: str = ""
     notes: tuple[str, ...] = ()
 
-    def noting(self, note: str) -> WhyAdapter:
-        return replace(self, notes=(*self.notes, note))
-
     def lines(self) -> list[str]:
         lines = [f"adapter {self.name!r} from {self.source}:"]
         lines += [f"  key {key}" for key in self.keys]
@@ -249,31 +246,29 @@ def _adapter(
         keys, notes = _landed(saved, model, program.sites, found)
     except LorafxError as error:  # its files have changed
         notes = (f"its keys cannot be read: {error}",)
-    made = WhyAdapter(name, stored.source, keys, notes=notes)
     if site is None or site.path not in stored.sites:
-        return made
+        return WhyAdapter(name, stored.source, keys, notes=notes)
+    norm, change, batch = None, None, ""
     deltas = deltas_of(stored, program.groups)
     if deltas is not None:
         norm = deltas.norms.get(site.path)
-        made = replace(made, norm=norm, relative_norm=_relative(norm, program.weight_of(site)))
         if site.path in deltas.idle:
-            made = made.noting(f"no effect, because {deltas.idle[site.path]}")
+            notes += (f"no effect, because {deltas.idle[site.path]}",)
     arguments = call if call is not None or last is None else last.arguments()
-    if arguments is None:
-        return made.noting(
-            "its change was not measured: the last batch is gone, or there was none; "
-            "why(..., inputs={...}) measures it"
-        )
-    try:
-        change = change_of(serve, site, name, *arguments)
-    except LorafxError as error:
-        if call is not None:
-            raise
-        return made.noting(f"its change was not measured: {error}")
+    reason = "the last batch is gone, or there was none; why(..., inputs={...}) measures it"
+    if arguments is not None:
+        try:
+            change = change_of(serve, site, name, *arguments)
+            batch = "the last batch" if call is None else "the given inputs"
+            reason = "the model does not call this module"
+        except LorafxError as error:
+            if call is not None:
+                raise
+            reason = str(error)
     if change is None:
-        return made.noting("its change was not measured: the model does not call this module")
-    batch = "the last batch" if call is None else "the given inputs"
-    return replace(made, change=change, batch=batch)
+        notes += (f"its change was not measured: {reason}",)
+    relative = _relative(norm, program.weight_of(site))
+    return WhyAdapter(name, stored.source, keys, norm, relative, change, batch, notes)
 
 
 def _keys_at(source: Any, model: nn.Module) -> dict[str, Size]:
