@@ -77,28 +77,26 @@ def trace_events(
     starts = [span.start for record in records for span in record.spans]
     first = min([*starts, *(report.end - report.seconds for report in reports)], default=0.0)
 
-    def slice_of(name: str, thread: int, end: float, seconds: float, about: Any) -> dict[str, Any]:
-        times = {"ts": round((end - seconds - first) * 1e6, 3), "dur": round(seconds * 1e6, 3)}
-        return {"name": name, "cat": "compile", "ph": "X", "args": about} | _in(thread) | times
+    events: list[dict[str, Any]] = []
 
-    events = [_named("process_name", 0, f"lorafx: {model}")]
-    events.append(_named("thread_name", 0, "the model, before any graph"))
+    def named(what: str, thread: int, name: str) -> None:
+        events.append({"name": what, "ph": "M", "pid": 0, "tid": thread, "args": {"name": name}})
+
+    def took(name: str, thread: int, end: float, seconds: float, **about: Any) -> None:
+        times = {"ts": round((end - seconds - first) * 1e6, 3), "dur": round(seconds * 1e6, 3)}
+        event = {"name": name, "cat": "compile", "ph": "X", "pid": 0, "tid": thread}
+        events.append({**event, **times, "args": about})
+
+    named("process_name", 0, f"lorafx: {model}")
+    named("thread_name", 0, "the model, before any graph")
     for report in prepared:
-        about: dict[str, Any] = {"found": report.edits, "notes": list(report.notes)}
-        events.append(slice_of(report.name, 0, report.end, report.seconds, about))
+        about = {"found": report.edits, "notes": list(report.notes)}
+        took(report.name, 0, report.end, report.seconds, **about)
     for thread, record in enumerate(records, 1):
-        events.append(_named("thread_name", thread, f"{record.title}, {record.reason}"))
+        named("thread_name", thread, f"{record.title}, {record.reason}")
         for span in record.spans:
-            events.append(slice_of(span.name, thread, span.end, span.end - span.start, {}))
+            took(span.name, thread, span.end, span.end - span.start)
         for report in record.passes:
             about = {"edits": report.edits, "nodes": report.nodes}
-            events.append(slice_of(report.name, thread, report.end, report.seconds, about))
+            took(report.name, thread, report.end, report.seconds, **about)
     return {"traceEvents": events, "displayTimeUnit": "ms"}
-
-
-def _named(what: str, thread: int, name: str) -> dict[str, Any]:
-    return {"name": what, "ph": "M", "args": {"name": name}} | _in(thread)
-
-
-def _in(thread: int) -> dict[str, Any]:
-    return {"pid": 0, "tid": thread}
