@@ -6,7 +6,8 @@ import copy
 import functools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple
+from dataclasses import asdict
+from typing import Annotated, Any
 
 import typer
 
@@ -59,27 +60,34 @@ def bench(
         raise ConfigError(
             f"{type(module).__name__} takes no token ids; bench is for language models"
         )
-    ways = _ways(module, sources, batch, lowering, peft)
+    compiled, names = _served(module, sources, lowering), list(sources)
+    mixed = [names[row % len(names)] for row in range(batch)]
+    several = f"{len(set(mixed))} adapters"
+    # What is called, and with which adapters.
+    ways: dict[str, tuple[Any, Sequence[str | None]]] = {
+        "lorafx, no adapter": (compiled, [None] * batch),
+        f"lorafx, {names[0]} alone": (compiled, names[:1] * batch),
+    }
+    if len(set(mixed)) > 1:
+        ways[f"lorafx, {several}"] = (compiled, mixed)
+    by_peft = _by_peft(module, sources, mixed) if peft else None
+    if by_peft is not None:
+        ways[f"PEFT, {several}"] = (by_peft, mixed)
+    alone = module if lowering == "reference" else torch.compile(copy.deepcopy(module))
     cases: list[dict[str, Any]] = []
     for tokens in length or (1, 128):
         what = f"{batch} requests of {tokens} tokens"
         ids = torch.randint(0, int(vocabulary), (batch, tokens), device=module.device)
-        arms = {name: functools.partial(_call, *arm, ids) for name, arm in ways.arms.items()}
-        base = functools.partial(_call, ways.base, None, ids)
+        arms = {name: functools.partial(_call, *arm, ids) for name, arm in ways.items()}
+        base = functools.partial(_call, alone, None, ids)
         ratios = compare(base, arms, blocks=blocks, seconds=seconds, itself="base", what=what)
-        case: dict[str, Any] = {"batch": batch, "tokens": tokens}
-        case["arms"] = [
-            {
-                "arm": ratio.arm,
-                "milliseconds": ratio.milliseconds,
-                "ratio": ratio.median,
-                "low": ratio.low,
-                "high": ratio.high,
-            }
+        arms_found = [
+            {"ratio" if k == "median" else k: v for k, v in asdict(ratio).items()}
             for ratio in ratios
         ]
-        if ways.peft is not None:
-            got, want = (_call(run, ways.mixed, ids) for run in (ways.compiled, ways.peft))
+        case: dict[str, Any] = {"batch": batch, "tokens": tokens, "arms": arms_found}
+        if by_peft is not None:
+            got, want = (_call(run, mixed, ids) for run in (compiled, by_peft))
             case["difference"] = float((got - want).abs().max() / want.abs().max())
         cases.append(case)
     machine = _machine(torch, module, sources)
@@ -87,66 +95,28 @@ def bench(
         show_json({"model": model, **machine, "cases": cases})
         return
     for case in cases:
-        _show(case)
+        rows = [
+            {
+                "what": arm["arm"],
+                "ms": f"{arm['milliseconds']:.2f}",
+                "over base": f"{arm['ratio']:.3f}",
+                "95 %": f"{arm['low']:.3f} - {arm['high']:.3f}",
+            }
+            for arm in case["arms"]
+        ]
+        title = f"{case['batch']} requests of {case['tokens']} tokens"
+        show_table(title, tuple(rows[0]), rows)
+        if "difference" in case:
+            print(f"largest difference of lorafx from PEFT's logits: {case['difference']:.1e}")
     print(*(f"{name}: {value}" for name, value in machine.items()), sep="\n")
 
 
-def _show(case: Mapping[str, Any]) -> None:
-    """Print the times of one length."""
-    rows = [
-        {
-            "what": arm["arm"],
-            "ms": f"{arm['milliseconds']:.2f}",
-            "over base": f"{arm['ratio']:.3f}",
-            "95 %": f"{arm['low']:.3f} - {arm['high']:.3f}",
-        }
-        for arm in case["arms"]
-    ]
-    title = f"{case['batch']} requests of {case['tokens']} tokens"
-    show_table(title, ("what", "ms", "over base", "95 %"), rows)
-    if "difference" in case:
-        print(f"largest difference of lorafx from PEFT's logits: {case['difference']:.1e}")
-
-
-class _Ways(NamedTuple):
-    """What is measured: by name what is called, with which adapters (`arms`), against `base`. In
-    `mixed` requests take turns with the adapters; `peft` is None where it is not measured."""
-
-    base: Any
-    compiled: Any
-    peft: Any | None
-    mixed: list[str]
-    arms: dict[str, tuple[Any, Sequence[str | None]]]
-
-
-def _ways(
-    module: Any, sources: Mapping[str, str], batch: int, lowering: str, with_peft: bool
-) -> _Ways:
-    import torch
-
+def _served(module: Any, sources: Mapping[str, str], lowering: str) -> Any:
     import lorafx
 
     with progress(f"adding {len(sources)} adapters"):
-        compiled = lorafx.compile(
-            copy.deepcopy(module), dict(sources), options={"lowering": lowering}
-        )
-    names = list(sources)
-    mixed = [names[row % len(names)] for row in range(batch)]
-    several = f"{len(set(mixed))} adapters"
-    arms: dict[str, tuple[Any, Sequence[str | None]]] = {
-        "lorafx, no adapter": (compiled, [None] * batch),
-        f"lorafx, {names[0]} alone": (compiled, names[:1] * batch),
-    }
-    if len(set(mixed)) > 1:
-        arms[f"lorafx, {several}"] = (compiled, mixed)
-    peft = None
-    if with_peft:
-        with progress(f"adding {len(sources)} adapters by PEFT"):
-            peft = _by_peft(module, sources, mixed)
-    if peft is not None:
-        arms[f"PEFT, {several}"] = (peft, mixed)
-    base = module if lowering == "reference" else torch.compile(copy.deepcopy(module))
-    return _Ways(base, compiled, peft, mixed, arms)
+        model = copy.deepcopy(module)
+        return lorafx.compile(model, dict(sources), options={"lowering": lowering})
 
 
 def _call(run: Any, names: Sequence[str | None] | None, ids: Any) -> Any:
@@ -169,9 +139,10 @@ def _by_peft(module: Any, sources: Mapping[str, str], mixed: list[str]) -> Any |
         from peft import PeftModel
 
         first, *others = sources
-        made = PeftModel.from_pretrained(copy.deepcopy(module), sources[first], first).eval()
-        for name in others:
-            made.load_adapter(sources[name], name)
+        with progress(f"adding {len(sources)} adapters by PEFT"):
+            made = PeftModel.from_pretrained(copy.deepcopy(module), sources[first], first).eval()
+            for name in others:
+                made.load_adapter(sources[name], name)
         _call(made, mixed, torch.zeros(len(mixed), 1, dtype=torch.long, device=module.device))
     except Exception as error:  # of PEFT, about adapters that lorafx serves
         warnings.warn(f"PEFT is not measured: {error!s:.300}", stacklevel=2)

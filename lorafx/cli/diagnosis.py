@@ -1,12 +1,16 @@
 """`lorafx doctor`: versions, private ground, shortcuts, and a small mixed batch.
 
 It runs where lorafx does not: only the batch and the compiler need a version that is supported.
+
+    y[b] = f(x[b]; W + s·B A of names[b])    for two adapters and the base, each row alone
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import platform
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -14,13 +18,19 @@ from typing import Any
 
 import typer
 
+import lorafx
 from lorafx import __version__
-from lorafx.cli.options import AsJson, show_json
-from lorafx.cli.small_batch import SmallBatch, run_small_batch
+from lorafx.cli.options import AsJson, show
 from lorafx.errors import LorafxError
 from lorafx.progress import LOG, progress
 from lorafx.reports.report import json_values, text_table
 from lorafx.torch_internals import entries, shortcuts, versions
+
+#: Largest difference in float32, relative to the largest of 1 and the expected magnitude.
+TOLERANCE = 1e-5
+_NAMES = ("first", None, "second")
+_RANKS = {"first": 4, "second": 2}
+_SCALE = 2.0
 
 
 def doctor(as_json: AsJson = False) -> None:
@@ -32,10 +42,7 @@ def doctor(as_json: AsJson = False) -> None:
     Example: lorafx doctor
     """
     found = diagnosed()
-    if as_json:
-        show_json(found.json())
-    else:
-        print(found)
+    show(found, as_json)
     if found.faults:
         raise typer.Exit(1)
 
@@ -68,6 +75,27 @@ class RequiredPart:
         lacks = [f"lacks {', '.join(self.missing)}"] if self.missing else []
         lacks += [f"{name} is not installed" for name in self.absent]
         return f"{'; '.join(lacks)}; refused without: {self.refused}" if lacks else "holds"
+
+
+@dataclass(frozen=True)
+class SmallBatch:
+    """The class of the model, the device, the largest relative difference from dense merge, and the
+    seconds with compiling."""
+
+    model: str
+    device: str
+    difference: float
+    seconds: float
+
+    @property
+    def right(self) -> bool:
+        return self.difference <= TOLERANCE  # NaN is not
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model} on {self.device}, two adapters and the base: largest difference from "
+            f"dense merge {self.difference:.1e}, {self.seconds:.1f} s with compiling"
+        )
 
 
 @dataclass
@@ -174,3 +202,64 @@ def _machine(supported: bool) -> dict[str, str]:
         except LorafxError:
             found["C++ compiler"] = "none"
     return found
+
+
+def run_small_batch() -> SmallBatch:
+    """Compile the model and its adapters, and compare one batch."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model = _model().to(device).eval()
+        ids = torch.randint(3, 61, (len(_NAMES), 5), device=device)
+        made = {name: _adapter(model, rank) for name, rank in _RANKS.items()}
+        alone = [made[name][1] if name else model for name in _NAMES]
+        rows = [_logits(merged(ids[row : row + 1])) for row, merged in enumerate(alone)]
+        start = time.perf_counter()
+        adapters = {name: source for name, (source, _) in made.items()}
+        got = _logits(lorafx.compile(model, adapters)(ids, adapter_names=list(_NAMES)))
+        seconds, want = time.perf_counter() - start, torch.cat(rows)
+        difference = float((got - want).abs().max() / want.abs().max().clamp(min=1))
+    return SmallBatch(type(model).__name__, device, difference, seconds)
+
+
+def _model() -> Any:
+    """A Llama of one layer; without transformers a few layers of torch's."""
+    from torch import nn
+
+    if versions.installed("transformers") is None:
+        layers = (nn.Embedding(61, 24), nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 61))
+        return nn.Sequential(*layers)
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=24,
+        intermediate_size=40,
+        vocab_size=61,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config)
+
+
+def _adapter(model: Any, rank: int) -> tuple[Any, Any]:
+    """A random adapter for all linears, and a copy of the model with it in its weights."""
+    import torch
+
+    merged, tensors = copy.deepcopy(model), {}
+    linears = {path: m for path, m in merged.named_modules() if isinstance(m, torch.nn.Linear)}
+    for path, linear in linears.items():
+        a = torch.randn(rank, linear.in_features).to(linear.weight) / linear.in_features**0.5
+        b = torch.randn(linear.out_features, rank).to(linear.weight) / rank**0.5
+        linear.weight += _SCALE * b @ a
+        for letter, factor in (("A", a), ("B", b)):
+            tensors[f"base_model.model.{path}.lora_{letter}.weight"] = factor.cpu()
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": _SCALE * rank}
+    return lorafx.AdapterSource(tensors, {**config, "target_modules": list(linears)}), merged
+
+
+def _logits(output: Any) -> Any:
+    return getattr(output, "logits", output)

@@ -22,6 +22,7 @@ from lorafx.cli.options import (
     SlotRank,
     Targets,
     as_option,
+    show,
     show_json,
     target_modules,
 )
@@ -162,11 +163,7 @@ def profile(
     """
     compiled, inputs, names = _compiled(model, adapters, batch, length, dtype, lowering)
     turns = [names[row % len(names)] for row in range(batch)]
-    found = compiled.profile(inputs, turns, calls=calls)
-    if as_json:
-        show_json(found.json())
-    else:
-        print(found)
+    show(compiled.profile(inputs, turns, calls=calls), as_json)
 
 
 def bisect(
@@ -193,10 +190,7 @@ def bisect(
 
     compiled, inputs, names = _compiled(model, adapters, None, length, dtype, lowering)
     found = lorafx.bisect(compiled, inputs, [*names, None], tolerance=tolerance, folder=folder)
-    if as_json:
-        show_json({"model": model, "adapters": names, **found.json()})
-    else:
-        print(found)
+    show(found, as_json, model=model, adapters=names)
     if found.first is not None:
         raise typer.Exit(1)
 

@@ -59,6 +59,14 @@ def show_json(value: Mapping[str, Any]) -> None:
     print(json.dumps(value, indent=1, default=str))
 
 
+def show(report: Any, as_json: bool, **more: Any) -> None:
+    """Print a report, as text or as one JSON object with `more`."""
+    if as_json:
+        show_json({**more, **report.json()})
+    else:
+        print(report)
+
+
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Print rows in columns. Nothing is cut where the terminal is narrow: lines go on below."""
     from rich.console import Console

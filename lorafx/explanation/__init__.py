@@ -1,4 +1,4 @@
 """What lorafx made of a model: `explain`, `why`, and the text of `print(cm)`."""
 
-from lorafx.explanation.explain_dump import Dumps as Dumps
+from lorafx.explanation.collecting import Dumps as Dumps
 from lorafx.explanation.report import Explanation as Explanation

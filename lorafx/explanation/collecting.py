@@ -1,9 +1,11 @@
-"""The report's values, from a session."""
+"""The report's values, from a session, and the dumps that are written during compilation."""
 
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Mapping
+from functools import partial
 
 from lorafx.capture.record import GraphRecord, seen_sites
 from lorafx.explanation.effects import deltas_of
@@ -19,6 +21,9 @@ from lorafx.model.sites import Site, room_of
 from lorafx.pass_order import pipeline
 from lorafx.session.session import Session
 from lorafx.torch_internals.shortcuts import states
+from lorafx.viewer.dump import beside_compiling, folder_of, trace_graph, traced, write_graph
+from lorafx.viewer.graph_data import graph_data
+from lorafx.viewer.page import Page
 
 
 def explained(session: Session, *, quick: bool = False) -> Explanation:
@@ -117,3 +122,34 @@ def graph_report(record: GraphRecord) -> GraphReport:
 
 def _in_words(text: str, symbols: Mapping[str, str]) -> str:
     return re.sub(r"\b[su][0-9]+\b", lambda found: symbols.get(found[0], found[0]), text)
+
+
+class Dumps:
+    """Writes the requested outputs of each graph of a session, as `Backend.recorded`."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = weakref.ref(session)
+        self._page: Page | None = None
+
+    def __call__(self, record: GraphRecord) -> None:
+        session = self._session()
+        if session is None or not record.keeps_stages:
+            return
+        program, records = session.program, session.backend.records
+        if records[:1] in ([], [record]):
+            for index, report in enumerate(program.prepared):
+                traced(f"model_{index:02d}_{report.name}", partial(str, report))
+        trace_graph(record)
+        traced("explain", lambda: str(explained(session)))
+        folder = folder_of(program)
+        if folder is None:
+            return
+        if self._page is None or self._page.folder != folder:
+            name = type(program.model).__name__
+            self._page = Page(folder, name, prepared=program.prepared)
+        with beside_compiling(folder):
+            write_graph(folder, record)
+            self._page.add(record, graph_data(record, program))
+            if record in records:  # it did not fail
+                self._page.texts["explain.txt"] = f"{explained(session)}\n"
+            self._page.write()

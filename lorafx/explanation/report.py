@@ -274,8 +274,6 @@ class Explanation(Report):
             found.append(("sites that no graph has reached yet", self.unreached))
         return found
 
-    # --- for notebooks ---
-
     @property
     def heading(self) -> str:
         return self.summary[0]
@@ -285,41 +283,8 @@ class Explanation(Report):
         return [f"shortcuts that are off: {', '.join(off)}"] if off else []
 
     def tables(self) -> list[Table]:
-        sites = [
-            (
-                site.path or "(root)",
-                site.cls,
-                f"{site.in_features} → {site.out_features}",
-                site.dtype,
-                ", ".join(f"{name} {columns}" for name, columns in site.parts),
-                ", ".join(site.aliases),
-            )
-            for site in self.sites
-        ]
-        adapters = [
-            (
-                item.name,
-                item.rank,
-                len(item.sites),
-                "host" if item.slot is None else item.slot,
-                item.why_idle or ("" if item.norm is None else f"{item.norm:.3g}"),
-                item.source,
-            )
-            for item in self.adapters
-        ]
-        graphs = [
-            (f"{graph.title}: {graph.serves}", [(line,) for line in graph.lines()])
-            for graph in self.graphs
-        ]
-        columns = ("name", "rank", "sites", "slot", "norm of ΔW", "source")
-        return [
-            Table("summary", ("",), [(line,) for line in self.summary[1:]]),
-            Table(f"Adapters: {len(adapters)}", columns, adapters),
-            Table(
-                f"Sites: {len(sites)}", ("path", "class", "K → N", "dtype", "parts", "also"), sites
-            ),
-            *(Table(title, ("",), lines) for title, lines in graphs),
-        ]
+        found = [("summary", self.summary[1:]), *self.sections()]
+        return [Table(title, ("",), [(line,) for line in lines]) for title, lines in found]
 
     # --- the lines of the summary ---
 

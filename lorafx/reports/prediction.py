@@ -277,7 +277,13 @@ def predict(
     groups = allocate_groups(tuple(meta.values()), config)
     alone = graph.alone() if options.runs("fuse") and options.runs("pack") else frozenset()
     buffers = [len(group.sites) > 1 and packable(group.sites, alone) for group in groups]
-    same, why = _same_inputs(model, sites, inputs) if any(buffers) else ({}, "")
+    same: Mapping[str, int] = {}
+    why = "" if inputs or not any(buffers) else "inputs of the model are not known"
+    for named in inputs if any(buffers) else ():
+        same, reason = same_inputs(model, sites, named)
+        why = reason and (why or reason)
+        if not reason:
+            break
     nodes = [
         _Node(group, together)
         for group, one_buffer in zip(groups, buffers, strict=True)
@@ -303,19 +309,6 @@ def predict(
         ),
         notes=notes_of(graph, sites, config, [str(item.message) for item in seen], why),
     )
-
-
-def _same_inputs(
-    model: nn.Module, sites: Sequence[Site], inputs: Sequence[Mapping[str, Any]]
-) -> tuple[dict[str, int], str]:
-    """A number for each site's input, or why inputs are unknown."""
-    why = "" if inputs else "inputs of the model are not known"
-    for named in inputs:
-        try:
-            return same_inputs(model, sites, named), ""
-        except DryRunError as error:
-            why = why or f"a forward on the meta device fails ({error})"
-    return {}, why
 
 
 def _together(
@@ -382,21 +375,17 @@ def _module_bytes(module: nn.Module) -> int:
     return sum({storage_key(item): stored_bytes(item) for item in module.parameters()}.values())
 
 
-class DryRunError(Exception):
-    """The forward cannot run without numbers, for the reason in the message."""
-
-
 def same_inputs(
     model: nn.Module, sites: Sequence[Site], inputs: Mapping[str, Any]
-) -> dict[str, int]:
+) -> tuple[dict[str, int], str]:
     """Path of each called site -> a number for the input of its first call; equal numbers are one
-    tensor. Raises DryRunError where the model asks for numbers or fails."""
+    tensor. Or why that is not known: the model asks for numbers, or fails."""
+    failed = "a forward on the meta device fails"
     for path, module in model.named_modules():
         # Foreign hooks may do anything: accelerate's load weights from disk.
         if module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module):
-            raise DryRunError(
-                f"{path or 'the model'} has hooks, or a forward of its own, which would run"
-            )
+            own = f"{path or 'the model'} has hooks, or a forward of its own, which would run"
+            return {}, f"{failed} ({own})"
     numbers, found = itertools.count(), dict[str, int]()
     seen: dict[int, tuple[Tensor, int]] = {}  # holds the tensors, so that no id comes twice
 
@@ -420,8 +409,8 @@ def same_inputs(
             empty(**tree_map_only(Tensor, _stand_in, dict(inputs)))
     except Exception as error:  # the model's code may raise anything
         first = (str(error).splitlines() or [""])[0]
-        raise DryRunError(f"{type(error).__name__}: {first:.200}") from error
-    return found
+        return {}, f"{failed} ({type(error).__name__}: {first:.200})"
+    return found, ""
 
 
 def _stand_in(tensor: Tensor) -> Tensor:

@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from html import escape
 from typing import Any, NamedTuple
 
-from lorafx.reports.glossary import glossary_of
+#: Equal to docs/architecture.md for shared words.
+WORDS: Mapping[str, str] = {
+    "site": "a module, or a weight of routed experts, that carries LoRA",
+    "part": "a range of a site's output columns with a name of its own, such as `q_proj` in a "
+    "packed `qkv_proj`",
+    "pack": "siblings over one weight buffer; also the node that computes them together",
+    "sibling": "one of the sites under one parent that may share an input: q, k and v",
+    "node": "an operator of a graph that adds deltas: of one site, or of a pack",
+    "bank": "the factors of all slots of one group, on the device",
+    "slot": "an adapter's index in all banks; −1 is the base",
+    "delta": "what LoRA adds to the output of a site",
+    "strategy": "how a node computes its delta (docs/kernels.md)",
+    "floor": "least traffic of a node with so many adapters, over the base's weights alone",
+    "row": "a vector of a site's input: a token of a request",
+    "graph": "what Dynamo captures of one kind of call, compiled",
+    "lowering": "what turns graphs into code: `Options.lowering`",
+    "pass": "a rewrite of each graph, or a step over the model before that: `lorafx.pipeline()`",
+    "outline": "repeated layers that are computed by one body",
+    "pinned": "an adapter that keeps its slot: `pin_adapter()`",
+    "merged": "an adapter that the base weights hold: `merge()`",
+    "refused": "a graph cannot serve an adapter at a site; calls that need it say why",
+}
 
 
 class Table(NamedTuple):
@@ -77,8 +99,15 @@ class Report:
         return f"<div><b>{escape(self.heading)}</b><ul>{lines}</ul>{''.join(tables)}</div>"
 
     def glossary(self) -> str:
-        """The report's words with their meanings."""
-        return glossary_of(str(self))
+        """A line for each known word in the report, singular or plural."""
+        report = str(self)
+        used = {
+            word: meaning
+            for word, meaning in WORDS.items()
+            if re.search(rf"\b{word}(e?s)?\b", report, re.IGNORECASE)
+        }
+        width = max(map(len, used), default=0)
+        return "\n".join(f"{word:<{width}}  {meaning}" for word, meaning in used.items())
 
 
 def _details(title: str, body: str) -> str:
@@ -117,13 +146,13 @@ def _is_number(cell: str) -> bool:
     return not cell or cell == "-" or cell.lstrip("+-")[:1].isdigit()
 
 
-def size(count: float) -> str:
-    """Bytes in the largest unit with a number of at least 1, by powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
+def size(count: float, unit: str = "B") -> str:
+    """Bytes, or another unit, with the prefix that leaves at least 1, by powers of 1000."""
+    for prefix in ("", "k", "M", "G"):
         if abs(count) < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+            return f"{count:.1f} {prefix}{unit}" if prefix else f"{count:.0f} {unit}"
         count /= 1000
-    return f"{count:.1f} TB"
+    return f"{count:.1f} T{unit}"
 
 
 def over(ratio: float | None) -> str:

@@ -8,9 +8,7 @@ from typing import Any
 from lorafx.capture.record import GraphRecord
 from lorafx.program.preparation import PassReport
 
-#: Hidden inputs: the nodes that read them name them.
-_STATE = frozenset({"weight", "bank", "state", "packed", "symbol"})
-_SITE, _PACK, _REFUSED, _INPUT = "#cfe3ff", "#e5d5ff", "#ffd0cc", "#eeeeee"
+_COLORS = {"site": "#cfe3ff", "pack": "#e5d5ff", "refused": "#ffd0cc", "input": "#eeeeee"}
 
 
 def to_dot(data: Mapping[str, Any]) -> str:
@@ -24,67 +22,45 @@ def to_dot(data: Mapping[str, Any]) -> str:
         '  node [shape=box, style="rounded,filled", fillcolor=white, fontname=Helvetica];',
         "  edge [color=gray40];",
     ]
-    served = dict(stage["sites"])
-    refused = {path for number in stage["refusals"] for path in data["refusals"][number]["paths"]}
-    for index, (name, numbers) in enumerate(stage["graphs"]):
-        nodes = {
-            data["nodes"][number]["name"]: (
-                data["nodes"][number],
-                [data["sites"][site] for site in served.get(number, ())],
-            )
-            for number in numbers
-        }
-        lines += (f"  {line}" for line in _graph(f"g{index}", name, nodes, refused))
+    for body, name in enumerate(stage["bodies"]):
+        rows = [row for row in stage["nodes"] if row[1] == body]
+        lines += (f"  {line}" for line in _graph(f"g{body}", name, data["nodes"], rows))
     return "\n".join([*lines, "}", ""])
 
 
-_Nodes = Mapping[str, tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]]
-
-
-def _graph(prefix: str, name: str, nodes: _Nodes, refused: set[str]) -> Iterator[str]:
-    hidden = {
-        key
-        for key, (node, _) in nodes.items()
-        if node["kind"] in _STATE or node["op"] == "get_attr"
-    }
-    places = {key: f"{prefix}n{i}" for i, key in enumerate(nodes) if key not in hidden}
-    modules: dict[str, list[str]] = {}
-    for key in places:
-        modules.setdefault(nodes[key][0]["path"], []).append(key)
+def _graph(
+    prefix: str, name: str, nodes: Sequence[Mapping[str, Any]], rows: Sequence[Sequence[Any]]
+) -> Iterator[str]:
+    places: dict[str, str] = {}
+    modules: dict[str, list[tuple[Mapping[str, Any], str]]] = {}
+    for number, _, box, mark, _ in rows:
+        node = nodes[number]
+        if box is not None:
+            places[node["name"]] = f"{prefix}n{len(places)}"
+            modules.setdefault(node["path"], []).append((node, mark or (node["kind"] and "input")))
     if name:
         yield f"subgraph cluster_{prefix} {{ label={_quoted(name)}; style=dashed;"
     for number, (path, members) in enumerate(modules.items()):
         if path:
             yield f"subgraph cluster_{prefix}_{number} {{ label={_quoted(path)}; color=gray80;"
-        for key in members:
-            color = _color(*nodes[key], refused)
-            fill = f', fillcolor="{color}"' if color else ""
-            yield f"{places[key]} [label={_label(nodes[key][0], hidden)}{fill}];"
+        for node, mark in members:
+            read = ", ".join(source for source in node["inputs"] if source not in places)
+            label = _quoted("\n".join(filter(None, _label(node, read))))
+            fill = f', fillcolor="{_COLORS[mark]}"' if mark else ""
+            yield f"{places[node['name']]} [label={label}{fill}];"
         if path:
             yield "}"
-    for key, (node, _) in nodes.items():
-        for source in node["inputs"]:
-            if source in places and key in places:
-                yield f"{places[source]} -> {places[key]};"
+    for members in modules.values():
+        for node, _ in members:
+            for source in filter(places.__contains__, node["inputs"]):
+                yield f"{places[source]} -> {places[node['name']]};"
     if name:
         yield "}"
 
 
-def _label(node: Mapping[str, Any], hidden: set[str]) -> str:
-    operator = node["kind"]
-    if node["op"] != "placeholder":
-        operator = node["target"].removeprefix("torch.ops.")
-    read = ", ".join(name for name in node["inputs"] if name in hidden)
-    lines = [node["name"], operator if operator != node["name"] else "", read, node["value"]]
-    return _quoted("\n".join(filter(None, lines)))
-
-
-def _color(node: Mapping[str, Any], sites: Sequence[Mapping[str, Any]], refused: set[str]) -> str:
-    if node["path"] in refused or any(site["path"] in refused for site in sites):
-        return _REFUSED
-    if sites:
-        return _PACK if any(site["form"] == "packed" for site in sites) else _SITE
-    return _INPUT if node["op"] == "placeholder" else ""
+def _label(node: Mapping[str, Any], read: str) -> tuple[str, ...]:
+    operator = node["operator"] if node["operator"] != node["name"] else ""
+    return node["name"], operator, read, node["value"]
 
 
 def _quoted(text: str) -> str:
@@ -101,28 +77,26 @@ def trace_events(
     starts = [span.start for record in records for span in record.spans]
     first = min([*starts, *(report.end - report.seconds for report in reports)], default=0.0)
 
-    def slice_of(name: str, thread: int, end: float, seconds: float, about: Any) -> dict[str, Any]:
-        times = {"ts": round((end - seconds - first) * 1e6, 3), "dur": round(seconds * 1e6, 3)}
-        return {"name": name, "cat": "compile", "ph": "X", "args": about} | _in(thread) | times
+    events: list[dict[str, Any]] = []
 
-    events = [_named("process_name", 0, f"lorafx: {model}")]
-    events.append(_named("thread_name", 0, "the model, before any graph"))
+    def named(what: str, thread: int, name: str) -> None:
+        events.append({"name": what, "ph": "M", "pid": 0, "tid": thread, "args": {"name": name}})
+
+    def took(name: str, thread: int, end: float, seconds: float, **about: Any) -> None:
+        times = {"ts": round((end - seconds - first) * 1e6, 3), "dur": round(seconds * 1e6, 3)}
+        event = {"name": name, "cat": "compile", "ph": "X", "pid": 0, "tid": thread}
+        events.append({**event, **times, "args": about})
+
+    named("process_name", 0, f"lorafx: {model}")
+    named("thread_name", 0, "the model, before any graph")
     for report in prepared:
-        about: dict[str, Any] = {"found": report.edits, "notes": list(report.notes)}
-        events.append(slice_of(report.name, 0, report.end, report.seconds, about))
+        about = {"found": report.edits, "notes": list(report.notes)}
+        took(report.name, 0, report.end, report.seconds, **about)
     for thread, record in enumerate(records, 1):
-        events.append(_named("thread_name", thread, f"{record.title}, {record.reason}"))
+        named("thread_name", thread, f"{record.title}, {record.reason}")
         for span in record.spans:
-            events.append(slice_of(span.name, thread, span.end, span.end - span.start, {}))
+            took(span.name, thread, span.end, span.end - span.start)
         for report in record.passes:
             about = {"edits": report.edits, "nodes": report.nodes}
-            events.append(slice_of(report.name, thread, report.end, report.seconds, about))
+            took(report.name, thread, report.end, report.seconds, **about)
     return {"traceEvents": events, "displayTimeUnit": "ms"}
-
-
-def _named(what: str, thread: int, name: str) -> dict[str, Any]:
-    return {"name": what, "ph": "M", "args": {"name": name}} | _in(thread)
-
-
-def _in(thread: int) -> dict[str, Any]:
-    return {"pid": 0, "tid": thread}

@@ -19,17 +19,7 @@ from lorafx.program.preparation import PassReport
 from lorafx.viewer.exports import to_dot, trace_events
 
 #: In this order, each in a script element.
-SCRIPTS = (
-    "vendor/dagre.min.js",
-    "vendor/cytoscape.min.js",
-    "model.js",
-    "layout.js",
-    "scene.js",
-    "diff.js",
-    "lists.js",
-    "panels.js",
-    "app.js",
-)
+SCRIPTS = ("vendor/dagre.min.js", "vendor/cytoscape.min.js", "picture.js", "app.js")
 
 
 @dataclass
@@ -67,18 +57,10 @@ class Page:
             "graphs": [title for title, _ in self._graphs],
             "texts": self.texts,
             "measured": dict(self.measured),
-            "passes": [
-                {
-                    "name": report.name,
-                    "found": report.edits,
-                    "seconds": round(report.seconds, 6),
-                    "notes": report.notes,
-                }
-                for report in self.prepared
-            ],
         }
         return _template().render(
             model=self.model,
+            passes=self.prepared,
             style=_part("style.css"),
             scripts=[_part(name) for name in SCRIPTS],
             about=packed(about),

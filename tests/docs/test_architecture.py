@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lorafx.pass_order import GRAPH_PASSES, MODEL_PASSES
-from lorafx.reports.glossary import WORDS
+from lorafx.reports.report import WORDS
 
 pytestmark = pytest.mark.quick
 

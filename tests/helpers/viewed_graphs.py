@@ -18,20 +18,17 @@ from lorafx.viewer.page import Page
 HOSTILE = '</script><img src=x onerror="document.title=1">\u2028"\\'
 REASON = f"its weight is read by {HOSTILE}"
 
-_PLAIN = {"value": "", "path": "", "cls": "", "source": "", "code": "", "kind": ""}
-_SIZED = {"value": "float32[2, 4]", "sizes": [2, 4], "itemsize": 4}
-
 
 def node(name: str, op: str = "call_function", *inputs: str, **more: Any) -> dict[str, Any]:
-    target = f"torch.ops.aten.{name.partition('_')[0]}.default"
-    text = {"name": name, "line": f"{name} = {target}({', '.join(inputs)})", "op": op}
-    free = {"inputs": [*inputs], "target": target, "sizes": [], "itemsize": 0, "free": False}
-    return {**text, **free, **_PLAIN, "flops": 0, **more}
+    operator = name.partition("_")[0]
+    text = {"name": name, "line": f"{name} = {operator}({', '.join(inputs)})", "op": op}
+    plain = {"inputs": [*inputs], "operator": operator, "value": "", "path": "", "kind": ""}
+    return {**text, **plain, "facts": [["Operator", operator]], **more}
 
 
 def site(path: str, form: str = "mark", strategy: str = "") -> dict[str, Any]:
-    sizes = {"k": 4, "n": 8, "rank": 2, "flops": 48, "rows": "one row a slot"}
-    return {"path": path, "cls": "Linear", **sizes, "form": form, "strategy": strategy}
+    sizes = {"Class": "Linear", "K → N": "4 → 8", "Delta": "48 FLOP at rank 2"}
+    return {"Site": path, **sizes, "Form": form, "Row map": "one row", "Strategy": strategy}
 
 
 def record() -> Any:
@@ -44,14 +41,16 @@ def record() -> Any:
 def by_hand() -> dict[str, Any]:
     """Two stages of two layers: `pack` makes one node of the two of layer 0; layer 1 is refused."""
     nodes = [
-        node("x", "placeholder", kind="argument", free=True, **_SIZED),
-        node("w", "placeholder", kind="weight", free=True, path="layers.0.q", **_SIZED),
-        node("mm_q", "call_function", "x", "w", path="layers.0.q", **_SIZED),
-        node("mm_k", "call_function", "x", "w", path="layers.0.k", **_SIZED),
-        node("relu_1", "call_function", "mm_q", "mm_k", path="layers.1.up", cls=HOSTILE),
+        node("x", "placeholder", kind="argument", value="float32[2, 4]"),
+        node("w", "placeholder", kind="weight", path="layers.0.q"),
+        node("mm_q", "call_function", "x", "w", path="layers.0.q"),
+        node("mm_k", "call_function", "x", "w", path="layers.0.k"),
+        node("relu_1", "call_function", "mm_q", "mm_k", path="layers.1.up"),
         node("output", "output", "relu_1"),
-        node("mm_packed", "call_function", "x", "w", path="layers.0.q", cls="Linear", **_SIZED),
-        node("relu_1", "call_function", "mm_packed", path="layers.1.up", source=HOSTILE),
+        node("mm_packed", "call_function", "x", "w", path="layers.0.q", value="float32[2, 8]"),
+        node(
+            "relu_1", "call_function", "mm_packed", path="layers.1.up", facts=[["Source", HOSTILE]]
+        ),
     ]
     packed = [site(f"layers.0.{name}", "packed", "generated (why)") for name in "qk"]
     found = record()
@@ -65,28 +64,44 @@ def by_hand() -> dict[str, Any]:
         "sites": [site("layers.0.q"), site("layers.0.k"), *packed],
         "refusals": [{"paths": ["layers.1.up"], "when": "mixed", "reason": REASON}],
         "stages": [
-            stage("captured", [0, 1, 2, 3, 4, 5], sites=[[2, [0]], [3, [1]]]),
-            stage("pack", [0, 1, 6, 7, 5], 1, 0.25, sites=[[6, [2, 3]]], refusals=[0]),
+            stage(
+                "captured",
+                _BOXES,
+                [(0, 0), (1, None), (2, 1, "site"), (3, 1, "site"), (4, 2), (5, 2)],
+                sites=[[2, [0]], [3, [1]]],
+            ),
+            stage(
+                "pack",
+                _BOXES,
+                [(0, 0), (1, None), (6, 1, "pack", True), (7, 2, "refused", True), (5, 2)],
+                sites=[[6, [2, 3]]],
+                refusals=[0],
+            ),
         ],
     }
 
 
-def stage(
-    name: str, nodes: list[int], edits: int | None = None, seconds: float = 0.0, **more: Any
-) -> dict[str, Any]:
-    found = {"name": name, "edits": edits, "seconds": seconds, "graphs": [["", nodes]]}
-    return {**found, "sites": [], "refusals": [], **more}
+_BOXES = ["inputs", "layers.0", "layers.1"]
+
+
+def stage(name: str, boxes: list[str], nodes: list[tuple[Any, ...]], **more: Any) -> dict[str, Any]:
+    """`nodes`: number, box, mark, whether the pass changed it."""
+    rows = [[number, 0, box, *rest, *("", False)[len(rest) :]] for number, box, *rest in nodes]
+    found = {"name": name, "idle": False, "did": "1 edit", "time": "0.2 ms", "bodies": [""]}
+    return {**found, "boxes": boxes, "nodes": rows, "sites": [], "refusals": [], **more}
 
 
 def deep(layers: int, nodes: int) -> dict[str, Any]:
     """Equal layers one after the other, each a chain of nodes that also read its first one."""
-    found = [node("x", "placeholder", kind="argument")]
+    found, boxes = [node("x", "placeholder", kind="argument")], [(0, 0)]
     for layer in range(layers):
         last = first = found[-1]["name"]
         for number in range(nodes):
             last, before = f"add_{layer}_{number}", last
+            boxes.append((len(found), layer + 1))
             found.append(node(last, "call_function", before, first, path=f"layers.{layer}.up"))
-    stages = [stage("captured", [*range(len(found))])]
+    labels = ["inputs", *(f"layers.{layer}" for layer in range(layers))]
+    stages = [stage("captured", labels, boxes)]
     return {**by_hand(), "nodes": found, "sites": [], "refusals": [], "stages": stages}
 
 

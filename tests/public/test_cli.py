@@ -33,17 +33,14 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
 
 
 def test_explain_names_sites_and_banks_without_running_the_model(run) -> None:
-    output = run("explain", str(EXAMPLES / "demo_model"), "--target", "q_proj", "--max-rank", "4")
+    model = EXAMPLES / "demo_model"
+    output = run("explain", model, "--target", "q_proj", "--max-rank", "4")
     [site] = [line for line in output.splitlines() if "self_attn.q_proj" in line and "->" in line]
     assert site.split()[:6] == [
         *("model.layers.{0-1}.self_attn.q_proj", "2", "Linear", "128", "->", "128")
     ]
     assert "slots of rank up to 4" in output
     assert "not selected: model.layers.{0-1}.self_attn.k_proj (Linear)" in output
-
-
-def test_explain_predicts_for_a_dtype(run) -> None:
-    model = str(EXAMPLES / "demo_model")
     report = json.loads(run("explain", model, "--dtype", "bfloat16", "--json"))["report"]
     assert {site["dtype"] for site in report["sites"]} == {"bfloat16"}
     assert all(floor > 1 for _, floor in report["totals"]["floors"])

@@ -184,8 +184,10 @@ def test_forms_of_lora_config(plain, inputs):
         ((every.to_dict(),), {"adapters": one}, "one"),
         (({"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},), {"adapters": one}, "one"),
     ]
+    bare = lorafx.compile(plain.model(), options=REFERENCE)
     want = plain.expected(["a1", None, "a1", "a1"], inputs)
     sites = {"up", "gate", "down", "head"}
+    assert ({site.path for site in bare.sites}, bare.adapters) == (sites, ())
     for args, kwargs, name in cases:
         cm = lorafx.compile(plain.model(), *args, **kwargs, options=REFERENCE)
         assert cm.adapters == (name,)
@@ -193,12 +195,6 @@ def test_forms_of_lora_config(plain, inputs):
         if args[0] in (one, folder, config):  # the other forms make the same program
             got = cm(**inputs, adapter_names=[name, "__base__", name, name])["logits"]
             assert error(got, want) <= 1e-5
-
-
-def test_no_configuration_means_every_linear(plain):
-    cm = lorafx.compile(plain.model(), options=REFERENCE)
-    assert {site.path for site in cm.sites} == {"up", "gate", "down", "head"}
-    assert cm.adapters == ()
 
 
 # Adapters by name

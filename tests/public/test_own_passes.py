@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,54 +30,42 @@ def inputs():
 
 
 @dataclass(frozen=True)
-class Doubles:
-    """A broken pass: every fused node gives twice its result."""
+class Broken:
+    """A pass that is as if it were one of lorafx's."""
 
-    name: str = "doubles"
+    name: str
+    run: Callable[[fx.GraphModule, Context], int]
     required: bool = False
 
-    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
-        for node in gm.graph.find_nodes(op="call_function", target=FUSED_OP):
-            with gm.graph.inserting_after(node):
-                twice = ctx.call(gm.graph, torch.ops.aten.mul.Tensor, (node, 2.0))
-            node.replace_all_uses_with(
-                twice, delete_user_cb=lambda user, own=twice: user is not own
-            )
-        return 1
+
+def doubles(gm: fx.GraphModule, ctx: Context) -> int:
+    """Every fused node gives twice its result."""
+    for node in gm.graph.find_nodes(op="call_function", target=FUSED_OP):
+        with gm.graph.inserting_after(node):
+            twice = ctx.call(gm.graph, torch.ops.aten.mul.Tensor, (node, 2.0))
+        node.replace_all_uses_with(twice, delete_user_cb=lambda user, own=twice: user is not own)
+    return 1
 
 
-@dataclass(frozen=True)
-class Loses:
-    """A broken pass: drops the LoRA of every site that is still a mark."""
-
-    name: str = "loses"
-    required: bool = False
-
-    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
-        for node in gm.graph.find_nodes(op="call_function", target=SITE_OP):
-            node.replace_all_uses_with(bound(node)["y"])
-            gm.graph.erase_node(node)
-        return 1
+def loses(gm: fx.GraphModule, ctx: Context) -> int:
+    """Drops the LoRA of every site that is still a mark."""
+    for node in gm.graph.find_nodes(op="call_function", target=SITE_OP):
+        node.replace_all_uses_with(bound(node)["y"])
+        gm.graph.erase_node(node)
+    return 1
 
 
-@dataclass(frozen=True)
-class Reshapes:
-    """A broken pass: the graph's output gets another shape."""
-
-    name: str = "reshapes"
-    required: bool = False
-
-    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
-        output = gm.graph.output_node()
-        (result, *rest) = output.args[0]
-        with gm.graph.inserting_before(output):
-            flat = ctx.call(gm.graph, torch.ops.aten.view.default, (result, [-1]))
-        output.args = ((flat, *rest),)
-        return 1
+def reshapes(gm: fx.GraphModule, ctx: Context) -> int:
+    """The graph's output gets another shape."""
+    output = gm.graph.output_node()
+    (result, *rest) = output.args[0]
+    with gm.graph.inserting_before(output):
+        flat = ctx.call(gm.graph, torch.ops.aten.view.default, (result, [-1]))
+    output.args = ((flat, *rest),)
+    return 1
 
 
-def broken(monkeypatch, after: str, item: Any) -> None:
-    """As if the pass were one of lorafx's."""
+def broken(monkeypatch, after: str, item: Broken) -> None:
     passes = []
     for own in pass_order.GRAPH_PASSES:
         passes += [own, item] if own.name == after else [own]
@@ -94,7 +83,7 @@ def failing(plain: Case, inputs: Any, **options: Any) -> str:
 
 
 def test_numeric_verification_names_the_pass_that_broke_it(plain, inputs, monkeypatch):
-    broken(monkeypatch, "fuse", Doubles())
+    broken(monkeypatch, "fuse", Broken("doubles", doubles))
     message = failing(plain, inputs, verify="numeric")
     assert "after pass 'doubles' output 0 differs by" in message
     assert "Options(passes={'doubles': False})" in message
@@ -128,7 +117,7 @@ def test_passes_of_the_users_own_run_where_they_are_placed(plain, inputs):
 
 
 def test_what_the_users_own_pass_breaks_is_told(plain, inputs):
-    own = {"doubles": lorafx.After("fuse", Doubles().run)}
+    own = {"doubles": lorafx.After("fuse", doubles)}
     message = failing(plain, inputs, verify="numeric", passes=own)
     assert "after pass 'doubles' output 0 differs by" in message
     assert "leave 'doubles' out of Options.passes" in message
@@ -140,13 +129,13 @@ def test_what_the_users_own_pass_breaks_is_told(plain, inputs):
 @pytest.mark.parametrize(
     ("passes", "told"),
     [
-        ({"mine": lorafx.After("fuze", Doubles().run)}, r"'mine' is placed after 'fuze'.*nearest"),
-        ({"fuse": lorafx.After("match", Doubles().run)}, "'fuse' is the name of a pass of lorafx"),
-        ({"read": lorafx.After("match", Doubles().run)}, "'read' is the name of a pass of lorafx"),
+        ({"mine": lorafx.After("fuze", doubles)}, r"'mine' is placed after 'fuze'.*nearest"),
+        ({"fuse": lorafx.After("match", doubles)}, "'fuse' is the name of a pass of lorafx"),
+        ({"read": lorafx.After("match", doubles)}, "'read' is the name of a pass of lorafx"),
         (
             {
-                "a": lorafx.After("b", Doubles().run),
-                "b": lorafx.After("a", Doubles().run),
+                "a": lorafx.After("b", doubles),
+                "b": lorafx.After("a", doubles),
             },
             "a, b are placed after one another",
         ),
@@ -177,20 +166,17 @@ def test_a_pass_of_the_users_own_that_raises_is_told(plain, inputs):
 
 
 def test_lint_names_the_pass_that_lost_a_site(plain, inputs, monkeypatch):
-    broken(monkeypatch, "provenance", Loses())
+    broken(monkeypatch, "provenance", Broken("loses", loses))
     message = failing(plain, inputs, verify="lint")
     assert message.startswith("pass 'loses' lost the LoRA of ")
     assert "gate" in message
 
 
 def test_lint_names_the_pass_that_changed_an_output(plain, inputs, monkeypatch):
-    broken(monkeypatch, "match", Reshapes())
+    broken(monkeypatch, "match", Broken("reshapes", reshapes))
     assert "pass 'reshapes' changed the graph's outputs from" in failing(plain, inputs)
 
 
 @pytest.mark.parametrize("names", [["a1"] * 4, NAMES])
 def test_numeric_verification_passes_what_is_right(plain, inputs, names):
     check_mixed(plain.compile(options={"verify": "numeric"}), plain, names, inputs)
-
-
-# Dumps and explain

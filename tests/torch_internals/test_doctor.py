@@ -9,7 +9,7 @@ import pytest
 
 import lorafx
 from lorafx.cli import diagnosis, main
-from lorafx.cli.small_batch import TOLERANCE, SmallBatch
+from lorafx.cli.diagnosis import TOLERANCE, SmallBatch
 from lorafx.torch_internals import entries, shortcuts
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from viewed_graphs import page_data
 
 from lorafx import ConfigError, LorafxWarning
+from lorafx.reports.report import size
 
 FEED = FAMILIES["llama"].inputs
 
@@ -37,7 +38,8 @@ def graph(dumped: tuple[Any, Path]) -> dict[str, Any]:
 
 
 def nodes_of(graph: dict[str, Any], stage: dict[str, Any], part: int = 0) -> Nodes:
-    return {graph["nodes"][n]["name"]: graph["nodes"][n] for n in stage["graphs"][part][1]}
+    nodes = [graph["nodes"][number] for number, body, *_ in stage["nodes"] if body == part]
+    return {node["name"]: node for node in nodes}
 
 
 def served(graph: dict[str, Any], stage: dict[str, Any]) -> dict[int, list[dict[str, Any]]]:
@@ -52,15 +54,16 @@ def test_each_stage_has_the_lines_of_its_text(
     assert [stage["name"] for stage in graph["stages"]] == ["captured", *passes]
     for index, stage in enumerate(graph["stages"]):
         text = (dumped[1] / "graph-0-lora" / f"{index:02d}-{stage['name']}.py").read_text()
-        for part in range(len(stage["graphs"])):
+        for part in range(len(stage["bodies"])):
             nodes = nodes_of(graph, stage, part)
             assert all(node["line"] in text for node in nodes.values())
             assert all(nodes.keys() >= set(node["inputs"]) for node in nodes.values())
         if stage["name"] in passes:
             report = passes[stage["name"]]
-            assert (len(stage["graphs"][0][1]), stage["edits"]) == (report.nodes, report.edits)
+            assert len(nodes_of(graph, stage)) == report.nodes
+            assert stage["did"].startswith(f"{report.edits} edits")
     # Nodes that a pass leaves alone are written once.
-    numbers = [n for stage in graph["stages"] for _, found in stage["graphs"] for n in found]
+    numbers = [n for stage in graph["stages"] for n, *_ in stage["nodes"]]
     assert len(graph["nodes"]) == len(set(numbers)) < 0.3 * len(numbers)
 
 
@@ -70,31 +73,35 @@ def test_sites_are_at_their_nodes_in_every_stage(
     states = dumped[0]._session.backend.records[0].states
     for stage in graph["stages"][2:]:
         sites = served(graph, stage)
-        paths = {site["path"] for found in sites.values() for site in found}
+        paths = {site["Site"] for found in sites.values() for site in found}
         assert paths == {state.site.path for state in states}
-        assert sites.keys() <= {n for _, numbers in stage["graphs"] for n in numbers}
+        assert sites.keys() <= {n for n, *_ in stage["nodes"]}
     (pack,) = (stage for stage in graph["stages"] if stage["name"] == "pack")
     packed = [sites for sites in served(graph, pack).values() if len(sites) > 1]
-    assert {site["form"] for sites in packed for site in sites} == {"packed"}
+    assert {site["Form"] for sites in packed for site in sites} == {"packed"}
     last = served(graph, graph["stages"][-1])
-    assert all(site["strategy"] and site["rows"] for sites in last.values() for site in sites)
+    assert all(site["Strategy"] and site["Row map"] for sites in last.values() for site in sites)
 
 
 def test_a_node_knows_its_module_source_and_cost(graph: dict[str, Any]) -> None:
     nodes = nodes_of(graph, graph["stages"][0])
     made = [node for node in nodes.values() if node["op"] == "call_function" and node["path"]]
-    sources = [node["source"] for node in made if node["source"]]
+    facts = [dict(node["facts"]) for node in made]
+    sources = [fact["Source"] for fact in facts if "Source" in fact]
     assert len(sources) > 0.9 * len(made) > 0
     assert all(source.startswith("transformers/") for source in sources)
-    (gate,) = {n["code"] for n in made if n["path"] == "model.layers.0.mlp.gate_proj"}
+    (gate,) = {f["Code"] for f in facts if f["Module"] == "model.layers.0.mlp.gate_proj"}
     assert "self.gate_proj(x)" in gate
-    products = [n for n in nodes.values() if n["target"] == "torch.ops.aten.mm.default"]
-    assert products
-    for node in products:
-        (m, k), (_, n) = (nodes[name]["sizes"] for name in node["inputs"])
-        assert node["flops"] == 2 * m * n * k
-        assert node["itemsize"] == 4
-    classes = {node["path"].rpartition(".")[2]: node["cls"] for node in made}
+    (cost,) = {
+        fact["Cost"]
+        for fact in facts
+        if fact["Module"] == "model.layers.0.mlp.gate_proj"
+        and fact["Operator"] == "torch.ops.aten.mm.default"
+    }
+    m, k, n = 8, 24, 40
+    assert cost.startswith(f"reads {size(4 * (m * k + k * n))}, writes {size(4 * m * n)}")
+    assert cost.endswith(f"; {size(2 * m * n * k, 'FLOP')}")
+    classes = {fact["Module"].rpartition(".")[2]: fact["Class"] for fact in facts}
     assert classes["q_proj"] == "Linear"
     assert {n["kind"] for n in nodes.values() if n["op"] == "placeholder"} >= {"weight", "slots"}
 
@@ -123,7 +130,11 @@ def test_refusals_are_there_from_the_pass_that_makes_them(
     (refused,) = cm._session.backend.records[0].refusals
     assert graph["refusals"] == [{"paths": ["odd"], "when": "always", "reason": refused.reason}]
     made = [node for node in nodes_of(graph, others[-1]).values() if node["path"] == "odd"]
-    assert any("addmm" in node["target"] for node in made)  # what the viewer shows in red
+    assert any("addmm" in node["operator"] for node in made)
+    red = {
+        graph["nodes"][n]["name"] for n, _, _, mark, _ in others[-1]["nodes"] if mark == "refused"
+    }
+    assert {node["name"] for node in made if node["op"] != "placeholder"} <= red
 
 
 def test_a_page_is_written_as_graphs_come(

@@ -46,12 +46,9 @@ def test_a_click_on_a_node_says_what_it_is(window: Browser, page: Path) -> None:
     window.open(page, "#graph=0&stage=pack&tab=graph")
     assert window.run("return viewer.stage.name") == "pack"
     # What the eye sees: the middle of a pack in the picture.
-    window.run(
-        "const entry = viewer.stage.entries.find((each) => each.tags.packs);"
-        "viewer.scene.reveal(entry)"
-    )
+    window.run("viewer.picture.reveal(viewer.stage.entries.find((e) => e.mark === 'pack'))")
     assert window.run("return document.getElementById('details').hidden")
-    box = window.run("return document.getElementById('canvas').getBoundingClientRect().toJSON()")
+    box = window.run("return document.getElementById('picture').getBoundingClientRect().toJSON()")
     at = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
     for kind in ("mousePressed", "mouseReleased"):
         window.devtools("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **at)
@@ -59,7 +56,7 @@ def test_a_click_on_a_node_says_what_it_is(window: Browser, page: Path) -> None:
     for fact in ("layers_0_q_proj", "model.layers.0.", "Linear", "modeling_llama.py", "packed"):
         assert fact in shown
     for word in ("Result", "Module", "Class", "Source", "Row map", "Cost"):
-        assert f"{word}" in shown
+        assert word in shown
     window.click("#details .close")
     assert window.run("return document.getElementById('details').hidden")
 
@@ -68,15 +65,19 @@ def test_filters_and_search(window: Browser, page: Path) -> None:
     window.open(page, "#graph=0&stage=fuse&tab=nodes")
     everything = window.run("return viewer.found.length")
     sites = window.run("return viewer.stage.entries.filter((e) => e.sites.length).length")
-    window.click("[data-filter=sites]")
+    filtered = (
+        "const box = document.getElementById('filter'); box.selectedIndex = arguments[0];"
+        "box.dispatchEvent(new Event('change'))"
+    )
+    window.run(filtered, 1)
     assert window.run("return viewer.found.length") == sites < everything
     rows = window.run(
-        "return [...document.querySelectorAll('#node-list .node b')].map((e) => e.textContent)"
+        "const rows = [...document.querySelectorAll('#view-nodes .node:not([hidden]) b')];"
+        "return rows.map((e) => e.textContent)"
     )
-    assert 0 < len(rows) <= sites
-    assert rows == window.run("return viewer.found.map((e) => e.node.name)")[: len(rows)]
+    assert rows == window.run("return viewer.found.map((e) => e.node.name)")
     assert window.run("return viewer.found.every((e) => e.sites.length)")
-    window.click("[data-filter=sites]")
+    window.run(filtered, 0)
     window.run(
         "const box = document.getElementById('search'); box.value = 'layers.1 down_proj';"
         "box.dispatchEvent(new Event('input'))"
@@ -86,7 +87,7 @@ def test_filters_and_search(window: Browser, page: Path) -> None:
     assert all("layers.1." in path for path in paths)
     assert text(window, "#hits") == f"{len(paths)} hits"
     window.run("viewer.step(1)")
-    assert window.run("return viewer.selected.node.path") == paths[0]
+    assert window.run("return viewer.picked.node.path") == paths[0]
 
 
 def test_the_diff_of_any_two_passes(window: Browser, page: Path) -> None:
@@ -100,60 +101,42 @@ def test_the_diff_of_any_two_passes(window: Browser, page: Path) -> None:
             id_,
             name,
         )
-    kinds = window.run("return viewer.diffRows.map((row) => row.kind)")
-    assert {"same", "fold", "added"} <= set(kinds)
-    removed, added = (
-        window.run(
-            f"return [...document.querySelectorAll('.side.{kind}')].map((e) => e.textContent)"
-        )
-        for kind in ("removed", "added")
-    )
+    lines = "return [...document.querySelectorAll(arguments[0])].map((e) => e.textContent)"
+    removed, added = (window.run(lines, f"#diff .{kind}") for kind in ("removed", "added"))
     assert any("torch.ops.lorafx.site" in line for line in removed)
     assert any("torch.ops.lorafx.fused_linear" in line for line in added)
-    # The rows are the two stages, and nothing else.
-    assert window.run(
-        "const rows = diffRows(viewer.graph.stage(0), viewer.stage);"
-        "const side = (key) => rows.filter((r) => r[key]).map((r) => r[key].node.name).join();"
-        "const names = (stage) => stage.entries.map((e) => e.node.name).join();"
-        "return side('a') === names(viewer.graph.stage(0)) && side('b') === names(viewer.stage)"
-    )
-    folds = kinds.count("fold")
-    window.click(".fold")
-    assert window.run("return viewer.diffRows.filter((r) => r.kind === 'fold').length") < folds
-    assert window.run("return document.querySelectorAll('.diff').length") < 200
+    # The lines are the two stages, and nothing else.
+    names = "return viewer.stageAt(arguments[0]).entries.map((e) => e.node.line)"
+    shown = "return document.getElementById('diff-to').value"
+    for at, others in ((0, "added"), (window.run(shown), "removed")):
+        assert window.run(lines, f"#diff div:not(.{others})") == window.run(names, at)
+    assert "equal lines" in text(window, "#diff summary")
 
 
 def test_of_5000_nodes_one_layer_is_open_at_first(window: Browser, tmp_path: Path) -> None:
     write_page(tmp_path, "Deep", [deep(32, 160)])
     window.open(tmp_path / "index.html", "#tab=graph")
     assert window.run("return viewer.stage.entries.length") == 32 * 160 + 1
-    assert 0 < window.run("return viewer.scene.cy.nodes('.node').length") <= 161
-    closed = window.run("return viewer.scene.cy.nodes('.closed').length")
-    window.run(
-        "viewer.scene.toggle(viewer.scene.groups.find((g) => !viewer.scene.open.has(g.key)))"
-    )
-    assert window.run("return viewer.scene.cy.nodes('.closed').length") == closed - 1
-    window.click("#expand")
-    assert window.run("return viewer.scene.cy.nodes('.node').length") == 32 * 160 + 1
-    assert window.run("return layouts.size") <= 3  # the inputs, the first layer, all others
-    window.click("[data-tab=nodes]")
-    assert window.run("return document.querySelectorAll('#node-list .node').length") < 100
+    assert 0 < window.run("return viewer.picture.cy.nodes(':child').length") <= 161
+    closed = window.run("return viewer.picture.cy.nodes('.closed').length")
+    window.run("viewer.picture.toggle(7)")
+    assert window.run("return viewer.picture.cy.nodes('.closed').length") == closed - 1
 
 
 def test_what_the_passes_over_the_model_did(window: Browser, page: Path) -> None:
     window.open(page, "#graph=0&stage=pack&tab=graph")
-    names = "return [...document.querySelectorAll('.pass')].map((each) => each.dataset.pass)"
+    names = "return [...document.querySelectorAll('#passes button')].map((e) => e.dataset.pass)"
     passes = window.run(names)
     assert passes[:6] == ["alias", "select", "read", "attach", "load", "pack_weights"]
     assert passes[6] == "captured"
-    window.click("[data-pass=select]")
-    assert window.run("return viewer.state.tab") == "model"
+    window.click("button[data-pass=select]")
+    assert window.run("return viewer.tab") == "model"
     shown = text(window, "#view-model")
     assert "model.layers.{0-1}.self_attn.q_proj: Linear, 24 -> 24" in shown
     assert "model.layers.{0-1}.self_attn: one bank for q_proj + k_proj + v_proj" in shown
     assert "no slot yet" in shown
-    window.click("[data-pass=fuse]")
-    assert window.run("return [viewer.state.tab, viewer.stage.name]") == ["graph", "fuse"]
+    window.click("button[data-pass=fuse]")
+    assert window.run("return [viewer.tab, viewer.stage.name]") == ["graph", "fuse"]
 
 
 def test_texts_are_texts(window: Browser, tmp_path: Path) -> None:
@@ -167,6 +150,6 @@ def test_texts_are_texts(window: Browser, tmp_path: Path) -> None:
     assert window.run("return document.title") == f"{HOSTILE}: lorafx"
     assert text(window, "#file-text") == HOSTILE
     window.open(tmp_path / "index.html", "#tab=sites&stage=pack")
-    assert text(window, ".refusal").startswith("Refused (mixed): layers.1.up: its weight is read")
-    window.click("[data-filter=refused]")
-    assert window.run("return viewer.found.map((e) => e.node.name)") == ["relu_1"]
+    assert text(window, "#view-sites .refused").startswith("Refused (mixed): layers.1.up: its we")
+    marked = "return viewer.stage.entries.filter((e) => e.mark === 'refused').map((e) => e.key)"
+    assert window.run(marked) == ["0/relu_1"]

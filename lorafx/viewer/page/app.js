@@ -1,302 +1,301 @@
-// The page: which graph, stage and tab are shown, search, filters, light and dark.
+// The page: graphs as lorafx/viewer/graph_data.py has written them, their stages, search, the panel
+// of a node, and the difference of two stages.
 "use strict";
 
 const byId = (id) => document.getElementById(id);
-const OF_STAGES = ["graph", "diff", "nodes", "sites"];
-const TABS = [...OF_STAGES, "model", "files"];
-const LETTER = 7.3; // pixels of a letter in the diff
-const FILTERS = { sites: "Sites", packs: "Packs", refused: "Refused", changed: "Changed" };
+const tabs = () => [...document.querySelectorAll("[data-tab]")];
+const FILTERS = {
+  all: () => true,
+  sites: (entry) => entry.sites.length > 0,
+  packs: (entry) => entry.mark === "pack",
+  refused: (entry) => entry.mark === "refused",
+  changed: (entry) => entry.changed,
+};
+const CONTEXT = 3; // equal lines beside a difference
+
+async function unpacked({ textContent }) {
+  const bytes = Uint8Array.from(atob(textContent), (letter) => letter.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+  return JSON.parse(await new Response(stream).text());
+}
+
+/** An element with text or children. Text is never read as HTML. */
+function element(tag, properties, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children);
+  return made;
+}
+
+/** A button that calls `clicked`. */
+function button(className, clicked, ...children) {
+  return element("button", { type: "button", className, onclick: clicked }, ...children);
+}
+
+function options(select, names) {
+  select.replaceChildren(...names.map((name, index) => new Option(name, index)));
+}
+
+/** A stage with entries: nodes with what is known of them at this stage. */
+function stageOf(graph, data) {
+  const served = new Map(data.sites);
+  const refusals = data.refusals.map((number) => graph.refusals[number]);
+  const byKey = new Map();
+  const entries = data.nodes.map(([number, body, box, mark, changed]) => {
+    const node = graph.nodes[number];
+    const sites = (served.get(number) || []).map((site) => graph.sites[site]);
+    const entry = { node, key: `${body}/${node.name}`, body, box, mark, changed, sites, users: [] };
+    const facts = node.facts.map(([, text]) => text);
+    entry.text = [node.name, ...facts, ...sites.map((site) => site.Site)].join("\n").toLowerCase();
+    byKey.set(entry.key, entry);
+    return entry;
+  });
+  for (const entry of entries) {
+    entry.inputs = entry.node.inputs.map((name) => byKey.get(`${entry.body}/${name}`)).filter(Boolean);
+    for (const input of entry.inputs) input.users.push(entry);
+  }
+  return { ...data, entries, byKey, refusals };
+}
+
+/** Pairs of indices of lines that both lists have, a longest run of them in the same order. */
+function common(before, after) {
+  const places = new Map(after.map((line, at) => [line, at]));
+  const ends = []; // by length of a run: the run that ends first
+  before.forEach((line, i) => {
+    const j = places.get(line);
+    if (j === undefined) return;
+    let low = 0;
+    for (let high = ends.length; low < high;) {
+      const middle = (low + high) >> 1;
+      if (ends[middle].j < j) low = middle + 1;
+      else high = middle;
+    }
+    ends[low] = { i, j, last: ends[low - 1] };
+  });
+  const found = [];
+  for (let pair = ends.at(-1); pair; pair = pair.last) found.push(pair);
+  return found.reverse();
+}
+
+/** Runs of equal, removed and added lines. */
+function difference(before, after) {
+  const runs = [];
+  let [i, j] = [0, 0];
+  const add = (kind, lines) => {
+    if (!lines.length) return;
+    if (runs.at(-1)?.kind === kind) runs.at(-1).lines.push(...lines);
+    else runs.push({ kind, lines: [...lines] });
+  };
+  for (const pair of [...common(before, after), { i: before.length, j: after.length }]) {
+    add("removed", before.slice(i, pair.i));
+    add("added", after.slice(j, pair.j));
+    add("same", before.slice(pair.i, pair.i + 1));
+    [i, j] = [pair.i + 1, pair.j + 1];
+  }
+  return runs;
+}
 
 class Viewer {
   constructor() {
     this.graphs = [...document.querySelectorAll("script.graph")];
-    this.loaded = new Map();
-    this.state = { graph: 0, stage: 0, tab: "graph", withState: false };
-    this.filters = new Set();
-    this.unfolded = new Set();
-    this.scene = new Scene(byId("canvas"), (entry) => this.pick(entry));
-    this.nodeList = new VirtualList(byId("node-list"), 28, (index) => this.nodeRow(index));
-    this.diffList = new VirtualList(byId("diff-list"), 22, (index) => this.diffRow(index));
+    this.picture = new Picture(byId("picture"), (entry) => this.pick(entry));
     this.listen();
-    this.scene.readColors();
   }
 
   async start() {
     this.about = await unpacked(byId("about"));
-    drawModel(byId("view-model"), this.about.passes);
-    byId("graph").replaceChildren(...this.about.graphs.map((title, i) => new Option(title, i)));
+    options(byId("graph"), this.about.graphs);
     const wanted = new URLSearchParams(location.hash.slice(1));
-    const number = Number(wanted.get("graph"));
-    const lora = this.about.graphs.findIndex((title) => title.includes(" lora"));
-    if (!this.graphs.length) return this.showNothing();
-    await this.showGraph(wanted.has("graph") && this.graphs[number] ? number : Math.max(lora, 0), wanted);
+    const first = this.about.graphs.findIndex((title) => title.includes(" lora"));
+    if (this.graphs.length) await this.showGraph(Number(wanted.get("graph") || Math.max(first, 0)), wanted);
+    else byId("seconds").textContent = "No graph has been compiled yet.";
     document.documentElement.dataset.ready = "true";
   }
-
-  showNothing() {
-    byId("timeline").textContent = "No graph has been compiled yet.";
-    document.documentElement.dataset.ready = "true";
-  }
-
-  // --- graph, stage, tab ---
 
   async showGraph(number, wanted = new URLSearchParams()) {
-    if (!this.loaded.has(number)) {
-      this.loaded.set(number, new Graph(await unpacked(this.graphs[number])));
-    }
-    this.graph = this.loaded.get(number);
-    this.state.graph = number;
-    byId("graph").value = String(number);
-    const names = this.graph.stages.map((stage) => stage.name);
-    for (const id of ["diff-from", "diff-to"]) {
-      byId(id).replaceChildren(...names.map((name, i) => new Option(name, i)));
-    }
-    const files = { ...this.about.texts, ...this.graph.sources };
-    if (this.graph.facts.length) files["about the graph"] = this.graph.facts.join("\n");
-    this.files = files;
-    byId("file").replaceChildren(...Object.keys(files).map((name) => new Option(name, name)));
-    byId("file-text").textContent = Object.values(files)[0] || "Nothing was generated for this graph.";
-    const stage = names.indexOf(wanted.get("stage"));
-    this.unfolded.clear();
-    this.selected = null;
-    this.showStage(stage < 0 ? names.length - 1 : stage, { keepPlace: false });
-    const tab = TABS.includes(wanted.get("tab")) ? wanted.get("tab") : this.state.tab;
-    this.showTab(this.stage ? tab : "files");
-    const entry = wanted.get("node") && this.stage && this.stage.byKey.get(wanted.get("node"));
-    if (entry) this.pick(entry, true);
-    else if (this.stage) this.revealSite();
-  }
-
-  /** Begin where LoRA is, not at whatever the graph begins with: in a layer's body, not its call. */
-  revealSite() {
-    const calls = (entry) => shortTarget(entry.node) === "invoke_subgraph";
-    const site = this.stage.entries.find((entry) => entry.sites.length && !calls(entry));
-    if (site) this.scene.reveal(site);
-  }
-
-  showStage(index, { keepPlace = true } = {}) {
-    this.noStages(!this.graph.stages.length);
-    if (!this.graph.stages.length) return;
-    const key = this.selected && this.selected.key;
-    this.state.stage = index;
-    this.stage = this.graph.stage(index);
-    drawTimeline(
-      byId("timeline"), this.graph, index, (chosen) => this.chooseStage(chosen), this.about.passes, (chosen) => this.showModel(chosen),
-    );
-    byId("diff-from").value = String(Math.max(0, index - 1));
-    byId("diff-to").value = String(index);
-    this.drawFilters();
-    this.scene.show(this.stage, this.state.withState, { keepPlace });
-    this.pick((key && this.stage.byKey.get(key)) || null);
-    this.refresh();
-  }
-
-  chooseStage(index) {
-    if (this.state.tab === "model") this.showTab("graph");
-    this.showStage(index);
-  }
-
-  /** What a pass over the model did. */
-  showModel(index) {
-    this.showTab("model");
-    byId("view-model").children[index].scrollIntoView();
-  }
-
-  /** A graph without stages has files. */
-  noStages(none) {
-    for (const name of OF_STAGES) document.querySelector(`[data-tab=${name}]`).disabled = none;
-    if (!none) return;
-    this.stage = null;
-    byId("details").hidden = true;
-    byId("filters").replaceChildren();
-    byId("hits").textContent = "";
-    byId("timeline").textContent = "No stages: an earlier process compiled this graph, or the call that captured it cannot be made again.";
-    this.state.tab = "files";
-  }
-
-  showTab(tab) {
-    this.state.tab = tab;
-    for (const name of TABS) {
-      byId(`view-${name}`).hidden = name !== tab;
-      const button = document.querySelector(`[data-tab=${name}]`);
-      button.setAttribute("aria-selected", String(name === tab));
-    }
-    byId("filters").hidden = !["graph", "nodes", "sites"].includes(tab);
-    this.refresh();
-  }
-
-  remember() {
-    const { graph, stage, tab } = this.state;
-    const parts = { graph, stage: this.graph.stages[stage] && this.graph.stages[stage].name, tab };
-    if (this.selected) parts.node = this.selected.key;
-    try {
-      history.replaceState(null, "", `#${new URLSearchParams(parts)}`);
-    } catch { /* a page inside another document */ }
-  }
-
-  // --- search and filters ---
-
-  drawFilters() {
-    const counts = Object.fromEntries(Object.keys(FILTERS).map((tag) =>
-      [tag, this.stage.entries.filter((entry) => entry.tags[tag]).length]));
-    byId("filters").replaceChildren(...Object.entries(FILTERS).map(([tag, word]) => {
-      const button = element("button", `filter ${tag}`, element("i"), `${word} ${counts[tag]}`);
-      button.type = "button";
-      button.dataset.filter = tag;
-      button.setAttribute("aria-pressed", String(this.filters.has(tag)));
-      button.addEventListener("click", () => {
-        if (!this.filters.delete(tag)) this.filters.add(tag);
-        button.setAttribute("aria-pressed", String(this.filters.has(tag)));
-        this.refresh();
-      });
-      return button;
+    this.graph = await unpacked(this.graphs[number] || this.graphs[0]);
+    byId("graph").value = number;
+    const { seconds, stages, sources, facts } = this.graph;
+    const times = Object.entries(seconds).map(([name, value]) => `${name} ${value.toFixed(2)} s`);
+    byId("seconds").textContent = times.join(" · ");
+    this.files = Object.entries({ ...this.about.texts, ...sources });
+    if (facts.length) this.files.push(["about the graph", facts.join("\n")]);
+    options(byId("file"), this.files.map(([name]) => name));
+    byId("file").onchange();
+    const names = stages.map(({ name }) => name);
+    for (const id of ["diff-from", "diff-to"]) options(byId(id), names);
+    byId("stages").replaceChildren(...stages.map((stage, at) => {
+      const made = button(stage.idle ? "idle" : "", () => this.showStage(at), element("b", { textContent: stage.name }));
+      made.append(element("span", {}, stage.did), element("span", {}, stage.time));
+      made.dataset.pass = stage.name;
+      return made;
     }));
+    for (const tab of tabs()) tab.disabled = !stages.length && !["model", "files"].includes(tab.dataset.tab);
+    this.tab = stages.length ? wanted.get("tab") || this.tab || "graph" : "files";
+    const at = names.indexOf(wanted.get("stage"));
+    if (stages.length) {
+      this.showStage(at < 0 ? names.length - 1 : at, wanted.get("node"));
+      return;
+    }
+    this.stage = null;
+    byId("stages").textContent = "No stages: an earlier process compiled this graph, or the call that captured it cannot be made again.";
+    this.showTab("files");
   }
 
-  get words() {
-    return byId("search").value.toLowerCase().split(/\s+/).filter(Boolean);
+  stageAt(index) {
+    return stageOf(this.graph, this.graph.stages[index]);
   }
 
+  showStage(index, key = this.picked?.key) {
+    this.at = index;
+    this.stage = this.stageAt(index);
+    [...byId("stages").children].forEach((each, at) => each.setAttribute("aria-current", at === index));
+    byId("stages").children[index].scrollIntoView({ block: "nearest" });
+    byId("diff-from").value = Math.max(0, index - 1);
+    byId("diff-to").value = index;
+    const kept = byId("filter").selectedIndex;
+    options(byId("filter"), Object.entries(FILTERS).map(([name, test]) => `${name}: ${this.stage.entries.filter(test).length}`));
+    byId("filter").selectedIndex = Math.max(kept, 0);
+    this.rows = new Map(this.stage.entries.map((entry) => [entry, this.rowOf(entry)]));
+    byId("view-nodes").replaceChildren(...this.rows.values());
+    this.picture.show(this.stage);
+    this.showTab(this.tab === "model" ? "graph" : this.tab);
+    const entry = this.stage.byKey.get(key);
+    this.pick(entry || null, Boolean(entry));
+  }
+
+  showTab(name) {
+    this.tab = name;
+    for (const tab of tabs()) {
+      tab.setAttribute("aria-selected", tab.dataset.tab === name);
+      byId(`view-${tab.dataset.tab}`).hidden = tab.dataset.tab !== name;
+    }
+    this.refresh();
+  }
+
+  /** Show what the search and the filter let through. */
   refresh() {
     if (!this.stage) return;
-    const { words } = this;
-    const tagged = (entry) => !this.filters.size || [...this.filters].some((tag) => entry.tags[tag]);
-    this.found = this.stage.entries.filter((entry) => tagged(entry) && matches(entry, words));
-    const all = !words.length && !this.filters.size;
-    const set = new Set(this.found);
-    const count = this.found.length;
-    byId("hits").textContent = words.length ? `${count} hit${count === 1 ? "" : "s"}` : "";
-    this.scene.filter(all ? null : (entry) => set.has(entry));
-    if (this.state.tab === "nodes") this.nodeList.show(this.found.length);
-    if (this.state.tab === "sites") drawSites(byId("view-sites"), this.stage, this.about.measured, (entry) => set.has(entry), (entry) => this.pick(entry, true));
-    if (this.state.tab === "diff") this.showDiff();
+    const words = byId("search").value.toLowerCase().split(/\s+/).filter(Boolean);
+    const test = Object.values(FILTERS)[byId("filter").selectedIndex];
+    this.found = this.stage.entries.filter((entry) => test(entry) && words.every((word) => entry.text.includes(word)));
+    const found = new Set(this.found);
+    for (const [entry, row] of this.rows) row.hidden = !found.has(entry);
+    byId("hits").textContent = words.length ? `${found.size} hits` : "";
+    this.picture.mark(this.picked, this.found);
+    if (this.tab === "sites") this.showSites();
+    if (this.tab === "diff") this.showDiff();
     this.remember();
   }
 
   /** The next hit of the search, or the one before. */
   step(by) {
-    if (!this.found || !this.found.length) return;
-    const at = this.found.indexOf(this.selected);
-    const next = at < 0 ? 0 : (at + by + this.found.length) % this.found.length;
+    const { length } = this.found;
+    if (!length) return;
+    const at = this.found.indexOf(this.picked);
+    const next = at < 0 ? 0 : (at + by + length) % length;
     this.pick(this.found[next], true);
-    byId("hits").textContent = `${next + 1} of ${this.found.length}`;
+    byId("hits").textContent = `${next + 1} of ${length}`;
   }
 
   pick(entry, reveal = false) {
-    this.selected = entry;
-    this.scene.select(entry);
-    drawDetails(byId("details"), entry, this.stage, this.about.measured, (other) => this.pick(other, true));
+    for (const [each, row] of this.rows) row.setAttribute("aria-current", each === entry);
+    this.picked = entry;
+    this.picture.mark(entry);
+    byId("details").hidden = !entry;
+    if (entry) this.showDetails(entry);
     if (entry && reveal) {
-      if (!this.scene.home.has(entry) && !this.state.withState) this.toggleState();
-      this.scene.reveal(entry);
-      if (this.state.tab === "nodes") this.nodeList.reveal(this.found.indexOf(entry));
+      this.picture.reveal(entry);
+      this.rows.get(entry).scrollIntoView({ block: "nearest" });
     }
-    if (this.state.tab === "nodes") this.nodeList.render();
     this.remember();
   }
 
-  // --- lists ---
-
-  nodeRow(index) {
-    const entry = this.found[index];
-    const { node, tags } = entry;
-    const kind = ["refused", "packs", "sites"].find((tag) => tags[tag]) || "";
-    const row = element(
-      "button", `node ${kind}${tags.changed ? " changed" : ""}`,
-      element("i"), element("b", "", node.name), element("span", "", shortTarget(node)),
-      element("span", "value", node.value), element("span", "path", node.path),
-    );
-    row.type = "button";
-    row.setAttribute("aria-current", String(entry === this.selected));
-    row.addEventListener("click", () => this.pick(entry));
-    return row;
+  /** The address holds what is shown. */
+  remember() {
+    const parts = { graph: byId("graph").value, stage: this.stage?.name, tab: this.tab };
+    if (this.picked) parts.node = this.picked.key;
+    history.replaceState(null, "", `#${new URLSearchParams(parts)}`);
   }
 
-  showDiff({ keepPlace = false } = {}) {
-    const [from, to] = ["diff-from", "diff-to"].map((id) => Number(byId(id).value));
-    const rows = diffRows(this.graph.stage(from), this.graph.stage(to));
-    const { removed, added, changed, moved } = diffCounts(rows);
-    const outlined = moved ? `, ${moved} moved` : "";
-    byId("diff-counts").textContent = `${removed} removed, ${added} added, ${changed} changed${outlined}`;
-    const { words } = this;
-    const wanted = (row) => [row.a, row.b].some((entry) => entry && matches(entry, words));
-    const shown = words.length ? rows.filter(wanted) : folded(rows, this.unfolded);
-    this.diffRows = shown;
-    if (!shown.some((row) => row.kind !== "head")) this.diffRows = [{ kind: "fold", text: "nothing to show" }];
-    const longest = Math.max(0, ...this.diffRows.map((row) =>
-      Math.max(row.a ? row.a.node.line.length : 0, row.b ? row.b.node.line.length : 0)));
-    const room = byId("diff-list").clientWidth / 2 - 24;
-    const wider = Math.max(0, Math.min(longest, 1000) * LETTER - room);
-    this.diffList.show(this.diffRows.length, { keepPlace, wider });
+  rowOf(entry) {
+    const { name, operator, value, path } = entry.node;
+    const texts = [operator, value, path].map((text) => element("span", {}, text));
+    return button(`node ${entry.mark} ${entry.changed ? "changed" : ""}`, () => this.pick(entry), element("b", {}, name), ...texts);
   }
 
-  diffRow(index) {
-    const row = this.diffRows[index];
-    if (row.kind === "head") return element("div", "diff head", row.text);
-    if (row.kind === "fold") {
-      const fold = element("button", "diff fold", row.text);
-      fold.type = "button";
-      fold.addEventListener("click", () => {
-        this.unfolded.add(row.key);
-        this.showDiff({ keepPlace: true });
-      });
-      return fold;
+  showDetails(entry) {
+    const paths = [entry.node.path, ...entry.sites.map((site) => site.Site)];
+    const refusals = this.stage.refusals.filter((refusal) => refusal.paths.some((path) => paths.includes(path)));
+    const facts = [...entry.node.facts, ...refusals.map(({ when, reason }) => [`Refused, ${when}`, reason])];
+    for (const word of Object.keys(entry.sites[0] || {})) {
+      facts.push([word, [...new Set(entry.sites.map((site) => site[word]))].join("\n")]);
     }
-    const side = (entry, other, kind) => {
-      const made = element("div", `side ${entry ? kind : "none"}`, lineElement(entry, other));
-      if (entry) made.title = entry.node.path || entry.node.name;
-      return made;
-    };
-    const changed = row.kind === "changed";
-    const left = { changed: "removed", replaced: "removed" }[row.kind] || row.kind;
-    const right = { changed: "added", replaced: "added" }[row.kind] || row.kind;
-    return element("div", "diff two", side(row.a, changed && row.b, left), side(row.b, changed && row.a, right));
+    const times = entry.sites.map((site) => this.about.measured[site.Site]).filter(Boolean);
+    if (times.length) facts.push(["Measured", [...new Set(times)].join("\n")]);
+    if (entry.changed) facts.push(["Changed", `by ${this.stage.name}`]);
+    const links = (heading, entries) => element("details", { open: entries.length < 20 }, element("summary", {}, `${heading} ${entries.length}`), element("ul", {},
+      ...entries.map((other) => element("li", {}, button("link", () => this.pick(other, true), `${other.node.name} ${other.node.value}`)))));
+    byId("details").replaceChildren(
+      button("close", () => this.pick(null), "×"), element("h3", {}, entry.node.name),
+      element("dl", {}, ...facts.flatMap(([word, text]) => [element("dt", {}, word), element("dd", {}, text)])),
+      links("Reads", entry.inputs), links("Read by", entry.users),
+    );
   }
 
-  // --- controls ---
+  /** Refusals, then what became of each site. */
+  showSites() {
+    const { measured } = this.about;
+    const found = this.found.flatMap((entry) => entry.sites.map((site) => ({ ...site, entry, ...(measured[site.Site] && { Measured: measured[site.Site] }) })));
+    const words = Object.keys(found[0] || {}).filter((word) => word !== "entry");
+    const rows = found.map((site) => element("tr", {},
+      ...words.map((word) => element("td", {}, site[word] || "")),
+      element("td", {}, button("link", () => this.pick(site.entry, true), site.entry.node.name))));
+    byId("view-sites").replaceChildren(
+      ...this.stage.refusals.map(({ paths, when, reason }) =>
+        element("p", { className: "refused" }, `Refused (${when}): ${paths.join(", ")}: ${reason}`)),
+      element("table", {}, element("tr", {}, ...[...words, "Node"].map((word) => element("th", {}, word))), ...rows),
+    );
+  }
+
+  showDiff() {
+    const [from, to] = ["diff-from", "diff-to"].map((id) => this.stageAt(byId(id).value));
+    const count = { same: 0, removed: 0, added: 0 };
+    const shown = [];
+    for (const body of new Set([...from.bodies, ...to.bodies])) {
+      const lines = (stage) => stage.entries.filter((entry) => stage.bodies[entry.body] === body).map(({ node }) => node.line);
+      if (body) shown.push(element("h4", {}, body));
+      for (const run of difference(lines(from), lines(to))) {
+        count[run.kind] += run.lines.length;
+        const rows = run.lines.map((line) => element("div", { className: run.kind }, line));
+        const middle = run.kind === "same" ? rows.splice(CONTEXT, rows.length - 2 * CONTEXT) : [];
+        if (middle.length) rows.splice(CONTEXT, 0, element("details", {}, element("summary", {}, `${middle.length} equal lines`), ...middle));
+        shown.push(...rows);
+      }
+    }
+    byId("diff-counts").textContent = `${count.removed} removed, ${count.added} added`;
+    byId("diff").replaceChildren(...shown);
+  }
 
   listen() {
-    byId("graph").addEventListener("change", (event) => this.showGraph(Number(event.target.value)));
-    byId("search").addEventListener("input", () => this.refresh());
-    byId("search").addEventListener("keydown", (event) => {
-      if (event.key === "Enter") this.step(event.shiftKey ? -1 : 1);
-    });
-    for (const button of document.querySelectorAll("[data-tab]")) {
-      button.addEventListener("click", () => this.showTab(button.dataset.tab));
+    byId("graph").onchange = ({ target }) => this.showGraph(Number(target.value));
+    byId("search").oninput = byId("filter").onchange = () => this.refresh();
+    byId("search").onkeydown = ({ key, shiftKey }) => key === "Enter" && this.step(shiftKey ? -1 : 1);
+    for (const tab of tabs()) tab.onclick = () => this.showTab(tab.dataset.tab);
+    for (const pass of document.querySelectorAll(".of-model")) {
+      pass.onclick = () => {
+        this.showTab("model");
+        document.querySelector(`h3[data-pass="${CSS.escape(pass.dataset.pass)}"]`).scrollIntoView();
+      };
     }
-    for (const id of ["diff-from", "diff-to"]) byId(id).addEventListener("change", () => this.showDiff());
-    byId("file").addEventListener("change", (event) => {
-      byId("file-text").textContent = this.files[event.target.value];
+    for (const id of ["diff-from", "diff-to"]) byId(id).onchange = () => this.showDiff();
+    byId("file").onchange = () => { byId("file-text").textContent = this.files[byId("file").value]?.[1] || ""; };
+    byId("fit").onclick = () => this.picture.cy.fit();
+    document.addEventListener("keydown", ({ key, target }) => {
+      if (!this.stage || target.closest("input, select")) return;
+      const at = this.at + { ArrowLeft: -1, ArrowRight: 1 }[key];
+      if (key === "Escape") this.pick(null);
+      else if (this.graph.stages[at]) this.showStage(at);
     });
-    byId("zoom-in").addEventListener("click", () => this.scene.zoom(1.3));
-    byId("zoom-out").addEventListener("click", () => this.scene.zoom(1 / 1.3));
-    byId("fit").addEventListener("click", () => this.scene.fit());
-    byId("state").addEventListener("click", () => this.toggleState());
-    byId("expand").addEventListener("click", (event) => {
-      const open = event.target.textContent === "Open all";
-      event.target.textContent = open ? "Close all" : "Open all";
-      if (open) this.scene.openAll();
-      else this.scene.closeAll();
-    });
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.scene.readColors());
-    document.addEventListener("keydown", (event) => this.key(event));
-  }
-
-  key(event) {
-    if (event.target.closest("input, select") || event.ctrlKey || event.metaKey || event.altKey) return;
-    const { stage } = this.state;
-    if (event.key === "/") {
-      byId("search").focus();
-      event.preventDefault();
-    } else if (event.key === "Escape") this.pick(null);
-    else if (event.key === "ArrowLeft" && stage > 0) this.showStage(stage - 1);
-    else if (event.key === "ArrowRight" && this.graph && stage < this.graph.stages.length - 1) this.showStage(stage + 1);
-  }
-
-  toggleState() {
-    this.state.withState = !this.state.withState;
-    byId("state").setAttribute("aria-pressed", String(this.state.withState));
-    this.scene.show(this.stage, this.state.withState, { keepPlace: true });
   }
 }
 
