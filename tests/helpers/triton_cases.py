@@ -14,8 +14,10 @@ u_0 = 2⁻²⁵, what float16's subnormals leave of `low`. Asserted is twice tha
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from delta_oracle import Problem, dense_delta
@@ -23,8 +25,10 @@ from torch import Tensor
 
 import lorafx.kernels.triton.triton_ops  # noqa: F401  registers the ops
 from lorafx.kernels.triton.build import CONCAT, LINEAR, TritonSpec, build
-from lorafx.kernels.triton.concat_ops import concat_linear
 from lorafx.kernels.triton.tiles import Tiles
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from tune import concat_linear
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 CPU = torch.device("cpu")

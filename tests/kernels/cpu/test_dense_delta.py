@@ -115,7 +115,6 @@ def test_before_the_kernels_are_there(monkeypatch) -> None:
     monkeypatch.setattr(dense, "joined_ready", lambda dtype: False)
     p = problem_of([0, -1, 1], torch.float32)
     (bias, weight), kernel = base_of(p), kernel_of(p)
-    got = dense.dense_mm_delta(p.x, weight, [], p.bank, 1, kernel)
-    assert_delta(p.with_(y=dense.dense_mm(p.x, weight, [])), got)
-    got = dense.dense_addmm_delta(bias, p.x, weight, [], p.bank, 1, kernel)
-    assert_delta(p.with_(y=dense.dense_addmm(bias, p.x, weight, [])), got)
+    for operands in ((p.x, weight, []), (bias, p.x, weight, [])):
+        got = dense.product_and_delta(*operands, *p.bank, 1, kernel)
+        assert_delta(p.with_(y=dense.product(*operands)), got)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lorafx.kernels.cpu import attention as module
 from lorafx.kernels.ops.paged_attention import PagedStep
-from lorafx.kernels.triton.launchers import launch_interpreted
+from lorafx.kernels.triton.generated import launch_interpreted
 from lorafx.kernels.triton.tiles import ARCHITECTURES
 from lorafx.kernels.triton.triton_attention import PagedAttentionSpec, attend
 
