@@ -30,12 +30,10 @@ import lorafx.kernels.ops.expert_ops  # noqa: F401  defines an op of the dispatc
 from lorafx.errors import LoweringError
 from lorafx.kernels.cpu.compiler import Isa, best_isa, compile_library, load_library
 from lorafx.kernels.cpu.cpu_source import (
-    constants,
     dtype_code,
-    element_defines,
+    kernel_source,
     op_source,
     register,
-    templates,
     tile_sizes,
 )
 from lorafx.kernels.ops import linear_ops
@@ -88,18 +86,13 @@ def source(spec: DeltaSpec, isa: Isa) -> str:
     files = ["vectors.h", "tiles.h", "rows.h", "delta_args.h", "delta.cpp"]
     if not spec.embedding and not spec.experts:
         files += ["epilogue.h", "delta_beside.cpp"]
-    lines = [
-        f"// {isa.name}: {spec}",
-        f"#define EMBEDDING {int(spec.embedding)}",
-        f"#define ROUTED {int(spec.experts > 0)}",
-        *element_defines(isa, spec.x_dtype, spec.bank_dtype, spec.y_dtype),
-        *constants(sizes),
-    ]
-    lines += [
+    defines = {"EMBEDDING": int(spec.embedding), "ROUTED": int(spec.experts > 0)}
+    arrays = [
         f"static const long {name}[] = {{{', '.join(map(str, values))}}};"
         for name, values in tables.items()
     ]
-    return "\n".join([*lines, *templates(*files)])
+    elements = (spec.x_dtype, spec.bank_dtype, spec.y_dtype)
+    return "\n".join([*arrays, kernel_source(spec, isa, elements, sizes, files, defines)])
 
 
 class KernelEntry(ctypes.Structure):

@@ -38,11 +38,9 @@ from lorafx.kernels.cpu.compiler import (
 from lorafx.kernels.cpu.cpu_source import (
     ELEMENTS,
     SERIAL_WORK,
-    constants,
     dtype_code,
-    element_defines,
+    kernel_source,
     register,
-    templates,
 )
 from lorafx.kernels.cpu.delta_kernels import dispatcher
 from lorafx.kernels.ops.linear_ops import KERNELS
@@ -68,13 +66,9 @@ def source(dtype: torch.dtype, isa: Isa) -> str:
         "EPILOGUE_COLUMNS": EPILOGUE_COLUMNS,
         "SPINS": SPINS,
     }
-    defines = [
-        *element_defines(isa, dtype, dtype, dtype),
-        f"#define E {'F32' if widened else ELEMENTS[dtype]}",
-        f"#define WIDENED {int(widened)}",
-    ]
-    texts = templates("vectors.h", "epilogue.h", "dense_args.h", "dense.cpp")
-    return "\n".join([f"// {isa.name}: {dtype}", *defines, *constants(sizes), *texts])
+    defines = {"E": "F32" if widened else ELEMENTS[dtype], "WIDENED": int(widened)}
+    files = ("vectors.h", "epilogue.h", "dense_args.h", "dense.cpp")
+    return kernel_source(dtype, isa, (dtype,) * 3, sizes, files, defines)
 
 
 DENSE_OPS = ("epilogue.h", "dense_args.h", "dense_op.cpp")
@@ -129,6 +123,10 @@ def op_library() -> ctypes.CDLL:
     library = register("lorafx::dense_mm", DENSE_OPS, _MORE_SHIMS)
     library.lorafx_add.argtypes = (ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p)
     library.lorafx_add_many.argtypes = (ctypes.c_int32, ctypes.c_void_p)
+    library.lorafx_install_deltas.argtypes = (ctypes.c_void_p,)
+    run = ctypes.cast(dispatcher().lorafx_run_delta, ctypes.c_void_p)
+    if library.lorafx_install_deltas(run):
+        raise LoweringError("torch refused the CPU kernels of lorafx::dense_mm_delta")
     many_by_onednn(library)
     return library
 
@@ -194,35 +192,11 @@ def product_fake(*operands: Any) -> Tensor:
     return y
 
 
-# --- with deltas ---
-
-_DELTA_LOCK = threading.Lock()
-
-
-def joined_ready(dtype: torch.dtype) -> bool:
-    """Whether the ops with deltas run in C++ for `dtype`; libraries are loaded if need be."""
-    if not ready(dtype):
-        return False
-    with _DELTA_LOCK:
-        return _installed()
-
-
-@functools.cache
-def _installed() -> bool:
-    try:
-        run = ctypes.cast(dispatcher().lorafx_run_delta, ctypes.c_void_p)
-        library = op_library()
-    except LoweringError:  # where kernels are built, a warning says why
-        return False
-    library.lorafx_install_deltas.argtypes = (ctypes.c_void_p,)
-    return not library.lorafx_install_deltas(run)
-
-
 def product_and_delta(*arguments: Any) -> Tensor:
     """`product` and its delta; bank, rows and kernel, as `run_delta_` takes them, come last."""
     operands, (*bank, rows, kernel) = arguments[:-7], arguments[-7:]
     *bias, x, _, _ = operands
-    if x.device.type == "cpu" and kernel in KERNELS and joined_ready(x.dtype):
+    if x.device.type == "cpu" and kernel in KERNELS and ready(x.dtype):
         joined: Tensor = (DENSE_ADDMM_DELTA if bias else DENSE_MM_DELTA)(*arguments)
         return joined
     y: Tensor = (DENSE_ADDMM if bias else DENSE_MM)(*operands)

@@ -40,7 +40,7 @@ from lorafx.kernels.ops.op_checks import (
     require,
 )
 from lorafx.kernels.ops.op_library import BANK, RANGES, BankArgs, Ranges, define
-from lorafx.kernels.ops.own_rows import OWN_ROWS, OwnRows, with_own_rows
+from lorafx.kernels.ops.own_rows import OWN_ROWS, OwnRows, own_embedding, own_linear
 
 # The column ranges of each generated kernel that this process has loaded, by id.
 KERNELS: dict[int, Ranges] = {}
@@ -64,7 +64,8 @@ def site(
     """
     _check_site(x, y, bank, ranges, rows)
     check_by_column("site", bank.B, gains=gains, shifts=shifts)
-    y = with_own_rows(x, y, own, bank.slots, rows, embedding=False)
+    if own.own is not None:
+        y = own_linear(x, y, *own, bank.slots, rows)  # type: ignore[arg-type]
     out = y.clone(memory_format=torch.contiguous_format)
     add_linear_delta(out, x, bank, ranges, rows)
     if gains is None and shifts is None:
@@ -94,7 +95,8 @@ def embedding_site(
     """y (*ids.shape, N) + scales · A[slot, ids, :r] B[slot, :r], rescaled by `gains`; a copy."""
     check_embedding("embedding_site", ids, y, bank, rows)
     check_by_column("embedding_site", bank.B, gains=gains)
-    y = with_own_rows(ids, y, own, bank.slots, rows, embedding=True)
+    if own.own is not None:
+        y = own_embedding(ids, y, *own[:3], bank.slots, rows)  # type: ignore[arg-type]
     out = y.clone(memory_format=torch.contiguous_format)
     add_embedding_delta(out, ids, bank, rows)
     if gains is None:

@@ -51,19 +51,3 @@ def test_delta_lands_in_the_products_buffer(aten: bool, dtype: torch.dtype) -> N
     assert "cpp_fused" not in code  # a copy of y would be a generated pointwise kernel
     assert "clone" not in code.replace("clone_preserve_strides", "")
     assert "copy_" not in code
-
-
-def test_embedding() -> None:
-    e = random_problem(x_shape=(4, 3), slots=(2, -1, 0, 1), rows=3, sizes=(9,), vocabulary=11)
-    weight = torch.randn(11, 9)
-    spec = e.spec
-    kernel = delta_call(spec, e.y, e.x, *e.bank, rows=3)[1][-1]
-
-    def function(ids: Tensor, weight: Tensor, *bank: Tensor) -> Tensor:
-        y = torch.nn.functional.embedding(ids, weight)
-        torch.ops.lorafx.run_embedding_delta_(y, ids, *bank, 3, kernel)
-        return y
-
-    with torch.no_grad():
-        y = torch.compile(function, fullgraph=True)(e.x, weight, *e.bank)
-    assert_delta(e.with_(y=torch.nn.functional.embedding(e.x, weight)), y)
