@@ -22,7 +22,7 @@ from paged_attention import by_mask, step_of
 from torch import Tensor
 
 from lorafx.kernels.ops.paged_attention import PagedStep
-from lorafx.kernels.triton.launchers import launch_interpreted, launch_wrapped
+from lorafx.kernels.triton.generated import launch_interpreted, launch_wrapped
 from lorafx.kernels.triton.triton_attention import PagedAttentionSpec, architecture
 from lorafx.kernels.triton.triton_attention import attend as attend_to_pages
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import peers
 import torch
 from torch import Tensor
+from tune import concat_linear
 
 import lorafx.kernels.triton.triton_ops  # noqa: F401  registers them
 from lorafx.kernels.cost.chips import chip_of
@@ -18,7 +19,6 @@ from lorafx.kernels.cost.roofline import FUSED, Work
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.ops.op_library import BankArgs
 from lorafx.kernels.triton.build import CONCAT, TritonSpec
-from lorafx.kernels.triton.concat_ops import concat_linear
 
 #: (in_features, sizes of the siblings that share x) of the packed linears of a decoder layer
 LAYERS: Mapping[str, Mapping[str, tuple[int, tuple[int, ...]]]] = {

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.cost.roofline import GPU_STRATEGIES, estimate
-from lorafx.kernels.triton.build import CONCAT, build, plan_of
-from lorafx.kernels.triton.strategy_tiles import load_tuned, tiles_for
+from lorafx.kernels.triton.build import CONCAT, build, load_tuned, plan_of, tiles_for
 from lorafx.kernels.triton.tiles import architecture_of
 
 #: Largest error against float64, in units of the largest value, that a 16-bit result may have.

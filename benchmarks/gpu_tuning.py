@@ -20,7 +20,7 @@ from tune import Timer, tune
 
 from lorafx.kernels.cost.chips import assumed_chip, chip_of
 from lorafx.kernels.cpu.compiler import cache_folder
-from lorafx.kernels.triton.strategy_tiles import tuned_file
+from lorafx.kernels.triton.build import tuned_file
 from lorafx.kernels.triton.tiles import architecture_of
 
 

@@ -67,7 +67,7 @@ def arms(dtype: torch.dtype, rows: int, distinct: int) -> tuple[Step, dict[str, 
 
     def aten() -> None:
         for x, weight, bank, ranges, _ in calls:
-            torch.ops.lorafx.add_delta_(torch.mm(x, weight), x, *bank, *ranges, rows, 0)
+            torch.ops.lorafx.add_delta_(torch.mm(x, weight), x, *bank, *ranges, rows)
 
     return base, {"generated": generated, "aten": aten}
 

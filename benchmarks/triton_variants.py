@@ -19,10 +19,17 @@ from typing import Any
 import torch
 
 from lorafx.kernels.ops.delta_spec import DeltaSpec
-from lorafx.kernels.triton.build import CONCAT, EXPERTS, ORDER_TILES, not_concat, spec_for
+from lorafx.kernels.triton.build import (
+    CONCAT,
+    EXPERTS,
+    ORDER_TILES,
+    STRATEGY_KERNELS,
+    not_concat,
+    spec_for,
+    tiles_for,
+)
 from lorafx.kernels.triton.generated import GeneratedKernel, load
 from lorafx.kernels.triton.source import Activation, Leaf, Load, Spec, TritonSpec
-from lorafx.kernels.triton.strategy_tiles import STRATEGY_KERNELS, tiles_for
 from lorafx.kernels.triton.tiles import ARCHITECTURES, Architecture
 from lorafx.kernels.triton.triton_attention import PagedAttentionSpec
 from lorafx.kernels.triton.triton_attention import kernel as attention_kernel

@@ -32,17 +32,20 @@ import lorafx.kernels.triton.triton_ops  # noqa: F401  registers the op
 from lorafx.kernels.cost.chips import Chip, chip_of
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.ops.op_library import BankArgs
-from lorafx.kernels.triton.build import CONCAT, LINEAR, build
-from lorafx.kernels.triton.concat_ops import concat_linear
-from lorafx.kernels.triton.source import TritonSpec
-from lorafx.kernels.triton.strategy_tiles import (
+from lorafx.kernels.triton.build import (
+    CONCAT,
+    LINEAR,
     TUNED,
+    build,
     load_tuned,
+    plan_of,
     tiles_for,
     tuned_file,
     tuning_key,
 )
+from lorafx.kernels.triton.source import TritonSpec
 from lorafx.kernels.triton.tiles import Architecture, Tiles, architecture_of
+from lorafx.kernels.triton.triton_ops import blocks_of, columns_of
 
 Timer = Callable[[TileSet], float]
 
@@ -304,6 +307,25 @@ class LinearProblem:
         name = op.triton_embedding_delta_ if strategy == "embedding" else op.triton_delta_
         name(self.y, self.x, *self.bank, 1, kernel)
         return self.y
+
+
+def concat_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bank: BankArgs,
+    rows: int,
+    kernel: int,
+    *,
+    transposed: bool = False,
+) -> Tensor:
+    """y of the strategy "concat"."""
+    spec = plan_of(kernel).spec
+    more = (0, columns_of(spec, blocks_of(spec, bank)))
+    x = torch.nn.functional.pad(x, more)
+    right = torch.nn.functional.pad(weight.T if transposed else weight, more).T
+    torch.ops.lorafx.triton_concat_(x, right if transposed else right.T, *bank, rows, kernel)
+    return x @ right if bias is None else torch.addmm(bias, x, right)
 
 
 @dataclass(frozen=True)

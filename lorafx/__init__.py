@@ -13,93 +13,48 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lorafx import errors, layers
-    from lorafx.adapter_store.saved import AdapterSource
-    from lorafx.api import attach, bisect, compile, explain, profile, why
-    from lorafx.config import After, LoraConfig, Options
-    from lorafx.diffusers.compiled_pipeline import CompiledPipeline, compile_pipeline
-    from lorafx.errors import (
-        BaseWeightsError,
-        BatchError,
-        CapacityError,
-        CaptureError,
-        CheckpointError,
-        ConfigError,
-        LorafxError,
-        LorafxWarning,
-        LoweringError,
-        MatchError,
-        OutOfRangeError,
-        ProvenanceError,
-        ReplacedModuleError,
-        TargetError,
-        UnknownAdapterError,
-        UnsupportedAdapterError,
-        UnsupportedVersionError,
-        VerifyError,
-    )
-    from lorafx.model.out_of_tree import register_oot, unregister_oot
-    from lorafx.model.quantized import dequantize
-    from lorafx.pass_order import pipeline
-    from lorafx.registry import register, unregister
-    from lorafx.serving.compiled import CompiledModel
-    from lorafx.torch_compile.attached import adapters, detach, load_adapter, unload_adapter
+    from lorafx import errors as errors
+    from lorafx import layers as layers
+    from lorafx.adapter_store.saved import AdapterSource as AdapterSource
+    from lorafx.api import attach as attach
+    from lorafx.api import bisect as bisect
+    from lorafx.api import compile as compile
+    from lorafx.api import explain as explain
+    from lorafx.api import profile as profile
+    from lorafx.api import why as why
+    from lorafx.config import After as After
+    from lorafx.config import LoraConfig as LoraConfig
+    from lorafx.config import Options as Options
+    from lorafx.diffusers.compiled_pipeline import CompiledPipeline as CompiledPipeline
+    from lorafx.diffusers.compiled_pipeline import compile_pipeline as compile_pipeline
+    from lorafx.errors import *  # noqa: F403
+    from lorafx.model.out_of_tree import register_oot as register_oot
+    from lorafx.model.out_of_tree import unregister_oot as unregister_oot
+    from lorafx.model.quantized import dequantize as dequantize
+    from lorafx.pass_order import pipeline as pipeline
+    from lorafx.registry import register as register
+    from lorafx.registry import unregister as unregister
+    from lorafx.serving.compiled import CompiledModel as CompiledModel
+    from lorafx.torch_compile.attached import adapters as adapters
+    from lorafx.torch_compile.attached import detach as detach
+    from lorafx.torch_compile.attached import load_adapter as load_adapter
+    from lorafx.torch_compile.attached import unload_adapter as unload_adapter
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "AdapterSource",
-    "After",
-    "BaseWeightsError",
-    "BatchError",
-    "CapacityError",
-    "CaptureError",
-    "CheckpointError",
-    "CompiledModel",
-    "CompiledPipeline",
-    "ConfigError",
-    "LoraConfig",
-    "LorafxError",
-    "LorafxWarning",
-    "LoweringError",
-    "MatchError",
-    "Options",
-    "OutOfRangeError",
-    "ProvenanceError",
-    "ReplacedModuleError",
-    "TargetError",
-    "UnknownAdapterError",
-    "UnsupportedAdapterError",
-    "UnsupportedVersionError",
-    "VerifyError",
-    "__version__",
-    "adapters",
-    "attach",
-    "bisect",
-    "compile",
-    "compile_pipeline",
-    "dequantize",
-    "detach",
-    "errors",
-    "explain",
-    "layers",
-    "load_adapter",
-    "pipeline",
-    "profile",
-    "register",
-    "register_oot",
-    "unload_adapter",
-    "unregister",
-    "unregister_oot",
-    "why",
-]
-
-#: Modules of the names that are no errors.
+#: Modules of the names below.
 _HOMES = {
     "lorafx.adapter_store.saved": ("AdapterSource",),
     "lorafx.api": ("attach", "bisect", "compile", "explain", "profile", "why"),
     "lorafx.config": ("After", "LoraConfig", "Options"),
     "lorafx.diffusers.compiled_pipeline": ("CompiledPipeline", "compile_pipeline"),
+    "lorafx.errors": (
+        *("BaseWeightsError", "BatchError", "CapacityError", "CaptureError", "CheckpointError"),
+        *("ConfigError", "LorafxError", "LorafxWarning", "LoweringError", "MatchError"),
+        *("OutOfRangeError", "ProvenanceError", "ReplacedModuleError", "TargetError"),
+        *("UnknownAdapterError", "UnsupportedAdapterError", "UnsupportedVersionError"),
+        "VerifyError",
+    ),
     "lorafx.model.out_of_tree": ("register_oot", "unregister_oot"),
     "lorafx.model.quantized": ("dequantize",),
     "lorafx.pass_order": ("pipeline",),
@@ -110,19 +65,21 @@ _HOMES = {
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 _MODULES = ("errors", "layers")
 
+__all__ = sorted([*_HOME_OF, *_MODULES, "__version__"])
+
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'lorafx' has no attribute {name!r}")
-    if name in _HOME_OF or name == "layers":  # all but errors need what is installed
+    home = _HOME_OF.get(name, f"lorafx.{name}")
+    if home != "lorafx.errors":  # all else needs what is installed
         from lorafx.torch_internals.versions import check
 
         check()
-    if name in _MODULES:
-        return _imported(f"lorafx.{name}")
-    value = getattr(_imported(_HOME_OF.get(name, "lorafx.errors")), name)
-    globals()[name] = value
-    return value
+    module = _imported(home)
+    if name not in _MODULES:
+        globals()[name] = getattr(module, name)
+    return globals()[name]
 
 
 def _imported(module: str) -> Any:

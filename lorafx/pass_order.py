@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from torch import fx
 
@@ -195,37 +194,19 @@ def _about(item: ModelPass | GraphPass) -> str:
     return text.partition("\n\n")[0].replace("\n", " ")
 
 
-Pass = TypeVar("Pass", ModelPass, GraphPass)
-
-
-def run_passes(
-    passes: Sequence[Pass],
-    run: Callable[[Pass], int],
-    *,
-    around: Callable[[Pass], AbstractContextManager[None]] = lambda _: nullcontext(),
-    after: Callable[[Pass, int, float], PassReport],
-) -> list[PassReport]:
-    """Run passes in their order, each in its context `around`; `after` makes its report."""
-    reports: list[PassReport] = []
-    for item in passes:
-        start = time.perf_counter()
-        with around(item):
-            edits = run(item)
-        reports.append(after(item, edits, time.perf_counter() - start))
-    return reports
-
-
 def run_model_passes(
     model: Preparation, passes: Sequence[ModelPass] = MODEL_PASSES
 ) -> list[PassReport]:
     """Run passes over a model, which is as it was before where a pass raises."""
-
-    def noted(item: ModelPass, found: int, seconds: float) -> PassReport:
-        notes, model.notes = tuple(model.notes), []
-        return PassReport(item.name, found, seconds, end=time.perf_counter(), notes=notes)
-
+    reports: list[PassReport] = []
     try:
-        return run_passes(passes, lambda item: item.run(model), after=noted)
+        for item in passes:
+            start = time.perf_counter()
+            found = item.run(model)
+            end = time.perf_counter()
+            notes, model.notes = tuple(model.notes), []
+            reports.append(PassReport(item.name, found, end - start, end=end, notes=notes))
     except BaseException:
         model.rollback.run()
         raise
+    return reports

@@ -28,7 +28,6 @@ from lorafx.kernels.cpu.dense import (
     DENSE_ADDMM_DELTA,
     DENSE_MM,
     DENSE_MM_DELTA,
-    joined_ready,
     pays,
     ready,
 )
@@ -179,7 +178,7 @@ def _joins(delta: fx.Node) -> bool:
         return False
     if any(own.target is not operator.getitem or index_of(own) != 1 for own in readers):
         return False
-    return bound(product)["x"] is call["x"] and joined_ready(fake_value(product).dtype)
+    return bound(product)["x"] is call["x"] and ready(fake_value(product).dtype)
 
 
 def _join(graph: fx.Graph, ctx: Context, delta: fx.Node) -> None:

@@ -40,7 +40,7 @@ from lorafx.program.frame import (
     token_inputs,
 )
 from lorafx.program.handover import Handover, results_of
-from lorafx.torch_internals.aot_autograd import PlainAOTOutput
+from lorafx.torch_internals.dynamo import PlainAOTOutput
 
 #: `rows` of a site without a row map: every row counts as the first request's. That is right when
 #: all requests use one adapter, and when none of theirs touches the site; the refusal keeps other

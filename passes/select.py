@@ -33,7 +33,7 @@ from lorafx.model.sites import Site
 from lorafx.model.weight_formats import is_wrapped
 from lorafx.program.preparation import Preparation
 from lorafx.registry import Eligible, is_empty, lookup
-from lorafx.torch_internals.modules import OptimizedModule
+from lorafx.torch_internals.dynamo import OptimizedModule
 
 #: A regular expression can name thousands of containers; the first show the mistake.
 _SHOWN = 20

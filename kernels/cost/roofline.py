@@ -248,7 +248,7 @@ def _split(work: Work) -> float:
 
 
 def _plane_elements(work: Work) -> float:
-    """Elements of the float32 planes of the parts of K (strategy_tiles.py); one part goes to y."""
+    """Elements of the float32 planes of the parts of K (kernels/triton/tiles.py); one part is y."""
     wide = 128 if work.columns >= WIDE or work.rows <= TILE else 64
     tiles = work.m_tiles * math.ceil(work.columns / wide)
     most = min(work.chip.processors * 3 // 2 // tiles, math.ceil(work.in_features / 64) // 4)

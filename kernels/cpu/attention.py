@@ -17,14 +17,7 @@ from torch import Tensor
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.cpu.compiler import Isa, best_isa
-from lorafx.kernels.cpu.cpu_source import (
-    ELEMENTS,
-    constants,
-    element_defines,
-    loaded_kernel,
-    templates,
-    tile_sizes,
-)
+from lorafx.kernels.cpu.cpu_source import ELEMENTS, kernel_source, loaded_kernel, tile_sizes
 from lorafx.kernels.ops.op_library import define_on
 from lorafx.kernels.ops.paged_attention import AttentionSpec, PagedStep, by_request, check_step
 
@@ -68,14 +61,11 @@ def source(spec: AttentionSpec, isa: Isa) -> str:
         "MOST": max(MOST, spec.group),
         "PREFETCH_ROWS": STREAMED,
     }
-    lines = [
-        f"// {isa.name}: {spec}",
-        f"#define CAPPED {int(spec.capped)}",
-        *element_defines(isa, spec.dtype, spec.dtype, torch.float32),
-        *constants(sizes),
-        f"static const float HIDDEN = {torch.finfo(spec.dtype).min / 2!r}f;",
-    ]
-    return "\n".join([*lines, *templates("vectors.h", "tiles.h", "attention.cpp")])
+    hidden = torch.finfo(spec.dtype).min / 2
+    defines = {"CAPPED": int(spec.capped), "HIDDEN": f"({hidden!r}f)"}
+    files = ("vectors.h", "tiles.h", "attention.cpp")
+    elements = (spec.dtype, spec.dtype, torch.float32)
+    return kernel_source(spec, isa, elements, sizes, files, defines)
 
 
 AttentionKernel = Callable[[PagedStep], Tensor]

@@ -54,21 +54,26 @@ def tile_sizes(isa: Isa) -> dict[str, int]:
     }
 
 
-def element_defines(isa: Isa, x: torch.dtype, factors: torch.dtype, y: torch.dtype) -> list[str]:
-    """Lines that vectors.h needs: lanes, instructions, element types of x, factors and y."""
-    values = {
-        "LANES": isa.lanes,
-        "HAS_F16C": int(isa.f16c),
-        "HAS_DPBF16": int(isa.dpbf16),
-        "X": ELEMENTS[x],
-        "W": ELEMENTS[factors],
-        "Y": ELEMENTS[y],
+def kernel_source(
+    spec: object,
+    isa: Isa,
+    elements: tuple[torch.dtype, torch.dtype, torch.dtype],
+    sizes: Mapping[str, int],
+    files: Sequence[str],
+    defines: Mapping[str, object] | None = None,
+) -> str:
+    """The text of a kernel: a heading; lanes, instructions and `elements`, the types of x, factors
+    and y, which vectors.h needs; constants; and files of this folder."""
+    x, factors, y = (ELEMENTS[dtype] for dtype in elements)
+    known: dict[str, object] = {
+        **{"LANES": isa.lanes, "HAS_F16C": int(isa.f16c), "HAS_DPBF16": int(isa.dpbf16)},
+        **{"X": x, "W": factors, "Y": y},
+        **(defines or {}),
     }
-    return [f"#define {name} {value}" for name, value in values.items()]
-
-
-def constants(values: Mapping[str, int]) -> list[str]:
-    return [f"static const long {name} = {value};" for name, value in values.items()]
+    lines = [f"// {isa.name}: {spec}"]
+    lines += [f"#define {name} {value}" for name, value in known.items()]
+    lines += [f"static const long {name} = {value};" for name, value in sizes.items()]
+    return "\n".join([*lines, *templates(*files)])
 
 
 # --- ops in C++ ---

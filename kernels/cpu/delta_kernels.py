@@ -30,18 +30,15 @@ import lorafx.kernels.ops.expert_ops  # noqa: F401  defines an op of the dispatc
 from lorafx.errors import LoweringError
 from lorafx.kernels.cpu.compiler import Isa, best_isa, compile_library, load_library
 from lorafx.kernels.cpu.cpu_source import (
-    constants,
     dtype_code,
-    element_defines,
+    kernel_source,
     op_source,
     register,
-    templates,
     tile_sizes,
 )
 from lorafx.kernels.ops import linear_ops
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.ops.op_library import Ranges
-from lorafx.torch_internals.operators import OpOverload
 
 # With fewer rows per thread than this, a row's planes and columns are shared out instead of rows.
 SPLIT_ROWS = 2
@@ -89,18 +86,13 @@ def source(spec: DeltaSpec, isa: Isa) -> str:
     files = ["vectors.h", "tiles.h", "rows.h", "delta_args.h", "delta.cpp"]
     if not spec.embedding and not spec.experts:
         files += ["epilogue.h", "delta_beside.cpp"]
-    lines = [
-        f"// {isa.name}: {spec}",
-        f"#define EMBEDDING {int(spec.embedding)}",
-        f"#define ROUTED {int(spec.experts > 0)}",
-        *element_defines(isa, spec.x_dtype, spec.bank_dtype, spec.y_dtype),
-        *constants(sizes),
-    ]
-    lines += [
+    defines = {"EMBEDDING": int(spec.embedding), "ROUTED": int(spec.experts > 0)}
+    arrays = [
         f"static const long {name}[] = {{{', '.join(map(str, values))}}};"
         for name, values in tables.items()
     ]
-    return "\n".join([*lines, *templates(*files)])
+    elements = (spec.x_dtype, spec.bank_dtype, spec.y_dtype)
+    return "\n".join([*arrays, kernel_source(spec, isa, elements, sizes, files, defines)])
 
 
 class KernelEntry(ctypes.Structure):
@@ -216,36 +208,19 @@ def build_all(specs: Iterable[DeltaSpec]) -> dict[DeltaSpec, int | None]:
     return {spec: build(spec) for spec in wanted}
 
 
-def _kernel(spec: DeltaSpec, rows: Any) -> int | None:
-    """The kernel of `spec`; None for a literal `rows` of 0, whose check only aten makes."""
-    unproved = isinstance(rows, int) and rows == 0
-    return None if unproved else build(spec)
-
-
-def delta_call(spec: DeltaSpec, *tensors: Any, rows: Any) -> tuple[OpOverload, tuple[Any, ...]]:
-    """The op and arguments of `spec`'s delta; tensors as in `run_delta_`, or graph nodes."""
-    kernel = _kernel(spec, rows)
+def delta_call(spec: DeltaSpec, *tensors: Any, rows: Any, ends: bool = False) -> Any:
+    """The op and arguments of `spec`'s delta, from the run op's first arguments, or graph nodes.
+    Without a kernel, or for a literal `rows` of 0, which only aten checks, the op is aten's, and
+    None for routed rows."""
+    kernel = None if isinstance(rows, int) and rows == 0 else build(spec)
+    op = torch.ops.lorafx
+    if spec.experts:
+        arguments = (*tensors, rows, spec.experts, ends, kernel)
+        return None if kernel is None else (op.run_expert_delta_.default, arguments)
     if kernel is not None:
-        return torch.ops.lorafx.run_delta_.default, (*tensors, rows, kernel)
+        run = op.run_embedding_delta_ if spec.embedding else op.run_delta_
+        return run.default, (*tensors, rows, kernel)
+    if spec.embedding:
+        return op.add_embedding_delta_.default, (*tensors, rows)
     ranges = (list(spec.siblings), list(spec.offsets), list(spec.sizes))
-    return torch.ops.lorafx.add_delta_.default, (*tensors, *ranges, rows, 0)
-
-
-def embedding_delta_call(
-    spec: DeltaSpec, *tensors: Any, rows: Any
-) -> tuple[OpOverload, tuple[Any, ...]]:
-    """`delta_call` of an embedding; tensors: y, ids, A, B, ranks, scales, slots."""
-    kernel = _kernel(spec, rows)
-    if kernel is not None:
-        return torch.ops.lorafx.run_embedding_delta_.default, (*tensors, rows, kernel)
-    return torch.ops.lorafx.add_embedding_delta_.default, (*tensors, rows, 0)
-
-
-def expert_delta_call(
-    spec: DeltaSpec, *tensors: Any, rows: Any, ends: bool
-) -> tuple[OpOverload, tuple[Any, ...]] | None:
-    """`delta_call` of routed rows, by the first arguments of `run_expert_delta_`, or None."""
-    kernel = _kernel(spec, rows)
-    if kernel is None:
-        return None
-    return torch.ops.lorafx.run_expert_delta_.default, (*tensors, rows, spec.experts, ends, kernel)
+    return op.add_delta_.default, (*tensors, *ranges, rows)

@@ -38,11 +38,9 @@ from lorafx.kernels.cpu.compiler import (
 from lorafx.kernels.cpu.cpu_source import (
     ELEMENTS,
     SERIAL_WORK,
-    constants,
     dtype_code,
-    element_defines,
+    kernel_source,
     register,
-    templates,
 )
 from lorafx.kernels.cpu.delta_kernels import dispatcher
 from lorafx.kernels.ops.linear_ops import KERNELS
@@ -68,13 +66,9 @@ def source(dtype: torch.dtype, isa: Isa) -> str:
         "EPILOGUE_COLUMNS": EPILOGUE_COLUMNS,
         "SPINS": SPINS,
     }
-    defines = [
-        *element_defines(isa, dtype, dtype, dtype),
-        f"#define E {'F32' if widened else ELEMENTS[dtype]}",
-        f"#define WIDENED {int(widened)}",
-    ]
-    texts = templates("vectors.h", "epilogue.h", "dense_args.h", "dense.cpp")
-    return "\n".join([f"// {isa.name}: {dtype}", *defines, *constants(sizes), *texts])
+    defines = {"E": "F32" if widened else ELEMENTS[dtype], "WIDENED": int(widened)}
+    files = ("vectors.h", "epilogue.h", "dense_args.h", "dense.cpp")
+    return kernel_source(dtype, isa, (dtype,) * 3, sizes, files, defines)
 
 
 DENSE_OPS = ("epilogue.h", "dense_args.h", "dense_op.cpp")
@@ -129,6 +123,10 @@ def op_library() -> ctypes.CDLL:
     library = register("lorafx::dense_mm", DENSE_OPS, _MORE_SHIMS)
     library.lorafx_add.argtypes = (ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p)
     library.lorafx_add_many.argtypes = (ctypes.c_int32, ctypes.c_void_p)
+    library.lorafx_install_deltas.argtypes = (ctypes.c_void_p,)
+    run = ctypes.cast(dispatcher().lorafx_run_delta, ctypes.c_void_p)
+    if library.lorafx_install_deltas(run):
+        raise LoweringError("torch refused the CPU kernels of lorafx::dense_mm_delta")
     many_by_onednn(library)
     return library
 
@@ -170,125 +168,58 @@ def use(dtype: torch.dtype, isa: Isa, rows: int) -> None:
     op_library().lorafx_add(dtype_code(dtype), rows, kernel)
 
 
-def dense_mm(x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
-    """x (M, K) times Wᵀ for W (N, K), contiguous. `sizes` cut N into parts that are multiplied one
-    by one where rows are many (lorafx.kernels.cost.roofline.split_is_faster)."""
+def product(*operands: Any) -> Tensor:
+    """y of (bias (N,),) x (M, K), weight (N, K), contiguous, and `sizes`, which cut N into parts
+    that are multiplied one by one where rows are many (`split_is_faster` of the cost model)."""
+    *bias, x, weight, _ = operands
     # A graph from a cache may be the first to ask for the kernel, which then replaces this one.
     if x.device.type == "cpu" and ready(x.dtype):
-        y: Tensor = DENSE_MM(x, weight, sizes)
+        y: Tensor = (DENSE_ADDMM if bias else DENSE_MM)(*operands)
         return y
-    _check("dense_mm", x, weight, sizes)
-    return torch.mm(x, weight.T)
+    product_fake(*operands)
+    return torch.addmm(bias[0], x, weight.T) if bias else torch.mm(x, weight.T)
 
 
-def dense_addmm(bias: Tensor, x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
-    """`dense_mm` plus a bias (N,)."""
-    if x.device.type == "cpu" and ready(x.dtype):
-        y: Tensor = DENSE_ADDMM(bias, x, weight, sizes)
-        return y
-    _check("dense_addmm", x, weight, sizes, bias)
-    return torch.addmm(bias, x, weight.T)
-
-
-def dense_mm_fake(x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
-    _check("dense_mm", x, weight, sizes)
-    return x.new_empty(x.shape[0], weight.shape[0])
-
-
-def dense_addmm_fake(bias: Tensor, x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
-    _check("dense_addmm", x, weight, sizes, bias)
-    return x.new_empty(x.shape[0], weight.shape[0])
-
-
-def _check(
-    op: str, x: Tensor, weight: Tensor, sizes: list[int], bias: Tensor | None = None
-) -> None:
+def product_fake(*operands: Any) -> Tensor:
+    *bias, x, weight, sizes = operands
+    op = "dense_addmm" if bias else "dense_mm"
     require(op, x.dim() == 2 and weight.dim() == 2, "x is (M, K), weight (N, K)")
     N, K = weight.shape
     require(op, x.shape[1] == K, f"x has {x.shape[1]} columns, weight has {K}")
     require(op, not sizes or sum(sizes) == N, f"sizes {sizes} do not add up to {N}")
-    require(op, bias is None or bias.shape == (N,), f"bias is ({N},)")
+    require(op, all(own.shape == (N,) for own in bias), f"bias is ({N},)")
+    y: Tensor = x.new_empty(x.shape[0], N)
+    return y
 
 
-# --- with deltas ---
-
-_DELTA_LOCK = threading.Lock()
-
-
-def joined_ready(dtype: torch.dtype) -> bool:
-    """Whether the ops with deltas run in C++ for `dtype`; libraries are loaded if need be."""
-    if not ready(dtype):
-        return False
-    with _DELTA_LOCK:
-        return _installed()
-
-
-@functools.cache
-def _installed() -> bool:
-    try:
-        run = ctypes.cast(dispatcher().lorafx_run_delta, ctypes.c_void_p)
-        library = op_library()
-    except LoweringError:  # where kernels are built, a warning says why
-        return False
-    library.lorafx_install_deltas.argtypes = (ctypes.c_void_p,)
-    return not library.lorafx_install_deltas(run)
-
-
-def dense_mm_delta(
-    x: Tensor, weight: Tensor, sizes: list[int], bank: BankArgs, rows: int, kernel: int
-) -> Tensor:
-    """`dense_mm` and its delta; rows and kernel are as `run_delta_` takes them."""
-    return _joined(DENSE_MM_DELTA, DENSE_MM, (x, weight, sizes), x, bank, rows, kernel)
-
-
-def dense_addmm_delta(
-    bias: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    sizes: list[int],
-    bank: BankArgs,
-    rows: int,
-    kernel: int,
-) -> Tensor:
-    operands = (bias, x, weight, sizes)
-    return _joined(DENSE_ADDMM_DELTA, DENSE_ADDMM, operands, x, bank, rows, kernel)
-
-
-def _joined(
-    joined: Any, product: Any, operands: Any, x: Tensor, bank: BankArgs, rows: int, kernel: int
-) -> Tensor:
-    if x.device.type == "cpu" and kernel in KERNELS and joined_ready(x.dtype):
-        y: Tensor = joined(*operands, *bank, rows, kernel)
-        return y
-    y = product(*operands)
+def product_and_delta(*arguments: Any) -> Tensor:
+    """`product` and its delta; bank, rows and kernel, as `run_delta_` takes them, come last."""
+    operands, (*bank, rows, kernel) = arguments[:-7], arguments[-7:]
+    *bias, x, _, _ = operands
+    if x.device.type == "cpu" and kernel in KERNELS and ready(x.dtype):
+        joined: Tensor = (DENSE_ADDMM_DELTA if bias else DENSE_MM_DELTA)(*arguments)
+        return joined
+    y: Tensor = (DENSE_ADDMM if bias else DENSE_MM)(*operands)
     torch.ops.lorafx.run_delta_(y, x, *bank, rows, kernel)
     return y
 
 
-def dense_mm_delta_fake(x, weight, sizes, bank: BankArgs, rows, kernel) -> Tensor:
-    return _checked(dense_mm_fake(x, weight, sizes), "dense_mm_delta", bank, rows)
-
-
-def dense_addmm_delta_fake(bias, x, weight, sizes, bank: BankArgs, rows, kernel) -> Tensor:
-    return _checked(dense_addmm_fake(bias, x, weight, sizes), "dense_addmm_delta", bank, rows)
-
-
-def _checked(y: Tensor, op: str, bank: BankArgs, rows: int) -> Tensor:
-    check_bank(op, bank)
+def product_and_delta_fake(*arguments: Any) -> Tensor:
+    y = product_fake(*arguments[:-7])
+    *bank, rows, _ = arguments[-7:]
+    op = "dense_addmm_delta" if len(arguments) == 11 else "dense_mm_delta"
+    check_bank(op, BankArgs(*bank))
     check_rows(op, y.shape[:-1], y.shape[:-1], rows)
     return y
 
 
-_PRODUCT = "Tensor x, Tensor weight, int[] sizes"
-_DELTA = f"{BANK}, SymInt rows, int kernel"
-define(f"dense_mm({_PRODUCT}) -> Tensor", dense_mm, dense_mm_fake)
-define(f"dense_addmm(Tensor bias, {_PRODUCT}) -> Tensor", dense_addmm, dense_addmm_fake)
-define(f"dense_mm_delta({_PRODUCT}, {_DELTA}) -> Tensor", dense_mm_delta, dense_mm_delta_fake)
-define(
-    f"dense_addmm_delta(Tensor bias, {_PRODUCT}, {_DELTA}) -> Tensor",
-    dense_addmm_delta,
-    dense_addmm_delta_fake,
-)
+for _name, _first in (("mm", ""), ("addmm", "Tensor bias, ")):
+    _operands = f"{_first}Tensor x, Tensor weight, int[] sizes"
+    define(f"dense_{_name}({_operands}) -> Tensor", product, product_fake)
+    define(
+        f"dense_{_name}_delta({_operands}, {BANK}, SymInt rows, int kernel) -> Tensor",
+        *(product_and_delta, product_and_delta_fake),
+    )
 DENSE_MM = torch.ops.lorafx.dense_mm.default
 DENSE_ADDMM = torch.ops.lorafx.dense_addmm.default
 DENSE_MM_DELTA = torch.ops.lorafx.dense_mm_delta.default

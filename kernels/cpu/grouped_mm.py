@@ -23,14 +23,7 @@ from torch import Tensor
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.cpu.compiler import Isa, best_isa, has_matrix_tiles
-from lorafx.kernels.cpu.cpu_source import (
-    ELEMENTS,
-    constants,
-    element_defines,
-    loaded_kernel,
-    templates,
-    tile_sizes,
-)
+from lorafx.kernels.cpu.cpu_source import ELEMENTS, kernel_source, loaded_kernel, tile_sizes
 from lorafx.kernels.ops.op_checks import require
 from lorafx.kernels.ops.op_library import define
 
@@ -84,9 +77,8 @@ def source(spec: ProductSpec, isa: Isa) -> str:
         "B_STRIDE": UNIT,
         "PREFETCH_ROWS": isa.tile,
     }
-    texts = templates("vectors.h", "tiles.h", "product.cpp")
-    defines = element_defines(isa, spec.dtype, spec.dtype, spec.dtype)
-    return "\n".join([f"// {isa.name}: {spec}", *defines, *constants(sizes), *texts])
+    files = ("vectors.h", "tiles.h", "product.cpp")
+    return kernel_source(spec, isa, (spec.dtype,) * 3, sizes, files)
 
 
 GroupedKernel = Callable[[Tensor, Tensor, Tensor, Tensor], None]

@@ -20,9 +20,8 @@ Importing this module registers them. Arguments:
     run_delta_            add_delta_ by a generated kernel, whose id stands for the column ranges
     run_embedding_delta_  the same for an embedding
 
-The add ops are plain aten when `kernel` is 0 and otherwise call the run ops, whose CPU kernels are
-in dispatcher.cpp: short schemas, because lists cost half the time of a call (4.6 µs against 2.0).
-No gradient is registered.
+The add ops are plain aten. CPU kernels of the run ops are in dispatcher.cpp: short schemas, because
+lists cost half the time of a call (4.6 µs against 2.0). No gradient is registered.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from lorafx.kernels.ops.op_checks import (
     require,
 )
 from lorafx.kernels.ops.op_library import BANK, RANGES, BankArgs, Ranges, define
-from lorafx.kernels.ops.own_rows import OWN_ROWS, OwnRows, with_own_rows
+from lorafx.kernels.ops.own_rows import OWN_ROWS, OwnRows, own_embedding, own_linear
 
 # The column ranges of each generated kernel that this process has loaded, by id.
 KERNELS: dict[int, Ranges] = {}
@@ -65,7 +64,8 @@ def site(
     """
     _check_site(x, y, bank, ranges, rows)
     check_by_column("site", bank.B, gains=gains, shifts=shifts)
-    y = with_own_rows(x, y, own, bank.slots, rows, embedding=False)
+    if own.own is not None:
+        y = own_linear(x, y, *own, bank.slots, rows)  # type: ignore[arg-type]
     out = y.clone(memory_format=torch.contiguous_format)
     add_linear_delta(out, x, bank, ranges, rows)
     if gains is None and shifts is None:
@@ -95,7 +95,8 @@ def embedding_site(
     """y (*ids.shape, N) + scales · A[slot, ids, :r] B[slot, :r], rescaled by `gains`; a copy."""
     check_embedding("embedding_site", ids, y, bank, rows)
     check_by_column("embedding_site", bank.B, gains=gains)
-    y = with_own_rows(ids, y, own, bank.slots, rows, embedding=True)
+    if own.own is not None:
+        y = own_embedding(ids, y, *own[:3], bank.slots, rows)  # type: ignore[arg-type]
     out = y.clone(memory_format=torch.contiguous_format)
     add_embedding_delta(out, ids, bank, rows)
     if gains is None:
@@ -137,32 +138,24 @@ def _check_fused(x, weight, bank, ranges, rows, transposed):
     return N
 
 
-def add_delta_(
-    y: Tensor, x: Tensor, bank: BankArgs, ranges: Ranges, rows: int, kernel: int
-) -> None:
-    """Adds the delta of `fused_linear` into y (..., Σsizes) in place; aten if `kernel` is 0."""
-    if kernel:
-        torch.ops.lorafx.run_delta_(y, x, *bank, rows, kernel)
-        return
-    add_delta_fake(y, x, bank, ranges, rows, 0)
+def add_delta_(y: Tensor, x: Tensor, bank: BankArgs, ranges: Ranges, rows: int) -> None:
+    """Adds the delta of `fused_linear` into y (..., Σsizes) in place."""
+    add_delta_fake(y, x, bank, ranges, rows)
     add_linear_delta(y, x, bank, ranges, rows)
 
 
-def add_delta_fake(y, x, bank: BankArgs, ranges: Ranges, rows, kernel) -> None:
+def add_delta_fake(y, x, bank: BankArgs, ranges: Ranges, rows) -> None:
     check_linear("add_delta_", x, y.shape[-1], bank, ranges)
     check_rows("add_delta_", x.shape[:-1], y.shape[:-1], rows)
 
 
-def add_embedding_delta_(y: Tensor, ids: Tensor, bank: BankArgs, rows: int, kernel: int) -> None:
-    """Adds the delta of `embedding_site` into y in place; aten if `kernel` is 0."""
-    if kernel:
-        torch.ops.lorafx.run_embedding_delta_(y, ids, *bank, rows, kernel)
-        return
-    add_embedding_delta_fake(y, ids, bank, rows, 0)
+def add_embedding_delta_(y: Tensor, ids: Tensor, bank: BankArgs, rows: int) -> None:
+    """Adds the delta of `embedding_site` into y in place."""
+    add_embedding_delta_fake(y, ids, bank, rows)
     add_embedding_delta(y, ids, bank, rows)
 
 
-def add_embedding_delta_fake(y, ids, bank: BankArgs, rows, kernel) -> None:
+def add_embedding_delta_fake(y, ids, bank: BankArgs, rows, kernel=0) -> None:
     check_embedding("add_embedding_delta_", ids, y, bank, rows)
 
 
@@ -177,7 +170,7 @@ def ranges_of(op: str, kernel: int) -> Ranges:
 
 def run_delta_(y: Tensor, x: Tensor, bank: BankArgs, rows: int, kernel: int) -> None:
     """`add_delta_` for the ranges of `kernel`; on a CPU dispatcher.cpp runs in its place."""
-    add_delta_(y, x, bank, ranges_of("run_delta_", kernel), rows, 0)
+    add_delta_(y, x, bank, ranges_of("run_delta_", kernel), rows)
 
 
 def run_delta_fake(y, x, bank: BankArgs, rows, kernel) -> None:
@@ -187,7 +180,7 @@ def run_delta_fake(y, x, bank: BankArgs, rows, kernel) -> None:
 
 def run_embedding_delta_(y: Tensor, ids: Tensor, bank: BankArgs, rows: int, kernel: int) -> None:
     ranges_of("run_embedding_delta_", kernel)
-    add_embedding_delta_(y, ids, bank, rows, 0)
+    add_embedding_delta_(y, ids, bank, rows)
 
 
 for _schema, _eager, _fake in (
@@ -208,11 +201,11 @@ for _schema, _eager, _fake in (
         *(fused_linear, fused_linear_fake),
     ),
     (
-        f"add_delta_(Tensor(a!) y, Tensor x, {BANK}, {RANGES}, SymInt rows, int kernel) -> ()",
+        f"add_delta_(Tensor(a!) y, Tensor x, {BANK}, {RANGES}, SymInt rows) -> ()",
         *(add_delta_, add_delta_fake),
     ),
     (
-        f"add_embedding_delta_(Tensor(a!) y, Tensor ids, {BANK}, SymInt rows, int kernel) -> ()",
+        f"add_embedding_delta_(Tensor(a!) y, Tensor ids, {BANK}, SymInt rows) -> ()",
         *(add_embedding_delta_, add_embedding_delta_fake),
     ),
     (

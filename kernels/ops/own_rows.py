@@ -42,17 +42,6 @@ class OwnRows(NamedTuple):
 OWN_ROWS = ", ".join(f"Tensor? {name}=None" for name in OwnRows._fields)
 
 
-def with_own_rows(
-    x: Tensor, y: Tensor, own: OwnRows, slots: Tensor, rows: int, *, embedding: bool
-) -> Tensor:
-    """`own_linear`, or `own_embedding` of the ids x; y itself where the bank has no room."""
-    if own.own is None:
-        return y
-    if embedding:
-        return own_embedding(x, y, *own[:3], slots, rows)  # type: ignore[arg-type]
-    return own_linear(x, y, *own, slots, rows)  # type: ignore[arg-type]
-
-
 def own_linear(
     x: Tensor,
     y: Tensor,

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from lorafx.errors import CaptureError
 from lorafx.kernels.ops.op_library import define, define_functional
-from lorafx.torch_internals import functional
-from lorafx.torch_internals.dispatch_modes import _DisableTorchDispatch
+from lorafx.torch_internals import fake_tensors
 from lorafx.torch_internals.fake_tensors import (
     FakeTensor,
     FakeTensorMode,
+    _DisableTorchDispatch,
     in_kernel_invocation_manager,
 )
 
@@ -84,10 +84,10 @@ def overwrite_fake(written: Tensor, value: Tensor) -> None:
 
 def overwrite_functional(written: Tensor, value: Tensor) -> None:
     """Functionalization of an operator that writes; both arguments are its wrappers."""
-    functional._sync(value)
-    functional._functionalize_replace(written, functional._from_functional_tensor(value))
-    functional._functionalize_commit_update(written)
-    functional._functionalize_sync(written)
+    fake_tensors._sync(value)
+    fake_tensors._functionalize_replace(written, fake_tensors._from_functional_tensor(value))
+    fake_tensors._functionalize_commit_update(written)
+    fake_tensors._functionalize_sync(written)
 
 
 define("overwrite(Tensor(a!) written, Tensor value) -> ()", overwrite, overwrite_fake)

@@ -13,35 +13,67 @@
     activated  the same with x = f(…) computed by the shrink, which writes it down for the product
 
 The id is the same in every process that has the same templates, tiles and versions, so a graph
-cached on disk stays valid; a process must call `build` before it runs such a graph.
+cached on disk stays valid; a process must call `build` before it runs such a graph. Tuned tiles are
+kept in lorafx's cache folder, a file for each architecture and set of versions.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from lorafx.errors import LoweringError
+from lorafx.kernels.cpu.compiler import cache_folder
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.triton.generated import GeneratedKernel, load
-from lorafx.kernels.triton.source import COLUMN_UNIT, TritonSpec
-from lorafx.kernels.triton.strategy_tiles import STRATEGY_KERNELS, load_tuned, tiles_for
-from lorafx.kernels.triton.tiles import Architecture, Tiles, architecture_of
+from lorafx.kernels.triton.source import COLUMN_UNIT, TritonSpec, generator_hash
+from lorafx.kernels.triton.tiles import (
+    Architecture,
+    Tiles,
+    architecture_of,
+    concat_tiles,
+    expand_rows_tiles,
+    grouped_tiles,
+    linear_tiles,
+    power_of_two,
+    shrink_rows_tiles,
+    shrink_tiles,
+    split_tiles,
+)
+from lorafx.torch_internals import triton_compat
 
 #: Strategies of `lorafx::triton_linear`, which compute the base product too.
 LINEAR = ("split", "epilogue", "recompute")
 #: Strategies of `lorafx::triton_experts`, likewise.
 EXPERTS = ("grouped", "activated")
-#: The strategy that makes x and W longer for the vendor's GEMM (concat_ops.py).
+#: The strategy that makes x and W longer for the vendor's GEMM (triton_ops.py).
 CONCAT = "concat"
 #: Strategies of the deltas alone.
 DELTA = ("segments", "gemv", "embedding")
 #: One program of the sorting kernel ranks this many requests.
 ORDER_TILES = Tiles(block_m=64, num_stages=1)
+
+
+# strategy -> the kernels that it launches, in order
+STRATEGY_KERNELS: Mapping[str, tuple[str, ...]] = {
+    "split": ("split", "reduce"),
+    "epilogue": ("shrink", "epilogue"),
+    "recompute": ("recompute",),
+    "segments": ("shrink", "expand"),
+    "concat": ("gather", "place"),
+    "gemv": ("shrink_rows", "expand_rows"),
+    "embedding": ("embedding_rows",),
+    "grouped": ("shrink", "epilogue"),
+    "activated": ("activate", "epilogue"),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,3 +191,74 @@ def plan_of(kernel: int) -> LaunchPlan:
 def source_of(kernel: int) -> str:
     texts = [f"# {k.path.name}\n{k.text}" for k in plan_of(kernel).all_kernels]
     return "\n\n".join(texts)
+
+
+# What a tuner measured: (strategy, architecture, spec, M rounded up to a power of two) -> tiles
+Key = tuple[str, str, DeltaSpec, int]
+TUNED: dict[Key, dict[str, Tiles]] = {}
+
+
+def tuning_key(strategy: str, arch: Architecture, spec: DeltaSpec, rows: int) -> Key:
+    return strategy, arch.name, spec, power_of_two(rows, 1, 1 << 20)
+
+
+def tiles_for(strategy: str, spec: DeltaSpec, rows: int, arch: Architecture) -> dict[str, Tiles]:
+    """Tiles of each kernel of `strategy` for about `rows` rows, tuned or the heuristic's."""
+    rows = max(rows, 1)  # of one expert, in "grouped" and "activated"
+    tuned = TUNED.get(tuning_key(strategy, arch, spec, rows))
+    if tuned is not None:
+        return dict(tuned)
+    if strategy == "embedding":
+        return {"embedding_rows": expand_rows_tiles(spec, rows, arch)}
+    if strategy == "recompute":
+        return {"recompute": linear_tiles(spec, rows, arch, "recompute")}
+    if strategy == "gemv":
+        first = shrink_rows_tiles(spec, rows, arch)
+        second = expand_rows_tiles(spec, rows, arch)
+        both = {"shrink_rows": first, "expand_rows": replace(second, parts=first.parts)}
+        return {name: replace(t, overlap=arch.overlaps) for name, t in both.items()}
+    if strategy == "concat":
+        return concat_tiles(spec, rows, arch)
+    if strategy == "split":
+        return split_tiles(spec, rows, arch)
+    if strategy in ("grouped", "activated"):
+        pair = grouped_tiles(spec, rows, arch, strategy)
+        return dict(zip(STRATEGY_KERNELS[strategy], pair, strict=True))
+    first = shrink_tiles(spec, rows, arch)
+    ordered = strategy == "segments" and rows > first.block_m
+    first = replace(first, ordered=ordered, overlap=arch.overlaps)
+    name, reader = STRATEGY_KERNELS[strategy]
+    second = linear_tiles(spec, rows, arch, reader)
+    second = replace(second, parts=first.parts, ordered=ordered, overlap=arch.overlaps)
+    return {name: first, reader: second}
+
+
+def tuned_file(arch: Architecture) -> Path:
+    versions = f"triton{triton_compat.version()}-torch{torch.__version__}-{generator_hash()[:8]}"
+    return cache_folder() / "tuned" / f"{arch.name}-{arch.processors}-{versions}.json"
+
+
+@functools.cache
+def load_tuned(arch: Architecture) -> int:
+    path = tuned_file(arch)
+    if not path.exists():
+        return 0
+    try:
+        rows = [_winner(row) for row in json.loads(path.read_text())]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return 0  # damaged, or of other fields than today's: the heuristic's tiles are right too
+    for (strategy, spec, bucket), tiles in rows:
+        TUNED.setdefault((strategy, arch.name, spec, bucket), tiles)
+    return len(rows)
+
+
+def _winner(row: Any) -> tuple[tuple[str, DeltaSpec, int], dict[str, Tiles]]:
+    spec = DeltaSpec(**{k: _typed(k, v) for k, v in row["spec"].items()})
+    tiles = {name: Tiles(**own) for name, own in row["tiles"].items()}
+    return (row["strategy"], spec, row["rows"]), tiles
+
+
+def _typed(name: str, value: Any) -> Any:
+    if name.endswith("dtype"):
+        return getattr(torch, value)
+    return tuple(value) if isinstance(value, list) else value

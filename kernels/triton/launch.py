@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from lorafx.kernels.ops.op_library import BankArgs
-from lorafx.kernels.triton.generated import GeneratedKernel
-from lorafx.kernels.triton.launchers import Launch
+from lorafx.kernels.triton.generated import GeneratedKernel, Launch
 from lorafx.kernels.triton.source import TritonSpec
 
 

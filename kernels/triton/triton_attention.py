@@ -34,8 +34,7 @@ from lorafx.kernels.cpu.attention import kernel_of
 from lorafx.kernels.ops.delta_spec import FLOATS
 from lorafx.kernels.ops.op_library import define_on
 from lorafx.kernels.ops.paged_attention import AttentionSpec, PagedStep, by_request, check_step
-from lorafx.kernels.triton.generated import GeneratedKernel, load
-from lorafx.kernels.triton.launchers import Launch, launch_wrapped
+from lorafx.kernels.triton.generated import GeneratedKernel, Launch, launch_wrapped, load
 from lorafx.kernels.triton.source import TYPES
 from lorafx.kernels.triton.tiles import Architecture, Tiles, architecture_of, power_of_two
 

@@ -4,10 +4,28 @@
     lorafx::triton_delta_            the deltas alone, added into y in place
     lorafx::triton_embedding_delta_  the delta of an embedding, added into y in place
     lorafx::triton_experts           products with routed experts' weights and their deltas, (M, N)
+    lorafx::triton_concat_           B behind the columns of W and v behind those of x
 
 `kernel` is an id of build.py. Other arguments are as in lorafx.kernels.ops.linear_ops, with
 rows > 0; the references are `lorafx::fused_linear`, `add_delta_`, `add_embedding_delta_` and
-`fused_experts`. All raise LoweringError for an argument that `kernel` was not made for.
+`fused_experts`. All raise LoweringError, with the op's name and what does not fit, for a real or
+fake argument that `kernel` was not made for.
+
+The strategy "concat" is one product of the vendor's for a longer x and a longer W:
+
+    x' = [ x | v of each sibling ]      W' = [ W | B of each sibling ]      y = x' W'ᵀ + b
+
+    gather   W'[column, d-th block of its sibling, r] = B[slot of block d, r, column]
+    place    x'[m, block of m, r] = scale · Σ_k A[slot of m, sibling, r, k] x[m, k]
+
+A sibling has a block of `TritonSpec.width` columns for each slot of the bank or for each request. A
+row's v is in the block of its slot, the rest of its columns are 0, and W' is 0 in the columns of
+other siblings. v is rounded to x's type before it is multiplied by B, which is of that type:
+
+    |ŷ - y| ≤ u |y| + u Σ_k |v_k| |B_k| + (2K + r + 8) 2⁻²⁴ |y|₁
+
+with u = 2⁻⁸ for bfloat16 and 2⁻¹¹ for float16. W' is finite in the blocks of other rows: where an
+adapter's B is not, the rows of that adapter alone are NaN.
 """
 
 from __future__ import annotations
@@ -15,12 +33,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from lorafx.kernels.ops.delta_spec import have_strides
 from lorafx.kernels.ops.expert_ops import check_ends
-from lorafx.kernels.ops.op_checks import require
+from lorafx.kernels.ops.op_checks import check_bank, require
 from lorafx.kernels.ops.op_library import BankArgs
-from lorafx.kernels.triton.build import EXPERTS, LINEAR, LaunchPlan, plan_of
+from lorafx.kernels.triton.build import CONCAT, EXPERTS, LINEAR, LaunchPlan, plan_of
+from lorafx.kernels.triton.generated import GeneratedKernel, Launch, generated_op
 from lorafx.kernels.triton.launch import (
     Base,
     LaunchArgs,
@@ -31,17 +52,115 @@ from lorafx.kernels.triton.launch import (
     shrink,
     split,
 )
-from lorafx.kernels.triton.launch_checks import (
-    check_ids,
-    check_linear,
-    check_weight,
-    check_y,
-    checked_plan,
-    require_adjacent,
-)
-from lorafx.kernels.triton.launchers import Launch, generated_op
-from lorafx.kernels.triton.source import Leaf
+from lorafx.kernels.triton.source import Leaf, TritonSpec
 from lorafx.torch_internals.symbols import guard_or_false
+
+
+def adjacent(tensor: Tensor) -> bool:
+    """Whether the elements of a row lie side by side, as the kernels read and write them."""
+    return guard_or_false(tensor.shape[-1] == 1) or guard_or_false(tensor.stride(-1) == 1)
+
+
+def require_adjacent(op: str, **tensors: Tensor) -> None:
+    """Refuses strided rows: a graph's author makes the copy, or plans another strategy."""
+    for name, tensor in tensors.items():
+        require(
+            op,
+            adjacent(tensor),
+            f"the rows of {name} have strides {tuple(tensor.stride())}, but this kernel "
+            f"needs the elements of a row side by side; pass {name}.contiguous(), or use "
+            "lorafx::fused_linear or add_delta_",
+        )
+
+
+def checked_plan(
+    op: str, kernel: int, strategies: Sequence[str], bank: BankArgs, rows: Any
+) -> LaunchPlan:
+    """The plan of `kernel`, if it is of these strategies and for such a bank."""
+    # A triton_op's schema has no plain int: where Dynamo made the id a symbol, int() guards on it.
+    plan = plan_of(int(kernel))
+    d = plan.spec.delta
+    A, B, ranks, _, slots = bank
+    require(op, plan.strategy in strategies, f"kernel {kernel} is one of {plan.strategy!r}")
+    check_bank(op, bank)
+    require(op, rows > 0, f"rows is {rows}; a kernel needs proved row ownership")
+    require(op, slots.shape[0] > 0, "slots is empty; give one slot per request")
+    require(op, A.dtype == d.bank_dtype, f"the bank is {A.dtype}, the kernel's {d.bank_dtype}")
+    R, group, columns = d.max_rank, d.group, d.columns
+    require(
+        op,
+        B.shape[1] == R and B.shape[2] >= d.last_column,
+        f"B is {tuple(B.shape)}, the kernel's (S, {R}, {d.last_column}) or wider",
+    )
+    require(op, ranks.shape[1] > max(d.siblings), f"ranks is for {ranks.shape[1]} siblings")
+    factor = group * d.in_features
+    laid = {"B": (d.slot_rows * columns, columns, 1), "ranks": (group, 1), "scales": (group, 1)}
+    if not d.embedding:
+        laid["A"] = (d.slot_rows * factor, factor, 1)
+    for name, strides in laid.items():
+        tensor = getattr(bank, name)
+        # It may show some siblings of the bank.
+        require(
+            op,
+            have_strides(tensor, strides),
+            f"{name} has strides {tuple(tensor.stride())}, not {strides}: it is not part of the "
+            "bank that the kernel was made for",
+        )
+    require(op, slots.is_contiguous(), "slots is not contiguous")
+    return plan
+
+
+def check_a(op: str, plan: LaunchPlan, A: Tensor) -> None:
+    d = plan.spec.delta
+    shown = (max(d.siblings) + 1) * d.in_features
+    require(
+        op,
+        A.shape[1] == d.max_rank and A.shape[2] >= shown,
+        f"A is {tuple(A.shape)}, the kernel's (S, {d.max_rank}, {shown}) or wider",
+    )
+
+
+def check_linear(op: str, plan: LaunchPlan, x: Tensor, A: Tensor) -> None:
+    d = plan.spec.delta
+    require(
+        op,
+        x.dim() == 2 and x.shape[1] == d.in_features and x.dtype == d.x_dtype,
+        f"x is {x.dtype} {tuple(x.shape)}, the kernel's {d.x_dtype} (M, {d.in_features})",
+    )
+    check_a(op, plan, A)
+    require_adjacent(op, x=x)
+
+
+def check_weight(op: str, plan: LaunchPlan, weight: Tensor, *leading: int) -> None:
+    spec = plan.spec
+    K, N = spec.delta.in_features, spec.out_features
+    shape = (*leading, K, N) if spec.transposed else (*leading, N, K)
+    require(
+        op,
+        tuple(weight.shape) == shape and weight.dtype == spec.weight_dtype,
+        f"the weight is {weight.dtype} {tuple(weight.shape)}, the kernel's {shape}",
+    )
+    require_adjacent(op, weight=weight)
+
+
+def check_ids(op: str, ids: Tensor) -> None:
+    require(
+        op,
+        ids.dim() == 1 and ids.dtype in (torch.int32, torch.int64),
+        f"ids is {ids.dtype} {tuple(ids.shape)}, the kernel's int32 or int64 (M,)",
+    )
+    require_adjacent(op, ids=ids)
+
+
+def check_y(op: str, plan: LaunchPlan, y: Tensor, rows: Any) -> None:
+    d, N = plan.spec.delta, plan.spec.out_features
+    require(
+        op,
+        y.dim() == 2 and y.shape[1] == N and y.dtype == d.y_dtype,
+        f"y is {y.dtype} {tuple(y.shape)}, the kernel's {d.y_dtype} (M, {N})",
+    )
+    require(op, y.shape[0] == rows, f"y has {y.shape[0]} rows, not {rows}")
+    require_adjacent(op, y=y)
 
 
 def _run_linear(
@@ -201,9 +320,77 @@ def _check_leaf(index: int, leaf: Leaf, last: int, tensors: Sequence[Tensor]) ->
     return tensors[-1].shape[0]
 
 
+def columns_of(spec: TritonSpec, blocks: Any) -> Any:
+    return len(spec.delta.sizes) * spec.width * blocks
+
+
+def blocks_of(spec: TritonSpec, bank: BankArgs) -> Any:
+    return bank.slots.shape[0] if spec.by_request else bank.B.shape[0]
+
+
+def gather(kernel: GeneratedKernel, spec: TritonSpec, w: Tensor, batch: LaunchArgs) -> Tensor:
+    """Writes B into W' (N, …), or (…, N) where the spec is transposed, behind its K columns.
+    Returns int32 (blocks, T): where B is not finite, by block and column tile; W' has 0 there."""
+    bank = batch.bank
+    blocks = blocks_of(spec, bank)
+    tiles_n = sum(-(-size // kernel.tiles.block_n) for size in spec.delta.sizes)
+    flags = torch.empty((blocks, tiles_n), dtype=torch.int32, device=w.device)
+    strides = [w.stride(1), w.stride(0)] if spec.transposed else [w.stride(0), w.stride(1)]
+    pointers = [bank.B, bank.ranks, bank.slots, w, flags]
+    batch.launch(kernel, (tiles_n, blocks), [*pointers, bank.ranks.shape[0], blocks, *strides])
+    return flags
+
+
+def place(
+    kernel: GeneratedKernel, spec: TritonSpec, x: Tensor, flags: Tensor, batch: LaunchArgs
+) -> None:
+    """Writes v into x' (M, …) behind x; NaN for rows of slots that `flags` marks."""
+    bank, tiles = batch.bank, kernel.tiles
+    grid = (batch.tiles(tiles.block_m), -(-columns_of(spec, 1) // tiles.block_r))
+    pointers = [x, bank.A, bank.ranks, bank.scales, flags, *batch.pointers]
+    scalars = batch.arguments(bank.ranks.shape[0], blocks_of(spec, bank), x.stride(0))
+    batch.launch(kernel, grid, [*pointers, *scalars])
+
+
+def _run_concat(
+    x: Tensor, w: Tensor, bank: BankArgs, rows: int, kernel: int, launch: Launch
+) -> None:
+    _concat_fake(x, w, bank, rows, kernel)
+    plan, M = plan_of(int(kernel)), x.shape[0]
+    if guard_or_false(M == 0):
+        return
+    batch = LaunchArgs.of(M, bank, rows, plan.order, launch)
+    behind_w, behind_x = plan.kernels.values()
+    flags = gather(behind_w, plan.spec, w, batch)
+    place(behind_x, plan.spec, x, flags, batch)
+
+
+def _concat_fake(x, w, bank: BankArgs, rows, kernel) -> None:
+    op = "triton_concat_"
+    plan = checked_plan(op, kernel, (CONCAT,), bank, rows)
+    spec, d = plan.spec, plan.spec.delta
+    more = columns_of(spec, blocks_of(spec, bank))
+    K, N = d.in_features, spec.out_features
+    require(
+        op,
+        x.dim() == 2 and x.shape[1] == K + more and x.dtype == d.x_dtype,
+        f"x' is {x.dtype} {tuple(x.shape)}, the kernel's {d.x_dtype} (M, {K} + {more})",
+    )
+    check_a(op, plan, bank.A)
+    require_adjacent(op, x=x)
+    require(op, w.dim() == 2, f"W' is a matrix, not {w.dim()}-d")
+    have, long = w.shape[::-1] if spec.transposed else w.shape
+    require(
+        op,
+        have == N and long == K + more and w.dtype == d.x_dtype,
+        f"W' is {w.dtype} {tuple(w.shape)}, the kernel's {d.x_dtype} with {N} rows of {K} + {more}",
+    )
+
+
 triton_linear = generated_op("linear", _run_linear, _linear_fake)
 triton_delta_ = generated_op("delta_", _run_delta, _delta_fake, mutates_args=("y",))
 triton_embedding_delta_ = generated_op(
     "embedding_delta_", _run_embedding_delta, _embedding_fake, mutates_args=("y",)
 )
 triton_experts = generated_op("experts", _run_experts, _experts_fake)
+triton_concat_ = generated_op("concat_", _run_concat, _concat_fake, mutates_args=("x", "w"))

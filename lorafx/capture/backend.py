@@ -40,7 +40,7 @@ from lorafx.passes.write_in_place import writes_in_place
 from lorafx.program.frame import ONE_SLOT, SLOTS, Frame
 from lorafx.program.program import Program
 from lorafx.program.stack import called_directly
-from lorafx.torch_internals.aot_autograd import aot_autograd
+from lorafx.torch_internals.dynamo import aot_autograd
 from lorafx.torch_internals.frames import (
     ends_in_break,
     guard_frame,

@@ -10,7 +10,7 @@ from torch import fx
 from lorafx.capture.failures import in_pass
 from lorafx.capture.verify import check_graph, output_values
 from lorafx.graph.context import Context
-from lorafx.pass_order import GraphPass, pipeline, run_passes
+from lorafx.pass_order import pipeline
 from lorafx.program.preparation import PassReport
 
 #: Receives the captured graph (with None), then the graph after each pass with its report.
@@ -23,8 +23,10 @@ def run_pipeline(gm: fx.GraphModule, ctx: Context, after_pass: AfterPass) -> Non
     outputs = output_values(gm)
     after_pass(gm, ctx, None)
 
-    def cleaned(item: GraphPass, edits: int, seconds: float) -> PassReport:
+    for item in pipeline(options).graph:
         start = time.perf_counter()
+        with in_pass(item):
+            edits = item.run(gm, ctx)
         for node in reversed(gm.graph.nodes):
             if not stays(node):
                 gm.graph.erase_node(node)
@@ -34,16 +36,7 @@ def run_pipeline(gm: fx.GraphModule, ctx: Context, after_pass: AfterPass) -> Non
         else:
             check_graph(item.name, gm, ctx, outputs)
         end = time.perf_counter()
-        report = PassReport(item.name, edits, seconds + end - start, len(gm.graph.nodes), end)
-        after_pass(gm, ctx, report)
-        return report
-
-    run_passes(
-        pipeline(options).graph,
-        lambda item: item.run(gm, ctx),
-        around=in_pass,
-        after=cleaned,
-    )
+        after_pass(gm, ctx, PassReport(item.name, edits, end - start, len(gm.graph.nodes), end))
 
 
 def stays(node: fx.Node) -> bool:

@@ -27,9 +27,13 @@ from lorafx.passes.outline.isomorphism import Stretch
 from lorafx.passes.outline.outline import repeats
 from lorafx.passes.outline.regions import is_pure, is_view
 from lorafx.program.frame import fake_value
-from lorafx.torch_internals.dispatch_modes import TorchDispatchMode
 from lorafx.torch_internals.dynamo import _log_api_usage_once
-from lorafx.torch_internals.fake_tensors import FakeTensor, FakeTensorMode, enable_python_dispatcher
+from lorafx.torch_internals.fake_tensors import (
+    FakeTensor,
+    FakeTensorMode,
+    TorchDispatchMode,
+    enable_python_dispatcher,
+)
 from lorafx.torch_internals.shortcuts import gave_up
 from lorafx.torch_internals.trees import tree_leaves
 

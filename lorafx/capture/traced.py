@@ -18,13 +18,13 @@ from lorafx.torch_internals.dynamo import (
     FrameExecStrategy,
     ObservedException,
     Unsupported,
+    calls_traced,
     check,
     innermost_fn,
     optimize,
     set_code_exec_strategy,
 )
 from lorafx.torch_internals.frames import guard_filter
-from lorafx.torch_internals.traced_calls import calls_traced
 
 #: Run an uncompiled function in Python once; its callees and its next call are traced as usual.
 _THIS_TIME = FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT)

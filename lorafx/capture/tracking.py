@@ -19,7 +19,7 @@ from lorafx.capture.weights_in_python import WeightUses
 from lorafx.ownership.held import Held
 from lorafx.ownership.memory import Memory, storage_of
 from lorafx.ownership.real import alone, held_results, tensors_in, written
-from lorafx.torch_internals.dispatch_modes import (
+from lorafx.torch_internals.fake_tensors import (
     TorchDispatchMode,
     _get_current_dispatch_mode,
     _get_current_dispatch_mode_stack,

@@ -19,7 +19,7 @@ from torch import fx
 
 from lorafx.passes.outline.outline import INVOKE
 from lorafx.program.frame import fake_value
-from lorafx.torch_internals.aot_autograd import InputMutationAOTOutput
+from lorafx.torch_internals.dynamo import InputMutationAOTOutput
 from lorafx.torch_internals.frames import size_expression
 
 #: Arguments of a call before the operands: the body and its name.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lorafx.errors import ConfigError
 from lorafx.layers.quantization import QuantizeMethodBase
-from lorafx.torch_internals.collectives import c10d
+from lorafx.torch_internals.operators import c10d
 
 if TYPE_CHECKING:
     import torch.distributed as dist

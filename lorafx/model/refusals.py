@@ -12,7 +12,7 @@ from lorafx.model.quantized import is_stored
 from lorafx.model.sites import has_own_forward
 from lorafx.model.weight_formats import is_wrapped
 from lorafx.registry import Eligible
-from lorafx.torch_internals.modules import _ConvTransposeNd, _NormBase
+from lorafx.torch_internals.dynamo import _ConvTransposeNd, _NormBase
 
 #: The way out for a module.
 LEAVE = "leave it out of target_modules, or name it in exclude_modules"

@@ -26,8 +26,7 @@ from lorafx.op_arguments import bound, index_of, operand
 from lorafx.ownership.flow import Flow, Rule
 from lorafx.ownership.labels import Digit, Label, Mixed, Own, Single
 from lorafx.ownership.symbolic import ONE, equal, product
-from lorafx.torch_internals.collectives import c10d
-from lorafx.torch_internals.operators import OpOverload
+from lorafx.torch_internals.operators import OpOverload, c10d
 
 aten, prims = torch.ops.aten, torch.ops.prims
 

@@ -30,7 +30,7 @@ from lorafx.ownership.memory import Memory, storage_of
 from lorafx.ownership.real import alone
 from lorafx.ownership.symbolic import divide
 from lorafx.program.roles import Role
-from lorafx.torch_internals.aot_autograd import (
+from lorafx.torch_internals.dynamo import (
     InputMutationAOTOutput,
     PlainAOTInput,
     PlainAOTOutput,

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from lorafx.model.keywords import refuse_slips
-from lorafx.torch_internals.modules import CALL, CALLS, OptimizedModule, in_wrapper_of_dynamo
+from lorafx.torch_internals.dynamo import CALL, CALLS, OptimizedModule, in_wrapper_of_dynamo
 
 #: Modules between the backend and its caller during compilation.
 _COMPILERS = re.compile(r"torch(\._dynamo\..*|\._utils_internal)?|lorafx\..*|contextlib")

@@ -69,7 +69,7 @@ class SavedLowered:
         """The runnable graph. Raises Undescribed where a kernel has changed."""
         build_all(self.kernels)
         for dtype in {spec.y_dtype for spec in self.kernels}:
-            dense.joined_ready(dtype)
+            dense.ready(dtype)
         for spec, kernel in self.kernels.items():
             if build(spec) != kernel:
                 raise Undescribed(f"the kernel of {spec} is another one here")

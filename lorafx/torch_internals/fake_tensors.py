@@ -1,15 +1,30 @@
-"""Tensors without numbers, which graphs are traced with."""
+"""Tensors without numbers, graphs that write nothing, and what sees every operator that runs."""
 
 from __future__ import annotations
 
 from lorafx.torch_internals.entries import Required, private_names
 
 ENTRY = Required(
-    use="sizes, strides and dtypes of what is computed in a graph, and of new nodes",
-    ended_by="a public name for torch._subclasses.fake_tensor",
+    use="sizes, strides and dtypes of what is computed in a graph, and of new nodes; a stamp "
+    "overwrites an input of the graph; owners are followed through what Python computes between "
+    "graphs",
+    ended_by="public names for torch._subclasses.fake_tensor and torch.utils._python_dispatch",
 )
 
 with private_names():
+    from torch import (
+        _from_functional_tensor,
+        _functionalize_commit_update,
+        _functionalize_replace,
+        _functionalize_sync,
+        _sync,
+    )
+    from torch._C import (
+        _DisableTorchDispatch,
+        _len_torch_dispatch_stack,
+        _pop_torch_dispatch_stack,
+        _push_on_torch_dispatch_stack,
+    )
     from torch._dispatch.python import enable_python_dispatcher
     from torch._guards import detect_fake_mode
     from torch._subclasses.fake_tensor import (
@@ -17,4 +32,9 @@ with private_names():
         FakeTensorMode,
         in_kernel_invocation_manager,
         unset_fake_temporarily,
+    )
+    from torch.utils._python_dispatch import (
+        TorchDispatchMode,
+        _get_current_dispatch_mode,
+        _get_current_dispatch_mode_stack,
     )

@@ -9,12 +9,15 @@ from typing import Any
 from lorafx.torch_internals.entries import Required, private_names
 
 ENTRY = Required(
-    use="the rewritten graph is lowered by Inductor's passes and its inner compile",
-    ended_by="torch.compiler with an entry for functional graphs of ATen",
+    use="the rewritten graph is lowered by Inductor's passes and its inner compile; kernels launch "
+    "early",
+    ended_by="torch.compiler with an entry for functional graphs of ATen; an option of Inductor's "
+    "for kernels that it is given",
     refused='lowering="inductor" and "triton"',
 )
 
 with private_names():
+    from torch._inductor.codegen.wrapper import PythonWrapperCodegen
     from torch._inductor.compile_fx import (
         _recursive_joint_graph_passes,
         compile_fx,
@@ -42,3 +45,19 @@ def code_noted(note: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         lowered.save_output_code = before
+
+
+def launch_dependents_early() -> None:
+    """Let Inductor launch kernels that wait by themselves while the kernel before them runs; its
+    own option does so only for kernels that it writes. Without it they start later."""
+    original = PythonWrapperCodegen.define_kernel
+    if getattr(original, "_lorafx", False):
+        return
+
+    def define_kernel(self: Any, name: str, body: str, *rest: Any, **named: Any) -> Any:
+        if "griddepcontrol.wait" in body:
+            body = body.replace("triton_meta={", "triton_meta={'launch_pdl': True, ", 1)
+        return original(self, name, body, *rest, **named)
+
+    define_kernel._lorafx = True  # type: ignore[attr-defined]
+    setattr(PythonWrapperCodegen, "define_kernel", define_kernel)  # noqa: B010  a method for mypy

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+from torch import distributed as dist
+
 from lorafx.torch_internals.entries import Required, private_names
 
 ENTRY = Required(
-    use="tell operators of ATen, packets and higher-order operators apart; grouped products, "
-    "collectives",
-    ended_by="public names for the classes of torch.ops",
+    use="tell operators of ATen, packets and higher-order operators apart; grouped products; "
+    "collectives of tensor-parallel layers, in graphs",
+    ended_by="public names for the classes of torch.ops; public functional collectives",
 )
 
 with private_names():
@@ -21,3 +24,9 @@ with private_names():
         OpOverloadPacket,
         _OpNamespace,
     )
+
+    if dist.is_available():
+        # Gives the functional collectives their fake implementations.
+        import torch.distributed._functional_collectives
+
+    c10d = torch.ops._c10d_functional

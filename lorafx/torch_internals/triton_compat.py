@@ -25,15 +25,20 @@ from lorafx.torch_internals.entrances import unsupported
 from lorafx.torch_internals.entries import Required, private_names
 
 ENTRY = Required(
-    use="kernels run in Triton's interpreter on a CPU; operators of generated kernels; scratch",
+    use="kernels run in Triton's interpreter on a CPU; operators of generated kernels, whose "
+    "bodies are traced into a graph; scratch",
     ended_by="an interpreter of Triton's that is right for bfloat16 and needs no variable of the "
-    "environment; torch.library.triton_op that is told its kernels",
+    "environment; torch.library.triton_op that is told its kernels; a pass of torch's that takes "
+    "such operators apart",
     refused='lowering="triton"',
 )
 
 with private_names():
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
     from torch._library import triton as triton_library
     from torch._library.triton import is_wrap_triton_enabled
+    from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
+    from torch.fx.experimental.proxy_tensor import make_fx
     from triton.runtime import interpreter
     from triton.runtime.interpreter import GridExecutor
 

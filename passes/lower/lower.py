@@ -35,12 +35,12 @@ from lorafx.graph.context import (
 from lorafx.graph.expert_uses import grouped, is_grouped
 from lorafx.graph.pointwise_region import PointwiseRegion
 from lorafx.kernels.cost.roofline import FUSED
-from lorafx.kernels.cpu.delta_kernels import delta_call, embedding_delta_call, expert_delta_call
+from lorafx.kernels.cpu.delta_kernels import delta_call
 from lorafx.kernels.cpu.grouped_mm import GROUPED_MM, kernel_of
 from lorafx.kernels.ops.op_library import BankArgs
-from lorafx.kernels.triton import concat_ops, triton_ops
+from lorafx.kernels.triton import triton_ops
 from lorafx.kernels.triton.build import CONCAT, EXPERTS, plan_of
-from lorafx.kernels.triton.launch_checks import adjacent
+from lorafx.kernels.triton.triton_ops import adjacent
 from lorafx.op_arguments import bound, in_order
 from lorafx.passes.fuse.fuse_experts import FUSED_EXPERTS, product, region
 from lorafx.passes.lower.triton_graph import inline_triton_ops
@@ -58,7 +58,7 @@ TRITON_LINEAR = triton_ops.triton_linear._opoverload
 TRITON_DELTA = triton_ops.triton_delta_._opoverload
 TRITON_EMBEDDING_DELTA = triton_ops.triton_embedding_delta_._opoverload
 TRITON_EXPERTS = triton_ops.triton_experts._opoverload
-TRITON_CONCAT = concat_ops.triton_concat_._opoverload
+TRITON_CONCAT = triton_ops.triton_concat_._opoverload
 TRITON_OPS = (
     TRITON_LINEAR,
     TRITON_DELTA,
@@ -124,7 +124,7 @@ def _concat(ctx: Context, kernel: int, call: dict[str, Any]) -> fx.Node:
     longer x (M, K) and W. Both come from aten.cat, so Inductor computes x directly into x'."""
     spec = plan_of(kernel).spec
     blocks = fake_value(call["slots" if spec.by_request else "B"]).shape[0]
-    more = concat_ops.columns_of(spec, blocks)
+    more = triton_ops.columns_of(spec, blocks)
     longer = {
         "x": _with_columns(ctx, call["x"], 1, more),
         "w": _with_columns(ctx, call["weight"], 0 if call["transposed"] else 1, more),
@@ -193,7 +193,7 @@ def _expert_delta(ctx: Context, node: fx.Node, call: dict[str, Any]) -> fx.Node:
         experts = call["experts"] if ends is None else ends
         tensors, sorted_rows = (*_operands(call), alike, experts), ends is not None
         settings = {"rows": call["rows"], "ends": sorted_rows}
-        generated = expert_delta_call(cpu_spec(node), *tensors, **settings)
+        generated = delta_call(cpu_spec(node), *tensors, **settings)
         if generated is not None:
             return call_in_place(*generated)
     capacity = fake_value(call["ranks"]).shape[0] // call["count"]
@@ -239,9 +239,8 @@ def _embedding(ctx: Context, node: fx.Node) -> fx.Node:
         return _shaped(ctx, call_in_place(TRITON_EMBEDDING_DELTA, arguments), y, node)
     if strategy.name == GENERATED:
         tensors = _operands(call, "ids")
-        op = embedding_delta_call(delta_spec(node), *tensors, rows=call["rows"])
-        return call_in_place(*op)
-    return call_in_place(ADD_EMBEDDING_DELTA, in_order(ADD_EMBEDDING_DELTA, call, kernel=0))
+        return call_in_place(*delta_call(delta_spec(node), *tensors, rows=call["rows"]))
+    return call_in_place(ADD_EMBEDDING_DELTA, in_order(ADD_EMBEDDING_DELTA, call))
 
 
 def _add_delta(ctx: Context, node: fx.Node, call: dict[str, Any]) -> fx.Node:
@@ -251,9 +250,8 @@ def _add_delta(ctx: Context, node: fx.Node, call: dict[str, Any]) -> fx.Node:
         arguments = in_order(TRITON_DELTA, call, **laid, kernel=strategy.kernel)
         return call_in_place(TRITON_DELTA, arguments)
     if strategy.name == GENERATED:
-        op = delta_call(delta_spec(node), *_operands(call), rows=call["rows"])
-        return call_in_place(*op)
-    return call_in_place(ADD_DELTA, in_order(ADD_DELTA, call, kernel=0))
+        return call_in_place(*delta_call(delta_spec(node), *_operands(call), rows=call["rows"]))
+    return call_in_place(ADD_DELTA, in_order(ADD_DELTA, call))
 
 
 def _operands(call: dict[str, Any], x: str = "x") -> tuple[Any, ...]:

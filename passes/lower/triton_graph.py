@@ -21,14 +21,13 @@ from torch import Tensor, fx
 from lorafx.errors import LoweringError
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound, index_of, op_of
 from lorafx.torch_internals.fake_tensors import FakeTensor
-from lorafx.torch_internals.functional import (
+from lorafx.torch_internals.operators import OpOverload
+from lorafx.torch_internals.triton_compat import (
     FunctionalTensorMode,
     dispatch_functionalize,
     kernel_side_table,
     make_fx,
 )
-from lorafx.torch_internals.inductor_wrapper import launch_dependents_early
-from lorafx.torch_internals.operators import OpOverload
 
 EMPTY = torch.ops.aten.empty.memory_format
 KERNEL_CALL = torch.ops.higher_order.triton_kernel_wrapper_functional
@@ -44,6 +43,8 @@ def inline_triton_ops(
     Raises LoweringError where a body does not trace.
     """
     if early:
+        from lorafx.torch_internals.inductor import launch_dependents_early
+
         launch_dependents_early()
     bodies: dict[object, fx.GraphModule] = {}
     shared: dict[object, fx.Node] = {}

@@ -15,35 +15,25 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks"
 
-LISTED = "add(sorted(str(p.relative_to(cache)) for p in cache.rglob('*.json')))"
 #: What jobs of these tests do, by name: they find rows and write them as gpu_job.Part does.
 BODIES = {
     "quick": "add('one')",
     "second": "add('one'); add('two')",
-    "resumed": "add(len(rows)); print('no memory', flush=True); "
-    "die() if len(rows) < 2 else add('end')",
     "wrong": "add('one'); fail('two', 'Traceback\\nRuntimeError: two is off')",
-    "crash": "add('one'); os.kill(os.getpid(), 11)",
     "parent": "add('one'); child = subprocess.Popen(['sleep', '60']); add(str(child.pid)); "
     "time.sleep(60)",
-    "tune": "write_json(cache / 'tuned/x.json', [1]); "
-    "add('tiles', file='tuned/x.json', kept=[{'strategy': 'split'}])",
-    "cache": LISTED,
-    "without": LISTED,
 }
 SCRIPT = """
-import json, os, subprocess, sys, time
+import json, subprocess, sys, time
 from pathlib import Path
 from gpu_results import write_json
 part, body = Path(sys.argv[1]), sys.argv[2]
 found = json.loads(part.read_text())
-rows, cache = found["rows"], Path(os.environ["LORAFX_CACHE_DIR"])
+rows = found["rows"]
 def add(key, **more):
     rows.append({"key": key, **more}); write_json(part, found); time.sleep(0.15)
 def fail(key, why):
     found["failures"][key] = why; write_json(part, found)
-def die():
-    os._exit(7)
 eval(compile(body, "body", "exec"))
 found["ended"] = True
 found["summary"] = f"{len(rows)} rows"
@@ -65,18 +55,16 @@ def world(tmp_path: Path) -> Callable[..., Any]:
     (root / "kernels" / "__pycache__").mkdir(parents=True)
     (root / "kernels" / "a.py").write_text("1")
 
-    def make(*names: str, limit: float = 60.0, **more: Any) -> Any:
-        options = {"estimate": 0.5, "sources": ("kernels",), **more.pop("job", {})}
+    def make(*names: str, most: float = 540.0, **more: Any) -> Any:
+        options: Any = {"estimate": 0.5, "sources": ("kernels",), "most": most}
         jobs = [Job(name, "tests", "none:none", **options) for name in names]
-        store = gpu_results.Store("gpu", tmp_path / "kept", more.pop("out", None))
-        environment = {**os.environ, "PYTHONPATH": str(FOLDER)}
         return gpu_runner.Queue(
-            more.pop("jobs", jobs),
-            store,
+            jobs,
+            gpu_results.Store("gpu", tmp_path / "kept", None),
             {"gpu": "test"},
-            time.monotonic() + gpu_runner.MARGIN + limit,
+            time.monotonic() + gpu_runner.MARGIN + 60,
             digests=gpu_results.Digests(root),
-            environment=lambda cache: {**environment, "LORAFX_CACHE_DIR": str(cache)},
+            environment=lambda cache: {**os.environ, "PYTHONPATH": str(FOLDER)},
             launch=lambda job, part: [sys.executable, "-c", SCRIPT, str(part), BODIES[job.name]],
             **more,
         )
@@ -150,13 +138,10 @@ def test_failures_go_first_once_mended_and_last_until_then(world: Any, tmp_path:
 
 
 def test_a_job_is_killed_at_its_limit_with_what_it_started(world: Any, tmp_path: Path) -> None:
-    ran = run(world("parent", "quick", job={"most": 3.0}), tmp_path)[0]
+    ran = run(world("parent", "quick", most=3.0), tmp_path)[0]
     assert ran == ["parent", "quick", "parent"]
     entry = kept(world, "parent")
     assert (entry["status"], entry["why"]) == ("failed", "killed at its limit of 3 s")
     keys = [row["key"] for row in entry["rows"]]
     assert keys[::2] == ["one", "one"]
     assert not any(is_running(int(child)) for child in keys[1::2])
-
-
-# --- jobs in their own process ---

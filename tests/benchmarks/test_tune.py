@@ -14,11 +14,12 @@ from triton_variants import representative_specs
 from tune import LinearProblem, neighbours, search, tune
 
 from lorafx.kernels.cost.chips import DEFAULT_CHIP
-from lorafx.kernels.triton import strategy_tiles
-from lorafx.kernels.triton.build import build, plan_of
-from lorafx.kernels.triton.strategy_tiles import (
+from lorafx.kernels.triton import build as module
+from lorafx.kernels.triton.build import (
     TUNED,
+    build,
     load_tuned,
+    plan_of,
     tiles_for,
     tuned_file,
     tuning_key,
@@ -40,7 +41,7 @@ def model(strategy: str, rows: int):
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     before = dict(TUNED)
     TUNED.clear()
-    monkeypatch.setattr(strategy_tiles, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(module, "cache_folder", lambda: tmp_path)
     load_tuned.cache_clear()
     yield tmp_path
     TUNED.clear()

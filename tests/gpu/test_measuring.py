@@ -11,8 +11,8 @@ from triton_cases import STRATEGIES
 from triton_variants import representative_specs
 from tune import tune
 
-from lorafx.kernels.triton import strategy_tiles
-from lorafx.kernels.triton.strategy_tiles import TUNED, load_tuned, tiles_for
+from lorafx.kernels.triton import build as module
+from lorafx.kernels.triton.build import TUNED, load_tuned, tiles_for
 from lorafx.kernels.triton.tiles import architecture_of
 
 
@@ -20,7 +20,7 @@ from lorafx.kernels.triton.tiles import architecture_of
 def test_tuning_finds_nothing_slower(
     device: torch.device, strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(strategy_tiles, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(module, "cache_folder", lambda: tmp_path)
     load_tuned.cache_clear()
     spec = representative_specs()["conv1d_r8_bf16"]
     before = dict(TUNED)

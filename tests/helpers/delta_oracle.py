@@ -117,13 +117,15 @@ def random_problem(
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype] = (torch.float32,) * 3,
     siblings: Sequence[int] | None = None,
     vocabulary: int | None = None,
+    ranks: Tensor | None = None,
     seed: int = 0,
 ) -> Problem:
     """Random arguments; dtypes are those of x, the bank and y.
 
     The bank has a sibling for each of `sizes`; `siblings` picks those that y has columns for.
-    Planes beyond a slot's rank hold NaN, so an implementation that reads them is found out. The
-    slots' ranks run down from the largest to 0. With `vocabulary`, x holds ids.
+    Planes beyond a slot's rank hold NaN, so an implementation that reads them is found out. Without
+    `ranks` (capacity, siblings) those run down from the largest to 0. With `vocabulary`, x holds
+    ids.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -134,10 +136,10 @@ def random_problem(
     picked = list(range(G)) if siblings is None else list(siblings)
     offsets = [sum(sizes[:i]) for i in picked]
     x_dtype, bank_dtype, y_dtype = dtypes
-    ranks = torch.tensor(
-        [[max(R - (s + i) * max(R // capacity, 1), 0) for i in range(G)] for s in range(capacity)],
-        dtype=torch.int32,
-    )
+    if ranks is None:
+        step = max(R // capacity, 1)
+        found = [[max(R - (s + i) * step, 0) for i in range(G)] for s in range(capacity)]
+        ranks = torch.tensor(found, dtype=torch.int32)
     if vocabulary is None:
         x = random(x_shape, x_dtype)
         K = x_shape[-1]
@@ -170,6 +172,15 @@ def random_problem(
         sizes=kept,
         rows=rows,
     )
+
+
+def of_order_one(problem: Problem) -> Problem:
+    """The same problem with x A and v B of order one, and NaN in the slots that no row has."""
+    p, K, R = problem, problem.x.shape[-1], problem.B.shape[1]
+    x, B = (p.x.float() / K**0.5).to(p.x.dtype), (p.B.float() / R).to(p.B.dtype)
+    unread = [slot for slot in range(len(B)) if slot not in p.owners()]
+    p.A[unread] = B[unread] = torch.nan
+    return p.with_(x=x, B=B)
 
 
 def sharing_room(problem: Problem, slot_rank: int) -> Problem:

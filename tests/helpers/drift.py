@@ -30,8 +30,8 @@ WAYS = ("missing", "signature")
 ROADS = {
     **dict.fromkeys(("cpp", "decompositions", "inductor", "torn_libraries"), "inductor"),
     **dict.fromkeys(("saved_graphs", "wrappers"), "saved"),
-    **dict.fromkeys(("collectives", "transformers_parts", "triton"), "parts"),
-    **dict.fromkeys(("functional", "inductor_wrapper", "triton_compat"), "triton"),
+    **dict.fromkeys(("transformers_parts", "triton"), "parts"),
+    "triton_compat": "triton",
 }
 _LIMIT = 120  # seconds a case
 
@@ -298,15 +298,14 @@ def _saved(task: Task) -> None:
 
 
 def _triton(task: Task) -> None:
-    from lorafx.kernels.triton import launchers
-    from lorafx.torch_internals import inductor_wrapper
+    from lorafx.torch_internals import inductor, triton_compat
     from lorafx.torch_internals.entrances import entrance
     from lorafx.torch_internals.shortcuts import chosen
 
     with entrance():  # as the calls of models are that ask for these
         if "early_launches" in chosen():
-            inductor_wrapper.launch_dependents_early()
-        launchers.launches_directly()
+            inductor.launch_dependents_early()
+        triton_compat.launches_directly()
     _compiled(task, lowering="triton")
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from delta_oracle import Problem, dense_delta, of_order_one, random_problem
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from triton_cases import CPU, FP32
@@ -84,42 +85,42 @@ def make_experts(
 
     Ranks are unequal; factors that no row owns are NaN.
     """
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    E, M, G, N = len(counts), sum(counts) + tail, len(sizes), sum(sizes)
+    E, M = len(counts), sum(counts) + tail
     owner = torch.tensor([slots[m % len(slots)] for m in range(M)], dtype=torch.int32)
-    experts = torch.repeat_interleave(torch.arange(E + 1), torch.tensor([*counts, tail]))
-    A = torch.full((capacity * E, rank, G * K), torch.nan)
-    B = torch.full((capacity * E, rank, N), torch.nan)
-    ranks = torch.full((capacity * E, G), rank, dtype=torch.int32)
-    for m in range(M):
-        if owner[m] < 0 or experts[m] == E:
-            continue
-        key = int(experts[m]) * capacity + int(owner[m])
-        for i in range(G):
-            r = (rank, 1, 0, rank - 1)[(key + i) % 4] if rank > 1 else 1
-            ranks[key, i] = r
-            A[key, :r, i * K : (i + 1) * K] = random(r, K) / K**0.5
-            first = sum(sizes[:i])
-            B[key, :r, first : first + sizes[i]] = random(r, sizes[i]) / rank**0.5
-    weight = random(E, K, N) if transposed else random(E, N, K)
-    ends = torch.tensor(counts).cumsum(0)
+    experts = torch.repeat_interleave(torch.arange(E + 1), torch.tensor([*counts, tail])).int()
+    places = torch.arange(capacity * E)[:, None] + torch.arange(len(sizes))
+    ranks = torch.tensor((rank, 1, 0, rank - 1) if rank > 1 else (1,) * 4, dtype=torch.int32)
+    made = random_problem(
+        x_shape=(M, K),
+        slots=_keys(owner, experts, capacity, E).tolist(),
+        rows=1,
+        sizes=sizes,
+        max_rank=rank,
+        capacity=capacity * E,
+        dtypes=(dtype,) * 3,
+        ranks=ranks[places % 4],
+        seed=seed,
+    )
+    p, ends = of_order_one(made), torch.tensor(counts).cumsum(0)
+    shape = (E, K, sum(sizes)) if transposed else (E, sum(sizes), K)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1))
     return Experts(
-        x=random(M, K).to(dtype),
+        x=p.x,
         weight=(weight / K**0.5).to(dtype),
         offs=ends if int64 else ends.int(),
-        A=A.to(dtype),
-        B=B.to(dtype),
-        ranks=ranks,
-        scales=random(capacity * E, G),
+        A=p.A,
+        B=p.B,
+        ranks=p.ranks,
+        scales=p.scales,
         slots=owner,
-        experts=experts.int(),
+        experts=experts,
         sizes=tuple(sizes),
         transposed=transposed,
     )
+
+
+def _keys(slots: Tensor, experts: Tensor, capacity: int, count: int) -> Tensor:
+    return torch.where((slots >= 0) & (experts < count), experts * capacity + slots, -1).int()
 
 
 def activated(case: Experts, function: Callable[..., Tensor], halves: int) -> Experts:
@@ -165,27 +166,13 @@ def run(case: Experts, strategy: str = "grouped", **kwargs: Any) -> Tensor:
 
 def exact(case: Experts) -> Tensor:
     """y in float64, row by row; 0 for rows of no expert."""
-    E, K = case.weight.shape[0], case.x.shape[1]
-    y = torch.zeros(case.x.shape[0], sum(case.sizes), dtype=torch.float64)
-    for m, (slot, expert) in enumerate(
-        zip(case.slots.tolist(), case.experts.tolist(), strict=True)
-    ):
-        if expert == E:
-            continue
-        weight = case.weight[expert].double()
-        y[m] = case.x[m].double() @ (weight if case.transposed else weight.T)
-        start = 0
-        for i, size in enumerate(case.sizes):
-            if slot >= 0:
-                key = expert * (case.ranks.shape[0] // E) + slot
-                r = int(case.ranks[key, i])
-                a = case.A[key, :r, i * K : (i + 1) * K].double()
-                b = case.B[key, :r, start : start + size].double()
-                y[m, start : start + size] += (
-                    float(case.scales[key, i]) * (a @ case.x[m].double()) @ b
-                )
-            start += size
-    return y
+    E, y = case.weight.shape[0], torch.zeros(case.x.shape[0], sum(case.sizes), dtype=torch.float64)
+    for expert in range(E):
+        mine, weight = case.experts == expert, case.weight[expert].double()
+        y[mine] = case.x[mine].double() @ (weight if case.transposed else weight.T)
+    keys = _keys(case.slots, case.experts, case.ranks.shape[0] // E, E)
+    bank = (case.A, case.B, case.ranks, case.scales, keys)
+    return dense_delta(Problem(y, case.x, *bank, *case.ranges, rows=1))[0]
 
 
 def assert_right(case: Experts, got: Tensor) -> None:

@@ -11,11 +11,10 @@ from delta_oracle import Problem
 from dense_merge import Case as ModelCase
 from dense_merge import error
 from torch import Tensor
-from triton_cases import CONCAT, LINEAR, Case, lora
+from triton_cases import CONCAT, LINEAR, Case, concat_linear, lora
 
 import lorafx
 from lorafx.kernels.triton.build import build
-from lorafx.kernels.triton.concat_ops import concat_linear
 
 #: float32 sums in another order than on the CPU, over a few layers.
 TOLERANCE = 1e-4

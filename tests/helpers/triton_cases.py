@@ -14,17 +14,21 @@ u_0 = 2⁻²⁵, what float16's subnormals leave of `low`. Asserted is twice tha
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from delta_oracle import Problem, dense_delta
+from delta_oracle import Problem, dense_delta, of_order_one, random_problem
 from torch import Tensor
 
 import lorafx.kernels.triton.triton_ops  # noqa: F401  registers the ops
 from lorafx.kernels.triton.build import CONCAT, LINEAR, TritonSpec, build
-from lorafx.kernels.triton.concat_ops import concat_linear
 from lorafx.kernels.triton.tiles import Tiles
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from tune import concat_linear
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 CPU = torch.device("cpu")
@@ -76,47 +80,29 @@ def make_case(
     third on every fourth has a sibling without factors. Whatever no row owns is NaN: planes beyond
     a slot's rank, slots that no row has.
     """
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    M = len(slots) * rows if M is None else M
-    x_dtype, bank_dtype, y_dtype = dtypes
-    G, columns = len(sizes), sum(sizes)
     S = max(max(slots, default=0) + 1, 1) if capacity is None else capacity
-    picked = list(range(G)) if siblings is None else list(siblings)
-    kept = [sizes[i] for i in picked]
-    A = torch.full((S, rank, G * K), torch.nan, dtype=bank_dtype)
-    B = torch.full((S, rank, columns), torch.nan, dtype=bank_dtype)
-    ranks = torch.full((S, G), rank, dtype=torch.int32)
+    ranks = torch.full((S, len(sizes)), rank, dtype=torch.int32)
     for place, slot in enumerate(sorted({slot for slot in slots if slot >= 0})):
-        for i in range(G):
-            r = rank if place == 0 else 0 if (place + i) % 4 == 2 else 1 + (place * 5 + i) % rank
-            ranks[slot, i] = r
-            first = sum(sizes[:i])
-            A[slot, :r, i * K : (i + 1) * K] = random(r, K).to(bank_dtype)
-            B[slot, :r, first : first + sizes[i]] = (random(r, sizes[i]) / rank).to(bank_dtype)
-    problem = Problem(
-        y=random(M, sum(kept)).to(y_dtype),
-        x=(random(M, K) / K**0.5).to(x_dtype),
-        A=A,
-        B=B,
-        ranks=ranks,
-        scales=random(S, G),
-        slots=torch.tensor(list(slots), dtype=torch.int32),
-        siblings=picked,
-        offsets=[sum(sizes[:i]) for i in picked],
-        sizes=kept,
+        for i in range(len(sizes) if place else 0):
+            ranks[slot, i] = 0 if (place + i) % 4 == 2 else 1 + (place * 5 + i) % rank
+    made = random_problem(
+        x_shape=(len(slots) * rows if M is None else M, K),
+        slots=slots,
         rows=rows,
+        sizes=sizes,
+        max_rank=rank,
+        capacity=S,
+        dtypes=dtypes,
+        siblings=siblings,
+        ranks=ranks,
+        seed=seed,
     )
-    weight = random(sum(kept), K).to(x_dtype)
-    return Case(
-        problem,
-        weight.T.contiguous() if transposed else weight,
-        random(sum(kept)).to(x_dtype) if bias else None,
-        transposed,
-    )
+    problem = of_order_one(made)
+    generator = torch.Generator().manual_seed(seed + 1)
+    N = sum(problem.sizes)
+    weight, added = (torch.randn(s, generator=generator).to(dtypes[0]) for s in ((N, K), (N,)))
+    weight = weight.T.contiguous() if transposed else weight
+    return Case(problem, weight, added if bias else None, transposed)
 
 
 def kernel_of(case: Case, strategy: str, tiles: Mapping[str, Tiles] | None = None) -> int:

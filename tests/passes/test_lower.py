@@ -67,7 +67,7 @@ reshape = aten.reshape(x, [-1, 4])
 permute = aten.permute(with_bias_weight, [1, 0])
 addmm = aten.addmm(with_bias_bias, reshape, permute)
 auto_functionalized = auto_functionalized(lorafx.add_delta_, addmm, reshape, bank, slots,
-    [0], [0], [6], 2, 0)
+    [0], [0], [6], 2)
 getitem = getitem(auto_functionalized, 1)
 reshape_1 = aten.reshape(getitem, [3, 2, 6])
 return reshape_1

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMITS = sorted((ROOT / "examples" / "commits").glob("*.patch"))
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text()
 #: What the tests of the commits need.
-NEEDED = ("lorafx", "passes", "kernels", "tests/helpers", "tests/conformance")
+NEEDED = ("lorafx", "passes", "kernels", "tests/helpers", "tests/conformance", "benchmarks")
 
 
 @pytest.fixture

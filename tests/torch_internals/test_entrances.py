@@ -26,9 +26,9 @@ class _Gone:
 
 
 def test_of_private_ground(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorafx.torch_internals import modules
+    from lorafx.torch_internals import dynamo
 
-    monkeypatch.setattr(modules, "OptimizedModule", None)
+    monkeypatch.setattr(dynamo, "OptimizedModule", None)
     monkeypatch.setattr("lorafx.passes.select.OptimizedModule", None)
     with pytest.raises(UnsupportedVersionError, match=r"pip install .*torch==") as got:
         lorafx.attach(nn.Sequential(nn.Linear(4, 4)).eval(), CONFIG)

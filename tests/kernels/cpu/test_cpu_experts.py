@@ -11,7 +11,7 @@ from delta_oracle import Problem, assert_delta, random_problem
 from toolchain import needs_compiler
 from torch import Tensor
 
-from lorafx.kernels.cpu.delta_kernels import build, build_all, expert_delta_call
+from lorafx.kernels.cpu.delta_kernels import build, build_all, delta_call
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 
 lora = torch.ops.lorafx
@@ -192,5 +192,5 @@ def test_bad_arguments(message: str) -> None:
 @pytest.mark.parametrize("ends", [False, True], ids=["chosen", "sorted"])
 def test_opcheck(ends: bool) -> None:
     r = routed("gate and up", ends=ends)
-    op, arguments = expert_delta_call(r.spec, *r.tensors, rows=r.rows, ends=ends)
+    op, arguments = delta_call(r.spec, *r.tensors, rows=r.rows, ends=ends)
     assert torch.library.opcheck(op, arguments)

@@ -118,8 +118,8 @@ def test_without_a_compiler(monkeypatch) -> None:
     dense.ready.cache_clear()
     bias, x, weight = operands(3, 5, 9, torch.float32)
     with pytest.warns(UserWarning, match="stay with aten: no C\\+\\+ compiler"):
-        check(dense.dense_mm(x, weight, []), x, weight)
-    check(dense.dense_addmm(bias, x, weight, [4, 5]), x, weight, bias)
+        check(dense.product(x, weight, []), x, weight)
+    check(dense.product(bias, x, weight, [4, 5]), x, weight, bias)
     dense.ready.cache_clear()
 
 

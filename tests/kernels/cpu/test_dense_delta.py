@@ -48,7 +48,7 @@ def check(p: Problem, x: Tensor | None = None) -> Tensor:
         y = op(*operands)
         apart = y.clone()
         lora.run_delta_(apart, x, *arguments)
-        assert dense.joined_ready(x.dtype)
+        assert dense.ready(x.dtype)
         together = deltas(*operands, *arguments)
         assert together.is_contiguous()
         assert torch.equal(together, apart)
@@ -112,10 +112,12 @@ def test_opcheck(bias: bool) -> None:
 
 def test_before_the_kernels_are_there(monkeypatch) -> None:
     """The ops' own implementations, which also run off the CPU."""
-    monkeypatch.setattr(dense, "joined_ready", lambda dtype: False)
+    monkeypatch.setattr(dense, "ready", lambda dtype: False)
     p = problem_of([0, -1, 1], torch.float32)
     (bias, weight), kernel = base_of(p), kernel_of(p)
-    got = dense.dense_mm_delta(p.x, weight, [], p.bank, 1, kernel)
-    assert_delta(p.with_(y=dense.dense_mm(p.x, weight, [])), got)
-    got = dense.dense_addmm_delta(bias, p.x, weight, [], p.bank, 1, kernel)
-    assert_delta(p.with_(y=dense.dense_addmm(bias, p.x, weight, [])), got)
+    for op, operands in (
+        (lora.dense_mm, (p.x, weight, [])),
+        (lora.dense_addmm, (bias, p.x, weight, [])),
+    ):
+        got = dense.product_and_delta(*operands, *p.bank, 1, kernel)
+        assert_delta(p.with_(y=op(*operands)), got)

@@ -10,7 +10,7 @@ from delta_oracle import Problem, assert_delta, random_problem
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
-from lorafx.kernels.cpu.delta_kernels import delta_call, embedding_delta_call
+from lorafx.kernels.cpu.delta_kernels import delta_call
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def traced(p: Problem, aten: bool = False) -> Callable[..., Tensor]:
     def function(x: Tensor, weight: Tensor, *bank: Tensor) -> Tensor:
         y = x @ weight
         if aten:
-            torch.ops.lorafx.add_delta_(y, x, *bank, *p.ranges, p.rows, 0)
+            torch.ops.lorafx.add_delta_(y, x, *bank, *p.ranges, p.rows)
         else:
             torch.ops.lorafx.run_delta_(y, x, *bank, p.rows, kernel)
         return y
@@ -51,19 +51,3 @@ def test_delta_lands_in_the_products_buffer(aten: bool, dtype: torch.dtype) -> N
     assert "cpp_fused" not in code  # a copy of y would be a generated pointwise kernel
     assert "clone" not in code.replace("clone_preserve_strides", "")
     assert "copy_" not in code
-
-
-def test_embedding() -> None:
-    e = random_problem(x_shape=(4, 3), slots=(2, -1, 0, 1), rows=3, sizes=(9,), vocabulary=11)
-    weight = torch.randn(11, 9)
-    spec = e.spec
-    kernel = embedding_delta_call(spec, e.y, e.x, *e.bank, rows=3)[1][-1]
-
-    def function(ids: Tensor, weight: Tensor, *bank: Tensor) -> Tensor:
-        y = torch.nn.functional.embedding(ids, weight)
-        torch.ops.lorafx.run_embedding_delta_(y, ids, *bank, 3, kernel)
-        return y
-
-    with torch.no_grad():
-        y = torch.compile(function, fullgraph=True)(e.x, weight, *e.bank)
-    assert_delta(e.with_(y=torch.nn.functional.embedding(e.x, weight)), y)

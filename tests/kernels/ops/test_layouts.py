@@ -24,12 +24,13 @@ lora = torch.ops.lorafx
 def add(p: Problem, *, generated: bool) -> Tensor:
     """y after the delta was added into a copy of it of the same strides."""
     y = torch.empty_strided(p.y.shape, p.y.stride()).copy_(p.y)
-    kernel = build(p.spec) if generated else 0
-    assert kernel is not None
-    if p.embedding:
-        lora.add_embedding_delta_(y, p.x, *p.bank, p.rows, kernel)
+    if generated:
+        op = lora.run_embedding_delta_ if p.embedding else lora.run_delta_
+        op(y, p.x, *p.bank, p.rows, build(p.spec))
+    elif p.embedding:
+        lora.add_embedding_delta_(y, p.x, *p.bank, p.rows)
     else:
-        lora.add_delta_(y, p.x, *p.bank, *p.ranges, p.rows, kernel)
+        lora.add_delta_(y, p.x, *p.bank, *p.ranges, p.rows)
     return y
 
 
@@ -114,7 +115,7 @@ def test_aten_copies_nothing_for_a_layout(layout: str, tensor: str) -> None:
 
         def call(q: Problem, op: str = op) -> None:
             if op == "add":
-                lora.add_delta_(q.y, q.x, *q.bank, *q.ranges, q.rows, 0)
+                lora.add_delta_(q.y, q.x, *q.bank, *q.ranges, q.rows)
             else:
                 lora.site(q.x, q.y, *q.bank, *q.ranges, q.rows)
 

@@ -59,8 +59,8 @@ def cases() -> dict[str, tuple[object, tuple[object, ...]]]:
             lora.fused_linear,
             (p.x, weight.T.contiguous(), None, *p.bank, *p.ranges, 3, True),
         ),
-        "add_delta_": (lora.add_delta_, (p.y, p.x, *p.bank, *p.ranges, 3, 0)),
-        "add_embedding_delta_": (lora.add_embedding_delta_, (e.y, e.x, *e.bank, 3, 0)),
+        "add_delta_": (lora.add_delta_, (p.y, p.x, *p.bank, *p.ranges, 3)),
+        "add_embedding_delta_": (lora.add_embedding_delta_, (e.y, e.x, *e.bank, 3)),
         "run_delta_": (lora.run_delta_, (p.y, p.x, *p.bank, 3, kernel)),
         "run_embedding_delta_": (lora.run_embedding_delta_, (e.y, e.x, *e.bank, 3, table)),
     }
@@ -117,7 +117,7 @@ def test_rows_not_traced_to_requests() -> None:
     """rows = 0: fine while all slots agree, an error once they differ."""
     alike = linear(rows=0, slots=(1, 1))
     y = alike.y.clone()
-    lora.add_delta_(y, alike.x, *alike.bank, *alike.ranges, 0, 0)
+    lora.add_delta_(y, alike.x, *alike.bank, *alike.ranges, 0)
     assert_delta(alike, y)
     mixed = linear(rows=0, slots=(1, -1))
     with pytest.raises(ProvenanceError, match="row ownership is not proved"):
@@ -139,7 +139,7 @@ BAD = {
 def test_bad_arguments_are_named(message: str, fake: bool) -> None:
     p = linear()
     p = p.with_(**BAD[message](p))
-    arguments = (p.y, p.x, *p.bank, *p.ranges, p.rows, 0)
+    arguments = (p.y, p.x, *p.bank, *p.ranges, p.rows)
     if fake:
         arguments = tuple(a.to("meta") if isinstance(a, Tensor) else a for a in arguments)
     with pytest.raises(LoweringError, match=message):
@@ -149,6 +149,6 @@ def test_bad_arguments_are_named(message: str, fake: bool) -> None:
 def test_slot_beyond_the_bank() -> None:
     p = linear(slots=(0, 1, 2, 4))
     with pytest.raises(BatchError, match="slot 4 in a batch, but the bank has 4 slots"):
-        lora.add_delta_(p.y, p.x, *p.bank, *p.ranges, 3, 0)
+        lora.add_delta_(p.y, p.x, *p.bank, *p.ranges, 3)
     with pytest.raises(BatchError, match="12 rows but an empty slots tensor"):
-        lora.add_delta_(p.y, p.x, *p.bank[:4], p.slots[:0], *p.ranges, 3, 0)
+        lora.add_delta_(p.y, p.x, *p.bank[:4], p.slots[:0], *p.ranges, 3)

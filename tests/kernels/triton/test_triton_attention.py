@@ -16,8 +16,7 @@ from torch import Tensor
 
 from lorafx.kernels.ops.paged_attention import PagedStep, by_request
 from lorafx.kernels.triton import triton_attention as module
-from lorafx.kernels.triton.generated import GeneratedKernel
-from lorafx.kernels.triton.launchers import launch_interpreted
+from lorafx.kernels.triton.generated import GeneratedKernel, launch_interpreted
 from lorafx.kernels.triton.tiles import ARCHITECTURES, Architecture
 from lorafx.kernels.triton.triton_attention import FEW, PagedAttentionSpec, attend
 

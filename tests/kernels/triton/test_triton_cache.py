@@ -16,8 +16,7 @@ from triton_cases import STRATEGIES, kernel_of, make_case, run
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.triton import generated
-from lorafx.kernels.triton.build import ORDER_TILES, source_of
-from lorafx.kernels.triton.strategy_tiles import tiles_for
+from lorafx.kernels.triton.build import ORDER_TILES, source_of, tiles_for
 from lorafx.kernels.triton.tiles import ARCHITECTURES
 
 

@@ -16,7 +16,7 @@ from torch.library import opcheck
 from triton_cases import BF16, FP16, FP32
 
 from lorafx.errors import LoweringError
-from lorafx.kernels.triton.strategy_tiles import tiles_for
+from lorafx.kernels.triton.build import tiles_for
 from lorafx.kernels.triton.tiles import ARCHITECTURES
 
 #: Rows of each expert, and the slots that rows have in turn.

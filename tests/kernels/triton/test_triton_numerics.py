@@ -8,8 +8,7 @@ import pytest
 from delta_oracle import sharing_room
 from triton_cases import BF16, FP16, FP32, LINEARS, STRATEGIES, assert_right, make_case, run
 
-from lorafx.kernels.triton.build import CONCAT
-from lorafx.kernels.triton.strategy_tiles import tiles_for
+from lorafx.kernels.triton.build import CONCAT, tiles_for
 from lorafx.kernels.triton.tiles import ARCHITECTURES
 
 DTYPES = {"fp32": (FP32,) * 3, "bf16": (BF16,) * 3, "fp16": (FP16,) * 3}

@@ -18,8 +18,8 @@ from lorafx.errors import LoweringError
 from lorafx.kernels.ops.op_library import BankArgs
 from lorafx.kernels.triton import triton_ops
 from lorafx.kernels.triton.build import LINEAR, build, plan_of
-from lorafx.kernels.triton.concat_ops import columns_of
-from lorafx.kernels.triton.launchers import launch_wrapped
+from lorafx.kernels.triton.generated import launch_wrapped
+from lorafx.kernels.triton.triton_ops import columns_of
 
 STRATEGY_OPS = {
     **dict.fromkeys(LINEAR, lora.triton_linear),

@@ -21,11 +21,9 @@ from triton_cases import (
 )
 
 from lorafx.kernels.ops.op_library import BankArgs
-from lorafx.kernels.triton.build import ORDER_TILES
-from lorafx.kernels.triton.generated import load
+from lorafx.kernels.triton.build import ORDER_TILES, tiles_for
+from lorafx.kernels.triton.generated import launch_interpreted, load
 from lorafx.kernels.triton.launch import LaunchArgs
-from lorafx.kernels.triton.launchers import launch_interpreted
-from lorafx.kernels.triton.strategy_tiles import tiles_for
 from lorafx.kernels.triton.tiles import ARCHITECTURES
 
 ALL_ALIKE = 1 << 62

@@ -8,13 +8,24 @@ from dataclasses import replace
 import pytest
 import torch
 from delta_oracle import random_problem, sharing_room
-from triton_cases import BF16, CPU, FP16, FP32, Case, assert_right, kernel_of, lora, make_case, run
+from triton_cases import (
+    BF16,
+    CPU,
+    FP16,
+    FP32,
+    Case,
+    assert_right,
+    concat_linear,
+    kernel_of,
+    lora,
+    make_case,
+    run,
+)
 
 from lorafx.errors import LoweringError
-from lorafx.kernels.triton.build import build, plan_of
-from lorafx.kernels.triton.concat_ops import columns_of, concat_linear
-from lorafx.kernels.triton.strategy_tiles import tiles_for
+from lorafx.kernels.triton.build import build, plan_of, tiles_for
 from lorafx.kernels.triton.tiles import ARCHITECTURES, architecture_of
+from lorafx.kernels.triton.triton_ops import columns_of
 
 # --- embeddings ---
 
