@@ -1,4 +1,6 @@
-"""A few families of transformers that differ in kind, each against the oracle; `sweep.py` runs all.
+"""A few families of transformers that differ in kind, each against the oracle.
+
+benchmarks/families.py runs all of them.
 
 What makes them different: sequence first (xlnet), a mixture of experts (qwen2_moe), a state space
 model whose weights are used without their modules (mamba), an encoder and decoder (t5), flattened
@@ -17,6 +19,8 @@ from pathlib import Path
 import examine
 import pytest
 import tiny
+from sites import sites_of
+from tiny_inputs import inputs
 
 CASES = (
     pytest.param("causal", "xlnet", marks=pytest.mark.slow),
@@ -52,3 +56,15 @@ def test_family_equals_dense_merge(kind: str, model_type: str, tmp_path: Path) -
     if kind == "image-text":
         assert "pixel_values" in report["inputs"], "it ran without images"
     assert report["effect"] > 1e-3, "its adapters change too little for a comparison to mean much"
+
+
+@pytest.mark.quick
+def test_routers_and_experts_are_found_by_what_they_do() -> None:
+    family = next(f for f in tiny.families("causal") if f.model_type == "qwen2_moe")
+    model = tiny.build(family, num_hidden_layers=1, layer_types=["full_attention"])
+    sites = sites_of(model, inputs(model, "causal", 2, 3))
+    assert sites.routers == ("model.layers.0.mlp.gate.weight",)
+    assert sites.experts == tuple(
+        f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")
+    )
+    assert sites.embeddings == ("model.embed_tokens",)

@@ -159,8 +159,8 @@ def _inductor(rows: Sequence[Report], reference: Sequence[Report]) -> list[str]:
     return [
         "## With Inductor",
         "",
-        f'The same with `lowering="inductor"` in {len(rows)} families, which `sweep.py` chose so '
-        f"that their graphs hold {len(covered)} of the {len(every)} distinct operators of all "
+        f'The same with `lowering="inductor"` in {len(rows)} families, chosen so that '
+        f"their graphs hold {len(covered)} of the {len(every)} distinct operators of all "
         f"graphs. {len(good)} are ok"
         + (":" if len(good) == len(rows) else "; those that are not:"),
         "",

@@ -1,13 +1,13 @@
 """Every transformers family against the oracle: one line each, and a table for the documentation.
 
-    python tests/conformance/sweep.py --out outcome.jsonl [--part 1/2] [--only llama]
-    python tests/conformance/sweep.py --choose outcome.jsonl > tests/conformance/inductor.txt
-    python tests/conformance/sweep.py --out inductor.jsonl --lowering inductor
-    python tests/conformance/sweep.py --table outcome.jsonl inductor.jsonl
+    export PYTHONPATH=tests/conformance:tests/helpers
+    python benchmarks/families.py --out outcome.jsonl [--part 1/2] [--only llama]
+    python benchmarks/families.py --out inductor.jsonl --lowering inductor
+    python benchmarks/families.py --table outcome.jsonl inductor.jsonl
 
-`--part k/n` takes every n-th family; the parts together are all of them, and each has some of every
-kind. Lines are appended, and families that `--out` has already are left out, so the same command
-goes on where it was stopped. With Inductor the families are those of inductor.txt.
+`--part k/n` takes every n-th family of each kind. Lines are appended, and families that `--out` has
+already are left out, so the same command goes on where it was stopped. With Inductor the families
+are those of inductor_families.txt, whose graphs hold every operator of all graphs.
 
 Each family is compiled in a process of its own (forked from one that has imported everything and
 compiled a model once), with a time limit, so that a crash or a hang costs only that family.
@@ -17,15 +17,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
 import os
 import signal
 import tempfile
 import time
 import warnings
-import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -36,11 +34,11 @@ import torch
 import torch._inductor.config
 import transformers
 from examine import examine, failed, named
-from table import table
+from family_table import table
 from tiny import Family
 
-#: The families that run through Inductor, "kind type" a line, as `--choose` printed them.
-CHOSEN = Path(__file__).parent / "inductor.txt"
+#: The families that run through Inductor, "kind type" a line.
+WITH_INDUCTOR = Path(__file__).parent / "inductor_families.txt"
 
 
 def in_child(
@@ -79,39 +77,13 @@ def _examine(
     sender.send(report)
 
 
-def chosen(reports: Iterable[Mapping[str, Any]], share: float = 1 / 3) -> list[tuple[str, str]]:
-    """That share of the families that are ok: by greedy cover those that hold the most operators
-    that are missing, until all are covered, and once more. Ties go by kind and name."""
-    operators = {
-        (r["kind"], r["type"]): frozenset(r["operators"]) for r in reports if r["outcome"] == "ok"
-    }
-    left = sorted(operators)
-    wanted = math.ceil(share * len(left))
-    found: list[tuple[str, str]] = []
-    missing: set[str] = set()
-    while len(found) < wanted:
-        best = max(left, key=lambda key: len(operators[key] & missing))
-        if not operators[best] & missing:  # all are covered, or nobody holds what is missing
-            missing = set().union(*(operators[key] for key in left))
-            best = max(left, key=lambda key: len(operators[key] & missing))
-        found.append(best)
-        left.remove(best)
-        missing -= operators[best]
-    return found
-
-
-def part_of(families: Iterable[Family], part: str = "1/1") -> list[Family]:
-    """Part "k/n" of the families, k from 1: as many of each kind as the other parts have, give or
-    take one, in an order that mixes kinds, so that what is stopped early has seen some of all."""
+def part_of(families: Iterable[Family], part: str) -> list[Family]:
+    """Part "k/n" of the families, k from 1, with as many of each kind as the others, give or take
+    one."""
     number, count = (int(item) for item in part.split("/"))
     if not 1 <= number <= count:
         raise SystemExit(f"--part {part}: write k/n with k from 1 to n")
-    shuffled = sorted(
-        families, key=lambda family: zlib.crc32(f"{family.kind} {family.model_type}".encode())
-    )
-    by_kind = sorted(shuffled, key=lambda family: family.kind)
-    mine = set(by_kind[number - 1 :: count])
-    return [family for family in shuffled if family in mine]
+    return sorted(families, key=lambda family: family.kind)[number - 1 :: count]
 
 
 def sweep(families: list[Family], out: Path, limit: float, lowering: str) -> None:
@@ -159,16 +131,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("families.jsonl"))
     parser.add_argument("--limit", type=float, default=240.0, help="seconds a family")
     parser.add_argument("--lowering", default="reference", choices=("reference", "inductor"))
-    parser.add_argument("--choose", type=Path, nargs="+", help="print inductor.txt from these")
     parser.add_argument("--table", type=Path, nargs="+", help="print the table of these instead")
     options = parser.parse_args()
-    if options.choose or options.table:
-        reports = [r for path in options.choose or options.table for r in read(path)]
-        if options.table:
-            print(table(reports))
-        else:
-            reference = [r for r in reports if r["lowering"] == "reference"]
-            print("\n".join(f"{kind} {name}" for kind, name in chosen(reference)))
+    if options.table:
+        print(table([report for path in options.table for report in read(path)]))
         return
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
@@ -179,7 +145,7 @@ def main() -> None:
     if only:
         families = [family for family in families if family.model_type in only]
     elif options.lowering == "inductor":
-        lines = {tuple(line.split()) for line in CHOSEN.read_text().splitlines()}
+        lines = {tuple(line.split()) for line in WITH_INDUCTOR.read_text().splitlines()}
         families = [f for f in families if (f.kind, f.model_type) in lines]
     families = part_of(families, options.part)
     sweep(families, options.out, options.limit, options.lowering)
