@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from lorafx.adapter_store.opening import opened
-from lorafx.adapter_store.saved import AdapterSource
+from lorafx.adapter_store.saved import AdapterSource, opened
 from lorafx.adapter_store.stored import StoredAdapter
 from lorafx.bisection.result import Bisection
 from lorafx.config import After
