@@ -261,7 +261,7 @@ class Options:
 
 def _check_graphs_can_be_saved() -> None:
     # Needs Dynamo, for which a configuration is too soon.
-    from lorafx.torch_internals.wrappers import can_be_noted
+    from lorafx.torch_internals.saved_graphs import can_be_noted
 
     if not can_be_noted():
         setting = Setting("cache", "Options.cache")

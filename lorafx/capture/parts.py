@@ -27,7 +27,6 @@ from lorafx.op_arguments import TRACED_WRITE
 from lorafx.torch_internals.compat import traced_anew
 from lorafx.torch_internals.frames import outside_of_frames
 from lorafx.torch_internals.operators import HigherOrderOperator, OpOverload, OpOverloadPacket
-from lorafx.torch_internals.wrappers import inference_info_noted
 
 if TYPE_CHECKING:
     from lorafx.capture.record import GraphRecord
@@ -68,6 +67,8 @@ class Wrappers:
 @contextmanager
 def noted(parts: Parts) -> Iterator[None]:
     """Note in `parts` what AOTAutograd and the lowering make in the block."""
+    from lorafx.torch_internals.saved_graphs import inference_info_noted
+
     # torch's cache would return an opaque function.
     with builds_noted() as kernels, inference_info_noted() as told, traced_anew():
         yield

@@ -1,15 +1,21 @@
 """Saving and loading of graphs: the code and the guards that Dynamo made of a frame, and what the
-frame's graph was compiled to.
+frame's graph was compiled to, with what AOTAutograd puts around it.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 from lorafx.torch_internals.entries import Required, private_names
 
 ENTRY = Required(
-    use="a compiled graph, its frame's code and guards are written to a file, and put in force in "
-    "another process",
-    ended_by="torch.compiler.save_cache_artifacts for graphs of other backends, with Dynamo's part",
+    use="a compiled graph, what AOTAutograd puts around it, its frame's code and guards are "
+    "written to a file, and put in force in another process",
+    ended_by="torch.compiler.save_cache_artifacts for graphs of other backends, with Dynamo's "
+    "part; a public aot_autograd whose result can be pickled",
     refused="Options(cache=...)",
 )
 
@@ -30,10 +36,12 @@ with private_names():
     from torch._dynamo.symbolic_convert import InstructionTranslator
     from torch._dynamo.types import GuardedCode, wrap_guarded_code
     from torch._dynamo.utils import CleanupHook, CleanupManager, orig_code_map
+    from torch._functorch._aot_autograd import graph_compile
     from torch._functorch._aot_autograd.aot_autograd_result import (
         BundledAOTAutogradResult,
         BundledCompiledForward,
     )
+    from torch._functorch._aot_autograd.schemas import AOTConfig
     from torch._guards import Guard, GuardsSet
     from torch._inductor.cudagraph_utils import BoxedDeviceIndex
     from torch._inductor.output_code import CompiledFxGraph
@@ -52,3 +60,32 @@ def default_device() -> object:
 def forward_level() -> int:
     """The level of forward-mode gradients; -1 outside of all."""
     return forward_ad._current_level
+
+
+def can_be_noted() -> bool:
+    """Whether AOTAutograd's wrappers can be kept for another process; from torch 2.13 on."""
+    return hasattr(graph_compile, "_cache_inference_info") and hasattr(AOTConfig, "to_cacheable")
+
+
+@contextmanager
+def inference_info_noted() -> Iterator[list[tuple[Any, ...]]]:
+    """Note what AOTAutograd is about to cache of each graph that it compiles for this thread:
+    configuration, metadata, lowered graph, ..., wrappers. Dynamo's lock is held."""
+    found: list[tuple[Any, ...]] = []
+    thread = threading.get_ident()
+    original: Any = getattr(graph_compile, "_cache_inference_info", None)
+    if original is None:
+        yield found
+        return
+
+    def noting(*arguments: Any) -> Any:
+        entry = original(*arguments)  # it makes the metadata ready to keep
+        if threading.get_ident() == thread:
+            found.append(arguments)
+        return entry
+
+    setattr(graph_compile, "_cache_inference_info", noting)  # noqa: B010  for mypy
+    try:
+        yield found
+    finally:
+        setattr(graph_compile, "_cache_inference_info", original)  # noqa: B010

@@ -29,7 +29,7 @@ WAYS = ("missing", "signature")
 #: What a case runs, by the module of lorafx/torch_internals that uses the name.
 ROADS = {
     **dict.fromkeys(("cpp", "decompositions", "inductor", "torn_libraries"), "inductor"),
-    **dict.fromkeys(("saved_graphs", "wrappers"), "saved"),
+    "saved_graphs": "saved",
     **dict.fromkeys(("transformers_parts", "triton"), "parts"),
     "triton_compat": "triton",
 }

@@ -79,7 +79,7 @@ def test_whose_folder_it_is(plain: Case, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_torch_that_cannot_keep_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorafx.torch_internals.wrappers.can_be_noted", lambda: False)
+    monkeypatch.setattr("lorafx.torch_internals.saved_graphs.can_be_noted", lambda: False)
     with pytest.raises(ConfigError, match=r"needs torch 2\.13 or later"):
         lorafx.Options(cache=True)
     assert lorafx.Options(cache=None).cache is None
