@@ -24,8 +24,7 @@ from lorafx.passes.give_out import GiveOut
 from lorafx.passes.lower.lower import Lower
 from lorafx.passes.match.match import Match
 from lorafx.passes.outline.outline import Outline
-from lorafx.passes.pack import Pack
-from lorafx.passes.pack_weights import PackWeights
+from lorafx.passes.pack import Pack, PackWeights
 from lorafx.passes.plan import Plan
 from lorafx.passes.products import Join, Products
 from lorafx.passes.provenance import Provenance

@@ -2,22 +2,26 @@
 
     y_i = x W_iᵀ + b_i + Δ_i(x)   →   [y_0 | y_1 | ...] = fused_linear(x, [W_0; W_1; ...], ...)
 
-The proof is the graph: x is the same node. The packed weight is a graph input carried by the mark
-(lorafx.model.packing), so a graph serves all layers.
+The proof is the graph: x is the same node. The packed weight, made before by `pack_weights`, is a
+graph input carried by the mark (lorafx.model.packing), so a graph serves all layers.
 """
 
 from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import fx
 
 from lorafx.graph.context import FUSED_OP, Context, SiteState
 from lorafx.kernels.ops.op_library import BankArgs, Ranges
+from lorafx.model.module_graph import alike
+from lorafx.model.packing import PackedGroup, pack_weights
 from lorafx.op_arguments import bound, in_order
 from lorafx.program.frame import fake_value
+from lorafx.program.preparation import Preparation
 
 aten = torch.ops.aten
 
@@ -129,3 +133,42 @@ def _rows(ctx: Context, packed: fx.Node | None, start: int, count: int) -> fx.No
     if packed is None or (start == 0 and count == fake_value(packed).shape[0]):
         return packed
     return ctx.emit(aten.slice.Tensor, packed, 0, start, start + count)
+
+
+_APART = (
+    "keep weights of their own: not all are plain dense parameters that nothing else shares, "
+    "of one dtype and device"
+)
+
+
+@dataclass(frozen=True)
+class PackWeights:
+    """The weights of siblings become views of one buffer (ΣN, K), with the same values."""
+
+    name: ClassVar[str] = "pack_weights"
+
+    def run(self, model: Preparation) -> int:
+        # Only `pack` reads packed weights, and it merges nodes of `fuse`.
+        if not (model.options.runs("pack") and model.options.runs("fuse")):
+            model.notes.append("nothing: the pass pack, or fuse, is switched off")
+            return 0
+        attachment = model.attachment
+        assert attachment is not None
+        alone = model.graph.alone()
+        packed: list[PackedGroup] = []
+        told: list[tuple[str, str]] = []
+        for group in attachment.groups:
+            pack = pack_weights(model.graph, group, alone)
+            members = " + ".join(group.members)
+            if pack is None:
+                if len(group.sites) > 1:
+                    told.append((group.parent, f"{members} {_APART}"))
+                continue
+            told.append((group.parent, f"the weights of {members} are views of one buffer"))
+            packed.append(pack)
+            for site in group.sites:
+                mark = attachment.marks[site.path]
+                mark.weight, mark.bias = pack.weight, pack.bias
+        model.packed = tuple(packed)
+        model.notes += alike(told)
+        return len(packed)

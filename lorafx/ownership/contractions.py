@@ -11,9 +11,9 @@ from torch import fx
 
 from lorafx.kernels.cpu.grouped_mm import GROUPED_MM
 from lorafx.op_arguments import bound
-from lorafx.ownership.flow import Flow, Rule, each_output, of_owned, outputs
+from lorafx.ownership.flow import Flow, Rule, each_output, outputs
 from lorafx.ownership.labels import Label, Own, Single
-from lorafx.ownership.symbolic import ONE, equal
+from lorafx.ownership.symbolic import equal
 
 aten = torch.ops.aten
 
@@ -115,23 +115,6 @@ def attention(node: fx.Node, flow: Flow) -> Label:
     return tuple(labels)
 
 
-@of_owned
-def recurrent(node: fx.Node, flow: Flow, label: Own) -> Label:
-    """A layer over x (time, batch, features); a state's batch is its second last dim."""
-    args = bound(node)
-    for state in (args["hx_"], args["cx_"]):
-        if flow.label(state) not in (None, label.at(len(flow.shape(state)) - 2)):
-            return each_output(node, flow.lost(node, "the state is not owned like the input"))
-    if label.dim != 1 or label.rows != ONE:
-        return each_output(node, flow.lost(node, f"a recurrence over {label}"))
-    labels: list[Single] = [label]
-    for out in outputs(node)[1:]:
-        shape = flow.sizes.shape(out) if isinstance(out, torch.Tensor) else ()
-        is_state = len(shape) > 1 and equal(shape[-2], flow.shape(args["input"])[1])
-        labels.append(label.at(len(shape) - 2) if is_state else flow.lost(node, "workspace"))
-    return tuple(labels)
-
-
 RULES: dict[object, Rule] = {
     **dict.fromkeys((aten.mm, aten._int_mm), einsum({"self": "nk", "mat2": "km"}, "nm")),
     aten.bmm: einsum({"self": "bnk", "mat2": "bkm"}, "bnm"),
@@ -159,7 +142,6 @@ RULES: dict[object, Rule] = {
         ),
         attention,
     ),
-    aten.mkldnn_rnn_layer: recurrent,
 }  # fmt: skip
 
 # Operators of libraries that may not be loaded, by namespace and name.

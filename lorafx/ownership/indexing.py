@@ -93,22 +93,22 @@ def read(node: fx.Node, flow: Flow, x: fx.Node, indices: list[Any]) -> Single:
     return flow.agree(node, labels)
 
 
+def indices_of(node: fx.Node, flow: Flow) -> list[Any]:
+    """The indices by dimension: of `index`, or `dim` and one index."""
+    args = bound(node)
+    if "indices" in args:
+        return list(args["indices"])
+    return [None] * wrap(args["dim"], len(flow.shape(args["self"]))) + [args["index"]]
+
+
 def indexed(node: fx.Node, flow: Flow) -> Label:
-    args = bound(node)
-    return read(node, flow, args["self"], list(args["indices"]))
-
-
-def index_selected(node: fx.Node, flow: Flow) -> Label:
-    args = bound(node)
-    dim = wrap(args["dim"], len(flow.shape(args["self"])))
-    return read(node, flow, args["self"], [None] * dim + [args["index"]])
+    return read(node, flow, bound(node)["self"], indices_of(node, flow))
 
 
 def index_digit(node: fx.Node, flow: Flow) -> Digit | None:
     """t[p] of known values t at known positions p, both vectors."""
     args = bound(node)
-    indices = args["indices"] if "indices" in args else [args["index"]]
-    table = flow.digit(args["self"])
+    indices, table = indices_of(node, flow), flow.digit(args["self"])
     index = flow.digit(indices[0])
     if table is None or index is None or len(indices) != 1 or len(flow.shape(args["self"])) != 1:
         return None
@@ -196,17 +196,12 @@ def masked_write(
     return flow.agree(node, [flow.label(x), label])
 
 
-def index_put(node: fx.Node, flow: Flow) -> Label:
-    args = bound(node)
-    return written(node, flow, args["self"], list(args["indices"]), args["values"])
-
-
-def index_added(node: fx.Node, flow: Flow) -> Label:
-    """index_add, index_copy, index_reduce (self, dim, index, source); index_fill has a value."""
-    args = bound(node)
-    dim = wrap(args["dim"], len(flow.shape(args["self"])))
+def index_written(node: fx.Node, flow: Flow) -> Label:
+    """index_put; index_add, index_copy and index_reduce have a source, index_fill a value."""
+    args, indices = bound(node), indices_of(node, flow)
+    if "indices" in args:
+        return written(node, flow, args["self"], indices, args["values"])
     source = args.get("source", args.get("value"))
-    indices = [None] * dim + [args["index"]]
     if not flow.shape(source):
         laid = written(node, flow, args["self"], indices, None)
         return flow.agree(node, [flow.label(source), laid])
@@ -244,17 +239,19 @@ def taken(node: fx.Node, flow: Flow) -> Label:
 
 
 RULES: dict[object, Rule] = {
-    **dict.fromkeys((aten.index, aten._unsafe_index), indexed),
-    aten.index_select: index_selected,
+    **dict.fromkeys((aten.index, aten._unsafe_index, aten.index_select), indexed),
     aten.embedding: embedded,
-    **dict.fromkeys((aten.index_put, aten._unsafe_index_put), index_put),
     **dict.fromkeys(
-        (aten.index_add, aten.index_copy, aten.index_reduce, aten.index_fill), index_added
+        (
+            aten.index_put, aten._unsafe_index_put, aten.index_add, aten.index_copy,
+            aten.index_reduce, aten.index_fill,
+        ),
+        index_written,
     ),
     **dict.fromkeys(
         (aten.gather, aten.scatter, aten.scatter_add, aten.scatter_reduce, aten.take_along_dim),
         elementwise_index,
     ),
     aten.take: taken,
-}
+}  # fmt: skip
 DIGITS = {**dict.fromkeys((aten.index, aten._unsafe_index, aten.index_select), index_digit)}

@@ -6,6 +6,8 @@ name the operators without `torch.Tag.pointwise`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import fx
 
@@ -40,6 +42,30 @@ def same_as_first(node: fx.Node, flow: Flow) -> Label:
     if others is not None:
         return flow.lost(node, f"an operand that should be shared is {others}")
     return each_output(node, flow.label(first))
+
+
+def not_over(worked: Callable[[fx.Node, Flow, int], bool], leading: bool = True) -> Rule:
+    """Operators that work over dimensions d of the first operand where `worked`; others are shared.
+    With `leading`, further outputs (statistics) keep the other dimensions in place."""
+
+    def rule(node: fx.Node, flow: Flow) -> Label:
+        label = same_as_first(node, flow)
+        first = label[0] if isinstance(label, tuple) else label
+        if not isinstance(first, Own):
+            return label
+        if worked(node, flow, first.dim):
+            return each_output(node, flow.lost(node, f"works over the owner dimension of {first}"))
+        if leading or not isinstance(label, tuple):
+            return label
+        lost = flow.lost(node, "statistics of several requests")
+        return (first, *(lost for _ in outputs(node)[1:]))
+
+    return rule
+
+
+def in_front_of(trailing: Callable[[fx.Node], int]) -> Rule:
+    """Operators that work over the last `trailing` dimensions."""
+    return not_over(lambda node, flow, dim: dim >= len(flow.shape(operand(node))) - trailing(node))
 
 
 def copied(node: fx.Node, flow: Flow) -> Label:

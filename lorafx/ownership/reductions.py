@@ -7,15 +7,14 @@ values are x[p] for its indices p, so they are owned through p.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 
 import torch
 from torch import fx
 
 from lorafx.op_arguments import bound, index_of, operand
-from lorafx.ownership.flow import Flow, Rule, each_output, of_owned, outputs, wrap_all
+from lorafx.ownership.flow import Flow, Rule, each_output, of_owned, wrap_all
 from lorafx.ownership.labels import Label, Own
-from lorafx.ownership.pointwise import same_as_first
+from lorafx.ownership.pointwise import in_front_of, not_over
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -57,29 +56,9 @@ def sorted_values(node: fx.Node, flow: Flow, label: Own) -> Label:
     return Own(0, label.rows, indices), lost
 
 
-def normalised(over: Callable[[fx.Node, Flow, int], bool], leading: bool = True) -> Rule:
-    """Norms: (out, mean, rstd, ...), averaged over dimensions d where `over`. With `leading`,
-    statistics keep the other dimensions in place. Weights are shared."""
-
-    def rule(node: fx.Node, flow: Flow) -> Label:
-        label = same_as_first(node, flow)
-        one = label[0] if isinstance(label, tuple) else label
-        if not isinstance(one, Own):
-            return label
-        if over(node, flow, one.dim):
-            return each_output(node, flow.lost(node, f"normalises over the owner of {one}"))
-        if leading or not isinstance(label, tuple):
-            return label
-        lost = flow.lost(node, "statistics of several requests")
-        return (one, *(lost for _ in outputs(node)[1:]))
-
-    return rule
-
-
-def trailing(node: fx.Node, flow: Flow, dim: int) -> bool:
-    """layer_norm, rms_norm: the last len(normalized_shape) dimensions."""
-    args = bound(node)
-    return dim >= len(flow.shape(operand(node))) - len(args["normalized_shape"])
+def normalised_shape(node: fx.Node) -> int:
+    """layer_norm, rms_norm: the number of trailing dimensions that they average."""
+    return len(bound(node)["normalized_shape"])
 
 
 def batch_statistics(node: fx.Node, flow: Flow, dim: int) -> bool:
@@ -120,10 +99,10 @@ RULES: dict[object, Rule] = {
     **dict.fromkeys((aten.sort, aten.argsort), sorted_values),
     **dict.fromkeys(
         (aten.native_layer_norm, aten.layer_norm, aten.rms_norm, aten._fused_rms_norm),
-        normalised(trailing),
+        in_front_of(normalised_shape),
     ),
     **dict.fromkeys(
-        (aten.native_group_norm, aten.group_norm), normalised(lambda node, flow, dim: dim != 0)
+        (aten.native_group_norm, aten.group_norm), not_over(lambda node, flow, dim: dim != 0)
     ),
     **dict.fromkeys(
         (
@@ -131,16 +110,16 @@ RULES: dict[object, Rule] = {
             aten._native_batch_norm_legit_functional, aten._batch_norm_with_update,
             aten._batch_norm_with_update_functional,
         ),
-        normalised(batch_statistics, leading=False),
+        not_over(batch_statistics, leading=False),
     ),
     **dict.fromkeys(
         (
             aten._native_batch_norm_legit_no_training, aten._batch_norm_no_update,
             aten.cudnn_batch_norm,
         ),
-        normalised(lambda node, flow, dim: False, leading=False),
+        not_over(lambda node, flow, dim: False, leading=False),
     ),
-    aten.renorm: normalised(
+    aten.renorm: not_over(
         lambda node, flow, dim: dim not in wrap_all(bound(node)["dim"], len(flow.shape(node)))
     ),
 }  # fmt: skip

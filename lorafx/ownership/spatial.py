@@ -6,44 +6,24 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from lorafx.op_arguments import bound, operand
+from lorafx.op_arguments import bound
 from lorafx.ownership.flow import Flow, Rule, each_output
 from lorafx.ownership.labels import Label, Own
-from lorafx.ownership.pointwise import same_as_first
+from lorafx.ownership.pointwise import in_front_of, not_over
 from lorafx.ownership.symbolic import ONE
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
 
-def convolution(node: fx.Node, flow: Flow) -> Label:
+def convolved(node: fx.Node, flow: Flow, dim: int) -> bool:
     """input (N, C, spatial...), weight (C_out, C_in / groups, kernel...): N survives, and so does a
     spatial dimension of kernel 1, stride 1 and no padding."""
-    args = bound(node)
-    if flow.label(args["weight"]) is not None:
-        return flow.lost(node, "the kernel depends on requests")
-    label = same_as_first(node, flow)
-    if not isinstance(label, Own) or label.dim == 0:
-        return label
-    spatial, kernel = label.dim - 2, flow.shape(args["weight"])[2:]
-    if spatial >= 0 and not args.get("transposed", False):
-        stride, padding = args["stride"], args["padding"]
-        alone = kernel[spatial] == ONE and flow.size(stride[spatial % len(stride)]) == ONE
-        if alone and flow.size(padding[spatial % len(padding)]) == 0:
-            return label
-    return flow.lost(node, f"convolved over the owner dimension of {label}")
-
-
-def in_front_of(trailing: int) -> Rule:
-    """The owner is in front of the last `trailing` dimensions."""
-
-    def rule(node: fx.Node, flow: Flow) -> Label:
-        label = same_as_first(node, flow)
-        one = label[0] if isinstance(label, tuple) else label
-        if isinstance(one, Own) and one.dim >= len(flow.shape(operand(node))) - trailing:
-            return each_output(node, flow.lost(node, f"works over the owner dimension of {one}"))
-        return label
-
-    return rule
+    args, spatial = bound(node), dim - 2
+    if spatial < 0 or args.get("transposed", False):
+        return dim != 0
+    kernel, stride, padding = flow.shape(args["weight"])[2:], args["stride"], args["padding"]
+    alone = kernel[spatial] == ONE and flow.size(stride[spatial % len(stride)]) == ONE
+    return not alone or flow.size(padding[spatial % len(padding)]) != 0
 
 
 def batch_first(node: fx.Node, flow: Flow) -> Label:
@@ -97,11 +77,11 @@ _THREE_D = (
 )  # fmt: skip
 
 RULES: dict[object, Rule] = {
-    **dict.fromkeys((aten.convolution, aten._convolution), convolution),
-    **dict.fromkeys(_ONE_D, in_front_of(1)),
-    **dict.fromkeys(_TWO_D, in_front_of(2)),
-    **dict.fromkeys(_THREE_D, in_front_of(3)),
-    aten.col2im: in_front_of(2),
+    **dict.fromkeys((aten.convolution, aten._convolution), not_over(convolved)),
+    **dict.fromkeys(_ONE_D, in_front_of(lambda node: 1)),
+    **dict.fromkeys(_TWO_D, in_front_of(lambda node: 2)),
+    **dict.fromkeys(_THREE_D, in_front_of(lambda node: 3)),
+    aten.col2im: in_front_of(lambda node: 2),
     **dict.fromkeys(
         (
             aten.grid_sampler_2d, aten.grid_sampler_3d, aten.grid_sampler,
@@ -114,11 +94,9 @@ RULES: dict[object, Rule] = {
 }  # fmt: skip
 
 
-def low_memory_pool(node: fx.Node, flow: Flow) -> Label:
-    """Inductor's max pool: as many trailing dimensions as the kernel has."""
-    return in_front_of(len(bound(node)["kernel_size"]))(node, flow)
-
-
+# Inductor's max pool works over as many trailing dimensions as its kernel has.
 OPTIONAL: dict[tuple[str, str], Rule] = {
-    ("prims", "_low_memory_max_pool_with_offsets"): low_memory_pool
+    ("prims", "_low_memory_max_pool_with_offsets"): in_front_of(
+        lambda node: len(bound(node)["kernel_size"])
+    )
 }

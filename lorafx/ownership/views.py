@@ -142,18 +142,11 @@ def diagonal(node: fx.Node, flow: Flow, dim: int) -> int | None:
     return None if dim in (a, b) else dim - (dim > a) - (dim > b)
 
 
-def windowed(node: fx.Node, flow: Flow, dim: int) -> int | None:
-    """unfold(dimension, size, step): windows along a dimension, contents in a new last one."""
-    return None if dim == wrap(bound(node)["dimension"], ndim(node, flow)) else dim
-
-
-def untouched(*names: str) -> Renumber:
-    """All dimensions stay; those named by arguments must not be the owner."""
+def untouched(name: str) -> Renumber:
+    """All dimensions stay; those that an argument names must not be the owner."""
 
     def renumber(node: fx.Node, flow: Flow, dim: int) -> int | None:
-        args, n = bound(node), ndim(node, flow)
-        dims = next(args[name] for name in names if name in args)
-        return None if dim in wrap_all(dims, n) else dim
+        return None if dim in wrap_all(bound(node)[name], ndim(node, flow)) else dim
 
     return renumber
 
@@ -232,7 +225,7 @@ MOVES: dict[object, tuple[Renumber, str]] = {
     aten.select: (selected, "one index of the owner dimension is taken for all requests"),
     aten.unbind: (selected, "the owner dimension is taken apart"),
     aten.diagonal: (diagonal, "a diagonal over the owner dimension"),
-    aten.unfold: (windowed, "windows over the owner dimension"),
+    aten.unfold: (untouched("dimension"), "windows over the owner dimension"),
     **dict.fromkeys((aten.flip, aten.roll), (untouched("dims"), "the owner dimension is moved")),
     prims.rev: (untouched("dims"), "the owner dimension is reversed"),
     aten.constant_pad_nd: (padded, "the owner dimension is padded"),

@@ -17,34 +17,35 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from lorafx.graph.context import (
     CONV_OP,
     EMBEDDING_OP,
     GROUPED_OP,
+    ROWS_OF,
     SITE_OP,
     Context,
     Refusal,
     is_site,
     plain_path,
 )
-from lorafx.graph.weight_uses import Use, convolution_uses, uses_of
+from lorafx.graph.weight_uses import (
+    RESHAPES,
+    SAME_VALUE,
+    Use,
+    convolution_uses,
+    is_constant,
+    uses_of,
+)
 from lorafx.model.convolutions import convolution_of
 from lorafx.model.extras import EXTRAS
 from lorafx.model.forward_check import is_dense
 from lorafx.model.marks import UNPROVED
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site, own_ranges
-from lorafx.op_arguments import bound, in_order, rebind
+from lorafx.op_arguments import bound, in_order, operand, rebind
 from lorafx.passes.match.match_experts import insert_expert_sites
-from lorafx.passes.match.result_origins import (
-    addends_of,
-    check_addends,
-    depends_on,
-    followed,
-    refuse_other_uses,
-)
 from lorafx.program.derived import has_numbers, is_near
 from lorafx.program.frame import FrameInput, fake_value
 
@@ -158,17 +159,17 @@ class Match:
         uses = _uses(ctx)
         # A module returns x Wᵀ where y is that; with blocks of W its result is unknown.
         products = {node: use for node, use in uses.items() if use.kind != "blocks"}
-        origins = {mark: followed(bound(mark)["y"], products)[0] for mark in marks}
+        origins = {mark: _followed(bound(mark)["y"], products)[0] for mark in marks}
         for mark, site in marks.items():
             ctx.record(site, mark, origins[mark])
             if origins[mark] is not None and _rescales(mark):
-                addends = addends_of(bound(mark)["y"], products)
+                addends = _addends_of(bound(mark)["y"], products)
                 _leave_alone(ctx, site, mark, addends)
             if origins[mark] is not None and site.own_rows and _forward_unknown(site):
-                check_addends(ctx, site, addends_of(bound(mark)["y"], products))
+                _check_addends(ctx, site, _addends_of(bound(mark)["y"], products))
             if _forward_unknown(site) and bound(mark)["y"].op == "placeholder":
                 ctx.refuse(Refusal((site,), "always", _COMPILED_APART))
-        refuse_other_uses(ctx, marks, uses)
+        _refuse_other_uses(ctx, marks, uses)
         claimed = {origin.node for origin in origins.values() if origin is not None}
 
         inputs = [ctx.frame.by_node[use.weight] for use in uses.values()]
@@ -201,7 +202,7 @@ class Match:
             moved = added.get(id(site))
             if origins[mark] is not None:
                 continue
-            if not moved or not depends_on(bound(mark)["y"], moved):
+            if not moved or not _depends_on(bound(mark)["y"], moved):
                 if site.own_rows and _forward_unknown(site):
                     ctx.refuse(Refusal((site,), "own", "what its forward computes is not known"))
                 continue
@@ -354,7 +355,7 @@ def _insert(ctx: Context, site: Site, use: Use) -> None:
             node = _insert_conv_site(ctx, use, call)
         elif use.blocks is None:
             if "own" in bank:
-                check_addends(ctx, site, [] if use.bias is None else [use.bias])
+                _check_addends(ctx, site, [] if use.bias is None else [use.bias])
             node = ctx.emit(SITE_OP, *in_order(SITE_OP, call, x=x_rows))
         else:
             for when, extra in EXTRAS.items():
@@ -369,6 +370,104 @@ def _insert(ctx: Context, site: Site, use: Use) -> None:
     for user in users:
         user.replace_input_with(y, last)
     ctx.record(site, node, use, form="rewritten")
+
+
+# An adapter's rows replace W's and the bias's, so y must be x Wᵀ plus the module's own bias.
+
+
+def _addends_of(y: fx.Node, uses: dict[fx.Node, Use]) -> list[fx.Node]:
+    """The terms of `y`, which has an origin, beside the product with the weight."""
+    use, added = _followed(y, uses)
+    constants = [constant for _, constant in added]
+    return constants if use is None or use.bias is None else [*constants, use.bias]
+
+
+def _followed(
+    y: fx.Node, uses: dict[fx.Node, Use]
+) -> tuple[Use | None, list[tuple[fx.Node, fx.Node]]]:
+    """The use behind `y`, through views, casts and additions, and (addition, constant) pairs."""
+    node: Any = y
+    added: list[tuple[fx.Node, fx.Node]] = []
+    while isinstance(node, fx.Node) and node not in uses:
+        if node.target in SAME_VALUE or node.target in RESHAPES:
+            node = operand(node)
+        elif node.target is ROWS_OF:
+            node = bound(node)["y"]
+        elif node.target is aten.add.Tensor and (call := bound(node))["alpha"] == 1:
+            left, right = call["self"], call["other"]
+            if isinstance(right, fx.Node) and is_constant(right):
+                added.append((node, right))
+                node = left
+            elif isinstance(left, fx.Node) and is_constant(left):
+                added.append((node, left))
+                node = right
+            else:
+                return None, added
+        else:
+            return None, added
+    return (uses.get(node) if isinstance(node, fx.Node) else None), added
+
+
+def _depends_on(node: fx.Node, ancestors: set[fx.Node]) -> bool:
+    """Whether `node` is computed from one of `ancestors`."""
+    seen: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current in ancestors:
+            return True
+        if current not in seen:
+            seen.add(current)
+            pending.extend(current.all_input_nodes)
+    return False
+
+
+def _check_addends(ctx: Context, site: Site, addends: list[fx.Node]) -> None:
+    """Refuse replaced rows where y is not x Wᵀ plus the module's own bias."""
+    bias = getattr(site.module, "bias", None)
+    held = [_held(ctx, addend) for addend in addends]
+    if len(held) != (bias is not None) or any(tensor is not bias for tensor in held):
+        ctx.refuse(
+            Refusal((site,), "own", "the product with its weight is not followed by its own bias")
+        )
+
+
+def _refuse_other_uses(ctx: Context, marks: dict[fx.Node, Site], uses: dict[fx.Node, Use]) -> None:
+    """Refuse replaced rows where another node reads the bias of their module."""
+    sites = [site for site in ctx.program.sites if site.own_rows]
+    if not sites:
+        return
+    for node in ctx.frame.by_node:
+        held = _held(ctx, node)
+        for site in sites:
+            if held is None or held is not getattr(site.module, "bias", None):
+                continue
+            known = _additions(ctx, site, node, marks, uses)
+            if other := next((user for user in node.users if user not in known), None):
+                ctx.refuse(Refusal((site,), "own", f"its bias is used by {other.name} too"))
+
+
+def _additions(
+    ctx: Context, site: Site, bias: fx.Node, marks: dict[fx.Node, Site], uses: dict[fx.Node, Use]
+) -> set[fx.Node]:
+    """Nodes that add the bias to a product with the weight of `site`, and its marks."""
+    found = {
+        use.node
+        for use in uses.values()
+        if use.bias is bias and site in ctx.frame.by_node[use.weight].sites
+    }
+    for mark, of in marks.items():
+        if of is site:
+            found.add(mark)
+            use, added = _followed(bound(mark)["y"], uses)
+            if use is not None:
+                found |= {node for node, constant in added if constant is bias}
+    return found
+
+
+def _held(ctx: Context, node: fx.Node) -> Tensor | None:
+    item = ctx.frame.by_node.get(node)
+    return None if item is None or item.holder is None else item.holder.tensor
 
 
 def _rescales(node: fx.Node) -> bool:

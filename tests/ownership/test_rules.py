@@ -32,10 +32,7 @@ def rows_of(label: object) -> str | None:
     return f"{label.dim}:{label.rows}{'p' if label.perm is not None else ''}"
 
 
-LSTM = torch.nn.LSTM(4, 7, batch_first=True).requires_grad_(False)
-
 BATCH_FIRST = {
-    "recurrence": (lambda x: LSTM(x.float())[0], "0:1"),
     # pointwise and broadcasting
     "add_shared": (lambda x: x + torch.ones(4), "0:1"),
     "outer_sum": (lambda x: x[:, None] + x[None], "add"),
