@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from lorafx import errors as errors
     from lorafx import layers as layers
     from lorafx.adapter_store.saved import AdapterSource as AdapterSource
-    from lorafx.api import attach as attach
     from lorafx.api import bisect as bisect
     from lorafx.api import compile as compile
     from lorafx.api import explain as explain
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from lorafx.registry import unregister as unregister
     from lorafx.serving.compiled import CompiledModel as CompiledModel
     from lorafx.torch_compile.attached import adapters as adapters
+    from lorafx.torch_compile.attached import attach as attach
     from lorafx.torch_compile.attached import detach as detach
     from lorafx.torch_compile.attached import load_adapter as load_adapter
     from lorafx.torch_compile.attached import unload_adapter as unload_adapter
@@ -45,7 +45,7 @@ __version__ = "0.1.0"
 #: Modules of the names below.
 _HOMES = {
     "lorafx.adapter_store.saved": ("AdapterSource",),
-    "lorafx.api": ("attach", "bisect", "compile", "explain", "profile", "why"),
+    "lorafx.api": ("bisect", "compile", "explain", "profile", "why"),
     "lorafx.config": ("After", "LoraConfig", "Options"),
     "lorafx.diffusers.compiled_pipeline": ("CompiledPipeline", "compile_pipeline"),
     "lorafx.errors": (
@@ -60,7 +60,9 @@ _HOMES = {
     "lorafx.pass_order": ("pipeline",),
     "lorafx.registry": ("register", "unregister"),
     "lorafx.serving.compiled": ("CompiledModel",),
-    "lorafx.torch_compile.attached": ("adapters", "detach", "load_adapter", "unload_adapter"),
+    "lorafx.torch_compile.attached": (
+        *("adapters", "attach", "detach", "load_adapter", "unload_adapter"),
+    ),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 _MODULES = ("errors", "layers")

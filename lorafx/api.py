@@ -1,4 +1,4 @@
-"""The public entry points: `compile`, `explain`, `why`, `profile`, `attach` and `bisect`."""
+"""The public entry points: `compile`, `explain`, `why`, `profile` and `bisect`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from lorafx.bisection.search import bisect as bisect
 from lorafx.config import Options
 from lorafx.errors import CapacityError, ConfigError, LorafxWarning
-from lorafx.explanation import Explanation
+from lorafx.explanation.report import Explanation
 from lorafx.explanation.why import Why, why_before
 from lorafx.prepare.configuration import request_of
 from lorafx.prepare.marking import build_sites, mark
@@ -25,7 +25,6 @@ from lorafx.saved_graphs.folder import folder_of
 from lorafx.serving.compiled import CompiledModel, compiled_of, refuse_compiled, refuse_other
 from lorafx.serving.example_inputs import as_call, derived_example, given_examples
 from lorafx.serving.names import refuse_arguments
-from lorafx.torch_compile.attached import attach as attach
 from lorafx.torch_internals.entrances import entrance
 
 

@@ -33,7 +33,7 @@ from lorafx.errors import (
     UnknownAdapterError,
     nearest,
 )
-from lorafx.explanation import Explanation
+from lorafx.explanation.report import Explanation
 from lorafx.model.keywords import refuse_slips
 from lorafx.prepare.configuration import by_name, request_of
 from lorafx.serving.compiled import CompiledModel

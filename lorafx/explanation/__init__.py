@@ -1,4 +1,1 @@
-"""What lorafx made of a model: `explain`, `why`, and the text of `print(cm)`."""
-
-from lorafx.explanation.collecting import Dumps as Dumps
-from lorafx.explanation.report import Explanation as Explanation
+"""Looking inside: what became of each module, predictions, profiles, replays, the viewer."""

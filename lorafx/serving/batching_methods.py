@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers.generation.continuous_batching.requests import GenerationOutput
 
     from lorafx.serving.continuous.manager import AdapterBatchingManager
+    from lorafx.serving.entries import CompiledForwards
     from lorafx.session.session import Session
 
 
@@ -36,6 +37,7 @@ class BatchingMethods:
     """The part of `CompiledModel` that is about requests that come and go."""
 
     _session: Session
+    _entries: CompiledForwards
 
     def _check_attached(self) -> None:
         """Raise CaptureError where the model was detached."""
@@ -78,7 +80,7 @@ class BatchingMethods:
         self._check_attached()
         refuse_added_tokens(self._session, "continuous_batching()")
         manager = _manager()(
-            self,  # type: ignore[arg-type]
+            self._entries,
             generation_config,
             continuous_batching_config,
             **engine,

@@ -17,7 +17,7 @@ from lorafx.adapter_store.store import AdapterStore
 from lorafx.base_weights.merge import merged_of
 from lorafx.capture.backend import Backend
 from lorafx.errors import CaptureError, ConfigError
-from lorafx.explanation import Dumps
+from lorafx.explanation.collecting import Dumps
 from lorafx.interrupts import undisturbed
 from lorafx.model.changes_watch import hooks_of
 from lorafx.model.keywords import BY_ROW, refuse_slips

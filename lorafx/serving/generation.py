@@ -13,16 +13,15 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from types import MethodType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lorafx.errors import ConfigError, LorafxError
+from lorafx.errors import CaptureError, ConfigError, LorafxError
 from lorafx.serving.alora import generating_forward_of
 from lorafx.serving.entries import CompiledForwards
 from lorafx.serving.entry import Entry
-from lorafx.serving.names import PAGED, refuse
 from lorafx.session.resting import refuse_elsewhere, wanted
 from lorafx.session.session import Session
 from lorafx.session.stand_ins import Replaced
@@ -33,10 +32,23 @@ T = TypeVar("T")
 #: The argument of generate(inputs, generation_config, logits_processor), and its place.
 _PROCESSORS, _PLACE = "logits_processor", 2
 
+#: Why `generate` with a paged cache is refused.
+_PAGED = (
+    "runs an engine that knows no adapters when generate() hands over to it; use the compiled "
+    "model's generate_batch(prompts, adapter_names=[...])"
+)
 #: The step of `generate` that runs encoders.
 _ENCODING = "_maybe_prepare_encoder_kwargs_for_generation"
 #: By this transformers asks whether the model takes images that are encoded already.
 _ENCODES = "_supports_mm_encoder_outputs"
+
+
+def refuse(name: str, why: str, *_: Any, **__: Any) -> NoReturn:
+    """Raise CaptureError: `name` is a method that is not served."""
+    raise CaptureError(
+        f"{name}() {why}. To call it on the plain model, detach() first, or copy the model "
+        "before it is compiled"
+    )
 
 
 class CompiledGenerate:
@@ -68,7 +80,7 @@ class CompiledGenerate:
         and `generate_batch`, to which paged caches are handed over: it is refused. Made once:
         Dynamo guards on the very function."""
         mixin, model, batching = _mixin(), self._entries.model, "generate_batch"
-        refused: Replaced = (model, batching, functools.partial(refuse, batching, PAGED))
+        refused: Replaced = (model, batching, functools.partial(refuse, batching, _PAGED))
         found: list[Replaced] = [refused] if hasattr(model, batching) else []
         return found + [
             (part, "generate", torch.compiler.disable(self._nested_in(part)))

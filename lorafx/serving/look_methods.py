@@ -14,9 +14,9 @@ from torch import nn
 
 from lorafx.capture.record import GraphRecord
 from lorafx.errors import LorafxWarning, some
-from lorafx.explanation import Explanation
 from lorafx.explanation.collecting import explained
 from lorafx.explanation.effects import in_eager_mode
+from lorafx.explanation.report import Explanation
 from lorafx.explanation.why import Why, why
 from lorafx.reports.profile import Profile
 from lorafx.reports.writing import written_into

@@ -17,12 +17,13 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from lorafx.errors import CaptureError, ConfigError, nearest
 from lorafx.model.keywords import BY_ROW, refuse_slips
+from lorafx.serving.generation import refuse
 from lorafx.session.requests import checked_names
 from lorafx.session.resting import wanted
 from lorafx.torch_internals.compat import untraced
@@ -58,11 +59,6 @@ ELSEWHERE: Mapping[str, str] = {
 _BATCHING = (
     "starts an engine that knows no adapters; use continuous_batching(...), where each request "
     "names one"
-)
-#: `generate` with a paged cache.
-PAGED = (
-    "runs an engine that knows no adapters when generate() hands over to it; use the compiled "
-    "model's generate_batch(prompts, adapter_names=[...])"
 )
 _INJECTED = "is about adapters that PEFT puts into the model; use"
 
@@ -120,14 +116,6 @@ def refuse_arguments(function: str, misplaced: Sequence[Any], named: Mapping[str
             raise ConfigError(f"{function} has no argument {name!r}{near}")
         if value is not None and value is not False:
             raise ConfigError(f"{function} takes no {name}={value!r}: {ARGUMENTS[name]}")
-
-
-def refuse(name: str, why: str, *_: Any, **__: Any) -> NoReturn:
-    """Raise CaptureError: `name` is a method that is not served."""
-    raise CaptureError(
-        f"{name}() {why}. To call it on the plain model, detach() first, or copy the model "
-        "before it is compiled"
-    )
 
 
 def delegated(compiled: CompiledModel, name: str) -> Any:

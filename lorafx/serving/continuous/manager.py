@@ -34,7 +34,7 @@ from lorafx.serving.continuous.request_checks import (
 from lorafx.serving.continuous.scheduling import all_pinned, drop, paired, step_of
 
 if TYPE_CHECKING:
-    from lorafx.serving.compiled import CompiledModel
+    from lorafx.serving.entries import CompiledForwards
 
 
 #: How a request names its adapter.
@@ -53,13 +53,13 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
     def __init__(
         self,
-        compiled: CompiledModel,
+        forwards: CompiledForwards,
         generation_config: GenerationConfig | None = None,
         config: ContinuousBatchingConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        self.compiled = compiled
-        model: Any = compiled.model
+        self.forwards = forwards
+        model: Any = forwards.model
         given = generation_config or getattr(model, "generation_config", None)
         if given is None:
             raise ConfigError(
@@ -68,7 +68,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             )
         served = served_config(config, model.device)
         per_request = bool(given.do_sample and served.per_request_processors)
-        self._attention = EngineAttention(compiled._session)
+        self._attention = EngineAttention(forwards.session)
         try:
             with _possible(model):
                 super().__init__(
@@ -87,7 +87,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self._process: int | None = None
         #: Of the thread; `batch_processor` is taken away while that still runs.
         self._processor: Any = None
-        self._packed = PackedForward(compiled._entries, self._batch, self._waiting)
+        self._packed = PackedForward(forwards, self._batch, self._waiting)
         self._forward: Any = self._packed
         self._outputs = self.output_router = EngineOutputs()
         self.health = StepHealth()
@@ -142,7 +142,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         max_new_tokens, ends = checked_limits(max_new_tokens, eos_token_id)
         config = self.generation_config
         chosen = checked_sampling(self.logit_processor, logit_processor_kwargs, config)
-        prompt = checked_prompt(self.compiled.model, input_ids)
+        prompt = checked_prompt(self.forwards.model, input_ids)
         hold, begins = self._held(adapter, prompt)
         request_id = self._named(request_id)
         state = AdapterRequest(
@@ -224,7 +224,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 "engine here, by continuous_batching()"
             )
         try:
-            self.compiled._check_attached()
+            self.forwards.check_attached()
         except CaptureError as error:
             return str(error)
         return self.background_thread_status.can_accept_new_requests()
@@ -232,7 +232,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     def _held(self, adapter: AdapterName, prompt: list[int]) -> tuple[Hold | None, int]:
         """The adapter, and the token of the prompt at which it begins; the base where an aLoRA
         adapter never does."""
-        session = self.compiled._session
+        session = self.forwards.session
         name = session.default if adapter is DEFAULT else one_name(adapter, "adapter")
         if name is None or name == BASE:
             return None, 0
@@ -299,12 +299,12 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         if processor is not known:
             self._processor = processor
             scheduler: Any = processor.scheduler
-            scheduler.begin(self.compiled._session, self._fail, self._outputs.gone)
+            scheduler.begin(self.forwards.session, self._fail, self._outputs.gone)
             # The engine makes these itself.
             cache: Any = processor.cache
             cache.__class__ = AdapterPages
             cache.waiting = lambda request_id: scheduler.waiting_requests.get(request_id)
-            cache.session = self.compiled._session
+            cache.session = self.forwards.session
             self._packed.waits = not paired(processor.inputs_and_outputs)
             sampling.likely_as_alone(processor.model_runner, self.logit_processor)
             offloading: Any = processor.offloading_manager

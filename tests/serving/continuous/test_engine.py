@@ -256,7 +256,7 @@ def test_a_model_with_flash_attention_has_another_while_an_engine_runs(llama, ca
         assert prompt + output.generated_tokens == greedy(llama, name, prompt, 5)
     for attention in ("flash_of_tests", "eager"):  # of an engine that never runs
         model.set_attn_implementation(attention)
-        engine = AdapterBatchingManager(cm, config=CONFIG)
+        engine = AdapterBatchingManager(cm._entries, config=CONFIG)
         assert model.config._attn_implementation != attention
         engine.destroy()
         assert model.config._attn_implementation == attention
