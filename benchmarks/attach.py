@@ -31,9 +31,9 @@ from lorafx.config import LoraConfig
 from lorafx.pass_order import run_model_passes
 from lorafx.passes.attach import Attach
 from lorafx.passes.select import Alias, Select
-from lorafx.prepare.marking import build_sites
 from lorafx.program.preparation import Preparation
 from lorafx.progress import progress
+from lorafx.runtime.marking import build_sites
 
 SIZES = (1_000, 10_000, 100_000)
 HIDDEN = 64

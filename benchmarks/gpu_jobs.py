@@ -126,7 +126,11 @@ MIXES: Mapping[str, Mapping[str, tuple[tuple[int, int, int], ...]]] = {
 }
 LAYERS = ("q/k/v", "o", "gate/up", "down")
 MODELS = ("llama-8b", "qwen2.5-7b", "llama-70b")
-PROTOCOL = ("lorafx/cli/measuring.py", "benchmarks/protocol.py", "benchmarks/gpu_protocol.py")
+PROTOCOL = (
+    "lorafx/integrations/cli/measuring.py",
+    "benchmarks/protocol.py",
+    "benchmarks/gpu_protocol.py",
+)
 SHARED = (
     *PROTOCOL,
     "benchmarks/gpu_cases.py",

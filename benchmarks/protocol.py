@@ -1,4 +1,4 @@
-"""What all benchmarks share: the protocol of lorafx.cli.measuring, machines, files of results."""
+"""What all benchmarks share: the protocol of `lorafx bench`, machines, files of results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from lorafx.cli.measuring import Ratio, compare, timed
+from lorafx.integrations.cli.measuring import Ratio, compare, timed
 
 __all__ = ["Ratio", "as_row", "compare", "machine", "save", "timed"]
 

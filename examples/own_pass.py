@@ -11,8 +11,8 @@ import torch
 from torch import fx, nn
 
 import lorafx
-from lorafx.graph.context import Context
 from lorafx.op_arguments import bound
+from lorafx.program.context import Context
 
 aten = torch.ops.aten
 PRODUCTS = (aten.mm.default, aten.addmm.default)

@@ -21,24 +21,24 @@ if TYPE_CHECKING:
     from lorafx.api import explain as explain
     from lorafx.api import profile as profile
     from lorafx.api import why as why
+    from lorafx.compiled_model.compiled import CompiledModel as CompiledModel
     from lorafx.config import After as After
     from lorafx.config import LoraConfig as LoraConfig
     from lorafx.config import Options as Options
-    from lorafx.diffusers.compiled_pipeline import CompiledPipeline as CompiledPipeline
-    from lorafx.diffusers.compiled_pipeline import compile_pipeline as compile_pipeline
     from lorafx.errors import *  # noqa: F403
+    from lorafx.integrations.diffusers.compiled_pipeline import CompiledPipeline as CompiledPipeline
+    from lorafx.integrations.diffusers.compiled_pipeline import compile_pipeline as compile_pipeline
+    from lorafx.integrations.torch_compile.attached import adapters as adapters
+    from lorafx.integrations.torch_compile.attached import attach as attach
+    from lorafx.integrations.torch_compile.attached import detach as detach
+    from lorafx.integrations.torch_compile.attached import load_adapter as load_adapter
+    from lorafx.integrations.torch_compile.attached import unload_adapter as unload_adapter
     from lorafx.model.out_of_tree import register_oot as register_oot
     from lorafx.model.out_of_tree import unregister_oot as unregister_oot
     from lorafx.model.quantized import dequantize as dequantize
     from lorafx.pass_order import pipeline as pipeline
     from lorafx.registry import register as register
     from lorafx.registry import unregister as unregister
-    from lorafx.serving.compiled import CompiledModel as CompiledModel
-    from lorafx.torch_compile.attached import adapters as adapters
-    from lorafx.torch_compile.attached import attach as attach
-    from lorafx.torch_compile.attached import detach as detach
-    from lorafx.torch_compile.attached import load_adapter as load_adapter
-    from lorafx.torch_compile.attached import unload_adapter as unload_adapter
 
 __version__ = "0.1.0"
 
@@ -47,7 +47,7 @@ _HOMES = {
     "lorafx.adapter_store.saved": ("AdapterSource",),
     "lorafx.api": ("bisect", "compile", "explain", "profile", "why"),
     "lorafx.config": ("After", "LoraConfig", "Options"),
-    "lorafx.diffusers.compiled_pipeline": ("CompiledPipeline", "compile_pipeline"),
+    "lorafx.integrations.diffusers.compiled_pipeline": ("CompiledPipeline", "compile_pipeline"),
     "lorafx.errors": (
         *("BaseWeightsError", "BatchError", "CapacityError", "CaptureError", "CheckpointError"),
         *("ConfigError", "LorafxError", "LorafxWarning", "LoweringError", "MatchError"),
@@ -59,8 +59,8 @@ _HOMES = {
     "lorafx.model.quantized": ("dequantize",),
     "lorafx.pass_order": ("pipeline",),
     "lorafx.registry": ("register", "unregister"),
-    "lorafx.serving.compiled": ("CompiledModel",),
-    "lorafx.torch_compile.attached": (
+    "lorafx.compiled_model.compiled": ("CompiledModel",),
+    "lorafx.integrations.torch_compile.attached": (
         *("adapters", "attach", "detach", "load_adapter", "unload_adapter"),
     ),
 }

@@ -1,6 +1,6 @@
 """`python -m lorafx` is the command `lorafx`."""
 
-from lorafx.cli import main
+from lorafx.integrations.cli import main
 
 if __name__ == "__main__":
     main()

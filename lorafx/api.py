@@ -12,19 +12,19 @@ import torch
 from torch import nn
 
 from lorafx.bisection.search import bisect as bisect
+from lorafx.capture.saved_graphs.folder import folder_of
+from lorafx.compiled_model.compiled import CompiledModel, compiled_of, refuse_compiled, refuse_other
+from lorafx.compiled_model.names import refuse_arguments
 from lorafx.config import Options
 from lorafx.errors import CapacityError, ConfigError, LorafxWarning
-from lorafx.explanation.report import Explanation
-from lorafx.explanation.why import Why, why_before
-from lorafx.prepare.configuration import request_of
-from lorafx.prepare.marking import build_sites, mark
-from lorafx.program.roles import RoleTable
-from lorafx.reports.prediction import Prediction, predict
-from lorafx.reports.profile import Profile
-from lorafx.saved_graphs.folder import folder_of
-from lorafx.serving.compiled import CompiledModel, compiled_of, refuse_compiled, refuse_other
-from lorafx.serving.example_inputs import as_call, derived_example, given_examples
-from lorafx.serving.names import refuse_arguments
+from lorafx.inspection.explanation import Explanation
+from lorafx.inspection.prediction import Prediction, predict
+from lorafx.inspection.profile import Profile
+from lorafx.inspection.why import Why, why_before
+from lorafx.program.argument_roles import RoleTable
+from lorafx.runtime.configuration import request_of
+from lorafx.runtime.example_inputs import as_call, derived_example, given_examples
+from lorafx.runtime.marking import build_sites, mark
 from lorafx.torch_internals.entrances import entrance
 
 

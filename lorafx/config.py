@@ -138,10 +138,10 @@ class After:
             "captured" places it before the first pass.
         run: `run(gm, ctx) -> int` changes the functional ATen graph `gm` (a `torch.fx.GraphModule`)
             in place and returns how many edits it made. A new node needs its fake value in
-            `meta["val"]`, as `ctx.call(graph, op, args)` gives it (`lorafx.graph.context.Context`).
-            As after any pass, dead code is removed and the graph is recompiled, verified and
-            dumped. The pass runs for graphs with adapters, not for the base's
-            (`Options.base_graphs`).
+            `meta["val"]`, as `ctx.call(graph, op, args)` gives it
+            (`lorafx.program.context.Context`). As after any pass, dead code is removed and the
+            graph is recompiled, verified and dumped. The pass runs for graphs with adapters, not
+            for the base's (`Options.base_graphs`).
     """
 
     after: str

@@ -16,7 +16,6 @@ from torch import fx
 
 from lorafx.config import After, Options
 from lorafx.errors import ConfigError, nearest
-from lorafx.graph.context import Context
 from lorafx.passes.attach import Attach
 from lorafx.passes.attend import Attend
 from lorafx.passes.fuse.fuse import Fuse
@@ -32,6 +31,7 @@ from lorafx.passes.read import LoadAdapters, Read
 from lorafx.passes.rescale import ReplaceRows, Rescale
 from lorafx.passes.select import Alias, Select
 from lorafx.passes.write_in_place import WriteInPlace
+from lorafx.program.context import Context
 from lorafx.program.preparation import PassReport, Preparation
 
 

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from lorafx.graph.context import Context
 from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PAGED_CACHE, PagedStep
 from lorafx.kernels.triton.triton_attention import is_generated
 from lorafx.op_arguments import bound, in_order, index_of, operand
+from lorafx.program.context import Context
 from lorafx.program.frame import fake_value
 from lorafx.torch_internals.operators import OpOverload
 from lorafx.torch_internals.symbols import statically_known_true

@@ -18,7 +18,6 @@ import torch
 from torch import fx
 
 from lorafx.errors import ProvenanceError
-from lorafx.graph.context import EMBEDDING_OP, ROWS_OF, SITE_OP, Context, is_site
 from lorafx.op_arguments import bound
 from lorafx.ownership.emit import Emitter
 from lorafx.ownership.flow import Flow
@@ -29,6 +28,7 @@ from lorafx.ownership.site_rules import input_of
 from lorafx.ownership.symbolic import BatchSymbols
 from lorafx.ownership.vectorize import OTHER_TYPE, Ended, Vectorizer
 from lorafx.passes.provenance import Unproved, batch_of, row_map, seeds_of, slots_of
+from lorafx.program.context import EMBEDDING_OP, ROWS_OF, SITE_OP, Context, is_site
 from lorafx.program.frame import Frame, fake_value
 from lorafx.torch_internals.fake_tensors import enable_python_dispatcher
 

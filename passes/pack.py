@@ -15,11 +15,11 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from lorafx.graph.context import FUSED_OP, Context, SiteState
 from lorafx.kernels.ops.op_library import BankArgs, Ranges
 from lorafx.model.module_graph import alike
 from lorafx.model.packing import PackedGroup, pack_weights
 from lorafx.op_arguments import bound, in_order
+from lorafx.program.context import FUSED_OP, Context, SiteState
 from lorafx.program.frame import fake_value
 from lorafx.program.preparation import Preparation
 

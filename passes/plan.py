@@ -19,8 +19,6 @@ import torch
 from torch import fx
 
 from lorafx.errors import ConfigError
-from lorafx.graph.context import EMBEDDING_OP, EXPERT_OP, FUSED_OP, PLAIN_SITE_OPS, Context
-from lorafx.graph.pointwise_region import NoRegion, PointwiseRegion
 from lorafx.kernels.cost.chips import chip_of
 from lorafx.kernels.cost.expert_cost import ExpertWork, estimate_experts
 from lorafx.kernels.cost.roofline import (
@@ -43,7 +41,9 @@ from lorafx.model.bank import Bank
 from lorafx.model.sites import Part, Site
 from lorafx.op_arguments import bound
 from lorafx.passes.fuse.fuse_experts import FUSED_EXPERTS, loops_on_host, region
+from lorafx.program.context import EMBEDDING_OP, EXPERT_OP, FUSED_OP, PLAIN_SITE_OPS, Context
 from lorafx.program.frame import fake_value
+from lorafx.program.pointwise_region import NoRegion, PointwiseRegion
 from lorafx.torch_internals.compat import size_hint
 
 GENERATED = "generated"

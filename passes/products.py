@@ -22,7 +22,6 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
-from lorafx.graph.context import Context
 from lorafx.kernels.cpu.dense import (
     DENSE_ADDMM,
     DENSE_ADDMM_DELTA,
@@ -32,6 +31,7 @@ from lorafx.kernels.cpu.dense import (
     ready,
 )
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound, in_order, index_of, op_of
+from lorafx.program.context import Context
 from lorafx.program.frame import fake_value
 
 aten = torch.ops.aten

@@ -19,7 +19,6 @@ import torch
 from torch import fx
 
 from lorafx.errors import ProvenanceError
-from lorafx.graph.context import OWN_MASK, ROWS_OF, Context, Refusal, is_site
 from lorafx.op_arguments import bound, rebind
 from lorafx.ownership import routing
 from lorafx.ownership.emit import Emitter
@@ -29,6 +28,7 @@ from lorafx.ownership.propagate import flow_through
 from lorafx.ownership.site_rules import input_of, row_dims
 from lorafx.ownership.symbolic import ONE, BatchSymbols, Sizes, product
 from lorafx.ownership.tokens import Alignment
+from lorafx.program.context import OWN_MASK, ROWS_OF, Context, Refusal, is_site
 from lorafx.program.frame import (
     ONE_SLOT,
     Frame,
@@ -39,7 +39,7 @@ from lorafx.program.frame import (
     several,
     token_inputs,
 )
-from lorafx.program.handover import Handover, results_of
+from lorafx.program.row_handoff import Handover, results_of
 from lorafx.torch_internals.dynamo import PlainAOTOutput
 
 #: `rows` of a site without a row map: every row counts as the first request's. That is right when

@@ -20,13 +20,13 @@ import torch
 from torch import fx
 
 import lorafx.kernels.ops.own_rows  # noqa: F401  (defines torch.ops.lorafx)
-from lorafx.graph.context import CONV_OP, EMBEDDING_OP, SITE_OP, Context, is_site
 from lorafx.kernels.ops.delta import accumulation_dtype
 from lorafx.kernels.ops.own_rows import OwnRows
 from lorafx.op_arguments import bound, in_order, rebind
 from lorafx.ownership.site_rules import row_dims
 from lorafx.ownership.symbolic import as_expr
 from lorafx.passes.provenance import ALL_ALIKE
+from lorafx.program.context import CONV_OP, EMBEDDING_OP, SITE_OP, Context, is_site
 from lorafx.program.frame import fake_value
 
 aten = torch.ops.aten

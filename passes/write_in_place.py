@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from lorafx.graph.context import Context
 from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PAGED_CACHE
 from lorafx.op_arguments import TRACED_WRITE, bound, in_order, index_of
+from lorafx.program.context import Context
 
 _COPY = torch.ops.aten.copy_.default
 

@@ -26,7 +26,7 @@ from torch.fx.experimental import _config as shape_config
 
 import lorafx
 import lorafx.api  # and with it all ops, which tests call by their names
-from lorafx.session.session import sessions
+from lorafx.runtime.session import sessions
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -3,7 +3,7 @@
     a copy into slots    waits for earlier uses of these slots, and for earlier copies
     a use of slots       waits for the last copy into each of them
 
-Only device streams wait, by events. Uses on several streams are ordered (`lorafx.session.running`),
+Only device streams wait, by events. Uses on several streams are ordered (`lorafx.runtime.running`),
 so the last use of a slot stands for the earlier ones. Once a call has been captured into a CUDA
 graph, whose replays are invisible to lorafx, copies are made on the current stream.
 """

@@ -19,7 +19,7 @@ from lorafx.bisection.reference import Modules
 from lorafx.bisection.result import FirstSite
 from lorafx.capture.recorder import Stage
 from lorafx.capture.verify import difference
-from lorafx.graph.context import module_path
+from lorafx.program.context import module_path
 
 #: A node and the index of a result, None for all.
 Source = tuple[fx.Node, int | None]

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.capture.verify import difference, tolerance
-from lorafx.serving.compiled import CompiledModel
-from lorafx.session.requests import Names
+from lorafx.compiled_model.compiled import CompiledModel
+from lorafx.runtime.requests import Names
 from lorafx.torch_internals.trees import tree_leaves
 
 Modules = dict[str, list[Tensor]]

@@ -16,10 +16,10 @@ import torch
 from lorafx.adapter_store.saved import AdapterSource, opened
 from lorafx.adapter_store.stored import StoredAdapter
 from lorafx.bisection.result import Bisection
+from lorafx.compiled_model.compiled import CompiledModel
 from lorafx.config import After
 from lorafx.errors import ConfigError
 from lorafx.model.marks import detach
-from lorafx.serving.compiled import CompiledModel
 
 _SCRIPT = '''"""{about}
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lorafx.reports.report import Report, Table
+from lorafx.inspection.report import Report, Table
 
 BatchKind = Literal["mixed", "one adapter at a time"]
 

@@ -22,13 +22,13 @@ from lorafx.bisection.lowered import CompiledParts
 from lorafx.bisection.reference import Outputs, Reference, fresh, reference
 from lorafx.bisection.reproduction import write
 from lorafx.bisection.result import BatchKind, Bisection, FirstSite, StageError
+from lorafx.compiled_model.compiled import CompiledModel, compiled_of
 from lorafx.config import After
 from lorafx.errors import BatchError, ConfigError, VerifyError
+from lorafx.inspection.replay import Replay, replayed
+from lorafx.inspection.writing import check_room, written_into
 from lorafx.pass_order import CAPTURED
-from lorafx.reports.writing import check_room, written_into
-from lorafx.serving.compiled import CompiledModel, compiled_of
-from lorafx.serving.example_inputs import named_inputs
-from lorafx.serving.replay import Replay, replayed
+from lorafx.runtime.example_inputs import named_inputs
 
 #: The first stage with all deltas, and the first that knows rows.
 FIRST, KNOWS_ROWS = "match", "provenance"

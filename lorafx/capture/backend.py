@@ -20,6 +20,15 @@ from torch import fx
 
 from lorafx.capture.bound_inputs import BoundInputs, bind, take_out
 from lorafx.capture.checks import Checks, InputPlaces
+from lorafx.capture.compile_log import (
+    form_of,
+    note_tracing,
+    reason,
+    shown,
+    tell,
+    tell_instance,
+    timed,
+)
 from lorafx.capture.driver import run_pipeline
 from lorafx.capture.executable import ProgramLookup, checked, looked_at, with_lookups
 from lorafx.capture.failures import in_lowering, in_tracing
@@ -31,12 +40,11 @@ from lorafx.capture.parts import Captured, Parts, foreign_operators, noted
 from lorafx.capture.record import GraphRecord, Span
 from lorafx.capture.recorder import recorded
 from lorafx.capture.stamps import Folded, traced_once, unfold
-from lorafx.capture.told import form_of, note_tracing, reason, shown, tell, tell_instance, timed
 from lorafx.capture.verify import NumericCheck
-from lorafx.graph.context import Context
 from lorafx.kernels.cpu.delta_kernels import builds_noted, built_source
 from lorafx.kernels.triton.build import source_of
 from lorafx.passes.write_in_place import writes_in_place
+from lorafx.program.context import Context
 from lorafx.program.frame import ONE_SLOT, SLOTS, Frame
 from lorafx.program.program import Program
 from lorafx.program.stack import called_directly

@@ -16,10 +16,10 @@ from lorafx.errors import BatchError, CaptureError, LorafxError, MatchError, Pro
 from lorafx.model.extras import EXTRAS, When
 from lorafx.model.sites import Site
 from lorafx.ownership.held import Alone
+from lorafx.program.argument_roles import Role, check_requests, warn_ambiguous
 from lorafx.program.frame import Frame
-from lorafx.program.handover import Handover, Rows
 from lorafx.program.program import Program
-from lorafx.program.roles import Role, check_requests, warn_ambiguous
+from lorafx.program.row_handoff import Handover, Rows
 from lorafx.program.weight_forms import WeightForm
 from lorafx.torch_internals.frames import size_expression
 

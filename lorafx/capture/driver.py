@@ -9,8 +9,8 @@ from torch import fx
 
 from lorafx.capture.failures import in_pass
 from lorafx.capture.verify import check_graph, output_values
-from lorafx.graph.context import Context
 from lorafx.pass_order import pipeline
+from lorafx.program.context import Context
 from lorafx.program.preparation import PassReport
 
 #: Receives the captured graph (with None), then the graph after each pass with its report.

@@ -22,8 +22,8 @@ from lorafx.errors import CaptureError, LorafxError, MatchError
 from lorafx.model.extras import EXTRAS
 from lorafx.ownership.held import SHARED, Alone
 from lorafx.program.frame import SLOTS
-from lorafx.program.handover import OfList, Rows
 from lorafx.program.program import Program
+from lorafx.program.row_handoff import OfList, Rows
 from lorafx.program.stack import calling_modules
 
 #: The program that a graph serves, by the graph's arguments; None for models without LoRA.

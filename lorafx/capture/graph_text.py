@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from lorafx.capture.recorder import Place, Stage
-from lorafx.graph.context import module_path
+from lorafx.program.context import module_path
 from lorafx.torch_internals.operators import HigherOrderOperator, OpOverload
 
 _INDENT = "    "

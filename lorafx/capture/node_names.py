@@ -20,9 +20,9 @@ from torch import Tensor, fx
 from lorafx.capture.graph_text import value_of
 from lorafx.capture.recorder import Place, Stage
 from lorafx.errors import ProvenanceError
-from lorafx.graph.context import SITE_OPS, module_path, plain_path
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED
 from lorafx.passes.outline.outline import INVOKE
+from lorafx.program.context import SITE_OPS, module_path, plain_path
 from lorafx.program.frame import Frame, FrameInput, batch_symbols
 from lorafx.torch_internals.operators import HigherOrderOperator, OpOverload
 

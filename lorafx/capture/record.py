@@ -12,8 +12,8 @@ from lorafx.capture.checks import Checks, RefusedSites
 from lorafx.capture.node_names import Size, sizes_of
 from lorafx.capture.recorder import Stage, stage_of, stage_of_base
 from lorafx.capture.verify import NumericCheck
-from lorafx.graph.context import Context, Outlined, Refusal, SiteState
 from lorafx.model.sites import Site
+from lorafx.program.context import Context, Outlined, Refusal, SiteState
 from lorafx.program.frame import Frame
 from lorafx.program.preparation import PassReport
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from torch import fx
 
 from lorafx.config import Options
-from lorafx.graph.context import Context, Refusal, SiteState
 from lorafx.pass_order import CAPTURED
+from lorafx.program.context import Context, Refusal, SiteState
 from lorafx.program.frame import Frame, FrameInput
 from lorafx.program.preparation import PassReport
 

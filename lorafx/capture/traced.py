@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
-from lorafx.capture.told import conversion
+from lorafx.capture.compile_log import conversion
 from lorafx.torch_internals.compat import capture_settings, entry_arguments
 from lorafx.torch_internals.dynamo import (
     ConvertFrameReturn,

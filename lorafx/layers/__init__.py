@@ -21,7 +21,7 @@ from lorafx.layers.quantization import (
     UnquantizedLinearMethod,
 )
 from lorafx.layers.registered import register_layers
-from lorafx.loading.loader import load_weights
+from lorafx.weights.loader import load_weights
 
 __all__ = [
     "ColumnParallelLinear",

@@ -30,7 +30,7 @@ from torch import nn
 
 from lorafx.errors import CheckpointError
 from lorafx.layers.quantization import UnquantizedLinearMethod, add_weight
-from lorafx.loading.loadable_layer import LoadableLayer
+from lorafx.weights.loadable_layer import LoadableLayer
 
 
 @dataclass(frozen=True)

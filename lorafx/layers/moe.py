@@ -19,8 +19,8 @@ import lorafx.kernels.cpu.grouped_mm  # noqa: F401  defines the op
 from lorafx.errors import CheckpointError, ConfigError
 from lorafx.layers.base import checked_sizes, group_of
 from lorafx.layers.quantization import add_weight
-from lorafx.loading.loadable_layer import LoadableLayer
 from lorafx.torch_internals.operators import grouped_mm
+from lorafx.weights.loadable_layer import LoadableLayer
 
 if TYPE_CHECKING:
     import torch.distributed as dist

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafx.errors import CheckpointError
-from lorafx.loading.loadable_layer import WeightMethod
+from lorafx.weights.loadable_layer import WeightMethod
 
 
 class QuantizeMethodBase(WeightMethod, ABC):

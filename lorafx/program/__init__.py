@@ -1,1 +1,1 @@
-"""Shared state: the program in service, its frames, the running call and its rows."""
+"""What the compiler knows of a marked model, and of one captured graph."""

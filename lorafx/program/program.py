@@ -21,12 +21,12 @@ from lorafx.model.runtime import Runtime
 from lorafx.model.sites import Group, Site
 from lorafx.ownership.held import Alone, Listed, each_repeated
 from lorafx.ownership.memory import Memory, OwnMemory, Remembered, TensorVersions, in_containers
+from lorafx.program.argument_roles import Role, RoleTable, tensor_leaves
 from lorafx.program.derived import DerivedTensors, Holder
 from lorafx.program.frame import Frame, FrameInput, InputKind
-from lorafx.program.handover import role_of
 from lorafx.program.preparation import PassReport
-from lorafx.program.roles import Role, RoleTable, tensor_leaves
 from lorafx.program.row_dims import choices, new_tokens
+from lorafx.program.row_handoff import role_of
 from lorafx.torch_internals.fake_tensors import unset_fake_temporarily
 from lorafx.torch_internals.frames import size_source, source_name
 

@@ -13,7 +13,7 @@ ENTRY = Required(
     use="classes of models by their configuration; what the continuous batching can do; errors "
     "of streams",
     ended_by="public names in transformers",
-    refused="lorafx serve; lorafx.serving.continuous; commands that are given a model folder",
+    refused="lorafx serve; lorafx.generation.continuous; commands that are given a model folder",
 )
 
 

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from lorafx.graph.context import FUSED_OP, SITE_OP, Context, SiteState
-from lorafx.graph.weight_uses import RESHAPES, Use
 from lorafx.model.sites import Site
 from lorafx.op_arguments import bound, in_order, operand
 from lorafx.passes.fuse.fuse_experts import fuse_experts
+from lorafx.program.context import FUSED_OP, SITE_OP, Context, SiteState
 from lorafx.program.frame import fake_value
+from lorafx.program.weight_uses import RESHAPES, Use
 from lorafx.torch_internals.fake_tensors import unset_fake_temporarily
 
 aten = torch.ops.aten

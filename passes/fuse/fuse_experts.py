@@ -12,11 +12,11 @@ import torch
 from torch import fx
 
 import lorafx.kernels.ops.expert_ops  # noqa: F401  defines the op
-from lorafx.graph.context import EXPERT_OP, Context
-from lorafx.graph.expert_uses import GROUPED, grouped, is_grouped
-from lorafx.graph.pointwise_region import NoRegion, PointwiseRegion, region_of
 from lorafx.op_arguments import bound, in_order
+from lorafx.program.context import EXPERT_OP, Context
+from lorafx.program.expert_uses import GROUPED, grouped, is_grouped
 from lorafx.program.frame import fake_value
+from lorafx.program.pointwise_region import NoRegion, PointwiseRegion, region_of
 
 aten = torch.ops.aten
 FUSED_EXPERTS = torch.ops.lorafx.fused_experts.default

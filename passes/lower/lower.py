@@ -22,18 +22,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from lorafx.graph.context import (
-    EMBEDDING_OP,
-    EXPERT_OP,
-    FUSED_OP,
-    PLAIN_SITE_OPS,
-    SITE_OP,
-    Context,
-    call_in_place,
-    written_by,
-)
-from lorafx.graph.expert_uses import grouped, is_grouped
-from lorafx.graph.pointwise_region import PointwiseRegion
 from lorafx.kernels.cost.roofline import FUSED
 from lorafx.kernels.cpu.delta_kernels import delta_call
 from lorafx.kernels.cpu.grouped_mm import GROUPED_MM, kernel_of
@@ -46,7 +34,19 @@ from lorafx.passes.fuse.fuse_experts import FUSED_EXPERTS, product, region
 from lorafx.passes.lower.triton_graph import inline_triton_ops
 from lorafx.passes.match.match_experts import ALIKE
 from lorafx.passes.plan import GENERATED, cpu_spec, delta_spec, strategy_of
+from lorafx.program.context import (
+    EMBEDDING_OP,
+    EXPERT_OP,
+    FUSED_OP,
+    PLAIN_SITE_OPS,
+    SITE_OP,
+    Context,
+    call_in_place,
+    written_by,
+)
+from lorafx.program.expert_uses import grouped, is_grouped
 from lorafx.program.frame import fake_value
+from lorafx.program.pointwise_region import PointwiseRegion
 from lorafx.torch_internals.shortcuts import chosen
 from lorafx.torch_internals.symbols import guard_or_false, guard_or_true
 

@@ -19,7 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lorafx.graph.context import (
+from lorafx.model.convolutions import convolution_of
+from lorafx.model.extras import EXTRAS
+from lorafx.model.forward_check import is_dense
+from lorafx.model.marks import UNPROVED
+from lorafx.model.quantized import is_stored
+from lorafx.model.sites import Site, own_ranges
+from lorafx.op_arguments import bound, in_order, operand, rebind
+from lorafx.passes.match.match_experts import insert_expert_sites
+from lorafx.program.context import (
     CONV_OP,
     EMBEDDING_OP,
     GROUPED_OP,
@@ -30,7 +38,9 @@ from lorafx.graph.context import (
     is_site,
     plain_path,
 )
-from lorafx.graph.weight_uses import (
+from lorafx.program.derived import has_numbers, is_near
+from lorafx.program.frame import FrameInput, fake_value
+from lorafx.program.weight_uses import (
     RESHAPES,
     SAME_VALUE,
     Use,
@@ -38,16 +48,6 @@ from lorafx.graph.weight_uses import (
     is_constant,
     uses_of,
 )
-from lorafx.model.convolutions import convolution_of
-from lorafx.model.extras import EXTRAS
-from lorafx.model.forward_check import is_dense
-from lorafx.model.marks import UNPROVED
-from lorafx.model.quantized import is_stored
-from lorafx.model.sites import Site, own_ranges
-from lorafx.op_arguments import bound, in_order, operand, rebind
-from lorafx.passes.match.match_experts import insert_expert_sites
-from lorafx.program.derived import has_numbers, is_near
-from lorafx.program.frame import FrameInput, fake_value
 
 aten = torch.ops.aten
 

@@ -13,13 +13,13 @@ import operator
 import torch
 from torch import fx
 
-from lorafx.graph.context import EXPERT_MARK, EXPERT_OP, Context, Refusal
-from lorafx.graph.expert_uses import ExpertUse, expert_uses
 from lorafx.model.experts import LOOP
 from lorafx.model.forward_check import is_dense
 from lorafx.model.marks import UNPROVED
 from lorafx.model.sites import Site, own_ranges
 from lorafx.op_arguments import bound, in_order, index_of, operand
+from lorafx.program.context import EXPERT_MARK, EXPERT_OP, Context, Refusal
+from lorafx.program.expert_uses import ExpertUse, expert_uses
 from lorafx.program.frame import fake_value
 
 aten = torch.ops.aten

@@ -19,10 +19,10 @@ import sympy
 import torch
 from torch import fx
 
-from lorafx.graph.context import Context, Outlined, plain_path
 from lorafx.passes.outline.isomorphism import CanonicalForm, Stretch, agree, sizes_of, stretch_of
 from lorafx.passes.outline.regions import Region, hoist_shared, is_free, regions_of
 from lorafx.passes.write_in_place import writes_in_place
+from lorafx.program.context import Context, Outlined, plain_path
 from lorafx.program.frame import fake_value
 from lorafx.torch_internals.trees import tree_leaves
 

@@ -19,7 +19,7 @@ from torch import Tensor
 import lorafx
 from lorafx.adapter_store.peft_reader import read_adapter
 from lorafx.errors import CapacityError, CheckpointError
-from lorafx.prepare.marking import build_sites
+from lorafx.runtime.marking import build_sites
 
 
 def peft_delta(stored: tuple[int, ...], a: Tensor, b: Tensor, s: float, in_last: bool) -> Tensor:

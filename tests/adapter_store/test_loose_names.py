@@ -16,7 +16,7 @@ from lorafx.adapter_store.peft_reader import Adapter, read_adapter
 from lorafx.errors import CheckpointError
 from lorafx.layers import MergedColumnParallelLinear
 from lorafx.model.packed_names import spans
-from lorafx.prepare.marking import build_sites
+from lorafx.runtime.marking import build_sites
 
 pytestmark = [pytest.mark.usefixtures("fixed_sizes"), pytest.mark.quick]
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import lorafx
 from lorafx.errors import CheckpointError, ConfigError, TargetError
-from lorafx.prepare.marking import build_sites
+from lorafx.runtime.marking import build_sites
 
 pytestmark = pytest.mark.usefixtures("fixed_sizes")
 

@@ -23,8 +23,8 @@ from lorafx.adapter_store.saved import AdapterState
 from lorafx.config import LoraConfig
 from lorafx.errors import CheckpointError, LorafxWarning
 from lorafx.model.sites import Site
-from lorafx.prepare.marking import build_sites
 from lorafx.registry import lookup
+from lorafx.runtime.marking import build_sites
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

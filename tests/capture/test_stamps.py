@@ -19,8 +19,8 @@ from transformers import StaticCache
 import lorafx
 from lorafx.capture import backend
 from lorafx.capture.stamps import Folded
-from lorafx.graph.context import Context
 from lorafx.passes.outline.isomorphism import CanonicalForm, stretch_of
+from lorafx.program.context import Context
 
 pytestmark = pytest.mark.quick
 

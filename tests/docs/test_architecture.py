@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from lorafx.inspection.report import WORDS
 from lorafx.pass_order import GRAPH_PASSES, MODEL_PASSES
-from lorafx.reports.report import WORDS
 
 pytestmark = pytest.mark.quick
 

@@ -12,7 +12,7 @@ from dense_merge import REFERENCE, TOLERANCE, Case, error, valid
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.serving.compiled import compiled_of
+from lorafx.compiled_model.compiled import compiled_of
 
 Names = str | Sequence[str | None] | None
 #: Inside, calls run in Python, and marks alone add what adapters change.

@@ -11,7 +11,7 @@ import lorafx
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_reader import Adapter, read_adapter
 from lorafx.adapter_store.saved import AdapterState
-from lorafx.prepare.marking import build_sites
+from lorafx.runtime.marking import build_sites
 
 PATH = "block.experts"
 

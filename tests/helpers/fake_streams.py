@@ -16,8 +16,8 @@ import torch
 
 from lorafx.adapter_store.copy_streams import CopyStreams
 from lorafx.model.bank import Bank
-from lorafx.serving.entry import Entry
-from lorafx.session.running import Streams
+from lorafx.runtime.entry import Entry
+from lorafx.runtime.running import Streams
 
 
 @dataclass

@@ -19,7 +19,7 @@ from site_graphs import Finished
 from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
 
-from lorafx.graph.context import Context
+from lorafx.program.context import Context
 
 _BANK = re.compile(r"\ba(_\d+|), b\1, ranks\1, scales\1")
 _WIDTH = 92

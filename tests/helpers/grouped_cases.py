@@ -17,11 +17,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from triton_cases import CPU, FP32
 
 import lorafx.kernels.triton.triton_ops  # noqa: F401  registers it
-from lorafx.graph.pointwise_region import PointwiseRegion, region_of
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.triton.build import TritonSpec, build
 from lorafx.kernels.triton.source import Activation
 from lorafx.kernels.triton.tiles import Tiles
+from lorafx.program.pointwise_region import PointwiseRegion, region_of
 
 lora = torch.ops.lorafx
 

@@ -14,7 +14,7 @@ from lorafx.adapter_store.peft_config import PeftConfig, picked
 from lorafx.adapter_store.peft_reader import Adapter, adapter_target_modules, read_adapter
 from lorafx.config import LoraConfig
 from lorafx.model.sites import Site
-from lorafx.prepare.marking import build_sites
+from lorafx.runtime.marking import build_sites
 
 CONFIG, SAFETENSORS, PICKLED = (
     "adapter_config.json",

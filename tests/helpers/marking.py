@@ -14,8 +14,8 @@ from lorafx.model.marks import Attachment
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.sites import Site
 from lorafx.passes.attach import Attach
-from lorafx.prepare.marking import build_sites
 from lorafx.program.preparation import Preparation
+from lorafx.runtime.marking import build_sites
 
 #: A call of `llama()`, and a pattern for all that it has.
 IDS = {"input_ids": torch.arange(14).view(2, 7)}

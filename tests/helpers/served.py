@@ -18,8 +18,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from lorafx.server.run import Opened, opened
-from lorafx.server.settings import Settings
+from lorafx.integrations.server.run import Opened, opened
+from lorafx.integrations.server.settings import Settings
 
 #: Sizes of the engine that make chunks and pages small.
 SMALL = {"page_size": 4, "num_blocks": 256, "max_batch_tokens": 48, "lowering": "reference"}

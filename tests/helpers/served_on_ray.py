@@ -14,7 +14,7 @@ import ray
 from ray import serve
 from served import SMALL, Files, free_port, ids_of, plain, question, said
 
-from lorafx.server.ray import RaySettings, build
+from lorafx.integrations.server.ray import RaySettings, build
 
 COMPLETIONS = "/v1/completions"
 

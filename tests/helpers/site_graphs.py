@@ -23,12 +23,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lorafx
 from lorafx.capture.verify import check_graph, output_signature
-from lorafx.graph.context import EMBEDDING_OP, SITE_OP, Context
 from lorafx.model.sites import Site
 from lorafx.op_arguments import in_order
+from lorafx.program.argument_roles import Role
+from lorafx.program.context import EMBEDDING_OP, SITE_OP, Context
 from lorafx.program.frame import Frame, FrameInput
 from lorafx.program.program import BANK_FIELDS, Program
-from lorafx.program.roles import Role
 
 SLOTS, RANK = 3, 2
 

@@ -48,7 +48,7 @@ from lorafx.errors import (
     OutOfRangeError,
     UnknownAdapterError,
 )
-from lorafx.session.running import IDLE
+from lorafx.runtime.running import IDLE
 
 #: Adapters, versions of each, versions of the base, slots: fewer than adapters.
 NAMES = ("a", "b", "c", "d")

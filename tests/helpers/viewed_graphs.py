@@ -12,8 +12,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from lorafx.capture.record import Span, exclusive
+from lorafx.inspection.viewer.page import Page
 from lorafx.program.preparation import PassReport
-from lorafx.viewer.page import Page
 
 HOSTILE = '</script><img src=x onerror="document.title=1">\u2028"\\'
 REASON = f"its weight is read by {HOSTILE}"

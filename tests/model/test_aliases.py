@@ -18,7 +18,7 @@ import lorafx
 from lorafx import layers
 from lorafx.config import LoraConfig
 from lorafx.errors import CheckpointError
-from lorafx.prepare.marking import build_sites
+from lorafx.runtime.marking import build_sites
 
 pytestmark = pytest.mark.usefixtures("fixed_sizes")
 

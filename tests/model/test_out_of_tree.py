@@ -18,7 +18,7 @@ import lorafx
 from lorafx import layers
 from lorafx.config import LoraConfig
 from lorafx.errors import ConfigError
-from lorafx.prepare.marking import build_sites
+from lorafx.runtime.marking import build_sites
 
 K, SIZES = 6, (8, 4, 4)
 NAMES = ["a", None, "b", "a"]

@@ -19,7 +19,7 @@ import lorafx
 from lorafx import layers
 from lorafx.config import LoraConfig
 from lorafx.model.module_graph import ModuleGraph, storage_key
-from lorafx.prepare.marking import build_sites
+from lorafx.runtime.marking import build_sites
 
 pytestmark = pytest.mark.usefixtures("fixed_sizes")
 

@@ -11,10 +11,10 @@ from site_graphs import Holder, SiteGraph
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lorafx.graph.context import FUSED_OP
 from lorafx.op_arguments import bound
 from lorafx.passes.fuse.fuse import Fuse
 from lorafx.passes.match.match import Match
+from lorafx.program.context import FUSED_OP
 
 pytestmark = pytest.mark.quick
 

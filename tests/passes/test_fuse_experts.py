@@ -17,13 +17,13 @@ from site_graphs import Finished, Holder, SiteGraph
 from torch import Tensor, fx, nn
 
 from lorafx.errors import ConfigError
-from lorafx.graph.pointwise_region import NoRegion, PointwiseRegion
 from lorafx.op_arguments import rebind
 from lorafx.passes.fuse.fuse import Fuse
 from lorafx.passes.fuse.fuse_experts import FUSED_EXPERTS, region
 from lorafx.passes.lower.lower import Lower
 from lorafx.passes.match.match import Match
 from lorafx.passes.plan import Plan
+from lorafx.program.pointwise_region import NoRegion, PointwiseRegion
 
 aten = torch.ops.aten
 E, H, WIDTH, EACH = 3, 32, 16, 4
@@ -220,7 +220,7 @@ def test_lowered_for_a_gpu(down: str) -> None:
 def expression(function: Callable[..., Tensor], *inputs: Tensor) -> PointwiseRegion | NoRegion:
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    from lorafx.graph.pointwise_region import region_of
+    from lorafx.program.pointwise_region import region_of
 
     graph = make_fx(function, tracing_mode="fake")(*inputs).graph
     return region_of(graph.output_node().args[0])

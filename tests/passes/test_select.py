@@ -10,8 +10,8 @@ from torch import nn
 from lorafx.config import LoraConfig
 from lorafx.errors import CaptureError, LorafxWarning, TargetError
 from lorafx.passes.select import Alias
-from lorafx.prepare.marking import build_sites
 from lorafx.program.preparation import Preparation
+from lorafx.runtime.marking import build_sites
 
 pytestmark = pytest.mark.quick
 

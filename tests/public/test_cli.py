@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorafx
-from lorafx.cli import main
+from lorafx.integrations.cli import main
 
 pytestmark = pytest.mark.quick
 

@@ -20,7 +20,7 @@ from served import Files, write_files
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lorafx.cli import main
+from lorafx.integrations.cli import main
 
 pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("fixed_sizes")]
 

@@ -62,7 +62,7 @@ def test_torch_compile(capsys):
             assert f"{road}, {name}: compiler>{ANSWERS[name]}" in lines
 
 
-@pytest.mark.slow  # what it does is tested in tests/diffusers
+@pytest.mark.slow  # what it does is tested in tests/integrations/diffusers
 def test_diffusion_pipeline(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["diffusion_pipeline.py"])
     runpy.run_path(str(ROOT / "examples/diffusion_pipeline.py"), run_name="__main__")
@@ -75,7 +75,7 @@ def test_experts(capsys):
     assert capsys.readouterr().out.count("as when served alone") == 3
 
 
-@pytest.mark.slow  # what they do is tested in tests/base_weights
+@pytest.mark.slow  # what they do is tested in tests/weights
 def test_live_update(capsys):
     runpy.run_path(str(ROOT / "examples/live_update.py"), run_name="__main__")
     said = capsys.readouterr().out

@@ -19,7 +19,7 @@ def check(what, *others):
     if found:
         sys.exit(f"{what} imports {sorted(found)}")
 check("import lorafx", "torch", "numpy", "typer")
-from lorafx.cli import main
+from lorafx.integrations.cli import main
 sys.argv = ["lorafx", "--help"]
 try:
     main()

@@ -15,8 +15,8 @@ from torch import fx
 import lorafx
 from lorafx import pass_order
 from lorafx.errors import VerifyError
-from lorafx.graph.context import FUSED_OP, SITE_OP, Context
 from lorafx.op_arguments import bound
+from lorafx.program.context import FUSED_OP, SITE_OP, Context
 
 pytestmark = pytest.mark.usefixtures("fixed_sizes")
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 import lorafx
-from lorafx.cli import diagnosis, main
-from lorafx.cli.diagnosis import TOLERANCE, SmallBatch
+from lorafx.integrations.cli import diagnosis, main
+from lorafx.integrations.cli.diagnosis import TOLERANCE, SmallBatch
 from lorafx.torch_internals import entries, shortcuts
 
 

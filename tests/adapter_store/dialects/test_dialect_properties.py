@@ -21,7 +21,7 @@ from lorafx.errors import (
     CheckpointError,
     LorafxError,
 )
-from lorafx.prepare.marking import build_sites
+from lorafx.runtime.marking import build_sites
 
 pytestmark = [
     pytest.mark.usefixtures("fixed_sizes"),

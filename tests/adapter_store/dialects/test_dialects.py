@@ -26,7 +26,7 @@ from lorafx.errors import (
     LorafxWarning,
     UnsupportedAdapterError,
 )
-from lorafx.prepare.marking import build_sites
+from lorafx.runtime.marking import build_sites
 
 DIALECTS = sorted(WRITERS)
 

@@ -19,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 import lorafx
 from lorafx.adapter_store.peft_reader import read_adapter
 from lorafx.config import LoraConfig
-from lorafx.prepare.marking import build_sites
+from lorafx.runtime.marking import build_sites
 
 pytestmark = [pytest.mark.usefixtures("fixed_sizes"), pytest.mark.filterwarnings("ignore")]
 TARGETS = ["to_q", "to_v", "to_out.0", "conv1", "proj_in", "conv_shortcut"]

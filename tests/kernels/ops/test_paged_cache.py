@@ -12,8 +12,8 @@ from transformers.generation.continuous_batching.cache_allocators import FullAtt
 from transformers.generation.continuous_batching.distributed import DistributedHelper
 
 from lorafx import ConfigError
+from lorafx.generation.continuous.step_cache import StepCache
 from lorafx.kernels.ops.paged_attention import PAGED_CACHE
-from lorafx.serving.continuous.step_cache import StepCache
 
 pytestmark = pytest.mark.quick
 

@@ -1,1 +1,0 @@
-"""Base weights pushed into a model that is serving: names → places → plan → writes."""

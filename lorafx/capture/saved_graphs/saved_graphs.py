@@ -1,0 +1,291 @@
+"""Saved graphs of an entry, tried before Dynamo traces.
+
+    Dynamo asks for a frame → a saved graph whose guards hold here → its bytecode, guards, graph
+                            → none: Dynamo traces; the result is saved for the next process
+
+Only graphs that are a whole call are saved: one frame, one graph, no break. Errors in here never
+fail a call.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pickle
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import Any, cast
+
+from lorafx.capture.backend import Backend
+from lorafx.capture.compile_log import tell
+from lorafx.capture.parts import Captured, Parts
+from lorafx.capture.record import GraphRecord, Span
+from lorafx.capture.recorder import dump_folder
+from lorafx.capture.saved_graphs import folder as folders
+from lorafx.capture.saved_graphs.fingerprints import Fingerprints, Undescribed
+from lorafx.capture.saved_graphs.guards import SavedGuards
+from lorafx.capture.saved_graphs.key import (
+    SavedInputs,
+    can_save,
+    entry_key,
+    hash_of_file,
+    source_files,
+)
+from lorafx.capture.saved_graphs.lowered_graph import (
+    BUILTINS,
+    GRAPH,
+    SLOTS,
+    PortableNames,
+    SavedLowered,
+    dump,
+    load,
+)
+from lorafx.errors import LorafxWarning
+from lorafx.program.program import Program
+from lorafx.torch_internals.dynamo import ConvertFrameReturn, disable, input_codes
+from lorafx.torch_internals.saved_graphs import (
+    CleanupHook,
+    CleanupManager,
+    GuardedCode,
+    InstructionTranslator,
+    SerializedCode,
+    _debug_get_cache_entry_list,
+    get_compile_id,
+    orig_code_map,
+    output_codes,
+    unique_id,
+    wrap_guarded_code,
+)
+
+_MODULE = "<module "
+_MOST = 64  # files of a key that are tried
+
+
+class SavedGraphs:
+    """Loads and saves the graphs of an `entry` of the program; `option` is `Options.cache`."""
+
+    def __init__(self, backend: Backend, option: str | bool, entry: Mapping[str, Any]) -> None:
+        self._backend, self._option, self._entry = backend, option, entry
+        #: Files of graphs that Dynamo has.
+        self._loaded: set[Path] = set()
+        self._conversion: _Conversion | None = None
+
+    def keep_guards(self, guards: Sequence[Any]) -> Sequence[bool]:
+        """Select and note the guards of a new graph."""
+        kept = self._backend.keep_guards(guards)
+        if self._conversion is not None:
+            self._conversion.note_guards(guards, kept)
+        return kept
+
+    def converted(
+        self, convert: Callable[..., ConvertFrameReturn], frame: Any, *rest: Any, **named: Any
+    ) -> ConvertFrameReturn:
+        """Dynamo's `convert` for the entry's frame, with saved graphs. Dynamo holds its lock."""
+        home = self._home(frame)
+        if home is None:
+            return convert(frame, *rest, **named)
+        found = self._load(*home, frame, rest)
+        if found is not None:
+            return found
+        with self._noting() as conversion:
+            result = convert(frame, *rest, **named)
+        if result.guarded_code is not None:
+            self._save(*home, result.guarded_code, conversion)
+        return result
+
+    def _home(self, frame: Any) -> tuple[Path, str] | None:
+        program = self._backend.program
+        try:
+            program.look_at_modules()
+            if (
+                program.site_watch.missing
+                or (program.runtime.session is not None and program.runtime.session.neighbours)
+                or dump_folder(program.options) is not None  # dumps need the passes
+                or not can_save(program)
+            ):
+                return None
+            key = entry_key(program, {**self._entry, "code": frame.f_code})
+            return folders.folder_of(self._option), key
+        except Exception as error:  # of the model's attributes or the file system
+            _warn(f"graphs of {type(program.model).__name__} are not saved: {error}")
+            return None
+
+    @contextmanager
+    def _noting(self) -> Iterator[_Conversion]:
+        self._conversion = conversion = _Conversion(self._backend.program)
+        self._backend.noted = conversion.note_graph
+        try:
+            yield conversion
+        finally:
+            self._conversion = self._backend.noted = None
+
+    def _save(self, folder: Path, key: str, made: GuardedCode, conversion: _Conversion) -> None:
+        model = type(self._backend.program.model).__name__
+        try:
+            body, record = conversion.body(made)
+            folders.write(folder, key, model, record.title, body)
+            record.saved = "saved for other processes"
+        except OSError as error:
+            _warn(f"a graph could not be saved in {folder}: {error}")
+        except Exception as error:  # Undescribed, or errors of pickling
+            conversion.tell(f"not saved: {error}")
+
+    def _load(
+        self, folder: Path, key: str, frame: Any, rest: Sequence[Any]
+    ) -> ConvertFrameReturn | None:
+        if not _debug_get_cache_entry_list(frame.f_code):
+            self._loaded.clear()  # Dynamo was reset
+        for path in folders.files(folder, key)[-_MOST:]:
+            if path in self._loaded:
+                continue
+            start = time.perf_counter()
+            try:
+                found = _loaded(self._backend, frame, rest, folders.read(path, key))
+            except Exception as error:
+                _warn(f"{path} is of no use, so its graph is compiled anew: {error!r}")
+                with suppress(OSError):
+                    path.unlink()
+                continue
+            if found is not None:
+                self._loaded.add(path)
+                record = self._backend.records[-1]
+                record.spans.append(Span("loading", start, time.perf_counter()))
+                record.reason = record.saved
+                tell(record, type(self._backend.program.model).__name__)
+                return found
+        return None
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, LorafxWarning, stacklevel=2)
+
+
+class _Conversion:
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._graphs: list[Captured] = []
+        self._output: Any = None
+        self._guards: SavedGuards | None = None
+        self._why = "Dynamo made no graph of it"
+
+    def note_graph(self, graph: Captured) -> None:
+        self._graphs.append(graph)
+        self._output = InstructionTranslator.current_tx().output
+
+    def note_guards(self, guards: Sequence[Any], kept: Sequence[bool]) -> None:
+        if len(self._graphs) != 1:
+            self._why = "the model breaks into several graphs"
+            return
+        try:
+            prints = Fingerprints({self._program.runtime._key: SLOTS})
+            plain = [guard.orig_guard for guard in guards]
+            self._guards = SavedGuards.of(plain, kept, self._output, prints)
+        except Exception as error:
+            self._why = str(error)
+
+    def tell(self, text: str) -> None:
+        for graph in self._graphs:
+            graph.record.saved = text
+
+    def body(self, made: GuardedCode) -> tuple[bytes, GraphRecord]:
+        """A file's contents, and the record; Undescribed for graphs that cannot be saved."""
+        output, guards = self._output, self._guards
+        if guards is None or len(self._graphs) != 1:
+            raise Undescribed(self._why)
+        (graph,), parts = self._graphs, self._graphs[0].parts
+        if parts is None or parts.wrappers is None or not parts.whole:
+            raise Undescribed("it is not in one piece")
+        if parts.foreign:
+            raise Undescribed(f"operators of others: {', '.join(parts.foreign)}")
+        if not graph.frame.begins_call or graph.frame.follows_another:
+            raise Undescribed("it does not begin with the arguments of a call")
+        names = self._names(made.code)
+        first = {
+            "guards": guards,
+            "imports": dict(output.import_sources),
+            "files": source_files(output.tracing_context.traced_code),
+            "inputs": SavedInputs.of(graph, self._program),
+        }
+        second = {
+            "code": SerializedCode.from_code_object(made.code),
+            "lowered": SavedLowered.of(parts.lowered, parts.kernels),
+            "parts": replace(parts, lowered=None, kernels={}),
+            "record": graph.record.to_save(),
+            "reached": (self._program.reached, self._program.replaced),
+        }
+        modules = {name: name[len(_MODULE) : -1] for name in names if name.startswith(_MODULE)}
+        halves = [dump(half, self._program, names) for half in (first, second)]
+        return pickle.dumps((json.dumps(modules), *halves)), graph.record
+
+    def _names(self, code: CodeType) -> PortableNames:
+        assert self._guards is not None
+        names = {SLOTS: self._program.runtime._key, BUILTINS: self._guards.builtins_name}
+        for name in sorted(set(self._output.installed_globals) - set(names.values())):
+            value = self._output.global_scope[name]
+            if isinstance(value, ModuleType) and sys.modules.get(value.__name__) is value:
+                names[f"{_MODULE}{value.__name__}>"] = name
+            elif name in code.co_names and GRAPH not in names and name.startswith("__compiled_fn"):
+                names[GRAPH] = name
+            else:
+                raise Undescribed(f"Dynamo's code needs an object of this process: {name}")
+        if GRAPH not in names:
+            raise Undescribed("Dynamo's code calls no graph")
+        return names
+
+
+def _loaded(
+    backend: Backend, frame: Any, rest: Sequence[Any], body: bytes
+) -> ConvertFrameReturn | None:
+    """Dynamo's conversion result from a file's contents; None for another call's graph."""
+    program = backend.program
+    # In pieces, since most files are of other calls.
+    modules, first_half, second_half = pickle.loads(body)
+    names = {SLOTS: program.runtime._key, BUILTINS: unique_id("__builtins_dict__")}
+    added: dict[str, Any] = {}
+    for stand_in, module in json.loads(modules).items():
+        names[stand_in] = unique_id("__module")
+        added[names[stand_in]] = importlib.import_module(module)
+    first = load(first_half, program, names)
+    if any(hash_of_file(name) != was for name, was in first["files"].items()):
+        return None
+    f_globals, f_locals = frame.f_globals, frame.f_locals
+    built_in = f_globals["__builtins__"]
+    added[names[BUILTINS]] = built_in if isinstance(built_in, dict) else vars(built_in)
+    for alias, module in first["imports"].items():
+        added[alias] = importlib.import_module(module)
+    if any(f_globals.get(name, value) is not value for name, value in added.items()):
+        return None
+    f_globals.update(added)
+    guards: SavedGuards = first["guards"]
+    prints = Fingerprints({program.runtime._key: SLOTS})
+    same = guards.hold(f_locals, f_globals, prints)
+    if not same or not first["inputs"].hold(program, f_locals, f_globals):
+        return None
+    manager = guards.manager(frame.f_code, f_locals, f_globals)
+    if not manager.check(f_locals):
+        return None
+    names[GRAPH] = unique_id("__compiled_fn", with_uuid=True)
+    second = load(second_half, program, names)
+    parts: Parts = second["parts"]
+    title = f"graph {len(backend.records)} {'base' if parts.base else 'lora'}"
+    record = GraphRecord.loaded(title, second["record"], backend.several)  # with parts.checks
+    run = parts.executable(program, second["lowered"].load())
+    code = SerializedCode.to_code_object(second["code"])
+    hook = CleanupHook.create(f_globals, names[GRAPH], disable(run, reason="a compiled graph"))
+    CleanupManager.instance[code] = [hook]
+    input_codes.add(frame.f_code)
+    output_codes.add(code)
+    orig_code_map[code] = frame.f_code
+    reached, replaced = second["reached"]
+    program.reached.update(reached)
+    program.replaced.update(replaced)
+    backend.records.append(record)
+    compile_id = get_compile_id(rest[2])
+    made = GuardedCode(code, cast(Any, manager), compile_id, "a graph that lorafx loaded")
+    return wrap_guarded_code(made)

@@ -1,0 +1,184 @@
+"""The methods of `CompiledModel` that say what lorafx made of the model."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
+
+from lorafx.capture.record import GraphRecord
+from lorafx.errors import LorafxWarning, some
+from lorafx.inspection.collecting import explained
+from lorafx.inspection.effects import in_eager_mode
+from lorafx.inspection.explanation import Explanation
+from lorafx.inspection.profile import Profile
+from lorafx.inspection.replay import MadeCall, captured_again
+from lorafx.inspection.viewer.dump import write_graph
+from lorafx.inspection.viewer.graph_data import graph_data
+from lorafx.inspection.viewer.page import Page
+from lorafx.inspection.why import Why, why
+from lorafx.inspection.writing import written_into
+from lorafx.runtime.example_inputs import as_call
+
+if TYPE_CHECKING:
+    from lorafx.compiled_model.compiled import CompiledModel
+    from lorafx.runtime.session import Session
+
+
+class LookMethods:
+    """The part of `CompiledModel` that looks inside."""
+
+    _session: Session
+    _last_calls: dict[str, MadeCall]
+    _capturing_calls: list[MadeCall]
+    #: What `profile` measured last.
+    _profile: Profile | None = None
+    model: nn.Module
+
+    def explain(self) -> Explanation:
+        """A report of sites, banks, adapters, graphs, packs, row maps, plan and refusals as they
+        are now, as an object with fields (`json()` has their values, `str()` is text, and notebooks
+        show tables). It waits for running calls, and measures ΔW of adapters that it has not seen
+        yet."""
+        with self._session.lock:
+            return explained(self._session)
+
+    def why(
+        self,
+        path: str,
+        adapter: str | None = None,
+        *,
+        inputs: Mapping[str, Any] | Sequence[Any] | None = None,
+    ) -> Why:
+        """What became of the module at `path`: whether it carries LoRA and by which rule, what an
+        adapter has for it, in which graphs it is and how, and what refuses it.
+
+        With `adapter` it also says which keys of the file are for the module, the norm of ΔW and by
+        how much the adapter changes what the module returns: ‖delta‖ / ‖y‖ in one eager run of the
+        model with this adapter for all requests, on the last batch if that is still there, or on
+        `inputs`. `str()` is text, `json()` has the values.
+
+        Args:
+            path: any path of the module, also one that only adapters use ("...self_attn.q_proj" of
+                a packed qkv_proj).
+            adapter: a loaded adapter.
+            inputs: keyword arguments (or positional ones) of a call, to measure with.
+
+        Raises:
+            ConfigError: there is no such module; the error names the nearest paths.
+            UnknownAdapterError: the adapter is not loaded.
+
+        With `inputs` it also raises what a call raises.
+        """
+        call = None if inputs is None else as_call(inputs)
+        session = self._session
+        session.refuse_running("why()")
+        with session.lock:
+            serve = partial(in_eager_mode, session)
+            made = self._last_calls.get("forward")
+            return why(session, path, adapter, call, made and made.arguments, serve)
+
+    def profile(
+        self,
+        inputs: Mapping[str, Any] | Sequence[Any],
+        adapter_names: Sequence[str | None],
+        *,
+        calls: int = 10,
+    ) -> Profile:
+        """Measure where the time of a call goes, site by site, beside the byte floor.
+
+        The graphs are captured once more, and their operators run one by one under torch.profiler:
+        those of the base's product and of LoRA are the kernels that serve. A node that computes
+        several siblings has one time, and so has an operator that does product and delta. The call
+        as it is served is timed too. Graphs, adapters and slots stay; other calls wait. A `dump`
+        that follows shows the times.
+
+        Args:
+            inputs: the arguments of a call, by name or in their order.
+            adapter_names: an adapter for each request, None for the base; no sums.
+            calls: how many calls are measured, after one that compiles.
+
+        Raises:
+            BatchError: no request has an adapter.
+            ConfigError: `calls` is not positive.
+
+        It also raises what a call raises.
+        """
+        from lorafx.inspection.profiling import profiled
+
+        compiled = cast("CompiledModel", self)
+        compiled._check_attached()
+        serve = partial(compiled, adapter_names=list(adapter_names))
+        self._profile = profiled(compiled, inputs, adapter_names, calls, serve)
+        return self._profile
+
+    def dump(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the graphs, before and after each pass, as text and as diffs, with the code that
+        was generated for them, `explain.txt`, and `index.html`, which shows all of it in a browser
+        (docs/look_inside.md).
+
+        The calls that captured them, and the last one, are made once more for that, operator by
+        operator, with ones for arguments that are gone. Of graphs whose calls cannot be made again
+        (they had a cache, say) only the generated code is written, and a warning says so.
+        Environment LORAFX_DUMP=folder writes all graphs as they come.
+
+        Raises:
+            ConfigError: the folder cannot be made, or written to.
+        """
+        target = Path(folder)
+        with written_into(target), self._session.lock:
+            target.mkdir(parents=True, exist_ok=True)
+            self._write(target)
+        return target
+
+    def _write(self, target: Path) -> None:
+        program = self._session.program
+        texts, measured = {"explain.txt": f"{self.explain()}\n"}, {}
+        if self._profile is not None:
+            texts["profile.txt"], measured = f"{self._profile}\n", self._profile.by_site()
+        page = Page(target, type(self.model).__name__, texts, measured, program.prepared)
+        unseen = []
+        for record in self._with_stages():
+            unseen += [] if record.stages else [record.title]
+            write_graph(target, record)
+            page.add(record, graph_data(record, program))
+        page.write()
+        if unseen:
+            warnings.warn(
+                f"{target} has no stages of {some(unseen)}, because the calls that captured these "
+                "cannot be made again: LORAFX_DUMP, or Options(dump=...), writes graphs as they "
+                "are compiled",
+                LorafxWarning,
+                stacklevel=3,
+            )
+
+    def _with_stages(self) -> list[GraphRecord]:
+        """The records of the graphs, with the stages of those whose calls can be made again."""
+        records = self._session.backend.records
+        calls = [*self._capturing_calls, *self._last_calls.values()] if records else []
+        again = captured_again(cast("CompiledModel", self), calls)
+        found = []
+        for record in records:
+            alike = (
+                other for other in again if (other.form, other.lora) == (record.form, record.lora)
+            )
+            same = next(alike, None)
+            if same is not None:
+                again.remove(same)
+                record = replace(
+                    record, stages=same.stages, sizes=same.sizes, outlined=same.outlined
+                )
+            found.append(record)
+        return found
+
+    def __repr__(self) -> str:
+        lines = explained(self._session, quick=True).summary
+        ways = "explain() says all, why(path) what became of a module, dump(folder) writes graphs"
+        inside = [*lines, f"base model: {type(self.model).__module__}, as cm.model", ways]
+        return "\n".join(["CompiledModel(", *(f"  {line}" for line in inside), ")"])

@@ -1,0 +1,191 @@
+"""Names that a compiled model does not define itself, and those of other libraries.
+
+| name | what happens |
+|---|---|
+| of PEFT, diffusers, vLLM (`ELSEWHERE`), unless the model has it | AttributeError: the way out |
+| a method of the model's own class | served as a call is: compiled where an adapter is wanted |
+| of `nn.Module` and transformers' base classes | passed through: they run no layer |
+| those of `REFUSED` | raise: they run the model where no adapter can be served, or change it |
+| those of `GENERATING` | run in Python, and what they call is the compiled model's `generate` |
+| an argument of another library (`ARGUMENTS`) that asks for something | ConfigError: the way out |
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lorafx.errors import CaptureError, ConfigError, nearest
+from lorafx.generation.generate import refuse
+from lorafx.model.keywords import BY_ROW, refuse_slips
+from lorafx.runtime.idle import wanted
+from lorafx.runtime.requests import checked_names
+from lorafx.torch_internals.compat import untraced
+
+if TYPE_CHECKING:
+    from lorafx.compiled_model.compiled import CompiledModel
+
+#: Names of PEFT, diffusers and vLLM that a compiled model lacks -> what to use.
+ELSEWHERE: Mapping[str, str] = {
+    "add_lora": "load_adapter(folder, name)",
+    "add_weighted_adapter": 'weights by name in calls: adapter_names=[{"sql": 0.7, "chat": 0.3}]',
+    "disable_adapter_layers": "disable_adapter(), a block, or set_adapter(None)",
+    "enable_adapter_layers": "set_adapter(name)",
+    "get_base_model": "model, or detach(), which returns it without marks",
+    "get_layer_status": "explain(), or why(path) of one module",
+    "get_list_adapters": "list_adapters()",
+    "get_model_status": "explain(), or get_adapter(name) of one adapter",
+    "get_nb_trainable_parameters": "memory(), in bytes; a compiled model trains nothing",
+    "hotswap_adapter": "load_adapter(folder, name), which replaces an adapter of that name",
+    "list_loras": "list_adapters()",
+    "load_lora_adapter": "load_adapter(folder, name)",
+    "load_lora_weights": "load_adapter(folder, name)",
+    "merge_adapter": "merge(name)",
+    "merge_and_unload": "merge(name), or export_merged(name, folder) to save the merged model",
+    "peft_config": "get_adapter(name)",
+    "print_trainable_parameters": "memory(), in bytes; a compiled model trains nothing",
+    "remove_lora": "unload_adapter(name)",
+    "set_adapters": "set_adapter(name), or set_adapter({name: weight, ...}) for a sum",
+    "unload": "detach()",
+    "unmerge_adapter": "unmerge()",
+}
+
+_BATCHING = (
+    "starts an engine that knows no adapters; use continuous_batching(...), where each request "
+    "names one"
+)
+_INJECTED = "is about adapters that PEFT puts into the model; use"
+
+#: Methods of transformers' base classes that are not handed out -> why, and what to use.
+REFUSED: Mapping[str, str] = {
+    "init_continuous_batching": _BATCHING,
+    "continuous_batching_context_manager": _BATCHING,
+    "get_compiled_call": "compiles the model without its adapters; call the compiled model",
+    "add_adapter": f"{_INJECTED} load_adapter(folder, name)",
+    "disable_adapters": f"{_INJECTED} set_adapter(None), or disable_adapter() for a block",
+    "enable_adapters": f"{_INJECTED} set_adapter(name)",
+    "get_adapter_state_dict": f"{_INJECTED} the folder that the adapter was loaded from",
+    "enable_peft_hotswap": f"{_INJECTED} load_adapter, which swaps adapters without compiling",
+}
+
+#: Methods of transformers' base classes that call `generate` and run no layer themselves.
+GENERATING = ("heal_tokens",)
+
+#: (module, class) of base classes whose methods do not run the model but for those above and
+#: `generate`.
+_BASES = (
+    ("transformers.modeling_utils", "PreTrainedModel"),
+    ("transformers.generation.utils", "GenerationMixin"),
+    ("huggingface_hub", "ModelHubMixin"),
+)
+
+_HUB = "an AdapterSource says what the files do not (revision=, key_mapping=)"
+#: Arguments of PEFT, transformers and torch.compile -> why they are not taken, or what to use.
+#: False and None ask for nothing.
+ARGUMENTS: Mapping[str, str] = {
+    "autocast_adapter_dtype": "banks have the dtype that LoraConfig(dtype=...) says",
+    "backend": 'for torch.compile(model, backend="lorafx"), lorafx.attach(model, adapters) first',
+    "disable": "the model itself is what runs without a compiler",
+    "ephemeral_gpu_offload": "LoraConfig(max_adapters=...) bounds what is on the device",
+    "fullgraph": "where the model breaks its graph, the pieces are compiled, as explain() shows",
+    "is_trainable": "a compiled model trains nothing: train with PEFT, and load what it saves",
+    "key_mapping": _HUB,
+    "low_cpu_mem_usage": "files are mapped, and LoraConfig(max_host_bytes=...) bounds host memory",
+    "revision": _HUB,
+    "torch_device": "adapters are where the model is",
+}
+
+
+def refuse_arguments(function: str, misplaced: Sequence[Any], named: Mapping[str, Any]) -> None:
+    """Raise ConfigError for arguments that `function` does not have; what is in `ARGUMENTS` and
+    asks for nothing passes."""
+    if misplaced:
+        raise ConfigError(
+            f"{function} takes one configuration, or the adapters, after the model; to give both: "
+            f"{function}(model, lora_config, adapters=...)"
+        )
+    for name, value in named.items():
+        if name not in ARGUMENTS:
+            near = nearest(name, ("lora_config", "adapters", "adapter_name", "mode", "options"))
+            raise ConfigError(f"{function} has no argument {name!r}{near}")
+        if value is not None and value is not False:
+            raise ConfigError(f"{function} takes no {name}={value!r}: {ARGUMENTS[name]}")
+
+
+def delegated(compiled: CompiledModel, name: str) -> Any:
+    """What `compiled` gives for a name that it does not have.
+
+    Raises:
+        AttributeError: the model has none either.
+    """
+    if name in ELSEWHERE and not hasattr(compiled.model, name):
+        raise AttributeError(f"a compiled model has no {name!r}; use {ELSEWHERE[name]}")
+    value = getattr(compiled.model, name)
+    if not isinstance(value, MethodType) or not isinstance(value.__self__, nn.Module):
+        return value
+    owner = value.__self__
+    for base in _base_classes():
+        if isinstance(owner, base) and hasattr(base, name):
+            if base is not nn.Module and name in REFUSED:
+                return functools.partial(refuse, name, REFUSED[name])
+            return _served(compiled, owner, value) if name in GENERATING else value
+    inside = any(owner is part for part in compiled.model.modules())
+    return _served(compiled, owner, value) if inside else value
+
+
+def _base_classes() -> list[type]:
+    found: list[type] = [nn.Module]
+    for module, name in _BASES:
+        known = getattr(sys.modules.get(module), name, None)
+        if isinstance(known, type):
+            found.append(known)
+    return found
+
+
+def _served(compiled: CompiledModel, owner: nn.Module, method: MethodType) -> Callable[..., Any]:
+    session = compiled._session
+    own_argument = "adapter_names" in inspect.signature(method).parameters
+
+    @untraced
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        refuse_slips(kwargs, method, owner, BY_ROW)
+        names: Sequence[str | None] | None = None
+        if not own_argument:
+            names = checked_names(kwargs.pop("adapter_names", None))
+        kept = session.fetched((session.default,) if names is None else names)  # noqa: F841
+        with session.lock:
+            session.refuse_injected()
+            if names is None and (session.default is None or session.running.updating):
+                return session.beside_engine(functools.partial(method, *args, **kwargs))
+            compiled._check_attached()
+
+            def run() -> Any:
+                if session.base.merged is not None or not wanted(session):
+                    return method(*args, **kwargs)
+                _refuse_lazy(owner, method)
+                served: Callable[..., Any] = method
+                if method.__name__ not in GENERATING:
+                    served = compiled.entry(owner, method=method)
+                return compiled._generation.within(served)(*args, **kwargs)
+
+            return session.call(run, names)
+
+    return call
+
+
+def _refuse_lazy(owner: nn.Module, method: MethodType) -> None:
+    plain = inspect.unwrap(method.__func__)
+    lazy = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+    if any(is_so(plain) for is_so in lazy):
+        raise CaptureError(
+            f"{type(owner).__name__}.{method.__name__} is a generator or coroutine, whose "
+            "body runs after the call has ended, without its adapters; call the compiled "
+            "model for each step, or write a method that returns what this one yields"
+        )

@@ -1,0 +1,292 @@
+"""Warm-up: the graphs that serving needs, captured before the first request.
+
+    calls = {forward, generate} × batch sizes × lengths × {no adapter, one adapter, a mix}
+    graphs = {batch 1, more} × {one token, more} × {cache form} × {no adapter, adapters}, of which
+        some are one (lorafx.capture.instances, `Options.base_graphs`)
+
+A graph does not depend on which adapters a batch has, so dummies stand in for all of them. Where an
+aLoRA adapter is loaded there is one more call of each, for the graphs that have one slot per token.
+The store, the batch, random states and the buffers of the model are restored whatever happens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafx.adapter_store.stored import Adapter, LoraWeights
+from lorafx.errors import BatchError, CapacityError, ConfigError, ProvenanceError, some
+from lorafx.generation.alora import any_begins
+from lorafx.model.sites import Site
+from lorafx.progress import progress
+from lorafx.runtime.example_inputs import Example, decode_step, derived_example, given_examples
+from lorafx.runtime.session import Session
+
+if TYPE_CHECKING:
+    from lorafx.compiled_model.compiled import CompiledModel
+
+#: Rank of the dummies, where that many fit and no sharding asks for more. What is compiled does not
+#: depend on it; a small one costs little memory.
+DEFAULT_RANK = 8
+#: New tokens of a `generate` call: one of the prefill, and two decode steps.
+NEW_TOKENS = 3
+#: The dummy that begins at a token.
+_BEGINS = "warm-up aLoRA"
+
+NameList = list["str | None"]
+
+
+def warm_up(
+    compiled: CompiledModel,
+    example_inputs: Any,
+    *,
+    rank: int | None,
+    batch_sizes: Sequence[int],
+    lengths: Sequence[int],
+    generate: bool | Mapping[str, Any] | None,
+) -> None:
+    """See `CompiledModel.warmup`."""
+    session = compiled._session
+    sizes = _positive("batch_sizes", batch_sizes), _positive("lengths", lengths)
+    config = session.program.config
+    slot = config.slot_rank or config.max_rank
+    if rank is None and config.slot_rank is not None:
+        rank = min(DEFAULT_RANK, slot)
+    rank = dummy_rank(session.program.sites, config.max_rank, rank)
+    with session.lock:
+        if example_inputs is None:
+            device = session.program.runtime.device
+            example = derived_example(compiled.model, device, sizes[0][0], sizes[1][0])
+            examples: tuple[Example, ...] = (example,)
+        else:
+            examples = given_examples(compiled.entry(compiled.model).roles, example_inputs)
+        settings = _generation(compiled.model, generate)
+        runs: dict[str, Callable[[Example, NameList], None]] = {}
+        if generate is None or generate is False:
+            runs["forward"] = partial(_forward, compiled)
+        if settings is not None:
+            runs["generate"] = partial(_generate, compiled, settings)
+        count = 2 if config.max_adapters > -(-rank // slot) else 1  # that find slots together
+        names = [f"warm-up {i}" for i in range(count)]
+        dummies = [dummy(name, session.program.sites, rank, seed=i) for i, name in enumerate(names)]
+        if any_begins(session, session.store.names):
+            dummies.append(replace(dummies[0], name=_BEGINS, invocation=(0,)))
+        variants = [v for example in examples for v in _ordered(example.variants(*sizes))]
+        calls = list(_calls(runs, variants, [adapter.name for adapter in dummies]))
+
+        def run() -> None:
+            for adapter in dummies:
+                session.store.load(adapter)
+            for number, (what, call) in enumerate(calls, start=1):
+                with progress(f"warm-up {number} of {len(calls)}: {what}"):
+                    call()
+
+        with _undisturbed(compiled):
+            _serving_dummies(session, run)
+
+
+# --- dummies ---
+
+
+def dummy_rank(sites: Sequence[Site], max_rank: int, rank: int | None = None) -> int:
+    """The rank of dummies: `rank`, or DEFAULT_RANK where that fits, rounded up to the least common
+    multiple of the shard counts of the sites.
+
+    Raises:
+        ConfigError: `rank` is no positive int, or a class counts shards in another way.
+        CapacityError: the banks hold no such rank.
+    """
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+        raise ConfigError(f"warmup(rank=...) must be a positive integer, got {rank!r}")
+    wanted = min(DEFAULT_RANK, max_rank) if rank is None else rank
+    shards = {site.path: _shards(site) for site in sites}
+    multiple = math.lcm(*shards.values())
+    rounded = -(-wanted // multiple) * multiple
+    if rounded > max_rank:
+        said = "default rank" if rank is None else "rank"
+        why = ""
+        if multiple > 1:
+            sharded = [f"{path} {count}" for path, count in shards.items() if count > 1]
+            why = (
+                f", rounded up to a multiple of {multiple} because LoRA ranks are sharded "
+                f"({some(sharded)}),"
+            )
+        raise CapacityError(
+            f"warm-up adapters of {said} {wanted}{why} need rank {rounded}, over max_rank = "
+            f"{max_rank}; compile with LoraConfig(max_rank={rounded})"
+            + ("" if rank is None else ", or give a smaller rank")
+        )
+    return rounded
+
+
+def _shards(site: Site) -> int:
+    count = site.eligible.rank_shards
+    if count is None:
+        return 1
+    shards = count(site.module)
+    if not isinstance(shards, int) or isinstance(shards, bool) or shards < 1:
+        raise ConfigError(
+            f"{site.path}: rank_shards of {type(site.module).__qualname__} must be a "
+            f"positive integer, got {shards!r}"
+        )
+    return shards
+
+
+def dummy(name: str, sites: Sequence[Site], rank: int, *, seed: int) -> Adapter:
+    """An adapter of small random factors for every part of every site, the same every time.
+
+    Not zeros: `Options(verify="numeric")` compares the passes on the first call, which this is.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for site in sites:
+        experts = () if site.expert_weight is None else (site.experts,)
+        for index, part in enumerate(site.parts):
+            k, n = part.in_features, part.out_features
+            a = torch.randn(*experts, rank, k, generator=generator) / k**0.5
+            b = torch.randn(*experts, n, rank, generator=generator) / rank**0.5
+            weights[site.part_path(index)] = LoraWeights(a, b, 0.01)
+    return Adapter(name, weights, rank, "warm-up")
+
+
+def _serving_dummies(session: Session, run: Callable[[], None]) -> None:
+    """Run with no adapters but those that `run` loads; all is as before afterwards."""
+    runtime = session.program.runtime
+    rows, active, warming = runtime.rows, runtime.active, session.running._replace(warming=True)
+    try:
+        session.run(warming, lambda: session.store.set_aside(run))
+    finally:
+        session.forget_served()
+        runtime.set_rows(rows)
+        runtime.active = active
+
+
+@contextmanager
+def _undisturbed(compiled: CompiledModel) -> Iterator[None]:
+    """Random states and the buffers that the model's forward writes are put back afterwards."""
+    device = compiled._session.program.runtime.device
+    buffers = [(buffer, buffer.clone()) for buffer in compiled.model.buffers() if _is_state(buffer)]
+    python = random.getstate()
+    indices = [] if device.type == "cpu" else [device]
+    try:
+        with torch.random.fork_rng(indices, device_type=device.type if indices else "cuda"):
+            yield
+    finally:
+        random.setstate(python)
+        with torch.no_grad(), torch.inference_mode(False):
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+
+
+def _is_state(buffer: Tensor) -> bool:
+    """Whether a forward may keep something in it, such as running statistics. Large buffers are
+    packed weights and tables, which nobody writes and a copy of which may not fit."""
+    return buffer.numel() <= 1 << 20 and buffer.device.type != "meta" and not buffer.is_inference()
+
+
+# --- calls ---
+
+
+def _ordered(variants: Iterator[Example]) -> list[Example]:
+    """Those of one request last: a graph of several may serve one, too, not the other way round."""
+    return sorted(variants, key=lambda variant: variant.rows == 1)
+
+
+def _calls(
+    runs: Mapping[str, Callable[[Example, NameList], None]],
+    variants: Sequence[Example],
+    dummies: Sequence[str],
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    """(what it is, the call) in the order in which they run."""
+    whole = [name for name in dummies if name != _BEGINS]
+    first, last = whole[0], whole[-1]
+    for variant in variants:
+        rows = variant.rows
+        batches: dict[str, NameList] = {
+            "no adapter": [None] * rows,
+            "one adapter": [first] * rows,
+        }
+        if rows > 1:
+            batches["a mix"] = [(first, None, last)[row % 3] for row in range(rows)]
+        if _BEGINS in dummies:
+            batches["an aLoRA adapter"] = [_BEGINS] * rows
+        for label, names in batches.items():
+            for what, run in runs.items():
+                padded = variant.padded() if what == "generate" else None
+                if what == "generate" and not variant.can_generate:
+                    continue
+                said = f"{what}, {variant}, {label}"
+                yield said, partial(_tried, run, variant, names)
+                if padded is not None:
+                    yield f"{said}, padded", partial(_tried, run, padded, names)
+
+
+def _tried(run: Callable[[Example, NameList], None], example: Example, names: NameList) -> None:
+    """A mix may be refused, where whose row is whose is not proved; its graph is captured then, and
+    batches of one adapter are served by it. So may an aLoRA adapter, where there are no token ids.
+    """
+    refused = len(set(names)) > 1 or _BEGINS in names
+    with contextlib.suppress(*((ProvenanceError, BatchError) if refused else ())):
+        run(example, names)
+
+
+def _forward(compiled: CompiledModel, example: Example, names: NameList) -> None:
+    """The call, and one more token with the cache that it returned."""
+    inputs = dict(example.named)
+    output = compiled(**inputs, adapter_names=names)
+    following = decode_step(compiled.model, inputs, output)
+    if following is not None:
+        compiled(**following, adapter_names=names)
+
+
+def _generate(
+    compiled: CompiledModel, settings: Mapping[str, Any], example: Example, names: NameList
+) -> None:
+    compiled.generate(**example.prompt(), **settings, adapter_names=names)
+
+
+def _generation(
+    model: nn.Module, generate: bool | Mapping[str, Any] | None
+) -> Mapping[str, Any] | None:
+    """Keyword arguments of `generate`, None to leave it out.
+
+    Raises:
+        ConfigError: it is asked for and the model has none.
+    """
+    can = getattr(model, "can_generate", None)
+    able = callable(getattr(model, "generate", None)) and (can is None or bool(can()))
+    if generate is False or (generate is None and not able):
+        return None
+    if not able:
+        raise ConfigError(f"{type(model).__name__} cannot generate; leave out warmup(generate=...)")
+    settings: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+    defaults = getattr(model, "generation_config", None)
+    if getattr(defaults, "pad_token_id", None) is None:
+        settings["pad_token_id"] = 0  # said by the caller, or transformers warns at every call
+    if isinstance(generate, Mapping):
+        if "max_new_tokens" in generate:
+            settings["min_new_tokens"] = generate["max_new_tokens"]
+        settings.update(generate)
+    elif generate not in (None, True):
+        raise ConfigError(
+            "warmup(generate=...) must be a bool or keyword arguments of generate, got "
+            f"{generate!r}"
+        )
+    return settings
+
+
+def _positive(name: str, values: Sequence[int]) -> tuple[int, ...]:
+    listed = [values] if isinstance(values, int) else list(values)
+    if not listed or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in listed):
+        raise ConfigError(f"warmup({name}=...) must hold positive integers, got {values!r}")
+    return tuple(dict.fromkeys(listed))

@@ -1,0 +1,1 @@
+"""`generate`, aLoRA, batches in waves, and continuous batching."""

@@ -1,0 +1,375 @@
+"""transformers' continuous batching with an adapter for each request."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching import ContinuousBatchingManager
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
+from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
+from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
+
+from lorafx.adapter_store.names import BASE, AdapterName, one_name
+from lorafx.adapter_store.stored import Hold
+from lorafx.errors import BatchError, CaptureError, ConfigError, LorafxError
+from lorafx.generation.alora import column_of, warn_absent
+from lorafx.generation.continuous import sampling
+from lorafx.generation.continuous.adapter_requests import AdapterRequest, EngineOutputs, hold_of
+from lorafx.generation.continuous.attention import EngineAttention
+from lorafx.generation.continuous.cache_policy import AdapterPages, FullCache
+from lorafx.generation.continuous.failures import StepHealth, as_told
+from lorafx.generation.continuous.packed_call import PackedForward
+from lorafx.generation.continuous.request_checks import (
+    checked_limits,
+    checked_prompt,
+    checked_sampling,
+    served_config,
+)
+from lorafx.generation.continuous.scheduling import all_pinned, drop, paired, step_of
+from lorafx.model.keywords import refuse_slips
+
+if TYPE_CHECKING:
+    from lorafx.runtime.entries import CompiledForwards
+
+
+#: How a request names its adapter.
+_WAYS = {"adapter": 'adapter="sql", or None for the base'}
+#: The adapter of `set_adapter`.
+DEFAULT: Any = object()
+
+
+class AdapterBatchingManager(ContinuousBatchingManager):
+    """transformers' manager for a compiled model; see its documentation for what is not said here.
+
+    Raises:
+        ConfigError: the model cannot be served by the engine, or the configuration asks for what is
+            refused (docs/continuous_batching.md).
+    """
+
+    def __init__(
+        self,
+        forwards: CompiledForwards,
+        generation_config: GenerationConfig | None = None,
+        config: ContinuousBatchingConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.forwards = forwards
+        model: Any = forwards.model
+        given = generation_config or getattr(model, "generation_config", None)
+        if given is None:
+            raise ConfigError(
+                f"{type(model).__name__} has no generation_config, so it cannot generate; give a "
+                "generative model of transformers"
+            )
+        served = served_config(config, model.device)
+        per_request = bool(given.do_sample and served.per_request_processors)
+        self._attention = EngineAttention(forwards.session)
+        try:
+            with _possible(model):
+                super().__init__(
+                    model=model,
+                    generation_config=sampling.asking(given) if per_request else given,
+                    continuous_batching_config=served,
+                    **kwargs,
+                )
+        except BaseException:
+            self._attention.give_back()
+            raise
+        self.generation_config = given
+        if per_request:
+            sampling.take_over(self.logit_processor, given)
+        #: In which the thread runs.
+        self._process: int | None = None
+        #: Of the thread; `batch_processor` is taken away while that still runs.
+        self._processor: Any = None
+        self._packed = PackedForward(forwards, self._batch, self._waiting)
+        self._forward: Any = self._packed
+        self._outputs = self.output_router = EngineOutputs()
+        self.health = StepHealth()
+
+    def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = False) -> None:
+        self._attention.take()
+
+    def add_request(
+        self,
+        input_ids: list[int],
+        request_id: str | None = None,
+        max_new_tokens: int | None = None,
+        streaming: bool = False,
+        record_timestamps: bool = False,
+        eos_token_id: int | list[int] | None = None,
+        *,
+        adapter: AdapterName = DEFAULT,
+        **logit_processor_kwargs: Any,
+    ) -> str:
+        """Queue a request, and return its name.
+
+        Args:
+            adapter: its adapter; None or "__base__" is the base model, and a mapping of names to
+                weights a sum, as in a call of the compiled model. The request keeps the
+                version that is loaded now: loading another under this name, or unloading it, has no
+                effect on requests that have been added. An aLoRA adapter begins at the last
+                occurrence of its invocation tokens in the prompt. Without it, the default of
+                `set_adapter`.
+            logit_processor_kwargs: how the request's tokens are chosen: `temperature`, `top_k` and
+                `top_p`, where the engine samples and was given `per_request_processors=True`.
+                Temperature 0 takes the likeliest token, `top_k` 0 or -1 and `top_p` 1 leave all.
+                Of any engine, values that ask for nothing or for what it does anyway, and None.
+            Otherwise as transformers' own.
+
+        Raises:
+            UnknownAdapterError: no adapter of this name is loaded.
+            CapacityError: every slot is pinned to another adapter; or as a call for a sum.
+            ConfigError: `adapter` is no name, or as a call for a sum; or another argument has a
+                value with which no token can be generated.
+            BatchError: the engine is stopping, has failed, or runs in the process that this one was
+                forked from; the model was detached; a request of this name is under way;
+                `input_ids` are not token ids of the model, or none.
+        """
+        denied = self._denied()
+        if denied is not None:
+            raise BatchError(f"the request was not queued. {denied}") from (
+                self.background_thread_status.fatal_error
+            )
+        refuse_slips(logit_processor_kwargs, self.add_request, ways=_WAYS)
+        if request_id is not None and not isinstance(request_id, str):
+            raise ConfigError(f"request_id is a string; got {request_id!r}")
+        max_new_tokens, ends = checked_limits(max_new_tokens, eos_token_id)
+        config = self.generation_config
+        chosen = checked_sampling(self.logit_processor, logit_processor_kwargs, config)
+        prompt = checked_prompt(self.forwards.model, input_ids)
+        hold, begins = self._held(adapter, prompt)
+        request_id = self._named(request_id)
+        state = AdapterRequest(
+            request_id=request_id,
+            initial_tokens=prompt,
+            num_children=self.num_return_sequences - 1,
+            record_timestamps=record_timestamps,
+            max_new_tokens=config.max_new_tokens if max_new_tokens is None else max_new_tokens,
+            eos_token_id=config.eos_token_id if ends is None else ends,
+            streaming=streaming,
+            logit_processor_kwargs=chosen,
+            hold=hold,
+            begins=begins,
+        )
+        try:
+            self.input_queue.put(state, block=True, timeout=10)
+        except BaseException:
+            self._outputs.gone(state)
+            raise
+        self._wake_up_loop.set()
+        return request_id
+
+    def start(self) -> None:
+        """Start the engine's thread. Raises ConfigError where transformers has no paged cache for
+        the model."""
+        if self.batch_processor is None:  # in the thread nobody sees an error
+            self.batch_processor = self._create_batch_processor()
+        self._process = os.getpid()
+        super().start()
+
+    def stop(
+        self,
+        block: bool = True,
+        timeout: float | None = None,
+        keep_for_next_session: bool = False,
+        hard_stop: bool = False,
+    ) -> None:
+        """As transformers' own. After `timeout` seconds the requests that are left fail."""
+        thread, status = self._generation_thread, self.background_thread_status
+        waits = block and timeout is not None and not hard_stop
+        if waits and thread is not None and not status.is_pause_requested(local=True):
+            status.request_stop(status.FLUSH_AND_STOP, self.distributed_helper.global_rank)
+            thread.join(timeout)
+            hard_stop, timeout = thread.is_alive(), None
+        super().stop(block, timeout, keep_for_next_session, hard_stop)
+        self._attention.give_back()
+        if not self.is_running() and not keep_for_next_session:
+            self._processor = None
+            self._packed.pages = None
+
+    def destroy(self) -> None:
+        """As transformers' own. An engine that never ran gives back the model's attention too."""
+        super().destroy()
+        self._attention.give_back()
+
+    def unhealthy(self) -> str | None:
+        """Why the engine cannot be expected to serve requests: it takes none, or its last steps
+        have all failed; None where it can. An engine whose steps fail takes requests, and is
+        healthy again after one that succeeds."""
+        return self._denied() or self.health.reason()
+
+    def warmup(self) -> None:
+        """Have the graphs of the engine's steps captured: of several tokens, and of one. Raises as
+        `start`."""
+        if self.batch_processor is None:
+            self.batch_processor = self._create_batch_processor()
+        runner = self.batch_processor.model_runner
+        several = min(4, self.batch_processor.max_batch_tokens)
+        for tokens in dict.fromkeys((several, 1)):
+            runner.run_one_warmup(self._forward, num_q_tokens=tokens, max_kv_read=tokens % 4)
+        self.batch_processor.cache.reset()
+        self.warmed_up = True
+
+    def _denied(self) -> str | None:
+        """Why no request is taken."""
+        if self._process not in (None, os.getpid()):
+            return (
+                "The engine's thread runs in the process that this one was forked from; start an "
+                "engine here, by continuous_batching()"
+            )
+        try:
+            self.forwards.check_attached()
+        except CaptureError as error:
+            return str(error)
+        return self.background_thread_status.can_accept_new_requests()
+
+    def _held(self, adapter: AdapterName, prompt: list[int]) -> tuple[Hold | None, int]:
+        """The adapter, and the token of the prompt at which it begins; the base where an aLoRA
+        adapter never does."""
+        session = self.forwards.session
+        name = session.default if adapter is DEFAULT else one_name(adapter, "adapter")
+        if name is None or name == BASE:
+            return None, 0
+        hold, pinned = session.store.hold(name), session.store.pinned
+        if pinned and name not in pinned and not session.store.fits(frozenset({name})):
+            raise all_pinned(name, len(pinned))
+        if not hold.stored.invocation:
+            return hold, 0
+        (column,) = column_of(torch.tensor([prompt]), hold.stored.invocation)
+        if column is None:
+            warn_absent(str(hold.name), hold.stored.invocation)
+            return None, 0
+        return hold, column
+
+    def _named(self, request_id: str | None) -> str:
+        """The name of a request, which no other one has that is under way."""
+        while True:
+            name = request_id
+            if name is None:
+                with self._request_lock:
+                    name = f"req_{self._request_counter}"
+                    self._request_counter += 1
+            if self._outputs.begin(name, self.num_return_sequences - 1):
+                return name
+            if request_id is not None:
+                raise BatchError(f"a request named {request_id!r} is under way; give another name")
+
+    def _fail(self, state: RequestState, error: LorafxError) -> None:
+        """Have a request that is not in the step fail."""
+        processor, name = self._processor, state.request_id
+        scheduler = processor.scheduler
+        processor._handle_request_error(error, state)
+        processor.offloading_manager.free_request_cpu_cache(state)
+        if scheduler.waiting_requests.pop(name, None) is not None:
+            scheduler.waiting_requests_order.remove(name)
+        scheduler.finish_request(name)
+        scheduler.block_new_requests = False
+        drop(state)
+
+    def _batch(self) -> list[FutureRequestState]:
+        """The requests of the step that is under way."""
+        return list(step_of(self._processor.inputs_and_outputs).requests_in_batch)
+
+    def _waiting(self) -> Iterator[Hold]:
+        """The adapters of requests that are not in the step, in the order in which they may be in
+        the next."""
+        scheduler = self._processor.scheduler
+        batch = {future.state.request_id for future in self._batch()}
+        began = [s for name, s in scheduler.active_requests.items() if name not in batch]
+        waits = [*scheduler.waiting_requests.values()]
+        with self.input_queue.mutex:
+            added = list(self.input_queue.queue)
+        seen = set()
+        for state in (*began, *waits, *added):
+            hold = hold_of(state)
+            if hold is not None and hold.stored.version not in seen:
+                seen.add(hold.stored.version)
+                yield hold
+
+    def _create_batch_processor(self) -> ContinuousBatchProcessor:
+        known = self.batch_processor
+        with _possible(self.model):
+            processor = super()._create_batch_processor()
+        if processor is not known:
+            self._processor = processor
+            scheduler: Any = processor.scheduler
+            scheduler.begin(self.forwards.session, self._fail, self._outputs.gone)
+            # The engine makes these itself.
+            cache: Any = processor.cache
+            cache.__class__ = AdapterPages
+            cache.waiting = lambda request_id: scheduler.waiting_requests.get(request_id)
+            cache.session = self.forwards.session
+            self._packed.waits = not paired(processor.inputs_and_outputs)
+            sampling.likely_as_alone(processor.model_runner, self.logit_processor)
+            offloading: Any = processor.offloading_manager
+            offloading.__class__ = FullCache
+            offloading.fail = self._fail
+        return processor
+
+    def _generation_step(self) -> None:
+        processor, packed = self._processor, self._packed
+        step = step_of(processor.inputs_and_outputs)
+        draws = processor.do_sample and sampling.drawn(self.logit_processor)
+        processor.model_runner.do_sample = draws
+        packed.searches = self.health.searches()
+        try:
+            processor._generation_step(self._forward)
+        except torch.AcceleratorError:
+            raise  # the device computes nothing any more: the engine ends, and says why
+        except Exception as error:
+            # The requests of this step fail; the others go on.
+            names = [future.state.request_id for future in step.requests_in_batch]
+            failed = {name: packed.failed.get(name, error) for name in names}
+        else:
+            failed = packed.failed
+        packed.failed = {}
+        if len(failed) == len(step.requests_in_batch):
+            self.health.nobody_served(step.requests_in_batch, failed)
+        else:
+            self.health.succeeded()
+        if failed:
+            self._end(step, failed)
+
+    def _end(self, step: ContinuousBatchingIOs, failed: Mapping[str, Exception]) -> None:
+        """Have these requests of the step fail; the others have their new tokens."""
+        processor = self._processor
+        scheduler = processor.scheduler
+        errors = as_told(failed)
+        kept: list[FutureRequestState] = []
+        columns: list[int] = []  # of the new tokens, in their order
+        column = 0
+        for future in step.requests_in_batch:
+            state = future.state
+            error = errors.get(state.request_id)
+            if error is None:
+                kept.append(future)
+                columns += [column] * future.has_new_token
+            else:
+                processor._handle_request_error(error, state)
+                scheduler.finish_request(state.request_id)
+                forks = [other for other in scheduler._requests_to_fork if other is not state]
+                scheduler._requests_to_fork = forks
+                drop(state)
+            column += future.has_new_token
+        if step is processor.inputs_and_outputs:  # otherwise it is under way
+            step.output_ids[:, : len(columns)] = step.output_ids[:, columns]
+            step.requests_in_batch = kept
+        scheduler.block_new_requests = False
+
+
+@contextmanager
+def _possible(model: Any) -> Iterator[None]:
+    """Around what transformers makes for its engine: ConfigError where it cannot."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(
+            f"transformers' engine cannot make a paged cache for {type(model).__name__}: {error}. "
+            "Change the ContinuousBatchingConfig if it is about sizes; otherwise call generate()"
+        ) from error

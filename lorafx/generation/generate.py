@@ -1,0 +1,258 @@
+"""transformers' `generate` over compiled forwards.
+
+While it runs, the parts of the model that it calls directly are replaced by their compiled
+versions: encoders, also of images and videos (`get_image_features`), models inside the model with a
+`generate` of their own, and where the model has its own `generate` (BLIP-2) any part. The marks of
+other parts raise where adapters change them (lorafx.runtime.idle).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from types import MethodType
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lorafx.errors import CaptureError, ConfigError, LorafxError
+from lorafx.generation.alora import generating_forward_of
+from lorafx.runtime.entries import CompiledForwards
+from lorafx.runtime.entry import Entry
+from lorafx.runtime.idle import refuse_elsewhere, wanted
+from lorafx.runtime.replaced_methods import Replaced
+from lorafx.runtime.session import Session
+from lorafx.torch_internals.compat import tracing
+
+T = TypeVar("T")
+
+#: The argument of generate(inputs, generation_config, logits_processor), and its place.
+_PROCESSORS, _PLACE = "logits_processor", 2
+
+#: Why `generate` with a paged cache is refused.
+_PAGED = (
+    "runs an engine that knows no adapters when generate() hands over to it; use the compiled "
+    "model's generate_batch(prompts, adapter_names=[...])"
+)
+#: The step of `generate` that runs encoders.
+_ENCODING = "_maybe_prepare_encoder_kwargs_for_generation"
+#: By this transformers asks whether the model takes images that are encoded already.
+_ENCODES = "_supports_mm_encoder_outputs"
+
+
+def refuse(name: str, why: str, *_: Any, **__: Any) -> NoReturn:
+    """Raise CaptureError: `name` is a method that is not served."""
+    raise CaptureError(
+        f"{name}() {why}. To call it on the plain model, detach() first, or copy the model "
+        "before it is compiled"
+    )
+
+
+class CompiledGenerate:
+    """`generate` of one model."""
+
+    def __init__(self, entries: CompiledForwards) -> None:
+        self._entries = entries
+        self._session = entries.session
+        self._by_themselves: dict[int, tuple[Entry, Callable[..., Any]]] = {}
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's `generate` with its forwards compiled; LorafxError where it has none."""
+        model = self._entries.model
+        run = getattr(model, "generate", None)
+        if not callable(run):
+            raise LorafxError(f"{type(model).__name__} has no generate(); call the model itself")
+        attributes = [item for item in self._nested if item[:2] != (model, "generate")]
+        replacing = self._session.stand_ins.replacing
+        return replacing(attributes, self._generate, model, run, *args, **kwargs)
+
+    def within(self, method: Callable[..., T]) -> Callable[..., T]:
+        """`method` of the model: where it calls `generate`, it is this one. Dynamo leaves it to
+        Python."""
+        return functools.partial(self._session.stand_ins.replacing, self._nested, method)
+
+    @functools.cached_property
+    def _nested(self) -> list[Replaced]:
+        """The `generate` of the model, and of models inside of it, for calls of them within a call,
+        and `generate_batch`, to which paged caches are handed over: it is refused. Made once:
+        Dynamo guards on the very function."""
+        mixin, model, batching = _mixin(), self._entries.model, "generate_batch"
+        refused: Replaced = (model, batching, functools.partial(refuse, batching, _PAGED))
+        found: list[Replaced] = [refused] if hasattr(model, batching) else []
+        return found + [
+            (part, "generate", torch.compiler.disable(self._nested_in(part)))
+            for part in model.modules()
+            if (part is model or isinstance(part, mixin))
+            and callable(getattr(part, "generate", None))
+        ]
+
+    def _nested_in(self, module: nn.Module) -> Callable[..., Any]:
+        run, session = module.generate, self._session
+        assert callable(run)
+
+        @functools.wraps(run)
+        def nested(*args: Any, **kwargs: Any) -> Any:
+            refuse_elsewhere(session)
+            repeating = session.running._replace(requests=session.asked._replace(repeats=True))
+            action = functools.partial(self._generate, module, run, *args, **kwargs)
+            return session.note(repeating, action)
+
+        return nested
+
+    def _generate(
+        self, model: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        entries, session = self._entries, self._session
+        kwargs.setdefault("disable_compile", True)
+        if model is entries.model:
+            args, kwargs = without_added_tokens(session, args, kwargs)
+        # CompiledForwards first: each reads the module's own forward when it is made.
+        forward = generating_forward_of(entries, model, run, args, kwargs)
+        attributes: list[Replaced] = [(model, "forward", forward)]
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            encoder: nn.Module = model.get_encoder()  # type: ignore[operator]
+            if encoder is not model:
+                attributes.append((encoder, "forward", entries.of(encoder)))
+        attributes += self._parts(model) + _modalities(entries, model, kwargs)
+        return session.stand_ins.replacing(attributes, run, *args, **kwargs)
+
+    def _parts(self, model: nn.Module) -> list[Replaced]:
+        """The parts of the model that a `generate` of its own class may call by themselves, as far
+        as the adapters of the call change them: children, and the embedding of the text. Models
+        inside of it have their own `generate`."""
+        if not _overrides(model, "generate"):
+            return []  # it calls what `_generate` knows
+        session = self._session
+        paths = {path for name in wanted(session) for path in session.store[name].sites}
+        changed = {id(site.module) for site in session.program.sites if site.path in paths}
+        generating = {id(part) for part, _, _ in self._nested}
+        base = getattr(model, "base_model", model)
+        children = [*model.children(), *(base.children() if isinstance(base, nn.Module) else ())]
+        embedding = getattr(model, "get_input_embeddings", lambda: None)()
+        if isinstance(embedding, nn.Module):
+            children.append(embedding)
+        return [
+            (part, "forward", self._by_itself(part))
+            for part in dict.fromkeys(children)
+            if id(part) not in generating and any(id(inner) in changed for inner in part.modules())
+        ]
+
+    def _by_itself(self, part: nn.Module) -> Callable[..., Any]:
+        """The forward of a part of the model: compiled, but inside of other calls what it was.
+        Dynamo guards on the very function."""
+        entry, session = self._entries.of(part), self._session
+        known = self._by_themselves.get(id(part))
+        if known is not None and known[0] is entry:
+            return known[1]
+        function = entry.function
+        site = next((site for site in session.program.sites if site.module is part), None)
+
+        @functools.wraps(function)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if tracing() or session.running.entries:
+                return function(*args, **kwargs)
+            output = entry(*args, **kwargs)
+            if site is not None:
+                session.returned_from = site.path
+            return output
+
+        self._by_themselves[id(part)] = entry, forward
+        return forward
+
+
+def _mixin() -> Any:
+    """transformers' GenerationMixin; an empty tuple where it is not imported."""
+    return getattr(sys.modules.get("transformers.generation.utils"), "GenerationMixin", ())
+
+
+def _overrides(model: nn.Module, method: str) -> bool:
+    """Whether the class of `model` has another `method` than transformers' GenerationMixin."""
+    return getattr(type(model), method, None) is not getattr(_mixin(), method, None)
+
+
+def _modalities(
+    entries: CompiledForwards, model: nn.Module, given: Mapping[str, Any]
+) -> list[Replaced]:
+    """The methods that `generate` has images and videos encoded by, before the first forward. In a
+    batch of several adapters whose images come one entry a prompt, the forward encodes them
+    instead: there it is proved whose they are. An `_ENCODING` of the model's own has them encoded
+    in any case (Florence-2's encoder takes them among the text)."""
+    overridden = _overrides(model, _ENCODING)
+    if not overridden and "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+        return []  # the forward encodes them
+    base = getattr(model, "base_model", None)
+    names = [f"get_{modality}_features" for modality in ("image", "video")]
+    found = [(name, getattr(base, name, None)) for name in names]
+    methods = {name: method for name, method in found if isinstance(method, MethodType)}
+    if not isinstance(base, nn.Module) or not methods:
+        return []
+    adapters = entries.session.asked.names
+    taken = {name for method in methods.values() for name in inspect.signature(method).parameters}
+    images = [value for name in taken if isinstance(value := given.get(name), Tensor)]
+    by_prompt = all(image.dim() > 0 and len(image) == len(adapters) for image in images)
+    if len(set(adapters)) > 1 and by_prompt and hasattr(model, _ENCODES) and not overridden:
+        return [(model, _ENCODES, bool)]
+    return [(base, name, entries.of(base, method=method)) for name, method in methods.items()]
+
+
+def without_added_tokens(
+    session: Session, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of `generate` with a processor of the scores beside those that are given."""
+    size = session.program.config.base_vocab_size
+    if size is None:
+        return args, kwargs
+    hiding = AddedTokens(session, size)
+    if len(args) > _PLACE:
+        given = [*(args[_PLACE] or []), hiding]
+        return (*args[:_PLACE], given, *args[_PLACE + 1 :]), kwargs
+    return args, {**kwargs, _PROCESSORS: [*(kwargs.get(_PROCESSORS) or []), hiding]}
+
+
+def refuse_added_tokens(session: Session, what: str) -> None:
+    """Raise ConfigError where tokens are to be kept from some rows, which `what` does not do."""
+    if session.program.config.base_vocab_size is not None:
+        raise ConfigError(
+            f"{what} does not keep added tokens from rows that were not trained with them; compile "
+            "without LoraConfig(base_vocab_size=...), or call generate()"
+        )
+
+
+class AddedTokens:
+    """What transformers calls with the scores of each step, (rows, vocabulary).
+
+        scores[m, v] = −inf    for v ≥ base_vocab_size, unless the adapter of row m has a row of
+                               its own for v, in an embedding or a head
+
+    A base model whose embeddings were resized has numbers for tokens that were added for some
+    adapters, which mean nothing to rows that were not trained with them.
+    """
+
+    def __init__(self, session: Session, size: int) -> None:
+        self._session, self._size = session, size
+        self._hidden: Tensor | None = None  # (rows, vocabulary), for the rows of the last step
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self._hidden is None or self._hidden.shape != scores.shape:
+            names = self._session.asked.of_rows(scores.shape[0], repeats=True)
+            known = {name: self._of(name, scores.shape[1]) for name in dict.fromkeys(names)}
+            self._hidden = torch.stack([known[name] for name in names]).to(scores.device)
+        return scores.masked_fill(self._hidden, -torch.inf)
+
+    def _of(self, name: str | None, count: int) -> Tensor:
+        """Which tokens are kept from rows of an adapter, bool (vocabulary,)."""
+        hidden = torch.arange(count) >= self._size
+        store = self._session.store
+        if name is None or name not in store:
+            return hidden
+        for group, weight in store.numbers(name).own.items():
+            if self._session.program.groups[group].sites[0].weight_rows != count:
+                continue  # no weight of the vocabulary
+            if weight.at is None:  # an embedding may have fewer than the base
+                hidden[: len(weight.rows)] = False
+            else:
+                hidden[weight.at.long()] = False
+        return hidden

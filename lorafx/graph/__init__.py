@@ -1,1 +1,0 @@
-"""What passes use to read and rewrite a functional ATen graph."""

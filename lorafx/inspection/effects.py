@@ -1,0 +1,153 @@
+"""The effect of an adapter by module: the size of ΔW, and the change of the output.
+
+‖s·B A‖² = s² tr((Bᵀ B) (A Aᵀ))      the products are (r, r): ΔW itself is never made
+‖(y + delta) − y‖ / ‖y‖               y and y + delta on the two sides of the module's mark
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafx.adapter_store.stored import StoredAdapter
+from lorafx.errors import ConfigError
+from lorafx.model.bank import Factors
+from lorafx.model.sites import Group, Site
+from lorafx.program.argument_roles import RoleTable
+from lorafx.runtime.session import Session
+from lorafx.torch_internals.fake_tensors import unset_fake_temporarily
+
+
+@dataclass(frozen=True)
+class Deltas:
+    """An adapter's norms of ΔW by site, and reasons why it changes nothing there."""
+
+    norms: dict[str, float]
+    idle: dict[str, str]
+
+    @property
+    def why_idle(self) -> str:
+        """Why the adapter changes nothing anywhere, or ""."""
+        if len(self.idle) < len(self.norms) or not self.idle:
+            return ""
+        return "no effect, because " + " or ".join(sorted(set(self.idle.values())))
+
+
+#: A new version of an adapter is another object.
+_KNOWN: weakref.WeakKeyDictionary[StoredAdapter, Deltas] = weakref.WeakKeyDictionary()
+
+
+def deltas_of(
+    stored: StoredAdapter, groups: Sequence[Group], *, quick: bool = False
+) -> Deltas | None:
+    """The deltas of an adapter; None if its numbers are not in host memory or, if `quick`, new."""
+    if stored not in _KNOWN and not quick:
+        copy = stored.host or (stored.dropped() if stored.dropped is not None else None)
+        if copy is None:
+            return None
+        squares: dict[str, float] = {}
+        reasons: dict[str, list[str]] = {}
+        with unset_fake_temporarily(), torch.no_grad():
+            for index, parts in copy.factors.items():
+                for factors in parts:
+                    site = groups[index].site_of(factors.sibling)
+                    square = _square(site, factors)
+                    squares[site.path] = squares.get(site.path, 0.0) + square
+                    reasons.setdefault(site.path, []).append(_why_nothing(factors))
+        idle = {
+            path: found[0]
+            for path, found in reasons.items()
+            if all(found) and path not in stored.owned
+        }
+        norms = {path: squares.get(path, 0.0) ** 0.5 for path in stored.sites}
+        _KNOWN[stored] = Deltas(norms, idle)
+    return _KNOWN.get(stored)
+
+
+def _square(site: Site, factors: Factors) -> float:
+    a, b = _wide(factors.A), _wide(factors.B)
+    if site.eligible.kind == "embedding":
+        a = a.mT  # (V, r)
+    if factors.ranks is not None:  # columns beyond an expert's rank are unused
+        within = torch.arange(b.shape[-2]) < factors.ranks[:, None]
+        b = b * within[..., None]
+    # Both factors are squares: their product may exceed float32 where ΔW does not.
+    square = ((a @ a.mT).double() * (b @ b.mT).double()).sum((-2, -1))
+    scale = torch.as_tensor(factors.scale, dtype=square.dtype)
+    return max(float((square * scale**2).sum()), 0.0)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _why_nothing(factors: Factors) -> str:
+    others = (factors.gains, factors.shift)
+    if any(tensor is not None and bool(tensor.any()) for tensor in others):
+        return ""
+    named = (("B", factors.B), ("A", factors.A), ("its scale", torch.as_tensor(factors.scale)))
+    return next((f"{name} is zero" for name, tensor in named if not bool(tensor.any())), "")
+
+
+#: Runs a model with a named adapter for all requests of a call.
+Serve = Callable[[str, Sequence[Any], Mapping[str, Any]], None]
+
+
+def change_of(
+    serve: Serve, site: Site, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> float | None:
+    """The relative norm of adapter `name`'s change of `site`'s output in an eager run; None if the
+    model does not call the site's module. Raises LorafxError, or the model's errors."""
+    added = whole = 0.0
+    before: list[Tensor] = []
+
+    def first(module: nn.Module, taken: Any, output: Any) -> None:
+        before.append(_tensor(output).detach().clone())
+
+    def last(module: nn.Module, taken: Any, output: Any) -> None:
+        nonlocal added, whole
+        y = before.pop().double()
+        added += float((_tensor(output).double() - y).square().sum())
+        whole += float(y.square().sum())
+
+    hooks = [
+        site.marked.register_forward_hook(first, prepend=True),
+        site.marked.register_forward_hook(last),
+    ]
+    try:
+        serve(name, args, kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return (added / whole) ** 0.5 if whole else None
+
+
+def in_eager_mode(
+    session: Session, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> None:
+    model, row_dims = session.program.model, session.program.config.row_dims
+    roles = RoleTable(model, row_dims)
+    named = roles.spread(roles.bind(tuple(args), kwargs))
+    rows = roles.rows(named)
+
+    def serve() -> None:
+        session.set_batch(roles, named)
+        with torch.no_grad(), session.module_paths():
+            model.forward(*args, **kwargs)
+
+    def run() -> None:
+        session.run(session.running.in_forward(session.program.runtime.rows), serve)
+
+    session.call(run, [name] * (1 if rows is None else rows))
+
+
+def _tensor(output: Any) -> Tensor:
+    value = output[0] if isinstance(output, (tuple, list)) and output else output
+    if not isinstance(value, Tensor):
+        raise ConfigError(f"the module returns a {type(output).__name__}, not a tensor")
+    return value

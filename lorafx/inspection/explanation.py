@@ -1,0 +1,343 @@
+"""The report of `explain`, as values, text and tables."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lorafx.capture.checks import RefusedSites
+from lorafx.errors import some
+from lorafx.inspection.report import Report, Table
+from lorafx.program.preparation import PassReport
+
+#: Names of compilation phases in `GraphReport.seconds` -> words.
+_BY = {"passes": "lorafx's passes", "inductor": "Inductor", "triton": "Inductor with Triton"}
+_MOST = 5
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """A module, or a weight of routed experts, that carries LoRA.
+
+    Attributes:
+        aliases: other paths to it.
+        registered: the registered class along its MRO.
+        in_features, out_features: K and N; an embedding's K is the vocabulary.
+        parts: name and columns of each projection of several; "-" if unnamed or not selected.
+        loose: names of projections that only the rows of B tell apart.
+        own_rows: how many rows of its weight an adapter may replace.
+    """
+
+    path: str
+    aliases: tuple[str, ...]
+    cls: str
+    registered: str
+    in_features: int
+    out_features: int
+    dtype: str
+    parts: tuple[tuple[str, int], ...] = ()
+    loose: tuple[str, ...] = ()
+    own_rows: int = 0
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {columns}" for name, columns in self.parts)
+        loose = f"; {', '.join(self.loose)}, told apart by their rows" if self.loose else ""
+        found = f"{self.path or '(root)'}: {self.cls} as {self.registered}, "
+        found += f"{self.in_features} -> {self.out_features}, {self.dtype}"
+        found += f" [{parts}{loose}]" if parts else ""
+        if self.own_rows:
+            found += f", room for {self.own_rows} rows of an adapter's own"
+        return found + (f", also {', '.join(self.aliases)}" if self.aliases else "")
+
+
+@dataclass(frozen=True)
+class BankReport:
+    """The factors of a group's sites for all slots: parent path, last names, device bytes."""
+
+    parent: str
+    names: tuple[str, ...]
+    nbytes: int
+
+    def __str__(self) -> str:
+        return f"[{', '.join(self.names)}] of {self.parent or '(root)'}: {self.nbytes} bytes"
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """A loaded adapter.
+
+    Attributes:
+        slot: its slot on the device, if it has one.
+        merged: whether it is merged into base weights.
+        norms: Frobenius norm of ΔW = s·B A by site, if in host memory and requested.
+        idle: the sites where it changes nothing.
+        why_idle: why it changes nothing anywhere, or "".
+    """
+
+    name: str
+    source: str
+    rank: int
+    sites: tuple[str, ...]
+    slot: int | None
+    pinned: bool = False
+    merged: bool = False
+    norms: Mapping[str, float] | None = None
+    idle: tuple[str, ...] = ()
+    why_idle: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def norm(self) -> float | None:
+        """The Frobenius norm of all of ΔW, if known."""
+        return None if self.norms is None else sum(v * v for v in self.norms.values()) ** 0.5
+
+    def __str__(self) -> str:
+        found = [f"{self.name}: rank {self.rank}", f"{len(self.sites)} sites"]
+        found.append("in host memory" if self.slot is None else f"slot {self.slot}")
+        found += ["pinned"] * self.pinned + ["merged"] * self.merged
+        if self.why_idle:
+            found.append(self.why_idle)
+        elif self.norm is not None:
+            found.append(f"norm of ΔW {self.norm:.3g}")
+        if self.idle and not self.why_idle:
+            found.append(f"no effect at {len(self.idle)} of them ({some(self.idle, _MOST)})")
+        return "; ".join([", ".join(found), *self.notes])
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """A node of a graph that adds deltas.
+
+    Attributes:
+        sites: several for packed siblings.
+        form: "packed", "fused" (with the base's product), "mark" (the hook's op) or "rewritten" (a
+            use of the weight without its module).
+        strategy: how it is computed, and why.
+        rows: which rows of x belong to which request.
+    """
+
+    sites: tuple[str, ...]
+    form: str
+    strategy: str
+    rows: str
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """A compiled graph.
+
+    Attributes:
+        title: "graph 0 lora".
+        lora: whether it serves calls with adapters.
+        serves: the kind of call, in words.
+        reason: why no earlier graph serves that call.
+        seconds: compile times of "Dynamo", "AOTAutograd", "passes" (lorafx's), the lowering, and
+            "loading" of a saved graph.
+        nodes: the nodes that add deltas.
+        outlined: repeated layers that share a body.
+        saved: its fate in the folder of saved graphs.
+        verified: the result of `Options(verify="numeric")`, or "".
+    """
+
+    title: str
+    lora: bool
+    serves: str
+    reason: str
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    passes: tuple[PassReport, ...] = ()
+    nodes: tuple[NodeReport, ...] = ()
+    refusals: tuple[RefusedSites, ...] = ()
+    outlined: tuple[str, ...] = ()
+    saved: str = ""
+    verified: str = ""
+
+    def lines(self) -> list[str]:
+        lines = [f"serves calls {self.serves} ({self.reason})"] if self.serves else []
+        if self.seconds:
+            lines.append(f"compiled in {seconds_line(self.seconds)}")
+        lines += [
+            f"{item.name}: {item.edits} edits, {item.nodes} nodes, {item.seconds * 1e3:.0f} ms"
+            for item in self.passes
+        ]
+        lines += [self.saved] if self.saved else []
+        lines += [f"verified by {self.verified}"] if self.verified else []
+        forms: Counter[str] = Counter()
+        plans: Counter[tuple[str, str]] = Counter()
+        parents: dict[str, list[str]] = {}  # packs of repeated layers are one line
+        for node in self.nodes:
+            forms[node.form] += len(node.sites)
+            plans[node.strategy, node.rows] += len(node.sites)
+            if len(node.sites) > 1:
+                names = ", ".join(path.rpartition(".")[2] for path in node.sites)
+                parents.setdefault(names, []).append(node.sites[0].rpartition(".")[0] or "(root)")
+        if forms:
+            lines.append("forms: " + ", ".join(f"{count} {form}" for form, count in forms.items()))
+        for names, found in parents.items():
+            others = f" and {len(found) - 1} more like it" if len(found) > 1 else ""
+            lines.append(f"pack {found[0]}: [{names}]{others}")
+        for (strategy, rows), count in plans.items():
+            lines.append(f"plan: {strategy} at {_count(count, 'site')}, {rows}")
+        lines += [f"outline: {item}" for item in self.outlined]
+        for refusal in self.refusals:
+            paths = ", ".join(path or "(root)" for path in refusal.sites)
+            lines.append(f"refused ({refusal.when}): {paths}: {refusal.reason}")
+        return lines
+
+
+@dataclass(frozen=True)
+class Explanation(Report):
+    """What lorafx made of a model. `str()` is the whole report, `json()` its values.
+
+    Attributes:
+        lowering: how its graphs become code.
+        slots, max_rank: adapters on the device, and their largest rank.
+        slot_rank: the rank of a single slot, where slots share room.
+        room: "DoRA's scales", "biases", "weights of adapters' own", if banks have room for them.
+        shortcuts_off: names of disabled shortcuts -> reasons.
+        prepared: results of the passes over the model; `notes` are their lines.
+        unreached: sites that no graph has reached yet.
+        replaced: modules that have changed since lorafx was given the model.
+    """
+
+    model: str
+    lowering: str
+    sites: tuple[SiteReport, ...]
+    banks: tuple[BankReport, ...]
+    slots: int
+    max_rank: int
+    slot_rank: int | None = None
+    room: tuple[str, ...] = ()
+    adapters: tuple[AdapterReport, ...] = ()
+    passes: tuple[str, ...] = ()
+    shortcuts_off: Mapping[str, str] = field(default_factory=dict)
+    prepared: tuple[PassReport, ...] = ()
+    graphs: tuple[GraphReport, ...] = ()
+    unreached: tuple[str, ...] = ()
+    replaced: tuple[str, ...] = ()
+
+    @property
+    def refusals(self) -> tuple[RefusedSites, ...]:
+        return tuple(refusal for graph in self.graphs for refusal in graph.refusals)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Compile times of all graphs by phase."""
+        found: Counter[str] = Counter()
+        for graph in self.graphs:
+            found.update(graph.seconds)
+        return dict(found)
+
+    @property
+    def summary(self) -> tuple[str, ...]:
+        """Five lines: the model, adapters, graphs, computation of deltas, refusals."""
+        nbytes = sum(bank.nbytes for bank in self.banks)
+        return (
+            f"{self.model}: {_count(len(self.sites), 'site')} (modules that carry LoRA), "
+            f"{self.slots} slots for adapters of rank up to {self.max_rank}, "
+            f"{_count(len(self.banks), 'bank')} of {nbytes:,} bytes in all",
+            self._of_adapters(),
+            self._of_graphs(),
+            self._of_nodes(),
+            self._unserved(),
+        )
+
+    def derived(self) -> dict[str, Any]:
+        adapters = [{**asdict(item), "norm": item.norm} for item in self.adapters]
+        return {"adapters": adapters, "seconds": self.seconds, "summary": self.summary}
+
+    def __str__(self) -> str:
+        parts = list(self.summary)
+        for title, lines in self.sections():
+            parts += [title, *(f"  {line}" for line in lines)]
+        return "\n".join(parts)
+
+    def sections(self) -> list[tuple[str, Iterable[str]]]:
+        banks = f"banks: {len(self.banks)}, {self.slots} slots of rank up to {self.max_rank}"
+        banks += f", room for rank {self.slot_rank} in each" if self.slot_rank else ""
+        found: list[tuple[str, Iterable[str]]] = [
+            (f"sites: {len(self.sites)}", map(str, self.sites)),
+            (" and ".join([banks, *self.room]), map(str, self.banks)),
+        ]
+        if self.replaced:
+            title = (
+                "replaced after lorafx was given the model; adapters that touch them are refused"
+            )
+            found.append((title, self.replaced))
+        found.append((f"adapters: {len(self.adapters)}", map(str, self.adapters)))
+        found.append(("passes", self.passes))
+        found += [(line, ()) for line in self.facts()]
+        found.append((f"graphs: {len(self.graphs)}", ()))
+        found += [(graph.title, graph.lines()) for graph in self.graphs]
+        if self.unreached:
+            found.append(("sites that no graph has reached yet", self.unreached))
+        return found
+
+    @property
+    def heading(self) -> str:
+        return self.summary[0]
+
+    def facts(self) -> list[str]:
+        off = [f"{name} ({reason})" for name, reason in self.shortcuts_off.items()]
+        return [f"shortcuts that are off: {', '.join(off)}"] if off else []
+
+    def tables(self) -> list[Table]:
+        found = [("summary", self.summary[1:]), *self.sections()]
+        return [Table(title, ("",), [(line,) for line in lines]) for title, lines in found]
+
+    # --- the lines of the summary ---
+
+    def _of_adapters(self) -> str:
+        if not self.adapters:
+            return "adapters: none is loaded"
+        on_device = sum(adapter.slot is not None for adapter in self.adapters)
+        line = f"adapters: {len(self.adapters)} loaded, {on_device} in slots on the device"
+        idle = [f"{item.name} ({item.why_idle})" for item in self.adapters if item.why_idle]
+        return line + (f"; without effect: {some(idle, _MOST)}" if idle else "")
+
+    def _of_graphs(self) -> str:
+        if not self.graphs:
+            return "no graph is compiled yet: the first calls do that, or warmup()"
+        lora = sum(graph.lora for graph in self.graphs)
+        return (
+            f"compiled: {_count(len(self.graphs), 'graph')}, {lora} of them with adapters, in "
+            f"{seconds_line(self.seconds)}"
+        )
+
+    def _of_nodes(self) -> str:
+        nodes = [node for graph in self.graphs for node in graph.nodes]
+        if not nodes:
+            return f"lowering: {self.lowering}"
+        ways = Counter(node.strategy.partition(" ")[0].rstrip(",") for node in nodes)
+        packed = sum(node.form == "packed" for node in nodes)
+        listed = ", ".join(f"{count} {way}" for way, count in ways.items())
+        return (
+            f"lowering: {self.lowering}; {_count(len(nodes), 'node')} with deltas ({listed}), "
+            f"{packed} of them packs of siblings"
+        )
+
+    def _unserved(self) -> str:
+        refused = dict.fromkeys(
+            f"{path or '(root)'} ({refusal.when})"
+            for refusal in self.refusals
+            for path in refusal.sites
+        )
+        served = "every site that a graph has reached is served"
+        found = [f"refused: {some(refused, _MOST)}" if refused else served if self.graphs else ""]
+        if self.unreached:
+            found.append(f"not reached by a graph yet: {some(self.unreached, _MOST)}")
+        if self.replaced:
+            found.append(f"{_count(len(self.replaced), 'site')} replaced since")
+        found += dict.fromkeys(graph.verified for graph in self.graphs)
+        return "; ".join(filter(None, found)) or "no call has been made"
+
+
+def seconds_line(seconds: Mapping[str, float]) -> str:
+    """Compile times in words."""
+    parts = ", ".join(f"{_BY.get(what, what)} {value:.1f}" for what, value in seconds.items())
+    return f"{sum(seconds.values()):.1f} s" + (f": {parts}" if parts else "")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"

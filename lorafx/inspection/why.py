@@ -1,0 +1,381 @@
+"""`why`: the fate of a module, and of an adapter's tensors for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Size, Tensor, nn
+
+from lorafx.adapter_store.checkpoint import load_state
+from lorafx.adapter_store.names import BASE
+from lorafx.adapter_store.peft_keys import parse
+from lorafx.adapter_store.places import ExpertPlace, Places, SavedMeaning, SiteLanding
+from lorafx.capture.checks import RefusedSites
+from lorafx.config import LoraConfig
+from lorafx.errors import ConfigError, LorafxError, nearest, some
+from lorafx.inspection.collecting import graph_report
+from lorafx.inspection.effects import Serve, change_of, deltas_of
+from lorafx.inspection.explanation import NodeReport
+from lorafx.inspection.report import Report
+from lorafx.model import targets
+from lorafx.model.module_graph import ModuleGraph
+from lorafx.model.sites import Site
+from lorafx.passes.select import left_out
+from lorafx.registry import lookup_class, own_entry
+from lorafx.runtime.requests import LastCall
+from lorafx.runtime.session import Session
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The meaning of a path: a module, or for routed experts' parameters their module; the site
+    (and its `part`, None for all) that it is, if any; and the rule for it."""
+
+    module: nn.Module
+    path: str
+    aliases: tuple[str, ...]
+    site: Site | None
+    part: int | None
+    rule: str
+
+
+def selection_of(
+    graph: ModuleGraph, config: LoraConfig, sites: Sequence[Site], path: str
+) -> Selection:
+    """The meaning of `path`: of a module, of a part of a packed module ("...self_attn.q_proj"), or
+    of a parameter of routed experts. Raises ConfigError with the nearest paths."""
+    for site in sites:
+        if path in site.paths:
+            return Selection(
+                site.module, site.path, site.aliases, site, None, why_selected(config, site)
+            )
+    for site, part in _parts(sites):
+        if path == site.part_path(part):
+            rule = f"a part of {site.path}; {why_selected(config, site)}"
+            return Selection(site.module, site.path, site.aliases, site, part, rule)
+    module = graph.find(path)
+    if module is None:
+        known = [own for own, _ in graph.modules() if own]
+        known += [site.part_path(part) for site, part in _parts(sites)]
+        raise ConfigError(
+            f"{type(graph.root).__qualname__} has no module {path!r}{nearest(path, known)}"
+        )
+    own, *aliases = graph.paths(module)
+    same = next((site for site in sites if site.module is module), None)
+    if same is not None:  # an unlisted alias, or the module of routed experts
+        rule = why_selected(config, same)
+    else:
+        rule = left_out(graph, config, module)
+        below = [site.path for site in sites if not own or site.path.startswith(f"{own}.")]
+        if below:
+            rule += f". Sites below it: {some(below)}"
+    return Selection(module, own, tuple(aliases), same, None, rule)
+
+
+def _parts(sites: Sequence[Site]) -> Iterator[tuple[Site, int]]:
+    return (
+        (site, part) for site in sites if len(site.parts) > 1 for part in range(len(site.parts))
+    )
+
+
+def why_selected(config: LoraConfig, site: Site) -> str:
+    """The rules of configuration and registry that select a site."""
+    return f"{_named_by(config, site)}; {registered(type(site.module))}"
+
+
+def registered(cls: type) -> str:
+    """The registered class for a class, and the way there along its MRO."""
+    entry = lookup_class(cls)
+    if entry is None:
+        return f"no class of the MRO of {cls.__qualname__} is registered"
+    way = [base.__name__ for base in cls.__mro__]
+    steps = next(i for i, base in enumerate(cls.__mro__) if own_entry(base) is not None)
+    if not steps:
+        return f"{cls.__name__} is registered itself"
+    return f"{way[steps]} is registered, in the MRO {' > '.join(way[: steps + 1])}"
+
+
+def _named_by(config: LoraConfig, site: Site) -> str:
+    target = targets.checked(config.target_modules, "target_modules")
+    if target is None:
+        return "no target_modules are given, which means all linear layers"
+    if targets.is_all_linear(target):
+        return "target_modules='all-linear' means all linear layers"
+    names = [path for own in site.paths for path in (own, own.rpartition(".")[0])]
+    names += [site.part_path(part) for part in range(len(site.parts))]
+    names += [
+        f"{path.rpartition('.')[0]}.{packed.name}"
+        for packed in site.member_of
+        for path in site.paths
+    ]
+    if isinstance(target, str):
+        if targets.names(target, names):
+            return f"target_modules={target!r:.80} matches its path"
+    else:
+        found = [entry for entry in target if targets.names(targets.Entries([entry]), names)]
+        whose = "the adapters' own names have" if isinstance(target, targets.SavedTargets) else ""
+        if found:
+            return f"{whose or 'target_modules has'} {', '.join(map(repr, found[:3]))}"
+    if site.own_rows:
+        return "modules_to_save or trainable_tokens name it"
+    return "a module that carries it is among target_modules"
+
+
+def _landed(
+    saved: Mapping[str, Size], model: nn.Module, sites: tuple[Site, ...], found: Selection
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """An adapter's keys with shapes for `found`, and a note if there are none."""
+    places = Places(sites, model)
+    keys: list[str] = []
+    modules: dict[str, None] = {}
+    for key, shape in saved.items():
+        factor = parse(key)
+        path = key.rpartition(".")[0] if factor is None else factor.module
+        modules[places.current(path)] = None
+        if _means(places.meaning(path), found):
+            keys.append(f"{key} {tuple(shape)}")
+    if keys:
+        return tuple(keys), ()
+    near = nearest(found.path, modules)
+    return (), (f"none of its {len(saved)} keys is for this module{near}",)
+
+
+def _means(meaning: SavedMeaning, found: Selection) -> bool:
+    if isinstance(meaning, SiteLanding):
+        return any(
+            site is found.site and found.part in (None, part) for site, part in meaning.places
+        )
+    if isinstance(meaning, ExpertPlace):
+        weight = None if found.site is None else found.site.expert_weight
+        whole = found.site is None or meaning.weight is None
+        return meaning.experts.module is found.module and (whole or weight == meaning.weight)
+    return meaning is found.module
+
+
+#: Arguments of a call.
+Call = tuple[Sequence[Any], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class InGraph:
+    """A graph's nodes and refusals for the module; `lora` if it is of calls with adapters."""
+
+    title: str
+    nodes: tuple[NodeReport, ...]
+    refusals: tuple[RefusedSites, ...]
+    lora: bool
+
+    def lines(self, path: str) -> list[str]:
+        if not self.lora:
+            return [f"{self.title}: for calls without adapters"]
+        lines = []
+        for node in self.nodes:
+            others = [other for other in node.sites if other != path]
+            form = f"{node.form} with {', '.join(others)}" if others else node.form
+            lines.append(f"{self.title}: {form}; {node.strategy}; {node.rows}")
+        lines += [f"{self.title}: refused ({item.when}): {item.reason}" for item in self.refusals]
+        return lines or [f"{self.title}: does not reach it"]
+
+
+@dataclass(frozen=True)
+class WhyAdapter:
+    """An adapter's effect on the module.
+
+    Attributes:
+        keys: its keys for the module, with shapes.
+        norm: the Frobenius norm of ΔW = s·B A, if known; `relative_norm` is relative to W's.
+        change: the relative norm of the change of the module's output.
+        batch: the inputs of `change`: "the last batch", "the given inputs".
+        notes: why it has no effect, what could not be measured.
+    """
+
+    name: str
+    source: str
+    keys: tuple[str, ...] = ()
+    norm: float | None = None
+    relative_norm: float | None = None
+    change: float | None = None
+    batch: str = ""
+    notes: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        lines = [f"adapter {self.name!r} from {self.source}:"]
+        lines += [f"  key {key}" for key in self.keys]
+        if self.norm is not None:
+            relative = self.relative_norm
+            of_weight = "" if relative is None else f", {relative:.3g} of that of W"
+            lines.append(f"  norm of ΔW {self.norm:.3g}{of_weight}")
+        if self.change is not None:
+            lines.append(f"  changes its output by {self.change:.3g} (relative norm, {self.batch})")
+        return lines + [f"  {note}" for note in self.notes]
+
+
+@dataclass(frozen=True)
+class Why(Report):
+    """The fate of a module.
+
+    Attributes:
+        asked: the given path.
+        selected: whether it carries LoRA.
+        rule: why, or why not: class hierarchy, target_modules, registry.
+        sizes: "24 -> 40, float32" of a site.
+        beside: the sites that share its bank.
+        adapters: the loaded adapters that reach it.
+    """
+
+    asked: str
+    path: str
+    aliases: tuple[str, ...]
+    cls: str
+    selected: bool
+    rule: str
+    sizes: str = ""
+    beside: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
+    adapter: WhyAdapter | None = None
+    graphs: tuple[InGraph, ...] = ()
+
+    @property
+    def heading(self) -> str:
+        state = f"a site, {self.sizes}" if self.selected else "carries no LoRA"
+        return f"{self.path or '(root)'}: {self.cls}, {state}"
+
+    def facts(self) -> list[str]:
+        lines = [f"{'selected' if self.selected else 'not selected'}: {self.rule}"]
+        lines += [f"asked for as {self.asked}"] if self.asked != self.path else []
+        lines += [f"also {', '.join(self.aliases)}"] if self.aliases else []
+        lines += [f"shares its bank with {', '.join(self.beside)}"] if self.beside else []
+        lines += [f"adapters that reach it: {', '.join(self.adapters)}"] if self.adapters else []
+        lines += [] if self.adapter is None else self.adapter.lines()
+        return lines + [line for graph in self.graphs for line in graph.lines(self.path)]
+
+
+def why(
+    session: Session,
+    path: str,
+    adapter: str | None,
+    call: Call | None,
+    last: LastCall | None,
+    serve: Serve,
+) -> Why:
+    """The fate of the module at `path` in a marked model; `serve` measures with `call`, or the
+    arguments of the `last` call. Raises ConfigError without such a module, UnknownAdapterError, and
+    the errors of `call`."""
+    program, store = session.program, session.store
+    program.look_at_modules()
+    found = selection_of(program.graph, program.config, program.sites, path)
+    made = _described(path, found)
+    if adapter is not None:
+        if adapter == BASE:
+            raise ConfigError(f"{BASE!r} is the base model, which has nothing for any module")
+        store.check_known(adapter)
+        made = replace(made, adapter=_adapter(session, found, adapter, call, last, serve))
+    site = found.site
+    if site is None:
+        return made
+    group, _ = program.home(site)
+    reached = tuple(name for name in store.names if site.path in store[name].sites)
+    reports = map(graph_report, session.backend.records)
+    graphs = [
+        InGraph(
+            graph.title,
+            tuple(node for node in graph.nodes if site.path in node.sites),
+            tuple(item for item in graph.refusals if site.path in item.sites),
+            graph.lora,
+        )
+        for graph in reports
+    ]
+    beside = tuple(other.path for other in group.sites if other is not site)
+    return replace(made, beside=beside, adapters=reached, graphs=tuple(graphs))
+
+
+def why_before(
+    model: nn.Module,
+    config: LoraConfig,
+    sites: tuple[Site, ...],
+    path: str,
+    adapters: Mapping[str, Any],
+) -> list[Why]:
+    """As `why`, of a model that is not compiled: for each adapter, or the module alone. Raises
+    ConfigError without such a module, or errors of unreadable adapters."""
+    found = selection_of(ModuleGraph(model), config, sites, path)
+    made = _described(path, found)
+    answers = []
+    for name, source in adapters.items():
+        keys, notes = _landed(_keys_at(source, model), model, sites, found)
+        answers.append(replace(made, adapter=WhyAdapter(name, str(source), keys, notes=notes)))
+    return answers or [made]
+
+
+def _described(asked: str, found: Selection) -> Why:
+    site = found.site
+    sizes = ""
+    if site is not None:
+        part = site if found.part is None else site.parts[found.part]
+        sizes = f"{part.in_features} -> {part.out_features}, {site.dtype_name}"
+    return Why(
+        asked=asked,
+        path=found.path,
+        aliases=found.aliases,
+        cls=type(found.module).__name__,
+        selected=site is not None,
+        rule=found.rule if site is not None else f"{found.rule}; {registered(type(found.module))}",
+        sizes=sizes,
+    )
+
+
+def _adapter(
+    session: Session,
+    found: Selection,
+    name: str,
+    call: Call | None,
+    last: LastCall | None,
+    serve: Serve,
+) -> WhyAdapter:
+    program, stored, site = session.program, session.store[name], found.site
+    keys: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    try:
+        origin, model = stored.origin, program.model
+        saved = stored.keys if origin is None else _keys_at(origin.source, model)
+        keys, notes = _landed(saved, model, program.sites, found)
+    except LorafxError as error:  # its files have changed
+        notes = (f"its keys cannot be read: {error}",)
+    if site is None or site.path not in stored.sites:
+        return WhyAdapter(name, stored.source, keys, notes=notes)
+    norm, change, batch = None, None, ""
+    deltas = deltas_of(stored, program.groups)
+    if deltas is not None:
+        norm = deltas.norms.get(site.path)
+        if site.path in deltas.idle:
+            notes += (f"no effect, because {deltas.idle[site.path]}",)
+    arguments = call if call is not None or last is None else last.arguments()
+    reason = "the last batch is gone, or there was none; why(..., inputs={...}) measures it"
+    if arguments is not None:
+        try:
+            change = change_of(serve, site, name, *arguments)
+            batch = "the last batch" if call is None else "the given inputs"
+            reason = "the model does not call this module"
+        except LorafxError as error:
+            if call is not None:
+                raise
+            reason = str(error)
+    if change is None:
+        notes += (f"its change was not measured: {reason}",)
+    relative = _relative(norm, program.weight_of(site))
+    return WhyAdapter(name, stored.source, keys, norm, relative, change, batch, notes)
+
+
+def _keys_at(source: Any, model: nn.Module) -> dict[str, Size]:
+    """The keys in an adapter's file, with shapes. Raises as `load_state`."""
+    state = load_state(source, model, warn=False)
+    return {key: tensor.shape for key, tensor in state.tensors.items()}
+
+
+def _relative(norm: float | None, weight: Tensor | None) -> float | None:
+    if norm is None or weight is None or not weight.is_floating_point() or weight.is_meta:
+        return None
+    whole = float(weight.detach().float().norm())
+    return norm / whole if whole else None

@@ -1,0 +1,1 @@
+"""Ways in for others: the command line, a server, diffusers' pipelines, torch.compile."""

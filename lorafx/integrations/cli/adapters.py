@@ -1,0 +1,167 @@
+"""`lorafx inspect`, `convert` and `merge`: adapters by themselves, and one in its base."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lorafx.integrations.cli.options import AdapterArgument, AsJson, Dtype, show_json, show_table
+
+DialectOption = Annotated[
+    str | None, typer.Option(help="peft, diffusers, kohya, mlx or loralib; told by the keys.")
+]
+Config = Annotated[
+    Path | None, typer.Option(help="JSON file of the configuration, where none lies beside it.")
+]
+
+_SIZES = ("in", "out", "rank")
+
+
+def inspect(
+    adapter: AdapterArgument,
+    dialect: DialectOption = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder with a config.json; shows what it would refuse.")
+    ] = None,
+    config: Config = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what ADAPTER holds, in which dialect, and why it is refused.
+
+    Exits with 1 where it is.
+
+    Example: lorafx inspect style.safetensors --model ./unet
+    """
+    from lorafx.adapter_store.inspecting import inspected
+    from lorafx.adapter_store.saved import AdapterSource
+    from lorafx.integrations.cli.models import on_meta, read_for
+
+    source = AdapterSource(adapter, _fields(config), dialect)
+    found = inspected(source)
+    fits = model is not None and not found.refusal
+    if fits:
+        read_for(on_meta(str(model)), "adapter", source)
+    if as_json:
+        show_json(asdict(found))
+    else:
+        rows = [
+            {
+                "module": row.path,
+                **{name: size or "?" for name, size in zip(_SIZES, row.sizes, strict=True)},
+                "scale": "?" if row.scale is None else f"{row.scale:g}",
+            }
+            for row in found.modules
+        ]
+        if rows:
+            show_table(adapter, ("module", *_SIZES, "scale"), rows)
+        print(*found.lines(), sep="\n")
+        if fits:
+            print(f"nothing is refused on {model}")
+    if found.refusal:
+        raise typer.Exit(1)
+
+
+def _fields(config: Path | None) -> dict[str, Any] | None:
+    from lorafx.adapter_store.config_values import json_object
+    from lorafx.errors import ConfigError
+
+    if config is None:
+        return None
+    try:
+        return json_object(config.read_text(), str(config))
+    except OSError as error:
+        raise ConfigError(f"--config {config} cannot be read: {error}") from error
+
+
+def convert(
+    adapter: AdapterArgument,
+    folder: Annotated[Path, typer.Argument(help="The PEFT folder to write; it must not exist.")],
+    dialect: DialectOption = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder with a config.json; needed where names have no dots (kohya)."),
+    ] = None,
+    component: Annotated[
+        str | None, typer.Option(help="Which model of a pipeline: unet, transformer, ...")
+    ] = None,
+    config: Config = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write ADAPTER, of any dialect that lorafx reads, as a folder that PEFT loads.
+
+    Example: lorafx convert style.safetensors ./style --model ./unet
+    """
+    from lorafx.adapter_store.checkpoint import load_state
+    from lorafx.adapter_store.peft_writer import write_peft
+    from lorafx.adapter_store.saved import AdapterSource
+    from lorafx.integrations.cli.models import on_meta
+
+    module = None if model is None else on_meta(model)
+    state = load_state(AdapterSource(adapter, _fields(config), dialect, component), module)
+    written = write_peft(state, folder)
+    if as_json:
+        show_json({"folder": str(folder), "dialect": state.dialect, "modules": len(written)})
+    else:
+        print(f"{state.dialect}: {len(written)} modules written to {folder}")
+
+
+def merge(
+    model: Annotated[str, typer.Argument(help="A folder with a model, or a name on the hub.")],
+    adapter: AdapterArgument,
+    folder: Annotated[Path, typer.Argument(help="Where to save the model; it must not exist.")],
+    dtype: Dtype = None,
+    max_shard_size: Annotated[str, typer.Option(help="Of one file.")] = "5GB",
+    as_json: AsJson = False,
+) -> None:
+    """Save MODEL with ADAPTER merged into its weights, for `from_pretrained`, and its tokenizer.
+
+    Example: lorafx merge meta-llama/Llama-3.2-1B ./adapters/sql ./llama-sql
+    """
+    import lorafx
+    from lorafx.adapter_store.peft_writer import refuse_full
+    from lorafx.integrations.cli.models import loaded
+    from lorafx.runtime.configuration import request_of
+
+    refuse_full(folder)
+    module = loaded(model, dtype)
+    request = request_of({"adapter": adapter}, {}, module)
+    config = replace(request.config, max_adapters=1)
+    compiled = lorafx.compile(
+        module, config, adapters=request.adapters, options={"lowering": "reference"}
+    )
+    compiled.export_merged("adapter", folder, max_shard_size=max_shard_size)
+    if not (folder / "config.json").exists() and hasattr(module, "save_pretrained"):
+        _save_anew(model, dtype, folder)
+    tokenizer = _save_tokenizer(model, folder)
+    if as_json:
+        show_json({"folder": str(folder), "tokenizer": tokenizer})
+    else:
+        print(f"{adapter} merged into {model}: {folder}" + ("" if tokenizer else ", no tokenizer"))
+
+
+def _save_anew(model: str, dtype: str | None, folder: Path) -> None:
+    """Have the model's class save what was written into `folder`: diffusers' classes take no
+    weights to save but their own."""
+    from safetensors.torch import load_file
+
+    from lorafx.integrations.cli.models import loaded
+    from lorafx.weights.export_merged import FILE
+
+    made = loaded(model, dtype)
+    made.load_state_dict(load_file(folder / FILE))
+    (folder / FILE).unlink()
+    made.save_pretrained(str(folder))
+
+
+def _save_tokenizer(model: str, folder: Path) -> bool:
+    """Save that of `model` beside the merged one; whether there is one."""
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(model).save_pretrained(str(folder))
+    except (OSError, ValueError, KeyError):  # models of images have none
+        return False
+    return True

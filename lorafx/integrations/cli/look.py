@@ -1,0 +1,220 @@
+"""`lorafx explain` and `why`, which need no weights of the model; `lorafx profile` and `bisect`,
+which run it."""
+
+from __future__ import annotations
+
+import textwrap
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lorafx.integrations.cli.options import (
+    Adapters,
+    AsJson,
+    ConfiguredModel,
+    Dtype,
+    LanguageModel,
+    LoweringOption,
+    SlotRank,
+    Targets,
+    as_option,
+    show,
+    show_json,
+    target_modules,
+)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether an adapter can be loaded, its largest rank, and how many modules it changes; or the
+    `problem`. `notes` are warnings."""
+
+    adapter: str
+    fits: bool
+    rank: int = 0
+    modules: int = 0
+    notes: tuple[str, ...] = ()
+    problem: str = ""
+
+    def __str__(self) -> str:
+        if not self.fits:
+            return f"{self.adapter} does not fit: {self.problem}"
+        return "\n  ".join(
+            (f"{self.adapter} fits: rank {self.rank}, {self.modules} modules", *self.notes)
+        )
+
+
+def explain(
+    model: ConfiguredModel,
+    target: Targets = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="Does this adapter fit? May be given several times.")
+    ] = None,
+    max_rank: Annotated[int | None, typer.Option(help="16, or the largest of --adapter.")] = None,
+    slot_rank: SlotRank = None,
+    max_adapters: Annotated[int, typer.Option(help="How many may be in one batch.")] = 8,
+    dtype: Annotated[
+        str | None, typer.Option(help="As torch names it; what the configuration says.")
+    ] = None,
+    glossary: Annotated[
+        bool, typer.Option("--glossary", help="Also what the words of the report mean.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show the sites, packs and banks that lorafx would give MODEL, what they cost, and whether
+    adapters fit.
+
+    Nothing but the configuration of the model is read, and the adapters. Exits with 1 where one
+    does not fit.
+
+    Example: lorafx explain meta-llama/Llama-3.2-1B --adapter ./adapters/sql
+    """
+    import lorafx
+    from lorafx.integrations.cli.models import adapters_in, on_meta
+    from lorafx.runtime.configuration import request_of
+
+    module, sources = on_meta(model, dtype), adapters_in(adapter or [])
+    targets = target_modules(target, sources)
+    fits = [_fit(module, name, sources[name], targets, max_rank) for name in sources]
+    rank = max_rank or max([16, *(fit.rank for fit in fits)])
+    fitting = {fit.adapter: sources[fit.adapter] for fit in fits if fit.fits}
+    config = lorafx.LoraConfig(
+        target_modules=targets, max_rank=rank, slot_rank=slot_rank, max_adapters=max_adapters
+    )
+    report: Any = lorafx.explain(module, request_of(config, fitting, module).config)
+    if as_json:
+        of_adapters = [asdict(fit) for fit in fits]
+        show_json({"model": model, "adapters": of_adapters, "report": report.json()})
+    else:
+        print(*fits, report, sep="\n")
+        if glossary:
+            print("words", textwrap.indent(report.glossary(), "  "), sep="\n")
+    if not all(fit.fits for fit in fits):
+        raise typer.Exit(1)
+
+
+def _fit(module: Any, name: str, source: str, target: Any, max_rank: int | None) -> Fit:
+    from lorafx.errors import LorafxError, LorafxWarning
+    from lorafx.integrations.cli.models import read_for
+
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always", LorafxWarning)
+            found = read_for(module, name, source, target, max_rank)
+    except LorafxError as error:
+        return Fit(name, False, problem=error.spelled(as_option))
+    notes = [str(note.message) for note in seen if issubclass(note.category, LorafxWarning)]
+    return Fit(name, True, found.rank, len(found.weights), tuple(notes))
+
+
+def why(
+    model: ConfiguredModel,
+    path: Annotated[str, typer.Argument(help="A module: model.layers.3.mlp.gate_proj.")],
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="What has it for the module? May be given again.")
+    ] = None,
+    target: Targets = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show whether the module at PATH of MODEL carries LoRA and why, and which keys of adapters are
+    for it.
+
+    Without --target the adapters say which modules are selected, and without both it is every
+    linear layer. Nothing but the configuration of the model is read, and the adapters.
+
+    Example: lorafx why meta-llama/Llama-3.2-1B model.layers.0.mlp.gate_proj --adapter ./sql
+    """
+    import lorafx
+    from lorafx.inspection.why import why_before
+    from lorafx.integrations.cli.models import adapters_in, on_meta
+    from lorafx.runtime.configuration import request_of
+    from lorafx.runtime.marking import build_sites
+
+    module, sources = on_meta(model), adapters_in(adapter or [])
+    config = lorafx.LoraConfig(target_modules=target_modules(target, sources))
+    config = request_of(config, sources, module).config
+    _, sites = build_sites(module, config)
+    reasons = why_before(module, config, sites, path, sources)
+    if as_json:
+        show_json({"model": model, "path": path, "why": [reason.json() for reason in reasons]})
+    else:
+        print(*reasons, sep="\n")
+
+
+def profile(
+    model: LanguageModel,
+    adapters: Adapters,
+    batch: Annotated[int, typer.Option(help="Requests of the batch.")] = 8,
+    length: Annotated[int, typer.Option(help="Tokens of a request.")] = 16,
+    calls: Annotated[int, typer.Option(help="Calls that are measured.")] = 10,
+    dtype: Dtype = None,
+    lowering: LoweringOption = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure the base's product and the delta of each site, beside the byte floor.
+
+    Requests take turns with the adapters.
+
+    Example: lorafx profile meta-llama/Llama-3.2-1B --adapters ./adapters --batch 8
+    """
+    compiled, inputs, names = _compiled(model, adapters, batch, length, dtype, lowering)
+    turns = [names[row % len(names)] for row in range(batch)]
+    show(compiled.profile(inputs, turns, calls=calls), as_json)
+
+
+def bisect(
+    model: LanguageModel,
+    adapters: Adapters,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where a program that shows a difference is written.")
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a request.")] = 16,
+    dtype: Dtype = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Largest relative error; by dtype where not given.")
+    ] = None,
+    lowering: LoweringOption = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Compare a batch of all adapters and the base with each adapter merged into MODEL's weights.
+
+    Where they differ, say after which pass first, and at which site. Exits with 1 then.
+
+    Example: lorafx bisect meta-llama/Llama-3.2-1B --adapters ./adapters --folder ./difference
+    """
+    import lorafx
+
+    compiled, inputs, names = _compiled(model, adapters, None, length, dtype, lowering)
+    found = lorafx.bisect(compiled, inputs, [*names, None], tolerance=tolerance, folder=folder)
+    show(found, as_json, model=model, adapters=names)
+    if found.first is not None:
+        raise typer.Exit(1)
+
+
+def _compiled(
+    model: str,
+    adapters: Sequence[str],
+    batch: int | None,
+    length: int,
+    dtype: str | None,
+    lowering: str,
+) -> tuple[Any, dict[str, Any], list[str]]:
+    """The model in service, inputs for it, and the names of its adapters. Without `batch` the
+    inputs are for all adapters and the base."""
+    import lorafx
+    from lorafx.errors import ConfigError
+    from lorafx.integrations.cli.models import adapters_in, loaded
+    from lorafx.runtime.example_inputs import derived_example
+
+    if length < 1 or (batch is not None and batch < 1):
+        raise ConfigError("--batch and --length must be positive")
+    sources = adapters_in(adapters)
+    module = loaded(model, dtype)
+    rows = len(sources) + 1 if batch is None else batch
+    inputs = dict(derived_example(module, module.device, rows, length).named)
+    compiled = lorafx.compile(module, dict(sources), options={"lowering": lowering})
+    return compiled, inputs, list(sources)

@@ -1,0 +1,384 @@
+"""A pipeline of diffusers whose images may each use another adapter.
+
+    cp = lorafx.compile_pipeline(pipe, {"ink": "loras/ink", "clay": "loras/clay.safetensors"})
+    cp(prompt=[...], adapter_names=["ink", {"ink": 0.5, "clay": 1.0}, None])
+
+The pipeline's own `__call__` runs, with the compiled forwards of its models, which stay what and
+where they are. Which prompt each of their rows belongs to is in prompt_rows.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafx import api
+from lorafx.adapter_store.names import BASE, AdapterName, Mixture, members
+from lorafx.adapter_store.saved import Source
+from lorafx.capture.tracking import untracked
+from lorafx.compiled_model.compiled import CompiledModel
+from lorafx.compiled_model.names import refuse
+from lorafx.config import LoraConfig, Options
+from lorafx.errors import (
+    BatchError,
+    ConfigError,
+    ReplacedModuleError,
+    UnknownAdapterError,
+    nearest,
+)
+from lorafx.inspection.explanation import Explanation
+from lorafx.integrations.diffusers.components import (
+    encodes_prompts,
+    loadable,
+    loads_adapters,
+    parts_of,
+)
+from lorafx.integrations.diffusers.prompt_rows import PromptRows, counted
+from lorafx.model.keywords import refuse_slips
+from lorafx.runtime.configuration import by_name, request_of
+from lorafx.runtime.idle import refuse_elsewhere
+from lorafx.runtime.loading import in_turn, load_parts, unload_parts
+from lorafx.runtime.replaced_methods import Replaced
+from lorafx.runtime.requests import Names, checked_names
+from lorafx.torch_internals.trees import tree_map_only
+
+#: Arguments of denoisers that all rows share: positions of text and image tokens.
+SHARED_ARGUMENTS = ("img_ids", "txt_ids", "image_rotary_emb")
+#: Arguments of pipelines by which diffusers scales all adapters at once.
+_SCALING = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
+#: Why methods of diffusers' loaders are not handed out.
+_INSERTED = (
+    "is about adapters that diffusers puts into the models, where every image would have them; use "
+    "load_adapter(source, name), unload_adapter(name), and adapter_names=[...] in the call"
+)
+
+
+def compile_pipeline(
+    pipe: Any,
+    adapters: Mapping[str, Source] | Sequence[Any] | None = None,
+    *,
+    lora_config: LoraConfig | Mapping[str, LoraConfig] | None = None,
+    components: Iterable[str] | None = None,
+    dynamic: bool | None = True,
+    options: Options | Mapping[str, Any] | None = None,
+) -> CompiledPipeline:
+    """Compile the models of a diffusers pipeline that carry LoRA, so that every image of a batch
+    may use another adapter.
+
+    `pipe` and its models stay what they are: called itself, `pipe` gives the base's images.
+
+    Args:
+        pipe: a pipeline of diffusers (`DiffusionPipeline`), on one device. Adapters that
+            `pipe.load_lora_weights` put into it are taken over.
+        adapters: name -> adapter, loaded before the first call. One file may have parts for the
+            denoiser and for text encoders, in any dialect (docs/adapters.md). Or a list of folders,
+            files or names on the hub, as for `lorafx.compile`.
+        lora_config: the sites, ranks and slots: a `LoraConfig` for all of the models, or one by
+            the name of each. None for what the adapters need, with room for sums of any two of
+            them; or every linear without any.
+        components: names of the models that carry LoRA; None for those into which diffusers loads
+            adapters.
+        dynamic, options: as for `lorafx.compile`.
+
+    Raises:
+        ConfigError: `pipe` is no pipeline, or has no models of these names.
+        CaptureError: a model is already compiled, or is moved between devices by hooks.
+        CheckpointError: an adapter that cannot be read, or with a part for a model that is not
+            compiled.
+
+    It also raises what `lorafx.compile` raises. After an error the pipeline is as it was.
+    """
+    models = loadable(pipe, components)
+    configs = _by_component(lora_config, models)
+    sources: dict[str, dict[str, Any]] = {name: {} for name in models}
+    for adapter, source in by_name(adapters).items():
+        for name, part in parts_of(source, pipe, models).items():
+            sources[name][adapter] = part
+    compiled: dict[str, CompiledModel] = {}
+    try:
+        for name, model in models.items():
+            config = configs.get(name)
+            if config is None:  # what these adapters need, and sums of two of them
+                config = request_of(None, sources[name], model).config
+                sums = 2 if len(sources[name]) > 1 else 1
+                config = replace(config, max_rank=sums * config.max_rank)
+            taken = inspect.signature(model.forward).parameters
+            shared = dict.fromkeys(argument for argument in SHARED_ARGUMENTS if argument in taken)
+            config = replace(config, row_dims={**shared, **config.row_dims})
+            compiled[name] = api.compile(
+                model, config, adapters=sources[name], dynamic=dynamic, options=options
+            )
+    except BaseException:
+        for cm in compiled.values():
+            cm.detach()
+        raise
+    return CompiledPipeline(pipe, compiled)
+
+
+#: How a call names adapters.
+_BY_PROMPT = {"adapter_names": 'adapter_names=["ink", None, ...], one name or None per prompt'}
+
+
+class CompiledPipeline:
+    """A pipeline that serves its base and many adapters in one batch. Attributes that it lacks are
+    those of `pipe`, the pipeline that was given; `models` are the compiled ones by their names
+    there. Adapters that are loaded into one of them alone count there alone."""
+
+    def __init__(self, pipe: Any, models: Mapping[str, CompiledModel]) -> None:
+        self.pipe = pipe
+        self.models = dict(models)
+        # Those of a session are put back in a child process too.
+        self._stand_ins = next(iter(self.models.values()))._session.stand_ins
+
+    def __call__(
+        self, *args: Any, adapter_names: Sequence[AdapterName] | None = None, **kwargs: Any
+    ) -> Any:
+        """The pipeline's own call with an adapter for each prompt.
+
+        The images of one prompt have its adapter, in the denoiser and in the text encoders alike,
+        for what is to be avoided (`negative_prompt`) as for the prompt, as in diffusers.
+
+        Args:
+            adapter_names: one name per prompt; None or "__base__" is the base,
+                {"ink": 0.7, "clay": 0.3} a sum of adapters or one at another scale. Without it all
+                images have the adapter that was active when the pipeline was compiled, or none.
+
+        Raises:
+            ConfigError: `adapter_names` is not a list of names, or diffusers is told to scale
+                adapters too.
+            BatchError: as many names as prompts are needed; or it is not known which prompt a row
+                belongs to.
+            ReplacedModuleError: a model of the pipeline is another one now.
+            UnknownAdapterError: a name that is not loaded.
+
+        It also raises what a compiled model raises.
+        """
+        refuse_slips(kwargs, type(self.pipe).__call__, ways=_BY_PROMPT)
+        names = checked_names(adapter_names)
+        if names is not None and len(set(names)) > 1:
+            # Some pipelines encode one text once, for rows of all adapters.
+            for name, value in kwargs.items():
+                if "negative_prompt" in name and isinstance(value, str):
+                    kwargs[name] = [value] * len(names)
+        given = _bound(self.pipe, args, kwargs)
+        self._check(given)
+        by_model: dict[str, Names | None] = dict.fromkeys(self.models)
+        if names is not None:
+            _check_prompts(given, len(names))
+            self._check_known(names)
+            by_model = {name: _known(names, cm.adapters) for name, cm in self.models.items()}
+        run: Callable[[], Any] = partial(self._run, by_model, args, kwargs)
+        # All models are in a call meanwhile: a part that the pipeline calls by itself says so.
+        by_session = {id(cm._session): by_model[name] for name, cm in self.models.items()}
+        for session in reversed(in_turn(cm._session for cm in self.models.values())):
+            run = partial(session.call, run, by_session[id(session)])
+        return run()
+
+    def _run(
+        self,
+        names: Mapping[str, Names | None],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        mixed = [given for given in names.values() if given is not None and len(set(given)) > 1]
+        rows = PromptRows(len(mixed[0])) if mixed else None
+        replaced: list[Replaced] = [
+            (cm.model, "forward", partial(_forward, name, cm, names[name], rows))
+            for name, cm in self.models.items()
+        ]
+        if rows is None:
+            return self._stand_ins.replacing(replaced, self.pipe, *args, **kwargs)
+        compiled = {id(cm.model) for cm in self.models.values()}
+        replaced += [
+            (module, "forward", partial(_observed, module.forward, rows))
+            for module in self.pipe.components.values()
+            if encodes_prompts(module) and id(module) not in compiled
+        ]
+        with torch.inference_mode(False), torch.no_grad():
+            args, kwargs = tree_map_only(Tensor, counted, (args, kwargs))
+            for name, value in _bound(self.pipe, args, kwargs).items():
+                rows.given(name, value)
+            call = partial(self._stand_ins.replacing, replaced, self.pipe, *args, **kwargs)
+            return rows.run(call)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The adapters that are loaded, in one model or in several."""
+        return tuple(dict.fromkeys(name for cm in self.models.values() for name in cm.adapters))
+
+    def load_adapter(self, source: Source, name: str, *, strict: bool | None = None) -> None:
+        """Load an adapter into all models that it has a part for, in place of one of the same name.
+
+        Raises as `CompiledModel.load_adapter`, and CheckpointError where it has a part for a model
+        that is not compiled. After an error no model has changed.
+        """
+        models = {component: cm.model for component, cm in self.models.items()}
+        parts = parts_of(source, self.pipe, models)
+        by_session = [(cm._session, parts.get(component)) for component, cm in self.models.items()]
+        load_parts(by_session, name, strict)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter in all models; raises as `CompiledModel.unload_adapter`."""
+        self._check_known([name])
+        unload_parts([cm._session for cm in self.models.values()], name)
+
+    @property
+    def recompiles(self) -> int:
+        """Graphs captured so far, of all models."""
+        return sum(cm.recompiles for cm in self.models.values())
+
+    def explain(self) -> dict[str, Explanation]:
+        """The report of each model."""
+        return {name: cm.explain() for name, cm in self.models.items()}
+
+    def detach(self) -> Any:
+        """Take the marks off all models and return the pipeline; this object serves no more
+        calls."""
+        for cm in self.models.values():
+            cm.detach()
+        return self.pipe
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "pipe":
+            raise AttributeError(name)
+        value = getattr(self.pipe, name)
+        if isinstance(value, MethodType) and loads_adapters(type(self.pipe), name):
+            return partial(refuse, name, _INSERTED)
+        return value
+
+    def _check(self, arguments: Mapping[str, Any]) -> None:
+        for name, cm in self.models.items():
+            if getattr(self.pipe, name, None) is not cm.model:
+                raise ReplacedModuleError(
+                    f"{name} of the {type(self.pipe).__name__} is another model than the "
+                    f"{type(cm.model).__name__} that was compiled; put that back, or compile the "
+                    "pipeline again"
+                )
+        for name in _SCALING:
+            value = arguments.get(name)
+            if isinstance(value, Mapping) and value.get("scale", 1.0) != 1.0:
+                raise ConfigError(
+                    f"{name}={{'scale': {value['scale']!r}}} scales adapters of diffusers, and "
+                    'there are none here; give weights, as in adapter_names=[{"ink": 0.5}]'
+                )
+
+    def _check_known(self, names: Names) -> None:
+        known = self.adapters
+        given = (name for name in names if name is not None and name != BASE)
+        for name in (member for mixture in given for member in members(mixture)):
+            if name not in known:
+                raise UnknownAdapterError(
+                    f"there is no adapter {name!r}{nearest(name, known)}; loaded are "
+                    f"{', '.join(known) or 'none'}"
+                )
+
+
+def _by_component(config: Any, models: Mapping[str, nn.Module]) -> dict[str, LoraConfig]:
+    if config is None:
+        return {}
+    found = dict(config) if isinstance(config, Mapping) else dict.fromkeys(models, config)
+    for name, for_model in found.items():
+        if name not in models:
+            raise ConfigError(
+                f"lora_config has {name!r}{nearest(str(name), models)}, which is none of the "
+                f"models that are compiled: {', '.join(models)}"
+            )
+        if not isinstance(for_model, LoraConfig):
+            raise ConfigError(
+                f"lora_config for {name} must be a lorafx.LoraConfig, it is {for_model!r:.80}"
+            )
+    return found
+
+
+def _known(names: Names, loaded: Sequence[str]) -> Names:
+    """`names` in a model that has a part of these adapters alone."""
+
+    def known(name: str | None) -> str | None:
+        if not isinstance(name, Mixture):
+            return name if name in loaded else None
+        weights = {member: weight for member, weight in name.weights if member in loaded}
+        if list(weights.values()) == [1.0]:
+            return next(iter(weights))
+        return Mixture(weights) if weights else None
+
+    return [known(name) for name in names]
+
+
+def _bound(pipe: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    signature = inspect.signature(type(pipe).__call__)
+    return signature.bind_partial(None, *args, **kwargs).arguments
+
+
+def _check_prompts(arguments: Mapping[str, Any], count: int) -> None:
+    for name, value in arguments.items():
+        if name == "prompt" and isinstance(value, str):
+            given = 1
+        elif "prompt" in name and isinstance(value, (list, tuple, Tensor)):
+            given = len(value)
+        else:
+            continue  # a string may be for all of them
+        if given != count:
+            raise BatchError(
+                f"adapter_names has {count} entries, but {name} has {given}; give one name, or "
+                "None for the base model, per prompt"
+            )
+
+
+def _forward(
+    name: str,
+    cm: CompiledModel,
+    names: Names | None,
+    rows: PromptRows | None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """The forward of a compiled model within a call of the pipeline."""
+    refuse_elsewhere(cm._session)
+    if names is None:
+        return _call(cm, None, args, kwargs)
+    roles = cm.entry(cm.model).roles
+    count = roles.rows(roles.bind(args, kwargs)) or 1
+    what = f"{name} ({type(cm.model).__name__})"
+    encodes = encodes_prompts(cm.model)
+    owners: Sequence[int] | None = None
+    if encodes and count == len(names):
+        owners = range(count)
+    elif rows is not None and not encodes:
+        owners = rows.owners(what, (args, kwargs), count)
+    elif len(set(names)) > 1:
+        raise BatchError(
+            f"{what} encodes {count} rows of {len(names)} prompts, and nothing says which prompt "
+            "each belongs to; give lists of as many prompts and negative prompts, or call the "
+            "pipeline once for each adapter"
+        )
+    served = [names[0]] * count if owners is None else [names[owner] for owner in owners]
+    result = untracked(lambda _: _call(cm, served, args, kwargs))
+    if rows is not None and owners is not None:
+        rows.of_rows(result, tuple(owners))
+    return result
+
+
+def _call(
+    cm: CompiledModel, names: Names | None, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    """`cm` with views as tensors of their own over the same memory. Dynamo guards on what a tensor
+    is a view of, and embeddings are views of what they were repeated into, or are not."""
+
+    def apart(value: Any) -> Any:
+        return value.data if isinstance(value, Tensor) and value._is_view() else value
+
+    named = {key: apart(value) for key, value in kwargs.items()}
+    return cm(*map(apart, args), adapter_names=names, **named)
+
+
+def _observed(forward: Callable[..., Any], rows: PromptRows, *args: Any, **kwargs: Any) -> Any:
+    result = untracked(lambda _: forward(*args, **kwargs))
+    rows.of_prompts(result)
+    return result

@@ -1,0 +1,248 @@
+"""What `serve run lorafx.integrations.server.ray:build key=value` starts.
+
+Before the replicas stands an ingress. It reads which adapter a request asks for, sends the request
+to a replica that holds it, and to another where that one dies.
+"""
+
+# No `from __future__ import annotations`: Ray reads from an annotation which class `build` takes.
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Json
+from ray import serve
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.serve import Application
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+from starlette.requests import Request
+from starlette.routing import Router, get_route_path
+from starlette.websockets import WebSocketClose
+
+from lorafx.errors import ConfigError
+from lorafx.integrations.server.errors import Authentication, RequestError, error_response
+from lorafx.integrations.server.ray.replica import Replica
+from lorafx.integrations.server.settings import Settings
+
+#: Seconds for which a replica that is stopped waits for answers, where nothing else is said.
+DRAIN = 600
+#: Of an ingress. It holds no model, so it is not what runs out.
+RELAYED = 10_000
+
+#: How many replicas may die of, or under, one request.
+ATTEMPTS = 4
+#: What a replica needs of a request's scope.
+SCOPE = (
+    *("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "root_path"),
+    *("query_string", "headers", "client", "server"),
+)
+STREAM = b"text/event-stream"
+NO_METRICS = (
+    "each replica counts for itself, so there is no one answer; Ray exports the numbers of all "
+    "replicas to Prometheus"
+)
+
+
+def _split(value: Any) -> Any:
+    return value.split(",") if isinstance(value, str) else value
+
+
+class RaySettings(BaseModel):
+    """How a model is served on Ray (docs/serving.md). The fields of `Settings` are as there; paths
+    are the same on all machines.
+
+    Attributes:
+        held: how many adapters a replica has in host memory; the one that was not asked for longest
+            makes room. `max_adapters` of them have a slot on the device.
+        num_replicas: how many engines, or "auto".
+        num_gpus, num_cpus: of each of them.
+        num_ingresses: how many processes read requests and send them to replicas.
+        max_ongoing_requests: that a replica is given; others wait for one at the ingress.
+        drain: seconds for which a replica that is stopped waits for the answers under way.
+        deployment: other options of `serve.deployment`, for the replicas; JSON on a command line.
+    """
+
+    # What is given may hold the key.
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    model: str
+    adapters: str
+    name: str | None = None
+    max_adapters: int = 8
+    max_rank: int | None = None
+    slot_rank: int | None = None
+    max_host_bytes: int | None = None
+    target: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()
+    dtype: str | None = None
+    device: str | None = None
+    page_size: int | None = None
+    num_blocks: int | None = None
+    max_batch_tokens: int | None = None
+    max_memory_percent: float | None = None
+    temperature: float | None = None
+    lowering: str = "auto"
+    cache: str | None = None
+    api_key: str | None = Field(
+        default_factory=lambda: os.environ.get("LORAFX_API_KEY"), repr=False
+    )
+    drain: int = DRAIN
+    held: int = Field(default=64, ge=1)
+    num_replicas: int | Literal["auto"] | None = None
+    num_gpus: float = Field(default=0, ge=0)
+    num_cpus: float = Field(default=1, ge=0)
+    num_ingresses: int = Field(default=1, ge=1)
+    max_ongoing_requests: int = Field(default=256, ge=1)
+    deployment: dict[str, Any] | Json[dict[str, Any]] = {}
+
+    def settings(self) -> Settings:
+        """How each replica serves; raises as `Settings`."""
+        given = self.model_dump(include=set(Settings.__dataclass_fields__))
+        # Replicas work in another folder than who starts them.
+        if Path(self.model).is_dir():
+            given["model"] = str(Path(self.model).absolute())
+        if self.cache is not None:
+            given["cache"] = str(Path(self.cache).absolute())
+        return Settings(**{**given, "adapters": Path(self.adapters).absolute()})
+
+    def replicas(self) -> dict[str, Any]:
+        """Options of the replicas' deployment. Raises ConfigError where one is given twice."""
+        actor = {"num_gpus": self.num_gpus, "num_cpus": self.num_cpus}
+        options: dict[str, Any] = {
+            "max_ongoing_requests": self.max_ongoing_requests,
+            "graceful_shutdown_timeout_s": self.drain,
+        }
+        if self.num_replicas is not None:
+            options["num_replicas"] = self.num_replicas
+        others = dict(self.deployment)
+        actor_others = others.pop("ray_actor_options", {})
+        twice = sorted((options.keys() & others.keys()) | (actor.keys() & actor_others.keys()))
+        if twice:
+            raise ConfigError(
+                f"`deployment` gives {', '.join(twice)}, which are settings of their own here; "
+                "give them there (`drain` is graceful_shutdown_timeout_s)"
+            )
+        return {**options, **others, "ray_actor_options": {**actor, **actor_others}}
+
+
+class Answer:
+    """An answer on its way to the client. A stream is sent on as it comes; anything else when it is
+    complete, so that another replica can still give it. `begun`: the client has got some of it."""
+
+    def __init__(self, send: Any) -> None:
+        self._send = send
+        self.begun = False
+        self.restart()
+
+    def restart(self) -> None:
+        """Another replica gives it, from the start."""
+        self._kept: list[dict[str, Any]] = []
+        self._stream = False
+
+    async def take(self, messages: list[dict[str, Any]]) -> None:
+        """More of it has come."""
+        for message in messages:
+            self._kept.append(message)
+            if message["type"] == "http.response.start":
+                headers = dict(message["headers"])
+                self._stream = headers.get(b"content-type", b"").startswith(STREAM)
+            elif self._stream:
+                await self.end()
+
+    async def end(self) -> None:
+        """Send what has come."""
+        while self._kept:
+            self.begun = True
+            await self._send(self._kept.pop(0))
+
+    async def break_off(self) -> None:
+        """End a stream with an error: no other replica can go on where this one stopped."""
+        message = "the replica that was answering failed; what has come is not the whole answer"
+        code = "replica_failed"
+        error = {"message": message, "type": "server_error", "param": None, "code": code}
+        # /v1/responses tells its events by `type`.
+        event = {"type": "error", "code": code, "message": message, "error": error}
+        data = f"data: {json.dumps(event)}\n\n".encode()
+        await self._send({"type": "http.response.body", "body": data, "more_body": False})
+
+
+class Ingress:
+    """Ray's deployment of the relay."""
+
+    def __init__(self, replicas: DeploymentHandle, settings: Settings) -> None:
+        self._replicas = replicas.options(stream=True)
+        self._settings = settings
+
+    def __serve_build_asgi_app__(self) -> Router:
+        """The application; Ray asks for it. Keys are looked at before a replica loads the adapter
+        that is asked for."""
+        return Router(default=Authentication(self.relay, self._settings.api_key))
+
+    async def relay(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer one request (ASGI)."""
+        if scope["type"] != "http":
+            await WebSocketClose()(scope, receive, send)
+            return
+        answer = Answer(send)
+        refusal: RequestError | None = RequestError(NO_METRICS, status=404)
+        if get_route_path(scope) != "/metrics":
+            refusal = await self._answered(scope, receive, answer)
+        if answer.begun and refusal is not None:
+            await answer.break_off()
+        elif refusal is not None:
+            await error_response(refusal)(scope, receive, send)
+
+    async def _answered(self, scope: Any, receive: Any, answer: Answer) -> RequestError | None:
+        """Have a replica answer; why none has, or has not to the end."""
+        body = await Request(scope, receive).body()
+        # A name that there is not goes to any replica, which refuses it.
+        replicas = self._replicas.options(multiplexed_model_id=self._adapter(body))
+        sent = {name: scope[name] for name in SCOPE if name in scope}
+        ended = RequestError(
+            f"{ATTEMPTS} replicas ended while they answered; ask again", status=503
+        )
+        for _ in range(ATTEMPTS):
+            answer.restart()
+            messages: Any = replicas.answer.remote(sent, body)
+            try:
+                async for ready in messages:
+                    await answer.take(ready)
+                await answer.end()
+                return None
+            except (RayActorError, ObjectLostError):  # the replica is gone, or out of reach
+                if answer.begun:
+                    return ended
+            except (BackPressureError, DeploymentUnavailableError) as error:
+                return RequestError(str(error), status=503)
+            except RayTaskError as error:
+                return RequestError(f"the replica failed: {error.cause}", status=500)
+            finally:
+                messages.cancel()  # where the client has gone; nothing otherwise
+        return ended
+
+    def _adapter(self, body: bytes) -> str:
+        """The adapter that a request asks for; "" for the base, and for what the application is to
+        refuse."""
+        try:
+            model = json.loads(body).get("model")
+        except (ValueError, AttributeError, RecursionError):
+            return ""
+        name = self._settings.served_name
+        if not isinstance(model, str) or not model.startswith(f"{name}:"):
+            return ""
+        adapter = model.removeprefix(f"{name}:")
+        return adapter if self._settings.folder_of(adapter) is not None else ""
+
+
+def build(args: RaySettings) -> Application:
+    """An application for `serve.run`; also a builder for `serve run` and configuration files.
+    Raises as `Settings`, before anything has been started."""
+    settings, options = args.settings(), args.replicas()
+    replicas = serve.deployment(name="Replica", **options)(Replica)
+    ingress = serve.deployment(
+        name="Ingress",
+        num_replicas=args.num_ingresses,
+        max_ongoing_requests=RELAYED,
+        graceful_shutdown_timeout_s=args.drain,
+    )(serve.ingress()(Ingress))
+    return ingress.bind(replicas.bind(settings, args.held), settings)

@@ -1,0 +1,344 @@
+"""What a graph pass may read and change: the frame, the site nodes, refusals, and new nodes."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+import lorafx.kernels.ops.conv_ops
+import lorafx.kernels.ops.expert_ops
+import lorafx.kernels.ops.grouped_ops
+import lorafx.kernels.ops.linear_ops
+import lorafx.kernels.ops.row_ops  # noqa: F401  (all define torch.ops.lorafx)
+from lorafx.errors import MatchError
+from lorafx.model.extras import When
+from lorafx.model.sites import Site
+from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound
+from lorafx.program.frame import ONE_SLOT, SLOTS, Frame, FrameInput, InputKind, fake_value
+from lorafx.program.program import BANK_FIELDS, GAINS, SHIFTS, Program
+from lorafx.program.row_handoff import Handover
+from lorafx.program.weight_uses import Use
+from lorafx.registry import lookup
+from lorafx.torch_internals.fake_tensors import FakeTensorMode, detect_fake_mode
+from lorafx.torch_internals.operators import OpOverload
+
+SITE_OP = torch.ops.lorafx.site.default
+EMBEDDING_OP = torch.ops.lorafx.embedding_site.default
+GROUPED_OP = torch.ops.lorafx.grouped_site.default
+CONV_OP = torch.ops.lorafx.conv_site.default
+EXPERT_OP = torch.ops.lorafx.expert_site.default
+EXPERT_MARK = torch.ops.lorafx.expert_mark.default
+ROWS_OF = torch.ops.lorafx.rows_of.default
+OWN_MASK = torch.ops.lorafx.own_mask.default
+FUSED_OP = torch.ops.lorafx.fused_linear.default
+
+SITE_OPS = frozenset({SITE_OP, EMBEDDING_OP, GROUPED_OP, CONV_OP, EXPERT_OP})
+#: Ops without generated kernels, unchanged by every lowering.
+PLAIN_SITE_OPS = frozenset({GROUPED_OP, CONV_OP})
+
+
+def is_site(node: fx.Node) -> bool:
+    """Whether a node's op adds a site's delta to y."""
+    return node.op == "call_function" and node.target in SITE_OPS
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why LoRA cannot be applied at some sites in this graph, in batches `when`: "always" (adapters
+    touch the site), "mixed" (rows use different adapters), "dora", "own" and "bias" (adapters
+    rescale the site's output, replace rows of its weight, or add a bias)."""
+
+    sites: tuple[Site, ...]
+    when: When
+    reason: str
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(site.path for site in self.sites)
+
+
+@dataclass
+class SiteState:
+    """A site's treatment in a graph, for `explain` and dumps."""
+
+    site: Site
+    use: Use | None
+    rows: str = "unproved"
+    form: str = "mark"
+    strategy: str = ""
+    node_key: int = 0  # sites with the same key are served by one node
+    packed_weight: fx.Node | None = None
+    packed_bias: fx.Node | None = None
+
+
+@dataclass(frozen=True)
+class Outlined:
+    """Repeated layers with a common body: its attribute, calls' module paths, and size."""
+
+    name: str
+    paths: tuple[str, ...]
+    nodes: int
+
+    def __str__(self) -> str:
+        others = len(self.paths) - 1
+        return f"{self.paths[0] or '(root)'} and {others} more like it as one, {self.nodes} nodes"
+
+
+@dataclass(eq=False)
+class Context:
+    """State of a graph on its way through the passes."""
+
+    program: Program
+    frame: Frame
+    graph_module: fx.GraphModule
+    states: dict[fx.Node, list[SiteState]] = field(default_factory=dict)
+    refusals: list[Refusal] = field(default_factory=list)
+    #: rest of `Options.max_edits`; None for no limit
+    edits_left: int | None = None
+    #: ids of the generated Triton kernels that the graph calls
+    kernels: set[int] = field(default_factory=set)
+    handover: Handover = field(default_factory=Handover)
+    outlined: list[Outlined] = field(default_factory=list)
+    #: Sites with a shared x, and why `give_out` did not copy it for each request.
+    kept_shared: dict[fx.Node, str] = field(default_factory=dict)
+    #: Site nodes moved by `outline` -> the call that computes each, and the node in its body.
+    homes: dict[fx.Node, tuple[fx.Node, fx.Node]] = field(default_factory=dict)
+    fake_mode: FakeTensorMode | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        values = [fake_value(node) for node in self.graph.nodes]
+        self.fake_mode = detect_fake_mode([value for value in values if isinstance(value, Tensor)])
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.graph_module.graph
+
+    # --- site nodes ---
+
+    def site_of_mark(self, node: fx.Node) -> Site:
+        """The site of a hook's op: its bank names the group, its first sibling the site."""
+        call = bound(node)
+        item = self.frame.by_node.get(call["A"])
+        if item is None or item.group is None:
+            raise MatchError(
+                f"{node.name} takes a bank that is not an input of this model's "
+                f"graph{self.where(node)}; another model's mark may have been captured with "
+                "it"
+            )
+        return item.group.site_of(int(call.get("siblings", (0,))[0]))
+
+    def record(self, site: Site, node: fx.Node, use: Use | None, *, form: str = "mark") -> None:
+        self.states[node] = [SiteState(site, use, form=form)]
+
+    def merge(self, old: Iterable[fx.Node], new: fx.Node, form: str) -> None:
+        merged: list[SiteState] = []
+        for node in old:
+            merged.extend(self.states.pop(node))
+        for state in merged:
+            state.form = form
+        self.states[new] = merged
+
+    def refuse(self, refusal: Refusal) -> None:
+        self.refusals.append(refusal)
+
+    # --- locations ---
+
+    def where(self, node: fx.Node) -> str:
+        """A fragment for messages: node, innermost module, source line."""
+        parts = [f"node {node.name}"]
+        path = module_path(node)
+        if path:
+            parts.append(f"in {path}")
+        trace = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines()]
+        source = [line for line in trace if line.strip("^~ ")]  # without Python's markers
+        if source:
+            parts.append(f"`{source[-1]}`")
+        return f" ({', '.join(parts)})"
+
+    def inside(self, node: fx.Node, module: nn.Module) -> bool:
+        """Whether the forward of `module`, or of a module below it, made `node`."""
+        stack = node.meta.get("nn_module_stack") or {}
+        names = [str(key).partition("@")[0] for key in stack]
+        if any(name.isdecimal() for name in names):  # Dynamo's keys are identities
+            return str(id(module)) in names
+        # Paths are the module's only if the whole model is one frame.
+        paths = self.program.graph.paths(module)
+        return any(plain_path(path) in paths for path, _ in stack.values())
+
+    def unknown_use(self, weight: fx.Node, node: fx.Node, reason: str) -> Refusal:
+        """The refusal of an unknown use by `node` of a weight of sites."""
+        return Refusal(
+            self.frame.by_node[weight].sites,
+            "always",
+            f"its weight is used in a way that no rule covers: {reason}{self.where(node)}",
+        )
+
+    def other_owners(self, weight: fx.Node) -> list[nn.Module]:
+        sites = self.frame.by_node[weight].sites
+        tensor = self.program.weight_of(sites[0])
+        if tensor is None:
+            return []
+        selected = {id(site.module) for site in sites}
+        owners = self.program.graph.owners(tensor)
+        return [module for _, module, _ in owners if id(module) not in selected]
+
+    def made_by_other_owner(self, node: fx.Node, weight: fx.Node) -> bool:
+        """Whether a module with this very weight that is no site, not above it, made the use."""
+        item = self.frame.by_node[weight]
+        if item.derived is not None or any(self.inside(node, s.module) for s in item.sites):
+            return False
+        above = self.program.graph.ancestors(site.module for site in item.sites)
+        return any(
+            id(module) not in above and self.inside(node, module)
+            for module in self.other_owners(weight)
+        )
+
+    def unselected_owners(self, weight: fx.Node, kind: str) -> list[nn.Module]:
+        return [
+            module
+            for module in self.other_owners(weight)
+            if (entry := lookup(module)) is not None and entry.kind == kind
+        ]
+
+    # --- new nodes ---
+
+    def take_edit(self) -> bool:
+        """Use up an edit of `Options.max_edits`; False if none is left."""
+        if self.edits_left is None:
+            return True
+        self.edits_left -= 1
+        return self.edits_left >= 0
+
+    def call(self, graph: fx.Graph, target: Any, args: tuple[Any, ...], **kwargs: Any) -> fx.Node:
+        """A call_function node with a fake value, at the insertion point; `kwargs` are constant."""
+        node = graph.call_function(target, args, kwargs)
+        values = fx.node.map_arg(args, fake_value)
+        assert self.fake_mode is not None
+        with self.fake_mode:
+            node.meta["val"] = target(*values, **kwargs)
+        return node
+
+    def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return self.call(self.graph, target, args, **kwargs)
+
+    def size(self, node: fx.Node, dim: int) -> Any:
+        size = fake_value(node).shape[dim]
+        return size if isinstance(size, int) else self.emit(torch.ops.aten.sym_size.int, node, dim)
+
+    def numbers(self, count: Any, dtype: torch.dtype, device: torch.device) -> fx.Node:
+        """0, 1, … count - 1, as Inductor decomposes `arange`."""
+        settings = {"dtype": dtype, "device": device, "requires_grad": False}
+        return self.emit(torch.ops.prims.iota.default, count, start=0, step=1, **settings)
+
+    def bank_inputs(self, site: Site, weight: fx.Node) -> dict[str, fx.Node | None]:
+        """The site's bank fields and slots as inputs, looked up by the weight at run time, since
+        the graph may serve other layers. Gains, shifts and replaced rows only if there is room."""
+        bank = self.program.site_bank(site)
+        own = [name for name, tensor in bank.own_rows._asdict().items() if tensor is not None]
+        found: dict[str, fx.Node | None] = dict.fromkeys((GAINS, SHIFTS))
+        for name in (*BANK_FIELDS, *own, GAINS, SHIFTS):
+            if getattr(bank, name) is not None:
+                found[name] = self.bank_input(site, weight, name)
+        items = self.frame.by_node.items()
+        slots = next((node for node, item in items if item.kind == "slots"), None)
+        return {**found, "slots": slots or self._slots_input(self._place(site, weight))}
+
+    def bank_input(self, site: Site, weight: fx.Node, name: str) -> fx.Node:
+        assert self.fake_mode is not None
+        value = getattr(self.program.site_bank(site), name)
+        fake = self.fake_mode.from_tensor(value, static_shapes=True)
+        return self._extra_input(self._place(site, weight), name, fake)
+
+    def beside(self, field: fx.Node, name: str) -> fx.Node | None:
+        """The input of another field of `field`'s bank, if any."""
+        inputs = self.frame.extra_nodes
+        found = next((key for key, node in inputs.items() if node is field), None)
+        return None if found is None else inputs.get((*found[:2], name))
+
+    def _place(self, site: Site, weight: fx.Node) -> tuple[int, int]:
+        # Tied weights have several sites: a head and an embedding.
+        return self.frame.positions[weight], self.frame.by_node[weight].sites.index(site)
+
+    def look_up_slots(self) -> None:
+        """Replace the handle read by marks by the rows' slots, looked up."""
+        items = self.frame.by_node.items()
+        handle = next((node for node, item in items if item.kind == "slots"), None)
+        if handle is not None:
+            self.frame.by_node[handle] = FrameInput("state", "a handle of the slots")
+            slots = self._slots_input((self.frame.positions[handle], 0))
+            handle.replace_all_uses_with(slots)
+
+    def _slots_input(self, place: tuple[int, int]) -> fx.Node:
+        assert self.fake_mode is not None
+        size = self.frame.batch_size()
+        with self.fake_mode:
+            value = torch.empty(
+                (1 if size is None else size,),
+                dtype=torch.int32,
+                device=self.program.groups[0].bank.A.device,
+            )
+        return self._extra_input(place, ONE_SLOT if size is None else SLOTS, value)
+
+    def _extra_input(self, place: tuple[int, int], name: str, value: Tensor) -> fx.Node:
+        key = (*place, name)
+        if key in self.frame.extra_nodes:
+            return self.frame.extra_nodes[key]
+        last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(f"lorafx_{name}_{len(self.frame.extra_nodes)}")
+        node.meta["val"] = value
+        self.frame.extra_nodes[key] = node
+        kind: InputKind = "slots" if name in (SLOTS, ONE_SLOT) else "bank"
+        self.frame.by_node[node] = FrameInput(kind, name)
+        return node
+
+
+def call_in_place(op: OpOverload, arguments: tuple[Any, ...]) -> fx.Node:
+    """The first argument, y, written by `op`, in functional form; Inductor decides on copies."""
+    return written_by(op, dict(zip(_names(op), arguments, strict=True)), _names(op)[0])[0]
+
+
+def written_by(op: OpOverload, values: Mapping[str, Any], *written: str) -> list[fx.Node]:
+    """The arguments `written` of `op`, its only ones, after its call."""
+    given = {name: values[name] for name in _names(op)}
+    graph = given[written[0]].graph
+    call = graph.call_function(AUTO_FUNCTIONALIZED, (op,), given)
+    call.meta["val"] = (None, *(fake_value(given[name]) for name in written))
+    found: list[fx.Node] = []
+    with graph.inserting_after(call):
+        for index in range(len(written), 0, -1):
+            found.insert(0, graph.call_function(operator.getitem, (call, index)))
+            found[0].meta["val"] = call.meta["val"][index]
+    return found
+
+
+def _names(op: OpOverload) -> list[str]:
+    return [argument.name for argument in op._schema.arguments]
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the innermost module whose forward made `node`, or ""."""
+    stack = node.meta.get("nn_module_stack") or {}
+    for path, _ in reversed(list(stack.values())):
+        return plain_path(path)
+    return ""
+
+
+#: The traced module, by any local name.
+_ROOT = re.compile(r"^L\['\w+'\]")
+
+
+@functools.lru_cache(maxsize=4096)
+def plain_path(path: str) -> str:
+    """Dynamo's module path as a dotted path: `L['self']._modules['model']` -> `model`."""
+    text = _ROOT.sub("", path).replace(".__dict__['_modules']", "._modules")
+    text = text.replace("._modules[", ".[").replace("['", ".")
+    text = text.replace('["', ".").replace("']", "").replace('"]', "").replace("..", ".")
+    return text.strip(".")

@@ -1,1 +1,0 @@
-"""Reports as objects: fields, `json()`, `str()` and a table in notebooks."""

@@ -1,0 +1,344 @@
+"""Entries: a module's forward, or another method, compiled for one program, with its batch set up
+on the host.
+
+Once per call: the number of requests, each request's slot, the checks; then the compiled forward
+runs and reads only tensors. Whether that is the one with adapters or the base's is decided here, by
+the batch and `Options.base_graphs`: each has a code object, and so graphs, of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType, MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafx.capture.failures import explained, own_error
+from lorafx.capture.traced import Traced
+from lorafx.capture.tracking import Tracking
+from lorafx.capture.weights_in_python import WeightUses
+from lorafx.errors import CaptureError, LorafxError, MatchError, ReplacedModuleError
+from lorafx.model.experts import LOOP, loops
+from lorafx.model.marks import MARKS
+from lorafx.ownership.held import MOST_REQUESTS
+from lorafx.ownership.memory import Memory
+from lorafx.program.argument_roles import RoleTable, tensor_leaves
+from lorafx.program.program import Program
+from lorafx.program.row_dims import IMAGES
+from lorafx.program.row_handoff import held_argument
+from lorafx.runtime.call_inputs import check_inputs, plain_tokens
+from lorafx.runtime.idle import refuse_elsewhere
+from lorafx.runtime.replaced_methods import InPlace
+from lorafx.runtime.session import Session
+from lorafx.torch_internals.compat import is_recompile_limit, mark_fixed_shape
+
+if TYPE_CHECKING:  # what it needs of torch may be missing where nothing is saved
+    from lorafx.capture.saved_graphs.saved_graphs import SavedGraphs
+
+
+class Entry:
+    """One module's forward, compiled, or another method of it (`function`). Called in place of it,
+    by users and by `generate`."""
+
+    def __init__(
+        self,
+        session: Session,
+        module: nn.Module,
+        function: Callable[..., Any],
+        name: str = "forward",
+        *,
+        per_token: bool = False,
+        packed: bool = False,
+    ) -> None:
+        self.session = session
+        self.module = module
+        self.function = function
+        self.is_forward = name == "forward"
+        self.name = f"the {name} of {type(module).__name__}"
+        row_dims = session.program.config.row_dims
+        self.roles = RoleTable(module, row_dims, function, packed=packed)
+        self.per_token = per_token
+        self.target = _target(session.program, module, function) if name == "forward" else function
+        #: Whether calls without an adapter run graphs of the base's own; with "warmup", from when
+        #: `warmup` has compiled some.
+        self.base_graphs = _base_graphs(session)
+        #: By what stands where sites stood (`SiteWatch`) and the hooks of users (`HookWatch`), and
+        #: by whether it is the base's: those of the last such state and of the model as given.
+        #: Guards alone would not tell the states apart.
+        self.traced = {(_AS_GIVEN, False): self._new(base=False)}
+        self.experts = [site for site in session.program.sites if site.expert_weight is not None]
+        #: The last call with adapters had graphs captured, or there was none.
+        self.capturing = True
+        functools.update_wrapper(self, function)
+
+    def compiles(self, function: Callable[..., Any]) -> bool:
+        """Whether this is what it compiles. Each access to a method makes a new object."""
+        known = self.function
+        return function is known or (
+            isinstance(known, MethodType)
+            and isinstance(function, MethodType)
+            and function.__func__ is known.__func__
+            and function.__self__ is known.__self__
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        session = self.session
+        refuse_elsewhere(session)
+        running = session.running.in_forward(session.program.runtime.rows)
+        return session.run(running, functools.partial(self._serve, *args, **kwargs))
+
+    def _serve(self, *args: Any, **kwargs: Any) -> Any:
+        session = self.session
+        named = self.roles.bind(args, kwargs) if args else kwargs
+        if args and self.roles.by_name(args):  # one graph for both ways to write a call
+            args, kwargs = (), named
+        if not args:
+            named = kwargs = plain_tokens(kwargs)
+        if self.module is session.program.model and self.is_forward:
+            check_inputs(self.roles, named)
+        session.set_batch(self.roles, self.roles.spread(named))
+        _fix_image_sizes(named)
+        session.program.pack_watch.check()
+        session.program.quantised.settle_again()
+        runtime = session.program.runtime
+        if runtime.active:
+            self._refuse_loops()
+            return self._run(args, kwargs, base=False)
+        warming = self.base_graphs == "warmup" and session.running.warming
+        base = warming or self.base_graphs is True
+        runtime.active = not base
+        try:
+            result = self._run(args, kwargs, base=base)
+        finally:
+            runtime.active = False
+        if warming:
+            self.base_graphs = True
+        return result
+
+    def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, base: bool) -> Any:
+        """What the model returns, by the graphs with adapters or those of the `base`."""
+        session = self.session
+        sites, hooks = session.program.site_watch, session.program.hook_watch
+        state = sites.state, hooks.look()
+        traced = self._traced(state, base=base)
+        try:
+            run = functools.partial(traced.call, *args, **kwargs)
+            ungraded = torch.no_grad() if torch.is_grad_enabled() else nullcontext()
+            with ungraded, session.module_paths():
+                result = self._tracked(run)
+            if isinstance(result, (GeneratorType, CoroutineType, AsyncGeneratorType)):
+                raise CaptureError(
+                    f"{self.name} is a {type(result).__name__}, whose body runs after the call "
+                    "has ended, without its adapters; return what it yields"
+                )
+            return result
+        except BaseException as error:
+            known = own_error(error)
+            if isinstance(known, ReplacedModuleError):
+                raise known from None
+            raised = "; ".join(dict.fromkeys(traced.given_up.values()))
+            traced.given_up.clear()
+            if is_recompile_limit(error):
+                limit = session.program.options.recompile_limit
+                raise CaptureError(
+                    f"{type(self.module).__name__} has {limit} graphs, as many as "
+                    f"Options.recompile_limit allows, and this call needs one more: {error}"
+                ) from error
+            if raised and isinstance(error, LorafxError):
+                # The consequence; the model's own error is what the caller can do something about.
+                raise type(error)(
+                    f"{error}. {type(self.module).__name__} runs in pieces, because it "
+                    f"raised an error when this call was traced: {raised}"
+                ) from error
+            if isinstance(error, LorafxError):
+                raise
+            if known is not None:
+                raise known from error
+            failure = explained(error, type(self.module).__name__, self._base_served(base=base))
+            if failure is None:
+                raise
+            raise failure from error
+        finally:
+            hooks.take_over()
+            if sites.state != state[0]:  # noticed when a graph was captured
+                for kind in (False, True):
+                    self.traced.pop((state, kind), None)
+
+    def _tracked(self, run: Callable[[], Any]) -> Any:
+        """What `run` returns. Where adapters are active, what Python computes between graphs is
+        looked at: for weights that are used past their modules, and where that may be asked for,
+        for owners.
+
+        Raises:
+            MatchError: the weight of a site was used past its module.
+        """
+        program, records = self.session.program, self.session.backend.records
+        if not program.runtime.active:
+            return run()
+        captured = len(records)
+        uses = WeightUses(program) if program.batch.touched else None
+        memory = self._memory()
+        try:
+            if uses is None and memory is None:
+                return run()
+            result = Tracking(memory, uses).run(run)
+            if uses is not None:
+                uses.refuse()
+            return result
+        finally:
+            self.capturing = len(records) != captured
+
+    def _memory(self) -> Memory | None:
+        """Where the owners are noted of what the running call computes; None where nobody asks: the
+        batch is of one adapter, or the model in one graph, and calls have no graphs captured any
+        more."""
+        session, program = self.session, self.session.program
+        call, rows = program.call, len(program.runtime.rows)
+        mixed = not program.runtime.uniform and session.backend.several[0]
+        wanted = session.asked.tokens is None and 1 < rows <= MOST_REQUESTS
+        if call is None or call.roles is None or not wanted or not (mixed or self.capturing):
+            return None
+        call.tracked = True
+        for name, value in call.named.items():
+            for tensor in tensor_leaves(value):
+                role = call.roles.role(name, tensor, call.named)
+                call.memory.given(tensor, held_argument(role, tensor, rows))
+        if mixed:
+            call.memory.own(program.buffers())
+        return call.memory
+
+    def _base_served(self, *, base: bool) -> str:
+        """What becomes of calls without an adapter where a graph cannot be compiled."""
+        if base:
+            return ""
+        if self.base_graphs is True:
+            return "Calls without an adapter are served as before"
+        return "Options(base_graphs=True) serves calls without an adapter by graphs of their own"
+
+    def _new(self, *, base: bool) -> Traced:
+        session = self.session
+        saved = self._saved(base=base)
+        return Traced(
+            self.target,
+            _weakly(session.backend.per_token if self.per_token else session.backend.__call__),
+            name=self.name,
+            dynamic=session.dynamic,
+            recompile_limit=session.program.options.recompile_limit,
+            sizes_by_data=lambda: session.program.quantised.sizes_by_data,
+            keep_guards=session.backend.keep_guards if saved is None else saved.keep_guards,
+            converted=None if saved is None else saved.converted,
+        )
+
+    def _saved(self, *, base: bool) -> SavedGraphs | None:
+        """The graphs that other processes saved of this entry, where `Options.cache` asks."""
+        option = self.session.program.options.cache
+        if not option:
+            return None
+        paths = {id(module): path for path, module in self.session.program.model.named_modules()}
+        entry = {
+            "function": self.target,
+            "module": paths.get(id(self.module)),
+            "name": self.name,
+            "base": base,
+            "per token": self.per_token,
+            "packed": self.roles.packed,
+            "dynamic": self.session.dynamic,
+        }
+        from lorafx.capture.saved_graphs.saved_graphs import SavedGraphs
+
+        return SavedGraphs(self.session.backend, option, entry)
+
+    def _traced(self, state: tuple[int, int], *, base: bool) -> Traced:
+        if (state, base) not in self.traced:
+            kept = (_AS_GIVEN, state)
+            self.traced = {key: traced for key, traced in self.traced.items() if key[0] in kept}
+            self.traced[state, base] = self._new(base=base)
+        return self.traced[state, base]
+
+    def _refuse_loops(self) -> None:
+        """Refuse adapters of experts that the base is told to run one after another.
+
+        Dynamo gives such a model up in pieces; what it asks about those says nothing of experts.
+
+        Raises:
+            MatchError: the batch has some.
+        """
+        program = self.session.program
+        looping = [site for site in self.experts if loops(site.module) and program.is_touched(site)]
+        if looping:
+            names = ", ".join(site.path for site in looping)
+            raise MatchError(f"LoRA cannot be applied at {names}: {LOOP}")
+
+
+#: The state of a model whose modules and hooks are those that it had at first.
+_AS_GIVEN = (0, 0)
+
+
+def _base_graphs(session: Session) -> bool | str:
+    """`Options.base_graphs`, with "auto" made into what is best for the model.
+
+    On a CPU a graph with adapters takes as long as the base's where no row has one. On a GPU each
+    kernel of a linear looks at the slots of its rows. Run node by node, the base's graph is the
+    model itself. The fast path of nn.MultiheadAttention, which adapters switch off, writes zeros
+    where a batch is padded.
+    """
+    options, device = session.program.options, session.program.runtime.device
+    if options.base_graphs != "auto":
+        return options.base_graphs
+    if options.lowering == "reference" or session.has_mha:
+        return True
+    return False if device.type == "cpu" else "warmup"
+
+
+def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """`method`, which keeps its object alive no longer: Dynamo never forgets a backend."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*arguments: Any) -> Any:
+        found = reference()
+        assert found is not None
+        return found(*arguments)
+
+    return call
+
+
+def _fix_image_sizes(named: Mapping[str, Any]) -> None:
+    """Only the number of requests may vary in a graph that takes images."""
+    for name in IMAGES:
+        value = named.get(name)
+        if isinstance(value, Tensor) and value.dim() == 4:
+            mark_fixed_shape(value, (1, 2, 3))
+
+
+def _target(program: Program, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """What Dynamo traces, where `forward` is the module's own. A module that is a site itself is
+    traced with its hooks. Those of a part of the model that are no marks run around its entry,
+    where the part is called."""
+    if all(site.module is not module for site in program.sites):
+        return forward
+    if module is program.model and not isinstance(vars(module).get("forward"), InPlace):
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return module(*args, **kwargs)
+
+        return call
+    marks = [hook for hook in module._forward_hooks.values() if isinstance(hook, MARKS)]
+
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        for mark in marks:
+            changed = mark(module, args, kwargs, output)
+            output = output if changed is None else changed
+        return output
+
+    return marked
+
+
+def entered(frame: FrameType) -> bool:
+    """True for the frame of a running entry, which calls the program with a call's arguments."""
+    return frame.f_code is Entry._serve.__code__

@@ -1,0 +1,235 @@
+"""Inputs to run a model with: those that the user gives, or token ids made from its configuration,
+and the same with other numbers of requests and tokens, repeated or cut along the dimensions that
+`lorafx.program.argument_roles` says.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafx.errors import ConfigError
+from lorafx.program.argument_roles import RoleTable, tensor_leaves
+from lorafx.program.row_dims import PRIMARY, TOKEN_DIMS
+from lorafx.registry import lookup
+
+#: Arguments that `generate` makes by itself.
+_OF_GENERATION = ("labels", "position_ids", "cache_position", "past_key_values", "cache_params")
+#: What a model calls the cache in its output and takes it back as.
+_CACHES = ("past_key_values", "cache_params")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A call's arguments by name. `length` is its number of tokens, None where it has none."""
+
+    roles: RoleTable
+    named: Mapping[str, Any]
+    rows: int
+    length: int | None
+
+    @classmethod
+    def of(cls, roles: RoleTable, named: Mapping[str, Any]) -> Example:
+        """The example of these arguments."""
+        tokens = [
+            named[name].shape[TOKEN_DIMS[name]]
+            for name in PRIMARY
+            if name in TOKEN_DIMS and _has_dim(named.get(name), TOKEN_DIMS[name])
+        ]
+        return cls(roles, named, roles.rows(named) or 1, tokens[0] if tokens else None)
+
+    def __str__(self) -> str:
+        tokens = "" if self.length is None else f" of {self.length} tokens"
+        return f"{self.rows} request{'s' if self.rows > 1 else ''}{tokens}"
+
+    @property
+    def can_generate(self) -> bool:
+        """Whether a prompt is among the arguments."""
+        return any(name in self.named for name in PRIMARY)
+
+    def prompt(self) -> dict[str, Any]:
+        """What `generate` takes of it."""
+        return {
+            name: value
+            for name, value in self.named.items()
+            if isinstance(value, Tensor)
+            and name not in _OF_GENERATION
+            and not name.startswith("decoder_")
+        }
+
+    def padded(self) -> Example | None:
+        """The same with prompts of unequal lengths; None where there is one, or no mask.
+
+        Of a mask without padding `generate` makes none, which is another graph.
+        """
+        mask = self.named.get("attention_mask")
+        if self.rows < 2 or not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < 2:
+            return None
+        mask = mask.clone()
+        mask[1::2, 0] = 0
+        return replace(self, named={**self.named, "attention_mask": mask})
+
+    def variants(self, batch_sizes: Sequence[int], lengths: Sequence[int]) -> Iterator[Example]:
+        """It, then the same for each number of requests and of tokens."""
+        yield self
+        if any(list(tensor_leaves(v)) for v in self.named.values() if not isinstance(v, Tensor)):
+            return  # the requests of what containers hold are not known
+        seen = {(self.rows, self.length)}
+        for rows in batch_sizes if self.roles.rows(self.named) else (self.rows,):
+            for length in lengths if self.length is not None else (None,):
+                if (rows, length) not in seen:
+                    seen.add((rows, length))
+                    yield self._resized(rows, length)
+
+    def _resized(self, rows: int, length: int | None) -> Example:
+        named = {name: self._fitted(name, v, rows, length) for name, v in self.named.items()}
+        return replace(self, named=named, rows=rows, length=length)
+
+    def _fitted(self, name: str, value: Any, rows: int, length: int | None) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        role = self.roles.role(name, value, self.named)
+        fitted = value
+        if role.known and _holds(value, role.dim, self.rows):
+            fitted = _repeated(fitted, role.dim, rows)
+        if length is not None and _holds(value, TOKEN_DIMS.get(name), self.length):
+            fitted = _repeated(fitted, TOKEN_DIMS[name], length)
+        return fitted
+
+
+def _has_dim(value: Any, dim: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > dim
+
+
+def _holds(tensor: Tensor, dim: int | None, size: int | None) -> bool:
+    return dim is not None and tensor.dim() > dim and tensor.shape[dim] == size
+
+
+def _repeated(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    assert dim is not None
+    index = torch.arange(size, device=tensor.device) % max(tensor.shape[dim], 1)
+    return tensor.index_select(dim, index)
+
+
+def given_examples(roles: RoleTable, inputs: Any) -> tuple[Example, ...]:
+    """The examples that a user gives: a call's keyword arguments, its positional ones, or a list
+    of such calls.
+
+    Raises:
+        ConfigError: they are none of these.
+    """
+    listed = isinstance(inputs, Sequence) and not isinstance(inputs, str) and bool(inputs)
+    if listed and all(isinstance(item, Mapping) for item in inputs):
+        calls = [as_call(item) for item in inputs]
+    elif listed or isinstance(inputs, Mapping):
+        calls = [as_call(inputs)]
+    else:
+        raise ConfigError(
+            "example_inputs must be the keyword arguments of a call, its positional "
+            f"arguments, or a list of mappings of keyword arguments; got {inputs!r}"
+        )
+    examples = []
+    for args, kwargs in calls:
+        try:
+            named = roles.bind(args, kwargs)
+        except TypeError as error:
+            raise ConfigError(f"example_inputs do not fit the model's forward: {error}") from error
+        examples.append(Example.of(roles, named))
+    return tuple(examples)
+
+
+def as_call(
+    inputs: Mapping[str, Any] | Sequence[Any],
+) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """The arguments of one call, those in their order and those by name, from one of the two.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if isinstance(inputs, Mapping):
+        return (), inputs
+    if isinstance(inputs, Sequence) and not isinstance(inputs, str):
+        return tuple(inputs), {}
+    raise ConfigError(
+        "inputs are the arguments of a call: a mapping of names to values, or a list or tuple of "
+        f"those in their order, also where there is one; got a {type(inputs).__name__}"
+    )
+
+
+def named_inputs(roles: RoleTable, inputs: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
+    """The arguments of one call by name, from those by name or in their order.
+
+    Raises:
+        TypeError: there are more than the forward takes.
+        ConfigError: they are neither.
+    """
+    args, kwargs = as_call(inputs)
+    return dict(roles.bind(args, {}) if args else kwargs)
+
+
+def derived_example(model: nn.Module, device: torch.device, rows: int, length: int) -> Example:
+    """Requests of so many tokens each, for a model that takes token ids.
+
+    Raises:
+        ConfigError: it takes something else, or its vocabulary is not known.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    if getattr(model, "main_input_name", None) != "input_ids" or "input_ids" not in parameters:
+        raise ConfigError(
+            f"inputs for {type(model).__name__} cannot be derived, since it does not "
+            "declare token ids as its main input; pass the arguments of a call as "
+            "warmup(example_inputs=...)"
+        )
+    config = getattr(model, "config", None)
+    special = {
+        value
+        for name, value in vars(config).items()
+        if name.endswith("token_id") and isinstance(value, int)
+    }
+    ids = [i for i in range(min(_vocabulary(model), 64)) if i not in special] or [0]
+    flat = [ids[i % len(ids)] for i in range(rows * length)]
+    tokens = torch.tensor(flat, device=device).view(rows, length).clone()
+    named: dict[str, Any] = {"input_ids": tokens}
+    if "attention_mask" in parameters:
+        named["attention_mask"] = torch.ones_like(tokens)
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
+        named["decoder_input_ids"] = tokens.clone()
+    return Example.of(RoleTable(model, {}), named)
+
+
+def _vocabulary(model: nn.Module) -> int:
+    """How many token ids the model's input embedding knows."""
+    try:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        embedding = None
+    entry = None if embedding is None else lookup(embedding)
+    if entry is None or entry.kind != "embedding":
+        raise ConfigError(
+            f"the input embedding of {type(model).__name__} does not tell its vocabulary; "
+            "pass the arguments of a call as warmup(example_inputs=...)"
+        )
+    return entry.sizes(embedding)[0]
+
+
+def decode_step(model: nn.Module, inputs: Mapping[str, Any], output: Any) -> dict[str, Any] | None:
+    """The arguments of a call for one token more, with the cache that `output` brought; None where
+    it brought none, or the call was one for an encoder-decoder."""
+    ids, parameters = inputs.get("input_ids"), inspect.signature(model.forward).parameters
+    if not isinstance(ids, Tensor) or ids.shape[-1] < 2 or "decoder_input_ids" in inputs:
+        return None  # a cache of one token would be a graph of its own
+    for name in _CACHES:
+        cache = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if cache is None or name in inputs or name not in parameters:
+            continue
+        step = {"input_ids": ids[:, -1:], name: cache}
+        mask = inputs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            step["attention_mask"] = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        return step
+    return None

@@ -1,0 +1,226 @@
+"""Adapters that come and go while sessions serve: loaded into one model, or by parts into several,
+unloaded, and brought nearer before a call asks for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+from lorafx.adapter_store.names import members, refuse_swapped
+from lorafx.adapter_store.saved import AdapterSource, Origin
+from lorafx.adapter_store.stored import Adapter, Hold
+from lorafx.errors import CheckpointError, ConfigError, LorafxError, ReplacedModuleError
+from lorafx.interrupts import undisturbed
+from lorafx.runtime.running import refuse_transformed
+from lorafx.runtime.session import Session, read_for
+from lorafx.torch_internals.entrances import entrance
+
+#: The name of an adapter that is given without one, as in PEFT.
+_UNNAMED = "default"
+
+
+def asked_name(session: Session, name: str | None, adapter_name: str | None) -> str:
+    """The name to load an adapter under; `adapter_name` is PEFT's keyword for it.
+
+    Raises:
+        ConfigError: the two differ; or neither is given, and there is a "default" already.
+    """
+    if name is not None and adapter_name is not None and name != adapter_name:
+        raise ConfigError(f"name={name!r} and adapter_name={adapter_name!r} differ; give one")
+    given = adapter_name if name is None else name
+    if given is None and _UNNAMED in session.store:
+        raise ConfigError(
+            f"an adapter named {_UNNAMED!r} is loaded already, which this one would replace; "
+            "give a name: load_adapter(source, name)"
+        )
+    return _UNNAMED if given is None else given
+
+
+def load_adapter(session: Session, source: Any, name: str, strict: bool | None = None) -> None:
+    """Read an adapter and keep it in host memory, in place of one of the same name.
+
+    Calls go on while the files are read: the session's lock is taken before and after.
+
+    `strict` as in `Options`, whose value None stands for.
+
+    Raises:
+        CheckpointError, UnsupportedAdapterError, CapacityError: nothing has changed then.
+        ConfigError: the adapter of this name is merged, or name and source are the wrong way round.
+        ReplacedModuleError: a module that it is for was replaced or taken out.
+        BatchError: the call that is running on this thread serves it.
+    """
+    refuse_swapped(source, name)
+    # `load_parts` takes None for a session without a part of the adapter, which forgets it.
+    given: Any = source
+    with entrance():
+        load_parts([(session, AdapterSource(given) if source is None else source)], name, strict)
+
+
+def load_parts(parts: Sequence[tuple[Session, Any]], name: str, strict: bool | None = None) -> None:
+    """As `load_adapter`, into several models: each has the part of the adapter that stands beside
+    it, or none of this name where that is None. Where one part cannot be loaded, none is."""
+    refuse_transformed()
+    read = [
+        None if source is None else (Origin.of(source), _read(session, source, name, strict))
+        for session, source in parts
+    ]
+
+    def keep() -> None:
+        steps = [
+            unloading(session, name) if part is None else _keeping(session, name, *part)
+            for (session, _), part in zip(parts, read, strict=True)
+            if part is not None or name in session.store.names
+        ]
+        undisturbed(lambda: [step() for step in steps])
+
+    _locked([session for session, _ in parts], keep)
+
+
+def in_turn(sessions: Iterable[Session]) -> list[Session]:
+    """In the order in which their locks are taken where several are."""
+    return sorted(sessions, key=lambda session: session.locks.number)
+
+
+def _locked(sessions: Sequence[Session], action: Callable[[], None]) -> None:
+    """Run `action` while no other thread calls any of these. No ExitStack: an interrupt between its
+    steps would leave a lock as it is."""
+    for session in reversed(in_turn(sessions)):
+        action = partial(_holding, session, action)
+    action()
+
+
+def _holding(session: Session, action: Callable[[], None]) -> None:
+    with session.lock:
+        session.locks.streams.follow(session.accelerators)
+        action()
+
+
+def unload_parts(sessions: Sequence[Session], name: str) -> None:
+    """Forget the adapter of this name in all of these models that have it.
+
+    Raises:
+        ConfigError: it is merged; BatchError: the call that is running on this thread serves it.
+        Nothing has changed then.
+    """
+    load_parts([(session, None) for session in sessions], name)
+
+
+def _read(session: Session, source: Any, name: str, strict: bool | None) -> Adapter:
+    program = session.program
+    with session.lock:
+        _refuse(session, name)
+        program.look_at_modules()
+    try:
+        strict = program.options.strict if strict is None else strict
+        return read_for(program, source, name, strict=strict)
+    except CheckpointError as error:  # of which a module that is missing may be the reason
+        try:
+            program.refuse_missing()
+        except ReplacedModuleError as reason:
+            raise reason from error
+        raise
+
+
+def _refuse(session: Session, name: str) -> None:
+    session.refuse_merged(name, "is replaced")
+    session.refuse_served(name, "replace")
+
+
+def _keeping(
+    session: Session, name: str, origin: Origin | None, adapter: Adapter
+) -> Callable[[], None]:
+    """What keeps the adapter. What was true when the files were read is looked at again."""
+    program, merged = session.program, session.base.merged
+    _refuse(session, name)
+    program.look_at_modules()
+    if adapter.extras["dora"] and merged is not None:
+        raise ConfigError(
+            f"{name!r} is a DoRA adapter, whose norms come from the base's own weights, "
+            f"but {merged.name!r} is merged into them; call unmerge() before loading it"
+        )
+    if adapter.replaces_biases and merged is not None:
+        raise ConfigError(
+            f"{name!r} has biases in the place of the base's own, which it is compared with, but "
+            f"{merged.name!r} is merged into the base; call unmerge() before loading it"
+        )
+    program.refuse_missing(
+        [
+            site.path
+            for site in program.sites
+            if any(site.part_path(part) in adapter.weights for part in range(len(site.parts)))
+        ]
+    )
+    keep = session.store.loading(adapter, origin)
+
+    def load() -> None:
+        keep()
+        session.forget_served()
+
+    return load
+
+
+def unloading(session: Session, name: str) -> Callable[[], None]:
+    """What forgets an adapter. The lock is held.
+
+    Raises:
+        ConfigError: it is merged; BatchError: the call that is running on this thread serves it.
+        What is returned raises UnknownAdapterError where it is not loaded.
+    """
+    session.refuse_merged(name, "is unloaded")
+    session.refuse_served(name, "unload")
+
+    def unload() -> None:
+        session.store.unload(name)
+        session.forget_served()
+        if session.default is not None and name in members(session.default):
+            session.choose(None)
+
+    return unload
+
+
+# --- ahead of calls ---
+
+
+def prefetch(session: Session, names: Sequence[str | None], *, slots: bool) -> None:
+    """Have these adapters in host memory, or in `slots`.
+
+    Raises:
+        UnknownAdapterError: a name that is not loaded.
+        CheckpointError: a file has changed since it was loaded, or cannot be read.
+        ConfigError: a sum of adapters that can be part of none.
+        CapacityError: into slots, and there are not as many.
+    """
+    refuse_transformed()
+    store = session.store
+    for name in names:
+        if name is not None:
+            store.check_known(name)
+    host_copies = store.fetch(names)  # read before the lock is taken
+    if not slots:
+        return
+    with session.lock:
+        if not store.copy_streams.beside:
+            session.locks.streams.follow(session.accelerators)
+        running = session.running
+        held = running.held
+        if running.entries or store.copy_streams.captured:  # graphs may be replayed
+            held = held.union(session.program.runtime.rows)
+        store.fill(names, held)
+    del host_copies  # which had them stay in memory until here
+
+
+def fill_ahead(session: Session, holds: Iterable[Hold]) -> None:
+    """Begin to copy these adapters, in their order, into slots that the call before this one does
+    not use, as many as find some. Nothing is done where steps would wait for it. The lock is held.
+    """
+    store = session.store
+    if not store.copy_streams.beside:
+        return
+    held = frozenset(session.program.runtime.rows)
+    for hold in holds:
+        try:
+            held = held.union(store.fill([store.held_name(hold)], held))
+        except LorafxError:  # no slot is left, or the call that asks for it will say what is wrong
+            return

@@ -1,0 +1,269 @@
+"""What a call asks for: the adapters that it names, which of them each row of its batch has, and
+its arguments."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorafx.adapter_store.names import BASE, AdapterName, one_name
+from lorafx.errors import BatchError, ConfigError
+from lorafx.program.argument_roles import RoleTable, sizes_of
+from lorafx.program.program import Call
+from lorafx.program.row_dims import new_tokens
+
+Names = Sequence["str | None"]
+
+
+def check_prompts(names: Names | None, prompts: Any) -> None:
+    """Raise BatchError where a call's first tensor has another number of rows than there are names.
+    Rows that `generate` makes of one prompt (beams, sequences) come later."""
+    if names is None or not isinstance(prompts, Tensor) or not prompts.dim():
+        return
+    if len(names) != len(prompts):
+        raise _misfit(len(names), len(prompts), "")
+
+
+def _misfit(names: int, rows: int, arguments: str) -> BatchError:
+    return BatchError(
+        f"adapter_names has {names} entries, but the batch has {rows} rows; give one "
+        "name, or None for the base model, per row, or declare which dimension holds the "
+        f"requests with LoraConfig(row_dims={{argument: dim}}){arguments}"
+    )
+
+
+class Requests(NamedTuple):
+    """Whom a call serves.
+
+    Attributes:
+        names: the adapter of each request.
+        tokens: (B, T) which of `names` each token uses, -1 for the base; None otherwise.
+        repeats: rows of one request may follow one another (beams, returned sequences), as
+            `generate` expands them.
+        alike: nobody was named, or one adapter for all: `names` has one entry, of every row.
+        packed: the tokens are (1, T) of several sequences, one after another, each of which is
+            served as a request.
+        activated: adapters that begin at a token (aLoRA) are named where they serve all tokens of
+            the call.
+    """
+
+    names: tuple[str | None, ...]
+    tokens: Tensor | None = None
+    repeats: bool = False
+    alike: bool = False
+    packed: bool = False
+    activated: bool = False
+
+    @property
+    def listed(self) -> Names | None:
+        """The names, where there is one for each request."""
+        return None if self.alike else self.names
+
+    @property
+    def placed(self) -> bool:
+        """Whether it is known which tokens an adapter serves that begins at one (aLoRA)."""
+        return self.activated or self.tokens is not None
+
+    def of_rows(
+        self, rows: int | None, *, repeats: bool = False, call: Call | None = None
+    ) -> Names:
+        """The adapter of each of so many rows, None where no argument carries any. `repeats` as the
+        field. Messages say what arguments `call` has.
+
+        Raises:
+            BatchError: names and rows do not fit together.
+        """
+        names = self.names
+        if self.alike:
+            return names * (rows or 1)
+        if rows is None:
+            if len(set(names)) > 1:
+                raise BatchError(
+                    "no argument of this call carries requests, so its rows cannot use "
+                    "different adapters; declare which one does with "
+                    f"LoraConfig(row_dims={{argument: dim}}){_arguments(call)}"
+                )
+            return names[:1]
+        given = len(names)
+        if rows == given:
+            return names
+        if given and rows % given == 0 and (self.repeats or repeats):
+            return [name for name in names for _ in range(rows // given)]
+        raise _misfit(given, rows, _arguments(call))
+
+    def used(self) -> dict[int, str | None]:
+        """The adapters that tokens use, by their places in `names`; -1 is the base."""
+        assert self.tokens is not None
+        places = self.tokens.unique().tolist()
+        return {place: self.names[place] if place >= 0 else None for place in places}
+
+    def of_tokens(self, slots: Mapping[int, int]) -> Tensor:
+        """The slot of each token, int32 (B · T,), one request after another, by the slots of
+        `used`. Looked up in a table: a list of 8,192 tokens takes a millisecond to walk over."""
+        assert self.tokens is not None
+        by_place = [slots.get(place, -1) for place in range(-1, len(self.names))]
+        table = torch.tensor(by_place, dtype=torch.int32)
+        return table.index_select(0, self.tokens.flatten().int() + 1)
+
+
+def _arguments(call: Call | None) -> str:
+    return "" if call is None else sizes_of(call.named)
+
+
+def served_by(merged: str, requests: Requests) -> Requests:
+    """The requests of a call of a model into which `merged` is merged, which serves all of them.
+
+    Raises:
+        BatchError: a request, or a token, uses something else.
+    """
+    if requests.alike:
+        return requests
+    tokens = requests.tokens
+    used = requests.names if tokens is None else requests.used().values()
+    others = dict.fromkeys(name for name in used if name != merged)
+    if others:
+        said = ", ".join("the base model" if n in (None, BASE) else repr(n) for n in others)
+        raise BatchError(
+            f"{merged!r} is merged into the base weights, but this call asks for {said}; "
+            f"call unmerge() to serve adapters side by side, or name {merged!r} or nothing"
+        )
+    if requests.packed:
+        return Requests((merged,), alike=True)
+    return requests if tokens is None else Requests((merged,) * tokens.shape[0])
+
+
+def check_tokens(tokens: Tensor, roles: RoleTable, named: Mapping[str, Any]) -> None:
+    """Raise BatchError where the arguments do not have as many tokens as there are slots."""
+    rows, length = tokens.shape
+    roles.check_rows(named, rows)
+    for name, dim in new_tokens(named).items():
+        value = named[name]
+        if roles.role(name, value, named).dim == 0 and value.shape[dim] != length:
+            raise BatchError(
+                f"adapter_slots has shape {(rows, length)}, and {name!r} {tuple(value.shape)}; "
+                "give one slot for each token of the call. Tokens that are in a cache already have "
+                "none"
+            )
+
+
+def not_looked_for(name: str, invocation: Sequence[int]) -> BatchError:
+    """The refusal of an adapter that begins at a token, where tokens are not looked at."""
+    return BatchError(
+        f"{name!r} is an aLoRA adapter, which is active from its invocation tokens "
+        f"{list(invocation)} on. They are looked for in the input_ids of calls of a compiled model "
+        "(lorafx.compile), of generate() and of continuous batching, and not here: call one of "
+        "those, or give the adapter of each token with adapter_slots=, shape (B, T)"
+    )
+
+
+def checked_names(names: Sequence[AdapterName] | None) -> Sequence[str | None] | None:
+    """`names` as given, once it is known to be a list of names, with a name for each sum.
+
+    Raises:
+        ConfigError: it is not, or a mapping does not give weights by name; BatchError: it is empty.
+    """
+    if names is None or isinstance(names, Requests):  # of a block of `lorafx.adapters`
+        return names
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise ConfigError(
+            f"adapter_names must be a list with one name, or None, per row; got {names!r}"
+        )
+    if not names:
+        raise BatchError("adapter_names is empty; give one name, or None, per row")
+    if all(name is None or isinstance(name, str) for name in names):
+        return names  # type: ignore[return-value]
+    return [one_name(name, f"adapter_names[{row}]") for row, name in enumerate(names)]
+
+
+def by_slots(
+    slots: Tensor, names: Sequence[str | None]
+) -> tuple[Sequence[str | None], Tensor | None]:
+    """(names, slots per token), or (a name per request, None) where no row mixes adapters.
+
+    Raises:
+        BatchError: `slots` does not point at `names`.
+    """
+    if slots.dim() not in (1, 2) or slots.is_floating_point() or not slots.numel():
+        raise BatchError(
+            "adapter_slots must hold integers of shape (B,) or (B, T), got "
+            f"{tuple(slots.shape)} {slots.dtype}"
+        )
+    slots = slots.cpu()
+    if not -1 <= int(slots.min()) <= int(slots.max()) < len(names):
+        raise BatchError(
+            f"adapter_slots holds {int(slots.min())} to {int(slots.max())}, but there are "
+            f"{len(names)} adapters to point at ({', '.join(map(str, names)) or 'none'}); "
+            "-1 is the base model"
+        )
+    by_request = slots if slots.dim() == 1 else slots[:, 0]
+    if slots.dim() == 1 or bool((slots == by_request[:, None]).all()):
+        return [names[i] if i >= 0 else None for i in by_request.tolist()], None
+    return names, slots
+
+
+#: The requests of the blocks of `lorafx.adapters` that are open in this thread or task of asyncio,
+#: by the identity of the model.
+IN_BLOCKS: ContextVar[Mapping[int, Requests]] = ContextVar(
+    "lorafx.adapters", default=MappingProxyType({})
+)
+
+
+_PLAIN = (bool, int, float, str, type(None), torch.dtype)
+
+
+class _Held(NamedTuple):
+    """A tensor that is held weakly."""
+
+    tensor: weakref.ref[Tensor]
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+class LastCall(NamedTuple):
+    """The arguments of a call, whose tensors are held weakly."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> LastCall | None:
+        """None where the call had more than tensors and plain values, such as a cache: that is not
+        what it was any more."""
+        for value in (*args, *kwargs.values()):
+            if not isinstance(value, (Tensor, *_PLAIN)):
+                return None
+        return cls(tuple(map(_held, args)), {name: _held(v) for name, v in kwargs.items()})
+
+    def arguments(
+        self, *, stand_ins: bool = False
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The arguments. Where a tensor among them is gone, None, or, with `stand_ins`, ones in its
+        place."""
+        held = [item for item in (*self.args, *self.kwargs.values()) if isinstance(item, _Held)]
+        if not stand_ins and any(item.tensor() is None for item in held):
+            return None
+        return tuple(map(_found, self.args)), {n: _found(v) for n, v in self.kwargs.items()}
+
+
+def _held(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return _Held(weakref.ref(value), value.shape, value.dtype, value.device)
+
+
+def _found(value: Any) -> Any:
+    if not isinstance(value, _Held):
+        return value
+    tensor = value.tensor()
+    return (
+        torch.ones(value.shape, dtype=value.dtype, device=value.device)
+        if tensor is None
+        else tensor
+    )

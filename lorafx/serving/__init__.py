@@ -1,1 +1,0 @@
-"""Calls of a compiled model: which adapter each request uses, slots, generation, warm-up."""

@@ -1,0 +1,1 @@
+"""Base weights: checkpoints into a model, live updates, merging, exporting."""

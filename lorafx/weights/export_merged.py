@@ -1,0 +1,228 @@
+"""Writing a checkpoint of W + ΔW while the model stays as it is.
+
+    state_dict()  ─▶  changed weights: W + ΔW, each in a file of its own that is mapped into memory
+                      all others: the model's own tensors
+                  ─▶  the model's save_pretrained(state_dict=...), or one safetensors file
+
+About one merged tensor is in memory at a time. A tied weight that the adapter tells apart becomes
+two tensors, and the configuration that is written says so.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lorafx.errors import CheckpointError, ConfigError
+from lorafx.model.module_graph import storage_key
+from lorafx.program.derived import Holder
+from lorafx.progress import progress
+from lorafx.weights.changes import Change, changes_of, key_of, not_mergeable
+from lorafx.weights.copies import copied
+from lorafx.weights.deltas import Delta, add_to
+from lorafx.weights.sources import in_file
+
+if TYPE_CHECKING:
+    from lorafx.program.program import Program
+    from lorafx.runtime.session import Session
+
+FILE = "model.safetensors"
+
+
+def export_merged(session: Session, name: str, folder: Path, *, max_shard_size: int | str) -> Path:
+    program = session.program
+    session.refuse_running("export_merged()")
+    with session.weights_lock:  # weights stay, calls go on
+        with session.lock:
+            session.refuse_broken()
+            session.store[name]  # UnknownAdapterError
+            program.look_at_modules()
+            program.refuse_missing()
+            merged, changes = session.base.merged, list[Change]()
+            if merged is None:
+                changes = changes_of(program, session.store, name)
+            elif merged.name != name:
+                raise ConfigError(
+                    f"{merged.name!r} is merged; call unmerge() before {name!r} is written"
+                )
+            untie = any(change.tied_apart for change in changes)
+            _refuse(program, name, changes)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".merging-", dir=folder) as room:
+                state = _State(program, Path(room), name)
+                with progress(f"export of {name}: merging {len(changes)} weights"):
+                    tensors = state.merged(changes, apart=untie or not _saves(program.model))
+                with progress(f"export of {name}: writing {len(tensors)} tensors to {folder}"):
+                    if _saves(program.model):
+                        twin = _twin(program.model, untie=untie)
+                        twin.save_pretrained(
+                            str(folder), state_dict=tensors, max_shard_size=max_shard_size
+                        )
+                    else:
+                        save_file(tensors, folder / FILE, metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{folder} cannot be written: {error}") from error
+    return folder
+
+
+def _saves(model: nn.Module) -> bool:
+    save = getattr(model, "save_pretrained", None)
+    return callable(save) and "state_dict" in inspect.signature(save).parameters
+
+
+def _refuse(program: Program, name: str, changes: Sequence[Change]) -> None:
+    model, problems = program.model, list[str]()
+    if getattr(model, "hf_quantizer", None) is not None:
+        problems.append(
+            "the model is quantised, and its own save_pretrained takes no merged weights"
+        )
+    for site in program.sites:
+        if site.eligible.sharding is not None:
+            k, sizes = site.eligible.sharding.saved_sizes(site.module)
+            if (k, sum(sizes)) != (site.in_features, site.out_features):
+                problems.append(
+                    f"{site.path}: this rank holds only a share of its weight; export on a single "
+                    "rank"
+                )
+    config, why = getattr(model, "config", None), ""
+    if not (_saves(model) and hasattr(config, "tie_word_embeddings")):
+        why = "the model has no configuration that could declare them untied"
+    elif getattr(config, "is_encoder_decoder", False):
+        why = "in encoder-decoder models the flag that unties them also changes what is computed"
+    problems += [
+        f"{', '.join(str(holder) for holder, _ in change.ends)} are one tensor, but the adapter "
+        f"changes its ends differently, and {why}"
+        for change in changes
+        if why and change.tied_apart
+    ]
+    if problems:
+        raise not_mergeable(name, problems)
+
+
+def _twin(model: Any, *, untie: bool) -> Any:
+    """The model with copies of its configurations, which saving writes to; all else is shared."""
+    twin = copy.copy(model)
+    twin.config = copy.deepcopy(model.config)
+    if getattr(model, "generation_config", None) is not None:
+        twin.generation_config = copy.deepcopy(model.generation_config)
+    if untie:
+        for config in _configs(twin.config):
+            config.tie_word_embeddings = False
+    return twin
+
+
+def _configs(config: Any) -> Iterator[Any]:
+    if getattr(config, "tie_word_embeddings", False):
+        yield config
+    for value in list(vars(config).values()):
+        if hasattr(value, "tie_word_embeddings"):
+            yield from _configs(value)
+
+
+@dataclass
+class _State:
+    """The state dict of the merged model; `room` is a folder for mapped files."""
+
+    program: Program
+    room: Path
+    name: str
+    numbers: Iterator[int] = field(default_factory=itertools.count)
+
+    def merged(self, changes: Sequence[Change], *, apart: bool) -> dict[str, Tensor]:
+        """Tensors as `state_dict()` names them; with `apart` tied names get separate tensors."""
+        state = self.program.model.state_dict(keep_vars=True)
+        odd = next((key for key, value in state.items() if not isinstance(value, Tensor)), None)
+        if odd is not None:
+            raise not_mergeable(self.name, [f"state_dict()[{odd!r}] holds no tensor"])
+        ends = {key_of(holder): change for change in changes for holder, _ in change.ends}
+        new, tensors = dict[int, Tensor](), dict[str, Tensor]()
+        seen: set[tuple[int, ...]] = set()
+        for key, value in state.items():
+            change = self._change(key, value, ends, changes)
+            if change is not None:
+                if id(change) not in new or apart:
+                    new[id(change)] = self._end(key, change)
+                tensors[key] = new[id(change)]
+                continue
+            part = self._part(key, value, changes)
+            if part is not None:
+                tensors[key] = self._mapped(part)
+                continue
+            plain = value.detach()
+            where = (storage_key(plain), int(plain.storage_offset()), *plain.shape)
+            alone = plain.is_contiguous() and plain.untyped_storage().nbytes() == plain.nbytes
+            tensors[key] = plain if alone and not (apart and where in seen) else self._mapped(plain)
+            seen.add(where)
+        missing = [str(change.holder) for change in changes if id(change) not in new]
+        if missing:
+            raise not_mergeable(
+                self.name, [f"{holder}: state_dict() does not hold it" for holder in missing]
+            )
+        return tensors
+
+    def _change(
+        self,
+        key: str,
+        value: Tensor,
+        ends: Mapping[tuple[int, str], Change],
+        changes: Sequence[Change],
+    ) -> Change | None:
+        holder = self._holder(key)
+        if holder is not None and key_of(holder) in ends:
+            return ends[key_of(holder)]
+        return next((change for change in changes if change.weight is value), None)
+
+    def _holder(self, key: str) -> Holder | None:
+        path, _, attribute = key.rpartition(".")
+        module = self.program.graph.find(path)
+        return None if module is None else Holder(path, module, attribute)
+
+    def _end(self, key: str, change: Change) -> Tensor:
+        delta: Delta | None = change.delta
+        holder = self._holder(key)
+        if change.tied_apart and holder is not None:
+            delta = next((d for end, d in change.ends if key_of(end) == key_of(holder)), None)
+        if delta is None:
+            return self._mapped(change.tensor.detach())
+        made = self._room_for(change.tensor)
+        add_to(made, change.tensor, delta, str(change.holder))
+        return made
+
+    def _part(self, key: str, value: Tensor, changes: Sequence[Change]) -> Tensor | None:
+        """The part of W + ΔW in `value`, where it is a view or a copy of a changed weight."""
+        derived = self.program.derived.look(value) if value.dim() > 1 and changes else None
+        sites = () if derived is None else derived.sites
+        weights = [self.program.weight_of(site) for site in sites]
+        change = next((c for c in changes if any(c.weight is weight for weight in weights)), None)
+        if derived is None or change is None:
+            return None
+        if derived.form is None:
+            raise not_mergeable(
+                self.name, [f"{key} was made from {change.holder} in a way that no rule covers"]
+            )
+        made = torch.empty_like(change.tensor, device="cpu")
+        add_to(made, change.tensor, change.delta, str(change.holder))
+        dense = made.T if change.delta.site.eligible.transposed else made
+        return copied(dense, value, derived.form)
+
+    def _mapped(self, numbers: Tensor) -> Tensor:
+        made = self._room_for(numbers)
+        made.copy_(numbers)
+        return made
+
+    def _room_for(self, like: Tensor) -> Tensor:
+        if not like.numel():
+            return torch.empty(like.shape, dtype=like.dtype)
+        return in_file(self.room / str(next(self.numbers)), like)

@@ -1,0 +1,361 @@
+"""Merging one adapter into the base weights, and taking it out again.
+
+    merge      W' = round(W + ΔW)      summed in float32, rounded once to the weight's dtype
+    unmerge    W                        the very bits, from copies that were kept in host memory
+
+A merged model runs the base model's own graphs, which take the weights as inputs: nothing is
+captured again. Originals take as many bytes of host memory as the changed weights; those of
+quantised weights stay on their device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from lorafx.adapter_store.stored import HostCopy
+from lorafx.errors import CaptureError, ConfigError, LorafxError, MatchError, some
+from lorafx.interrupts import Rollback, undisturbed
+from lorafx.model.packing import check_packed
+from lorafx.model.quantized import Stored, dequantize, requantize
+from lorafx.model.weight_formats import own_tensors
+from lorafx.program.derived import Holder
+from lorafx.progress import progress
+from lorafx.runtime.running import BaseState
+from lorafx.runtime.session import Session
+from lorafx.runtime.sharing import held_elsewhere
+from lorafx.weights.changes import Change, changes_of, not_mergeable
+from lorafx.weights.deltas import add_to, mark_of, write
+
+
+@dataclass(frozen=True)
+class MergedWeight:
+    """One base weight that holds W + ΔW.
+
+    Attributes:
+        name: path and attribute.
+        error: ‖(W' − W) − ΔW‖ / ‖ΔW‖ in the Frobenius norm: how much of the update was lost by
+            rounding to the weight's dtype or quantised format. 0 where ΔW is zero.
+    """
+
+    name: str
+    nbytes: int
+    error: float
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+        weights: the weights that hold W + ΔW, in the order of the model's sites.
+        original_bytes: memory that the originals take until `unmerge`.
+    """
+
+    adapter: str
+    weights: tuple[MergedWeight, ...]
+    original_bytes: int
+
+    @property
+    def error(self) -> float:
+        return max((weight.error for weight in self.weights), default=0.0)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.adapter}: merged into {len(self.weights)} weights; rounding lost at "
+            f"most {self.error:.1e} of a weight's update; {self.original_bytes} bytes of "
+            "originals are kept"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Original:
+    """A tensor's numbers in host memory, and its mark when merge last wrote it."""
+
+    holder: Holder
+    tensor: Tensor
+    numbers: Tensor
+    mark: int | None = None
+
+    @classmethod
+    def of(cls, holder: Holder, tensor: Tensor) -> Original:
+        return cls(holder, tensor, tensor.detach().to("cpu", copy=True))
+
+    @property
+    def nbytes(self) -> int:
+        return self.numbers.nbytes
+
+    @property
+    def in_place(self) -> bool:
+        return self.holder.tensor is self.tensor
+
+    @property
+    def touched(self) -> bool:
+        """Whether anything but merge has written or replaced the tensor since."""
+        return not self.in_place or mark_of(self.tensor) != self.mark
+
+    def written(self) -> Original:
+        return replace(self, mark=mark_of(self.tensor))
+
+    def restore(self) -> None:
+        write(self.tensor, self.numbers)
+
+
+class StoredOriginal:
+    in_place, touched = True, False  # formats do not tell
+
+    def __init__(self, holder: Holder, parameter: str | None) -> None:
+        self.holder = holder
+        self._stored = Stored(holder.module, parameter)
+        self.nbytes = self._stored.nbytes
+
+    def written(self) -> StoredOriginal:
+        return self
+
+    def restore(self) -> None:
+        self._stored.restore()
+
+
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """The adapter that the base weights hold, and their originals."""
+
+    report: MergeReport
+    requantize: bool
+    originals: tuple[Original | StoredOriginal, ...]
+    numbers: HostCopy
+
+    @property
+    def name(self) -> str:
+        return self.report.adapter
+
+
+T = TypeVar("T")
+_HALF = (
+    "a merge or unmerge was cut short, and the base weights hold a part of the adapter; "
+    "call unmerge(force=True), or load_weights with all of them"
+)
+
+
+def merge(session: Session, name: str, *, requantize: bool = False) -> MergeReport:
+    session.refuse_running(f"merge {name!r}")
+    kept = session.store.fetch([name], resident=True)  # noqa: F841 - before the locks are taken
+    with session.weights_lock, session.lock:
+        session.locks.streams.follow(session.accelerators)
+        session.refuse_broken()
+        return _merge(session, name, requantize=requantize)
+
+
+def _merge(session: Session, name: str, *, requantize: bool) -> MergeReport:
+    _refuse_in_use(session, name)
+    session.program.look_at_modules()
+    session.program.refuse_missing()
+    check_packed(session.program.packed)
+    numbers = session.store.numbers(name)
+    changes = changes_of(session.program, session.store, name, requantize=requantize)
+    _refuse_shared(session, name, changes)
+    with progress(f"merging {name} into {len(changes)} weights"):
+        return _write_merged(session, name, numbers, changes, requantize=requantize)
+
+
+def unmerge(session: Session, *, force: bool = False) -> None:
+    session.refuse_running("unmerge()")
+    with session.weights_lock, session.lock:
+        session.locks.streams.follow(session.accelerators)
+        merged = merged_of(session)
+        if merged is None:
+            if not session.base.unmerged:
+                raise ConfigError("no adapter is merged; call merge(name) first")
+            session.base = session.base._replace(unmerged="")
+            return
+        if not force:
+            _refuse_touched(merged)
+        with progress(f"taking {merged.name} out of {len(merged.report.weights)} weights"):
+            undisturbed(lambda: _take_out(session, merged))
+        session.base = session.base._replace(unmerged="")
+
+
+def merged_of(session: Session) -> Merged | None:
+    merged = session.base.merged
+    assert merged is None or isinstance(merged, Merged)
+    return merged
+
+
+def _take_out(session: Session, merged: Merged) -> None:
+    before = session.base
+    session.base = before._replace(broken=_HALF)
+    for item in reversed(merged.originals):
+        if item.in_place:
+            item.restore()
+    broken = "" if before.broken == _HALF else before.broken
+    session.base = before._replace(merged=None, broken=broken)
+
+
+def unmerged(session: Session, action: Callable[[], T]) -> T:
+    """What `action` returns, which writes base weights: it runs with the base's own weights, and
+    the merged adapter is merged into the new weights afterwards.
+
+    Raises:
+        BatchError: a call is running.
+        CaptureError: something else wrote weights since the merge.
+        MatchError: at the end, where ΔW does not fit any more. Nothing is merged then, and calls
+            are refused until `merge` or `unmerge`, since without a name they would be the base's.
+    """
+    with session.weights_lock, session.lock:
+        session.locks.streams.follow(session.accelerators)
+        merged = merged_of(session)
+        if merged is None:
+            return action()
+        try:
+            _refuse_touched(merged)
+            lost = _lost(merged, "it was interrupted")
+            session.base = session.base._replace(unmerged=lost)  # said before it is so
+            undisturbed(lambda: _take_out(session, merged))
+            result = action()
+        except BaseException:
+            if session.base.merged is None:
+                with suppress(LorafxError):  # calls are refused and say why; the cause is this one
+                    _merge_again(session, merged)
+            raise
+        _merge_again(session, merged)
+        return result
+
+
+def _merge_again(session: Session, merged: Merged) -> None:
+    try:
+        _merge(session, merged.name, requantize=merged.requantize)
+    except BaseException as error:
+        lost = _lost(merged, str(error) or type(error).__name__)
+        session.base = session.base._replace(unmerged=lost)
+        if isinstance(error, LorafxError):
+            raise type(error)(lost) from error
+        raise
+
+
+def _lost(merged: Merged, why: str) -> str:
+    return (
+        f"{merged.name!r} was merged, but could not be merged again after an update of the "
+        f"base weights: {why}. Call merge() for an adapter, or unmerge() to serve adapters "
+        "and the new base side by side"
+    )
+
+
+def _refuse_touched(merged: Merged) -> None:
+    touched = [str(item.holder) for item in merged.originals if item.touched]
+    if touched:
+        raise CaptureError(
+            f"{some(touched)}: something wrote or replaced these weights "
+            f"since {merged.name!r} was merged, and restoring the originals would undo "
+            "that. Change base weights with load_weights(), which updates the merge too; "
+            "or call unmerge(force=True), which puts the originals back anyway, and load "
+            "the weights again"
+        )
+
+
+def _refuse_in_use(session: Session, name: str) -> None:
+    session.store[name]  # UnknownAdapterError
+    merged = session.base.merged
+    if merged is not None:
+        also = " already" if merged.name == name else ""
+        raise ConfigError(
+            f"{merged.name!r} is merged{also}"
+            + ("" if also else f"; call unmerge() before merging {name!r}")
+        )
+    if session.default not in (None, name):
+        raise ConfigError(
+            f"{session.default!r} is in use: it serves the calls that name no adapter. "
+            f"set_adapter({name!r}) or set_adapter(None) before {name!r} is merged"
+        )
+
+
+def _refuse_shared(session: Session, name: str, changes: Sequence[Change]) -> None:
+    problems = []
+    for change in changes:
+        if change.tied_apart:
+            ends = ", ".join(str(holder) for holder, _ in change.ends)
+            changed = [str(holder) for holder, delta in change.ends if delta is not None]
+            problems.append(
+                f"{ends} are one tensor, but the adapter changes only {', '.join(changed)}, or "
+                "each end differently; export_merged() writes them as two"
+            )
+    if problems:
+        raise not_mergeable(name, problems)
+    tensors = [
+        tensor
+        for change in changes
+        for tensor in (
+            own_tensors(change.holder.module) if change.weight is None else [change.weight]
+        )
+    ]
+    problems = [
+        f"{place} is the same weight, and the base of that model would change; "
+        "detach() that model, or use export_merged() on this one"
+        for place in held_elsewhere(session, tensors)
+    ]
+    if problems:
+        raise not_mergeable(name, problems)
+
+
+def _write_merged(
+    session: Session, name: str, numbers: HostCopy, changes: Sequence[Change], *, requantize: bool
+) -> MergeReport:
+    """Write W + ΔW into every weight; all are as before when one fails."""
+    originals: list[Original | StoredOriginal] = []
+    weights: list[MergedWeight] = []
+
+    def keep(item: Original | StoredOriginal) -> None:
+        originals.append(item)
+        rollback.add(item.restore)
+
+    before, rollback = session.base, Rollback()
+    rollback.add(partial(setattr, session, "base", before))
+    session.base = before._replace(broken=_HALF)  # said before it is so
+    try:
+        for change in changes:
+            holder, weight = change.holder, change.weight
+            if weight is None:
+                keep(StoredOriginal(holder, change.parameter))
+                error = _requantized(change)
+            else:
+                keep(Original.of(holder, weight))
+                error = add_to(weight, weight, change.delta, str(holder))
+            weights.append(MergedWeight(str(holder), originals[-1].nbytes, error))
+            for copy in change.copies:
+                keep(Original.of(copy.holder, copy.tensor))
+                copy.follow(change.dense)
+        written = tuple(item.written() for item in originals)
+        report = MergeReport(name, tuple(weights), sum(item.nbytes for item in written))
+        session.base = BaseState(Merged(report, requantize, written, numbers), before.broken)
+    except BaseException:
+        rollback.run()
+        raise
+    return report
+
+
+@torch.no_grad()
+def _requantized(change: Change) -> float:
+    """Store W + ΔW in the weight's own format; returns the lost part of ΔW."""
+    module, parameter = change.holder.module, change.parameter
+    try:
+        before = dequantize(module, parameter).float()
+        turned = change.delta.site.eligible.transposed and parameter is None
+        update = change.delta.update(0, change.delta.shape[0], before.mT if turned else before)
+        if turned:
+            update = update.mT
+        if update.shape != before.shape:
+            raise ConfigError(
+                f"it is dequantised to {tuple(before.shape)}, but ΔW has {change.delta.shape}"
+            )
+        wanted = before + update
+        requantize(module, wanted, parameter)
+        after = dequantize(module, parameter).float()
+    except ConfigError as error:
+        raise MatchError(f"{change.holder}: {error}; nothing is merged") from error
+    whole = float(torch.linalg.vector_norm(update))
+    return float(torch.linalg.vector_norm(after - wanted)) / whole if whole else 0.0

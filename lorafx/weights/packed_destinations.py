@@ -1,0 +1,170 @@
+"""Where tensors of packed projections go, whichever of checkpoint and model has them packed.
+
+    q_proj.weight (Nq, K) → rows 0 … Nq of qkv_proj.weight      the model packs
+    qkv_proj.weight (ΣN, K) → q_proj, k_proj, v_proj            the checkpoint packs
+
+Model or user declare which names a packed one stands for (lorafx.model.packed_names).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any
+
+from torch import nn
+
+from lorafx.model.module_graph import join
+from lorafx.model.packed_names import PackedMember, PackedNames, renamed
+from lorafx.model.saved_names import Walked
+from lorafx.registry import lookup
+from lorafx.weights.groups import GroupMember, JointGroup
+from lorafx.weights.loadable_layer import LoadableLayer
+from lorafx.weights.weight_places import (
+    Box,
+    Cut,
+    Destination,
+    OwnLoader,
+    Target,
+    WeightNames,
+    destination,
+    no_place,
+)
+
+
+class PackedDestinations:
+    def __init__(self, names: WeightNames, packed: PackedNames) -> None:
+        self._names = names
+        self._packed = packed
+        self._joints: dict[str, JointGroup] = {}
+
+    def destinations(self, walked: Walked) -> Iterator[Destination | GroupMember]:
+        """Possible places of a name whose components, all but two, lead to a module."""
+        if len(walked.rest) != 2 or not self._packed.any:
+            return
+        name, attribute = walked.rest
+        module, path = walked.module, walked.path
+        canonical = self._names.graph.path(module)
+        for child_name, child in module._modules.items():
+            if child is None:
+                continue
+            members = self._packed.members(join(canonical, child_name))
+            if any(member.name == name for member in members):
+                found = self._into(child, join(path, child_name), members, name, attribute)
+                if found is not None:
+                    yield found
+        yield from self._apart(module, path, canonical, name, attribute)
+
+    def shards(self, target: Target) -> dict[Any, str]:
+        """The shard ids of a packed target, each with the name that is declared for it."""
+        if not self._packed.any:
+            return {}
+        path = self._names.graph.path(target.module)
+        members, sizes = self._packed.members(path), _slice_sizes(target.module)
+        return {
+            _shard_id(members, index, sizes): join(renamed(path, member.name), target.attribute)
+            for index, member in enumerate(members)
+        }
+
+    def _into(
+        self,
+        child: nn.Module,
+        path: str,
+        members: tuple[PackedMember, ...],
+        name: str,
+        attribute: str,
+    ) -> Destination | GroupMember | None:
+        target = self._names.target(child, attribute)
+        if target is None:
+            return None
+        parent = path.rpartition(".")[0]
+        member_path = join(parent, f"{name}.{attribute}")
+        index = [member.name for member in members].index(name)
+        slices = members[index].slices
+        sizes = _slice_sizes(child)
+        declared = slices is not None or (sizes is not None and len(sizes) == len(members))
+        loadable = isinstance(child, LoadableLayer)
+        if loadable and not declared and len(members) > len(sizes or ()):
+            return no_place(
+                member_path,
+                f"{len(members)} names are declared for the {len(sizes or ())} slices of {path}; "
+                "declare which slices each name covers",
+            )
+        whole = destination(target, join(path, attribute))
+        own_loader = not whole.cuts or isinstance(whole.cuts[0].place, OwnLoader)
+        if own_loader or (loadable and declared):
+            return destination(target, member_path, _shard_id(members, index, sizes))
+        dim = _out_dim(child, len(whole.shape or ()))
+        if not declared or sizes is None:
+            names = tuple(join(parent, f"{member.name}.{attribute}") for member in members)
+            slices = sizes if sizes is not None and len(members) < len(sizes) else None
+            group = self._joints.setdefault(names[0], JointGroup(whole, dim, names, slices))
+            return GroupMember(group, member_path)
+        box = whole.cuts[0].place
+        assert isinstance(box, Box)
+        covered = (index,) if slices is None else slices
+        starts = (0, *accumulate(sizes))
+        if starts[-1] != len(box.box[dim]) or covered[-1] >= len(sizes):
+            return no_place(member_path, f"{path} has slices of {list(sizes)}, which do not fit")
+        part = box.narrowed(dim, range(starts[covered[0]], starts[covered[-1] + 1]))
+        return Destination(member_path, part.shape, (Cut(part),))
+
+    def _apart(
+        self, module: nn.Module, path: str, canonical: str, name: str, attribute: str
+    ) -> Iterator[Destination]:
+        found = [
+            (membership.index, membership.count, child_name, child)
+            for child_name, child in module._modules.items()
+            if child is not None
+            for membership in self._packed.memberships(join(canonical, child_name))
+            if membership.name == name
+        ]
+        if not found:
+            return
+        found.sort(key=lambda item: item[0])
+        packed = join(path, f"{name}.{attribute}")
+        parts = [
+            destination(target, join(path, f"{child_name}.{attribute}"))
+            for _, _, child_name, child in found
+            if (target := self._names.target(child, attribute)) is not None
+        ]
+        count = found[0][1]
+        if len(parts) != count:
+            yield no_place(packed, f"it packs {count} tensors, but only {len(parts)} are here")
+            return
+        wrong = "; ".join(part.wrong for part in parts if part.wrong)
+        if wrong or any(part.shape is None for part in parts):
+            yield no_place(packed, wrong or "its parts have their own loaders")
+            return
+        shapes = [part.shape or () for part in parts]
+        dim = _out_dim(found[0][3], len(shapes[0]))
+        ends = list(accumulate(shape[dim] for shape in shapes))
+        lead = (slice(None),) * dim
+        cuts = tuple(
+            Cut(cut.place, (*lead, slice(end - shape[dim], end)))
+            for part, shape, end in zip(parts, shapes, ends, strict=True)
+            for cut in part.cuts
+        )
+        yield Destination(packed, (*shapes[0][:dim], ends[-1], *shapes[0][dim + 1 :]), cuts)
+
+
+def _shard_id(members: Sequence[PackedMember], index: int, sizes: tuple[int, ...] | None) -> Any:
+    slices = members[index].slices
+    if slices is not None:
+        return slices
+    return index if sizes is None or len(sizes) > 1 or len(members) > 1 else None
+
+
+def _slice_sizes(module: nn.Module) -> tuple[int, ...] | None:
+    """Rows of each output slice of a packed module, None where its class does not say."""
+    if isinstance(module, LoadableLayer) and module.output_sizes:
+        return module.output_sizes
+    entry = lookup(module)
+    if entry is None or entry.output_sizes is None:
+        return None
+    return entry.output_sizes(module)
+
+
+def _out_dim(module: nn.Module, dims: int) -> int:
+    entry = lookup(module)
+    return dims - 1 if dims and entry is not None and entry.transposed else 0

@@ -1,0 +1,262 @@
+"""What the name of a checkpoint tensor means in a model, every way of naming tried in turn.
+
+    as it stands, or without prefixes and wrappers, or renamed:
+        the tensor itself ▸ routed experts ▸ packed projections ▸ a conversion of transformers
+
+Several meanings of one name are told apart by the tensor's shape. A conversion is undone on tensors
+without numbers to learn which tensors, of which shapes, it takes:
+
+    moe.gate_proj.weight, moe.up_proj.weight → mlp.experts.gate_up_proj
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorafx.model.module_graph import ModuleGraph
+from lorafx.model.packed_names import PackedModules, PackedNames
+from lorafx.model.saved_names import Walked, nearest_names
+from lorafx.weights.expert_destinations import ExpertDestinations
+from lorafx.weights.groups import ConvertedGroup, GroupMember, Meaning
+from lorafx.weights.packed_destinations import PackedDestinations
+from lorafx.weights.weight_places import (
+    Box,
+    Destination,
+    Target,
+    WeightNames,
+    WeightShape,
+    destination,
+    no_place,
+)
+
+
+class Conversions:
+    """What transformers' loader would do to a checkpoint of `model`."""
+
+    def __init__(self, model: nn.Module, transforms: Sequence[Any]) -> None:
+        self._model = model
+        self._converters: list[Any] = []
+        self._rearranging: list[Any] = []
+        if transforms:
+            loading = sys.modules["transformers.core_model_loading"]
+            self._converters = [t for t in transforms if isinstance(t, loading.WeightConverter)]
+            stacking = (loading.MergeModulelist, loading.Concatenate)
+            self._rearranging = [
+                converter
+                for converter in self._converters
+                if not all(isinstance(op, stacking) for op in converter.operations)
+            ]
+        self._groups: dict[tuple[int, str], ConvertedGroup | str] = {}
+
+    @property
+    def rearrange(self) -> bool:
+        """Whether it does more than concatenate, so that its sources' names are ambiguous."""
+        return bool(self._rearranging)
+
+    def member(
+        self,
+        name: str,
+        find: Callable[[str], Destination | None],
+        *,
+        rearranging: bool = False,
+    ) -> GroupMember | Destination | None:
+        """The group of a renamed `name`; None where no conversion takes it. `find` gives a tensor's
+        place by name; `rearranging`: only conversions of `rearrange`."""
+        for converter in self._rearranging if rearranging else self._converters:
+            index = id(converter)
+            key, pattern = converter.rename_source_key(name)
+            if pattern is None:
+                continue
+            if (index, key) not in self._groups:
+                self._groups[index, key] = self._group(converter, key, find)
+            group = self._groups[index, key]
+            if isinstance(group, str):
+                return no_place(key, group) if group else None
+            return GroupMember(group, name) if name in group.names else None
+        return None
+
+    def _group(
+        self, converter: Any, key: str, find: Callable[[str], Destination | None]
+    ) -> ConvertedGroup | str:
+        first, *others = converter.target_patterns
+        keys = [key, *(key.replace(first, other) for other in others)]
+        found = map(find, keys)
+        destinations = tuple(item for item in found if item is not None and item.cuts)
+        if len(destinations) != len(keys):
+            return ""
+        boxes = [place for d in destinations if isinstance(place := d.cuts[0].place, Box)]
+        if len(boxes) != len(keys):
+            return "it is sharded over ranks, which transformers' conversion does not support"
+        shapes = {target: box.target.tensor.shape for target, box in zip(keys, boxes, strict=True)}
+        try:
+            sources = self._undone(converter, shapes)
+        except (NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            return f"transformers' conversion to {key} could not be reversed for checking: {error}"
+        return ConvertedGroup(self._model, converter, key, destinations, sources)
+
+    def _undone(
+        self, converter: Any, targets: dict[str, torch.Size]
+    ) -> dict[str, tuple[str, WeightShape]]:
+        """(pattern, shape) by name of the tensors from which `converter` makes these shapes."""
+        undoing = deepcopy(converter).reverse_transform()
+        key = ""
+        for target, shape in targets.items():
+            renamed, pattern = undoing.rename_source_key(target)
+            key = key or renamed
+            undoing.add_tensor(key, target, pattern, torch.empty(shape, device="meta"))
+        made = undoing.convert(key, model=self._model, config=self._model.config)
+        natural = sys.modules["transformers.core_model_loading"].dot_natural_key
+        found = {}
+        for name in sorted(made, key=natural):
+            value = made[name][0] if isinstance(made[name], list) else made[name]
+            pattern = converter.rename_source_key(name)[1]
+            if pattern is None:
+                raise ValueError(f"reversed, it yields {name}, which the conversion does not take")
+            found[name] = (pattern, tuple(value.shape))
+        return found
+
+
+#: How many unknown names get the names nearest to them, which takes a while.
+_NEAREST = 10
+
+
+class Resolver:
+    def __init__(self, graph: ModuleGraph, model: nn.Module, packed: PackedModules | None) -> None:
+        self.names = WeightNames(graph, model)
+        self._experts = ExpertDestinations(self.names)
+        self._packed = PackedDestinations(self.names, PackedNames(graph, packed))
+        self._conversions = Conversions(model, self.names.transforms)
+        self._unwanted = [
+            re.compile(pattern)
+            for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        ]
+        self._advised = 0
+
+    def meaning(self, name: str, shape: WeightShape) -> Meaning | None:
+        """The first meaning of this name whose shape fits, else the first of all, or None."""
+        first: Meaning | None = None
+        for found in self._meanings(name):
+            if isinstance(found, GroupMember) or (
+                not found.wrong and found.shape in (None, tuple(shape))
+            ):
+                return found
+            first = first or found
+        return first
+
+    def shards(self, target: Target) -> dict[Any, str]:
+        return self._packed.shards(target)
+
+    def is_unwanted(self, name: str) -> bool:
+        """Whether checkpoints of this model have `name` and the model itself does without."""
+        readings = list(self.names.readings(name))
+        if any(pattern.search(reading) for pattern in self._unwanted for reading in readings):
+            return True
+        return any(
+            (target := self._own(reading)) is not None and not target.persistent
+            for reading in readings
+        )
+
+    def advice(self, name: str) -> str:
+        if ".lora_" in name:
+            return "a factor of an adapter; load_adapter takes those"
+        if self._advised >= _NEAREST:
+            return "no place in the model"
+        self._advised += 1
+        known = (target.name for target in self.names.targets)
+        return f"no place in the model{nearest_names(name, known)}"
+
+    def _meanings(self, name: str) -> Iterator[Meaning]:
+        readings = list(self.names.readings(name))
+        if self._conversions.rearrange:
+            # A family's own conversion comes before the usual meaning of a name: Inkling's
+            # w13_weight has gate and up interleaved.
+            for reading in readings:
+                if self._own(reading) is not None:
+                    yield from self._by_walking(reading)
+            for reading in readings:
+                yield from self._converted(self.names.renamed(reading), rearranging=True)
+        for reading in readings:
+            yield from self._by_walking(reading)
+        for reading in readings:
+            newer = self.names.renamed(reading)
+            if newer != reading:
+                yield from self._by_walking(newer)
+            yield from self._converted(newer)
+
+    def _converted(self, newer: str, *, rearranging: bool = False) -> Iterator[Meaning]:
+        for candidate in self.names.readings(newer):
+            found = self._conversions.member(candidate, self._itself, rearranging=rearranging)
+            if found is not None:
+                yield found
+
+    def _by_walking(self, reading: str) -> Iterator[Meaning]:
+        walked = self.names.walk(reading)
+        target = self._held(walked)
+        if target is not None and target.is_buffer and not target.persistent:
+            return
+        yield from self._experts.destinations(walked)
+        if target is not None:
+            yield destination(target, walked.whole)
+        yield from self._packed.destinations(walked)
+
+    def _own(self, reading: str) -> Target | None:
+        return self._held(self.names.walk(reading))
+
+    def _held(self, walked: Walked) -> Target | None:
+        one = len(walked.rest) == 1
+        return self.names.target(walked.module, walked.rest[0]) if one else None
+
+    def _itself(self, name: str) -> Destination | None:
+        for reading in self.names.readings(name):
+            found = self._own(reading)
+            if found is not None:
+                return destination(found, name)
+        return None
+
+
+#: (segments of the parameter's name, segments of the checkpoint's name, shard id)
+StackedName = tuple[str, str, Any]
+
+
+class StackedResolver(Resolver):
+    """Looks names up in a mapping of the model's author, by whole dotted segments, before all other
+    ways of naming but the model's own names.
+
+        ("qkv_proj", "q_proj", "q")     layers.0.q_proj.weight → layers.0.qkv_proj.weight, shard "q"
+    """
+
+    def __init__(
+        self, graph: ModuleGraph, model: nn.Module, stacked: Sequence[StackedName]
+    ) -> None:
+        super().__init__(graph, model, None)
+        self._stacked = stacked
+
+    def meaning(self, name: str, shape: WeightShape) -> Meaning | None:
+        if self._own(name) is None:
+            found = {
+                candidate: destination(target, candidate, shard_id)
+                for param, saved, shard_id in self._stacked
+                for reading in self.names.readings(name)
+                for candidate in _replaced(reading, param, saved)
+                if (target := self._own(candidate)) is not None
+            }
+            if len(found) > 1:
+                wrong = f"the stacked mapping sends it to {', '.join(found)}"
+                return no_place(name, wrong)
+            if found:
+                return next(iter(found.values()))
+        return super().meaning(name, shape)
+
+
+def _replaced(name: str, param: str, saved: str) -> Iterator[str]:
+    segments, run = name.split("."), saved.split(".")
+    for i in range(len(segments) - len(run) + 1):
+        if segments[i : i + len(run)] == run:
+            yield ".".join([*segments[:i], param, *segments[i + len(run) :]])

@@ -1,0 +1,298 @@
+"""Warm-up: nothing is compiled after it, and nothing else has changed."""
+
+from __future__ import annotations
+
+import random
+import sys
+
+import pytest
+import torch
+from dense_merge import Case, check_mixed, error, random_base
+from tiny_models import FAMILIES, token_inputs
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+import lorafx
+from lorafx.errors import ConfigError
+from lorafx.runtime.example_inputs import derived_example
+
+FEED = FAMILIES["plain"].inputs
+
+
+def frames() -> int:
+    """Frames that Dynamo has compiled in this process."""
+    return counters["frames"]["ok"]
+
+
+class Captured:
+    """Graphs of a compiled model since it was made; asked again, those that came since."""
+
+    def __init__(self, cm: lorafx.CompiledModel) -> None:
+        self.cm, self.before = cm, (cm.recompiles, frames())
+
+    @property
+    def more(self) -> bool:
+        return (self.cm.recompiles, frames()) != self.before
+
+
+# --- nothing is compiled afterwards ---
+
+
+class Warm:
+    """`served` is warmed up for `forward` and decoding, with `graphs` graphs."""
+
+    def __init__(self, case: Case) -> None:
+        self.served = case.compile(options={"verify": "off"})
+        self.served.warmup(batch_sizes=(1, 2), lengths=(6,), generate=False)
+        self.graphs = self.served.recompiles
+
+
+@pytest.fixture(scope="module")
+def warm(shallow: Case) -> Warm:
+    return Warm(shallow)
+
+
+def test_forward_and_decode_compile_nothing(shallow: Case, warm: Warm) -> None:
+    """One request and several, prompts and single tokens with a cache, any mix and none."""
+    cm = warm.served
+    captured = Captured(cm)
+    assert warm.graphs == 4  # {prompt, decode} × {base, adapters}
+    torch.manual_seed(0)
+    mixes = ([None], ["a1"], ["a0", None, "a2"], ["a3"] * 2, [None] * 4, ["a4", "a0", None, "a1"])
+    for length, names in zip((3, 9, 5, 2, 7, 4), mixes, strict=True):
+        inputs = token_inputs(len(names), length)
+        output = cm(**inputs, adapter_names=names)
+        longer = torch.cat([inputs["attention_mask"], torch.ones(len(names), 1).long()], 1)
+        cm(
+            input_ids=inputs["input_ids"][:, -1:],
+            attention_mask=longer,
+            past_key_values=output.past_key_values,
+            adapter_names=names,
+        )
+    check_mixed(cm, shallow, ["a0", None, "a1"], token_inputs(3, 5))
+    assert not captured.more
+
+
+def test_generate_compiles_nothing(shallow: Case, warm: Warm) -> None:
+    """Prompts of equal lengths and padded ones, beams, batches of any mix and of none."""
+    cm = warm.served
+    before = cm.recompiles
+    cm.warmup(batch_sizes=(2, 1), lengths=(8,), generate=True)
+    # {prompt, steps} × {padded, not} × {base, adapters}; one request and beams need none
+    assert cm.recompiles - before == 8
+    captured = Captured(cm)
+    torch.manual_seed(0)
+    fixed = {"pad_token_id": 0, "max_new_tokens": 4, "do_sample": False}
+    for names, length in ((["a0", None, "a1"], 5), ([None] * 2, 9), (["a3", "a3", "a0", None], 3)):
+        inputs = token_inputs(len(names), length)
+        got = cm.generate(**inputs, **fixed, adapter_names=names)
+        cm.generate(inputs["input_ids"], **fixed, adapter_names=names)
+        for row, name in enumerate(names):
+            one = {key: value[row : row + 1] for key, value in inputs.items()}
+            want = shallow.alone(name).generate(**one, **fixed)[0]
+            assert torch.equal(got[row][: len(want)], want)
+    for names, beams in ((["a1", None], 2), (["a2"], 1)):
+        inputs = token_inputs(len(names), 5)
+        got = cm.generate(**inputs, **fixed, num_beams=beams, adapter_names=names)
+        for row, name in enumerate(names):
+            one = {key: value[row : row + 1] for key, value in inputs.items()}
+            want = shallow.alone(name).generate(**one, **fixed, num_beams=beams)[0]
+            assert torch.equal(got[row][: len(want)], want)
+    assert not captured.more
+
+
+@pytest.mark.slow
+def test_requests_compile_nothing_under_inductor(shallow: Case) -> None:
+    cm = shallow.compile(options={"lowering": "inductor", "verify": "off"})
+    cm.warmup(batch_sizes=(4,), generate=False)
+    captured = Captured(cm)
+    torch.manual_seed(0)
+    for names in ([None] * 2, ["a0", None, "a1"]):
+        cm(**token_inputs(len(names), 6), adapter_names=names)
+    check_mixed(cm, shallow, ["a2", None, "a1", "a0", "a3"], token_inputs(5, 7))
+    assert not captured.more
+
+
+class Embedded(nn.Module):
+    """One linear behind an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(61, 6)
+        self.up = nn.Linear(6, 7)
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.up(self.embed(ids))}
+
+
+def test_example_inputs_of_a_model_without_a_configuration(small) -> None:
+    case = small(Embedded, ["up"], ["embed"])
+    torch.manual_seed(0)
+    by_name, by_position, listed = (case.compile() for _ in range(3))
+    by_name.warmup(FEED(2, 4), batch_sizes=(1,))
+    by_position.warmup((FEED(2, 4)["ids"],), batch_sizes=(1,))
+    listed.warmup([FEED(2, 4), FEED(1, 4)], batch_sizes=(2,))
+    for cm in (by_name, by_position, listed):
+        captured = Captured(cm)
+        for names in (["a", "b", None], ["b"], [None] * 4, [None]):
+            inputs = FEED(len(names), 6)
+            got = cm(**inputs, adapter_names=names)["logits"]
+            assert error(got, case.expected(names, inputs)) <= 1e-5
+            cm(inputs["ids"], adapter_names=names)  # the same graph, given by position
+        assert not captured.more
+        assert cm.recompiles == 2  # {base, adapters}
+
+
+# --- nothing else changes ---
+
+
+def _state(cm: lorafx.CompiledModel) -> tuple[object, ...]:
+    session = cm._session
+    store, runtime = session.store, session.program.runtime
+    return (
+        cm.adapters,
+        store.resident,
+        list(store.resident),
+        store.pinned,
+        session.default,
+        cm.memory(),
+        runtime.rows,
+        runtime.active,
+        session.program.batch.touched,
+        session.running,
+        torch.get_rng_state().tolist(),
+        random.getstate(),
+        cm.training,
+        [module.training for module in cm.model.modules()],
+        torch.is_grad_enabled(),
+    )
+
+
+def test_adapters_slots_pins_and_random_states_are_as_before(plain: Case) -> None:
+    """Also where every slot is taken, all but one by pinned adapters."""
+    cm = lorafx.compile(
+        plain.model(),
+        lorafx.LoraConfig(max_adapters=3, max_rank=8),
+        adapters=plain.folders,
+        options={"lowering": "reference"},
+    )
+    torch.manual_seed(3)
+    inputs = FEED(3, 4)
+    names = ["a1", "a3", "a0"]
+    cm.pin_adapter("a3")
+    cm.pin_adapter("a0")
+    cm.set_adapter("a1")
+    before_logits = cm(**inputs, adapter_names=names)["logits"]
+    before = _state(cm)
+    cm.warmup(inputs, batch_sizes=(1, 5))
+    assert _state(cm) == before
+    captured = Captured(cm)
+    assert torch.equal(cm(**inputs, adapter_names=names)["logits"], before_logits)
+    assert error(cm(**inputs)["logits"], plain.expected(["a1"] * 3, inputs)) <= 1e-5
+    check_mixed(cm, plain, ["a2", None, "a0"], inputs)  # a2 takes the slot of a1
+    assert not captured.more
+
+
+def test_a_model_without_adapters_is_warmed_up_for_those_to_come(plain: Case) -> None:
+    cm = lorafx.compile(
+        plain.model(), lorafx.LoraConfig(max_rank=8), options={"lowering": "reference"}
+    )
+    torch.manual_seed(0)
+    cm.warmup(FEED(2, 3), batch_sizes=(1,))
+    captured = Captured(cm)
+    assert cm.adapters == ()
+    assert cm.memory()["host"] == 0
+    assert all(bool((group.bank.ranks == 0).all()) for group in cm._session.program.groups)
+    for name in ("a0", "a1"):
+        cm.load_adapter(plain.folders[name], name)
+    check_mixed(cm, plain, ["a0", None, "a1"], FEED(3, 4))
+    assert not captured.more
+
+
+class Failing(nn.Module):
+    """Raises for batches of three; a buffer counts its calls."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(12, 20)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        if x.shape[0] == 3:
+            raise RuntimeError("no batch of three")
+        self.calls += 1
+        noise = torch.rand(()) * 0
+        return {"logits": self.up(x) + noise}
+
+
+@pytest.mark.parametrize("batch_sizes", [(1, 2), (2, 3)])
+def test_a_warmup_that_raises_leaves_no_trace(small, batch_sizes: tuple[int, ...]) -> None:
+    """Nor does one that does not: dummies, buffers and random numbers are put back."""
+    case = small(Failing, ["up"])
+    cm = case.compile()
+    inputs = {"x": torch.randn(2, 12)}
+    names = ["a", None]
+    want = cm(**inputs, adapter_names=names)["logits"]
+    calls, before = cm.model.calls.clone(), _state(cm)
+    if 3 in batch_sizes:
+        with pytest.raises(RuntimeError, match="no batch of three"):
+            cm.warmup(inputs, batch_sizes=batch_sizes)
+    else:
+        cm.warmup(inputs, batch_sizes=batch_sizes)
+    assert _state(cm) == before
+    assert torch.equal(cm.model.calls, calls)
+    assert torch.equal(cm(**inputs, adapter_names=names)["logits"], want)
+    assert cm.adapters == ("a", "b")
+
+
+def test_progress_is_shown_on_a_terminal_only(
+    small, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = small(Embedded, ["up"])
+    case.compile().warmup(FEED(2, 3), batch_sizes=(2,))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    case.compile().warmup(FEED(2, 3), batch_sizes=(2,))
+    shown = capsys.readouterr().err
+    assert "warm-up 1 of 3: forward, 2 requests, no adapter" in shown
+    assert "warm-up 3 of 3: forward, 2 requests, a mix: " in shown
+    assert "compiling graph 0 base of Embedded, first call: " in shown
+
+
+# --- what cannot be done ---
+
+
+def test_bad_arguments(plain: Case, shallow: Case) -> None:
+    cm = plain.compile()
+    with pytest.raises(ConfigError, match=r"does not declare token ids .* warmup"):
+        cm.warmup()
+    for arguments, message in (
+        ({"rank": 0}, "rank=.* positive integer, got 0"),
+        ({"rank": True}, "rank=.* positive integer"),
+        ({"batch_sizes": ()}, "batch_sizes=.* positive integers"),
+        ({"lengths": (4, -1)}, "lengths=.* positive integers"),
+        ({"generate": True}, "PlainModel cannot generate"),
+        ({"generate": {"num_beams": 2}}, "PlainModel cannot generate"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            cm.warmup(FEED(1, 2), **arguments)
+    for inputs in (3, "ids", [], {"no_such": torch.zeros(1)}):
+        with pytest.raises(ConfigError, match="example_inputs"):
+            cm.warmup(inputs)
+    assert cm.recompiles == 0
+    cm.detach()
+    with pytest.raises(lorafx.CaptureError, match="detached"):
+        cm.warmup(FEED(1, 2))
+    with pytest.raises(ConfigError, match=r"generate=.* got 3"):
+        shallow.compile().warmup(generate=3)
+
+
+def test_the_configuration_says_what_ids_there_are() -> None:
+    """No id outside the vocabulary, and none that means something to the model."""
+    model = random_base("llama", num_hidden_layers=1, vocab_size=9, pad_token_id=0)
+    example = derived_example(model, torch.device("cpu"), 3, 8)
+    assert example.named["input_ids"].shape == example.named["attention_mask"].shape == (3, 8)
+    special = {model.config.pad_token_id, model.config.bos_token_id, model.config.eos_token_id}
+    assert set(example.named["input_ids"].flatten().tolist()) == set(range(9)) - special

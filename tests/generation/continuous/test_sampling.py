@@ -1,0 +1,164 @@
+"""How a request's tokens are chosen, and values that ask for nothing."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from dense_merge import Case
+from step_logits import answers, greedy
+from transformers import GenerationConfig
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.cb_logits_processors import (
+    ContinuousBatchingLogitsProcessorList,
+)
+
+from lorafx import ConfigError
+from lorafx.generation.continuous import sampling
+
+pytestmark = pytest.mark.usefixtures("earlier_objects_frozen")
+
+CONFIG = ContinuousBatchingConfig(
+    page_size=4, num_blocks=64, max_batch_tokens=16, per_request_processors=True
+)
+LOGPROBS = dataclasses.replace(CONFIG, return_logprobs=True)
+NOTHING = {"top_p": 1, "min_p": 0.0, "repetition_penalty": 1, "typical_p": None, "seed": None}
+
+
+@pytest.fixture(scope="module")
+def processors(llama: Case) -> ContinuousBatchingLogitsProcessorList:
+    config = GenerationConfig(do_sample=True, temperature=0.5, top_k=0, top_p=None)
+    base: Any = llama.base
+    made = ContinuousBatchingLogitsProcessorList(
+        base._get_logits_processor(sampling.asking(config)), per_request_processors=True
+    )
+    sampling.take_over(made, config)
+    return made
+
+
+def processed(processors: Any, scores: torch.Tensor, *asked: dict[str, Any]) -> torch.Tensor:
+    batch: Any = [
+        SimpleNamespace(state=SimpleNamespace(logit_processor_kwargs=own), has_new_token=True)
+        for own in asked
+    ]
+    storage = torch.empty(processors.tensors_required, 8, dtype=torch.int32)
+    processors.fill_defaults(storage)
+    processors.prepare_tensor_args(batch, storage)
+    return processors(torch.zeros(len(asked), 1, dtype=torch.long), scores.clone(), storage)
+
+
+def test_each_request_has_its_own_choice(processors) -> None:
+    """Beside others in one step, and in a step of its own, which skips what nobody asks for."""
+    torch.manual_seed(0)
+    scores = torch.randn(7, 20)
+    scores[1, 3] = scores[1, 9] = 9.0  # the first of them is taken
+    asked: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.0, "top_p": 0.5},
+        {"temperature": 2.0, "top_k": 3},
+        {"temperature": 1.0, "top_k": 0, "top_p": 1.0},
+        {"temperature": 1.0, "top_k": -1},
+        {"temperature": 1.0, "top_k": 21},
+        {"temperature": 4.0, "top_p": 0.3},
+    ]
+    want = scores.clone()
+    want[0] /= 0.5
+    want[1] = torch.full((20,), -torch.inf).index_fill(0, torch.tensor(3), 0.0)
+    third = scores[2].topk(3).values[-1]
+    want[2] = (scores[2] / 2.0).masked_fill(scores[2] < third, -torch.inf)
+    order = (scores[6] / 4.0).argsort(descending=True)
+    shares = (scores[6] / 4.0).softmax(-1)[order].cumsum(-1)
+    out = order[1:][shares[:-1] >= 0.3]
+    want[6] = (scores[6] / 4.0).index_fill(0, out, -torch.inf)
+    assert 0 < len(out) < 19
+    torch.testing.assert_close(processed(processors, scores, *asked), want)
+    for row, own in enumerate(asked):
+        alone = processed(processors, scores[row : row + 1], own)
+        if row != 1:
+            torch.testing.assert_close(alone, want[row : row + 1])
+        assert sampling.drawn(processors) == (row != 1)
+
+
+@pytest.fixture(scope="module")
+def engines(llama: Case) -> Iterator[dict[str, Any]]:
+    """One that draws where a request does not say otherwise, and one that never draws."""
+    cm = llama.compile()
+    drawing = copy.deepcopy(cm.model.generation_config)
+    drawing.do_sample, drawing.temperature = True, 3.0
+    taking = copy.deepcopy(cm.model.generation_config)
+    with (
+        cm.continuous_batching(drawing, LOGPROBS, warmup=False) as first,
+        cm.continuous_batching(taking, CONFIG, warmup=False) as second,
+    ):
+        yield {"draws": first, "takes": second}
+
+
+def test_the_likeliest_token_beside_requests_that_draw(llama, engines) -> None:
+    engine = engines["draws"]
+    likeliest: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"temperature": 1e-45, "top_k": 0, **NOTHING},
+        {"temperature": 9.0, "top_k": 1},
+    ]
+    with engine.pause():
+        work = [
+            engine.add_request([3 + i, 4, 5], adapter=name, max_new_tokens=8, **asked)
+            for i, asked in enumerate(likeliest)
+            for name in ("a1", None)
+        ]
+        drawn = engine.add_request([3, 4, 5], adapter="a1", max_new_tokens=40, top_k=0)
+    outputs = answers(engine, [*work, drawn])
+    for i, name in enumerate(work):
+        prompt, own = outputs[name].prompt_ids, (("a1", None)[i % 2])
+        assert prompt + outputs[name].generated_tokens == greedy(llama, own, prompt, 8)
+    tokens = outputs[drawn].generated_tokens
+    assert tokens != greedy(llama, "a1", [3, 4, 5], 40)[3:]
+    (alone,) = answers(engine, [engine.add_request([3], max_new_tokens=3, temperature=0)]).values()
+    assert [3, *alone.generated_tokens] == greedy(llama, None, [3], 3)  # a step that draws nothing
+
+
+def test_how_likely_the_likeliest_token_is_does_not_depend_on_others(llama, engines) -> None:
+    engine = engines["draws"]
+    for temperature in (2.0, 0.0):
+        with engine.pause():
+            engine.add_request([7, 8], max_new_tokens=3, temperature=temperature)
+            cold = engine.add_request(
+                [3, 4], adapter="a1", max_new_tokens=3, temperature=0, top_k=2
+            )
+        output = answers(engine, [cold])[cold]
+        ids = torch.tensor([[3, 4, *output.generated_tokens]])
+        with torch.no_grad():
+            logits = llama.alone("a1")(input_ids=ids)["logits"][0, 1:-1]
+        want = logits.log_softmax(-1).gather(-1, ids[0, 2:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(output.logprobs), want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_request_may_ask_for_what_its_engine_does_anyway(llama, cm) -> None:
+    """Where it cannot choose; leaving all tokens is a choice too."""
+    drawing = copy.deepcopy(cm.model.generation_config)
+    drawing.do_sample, drawing.temperature, drawing.top_k, drawing.top_p = True, 0.7, None, 0.9
+    config = dataclasses.replace(CONFIG, per_request_processors=False)
+    with cm.continuous_batching(drawing, config, warmup=False) as engine:
+        fine = {"temperature": 0.7, "top_k": -1, "top_p": 0.9, "min_p": torch.tensor(0.0)}
+        added = engine.add_request([3], adapter="a2", max_new_tokens=1, **fine)
+        assert answers(engine, [added])[added].error is None
+        for name in ("temperature", "top_p"):
+            with pytest.raises(ConfigError, match=name):
+                engine.add_request([3], adapter="a2", **{name: 1.0})
+
+
+def test_an_engine_that_takes_the_likeliest_token(llama, engines) -> None:
+    engine = engines["takes"]
+    asked = {"temperature": 0.0, "top_k": 7, "presence_penalty": 0, **NOTHING, "top_p": 0.4}
+    (output,) = answers(
+        engine, [engine.add_request([3, 4], adapter="a3", max_new_tokens=4, **asked)]
+    ).values()
+    assert [3, 4, *output.generated_tokens] == greedy(llama, "a3", [3, 4], 4)
+    for name, value in (("temperature", 0.7), ("min_p", 0.2), ("top_k", -2)):
+        with pytest.raises(ConfigError, match=name):
+            engine.add_request([3, 4], **{name: value})

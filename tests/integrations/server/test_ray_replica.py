@@ -1,0 +1,261 @@
+"""The parts of the Ray application that need no cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+import torch
+from pydantic import ValidationError
+from ray.serve.metrics import Counter, Gauge
+from served import SMALL
+
+from lorafx.errors import BatchError, CapacityError, ConfigError, UnknownAdapterError
+from lorafx.integrations.server.ray import RaySettings, build
+from lorafx.integrations.server.ray.application import Answer
+from lorafx.integrations.server.ray.replica import Counts, HeldAdapters, Replica
+
+
+def settings_of(files, **given: Any) -> RaySettings:
+    given = {"model": str(files.model), "adapters": str(files.adapters), **SMALL, **given}
+    return RaySettings(**given)
+
+
+@pytest.fixture(scope="module")
+def replica(files):
+    replica = Replica(settings_of(files).settings(), held=2)
+    yield replica
+    replica.__del__()
+
+
+async def settled(held: HeldAdapters) -> None:
+    """Until what is to be unloaded is unloaded."""
+    await asyncio.sleep(0)
+    while held._unloading:
+        await asyncio.gather(*held._unloading)
+
+
+def test_a_dropped_adapter_stays_while_a_request_uses_it(files, replica):
+    compiled = replica._server.compiled
+
+    async def run():
+        held = HeldAdapters(compiled, settings_of(files).settings().folder_of)
+        with held.using("a0"):
+            first = await held.load("a0")
+            with held.using("a0"):
+                first.__del__()  # as Ray does; Python calls it again
+                del first
+                gc.collect()
+                await settled(held)
+                assert compiled.adapters == ("a0",)
+            await settled(held)
+            assert compiled.adapters == ("a0",)
+        await settled(held)
+        assert compiled.adapters == ()
+
+    asyncio.run(run())
+
+
+def test_an_adapter_that_is_asked_for_again_while_it_is_dropped(files, replica, monkeypatch):
+    """And one that nobody waits for when it has been read."""
+    compiled = replica._server.compiled
+    read: list[str] = []
+    load = compiled.load_adapter
+
+    def load_adapter(folder: Any, name: str) -> None:
+        load(folder, name)
+        read.append(name)
+
+    monkeypatch.setattr(compiled, "load_adapter", load_adapter)
+
+    async def run():
+        held = HeldAdapters(compiled, settings_of(files).settings().folder_of)
+        first = await held.load("a0")
+        second = await held.load("a0")
+        first.__del__()
+        await settled(held)
+        assert compiled.adapters == ("a0",)
+        third = asyncio.create_task(held.load("a0"))
+        second.__del__()
+        again = await third
+        await settled(held)
+        assert compiled.adapters == ("a0",)
+        again.__del__()
+        await settled(held)
+        assert compiled.adapters == ()
+        with pytest.raises(UnknownAdapterError):
+            await held.load("absent")
+        cancelled = asyncio.create_task(held.load("a1"))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        while "a1" not in read or compiled.adapters:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_without_a_target_the_files_say_which_modules_carry_lora(files, replica):
+    named = {"q_proj", "gate_proj", "embed_tokens", "lm_head"}
+    assert named <= {site.path.rpartition(".")[2] for site in replica._server.compiled.sites}
+
+
+CHUNK = {
+    **{"type": "response.output_text.delta", "delta": "w45", "item_id": "x"},
+    **{"output_index": 0, "content_index": 0, "sequence_number": 1, "logprobs": []},
+}
+
+
+def response(kind: bytes, *bodies: str) -> list[dict[str, Any]]:
+    """The ASGI messages of an answer that is not at its end."""
+    headers = [(b"content-type", kind)]
+    return [
+        {"type": "http.response.start", "status": 200, "headers": headers},
+        *(
+            {"type": "http.response.body", "body": body.encode(), "more_body": True}
+            for body in bodies
+        ),
+    ]
+
+
+@pytest.mark.quick
+def test_the_client_of_openai_raises_where_a_stream_breaks_off():
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        answer = Answer(send)
+        await answer.take(response(b"text/event-stream", f"data: {json.dumps(CHUNK)}\n\n"))
+        assert answer.begun
+        await answer.break_off()
+
+    async def talk() -> None:
+        transport = httpx2.ASGITransport(app=app)
+        async with httpx2.AsyncClient(transport=transport) as http:
+            client = openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", http_client=http)
+            stream = aiter(await client.responses.create(model="tiny", input="w9", stream=True))
+            await anext(stream)
+            with pytest.raises(openai.APIError, match="not the whole answer") as raised:
+                await anext(stream)
+        assert raised.value.code == "replica_failed"
+
+    asyncio.run(talk())
+
+
+@pytest.mark.quick
+def test_nothing_of_an_answer_that_is_no_stream_is_sent_before_its_end():
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def run() -> None:
+        answer = Answer(send)
+        messages = response(b"application/json", "{", "}")
+        await answer.take(messages)
+        assert not answer.begun
+        assert not sent
+        await answer.end()
+        assert sent == messages
+
+    asyncio.run(run())
+
+
+@pytest.mark.quick
+def test_settings_from_a_command_line(files):
+    given = {
+        **{"model": str(files.model), "adapters": str(files.adapters), "num_gpus": "0.5"},
+        **{"target": "q_proj,v_proj", "num_replicas": "2", "max_adapters": "3"},
+        **{"slot_rank": "4", "max_host_bytes": "1000000"},
+        "deployment": '{"health_check_period_s": 3, "ray_actor_options": {"memory": 1000}}',
+    }
+    settings = build.__annotations__["args"].model_validate(given)  # as Ray does
+    served = settings.settings()
+    assert (served.target, served.max_adapters) == (("q_proj", "v_proj"), 3)
+    assert (served.slot_rank, served.max_host_bytes) == (4, 1_000_000)
+    replicas, ingress = deployments(build(settings))
+    assert replicas.num_replicas == 2
+    assert replicas._deployment_config.health_check_period_s == 3
+    assert replicas._deployment_config.graceful_shutdown_timeout_s == 600
+    actor = {"num_gpus": 0.5, "num_cpus": 1, "memory": 1000}
+    assert replicas.ray_actor_options == actor
+    assert ingress.num_replicas == 1
+    auto = deployments(build(settings_of(files, num_replicas="auto")))[0]
+    assert auto._deployment_config.autoscaling_config is not None
+
+
+def deployments(application: Any) -> tuple[Any, Any]:
+    """The replicas' and the ingress's."""
+    ingress = application._bound_deployment
+    return ingress.init_args[0]._bound_deployment, ingress
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("change", "error", "word"),
+    [
+        ({"adapters": "/nowhere"}, ConfigError, "not a folder"),
+        ({"max_rank": 1}, CapacityError, "rank"),
+        ({"deployment": {"num_replicas": 3}, "num_replicas": 2}, ConfigError, "num_replicas"),
+        ({"deployment": {"ray_actor_options": {"num_gpus": 1}}}, ConfigError, "num_gpus"),
+        ({"adaptors": "x"}, ValidationError, "adaptors"),
+        ({"held": 0}, ValidationError, "held"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_started(files, change, error, word):
+    with pytest.raises(error, match=word):
+        build(settings_of(files, **change))
+
+
+def test_counts_are_told_to_ray(files, replica, monkeypatch):
+    """Each check of a replica's health tells what has come since; sizes are told as they are."""
+    told: dict[tuple[str, str], float] = {}
+
+    def inc(self, value=1.0, tags=None):
+        key = self.info["name"], *(tags or {"": ""}).values()
+        told[key] = told.get(key, 0) + value
+
+    def put(self, value, tags=None):
+        told[self.info["name"], tags["tier"]] = value
+
+    monkeypatch.setattr(Counter, "inc", inc)
+    monkeypatch.setattr(Gauge, "set", put)
+    monkeypatch.setattr(
+        replica, "_counts", Counts(replica._server.compiled.stats, replica._server.engine.health)
+    )
+    server = replica._server
+    for name in ("a0", "a3"):
+        server.compiled.load_adapter(files.adapters / name, name)
+        added = server.engine.add_request([5, 6], adapter=name, max_new_tokens=2)
+        assert server.engine.get_result(added, timeout=60).error is None
+        replica.check_health()
+    stats = server.compiled.stats()
+    for tier in ("device", "host", "disk"):
+        of_tier = stats.tiers[tier]
+        assert told["lorafx_tier_bytes", tier] == of_tier.nbytes > 0
+        for name in ("hits", "misses", "evictions"):
+            assert told.get((f"lorafx_tier_{name}", tier), 0) == getattr(of_tier, name)
+    assert told["lorafx_tier_misses", "device"] > 0
+    assert told["lorafx_tokens", "a3"] == stats.tokens["a3"]
+    assert told["lorafx_adapter_loads", ""] == stats.loads > 0
+    for name in ("a0", "a3"):
+        server.compiled.unload_adapter(name)
+
+
+def test_an_engine_that_has_failed_is_not_healthy(replica, monkeypatch):
+    """The last one, since the engine is gone after it."""
+    replica.check_health()
+
+    def fail(**_: Any) -> None:
+        raise torch.AcceleratorError("out of order")
+
+    engine = replica._server.engine
+    monkeypatch.setattr(engine, "_forward", fail)
+    engine.add_request([5, 6], adapter=None)
+    engine._generation_thread.join(60)
+    with pytest.raises(BatchError, match="out of order"):
+        replica.check_health()

@@ -1,0 +1,215 @@
+"""The command: what it refuses before it loads, and how a server ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx2
+import pytest
+from served import SMALL, free_port, question, said
+
+from lorafx import LorafxError, LorafxWarning
+from lorafx.errors import ConfigError
+from lorafx.integrations.cli import main
+from lorafx.integrations.cli.options import as_option
+from lorafx.integrations.server import check_requirements
+from lorafx.integrations.server.settings import Settings
+
+OPTIONS = [
+    *(
+        part
+        for name, value in SMALL.items()
+        for part in (f"--{name.replace('_', '-')}", str(value))
+    ),
+]
+
+
+def test_a_signal_lets_streams_end(files, monkeypatch, capfd):
+    """The whole command, with HTTP: SIGTERM comes in the middle of an answer. The server samples,
+    and requests choose how hot; the key comes from the environment."""
+    path = "/v1/completions"
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    arguments = ["serve", str(files.model), "--adapters", str(files.adapters), "--port", str(port)]
+    arguments += ["--temperature", "1", "--slot-rank", "4", "--max-host-bytes", "1000000"]
+    monkeypatch.setattr("sys.argv", ["lorafx", *arguments, *OPTIONS])
+    monkeypatch.setenv("LORAFX_API_KEY", "s3cret")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    key = {"Authorization": "Bearer s3cret"}
+    process = os.getpid()
+    came = threading.Barrier(2)
+
+    def stream() -> str:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                httpx2.get(f"{url}/health").raise_for_status()
+                break
+            except httpx2.TransportError:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        hot = {"model": "tiny:a1", **question(path, "w9 w12", 20, temperature=3)}
+        assert httpx2.post(url + path, json=hot).status_code == 401
+        answers = [
+            httpx2.post(url + path, json=hot, timeout=60, headers=key).json() for _ in range(3)
+        ]
+        assert len({answer["choices"][0]["text"] for answer in answers}) > 1
+        seeded = httpx2.post(url + path, json={**hot, "seed": 1}, headers=key)
+        assert "seed" in seeded.json()["error"]["message"]
+        body = {"model": "tiny:a1", **question(path, "w9 w12", 40, stream=True, temperature=0)}
+        with httpx2.stream("POST", url + path, json=body, timeout=60, headers=key) as answer:
+            chunks = answer.iter_text()
+            first = next(chunks)
+            came.wait(60)
+            return first + "".join(chunks)
+
+    def knock() -> str:
+        came.wait(60)
+        os.kill(process, signal.SIGTERM)
+        for _ in range(1000):  # those that still come are answered; then nobody listens
+            try:
+                httpx2.get(f"{url}/health").raise_for_status()
+            except httpx2.TransportError:
+                return "gone"
+        return "there"
+
+    before = signal.getsignal(signal.SIGTERM)
+    with ThreadPoolExecutor(2) as clients:
+        streamed, gone = clients.submit(stream), clients.submit(knock)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
+        text = streamed.result(60)
+        assert gone.result(60) == "gone"
+    ids = files.tokenizer("w9 w12")["input_ids"]
+    assert said(path, text).strip() == files.text("a1", ids, 40)
+    assert signal.getsignal(signal.SIGTERM) is before
+    shown = capfd.readouterr()
+    assert re.search(f"serving 'tiny' and 5 adapters on {url}/v1, ready after [0-9.]+ s", shown.out)
+    phases = (
+        *("importing torch and the server", "loading tiny", "adding 5 adapters"),
+        "compiling the engine's steps, ahead of requests",
+    )
+    for phase in phases:
+        assert re.search(f"lorafx: {phase}: [0-9.]+ s", shown.err), phase
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"model": "{tmp}/absent"}, "no folder"),
+        ({"model": "{tmp}"}, "config.json"),
+        ({"model": "a/b/c"}, "no folder of that name; name"),
+        ({"model": "nope"}, "no folder of that name, and no such model in the hub's local cache"),
+        ({"adapters": "{tmp}/absent"}, "not a folder"),
+        ({"adapters": "{tmp}/none"}, "no adapter to serve"),
+        ({"adapters": "{tmp}/broken"}, "adapter_config.json"),
+        ({"adapters": "{tmp}/weightless"}, "holds no adapter weights"),
+        ({"max_rank": 1}, "--max-rank 1"),
+        ({"max_adapters": 0}, "--max-adapters"),
+        ({"slot_rank": 0}, "--slot-rank"),
+        ({"slot_rank": 32}, "slot_rank = 32 is over max_rank"),
+        ({"max_host_bytes": 0}, "--max-host-bytes"),
+        ({"port": 70000}, "--port"),
+        ({"api_key": ""}, "--api-key"),
+        ({"api_key": "two words"}, "LORAFX_API_KEY"),
+        ({"temperature": -1.0}, "--temperature"),
+        ({"max_memory_percent": 3.0}, "--max-memory-percent"),
+        ({"lowering": "refrence"}, "lowering"),
+        ({"adapter_root": "{tmp}"}, "--allow-runtime-loading"),
+        ({"adapters": None, "allow_runtime_loading": True}, "--adapter-root"),
+        ({"adapter_root": "{tmp}/absent", "allow_runtime_loading": True}, "not a folder"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_loaded(files, tmp_path, change, word):
+    (tmp_path / "none").mkdir()
+    (tmp_path / "broken" / "a").mkdir(parents=True)
+    (tmp_path / "broken" / "a" / "adapter_config.json").write_text("{")
+    shutil.copytree(files.adapters / "a0", tmp_path / "weightless")
+    (tmp_path / "weightless" / "adapter_model.safetensors").unlink()
+    given: dict = {"model": str(files.model), "adapters": files.adapters}
+    for name, value in change.items():
+        text = value.format(tmp=tmp_path) if isinstance(value, str) else value
+        given[name] = Path(text) if name in ("adapters", "adapter_root") and text else text
+    with pytest.raises(LorafxError) as refused:
+        Settings(**given)
+    assert word in refused.value.spelled(as_option)
+
+
+@pytest.mark.quick
+def test_a_folder_may_be_one_adapter_or_hold_other_things(files, tmp_path):
+    assert list(Settings(str(files.model), files.adapters / "a3").found) == ["a3"]
+    shutil.copytree(files.adapters / "a3", tmp_path / "a3")
+    (tmp_path / "notes").mkdir()
+    with pytest.warns(LorafxWarning, match="notes"):
+        assert list(Settings(str(files.model), tmp_path).found) == ["a3"]
+
+
+@pytest.mark.quick
+def test_the_command_names_its_own_options(files, monkeypatch):
+    asked = ["lorafx", "serve", str(files.model), "--adapters", str(files.adapters)]
+    monkeypatch.setattr("sys.argv", [*asked, "--lowering", "refrence"])
+    with pytest.raises(SystemExit, match=r"^lorafx: --lowering must be one of auto, "):
+        main()
+
+
+@pytest.mark.quick
+def test_the_room_that_adapters_get(files):
+    given = {"max_adapters": 5, "slot_rank": 2, "max_host_bytes": 10_000}
+    settings = Settings(str(files.model), files.adapters, **given)
+    config = settings.lora_config()
+    assert config.max_rank == 8  # the largest of the adapters
+    assert {name: getattr(config, name) for name in given} == given
+
+
+@pytest.mark.quick
+def test_a_port_that_is_taken(files):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        settings = Settings(str(files.model), files.adapters, port=port)
+        with pytest.raises(ConfigError, match=f"port {port}"):
+            settings.bind()
+
+
+@pytest.mark.quick
+def test_without_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(ConfigError, match=r"uvicorn.*pip install 'lorafx\[serve\]'"):
+        check_requirements()
+
+
+@pytest.mark.quick
+def test_with_an_older_transformers(monkeypatch):
+    """Of 5.0 and 5.10 the server's own modules cannot be imported."""
+    monkeypatch.setitem(sys.modules, "lorafx.integrations.server.run", None)
+    with pytest.raises(ConfigError, match=r"transformers 5\.23 or newer .*'transformers>=5\.23'"):
+        check_requirements()
+
+
+@pytest.mark.quick
+def test_a_model_without_a_usable_tokenizer(files, tmp_path):
+    from lorafx.integrations.server.run import opened
+
+    folder = tmp_path / "model"
+    shutil.copytree(files.model, folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    (folder / "config.json").write_text(json.dumps({"model_type": "nothing"}))
+    with (
+        pytest.raises(ConfigError, match="cannot be loaded"),
+        opened(Settings(str(folder), files.adapters)),
+    ):
+        pass

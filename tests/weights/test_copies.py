@@ -1,0 +1,148 @@
+"""Tensors made of weights, of which load_weights has to know: none keeps old numbers unsaid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dense_merge import save_adapter
+from expert_models import moe_base
+from namings import new_weights, plain
+from tiny_models import FAMILIES
+from torch import Tensor, nn
+
+import lorafx
+from lorafx.errors import BaseWeightsError
+from lorafx.weights.copies import copies_of
+
+pytestmark = pytest.mark.usefixtures("fixed_sizes")
+
+REFERENCE = {"lowering": "reference"}
+WIDTH = 32
+BASE = [None, None]
+
+
+def compiled(model: nn.Module, targets: tuple[str, ...] = ("o",)) -> Any:
+    return lorafx.compile(model, lorafx.LoraConfig(target_modules=list(targets)), options=REFERENCE)
+
+
+class Fused(nn.Module):
+    """Multiplies by q and k at once, by a matrix that was made of both."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.q = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.k = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.o = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.how = how
+        self.fuse()
+
+    def fuse(self) -> None:
+        q, k = self.q.weight.detach(), self.k.weight.detach()
+        if self.how == "rows":
+            self.fused = torch.cat([q, k])
+        elif self.how == "padded":
+            self.fused = 2 * torch.cat([q, k, torch.zeros(8, WIDTH)])
+        else:
+            self.fused = torch.cat([q @ k, q + k])
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        q, k = F.linear(x, self.fused)[..., : 2 * WIDTH].chunk(2, -1)
+        y = torch.tanh(q) * torch.sigmoid(k)
+        return {"logits": self.o(y)}
+
+
+class FusedAnew(Fused):
+    fail = False
+
+    def process_weights_after_loading(self) -> None:
+        self.fuse()
+        if self.fail:
+            raise ValueError("no more memory")
+
+
+def seeded(build: Any, *arguments: Any) -> Any:
+    torch.manual_seed(1)
+    return build(*arguments).eval().requires_grad_(False)
+
+
+def check(cm: Any, like: nn.Module, x: Tensor) -> None:
+    assert torch.allclose(cm(x, adapter_names=BASE)["logits"], like(x)["logits"], atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["rows", "padded", "products"])
+def test_made_of_several_weights(how: str, tmp_path: Path) -> None:
+    """By the holder's hook, or refused by name. A call shows that `o` is used as it is."""
+    model = seeded(Fused, how)
+    cm = compiled(model, ("q", "k", "o"))
+    x = torch.randn(2, 3, WIDTH)
+    cm.load_adapter(save_adapter(model, tmp_path, rank=2, targets=["o"]), "a")
+    cm(x, adapter_names=["a", None])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fresh = new_weights(model, 3)
+    state = plain(fresh)
+    with pytest.raises(
+        BaseWeightsError, match=r"q.weight, k.weight: fused .*cannot be updated with it"
+    ):
+        cm.load_weights(state)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    cm.load_weights({"o.weight": state["o.weight"]}, strict=False)
+
+    model.__class__ = FusedAnew
+    kept = model.fused
+    cm.load_weights(state)
+    assert model.fused is kept
+    fresh.fuse()
+    check(cm, fresh, x)
+
+
+class Experts(nn.Module):
+    """Routed experts that multiply by transposes of their parameters, laid out anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(4, 24, 8) * 0.3)
+        self.down_proj = nn.Parameter(torch.randn(4, 8, 12) * 0.3)
+        self.pack()
+
+    def pack(self) -> None:
+        self.w1 = self.gate_up_proj.detach().mT.contiguous()
+        self.w2 = self.down_proj.detach().mT.contiguous()
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        gate, up = torch.bmm(x[:, None], self.w1[ids]).chunk(2, -1)
+        return torch.bmm(F.silu(gate) * up, self.w2[ids])[:, 0]
+
+
+class Routed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.o = nn.Linear(8, 8)
+        self.router = nn.Linear(8, 4)
+        self.experts = Experts()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": x + self.experts(self.o(x), self.router(x).argmax(-1))}
+
+
+ORDINARY: dict[str, Callable[[], nn.Module]] = {
+    **{name: FAMILIES[name].build for name in ("gpt2",)},
+    "deepseek_v3": lambda: moe_base("deepseek_v3"),
+}
+
+
+@pytest.mark.parametrize("family", ORDINARY)
+def test_ordinary_models_hold_no_copies(family: str) -> None:
+    """Masks, rotary tables and positions are none, also before there are weights."""
+    model = ORDINARY[family]().eval().requires_grad_(False)
+    fresh = plain(new_weights(model, 3))
+    cm = lorafx.compile(model, lorafx.LoraConfig(), options=REFERENCE)
+    program = cm._session.program
+    copies = copies_of(program)
+    assert not [copy for copy in copies if copy.form is not None or copy.unexplained(program)]
+    cm.load_weights(fresh)
+    assert all(torch.equal(t, fresh[name]) for name, t in model.state_dict().items())
