@@ -20,9 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorafx.adapter_store.peft_keys import TRAINING_KEYS, parse, without_prefix
-from lorafx.adapter_store.places import Places
-from lorafx.adapter_store.problems import (
+from lorafx.adapter_store.findings import (
     Findings,
     Problem,
     Unsupported,
@@ -30,6 +28,8 @@ from lorafx.adapter_store.problems import (
     path_label,
     same,
 )
+from lorafx.adapter_store.peft_keys import TRAINING_KEYS, parse, without_prefix
+from lorafx.adapter_store.places import Places
 from lorafx.adapter_store.saved import AdapterState
 from lorafx.adapter_store.stored import LoraWeights
 from lorafx.errors import Setting

@@ -18,10 +18,10 @@ from torch import nn
 
 from lorafx.adapter_store.checkpoint import load_state
 from lorafx.adapter_store.extras import rows_wanted
+from lorafx.adapter_store.findings import Findings
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import factor_sizes, parse
 from lorafx.adapter_store.places import ExpertPlace, Places
-from lorafx.adapter_store.problems import Findings
 from lorafx.adapter_store.reading import Reading
 from lorafx.adapter_store.stored import Adapter as Adapter
 from lorafx.config import LoraConfig

@@ -18,9 +18,7 @@ from torch import Tensor, nn
 
 from lorafx.adapter_store.expert_reading import ExpertReading
 from lorafx.adapter_store.extras import ExtrasReading, check_vector
-from lorafx.adapter_store.peft_keys import TRAINING_KEYS, FactorKey, parse, without_prefix
-from lorafx.adapter_store.places import TARGETS, ExpertPlace, SiteLanding, SitePart, saved_sizes
-from lorafx.adapter_store.problems import (
+from lorafx.adapter_store.findings import (
     Findings,
     Problem,
     Unsupported,
@@ -30,6 +28,8 @@ from lorafx.adapter_store.problems import (
     path_label,
     same,
 )
+from lorafx.adapter_store.peft_keys import TRAINING_KEYS, FactorKey, parse, without_prefix
+from lorafx.adapter_store.places import TARGETS, ExpertPlace, SiteLanding, SitePart, saved_sizes
 from lorafx.adapter_store.stored import LoraWeights
 from lorafx.model.convolutions import convolution_of, matrices
 from lorafx.model.extras import EXTRAS, When

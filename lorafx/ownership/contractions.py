@@ -6,6 +6,8 @@ owned operands must have the same letter and map.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -16,6 +18,14 @@ from lorafx.ownership.labels import Label, Own, Single
 from lorafx.ownership.symbolic import equal
 
 aten = torch.ops.aten
+
+#: Names of products' addend, left operand and right operand.
+PRODUCTS: dict[Any, tuple[str, str, str]] = {
+    aten.mm: ("", "self", "mat2"),
+    aten.bmm: ("", "self", "mat2"),
+    aten.addmm: ("self", "mat1", "mat2"),
+    aten.baddbmm: ("self", "batch1", "batch2"),
+}
 
 
 def lettered(

@@ -80,13 +80,14 @@ def flow_through(
     while True:
         flow = _run(graph, seeds, Flow(batch, withheld=withheld, assume=assume, picks=picks))
         lost = [end for end in _ends(graph) if isinstance(flow.label(end), Mixed)]
-        spoilt = _ancestors(lost).intersection(flow.given) if flow.given and lost else None
+        spoilt = ancestors(lost).intersection(flow.given) if flow.given and lost else None
         if not spoilt:
             return flow
         withheld |= spoilt
 
 
-def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes, and all that they are computed from."""
     found: set[fx.Node] = set()
     pending = list(nodes)
     while pending:

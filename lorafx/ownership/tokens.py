@@ -122,7 +122,7 @@ class Alignment:
             found = self._moved(node, views.MOVES[packet][0])
         elif packet in views.VIEWS:
             found = self._viewed(node)
-        elif packet in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm):
+        elif packet in contractions.PRODUCTS:
             found = self._contracted(node, packet)
         elif packet == aten.slice:
             found = self._cut(node)
@@ -201,21 +201,14 @@ class Alignment:
 
     def _contracted(self, node: fx.Node, packet: object) -> States:
         args = bound(node)
-        left, right = (
-            (args[k] for k in ("self", "mat2"))
-            if packet in (aten.mm, aten.bmm)
-            else (
-                args[k]
-                for k in (("mat1", "mat2") if packet == aten.addmm else ("batch1", "batch2"))
-            )
-        )
-        a, b = self.of(left), self.of(right)
-        if b[-1] is None and is_multiple(self.shape(right)[-1], self.tokens):
+        addend, *operands = contractions.PRODUCTS[packet]
+        a, b = (self.of(args[name]) for name in operands)
+        if b[-1] is None and is_multiple(self.shape(args[operands[1]])[-1], self.tokens):
             b = (*b[:-1], LOST)  # a new dimension of T entries is no list of positions
         out = (*(self._met(x, y) for x, y in zip(a[:-2], b[:-2], strict=True)), a[-2], b[-1])
-        if packet in (aten.mm, aten.bmm):
+        if not addend:
             return out
-        bias = self._broadcast([args["self"]], len(out))
+        bias = self._broadcast([args[addend]], len(out))
         return tuple(self._met(x, y) for x, y in zip(out, bias, strict=True))
 
     def _cut(self, node: fx.Node) -> States:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorafx.errors import ConfigError
 from lorafx.model.forward_check import is_dense
@@ -72,31 +73,13 @@ class Holder:
         return entry is not None and self.attribute in (entry.weight, "bias")
 
 
-class _Seen:
-    """Results by tensor identity, for the tensor's lifetime."""
-
-    def __init__(self) -> None:
-        self._found: dict[int, tuple[weakref.ref[Tensor], Derived | None]] = {}
-
-    def __contains__(self, tensor: Tensor) -> bool:
-        found = self._found.get(id(tensor))
-        return found is not None and found[0]() is tensor
-
-    def __getitem__(self, tensor: Tensor) -> Derived | None:
-        return self._found[id(tensor)][1]
-
-    def __setitem__(self, tensor: Tensor, derived: Derived | None) -> None:
-        key, found = id(tensor), self._found
-        found[key] = weakref.ref(tensor, lambda _: found.pop(key, None)), derived
-
-
 class DerivedTensors:
     """The derived tensors of a program."""
 
     def __init__(self, program: Program) -> None:
         self._owner = weakref.ref(program)  # no cycle: models are freed with their last reference
-        self._looked_at = _Seen()
-        self._views = _Seen()
+        self._looked_at = WeakTensorKeyDictionary()
+        self._views = WeakTensorKeyDictionary()
 
     @property
     def _program(self) -> Program:

@@ -17,6 +17,7 @@ from torch import fx
 
 from lorafx.kernels.cpu.grouped_mm import GROUPED_MM
 from lorafx.op_arguments import bound
+from lorafx.ownership.indexing import is_boolean
 from lorafx.program.frame import fake_value
 from lorafx.program.weight_uses import SAME_VALUE, order_of
 
@@ -89,7 +90,7 @@ def _interpret(weight: fx.Node, form: _Form, user: fx.Node) -> _Form | ExpertUse
         given = bound(user)["indices"]
         indices = [index for index in given if index is not None]
         first = len(indices) == 1 and given[0] is indices[0]
-        if first and fake_value(indices[0]).dim() == 1 and not _is_mask(indices[0]):
+        if first and fake_value(indices[0]).dim() == 1 and not is_boolean(indices[0]):
             return _Form(user, form.in_first, indices[0])
         return unknown("it is not indexed by one expert per row")
     if is_grouped(user):
@@ -106,18 +107,13 @@ def _batched(weight: fx.Node, form: _Form, user: fx.Node, unknown: Any) -> Exper
     call = bound(user)
     left, right = call["self"], call["mat2"]
     kind: ExpertUseKind = "all" if form.ids is None else "chosen"
-    if right is form.node and left is not form.node and form.in_first:
-        one = kind == "all" or _is_one(fake_value(left).shape[1])
-        if one:
-            return ExpertUse(kind, weight, user, left, form.ids)
+    fits = right is form.node and left is not form.node and form.in_first
+    if fits and (kind == "all" or _is_one(fake_value(left).shape[1])):
+        return ExpertUse(kind, weight, user, left, form.ids)
     swapped = left is form.node and right is not form.node and not form.in_first
     if swapped and kind == "chosen" and _is_one(fake_value(right).shape[2]):
         return ExpertUse(kind, weight, user, right, form.ids, swapped=True)
     return unknown("a product with x W in place of x Wᵀ")
-
-
-def _is_mask(index: fx.Node) -> bool:
-    return fake_value(index).dtype in (torch.bool, torch.uint8)
 
 
 def _is_one(size: Any) -> bool:

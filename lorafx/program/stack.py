@@ -10,8 +10,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -25,24 +24,11 @@ _COMPILERS = re.compile(r"torch(\._dynamo\..*|\._utils_internal)?|lorafx\..*|con
 _GRAPHS = re.compile(r"torch\.(_functorch|_inductor|fx)\b")
 
 
-@dataclass(frozen=True)
-class RunningCall:
-    """A module's running call."""
-
-    module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-
-
 def _frames() -> Iterator[FrameType]:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         yield frame
         frame = frame.f_back
-
-
-def call_of(code: CodeType) -> FrameType | None:
-    return next((frame for frame in _frames() if frame.f_code is code), None)
 
 
 def calling_modules() -> frozenset[int]:
@@ -65,19 +51,6 @@ def python_line() -> str | None:
         if name.partition(".")[0] not in ("torch", "lorafx"):
             return f"{frame.f_code.co_filename}:{frame.f_lineno}"
     return None
-
-
-def outermost_call(belongs: Callable[[nn.Module], bool]) -> RunningCall | None:
-    """The outermost running call of a module that `belongs` is true for. A module that
-    torch.compile wraps is taken for what it wraps."""
-    found: FrameType | None = None
-    for frame in _frames():
-        if frame.f_code is CALL and belongs(unwrapped(frame.f_locals["self"])):
-            found = frame
-    if found is None:
-        return None
-    values = found.f_locals
-    return RunningCall(unwrapped(values["self"]), values["args"], values["kwargs"])
 
 
 def called_directly(by: Callable[[FrameType], bool]) -> bool:
@@ -113,9 +86,13 @@ def unwrapped(module: nn.Module) -> nn.Module:
 def refuse_called_slips(belongs: Callable[[nn.Module], bool], way: str) -> None:
     """Raise ConfigError, as `refuse_slips`, for keywords that would choose an adapter elsewhere in
     the outermost running call; `way` is how adapters are chosen."""
-    running = outermost_call(belongs)
-    if running is not None and running.kwargs:
-        refuse_slips(running.kwargs, running.module.forward, running.module, {"": way})
+    found: Mapping[str, Any] = {}
+    for frame in _frames():
+        if frame.f_code is CALL and belongs(unwrapped(frame.f_locals["self"])):
+            found = frame.f_locals
+    if found and found["kwargs"]:
+        module = unwrapped(found["self"])
+        refuse_slips(found["kwargs"], module.forward, module, {"": way})
 
 
 def refuse_pipeline_slips(model: nn.Module) -> None:
@@ -124,7 +101,8 @@ def refuse_pipeline_slips(model: nn.Module) -> None:
     base: Any = sys.modules.get("transformers.pipelines.base")
     if base is None:
         return
-    frame = call_of(inspect.unwrap(base.Pipeline.__call__).__code__)
+    code = inspect.unwrap(base.Pipeline.__call__).__code__
+    frame = next((frame for frame in _frames() if frame.f_code is code), None)
     if frame is None:
         return
     given = frame.f_locals

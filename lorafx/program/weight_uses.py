@@ -25,6 +25,8 @@ from torch import fx
 from lorafx.kernels.ops.grouped_ops import Blocks
 from lorafx.model.forward_check import is_dense
 from lorafx.op_arguments import bound, index_of, operand
+from lorafx.ownership import contractions
+from lorafx.ownership.propagate import called_by
 from lorafx.program.frame import fake_value
 from lorafx.program.weight_forms import FIXED, Axis, WeightForm, same_size
 
@@ -258,18 +260,9 @@ def _scaled(held: _Held, user: fx.Node) -> _Held | Use:
     return replace(held, node=user, stored=False)
 
 
-#: Names of products' addend, left operand and right operand.
-_PRODUCTS: dict[Any, tuple[str, str, str]] = {
-    aten.mm.default: ("", "self", "mat2"),
-    aten.bmm.default: ("", "self", "mat2"),
-    aten.addmm.default: ("self", "mat1", "mat2"),
-    aten.baddbmm.default: ("self", "batch1", "batch2"),
-}
-
-
 def _product(held: _Held, user: fx.Node) -> Use:
     call = bound(user)
-    addend, *operands = _PRODUCTS[user.target]
+    addend, *operands = contractions.PRODUCTS[called_by(user)]
     bias = call.get(addend)
     left, right = (call[name] for name in operands)
     if any(call.get(name, 1) != 1 for name in ("alpha", "beta")):
@@ -342,7 +335,7 @@ _HANDLERS: dict[Any, _Handler] = {
     **dict.fromkeys(
         (aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int), _taken_apart
     ),
-    **dict.fromkeys(_PRODUCTS, _product),
+    **{op.default: _product for op in contractions.PRODUCTS},
     aten.linear.default: _linear,
     aten.embedding.default: _embedding,
     aten.mul.Tensor: _scaled,

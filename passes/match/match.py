@@ -26,6 +26,7 @@ from lorafx.model.marks import UNPROVED
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site, own_ranges
 from lorafx.op_arguments import bound, in_order, operand, rebind
+from lorafx.ownership.propagate import ancestors
 from lorafx.passes.match.match_experts import insert_expert_sites
 from lorafx.program.context import (
     CONV_OP,
@@ -202,7 +203,7 @@ class Match:
             moved = added.get(id(site))
             if origins[mark] is not None:
                 continue
-            if not moved or not _depends_on(bound(mark)["y"], moved):
+            if not moved or moved.isdisjoint(ancestors([bound(mark)["y"]])):
                 if site.own_rows and _forward_unknown(site):
                     ctx.refuse(Refusal((site,), "own", "what its forward computes is not known"))
                 continue
@@ -406,20 +407,6 @@ def _followed(
         else:
             return None, added
     return (uses.get(node) if isinstance(node, fx.Node) else None), added
-
-
-def _depends_on(node: fx.Node, ancestors: set[fx.Node]) -> bool:
-    """Whether `node` is computed from one of `ancestors`."""
-    seen: set[fx.Node] = set()
-    pending = [node]
-    while pending:
-        current = pending.pop()
-        if current in ancestors:
-            return True
-        if current not in seen:
-            seen.add(current)
-            pending.extend(current.all_input_nodes)
-    return False
 
 
 def _check_addends(ctx: Context, site: Site, addends: list[fx.Node]) -> None:

@@ -11,6 +11,7 @@ and aliasing. Mutation and randomness have no form: `regions` keeps them out.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,7 +92,7 @@ class _Former:
 
     def node(self, node: fx.Node) -> Hashable:
         if node.op == "get_attr":
-            return ("constant", _Constant(_attribute(self.gm, str(node.target))))
+            return ("constant", _Constant(operator.attrgetter(str(node.target))(self.gm)))
         arguments = (self.argument(node.args), self.argument(node.kwargs))
         return (node.op, node.target, *arguments, self.result(node))
 
@@ -217,10 +218,3 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
         return False
     with unset_fake_temporarily():  # passes run while AOTAutograd's fake mode is on
         return torch.equal(*(t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
-
-
-def _attribute(gm: fx.GraphModule, target: str) -> Any:
-    found: Any = gm
-    for name in target.split("."):
-        found = getattr(found, name)
-    return found
