@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import lorafx.kernels.triton.triton_ops  # noqa: F401  registers the op
+import lorafx.kernels.triton.ops  # noqa: F401  registers the op
 from lorafx.kernels.cost.chips import Chip, assumed_chip, chip_file, load_chip
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.triton.build import TritonSpec, build

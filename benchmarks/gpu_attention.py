@@ -22,9 +22,9 @@ from paged_attention import by_mask, step_of
 from torch import Tensor
 
 from lorafx.kernels.ops.paged_attention import PagedStep
+from lorafx.kernels.triton.attention import PagedAttentionSpec, architecture
+from lorafx.kernels.triton.attention import attend as attend_to_pages
 from lorafx.kernels.triton.generated import launch_interpreted, launch_wrapped
-from lorafx.kernels.triton.triton_attention import PagedAttentionSpec, architecture
-from lorafx.kernels.triton.triton_attention import attend as attend_to_pages
 
 #: By phase, the new tokens of each request and all that it has.
 CASES: dict[str, dict[str, list[tuple[int, int]]]] = {
@@ -47,7 +47,7 @@ HEADS = {"grouped": (32, 8, 128), "each its own": (32, 32, 128)}
 TOLERANCE = 3e-2
 
 
-#: Arm -> arguments of lorafx.kernels.triton.triton_attention.attend.
+#: Arm -> arguments of lorafx.kernels.triton.attention.attend.
 ARMS: dict[str, dict[str, Any]] = {
     "own keys": {},
     "tiles of few": {"few": True},

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tune import concat_linear
 
-import lorafx.kernels.triton.triton_ops  # noqa: F401  registers them
+import lorafx.kernels.triton.ops  # noqa: F401  registers them
 from lorafx.kernels.cost.chips import chip_of
 from lorafx.kernels.cost.roofline import FUSED, Work
 from lorafx.kernels.ops.delta_spec import DeltaSpec

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.triton.build import build, plan_of
-from lorafx.kernels.triton.triton_ops import columns_of
+from lorafx.kernels.triton.ops import columns_of
 
 #: Requests of a batch of prompts, each with M / REQUESTS rows.
 REQUESTS = 8

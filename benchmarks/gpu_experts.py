@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from gpu_job import Context
 from torch import Tensor
 
-import lorafx.kernels.triton.triton_ops  # noqa: F401  registers the op
+import lorafx.kernels.triton.ops  # noqa: F401  registers the op
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.triton.build import TritonSpec, build
 from lorafx.kernels.triton.source import Activation, Leaf, Load

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 
 from lorafx.kernels.ops.delta_spec import DeltaSpec
+from lorafx.kernels.triton.attention import PagedAttentionSpec
+from lorafx.kernels.triton.attention import kernel as attention_kernel
 from lorafx.kernels.triton.build import (
     CONCAT,
     EXPERTS,
@@ -31,8 +33,6 @@ from lorafx.kernels.triton.build import (
 from lorafx.kernels.triton.generated import GeneratedKernel, load
 from lorafx.kernels.triton.source import Activation, Leaf, Load, Spec, TritonSpec
 from lorafx.kernels.triton.tiles import ARCHITECTURES, Architecture
-from lorafx.kernels.triton.triton_attention import PagedAttentionSpec
-from lorafx.kernels.triton.triton_attention import kernel as attention_kernel
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 

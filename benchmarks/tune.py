@@ -28,7 +28,7 @@ from tile_cost import TileSet, fits, predicted
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-import lorafx.kernels.triton.triton_ops  # noqa: F401  registers the op
+import lorafx.kernels.triton.ops  # noqa: F401  registers the op
 from lorafx.kernels.cost.chips import Chip, chip_of
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.ops.op_library import BankArgs
@@ -43,9 +43,9 @@ from lorafx.kernels.triton.build import (
     tuned_file,
     tuning_key,
 )
+from lorafx.kernels.triton.ops import blocks_of, columns_of
 from lorafx.kernels.triton.source import TritonSpec
 from lorafx.kernels.triton.tiles import Architecture, Tiles, architecture_of
-from lorafx.kernels.triton.triton_ops import blocks_of, columns_of
 
 Timer = Callable[[TileSet], float]
 

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PAGED_CACHE, PagedStep
-from lorafx.kernels.triton.triton_attention import is_generated
+from lorafx.kernels.triton.attention import is_generated
 from lorafx.op_arguments import bound, in_order, index_of, operand
 from lorafx.program.context import Context
 from lorafx.program.frame import fake_value

@@ -36,7 +36,7 @@ from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.ops.op_library import Ranges
 from lorafx.kernels.triton.build import CONCAT, EXPERTS, TritonSpec, not_concat
 from lorafx.kernels.triton.build import build as build_triton
-from lorafx.kernels.triton.triton_ops import adjacent
+from lorafx.kernels.triton.ops import adjacent
 from lorafx.model.bank import Bank
 from lorafx.model.sites import Part, Site
 from lorafx.op_arguments import bound

@@ -54,7 +54,7 @@ from lorafx.torch_internals import triton_compat
 LINEAR = ("split", "epilogue", "recompute")
 #: Strategies of `lorafx::triton_experts`, likewise.
 EXPERTS = ("grouped", "activated")
-#: The strategy that makes x and W longer for the vendor's GEMM (triton_ops.py).
+#: The strategy that makes x and W longer for the vendor's GEMM (ops.py).
 CONCAT = "concat"
 #: Strategies of the deltas alone.
 DELTA = ("segments", "gemv", "embedding")

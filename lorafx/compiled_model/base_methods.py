@@ -13,6 +13,7 @@ from lorafx.weights.sources import Weights
 from lorafx.weights.update import WeightUpdate, update_weights
 
 if TYPE_CHECKING:
+    from lorafx.runtime.entry import CompiledForwards
     from lorafx.runtime.session import Session
 
 
@@ -20,10 +21,7 @@ class BaseMethods:
     """The part of `CompiledModel` that is about base weights."""
 
     _session: Session
-
-    def _check_attached(self) -> None:
-        """Raise CaptureError where the model was detached."""
-        raise NotImplementedError
+    _entries: CompiledForwards
 
     def load_weights(
         self, weights: Weights, *, strict: bool = True, undo: Undo = "memory"
@@ -66,7 +64,7 @@ class BaseMethods:
         over a function, or while files are read, weights are partly written, and calls are refused
         until an update succeeds.
         """
-        self._check_attached()
+        self._entries.check_attached()
         return update_weights(self._session, weights, strict=strict, undo=undo)
 
     def merge(self, name: str, *, requantize: bool = False) -> MergeReport:
@@ -96,7 +94,7 @@ class BaseMethods:
 
         Nothing has changed then.
         """
-        self._check_attached()
+        self._entries.check_attached()
         return merge(self._session, name, requantize=requantize)
 
     def unmerge(self, *, force: bool = False) -> None:
@@ -145,5 +143,5 @@ class BaseMethods:
                 that could declare tied weights untied.
             CheckpointError: the folder cannot be written.
         """
-        self._check_attached()
+        self._entries.check_attached()
         return export_merged(self._session, name, Path(folder), max_shard_size=max_shard_size)

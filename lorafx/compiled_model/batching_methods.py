@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers.generation.continuous_batching.requests import GenerationOutput
 
     from lorafx.generation.continuous.manager import AdapterBatchingManager
-    from lorafx.runtime.entries import CompiledForwards
+    from lorafx.runtime.entry import CompiledForwards
     from lorafx.runtime.session import Session
 
 
@@ -38,10 +38,6 @@ class BatchingMethods:
 
     _session: Session
     _entries: CompiledForwards
-
-    def _check_attached(self) -> None:
-        """Raise CaptureError where the model was detached."""
-        raise NotImplementedError
 
     @contextmanager
     def continuous_batching(
@@ -77,7 +73,7 @@ class BatchingMethods:
             CaptureError: the model was detached.
         """
         refuse_slips(engine, self.continuous_batching, ways=_BY_REQUEST)
-        self._check_attached()
+        self._entries.check_attached()
         refuse_added_tokens(self._session, "continuous_batching()")
         manager = _manager()(
             self._entries,

@@ -36,8 +36,7 @@ from lorafx.model.sites import Site
 from lorafx.program.program import Program
 from lorafx.program.stack import refuse_pipeline_slips, unwrapped
 from lorafx.runtime.call_inputs import check_tensors
-from lorafx.runtime.entries import CompiledForwards
-from lorafx.runtime.entry import Entry, entered
+from lorafx.runtime.entry import CompiledForwards, Entry, entered
 from lorafx.runtime.idle import Resting
 from lorafx.runtime.requests import (
     LastCall,
@@ -134,7 +133,7 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
             ProvenanceError, MatchError: this batch cannot be served correctly; the error says why.
             CaptureError: the model was detached, moved, or needs more graphs than allowed.
         """
-        self._check_attached()
+        self._entries.check_attached()
         refuse_slips(kwargs, self.model.forward, self.model)
         asked: Any = checked_names(adapter_names)
         tokens = None
@@ -176,7 +175,7 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
 
         It also raises what `forward` raises.
         """
-        self._check_attached()
+        self._entries.check_attached()
         generating = getattr(self.model, "generate", self.model.forward)
         refuse_slips(kwargs, generating, self.model, BY_ROW)
         main = getattr(self.model, "main_input_name", "input_ids")
@@ -187,7 +186,7 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
             args: Sequence[Any], kwargs: Mapping[str, Any], names: Names | None, _: Any
         ) -> Any:
             def run() -> Any:
-                self._check_attached()
+                self._entries.check_attached()
                 return self._generation.generate(*args, **kwargs)
 
             return self._session.call(run, asked if names is None else names, repeats=True)
@@ -213,7 +212,7 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
     def _run_forward(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The model's forward for the requests of the running call; the model's call, where hooks
         of the model itself run around its graphs. An attached model was called itself."""
-        self._check_attached()  # it may have been detached while the call waited
+        self._entries.check_attached()  # it may have been detached while the call waited
         forward, session, model = forward_of(self._entries), self._session, self.model
         around = session.program.hook_watch.around and not self.attached
         if not around or not any(hooks_of(model)):
@@ -227,7 +226,7 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
     def capture(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Capture the graphs for this call, without adapters and with them, by running it both
         ways."""
-        self._check_attached()
+        self._entries.check_attached()
         session = self._session
 
         def both() -> None:
@@ -285,7 +284,7 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
 
         It also raises what the model's own forward raises for these inputs.
         """
-        self._check_attached()
+        self._entries.check_attached()
         warm_up(
             self,
             example_inputs,
@@ -352,9 +351,6 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
     def detached(self) -> bool:
         """Whether its marks were taken off the model."""
         return not self._attachment.rollback
-
-    def _check_attached(self) -> None:
-        self._entries.check_attached()
 
 
 #: Those that are in use, and some that were detached.

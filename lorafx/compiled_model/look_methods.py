@@ -113,7 +113,7 @@ class LookMethods:
         from lorafx.inspection.profiling import profiled
 
         compiled = cast("CompiledModel", self)
-        compiled._check_attached()
+        compiled._entries.check_attached()
         serve = partial(compiled, adapter_names=list(adapter_names))
         self._profile = profiled(compiled, inputs, adapter_names, calls, serve)
         return self._profile

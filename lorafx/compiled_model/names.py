@@ -164,7 +164,7 @@ def _served(compiled: CompiledModel, owner: nn.Module, method: MethodType) -> Ca
             session.refuse_injected()
             if names is None and (session.default is None or session.running.updating):
                 return session.beside_engine(functools.partial(method, *args, **kwargs))
-            compiled._check_attached()
+            compiled._entries.check_attached()
 
             def run() -> Any:
                 if session.base.merged is not None or not wanted(session):

@@ -23,7 +23,7 @@ from lorafx.adapter_store.names import BASE, adapters_among, members
 from lorafx.errors import BatchError, LorafxWarning, UnknownAdapterError
 from lorafx.program.argument_roles import RoleTable
 from lorafx.program.row_dims import caches
-from lorafx.runtime.entries import CompiledForwards
+from lorafx.runtime.entry import CompiledForwards
 from lorafx.runtime.idle import refuse_elsewhere
 from lorafx.runtime.requests import Names, Requests
 from lorafx.runtime.session import Session

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from lorafx.errors import CaptureError, ConfigError, LorafxError
 from lorafx.generation.alora import generating_forward_of
-from lorafx.runtime.entries import CompiledForwards
-from lorafx.runtime.entry import Entry
+from lorafx.runtime.entry import CompiledForwards, Entry
 from lorafx.runtime.idle import refuse_elsewhere, wanted
 from lorafx.runtime.replaced_methods import Replaced
 from lorafx.runtime.session import Session

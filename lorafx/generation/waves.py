@@ -25,7 +25,7 @@ from lorafx.adapter_store.store import AdapterStore
 from lorafx.errors import BatchError
 from lorafx.program.argument_roles import RoleTable
 from lorafx.program.row_dims import CACHES, ROW_DIMS
-from lorafx.runtime.entries import CompiledForwards
+from lorafx.runtime.entry import CompiledForwards
 from lorafx.runtime.requests import Names
 from lorafx.runtime.session import Session
 

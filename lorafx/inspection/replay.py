@@ -23,8 +23,7 @@ from lorafx.pass_order import CAPTURED, pipeline
 from lorafx.passes.outline.outline import Outline
 from lorafx.passes.products import Join
 from lorafx.passes.provenance import Provenance
-from lorafx.runtime.entries import CompiledForwards
-from lorafx.runtime.entry import Entry, entered
+from lorafx.runtime.entry import CompiledForwards, Entry, entered
 from lorafx.runtime.requests import LastCall
 from lorafx.runtime.session import Session
 

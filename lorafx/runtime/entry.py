@@ -24,7 +24,7 @@ from lorafx.capture.tracking import Tracking
 from lorafx.capture.weights_in_python import WeightUses
 from lorafx.errors import CaptureError, LorafxError, MatchError, ReplacedModuleError
 from lorafx.model.experts import LOOP, loops
-from lorafx.model.marks import MARKS
+from lorafx.model.marks import MARKS, Attachment
 from lorafx.ownership.held import MOST_REQUESTS
 from lorafx.ownership.memory import Memory
 from lorafx.program.argument_roles import RoleTable, tensor_leaves
@@ -33,7 +33,7 @@ from lorafx.program.row_dims import IMAGES
 from lorafx.program.row_handoff import held_argument
 from lorafx.runtime.call_inputs import check_inputs, plain_tokens
 from lorafx.runtime.idle import refuse_elsewhere
-from lorafx.runtime.replaced_methods import InPlace
+from lorafx.runtime.replaced_methods import InPlace, forward_of
 from lorafx.runtime.session import Session
 from lorafx.torch_internals.compat import is_recompile_limit, mark_fixed_shape
 
@@ -342,3 +342,43 @@ def _target(program: Program, module: nn.Module, forward: Callable[..., Any]) ->
 def entered(frame: FrameType) -> bool:
     """True for the frame of a running entry, which calls the program with a call's arguments."""
     return frame.f_code is Entry._serve.__code__
+
+
+class CompiledForwards:
+    """The entries of one session. `made` are those that there are; `attachment` put the marks on
+    the model of a `CompiledModel`."""
+
+    def __init__(self, session: Session, attachment: Attachment) -> None:
+        self.session = session
+        self.made: dict[tuple[Any, ...], Entry] = {}
+        self._attachment = attachment
+
+    @property
+    def model(self) -> nn.Module:
+        return self.session.program.model
+
+    def of(
+        self,
+        module: nn.Module,
+        *,
+        per_token: bool = False,
+        packed: bool = False,
+        method: MethodType | None = None,
+    ) -> Entry:
+        """The compiled forward of `module`, which is the model or a part that is called directly,
+        or another method of it. A forward that has been put in the place of another has an entry
+        of its own, which takes the other's place."""
+        name = "forward" if method is None else method.__name__
+        function = forward_of(module) if method is None else method
+        key = id(module), per_token, packed, name
+        entry = self.made.get(key)
+        if entry is None or not entry.compiles(function):
+            entry = self.made[key] = Entry(
+                self.session, module, function, name, per_token=per_token, packed=packed
+            )
+        return entry
+
+    def check_attached(self) -> None:
+        """Raise CaptureError where the model was detached."""
+        if not self._attachment.rollback:
+            raise CaptureError("this model was detached; call lorafx.compile again")

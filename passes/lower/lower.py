@@ -26,9 +26,9 @@ from lorafx.kernels.cost.roofline import FUSED
 from lorafx.kernels.cpu.delta_kernels import delta_call
 from lorafx.kernels.cpu.grouped_mm import GROUPED_MM, kernel_of
 from lorafx.kernels.ops.op_library import BankArgs
-from lorafx.kernels.triton import triton_ops
+from lorafx.kernels.triton import ops as triton_ops
 from lorafx.kernels.triton.build import CONCAT, EXPERTS, plan_of
-from lorafx.kernels.triton.triton_ops import adjacent
+from lorafx.kernels.triton.ops import adjacent
 from lorafx.op_arguments import bound, in_order
 from lorafx.passes.fuse.fuse_experts import FUSED_EXPERTS, product, region
 from lorafx.passes.lower.triton_graph import inline_triton_ops

@@ -14,7 +14,7 @@ import torch
 from aot import TARGETS, Record, compile_variant
 from triton_variants import AotVariant, variants_for_aot
 
-from lorafx.kernels.triton.triton_attention import PagedAttentionSpec
+from lorafx.kernels.triton.attention import PagedAttentionSpec
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "kernels.md"
 #: One variant a kernel, the layer o_proj of Llama-3-8B, whose row tiles are those of many requests,

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from triton_cases import CPU, FP32
 
-import lorafx.kernels.triton.triton_ops  # noqa: F401  registers it
+import lorafx.kernels.triton.ops  # noqa: F401  registers it
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.triton.build import TritonSpec, build
 from lorafx.kernels.triton.source import Activation

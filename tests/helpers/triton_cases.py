@@ -23,7 +23,7 @@ import torch
 from delta_oracle import Problem, dense_delta, of_order_one, random_problem
 from torch import Tensor
 
-import lorafx.kernels.triton.triton_ops  # noqa: F401  registers the ops
+import lorafx.kernels.triton.ops  # noqa: F401  registers the ops
 from lorafx.kernels.triton.build import CONCAT, LINEAR, TritonSpec, build
 from lorafx.kernels.triton.tiles import Tiles
 

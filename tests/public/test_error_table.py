@@ -58,7 +58,7 @@ def test_all_errors_are_public_and_derive_from_the_root() -> None:
 
 def test_classes_of_other_modules_are_kinds_of_these() -> None:
     """Somebody who handles the page's classes handles all."""
-    for module in ("adapter_store", "model", "capture", "session", "serving"):
+    for module in ("adapter_store", "model", "capture", "runtime", "compiled_model"):
         package = importlib.import_module(f"lorafx.{module}")
         for found in pkgutil.iter_modules(package.__path__, f"lorafx.{module}."):
             for value in vars(importlib.import_module(found.name)).values():

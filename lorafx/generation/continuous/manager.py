@@ -34,7 +34,7 @@ from lorafx.generation.continuous.scheduling import all_pinned, drop, paired, st
 from lorafx.model.keywords import refuse_slips
 
 if TYPE_CHECKING:
-    from lorafx.runtime.entries import CompiledForwards
+    from lorafx.runtime.entry import CompiledForwards
 
 
 #: How a request names its adapter.

@@ -24,7 +24,7 @@ from lorafx.adapter_store.stored import Hold
 from lorafx.generation.continuous.adapter_requests import AdapterRequest, hold_of
 from lorafx.generation.continuous.failures import OF_THE_DEVICE, in_parts
 from lorafx.generation.continuous.step_cache import ATTENDING_DEVICES, StepCache
-from lorafx.runtime.entries import CompiledForwards
+from lorafx.runtime.entry import CompiledForwards
 from lorafx.runtime.loading import fill_ahead
 
 

@@ -19,7 +19,7 @@ from transformers.generation.continuous_batching.cache_allocators import (
 
 from lorafx.errors import ConfigError
 from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PAGED_CACHE, PagedStep
-from lorafx.kernels.triton.triton_attention import has_kernels
+from lorafx.kernels.triton.attention import has_kernels
 
 #: In which its sums in float32 are as exact as attention otherwise is.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -15,10 +15,10 @@ from paged_steps import TOLERANCE, paged_step
 from torch import Tensor
 
 from lorafx.kernels.ops.paged_attention import PagedStep, by_request
-from lorafx.kernels.triton import triton_attention as module
+from lorafx.kernels.triton import attention as module
+from lorafx.kernels.triton.attention import FEW, PagedAttentionSpec, attend
 from lorafx.kernels.triton.generated import GeneratedKernel, launch_interpreted
 from lorafx.kernels.triton.tiles import ARCHITECTURES, Architecture
-from lorafx.kernels.triton.triton_attention import FEW, PagedAttentionSpec, attend
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 

@@ -16,10 +16,10 @@ from triton_cases import BF16, Case, kernel_of, lora, make_case, run
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.ops.op_library import BankArgs
-from lorafx.kernels.triton import triton_ops
+from lorafx.kernels.triton import ops as triton_ops
 from lorafx.kernels.triton.build import LINEAR, build, plan_of
 from lorafx.kernels.triton.generated import launch_wrapped
-from lorafx.kernels.triton.triton_ops import columns_of
+from lorafx.kernels.triton.ops import columns_of
 
 STRATEGY_OPS = {
     **dict.fromkeys(LINEAR, lora.triton_linear),

@@ -24,8 +24,8 @@ from triton_cases import (
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.triton.build import build, plan_of, tiles_for
+from lorafx.kernels.triton.ops import columns_of
 from lorafx.kernels.triton.tiles import ARCHITECTURES, architecture_of
-from lorafx.kernels.triton.triton_ops import columns_of
 
 # --- embeddings ---
 
