@@ -1,5 +1,5 @@
-"""Rules for operators of images and signals (batch, channels, spatial...) with shared weights. An
-owner before the worked dimensions survives."""
+"""Rules for operators of images and signals (batch, channels, spatial...) with shared weights, and
+of linear algebra on batches of matrices. An owner before the worked dimensions survives."""
 
 from __future__ import annotations
 
