@@ -60,11 +60,10 @@ from lorafx.torch_internals.shortcuts import chosen
 
 @dataclass(frozen=True)
 class Compilation:
-    """A graph on its way to an executable; `owner` finds its program at run time."""
+    """A graph on its way to an executable."""
 
     frame: Frame
     record: GraphRecord
-    owner: ProgramLookup
     lowering: Lowering
     parts: Parts
 
@@ -172,19 +171,18 @@ class Backend:
         # Compilers may change the graph.
         values = [node.meta.get("example_value") for node in inputs]
         sources = [getattr(node.meta.get("grapharg"), "source", None) for node in inputs]
-        owner = self.owner(frame, [p for p, item in enumerate(frame.inputs) if item.sites])
         search = LookupSearch(gm.graph, frame)
         if isinstance(lowering, InductorLowering):
             search.check_inside(gm)
         parts = Parts(record.checks, base=not active, bound=bound, lookups=search.lookups)
         if self.noted is not None:
             parts.foreign = foreign_operators(gm)
-        compilation = Compilation(frame, record, owner, lowering, parts)
+        compilation = Compilation(frame, record, lowering, parts)
         model = type(program.model).__name__
         compiling = shown(f"{record.title} of {model}, {record.reason}")
         with compiling, self.failing(record):
             compiled = self.compile_lora if active else self._compile_base
-            executable = parts.around(program, owner, compiled(gm, examples, compilation))
+            executable = parts.around(program, self.owner(), compiled(gm, examples, compilation))
         record.checks.places.look_once(values)
         self.records.append(record)
         if self.noted is not None:
@@ -275,7 +273,7 @@ class Backend:
         noting = self._noting(compilation.parts)
         with in_tracing(), noting, timed(record.spans, "AOTAutograd"):
             compiled = traced_once(gm, trace, record.title) if folds else trace(gm, None)
-        return checked(record.checks, compilation.owner, compiled)
+        return checked(record.checks, self.owner(), compiled)
 
     def _noting(self, parts: Parts) -> AbstractContextManager[None]:
         return nullcontext() if self.noted is None else noted(parts)
@@ -319,10 +317,8 @@ class Backend:
             None if name in (SLOTS, ONE_SLOT) else (tuple(value.shape), value.stride(), value.dtype)
             for (_, _, name), value in zip(extra, values, strict=True)
         ]
-        # Parts of a tensor subclass do not name their site.
-        whole = [node for node, item in frame.by_node.items() if item.sites and not item.part]
-        owner = self.owner(frame, [frame.positions[node] for node in whole])
-        return with_lookups(record.checks, owner, executable, extra, parts.banks, record.numeric)
+        numeric = record.numeric
+        return with_lookups(record.checks, self.owner(), executable, extra, parts.banks, numeric)
 
     @contextmanager
     def lowering_timed(self, record: GraphRecord) -> Iterator[None]:
@@ -344,8 +340,6 @@ class Backend:
                 self.recorded(record)
             raise
 
-    def owner(self, frame: Frame, weights: Sequence[int]) -> ProgramLookup:
-        """How an executable of `frame` finds the program that it serves. `weights` are the
-        positions of sites' weights among the arguments that it is called with."""
-        program = weakref.ref(self.program)  # Dynamo keeps executables among a module's globals
-        return lambda arguments: program()
+    def owner(self) -> ProgramLookup:
+        """How an executable finds the program that it serves."""
+        return weakref.ref(self.program)  # Dynamo keeps executables among a module's globals

@@ -16,7 +16,7 @@ from lorafx.errors import BatchError, CaptureError, LorafxError, MatchError, Pro
 from lorafx.model.extras import EXTRAS, When
 from lorafx.model.sites import Site
 from lorafx.ownership.held import Alone
-from lorafx.program.argument_roles import Role, check_requests, warn_ambiguous
+from lorafx.program.argument_roles import Role
 from lorafx.program.frame import Frame
 from lorafx.program.program import Program
 from lorafx.program.row_handoff import Handover, Rows
@@ -31,23 +31,20 @@ class InputPlaces:
     Attributes:
         weights, banks: site path -> position, and index among the weight's or the group's sites.
         requests: (position, dimension, name) of inputs that carry requests.
-        called: those that are arguments of the call.
         arguments: position -> role of call arguments that may be something else in another call.
         plain: positions of matrices (and stacks) that may be a site's weight in another call.
         derived: path, position and form of each tensor that contains part of a site's weight.
-        assumed: position -> argument whose request dimension is conventional, until warned about.
-        choices: those of `called` with several sequences a request in dimension 1, equally many.
+        choices: arguments of the call with several sequences a request in dimension 1, equally
+            many.
         number: how many requests the graph is for, if its inputs are of one request each.
     """
 
     weights: dict[str, tuple[int, int]] = field(default_factory=dict)
     banks: dict[str, tuple[int, int]] = field(default_factory=dict)
     requests: list[tuple[int, int, str]] = field(default_factory=list)
-    called: list[tuple[int, int, str]] = field(default_factory=list)
     arguments: dict[int, Role] = field(default_factory=dict)
     plain: list[int] = field(default_factory=list)
     derived: list[tuple[str, int, WeightForm | None]] = field(default_factory=list)
-    assumed: dict[int, str] = field(default_factory=dict)
     choices: list[tuple[int, int, str]] = field(default_factory=list)
     number: int | None = None
 
@@ -70,10 +67,6 @@ class InputPlaces:
             dim = item.requests_dim
             if dim is not None and dim < example.dim():
                 places.requests.append((position, dim, item.label))
-                if item.role is not None and item.role.assumed:
-                    places.assumed[position] = item.role.argument
-                if item.kind == "argument":
-                    places.called.append(places.requests[-1])
                 if frame.chosen(item):
                     places.choices.append((position, 1, item.label))
             if item.kind == "argument" and item.role is not None and not frame.begins_call:
@@ -85,7 +78,6 @@ class InputPlaces:
     def look_once(self, values: Sequence[Any]) -> None:
         """After compilation, check only one of the inputs with request counts guarded equal."""
         self.requests = _of_different_sizes(self.requests, values)
-        self.called = _of_different_sizes(self.called, values)
 
     @property
     def conditional(self) -> bool:
@@ -131,19 +123,10 @@ class InputPlaces:
             found.update(site.path for site in sites if program.is_touched(site))
         return sorted(found)
 
-    def rows(self, arguments: Sequence[Any], *, called: bool = False) -> int | None:
-        """The number of requests by the inputs, or by the call's arguments."""
-        places = self.called if called else self.requests
-        sizes = [arguments[position].shape[dim] for position, dim, _ in places]
+    def rows(self, arguments: Sequence[Any]) -> int | None:
+        """The number of requests by the inputs."""
+        sizes = [arguments[position].shape[dim] for position, dim, _ in self.requests]
         return max(sizes) if sizes else self.number
-
-    def check_rows(self, arguments: Sequence[Any], rows: int) -> None:
-        """Raise BatchError unless inputs have `rows` requests or a shared one; may warn once."""
-        for position, dim, name in self.called:
-            check_requests(name, arguments[position].shape, dim, rows)
-        for position, argument in list(self.assumed.items()):
-            if warn_ambiguous(argument, arguments[position], rows):
-                del self.assumed[position]
 
     def check_choices(self, arguments: Sequence[Any]) -> None:
         if len({arguments[position].shape[dim] for position, dim, _ in self.choices}) > 1:

@@ -2,8 +2,8 @@
 
     arguments → checks of this batch → lookup of `match`'s inputs → graph → results noted
 
-An executable keeps nothing of a layer or model: it finds the program by the arguments
-(`ProgramLookup`), and banks by the weight at their position.
+An executable keeps nothing of a layer or model: it asks for the program (`ProgramLookup`), and
+finds banks by the weight at their position.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from lorafx.program.program import Program
 from lorafx.program.row_handoff import OfList, Rows
 from lorafx.program.stack import calling_modules
 
-#: The program that a graph serves, by the graph's arguments; None for models without LoRA.
-ProgramLookup = Callable[[Sequence[Any]], "Program | None"]
+#: The program that a graph serves; None once it is gone.
+ProgramLookup = Callable[[], "Program | None"]
 
 #: Sizes, strides and dtype of a bank's tensor.
 BankLayout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
@@ -39,7 +39,7 @@ def checked(
     """The graph with checks of the batch and of its inputs, and with its results noted."""
 
     def run(*arguments: Any) -> Any:
-        program = owner(arguments)
+        program = owner()
         if program is None:
             return compiled(*arguments)
         return untracked(partial(_run, program, arguments))
@@ -118,7 +118,7 @@ def with_lookups(
     rooms = frozenset(extra)
 
     def run(arguments: list[Any]) -> Any:
-        program = owner(arguments)
+        program = owner()
         if program is not None:
             if checks.inside:
                 _check_callers(program, arguments, checks)
@@ -146,7 +146,7 @@ def for_base(checks: Checks, owner: ProgramLookup, base: Callable[..., Any]) -> 
         return base  # only calls of this kind reach it
 
     def run(*arguments: Any) -> Any:
-        program = owner(arguments)
+        program = owner()
         if program is not None and program.runtime.active:
             checks.check(program, arguments)
         return base(*arguments)

@@ -119,7 +119,7 @@ class Parts:
     ) -> Callable[..., Any]:
         assert self.wrappers is not None
 
-        def owner(arguments: Sequence[Any]) -> Program:
+        def owner() -> Program:
             return program
 
         if self.base:
