@@ -156,19 +156,19 @@ class PackWeights:
         assert attachment is not None
         alone = model.graph.alone()
         packed: list[PackedGroup] = []
-        told: list[tuple[str, str]] = []
+        notes: list[tuple[str, str]] = []
         for group in attachment.groups:
             pack = pack_weights(model.graph, group, alone)
             members = " + ".join(group.members)
             if pack is None:
                 if len(group.sites) > 1:
-                    told.append((group.parent, f"{members} {_APART}"))
+                    notes.append((group.parent, f"{members} {_APART}"))
                 continue
-            told.append((group.parent, f"the weights of {members} are views of one buffer"))
+            notes.append((group.parent, f"the weights of {members} are views of one buffer"))
             packed.append(pack)
             for site in group.sites:
                 mark = attachment.marks[site.path]
                 mark.weight, mark.bias = pack.weight, pack.bias
         model.packed = tuple(packed)
-        model.notes += alike(told)
+        model.notes += alike(notes)
         return len(packed)

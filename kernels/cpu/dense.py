@@ -21,6 +21,7 @@ import ctypes
 import functools
 import threading
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -187,14 +188,21 @@ def product_fake(*operands: Any) -> Tensor:
     N, K = weight.shape
     require(op, x.shape[1] == K, f"x has {x.shape[1]} columns, weight has {K}")
     require(op, not sizes or sum(sizes) == N, f"sizes {sizes} do not add up to {N}")
-    require(op, all(own.shape == (N,) for own in bias), f"bias is ({N},)")
+    require(op, all(vector.shape == (N,) for vector in bias), f"bias is ({N},)")
     y: Tensor = x.new_empty(x.shape[0], N)
     return y
 
 
+def _parted(arguments: Sequence[Any]) -> tuple[Sequence[Any], BankArgs, int, int]:
+    """The operands of `product`, and bank, rows and kernel as `run_delta_` takes them."""
+    *first, rows, kernel = arguments
+    count = len(first) - len(BankArgs._fields)
+    return first[:count], BankArgs(*first[count:]), rows, kernel
+
+
 def product_and_delta(*arguments: Any) -> Tensor:
-    """`product` and its delta; bank, rows and kernel, as `run_delta_` takes them, come last."""
-    operands, (*bank, rows, kernel) = arguments[:-7], arguments[-7:]
+    """`product` and its delta."""
+    operands, bank, rows, kernel = _parted(arguments)
     *bias, x, _, _ = operands
     if x.device.type == "cpu" and kernel in KERNELS and ready(x.dtype):
         joined: Tensor = (DENSE_ADDMM_DELTA if bias else DENSE_MM_DELTA)(*arguments)
@@ -205,10 +213,10 @@ def product_and_delta(*arguments: Any) -> Tensor:
 
 
 def product_and_delta_fake(*arguments: Any) -> Tensor:
-    y = product_fake(*arguments[:-7])
-    *bank, rows, _ = arguments[-7:]
-    op = "dense_addmm_delta" if len(arguments) == 11 else "dense_mm_delta"
-    check_bank(op, BankArgs(*bank))
+    (*bias, x, weight, sizes), bank, rows, _ = _parted(arguments)
+    y = product_fake(*bias, x, weight, sizes)
+    op = "dense_addmm_delta" if bias else "dense_mm_delta"
+    check_bank(op, bank)
     check_rows(op, y.shape[:-1], y.shape[:-1], rows)
     return y
 

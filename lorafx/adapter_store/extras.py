@@ -347,7 +347,9 @@ class ExtrasReading:
         return found
 
     def refuse_absent_biases(self, sites: Sequence[Site]) -> None:
-        for site in dict.fromkeys(sites) if self.config.bias != "none" else ():
+        if self.config.bias == "none":
+            return
+        for site in dict.fromkeys(sites):
             held = isinstance(getattr(site.module, "bias", None), Tensor)
             if held and id(site.module) not in self._biased:
                 self.findings.problems.append(

@@ -242,8 +242,12 @@ class PeftConfig:
 
     def tokens_of(self, path: str) -> tuple[int, ...] | None:
         """The trained tokens of the embedding at `path`, where the configuration names them."""
-        longest_first = sorted(self.trainable_token_indices.items(), key=lambda item: -len(item[0]))
-        return next((ids for name, ids in longest_first if path.endswith(name)), None)
+        return next((ids for name, ids in self._longest_first if path.endswith(name)), None)
+
+    @cached_property
+    def _longest_first(self) -> list[tuple[str, tuple[int, ...]]]:
+        """The trained tokens by endings of names; every module of a model is looked up."""
+        return sorted(self.trainable_token_indices.items(), key=lambda item: -len(item[0]))
 
     @cached_property
     def _ranks(self) -> list[tuple[Pattern, int]]:

@@ -199,6 +199,9 @@ class AdapterGeneration(CBGenerateManager):
             raise RequestError(str(error), status=500) from error
         return processor._tokenizer.decode(tokens, skip_special_tokens=True), length, tokens
 
+    def stop(self) -> None:
+        """Nothing: the engine is the server's. transformers' own would call itself here."""
+
     def _prepare(self, inputs: dict[str, Any], config: GenerationConfig) -> None:
         """Raise RequestError where the prompt is too long or empty; have the answer fit."""
         length = len(inputs["input_ids"])
