@@ -33,8 +33,8 @@ from lorafx.capture.driver import run_pipeline
 from lorafx.capture.executable import ProgramLookup, checked, looked_at, with_lookups
 from lorafx.capture.failures import in_lowering, in_tracing
 from lorafx.capture.instances import Form, Instances
-from lorafx.capture.lookups import LookupSearch
-from lorafx.capture.lowering import InductorLowering, Lowering, compile_base, lowering_for
+from lorafx.capture.lookups import check_lookups
+from lorafx.capture.lowering import Lowering, compile_base, lowering_for
 from lorafx.capture.needless_guards import keep_guards
 from lorafx.capture.parts import Captured, Parts, foreign_operators, noted
 from lorafx.capture.record import GraphRecord, Span
@@ -171,10 +171,8 @@ class Backend:
         # Compilers may change the graph.
         values = [node.meta.get("example_value") for node in inputs]
         sources = [getattr(node.meta.get("grapharg"), "source", None) for node in inputs]
-        search = LookupSearch(gm.graph, frame)
-        if isinstance(lowering, InductorLowering):
-            search.check_inside(gm)
-        parts = Parts(record.checks, base=not active, bound=bound, lookups=search.lookups)
+        check_lookups(gm, frame)
+        parts = Parts(record.checks, base=not active, bound=bound)
         if self.noted is not None:
             parts.foreign = foreign_operators(gm)
         compilation = Compilation(frame, record, lowering, parts)

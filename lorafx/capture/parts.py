@@ -20,7 +20,6 @@ from torch import fx
 from lorafx.capture.bound_inputs import BoundInputs
 from lorafx.capture.checks import Checks
 from lorafx.capture.executable import BankLayout, ProgramLookup, checked, for_base, with_lookups
-from lorafx.capture.lookups import Lookups
 from lorafx.kernels.cpu.delta_kernels import builds_noted
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.op_arguments import TRACED_WRITE
@@ -102,7 +101,6 @@ class Parts:
     foreign: list[str] = field(default_factory=list)
     wrappers: Wrappers | None = None
     bound: BoundInputs | None = None
-    lookups: Lookups = field(default_factory=Lookups)
     whole: bool = True
 
     def around(
@@ -111,7 +109,6 @@ class Parts:
         """The executable of AOTAutograd's function; with adapters, `checked`."""
         if self.base:
             compiled = for_base(self.checks, owner, compiled)
-        compiled = self.lookups.around(compiled)
         return compiled if self.bound is None else self.bound.around(program, compiled)
 
     def executable(
