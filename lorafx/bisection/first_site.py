@@ -15,10 +15,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from lorafx.bisection.reference import Modules
+from lorafx.bisection.reference import Modules, difference
 from lorafx.bisection.result import FirstSite
 from lorafx.capture.recorder import Stage
-from lorafx.capture.verify import difference
 from lorafx.program.context import module_path
 
 #: A node and the index of a result, None for all.

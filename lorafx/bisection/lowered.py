@@ -14,11 +14,11 @@ from typing import Any
 from torch import Tensor, fx
 
 from lorafx.bisection.first_site import Run, between, recorded
+from lorafx.bisection.reference import difference
 from lorafx.bisection.result import FirstSite
 from lorafx.capture.driver import stays
 from lorafx.capture.lowering import Lowering
 from lorafx.capture.recorder import Stage, copied
-from lorafx.capture.verify import cloned, difference
 from lorafx.torch_internals.trees import tree_leaves
 
 
@@ -116,3 +116,7 @@ def _cut_off(gm: fx.GraphModule, last: fx.Node) -> fx.GraphModule:
     cut.graph.eliminate_dead_code(stays)
     cut.recompile()
     return cut
+
+
+def cloned(values: Sequence[Any]) -> list[Any]:
+    return [item.clone() if isinstance(item, Tensor) else item for item in values]

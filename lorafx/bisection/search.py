@@ -24,7 +24,7 @@ from lorafx.bisection.reproduction import write
 from lorafx.bisection.result import BatchKind, Bisection, FirstSite, StageError
 from lorafx.compiled_model.compiled import CompiledModel, compiled_of
 from lorafx.config import After
-from lorafx.errors import BatchError, ConfigError, VerifyError
+from lorafx.errors import BatchError, ConfigError
 from lorafx.inspection.replay import Replay, replayed
 from lorafx.inspection.writing import check_room, written_into
 from lorafx.pass_order import CAPTURED
@@ -54,9 +54,8 @@ def bisect(
         model: a model from `lorafx.compile`.
         inputs: the arguments of a call, by name or in order.
         adapter_names: an adapter for each request, None for the base; no sums.
-        tolerance: the largest acceptable relative error; default: that of
-            `Options(verify="numeric")` by dtype: 1e-4 for float32, 2e-2 for float16, 6e-2 for
-            bfloat16.
+        tolerance: the largest acceptable relative error; default: by dtype, 1e-4 for float32,
+            2e-2 for float16, 6e-2 for bfloat16.
         folder: receives a program that shows the difference, if there is one.
 
     Returns:
@@ -130,11 +129,7 @@ class _Search:
 
     def run(self) -> Bisection:
         notes: list[str] = []
-        try:
-            served = self._error("mixed")
-        except VerifyError as error:  # from its own Options(verify="numeric")
-            served = float("inf")
-            notes.append(str(error))
+        served = self._error("mixed")
         options = self.compiled._session.program.options
         with replayed(self.compiled) as replay:
             errors = self._errors(replay)

@@ -18,7 +18,6 @@ from typing import Any
 
 from torch import fx
 
-from lorafx.capture.bound_inputs import BoundInputs, bind, take_out
 from lorafx.capture.checks import Checks, InputPlaces
 from lorafx.capture.compile_log import (
     form_of,
@@ -30,7 +29,7 @@ from lorafx.capture.compile_log import (
     timed,
 )
 from lorafx.capture.driver import run_pipeline
-from lorafx.capture.executable import ProgramLookup, checked, looked_at, with_lookups
+from lorafx.capture.executable import checked, for_base, looked_at, with_lookups
 from lorafx.capture.failures import in_lowering, in_tracing
 from lorafx.capture.instances import Form, Instances
 from lorafx.capture.lookups import check_lookups
@@ -40,7 +39,6 @@ from lorafx.capture.parts import Captured, Parts, foreign_operators, noted
 from lorafx.capture.record import GraphRecord, Span
 from lorafx.capture.recorder import recorded
 from lorafx.capture.stamps import Folded, traced_once, unfold
-from lorafx.capture.verify import NumericCheck
 from lorafx.kernels.cpu.delta_kernels import builds_noted, built_source
 from lorafx.kernels.triton.build import source_of
 from lorafx.passes.write_in_place import writes_in_place
@@ -77,6 +75,7 @@ class Backend:
 
     def __init__(self, program: Program, entered: Callable[[FrameType], bool]) -> None:
         self.program = program
+        self.owner = weakref.ref(program)
         self.entered = entered
         self.records: list[GraphRecord] = []
         #: Some graph takes what another made: results are worth keeping note of.
@@ -115,26 +114,21 @@ class Backend:
         frame = self._frame(gm, examples, per_token=per_token)
         active = bool(program.runtime.active)
         own = frame.begins_call and not program.site_watch.missing
-        graph, bound, form = gm.graph, None, None
-        if active and own:
-            bound, examples = bind(program, frame, gm, examples)
+        form = None
         if own and self._finds_instances(active):
-            form = Form.of(graph, examples, (active, per_token))
+            form = Form.of(gm.graph, examples, (active, per_token))
         call = form_of(program, begins_call=frame.begins_call, per_token=per_token)
-        count = len(examples) - (0 if bound is None else bound.count)
-        found = None if form is None else self.instances.find(form, count)
+        found = None if form is None else self.instances.find(form)
         if found is not None:
             title, executable = found
             tell_instance(title, type(program.model).__name__, call, spans)
         else:
             begun = self.instances.begin()
             record = self._record(frame, examples, call, spans)
-            executable = self._compiled(gm, examples, frame, record, lowering, bound)
+            executable = self._compiled(gm, examples, frame, record, lowering)
             if form is not None:
-                self.instances.keep(record.title, form, executable, count, begun)
+                self.instances.keep(record.title, form, executable, begun)
             self._guard_kind(frame, active=active)
-        if bound is not None:
-            take_out(gm, graph, bound.tensors(program))
         if own and "needless_guards" in self.shortcuts:
             self._at = names_of_frame()  # Dynamo has not made its guards yet
         return executable
@@ -164,7 +158,6 @@ class Backend:
         frame: Frame,
         record: GraphRecord,
         lowering: Lowering,
-        bound: BoundInputs | None,
     ) -> Callable[..., Any]:
         program, active = self.program, bool(self.program.runtime.active)
         inputs = gm.graph.find_nodes(op="placeholder")
@@ -172,7 +165,7 @@ class Backend:
         values = [node.meta.get("example_value") for node in inputs]
         sources = [getattr(node.meta.get("grapharg"), "source", None) for node in inputs]
         check_lookups(gm, frame)
-        parts = Parts(record.checks, base=not active, bound=bound)
+        parts = Parts(record.checks, base=not active)
         if self.noted is not None:
             parts.foreign = foreign_operators(gm)
         compilation = Compilation(frame, record, lowering, parts)
@@ -180,7 +173,7 @@ class Backend:
         compiling = shown(f"{record.title} of {model}, {record.reason}")
         with compiling, self.failing(record):
             compiled = self.compile_lora if active else self._compile_base
-            executable = parts.around(program, self.owner(), compiled(gm, examples, compilation))
+            executable = compiled(gm, examples, compilation)
         record.checks.places.look_once(values)
         self.records.append(record)
         if self.noted is not None:
@@ -208,7 +201,7 @@ class Backend:
         options, device = self.program.options, self.program.runtime.device
         if self.noted is not None or self.replay is not None:
             return False
-        if device.type != "cpu" or options.lowering == "triton" or options.verify == "numeric":
+        if device.type != "cpu" or options.lowering == "triton":
             return False
         return active or options.lowering == "reference"
 
@@ -246,7 +239,8 @@ class Backend:
         record = compilation.record
         record.keep_base(gm, compilation.frame)
         with self.lowering_timed(record), self._noting(compilation.parts):
-            return compile_base(compilation.lowering, gm, examples)
+            compiled = compile_base(compilation.lowering, gm, examples)
+        return for_base(record.checks, self.owner, compiled)
 
     def compile_lora(
         self, gm: fx.GraphModule, examples: Sequence[Any], compilation: Compilation
@@ -271,7 +265,7 @@ class Backend:
         noting = self._noting(compilation.parts)
         with in_tracing(), noting, timed(record.spans, "AOTAutograd"):
             compiled = traced_once(gm, trace, record.title) if folds else trace(gm, None)
-        return checked(record.checks, self.owner(), compiled)
+        return checked(record.checks, self.owner, compiled)
 
     def _noting(self, parts: Parts) -> AbstractContextManager[None]:
         return nullcontext() if self.noted is None else noted(parts)
@@ -291,8 +285,6 @@ class Backend:
             ctx.look_up_slots()
         with timed(record.spans, "passes"), builds_noted() as built:
             run_pipeline(gm, ctx, record.after)
-        if program.options.verify == "numeric":
-            record.numeric = NumericCheck(record.title, program.options, record.stages)
         for kernel in sorted(ctx.kernels):
             record.sources[f"kernel-{kernel:x}.py"] = partial(source_of, kernel)
         for spec, kernel in built.items():
@@ -308,15 +300,14 @@ class Backend:
             with self.lowering_timed(record):
                 executable = compilation.lowering.compile(gm, [*inputs, *values])
         parts.lowered, parts.extra = executable, extra
-        parts.whole = operators is None and record.numeric is None
+        parts.whole = operators is None
         if operators is not None:
             executable = looked_at(executable, operators)
         parts.banks = [
             None if name in (SLOTS, ONE_SLOT) else (tuple(value.shape), value.stride(), value.dtype)
             for (_, _, name), value in zip(extra, values, strict=True)
         ]
-        numeric = record.numeric
-        return with_lookups(record.checks, self.owner(), executable, extra, parts.banks, numeric)
+        return with_lookups(record.checks, self.owner, executable, extra, parts.banks)
 
     @contextmanager
     def lowering_timed(self, record: GraphRecord) -> Iterator[None]:
@@ -337,7 +328,3 @@ class Backend:
             if self.recorded is not None:
                 self.recorded(record)
             raise
-
-    def owner(self) -> ProgramLookup:
-        """How an executable finds the program that it serves."""
-        return weakref.ref(self.program)  # Dynamo keeps executables among a module's globals

@@ -8,6 +8,7 @@ finds banks by the weight at their position.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -17,7 +18,6 @@ from torch import Tensor, fx
 
 from lorafx.capture.checks import Checks
 from lorafx.capture.tracking import Tracking, looks, untracked
-from lorafx.capture.verify import NumericCheck
 from lorafx.errors import CaptureError, LorafxError, MatchError
 from lorafx.model.extras import EXTRAS
 from lorafx.ownership.held import SHARED, Alone
@@ -26,8 +26,8 @@ from lorafx.program.program import Program
 from lorafx.program.row_handoff import OfList, Rows
 from lorafx.program.stack import calling_modules
 
-#: The program that a graph serves; None once it is gone.
-ProgramLookup = Callable[[], "Program | None"]
+#: The program that a graph serves. Dynamo keeps executables among a module's globals.
+ProgramLookup = weakref.ref[Program]
 
 #: Sizes, strides and dtype of a bank's tensor.
 BankLayout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
@@ -111,7 +111,6 @@ def with_lookups(
     compiled: Callable[[list[Any]], Any],
     extra: Sequence[tuple[int, int, str]],
     banks: Sequence[BankLayout | None],
-    numeric: NumericCheck | None,
 ) -> Callable[..., Any]:
     """The graph with the inputs added by passes, in AOTAutograd's boxed convention."""
     nulls: dict[int, Tensor] = {}
@@ -123,8 +122,6 @@ def with_lookups(
             if checks.inside:
                 _check_callers(program, arguments, checks)
             arguments.extend(_looked_up(program, arguments, extra, banks, rooms, nulls))
-            if numeric is not None and numeric.stages:
-                numeric.run(arguments, mixed=not program.runtime.uniform)
         return compiled(arguments)
 
     run._boxed_call = True  # type: ignore[attr-defined]

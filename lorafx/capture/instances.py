@@ -177,18 +177,16 @@ class _Values:
 
 @dataclass(frozen=True, eq=False)
 class _Compiled:
-    """A compiled graph; the executable takes the first `count` inputs. `found` are assumptions
-    about symbols, `state` torch's global state then."""
+    """A compiled graph, the assumptions `found` about symbols, and torch's global state then."""
 
     title: str
     form: Form
     executable: Callable[..., Any]
-    count: int
     found: tuple[Any, ...]
     state: Any
 
-    def instance(self, form: Form, count: int, environment: ShapeEnv) -> Callable[..., Any] | None:
-        """The executable for a graph of this form with `count` inputs, if more general."""
+    def instance(self, form: Form, environment: ShapeEnv) -> Callable[..., Any] | None:
+        """The executable for a graph of this form, if more general."""
         earlier = self.form
         if earlier.code is not form.code or earlier.context != form.context:
             return None
@@ -197,7 +195,7 @@ class _Compiled:
         values = _matched(earlier.inputs, form.inputs)
         if values is None or not all(map(values.equal, earlier.nodes, form.nodes)):
             return None
-        places = self._places(form.inputs[:count], values)
+        places = self._places(form.inputs, values)
         if places is None or not self.state.check() or not all(map(values.known, self.found)):
             return None
         if not _hold([*map(values.of, self.found)], environment):
@@ -218,7 +216,7 @@ class _Compiled:
         sized = {item.size: place for place, item in enumerate(inputs) if item.size is not None}
         places: list[int] = []
         numbers: list[int] = []
-        for item in self.form.inputs[: self.count]:
+        for item in self.form.inputs:
             place = at.get(item.source)
             if item.size is not None:
                 value = values.of(item.size)
@@ -275,13 +273,13 @@ class Instances:
     def __init__(self) -> None:
         self._compiled: list[_Compiled] = []
 
-    def find(self, form: Form, count: int) -> tuple[str, Callable[..., Any]] | None:
-        """Title and executable, called with `count` inputs, of a compiled graph for this form."""
+    def find(self, form: Form) -> tuple[str, Callable[..., Any]] | None:
+        """Title and executable of a compiled graph for this form."""
         environment = symbols_of_frame()
         if environment is None:
             return None
         for compiled in self._compiled:
-            executable = compiled.instance(form, count, environment)
+            executable = compiled.instance(form, environment)
             if executable is not None:
                 return compiled.title, executable
         return None
@@ -290,12 +288,10 @@ class Instances:
         environment = symbols_of_frame()
         return 0 if environment is None else len(environment.guards)
 
-    def keep(
-        self, title: str, form: Form, executable: Callable[..., Any], count: int, begun: int
-    ) -> None:
+    def keep(self, title: str, form: Form, executable: Callable[..., Any], begun: int) -> None:
         environment = symbols_of_frame()
         symbols = any(size.free_symbols for item in form.inputs for size in item.sizes)
         if environment is None or not symbols:
             return
         found = tuple(guard.expr for guard in environment.guards[begun:])
-        self._compiled.append(_Compiled(title, form, executable, count, found, GlobalStateGuard()))
+        self._compiled.append(_Compiled(title, form, executable, found, GlobalStateGuard()))

@@ -160,7 +160,8 @@ def _check_before(node: fx.Node, use: _Use, sources: _Sources) -> None:
 
 def _checked(index: fx.Node, use: _Use, name: str, sources: _Sources, origin: fx.Node) -> fx.Node:
     graph, value, dim = index.graph, _value(index), use.dim
-    size = number = _entries(_value(use.table), dim)
+    size = _entries(_value(use.table), dim)
+    number: Any = size
     kept = ("nn_module_stack", "stack_trace")
     meta: dict[str, Any] = {key: origin.meta[key] for key in kept if key in origin.meta}
     if isinstance(size, torch.SymInt):

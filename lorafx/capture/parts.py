@@ -9,6 +9,7 @@ while it works.
 from __future__ import annotations
 
 import types
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
@@ -17,9 +18,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import fx
 
-from lorafx.capture.bound_inputs import BoundInputs
 from lorafx.capture.checks import Checks
-from lorafx.capture.executable import BankLayout, ProgramLookup, checked, for_base, with_lookups
+from lorafx.capture.executable import BankLayout, checked, for_base, with_lookups
 from lorafx.kernels.cpu.delta_kernels import builds_noted
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.op_arguments import TRACED_WRITE
@@ -100,30 +100,17 @@ class Parts:
     banks: list[BankLayout | None] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
     wrappers: Wrappers | None = None
-    bound: BoundInputs | None = None
     whole: bool = True
-
-    def around(
-        self, program: Program, owner: ProgramLookup, compiled: Callable[..., Any]
-    ) -> Callable[..., Any]:
-        """The executable of AOTAutograd's function; with adapters, `checked`."""
-        if self.base:
-            compiled = for_base(self.checks, owner, compiled)
-        return compiled if self.bound is None else self.bound.around(program, compiled)
 
     def executable(
         self, program: Program, lowered: Callable[[list[Any]], Any]
     ) -> Callable[..., Any]:
         assert self.wrappers is not None
-
-        def owner() -> Program:
-            return program
-
+        owner = weakref.ref(program)
         if self.base:
-            return self.around(program, owner, self.wrappers.around(lowered))
-        found = with_lookups(self.checks, owner, lowered, self.extra, self.banks, None)
-        whole = checked(self.checks, owner, self.wrappers.around(found))
-        return self.around(program, owner, whole)
+            return for_base(self.checks, owner, self.wrappers.around(lowered))
+        found = with_lookups(self.checks, owner, lowered, self.extra, self.banks)
+        return checked(self.checks, owner, self.wrappers.around(found))
 
 
 def foreign_operators(gm: fx.GraphModule) -> list[str]:

@@ -11,7 +11,6 @@ from torch import fx
 from lorafx.capture.checks import Checks, RefusedSites
 from lorafx.capture.node_names import Size, sizes_of
 from lorafx.capture.recorder import Stage, stage_of, stage_of_base
-from lorafx.capture.verify import NumericCheck
 from lorafx.model.sites import Site
 from lorafx.program.context import Context, Outlined, Refusal, SiteState
 from lorafx.program.frame import Frame
@@ -69,7 +68,6 @@ class GraphRecord:
     spans: list[Span] = field(default_factory=list)
     sizes: dict[str, Size] = field(default_factory=dict)
     symbols: dict[str, str] = field(default_factory=dict)
-    numeric: NumericCheck | None = None
 
     @property
     def seconds(self) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Stages: copies of a graph after each pass, kept on request.
 
-Dumps, names, numeric verification, bisection and the viewer's page are functions of the stages.
+Dumps, names, bisection and the viewer's page are functions of the stages.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def copied(gm: fx.GraphModule) -> fx.GraphModule:
 
 def recorded(options: Options) -> bool:
     """Whether stages are kept during compilation."""
-    return dump_folder(options) is not None or options.verify == "numeric" or traces()
+    return dump_folder(options) is not None or traces()
 
 
 def traces() -> bool:

@@ -142,10 +142,7 @@ def _shards(site: Site) -> int:
 
 
 def dummy(name: str, sites: Sequence[Site], rank: int, *, seed: int) -> Adapter:
-    """An adapter of small random factors for every part of every site, the same every time.
-
-    Not zeros: `Options(verify="numeric")` compares the passes on the first call, which this is.
-    """
+    """An adapter of small random factors for every part of every site, the same every time."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for site in sites:

@@ -122,7 +122,6 @@ def graph_report(record: GraphRecord) -> GraphReport:
         refusals=tuple(record.checks.refusals),
         outlined=tuple(map(str, record.outlined)),
         saved=record.saved,
-        verified="" if record.numeric is None else record.numeric.result,
     )
 
 

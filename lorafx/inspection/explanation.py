@@ -138,7 +138,6 @@ class GraphReport:
         nodes: the nodes that add deltas.
         outlined: repeated layers that share a body.
         saved: its fate in the folder of saved graphs.
-        verified: the result of `Options(verify="numeric")`, or "".
     """
 
     title: str
@@ -151,7 +150,6 @@ class GraphReport:
     refusals: tuple[RefusedSites, ...] = ()
     outlined: tuple[str, ...] = ()
     saved: str = ""
-    verified: str = ""
 
     def lines(self) -> list[str]:
         lines = [f"serves calls {self.serves} ({self.reason})"] if self.serves else []
@@ -162,7 +160,6 @@ class GraphReport:
             for item in self.passes
         ]
         lines += [self.saved] if self.saved else []
-        lines += [f"verified by {self.verified}"] if self.verified else []
         forms: Counter[str] = Counter()
         plans: Counter[tuple[str, str]] = Counter()
         parents: dict[str, list[str]] = {}  # packs of repeated layers are one line
@@ -329,7 +326,6 @@ class Explanation(Report):
             found.append(f"not reached by a graph yet: {some(self.unreached, _MOST)}")
         if self.replaced:
             found.append(f"{_count(len(self.replaced), 'site')} replaced since")
-        found += dict.fromkeys(graph.verified for graph in self.graphs)
         return "; ".join(filter(None, found)) or "no call has been made"
 
 

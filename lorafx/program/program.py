@@ -80,8 +80,6 @@ class Program:
 
     def __post_init__(self) -> None:
         self.note_constants()
-        #: Keeps alive objects that only this program's graphs use.
-        self.bindings: list[object] = []
         #: Canonical paths of the sites that some graph serves or refuses.
         self.reached: set[str] = set()
         #: Those that a graph seems to compute without their weight.
