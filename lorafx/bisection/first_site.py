@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from lorafx.bisection.reference import Modules, difference
 from lorafx.bisection.result import FirstSite
-from lorafx.capture.recorder import Stage
+from lorafx.capture.record import Stage
 from lorafx.program.context import module_path
 
 #: A node and the index of a result, None for all.

@@ -18,7 +18,7 @@ from lorafx.bisection.reference import difference
 from lorafx.bisection.result import FirstSite
 from lorafx.capture.driver import stays
 from lorafx.capture.lowering import Lowering
-from lorafx.capture.recorder import Stage, copied
+from lorafx.capture.record import Stage, copied
 from lorafx.torch_internals.trees import tree_leaves
 
 

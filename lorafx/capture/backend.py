@@ -36,8 +36,7 @@ from lorafx.capture.lookups import check_lookups
 from lorafx.capture.lowering import Lowering, compile_base, lowering_for
 from lorafx.capture.needless_guards import keep_guards
 from lorafx.capture.parts import Captured, Parts, foreign_operators, noted
-from lorafx.capture.record import GraphRecord, Span
-from lorafx.capture.recorder import recorded
+from lorafx.capture.record import GraphRecord, Span, keeps_stages
 from lorafx.capture.stamps import Folded, traced_once, unfold
 from lorafx.kernels.cpu.delta_kernels import builds_noted, built_source
 from lorafx.kernels.triton.build import source_of
@@ -148,7 +147,7 @@ class Backend:
         title += " per token" if frame.per_token else ""
         checks = Checks(places, frame.begins_call, self.several)
         why = reason(call, [record.form for record in self.records])
-        keeps = self.replay is not None or recorded(program.options)
+        keeps = self.replay is not None or keeps_stages(program.options)
         return GraphRecord(title, lora, checks, keeps, form=call, reason=why, spans=spans)
 
     def _compiled(

@@ -115,7 +115,7 @@ def graph_report(record: GraphRecord) -> GraphReport:
                 tuple(paths),
                 first[key].form,
                 first[key].strategy or "aten",
-                _in_words(first[key].rows, record.symbols),
+                _in_words(first[key].rows, record.sizes),
             )
             for key, paths in nodes.items()
         ),
@@ -125,8 +125,8 @@ def graph_report(record: GraphRecord) -> GraphReport:
     )
 
 
-def _in_words(text: str, symbols: Mapping[str, str]) -> str:
-    return re.sub(r"\b[su][0-9]+\b", lambda found: symbols.get(found[0], found[0]), text)
+def _in_words(text: str, symbols: Mapping[str, object]) -> str:
+    return re.sub(r"\b[su][0-9]+\b", lambda found: str(symbols.get(found[0], found[0])), text)
 
 
 class Dumps:

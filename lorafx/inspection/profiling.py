@@ -21,7 +21,7 @@ from torch import fx
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from lorafx.adapter_store.names import BASE
-from lorafx.capture.recorder import Stage
+from lorafx.capture.record import Stage
 from lorafx.errors import BatchError, ConfigError
 from lorafx.inspection.prediction import stored_bytes
 from lorafx.inspection.profile import Profile, ProfiledNode

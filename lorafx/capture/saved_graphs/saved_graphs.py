@@ -25,8 +25,7 @@ from typing import Any, cast
 from lorafx.capture.backend import Backend
 from lorafx.capture.compile_log import tell
 from lorafx.capture.parts import Captured, Parts
-from lorafx.capture.record import GraphRecord, Span
-from lorafx.capture.recorder import dump_folder
+from lorafx.capture.record import GraphRecord, Span, dump_folder
 from lorafx.capture.saved_graphs import folder as folders
 from lorafx.capture.saved_graphs.fingerprints import Fingerprints, Undescribed
 from lorafx.capture.saved_graphs.guards import SavedGuards

@@ -14,10 +14,8 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from lorafx.capture.graph_text import stage_lines
-from lorafx.capture.node_names import names_of
-from lorafx.capture.record import GraphRecord
-from lorafx.capture.recorder import Stage, dump_folder, traces
+from lorafx.capture.graph_text import names_of, stage_lines
+from lorafx.capture.record import GraphRecord, Stage, dump_folder, traces
 from lorafx.errors import LorafxWarning
 from lorafx.program.program import Program
 from lorafx.torch_internals.dynamo import trace_structured

@@ -15,10 +15,8 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 from torch.utils.flop_counter import flop_registry
 
-from lorafx.capture.graph_text import Printer, path_of, users_line, value_of, value_text
-from lorafx.capture.node_names import names_of
-from lorafx.capture.record import GraphRecord
-from lorafx.capture.recorder import Stage
+from lorafx.capture.graph_text import Printer, names_of, path_of, users_line, value_text
+from lorafx.capture.record import GraphRecord, Stage, value_of
 from lorafx.inspection.report import size
 from lorafx.inspection.viewer.dump import sources_of
 from lorafx.passes.outline.outline import INVOKE
