@@ -11,7 +11,6 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -55,16 +54,6 @@ from lorafx.torch_internals.frames import (
 from lorafx.torch_internals.shortcuts import chosen
 
 
-@dataclass(frozen=True)
-class Compilation:
-    """A graph on its way to an executable."""
-
-    frame: Frame
-    record: GraphRecord
-    lowering: Lowering
-    parts: Parts
-
-
 class Backend:
     """Compiles the frames of a program.
 
@@ -77,8 +66,6 @@ class Backend:
         self.owner = weakref.ref(program)
         self.entered = entered
         self.records: list[GraphRecord] = []
-        #: Some graph takes what another made: results are worth keeping note of.
-        self.several = [False]
         #: Receives each compiled graph to save.
         self.noted: Callable[[Captured], None] | None = None
         #: Receives the record of each graph, even of a failed compilation.
@@ -91,19 +78,11 @@ class Backend:
         self._at: Callable[[str], Any] | None = None
         self.instances = Instances()
 
-    def __call__(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-        return self.compile(gm, examples, self.lowering)
-
     def per_token(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-        return self.compile(gm, examples, self.lowering, per_token=True)
+        return self(gm, examples, per_token=True)
 
-    def compile(
-        self,
-        gm: fx.GraphModule,
-        examples: Sequence[Any],
-        lowering: Lowering,
-        *,
-        per_token: bool = False,
+    def __call__(
+        self, gm: fx.GraphModule, examples: Sequence[Any], *, per_token: bool = False
     ) -> Callable[..., Any]:
         """The executable of a frame whose inputs are `examples`. Raises ReplacedModuleError,
         keeping no graph, for a replaced module with an active adapter."""
@@ -124,7 +103,7 @@ class Backend:
         else:
             begun = self.instances.begin()
             record = self._record(frame, examples, call, spans)
-            executable = self._compiled(gm, examples, frame, record, lowering)
+            executable = self._compiled(gm, examples, frame, record)
             if form is not None:
                 self.instances.keep(record.title, form, executable, begun)
             self._guard_kind(frame, active=active)
@@ -141,11 +120,11 @@ class Backend:
     ) -> GraphRecord:
         program = self.program
         places = InputPlaces.of(frame, examples)
-        self.several[0] |= frame.follows_another or bool(places.arguments) or ends_in_break()
+        program.in_pieces |= frame.follows_another or bool(places.arguments) or ends_in_break()
         lora = bool(program.runtime.active) and frame.carries_lora
         title = f"graph {len(self.records)} {'lora' if lora else 'base'}"
         title += " per token" if frame.per_token else ""
-        checks = Checks(places, frame.begins_call, self.several)
+        checks = Checks(places, frame.begins_call)
         why = reason(call, [record.form for record in self.records])
         keeps = self.replay is not None or keeps_stages(program.options)
         return GraphRecord(title, lora, checks, keeps, form=call, reason=why, spans=spans)
@@ -156,7 +135,6 @@ class Backend:
         examples: Sequence[Any],
         frame: Frame,
         record: GraphRecord,
-        lowering: Lowering,
     ) -> Callable[..., Any]:
         program, active = self.program, bool(self.program.runtime.active)
         inputs = gm.graph.find_nodes(op="placeholder")
@@ -164,23 +142,22 @@ class Backend:
         values = [node.meta.get("example_value") for node in inputs]
         sources = [getattr(node.meta.get("grapharg"), "source", None) for node in inputs]
         check_lookups(gm, frame)
-        parts = Parts(record.checks, base=not active)
-        if self.noted is not None:
-            parts.foreign = foreign_operators(gm)
-        compilation = Compilation(frame, record, lowering, parts)
+        parts = Parts(record.checks, base=not active, whole=not program.site_watch.missing)
+        graph = Captured(record, frame, sources, parts)
         model = type(program.model).__name__
-        compiling = shown(f"{record.title} of {model}, {record.reason}")
-        with compiling, self.failing(record):
-            compiled = self.compile_lora if active else self._compile_base
-            executable = compiled(gm, examples, compilation)
-        record.checks.places.look_once(values)
-        self.records.append(record)
-        if self.noted is not None:
-            whole = None if program.site_watch.missing else parts
-            self.noted(Captured(record, frame, sources, whole))
-        tell(record, model)
-        if self.recorded is not None:
-            self.recorded(record)
+        noting = nullcontext() if self.noted is None else noted(parts, gm)
+        compile_graph = self._compile_lora if active else self._compile_base
+        try:
+            with shown(f"{record.title} of {model}, {record.reason}"), noting:
+                executable = compile_graph(gm, examples, graph)
+            record.checks.places.look_once(values)
+            self.records.append(record)
+            if self.noted is not None:
+                self.noted(graph)
+            tell(record, model)
+        finally:
+            if self.recorded is not None:
+                self.recorded(record)
         if self.replay is None:
             record.stages = []
         return executable
@@ -233,47 +210,42 @@ class Backend:
         return [True] * len(guards) if at is None else keep_guards(guards, at)
 
     def _compile_base(
-        self, gm: fx.GraphModule, examples: Sequence[Any], compilation: Compilation
+        self, gm: fx.GraphModule, examples: Sequence[Any], graph: Captured
     ) -> Callable[..., Any]:
-        record = compilation.record
-        record.keep_base(gm, compilation.frame)
-        with self.lowering_timed(record), self._noting(compilation.parts):
-            compiled = compile_base(compilation.lowering, gm, examples)
+        record = graph.record
+        record.keep_base(gm, graph.frame)
+        with self._lowering_timed(record):
+            compiled = compile_base(self.lowering, gm, examples)
         return for_base(record.checks, self.owner, compiled)
 
-    def compile_lora(
-        self, gm: fx.GraphModule, examples: Sequence[Any], compilation: Compilation
+    def _compile_lora(
+        self, gm: fx.GraphModule, examples: Sequence[Any], graph: Captured
     ) -> Callable[..., Any]:
-        record = compilation.record
+        record = graph.record
 
-        def trace(graph: fx.GraphModule, folded: Folded | None) -> Callable[..., Any]:
+        def trace(module: fx.GraphModule, folded: Folded | None) -> Callable[..., Any]:
             def compiler(traced: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
                 if folded is not None:
                     unfold(traced.graph, folded)
-                return self._lowered(traced, inputs, compilation)
+                return self._lowered(traced, inputs, graph)
 
             return aot_autograd(
                 fw_compiler=compiler,
                 inference_compiler=compiler,
-                decompositions=compilation.lowering.decompositions(),
+                decompositions=self.lowering.decompositions(),
                 # Otherwise a written input is a result, copied back whole.
                 keep_inference_input_mutations=writes_in_place(gm),
-            )(graph, examples)
+            )(module, examples)
 
         folds = "stamps" in self.shortcuts
-        noting = self._noting(compilation.parts)
-        with in_tracing(), noting, timed(record.spans, "AOTAutograd"):
+        with in_tracing(), timed(record.spans, "AOTAutograd"):
             compiled = traced_once(gm, trace, record.title) if folds else trace(gm, None)
         return checked(record.checks, self.owner, compiled)
 
-    def _noting(self, parts: Parts) -> AbstractContextManager[None]:
-        return nullcontext() if self.noted is None else noted(parts)
-
     def _lowered(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], compilation: Compilation
+        self, gm: fx.GraphModule, inputs: Sequence[Any], graph: Captured
     ) -> Callable[..., Any]:
-        program, record, parts = self.program, compilation.record, compilation.parts
-        frame = compilation.frame
+        program, record, frame, parts = self.program, graph.record, graph.frame, graph.parts
         if self.noted is not None:
             parts.foreign += foreign_operators(gm)
         frame.bind(gm.graph)
@@ -296,10 +268,10 @@ class Backend:
             executable = self.replay(record)
         else:
             operators = copy.deepcopy(gm) if ctx.handover.seen else None
-            with self.lowering_timed(record):
-                executable = compilation.lowering.compile(gm, [*inputs, *values])
+            with self._lowering_timed(record):
+                executable = self.lowering.compile(gm, [*inputs, *values])
         parts.lowered, parts.extra = executable, extra
-        parts.whole = operators is None
+        parts.whole &= operators is None
         if operators is not None:
             executable = looked_at(executable, operators)
         parts.banks = [
@@ -309,7 +281,7 @@ class Backend:
         return with_lookups(record.checks, self.owner, executable, extra, parts.banks)
 
     @contextmanager
-    def lowering_timed(self, record: GraphRecord) -> Iterator[None]:
+    def _lowering_timed(self, record: GraphRecord) -> Iterator[None]:
         name = self.program.options.lowering
         code: AbstractContextManager[None] = nullcontext()
         if name != "reference":
@@ -318,12 +290,3 @@ class Backend:
             code = code_noted(record.code)
         with in_lowering(name), timed(record.spans, name), code:
             yield
-
-    @contextmanager
-    def failing(self, record: GraphRecord) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            if self.recorded is not None:
-                self.recorded(record)
-            raise

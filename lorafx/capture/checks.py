@@ -188,12 +188,10 @@ class RefusedSites:
 
 @dataclass(eq=False)
 class Checks:
-    """The checks of a graph for `sites`; `begins_call` and `inside` as in `Frame`. `several`, a
-    list shared by the program's graphs: results are noted, since the model has several graphs."""
+    """The checks of a graph for `sites`; `begins_call` and `inside` as in `Frame`."""
 
     places: InputPlaces
     begins_call: bool
-    several: list[bool]
     sites: list[str] = field(default_factory=list)
     refusals: list[RefusedSites] = field(default_factory=list)
     handover: Handover = field(default_factory=Handover)

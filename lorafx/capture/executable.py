@@ -46,7 +46,7 @@ def checked(
 
     def _run(program: Program, arguments: Sequence[Any], tracking: Tracking | None) -> Any:
         call, handover = program.call, checks.handover
-        handed = call is not None and (checks.several[0] or handover.fresh)
+        handed = call is not None and (program.in_pieces or handover.fresh)
         rows = checks.rows(program, arguments) if handed else None
         if checks.refusals or checks.places.conditional:
             checks.check(program, arguments, alone=isinstance(rows, Alone))

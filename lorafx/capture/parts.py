@@ -64,10 +64,11 @@ class Wrappers:
 
 
 @contextmanager
-def noted(parts: Parts) -> Iterator[None]:
-    """Note in `parts` what AOTAutograd and the lowering make in the block."""
+def noted(parts: Parts, gm: fx.GraphModule) -> Iterator[None]:
+    """Note in `parts` what AOTAutograd and the lowering make of Dynamo's graph in the block."""
     from lorafx.torch_internals.saved_graphs import inference_info_noted
 
+    parts.foreign = foreign_operators(gm)
     # torch's cache would return an opaque function.
     with builds_noted() as kernels, inference_info_noted() as told, traced_anew():
         yield
@@ -139,9 +140,9 @@ def foreign_operators(gm: fx.GraphModule) -> list[str]:
 
 @dataclass
 class Captured:
-    """A graph from the backend. `sources` of its inputs in Dynamo; `parts` only if it is saved."""
+    """A graph of the backend, with the `sources` of its inputs in Dynamo."""
 
     record: GraphRecord
     frame: Frame
     sources: Sequence[Any]
-    parts: Parts | None
+    parts: Parts

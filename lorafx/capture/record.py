@@ -21,7 +21,6 @@ from torch import Tensor, fx
 from lorafx.capture.checks import Checks, RefusedSites
 from lorafx.config import Options
 from lorafx.errors import ProvenanceError
-from lorafx.model.sites import Site
 from lorafx.pass_order import CAPTURED
 from lorafx.program.context import Context, Outlined, Refusal, SiteState, plain_path
 from lorafx.program.frame import Frame, FrameInput, batch_symbols
@@ -192,7 +191,6 @@ class GraphRecord:
     sources: dict[str, str | Callable[[], str]] = field(default_factory=dict)
     passes: list[PassReport] = field(default_factory=list)
     states: list[SiteState] = field(default_factory=list)
-    refusals: list[Refusal] = field(default_factory=list)
     outlined: list[Outlined] = field(default_factory=list)
     saved: str = ""
     form: Mapping[str, str] = field(default_factory=dict)
@@ -205,15 +203,8 @@ class GraphRecord:
         return exclusive(self.spans)
 
     def to_save(self) -> dict[str, Any]:
-        saved = ("lora", "checks", "passes", "states", "refusals", "outlined", "form", "sizes")
+        saved = ("lora", "checks", "passes", "states", "outlined", "form", "sizes")
         return {name: getattr(self, name) for name in saved}
-
-    @classmethod
-    def loaded(cls, title: str, values: Mapping[str, Any], several: list[bool]) -> GraphRecord:
-        """The record of a loaded graph; `several` as in `Checks`."""
-        record = cls(title, saved="loaded from the folder", **values)
-        record.checks.several = several
-        return record
 
     def after(self, gm: fx.GraphModule, ctx: Context, report: PassReport | None) -> None:
         """Note a pass's result, or the captured graph if `report` is None."""
@@ -248,7 +239,7 @@ class GraphRecord:
                 state.use = state.packed_weight = state.packed_bias = None
             self.states.extend(states)
         self._note_sizes(ctx.frame, ctx.frame.by_node)
-        self.refusals, self.outlined = ctx.refusals, ctx.outlined
+        self.outlined = ctx.outlined
         self.checks.sites = [state.site.path for state in self.states]
         self.checks.refusals = [
             RefusedSites(item.paths, item.when, item.reason) for item in ctx.refusals
@@ -256,11 +247,11 @@ class GraphRecord:
         self.checks.handover, self.checks.inside = ctx.handover, ctx.frame.inside
 
 
-def seen_sites(records: Sequence[GraphRecord]) -> set[Site]:
-    """The sites that some graph serves or refuses."""
-    found = {state.site for record in records for state in record.states}
-    found.update(site for record in records for item in record.refusals for site in item.sites)
-    return found
+def seen_sites(records: Sequence[GraphRecord]) -> set[str]:
+    """The paths of the sites that some graph serves or refuses."""
+    refusals = (item for record in records for item in record.checks.refusals)
+    served = {state.site.path for record in records for state in record.states}
+    return served.union(*(item.sites for item in refusals))
 
 
 def keeps_stages(options: Options) -> bool:

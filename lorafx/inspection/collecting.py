@@ -39,7 +39,7 @@ def explained(session: Session, *, quick: bool = False) -> Explanation:
         program.look_at_modules()
     records = list(session.backend.records)
     lora = [record for record in records if record.lora]
-    unseen = [site.path for site in program.sites if site not in seen_sites(lora)]
+    unseen = [site.path for site in program.sites if site.path not in seen_sites(lora)]
     shortcuts = states(program.options.shortcuts).items()
     return Explanation(
         model=type(program.model).__name__,

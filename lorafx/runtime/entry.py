@@ -199,7 +199,7 @@ class Entry:
         more."""
         session, program = self.session, self.session.program
         call, rows = program.call, len(program.runtime.rows)
-        mixed = not program.runtime.uniform and session.backend.several[0]
+        mixed = not program.runtime.uniform and program.in_pieces
         wanted = session.asked.tokens is None and 1 < rows <= MOST_REQUESTS
         if call is None or call.roles is None or not wanted or not (mixed or self.capturing):
             return None

@@ -127,7 +127,7 @@ def test_refusals_are_there_from_the_pass_that_makes_them(
     captured, *others = graph["stages"]
     assert not captured["refusals"]
     assert {n for stage in others for n in stage["refusals"]} == {0}
-    (refused,) = cm._session.backend.records[0].refusals
+    (refused,) = cm._session.backend.records[0].checks.refusals
     assert graph["refusals"] == [{"paths": ["odd"], "when": "always", "reason": refused.reason}]
     made = [node for node in nodes_of(graph, others[-1]).values() if node["path"] == "odd"]
     assert any("addmm" in node["operator"] for node in made)

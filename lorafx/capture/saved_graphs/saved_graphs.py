@@ -198,7 +198,7 @@ class _Conversion:
         if guards is None or len(self._graphs) != 1:
             raise Undescribed(self._why)
         (graph,), parts = self._graphs, self._graphs[0].parts
-        if parts is None or parts.wrappers is None or not parts.whole:
+        if parts.wrappers is None or not parts.whole:
             raise Undescribed("it is not in one piece")
         if parts.foreign:
             raise Undescribed(f"operators of others: {', '.join(parts.foreign)}")
@@ -273,7 +273,7 @@ def _loaded(
     second = load(second_half, program, names)
     parts: Parts = second["parts"]
     title = f"graph {len(backend.records)} {'base' if parts.base else 'lora'}"
-    record = GraphRecord.loaded(title, second["record"], backend.several)  # with parts.checks
+    record = GraphRecord(title, saved="loaded from the folder", **second["record"])
     run = parts.executable(program, second["lowered"].load())
     code = SerializedCode.to_code_object(second["code"])
     hook = CleanupHook.create(f_globals, names[GRAPH], disable(run, reason="a compiled graph"))
