@@ -29,7 +29,7 @@ from lorafx.capture.compile_log import (
 )
 from lorafx.capture.driver import run_pipeline
 from lorafx.capture.executable import checked, for_base, looked_at, with_lookups
-from lorafx.capture.failures import in_lowering, in_tracing
+from lorafx.capture.failures import KEEP_OUT, failing_in
 from lorafx.capture.instances import Form, Instances
 from lorafx.capture.lookups import check_lookups
 from lorafx.capture.lowering import Lowering, compile_base, lowering_for
@@ -37,6 +37,7 @@ from lorafx.capture.needless_guards import keep_guards
 from lorafx.capture.parts import Captured, Parts, foreign_operators, noted
 from lorafx.capture.record import GraphRecord, Span, keeps_stages
 from lorafx.capture.stamps import Folded, traced_once, unfold
+from lorafx.errors import CaptureError, LoweringError
 from lorafx.kernels.cpu.delta_kernels import builds_noted, built_source
 from lorafx.kernels.triton.build import source_of
 from lorafx.passes.write_in_place import writes_in_place
@@ -137,10 +138,8 @@ class Backend:
         record: GraphRecord,
     ) -> Callable[..., Any]:
         program, active = self.program, bool(self.program.runtime.active)
-        inputs = gm.graph.find_nodes(op="placeholder")
-        # Compilers may change the graph.
-        values = [node.meta.get("example_value") for node in inputs]
-        sources = [getattr(node.meta.get("grapharg"), "source", None) for node in inputs]
+        grapharg = [node.meta.get("grapharg") for node in gm.graph.find_nodes(op="placeholder")]
+        sources = [getattr(item, "source", None) for item in grapharg]
         check_lookups(gm, frame)
         parts = Parts(record.checks, base=not active, whole=not program.site_watch.missing)
         graph = Captured(record, frame, sources, parts)
@@ -150,7 +149,6 @@ class Backend:
         try:
             with shown(f"{record.title} of {model}, {record.reason}"), noting:
                 executable = compile_graph(gm, examples, graph)
-            record.checks.places.look_once(values)
             self.records.append(record)
             if self.noted is not None:
                 self.noted(graph)
@@ -238,7 +236,7 @@ class Backend:
             )(module, examples)
 
         folds = "stamps" in self.shortcuts
-        with in_tracing(), timed(record.spans, "AOTAutograd"):
+        with failing_in("AOTAutograd", CaptureError, KEEP_OUT), timed(record.spans, "AOTAutograd"):
             compiled = traced_once(gm, trace, record.title) if folds else trace(gm, None)
         return checked(record.checks, self.owner, compiled)
 
@@ -284,9 +282,12 @@ class Backend:
     def _lowering_timed(self, record: GraphRecord) -> Iterator[None]:
         name = self.program.options.lowering
         code: AbstractContextManager[None] = nullcontext()
+        way_out = KEEP_OUT
         if name != "reference":
             from lorafx.torch_internals.inductor import code_noted
 
             code = code_noted(record.code)
-        with in_lowering(name), timed(record.spans, name), code:
+            way_out = 'run the graphs node by node by Options(lowering="reference")'
+        failing = failing_in(f"the lowering {name!r}", LoweringError, way_out)
+        with failing, timed(record.spans, name), code:
             yield

@@ -21,7 +21,6 @@ from lorafx.program.frame import Frame
 from lorafx.program.program import Program
 from lorafx.program.row_handoff import Handover, Rows
 from lorafx.program.weight_forms import WeightForm
-from lorafx.torch_internals.frames import size_expression
 
 
 @dataclass
@@ -74,10 +73,6 @@ class InputPlaces:
             if item.kind == "state" and example.dim() > 1 and not frame.begins_call:
                 places.plain.append(position)
         return places
-
-    def look_once(self, values: Sequence[Any]) -> None:
-        """After compilation, check only one of the inputs with request counts guarded equal."""
-        self.requests = _of_different_sizes(self.requests, values)
 
     @property
     def conditional(self) -> bool:
@@ -135,19 +130,6 @@ class InputPlaces:
                 f"the arguments hold different numbers of sequences for each request: {given}; "
                 "give (B, C, T) of all of them, with the same number C"
             )
-
-
-def _of_different_sizes(
-    places: Sequence[tuple[int, int, str]], values: Sequence[Any]
-) -> list[tuple[int, int, str]]:
-    """The first place of each size: a decode step has two inputs per layer."""
-    found: dict[Any, tuple[int, int, str]] = {}
-    for place in places:
-        position, dim, _ = place
-        value = values[position]
-        size = size_expression(value.shape[dim]) if isinstance(value, Tensor) else place
-        found.setdefault(size, place)
-    return list(found.values())
 
 
 _ELSEWHERE = "a tensor comes from another place than when the graph was captured"

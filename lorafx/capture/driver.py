@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from lorafx.capture.failures import in_pass
-from lorafx.errors import VerifyError
-from lorafx.pass_order import pipeline
+from lorafx.capture.failures import failing_in
+from lorafx.errors import CaptureError, VerifyError
+from lorafx.pass_order import pipeline, way_around
 from lorafx.passes.outline.regions import bodies
 from lorafx.program.context import Context
 from lorafx.program.frame import fake_value
@@ -31,7 +31,7 @@ def run_pipeline(gm: fx.GraphModule, ctx: Context, after_pass: AfterPass) -> Non
 
     for item in pipeline(options).graph:
         start = time.perf_counter()
-        with in_pass(item):
+        with failing_in(f"the pass {item.name!r}", CaptureError, way_around(item)):
             edits = item.run(gm, ctx)
         for node in reversed(gm.graph.nodes):
             if not stays(node):
