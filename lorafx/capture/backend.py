@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import fx
 
-from lorafx.capture.checks import Checks, InputPlaces
+from lorafx.capture.checks import Checks
 from lorafx.capture.compile_log import (
     form_of,
     note_tracing,
@@ -120,12 +120,11 @@ class Backend:
         spans: list[Span],
     ) -> GraphRecord:
         program = self.program
-        places = InputPlaces.of(frame, examples)
-        program.in_pieces |= frame.follows_another or bool(places.arguments) or ends_in_break()
+        checks = Checks.of(frame, examples)
+        program.in_pieces |= frame.follows_another or bool(checks.arguments) or ends_in_break()
         lora = bool(program.runtime.active) and frame.carries_lora
         title = f"graph {len(self.records)} {'lora' if lora else 'base'}"
         title += " per token" if frame.per_token else ""
-        checks = Checks(places, frame.begins_call)
         why = reason(call, [record.form for record in self.records])
         keeps = self.replay is not None or keeps_stages(program.options)
         return GraphRecord(title, lora, checks, keeps, form=call, reason=why, spans=spans)

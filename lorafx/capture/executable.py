@@ -48,7 +48,7 @@ def checked(
         call, handover = program.call, checks.handover
         handed = call is not None and (program.in_pieces or handover.fresh)
         rows = checks.rows(program, arguments) if handed else None
-        if checks.refusals or checks.places.conditional:
+        if checks.conditional:
             checks.check(program, arguments, alone=isinstance(rows, Alone))
         if call is None or not handed:
             return compiled(*arguments)
@@ -83,7 +83,7 @@ def _slots(
     program: Program, checks: Checks, arguments: Sequence[Any], rows: Rows | None
 ) -> Tensor | None:
     """The slots of a graph's rows, where they are not those of the batch."""
-    slots, count = program.runtime.slots, checks.places.rows(arguments)
+    slots, count = program.runtime.slots, checks.row_count(arguments)
     if isinstance(rows, OfList) and not rows.in_order and not program.runtime.uniform:
         return slots[list(rows.owners)]
     request = rows.request if isinstance(rows, Alone) else 0
@@ -139,7 +139,7 @@ def refusing(error: LorafxError) -> Callable[..., Any]:
 
 
 def for_base(checks: Checks, owner: ProgramLookup, base: Callable[..., Any]) -> Callable[..., Any]:
-    if not checks.places.plain:
+    if not checks.plain:
         return base  # only calls of this kind reach it
 
     def run(*arguments: Any) -> Any:
