@@ -70,7 +70,7 @@ class _Sources:
     def __init__(self, graph: fx.Graph, frame: Frame) -> None:
         placeholders = graph.find_nodes(op="placeholder")
         self.inputs = dict(zip(placeholders, frame.inputs, strict=True))
-        self.of_call: dict[fx.Node, None] = {}
+        self.of_call: set[fx.Node] = set()
         self.written: set[Any] = set()
         self.mapped: set[fx.Node] = set()
         self._filled: set[Any] = set()
@@ -82,7 +82,7 @@ class _Sources:
             item = self.inputs.get(node)
             made = not _is_place(node) and any(map(self.is_of_call, node.all_input_nodes))
             if made if item is None else item.kind in _OF_CALL:
-                self.of_call[node] = None
+                self.of_call.add(node)
             roots = set(map(_root, _written(node)))
             self.written |= roots
             if node in self.of_call:
@@ -114,10 +114,10 @@ def check_lookups(gm: fx.GraphModule, frame: Frame) -> None:
     known: set[tuple[Any, ...]] = set()
     found = [(node, use) for node in gm.graph.nodes for use in _uses(node)]
     for node, use in found:
-        pointer, table = _value(use.pointer), _value(use.table)
-        if not isinstance(pointer, Tensor) or not _counts(pointer):
+        table = _value(use.table)
+        if not _counts(_value(use.pointer)) or not sources.is_of_call(use.pointer):
             continue
-        if not isinstance(table, Tensor) or not sources.is_of_call(use.pointer):
+        if not isinstance(table, Tensor):
             continue
         if use.dim is not None and not -table.dim() <= use.dim < table.dim():
             continue
@@ -240,7 +240,7 @@ def _subscripts(table: Any, subscript: Any) -> Iterator[_Use]:
             if not isinstance(whole, Tensor):
                 return
             dim = whole.dim() - sum(sizes[place + 1 :])
-        elif isinstance(value, Tensor) and _counts(value):
+        elif _counts(value):
             yield from _use(item, table, dim, negative=True)
         dim += sizes[place]
 
@@ -260,18 +260,18 @@ def _value(item: Any) -> Any:
     return item.meta.get("example_value") if isinstance(item, fx.Node) else None
 
 
-def _counts(value: Tensor) -> bool:
-    dtype = value.dtype
-    whole = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
-    return whole and value.device.type == "cpu"
+def _counts(value: Any) -> bool:
+    """Whether a value is a tensor of whole numbers, which the host has."""
+    if not isinstance(value, Tensor) or value.device.type != "cpu":
+        return False
+    return not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
 
 
 def _same_numbers(node: fx.Node) -> fx.Node:
     """The source of `node`'s numbers before they were laid out anew."""
     while node.op == "call_method" and node.target in _SAME:
         before = node.args[0]
-        value = _value(before)
-        if not (isinstance(before, fx.Node) and isinstance(value, Tensor) and _counts(value)):
+        if not isinstance(before, fx.Node) or not _counts(_value(before)):
             break
         node = before
     return node
