@@ -136,13 +136,6 @@ def source_text(place: Source | Guard) -> str:
     return str(name() if callable(name) else name)  # a method before torch 2.12
 
 
-def absent_attribute(guard: Guard) -> str | None:
-    """The attribute whose absence from an object's dictionary this guard checks."""
-    made: Any = guard.create_fn
-    absent = isinstance(made, partial) and made.func is GuardBuilder.NOT_PRESENT_IN_GENERIC_DICT
-    return made.keywords.get("attr") if absent else None
-
-
 def frame_guards() -> list[Guard]:
     context = TracingContext.try_get()
     return [] if context is None else list(context.guards_context.dynamo_guards)
