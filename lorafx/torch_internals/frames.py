@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from types import CodeType
 from typing import Any, NoReturn
 
@@ -25,7 +24,6 @@ ENTRY = Required(
 
 with private_names():
     from torch._dynamo.exc import TensorifyScalarRestartAnalysis
-    from torch._dynamo.guards import GuardBuilder
     from torch._dynamo.source import GlobalStateSource
     from torch._dynamo.symbolic_convert import InstructionTranslator
     from torch._dynamo.utils import get_metrics_context
