@@ -303,9 +303,9 @@ class Reading:
             )
             rows = b.shape[0] if b.dim() else 0
             raise Problem(
-                f"{keys['B'].key} has shape {tuple(b.shape)}, whose {rows} rows cannot be split over "
-                f"the slices of {label}: it covers {covered}, {n} rows in all (and r = {rank}); "
-                "declare with packed_modules which slices each name covers"
+                f"{keys['B'].key} has shape {tuple(b.shape)}, whose {rows} rows cannot be split "
+                f"over the slices of {label}: it covers {covered}, {n} rows in all (and r = "
+                f"{rank}); declare with packed_modules which slices each name covers"
             )
         owner, times = self.places.carried(landing.saved)
         name = self.config.name_of(owner, places[0][0].eligible.weight)

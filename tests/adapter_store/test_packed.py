@@ -160,7 +160,7 @@ def test_names_without_slices_are_refused(tmp_path: Path) -> None:
     mapping = {**MAPPING, "in_proj_qkvz": ["in_proj_qkv", "in_proj_z"]}
     config = lorafx.LoraConfig(target_modules="all-linear", packed_modules=mapping)
     cm = lorafx.compile(twins()[1], config, options=REFERENCE)
-    with pytest.raises(CheckpointError, match="slices .* not declared; .* with packed_modules"):
+    with pytest.raises(CheckpointError, match=r"slices .* not declared; .* with packed_modules"):
         cm.load_adapter(random_factors(tmp_path, "layers.0.in_proj_z", 8), "new")
 
 
