@@ -27,6 +27,8 @@ from lorafx.integrations.server.settings import Settings
 
 #: Seconds for which a replica that is stopped waits for answers, where nothing else is said.
 DRAIN = 600
+#: Host memory for the adapters of a replica, where nothing else is said.
+HOST_BYTES = 1 << 34
 #: Of an ingress. It holds no model, so it is not what runs out.
 RELAYED = 10_000
 
@@ -53,8 +55,9 @@ class RaySettings(BaseModel):
     are the same on all machines.
 
     Attributes:
-        held: how many adapters a replica has in host memory; the one that was not asked for longest
-            makes room. `max_adapters` of them have a slot on the device.
+        max_host_bytes: host memory for a replica's adapters; those that were used least recently
+            are read again from their files. `max_adapters` have a slot on the device.
+        held: how many adapters Ray sends to the replica that was asked for them before.
         num_replicas: how many engines, or "auto".
         num_gpus, num_cpus: of each of them.
         num_ingresses: how many processes read requests and send them to replicas.
@@ -72,7 +75,7 @@ class RaySettings(BaseModel):
     max_adapters: int = 8
     max_rank: int | None = None
     slot_rank: int | None = None
-    max_host_bytes: int | None = None
+    max_host_bytes: int | None = HOST_BYTES
     target: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()
     dtype: str | None = None
     device: str | None = None
