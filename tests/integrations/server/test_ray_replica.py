@@ -10,7 +10,6 @@ import httpx2
 import openai
 import pytest
 import torch
-from pydantic import ValidationError
 from ray.serve.metrics import Counter, Gauge
 from served import SMALL
 
@@ -27,7 +26,7 @@ def settings_of(files, **given: Any) -> RaySettings:
 
 @pytest.fixture(scope="module")
 def replica(files):
-    replica = Replica(settings_of(files).settings(), held=2)
+    replica = Replica(settings_of(files), held=2)
     yield replica
     replica.__del__()
 
@@ -122,7 +121,7 @@ def test_settings_from_a_command_line(files):
         "deployment": '{"health_check_period_s": 3, "ray_actor_options": {"memory": 1000}}',
     }
     settings = build.__annotations__["args"].model_validate(given)  # as Ray does
-    served = settings.settings()
+    served = settings
     assert (served.target, served.max_adapters) == (("q_proj", "v_proj"), 3)
     assert (served.slot_rank, served.max_host_bytes) == (4, 1_000_000)
     replicas, ingress = deployments(build(settings))
@@ -150,8 +149,8 @@ def deployments(application: Any) -> tuple[Any, Any]:
         ({"max_rank": 1}, CapacityError, "rank"),
         ({"deployment": {"num_replicas": 3}, "num_replicas": 2}, ConfigError, "num_replicas"),
         ({"deployment": {"ray_actor_options": {"num_gpus": 1}}}, ConfigError, "num_gpus"),
-        ({"adaptors": "x"}, ValidationError, "adaptors"),
-        ({"held": 0}, ValidationError, "held"),
+        ({"adaptors": "x"}, ConfigError, "adaptors"),
+        ({"held": 0}, ConfigError, "held"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_started(files, change, error, word):

@@ -19,7 +19,7 @@ from lorafx.generation.continuous.failures import StepHealth
 from lorafx.integrations.server.errors import error_response
 from lorafx.integrations.server.metrics import counts
 from lorafx.integrations.server.run import opened
-from lorafx.integrations.server.settings import Settings
+from lorafx.integrations.server.settings import ModelSettings
 from lorafx.runtime.statistics import Statistics
 
 
@@ -53,7 +53,7 @@ class Replica:
     """Ray's deployment of the engine, which tells Ray of the `held` adapters that were asked for
     last; raises as `opened`."""
 
-    def __init__(self, settings: Settings, held: int) -> None:
+    def __init__(self, settings: ModelSettings, held: int) -> None:
         self._settings = settings
         self._stack = ExitStack()
         self._server = self._stack.enter_context(opened(settings, lazily=True))
