@@ -239,6 +239,8 @@ class _Selection:
 
     def _unnamed(self) -> Iterator[str]:
         root = type(self.graph.root).__qualname__
+        theirs = isinstance(self.config.target_modules, targets.AdapterNames)
+        moved = "; if it moved, say so by AdapterSource(..., key_mapping=...)" if theirs else ""
         lists = {
             "target_modules entry": () if isinstance(self.target, str) else self.target or (),
             "modules_to_save or trainable_tokens entry": (*self.saved, *self.tokens),
@@ -247,7 +249,7 @@ class _Selection:
             for entry in entries:
                 if not self._names_any(entry):
                     near = self._nearest(entry)
-                    yield f"{what} {entry!r} names no module of {root}{near}"
+                    yield f"{what} {entry!r} names no module of {root}{near}{moved}"
         for name in self.packed.unused():
             yield (
                 f"packed_modules entry {name!r} matches no module, neither as a packed name nor "
@@ -370,7 +372,11 @@ def _described(site: Site) -> str:
     if site.expert_weight is not None:
         text += f", {site.experts} experts"
     parts = [f"{(part.selected and part.name) or '-'} {part.out_features}" for part in site.parts]
-    loose = f"; {', '.join(site.loose_names)}, told apart by their rows" if site.loose_names else ""
+    loose = (
+        f"; {', '.join(site.loose_names)}, whose slices are not declared"
+        if site.loose_names
+        else ""
+    )
     if len(parts) > 1:
         text += f" [{', '.join(parts)}{loose}]"
     return text + (f", room for {site.own_rows} rows of an adapter's own" if site.own_rows else "")

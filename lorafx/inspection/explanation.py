@@ -48,7 +48,7 @@ class SiteReport:
         registered: the registered class along its MRO.
         in_features, out_features: K and N; an embedding's K is the vocabulary.
         parts: name and columns of each projection of several; "-" if unnamed or not selected.
-        loose: names of projections that only the rows of B tell apart.
+        loose: names of projections whose slices are not declared.
         own_rows: how many rows of its weight an adapter may replace.
     """
 
@@ -95,7 +95,6 @@ class AdapterReport:
     norms: Mapping[str, float] | None = None
     idle: tuple[str, ...] = ()
     why_idle: str = ""
-    notes: tuple[str, ...] = ()
 
     @property
     def norm(self) -> float | None:
@@ -112,7 +111,7 @@ class AdapterReport:
             found.append(f"norm of ΔW {self.norm:.3g}")
         if self.idle and not self.why_idle:
             found.append(f"no effect at {len(self.idle)} of them ({some(self.idle, _MOST)})")
-        return "; ".join([", ".join(found), *self.notes])
+        return ", ".join(found)
 
 
 @dataclass(frozen=True)
@@ -470,7 +469,6 @@ def _adapter(session: Session, name: str, *, quick: bool) -> AdapterReport:
         norms=None if deltas is None else deltas.norms,
         idle=() if deltas is None else tuple(deltas.idle),
         why_idle="" if deltas is None else deltas.why_idle,
-        notes=stored.notes,
     )
 
 
