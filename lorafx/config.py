@@ -17,8 +17,8 @@ LoweringName = Literal["auto", "inductor", "triton", "reference"]
 STRATEGIES: Mapping[str, tuple[str, ...]] = {
     "inductor": ("generated", "aten"),
     "triton": (
-        *("split", "epilogue", "recompute", "gemv", "segments", "concat", "aten"),
-        *("grouped", "activated"),  # of routed experts
+        *("split", "epilogue", "gemv", "segments", "aten"),
+        "grouped",  # of routed experts
     ),
     "reference": ("aten",),
 }
@@ -68,9 +68,6 @@ class LoraConfig:
             in one batch, each with whole weights on the device. None for `max_adapters`.
         max_host_bytes: host memory for adapters; None for no limit. Over it, the least recently
             used are dropped and read again from their files (docs/adapter_store.md).
-        base_vocab_size: tokens from this number on were added to the model for adapters. `generate`
-            chooses them only for rows of adapters that have rows for them in an embedding or a
-            head. None: any token may be chosen for any row.
     """
 
     target_modules: str | Sequence[str] | None = None
@@ -87,14 +84,12 @@ class LoraConfig:
     modules_to_save: Sequence[str] = ()
     trainable_tokens: int | Mapping[str, int] = 0
     max_own_weights: int | None = None
-    base_vocab_size: int | None = None
     max_host_bytes: int | None = None
     slot_rank: int | None = None
 
     def __post_init__(self) -> None:
         for name in (
-            *("max_adapters", "max_rank", "max_own_weights"),
-            *("base_vocab_size", "max_host_bytes", "slot_rank"),
+            *("max_adapters", "max_rank", "max_own_weights", "max_host_bytes", "slot_rank"),
         ):
             value = getattr(self, name)
             if value is None and name not in ("max_adapters", "max_rank"):
@@ -162,8 +157,8 @@ class Options:
             your own, `{"mine": lorafx.After("fuse", run)}`. `print(lorafx.pipeline())` lists them.
         max_edits: stop rewriting after this many edits, to bisect a wrong result.
         plan: strategies pinned by canonical site path: "generated" for generated C++;
-            "split", "epilogue", "recompute", "gemv", "segments" and "concat", and "grouped" and
-            "activated" for routed experts, for Triton (docs/kernels.md); "aten".
+            "split", "epilogue", "gemv" and "segments", and "grouped" for routed
+            experts, for Triton (docs/kernels.md); "aten".
         dump: the folder for the graph after every pass; None reads LORAFX_DUMP.
         recompile_limit: the largest number of graphs of one entry; needing more is an error.
         strict: an adapter whose file lacks factors for a module that its own configuration targets

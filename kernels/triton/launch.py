@@ -12,7 +12,6 @@ ranks and numbers of rows on the device, so a captured launch stays right when t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -103,26 +102,6 @@ def shrink(kernel: GeneratedKernel, spec: TritonSpec, x: Tensor, batch: LaunchAr
     return v
 
 
-def activate(
-    kernel: GeneratedKernel, spec: TritonSpec, inputs: Sequence[Tensor], batch: LaunchArgs
-) -> tuple[Tensor, Tensor]:
-    """h (M, K) = f(inputs) and v = `shrink` of it."""
-    A, _, ranks, scales, _ = batch.bank
-    activation, d, tiles = spec.activation, spec.delta, kernel.tiles
-    assert activation is not None
-    h = torch.empty((batch.M, d.in_features), dtype=d.x_dtype, device=A.device)
-    v = batch.planes(kernel, spec)
-    strides, first = [], 0
-    for leaf in activation.leaves:
-        strides.append(inputs[first].stride(0))
-        first += leaf.inputs
-    tall = batch.tiles(tiles.block_m) * tiles.lanes
-    grid = (tall, _cdiv(spec.planes, tiles.block_r), tiles.parts)
-    scalars = batch.arguments(ranks.shape[0], v.stride(0), *strides, h.stride(0))
-    batch.launch(kernel, grid, [*inputs, h, A, ranks, scales, *batch.pointers, v, *scalars])
-    return h, v
-
-
 def split(
     kernel: GeneratedKernel,
     spec: TritonSpec,
@@ -161,13 +140,13 @@ def linear(
     kernel: GeneratedKernel,
     spec: TritonSpec,
     y: Tensor,
-    v: Tensor | None,
+    v: Tensor,
     base: Base | None,
     batch: LaunchArgs,
 ) -> None:
     """Writes y (M, N), or adds to it where there is no base product ("expand"). v are shrink's
-    planes; None where the kernel ("recompute") computes v itself."""
-    A, B, ranks, scales, _ = batch.bank
+    planes."""
+    B, ranks = batch.bank.B, batch.bank.ranks
     tiles = kernel.tiles
     pointers: list[Any] = []
     strides: list[Any] = []
@@ -181,11 +160,10 @@ def linear(
             pointers.append(sums)
             strides.append(sums.stride(0))
         pointers += [] if bias is None else [bias]
-    pointers += [A, B, ranks, scales] if v is None else [v, B, ranks]
+    pointers += [v, B, ranks]
     tiles_m = batch.tiles(tiles.block_m)
     tiles_n = sum(_cdiv(size, tiles.block_n) for size in spec.delta.sizes)
-    plane = [] if v is None else [v.stride(0)]
-    scalars = batch.arguments(ranks.shape[0], tiles_m, *plane, *strides, y.stride(0))
+    scalars = batch.arguments(ranks.shape[0], tiles_m, v.stride(0), *strides, y.stride(0))
     batch.launch(kernel, (tiles_m * tiles_n,), [*pointers, *batch.pointers, y, *scalars])
 
 

@@ -35,7 +35,7 @@ from lorafx.capture.lookups import check_lookups
 from lorafx.capture.lowering import Lowering, compile_base, lowering_for
 from lorafx.capture.needless_guards import keep_guards
 from lorafx.capture.parts import Captured, Parts, foreign_operators, noted
-from lorafx.capture.record import GraphRecord, Span, keeps_stages
+from lorafx.capture.record import GraphRecord, Span, dump_folder
 from lorafx.capture.stamps import Folded, traced_once, unfold
 from lorafx.errors import CaptureError, LoweringError
 from lorafx.kernels.cpu.delta_kernels import builds_noted, built_source
@@ -126,7 +126,7 @@ class Backend:
         title = f"graph {len(self.records)} {'lora' if lora else 'base'}"
         title += " per token" if frame.per_token else ""
         why = reason(call, [record.form for record in self.records])
-        keeps = self.replay is not None or keeps_stages(program.options)
+        keeps = self.replay is not None or dump_folder(program.options) is not None
         return GraphRecord(title, lora, checks, keeps, form=call, reason=why, spans=spans)
 
     def _compiled(

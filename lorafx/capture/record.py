@@ -7,7 +7,6 @@ viewer's page are functions of the stages.
 from __future__ import annotations
 
 import copy
-import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -252,16 +251,6 @@ def seen_sites(records: Sequence[GraphRecord]) -> set[str]:
     refusals = (item for record in records for item in record.checks.refusals)
     served = {state.site.path for record in records for state in record.states}
     return served.union(*(item.sites for item in refusals))
-
-
-def keeps_stages(options: Options) -> bool:
-    """Whether stages are kept during compilation."""
-    return dump_folder(options) is not None or traces()
-
-
-def traces() -> bool:
-    """Whether torch's structured trace (TORCH_TRACE) is on."""
-    return bool(logging.getLogger("torch.__trace").handlers)
 
 
 def dump_folder(options: Options) -> Path | None:
