@@ -20,14 +20,15 @@ from torch import fx
 
 from lorafx.errors import ConfigError
 from lorafx.kernels.cost.chips import chip_of
-from lorafx.kernels.cost.expert_cost import ExpertWork, estimate_experts
 from lorafx.kernels.cost.roofline import (
     FUSED,
     UNTIMED,
     Estimate,
+    ExpertWork,
     Work,
     byte_floor,
     estimate,
+    estimate_experts,
     split_is_faster,
     work_of,
 )

@@ -9,8 +9,6 @@ that share x still have an A each. On a GPU a kernel takes
 
 and each kernel after the first one more dependent launch. What the strategies launch:
 
-    recompute   one kernel: every tile of y computes v = x Aᵀ again, for the first adapter of its
-                rows beside its loop over K, for each further one in a loop of its own
     epilogue    the shrink to v, then one kernel for base product and expand: y is written once
     split       one kernel of base product, in parts of K, and shrink; one that adds up and expands
     gemv        vendor GEMM, then shrink and expand a row at a time: no padding of rows
@@ -77,7 +75,7 @@ TILE_N, TILE_M, DOT = 128, 64, 16  # columns and rows of a tile of y; least side
 READER, ADAPTER = 2.5e-6, 1.2e-6
 #: Seconds before a product's bytes flow and after they have: a product of few bytes takes longer.
 START = 4e-6
-#: Speed of the loop over W in "epilogue" and "recompute" beside the vendor's where bytes decide
+#: Speed of the loop over W in "epilogue" beside the vendor's where bytes decide
 #: (H200): too few programs for narrow layers, too many registers.
 LOOP_OVER_VENDOR = 0.62
 #: The same for "split", whose K is in parts.
@@ -201,21 +199,6 @@ def work_of(
 # --- strategies with a base product of their own ---
 
 
-def _recompute(work: Work) -> float:
-    adapters, chip = work.adapters_in_tile, work.chip
-    M, K, N = work.rows, work.in_features, work.columns
-    beside = work.fused_base(
-        work.a + work.b,
-        work.m_tiles * work.rank * (work.n_tiles * K + adapters * N),
-        2.0 * M * work.padded_rank * (work.n_tiles * K + adapters * N),
-    )
-    # A further adapter's loop reads x and A again, after the loop over W.
-    a_loop = K * (min(max(M, DOT), TILE_M) + work.padded_rank) * work.dtype.itemsize
-    waves = math.ceil(work.m_tiles * work.n_tiles / chip.processors)
-    after = waves * (adapters - 1) * a_loop / (chip.l2_bandwidth / chip.processors)
-    return beside + after
-
-
 def _epilogue(work: Work) -> float:
     adapters, G = work.adapters_in_tile, len(work.sizes)
     padded = work.padded_rank * adapters
@@ -301,12 +284,11 @@ def _by_runs(work: Work, memory: float, terms: int) -> float:
 GPU_STRATEGIES = {
     "split": _split,
     "epilogue": _epilogue,
-    "recompute": _recompute,
     "gemv": _gemv,
     "segments": _segments,
 }
 #: Strategies that compute the base product themselves.
-FUSED = ("split", "epilogue", "recompute")
+FUSED = ("split", "epilogue")
 #: Notes for users on what no chip has timed.
 UNTIMED: Mapping[str, str] = {
     "split": "its reader measured in an earlier form only",
@@ -349,3 +331,81 @@ def ranked(
         name: Estimate(seconds[name], seconds[name] / base, seconds[name] / floor, refusals[name])
         for name in order
     }
+
+
+# --- products with routed experts ---
+
+#: Assumed speed of the grouped kernel's loop over W beside the vendor's grouped product where bytes
+#: decide: experts give it thousands of programs, and the vendor's tiles are mostly empty there.
+STREAMING = 1.0
+#: Assumed seconds of a product launched by the host's loop over experts, for an expert with rows,
+#: and of the host's wait for where their rows end.
+HOST_PRODUCT, HOST_WAIT = 5e-6, 2e-5
+
+
+@dataclass(frozen=True)
+class ExpertWork(Work):
+    """Rows sorted by expert, times W[e], with the deltas of D adapters. `rows` are pairs of a token
+    and an expert, spread evenly: E (1 - (1 - 1/E)^M) experts have rows, and as many of the E·D
+    pairs of expert and adapter, whose A and B are read once. `on_host`: the base's product is a
+    loop over experts on the host."""
+
+    experts: int = 1
+    on_host: bool = False
+
+    def _hit(self, cells: int) -> float:
+        return cells * -math.expm1(self.rows * math.log1p(-1 / cells)) if cells > 1 else 1.0
+
+    @property
+    def active(self) -> float:
+        return self._hit(self.experts)
+
+    @property
+    def pairs(self) -> float:
+        return self._hit(self.experts * self.distinct)
+
+    @property
+    def weight_elements(self) -> float:
+        return self.active * self.in_features * self.columns
+
+    @property
+    def a(self) -> float:
+        return self.pairs * self.rank * len(self.sizes) * self.in_features
+
+    @property
+    def b(self) -> float:
+        return self.pairs * self.rank * self.columns
+
+    @property
+    def cached(self) -> float:
+        tiles = self.active * math.ceil(self.rows / self.active / TILE_M)
+        return tiles * self.in_features * self.columns
+
+    def vendor(self) -> float:
+        if self.on_host:
+            return self.base() + HOST_WAIT + self.active * HOST_PRODUCT
+        return super().vendor()
+
+
+def _grouped_experts(work: ExpertWork) -> float:
+    flops = 2.0 * work.rows * work.padded_rank
+    x = work.rows * work.in_features
+    shrink = work.reader(work.a + x, 0, flops * len(work.sizes) * work.in_features)
+    return shrink + work.fused_base(work.b, 0, flops * work.columns, STREAMING)
+
+
+def _segments_of_experts(work: ExpertWork) -> float:
+    M, K, N, G = work.rows, work.in_features, work.columns, len(work.sizes)
+    flops = 2.0 * work.pairs * math.ceil(M / work.pairs / DOT) * DOT * work.padded_rank
+    shrink = work.reader(work.a + M * K, 0, flops * G * K)
+    expand = work.reader(work.b + 2 * M * N, 0, flops * N)
+    sorting = 2.0 * M**2 / work.chip.fma_rate  # each row is compared with each
+    return work.vendor() + 2 * work.chip.launch + shrink + expand + sorting
+
+
+def estimate_experts(work: ExpertWork) -> dict[str, Estimate]:
+    seconds = {"grouped": _grouped_experts(work), "segments": _segments_of_experts(work)}
+    refusals = dict.fromkeys(seconds, "")
+    if work.compute_bound and not work.on_host:
+        refusals["grouped"] = slower_than_vendor(work.chip)
+    return ranked(seconds, refusals, work.vendor(), work.floor())
