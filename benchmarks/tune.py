@@ -111,8 +111,7 @@ def neighbours(
 ) -> Iterator[dict[str, Tiles]]:
     """Tiles that differ from `tiles` in one parameter and can run."""
     for name, own in tiles.items():
-        axes = AXES["epilogue" if name == "recompute" else name]
-        for axis, values in axes.items():
+        for axis, values in AXES[name].items():
             for value in values:
                 if value == getattr(own, axis):
                     continue

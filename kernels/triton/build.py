@@ -4,7 +4,6 @@
 
     split      x Wᵀ in parts of K and beside it the shrink, then the parts added up with v B
     epilogue   shrink, then x Wᵀ + b with v B added in its epilogue; y is written once
-    recompute  one kernel: each tile computes v for its own rows beside x Wᵀ
     segments   shrink, then y += v B, rows sorted by slot; the base product is the vendor's
     gemv       as "segments" a row at a time, for one or two rows an adapter
     embedding  y += A[s, id] B[s]
@@ -46,7 +45,7 @@ from lorafx.kernels.triton.tiles import (
 from lorafx.torch_internals import triton_compat
 
 #: Strategies of `lorafx::triton_linear`, which compute the base product too.
-LINEAR = ("split", "epilogue", "recompute")
+LINEAR = ("split", "epilogue")
 #: Strategies of the deltas alone.
 DELTA = ("segments", "gemv", "embedding")
 #: One program of the sorting kernel ranks this many requests.
@@ -57,7 +56,6 @@ ORDER_TILES = Tiles(block_m=64, num_stages=1)
 STRATEGY_KERNELS: Mapping[str, tuple[str, ...]] = {
     "split": ("split", "reduce"),
     "epilogue": ("shrink", "epilogue"),
-    "recompute": ("recompute",),
     "segments": ("shrink", "expand"),
     "gemv": ("shrink_rows", "expand_rows"),
     "embedding": ("embedding_rows",),
@@ -170,8 +168,6 @@ def tiles_for(strategy: str, spec: DeltaSpec, rows: int, arch: Architecture) -> 
         return dict(tuned)
     if strategy == "embedding":
         return {"embedding_rows": expand_rows_tiles(spec, rows, arch)}
-    if strategy == "recompute":
-        return {"recompute": linear_tiles(spec, rows, arch, "recompute")}
     if strategy == "gemv":
         first = shrink_rows_tiles(spec, rows, arch)
         second = expand_rows_tiles(spec, rows, arch)

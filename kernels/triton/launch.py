@@ -133,13 +133,13 @@ def linear(
     kernel: GeneratedKernel,
     spec: TritonSpec,
     y: Tensor,
-    v: Tensor | None,
+    v: Tensor,
     base: Base | None,
     batch: LaunchArgs,
 ) -> None:
     """Writes y (M, N), or adds to it where there is no base product ("expand"). v are shrink's
-    planes; None where the kernel ("recompute") computes v itself."""
-    A, B, ranks, scales, _ = batch.bank
+    planes."""
+    B, ranks = batch.bank.B, batch.bank.ranks
     tiles = kernel.tiles
     pointers: list[Any] = []
     strides: list[Any] = []
@@ -152,11 +152,10 @@ def linear(
             pointers.append(sums)
             strides.append(sums.stride(0))
         pointers += [] if bias is None else [bias]
-    pointers += [A, B, ranks, scales] if v is None else [v, B, ranks]
+    pointers += [v, B, ranks]
     tiles_m = batch.tiles(tiles.block_m)
     tiles_n = sum(_cdiv(size, tiles.block_n) for size in spec.delta.sizes)
-    plane = [] if v is None else [v.stride(0)]
-    scalars = batch.arguments(ranks.shape[0], tiles_m, *plane, *strides, y.stride(0))
+    scalars = batch.arguments(ranks.shape[0], tiles_m, v.stride(0), *strides, y.stride(0))
     batch.launch(kernel, (tiles_m * tiles_n,), [*pointers, *batch.pointers, y, *scalars])
 
 

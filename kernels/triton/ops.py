@@ -143,12 +143,11 @@ def _run_linear(
         return y
     bias = None if bias is None else bias.contiguous()  # N elements; kernels take no stride of it
     batch = LaunchArgs.of(M, bank, rows, plan.order, launch)
-    v, sums = None, None
-    *before, last = plan.kernels.values()
-    if "shrink" in plan.kernels:
-        v = shrink(before[0], plan.spec, x, batch)
-    elif "split" in plan.kernels:
-        sums, v = split(before[0], plan.spec, x, weight, y, batch)
+    first, last = plan.kernels.values()
+    if first.name == "split":
+        sums, v = split(first, plan.spec, x, weight, y, batch)
+    else:
+        sums, v = None, shrink(first, plan.spec, x, batch)
     linear(last, plan.spec, y, v, Base(x, weight, bias, sums), batch)
     return y
 

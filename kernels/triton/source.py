@@ -3,9 +3,8 @@
     source(kernel, spec, tiles) = heading + template[kernel](sizes, column ranges, dtypes, tiles)
 
     shrink       v[p, m, j·R + r] = scale · Σ_(k in part p) A[s, i_j·R + r, k] x[m, k]
-    linear       y[m] = x[m] Wᵀ + b + v[m] B[s]    v from shrink's planes ("epilogue"), computed
-                 by the tile itself ("recompute"), without the base product ("expand"), or with
-                 that of `split` ("reduce")
+    linear       y[m] = x[m] Wᵀ + b + v[m] B[s]    v from shrink's planes ("epilogue"), without the
+                 base product ("expand"), or with that of `split` ("reduce")
     split        y[q, m] = Σ_(k in part q) x[m, k] W[:, k], and shrink by programs of its own
     shrink_rows, expand_rows    the same a row at a time, without matrix instructions
     embedding_rows              expand_rows with A[s, id] for v
@@ -36,11 +35,10 @@ TYPES = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float
 # kernel -> its template and the constants that tell it from the template's other kernels
 KERNELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "shrink": ("shrink", {}),
-    "epilogue": ("linear", {"base": True, "recompute": False, "reduce": False}),
-    "recompute": ("linear", {"base": True, "recompute": True, "reduce": False}),
-    "expand": ("linear", {"base": False, "recompute": False, "reduce": False}),
+    "epilogue": ("linear", {"base": True, "reduce": False}),
+    "expand": ("linear", {"base": False, "reduce": False}),
     "split": ("split", {}),
-    "reduce": ("linear", {"base": False, "recompute": False, "reduce": True}),
+    "reduce": ("linear", {"base": False, "reduce": True}),
     "shrink_rows": ("rows", {"function": "shrink_rows"}),
     "expand_rows": ("rows", {"function": "expand_rows", "embedding": False}),
     "embedding_rows": ("rows", {"function": "expand_rows", "embedding": True}),

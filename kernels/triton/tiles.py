@@ -125,7 +125,7 @@ def aligned(spec: DeltaSpec) -> bool:
 
 
 def linear_tiles(spec: DeltaSpec, rows: int, arch: Architecture, kernel: str) -> Tiles:
-    """Tiles of "epilogue", "recompute" and "expand". Sixteen factors at a time: v takes registers
+    """Tiles of "epilogue" and "expand". Sixteen factors at a time: v takes registers
     for each part, and twice in the bank's type; with more, kernels of rank 64 and 256 spill."""
     width = max(spec.sizes)
     if arch.name == "interpreter":
@@ -141,10 +141,9 @@ def linear_tiles(spec: DeltaSpec, rows: int, arch: Architecture, kernel: str) ->
         plain = aligned(spec) and spec.bank_dtype.itemsize == 2 and spec.max_rank <= 32
         return Tiles(power_of_two(rows, 16, 32), block_n=128 if plain else 64, num_stages=2)
     size = spec.x_dtype.itemsize
-    by_hand = size == 4 or (kernel == "recompute" and spec.bank_dtype.itemsize == 4)
-    if by_hand:  # no matrix instructions: products in registers, so small tiles
-        block_m = power_of_two(rows, 16, 64 if aligned(spec) and size == 4 else 32)
-        tiles = Tiles(block_m=block_m, block_n=32, block_k=32 if size == 4 else 16)
+    if size == 4:  # no matrix instructions: products in registers, so small tiles
+        block_m = power_of_two(rows, 16, 64 if aligned(spec) else 32)
+        tiles = Tiles(block_m=block_m, block_n=32, block_k=32)
     elif not aligned(spec):
         tiles = Tiles(power_of_two(rows, 16, 64), block_n=32, block_k=32, num_stages=2)
     elif rows <= 64:
@@ -160,17 +159,13 @@ def linear_tiles(spec: DeltaSpec, rows: int, arch: Architecture, kernel: str) ->
         )
     elif rows <= 256:
         tiles = Tiles(block_m=64, block_n=64, block_k=64, num_stages=4)
-        if kernel == "recompute":
-            tiles = replace(tiles, block_k=32)
     else:
         block_k = 32 if arch.warp == 64 else 64
         # A bank of float32 takes the registers that the wider tile would need.
-        block_n = 128 if spec.bank_dtype.itemsize == 2 or size == 4 else 64
+        block_n = 128 if spec.bank_dtype.itemsize == 2 else 64
         tiles = Tiles(128, block_n, block_k, num_warps=8, num_stages=4)
-    columns = tiles.block_m + tiles.block_n + (tiles.block_r if kernel == "recompute" else 0)
-    return replace(
-        tiles, num_stages=stages_that_fit(arch, tiles.block_k * columns * size, tiles.num_stages)
-    )
+    stage = tiles.block_k * (tiles.block_m + tiles.block_n) * size
+    return replace(tiles, num_stages=stages_that_fit(arch, stage, tiles.num_stages))
 
 
 def shrink_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:

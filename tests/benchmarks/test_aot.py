@@ -25,7 +25,6 @@ CUT = (
     "epilogue/shrink/o_r16_bf16/m64",
     "epilogue/epilogue/o_r16_bf16/m64",
     "epilogue/epilogue/o_r16_bf16/m4096",
-    "recompute/recompute/o_r16_bf16/m1",
     "segments/expand/o_r16_bf16/m4096",
     "gemv/shrink_rows/o_r16_bf16/m1",
     "gemv/expand_rows/o_r16_bf16/m1",
