@@ -188,9 +188,9 @@ class Loading:
             seen.add(key)
             uncovered = self._uncovered(target)
             if uncovered:
-                self.missing.append(target.name)
+                self.missing.append(str(target))
                 if self._strict:
-                    self._problems.append(f"{target.name}: {uncovered}")
+                    self._problems.append(f"{target}: {uncovered}")
 
     def _raise(self) -> None:
         if not self._problems:
@@ -284,7 +284,7 @@ class Loading:
     def _key(self, target: Target) -> _Key:
         tensor = target.tensor
         if id(tensor) not in self._keys:
-            self._keys[id(tensor)] = target.key
+            self._keys[id(tensor)] = memory_key(tensor)
         return self._keys[id(tensor)]
 
 
@@ -322,6 +322,6 @@ def load_weights(model: nn.Module, weights: Weights, strict: bool = True) -> set
     filled = loading.filled
     for module, method in methods_of(filled):
         method.process_weights_after_loading(module)
-    keys = {target.key for target in filled}
+    keys = {memory_key(target.tensor) for target in filled}
     state = model.state_dict(keep_vars=True)
     return {n for n, t in state.items() if isinstance(t, Tensor) and memory_key(t) in keys}

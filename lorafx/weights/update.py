@@ -72,5 +72,5 @@ def _update(session: Session, source: WeightSource, *, strict: bool) -> WeightUp
     session.store.refresh_magnitudes()
     session.base = before._replace(broken=before.broken if loading.missing else "")
     return WeightUpdate(
-        tuple(target.name for target in filled), tuple(loading.missing), tuple(loading.ignored)
+        tuple(str(target) for target in filled), tuple(loading.missing), tuple(loading.ignored)
     )
