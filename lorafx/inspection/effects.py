@@ -19,6 +19,7 @@ from lorafx.errors import ConfigError
 from lorafx.model.bank import Factors
 from lorafx.model.sites import Group, Site
 from lorafx.program.argument_roles import RoleTable
+from lorafx.runtime.requests import Requests
 from lorafx.runtime.session import Session
 from lorafx.torch_internals.fake_tensors import unset_fake_temporarily
 
@@ -133,7 +134,6 @@ def in_eager_mode(
     model, row_dims = session.program.model, session.program.config.row_dims
     roles = RoleTable(model, row_dims)
     named = roles.spread(roles.bind(tuple(args), kwargs))
-    rows = roles.rows(named)
 
     def serve() -> None:
         session.set_batch(roles, named)
@@ -143,7 +143,7 @@ def in_eager_mode(
     def run() -> None:
         session.run(session.running.in_forward(session.program.runtime.rows), serve)
 
-    session.call(run, [name] * (1 if rows is None else rows))
+    session.call(run, Requests((name,), alike=True))
 
 
 def _tensor(output: Any) -> Tensor:

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType, MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -351,7 +351,7 @@ class CompiledForwards:
     def __init__(self, session: Session, attachment: Attachment) -> None:
         self.session = session
         self.made: dict[tuple[Any, ...], Entry] = {}
-        self._attachment = attachment
+        self.attachment: Final = attachment
 
     @property
     def model(self) -> nn.Module:
@@ -378,7 +378,12 @@ class CompiledForwards:
             )
         return entry
 
+    @property
+    def detached(self) -> bool:
+        """Whether the marks were taken off the model."""
+        return not self.attachment.rollback
+
     def check_attached(self) -> None:
         """Raise CaptureError where the model was detached."""
-        if not self._attachment.rollback:
+        if self.detached:
             raise CaptureError("this model was detached; call lorafx.compile again")

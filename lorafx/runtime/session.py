@@ -164,15 +164,10 @@ class Session:
     def call(
         self,
         function: Callable[[], T],
-        names: Names | Requests | None,
-        *,
-        repeats: bool = False,
-        tokens: Tensor | None = None,
-        packed: bool = False,
-        activated: bool = False,
+        requests: Requests | None,
     ) -> T:
-        """What `function` returns, which runs the model for these requests (see `Requests`); None
-        stands for the default adapter.
+        """What `function` returns, which runs the model for these requests; None stands for the
+        default adapter.
 
         Raises:
             BatchError: an adapter is merged into the base weights, and a request uses another one;
@@ -185,16 +180,8 @@ class Session:
         """
         try:  # no context manager: it takes a microsecond
             refuse_transformed()
-            if names is None:
-                requests = Requests((self.default,), alike=True)
-            elif isinstance(names, Requests):
-                requests = names._replace(repeats=repeats)
-            else:
-                requests = Requests(
-                    tuple(names), tokens, repeats, packed=packed, activated=activated
-                )
             # Before the lock is taken: other calls go on while files are read.
-            kept = self.fetched(requests.names, tokens)  # noqa: F841
+            kept = self.fetched(requests)  # noqa: F841
             with self.locks.calls:
                 running, merged = self.running, self.base.merged
                 if running.updating:
@@ -202,14 +189,14 @@ class Session:
                         "the base weights are being updated; call the model after the update"
                     )
                 self.refuse_broken()
-                if names is None:
-                    requests = Requests((self.default,), alike=True)  # it may be another one now
+                if requests is None:
+                    requests = Requests((self.default,), alike=True)
                 if merged is not None and not running.warming:
                     requests = served_by(merged.name, requests)
                     self.program.refuse_missing(self.store[merged.name].sites)
                 elif self.base.unmerged and not running.warming:
                     raise CaptureError(self.base.unmerged)
-                if not packed:
+                if not requests.packed:
                     function = partial(self.beside_engine, function)
                 return self.note(running.serving(requests), function)
         except Exception as error:
@@ -223,12 +210,14 @@ class Session:
         held."""
         return function() if self.beside is None else self.beside(function)
 
-    def fetched(self, names: Names, tokens: Tensor | None = None) -> list[HostCopy]:
+    def fetched(self, requests: Requests | None) -> list[HostCopy]:
         """What keeps the adapters of such a call in host memory; see `AdapterStore.fetch`."""
         if self.store.host.budget is None:
             return []
-        requests = Requests(tuple(names), tokens)
-        return self.store.fetch(names if tokens is None else requests.used().values())
+        if requests is None:
+            return self.store.fetch([self.default])
+        by_token = requests.tokens is not None
+        return self.store.fetch(requests.used().values() if by_token else requests.names)
 
     def note(self, running: Running, action: Callable[[], T]) -> T:
         """What `action` returns, while `running` is under way: a call, whose forwards `run` with

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +12,23 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
-from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
+from transformers.generation.continuous_batching.requests import (
+    FutureRequestState,
+    GenerationOutput,
+    RequestState,
+)
 
 from lorafx.adapter_store.names import BASE, AdapterName, one_name
 from lorafx.adapter_store.stored import Hold
 from lorafx.errors import BatchError, CaptureError, ConfigError, LorafxError
 from lorafx.generation.alora import column_of, warn_absent
 from lorafx.generation.continuous import sampling
-from lorafx.generation.continuous.adapter_requests import AdapterRequest, EngineOutputs, hold_of
+from lorafx.generation.continuous.adapter_requests import (
+    AdapterRequest,
+    EngineOutputs,
+    further,
+    hold_of,
+)
 from lorafx.generation.continuous.attention import EngineAttention
 from lorafx.generation.continuous.cache_policy import AdapterPages, FullCache
 from lorafx.generation.continuous.failures import StepHealth, as_told
@@ -164,6 +173,24 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             raise
         self._wake_up_loop.set()
         return request_id
+
+    def collected(self, requests: Sequence[str]) -> dict[str, GenerationOutput]:
+        """The outputs of these requests and of their further sequences, which come before each, by
+        name. Raises BatchError where the engine stops before."""
+        count = self.num_return_sequences - 1
+        wanted = [name for request in requests for name in (*further(request, count), request)]
+        found: dict[str, GenerationOutput] = {}
+        while len(found) < len(wanted):
+            output = self.get_result(timeout=1)
+            if output is not None and output.is_finished():
+                found[output.request_id] = output
+            elif output is None and not self.is_running():
+                cause = self.background_thread_status.fatal_error
+                raise BatchError(
+                    f"the engine stopped with {len(wanted) - len(found)} of {len(wanted)} requests "
+                    f"unanswered: {cause}"
+                ) from cause
+        return {name: found[name] for name in wanted}
 
     def start(self) -> None:
         """Start the engine's thread. Raises ConfigError where transformers has no paged cache for

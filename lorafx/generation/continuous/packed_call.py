@@ -26,6 +26,7 @@ from lorafx.generation.continuous.failures import OF_THE_DEVICE, in_parts
 from lorafx.generation.continuous.step_cache import ATTENDING_DEVICES, StepCache
 from lorafx.runtime.entry import CompiledForwards
 from lorafx.runtime.loading import fill_ahead
+from lorafx.runtime.requests import Requests
 
 
 class Step(NamedTuple):
@@ -221,7 +222,7 @@ class PackedForward:
             entry = entries.of(entries.model, packed=True)
             return session.note(active, lambda: entry(**step.named))
 
-        return session.call(run, names, tokens=tokens, packed=True)
+        return session.call(run, Requests(tuple(names), tokens, packed=True))
 
     def _count(self, batch: Sequence[FutureRequestState]) -> None:
         """Note how many tokens of each adapter are run."""
