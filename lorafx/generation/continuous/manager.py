@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import operator
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig
@@ -33,19 +35,28 @@ from lorafx.generation.continuous.attention import EngineAttention
 from lorafx.generation.continuous.cache_policy import AdapterPages, FullCache
 from lorafx.generation.continuous.failures import StepHealth, as_told
 from lorafx.generation.continuous.packed_call import PackedForward
-from lorafx.generation.continuous.request_checks import (
-    checked_limits,
-    checked_prompt,
-    checked_sampling,
-    served_config,
-)
-from lorafx.generation.continuous.scheduling import all_pinned, drop, paired, step_of
+from lorafx.generation.continuous.scheduling import all_pinned, drop, paired, step_of, within_slots
 from lorafx.model.keywords import refuse_slips
+from lorafx.torch_internals.transformers_parts import devices_of_async_batching
 
 if TYPE_CHECKING:
     from lorafx.runtime.entry import CompiledForwards
 
 
+_COMPILED = "lorafx compiles the model itself"
+_PADDED = "only CUDA graphs and compilation by the engine pad"
+#: What a configuration may ask for that is not served, and why.
+_REFUSED: Mapping[str, str] = {
+    "use_cuda_graph": (
+        "a replayed graph runs nothing on the host, where the slot of each token is written and "
+        "mixes are refused"
+    ),
+    "varlen_compile_config": _COMPILED,
+    "decode_compile_config": _COMPILED,
+    "default_compile_level": _COMPILED,
+    "q_padding_interval_size": _PADDED,
+    "kv_padding_interval_size": _PADDED,
+}
 #: How a request names its adapter.
 _WAYS = {"adapter": 'adapter="sql", or None for the base'}
 #: The adapter of `set_adapter`.
@@ -77,6 +88,12 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             )
         served = served_config(config, model.device)
         per_request = bool(given.do_sample and served.per_request_processors)
+        if per_request and served.return_logprobs:
+            raise ConfigError(
+                "ContinuousBatchingConfig(return_logprobs=True) is not served with "
+                "per_request_processors: of a token that is not drawn beside others that are, "
+                "transformers returns that it was certain. Leave one of the two out"
+            )
         self._attention = EngineAttention(forwards.session)
         try:
             with _possible(model):
@@ -128,7 +145,6 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             logit_processor_kwargs: how the request's tokens are chosen: `temperature`, `top_k` and
                 `top_p`, where the engine samples and was given `per_request_processors=True`.
                 Temperature 0 takes the likeliest token, `top_k` 0 or -1 and `top_p` 1 leave all.
-                Of any engine, values that ask for nothing or for what it does anyway, and None.
             Otherwise as transformers' own.
 
         Raises:
@@ -150,7 +166,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             raise ConfigError(f"request_id is a string; got {request_id!r}")
         max_new_tokens, ends = checked_limits(max_new_tokens, eos_token_id)
         config = self.generation_config
-        chosen = checked_sampling(self.logit_processor, logit_processor_kwargs, config)
+        chosen = sampling.checked_sampling(self.logit_processor, logit_processor_kwargs)
         prompt = checked_prompt(self.forwards.model, input_ids)
         hold, begins = self._held(adapter, prompt)
         request_id = self._named(request_id)
@@ -333,7 +349,6 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             cache.waiting = lambda request_id: scheduler.waiting_requests.get(request_id)
             cache.session = self.forwards.session
             self._packed.waits = not paired(processor.inputs_and_outputs)
-            sampling.likely_as_alone(processor.model_runner, self.logit_processor)
             offloading: Any = processor.offloading_manager
             offloading.__class__ = FullCache
             offloading.fail = self._fail
@@ -344,7 +359,6 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         step = step_of(processor.inputs_and_outputs)
         draws = processor.do_sample and sampling.drawn(self.logit_processor)
         processor.model_runner.do_sample = draws
-        packed.searches = self.health.searches()
         try:
             processor._generation_step(self._forward)
         except torch.AcceleratorError:
@@ -399,4 +413,69 @@ def _possible(model: Any) -> Iterator[None]:
         raise ConfigError(
             f"transformers' engine cannot make a paged cache for {type(model).__name__}: {error}. "
             "Change the ContinuousBatchingConfig if it is about sizes; otherwise call generate()"
+        ) from error
+
+
+def served_config(
+    config: ContinuousBatchingConfig | None, device: torch.device
+) -> ContinuousBatchingConfig:
+    """The configuration with what is not served switched off; ConfigError where it asks for that,
+    or for what this device cannot do."""
+    config = ContinuousBatchingConfig() if config is None else config
+    for name, why in _REFUSED.items():
+        value = getattr(config, name)
+        if value and value != (False, False):
+            raise ConfigError(
+                f"ContinuousBatchingConfig({name}={value!r}) is not served with adapters: {why}. "
+                f"Leave {name} out"
+            )
+    able = devices_of_async_batching()
+    if config.use_async_batching and device.type not in able:
+        raise ConfigError(
+            "ContinuousBatchingConfig(use_async_batching=True) needs streams of a device of type "
+            f"{' or '.join(able)}, and the model is on {device}. Leave use_async_batching out"
+        )
+    return dataclasses.replace(
+        config,
+        use_cuda_graph=False,
+        use_async_batching=bool(config.use_async_batching),
+        auto_switch_to_flash=False,
+        scheduler_type=within_slots(config.scheduler_type),
+    )
+
+
+def checked_prompt(model: Any, input_ids: Sequence[int]) -> list[int]:
+    """The token ids of a prompt; BatchError where they are none of the model's."""
+    try:
+        prompt = [operator.index(token) for token in input_ids]
+    except TypeError as error:
+        raise BatchError(
+            f"input_ids holds the token ids of one prompt, which are integers: {error}"
+        ) from error
+    if not prompt:
+        raise BatchError("input_ids is empty; give at least one token")
+    known: int | None = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if known is not None and not 0 <= min(prompt) <= max(prompt) < known:
+        raise BatchError(
+            f"input_ids holds {min(prompt)} to {max(prompt)}, but the model has embeddings "
+            f"for 0 to {known - 1}"
+        )
+    return prompt
+
+
+def checked_limits(
+    max_new_tokens: int | None, eos_token_id: int | Iterable[int] | None
+) -> tuple[int | None, list[int] | None]:
+    """After how many tokens an answer ends, and with which. Raises ConfigError."""
+    most = None if max_new_tokens is None else sampling.integer(max_new_tokens)
+    if max_new_tokens is not None and (most is None or most < 0):
+        raise ConfigError(f"max_new_tokens is a number of tokens; got {max_new_tokens!r}")
+    if eos_token_id is None:
+        return most, None
+    single, several = sampling.integer(eos_token_id), cast("Iterable[int]", eos_token_id)
+    try:
+        return most, [operator.index(token) for token in several] if single is None else [single]
+    except TypeError as error:
+        raise ConfigError(
+            f"eos_token_id is a token id or a list of them; got {eos_token_id!r}"
         ) from error

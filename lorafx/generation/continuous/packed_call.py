@@ -74,7 +74,6 @@ class PackedForward:
     Attributes:
         pages: the engine's cache, which may be let go of by None.
         failed: the requests of the last step that failed, by their names, and why.
-        searches: whether a step that fails is run in parts.
         waits: whether the host waits for each step, and so may look at what came of it.
     """
 
@@ -89,7 +88,7 @@ class PackedForward:
         self._waiting = waiting
         self.pages: StepCache | None = None
         self.failed: dict[str, Exception] = {}
-        self.searches = self.waits = True
+        self.waits = True
 
     def _supports_logits_to_keep(self) -> bool:
         """Asked by the engine: whether the head is only computed for tokens that need it."""
@@ -141,7 +140,7 @@ class PackedForward:
         step = Step(batch, named, places, last)
         with session.lock:
             self._count(batch)
-            put_back = pages.kept() if self.searches and len(batch) > 1 else None
+            put_back = pages.kept() if len(batch) > 1 else None
             try:
                 output = self._run(step)
                 step.check(output, range(len(batch)))
