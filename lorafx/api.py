@@ -22,9 +22,8 @@ from lorafx.inspection.prediction import Prediction, predict
 from lorafx.inspection.profile import Profile
 from lorafx.inspection.why import Why, why_before
 from lorafx.program.argument_roles import RoleTable
-from lorafx.runtime.configuration import request_of
 from lorafx.runtime.example_inputs import as_call, derived_example, given_examples
-from lorafx.runtime.marking import build_sites, mark
+from lorafx.runtime.marking import build_sites, mark, request_of
 from lorafx.torch_internals.entrances import entrance
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from lorafx.adapter_store.names import members, refuse_swapped
 from lorafx.adapter_store.saved import AdapterSource, Origin
-from lorafx.adapter_store.stored import Adapter, Hold
-from lorafx.errors import CheckpointError, ConfigError, LorafxError, ReplacedModuleError
+from lorafx.adapter_store.stored import Adapter
+from lorafx.errors import CheckpointError, ConfigError, ReplacedModuleError
 from lorafx.interrupts import undisturbed
 from lorafx.runtime.running import refuse_transformed
 from lorafx.runtime.session import Session, read_for
@@ -209,18 +209,3 @@ def prefetch(session: Session, names: Sequence[str | None], *, slots: bool) -> N
             held = held.union(session.program.runtime.rows)
         store.fill(names, held)
     del host_copies  # which had them stay in memory until here
-
-
-def fill_ahead(session: Session, holds: Iterable[Hold]) -> None:
-    """Begin to copy these adapters, in their order, into slots that the call before this one does
-    not use, as many as find some. Nothing is done where steps would wait for it. The lock is held.
-    """
-    store = session.store
-    if not store.copy_streams.beside:
-        return
-    held = frozenset(session.program.runtime.rows)
-    for hold in holds:
-        try:
-            held = held.union(store.fill([store.held_name(hold)], held))
-        except LorafxError:  # no slot is left, or the call that asks for it will say what is wrong
-            return

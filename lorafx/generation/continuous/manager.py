@@ -29,7 +29,6 @@ from lorafx.generation.continuous.adapter_requests import (
     AdapterRequest,
     EngineOutputs,
     further,
-    hold_of,
 )
 from lorafx.generation.continuous.attention import EngineAttention
 from lorafx.generation.continuous.cache_policy import AdapterPages, FullCache
@@ -113,7 +112,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self._process: int | None = None
         #: Of the thread; `batch_processor` is taken away while that still runs.
         self._processor: Any = None
-        self._packed = PackedForward(forwards, self._batch, self._waiting)
+        self._packed = PackedForward(forwards, self._batch)
         self._forward: Any = self._packed
         self._outputs = self.output_router = EngineOutputs()
         self.health = StepHealth()
@@ -318,22 +317,6 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     def _batch(self) -> list[FutureRequestState]:
         """The requests of the step that is under way."""
         return list(step_of(self._processor.inputs_and_outputs).requests_in_batch)
-
-    def _waiting(self) -> Iterator[Hold]:
-        """The adapters of requests that are not in the step, in the order in which they may be in
-        the next."""
-        scheduler = self._processor.scheduler
-        batch = {future.state.request_id for future in self._batch()}
-        began = [s for name, s in scheduler.active_requests.items() if name not in batch]
-        waits = [*scheduler.waiting_requests.values()]
-        with self.input_queue.mutex:
-            added = list(self.input_queue.queue)
-        seen = set()
-        for state in (*began, *waits, *added):
-            hold = hold_of(state)
-            if hold is not None and hold.stored.version not in seen:
-                seen.add(hold.stored.version)
-                yield hold
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
         known = self.batch_processor

@@ -11,7 +11,7 @@ are copies of one of the part's, of the base, and write nothing into the cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -20,12 +20,10 @@ from torch import Tensor, nn
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
 from lorafx.adapter_store.names import BASE
-from lorafx.adapter_store.stored import Hold
 from lorafx.generation.continuous.adapter_requests import AdapterRequest, hold_of
 from lorafx.generation.continuous.failures import OF_THE_DEVICE, in_parts
 from lorafx.generation.continuous.step_cache import ATTENDING_DEVICES, StepCache
 from lorafx.runtime.entry import CompiledForwards
-from lorafx.runtime.loading import fill_ahead
 from lorafx.runtime.requests import Requests
 
 
@@ -68,8 +66,7 @@ class Step(NamedTuple):
 
 class PackedForward:
     """Called by the engine in place of the model. `batch` gives the requests of the step, in the
-    order of their tokens, `waiting` the adapters of the others, in the order in which they may
-    come.
+    order of their tokens.
 
     Attributes:
         pages: the engine's cache, which may be let go of by None.
@@ -81,11 +78,9 @@ class PackedForward:
         self,
         entries: CompiledForwards,
         batch: Callable[[], list[FutureRequestState]],
-        waiting: Callable[[], Iterable[Hold]],
     ) -> None:
         self._entries = entries
         self._batch = batch
-        self._waiting = waiting
         self.pages: StepCache | None = None
         self.failed: dict[str, Exception] = {}
         self.waits = True
@@ -151,7 +146,6 @@ class PackedForward:
                     raise
                 put_back(None)
                 output = self._in_parts(step, put_back, error, others["cu_seq_lens_k"])
-            fill_ahead(session, self._waiting())  # while the step runs
         if single:
             output.logits = output.logits[:, :1]
         return output

@@ -123,7 +123,7 @@ def merge(
     import lorafx
     from lorafx.adapter_store.peft_writer import refuse_full
     from lorafx.integrations.cli.models import loaded
-    from lorafx.runtime.configuration import request_of
+    from lorafx.runtime.marking import request_of
 
     refuse_full(folder)
     module = loaded(model, dtype)

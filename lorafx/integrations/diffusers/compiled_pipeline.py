@@ -42,9 +42,9 @@ from lorafx.integrations.diffusers.components import (
 )
 from lorafx.integrations.diffusers.prompt_rows import PromptRows, counted
 from lorafx.model.keywords import refuse_slips
-from lorafx.runtime.configuration import by_name, request_of
 from lorafx.runtime.idle import refuse_elsewhere
 from lorafx.runtime.loading import in_turn, load_parts, unload_parts
+from lorafx.runtime.marking import by_name, request_of
 from lorafx.runtime.replaced_methods import Replaced
 from lorafx.runtime.requests import Names, Requests, checked_names
 from lorafx.torch_internals.trees import tree_map_only
