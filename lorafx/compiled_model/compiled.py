@@ -730,7 +730,7 @@ class CompiledModel(LookMethods, AsModule):
 
     def stats(self) -> Statistics:
         """What adapters have done since the model was compiled."""
-        return self._session.statistics()
+        return self._session.counts.with_those_of(self._session.store)
 
     def memory(self) -> dict[str, int]:
         """Sizes in bytes: "banks" on the device, "host" copies of adapters, their files on

@@ -217,8 +217,7 @@ def checked_names(names: Sequence[AdapterName] | None) -> tuple[str | None, ...]
     return tuple(one_name(name, f"adapter_names[{row}]") for row, name in enumerate(names))
 
 
-#: The requests of the blocks of `lorafx.adapters` that are open in this thread or task of asyncio,
-#: by the identity of the model.
+#: The requests of the open blocks of `lorafx.adapters`, by the identity of the model.
 IN_BLOCKS: ContextVar[Mapping[int, Requests]] = ContextVar(
     "lorafx.adapters", default=MappingProxyType({})
 )

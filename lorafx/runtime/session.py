@@ -26,6 +26,7 @@ from lorafx.adapter_store.stored import HostCopy
 from lorafx.capture.backend import Backend
 from lorafx.errors import BatchError, CaptureError, ConfigError
 from lorafx.model.extras import EXTRAS, When
+from lorafx.model.runtime import Runtime
 from lorafx.program.argument_roles import RoleTable
 from lorafx.program.program import AT_REST, Batch, Call, Program
 from lorafx.runtime.replaced_methods import StandIns
@@ -45,7 +46,7 @@ from lorafx.runtime.running import (
     accelerators,
     refuse_transformed,
 )
-from lorafx.runtime.statistics import SessionCounts, Statistics
+from lorafx.runtime.statistics import SessionCounts
 from lorafx.torch_internals.compat import no_mha_fast_path
 from lorafx.torch_internals.entrances import unsupported
 
@@ -119,7 +120,7 @@ class Session:
         self.beside: Callable[[Callable[[], Any]], Any] | None = None
         self.counts: Final = SessionCounts()
         self._last_served = Served()  # by `serve`
-        # What host memory had no room for; what was worth a warning was said when it was loaded.
+        # What is read again was warned of when it was loaded.
         store.read_with(partial(read_for, program, warn=False))
         _SESSIONS[id(self)] = self
 
@@ -223,9 +224,8 @@ class Session:
         """What `action` returns, while `running` is under way: a call, whose forwards `run` with
         their batches. The lock is held."""
         before, runtime = self.running, self.program.runtime
-        # No context manager, nor a function for the first line of what takes back: an interrupt
-        # where either begins would leave all this, and the lock, as it is in a call. Nothing can
-        # come between plain assignments.
+        # No context manager: an interrupt where one begins would leave this as it is in a call.
+        # None can come between plain assignments.
         try:
             self.running = running
             return action()
@@ -240,16 +240,18 @@ class Session:
         self.locks.streams.follow(self.accelerators)
         program, runtime = self.program, self.program.runtime
         before, batch, rows, active = self.running, program.batch, runtime.rows, runtime.active
-        others: list[bool | None] = []  # `list[...]()` takes a microsecond
+        resting: list[tuple[Runtime, bool | None]] = []
         try:  # as in `note`
             self.running = running
-            if self.neighbours and running.entries > before.entries:
-                others = self._have_neighbours_rest()
+            if running.entries > before.entries:  # marks of models that share modules do nothing
+                resting = [(o.program.runtime, o.program.runtime.active) for o in self.neighbours]
+                for other, _ in resting:
+                    other.active = False
             return action()
         finally:
             self.running, program.batch, runtime.active = before, batch, self.at_rest
-            if others:
-                self._have_neighbours_go_on(others)
+            for other, was_active in resting:
+                other.active = was_active
             if before.entries:  # what called this one from within goes on with its own batch
                 runtime.set_rows(rows)
                 runtime.active = active
@@ -332,10 +334,6 @@ class Session:
         self.counts.writes += 1
         return self.run(running, function)
 
-    def statistics(self) -> Statistics:
-        """What adapters have done so far."""
-        return self.counts.with_those_of(self.store)
-
     # --- what may not be done now ---
 
     def refuse_running(self, what: str) -> None:
@@ -351,15 +349,11 @@ class Session:
         if running.depth and running.here:
             raise BatchError(f"a call is running on this thread; {what} when it has returned")
 
-    def asks_for(self, name: str) -> bool:
-        """Whether the running call, or the default without one, names this adapter, by itself or in
-        a sum."""
-        return any(given is not None and name in members(given) for given in self.asked.names)
-
     def refuse_served(self, name: str, what: str) -> None:
-        """Raise BatchError where the call that is running on this very thread, which holds the
-        lock, serves this adapter."""
-        if self.running.depth and self.asks_for(name):
+        """Raise BatchError where the call that is running on this thread, which holds the lock,
+        serves this adapter, by itself or in a sum."""
+        served = (given for given in self.asked.names if given is not None)
+        if self.running.depth and any(name in members(given) for given in served):
             raise BatchError(
                 f"the call that is running serves {name!r}; {what} it when the call has returned"
             )
@@ -399,19 +393,6 @@ class Session:
             self.running, program.batch, program.runtime.active = IDLE, AT_REST, self.at_rest
             self.stand_ins.put_back()
         self.store.after_fork()
-
-    def _have_neighbours_rest(self) -> list[bool | None]:
-        """Have the marks of the models that share modules with this one do nothing; whether they
-        did something before."""
-        runtimes = [other.program.runtime for other in self.neighbours]
-        before = [runtime.active for runtime in runtimes]
-        for runtime in runtimes:
-            runtime.active = False
-        return before
-
-    def _have_neighbours_go_on(self, before: list[bool | None]) -> None:
-        for other, active in zip(self.neighbours, before, strict=True):
-            other.program.runtime.active = active
 
 
 def read_for(
