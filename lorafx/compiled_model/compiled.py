@@ -169,19 +169,9 @@ class CompiledModel(LookMethods, AsModule):
     def generate(
         self, *args: Any, adapter_names: Sequence[AdapterName] | None = None, **kwargs: Any
     ) -> Any:
-        """transformers' `generate` with an adapter for each prompt.
-
-        Beams and returned sequences of one prompt keep its adapter.
-
-        Args:
-            adapter_names: one name per prompt, as in `forward`.
-            *args, **kwargs: of the model's own `generate`.
-
-        Raises:
-            LorafxError: the model has no `generate`.
-
-        It also raises what `forward` raises.
-        """
+        """transformers' `generate` with an adapter for each prompt, named as in `forward`. Beams
+        and returned sequences of one prompt keep its adapter. Raises LorafxError if the model has
+        no `generate`, and what `forward` raises."""
         self._entries.check_attached()
         generating = getattr(self.model, "generate", self.model.forward)
         refuse_slips(kwargs, generating, self.model, BY_ROW)
@@ -321,13 +311,9 @@ class CompiledModel(LookMethods, AsModule):
     def disable_adapter(self) -> Iterator[None]:
         """Inside, calls that name no adapter are the base's; then the default is put back.
 
-        It is `set_adapter(None)` for the length of a block, in all threads. Calls that name
-        adapters get them. Where blocks overlap, the last one that ends puts the default back,
-        unless it was unloaded inside.
-
-        Raises:
-            ConfigError: an adapter is merged.
-            BatchError: as `set_adapter`.
+        It is `set_adapter(None)` for the length of a block, in all threads, and raises what that
+        raises. Calls that name adapters get them. Where blocks overlap, the last one that ends puts
+        the default back, unless it was unloaded inside.
         """
         session, blocks = self._session, self._disabling
         with session.lock:
@@ -383,13 +369,8 @@ class CompiledModel(LookMethods, AsModule):
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter and free its slot. If it was the default, or part of a sum that was,
-        the base model becomes the default.
-
-        Raises:
-            UnknownAdapterError: it is not loaded.
-            ConfigError: it is merged.
-            BatchError: the call that is running on this thread serves it.
-        """
+        the base model becomes the default. Raises UnknownAdapterError if it is not loaded,
+        ConfigError if it is merged, BatchError if the running call of this thread serves it."""
         session = self._session
         with session.lock:
             session.locks.streams.follow(session.accelerators)
@@ -400,13 +381,9 @@ class CompiledModel(LookMethods, AsModule):
         self.unload_adapter(name)
 
     def pin_adapter(self, name: str) -> None:
-        """Bring an adapter into a slot now and keep it there.
-
-        Raises:
-            UnknownAdapterError: it is not loaded.
-            CapacityError: every slot is pinned.
-            BatchError: called inside a forward on this thread, for an adapter without a slot.
-        """
+        """Bring an adapter into a slot now and keep it there. Raises UnknownAdapterError if it is
+        not loaded, CapacityError if every slot is pinned, BatchError inside a forward on this
+        thread, unless it has a slot."""
         refuse_transformed()
         session = self._session
         kept = session.store.fetch([name], resident=True)  # noqa: F841 - before the lock is taken
@@ -419,31 +396,22 @@ class CompiledModel(LookMethods, AsModule):
             session.store.pin(name)
 
     def unpin_adapter(self, name: str) -> None:
-        """Let a pinned adapter be evicted again.
-
-        Raises:
-            UnknownAdapterError: it is not loaded.
-        """
+        """Let a pinned adapter be evicted again. Raises UnknownAdapterError if it is not loaded."""
         self._session.store.unpin(name)
 
     def prefetch_adapters(self, names: Iterable[AdapterName], *, slots: bool = False) -> None:
         """Bring adapters nearer before a call asks for them; calls of other threads go on.
 
         Those that the budget of host memory (`LoraConfig.max_host_bytes`) left no room for are read
-        here. They stay until others are used more recently.
-
-        Args:
-            names: of adapters, or sums, as in `forward`; None is the base model, which is there.
-            slots: also give them slots, in the place of those that were used least recently. On
-                CUDA this returns when copies beside the running calls have been launched; a call
-                that uses one of the adapters waits for its copy.
+        here. With `slots` they also get slots, in the place of those that were used least recently;
+        on CUDA this returns when the copies have been launched.
 
         Raises:
             UnknownAdapterError: a name that is not loaded.
             CheckpointError: a file has changed since it was loaded, or cannot be read.
             ConfigError: as `forward` for a sum.
-            CapacityError: with `slots`, more adapters than there are slots, or than those leave
-                free that are pinned, or used by a call around this one.
+            CapacityError: the slots that are not pinned, nor used by a call around this one, do
+                not suffice.
         """
         wanted = [one_name(name, "prefetch_adapters()") for name in names]
         prefetch(self._session, wanted, slots=slots)
@@ -469,17 +437,14 @@ class CompiledModel(LookMethods, AsModule):
         return ActiveAdapters(() if default is None else members(default))
 
     def get_adapter(self, name: str) -> AdapterInfo:
-        """What is known of a loaded adapter: source, rank, sites, version, slot, memory.
-
-        Raises:
-            UnknownAdapterError: it is not loaded.
-        """
+        """What is known of a loaded adapter: source, rank, sites, version, slot, memory. Raises
+        UnknownAdapterError if it is not loaded."""
         return info(self._session.store, name)
 
     @property
     def adapter_versions(self) -> dict[str, int]:
-        """The version of each loaded adapter: a number that no other adapter that was loaded in
-        this process has, and that grows when one is replaced. A call serves one version of each."""
+        """The version of each loaded adapter, a number that no other of this process has. It grows
+        when an adapter is replaced. A call serves one version of each."""
         return self._session.store.versions
 
     # --- base weights ---
@@ -531,13 +496,12 @@ class CompiledModel(LookMethods, AsModule):
         stay; `model`, called directly, is the merged model.
 
         Args:
-            name: a loaded adapter.
             requantize: store W + ΔW in the format of W where W is quantised. That loses a part of
                 ΔW, perhaps most of it; see `MergeReport`. Otherwise quantised weights are refused.
 
         Returns:
-            The weights that hold W + ΔW now, what rounding to their dtype has cost, and the memory
-            that the originals take: as many bytes of host memory as the changed weights have.
+            The weights that hold W + ΔW now, what rounding to their dtype has cost, and the bytes
+            of host memory that the originals take.
 
         Raises:
             UnknownAdapterError: it is not loaded.
@@ -556,15 +520,11 @@ class CompiledModel(LookMethods, AsModule):
     def unmerge(self, *, force: bool = False) -> None:
         """Put the base's own weights back, bit for bit; adapters can be mixed in batches again.
 
-        Args:
-            force: unmerge even if something other than `load_weights` has written weights since the
-                merge; those writes are lost. Weights that were replaced by other tensors are left
-                as they are.
-
         Raises:
             ConfigError: no adapter is merged.
             BatchError: a call is running on this thread.
-            CaptureError: weights were written or replaced since the merge, and `force` is not set.
+            CaptureError: something other than `load_weights` has written or replaced weights since
+                the merge. With `force` those writes are lost, and replaced weights stay.
         """
         unmerge(self._session, force=force)
 
@@ -584,11 +544,8 @@ class CompiledModel(LookMethods, AsModule):
         other module as one `model.safetensors` with the names of its `state_dict()`. Tied weights
         that the adapter changes differently are written as two.
 
-        Args:
-            name: a loaded adapter.
-            folder: created if it is missing. While this runs it also holds one file for each
-                changed weight, so that no second copy of the model is in memory.
-            max_shard_size: of one file of a transformers model.
+        The folder is created if it is missing. While this runs it also holds one file for each
+        changed weight, so that no second copy of the model is in memory.
 
         Raises:
             UnknownAdapterError: it is not loaded.
@@ -619,7 +576,7 @@ class CompiledModel(LookMethods, AsModule):
 
         The engine runs in a thread until the block ends; calls of the model take turns with its
         steps. Adapters may be loaded, replaced and unloaded meanwhile. More adapters than there are
-        slots take turns. Requests of different adapters share no blocks of the cache.
+        slots take turns.
 
         Args:
             generation_config: how tokens are chosen, for all requests; None for the model's.
@@ -672,18 +629,15 @@ class CompiledModel(LookMethods, AsModule):
         Args:
             inputs: the token ids of each prompt.
             adapter_names: the adapter of each prompt, as in `forward`.
-            **request: of `add_request`, for all of them. Otherwise as `continuous_batching`.
+            **request: of `add_request`, for all of them.
 
         Returns:
             The outputs by the names of the requests, in the order of the prompts; those of further
             sequences of a prompt (`num_return_sequences`) come before its own. A request that
             failed says so in `error`, and one warning names all of them.
 
-        Raises:
-            BatchError: `adapter_names` has another length than `inputs`, or the engine stopped.
-            UnknownAdapterError: a name that is not loaded. Nothing has run then.
-
-        It also raises what `continuous_batching` raises.
+        Raises BatchError if there is not a name for each prompt, or the engine stopped,
+        UnknownAdapterError before anything has run, and what `continuous_batching` raises.
         """
         refuse_slips(request, self.generate_batch, ways=BY_ROW)
         names = checked_names(adapter_names)
@@ -749,10 +703,7 @@ class CompiledModel(LookMethods, AsModule):
         A `peft.PeftModel` that was compiled gets its wrappers back. A merged adapter is removed
         first (`unmerge`). This waits for running calls.
 
-        Raises:
-            BatchError: a call is running on this thread.
-
-        It also raises what `unmerge` raises.
+        Raises BatchError if a call is running on this thread, and what `unmerge` raises.
         """
         session = self._session
         session.refuse_running("detach()")

@@ -1,12 +1,9 @@
 """Warm-up: the graphs that serving needs, captured before the first request.
 
     calls = {forward, generate} × batch sizes × lengths × {no adapter, one adapter, a mix}
-    graphs = {batch 1, more} × {one token, more} × {cache form} × {no adapter, adapters}, of which
-        some are one (lorafx.capture.instances, `Options.base_graphs`)
 
 A graph does not depend on which adapters a batch has, so dummies stand in for all of them. Where an
 aLoRA adapter is loaded there is one more call of each, for the graphs that have one slot per token.
-The store, the batch, random states and the buffers of the model are restored whatever happens.
 """
 
 from __future__ import annotations
