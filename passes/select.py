@@ -177,10 +177,7 @@ class _Selection:
         for site in sites:  # carried modules are selected with their site
             carried = (getattr(site.module, name, None) for name in site.eligible.carries)
             taken.update(map(id, carried))
-        chosen = (
-            (site.path, f"{type(site.module).__name__}, {site.in_features} -> {site.out_features}")
-            for site in sites
-        )
+        chosen = ((site.path, _described(site)) for site in sites)
         others = (
             (item.path, f"not selected: {self.why_not(item)}")
             for item in self.modules
@@ -242,6 +239,8 @@ class _Selection:
 
     def _unnamed(self) -> Iterator[str]:
         root = type(self.graph.root).__qualname__
+        theirs = isinstance(self.config.target_modules, targets.AdapterNames)
+        moved = "; if it moved, say so by AdapterSource(..., key_mapping=...)" if theirs else ""
         lists = {
             "target_modules entry": () if isinstance(self.target, str) else self.target or (),
             "modules_to_save or trainable_tokens entry": (*self.saved, *self.tokens),
@@ -250,7 +249,7 @@ class _Selection:
             for entry in entries:
                 if not self._names_any(entry):
                     near = self._nearest(entry)
-                    yield f"{what} {entry!r} names no module of {root}{near}"
+                    yield f"{what} {entry!r} names no module of {root}{near}{moved}"
         for name in self.packed.unused():
             yield (
                 f"packed_modules entry {name!r} matches no module, neither as a packed name nor "
@@ -363,6 +362,24 @@ class _Selection:
                 if is_dense(tensor):
                     return tensor.dtype
         return torch.get_default_dtype()
+
+
+def _described(site: Site) -> str:
+    """A site's class, K -> N, dtype and parts; a name of a part that no adapter may use is "-"."""
+    cls, registered = type(site.module).__name__, site.eligible.cls.__name__
+    text = cls if cls == registered else f"{cls} as {registered}"
+    text += f", {site.in_features} -> {site.out_features}, {site.dtype_name}"
+    if site.expert_weight is not None:
+        text += f", {site.experts} experts"
+    parts = [f"{(part.selected and part.name) or '-'} {part.out_features}" for part in site.parts]
+    loose = (
+        f"; {', '.join(site.loose_names)}, whose slices are not declared"
+        if site.loose_names
+        else ""
+    )
+    if len(parts) > 1:
+        text += f" [{', '.join(parts)}{loose}]"
+    return text + (f", room for {site.own_rows} rows of an adapter's own" if site.own_rows else "")
 
 
 def _device_of(module: nn.Module, root: nn.Module) -> torch.device:

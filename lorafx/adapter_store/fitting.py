@@ -100,8 +100,6 @@ def fitted(
         sites([*adapter.weights, *adapter.own]),
         HostCopy(factors, size, owned),
         extras={name: sites(paths) for name, paths in adapter.extras.items()},
-        spans=adapter.spans,
-        notes=adapter.notes,
         invocation=adapter.invocation,
         origin=again,
         keys=adapter.keys if again is None else {},

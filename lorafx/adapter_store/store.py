@@ -28,7 +28,7 @@ from lorafx.adapter_store.names import BASE, Mixture, adapters_among, check_name
 from lorafx.adapter_store.saved import AdapterSource, Origin
 from lorafx.adapter_store.slots import Slots, too_many
 from lorafx.adapter_store.stored import Adapter, Hold, HostCopy, HostTier, Retired, StoredAdapter
-from lorafx.errors import CapacityError, CheckpointError, ConfigError, UnknownAdapterError, nearest
+from lorafx.errors import CapacityError, ConfigError, UnknownAdapterError, nearest
 from lorafx.interrupts import free_after_fork, undisturbed
 
 if TYPE_CHECKING:
@@ -102,8 +102,8 @@ class AdapterStore(Slots):
 
     def load(self, adapter: Adapter, origin: Origin | None = None) -> None:
         """Keep `adapter` in host memory, replacing its namesake in place; it can be reread from
-        `origin`. Raises CapacityError, CheckpointError for values beyond the banks' dtype or
-        contradictory slices, ConfigError for an invalid name."""
+        `origin`. Raises CapacityError, CheckpointError for values beyond the banks' dtype,
+        ConfigError for an invalid name."""
         self.loading(adapter, origin)()
 
     def loading(self, adapter: Adapter, origin: Origin | None = None) -> Callable[[], None]:
@@ -111,7 +111,6 @@ class AdapterStore(Slots):
         check_name(adapter.name)
         stored = self._fitted(adapter, origin=origin)
         with self._lock:
-            _check_spans(stored, self._adapters.values())
             slot = self._slots.get(stored.name) if stored.name in self._pinned else None
             if slot is not None and not self._fits(slot, stored):
                 raise _outgrown(stored)
@@ -376,20 +375,6 @@ class AdapterStore(Slots):
             if name not in self._slots and self._adapters[name].version not in held:
                 undisturbed(partial(self._unload, name))
         undisturbed(lambda: self.host.trim(lambda stored: stored.name in self._pinned))
-
-
-def _check_spans(stored: StoredAdapter, adapters: Iterable[StoredAdapter]) -> None:
-    """Raise CheckpointError unless packed names mean the same slices in all adapters."""
-    for other in adapters:
-        for path in stored.spans.keys() & other.spans.keys():
-            slices, others = stored.spans[path], other.spans[path]
-            if slices != others and other.name != stored.name:
-                raise CheckpointError(
-                    f"adapter {stored.name!r} from {stored.source} has factors by whose rows "
-                    f"{path} is slices {', '.join(map(str, slices))} of what packs it, and by "
-                    f"those of {other.name!r} slices {', '.join(map(str, others))}: one of the two "
-                    "is for another model; packed_modules may say which slices each name covers"
-                )
 
 
 def _outgrown(stored: StoredAdapter) -> CapacityError:

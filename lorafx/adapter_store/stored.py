@@ -55,7 +55,6 @@ class Adapter:
 
     Attributes:
         weights: `Site.part_path` -> factors; untouched parts are absent.
-        spans: packed module's name -> slices that its rows cover, where not declared.
         own: site path -> rows of its weight that the adapter replaces.
         replaces_biases: the adapter was trained with biases that replace the base's.
         compared: the file's copies of base weights were compared with the model's.
@@ -66,9 +65,7 @@ class Adapter:
     weights: dict[str, LoraWeights]
     rank: int
     source: str
-    spans: Mapping[str, range] = field(default_factory=dict)
     own: Mapping[str, OwnWeight] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
     replaces_biases: bool = False
     compared: bool = False
     invocation: tuple[int, ...] = ()
@@ -123,8 +120,6 @@ class StoredAdapter:
     sites: tuple[str, ...]
     host: HostCopy | None
     extras: Mapping[When, tuple[str, ...]] = field(default_factory=dict)
-    spans: Mapping[str, range] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
     invocation: tuple[int, ...] = ()
     origin: Origin | None = None
     keys: Mapping[str, Size] = field(default_factory=dict)

@@ -29,8 +29,8 @@ from lorafx.errors import BatchError, CaptureError, ConfigError, LorafxWarning
 from lorafx.generation.alora import forward_of
 from lorafx.generation.generate import CompiledGenerate
 from lorafx.generation.waves import in_waves
-from lorafx.inspection.collecting import Dumps
 from lorafx.inspection.replay import MadeCall
+from lorafx.inspection.viewer.dump import Dumps
 from lorafx.interrupts import undisturbed
 from lorafx.model.changes_watch import hooks_of
 from lorafx.model.keywords import BY_ROW, refuse_slips
@@ -50,7 +50,6 @@ from lorafx.runtime.sharing import join, leave
 from lorafx.runtime.statistics import Statistics
 from lorafx.torch_internals.compat import untraced
 from lorafx.weights.export_merged import export_merged
-from lorafx.weights.loader import Undo
 from lorafx.weights.merge import MergeReport, merge, merged_of, unmerge
 from lorafx.weights.sources import Weights
 from lorafx.weights.update import WeightUpdate, update_weights
@@ -449,9 +448,7 @@ class CompiledModel(LookMethods, AsModule):
 
     # --- base weights ---
 
-    def load_weights(
-        self, weights: Weights, *, strict: bool = True, undo: Undo = "memory"
-    ) -> WeightUpdate:
+    def load_weights(self, weights: Weights, *, strict: bool = True) -> WeightUpdate:
         """Update the base weights in place, under any naming that a trainer produces.
 
         Nothing is compiled again, and addresses and adapters stay. Everything that depends on the
@@ -461,12 +458,10 @@ class CompiledModel(LookMethods, AsModule):
         Args:
             weights: (name, tensor) pairs, a mapping, a safetensors file or folder, or a function
                 without arguments that yields pairs, called twice. Each of these is checked as a
-                whole before the first write. A generator can be read only once: the old weights are
-                kept until all of it was right.
+                whole before the first write. A generator can be read only once, so its tensors are
+                copied to host memory first.
             strict: unknown names, and parameters that get nothing, are errors too. Without it
                 they are reported.
-            undo: where the old weights are kept during an update from a generator: in host "memory"
-                or in temporary files on "disk".
 
         Returns:
             The names that were loaded, missing and ignored.
@@ -476,7 +471,6 @@ class CompiledModel(LookMethods, AsModule):
                 kind (floats for a quantised weight), different values for tied weights: all
                 problems at once. The old weights stay in service.
             ConfigError: `weights` is none of the above.
-            CheckpointError: the disk has no room for the old weights (`undo`), which stay.
             BatchError: a call, or another update, is running on this thread.
             MatchError: an adapter is merged, and cannot be merged into the new weights. They are
                 loaded; calls are refused until `merge` or `unmerge`.
@@ -486,7 +480,7 @@ class CompiledModel(LookMethods, AsModule):
         until an update succeeds.
         """
         self._entries.check_attached()
-        return update_weights(self._session, weights, strict=strict, undo=undo)
+        return update_weights(self._session, weights, strict=strict)
 
     def merge(self, name: str, *, requantize: bool = False) -> MergeReport:
         """Add an adapter to the base weights, in place: calls run at the speed of the base model.

@@ -160,8 +160,8 @@ def named_inputs(roles: RoleTable, inputs: Mapping[str, Any] | Sequence[Any]) ->
 
 
 def derived_example(model: nn.Module, device: torch.device, rows: int, length: int) -> Example:
-    """Requests of so many tokens each, for a model that takes token ids. Raises ConfigError where it
-    takes something else, or its vocabulary is not known."""
+    """Requests of so many tokens each, for a model that takes token ids. Raises ConfigError where
+    it takes something else, or its vocabulary is not known."""
     parameters = inspect.signature(model.forward).parameters
     if getattr(model, "main_input_name", None) != "input_ids" or "input_ids" not in parameters:
         raise ConfigError(

@@ -21,8 +21,8 @@ _UNNAMED = "default"
 
 
 def asked_name(session: Session, name: str | None, adapter_name: str | None) -> str:
-    """The name to load an adapter under; `adapter_name` is PEFT's keyword for it. Raises ConfigError
-    where the two differ, or neither is given and there is a "default" already."""
+    """The name to load an adapter under; `adapter_name` is PEFT's keyword for it. Raises
+    ConfigError where they differ, or neither is given and there is a "default" already."""
     if name is not None and adapter_name is not None and name != adapter_name:
         raise ConfigError(f"name={name!r} and adapter_name={adapter_name!r} differ; give one")
     given = adapter_name if name is None else name
