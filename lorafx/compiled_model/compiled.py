@@ -42,7 +42,7 @@ from lorafx.progress import progress
 from lorafx.runtime.call_inputs import check_tensors
 from lorafx.runtime.entry import CompiledForwards, Entry, entered
 from lorafx.runtime.idle import Resting
-from lorafx.runtime.loading import asked_name, load_adapter, prefetch, unloading
+from lorafx.runtime.loading import asked_name, load_adapter, unloading
 from lorafx.runtime.requests import LastCall, Requests, checked_names, requests_of
 from lorafx.runtime.running import refuse_transformed
 from lorafx.runtime.session import Session
@@ -398,22 +398,17 @@ class CompiledModel(LookMethods, AsModule):
         """Let a pinned adapter be evicted again. Raises UnknownAdapterError if it is not loaded."""
         self._session.store.unpin(name)
 
-    def prefetch_adapters(self, names: Iterable[AdapterName], *, slots: bool = False) -> None:
-        """Bring adapters nearer before a call asks for them; calls of other threads go on.
-
-        Those that the budget of host memory (`LoraConfig.max_host_bytes`) left no room for are read
-        here. With `slots` they also get slots, in the place of those that were used least recently;
-        on CUDA this returns when the copies have been launched.
+    def prefetch_adapters(self, names: Iterable[AdapterName]) -> None:
+        """Read adapters before a call asks for them, which the budget of host memory
+        (`LoraConfig.max_host_bytes`) left no room for; calls of other threads go on. `names` are of
+        adapters or sums, as in `forward`. They stay until others are used more recently.
 
         Raises:
             UnknownAdapterError: a name that is not loaded.
             CheckpointError: a file has changed since it was loaded, or cannot be read.
             ConfigError: as `forward` for a sum.
-            CapacityError: the slots that are not pinned, nor used by a call around this one, do
-                not suffice.
         """
-        wanted = [one_name(name, "prefetch_adapters()") for name in names]
-        prefetch(self._session, wanted, slots=slots)
+        self._session.store.fetch([one_name(name, "prefetch_adapters()") for name in names])
 
     @property
     def adapters(self) -> tuple[str, ...]:

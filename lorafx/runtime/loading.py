@@ -164,24 +164,3 @@ def unloading(session: Session, name: str) -> Callable[[], None]:
             session.choose(None)
 
     return unload
-
-
-def prefetch(session: Session, names: Sequence[str | None], *, slots: bool) -> None:
-    """Have these adapters in host memory, or in `slots`; raises as `prefetch_adapters`."""
-    refuse_transformed()
-    store = session.store
-    for name in names:
-        if name is not None:
-            store.check_known(name)
-    host_copies = store.fetch(names)  # read before the lock is taken
-    if not slots:
-        return
-    with session.lock:
-        if not store.copy_streams.beside:
-            session.locks.streams.follow(session.accelerators)
-        running = session.running
-        held = running.held
-        if running.entries or store.copy_streams.captured:  # graphs may be replayed
-            held = held.union(session.program.runtime.rows)
-        store.fill(names, held)
-    del host_copies  # which had them stay in memory until here

@@ -34,9 +34,8 @@ from lorafx.generation.continuous.attention import EngineAttention
 from lorafx.generation.continuous.cache_policy import AdapterPages, FullCache
 from lorafx.generation.continuous.failures import StepHealth, as_told
 from lorafx.generation.continuous.packed_call import PackedForward
-from lorafx.generation.continuous.scheduling import all_pinned, drop, paired, step_of, within_slots
+from lorafx.generation.continuous.scheduling import all_pinned, within_slots
 from lorafx.model.keywords import refuse_slips
-from lorafx.torch_internals.transformers_parts import devices_of_async_batching
 
 if TYPE_CHECKING:
     from lorafx.runtime.entry import CompiledForwards
@@ -50,6 +49,7 @@ _REFUSED: Mapping[str, str] = {
         "a replayed graph runs nothing on the host, where the slot of each token is written and "
         "mixes are refused"
     ),
+    "use_async_batching": "a step that fails in parts is known only when it has ended",
     "varlen_compile_config": _COMPILED,
     "decode_compile_config": _COMPILED,
     "default_compile_level": _COMPILED,
@@ -85,7 +85,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 f"{type(model).__name__} has no generation_config, so it cannot generate; give a "
                 "generative model of transformers"
             )
-        served = served_config(config, model.device)
+        served = served_config(config)
         per_request = bool(given.do_sample and served.per_request_processors)
         if per_request and served.return_logprobs:
             raise ConfigError(
@@ -312,11 +312,10 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             scheduler.waiting_requests_order.remove(name)
         scheduler.finish_request(name)
         scheduler.block_new_requests = False
-        drop(state)
 
     def _batch(self) -> list[FutureRequestState]:
         """The requests of the step that is under way."""
-        return list(step_of(self._processor.inputs_and_outputs).requests_in_batch)
+        return list(self._processor.inputs_and_outputs.requests_in_batch)
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
         known = self.batch_processor
@@ -331,7 +330,6 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             cache.__class__ = AdapterPages
             cache.waiting = lambda request_id: scheduler.waiting_requests.get(request_id)
             cache.session = self.forwards.session
-            self._packed.waits = not paired(processor.inputs_and_outputs)
             offloading: Any = processor.offloading_manager
             offloading.__class__ = FullCache
             offloading.fail = self._fail
@@ -339,7 +337,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
     def _generation_step(self) -> None:
         processor, packed = self._processor, self._packed
-        step = step_of(processor.inputs_and_outputs)
+        step = processor.inputs_and_outputs
         draws = processor.do_sample and sampling.drawn(self.logit_processor)
         processor.model_runner.do_sample = draws
         try:
@@ -379,11 +377,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 scheduler.finish_request(state.request_id)
                 forks = [other for other in scheduler._requests_to_fork if other is not state]
                 scheduler._requests_to_fork = forks
-                drop(state)
             column += future.has_new_token
-        if step is processor.inputs_and_outputs:  # otherwise it is under way
-            step.output_ids[:, : len(columns)] = step.output_ids[:, columns]
-            step.requests_in_batch = kept
+        step.output_ids[:, : len(columns)] = step.output_ids[:, columns]
+        step.requests_in_batch = kept
         scheduler.block_new_requests = False
 
 
@@ -399,11 +395,8 @@ def _possible(model: Any) -> Iterator[None]:
         ) from error
 
 
-def served_config(
-    config: ContinuousBatchingConfig | None, device: torch.device
-) -> ContinuousBatchingConfig:
-    """The configuration with what is not served switched off; ConfigError where it asks for that,
-    or for what this device cannot do."""
+def served_config(config: ContinuousBatchingConfig | None) -> ContinuousBatchingConfig:
+    """The configuration with what is not served switched off; ConfigError where it asks for it."""
     config = ContinuousBatchingConfig() if config is None else config
     for name, why in _REFUSED.items():
         value = getattr(config, name)
@@ -412,16 +405,10 @@ def served_config(
                 f"ContinuousBatchingConfig({name}={value!r}) is not served with adapters: {why}. "
                 f"Leave {name} out"
             )
-    able = devices_of_async_batching()
-    if config.use_async_batching and device.type not in able:
-        raise ConfigError(
-            "ContinuousBatchingConfig(use_async_batching=True) needs streams of a device of type "
-            f"{' or '.join(able)}, and the model is on {device}. Leave use_async_batching out"
-        )
     return dataclasses.replace(
         config,
         use_cuda_graph=False,
-        use_async_batching=bool(config.use_async_batching),
+        use_async_batching=False,
         auto_switch_to_flash=False,
         scheduler_type=within_slots(config.scheduler_type),
     )

@@ -34,14 +34,13 @@ class Step(NamedTuple):
         batch: its requests, in the order of their tokens.
         named: what the model is called with.
         places: those of the requests in the batch, with a new token first.
-        last: the places of their last tokens among all tokens; None where the host does not wait
-            for the logits.
+        last: the places of their last tokens among all tokens.
     """
 
     batch: Sequence[FutureRequestState]
     named: Mapping[str, Any]
     places: Sequence[int]
-    last: Tensor | None
+    last: Tensor
 
     @property
     def length(self) -> int:
@@ -51,8 +50,6 @@ class Step(NamedTuple):
     def check(self, output: Any, part: Collection[int]) -> None:
         """Raise FloatingPointError where the logits of a request of `part` are not finite. In the
         keys of one request that reaches the output of all, masked or not."""
-        if self.last is None:
-            return
         logits = output.logits[0]
         if "logits_to_keep" not in self.named:
             logits = logits[self.last]
@@ -71,7 +68,6 @@ class PackedForward:
     Attributes:
         pages: the engine's cache, which may be let go of by None.
         failed: the requests of the last step that failed, by their names, and why.
-        waits: whether the host waits for each step, and so may look at what came of it.
     """
 
     def __init__(
@@ -83,7 +79,6 @@ class PackedForward:
         self._batch = batch
         self.pages: StepCache | None = None
         self.failed: dict[str, Exception] = {}
-        self.waits = True
 
     def _supports_logits_to_keep(self) -> bool:
         """Asked by the engine: whether the head is only computed for tokens that need it."""
@@ -123,14 +118,11 @@ class PackedForward:
         self.failed = {}
         batch = self._batch()
         places = sorted(range(len(batch)), key=lambda place: not batch[place].has_new_token)
-        last = None
-        if self.waits:
-            ends = [*accumulate(future.query_length for future in batch)]
-            tokens = torch.tensor([ends[place] - 1 for place in places], dtype=torch.int32)
-            last = tokens.to(input_ids.device)
+        ends = [*accumulate(future.query_length for future in batch)]
+        last = torch.tensor([ends[place] - 1 for place in places], dtype=torch.int32)
+        last = last.to(input_ids.device)
         if logits_to_keep is not None:
-            if last is not None:
-                logits_to_keep = nn.functional.pad(last, (0, len(logits_to_keep) - len(batch)))
+            logits_to_keep = nn.functional.pad(last, (0, len(logits_to_keep) - len(batch)))
             named["logits_to_keep"] = logits_to_keep.repeat(2) if single else logits_to_keep.clone()
         step = Step(batch, named, places, last)
         with session.lock:
