@@ -26,15 +26,15 @@ from lorafx.errors import BatchError, CaptureError, ConfigError, LorafxError
 from lorafx.generation.alora import column_of, warn_absent
 from lorafx.generation.continuous import sampling
 from lorafx.generation.continuous.adapter_requests import (
+    AdapterPages,
     AdapterRequest,
     EngineOutputs,
     further,
 )
 from lorafx.generation.continuous.attention import EngineAttention
-from lorafx.generation.continuous.cache_policy import AdapterPages, FullCache
 from lorafx.generation.continuous.failures import StepHealth, as_told
 from lorafx.generation.continuous.packed_call import PackedForward
-from lorafx.generation.continuous.scheduling import all_pinned, within_slots
+from lorafx.generation.continuous.scheduling import FullCache, all_pinned, within_slots
 from lorafx.model.keywords import refuse_slips
 
 if TYPE_CHECKING:

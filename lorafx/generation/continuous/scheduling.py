@@ -1,4 +1,5 @@
-"""Which requests may be in the next step: those whose adapters fit into the slots together.
+"""Which requests may be in the next step: those whose adapters fit into the slots together. And
+which one fails where the cache is full.
 
 transformers' schedulers decide the order, and how many tokens there is room for. Adapters that are
 in a slot go first, since a change of slots costs a copy; one that was passed over for `PATIENCE`
@@ -11,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
+from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
 from transformers.generation.continuous_batching.requests import (
     FutureRequestState,
     RequestState,
@@ -166,3 +168,31 @@ def within_slots(scheduler_type: str) -> str:
     within: Any = type(cls.__name__, (SlotsPerStep, cls), {})
     SCHEDULER_MAPPING.setdefault(name, within)
     return name
+
+
+class FullCache(OffloadingManager):
+    """transformers' manager takes cached blocks and other requests out of the cache, which begin
+    again later, and ends where nothing is left to take out. Here the one request fails that the
+    cache cannot hold."""
+
+    fail: Callable[[RequestState, CapacityError], None]
+
+    def offload_requests(self) -> bool:
+        """Make room for the next step; whether there is a reason to try again."""
+        if super().offload_requests():
+            return True
+        scheduler: Any = self.scheduler
+        if not scheduler.stuck:
+            return False
+        waiting = [s for s in scheduler.stuck if s.status == RequestStatus.PENDING]
+        starved = [state for state, _ in scheduler.starved_requests]
+        state = [*starved[-1:], *waiting, *scheduler.stuck][0]
+        tokens = len(state.initial_tokens) + len(state.generated_tokens)
+        self.fail(
+            state,
+            CapacityError(
+                f"request {state.request_id!r}, at {tokens} tokens, does not fit into the cache; "
+                "give a larger ContinuousBatchingConfig(num_blocks=...), or ask for fewer tokens"
+            ),
+        )
+        return True
