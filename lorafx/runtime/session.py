@@ -28,11 +28,10 @@ from lorafx.errors import BatchError, CaptureError, ConfigError
 from lorafx.model.extras import EXTRAS, When
 from lorafx.model.runtime import Runtime
 from lorafx.program.argument_roles import RoleTable
-from lorafx.program.program import AT_REST, Batch, Call, Program
+from lorafx.program.program import AT_REST, Batch, Program
 from lorafx.runtime.replaced_methods import StandIns
 from lorafx.runtime.requests import (
     IN_BLOCKS,
-    Names,
     Requests,
     check_tokens,
     not_looked_for,
@@ -262,49 +261,33 @@ class Session:
         """Give every row of the call its slot, or every token.
 
         Raises:
-            BatchError: names and rows do not fit together, or arguments with one entry per token do
-                not have the shape of `adapter_slots`.
+            BatchError: names and rows do not fit together, arguments with one entry per token do
+                not have the shape of `adapter_slots`, or nobody has looked for the invocation
+                tokens of an aLoRA adapter.
             UnknownAdapterError, CapacityError: from the store, before anything has changed.
+            ReplacedModuleError: a module that carries an adapter was replaced or taken out.
         """
-        requests, call = self.asked, self.program.new_call(roles, named)
-        running = self.running
-        if requests.tokens is not None:
-            if requests.packed:
-                roles.check_rows(named, requests.tokens.numel())
-            else:
-                check_tokens(requests.tokens, roles, named)
-            used = requests.used()
-            names: Names = tuple(used.values())
+        program, running, requests = self.program, self.running, self.asked
+        call, tokens = program.new_call(roles, named), requests.tokens
+        if tokens is None:
+            rows = roles.rows(named)
+            names = requests.of_rows(rows, call=call)
+            if self.base.merged is not None and not running.warming:
+                names = [None] * len(names)  # the base's graph, over the merged weights
             slots = self.store.acquire(names, running.held)
-            of_tokens = requests.of_tokens(dict(zip(used, slots, strict=True)))
-            self.serve(names, slots, call, of_tokens)
-            return
-        rows = roles.rows(named)
-        names = requests.of_rows(rows, call=call)
-        if self.base.merged is not None and not running.warming:
-            names = [None] * len(names)  # the base's graph, over the merged weights
-        self.serve(names, self.store.acquire(names, running.held), call)
-        if rows is not None and not self.program.runtime.uniform:
-            roles.check_rows(named, rows)
-
-    def serve(
-        self,
-        names: Names,
-        slots: Sequence[int],
-        call: Call | None,
-        rows: Tensor | None = None,
-    ) -> None:
-        """Serve rows of these adapters, which have these slots; `rows` holds the slots of
-        the rows, int32 on the host, where there is not one for each name.
-
-        Raises:
-            ReplacedModuleError: a module that carries one of them was replaced or taken out.
-            BatchError: one is an aLoRA adapter, and nobody has looked for its invocation tokens.
-        """
-        program, running = self.program, self.running
+            by_row: Sequence[int] | Tensor = slots
+        else:
+            if requests.packed:
+                roles.check_rows(named, tokens.numel())
+            else:
+                check_tokens(tokens, roles, named)
+            rows, used = None, requests.used()
+            names = tuple(used.values())
+            slots = self.store.acquire(names, running.held)
+            by_row = requests.of_tokens(dict(zip(used, slots, strict=True)))
         if not self.backend.records:  # nothing has run yet
             program.note_constants()
-        program.runtime.set_rows(slots if rows is None else rows)
+        program.runtime.set_rows(by_row)
         if running.active:
             program.runtime.active = True
         distinct = dict.fromkeys(n for n, slot in zip(names, slots, strict=True) if slot >= 0)
@@ -312,11 +295,13 @@ class Session:
         served = self._last_served
         if [id(adapter) for adapter in stored] != [id(adapter) for adapter in served.adapters]:
             served = self._last_served = Served.of(stored)
-        if served.begins and not self.asked.placed:
+        if served.begins and not requests.placed:
             raise not_looked_for(served.begins.name, served.begins.invocation)
         sites = () if running.warming else (served.touched, served.extras)
         program.batch = Batch(call, *sites)
         program.refuse_missing(program.batch.touched)
+        if rows is not None and not program.runtime.uniform:
+            roles.check_rows(named, rows)
 
     def forget_served(self) -> None:
         """Keep no adapter that was served alive."""
