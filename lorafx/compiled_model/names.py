@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lorafx.errors import CaptureError, ConfigError, nearest
+from lorafx.errors import ConfigError, nearest
 from lorafx.generation.generate import refuse
 from lorafx.model.keywords import BY_ROW, refuse_slips
 from lorafx.runtime.idle import wanted
@@ -169,7 +169,6 @@ def _served(compiled: CompiledModel, owner: nn.Module, method: MethodType) -> Ca
             def run() -> Any:
                 if session.base.merged is not None or not wanted(session):
                     return method(*args, **kwargs)
-                _refuse_lazy(owner, method)
                 served: Callable[..., Any] = method
                 if method.__name__ not in GENERATING:
                     served = compiled.entry(owner, method=method)
@@ -178,14 +177,3 @@ def _served(compiled: CompiledModel, owner: nn.Module, method: MethodType) -> Ca
             return session.call(run, requests)
 
     return call
-
-
-def _refuse_lazy(owner: nn.Module, method: MethodType) -> None:
-    plain = inspect.unwrap(method.__func__)
-    lazy = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
-    if any(is_so(plain) for is_so in lazy):
-        raise CaptureError(
-            f"{type(owner).__name__}.{method.__name__} is a generator or coroutine, whose "
-            "body runs after the call has ended, without its adapters; call the compiled "
-            "model for each step, or write a method that returns what this one yields"
-        )

@@ -120,6 +120,8 @@ class Entry:
             with ungraded, session.module_paths():
                 result = self._tracked(run)
             if isinstance(result, (GeneratorType, CoroutineType, AsyncGeneratorType)):
+                if isinstance(result, CoroutineType):
+                    result.close()
                 raise CaptureError(
                     f"{self.name} is a {type(result).__name__}, whose body runs after the call "
                     "has ended, without its adapters; return what it yields"
