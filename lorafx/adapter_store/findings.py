@@ -94,7 +94,7 @@ class Findings:
             self.problems.append(str(problem))
 
     def check_same(self, factor: FactorKey, first: str, label: str) -> None:
-        """Raise `Problem` unless the tensors of a key and of the `first` for its place are equal."""
+        """Raise `Problem` unless the tensor of a key is that of the `first` for its place."""
         a, b = self.state.tensors[factor.key], self.state.tensors[first]
         alike = a.shape == b.shape and a.dtype == b.dtype and a.dtype in DTYPES
         if factor.key != first and not (alike and torch.equal(a, b)):
