@@ -18,7 +18,7 @@ from lorafx.config import After, Options
 from lorafx.errors import ConfigError, nearest
 from lorafx.passes.attach import Attach
 from lorafx.passes.attend import Attend
-from lorafx.passes.fuse.fuse import Fuse
+from lorafx.passes.fuse import Fuse
 from lorafx.passes.give_out import GiveOut
 from lorafx.passes.lower.lower import Lower
 from lorafx.passes.match.match import Match
@@ -202,9 +202,9 @@ def run_model_passes(
         for item in passes:
             start = time.perf_counter()
             found = item.run(model)
-            end = time.perf_counter()
+            seconds = time.perf_counter() - start
             notes, model.notes = tuple(model.notes), []
-            reports.append(PassReport(item.name, found, end - start, end=end, notes=notes))
+            reports.append(PassReport(item.name, found, seconds, notes=notes))
     except BaseException:
         model.rollback.run()
         raise

@@ -9,18 +9,13 @@ that share x still have an A each. On a GPU a kernel takes
 
 and each kernel after the first one more dependent launch. What the strategies launch:
 
-    recompute   one kernel: every tile of y computes v = x Aᵀ again, for the first adapter of its
-                rows beside its loop over K, for each further one in a loop of its own
     epilogue    the shrink to v, then one kernel for base product and expand: y is written once
     split       one kernel of base product, in parts of K, and shrink; one that adds up and expands
     gemv        vendor GEMM, then shrink and expand a row at a time: no padding of rows
     segments    vendor GEMM, then shrink and expand by runs of equal slots, padded to 16 rows;
                 requests are sorted by slot first, once for all nodes of a graph
-    concat      B copied behind W, v behind x, then the vendor's product of the longer x and W: its
-                FLOPs grow by (K + C) / K for C columns. W is copied for its columns at every call
 
-Constants of chips are those of lorafx.kernels.cost.chips. "concat" was not timed on a chip as a
-whole; its parts were, on an H200.
+Constants of chips are those of lorafx.kernels.cost.chips.
 """
 
 from __future__ import annotations
@@ -80,7 +75,7 @@ TILE_N, TILE_M, DOT = 128, 64, 16  # columns and rows of a tile of y; least side
 READER, ADAPTER = 2.5e-6, 1.2e-6
 #: Seconds before a product's bytes flow and after they have: a product of few bytes takes longer.
 START = 4e-6
-#: Speed of the loop over W in "epilogue" and "recompute" beside the vendor's where bytes decide
+#: Speed of the loop over W in "epilogue" beside the vendor's where bytes decide
 #: (H200): too few programs for narrow layers, too many registers.
 LOOP_OVER_VENDOR = 0.62
 #: The same for "split", whose K is in parts.
@@ -204,21 +199,6 @@ def work_of(
 # --- strategies with a base product of their own ---
 
 
-def _recompute(work: Work) -> float:
-    adapters, chip = work.adapters_in_tile, work.chip
-    M, K, N = work.rows, work.in_features, work.columns
-    beside = work.fused_base(
-        work.a + work.b,
-        work.m_tiles * work.rank * (work.n_tiles * K + adapters * N),
-        2.0 * M * work.padded_rank * (work.n_tiles * K + adapters * N),
-    )
-    # A further adapter's loop reads x and A again, after the loop over W.
-    a_loop = K * (min(max(M, DOT), TILE_M) + work.padded_rank) * work.dtype.itemsize
-    waves = math.ceil(work.m_tiles * work.n_tiles / chip.processors)
-    after = waves * (adapters - 1) * a_loop / (chip.l2_bandwidth / chip.processors)
-    return beside + after
-
-
 def _epilogue(work: Work) -> float:
     adapters, G = work.adapters_in_tile, len(work.sizes)
     padded = work.padded_rank * adapters
@@ -270,8 +250,6 @@ def split_rounds(work: Work) -> int:
 #: Shrink and expand took 2.1 (gate/up), 3.0 (down) and 3.7 times (q/k/v) their roofline (H200, 8192
 #: rows).
 OVER_ROOFLINE = 3.0
-#: Most columns that lengthen x and W, their unit, and the unit that a vendor's GEMM takes of K.
-MOST_COLUMNS, UNIT, K_TILE = 256, 16, 64
 
 
 def _gemv(work: Work) -> float:
@@ -301,36 +279,18 @@ def _by_runs(work: Work, memory: float, terms: int) -> float:
     return max(work.kernel(memory, 0, flops) * slow, READER) + work.chip.launch
 
 
-def _concat(work: Work) -> float:
-    M, K, N = work.rows, work.in_features, work.columns
-    more = _more_columns(work)
-    flops = 2.0 * M * N * math.ceil((K + more) / K_TILE) * K_TILE
-    product = work.kernel(K * N + M * (K + N), work.cached, flops) + START
-    beside_w = work.reader(work.b + more * N, 0, 0)
-    copy = work.kernel(2 * K * N + more * N, 0, 0) + work.chip.launch
-    zeros = work.kernel(M * more, 0, 0) + work.chip.launch
-    return _shrink(work) + beside_w + copy + zeros + product
-
-
-def _more_columns(work: Work) -> int:
-    return len(work.sizes) * work.distinct * math.ceil(work.rank / UNIT) * UNIT
-
-
 # --- the choice ---
 
 GPU_STRATEGIES = {
     "split": _split,
     "epilogue": _epilogue,
-    "recompute": _recompute,
     "gemv": _gemv,
     "segments": _segments,
-    "concat": _concat,
 }
 #: Strategies that compute the base product themselves.
-FUSED = ("split", "epilogue", "recompute")
+FUSED = ("split", "epilogue")
 #: Notes for users on what no chip has timed.
 UNTIMED: Mapping[str, str] = {
-    "concat": "never measured on a chip",
     "split": "its reader measured in an earlier form only",
 }
 #: A vendor GEMM this much faster than plain Triton's costs more than all of LoRA (5 % against 0.6
@@ -342,19 +302,17 @@ def estimate(work: Work) -> dict[str, Estimate]:
     """Modelled time of every strategy for `work`, fastest first, refused ones last."""
     seconds = {name: model(work) for name, model in GPU_STRATEGIES.items()}
     refusals = {name: _refusal(name, work) for name in seconds}
-    return ranked(seconds, refusals, work.vendor(), work.floor())
+    base, floor = work.vendor(), work.floor()
+    return {
+        name: Estimate(seconds[name], seconds[name] / base, seconds[name] / floor, refusals[name])
+        for name in sorted(seconds, key=lambda name: (bool(refusals[name]), seconds[name]))
+    }
 
 
 def _refusal(name: str, work: Work) -> str:
     if name == "split" and any(size % 16 for size in (work.in_features, *work.sizes)):
         # On a GPU these kernels were run for whole blocks of 16 elements only.
         return "K or a column count is not a multiple of 16"
-    if name == "concat":
-        if not work.compute_bound:
-            return "bytes decide, and fused kernels read W once as well"
-        if (more := _more_columns(work)) > MOST_COLUMNS:
-            return f"{more} more columns of x and W are more than {MOST_COLUMNS}"
-        return "x A may overflow float16" if work.dtype == torch.float16 else ""
     return slower_than_vendor(work.chip) if name in FUSED and work.compute_bound else ""
 
 
@@ -366,14 +324,3 @@ def slower_than_vendor(chip: Chip) -> str:
     if speed < LEAST_TRITON_OVER_VENDOR:
         return f"plain Triton reaches {speed:.2f} of the vendor GEMM"
     return ""
-
-
-def ranked(
-    seconds: Mapping[str, float], refusals: Mapping[str, str], base: float, floor: float
-) -> dict[str, Estimate]:
-    """Strategies with their modelled times, fastest first, refused ones last."""
-    order = sorted(seconds, key=lambda name: (bool(refusals[name]), seconds[name]))
-    return {
-        name: Estimate(seconds[name], seconds[name] / base, seconds[name] / floor, refusals[name])
-        for name in order
-    }

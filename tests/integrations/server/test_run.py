@@ -149,11 +149,11 @@ def test_bad_settings_are_refused_before_anything_is_loaded(files, tmp_path, cha
 
 @pytest.mark.quick
 def test_a_folder_may_be_one_adapter_or_hold_other_things(files, tmp_path):
-    assert list(Settings(str(files.model), files.adapters / "a3").found) == ["a3"]
+    assert list(Settings(model=str(files.model), adapters=files.adapters / "a3").found) == ["a3"]
     shutil.copytree(files.adapters / "a3", tmp_path / "a3")
     (tmp_path / "notes").mkdir()
     with pytest.warns(LorafxWarning, match="notes"):
-        assert list(Settings(str(files.model), tmp_path).found) == ["a3"]
+        assert list(Settings(model=str(files.model), adapters=tmp_path).found) == ["a3"]
 
 
 @pytest.mark.quick
@@ -167,7 +167,7 @@ def test_the_command_names_its_own_options(files, monkeypatch):
 @pytest.mark.quick
 def test_the_room_that_adapters_get(files):
     given = {"max_adapters": 5, "slot_rank": 2, "max_host_bytes": 10_000}
-    settings = Settings(str(files.model), files.adapters, **given)
+    settings = Settings(model=str(files.model), adapters=files.adapters, **given)
     config = settings.lora_config()
     assert config.max_rank == 8  # the largest of the adapters
     assert {name: getattr(config, name) for name in given} == given
@@ -179,7 +179,7 @@ def test_a_port_that_is_taken(files):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        settings = Settings(str(files.model), files.adapters, port=port)
+        settings = Settings(model=str(files.model), adapters=files.adapters, port=port)
         with pytest.raises(ConfigError, match=f"port {port}"):
             settings.bind()
 
@@ -210,6 +210,6 @@ def test_a_model_without_a_usable_tokenizer(files, tmp_path):
     (folder / "config.json").write_text(json.dumps({"model_type": "nothing"}))
     with (
         pytest.raises(ConfigError, match="cannot be loaded"),
-        opened(Settings(str(folder), files.adapters)),
+        opened(Settings(model=str(folder), adapters=files.adapters)),
     ):
         pass
