@@ -24,8 +24,7 @@ from lorafx.capture.weights_in_python import WeightUses
 from lorafx.errors import CaptureError, LorafxError, MatchError, ReplacedModuleError
 from lorafx.model.experts import LOOP, loops
 from lorafx.model.marks import MARKS, Attachment
-from lorafx.ownership.held import MOST_REQUESTS
-from lorafx.ownership.memory import Memory
+from lorafx.ownership.memory import MOST_REQUESTS, Memory
 from lorafx.program.argument_roles import RoleTable, tensor_leaves
 from lorafx.program.program import Program
 from lorafx.program.row_dims import IMAGES
