@@ -16,10 +16,7 @@ LoweringName = Literal["auto", "inductor", "triton", "reference"]
 #: Strategies of a LoRA node, by lowering; "aten" is the op's own implementation.
 STRATEGIES: Mapping[str, tuple[str, ...]] = {
     "inductor": ("generated", "aten"),
-    "triton": (
-        *("split", "epilogue", "recompute", "gemv", "segments", "aten"),
-        "grouped",  # of routed experts
-    ),
+    "triton": ("split", "epilogue", "gemv", "segments", "aten"),
     "reference": ("aten",),
 }
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -158,8 +155,7 @@ class Options:
             your own, `{"mine": lorafx.After("fuse", run)}`. `print(lorafx.pipeline())` lists them.
         max_edits: stop rewriting after this many edits, to bisect a wrong result.
         plan: strategies pinned by canonical site path: "generated" for generated C++;
-            "split", "epilogue", "recompute", "gemv" and "segments", and "grouped" for routed
-            experts, for Triton (docs/kernels.md); "aten".
+            "split", "epilogue", "gemv" and "segments" for Triton (docs/kernels.md); "aten".
         dump: the folder for the graph after every pass; None reads LORAFX_DUMP.
         recompile_limit: the largest number of graphs of one entry; needing more is an error.
         strict: an adapter whose file lacks factors for a module that its own configuration targets

@@ -20,7 +20,7 @@ from lorafx.capture.tracking import Tracking, looks, untracked
 from lorafx.capture.verify import NumericCheck
 from lorafx.errors import CaptureError, LorafxError, MatchError
 from lorafx.model.extras import EXTRAS
-from lorafx.ownership.held import SHARED, Alone
+from lorafx.ownership.memory import SHARED, Alone
 from lorafx.program.frame import SLOTS
 from lorafx.program.program import Program
 from lorafx.program.row_handoff import OfList, Rows

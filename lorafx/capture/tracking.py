@@ -16,8 +16,7 @@ from torch import Tensor
 
 from lorafx.capture.traced import never_traced
 from lorafx.capture.weights_in_python import WeightUses
-from lorafx.ownership.held import Held
-from lorafx.ownership.memory import Memory, storage_of
+from lorafx.ownership.memory import Held, Memory, storage_of
 from lorafx.ownership.real import alone, held_results, tensors_in, written
 from lorafx.torch_internals.fake_tensors import (
     TorchDispatchMode,

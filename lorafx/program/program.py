@@ -19,8 +19,16 @@ from lorafx.model.packing import PackedGroup, PackWatch
 from lorafx.model.quantized import QuantisedModules
 from lorafx.model.runtime import Runtime
 from lorafx.model.sites import Group, Site
-from lorafx.ownership.held import Alone, Listed, each_repeated
-from lorafx.ownership.memory import Memory, OwnMemory, Remembered, TensorVersions, in_containers
+from lorafx.ownership.memory import (
+    Alone,
+    Listed,
+    Memory,
+    OwnMemory,
+    Remembered,
+    TensorVersions,
+    each_repeated,
+    in_containers,
+)
 from lorafx.program.argument_roles import Role, RoleTable, tensor_leaves
 from lorafx.program.derived import DerivedTensors, Holder
 from lorafx.program.frame import Frame, FrameInput, InputKind

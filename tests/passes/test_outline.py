@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from lorafx.capture.verify import check_graph, output_values
 from lorafx.errors import VerifyError
-from lorafx.passes.fuse.fuse import Fuse
+from lorafx.passes.fuse import Fuse
 from lorafx.passes.match.match import Match
 from lorafx.passes.outline.outline import INVOKE, Outline
 

@@ -42,11 +42,11 @@ from lorafx.integrations.diffusers.components import (
 )
 from lorafx.integrations.diffusers.prompt_rows import PromptRows, counted
 from lorafx.model.keywords import refuse_slips
-from lorafx.runtime.configuration import by_name, request_of
 from lorafx.runtime.idle import refuse_elsewhere
 from lorafx.runtime.loading import in_turn, load_parts, unload_parts
+from lorafx.runtime.marking import by_name, request_of
 from lorafx.runtime.replaced_methods import Replaced
-from lorafx.runtime.requests import Names, checked_names
+from lorafx.runtime.requests import Names, Requests, checked_names
 from lorafx.torch_internals.trees import tree_map_only
 
 #: Arguments of denoisers that all rows share: positions of text and image tokens.
@@ -177,7 +177,10 @@ class CompiledPipeline:
             by_model = {name: _known(names, cm.adapters) for name, cm in self.models.items()}
         run: Callable[[], Any] = partial(self._run, by_model, args, kwargs)
         # All models are in a call meanwhile: a part that the pipeline calls by itself says so.
-        by_session = {id(cm._session): by_model[name] for name, cm in self.models.items()}
+        by_session = {
+            id(cm._session): None if names is None else Requests(tuple(by_model[name] or ()))
+            for name, cm in self.models.items()
+        }
         for session in reversed(in_turn(cm._session for cm in self.models.values())):
             run = partial(session.call, run, by_session[id(session)])
         return run()
