@@ -20,12 +20,12 @@ from torch import fx
 from lorafx.capture.checks import Checks
 from lorafx.capture.compile_log import (
     form_of,
-    note_tracing,
     reason,
-    shown,
+    show,
     tell,
     tell_instance,
     timed,
+    tracing_span,
 )
 from lorafx.capture.driver import run_pipeline
 from lorafx.capture.executable import checked, for_base, looked_at, with_lookups
@@ -88,8 +88,7 @@ class Backend:
         """The executable of a frame whose inputs are `examples`. Raises ReplacedModuleError,
         keeping no graph, for a replaced module with an active adapter."""
         program, self._at = self.program, None
-        spans: list[Span] = []
-        note_tracing(spans)
+        spans = [tracing_span()]
         frame = self._frame(gm, examples, per_token=per_token)
         active = bool(program.runtime.active)
         own = frame.begins_call and not program.site_watch.missing
@@ -146,7 +145,8 @@ class Backend:
         noting = nullcontext() if self.noted is None else noted(parts, gm)
         compile_graph = self._compile_lora if active else self._compile_base
         try:
-            with shown(f"{record.title} of {model}, {record.reason}"), noting:
+            show(f"{record.title} of {model}, {record.reason}")
+            with noting:
                 executable = compile_graph(gm, examples, graph)
             self.records.append(record)
             if self.noted is not None:
