@@ -19,7 +19,7 @@ from lorafx.capture.recorder import Stage
 from lorafx.config import Options
 from lorafx.errors import VerifyError
 from lorafx.pass_order import pipeline, way_around
-from lorafx.passes.outline.regions import bodies
+from lorafx.passes.outline.outline import bodies
 from lorafx.program.context import Context
 from lorafx.program.frame import fake_value
 from lorafx.torch_internals.operators import OpOverload

@@ -115,8 +115,11 @@ def _run(graph: fx.Graph, seeds: Mapping[fx.Node, Label], flow: Flow) -> Flow:
             tensor = isinstance(node.meta.get("val"), torch.Tensor)
             label = flow.lost(node, "an input of unknown origin") if tensor else None
         elif node.op == "call_function":
-            label = called(node, flow)
-            digit = known_values(node, flow)
+            try:
+                label, digit = called(node, flow), known_values(node, flow)
+            except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+                why = f"its rule failed, {type(error).__name__}: {error}"
+                label, digit = each_output(node, flow.lost(node, why)), None
             if digit is not None:
                 flow.digits[node] = digit
         else:

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from lorafx.op_arguments import bound, in_order, index_of, operand
-from lorafx.ownership import contractions, pointwise
+from lorafx.ownership import contractions, pointwise, reductions
 from lorafx.ownership.emit import Emitter
 from lorafx.ownership.flow import Flow, operator_name, outputs, place, wrap
 from lorafx.ownership.indexing import is_boolean
@@ -130,12 +130,6 @@ class Vectorizer:
 
     # --- rules ---
 
-    def _rebuilt(self, node: fx.Node, args: dict[str, Any]) -> fx.Node:
-        schema = node.target._schema  # type: ignore[union-attr]
-        given = [args[one.name] for one in schema.arguments if not one.kwarg_only]
-        named = {one.name: args[one.name] for one in schema.arguments if one.kwarg_only}
-        return self.emit(node.target, *given, **named)
-
     def _pointwise(self, node: fx.Node) -> fx.Node:
         ndim = len(self.flow.shape(node))
 
@@ -147,33 +141,28 @@ class Vectorizer:
             kwargs = {name: value for name, value in kwargs.items() if name != "memory_format"}
         return self.emit(node.target, *args, **kwargs)
 
-    def _along(self, node: fx.Node, *, all_if_none: bool = False, more: int = 0) -> fx.Node:
-        args = bound(node)
+    def _along(self, node: fx.Node) -> fx.Node:
+        """Dimensions in the arguments move by one; a reduction over none is over all."""
+        args, packet = bound(node), called_by(node)
         first = operand(node)
         self.only(node, first)
-        n = len(self.flow.shape(first))
+        n = len(self.flow.shape(first)) + (packet is aten.unsqueeze)
         for name in ("dim", "dims", "dim0", "dim1"):
             if name not in args:
                 continue
             value = args[name]
             if value is None or (isinstance(value, Sequence) and not value):
-                if not all_if_none:
+                if reductions.RULES.get(packet) is not reductions.reduced:
                     raise Ended(node, "it works along no dimension, or along all of them flattened")
                 args[name] = list(range(1, n + 1))
             elif isinstance(value, int):
-                args[name] = wrap(value, n + more) + 1
+                args[name] = wrap(value, n) + 1
             else:
-                args[name] = [wrap(dim, n + more) + 1 for dim in value]
+                args[name] = [wrap(dim, n) + 1 for dim in value]
         args[next(iter(args))] = self.copies[first]
-        return self._rebuilt(node, args)
-
-    def _reduced(self, node: fx.Node) -> fx.Node:
-        if "dim" not in bound(node):
-            raise Ended(node, "it reduces all dimensions")
-        return self._along(node, all_if_none=True)
-
-    def _unsqueezed(self, node: fx.Node) -> fx.Node:
-        return self._along(node, more=1)
+        schema = node.target._schema  # type: ignore[union-attr]
+        given = [args.pop(one.name) for one in schema.arguments if not one.kwarg_only]
+        return self.emit(node.target, *given, **args)
 
     def _squeezed(self, node: fx.Node) -> fx.Node:
         first = operand(node)
@@ -183,16 +172,10 @@ class Vectorizer:
         return self.emit(aten.squeeze.dims, self.copies[first], dims)
 
     def _permuted(self, node: fx.Node) -> fx.Node:
-        first, dims = operand(node), bound(node)["dims"]
-        dims = [0, *(wrap(dim, len(dims)) + 1 for dim in dims)]
-        return self.emit(aten.permute.default, self.copies[first], dims)
-
-    def _turned(self, node: fx.Node) -> fx.Node:
-        first = operand(node)
-        copies = self.copies[first]
-        if len(self.flow.shape(first)) < 2:
-            return self.emit(aten.alias.default, copies)
-        return self.emit(aten.transpose.int, copies, 1, 2)
+        n = len(self.flow.shape(node))
+        dims = bound(node).get("dims", range(n)[::-1])  # t() has none
+        order = [0, *(wrap(dim, n) + 1 for dim in dims)]
+        return self.emit(aten.permute.default, self.copies[operand(node)], order)
 
     def _viewed(self, node: fx.Node) -> fx.Node:
         args = bound(node)
@@ -228,26 +211,6 @@ class Vectorizer:
             raise Ended(node, "indexed by a mask, or at dimensions that are not neighbours")
         return self.emit(node.target, self.copies[x], [None, *indices])
 
-    def _written(self, node: fx.Node) -> fx.Node:
-        args = bound(node)
-        x, src = args.pop("self"), args.pop("src")
-        args["dim"] = wrap(args["dim"], len(self.flow.shape(x))) + 1
-        copies = self.copies_of(x), self.copies_of(src)
-        return self.emit(node.target, *copies, *args.values())
-
-    def _gathered(self, node: fx.Node) -> fx.Node:
-        args = bound(node)
-        x, index = args["self"], args["index"]
-        self.only(node, x)
-        dim = wrap(args["dim"], len(self.flow.shape(x))) + 1
-        return self.emit(node.target, self.copies[x], dim, self.copies_of(index))
-
-    def _as_it_is(self, node: fx.Node) -> fx.Node:
-        first, args = operand(node), bound(node)
-        self.only(node, first)
-        args[next(iter(args))] = self.copies[first]
-        return self.emit(node.target, *in_order(node.target, args))  # type: ignore[arg-type]
-
     def _product(self, node: fx.Node) -> fx.Node:
         """mm (n, m, k) by (k, p) or (n, k, p), addmm with a bias of one dimension."""
         args = bound(node)
@@ -265,17 +228,6 @@ class Vectorizer:
         flat = self.emit(aten.reshape.default, copies, [-1, sizes[2]])
         found = self.emit(node.target, *((flat, b) if bias is None else (bias, flat, b)))
         return self.emit(aten.reshape.default, found, [sizes[0], sizes[1], -1])
-
-    def _batched_product(self, node: fx.Node) -> fx.Node:
-        args = bound(node)
-        pairs = [self.copies_of(args[name]) for name in ("self", "mat2")]
-        sizes = [[self.size_of(pair, dim) for dim in range(4)] for pair in pairs]
-        flat = [
-            self.emit(aten.reshape.default, pair, [-1, *size[2:]])
-            for pair, size in zip(pairs, sizes, strict=True)
-        ]
-        found = self.emit(aten.bmm.default, *flat)
-        return self.emit(aten.reshape.default, found, [*sizes[0][:3], sizes[1][3]])
 
     def _item(self, node: fx.Node) -> fx.Node:
         return self.emit(operator.getitem, self.copies[operand(node)], index_of(node))
@@ -401,33 +353,22 @@ RULES: dict[object, BatchingRule] = {
         (aten.view, aten._unsafe_view, aten.reshape, aten._reshape_copy, aten.view_copy),
         Vectorizer._viewed,
     ),
-    aten.permute: Vectorizer._permuted,
-    aten.t: Vectorizer._turned,
-    aten.unsqueeze: Vectorizer._unsqueezed,
+    **dict.fromkeys((aten.permute, aten.t), Vectorizer._permuted),
     aten.squeeze: Vectorizer._squeezed,
     aten.expand: Vectorizer._expanded,
     aten.repeat: Vectorizer._repeated,
     **dict.fromkeys((aten.cat, aten.stack), Vectorizer._joined),
     **dict.fromkeys((aten.index, aten._unsafe_index), Vectorizer._indexed),
-    **dict.fromkeys((aten.select_scatter, aten.slice_scatter), Vectorizer._written),
-    aten.gather: Vectorizer._gathered,
-    **dict.fromkeys((aten.constant_pad_nd, aten.native_layer_norm), Vectorizer._as_it_is),
     **dict.fromkeys((aten.mm, aten.addmm), Vectorizer._product),
-    aten.bmm: Vectorizer._batched_product,
     **dict.fromkeys(
         (
-            aten.transpose, aten.select, aten.slice, aten.split, aten.split_with_sizes,
-            aten.unbind, aten.index_select, aten.flip, prims.rev, aten.roll, aten.cumsum,
-            aten.cumprod, aten._softmax, aten._log_softmax, aten._safe_softmax,
+            aten.transpose, aten.unsqueeze, aten.select, aten.slice, aten.split,
+            aten.split_with_sizes, aten.unbind, aten.index_select, aten.flip, prims.rev, aten.roll,
+            aten.constant_pad_nd, aten.cumsum, aten.cumprod, aten._softmax, aten._log_softmax,
+            aten._safe_softmax, aten.native_layer_norm, aten.sum, aten.mean, aten.amax, aten.amin,
+            aten.var, aten.std, aten.var_mean, aten.std_mean, aten.logsumexp,
         ),
         Vectorizer._along,
-    ),
-    **dict.fromkeys(
-        (
-            aten.sum, aten.mean, aten.amax, aten.amin, aten.var, aten.std, aten.var_mean,
-            aten.std_mean, aten.logsumexp,
-        ),
-        Vectorizer._reduced,
     ),
 }  # fmt: skip
 
