@@ -20,7 +20,6 @@ from lorafx.ownership import (
     contractions,
     indexing,
     pointwise,
-    pooled,
     reductions,
     singles,
     views,
@@ -32,7 +31,7 @@ from lorafx.ownership.symbolic import ONE, BatchSymbols, equal
 from lorafx.torch_internals.operators import OpOverload
 
 # Specific first; the first table that knows an operator decides.
-TABLES = (sites, indexing, views, reductions, contractions, pooled, pointwise)
+TABLES = (sites, indexing, views, reductions, contractions, pointwise)
 OPTIONAL = (contractions, reductions)
 DIGIT_TABLES = (indexing, views, pointwise)
 # Rules that look at Mixed inputs themselves: the order of everybody's rows is Mixed by nature, and
@@ -138,7 +137,7 @@ def called(node: fx.Node, flow: Flow) -> Label:
     if rule is not sites.site and all(label is None for label in labels):
         return each_output(node, None)
     if any(isinstance(label, Pooled) for label in labels):
-        return pooled.read(node, flow, labels, rule)
+        return sites.read_of_pool(node, flow, labels, rule)
     apart = singles.taken_apart(node, flow)
     if apart is not None:
         return apart
