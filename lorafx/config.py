@@ -20,7 +20,7 @@ STRATEGIES: Mapping[str, tuple[str, ...]] = {
     "reference": ("aten",),
 }
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-Verify = Literal["off", "lint", "numeric"]
+Verify = Literal["off", "lint"]
 Overflow = Literal["refuse", "waves"]
 BaseGraphs = bool | Literal["auto", "warmup"]
 
@@ -149,8 +149,7 @@ class Options:
             C++ compiler "reference"), "inductor" (generated C++ on a CPU, else aten, in
             Inductor's code), "triton" (generated Triton in Inductor's code; on a CPU in Triton's
             interpreter, to debug), or "reference" (plain aten, run node by node).
-        verify: "off"; "lint" (graph structure, shapes and dtypes after each pass); "numeric"
-            (also runs each pass's graph beside the reference on the first real inputs).
+        verify: "lint" (graph structure, shapes and dtypes after each pass), or "off".
         passes: by name: graph passes that are switched on or off, `{"pack": False}`, and passes of
             your own, `{"mine": lorafx.After("fuse", run)}`. `print(lorafx.pipeline())` lists them.
         max_edits: stop rewriting after this many edits, to bisect a wrong result.
@@ -221,7 +220,7 @@ class Options:
     def __post_init__(self) -> None:
         for name, allowed in (
             ("lowering", ("auto", *STRATEGIES)),
-            ("verify", ("off", "lint", "numeric")),
+            ("verify", ("off", "lint")),
             ("overflow", ("refuse", "waves")),
             ("base_graphs", ("auto", True, False, "warmup")),
             ("mode", (None, *MODES)),

@@ -87,8 +87,8 @@ class Program:
 
     def __post_init__(self) -> None:
         self.note_constants()
-        #: Keeps alive objects that only this program's graphs use.
-        self.bindings: list[object] = []
+        #: Whether some graph takes what another made, so that results are worth keeping note of.
+        self.in_pieces = False
         #: Canonical paths of the sites that some graph serves or refuses.
         self.reached: set[str] = set()
         #: Those that a graph seems to compute without their weight.

@@ -11,14 +11,8 @@ from lorafx.adapter_store.store import AdapterStore
 
 @dataclass(frozen=True)
 class Tier:
-    """Counts of one place where adapters lie.
-
-    Attributes:
-        hits: adapters that were asked for and found there.
-        misses: those that were not.
-        evictions: those that had to go.
-        nbytes: its size in bytes now.
-    """
+    """Counts of one place where adapters lie: how often one that was asked for was found there
+    (`hits`) or not (`misses`), how many had to go (`evictions`), and its size now (`nbytes`)."""
 
     hits: int
     misses: int
