@@ -76,7 +76,6 @@ def read_adapter(
     max_rank: int | None = None,
     lora_config: LoraConfig | None = None,
     strict: bool = False,
-    warn: bool = True,
 ) -> Adapter:
     """Read the adapter `source`, as in `load_state`, and place every tensor on one of `sites`.
 
@@ -94,7 +93,7 @@ def read_adapter(
         CapacityError: only ranks over `max_rank`, or no room for replaced weights.
         CheckpointError: anything else, all problems of the file at once.
     """
-    state = load_state(source, model, warn=warn)
+    state = load_state(source, model)
     findings = Findings(state, Places(sites, model), max_rank)
     reading = Reading(findings)
     weights = reading.run()
@@ -107,7 +106,7 @@ def read_adapter(
     if strict and missing:
         findings.problems.append(f"{left_out}; strict=True makes this an error")
     findings.raise_problems(name)
-    if missing and warn:
+    if missing:
         warnings.warn(
             f"adapter {name!r} in {state.where}: {left_out}. These modules keep the base "
             "weights, which is right if the adapter was trained on only a part of the "
@@ -124,7 +123,6 @@ def read_adapter(
         own=reading.extras.own,
         notes=state.notes,
         replaces_biases=state.config.bias != "none",
-        compared=findings.compared,
         invocation=state.config.invocation,
         keys={key: tensor.shape for key, tensor in state.tensors.items()},
     )

@@ -287,7 +287,6 @@ class Reading:
         base = getattr(self.places.module(owner.removesuffix(".base_layer")), attribute, None)
         if not isinstance(base, Tensor):
             raise Problem(f"{key} is not a LoRA factor, and nothing in the model has this name")
-        self.findings.compared = True
         tensor = self.state.tensors[key]
         if not same(tensor, base):
             raise Problem(

@@ -51,7 +51,6 @@ class AdapterMethods:
             name = dict.fromkeys(name, 1.0)
         name = one_name(name, "the default")
         name = None if name == BASE else name
-        kept = self._session.fetched([name])  # noqa: F841 - before the lock is taken
         with self._session.lock:  # an update takes a merge out and puts it back
             if name is not None:
                 self._session.store[name]
@@ -124,7 +123,6 @@ class AdapterMethods:
         """
         refuse_transformed()
         session = self._session
-        kept = session.store.fetch([name], resident=True)  # noqa: F841 - before the lock is taken
         with session.lock:  # a slot that it takes may be one that a running call reads
             if session.running.entries and name not in session.store.resident:
                 raise BatchError(
@@ -141,28 +139,24 @@ class AdapterMethods:
         """
         self._session.store.unpin(name)
 
-    def prefetch_adapters(self, names: Iterable[AdapterName], *, slots: bool = False) -> None:
-        """Bring adapters nearer before a call asks for them; calls of other threads go on.
+    def prefetch_adapters(self, names: Iterable[AdapterName]) -> None:
+        """Give adapters slots before a call asks for them, in the place of those that were used
+        least recently; calls of other threads go on.
 
-        Those that the budget of host memory (`LoraConfig.max_host_bytes`) left no room for are read
-        here. They stay until others are used more recently.
+        On CUDA their factors are copied on a stream of their own, beside the calls that are running
+        there; a call that uses one of them waits for its copy. This returns when the copies have
+        been launched. On a CPU it returns when they are done.
 
         Args:
             names: of adapters, or sums, as in `forward`; None is the base model, which is there.
-            slots: also give them slots, in the place of those that were used least recently. On
-                CUDA their factors are copied on a stream of their own, beside the calls that are
-                running there; a call that uses one of them waits for its copy. This returns when
-                the copies have been launched. On a CPU it returns when they are done.
 
         Raises:
             UnknownAdapterError: a name that is not loaded.
-            CheckpointError: a file has changed since it was loaded, or cannot be read.
             ConfigError: as `forward` for a sum.
-            CapacityError: with `slots`, more adapters than there are slots, or than those leave
-                free that are pinned, or used by a call around this one.
+            CapacityError: more adapters than there are slots, or than those leave free that are
+                pinned, or used by a call around this one.
         """
-        wanted = [one_name(name, "prefetch_adapters()") for name in names]
-        prefetch(self._session, wanted, slots=slots)
+        prefetch(self._session, [one_name(name, "prefetch_adapters()") for name in names])
 
     @property
     def adapter_versions(self) -> dict[str, int]:

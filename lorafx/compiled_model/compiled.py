@@ -308,7 +308,7 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
 
     def memory(self) -> dict[str, int]:
         """Sizes in bytes: "banks" on the device, "host" copies of adapters, their files on
-        "disk", "base" parameters, "originals" of merged weights in host memory."""
+        "base" parameters, "originals" of merged weights in host memory."""
         base = {id(p): p.numel() * p.element_size() for p in self.model.parameters()}
         merged = merged_of(self._session)
         return {

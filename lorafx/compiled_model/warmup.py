@@ -58,9 +58,6 @@ def warm_up(
     session = compiled._session
     sizes = _positive("batch_sizes", batch_sizes), _positive("lengths", lengths)
     config = session.program.config
-    slot = config.slot_rank or config.max_rank
-    if rank is None and config.slot_rank is not None:
-        rank = min(DEFAULT_RANK, slot)
     rank = dummy_rank(session.program.sites, config.max_rank, rank)
     with session.lock:
         if example_inputs is None:
@@ -75,8 +72,7 @@ def warm_up(
             runs["forward"] = partial(_forward, compiled)
         if settings is not None:
             runs["generate"] = partial(_generate, compiled, settings)
-        count = 2 if config.max_adapters > -(-rank // slot) else 1  # that find slots together
-        names = [f"warm-up {i}" for i in range(count)]
+        names = [f"warm-up {i}" for i in range(min(2, config.max_adapters))]
         dummies = [dummy(name, session.program.sites, rank, seed=i) for i, name in enumerate(names)]
         if any_begins(session, session.store.names):
             dummies.append(replace(dummies[0], name=_BEGINS, invocation=(0,)))

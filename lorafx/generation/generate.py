@@ -247,7 +247,7 @@ class AddedTokens:
         store = self._session.store
         if name is None or name not in store:
             return hidden
-        for group, weight in store.numbers(name).own.items():
+        for group, weight in store[name].own.items():
             if self._session.program.groups[group].sites[0].weight_rows != count:
                 continue  # no weight of the vocabulary
             if weight.at is None:  # an embedding may have fewer than the base

@@ -70,7 +70,6 @@ def in_waves(
         or (generates and not callable(generate))
     ):
         return call(args, kwargs, names, tokens)
-    kept = session.fetched(names, tokens)  # noqa: F841 - before the lock is taken
     with session.lock:
         waves = _waves(session, names, tokens)
         if waves is None:

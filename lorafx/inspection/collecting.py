@@ -48,7 +48,6 @@ def explained(session: Session, *, quick: bool = False) -> Explanation:
         banks=tuple(BankReport(g.parent, g.members, g.bank.nbytes) for g in program.groups),
         slots=config.max_adapters,
         max_rank=config.max_rank,
-        slot_rank=config.slot_rank,
         room=room_of(program.groups),
         adapters=tuple(_adapter(session, name, quick=quick) for name in session.store.names),
         passes=tuple(str(pipeline(program.options)).splitlines()),

@@ -193,7 +193,6 @@ class Explanation(Report):
     Attributes:
         lowering: how its graphs become code.
         slots, max_rank: adapters on the device, and their largest rank.
-        slot_rank: the rank of a single slot, where slots share room.
         room: "DoRA's scales", "biases", "weights of adapters' own", if banks have room for them.
         shortcuts_off: names of disabled shortcuts -> reasons.
         prepared: results of the passes over the model; `notes` are their lines.
@@ -207,7 +206,6 @@ class Explanation(Report):
     banks: tuple[BankReport, ...]
     slots: int
     max_rank: int
-    slot_rank: int | None = None
     room: tuple[str, ...] = ()
     adapters: tuple[AdapterReport, ...] = ()
     passes: tuple[str, ...] = ()
@@ -255,7 +253,6 @@ class Explanation(Report):
 
     def sections(self) -> list[tuple[str, Iterable[str]]]:
         banks = f"banks: {len(self.banks)}, {self.slots} slots of rank up to {self.max_rank}"
-        banks += f", room for rank {self.slot_rank} in each" if self.slot_rank else ""
         found: list[tuple[str, Iterable[str]]] = [
             (f"sites: {len(self.sites)}", map(str, self.sites)),
             (" and ".join([banks, *self.room]), map(str, self.banks)),

@@ -140,7 +140,6 @@ class Prediction(Report):
     model: str
     slots: int
     max_rank: int
-    slot_rank: int
     room: tuple[str, ...]
     sites: tuple[PredictedSites, ...]
     packs: tuple[PredictedPack, ...]
@@ -169,7 +168,7 @@ class Prediction(Report):
             f"banks {size(totals.bank_bytes)}; one adapter of rank {self.max_rank} on all sites "
             f"{size(totals.adapter_bytes)}",
             f"least traffic of the sites over the base's: {floors}, adapters of rank "
-            f"{self.slot_rank}",
+            f"{self.max_rank}",
         ]
         if self.room:
             lines.append(f"not in these figures: {', '.join(self.room)}")
@@ -177,8 +176,6 @@ class Prediction(Report):
 
     def tables(self) -> list[Table]:
         beside = "".join(f" and {name}" for name in self.room)
-        if self.slot_rank < self.max_rank:
-            beside = f", room for rank {self.slot_rank} in each{beside}"
         sites = [
             (
                 row.pattern,
@@ -240,7 +237,7 @@ class _Node:
         weights = sum(map(_weight_bytes, self.sites))
         if self.sites[0].eligible.kind == "embedding" or not weights:
             return None
-        return weights, self.factor_bytes(self.group.bank.slot_rank)
+        return weights, self.factor_bytes(self.group.bank.max_rank)
 
     def pack(self) -> PredictedPack:
         return PredictedPack(
@@ -294,7 +291,6 @@ def predict(
         model=type(model).__name__,
         slots=config.max_adapters,
         max_rank=config.max_rank,
-        slot_rank=config.slot_rank or config.max_rank,
         room=room_of(groups),
         sites=_alike(_site_row(site, members[site.path]) for site in sites),
         packs=_alike(node.pack() for node in nodes),

@@ -19,7 +19,7 @@ from lorafx.adapter_store.extras import rows_wanted
 from lorafx.adapter_store.names import refuse_swapped
 from lorafx.adapter_store.peft_config import PeftConfig, picked
 from lorafx.adapter_store.peft_reader import adapter_target_modules
-from lorafx.adapter_store.saved import AdapterSource, AdapterState, Origin
+from lorafx.adapter_store.saved import AdapterSource, AdapterState, origin_of
 from lorafx.config import LoraConfig
 from lorafx.errors import ConfigError
 from lorafx.model.extras import token_rooms
@@ -38,7 +38,7 @@ class Request:
 
     config: LoraConfig
     adapters: dict[str, AdapterState] = field(default_factory=dict)
-    origins: dict[str, Origin] = field(default_factory=dict)
+    origins: dict[str, AdapterSource] = field(default_factory=dict)
 
 
 def request_of(
@@ -58,7 +58,7 @@ def request_of(
         lora_config = {"default": lora_config}
     if isinstance(lora_config, Mapping) and _is_adapter_mapping(lora_config):
         adapters, lora_config = {**lora_config, **adapters}, None
-    origins = {name: Origin.of(source) for name, source in adapters.items()}
+    origins = {name: origin_of(source) for name, source in adapters.items()}
     for name, source in adapters.items():
         refuse_swapped(source, name)
     states = {name: load_state(source, model) for name, source in adapters.items()}

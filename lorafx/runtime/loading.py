@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from lorafx.adapter_store.names import members, refuse_swapped
-from lorafx.adapter_store.saved import AdapterSource, Origin
+from lorafx.adapter_store.saved import AdapterSource, origin_of
 from lorafx.adapter_store.stored import Adapter, Hold
 from lorafx.errors import CheckpointError, ConfigError, LorafxError, ReplacedModuleError
 from lorafx.interrupts import undisturbed
@@ -63,7 +63,7 @@ def load_parts(parts: Sequence[tuple[Session, Any]], name: str, strict: bool | N
     it, or none of this name where that is None. Where one part cannot be loaded, none is."""
     refuse_transformed()
     read = [
-        None if source is None else (Origin.of(source), _read(session, source, name, strict))
+        None if source is None else (origin_of(source), _read(session, source, name, strict))
         for session, source in parts
     ]
 
@@ -129,7 +129,7 @@ def _refuse(session: Session, name: str) -> None:
 
 
 def _keeping(
-    session: Session, name: str, origin: Origin | None, adapter: Adapter
+    session: Session, name: str, origin: AdapterSource | None, adapter: Adapter
 ) -> Callable[[], None]:
     """What keeps the adapter. What was true when the files were read is looked at again."""
     program, merged = session.program, session.base.merged
@@ -183,23 +183,16 @@ def unloading(session: Session, name: str) -> Callable[[], None]:
 # --- ahead of calls ---
 
 
-def prefetch(session: Session, names: Sequence[str | None], *, slots: bool) -> None:
-    """Have these adapters in host memory, or in `slots`.
+def prefetch(session: Session, names: Sequence[str | None]) -> None:
+    """Give these adapters slots.
 
     Raises:
         UnknownAdapterError: a name that is not loaded.
-        CheckpointError: a file has changed since it was loaded, or cannot be read.
         ConfigError: a sum of adapters that can be part of none.
-        CapacityError: into slots, and there are not as many.
+        CapacityError: there are not as many slots.
     """
     refuse_transformed()
     store = session.store
-    for name in names:
-        if name is not None:
-            store.check_known(name)
-    host_copies = store.fetch(names)  # read before the lock is taken
-    if not slots:
-        return
     with session.lock:
         if not store.copy_streams.beside:
             session.locks.streams.follow(session.accelerators)
@@ -208,7 +201,6 @@ def prefetch(session: Session, names: Sequence[str | None], *, slots: bool) -> N
         if running.entries or store.copy_streams.captured:  # graphs may be replayed
             held = held.union(session.program.runtime.rows)
         store.fill(names, held)
-    del host_copies  # which had them stay in memory until here
 
 
 def fill_ahead(session: Session, holds: Iterable[Hold]) -> None:
@@ -221,6 +213,6 @@ def fill_ahead(session: Session, holds: Iterable[Hold]) -> None:
     held = frozenset(session.program.runtime.rows)
     for hold in holds:
         try:
-            held = held.union(store.fill([store.held_name(hold)], held))
+            held = held.union(store.fill([hold.name], held))
         except LorafxError:  # no slot is left, or the call that asks for it will say what is wrong
             return

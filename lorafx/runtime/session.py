@@ -22,7 +22,6 @@ from lorafx.adapter_store.names import members
 from lorafx.adapter_store.peft_model import notes_of_peft
 from lorafx.adapter_store.peft_reader import Adapter, read_adapter
 from lorafx.adapter_store.store import AdapterStore, StoredAdapter
-from lorafx.adapter_store.stored import HostCopy
 from lorafx.capture.backend import Backend
 from lorafx.errors import BatchError, CaptureError, ConfigError
 from lorafx.model.extras import EXTRAS, When
@@ -119,8 +118,6 @@ class Session:
         self.beside: Callable[[Callable[[], Any]], Any] | None = None
         self.counts: Final = SessionCounts()
         self._last_served = Served()  # by `serve`
-        # What host memory had no room for; what was worth a warning was said when it was loaded.
-        store.read_with(partial(read_for, program, warn=False))
         _SESSIONS[id(self)] = self
 
     @property
@@ -179,7 +176,6 @@ class Session:
                 or this very thread is updating the base weights.
             CaptureError: an update of the base weights was interrupted, or lost a merge.
             ReplacedModuleError: a module that holds the merged adapter was replaced.
-            CheckpointError: an adapter has to be read again, and its files have changed.
 
         Also CaptureError as `refuse_transformed`, and UnsupportedVersionError as `unsupported`.
         """
@@ -193,8 +189,6 @@ class Session:
                 requests = Requests(
                     tuple(names), tokens, repeats, packed=packed, activated=activated
                 )
-            # Before the lock is taken: other calls go on while files are read.
-            kept = self.fetched(requests.names, tokens)  # noqa: F841
             with self.locks.calls:
                 running, merged = self.running, self.base.merged
                 if running.updating:
@@ -222,13 +216,6 @@ class Session:
         """What `function` returns, which runs the model outside of an engine's steps. The lock is
         held."""
         return function() if self.beside is None else self.beside(function)
-
-    def fetched(self, names: Names, tokens: Tensor | None = None) -> list[HostCopy]:
-        """What keeps the adapters of such a call in host memory; see `AdapterStore.fetch`."""
-        if self.store.host.budget is None:
-            return []
-        requests = Requests(tuple(names), tokens)
-        return self.store.fetch(names if tokens is None else requests.used().values())
 
     def note(self, running: Running, action: Callable[[], T]) -> T:
         """What `action` returns, while `running` is under way: a call, whose forwards `run` with
@@ -425,9 +412,7 @@ class Session:
             other.program.runtime.active = active
 
 
-def read_for(
-    program: Program, source: Any, name: str, *, strict: bool = False, warn: bool = True
-) -> Adapter:
+def read_for(program: Program, source: Any, name: str, *, strict: bool = False) -> Adapter:
     """As `read_adapter`, for the program's sites."""
     return read_adapter(
         source,
@@ -437,7 +422,6 @@ def read_for(
         max_rank=program.config.max_rank,
         lora_config=program.config,
         strict=strict,
-        warn=warn,
     )
 
 

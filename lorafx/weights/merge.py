@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lorafx.adapter_store.stored import HostCopy
+from lorafx.adapter_store.stored import StoredAdapter
 from lorafx.errors import CaptureError, ConfigError, LorafxError, MatchError, some
 from lorafx.interrupts import Rollback, undisturbed
 from lorafx.model.packing import check_packed
@@ -76,11 +76,11 @@ class MergeReport:
 
 @dataclass(frozen=True, eq=False)
 class Original:
-    """A tensor's numbers in host memory, and its mark when merge last wrote it."""
+    """A tensor's stored in host memory, and its mark when merge last wrote it."""
 
     holder: Holder
     tensor: Tensor
-    numbers: Tensor
+    stored: Tensor
     mark: int | None = None
 
     @classmethod
@@ -89,7 +89,7 @@ class Original:
 
     @property
     def nbytes(self) -> int:
-        return self.numbers.nbytes
+        return self.stored.nbytes
 
     @property
     def in_place(self) -> bool:
@@ -104,7 +104,7 @@ class Original:
         return replace(self, mark=mark_of(self.tensor))
 
     def restore(self) -> None:
-        write(self.tensor, self.numbers)
+        write(self.tensor, self.stored)
 
 
 class StoredOriginal:
@@ -129,7 +129,7 @@ class Merged:
     report: MergeReport
     requantize: bool
     originals: tuple[Original | StoredOriginal, ...]
-    numbers: HostCopy
+    stored: StoredAdapter
 
     @property
     def name(self) -> str:
@@ -145,7 +145,6 @@ _HALF = (
 
 def merge(session: Session, name: str, *, requantize: bool = False) -> MergeReport:
     session.refuse_running(f"merge {name!r}")
-    kept = session.store.fetch([name], resident=True)  # noqa: F841 - before the locks are taken
     with session.weights_lock, session.lock:
         session.locks.streams.follow(session.accelerators)
         session.refuse_broken()
@@ -157,11 +156,11 @@ def _merge(session: Session, name: str, *, requantize: bool) -> MergeReport:
     session.program.look_at_modules()
     session.program.refuse_missing()
     check_packed(session.program.packed)
-    numbers = session.store.numbers(name)
+    stored = session.store[name]
     changes = changes_of(session.program, session.store, name, requantize=requantize)
     _refuse_shared(session, name, changes)
     with progress(f"merging {name} into {len(changes)} weights"):
-        return _write_merged(session, name, numbers, changes, requantize=requantize)
+        return _write_merged(session, name, stored, changes, requantize=requantize)
 
 
 def unmerge(session: Session, *, force: bool = False) -> None:
@@ -303,7 +302,12 @@ def _refuse_shared(session: Session, name: str, changes: Sequence[Change]) -> No
 
 
 def _write_merged(
-    session: Session, name: str, numbers: HostCopy, changes: Sequence[Change], *, requantize: bool
+    session: Session,
+    name: str,
+    stored: StoredAdapter,
+    changes: Sequence[Change],
+    *,
+    requantize: bool,
 ) -> MergeReport:
     """Write W + ΔW into every weight; all are as before when one fails."""
     originals: list[Original | StoredOriginal] = []
@@ -331,7 +335,7 @@ def _write_merged(
                 copy.follow(change.dense)
         written = tuple(item.written() for item in originals)
         report = MergeReport(name, tuple(weights), sum(item.nbytes for item in written))
-        session.base = BaseState(Merged(report, requantize, written, numbers), before.broken)
+        session.base = BaseState(Merged(report, requantize, written, stored), before.broken)
     except BaseException:
         rollback.run()
         raise

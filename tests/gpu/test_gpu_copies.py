@@ -68,7 +68,7 @@ def test_a_copy_arrives_while_a_call_is_running(served, llama: Case, device: tor
     busy = torch.cuda.Event()
     torch.cuda._sleep(LONG)  # as if the call took that long
     busy.record()
-    cm.prefetch_adapters([missing], slots=True)
+    cm.prefetch_adapters([missing])
     (lane,) = cm._session.store.copy_streams._lanes
     lane.copies[cm._session.store.resident[missing]].event.synchronize()
     assert not busy.query()
@@ -96,7 +96,7 @@ def test_calls_that_are_launched_ahead_read_their_own_adapters(
             torch.cuda._sleep(BUSY)
             answers.append(cm(**on_device, adapter_names=mix)["logits"])
         if number % 3 and number + 1 < len(mixes):
-            cm.prefetch_adapters(mixes[number + 1], slots=True)
+            cm.prefetch_adapters(mixes[number + 1])
         if number % 5 == 4:
             cm.load_adapter(llama.folders[mix[0]], mix[0])
     torch.cuda.synchronize(device)

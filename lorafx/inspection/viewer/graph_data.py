@@ -165,7 +165,7 @@ class _Encoder:
 
     def _site(self, node: fx.Node, state: SiteState) -> tuple[str, ...]:
         site, sizes = state.site, _sizes(value_of(node))
-        rank = self._program.home(site)[0].bank.slot_rank
+        rank = self._program.home(site)[0].bank.max_rank
         read = {"linear": site.in_features * len(site.parts), "embedding": 0}.get(
             site.eligible.kind
         )

@@ -71,8 +71,6 @@ class RaySettings(BaseModel):
     name: str | None = None
     max_adapters: int = 8
     max_rank: int | None = None
-    slot_rank: int | None = None
-    max_host_bytes: int | None = None
     target: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()
     dtype: str | None = None
     device: str | None = None
