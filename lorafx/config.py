@@ -61,9 +61,6 @@ class LoraConfig:
             trainable_token_indices): a number for the model's input embedding, or numbers by name
             of a module. Heads that are tied to it follow. Adapters that are given when compiling
             raise it to their number.
-        base_vocab_size: tokens from this number on were added to the model for adapters. `generate`
-            chooses them only for rows of adapters that have rows for them in an embedding or a
-            head. None: any token may be chosen for any row.
     """
 
     target_modules: str | Sequence[str] | None = None
@@ -79,13 +76,10 @@ class LoraConfig:
     lora_bias: bool = False
     modules_to_save: Sequence[str] = ()
     trainable_tokens: int | Mapping[str, int] = 0
-    base_vocab_size: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_adapters", "max_rank", "base_vocab_size"):
+        for name in ("max_adapters", "max_rank"):
             value = getattr(self, name)
-            if value is None and name == "base_vocab_size":
-                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 setting = Setting(name, f"LoraConfig.{name}")
                 raise ConfigError(

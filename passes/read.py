@@ -43,7 +43,6 @@ class Read:
                     f"{name} from {adapter.source}: rank {adapter.rank}; modules or parts with "
                     f"factors: {len(adapter.weights)}{own}"
                 )
-                model.notes += (f"{name}: {note}" for note in adapter.notes)
         return len(model.adapters)
 
 

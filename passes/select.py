@@ -242,6 +242,8 @@ class _Selection:
 
     def _unnamed(self) -> Iterator[str]:
         root = type(self.graph.root).__qualname__
+        theirs = isinstance(self.config.target_modules, targets.AdapterNames)
+        moved = "; if it moved, say so by AdapterSource(..., key_mapping=...)" if theirs else ""
         lists = {
             "target_modules entry": () if isinstance(self.target, str) else self.target or (),
             "modules_to_save or trainable_tokens entry": (*self.saved, *self.tokens),
@@ -250,7 +252,7 @@ class _Selection:
             for entry in entries:
                 if not self._names_any(entry):
                     near = self._nearest(entry)
-                    yield f"{what} {entry!r} names no module of {root}{near}"
+                    yield f"{what} {entry!r} names no module of {root}{near}{moved}"
         for name in self.packed.unused():
             yield (
                 f"packed_modules entry {name!r} matches no module, neither as a packed name nor "

@@ -1,34 +1,144 @@
 """Adapters as the readers take them: opened, in a known dialect, under PEFT's names.
 
-    source ─▶ Saved ─▶ dialect ─▶ key_mapping, or moved paths ─▶ AdapterState
-
-An adapter of a text model may be meant for a model that contains the text model:
-
-    model.layers.0.self_attn.q_proj   →   model.language_model.layers.0.self_attn.q_proj
-
-Without a `key_mapping`, lost paths are looked up below another beginning, the same for all, with
-weights of their sizes; several candidates are an error.
+source ─▶ Saved ─▶ dialect ─▶ key_mapping ─▶ AdapterState
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from lorafx.adapter_store.dialects.all_dialects import dialect_of
+from lorafx.adapter_store.dialects import diffusers, kohya, loralib, mlx
+from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import factor_sizes, parse, without_prefix
-from lorafx.adapter_store.places import Places
-from lorafx.adapter_store.saved import AdapterSource, AdapterState, opened
-from lorafx.errors import CheckpointError, ConfigError, LorafxWarning
-from lorafx.model.module_graph import join
-from lorafx.model.saved_names import without_compiled
-from lorafx.progress import LOG
+from lorafx.adapter_store.saved import AdapterSource, AdapterState, Saved, opened
+from lorafx.errors import (
+    CheckpointError,
+    ConfigError,
+    LorafxWarning,
+    UnsupportedAdapterError,
+    nearest,
+)
+
+
+class Dialect(NamedTuple):
+    """A way to save adapters.
+
+    Attributes:
+        name: in `AdapterSource.dialect`.
+        keys: an example in messages.
+        claims: whether the keys of a file are of this dialect.
+        state: a file in PEFT's names, with views of its tensors; unknown keys are left for the
+            reader to refuse. Raises CheckpointError and UnsupportedAdapterError.
+        components: the models of a pipeline with factors in a file; "" where the keys name none.
+    """
+
+    name: str
+    keys: str
+    claims: Callable[[Saved], bool]
+    state: Callable[[Saved, nn.Module | None], AdapterState]
+    components: Callable[[Saved], tuple[str, ...]] = lambda _: ("",)
+
+
+def _is_peft(saved: Saved) -> bool:
+    return any(parse(key) is not None for key in saved.tensors)
+
+
+def _peft(saved: Saved, _: nn.Module | None) -> AdapterState:
+    if saved.fields is None:
+        raise CheckpointError(
+            f"{saved.where} has no configuration, and without α (lora_alpha) the scale of its "
+            "factors is not known; give AdapterSource(..., config={'r': ..., 'lora_alpha': "
+            "...}), or the folder with its adapter_config.json"
+        )
+    config = PeftConfig.read(saved.fields, where=f"the configuration of {saved.where}")
+    return AdapterState(config, saved.tensors, saved.where)
+
+
+#: The first claimant reads a file.
+DIALECTS = (
+    Dialect("mlx", mlx.KEYS, mlx.claims, mlx.state),
+    Dialect("kohya", kohya.KEYS, kohya.claims, kohya.state, kohya.components),
+    Dialect("diffusers", diffusers.KEYS, diffusers.claims, diffusers.state, diffusers.components),
+    Dialect("loralib", loralib.KEYS, loralib.claims, loralib.state),
+    Dialect("peft", "<module>.lora_A.weight", _is_peft, _peft),
+)
+
+#: Last parts of keys -> the other method that has them.
+_METHODS: Mapping[str, str] = {
+    r"hada_[wt][12](_[ab])?": "LoHa: a product of two low-rank matrices, element by element",
+    r"lokr_[wt][12](_[ab])?": "LoKr: a Kronecker product",
+    r"oft_(blocks|diag|[rRlL])(\.weight)?": "OFT: rotations of the base weight",
+    r"boft_[A-Za-z]+": "BOFT: rotations of the base weight",
+    r"ia3_l(\..+)?": "IA³: scales of activations",
+    r"vera_lambda_[bd]|vera_[AB](\..+)?": "VeRA: scales between random matrices that all share",
+    r"on_input|w_norm|b_norm": "a trained scale or norm of LyCORIS",
+    r"diff(_b)?": "a whole difference of weights",
+    r"lora_mid\.weight|lora_t[12]": "a Tucker decomposition (lora_mid)",
+    r"lora_E(\..+)?|ranknum(\..+)?": "AdaLoRA: factors with singular values between them",
+    r"lora_router.*|internal_xlora_classifier.*": "a router of its own (X-LoRA, Arrow, Poly)",
+    r"module_logits|poly_lora_[AB](\..+)?": "Poly: a mixture of skills",
+}
+_PATTERNS = [(re.compile(rf"(?:.*\.)?(?:{keys})"), method) for keys, method in _METHODS.items()]
+#: A GLoRA module has all of these; a single one is the weight of a module of that name.
+_GLORA = re.compile(r"((?:.*\.)?)[ab][12]\.weight")
+_OF_GLORA = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
+
+
+def dialect_of(saved: Saved, name: str | None = None) -> Dialect:
+    """The dialect `name`, or that of `saved`. Raises ConfigError for an unknown name,
+    UnsupportedAdapterError for keys of another method, CheckpointError for unknown keys."""
+    known = {dialect.name: dialect for dialect in DIALECTS}
+    if name is not None:
+        if name not in known:
+            raise ConfigError(
+                f"there is no dialect {name!r}{nearest(str(name), known)}; dialects are "
+                f"{', '.join(known)}"
+            )
+        return known[name]
+    if isinstance(saved.fields, PeftConfig):
+        return known["peft"]
+    _refuse_other_methods(saved)
+    for dialect in DIALECTS:
+        if dialect.claims(saved):
+            return dialect
+    if saved.fields is not None:
+        return known["peft"]  # its errors name each key
+    first = ", ".join(repr(key[:100]) for key in list(saved.tensors)[:3]) or "no tensors"
+    expected = "; ".join(f"{dialect.name}: {dialect.keys}" for dialect in DIALECTS)
+    raise CheckpointError(
+        f"{saved.where} has keys of no known dialect ({first}). Dialects are {expected}"
+    )
+
+
+def _refuse_other_methods(saved: Saved) -> None:
+    found: dict[str, list[str]] = {}
+    for key in saved.tensors:
+        method = _method(key, saved.tensors)
+        if method is not None:
+            found.setdefault(method, []).append(key)
+    if found:
+        lines = "\n".join(
+            f"  - {method}: {len(keys)} keys, such as {keys[0][:200]!r}"
+            for method, keys in found.items()
+        )
+        raise UnsupportedAdapterError(
+            f"{saved.where} holds what is no LoRA:\n{lines}\nlorafx serves sums of s·B A alone; "
+            "merge it into a copy of the base model by the library that trained it, or convert it"
+        )
+
+
+def _method(key: str, keys: Container[str]) -> str | None:
+    for pattern, method in _PATTERNS:
+        if pattern.fullmatch(key):
+            return method
+    part = _GLORA.fullmatch(key)
+    return "GLoRA" if part and all(part[1] + name in keys for name in _OF_GLORA) else None
 
 
 def load_state(source: Any, model: nn.Module | None = None, *, warn: bool = True) -> AdapterState:
@@ -43,12 +153,8 @@ def load_state(source: Any, model: nn.Module | None = None, *, warn: bool = True
     given = source if isinstance(source, AdapterSource) else AdapterSource(source)
     saved = opened(given)
     state = dialect_of(saved, given.dialect).state(saved, model)
-    if model is not None:
-        state = _expanded(state, model)
     if given.key_mapping:
         state = _mapped(state, given.key_mapping)
-    elif model is not None:
-        state = _moved(state, model)
     if warn and state.left_out and given.component is None:
         warnings.warn(
             f"{state.where} has factors for other models of a pipeline too "
@@ -57,32 +163,38 @@ def load_state(source: Any, model: nn.Module | None = None, *, warn: bool = True
             LorafxWarning,
             stacklevel=2,
         )
-    for note in state.notes:
-        LOG.info("adapter in %s: %s", state.where, note)
     return state
 
 
-def _expanded(state: AdapterState, model: nn.Module) -> AdapterState:
-    """`state` with BD-LoRA's blocks, A (r, K/n) or B (N, r/n), on a diagonal."""
-    settings = state.config.block_diagonal
-    if settings is None or settings.blocks == 1:
-        return state
-    places = Places((), model)
-    largest = max((parameter.numel() for parameter in model.parameters()), default=0)
-    tensors = dict(state.tensors)
+def _mapped(state: AdapterState, mapping: Mapping[str, str]) -> AdapterState:
+    rename = _renaming(mapping)
+    tensors: dict[str, Tensor] = {}
+    scales: dict[str, float] = {}
+    origin: dict[str, str] = {}
+    sizes = factor_sizes(state.tensors)
     for key, tensor in state.tensors.items():
         factor = parse(key)
-        if factor is None or factor.letter != settings.letter(without_prefix(factor.module)):
-            continue
-        weight = getattr(places.meaning(factor.module), "weight", None)
-        size = weight.numel() if isinstance(weight, Tensor) else largest
-        divides = tensor.dim() == 2 and len(tensor) > 0 and len(tensor) % settings.blocks == 0
-        if divides and tensor.numel() * settings.blocks <= size:
-            tensors[key] = torch.block_diag(*tensor.chunk(settings.blocks))
-    return replace(state, tensors=tensors)
+        owner = key.rpartition(".")[0] if factor is None else factor.module
+        path = without_prefix(owner)
+        target = rename(path)
+        new = f"{target}{key[len(owner) :]}"
+        first = origin.setdefault(new, key)
+        if first != key and (target != path or first not in tensors):
+            raise CheckpointError(f"{state.where}: {first} and {key} both become {new}; keep one")
+        tensors[key if target == path else new] = tensor
+        if factor is not None and factor.letter == "A":
+            scale = _scale(state, path, sizes[factor.module].rank)
+            if scale is not None:
+                scales[target] = scale
+    if tensors.keys() == state.tensors.keys():
+        first = without_prefix(next(iter(state.tensors), ""))
+        raise ConfigError(
+            f"key_mapping matches no path in {state.where}, whose first key is {first!r}"
+        )
+    return replace(state, tensors=tensors, scales=scales)
 
 
-def _mapped(state: AdapterState, mapping: Mapping[str, str]) -> AdapterState:
+def _renaming(mapping: Mapping[str, str]) -> Callable[[str], str]:
     if not isinstance(mapping, Mapping):
         raise ConfigError(
             "key_mapping maps regular expressions to what takes the place of their matches, "
@@ -107,112 +219,7 @@ def _mapped(state: AdapterState, mapping: Mapping[str, str]) -> AdapterState:
                 ) from None
         return path
 
-    found = _renamed(state, rename)
-    if found.tensors.keys() == state.tensors.keys():
-        first = without_prefix(next(iter(state.tensors), ""))
-        raise ConfigError(
-            f"key_mapping matches no path in {state.where}, whose first key is {first!r}"
-        )
-    return found
-
-
-def _moved(state: AdapterState, model: nn.Module) -> AdapterState:
-    places = Places((), model)
-    heads: dict[str, bool] = {}
-
-    def is_lost(path: str) -> bool:
-        """Whether the model lacks the whole list of layers, not just one of them."""
-        head = _head(path)
-        if head not in heads:
-            heads[head] = places.meaning(path) is None and places.meaning(head) is None
-        return heads[head]
-
-    lost: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in state.tensors.items():
-        factor = parse(key)
-        path = "" if factor is None else without_prefix(factor.module)
-        if factor is not None and path and is_lost(path):
-            lost.setdefault(path, {})[factor.letter] = tensor
-    found = _new_beginning(lost, model, state.where) if lost else None
-    if found is None:
-        return state
-    old, new = found
-
-    def rename(path: str) -> str:
-        begins = not old or path == old or path.startswith(f"{old}.")
-        if not begins or not is_lost(path):
-            return path
-        return join(new, path.removeprefix(old).removeprefix("."))
-
-    note = f"{old or 'its root'} is {new} in this model"
-    return replace(_renamed(state, rename), notes=(*state.notes, note))
-
-
-def _head(path: str) -> str:
-    """`path` before its first number (its list of layers); without a number, `path`."""
-    return re.split(r"(?:^|[.])\d+(?:[.]|$)", path, maxsplit=1)[0]
-
-
-def _new_beginning(
-    lost: Mapping[str, Mapping[str, Tensor]], model: nn.Module, where: str
-) -> tuple[str, str] | None:
-    """The common beginning of the lost paths, and what has modules of their sizes in its place."""
-    known = {without_compiled(path): module for path, module in model.named_modules()}
-    first = next(iter(lost)).split(".")
-    for cut in range(len(first) - 1):
-        old, end = ".".join(first[:cut]), ".".join(first[cut:])
-        common = all(not old or path.startswith(f"{old}.") for path in lost)
-        if not common or _head(end) in ("", end):  # the end has to name a list of layers
-            break
-        starts = [path.removesuffix(end) for path in known if f".{path}".endswith(f".{end}")]
-        ends = {path.removeprefix(old).removeprefix("."): factors for path, factors in lost.items()}
-        fitting = [
-            start.removesuffix(".")
-            for start in starts
-            if all(_fits(known.get(start + end), factors) for end, factors in ends.items())
-        ]
-        if len(fitting) > 1:
-            raise CheckpointError(
-                f"{where}: {old or 'the root'} of the model that it was made for may be "
-                f"{' or '.join(fitting)} here; say which by AdapterSource(..., key_mapping="
-                f"{{'^{old}': '{fitting[0]}'}})"
-            )
-        if fitting:
-            return old, fitting[0]
-    return None
-
-
-def _fits(module: nn.Module | None, factors: Mapping[str, Tensor]) -> bool:
-    if module is None:
-        return False
-    weight = getattr(module, "weight", None)
-    matrices = {letter: f for letter, f in factors.items() if f.dim() == 2}
-    sizes = [f.shape[-1 if letter == "A" else 0] for letter, f in matrices.items()]
-    return not isinstance(weight, Tensor) or (
-        weight.dim() == 2 and all(size in weight.shape for size in sizes)
-    )
-
-
-def _renamed(state: AdapterState, rename: Callable[[str], str]) -> AdapterState:
-    tensors: dict[str, Tensor] = {}
-    scales: dict[str, float] = {}
-    origin: dict[str, str] = {}
-    sizes = factor_sizes(state.tensors)
-    for key, tensor in state.tensors.items():
-        factor = parse(key)
-        owner = key.rpartition(".")[0] if factor is None else factor.module
-        path, ending = without_prefix(owner), key[len(owner) :]
-        target = rename(path)
-        new = f"{target}{ending}"
-        first = origin.setdefault(new, key)
-        if first != key and (target != path or first not in tensors):
-            raise CheckpointError(f"{state.where}: {first} and {key} both become {new}; keep one")
-        tensors[key if target == path else new] = tensor
-        if factor is not None and factor.letter == "A":
-            scale = _scale(state, path, sizes[factor.module].rank)
-            if scale is not None:
-                scales[target] = scale
-    return replace(state, tensors=tensors, scales=scales)
+    return rename
 
 
 def _scale(state: AdapterState, path: str, rank: int) -> float | None:

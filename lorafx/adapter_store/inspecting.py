@@ -9,9 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from lorafx.adapter_store.checkpoint import load_state
-from lorafx.adapter_store.config_values import raw_fields
 from lorafx.adapter_store.dialects import mlx
-from lorafx.adapter_store.peft_config import PeftConfig
+from lorafx.adapter_store.peft_config import PeftConfig, raw_fields
 from lorafx.adapter_store.peft_keys import FactorSizes, factor_sizes, parse, without_prefix
 from lorafx.adapter_store.saved import AdapterSource, AdapterState, opened
 from lorafx.errors import UnsupportedAdapterError
@@ -111,8 +110,6 @@ def _features(state: AdapterState) -> Iterator[str]:
         yield f"aLoRA: active from the tokens {list(config.invocation)} on"
     if config.use_dora:
         yield "DoRA: outputs are rescaled (use_dora)"
-    if config.block_diagonal is not None:
-        yield f"{config.block_diagonal.blocks} blocks on a diagonal (use_bdlora)"
     if config.lora_bias:
         yield "biases of B (lora_bias)"
     if config.bias != "none":

@@ -11,60 +11,263 @@ that are set, and other methods of PEFT are refused by name.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
 from torch import nn
 
-from lorafx.adapter_store import config_values as checks
-from lorafx.adapter_store.config_values import Check, Malformed, is_off, keyed, raw_fields, short
+from lorafx.adapter_store.hub import is_name
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
 from lorafx.model.module_graph import ModuleGraph, join
 from lorafx.model.packed_names import PackedNames
 from lorafx.model.targets import (
     Entries,
     Pattern,
+    PatternError,
     SavedTargets,
     is_all_linear,
     names,
     output_embedding,
+    pattern,
 )
 from lorafx.registry import lookup
 
+CONFIG_FILE = "adapter_config.json"
+#: PEFT writes some kilobytes; a path for each module of the largest models takes megabytes.
+_LARGEST = 1 << 26
+# Names of lists of layers: "layers", "h", "model.layers". PEFT would take a regular expression.
+_LAYER_NAME = re.compile(r"(\\?[.]|[\w-]){1,256}")
+_MOST_LAYER_NAMES = 64
+# s = α/r is kept in float32.
+_LARGEST_RANK = 1 << 40
+_LARGEST_ALPHA = 3e38
+_LARGEST_TOKEN = (1 << 31) - 1
+#: Patterns of one field, and patterns tried on every module, which take milliseconds.
+_MOST_PATTERNS, _MOST_TRIED = 1 << 14, 512
+_MOST_NAMES = 1 << 12
 
-@dataclass(frozen=True)
-class BlockDiagonal:
-    """PEFT's `use_bdlora`: path parts of modules whose A, or B, is saved as diagonal `blocks`."""
 
-    a: tuple[str, ...] = ()
-    b: tuple[str, ...] = ()
-    blocks: int = 1
+def raw_fields(source: Any) -> tuple[dict[str, Any], str]:
+    """The raw fields of a folder, a mapping or a `peft.LoraConfig`, and their name in messages."""
+    if isinstance(source, Mapping):
+        values, where = dict(source), "adapter configuration"
+    elif dataclasses.is_dataclass(source) and hasattr(source, "peft_type"):
+        # Not source.to_dict(), which follows the installed PEFT; private fields are not read.
+        names = [f.name for f in dataclasses.fields(source)]
+        return {name: getattr(source, name) for name in names}, "peft configuration"
+    elif isinstance(source, str | os.PathLike):
+        values, where = _load_file(Path(source))
+    else:
+        raise CheckpointError(
+            "an adapter configuration is a folder, a dict or a peft.LoraConfig, not "
+            f"{short(source)}"
+        )
+    if not all(isinstance(name, str) for name in values):
+        raise CheckpointError(f"{where} must map field names to values, it is {short(values)}")
+    return values, where
 
-    def letter(self, path: str) -> str | None:
-        if any(part in path for part in self.a):
-            return "A"
-        return "B" if any(part in path for part in self.b) else None
+
+def _load_file(folder: Path) -> tuple[dict[str, Any], str]:
+    file = folder / CONFIG_FILE
+    try:
+        # Reading a pipe or a device would block or never end.
+        absent = "" if file.is_file() else _absent(folder)
+        size = 0 if absent else file.stat().st_size
+    except (OSError, ValueError) as exc:
+        raise CheckpointError(f"{folder} cannot be read: {exc}") from exc
+    if absent:
+        raise CheckpointError(absent)
+    if size > _LARGEST:
+        raise CheckpointError(
+            f"{file} has {size} bytes, and a configuration may have at most {_LARGEST}"
+        )
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as exc:
+        raise CheckpointError(f"{file} cannot be read as JSON: {exc}") from exc
+    return json_object(text, str(file)), str(file)
 
 
-def _blocks(name: str, value: Any) -> BlockDiagonal:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
-    if not isinstance(value, Mapping):
-        raise Malformed(f"{name} must be an object, it is {short(value)}")
-    known = {"target_modules_bd_a", "target_modules_bd_b", "nblocks", "match_strict"}
-    if not known >= value.keys():
-        unknown = min(map(str, value.keys() - known))
-        raise Malformed(f"{name} has the unknown field {short(unknown)}")
-    a, b = (
-        checks.names(f"{name}.{field}", value.get(field) or ())
-        for field in ("target_modules_bd_a", "target_modules_bd_b")
-    )
-    return BlockDiagonal(a, b, checks.rank(f"{name}.nblocks", value.get("nblocks", 1)))
+def _absent(folder: Path) -> str:
+    if not folder.exists():
+        where = (
+            "give the name as a string to have it looked for on the hub"
+            if is_name(str(folder))
+            else 'name a folder or a file, or an adapter on the hub ("owner/name")'
+        )
+        return f"adapter folder {folder} does not exist; {where}"
+    if not folder.is_dir():
+        return f"{folder} is a file; give the folder that holds it and {CONFIG_FILE}"
+    below = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG_FILE}"))
+    hint = f"; its subfolders with adapters are {', '.join(below)}" if below else ""
+    return f"{folder} has no {CONFIG_FILE}{hint}"
+
+
+def json_object(text: str, what: str) -> dict[str, Any]:
+    """The JSON object in `text`."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{what} cannot be read as JSON: {error!s:.200}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{what} must hold a JSON object, it holds {short(values)}")
+    return values
+
+
+def short(value: Any) -> str:
+    """The beginning of a value's repr."""
+    try:
+        return f"{value!r:.80}"
+    except ValueError:  # an integer of more digits than Python writes out
+        return f"a {type(value).__name__} that is too long to be shown"
+
+
+def is_off(value: Any) -> bool:
+    """Whether a field is null, false or empty: PEFT's spellings of an unused feature."""
+    if value is None or value is False:
+        return True
+    return isinstance(value, str | Sequence | Mapping | Set) and len(value) == 0
+
+
+def number(value: Any) -> bool:
+    """Whether `value` is a number; booleans are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+class Malformed(ValueError):
+    """A field has a wrong type or range."""
+
+
+#: The validated value of a named field; raises `Malformed`.
+Check: TypeAlias = Callable[[str, Any], Any]
+
+
+def _check(
+    what: str, valid: Callable[[Any], bool], convert: Callable[[Any], Any] | None = None
+) -> Check:
+    def check(name: str, value: Any) -> Any:
+        if not valid(value):
+            raise Malformed(f"{name} must be {what}, it is {short(value)}")
+        return value if convert is None else convert(value)
+
+    return check
+
+
+def _listed(value: Any, valid: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list | tuple | set) and all(map(valid, value))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int) and number(value) and 0 <= value <= _LARGEST_TOKEN
+
+
+def _names_layers(value: Any) -> bool:
+    given = [value] if isinstance(value, str) else value
+    known = _listed(given, lambda name: _is_text(name) and bool(_LAYER_NAME.fullmatch(name)))
+    return known and len(given) <= _MOST_LAYER_NAMES
+
+
+def _in_order(value: Any) -> tuple[Any, ...]:
+    return tuple(sorted(value))
+
+
+def _several(value: Any) -> tuple[Any, ...]:
+    return (value,) if isinstance(value, int | str) else tuple(value)
+
+
+_rank = _check(
+    "a positive integer", lambda v: isinstance(v, int) and number(v) and 0 < v <= _LARGEST_RANK
+)
+_alpha = _check("a finite number", lambda v: number(v) and abs(v) <= _LARGEST_ALPHA)
+_flag = _check("true or false", lambda v: isinstance(v, int) and v in (0, 1), bool)
+_text = _check("a string", _is_text)
+_bias = _check("none, lora_only or all", lambda v: v in ("none", "lora_only", "all"))
+_strings = _check("a list of strings", lambda v: _listed(v, _is_text), _in_order)
+_names = _check(
+    f"a list of names, {_MOST_NAMES} at most",
+    lambda v: _listed(v, lambda n: _is_text(n) and n) and len(v) <= _MOST_NAMES,
+    _in_order,
+)
+_tokens = _check(
+    "a list of token ids", lambda v: not isinstance(v, set) and _listed(v, _is_token), tuple
+)
+_layers = _check(
+    "integers",
+    lambda v: _listed(v, lambda i: isinstance(i, int)) or isinstance(v, int),
+    lambda v: frozenset(_several(v)),
+)
+_layer_names = _check("the name, or a few names, of lists of layers", _names_layers, _several)
+
+
+def _targets(name: str, value: Any) -> str | Entries | None:
+    """A regular expression, "all-linear", names in order, or None."""
+    if isinstance(value, str):
+        if not is_all_linear(value):
+            _regex(name, value, pattern)
+        return value
+    if value is not None and not _listed(value, _is_text):
+        raise Malformed(f"{name} must be a string or a list of strings, it is {short(value)}")
+    return None if value is None else Entries(sorted(value))
+
+
+def _tokens_by_ending(name: str, value: Any) -> dict[str, tuple[int, ...]]:
+    """Lists of token ids by the ending of a module's name; "" for a bare list."""
+    lists = value if isinstance(value, Mapping) else {"": value}
+    if len(lists) > _MOST_NAMES:
+        raise Malformed(f"{name} has {len(lists)} lists; there may be {_MOST_NAMES}")
+    found = {_text(f"{name} key", ending): _tokens(name, ids) for ending, ids in lists.items()}
+    if any(len(set(ids)) < len(ids) for ids in found.values()):
+        raise Malformed(f"{name} names a token twice: {short(value)}")
+    return found
+
+
+def _by_name(check: Check) -> Check:
+    """A check of numbers by patterns of module names."""
+
+    def checked(name: str, value: Any) -> dict[str, Any]:
+        if not isinstance(value, Mapping):
+            raise Malformed(f"{name} must map module names to numbers, it is {short(value)}")
+        tried = 0
+        for key in value:
+            tried += not _regex(f"{name} key", key, _keyed).tail
+            if len(value) > _MOST_PATTERNS or tried > _MOST_TRIED:
+                raise Malformed(
+                    f"{name} has {len(value)} patterns; there may be {_MOST_PATTERNS}, and "
+                    f"{_MOST_TRIED} that do not end in a name"
+                )
+        return {key: check(f"{name}[{short(key)}]", number) for key, number in value.items()}
+
+    return checked
+
+
+def _keyed(key: str) -> Pattern:
+    """Compiles a key of `rank_pattern` or `alpha_pattern` for whole matches."""
+    name = re.search(r"(\\?)(\w*)\$?$", key)
+    assert name is not None
+    open_ended = set(key) & set("|()[]{}")  # it may end in several ways
+    tail = "" if open_ended else name[2][1:] if name[1] else name[2]
+    return Pattern(rf"(.*\.)?({key})", tail)
+
+
+def _regex(name: str, value: Any, build: Callable[[str], Pattern]) -> Pattern:
+    if not isinstance(value, str):
+        raise Malformed(f"{name} {short(value)} is not a regular expression")
+    try:
+        return build(value)
+    except PatternError as exc:
+        raise Malformed(f"{name} {short(value)} {exc}") from exc
 
 
 _MERGE = "merge it into a copy of the base model (`PeftModel.merge_and_unload()`) instead"
@@ -101,6 +304,7 @@ _NO_ARITHMETIC = frozenset(
 
 # Fields that change the arithmetic whenever set, with the way out.
 _REFUSED: Mapping[str, str] = {
+    "use_bdlora": f"BD-LoRA saves the blocks of a diagonal instead of its factors; {_MERGE}",
     "use_qalora": f"QALoRA pools the inputs of lora_A; {_MERGE}",
     "layer_replication": (
         "the adapter belongs to a model with repeated layers; build that model, save it, and "
@@ -115,10 +319,7 @@ _REFUSED: Mapping[str, str] = {
 _OBJECTS = frozenset({"arrow_config", "kasa_config", "monteclora_config"})
 
 # Features that PEFT lacks with aLoRA, or applies to all tokens.
-_NOT_WITH_ALORA = (
-    *("use_dora", "use_bdlora", "target_parameters", "modules_to_save"),
-    "trainable_token_indices",
-)
+_NOT_WITH_ALORA = ("use_dora", "target_parameters", "modules_to_save", "trainable_token_indices")
 
 
 def _version(name: str, value: Any) -> tuple[int, ...] | None:
@@ -130,7 +331,7 @@ def _version(name: str, value: Any) -> tuple[int, ...] | None:
 
 
 def _read_by(check: Check, default: Any = None, name: str = "") -> Any:
-    """A dataclass field with its check and its name in the file."""
+    """A dataclass field with its check, and its name in the file where that is another."""
     return field(default_factory=lambda: default, metadata={"check": check, "name": name})
 
 
@@ -157,35 +358,26 @@ class PeftConfig:
         peft_version: the writing release, (0, 19) say.
     """
 
-    r: int | None = _read_by(checks.rank)
-    lora_alpha: float = _read_by(checks.alpha, 8)
-    use_rslora: bool = _read_by(checks.flag, False)
-    use_dora: bool = _read_by(checks.flag, False)
-    lora_bias: bool = _read_by(checks.flag, False)
-    bias: str = _read_by(checks.bias, "none")
-    rank_pattern: Mapping[str, int] = _read_by(checks.by_pattern(checks.rank), {})
-    alpha_pattern: Mapping[str, float] = _read_by(checks.by_pattern(checks.alpha), {})
-    target_modules: str | tuple[str, ...] | None = _read_by(checks.targets)
-    target_parameters: tuple[str, ...] = _read_by(checks.strings, ())
-    exclude_modules: str | tuple[str, ...] | None = _read_by(checks.targets)
-    layers_to_transform: tuple[int, ...] | None = _read_by(checks.layers)
-    layers_pattern: tuple[str, ...] = _read_by(checks.layer_names, ())
-    modules_to_save: tuple[str, ...] = _read_by(checks.names, ())
-    ensure_weight_tying: bool = _read_by(checks.flag, False)
-    trainable_token_indices: Mapping[str, tuple[int, ...]] = _read_by(checks.tokens_by_ending, {})
-    fan_in_fan_out: bool = _read_by(checks.flag, False)
-    invocation: tuple[int, ...] = _read_by(checks.tokens, (), "alora_invocation_tokens")
-    block_diagonal: BlockDiagonal | None = field(
-        default=None, metadata={"check": _blocks, "name": "use_bdlora"}
-    )
-    base_model: str | None = _read_by(checks.text, None, "base_model_name_or_path")
+    r: int | None = _read_by(_rank)
+    lora_alpha: float = _read_by(_alpha, 8)
+    use_rslora: bool = _read_by(_flag, False)
+    use_dora: bool = _read_by(_flag, False)
+    lora_bias: bool = _read_by(_flag, False)
+    bias: str = _read_by(_bias, "none")
+    rank_pattern: Mapping[str, int] = _read_by(_by_name(_rank), {})
+    alpha_pattern: Mapping[str, float] = _read_by(_by_name(_alpha), {})
+    target_modules: str | tuple[str, ...] | None = _read_by(_targets)
+    target_parameters: tuple[str, ...] = _read_by(_strings, ())
+    exclude_modules: str | tuple[str, ...] | None = _read_by(_targets)
+    layers_to_transform: frozenset[int] | None = _read_by(_layers)
+    layers_pattern: tuple[str, ...] = _read_by(_layer_names, ())
+    modules_to_save: tuple[str, ...] = _read_by(_names, ())
+    ensure_weight_tying: bool = _read_by(_flag, False)
+    trainable_token_indices: Mapping[str, tuple[int, ...]] = _read_by(_tokens_by_ending, {})
+    fan_in_fan_out: bool = _read_by(_flag, False)
+    invocation: tuple[int, ...] = _read_by(_tokens, (), "alora_invocation_tokens")
+    base_model: str | None = _read_by(_text, None, "base_model_name_or_path")
     peft_version: tuple[int, ...] | None = _read_by(_version)
-
-    def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, tuple):  # thousands of entries where a checkpoint lists all paths
-                object.__setattr__(self, name, Entries(value))
 
     @classmethod
     def read(cls, source: Any, *, where: str | None = None) -> PeftConfig:
@@ -242,24 +434,17 @@ class PeftConfig:
 
     def tokens_of(self, path: str) -> tuple[int, ...] | None:
         """The trained tokens of the embedding at `path`, where the configuration names them."""
-        return next((ids for name, ids in self._longest_first if path.endswith(name)), None)
-
-    @cached_property
-    def _longest_first(self) -> list[tuple[str, tuple[int, ...]]]:
-        """The trained tokens by endings of names; every module of a model is looked up."""
-        return sorted(self.trainable_token_indices.items(), key=lambda item: -len(item[0]))
+        endings = filter(path.endswith, self.trainable_token_indices)
+        longest = max(endings, key=len, default=None)
+        return None if longest is None else self.trainable_token_indices[longest]
 
     @cached_property
     def _ranks(self) -> list[tuple[Pattern, int]]:
-        return [(keyed(key), rank) for key, rank in self.rank_pattern.items()]
+        return [(_keyed(key), rank) for key, rank in self.rank_pattern.items()]
 
     @cached_property
     def _alphas(self) -> list[tuple[Pattern, float]]:
-        return [(keyed(key), alpha) for key, alpha in self.alpha_pattern.items()]
-
-    @cached_property
-    def _layers(self) -> frozenset[int]:
-        return frozenset(self.layers_to_transform or ())
+        return [(_keyed(key), alpha) for key, alpha in self.alpha_pattern.items()]
 
     def _layer_wanted(self, path: str) -> bool:
         if self.layers_to_transform is None:
@@ -270,15 +455,13 @@ class PeftConfig:
         for name in patterns:
             found = re.match(rf"{lead}{name}\.(?P<idx>\d+)\.", path)
             if found:
-                return int(found["idx"]) in self._layers
+                return int(found["idx"]) in self.layers_to_transform
         return False
 
 
 def _by_pattern(patterns: Iterable[tuple[Pattern, Any]], path: str, default: Any) -> Any:
-    for pattern, value in patterns:
-        if path.endswith(pattern.tail) and pattern.fullmatches(path):
-            return value
-    return default
+    matching = (value for p, value in patterns if path.endswith(p.tail) and p.fullmatches(path))
+    return next(matching, default)
 
 
 #: Fields by their names in the file.

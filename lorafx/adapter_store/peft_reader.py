@@ -1,6 +1,10 @@
 """Reads LoRA checkpoints: every saved tensor is placed, or an error names it.
 
-All problems of a file are found before anything is raised, and reading changes nothing.
+    ΔW = s · B A,  A (r, K), B (N, r);   embeddings: A (r, V), ΔE = s · (B A)ᵀ;   DoRA: m (N,)
+
+If a name packs several sites, B is split by their output sizes and A is shared. A's rank must be
+the configured rank, which s = α/r comes from. All problems of a file are found before anything is
+raised, and reading changes nothing.
 
 Targeted modules without factors keep W: correct for a language adapter whose `q_proj` also matches
 the vision tower, but indistinguishable from lost tensors. So there is a warning, or an error if
@@ -9,31 +13,66 @@ the vision tower, but indistinguishable from lost tensors. So there is a warning
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import product
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorafx.adapter_store.checkpoint import load_state
-from lorafx.adapter_store.extras import rows_wanted
-from lorafx.adapter_store.findings import Findings
+from lorafx.adapter_store.expert_reading import ExpertReading
+from lorafx.adapter_store.extras import ExtrasReading, check_vector, rows_wanted
+from lorafx.adapter_store.findings import (
+    Findings,
+    Problem,
+    Unsupported,
+    check_shape,
+    check_sound,
+    listed,
+    path_label,
+    same,
+)
 from lorafx.adapter_store.peft_config import PeftConfig
-from lorafx.adapter_store.peft_keys import factor_sizes, parse
-from lorafx.adapter_store.places import ExpertPlace, Places
-from lorafx.adapter_store.reading import Reading
+from lorafx.adapter_store.peft_keys import (
+    TRAINING_KEYS,
+    FactorKey,
+    factor_sizes,
+    parse,
+    without_prefix,
+)
+from lorafx.adapter_store.places import (
+    TARGETS,
+    ExpertPlace,
+    Places,
+    SiteLanding,
+    SitePart,
+    saved_sizes,
+)
 from lorafx.adapter_store.stored import Adapter as Adapter
+from lorafx.adapter_store.stored import LoraWeights
 from lorafx.config import LoraConfig
 from lorafx.errors import CheckpointError, LorafxWarning, some
 from lorafx.model import targets
+from lorafx.model.convolutions import convolution_of, matrices
 from lorafx.model.experts import PROJECTIONS, Columns, ExpertWeight, covers, overlapping, unnested
+from lorafx.model.extras import EXTRAS, When
 from lorafx.model.module_graph import ModuleGraph, join
 from lorafx.model.packed_names import ATTRIBUTE, PackedNames
+from lorafx.model.refusals import unsupported
+from lorafx.model.sites import Site
 from lorafx.registry import is_empty, lookup
 
-if TYPE_CHECKING:
-    from lorafx.model.sites import Site
+#: With `save_embedding_layers`, which a grown vocabulary enables, `save_pretrained` writes
+#: embeddings and heads with everything in their wrappers.
+_WRAPPED = re.compile(r"\.(modules_to_save|original_module)\.")
+#: Vectors over outputs: the field that enables them, and their keys' end.
+_VECTORS: Mapping[When, tuple[str, str]] = {
+    "dora": ("use_dora", "lora_magnitude_vector"),
+    "bias": ("lora_bias", "lora_B.bias"),
+}
+_KINDS = {"embedding": "an embedding", "conv": "a convolution"}
 
 
 class AdapterTargets(NamedTuple):
@@ -119,9 +158,7 @@ def read_adapter(
         weights,
         findings.largest,
         state.where,
-        spans=reading.spans,
         own=reading.extras.own,
-        notes=state.notes,
         replaces_biases=state.config.bias != "none",
         invocation=state.config.invocation,
         keys={key: tensor.shape for key, tensor in state.tensors.items()},
@@ -141,6 +178,265 @@ def _rank_of(place: ExpertPlace, config: PeftConfig, rows: int, dims: int) -> in
     configured = {config.r, *config.rank_pattern.values()} - {None} or {rows}
     stacked = place.weight is None or rows not in configured
     return max(rows // place.experts.count, 1) if stacked else rows
+
+
+class Reading:
+    """A checkpoint on its way into factors by site.
+
+    Attributes:
+        landings, factors: targets of factors, and their keys by letter.
+        unselected, unknown: saved paths without a site, and without any meaning.
+        decoded: part paths with factors, except experts'.
+    """
+
+    def __init__(self, findings: Findings) -> None:
+        self.findings = findings
+        self.state, self.config, self.places = findings.state, findings.config, findings.places
+        self.problems, self.closed = findings.problems, findings.closed
+        self.landings: dict[object, SiteLanding] = {}
+        self.factors: dict[object, dict[str, FactorKey]] = {}
+        self.unselected: dict[str, nn.Module] = {}
+        self.unknown: dict[str, None] = {}
+        self.experts = ExpertReading(findings)
+        self.extras = ExtrasReading(findings)
+        self.decoded: set[str] = set()
+
+    def run(self) -> dict[str, LoraWeights]:
+        """The factors by part path; problems go to the findings."""
+        self.extras.decode()
+        for key in self.state.tensors:
+            factor = parse(key)
+            if key in self.extras.keys:
+                continue
+            with self.findings.noting():
+                if factor is None:
+                    self._other_key(key)
+                else:
+                    self._place(factor)
+        decoded: dict[str, LoraWeights] = {}
+        saved_as: dict[str, str] = {}
+        for meant, landing in self.landings.items():
+            with self.findings.noting():
+                for path, weights in self._decode(landing, self.factors[meant]):
+                    if path in decoded:
+                        raise Problem(
+                            f"{landing.saved} and {saved_as[path]} both have factors for "
+                            f"{path_label(path)}; keep one"
+                        )
+                    if weights.magnitude is not None and path in self.extras.own:
+                        raise Unsupported(
+                            f"{path}: the norms of DoRA are those of the base weight, and the "
+                            "adapter has a weight of its own there"
+                        )
+                    decoded[path], saved_as[path] = weights, landing.saved
+        experts = dict(self.experts.decode())
+        if self.config.use_dora and self.experts.paths:
+            self.findings.unsupported.append(
+                "use_dora is set with factors of routed experts "
+                f"({listed(sorted(self.experts.paths))}): the weight of each expert would "
+                "have its own norms, which lorafx does not support"
+            )
+        self._report_placement()
+        found = self.extras.with_biases(decoded)
+        sites = [site for item in self.landings.values() for site, _ in item.places]
+        self.extras.refuse_absent_biases(sites)
+        self.decoded.update(found)
+        some = self.factors or self.experts.paths or self.extras.keys or found
+        if not (some or self.unknown or self.unselected or self.closed):
+            self.problems.append("the file holds no LoRA factors (lora_A, lora_B)")
+        return found | experts
+
+    def _place(self, factor: FactorKey) -> None:
+        found = self.places.meaning(factor.module)
+        if found is None:
+            self.unknown[factor.module] = None
+            return
+        if isinstance(found, ExpertPlace):
+            self.experts.take(factor, found)
+            return
+        if isinstance(found, nn.Module):
+            if not is_empty(found):  # else B A has no numbers either
+                self.unselected[without_prefix(factor.module)] = found
+            return
+        if found.missing:
+            self.closed[found.saved] = found.missing
+            return
+        self.landings.setdefault(found.key, found)
+        factors = self.factors.setdefault(found.key, {})
+        site = found.places[0][0]
+        kind = site.eligible.kind
+        if factor.letter in "AB" and factor.embedding != (kind == "embedding"):
+            raise Problem(
+                f"{factor.key}: {factor.factor} on {_label(found)}, which is "
+                f"{_KINDS.get(kind, 'a linear layer')} here ({type(site.module).__name__})"
+            )
+        first = factors.setdefault(factor.letter, factor)
+        if first is not factor and not self.findings.equal(factor.key, first.key):
+            raise Problem(
+                f"{factor.key} and {first.key} are both {factor.factor} of {_label(found)} and "
+                "differ; keep one"
+            )
+
+    def _decode(
+        self, landing: SiteLanding, keys: dict[str, FactorKey]
+    ) -> Iterator[tuple[str, LoraWeights]]:
+        if not keys:
+            return  # factors of the wrong kind, noted when they were placed
+        label = _label(landing)
+        lacks = [letter for letter in "AB" if letter not in keys]
+        if lacks:
+            raise Problem(f"{next(iter(keys.values())).key}: {label} has no factor {lacks[0]}")
+        a, b = self._matrices(landing, label, keys["A"].key, keys["B"].key)
+        rank = a.shape[0] if a.dim() == 2 else 0
+        places = landing.places
+        sizes = [saved_sizes(place) for place in places]
+        n, k = sum(size for _, size in sizes), sizes[0][0]
+        check_shape(keys["A"].key, a, (rank, k), f"{label} needs (r, {k})")
+        if len(places) == 1:
+            check_shape(keys["B"].key, b, (n, rank), f"{label} needs ({n}, r = {rank})")
+        elif tuple(b.shape) != (n, rank):
+            covered = ", ".join(
+                f"{site.part_path(i).rpartition('.')[2]} {size}"
+                for (site, i), (_, size) in zip(places, sizes, strict=True)
+            )
+            rows = b.shape[0] if b.dim() else 0
+            raise Problem(
+                f"{keys['B'].key} has shape {tuple(b.shape)}, whose {rows} rows cannot be split "
+                f"over the slices of {label}: it covers {covered}, {n} rows in all (and r = "
+                f"{rank}); declare with packed_modules which slices each name covers"
+            )
+        owner, times = self.places.carried(landing.saved)
+        name = self.config.name_of(owner, places[0][0].eligible.weight)
+        s = self.findings.scale(label, name, landing.saved, rank)
+        if s is None:
+            return
+        m = self._vector("dora", label, keys.get("m"), places, n)
+        bias = self._vector("bias", label, keys.get("b"), places, n)
+        start = 0
+        for (site, index), (_, size) in zip(places, sizes, strict=True):
+            rows_of_part = slice(start, start + size)
+            start += size
+            part_a, part_b = a, b[rows_of_part]
+            part_m, part_bias = (None if v is None else v[rows_of_part] for v in (m, bias))
+            sharding, slices = site.eligible.sharding, site.parts[index].slices
+            if sharding is not None:
+                part_a, part_b = sharding.cut(site.module, slices, a, part_b)
+                if part_m is not None:
+                    part_m = sharding.cut(site.module, slices, a, part_m[:, None])[1].squeeze(1)
+                    if part_a.shape[1] < a.shape[1]:
+                        raise Unsupported(
+                            f"{label}: DoRA's norm is over all inputs, which several ranks share "
+                            "here"
+                        )
+            weights = LoraWeights(part_a, part_b, times * s, magnitude=part_m, bias=part_bias)
+            yield site.part_path(index), weights
+
+    def _matrices(
+        self, landing: SiteLanding, label: str, key_a: str, key_b: str
+    ) -> tuple[Tensor, Tensor]:
+        a, b = self.state.tensors[key_a], self.state.tensors[key_b]
+        check_sound(key_a, a)
+        check_sound(key_b, b)
+        site = landing.places[0][0]
+        made = matrices(site.module, a, b) if site.eligible.kind == "conv" else (a, b)
+        if made is None:
+            conv = convolution_of(site.module)
+            kernel = ", ".join(map(str, conv.kernel_size))
+            groups = "" if conv.groups == 1 else f" / {conv.groups}"
+            ones = ", 1" * len(conv.kernel_size)
+            raise Problem(
+                f"{key_a} {tuple(a.shape)} and {key_b} {tuple(b.shape)}: {label} needs "
+                f"(r, {conv.in_channels}, {kernel}) and ({conv.out_channels}, r{groups}{ones})"
+            )
+        return made
+
+    def _vector(
+        self,
+        name: When,
+        label: str,
+        factor: FactorKey | None,
+        places: tuple[SitePart, ...],
+        count: int,
+    ) -> Tensor | None:
+        """DoRA's m, or lora_B's bias, of a landing (count,)."""
+        flag, ending = _VECTORS[name]
+        wanted, layer = getattr(self.config, flag), places[0][0].eligible.kind
+        if factor is None:
+            if wanted and not (name == "bias" and layer == "embedding"):
+                raise Problem(f"{flag} is set, but {label} has no {ending}")
+            return None
+        if not wanted:
+            raise Unsupported(f"{factor.key} is there, but {flag} is not set")
+        vector = self.state.tensors[factor.key]
+        if layer == "conv" and vector.dim() > 1:
+            vector = vector.flatten()  # (1, N, 1, ...)
+        sites = [site for site, _ in places]
+        check_vector(EXTRAS[name], factor.key, vector, label, sites, count)
+        return vector
+
+    def _other_key(self, key: str) -> None:
+        if key.endswith(TRAINING_KEYS) or self._is_beside_own(key):
+            return
+        owner, _, attribute = key.rpartition(".")
+        base = getattr(self.places.module(owner.removesuffix(".base_layer")), attribute, None)
+        if not isinstance(base, Tensor):
+            raise Problem(f"{key} is not a LoRA factor, and nothing in the model has this name")
+        tensor = self.state.tensors[key]
+        if not same(tensor, base):
+            raise Problem(
+                f"{key} {tuple(tensor.shape)} is a base weight that differs from "
+                f"the model's {tuple(base.shape)}; load it into the base model (after "
+                "resize_token_embeddings, where the vocabulary grew) before compiling, or make "
+                "room for a weight of the adapter's own by LoraConfig(modules_to_save=...)"
+            )
+
+    def _is_beside_own(self, key: str) -> bool:
+        """Whether `key` is a wrapper's copy of a replaced weight, or of the base weight."""
+        copy, trained = _WRAPPED.search(key), _WRAPPED.sub(".", key)
+        if copy is None or trained not in self.extras.keys:
+            return False
+        tensors = self.state.tensors
+        return copy[1] == "original_module" or same(tensors[key], tensors[trained])
+
+    def _report_placement(self) -> None:
+        for path, module in self.unselected.items():
+            why = unsupported(module)
+            self.problems.append(
+                f"{path_label(path)} ({type(module).__qualname__}) cannot have factors: {why}"
+                if why is not None and lookup(module) is None
+                else f"{path_label(path)} exists but was not selected to carry LoRA; add it to "
+                f"{TARGETS}"
+            )
+        self.problems.extend(f"{path}: {missing}" for path, missing in self.closed.items())
+        if self.unselected or self.closed:
+            self.findings.settings.append(TARGETS)
+        known = len(self.unselected) + len(self.factors)
+        known += len(self.closed.keys() | self.experts.paths)
+        total = len(self.unknown) + known
+        names = list(self.unknown)
+        if len(names) > total / 2:
+            base = self.config.base_model
+            origin = repr(base) if base else "it does not say which"
+            examples = "; ".join(f"{n}{self.places.nearest(n)}" for n in names[:3])
+            self.problems.insert(
+                0,
+                f"{len(names)} of the {total} modules that it names do not exist in this model, "
+                f"so it was made for another model ({origin}), or they have moved, which "
+                f"AdapterSource(..., key_mapping=...) would say: {examples}",
+            )
+            return
+        for at, path in enumerate(names):
+            hint = self.places.nearest(path) if at < 10 else ""
+            self.problems.append(f"{path}: no such module in this model{hint}")
+
+
+def _label(landing: SiteLanding) -> str:
+    if len(landing.places) == 1:
+        site, index = landing.places[0]
+        return path_label(site.part_path(index))
+    if len({id(site) for site, _ in landing.places}) == 1:
+        return path_label(landing.places[0][0].path)
+    return path_label(landing.saved)
 
 
 class _Search:
@@ -190,18 +486,14 @@ class _Search:
     def _packed(self, missing: Collection[int]) -> Iterator[str]:
         """Packed names that PEFT would have given factors, beyond the `missing` modules."""
         reading = self.reading
-        landed = {(id(item.places[0][0]), item.loose) for item in reading.landings.values()}
         known: set[str] = set()
-        for path, loose, found in self.places.packed_names():
+        for path, found in self.places.packed_names():
             known.add(path)
-            if loose:
-                got = not landed.isdisjoint((id(found[0][0]), name) for name in (loose, ""))
-            else:
-                got = any(site.part_path(i) in reading.decoded for site, i in found)
+            got = any(site.part_path(i) in reading.decoded for site, i in found)
             said = all(id(site.module) in missing for site, _ in found)
             if got or said or path in reading.closed:
                 continue
-            selected = any(s.parts[i].selected and loose not in s.closed_names for s, i in found)
+            selected = any(site.parts[i].selected for site, i in found)
             if (selected or self._counts(path, None)) and self.config.matches(path):
                 yield path
         for path, module in self._unselected_names():

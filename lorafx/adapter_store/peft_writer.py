@@ -14,7 +14,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorafx.adapter_store.config_values import CONFIG_FILE
+from lorafx.adapter_store.peft_config import CONFIG_FILE
 from lorafx.adapter_store.peft_keys import factor_sizes, parse, without_prefix
 from lorafx.adapter_store.saved import SAFETENSORS, AdapterState
 from lorafx.errors import CheckpointError, ConfigError

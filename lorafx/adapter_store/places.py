@@ -38,17 +38,16 @@ SitePart = tuple["Site", int]
 
 @dataclass(frozen=True)
 class SiteLanding:
-    """Parts of sites, in the order of B's rows, that the path `saved` means. `loose`: a name whose
-    slices, among `places`, only B's rows tell. `missing`: why factors may not be here, or ""."""
+    """Parts of sites, in the order of B's rows, that the path `saved` means. `missing`: why factors
+    may not be here, or ""."""
 
     places: tuple[SitePart, ...]
     saved: str
-    loose: str = ""
     missing: str = ""
 
     @property
     def key(self) -> tuple[object, ...]:
-        return (self.loose, *((id(site), part) for site, part in self.places))
+        return tuple((id(site), part) for site, part in self.places)
 
 
 def saved_sizes(place: SitePart) -> tuple[int, int]:
@@ -189,9 +188,9 @@ class Places:
         found = {id(s.module) for s in sites if any(part.selected for part in s.parts)}
         return found | {key for key, experts in self._experts.items() if experts.sites}
 
-    def packed_names(self) -> Iterator[tuple[str, str, tuple[SitePart, ...]]]:
-        """(path, `SiteLanding.loose`, places) of unpacked and packed names beside the sites'."""
-        return ((path, found.loose, found.places) for path, found in self._packed.items())
+    def packed_names(self) -> Iterator[tuple[str, tuple[SitePart, ...]]]:
+        """(path, places) of unpacked and packed names beside the sites'."""
+        return ((path, found.places) for path, found in self._packed.items())
 
     def nearest(self, path: str) -> str:
         """A message fragment with the closest module paths."""
@@ -222,7 +221,7 @@ class Places:
 
 def _packed(sites: Sequence[Site]) -> dict[str, SiteLanding]:
     named: dict[str, list[SitePart]] = {}
-    loose: dict[str, SiteLanding] = {}
+    undeclared: dict[str, SiteLanding] = {}
     members: dict[str, list[tuple[Membership, Site]]] = {}
     for site in sites:
         paths = [without_compiled(path) for path in site.paths]
@@ -231,14 +230,17 @@ def _packed(sites: Sequence[Site]) -> dict[str, SiteLanding]:
             for path in virtual_paths(paths, part.name) if part.name else ():
                 named.setdefault(path, []).append(place)
         for name in site.loose_names:
-            closed = not_selected([name]) if name in site.closed_names else ""
-            found = SiteLanding(places, "", name, closed)
-            loose.update(dict.fromkeys(virtual_paths(paths, name), found))
+            missing = (
+                f"{site.path} packs it, and which of its slices it is was not declared; declare "
+                "the slices of each name with packed_modules"
+            )
+            found = SiteLanding(places, "", missing)
+            undeclared.update(dict.fromkeys(virtual_paths(paths, name), found))
         for membership in site.member_of:
             for path in virtual_paths(paths, membership.name):
                 members.setdefault(path, []).append((membership, site))
     joined = {path: _joined(found) for path, found in members.items()}
-    return joined | loose | {path: _only(found) for path, found in named.items()}
+    return joined | undeclared | {path: _only(found) for path, found in named.items()}
 
 
 def _checked(places: tuple[SitePart, ...], saved: str) -> SiteLanding:

@@ -32,9 +32,8 @@ from safetensors import safe_open
 from safetensors.torch import load, load_file
 from torch import Tensor
 
-from lorafx.adapter_store.config_values import CONFIG_FILE, json_object, raw_fields
 from lorafx.adapter_store.hub import downloaded, is_repository
-from lorafx.adapter_store.peft_config import PeftConfig
+from lorafx.adapter_store.peft_config import CONFIG_FILE, PeftConfig, json_object, raw_fields
 from lorafx.errors import CheckpointError
 from lorafx.interrupts import undisturbed
 from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
@@ -116,7 +115,6 @@ class AdapterState:
         where: its name in messages.
         scales: s by module path, overriding the configuration.
         left_out: other components of a pipeline with factors in its file.
-        notes: decisions of the reader, for the log and `explain`.
     """
 
     config: PeftConfig
@@ -125,7 +123,6 @@ class AdapterState:
     scales: Mapping[str, float] = field(default_factory=dict)
     dialect: str = "peft"
     left_out: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
 
 
 def origin_of(source: Any) -> AdapterSource | None:

@@ -32,7 +32,7 @@ from lorafx.adapter_store.stored import (
     measure,
     places_of,
 )
-from lorafx.errors import CapacityError, CheckpointError, ConfigError, UnknownAdapterError, nearest
+from lorafx.errors import CapacityError, ConfigError, UnknownAdapterError, nearest
 from lorafx.interrupts import free_after_fork, undisturbed
 
 if TYPE_CHECKING:
@@ -112,16 +112,13 @@ class AdapterStore:
 
     def load(self, adapter: Adapter, origin: AdapterSource | None = None) -> None:
         """Keep `adapter` in host memory, replacing its namesake in place. Raises CapacityError,
-        CheckpointError for values beyond the banks' dtype or contradictory slices, ConfigError for
-        an invalid name."""
+        CheckpointError for values beyond the banks' dtype, ConfigError for an invalid name."""
         self.loading(adapter, origin)()
 
     def loading(self, adapter: Adapter, origin: AdapterSource | None = None) -> Callable[[], None]:
         """Checks a `load`, and returns its unfailing second half. Raises as `load`."""
         check_name(adapter.name)
         stored = self._fitted(adapter, origin=origin)
-        with self._lock:
-            _check_spans(stored, self._adapters.values())
 
         def keep() -> None:
             with self._lock:
@@ -375,20 +372,6 @@ def _no_slots(missing: Sequence[str], kept: Iterable[str], slots: int) -> Capaci
         "unpin_adapter() some, split the batch, or "
         "compile with a larger LoraConfig(max_adapters=...)"
     )
-
-
-def _check_spans(stored: StoredAdapter, adapters: Iterable[StoredAdapter]) -> None:
-    """Raise CheckpointError unless packed names mean the same slices in all adapters."""
-    for other in adapters:
-        for path in stored.spans.keys() & other.spans.keys():
-            slices, others = stored.spans[path], other.spans[path]
-            if slices != others and other.name != stored.name:
-                raise CheckpointError(
-                    f"adapter {stored.name!r} from {stored.source} has factors by whose rows "
-                    f"{path} is slices {', '.join(map(str, slices))} of what packs it, and by "
-                    f"those of {other.name!r} slices {', '.join(map(str, others))}: one of the two "
-                    "is for another model; packed_modules may say which slices each name covers"
-                )
 
 
 @dataclass(frozen=True)

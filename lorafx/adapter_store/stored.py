@@ -58,7 +58,6 @@ class Adapter:
 
     Attributes:
         weights: `Site.part_path` -> factors; untouched parts are absent.
-        spans: packed module's name -> slices that its rows cover, where not declared.
         own: site path -> rows of its weight that the adapter replaces.
         replaces_biases: the adapter was trained with biases that replace the base's.
         invocation: the tokens from which on it is active (aLoRA); empty if always.
@@ -68,9 +67,7 @@ class Adapter:
     weights: dict[str, LoraWeights]
     rank: int
     source: str
-    spans: Mapping[str, range] = field(default_factory=dict)
     own: Mapping[str, OwnWeight] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
     replaces_biases: bool = False
     invocation: tuple[int, ...] = ()
     keys: Mapping[str, Size] = field(default_factory=dict)
@@ -105,8 +102,6 @@ class StoredAdapter:
     factors: Mapping[int, Sequence[Factors]]
     own: Mapping[int, OwnWeight] = field(default_factory=dict)
     extras: Mapping[When, tuple[str, ...]] = field(default_factory=dict)
-    spans: Mapping[str, range] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
     invocation: tuple[int, ...] = ()
     origin: AdapterSource | None = None
     keys: Mapping[str, Size] = field(default_factory=dict)
@@ -213,8 +208,6 @@ def fitted(
         factors,
         owned,
         extras={name: sites(paths) for name, paths in adapter.extras.items()},
-        spans=adapter.spans,
-        notes=adapter.notes,
         invocation=adapter.invocation,
         origin=origin,
         keys=adapter.keys,

@@ -11,7 +11,6 @@ import torch
 
 from lorafx.adapter_store.names import AdapterName
 from lorafx.errors import BatchError, ConfigError, LorafxWarning
-from lorafx.generation.generate import refuse_added_tokens
 from lorafx.model.keywords import BY_ROW, refuse_slips
 from lorafx.progress import progress
 from lorafx.runtime.requests import checked_names
@@ -69,12 +68,11 @@ class BatchingMethods:
 
         Raises:
             ConfigError: transformers is too old, or the model or the configuration asks for
-                something that is not served (CUDA graphs, a `base_vocab_size`).
+                something that is not served (CUDA graphs).
             CaptureError: the model was detached.
         """
         refuse_slips(engine, self.continuous_batching, ways=_BY_REQUEST)
         self._entries.check_attached()
-        refuse_added_tokens(self._session, "continuous_batching()")
         manager = _manager()(
             self._entries,
             generation_config,

@@ -92,7 +92,6 @@ def _adapter(session: Session, name: str, *, quick: bool) -> AdapterReport:
         norms=None if deltas is None else deltas.norms,
         idle=() if deltas is None else tuple(deltas.idle),
         why_idle="" if deltas is None else deltas.why_idle,
-        notes=stored.notes,
     )
 
 

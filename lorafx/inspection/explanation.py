@@ -26,7 +26,7 @@ class SiteReport:
         registered: the registered class along its MRO.
         in_features, out_features: K and N; an embedding's K is the vocabulary.
         parts: name and columns of each projection of several; "-" if unnamed or not selected.
-        loose: names of projections that only the rows of B tell apart.
+        loose: names of projections whose slices are not declared.
         own_rows: how many rows of its weight an adapter may replace.
     """
 
@@ -43,7 +43,7 @@ class SiteReport:
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {columns}" for name, columns in self.parts)
-        loose = f"; {', '.join(self.loose)}, told apart by their rows" if self.loose else ""
+        loose = f"; {', '.join(self.loose)}, whose slices are not declared" if self.loose else ""
         found = f"{self.path or '(root)'}: {self.cls} as {self.registered}, "
         found += f"{self.in_features} -> {self.out_features}, {self.dtype}"
         found += f" [{parts}{loose}]" if parts else ""
@@ -86,7 +86,6 @@ class AdapterReport:
     norms: Mapping[str, float] | None = None
     idle: tuple[str, ...] = ()
     why_idle: str = ""
-    notes: tuple[str, ...] = ()
 
     @property
     def norm(self) -> float | None:
@@ -103,7 +102,7 @@ class AdapterReport:
             found.append(f"norm of ΔW {self.norm:.3g}")
         if self.idle and not self.why_idle:
             found.append(f"no effect at {len(self.idle)} of them ({some(self.idle, _MOST)})")
-        return "; ".join([", ".join(found), *self.notes])
+        return ", ".join(found)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -47,8 +46,7 @@ def request_of(
     """The request that `lora_config` and `adapters` of `lorafx.compile` make.
 
     Raises:
-        ConfigError: `lora_config` or `adapters` have no form that is known, or there is a
-            `base_vocab_size` that the model does not have.
+        ConfigError: `lora_config` or `adapters` have no form that is known.
         CheckpointError, UnsupportedAdapterError: an adapter cannot be read.
     """
     adapters = by_name(adapters)
@@ -63,7 +61,6 @@ def request_of(
         refuse_swapped(source, name)
     states = {name: load_state(source, model) for name, source in adapters.items()}
     config = _config_of(lora_config, states, model)
-    _refuse_vocabulary(config, model)
     dora, biases = config.use_dora, config.lora_bias
     saved = dict.fromkeys(config.modules_to_save)
     tokens = token_rooms(config.trainable_tokens, model)
@@ -83,22 +80,6 @@ def request_of(
     )
     known = {name: origin for name, origin in origins.items() if origin is not None}
     return Request(config, states, known)
-
-
-def _refuse_vocabulary(config: LoraConfig, model: nn.Module) -> None:
-    """Raise ConfigError where `base_vocab_size` is beyond the tokens that the model has."""
-    size = config.base_vocab_size
-    if size is None:
-        return
-    embedding: Any = getattr(model, "get_input_embeddings", None)
-    with suppress(AttributeError, NotImplementedError):  # models without tokens
-        count = getattr(embedding() if callable(embedding) else None, "num_embeddings", None)
-        if count is not None and size > count:
-            raise ConfigError(
-                f"base_vocab_size = {size} is the number of tokens before some were added, and "
-                f"the input embedding of this {type(model).__name__} has {count} in all; give "
-                "less, or leave it out where none were added"
-            )
 
 
 def by_name(adapters: Mapping[str, Any] | Sequence[Any] | None) -> dict[str, Any]:

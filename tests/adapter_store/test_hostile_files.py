@@ -80,8 +80,6 @@ MALFORMED: list[tuple[str, Any, str]] = [
     ("trainable_token_indices", [3, -1], "must be a list of token ids"),
     ("trainable_token_indices", [3, 4, 3], "names a token twice"),
     ("alora_invocation_tokens", "go", "must be a list of token ids"),
-    ("use_bdlora", {"nblocks": 0}, "nblocks must be a positive integer"),
-    ("use_bdlora", {"blocks_of_tomorrow": 1}, "unknown field 'blocks_of_tomorrow'"),
     ("peft_type", ["LORA"], "only LORA adapters"),
     ("bias", [0], "bias must be none, lora_only or all"),
 ]

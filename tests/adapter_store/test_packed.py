@@ -156,6 +156,14 @@ def test_declarations_that_cannot_be(packed: Any, words: str) -> None:
 # --- B that cannot be split ---
 
 
+def test_names_without_slices_are_refused(tmp_path: Path) -> None:
+    mapping = {**MAPPING, "in_proj_qkvz": ["in_proj_qkv", "in_proj_z"]}
+    config = lorafx.LoraConfig(target_modules="all-linear", packed_modules=mapping)
+    cm = lorafx.compile(twins()[1], config, options=REFERENCE)
+    with pytest.raises(CheckpointError, match=r"slices .* not declared; .* with packed_modules"):
+        cm.load_adapter(random_factors(tmp_path, "layers.0.in_proj_z", 8), "new")
+
+
 @pytest.mark.parametrize(
     ("name", "rows", "words"),
     [

@@ -46,6 +46,7 @@ def test_every_field_of_the_installed_peft_is_known():
 
 
 REFUSED = {
+    "use_bdlora": {"nblocks": 2},
     "use_qalora": True,
     "layer_replication": [[0, 1]],
     "megatron_config": {"a": 1},

@@ -1,4 +1,4 @@
-"""The soak (tests/helpers/soak.py), in a process of its own: seconds, and ten minutes."""
+"""The soak (benchmarks/soak.py), in a process of its own."""
 
 from __future__ import annotations
 
@@ -10,27 +10,21 @@ from pathlib import Path
 
 import pytest
 
-HELPERS = Path(__file__).parents[1] / "helpers"
-LONG = pytest.mark.slow
+TESTS = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
-    ("seconds", "lowering"),
-    [
-        (6, "reference"),
-        pytest.param(600, "reference", marks=LONG),
-        pytest.param(120, "inductor", marks=LONG),
-    ],
+    ("seconds", "lowering"), [(6, "reference"), (600, "reference"), (120, "inductor")]
 )
 @pytest.mark.slow
 def test_soak(seconds: int, lowering: str) -> None:
     """`LORAFX_SOAK_SECONDS` is the duration of each, where it is set."""
     seconds = int(os.environ.get("LORAFX_SOAK_SECONDS", seconds))
-    paths = [str(HELPERS), str(HELPERS.parent / "conformance")]
+    paths = [str(TESTS / folder) for folder in ("helpers", "conformance")]
     # Few arenas: a thread's freed memory would stand in its own, and look like a leak.
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "MALLOC_ARENA_MAX": "2"}
     done = subprocess.run(
-        [sys.executable, str(HELPERS / "soak.py"), str(seconds), lowering],
+        [sys.executable, str(TESTS.parent / "benchmarks" / "soak.py"), str(seconds), lowering],
         env={**env, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

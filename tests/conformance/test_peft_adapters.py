@@ -21,7 +21,6 @@ import pytest
 import torch
 from expert_models import moe_base
 from peft import KasaConfig, LoraConfig, MontecloraConfig, VeloraConfig, get_peft_model
-from peft.tuners.lora import BdLoraConfig
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -116,10 +115,6 @@ BIAS: dict[str, Any] = {"lora_bias": True, "lora_alpha": 32}
 
 
 PROJECTIONS = {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj", "v_proj", "o_proj"]}
-#: B in blocks on a diagonal, A in blocks, and plain factors.
-BLOCKS = BdLoraConfig(
-    target_modules_bd_a=["o_proj"], target_modules_bd_b=["q_proj"], nblocks=2, match_strict=False
-)
 EXPERTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "rslora": {"use_rslora": True, "lora_alpha": 4},
@@ -137,7 +132,6 @@ EXPERTS: dict[str, dict[str, Any]] = {
     },
     "pissa": {"init_lora_weights": "pissa"},
     "olora": {"init_lora_weights": "olora"},
-    "BD-LoRA": {"use_bdlora": BLOCKS, "r": 4},
 }
 
 

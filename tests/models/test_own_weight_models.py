@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB, Family, right_padded, token_inputs
 
 import lorafx
-from lorafx import LoraConfig
 from lorafx.errors import CheckpointError
 
 QV = ["q_proj", "v_proj"]
@@ -153,45 +152,3 @@ def test_what_peft_saves_of_itself_where_a_vocabulary_grew(tmp_path):
     save_file(saved, tmp_path / "a" / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match=r"lm_head\.modules_to_save\.weight"):
         cm.load_adapter(tmp_path / "a", "two")
-
-
-def test_added_tokens_are_kept_from_other_rows(tmp_path):
-    """The resized base would rather say a new token than anything else."""
-    base = random_base("llama", num_hidden_layers=1)
-    base.resize_token_embeddings(VOCAB + 4, mean_resizing=False)
-    base.lm_head.weight[VOCAB:] *= 50
-    configs = {
-        "whole": {"modules_to_save": ["lm_head", "embed_tokens"]},
-        "one": {"trainable_token_indices": {"embed_tokens": [VOCAB + 1], "lm_head": [VOCAB + 1]}},
-        "lora": {},
-    }
-    case = own_case(base, tmp_path, {n: {"target_modules": QV, **c} for n, c in configs.items()})
-    config = LoraConfig(["q_proj", "v_proj"], base_vocab_size=VOCAB)
-    cm = lorafx.compile(case.model(), config, adapters=case.folders, options=REFERENCE)
-    x, names = inputs(4), ["whole", None, "one", "lora"]
-    fixed = {"pad_token_id": 0, "eos_token_id": None, "max_new_tokens": 2}
-
-    def kept(hidden: list[int]) -> Any:
-        return lambda ids, scores: scores.index_fill(
-            1, torch.tensor(hidden, dtype=torch.int64), -torch.inf
-        )
-
-    added = list(range(VOCAB, VOCAB + 4))
-    hidden = [[], added, [v for v in added if v != VOCAB + 1], added]
-    for way in ({"do_sample": False, "num_beams": 2},):
-        got = cm.generate(**x, **fixed, **way, adapter_names=names)
-        rows = [
-            case.alone(name).generate(
-                **oracle.one_row(x, row), **fixed, **way, logits_processor=[kept(hidden[row])]
-            )
-            for row, name in enumerate(names)
-        ]
-        assert torch.equal(got, torch.cat(rows))
-        assert bool((got[[1, 3]] < VOCAB).all())
-        free = case.base.generate(**oracle.one_row(x, 1), **fixed, **way)
-        assert bool((free[:, x["input_ids"].shape[1] :] >= VOCAB).any())
-    with (
-        pytest.raises(lorafx.ConfigError, match=r"continuous_batching\(\) does not keep added"),
-        cm.continuous_batching(),
-    ):
-        pass

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorafx.adapter_store.peft_config import PeftConfig
+from lorafx.adapter_store.peft_keys import factor_sizes
 from lorafx.adapter_store.places import Places
 from lorafx.adapter_store.saved import AdapterState, Saved
 from lorafx.errors import CheckpointError
@@ -66,7 +67,20 @@ class Translation:
     def keep(self, key: str) -> None:
         self.put(key, self.saved.tensors[key])
 
-    def state(self, config: PeftConfig) -> AdapterState:
+    def state(self, config: PeftConfig | None = None, *, dora: bool = False) -> AdapterState:
+        """The adapter. Without a `config` from its files it is DoRA where its keys or `dora` say
+        so, and CheckpointError is raised for factors without a scale."""
+        if config is None:
+            config = PeftConfig(
+                use_dora=dora or any(key.endswith(_VECTORS["m"]) for key in self.tensors),
+                lora_bias=any(key.endswith(_VECTORS["b"]) for key in self.tensors),
+            )
+            for path, sizes in factor_sizes(self.tensors).items():
+                if sizes.rank and path not in self.scales:
+                    raise CheckpointError(
+                        f"{self.saved.where} ({self.dialect}) has factors for {path}, and nothing "
+                        "gives their scale; save the adapter in PEFT's format"
+                    )
         return AdapterState(
             config,
             self.tensors,

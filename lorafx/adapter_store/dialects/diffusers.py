@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafx.adapter_store.config_values import json_object
 from lorafx.adapter_store.dialects.dialect import DENOISERS, Translation, alpha_of
-from lorafx.adapter_store.peft_config import PeftConfig
+from lorafx.adapter_store.peft_config import PeftConfig, json_object
 from lorafx.adapter_store.peft_keys import factor_sizes, parse
 from lorafx.adapter_store.places import Places
 from lorafx.adapter_store.saved import AdapterState, Saved
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
+from lorafx.progress import LOG
 
 KEYS = "unet.<module>.lora_A.weight or .lora.down.weight"
 #: Names of models by pipelines and by files of first implementations.
@@ -115,7 +115,8 @@ def converted_by_diffusers(saved: Saved, dialect: str, model: nn.Module) -> Adap
             "the adapter under the names that diffusers has for the model"
         )
     for state in found.values():
-        return replace(state, notes=(*state.notes, "its names were converted by diffusers"))
+        LOG.info("adapter in %s: its names were converted by diffusers", state.where)
+        return state
     return None
 
 
@@ -195,11 +196,7 @@ def _translated(
         raise CheckpointError(
             f"{saved.where} has α for {', '.join(list(given)[:3])}, and no factors there"
         )
-    dora, bias = (
-        any(key.endswith(ending) for key in found.tensors)
-        for ending in ("lora_magnitude_vector", "lora_B.bias")
-    )
-    return found.state(config or PeftConfig(use_dora=dora, lora_bias=bias))
+    return found.state(config)
 
 
 def _as_they_stand(

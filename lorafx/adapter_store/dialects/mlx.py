@@ -4,27 +4,25 @@
     <module>.m (N,)                           DoRA, beside either
     <mlp>.switch_mlp.<proj>.lora_a (E, r, K), .lora_b (E, N, r)    routed experts
 
-`scale`, in `lora_parameters`, is not divided by r. Older releases: s = scale · alpha / rank.
+`scale`, in `lora_parameters`, is not divided by r.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from lorafx.adapter_store.config_values import number, short
 from lorafx.adapter_store.dialects.dialect import Translation, raw
-from lorafx.adapter_store.peft_config import PeftConfig
+from lorafx.adapter_store.peft_config import number, short
+from lorafx.adapter_store.peft_keys import factor_sizes
 from lorafx.adapter_store.saved import AdapterState, Saved
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
 
 KEYS = "<module>.lora_a"
 _FACTOR = re.compile(r"(?:(?P<module>.+)\.)?(?P<factor>lora_[ab]|m)")
-_SWITCH = "switch_mlp"
 
 
 def configures(fields: Mapping[str, Any]) -> bool:
@@ -45,49 +43,30 @@ def state(saved: Saved, model: nn.Module | None) -> AdapterState:
             "fuse it into the base model (mlx_lm.fuse) and load that"
         )
     found = Translation(saved, "mlx", model)
-    paths: dict[str, None] = {}
     for key, tensor in saved.tensors.items():
         match = _FACTOR.fullmatch(key)
         if match is None or (match["factor"] == "m" and kind != "dora"):
             found.keep(key)
             continue
-        path, letter = match["module"] or "", match["factor"].removeprefix("lora_")
-        parts = path.split(".")
-        if _SWITCH in parts:
-            paths.update(dict.fromkeys(_experts(found, parts, letter, tensor, key)))
-            continue
-        if letter != "m" and tensor.dim() != 2:
-            raise CheckpointError(
-                f"{saved.where}: {key} has shape {tuple(tensor.shape)}, not (K, r) or (r, N)"
-            )
-        if letter == "m":
+        path, letter = match["module"] or "", match["factor"][-1]
+        before, of_experts, projection = path.partition(".switch_mlp.")
+        if letter == "m" and not of_experts:
             found.add(path, letter, tensor)
+            continue
+        if letter == "m" or tensor.dim() != (3 if of_experts else 2):
+            raise CheckpointError(
+                f"{saved.where}: {key} has shape {tuple(tensor.shape)}; factors are (K, r) and "
+                "(r, N), of routed experts (E, r, K) and (E, N, r)"
+            )
+        if of_experts:
+            for expert, factor in enumerate(tensor):
+                found.put(
+                    f"{before}.experts.{expert}.{projection}.lora_{letter.upper()}.weight", factor
+                )
         else:
             found.add(path, letter.upper(), tensor.mT)
-        paths[path] = None
-    found.scales.update(dict.fromkeys(paths, scale))
-    return found.state(PeftConfig(use_dora=kind == "dora"))
-
-
-def _experts(
-    found: Translation, parts: list[str], letter: str, tensor: Tensor, key: str
-) -> list[str]:
-    at = parts.index(_SWITCH)
-    before, after = parts[:at], parts[at + 1 :]
-    if letter == "a" and tensor.dim() == 2:  # (E·r, K) in older releases; E is that of B
-        b = found.saved.tensors.get(key.removesuffix("a") + "b")
-        experts = b.shape[0] if b is not None and b.dim() == 3 else 0
-        if experts and tensor.shape[0] % experts == 0:
-            tensor = tensor.unflatten(0, (experts, -1))
-    if tensor.dim() != 3 or letter == "m" or len(after) != 1:
-        raise CheckpointError(
-            f"{found.saved.where}: {key} has shape {tuple(tensor.shape)}; factors of routed "
-            "experts are (E, r, K) and (E, N, r)"
-        )
-    paths = [".".join([*before, "experts", str(e), *after]) for e in range(len(tensor))]
-    for path, factor in zip(paths, tensor, strict=True):
-        found.put(f"{path}.lora_{letter.upper()}.weight", factor)
-    return paths
+    found.scales.update(dict.fromkeys(factor_sizes(found.tensors), scale))
+    return found.state(dora=kind == "dora")
 
 
 def _scale(fields: Any, where: str) -> float:
@@ -98,10 +77,11 @@ def _scale(fields: Any, where: str) -> float:
             "folder with adapter_config.json, or config={'lora_parameters': {'rank': ..., "
             "'scale': ...}}"
         )
-    scale, alpha, rank = values = [given.get(name) for name in ("scale", "alpha", "rank")]
-    finite = all(value is None or (number(value) and abs(value) < 1e30) for value in values)
-    if finite and scale is not None and (alpha is None or rank):
-        found = float(scale) if alpha is None else float(scale) * alpha / rank
-        if math.isfinite(found):
-            return found
-    raise CheckpointError(f"{where}: lora_parameters has no finite scale: {short(given)}")
+    scale: Any = given.get("scale")
+    if "alpha" not in given and number(scale) and abs(scale) < 1e30:
+        return float(scale)
+    raise CheckpointError(
+        f"{where}: lora_parameters has no finite scale: {short(given)}; give config="
+        "{'lora_parameters': {'scale': ...}}, where older releases say alpha with scale · alpha / "
+        "rank"
+    )

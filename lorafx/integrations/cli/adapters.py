@@ -65,7 +65,7 @@ def inspect(
 
 
 def _fields(config: Path | None) -> dict[str, Any] | None:
-    from lorafx.adapter_store.config_values import json_object
+    from lorafx.adapter_store.peft_config import json_object
     from lorafx.errors import ConfigError
 
     if config is None:

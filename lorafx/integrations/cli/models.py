@@ -57,7 +57,7 @@ def _dtype(name: str) -> Any:
 def adapters_in(folders: Sequence[str]) -> dict[str, str]:
     """Adapters by name: each of `folders` is one, a file of one, a name on the hub, or a folder of
     adapter folders. Raises ConfigError where two are called the same, or a folder holds none."""
-    from lorafx.adapter_store.config_values import CONFIG_FILE
+    from lorafx.adapter_store.peft_config import CONFIG_FILE
     from lorafx.adapter_store.saved import WEIGHTS
 
     def is_adapter(folder: Path) -> bool:

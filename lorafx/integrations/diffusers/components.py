@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from lorafx.adapter_store.dialects.all_dialects import dialect_of
+from lorafx.adapter_store.checkpoint import dialect_of
 from lorafx.adapter_store.dialects.dialect import DENOISERS
 from lorafx.adapter_store.saved import AdapterSource, opened
 from lorafx.errors import CaptureError, CheckpointError, ConfigError, LorafxWarning, nearest

@@ -110,8 +110,7 @@ CONFIGS = st.sampled_from(
         None,
         {"r": 2, "lora_alpha": 4},
         {"lora_parameters": {"rank": 2, "scale": 2.0}, "fine_tune_type": "dora"},
-        {"lora_alpha": 2, "enable_lora": [True, False]},
-        {"peft_type": "LORA", "r": 2, "use_bdlora": {"nblocks": 2, "target_modules_bd_a": ["a"]}},
+        {"lora_alpha": 2},
     ]
 )
 

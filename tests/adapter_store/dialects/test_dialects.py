@@ -17,8 +17,10 @@ from torch import nn
 
 import lorafx
 from lorafx.adapter_store.checkpoint import load_state
+from lorafx.adapter_store.dialects.dialect import Translation
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_reader import read_adapter
+from lorafx.adapter_store.saved import opened
 from lorafx.config import LoraConfig
 from lorafx.errors import (
     CheckpointError,
@@ -151,22 +153,26 @@ def test_a_file_of_peft_without_its_configuration(case: Case) -> None:
     assert load_state(file, case.base).config.lora_alpha == alpha(case.folders["peft"])
 
 
-def test_loralib_merged_linear(tmp_path: Path) -> None:
-    """LoRA on the first and the last third of one linear, by groups."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 12))
-    a, b = torch.randn(4, 5), torch.randn(8, 2)
-    grouped = torch.nn.functional.conv1d(a[None], b[..., None], groups=2)[0]  # as loralib merges
-    want = torch.zeros(12, 5)
-    want[:4], want[8:] = grouped[:4], grouped[4:]
-    config = {"lora_alpha": 3, "enable_lora": [True, False, True]}
-    tensors = {"0.lora_A": a, "0.lora_B": b}
-    _, sites = build_sites(model, LoraConfig(target_modules=["0"]))
-    found = read_adapter(lorafx.AdapterSource(tensors, config=config), "a", sites, model=model)
-    weights = found.weights["0"]
-    torch.testing.assert_close(weights.scale * weights.B @ weights.A, 3 / 2 * want)
-    with pytest.raises(CheckpointError, match=r"needs config=.*enable_lora"):
-        load_state(lorafx.AdapterSource(tensors, config={"lora_alpha": 3}), model)
+def test_loralib_merged_linear_is_refused() -> None:
+    """Its factors of two slices would need a diagonal of their B."""
+    tensors = {"0.lora_A": torch.randn(4, 5), "0.lora_B": torch.randn(8, 2)}
+    with pytest.raises(UnsupportedAdapterError, match=r"MergedLinear saves .*\(N, 4\), and .* 2"):
+        load_state(lorafx.AdapterSource(tensors, config={"lora_alpha": 3}))
+
+
+def test_loralib_of_a_convolution_has_its_scale() -> None:
+    tensors = {"0.lora_A": torch.randn(2, 5, 1, 1), "0.lora_B": torch.randn(8, 2, 1, 1)}
+    source = lorafx.AdapterSource(tensors, config={"lora_alpha": 3})
+    for model in (nn.Sequential(nn.Linear(5, 8)), nn.Sequential(nn.Conv2d(5, 8, 1))):
+        _, sites = build_sites(model, LoraConfig(target_modules=["0"]))
+        assert read_adapter(source, "a", sites, model=model).weights["0"].scale == 3 / 2
+
+
+def test_a_dialect_that_gives_no_scale_is_refused() -> None:
+    found = Translation(opened(lorafx.AdapterSource({})), "new", None)
+    found.add("up", "A", torch.randn(2, 5))
+    with pytest.raises(CheckpointError, match="has factors for up, and nothing gives their scale"):
+        found.state()
 
 
 def test_mlx_dora(case: Case, tmp_path: Path) -> None:
@@ -193,7 +199,7 @@ def check_equal(model: nn.Module, config: LoraConfig, given: Any, expected: Any)
 
 
 def test_mlx_experts_are_those_of_their_names_one_by_one(tmp_path: Path) -> None:
-    """switch_mlp holds the factors of all experts; older releases have A as (E·r, K)."""
+    """switch_mlp holds the factors of all experts."""
     model = ExpertModel()
     model.block = nn.ModuleDict({"experts": model.block.experts})
     sizes = {"gate_proj": (4, 5), "up_proj": (4, 5), "down_proj": (5, 4)}
@@ -201,9 +207,8 @@ def test_mlx_experts_are_those_of_their_names_one_by_one(tmp_path: Path) -> None
     torch.manual_seed(0)
     for name, (rows, columns) in sizes.items():
         a, b = torch.randn(3, 2, columns), torch.randn(3, rows, 2)
-        flat = a.reshape(6, columns) if name == "up_proj" else a
         path = f"block.switch_mlp.{name}.lora_"
-        stacked |= {f"{path}a": flat, f"{path}b": b}
+        stacked |= {f"{path}a": a, f"{path}b": b}
         for e in range(3):
             single[f"block.experts.{e}.{name}.lora_A.weight"] = a[e]
             single[f"block.experts.{e}.{name}.lora_B.weight"] = b[e]

@@ -1,6 +1,6 @@
 """Eight threads over one compiled model for a while, everything that may happen happening at once.
 
-    python soak.py SECONDS [LOWERING]
+    PYTHONPATH=tests/helpers:tests/conformance python benchmarks/soak.py SECONDS [LOWERING]
 
 Every answer is compared with those of the states that were possible while the call ran. A change is
 noted before it begins and after it has ended. A call may have been served by any state that was
