@@ -37,14 +37,13 @@ class Does(Flag):
 
 DOES: Mapping[str, Does] = {
     "shrink": Does.SHRINK,
-    "activate": Does.SHRINK,
     "shrink_rows": Does.SHRINK | Does.BY_ROW,
     "expand_rows": Does.BY_ROW,
     "embedding_rows": Does.BY_ROW,
     "split": Does.BASE,
     "epilogue": Does.BASE,
     "recompute": Does.BASE,
-    **dict.fromkeys(("expand", "reduce", "gather", "place"), Does(0)),
+    **dict.fromkeys(("expand", "reduce"), Does(0)),
 }
 
 
@@ -107,8 +106,7 @@ def _kernel(name: str, tiles: Tiles, work: Work, arch: Architecture, experts: in
     if Does.SHRINK in does:
         wide = math.ceil(G * work.rank / tiles.block_r)
         programs = tall * wide * tiles.parts
-        # "activate" reads two halves of x and writes x
-        memory, l2 = A + M * K * (3 if name == "activate" else 1) + planes, wide * M * K
+        memory, l2 = A + M * K + planes, wide * M * K
         flops = 2.0 * tall * (1 if by_row else tiles.block_m) * G * work.rank * K
         in_flight = tiles.block_k * (tiles.block_r + (1 if by_row else tiles.block_m))
     else:

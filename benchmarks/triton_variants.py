@@ -22,16 +22,14 @@ from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.triton.attention import PagedAttentionSpec
 from lorafx.kernels.triton.attention import kernel as attention_kernel
 from lorafx.kernels.triton.build import (
-    CONCAT,
+    DELTA,
     EXPERTS,
     ORDER_TILES,
     STRATEGY_KERNELS,
-    not_concat,
-    spec_for,
     tiles_for,
 )
 from lorafx.kernels.triton.generated import GeneratedKernel, load
-from lorafx.kernels.triton.source import Activation, Leaf, Load, Spec, TritonSpec
+from lorafx.kernels.triton.source import Spec, TritonSpec
 from lorafx.kernels.triton.tiles import ARCHITECTURES, Architecture
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -76,9 +74,6 @@ def signature_of(kernel: GeneratedKernel, spec: Spec | None) -> dict[str, str]:
         types |= {"x_ptr": POINTERS[d.x_dtype], "w_ptr": POINTERS[d.x_dtype]}
         types |= {"a_ptr": POINTERS[d.bank_dtype], "b_ptr": POINTERS[d.bank_dtype]}
         types |= {"bias_ptr": POINTERS[d.x_dtype], "y_ptr": POINTERS[d.y_dtype]}
-        types |= {"h_ptr": POINTERS[d.x_dtype]}
-        for index, leaf in enumerate(spec.activation.leaves if spec.activation else ()):
-            types |= {f"p{index}_ptr": POINTERS[leaf.dtype], f"ids{index}_ptr": "*i64"}
     default = {True: "*i32", False: "i32"}  # ranks, slots and order; sizes of the batch
     return {name: types.get(name, default[name.endswith("_ptr")]) for name in kernel.jit.arg_names}
 
@@ -92,7 +87,7 @@ def _attributes(signature: dict[str, str], spec: Spec | None) -> dict[Any, Any]:
         K, N = spec.delta.in_features, spec.out_features
         strides = {"stride_x": K, "stride_w": N if spec.transposed else K, "stride_y": N}
         strides |= {"slot_a": spec.delta.slot_rows, "token_a": spec.delta.max_rank}
-        strides |= {"stride_h": K, "stride_e": K * N, "stride_p0": 2 * K, "stride_p1": 2 * K}
+        strides |= {"stride_e": K * N}
         aligned = {name: stride % 16 == 0 for name, stride in strides.items()}
     return {
         (index,): [["tt.divisibility", 16]]
@@ -144,42 +139,19 @@ def representative_specs() -> dict[str, TritonSpec]:
     return {**specs, "embedding_r16_bf16": TritonSpec(table)}
 
 
-#: silu(gate) · up of stacked halves of K columns, and what gpt-oss has of interleaved ones.
-def _silu(K: int, dtype: torch.dtype) -> Activation:
-    lines = ("t0 = -g0", "t1 = tl.exp(t0)", "t2 = t1 + 1.0", "t3 = g0 / t2", "t4 = t3 * g1")
-    return Activation((Leaf(dtype),), (Load(0, 0, 1), Load(0, K, 1)), lines, "t4")
-
-
-def _clamped(dtype: torch.dtype) -> Activation:
-    loads = (Load(0, 0, 2), Load(1, 0, 2), Load(0, 1, 2), Load(1, 1, 2))
-    lines = (
-        *("t0 = g0 + g1", "t1 = tl.minimum(t0, 7.0)", "t2 = g2 + g3"),
-        *("t3 = tl.minimum(tl.maximum(t2, -7.0), 7.0)", "t4 = t1 * 1.702"),
-        *("t5 = 1 / (1 + tl.exp(-t4))", "t6 = t1 * t5", "t7 = (t3 + 1.0) * t6"),
-    )
-    return Activation((Leaf(dtype), Leaf(dtype, gathered=True)), loads, lines, "t7")
-
-
 def expert_specs() -> dict[str, TritonSpec]:
-    """Specs of routed experts by name; those of a down projection compute its activation."""
+    """Specs of routed experts by name."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    experts: dict[str, tuple[DeltaSpec, int, bool, Activation | None]] = {
-        "qwen3_up_r16_bf16": (_delta(2048, (768, 768), 16, bf16), 128, False, None),
-        "qwen3_down_r16_bf16": (_delta(768, (2048,), 16, bf16), 128, False, _silu(768, bf16)),
-        "qwen3_up_r8_fp32": (_delta(2048, (768, 768), 8, fp32), 128, False, None),
-        "mixtral_up_r64_fp16": (_delta(4096, (14336, 14336), 64, fp16), 8, False, None),
-        "mixtral_down_r64_fp16": (
-            *(_delta(14336, (4096,), 64, fp16), 8, False),
-            _silu(14336, fp16),
-        ),
-        "gptoss_up_r32_bf16": (_delta(2880, (5760,), 32, bf16), 32, True, None),
-        "gptoss_down_r16_bf16": (_delta(2880, (2880,), 16, bf16), 32, True, _clamped(bf16)),
-        "odd_up_r5_fp32": (_delta(77, (33, 33), 5, fp32), 5, False, None),
-        "odd_down_r8_bf16": (_delta(33, (77,), 8, bf16), 5, False, _silu(33, bf16)),
+    experts: dict[str, tuple[DeltaSpec, int, bool]] = {
+        "qwen3_up_r16_bf16": (_delta(2048, (768, 768), 16, bf16), 128, False),
+        "qwen3_up_r8_fp32": (_delta(2048, (768, 768), 8, fp32), 128, False),
+        "mixtral_up_r64_fp16": (_delta(4096, (14336, 14336), 64, fp16), 8, False),
+        "gptoss_up_r32_bf16": (_delta(2880, (5760,), 32, bf16), 32, True),
+        "odd_up_r5_fp32": (_delta(77, (33, 33), 5, fp32), 5, False),
     }
     return {
-        name: TritonSpec(delta, delta.x_dtype, False, transposed, count, activation)
-        for name, (delta, count, transposed, activation) in experts.items()
+        name: TritonSpec(delta, delta.x_dtype, False, transposed, count)
+        for name, (delta, count, transposed) in experts.items()
     }
 
 
@@ -235,13 +207,10 @@ def aligned_strides(spec: PagedAttentionSpec) -> dict[str, bool]:
 def _strategies(spec: TritonSpec) -> tuple[str, ...]:
     """The strategies that kernels of a representative spec are compiled for."""
     if spec.experts:
-        return EXPERTS[1:] if spec.activation else EXPERTS[:1]
+        return (EXPERTS,)
     if spec.delta.embedding:
         return ("embedding",)
-    left_out = [*EXPERTS, "embedding"]
-    if not_concat(spec.delta, spec.weight_dtype):
-        left_out.append(CONCAT)
-    return tuple(s for s in STRATEGY_KERNELS if s not in left_out)
+    return tuple(s for s in STRATEGY_KERNELS if s not in (EXPERTS, "embedding"))
 
 
 def variants_for_aot(
@@ -263,11 +232,9 @@ def variants_for_aot(
     yield variant("order", load("order", None, ORDER_TILES, arch), None)
     for name, full in {**representative_specs(), **expert_specs()}.items():
         for strategy in _strategies(full):
-            spec = spec_for(strategy, full)
+            spec = TritonSpec(full.delta) if strategy in DELTA else full
             # More rows change the parts of K alone in "split", which is planned for few.
-            # Longer operands for the vendor's GEMM are planned for many.
-            few, many = strategy == "split", strategy == CONCAT
-            for M in [M for M in rows if not (few and M > 64) and not (many and M < 256)]:
+            for M in [M for M in rows if M <= 64 or strategy != "split"]:
                 for kernel_name, tiles in tiles_for(strategy, spec.delta, M, arch).items():
                     kernel = load(kernel_name, spec, tiles, arch)
                     if kernel.key not in seen:

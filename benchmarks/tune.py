@@ -31,19 +31,15 @@ from triton.runtime.errors import OutOfResources
 import lorafx.kernels.triton.ops  # noqa: F401  registers the op
 from lorafx.kernels.cost.chips import Chip, chip_of
 from lorafx.kernels.ops.delta_spec import DeltaSpec
-from lorafx.kernels.ops.op_library import BankArgs
 from lorafx.kernels.triton.build import (
-    CONCAT,
     LINEAR,
     TUNED,
     build,
     load_tuned,
-    plan_of,
     tiles_for,
     tuned_file,
     tuning_key,
 )
-from lorafx.kernels.triton.ops import blocks_of, columns_of
 from lorafx.kernels.triton.source import TritonSpec
 from lorafx.kernels.triton.tiles import Architecture, Tiles, architecture_of
 
@@ -51,17 +47,14 @@ Timer = Callable[[TileSet], float]
 
 SLACK = 2.0  # the model is trusted to be right within this factor
 
-_SHRINK = {
-    "block_r": (16, 32, 64),
-    "block_k": (32, 64, 128, 256),
-    "parts": (1, 2, 4, 8, 16),
-    "num_warps": (2, 4, 8),
-    "num_stages": (2, 3, 4, 5),
-}
 #: What is tried of each parameter, by kernel.
 AXES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
-    "shrink": _SHRINK,
-    "activate": {**_SHRINK, "lanes": (1, 2, 4, 8)},
+    "shrink": {
+        "block_r": (16, 32, 64),
+        "block_k": (32, 64, 128, 256),
+        "parts": (1, 2, 4, 8, 16),
+        "num_warps": (2, 4, 8),
+    },
     "epilogue": {
         "block_n": (16, 32, 64, 128, 256),
         "block_m": (16, 32, 64, 128, 256),
@@ -299,41 +292,17 @@ class LinearProblem:
             return torch.ops.lorafx.triton_linear(
                 self.x, self.weight, self.bias, *self.bank, 1, kernel
             )
-        if strategy == CONCAT and self.weight is not None:
-            base = (self.x, self.weight, self.bias)
-            bank, turned = BankArgs(*self.bank), self.weight.shape[0] == self.x.shape[1]
-            return concat_linear(*base, bank, 1, kernel, transposed=turned)
         op = torch.ops.lorafx
         name = op.triton_embedding_delta_ if strategy == "embedding" else op.triton_delta_
         name(self.y, self.x, *self.bank, 1, kernel)
         return self.y
 
 
-def concat_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    bank: BankArgs,
-    rows: int,
-    kernel: int,
-    *,
-    transposed: bool = False,
-) -> Tensor:
-    """y of the strategy "concat"."""
-    spec = plan_of(kernel).spec
-    more = (0, columns_of(spec, blocks_of(spec, bank)))
-    x = torch.nn.functional.pad(x, more)
-    right = torch.nn.functional.pad(weight.T if transposed else weight, more).T
-    torch.ops.lorafx.triton_concat_(x, right if transposed else right.T, *bank, rows, kernel)
-    return x @ right if bias is None else torch.addmm(bias, x, right)
-
-
 @dataclass(frozen=True)
 class ExpertProblem:
-    """Arguments of `lorafx::triton_experts`: [x], or what x is computed from."""
+    """Arguments of `lorafx::triton_experts`."""
 
     x: Tensor
-    inputs: tuple[Tensor, ...]
     weight: Tensor
     offs: Tensor
     bank: tuple[Tensor, ...]
@@ -344,20 +313,12 @@ class ExpertProblem:
     ) -> ExpertProblem:
         """`rows` rows of each expert, sorted by expert, the slots of 8 adapters in turn: each row
         another key. Values of about 1 in y."""
-        d, E, f = spec.delta, spec.experts, spec.activation
+        d, E = spec.delta, spec.experts
         K, N, R, G, M = d.in_features, spec.out_features, d.max_rank, d.group, rows * E
 
         def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
             return (torch.randn(shape, device=device) * scale).to(dtype)
 
-        experts = torch.arange(E, device=device).repeat_interleave(rows)
-        inputs: list[Tensor] = []
-        leaves, loads_of = ((), ()) if f is None else (f.leaves, f.loads)
-        for index, leaf in enumerate(leaves):
-            loads = [load for load in loads_of if load.leaf == index]
-            width = max(load.start + load.step * (K - 1) for load in loads) + 1
-            inputs.append(normal(E if leaf.gathered else M, width, dtype=leaf.dtype))
-            inputs += [experts] if leaf.gathered else []
         shape = (E, K, N) if spec.transposed else (E, N, K)
         weight = normal(*shape, dtype=spec.weight_dtype or d.x_dtype, scale=K**-0.5)
         A = normal(slots * E, R, G * K, dtype=d.bank_dtype, scale=K**-0.5)
@@ -367,14 +328,12 @@ class ExpertProblem:
         owners = torch.arange(M, dtype=torch.int32, device=device) % slots
         offs = torch.arange(1, E + 1, dtype=torch.int32, device=device) * rows
         x = normal(M, K, dtype=d.x_dtype)
-        return cls(x, tuple(inputs), weight, offs, (A, B, ranks, scales, owners))
+        return cls(x, weight, offs, (A, B, ranks, scales, owners))
 
     def run(self, strategy: str, kernel: int) -> Tensor:
         """The node's result by `kernel`, one row a request."""
-        inputs = list(self.inputs) if strategy == "activated" else [self.x]
-        return torch.ops.lorafx.triton_experts(
-            inputs, self.weight, self.offs, *self.bank, 1, kernel
-        )
+        tail = (self.weight, self.offs, *self.bank, 1, kernel)
+        return torch.ops.lorafx.triton_experts(self.x, *tail)
 
 
 def gpu_timer(

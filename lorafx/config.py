@@ -17,8 +17,8 @@ LoweringName = Literal["auto", "inductor", "triton", "reference"]
 STRATEGIES: Mapping[str, tuple[str, ...]] = {
     "inductor": ("generated", "aten"),
     "triton": (
-        *("split", "epilogue", "recompute", "gemv", "segments", "concat", "aten"),
-        *("grouped", "activated"),  # of routed experts
+        *("split", "epilogue", "recompute", "gemv", "segments", "aten"),
+        "grouped",  # of routed experts
     ),
     "reference": ("aten",),
 }
@@ -133,8 +133,8 @@ class Options:
             your own, `{"mine": lorafx.After("fuse", run)}`. `print(lorafx.pipeline())` lists them.
         max_edits: stop rewriting after this many edits, to bisect a wrong result.
         plan: strategies pinned by canonical site path: "generated" for generated C++;
-            "split", "epilogue", "recompute", "gemv", "segments" and "concat", and "grouped" and
-            "activated" for routed experts, for Triton (docs/kernels.md); "aten".
+            "split", "epilogue", "recompute", "gemv" and "segments", and "grouped" for routed
+            experts, for Triton (docs/kernels.md); "aten".
         dump: the folder for the graph after every pass; None reads LORAFX_DUMP.
         recompile_limit: the largest number of graphs of one entry; needing more is an error.
         strict: an adapter whose file lacks factors for a module that its own configuration targets

@@ -34,16 +34,15 @@ from lorafx.kernels.cost.roofline import (
 from lorafx.kernels.cpu.delta_kernels import build_all
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.ops.op_library import Ranges
-from lorafx.kernels.triton.build import CONCAT, EXPERTS, TritonSpec, not_concat
+from lorafx.kernels.triton.build import EXPERTS, TritonSpec
 from lorafx.kernels.triton.build import build as build_triton
 from lorafx.kernels.triton.ops import adjacent
 from lorafx.model.bank import Bank
 from lorafx.model.sites import Part, Site
 from lorafx.op_arguments import bound
-from lorafx.passes.fuse.fuse_experts import FUSED_EXPERTS, loops_on_host, region
+from lorafx.passes.fuse.fuse_experts import FUSED_EXPERTS, loops_on_host
 from lorafx.program.context import EMBEDDING_OP, EXPERT_OP, FUSED_OP, PLAIN_SITE_OPS, Context
 from lorafx.program.frame import fake_value
-from lorafx.program.pointwise_region import NoRegion, PointwiseRegion
 from lorafx.torch_internals.compat import size_hint
 
 GENERATED = "generated"
@@ -119,7 +118,7 @@ def _triton(ctx: Context, nodes: Sequence[fx.Node]) -> None:
         kernel = None
         if name != ATEN:
             spec, hint = triton_spec(node), rows or UNKNOWN_ROWS
-            if name in EXPERTS:
+            if name == EXPERTS:
                 hint = max(hint // spec.experts, 1)
             kernel = build_triton(spec, name, rows_hint=hint, device=device)
         if kernel is None:
@@ -151,14 +150,10 @@ def _triton_choice(
     if node.target is FUSED_EXPERTS and rows is not None:
         for name, modelled in _expert_estimates(ctx, node, rows, device).items():
             if not modelled.refusal and not _not_for_experts(node, name):
-                reason = f"modelled {modelled} at {rows} rows; {_floor(ctx, node)}"
-                why = "" if name == "activated" else _not_for_experts(node, "activated")
-                return name, f"{reason}; {why}" if why else reason
+                return name, f"modelled {modelled} at {rows} rows; {_floor(ctx, node)}"
     work = _work(ctx, node)
     estimates = {} if work is None else estimate(work)
     for name, modelled in estimates.items():
-        if name == CONCAT and _not_concat(node):
-            continue
         if not modelled.refusal and (name not in FUSED or _fusable(node)):
             untimed = f", {UNTIMED[name]}," if name in UNTIMED else ""
             return name, f"modelled {modelled}{untimed} at {rows} rows; {_floor(ctx, node)}"
@@ -170,8 +165,6 @@ def _unfit(node: fx.Node, name: str) -> str:
     others = "pin 'gemv', 'segments' or 'aten'"
     if node.target is EMBEDDING_OP and name != ATEN:
         return ", but embeddings have a single strategy; remove the pin, or pin 'aten'"
-    if name == CONCAT and (why := _not_concat(node)):
-        return f", {why}; {others}"
     if name in FUSED and node.target is not FUSED_OP:
         return f", whose base product is not part of the node; {others}"
     if name in FUSED and not _fusable(node):
@@ -198,31 +191,13 @@ def _fusable(node: fx.Node) -> bool:
     return node.target is FUSED_OP and adjacent(fake_value(bound(node)["weight"]))
 
 
-def _not_concat(node: fx.Node) -> str:
-    """Why the vendor's GEMM cannot have a longer x and weight, or ""."""
-    if node.target is not FUSED_OP:
-        return "whose base product is not part of the node"
-    weight = fake_value(bound(node)["weight"])
-    dtypes = {fake_value(node).dtype, fake_value(bound(node)["x"]).dtype, weight.dtype}
-    if len(dtypes) != 1:
-        return "whose x, weight and result are not of one type"
-    why = not_concat(delta_spec(node), weight.dtype)
-    return why and f"whose x and weight cannot be made longer: {why}"
-
-
 def _not_for_experts(node: fx.Node, name: str) -> str:
     """Why a strategy cannot compute this node's product with routed experts, or ""."""
-    if name not in EXPERTS:
+    if name != EXPERTS:
         return ""
     if node.target is not FUSED_EXPERTS:
         return "it is not a grouped product with the weights of routed experts"
-    if not adjacent(fake_value(bound(node)["weight"])):
-        return "its weight lies column by column"
-    if name == "activated":
-        found = region(node)
-        if isinstance(found, NoRegion):
-            return f"kernels cannot compute its input: {found.reason}"
-    return ""
+    return "" if adjacent(fake_value(bound(node)["weight"])) else "its weight lies column by column"
 
 
 def _expert_estimates(
@@ -242,7 +217,6 @@ def _expert_estimates(
         chip_of(device),
         experts=experts,
         on_host=loops_on_host(node),
-        activation=isinstance(region(node), PointwiseRegion),
     )
     return estimate_experts(work)
 
@@ -329,17 +303,6 @@ def triton_spec(node: fx.Node) -> TritonSpec:
         return TritonSpec(delta_spec(node))
     call = bound(node)
     weight, transposed = fake_value(call["weight"]), call["transposed"]
-    if node.target is FUSED_EXPERTS:
-        found = region(node)
-        activation = found.activation if isinstance(found, PointwiseRegion) else None
-        return TritonSpec(
-            *(delta_spec(node), weight.dtype, False, transposed),
-            experts=weight.shape[0],
-            activation=activation,
-        )
-    n, slots = fake_value(call["slots"]).shape[0], fake_value(call["B"]).shape[0]
-    return TritonSpec(
-        *(delta_spec(node), weight.dtype, call["bias"] is not None, transposed),
-        # as few blocks as the sizes of the graph allow
-        by_request=isinstance(n, int) and n < slots,
-    )
+    experts = weight.shape[0] if node.target is FUSED_EXPERTS else 0
+    bias = not experts and call["bias"] is not None
+    return TritonSpec(delta_spec(node), weight.dtype, bias, transposed, experts)

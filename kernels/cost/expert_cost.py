@@ -4,7 +4,6 @@
     pairs with rows     H(E·D), of experts and adapters: the A and B of a pair are read once
 
     grouped     shrink, then one kernel of product and expand, a tile an expert's
-    activated   the same, where the shrink also computes x: one kernel less
     segments    the vendor's grouped product, keys of rows, shrink and expand over sorted rows
     gemv        the same a row at a time
 
@@ -29,12 +28,10 @@ HOST_PRODUCT, HOST_WAIT = 5e-6, 2e-5
 @dataclass(frozen=True)
 class ExpertWork(Work):
     """Rows sorted by expert, times W[e], with the deltas of D adapters. `rows` are pairs of a token
-    and an expert; `on_host`: the base's product is a loop over experts on the host; `activation`:
-    whether x could be computed by the shrink."""
+    and an expert; `on_host`: the base's product is a loop over experts on the host."""
 
     experts: int = 1
     on_host: bool = False
-    activation: bool = False
 
     def _hit(self, cells: int) -> float:
         return cells * -math.expm1(self.rows * math.log1p(-1 / cells)) if cells > 1 else 1.0
@@ -69,32 +66,19 @@ class ExpertWork(Work):
             return self.base() + HOST_WAIT + self.active * HOST_PRODUCT
         return super().vendor()
 
-    @property
-    def pointwise(self) -> float:
-        """Seconds of computing x from two halves by a separate kernel."""
-        size = 3.0 * self.rows * self.in_features
-        return self.kernel(size, 0, 0) + self.chip.launch if self.activation else 0.0
-
-
-def _fused(work: ExpertWork, x_elements: float) -> float:
-    flops = 2.0 * work.rows * work.padded_rank
-    shrink = work.reader(work.a + x_elements, 0, flops * len(work.sizes) * work.in_features)
-    return shrink + work.fused_base(work.b, 0, flops * work.columns, STREAMING)
-
 
 def _grouped(work: ExpertWork) -> float:
-    return _fused(work, work.rows * work.in_features) + work.pointwise
-
-
-def _activated(work: ExpertWork) -> float:
-    return _fused(work, 3.0 * work.rows * work.in_features)
+    flops = 2.0 * work.rows * work.padded_rank
+    x = work.rows * work.in_features
+    shrink = work.reader(work.a + x, 0, flops * len(work.sizes) * work.in_features)
+    return shrink + work.fused_base(work.b, 0, flops * work.columns, STREAMING)
 
 
 def _delta(work: ExpertWork, l2: float, padding: float, *, tensor: bool) -> float:
     M, K, N, G = work.rows, work.in_features, work.columns, len(work.sizes)
     shrink = work.reader(work.a + M * K, l2 * G * K, padding * G * K, tensor=tensor)
     expand = work.reader(work.b + 2 * M * N, l2 * N, padding * N, tensor=tensor)
-    return work.vendor() + work.pointwise + 2 * work.chip.launch + shrink + expand
+    return work.vendor() + 2 * work.chip.launch + shrink + expand
 
 
 def _segments(work: ExpertWork) -> float:
@@ -110,18 +94,13 @@ def _gemv(work: ExpertWork) -> float:
 
 EXPERT_STRATEGIES = {
     "grouped": _grouped,
-    "activated": _activated,
     "segments": _segments,
     "gemv": _gemv,
 }
 
 
 def _refusal(name: str, work: ExpertWork) -> str:
-    if name not in ("grouped", "activated"):
-        return ""
-    if name == "activated" and not work.activation:
-        return "kernels cannot compute its input"
-    if not work.compute_bound or work.on_host:
+    if name != "grouped" or not work.compute_bound or work.on_host:
         return ""
     return slower_than_vendor(work.chip)
 
@@ -129,4 +108,4 @@ def _refusal(name: str, work: ExpertWork) -> str:
 def estimate_experts(work: ExpertWork) -> dict[str, Estimate]:
     seconds = {name: model(work) for name, model in EXPERT_STRATEGIES.items()}
     refusals = {name: _refusal(name, work) for name in seconds}
-    return ranked(seconds, refusals, work.vendor() + work.pointwise, work.floor())
+    return ranked(seconds, refusals, work.vendor(), work.floor())

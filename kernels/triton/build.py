@@ -6,11 +6,9 @@
     epilogue   shrink, then x Wᵀ + b with v B added in its epilogue; y is written once
     recompute  one kernel: each tile computes v for its own rows beside x Wᵀ
     segments   shrink, then y += v B, rows sorted by slot; the base product is the vendor's
-    concat     v behind the columns of x and B behind those of W, then the vendor's GEMM of both
     gemv       as "segments" a row at a time, for one or two rows an adapter
     embedding  y += A[s, id] B[s]
     grouped    "epilogue" for rows sorted by expert, each with its expert's W, A and B
-    activated  the same with x = f(…) computed by the shrink, which writes it down for the product
 
 The id is the same in every process that has the same templates, tiles and versions, so a graph
 cached on disk stays valid; a process must call `build` before it runs such a graph. Tuned tiles are
@@ -34,12 +32,11 @@ from lorafx.errors import LoweringError
 from lorafx.kernels.cpu.compiler import cache_folder
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.triton.generated import GeneratedKernel, load
-from lorafx.kernels.triton.source import COLUMN_UNIT, TritonSpec, generator_hash
+from lorafx.kernels.triton.source import TritonSpec, generator_hash
 from lorafx.kernels.triton.tiles import (
     Architecture,
     Tiles,
     architecture_of,
-    concat_tiles,
     expand_rows_tiles,
     grouped_tiles,
     linear_tiles,
@@ -52,10 +49,8 @@ from lorafx.torch_internals import triton_compat
 
 #: Strategies of `lorafx::triton_linear`, which compute the base product too.
 LINEAR = ("split", "epilogue", "recompute")
-#: Strategies of `lorafx::triton_experts`, likewise.
-EXPERTS = ("grouped", "activated")
-#: The strategy that makes x and W longer for the vendor's GEMM (ops.py).
-CONCAT = "concat"
+#: The strategy of `lorafx::triton_experts`, likewise.
+EXPERTS = "grouped"
 #: Strategies of the deltas alone.
 DELTA = ("segments", "gemv", "embedding")
 #: One program of the sorting kernel ranks this many requests.
@@ -68,11 +63,9 @@ STRATEGY_KERNELS: Mapping[str, tuple[str, ...]] = {
     "epilogue": ("shrink", "epilogue"),
     "recompute": ("recompute",),
     "segments": ("shrink", "expand"),
-    "concat": ("gather", "place"),
     "gemv": ("shrink_rows", "expand_rows"),
     "embedding": ("embedding_rows",),
     "grouped": ("shrink", "epilogue"),
-    "activated": ("activate", "epilogue"),
 }
 
 
@@ -118,17 +111,14 @@ def build(
     if strategy not in STRATEGY_KERNELS:
         known = ", ".join(STRATEGY_KERNELS)
         raise LoweringError(f"no Triton strategy {strategy!r}; there are {known}")
-    if strategy in (*LINEAR, *EXPERTS) and spec.weight_dtype is None:
+    if strategy in (*LINEAR, EXPERTS) and spec.weight_dtype is None:
         raise LoweringError(f"strategy {strategy!r} computes the base product: name its weight")
-    if (strategy in EXPERTS) != (spec.experts > 0 and strategy not in DELTA):
+    if (strategy == EXPERTS) != (spec.experts > 0 and strategy not in DELTA):
         raise LoweringError(f"strategy {strategy!r} does not serve {spec.experts} experts")
-    if strategy == "activated" and spec.activation is None:
-        raise LoweringError(f"strategy {strategy!r} computes x itself and needs the activation")
     if not spec.supported() or spec.delta.embedding != (strategy == "embedding"):
         return None
-    if strategy == CONCAT and (why := not_concat(spec.delta, spec.weight_dtype)):
-        raise LoweringError(f"strategy {strategy!r} cannot make x and W longer: {why}")
-    spec = spec_for(strategy, spec)
+    if strategy in DELTA:
+        spec = TritonSpec(spec.delta)  # one kernel for all bases
     arch = architecture_of(device)
     load_tuned(arch)
     chosen = dict(tiles) if tiles is not None else tiles_for(strategy, spec.delta, rows_hint, arch)
@@ -139,28 +129,6 @@ def build(
             _PLANS[plan.id] = plan
             _BUILT[key] = plan.id
         return _BUILT[key]
-
-
-def not_concat(delta: DeltaSpec, weight_dtype: torch.dtype | None) -> str:
-    """Why x and W cannot be made longer; "" where they can."""
-    dtypes = {delta.x_dtype, delta.bank_dtype, delta.y_dtype, weight_dtype}
-    if len(dtypes) != 1:
-        return "x, W, the bank and y are not of one type"
-    if delta.x_dtype == torch.float16:
-        return "x A may overflow float16"
-    if delta.in_features % COLUMN_UNIT:
-        return f"K is {delta.in_features}, not a multiple of {COLUMN_UNIT}"
-    return ""
-
-
-def spec_for(strategy: str, spec: TritonSpec) -> TritonSpec:
-    """`spec` without what kernels of `strategy` do not depend on: one kernel for all such bases."""
-    if strategy in DELTA:
-        return TritonSpec(spec.delta)
-    if strategy == CONCAT:
-        return TritonSpec(spec.delta, transposed=spec.transposed, by_request=spec.by_request)
-    activation = spec.activation if strategy == "activated" else None
-    return replace(spec, by_request=False, activation=activation)
 
 
 def _plan(
@@ -204,7 +172,7 @@ def tuning_key(strategy: str, arch: Architecture, spec: DeltaSpec, rows: int) ->
 
 def tiles_for(strategy: str, spec: DeltaSpec, rows: int, arch: Architecture) -> dict[str, Tiles]:
     """Tiles of each kernel of `strategy` for about `rows` rows, tuned or the heuristic's."""
-    rows = max(rows, 1)  # of one expert, in "grouped" and "activated"
+    rows = max(rows, 1)  # of one expert, in "grouped"
     tuned = TUNED.get(tuning_key(strategy, arch, spec, rows))
     if tuned is not None:
         return dict(tuned)
@@ -217,12 +185,10 @@ def tiles_for(strategy: str, spec: DeltaSpec, rows: int, arch: Architecture) -> 
         second = expand_rows_tiles(spec, rows, arch)
         both = {"shrink_rows": first, "expand_rows": replace(second, parts=first.parts)}
         return {name: replace(t, overlap=arch.overlaps) for name, t in both.items()}
-    if strategy == "concat":
-        return concat_tiles(spec, rows, arch)
     if strategy == "split":
         return split_tiles(spec, rows, arch)
-    if strategy in ("grouped", "activated"):
-        pair = grouped_tiles(spec, rows, arch, strategy)
+    if strategy == EXPERTS:
+        pair = grouped_tiles(spec, rows, arch)
         return dict(zip(STRATEGY_KERNELS[strategy], pair, strict=True))
     first = shrink_tiles(spec, rows, arch)
     ordered = strategy == "segments" and rows > first.block_m

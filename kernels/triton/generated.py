@@ -39,7 +39,7 @@ from lorafx.kernels.triton.tiles import Architecture, Tiles
 from lorafx.torch_internals import triton_compat
 
 #: Kernels that launch first and whose result another kernel reads.
-FIRST = ("shrink", "shrink_rows", "split", "activate")
+FIRST = ("shrink", "shrink_rows", "split")
 
 
 @dataclass(frozen=True, eq=False)

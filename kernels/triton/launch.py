@@ -12,7 +12,6 @@ ranks and numbers of rows on the device, so a captured launch stays right when t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -101,26 +100,6 @@ def shrink(kernel: GeneratedKernel, spec: TritonSpec, x: Tensor, batch: LaunchAr
     scalars = batch.arguments(ranks.shape[0], v.stride(0), x.stride(0))
     batch.launch(kernel, grid, [x, A, ranks, scales, *batch.pointers, v, *scalars])
     return v
-
-
-def activate(
-    kernel: GeneratedKernel, spec: TritonSpec, inputs: Sequence[Tensor], batch: LaunchArgs
-) -> tuple[Tensor, Tensor]:
-    """h (M, K) = f(inputs) and v = `shrink` of it."""
-    A, _, ranks, scales, _ = batch.bank
-    activation, d, tiles = spec.activation, spec.delta, kernel.tiles
-    assert activation is not None
-    h = torch.empty((batch.M, d.in_features), dtype=d.x_dtype, device=A.device)
-    v = batch.planes(kernel, spec)
-    strides, first = [], 0
-    for leaf in activation.leaves:
-        strides.append(inputs[first].stride(0))
-        first += leaf.inputs
-    tall = batch.tiles(tiles.block_m) * tiles.lanes
-    grid = (tall, _cdiv(spec.planes, tiles.block_r), tiles.parts)
-    scalars = batch.arguments(ranks.shape[0], v.stride(0), *strides, h.stride(0))
-    batch.launch(kernel, grid, [*inputs, h, A, ranks, scales, *batch.pointers, v, *scalars])
-    return h, v
 
 
 def split(

@@ -4,28 +4,11 @@
     lorafx::triton_delta_            the deltas alone, added into y in place
     lorafx::triton_embedding_delta_  the delta of an embedding, added into y in place
     lorafx::triton_experts           products with routed experts' weights and their deltas, (M, N)
-    lorafx::triton_concat_           B behind the columns of W and v behind those of x
 
 `kernel` is an id of build.py. Other arguments are as in lorafx.kernels.ops.linear_ops, with
 rows > 0; the references are `lorafx::fused_linear`, `add_delta_`, `add_embedding_delta_` and
 `fused_experts`. All raise LoweringError, with the op's name and what does not fit, for a real or
 fake argument that `kernel` was not made for.
-
-The strategy "concat" is one product of the vendor's for a longer x and a longer W:
-
-    x' = [ x | v of each sibling ]      W' = [ W | B of each sibling ]      y = x' W'ᵀ + b
-
-    gather   W'[column, d-th block of its sibling, r] = B[slot of block d, r, column]
-    place    x'[m, block of m, r] = scale · Σ_k A[slot of m, sibling, r, k] x[m, k]
-
-A sibling has a block of `TritonSpec.width` columns for each slot of the bank or for each request. A
-row's v is in the block of its slot, the rest of its columns are 0, and W' is 0 in the columns of
-other siblings. v is rounded to x's type before it is multiplied by B, which is of that type:
-
-    |ŷ - y| ≤ u |y| + u Σ_k |v_k| |B_k| + (2K + r + 8) 2⁻²⁴ |y|₁
-
-with u = 2⁻⁸ for bfloat16 and 2⁻¹¹ for float16. W' is finite in the blocks of other rows: where an
-adapter's B is not, the rows of that adapter alone are NaN.
 """
 
 from __future__ import annotations
@@ -40,19 +23,17 @@ from lorafx.kernels.ops.delta_spec import have_strides
 from lorafx.kernels.ops.expert_ops import check_ends
 from lorafx.kernels.ops.op_checks import check_bank, require
 from lorafx.kernels.ops.op_library import BankArgs
-from lorafx.kernels.triton.build import CONCAT, EXPERTS, LINEAR, LaunchPlan, plan_of
-from lorafx.kernels.triton.generated import GeneratedKernel, Launch, generated_op
+from lorafx.kernels.triton.build import EXPERTS, LINEAR, LaunchPlan, plan_of
+from lorafx.kernels.triton.generated import Launch, generated_op
 from lorafx.kernels.triton.launch import (
     Base,
     LaunchArgs,
-    activate,
     embedding_rows,
     expand_rows,
     linear,
     shrink,
     split,
 )
-from lorafx.kernels.triton.source import Leaf, TritonSpec
 from lorafx.torch_internals.symbols import guard_or_false
 
 
@@ -110,16 +91,6 @@ def checked_plan(
     return plan
 
 
-def check_a(op: str, plan: LaunchPlan, A: Tensor) -> None:
-    d = plan.spec.delta
-    shown = (max(d.siblings) + 1) * d.in_features
-    require(
-        op,
-        A.shape[1] == d.max_rank and A.shape[2] >= shown,
-        f"A is {tuple(A.shape)}, the kernel's (S, {d.max_rank}, {shown}) or wider",
-    )
-
-
 def check_linear(op: str, plan: LaunchPlan, x: Tensor, A: Tensor) -> None:
     d = plan.spec.delta
     require(
@@ -127,7 +98,12 @@ def check_linear(op: str, plan: LaunchPlan, x: Tensor, A: Tensor) -> None:
         x.dim() == 2 and x.shape[1] == d.in_features and x.dtype == d.x_dtype,
         f"x is {x.dtype} {tuple(x.shape)}, the kernel's {d.x_dtype} (M, {d.in_features})",
     )
-    check_a(op, plan, A)
+    shown = (max(d.siblings) + 1) * d.in_features
+    require(
+        op,
+        A.shape[1] == d.max_rank and A.shape[2] >= shown,
+        f"A is {tuple(A.shape)}, the kernel's (S, {d.max_rank}, {shown}) or wider",
+    )
     require_adjacent(op, x=x)
 
 
@@ -141,15 +117,6 @@ def check_weight(op: str, plan: LaunchPlan, weight: Tensor, *leading: int) -> No
         f"the weight is {weight.dtype} {tuple(weight.shape)}, the kernel's {shape}",
     )
     require_adjacent(op, weight=weight)
-
-
-def check_ids(op: str, ids: Tensor) -> None:
-    require(
-        op,
-        ids.dim() == 1 and ids.dtype in (torch.int32, torch.int64),
-        f"ids is {ids.dtype} {tuple(ids.shape)}, the kernel's int32 or int64 (M,)",
-    )
-    require_adjacent(op, ids=ids)
 
 
 def check_y(op: str, plan: LaunchPlan, y: Tensor, rows: Any) -> None:
@@ -238,16 +205,18 @@ def _run_embedding_delta(
 def _embedding_fake(y, ids, bank: BankArgs, rows, kernel) -> None:
     op, rank = "triton_embedding_delta_", bank.A.shape[2]
     plan = checked_plan(op, kernel, ("embedding",), bank, rows)
-    check_ids(op, ids)
+    require(
+        op,
+        ids.dim() == 1 and ids.dtype in (torch.int32, torch.int64),
+        f"ids is {ids.dtype} {tuple(ids.shape)}, the kernel's int32 or int64 (M,)",
+    )
+    require_adjacent(op, ids=ids)
     require(op, rank == plan.spec.delta.max_rank, f"A has rank {rank}")
     check_y(op, plan, y, ids.shape[0])
 
 
-EXPERTS_OP = "triton_experts"
-
-
 def _run_experts(
-    inputs: Sequence[Tensor],
+    x: Tensor,
     weight: Tensor,
     offs: Tensor,
     bank: BankArgs,
@@ -255,136 +224,29 @@ def _run_experts(
     kernel: int,
     launch: Launch,
 ) -> Tensor:
-    """`inputs` is [x], or what "activated" computes x from. Rows are sorted by expert, offs (E,)
-    ends those of each; rows behind the last become 0. The host reads no number of rows."""
-    y = _experts_fake(inputs, weight, offs, bank, rows, kernel)
-    plan, M = plan_of(int(kernel)), y.shape[0]
+    """Rows are sorted by expert, offs (E,) ends those of each; rows behind the last become 0. The
+    host reads no number of rows."""
+    y = _experts_fake(x, weight, offs, bank, rows, kernel)
+    plan, M = plan_of(int(kernel)), x.shape[0]
     if guard_or_false(M == 0):
         return y
     batch = LaunchArgs.of(M, bank, rows, None, launch, offs)
     first, last = plan.kernels.values()
-    if plan.strategy == "activated":
-        x, v = activate(first, plan.spec, inputs, batch)
-    else:
-        x = inputs[0]
-        v = shrink(first, plan.spec, x, batch)
+    v = shrink(first, plan.spec, x, batch)
     linear(last, plan.spec, y, v, Base(x, weight, None), batch)
     return y
 
 
-def _experts_fake(inputs, weight, offs, bank: BankArgs, rows, kernel):
-    plan = checked_plan(EXPERTS_OP, kernel, EXPERTS, bank, rows)
+def _experts_fake(x, weight, offs, bank: BankArgs, rows, kernel):
+    op = "triton_experts"
+    plan = checked_plan(op, kernel, (EXPERTS,), bank, rows)
     spec, S = plan.spec, bank.ranks.shape[0]
-    M = _check_inputs(plan, inputs, bank.A)
-    check_weight(EXPERTS_OP, plan, weight, spec.experts)
-    check_ends(EXPERTS_OP, offs, spec.experts)
-    require_adjacent(EXPERTS_OP, offs=offs)
-    require(EXPERTS_OP, S % spec.experts == 0, f"{spec.experts} experts do not divide {S} slots")
-    return inputs[0].new_empty((M, spec.out_features), dtype=spec.delta.y_dtype)
-
-
-def _check_inputs(plan: LaunchPlan, inputs: Sequence[Tensor], A: Tensor) -> Any:
-    """The number of rows; refuses inputs that the plan's kernels were not made for."""
-    activation = plan.spec.activation
-    if activation is None:
-        require(EXPERTS_OP, len(inputs) == 1, f"{len(inputs)} inputs; the kernel takes x alone")
-        check_linear(EXPERTS_OP, plan, inputs[0], A)
-        return inputs[0].shape[0]
-    found = len(inputs)
-    require(EXPERTS_OP, found == activation.inputs, f"{found} inputs, not {activation.inputs}")
-    rows: list[Any] = []
-    rest = list(inputs)
-    for index, leaf in enumerate(activation.leaves):
-        last = max(
-            load.start + load.step * (plan.spec.delta.in_features - 1)
-            for load in activation.loads
-            if load.leaf == index
-        )
-        rows.append(_check_leaf(index, leaf, last, rest[: leaf.inputs]))
-        del rest[: leaf.inputs]
-    require(EXPERTS_OP, all(count == rows[0] for count in rows), f"inputs of {rows} rows")
-    return rows[0]
-
-
-def _check_leaf(index: int, leaf: Leaf, last: int, tensors: Sequence[Tensor]) -> Any:
-    table = tensors[0]
-    require(
-        EXPERTS_OP,
-        table.dim() == 2 and table.dtype == leaf.dtype and table.shape[1] > last,
-        f"input {index} is {table.dtype} {tuple(table.shape)}, the kernel's {leaf.dtype} with "
-        f"more than {last} columns",
-    )
-    require_adjacent(EXPERTS_OP, input=table)
-    if leaf.gathered:
-        check_ids(EXPERTS_OP, tensors[1])
-    return tensors[-1].shape[0]
-
-
-def columns_of(spec: TritonSpec, blocks: Any) -> Any:
-    return len(spec.delta.sizes) * spec.width * blocks
-
-
-def blocks_of(spec: TritonSpec, bank: BankArgs) -> Any:
-    return bank.slots.shape[0] if spec.by_request else bank.B.shape[0]
-
-
-def gather(kernel: GeneratedKernel, spec: TritonSpec, w: Tensor, batch: LaunchArgs) -> Tensor:
-    """Writes B into W' (N, …), or (…, N) where the spec is transposed, behind its K columns.
-    Returns int32 (blocks, T): where B is not finite, by block and column tile; W' has 0 there."""
-    bank = batch.bank
-    blocks = blocks_of(spec, bank)
-    tiles_n = sum(-(-size // kernel.tiles.block_n) for size in spec.delta.sizes)
-    flags = torch.empty((blocks, tiles_n), dtype=torch.int32, device=w.device)
-    strides = [w.stride(1), w.stride(0)] if spec.transposed else [w.stride(0), w.stride(1)]
-    pointers = [bank.B, bank.ranks, bank.slots, w, flags]
-    batch.launch(kernel, (tiles_n, blocks), [*pointers, bank.ranks.shape[0], blocks, *strides])
-    return flags
-
-
-def place(
-    kernel: GeneratedKernel, spec: TritonSpec, x: Tensor, flags: Tensor, batch: LaunchArgs
-) -> None:
-    """Writes v into x' (M, …) behind x; NaN for rows of slots that `flags` marks."""
-    bank, tiles = batch.bank, kernel.tiles
-    grid = (batch.tiles(tiles.block_m), -(-columns_of(spec, 1) // tiles.block_r))
-    pointers = [x, bank.A, bank.ranks, bank.scales, flags, *batch.pointers]
-    scalars = batch.arguments(bank.ranks.shape[0], blocks_of(spec, bank), x.stride(0))
-    batch.launch(kernel, grid, [*pointers, *scalars])
-
-
-def _run_concat(
-    x: Tensor, w: Tensor, bank: BankArgs, rows: int, kernel: int, launch: Launch
-) -> None:
-    _concat_fake(x, w, bank, rows, kernel)
-    plan, M = plan_of(int(kernel)), x.shape[0]
-    if guard_or_false(M == 0):
-        return
-    batch = LaunchArgs.of(M, bank, rows, plan.order, launch)
-    behind_w, behind_x = plan.kernels.values()
-    flags = gather(behind_w, plan.spec, w, batch)
-    place(behind_x, plan.spec, x, flags, batch)
-
-
-def _concat_fake(x, w, bank: BankArgs, rows, kernel) -> None:
-    op = "triton_concat_"
-    plan = checked_plan(op, kernel, (CONCAT,), bank, rows)
-    spec, d = plan.spec, plan.spec.delta
-    more = columns_of(spec, blocks_of(spec, bank))
-    K, N = d.in_features, spec.out_features
-    require(
-        op,
-        x.dim() == 2 and x.shape[1] == K + more and x.dtype == d.x_dtype,
-        f"x' is {x.dtype} {tuple(x.shape)}, the kernel's {d.x_dtype} (M, {K} + {more})",
-    )
-    check_a(op, plan, bank.A)
-    require_adjacent(op, x=x)
-    require(op, w.dim() == 2, f"W' is a matrix, not {w.dim()}-d")
-    have, long = w.shape[::-1] if spec.transposed else w.shape
-    require(
-        op,
-        have == N and long == K + more and w.dtype == d.x_dtype,
-        f"W' is {w.dtype} {tuple(w.shape)}, the kernel's {d.x_dtype} with {N} rows of {K} + {more}",
-    )
+    check_linear(op, plan, x, bank.A)
+    check_weight(op, plan, weight, spec.experts)
+    check_ends(op, offs, spec.experts)
+    require_adjacent(op, offs=offs)
+    require(op, S % spec.experts == 0, f"{spec.experts} experts do not divide {S} slots")
+    return x.new_empty((x.shape[0], spec.out_features), dtype=spec.delta.y_dtype)
 
 
 triton_linear = generated_op("linear", _run_linear, _linear_fake)
@@ -393,4 +255,3 @@ triton_embedding_delta_ = generated_op(
     "embedding_delta_", _run_embedding_delta, _embedding_fake, mutates_args=("y",)
 )
 triton_experts = generated_op("experts", _run_experts, _experts_fake)
-triton_concat_ = generated_op("concat_", _run_concat, _concat_fake, mutates_args=("x", "w"))

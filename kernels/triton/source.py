@@ -9,9 +9,7 @@
     split        y[q, m] = Σ_(k in part q) x[m, k] W[:, k], and shrink by programs of its own
     shrink_rows, expand_rows    the same a row at a time, without matrix instructions
     embedding_rows              expand_rows with A[s, id] for v
-    gather, place  B behind the columns of W, and v behind those of x, for one product of both
     order        the requests sorted by slot
-    activate     h = f(…) of other tensors, and shrink for x = h
     attend, attend_split, attend_sum, write_new    attention over a paged cache
 
 With routed experts rows are sorted by expert, a tile is of one expert, and s is its (slot, expert).
@@ -36,73 +34,23 @@ from lorafx.kernels.triton.tiles import Tiles, power_of_two
 
 TYPES = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
 
-#: Unit of columns of "concat" in elements: what a matrix instruction takes of K, 32 bytes.
-COLUMN_UNIT = 16
-
 # kernel -> its template and the constants that tell it from the template's other kernels
 KERNELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "shrink": ("shrink", {}),
     "epilogue": ("linear", {"base": True, "recompute": False, "reduce": False}),
     "recompute": ("linear", {"base": True, "recompute": True, "reduce": False}),
     "expand": ("linear", {"base": False, "recompute": False, "reduce": False}),
-    "gather": ("concat", {"function": "gather"}),
-    "place": ("concat", {"function": "place"}),
     "split": ("split", {}),
     "reduce": ("linear", {"base": False, "recompute": False, "reduce": True}),
     "shrink_rows": ("rows", {"function": "shrink_rows"}),
     "expand_rows": ("rows", {"function": "expand_rows", "embedding": False}),
     "embedding_rows": ("rows", {"function": "expand_rows", "embedding": True}),
     "order": ("order", {}),
-    "activate": ("shrink", {}),
     "write_new": ("paged_attention", {"function": "write_new"}),
     "attend": ("paged_attention", {"function": "attend", "split": False}),
     "attend_split": ("paged_attention", {"function": "attend", "split": True}),
     "attend_sum": ("paged_attention", {"function": "attend_sum"}),
 }
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """A tensor that the region reads, (M, W), or (E, W) where its rows are `gathered` by ids."""
-
-    dtype: torch.dtype
-    gathered: bool = False
-
-    @property
-    def inputs(self) -> int:
-        return 1 + self.gathered
-
-
-@dataclass(frozen=True)
-class Load:
-    """g_i: columns start, start + step, … of a leaf, one for each k."""
-
-    leaf: int
-    start: int
-    step: int
-
-
-@dataclass(frozen=True)
-class Activation:
-    """A pointwise region in front of a product, as text that a generated kernel computes.
-
-        h[m, k] = f(g_0, g_1, …)        g_i = leaf[row, start + step · k]
-
-    A leaf is a tensor with a row for each row m, or a table whose row is chosen by ids[m] (biases
-    of experts). Leaves are in the order in which the op takes them, each followed by its ids if
-    gathered. The names g0, g1, … in `lines` stand for `loads`, whose steps of two are interleaved
-    halves. A line is a Triton statement that gives a name to a float32 expression of earlier names;
-    where the graph casts to a narrower type, so does the text. `result` is the name of h.
-    """
-
-    leaves: tuple[Leaf, ...]
-    loads: tuple[Load, ...]
-    lines: tuple[str, ...]
-    result: str
-
-    @property
-    def inputs(self) -> int:
-        return sum(leaf.inputs for leaf in self.leaves)
 
 
 @dataclass(frozen=True)
@@ -112,8 +60,6 @@ class TritonSpec:
     Attributes:
         weight_dtype, transposed: of the base weight, (K, N) if transposed.
         experts: E where the weight holds one for each expert; 0 for all others.
-        activation: what x is computed by, for a strategy that does so itself.
-        by_request: "concat" has a block of columns for each request instead of each slot.
     """
 
     delta: DeltaSpec
@@ -121,8 +67,6 @@ class TritonSpec:
     bias: bool = False
     transposed: bool = False
     experts: int = 0
-    activation: Activation | None = None
-    by_request: bool = False
 
     @property
     def out_features(self) -> int:
@@ -132,11 +76,6 @@ class TritonSpec:
     def planes(self) -> int:
         """Factors of a row of v: R for each column range."""
         return len(self.delta.sizes) * self.delta.max_rank
-
-    @property
-    def width(self) -> int:
-        """Columns of a block of "concat"."""
-        return -(-self.delta.max_rank // COLUMN_UNIT) * COLUMN_UNIT
 
     def supported(self) -> bool:
         """Whether kernels are generated for it: 16- and 32-bit floats, nothing empty."""
@@ -187,8 +126,6 @@ class TritonSpec:
             "ABREAST": tiles.block_r // factors,
             "WIDE": tiles.picked or tiles.block_m,
             "LANES": tiles.lanes,
-            "WIDTH": self.width,
-            "COLUMNS": len(d.sizes) * self.width,
             "GROUP_M": tiles.group_m,
             **tiles.blocks,
         }
@@ -202,7 +139,6 @@ class TritonSpec:
             "starts": _starts(d.sizes),
             "range_firsts": [j * d.max_rank for j in range(len(d.sizes))],
             "tile_firsts": _starts(tuple(counts)),
-            "tiles_block": power_of_two(sum(counts), 1, 1 << 20),
             # Of a kernel that takes a tile's slots side by side, or goes slot by slot after all.
             "slot_factors": power_of_two(factors, 16, 16) if batched else tiles.block_r,
             "code": 1 << d.max_rank.bit_length(),
@@ -210,16 +146,13 @@ class TritonSpec:
             "transposed": self.transposed,
             "out_features": self.out_features,
             "ragged_k": ragged
-            or (kernel in ("shrink", "split", "activate") and tiles.parts * k_part > d.in_features),
+            or (kernel in ("shrink", "split") and tiles.parts * k_part > d.in_features),
             "split_ragged": ragged or tiles.split * split_part > d.in_features,
             "ragged_n": any(size % tiles.block_n for size in d.sizes),
             "batched": batched,
             "at_once": tiles.at_once if batched else 0,
             "grouped": self.experts > 0,
             "experts_block": power_of_two(self.experts, 1, 1 << 20),
-            "activation": self.activation if kernel == "activate" else None,
-            "width": self.width,
-            "requests": self.by_request,
         }
 
     def _dtypes(self) -> dict[str, str]:

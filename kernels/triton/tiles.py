@@ -213,16 +213,13 @@ def shrink_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:
     )
 
 
-def grouped_tiles(
-    spec: DeltaSpec, rows: int, arch: Architecture, strategy: str
-) -> tuple[Tiles, Tiles]:
+def grouped_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> tuple[Tiles, Tiles]:
     """Tiles of shrink and product over `rows` rows of each of many experts, for twice the average's
-    rows, since a second row tile reads W again. A reader starts early only where the kernel before
-    it does not make x, and without wide tiles, whose registers its wait takes (40 bytes spilled).
+    rows, since a second row tile reads W again. A reader starts early only without wide tiles,
+    whose registers its wait takes (40 bytes spilled).
     """
     rows = 2 * rows if rows < 64 else rows
-    # x that is computed is in registers: a wgmma of it would be in flight as they are written.
-    first = shrink_tiles(spec, rows if strategy == "grouped" else min(rows, 32), arch)
+    first = shrink_tiles(spec, rows, arch)
     second = linear_tiles(spec, rows, arch, "epilogue")
     if arch.name != "interpreter":
         wide = first.picked or first.block_m
@@ -242,44 +239,9 @@ def grouped_tiles(
             second = replace(second, block_n=64, num_stages=stages_that_fit(arch, stage, 5))
             if second.block_m <= 32 and spec.max_rank <= 32:
                 second = replace(second, batched=True, block_r=64)
-    overlap = arch.overlaps and strategy == "grouped" and rows <= 256
+    overlap = arch.overlaps and rows <= 256
     first = replace(first, overlap=overlap)
     return first, replace(second, parts=first.parts, overlap=overlap)
-
-
-def concat_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> dict[str, Tiles]:
-    """Tiles of "gather" and "place", a shrink whose result is read as it is, so that K stays whole:
-    row tiles are as low as fill the processors, and few rows take a program for 16 factors."""
-    factors = len(spec.sizes) * power_of_two(spec.max_rank, 16, 1 << 20)
-    if arch.name == "interpreter":
-        wide = power_of_two(max(spec.sizes), 16, 128)
-        first = Tiles(block_n=wide, block_r=power_of_two(spec.max_rank, 16, 64))
-        second = Tiles(
-            block_m=power_of_two(rows, 16, 64),
-            block_n=wide,
-            block_k=power_of_two(spec.in_features, 16, 256),
-            block_r=power_of_two(factors, 16, 64),
-            ordered=rows > 64,
-        )
-        return {"gather": replace(first, ordered=second.ordered), "place": second}
-    ordered = rows > 64
-    first = Tiles(block_n=64, block_r=power_of_two(spec.max_rank, 16, 64), ordered=ordered)
-    block_m = power_of_two(rows // arch.processors, 16, 64)
-    block_r = power_of_two(factors, 16, 16 if rows < 16 * arch.processors else 64)
-    size = spec.x_dtype.itemsize
-    block_k = 32 if size == 4 or spec.in_features % 16 else 128 if block_m <= 32 else 64
-    second = Tiles(
-        block_m=block_m,
-        block_n=64,
-        block_k=block_k,
-        block_r=block_r,
-        swap=block_m < 64,
-        ordered=ordered,
-        # Loads of x and A and stores of v hold a pointer an element: 80 bytes spilled with four.
-        num_warps=8 if block_m * block_r >= 64 * 32 else 4,
-        num_stages=stages_that_fit(arch, block_k * (block_m + block_r) * size, 4),
-    )
-    return {"gather": first, "place": second}
 
 
 def shrink_rows_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:

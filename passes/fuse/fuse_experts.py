@@ -16,7 +16,6 @@ from lorafx.op_arguments import bound, in_order
 from lorafx.program.context import EXPERT_OP, Context
 from lorafx.program.expert_uses import GROUPED, grouped, is_grouped
 from lorafx.program.frame import fake_value
-from lorafx.program.pointwise_region import NoRegion, PointwiseRegion, region_of
 
 aten = torch.ops.aten
 FUSED_EXPERTS = torch.ops.lorafx.fused_experts.default
@@ -66,13 +65,3 @@ def product(ctx: Context, node: fx.Node) -> fx.Node:
 def loops_on_host(node: fx.Node) -> bool:
     """Whether that product loops over experts on the host, as all but torch's do."""
     return node.meta[_PRODUCT] not in GROUPED
-
-
-def region(node: fx.Node) -> PointwiseRegion | NoRegion:
-    """The computation of x of the fused `node`, if x has no other reader."""
-    x = bound(node)["x"]
-    sizes = aten.sym_size.int  # readers of sizes, which become unused
-    others = [user for user in x.users if user is not node and user.target is not sizes]
-    if others:
-        return NoRegion(f"{x.name} is also read by {others[0].name}")
-    return region_of(x)

@@ -27,15 +27,12 @@ CUT = (
     "epilogue/epilogue/o_r16_bf16/m4096",
     "recompute/recompute/o_r16_bf16/m1",
     "segments/expand/o_r16_bf16/m4096",
-    "concat/gather/o_r16_bf16/m4096",
-    "concat/place/qkv_r16_bf16/m4096",
     "gemv/shrink_rows/o_r16_bf16/m1",
     "gemv/expand_rows/o_r16_bf16/m1",
     "embedding/embedding_rows/embedding_r16_bf16/m1",
     "order",
     "grouped/shrink/qwen3_up_r16_bf16/m1",
     "grouped/epilogue/qwen3_up_r16_bf16/m1",
-    "activated/activate/gptoss_down_r16_bf16/m1",
     "paged_attention/attend/llama_bf16/many",
     "paged_attention/attend_split/gptoss_bf16/few",
     "paged_attention/attend_sum/llama_bf16",
@@ -48,18 +45,18 @@ def expected_matrix(variant: AotVariant, target: str) -> str | None:
     """The matrix instruction that a kernel with a dot of 16-bit types has to have."""
     spec, tiles = variant.spec, variant.kernel.tiles
     name = variant.kernel.name
-    if spec is None or "rows" in name or name in ("order", "gather", "attend_sum", "write_new"):
+    if spec is None or "rows" in name or name in ("order", "attend_sum", "write_new"):
         return None
     if isinstance(spec, PagedAttentionSpec):
         names = TARGETS[target].matrix if spec.dtype in HALF else [None]
         return names[0] if tiles.block_m >= 64 else names[-1]
     # x Wᵀ is in the others
-    without = ("expand", "shrink", "place", "activate", "reduce")
+    without = ("expand", "shrink", "reduce")
     product = variant.kernel.name not in without
     delta = spec.delta
     if product:
         is_half, tall = delta.x_dtype in HALF, tiles.block_n if tiles.swap else tiles.block_m
-    elif variant.kernel.name in ("shrink", "place", "activate"):
+    elif variant.kernel.name == "shrink":
         is_half = delta.x_dtype in HALF and delta.x_dtype == delta.bank_dtype
         tall = tiles.block_r if tiles.swap else tiles.block_m
     else:

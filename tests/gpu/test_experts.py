@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from expert_models import experts_modules, moe_case
-from grouped_cases import Experts, activated, assert_right, kernel_of, lora, make_experts
+from grouped_cases import Experts, assert_right, kernel_of, lora, make_experts
 from on_device import assert_served, captured, compiled_on, to
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
@@ -25,19 +24,13 @@ BATCHES = {
 NAMES = ["params", None, "older", "down", "dense"]
 
 
-def gate(y: Tensor) -> Tensor:
-    half, up = y.chunk(2, -1)
-    return F.silu(half) * up
-
-
-def call_of(case: Experts, strategy: str, device: torch.device, rows_hint: int | None = None):
+def call_of(case: Experts, device: torch.device, rows_hint: int | None = None):
     """What runs the op on the case's tensors as they are then."""
-    kernel = kernel_of(case, strategy, device=device, rows_hint=rows_hint)
+    kernel = kernel_of(case, device=device, rows_hint=rows_hint)
     live = case.on(device)
-    inputs = list(live.inputs) if strategy == "activated" else [live.x]
 
     def call() -> Tensor:
-        return lora.triton_experts(inputs, live.weight, live.offs, *live.bank, 1, kernel)
+        return lora.triton_experts(live.x, live.weight, live.offs, *live.bank, 1, kernel)
 
     return live, call
 
@@ -55,19 +48,17 @@ def test_mixes(device: torch.device, batch: str, dtype: torch.dtype, rows_hint: 
         transposed=dtype == BF16,
         tail=3,
     )
-    _, call = call_of(case, "grouped", device, rows_hint)
+    _, call = call_of(case, device, rows_hint)
     assert_right(case, call().cpu())
 
 
-@pytest.mark.parametrize("strategy", ["grouped", "activated"])
-def test_a_captured_launch_follows_routing_and_mixes(device: torch.device, strategy: str) -> None:
+def test_a_captured_launch_follows_routing_and_mixes(device: torch.device) -> None:
     """Captured with one routing and replayed with others: other experts, adapters, ranks."""
 
     def case_of(counts: tuple[int, ...], slots: tuple[int, ...], seed: int) -> Experts:
-        case = make_experts(counts, slots, K=96, sizes=(64,), rank=16, dtype=BF16, seed=seed)
-        return activated(case, gate, 2) if strategy == "activated" else case
+        return make_experts(counts, slots, K=96, sizes=(64,), rank=16, dtype=BF16, seed=seed)
 
-    live, call = call_of(case_of((8, 8, 8, 8), (0, 1, -1, 2), 0), strategy, device)
+    live, call = call_of(case_of((8, 8, 8, 8), (0, 1, -1, 2), 0), device)
     graph = captured(call)
     weight = live.weight.cpu()
     for seed, (counts, slots) in enumerate(
@@ -76,8 +67,6 @@ def test_a_captured_launch_follows_routing_and_mixes(device: torch.device, strat
         other = case_of(counts, slots, seed + 1)
         for name in ("x", "offs", "A", "B", "ranks", "scales", "slots", "experts"):
             getattr(live, name).copy_(getattr(other, name))
-        for mine, theirs in zip(live.inputs, other.inputs, strict=True):
-            mine.copy_(theirs)
         assert_right(replace(other, weight=weight), graph.replay().cpu())
 
 
@@ -89,7 +78,7 @@ def inputs_of(rows: int, length: int, seed: int = 1) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
 def test_whole_models(device: torch.device, model_type: str, tmp_path: Path) -> None:
     case = moe_case(model_type, tmp_path)
-    fused = {"gate_up_proj": "grouped", "down_proj": "activated"}
+    fused = {"gate_up_proj": "grouped", "down_proj": "grouped"}
     plan = {f"{p}.{name}": s for p, _ in experts_modules(case.base) for name, s in fused.items()}
     cm = compiled_on(case, device, plan=plan)
     inputs = inputs_of(5, 6)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from on_device import call_of, kernel_on, moved
-from triton_cases import BF16, FP16, FP32, LINEARS, assert_right, make_case
+from triton_cases import BF16, FP16, FP32, STRATEGIES, assert_right, make_case
 
 from lorafx.kernels.cost.chips import CHIPS, chip_of
 from lorafx.kernels.triton.tiles import architecture_of
@@ -23,7 +23,7 @@ BATCHES = {
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("strategy", LINEARS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_mixes(device: torch.device, strategy: str, batch: str, dtype: str) -> None:
     slots, rows = BATCHES[batch]
     case = make_case(K=333, sizes=(130, 96), slots=slots, rows=rows, rank=24, dtypes=DTYPES[dtype])
@@ -31,7 +31,7 @@ def test_mixes(device: torch.device, strategy: str, batch: str, dtype: str) -> N
     assert_right(case, strategy, call().cpu())
 
 
-@pytest.mark.parametrize("strategy", LINEARS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_results_are_the_same_every_time(device: torch.device, strategy: str) -> None:
     """Partial sums are added in a fixed order: no atomics."""
     slots = tuple(i % 4 for i in range(64))

@@ -5,30 +5,26 @@ y[m] = x[m] W[e]ᵀ + s · (x[m] A[key]ᵀ) B[key],    key = e·S + slot, rows s
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from delta_oracle import Problem, dense_delta, of_order_one, random_problem
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 from triton_cases import CPU, FP32
 
 import lorafx.kernels.triton.ops  # noqa: F401  registers it
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.triton.build import TritonSpec, build
-from lorafx.kernels.triton.source import Activation
 from lorafx.kernels.triton.tiles import Tiles
-from lorafx.program.pointwise_region import PointwiseRegion, region_of
 
 lora = torch.ops.lorafx
 
 
 @dataclass(frozen=True, eq=False)
 class Experts:
-    """Arguments of `fused_experts`; `inputs` are what x is computed from, where it is."""
+    """Arguments of `fused_experts`."""
 
     x: Tensor
     weight: Tensor
@@ -41,8 +37,6 @@ class Experts:
     experts: Tensor
     sizes: tuple[int, ...]
     transposed: bool = False
-    activation: Activation | None = None
-    inputs: tuple[Tensor, ...] = ()
 
     @property
     def bank(self) -> tuple[Tensor, ...]:
@@ -58,13 +52,12 @@ class Experts:
     def spec(self) -> TritonSpec:
         y = self.x.new_empty((1, sum(self.sizes)))
         delta = DeltaSpec.linear(y, self.x, self.A, self.B, self.ranks, *self.ranges)
-        E = self.weight.shape[0]
-        return TritonSpec(delta, self.weight.dtype, False, self.transposed, E, self.activation)
+        return TritonSpec(delta, self.weight.dtype, False, self.transposed, len(self.weight))
 
     def on(self, device: torch.device) -> Experts:
         names = ("x", "weight", "offs", "A", "B", "ranks", "scales", "slots", "experts")
         moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in names}
-        return replace(self, **moved, inputs=tuple(t.to(device) for t in self.inputs))
+        return replace(self, **moved)
 
 
 def make_experts(
@@ -123,28 +116,8 @@ def _keys(slots: Tensor, experts: Tensor, capacity: int, count: int) -> Tensor:
     return torch.where((slots >= 0) & (experts < count), experts * capacity + slots, -1).int()
 
 
-def activated(case: Experts, function: Callable[..., Tensor], halves: int) -> Experts:
-    """The same case with x = function(y, table, ids) as in a graph, for random y (M, halves·K) and
-    table (E, halves·K); `function` may take y alone."""
-    generator = torch.Generator().manual_seed(7)
-    M, K, E = *case.x.shape, case.weight.shape[0]
-    y = torch.randn(M, halves * K, generator=generator).to(case.x.dtype)
-    table = torch.randn(E, halves * K, generator=generator).to(case.x.dtype)
-    ids = case.experts.long().clamp(max=E - 1)
-    inputs = (y, table, ids)[: len(inspect.signature(function).parameters)]
-    graph = make_fx(function, tracing_mode="fake")(*inputs).graph
-    found = region_of(graph.output_node().args[0])
-    assert isinstance(found, PointwiseRegion), found
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    given = dict(zip(placeholders, inputs, strict=True))
-    x = function(*(t.float() if t.is_floating_point() else t for t in inputs))
-    ordered = tuple(given[node] for node in found.inputs)
-    return replace(case, x=x.to(case.x.dtype), activation=found.activation, inputs=ordered)
-
-
 def kernel_of(
     case: Experts,
-    strategy: str = "grouped",
     *,
     device: torch.device = CPU,
     tiles: Mapping[str, Tiles] | None = None,
@@ -152,16 +125,15 @@ def kernel_of(
 ) -> int:
     """The id of the case's kernels; for Triton's interpreter unless another device is given."""
     hint = rows_hint or max(case.x.shape[0] // case.weight.shape[0], 1)
-    kernel = build(case.spec, strategy, rows_hint=hint, device=device, tiles=tiles)
+    kernel = build(case.spec, "grouped", rows_hint=hint, device=device, tiles=tiles)
     assert kernel is not None
     return kernel
 
 
-def run(case: Experts, strategy: str = "grouped", **kwargs: Any) -> Tensor:
+def run(case: Experts, **kwargs: Any) -> Tensor:
     """y by `triton_experts`, one slot a row."""
-    inputs = list(case.inputs) if strategy == "activated" else [case.x]
-    kernel = kernel_of(case, strategy, **kwargs)
-    return lora.triton_experts(inputs, case.weight, case.offs, *case.bank, 1, kernel)
+    kernel = kernel_of(case, **kwargs)
+    return lora.triton_experts(case.x, case.weight, case.offs, *case.bank, 1, kernel)
 
 
 def exact(case: Experts) -> Tensor:

@@ -11,7 +11,7 @@ from delta_oracle import Problem
 from dense_merge import Case as ModelCase
 from dense_merge import error
 from torch import Tensor
-from triton_cases import CONCAT, LINEAR, Case, concat_linear, lora
+from triton_cases import LINEAR, Case, lora
 
 import lorafx
 from lorafx.kernels.triton.build import build
@@ -40,10 +40,6 @@ def call_of(case: Case, strategy: str, kernel: int) -> Callable[[], Tensor]:
     p = case.problem
     if strategy in LINEAR:
         return lambda: lora.triton_linear(p.x, case.weight, case.bias, *p.bank, p.rows, kernel)
-    if strategy == CONCAT:
-        base = (p.x, case.weight, case.bias)
-        settings = {"transposed": case.transposed}
-        return lambda: concat_linear(*base, p.bank, p.rows, kernel, **settings)
     op = lora.triton_embedding_delta_ if p.embedding else lora.triton_delta_
 
     def call() -> Tensor:

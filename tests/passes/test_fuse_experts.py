@@ -1,9 +1,8 @@
 """fuse, plan and lower on products with routed experts, on graphs built by hand: one node for a
-product, its activation inside of it where that is known, kernels for a GPU."""
+product, kernels for a GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -14,16 +13,14 @@ from dense_merge import error
 from expecttest import assert_expected_inline
 from graph_text import shown
 from site_graphs import Finished, Holder, SiteGraph
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from lorafx.errors import ConfigError
 from lorafx.op_arguments import rebind
 from lorafx.passes.fuse.fuse import Fuse
-from lorafx.passes.fuse.fuse_experts import FUSED_EXPERTS, region
+from lorafx.passes.fuse.fuse_experts import FUSED_EXPERTS
 from lorafx.passes.lower.lower import Lower
 from lorafx.passes.match.match import Match
 from lorafx.passes.plan import Plan
-from lorafx.program.pointwise_region import NoRegion, PointwiseRegion
 
 aten = torch.ops.aten
 E, H, WIDTH, EACH = 3, 32, 16, 4
@@ -42,23 +39,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.randn(E, H, WIDTH).to(dtype) / WIDTH**0.5)
 
 
-Act = Callable[[SiteGraph, fx.Node], fx.Node]
-
-
-def silu(g: SiteGraph, y: fx.Node) -> fx.Node:
-    gate = g.call(aten.slice.Tensor, y, 1, 0, WIDTH)
-    up = g.call(aten.slice.Tensor, y, 1, WIDTH, 2 * WIDTH)
-    return g.call(aten.mul.Tensor, g.call(aten.silu.default, gate), up)
-
-
-def cumulative(g: SiteGraph, y: fx.Node) -> fx.Node:
-    """Not pointwise: a kernel that has some of the columns cannot compute it."""
-    gate = g.call(aten.slice.Tensor, y, 1, 0, WIDTH)
-    return g.call(aten.cumsum.default, gate, 1)
-
-
 def graph_of(
-    act: Act,
     *,
     lowering: str = "triton",
     dtype: torch.dtype = torch.float32,
@@ -73,7 +54,9 @@ def graph_of(
     g.input(g.program.runtime.slots)
     product = LOOP if loop else aten._grouped_mm.default
     y = g.call(product, x, g.call(aten.permute.default, weights[0], [0, 2, 1]), ends)
-    h = act(g, y)
+    gate = g.call(aten.slice.Tensor, y, 1, 0, WIDTH)
+    up = g.call(aten.slice.Tensor, y, 1, WIDTH, 2 * WIDTH)
+    h = g.call(aten.mul.Tensor, g.call(aten.silu.default, gate), up)
     out = g.call(product, h, g.call(aten.permute.default, weights[1], [0, 2, 1]), ends)
     done = g.output(out)
     done.run(Match())
@@ -102,14 +85,14 @@ def strategies(done: Finished) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("up", "down"),
-    [("grouped", "activated"), ("segments", "gemv")],
+    [("grouped", "grouped"), ("segments", "gemv")],
 )
 def test_every_plan_gives_the_same(up: str, down: str) -> None:
-    _, plain = graph_of(silu, lowering="reference")
+    _, plain = graph_of(lowering="reference")
     plain.run(Fuse())
     assert not fused(plain)
     (want,) = plain.result()
-    _, done = graph_of(silu)
+    _, done = graph_of()
     pin(done, gate_up_proj=up, down_proj=down)
     assert done.run(Fuse()) == 2
     assert len(fused(done)) == 2
@@ -117,16 +100,13 @@ def test_every_plan_gives_the_same(up: str, down: str) -> None:
     done.run(Plan(), Lower())
     assert strategies(done) == {UP: up, DOWN: down}
     ops = done.targets()
-    assert ops.count("triton_experts.default") == (up == "grouped") + (
-        down in ("grouped", "activated")
-    )
+    assert ops.count("triton_experts.default") == [up, down].count("grouped")
     assert ops.count("grouped_mm_fallback.default") == 2 - ops.count("triton_experts.default")
-    assert ("silu.default" in ops) == (down != "activated")
     assert error(*done.result(), want) <= 1e-5
 
 
 def test_the_graph_before_and_after() -> None:
-    _, done = graph_of(silu)
+    _, done = graph_of()
     assert_expected_inline(
         shown(done, Fuse()),
         """\
@@ -167,35 +147,10 @@ return fused_experts_1
     )
 
 
-def test_what_is_not_pointwise_stays_outside() -> None:
-    _, done = graph_of(cumulative)
-    done.run(Fuse())
-    found = region(fused(done)[1])
-    assert isinstance(found, NoRegion)
-    assert "cumsum" in found.reason
-    done.run(Plan(), Lower())
-    assert strategies(done) == {UP: "grouped", DOWN: "grouped"}
-    (reason,) = [s.strategy for states in done.ctx.states.values() for s in states
-                 if s.site.path == DOWN]  # fmt: skip
-    assert "kernels cannot compute its input: cumsum" in reason
-    assert "cumsum.default" in done.targets()
-
-
-def test_a_pin_that_cannot_be_is_refused_by_name() -> None:
-    _, done = graph_of(cumulative)
-    pin(done, down_proj="activated")
-    done.run(Fuse())
-    with pytest.raises(
-        ConfigError, match=r"'activated' for experts\.down_proj: kernels cannot compute its"
-    ):
-        done.run(Plan())
-
-
-@pytest.mark.parametrize("down", [pytest.param("grouped", marks=pytest.mark.slow), "activated"])
-def test_lowered_for_a_gpu(down: str) -> None:
+def test_lowered_for_a_gpu() -> None:
     """Two launches a product, no opaque op, no product of the vendor's."""
-    g, done = graph_of(silu, dtype=torch.bfloat16, loop=False)
-    pin(done, gate_up_proj="grouped", down_proj=down)
+    g, done = graph_of(dtype=torch.bfloat16, loop=False)
+    pin(done, gate_up_proj="grouped", down_proj="grouped")
     done.run(Fuse())
     on_cuda(g.mode, done.gm)
     with compile_only_gpu():
@@ -208,44 +163,6 @@ def test_lowered_for_a_gpu(down: str) -> None:
     ops = done.targets()
     assert "_grouped_mm.default" not in ops
     assert "searchsorted.Tensor" not in ops
-    assert ("silu.default" in ops) == (down == "grouped")
     (output,) = next(n for n in done.gm.graph.nodes if n.op == "output").args[0]
     assert output.meta["val"].shape == (M, H)
     assert output.meta["val"].device == CUDA
-
-
-# --- what is known of activations ---
-
-
-def expression(function: Callable[..., Tensor], *inputs: Tensor) -> PointwiseRegion | NoRegion:
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    from lorafx.program.pointwise_region import region_of
-
-    graph = make_fx(function, tracing_mode="fake")(*inputs).graph
-    return region_of(graph.output_node().args[0])
-
-
-Y = torch.randn(6, 8)
-
-
-@pytest.mark.parametrize(
-    ("function", "reason"),
-    [
-        (lambda y: y.softmax(1), "softmax"),
-        (lambda y: y * y.sum(), "not have one entry per row"),
-        (lambda y: y * float("inf"), "operand inf"),
-        (lambda y: y.double() * 2, "not a matrix of 16- or 32-bit floats"),
-        (lambda y: y.to(torch.int32).float() * 2, ""),
-        (lambda y: y.T * 2, ""),
-    ],
-)
-def test_what_is_refused(function: Callable[..., Tensor], reason: str) -> None:
-    """By name, or left a leaf: never computed as something else."""
-    found = expression(function, Y)
-    if isinstance(found, NoRegion):
-        assert reason in found.reason
-        return
-    assert reason == ""
-    leaf = found.inputs[0]
-    assert leaf.op != "placeholder", "the leaf is what the view or comparison gives"

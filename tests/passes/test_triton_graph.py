@@ -20,7 +20,6 @@ OPS = (
     lora.triton_delta_.default,
     lora.triton_embedding_delta_.default,
     lora.triton_experts.default,
-    lora.triton_concat_.default,
 )
 KERNEL_CALL = torch.ops.higher_order.triton_kernel_wrapper_functional
 

@@ -13,7 +13,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from lorafx.kernels.cpu.grouped_mm import GROUPED_MM
 from lorafx.program.expert_uses import expert_uses
-from lorafx.program.pointwise_region import PointwiseRegion, region_of
 from lorafx.program.weight_uses import uses_of
 
 pytestmark = pytest.mark.quick
@@ -68,21 +67,3 @@ def test_uses_of_experts(function: Callable[..., Tensor], kind: str) -> None:
     assert [use.kind for use in found] == [kind]
     by_keyword(graph)
     assert expert_uses(weight, transposed=False) == found
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda ids, y: F.silu(y[:, :4]) * y[:, 4:],
-        lambda ids, y: y.split(4, 1)[1].clamp(-1, 1) / y.split(4, 1)[0].square(),
-        lambda ids, y: y.to(torch.bfloat16).float().pow(2) - 1.5,
-        lambda ids, y: y[ids] + 1,
-    ],
-)
-def test_pointwise_regions(function: Callable[..., Tensor]) -> None:
-    graph, _ = traced(function, IDS, torch.randn(M, 8))
-    (result,) = graph.output_node().args
-    found = region_of(result)
-    assert isinstance(found, PointwiseRegion)
-    by_keyword(graph)
-    assert region_of(result) == found

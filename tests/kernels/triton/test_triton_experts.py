@@ -1,5 +1,5 @@
 """Generated kernels of routed experts in Triton's interpreter, against float64: products whose rows
-are sorted by expert, their deltas, and activations that the shrink computes."""
+are sorted by expert, and their deltas."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from grouped_cases import Experts, activated, assert_right, kernel_of, lora, make_experts, run
-from torch import Tensor
+from grouped_cases import Experts, assert_right, kernel_of, lora, make_experts, run
 from torch.library import opcheck
 from triton_cases import BF16, FP16, FP32
 
@@ -54,9 +52,6 @@ def test_the_tiles_of_a_gpu(rows: int, arch: str) -> None:
     case = make_experts((3, 0, 21, 1), (0, 1, -1, 2, 3), K=64, sizes=(32, 32), rank=16, dtype=BF16)
     tiles = tiles_for("grouped", case.spec.delta, rows, ARCHITECTURES[arch])
     assert_right(case, run(case, tiles=tiles))
-    gated = activated(case, SILU[0], SILU[1])
-    tiles = tiles_for("activated", gated.spec.delta, rows, ARCHITECTURES[arch])
-    assert_right(gated, run(gated, "activated", tiles=tiles))
 
 
 def test_one_kernel_for_all_counts() -> None:
@@ -65,7 +60,7 @@ def test_one_kernel_for_all_counts() -> None:
     kernel = kernel_of(make_experts((2, 2, 2, 2), (0, 1), **sizes), rows_hint=2)
     for counts in ((8, 0, 0, 0), (0, 0, 0, 1), (1, 40, 0, 3)):
         case = make_experts(counts, (0, -1, 3), **sizes)
-        got = lora.triton_experts([case.x], case.weight, case.offs, *case.bank, 1, kernel)
+        got = lora.triton_experts(case.x, case.weight, case.offs, *case.bank, 1, kernel)
         assert_right(case, got)
 
 
@@ -79,56 +74,13 @@ def test_the_reference_is_what_it_replaces() -> None:
         assert_right(case, got)
 
 
-# --- activations ---
-
-
-def _gate(y: Tensor) -> Tensor:
-    gate, up = y.chunk(2, -1)
-    return F.silu(gate) * up
-
-
-def _interleaved(y: Tensor, table: Tensor, ids: Tensor) -> Tensor:
-    y = y + table[ids]
-    gate, up = y[..., ::2].clamp(max=1.5), y[..., 1::2].clamp(min=-1, max=1)
-    return (up + 1) * gate * torch.sigmoid(gate * 1.702)
-
-
-def _tanh(y: Tensor) -> Tensor:
-    gate, up = y.split([y.shape[1] // 2] * 2, 1)
-    inner = 0.7978845608 * (gate + 0.044715 * gate.pow(3))
-    return 0.5 * gate * (1 + torch.tanh(inner)) * up
-
-
-SILU: tuple[Callable[..., Tensor], int] = (_gate, 2)
-ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], int]] = {
-    "stacked silu": SILU,
-    "interleaved with biases": (_interleaved, 2),
-    "gelu of tanh": (_tanh, 2),
-    "one half": (lambda y: F.relu(y), 1),
-}
-
-
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-@pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activations(name: str, dtype: torch.dtype) -> None:
-    """Base rows and rows of no factors have their x too."""
-    case = make_experts((5, 0, 21, 2), (0, -1, 1, 3), K=40, sizes=(24,), dtype=dtype, tail=2)
-    function, halves = ACTIVATIONS[name]
-    case = activated(case, function, halves)
-    assert_right(case, run(case, "activated"))
-
-
 # --- the op ---
 
 
-@pytest.mark.parametrize("strategy", ["grouped", "activated"])
-def test_opcheck(strategy: str) -> None:
+def test_opcheck() -> None:
     case = make_experts((2, 0, 3), (0, -1, 1), K=16, sizes=(8,), rank=2)
     case = replace(case, A=case.A.nan_to_num(), B=case.B.nan_to_num())
-    if strategy == "activated":
-        case = activated(case, *SILU)
-    inputs = list(case.inputs) or [case.x]
-    arguments = (inputs, case.weight, case.offs, *case.bank, 1, kernel_of(case, strategy))
+    arguments = (case.x, case.weight, case.offs, *case.bank, 1, kernel_of(case))
     checks = opcheck(lora.triton_experts, arguments)
     assert set(checks.values()) == {"SUCCESS"}
 
@@ -149,4 +101,4 @@ def test_bad_arguments(message: str) -> None:
     kernel = kernel_of(case)
     bad = replace(case, **BAD[message](case))
     with pytest.raises(LoweringError, match=message):
-        lora.triton_experts([bad.x], bad.weight, bad.offs, *bad.bank, 1, kernel)
+        lora.triton_experts(bad.x, bad.weight, bad.offs, *bad.bank, 1, kernel)

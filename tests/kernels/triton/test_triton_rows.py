@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from triton_cases import (
     BF16,
     FP32,
-    LINEARS,
     STRATEGIES,
     Case,
     assert_right,
@@ -53,7 +52,7 @@ def test_any_map_of_rows(strategy: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-@pytest.mark.parametrize("strategy", LINEARS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_rows_do_not_see_their_neighbours(strategy: str, dtype: torch.dtype) -> None:
     """Bit-equal with every other row's adapter changed; base rows have the base's own bits."""
     slots = (2, -1, 0, 1, 2, 3)
