@@ -127,7 +127,6 @@ def examine(kind: str, model: nn.Module, attempts: int) -> list[dict[str, object
         "load_state_dict by one buffer": lambda: filled_one_by_one(new, model),
         "function, one buffer": lambda: cm.load_weights(in_one_buffer(new)),
         "generator": lambda: cm.load_weights(iter(names.items())),
-        "generator, undo on disk": lambda: cm.load_weights(iter(names.items()), undo="disk"),
     }
     found: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
     for attempt in range(attempts + 1):
@@ -140,7 +139,7 @@ def examine(kind: str, model: nn.Module, attempts: int) -> list[dict[str, object
             for name, tensor in model.state_dict().items():
                 assert torch.equal(tensor, new[name]), (way, name)
     cm.detach()
-    by_trainer = ("mapping, trainer's names", "generator", "generator, undo on disk")
+    by_trainer = ("mapping, trainer's names", "generator")
     beside = {"function, one buffer": "load_state_dict by one buffer"}
     model_row: dict[str, object] = {
         "model": kind,

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Never
 
-import torch
 from torch import nn
 
 from lorafx.bisection.search import bisect as bisect
@@ -17,13 +15,11 @@ from lorafx.compiled_model.compiled import CompiledModel, compiled_of, refuse_co
 from lorafx.compiled_model.names import refuse_arguments
 from lorafx.config import Options
 from lorafx.errors import CapacityError, ConfigError, LorafxWarning
-from lorafx.inspection.explanation import Explanation
-from lorafx.inspection.prediction import Prediction, predict
+from lorafx.inspection.explanation import Explanation, predicted
 from lorafx.inspection.profile import Profile
 from lorafx.inspection.why import Why, why_before
-from lorafx.program.argument_roles import RoleTable
 from lorafx.runtime.configuration import request_of
-from lorafx.runtime.example_inputs import as_call, derived_example, given_examples
+from lorafx.runtime.example_inputs import as_call
 from lorafx.runtime.marking import build_sites, mark
 from lorafx.torch_internals.entrances import entrance
 
@@ -102,21 +98,17 @@ def explain(
     lora_config: Any = None,
     *,
     options: Options | Mapping[str, Any] | None = None,
-    example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
-) -> Explanation | Prediction:
+) -> Explanation:
     """What `lora_config` would make of `model`; nothing runs and nothing changes.
 
     The model may be on the meta device (`with torch.device("meta")`, accelerate's
-    `init_empty_weights`): no weight is read, and banks are computed there. The prediction has a
-    table of sites and of packs (classes, parts, bytes, and the least traffic of 1, 8 and 32
-    distinct adapters over the base's), sums, and notes on modules that carry no LoRA. For a marked
-    model leave out `lora_config`; the report is then that of `cm.explain()`, with its graphs.
+    `init_empty_weights`): no weight is read, and banks are computed there. The report has the
+    sites, the modules that carry no LoRA and why, the banks, and bytes. For a marked model leave
+    out `lora_config`; the report is then that of `cm.explain()`, with its graphs.
 
     Args:
         lora_config: as for `compile`; adapters that it names are not loaded.
-        options: an `Options` or its dict, which decides what is packed and how.
-        example_inputs: arguments of a call, to see which siblings share an input; token ids are
-            optional. The forward runs on the meta device.
+        options: an `Options` or its dict.
 
     Raises:
         ConfigError: a configuration that cannot be honoured, or what is no model.
@@ -126,9 +118,7 @@ def explain(
     compiled = compiled_of(model)
     if compiled is not None and lora_config is None:
         return compiled.explain()
-    config = request_of(lora_config, {}, model).config
-    inputs = list(_examples(model, example_inputs))
-    return predict(model, config, Options.of(options), inputs)
+    return predicted(model, request_of(lora_config, {}, model).config, Options.of(options))
 
 
 def why(
@@ -208,17 +198,6 @@ def profile(
             "first"
         )
     return compiled.profile(inputs, adapter_names, calls=calls)
-
-
-def _examples(
-    model: nn.Module, given: Mapping[str, Any] | Sequence[Any] | None
-) -> Iterator[Mapping[str, Any]]:
-    """Arguments of a call by name, with token ids but no mask, since code looks into masks."""
-    if given is not None:
-        yield given_examples(RoleTable(model, {}), given)[0].named
-    with suppress(ConfigError):  # it takes something else
-        named = derived_example(model, torch.device("meta"), rows=2, length=4).named
-        yield {name: value for name, value in named.items() if name != "attention_mask"}
 
 
 def _set_default(compiled: CompiledModel, active: Sequence[str]) -> None:

@@ -202,9 +202,9 @@ def run_model_passes(
         for item in passes:
             start = time.perf_counter()
             found = item.run(model)
-            end = time.perf_counter()
+            seconds = time.perf_counter() - start
             notes, model.notes = tuple(model.notes), []
-            reports.append(PassReport(item.name, found, end - start, end=end, notes=notes))
+            reports.append(PassReport(item.name, found, seconds, notes=notes))
     except BaseException:
         model.rollback.run()
         raise

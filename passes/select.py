@@ -177,10 +177,7 @@ class _Selection:
         for site in sites:  # carried modules are selected with their site
             carried = (getattr(site.module, name, None) for name in site.eligible.carries)
             taken.update(map(id, carried))
-        chosen = (
-            (site.path, f"{type(site.module).__name__}, {site.in_features} -> {site.out_features}")
-            for site in sites
-        )
+        chosen = ((site.path, _described(site)) for site in sites)
         others = (
             (item.path, f"not selected: {self.why_not(item)}")
             for item in self.modules
@@ -365,6 +362,24 @@ class _Selection:
                 if is_dense(tensor):
                     return tensor.dtype
         return torch.get_default_dtype()
+
+
+def _described(site: Site) -> str:
+    """A site's class, K -> N, dtype and parts; a name of a part that no adapter may use is "-"."""
+    cls, registered = type(site.module).__name__, site.eligible.cls.__name__
+    text = cls if cls == registered else f"{cls} as {registered}"
+    text += f", {site.in_features} -> {site.out_features}, {site.dtype_name}"
+    if site.expert_weight is not None:
+        text += f", {site.experts} experts"
+    parts = [f"{(part.selected and part.name) or '-'} {part.out_features}" for part in site.parts]
+    loose = (
+        f"; {', '.join(site.loose_names)}, whose slices are not declared"
+        if site.loose_names
+        else ""
+    )
+    if len(parts) > 1:
+        text += f" [{', '.join(parts)}{loose}]"
+    return text + (f", room for {site.own_rows} rows of an adapter's own" if site.own_rows else "")
 
 
 def _device_of(module: nn.Module, root: nn.Module) -> torch.device:

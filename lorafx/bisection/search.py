@@ -26,7 +26,7 @@ from lorafx.compiled_model.compiled import CompiledModel, compiled_of
 from lorafx.config import After
 from lorafx.errors import BatchError, ConfigError, VerifyError
 from lorafx.inspection.replay import Replay, replayed
-from lorafx.inspection.writing import check_room, written_into
+from lorafx.inspection.report import written_into
 from lorafx.pass_order import CAPTURED
 from lorafx.runtime.example_inputs import named_inputs
 
@@ -78,8 +78,9 @@ def bisect(
     names = _names(compiled, adapter_names)
     target = None if folder is None else Path(folder)
     if target is not None:
-        check_room(target)
-        if target.exists() and any(target.iterdir()):
+        with written_into(target):
+            full = any(target.iterdir())
+        if full:
             raise ConfigError(f"{target} is not empty; name a folder that does not exist yet")
     roles = compiled.entry(compiled.model).roles
     named = named_inputs(roles, inputs)
@@ -97,7 +98,9 @@ def bisect(
         )
     tolerance = mixed.tolerance if tolerance is None else tolerance
     found = _Search(compiled, named, names, want, mixed, tolerance).run()
-    if found.first is not None and target is not None:
+    if target is not None and found.first is None:
+        target.rmdir()
+    elif target is not None:
         with written_into(target):
             found = replace(found, script=write(target, compiled, named, names, found))
     return found

@@ -35,8 +35,8 @@ def run_pipeline(gm: fx.GraphModule, ctx: Context, after_pass: AfterPass) -> Non
             gm.graph.lint()
         else:
             check_graph(item.name, gm, ctx, outputs)
-        end = time.perf_counter()
-        after_pass(gm, ctx, PassReport(item.name, edits, end - start, len(gm.graph.nodes), end))
+        seconds = time.perf_counter() - start
+        after_pass(gm, ctx, PassReport(item.name, edits, seconds, len(gm.graph.nodes)))
 
 
 def stays(node: fx.Node) -> bool:

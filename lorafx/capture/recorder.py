@@ -6,7 +6,6 @@ Dumps, names, numeric verification, bisection and the viewer's page are function
 from __future__ import annotations
 
 import copy
-import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -94,12 +93,7 @@ def copied(gm: fx.GraphModule) -> fx.GraphModule:
 
 def recorded(options: Options) -> bool:
     """Whether stages are kept during compilation."""
-    return dump_folder(options) is not None or options.verify == "numeric" or traces()
-
-
-def traces() -> bool:
-    """Whether torch's structured trace (TORCH_TRACE) is on."""
-    return bool(logging.getLogger("torch.__trace").handlers)
+    return dump_folder(options) is not None or options.verify == "numeric"
 
 
 def dump_folder(options: Options) -> Path | None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafx.weights.export_merged import export_merged
-from lorafx.weights.loader import Undo
 from lorafx.weights.merge import MergeReport, merge, unmerge
 from lorafx.weights.sources import Weights
 from lorafx.weights.update import WeightUpdate, update_weights
@@ -23,9 +22,7 @@ class BaseMethods:
     _session: Session
     _entries: CompiledForwards
 
-    def load_weights(
-        self, weights: Weights, *, strict: bool = True, undo: Undo = "memory"
-    ) -> WeightUpdate:
+    def load_weights(self, weights: Weights, *, strict: bool = True) -> WeightUpdate:
         """Update the base weights in place, under any naming that a trainer produces.
 
         Nothing is compiled again, and addresses and adapters stay. Everything that depends on the
@@ -40,12 +37,9 @@ class BaseMethods:
                 without arguments that yields pairs. Each of these is checked as a whole before the
                 first write and needs no further memory, except for one tensor at a time of files
                 and functions. A function is called twice, and may fill one buffer again and again.
-                A generator can be read only once: the old weights are kept until all of it was
-                right.
+                A generator can be read only once, so its tensors are copied to host memory first.
             strict: unknown names, and parameters that get nothing, are errors too. Without it
                 they are reported.
-            undo: where the old weights are kept during an update from a generator: in host "memory"
-                or in temporary files on "disk".
 
         Returns:
             The names that were loaded, missing and ignored.
@@ -55,7 +49,6 @@ class BaseMethods:
                 kind (floats for a quantised weight), different values for tied weights: all
                 problems at once. The old weights stay in service.
             ConfigError: `weights` is none of the above.
-            CheckpointError: the disk has no room for the old weights (`undo`), which stay.
             BatchError: a call, or another update, is running on this thread.
             MatchError: an adapter is merged, and cannot be merged into the new weights. They are
                 loaded; calls are refused until `merge` or `unmerge`.
@@ -65,7 +58,7 @@ class BaseMethods:
         until an update succeeds.
         """
         self._entries.check_attached()
-        return update_weights(self._session, weights, strict=strict, undo=undo)
+        return update_weights(self._session, weights, strict=strict)
 
     def merge(self, name: str, *, requantize: bool = False) -> MergeReport:
         """Add an adapter to the base weights, in place: calls run at the speed of the base model.

@@ -26,8 +26,8 @@ from lorafx.errors import CaptureError, ConfigError
 from lorafx.generation.alora import forward_of
 from lorafx.generation.generate import CompiledGenerate
 from lorafx.generation.waves import in_waves
-from lorafx.inspection.collecting import Dumps
 from lorafx.inspection.replay import MadeCall
+from lorafx.inspection.viewer.dump import Dumps
 from lorafx.interrupts import undisturbed
 from lorafx.model.changes_watch import hooks_of
 from lorafx.model.keywords import BY_ROW, refuse_slips

@@ -6,7 +6,6 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,16 +13,12 @@ from torch import nn
 
 from lorafx.capture.record import GraphRecord
 from lorafx.errors import LorafxWarning, some
-from lorafx.inspection.collecting import explained
-from lorafx.inspection.effects import in_eager_mode
-from lorafx.inspection.explanation import Explanation
-from lorafx.inspection.profile import Profile
+from lorafx.inspection.explanation import Explanation, explained
+from lorafx.inspection.profile import Profile, profiled
 from lorafx.inspection.replay import MadeCall, captured_again
-from lorafx.inspection.viewer.dump import write_graph
-from lorafx.inspection.viewer.graph_data import graph_data
-from lorafx.inspection.viewer.page import Page
+from lorafx.inspection.report import written_into
+from lorafx.inspection.viewer.dump import Dump
 from lorafx.inspection.why import Why, why
-from lorafx.inspection.writing import written_into
 from lorafx.runtime.example_inputs import as_call
 
 if TYPE_CHECKING:
@@ -37,8 +32,6 @@ class LookMethods:
     _session: Session
     _last_calls: dict[str, MadeCall]
     _capturing_calls: list[MadeCall]
-    #: What `profile` measured last.
-    _profile: Profile | None = None
     model: nn.Module
 
     def explain(self) -> Explanation:
@@ -80,9 +73,8 @@ class LookMethods:
         session = self._session
         session.refuse_running("why()")
         with session.lock:
-            serve = partial(in_eager_mode, session)
             made = self._last_calls.get("forward")
-            return why(session, path, adapter, call, made and made.arguments, serve)
+            return why(session, path, adapter, call, made and made.arguments)
 
     def profile(
         self,
@@ -96,8 +88,7 @@ class LookMethods:
         The graphs are captured once more, and their operators run one by one under torch.profiler:
         those of the base's product and of LoRA are the kernels that serve. A node that computes
         several siblings has one time, and so has an operator that does product and delta. The call
-        as it is served is timed too. Graphs, adapters and slots stay; other calls wait. A `dump`
-        that follows shows the times.
+        as it is served is timed too. Graphs, adapters and slots stay; other calls wait.
 
         Args:
             inputs: the arguments of a call, by name or in their order.
@@ -110,13 +101,9 @@ class LookMethods:
 
         It also raises what a call raises.
         """
-        from lorafx.inspection.profiling import profiled
-
         compiled = cast("CompiledModel", self)
         compiled._entries.check_attached()
-        serve = partial(compiled, adapter_names=list(adapter_names))
-        self._profile = profiled(compiled, inputs, adapter_names, calls, serve)
-        return self._profile
+        return profiled(compiled, inputs, list(adapter_names), calls)
 
     def dump(self, folder: str | os.PathLike[str]) -> Path:
         """Write the graphs, before and after each pass, as text and as diffs, with the code that
@@ -131,32 +118,22 @@ class LookMethods:
         Raises:
             ConfigError: the folder cannot be made, or written to.
         """
-        target = Path(folder)
+        target, unseen = Path(folder), list[str]()
         with written_into(target), self._session.lock:
-            target.mkdir(parents=True, exist_ok=True)
-            self._write(target)
-        return target
-
-    def _write(self, target: Path) -> None:
-        program = self._session.program
-        texts, measured = {"explain.txt": f"{self.explain()}\n"}, {}
-        if self._profile is not None:
-            texts["profile.txt"], measured = f"{self._profile}\n", self._profile.by_site()
-        page = Page(target, type(self.model).__name__, texts, measured, program.prepared)
-        unseen = []
-        for record in self._with_stages():
-            unseen += [] if record.stages else [record.title]
-            write_graph(target, record)
-            page.add(record, graph_data(record, program))
-        page.write()
+            dump = Dump(target, self._session.program)
+            for record in self._with_stages():
+                unseen += [] if record.stages else [record.title]
+                dump.add(record)
+            dump.write(self.explain())
         if unseen:
             warnings.warn(
                 f"{target} has no stages of {some(unseen)}, because the calls that captured these "
                 "cannot be made again: LORAFX_DUMP, or Options(dump=...), writes graphs as they "
                 "are compiled",
                 LorafxWarning,
-                stacklevel=3,
+                stacklevel=2,
             )
+        return target
 
     def _with_stages(self) -> list[GraphRecord]:
         """The records of the graphs, with the stages of those whose calls can be made again."""

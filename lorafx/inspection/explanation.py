@@ -1,20 +1,42 @@
-"""The report of `explain`, as values, text and tables."""
+"""`explain`: what lorafx made of a model, or would make of it.
+
+Without a compiled model sites come from the first passes over the model, and banks are computed on
+the meta device, so no weight is read.
+"""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from lorafx.capture.checks import RefusedSites
+from lorafx.capture.record import GraphRecord, seen_sites
+from lorafx.config import LoraConfig, Options
 from lorafx.errors import some
-from lorafx.inspection.report import Report, Table
-from lorafx.program.preparation import PassReport
+from lorafx.inspection.delta_norms import deltas_of
+from lorafx.inspection.report import Report, Table, size
+from lorafx.kernels.cost.roofline import factor_elements
+from lorafx.model.module_graph import alike
+from lorafx.model.sites import Group, Site, room_of
+from lorafx.pass_order import pipeline, run_model_passes
+from lorafx.passes.attach import allocate_groups
+from lorafx.passes.select import Alias, Select
+from lorafx.program.preparation import PassReport, Preparation
+from lorafx.runtime.session import Session
+from lorafx.torch_internals.shortcuts import states
+from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
 
 #: Names of compilation phases in `GraphReport.seconds` -> words.
 _BY = {"passes": "lorafx's passes", "inductor": "Inductor", "triton": "Inductor with Triton"}
 _MOST = 5
+#: Passes over the model whose notes say what was selected, and what was not and why.
+_SELECTING = (Alias.name, Select.name)
 
 
 @dataclass(frozen=True)
@@ -41,16 +63,6 @@ class SiteReport:
     loose: tuple[str, ...] = ()
     own_rows: int = 0
 
-    def __str__(self) -> str:
-        parts = ", ".join(f"{name} {columns}" for name, columns in self.parts)
-        loose = f"; {', '.join(self.loose)}, whose slices are not declared" if self.loose else ""
-        found = f"{self.path or '(root)'}: {self.cls} as {self.registered}, "
-        found += f"{self.in_features} -> {self.out_features}, {self.dtype}"
-        found += f" [{parts}{loose}]" if parts else ""
-        if self.own_rows:
-            found += f", room for {self.own_rows} rows of an adapter's own"
-        return found + (f", also {', '.join(self.aliases)}" if self.aliases else "")
-
 
 @dataclass(frozen=True)
 class BankReport:
@@ -59,9 +71,6 @@ class BankReport:
     parent: str
     names: tuple[str, ...]
     nbytes: int
-
-    def __str__(self) -> str:
-        return f"[{', '.join(self.names)}] of {self.parent or '(root)'}: {self.nbytes} bytes"
 
 
 @dataclass(frozen=True)
@@ -187,9 +196,12 @@ class GraphReport:
 
 @dataclass(frozen=True)
 class Explanation(Report):
-    """What lorafx made of a model. `str()` is the whole report, `json()` its values.
+    """What lorafx made of a model, or would make of it. `str()` is the whole report, `json()` its
+    values. Only a captured graph shows whether uses of weights are understood and rows are proved.
 
     Attributes:
+        weight_bytes: of the model's parameters.
+        adapter_bytes: of an adapter of the largest rank on all sites.
         lowering: how its graphs become code.
         slots, max_rank: adapters on the device, and their largest rank.
         room: "DoRA's scales", "biases", "weights of adapters' own", if banks have room for them.
@@ -205,6 +217,8 @@ class Explanation(Report):
     banks: tuple[BankReport, ...]
     slots: int
     max_rank: int
+    weight_bytes: int
+    adapter_bytes: int
     room: tuple[str, ...] = ()
     adapters: tuple[AdapterReport, ...] = ()
     passes: tuple[str, ...] = ()
@@ -229,16 +243,19 @@ class Explanation(Report):
     @property
     def summary(self) -> tuple[str, ...]:
         """Five lines: the model, adapters, graphs, computation of deltas, refusals."""
-        nbytes = sum(bank.nbytes for bank in self.banks)
         return (
             f"{self.model}: {_count(len(self.sites), 'site')} (modules that carry LoRA), "
             f"{self.slots} slots for adapters of rank up to {self.max_rank}, "
-            f"{_count(len(self.banks), 'bank')} of {nbytes:,} bytes in all",
+            f"{_count(len(self.banks), 'bank')} of {self._bank_bytes:,} bytes in all",
             self._of_adapters(),
             self._of_graphs(),
             self._of_nodes(),
             self._unserved(),
         )
+
+    @property
+    def _bank_bytes(self) -> int:
+        return sum(bank.nbytes for bank in self.banks)
 
     def derived(self) -> dict[str, Any]:
         adapters = [{**asdict(item), "norm": item.norm} for item in self.adapters]
@@ -252,9 +269,14 @@ class Explanation(Report):
 
     def sections(self) -> list[tuple[str, Iterable[str]]]:
         banks = f"banks: {len(self.banks)}, {self.slots} slots of rank up to {self.max_rank}"
+        noted = (note for item in self.prepared if item.name in _SELECTING for note in item.notes)
+        by_parent = (
+            (bank.parent, f"[{', '.join(bank.names)}], {size(bank.nbytes)}") for bank in self.banks
+        )
         found: list[tuple[str, Iterable[str]]] = [
-            (f"sites: {len(self.sites)}", map(str, self.sites)),
-            (" and ".join([banks, *self.room]), map(str, self.banks)),
+            *((line, ()) for line in self.facts()),
+            (f"sites: {len(self.sites)}", noted),
+            (" and ".join([banks, *self.room]), alike(by_parent)),
         ]
         if self.replaced:
             title = (
@@ -263,7 +285,6 @@ class Explanation(Report):
             found.append((title, self.replaced))
         found.append((f"adapters: {len(self.adapters)}", map(str, self.adapters)))
         found.append(("passes", self.passes))
-        found += [(line, ()) for line in self.facts()]
         found.append((f"graphs: {len(self.graphs)}", ()))
         found += [(graph.title, graph.lines()) for graph in self.graphs]
         if self.unreached:
@@ -276,7 +297,11 @@ class Explanation(Report):
 
     def facts(self) -> list[str]:
         off = [f"{name} ({reason})" for name, reason in self.shortcuts_off.items()]
-        return [f"shortcuts that are off: {', '.join(off)}"] if off else []
+        memory = (
+            f"memory: weights {size(self.weight_bytes)}, banks {size(self._bank_bytes)}; one "
+            f"adapter of rank {self.max_rank} on all sites {size(self.adapter_bytes)}"
+        )
+        return [memory, *([f"shortcuts that are off: {', '.join(off)}"] if off else [])]
 
     def tables(self) -> list[Table]:
         found = [("summary", self.summary[1:]), *self.sections()]
@@ -337,3 +362,140 @@ def seconds_line(seconds: Mapping[str, float]) -> str:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
+
+
+def predicted(model: nn.Module, config: LoraConfig, options: Options) -> Explanation:
+    """The report on a model that is not compiled. Raises TargetError as `lorafx.compile`."""
+    found = Preparation(model, config, options)
+    prepared = run_model_passes(found, (Alias(), Select()))
+    meta = [replace(site, device=torch.device("meta")) for site in found.sites]
+    groups = allocate_groups(meta, config)
+    return _of_model(model, config, options, found.sites, groups, prepared)
+
+
+def explained(session: Session, *, quick: bool = False) -> Explanation:
+    """The report on a marked model. `quick`: only of what is known already."""
+    program, options = session.program, session.program.options
+    if not quick:
+        program.look_at_modules()
+    found = _of_model(
+        program.model, program.config, options, program.sites, program.groups, program.prepared
+    )
+    records = list(session.backend.records)
+    lora = [record for record in records if record.lora]
+    unseen = [site.path for site in program.sites if site not in seen_sites(lora)]
+    shortcuts = states(options.shortcuts).items()
+    return replace(
+        found,
+        adapters=tuple(_adapter(session, name, quick=quick) for name in session.store.names),
+        shortcuts_off={name: state for name, state in shortcuts if state != "on"},
+        graphs=tuple(map(graph_report, records)),
+        unreached=tuple(unseen) if lora else (),
+        replaced=tuple(program.site_watch.lines()),
+    )
+
+
+def _of_model(
+    model: nn.Module,
+    config: LoraConfig,
+    options: Options,
+    sites: Sequence[Site],
+    groups: Sequence[Group],
+    prepared: Iterable[PassReport],
+) -> Explanation:
+    factors = (
+        factor_elements(site.parts, config.max_rank) * group.bank.B.itemsize * site.experts
+        for group in groups
+        for site in group.sites
+    )
+    return Explanation(
+        model=type(model).__name__,
+        lowering=options.lowering,
+        sites=tuple(map(_site, sites)),
+        banks=tuple(BankReport(g.parent, g.members, g.bank.nbytes) for g in groups),
+        slots=config.max_adapters,
+        max_rank=config.max_rank,
+        weight_bytes=sum(map(stored_bytes, model.parameters())),
+        adapter_bytes=sum(factors),
+        room=room_of(groups),
+        passes=tuple(str(pipeline(options)).splitlines()),
+        prepared=tuple(prepared),
+    )
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """Stored bytes of a tensor; of the parts of a wrapper (a quantised weight)."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return int(tensor.nbytes)
+    wrapper: Any = tensor
+    names, _ = wrapper.__tensor_flatten__()
+    return sum(stored_bytes(getattr(tensor, name)) for name in names)
+
+
+def _site(site: Site) -> SiteReport:
+    parts = [
+        ((part.name if part.selected else "") or "-", part.out_features) for part in site.parts
+    ]
+    return SiteReport(
+        path=site.path,
+        aliases=site.aliases,
+        cls=type(site.module).__name__,
+        registered=site.eligible.cls.__name__,
+        in_features=site.in_features,
+        out_features=site.out_features,
+        dtype=site.dtype_name,
+        parts=tuple(parts) if len(parts) > 1 else (),
+        loose=tuple(site.loose_names),
+        own_rows=site.own_rows,
+    )
+
+
+def _adapter(session: Session, name: str, *, quick: bool) -> AdapterReport:
+    store, merged = session.store, session.base.merged
+    stored = store[name]
+    deltas = deltas_of(stored, session.program.groups, quick=quick)
+    return AdapterReport(
+        name=name,
+        source=stored.source,
+        rank=stored.rank,
+        sites=stored.sites,
+        slot=store.resident.get(name),
+        pinned=name in store.pinned,
+        merged=merged is not None and merged.name == name,
+        norms=None if deltas is None else deltas.norms,
+        idle=() if deltas is None else tuple(deltas.idle),
+        why_idle="" if deltas is None else deltas.why_idle,
+    )
+
+
+def graph_report(record: GraphRecord) -> GraphReport:
+    nodes: dict[int, list[str]] = {}
+    for state in record.states:
+        nodes.setdefault(state.node_key, []).append(state.site.path)
+    first = {state.node_key: state for state in reversed(record.states)}
+    served = [text for what, text in record.form.items() if what != "adapters"]
+    return GraphReport(
+        title=record.title,
+        lora=record.lora,
+        serves=", ".join([record.form.get("adapters", ""), *served]).strip(", "),
+        reason=record.reason,
+        seconds=dict(record.seconds),
+        passes=tuple(record.passes),
+        nodes=tuple(
+            NodeReport(
+                tuple(paths),
+                first[key].form,
+                first[key].strategy or "aten",
+                _in_words(first[key].rows, record.symbols),
+            )
+            for key, paths in nodes.items()
+        ),
+        refusals=tuple(record.checks.refusals),
+        outlined=tuple(map(str, record.outlined)),
+        saved=record.saved,
+        verified="" if record.numeric is None else record.numeric.result,
+    )
+
+
+def _in_words(text: str, symbols: Mapping[str, str]) -> str:
+    return re.sub(r"\b[su][0-9]+\b", lambda found: symbols.get(found[0], found[0]), text)

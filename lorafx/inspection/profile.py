@@ -1,13 +1,52 @@
-"""Times of a call by site, beside the byte floor."""
+"""Where the time of a call goes: the graphs' operators under torch.profiler, each by its site.
+
+    served       the compiled model by the clock
+    operators    the lowered graph, operator by operator: the same products and delta kernels
+
+Inductor fuses what stands between, and on a CPU a product and its delta are one operator as served
+(`join`), so times of single operators are of the second. A site's node is the delta's operator; the
+product is what its y is made of.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+from torch import fx
+from torch.profiler import ProfilerActivity, record_function
+from torch.profiler import profile as recorded_events
+
+from lorafx.adapter_store.names import BASE
+from lorafx.capture.recorder import Stage
+from lorafx.errors import BatchError, ConfigError
+from lorafx.inspection.explanation import stored_bytes
+from lorafx.inspection.replay import Replay, Staged, replayed
 from lorafx.inspection.report import Report, Table, over
+from lorafx.kernels.cpu.dense import DENSE_ADDMM, DENSE_MM
 from lorafx.model.module_graph import joined, shape_of
+from lorafx.model.sites import Site
+from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound, op_of
+from lorafx.passes.pack import ALIASES, VIEWS
+from lorafx.program.expert_uses import is_grouped
+from lorafx.runtime.example_inputs import named_inputs
+from lorafx.torch_internals.operators import HigherOrderOperator, OpOverload
+
+aten = torch.ops.aten
+
+_PRODUCTS = frozenset(
+    {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
+    | {aten.convolution.default, aten.embedding.default, aten.linear.default}
+    | {DENSE_MM, DENSE_ADDMM}
+)
+#: What a product's result goes through before the delta is added, and behind it.
+_BETWEEN = ALIASES | VIEWS | {aten.cat.default, aten.clone.default}
+_LABEL = "lorafx node "
 
 
 @dataclass(frozen=True)
@@ -83,14 +122,6 @@ class Profile(Report):
             found.setdefault(key, []).append(node)
         return tuple(map(_together, found.values()))
 
-    def by_site(self) -> dict[str, str]:
-        """Path -> times in words."""
-        found: dict[str, list[str]] = {}
-        for node in self.nodes:
-            for path in node.paths:
-                found.setdefault(path, []).append(_in_words(node))
-        return {path: "; ".join(texts) for path, texts in found.items()}
-
     def derived(self) -> dict[str, Any]:
         nodes = [{**asdict(node), "measured": node.measured} for node in self.nodes]
         return {"sites": self.sites, "nodes": nodes}
@@ -152,18 +183,233 @@ def _names(paths: Sequence[str]) -> list[str]:
     return [paths[0] or "(root)", *(path.rpartition(".")[2] for path in paths[1:])]
 
 
-def _in_words(node: ProfiledNode) -> str:
-    text = f"{_ms(node.whole)} ms"
-    if node.base is not None:
-        text += f": product {_ms(node.base)}, delta {_ms(node.delta)}"
-    if node.measured is not None:
-        text += f", {over(node.measured)} over the product"
-    if node.floor is not None:
-        text += f", byte floor {over(node.floor)}"
-    others = len(node.paths) - 1
-    siblings = "sibling" if others == 1 else "siblings"
-    return text + (f", with {others} {siblings}" if others else "")
-
-
 def _ms(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds * 1e3:.3f}"
+
+
+class _Measured(fx.Interpreter):
+    """Runs a stage with a label of the profiler's around each operator.
+
+    Attributes:
+        seconds: of the operators, by the name of their node, in all calls.
+    """
+
+    def __init__(self, stage: Stage, number: int) -> None:
+        super().__init__(stage.graph)
+        self.stage = stage
+        self.seconds: dict[str, float] = {}
+        self.runs = 0
+        self._label = f"{_LABEL}{number} "
+
+    def run(self, *args: Any, **more: Any) -> Any:
+        self.runs += 1
+        return super().run(*args, **more)
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op != "call_function":
+            return super().run_node(n)
+        with record_function(self._label + n.name):
+            return super().run_node(n)
+
+    def nodes(self, calls: int, floor_of: Callable[[Sequence[str]], float | None]) -> Nodes:
+        """Of each site's node the times of one of the calls."""
+        for node, base, delta in _site_nodes(self.stage):
+            state, paths = self.stage.sites["", node.name][0], self.stage.paths(node)
+            product = sum(self.seconds.get(name, 0.0) for name in base) / calls
+            more = sum(self.seconds.get(name, 0.0) for name in delta) / calls
+            yield ProfiledNode(
+                paths,
+                state.form,
+                state.strategy.partition(" (")[0],  # without its floor
+                max(self.runs // calls, 1),
+                product if base else None,
+                more if base else None,
+                product + more,
+                floor_of(paths),
+            )
+
+
+Nodes = Iterator[ProfiledNode]
+
+
+def profiled(
+    compiled: Staged,
+    inputs: Mapping[str, Any] | Sequence[Any],
+    names: Sequence[str | None],
+    calls: int,
+) -> Profile:
+    """See `CompiledModel.profile`."""
+    if not isinstance(calls, int) or calls < 1:
+        raise ConfigError(f"calls = {calls!r}: at least one call is measured")
+    named = named_inputs(compiled.entry(compiled.model).roles, inputs)
+    adapters = [name for name in dict.fromkeys(names) if name not in (None, BASE)]
+    if not adapters:
+        raise BatchError("no request of the batch has an adapter, so there is no delta to profile")
+    program = compiled._session.program
+    device = program.runtime.device
+    served = _served(compiled, named, names, calls)
+    with replayed(compiled) as replay:
+        graphs = _measured(compiled, replay, named, names, calls)
+        floors = _Floors(compiled, adapters)
+        nodes = [node for graph in graphs for node in graph.nodes(calls, floors.of)]
+    operators = sum(sum(graph.seconds.values()) for graph in graphs) / calls
+    reached = {path for node in nodes for path in node.paths}
+    return Profile(
+        model=type(compiled.model).__name__,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        lowering=program.options.lowering,
+        rows=len(names),
+        adapters=len(adapters),
+        calls=calls,
+        served=served,
+        operators=operators,
+        others=operators - sum(node.whole for node in nodes),
+        nodes=tuple(nodes),
+        unreached=tuple(site.path for site in compiled.sites if site.path not in reached),
+        notes=tuple(_notes(nodes)),
+    )
+
+
+def _notes(nodes: Sequence[ProfiledNode]) -> Iterator[str]:
+    if any(len(node.paths) > 1 for node in nodes):
+        yield "siblings that one node computes have one time"
+    if any(node.base is None for node in nodes):
+        yield 'one operator does product and delta where these are "-"'
+    yield "sites' times are of operators run one by one; as served, Inductor fuses those between"
+
+
+def _served(
+    compiled: Staged, inputs: Mapping[str, Any], names: Sequence[str | None], calls: int
+) -> float:
+    """Median seconds of a call, after one that compiles."""
+    device, times = compiled._session.program.runtime.device, []
+    for _ in range(calls + 1):
+        given = copy.deepcopy(dict(inputs))
+        _wait(device)
+        start = time.perf_counter()
+        compiled(**given, adapter_names=names)
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _measured(
+    compiled: Staged,
+    replay: Replay,
+    inputs: Mapping[str, Any],
+    names: Sequence[str | None],
+    calls: int,
+) -> list[_Measured]:
+    """The graphs of a call, run operator by operator under torch.profiler."""
+    graphs: dict[Stage, _Measured] = {}
+    device = compiled._session.program.runtime.device
+    on_gpu = device.type == "cuda"
+
+    def call() -> None:
+        compiled(**copy.deepcopy(dict(inputs)), adapter_names=list(names))
+
+    def run(stage: Stage, given: Sequence[Any]) -> Any:
+        return graphs.setdefault(stage, _Measured(stage, len(graphs))).run(*given)
+
+    call()  # captures
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with (
+        replay.running(replay.apart, run),
+        recorded_events(activities=activities, acc_events=True) as profiler,
+    ):
+        for _ in range(calls):
+            call()
+        _wait(device)
+    found = list(graphs.values())
+    for event in profiler.events() or ():
+        if event.name.startswith(_LABEL):
+            number, name = event.name.removeprefix(_LABEL).split(" ", 1)
+            seconds = found[int(number)].seconds
+            seconds[name] = seconds.get(name, 0.0) + _seconds(event, on_gpu)
+    return found
+
+
+def _seconds(event: Any, on_gpu: bool) -> float:
+    """Of the operator under a label. An operator that writes is run on a copy here, which a
+    compiled graph does not make, so only what it does itself counts."""
+    children = list(event.cpu_children)
+    own = [child for child in children if child.name.startswith("lorafx::")] or children
+    if on_gpu:
+        return sum(child.device_time_total for child in own or [event]) * 1e-6
+    return sum(child.cpu_time_total for child in own) * 1e-6
+
+
+def _site_nodes(stage: Stage) -> Iterator[tuple[fx.Node, list[str], list[str]]]:
+    """Each site's node with the nodes of the base's product and those of the delta. No product
+    where one node does both."""
+    claimed: set[fx.Node] = set()
+    for site in stage.graph.graph.nodes:
+        if not stage.paths(site):
+            continue
+        base, delta = list[str](), list[str]()
+        pending, seen = [site], {site}
+        while pending:
+            node = pending.pop()
+            if node in claimed or node.op != "call_function":
+                continue
+            sources: Iterable[fx.Node] = ()
+            if node.target in _BETWEEN or node.target is getattr:
+                sources = node.all_input_nodes
+            elif node.target in _PRODUCTS or is_grouped(node):
+                base.append(node.name)
+                claimed.add(node)
+            elif _is_lora(node):
+                delta.append(node.name)
+                claimed.add(node)
+                sources = _before(node)
+            pending += [source for source in sources if source not in seen]
+            seen.update(sources)
+        yield site, base, delta
+
+
+def _is_lora(node: fx.Node) -> bool:
+    op = op_of(node)
+    if isinstance(op, OpOverload):
+        return op.namespace == "lorafx"
+    return isinstance(op, HigherOrderOperator) and op is not AUTO_FUNCTIONALIZED
+
+
+def _before(node: fx.Node) -> Sequence[fx.Node]:
+    """What a delta is added to: y, which its operator takes first, or by that name. An operator
+    that takes the weight makes y itself; launches of kernels do not say which argument is what."""
+    if not isinstance(op_of(node), OpOverload):
+        return node.all_input_nodes
+    call = bound(node)
+    if "weight" in call:
+        return ()
+    y = call.get("y", next(iter(call.values())))
+    return (y,) if isinstance(y, fx.Node) else ()
+
+
+class _Floors:
+    """Least traffic of sites with the adapters of a batch: 1 + bytes of A and B / bytes of W."""
+
+    def __init__(self, compiled: Staged, adapters: Sequence[str]) -> None:
+        session = compiled._session
+        self.sites: dict[str, Site] = {site.path: site for site in compiled.sites}
+        self.factors: dict[str, int] = {}
+        for name in adapters:
+            for index, factors in session.store[name].factors.items():
+                group = session.program.groups[index]
+                for own in factors:
+                    path = group.site_of(own.sibling).path
+                    size = own.A.nbytes + own.B.nbytes
+                    self.factors[path] = self.factors.get(path, 0) + size
+
+    def of(self, paths: Sequence[str]) -> float | None:
+        sites = [self.sites[path] for path in paths]
+        if any(site.eligible.kind == "embedding" for site in sites):
+            return None
+        held = [getattr(site.module, site.eligible.weight, None) for site in sites]
+        weights = sum(stored_bytes(own) for own in held if isinstance(own, torch.Tensor))
+        return 1 + sum(self.factors.get(path, 0) for path in paths) / weights if weights else None

@@ -3,34 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from html import escape
+from pathlib import Path
 from typing import Any, NamedTuple
 
-#: Equal to docs/architecture.md for shared words.
-WORDS: Mapping[str, str] = {
-    "site": "a module, or a weight of routed experts, that carries LoRA",
-    "part": "a range of a site's output columns with a name of its own, such as `q_proj` in a "
-    "packed `qkv_proj`",
-    "pack": "siblings over one weight buffer; also the node that computes them together",
-    "sibling": "one of the sites under one parent that may share an input: q, k and v",
-    "node": "an operator of a graph that adds deltas: of one site, or of a pack",
-    "bank": "the factors of all slots of one group, on the device",
-    "slot": "an adapter's index in all banks; −1 is the base",
-    "delta": "what LoRA adds to the output of a site",
-    "strategy": "how a node computes its delta (docs/kernels.md)",
-    "floor": "least traffic of a node with so many adapters, over the base's weights alone",
-    "row": "a vector of a site's input: a token of a request",
-    "graph": "what Dynamo captures of one kind of call, compiled",
-    "lowering": "what turns graphs into code: `Options.lowering`",
-    "pass": "a rewrite of each graph, or a step over the model before that: `lorafx.pipeline()`",
-    "outline": "repeated layers that are computed by one body",
-    "pinned": "an adapter that keeps its slot: `pin_adapter()`",
-    "merged": "an adapter that the base weights hold: `merge()`",
-    "refused": "a graph cannot serve an adapter at a site; calls that need it say why",
-}
+from lorafx.errors import ConfigError
 
 
 class Table(NamedTuple):
@@ -91,27 +71,14 @@ class Report:
 
     def _repr_html_(self) -> str:
         tables = (
-            _details(f"{table.title or self.heading}", table.html()) if table.rows else ""
+            f"<details><summary>{escape(table.title or self.heading)}</summary>"
+            f"{table.html()}</details>"
             for table in self.tables()
+            if table.rows
         )
         told = [*self.facts(), *self.notes_as_lines()]
         lines = "".join(f"<li>{escape(line)}</li>" for line in told)
         return f"<div><b>{escape(self.heading)}</b><ul>{lines}</ul>{''.join(tables)}</div>"
-
-    def glossary(self) -> str:
-        """A line for each known word in the report, singular or plural."""
-        report = str(self)
-        used = {
-            word: meaning
-            for word, meaning in WORDS.items()
-            if re.search(rf"\b{word}(e?s)?\b", report, re.IGNORECASE)
-        }
-        width = max(map(len, used), default=0)
-        return "\n".join(f"{word:<{width}}  {meaning}" for word, meaning in used.items())
-
-
-def _details(title: str, body: str) -> str:
-    return f"<details><summary>{escape(title)}</summary>{body}</details>"
 
 
 def json_values(value: Any) -> Any:
@@ -158,3 +125,16 @@ def size(count: float, unit: str = "B") -> str:
 def over(ratio: float | None) -> str:
     """A ratio's excess over 1 in percent, or "-"."""
     return "-" if ratio is None else f"{(ratio - 1) * 100:+.1f} %"
+
+
+@contextmanager
+def written_into(folder: Path) -> Iterator[None]:
+    """Creates the folder; inside, failures to write into it are ConfigErrors."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be written: {error}. Name a folder that you may write to, or one "
+            "that does not exist yet"
+        ) from error

@@ -6,23 +6,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Size, Tensor, nn
 
 from lorafx.adapter_store.checkpoint import load_state
 from lorafx.adapter_store.names import BASE
 from lorafx.adapter_store.peft_keys import parse
 from lorafx.adapter_store.places import ExpertPlace, Places, SavedMeaning, SiteLanding
-from lorafx.capture.checks import RefusedSites
 from lorafx.config import LoraConfig
 from lorafx.errors import ConfigError, LorafxError, nearest, some
-from lorafx.inspection.collecting import graph_report
-from lorafx.inspection.effects import Serve, change_of, deltas_of
-from lorafx.inspection.explanation import NodeReport
+from lorafx.inspection.delta_norms import deltas_of
+from lorafx.inspection.explanation import GraphReport, graph_report
 from lorafx.inspection.report import Report
 from lorafx.model import targets
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.sites import Site
 from lorafx.passes.select import left_out
+from lorafx.program.argument_roles import RoleTable
 from lorafx.registry import lookup_class, own_entry
 from lorafx.runtime.requests import LastCall
 from lorafx.runtime.session import Session
@@ -159,27 +159,6 @@ Call = tuple[Sequence[Any], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class InGraph:
-    """A graph's nodes and refusals for the module; `lora` if it is of calls with adapters."""
-
-    title: str
-    nodes: tuple[NodeReport, ...]
-    refusals: tuple[RefusedSites, ...]
-    lora: bool
-
-    def lines(self, path: str) -> list[str]:
-        if not self.lora:
-            return [f"{self.title}: for calls without adapters"]
-        lines = []
-        for node in self.nodes:
-            others = [other for other in node.sites if other != path]
-            form = f"{node.form} with {', '.join(others)}" if others else node.form
-            lines.append(f"{self.title}: {form}; {node.strategy}; {node.rows}")
-        lines += [f"{self.title}: refused ({item.when}): {item.reason}" for item in self.refusals]
-        return lines or [f"{self.title}: does not reach it"]
-
-
-@dataclass(frozen=True)
 class WhyAdapter:
     """An adapter's effect on the module.
 
@@ -223,6 +202,7 @@ class Why(Report):
         sizes: "24 -> 40, float32" of a site.
         beside: the sites that share its bank.
         adapters: the loaded adapters that reach it.
+        graphs: with those of their nodes and refusals that are the module's.
     """
 
     asked: str
@@ -235,7 +215,7 @@ class Why(Report):
     beside: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()
     adapter: WhyAdapter | None = None
-    graphs: tuple[InGraph, ...] = ()
+    graphs: tuple[GraphReport, ...] = ()
 
     @property
     def heading(self) -> str:
@@ -249,7 +229,19 @@ class Why(Report):
         lines += [f"shares its bank with {', '.join(self.beside)}"] if self.beside else []
         lines += [f"adapters that reach it: {', '.join(self.adapters)}"] if self.adapters else []
         lines += [] if self.adapter is None else self.adapter.lines()
-        return lines + [line for graph in self.graphs for line in graph.lines(self.path)]
+        return lines + [line for graph in self.graphs for line in _in_graph(graph, self.path)]
+
+
+def _in_graph(graph: GraphReport, path: str) -> list[str]:
+    if not graph.lora:
+        return [f"{graph.title}: for calls without adapters"]
+    lines = []
+    for node in graph.nodes:
+        others = [other for other in node.sites if other != path]
+        form = f"{node.form} with {', '.join(others)}" if others else node.form
+        lines.append(f"{graph.title}: {form}; {node.strategy}; {node.rows}")
+    lines += [f"{graph.title}: refused ({item.when}): {item.reason}" for item in graph.refusals]
+    return lines or [f"{graph.title}: does not reach it"]
 
 
 def why(
@@ -258,10 +250,9 @@ def why(
     adapter: str | None,
     call: Call | None,
     last: LastCall | None,
-    serve: Serve,
 ) -> Why:
-    """The fate of the module at `path` in a marked model; `serve` measures with `call`, or the
-    arguments of the `last` call. Raises ConfigError without such a module, UnknownAdapterError, and
+    """The fate of the module at `path` in a marked model, measured with `call`, or the arguments of
+    the `last` call. Raises ConfigError without such a module, UnknownAdapterError, and
     the errors of `call`."""
     program, store = session.program, session.store
     program.look_at_modules()
@@ -271,21 +262,19 @@ def why(
         if adapter == BASE:
             raise ConfigError(f"{BASE!r} is the base model, which has nothing for any module")
         store.check_known(adapter)
-        made = replace(made, adapter=_adapter(session, found, adapter, call, last, serve))
+        made = replace(made, adapter=_adapter(session, found, adapter, call, last))
     site = found.site
     if site is None:
         return made
     group, _ = program.home(site)
     reached = tuple(name for name in store.names if site.path in store[name].sites)
-    reports = map(graph_report, session.backend.records)
     graphs = [
-        InGraph(
-            graph.title,
-            tuple(node for node in graph.nodes if site.path in node.sites),
-            tuple(item for item in graph.refusals if site.path in item.sites),
-            graph.lora,
+        replace(
+            graph,
+            nodes=tuple(node for node in graph.nodes if site.path in node.sites),
+            refusals=tuple(item for item in graph.refusals if site.path in item.sites),
         )
-        for graph in reports
+        for graph in map(graph_report, session.backend.records)
     ]
     beside = tuple(other.path for other in group.sites if other is not site)
     return replace(made, beside=beside, adapters=reached, graphs=tuple(graphs))
@@ -332,7 +321,6 @@ def _adapter(
     name: str,
     call: Call | None,
     last: LastCall | None,
-    serve: Serve,
 ) -> WhyAdapter:
     program, stored, site = session.program, session.store[name], found.site
     keys, notes = _landed(stored.keys, program.model, program.sites, found)
@@ -348,7 +336,7 @@ def _adapter(
     reason = "the last batch is gone, or there was none; why(..., inputs={...}) measures it"
     if arguments is not None:
         try:
-            change = change_of(serve, site, name, *arguments)
+            change = _change_of(session, site, name, arguments)
             batch = "the last batch" if call is None else "the given inputs"
             reason = "the model does not call this module"
         except LorafxError as error:
@@ -372,3 +360,57 @@ def _relative(norm: float | None, weight: Tensor | None) -> float | None:
         return None
     whole = float(weight.detach().float().norm())
     return norm / whole if whole else None
+
+
+def _change_of(session: Session, site: Site, name: str, call: Call) -> float | None:
+    """‖(y + delta) − y‖ / ‖y‖ of the site's module, y and y + delta on the two sides of its mark,
+    in an eager run with adapter `name` for all requests; None if the model does not call the
+    module. Raises LorafxError, or the model's errors."""
+    added = whole = 0.0
+    before: list[Tensor] = []
+
+    def first(module: nn.Module, taken: Any, output: Any) -> None:
+        before.append(_tensor(output).detach().clone())
+
+    def last(module: nn.Module, taken: Any, output: Any) -> None:
+        nonlocal added, whole
+        y = before.pop().double()
+        added += float((_tensor(output).double() - y).square().sum())
+        whole += float(y.square().sum())
+
+    hooks = [
+        site.marked.register_forward_hook(first, prepend=True),
+        site.marked.register_forward_hook(last),
+    ]
+    try:
+        _run_eagerly(session, name, *call)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return (added / whole) ** 0.5 if whole else None
+
+
+def _run_eagerly(
+    session: Session, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> None:
+    model, row_dims = session.program.model, session.program.config.row_dims
+    roles = RoleTable(model, row_dims)
+    named = roles.spread(roles.bind(tuple(args), kwargs))
+    rows = roles.rows(named)
+
+    def serve() -> None:
+        session.set_batch(roles, named)
+        with torch.no_grad(), session.module_paths():
+            model.forward(*args, **kwargs)
+
+    def run() -> None:
+        session.run(session.running.in_forward(session.program.runtime.rows), serve)
+
+    session.call(run, [name] * (1 if rows is None else rows))
+
+
+def _tensor(output: Any) -> Tensor:
+    value = output[0] if isinstance(output, (tuple, list)) and output else output
+    if not isinstance(value, Tensor):
+        raise ConfigError(f"the module returns a {type(output).__name__}, not a tensor")
+    return value

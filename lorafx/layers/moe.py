@@ -159,18 +159,6 @@ class FusedMoE(LoadableLayer):
         kinds = ("w2",) if name == "w2_weight" else ("w1", "w3")
         return frozenset((kind, e) for kind in kinds for e in range(self.num_experts))
 
-    def expert_mapping(
-        self, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
-    ) -> list[tuple[str, str, tuple[str, int]]]:
-        """Entries of the stacked mapping of `load_weights` for checkpoints with one tensor per
-        expert, from `experts.<e>.<gate>.weight` to this layer at `experts`."""
-        names = (("w13_weight", gate, "w1"), ("w13_weight", up, "w3"), ("w2_weight", down, "w2"))
-        return [
-            (f"experts.{param}", f"experts.{e}.{name}.weight", (shard, e))
-            for e in range(self.num_experts)
-            for param, name, shard in names
-        ]
-
     def extra_repr(self) -> str:
         return (
             f"num_experts={self.num_experts}, top_k={self.top_k}, "

@@ -41,13 +41,12 @@ class Preparation:
 @dataclass(frozen=True)
 class PassReport:
     """A pass's result: `edits` of a graph, or items of a model; `nodes` after it, 0 for a model.
-    `end`, by `time.perf_counter`, and `notes` are of passes over the model."""
+    `notes` are of passes over the model."""
 
     name: str
     edits: int
     seconds: float
     nodes: int = 0
-    end: float = 0.0
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:

@@ -59,7 +59,6 @@ with private_names():
         PlainAOTInput,
         PlainAOTOutput,
     )
-    from torch._logging import trace_structured
     from torch.nn.modules.batchnorm import _NormBase
     from torch.nn.modules.conv import _ConvTransposeNd
 

@@ -2,8 +2,8 @@
 
     t[k_0, …] = W[o₀ + Σ k_d · out_d, i₀ + Σ k_d · into_d]    an exact copy of rows: computed anew,
                                                               into the same memory
-    a matrix of another make, held beside a weight            by the holder's
-                                                              `process_weights_after_loading`
+    a matrix of another make, held beside a weight            may be made from it: refused, unless
+                                                              graphs use the weight itself
 
 Views of a weight see new numbers by themselves. W is (N, K) of a linear, (V, D) of an embedding,
 (E · A, B) of routed experts stored (E, A, B).
@@ -11,15 +11,13 @@ Views of a weight see new numbers by themselves. W is (N, K) of a linear, (V, D)
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from lorafx.errors import CheckpointError
 from lorafx.model.experts import expert_weights
 from lorafx.model.module_graph import storage_key
 from lorafx.model.sites import Site
@@ -27,14 +25,10 @@ from lorafx.program.derived import Holder, held_by, is_near, is_numbers, is_vari
 from lorafx.program.weight_forms import Axis, WeightForm, copied_form
 from lorafx.registry import lookup
 from lorafx.weights.deltas import write
-from lorafx.weights.loadable_layer import WeightMethod, methods_of
-from lorafx.weights.loader import DerivedWeights, UndoLog
 from lorafx.weights.weight_places import Target
 
 if TYPE_CHECKING:
     from lorafx.program.program import Program
-
-_HOOK = "process_weights_after_loading"
 
 
 @dataclass(frozen=True)
@@ -181,7 +175,7 @@ def _indices(
     return indices
 
 
-class Copies(DerivedWeights):
+class Copies:
     """The copies that a model holds before an update."""
 
     def __init__(self, program: Program) -> None:
@@ -189,50 +183,27 @@ class Copies(DerivedWeights):
         self._copies = copies_of(program)
 
     def holds(self, target: Target) -> bool:
+        """Whether a target is computed from another."""
         return any(copy.tensor is target.tensor for copy in self._copies)
 
     def refusals(self, filled: Iterable[Target]) -> list[str]:
+        """Why tensors computed from the weights that get new numbers cannot follow them."""
         filled = list(filled)
         modules = {id(target.module) for target in filled}
         found = []
         for copy in self._of(filled):
             sites = [s for s in copy.unexplained(self._program) if id(s.module) in modules]
-            if sites and _hook(copy) is None:
+            if sites:
                 names = ", ".join(f"{site.path}.{site.eligible.weight}" for site in sites)
                 found.append(
                     f"{names}: {copy.holder} may have been computed from it, and cannot be updated "
-                    f"with it; give its module a method {_HOOK}() that computes it"
+                    "with it. Views and exact copies of its rows are; for anything else, load the "
+                    "weights before lorafx.compile"
                 )
         return found
 
-    def fallible(self, filled: Iterable[Target]) -> bool:
-        """Whether code of the model's, which may raise, computes what follows these weights."""
-        filled = list(filled)
-        return any(map(_hook, self._of(filled))) or any(
-            type(method).process_weights_after_loading
-            is not WeightMethod.process_weights_after_loading
-            for _, method in methods_of(filled)
-        )
-
-    def refresh(self, filled: Iterable[Target], undo_log: UndoLog | None) -> None:
-        filled = list(filled)
-        made = [(copy, hook) for copy in self._of(filled) if (hook := _hook(copy))]
-        hooks = {id(copy.holder.module): (copy.holder.module, hook) for copy, hook in made}
-        methods = methods_of(filled)
-        if undo_log is not None:
-            for copy in self._of(filled):
-                undo_log.save(copy.tensor)
-            for module, _ in (*hooks.values(), *methods):
-                undo_log.save_held(module)
-        for module, method in methods:
-            method.process_weights_after_loading(module)
-        for _, hook in hooks.values():
-            hook()
-        for copy, _ in made:
-            _keep_in_place(copy)
-        self.recompute(filled)
-
-    def recompute(self, filled: Iterable[Target]) -> None:
+    def refresh(self, filled: Iterable[Target]) -> None:
+        """Compute what follows these weights."""
         for copy in self._of(filled):
             if copy.form is not None:
                 dense = copy.weights[0].dense()
@@ -250,35 +221,3 @@ class Copies(DerivedWeights):
             if any(id(weight.holder.module) in modules for weight in copy.weights)
             if id(copy.tensor) not in tensors
         ]
-
-
-def _hook(copy: Copy) -> Callable[[], Any] | None:
-    """The holder's hook that computes a copy without a form; None where there is none."""
-    hook = getattr(copy.holder.module, _HOOK, None)
-    if copy.form is not None or not callable(hook):
-        return None
-    required = [
-        parameter
-        for parameter in inspect.signature(hook).parameters.values()
-        if parameter.default is parameter.empty
-        and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    ]
-    if not required:
-        return hook
-    takes_dtype = [parameter.name for parameter in required] == ["act_dtype"]
-    return (lambda: hook(copy.tensor.dtype)) if takes_dtype else None
-
-
-def _keep_in_place(copy: Copy) -> None:
-    """Move what a hook computed into the tensor that was there, so that graphs see it."""
-    module, name = copy.holder.module, copy.holder.attribute
-    made = getattr(module, name, None)
-    if made is copy.tensor:
-        return
-    if not isinstance(made, Tensor) or made.shape != copy.tensor.shape:
-        raise CheckpointError(f"{copy.holder}: {_HOOK} left a tensor of another form there")
-    write(copy.tensor, made)
-    places: tuple[Any, ...] = (module._parameters, module._buffers, vars(module))
-    for place in places:
-        if place.get(name) is made:
-            place[name] = copy.tensor

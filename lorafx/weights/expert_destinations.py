@@ -2,8 +2,7 @@
 
     experts.3.gate_proj.weight    W_up[3, gate rows, :]      w1, w3, w2 the same in Mixtral's words
     experts.gate_proj             W_up[:, gate rows, :]      the gates of all experts
-    experts.gate_up_proj          W_up                       w13, w13_weight; either orientation
-    moe.gate_proj.weight          the same without the name of the module of experts
+    experts.gate_up_proj          W_up                       w13, w13_weight
 
 Names and halves are those of adapters (lorafx.model.experts).
 """
@@ -23,10 +22,9 @@ from lorafx.model.experts import (
     expert_weights,
     meaning,
 )
-from lorafx.model.module_graph import join
 from lorafx.model.saved_names import Walked
 from lorafx.weights.loadable_layer import LoadableLayer
-from lorafx.weights.weight_places import Box, Cut, Destination, Shard, Target, WeightNames, no_place
+from lorafx.weights.weight_places import Box, Destination, Shard, Target, WeightNames, no_place
 
 _SHARDS: dict[Half, str] = {"gate": "w1", "up": "w3"}
 
@@ -37,38 +35,24 @@ class ExpertDestinations:
         self._weights: dict[int, tuple[ExpertWeight, ...]] = {}
 
     def destinations(self, walked: Walked) -> Iterator[Destination]:
-        """Possible places of a name that leads to a module of experts."""
-        for owner in self._owners(walked):
-            names, kind = _named(owner.rest)
-            meant = meaning(self._of(owner.module), names)
-            if meant is None or meant.weight is None:
-                continue
-            target = self._target(owner.module, meant.weight, kind)
-            if target is None:
-                continue
-            path = owner.whole
-            wrong, experts = meant.wrong, meant.weight.experts
-            if meant.expert is not None and meant.expert >= experts:
-                wrong = f"there is no expert {meant.expert}: experts are 0 to {experts - 1}"
-            if wrong:
-                yield no_place(path, wrong)
-            elif isinstance(owner.module, LoadableLayer):
-                yield _sharded(target, path, meant)
-            else:
-                yield from _boxes(target, path, kind, meant)
-
-    def _owners(self, walked: Walked) -> Iterator[Walked]:
-        if self._of(walked.module):
-            yield walked
-        elif walked.rest and walked.rest[0] in PROJECTIONS:
-            children = [
-                (name, child)
-                for name, child in walked.module._modules.items()
-                if child is not None and self._of(child)
-            ]
-            if len(children) == 1:
-                name, child = children[0]
-                yield Walked(child, join(walked.path, name), walked.rest)
+        """The place of a name that leads to a module of experts, if it names a projection."""
+        names, kind = _named(walked.rest)
+        meant = meaning(self._of(walked.module), names) if self._of(walked.module) else None
+        if meant is None or meant.weight is None:
+            return
+        target = self._target(walked.module, meant.weight, kind)
+        if target is None:
+            return
+        path = walked.whole
+        wrong, experts = meant.wrong, meant.weight.experts
+        if meant.expert is not None and meant.expert >= experts:
+            wrong = f"there is no expert {meant.expert}: experts are 0 to {experts - 1}"
+        if wrong:
+            yield no_place(path, wrong)
+        elif isinstance(walked.module, LoadableLayer):
+            yield _sharded(target, path, meant)
+        else:
+            yield _box(target, path, kind, meant)
 
     def _of(self, module: nn.Module) -> tuple[ExpertWeight, ...]:
         if id(module) not in self._weights:
@@ -94,26 +78,21 @@ def _named(rest: Sequence[str]) -> tuple[list[str], str]:
     return names, "weight"
 
 
-def _boxes(target: Target, path: str, kind: str, meant: ExpertMeaning) -> Iterator[Destination]:
-    """As stored by the parameter's own name, else as (out, in); then, where shapes fit, turned."""
+def _box(target: Target, path: str, kind: str, meant: ExpertMeaning) -> Destination:
+    """By the parameter's own name as it is stored; by any other, and `NAME.weight`, (out, in)."""
     weight = meant.weight
     assert weight is not None
     box = Box.whole(target)
     dims = len(box.box)
     out = dims - 1 if kind == "bias" or weight.transposed else dims - 2
     box = box.narrowed(out, _columns(len(box.box[out]), weight, meant.half))
-    if meant.expert is not None:
-        box = box.narrowed(0, range(meant.expert, meant.expert + 1))
-    orders = [box]
-    if kind == "weight":
-        orders = [box, box.swapped()]
-        if weight.transposed and not meant.own:
-            orders.reverse()
-    for oriented in orders:
-        shape = oriented.shape if meant.expert is None else oriented.shape[1:]
-        # Other names than the parameter's own determine the orientation.
-        turned = oriented is not box if meant.own else None
-        yield Destination(path, shape, (Cut(oriented),), turned=turned)
+    as_stored = meant.own and not path.endswith(".weight")
+    if kind == "weight" and weight.transposed and not as_stored:
+        box = box.swapped()
+    if meant.expert is None:
+        return Destination(path, box.shape, (box,))
+    box = box.narrowed(0, range(meant.expert, meant.expert + 1))
+    return Destination(path, box.shape[1:], (box,))
 
 
 def _columns(size: int, weight: ExpertWeight, half: Half) -> range:
@@ -131,10 +110,10 @@ def _sharded(target: Target, path: str, meant: ExpertMeaning) -> Destination:
     try:
         if expert is None and half == "all":
             whole = Shard(target)
-            return Destination(path, whole.shape, (Cut(whole),))
+            return Destination(path, whole.shape, (whole,))
         rows, *others = Shard(target, (kinds[0], expert or 0)).shape
         cuts = tuple(
-            Cut(Shard(target, (kind, e)), (*lead, slice(i * rows, (i + 1) * rows)))
+            Shard(target, (kind, e), (*lead, slice(i * rows, (i + 1) * rows)))
             for e, lead in (
                 [(expert, ())] if expert is not None else [(e, (e,)) for e in range(weight.experts)]
             )

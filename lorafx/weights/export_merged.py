@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,9 +30,7 @@ from lorafx.model.module_graph import storage_key
 from lorafx.program.derived import Holder
 from lorafx.progress import progress
 from lorafx.weights.changes import Change, changes_of, key_of, not_mergeable
-from lorafx.weights.copies import copied
 from lorafx.weights.deltas import Delta, add_to
-from lorafx.weights.sources import in_file
 
 if TYPE_CHECKING:
     from lorafx.program.program import Program
@@ -156,10 +155,7 @@ class _State:
                     new[id(change)] = self._end(key, change)
                 tensors[key] = new[id(change)]
                 continue
-            part = self._part(key, value, changes)
-            if part is not None:
-                tensors[key] = self._mapped(part)
-                continue
+            self._refuse_derived(key, value, changes)
             plain = value.detach()
             where = (storage_key(plain), int(plain.storage_offset()), *plain.shape)
             alone = plain.is_contiguous() and plain.untyped_storage().nbytes() == plain.nbytes
@@ -200,22 +196,15 @@ class _State:
         add_to(made, change.tensor, delta, str(change.holder))
         return made
 
-    def _part(self, key: str, value: Tensor, changes: Sequence[Change]) -> Tensor | None:
-        """The part of W + ΔW in `value`, where it is a view or a copy of a changed weight."""
+    def _refuse_derived(self, key: str, value: Tensor, changes: Sequence[Change]) -> None:
+        """MatchError where `value` was made from a weight that changes."""
         derived = self.program.derived.look(value) if value.dim() > 1 and changes else None
         sites = () if derived is None else derived.sites
         weights = [self.program.weight_of(site) for site in sites]
         change = next((c for c in changes if any(c.weight is weight for weight in weights)), None)
-        if derived is None or change is None:
-            return None
-        if derived.form is None:
-            raise not_mergeable(
-                self.name, [f"{key} was made from {change.holder} in a way that no rule covers"]
-            )
-        made = torch.empty_like(change.tensor, device="cpu")
-        add_to(made, change.tensor, change.delta, str(change.holder))
-        dense = made.T if change.delta.site.eligible.transposed else made
-        return copied(dense, value, derived.form)
+        if change is not None:
+            why = f"{key} was made from {change.holder}, and would keep the old numbers"
+            raise not_mergeable(self.name, [why])
 
     def _mapped(self, numbers: Tensor) -> Tensor:
         made = self._room_for(numbers)
@@ -223,6 +212,12 @@ class _State:
         return made
 
     def _room_for(self, like: Tensor) -> Tensor:
+        """A contiguous tensor in a file, of the shape and dtype of `like`. Disk space is allocated
+        at once: a page without it would end the process (SIGBUS). Raises OSError without it."""
         if not like.numel():
             return torch.empty(like.shape, dtype=like.dtype)
-        return in_file(self.room / str(next(self.numbers)), like)
+        file = self.room / str(next(self.numbers))
+        with file.open("wb") as made:
+            os.posix_fallocate(made.fileno(), 0, like.numel() * like.element_size())
+        mapped = torch.from_file(str(file), shared=True, size=like.numel(), dtype=like.dtype)
+        return mapped.view(like.shape)

@@ -76,50 +76,36 @@ class MergeReport:
 
 @dataclass(frozen=True, eq=False)
 class Original:
-    """A tensor's stored in host memory, and its mark when merge last wrote it."""
+    """What a weight was before the merge: `tensor` and its mark when merge last wrote it, or None
+    for a format of its own, which does not tell whether something else wrote it."""
 
     holder: Holder
-    tensor: Tensor
-    stored: Tensor
+    tensor: Tensor | None
+    nbytes: int
+    restore: Callable[[], None]
     mark: int | None = None
 
     @classmethod
     def of(cls, holder: Holder, tensor: Tensor) -> Original:
-        return cls(holder, tensor, tensor.detach().to("cpu", copy=True))
+        numbers = tensor.detach().to("cpu", copy=True)
+        return cls(holder, tensor, numbers.nbytes, partial(write, tensor, numbers))
 
-    @property
-    def nbytes(self) -> int:
-        return self.stored.nbytes
+    @classmethod
+    def stored(cls, holder: Holder, parameter: str | None) -> Original:
+        stored = Stored(holder.module, parameter)
+        return cls(holder, None, stored.nbytes, stored.restore)
 
     @property
     def in_place(self) -> bool:
-        return self.holder.tensor is self.tensor
+        return self.tensor is None or self.holder.tensor is self.tensor
 
     @property
     def touched(self) -> bool:
         """Whether anything but merge has written or replaced the tensor since."""
-        return not self.in_place or mark_of(self.tensor) != self.mark
+        return self.tensor is not None and (not self.in_place or mark_of(self.tensor) != self.mark)
 
     def written(self) -> Original:
-        return replace(self, mark=mark_of(self.tensor))
-
-    def restore(self) -> None:
-        write(self.tensor, self.stored)
-
-
-class StoredOriginal:
-    in_place, touched = True, False  # formats do not tell
-
-    def __init__(self, holder: Holder, parameter: str | None) -> None:
-        self.holder = holder
-        self._stored = Stored(holder.module, parameter)
-        self.nbytes = self._stored.nbytes
-
-    def written(self) -> StoredOriginal:
-        return self
-
-    def restore(self) -> None:
-        self._stored.restore()
+        return self if self.tensor is None else replace(self, mark=mark_of(self.tensor))
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,8 +114,8 @@ class Merged:
 
     report: MergeReport
     requantize: bool
-    originals: tuple[Original | StoredOriginal, ...]
-    stored: StoredAdapter
+    originals: tuple[Original, ...]
+    numbers: StoredAdapter
 
     @property
     def name(self) -> str:
@@ -156,11 +142,11 @@ def _merge(session: Session, name: str, *, requantize: bool) -> MergeReport:
     session.program.look_at_modules()
     session.program.refuse_missing()
     check_packed(session.program.packed)
-    stored = session.store[name]
+    numbers = session.store[name]
     changes = changes_of(session.program, session.store, name, requantize=requantize)
     _refuse_shared(session, name, changes)
     with progress(f"merging {name} into {len(changes)} weights"):
-        return _write_merged(session, name, stored, changes, requantize=requantize)
+        return _write_merged(session, name, numbers, changes, requantize=requantize)
 
 
 def unmerge(session: Session, *, force: bool = False) -> None:
@@ -304,16 +290,16 @@ def _refuse_shared(session: Session, name: str, changes: Sequence[Change]) -> No
 def _write_merged(
     session: Session,
     name: str,
-    stored: StoredAdapter,
+    numbers: StoredAdapter,
     changes: Sequence[Change],
     *,
     requantize: bool,
 ) -> MergeReport:
     """Write W + ΔW into every weight; all are as before when one fails."""
-    originals: list[Original | StoredOriginal] = []
+    originals: list[Original] = []
     weights: list[MergedWeight] = []
 
-    def keep(item: Original | StoredOriginal) -> None:
+    def keep(item: Original) -> None:
         originals.append(item)
         rollback.add(item.restore)
 
@@ -324,7 +310,7 @@ def _write_merged(
         for change in changes:
             holder, weight = change.holder, change.weight
             if weight is None:
-                keep(StoredOriginal(holder, change.parameter))
+                keep(Original.stored(holder, change.parameter))
                 error = _requantized(change)
             else:
                 keep(Original.of(holder, weight))
@@ -335,7 +321,7 @@ def _write_merged(
                 copy.follow(change.dense)
         written = tuple(item.written() for item in originals)
         report = MergeReport(name, tuple(weights), sum(item.nbytes for item in written))
-        session.base = BaseState(Merged(report, requantize, written, stored), before.broken)
+        session.base = BaseState(Merged(report, requantize, written, numbers), before.broken)
     except BaseException:
         rollback.run()
         raise

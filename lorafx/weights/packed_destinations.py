@@ -8,28 +8,63 @@ Model or user declare which names a packed one stands for (lorafx.model.packed_n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lorafx.model.module_graph import join
-from lorafx.model.packed_names import PackedMember, PackedNames, renamed
+from lorafx.model.packed_names import PackedMember, PackedNames, spans
 from lorafx.model.saved_names import Walked
 from lorafx.registry import lookup
-from lorafx.weights.groups import GroupMember, JointGroup
 from lorafx.weights.loadable_layer import LoadableLayer
 from lorafx.weights.weight_places import (
     Box,
-    Cut,
     Destination,
-    OwnLoader,
-    Target,
+    GroupMember,
+    TensorGroup,
     WeightNames,
+    WeightShape,
     destination,
     no_place,
 )
+
+
+class JointGroup(TensorGroup):
+    """Checkpoint tensors `names` that fill `destinations` one after the other along `dim`; `path`
+    is the first tensor's name in messages."""
+
+    def __init__(
+        self, whole: Destination, dim: int, names: tuple[str, ...], slices: tuple[int, ...] | None
+    ) -> None:
+        """`slices`: sizes along `dim` that the tensors have to partition, where they are known."""
+        self.path, self.names = whole.path, names
+        self.destinations = (whole,)
+        self._dim, self._slices = dim, slices
+
+    def misfit(self, shapes: Mapping[str, WeightShape]) -> str:
+        whole, dim = self.destinations[0].shape, self._dim
+        assert whole is not None
+        given = [shapes[name] for name in self.names]
+        rows = sum(shape[dim] if len(shape) == len(whole) else 0 for shape in given)
+        fits = rows == whole[dim] and all(
+            (*shape[:dim], whole[dim], *shape[dim + 1 :]) == whole for shape in given
+        )
+        if not fits:
+            return f"shapes {', '.join(map(str, given))} do not fill {whole}"
+        if self._slices is None or all(spans(self._slices, [shape[dim] for shape in given])):
+            return ""
+        named = ", ".join(f"{name} {shape}" for name, shape in zip(self.names, given, strict=True))
+        return (
+            f"slices of {self._slices} cannot be divided among {named}; declare with "
+            "packed_modules which slices each name covers"
+        )
+
+    def joined(self, tensors: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        return [torch.cat([tensors[name] for name in self.names], dim=self._dim)]
 
 
 class PackedDestinations:
@@ -54,17 +89,6 @@ class PackedDestinations:
                 if found is not None:
                     yield found
         yield from self._apart(module, path, canonical, name, attribute)
-
-    def shards(self, target: Target) -> dict[Any, str]:
-        """The shard ids of a packed target, each with the name that is declared for it."""
-        if not self._packed.any:
-            return {}
-        path = self._names.graph.path(target.module)
-        members, sizes = self._packed.members(path), _slice_sizes(target.module)
-        return {
-            _shard_id(members, index, sizes): join(renamed(path, member.name), target.attribute)
-            for index, member in enumerate(members)
-        }
 
     def _into(
         self,
@@ -91,8 +115,9 @@ class PackedDestinations:
                 "declare which slices each name covers",
             )
         whole = destination(target, join(path, attribute))
-        own_loader = not whole.cuts or isinstance(whole.cuts[0].place, OwnLoader)
-        if own_loader or (loadable and declared):
+        if not whole.places:
+            return replace(whole, path=member_path)
+        if loadable and declared:
             return destination(target, member_path, _shard_id(members, index, sizes))
         dim = _out_dim(child, len(whole.shape or ()))
         if not declared or sizes is None:
@@ -100,14 +125,14 @@ class PackedDestinations:
             slices = sizes if sizes is not None and len(members) < len(sizes) else None
             group = self._joints.setdefault(names[0], JointGroup(whole, dim, names, slices))
             return GroupMember(group, member_path)
-        box = whole.cuts[0].place
+        (box,) = whole.places
         assert isinstance(box, Box)
         covered = (index,) if slices is None else slices
         starts = (0, *accumulate(sizes))
         if starts[-1] != len(box.box[dim]) or covered[-1] >= len(sizes):
             return no_place(member_path, f"{path} has slices of {list(sizes)}, which do not fit")
         part = box.narrowed(dim, range(starts[covered[0]], starts[covered[-1] + 1]))
-        return Destination(member_path, part.shape, (Cut(part),))
+        return Destination(member_path, part.shape, (part,))
 
     def _apart(
         self, module: nn.Module, path: str, canonical: str, name: str, attribute: str
@@ -133,19 +158,19 @@ class PackedDestinations:
             yield no_place(packed, f"it packs {count} tensors, but only {len(parts)} are here")
             return
         wrong = "; ".join(part.wrong for part in parts if part.wrong)
-        if wrong or any(part.shape is None for part in parts):
-            yield no_place(packed, wrong or "its parts have their own loaders")
+        if wrong:
+            yield no_place(packed, wrong)
             return
         shapes = [part.shape or () for part in parts]
         dim = _out_dim(found[0][3], len(shapes[0]))
         ends = list(accumulate(shape[dim] for shape in shapes))
         lead = (slice(None),) * dim
-        cuts = tuple(
-            Cut(cut.place, (*lead, slice(end - shape[dim], end)))
+        places = tuple(
+            replace(place, take=(*lead, slice(end - shape[dim], end)))
             for part, shape, end in zip(parts, shapes, ends, strict=True)
-            for cut in part.cuts
+            for place in part.places
         )
-        yield Destination(packed, (*shapes[0][:dim], ends[-1], *shapes[0][dim + 1 :]), cuts)
+        yield Destination(packed, (*shapes[0][:dim], ends[-1], *shapes[0][dim + 1 :]), places)
 
 
 def _shard_id(members: Sequence[PackedMember], index: int, sizes: tuple[int, ...] | None) -> Any:

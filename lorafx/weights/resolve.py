@@ -13,28 +13,62 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.packed_names import PackedModules, PackedNames
 from lorafx.model.saved_names import Walked, nearest_names
 from lorafx.weights.expert_destinations import ExpertDestinations
-from lorafx.weights.groups import ConvertedGroup, GroupMember, Meaning
 from lorafx.weights.packed_destinations import PackedDestinations
 from lorafx.weights.weight_places import (
     Box,
     Destination,
+    GroupMember,
+    Meaning,
     Target,
+    TensorGroup,
     WeightNames,
     WeightShape,
     destination,
     no_place,
 )
+
+
+class ConvertedGroup(TensorGroup):
+    """What a conversion of transformers makes of checkpoint tensors."""
+
+    def __init__(
+        self,
+        model: Any,
+        converter: Any,
+        key: str,
+        destinations: tuple[Destination, ...],
+        sources: Mapping[str, tuple[str, WeightShape]],
+    ) -> None:
+        """`sources`: the pattern of the converter and the shape, by the tensor's name."""
+        self.path, self.names, self.destinations = key, tuple(sources), destinations
+        self._model, self._converter, self._sources = model, converter, sources
+
+    def misfit(self, shapes: Mapping[str, WeightShape]) -> str:
+        wrong = [
+            f"{name} has shape {shapes[name]}, expected {shape}"
+            for name, (_, shape) in self._sources.items()
+            if shapes[name] != shape
+        ]
+        return "; ".join(wrong)
+
+    def joined(self, tensors: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        converter = deepcopy(self._converter)
+        for name, (pattern, _) in self._sources.items():
+            converter.add_tensor(self.path, name, pattern, tensors[name])
+        made = converter.convert(self.path, model=self._model, config=self._model.config)
+        values = (made[found.path] for found in self.destinations)
+        return [value[0] if isinstance(value, list) else value for value in values]
 
 
 class Conversions:
@@ -88,10 +122,10 @@ class Conversions:
         first, *others = converter.target_patterns
         keys = [key, *(key.replace(first, other) for other in others)]
         found = map(find, keys)
-        destinations = tuple(item for item in found if item is not None and item.cuts)
+        destinations = tuple(item for item in found if item is not None and item.places)
         if len(destinations) != len(keys):
             return ""
-        boxes = [place for d in destinations if isinstance(place := d.cuts[0].place, Box)]
+        boxes = [place for d in destinations if isinstance(place := d.places[0], Box)]
         if len(boxes) != len(keys):
             return "it is sharded over ranks, which transformers' conversion does not support"
         shapes = {target: box.target.tensor.shape for target, box in zip(keys, boxes, strict=True)}
@@ -149,9 +183,6 @@ class Resolver:
                 return found
             first = first or found
         return first
-
-    def shards(self, target: Target) -> dict[Any, str]:
-        return self._packed.shards(target)
 
     def is_unwanted(self, name: str) -> bool:
         """Whether checkpoints of this model have `name` and the model itself does without."""
@@ -219,44 +250,3 @@ class Resolver:
             if found is not None:
                 return destination(found, name)
         return None
-
-
-#: (segments of the parameter's name, segments of the checkpoint's name, shard id)
-StackedName = tuple[str, str, Any]
-
-
-class StackedResolver(Resolver):
-    """Looks names up in a mapping of the model's author, by whole dotted segments, before all other
-    ways of naming but the model's own names.
-
-        ("qkv_proj", "q_proj", "q")     layers.0.q_proj.weight → layers.0.qkv_proj.weight, shard "q"
-    """
-
-    def __init__(
-        self, graph: ModuleGraph, model: nn.Module, stacked: Sequence[StackedName]
-    ) -> None:
-        super().__init__(graph, model, None)
-        self._stacked = stacked
-
-    def meaning(self, name: str, shape: WeightShape) -> Meaning | None:
-        if self._own(name) is None:
-            found = {
-                candidate: destination(target, candidate, shard_id)
-                for param, saved, shard_id in self._stacked
-                for reading in self.names.readings(name)
-                for candidate in _replaced(reading, param, saved)
-                if (target := self._own(candidate)) is not None
-            }
-            if len(found) > 1:
-                wrong = f"the stacked mapping sends it to {', '.join(found)}"
-                return no_place(name, wrong)
-            if found:
-                return next(iter(found.values()))
-        return super().meaning(name, shape)
-
-
-def _replaced(name: str, param: str, saved: str) -> Iterator[str]:
-    segments, run = name.split("."), saved.split(".")
-    for i in range(len(segments) - len(run) + 1):
-        if segments[i : i + len(run)] == run:
-            yield ".".join([*segments[:i], param, *segments[i + len(run) :]])

@@ -2,9 +2,9 @@
 
     source ─▶ plan ─▶ writes (lorafx.weights) ─▶ what follows: copies of weights, norms of DoRA
 
-Numbers are written in place, so packed buffers, tied weights and captured graphs see them. A source
-that can be read twice is checked before the first write. For any other (a generator) the old
-weights are kept, and put back where something is wrong.
+Numbers are written in place, so packed buffers, tied weights and captured graphs see them. All of a
+source is checked before the first write. What can be read only once (a generator) is copied to host
+memory first.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from lorafx.errors import ConfigError
-from lorafx.interrupts import Rollback
 from lorafx.model.packing import check_packed
 from lorafx.runtime.session import Session
 from lorafx.runtime.sharing import refresh_elsewhere
 from lorafx.weights.copies import Copies
-from lorafx.weights.loader import Loading, Undo, UndoLog
+from lorafx.weights.loadable_layer import methods_of
+from lorafx.weights.loader import Loading
 from lorafx.weights.merge import unmerged
 from lorafx.weights.resolve import Resolver
 from lorafx.weights.sources import Weights, WeightSource, source_of
@@ -44,56 +43,34 @@ class WeightUpdate:
     ignored: tuple[str, ...]
 
 
-def update_weights(
-    session: Session, weights: Weights, *, strict: bool = True, undo: Undo = "memory"
-) -> WeightUpdate:
-    if undo not in ("memory", "disk"):
-        raise ConfigError(f'undo is "memory" or "disk", got {undo!r}')
-    source = source_of(weights)
+def update_weights(session: Session, weights: Weights, *, strict: bool = True) -> WeightUpdate:
     session.refuse_running("load_weights()")
-    update = partial(_update, session, source, strict=strict, undo=undo)
+    source = source_of(weights)
+    update = partial(_update, session, source, strict=strict)
     report = unmerged(session, lambda: session.update(update))
     refresh_elsewhere(session)
     return report
 
 
-def _update(session: Session, source: WeightSource, *, strict: bool, undo: Undo) -> WeightUpdate:
+def _update(session: Session, source: WeightSource, *, strict: bool) -> WeightUpdate:
     program = session.program
     program.look_at_modules()
     program.refuse_missing()
     check_packed(program.packed)
     resolver = Resolver(program.graph, program.model, program.config.packed_modules)
     copies = Copies(program)
-    loading = Loading(resolver, source, strict=strict, derived=copies)
+    loading = Loading(resolver, source, strict=strict, copies=copies)
     loading.check()
-    plan = loading.plan
-    if source.repeatable and not (loading.fallible or copies.fallible(plan.filled())):
-        _write(session, loading, copies, None)
-    else:
-        with UndoLog.kept(undo) as undo_log:
-            _write(session, loading, copies, undo_log)
-    return WeightUpdate(
-        tuple(target.name for target in plan.filled()), tuple(plan.missing), tuple(plan.ignored)
-    )
-
-
-def _write(session: Session, loading: Loading, copies: Copies, undo_log: UndoLog | None) -> None:
-    """Write all of it, and what follows; the undo log, if any, puts it back after an error."""
-    before, rollback = session.base, Rollback()
-    if undo_log is not None:
-        rollback.add(partial(setattr, session, "base", before))
-        rollback.add(session.store.refresh_magnitudes)
-        rollback.add(undo_log.restore)
+    plan, filled, before = loading.plan, loading.plan.filled(), session.base
     session.base = before._replace(broken=_BROKEN)  # said before it is so
     try:
-        loading.write(undo_log)
-        copies.refresh(loading.plan.filled(), undo_log)
-        session.store.refresh_magnitudes()
-        broken = before.broken if loading.plan.missing else ""
-        session.base = before._replace(broken=broken)
-    except BaseException:
-        if undo_log is None:
-            # Copies stay those of the weights, so that the next update finds them.
-            copies.recompute(loading.plan.filled())
-        rollback.run()
-        raise
+        loading.write()
+        for module, method in methods_of(filled):
+            method.process_weights_after_loading(module)
+    finally:
+        copies.refresh(filled)  # also of half an update, so that the next one finds them
+    session.store.refresh_magnitudes()
+    session.base = before._replace(broken=before.broken if plan.missing else "")
+    return WeightUpdate(
+        tuple(target.name for target in filled), tuple(plan.missing), tuple(plan.ignored)
+    )

@@ -7,21 +7,27 @@ Numbers are compared only where two names mean tied tensors; they have to be equ
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lorafx.errors import BaseWeightsError, some
-from lorafx.weights.groups import GroupMember, Meaning, TensorGroup, destinations_of
 from lorafx.weights.loadable_layer import LoadableLayer
 from lorafx.weights.resolve import Resolver
-from lorafx.weights.sources import Item
-from lorafx.weights.weight_places import Destination, Numbers, Target, WeightShape, meet
+from lorafx.weights.weight_places import (
+    Destination,
+    GroupMember,
+    Meaning,
+    Part,
+    Target,
+    TensorGroup,
+    WeightShape,
+    destinations_of,
+    meet,
+)
 
 _SHOWN = 100  # problems in a message
 _NAMED = 5  # names in a sentence
@@ -29,28 +35,20 @@ _NAMED = 5  # names in a sentence
 _Key = tuple[object, ...]
 
 
-@dataclass(frozen=True)
-class _Filled:
-    """A part of a target (a box, or pieces of a layer) that the checkpoint's `name` fills; `path`
-    is its name in the model, `numbers` reads the tensor, where the target is tied."""
+class _Filled(NamedTuple):
+    """A part of a target that the checkpoint's `name` fills; `path` is its name in the model,
+    `numbers` are the tensor's where the target is tied."""
 
-    part: Any
+    part: Part
     name: str
     path: str
-    numbers: Callable[[], Tensor] | None
-
-    def meets(self, part: Any) -> bool:
-        if isinstance(self.part, frozenset) and isinstance(part, frozenset):
-            union = self.part | part
-            return None in union or len(union) < len(self.part) + len(part)  # None is the whole
-        if isinstance(self.part, frozenset) or isinstance(part, frozenset):
-            return True  # a loader of its own, and nobody knows what it writes
-        return meet(self.part, part)
+    numbers: Tensor | None
 
 
-def _expert(part: Any) -> int | None:
-    single = isinstance(part, tuple) and len(part) > 1 and len(part[0]) == 1
-    return part[0].start if single else None
+def _expert(part: Part) -> int | None:
+    if isinstance(part, frozenset) or len(part) < 2 or len(part[0]) != 1:
+        return None
+    return part[0].start
 
 
 class UpdatePlan:
@@ -60,33 +58,31 @@ class UpdatePlan:
     def __init__(
         self, resolver: Resolver, *, strict: bool, stable: bool, live: bool = True
     ) -> None:
-        """`stable`: tensors stay as they were given and can be read again. `live`: the model has
-        weights that serve; persistent buffers may be left out then."""
+        """`stable`: tensors stay as they were given. `live`: the model has weights that serve;
+        persistent buffers may be left out then."""
         self._resolver, self._strict, self._stable, self._live = resolver, strict, stable, live
         self.targets = resolver.names.targets
         self.meanings: dict[str, Meaning] = {}
-        self.planned: dict[str, tuple[WeightShape, Numbers]] = {}
+        self.planned: dict[str, tuple[WeightShape, torch.dtype]] = {}
         self.problems: list[str] = []
         self.ignored: list[str] = []
         self.missing: list[str] = []
         self._names: set[str] = set()
         #: By target and expert: an expert's box is not compared with those of all others.
         self._filled: dict[_Key, dict[int | None, list[_Filled]]] = {}
-        self._groups: dict[TensorGroup, dict[str, Item]] = {}
+        #: By group and its name for a tensor: the checkpoint's name, and the shape.
+        self._groups: dict[TensorGroup, dict[str, tuple[str, WeightShape]]] = {}
         self._keys: dict[int, _Key] = {}
-        self._ways: Counter[_Key] = Counter()
         self._faulty: set[_Key] = set()
-        for target in self.targets:
-            self._ways[self._key(target)] += resolver.names.ways(target)
 
-    def take(self, item: Item) -> Meaning | None:
+    def take(self, name: str, tensor: Tensor) -> Meaning | None:
         """The meaning of a tensor; None where it has no place or something is wrong with it."""
-        name = item.name
         if name in self._names:
             self._fault(f"{name}: a duplicate", destinations_of(self.meanings.get(name)))
             return None
         self._names.add(name)
-        found = self._resolver.meaning(name, item.shape)
+        shape = tuple(tensor.shape)
+        found = self._resolver.meaning(name, shape)
         if found is None:
             if not self._strict or self._resolver.is_unwanted(name):
                 self.ignored.append(name)
@@ -94,11 +90,11 @@ class UpdatePlan:
                 self.problems.append(f"{name}: {self._resolver.advice(name)}")
             return None
         self.meanings[name] = found
-        self.planned[name] = item.shape, item.numbers
+        self.planned[name] = shape, tensor.dtype
         if isinstance(found, GroupMember):
-            wrong = self._take_member(found, item)
+            wrong = self._take_member(found, name, tensor)
         else:
-            wrong = self._take_alone(found, item)
+            wrong = self._take_alone(found, name, tensor)
         if wrong:
             self._fault(wrong, destinations_of(found))
         return None if wrong else found
@@ -111,9 +107,8 @@ class UpdatePlan:
                 self.missing.extend(lacking)
                 self._faulty.update(self._keys_of(group.destinations))
                 if self._strict:
-                    given = ", ".join(item.name for item in items.values())
+                    given = ", ".join(name for name, _ in items.values())
                     self.problems.append(f"{given}: needs {some(sorted(lacking), _NAMED)} too")
-        self._orientations()
         seen = set(self._faulty)
         for target in self.targets:
             key = self._key(target)
@@ -145,77 +140,52 @@ class UpdatePlan:
         """The targets that got numbers, wholly or partly; of tied ones all."""
         return [target for target in self.targets if self._key(target) in self._filled]
 
-    def _take_alone(self, found: Destination, item: Item) -> str:
+    def _take_alone(self, found: Destination, name: str, tensor: Tensor) -> str:
         wrong = found.wrong
-        if not wrong and found.shape not in (None, tuple(item.shape)):
-            wrong = f"the checkpoint's tensor has shape {tuple(item.shape)}, expected {found.shape}"
-        wrong = wrong or _unlike((found,), item.numbers) or self._fill(found, item)
-        label = item.name if item.name == found.path else f"{item.name} → {found.path}"
+        if not wrong and found.shape != tuple(tensor.shape):
+            shape = tuple(tensor.shape)
+            wrong = f"the checkpoint's tensor has shape {shape}, expected {found.shape}"
+        wrong = wrong or _unlike((found,), tensor) or self._fill(found, name, tensor)
+        label = name if name == found.path else f"{name} → {found.path}"
         return f"{label}: {wrong}" if wrong else ""
 
-    def _take_member(self, member: GroupMember, item: Item) -> str:
+    def _take_member(self, member: GroupMember, name: str, tensor: Tensor) -> str:
         group = member.group
         items = self._groups.setdefault(group, {})
         if member.name in items:
-            return f"{item.name}: a duplicate of {items[member.name].name}"
-        items[member.name] = item
+            return f"{name}: a duplicate of {items[member.name][0]}"
+        items[member.name] = name, tuple(tensor.shape)
         wrong = next((found.wrong for found in group.destinations if found.wrong), "")
-        wrong = wrong or _unlike(group.destinations, item.numbers)
+        wrong = wrong or _unlike(group.destinations, tensor)
         if not wrong and len(items) == len(group.names):
-            wrong = group.misfit({name: items[name].shape for name in group.names})
+            wrong = group.misfit({member: shape for member, (_, shape) in items.items()})
             if not wrong:
-                filled = [self._fill(found, item, alone=False) for found in group.destinations]
+                filled = [
+                    self._fill(found, name, tensor, alone=False) for found in group.destinations
+                ]
                 wrong = next(filter(None, filled), "")
-        return f"{item.name} → {group.path}: {wrong}" if wrong else ""
+        return f"{name} → {group.path}: {wrong}" if wrong else ""
 
-    def _fill(self, found: Destination, item: Item, *, alone: bool = True) -> str:
+    def _fill(self, found: Destination, name: str, tensor: Tensor, *, alone: bool = True) -> str:
         """Note what a tensor fills; returns why not, where other numbers fill it already."""
-        fills = [
-            (target, part, cut.take)
-            for cut in found.cuts
-            for target, part in cut.place.fills(item.numbers.dtype)
-        ]
-        for target, part, take in fills:
-            key, expert = self._key(target), _expert(part)
-            filled = self._filled.setdefault(key, {})
-            near = filled if expert is None else (expert, None)
-            for earlier in [known for index in near for known in filled.get(index, ())]:
-                if not earlier.meets(part):
-                    continue
-                tied = earlier.part == part and earlier.path != found.path
-                if not tied or earlier.numbers is None or not alone:
-                    return f"a duplicate of {earlier.name}"
-                if not _same(earlier.numbers(), item.read()[take], target.tensor.dtype):
-                    return f"the model ties it to {earlier.name}, and their values differ"
-            numbers = self._numbers(item, take) if alone and self._ways[key] > 1 else None
-            filled.setdefault(expert, []).append(_Filled(part, item.name, found.path, numbers))
+        for place in found.places:
+            for target, part in place.fills(tensor.dtype):
+                key, expert = self._key(target), _expert(part)
+                filled = self._filled.setdefault(key, {})
+                near = filled if expert is None else (expert, None)
+                for earlier in [known for index in near for known in filled.get(index, ())]:
+                    if not meet(earlier.part, part):
+                        continue
+                    tied = earlier.part == part and earlier.path != found.path
+                    if not tied or earlier.numbers is None or not alone:
+                        return f"a duplicate of {earlier.name}"
+                    if not _same(earlier.numbers, tensor[place.take], target.tensor.dtype):
+                        return f"the model ties it to {earlier.name}, and their values differ"
+                numbers = None
+                if alone and self._resolver.names.ways[key] > 1:
+                    numbers = tensor[place.take] if self._stable else tensor[place.take].clone()
+                filled.setdefault(expert, []).append(_Filled(part, name, found.path, numbers))
         return ""
-
-    def _numbers(self, item: Item, take: tuple[slice | int, ...]) -> Callable[[], Tensor]:
-        if self._stable:
-            return lambda: item.read()[take]
-        kept = item.read()[take].clone()
-        return lambda: kept
-
-    def _orientations(self) -> None:
-        """Refuse a square matrix beside a transposed matrix: it may be transposed too."""
-        turned: dict[int, str] = {}
-        square: list[tuple[int, str, Destination]] = []
-        for name, meaning in self.meanings.items():
-            if isinstance(meaning, Destination) and meaning.turned is not None:
-                module = id(meaning.cuts[0].place.target.module)
-                if meaning.square:
-                    square.append((module, name, meaning))
-                elif meaning.turned:
-                    turned[module] = name
-        for module, name, meaning in square:
-            if module in turned:
-                wrong = (
-                    f"{name}: it is square, and {turned[module]} came transposed, so it is "
-                    "not known whether this one is transposed too; give the experts one by "
-                    "one, or as w13_weight and w2_weight (E, out, in)"
-                )
-                self._fault(wrong, (meaning,))
 
     def _uncovered(self, target: Target) -> str:
         by_expert = self._filled.get(self._key(target))
@@ -224,8 +194,11 @@ class UpdatePlan:
         parts = [filled.part for found in by_expert.values() for filled in found]
         pieces = [part for part in parts if isinstance(part, frozenset)]
         if pieces:
-            return self._lacking_pieces(target, frozenset().union(*pieces))
-        boxes = set(parts)
+            assert isinstance(target.module, LoadableLayer)
+            lacking = target.module.pieces(target.attribute) - frozenset().union(*pieces)
+            absent = sorted(map(str, lacking))
+            return f"nothing in the checkpoint for slices {some(absent, _NAMED)}" if absent else ""
+        boxes = {part for part in parts if isinstance(part, tuple)}
         got, whole = sum(prod(map(len, box)) for box in boxes), target.tensor.numel()
         if got >= whole:
             return ""
@@ -234,22 +207,12 @@ class UpdatePlan:
         which = f", nothing for experts {some(absent, _NAMED)}" if absent else ""
         return f"{got} of its {whole} numbers are in the checkpoint{which}"
 
-    def _lacking_pieces(self, target: Target, pieces: frozenset[Any]) -> str:
-        if isinstance(target.module, LoadableLayer):
-            absent = sorted(map(str, target.module.pieces(target.attribute) - pieces))
-            what = f"slices {some(absent, _NAMED)}"
-        else:  # a loader of its own, of which nobody knows more than what is declared
-            shards = self._resolver.shards(target)
-            absent = sorted(name for shard, name in shards.items() if not pieces & {None, shard})
-            what = some(absent, _NAMED)
-        return f"nothing in the checkpoint for {what}" if absent else ""
-
     def _fault(self, problem: str, found: Iterable[Destination]) -> None:
         self.problems.append(problem)
         self._faulty.update(self._keys_of(found))
 
     def _keys_of(self, found: Iterable[Destination]) -> Iterator[_Key]:
-        return (self._key(cut.place.target) for item in found for cut in item.cuts)
+        return (self._key(place.target) for item in found for place in item.places)
 
     def _key(self, target: Target) -> _Key:
         tensor = target.tensor
@@ -258,8 +221,8 @@ class UpdatePlan:
         return self._keys[id(tensor)]
 
 
-def _unlike(found: Iterable[Destination], numbers: Numbers) -> str:
-    refusals = (cut.place.refusal(numbers) for item in found for cut in item.cuts)
+def _unlike(found: Iterable[Destination], tensor: Tensor) -> str:
+    refusals = (place.refusal(tensor) for item in found for place in item.places)
     return next(filter(None, refusals), "")
 
 

@@ -1,38 +1,33 @@
 """Where the numbers of a checkpoint tensor go, as data.
 
-    W[box] permuted by `order` ← t,   box = a range of indices for each dimension of W
+    W[box] permuted by `order` ← t[take],   box = a range of indices for each dimension of W
 
 A *target* is a parameter or buffer of the model, whatever names lead to it. A *place* is a part of
-one. A *destination* maps parts of one checkpoint tensor to places.
+one. A *destination* holds the places of one checkpoint tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lorafx.errors import CheckpointError, LorafxError
+from lorafx.errors import CheckpointError
 from lorafx.model.module_graph import ModuleGraph, join, storage_key, writing
 from lorafx.model.saved_names import SavedNames
 from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
 from lorafx.weights.loadable_layer import LoadableLayer
 
 WeightShape = tuple[int, ...]
-
-
-class Numbers(NamedTuple):
-    """A tensor's dtype, and its class where that wraps other tensors."""
-
-    dtype: torch.dtype
-    wrapper: type | None = None
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Numbers:
-        return cls(tensor.dtype, type(tensor) if is_traceable_wrapper_subclass(tensor) else None)
+#: Indices of a part of a checkpoint tensor.
+Take = tuple[slice | int, ...]
+#: A part of a target: a box of indices, or pieces of a layer's parameter.
+Part = tuple[range, ...] | frozenset[Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,11 +62,13 @@ class Target:
 
 @dataclass(frozen=True, eq=False)
 class Box:
-    """Indices of a tensor: a range for each of its dimensions, in `order` the checkpoint's."""
+    """Indices of a tensor: a range for each of its dimensions, in `order` the checkpoint's. They
+    get the part `take` of the checkpoint's tensor."""
 
     target: Target
     box: tuple[range, ...]
     order: tuple[int, ...]
+    take: Take = ()
 
     @classmethod
     def whole(cls, target: Target) -> Box:
@@ -81,12 +78,12 @@ class Box:
     def narrowed(self, dim: int, indices: range) -> Box:
         """The part of dimension `dim` of the target that `indices` select of what is left of it."""
         kept = self.box[dim][indices.start : indices.stop : indices.step]
-        return Box(self.target, (*self.box[:dim], kept, *self.box[dim + 1 :]), self.order)
+        return replace(self, box=(*self.box[:dim], kept, *self.box[dim + 1 :]))
 
     def swapped(self) -> Box:
         """The same for a checkpoint with the last two dimensions swapped."""
         *leading, a, b = self.order
-        return Box(self.target, self.box, (*leading, b, a))
+        return replace(self, order=(*leading, b, a))
 
     @property
     def shape(self) -> WeightShape:
@@ -98,7 +95,7 @@ class Box:
         tensor = self.target.tensor.detach()
         return tensor[index].permute(self.order) if index else tensor
 
-    def fills(self, dtype: torch.dtype) -> Iterator[tuple[Target, Any]]:
+    def fills(self, dtype: torch.dtype) -> Iterator[tuple[Target, Part]]:
         """(target, part) for everything that a tensor of this dtype gives values to."""
         yield self.target, self.box
 
@@ -106,8 +103,8 @@ class Box:
         """Whether `tensor` is this place in memory, so that writing it changes nothing."""
         return same_memory(self.view, tensor)
 
-    def refusal(self, given: Numbers) -> str:
-        """Why such numbers cannot be written, "" where they can."""
+    def refusal(self, given: Tensor) -> str:
+        """Why numbers of this kind cannot be written, "" where they can."""
         if is_expanded(self.target.tensor):
             return (
                 "several of its entries share memory (an expanded tensor), so it cannot be "
@@ -126,10 +123,11 @@ class Box:
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """A shard id of a parameter of a layer that cuts checkpoint tensors itself."""
+    """A shard id of a parameter of a `LoadableLayer`, which cuts checkpoint tensors itself."""
 
     target: Target
     shard_id: Any = None
+    take: Take = ()
 
     @property
     def layer(self) -> LoadableLayer:
@@ -143,7 +141,7 @@ class Shard:
         self.layer.check_weight(self.target.attribute, shape, self.shard_id)
         return shape
 
-    def fills(self, dtype: torch.dtype) -> Iterator[tuple[Target, Any]]:
+    def fills(self, dtype: torch.dtype) -> Iterator[tuple[Target, Part]]:
         pieces = self.layer.pieces(self.target.attribute, self.shard_id)
         prefix = self.target.name.removesuffix(self.target.attribute)
         for name in self.layer.fills(self.target.attribute, dtype):
@@ -152,7 +150,7 @@ class Shard:
     def is_at(self, tensor: Tensor) -> bool:
         return self.shard_id is None and same_memory(self.target.tensor, tensor)
 
-    def refusal(self, given: Numbers) -> str:
+    def refusal(self, given: Tensor) -> str:
         converted = len(self.layer.fills(self.target.attribute, given.dtype)) > 1
         return "" if converted else _unlike(self.target.tensor, given)
 
@@ -163,41 +161,7 @@ class Shard:
             self.layer.weight_loader(parameter, loaded, self.shard_id)
 
 
-@dataclass(frozen=True, eq=False)
-class OwnLoader:
-    """A parameter with a `weight_loader` of the model's, which alone knows its shapes."""
-
-    target: Target
-    shard_id: Any = None
-
-    def fills(self, dtype: torch.dtype) -> Iterator[tuple[Target, Any]]:
-        yield self.target, frozenset([self.shard_id])
-
-    def is_at(self, tensor: Tensor) -> bool:
-        return False
-
-    def refusal(self, given: Numbers) -> str:
-        return ""
-
-    def write(self, loaded: Tensor) -> None:
-        arguments = () if self.shard_id is None else (self.shard_id,)
-        parameter: Any = self.target.tensor
-        try:
-            with writing(parameter):
-                parameter.weight_loader(parameter, loaded, *arguments)
-        except (AssertionError, RuntimeError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{self.target.name}: {error}") from error
-
-
-WeightPlace = Box | Shard | OwnLoader
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A part of a checkpoint tensor, indexed by `take`, and the place that it goes to."""
-
-    place: WeightPlace
-    take: tuple[slice | int, ...] = ()
+WeightPlace = Box | Shard
 
 
 @dataclass(frozen=True)
@@ -206,27 +170,50 @@ class Destination:
 
     Attributes:
         path: its name in this model, without prefixes and wrappers.
-        shape: the shape it must have; None where only a parameter's own loader knows.
-        cuts: its parts, each with its place.
+        shape: the shape it must have; None where it has no place.
+        places: where its parts go.
         wrong: why it has no place after all, "" where it has.
-        turned: of a matrix that checkpoints have either way round, whether it came transposed;
-            None of all others.
     """
 
     path: str
     shape: WeightShape | None
-    cuts: tuple[Cut, ...]
+    places: tuple[WeightPlace, ...]
     wrong: str = ""
-    turned: bool | None = None
-
-    @property
-    def square(self) -> bool:
-        """Whether the shape leaves the orientation open."""
-        return self.shape is not None and len(self.shape) > 1 and self.shape[-1] == self.shape[-2]
 
     def write(self, loaded: Tensor) -> None:
-        for cut in self.cuts:
-            cut.place.write(loaded[cut.take] if cut.take else loaded)
+        for place in self.places:
+            place.write(loaded[place.take] if place.take else loaded)
+
+
+class TensorGroup(ABC):
+    """Checkpoint tensors `names` that fill `destinations` together. A group is checked when its
+    last tensor is known, and written when that arrives; `path` is its name in messages."""
+
+    path: str
+    names: tuple[str, ...]
+    destinations: tuple[Destination, ...]
+
+    @abstractmethod
+    def misfit(self, shapes: Mapping[str, WeightShape]) -> str:
+        """Why tensors of these shapes do not go together, "" where they do."""
+
+    @abstractmethod
+    def joined(self, tensors: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        """The tensors for `destinations`, of those of all `names`."""
+
+
+class GroupMember(NamedTuple):
+    group: TensorGroup
+    name: str
+
+
+Meaning = Destination | GroupMember
+
+
+def destinations_of(meaning: Meaning | None) -> tuple[Destination, ...]:
+    if isinstance(meaning, GroupMember):
+        return meaning.group.destinations
+    return () if meaning is None else (meaning,)
 
 
 def no_place(path: str, why: str) -> Destination:
@@ -234,20 +221,24 @@ def no_place(path: str, why: str) -> Destination:
 
 
 def destination(target: Target, path: str, shard_id: Any = None) -> Destination:
-    """The whole target, or the piece of it that a shard id means."""
+    """The whole target, or the piece of a layer's parameter that a shard id means."""
     tensor = target.tensor
     if isinstance(target.module, LoadableLayer) and not target.is_buffer:
         shard = Shard(target, shard_id)
         try:
-            return Destination(path, shard.shape, (Cut(shard),))
+            return Destination(path, shard.shape, (shard,))
         except CheckpointError as error:
             return no_place(path, str(error))
     if tensor.is_meta:
         return no_place(path, "it is on the meta device and holds no values")
     if callable(getattr(tensor, "weight_loader", None)):
-        return Destination(path, None, (Cut(OwnLoader(target, shard_id)),))
+        return no_place(
+            path,
+            "it has a weight_loader that is not of lorafx.layers; call that yourself, and leave "
+            "the tensor out (strict=False)",
+        )
     box = Box.whole(target)
-    return Destination(path, box.shape, (Cut(box),))
+    return Destination(path, box.shape, (box,))
 
 
 class WeightNames(SavedNames):
@@ -261,6 +252,12 @@ class WeightNames(SavedNames):
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None:
                     self._targets[id(module), name] = Target(module, name, join(path, name))
+        #: How many names lead to a tensor, by its memory.
+        self.ways = Counter(
+            memory_key(tensor)
+            for named in (model.named_parameters, model.named_buffers)
+            for _, tensor in named(remove_duplicate=False)
+        )
 
     @property
     def targets(self) -> list[Target]:
@@ -269,13 +266,6 @@ class WeightNames(SavedNames):
 
     def target(self, module: nn.Module, attribute: str) -> Target | None:
         return self._targets.get((id(module), attribute))
-
-    def ways(self, target: Target) -> int:
-        """How many paths lead to a target's module; 2 where there are more."""
-        try:
-            return len(self.graph.paths(target.module, limit=2))
-        except LorafxError:  # put there since the model was compiled
-            return 1
 
 
 def memory_key(tensor: Tensor) -> tuple[object, ...]:
@@ -298,8 +288,12 @@ def is_expanded(tensor: Tensor) -> bool:
     )
 
 
-def meet(a: Iterable[range], b: Iterable[range]) -> bool:
-    """Whether two boxes share an entry; ranges of a dimension have one step, or one has all."""
+def meet(a: Part, b: Part) -> bool:
+    """Whether two parts of a target share an entry; ranges of a dimension have one step, or one has
+    all."""
+    if isinstance(a, frozenset) or isinstance(b, frozenset):
+        # Which indices are a piece, the layer alone knows.
+        return not (isinstance(a, frozenset) and isinstance(b, frozenset)) or bool(a & b)
     return all(
         p
         and q
@@ -310,14 +304,15 @@ def meet(a: Iterable[range], b: Iterable[range]) -> bool:
     )
 
 
-def _unlike(tensor: Tensor, given: Numbers) -> str:
+def _unlike(tensor: Tensor, given: Tensor) -> str:
     held, dtype = tensor.dtype, given.dtype
-    if is_traceable_wrapper_subclass(tensor) or given.wrapper is not None:
-        if given.wrapper is type(tensor) or given.wrapper is type(tensor.data):
+    wrapped, wrapper = map(is_traceable_wrapper_subclass, (tensor, given))
+    if wrapped or wrapper:
+        if wrapper and type(given) in (type(tensor), type(tensor.data)):
             return ""
-        if given.wrapper is None:
-            return f"it is kept here as a {type(tensor.data).__name__}, not as plain numbers"
-        return f"the checkpoint's is a {given.wrapper.__name__}; give the plain whole tensor"
+        if wrapper:
+            return f"the checkpoint's is a {type(given).__name__}; give the plain whole tensor"
+        return f"it is kept here as a {type(tensor.data).__name__}, not as plain numbers"
     if held == dtype:
         return ""
     if held.itemsize == 1 or not held.is_floating_point:

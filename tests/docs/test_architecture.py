@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from lorafx.inspection.report import WORDS
 from lorafx.pass_order import GRAPH_PASSES, MODEL_PASSES
 
 pytestmark = pytest.mark.quick
@@ -67,10 +66,3 @@ def test_architecture_has_the_passes_in_their_order() -> None:
     assert (model, graph) == (MODEL, GRAPH)
     rows = section("docs/architecture.md", "## On the graph", "\n## ")
     assert re.findall(r"^\| (\w+) \|", rows, re.M)[1:] == GRAPH
-
-
-def test_words_of_reports_mean_what_architecture_says() -> None:
-    rows = section("docs/architecture.md", "## Words", "\n## ")
-    told = dict(re.findall(r"^\| ([\w ]+) \| (.+) \|$", rows, re.M))
-    assert len(told.keys() & WORDS.keys()) > 5
-    assert all(WORDS[word] == told[word] for word in told.keys() & WORDS.keys())

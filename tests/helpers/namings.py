@@ -102,11 +102,6 @@ def fused(model: nn.Module) -> State:
     return _experts(model, lambda module, name, w: {f"{module}.{words[name]}": w})
 
 
-def turned(model: nn.Module) -> State:
-    """Experts stored (E, in, out), as the checkpoints of Qwen3-VL-MoE have them."""
-    return _experts(model, lambda module, name, w: {f"{module}.{name}": w.mT.contiguous()})
-
-
 DENSE: dict[str, Callable[[Any], State]] = {
     "plain": plain,
     "peft": of_peft,
@@ -117,5 +112,4 @@ EXPERTS: dict[str, Callable[[Any], State]] = {
     "per expert": per_expert,
     "w1 w2 w3": mixtral_words,
     "w13 w2": fused,
-    "turned": turned,
 }

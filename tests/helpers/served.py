@@ -95,7 +95,7 @@ def write_files(folder: Path, **changes: Any) -> Files:
 @contextmanager
 def serving(files: Files, **settings: Any) -> Iterator[Opened]:
     given = {**SMALL, "adapters": files.adapters, **settings}
-    with opened(Settings(str(files.model), **given)) as server:
+    with opened(Settings(model=str(files.model), **given)) as server:
         yield server
 
 

@@ -8,11 +8,9 @@ import json
 import re
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from lorafx.capture.record import Span, exclusive
-from lorafx.inspection.viewer.page import Page
+from lorafx.inspection.viewer.page import html, packed
 from lorafx.program.preparation import PassReport
 
 HOSTILE = '</script><img src=x onerror="document.title=1">\u2028"\\'
@@ -23,59 +21,48 @@ def node(name: str, op: str = "call_function", *inputs: str, **more: Any) -> dic
     operator = name.partition("_")[0]
     text = {"name": name, "line": f"{name} = {operator}({', '.join(inputs)})", "op": op}
     plain = {"inputs": [*inputs], "operator": operator, "value": "", "path": "", "kind": ""}
-    return {**text, **plain, "facts": [["Operator", operator]], **more}
+    return {**text, **plain, "facts": [["Operator", operator]], "sites": [], **more}
 
 
-def site(path: str, form: str = "mark", strategy: str = "") -> dict[str, Any]:
-    sizes = {"Class": "Linear", "K → N": "4 → 8", "Delta": "48 FLOP at rank 2"}
-    return {"Site": path, **sizes, "Form": form, "Row map": "one row", "Strategy": strategy}
-
-
-def record() -> Any:
-    """What the page asks of a record beside its data."""
-    spans = [Span("Dynamo", 8.0, 9.5), Span("passes", 9.9, 10.6), Span("AOTAutograd", 9.5, 10.75)]
-    passes = [PassReport("pack", 1, 0.25, 5, 10.5)]
-    return SimpleNamespace(title="graph 0 lora", reason="first call", spans=spans, passes=passes)
+def site(path: str, form: str = "mark", strategy: str = "") -> list[list[str]]:
+    sizes = [["Class", "Linear"], ["K → N", "4 → 8"], ["Form", form]]
+    return [["Site", path], *sizes, ["Row map", "one row"], ["Strategy", strategy]]
 
 
 def by_hand() -> dict[str, Any]:
     """Two stages of two layers: `pack` makes one node of the two of layer 0; layer 1 is refused."""
+    packed_sites = [site(f"layers.0.{name}", "packed", "generated (why)") for name in "qk"]
     nodes = [
         node("x", "placeholder", kind="argument", value="float32[2, 4]"),
         node("w", "placeholder", kind="weight", path="layers.0.q"),
-        node("mm_q", "call_function", "x", "w", path="layers.0.q"),
-        node("mm_k", "call_function", "x", "w", path="layers.0.k"),
+        node("mm_q", "call_function", "x", "w", path="layers.0.q", sites=[site("layers.0.q")]),
+        node("mm_k", "call_function", "x", "w", path="layers.0.k", sites=[site("layers.0.k")]),
         node("relu_1", "call_function", "mm_q", "mm_k", path="layers.1.up"),
         node("output", "output", "relu_1"),
-        node("mm_packed", "call_function", "x", "w", path="layers.0.q", value="float32[2, 8]"),
+        node("mm_packed", "call_function", "x", "w", path="layers.0.q", sites=packed_sites),
         node(
             "relu_1", "call_function", "mm_packed", path="layers.1.up", facts=[["Source", HOSTILE]]
         ),
     ]
-    packed = [site(f"layers.0.{name}", "packed", "generated (why)") for name in "qk"]
-    found = record()
     return {
-        "title": found.title,
-        "reason": found.reason,
+        "title": "graph 0 lora",
+        "reason": "first call",
         "facts": [],
         "sources": {"kernel.py": HOSTILE},
-        "seconds": exclusive(found.spans),
+        "seconds": {"Dynamo": 1.5},
         "nodes": nodes,
-        "sites": [site("layers.0.q"), site("layers.0.k"), *packed],
-        "refusals": [{"paths": ["layers.1.up"], "when": "mixed", "reason": REASON}],
         "stages": [
             stage(
                 "captured",
                 _BOXES,
                 [(0, 0), (1, None), (2, 1, "site"), (3, 1, "site"), (4, 2), (5, 2)],
-                sites=[[2, [0]], [3, [1]]],
             ),
             stage(
                 "pack",
                 _BOXES,
                 [(0, 0), (1, None), (6, 1, "pack", True), (7, 2, "refused", True), (5, 2)],
-                sites=[[6, [2, 3]]],
-                refusals=[0],
+                refusals=[{"paths": ["layers.1.up"], "when": "mixed", "reason": REASON}],
+                diff=HOSTILE,
             ),
         ],
     }
@@ -88,7 +75,7 @@ def stage(name: str, boxes: list[str], nodes: list[tuple[Any, ...]], **more: Any
     """`nodes`: number, box, mark, whether the pass changed it."""
     rows = [[number, 0, box, *rest, *("", False)[len(rest) :]] for number, box, *rest in nodes]
     found = {"name": name, "idle": False, "did": "1 edit", "time": "0.2 ms", "bodies": [""]}
-    return {**found, "boxes": boxes, "nodes": rows, "sites": [], "refusals": [], **more}
+    return {**found, "boxes": boxes, "nodes": rows, "refusals": [], "diff": "", **more}
 
 
 def deep(layers: int, nodes: int) -> dict[str, Any]:
@@ -102,23 +89,15 @@ def deep(layers: int, nodes: int) -> dict[str, Any]:
             found.append(node(last, "call_function", before, first, path=f"layers.{layer}.up"))
     labels = ["inputs", *(f"layers.{layer}" for layer in range(layers))]
     stages = [stage("captured", labels, boxes)]
-    return {**by_hand(), "nodes": found, "sites": [], "refusals": [], "stages": stages}
+    return {**by_hand(), "nodes": found, "stages": stages}
 
 
-def write_page(
-    folder: Path,
-    model: str,
-    graphs: list[dict[str, Any]],
-    texts: Any = (),
-    measured: Any = (),
-    prepared: Any = (),
-) -> Path:
-    """The page of these graphs, written into `folder`."""
-    page = Page(folder, model, dict(texts), dict(measured), prepared)
-    for graph in graphs:
-        page.add(record(), graph)
-    page.write()
-    return folder / "index.html"
+def write_page(page: Path, model: str, graph: dict[str, Any]) -> Path:
+    """The page of a graph, with hostile texts beside it."""
+    prepared = [PassReport(HOSTILE, 1, 0.5, notes=(HOSTILE,))]
+    graphs = {f"{graph['title']}: {graph['reason']}": packed(graph)}
+    page.write_text(html(model, prepared, graphs, {"explain.txt": HOSTILE}), encoding="utf-8")
+    return page
 
 
 def page_data(page: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import html
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from expert_models import moe_case
 from tiny_models import FAMILIES
 
 import lorafx
-from lorafx.pass_order import CAPTURED, GRAPH_PASSES, MODEL_PASSES
+from lorafx.capture.record import Span, exclusive
+from lorafx.pass_order import MODEL_PASSES
 
 KINDS = ["llama", "plain"]
 
@@ -93,7 +93,7 @@ def test_all_forms_say_the_same(family: str, looked: Any) -> None:
     assert values["prepared"][1]["notes"] == list(report.prepared[1].notes) != []
 
     shown = html.unescape(report._repr_html_())
-    for line in (*report.summary, *(site.path for site in report.sites)):
+    for line in (*report.summary, *report.prepared[1].notes):
         assert line in shown
     lines = repr(cm).splitlines()
     assert len(lines) <= 10
@@ -123,38 +123,12 @@ def test_the_result_of_verifying_is_told(plain: Case) -> None:
     assert graph.verified.startswith("numbers: pass 'wrong' changed them, by ")
 
 
-def test_stages_are_in_torchs_structured_trace(plain: Case) -> None:
-    """As TORCH_TRACE writes it, and tlparse shows it."""
-    found: dict[str, str] = {}
-    compiled: set[Any] = set()
-
-    class Handler(logging.Handler):
-        def emit(self, record: Any) -> None:
-            name = record.metadata.get("artifact", {}).get("name", "")
-            if name.startswith("lorafx"):
-                found[name] = record.payload
-                compiled.add(record.metadata["frame_id"])
-
-    handler = Handler()
-    log = logging.getLogger("torch.__trace")
-    before = log.handlers[:]
-    log.addHandler(handler)
-    try:
-        cm = plain.compile()
-        cm(**FAMILIES["plain"].inputs(2, 3), adapter_names=["a1", None])
-    finally:
-        log.removeHandler(handler)
-    assert log.handlers == before
-    names = [CAPTURED, *(item.name for item in GRAPH_PASSES)]
-    expected = {f"lorafx_graph_0_lora_{i:02d}_{name}" for i, name in enumerate(names)}
-    over_model = [f"lorafx_model_{i:02d}_{item.name}" for i, item in enumerate(MODEL_PASSES)]
-    assert set(found) == {*over_model, *expected, "lorafx_explain"}
-    assert found["lorafx_model_01_select"].startswith("select: 5, ")
-    assert "up: Linear, " in found["lorafx_model_01_select"]
-    assert "up_gate_packed" in found["lorafx_graph_0_lora_09_pack"]
-    assert found["lorafx_graph_0_lora_09_pack"].startswith("# graph 0 lora, after pack: 2 edits")
-    assert "graphs: 1" in found["lorafx_explain"]
-    assert len(compiled) == 1  # beside Dynamo's of the same frame
+@pytest.mark.quick
+def test_seconds_are_counted_once() -> None:
+    spans = [Span("b", 1.0, 2.0), Span("c", 1.25, 1.5), Span("a", 0.0, 4.0), Span("b", 2.0, 3.0)]
+    assert exclusive(spans) == {"a": 2.0, "b": 1.75, "c": 0.25}
+    assert list(exclusive(spans)) == ["a", "b", "c"]
+    assert exclusive([]) == {}
 
 
 def test_the_norms_of_routed_experts(tmp_path: Path) -> None:

@@ -12,10 +12,6 @@ from viewed_graphs import HOSTILE, by_hand, page_data, write_page
 pytestmark = pytest.mark.quick
 
 
-def written(folder: Path, model: str = "Model") -> Path:
-    return write_page(folder, model, [by_hand()], {"explain.txt": HOSTILE})
-
-
 class _Elements(HTMLParser):
     """Elements of a page with their attributes."""
 
@@ -28,19 +24,21 @@ class _Elements(HTMLParser):
 
 
 def test_no_text_of_a_users_becomes_html(tmp_path: Path) -> None:
-    page = written(tmp_path, HOSTILE)
+    page = write_page(tmp_path / "hostile.html", HOSTILE, by_hand())
     elements = _Elements()
     elements.feed(page.read_text(encoding="utf-8"))
     plain = _Elements()
-    plain.feed(written(tmp_path / "plain").read_text(encoding="utf-8"))
-    assert [tag for tag, _ in elements.found] == [tag for tag, _ in plain.found]
+    plain.feed(write_page(tmp_path / "plain.html", "Model", by_hand()).read_text(encoding="utf-8"))
+    tags = [tag for tag, _ in elements.found]
+    assert tags == [tag for tag, _ in plain.found]
+    assert "img" not in tags
     assert page_data(page)[0]["model"] == HOSTILE
     assert page_data(page)[0]["texts"] == {"explain.txt": HOSTILE}
     assert page_data(page)[1] == [by_hand()]
 
 
 def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
-    text = written(tmp_path).read_text(encoding="utf-8")
+    text = write_page(tmp_path / "index.html", "Model", by_hand()).read_text(encoding="utf-8")
     elements = _Elements()
     elements.feed(text)
     links = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +11,10 @@ import torch
 from dense_merge import REFERENCE, Case, check_mixed
 from tiny_models import FAMILIES, PlainModel
 from torch import Tensor
-from viewed_graphs import page_data
 
 import lorafx
 from lorafx.errors import BatchError, ConfigError
-from lorafx.inspection.profile import Profile
-from lorafx.inspection.profiling import _site_nodes
+from lorafx.inspection.profile import Profile, _site_nodes
 from lorafx.inspection.replay import replayed
 
 NAMES = ["a1", None, "a3", "a1"]
@@ -125,19 +122,6 @@ def test_what_cannot_be_profiled(made: Made) -> None:
         cm.profile(inputs, NAMES, calls=0)
     with pytest.raises(lorafx.UnknownAdapterError):
         cm.profile(inputs, ["nobody"] * 4)
-
-
-def test_a_dump_shows_what_was_measured(made: Made, tmp_path: Path) -> None:
-    _, cm, _, profile = made
-    cm.dump(tmp_path)
-    about, _ = page_data(tmp_path / "index.html")
-    measured = about["measured"]
-    assert measured.keys() == {path for node in profile.nodes for path in node.paths}
-    node = profile.nodes[0]
-    assert f"{node.whole * 1e3:.3f} ms" in measured[node.paths[0]]
-    assert (" over the product" in measured[node.paths[0]]) == (node.base is not None)
-    assert about["texts"]["profile.txt"] == (tmp_path / "profile.txt").read_text()
-    assert str(profile) in about["texts"]["profile.txt"]
 
 
 class InPieces(PlainModel):

@@ -67,7 +67,7 @@ def test_experts_are_loaded_one_by_one_or_as_one_tensor():
             I
         )
         saved[f"experts.{e}.down_proj.weight"] = w2[e]
-    loaded = load_weights(model, saved, stacked=single.expert_mapping())
+    loaded = load_weights(model, saved)
     assert loaded == {"experts.w13_weight", "experts.w2_weight"}
     for name in ("w13_weight", "w2_weight"):
         assert torch.equal(getattr(single, name), getattr(whole, name))
@@ -75,7 +75,7 @@ def test_experts_are_loaded_one_by_one_or_as_one_tensor():
 
     del saved["experts.3.up_proj.weight"]
     with pytest.raises(lorafx.CheckpointError, match=r"experts\.w13_weight.*slices \('w3', 3\)"):
-        load_weights(model, saved, stacked=single.expert_mapping())
+        load_weights(model, saved)
     with pytest.raises(lorafx.CheckpointError, match=r"no shard id \('w2', 0\) of w13_weight"):
         single.w13_weight.weight_loader(single.w13_weight, w2[0], ("w2", 0))
     with pytest.raises(lorafx.CheckpointError, match=r"experts 0 to 4"):

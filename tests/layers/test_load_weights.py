@@ -45,18 +45,6 @@ class Model(nn.Module):
         self.head = ParallelLMHead(11, 6).tie_weights(self.embed)
 
 
-#: The same as the class declares, as stacked-parameter mappings are usually written.
-STACKED = [
-    ("qkv_proj", "q_proj", "q"),
-    ("qkv_proj", "k_proj", "k"),
-    ("qkv_proj", "v_proj", "v"),
-    ("in_proj_qkvz", "in_proj_qkv", (0, 1, 2)),
-    ("in_proj_qkvz", "in_proj_z", 3),
-    ("in_proj_ba", "in_proj_b", 0),
-    ("in_proj_ba", "in_proj_a", 1),
-    ("gate_up_proj", "gate_proj", 0),
-    ("gate_up_proj", "up_proj", 1),
-]
 SHAPES = {
     "embed.weight": (11, 6),
     "layers.0.qkv_proj|q_proj.weight": (6, 6),
@@ -113,12 +101,11 @@ def check(model, checkpoint):
     assert int(state["layers.0.norm.num_batches_tracked"]) == 7
 
 
-@pytest.mark.parametrize("stacked", [STACKED, None])
 @pytest.mark.parametrize("as_stream", [True, False])
-def test_loads_what_belongs_together(checkpoint, stacked, as_stream):
+def test_loads_what_belongs_together(checkpoint, as_stream):
     model = Model()
     weights = ((n, t) for n, t in checkpoint.items()) if as_stream else checkpoint
-    loaded = load_weights(model, weights, stacked=stacked)
+    loaded = load_weights(model, weights)
     assert loaded == set(model.state_dict())
     check(model, checkpoint)
 

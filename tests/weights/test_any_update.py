@@ -196,7 +196,3 @@ def test_any_update(served: Any, data: st.DataObject) -> None:
 def _fills(forms: list[dict[str, Tensor]], state: Mapping[str, Tensor]) -> set[str]:
     """The names in the model of what a part gives values to."""
     return {name for form in forms for name in form if name in state}
-
-
-parts = st.builds(range, st.integers(0, 6), st.integers(0, 14))
-halves = st.sampled_from([range(8), range(0, 8, 2), range(1, 8, 2)])

@@ -49,7 +49,7 @@ ACTIONS: dict[str, Callable[[Any, Path], Any]] = {
 
 @pytest.mark.parametrize("action", ACTIONS)
 def test_not_while_new_weights_come(action: str, tmp_path: Path) -> None:
-    """Some weights are old and some are new then; what was written is put back."""
+    """A function that yields weights runs inside the update; the old ones stay."""
     cm = served(base(), tmp_path, ["a", "b"])
     old = {name: value.clone() for name, value in cm.model.state_dict().items()}
 
@@ -59,7 +59,7 @@ def test_not_while_new_weights_come(action: str, tmp_path: Path) -> None:
         yield "b.weight", torch.randn(8, 12)
 
     with pytest.raises(BatchError, match=r"base weights (is running|are being updated)"):
-        cm.load_weights(pairs())
+        cm.load_weights(pairs)
     assert all(torch.equal(cm.model.state_dict()[name], value) for name, value in old.items())
     cm.merge("own")  # all is as before
     cm.unmerge()

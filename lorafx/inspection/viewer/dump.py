@@ -9,18 +9,18 @@ import difflib
 import re
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from lorafx.capture.graph_text import stage_lines
 from lorafx.capture.node_names import names_of
 from lorafx.capture.record import GraphRecord
-from lorafx.capture.recorder import Stage, dump_folder, traces
+from lorafx.capture.recorder import Stage, dump_folder
 from lorafx.errors import LorafxWarning
+from lorafx.inspection.explanation import explained
+from lorafx.inspection.viewer.page import graph_data, html, packed
 from lorafx.program.program import Program
-from lorafx.torch_internals.dynamo import trace_structured
+from lorafx.runtime.session import Session
 
 _OP = re.compile(r"torch\.ops\.lorafx\.(\w+)")
 
@@ -114,37 +114,8 @@ def folder_of(program: Program) -> Path | None:
     return found
 
 
-@contextmanager
-def beside_compiling(folder: Path) -> Iterator[None]:
-    """A block whose failures to write cost the dump, not the graph."""
-    try:
-        yield
-    except OSError as error:
-        warnings.warn(
-            f"there is no whole dump in {folder}, and models run without one: {error}. Change "
-            "Options(dump=...) or the variable LORAFX_DUMP",
-            LorafxWarning,
-            stacklevel=2,
-        )
-
-
-def traced(name: str, text: Callable[[], str]) -> None:
-    """Put a text into torch's structured trace, if on; tlparse shows it as `lorafx_<name>`."""
-    trace_structured(
-        "artifact",
-        metadata_fn=lambda: {"name": f"lorafx_{name}", "encoding": "string"},
-        payload_fn=text,
-    )
-
-
-def sources_of(record: GraphRecord) -> dict[str, str]:
-    """A graph's generated texts, kernels above all, by file name."""
-    texts = record.sources.items()
-    return {name: text if isinstance(text, str) else text() for name, text in texts}
-
-
-def stage_texts(record: GraphRecord) -> dict[str, str]:
-    """File name -> stages with headings and legends, and diffs."""
+def graph_texts(record: GraphRecord) -> dict[str, str]:
+    """File name -> stages with headings and legends, diffs, and generated code."""
     found: dict[str, str] = {}
     names = names_of(record.stages, record.sizes)
     words = {symbol: size.words for symbol, size in record.sizes.items()}
@@ -158,6 +129,8 @@ def stage_texts(record: GraphRecord) -> dict[str, str]:
             changes = difflib.unified_diff(before, lines, last, stage.name, lineterm="", n=2)
             found[f"{index:02d}-{stage.name}.diff"] = "\n".join([heading, *changes, ""])
         before = lines
+    for name, source in record.sources.items():
+        found[name] = source if isinstance(source, str) else source()
     return found
 
 
@@ -168,19 +141,57 @@ def _heading(record: GraphRecord, stage: Stage) -> str:
     return f"{heading}: {report.edits} edits, {report.nodes} nodes, {report.seconds * 1e3:.1f} ms"
 
 
-def write_graph(folder: Path, record: GraphRecord) -> None:
-    """Write the texts of a graph into a subfolder."""
-    target = folder / record.title.replace(" ", "-")
-    target.mkdir(parents=True, exist_ok=True)
-    for name, text in {**stage_texts(record), **sources_of(record)}.items():
-        (target / name).write_text(text, encoding="utf-8")
+class Dump:
+    """The dump of a program in a folder: each graph in a folder of its own, model.txt, explain.txt,
+    and index.html, which shows all of it."""
+
+    def __init__(self, folder: Path, program: Program) -> None:
+        self.folder = folder
+        self._program = program
+        self._graphs: dict[str, str] = {}
+
+    def add(self, record: GraphRecord) -> None:
+        texts = graph_texts(record)
+        self._graphs[f"{record.title}: {record.reason}"] = packed(graph_data(record, texts))
+        for name, text in texts.items():
+            _write(self.folder / record.title.replace(" ", "-") / name, text)
+
+    def write(self, explanation: object) -> None:
+        """Write the files of the model, beside the folders of the graphs."""
+        name, prepared = type(self._program.model).__name__, self._program.prepared
+        texts = {"explain.txt": f"{explanation}\n"}
+        page = html(name, prepared, self._graphs, texts)
+        model = "".join(f"{report}\n" for report in prepared)
+        for file, text in {**texts, "model.txt": model, "index.html": page}.items():
+            _write(self.folder / file, text)
 
 
-def trace_graph(record: GraphRecord) -> None:
-    """Put a graph's texts into torch's structured trace, if on."""
-    if not traces():
-        return
-    for name, text in {**stage_texts(record), **sources_of(record)}.items():
-        if not name.endswith(".diff"):
-            name = name.removesuffix(".py").replace("-", "_") if name[0].isdecimal() else name
-            traced(f"{record.title.replace(' ', '_')}_{name}", partial(str, text))
+def _write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+
+
+class Dumps:
+    """Dumps each graph of a session that keeps its stages, as `Backend.recorded`."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = weakref.ref(session)
+        self._dump: Dump | None = None
+
+    def __call__(self, record: GraphRecord) -> None:
+        session = self._session()
+        folder = None if session is None else folder_of(session.program)
+        if session is None or folder is None or not record.keeps_stages:
+            return
+        if self._dump is None or self._dump.folder != folder:
+            self._dump = Dump(folder, session.program)
+        try:  # a failure to write costs the dump, not the graph
+            self._dump.add(record)
+            self._dump.write(explained(session))
+        except OSError as error:
+            warnings.warn(
+                f"there is no whole dump in {folder}, and models run without one: {error}. Change "
+                "Options(dump=...) or the variable LORAFX_DUMP",
+                LorafxWarning,
+                stacklevel=2,
+            )

@@ -3,7 +3,6 @@ which run it."""
 
 from __future__ import annotations
 
-import textwrap
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -58,13 +57,9 @@ def explain(
     dtype: Annotated[
         str | None, typer.Option(help="As torch names it; what the configuration says.")
     ] = None,
-    glossary: Annotated[
-        bool, typer.Option("--glossary", help="Also what the words of the report mean.")
-    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show the sites, packs and banks that lorafx would give MODEL, what they cost, and whether
-    adapters fit.
+    """Show the sites and banks that lorafx would give MODEL, their bytes, and whether adapters fit.
 
     Nothing but the configuration of the model is read, and the adapters. Exits with 1 where one
     does not fit.
@@ -87,8 +82,6 @@ def explain(
         show_json({"model": model, "adapters": of_adapters, "report": report.json()})
     else:
         print(*fits, report, sep="\n")
-        if glossary:
-            print("words", textwrap.indent(report.glossary(), "  "), sep="\n")
     if not all(fit.fits for fit in fits):
         raise typer.Exit(1)
 

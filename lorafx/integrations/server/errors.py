@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hmac
 import json
-from dataclasses import fields
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -17,7 +16,7 @@ from starlette.routing import get_route_path
 from transformers.cli.serving.utils import CBWorkerDeadError
 
 from lorafx.errors import BatchError, LorafxError, Setting, UnknownAdapterError
-from lorafx.integrations.server.settings import Settings, option
+from lorafx.integrations.server.settings import ModelSettings, option
 
 #: Routes that ask for no key: what watches a server has none.
 OPEN = ("/health", "/metrics")
@@ -84,7 +83,7 @@ def answer_errors(app: FastAPI) -> None:
 def _as_option(setting: Setting) -> str:
     if setting.name == "target_modules":
         return "--target when lorafx serve starts"
-    known = setting.name in (field.name for field in fields(Settings))
+    known = setting.name in ModelSettings.model_fields
     if known and setting.value is not None:
         return f"start lorafx serve with {option(setting.name)} {setting.value}"
     if setting.given:

@@ -25,7 +25,7 @@ from lorafx.compiled_model.compiled import CompiledModel
 from lorafx.errors import ConfigError
 from lorafx.integrations.server.app import build_app
 from lorafx.integrations.server.served_model import ServedModel
-from lorafx.integrations.server.settings import Settings
+from lorafx.integrations.server.settings import ModelSettings, Settings
 from lorafx.progress import progress
 from lorafx.runtime.configuration import covering
 
@@ -59,7 +59,7 @@ def run(settings: Settings) -> None:
 
 
 @contextmanager
-def opened(settings: Settings, *, lazily: bool = False) -> Iterator[Opened]:
+def opened(settings: ModelSettings, *, lazily: bool = False) -> Iterator[Opened]:
     """The model of `settings`, loaded, compiled and warmed up, with its application.
 
     With `lazily` no adapter is loaded. The application answers for all that have a folder; who
@@ -89,7 +89,7 @@ def opened(settings: Settings, *, lazily: bool = False) -> Iterator[Opened]:
             engine.stop(hard_stop=True)
 
 
-def _tokenizer(settings: Settings) -> PreTrainedTokenizerFast:
+def _tokenizer(settings: ModelSettings) -> PreTrainedTokenizerFast:
     with _readable(settings.model):
         AutoConfig.from_pretrained(settings.model)
         tokenizer: Any = AutoTokenizer.from_pretrained(settings.model)
@@ -101,7 +101,7 @@ def _tokenizer(settings: Settings) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _model(settings: Settings) -> Any:
+def _model(settings: ModelSettings) -> Any:
     dtype = "auto" if settings.dtype is None else getattr(torch, settings.dtype, None)
     if dtype != "auto" and not isinstance(dtype, torch.dtype):
         raise ConfigError(f"--dtype {settings.dtype}: torch has no dtype of this name")
@@ -122,7 +122,7 @@ def _readable(model: str) -> Iterator[None]:
         raise ConfigError(f"{model} cannot be loaded: {error}") from error
 
 
-def _generation(settings: Settings, model: Any) -> GenerationConfig:
+def _generation(settings: ModelSettings, model: Any) -> GenerationConfig:
     """How tokens are chosen where a request does not say."""
     given = model.generation_config
     names = ("eos_token_id", "pad_token_id", "bos_token_id")

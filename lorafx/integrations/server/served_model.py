@@ -12,7 +12,7 @@ from transformers.cli.serving.model_manager import ModelManager
 from lorafx.compiled_model.compiled import CompiledModel
 from lorafx.errors import nearest
 from lorafx.integrations.server.errors import RequestError
-from lorafx.integrations.server.settings import Settings
+from lorafx.integrations.server.settings import ModelSettings
 
 
 class ServedModel(ModelManager):
@@ -25,7 +25,7 @@ class ServedModel(ModelManager):
         compiled: CompiledModel,
         tokenizer: PreTrainedTokenizerFast,
         name: str,
-        folders: Settings | None = None,
+        folders: ModelSettings | None = None,
     ) -> None:
         super().__init__()
         self.get_gen_models: Any = self.listed  # a static method there

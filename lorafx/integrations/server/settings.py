@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import socket
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lorafx.adapter_store.hub import check_model
 from lorafx.adapter_store.inspecting import config_of
@@ -19,53 +19,47 @@ from lorafx.errors import CapacityError, CheckpointError, ConfigError, LorafxWar
 CONFIG = "adapter_config.json"
 #: The one rule for names. Others would break lines of the log, or could not be asked for.
 UNPRINTABLE = "may have any letters and signs, also / and :, but none that cannot be printed"
-#: Values that some fields may have; `LoraConfig` and `Options` check those of their own.
-_RANGES: Mapping[str, tuple[float, float]] = {
-    **dict.fromkeys(("page_size", "num_blocks", "max_batch_tokens"), (1, math.inf)),
-    **dict.fromkeys(("temperature", "drain"), (0, math.inf)),
-    "port": (0, 65535),
-    "max_memory_percent": (0.001, 1),
-}
+_Count = Annotated[int | None, Field(ge=1)]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How a model is served: the options of `lorafx serve` (docs/serving.md), where None is what
-    they say without the option. `found` are the adapters in `adapters`, each with its folder.
+class ModelSettings(BaseModel):
+    """How a model is served: options of `lorafx serve` (docs/serving.md), where None is what they
+    say without the option.
 
     Raises:
         ConfigError: a value or a folder that cannot be used.
         CheckpointError, CapacityError: an adapter that cannot be served.
     """
 
+    # What is given may hold the key.
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
     model: str
     adapters: Path | None = None
     name: str | None = None
-    host: str = "127.0.0.1"
-    port: int = 8000
     max_adapters: int = 8
     max_rank: int | None = None
     target: tuple[str, ...] = ()
     dtype: str | None = None
     device: str | None = None
-    page_size: int | None = None
-    num_blocks: int | None = None
-    max_batch_tokens: int | None = None
-    max_memory_percent: float | None = None
-    temperature: float | None = None
+    page_size: _Count = None
+    num_blocks: _Count = None
+    max_batch_tokens: _Count = None
+    max_memory_percent: float | None = Field(default=None, gt=0, le=1)
+    temperature: float | None = Field(default=None, ge=0)
     lowering: str = "auto"
     cache: str | None = None
-    allow_runtime_loading: bool = False
-    adapter_root: Path | None = None
-    drain: int | None = None
-    api_key: str | None = field(default=None, repr=False)
-    found: Mapping[str, Path] = field(init=False, default_factory=dict)
+    api_key: str | None = Field(default=None, repr=False)
 
-    def __post_init__(self) -> None:
-        for name, (least, most) in _RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not least <= value <= most:
-                raise ConfigError(f"{option(name)} is a number from {least} to {most}; got {value}")
+    def __init__(self, **given: Any) -> None:
+        try:
+            super().__init__(**given)
+        except ValidationError as error:
+            wrong = error.errors(include_input=False)[0]
+            raise ConfigError(f"{option(str(wrong['loc'][0]))}: {wrong['msg']}") from None
+        self._check()
+
+    def _check(self) -> None:
         key = self.api_key
         if key is not None and not (key and all("!" <= letter <= "~" for letter in key)):
             raise ConfigError(
@@ -83,12 +77,10 @@ class Settings:
         root = self.root()
         if root is not None and not root.is_dir():
             raise ConfigError(f"{root}, from which adapters are to be loaded, is not a folder")
-        if self.adapters is not None:
-            object.__setattr__(self, "found", _found(self.adapters))
         for name in (self.served_name, *self.found):
             if not name.isprintable():
                 raise ConfigError(f"a name that requests ask for {UNPRINTABLE}; got {name!r}")
-        if not self.found and not self.allow_runtime_loading:
+        if not self.found and root is None:
             raise ConfigError(
                 "there is no adapter to serve: name a folder of adapters with --adapters, or let "
                 "clients load some with --allow-runtime-loading"
@@ -106,6 +98,11 @@ class Settings:
                     f"{path} holds no adapter weights: neither {SAFETENSORS} nor {PICKLED}"
                 )
 
+    @cached_property
+    def found(self) -> dict[str, Path]:
+        """The adapters that were in `adapters`, each with its folder."""
+        return {} if self.adapters is None else _found(self.adapters)
+
     @property
     def served_name(self) -> str:
         """What requests call the base model."""
@@ -114,17 +111,7 @@ class Settings:
 
     def root(self) -> Path | None:
         """The folder from which clients may load adapters; None where they may not."""
-        if not self.allow_runtime_loading:
-            if self.adapter_root is not None:
-                raise ConfigError("--adapter-root does nothing without --allow-runtime-loading")
-            return None
-        root = self.adapter_root or self.adapters
-        if root is None:
-            raise ConfigError(
-                "--allow-runtime-loading needs the folder that adapters may be loaded from: "
-                "--adapter-root FOLDER"
-            )
-        return root
+        return None
 
     def folder_of(self, adapter: str) -> Path | None:
         """The folder of an adapter, also of one that has come into `adapters` since; None for a
@@ -173,6 +160,29 @@ class Settings:
         if on_cpu and not {"num_blocks", "max_memory_percent"} & given.keys():
             given["max_memory_percent"] = 0.1
         return given
+
+
+class Settings(ModelSettings):
+    """The options of `lorafx serve`; raises as `ModelSettings`."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    allow_runtime_loading: bool = False
+    adapter_root: Path | None = None
+    drain: int | None = Field(default=None, ge=0)
+
+    def root(self) -> Path | None:
+        if not self.allow_runtime_loading:
+            if self.adapter_root is not None:
+                raise ConfigError("--adapter-root does nothing without --allow-runtime-loading")
+            return None
+        root = self.adapter_root or self.adapters
+        if root is None:
+            raise ConfigError(
+                "--allow-runtime-loading needs the folder that adapters may be loaded from: "
+                "--adapter-root FOLDER"
+            )
+        return root
 
     def bind(self) -> socket.socket:
         """A socket on `host` and `port`, which does not listen yet. Raises ConfigError where they

@@ -146,11 +146,11 @@ def test_bad_settings_are_refused_before_anything_is_loaded(files, tmp_path, cha
 
 @pytest.mark.quick
 def test_a_folder_may_be_one_adapter_or_hold_other_things(files, tmp_path):
-    assert list(Settings(str(files.model), files.adapters / "a3").found) == ["a3"]
+    assert list(Settings(model=str(files.model), adapters=files.adapters / "a3").found) == ["a3"]
     shutil.copytree(files.adapters / "a3", tmp_path / "a3")
     (tmp_path / "notes").mkdir()
     with pytest.warns(LorafxWarning, match="notes"):
-        assert list(Settings(str(files.model), tmp_path).found) == ["a3"]
+        assert list(Settings(model=str(files.model), adapters=tmp_path).found) == ["a3"]
 
 
 @pytest.mark.quick
@@ -163,7 +163,8 @@ def test_the_command_names_its_own_options(files, monkeypatch):
 
 @pytest.mark.quick
 def test_the_room_that_adapters_get(files):
-    config = Settings(str(files.model), files.adapters, max_adapters=5).lora_config()
+    settings = Settings(model=str(files.model), adapters=files.adapters, max_adapters=5)
+    config = settings.lora_config()
     assert (config.max_adapters, config.max_rank) == (5, 8)  # the largest of the adapters
 
 
@@ -173,7 +174,7 @@ def test_a_port_that_is_taken(files):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        settings = Settings(str(files.model), files.adapters, port=port)
+        settings = Settings(model=str(files.model), adapters=files.adapters, port=port)
         with pytest.raises(ConfigError, match=f"port {port}"):
             settings.bind()
 
@@ -204,6 +205,6 @@ def test_a_model_without_a_usable_tokenizer(files, tmp_path):
     (folder / "config.json").write_text(json.dumps({"model_type": "nothing"}))
     with (
         pytest.raises(ConfigError, match="cannot be loaded"),
-        opened(Settings(str(folder), files.adapters)),
+        opened(Settings(model=str(folder), adapters=files.adapters)),
     ):
         pass

@@ -1,5 +1,5 @@
-// The page: graphs as lorafx/inspection/viewer/graph_data.py has written them, their stages, search, the panel
-// of a node, and the difference of two stages.
+// The page: graphs as lorafx/inspection/viewer/page.py has written them, their stages, search, and
+// the panel of a node.
 "use strict";
 
 const byId = (id) => document.getElementById(id);
@@ -11,7 +11,7 @@ const FILTERS = {
   refused: (entry) => entry.mark === "refused",
   changed: (entry) => entry.changed,
 };
-const CONTEXT = 3; // equal lines beside a difference
+const CHANGES = { "-": "removed", "+": "added" };
 
 async function unpacked({ textContent }) {
   const bytes = Uint8Array.from(atob(textContent), (letter) => letter.charCodeAt(0));
@@ -37,12 +37,10 @@ function options(select, names) {
 
 /** A stage with entries: nodes with what is known of them at this stage. */
 function stageOf(graph, data) {
-  const served = new Map(data.sites);
-  const refusals = data.refusals.map((number) => graph.refusals[number]);
   const byKey = new Map();
   const entries = data.nodes.map(([number, body, box, mark, changed]) => {
     const node = graph.nodes[number];
-    const sites = (served.get(number) || []).map((site) => graph.sites[site]);
+    const sites = node.sites.map(Object.fromEntries);
     const entry = { node, key: `${body}/${node.name}`, body, box, mark, changed, sites, users: [] };
     const facts = node.facts.map(([, text]) => text);
     entry.text = [node.name, ...facts, ...sites.map((site) => site.Site)].join("\n").toLowerCase();
@@ -53,45 +51,7 @@ function stageOf(graph, data) {
     entry.inputs = entry.node.inputs.map((name) => byKey.get(`${entry.body}/${name}`)).filter(Boolean);
     for (const input of entry.inputs) input.users.push(entry);
   }
-  return { ...data, entries, byKey, refusals };
-}
-
-/** Pairs of indices of lines that both lists have, a longest run of them in the same order. */
-function common(before, after) {
-  const places = new Map(after.map((line, at) => [line, at]));
-  const ends = []; // by length of a run: the run that ends first
-  before.forEach((line, i) => {
-    const j = places.get(line);
-    if (j === undefined) return;
-    let low = 0;
-    for (let high = ends.length; low < high;) {
-      const middle = (low + high) >> 1;
-      if (ends[middle].j < j) low = middle + 1;
-      else high = middle;
-    }
-    ends[low] = { i, j, last: ends[low - 1] };
-  });
-  const found = [];
-  for (let pair = ends.at(-1); pair; pair = pair.last) found.push(pair);
-  return found.reverse();
-}
-
-/** Runs of equal, removed and added lines. */
-function difference(before, after) {
-  const runs = [];
-  let [i, j] = [0, 0];
-  const add = (kind, lines) => {
-    if (!lines.length) return;
-    if (runs.at(-1)?.kind === kind) runs.at(-1).lines.push(...lines);
-    else runs.push({ kind, lines: [...lines] });
-  };
-  for (const pair of [...common(before, after), { i: before.length, j: after.length }]) {
-    add("removed", before.slice(i, pair.i));
-    add("added", after.slice(j, pair.j));
-    add("same", before.slice(pair.i, pair.i + 1));
-    [i, j] = [pair.i + 1, pair.j + 1];
-  }
-  return runs;
+  return { ...data, entries, byKey };
 }
 
 class Viewer {
@@ -122,7 +82,6 @@ class Viewer {
     options(byId("file"), this.files.map(([name]) => name));
     byId("file").onchange();
     const names = stages.map(({ name }) => name);
-    for (const id of ["diff-from", "diff-to"]) options(byId(id), names);
     byId("stages").replaceChildren(...stages.map((stage, at) => {
       const made = button(stage.idle ? "idle" : "", () => this.showStage(at), element("b", { textContent: stage.name }));
       made.append(element("span", {}, stage.did), element("span", {}, stage.time));
@@ -141,17 +100,12 @@ class Viewer {
     this.showTab("files");
   }
 
-  stageAt(index) {
-    return stageOf(this.graph, this.graph.stages[index]);
-  }
-
   showStage(index, key = this.picked?.key) {
     this.at = index;
-    this.stage = this.stageAt(index);
+    this.stage = stageOf(this.graph, this.graph.stages[index]);
     [...byId("stages").children].forEach((each, at) => each.setAttribute("aria-current", at === index));
     byId("stages").children[index].scrollIntoView({ block: "nearest" });
-    byId("diff-from").value = Math.max(0, index - 1);
-    byId("diff-to").value = index;
+    byId("diff").replaceChildren(...this.stage.diff.split("\n").map((line) => element("div", { className: CHANGES[line[0]] || "" }, line)));
     const kept = byId("filter").selectedIndex;
     options(byId("filter"), Object.entries(FILTERS).map(([name, test]) => `${name}: ${this.stage.entries.filter(test).length}`));
     byId("filter").selectedIndex = Math.max(kept, 0);
@@ -183,7 +137,6 @@ class Viewer {
     byId("hits").textContent = words.length ? `${found.size} hits` : "";
     this.picture.mark(this.picked, this.found);
     if (this.tab === "sites") this.showSites();
-    if (this.tab === "diff") this.showDiff();
     this.remember();
   }
 
@@ -230,8 +183,6 @@ class Viewer {
     for (const word of Object.keys(entry.sites[0] || {})) {
       facts.push([word, [...new Set(entry.sites.map((site) => site[word]))].join("\n")]);
     }
-    const times = entry.sites.map((site) => this.about.measured[site.Site]).filter(Boolean);
-    if (times.length) facts.push(["Measured", [...new Set(times)].join("\n")]);
     if (entry.changed) facts.push(["Changed", `by ${this.stage.name}`]);
     const links = (heading, entries) => element("details", { open: entries.length < 20 }, element("summary", {}, `${heading} ${entries.length}`), element("ul", {},
       ...entries.map((other) => element("li", {}, button("link", () => this.pick(other, true), `${other.node.name} ${other.node.value}`)))));
@@ -244,36 +195,16 @@ class Viewer {
 
   /** Refusals, then what became of each site. */
   showSites() {
-    const { measured } = this.about;
-    const found = this.found.flatMap((entry) => entry.sites.map((site) => ({ ...site, entry, ...(measured[site.Site] && { Measured: measured[site.Site] }) })));
+    const found = this.found.flatMap((entry) => entry.sites.map((site) => ({ ...site, entry })));
     const words = Object.keys(found[0] || {}).filter((word) => word !== "entry");
     const rows = found.map((site) => element("tr", {},
-      ...words.map((word) => element("td", {}, site[word] || "")),
+      ...words.map((word) => element("td", {}, site[word])),
       element("td", {}, button("link", () => this.pick(site.entry, true), site.entry.node.name))));
     byId("view-sites").replaceChildren(
       ...this.stage.refusals.map(({ paths, when, reason }) =>
         element("p", { className: "refused" }, `Refused (${when}): ${paths.join(", ")}: ${reason}`)),
       element("table", {}, element("tr", {}, ...[...words, "Node"].map((word) => element("th", {}, word))), ...rows),
     );
-  }
-
-  showDiff() {
-    const [from, to] = ["diff-from", "diff-to"].map((id) => this.stageAt(byId(id).value));
-    const count = { same: 0, removed: 0, added: 0 };
-    const shown = [];
-    for (const body of new Set([...from.bodies, ...to.bodies])) {
-      const lines = (stage) => stage.entries.filter((entry) => stage.bodies[entry.body] === body).map(({ node }) => node.line);
-      if (body) shown.push(element("h4", {}, body));
-      for (const run of difference(lines(from), lines(to))) {
-        count[run.kind] += run.lines.length;
-        const rows = run.lines.map((line) => element("div", { className: run.kind }, line));
-        const middle = run.kind === "same" ? rows.splice(CONTEXT, rows.length - 2 * CONTEXT) : [];
-        if (middle.length) rows.splice(CONTEXT, 0, element("details", {}, element("summary", {}, `${middle.length} equal lines`), ...middle));
-        shown.push(...rows);
-      }
-    }
-    byId("diff-counts").textContent = `${count.removed} removed, ${count.added} added`;
-    byId("diff").replaceChildren(...shown);
   }
 
   listen() {
@@ -287,7 +218,6 @@ class Viewer {
         document.querySelector(`h3[data-pass="${CSS.escape(pass.dataset.pass)}"]`).scrollIntoView();
       };
     }
-    for (const id of ["diff-from", "diff-to"]) byId(id).onchange = () => this.showDiff();
     byId("file").onchange = () => { byId("file-text").textContent = this.files[byId("file").value]?.[1] || ""; };
     byId("fit").onclick = () => this.picture.cy.fit();
     document.addEventListener("keydown", ({ key, target }) => {

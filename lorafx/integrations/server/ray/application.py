@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Json
+from pydantic import AfterValidator, BeforeValidator, Field, Json
 from ray import serve
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.serve import Application
@@ -23,10 +23,8 @@ from starlette.websockets import WebSocketClose
 from lorafx.errors import ConfigError
 from lorafx.integrations.server.errors import Authentication, RequestError, error_response
 from lorafx.integrations.server.ray.replica import Replica
-from lorafx.integrations.server.settings import Settings
+from lorafx.integrations.server.settings import ModelSettings
 
-#: Seconds for which a replica that is stopped waits for answers, where nothing else is said.
-DRAIN = 600
 #: Of an ingress. It holds no model, so it is not what runs out.
 RELAYED = 10_000
 
@@ -48,13 +46,13 @@ def _split(value: Any) -> Any:
     return value.split(",") if isinstance(value, str) else value
 
 
-class RaySettings(BaseModel):
-    """How a model is served on Ray (docs/serving.md). The fields of `Settings` are as there; paths
-    are the same on all machines.
+class RaySettings(ModelSettings):
+    """How a model is served on Ray (docs/serving.md); paths are the same on all machines. Raises as
+    `ModelSettings`.
 
     Attributes:
-        held: how many adapters a replica has in host memory; the one that was not asked for longest
-            makes room. `max_adapters` of them have a slot on the device.
+        held: how many adapters a replica keeps in host memory, those that were asked for last.
+            `max_adapters` have a slot on the device.
         num_replicas: how many engines, or "auto".
         num_gpus, num_cpus: of each of them.
         num_ingresses: how many processes read requests and send them to replicas.
@@ -63,45 +61,26 @@ class RaySettings(BaseModel):
         deployment: other options of `serve.deployment`, for the replicas; JSON on a command line.
     """
 
-    # What is given may hold the key.
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
-
-    model: str
-    adapters: str
-    name: str | None = None
-    max_adapters: int = 8
-    max_rank: int | None = None
+    adapters: Annotated[Path, AfterValidator(Path.absolute)]
     target: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()
-    dtype: str | None = None
-    device: str | None = None
-    page_size: int | None = None
-    num_blocks: int | None = None
-    max_batch_tokens: int | None = None
-    max_memory_percent: float | None = None
-    temperature: float | None = None
-    lowering: str = "auto"
-    cache: str | None = None
     api_key: str | None = Field(
         default_factory=lambda: os.environ.get("LORAFX_API_KEY"), repr=False
     )
-    drain: int = DRAIN
+    drain: int = Field(default=600, ge=0)
     held: int = Field(default=64, ge=1)
     num_replicas: int | Literal["auto"] | None = None
     num_gpus: float = Field(default=0, ge=0)
     num_cpus: float = Field(default=1, ge=0)
     num_ingresses: int = Field(default=1, ge=1)
     max_ongoing_requests: int = Field(default=256, ge=1)
-    deployment: dict[str, Any] | Json[dict[str, Any]] = {}
+    deployment: dict[str, Any] | Json[dict[str, Any]] = Field(default_factory=dict)
 
-    def settings(self) -> Settings:
-        """How each replica serves; raises as `Settings`."""
-        given = self.model_dump(include=set(Settings.__dataclass_fields__))
-        # Replicas work in another folder than who starts them.
+    def absolute(self) -> "RaySettings":
+        """The same for replicas, which work in another folder than who starts them."""
+        paths = {} if self.cache is None else {"cache": str(Path(self.cache).absolute())}
         if Path(self.model).is_dir():
-            given["model"] = str(Path(self.model).absolute())
-        if self.cache is not None:
-            given["cache"] = str(Path(self.cache).absolute())
-        return Settings(**{**given, "adapters": Path(self.adapters).absolute()})
+            paths["model"] = str(Path(self.model).absolute())
+        return self.model_copy(update=paths)
 
     def replicas(self) -> dict[str, Any]:
         """Options of the replicas' deployment. Raises ConfigError where one is given twice."""
@@ -167,7 +146,7 @@ class Answer:
 class Ingress:
     """Ray's deployment of the relay."""
 
-    def __init__(self, replicas: DeploymentHandle, settings: Settings) -> None:
+    def __init__(self, replicas: DeploymentHandle, settings: ModelSettings) -> None:
         self._replicas = replicas.options(stream=True)
         self._settings = settings
 
@@ -233,9 +212,8 @@ class Ingress:
 
 
 def build(args: RaySettings) -> Application:
-    """An application for `serve.run`; also a builder for `serve run` and configuration files.
-    Raises as `Settings`, before anything has been started."""
-    settings, options = args.settings(), args.replicas()
+    """An application for `serve.run`; also a builder for `serve run` and configuration files."""
+    settings, options = args.absolute(), args.replicas()
     replicas = serve.deployment(name="Replica", **options)(Replica)
     ingress = serve.deployment(
         name="Ingress",

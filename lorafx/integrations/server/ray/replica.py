@@ -1,5 +1,5 @@
-"""One engine in a process of its own, with the adapters that requests have brought to it: they are
-loaded when they are asked for, and unloaded when Ray has dropped them and no request needs them.
+"""One engine in a process of its own. An adapter is loaded when it is first asked for, and unloaded
+when Ray drops it and no request needs it.
 
 What the engine counts is exported by Ray with the names of deployment and replica.
 """
@@ -8,109 +8,21 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from ray import serve
 from ray.serve import metrics
 
-from lorafx.compiled_model.compiled import CompiledModel
 from lorafx.errors import BatchError, LorafxError, UnknownAdapterError
 from lorafx.generation.continuous.failures import StepHealth
 from lorafx.integrations.server.errors import error_response
 from lorafx.integrations.server.metrics import counts
 from lorafx.integrations.server.run import opened
-from lorafx.integrations.server.settings import Settings
+from lorafx.integrations.server.settings import ModelSettings
 from lorafx.runtime.statistics import Statistics
-
-
-class HeldAdapter:
-    """An adapter as Ray keeps it. `drop` has it unloaded, unless it has been loaded again; it is
-    called on any thread, any number of times."""
-
-    def __init__(self, drop: Callable[[], None]) -> None:
-        self.drop = drop
-
-    def __del__(self) -> None:
-        """Ray calls this of what it drops, and Python does once more."""
-        self.drop()
-
-
-class HeldAdapters:
-    """The adapters of one replica. All methods run on its event loop. `folder_of` gives None for a
-    name that there is not."""
-
-    def __init__(self, compiled: CompiledModel, folder_of: Callable[[str], Path | None]) -> None:
-        self._compiled = compiled
-        self._folder_of = folder_of
-        self._users: Counter[str] = Counter()
-        #: What Ray keeps, as the number of the `HeldAdapter` that it has.
-        self._kept: dict[str, int] = {}
-        self._numbers = 0
-        self._changing = asyncio.Lock()
-        self._unloading: set[asyncio.Task[None]] = set()
-
-    async def load(self, name: str) -> HeldAdapter:
-        """Have an adapter loaded until Ray drops what is returned. Raises as
-        `CompiledModel.load_adapter`, and UnknownAdapterError where it has no folder."""
-        loading = asyncio.create_task(self._load(name))
-        try:
-            return await asyncio.shield(loading)
-        except asyncio.CancelledError:
-            # The thread that reads goes on, and nobody keeps what it reads.
-            loading.add_done_callback(lambda task: task.exception() or task.result().drop())
-            raise
-
-    @contextmanager
-    def using(self, name: str) -> Iterator[None]:
-        """Around a request that needs an adapter: once loaded, it stays."""
-        self._users[name] += 1
-        try:
-            yield
-        finally:
-            self._users[name] -= 1
-            if not self._users[name]:
-                del self._users[name]
-                self._unload_soon(name)
-
-    async def _load(self, name: str) -> HeldAdapter:
-        async with self._changing:
-            if name not in self._compiled.adapters:
-                folder = self._folder_of(name)
-                if folder is None:
-                    raise UnknownAdapterError(f"there is no adapter {name!r}")
-                await asyncio.to_thread(self._compiled.load_adapter, folder, name)
-            self._numbers += 1
-            number = self._kept[name] = self._numbers
-        loop = asyncio.get_running_loop()
-
-        def drop() -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(self._drop, name, number)
-
-        return HeldAdapter(drop)
-
-    def _drop(self, name: str, number: int) -> None:
-        if self._kept.get(name) == number:  # else it has been loaded again
-            del self._kept[name]
-            self._unload_soon(name)
-
-    def _unload_soon(self, name: str) -> None:
-        if self._needed(name):
-            return
-        task = asyncio.get_running_loop().create_task(self._unload(name))
-        self._unloading.add(task)
-        task.add_done_callback(self._unloading.discard)
-
-    async def _unload(self, name: str) -> None:
-        async with self._changing:
-            if not self._needed(name) and name in self._compiled.adapters:
-                await asyncio.to_thread(self._compiled.unload_adapter, name)
-
-    def _needed(self, name: str) -> bool:
-        return name in self._kept or name in self._users
 
 
 class Counts:
@@ -139,20 +51,56 @@ class Counts:
                 self._exported[key] = count.value
 
 
-class Replica:
-    """Ray's deployment of the engine, with `held` adapters in host memory; raises as `opened`."""
+class HeldAdapter:
+    """An adapter that Ray holds. Ray calls `__del__` when it drops it, Python once more."""
 
-    def __init__(self, settings: Settings, held: int) -> None:
+    def __init__(self, drop: Callable[[], None]) -> None:
+        self._drop: Callable[[], None] | None = drop
+
+    def __del__(self) -> None:
+        drop, self._drop = self._drop, None
+        if drop is not None:
+            drop()
+
+
+class Replica:
+    """Ray's deployment of the engine, which keeps the `held` adapters that were asked for last;
+    raises as `opened`."""
+
+    def __init__(self, settings: ModelSettings, held: int) -> None:
+        self._settings = settings
         self._stack = ExitStack()
         self._server = self._stack.enter_context(opened(settings, lazily=True))
         self._counts = Counts(self._server.compiled.stats, self._server.engine.health)
-        self._held = adapters = HeldAdapters(self._server.compiled, settings.folder_of)
 
-        async def load(adapter: str) -> object:
-            return await adapters.load(adapter)
+        self._changing = asyncio.Lock()
+        self._users: Counter[str] = Counter()  # requests under way
+        self._dropped: set[str] = set()
 
-        # Ray tells its routers what this holds, and drops what was not asked for longest.
+        async def load(adapter: str) -> HeldAdapter:
+            await self._load(adapter)
+            return HeldAdapter(partial(self._dropped.add, adapter))
+
+        # Ray tells its routers what this holds.
         self._hold = serve.multiplexed(max_num_models_per_replica=held)(load)
+
+    async def _load(self, adapter: str) -> None:
+        """Have an adapter loaded. Raises as `CompiledModel.load_adapter`, and UnknownAdapterError
+        where it has no folder."""
+        async with self._changing:
+            self._dropped.discard(adapter)
+            if adapter in self._server.compiled.adapters:
+                return
+            folder = self._settings.folder_of(adapter)
+            if folder is None:
+                raise UnknownAdapterError(f"there is no adapter {adapter!r}")
+            await asyncio.to_thread(self._server.compiled.load_adapter, folder, adapter)
+
+    async def _unload_dropped(self) -> None:
+        async with self._changing:
+            for adapter in [name for name in self._dropped if not self._users[name]]:
+                self._dropped.discard(adapter)
+                await asyncio.to_thread(self._server.compiled.unload_adapter, adapter)
 
     def __del__(self) -> None:
         """Stop the engine. Ray calls it when the answers under way have been given."""
@@ -205,13 +153,15 @@ class Replica:
 
     async def _run(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         adapter = serve.get_multiplexed_model_id()
-        if not adapter:
-            await self._server.app(scope, receive, send)
-            return
-        with self._held.using(adapter):
+        self._users[adapter] += 1
+        try:
             try:
-                await self._hold(adapter)
+                if adapter:
+                    await self._hold(adapter)
+                await self._unload_dropped()
             except LorafxError as error:
                 await error_response(error)(scope, receive, send)
                 return
             await self._server.app(scope, receive, send)
+        finally:
+            self._users[adapter] -= 1

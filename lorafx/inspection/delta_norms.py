@@ -1,25 +1,20 @@
-"""The effect of an adapter by module: the size of ΔW, and the change of the output.
+"""The size of an adapter's ΔW by site, and where it is zero.
 
 ‖s·B A‖² = s² tr((Bᵀ B) (A Aᵀ))      the products are (r, r): ΔW itself is never made
-‖(y + delta) − y‖ / ‖y‖               y and y + delta on the two sides of the module's mark
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorafx.adapter_store.stored import StoredAdapter
-from lorafx.errors import ConfigError
 from lorafx.model.bank import Factors
 from lorafx.model.sites import Group, Site
-from lorafx.program.argument_roles import RoleTable
-from lorafx.runtime.session import Session
 from lorafx.torch_internals.fake_tensors import unset_fake_temporarily
 
 
@@ -89,62 +84,3 @@ def _why_nothing(factors: Factors) -> str:
         return ""
     named = (("B", factors.B), ("A", factors.A), ("its scale", torch.as_tensor(factors.scale)))
     return next((f"{name} is zero" for name, tensor in named if not bool(tensor.any())), "")
-
-
-#: Runs a model with a named adapter for all requests of a call.
-Serve = Callable[[str, Sequence[Any], Mapping[str, Any]], None]
-
-
-def change_of(
-    serve: Serve, site: Site, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> float | None:
-    """The relative norm of adapter `name`'s change of `site`'s output in an eager run; None if the
-    model does not call the site's module. Raises LorafxError, or the model's errors."""
-    added = whole = 0.0
-    before: list[Tensor] = []
-
-    def first(module: nn.Module, taken: Any, output: Any) -> None:
-        before.append(_tensor(output).detach().clone())
-
-    def last(module: nn.Module, taken: Any, output: Any) -> None:
-        nonlocal added, whole
-        y = before.pop().double()
-        added += float((_tensor(output).double() - y).square().sum())
-        whole += float(y.square().sum())
-
-    hooks = [
-        site.marked.register_forward_hook(first, prepend=True),
-        site.marked.register_forward_hook(last),
-    ]
-    try:
-        serve(name, args, kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return (added / whole) ** 0.5 if whole else None
-
-
-def in_eager_mode(
-    session: Session, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> None:
-    model, row_dims = session.program.model, session.program.config.row_dims
-    roles = RoleTable(model, row_dims)
-    named = roles.spread(roles.bind(tuple(args), kwargs))
-    rows = roles.rows(named)
-
-    def serve() -> None:
-        session.set_batch(roles, named)
-        with torch.no_grad(), session.module_paths():
-            model.forward(*args, **kwargs)
-
-    def run() -> None:
-        session.run(session.running.in_forward(session.program.runtime.rows), serve)
-
-    session.call(run, [name] * (1 if rows is None else rows))
-
-
-def _tensor(output: Any) -> Tensor:
-    value = output[0] if isinstance(output, (tuple, list)) and output else output
-    if not isinstance(value, Tensor):
-        raise ConfigError(f"the module returns a {type(output).__name__}, not a tensor")
-    return value
