@@ -47,18 +47,6 @@ def test_explain_names_sites_and_banks_without_running_the_model(run) -> None:
     assert "no dtype of this name" in said["message"]
 
 
-def test_explain_has_its_glossary_on_request_only(run) -> None:
-    asked = ("explain", str(EXAMPLES / "demo_model"))
-    meaning = "  bank   the factors of all slots of one group, on the device"
-    plain, glossed = run(*asked), run(*asked, "--glossary")
-    assert meaning not in plain
-    assert glossed.startswith(plain)
-    words = glossed.removeprefix(plain).splitlines()
-    assert words[0] == "words"
-    assert meaning in words
-    assert not any(line.startswith("  pinned") for line in words)  # which the report does not say
-
-
 def test_an_absent_adapter_is_one_line_and_a_failure(run, monkeypatch, tmp_path: Path) -> None:
     absent = str(tmp_path / "nothing")
     monkeypatch.setattr("sys.argv", ["lorafx", "inspect", absent])
