@@ -42,7 +42,6 @@ DOES: Mapping[str, Does] = {
     "embedding_rows": Does.BY_ROW,
     "split": Does.BASE,
     "epilogue": Does.BASE,
-    "recompute": Does.BASE,
     **dict.fromkeys(("expand", "reduce"), Does(0)),
 }
 
@@ -75,10 +74,8 @@ def predicted(
     rows: int,
     arch: Architecture,
     chip: Chip,
-    experts: int = 1,
 ) -> float:
-    """Modelled seconds of the strategy's kernels, launched one after another. With experts each has
-    `rows` rows, and weights and factors of its own."""
+    """Modelled seconds of the strategy's kernels, launched one after another."""
     work = Work(
         max(spec.in_features, 1),
         spec.sizes,
@@ -89,10 +86,10 @@ def predicted(
         chip,
     )
     seconds = chip.launch * (len(tiles) - 1)
-    return seconds + sum(_kernel(name, tile, work, arch, experts) for name, tile in tiles.items())
+    return seconds + sum(_kernel(name, tile, work, arch) for name, tile in tiles.items())
 
 
-def _kernel(name: str, tiles: Tiles, work: Work, arch: Architecture, experts: int) -> float:
+def _kernel(name: str, tiles: Tiles, work: Work, arch: Architecture) -> float:
     """Modelled seconds of one kernel, cut up by `tiles`."""
     M, K, N, G = work.rows, work.in_features, work.columns, len(work.sizes)
     A, B = work.distinct * work.rank * G * K, work.distinct * work.rank * N
@@ -112,8 +109,8 @@ def _kernel(name: str, tiles: Tiles, work: Work, arch: Architecture, experts: in
     else:
         wide = sum(math.ceil(size / tiles.block_n) for size in work.sizes)
         programs = tall * wide * (tiles.split if name == "split" else 1)
-        memory = B + M * N * (1 if base else 2) + (A if name == "recompute" else planes)
-        l2 = tall * B + wide * (0 if name == "recompute" else planes)
+        memory = B + M * N * (1 if base else 2) + planes
+        l2 = tall * B + wide * planes
         flops = 2.0 * tall * (1 if by_row else tiles.block_m) * work.rank * N
         in_flight = tiles.block_n * (tiles.block_r if not base else tiles.block_k)
         if name in ("split", "reduce"):
@@ -121,11 +118,6 @@ def _kernel(name: str, tiles: Tiles, work: Work, arch: Architecture, experts: in
         if base:
             memory, l2 = memory + K * N + M * K, l2 + tall * K * N + wide * M * K
             flops += 2.0 * tall * tiles.block_m * K * N
-        if name == "recompute":
-            l2 += wide * A
-            flops += 2.0 * tall * tiles.block_m * wide * tiles.block_r * K
-    programs *= experts
-    memory, l2, flops = experts * memory, experts * l2, experts * flops
     resident = arch.processors * _occupancy(name, tiles, work, arch)
     waves = math.ceil(programs / resident)
     flying = min(programs, resident) * tiles.num_stages * in_flight * work.dtype.itemsize

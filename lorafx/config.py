@@ -16,14 +16,11 @@ LoweringName = Literal["auto", "inductor", "triton", "reference"]
 #: Strategies of a LoRA node, by lowering; "aten" is the op's own implementation.
 STRATEGIES: Mapping[str, tuple[str, ...]] = {
     "inductor": ("generated", "aten"),
-    "triton": (
-        *("split", "epilogue", "recompute", "gemv", "segments", "aten"),
-        "grouped",  # of routed experts
-    ),
+    "triton": ("split", "epilogue", "gemv", "segments", "aten"),
     "reference": ("aten",),
 }
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-Verify = Literal["off", "lint", "numeric"]
+Verify = Literal["off", "lint"]
 Overflow = Literal["refuse", "waves"]
 BaseGraphs = bool | Literal["auto", "warmup"]
 
@@ -127,14 +124,12 @@ class Options:
             C++ compiler "reference"), "inductor" (generated C++ on a CPU, else aten, in
             Inductor's code), "triton" (generated Triton in Inductor's code; on a CPU in Triton's
             interpreter, to debug), or "reference" (plain aten, run node by node).
-        verify: "off"; "lint" (graph structure, shapes and dtypes after each pass); "numeric"
-            (also runs each pass's graph beside the reference on the first real inputs).
+        verify: "lint" (graph structure, shapes and dtypes after each pass), or "off".
         passes: by name: graph passes that are switched on or off, `{"pack": False}`, and passes of
             your own, `{"mine": lorafx.After("fuse", run)}`. `print(lorafx.pipeline())` lists them.
         max_edits: stop rewriting after this many edits, to bisect a wrong result.
         plan: strategies pinned by canonical site path: "generated" for generated C++;
-            "split", "epilogue", "recompute", "gemv" and "segments", and "grouped" for routed
-            experts, for Triton (docs/kernels.md); "aten".
+            "split", "epilogue", "gemv" and "segments" for Triton (docs/kernels.md); "aten".
         dump: the folder for the graph after every pass; None reads LORAFX_DUMP.
         recompile_limit: the largest number of graphs of one entry; needing more is an error.
         strict: an adapter whose file lacks factors for a module that its own configuration targets
@@ -200,7 +195,7 @@ class Options:
     def __post_init__(self) -> None:
         for name, allowed in (
             ("lowering", ("auto", *STRATEGIES)),
-            ("verify", ("off", "lint", "numeric")),
+            ("verify", ("off", "lint")),
             ("overflow", ("refuse", "waves")),
             ("base_graphs", ("auto", True, False, "warmup")),
             ("mode", (None, *MODES)),

@@ -20,7 +20,7 @@ from torch import fx
 
 from lorafx.errors import ProvenanceError
 from lorafx.op_arguments import bound, rebind
-from lorafx.ownership import routing
+from lorafx.ownership import indexing
 from lorafx.ownership.emit import Emitter
 from lorafx.ownership.flow import Flow
 from lorafx.ownership.labels import Label, Mixed, One, Own
@@ -211,7 +211,7 @@ def ask(graph: fx.Graph, fits: Iterable[fx.Node], slots: fx.Node, batch: BatchSy
     """Have the graph ask whether the positions of these nodes' masks take each request's own."""
     emitter = Emitter(graph, batch)
     for node in fits:
-        x, mask, source = routing.parts(node)
+        x, mask, source = indexing.parts(node)
         asked = emitter.call(node, OWN_MASK, x, mask, source, slots)
         node.replace_input_with(mask, asked)
 

@@ -9,8 +9,6 @@ that share x still have an A each. On a GPU a kernel takes
 
 and each kernel after the first one more dependent launch. What the strategies launch:
 
-    recompute   one kernel: every tile of y computes v = x Aᵀ again, for the first adapter of its
-                rows beside its loop over K, for each further one in a loop of its own
     epilogue    the shrink to v, then one kernel for base product and expand: y is written once
     split       one kernel of base product, in parts of K, and shrink; one that adds up and expands
     gemv        vendor GEMM, then shrink and expand a row at a time: no padding of rows
@@ -77,7 +75,7 @@ TILE_N, TILE_M, DOT = 128, 64, 16  # columns and rows of a tile of y; least side
 READER, ADAPTER = 2.5e-6, 1.2e-6
 #: Seconds before a product's bytes flow and after they have: a product of few bytes takes longer.
 START = 4e-6
-#: Speed of the loop over W in "epilogue" and "recompute" beside the vendor's where bytes decide
+#: Speed of the loop over W in "epilogue" beside the vendor's where bytes decide
 #: (H200): too few programs for narrow layers, too many registers.
 LOOP_OVER_VENDOR = 0.62
 #: The same for "split", whose K is in parts.
@@ -201,21 +199,6 @@ def work_of(
 # --- strategies with a base product of their own ---
 
 
-def _recompute(work: Work) -> float:
-    adapters, chip = work.adapters_in_tile, work.chip
-    M, K, N = work.rows, work.in_features, work.columns
-    beside = work.fused_base(
-        work.a + work.b,
-        work.m_tiles * work.rank * (work.n_tiles * K + adapters * N),
-        2.0 * M * work.padded_rank * (work.n_tiles * K + adapters * N),
-    )
-    # A further adapter's loop reads x and A again, after the loop over W.
-    a_loop = K * (min(max(M, DOT), TILE_M) + work.padded_rank) * work.dtype.itemsize
-    waves = math.ceil(work.m_tiles * work.n_tiles / chip.processors)
-    after = waves * (adapters - 1) * a_loop / (chip.l2_bandwidth / chip.processors)
-    return beside + after
-
-
 def _epilogue(work: Work) -> float:
     adapters, G = work.adapters_in_tile, len(work.sizes)
     padded = work.padded_rank * adapters
@@ -301,12 +284,11 @@ def _by_runs(work: Work, memory: float, terms: int) -> float:
 GPU_STRATEGIES = {
     "split": _split,
     "epilogue": _epilogue,
-    "recompute": _recompute,
     "gemv": _gemv,
     "segments": _segments,
 }
 #: Strategies that compute the base product themselves.
-FUSED = ("split", "epilogue", "recompute")
+FUSED = ("split", "epilogue")
 #: Notes for users on what no chip has timed.
 UNTIMED: Mapping[str, str] = {
     "split": "its reader measured in an earlier form only",
@@ -320,7 +302,11 @@ def estimate(work: Work) -> dict[str, Estimate]:
     """Modelled time of every strategy for `work`, fastest first, refused ones last."""
     seconds = {name: model(work) for name, model in GPU_STRATEGIES.items()}
     refusals = {name: _refusal(name, work) for name in seconds}
-    return ranked(seconds, refusals, work.vendor(), work.floor())
+    base, floor = work.vendor(), work.floor()
+    return {
+        name: Estimate(seconds[name], seconds[name] / base, seconds[name] / floor, refusals[name])
+        for name in sorted(seconds, key=lambda name: (bool(refusals[name]), seconds[name]))
+    }
 
 
 def _refusal(name: str, work: Work) -> str:
@@ -338,14 +324,3 @@ def slower_than_vendor(chip: Chip) -> str:
     if speed < LEAST_TRITON_OVER_VENDOR:
         return f"plain Triton reaches {speed:.2f} of the vendor GEMM"
     return ""
-
-
-def ranked(
-    seconds: Mapping[str, float], refusals: Mapping[str, str], base: float, floor: float
-) -> dict[str, Estimate]:
-    """Strategies with their modelled times, fastest first, refused ones last."""
-    order = sorted(seconds, key=lambda name: (bool(refusals[name]), seconds[name]))
-    return {
-        name: Estimate(seconds[name], seconds[name] / base, seconds[name] / floor, refusals[name])
-        for name in order
-    }

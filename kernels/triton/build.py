@@ -4,11 +4,9 @@
 
     split      x Wᵀ in parts of K and beside it the shrink, then the parts added up with v B
     epilogue   shrink, then x Wᵀ + b with v B added in its epilogue; y is written once
-    recompute  one kernel: each tile computes v for its own rows beside x Wᵀ
     segments   shrink, then y += v B, rows sorted by slot; the base product is the vendor's
     gemv       as "segments" a row at a time, for one or two rows an adapter
     embedding  y += A[s, id] B[s]
-    grouped    "epilogue" for rows sorted by expert, each with its expert's W, A and B
 
 The id is the same in every process that has the same templates, tiles and versions, so a graph
 cached on disk stays valid; a process must call `build` before it runs such a graph. Tuned tiles are
@@ -38,7 +36,6 @@ from lorafx.kernels.triton.tiles import (
     Tiles,
     architecture_of,
     expand_rows_tiles,
-    grouped_tiles,
     linear_tiles,
     power_of_two,
     shrink_rows_tiles,
@@ -48,9 +45,7 @@ from lorafx.kernels.triton.tiles import (
 from lorafx.torch_internals import triton_compat
 
 #: Strategies of `lorafx::triton_linear`, which compute the base product too.
-LINEAR = ("split", "epilogue", "recompute")
-#: The strategy of `lorafx::triton_experts`, likewise.
-EXPERTS = "grouped"
+LINEAR = ("split", "epilogue")
 #: Strategies of the deltas alone.
 DELTA = ("segments", "gemv", "embedding")
 #: One program of the sorting kernel ranks this many requests.
@@ -61,11 +56,9 @@ ORDER_TILES = Tiles(block_m=64, num_stages=1)
 STRATEGY_KERNELS: Mapping[str, tuple[str, ...]] = {
     "split": ("split", "reduce"),
     "epilogue": ("shrink", "epilogue"),
-    "recompute": ("recompute",),
     "segments": ("shrink", "expand"),
     "gemv": ("shrink_rows", "expand_rows"),
     "embedding": ("embedding_rows",),
-    "grouped": ("shrink", "epilogue"),
 }
 
 
@@ -100,8 +93,7 @@ def build(
     """The id of the kernels of `spec`, generated if need be and known to this process.
 
     Args:
-        rows_hint: rows of x to choose tiles for, at least 1, of one expert where there are several;
-            the kernels are right for any number.
+        rows_hint: rows of x to choose tiles for, at least 1; the kernels are right for any number.
         device: where they will run; a CPU means Triton's interpreter.
         tiles: of each kernel of the strategy, instead of the heuristic's or the tuner's.
 
@@ -111,10 +103,8 @@ def build(
     if strategy not in STRATEGY_KERNELS:
         known = ", ".join(STRATEGY_KERNELS)
         raise LoweringError(f"no Triton strategy {strategy!r}; there are {known}")
-    if strategy in (*LINEAR, EXPERTS) and spec.weight_dtype is None:
+    if strategy in LINEAR and spec.weight_dtype is None:
         raise LoweringError(f"strategy {strategy!r} computes the base product: name its weight")
-    if (strategy == EXPERTS) != (spec.experts > 0 and strategy not in DELTA):
-        raise LoweringError(f"strategy {strategy!r} does not serve {spec.experts} experts")
     if not spec.supported() or spec.delta.embedding != (strategy == "embedding"):
         return None
     if strategy in DELTA:
@@ -172,14 +162,12 @@ def tuning_key(strategy: str, arch: Architecture, spec: DeltaSpec, rows: int) ->
 
 def tiles_for(strategy: str, spec: DeltaSpec, rows: int, arch: Architecture) -> dict[str, Tiles]:
     """Tiles of each kernel of `strategy` for about `rows` rows, tuned or the heuristic's."""
-    rows = max(rows, 1)  # of one expert, in "grouped"
+    rows = max(rows, 1)
     tuned = TUNED.get(tuning_key(strategy, arch, spec, rows))
     if tuned is not None:
         return dict(tuned)
     if strategy == "embedding":
         return {"embedding_rows": expand_rows_tiles(spec, rows, arch)}
-    if strategy == "recompute":
-        return {"recompute": linear_tiles(spec, rows, arch, "recompute")}
     if strategy == "gemv":
         first = shrink_rows_tiles(spec, rows, arch)
         second = expand_rows_tiles(spec, rows, arch)
@@ -187,9 +175,6 @@ def tiles_for(strategy: str, spec: DeltaSpec, rows: int, arch: Architecture) -> 
         return {name: replace(t, overlap=arch.overlaps) for name, t in both.items()}
     if strategy == "split":
         return split_tiles(spec, rows, arch)
-    if strategy == EXPERTS:
-        pair = grouped_tiles(spec, rows, arch)
-        return dict(zip(STRATEGY_KERNELS[strategy], pair, strict=True))
     first = shrink_tiles(spec, rows, arch)
     ordered = strategy == "segments" and rows > first.block_m
     first = replace(first, ordered=ordered, overlap=arch.overlaps)

@@ -28,7 +28,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.library import custom_op, wrap_triton
 
 from lorafx.errors import LoweringError
@@ -137,9 +136,7 @@ def generated_op(
         return launched(*arguments, launch_interpreted)
 
     def traced(*arguments: Any) -> Any:
-        first = arguments[0]
-        device = first.device if isinstance(first, Tensor) else first[0].device
-        if device.type == "cpu":
+        if arguments[0].device.type == "cpu":
             return opaque(*arguments)
         return launched(*arguments, launch_wrapped)
 

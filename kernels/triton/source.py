@@ -3,16 +3,14 @@
     source(kernel, spec, tiles) = heading + template[kernel](sizes, column ranges, dtypes, tiles)
 
     shrink       v[p, m, j·R + r] = scale · Σ_(k in part p) A[s, i_j·R + r, k] x[m, k]
-    linear       y[m] = x[m] Wᵀ + b + v[m] B[s]    v from shrink's planes ("epilogue"), computed
-                 by the tile itself ("recompute"), without the base product ("expand"), or with
-                 that of `split` ("reduce")
+    linear       y[m] = x[m] Wᵀ + b + v[m] B[s]    v from shrink's planes ("epilogue"), without the
+                 base product ("expand"), or with that of `split` ("reduce")
     split        y[q, m] = Σ_(k in part q) x[m, k] W[:, k], and shrink by programs of its own
     shrink_rows, expand_rows    the same a row at a time, without matrix instructions
     embedding_rows              expand_rows with A[s, id] for v
     order        the requests sorted by slot
     attend, attend_split, attend_sum, write_new    attention over a paged cache
 
-With routed experts rows are sorted by expert, a tile is of one expert, and s is its (slot, expert).
 s is the slot of row m, r runs over the s-th adapter's rank. Every size is a literal of the source,
 except for the batch's (M rows, n slots, rows a request), which are arguments.
 """
@@ -37,11 +35,10 @@ TYPES = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float
 # kernel -> its template and the constants that tell it from the template's other kernels
 KERNELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "shrink": ("shrink", {}),
-    "epilogue": ("linear", {"base": True, "recompute": False, "reduce": False}),
-    "recompute": ("linear", {"base": True, "recompute": True, "reduce": False}),
-    "expand": ("linear", {"base": False, "recompute": False, "reduce": False}),
+    "epilogue": ("linear", {"base": True, "reduce": False}),
+    "expand": ("linear", {"base": False, "reduce": False}),
     "split": ("split", {}),
-    "reduce": ("linear", {"base": False, "recompute": False, "reduce": True}),
+    "reduce": ("linear", {"base": False, "reduce": True}),
     "shrink_rows": ("rows", {"function": "shrink_rows"}),
     "expand_rows": ("rows", {"function": "expand_rows", "embedding": False}),
     "embedding_rows": ("rows", {"function": "expand_rows", "embedding": True}),
@@ -59,14 +56,12 @@ class TritonSpec:
 
     Attributes:
         weight_dtype, transposed: of the base weight, (K, N) if transposed.
-        experts: E where the weight holds one for each expert; 0 for all others.
     """
 
     delta: DeltaSpec
     weight_dtype: torch.dtype | None = None
     bias: bool = False
     transposed: bool = False
-    experts: int = 0
 
     @property
     def out_features(self) -> int:
@@ -93,8 +88,6 @@ class TritonSpec:
         if self.weight_dtype is not None:
             shape = "(K, N)" if self.transposed else "(N, K)"
             lines.append(f"weight {shape}, {'with' if self.bias else 'without'} bias")
-        if self.experts:
-            lines.append(f"{self.experts} experts, rows sorted by expert")
         return lines
 
     def parameters(self, kernel: str, tiles: Tiles) -> dict[str, Any]:
@@ -113,7 +106,6 @@ class TritonSpec:
             "R": d.max_rank,
             "G": d.group,
             "B_COLUMNS": d.columns,
-            "EXPERTS": self.experts,
             "PLANES": self.planes,
             "PARTS": tiles.parts,
             "K_PART": k_part,
@@ -151,8 +143,6 @@ class TritonSpec:
             "ragged_n": any(size % tiles.block_n for size in d.sizes),
             "batched": batched,
             "at_once": tiles.at_once if batched else 0,
-            "grouped": self.experts > 0,
-            "experts_block": power_of_two(self.experts, 1, 1 << 20),
         }
 
     def _dtypes(self) -> dict[str, str]:

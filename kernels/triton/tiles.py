@@ -125,7 +125,7 @@ def aligned(spec: DeltaSpec) -> bool:
 
 
 def linear_tiles(spec: DeltaSpec, rows: int, arch: Architecture, kernel: str) -> Tiles:
-    """Tiles of "epilogue", "recompute" and "expand". Sixteen factors at a time: v takes registers
+    """Tiles of "epilogue" and "expand". Sixteen factors at a time: v takes registers
     for each part, and twice in the bank's type; with more, kernels of rank 64 and 256 spill."""
     width = max(spec.sizes)
     if arch.name == "interpreter":
@@ -141,10 +141,9 @@ def linear_tiles(spec: DeltaSpec, rows: int, arch: Architecture, kernel: str) ->
         plain = aligned(spec) and spec.bank_dtype.itemsize == 2 and spec.max_rank <= 32
         return Tiles(power_of_two(rows, 16, 32), block_n=128 if plain else 64, num_stages=2)
     size = spec.x_dtype.itemsize
-    by_hand = size == 4 or (kernel == "recompute" and spec.bank_dtype.itemsize == 4)
-    if by_hand:  # no matrix instructions: products in registers, so small tiles
-        block_m = power_of_two(rows, 16, 64 if aligned(spec) and size == 4 else 32)
-        tiles = Tiles(block_m=block_m, block_n=32, block_k=32 if size == 4 else 16)
+    if size == 4:  # no matrix instructions: products in registers, so small tiles
+        block_m = power_of_two(rows, 16, 64 if aligned(spec) else 32)
+        tiles = Tiles(block_m=block_m, block_n=32, block_k=32)
     elif not aligned(spec):
         tiles = Tiles(power_of_two(rows, 16, 64), block_n=32, block_k=32, num_stages=2)
     elif rows <= 64:
@@ -160,17 +159,13 @@ def linear_tiles(spec: DeltaSpec, rows: int, arch: Architecture, kernel: str) ->
         )
     elif rows <= 256:
         tiles = Tiles(block_m=64, block_n=64, block_k=64, num_stages=4)
-        if kernel == "recompute":
-            tiles = replace(tiles, block_k=32)
     else:
         block_k = 32 if arch.warp == 64 else 64
         # A bank of float32 takes the registers that the wider tile would need.
-        block_n = 128 if spec.bank_dtype.itemsize == 2 or size == 4 else 64
+        block_n = 128 if spec.bank_dtype.itemsize == 2 else 64
         tiles = Tiles(128, block_n, block_k, num_warps=8, num_stages=4)
-    columns = tiles.block_m + tiles.block_n + (tiles.block_r if kernel == "recompute" else 0)
-    return replace(
-        tiles, num_stages=stages_that_fit(arch, tiles.block_k * columns * size, tiles.num_stages)
-    )
+    stage = tiles.block_k * (tiles.block_m + tiles.block_n) * size
+    return replace(tiles, num_stages=stages_that_fit(arch, stage, tiles.num_stages))
 
 
 def shrink_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:
@@ -211,37 +206,6 @@ def shrink_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:
         num_warps=8 if wide == 64 and (crowded or (size == 4 and spec.in_features % 16)) else 4,
         num_stages=stages_that_fit(arch, block_k * (wide + block_r) * size, 4),
     )
-
-
-def grouped_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> tuple[Tiles, Tiles]:
-    """Tiles of shrink and product over `rows` rows of each of many experts, for twice the average's
-    rows, since a second row tile reads W again. A reader starts early only without wide tiles,
-    whose registers its wait takes (40 bytes spilled).
-    """
-    rows = 2 * rows if rows < 64 else rows
-    first = shrink_tiles(spec, rows, arch)
-    second = linear_tiles(spec, rows, arch, "epilogue")
-    if arch.name != "interpreter":
-        wide = first.picked or first.block_m
-        few = wide <= 16 and spec.in_features % 16 == 0
-        factors = len(spec.sizes) * spec.max_rank
-        first = replace(
-            first,
-            block_r=power_of_two(factors, 16, 64 if first.block_k < 128 else 32),
-            parts=2 if few and spec.in_features >= 8 * first.block_k else 1,
-            lanes=4 if few else 1,
-        )
-        size = max(spec.x_dtype.itemsize, spec.bank_dtype.itemsize)
-        stages = stages_that_fit(arch, first.block_k * (wide + first.block_r) * size, 4)
-        first = replace(first, num_stages=stages)
-        if second.swap:
-            stage = second.block_k * (second.block_m + 64) * spec.x_dtype.itemsize
-            second = replace(second, block_n=64, num_stages=stages_that_fit(arch, stage, 5))
-            if second.block_m <= 32 and spec.max_rank <= 32:
-                second = replace(second, batched=True, block_r=64)
-    overlap = arch.overlaps and rows <= 256
-    first = replace(first, overlap=overlap)
-    return first, replace(second, parts=first.parts, overlap=overlap)
 
 
 def shrink_rows_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:

@@ -271,11 +271,7 @@ class Reading:
                 f"{_KINDS.get(kind, 'a linear layer')} here ({type(site.module).__name__})"
             )
         first = factors.setdefault(factor.letter, factor)
-        if first is not factor and not self.findings.equal(factor.key, first.key):
-            raise Problem(
-                f"{factor.key} and {first.key} are both {factor.factor} of {_label(found)} and "
-                "differ; keep one"
-            )
+        self.findings.check_same(factor, first.key, _label(found))
 
     def _decode(
         self, landing: SiteLanding, keys: dict[str, FactorKey]
@@ -519,19 +515,21 @@ class _Search:
             if experts is None or any(closed.startswith(path) for closed in self.reading.closed):
                 continue
             for weight in experts.weights:
-                whole, touched = weight.path(path), found.touched(experts, weight)
+                whole = weight.path(path)
+                touched = found.touched.get((id(module), weight.name), set())
                 if not (weight.name in experts.sites or self._counts(whole, module)):
                     continue
                 if not self.config.targets_parameter(whole):
-                    yield from self._single(weight, path, set(touched))
+                    yield from self._single(weight, path, touched)
                 elif not touched:
                     yield whole
 
-    def _single(self, weight: ExpertWeight, path: str, known: set[Columns]) -> Iterator[str]:
+    def _single(self, weight: ExpertWeight, path: str, touched: set[Columns]) -> Iterator[str]:
         """Single experts' projections that PEFT gave factors before experts were fused."""
+        known = set(touched)
         halves = [(name, half) for name in PROJECTIONS if (half := covers(weight, name))]
         for (name, half), expert in product(halves, range(weight.experts)):
-            alike = {(h, e) for h in overlapping(half) for e in (None, expert)}
+            alike = {(h, expert) for h in overlapping(half)}
             if known.isdisjoint(alike) and self.config.matches(f"{path}.{expert}.{name}"):
                 known.add((half, expert))
                 yield f"{path}.{expert}.{name}"

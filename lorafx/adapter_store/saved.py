@@ -29,7 +29,7 @@ from typing import Any, BinaryIO, TypeAlias
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load, load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from lorafx.adapter_store.hub import downloaded, is_repository
@@ -157,7 +157,8 @@ def opened(given: AdapterSource) -> Saved:
     if isinstance(source, Saved):
         return replace(source, component=given.component)
     if isinstance(source, Mapping):
-        return _in_memory(given, source)
+        where = "the given mapping"
+        return _saved(given, (_plain(source, where), {}), where, None)
     if isinstance(source, bytes | bytearray | memoryview):
         content = bytes(source)
         return _saved(given, _from_bytes(content), f"{len(content)} bytes", None)
@@ -179,16 +180,11 @@ def _at(given: AdapterSource, path: Path) -> Saved:
     except (OSError, ValueError) as exc:
         raise CheckpointError(f"{path} cannot be read: {exc}") from exc
     folder = path.parent if single else path
-    configured = not single or (path.name in WEIGHTS and (folder / CONFIG_FILE).is_file())
-    fields, problem = None, None
-    if given.config is None and configured:
-        try:
-            fields = _checked(*raw_fields(folder))
-        except CheckpointError as error:
-            if single or not folder.is_dir() or (folder / CONFIG_FILE).exists():
-                raise
-            problem = error  # which other dialects lack
-    file = path if single else _weights(folder, problem)
+    configured = (folder / CONFIG_FILE).exists() and (not single or path.name in WEIGHTS)
+    fields = None
+    if given.config is None and (configured or not folder.is_dir()):
+        fields = _checked(*raw_fields(folder))
+    file = path if single else _weights(folder)
     read = _from_file(file)
     now = _stamps(path)
     for name in (file.name, CONFIG_FILE):  # α and factors of the same version
@@ -197,10 +193,7 @@ def _at(given: AdapterSource, path: Path) -> Saved:
                 f"{folder / name} was written while the adapter was read, which may be half of one "
                 "version and half of another; load it again when it is complete"
             )
-    saved = _saved(given, read, str(file), fields)
-    if saved.fields is None and problem is not None and file.name in (SAFETENSORS, PICKLED):
-        raise problem
-    return replace(saved, origin=origin_of(given))
+    return replace(_saved(given, read, str(file), fields), origin=origin_of(given))
 
 
 def _checked(fields: dict[str, Any], where: str) -> PeftConfig | dict[str, Any]:
@@ -229,21 +222,23 @@ def _saved(given: AdapterSource, read: _Read, where: str, fields: Any) -> Saved:
     return Saved(tensors, fields, metadata, where, given.component)
 
 
-def _in_memory(given: AdapterSource, tensors: Mapping[str, Any]) -> Saved:
-    where = "the given tensors"
+def _plain(tensors: Any, where: str) -> dict[str, Tensor]:
+    """Dense tensors by name; CheckpointError for anything else."""
+    if not isinstance(tensors, Mapping):
+        raise CheckpointError(f"{where} does not hold a mapping from names to tensors")
     for key, tensor in tensors.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
             raise CheckpointError(
-                f"an adapter in memory maps names to tensors; it has {key!r:.80}: "
-                f"of class {type(tensor).__name__}"
+                f"{where} does not hold a mapping from names to tensors; it has {key!r:.80}: of "
+                f"class {type(tensor).__name__}"
             )
         unlike = _unlike_plain(tensor)
         if unlike is not None:
-            raise CheckpointError(f"{where}: {key:.200} {unlike}; give a dense tensor")
-    return _saved(given, ({key: t.detach() for key, t in tensors.items()}, {}), where, None)
+            raise CheckpointError(f"{where}: {key[:200]!r} {unlike}; save it as a dense tensor")
+    return {key: tensor.detach() for key, tensor in tensors.items()}
 
 
-def _weights(folder: Path, problem: CheckpointError | None) -> Path:
+def _weights(folder: Path) -> Path:
     try:
         for name in WEIGHTS:
             if (folder / name).is_file():  # not a pipe or a device, which have no end
@@ -254,16 +249,16 @@ def _weights(folder: Path, problem: CheckpointError | None) -> Path:
         raise CheckpointError(f"{folder} cannot be read: {exc}") from exc
     if len(others) == 1:
         return folder / others[0]
-    if problem is not None and not others:
-        raise problem
     if others:
         raise CheckpointError(
             f"{folder} holds several files that may be the adapter ({', '.join(others[:20])}); "
             "give the path of one"
         )
+    below = ", ".join(sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_FILE}")))
     raise CheckpointError(
         f"{folder} holds no adapter weights: neither {SAFETENSORS} nor {PICKLED} (it holds "
         f"{', '.join(names[:20]) or 'nothing'})"
+        + (f"; its subfolders with adapters are {below}" if below else "")
     )
 
 
@@ -277,8 +272,8 @@ def _from_file(file: Path) -> _Read:
         raise CheckpointError(f"{file} cannot be read: {exc}") from exc
 
     def read() -> _Read:
-        tensors = load_file(file, device="cpu")
         with safe_open(file, framework="pt") as content:
+            tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
             return tensors, content.metadata() or {}
 
     return _safetensors(read, f"{file} ({size} bytes)")
@@ -327,16 +322,9 @@ def _load_pickled(content: BinaryIO, file: str) -> dict[str, Tensor]:
             "truncated, or holds objects other than tensors: save the adapter again as "
             "adapter_model.safetensors"
         ) from exc
-    if not isinstance(tensors, dict) or not all(
-        isinstance(k, str) and isinstance(t, Tensor) for k, t in tensors.items()
-    ):
-        raise CheckpointError(f"{file} does not hold a mapping from names to tensors")
-    for key, tensor in tensors.items():
-        unlike = _unlike_plain(tensor)
-        if unlike is not None:
-            raise CheckpointError(f"{file}: {key[:200]!r} {unlike}; save it as a dense tensor")
-    _check_claims(file, tensors, held)
-    return {key: tensor.detach() for key, tensor in tensors.items()}
+    plain = _plain(tensors, file)
+    _check_claims(file, plain, held)
+    return plain
 
 
 def _held(content: BinaryIO, file: str) -> int:

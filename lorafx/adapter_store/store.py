@@ -178,14 +178,6 @@ class AdapterStore:
             self.copy_streams.use({slot for slot in slots if slot >= 0})
             return slots
 
-    def fill(self, names: Sequence[str | None], held: frozenset[int] = frozenset()) -> list[int]:
-        """Give slots to these adapters ahead of a batch. Users of other slots do not wait if
-        `copy_streams.beside`. Raises as `acquire`."""
-        with self._lock:
-            wanted = adapters_among(names)
-            self._give_slots(wanted, held)
-            return [self._slots[name] for name in wanted]
-
     def refresh_magnitudes(self) -> None:
         """Recompute DoRA norms and bias differences in place. ConfigError for an unknown format."""
         with self._lock:

@@ -1,6 +1,6 @@
 """`lorafx.bisect`: from wrong answers to the responsible pass and site.
 
-    outputs with the graphs after match, give_out, …, outline    beside    W + ΔW by row
+    y[b] = f(x; W + s·B A of names[b])[b]    beside    outputs with the graphs after each pass
 
 The first pass whose graphs give other outputs is wrong, and its changes to the first differing
 value lead to the site.
@@ -8,30 +8,97 @@ value lead to the site.
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import pickle
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lorafx.adapter_store.names import BASE
-from lorafx.bisection.first_site import Run, beside, between, recorded
-from lorafx.bisection.lowered import CompiledParts
-from lorafx.bisection.reference import Outputs, Reference, fresh, reference
-from lorafx.bisection.reproduction import write
-from lorafx.bisection.result import BatchKind, Bisection, FirstSite, StageError
+from lorafx.adapter_store.saved import AdapterSource, opened
+from lorafx.adapter_store.stored import StoredAdapter
+from lorafx.bisection.first_site import CompiledParts, FirstSite, Run, between, difference, recorded
 from lorafx.compiled_model.compiled import CompiledModel, compiled_of
 from lorafx.config import After
-from lorafx.errors import BatchError, ConfigError, VerifyError
+from lorafx.errors import BatchError, ConfigError
 from lorafx.inspection.replay import Replay, replayed
-from lorafx.inspection.report import written_into
-from lorafx.pass_order import CAPTURED
+from lorafx.inspection.report import Report, Table, written_into
+from lorafx.model.marks import detach
+from lorafx.passes.match.match import Match
+from lorafx.passes.provenance import Provenance
 from lorafx.runtime.example_inputs import named_inputs
+from lorafx.torch_internals.trees import tree_leaves
 
-#: The first stage with all deltas, and the first that knows rows.
-FIRST, KNOWS_ROWS = "match", "provenance"
+#: By dtype: orders of accumulation differ, and errors grow over layers.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+
+_RIGHT = (
+    "compiled once more as the passes before outline left them, the graphs are right: "
+    "Options(passes={'outline': False}) goes without it"
+)
+
+
+@dataclass(frozen=True)
+class StageError:
+    """`error`, max |got − want| / max(1, max |want|), of outputs after a pass, run operator by
+    operator."""
+
+    name: str
+    error: float
+
+
+@dataclass(frozen=True)
+class Bisection(Report):
+    """The result of `lorafx.bisect`.
+
+    Attributes:
+        served: the error of the model as served.
+        stages: errors by pass from `provenance` on, in order.
+        first: the first pass with errors over the tolerance, if any.
+        notes: what could not be checked, and why.
+        script: a program that shows the difference, if wanted.
+    """
+
+    tolerance: float
+    served: float
+    stages: tuple[StageError, ...]
+    first: str | None = None
+    site: FirstSite | None = None
+    notes: tuple[str, ...] = ()
+    script: Path | None = None
+
+    def derived(self) -> dict[str, Any]:
+        return {"script": None if self.script is None else str(self.script)}
+
+    @property
+    def heading(self) -> str:
+        if self.first is None:
+            return "no difference above tolerance"
+        where = "" if self.site is None else f"; first site {self.site}"
+        return f"first wrong after: {self.first}{where}"
+
+    def facts(self) -> list[str]:
+        return [
+            "reference: W + ΔW merged into the model's own modules, in eager mode, each row its "
+            f"adapter's; tolerance {self.tolerance:.1g}; as served {self.served:.3g}"
+        ]
+
+    def tables(self) -> list[Table]:
+        rows = []
+        for stage in self.stages:
+            verdict = "ok" if stage.error <= self.tolerance else "over"
+            rows.append((stage.name, f"{stage.error:.3g}", verdict))
+        return [Table("", ("after", "error", ""), rows)]
+
+    def notes_as_lines(self) -> list[str]:
+        lines = [f"note: {note}" for note in self.notes]
+        return lines + ([f"reproduced by: python {self.script}"] if self.script else [])
 
 
 def bisect(
@@ -46,17 +113,16 @@ def bisect(
 
     The reference is W + ΔW of each row's adapter, merged into the modules and run in eager mode;
     weights are restored bit for bit. The graphs are captured again and run operator by operator
-    after each pass; if these are right and the answers are not, they are recompiled with inner
-    values as results. Serving graphs are unaffected; other calls wait. Needs twice the memory of
-    the graph's values.
+    after each pass from `provenance` on, the first that knows rows; if these are right and the
+    answers are not, they are recompiled, cut off behind a site. Serving graphs are unaffected;
+    other calls wait. Needs twice the memory of the graph's values.
 
     Args:
         model: a model from `lorafx.compile`.
         inputs: the arguments of a call, by name or in order.
         adapter_names: an adapter for each request, None for the base; no sums.
-        tolerance: the largest acceptable relative error; default: that of
-            `Options(verify="numeric")` by dtype: 1e-4 for float32, 2e-2 for float16, 6e-2 for
-            bfloat16.
+        tolerance: the largest acceptable relative error; default: by dtype, 1e-4 for float32,
+            2e-2 for float16, 6e-2 for bfloat16.
         folder: receives a program that shows the difference, if there is one.
 
     Returns:
@@ -89,20 +155,21 @@ def bisect(
         raise BatchError(
             f"{len(names)} adapter_names for a batch of {rows} requests; give one for each request"
         )
-    want = reference(compiled, named, names)
-    mixed = Outputs.by_row(names, want.outputs)
-    if not mixed.leaves:
+    want = _reference(compiled, named, names)
+    if not want:
         raise BatchError(
             "no output of this call is a floating-point tensor with a row for each request in "
             "dimension 0, so there is nothing to compare"
         )
-    tolerance = mixed.tolerance if tolerance is None else tolerance
-    found = _Search(compiled, named, names, want, mixed, tolerance).run()
+    if tolerance is None:
+        tolerance = max(_TOLERANCE.get(leaf.dtype, 1e-4) for leaf in want)
+    found = _Search(compiled, named, names, want, tolerance).run()
     if target is not None and found.first is None:
         target.rmdir()
     elif target is not None:
         with written_into(target):
-            found = replace(found, script=write(target, compiled, named, names, found))
+            script = _write(target, compiled, named, names, tolerance)
+            found = replace(found, script=script)
     return found
 
 
@@ -122,125 +189,171 @@ def _names(compiled: CompiledModel, names: Sequence[Any]) -> list[str | None]:
     return [None if name == BASE else name for name in names]
 
 
+def _reference(
+    compiled: CompiledModel, inputs: Mapping[str, Any], names: Sequence[str | None]
+) -> list[Tensor]:
+    """The outputs, each row of the model with its adapter merged. Raises MatchError where one
+    cannot be merged."""
+    found: dict[str | None, list[Tensor]] = {}
+    with compiled._session.lock, compiled.disable_adapter():
+        for name in dict.fromkeys(names):
+            if name is not None:
+                compiled.merge(name)
+            try:
+                found[name] = _outputs(compiled.model, inputs, len(names))
+            finally:
+                if name is not None:
+                    compiled.unmerge()
+    by_leaf = zip(*(found[name] for name in names), strict=True)
+    return [torch.stack([leaf[row] for row, leaf in enumerate(leaves)]) for leaves in by_leaf]
+
+
+def _outputs(
+    call: Callable[..., Any], inputs: Mapping[str, Any], rows: int, **more: Any
+) -> list[Tensor]:
+    """The tensors of a call's result with requests in dimension 0. Inputs are copied, since calls
+    write into caches."""
+    with torch.no_grad():
+        result = call(**copy.deepcopy(dict(inputs)), **more)
+    return [
+        leaf.detach().clone()
+        for leaf in tree_leaves(result)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.shape[:1] == (rows,)
+    ]
+
+
 @dataclass
 class _Search:
     compiled: CompiledModel
     inputs: Mapping[str, Any]
     names: list[str | None]
-    want: Reference
-    mixed: Outputs
+    want: list[Tensor]
     tolerance: float
 
     def run(self) -> Bisection:
         notes: list[str] = []
-        try:
-            served = self._error("mixed")
-        except VerifyError as error:  # from its own Options(verify="numeric")
-            served = float("inf")
-            notes.append(str(error))
-        options = self.compiled._session.program.options
+        served = self._error()
+        first, site = None, None
         with replayed(self.compiled) as replay:
-            errors = self._errors(replay)
-            wrong = [stage for stage in errors if stage.error > self.tolerance]
-            first = wrong[0].name if wrong else None
-            site = self._site(replay, errors, errors.index(wrong[0])) if wrong else None
-            if first is None and served > self.tolerance:
-                first = f"lowering ({options.lowering})"
-                notes.append(
-                    "the graphs after all passes are right, run operator by operator. Options(plan="
-                    "{path: 'aten'}) takes single sites out of the generated code"
-                )
-                parts = self._compiled_parts(replay)
+            start = Provenance.name if Provenance.name in replay.names else Match.name
+            checked = replay.names[replay.names.index(start) :]
+            errors = []
+            for replay.current in checked:
+                errors.append(StageError(replay.current, self._error()))
+            wrong = [stage.name for stage in errors if stage.error > self.tolerance]
+            if wrong and wrong[0] == start:
+                first = start
+                earlier = ", ".join(replay.names[1 : replay.names.index(start)])
+                notes.append(f"earlier passes cannot be told apart from {start}: {earlier}")
+            elif wrong:
+                first = wrong[0]
+                before = self._runs(replay, checked[checked.index(first) - 1])
+                site = between(before, self._runs(replay, first), self.tolerance)
+            elif served > self.tolerance:
+                first = f"lowering ({self.compiled._session.program.options.lowering})"
+                parts = CompiledParts(replay.lowering, self.tolerance)
+                with replay.running(replay.flat, parts.run):
+                    self._call()
                 site = parts.site
-                notes += parts.notes
-        if first == FIRST:
-            passes = options.passes.items()
-            early = [n for n, p in passes if isinstance(p, After) and p.after == CAPTURED]
-            if early:
-                notes.append(
-                    f"passes before {FIRST} cannot be told apart from it: {', '.join(early)}"
-                )
-        merged = "W + ΔW merged into the model's own modules, in eager mode, each row its adapter's"
-        return Bisection(self.tolerance, merged, served, tuple(errors), first, site, tuple(notes))
+                notes += [
+                    "the graphs after all passes are right, run operator by operator. "
+                    "Options(plan={path: 'aten'}) takes single sites out of the generated code",
+                    *(parts.notes or [_RIGHT]),
+                ]
+        return Bisection(self.tolerance, served, tuple(errors), first, site, tuple(notes))
 
-    def _errors(self, replay: Replay) -> list[StageError]:
-        """Of all stages with all deltas. Until a stage knows rows, each adapter serves alone."""
-        batch: BatchKind = "one adapter at a time"
-        errors = []
-        for name in replay.names[replay.names.index(FIRST) :]:
-            replay.current = name
-            batch = "mixed" if name == KNOWS_ROWS else batch
-            errors.append(StageError(name, batch, self._error(batch)))
-        return errors
+    def _call(self) -> list[Tensor]:
+        return _outputs(self.compiled, self.inputs, len(self.names), adapter_names=self.names)
 
-    def _error(self, batch: BatchKind) -> float:
+    def _error(self) -> float:
+        """The largest error of an output, without padding where there is a mask (B, T)."""
         mask = self.inputs.get("attention_mask")
-        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        if batch == "mixed":
-            return self._call(self.names).error(self.mixed, mask)
         worst = 0.0
-        for name in self._adapters():
-            rows = [row for row, other in enumerate(self.names) if other == name]
-            got, want = self._call([name] * len(self.names)), self.want.outputs[name]
-            kept = None if mask is None else mask[rows]
-            worst = max(worst, got.rows(rows).error(want.rows(rows), kept))
+        for got, want in zip(self._call(), self.want, strict=True):
+            if isinstance(mask, Tensor) and got.shape[:2] == want.shape[:2] == mask.shape:
+                got, want = got[mask.bool()], want[mask.bool()]
+            worst = max(worst, difference(got, want))
         return worst
 
-    def _site(self, replay: Replay, errors: Sequence[StageError], at: int) -> FirstSite | None:
-        batch = errors[at].batch
-        names = [self.names]
-        if batch != "mixed":
-            names = [[name] * len(self.names) for name in self._adapters()]
-        for asked in names:
-            after = self._recorded(replay, errors[at].name, asked)
-            if at and errors[at - 1].batch == batch:
-                before = self._recorded(replay, errors[at - 1].name, asked)
-                found = between(before, after, self.tolerance)
-            else:
-                found = beside(after, self._modules(asked), self.tolerance)
-            if found is not None:
-                return found
-        return None
-
-    def _compiled_parts(self, replay: Replay) -> CompiledParts:
-        """Checks the lowering of graphs without outlined layers."""
-        parts = CompiledParts(replay.lowering, self.tolerance)
-        with replay.running(replay.flat, parts.run):
-            self._call(self.names)
-        if not parts.notes:
-            parts.notes.append(
-                "compiled once more as the passes before outline left them, the graphs are right: "
-                "Options(passes={'outline': False}) goes without it"
-                if replay.flat != replay.names[-1]
-                else "compiled once more, the graphs are right"
-            )
-        return parts
-
-    def _modules(self, asked: Sequence[str | None]) -> dict[str, list[Tensor]]:
-        """Results of the sites' modules for this batch, with rows in dimension 0."""
-        first, *others = dict.fromkeys(asked)
-        if not others:
-            return self.want.modules[first]
-        found: dict[str, list[Tensor]] = {}
-        for path, results in self.want.modules[first].items():
-            for at, result in enumerate(results):
-                if not result.dim() or result.shape[0] != len(asked):
-                    break
-                joined = result.clone()
-                for row, name in enumerate(asked):
-                    joined[row] = self.want.modules[name][path][at][row]
-                found.setdefault(path, []).append(joined)
-        return found
-
-    def _adapters(self) -> list[str]:
-        return [name for name in dict.fromkeys(self.names) if name is not None]
-
-    def _call(self, names: Sequence[str | None]) -> Outputs:
-        result = fresh(self.compiled, self.inputs, adapter_names=list(names))
-        return Outputs.of(result, len(names))
-
-    def _recorded(self, replay: Replay, name: str, asked: Sequence[str | None]) -> list[Run]:
+    def _runs(self, replay: Replay, name: str) -> list[Run]:
         runs: list[Run] = []
         with replay.running(name, lambda stage, given: recorded(stage, given, runs)):
-            self._call(asked)
+            self._call()
         return runs
+
+
+_SCRIPT = '''"""Shows a difference that lorafx.bisect has found; exits with 1 where it is there."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+import lorafx
+
+sys.path += {paths}  # where the model's classes and passes were imported from
+case = torch.load(Path(__file__).with_name("case.pt"), weights_only=False)
+found = lorafx.bisect(lorafx.compile(**case["compile"]), **case["bisect"])
+print(found)
+sys.exit(0 if found.first is None else 1)
+'''
+
+
+def _write(
+    folder: Path,
+    compiled: CompiledModel,
+    inputs: Mapping[str, Any],
+    names: Sequence[str | None],
+    tolerance: float,
+) -> Path:
+    """Write a program that shows the difference into `folder`, with the model, its options, inputs
+    and adapters in case.pt beside it. Raises ConfigError for an unpicklable model or pass, or an
+    adapter without file."""
+    program, store = compiled._session.program, compiled._session.store
+    options = {
+        item.name: getattr(program.options, item.name)
+        for item in fields(program.options)
+        if item.name not in ("cache", "dump", "verify")
+    }
+    passes = [item.run for item in program.options.passes.values() if isinstance(item, After)]
+    if any(
+        item.__module__ == "__main__" for item in (*map(type, program.model.modules()), *passes)
+    ):
+        raise ConfigError(
+            "what is defined in the program that runs, or in a notebook, cannot be found by "
+            "another program; put models and passes into a module of their own"
+        )
+    model = copy.deepcopy(program.model)
+    detach(model)
+    case = {
+        "compile": {
+            "model": model,
+            "lora_config": program.config,
+            "adapters": {name: _adapter(store[name]) for name in names if name is not None},
+            "options": {**options, "passes": dict(program.options.passes)},
+        },
+        "bisect": {"inputs": inputs, "adapter_names": names, "tolerance": tolerance},
+    }
+    try:
+        torch.save(case, folder / "case.pt")
+    except (pickle.PicklingError, TypeError, AttributeError, ImportError) as error:
+        raise ConfigError(
+            f"the case cannot be written for a reproduction ({error}): models and passes have to "
+            "be at the top level of a module that can be imported"
+        ) from error
+    script = folder / "repro.py"
+    paths = [str(Path(path).absolute()) for path in sys.path]
+    script.write_text(_SCRIPT.format(paths=paths))
+    return script
+
+
+def _adapter(stored: StoredAdapter) -> AdapterSource:
+    """The adapter with what its files hold."""
+    source = stored.origin or AdapterSource(stored.source)
+    if stored.origin is None and not Path(stored.source).exists():
+        raise ConfigError(
+            f"adapter {stored.name!r} came from memory ({stored.source}); load it from a folder, "
+            "so that a reproduction can have its files"
+        )
+    saved = opened(source)
+    return replace(source, source=replace(saved, tensors=dict(saved.tensors), origin=None))

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as recorded_events
 
 from lorafx.adapter_store.names import BASE
-from lorafx.capture.recorder import Stage
+from lorafx.capture.record import Stage
 from lorafx.errors import BatchError, ConfigError
 from lorafx.inspection.explanation import stored_bytes
 from lorafx.inspection.replay import Replay, Staged, replayed

@@ -16,7 +16,7 @@ from torch import fx
 
 from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PAGED_CACHE
 from lorafx.op_arguments import bound
-from lorafx.ownership import contractions, pointwise, slices, views
+from lorafx.ownership import contractions, pointwise, views
 from lorafx.ownership.flow import Flow, Rule, each_output
 from lorafx.ownership.labels import Label, Mixed, Own, Pooled, Single
 
@@ -57,7 +57,7 @@ def read(node: fx.Node, flow: Flow, labels: Sequence[Single], rule: Rule | None)
 
 
 _CONTRACTING = frozenset(contractions.RULES.values()) - {contractions.grouped}
-_MOVING = frozenset({*views.RULES.values(), slices.sliced, pointwise.pointwise})
+_MOVING = frozenset({*views.RULES.values(), views.sliced, pointwise.pointwise})
 
 RULES: dict[object, Rule] = {
     PAGED_CACHE.overloadpacket: cached,

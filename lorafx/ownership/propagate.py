@@ -22,10 +22,7 @@ from lorafx.ownership import (
     pointwise,
     pooled,
     reductions,
-    routing,
     singles,
-    slices,
-    spatial,
     views,
 )
 from lorafx.ownership import site_rules as sites
@@ -35,12 +32,9 @@ from lorafx.ownership.symbolic import ONE, BatchSymbols, equal
 from lorafx.torch_internals.operators import OpOverload
 
 # Specific first; the first table that knows an operator decides.
-TABLES = (
-    *(sites, indexing, routing, slices, views, reductions, contractions, spatial),
-    *(pooled, pointwise),
-)
-OPTIONAL = (contractions, spatial)
-DIGIT_TABLES = (routing, indexing, slices, views, pointwise)
+TABLES = (sites, indexing, views, reductions, contractions, pooled, pointwise)
+OPTIONAL = (contractions, reductions)
+DIGIT_TABLES = (indexing, views, pointwise)
 # Rules that look at Mixed inputs themselves: the order of everybody's rows is Mixed by nature, and
 # some operators take no values from an input, only its shape.
 TOLERANT = frozenset(
@@ -133,7 +127,7 @@ def _run(graph: fx.Graph, seeds: Mapping[fx.Node, Label], flow: Flow) -> Flow:
 
 def called(node: fx.Node, flow: Flow) -> Label:
     if node.target is operator.getitem:
-        return slices.item_of(node, flow)
+        return views.item_of(node, flow)
     if called_by(node) in views.VIEWS:
         views.learn_sizes(node, flow)
     labels = [flow.label(arg) for arg in node.all_input_nodes]
@@ -179,7 +173,7 @@ def rule_for(target: object) -> tuple[Rule | None, bool]:
 def known_values(node: fx.Node, flow: Flow) -> Digit | None:
     """What is known about the values of an integer tensor, if anything."""
     if node.target is operator.getitem:
-        return routing.vector_order(node, flow)
+        return indexing.vector_order(node, flow)
     if not isinstance(node.target, OpOverload):
         return None
     packet = node.target.overloadpacket

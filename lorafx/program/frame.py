@@ -106,11 +106,6 @@ class Frame:
         #: site's module was among the callers.
         self.inside: dict[tuple[int, int], bool] = {}
 
-    def reorder(self, order: Sequence[int]) -> None:
-        """Reorder the inputs by their current positions, before `bind`."""
-        self.inputs = tuple(self.inputs[position] for position in order)
-        self.writable = tuple(p for p, before in enumerate(order) if before in self.writable)
-
     @property
     def counted(self) -> tuple[int, ...]:
         """Positions of sizes taken for the number of requests."""

@@ -10,6 +10,17 @@ from lorafx.adapter_store.store import AdapterStore
 
 
 @dataclass(frozen=True)
+class Tier:
+    """Counts of one place where adapters lie: how often one that was asked for was found there
+    (`hits`) or not (`misses`), how many had to go (`evictions`), and its size now (`nbytes`)."""
+
+    hits: int
+    misses: int
+    evictions: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class Statistics:
     """Counts since the model was compiled.
 

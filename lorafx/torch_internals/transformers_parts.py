@@ -33,13 +33,3 @@ def causal_model_class(config: Any) -> type:
         mapping: Any = transformers.AutoModelForCausalLM._model_mapping
     found: type = mapping[type(config)]
     return found
-
-
-def devices_of_async_batching() -> tuple[str, ...]:
-    """Types of devices that transformers overlaps its batches on."""
-    with private_names():
-        from transformers.generation.continuous_batching.input_outputs import (
-            ContinuousBatchingAsyncIOs,
-        )
-
-        return tuple(ContinuousBatchingAsyncIOs._supported_device_types)

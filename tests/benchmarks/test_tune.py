@@ -29,8 +29,9 @@ from lorafx.kernels.triton.tiles import ARCHITECTURES
 CPU = torch.device("cpu")
 SPECS = representative_specs()
 LAYER = SPECS["o_r16_bf16"]
+TABLE = SPECS["embedding_r16_bf16"]
 H200, INTERPRETER = ARCHITECTURES["cuda90"], ARCHITECTURES["interpreter"]
-STRATEGIES = ("split", "epilogue", "recompute", "segments", "gemv")
+STRATEGIES = ("split", "epilogue", "segments", "gemv")
 
 
 def model(strategy: str, rows: int):
@@ -69,30 +70,32 @@ def test_the_search_stops_at_its_budget_and_survives_tiles_that_do_not_run() -> 
 
 
 def test_winners_are_used_and_kept_on_disk(empty_cache: Path) -> None:
-    want = tiles_for("recompute", LAYER.delta, 8, INTERPRETER)["recompute"]
+    want = tiles_for("embedding", TABLE.delta, 8, INTERPRETER)["embedding_rows"]
     want = replace(want, block_n=want.block_n // 2)
-    found = tune(LAYER, "recompute", 8, CPU, timer=lambda tiles: 1.0 + (tiles["recompute"] != want))
-    assert found.tiles == {"recompute": want}
-    assert tiles_for("recompute", LAYER.delta, 7, INTERPRETER) == found.tiles  # the same bucket
-    assert tiles_for("recompute", LAYER.delta, 9, INTERPRETER) != found.tiles
+    found = tune(
+        TABLE, "embedding", 8, CPU, timer=lambda tiles: 1.0 + (tiles["embedding_rows"] != want)
+    )
+    assert found.tiles == {"embedding_rows": want}
+    assert tiles_for("embedding", TABLE.delta, 7, INTERPRETER) == found.tiles  # the same bucket
+    assert tiles_for("embedding", TABLE.delta, 9, INTERPRETER) != found.tiles
 
     TUNED.clear()  # another process
     load_tuned.cache_clear()
-    assert tiles_for("recompute", LAYER.delta, 8, INTERPRETER) != found.tiles
-    kernel = build(LAYER, "recompute", rows_hint=8, device=CPU)
+    assert tiles_for("embedding", TABLE.delta, 8, INTERPRETER) != found.tiles
+    kernel = build(TABLE, "embedding", rows_hint=8, device=CPU)
     assert kernel is not None
-    assert plan_of(kernel).kernels["recompute"].tiles == want
-    assert tuning_key("recompute", INTERPRETER, LAYER.delta, 8) in TUNED
+    assert plan_of(kernel).kernels["embedding_rows"].tiles == want
+    assert tuning_key("embedding", INTERPRETER, TABLE.delta, 8) in TUNED
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '[{"spec": {"of": "another version"}}]'])
 def test_a_damaged_file_leaves_the_heuristic(empty_cache: Path, text: str) -> None:
-    want = tiles_for("recompute", LAYER.delta, 8, INTERPRETER)
+    want = tiles_for("embedding", TABLE.delta, 8, INTERPRETER)
     path = tuned_file(INTERPRETER)
     path.parent.mkdir(parents=True)
     path.write_text(text)
     assert load_tuned(INTERPRETER) == 0
-    assert tiles_for("recompute", LAYER.delta, 8, INTERPRETER) == want
+    assert tiles_for("embedding", TABLE.delta, 8, INTERPRETER) == want
 
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "embedding"])

@@ -44,11 +44,10 @@ def test_a_right_program_has_no_difference(case_of: Callable[..., Case], family:
     assert (found.first, found.site, found.script) == (None, None, None)
     assert str(found).startswith("no difference above tolerance")
     names = [stage.name for stage in found.stages]
-    assert names[0] == "match"
+    assert names[0] == "provenance"
     assert names[-1] == "outline"
     assert all(0 <= stage.error <= 1e-5 for stage in found.stages)
     assert 0 <= found.served <= 1e-5
-    assert {s.name for s in found.stages if s.batch != "mixed"} == {"match", "give_out"}
     # Everything is as it was: weights bit for bit, graphs, what serves.
     assert all(torch.equal(cm.model.state_dict()[name], own) for name, own in before.items())
     cm(**given, adapter_names=NAMES)
@@ -76,6 +75,15 @@ def test_a_wrong_pass_and_its_site_are_found(
     assert found.served > found.tolerance
     assert str(found).startswith(f"first wrong after: mine; first site {site[0]}")
     assert json.loads(json.dumps(found.json()))["site"]["paths"] == list(site)
+
+
+def test_an_error_from_before_rows_are_known(plain: Case, inputs: Any) -> None:
+    found = lorafx.bisect(wrong(plain, "match", wrong_passes.double_relu), inputs, NAMES)
+    assert (found.first, found.site) == ("provenance", None)
+    (note,) = found.notes
+    assert note.endswith(
+        "cannot be told apart from provenance: write_in_place, match, mine, give_out"
+    )
 
 
 @pytest.mark.slow

@@ -87,7 +87,6 @@ def test_calls_while_adapters_are_replaced(plain, folders):
     def come_and_go(number: int) -> None:
         cm.unload_adapter("z")
         cm.load_adapter(plain.folders["a1"], "z")
-        cm.prefetch_adapters(["x", "y"])
 
     def call() -> None:
         try:

@@ -315,7 +315,6 @@ def _parts(task: Task) -> None:
     from lorafx.torch_internals import transformers_parts
 
     transformers_parts.causal_model_class(transformers.LlamaConfig())
-    transformers_parts.devices_of_async_batching()
     transformers_parts.stream_error("an error")
 
 

@@ -27,7 +27,7 @@ from lorafx.kernels.triton.tiles import Tiles
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 CPU = torch.device("cpu")
 #: Strategies of linears.
-STRATEGIES = ("split", "epilogue", "recompute", "segments", "gemv")
+STRATEGIES = ("split", "epilogue", "segments", "gemv")
 lora = torch.ops.lorafx
 
 

@@ -11,7 +11,7 @@ from site_graphs import Finished, Holder, SiteGraph
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lorafx.passes.fuse.fuse import Fuse
+from lorafx.passes.fuse import Fuse
 from lorafx.passes.lower.lower import Lower
 from lorafx.passes.match.match import Match
 from lorafx.passes.plan import Plan
@@ -87,5 +87,5 @@ def test_the_plan_of_a_few_rows_is_a_fused_strategy() -> None:
     with compile_only_gpu():
         done.run(Plan(), Lower())
     (states,) = done.ctx.states.values()
-    assert states[0].strategy.startswith(("split", "epilogue", "recompute"))
+    assert states[0].strategy.startswith(("split", "epilogue"))
     assert "modelled" in states[0].strategy

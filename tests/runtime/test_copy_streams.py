@@ -3,14 +3,13 @@ note who comes after whom; tests/gpu/test_gpu_copies.py has a GPU's."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
 import pytest
 import torch
-from dense_merge import REFERENCE, Case, check_mixed, random_base
+from dense_merge import REFERENCE, Case, random_base
 from fake_streams import Cuda, Launch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -89,7 +88,7 @@ def empty(cm: Any) -> None:
 NAMES = st.sampled_from([*ADAPTERS, None])
 PAIRS = st.tuples(NAMES, NAMES)
 OPERATIONS = st.one_of(
-    st.tuples(st.sampled_from(["step", "prefetch"]), PAIRS),
+    st.tuples(st.just("step"), PAIRS),
     st.tuples(
         st.sampled_from(["replace", "replace", "unload", "pin"]), st.sampled_from([*ADAPTERS])
     ),
@@ -109,8 +108,6 @@ def run(cm: Any, case: Case, cuda: Cuda, operations: Sequence[Any]) -> None:
             if what in ("step", "again"):
                 last = of if what == "step" else last
                 step(cm, *last)
-            elif what == "prefetch":
-                cm.prefetch_adapters(of)
             elif what == "capture":
                 cuda.on(0)
                 step(cm, *of)
@@ -147,71 +144,6 @@ def test_no_order_of_a_device_lets_a_copy_meet_a_step(
         empty(cm)
         run(cm, case, cuda, operations)
     assert not cuda.clashes()
-
-
-def test_a_prefetch_runs_beside_a_step_and_its_own_step_waits(cm, cuda: Cuda) -> None:
-    running = launched(cuda, lambda: step(cm, "a", None))[-2:]
-    copies = launched(cuda, lambda: cm.prefetch_adapters(["b", "c"]))
-    assert {launch.writes for launch in copies} == {True}
-    assert free(copies, running)
-    assert cm._session.store.resident.keys() == {"a", "b", "c"}
-    others = launched(cuda, lambda: step(cm, "a", "a"))
-    assert free(others, copies)
-    loads = cm.stats().loads
-    both = launched(cuda, lambda: step(cm, "b", "c"))
-    assert waits(both, copies)
-    assert cm.stats().loads == loads
-
-
-def test_a_slot_is_overwritten_when_the_steps_that_read_it_have_ended(cm, cuda: Cuda) -> None:
-    """The steps after these are not waited for."""
-    first = launched(cuda, lambda: step(cm, "a", "b"))[-2:]
-    later = launched(cuda, lambda: step(cm, "c", None))[-2:]
-    cuda.on(1)
-    copies = launched(cuda, lambda: cm.prefetch_adapters(["d"]))
-    assert "a" not in cm._session.store.resident
-    assert waits(copies, first)
-    assert free(copies, later)
-
-
-def test_prefetched_adapters_are_served(cm, case: Case, cuda: Cuda) -> None:
-    inputs = {"ids": torch.tensor([[3, 4, 5], [6, 7, 8]])}
-    graphs = cm.recompiles
-    for names in (["a", "b"], ["c", None], ["a", "b"], ["c", "a"]):
-        cm.prefetch_adapters(names)
-        check_mixed(cm, case, names, inputs)
-    cm.prefetch_adapters([{"a": 0.5, "b": 0.5}, "__base__"])
-    loads = cm.stats().loads
-    step(cm, {"b": 0.5, "a": 0.5}, None)
-    assert (cm.stats().loads, cm.recompiles) == (loads, graphs)
-
-
-def test_what_is_copied_lives_until_it_has_arrived(case: Case, cuda: Cuda, cm) -> None:
-    """A new version would let go of it at once."""
-    cuda.finished = lambda: False
-    cm.prefetch_adapters(["a"])
-    store = cm._session.store
-    known = weakref.ref(store["a"])
-    cm.load_adapter(case.folders["a"], "a")
-    cm.unload_adapter("a")
-    step(cm, "b", None)
-    assert known() is not None
-    cuda.finished = lambda: True
-    step(cm, "b", "b")
-    assert known() is None
-    cm.load_adapter(case.folders["a"], "a")
-
-
-def test_a_capture_waits_for_no_copy(cm, cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    cm.prefetch_adapters(["a", "b"])
-    cuda.capturing = True
-    with pytest.raises(BatchError, match=r"'a' may still be on the way.*once before the capture"):
-        step(cm, "a", None)
-    cuda.capturing = False
-    step(cm, "a", None)
-    cuda.capturing = True
-    step(cm, "a", None)
-    cuda.capturing = False
 
 
 def test_nothing_is_written_while_a_call_is_captured(cm, case: Case, cuda: Cuda) -> None:

@@ -68,7 +68,7 @@ def explain(
     """
     import lorafx
     from lorafx.integrations.cli.models import adapters_in, on_meta
-    from lorafx.runtime.configuration import request_of
+    from lorafx.runtime.marking import request_of
 
     module, sources = on_meta(model, dtype), adapters_in(adapter or [])
     targets = target_modules(target, sources)
@@ -120,8 +120,7 @@ def why(
     import lorafx
     from lorafx.inspection.why import why_before
     from lorafx.integrations.cli.models import adapters_in, on_meta
-    from lorafx.runtime.configuration import request_of
-    from lorafx.runtime.marking import build_sites
+    from lorafx.runtime.marking import build_sites, request_of
 
     module, sources = on_meta(model), adapters_in(adapter or [])
     config = lorafx.LoraConfig(target_modules=target_modules(target, sources))

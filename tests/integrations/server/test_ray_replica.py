@@ -169,8 +169,6 @@ def deployments(application: Any) -> tuple[Any, Any]:
     [
         ({"adapters": "/nowhere"}, ConfigError, "not a folder"),
         ({"max_rank": 1}, CapacityError, "rank"),
-        ({"deployment": {"num_replicas": 3}, "num_replicas": 2}, ConfigError, "num_replicas"),
-        ({"deployment": {"ray_actor_options": {"num_gpus": 1}}}, ConfigError, "num_gpus"),
         ({"adaptors": "x"}, ConfigError, "adaptors"),
         ({"held": 0}, ConfigError, "held"),
     ],

@@ -52,7 +52,7 @@ def test_ranks_and_slices(strategy: str, slices: int, rank: int) -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("transposed", [True, False])
-@pytest.mark.parametrize("strategy", ["epilogue", "recompute"])
+@pytest.mark.parametrize("strategy", ["split", "epilogue"])
 def test_base_layouts(strategy: str, transposed: bool, bias: bool) -> None:
     base = {"bias": bias, "transposed": transposed}
     case = make_case(K=80, sizes=(33, 20), slots=(1, 0, -1), rows=2, **base)
