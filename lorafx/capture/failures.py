@@ -57,6 +57,8 @@ def explained(raised: BaseException, model: str, base: str = "") -> LorafxError 
     place = place or _Place("Dynamo", CaptureError, KEEP_OUT)
     text = " ".join(str(errors[-1]).split())
     shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    if isinstance(errors[-1], OSError) and ".so" in text:
+        shown += "; delete that library, which a killed process may have left half written"
     return place.error(
         f"{place.what} failed on a graph of {model}: {type(errors[-1]).__name__}: {shown} (torch "
         f"{installed('torch')}). To serve it nevertheless, {place.way_out}. {base}".rstrip()

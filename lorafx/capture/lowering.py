@@ -23,7 +23,7 @@ from lorafx.errors import LorafxWarning, LoweringError
 from lorafx.kernels.cpu import dense
 from lorafx.kernels.cpu.compiler import find_compiler
 from lorafx.passes import products
-from lorafx.passes.outline.regions import bodies, is_view
+from lorafx.passes.outline.outline import bodies, is_view
 from lorafx.passes.products import replace_products
 from lorafx.program.frame import fake_value
 from lorafx.torch_internals.compat import mode_settings
@@ -42,7 +42,7 @@ class Lowering(Protocol):
 
 def decomposition_table() -> dict[Any, Callable[..., Any]]:
     """Inductor's table without decompositions of matrix products, which `match` has to see."""
-    from lorafx.torch_internals.decompositions import select_decomp_table
+    from lorafx.torch_internals.inductor import select_decomp_table
 
     table = dict(select_decomp_table())
     for op in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.embedding):
@@ -97,9 +97,7 @@ class InductorLowering:
             compile_fx_inner,
             get_static_input_idxs,
         )
-        from lorafx.torch_internals.torn_libraries import look_for_torn
 
-        look_for_torn()
         if self.writes_back:
             write_back(gm)
         with inductor_config.patch({**self.patches, **_IN_ORDER, **_NO_HARNESS}):
@@ -182,9 +180,7 @@ def compile_base(
         return gm.forward
     from lorafx.torch_internals.compat import inductor_config
     from lorafx.torch_internals.inductor import compile_fx
-    from lorafx.torch_internals.torn_libraries import look_for_torn
 
-    look_for_torn()
     patches = dict(lowering.patches)
     if lowering.products and inductor_config.post_grad_custom_pre_pass is None:
         patches["post_grad_custom_pre_pass"] = _generated_products()

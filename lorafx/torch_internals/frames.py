@@ -14,13 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from lorafx.torch_internals.compat import add_function_guard
-from lorafx.torch_internals.entries import Required, private_names
-
-ENTRY = Required(
-    use="the backend asks about the frame that is being captured: its locals, its guards, why "
-    "its graph ends, what each input is",
-    ended_by="arguments of a Dynamo backend that say so",
-)
+from lorafx.torch_internals.versions import private_names
 
 with private_names():
     from torch._dynamo.exc import TensorifyScalarRestartAnalysis

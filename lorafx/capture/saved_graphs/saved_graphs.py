@@ -125,10 +125,9 @@ class SavedGraphs:
             self._conversion = self._backend.noted = None
 
     def _save(self, folder: Path, key: str, made: GuardedCode, conversion: _Conversion) -> None:
-        model = type(self._backend.program.model).__name__
         try:
             body, record = conversion.body(made)
-            folders.write(folder, key, model, record.title, body)
+            folders.write(folder, key, body)
             record.saved = "saved for other processes"
         except OSError as error:
             _warn(f"a graph could not be saved in {folder}: {error}")
