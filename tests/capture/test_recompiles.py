@@ -26,7 +26,7 @@ def frames() -> int:
 
 
 def test_twenty_mixes_and_a_swap_on_one_graph(shallow):
-    cm = shallow.compile(options={"verify": "off"})
+    cm = shallow.compile()
     draw = random.Random(0)
     torch.manual_seed(0)
     check_mixed(cm, shallow, ["a0", None, "a1", "a2"], token_inputs(4, 6))
