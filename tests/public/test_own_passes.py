@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from dense_merge import Case, check_mixed
+from dense_merge import Case, check_mixed, error
 from tiny_models import FAMILIES
 from torch import fx
 
