@@ -33,6 +33,7 @@ from lorafx.model.marks import UNPROVED
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site, own_ranges
 from lorafx.op_arguments import bound, in_order, index_of, operand, rebind
+from lorafx.ownership.flow import place, plain_path
 from lorafx.ownership.propagate import ancestors
 from lorafx.program.context import (
     CONV_OP,
@@ -45,7 +46,6 @@ from lorafx.program.context import (
     Context,
     Refusal,
     is_site,
-    plain_path,
 )
 from lorafx.program.derived import has_numbers, is_near
 from lorafx.program.frame import FrameInput, fake_value
@@ -323,7 +323,7 @@ def _owner(ctx: Context, use: Use) -> Site | Refusal | None:
     if use.kind == "unknown":
         unknown = ctx.unknown_use(use.weight, use.node, use.reason)
         return None if ctx.made_by_other_owner(use.node, use.weight) else unknown
-    where = ctx.where(use.node)
+    where = f" ({place(use.node)})"
     if use.stored:
         dtype = fake_value(use.weight).dtype
         return Refusal(sites, "always", f"its weight ({dtype}) is used outside its call{where}")
