@@ -86,7 +86,7 @@ def merge(
     import lorafx
     from lorafx.errors import ConfigError
     from lorafx.integrations.cli.models import loaded
-    from lorafx.runtime.configuration import request_of
+    from lorafx.runtime.marking import request_of
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is not empty; name a folder that does not exist yet")
