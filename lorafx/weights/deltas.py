@@ -6,7 +6,7 @@
     convolution (N, C, k…)   ΔW as of a linear, its kernels as rows
     experts (E, N, K)        ΔW[e, o : o + n]    = s_e · B_eᵀ A_e  A (E, r, K), B (E, r, n)
     experts (E, K, N)        ΔW[e, :, o : o + n] = s_e · A_eᵀ B_e
-    DoRA                     (1 + G) ⊙ (W + ΔW) − W, by output (lorafx.adapter_store.fitting)
+    DoRA                     (1 + G) ⊙ (W + ΔW) − W, by output (lorafx.adapter_store.stored)
     rows of its own          W_own − W + ΔW, in those rows
     bias (N,)                s·b + b' − b, by output (`BiasDelta`)
 
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorafx.adapter_store.stored import HostCopy
+from lorafx.adapter_store.stored import StoredAdapter
 from lorafx.errors import MatchError
 from lorafx.model.bank import Factors, OwnWeight
 from lorafx.model.convolutions import weight_shape
@@ -184,10 +184,10 @@ def _same_rows(a: OwnWeight | None, b: OwnWeight | None) -> bool:
     return (whole or some) and torch.equal(a.rows, b.rows)
 
 
-def deltas_of(groups: Sequence[Group], numbers: HostCopy) -> list[Delta]:
+def deltas_of(groups: Sequence[Group], stored: StoredAdapter) -> list[Delta]:
     terms: dict[int, list[DeltaTerm]] = {}
     sites: dict[int, Site] = {}
-    for number, factors in numbers.factors.items():
+    for number, factors in stored.factors.items():
         group = groups[number]
         for f in factors:
             site = group.site_of(f.sibling)
@@ -195,7 +195,7 @@ def deltas_of(groups: Sequence[Group], numbers: HostCopy) -> list[Delta]:
             sites[id(site)] = site
             terms.setdefault(id(site), []).append(DeltaTerm(f, f.offset - first))
     own: dict[int, OwnWeight] = {}
-    for number, weight in numbers.own.items():
+    for number, weight in stored.own.items():
         (site,) = groups[number].sites
         sites[id(site)], own[id(site)] = site, weight
     return [Delta(site, tuple(terms.get(key, ())), own.get(key)) for key, site in sites.items()]

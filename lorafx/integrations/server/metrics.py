@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -21,28 +20,17 @@ _COUNTED: Mapping[str, str] = {
     "evictions": "Adapters that lost their slot to another",
     "waits": "Requests that were ready for a step and had no slot in it",
 }
-#: Likewise of `Tier`.
-_COUNTED_OF_TIERS: Mapping[str, str] = {
-    "hits": "Adapters that were asked for and found in a tier",
-    "misses": "Adapters that were asked for and not in a tier",
-    "evictions": "Adapters that had to leave a tier",
-}
 
 
 def families(stats: Statistics, health: StepHealth) -> Iterator[Metric]:
     """All numbers of a model and its engine, at this moment."""
     for name, text in _COUNTED.items():
         yield CounterMetricFamily(f"lorafx_adapter_{name}", text, value=getattr(stats, name))
-    text = "Bytes of adapters in a tier; of the device's banks"
-    of_tiers: dict[str, Any] = {
-        "nbytes": GaugeMetricFamily("lorafx_tier_bytes", text, labels=["tier"])
-    }
-    for name, text in _COUNTED_OF_TIERS.items():
-        of_tiers[name] = CounterMetricFamily(f"lorafx_tier_{name}", text, labels=["tier"])
-    for name, family in of_tiers.items():
-        for tier, of_tier in stats.tiers.items():
-            family.add_metric([tier], getattr(of_tier, name))
-    yield from of_tiers.values()
+    text = "Bytes of the device's banks, and of adapters in host memory"
+    sizes = GaugeMetricFamily("lorafx_adapter_bytes", text, labels=["place"])
+    for place, nbytes in stats.nbytes.items():
+        sizes.add_metric([place], nbytes)
+    yield sizes
     text = "Tokens that have been run, prompts included"
     tokens = CounterMetricFamily("lorafx_tokens", text, labels=["adapter"])
     for adapter, number in stats.tokens.items():

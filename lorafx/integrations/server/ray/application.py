@@ -50,9 +50,8 @@ class RaySettings(ModelSettings):
     `ModelSettings`.
 
     Attributes:
-        max_host_bytes: host memory for a replica's adapters; those that were used least recently
-            are read again from their files. `max_adapters` have a slot on the device.
-        held: how many adapters Ray sends to the replica that was asked for them before.
+        held: how many adapters a replica keeps in host memory, those that were asked for last.
+            `max_adapters` have a slot on the device.
         num_replicas: how many engines, or "auto".
         num_gpus, num_cpus: of each of them.
         num_ingresses: how many processes read requests and send them to replicas.
@@ -64,7 +63,6 @@ class RaySettings(ModelSettings):
 
     adapters: Annotated[Path, AfterValidator(Path.absolute)]
     target: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()
-    max_host_bytes: int | None = 1 << 34
     api_key: str | None = Field(
         default_factory=lambda: os.environ.get("LORAFX_API_KEY"), repr=False
     )
