@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from lorafx.errors import ConfigError, Setting, nearest
+from lorafx.errors import ConfigError, nearest
 
 LoweringName = Literal["auto", "inductor", "triton", "reference"]
 #: Strategies of a LoRA node, by lowering; "aten" is the op's own implementation.
@@ -78,10 +78,7 @@ class LoraConfig:
         for name in ("max_adapters", "max_rank"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                setting = Setting(name, f"LoraConfig.{name}")
-                raise ConfigError(
-                    f"{setting} must be a positive integer, got {value!r}", settings=(setting,)
-                )
+                raise ConfigError(f"LoraConfig.{name} must be a positive integer, got {value!r}")
         saved = self.modules_to_save
         if isinstance(saved, str) or not all(isinstance(name, str) and name for name in saved):
             raise ConfigError(
@@ -201,11 +198,9 @@ class Options:
             ("mode", (None, *MODES)),
         ):
             if getattr(self, name) not in allowed:
-                setting = Setting(name, f"Options.{name}")
                 raise ConfigError(
-                    f"{setting} must be one of {', '.join(map(str, allowed))}, "
-                    f"got {getattr(self, name)!r}",
-                    settings=(setting,),
+                    f"Options.{name} must be one of {', '.join(map(str, allowed))}, "
+                    f"got {getattr(self, name)!r}"
                 )
         if self.shortcuts != "proved":
             from lorafx.torch_internals.shortcuts import checked
@@ -229,8 +224,7 @@ def _check_graphs_can_be_saved() -> None:
     from lorafx.torch_internals.saved_graphs import can_be_noted
 
     if not can_be_noted():
-        setting = Setting("cache", "Options.cache")
         raise ConfigError(
-            f"{setting} needs torch 2.13 or later, and this is {torch.__version__}; leave it out",
-            settings=(setting,),
+            f"Options.cache needs torch 2.13 or later, and this is {torch.__version__}; leave it "
+            "out"
         )

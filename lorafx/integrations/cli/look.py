@@ -87,7 +87,7 @@ def explain(
 
 
 def _fit(module: Any, name: str, source: str, target: Any, max_rank: int | None) -> Fit:
-    from lorafx.errors import LorafxError, LorafxWarning
+    from lorafx.errors import LorafxError, LorafxWarning, respelled
     from lorafx.integrations.cli.models import read_for
 
     try:
@@ -95,7 +95,7 @@ def _fit(module: Any, name: str, source: str, target: Any, max_rank: int | None)
             warnings.simplefilter("always", LorafxWarning)
             found = read_for(module, name, source, target, max_rank)
     except LorafxError as error:
-        return Fit(name, False, problem=error.spelled(as_option))
+        return Fit(name, False, problem=respelled(str(error), as_option))
     notes = [str(note.message) for note in seen if issubclass(note.category, LorafxWarning)]
     return Fit(name, True, found.rank, len(found.weights), tuple(notes))
 
