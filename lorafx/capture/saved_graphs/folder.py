@@ -1,6 +1,6 @@
 """The folder of saved graphs, `folder / key / digest.graph`.
 
-A file is a line of JSON (`lorafx cache list`) and a pickle. Pickles can run code, so folder and
+A file is a line of JSON and a pickle. Pickles can run code, so folder and
 files belong to this user alone. Files are renamed into place, so processes may share the folder.
 """
 
@@ -10,33 +10,14 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import stat
 import tempfile
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from lorafx.errors import ConfigError
 from lorafx.kernels.cpu.compiler import cache_folder
 
 _MAGIC = b"lorafx graph 1\n"
-
-
-@dataclass(frozen=True)
-class SavedGraph:
-    """A saved graph as `lorafx cache list` shows it."""
-
-    path: Path
-    model: str
-    title: str
-    bytes: int
-    used: float
-
-    @property
-    def age(self) -> float:
-        return max(0.0, time.time() - self.used)
 
 
 class BrokenFile(Exception):
@@ -132,30 +113,3 @@ def _taken_apart(data: bytes) -> tuple[dict[str, object], bytes]:
     if not isinstance(header, dict):
         raise BrokenFile("its first line is not what was written")
     return header, body
-
-
-def entries(folder: Path) -> Iterator[SavedGraph]:
-    """The contents of the folder; unreadable files have no model name."""
-    for path in sorted(folder.glob("*/*.graph")):
-        try:
-            size, when = path.stat().st_size, path.stat().st_mtime
-            with path.open("rb") as file:
-                head = b"".join([file.readline(), file.readline(1 << 16)])
-            header, _ = _taken_apart(head)
-        except (BrokenFile, OSError):
-            header, size, when = {}, 0, time.time()
-        model, title = str(header.get("model", "?")), str(header.get("title", "?"))
-        yield SavedGraph(path, model, title, size, when)
-
-
-def clear(folder: Path, older_than: float = 0.0) -> int:
-    """Remove graphs older than so many seconds; returns their number."""
-    gone = 0
-    for entry in entries(folder):
-        if entry.age >= older_than:
-            entry.path.unlink(missing_ok=True)
-            gone += 1
-    for home in [path for path in folder.glob("*") if path.is_dir()]:
-        if not any(home.glob("*.graph")):
-            shutil.rmtree(home, ignore_errors=True)
-    return gone

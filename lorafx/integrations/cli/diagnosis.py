@@ -41,40 +41,15 @@ def doctor(as_json: AsJson = False) -> None:
 
     Example: lorafx doctor
     """
-    found = diagnosed()
+    level = LOG.level
+    LOG.setLevel(logging.ERROR)  # what the log would say is in the report
+    try:
+        found = diagnosed()
+    finally:
+        LOG.setLevel(level)
     show(found, as_json)
     if found.faults:
         raise typer.Exit(1)
-
-
-@dataclass(frozen=True)
-class RequiredPart:
-    """A required part, as `entries.table()` has it.
-
-    Attributes:
-        missing: private names that an installed package lacks.
-        absent: packages that it needs and that are not installed.
-    """
-
-    module: str
-    use: str
-    refused: str
-    missing: tuple[str, ...]
-    absent: tuple[str, ...]
-
-    @classmethod
-    def of(cls, row: entries.PrivateGround) -> RequiredPart:
-        """The part of one row, looked for in what is installed."""
-        packages = {name.partition(".")[0] for name in row.names}
-        absent = tuple(sorted(name for name in packages if versions.installed(name) is None))
-        there = [name for name in row.names if name.partition(".")[0] not in absent]
-        missing = tuple(filter(entries.missing, there))
-        return cls(row.module, row.entry.use, row.entry.refused, missing, absent)
-
-    def __str__(self) -> str:
-        lacks = [f"lacks {', '.join(self.missing)}"] if self.missing else []
-        lacks += [f"{name} is not installed" for name in self.absent]
-        return f"{'; '.join(lacks)}; refused without: {self.refused}" if lacks else "holds"
 
 
 @dataclass(frozen=True)
@@ -87,10 +62,6 @@ class SmallBatch:
     difference: float
     seconds: float
 
-    @property
-    def right(self) -> bool:
-        return self.difference <= TOLERANCE  # NaN is not
-
     def __str__(self) -> str:
         return (
             f"{self.model} on {self.device}, two adapters and the base: largest difference from "
@@ -100,16 +71,16 @@ class SmallBatch:
 
 @dataclass
 class Diagnosis:
-    """All that was found. `faults` are sentences; without any, everything holds."""
+    """All that was found: `required` parts of torch "holds", or what they lack. `faults` are
+    sentences; without any, everything holds."""
 
     installed: dict[str, str] = field(default_factory=dict)
-    required: tuple[RequiredPart, ...] = ()
+    required: dict[str, str] = field(default_factory=dict)
     shortcuts: Mapping[str, str] = field(default_factory=dict)
     batch: SmallBatch | None = None
     faults: list[str] = field(default_factory=list)
 
     def json(self) -> dict[str, Any]:
-        """The fields, of JSON's own types, and whether all holds."""
         found: dict[str, Any] = json_values({"holds": not self.faults, **asdict(self)})
         return found
 
@@ -120,7 +91,7 @@ class Diagnosis:
         ]
         parts = [
             text_table(("installed", ""), self.installed.items()),
-            text_table(("required", ""), [(part.module, part) for part in self.required]),
+            text_table(("required", ""), self.required.items()),
             text_table(("shortcuts", ""), states),
             [f"mixed batch: {self.batch or 'not run'}"],
             [f"wrong: {text}" for text in self.faults] or ["everything holds"],
@@ -131,37 +102,23 @@ class Diagnosis:
 def diagnosed() -> Diagnosis:
     """Look at this machine. Nothing is raised for what is wrong with it."""
     found = Diagnosis()
-    with _quiet():
-        with _noting(found):
-            versions.check()
-        supported = not found.faults
-        with progress("looking at torch"):
-            found.required = tuple(map(RequiredPart.of, entries.table()))
-            found.installed = {**_versions(), **_machine(supported)}
-        found.faults += [f"{part.module} {part}" for part in found.required if part.missing]
-        if found.installed["C++ compiler"] == found.installed["GPU"] == "none":
-            found.faults.append(
-                "no C++ compiler was found: install g++ or clang, or name it in CXX"
-            )
-        with _noting(found):
-            found.shortcuts = shortcuts.states()
-            if supported:
-                with progress("compiling a small mixed batch"):
-                    found.batch = run_small_batch()
-        if found.batch is not None and not found.batch.right:
-            found.faults.append("the mixed batch is not what dense merge gives: please report it")
+    with _noting(found):
+        versions.check()
+    supported = not found.faults
+    with progress("looking at torch"):
+        for row in entries.table():
+            _require(row, found)
+        found.installed = _installed(supported)
+    if found.installed["C++ compiler"] == found.installed["GPU"] == "none":
+        found.faults.append("no C++ compiler was found: install g++ or clang, or name it in CXX")
+    with _noting(found):
+        found.shortcuts = shortcuts.states()
+        if supported:
+            with progress("compiling a small mixed batch"):
+                found.batch = run_small_batch()
+    if found.batch is not None and not found.batch.difference <= TOLERANCE:  # or NaN
+        found.faults.append("the mixed batch is not what dense merge gives: please report it")
     return found
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Nothing is logged: what the log would say is in the report."""
-    before = LOG.level
-    LOG.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        LOG.setLevel(before)
 
 
 @contextmanager
@@ -175,18 +132,28 @@ def _noting(found: Diagnosis) -> Iterator[None]:
         found.faults.append(f"{type(error).__name__}: {error}")
 
 
-def _versions() -> dict[str, str]:
+def _require(row: entries.PrivateGround, found: Diagnosis) -> None:
+    packages = {name: name.partition(".")[0] for name in row.names}
+    absent = sorted({name for name in packages.values() if versions.installed(name) is None})
+    there = (name for name, package in packages.items() if package not in absent)
+    missing = ", ".join(filter(entries.missing, there))
+    lacks = [f"lacks {missing}"] * bool(missing) + [f"{name} is not installed" for name in absent]
+    lacks += [f"refused without: {row.entry.refused}"] * bool(lacks)
+    found.required[row.module] = "; ".join(lacks) or "holds"
+    if missing:
+        found.faults.append(f"{row.module} {found.required[row.module]}")
+
+
+def _installed(supported: bool) -> dict[str, str]:
+    """Versions, the compiler, which is looked for where lorafx runs, and the GPU."""
     packages = ("torch", "triton", "transformers", "peft")
-    return {
+    found = {
         "lorafx": __version__,
         "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         **{package: versions.standing(package) for package in packages},
+        "C++ compiler": "not looked for",
+        "GPU": "none",
     }
-
-
-def _machine(supported: bool) -> dict[str, str]:
-    """The compiler, which is looked for where lorafx runs, and the GPU."""
-    found = {"C++ compiler": "not looked for", "GPU": "none"}
     if versions.installed("torch") is None:
         return found
     import torch
