@@ -239,29 +239,11 @@ def experts_job(kind: str) -> Job:
     return Job(name, "experts", "moe:run_on_gpu", arguments, sources, 240.0, inputs=(CALIBRATE,))
 
 
-def expert_kernels_job(product: str, phase: str) -> Job:
-    """One product with routed experts by itself."""
-    name, arguments = f"expert kernels: {product} {phase}", {"product": product, "phase": phase}
-    sources = ("benchmarks/gpu_experts.py", *PROTOCOL, "kernels")
-    return Job(name, "experts", "gpu_experts:run_product", arguments, sources, 90.0, tiny=product)
-
-
 def attention_job(phase: str) -> Job:
     """Attention over a paged cache, beside torch's by a mask over the keys of all requests."""
     files = ("benchmarks/gpu_attention.py", "benchmarks/paged_attention.py")
     name, run, arguments = f"attention: {phase}", "gpu_attention:attend", {"phase": phase}
     return Job(name, "steps", run, arguments, (*files, *SHARED[:2], *KERNELS), 200.0, tiny=phase)
-
-
-def peer_experts_job(product: str, phase: str) -> Job:
-    """One product with routed experts beside vLLM's fused op."""
-    name, arguments = f"peers: vllm experts {product} {phase}", {"product": product, "phase": phase}
-    files = ("gpu_experts.py", "peer_experts.py", "peers.py")
-    sources = (*(f"benchmarks/{file}" for file in files), *PROTOCOL, "kernels")
-    tiny = f"experts {product}"
-    return Job(
-        name, "peers", "gpu_experts:run_peer", arguments, sources, needs=("vllm",), tiny=tiny
-    )
 
 
 def peers_job(package: str, layer: str) -> Job:
@@ -293,19 +275,9 @@ def all_jobs() -> tuple[Job, ...]:
         step_job(2, "prefill [8, 1024], segments", pins=SEGMENTS),
         *(generate_job(batch) for batch in (8, 64, 1)),
         *(attention_job(phase) for phase in ("decode", "chunks")),
-        *(
-            expert_kernels_job(product, phase)
-            for phase in ("decode", "prefill")
-            for product in ("gate/up", "down")
-        ),
         experts_job("decode"),
         experts_job("prefill"),
         *(peers_job(package, layer) for layer in LAYERS for package in ("vllm", "sglang")),
-        *(
-            peer_experts_job(product, phase)
-            for phase in ("decode", "prefill")
-            for product in ("gate/up", "down")
-        ),
         step_job(1, "decode [32, 1]"),
         step_job(3, "decode [1, 1]"),
         step_job(4, "decode [8, 1]"),

@@ -1,5 +1,5 @@
-"""vLLM's and SGLang's Triton LoRA ops at run time, for gpu_layers.py and peer_experts.py. None of
-their code is here.
+"""vLLM's and SGLang's Triton LoRA ops at run time, for gpu_layers.py. None of their
+code is here.
 
 An installed package is imported as it is. Else the ops are loaded out of a wheel (or a folder, or
 what `cut` leaves of a wheel), and what they import of the rest of their package is replaced by the

@@ -74,10 +74,8 @@ def predicted(
     rows: int,
     arch: Architecture,
     chip: Chip,
-    experts: int = 1,
 ) -> float:
-    """Modelled seconds of the strategy's kernels, launched one after another. With experts each has
-    `rows` rows, and weights and factors of its own."""
+    """Modelled seconds of the strategy's kernels, launched one after another."""
     work = Work(
         max(spec.in_features, 1),
         spec.sizes,
@@ -88,10 +86,10 @@ def predicted(
         chip,
     )
     seconds = chip.launch * (len(tiles) - 1)
-    return seconds + sum(_kernel(name, tile, work, arch, experts) for name, tile in tiles.items())
+    return seconds + sum(_kernel(name, tile, work, arch) for name, tile in tiles.items())
 
 
-def _kernel(name: str, tiles: Tiles, work: Work, arch: Architecture, experts: int) -> float:
+def _kernel(name: str, tiles: Tiles, work: Work, arch: Architecture) -> float:
     """Modelled seconds of one kernel, cut up by `tiles`."""
     M, K, N, G = work.rows, work.in_features, work.columns, len(work.sizes)
     A, B = work.distinct * work.rank * G * K, work.distinct * work.rank * N
@@ -120,8 +118,6 @@ def _kernel(name: str, tiles: Tiles, work: Work, arch: Architecture, experts: in
         if base:
             memory, l2 = memory + K * N + M * K, l2 + tall * K * N + wide * M * K
             flops += 2.0 * tall * tiles.block_m * K * N
-    programs *= experts
-    memory, l2, flops = experts * memory, experts * l2, experts * flops
     resident = arch.processors * _occupancy(name, tiles, work, arch)
     waves = math.ceil(programs / resident)
     flying = min(programs, resident) * tiles.num_stages * in_flight * work.dtype.itemsize

@@ -6,8 +6,8 @@
                    options={"num_warps": v.num_warps, "num_stages": v.num_stages})
 
 Sizes are literals of the sources, so a variant is a shape; those here are the layers of
-Llama-3-8B (q/k/v, o, gate/up, down), the experts of Qwen3-30B-A3B, Mixtral and gpt-oss, odd sizes,
-each dtype, and attention over a paged cache, for decode and prefill.
+Llama-3-8B (q/k/v, o, gate/up, down), odd sizes, each dtype, and attention over a paged cache, for
+decode and prefill.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from lorafx.kernels.triton.attention import PagedAttentionSpec
 from lorafx.kernels.triton.attention import kernel as attention_kernel
 from lorafx.kernels.triton.build import (
     DELTA,
-    EXPERTS,
     ORDER_TILES,
     STRATEGY_KERNELS,
     tiles_for,
@@ -87,7 +86,6 @@ def _attributes(signature: dict[str, str], spec: Spec | None) -> dict[Any, Any]:
         K, N = spec.delta.in_features, spec.out_features
         strides = {"stride_x": K, "stride_w": N if spec.transposed else K, "stride_y": N}
         strides |= {"slot_a": spec.delta.slot_rows, "token_a": spec.delta.max_rank}
-        strides |= {"stride_e": K * N}
         aligned = {name: stride % 16 == 0 for name, stride in strides.items()}
     return {
         (index,): [["tt.divisibility", 16]]
@@ -137,22 +135,6 @@ def representative_specs() -> dict[str, TritonSpec]:
     }
     table = _delta(0, (4096,), 16, bf16, embedding=True)
     return {**specs, "embedding_r16_bf16": TritonSpec(table)}
-
-
-def expert_specs() -> dict[str, TritonSpec]:
-    """Specs of routed experts by name."""
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    experts: dict[str, tuple[DeltaSpec, int, bool]] = {
-        "qwen3_up_r16_bf16": (_delta(2048, (768, 768), 16, bf16), 128, False),
-        "qwen3_up_r8_fp32": (_delta(2048, (768, 768), 8, fp32), 128, False),
-        "mixtral_up_r64_fp16": (_delta(4096, (14336, 14336), 64, fp16), 8, False),
-        "gptoss_up_r32_bf16": (_delta(2880, (5760,), 32, bf16), 32, True),
-        "odd_up_r5_fp32": (_delta(77, (33, 33), 5, fp32), 5, False),
-    }
-    return {
-        name: TritonSpec(delta, delta.x_dtype, False, transposed, count)
-        for name, (delta, count, transposed) in experts.items()
-    }
 
 
 #: What is no element of the spec's dtype, and no 32-bit integer.
@@ -206,11 +188,9 @@ def aligned_strides(spec: PagedAttentionSpec) -> dict[str, bool]:
 
 def _strategies(spec: TritonSpec) -> tuple[str, ...]:
     """The strategies that kernels of a representative spec are compiled for."""
-    if spec.experts:
-        return (EXPERTS,)
     if spec.delta.embedding:
         return ("embedding",)
-    return tuple(s for s in STRATEGY_KERNELS if s not in (EXPERTS, "embedding"))
+    return tuple(s for s in STRATEGY_KERNELS if s != "embedding")
 
 
 def variants_for_aot(
@@ -230,7 +210,7 @@ def variants_for_aot(
         return AotVariant(name, kernel, spec, signature, attributes, *launch)
 
     yield variant("order", load("order", None, ORDER_TILES, arch), None)
-    for name, full in {**representative_specs(), **expert_specs()}.items():
+    for name, full in representative_specs().items():
         for strategy in _strategies(full):
             spec = TritonSpec(full.delta) if strategy in DELTA else full
             # More rows change the parts of K alone in "split", which is planned for few.

@@ -147,19 +147,17 @@ def search(
     chip: Chip,
     timer: Timer,
     *,
-    experts: int = 1,
     most: int = 200,
 ) -> Tuned:
     """The fastest tiles that changing one parameter at a time leads to, from the heuristic's.
 
     Args:
-        rows: of one expert where there are several.
         timer: seconds of the strategy with these tiles; infinite where they do not run.
         most: candidates that are timed at most.
     """
 
     def model(tiles: TileSet) -> float:
-        return predicted(strategy, tiles, spec, rows, arch, chip, experts)
+        return predicted(strategy, tiles, spec, rows, arch, chip)
 
     best = tiles_for(strategy, spec, rows, arch)
     least = first = timer(best)
@@ -201,8 +199,7 @@ def tune(
     """Search the tiles of one node, use them from now on, and keep them on disk.
 
     Args:
-        rows: rows of x, of one expert where there are several; what is found holds up to the next
-            power of two.
+        rows: rows of x; what is found holds up to the next power of two.
         timer: None measures on `device`.
     """
     arch, chip = architecture_of(device), chip_of(device)
@@ -210,8 +207,7 @@ def tune(
     load_tuned(arch)
     key = tuning_key(strategy, arch, spec.delta, rows)
     TUNED.pop(key, None)  # begin with the heuristic's
-    settings = {"experts": max(spec.experts, 1), "most": most}
-    found = search(strategy, spec.delta, rows, arch, chip, timer, **settings)
+    found = search(strategy, spec.delta, rows, arch, chip, timer, most=most)
     TUNED[key] = found.tiles
     save_tuned(arch)
     return found
@@ -297,52 +293,11 @@ class LinearProblem:
         return self.y
 
 
-@dataclass(frozen=True)
-class ExpertProblem:
-    """Arguments of `lorafx::triton_experts`."""
-
-    x: Tensor
-    weight: Tensor
-    offs: Tensor
-    bank: tuple[Tensor, ...]
-
-    @classmethod
-    def random(
-        cls, spec: TritonSpec, rows: int, device: torch.device, slots: int = 8
-    ) -> ExpertProblem:
-        """`rows` rows of each expert, sorted by expert, the slots of 8 adapters in turn: each row
-        another key. Values of about 1 in y."""
-        d, E = spec.delta, spec.experts
-        K, N, R, G, M = d.in_features, spec.out_features, d.max_rank, d.group, rows * E
-
-        def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-            return (torch.randn(shape, device=device) * scale).to(dtype)
-
-        shape = (E, K, N) if spec.transposed else (E, N, K)
-        weight = normal(*shape, dtype=spec.weight_dtype or d.x_dtype, scale=K**-0.5)
-        A = normal(slots * E, R, G * K, dtype=d.bank_dtype, scale=K**-0.5)
-        B = normal(slots * E, R, d.columns, dtype=d.bank_dtype, scale=R**-0.5)
-        ranks = torch.full((slots * E, G), R, dtype=torch.int32, device=device)
-        scales = torch.ones((slots * E, G), device=device)
-        owners = torch.arange(M, dtype=torch.int32, device=device) % slots
-        offs = torch.arange(1, E + 1, dtype=torch.int32, device=device) * rows
-        x = normal(M, K, dtype=d.x_dtype)
-        return cls(x, weight, offs, (A, B, ranks, scales, owners))
-
-    def run(self, strategy: str, kernel: int) -> Tensor:
-        """The node's result by `kernel`, one row a request."""
-        tail = (self.weight, self.offs, *self.bank, 1, kernel)
-        return torch.ops.lorafx.triton_experts(self.x, *tail)
-
-
 def gpu_timer(
     spec: TritonSpec, strategy: str, rows: int, device: torch.device, *, copies: int = 20
 ) -> Timer:
     """Seconds of one call: the median of 7 replays of a CUDA graph over `copies` of the weights."""
-    problems: list[LinearProblem | ExpertProblem] = [
-        (ExpertProblem if spec.experts else LinearProblem).random(spec, rows, device)
-        for _ in range(copies)
-    ]
+    problems = [LinearProblem.random(spec, rows, device) for _ in range(copies)]
 
     def timer(tiles: TileSet) -> float:
         kernel = build(spec, strategy, rows_hint=rows, device=device, tiles=tiles)

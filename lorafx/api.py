@@ -18,9 +18,8 @@ from lorafx.errors import CapacityError, ConfigError, LorafxWarning
 from lorafx.inspection.explanation import Explanation, predicted
 from lorafx.inspection.profile import Profile
 from lorafx.inspection.why import Why
-from lorafx.runtime.configuration import request_of
 from lorafx.runtime.example_inputs import as_call
-from lorafx.runtime.marking import mark
+from lorafx.runtime.marking import mark, request_of
 from lorafx.torch_internals.entrances import entrance
 
 

@@ -18,7 +18,7 @@ from lorafx.config import After, Options
 from lorafx.errors import ConfigError, nearest
 from lorafx.passes.attach import Attach
 from lorafx.passes.attend import Attend
-from lorafx.passes.fuse.fuse import Fuse
+from lorafx.passes.fuse import Fuse
 from lorafx.passes.give_out import GiveOut
 from lorafx.passes.lower.lower import Lower
 from lorafx.passes.match.match import Match

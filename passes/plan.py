@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import fx
 
 from lorafx.errors import ConfigError
@@ -23,25 +22,21 @@ from lorafx.kernels.cost.chips import chip_of
 from lorafx.kernels.cost.roofline import (
     FUSED,
     UNTIMED,
-    Estimate,
-    ExpertWork,
     Work,
     byte_floor,
     estimate,
-    estimate_experts,
     split_is_faster,
     work_of,
 )
 from lorafx.kernels.cpu.delta_kernels import build_all
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.ops.op_library import Ranges
-from lorafx.kernels.triton.build import EXPERTS, TritonSpec
+from lorafx.kernels.triton.build import TritonSpec
 from lorafx.kernels.triton.build import build as build_triton
 from lorafx.kernels.triton.ops import adjacent
 from lorafx.model.bank import Bank
 from lorafx.model.sites import Part, Site
 from lorafx.op_arguments import bound
-from lorafx.passes.fuse.fuse_experts import FUSED_EXPERTS, loops_on_host
 from lorafx.program.context import EMBEDDING_OP, EXPERT_OP, FUSED_OP, PLAIN_SITE_OPS, Context
 from lorafx.program.frame import fake_value
 from lorafx.torch_internals.compat import size_hint
@@ -114,14 +109,11 @@ def _cpu(ctx: Context, nodes: Sequence[fx.Node]) -> None:
 
 def _triton(ctx: Context, nodes: Sequence[fx.Node]) -> None:
     for node in nodes:
-        device, rows = fake_value(node).device, _rows(node)
-        name, reason = _triton_choice(ctx, node, rows, device)
+        name, reason = _triton_choice(ctx, node)
         kernel = None
         if name != ATEN:
-            spec, hint = triton_spec(node), rows or UNKNOWN_ROWS
-            if name == EXPERTS:
-                hint = max(hint // spec.experts, 1)
-            kernel = build_triton(spec, name, rows_hint=hint, device=device)
+            where = {"rows_hint": _rows(node) or UNKNOWN_ROWS, "device": fake_value(node).device}
+            kernel = build_triton(triton_spec(node), name, **where)
         if kernel is None:
             name = ATEN
             reason = f"{reason}; no kernel could be generated" if reason else ""
@@ -134,9 +126,7 @@ UNKNOWN_ROWS = 4096
 EMBEDDING = "embedding"
 
 
-def _triton_choice(
-    ctx: Context, node: fx.Node, rows: int | None, device: torch.device
-) -> tuple[str, str]:
+def _triton_choice(ctx: Context, node: fx.Node) -> tuple[str, str]:
     """(strategy, why) under the Triton lowering; ConfigError for an unfit pinned strategy."""
     pinned, proved = _pinned(ctx, node), bound(node)["rows"]
     if isinstance(proved, int) and proved == 0:
@@ -148,16 +138,12 @@ def _triton_choice(
         return pinned, f"pinned; {_floor(ctx, node)}"
     if node.target is EMBEDDING_OP:
         return EMBEDDING, "rows are gathered one by one"
-    if node.target is FUSED_EXPERTS and rows is not None:
-        for name, modelled in _expert_estimates(ctx, node, rows, device).items():
-            if not modelled.refusal and not _not_for_experts(node, name):
-                return name, f"modelled {modelled} at {rows} rows; {_floor(ctx, node)}"
     work = _work(ctx, node)
     estimates = {} if work is None else estimate(work)
     for name, modelled in estimates.items():
         if not modelled.refusal and (name not in FUSED or _fusable(node)):
             untimed = f", {UNTIMED[name]}," if name in UNTIMED else ""
-            return name, f"modelled {modelled}{untimed} at {rows} rows; {_floor(ctx, node)}"
+            return name, f"modelled {modelled}{untimed} at {_rows(node)} rows; {_floor(ctx, node)}"
     return "segments", f"the number of rows is unknown; {_floor(ctx, node)}"
 
 
@@ -170,8 +156,6 @@ def _unfit(node: fx.Node, name: str) -> str:
         return f", whose base product is not part of the node; {others}"
     if name in FUSED and not _fusable(node):
         return f", whose base weight lies column by column; {others}"
-    if why := _not_for_experts(node, name):
-        return f": {why}; pin another strategy, or remove the pin"
     return ""
 
 
@@ -180,7 +164,7 @@ def _work(ctx: Context, node: fx.Node) -> Work | None:
     if rows is None or node.target is EMBEDDING_OP:
         return None
     bank = _bank(ctx, node)
-    slots, rank = len(bank.ranks), bank.slot_rank  # what most adapters have
+    slots, rank = len(bank.ranks), bank.max_rank
     requests = fake_value(bound(node)["slots"]).shape[0]
     slots = min(slots, requests) if isinstance(requests, int) else slots
     dtype = fake_value(bound(node)["x"]).dtype
@@ -190,36 +174,6 @@ def _work(ctx: Context, node: fx.Node) -> Work | None:
 def _fusable(node: fx.Node) -> bool:
     """Whether a kernel may compute the base product, from a weight layout that it can read."""
     return node.target is FUSED_OP and adjacent(fake_value(bound(node)["weight"]))
-
-
-def _not_for_experts(node: fx.Node, name: str) -> str:
-    """Why a strategy cannot compute this node's product with routed experts, or ""."""
-    if name != EXPERTS:
-        return ""
-    if node.target is not FUSED_EXPERTS:
-        return "it is not a grouped product with the weights of routed experts"
-    return "" if adjacent(fake_value(bound(node)["weight"])) else "its weight lies column by column"
-
-
-def _expert_estimates(
-    ctx: Context, node: fx.Node, rows: int, device: torch.device
-) -> dict[str, Estimate]:
-    call, sites = bound(node), _sites(ctx, node)
-    x, weight, B = (fake_value(call[name]) for name in ("x", "weight", "B"))
-    experts = weight.shape[0]
-    slots = B.shape[0] // experts
-    work = ExpertWork(
-        sites[0].in_features,
-        tuple(part.out_features for part in _parts(sites)),
-        rows,
-        max(1, min(slots, rows)),
-        _bank(ctx, node).slot_rank,
-        x.dtype,
-        chip_of(device),
-        experts=experts,
-        on_host=loops_on_host(node),
-    )
-    return estimate_experts(work)
 
 
 def _rows(node: fx.Node) -> int | None:
@@ -271,7 +225,7 @@ def _parts(sites: Sequence[Site]) -> list[Part]:
 
 def _floor(ctx: Context, node: fx.Node) -> str:
     sites = _sites(ctx, node)
-    rank = _bank(ctx, node).slot_rank
+    rank = _bank(ctx, node).max_rank
     one, eight = (byte_floor(_parts(sites), rank, distinct) for distinct in (1, 8))
     return (
         f"byte floor at rank {rank}: {one:.2f} times the base weight's bytes with 1 adapter, "
@@ -293,17 +247,13 @@ def cpu_spec(node: fx.Node) -> DeltaSpec:
     spec = delta_spec(node)
     if node.target is EXPERT_OP:
         return replace(spec, experts=bound(node)["count"])
-    if node.target is FUSED_EXPERTS:
-        return replace(spec, experts=int(fake_value(bound(node)["weight"]).shape[0]))
     return spec
 
 
 def triton_spec(node: fx.Node) -> TritonSpec:
     """`delta_spec`, with the base weight if it is part of the node."""
-    if node.target not in (FUSED_OP, FUSED_EXPERTS):
+    if node.target is not FUSED_OP:
         return TritonSpec(delta_spec(node))
     call = bound(node)
-    weight, transposed = fake_value(call["weight"]), call["transposed"]
-    experts = weight.shape[0] if node.target is FUSED_EXPERTS else 0
-    bias = not experts and call["bias"] is not None
-    return TritonSpec(delta_spec(node), weight.dtype, bias, transposed, experts)
+    weight, bias = fake_value(call["weight"]), call["bias"] is not None
+    return TritonSpec(delta_spec(node), weight.dtype, bias, call["transposed"])

@@ -302,7 +302,11 @@ def estimate(work: Work) -> dict[str, Estimate]:
     """Modelled time of every strategy for `work`, fastest first, refused ones last."""
     seconds = {name: model(work) for name, model in GPU_STRATEGIES.items()}
     refusals = {name: _refusal(name, work) for name in seconds}
-    return ranked(seconds, refusals, work.vendor(), work.floor())
+    base, floor = work.vendor(), work.floor()
+    return {
+        name: Estimate(seconds[name], seconds[name] / base, seconds[name] / floor, refusals[name])
+        for name in sorted(seconds, key=lambda name: (bool(refusals[name]), seconds[name]))
+    }
 
 
 def _refusal(name: str, work: Work) -> str:
@@ -320,92 +324,3 @@ def slower_than_vendor(chip: Chip) -> str:
     if speed < LEAST_TRITON_OVER_VENDOR:
         return f"plain Triton reaches {speed:.2f} of the vendor GEMM"
     return ""
-
-
-def ranked(
-    seconds: Mapping[str, float], refusals: Mapping[str, str], base: float, floor: float
-) -> dict[str, Estimate]:
-    """Strategies with their modelled times, fastest first, refused ones last."""
-    order = sorted(seconds, key=lambda name: (bool(refusals[name]), seconds[name]))
-    return {
-        name: Estimate(seconds[name], seconds[name] / base, seconds[name] / floor, refusals[name])
-        for name in order
-    }
-
-
-# --- products with routed experts ---
-
-#: Assumed speed of the grouped kernel's loop over W beside the vendor's grouped product where bytes
-#: decide: experts give it thousands of programs, and the vendor's tiles are mostly empty there.
-STREAMING = 1.0
-#: Assumed seconds of a product launched by the host's loop over experts, for an expert with rows,
-#: and of the host's wait for where their rows end.
-HOST_PRODUCT, HOST_WAIT = 5e-6, 2e-5
-
-
-@dataclass(frozen=True)
-class ExpertWork(Work):
-    """Rows sorted by expert, times W[e], with the deltas of D adapters. `rows` are pairs of a token
-    and an expert, spread evenly: E (1 - (1 - 1/E)^M) experts have rows, and as many of the E·D
-    pairs of expert and adapter, whose A and B are read once. `on_host`: the base's product is a
-    loop over experts on the host."""
-
-    experts: int = 1
-    on_host: bool = False
-
-    def _hit(self, cells: int) -> float:
-        return cells * -math.expm1(self.rows * math.log1p(-1 / cells)) if cells > 1 else 1.0
-
-    @property
-    def active(self) -> float:
-        return self._hit(self.experts)
-
-    @property
-    def pairs(self) -> float:
-        return self._hit(self.experts * self.distinct)
-
-    @property
-    def weight_elements(self) -> float:
-        return self.active * self.in_features * self.columns
-
-    @property
-    def a(self) -> float:
-        return self.pairs * self.rank * len(self.sizes) * self.in_features
-
-    @property
-    def b(self) -> float:
-        return self.pairs * self.rank * self.columns
-
-    @property
-    def cached(self) -> float:
-        tiles = self.active * math.ceil(self.rows / self.active / TILE_M)
-        return tiles * self.in_features * self.columns
-
-    def vendor(self) -> float:
-        if self.on_host:
-            return self.base() + HOST_WAIT + self.active * HOST_PRODUCT
-        return super().vendor()
-
-
-def _grouped_experts(work: ExpertWork) -> float:
-    flops = 2.0 * work.rows * work.padded_rank
-    x = work.rows * work.in_features
-    shrink = work.reader(work.a + x, 0, flops * len(work.sizes) * work.in_features)
-    return shrink + work.fused_base(work.b, 0, flops * work.columns, STREAMING)
-
-
-def _segments_of_experts(work: ExpertWork) -> float:
-    M, K, N, G = work.rows, work.in_features, work.columns, len(work.sizes)
-    flops = 2.0 * work.pairs * math.ceil(M / work.pairs / DOT) * DOT * work.padded_rank
-    shrink = work.reader(work.a + M * K, 0, flops * G * K)
-    expand = work.reader(work.b + 2 * M * N, 0, flops * N)
-    sorting = 2.0 * M**2 / work.chip.fma_rate  # each row is compared with each
-    return work.vendor() + 2 * work.chip.launch + shrink + expand + sorting
-
-
-def estimate_experts(work: ExpertWork) -> dict[str, Estimate]:
-    seconds = {"grouped": _grouped_experts(work), "segments": _segments_of_experts(work)}
-    refusals = dict.fromkeys(seconds, "")
-    if work.compute_bound and not work.on_host:
-        refusals["grouped"] = slower_than_vendor(work.chip)
-    return ranked(seconds, refusals, work.vendor(), work.floor())

@@ -9,8 +9,6 @@ so the delta of an expert's product is `add_delta_` with a key for each row:
 
     expert_mark         what a hook leaves in a trace, so that `match` knows that the experts ran
     expert_site         y + delta, what `match` puts behind the base's product
-    fused_experts       the base's grouped product and its delta, what `fuse` makes of both;
-                        `lorafx::triton_experts` is the same by generated kernels
     expert_slots        the keys, and
     run_expert_delta_   the delta by a generated CPU kernel that finds the keys itself: what `lower`
                         makes of them
@@ -114,55 +112,6 @@ def run_expert_delta_fake(y, x, bank: BankArgs, alike, experts, rows, count, end
     require(op, experts.dim() == 1, f"experts is a vector, not {tuple(experts.shape)}")
 
 
-def fused_experts(
-    x: Tensor,
-    weight: Tensor,
-    offs: Tensor,
-    bank: BankArgs,
-    experts: Tensor,
-    ranges: Ranges,
-    rows: int,
-    transposed: bool,
-) -> Tensor:
-    """y (M, N) for x (M, K), weight (E, N, K) or, transposed, (E, K, N), offs integers (E,), which
-    end the rows of each expert. Waits for `offs` on a device."""
-    _check_fused(x, weight, offs, bank, experts, ranges, rows, transposed)
-    right, start = weight if transposed else weight.mT, 0
-    y = x.new_zeros((x.shape[0], right.shape[2]))
-    for expert, end in enumerate(offs.tolist()):
-        torch.mm(x[start:end], right[expert], out=y[start:end])
-        start = end
-    _add_delta(y, x, bank, experts, ranges, rows, weight.shape[0])
-    return y
-
-
-def fused_experts_fake(x, weight, offs, bank: BankArgs, experts, ranges: Ranges, rows, transposed):
-    _check_fused(x, weight, offs, bank, experts, ranges, rows, transposed)
-    return x.new_empty((x.shape[0], weight.shape[2 if transposed else 1]))
-
-
-def _check_fused(x, weight, offs, bank, experts, ranges, rows, transposed) -> None:
-    op, S = "fused_experts", bank.ranks.shape[0]
-    require(op, x.dim() == 2 and weight.dim() == 3, "x is (M, K) and the weight 3-d")
-    E, N, K = weight.shape
-    if transposed:
-        N, K = K, N
-    require(op, x.shape[1] == K, f"x has {x.shape[1]} features, the weight {K}")
-    require(op, x.dtype == weight.dtype, f"x is {x.dtype}, the weight {weight.dtype}")
-    check_ends(op, offs, E)
-    check_linear(op, x, N, bank, ranges)
-    require(op, S % E == 0, f"{E} experts do not divide {S} slots")
-    check_rows(op, x.shape[:1], experts.shape, rows)
-
-
-def check_ends(op: str, offs: Tensor, experts: int) -> None:
-    require(
-        op,
-        offs.dim() == 1 and offs.shape[0] == experts and offs.dtype in (torch.int32, torch.int64),
-        f"offs is {offs.dtype} {tuple(offs.shape)}, not integers ({experts},)",
-    )
-
-
 for _schema, _eager, _fake in (
     (
         "expert_slots(Tensor slots, Tensor experts, SymInt rows, int count, int capacity)"
@@ -179,11 +128,6 @@ for _schema, _eager, _fake in (
         f"run_expert_delta_(Tensor(a!) y, Tensor x, {BANK}, Tensor alike, Tensor experts,"
         " SymInt rows, int count, bool ends, int kernel) -> ()",
         *(run_expert_delta_, run_expert_delta_fake),
-    ),
-    (
-        f"fused_experts(Tensor x, Tensor weight, Tensor offs, {BANK}, Tensor experts, {RANGES},"
-        " SymInt rows, bool transposed) -> Tensor",
-        *(fused_experts, fused_experts_fake),
     ),
 ):
     define(_schema, _eager, _fake)

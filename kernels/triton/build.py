@@ -7,7 +7,6 @@
     segments   shrink, then y += v B, rows sorted by slot; the base product is the vendor's
     gemv       as "segments" a row at a time, for one or two rows an adapter
     embedding  y += A[s, id] B[s]
-    grouped    "epilogue" for rows sorted by expert, each with its expert's W, A and B
 
 The id is the same in every process that has the same templates, tiles and versions, so a graph
 cached on disk stays valid; a process must call `build` before it runs such a graph. Tuned tiles are
@@ -37,7 +36,6 @@ from lorafx.kernels.triton.tiles import (
     Tiles,
     architecture_of,
     expand_rows_tiles,
-    grouped_tiles,
     linear_tiles,
     power_of_two,
     shrink_rows_tiles,
@@ -48,8 +46,6 @@ from lorafx.torch_internals import triton_compat
 
 #: Strategies of `lorafx::triton_linear`, which compute the base product too.
 LINEAR = ("split", "epilogue")
-#: The strategy of `lorafx::triton_experts`, likewise.
-EXPERTS = "grouped"
 #: Strategies of the deltas alone.
 DELTA = ("segments", "gemv", "embedding")
 #: One program of the sorting kernel ranks this many requests.
@@ -63,7 +59,6 @@ STRATEGY_KERNELS: Mapping[str, tuple[str, ...]] = {
     "segments": ("shrink", "expand"),
     "gemv": ("shrink_rows", "expand_rows"),
     "embedding": ("embedding_rows",),
-    "grouped": ("shrink", "epilogue"),
 }
 
 
@@ -98,8 +93,7 @@ def build(
     """The id of the kernels of `spec`, generated if need be and known to this process.
 
     Args:
-        rows_hint: rows of x to choose tiles for, at least 1, of one expert where there are several;
-            the kernels are right for any number.
+        rows_hint: rows of x to choose tiles for, at least 1; the kernels are right for any number.
         device: where they will run; a CPU means Triton's interpreter.
         tiles: of each kernel of the strategy, instead of the heuristic's or the tuner's.
 
@@ -109,10 +103,8 @@ def build(
     if strategy not in STRATEGY_KERNELS:
         known = ", ".join(STRATEGY_KERNELS)
         raise LoweringError(f"no Triton strategy {strategy!r}; there are {known}")
-    if strategy in (*LINEAR, EXPERTS) and spec.weight_dtype is None:
+    if strategy in LINEAR and spec.weight_dtype is None:
         raise LoweringError(f"strategy {strategy!r} computes the base product: name its weight")
-    if (strategy == EXPERTS) != (spec.experts > 0 and strategy not in DELTA):
-        raise LoweringError(f"strategy {strategy!r} does not serve {spec.experts} experts")
     if not spec.supported() or spec.delta.embedding != (strategy == "embedding"):
         return None
     if strategy in DELTA:
@@ -170,7 +162,7 @@ def tuning_key(strategy: str, arch: Architecture, spec: DeltaSpec, rows: int) ->
 
 def tiles_for(strategy: str, spec: DeltaSpec, rows: int, arch: Architecture) -> dict[str, Tiles]:
     """Tiles of each kernel of `strategy` for about `rows` rows, tuned or the heuristic's."""
-    rows = max(rows, 1)  # of one expert, in "grouped"
+    rows = max(rows, 1)
     tuned = TUNED.get(tuning_key(strategy, arch, spec, rows))
     if tuned is not None:
         return dict(tuned)
@@ -183,8 +175,6 @@ def tiles_for(strategy: str, spec: DeltaSpec, rows: int, arch: Architecture) -> 
         return {name: replace(t, overlap=arch.overlaps) for name, t in both.items()}
     if strategy == "split":
         return split_tiles(spec, rows, arch)
-    if strategy == EXPERTS:
-        return grouped_tiles(spec, rows, arch)
     first = shrink_tiles(spec, rows, arch)
     ordered = strategy == "segments" and rows > first.block_m
     first = replace(first, ordered=ordered, overlap=arch.overlaps)

@@ -32,7 +32,6 @@ class LaunchArgs:
         order: (count,) int32, the requests that have rows, sorted by slot; None: not sorted.
         count: requests that have rows.
         span: rows of one request, over all repetitions of the n requests in M.
-        offs: (E,), where the rows of each expert end, for rows sorted by expert; None: no experts.
     """
 
     M: Any
@@ -42,7 +41,6 @@ class LaunchArgs:
     count: Any
     span: Any
     launch: Launch
-    offs: Tensor | None = None
 
     @classmethod
     def of(
@@ -52,7 +50,6 @@ class LaunchArgs:
         rows: Any,
         kernel: GeneratedKernel | None,
         launch: Launch,
-        offs: Tensor | None = None,
     ) -> LaunchArgs:
         slots = bank.slots
         n = slots.shape[0]
@@ -63,13 +60,9 @@ class LaunchArgs:
         if kernel is not None:
             order = torch.empty(count, dtype=torch.int32, device=slots.device)
             launch(kernel, (_cdiv(count, kernel.tiles.block_m),), (slots, order, count))
-        return cls(M, bank, rows, order, count, span, launch, offs)
+        return cls(M, bank, rows, order, count, span, launch)
 
     def tiles(self, block: int) -> Any:
-        """Most tiles of `block` rows; each expert, and rows of no expert, begin a tile."""
-        if self.offs is not None:
-            groups = torch.sym_min(self.offs.shape[0], self.M) + 1
-            return (self.M + groups * (block - 1)) // block
         return _cdiv(self.M if self.order is None else self.count * self.span, block)
 
     def arguments(self, *tail: Any) -> list[Any]:
@@ -78,7 +71,7 @@ class LaunchArgs:
 
     @property
     def pointers(self) -> list[Tensor]:
-        return [t for t in (self.bank.slots, self.order, self.offs) if t is not None]
+        return [t for t in (self.bank.slots, self.order) if t is not None]
 
     def planes(self, kernel: GeneratedKernel, spec: TritonSpec) -> Tensor:
         """Empty planes for shrink's v, (P, M, J·R) float32."""
@@ -154,8 +147,7 @@ def linear(
         x, weight, bias, sums = base
         if kernel.name != "reduce":
             pointers += [x, weight]
-            strides += [x.stride(0), weight.stride(-2)]
-            strides += [weight.stride(0)] if batch.offs is not None else []
+            strides += [x.stride(0), weight.stride(0)]
         elif sums is not None:
             pointers.append(sums)
             strides.append(sums.stride(0))

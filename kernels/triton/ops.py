@@ -3,12 +3,11 @@
     lorafx::triton_linear            x Wᵀ + b and the deltas of all column ranges, (M, N)
     lorafx::triton_delta_            the deltas alone, added into y in place
     lorafx::triton_embedding_delta_  the delta of an embedding, added into y in place
-    lorafx::triton_experts           products with routed experts' weights and their deltas, (M, N)
 
 `kernel` is an id of build.py. Other arguments are as in lorafx.kernels.ops.linear_ops, with
-rows > 0; the references are `lorafx::fused_linear`, `add_delta_`, `add_embedding_delta_` and
-`fused_experts`. All raise LoweringError, with the op's name and what does not fit, for a real or
-fake argument that `kernel` was not made for.
+rows > 0; the references are `lorafx::fused_linear`, `add_delta_` and `add_embedding_delta_`. All
+raise LoweringError, with the op's name and what does not fit, for a real or fake argument that
+`kernel` was not made for.
 """
 
 from __future__ import annotations
@@ -20,10 +19,9 @@ import torch
 from torch import Tensor
 
 from lorafx.kernels.ops.delta_spec import have_strides
-from lorafx.kernels.ops.expert_ops import check_ends
 from lorafx.kernels.ops.op_checks import check_bank, require
 from lorafx.kernels.ops.op_library import BankArgs
-from lorafx.kernels.triton.build import EXPERTS, LINEAR, LaunchPlan, plan_of
+from lorafx.kernels.triton.build import LINEAR, LaunchPlan, plan_of
 from lorafx.kernels.triton.generated import Launch, generated_op
 from lorafx.kernels.triton.launch import (
     Base,
@@ -75,9 +73,9 @@ def checked_plan(
     )
     require(op, ranks.shape[1] > max(d.siblings), f"ranks is for {ranks.shape[1]} siblings")
     factor = group * d.in_features
-    laid = {"B": (d.slot_rows * columns, columns, 1), "ranks": (group, 1), "scales": (group, 1)}
+    laid = {"B": (d.max_rank * columns, columns, 1), "ranks": (group, 1), "scales": (group, 1)}
     if not d.embedding:
-        laid["A"] = (d.slot_rows * factor, factor, 1)
+        laid["A"] = (d.max_rank * factor, factor, 1)
     for name, strides in laid.items():
         tensor = getattr(bank, name)
         # It may show some siblings of the bank.
@@ -107,10 +105,10 @@ def check_linear(op: str, plan: LaunchPlan, x: Tensor, A: Tensor) -> None:
     require_adjacent(op, x=x)
 
 
-def check_weight(op: str, plan: LaunchPlan, weight: Tensor, *leading: int) -> None:
+def check_weight(op: str, plan: LaunchPlan, weight: Tensor) -> None:
     spec = plan.spec
     K, N = spec.delta.in_features, spec.out_features
-    shape = (*leading, K, N) if spec.transposed else (*leading, N, K)
+    shape = (K, N) if spec.transposed else (N, K)
     require(
         op,
         tuple(weight.shape) == shape and weight.dtype == spec.weight_dtype,
@@ -214,43 +212,8 @@ def _embedding_fake(y, ids, bank: BankArgs, rows, kernel) -> None:
     check_y(op, plan, y, ids.shape[0])
 
 
-def _run_experts(
-    x: Tensor,
-    weight: Tensor,
-    offs: Tensor,
-    bank: BankArgs,
-    rows: int,
-    kernel: int,
-    launch: Launch,
-) -> Tensor:
-    """Rows are sorted by expert, offs (E,) ends those of each; rows behind the last become 0. The
-    host reads no number of rows."""
-    y = _experts_fake(x, weight, offs, bank, rows, kernel)
-    plan, M = plan_of(int(kernel)), x.shape[0]
-    if guard_or_false(M == 0):
-        return y
-    batch = LaunchArgs.of(M, bank, rows, None, launch, offs)
-    first, last = plan.kernels.values()
-    v = shrink(first, plan.spec, x, batch)
-    linear(last, plan.spec, y, v, Base(x, weight, None), batch)
-    return y
-
-
-def _experts_fake(x, weight, offs, bank: BankArgs, rows, kernel):
-    op = "triton_experts"
-    plan = checked_plan(op, kernel, (EXPERTS,), bank, rows)
-    spec, S = plan.spec, bank.ranks.shape[0]
-    check_linear(op, plan, x, bank.A)
-    check_weight(op, plan, weight, spec.experts)
-    check_ends(op, offs, spec.experts)
-    require_adjacent(op, offs=offs)
-    require(op, S % spec.experts == 0, f"{spec.experts} experts do not divide {S} slots")
-    return x.new_empty((x.shape[0], spec.out_features), dtype=spec.delta.y_dtype)
-
-
 triton_linear = generated_op("linear", _run_linear, _linear_fake)
 triton_delta_ = generated_op("delta_", _run_delta, _delta_fake, mutates_args=("y",))
 triton_embedding_delta_ = generated_op(
     "embedding_delta_", _run_embedding_delta, _embedding_fake, mutates_args=("y",)
 )
-triton_experts = generated_op("experts", _run_experts, _experts_fake)

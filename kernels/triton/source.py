@@ -11,7 +11,6 @@
     order        the requests sorted by slot
     attend, attend_split, attend_sum, write_new    attention over a paged cache
 
-With routed experts rows are sorted by expert, a tile is of one expert, and s is its (slot, expert).
 s is the slot of row m, r runs over the s-th adapter's rank. Every size is a literal of the source,
 except for the batch's (M rows, n slots, rows a request), which are arguments.
 """
@@ -57,14 +56,12 @@ class TritonSpec:
 
     Attributes:
         weight_dtype, transposed: of the base weight, (K, N) if transposed.
-        experts: E where the weight holds one for each expert; 0 for all others.
     """
 
     delta: DeltaSpec
     weight_dtype: torch.dtype | None = None
     bias: bool = False
     transposed: bool = False
-    experts: int = 0
 
     @property
     def out_features(self) -> int:
@@ -91,8 +88,6 @@ class TritonSpec:
         if self.weight_dtype is not None:
             shape = "(K, N)" if self.transposed else "(N, K)"
             lines.append(f"weight {shape}, {'with' if self.bias else 'without'} bias")
-        if self.experts:
-            lines.append(f"{self.experts} experts, rows sorted by expert")
         return lines
 
     def parameters(self, kernel: str, tiles: Tiles) -> dict[str, Any]:
@@ -110,9 +105,7 @@ class TritonSpec:
             "N": self.out_features,
             "R": d.max_rank,
             "G": d.group,
-            "SPACING": d.slot_rows,
             "B_COLUMNS": d.columns,
-            "EXPERTS": self.experts,
             "PLANES": self.planes,
             "PARTS": tiles.parts,
             "K_PART": k_part,
@@ -150,8 +143,6 @@ class TritonSpec:
             "ragged_n": any(size % tiles.block_n for size in d.sizes),
             "batched": batched,
             "at_once": tiles.at_once if batched else 0,
-            "grouped": self.experts > 0,
-            "experts_block": power_of_two(self.experts, 1, 1 << 20),
         }
 
     def _dtypes(self) -> dict[str, str]:

@@ -208,37 +208,6 @@ def shrink_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:
     )
 
 
-def grouped_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> dict[str, Tiles]:
-    """Tiles of shrink and product over `rows` rows of each of many experts, for twice the average's
-    rows, since a second row tile reads W again. A reader starts early only without wide tiles,
-    whose registers its wait takes (40 bytes spilled).
-    """
-    rows = 2 * rows if rows < 64 else rows
-    first = shrink_tiles(spec, rows, arch)
-    second = linear_tiles(spec, rows, arch, "epilogue")
-    if arch.name != "interpreter":
-        wide = first.picked or first.block_m
-        few = wide <= 16 and spec.in_features % 16 == 0
-        factors = len(spec.sizes) * spec.max_rank
-        first = replace(
-            first,
-            block_r=power_of_two(factors, 16, 64 if first.block_k < 128 else 32),
-            parts=2 if few and spec.in_features >= 8 * first.block_k else 1,
-            lanes=4 if few else 1,
-        )
-        size = max(spec.x_dtype.itemsize, spec.bank_dtype.itemsize)
-        stages = stages_that_fit(arch, first.block_k * (wide + first.block_r) * size, 4)
-        first = replace(first, num_stages=stages)
-        if second.swap:
-            stage = second.block_k * (second.block_m + 64) * spec.x_dtype.itemsize
-            second = replace(second, block_n=64, num_stages=stages_that_fit(arch, stage, 5))
-            if second.block_m <= 32 and spec.max_rank <= 32:
-                second = replace(second, batched=True, block_r=64)
-    overlap = arch.overlaps and rows <= 256
-    second = replace(second, parts=first.parts, overlap=overlap)
-    return {"shrink": replace(first, overlap=overlap), "epilogue": second}
-
-
 def shrink_rows_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:
     """Tiles of the per-row shrink: a few factors by a long stretch of K, in registers."""
     factors = len(spec.sizes) * spec.max_rank

@@ -1,16 +1,14 @@
 """Factors of routed experts: from saved tensors to terms, and to a pair for each part.
 
     experts.3.gate_proj.lora_A (r, K), lora_B (N, r)    a term of expert 3
-    experts.gate_up_proj.lora_A, lora_B                 a term of every expert, by the shapes
-    experts.gate_up_proj.lora_A, experts.3.…lora_B      terms that share their A
+    experts.gate_up_proj.lora_A, lora_B                 a term of every expert
     experts.lora_A, experts.base_layer.lora_A           PEFT's wrappers, the outer and the inner
 
     ΔW[e] = Σ_t s_t · B_t[e] A_t[e],   W (E, N, K),   A (E, r, K),   B (E, N, r)
 
-    stacked by PEFT    A (r·E, K), row e·r + j;   B (N, r·E), column j·E + e
-    exchanged          A (r·E, N), B (K, r·E):    ΔW[e] = s · (B[e] A[e])ᵀ
-    apart              A (E, r, K), B (E, N, r)
-    shared             A (r, K) or B (N, r), the same for all experts
+    in PEFT's wrappers        A (r·E, K), row e·r + j;   B (N, r·E), column j·E + e
+    exchanged there           A (r·E, N), B (K, r·E):    ΔW[e] = s · (B[e] A[e])ᵀ
+    under a parameter's name  A (E, r, K), B (E, N, r); one of them may be shared, (r, K) or (N, r)
 
 The inner wrapper is of the first registered parameter; a single wrapper has the outer name. PEFT
 exchanges A and B where the module's `is_transposed`, or before 0.19 the order of dimensions,
@@ -21,10 +19,9 @@ rank r_gate + r_up, with zeros in B at the other's columns.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
+from itertools import permutations
 from typing import NamedTuple
 
 import torch
@@ -52,42 +49,33 @@ _Stacked = tuple[Tensor, Tensor]
 
 class _Found(NamedTuple):
     key: str
-    letter: str
     tensor: Tensor
-    place: ExpertPlace
+    saved: str
 
 
+#: By letter.
 _Pair = dict[str, _Found]
 
 
-@dataclass
-class _Module:
-    """A file's pairs for a module; `touched` are the columns with factors, by parameter."""
+class _Target(NamedTuple):
+    """What a pair is for. PEFT's wrappers leave the parameter open: ""."""
 
-    experts: Experts
-    wrappers: dict[bool, _Pair] = field(default_factory=dict)
-    named: dict[tuple[str, Half], dict[int | None, _Pair]] = field(default_factory=dict)
-    touched: dict[str, set[Columns]] = field(default_factory=dict)
-
-    def touch(self, weight: ExpertWeight, half: Half = "all", expert: int | None = None) -> None:
-        self.touched.setdefault(weight.name, set()).add((half, expert))
-
-    def pair(self, place: ExpertPlace) -> _Pair:
-        if place.weight is None:
-            return self.wrappers.setdefault(place.nested, {})
-        self.touch(place.weight, place.half, place.expert)
-        by_expert = self.named.setdefault((place.weight.name, place.half), {})
-        return by_expert.setdefault(place.expert, {})
+    parameter: str
+    half: Half
+    expert: int | None
+    nested: bool
 
 
 class ExpertReading:
-    """Routed experts' factors of a checkpoint at `paths`, some of a single expert if `singly`."""
+    """Routed experts' factors of a checkpoint at `paths`, some of a single expert if `singly`.
+    `touched`: columns with factors, by module and parameter; complete after `decode`."""
 
     def __init__(self, findings: Findings) -> None:
         self.findings, self.config = findings, findings.config
         self.paths: set[str] = set()
         self.singly = False
-        self._modules: dict[int, _Module] = {}
+        self.touched: dict[tuple[int, str], set[Columns]] = {}
+        self._modules: dict[int, tuple[Experts, dict[_Target, _Pair]]] = {}
         self._beyond: dict[int, tuple[Experts, set[int]]] = {}
 
     def take(self, factor: FactorKey, place: ExpertPlace) -> None:
@@ -107,15 +95,12 @@ class ExpertReading:
         elif not experts.sites:
             self.findings.closed[place.saved] = not_selected([experts.path])
         else:
-            module = self._modules.setdefault(id(experts.module), _Module(experts))
+            _, pairs = self._modules.setdefault(id(experts.module), (experts, {}))
+            name = "" if weight is None else weight.name
+            pair = pairs.setdefault(_Target(name, place.half, place.expert, place.nested), {})
             tensor = self.findings.state.tensors[factor.key]
-            found = _Found(factor.key, factor.letter, tensor, place)
-            first = module.pair(place).setdefault(factor.letter, found)
-            if first is not found and not self.findings.equal(found.key, first.key):
-                raise Problem(
-                    f"{found.key} and {first.key} are both {factor.factor} of {place.saved} and "
-                    "differ; keep one"
-                )
+            first = pair.setdefault(factor.letter, _Found(factor.key, tensor, place.saved))
+            self.findings.check_same(factor, first.key, place.saved)
 
     def decode(self) -> Iterator[tuple[str, LoraWeights]]:
         """(part path, factors) of each part whose factors have no problem."""
@@ -125,98 +110,55 @@ class ExpertReading:
                 f"the adapter has factors for {some(map(str, sorted(indices)), 8)}: it was made "
                 "for a model with more"
             )
-        for module in self._modules.values():
-            terms: dict[str, list[_Term]] = {}
-            self._unwrap(module, terms)
-            self._named(module, terms)
-            for name in [name for name, of_weight in terms.items() if of_weight]:
+        for experts, pairs in self._modules.values():
+            for name, terms in self._terms(experts, pairs).items():
+                touched = self.touched.setdefault((id(experts.module), name), set())
+                touched.update((term.half, expert) for term in terms for expert in term.experts)
                 with self.findings.noting():
-                    yield from _assembled(module.experts.sites[name], terms[name])
+                    yield from _assembled(experts.sites[name], terms)
 
     @property
     def modules(self) -> set[int]:
         return set(self._modules)
 
-    def touched(self, experts: Experts, weight: ExpertWeight) -> Collection[Columns]:
-        module = self._modules.get(id(experts.module))
-        return () if module is None else module.touched.get(weight.name, ())
-
-    def _named(self, module: _Module, terms: dict[str, list[_Term]]) -> None:
-        weights = {weight.name: weight for weight in module.experts.weights}
-        for (name, half), pairs in module.named.items():
-            weight, found = weights[name], terms.setdefault(name, [])
-            common = pairs.pop(None, {})
-            if len(common) == 2 or not pairs:
-                with self.findings.noting():
-                    found += self._term_of_all(weight, half, common)
-                common = {}
-            for expert, pair in sorted(pairs.items(), key=lambda item: item[0] or 0):
-                assert expert is not None
-                with self.findings.noting():
-                    for letter in common.keys() & pair.keys():
-                        raise Problem(
-                            f"{common[letter].key} is for all experts, but {pair[letter].key} for "
-                            "one of them; keep only one of the two"
-                        )
-                    found += self._term_of_one(weight, half, expert, {**common, **pair})
-
-    def _unwrap(self, module: _Module, terms: dict[str, list[_Term]]) -> None:
-        parameters: list[tuple[bool, ExpertWeight]] = []
+    def _terms(self, experts: Experts, pairs: Mapping[_Target, _Pair]) -> dict[str, list[_Term]]:
+        terms: dict[str, list[_Term]] = {}
+        weights = {weight.name: weight for weight in experts.weights}
+        wrappers = {target.nested: pair for target, pair in pairs.items() if not target.parameter}
+        assigned: list[tuple[ExpertWeight, _Pair]] = []
         with self.findings.noting():
-            for pair in module.wrappers.values():
-                _check_pair(pair)
-            parameters = self._parameters(module.experts, module.wrappers)
-        if module.wrappers and not parameters:
-            for weight in module.experts.weights:
-                module.touch(weight)
-        for nested, weight in parameters:
-            module.touch(weight)
+            assigned = self._assigned(experts, wrappers)
+        for weight, pair in assigned:
             with self.findings.noting():
-                terms.setdefault(weight.name, []).extend(
-                    self._term_of_wrapper(module.experts, weight, module.wrappers[nested])
-                )
+                terms.setdefault(weight.name, []).extend(self._of_wrapper(experts, weight, pair))
+        for target, pair in pairs.items():
+            if target.parameter:
+                with self.findings.noting():
+                    found = self._of_name(weights[target.parameter], target, pair)
+                    terms.setdefault(target.parameter, []).extend(found)
+        return {name: found for name, found in terms.items() if found}
 
-    def _term_of_wrapper(self, experts: Experts, weight: ExpertWeight, pair: _Pair) -> list[_Term]:
-        key, saved = pair["A"].key, pair["A"].place.saved
-        if weight.name not in experts.sites:
-            self.findings.closed[saved] = not_selected([weight.path(experts.path)])
-            return []
-        a, b = self._stacked(experts, weight, pair)
-        name, rank = weight.path(unnested(saved)), a.shape[1]
-        rows, configured = rank * weight.experts, self.config.rank(name)
-        if configured not in (None, rank) and rows % configured == 0:
-            raise Problem(
-                f"{key} has {rows} rows, which at the rank {configured} of adapter_config.json "
-                f"are those of {rows // configured} experts; {name} has {weight.experts} here"
-            )
-        return self._term("all", range(weight.experts), a, b, name, saved)
-
-    def _parameters(
-        self, experts: Experts, pairs: dict[bool, _Pair]
-    ) -> list[tuple[bool, ExpertWeight]]:
+    def _assigned(
+        self, experts: Experts, wrappers: dict[bool, _Pair]
+    ) -> list[tuple[ExpertWeight, _Pair]]:
         """The parameter of each wrapper: by order, by the configuration, by the shapes."""
-        if len(pairs) == 2:
-            orders = [experts.weights, experts.weights[::-1]]
-            fitting = [
-                (inner, outer)
-                for inner, outer in orders
-                if self._fits(experts, inner, pairs[True])
-                and self._fits(experts, outer, pairs[False])
-            ]
-            inner, outer = (*fitting, orders[0])[0]
-            return [(True, inner), (False, outer)]
-        if not pairs:
-            return []
-        ((nested, pair),) = pairs.items()
-        saved = unnested(pair["A"].place.saved)
-        targeted = [w for w in experts.weights if self.config.targets_parameter(w.path(saved))]
-        fits = [w for w in experts.weights if self._fits(experts, w, pair)]
-        for candidates in (targeted, fits):
+        for pair in wrappers.values():
+            _check_pair(pair)
+        pairs = [wrappers[nested] for nested in (True, False) if nested in wrappers]
+        orders = [
+            [*zip(order, pairs, strict=True)] for order in permutations(experts.weights, len(pairs))
+        ]
+        fitting = [o for o in orders if all(self._fits(experts, w, pair) for w, pair in o)]
+        if len(pairs) != 1:
+            return (*fitting, *orders)[0]
+        saved = unnested(pairs[0]["A"].saved)
+        targeted = [o for o in orders if self.config.targets_parameter(o[0][0].path(saved))]
+        for candidates in (targeted, fitting):
             if len(candidates) == 1:
-                return [(nested, candidates[0])]
+                return candidates[0]
         names = " and ".join(weight.name for weight in experts.weights)
-        shapes = ", ".join(f"{found.key} {tuple(found.tensor.shape)}" for found in pair.values())
-        if fits:
+        shapes = ", ".join(f"{f.key} {tuple(f.tensor.shape)}" for f in pairs[0].values())
+        if fitting:
             raise Problem(
                 f"{shapes}: these fit {names} equally, and adapter_config.json does not say "
                 "which of them was trained; add target_parameters there"
@@ -230,41 +172,73 @@ class ExpertReading:
 
     def _fits(self, experts: Experts, weight: ExpertWeight, pair: _Pair) -> bool:
         try:
-            self._stacked(experts, weight, pair)
+            self._unwrapped(experts, weight, pair)
         except Problem:
             return False
         return True
 
-    def _stacked(self, experts: Experts, weight: ExpertWeight, pair: _Pair) -> _Stacked:
+    def _unwrapped(self, experts: Experts, weight: ExpertWeight, pair: _Pair) -> _Stacked:
         """Factors of a wrapper. Releases know differently which of A and B takes the input."""
+        a, b = pair["A"].tensor, pair["B"].tensor
+        count, k, n = _sizes_of(weight, "all")
         version, swapped = self.config.peft_version, None
         if version is not None:
             reads = version >= _READS_TRANSPOSED
             transposed = not reads or bool(getattr(experts.module, "is_transposed", False))
             swapped = transposed != weight.transposed
-        with _naming(pair, f" (of {weight.name})"):
-            return _wrapped(pair["A"].tensor, pair["B"].tensor, _sizes_of(weight, "all"), swapped)
+        straight, crossed = _stacks(a, b, count, k, n), _stacks(a, b, count, n, k)
+        if crossed and (swapped or not straight):
+            return _stacked_columns(b, count).mT, _rows(a, count).mT
+        if straight and (not crossed or swapped is not None):
+            return _rows(a, count), _stacked_columns(b, count)
+        what = f"{pair['A'].key}, {pair['B'].key} (of {weight.name})"
+        if straight:
+            raise Problem(
+                f"{what}: {k} = {n}, so the shapes do not show which of the two factors takes the "
+                "input; adapter_config.json lacks peft_version, which would"
+            )
+        other = ""
+        if _stacks(a, b, 1, k, n) or _stacks(a, b, 1, n, k):
+            other = f"; {a.shape[0]} is not a multiple of that, so it is for another number"
+        raise Problem(
+            f"{what}: shapes {tuple(a.shape)} and {tuple(b.shape)} are not (r·{count}, {k}) and "
+            f"({n}, r·{count}) for the {count} experts of this model{other}"
+        )
 
-    def _term_of_all(self, weight: ExpertWeight, half: Half, pair: _Pair) -> list[_Term]:
-        _check_pair(pair)
-        saved, sizes = pair["A"].place.saved, _sizes_of(weight, half)
-        name = self.config.name_of(saved)
-        rank = self.config.rank(name)
-        with _naming(pair):
-            a, b = _named_factors(pair["A"].tensor, pair["B"].tensor, sizes, rank)
-        return self._term(half, range(weight.experts), a, b, name, saved)
+    def _of_wrapper(self, experts: Experts, weight: ExpertWeight, pair: _Pair) -> list[_Term]:
+        key, saved = pair["A"].key, pair["A"].saved
+        if weight.name not in experts.sites:
+            self.findings.closed[saved] = not_selected([weight.path(experts.path)])
+            return []
+        a, b = self._unwrapped(experts, weight, pair)
+        name, rank = weight.path(unnested(saved)), a.shape[1]
+        rows, configured = rank * weight.experts, self.config.rank(name)
+        if configured not in (None, rank) and rows % configured == 0:
+            raise Problem(
+                f"{key} has {rows} rows, which at the rank {configured} of adapter_config.json "
+                f"are those of {rows // configured} experts; {name} has {weight.experts} here"
+            )
+        return self._term("all", range(weight.experts), a, b, name, saved)
 
-    def _term_of_one(
-        self, weight: ExpertWeight, half: Half, expert: int, pair: _Pair
-    ) -> list[_Term]:
+    def _of_name(self, weight: ExpertWeight, target: _Target, pair: _Pair) -> list[_Term]:
         _check_pair(pair)
-        saved = next(f.place.saved for f in pair.values() if f.place.expert is not None)
-        a, b = (_of_expert(pair[letter], expert) for letter in "AB")
-        rank = a.shape[0] if a.dim() == 2 else 0
-        _, k, n = _sizes_of(weight, half)
-        check_shape(pair["A"].key, a, (rank, k), f"{saved} needs (r, {k})")
-        check_shape(pair["B"].key, b, (n, rank), f"{saved} needs ({n}, r = {rank})")
-        return self._term(half, range(expert, expert + 1), a[None], b[None], saved, saved)
+        (key_a, a, saved), (key_b, b, _) = pair["A"], pair["B"]
+        count, k, n = _sizes_of(weight, target.half)
+        if target.expert is None:
+            experts, shared = range(count), {a.dim(), b.dim()} == {2, 3}
+            a, b = (t.expand(count, -1, -1) if shared and t.dim() == 2 else t for t in (a, b))
+            rank = b.shape[-1] if b.dim() else 0
+            if a.shape != (count, rank, k) or b.shape != (count, n, rank) or not a.numel():
+                raise Problem(
+                    f"{key_a}, {key_b}: shapes {tuple(a.shape)} and {tuple(b.shape)} are not "
+                    f"({count}, r, {k}) and ({count}, {n}, r), of which one may be shared"
+                )
+        else:
+            experts, rank = range(target.expert, target.expert + 1), len(a) if a.dim() else 0
+            check_shape(key_a, a, (rank, k), f"{saved} needs (r, {k})")
+            check_shape(key_b, b, (n, rank), f"{saved} needs ({n}, r = {rank})")
+            a, b = a[None], b[None]
+        return self._term(target.half, experts, a, b, saved, saved)
 
     def _term(
         self, half: Half, experts: range, a: Tensor, b: Tensor, name: str, saved: str
@@ -274,25 +248,12 @@ class ExpertReading:
 
 
 def _check_pair(pair: _Pair) -> None:
-    if len(pair) == 1:
-        (have,) = pair.values()
-        lacks = "B" if have.letter == "A" else "A"
-        raise Problem(f"{have.key}: {have.place.saved} has no factor {lacks}")
+    for letter in "AB":
+        if letter not in pair:
+            (have,) = pair.values()
+            raise Problem(f"{have.key}: {have.saved} has no factor {letter}")
     for found in pair.values():
         check_sound(found.key, found.tensor)
-
-
-@contextmanager
-def _naming(pair: _Pair, what: str = "") -> Iterator[None]:
-    try:
-        yield
-    except Problem as problem:
-        raise Problem(f"{pair['A'].key}, {pair['B'].key}{what}: {problem}") from None
-
-
-def _of_expert(found: _Found, expert: int) -> Tensor:
-    shared = found.place.expert is None and found.tensor.dim() == 3
-    return found.tensor[expert] if shared and expert < len(found.tensor) else found.tensor
 
 
 def _sizes_of(weight: ExpertWeight, half: Half) -> tuple[int, int, int]:
@@ -300,73 +261,6 @@ def _sizes_of(weight: ExpertWeight, half: Half) -> tuple[int, int, int]:
     divided = half != "all" and bool(weight.halves)
     n = weight.out_features // 2 if divided else weight.out_features
     return weight.experts, weight.in_features, n
-
-
-def _wrapped(a: Tensor, b: Tensor, sizes: tuple[int, int, int], swapped: bool | None) -> _Stacked:
-    """Factors from PEFT's wrapper; `swapped` decides where both orders fit. Raises `Problem`."""
-    experts, k, n = sizes
-    if a.dim() == b.dim() == 3:
-        return _named_factors(a, b, sizes, None)
-    straight, crossed = _stacks(a, b, experts, k, n), _stacks(a, b, experts, n, k)
-    if straight and crossed and swapped is None:
-        raise Problem(
-            f"{k} = {n}, so the shapes do not show which of the two factors takes the "
-            "input; adapter_config.json lacks peft_version, which would"
-        )
-    if crossed and (swapped or not straight):
-        return _stacked_columns(b, experts).mT, _rows(a, experts).mT
-    if straight:
-        return _rows(a, experts), _stacked_columns(b, experts)
-    other = ""
-    if _stacks(a, b, 1, k, n) or _stacks(a, b, 1, n, k):
-        other = f"; {a.shape[0]} is not a multiple of that, so it is for another number of experts"
-    raise Problem(
-        f"shapes {tuple(a.shape)} and {tuple(b.shape)} are not (r·{experts}, {k}) and "
-        f"({n}, r·{experts}) for the {experts} experts of this model{other}"
-    )
-
-
-def _named_factors(a: Tensor, b: Tensor, sizes: tuple[int, int, int], rank: int | None) -> _Stacked:
-    """Factors under a parameter's name: each stacked, apart or shared. The configured `rank`
-    decides where shared and stacked shapes coincide. Raises `Problem` where nothing fits."""
-    experts, k, n = sizes
-    matrices = a.dim() == b.dim() == 2
-    if matrices and k != n and _stacks(a, b, experts, n, k):
-        return _wrapped(a, b, sizes, True)
-    fits = {a.dim(), b.dim()} <= {2, 3} and a.shape[-1] == k and b.shape[-2] == n
-    fits = fits and a.numel() > 0 and b.numel() > 0
-    fits = fits and all(t.dim() == 2 or t.shape[0] == experts for t in (a, b))
-    found = _rank(a, b, experts, rank) if fits else None
-    if found is None:
-        raise Problem(
-            f"shapes {tuple(a.shape)} and {tuple(b.shape)} do not fit {experts} experts with A "
-            f"(r, {k}) and B ({n}, r) each, or one for all"
-        )
-    if a.dim() == 2:
-        a = a.expand(experts, -1, -1) if a.shape[0] == found else _rows(a, experts)
-    if b.dim() == 2:
-        b = b.expand(experts, -1, -1) if b.shape[1] == found else _stacked_columns(b, experts)
-    return a, b
-
-
-def _rank(a: Tensor, b: Tensor, experts: int, configured: int | None) -> int | None:
-    """r of factors in any layout, None if shapes disagree; raises `Problem` if ambiguous."""
-    rows, columns = a.shape[-2], b.shape[-1]
-    if a.dim() == 3 or b.dim() == 3:
-        if a.dim() == b.dim():
-            return rows if rows == columns else None
-        apart, other = (rows, columns) if a.dim() == 3 else (columns, rows)
-        return apart if other in (apart, apart * experts) else None
-    if rows == columns and experts > 1:
-        if configured is not None and rows in (configured, configured * experts):
-            return configured
-        raise Problem(
-            f"{rows} rows are those of rank {rows} for all experts or of r·{experts} = {rows} for "
-            f"each of them; r in adapter_config.json, which would tell, is {configured}"
-        )
-    if rows == columns * experts:
-        return columns
-    return rows if columns in (rows, rows * experts) else None
 
 
 def _stacks(a: Tensor, b: Tensor, experts: int, k: int, n: int) -> bool:

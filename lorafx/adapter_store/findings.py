@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lorafx.adapter_store.peft_config import PeftConfig
+from lorafx.adapter_store.peft_keys import FactorKey
 from lorafx.adapter_store.places import Places
 from lorafx.adapter_store.saved import AdapterState
 from lorafx.errors import CapacityError, CheckpointError, Setting, UnsupportedAdapterError, some
@@ -38,7 +39,6 @@ class Findings:
         problems, unsupported, no_room: messages.
         settings: settings that the messages name.
         closed: saved paths at unselected places, with messages.
-        compared: whether a saved tensor was compared with the base, which may change.
     """
 
     def __init__(self, state: AdapterState, places: Places, max_rank: int | None) -> None:
@@ -50,7 +50,6 @@ class Findings:
         self.no_room: list[str] = []
         self.closed: dict[str, str] = {}
         self.largest = 0
-        self.compared = False
 
     @property
     def config(self) -> PeftConfig:
@@ -92,10 +91,14 @@ class Findings:
         except Problem as problem:
             self.problems.append(str(problem))
 
-    def equal(self, first: str, second: str) -> bool:
-        a, b = self.state.tensors[first], self.state.tensors[second]
+    def check_same(self, factor: FactorKey, first: str, label: str) -> None:
+        """Raise `Problem` unless the tensor of a key is that of the `first` for its place."""
+        a, b = self.state.tensors[factor.key], self.state.tensors[first]
         alike = a.shape == b.shape and a.dtype == b.dtype and a.dtype in DTYPES
-        return alike and torch.equal(a, b)
+        if factor.key != first and not (alike and torch.equal(a, b)):
+            raise Problem(
+                f"{factor.key} and {first} are both {factor.factor} of {label} and differ; keep one"
+            )
 
     def scale(self, label: str, name: str, saved: str, rank: int) -> float | None:
         """s of the module called `name` by patterns and saved as `saved`; None for a rank over

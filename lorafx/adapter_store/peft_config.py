@@ -106,9 +106,7 @@ def _absent(folder: Path) -> str:
         return f"adapter folder {folder} does not exist; {where}"
     if not folder.is_dir():
         return f"{folder} is a file; give the folder that holds it and {CONFIG_FILE}"
-    below = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG_FILE}"))
-    hint = f"; its subfolders with adapters are {', '.join(below)}" if below else ""
-    return f"{folder} has no {CONFIG_FILE}{hint}"
+    return f"{folder} has no {CONFIG_FILE}"
 
 
 def json_object(text: str, what: str) -> dict[str, Any]:

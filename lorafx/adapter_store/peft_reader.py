@@ -115,7 +115,6 @@ def read_adapter(
     max_rank: int | None = None,
     lora_config: LoraConfig | None = None,
     strict: bool = False,
-    warn: bool = True,
 ) -> Adapter:
     """Read the adapter `source`, as in `load_state`, and place every tensor on one of `sites`.
 
@@ -133,7 +132,7 @@ def read_adapter(
         CapacityError: only ranks over `max_rank`, or no room for replaced weights.
         CheckpointError: anything else, all problems of the file at once.
     """
-    state = load_state(source, model, warn=warn)
+    state = load_state(source, model)
     findings = Findings(state, Places(sites, model), max_rank)
     reading = Reading(findings)
     weights = reading.run()
@@ -146,7 +145,7 @@ def read_adapter(
     if strict and missing:
         findings.problems.append(f"{left_out}; strict=True makes this an error")
     findings.raise_problems(name)
-    if missing and warn:
+    if missing:
         warnings.warn(
             f"adapter {name!r} in {state.where}: {left_out}. These modules keep the base "
             "weights, which is right if the adapter was trained on only a part of the "
@@ -161,7 +160,6 @@ def read_adapter(
         state.where,
         own=reading.extras.own,
         replaces_biases=state.config.bias != "none",
-        compared=findings.compared,
         invocation=state.config.invocation,
         keys={key: tensor.shape for key, tensor in state.tensors.items()},
     )
@@ -273,11 +271,7 @@ class Reading:
                 f"{_KINDS.get(kind, 'a linear layer')} here ({type(site.module).__name__})"
             )
         first = factors.setdefault(factor.letter, factor)
-        if first is not factor and not self.findings.equal(factor.key, first.key):
-            raise Problem(
-                f"{factor.key} and {first.key} are both {factor.factor} of {_label(found)} and "
-                "differ; keep one"
-            )
+        self.findings.check_same(factor, first.key, _label(found))
 
     def _decode(
         self, landing: SiteLanding, keys: dict[str, FactorKey]
@@ -383,7 +377,6 @@ class Reading:
         base = getattr(self.places.module(owner.removesuffix(".base_layer")), attribute, None)
         if not isinstance(base, Tensor):
             raise Problem(f"{key} is not a LoRA factor, and nothing in the model has this name")
-        self.findings.compared = True
         tensor = self.state.tensors[key]
         if not same(tensor, base):
             raise Problem(
@@ -522,19 +515,21 @@ class _Search:
             if experts is None or any(closed.startswith(path) for closed in self.reading.closed):
                 continue
             for weight in experts.weights:
-                whole, touched = weight.path(path), found.touched(experts, weight)
+                whole = weight.path(path)
+                touched = found.touched.get((id(module), weight.name), set())
                 if not (weight.name in experts.sites or self._counts(whole, module)):
                     continue
                 if not self.config.targets_parameter(whole):
-                    yield from self._single(weight, path, set(touched))
+                    yield from self._single(weight, path, touched)
                 elif not touched:
                     yield whole
 
-    def _single(self, weight: ExpertWeight, path: str, known: set[Columns]) -> Iterator[str]:
+    def _single(self, weight: ExpertWeight, path: str, touched: set[Columns]) -> Iterator[str]:
         """Single experts' projections that PEFT gave factors before experts were fused."""
+        known = set(touched)
         halves = [(name, half) for name in PROJECTIONS if (half := covers(weight, name))]
         for (name, half), expert in product(halves, range(weight.experts)):
-            alike = {(h, e) for h in overlapping(half) for e in (None, expert)}
+            alike = {(h, expert) for h in overlapping(half)}
             if known.isdisjoint(alike) and self.config.matches(f"{path}.{expert}.{name}"):
                 known.add((half, expert))
                 yield f"{path}.{expert}.{name}"

@@ -29,7 +29,7 @@ from typing import Any, BinaryIO, TypeAlias
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load, load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from lorafx.adapter_store.hub import downloaded, is_repository
@@ -54,8 +54,6 @@ _LONGEST_NAME = 1024
 #: Tensors by name, and metadata.
 _Read = tuple[dict[str, Tensor], dict[str, str]]
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
-#: Inode, bytes, and mtime in ns: any rewrite of a file changes it.
-Stamp: TypeAlias = tuple[int, int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +73,7 @@ class AdapterSource:
             transformers' `from_pretrained`.
         revision: branch, tag or commit on the hub.
 
-    `config` and `key_mapping` are copied, since an adapter may be read again later.
+    `config` and `key_mapping` are copied.
     """
 
     source: str | os.PathLike[str] | bytes | Mapping[str, Tensor] | Saved
@@ -106,7 +104,7 @@ class Saved:
     metadata: Mapping[str, str]
     where: str
     component: str | None = None
-    origin: Origin | None = None
+    origin: AdapterSource | None = None
 
 
 @dataclass(frozen=True)
@@ -127,68 +125,29 @@ class AdapterState:
     left_out: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Where an adapter can be read again: path, settings, and a stamp of each file."""
-
-    source: AdapterSource
-    path: Path
-    files: Mapping[str, Stamp]
-
-    @classmethod
-    def of(cls, source: Any) -> Origin | None:
-        """The origin of `source`; None in memory, on the hub, or where it cannot be listed."""
-        given = source if isinstance(source, AdapterSource) else AdapterSource(source)
-        if isinstance(given.source, Saved):
-            known = given.source.origin
-            if known is None:
-                return None
-            return replace(known, source=replace(known.source, component=given.component))
-        if not isinstance(given.source, (str, os.PathLike)):
-            return None
-        path = Path(os.path.abspath(given.source))
-        try:
-            return cls(replace(given, source=path), path, stamps(path))
-        except (OSError, ValueError):  # ValueError: no path at all, with a null byte
-            return None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(size for _, size, _ in self.files.values())
-
-    def check(self, name: str) -> None:
-        try:
-            now = stamps(self.path)
-        except OSError as error:
-            raise CheckpointError(self._lost(name, str(error))) from error
-        for file in {**self.files, **now}:
-            old, new = self.files.get(file), now.get(file)
-            if old is None or new is None:
-                what = f"{file} is {'new' if old is None else 'gone'}"
-            elif old[1] != new[1]:
-                what = f"{file} had {old[1]} bytes and has {new[1]}"
-            else:
-                what = f"{file} was written again"
-            if old != new:
-                raise CheckpointError(self._lost(name, what))
-
-    def _lost(self, name: str, why: str) -> str:
-        return (
-            f"adapter {name!r} has to be read again, because LoraConfig(max_host_bytes=...) left "
-            f"no room for it in host memory, and {self.path} is not what it was: {why}. "
-            "load_adapter() loads what is there now"
-        )
+def origin_of(source: Any) -> AdapterSource | None:
+    """`source` by its absolute path; None in memory or on the hub."""
+    given = source if isinstance(source, AdapterSource) else AdapterSource(source)
+    if isinstance(given.source, Saved):
+        known = given.source.origin
+        return known and replace(known, component=given.component)
+    if not isinstance(given.source, (str, os.PathLike)) or not os.path.exists(given.source):
+        return None
+    return replace(given, source=Path(os.path.abspath(given.source)))
 
 
-def stamps(path: Path) -> dict[str, Stamp]:
-    """The stamps of an adapter's files."""
-    if path.is_dir():
-        kinds = (".json", *SUFFIXES)
-        files = [file for file in path.iterdir() if file.suffix in kinds and file.is_file()]
-    else:
-        beside = path.parent / CONFIG_FILE
-        files = [path, beside] if beside.is_file() else [path]
-    found = {file.name: file.stat() for file in sorted(files)}
+def _stamps(path: Path) -> dict[str, tuple[int, int, int]]:
+    """What changes when one of an adapter's files is written, by name."""
+    try:
+        if path.is_dir():
+            kinds = (".json", *SUFFIXES)
+            files = [file for file in path.iterdir() if file.suffix in kinds and file.is_file()]
+        else:
+            beside = path.parent / CONFIG_FILE
+            files = [path, beside] if beside.is_file() else [path]
+        found = {file.name: file.stat() for file in files}
+    except (OSError, ValueError):  # ValueError: no path at all, with a null byte
+        return {}
     return {name: (s.st_ino, s.st_size, s.st_mtime_ns) for name, s in found.items()}
 
 
@@ -198,7 +157,8 @@ def opened(given: AdapterSource) -> Saved:
     if isinstance(source, Saved):
         return replace(source, component=given.component)
     if isinstance(source, Mapping):
-        return _in_memory(given, source)
+        where = "the given mapping"
+        return _saved(given, (_plain(source, where), {}), where, None)
     if isinstance(source, bytes | bytearray | memoryview):
         content = bytes(source)
         return _saved(given, _from_bytes(content), f"{len(content)} bytes", None)
@@ -214,34 +174,26 @@ def opened(given: AdapterSource) -> Saved:
 
 
 def _at(given: AdapterSource, path: Path) -> Saved:
-    origin = Origin.of(given)
+    before = _stamps(path)
     try:
         single = path.is_file()
     except (OSError, ValueError) as exc:
         raise CheckpointError(f"{path} cannot be read: {exc}") from exc
     folder = path.parent if single else path
-    configured = not single or (path.name in WEIGHTS and (folder / CONFIG_FILE).is_file())
-    fields, problem = None, None
-    if given.config is None and configured:
-        try:
-            fields = _checked(*raw_fields(folder))
-        except CheckpointError as error:
-            if single or not folder.is_dir() or (folder / CONFIG_FILE).exists():
-                raise
-            problem = error  # which other dialects lack
-    file = path if single else _weights(folder, problem)
+    configured = (folder / CONFIG_FILE).exists() and (not single or path.name in WEIGHTS)
+    fields = None
+    if given.config is None and (configured or not folder.is_dir()):
+        fields = _checked(*raw_fields(folder))
+    file = path if single else _weights(folder)
     read = _from_file(file)
-    before, now = ({} if o is None else o.files for o in (origin, Origin.of(given)))
+    now = _stamps(path)
     for name in (file.name, CONFIG_FILE):  # α and factors of the same version
         if before.get(name) != now.get(name):
             raise CheckpointError(
                 f"{folder / name} was written while the adapter was read, which may be half of one "
                 "version and half of another; load it again when it is complete"
             )
-    saved = _saved(given, read, str(file), fields)
-    if saved.fields is None and problem is not None and file.name in (SAFETENSORS, PICKLED):
-        raise problem
-    return replace(saved, origin=origin)
+    return replace(_saved(given, read, str(file), fields), origin=origin_of(given))
 
 
 def _checked(fields: dict[str, Any], where: str) -> PeftConfig | dict[str, Any]:
@@ -270,21 +222,23 @@ def _saved(given: AdapterSource, read: _Read, where: str, fields: Any) -> Saved:
     return Saved(tensors, fields, metadata, where, given.component)
 
 
-def _in_memory(given: AdapterSource, tensors: Mapping[str, Any]) -> Saved:
-    where = "the given tensors"
+def _plain(tensors: Any, where: str) -> dict[str, Tensor]:
+    """Dense tensors by name; CheckpointError for anything else."""
+    if not isinstance(tensors, Mapping):
+        raise CheckpointError(f"{where} does not hold a mapping from names to tensors")
     for key, tensor in tensors.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
             raise CheckpointError(
-                f"an adapter in memory maps names to tensors; it has {key!r:.80}: "
-                f"of class {type(tensor).__name__}"
+                f"{where} does not hold a mapping from names to tensors; it has {key!r:.80}: of "
+                f"class {type(tensor).__name__}"
             )
         unlike = _unlike_plain(tensor)
         if unlike is not None:
-            raise CheckpointError(f"{where}: {key:.200} {unlike}; give a dense tensor")
-    return _saved(given, ({key: t.detach() for key, t in tensors.items()}, {}), where, None)
+            raise CheckpointError(f"{where}: {key[:200]!r} {unlike}; save it as a dense tensor")
+    return {key: tensor.detach() for key, tensor in tensors.items()}
 
 
-def _weights(folder: Path, problem: CheckpointError | None) -> Path:
+def _weights(folder: Path) -> Path:
     try:
         for name in WEIGHTS:
             if (folder / name).is_file():  # not a pipe or a device, which have no end
@@ -295,16 +249,16 @@ def _weights(folder: Path, problem: CheckpointError | None) -> Path:
         raise CheckpointError(f"{folder} cannot be read: {exc}") from exc
     if len(others) == 1:
         return folder / others[0]
-    if problem is not None and not others:
-        raise problem
     if others:
         raise CheckpointError(
             f"{folder} holds several files that may be the adapter ({', '.join(others[:20])}); "
             "give the path of one"
         )
+    below = ", ".join(sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_FILE}")))
     raise CheckpointError(
         f"{folder} holds no adapter weights: neither {SAFETENSORS} nor {PICKLED} (it holds "
         f"{', '.join(names[:20]) or 'nothing'})"
+        + (f"; its subfolders with adapters are {below}" if below else "")
     )
 
 
@@ -318,8 +272,8 @@ def _from_file(file: Path) -> _Read:
         raise CheckpointError(f"{file} cannot be read: {exc}") from exc
 
     def read() -> _Read:
-        tensors = load_file(file, device="cpu")
         with safe_open(file, framework="pt") as content:
+            tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
             return tensors, content.metadata() or {}
 
     return _safetensors(read, f"{file} ({size} bytes)")
@@ -368,16 +322,9 @@ def _load_pickled(content: BinaryIO, file: str) -> dict[str, Tensor]:
             "truncated, or holds objects other than tensors: save the adapter again as "
             "adapter_model.safetensors"
         ) from exc
-    if not isinstance(tensors, dict) or not all(
-        isinstance(k, str) and isinstance(t, Tensor) for k, t in tensors.items()
-    ):
-        raise CheckpointError(f"{file} does not hold a mapping from names to tensors")
-    for key, tensor in tensors.items():
-        unlike = _unlike_plain(tensor)
-        if unlike is not None:
-            raise CheckpointError(f"{file}: {key[:200]!r} {unlike}; save it as a dense tensor")
-    _check_claims(file, tensors, held)
-    return {key: tensor.detach() for key, tensor in tensors.items()}
+    plain = _plain(tensors, file)
+    _check_claims(file, plain, held)
+    return plain
 
 
 def _held(content: BinaryIO, file: str) -> int:

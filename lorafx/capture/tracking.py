@@ -8,7 +8,7 @@ results are kept in the call's memory. Results of graphs are known from proofs.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import compress, repeat, takewhile
 from typing import Any, TypeVar
 
@@ -16,8 +16,7 @@ from torch import Tensor
 
 from lorafx.capture.traced import never_traced
 from lorafx.capture.weights_in_python import WeightUses
-from lorafx.ownership.held import Held
-from lorafx.ownership.memory import Memory, storage_of
+from lorafx.ownership.memory import Held, Memory, storage_of
 from lorafx.ownership.real import alone, held_results, tensors_in, written
 from lorafx.torch_internals.fake_tensors import (
     TorchDispatchMode,
@@ -74,11 +73,10 @@ class Tracking(TorchDispatchMode):
     ) -> Any:
         named: Mapping[str, Any] = kwargs or {}
         memory = self.memory
-        if memory is None and not (_takes_tensors(args) or _takes_tensors(named.values())):
-            return func(*args, **named)  # of a graph
-        if self.over or not isinstance(func, OpOverload):
-            return func(*args, **named)
         operands = [*tensors_in(args), *tensors_in(dict(named))]
+        of_graph = memory is None and not operands
+        if self.over or of_graph or not isinstance(func, OpOverload):
+            return func(*args, **named)
         before = {} if memory is None else {id(item): memory.look(item) for item in operands}
         results = func(*args, **named)
         if self.uses is not None:
@@ -161,16 +159,6 @@ def untracked(action: Callable[[Tracking | None], T]) -> T:
         for mode in reversed(taken):
             if not mode.over:
                 _push_on_torch_dispatch_stack(mode)
-
-
-def _takes_tensors(values: Iterable[object]) -> bool:
-    for value in values:
-        if isinstance(value, _MAY_HOLD) and (isinstance(value, Tensor) or _takes_tensors(value)):
-            return True
-    return False
-
-
-_MAY_HOLD = (Tensor, list, tuple)
 
 
 #: Exhausts an iterator, in C.

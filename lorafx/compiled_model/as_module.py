@@ -113,31 +113,24 @@ class AsModule(nn.Module):
         )
 
 
-class _Refusal(torch.autograd.Function):
-    """y = loss; its backward raises. `leaf` requires a gradient, so that y does."""
-
-    @staticmethod
-    def forward(_: Any, loss: Tensor, leaf: Tensor) -> Tensor:
-        return loss.clone()  # users may write into it
-
-    @staticmethod
-    def backward(*_: Any) -> NoReturn:
-        raise CaptureError(
-            "a compiled model is for inference, and its loss has no gradients: train with PEFT on "
-            "the plain model, or on what detach() returns, and load what it saves by "
-            "load_adapter(folder, name); torch.no_grad() around a call gives a loss that asks for "
-            "none"
-        )
-
-
 def refusing_backward(output: Any) -> Any:
     """`output` of a model, with a loss that requires gradients where they are switched on, as the
-    model's own would."""
+    model's own would. Its backward raises CaptureError."""
     if torch.is_grad_enabled() and isinstance(output, dict):
         loss = output.get("loss")
         if isinstance(loss, Tensor) and loss.is_floating_point():
-            output["loss"] = _Refusal.apply(loss, torch.ones((), requires_grad=True))
+            leaf = torch.zeros_like(loss).requires_grad_()
+            leaf.register_hook(_refuse_gradient)
+            output["loss"] = loss + leaf
     return output
+
+
+def _refuse_gradient(_: Tensor) -> NoReturn:
+    raise CaptureError(
+        "a compiled model is for inference, and its loss has no gradients: train with PEFT on the "
+        "plain model, or on what detach() returns, and load what it saves by "
+        "load_adapter(folder, name); torch.no_grad() around a call gives a loss that asks for none"
+    )
 
 
 def signature_of(model: type[nn.Module], forward: Callable[..., Any]) -> inspect.Signature:

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import inspect
+import os
+import warnings
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Never
 
+import torch
 from torch import Tensor, nn
 
-from lorafx.adapter_store.names import AdapterName
+from lorafx.adapter_store.names import BASE, AdapterName, members, one_name
 from lorafx.adapter_store.peft_model import without_wrappers
-from lorafx.adapter_store.store import AdapterStore
+from lorafx.adapter_store.saved import Source
+from lorafx.adapter_store.store import AdapterInfo, AdapterStore, info
 from lorafx.capture.backend import Backend
-from lorafx.compiled_model.adapter_methods import AdapterMethods
 from lorafx.compiled_model.as_module import AsModule, refusing_backward, signature_of
-from lorafx.compiled_model.base_methods import BaseMethods
-from lorafx.compiled_model.batching_methods import BatchingMethods
 from lorafx.compiled_model.look_methods import LookMethods
-from lorafx.compiled_model.names import delegated
+from lorafx.compiled_model.names import delegated, refuse_arguments
 from lorafx.compiled_model.warmup import warm_up
-from lorafx.errors import CaptureError, ConfigError
+from lorafx.errors import BatchError, CaptureError, ConfigError, LorafxWarning
 from lorafx.generation.alora import forward_of
 from lorafx.generation.generate import CompiledGenerate
 from lorafx.generation.waves import in_waves
@@ -35,34 +38,51 @@ from lorafx.model.marks import Attachment
 from lorafx.model.sites import Site
 from lorafx.program.program import Program
 from lorafx.program.stack import refuse_pipeline_slips, unwrapped
+from lorafx.progress import progress
 from lorafx.runtime.call_inputs import check_tensors
 from lorafx.runtime.entry import CompiledForwards, Entry, entered
 from lorafx.runtime.idle import Resting
-from lorafx.runtime.requests import (
-    LastCall,
-    Names,
-    Requests,
-    by_slots,
-    check_prompts,
-    checked_names,
-)
+from lorafx.runtime.loading import asked_name, load_adapter, unloading
+from lorafx.runtime.requests import LastCall, Requests, checked_names, requests_of
+from lorafx.runtime.running import refuse_transformed
 from lorafx.runtime.session import Session
 from lorafx.runtime.sharing import join, leave
+from lorafx.runtime.statistics import Statistics
 from lorafx.torch_internals.compat import untraced
-from lorafx.weights.merge import merged_of
+from lorafx.weights.export_merged import export_merged
+from lorafx.weights.merge import MergeReport, merge, merged_of, unmerge
+from lorafx.weights.sources import Weights
+from lorafx.weights.update import WeightUpdate, update_weights
+
+if TYPE_CHECKING:
+    from transformers.generation.configuration_utils import (
+        ContinuousBatchingConfig,
+        GenerationConfig,
+    )
+    from transformers.generation.continuous_batching.requests import GenerationOutput
+
+    from lorafx.generation.continuous.manager import AdapterBatchingManager
+
+#: How slips say where the adapters of an engine are named.
+_BY_REQUEST = {"adapter": 'the adapter of each request: engine.add_request(ids, adapter="sql")'}
 
 
-class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, AsModule):
+class ActiveAdapters(tuple[str, ...]):
+    """Names of adapters. PEFT reads `active_adapters`, transformers calls it; both get them."""
+
+    def __call__(self) -> ActiveAdapters:
+        return self
+
+
+class CompiledModel(LookMethods, AsModule):
     """A model that serves its base and many LoRA adapters in one batch.
 
-    `model` is the model that was given, with the same classes, names, `state_dict()` and
-    `save_pretrained()`; attributes that this object lacks are looked up there. Methods of the
-    model's own class also take `adapter_names` and use the default of `set_adapter`, as a call
-    does: they are compiled where an adapter is wanted, and run as they are where none is. Parts of
-    the model (`cm.lm_head`, `cm.get_encoder()`) and `model` itself run as the base when they are
-    called directly, and raise where the default adapter changes them. This object is for inference
-    only: gradients are off, and `backward` of a loss raises. Calls from several threads wait for
-    one another. Its class is a subclass with the name of the model's class, by which transformers'
+    `model` is the model that was given; attributes that this object lacks are looked up there.
+    Methods of the model's own class also take `adapter_names`, and use the default of `set_adapter`
+    without it. Parts of the model (`cm.lm_head`) and `model` itself run as the base when they are
+    called directly, and raise where the default adapter changes them. It is for inference only:
+    gradients are off, and `backward` of a loss raises. Calls from several threads wait for one
+    another. Its class is a subclass with the name of the model's class, by which transformers'
     pipelines choose, and with the signature of its forward.
     """
 
@@ -74,12 +94,12 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
     ) -> None:
         super().__init__()
         self._stand_for(program.model)
-        self._attachment = attachment
         self._session = Session(program, store, Backend(program, entered), dynamic)
         self._session.backend.recorded = Dumps(self._session)
         self._entries = CompiledForwards(self._session, attachment)
         self._generation = CompiledGenerate(self._entries)
-        self._disabling = []
+        #: The default before each open block of `disable_adapter`; under the lock.
+        self._disabling: list[list[str | None]] = []
         #: Whether users call the model that was given (`lorafx.attach`), and not this object.
         self.attached = False
         # In containers: an attribute of a module takes a microsecond to set.
@@ -96,6 +116,8 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
         self.training = program.model.training
         _COMPILED.add(self)
 
+    # --- calls ---
+
     @untraced
     def forward(
         self,
@@ -109,24 +131,19 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
         Args:
             adapter_names: one name per request, in the order of the batch; None or "__base__" is
                 the base model, and {"sql": 0.7, "style": 0.3} a sum of adapters, or one at another
-                scale. An aLoRA adapter serves the tokens of its row from the last occurrence of its
-                invocation tokens in `input_ids` on. Without `adapter_names` every row uses the
-                default of `set_adapter`.
+                scale. An aLoRA adapter serves its row from the last occurrence of its invocation
+                tokens in `input_ids` on. Without names every row uses the default of `set_adapter`.
             adapter_slots: integers (B, T), the adapter of each token as an index into
-                `adapter_names`, or without it into `adapters`; -1 is the base model. It serves
-                packed sequences, and adapters that begin at a token; with a cache, T are the new
-                tokens. Of an aLoRA adapter it says itself where it is active. Shape (B,) gives
-                one per request, as names do.
+                `adapter_names`, or without it into `adapters`; -1 is the base model. With a cache,
+                T are the new tokens. Shape (B,) gives one per request, as names do.
             *args, **kwargs: of the model's own forward.
 
         Raises:
-            ConfigError: `adapter_names` is not a list of names; a sum has a weight that is no
-                finite number, or an adapter that is not linear in it (DoRA, weights of its own); or
-                a keyword is a slip for one of these, or another library's for it, and the model
-                declares none of that name.
-            BatchError: `adapter_names` or `adapter_slots` does not fit the batch; or an aLoRA
-                adapter has no `input_ids` to be looked for in, or a cache whose tokens are not
-                known.
+            ConfigError: `adapter_names` is not a list of names; a sum has a weight that is not
+                finite, or an adapter that is not linear in it (DoRA, weights of its own); or a
+                keyword is a slip for one of these, or another library's for it.
+            BatchError: names or slots do not fit the batch; or an aLoRA adapter has no `input_ids`
+                to be looked for in, or a cache whose tokens are not known.
             UnknownAdapterError: a name that is not loaded.
             CapacityError: more distinct adapters than slots, unless `Options.overflow` is "waves";
                 or a sum of ranks over `max_rank`.
@@ -135,66 +152,44 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
         """
         self._entries.check_attached()
         refuse_slips(kwargs, self.model.forward, self.model)
-        asked: Any = checked_names(adapter_names)
-        tokens = None
-        if adapter_slots is not None:
-            asked, tokens = by_slots(adapter_slots, self.adapters if asked is None else asked)
-        elif asked is None:
+        requests = requests_of(adapter_names, adapter_slots, self.adapters)
+        if requests is None:
             refuse_pipeline_slips(self.model)
-        by_token = adapter_slots is not None and adapter_slots.dim() == 2
 
-        def call(
-            args: Sequence[Any], kwargs: Mapping[str, Any], names: Names | None, tokens: Any
-        ) -> Any:
-            run = partial(self._run_forward, args, kwargs)
-            requests = asked if names is None else names
-            return self._session.call(run, requests, tokens=tokens, activated=by_token)
+        def call(args: Sequence[Any], kwargs: Mapping[str, Any], requests: Requests | None) -> Any:
+            return self._session.call(partial(self._run_forward, args, kwargs), requests)
 
-        names = asked.listed if isinstance(asked, Requests) else asked
         given = {"adapter_names": adapter_names, "adapter_slots": adapter_slots}
         made = MadeCall("forward", LastCall.of(args, kwargs), given)
-        run = partial(call, args, kwargs, names, tokens)
-        if self._session.program.options.overflow == "waves":
-            run = partial(in_waves, self._entries, call, args, kwargs, names, tokens)
+        run = partial(in_waves, self._entries, call, args, kwargs, requests)
         return refusing_backward(self._noted(made, run))
 
     @untraced
     def generate(
         self, *args: Any, adapter_names: Sequence[AdapterName] | None = None, **kwargs: Any
     ) -> Any:
-        """transformers' `generate` with an adapter for each prompt.
-
-        Beams and returned sequences of one prompt keep its adapter.
-
-        Args:
-            adapter_names: one name per prompt, as in `forward`.
-            *args, **kwargs: of the model's own `generate`.
-
-        Raises:
-            LorafxError: the model has no `generate`.
-
-        It also raises what `forward` raises.
-        """
+        """transformers' `generate` with an adapter for each prompt, named as in `forward`. Beams
+        and returned sequences of one prompt keep its adapter. Raises LorafxError if the model has
+        no `generate`, and what `forward` raises."""
         self._entries.check_attached()
         generating = getattr(self.model, "generate", self.model.forward)
         refuse_slips(kwargs, generating, self.model, BY_ROW)
         main = getattr(self.model, "main_input_name", "input_ids")
         check_tensors({main: args[0], **kwargs} if args else kwargs)
-        asked: Any = checked_names(adapter_names)
+        requests = requests_of(adapter_names)
+        if requests is not None:
+            requests.check_prompts(kwargs.get("input_ids", args[0] if args else kwargs.get(main)))
+            requests = requests._replace(repeats=True)
 
-        def call(
-            args: Sequence[Any], kwargs: Mapping[str, Any], names: Names | None, _: Any
-        ) -> Any:
+        def call(args: Sequence[Any], kwargs: Mapping[str, Any], requests: Requests | None) -> Any:
             def run() -> Any:
                 self._entries.check_attached()
                 return self._generation.generate(*args, **kwargs)
 
-            return self._session.call(run, asked if names is None else names, repeats=True)
+            return self._session.call(run, requests)
 
-        names = asked.listed if isinstance(asked, Requests) else asked
-        check_prompts(names, kwargs.get("input_ids", args[0] if args else kwargs.get(main)))
         made = MadeCall("generate", LastCall.of(args, kwargs), {"adapter_names": adapter_names})
-        run = partial(in_waves, self._entries, call, args, kwargs, names, generates=True)
+        run = partial(in_waves, self._entries, call, args, kwargs, requests, generates=True)
         return self._noted(made, run)
 
     def _noted(self, made: MadeCall, run: Callable[[], Any]) -> Any:
@@ -236,14 +231,12 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
 
         with session.lock:
             warming = session.running._replace(warming=True)
-            # Rows of the base.
-            session.note(warming, lambda: session.call(both, [None], repeats=True))
+            session.note(warming, lambda: session.call(both, Requests((None,), alike=True)))
 
     def warmup(
         self,
         example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
         *,
-        rank: int | None = None,
         batch_sizes: Sequence[int] = (1, 8),
         lengths: Sequence[int] = (16,),
         generate: bool | Mapping[str, Any] | None = None,
@@ -252,23 +245,19 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
 
         It runs the model's forward, once more with the returned cache and one further token, and
         `generate`: each for every batch size and length, with no adapter, with one, and with a mix.
-        Dummy adapters of a small rank stand in for those to come; graphs do not depend on which
-        adapters a batch has. Afterwards adapters, the default, slots, pins, random states and the
-        buffers of the model are as before, even when this raises. Other calls wait. It takes as
-        long as compiling does: 6 graphs for a causal language model on a CPU, and more where one
-        request and calls without an adapter have graphs of their own, as on a GPU. On a terminal
-        it prints which one is under way.
+        Dummy adapters stand in for those to come; graphs do not depend on which adapters a batch
+        has. Afterwards adapters, the default, slots, pins, random states and the buffers of the
+        model are as before, even when this raises. Other calls wait. It takes as long as compiling
+        does: 6 graphs for a causal language model on a CPU, and more where one request and calls
+        without an adapter have graphs of their own, as on a GPU.
 
         Args:
             example_inputs: keyword arguments (or positional ones) of a call, or a list of such
                 calls; a graph serves calls with the same arguments. Without them the calls have
                 token ids and an attention mask, made from the model's configuration.
-            rank: the rank of the dummies; None for 8, or `max_rank` where that is less. Rounded up
-                to the least common multiple of the shard counts where a class shards the rank
-                (`lorafx.register(rank_shards=...)`).
-            batch_sizes: numbers of requests. A batch of one request is captured by itself, and has
-                a graph of its own on a GPU. All others share one, whose Triton kernels are planned
-                for the first of them: give the sizes that you will serve.
+            batch_sizes: numbers of requests. A batch of one request is captured by itself. All
+                others share one graph, whose Triton kernels are planned for the first of them: give
+                the sizes that you will serve.
             lengths: numbers of tokens of a prompt, likewise. Prompts of one token have graphs of
                 their own: give (16, 1) to include them. If the attention has a window, also give
                 one length beyond it.
@@ -279,20 +268,382 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
         Raises:
             ConfigError: an argument that cannot be honoured, or a model whose inputs cannot be
                 derived.
-            CapacityError: `max_rank` is less than the dummies' rank.
+            CapacityError: `max_rank` is less than the shards of the rank of a class.
             CaptureError: the model was detached, moved, or needs more graphs than allowed.
 
         It also raises what the model's own forward raises for these inputs.
         """
         self._entries.check_attached()
-        warm_up(
-            self,
-            example_inputs,
-            rank=rank,
-            batch_sizes=batch_sizes,
-            lengths=lengths,
-            generate=generate,
+        warm_up(self, example_inputs, batch_sizes=batch_sizes, lengths=lengths, generate=generate)
+
+    # --- adapters, also by PEFT's and transformers' names ---
+
+    def set_adapter(self, name: AdapterName | Sequence[str]) -> None:
+        """Set the adapter of calls that name none; None is the base model, a mapping a sum as in
+        `forward`, a list the sum of these adapters, as in PEFT.
+
+        Raises:
+            UnknownAdapterError: it is not loaded.
+            ConfigError: another one is merged; or as `forward` for a sum.
+            CapacityError: as `forward` for a sum.
+            BatchError: called from the source that `load_weights` reads, or inside a call.
+        """
+        session = self._session
+        session.refuse_running("set_adapter()")
+        if isinstance(name, (list, tuple)):
+            name = dict.fromkeys(name, 1.0)
+        name = one_name(name, "the default")
+        name = None if name == BASE else name
+        with session.lock:  # an update takes a merge out and puts it back
+            if name is not None:
+                session.store[name]
+            merged = session.base.merged
+            if merged is not None and merged.name != name:
+                raise ConfigError(
+                    f"{merged.name!r} is merged and serves the calls that name no adapter; "
+                    f"call unmerge() before set_adapter({name!r})"
+                )
+            session.choose(name)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside, calls that name no adapter are the base's; then the default is put back.
+
+        It is `set_adapter(None)` for the length of a block, in all threads, and raises what that
+        raises. Calls that name adapters get them. Where blocks overlap, the last one that ends puts
+        the default back, unless it was unloaded inside.
+        """
+        session, blocks = self._session, self._disabling
+        with session.lock:
+            block = [session.default]
+            self.set_adapter(None)
+            blocks.append(block)
+        try:
+            yield
+        finally:
+            with session.lock:
+                at = next(place for place, other in enumerate(blocks) if other is block)
+                del blocks[at]
+                if at < len(blocks):  # another thread's, or task's, which began in this one
+                    blocks[at][0] = blocks[at][0] or block[0]
+                elif block[0] is not None and block[0] in session.store:
+                    self.set_adapter(block[0])
+
+    def load_adapter(
+        self,
+        source: Source,
+        name: str | None = None,
+        *,
+        adapter_name: str | None = None,
+        strict: bool | None = None,
+        **elsewhere: Never,
+    ) -> None:
+        """Read an adapter and keep it in host memory; a batch that names it gives it a slot.
+
+        An adapter of the same name is replaced. Calls go on while the files are read; requests of
+        a continuous batch that have been added keep the version that they were added with.
+
+        Args:
+            source: a folder, a file, a name on the Hugging Face hub, the bytes of a file, tensors
+                by name, or an `AdapterSource`, which also says what the files do not: a
+                configuration, the dialect, modules that moved (docs/adapters.md).
+            name: what calls name it by; so does `adapter_name`, PEFT's keyword. Without either it
+                is "default", which replaces no adapter.
+            strict: whether the file must have factors for every selected module that the adapter's
+                own configuration targets. Otherwise such a module keeps W, with one warning. None
+                means `Options.strict`.
+            **elsewhere: what PEFT and transformers take (`is_trainable`, ...): refused with the way
+                out, unless it is False or None.
+
+        Raises:
+            CheckpointError, UnsupportedAdapterError, CapacityError: nothing has changed then.
+            ConfigError: no name, where one is needed; the adapter of this name is merged, or any
+                adapter is merged and this one is DoRA, whose norms come from the base's weights.
+            BatchError: the call that is running on this thread serves the adapter of this name.
+        """
+        refuse_arguments("load_adapter", (), elsewhere)
+        named = asked_name(self._session, name, adapter_name)
+        load_adapter(self._session, source, named, strict)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter and free its slot. If it was the default, or part of a sum that was,
+        the base model becomes the default. Raises UnknownAdapterError if it is not loaded,
+        ConfigError if it is merged, BatchError if the running call of this thread serves it."""
+        session = self._session
+        with session.lock:
+            session.locks.streams.follow(session.accelerators)
+            undisturbed(unloading(session, name))
+
+    def delete_adapter(self, name: str) -> None:
+        """As `unload_adapter`, under PEFT's name."""
+        self.unload_adapter(name)
+
+    def pin_adapter(self, name: str) -> None:
+        """Bring an adapter into a slot now and keep it there. Raises UnknownAdapterError if it is
+        not loaded, CapacityError if every slot is pinned, BatchError inside a forward on this
+        thread, unless it has a slot."""
+        refuse_transformed()
+        session = self._session
+        with session.lock:  # a slot that it takes may be one that a running call reads
+            if session.running.entries and name not in session.store.resident:
+                raise BatchError(
+                    f"a forward is running on this thread; pin {name!r} when it has returned"
+                )
+            session.locks.streams.follow(session.accelerators)
+            session.store.pin(name)
+
+    def unpin_adapter(self, name: str) -> None:
+        """Let a pinned adapter be evicted again. Raises UnknownAdapterError if it is not loaded."""
+        self._session.store.unpin(name)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the loaded adapters, in order of loading."""
+        return self._session.store.names
+
+    def list_adapters(self) -> list[str]:
+        """Names of the loaded adapters, in order of loading."""
+        return list(self._session.store.names)
+
+    @property
+    def active_adapter(self) -> str | None:
+        """The default of `set_adapter`; None is the base. A sum reads "0.7·sql + 0.3·style"."""
+        return self._session.default
+
+    @property
+    def active_adapters(self) -> ActiveAdapters:
+        """The adapters of `active_adapter`: none, one, or those of a sum. It may be called too."""
+        default = self._session.default
+        return ActiveAdapters(() if default is None else members(default))
+
+    def get_adapter(self, name: str) -> AdapterInfo:
+        """What is known of a loaded adapter: source, rank, sites, version, slot, memory. Raises
+        UnknownAdapterError if it is not loaded."""
+        return info(self._session.store, name)
+
+    @property
+    def adapter_versions(self) -> dict[str, int]:
+        """The version of each loaded adapter, a number that no other of this process has. It grows
+        when an adapter is replaced. A call serves one version of each."""
+        return self._session.store.versions
+
+    # --- base weights ---
+
+    def load_weights(self, weights: Weights, *, strict: bool = True) -> WeightUpdate:
+        """Update the base weights in place, under any naming that a trainer produces.
+
+        Nothing is compiled again, and addresses and adapters stay. Everything that depends on the
+        weights is updated too: packed and tied weights, copies of absorbed ones, a merged adapter.
+        The update waits for running calls. docs/base_weights.md has the namings.
+
+        Args:
+            weights: (name, tensor) pairs, a mapping, a safetensors file or folder, or a function
+                without arguments that yields pairs, called twice. Each of these is checked as a
+                whole before the first write. A generator can be read only once, so its tensors are
+                copied to host memory first.
+            strict: unknown names, and parameters that get nothing, are errors too. Without it
+                they are reported.
+
+        Returns:
+            The names that were loaded, missing and ignored.
+
+        Raises:
+            BaseWeightsError: unknown, duplicate, missing and misshapen names, numbers of another
+                kind (floats for a quantised weight), different values for tied weights: all
+                problems at once. The old weights stay in service.
+            ConfigError: `weights` is none of the above.
+            BatchError: a call, or another update, is running on this thread.
+            MatchError: an adapter is merged, and cannot be merged into the new weights. They are
+                loaded; calls are refused until `merge` or `unmerge`.
+
+        It also raises what iterating over `weights` raises. If that happens in the second round
+        over a function, or while files are read, weights are partly written, and calls are refused
+        until an update succeeds.
+        """
+        self._entries.check_attached()
+        return update_weights(self._session, weights, strict=strict)
+
+    def merge(self, name: str, *, requantize: bool = False) -> MergeReport:
+        """Add an adapter to the base weights, in place: calls run at the speed of the base model.
+
+        Until `unmerge`, this adapter serves all calls, whether they name it or nothing; a call that
+        names another adapter or the base is refused. Graphs, addresses and the model's own modules
+        stay; `model`, called directly, is the merged model.
+
+        Args:
+            requantize: store W + ΔW in the format of W where W is quantised. That loses a part of
+                ΔW, perhaps most of it; see `MergeReport`. Otherwise quantised weights are refused.
+
+        Returns:
+            The weights that hold W + ΔW now, what rounding to their dtype has cost, and the bytes
+            of host memory that the originals take.
+
+        Raises:
+            UnknownAdapterError: it is not loaded.
+            ConfigError: an adapter is already merged, or another one is the default of
+                `set_adapter`.
+            BatchError: a call is running on this thread.
+            MatchError: a weight cannot take ΔW: quantised, tied to one that gets another ΔW,
+                held by another model in service, copied in an unsupported form, or beyond the range
+                of its dtype.
+
+        Nothing has changed then.
+        """
+        self._entries.check_attached()
+        return merge(self._session, name, requantize=requantize)
+
+    def unmerge(self, *, force: bool = False) -> None:
+        """Put the base's own weights back, bit for bit; adapters can be mixed in batches again.
+
+        Raises:
+            ConfigError: no adapter is merged.
+            BatchError: a call is running on this thread.
+            CaptureError: something other than `load_weights` has written or replaced weights since
+                the merge. With `force` those writes are lost, and replaced weights stay.
+        """
+        unmerge(self._session, force=force)
+
+    @property
+    def merged(self) -> str | None:
+        """The adapter that is merged into the base weights, if any."""
+        merged = self._session.base.merged
+        return None if merged is None else merged.name
+
+    def export_merged(
+        self, name: str, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB"
+    ) -> Path:
+        """Write the model with an adapter merged, for `from_pretrained`, and return the folder. The
+        model stays as it is, and other threads are served meanwhile.
+
+        A transformers model is written by its own `save_pretrained`, with its configurations; any
+        other module as one `model.safetensors` with the names of its `state_dict()`. Tied weights
+        that the adapter changes differently are written as two.
+
+        The folder is created if it is missing. While this runs it also holds one file for each
+        changed weight, so that no second copy of the model is in memory.
+
+        Raises:
+            UnknownAdapterError: it is not loaded.
+            MatchError: a weight cannot take ΔW (as for `merge`), or the module has no configuration
+                that could declare tied weights untied.
+            CheckpointError: the folder cannot be written.
+        """
+        self._entries.check_attached()
+        return export_merged(self._session, name, Path(folder), max_shard_size=max_shard_size)
+
+    # --- requests that come and go ---
+
+    @contextmanager
+    def continuous_batching(
+        self,
+        generation_config: GenerationConfig | None = None,
+        continuous_batching_config: ContinuousBatchingConfig | None = None,
+        *,
+        warmup: bool = True,
+        timeout: float | None = None,
+        **engine: Any,
+    ) -> Iterator[AdapterBatchingManager]:
+        """transformers' continuous batching, with an adapter for each request.
+
+            with cm.continuous_batching() as engine:
+                first = engine.add_request(ids, adapter="sql", max_new_tokens=64)
+                for output in engine.request_id_iter(first): ...
+
+        The engine runs in a thread until the block ends; calls of the model take turns with its
+        steps. Adapters may be loaded, replaced and unloaded meanwhile. More adapters than there are
+        slots take turns.
+
+        Args:
+            generation_config: how tokens are chosen, for all requests; None for the model's.
+            continuous_batching_config: sizes of pages and batches, for example.
+            warmup: compile the two graphs of the engine's steps first.
+            timeout: seconds to wait for the requests that are under way when the block ends, after
+                which they fail; None waits for all of them.
+            **engine: of transformers' manager.
+
+        Raises:
+            ConfigError: transformers is too old, or the model or the configuration asks for
+                something that is not served (CUDA graphs).
+            CaptureError: the model was detached.
+        """
+        refuse_slips(engine, self.continuous_batching, ways=_BY_REQUEST)
+        self._entries.check_attached()
+        try:
+            from lorafx.generation.continuous.manager import AdapterBatchingManager
+        except ImportError as error:
+            raise ConfigError(
+                f"continuous batching needs transformers 5.23 or newer (the extra `hf`): {error}"
+            ) from error
+        manager = AdapterBatchingManager(
+            self._entries, generation_config, continuous_batching_config, **engine
         )
+        try:
+            if warmup:
+                with progress("compiling the engine's steps, ahead of requests"), torch.no_grad():
+                    manager.warmup()
+            manager.start()
+            yield manager
+        finally:
+            if manager.is_running():
+                manager.stop(block=True, timeout=timeout)
+            manager.destroy()
+
+    def generate_batch(
+        self,
+        inputs: Sequence[Sequence[int]],
+        adapter_names: Sequence[AdapterName] | None = None,
+        generation_config: GenerationConfig | None = None,
+        continuous_batching_config: ContinuousBatchingConfig | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        warmup: bool = False,
+        **request: Any,
+    ) -> dict[str, GenerationOutput]:
+        """Generate for many prompts by continuous batching.
+
+        Args:
+            inputs: the token ids of each prompt.
+            adapter_names: the adapter of each prompt, as in `forward`.
+            **request: of `add_request`, for all of them.
+
+        Returns:
+            The outputs by the names of the requests, in the order of the prompts; those of further
+            sequences of a prompt (`num_return_sequences`) come before its own. A request that
+            failed says so in `error`, and one warning names all of them.
+
+        Raises BatchError if there is not a name for each prompt, or the engine stopped,
+        UnknownAdapterError before anything has run, and what `continuous_batching` raises.
+        """
+        refuse_slips(request, self.generate_batch, ways=BY_ROW)
+        names = checked_names(adapter_names)
+        if names is not None and len(names) != len(inputs):
+            raise BatchError(
+                f"adapter_names has {len(names)} entries, but there are {len(inputs)} prompts; "
+                "give one name, or None for the base model, per prompt"
+            )
+        for name in dict.fromkeys(names or ()):
+            if name is not None:
+                self._session.store.check_known(name)
+        if not inputs:
+            return {}
+        block = self.continuous_batching(
+            generation_config, continuous_batching_config, warmup=warmup
+        )
+        with block as engine, progress(f"generating for {len(inputs)} prompts"):
+            ids = []
+            for row, prompt in enumerate(inputs):
+                adapter = {} if names is None else {"adapter": names[row]}
+                given: dict[str, Any] = {"max_new_tokens": max_new_tokens, **request, **adapter}
+                ids.append(engine.add_request(list(prompt), **given))
+            outputs = engine.collected(ids)
+        failed = [f"{key}: {output.error}" for key, output in outputs.items() if output.error]
+        if failed:
+            warnings.warn(
+                f"{len(failed)} of {len(outputs)} requests failed; {'; '.join(failed)}",
+                LorafxWarning,
+                stacklevel=2,
+            )
+        return outputs
 
     # --- what it is and does ---
 
@@ -306,9 +657,13 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
         """Graphs compiled so far."""
         return len(self._session.backend.records)
 
+    def stats(self) -> Statistics:
+        """What adapters have done since the model was compiled."""
+        return self._session.counts.with_those_of(self._session.store)
+
     def memory(self) -> dict[str, int]:
         """Sizes in bytes: "banks" on the device, "host" copies of adapters, their files on
-        "disk", "base" parameters, "originals" of merged weights in host memory."""
+        "base" parameters, "originals" of merged weights in host memory."""
         base = {id(p): p.numel() * p.element_size() for p in self.model.parameters()}
         merged = merged_of(self._session)
         return {
@@ -323,21 +678,21 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
         A `peft.PeftModel` that was compiled gets its wrappers back. A merged adapter is removed
         first (`unmerge`). This waits for running calls.
 
-        Raises:
-            BatchError: a call is running on this thread.
-
-        It also raises what `unmerge` raises.
+        Raises BatchError if a call is running on this thread, and what `unmerge` raises.
         """
         session = self._session
         session.refuse_running("detach()")
         with session.weights_lock, session.lock:
             if self.merged is not None:
                 self.unmerge()
-            undisturbed(self._attachment.detach)
+            undisturbed(self._entries.attachment.detach)
             leave(session)
         return self.model
 
-    # --- plumbing ---
+    @property
+    def detached(self) -> bool:
+        """Whether its marks were taken off the model."""
+        return self._entries.detached
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -346,11 +701,6 @@ class CompiledModel(LookMethods, AdapterMethods, BaseMethods, BatchingMethods, A
             if name == "model":
                 raise
         return delegated(self, name)
-
-    @property
-    def detached(self) -> bool:
-        """Whether its marks were taken off the model."""
-        return not self._attachment.rollback
 
 
 #: Those that are in use, and some that were detached.

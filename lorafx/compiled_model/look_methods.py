@@ -36,9 +36,8 @@ class LookMethods:
 
     def explain(self) -> Explanation:
         """A report of sites, banks, adapters, graphs, packs, row maps, plan and refusals as they
-        are now, as an object with fields (`json()` has their values, `str()` is text, and notebooks
-        show tables). It waits for running calls, and measures ΔW of adapters that it has not seen
-        yet."""
+        are now: `json()` has its values, `str()` is text, and notebooks show tables. It waits for
+        running calls."""
         with self._session.lock:
             return explained(self._session)
 
@@ -49,19 +48,14 @@ class LookMethods:
         *,
         inputs: Mapping[str, Any] | Sequence[Any] | None = None,
     ) -> Why:
-        """What became of the module at `path`: whether it carries LoRA and by which rule, what an
-        adapter has for it, in which graphs it is and how, and what refuses it.
+        """What became of the module at `path` (also one that only adapters use, such as q_proj of a
+        packed qkv_proj): whether it carries LoRA and by which rule, what an adapter has for it, in
+        which graphs it is and how, and what refuses it.
 
         With `adapter` it also says which keys of the file are for the module, the norm of ΔW and by
         how much the adapter changes what the module returns: ‖delta‖ / ‖y‖ in one eager run of the
-        model with this adapter for all requests, on the last batch if that is still there, or on
-        `inputs`. `str()` is text, `json()` has the values.
-
-        Args:
-            path: any path of the module, also one that only adapters use ("...self_attn.q_proj" of
-                a packed qkv_proj).
-            adapter: a loaded adapter.
-            inputs: keyword arguments (or positional ones) of a call, to measure with.
+        model with this adapter for all requests, on `inputs`, the arguments of a call, or on the
+        last batch if that is still there. `str()` is text, `json()` has the values.
 
         Raises:
             ConfigError: there is no such module; the error names the nearest paths.
@@ -86,20 +80,11 @@ class LookMethods:
         """Measure where the time of a call goes, site by site, beside the byte floor.
 
         The graphs are captured once more, and their operators run one by one under torch.profiler:
-        those of the base's product and of LoRA are the kernels that serve. A node that computes
-        several siblings has one time, and so has an operator that does product and delta. The call
-        as it is served is timed too. Graphs, adapters and slots stay; other calls wait.
+        those of the base's product and of LoRA are the kernels that serve. `calls` calls are
+        measured, after one that compiles. The call as it is served is timed too. Other calls wait.
 
-        Args:
-            inputs: the arguments of a call, by name or in their order.
-            adapter_names: an adapter for each request, None for the base; no sums.
-            calls: how many calls are measured, after one that compiles.
-
-        Raises:
-            BatchError: no request has an adapter.
-            ConfigError: `calls` is not positive.
-
-        It also raises what a call raises.
+        Raises BatchError if no request has an adapter, ConfigError if `calls` is not positive, and
+        what a call raises.
         """
         compiled = cast("CompiledModel", self)
         compiled._entries.check_attached()
@@ -112,11 +97,8 @@ class LookMethods:
 
         The calls that captured them, and the last one, are made once more for that, operator by
         operator, with ones for arguments that are gone. Of graphs whose calls cannot be made again
-        (they had a cache, say) only the generated code is written, and a warning says so.
-        Environment LORAFX_DUMP=folder writes all graphs as they come.
-
-        Raises:
-            ConfigError: the folder cannot be made, or written to.
+        (they had a cache, say) only the generated code is written, and a warning says so. Raises
+        ConfigError if the folder cannot be made, or written to.
         """
         target, unseen = Path(folder), list[str]()
         with written_into(target), self._session.lock:

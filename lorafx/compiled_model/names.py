@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lorafx.errors import CaptureError, ConfigError, nearest
+from lorafx.errors import ConfigError, nearest
 from lorafx.generation.generate import refuse
 from lorafx.model.keywords import BY_ROW, refuse_slips
 from lorafx.runtime.idle import wanted
-from lorafx.runtime.requests import checked_names
+from lorafx.runtime.requests import requests_of
 from lorafx.torch_internals.compat import untraced
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ ARGUMENTS: Mapping[str, str] = {
     "fullgraph": "where the model breaks its graph, the pieces are compiled, as explain() shows",
     "is_trainable": "a compiled model trains nothing: train with PEFT, and load what it saves",
     "key_mapping": _HUB,
-    "low_cpu_mem_usage": "files are mapped, and LoraConfig(max_host_bytes=...) bounds host memory",
+    "low_cpu_mem_usage": "files are mapped already",
     "revision": _HUB,
     "torch_device": "adapters are where the model is",
 }
@@ -156,36 +156,23 @@ def _served(compiled: CompiledModel, owner: nn.Module, method: MethodType) -> Ca
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
         refuse_slips(kwargs, method, owner, BY_ROW)
-        names: Sequence[str | None] | None = None
+        requests = None
         if not own_argument:
-            names = checked_names(kwargs.pop("adapter_names", None))
-        kept = session.fetched((session.default,) if names is None else names)  # noqa: F841
+            requests = requests_of(kwargs.pop("adapter_names", None))
         with session.lock:
             session.refuse_injected()
-            if names is None and (session.default is None or session.running.updating):
+            if requests is None and (session.default is None or session.running.updating):
                 return session.beside_engine(functools.partial(method, *args, **kwargs))
             compiled._entries.check_attached()
 
             def run() -> Any:
                 if session.base.merged is not None or not wanted(session):
                     return method(*args, **kwargs)
-                _refuse_lazy(owner, method)
                 served: Callable[..., Any] = method
                 if method.__name__ not in GENERATING:
                     served = compiled.entry(owner, method=method)
                 return compiled._generation.within(served)(*args, **kwargs)
 
-            return session.call(run, names)
+            return session.call(run, requests)
 
     return call
-
-
-def _refuse_lazy(owner: nn.Module, method: MethodType) -> None:
-    plain = inspect.unwrap(method.__func__)
-    lazy = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
-    if any(is_so(plain) for is_so in lazy):
-        raise CaptureError(
-            f"{type(owner).__name__}.{method.__name__} is a generator or coroutine, whose "
-            "body runs after the call has ended, without its adapters; call the compiled "
-            "model for each step, or write a method that returns what this one yields"
-        )

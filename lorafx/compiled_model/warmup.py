@@ -1,12 +1,9 @@
 """Warm-up: the graphs that serving needs, captured before the first request.
 
     calls = {forward, generate} × batch sizes × lengths × {no adapter, one adapter, a mix}
-    graphs = {batch 1, more} × {one token, more} × {cache form} × {no adapter, adapters}, of which
-        some are one (lorafx.capture.instances, `Options.base_graphs`)
 
 A graph does not depend on which adapters a batch has, so dummies stand in for all of them. Where an
 aLoRA adapter is loaded there is one more call of each, for the graphs that have one slot per token.
-The store, the batch, random states and the buffers of the model are restored whatever happens.
 """
 
 from __future__ import annotations
@@ -34,8 +31,8 @@ from lorafx.runtime.session import Session
 if TYPE_CHECKING:
     from lorafx.compiled_model.compiled import CompiledModel
 
-#: Rank of the dummies, where that many fit and no sharding asks for more. What is compiled does not
-#: depend on it; a small one costs little memory.
+#: Rank of the dummies, where that many fit and no sharding asks for more. Graphs do not depend on
+#: it.
 DEFAULT_RANK = 8
 #: New tokens of a `generate` call: one of the prefill, and two decode steps.
 NEW_TOKENS = 3
@@ -49,7 +46,6 @@ def warm_up(
     compiled: CompiledModel,
     example_inputs: Any,
     *,
-    rank: int | None,
     batch_sizes: Sequence[int],
     lengths: Sequence[int],
     generate: bool | Mapping[str, Any] | None,
@@ -57,11 +53,8 @@ def warm_up(
     """See `CompiledModel.warmup`."""
     session = compiled._session
     sizes = _positive("batch_sizes", batch_sizes), _positive("lengths", lengths)
-    config = session.program.config
-    slot = config.slot_rank or config.max_rank
-    if rank is None and config.slot_rank is not None:
-        rank = min(DEFAULT_RANK, slot)
-    rank = dummy_rank(session.program.sites, config.max_rank, rank)
+    config, sites = session.program.config, session.program.sites
+    rank = dummy_rank(sites, config.max_rank)
     with session.lock:
         if example_inputs is None:
             device = session.program.runtime.device
@@ -75,12 +68,16 @@ def warm_up(
             runs["forward"] = partial(_forward, compiled)
         if settings is not None:
             runs["generate"] = partial(_generate, compiled, settings)
-        count = 2 if config.max_adapters > -(-rank // slot) else 1  # that find slots together
-        names = [f"warm-up {i}" for i in range(count)]
-        dummies = [dummy(name, session.program.sites, rank, seed=i) for i, name in enumerate(names)]
+        count = min(2, config.max_adapters)
+        dummies = [dummy(f"warm-up {i}", sites, rank, seed=i) for i in range(count)]
         if any_begins(session, session.store.names):
             dummies.append(replace(dummies[0], name=_BEGINS, invocation=(0,)))
-        variants = [v for example in examples for v in _ordered(example.variants(*sizes))]
+        # Those of one request last: a graph of several may serve one, not the other way round.
+        variants = [
+            variant
+            for example in examples
+            for variant in sorted(example.variants(*sizes), key=lambda v: v.rows == 1)
+        ]
         calls = list(_calls(runs, variants, [adapter.name for adapter in dummies]))
 
         def run() -> None:
@@ -97,33 +94,24 @@ def warm_up(
 # --- dummies ---
 
 
-def dummy_rank(sites: Sequence[Site], max_rank: int, rank: int | None = None) -> int:
-    """The rank of dummies: `rank`, or DEFAULT_RANK where that fits, rounded up to the least common
-    multiple of the shard counts of the sites.
+def dummy_rank(sites: Sequence[Site], max_rank: int) -> int:
+    """The rank of dummies: DEFAULT_RANK where the banks have room for that, rounded up to the least
+    common multiple of the shard counts of the sites.
 
     Raises:
-        ConfigError: `rank` is no positive int, or a class counts shards in another way.
+        ConfigError: a class counts shards by something else than a positive integer.
         CapacityError: the banks hold no such rank.
     """
-    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
-        raise ConfigError(f"warmup(rank=...) must be a positive integer, got {rank!r}")
-    wanted = min(DEFAULT_RANK, max_rank) if rank is None else rank
+    wanted = min(DEFAULT_RANK, max_rank)
     shards = {site.path: _shards(site) for site in sites}
     multiple = math.lcm(*shards.values())
     rounded = -(-wanted // multiple) * multiple
     if rounded > max_rank:
-        said = "default rank" if rank is None else "rank"
-        why = ""
-        if multiple > 1:
-            sharded = [f"{path} {count}" for path, count in shards.items() if count > 1]
-            why = (
-                f", rounded up to a multiple of {multiple} because LoRA ranks are sharded "
-                f"({some(sharded)}),"
-            )
+        sharded = [f"{path} {count}" for path, count in shards.items() if count > 1]
         raise CapacityError(
-            f"warm-up adapters of {said} {wanted}{why} need rank {rounded}, over max_rank = "
-            f"{max_rank}; compile with LoraConfig(max_rank={rounded})"
-            + ("" if rank is None else ", or give a smaller rank")
+            f"warm-up adapters of default rank {wanted}, rounded up to a multiple of {multiple} "
+            f"because LoRA ranks are sharded ({some(sharded)}), need rank {rounded}, over "
+            f"max_rank = {max_rank}; compile with LoraConfig(max_rank={rounded})"
         )
     return rounded
 
@@ -142,10 +130,7 @@ def _shards(site: Site) -> int:
 
 
 def dummy(name: str, sites: Sequence[Site], rank: int, *, seed: int) -> Adapter:
-    """An adapter of small random factors for every part of every site, the same every time.
-
-    Not zeros: `Options(verify="numeric")` compares the passes on the first call, which this is.
-    """
+    """An adapter of small random factors for every part of every site, the same every time."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for site in sites:
@@ -195,11 +180,6 @@ def _is_state(buffer: Tensor) -> bool:
 
 
 # --- calls ---
-
-
-def _ordered(variants: Iterator[Example]) -> list[Example]:
-    """Those of one request last: a graph of several may serve one, too, not the other way round."""
-    return sorted(variants, key=lambda variant: variant.rows == 1)
 
 
 def _calls(

@@ -4,8 +4,8 @@
     result     the rows of each wave in dimension 0   → (B, …), in the order of the batch
 
 A request's result does not depend on its neighbours, so this is what the batch would have given.
-Tensors may lie in lists, tuples, mappings and dataclasses, and those of results in transformers'
-dynamic caches. What all requests share goes to every wave. Everything else is refused by name.
+Tensors may lie in lists, tuples and mappings, and those of results in transformers' dynamic caches.
+What all requests share goes to every wave. Everything else is refused by name.
 """
 
 from __future__ import annotations
@@ -13,30 +13,28 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from lorafx.adapter_store.names import BASE
+from lorafx.adapter_store.names import adapters_among
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.errors import BatchError
-from lorafx.program.argument_roles import RoleTable
-from lorafx.program.row_dims import CACHES, ROW_DIMS
+from lorafx.program.argument_roles import CACHES, ROW_DIMS, RoleTable
 from lorafx.runtime.entry import CompiledForwards
-from lorafx.runtime.requests import Names
-from lorafx.runtime.session import Session
+from lorafx.runtime.requests import Names, Requests
 
-#: Runs the model with these arguments for these requests: adapter names, and which of them each
-#: token uses.
-_Call = Callable[[Sequence[Any], Mapping[str, Any], "Names | None", "Tensor | None"], Any]
+#: Runs the model with these arguments for these requests.
+_Call = Callable[[Sequence[Any], Mapping[str, Any], "Requests | None"], Any]
 
 #: What `generate` takes that all requests share.
 _SHARED = ("generation_config", "tokenizer")
 #: What is no property of a row.
 _PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
+#: The rows of each wave.
+Waves = Sequence[Sequence[int]]
 
 
 def in_waves(
@@ -44,111 +42,91 @@ def in_waves(
     call: _Call,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    names: Names | None,
-    tokens: Tensor | None = None,
+    requests: Requests | None,
     *,
     generates: bool = False,
 ) -> Any:
     """What `call` returns for these arguments, of the model's forward or of its `generate`, in as
-    many calls as the slots need. Sequences of a wave that ended before the longest are padded as
-    those of one batch would be.
+    many calls as the slots need where `Options.overflow` says so. Sequences of a wave that ended
+    before the longest are padded as those of one batch would be.
 
     Raises:
         BatchError: an argument or a result cannot be cut by rows, or put together again. Of
-            `generate` also: what looks at rows by their number (processors of logits, criteria,
-            streamers) was handed in; beams are to be traced (`beam_indices`); or waves took
-            different numbers of steps, and more than the sequences is asked for.
+            `generate` that is everything but the sequences, and what looks at rows by their number
+            (processors of logits, criteria, streamers).
     """
     session, model = entries.session, entries.model
-    # What calls around this one read stays in its slots.
-    inside = session.running.here and session.running.entries
     generate: Any = getattr(model, "generate", None)
     if (
-        names is None
-        or session.program.options.overflow != "waves"
-        or inside
+        session.program.options.overflow != "waves"
+        or requests is None
+        or requests.alike
+        or requests.tokens is not None
+        or (session.running.here and session.running.entries)  # which reads its slots after this
         or (generates and not callable(generate))
     ):
-        return call(args, kwargs, names, tokens)
-    kept = session.fetched(names, tokens)  # noqa: F841 - before the lock is taken
+        return call(args, kwargs, requests)
+    names, row_dims = requests.names, session.program.config.row_dims
     with session.lock:
-        waves = _waves(session, names, tokens)
-        if waves is None:
-            return call(args, kwargs, names, tokens)
-        row_dims = session.program.config.row_dims
-        if generates:
-            table = RoleTable(model, row_dims, generate)
-        else:
-            table = entries.of(model, per_token=tokens is not None).roles
+        for name in adapters_among(names):
+            session.store.check_known(name)
+        waves = None if session.base.merged is not None else waves_of(session.store, names)
+        table = RoleTable(model, row_dims, generate) if generates else entries.of(model).roles
         bound = table.bind(tuple(args), kwargs)
         settings = bound.get("generation_config") or getattr(model, "generation_config", None)
         renamed = {"inputs": getattr(model, "main_input_name", "inputs")} if generates else {}
         shared = {n for n, value in bound.items() if generates and _is_shared(n, value, settings)}
-        named = {renamed.get(name, name): value for name, value in bound.items()}
-        if table.rows(named) != (len(names) if tokens is None else len(tokens)):
-            return call(args, kwargs, names, tokens)
-        padding = _padding(bound, settings) if generates else None
-        rows = _Rows(table, row_dims, named, waves, several=generates, padding=padding)
-        rows.check({name: value for name, value in named.items() if name not in shared})
+        named = {renamed.get(n, n): value for n, value in bound.items() if n not in shared}
+        if waves is None or table.rows(named) != len(names):
+            return call(args, kwargs, requests)
+        table.check_rows(named, len(names))
 
-        def part(wave: int, name: str, value: Any) -> Any:
-            return value if name in shared else rows.part(wave, renamed.get(name, name), value)
+        def part(rows: Tensor, name: str, value: Any) -> Any:
+            if name in shared:
+                return value
+            return _cut(table, row_dims, named, renamed.get(name, name), value, rows)
 
         results = []
-        for number, wave in enumerate(waves):
-            wave_args, wave_kwargs = table.changed(args, kwargs, partial(part, number))
-            if tokens is None:
-                of_rows = [names[row] for row in wave]
-                results.append(call(wave_args, wave_kwargs, of_rows, None))
-            else:
-                results.append(call(wave_args, wave_kwargs, names, tokens[wave]))
+        for wave in waves:
+            wave_args, wave_kwargs = table.changed(args, kwargs, partial(part, torch.tensor(wave)))
+            results.append(call(wave_args, wave_kwargs, requests.part(wave)))
         with torch.no_grad():
-            return rows.joined("the result", results)
+            if generates:
+                return _sequences(waves, results, _padding(bound, settings))
+            return _joined(waves, "the result", results)
 
 
-def _waves(session: Session, names: Names, tokens: Tensor | None) -> list[list[int]] | None:
-    """The rows of each wave; None where the batch is one, or no number of waves would do."""
-    if session.base.merged is not None:  # which needs no slot
-        return None
-    wanted = [frozenset[str]() if n is None or n == BASE else frozenset({n}) for n in names]
-    for name in frozenset[str]().union(*wanted):
-        session.store.check_known(name)
-    if tokens is None:
-        return waves_of(session.store, wanted)
-    used = [[wanted[i] for i in row.unique().tolist() if i >= 0] for row in tokens]
-    return waves_of(session.store, [frozenset[str]().union(*of_row) for of_row in used])
-
-
-def waves_of(store: AdapterStore, rows: Sequence[frozenset[str]]) -> list[list[int]] | None:
-    """Which of `rows`, by the adapters of each, run together; None where all do, or a row alone
-    finds no slots.
+def waves_of(store: AdapterStore, names: Names) -> list[list[int]] | None:
+    """Which rows, with adapters of these names, run together; None where all do, or an adapter
+    alone finds no slot.
 
     There are as few waves as the slots allow, with about as many adapters each, so that no wave is
     left with a single row, which has a graph of its own. Adapters that have slots come first:
     later waves may take those over.
     """
-    every = frozenset[str]().union(*rows)
-    if store.fits(every) or not all(map(store.fits, rows)):
+    every = frozenset(adapters_among(names))
+    if store.fits(every) or not all(store.fits(frozenset({name})) for name in every):
         return None
     pinned, resident = store.pinned, store.resident
-    count = len(every - pinned)
+    apart = sorted(every - pinned, key=lambda name: name not in resident)
+    if not apart:
+        return None
     most = max(store.max_adapters - len(pinned), 1)
-    share = -(-count // -(-count // most)) if count else 0
-    share = max(share, *(len(row - pinned) for row in rows))
-    order = sorted(range(len(rows)), key=lambda row: len(rows[row] - resident.keys()))
-    waves: list[tuple[set[str], list[int]]] = []
-    for row in order:
-        for adapters, members in waves:
-            joint = adapters | rows[row]
-            if rows[row] <= adapters or (
-                len(joint - pinned) <= share and store.fits(frozenset(joint))
-            ):
-                adapters |= rows[row]
-                members.append(row)
+    share = -(-len(apart) // -(-len(apart) // most))
+    waves: list[frozenset[str]] = []
+    for name in apart:
+        for number, wave in enumerate(waves):
+            if len(wave) < share and store.fits(wave | {name}):
+                waves[number] = wave | {name}
                 break
         else:
-            waves.append((set(rows[row]), [row]))
-    return [sorted(members) for _, members in waves]
+            waves.append(frozenset({name}))
+    waves[0] |= every & pinned
+    wave_of = {name: number for number, wave in enumerate(waves) for name in wave}
+    rows: list[list[int]] = [[] for _ in waves]
+    for row, given in enumerate(names):
+        rows[wave_of.get(str(given), 0)].append(row)
+    return rows
 
 
 def _is_shared(name: str, value: Any, settings: Any) -> bool:
@@ -156,7 +134,7 @@ def _is_shared(name: str, value: Any, settings: Any) -> bool:
     return name in _SHARED or isinstance(value, _PLAIN) or hasattr(settings, name)
 
 
-def _padding(bound: Mapping[str, Any], settings: Any) -> int | None:
+def _padding(bound: Mapping[str, Any], settings: Any) -> int:
     """The token that fills the rows of sequences that have ended."""
     for name in ("pad_token_id", "eos_token_id"):
         value = bound.get(name)
@@ -164,178 +142,135 @@ def _padding(bound: Mapping[str, Any], settings: Any) -> int | None:
         tokens = [] if value is None else torch.as_tensor(value).flatten().tolist()
         if tokens:
             return int(tokens[0])
-    return None
+    return 0
 
 
-class _Rows:
-    """Cuts the arguments of a call (`named`) into the rows of each wave, and puts results together.
-
-    With `several` a result may have several entries of each request, as `generate` returns them;
-    `padding` fills sequences that have ended. `row_dims` are those that the user declared.
-    """
-
-    def __init__(
-        self,
-        table: RoleTable,
-        row_dims: Mapping[str, int | None],
-        named: Mapping[str, Any],
-        waves: Sequence[Sequence[int]],
-        *,
-        several: bool,
-        padding: int | None,
-    ) -> None:
-        self._table, self._row_dims, self._named = table, row_dims, named
-        self._several, self._padding = several, padding
-        self._waves = [torch.tensor(list(wave)) for wave in waves]
-        self._count = sum(map(len, waves))
-        #: For each row of the batch, its place among the rows of all waves.
-        self._places = torch.cat(self._waves).argsort()
-
-    def check(self, arguments: Mapping[str, Any]) -> None:
-        """Raise BatchError unless these arguments can be cut."""
-        self._table.check_rows(arguments, self._count)
-        for name, value in arguments.items():
-            self._check(name, value)
-
-    def _check(self, name: str, value: Any) -> None:
-        if isinstance(value, _PLAIN):
-            return
-        if isinstance(value, Tensor):
-            role = self._table.role(name, value, self._named)
-            shared = self._row_dims.get(name, 0) is None and value.dim()
-            if not role.known or shared:
-                what = "is declared to be shared" if role.known else "is in no table of roles"
-                _refuse(
-                    f"nothing tells which entries of argument {name!r} {tuple(value.shape)} "
-                    f"belong to which request: it {what}. Declare the dimension of the requests "
-                    f"with LoraConfig(row_dims={{{name!r}: dim}})"
-                )
-            if role.dim is not None and value.shape[role.dim] not in (1, self._count):
-                _refuse(
-                    f"dimension {role.dim} of argument {name!r} {tuple(value.shape)} does not "
-                    f"hold the {self._count} requests"
-                )
-            return
-        if isinstance(value, _cache_classes()):
+def _cut(
+    table: RoleTable,
+    row_dims: Mapping[str, int | None],
+    call: Mapping[str, Any],
+    name: str,
+    value: Any,
+    rows: Tensor,
+) -> Any:
+    """These rows of an argument of `call`; BatchError where it cannot be cut."""
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, Tensor):
+        role = table.role(name, value, call)
+        shared = row_dims.get(name, 0) is None and value.dim()
+        if not role.known or shared:
+            what = "is declared to be shared" if role.known else "is in no table of roles"
             _refuse(
-                f"argument {name!r} is a {type(value).__name__}, which all requests fill together"
+                f"nothing tells which entries of argument {name!r} {tuple(value.shape)} belong to "
+                f"which request: it {what}. Declare the dimension of the requests with "
+                f"LoraConfig(row_dims={{{name!r}: dim}})"
             )
-        inside = self._inside(name, value)
-        if inside is None or any(isinstance(i, _PLAIN) and i is not None for _, i in inside):
-            _refuse(
-                f"argument {name!r} ({type(value).__name__}) cannot be cut into the rows of "
-                "its requests"
-            )
-        for label, item in inside:
-            self._check(label, item)
-
-    def _inside(self, name: str, value: Any) -> list[tuple[str, Any]] | None:
-        """What an argument holds, each item by the name that its role goes by."""
-        items, spreads = _items(value), self._table.spreads(name, value)
-        if items is None:
-            return None
-        return [(f"{name}.{label}" if spreads else name, item) for label, item in items]
-
-    def part(self, wave: int, name: str, value: Any) -> Any:
-        """The argument of one wave."""
-        if isinstance(value, _PLAIN):
+        if role.dim is None or value.shape[role.dim] == 1:
             return value
-        if isinstance(value, Tensor):
-            dim = self._table.role(name, value, self._named).dim
-            if dim is None or value.shape[dim] == 1 != self._count:
-                return value
-            with torch.no_grad():
-                return value.index_select(dim, self._waves[wave].to(value.device))
-        inside = self._inside(name, value) or ()
-        return _rebuilt(value, [self.part(wave, label, item) for label, item in inside])
-
-    def joined(self, name: str, parts: Sequence[Any]) -> Any:
-        """The result of the batch; BatchError where a part of it cannot be put together."""
-        first = parts[0]
-        if isinstance(first, Tensor):
-            return self._tensors(name, parts)
-        if isinstance(first, _cache_classes()):
-            return self._cache(name, parts)
-        if isinstance(first, _PLAIN):
-            if any(part != first for part in parts):
-                _refuse(f"{name} is {first!r} for some rows and something else for others")
-            return first
-        items = [_items(part) or [] for part in parts]
-        if _items(first) is None or len(set(map(len, items))) > 1:
+        if value.shape[role.dim] != table.rows(call):
             _refuse(
-                f"{name} ({type(first).__name__}) cannot be put together from the rows' own, of "
-                f"{', '.join(str(len(of_part)) for of_part in items)} entries"
+                f"dimension {role.dim} of argument {name!r} {tuple(value.shape)} does not hold the "
+                f"{table.rows(call)} requests"
             )
-        columns = zip(*items, strict=True)
-        return _rebuilt(
-            first,
-            [self.joined(column[0][0] or name, [item for _, item in column]) for column in columns],
+        with torch.no_grad():
+            return value.index_select(role.dim, rows.to(value.device))
+    items = _items(value)
+    if items is None or any(isinstance(item, _PLAIN) and item is not None for item in items):
+        _refuse(
+            f"argument {name!r} is a {type(value).__name__}, which cannot be cut into the rows of "
+            "its requests"
         )
+    labels = [name] * len(items)
+    if table.spreads(name, value):  # each item is an argument
+        labels = [f"{name}.{key}" for key in value]
+    pairs = zip(labels, items, strict=True)
+    return _rebuilt(value, [_cut(table, row_dims, call, n, item, rows) for n, item in pairs])
 
-    def _tensors(self, name: str, parts: Sequence[Tensor]) -> Tensor:
-        if name == "beam_indices":
-            _refuse("beam_indices are places in the batch, which are others in each wave")
+
+def _joined(waves: Waves, name: str, parts: Sequence[Any]) -> Any:
+    """The result of the batch, or a part of it, by those of its waves; BatchError where they cannot
+    be put together."""
+    first = parts[0]
+    if isinstance(first, Tensor):
         dim = (ROW_DIMS[name] if name in CACHES else 0) or 0
+        return _rows(waves, name, parts, dim)
+    if isinstance(first, _cache_classes()):
+        return _cache(waves, name, parts)
+    if isinstance(first, _PLAIN):
+        if any(part != first for part in parts):
+            _refuse(f"{name} is {first!r} for some rows and something else for others")
+        return first
+    columns = [_items(part) or [] for part in parts]
+    if _items(first) is None or len(set(map(len, columns))) > 1:
+        _refuse(f"{name} ({type(first).__name__}) cannot be put together from those of its rows")
+    labels = map(str, first) if isinstance(first, Mapping) else [name] * len(columns[0])
+    items = zip(labels, zip(*columns, strict=True), strict=True)
+    return _rebuilt(first, [_joined(waves, label, column) for label, column in items])
+
+
+def _rows(
+    waves: Waves, name: str, parts: Sequence[Tensor], dim: int, several: bool = False
+) -> Tensor:
+    """A tensor of all rows, in dimension `dim`; with `several` of equally many entries of each."""
+    sizes = [len(wave) for wave in waves]
+    counts = [part.shape[dim] if part.dim() > dim else 0 for part in parts]
+    times = counts[0] // sizes[0]
+    alike = len({part.shape[:dim] + part.shape[dim + 1 :] for part in parts}) == 1
+    if not alike or (times != 1 and not several) or counts != [size * times for size in sizes]:
         shapes = ", ".join(str(tuple(part.shape)) for part in parts)
-        sizes = [len(wave) for wave in self._waves]
-        counts = [part.shape[dim] if part.dim() > dim else 0 for part in parts]
-        times = counts[0] // sizes[0]  # entries of each request
-        several = times > 1 and not self._several
-        if times < 1 or several or counts != [size * times for size in sizes]:
-            _refuse(
-                f"{name} has shapes {shapes} for {', '.join(map(str, sizes))} requests, and "
-                f"dimension {dim} should hold them: what is of all rows together has no order to "
-                "be put into"
-            )
-        if name in ("sequences", "the result") and self._several:
-            parts = self._padded(parts)
-        if len({part.shape[:dim] + part.shape[dim + 1 :] for part in parts}) > 1:
-            _refuse(f"{name} has shapes {shapes} for the rows of the batch")
-        whole = torch.cat(list(parts), dim)
-        order = self._places[:, None] * times + torch.arange(times)
-        return whole.index_select(dim, order.flatten().to(whole.device))
+        _refuse(
+            f"{name} has shapes {shapes} for {', '.join(map(str, sizes))} requests, and dimension "
+            f"{dim} should hold them: what is of all rows together has no order to be put into"
+        )
+    places = torch.tensor([row for wave in waves for row in wave]).argsort()
+    order = (places[:, None] * times + torch.arange(times)).flatten()
+    return torch.cat(list(parts), dim).index_select(dim, order.to(parts[0].device))
 
-    def _padded(self, parts: Sequence[Tensor]) -> Sequence[Tensor]:
-        lengths = [part.shape[1] if part.dim() == 2 else 0 for part in parts]
-        if len(set(lengths)) == 1 or self._padding is None:
-            return parts
-        return [
-            nn.functional.pad(part, (0, max(lengths) - length), value=self._padding)
-            for part, length in zip(parts, lengths, strict=True)
-        ]
 
-    def _cache(self, name: str, parts: Sequence[Any]) -> Any:
-        """A cache of the rows of all `parts`, with layers of keys and values that grow."""
-        made = copy.copy(parts[0])
-        inner = [n for n, value in vars(made).items() if isinstance(value, _cache_classes())]
-        for attribute in inner:  # of an encoder and a decoder
-            caches = [getattr(part, attribute) for part in parts]
-            setattr(made, attribute, self._cache(name, caches))
-        if not inner:
-            columns = zip(*(part.layers for part in parts), strict=True)
-            made.layers = [self._layer(name, made, layers) for layers in columns]
-        return made
+def _sequences(waves: Waves, parts: Sequence[Any], padding: int) -> Tensor:
+    """What `generate` returns for all rows: (B · sequences, T), padded to the longest."""
+    if not all(isinstance(part, Tensor) and part.dim() == 2 for part in parts):
+        _refuse(
+            f"generate() returns a {type(parts[0]).__name__}, and sequences alone are put together "
+            "from waves: leave out return_dict_in_generate"
+        )
+    longest = max(part.shape[1] for part in parts)
+    padded = [nn.functional.pad(p, (0, longest - p.shape[1]), value=padding) for p in parts]
+    return _rows(waves, "the result", padded, 0, several=True)
 
-    def _layer(self, name: str, cache: Any, layers: Sequence[Any]) -> Any:
-        made = copy.copy(layers[0])
-        known = isinstance(made, sys.modules["transformers.cache_utils"].DynamicLayer)
-        known &= not getattr(cache, "offloading", False)
-        for attribute, value in list(vars(made).items()):
-            values = [getattr(layer, attribute) for layer in layers]
-            if isinstance(value, Tensor) and attribute in ("keys", "values"):
-                if known and value.numel():
-                    setattr(made, attribute, self._tensors(f"{attribute} of {name}", values))
-            elif isinstance(value, _PLAIN):
-                if any(other != value for other in values):
-                    _refuse(f"{attribute} of {name} ({type(made).__name__}) differs between rows")
-            else:
-                known &= isinstance(value, Tensor) and not value.dim()
-        if not known:
-            _refuse(
-                f"{name} is a {type(cache).__name__} with layers {type(made).__name__}, which "
-                "cannot be cut into rows; give a DynamicCache, or use_cache=False"
-            )
-        return made
+
+def _cache(waves: Waves, name: str, parts: Sequence[Any]) -> Any:
+    """A cache of the rows of all `parts`, with layers of keys and values that grow."""
+    made = copy.copy(parts[0])
+    inner = [n for n, value in vars(made).items() if isinstance(value, _cache_classes())]
+    for attribute in inner:  # of an encoder and a decoder
+        setattr(made, attribute, _cache(waves, name, [getattr(p, attribute) for p in parts]))
+    if not inner:
+        columns = zip(*(part.layers for part in parts), strict=True)
+        made.layers = [_layer(waves, name, made, layers) for layers in columns]
+    return made
+
+
+def _layer(waves: Waves, name: str, cache: Any, layers: Sequence[Any]) -> Any:
+    made = copy.copy(layers[0])
+    known = isinstance(made, sys.modules["transformers.cache_utils"].DynamicLayer)
+    known &= not getattr(cache, "offloading", False)
+    for attribute, value in list(vars(made).items()):
+        values = [getattr(layer, attribute) for layer in layers]
+        if attribute in ("keys", "values") and isinstance(value, Tensor):
+            if known and value.numel():
+                setattr(made, attribute, _rows(waves, f"{attribute} of {name}", values, 0))
+        elif isinstance(value, _PLAIN):
+            known &= all(other == value for other in values)
+        else:
+            known &= isinstance(value, Tensor) and not value.dim()
+    if not known:
+        _refuse(
+            f"{name} is a {type(cache).__name__} with layers {type(made).__name__}, which cannot "
+            "be put together from those of its rows; give use_cache=False"
+        )
+    return made
 
 
 def _refuse(why: str) -> NoReturn:
@@ -345,23 +280,21 @@ def _refuse(why: str) -> NoReturn:
     )
 
 
-def _items(value: Any) -> list[tuple[str, Any]] | None:
-    """What a container holds, by name where its items have names; None where it is none."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return [(field.name, getattr(value, field.name)) for field in fields(value)]
+def _items(value: Any) -> list[Any] | None:
+    """What a container holds; None where it is none."""
     if isinstance(value, Mapping):
-        return [(str(key), item) for key, item in value.items()]
-    return [("", item) for item in value] if isinstance(value, (list, tuple)) else None
+        return list(value.values())
+    return list(value) if isinstance(value, (list, tuple)) else None
 
 
 def _rebuilt(value: Any, items: Sequence[Any]) -> Any:
     """A container like `value` with these items."""
-    kind: Any = type(value)
-    if is_dataclass(value) and not isinstance(value, type):
-        names = (field.name for field in fields(value))
-        return replace(value, **dict(zip(names, items, strict=True)))
     if isinstance(value, Mapping):
-        return kind(zip(value, items, strict=True))
+        made: Any = copy.copy(value)
+        for key, item in zip(value, items, strict=True):
+            made[key] = item
+        return made
+    kind: Any = type(value)
     return kind(*items) if hasattr(value, "_fields") else kind(items)
 
 

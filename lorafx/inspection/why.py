@@ -24,7 +24,7 @@ from lorafx.passes.select import left_out
 from lorafx.program.argument_roles import RoleTable
 from lorafx.program.program import Program
 from lorafx.registry import lookup_class, own_entry
-from lorafx.runtime.requests import LastCall
+from lorafx.runtime.requests import LastCall, Requests
 from lorafx.runtime.session import Session
 
 
@@ -301,14 +301,7 @@ def _adapter(
     last: LastCall | None,
 ) -> WhyAdapter:
     program, stored, site = session.program, session.store[name], found.site
-    keys: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    try:
-        origin, model = stored.origin, program.model
-        saved = stored.keys if origin is None else _keys_at(origin.source, model)
-        keys, notes = _landed(saved, model, program.sites, found)
-    except LorafxError as error:  # its files have changed
-        notes = (f"its keys cannot be read: {error}",)
+    keys, notes = _landed(stored.keys, program.model, program.sites, found)
     if site is None or site.path not in stored.sites:
         return WhyAdapter(name, stored.source, keys, notes=notes)
     norm, change, batch = None, None, ""
@@ -381,7 +374,6 @@ def _run_eagerly(
     model, row_dims = session.program.model, session.program.config.row_dims
     roles = RoleTable(model, row_dims)
     named = roles.spread(roles.bind(tuple(args), kwargs))
-    rows = roles.rows(named)
 
     def serve() -> None:
         session.set_batch(roles, named)
@@ -391,7 +383,7 @@ def _run_eagerly(
     def run() -> None:
         session.run(session.running.in_forward(session.program.runtime.rows), serve)
 
-    session.call(run, [name] * (1 if rows is None else rows))
+    session.call(run, Requests((name,), alike=True))
 
 
 def _tensor(output: Any) -> Tensor:

@@ -20,12 +20,8 @@ from lorafx.ownership import (
     contractions,
     indexing,
     pointwise,
-    pooled,
     reductions,
-    routing,
     singles,
-    slices,
-    spatial,
     views,
 )
 from lorafx.ownership import site_rules as sites
@@ -35,12 +31,9 @@ from lorafx.ownership.symbolic import ONE, BatchSymbols, equal
 from lorafx.torch_internals.operators import OpOverload
 
 # Specific first; the first table that knows an operator decides.
-TABLES = (
-    *(sites, indexing, routing, slices, views, reductions, contractions, spatial),
-    *(pooled, pointwise),
-)
-OPTIONAL = (contractions, spatial)
-DIGIT_TABLES = (routing, indexing, slices, views, pointwise)
+TABLES = (sites, indexing, views, reductions, contractions, pointwise)
+OPTIONAL = (contractions, reductions)
+DIGIT_TABLES = (indexing, views, pointwise)
 # Rules that look at Mixed inputs themselves: the order of everybody's rows is Mixed by nature, and
 # some operators take no values from an input, only its shape.
 TOLERANT = frozenset(
@@ -121,8 +114,11 @@ def _run(graph: fx.Graph, seeds: Mapping[fx.Node, Label], flow: Flow) -> Flow:
             tensor = isinstance(node.meta.get("val"), torch.Tensor)
             label = flow.lost(node, "an input of unknown origin") if tensor else None
         elif node.op == "call_function":
-            label = called(node, flow)
-            digit = known_values(node, flow)
+            try:
+                label, digit = called(node, flow), known_values(node, flow)
+            except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+                why = f"its rule failed, {type(error).__name__}: {error}"
+                label, digit = each_output(node, flow.lost(node, why)), None
             if digit is not None:
                 flow.digits[node] = digit
         else:
@@ -133,7 +129,7 @@ def _run(graph: fx.Graph, seeds: Mapping[fx.Node, Label], flow: Flow) -> Flow:
 
 def called(node: fx.Node, flow: Flow) -> Label:
     if node.target is operator.getitem:
-        return slices.item_of(node, flow)
+        return views.item_of(node, flow)
     if called_by(node) in views.VIEWS:
         views.learn_sizes(node, flow)
     labels = [flow.label(arg) for arg in node.all_input_nodes]
@@ -141,7 +137,7 @@ def called(node: fx.Node, flow: Flow) -> Label:
     if rule is not sites.site and all(label is None for label in labels):
         return each_output(node, None)
     if any(isinstance(label, Pooled) for label in labels):
-        return pooled.read(node, flow, labels, rule)
+        return sites.read_of_pool(node, flow, labels, rule)
     apart = singles.taken_apart(node, flow)
     if apart is not None:
         return apart
@@ -179,7 +175,7 @@ def rule_for(target: object) -> tuple[Rule | None, bool]:
 def known_values(node: fx.Node, flow: Flow) -> Digit | None:
     """What is known about the values of an integer tensor, if anything."""
     if node.target is operator.getitem:
-        return routing.vector_order(node, flow)
+        return indexing.vector_order(node, flow)
     if not isinstance(node.target, OpOverload):
         return None
     packet = node.target.overloadpacket

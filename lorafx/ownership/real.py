@@ -16,7 +16,8 @@ from torch import Tensor, fx
 
 from lorafx.ownership import pointwise
 from lorafx.ownership.flow import Flow
-from lorafx.ownership.held import (
+from lorafx.ownership.labels import Label, One, Own
+from lorafx.ownership.memory import (
     NOBODY,
     SHARED,
     UNKNOWN,
@@ -29,7 +30,6 @@ from lorafx.ownership.held import (
     joined,
     same_owners,
 )
-from lorafx.ownership.labels import Label, One, Own
 from lorafx.ownership.propagate import called, checked, rule_for
 from lorafx.ownership.symbolic import BatchSymbols
 

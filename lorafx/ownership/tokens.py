@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from lorafx.op_arguments import bound, operand
-from lorafx.ownership import contractions, pointwise, reductions, slices, spatial, views
+from lorafx.ownership import contractions, pointwise, reductions, views
 from lorafx.ownership import site_rules as sites
 from lorafx.ownership.flow import Flow, outputs, wrap, wrap_all
 from lorafx.ownership.labels import Label, Own
@@ -89,18 +89,6 @@ class Alignment:
                     return position
         return None
 
-    def cut(self, node: fx.Node, label: Label, ndim: int) -> fx.Node | None:
-        """The (B, T, ...) tensor, in slot order, with `node` (B, L, ...) = `tensor[:,
-        start:end]`."""
-        if node.target is not aten.slice.Tensor or ndim != 2 or label != Own(0):
-            return None
-        args = bound(node)
-        source = args["self"]
-        if wrap(args["dim"], len(self.shape(node))) != 1 or args["step"] != 1:
-            return None
-        whole = self.rows_in_order(source, self.flow.label(source), ndim)
-        return source if whole is not None and equal(whole, ONE) else None
-
     def _input(self, node: fx.Node, seeds: Mapping[fx.Node, int]) -> States:
         label, at, shape = self.flow.label(node), seeds.get(node), self.shape(node)
         if label is None:
@@ -126,7 +114,7 @@ class Alignment:
             found = self._contracted(node, packet)
         elif packet == aten.slice:
             found = self._cut(node)
-        elif slices.RULES.get(packet) is slices.split:
+        elif views.RULES.get(packet) is views.split:
             found = self._split(node)
         elif packet == aten.cat:
             found = self._joined(node)
@@ -149,7 +137,7 @@ class Alignment:
             or torch.Tag.pointwise in node.target.tags
         ):
             found = self._broadcast(node.all_input_nodes, n)
-        elif packet in spatial.RULES:
+        elif packet in reductions.SPATIAL:
             found = self.of(operand(node))[:1] + (LOST,) * (n - 1)
         else:
             found = (LOST,) * n
@@ -214,7 +202,7 @@ class Alignment:
     def _cut(self, node: fx.Node) -> States:
         args, states = bound(node), list(self.of(operand(node)))
         dim = wrap(args["dim"], len(states))
-        if states[dim] is not None and not slices.is_full(node, self.flow, dim, args["step"]):
+        if states[dim] is not None and not views.is_full(node, self.flow, dim, args["step"]):
             states[dim] = LOST
         return tuple(states)
 

@@ -14,19 +14,20 @@ from typing import TypeAlias
 from torch import Tensor, fx
 
 from lorafx.ownership.flow import Flow
-from lorafx.ownership.held import (
+from lorafx.ownership.labels import One, Own
+from lorafx.ownership.memory import (
     NOBODY,
     SHARED,
     Alone,
     Held,
     Listed,
+    Memory,
     Shared,
     each_repeated,
     listed,
     same_owners,
+    storage_of,
 )
-from lorafx.ownership.labels import One, Own
-from lorafx.ownership.memory import Memory, storage_of
 from lorafx.ownership.real import alone
 from lorafx.ownership.symbolic import divide
 from lorafx.program.argument_roles import Role

@@ -1,9 +1,8 @@
-"""Entries: a module's forward, or another method, compiled for one program, with its batch set up
-on the host.
+"""Entries: a module's forward, or another method, compiled for one program.
 
-Once per call: the number of requests, each request's slot, the checks; then the compiled forward
-runs and reads only tensors. Whether that is the one with adapters or the base's is decided here, by
-the batch and `Options.base_graphs`: each has a code object, and so graphs, of its own.
+Once per call the host finds the number of requests and each request's slot; then the compiled
+forward runs and reads only tensors. The batch and `Options.base_graphs` decide whether that is the
+one with adapters or the base's, each with graphs of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType, MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +24,9 @@ from lorafx.capture.weights_in_python import WeightUses
 from lorafx.errors import CaptureError, LorafxError, MatchError, ReplacedModuleError
 from lorafx.model.experts import LOOP, loops
 from lorafx.model.marks import MARKS, Attachment
-from lorafx.ownership.held import MOST_REQUESTS
-from lorafx.ownership.memory import Memory
-from lorafx.program.argument_roles import RoleTable, tensor_leaves
+from lorafx.ownership.memory import MOST_REQUESTS, Memory
+from lorafx.program.argument_roles import IMAGES, RoleTable, tensor_leaves
 from lorafx.program.program import Program
-from lorafx.program.row_dims import IMAGES
 from lorafx.program.row_handoff import held_argument
 from lorafx.runtime.call_inputs import check_inputs, plain_tokens
 from lorafx.runtime.idle import refuse_elsewhere
@@ -67,24 +64,13 @@ class Entry:
         #: Whether calls without an adapter run graphs of the base's own; with "warmup", from when
         #: `warmup` has compiled some.
         self.base_graphs = _base_graphs(session)
-        #: By what stands where sites stood (`SiteWatch`) and the hooks of users (`HookWatch`), and
-        #: by whether it is the base's: those of the last such state and of the model as given.
-        #: Guards alone would not tell the states apart.
+        #: By the state of sites (`SiteWatch`) and of users' hooks (`HookWatch`), which guards would
+        #: not tell apart, and by whether it is the base's: the last state and the model as given.
         self.traced = {(_AS_GIVEN, False): self._new(base=False)}
         self.experts = [site for site in session.program.sites if site.expert_weight is not None]
         #: The last call with adapters had graphs captured, or there was none.
         self.capturing = True
         functools.update_wrapper(self, function)
-
-    def compiles(self, function: Callable[..., Any]) -> bool:
-        """Whether this is what it compiles. Each access to a method makes a new object."""
-        known = self.function
-        return function is known or (
-            isinstance(known, MethodType)
-            and isinstance(function, MethodType)
-            and function.__func__ is known.__func__
-            and function.__self__ is known.__self__
-        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         session = self.session
@@ -132,6 +118,8 @@ class Entry:
             with ungraded, session.module_paths():
                 result = self._tracked(run)
             if isinstance(result, (GeneratorType, CoroutineType, AsyncGeneratorType)):
+                if isinstance(result, CoroutineType):
+                    result.close()
                 raise CaptureError(
                     f"{self.name} is a {type(result).__name__}, whose body runs after the call "
                     "has ended, without its adapters; return what it yields"
@@ -171,12 +159,8 @@ class Entry:
 
     def _tracked(self, run: Callable[[], Any]) -> Any:
         """What `run` returns. Where adapters are active, what Python computes between graphs is
-        looked at: for weights that are used past their modules, and where that may be asked for,
-        for owners.
-
-        Raises:
-            MatchError: the weight of a site was used past its module.
-        """
+        followed for weights and owners. Raises MatchError where the weight of a site was used past
+        its module."""
         program, records = self.session.program, self.session.backend.records
         if not program.runtime.active:
             return run()
@@ -194,12 +178,11 @@ class Entry:
             self.capturing = len(records) != captured
 
     def _memory(self) -> Memory | None:
-        """Where the owners are noted of what the running call computes; None where nobody asks: the
-        batch is of one adapter, or the model in one graph, and calls have no graphs captured any
-        more."""
+        """Where the owners of what the running call computes are noted; None where no graph needs
+        them: the batch is of one adapter, or the model in one graph that is captured already."""
         session, program = self.session, self.session.program
         call, rows = program.call, len(program.runtime.rows)
-        mixed = not program.runtime.uniform and session.backend.several[0]
+        mixed = not program.runtime.uniform and program.in_pieces
         wanted = session.asked.tokens is None and 1 < rows <= MOST_REQUESTS
         if call is None or call.roles is None or not wanted or not (mixed or self.capturing):
             return None
@@ -261,13 +244,8 @@ class Entry:
         return self.traced[state, base]
 
     def _refuse_loops(self) -> None:
-        """Refuse adapters of experts that the base is told to run one after another.
-
-        Dynamo gives such a model up in pieces; what it asks about those says nothing of experts.
-
-        Raises:
-            MatchError: the batch has some.
-        """
+        """Raise MatchError where the batch has adapters of experts that the base runs one after
+        another, which Dynamo gives up in pieces."""
         program = self.session.program
         looping = [site for site in self.experts if loops(site.module) and program.is_touched(site)]
         if looping:
@@ -283,9 +261,8 @@ def _base_graphs(session: Session) -> bool | str:
     """`Options.base_graphs`, with "auto" made into what is best for the model.
 
     On a CPU a graph with adapters takes as long as the base's where no row has one. On a GPU each
-    kernel of a linear looks at the slots of its rows. Run node by node, the base's graph is the
-    model itself. The fast path of nn.MultiheadAttention, which adapters switch off, writes zeros
-    where a batch is padded.
+    kernel looks at the slots of its rows. The fast path of nn.MultiheadAttention, which adapters
+    switch off, writes zeros where a batch is padded.
     """
     options, device = session.program.options, session.program.runtime.device
     if options.base_graphs != "auto":
@@ -317,8 +294,7 @@ def _fix_image_sizes(named: Mapping[str, Any]) -> None:
 
 def _target(program: Program, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
     """What Dynamo traces, where `forward` is the module's own. A module that is a site itself is
-    traced with its hooks. Those of a part of the model that are no marks run around its entry,
-    where the part is called."""
+    traced with its marks."""
     if all(site.module is not module for site in program.sites):
         return forward
     if module is program.model and not isinstance(vars(module).get("forward"), InPlace):
@@ -351,7 +327,7 @@ class CompiledForwards:
     def __init__(self, session: Session, attachment: Attachment) -> None:
         self.session = session
         self.made: dict[tuple[Any, ...], Entry] = {}
-        self._attachment = attachment
+        self.attachment: Final = attachment
 
     @property
     def model(self) -> nn.Module:
@@ -366,19 +342,23 @@ class CompiledForwards:
         method: MethodType | None = None,
     ) -> Entry:
         """The compiled forward of `module`, which is the model or a part that is called directly,
-        or another method of it. A forward that has been put in the place of another has an entry
-        of its own, which takes the other's place."""
+        or another method of it. A forward that replaced another has an entry of its own."""
         name = "forward" if method is None else method.__name__
         function = forward_of(module) if method is None else method
         key = id(module), per_token, packed, name
         entry = self.made.get(key)
-        if entry is None or not entry.compiles(function):
+        if entry is None or entry.function != function:
             entry = self.made[key] = Entry(
                 self.session, module, function, name, per_token=per_token, packed=packed
             )
         return entry
 
+    @property
+    def detached(self) -> bool:
+        """Whether the marks were taken off the model."""
+        return not self.attachment.rollback
+
     def check_attached(self) -> None:
         """Raise CaptureError where the model was detached."""
-        if not self._attachment.rollback:
+        if self.detached:
             raise CaptureError("this model was detached; call lorafx.compile again")

@@ -1,7 +1,5 @@
 """Inputs to run a model with: those that the user gives, or token ids made from its configuration,
-and the same with other numbers of requests and tokens, repeated or cut along the dimensions that
-`lorafx.program.argument_roles` says.
-"""
+and the same with other numbers of requests and tokens."""
 
 from __future__ import annotations
 
@@ -14,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.errors import ConfigError
-from lorafx.program.argument_roles import RoleTable, tensor_leaves
-from lorafx.program.row_dims import PRIMARY, TOKEN_DIMS
+from lorafx.program.argument_roles import PRIMARY, TOKEN_DIMS, RoleTable, tensor_leaves
 from lorafx.registry import lookup
 
 #: Arguments that `generate` makes by itself.
@@ -118,11 +115,7 @@ def _repeated(tensor: Tensor, dim: int | None, size: int) -> Tensor:
 
 def given_examples(roles: RoleTable, inputs: Any) -> tuple[Example, ...]:
     """The examples that a user gives: a call's keyword arguments, its positional ones, or a list
-    of such calls.
-
-    Raises:
-        ConfigError: they are none of these.
-    """
+    of such calls. Raises ConfigError where they are none of these."""
     listed = isinstance(inputs, Sequence) and not isinstance(inputs, str) and bool(inputs)
     if listed and all(isinstance(item, Mapping) for item in inputs):
         calls = [as_call(item) for item in inputs]
@@ -147,10 +140,7 @@ def as_call(
     inputs: Mapping[str, Any] | Sequence[Any],
 ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     """The arguments of one call, those in their order and those by name, from one of the two.
-
-    Raises:
-        ConfigError: it is neither.
-    """
+    Raises ConfigError where it is neither."""
     if isinstance(inputs, Mapping):
         return (), inputs
     if isinstance(inputs, Sequence) and not isinstance(inputs, str):
@@ -162,22 +152,15 @@ def as_call(
 
 
 def named_inputs(roles: RoleTable, inputs: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
-    """The arguments of one call by name, from those by name or in their order.
-
-    Raises:
-        TypeError: there are more than the forward takes.
-        ConfigError: they are neither.
-    """
+    """The arguments of one call by name, from those by name or in their order. Raises ConfigError
+    where they are neither, TypeError where there are more than the forward takes."""
     args, kwargs = as_call(inputs)
     return dict(roles.bind(args, {}) if args else kwargs)
 
 
 def derived_example(model: nn.Module, device: torch.device, rows: int, length: int) -> Example:
-    """Requests of so many tokens each, for a model that takes token ids.
-
-    Raises:
-        ConfigError: it takes something else, or its vocabulary is not known.
-    """
+    """Requests of so many tokens each, for a model that takes token ids. Raises ConfigError where
+    it takes something else, or its vocabulary is not known."""
     parameters = inspect.signature(model.forward).parameters
     if getattr(model, "main_input_name", None) != "input_ids" or "input_ids" not in parameters:
         raise ConfigError(

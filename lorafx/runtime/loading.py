@@ -1,6 +1,5 @@
 """Adapters that come and go while sessions serve: loaded into one model, or by parts into several,
-unloaded, and brought nearer before a call asks for them.
-"""
+unloaded."""
 
 from __future__ import annotations
 
@@ -9,9 +8,9 @@ from functools import partial
 from typing import Any
 
 from lorafx.adapter_store.names import members, refuse_swapped
-from lorafx.adapter_store.saved import AdapterSource, Origin
-from lorafx.adapter_store.stored import Adapter, Hold
-from lorafx.errors import CheckpointError, ConfigError, LorafxError, ReplacedModuleError
+from lorafx.adapter_store.saved import AdapterSource, origin_of
+from lorafx.adapter_store.stored import Adapter
+from lorafx.errors import CheckpointError, ConfigError, ReplacedModuleError
 from lorafx.interrupts import undisturbed
 from lorafx.runtime.running import refuse_transformed
 from lorafx.runtime.session import Session, read_for
@@ -22,11 +21,8 @@ _UNNAMED = "default"
 
 
 def asked_name(session: Session, name: str | None, adapter_name: str | None) -> str:
-    """The name to load an adapter under; `adapter_name` is PEFT's keyword for it.
-
-    Raises:
-        ConfigError: the two differ; or neither is given, and there is a "default" already.
-    """
+    """The name to load an adapter under; `adapter_name` is PEFT's keyword for it. Raises
+    ConfigError where they differ, or neither is given and there is a "default" already."""
     if name is not None and adapter_name is not None and name != adapter_name:
         raise ConfigError(f"name={name!r} and adapter_name={adapter_name!r} differ; give one")
     given = adapter_name if name is None else name
@@ -39,11 +35,8 @@ def asked_name(session: Session, name: str | None, adapter_name: str | None) -> 
 
 
 def load_adapter(session: Session, source: Any, name: str, strict: bool | None = None) -> None:
-    """Read an adapter and keep it in host memory, in place of one of the same name.
-
-    Calls go on while the files are read: the session's lock is taken before and after.
-
-    `strict` as in `Options`, whose value None stands for.
+    """Read an adapter and keep it in host memory, in place of one of the same name. Calls go on
+    while the files are read. `strict` as in `Options`, whose value None stands for.
 
     Raises:
         CheckpointError, UnsupportedAdapterError, CapacityError: nothing has changed then.
@@ -63,7 +56,7 @@ def load_parts(parts: Sequence[tuple[Session, Any]], name: str, strict: bool | N
     it, or none of this name where that is None. Where one part cannot be loaded, none is."""
     refuse_transformed()
     read = [
-        None if source is None else (Origin.of(source), _read(session, source, name, strict))
+        None if source is None else (origin_of(source), _read(session, source, name, strict))
         for session, source in parts
     ]
 
@@ -84,8 +77,8 @@ def in_turn(sessions: Iterable[Session]) -> list[Session]:
 
 
 def _locked(sessions: Sequence[Session], action: Callable[[], None]) -> None:
-    """Run `action` while no other thread calls any of these. No ExitStack: an interrupt between its
-    steps would leave a lock as it is."""
+    """Run `action` while no other thread calls any of these. An interrupt inside of an ExitStack
+    would leave a lock taken."""
     for session in reversed(in_turn(sessions)):
         action = partial(_holding, session, action)
     action()
@@ -98,12 +91,8 @@ def _holding(session: Session, action: Callable[[], None]) -> None:
 
 
 def unload_parts(sessions: Sequence[Session], name: str) -> None:
-    """Forget the adapter of this name in all of these models that have it.
-
-    Raises:
-        ConfigError: it is merged; BatchError: the call that is running on this thread serves it.
-        Nothing has changed then.
-    """
+    """Forget the adapter of this name in all of these models that have it. Raises ConfigError where
+    it is merged, BatchError where the running call of this thread serves it, before any change."""
     load_parts([(session, None) for session in sessions], name)
 
 
@@ -129,7 +118,7 @@ def _refuse(session: Session, name: str) -> None:
 
 
 def _keeping(
-    session: Session, name: str, origin: Origin | None, adapter: Adapter
+    session: Session, name: str, origin: AdapterSource | None, adapter: Adapter
 ) -> Callable[[], None]:
     """What keeps the adapter. What was true when the files were read is looked at again."""
     program, merged = session.program, session.base.merged
@@ -162,11 +151,8 @@ def _keeping(
 
 
 def unloading(session: Session, name: str) -> Callable[[], None]:
-    """What forgets an adapter. The lock is held.
-
-    Raises:
-        ConfigError: it is merged; BatchError: the call that is running on this thread serves it.
-        What is returned raises UnknownAdapterError where it is not loaded.
+    """What forgets an adapter, and raises UnknownAdapterError where it is not loaded. Raises
+    ConfigError where it is merged, BatchError where the running call serves it. The lock is held.
     """
     session.refuse_merged(name, "is unloaded")
     session.refuse_served(name, "unload")
@@ -178,49 +164,3 @@ def unloading(session: Session, name: str) -> Callable[[], None]:
             session.choose(None)
 
     return unload
-
-
-# --- ahead of calls ---
-
-
-def prefetch(session: Session, names: Sequence[str | None], *, slots: bool) -> None:
-    """Have these adapters in host memory, or in `slots`.
-
-    Raises:
-        UnknownAdapterError: a name that is not loaded.
-        CheckpointError: a file has changed since it was loaded, or cannot be read.
-        ConfigError: a sum of adapters that can be part of none.
-        CapacityError: into slots, and there are not as many.
-    """
-    refuse_transformed()
-    store = session.store
-    for name in names:
-        if name is not None:
-            store.check_known(name)
-    host_copies = store.fetch(names)  # read before the lock is taken
-    if not slots:
-        return
-    with session.lock:
-        if not store.copy_streams.beside:
-            session.locks.streams.follow(session.accelerators)
-        running = session.running
-        held = running.held
-        if running.entries or store.copy_streams.captured:  # graphs may be replayed
-            held = held.union(session.program.runtime.rows)
-        store.fill(names, held)
-    del host_copies  # which had them stay in memory until here
-
-
-def fill_ahead(session: Session, holds: Iterable[Hold]) -> None:
-    """Begin to copy these adapters, in their order, into slots that the call before this one does
-    not use, as many as find some. Nothing is done where steps would wait for it. The lock is held.
-    """
-    store = session.store
-    if not store.copy_streams.beside:
-        return
-    held = frozenset(session.program.runtime.rows)
-    for hold in holds:
-        try:
-            held = held.union(store.fill([store.held_name(hold)], held))
-        except LorafxError:  # no slot is left, or the call that asks for it will say what is wrong
-            return

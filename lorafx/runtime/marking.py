@@ -1,16 +1,25 @@
-"""Marking a model: sites, adapters, banks, marks and packed weights. On failure the model is
-restored."""
+"""Marking a model: the user's request in one form, then sites, adapters, banks, marks and packed
+weights. On failure the model is restored.
+
+LoraConfig | PEFT's configuration | adapter folders, adapters → LoraConfig, name → AdapterState
+"""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from lorafx.adapter_store.checkpoint import load_state
+from lorafx.adapter_store.extras import rows_wanted
+from lorafx.adapter_store.names import refuse_swapped
+from lorafx.adapter_store.peft_config import PeftConfig, picked
 from lorafx.adapter_store.peft_model import (
     TakenOver,
     is_peft_model,
@@ -19,20 +28,23 @@ from lorafx.adapter_store.peft_model import (
     without_wrappers,
 )
 from lorafx.adapter_store.peft_reader import adapter_target_modules
+from lorafx.adapter_store.saved import AdapterSource, AdapterState, origin_of
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.capture.lowering import resolved
 from lorafx.config import LoraConfig, Options
+from lorafx.errors import ConfigError
 from lorafx.interrupts import Rollback
+from lorafx.model.extras import token_rooms
 from lorafx.model.marks import Attachment
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.sites import Site
+from lorafx.model.targets import AdapterNames
 from lorafx.model.training import warn_training
 from lorafx.pass_order import pipeline, run_model_passes
 from lorafx.passes.select import Alias, Select
 from lorafx.program.argument_roles import check_names
 from lorafx.program.preparation import Preparation
 from lorafx.program.program import Program
-from lorafx.runtime.configuration import Request, by_name, request_of
 
 
 @dataclass(frozen=True)
@@ -134,3 +146,185 @@ def _mark(
         tuple(reports),
     )
     return Marked(program, attachment, store, taken)
+
+
+# --- what the user asks for ---
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asks for.
+
+    Attributes:
+        config: sites, ranks and slots.
+        adapters: to be loaded, by name, as they were saved.
+        origins: the paths of those that were read from files.
+    """
+
+    config: LoraConfig
+    adapters: dict[str, AdapterState] = field(default_factory=dict)
+    origins: dict[str, AdapterSource] = field(default_factory=dict)
+
+
+def request_of(
+    lora_config: Any, adapters: Mapping[str, Any] | Sequence[Any] | None, model: nn.Module
+) -> Request:
+    """The request that `lora_config` and `adapters` of `lorafx.compile` make: each adapter with its
+    files read once.
+
+    Raises:
+        ConfigError: `lora_config` or `adapters` have no form that is known.
+        CheckpointError, UnsupportedAdapterError: an adapter cannot be read.
+    """
+    adapters = by_name(adapters)
+    if isinstance(lora_config, (list, tuple)):
+        lora_config = by_name(lora_config)
+    if _is_adapter(lora_config):
+        lora_config = {"default": lora_config}
+    if isinstance(lora_config, Mapping) and _is_adapter_mapping(lora_config):
+        adapters, lora_config = {**lora_config, **adapters}, None
+    origins = {name: origin_of(source) for name, source in adapters.items()}
+    for name, source in adapters.items():
+        refuse_swapped(source, name)
+    states = {name: load_state(source, model) for name, source in adapters.items()}
+    config = _config_of(lora_config, states, model)
+    dora, biases = config.use_dora, config.lora_bias
+    saved = dict.fromkeys(config.modules_to_save)
+    tokens = token_rooms(config.trainable_tokens, model)
+    for state in states.values():
+        peft = state.config
+        dora |= peft.use_dora
+        biases |= peft.lora_bias or peft.bias != "none"
+        whole, rows = rows_wanted(state, model)
+        saved.update(dict.fromkeys(whole))
+        tokens.update({path: max(count, tokens.get(path, 0)) for path, count in rows.items()})
+    config = replace(
+        config,
+        use_dora=dora,
+        lora_bias=biases,
+        modules_to_save=tuple(saved),
+        trainable_tokens=tokens,
+    )
+    known = {name: origin for name, origin in origins.items() if origin is not None}
+    return Request(config, states, known)
+
+
+def by_name(adapters: Mapping[str, Any] | Sequence[Any] | None) -> dict[str, Any]:
+    """`adapters` of `lorafx.compile` by name: those of a list are named by the last part of each
+    path, or of a name on the hub.
+
+    Raises:
+        ConfigError: two are called the same, or one has no path.
+    """
+    if adapters is None or isinstance(adapters, Mapping):
+        return dict(adapters or {})
+    if not isinstance(adapters, (list, tuple)):
+        raise ConfigError(
+            "adapters are given as name -> adapter, or as a list of folders; got a "
+            f"{type(adapters).__name__}"
+        )
+    found: dict[str, Any] = {}
+    for adapter in adapters:
+        path = adapter.source if isinstance(adapter, AdapterSource) else adapter
+        if not isinstance(path, (str, os.PathLike)):
+            raise ConfigError(
+                f"a list of adapters holds folders, files or names on the hub, and this one a "
+                f"{type(path).__name__}; give name -> adapter"
+            )
+        name = Path(path).stem if Path(path).is_file() else Path(path).name
+        if name in found:
+            raise ConfigError(f"two adapters of the list are called {name!r}; give name -> adapter")
+        found[name] = adapter
+    return found
+
+
+def covering(
+    config: LoraConfig, sources: Iterable[str | os.PathLike[str]], model: nn.Module
+) -> LoraConfig:
+    """`config` as it would be if these adapter folders were given when compiling. There is one of
+    them in memory at a time.
+
+    Raises:
+        CheckpointError, UnsupportedAdapterError: an adapter cannot be read.
+    """
+    given = config.target_modules
+    names: dict[str, None] = {}
+    for source in sources:
+        found = request_of(config, {"": source}, model).config
+        names.update(dict.fromkeys(found.target_modules or ()))
+        config = replace(found, target_modules=given)
+    return config if given is not None else replace(config, target_modules=AdapterNames(names))
+
+
+def _config_of(
+    lora_config: Any, adapters: Mapping[str, AdapterState], model: nn.Module
+) -> LoraConfig:
+    if isinstance(lora_config, LoraConfig):
+        if lora_config.target_modules is None and adapters:
+            return replace(lora_config, target_modules=_targets_of(adapters, model)[0])
+        return lora_config
+    if lora_config is not None:
+        return _from_peft(PeftConfig.read(lora_config), adapters, model)
+    if not adapters:
+        return LoraConfig()
+    targets, rank = _targets_of(adapters, model)
+    return LoraConfig(target_modules=targets, max_rank=rank, max_adapters=_room(adapters))
+
+
+def _from_peft(
+    peft: PeftConfig, adapters: Mapping[str, AdapterState], model: nn.Module
+) -> LoraConfig:
+    targets: Any = peft.target_modules
+    exclude: Any = peft.exclude_modules
+    if peft.layers_to_transform or peft.target_parameters:
+        # Which layers is a condition of PEFT's own, and so are parameters; write out what it picks.
+        targets, exclude = picked(peft, model), None
+    rank = peft.max_rank or LoraConfig.max_rank
+    if adapters:
+        rank = max(rank, _targets_of(adapters, model)[1])
+    return LoraConfig(
+        target_modules=targets,
+        exclude_modules=exclude,
+        max_rank=rank,
+        max_adapters=_room(adapters),
+        use_dora=peft.use_dora,
+        lora_bias=peft.lora_bias or peft.bias != "none",
+        modules_to_save=[
+            path
+            for path, module in model.named_modules()
+            if peft.trains(path) and any(True for _ in module.parameters(recurse=False))
+        ],
+        trainable_tokens=_token_rooms(peft, model),
+    )
+
+
+def _token_rooms(peft: PeftConfig, model: nn.Module) -> int | dict[str, int]:
+    lists = peft.trainable_token_indices
+    if "" in lists:  # of the input embedding
+        return len(lists[""])
+    found = {path: peft.tokens_of(path) for path, _ in model.named_modules()} if lists else {}
+    return {path: len(ids) for path, ids in found.items() if ids}
+
+
+def _room(adapters: Mapping[str, AdapterState]) -> int:
+    return max(LoraConfig.max_adapters, len(adapters))
+
+
+def _is_adapter_mapping(value: Mapping[str, Any]) -> bool:
+    """Whether this is a mapping name -> adapter, and not the dict of a PEFT configuration."""
+    if not value:
+        raise ConfigError("lora_config is an empty mapping; give name -> adapter folder")
+    return "peft_type" not in value and all(map(_is_adapter, value.values()))
+
+
+def _is_adapter(item: Any) -> bool:
+    if isinstance(item, Mapping):  # tensors by name
+        return bool(item) and all(isinstance(value, Tensor) for value in item.values())
+    return isinstance(item, (str, os.PathLike, bytes, AdapterSource, AdapterState))
+
+
+def _targets_of(adapters: Mapping[str, AdapterState], model: nn.Module) -> tuple[AdapterNames, int]:
+    """Modules that the adapters name, and their largest rank."""
+    targets = [adapter_target_modules(state, model) for state in adapters.values()]
+    modules = dict.fromkeys(name for target in targets for name in target.modules)
+    return AdapterNames(modules), max((target.rank for target in targets), default=1)

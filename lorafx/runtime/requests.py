@@ -14,20 +14,10 @@ from torch import Tensor
 
 from lorafx.adapter_store.names import BASE, AdapterName, one_name
 from lorafx.errors import BatchError, ConfigError
-from lorafx.program.argument_roles import RoleTable, sizes_of
+from lorafx.program.argument_roles import RoleTable, new_tokens, sizes_of
 from lorafx.program.program import Call
-from lorafx.program.row_dims import new_tokens
 
 Names = Sequence["str | None"]
-
-
-def check_prompts(names: Names | None, prompts: Any) -> None:
-    """Raise BatchError where a call's first tensor has another number of rows than there are names.
-    Rows that `generate` makes of one prompt (beams, sequences) come later."""
-    if names is None or not isinstance(prompts, Tensor) or not prompts.dim():
-        return
-    if len(names) != len(prompts):
-        raise _misfit(len(names), len(prompts), "")
 
 
 def _misfit(names: int, rows: int, arguments: str) -> BatchError:
@@ -61,14 +51,22 @@ class Requests(NamedTuple):
     activated: bool = False
 
     @property
-    def listed(self) -> Names | None:
-        """The names, where there is one for each request."""
-        return None if self.alike else self.names
-
-    @property
     def placed(self) -> bool:
         """Whether it is known which tokens an adapter serves that begins at one (aLoRA)."""
         return self.activated or self.tokens is not None
+
+    def part(self, rows: Sequence[int]) -> Requests:
+        """The requests of these rows of the batch."""
+        if self.tokens is not None:
+            return self._replace(tokens=self.tokens[list(rows)])
+        return self._replace(names=tuple(self.names[row] for row in rows))
+
+    def check_prompts(self, prompts: Any) -> None:
+        """Raise BatchError unless there is a name for each row of `prompts`. Rows that `generate`
+        makes of one prompt (beams, sequences) come later."""
+        known = isinstance(prompts, Tensor) and prompts.dim() and not self.alike
+        if known and len(self.names) != len(prompts):
+            raise _misfit(len(self.names), len(prompts), "")
 
     def of_rows(
         self, rows: int | None, *, repeats: bool = False, call: Call | None = None
@@ -162,33 +160,24 @@ def not_looked_for(name: str, invocation: Sequence[int]) -> BatchError:
     )
 
 
-def checked_names(names: Sequence[AdapterName] | None) -> Sequence[str | None] | None:
-    """`names` as given, once it is known to be a list of names, with a name for each sum.
+def requests_of(
+    names: Sequence[AdapterName] | Requests | None,
+    slots: Tensor | None = None,
+    loaded: Sequence[str] = (),
+) -> Requests | None:
+    """The requests of a call with these `adapter_names` and `adapter_slots`; None where it has
+    neither. Without names, slots are indices into the `loaded` adapters.
 
     Raises:
-        ConfigError: it is not, or a mapping does not give weights by name; BatchError: it is empty.
+        ConfigError, BatchError: as `checked_names`.
+        BatchError: `slots` does not point at the names.
     """
-    if names is None or isinstance(names, Requests):  # of a block of `lorafx.adapters`
+    if isinstance(names, Requests):  # of a block of `lorafx.adapters`
         return names
-    if isinstance(names, str) or not isinstance(names, Sequence):
-        raise ConfigError(
-            f"adapter_names must be a list with one name, or None, per row; got {names!r}"
-        )
-    if not names:
-        raise BatchError("adapter_names is empty; give one name, or None, per row")
-    if all(name is None or isinstance(name, str) for name in names):
-        return names  # type: ignore[return-value]
-    return [one_name(name, f"adapter_names[{row}]") for row, name in enumerate(names)]
-
-
-def by_slots(
-    slots: Tensor, names: Sequence[str | None]
-) -> tuple[Sequence[str | None], Tensor | None]:
-    """(names, slots per token), or (a name per request, None) where no row mixes adapters.
-
-    Raises:
-        BatchError: `slots` does not point at `names`.
-    """
+    checked = checked_names(names)
+    if slots is None:
+        return None if checked is None else Requests(checked)
+    names = loaded if checked is None else checked
     if slots.dim() not in (1, 2) or slots.is_floating_point() or not slots.numel():
         raise BatchError(
             "adapter_slots must hold integers of shape (B,) or (B, T), got "
@@ -201,14 +190,33 @@ def by_slots(
             f"{len(names)} adapters to point at ({', '.join(map(str, names)) or 'none'}); "
             "-1 is the base model"
         )
-    by_request = slots if slots.dim() == 1 else slots[:, 0]
-    if slots.dim() == 1 or bool((slots == by_request[:, None]).all()):
-        return [names[i] if i >= 0 else None for i in by_request.tolist()], None
-    return names, slots
+    by_token = slots.dim() == 2
+    by_request = slots[:, 0] if by_token else slots
+    if by_token and bool((slots != by_request[:, None]).any()):
+        return Requests(tuple(names), slots)
+    served = tuple(names[i] if i >= 0 else None for i in by_request.tolist())
+    return Requests(served, activated=by_token)
 
 
-#: The requests of the blocks of `lorafx.adapters` that are open in this thread or task of asyncio,
-#: by the identity of the model.
+def checked_names(names: Sequence[AdapterName] | None) -> tuple[str | None, ...] | None:
+    """`names`, with a name for each sum.
+
+    Raises:
+        ConfigError: they are not a list of names, or a mapping does not give weights by name.
+        BatchError: the list is empty.
+    """
+    if names is None:
+        return None
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise ConfigError(
+            f"adapter_names must be a list with one name, or None, per row; got {names!r}"
+        )
+    if not names:
+        raise BatchError("adapter_names is empty; give one name, or None, per row")
+    return tuple(one_name(name, f"adapter_names[{row}]") for row, name in enumerate(names))
+
+
+#: The requests of the open blocks of `lorafx.adapters`, by the identity of the model.
 IN_BLOCKS: ContextVar[Mapping[int, Requests]] = ContextVar(
     "lorafx.adapters", default=MappingProxyType({})
 )

@@ -47,19 +47,15 @@ class Running(NamedTuple):
     warming: bool = False
     active: bool = False
 
-    # Every call makes one of each: `_replace` would take three times as long.
-
     def serving(self, requests: Requests) -> Running:
         """Inside of a call for these requests."""
-        _, depth, entries, held, _, updating, warming, active = self
         thread = threading.get_ident()
-        return Running(requests, depth + 1, entries, held, thread, updating, warming, active)
+        return self._replace(requests=requests, depth=self.depth + 1, thread=thread)
 
     def in_forward(self, rows: tuple[int, ...]) -> Running:
         """Inside of a compiled forward; `rows` are the slots of the batch around it."""
-        requests, depth, entries, held, thread, updating, warming, active = self
-        held = held.union(rows) if entries else held
-        return Running(requests, depth, entries + 1, held, thread, updating, warming, active)
+        held = self.held.union(rows) if self.entries else self.held
+        return self._replace(entries=self.entries + 1, held=held)
 
     @property
     def here(self) -> bool:
@@ -67,7 +63,6 @@ class Running(NamedTuple):
         return self.thread == threading.get_ident()
 
 
-#: Nothing is under way.
 IDLE = Running()
 
 
@@ -94,30 +89,22 @@ class BaseState(NamedTuple):
 
 
 class Streams:
-    """Has each turn on an accelerator begin when the turn before it is done there.
-
-    Calls and writes take turns on the host, and what they have launched goes on after that: an
-    engine computes its steps on a stream of its own, while another thread loads an adapter on the
-    default one. Only the device waits, and only where the stream is another. Whoever takes a turn
-    holds `Locks.calls`.
-    """
+    """Orders the turns that calls and writes take on accelerators, each on a stream of its own.
+    Only the device waits, and only where the stream is another. `Locks.calls` is held."""
 
     def __init__(self) -> None:
         self._last: dict[torch.device, torch.Stream] = {}
 
     def follow(self, devices: Sequence[torch.device]) -> None:
         """Have what is launched from now on, on the current stream of each of these accelerators,
-        begin when all is done that was launched on the stream of the turn before.
-
-        For whoever is about to read or write slots or base weights.
-        """
+        begin when the turn before is done there. Called before slots or base weights are read or
+        written."""
         for device in devices:
             stream = torch.accelerator.current_stream(device)
             last = self._last.get(device)
             if last == stream:
                 continue
-            # What is captured now runs later, when its owner says; it can wait for nothing that
-            # runs today.
+            # A CUDA graph that is being captured cannot wait for what runs now.
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 continue
             if last is not None:

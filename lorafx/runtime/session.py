@@ -22,16 +22,15 @@ from lorafx.adapter_store.names import members
 from lorafx.adapter_store.peft_model import notes_of_peft
 from lorafx.adapter_store.peft_reader import Adapter, read_adapter
 from lorafx.adapter_store.store import AdapterStore, StoredAdapter
-from lorafx.adapter_store.stored import HostCopy
 from lorafx.capture.backend import Backend
 from lorafx.errors import BatchError, CaptureError, ConfigError
 from lorafx.model.extras import EXTRAS, When
+from lorafx.model.runtime import Runtime
 from lorafx.program.argument_roles import RoleTable
-from lorafx.program.program import AT_REST, Batch, Call, Program
+from lorafx.program.program import AT_REST, Batch, Program
 from lorafx.runtime.replaced_methods import StandIns
 from lorafx.runtime.requests import (
     IN_BLOCKS,
-    Names,
     Requests,
     check_tokens,
     not_looked_for,
@@ -45,7 +44,7 @@ from lorafx.runtime.running import (
     accelerators,
     refuse_transformed,
 )
-from lorafx.runtime.statistics import SessionCounts, Statistics
+from lorafx.runtime.statistics import SessionCounts
 from lorafx.torch_internals.compat import no_mha_fast_path
 from lorafx.torch_internals.entrances import unsupported
 
@@ -119,8 +118,6 @@ class Session:
         self.beside: Callable[[Callable[[], Any]], Any] | None = None
         self.counts: Final = SessionCounts()
         self._last_served = Served()  # by `serve`
-        # What host memory had no room for; what was worth a warning was said when it was loaded.
-        store.read_with(partial(read_for, program, warn=False))
         _SESSIONS[id(self)] = self
 
     @property
@@ -164,37 +161,21 @@ class Session:
     def call(
         self,
         function: Callable[[], T],
-        names: Names | Requests | None,
-        *,
-        repeats: bool = False,
-        tokens: Tensor | None = None,
-        packed: bool = False,
-        activated: bool = False,
+        requests: Requests | None,
     ) -> T:
-        """What `function` returns, which runs the model for these requests (see `Requests`); None
-        stands for the default adapter.
+        """What `function` returns, which runs the model for these requests; None stands for the
+        default adapter.
 
         Raises:
             BatchError: an adapter is merged into the base weights, and a request uses another one;
                 or this very thread is updating the base weights.
             CaptureError: an update of the base weights was interrupted, or lost a merge.
             ReplacedModuleError: a module that holds the merged adapter was replaced.
-            CheckpointError: an adapter has to be read again, and its files have changed.
 
         Also CaptureError as `refuse_transformed`, and UnsupportedVersionError as `unsupported`.
         """
         try:  # no context manager: it takes a microsecond
             refuse_transformed()
-            if names is None:
-                requests = Requests((self.default,), alike=True)
-            elif isinstance(names, Requests):
-                requests = names._replace(repeats=repeats)
-            else:
-                requests = Requests(
-                    tuple(names), tokens, repeats, packed=packed, activated=activated
-                )
-            # Before the lock is taken: other calls go on while files are read.
-            kept = self.fetched(requests.names, tokens)  # noqa: F841
             with self.locks.calls:
                 running, merged = self.running, self.base.merged
                 if running.updating:
@@ -202,14 +183,14 @@ class Session:
                         "the base weights are being updated; call the model after the update"
                     )
                 self.refuse_broken()
-                if names is None:
-                    requests = Requests((self.default,), alike=True)  # it may be another one now
+                if requests is None:
+                    requests = Requests((self.default,), alike=True)
                 if merged is not None and not running.warming:
                     requests = served_by(merged.name, requests)
                     self.program.refuse_missing(self.store[merged.name].sites)
                 elif self.base.unmerged and not running.warming:
                     raise CaptureError(self.base.unmerged)
-                if not packed:
+                if not requests.packed:
                     function = partial(self.beside_engine, function)
                 return self.note(running.serving(requests), function)
         except Exception as error:
@@ -223,20 +204,12 @@ class Session:
         held."""
         return function() if self.beside is None else self.beside(function)
 
-    def fetched(self, names: Names, tokens: Tensor | None = None) -> list[HostCopy]:
-        """What keeps the adapters of such a call in host memory; see `AdapterStore.fetch`."""
-        if self.store.host.budget is None:
-            return []
-        requests = Requests(tuple(names), tokens)
-        return self.store.fetch(names if tokens is None else requests.used().values())
-
     def note(self, running: Running, action: Callable[[], T]) -> T:
         """What `action` returns, while `running` is under way: a call, whose forwards `run` with
         their batches. The lock is held."""
         before, runtime = self.running, self.program.runtime
-        # No context manager, nor a function for the first line of what takes back: an interrupt
-        # where either begins would leave all this, and the lock, as it is in a call. Nothing can
-        # come between plain assignments.
+        # No context manager: an interrupt where one begins would leave this as it is in a call.
+        # None can come between plain assignments.
         try:
             self.running = running
             return action()
@@ -251,16 +224,18 @@ class Session:
         self.locks.streams.follow(self.accelerators)
         program, runtime = self.program, self.program.runtime
         before, batch, rows, active = self.running, program.batch, runtime.rows, runtime.active
-        others: list[bool | None] = []  # `list[...]()` takes a microsecond
+        resting: list[tuple[Runtime, bool | None]] = []
         try:  # as in `note`
             self.running = running
-            if self.neighbours and running.entries > before.entries:
-                others = self._have_neighbours_rest()
+            if running.entries > before.entries:  # marks of models that share modules do nothing
+                resting = [(o.program.runtime, o.program.runtime.active) for o in self.neighbours]
+                for other, _ in resting:
+                    other.active = False
             return action()
         finally:
             self.running, program.batch, runtime.active = before, batch, self.at_rest
-            if others:
-                self._have_neighbours_go_on(others)
+            for other, was_active in resting:
+                other.active = was_active
             if before.entries:  # what called this one from within goes on with its own batch
                 runtime.set_rows(rows)
                 runtime.active = active
@@ -271,49 +246,33 @@ class Session:
         """Give every row of the call its slot, or every token.
 
         Raises:
-            BatchError: names and rows do not fit together, or arguments with one entry per token do
-                not have the shape of `adapter_slots`.
+            BatchError: names and rows do not fit together, arguments with one entry per token do
+                not have the shape of `adapter_slots`, or nobody has looked for the invocation
+                tokens of an aLoRA adapter.
             UnknownAdapterError, CapacityError: from the store, before anything has changed.
+            ReplacedModuleError: a module that carries an adapter was replaced or taken out.
         """
-        requests, call = self.asked, self.program.new_call(roles, named)
-        running = self.running
-        if requests.tokens is not None:
-            if requests.packed:
-                roles.check_rows(named, requests.tokens.numel())
-            else:
-                check_tokens(requests.tokens, roles, named)
-            used = requests.used()
-            names: Names = tuple(used.values())
+        program, running, requests = self.program, self.running, self.asked
+        call, tokens = program.new_call(roles, named), requests.tokens
+        if tokens is None:
+            rows = roles.rows(named)
+            names = requests.of_rows(rows, call=call)
+            if self.base.merged is not None and not running.warming:
+                names = [None] * len(names)  # the base's graph, over the merged weights
             slots = self.store.acquire(names, running.held)
-            of_tokens = requests.of_tokens(dict(zip(used, slots, strict=True)))
-            self.serve(names, slots, call, of_tokens)
-            return
-        rows = roles.rows(named)
-        names = requests.of_rows(rows, call=call)
-        if self.base.merged is not None and not running.warming:
-            names = [None] * len(names)  # the base's graph, over the merged weights
-        self.serve(names, self.store.acquire(names, running.held), call)
-        if rows is not None and not self.program.runtime.uniform:
-            roles.check_rows(named, rows)
-
-    def serve(
-        self,
-        names: Names,
-        slots: Sequence[int],
-        call: Call | None,
-        rows: Tensor | None = None,
-    ) -> None:
-        """Serve rows of these adapters, which have these slots; `rows` holds the slots of
-        the rows, int32 on the host, where there is not one for each name.
-
-        Raises:
-            ReplacedModuleError: a module that carries one of them was replaced or taken out.
-            BatchError: one is an aLoRA adapter, and nobody has looked for its invocation tokens.
-        """
-        program, running = self.program, self.running
+            by_row: Sequence[int] | Tensor = slots
+        else:
+            if requests.packed:
+                roles.check_rows(named, tokens.numel())
+            else:
+                check_tokens(tokens, roles, named)
+            rows, used = None, requests.used()
+            names = tuple(used.values())
+            slots = self.store.acquire(names, running.held)
+            by_row = requests.of_tokens(dict(zip(used, slots, strict=True)))
         if not self.backend.records:  # nothing has run yet
             program.note_constants()
-        program.runtime.set_rows(slots if rows is None else rows)
+        program.runtime.set_rows(by_row)
         if running.active:
             program.runtime.active = True
         distinct = dict.fromkeys(n for n, slot in zip(names, slots, strict=True) if slot >= 0)
@@ -321,11 +280,13 @@ class Session:
         served = self._last_served
         if [id(adapter) for adapter in stored] != [id(adapter) for adapter in served.adapters]:
             served = self._last_served = Served.of(stored)
-        if served.begins and not self.asked.placed:
+        if served.begins and not requests.placed:
             raise not_looked_for(served.begins.name, served.begins.invocation)
         sites = () if running.warming else (served.touched, served.extras)
         program.batch = Batch(call, *sites)
         program.refuse_missing(program.batch.touched)
+        if rows is not None and not program.runtime.uniform:
+            roles.check_rows(named, rows)
 
     def forget_served(self) -> None:
         """Keep no adapter that was served alive."""
@@ -343,10 +304,6 @@ class Session:
         self.counts.writes += 1
         return self.run(running, function)
 
-    def statistics(self) -> Statistics:
-        """What adapters have done so far."""
-        return self.counts.with_those_of(self.store)
-
     # --- what may not be done now ---
 
     def refuse_running(self, what: str) -> None:
@@ -362,15 +319,11 @@ class Session:
         if running.depth and running.here:
             raise BatchError(f"a call is running on this thread; {what} when it has returned")
 
-    def asks_for(self, name: str) -> bool:
-        """Whether the running call, or the default without one, names this adapter, by itself or in
-        a sum."""
-        return any(given is not None and name in members(given) for given in self.asked.names)
-
     def refuse_served(self, name: str, what: str) -> None:
-        """Raise BatchError where the call that is running on this very thread, which holds the
-        lock, serves this adapter."""
-        if self.running.depth and self.asks_for(name):
+        """Raise BatchError where the call that is running on this thread, which holds the lock,
+        serves this adapter, by itself or in a sum."""
+        served = (given for given in self.asked.names if given is not None)
+        if self.running.depth and any(name in members(given) for given in served):
             raise BatchError(
                 f"the call that is running serves {name!r}; {what} it when the call has returned"
             )
@@ -411,23 +364,8 @@ class Session:
             self.stand_ins.put_back()
         self.store.after_fork()
 
-    def _have_neighbours_rest(self) -> list[bool | None]:
-        """Have the marks of the models that share modules with this one do nothing; whether they
-        did something before."""
-        runtimes = [other.program.runtime for other in self.neighbours]
-        before = [runtime.active for runtime in runtimes]
-        for runtime in runtimes:
-            runtime.active = False
-        return before
 
-    def _have_neighbours_go_on(self, before: list[bool | None]) -> None:
-        for other, active in zip(self.neighbours, before, strict=True):
-            other.program.runtime.active = active
-
-
-def read_for(
-    program: Program, source: Any, name: str, *, strict: bool = False, warn: bool = True
-) -> Adapter:
+def read_for(program: Program, source: Any, name: str, *, strict: bool = False) -> Adapter:
     """As `read_adapter`, for the program's sites."""
     return read_adapter(
         source,
@@ -437,7 +375,6 @@ def read_for(
         max_rank=program.config.max_rank,
         lora_config=program.config,
         strict=strict,
-        warn=warn,
     )
 
 

@@ -1,11 +1,8 @@
 """Models that share modules or parameters: a draft beside its target, each with its own adapters.
 
 A module that two compiled models hold carries one mark for each, and only the mark of the running
-model may add its delta. So the sessions of such models take turns (one lock), and while an entry of
-one runs, the runtimes of the others are idle.
-
-A write into a weight applies to every model that holds it. For new base weights that is intended;
-for a merged adapter it is not, so the merge is refused.
+model may add its delta. So the sessions of such models take turns, by one lock. New base weights
+apply to every model that holds them; a merge into a shared weight is refused.
 """
 
 from __future__ import annotations

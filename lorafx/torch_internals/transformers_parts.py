@@ -7,14 +7,7 @@ from typing import Any
 
 import torch
 
-from lorafx.torch_internals.entries import Required, private_names
-
-ENTRY = Required(
-    use="classes of models by their configuration; what the continuous batching can do; errors "
-    "of streams",
-    ended_by="public names in transformers",
-    refused="lorafx serve; lorafx.generation.continuous; commands that are given a model folder",
-)
+from lorafx.torch_internals.versions import private_names
 
 
 def stream_error(message: str) -> Any:
@@ -33,13 +26,3 @@ def causal_model_class(config: Any) -> type:
         mapping: Any = transformers.AutoModelForCausalLM._model_mapping
     found: type = mapping[type(config)]
     return found
-
-
-def devices_of_async_batching() -> tuple[str, ...]:
-    """Types of devices that transformers overlaps its batches on."""
-    with private_names():
-        from transformers.generation.continuous_batching.input_outputs import (
-            ContinuousBatchingAsyncIOs,
-        )
-
-        return tuple(ContinuousBatchingAsyncIOs._supported_device_types)

@@ -5,7 +5,6 @@
                slots are the keys of the rows. The grouped product that y is becomes
                lorafx::grouped_mm where that has a kernel.
     triton     fused_linear → triton_linear, or mm / addmm and triton_delta_, as planned;
-               fused_experts → triton_experts, or the grouped product and then as expert_site;
                site → triton_delta_ into y. On a GPU their launches are put into the graph.
     reference  nothing to do: the ops' aten implementations run.
 
@@ -26,10 +25,8 @@ from lorafx.kernels.cpu.delta_kernels import delta_call
 from lorafx.kernels.cpu.grouped_mm import GROUPED_MM, kernel_of
 from lorafx.kernels.ops.op_library import BankArgs
 from lorafx.kernels.triton import ops as triton_ops
-from lorafx.kernels.triton.build import EXPERTS
 from lorafx.kernels.triton.ops import adjacent
 from lorafx.op_arguments import bound, in_order
-from lorafx.passes.fuse.fuse_experts import FUSED_EXPERTS, product
 from lorafx.passes.lower.triton_graph import inline_triton_ops
 from lorafx.passes.match.match_experts import ALIKE
 from lorafx.passes.plan import GENERATED, cpu_spec, delta_spec, strategy_of
@@ -54,8 +51,7 @@ ADD_EMBEDDING_DELTA = torch.ops.lorafx.add_embedding_delta_.default
 TRITON_LINEAR = triton_ops.triton_linear._opoverload
 TRITON_DELTA = triton_ops.triton_delta_._opoverload
 TRITON_EMBEDDING_DELTA = triton_ops.triton_embedding_delta_._opoverload
-TRITON_EXPERTS = triton_ops.triton_experts._opoverload
-TRITON_OPS = (TRITON_LINEAR, TRITON_DELTA, TRITON_EMBEDDING_DELTA, TRITON_EXPERTS)
+TRITON_OPS = (TRITON_LINEAR, TRITON_DELTA, TRITON_EMBEDDING_DELTA)
 
 
 @dataclass(frozen=True)
@@ -130,8 +126,7 @@ def _experts(ctx: Context, node: fx.Node) -> fx.Node:
     call = bound(node)
     y = _generated_product(ctx, call["y"])
     flat = {"y": _flat(ctx, y), "x": _flat(ctx, call["x"])}
-    written = _expert_delta(ctx, node, {**call, **flat})
-    return _shaped(ctx, written, y, node)
+    return _shaped(ctx, _expert_delta(ctx, node, {**call, **flat}), y, node)
 
 
 def _generated_product(ctx: Context, y: fx.Node) -> fx.Node:
@@ -175,16 +170,6 @@ def _ends(experts: fx.Node, count: int) -> fx.Node | None:
         return None
     first, step = (bound(numbers)[name] for name in ("start", "step"))
     return ends if first == 0 and step == 1 else None
-
-
-def _fused_experts(ctx: Context, node: fx.Node) -> fx.Node:
-    call, strategy = bound(node), strategy_of(node)
-    if strategy.name == EXPERTS:
-        rows = _adjacent(ctx, call["x"])
-        arguments = in_order(TRITON_EXPERTS, call, x=rows, kernel=strategy.kernel)
-        return ctx.emit(TRITON_EXPERTS, *arguments)
-    base = {"y": product(ctx, node), "count": fake_value(call["weight"]).shape[0]}
-    return _expert_delta(ctx, node, {**call, **base})
 
 
 def _embedding(ctx: Context, node: fx.Node) -> fx.Node:
@@ -255,7 +240,6 @@ def _shaped(ctx: Context, y: fx.Node, source: Any, like: fx.Node) -> fx.Node:
 _LOWERINGS: dict[Any, Callable[..., fx.Node]] = {
     SITE_OP: _site,
     EXPERT_OP: _experts,
-    FUSED_EXPERTS: _fused_experts,
     EMBEDDING_OP: _embedding,
     FUSED_OP: _linear,
 }

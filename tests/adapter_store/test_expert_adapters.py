@@ -158,12 +158,7 @@ def test_a_pair_for_each_expert_and_projection(file: tuple, mixtral: bool) -> No
 FORMS: dict[str, tuple[tuple[int, ...], tuple[int, ...], Callable, Callable]] = {
     "apart": ((3, 2, 4), (3, 5, 2), lambda a, e: a[e], lambda b, e: b[e]),
     "one A": ((2, 4), (3, 5, 2), lambda a, e: a, lambda b, e: b[e]),
-    "one A, B stacked": ((2, 4), (5, 6), lambda a, e: a, lambda b, e: b[:, e::3]),
     "one B": ((3, 2, 4), (5, 2), lambda a, e: a[e], lambda b, e: b),
-    "one B, A stacked": ((6, 4), (5, 2), lambda a, e: a[2 * e : 2 * e + 2], lambda b, e: b),
-    "stacked": ((6, 4), (5, 6), lambda a, e: a[2 * e : 2 * e + 2], lambda b, e: b[:, e::3]),
-    "one pair": ((2, 4), (5, 2), lambda a, e: a, lambda b, e: b),
-    "A apart, B stacked": ((3, 2, 4), (5, 6), lambda a, e: a[e], lambda b, e: b[:, e::3]),
 }
 
 
@@ -208,8 +203,13 @@ BAD: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
     ),
     "one pair or stacked": (
         pair((6, 4), (5, 6), f"{PATH}.down_proj"),
-        {"r": 5},
-        "rank 6 for all experts or",
+        {},
+        r"\(6, 4\) and \(5, 6\) are not \(3, r, 4\) and \(3, 5, r\), of which one may be shared",
+    ),
+    "no expert of that shared A": (
+        {f"{PATH}.w2.lora_A": noise(2, 4), f"{PATH}.0.w2.lora_B": noise(5, 2)},
+        {},
+        "has no factor B",
     ),
 }
 

@@ -358,7 +358,7 @@ def _truncate(folder: Path) -> None:
 FILES = {
     "truncated": (_truncate, "not a readable safetensors file"),
     "absent": (lambda f: (f / WEIGHTS).unlink(), "holds no adapter weights"),
-    "no configuration": (lambda f: (f / CONFIG).unlink(), "has no adapter_config.json"),
+    "no configuration": (lambda f: (f / CONFIG).unlink(), "has no configuration, and without α"),
     "no factors": (lambda f: save_file({}, f / WEIGHTS), "holds no LoRA factors"),
 }
 

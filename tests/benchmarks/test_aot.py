@@ -17,8 +17,8 @@ from triton_variants import AotVariant, variants_for_aot
 from lorafx.kernels.triton.attention import PagedAttentionSpec
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "kernels.md"
-#: One variant a kernel, the layer o_proj of Llama-3-8B, whose row tiles are those of many requests,
-#: and kernels of routed experts for few rows each; attention of Llama-3-8B's and gpt-oss's heads.
+#: One variant a kernel, the layer o_proj of Llama-3-8B, whose row tiles are those of many requests;
+#: attention of Llama-3-8B's and gpt-oss's heads.
 CUT = (
     "split/split/o_r16_bf16/m64",
     "split/reduce/o_r16_bf16/m64",
@@ -30,8 +30,6 @@ CUT = (
     "gemv/expand_rows/o_r16_bf16/m1",
     "embedding/embedding_rows/embedding_r16_bf16/m1",
     "order",
-    "grouped/shrink/qwen3_up_r16_bf16/m1",
-    "grouped/epilogue/qwen3_up_r16_bf16/m1",
     "paged_attention/attend/llama_bf16/many",
     "paged_attention/attend_split/gptoss_bf16/few",
     "paged_attention/attend_sum/llama_bf16",

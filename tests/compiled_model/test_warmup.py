@@ -269,8 +269,6 @@ def test_bad_arguments(plain: Case, shallow: Case) -> None:
     with pytest.raises(ConfigError, match=r"does not declare token ids .* warmup"):
         cm.warmup()
     for arguments, message in (
-        ({"rank": 0}, "rank=.* positive integer, got 0"),
-        ({"rank": True}, "rank=.* positive integer"),
         ({"batch_sizes": ()}, "batch_sizes=.* positive integers"),
         ({"lengths": (4, -1)}, "lengths=.* positive integers"),
         ({"generate": True}, "PlainModel cannot generate"),

@@ -70,27 +70,10 @@ def test_a_cache_that_is_returned_has_all_rows_and_is_not_taken_back(shallow, se
     assert cache.get_seq_length() == 5
 
 
-def test_tokens_with_adapters_of_their_own(shallow, served, inputs):
-    """Rows of two adapters each share waves that have both."""
-    slots = torch.tensor([[0, 0, 0, 1, 1], [2] * 5, [0, 1, 1, 1, 1], [-1] * 5, [3, 3, 3, 4, 4]])
-    palette = ["a0", "a1", "a2", "a3", "a4"]
-    ids = inputs["input_ids"][:5]
-    got = served(input_ids=ids, adapter_names=palette, adapter_slots=slots)["logits"]
-    two = torch.tensor([0, 2])  # which fit into the slots
-    want = served(input_ids=ids[two], adapter_names=palette, adapter_slots=slots[two])["logits"]
-    assert error(got[two], want) <= TOLERANCE
-    alone = shallow.expected(["a2"], {"input_ids": ids[1:2]})
-    assert error(got[1:2], alone) <= TOLERANCE
-    slots[0] = torch.tensor([0, 1, 2, 2, 2])
-    with pytest.raises(CapacityError, match="5 distinct adapters"):
-        served(input_ids=ids, adapter_names=palette, adapter_slots=slots)
-
-
 def test_generate(shallow, served, inputs):
     kwargs = {"num_beams": 2, "num_return_sequences": 2}
-    scores = {"return_dict_in_generate": True, "output_scores": True}
-    with pytest.raises(BatchError, match="beam_indices"):
-        served.generate(**inputs, **FIXED, **kwargs, **scores, adapter_names=NAMES)
+    with pytest.raises(BatchError, match="leave out return_dict_in_generate"):
+        served.generate(**inputs, **FIXED, return_dict_in_generate=True, adapter_names=NAMES)
     got = served.generate(**inputs, **FIXED, do_sample=False, **kwargs, adapter_names=NAMES)
     rows = [
         shallow.alone(name).generate(
@@ -165,12 +148,11 @@ def test_waves_are_few_and_even(served):
     """Adapters with slots come first, and no wave is left with one adapter of three."""
     store = served._session.store
     store.acquire(["a4", "a2"])
-    rows = [frozenset({name}) if name else frozenset() for name in [*NAMES, "a3"]]
-    waves = waves_of(store, rows)
-    assert sorted(row for wave in waves for row in wave) == list(range(len(rows)))
+    waves = waves_of(store, [*NAMES, "a3"])
+    assert sorted(row for wave in waves for row in wave) == list(range(len(NAMES) + 1))
     assert [len({NAMES[row] for row in wave if row < 7} - {None}) for wave in waves] == [2, 2, 1]
     assert {5, 6} <= set(waves[0])
-    assert waves_of(store, rows[:1] * 3) is None
+    assert waves_of(store, NAMES[:1] * 3) is None
 
 
 class Wide(nn.Module):

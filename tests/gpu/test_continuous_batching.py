@@ -30,10 +30,9 @@ def assert_answered(outputs: dict[str, Any], ids: list[str], case: Case, work: W
         assert [*prompt, *outputs[request].generated_tokens][: len(want)] == want
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_answers(llama: Case, device: torch.device, asynchronous: bool) -> None:
+def test_answers(llama: Case, device: torch.device) -> None:
     """Adapters take turns in two slots, and one is replaced while its requests are under way."""
-    config = ContinuousBatchingConfig(**PAGES, use_async_batching=asynchronous)
+    config = ContinuousBatchingConfig(**PAGES)
     cm = compiled_on(llama, device, lorafx.LoraConfig(max_adapters=2, max_rank=8))
     names = [None, *sorted(llama.folders)]
     work = [([*range(3 + i, 6 + 3 * (i % 6) + i)], names[i % len(names)]) for i in range(24)]

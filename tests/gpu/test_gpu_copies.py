@@ -56,29 +56,6 @@ def test_a_call_keeps_what_it_was_launched_with(
     assert_served(late["logits"], llama, want, inputs)
 
 
-def test_a_copy_arrives_while_a_call_is_running(served, llama: Case, device: torch.device) -> None:
-    cm, inputs = served
-    first, *_, missing = sorted(llama.folders)
-    cm(**to(inputs, device), adapter_names=[first, None])
-    for name in cm._session.store.resident.keys() - {first}:
-        cm.unload_adapter(name)
-        cm.load_adapter(llama.folders[name], name)
-    torch.cuda.synchronize(device)
-    running = cm(**to(inputs, device), adapter_names=[first, None])["logits"]
-    busy = torch.cuda.Event()
-    torch.cuda._sleep(LONG)  # as if the call took that long
-    busy.record()
-    cm.prefetch_adapters([missing], slots=True)
-    (lane,) = cm._session.store.copy_streams._lanes
-    lane.copies[cm._session.store.resident[missing]].event.synchronize()
-    assert not busy.query()
-    names = [missing, first]
-    later = cm(**to(inputs, device), adapter_names=names)["logits"]
-    torch.cuda.synchronize(device)
-    assert_served(running, llama, [first, None], inputs)
-    assert_served(later, llama, names, inputs)
-
-
 @pytest.mark.parametrize("apart", [False, True])
 def test_calls_that_are_launched_ahead_read_their_own_adapters(
     served, llama: Case, device: torch.device, apart: bool
@@ -95,8 +72,6 @@ def test_calls_that_are_launched_ahead_read_their_own_adapters(
         with torch.cuda.stream(stream):
             torch.cuda._sleep(BUSY)
             answers.append(cm(**on_device, adapter_names=mix)["logits"])
-        if number % 3 and number + 1 < len(mixes):
-            cm.prefetch_adapters(mixes[number + 1], slots=True)
         if number % 5 == 4:
             cm.load_adapter(llama.folders[mix[0]], mix[0])
     torch.cuda.synchronize(device)

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorafx.capture.tracking import Tracking
-from lorafx.ownership.held import Held, cells_of, listed
-from lorafx.ownership.memory import Memory
+from lorafx.ownership.memory import Held, Memory, cells_of, listed
 from lorafx.ownership.real import tensors_in
 
 FRESH = (torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.new_empty)

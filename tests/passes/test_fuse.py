@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorafx.op_arguments import bound
-from lorafx.passes.fuse.fuse import Fuse
+from lorafx.passes.fuse import Fuse
 from lorafx.passes.match.match import Match
 from lorafx.program.context import FUSED_OP
 

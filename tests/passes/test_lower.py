@@ -11,7 +11,7 @@ from site_graphs import Holder, SiteGraph
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lorafx.passes.fuse.fuse import Fuse
+from lorafx.passes.fuse import Fuse
 from lorafx.passes.lower.lower import Lower
 from lorafx.passes.match.match import Match
 

@@ -11,7 +11,7 @@ from site_graphs import SiteGraph
 from torch import nn
 
 from lorafx.op_arguments import bound
-from lorafx.passes.fuse.fuse import Fuse
+from lorafx.passes.fuse import Fuse
 from lorafx.passes.match.match import Match
 from lorafx.passes.pack import Pack
 

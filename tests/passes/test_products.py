@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch._inductor.utils import run_and_get_code
 
 from lorafx.kernels.cpu.dense import most_rows
-from lorafx.passes.fuse.fuse import Fuse
+from lorafx.passes.fuse import Fuse
 from lorafx.passes.lower.lower import Lower
 from lorafx.passes.match.match import Match
 from lorafx.passes.plan import Plan

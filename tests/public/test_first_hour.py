@@ -24,7 +24,7 @@ assert "lorafx" not in sys.modules
 linear = torch.nn.Linear(3, 3)
 compiled = torch.compile(linear, backend="lorafx", options={"lowering": "reference"})
 assert torch.equal(compiled(torch.ones(1, 3)), linear(torch.ones(1, 3)))
-import lorafx.kernels.cpu.cpu_source, lorafx.passes.fuse.fuse
+import lorafx.kernels.cpu.cpu_source, lorafx.passes.fuse
 print(lorafx.__file__)
 """
 

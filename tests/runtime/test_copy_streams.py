@@ -3,14 +3,13 @@ note who comes after whom; tests/gpu/test_gpu_copies.py has a GPU's."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
 import pytest
 import torch
-from dense_merge import REFERENCE, Case, check_mixed, random_base
+from dense_merge import REFERENCE, Case, random_base
 from fake_streams import Cuda, Launch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -19,7 +18,7 @@ from own_weights import own_case
 import lorafx
 from lorafx.errors import BatchError, CapacityError
 
-#: Of several widths, with norms of the base, and with weights of their own.
+#: Of several ranks, with norms of the base, and with weights of their own.
 ADAPTERS: dict[str, dict[str, Any]] = {
     "a": {"r": 2, "target_modules": ["up", "down"]},
     "b": {"r": 6, "target_modules": ["up", "gate"]},
@@ -37,7 +36,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 @pytest.fixture(scope="module")
 def cm(case: Case) -> Any:
-    config = lorafx.LoraConfig(max_adapters=4, max_rank=8, slot_rank=4, max_own_weights=1)
+    config = lorafx.LoraConfig(max_adapters=3, max_rank=8)
     compiled = lorafx.compile(case.model(), config, adapters=case.folders, options=REFERENCE)
     step(compiled, "a", None)
     step(compiled, None, None)
@@ -83,16 +82,13 @@ def empty(cm: Any) -> None:
     store = cm._session.store
     for name in store.pinned:
         cm.unpin_adapter(name)
-    for name, slot in [*store.resident.items()]:
-        del store._slots[name]
-        store._clear(slot)
-    store._last = None
+    store._slots.clear()
 
 
 NAMES = st.sampled_from([*ADAPTERS, None])
 PAIRS = st.tuples(NAMES, NAMES)
 OPERATIONS = st.one_of(
-    st.tuples(st.sampled_from(["step", "prefetch"]), PAIRS),
+    st.tuples(st.just("step"), PAIRS),
     st.tuples(
         st.sampled_from(["replace", "replace", "unload", "pin"]), st.sampled_from([*ADAPTERS])
     ),
@@ -112,8 +108,6 @@ def run(cm: Any, case: Case, cuda: Cuda, operations: Sequence[Any]) -> None:
             if what in ("step", "again"):
                 last = of if what == "step" else last
                 step(cm, *last)
-            elif what == "prefetch":
-                cm.prefetch_adapters(of, slots=True)
             elif what == "capture":
                 cuda.on(0)
                 step(cm, *of)
@@ -152,71 +146,6 @@ def test_no_order_of_a_device_lets_a_copy_meet_a_step(
     assert not cuda.clashes()
 
 
-def test_a_prefetch_runs_beside_a_step_and_its_own_step_waits(cm, cuda: Cuda) -> None:
-    running = launched(cuda, lambda: step(cm, "a", None))[-2:]
-    copies = launched(cuda, lambda: cm.prefetch_adapters(["b", "c"], slots=True))
-    assert {launch.writes for launch in copies} == {True}
-    assert free(copies, running)
-    assert cm._session.store.resident.keys() == {"a", "b", "c"}
-    others = launched(cuda, lambda: step(cm, "a", "a"))
-    assert free(others, copies)
-    loads = cm.stats().loads
-    both = launched(cuda, lambda: step(cm, "b", "c"))
-    assert waits(both, copies)
-    assert cm.stats().loads == loads
-
-
-def test_a_slot_is_overwritten_when_the_steps_that_read_it_have_ended(cm, cuda: Cuda) -> None:
-    """The steps after these are not waited for."""
-    first = launched(cuda, lambda: step(cm, "a", "b"))[-2:]
-    later = launched(cuda, lambda: step(cm, "c", None))[-2:]
-    cuda.on(1)
-    copies = launched(cuda, lambda: cm.prefetch_adapters(["d"], slots=True))
-    assert "a" not in cm._session.store.resident
-    assert waits(copies, first)
-    assert free(copies, later)
-
-
-def test_prefetched_adapters_are_served(cm, case: Case, cuda: Cuda) -> None:
-    inputs = {"ids": torch.tensor([[3, 4, 5], [6, 7, 8]])}
-    graphs = cm.recompiles
-    for names in (["a", "b"], ["c", None], ["a", "b"], ["c", "a"]):
-        cm.prefetch_adapters(names, slots=True)
-        check_mixed(cm, case, names, inputs)
-    cm.prefetch_adapters([{"a": 0.5, "b": 0.5}, "__base__"], slots=True)
-    loads = cm.stats().loads
-    step(cm, {"b": 0.5, "a": 0.5}, None)
-    assert (cm.stats().loads, cm.recompiles) == (loads, graphs)
-
-
-def test_what_is_copied_lives_until_it_has_arrived(case: Case, cuda: Cuda, cm) -> None:
-    """A budget for host memory, or a new version, would let go of it at once."""
-    cuda.finished = lambda: False
-    cm.prefetch_adapters(["a"], slots=True)
-    store = cm._session.store
-    known = weakref.ref(store["a"].host)
-    cm.load_adapter(case.folders["a"], "a")
-    cm.unload_adapter("a")
-    step(cm, "b", None)
-    assert known() is not None
-    cuda.finished = lambda: True
-    step(cm, "b", "b")
-    assert known() is None
-    cm.load_adapter(case.folders["a"], "a")
-
-
-def test_a_capture_waits_for_no_copy(cm, cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    cm.prefetch_adapters(["a", "b"], slots=True)
-    cuda.capturing = True
-    with pytest.raises(BatchError, match=r"'a' may still be on the way.*once before the capture"):
-        step(cm, "a", None)
-    cuda.capturing = False
-    step(cm, "a", None)
-    cuda.capturing = True
-    step(cm, "a", None)
-    cuda.capturing = False
-
-
 def test_nothing_is_written_while_a_call_is_captured(cm, case: Case, cuda: Cuda) -> None:
     """Each replay would write it again."""
     step(cm, "a", None)
@@ -243,7 +172,6 @@ def test_calls_inside_a_call_keep_the_slots_around_them(cm, cuda: Cuda) -> None:
 
     session.run(session.running.in_forward(()), outer)
     del store._slots["a"]
-    store._last = None
     step(cm, "c", "d")
     step(cm, "a", None)
     assert not cuda.clashes()

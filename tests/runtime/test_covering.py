@@ -8,7 +8,7 @@ from own_weights import own_case
 
 from lorafx import LoraConfig
 from lorafx.model.targets import AdapterNames
-from lorafx.runtime.configuration import covering, request_of
+from lorafx.runtime.marking import covering, request_of
 
 ADAPTERS = {
     "saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},

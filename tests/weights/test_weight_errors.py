@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorafx.errors import BaseWeightsError, BatchError, CaptureError, CheckpointError, ConfigError
+from lorafx.runtime.requests import Requests
 
 pytestmark = pytest.mark.usefixtures("fixed_sizes")
 
@@ -219,7 +220,7 @@ def test_it_waits_for_running_calls_and_is_refused_inside_one(served: Any, shall
     caller = threading.current_thread()
     pusher = threading.Thread(target=push)
     pusher.start()
-    served._session.call(hook, ["a0"])
+    served._session.call(hook, Requests(("a0",)))
     pusher.join()
     assert inside == [False]
     assert same(served, state)

@@ -61,20 +61,15 @@ def components(saved: Saved) -> tuple[str, ...]:
 
 def state(saved: Saved, model: nn.Module | None) -> AdapterState:
     alphas = {k: alpha_of(k, t) for k, t in saved.tensors.items() if k.endswith(".alpha")}
-    tensors = {key: t for key, t in saved.tensors.items() if key not in alphas}
-    return translated(saved, "diffusers", tensors, alphas, model)
+    return translated(saved, "diffusers", {**saved.tensors, **alphas}, model)
 
 
 def translated(
-    saved: Saved,
-    dialect: str,
-    tensors: Mapping[str, Tensor],
-    alphas: Mapping[str, float],
-    model: nn.Module | None,
+    saved: Saved, dialect: str, values: Mapping[str, Tensor | float], model: nn.Module | None
 ) -> AdapterState:
     """Factors and α under diffusers' names as `AdapterState`, or what diffusers converts `saved`
     to where their modules are not the model's. Raises as `converted_by_diffusers`."""
-    found = _translated(saved, dialect, tensors, alphas, model)
+    found = _translated(saved, dialect, values, model)
     if model is None or _lands(found, model):
         return found
     return converted_by_diffusers(saved, dialect, model) or found
@@ -98,7 +93,7 @@ def converted_by_diffusers(saved: Saved, dialect: str, model: nn.Module) -> Adap
             alphas = {key: float(value) for key, value in (rest[0] if rest else {}).items()}
             if tensors.keys() == saved.tensors.keys():
                 continue
-            state = _translated(saved, dialect, tensors, alphas, model)
+            state = _translated(saved, dialect, {**tensors, **alphas}, model)
         except Exception:  # conversions of other models raise anything
             continue
         if _lands(state, model) and not any(_equal(state, other) for other in found.values()):
@@ -156,29 +151,21 @@ def _lands(state: AdapterState, model: nn.Module) -> bool:
 
 
 def _translated(
-    saved: Saved,
-    dialect: str,
-    tensors: Mapping[str, Tensor],
-    alphas: Mapping[str, float],
-    model: nn.Module | None,
+    saved: Saved, dialect: str, values: Mapping[str, Tensor | float], model: nn.Module | None
 ) -> AdapterState:
     found = Translation(saved, dialect, model)
-    groups, alpha_groups = _groups(tensors), _groups(alphas)
-    component = None
-    if model is not None and not _as_they_stand(saved, found, groups, bool(alphas)):
-        paths = {
-            g: [factor.module for key in _simple(held, g) if (factor := parse(key)) is not None]
-            for g, held in groups.items()
-        }
+    groups, component = _groups(values), None
+    alphas = any(isinstance(value, float) for value in values.values())
+    if model is not None and not _as_they_stand(saved, found, groups, alphas):
+        paths = {g: list(factor_sizes(_tensors(_simple(held, g)))) for g, held in groups.items()}
         component = _component(saved, paths, found)
     if component is None:
         chosen = {k: t for g in groups for k, t in _simple(groups[g], g, prefix=True).items()}
-        given = {k: a for g in alpha_groups for k, a in _simple(alpha_groups[g], g, True).items()}
     else:
         chosen = _simple(groups[component], component)
-        given = _simple(alpha_groups.get(component, {}), component)
         found.left_out = tuple(sorted(groups.keys() - {component}))
-    for key, tensor in chosen.items():
+    tensors = _tensors(chosen)
+    for key, tensor in tensors.items():
         factor = parse(key)
         if factor is None:
             found.put(key, tensor)
@@ -186,8 +173,8 @@ def _translated(
             vector = factor.letter == "m"
             found.add(factor.module, factor.letter, tensor.flatten() if vector else tensor)
     config = _config(saved, component or "")
-    given = {_ALPHA.sub("", key): alpha for key, alpha in given.items()}
-    for path, (_, _, rank) in factor_sizes(chosen).items():
+    given = {_ALPHA.sub("", key): a for key, a in chosen.items() if isinstance(a, float)}
+    for path, (_, _, rank) in factor_sizes(tensors).items():
         if rank and path in given:
             found.scales[path] = given.pop(path) / rank
         elif rank and config is None:
@@ -197,6 +184,10 @@ def _translated(
             f"{saved.where} has α for {', '.join(list(given)[:3])}, and no factors there"
         )
     return found.state(config)
+
+
+def _tensors(values: Mapping[str, Tensor | float]) -> dict[str, Tensor]:
+    return {key: value for key, value in values.items() if isinstance(value, Tensor)}
 
 
 def _as_they_stand(
@@ -218,8 +209,8 @@ def _as_they_stand(
 
 def _component(saved: Saved, paths: Mapping[str, list[str]], found: Translation) -> str | None:
     """The component whose paths are the model's: `saved.component`, the only one, or the one that
-    has such paths, if need be without their first name (transformers 5's CLIP has no `text_model`).
-    Raises CheckpointError where several fit, or the given one is not in the file."""
+    has such paths. Raises CheckpointError where several fit, or the given one is not in the file.
+    """
     given = saved.component
     if given is not None and given not in paths:
         raise CheckpointError(
@@ -228,21 +219,16 @@ def _component(saved: Saved, paths: Mapping[str, list[str]], found: Translation)
         )
     if given is not None or len(paths) == 1:
         return given or next(iter(paths))
-    for depth in (0, 1):
-        held = {
-            g: [found.exists(p.split(".", depth)[-1]) for p in all_] for g, all_ in paths.items()
-        }
-        fit = [g for g, known in held.items() if any(known)]
-        whole = [g for g in fit if all(held[g])]
-        fit = whole if len(whole) == 1 else fit
-        if len(fit) > 1:
-            raise CheckpointError(
-                f"{saved.where} has factors for {' and '.join(fit)}, which both fit this model; "
-                f"say which by AdapterSource(..., component={fit[0]!r})"
-            )
-        if fit:
-            return fit[0]
-    return None
+    known = {name: [found.exists(path) for path in own] for name, own in paths.items()}
+    fit = [name for name in known if any(known[name])]
+    whole = [name for name in fit if all(known[name])]
+    fit = whole if len(whole) == 1 else fit
+    if len(fit) > 1:
+        raise CheckpointError(
+            f"{saved.where} has factors for {' and '.join(fit)}, which both fit this model; "
+            f"say which by AdapterSource(..., component={fit[0]!r})"
+        )
+    return fit[0] if fit else None
 
 
 def _groups(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

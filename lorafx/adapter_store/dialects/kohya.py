@@ -65,12 +65,11 @@ def state(saved: Saved, model: nn.Module | None) -> AdapterState:
     names = dict.fromkeys(key.partition(".")[0] for key in saved.tensors)
     flat = {} if model is None else _flattened(model)
     paths = {name: name if model is None else _path(saved, name, flat) for name in names}
-    tensors: dict[str, Tensor] = {}
-    alphas: dict[str, float] = {}
+    values: dict[str, Tensor | float] = {}
     for key, tensor in saved.tensors.items():
         name, _, factor = key.partition(".")
         if factor == "alpha":
-            alphas[f"{paths[name]}.alpha"] = alpha_of(f"{saved.where}: {key}", tensor)
+            values[f"{paths[name]}.alpha"] = alpha_of(f"{saved.where}: {key}", tensor)
             continue
         if factor == "dora_scale" and tensor.dim() > 1 and tensor.numel() != len(tensor):
             raise UnsupportedAdapterError(
@@ -79,13 +78,10 @@ def state(saved: Saved, model: nn.Module | None) -> AdapterState:
                 "copy of the base model"
             )
         target = f"{paths[name]}.{_FACTORS[factor]}"
-        if target in tensors:
+        if target in values:
             raise CheckpointError(f"{saved.where} has two keys that mean {target}; keep one")
-        tensors[target] = tensor
-    for key, tensor in tensors.items():
-        if key.endswith("A.weight") and tensor.dim():
-            alphas.setdefault(key.replace("lora_A.weight", "alpha"), float(len(tensor)))
-    found = diffusers.translated(saved, "kohya", tensors, alphas, model)
+        values[target] = tensor
+    found = diffusers.translated(saved, "kohya", values, model)
     lost = [path for path in factor_sizes(found.tensors) if "." not in path and path not in flat]
     if model is not None and lost:
         lines = "; ".join(f"{path}{nearest(path, list(flat)[:1000], 1)}" for path in lost[:3])

@@ -2,14 +2,13 @@
 
     requests of a step that fails → halves → halves of those that fail → ...
 
-A part is cut between adapters while it has several, and then between requests. A refusal is about
-an adapter, so all that its requests have in the part fail with it. Each request is served in one
-part, or fails.
+Requests of one adapter stand together. A refusal is about an adapter, so a part of one that is
+refused fails as a whole. Each request is served in one part, or fails.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
@@ -33,8 +32,6 @@ T = TypeVar("T")
 OF_THE_DEVICE = (torch.AcceleratorError, torch.OutOfMemoryError)
 #: An engine whose last so many steps have failed is not healthy.
 IN_A_ROW = 5
-#: Of its steps one in so many is run in parts, if it fails too.
-SEARCHED = 4
 
 
 def is_refusal(error: Exception) -> bool:
@@ -48,10 +45,7 @@ def in_parts(
     error: Exception,
 ) -> tuple[list[tuple[Sequence[int], T]], dict[int, Exception]]:
     """What `run` returns for the parts that can be served, given the places of their requests, and
-    why each other request fails.
-
-    There are as many tries as find every adapter that is refused, or a few requests that fail;
-    requests that have not been told apart by then fail. Errors of the device are raised.
+    why each other request fails. Errors of the device are raised.
 
     Args:
         adapters: of the requests, by their places in the step.
@@ -59,40 +53,25 @@ def in_parts(
     """
     first = {adapter: place for place, adapter in reversed([*enumerate(adapters)])}
     order = sorted(range(len(adapters)), key=lambda place: first[adapters[place]])
-    tries = 2 * len(first) + 4 * len(order).bit_length()
     served: list[tuple[Sequence[int], T]] = []
     failed: dict[int, Exception] = {}
-    failing = deque([(order, error)])
-    while failing:
-        part, error = failing.popleft()
-        halves = _halves(part, adapters, error)
-        if not halves or not tries:
+
+    def search(part: Sequence[int], error: Exception) -> None:
+        refused = is_refusal(error) and len({adapters[place] for place in part}) == 1
+        if refused or len(part) == 1:
             failed.update(dict.fromkeys(part, error))
-            continue
-        for half in halves:
-            if not tries:
-                failed.update(dict.fromkeys(half, error))
-                continue
-            tries -= 1
+            return
+        middle = len(part) // 2
+        for half in (part[:middle], part[middle:]):
             try:
                 served.append((half, run(half)))
             except OF_THE_DEVICE:
                 raise
             except Exception as of_half:
-                failing.append((half, of_half))
+                search(half, of_half)
+
+    search(order, error)
     return served, failed
-
-
-def _halves(part: list[int], adapters: Sequence[Hashable], error: Exception) -> list[list[int]]:
-    """The halves of a part that failed with `error`; none where all of it fails."""
-    middle = len(part) / 2
-    cuts = [at for at in range(1, len(part)) if adapters[part[at - 1]] != adapters[part[at]]]
-    if not cuts and not is_refusal(error):
-        cuts = [*range(1, len(part))]
-    if not cuts:
-        return []
-    cut = min(cuts, key=lambda at: abs(at - middle))
-    return [part[:cut], part[cut:]]
 
 
 class StepHealth:
@@ -104,15 +83,6 @@ class StepHealth:
         self.failed = 0
         self.in_a_row = 0
         self.last: Exception | None = None
-        self._passed_over = 0
-
-    def searches(self) -> bool:
-        """Whether the next step is run in parts if it fails; asked once for each step. The tries
-        are in vain where the model fails for everybody. But where somebody sends one bad request
-        after the other, they serve those beside them, and end the row."""
-        failing = self.in_a_row >= IN_A_ROW
-        self._passed_over = (self._passed_over + 1) % SEARCHED if failing else 0
-        return self._passed_over == 0
 
     def succeeded(self) -> None:
         """A step has served at least one request."""

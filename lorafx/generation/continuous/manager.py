@@ -2,41 +2,60 @@
 
 from __future__ import annotations
 
+import dataclasses
+import operator
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
-from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
+from transformers.generation.continuous_batching.requests import (
+    FutureRequestState,
+    GenerationOutput,
+    RequestState,
+)
 
 from lorafx.adapter_store.names import BASE, AdapterName, one_name
 from lorafx.adapter_store.stored import Hold
 from lorafx.errors import BatchError, CaptureError, ConfigError, LorafxError
 from lorafx.generation.alora import column_of, warn_absent
 from lorafx.generation.continuous import sampling
-from lorafx.generation.continuous.adapter_requests import AdapterRequest, EngineOutputs, hold_of
+from lorafx.generation.continuous.adapter_requests import (
+    AdapterPages,
+    AdapterRequest,
+    EngineOutputs,
+    further,
+)
 from lorafx.generation.continuous.attention import EngineAttention
-from lorafx.generation.continuous.cache_policy import AdapterPages, FullCache
 from lorafx.generation.continuous.failures import StepHealth, as_told
 from lorafx.generation.continuous.packed_call import PackedForward
-from lorafx.generation.continuous.request_checks import (
-    checked_limits,
-    checked_prompt,
-    checked_sampling,
-    served_config,
-)
-from lorafx.generation.continuous.scheduling import all_pinned, drop, paired, step_of
+from lorafx.generation.continuous.scheduling import FullCache, all_pinned, within_slots
 from lorafx.model.keywords import refuse_slips
 
 if TYPE_CHECKING:
     from lorafx.runtime.entry import CompiledForwards
 
 
+_COMPILED = "lorafx compiles the model itself"
+_PADDED = "only CUDA graphs and compilation by the engine pad"
+#: What a configuration may ask for that is not served, and why.
+_REFUSED: Mapping[str, str] = {
+    "use_cuda_graph": (
+        "a replayed graph runs nothing on the host, where the slot of each token is written and "
+        "mixes are refused"
+    ),
+    "use_async_batching": "a step that fails in parts is known only when it has ended",
+    "varlen_compile_config": _COMPILED,
+    "decode_compile_config": _COMPILED,
+    "default_compile_level": _COMPILED,
+    "q_padding_interval_size": _PADDED,
+    "kv_padding_interval_size": _PADDED,
+}
 #: How a request names its adapter.
 _WAYS = {"adapter": 'adapter="sql", or None for the base'}
 #: The adapter of `set_adapter`.
@@ -66,8 +85,14 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 f"{type(model).__name__} has no generation_config, so it cannot generate; give a "
                 "generative model of transformers"
             )
-        served = served_config(config, model.device)
+        served = served_config(config)
         per_request = bool(given.do_sample and served.per_request_processors)
+        if per_request and served.return_logprobs:
+            raise ConfigError(
+                "ContinuousBatchingConfig(return_logprobs=True) is not served with "
+                "per_request_processors: of a token that is not drawn beside others that are, "
+                "transformers returns that it was certain. Leave one of the two out"
+            )
         self._attention = EngineAttention(forwards.session)
         try:
             with _possible(model):
@@ -87,7 +112,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self._process: int | None = None
         #: Of the thread; `batch_processor` is taken away while that still runs.
         self._processor: Any = None
-        self._packed = PackedForward(forwards, self._batch, self._waiting)
+        self._packed = PackedForward(forwards, self._batch)
         self._forward: Any = self._packed
         self._outputs = self.output_router = EngineOutputs()
         self.health = StepHealth()
@@ -119,7 +144,6 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             logit_processor_kwargs: how the request's tokens are chosen: `temperature`, `top_k` and
                 `top_p`, where the engine samples and was given `per_request_processors=True`.
                 Temperature 0 takes the likeliest token, `top_k` 0 or -1 and `top_p` 1 leave all.
-                Of any engine, values that ask for nothing or for what it does anyway, and None.
             Otherwise as transformers' own.
 
         Raises:
@@ -141,7 +165,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             raise ConfigError(f"request_id is a string; got {request_id!r}")
         max_new_tokens, ends = checked_limits(max_new_tokens, eos_token_id)
         config = self.generation_config
-        chosen = checked_sampling(self.logit_processor, logit_processor_kwargs, config)
+        chosen = sampling.checked_sampling(self.logit_processor, logit_processor_kwargs)
         prompt = checked_prompt(self.forwards.model, input_ids)
         hold, begins = self._held(adapter, prompt)
         request_id = self._named(request_id)
@@ -164,6 +188,24 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             raise
         self._wake_up_loop.set()
         return request_id
+
+    def collected(self, requests: Sequence[str]) -> dict[str, GenerationOutput]:
+        """The outputs of these requests and of their further sequences, which come before each, by
+        name. Raises BatchError where the engine stops before."""
+        count = self.num_return_sequences - 1
+        wanted = [name for request in requests for name in (*further(request, count), request)]
+        found: dict[str, GenerationOutput] = {}
+        while len(found) < len(wanted):
+            output = self.get_result(timeout=1)
+            if output is not None and output.is_finished():
+                found[output.request_id] = output
+            elif output is None and not self.is_running():
+                cause = self.background_thread_status.fatal_error
+                raise BatchError(
+                    f"the engine stopped with {len(wanted) - len(found)} of {len(wanted)} requests "
+                    f"unanswered: {cause}"
+                ) from cause
+        return {name: found[name] for name in wanted}
 
     def start(self) -> None:
         """Start the engine's thread. Raises ConfigError where transformers has no paged cache for
@@ -243,7 +285,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             return hold, 0
         (column,) = column_of(torch.tensor([prompt]), hold.stored.invocation)
         if column is None:
-            warn_absent(str(hold.name), hold.stored.invocation)
+            warn_absent(str(hold.stored.name), hold.stored.invocation)
             return None, 0
         return hold, column
 
@@ -270,27 +312,10 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             scheduler.waiting_requests_order.remove(name)
         scheduler.finish_request(name)
         scheduler.block_new_requests = False
-        drop(state)
 
     def _batch(self) -> list[FutureRequestState]:
         """The requests of the step that is under way."""
-        return list(step_of(self._processor.inputs_and_outputs).requests_in_batch)
-
-    def _waiting(self) -> Iterator[Hold]:
-        """The adapters of requests that are not in the step, in the order in which they may be in
-        the next."""
-        scheduler = self._processor.scheduler
-        batch = {future.state.request_id for future in self._batch()}
-        began = [s for name, s in scheduler.active_requests.items() if name not in batch]
-        waits = [*scheduler.waiting_requests.values()]
-        with self.input_queue.mutex:
-            added = list(self.input_queue.queue)
-        seen = set()
-        for state in (*began, *waits, *added):
-            hold = hold_of(state)
-            if hold is not None and hold.stored.version not in seen:
-                seen.add(hold.stored.version)
-                yield hold
+        return list(self._processor.inputs_and_outputs.requests_in_batch)
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
         known = self.batch_processor
@@ -305,8 +330,6 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             cache.__class__ = AdapterPages
             cache.waiting = lambda request_id: scheduler.waiting_requests.get(request_id)
             cache.session = self.forwards.session
-            self._packed.waits = not paired(processor.inputs_and_outputs)
-            sampling.likely_as_alone(processor.model_runner, self.logit_processor)
             offloading: Any = processor.offloading_manager
             offloading.__class__ = FullCache
             offloading.fail = self._fail
@@ -314,10 +337,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
     def _generation_step(self) -> None:
         processor, packed = self._processor, self._packed
-        step = step_of(processor.inputs_and_outputs)
+        step = processor.inputs_and_outputs
         draws = processor.do_sample and sampling.drawn(self.logit_processor)
         processor.model_runner.do_sample = draws
-        packed.searches = self.health.searches()
         try:
             processor._generation_step(self._forward)
         except torch.AcceleratorError:
@@ -355,11 +377,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 scheduler.finish_request(state.request_id)
                 forks = [other for other in scheduler._requests_to_fork if other is not state]
                 scheduler._requests_to_fork = forks
-                drop(state)
             column += future.has_new_token
-        if step is processor.inputs_and_outputs:  # otherwise it is under way
-            step.output_ids[:, : len(columns)] = step.output_ids[:, columns]
-            step.requests_in_batch = kept
+        step.output_ids[:, : len(columns)] = step.output_ids[:, columns]
+        step.requests_in_batch = kept
         scheduler.block_new_requests = False
 
 
@@ -372,4 +392,60 @@ def _possible(model: Any) -> Iterator[None]:
         raise ConfigError(
             f"transformers' engine cannot make a paged cache for {type(model).__name__}: {error}. "
             "Change the ContinuousBatchingConfig if it is about sizes; otherwise call generate()"
+        ) from error
+
+
+def served_config(config: ContinuousBatchingConfig | None) -> ContinuousBatchingConfig:
+    """The configuration with what is not served switched off; ConfigError where it asks for it."""
+    config = ContinuousBatchingConfig() if config is None else config
+    for name, why in _REFUSED.items():
+        value = getattr(config, name)
+        if value and value != (False, False):
+            raise ConfigError(
+                f"ContinuousBatchingConfig({name}={value!r}) is not served with adapters: {why}. "
+                f"Leave {name} out"
+            )
+    return dataclasses.replace(
+        config,
+        use_cuda_graph=False,
+        use_async_batching=False,
+        auto_switch_to_flash=False,
+        scheduler_type=within_slots(config.scheduler_type),
+    )
+
+
+def checked_prompt(model: Any, input_ids: Sequence[int]) -> list[int]:
+    """The token ids of a prompt; BatchError where they are none of the model's."""
+    try:
+        prompt = [operator.index(token) for token in input_ids]
+    except TypeError as error:
+        raise BatchError(
+            f"input_ids holds the token ids of one prompt, which are integers: {error}"
+        ) from error
+    if not prompt:
+        raise BatchError("input_ids is empty; give at least one token")
+    known: int | None = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if known is not None and not 0 <= min(prompt) <= max(prompt) < known:
+        raise BatchError(
+            f"input_ids holds {min(prompt)} to {max(prompt)}, but the model has embeddings "
+            f"for 0 to {known - 1}"
+        )
+    return prompt
+
+
+def checked_limits(
+    max_new_tokens: int | None, eos_token_id: int | Iterable[int] | None
+) -> tuple[int | None, list[int] | None]:
+    """After how many tokens an answer ends, and with which. Raises ConfigError."""
+    most = None if max_new_tokens is None else sampling.integer(max_new_tokens)
+    if max_new_tokens is not None and (most is None or most < 0):
+        raise ConfigError(f"max_new_tokens is a number of tokens; got {max_new_tokens!r}")
+    if eos_token_id is None:
+        return most, None
+    single, several = sampling.integer(eos_token_id), cast("Iterable[int]", eos_token_id)
+    try:
+        return most, [operator.index(token) for token in several] if single is None else [single]
+    except TypeError as error:
+        raise ConfigError(
+            f"eos_token_id is a token id or a list of them; got {eos_token_id!r}"
         ) from error

@@ -11,7 +11,7 @@ are copies of one of the part's, of the base, and write nothing into the cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
 from lorafx.adapter_store.names import BASE
-from lorafx.adapter_store.stored import Hold
 from lorafx.generation.continuous.adapter_requests import AdapterRequest, hold_of
 from lorafx.generation.continuous.failures import OF_THE_DEVICE, in_parts
 from lorafx.generation.continuous.step_cache import ATTENDING_DEVICES, StepCache
 from lorafx.runtime.entry import CompiledForwards
-from lorafx.runtime.loading import fill_ahead
+from lorafx.runtime.requests import Requests
 
 
 class Step(NamedTuple):
@@ -35,14 +34,13 @@ class Step(NamedTuple):
         batch: its requests, in the order of their tokens.
         named: what the model is called with.
         places: those of the requests in the batch, with a new token first.
-        last: the places of their last tokens among all tokens; None where the host does not wait
-            for the logits.
+        last: the places of their last tokens among all tokens.
     """
 
     batch: Sequence[FutureRequestState]
     named: Mapping[str, Any]
     places: Sequence[int]
-    last: Tensor | None
+    last: Tensor
 
     @property
     def length(self) -> int:
@@ -52,8 +50,6 @@ class Step(NamedTuple):
     def check(self, output: Any, part: Collection[int]) -> None:
         """Raise FloatingPointError where the logits of a request of `part` are not finite. In the
         keys of one request that reaches the output of all, masked or not."""
-        if self.last is None:
-            return
         logits = output.logits[0]
         if "logits_to_keep" not in self.named:
             logits = logits[self.last]
@@ -67,28 +63,22 @@ class Step(NamedTuple):
 
 class PackedForward:
     """Called by the engine in place of the model. `batch` gives the requests of the step, in the
-    order of their tokens, `waiting` the adapters of the others, in the order in which they may
-    come.
+    order of their tokens.
 
     Attributes:
         pages: the engine's cache, which may be let go of by None.
         failed: the requests of the last step that failed, by their names, and why.
-        searches: whether a step that fails is run in parts.
-        waits: whether the host waits for each step, and so may look at what came of it.
     """
 
     def __init__(
         self,
         entries: CompiledForwards,
         batch: Callable[[], list[FutureRequestState]],
-        waiting: Callable[[], Iterable[Hold]],
     ) -> None:
         self._entries = entries
         self._batch = batch
-        self._waiting = waiting
         self.pages: StepCache | None = None
         self.failed: dict[str, Exception] = {}
-        self.searches = self.waits = True
 
     def _supports_logits_to_keep(self) -> bool:
         """Asked by the engine: whether the head is only computed for tokens that need it."""
@@ -128,19 +118,16 @@ class PackedForward:
         self.failed = {}
         batch = self._batch()
         places = sorted(range(len(batch)), key=lambda place: not batch[place].has_new_token)
-        last = None
-        if self.waits:
-            ends = [*accumulate(future.query_length for future in batch)]
-            tokens = torch.tensor([ends[place] - 1 for place in places], dtype=torch.int32)
-            last = tokens.to(input_ids.device)
+        ends = [*accumulate(future.query_length for future in batch)]
+        last = torch.tensor([ends[place] - 1 for place in places], dtype=torch.int32)
+        last = last.to(input_ids.device)
         if logits_to_keep is not None:
-            if last is not None:
-                logits_to_keep = nn.functional.pad(last, (0, len(logits_to_keep) - len(batch)))
+            logits_to_keep = nn.functional.pad(last, (0, len(logits_to_keep) - len(batch)))
             named["logits_to_keep"] = logits_to_keep.repeat(2) if single else logits_to_keep.clone()
         step = Step(batch, named, places, last)
         with session.lock:
             self._count(batch)
-            put_back = pages.kept() if self.searches and len(batch) > 1 else None
+            put_back = pages.kept() if len(batch) > 1 else None
             try:
                 output = self._run(step)
                 step.check(output, range(len(batch)))
@@ -151,7 +138,6 @@ class PackedForward:
                     raise
                 put_back(None)
                 output = self._in_parts(step, put_back, error, others["cu_seq_lens_k"])
-            fill_ahead(session, self._waiting())  # while the step runs
         if single:
             output.logits = output.logits[:, :1]
         return output
@@ -221,7 +207,7 @@ class PackedForward:
             entry = entries.of(entries.model, packed=True)
             return session.note(active, lambda: entry(**step.named))
 
-        return session.call(run, names, tokens=tokens, packed=True)
+        return session.call(run, Requests(tuple(names), tokens, packed=True))
 
     def _count(self, batch: Sequence[FutureRequestState]) -> None:
         """Note how many tokens of each adapter are run."""
@@ -229,14 +215,13 @@ class PackedForward:
         for future in batch:
             if isinstance(future.state, AdapterRequest):
                 hold = future.state.hold
-                tokens[BASE if hold is None else str(hold.name)] += future.query_length
+                tokens[BASE if hold is None else str(hold.stored.name)] += future.query_length
 
     def _tokens(self, step: Step, part: Sequence[int] | None) -> tuple[list[str], Tensor]:
         """The adapters of the step, or of a part, and which of them each token uses: (1, T), -1 for
         the base and for padding. A part leaves other tokens to the base, or to what is merged into
         it, which then serves nothing else."""
-        session = self._entries.session
-        store, merged = session.store, session.base.merged
+        merged = self._entries.session.base.merged
         places: dict[str, int] = {}
         numbers: list[int] = []
         counts: list[int] = []
@@ -246,7 +231,7 @@ class PackedForward:
             if part is not None and place not in part:
                 name = None if merged is None else merged.name
             elif isinstance(state, AdapterRequest):
-                name = None if hold is None else store.held_name(hold)
+                name = None if hold is None else hold.name
                 before = state.inactive(count)
             numbers += [-1, -1 if name is None else places.setdefault(name, len(places))]
             counts += [before, count - before]

@@ -12,7 +12,11 @@ one skips it.
 from __future__ import annotations
 
 import copy
-from typing import Any
+import operator
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor
@@ -25,8 +29,16 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
-from lorafx.generation.continuous.request_checks import UNSAID
+from lorafx.errors import ConfigError
 
+#: What a request may say of how its tokens are chosen. Temperatures become float32.
+RANGES: Mapping[str, tuple[float, float]] = {
+    "temperature": (0.0, float(torch.finfo(torch.float32).max)),
+    "top_k": (-1, sys.maxsize),
+    "top_p": (0.0, 1.0),
+}
+#: What they are where nobody says.
+UNSAID: Mapping[str, float] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 #: Lower temperatures take the likeliest token. It is vLLM's bound.
 COLDEST = 1e-5
 #: top_k of a request that leaves all tokens.
@@ -39,12 +51,9 @@ class Temperature(ContinuousBatchingTemperatureLogitsWarper):
     Attributes:
         drawn: whether a token of the step is drawn; otherwise each is the likeliest.
         likeliest: whether a token of the step is the likeliest.
-        taken: the rows of the step whose tokens are the likeliest, (rows, 1) bool, and the scores
-            (rows, vocabulary) of all; None where there are none.
     """
 
     drawn = likeliest = True
-    taken: tuple[Tensor, Tensor] | None = None
 
     def prepare_tensor_args(self, requests_with_new_token: list[FutureRequestState]) -> Tensor:
         given = super().prepare_tensor_args(requests_with_new_token).view(torch.float32)
@@ -53,12 +62,11 @@ class Temperature(ContinuousBatchingTemperatureLogitsWarper):
         return given.masked_fill(cold, 0.0).view(torch.int32)
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
+        if not self.drawn:
+            return scores
         # Rows behind those of the requests with a new token have the temperatures of earlier steps.
         temperatures = tensor_arg[: scores.shape[0]].view(torch.float32)[:, None]
         cold = temperatures == 0
-        self.taken = (cold, scores) if self.likeliest else None
-        if not self.drawn:
-            return scores
         divided = scores / temperatures.masked_fill(cold, 1.0)
         if not self.likeliest:
             return divided
@@ -125,31 +133,61 @@ def take_over(processors: ContinuousBatchingLogitsProcessorList, config: Generat
                 setattr(found, name, UNSAID[name] if value is None else value)
 
 
-def _temperature(processors: ContinuousBatchingLogitsProcessorList) -> Temperature | None:
-    found = (p for p in processors.logits_processor if isinstance(p, Temperature))
-    return next(found, None)
-
-
 def drawn(processors: ContinuousBatchingLogitsProcessorList) -> bool:
     """Whether a token of the step that is being made is drawn, where the engine draws."""
-    temperature = _temperature(processors)
-    return temperature is None or temperature.drawn
+    found = (p.drawn for p in processors.logits_processor if isinstance(p, Temperature))
+    return next(found, True)
 
 
-def likely_as_alone(runner: Any, processors: ContinuousBatchingLogitsProcessorList) -> None:
-    """Have the log probability of a token that is the likeliest be that of the model's own logits,
-    as of an engine that never draws. Beside requests that draw, it would be certain to be drawn."""
-    temperature, sample = _temperature(processors), runner._sample
-    if temperature is None or not runner.return_logprobs:
-        return
+# --- what a request may ask for ---
 
-    def sampled(scores: Tensor, output_ids: Tensor) -> None:
-        sample(scores, output_ids)
-        if temperature.taken is None:
-            return
-        (cold, logits), rows = temperature.taken, slice(scores.shape[1])
-        tokens = output_ids[0, rows, None].long()
-        likely = logits.log_softmax(-1).gather(-1, tokens)[:, 0].view(torch.int32)
-        output_ids[1, rows] = torch.where(cold[:, 0], likely, output_ids[1, rows])
 
-    runner._sample = sampled
+def sampling_number(name: str, value: Any) -> float | None:
+    """`value` where it is one that `name` of `RANGES` can have; else None."""
+    low, high = RANGES[name]
+    number = integer(value) if isinstance(low, int) else _number(value)
+    return number if number is not None and low <= number <= high else None
+
+
+def sampling_range(name: str) -> str:
+    """What `name` of `RANGES` can be, as messages say it."""
+    low, high = RANGES[name]
+    return f"{'an integer' if isinstance(low, int) else 'a number'} from {low:g} to {high:g}"
+
+
+def checked_sampling(
+    processors: ContinuousBatchingLogitsProcessorList, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """How a request wants its tokens chosen, without what is None. ConfigError where the engine was
+    not started for such an argument, or no token can be chosen with its value."""
+    wanted = {name: value for name, value in given.items() if value is not None}
+    for name in wanted.keys() & RANGES.keys():
+        number = sampling_number(name, wanted[name])
+        if number is None:
+            raise ConfigError(f"{name} is {sampling_range(name)}; got {wanted[name]!r}")
+        wanted[name] = number
+    try:
+        processors.check_kwargs(wanted)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"this engine does not choose a request's tokens by {', '.join(wanted)}: {error}. "
+            "Start it with GenerationConfig(do_sample=True) and "
+            "ContinuousBatchingConfig(per_request_processors=True) for temperature, top_k and top_p"
+        ) from error
+    return wanted
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, SupportsFloat):
+        return None
+    with suppress(OverflowError, RuntimeError, TypeError, ValueError):  # several, or no data
+        return float(value)
+    return None
+
+
+def integer(value: Any) -> int | None:
+    """`value` where it is an integer, of Python, of NumPy or a tensor; else None."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None

@@ -1,9 +1,9 @@
-"""Which requests may be in the next step: those whose adapters fit into the slots together.
+"""Which requests may be in the next step: those whose adapters fit into the slots together. And
+which one fails where the cache is full.
 
 transformers' schedulers decide the order, and how many tokens there is room for. Adapters that are
 in a slot go first, since a change of slots costs a copy; one that was passed over for `PATIENCE`
-steps goes before them. With asynchronous batching a step is launched before it is known what came
-of the one before: what comes of requests that have failed or gone meanwhile is dropped.
+steps goes before them.
 """
 
 from __future__ import annotations
@@ -12,11 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
-from torch import Tensor
-from transformers.generation.continuous_batching.input_outputs import (
-    ContinuousBatchingAsyncIOs,
-    ContinuousBatchingIOs,
-)
+from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
 from transformers.generation.continuous_batching.requests import (
     FutureRequestState,
     RequestState,
@@ -24,7 +20,6 @@ from transformers.generation.continuous_batching.requests import (
 )
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
 
-from lorafx.adapter_store.stored import Hold
 from lorafx.errors import CapacityError, ConfigError, LorafxError, nearest
 from lorafx.generation.continuous.adapter_requests import hold_of
 from lorafx.runtime.session import Session
@@ -78,7 +73,6 @@ class SlotsPerStep:
         cancelled: list[RequestState] = scheduler.clear_cancelled_requests()
         for state in cancelled:
             self._gone(state)
-            drop(state)
         if cancelled:
             this: Any = self
             this.block_new_requests = False  # as where a request has finished
@@ -95,8 +89,7 @@ class SlotsPerStep:
             hold = hold_of(state)
             name = None if hold is None else names[hold.stored.version]
             wanted = frozenset[str]() if name is None else frozenset({name})
-            # Without room for its own weights a request says so in its step.
-            if wanted <= pinned or store.fits(wanted) or not store.fits(wanted, own=True):
+            if wanted <= pinned or store.fits(wanted):
                 found.append(state)
             else:
                 self._fail(state, all_pinned(str(name), len(pinned)))
@@ -122,12 +115,8 @@ class SlotsPerStep:
 
     def _names(self, candidates: Iterable[RequestState]) -> dict[int, str]:
         """The adapters of these requests by their versions, as the store knows them now."""
-        holds: dict[int, Hold] = {}
-        for state in candidates:
-            hold = hold_of(state)
-            if hold is not None:
-                holds[hold.stored.version] = hold
-        return dict(zip(holds, self._session.store.held_names(holds.values()), strict=True))
+        holds = [hold for state in candidates if (hold := hold_of(state)) is not None]
+        return {hold.stored.version: hold.name for hold in holds}
 
     def _chosen(self, waited: dict[str, int]) -> frozenset[str]:
         """Those that are served in this step of adapters that do not find slots together, by the
@@ -143,10 +132,7 @@ class SlotsPerStep:
         for name in sorted(waited, key=order):
             if len(chosen) == store.max_adapters:
                 break
-            # The first is let through where pinned ones leave no room for weights of its own: its
-            # requests say so.
-            lacking = not chosen and not store.fits(frozenset({name}), own=True)
-            if lacking or store.fits(chosen | {name}):
+            if store.fits(chosen | {name}):
                 chosen |= {name}
         return chosen
 
@@ -175,41 +161,29 @@ def within_slots(scheduler_type: str) -> str:
     return name
 
 
-class Pairs(ContinuousBatchingAsyncIOs):
-    """transformers' pairs of buffers, which carry a token over to the request that it is of.
-    transformers goes by the name, which another request may have by then."""
+class FullCache(OffloadingManager):
+    """transformers' manager takes cached blocks and other requests out of the cache, which begin
+    again later, and ends where nothing is left to take out. Here the one request fails that the
+    cache cannot hold."""
 
-    def infer_carry_over_ids(self) -> Tensor:
-        """The token of the step before that each token of this one is, or -1."""
-        step, before = (
-            self.io_pairs[pair].host_io for pair in (self.current_pair, 1 - self.current_pair)
+    fail: Callable[[RequestState, CapacityError], None]
+
+    def offload_requests(self) -> bool:
+        """Make room for the next step; whether there is a reason to try again."""
+        if super().offload_requests():
+            return True
+        scheduler: Any = self.scheduler
+        if not scheduler.stuck:
+            return False
+        waiting = [s for s in scheduler.stuck if s.status == RequestStatus.PENDING]
+        starved = [state for state, _ in scheduler.starved_requests]
+        state = [*starved[-1:], *waiting, *scheduler.stuck][0]
+        tokens = len(state.initial_tokens) + len(state.generated_tokens)
+        self.fail(
+            state,
+            CapacityError(
+                f"request {state.request_id!r}, at {tokens} tokens, does not fit into the cache; "
+                "give a larger ContinuousBatchingConfig(num_blocks=...), or ask for fewer tokens"
+            ),
         )
-        known = {id(future.state) for future in before.requests_in_batch}
-        states = [future.state for future in step.requests_in_batch]
-        same = {state.request_id for state in states if id(state) in known}
-        positions = step.req_id_to_new_token_position
-        step.req_id_to_new_token_position = {n: p for n, p in positions.items() if n in same}
-        try:
-            return super().infer_carry_over_ids()
-        finally:
-            step.req_id_to_new_token_position = positions
-
-
-def paired(ios: Any) -> bool:
-    """Whether steps are asynchronous; their pairs, which the engine makes, are `Pairs` then."""
-    if isinstance(ios, ContinuousBatchingAsyncIOs):
-        ios.__class__ = Pairs
         return True
-    return False
-
-
-def step_of(ios: ContinuousBatchingIOs | ContinuousBatchingAsyncIOs) -> ContinuousBatchingIOs:
-    """What the host has of the step that is being prepared or launched."""
-    if isinstance(ios, ContinuousBatchingAsyncIOs):
-        return ios.io_pairs[ios.current_pair].host_io
-    return ios
-
-
-def drop(state: RequestState) -> None:
-    """Have what comes of a request that has ended, in a step under way, go nowhere."""
-    state._status = RequestStatus.FINISHED

@@ -12,10 +12,8 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from lorafx.capture.graph_text import stage_lines
-from lorafx.capture.node_names import names_of
-from lorafx.capture.record import GraphRecord
-from lorafx.capture.recorder import Stage, dump_folder
+from lorafx.capture.graph_text import names_of, stage_lines
+from lorafx.capture.record import GraphRecord, Stage, dump_folder
 from lorafx.errors import LorafxWarning
 from lorafx.inspection.explanation import explained
 from lorafx.inspection.viewer.page import graph_data, html, packed
@@ -43,7 +41,6 @@ OPS: Mapping[str, str] = {
     "own_linear": "y with the outputs that adapters have weights of their own for",
     "own_embedding": "y with the rows that adapters have of their own in an embedding",
     "fused_linear": "x Wᵀ + b and the deltas of one site, or of a pack of siblings",
-    "fused_experts": "a product with the weights of routed experts and its deltas",
     "grouped_mm": "product of sorted rows with the weights of routed experts, by generated C++",
     "dense_mm": "x Wᵀ, of few rows by generated C++",
     "dense_addmm": "x Wᵀ + b, of few rows by generated C++",
@@ -58,8 +55,6 @@ OPS: Mapping[str, str] = {
     "triton_linear": "x Wᵀ + b and the deltas in one Triton kernel (kernel-*.py)",
     "triton_delta": "adds the delta into y in place, by Triton (kernel-*.py)",
     "triton_embedding_delta": "adds the delta of an embedding into y in place, by Triton",
-    "triton_experts": "products with routed experts and their deltas, by Triton",
-    "triton_concat": "v behind the columns of x, and B behind those of W, for one product",
     "paged_cache": "writes keys and values of new tokens into a paged cache, and reads it",
     "paged_attention": "the same, and the attention to it, request by request",
     "stamp": "stands for a layer that is traced once",

@@ -27,9 +27,7 @@ def inspect(
     config: Config = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what ADAPTER holds, in which dialect, and why it is refused.
-
-    Exits with 1 where it is.
+    """Show what ADAPTER holds, in which dialect, or why it is refused.
 
     Example: lorafx inspect style.safetensors --model ./unet
     """
@@ -39,9 +37,8 @@ def inspect(
 
     source = AdapterSource(adapter, _fields(config), dialect)
     found = inspected(source)
-    fits = model is not None and not found.refusal
-    if fits:
-        read_for(on_meta(str(model)), "adapter", source)
+    if model is not None:
+        read_for(on_meta(model), "adapter", source)
     if as_json:
         show_json(asdict(found))
     else:
@@ -52,10 +49,8 @@ def inspect(
         if rows:
             show_table(adapter, ("module", "in", "out", "rank", "scale"), rows)
         print(*found.lines(), sep="\n")
-        if fits:
+        if model is not None:
             print(f"nothing is refused on {model}")
-    if found.refusal:
-        raise typer.Exit(1)
 
 
 def _scale(scale: float | None) -> str:
@@ -121,7 +116,7 @@ def merge(
     import lorafx
     from lorafx.adapter_store.peft_writer import refuse_full
     from lorafx.integrations.cli.models import loaded
-    from lorafx.runtime.configuration import request_of
+    from lorafx.runtime.marking import request_of
 
     refuse_full(folder)
     module = loaded(model, dtype)

@@ -8,7 +8,9 @@ It runs where lorafx does not: only the batch and the compiler need a version th
 from __future__ import annotations
 
 import copy
+import importlib
 import logging
+import pkgutil
 import platform
 import time
 from collections.abc import Iterator, Mapping
@@ -19,12 +21,12 @@ from typing import Any
 import typer
 
 import lorafx
-from lorafx import __version__
-from lorafx.errors import LorafxError
+from lorafx import __version__, torch_internals
+from lorafx.errors import LorafxError, UnsupportedVersionError
 from lorafx.inspection.report import json_values, text_table
 from lorafx.integrations.cli.options import AsJson, show
 from lorafx.progress import LOG, progress
-from lorafx.torch_internals import entries, shortcuts, versions
+from lorafx.torch_internals import shortcuts, versions
 
 #: Largest difference in float32, relative to the largest of 1 and the expected magnitude.
 TOLERANCE = 1e-5
@@ -106,8 +108,8 @@ def diagnosed() -> Diagnosis:
         versions.check()
     supported = not found.faults
     with progress("looking at torch"):
-        for row in entries.table():
-            _require(row, found)
+        for module in pkgutil.iter_modules(torch_internals.__path__) if supported else ():
+            _require(module.name, found)
         found.installed = _installed(supported)
     if found.installed["C++ compiler"] == found.installed["GPU"] == "none":
         found.faults.append("no C++ compiler was found: install g++ or clang, or name it in CXX")
@@ -132,16 +134,16 @@ def _noting(found: Diagnosis) -> Iterator[None]:
         found.faults.append(f"{type(error).__name__}: {error}")
 
 
-def _require(row: entries.PrivateGround, found: Diagnosis) -> None:
-    packages = {name: name.partition(".")[0] for name in row.names}
-    absent = sorted({name for name in packages.values() if versions.installed(name) is None})
-    there = (name for name, package in packages.items() if package not in absent)
-    missing = ", ".join(filter(entries.missing, there))
-    lacks = [f"lacks {missing}"] * bool(missing) + [f"{name} is not installed" for name in absent]
-    lacks += [f"refused without: {row.entry.refused}"] * bool(lacks)
-    found.required[row.module] = "; ".join(lacks) or "holds"
-    if missing:
-        found.faults.append(f"{row.module} {found.required[row.module]}")
+def _require(module: str, found: Diagnosis) -> None:
+    state = "holds"
+    try:
+        importlib.import_module(f"{torch_internals.__name__}.{module}")
+    except UnsupportedVersionError as error:
+        state = str(error)
+        found.faults.append(f"{module}: {error}")
+    except ModuleNotFoundError as error:
+        state = f"{error.name} is not installed"
+    found.required[module] = state
 
 
 def _installed(supported: bool) -> dict[str, str]:

@@ -82,8 +82,7 @@ def read_for(
     `read_adapter`."""
     from lorafx.adapter_store.peft_reader import read_adapter
     from lorafx.config import LoraConfig
-    from lorafx.runtime.configuration import request_of
-    from lorafx.runtime.marking import build_sites
+    from lorafx.runtime.marking import build_sites, request_of
 
     request = request_of(LoraConfig(target_modules=target), {name: source}, module)
     _, sites = build_sites(module, request.config)

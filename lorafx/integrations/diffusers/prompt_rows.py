@@ -19,8 +19,16 @@ from torch import Tensor
 
 from lorafx.capture.tracking import Tracking, untracked
 from lorafx.errors import BatchError
-from lorafx.ownership.held import MOST_REQUESTS, NOBODY, Alone, Held, Listed, Patchy, listed
-from lorafx.ownership.memory import Memory
+from lorafx.ownership.memory import (
+    MOST_REQUESTS,
+    NOBODY,
+    Alone,
+    Held,
+    Listed,
+    Memory,
+    Patchy,
+    listed,
+)
 from lorafx.ownership.real import tensors_in
 from lorafx.program.argument_roles import tensor_leaves
 from lorafx.torch_internals.operators import OpOverload

@@ -26,7 +26,7 @@ from transformers.cli.serving.utils import (
 
 from lorafx.adapter_store.names import BASE
 from lorafx.generation.continuous.manager import AdapterBatchingManager
-from lorafx.generation.continuous.request_checks import RANGES
+from lorafx.generation.continuous.sampling import RANGES
 from lorafx.integrations.server.errors import RequestError
 from lorafx.integrations.server.metrics import Metrics
 from lorafx.integrations.server.served_model import ServedModel

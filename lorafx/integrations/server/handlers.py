@@ -18,8 +18,12 @@ from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.utils import BaseHandler, Modality
 
 from lorafx.adapter_store.names import BASE
-from lorafx.generation.continuous.request_checks import RANGES, sampling_number, sampling_range
-from lorafx.generation.continuous.sampling import COLDEST
+from lorafx.generation.continuous.sampling import (
+    COLDEST,
+    RANGES,
+    sampling_number,
+    sampling_range,
+)
 from lorafx.integrations.server.errors import RequestError, status_of
 from lorafx.integrations.server.generating import Generation
 from lorafx.integrations.server.metrics import UNKNOWN, Metrics

@@ -27,7 +27,7 @@ from lorafx.integrations.server.app import build_app
 from lorafx.integrations.server.served_model import ServedModel
 from lorafx.integrations.server.settings import ModelSettings, Settings
 from lorafx.progress import progress
-from lorafx.runtime.configuration import covering
+from lorafx.runtime.marking import covering
 
 
 class Opened(NamedTuple):

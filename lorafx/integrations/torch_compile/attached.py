@@ -282,7 +282,7 @@ def adapters(
     if adapter_names is None or isinstance(adapter_names, (str, Mapping)):
         requests = Requests((one_name(adapter_names, "adapter_names"),), alike=True)
     else:
-        requests = Requests(tuple(checked_names(adapter_names) or ()))
+        requests = Requests(checked_names(adapter_names) or ())
     model = without_wrappers(unwrapped(model))
     compiled = _attached(model)
     if compiled is not None:

@@ -1,4 +1,4 @@
-"""The folder of saved graphs: whose it is, and broken files."""
+"""The folder of saved graphs: whose it is, broken files."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_torch_that_cannot_keep_graphs(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_files_of_others_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tmp_path.chmod(0o700)
-    path = write(tmp_path, "key", "Model", "graph 0 lora", b"body")
+    path = write(tmp_path, "key", b"body")
     assert read(path, "key") == b"body"
     assert files(tmp_path, "key") == [path]
     monkeypatch.setattr(os, "getuid", lambda: path.stat().st_uid + 1)

@@ -19,7 +19,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import lorafx
 from lorafx import BatchError, ConfigError
-from lorafx.generation.continuous.failures import IN_A_ROW, SEARCHED
+from lorafx.generation.continuous.failures import IN_A_ROW
 
 pytestmark = pytest.mark.usefixtures("earlier_objects_frozen")
 
@@ -172,15 +172,12 @@ def test_an_engine_that_failed_again_and_again_serves_those_beside_bad_requests(
         for _ in range(IN_A_ROW):
             answers(engine, [engine.add_request([3, LIMIT], adapter=None, max_new_tokens=1)])
         assert engine.unhealthy() is not None
-        served = []
-        for _ in range(SEARCHED):
-            with engine.pause():
-                bad = engine.add_request([3, LIMIT], adapter=None, max_new_tokens=1)
-                fine = engine.add_request([7, 8], adapter="a1", max_new_tokens=1)
-            outputs = answers(engine, [bad, fine])
-            assert outputs[bad].error is not None
-            served.append(outputs[fine].error is None)
-        assert any(served)
+        with engine.pause():
+            bad = engine.add_request([3, LIMIT], adapter=None, max_new_tokens=1)
+            fine = engine.add_request([7, 8], adapter="a1", max_new_tokens=1)
+        outputs = answers(engine, [bad, fine])
+        assert outputs[bad].error is not None
+        assert outputs[fine].error is None
         assert engine.unhealthy() is None
 
 

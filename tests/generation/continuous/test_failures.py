@@ -65,13 +65,6 @@ def test_a_step_of_one_adapter_is_not_tried_again() -> None:
     assert (len(failed), tried) == (3, 0)
 
 
-@pytest.mark.parametrize("count", [2, 64, 1000])
-def test_a_model_that_always_raises_is_not_tried_for_ever(count: int) -> None:
-    _, failed, tried = parts_of([None] * count, lambda part: IndexError())
-    assert len(failed) == count
-    assert tried <= 2 + 4 * count.bit_length()
-
-
 def test_errors_of_the_device_are_everybody_s() -> None:
     def lost(part: Sequence[int]) -> Exception:
         return IndexError() if len(part) == len(ADAPTERS) else torch.OutOfMemoryError()

@@ -27,7 +27,6 @@ CONFIG = ContinuousBatchingConfig(
     page_size=4, num_blocks=64, max_batch_tokens=16, per_request_processors=True
 )
 LOGPROBS = dataclasses.replace(CONFIG, return_logprobs=True)
-NOTHING = {"top_p": 1, "min_p": 0.0, "repetition_penalty": 1, "typical_p": None, "seed": None}
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +91,7 @@ def engines(llama: Case) -> Iterator[dict[str, Any]]:
     drawing.do_sample, drawing.temperature = True, 3.0
     taking = copy.deepcopy(cm.model.generation_config)
     with (
-        cm.continuous_batching(drawing, LOGPROBS, warmup=False) as first,
+        cm.continuous_batching(drawing, CONFIG, warmup=False) as first,
         cm.continuous_batching(taking, CONFIG, warmup=False) as second,
     ):
         yield {"draws": first, "takes": second}
@@ -102,7 +101,7 @@ def test_the_likeliest_token_beside_requests_that_draw(llama, engines) -> None:
     engine = engines["draws"]
     likeliest: list[dict[str, Any]] = [
         {"temperature": 0},
-        {"temperature": 1e-45, "top_k": 0, **NOTHING},
+        {"temperature": 1e-45, "top_k": 0, "top_p": 1},
         {"temperature": 9.0, "top_k": 1},
     ]
     with engine.pause():
@@ -122,43 +121,17 @@ def test_the_likeliest_token_beside_requests_that_draw(llama, engines) -> None:
     assert [3, *alone.generated_tokens] == greedy(llama, None, [3], 3)  # a step that draws nothing
 
 
-def test_how_likely_the_likeliest_token_is_does_not_depend_on_others(llama, engines) -> None:
-    engine = engines["draws"]
-    for temperature in (2.0, 0.0):
-        with engine.pause():
-            engine.add_request([7, 8], max_new_tokens=3, temperature=temperature)
-            cold = engine.add_request(
-                [3, 4], adapter="a1", max_new_tokens=3, temperature=0, top_k=2
-            )
-        output = answers(engine, [cold])[cold]
-        ids = torch.tensor([[3, 4, *output.generated_tokens]])
-        with torch.no_grad():
-            logits = llama.alone("a1")(input_ids=ids)["logits"][0, 1:-1]
-        want = logits.log_softmax(-1).gather(-1, ids[0, 2:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(output.logprobs), want, atol=1e-5, rtol=1e-5)
-
-
-def test_a_request_may_ask_for_what_its_engine_does_anyway(llama, cm) -> None:
-    """Where it cannot choose; leaving all tokens is a choice too."""
+def test_logprobs_are_refused_where_requests_choose(cm) -> None:
     drawing = copy.deepcopy(cm.model.generation_config)
-    drawing.do_sample, drawing.temperature, drawing.top_k, drawing.top_p = True, 0.7, None, 0.9
-    config = dataclasses.replace(CONFIG, per_request_processors=False)
-    with cm.continuous_batching(drawing, config, warmup=False) as engine:
-        fine = {"temperature": 0.7, "top_k": -1, "top_p": 0.9, "min_p": torch.tensor(0.0)}
-        added = engine.add_request([3], adapter="a2", max_new_tokens=1, **fine)
-        assert answers(engine, [added])[added].error is None
-        for name in ("temperature", "top_p"):
-            with pytest.raises(ConfigError, match=name):
-                engine.add_request([3], adapter="a2", **{name: 1.0})
+    drawing.do_sample = True
+    with (
+        pytest.raises(ConfigError, match="return_logprobs"),
+        cm.continuous_batching(drawing, LOGPROBS, warmup=False),
+    ):
+        pass
 
 
-def test_an_engine_that_takes_the_likeliest_token(llama, engines) -> None:
-    engine = engines["takes"]
-    asked = {"temperature": 0.0, "top_k": 7, "presence_penalty": 0, **NOTHING, "top_p": 0.4}
-    (output,) = answers(
-        engine, [engine.add_request([3, 4], adapter="a3", max_new_tokens=4, **asked)]
-    ).values()
-    assert [3, 4, *output.generated_tokens] == greedy(llama, "a3", [3, 4], 4)
+def test_an_engine_that_takes_the_likeliest_token(engines) -> None:
     for name, value in (("temperature", 0.7), ("min_p", 0.2), ("top_k", -2)):
         with pytest.raises(ConfigError, match=name):
-            engine.add_request([3, 4], **{name: value})
+            engines["takes"].add_request([3, 4], **{name: value})

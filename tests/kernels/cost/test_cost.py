@@ -13,10 +13,8 @@ from lorafx.kernels.cost.roofline import (
     GPU_STRATEGIES,
     START,
     Estimate,
-    ExpertWork,
     byte_floor,
     estimate,
-    estimate_experts,
     work_of,
 )
 
@@ -92,26 +90,3 @@ def test_decode_floor_is_the_byte_floor() -> None:
         work = work_of(sites, 1, 1, 16, BF16, DEFAULT_CHIP)
         floor = (work.floor() - START) / work.base()
         assert floor == pytest.approx(byte_floor(sites, 16, 1), rel=1e-3)
-
-
-# --- routed experts ---
-
-QWEN3_UP = ExpertWork(2048, (768, 768), 512, 8, 16, BF16, experts=128)
-QWEN3_DOWN = replace(QWEN3_UP, in_features=768, sizes=(2048,))
-
-
-def best(work: ExpertWork) -> str:
-    return next(iter(estimate_experts(work)))
-
-
-def test_decode_of_experts_is_fused() -> None:
-    """64 tokens, each to 8 of 128 experts, 8 adapters."""
-    assert (best(QWEN3_UP), best(QWEN3_DOWN)) == ("grouped", "grouped")
-
-
-@pytest.mark.parametrize("work", [QWEN3_UP, QWEN3_DOWN])
-@pytest.mark.parametrize("rows", [1, 8, 512, 65536])
-def test_no_strategy_of_experts_is_faster_than_the_floor(work: ExpertWork, rows: int) -> None:
-    found = estimate_experts(replace(work, rows=rows))
-    assert set(found) == {"grouped", "segments"}
-    assert all(own.over_floor >= 1 for own in found.values())

@@ -2,8 +2,7 @@
 
     y = mm(x, Wᵀ); y' = site(x, y, bank)   →   y' = fused_linear(x, W, b, bank)
 
-Only if W enters the product unchanged (uncast, unexpanded) and y has no other reader. For the
-Triton lowering also products with routed experts (lorafx.passes.fuse.fuse_experts).
+Only if W enters the product unchanged (uncast, unexpanded) and y has no other reader.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from torch import fx
 
 from lorafx.model.sites import Site
 from lorafx.op_arguments import bound, in_order, operand
-from lorafx.passes.fuse.fuse_experts import fuse_experts
 from lorafx.program.context import FUSED_OP, SITE_OP, Context, SiteState
 from lorafx.program.frame import fake_value
 from lorafx.program.weight_uses import RESHAPES, Use
@@ -41,8 +39,6 @@ class Fuse:
             if node.target is SITE_OP and _fusible(node, state) and ctx.take_edit():
                 _fuse(ctx, node, state)
                 edits += 1
-        if ctx.program.options.lowering == "triton":
-            edits += sum(fuse_experts(ctx, node) for node in list(ctx.states))
         return edits
 
 

@@ -1,1 +1,0 @@
-"""fuse: a base product and its delta become one node."""
