@@ -96,7 +96,7 @@ def test_help_the_version_and_wrong_usage(run, capsys: pytest.CaptureFixture[str
     assert run("--version").split() == ["lorafx", lorafx.__version__]
     alone = run()
     assert alone.split() == run("--help").split()
-    commands = "inspect explain convert merge bench bisect profile serve doctor"
+    commands = "inspect explain merge bench bisect profile serve doctor"
     for command in commands.split():
         assert command in alone
         assert "Example: lorafx" in run(command, "--help")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from lorafx import __version__
-from lorafx.integrations.cli.adapters import convert, inspect, merge
+from lorafx.integrations.cli.adapters import inspect, merge
 from lorafx.integrations.cli.bench import bench
 from lorafx.integrations.cli.diagnosis import doctor
 from lorafx.integrations.cli.look import bisect, explain, profile
@@ -34,5 +34,5 @@ def root(
         print(context.get_help())
 
 
-for command in (inspect, explain, convert, merge, bench, bisect, profile, serve, doctor):
+for command in (inspect, explain, merge, bench, bisect, profile, serve, doctor):
     app.command()(command)
