@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from lorafx.capture.record import GraphRecord, Span, exclusive
+from lorafx.program.argument_roles import PRIMARY
 from lorafx.program.program import Program
-from lorafx.program.row_dims import PRIMARY
 from lorafx.progress import LOG, LongWork, compiling
 from lorafx.torch_internals.frames import failed_guard
 

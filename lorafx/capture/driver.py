@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from lorafx.capture.failures import failing_in
 from lorafx.errors import CaptureError, VerifyError
 from lorafx.pass_order import pipeline, way_around
-from lorafx.passes.outline.regions import bodies
+from lorafx.passes.outline.outline import bodies
 from lorafx.program.context import Context
 from lorafx.program.frame import fake_value
 from lorafx.program.preparation import PassReport

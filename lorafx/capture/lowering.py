@@ -23,7 +23,7 @@ from lorafx.errors import LorafxWarning, LoweringError
 from lorafx.kernels.cpu import dense
 from lorafx.kernels.cpu.compiler import find_compiler
 from lorafx.passes import products
-from lorafx.passes.outline.regions import bodies, is_view
+from lorafx.passes.outline.outline import bodies, is_view
 from lorafx.passes.products import replace_products
 from lorafx.program.frame import fake_value
 from lorafx.torch_internals.compat import mode_settings

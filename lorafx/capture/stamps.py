@@ -23,8 +23,7 @@ from lorafx.errors import CaptureError
 from lorafx.kernels.ops.stamp_op import LAYOUTS, Layout, without_data
 from lorafx.model.module_graph import storage_key
 from lorafx.passes.outline.isomorphism import Stretch
-from lorafx.passes.outline.outline import repeats
-from lorafx.passes.outline.regions import is_pure, is_view
+from lorafx.passes.outline.outline import is_pure, is_view, repeats
 from lorafx.program.frame import fake_value
 from lorafx.torch_internals.dynamo import _log_api_usage_once
 from lorafx.torch_internals.fake_tensors import (

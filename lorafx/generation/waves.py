@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from lorafx.adapter_store.names import adapters_among
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.errors import BatchError
-from lorafx.program.argument_roles import RoleTable
-from lorafx.program.row_dims import CACHES, ROW_DIMS
+from lorafx.program.argument_roles import CACHES, ROW_DIMS, RoleTable
 from lorafx.runtime.entry import CompiledForwards
 from lorafx.runtime.requests import Names, Requests
 

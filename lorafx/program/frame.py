@@ -15,9 +15,8 @@ from torch import Tensor, fx
 
 from lorafx.errors import ProvenanceError
 from lorafx.model.sites import Group, Site
-from lorafx.program.argument_roles import Role
+from lorafx.program.argument_roles import TOKEN_DIMS, Role
 from lorafx.program.derived import Derived, Holder
-from lorafx.program.row_dims import TOKEN_DIMS
 from lorafx.program.stack import calling_modules
 from lorafx.torch_internals.frames import input_place
 

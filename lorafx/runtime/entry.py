@@ -25,9 +25,8 @@ from lorafx.errors import CaptureError, LorafxError, MatchError, ReplacedModuleE
 from lorafx.model.experts import LOOP, loops
 from lorafx.model.marks import MARKS, Attachment
 from lorafx.ownership.memory import MOST_REQUESTS, Memory
-from lorafx.program.argument_roles import RoleTable, tensor_leaves
+from lorafx.program.argument_roles import IMAGES, RoleTable, tensor_leaves
 from lorafx.program.program import Program
-from lorafx.program.row_dims import IMAGES
 from lorafx.program.row_handoff import held_argument
 from lorafx.runtime.call_inputs import check_inputs, plain_tokens
 from lorafx.runtime.idle import refuse_elsewhere

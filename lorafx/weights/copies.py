@@ -21,8 +21,17 @@ from torch import Tensor, nn
 from lorafx.model.experts import expert_weights
 from lorafx.model.module_graph import storage_key
 from lorafx.model.sites import Site
-from lorafx.program.derived import Holder, held_by, is_near, is_numbers, is_varied, numbers_of
-from lorafx.program.weight_forms import Axis, WeightForm, copied_form
+from lorafx.program.derived import (
+    Axis,
+    Holder,
+    WeightForm,
+    copied_form,
+    held_by,
+    is_near,
+    is_numbers,
+    is_varied,
+    numbers_of,
+)
 from lorafx.registry import lookup
 from lorafx.weights.deltas import write
 from lorafx.weights.weight_places import Target

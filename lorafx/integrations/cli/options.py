@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from lorafx.inspection.report import text_table
+
 ConfiguredModel = Annotated[str, typer.Argument(help="A folder with a config.json, or a hub name.")]
 LanguageModel = Annotated[
     str, typer.Argument(help="A folder with a language model, or a hub name.")
@@ -29,8 +31,6 @@ _OPTIONS = {
     "max_rank": "--max-rank",
     "target_modules": "--target",
 }
-#: Characters of a line of a table.
-_WIDEST = 10_000
 
 
 def as_option(field: str, value: str | None, given: bool = False) -> str | None:
@@ -60,13 +60,6 @@ def show(report: Any, as_json: bool, **more: Any) -> None:
         print(report)
 
 
-def show_table(title: str, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Print rows in columns. Nothing is cut where the terminal is narrow: lines go on below."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    made = Table(*columns, title=escape(title))
-    for row in rows:
-        made.add_row(*(escape(str(row[column])) for column in columns))
-    Console(soft_wrap=True, width=_WIDEST).print(made)
+def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print rows in columns, below a title."""
+    print(title, *text_table(columns, rows), sep="\n")
