@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as recorded_events
 
 from lorafx.adapter_store.names import BASE
-from lorafx.capture.recorder import Stage
+from lorafx.capture.record import Stage
 from lorafx.errors import BatchError, ConfigError
 from lorafx.inspection.explanation import stored_bytes
 from lorafx.inspection.replay import Replay, Staged, replayed
@@ -33,7 +33,7 @@ from lorafx.model.module_graph import joined, shape_of
 from lorafx.model.sites import Site
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound, op_of
 from lorafx.passes.pack import ALIASES, VIEWS
-from lorafx.program.expert_uses import is_grouped
+from lorafx.program.weight_uses import is_grouped
 from lorafx.runtime.example_inputs import named_inputs
 from lorafx.torch_internals.operators import HigherOrderOperator, OpOverload
 
@@ -399,7 +399,7 @@ class _Floors:
         self.sites: dict[str, Site] = {site.path: site for site in compiled.sites}
         self.factors: dict[str, int] = {}
         for name in adapters:
-            for index, factors in session.store.numbers(name).factors.items():
+            for index, factors in session.store[name].factors.items():
                 group = session.program.groups[index]
                 for own in factors:
                     path = group.site_of(own.sibling).path

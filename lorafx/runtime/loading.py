@@ -1,5 +1,5 @@
 """Adapters that come and go while sessions serve: loaded into one model, or by parts into several,
-unloaded, and prefetched."""
+unloaded."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from lorafx.adapter_store.names import members, refuse_swapped
-from lorafx.adapter_store.saved import AdapterSource, Origin
+from lorafx.adapter_store.names import members
+from lorafx.adapter_store.saved import AdapterSource, origin_of
 from lorafx.adapter_store.stored import Adapter
 from lorafx.errors import CheckpointError, ConfigError, ReplacedModuleError
 from lorafx.interrupts import undisturbed
@@ -40,11 +40,10 @@ def load_adapter(session: Session, source: Any, name: str, strict: bool | None =
 
     Raises:
         CheckpointError, UnsupportedAdapterError, CapacityError: nothing has changed then.
-        ConfigError: the adapter of this name is merged, or name and source are the wrong way round.
+        ConfigError: the adapter of this name is merged.
         ReplacedModuleError: a module that it is for was replaced or taken out.
         BatchError: the call that is running on this thread serves it.
     """
-    refuse_swapped(source, name)
     # `load_parts` takes None for a session without a part of the adapter, which forgets it.
     given: Any = source
     with entrance():
@@ -56,7 +55,7 @@ def load_parts(parts: Sequence[tuple[Session, Any]], name: str, strict: bool | N
     it, or none of this name where that is None. Where one part cannot be loaded, none is."""
     refuse_transformed()
     read = [
-        None if source is None else (Origin.of(source), _read(session, source, name, strict))
+        None if source is None else (origin_of(source), _read(session, source, name, strict))
         for session, source in parts
     ]
 
@@ -118,7 +117,7 @@ def _refuse(session: Session, name: str) -> None:
 
 
 def _keeping(
-    session: Session, name: str, origin: Origin | None, adapter: Adapter
+    session: Session, name: str, origin: AdapterSource | None, adapter: Adapter
 ) -> Callable[[], None]:
     """What keeps the adapter. What was true when the files were read is looked at again."""
     program, merged = session.program, session.base.merged

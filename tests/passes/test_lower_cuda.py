@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lorafx.op_arguments import op_of
 from lorafx.passes.fuse import Fuse
-from lorafx.passes.lower.lower import Lower
-from lorafx.passes.match.match import Match
+from lorafx.passes.lower import Lower
+from lorafx.passes.match import Match
 from lorafx.passes.plan import Plan
 
 aten = torch.ops.aten
