@@ -10,8 +10,7 @@ import torch
 from lorafx.torch_internals.entries import Required, private_names
 
 ENTRY = Required(
-    use="classes of models by their configuration; what the continuous batching can do; errors "
-    "of streams",
+    use="classes of models by their configuration; errors of streams",
     ended_by="public names in transformers",
     refused="lorafx serve; lorafx.generation.continuous; commands that are given a model folder",
 )
