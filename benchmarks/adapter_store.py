@@ -1,4 +1,4 @@
-"""A thousand adapters with Zipf traffic on 16 slots: what the tiers and waves cost on a CPU.
+"""A thousand adapters with Zipf traffic on 16 slots: what turns and waves cost on a CPU.
 
 A Llama of hidden 512 and 4 layers, LoRA of ranks 8, 16, 32 and 64 in turn on all its linears, saved
 in bfloat16. Each batch generates 16 tokens for 32 prompts of 16 tokens. The adapter of a prompt is
@@ -7,13 +7,11 @@ drawn with probability 1 / rank of popularity; batches of more than 16 adapters 
     base     all prompts have one adapter, which has a slot
     fits     the traffic is over as many adapters as there are slots
     host     it is over all of them, which host memory holds
-    disk     the same, with a budget for a quarter of them; the others are read again
 
     kept = throughput of an arm / throughput of the base = median of paired ratios of seconds
 
-The arm's batch is another one in every call. For the same models, "slot" is the time that an
-adapter in host memory takes into a slot, "read" what one takes from the disk into host memory
-(the page cache of the operating system is warm).
+The arm's batch is another one in every call. "slot" is the time that an adapter takes
+from host memory into a slot.
 
     python benchmarks/adapter_store.py [--adapters 1000] [--blocks 20] [--out results.json]
 """
@@ -40,6 +38,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lorafx
 
 RANKS = (8, 16, 32, 64)
+COUNTED = ("hits", "loads", "evictions")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 #: Throughput that is to be kept where the adapters of the traffic have slots.
 GOAL = 0.8
@@ -100,15 +99,10 @@ class Traffic:
         return self._rng.choices(self._names, cum_weights=self._weights, k=self._batch)
 
 
-def serve(
-    model: LlamaForCausalLM, paths: dict[str, Path], sizes: Sizes, options: Any, budget: int | None
-) -> Any:
+def serve(model: LlamaForCausalLM, paths: dict[str, Path], sizes: Sizes, options: Any) -> Any:
     """The model with all adapters, which are loaded one after the other."""
     config = lorafx.LoraConfig(
-        target_modules=TARGETS,
-        max_adapters=sizes.slots,
-        max_rank=max(RANKS),
-        max_host_bytes=budget,
+        target_modules=TARGETS, max_adapters=sizes.slots, max_rank=max(RANKS)
     )
     own = {"overflow": "waves", **options}
     cm = lorafx.compile(copy.deepcopy(model), config, options=own)
@@ -128,7 +122,7 @@ def generating(cm: Any, sizes: Sizes, rows: int) -> Callable[[Sequence[str]], An
 
 
 def examine(cm: Any, sizes: Sizes, counts: dict[str, int], *, blocks: int) -> list[dict[str, Any]]:
-    """A row for every case: what of the base's throughput it keeps, and the tiers' counts.
+    """A row for every case: what of the base's throughput it keeps, and what slots did.
 
     Raises:
         RuntimeError: a graph was captured while times were taken.
@@ -146,11 +140,11 @@ def examine(cm: Any, sizes: Sizes, counts: dict[str, int], *, blocks: int) -> li
 
         for _ in range(3):
             arm()
-        before, graphs = cm.stats().tiers, cm.recompiles
+        before, graphs = cm.stats(), cm.recompiles
         ratios = compare(base, {case: arm}, blocks=blocks, seconds=0)
         if cm.recompiles != graphs:
             raise RuntimeError(f"{cm.recompiles - graphs} graphs were captured in {case}")
-        after = cm.stats().tiers
+        after = cm.stats()
         for ratio in ratios:
             if ratio.arm == "A/A":
                 rows.append({"case": case, **asdict(ratio), "goal": None})
@@ -160,48 +154,31 @@ def examine(cm: Any, sizes: Sizes, counts: dict[str, int], *, blocks: int) -> li
                 "kept_low": 1 / ratio.high,
                 "kept_high": 1 / ratio.low,
             }
-            tiers = {tier: _since(before[tier], after[tier]) for tier in after}
+            counted = {n: getattr(after, n) - getattr(before, n) for n in COUNTED}
             goal = GOAL if case == "fits" else None
-            rows.append({"case": case, **asdict(ratio), **kept, "goal": goal, "tiers": tiers})
+            rows.append({"case": case, **asdict(ratio), **kept, "goal": goal, **counted})
             print(
                 f"{case}: kept {kept['kept']:.3f} [{kept['kept_low']:.3f}, {kept['kept_high']:.3f}]"
             )
     return rows
 
 
-def _since(before: Any, after: Any) -> dict[str, int]:
-    counted = {key: value - getattr(before, key) for key, value in asdict(after).items()}
-    return {**counted, "nbytes": after.nbytes}
-
-
 def misses(cm: Any, *, attempts: int) -> list[dict[str, Any]]:
-    """The times of adapters into host memory ("read", where there is a budget), and from there
-    into a slot ("slot"), of which one other adapter is evicted."""
-    reads: list[float] = []
-    slots: list[float] = []
+    """The times of adapters from host memory into a slot, of which one other is evicted."""
+    times: list[float] = []
     rng = random.Random(2)
     for name in itertools.islice(_without_end(rng, cm.adapters), attempts):
-        before = cm.stats()
-        start = time.perf_counter()
-        cm.prefetch_adapters([name])
-        middle = time.perf_counter()
+        before, start = cm.stats().loads, time.perf_counter()
         cm.pin_adapter(name)
         end = time.perf_counter()
         cm.unpin_adapter(name)
-        after = cm.stats()
-        if after.tiers["host"].misses > before.tiers["host"].misses:
-            reads.append(middle - start)
-        if after.loads > before.loads:
-            slots.append(end - middle)
-    rows = []
-    for case, times in (("read", reads), ("slot", slots)):
-        if len(times) > 1:
-            p50, p99 = statistics.median(times), statistics.quantiles(times, n=100)[98]
-            rows.append(
-                {"case": case, "count": len(times), "p50_ms": p50 * 1e3, "p99_ms": p99 * 1e3}
-            )
-            print(f"{case}: p50 {p50 * 1e3:.2f} ms, p99 {p99 * 1e3:.2f} ms of {len(times)}")
-    return rows
+        if cm.stats().loads > before:
+            times.append(end - start)
+    if len(times) < 2:
+        return []
+    p50, p99 = statistics.median(times), statistics.quantiles(times, n=100)[98]
+    print(f"slot: p50 {p50 * 1e3:.2f} ms, p99 {p99 * 1e3:.2f} ms of {len(times)}")
+    return [{"case": "slot", "count": len(times), "p50_ms": p50 * 1e3, "p99_ms": p99 * 1e3}]
 
 
 def _without_end(rng: random.Random, names: Sequence[str]) -> Any:
@@ -213,21 +190,9 @@ def run(sizes: Sizes, folder: Path, options: Any, *, blocks: int) -> list[dict[s
     model = build_model(sizes)
     paths = save_adapters(model, folder, sizes.adapters)
     print(f"saved {len(paths)} adapters")
-    rows: list[dict[str, Any]] = []
-    cm = serve(model, paths, sizes, options, None)
-    total = cm.memory()["host"]
-    cases = {"fits": sizes.slots, "host": sizes.adapters}
-    for kind, counts, budget in (
-        ("host", cases, None),
-        ("disk", {"disk": sizes.adapters}, total // 4),
-    ):
-        if budget is not None:
-            cm.detach()
-            cm = serve(model, paths, sizes, options, budget)
-        found = examine(cm, sizes, counts, blocks=blocks)
-        found += misses(cm, attempts=max(100, 10 * blocks) if sizes.adapters > 100 else 10)
-        rows += [{"tier": kind, "budget": budget, **row} for row in found]
-    return rows
+    cm = serve(model, paths, sizes, options)
+    rows = examine(cm, sizes, {"fits": sizes.slots, "host": sizes.adapters}, blocks=blocks)
+    return rows + misses(cm, attempts=max(100, 10 * blocks) if sizes.adapters > 100 else 10)
 
 
 def main() -> None:

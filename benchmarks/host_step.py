@@ -40,6 +40,7 @@ from torch._dynamo.backends.common import aot_autograd
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import lorafx
+from lorafx.capture import backend
 from lorafx.capture.lowering import ReferenceLowering
 from lorafx.progress import progress
 
@@ -93,7 +94,7 @@ class Stillness:
             mock.patch.object(
                 ReferenceLowering, "compile", lambda _, gm, ins: self.lowered(gm, ins)
             ),
-            mock.patch.object(ReferenceLowering, "base", lambda _, gm, ins: self.base(gm, ins)),
+            mock.patch.object(backend, "compile_base", lambda _, gm, ins: self.base(gm, ins)),
         ):
             yield
 

@@ -20,7 +20,7 @@ STRATEGIES: Mapping[str, tuple[str, ...]] = {
     "reference": ("aten",),
 }
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-Verify = Literal["off", "lint", "numeric"]
+Verify = Literal["off", "lint"]
 Overflow = Literal["refuse", "waves"]
 BaseGraphs = bool | Literal["auto", "warmup"]
 
@@ -36,9 +36,6 @@ class LoraConfig:
         exclude_modules: the same forms; removed from `target_modules`.
         max_adapters: number of slots on the device: how many adapters can be active in one batch.
         max_rank: largest rank of an adapter that can be loaded.
-        slot_rank: the rank that a slot has room for; None for `max_rank`. An adapter of a larger
-            rank takes several adjacent slots, and the last slot has room for `max_rank`, so memory
-            is paid by rank (docs/adapter_store.md).
         dtype: dtype of the banks; None takes each module's weight dtype.
         row_dims: the dimension that holds the requests, by name of the forward's argument,
             "batch.x" for the item `x` of a dict; None for an argument that all requests share. It
@@ -61,10 +58,6 @@ class LoraConfig:
             trainable_token_indices): a number for the model's input embedding, or numbers by name
             of a module. Heads that are tied to it follow. Adapters that are given when compiling
             raise it to their number.
-        max_own_weights: how many adapters with replaced weights, or rows of weights, can be active
-            in one batch, each with whole weights on the device. None for `max_adapters`.
-        max_host_bytes: host memory for adapters; None for no limit. Over it, the least recently
-            used are dropped and read again from their files (docs/adapter_store.md).
     """
 
     target_modules: str | Sequence[str] | None = None
@@ -80,38 +73,20 @@ class LoraConfig:
     lora_bias: bool = False
     modules_to_save: Sequence[str] = ()
     trainable_tokens: int | Mapping[str, int] = 0
-    max_own_weights: int | None = None
-    max_host_bytes: int | None = None
-    slot_rank: int | None = None
 
     def __post_init__(self) -> None:
-        for name in (
-            *("max_adapters", "max_rank", "max_own_weights", "max_host_bytes", "slot_rank"),
-        ):
+        for name in ("max_adapters", "max_rank"):
             value = getattr(self, name)
-            if value is None and name not in ("max_adapters", "max_rank"):
-                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 setting = Setting(name, f"LoraConfig.{name}")
                 raise ConfigError(
                     f"{setting} must be a positive integer, got {value!r}", settings=(setting,)
                 )
-        if self.slot_rank is not None and self.slot_rank > self.max_rank:
-            raise ConfigError(
-                f"LoraConfig.slot_rank = {self.slot_rank} is over max_rank = {self.max_rank}; "
-                "give less, or a larger max_rank"
-            )
         saved = self.modules_to_save
         if isinstance(saved, str) or not all(isinstance(name, str) and name for name in saved):
             raise ConfigError(
                 f"LoraConfig.modules_to_save must be a list of module names, got {saved!r}"
             )
-
-    @property
-    def own_weights(self) -> int:
-        """`max_own_weights`, at most one for each slot."""
-        most = self.max_own_weights
-        return self.max_adapters if most is None else min(most, self.max_adapters)
 
 
 @dataclass(frozen=True)
@@ -149,8 +124,7 @@ class Options:
             C++ compiler "reference"), "inductor" (generated C++ on a CPU, else aten, in
             Inductor's code), "triton" (generated Triton in Inductor's code; on a CPU in Triton's
             interpreter, to debug), or "reference" (plain aten, run node by node).
-        verify: "off"; "lint" (graph structure, shapes and dtypes after each pass); "numeric"
-            (also runs each pass's graph beside the reference on the first real inputs).
+        verify: "lint" (graph structure, shapes and dtypes after each pass), or "off".
         passes: by name: graph passes that are switched on or off, `{"pack": False}`, and passes of
             your own, `{"mine": lorafx.After("fuse", run)}`. `print(lorafx.pipeline())` lists them.
         max_edits: stop rewriting after this many edits, to bisect a wrong result.
@@ -221,7 +195,7 @@ class Options:
     def __post_init__(self) -> None:
         for name, allowed in (
             ("lowering", ("auto", *STRATEGIES)),
-            ("verify", ("off", "lint", "numeric")),
+            ("verify", ("off", "lint")),
             ("overflow", ("refuse", "waves")),
             ("base_graphs", ("auto", True, False, "warmup")),
             ("mode", (None, *MODES)),

@@ -2,37 +2,397 @@
 
     y' = site(x, y), x of no request  →  copies[i] = site(x, y) with request i's delta, (n, …)
 
-The product y is computed once, its deltas for each request, and so are the nodes behind y', up to
-where they meet owned values (`ownership/vectorize.py`). If `provenance` cannot prove the sites'
+The product y is computed once, its deltas for each request, and so are the nodes behind y', whose
+rules keep op(copies)[i] = op(copies[i]). Where copies meet owned values, each goes to its request,
+and the result has its previous shape: at an expand or repeat to the number of requests, and at
+pointwise operators and attention masks with owned operands. If `provenance` cannot prove the sites'
 rows then, or a rule is missing, the graph is left unchanged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
+import sympy
 import torch
 from torch import fx
 
 from lorafx.errors import ProvenanceError
-from lorafx.op_arguments import bound
+from lorafx.op_arguments import bound, in_order, index_of, operand
+from lorafx.ownership import contractions, pointwise, reductions
 from lorafx.ownership.emit import Emitter
-from lorafx.ownership.flow import Flow
-from lorafx.ownership.labels import Label
+from lorafx.ownership.flow import Flow, operator_name, outputs, place, wrap
+from lorafx.ownership.indexing import is_boolean
+from lorafx.ownership.labels import Label, Mixed, Own
 from lorafx.ownership.pointwise import unlabelled
 from lorafx.ownership.propagate import called_by, flow_through, rule_for
-from lorafx.ownership.site_rules import input_of
-from lorafx.ownership.symbolic import BatchSymbols
-from lorafx.ownership.vectorize import OTHER_TYPE, Ended, Vectorizer
+from lorafx.ownership.site_rules import GIVEN_DIM, input_name, input_of
+from lorafx.ownership.symbolic import ONE, BatchSymbols, Shape, divide, equal
 from lorafx.passes.provenance import Unproved, batch_of, row_map, seeds_of, slots_of
 from lorafx.program.context import EMBEDDING_OP, ROWS_OF, SITE_OP, Context, is_site
 from lorafx.program.frame import Frame, fake_value
 from lorafx.torch_internals.fake_tensors import enable_python_dispatcher
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
+
+
+BatchingRule = Callable[["Vectorizer", fx.Node], fx.Node]
+#: A number for all requests does not promote dtypes, a number for each may.
+OTHER_TYPE = "the copies have another dtype than the original"
+
+
+class Ended(Exception):
+    """The vectorised part of the graph ends before a node."""
+
+    def __init__(self, node: fx.Node, why: str) -> None:
+        name = "the graph's result" if node.op == "output" else operator_name(node)
+        super().__init__(f"{name}: {why}" + ("" if node.op == "output" else f" ({place(node)})"))
+
+
+class Vectorizer:
+    """Shared node -> its copies (n, …), inserted before the node `before`."""
+
+    def __init__(self, graph: fx.Graph, flow: Flow, emitter: Emitter) -> None:
+        self.graph, self.flow, self.emitter = graph, flow, emitter
+        self.copies: dict[fx.Node, fx.Node] = {}
+        self.before: fx.Node = next(iter(graph.nodes))
+
+    def vectorized(self, node: fx.Node) -> fx.Node:
+        """The copies of `node` from its operands' copies; raises Ended for unknown operators."""
+        rule = _rule(node)
+        if rule is None:
+            raise Ended(node, "no rule copies what this operator computes")
+        new = self._tried(node, rule)
+        for before, after in zip(outputs(node), outputs(new), strict=True):
+            if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+                raise Ended(node, "its results are not tensors")
+            if before.dtype != after.dtype:
+                raise Ended(node, OTHER_TYPE)
+            wanted = (self.flow.batch, *self.flow.sizes.shape(before))
+            found = self.flow.sizes.shape(after)
+            if len(found) != len(wanted) or not all(map(equal, found, wanted)):
+                raise Ended(node, f"copies of sizes {wanted} came out as {found}")
+        return new
+
+    def site(self, node: fx.Node) -> fx.Node:
+        """A site of a copy for each request: a single product y, different deltas."""
+        op: Any = node.target
+        call, name = bound(node), input_name(node)
+        x, y = call[name], call["y"]
+        if any(arg in self.copies for arg in node.all_input_nodes if arg not in (x, y)):
+            raise Ended(node, "its factors depend on requests")
+        rows = self.flow.shape(y)[:-1]
+        if self.flow.shape(x)[: len(rows)] != rows:
+            raise Ended(node, "x and y have rows of other sizes")
+
+        def copied(vectorizer: Vectorizer, node: fx.Node) -> fx.Node:
+            copies = {name: self.copies_of(x), "y": self.copies_of(y)}
+            return self.emit(op, *in_order(op, call, **copies))
+
+        new = self._tried(node, copied)
+        new.meta[GIVEN_DIM] = 0
+        return new
+
+    def _tried(self, node: fx.Node, rule: BatchingRule) -> fx.Node:
+        try:
+            return rule(self, node)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            text = " ".join(str(error).split())[:200]
+            raise Ended(node, f"it cannot run on copies: {text}") from error
+
+    # --- what rules use ---
+
+    def emit(self, target: Any, /, *args: Any, **kwargs: Any) -> fx.Node:
+        return self.emitter.call(self.before, target, *args, **kwargs)
+
+    @property
+    def count(self) -> Any:
+        count = self.emitter.size(self.flow.batch, self.before)
+        if count is None:
+            raise ValueError("the graph cannot compute the number of requests")
+        return count
+
+    def size_of(self, node: fx.Node, dim: int) -> Any:
+        return self.emitter.size_of(node, dim, self.before)
+
+    def copies_of(self, node: fx.Node) -> fx.Node:
+        """(n, …): its copies, or expanded."""
+        if node in self.copies:
+            return self.copies[node]
+        sizes = [self.count] + [-1] * len(self.flow.shape(node))
+        return self.emit(aten.expand.default, self.emit(aten.unsqueeze.default, node, 0), sizes)
+
+    def wide(self, node: fx.Node, ndim: int) -> fx.Node:
+        """Copies of a node broadcast to `ndim` dimensions, (n, 1, …, 1, …)."""
+        copies = self.copies[node]
+        for _ in range(ndim - len(self.flow.shape(node))):
+            copies = self.emit(aten.unsqueeze.default, copies, 1)
+        return copies
+
+    def only(self, node: fx.Node, *allowed: object) -> None:
+        """Raise Ended if other operands have copies."""
+        for arg in node.all_input_nodes:
+            if arg in self.copies and not any(arg is one for one in allowed):
+                raise Ended(node, "an operand that should be the same for all requests is not")
+
+    # --- rules ---
+
+    def _pointwise(self, node: fx.Node) -> fx.Node:
+        ndim = len(self.flow.shape(node))
+
+        def wide(arg: fx.Node) -> fx.Node:
+            return self.wide(arg, ndim) if arg in self.copies else arg
+
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), wide)
+        if kwargs.get("memory_format") not in (torch.contiguous_format, torch.preserve_format):
+            kwargs = {name: value for name, value in kwargs.items() if name != "memory_format"}
+        return self.emit(node.target, *args, **kwargs)
+
+    def _along(self, node: fx.Node) -> fx.Node:
+        """Dimensions in the arguments move by one; a reduction over none is over all."""
+        args, packet = bound(node), called_by(node)
+        first = operand(node)
+        self.only(node, first)
+        n = len(self.flow.shape(first)) + (packet is aten.unsqueeze)
+        for name in ("dim", "dims", "dim0", "dim1"):
+            if name not in args:
+                continue
+            value = args[name]
+            if value is None or (isinstance(value, Sequence) and not value):
+                if reductions.RULES.get(packet) is not reductions.reduced:
+                    raise Ended(node, "it works along no dimension, or along all of them flattened")
+                args[name] = list(range(1, n + 1))
+            elif isinstance(value, int):
+                args[name] = wrap(value, n) + 1
+            else:
+                args[name] = [wrap(dim, n) + 1 for dim in value]
+        args[next(iter(args))] = self.copies[first]
+        schema = node.target._schema  # type: ignore[union-attr]
+        given = [args.pop(one.name) for one in schema.arguments if not one.kwarg_only]
+        return self.emit(node.target, *given, **args)
+
+    def _squeezed(self, node: fx.Node) -> fx.Node:
+        first = operand(node)
+        if "dim" in bound(node):
+            return self._along(node)
+        dims = [d + 1 for d, size in enumerate(self.flow.shape(first)) if size == ONE]
+        return self.emit(aten.squeeze.dims, self.copies[first], dims)
+
+    def _permuted(self, node: fx.Node) -> fx.Node:
+        n = len(self.flow.shape(node))
+        dims = bound(node).get("dims", range(n)[::-1])  # t() has none
+        order = [0, *(wrap(dim, n) + 1 for dim in dims)]
+        return self.emit(aten.permute.default, self.copies[operand(node)], order)
+
+    def _viewed(self, node: fx.Node) -> fx.Node:
+        args = bound(node)
+        size = args.get("size", args.get("shape"))
+        if not isinstance(size, (list, tuple)):
+            raise Ended(node, "a view of the bits as another type")
+        copies = self.copies[operand(node)]
+        return self.emit(aten.reshape.default, copies, [self.count, *size])
+
+    def _expanded(self, node: fx.Node) -> fx.Node:
+        size = bound(node)["size"]
+        wide = self.wide(operand(node), len(size))
+        return self.emit(aten.expand.default, wide, [self.count, *size])
+
+    def _repeated(self, node: fx.Node) -> fx.Node:
+        repeats = bound(node)["repeats"]
+        wide = self.wide(operand(node), len(repeats))
+        return self.emit(aten.repeat.default, wide, [1, *repeats])
+
+    def _joined(self, node: fx.Node) -> fx.Node:
+        args = bound(node)
+        tensors, n = args["tensors"], len(self.flow.shape(node))
+        if any(len(self.flow.shape(t)) != len(self.flow.shape(tensors[0])) for t in tensors):
+            raise Ended(node, "it joins tensors of unequal numbers of dimensions")
+        copies = [self.copies_of(t) for t in tensors]
+        return self.emit(node.target, copies, wrap(args["dim"], n) + 1)
+
+    def _indexed(self, node: fx.Node) -> fx.Node:
+        x, indices = operand(node), list(bound(node)["indices"])
+        self.only(node, x)
+        at = [d for d, index in enumerate(indices) if index is not None]
+        if any(is_boolean(indices[d]) for d in at) or at != list(range(at[0], at[0] + len(at))):
+            raise Ended(node, "indexed by a mask, or at dimensions that are not neighbours")
+        return self.emit(node.target, self.copies[x], [None, *indices])
+
+    def _product(self, node: fx.Node) -> fx.Node:
+        """mm (n, m, k) by (k, p) or (n, k, p), addmm with a bias of one dimension."""
+        args = bound(node)
+        a, b, bias = args["self"], args["mat2"], None
+        if "mat1" in args:
+            a, bias = args["mat1"], args["self"]
+            plain = args.get("beta", 1) == 1 and args.get("alpha", 1) == 1
+            if bias in self.copies or len(self.flow.shape(bias)) != 1 or not plain:
+                raise Ended(node, "the addend of the product is not a bias")
+        if b in self.copies:
+            found = self.emit(aten.bmm.default, self.copies_of(a), self.copies[b])
+            return found if bias is None else self.emit(aten.add.Tensor, found, bias)
+        copies = self.copies[a]
+        sizes = [self.size_of(copies, dim) for dim in range(3)]
+        flat = self.emit(aten.reshape.default, copies, [-1, sizes[2]])
+        found = self.emit(node.target, *((flat, b) if bias is None else (bias, flat, b)))
+        return self.emit(aten.reshape.default, found, [sizes[0], sizes[1], -1])
+
+    def _item(self, node: fx.Node) -> fx.Node:
+        return self.emit(operator.getitem, self.copies[operand(node)], index_of(node))
+
+    # --- copies meet owned values ---
+
+    def by_size(self, node: fx.Node) -> fx.Node | None:
+        """A shared `node` that repeats its operand for each request, copy i in repetition i."""
+        if not self.flow.batch.is_Symbol:
+            return None  # another size may happen to be the same number
+        packet = called_by(node)
+        if packet is aten.expand:
+            return self._over_expand(node)
+        if packet is aten.repeat:
+            return self._over_repeat(node)
+        return self._broadcast(node) if rule_for(node.target)[0] is pointwise.pointwise else None
+
+    def _broadcast(self, node: fx.Node) -> fx.Node | None:
+        """Pointwise with a shared operand that has an entry for each request (a mask)."""
+        flow, new = self.flow, self.flow.shape(node)
+        dims = [d for d, size in enumerate(new) if size == flow.batch]
+        operands = {arg for arg in node.all_input_nodes if arg in self.copies}
+        if len(dims) != 1 or any(self._size_at(arg, dims[0], len(new)) != ONE for arg in operands):
+            return None
+        placed = {arg: self._placed(arg, len(new), dims[0]) for arg in operands}
+        args, kwargs = fx.node.map_arg(
+            (node.args, dict(node.kwargs)), lambda arg: placed.get(arg, arg)
+        )
+        return self.emit(node.target, *args, **kwargs)
+
+    def _size_at(self, arg: fx.Node, dim: int, ndim: int) -> sympy.Expr:
+        shape = self.flow.shape(arg)
+        at = dim - ndim + len(shape)
+        return shape[at] if at >= 0 else ONE
+
+    def _over_expand(self, node: fx.Node) -> fx.Node | None:
+        flow, first = self.flow, operand(node)
+        new = flow.shape(node)
+        dims = [d for d, size in enumerate(new) if size == flow.batch]
+        dims = [d for d in dims if self._size_at(first, d, len(new)) == ONE]
+        if len(dims) != 1:
+            return None
+        line = self._placed(first, len(new), dims[0])
+        sizes = list(bound(node)["size"])
+        sizes[dims[0]] = -1
+        return self.emit(aten.expand.default, line, sizes)
+
+    def _over_repeat(self, node: fx.Node) -> fx.Node | None:
+        """Tiling along dimension d: index i of n·size belongs to repetition i // size."""
+        flow, first, repeats = self.flow, operand(node), list(bound(node)["repeats"])
+        dims = [d for d, times in enumerate(repeats) if flow.size(times) == flow.batch]
+        if len(dims) != 1:
+            return None
+        d, n = dims[0], len(repeats)
+        copies = self.wide(first, n)
+        repeats[d] = 1
+        if any(flow.size(times) != ONE for times in repeats):
+            copies = self.emit(aten.repeat.default, copies, [1, *repeats])
+        order = [*range(1, d + 1), 0, *range(d + 1, n + 1)]
+        copies = self.emit(aten.permute.default, copies, order)
+        sizes = [self.size_of(copies, dim) for dim in (*range(d), *range(d + 2, n + 1))]
+        return self.emit(aten.reshape.default, copies, [*sizes[:d], -1, *sizes[d:]])
+
+    def by_owner(self, node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+        """(operand, replacement) pairs; Ended unless broadcast along a known owner dimension."""
+        flow, label = self.flow, self.flow.labels[node]
+        single = label[0] if isinstance(label, tuple) else label
+        if isinstance(single, Mixed):
+            raise Ended(node, f"it meets a tensor without proved ownership: {single.reason}")
+        operands = [arg for arg in node.all_input_nodes if arg in self.copies]
+        rule = rule_for(node.target)[0]
+        shape = flow.shape(node)
+        if rule is contractions.attention:
+            args = bound(node)
+            masks = [args.get(name) for name in ("attn_mask", "attn_bias")]
+            query, key = flow.shape(args["query"]), flow.shape(args["key"])
+            shape = (*query[:3], key[2])
+            if any(arg not in masks for arg in operands):
+                raise Ended(node, "it attends to something that all requests share")
+        elif rule is not pointwise.pointwise or isinstance(label, tuple):
+            raise Ended(node, "no rule gives each request its copy here")
+        if not isinstance(single, Own) or single.perm is not None:
+            raise Ended(node, f"no rule gives each request its copy along {single}")
+        return [(arg, self._given(node, arg, shape, single)) for arg in operands]
+
+    def _given(self, node: fx.Node, arg: fx.Node, shape: Shape, own: Own) -> fx.Node:
+        flow, dim = self.flow, own.dim
+        if self._size_at(arg, dim, len(shape)) != ONE:
+            raise Ended(node, f"sizes {flow.shape(arg)} are not broadcast along dimension {dim}")
+        periods = divide(shape[dim], own.rows * flow.batch)
+        if periods is None:
+            raise Ended(node, f"{shape[dim]} is not proved to hold whole periods of {own}")
+        line = self._placed(arg, len(shape), dim)
+        if own.rows == ONE and periods == ONE:
+            return line
+        # (…, periods, n, rows, …) in row-major order is the owner's dimension.
+        times, rows = (self.emitter.size(size, self.before) for size in (periods, own.rows))
+        if times is None or rows is None:
+            raise Ended(node, f"the graph cannot compute the sizes of {own}")
+        line = self.emit(
+            aten.unsqueeze.default, self.emit(aten.unsqueeze.default, line, dim), dim + 2
+        )
+        sizes: list[Any] = [-1] * (len(shape) + 2)
+        sizes[dim], sizes[dim + 2] = times, rows
+        wide = self.emit(aten.expand.default, line, sizes)
+        kept: Sequence[Any] = [
+            self.size_of(wide, d) for d in (*range(dim), *range(dim + 3, len(shape) + 2))
+        ]
+        return self.emit(aten.reshape.default, wide, [*kept[:dim], -1, *kept[dim:]])
+
+    def _placed(self, node: fx.Node, ndim: int, dim: int) -> fx.Node:
+        """Copies of `node`, broadcast to `ndim` dimensions, along dimension `dim` of size one."""
+        copies = self.emit(aten.squeeze.dim, self.wide(node, ndim), dim + 1)
+        if dim == 0:
+            return copies
+        order = [*range(1, dim + 1), 0, *range(dim + 1, ndim)]
+        moved = self.emit(aten.permute.default, copies, order)
+        return self.emit(aten.clone.default, moved, memory_format=torch.contiguous_format)
+
+
+RULES: dict[object, BatchingRule] = {
+    **dict.fromkeys(
+        (aten.view, aten._unsafe_view, aten.reshape, aten._reshape_copy, aten.view_copy),
+        Vectorizer._viewed,
+    ),
+    **dict.fromkeys((aten.permute, aten.t), Vectorizer._permuted),
+    aten.squeeze: Vectorizer._squeezed,
+    aten.expand: Vectorizer._expanded,
+    aten.repeat: Vectorizer._repeated,
+    **dict.fromkeys((aten.cat, aten.stack), Vectorizer._joined),
+    **dict.fromkeys((aten.index, aten._unsafe_index), Vectorizer._indexed),
+    **dict.fromkeys((aten.mm, aten.addmm), Vectorizer._product),
+    **dict.fromkeys(
+        (
+            aten.transpose, aten.unsqueeze, aten.select, aten.slice, aten.split,
+            aten.split_with_sizes, aten.unbind, aten.index_select, aten.flip, prims.rev, aten.roll,
+            aten.constant_pad_nd, aten.cumsum, aten.cumprod, aten._softmax, aten._log_softmax,
+            aten._safe_softmax, aten.native_layer_norm, aten.sum, aten.mean, aten.amax, aten.amin,
+            aten.var, aten.std, aten.var_mean, aten.std_mean, aten.logsumexp,
+        ),
+        Vectorizer._along,
+    ),
+}  # fmt: skip
+
+
+def _rule(node: fx.Node) -> BatchingRule | None:
+    if node.target is operator.getitem:
+        return Vectorizer._item
+    packet = called_by(node)
+    if packet in RULES:
+        return RULES[packet]
+    return Vectorizer._pointwise if rule_for(node.target)[0] is pointwise.pointwise else None
+
+
 VIEWS = (aten.view.default, aten._unsafe_view.default)
 #: Operators whose results depend on the operand's layout.
 OF_LAYOUT = (

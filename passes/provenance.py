@@ -51,20 +51,15 @@ ALL_ALIKE = 1 << 62
 @dataclass(frozen=True)
 class RowMap:
     """Row m belongs to request (m // period) mod n; with `perm`, index i along dimension `dim` of
-    the rows belongs to request (perm[i] // period) mod n; where `request` is given, all are its.
-    With `cut`, rows are the tokens that this slice keeps of each request, of which slots are given
-    per token."""
+    the rows belongs to request (perm[i] // period) mod n; where `request` is given, all are its."""
 
     period: sympy.Expr
     perm: fx.Node | None = None
     dim: int = 0
     request: int | None = None
-    cut: fx.Node | None = None
 
     def words(self, each: str) -> str:
         """For people; `each` is what slots are given for, "request" or "token"."""
-        if self.cut is not None:
-            return f"rows of the tokens that {self.cut.name} keeps"
         if self.request is not None:
             return f"rows of request {self.request} alone"
         via = f" through {self.perm.name}" if self.perm is not None else ""
@@ -118,14 +113,11 @@ def prove_tokens(
     for node in sites:
         x = input_of(node)
         period = places.rows_in_order(x, flow.label(x), row_dims(node))
-        if period is not None:
-            proofs[node] = RowMap(period)
-        elif places.cut(x, flow.label(x), row_dims(node)) is not None:  # the head of the last ones
-            proofs[node] = RowMap(ONE, cut=x)
-        else:
-            proofs[node] = Unproved(
-                "it is not proved that its rows are the tokens of the requests in order"
-            )
+        proofs[node] = (
+            Unproved("it is not proved that its rows are the tokens of the requests in order")
+            if period is None
+            else RowMap(period)
+        )
     return proofs
 
 
@@ -160,8 +152,6 @@ def apply(
         slots = bound(node)["slots"]
         if proof.request is not None:
             slots, rows = emitter.slot_of(slots, proof.request, node), 1
-        elif proof.cut is not None:
-            slots, rows = emitter.cut_slots(slots, proof.cut, node), 1
         elif proof.perm is None:
             rows = emitter.size(proof.period, node)
         else:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lorafx.adapter_store.peft_reader import read_adapter
-from lorafx.adapter_store.store import AdapterStore
+from lorafx.adapter_store.store import AdapterStore, info
 from lorafx.program.preparation import Preparation
 from lorafx.progress import progress
 
@@ -54,15 +54,9 @@ class LoadAdapters:
 
     def run(self, model: Preparation) -> int:
         assert model.attachment is not None
-        config = model.config
-        model.store = AdapterStore(
-            model.attachment.groups,
-            config.max_adapters,
-            config.own_weights,
-            config.max_host_bytes,
-        )
+        model.store = AdapterStore(model.attachment.groups, model.config.max_adapters)
         for adapter in model.adapters:
             model.store.load(adapter, model.origins.get(adapter.name))
-            held = model.store[adapter.name].nbytes / 1e6
+            held = info(model.store, adapter.name).nbytes / 1e6
             model.notes.append(f"{adapter.name}: {held:.3g} MB of host memory, no slot yet")
         return len(model.adapters)

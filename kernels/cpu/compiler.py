@@ -2,9 +2,8 @@
 
     path = cache / sha256(source, command, compiler's version).so
 
-A library is compiled once among the threads and processes that share a cache, and renamed into
-place when it is complete. Its source beside it is the lock (flock); where locking is impossible or
-takes longer than PATIENCE, a library is compiled twice. A process that ends stops its compilers.
+A library is renamed into place when it is complete, so processes may share the cache: those that
+need one at the same time each compile it.
 
 Sources include no torch header and link nothing, so a library is valid for every torch version and
 takes about a second. Every failure is a LoweringError.
@@ -12,28 +11,20 @@ takes about a second. Every failure is a LoweringError.
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import ctypes
-import fcntl
 import functools
 import hashlib
 import os
 import platform
-import signal
 import subprocess
 import tempfile
-import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 import torch
 
 from lorafx.errors import LoweringError
-from lorafx.torn import is_whole, warn_of
 
 BASE_FLAGS = (
     *("-O3", "-std=c++17", "-shared", "-fPIC", "-w"),
@@ -132,7 +123,8 @@ def compile_library(source: str, flags: tuple[str, ...] = ()) -> Path:
     key = hashlib.sha256("\0".join([source, *command, version_of(compiler)]).encode())
     try:
         library = cache_folder() / f"{key.hexdigest()[:32]}.so"
-        compiled(command, source, library)
+        if not library.exists():
+            _compile(command, source, library)
     except OSError as error:
         raise LoweringError(
             f"generated kernels cannot be written to their cache: {error}; make room there, or set "
@@ -165,7 +157,8 @@ def load_library(path: Path) -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise LoweringError(
-            f"{path} could not be loaded: {error}; set LORAFX_CACHE_DIR to another folder"
+            f"{path} could not be loaded: {error}; delete it, or set LORAFX_CACHE_DIR to another "
+            "folder"
         ) from error
 
 
@@ -181,135 +174,16 @@ def torch_function(name: str) -> int:
     raise LoweringError(f"torch {torch.__version__} has no {name}")
 
 
-# --- one run of the compiler for each library ---
-
-#: Seconds to wait for a library that another thread or process compiles; most take one.
-PATIENCE = 60.0
-
-_LOCK = threading.Lock()
-_RUNNING: set[subprocess.Popen[str]] = set()
-_ended = False
-
-
-def compiled(command: Sequence[str], source: str, library: Path) -> None:
-    """Compile `source` to `library`, unless another thread or process does."""
-    if is_whole(library):
-        return
-    with _held(library.with_suffix(".cpp")) as file:
-        if not is_whole(library):
-            if library.exists():
-                warn_of(library)
-            _compile(command, source, file, library)
-
-
-@contextlib.contextmanager
-def _held(path: Path) -> Iterator[TextIO]:
-    """The locked file, created if need be; unlocked if its holder keeps it longer than PATIENCE."""
-    deadline, pause = time.monotonic() + PATIENCE, 0.005
-    while True:
-        with path.open("a+") as file:
-            busy = _lock(file)
-            # The last holder may have removed it.
-            if time.monotonic() > deadline or (not busy and _is_at(file, path)):
-                try:
-                    yield file
-                finally:
-                    # For a forked child too, which inherits the lock.
-                    with contextlib.suppress(OSError):
-                        fcntl.flock(file, fcntl.LOCK_UN)
-                return
-        time.sleep(pause)
-        pause = min(2 * pause, 0.1)
-
-
-def _lock(file: TextIO) -> bool:
-    """Whether the file could be locked without waiting."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # there are no locks here
-        return False
-    return False
-
-
-def _is_at(file: TextIO, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _compile(command: Sequence[str], source: str, text: TextIO, library: Path) -> None:
-    try:
-        text.seek(0)
-        if text.read() != source:
-            text.truncate(0)
-            text.write(source)
-            text.flush()
-        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-            built = Path(scratch, library.name)
-            _run([*command, text.name, "-o", str(built)])
-            built.replace(library)
-    except BaseException:
-        Path(text.name).unlink(missing_ok=True)
-        raise
-
-
-def _run(command: Sequence[str]) -> None:
-    """Run the compiler in a process group of its own, since it starts further processes."""
-    try:
-        with _LOCK:
-            if _ended:
-                raise LoweringError("Python is shutting down")
-            process = subprocess.Popen(
-                command,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                start_new_session=True,
-            )
-            _RUNNING.add(process)
-    except OSError as error:
-        raise LoweringError(f"{command[0]} could not be started: {error}") from error
-    try:
-        _, errors = process.communicate()
-    except BaseException:
-        _stop(process)
-        raise
-    finally:
-        _RUNNING.discard(process)
-    if process.returncode:
-        raise LoweringError(f"{command[0]} refused a generated kernel:\n{errors[-2000:]}")
-
-
-def _stop(process: subprocess.Popen[str]) -> None:
-    # GCC removes its temporary files on SIGTERM.
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is not None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(1)
-
-
-@atexit.register
-def _end() -> None:
-    global _ended
-    with _LOCK:
-        _ended = True
-        running = list(_RUNNING)
-    for process in running:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
-
-
-def _after_fork() -> None:
-    global _LOCK
-    _LOCK = threading.Lock()
-    _RUNNING.clear()
-
-
-os.register_at_fork(after_in_child=_after_fork)
+def _compile(command: Sequence[str], source: str, library: Path) -> None:
+    """Compile `source` to `library`, which is renamed into place when it is complete."""
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        text, built = Path(scratch, "kernel.cpp"), Path(scratch, library.name)
+        text.write_text(source)
+        command = [*command, str(text), "-o", str(built)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise LoweringError(f"{command[0]} could not be started: {error}") from error
+        if done.returncode:
+            raise LoweringError(f"{command[0]} refused a generated kernel:\n{done.stderr[-2000:]}")
+        built.replace(library)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -57,7 +57,7 @@ class _Lane:
             if tensor.device == self.device:
                 tensor.record_stream(self.stream)
 
-    def use(self, slots: Iterable[int]) -> None:
+    def use(self, slots: Collection[int]) -> None:
         self._land()
         stream = torch.cuda.current_stream(self.device)
         for copy in self.pending(slots):
@@ -72,22 +72,21 @@ class _Lane:
         self.users.update({slot: events[stream] for slot, stream in self._using.items()})
         self._using.clear()
 
-    def wait(self, slots: Iterable[int]) -> None:
-        for mark in dict.fromkeys(self.users[slot] for slot in slots if slot in self.users):
-            if isinstance(mark, torch.cuda.Stream):
-                self.stream.wait_stream(mark)
-            else:
-                self.stream.wait_event(mark)
+    def wait(self, slot: int) -> None:
+        user = self.users.get(slot)
+        if isinstance(user, torch.cuda.Stream):
+            self.stream.wait_stream(user)
+        elif user is not None:
+            self.stream.wait_event(user)
 
-    def copied(self, name: str, slots: Iterable[int], host: Sequence[object]) -> None:
+    def copied(self, name: str, slot: int, host: Sequence[object]) -> None:
         self._land()
-        copy = _Copy(name, self.stream.record_event(), host)
-        self.copies.update(dict.fromkeys(slots, copy))
+        self.copies[slot] = copy = _Copy(name, self.stream.record_event(), host)
         self._flying.append(copy)
 
     def pending(self, slots: Iterable[int]) -> list[_Copy]:
-        found = dict.fromkeys(self.copies[slot] for slot in slots if slot in self.copies)
-        return [copy for copy in found if not copy.done]
+        found = (self.copies.get(slot) for slot in slots)
+        return [copy for copy in found if copy is not None and not copy.done]
 
     def _land(self) -> None:
         while self._flying and self._flying[0].event.query():
@@ -119,12 +118,11 @@ class CopyStreams:
                 "before the capture"
             )
 
-    def use(self, slots: Iterable[int]) -> None:
+    def use(self, slots: Collection[int]) -> None:
         """Later launches wait for the last copies into these slots, and later copies for the
         launches. Raises BatchError during a capture if no call has waited for a copy yet."""
         if not self._lanes:
             return
-        slots = tuple(slots)
         if self._capturing():
             copies = [copy for lane in self._lanes for copy in lane.pending(slots)]
             flying = dict.fromkeys(repr(copy.name) for copy in copies if not copy.awaited)
@@ -146,47 +144,28 @@ class CopyStreams:
                 for lane in self._lanes:
                     lane.used()
 
-    def write(self, name: str, slots: Iterable[int], write: Callable[[], object]) -> None:
-        """`write` fills slots behind earlier uses on the current stream. Raises as
-        `refuse_captured`."""
+    def copy(self, name: str, slot: int, write: Callable[[], Sequence[object]]) -> None:
+        """`write` launches copies into the slot, after its earlier uses, and returns their sources.
+        Raises as `refuse_captured`."""
         self.refuse_captured([name])
-        self.use(slots)
-        write()
+        if self.beside:
+            # An interrupt would leave the caller on the copy stream.
+            undisturbed(partial(self._copy, name, slot, write))
+        else:
+            self.use([slot])
+            write()
 
-    def copy(
-        self,
-        name: str,
-        slots: Sequence[int],
-        write: Callable[[], Sequence[object]],
-        behind: Sequence[int] | None = None,
-    ) -> None:
-        """`write` launches copies into these slots, after the uses of the slots `behind` (default:
-        `slots`), and returns their sources. Raises as `refuse_captured`."""
-        behind = slots if behind is None else behind
-        if not self.beside:
-            self.write(name, behind, write)
-            return
-        self.refuse_captured([name])
-        # An interrupt would leave the caller on the copy stream.
-        undisturbed(partial(self._copy, name, slots, write, behind))
-
-    def _copy(
-        self,
-        name: str,
-        slots: Sequence[int],
-        write: Callable[[], Sequence[object]],
-        behind: Sequence[int],
-    ) -> None:
+    def _copy(self, name: str, slot: int, write: Callable[[], Sequence[object]]) -> None:
         host: Sequence[object] = ()
         with self._lock, ExitStack() as streams:
             for lane in self._lanes:
-                lane.wait(behind)
+                lane.wait(slot)
                 streams.enter_context(torch.cuda.stream(lane.stream))
             try:
                 host = write()
             finally:  # a failed write may have launched copies
                 for lane in self._lanes:
-                    lane.copied(name, slots, host)
+                    lane.copied(name, slot, host)
 
     def _capturing(self) -> bool:
         capturing = bool(self._lanes) and torch.cuda.is_current_stream_capturing()

@@ -158,7 +158,6 @@ class ExtrasReading:
         self._served = [saved.path for saved in modules if saved.eligible and saved.named]
         for saved in modules:
             self.keys.update(key for key, _ in saved.tensors.values())
-            self.findings.compared |= not saved.named
             if (saved.eligible and saved.named) or saved.differs:
                 with self.findings.noting():
                     self._whole(saved)
@@ -318,7 +317,6 @@ class ExtrasReading:
         if site is not None and site.path in self.own:
             return
         self.keys.add(key)
-        self.findings.compared = True
         if site is not None and (bias_refusal(site) is None or not same(bias, base)):
             check_vector(EXTRAS["bias"], key, bias, label, [site], site.out_features)
             self.biases[site.path] = site, bias

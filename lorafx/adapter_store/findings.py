@@ -39,7 +39,6 @@ class Findings:
         problems, unsupported, no_room: messages.
         settings: settings that the messages name.
         closed: saved paths at unselected places, with messages.
-        compared: whether a saved tensor was compared with the base, which may change.
     """
 
     def __init__(self, state: AdapterState, places: Places, max_rank: int | None) -> None:
@@ -51,7 +50,6 @@ class Findings:
         self.no_room: list[str] = []
         self.closed: dict[str, str] = {}
         self.largest = 0
-        self.compared = False
 
     @property
     def config(self) -> PeftConfig:

@@ -15,10 +15,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lorafx.adapter_store.fitting import host_copy
 from lorafx.adapter_store.names import Mixture
-from lorafx.adapter_store.slots import width_of
-from lorafx.adapter_store.stored import HostCopy, StoredAdapter, next_version
+from lorafx.adapter_store.stored import StoredAdapter, host_copy, next_version
 from lorafx.errors import CapacityError, ConfigError
 from lorafx.model.bank import Bank, Factors
 from lorafx.model.sites import Group
@@ -30,43 +28,30 @@ _Terms = dict[int, list[tuple[Factors, float]]]
 def mixed(
     name: Mixture,
     adapters: Mapping[str, StoredAdapter],
-    copies: Mapping[str, HostCopy],
     groups: Sequence[Group],
 ) -> StoredAdapter:
-    """The sum `name` of `adapters`, with these host `copies`. Raises ConfigError for an adapter
+    """The sum `name` of `adapters`. Raises ConfigError for an adapter
     that is not linear in its weight or a scale beyond float32, CapacityError for a sum of ranks
     beyond a bank's."""
     summed = [(adapters[member], weight) for member, weight in name.weights if weight]
     if len(summed) == 1 and summed[0][1] == 1:  # the others have weight 0
-        single = summed[0][0]
-        numbers = copies[single.name]
-        host = HostCopy(numbers.factors, 0, numbers.own, {id(numbers): numbers.nbytes})
-        return replace(single, name=name, host=host, origin=None, version=next_version())
+        return replace(summed[0][0], name=name, version=next_version())
     for adapter, _ in summed:
         _refuse(name, adapter)
     terms: list[_Terms] = [{} for _ in groups]
     for adapter, weight in summed:
-        for g, of_group in copies[adapter.name].factors.items():
+        for g, of_group in adapter.factors.items():
             for f in of_group:
                 terms[g].setdefault(f.sibling, []).append((f, weight))
     _check_room(name, terms, groups)
     factors = {g: _sums(name, terms[g], groups[g].bank) for g in range(len(groups)) if terms[g]}
-    made = _sizes(factors)
-    used = {id(c): _sizes(c.factors).keys() for c in (copies[a.name] for a, _ in summed)}
-    new = made.keys() - {tensor for tensors in used.values() for tensor in tensors}
-    shared = {copy: sum(made[t] for t in tensors if t in made) for copy, tensors in used.items()}
     return StoredAdapter(
         name,
         max((f.rank for sums in factors.values() for f in sums), default=0),
         ", ".join(adapter.source for adapter, _ in summed),
         tuple(dict.fromkeys(site for adapter, _ in summed for site in adapter.sites)),
-        HostCopy(factors, sum(made[t] for t in new), shared=shared),
-        width=width_of(groups, factors),
+        factors,
     )
-
-
-def _sizes(factors: Mapping[int, Sequence[Factors]]) -> dict[int, int]:
-    return {id(t): t.nbytes for of_group in factors.values() for f in of_group for t in (f.A, f.B)}
 
 
 def _refuse(name: Mixture, adapter: StoredAdapter) -> None:

@@ -115,7 +115,6 @@ def read_adapter(
     max_rank: int | None = None,
     lora_config: LoraConfig | None = None,
     strict: bool = False,
-    warn: bool = True,
 ) -> Adapter:
     """Read the adapter `source`, as in `load_state`, and place every tensor on one of `sites`.
 
@@ -133,7 +132,7 @@ def read_adapter(
         CapacityError: only ranks over `max_rank`, or no room for replaced weights.
         CheckpointError: anything else, all problems of the file at once.
     """
-    state = load_state(source, model, warn=warn)
+    state = load_state(source, model)
     findings = Findings(state, Places(sites, model), max_rank)
     reading = Reading(findings)
     weights = reading.run()
@@ -146,7 +145,7 @@ def read_adapter(
     if strict and missing:
         findings.problems.append(f"{left_out}; strict=True makes this an error")
     findings.raise_problems(name)
-    if missing and warn:
+    if missing:
         warnings.warn(
             f"adapter {name!r} in {state.where}: {left_out}. These modules keep the base "
             "weights, which is right if the adapter was trained on only a part of the "
@@ -161,7 +160,6 @@ def read_adapter(
         state.where,
         own=reading.extras.own,
         replaces_biases=state.config.bias != "none",
-        compared=findings.compared,
         invocation=state.config.invocation,
         keys={key: tensor.shape for key, tensor in state.tensors.items()},
     )
@@ -379,7 +377,6 @@ class Reading:
         base = getattr(self.places.module(owner.removesuffix(".base_layer")), attribute, None)
         if not isinstance(base, Tensor):
             raise Problem(f"{key} is not a LoRA factor, and nothing in the model has this name")
-        self.findings.compared = True
         tensor = self.state.tensors[key]
         if not same(tensor, base):
             raise Problem(

@@ -54,8 +54,6 @@ _LONGEST_NAME = 1024
 #: Tensors by name, and metadata.
 _Read = tuple[dict[str, Tensor], dict[str, str]]
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
-#: Inode, bytes, and mtime in ns: any rewrite of a file changes it.
-Stamp: TypeAlias = tuple[int, int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +73,7 @@ class AdapterSource:
             transformers' `from_pretrained`.
         revision: branch, tag or commit on the hub.
 
-    `config` and `key_mapping` are copied, since an adapter may be read again later.
+    `config` and `key_mapping` are copied.
     """
 
     source: str | os.PathLike[str] | bytes | Mapping[str, Tensor] | Saved
@@ -106,7 +104,7 @@ class Saved:
     metadata: Mapping[str, str]
     where: str
     component: str | None = None
-    origin: Origin | None = None
+    origin: AdapterSource | None = None
 
 
 @dataclass(frozen=True)
@@ -127,68 +125,29 @@ class AdapterState:
     left_out: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Where an adapter can be read again: path, settings, and a stamp of each file."""
-
-    source: AdapterSource
-    path: Path
-    files: Mapping[str, Stamp]
-
-    @classmethod
-    def of(cls, source: Any) -> Origin | None:
-        """The origin of `source`; None in memory, on the hub, or where it cannot be listed."""
-        given = source if isinstance(source, AdapterSource) else AdapterSource(source)
-        if isinstance(given.source, Saved):
-            known = given.source.origin
-            if known is None:
-                return None
-            return replace(known, source=replace(known.source, component=given.component))
-        if not isinstance(given.source, (str, os.PathLike)):
-            return None
-        path = Path(os.path.abspath(given.source))
-        try:
-            return cls(replace(given, source=path), path, stamps(path))
-        except (OSError, ValueError):  # ValueError: no path at all, with a null byte
-            return None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(size for _, size, _ in self.files.values())
-
-    def check(self, name: str) -> None:
-        try:
-            now = stamps(self.path)
-        except OSError as error:
-            raise CheckpointError(self._lost(name, str(error))) from error
-        for file in {**self.files, **now}:
-            old, new = self.files.get(file), now.get(file)
-            if old is None or new is None:
-                what = f"{file} is {'new' if old is None else 'gone'}"
-            elif old[1] != new[1]:
-                what = f"{file} had {old[1]} bytes and has {new[1]}"
-            else:
-                what = f"{file} was written again"
-            if old != new:
-                raise CheckpointError(self._lost(name, what))
-
-    def _lost(self, name: str, why: str) -> str:
-        return (
-            f"adapter {name!r} has to be read again, because LoraConfig(max_host_bytes=...) left "
-            f"no room for it in host memory, and {self.path} is not what it was: {why}. "
-            "load_adapter() loads what is there now"
-        )
+def origin_of(source: Any) -> AdapterSource | None:
+    """`source` by its absolute path; None in memory or on the hub."""
+    given = source if isinstance(source, AdapterSource) else AdapterSource(source)
+    if isinstance(given.source, Saved):
+        known = given.source.origin
+        return known and replace(known, component=given.component)
+    if not isinstance(given.source, (str, os.PathLike)) or not os.path.exists(given.source):
+        return None
+    return replace(given, source=Path(os.path.abspath(given.source)))
 
 
-def stamps(path: Path) -> dict[str, Stamp]:
-    """The stamps of an adapter's files."""
-    if path.is_dir():
-        kinds = (".json", *SUFFIXES)
-        files = [file for file in path.iterdir() if file.suffix in kinds and file.is_file()]
-    else:
-        beside = path.parent / CONFIG_FILE
-        files = [path, beside] if beside.is_file() else [path]
-    found = {file.name: file.stat() for file in sorted(files)}
+def _stamps(path: Path) -> dict[str, tuple[int, int, int]]:
+    """What changes when one of an adapter's files is written, by name."""
+    try:
+        if path.is_dir():
+            kinds = (".json", *SUFFIXES)
+            files = [file for file in path.iterdir() if file.suffix in kinds and file.is_file()]
+        else:
+            beside = path.parent / CONFIG_FILE
+            files = [path, beside] if beside.is_file() else [path]
+        found = {file.name: file.stat() for file in files}
+    except (OSError, ValueError):  # ValueError: no path at all, with a null byte
+        return {}
     return {name: (s.st_ino, s.st_size, s.st_mtime_ns) for name, s in found.items()}
 
 
@@ -215,7 +174,7 @@ def opened(given: AdapterSource) -> Saved:
 
 
 def _at(given: AdapterSource, path: Path) -> Saved:
-    origin = Origin.of(given)
+    before = _stamps(path)
     try:
         single = path.is_file()
     except (OSError, ValueError) as exc:
@@ -227,14 +186,14 @@ def _at(given: AdapterSource, path: Path) -> Saved:
         fields = _checked(*raw_fields(folder))
     file = path if single else _weights(folder)
     read = _from_file(file)
-    before, now = ({} if o is None else o.files for o in (origin, Origin.of(given)))
+    now = _stamps(path)
     for name in (file.name, CONFIG_FILE):  # α and factors of the same version
         if before.get(name) != now.get(name):
             raise CheckpointError(
                 f"{folder / name} was written while the adapter was read, which may be half of one "
                 "version and half of another; load it again when it is complete"
             )
-    return replace(_saved(given, read, str(file), fields), origin=origin)
+    return replace(_saved(given, read, str(file), fields), origin=origin_of(given))
 
 
 def _checked(fields: dict[str, Any], where: str) -> PeftConfig | dict[str, Any]:

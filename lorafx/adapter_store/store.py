@@ -1,7 +1,6 @@
 """The store: adapters in host memory by name, and the slots of the banks.
 
-    load      checkpoint factors -> host copies in the banks' dtype and layout
-    fetch     host copies dropped for the budget -> read again
+    load      factors of a file -> the banks' dtype and layout, on the host
     acquire   the names of a batch's rows -> slots; missing adapters are written into free slots,
               or over the least recently used adapter that is neither pinned nor in the batch
     hold      a replaced or unloaded version lives on under a private name
@@ -15,47 +14,58 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakSet
 
-from lorafx.adapter_store.fitting import fitted, measure, places_of
+from lorafx.adapter_store.copy_streams import CopyStreams
 from lorafx.adapter_store.mixing import mixed
 from lorafx.adapter_store.names import BASE, Mixture, adapters_among, check_name, members
-from lorafx.adapter_store.saved import AdapterSource, Origin
-from lorafx.adapter_store.slots import Slots, too_many
-from lorafx.adapter_store.stored import Adapter, Hold, HostCopy, HostTier, Retired, StoredAdapter
+from lorafx.adapter_store.stored import (
+    Adapter,
+    Hold,
+    Retired,
+    StoredAdapter,
+    fitted,
+    measure,
+    places_of,
+)
 from lorafx.errors import CapacityError, ConfigError, UnknownAdapterError, nearest
 from lorafx.interrupts import free_after_fork, undisturbed
 
 if TYPE_CHECKING:
+    from lorafx.adapter_store.saved import AdapterSource
     from lorafx.model.sites import Group
 
 T = TypeVar("T")
 
 
-class AdapterStore(Slots):
-    """Adapters by name over the banks of `groups`, with room for `own_weights` adapters' replaced
-    weights (default: all slots) and `max_host_bytes` of host copies. Safe to use from several
-    threads."""
+class AdapterStore:
+    """Adapters by name over the banks of `groups`, of `max_adapters` slots. Safe to use from
+    several threads.
 
-    def __init__(
-        self,
-        groups: Sequence[Group],
-        max_adapters: int,
-        own_weights: int | None = None,
-        max_host_bytes: int | None = None,
-    ) -> None:
-        self._fitted = partial(fitted, places=places_of(groups), groups=tuple(groups))
-        rooms = max_adapters if own_weights is None else own_weights
-        super().__init__(groups, max_adapters, rooms, HostTier(self._fitted, max_host_bytes))
+    Attributes:
+        hits: adapters of batches that had a slot.
+        loads: adapters that were written into a slot.
+        evictions: adapters that lost their slot to another.
+    """
+
+    def __init__(self, groups: Sequence[Group], max_adapters: int) -> None:
+        self.max_adapters = max_adapters
+        self.copy_streams = CopyStreams([t for g in groups for t in g.bank.tensors.values()])
+        self.hits = self.loads = self.evictions = 0
+        self._groups = tuple(groups)
+        self._fitted = partial(fitted, places=places_of(groups), groups=self._groups)
         self._lock = threading.RLock()
-        # Versions that requests hold though replaced or unloaded, and their names.
-        self._held: WeakSet[Hold] = WeakSet()
-        self._retired: dict[int, Retired] = {}
+        self._adapters: dict[str, StoredAdapter] = {}
+        self._slots: OrderedDict[str, int] = OrderedDict()  # least recently used first
+        self._pinned: set[str] = set()
+        self._holds: WeakSet[Hold] = WeakSet()
+        #: Inside `set_aside`: what the store had, and the slots written since.
+        self._aside: Any = None
+        self._written: set[int] = set()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -79,10 +89,10 @@ class AdapterStore(Slots):
         with self._lock:
             return frozenset(self._pinned)
 
-    def fits(self, names: frozenset[str], *, own: bool = False) -> bool:
-        """Whether these adapters find slots together; with `own`, room for replaced weights."""
+    def fits(self, names: frozenset[str]) -> bool:
+        """Whether these adapters find slots together."""
         with self._lock:
-            return self._together(names, own=own)
+            return len(names | self._pinned_beside(names)) <= self.max_adapters
 
     def check_known(self, name: str) -> None:
         with self._lock:
@@ -100,64 +110,21 @@ class AdapterStore(Slots):
             self._mix([name])
             return self._adapters[name]
 
-    def load(self, adapter: Adapter, origin: Origin | None = None) -> None:
-        """Keep `adapter` in host memory, replacing its namesake in place; it can be reread from
-        `origin`. Raises CapacityError, CheckpointError for values beyond the banks' dtype,
-        ConfigError for an invalid name."""
+    def load(self, adapter: Adapter, origin: AdapterSource | None = None) -> None:
+        """Keep `adapter` in host memory, replacing its namesake in place. Raises CapacityError,
+        CheckpointError for values beyond the banks' dtype, ConfigError for an invalid name."""
         self.loading(adapter, origin)()
 
-    def loading(self, adapter: Adapter, origin: Origin | None = None) -> Callable[[], None]:
+    def loading(self, adapter: Adapter, origin: AdapterSource | None = None) -> Callable[[], None]:
         """Checks a `load`, and returns its unfailing second half. Raises as `load`."""
         check_name(adapter.name)
         stored = self._fitted(adapter, origin=origin)
-        with self._lock:
-            slot = self._slots.get(stored.name) if stored.name in self._pinned else None
-            if slot is not None and not self._fits(slot, stored):
-                raise _outgrown(stored)
 
         def keep() -> None:
             with self._lock:
                 undisturbed(lambda: self._keep(stored))
-                self._trim()
 
         return keep
-
-    def fetch(self, names: Iterable[str | None], *, resident: bool = False) -> list[HostCopy]:
-        """These adapters' host copies (of `resident` only those with a slot), kept as long as the
-        result lives. Dropped copies are read again, without the lock. Raises UnknownAdapterError,
-        or CheckpointError for a changed file."""
-        found: list[HostCopy] = []
-        if self.host.budget is None:
-            return found
-        for name in adapters_among(names):
-            with self._lock:
-                self._check_known([name])
-                needed = members(name) if resident or name not in self._slots else ()
-                wanted = [self._adapters[member] for member in needed]
-                copies = [self.host.get(stored) for stored in wanted]
-            for stored, copy in zip(wanted, copies, strict=True):
-                found.append(self.host.read(stored) if copy is None else copy)
-        with self._lock:
-            self._trim()
-        return found
-
-    @contextmanager
-    def fetched(self, names: Iterable[str | None]) -> Iterator[None]:
-        """A block during which these host copies stay in memory. Raises as `fetch`."""
-        copies = self.fetch(names, resident=True)
-        yield
-        del copies
-
-    def read_with(self, reader: Callable[[AdapterSource, str], Adapter]) -> None:
-        """Set the reader of adapters, by source and name; without it no copy is dropped."""
-        with self._lock:
-            self.host.reader = reader
-            self._trim()
-
-    def numbers(self, name: str) -> HostCopy:
-        """The host copy of an adapter or a sum. Raises as `__getitem__` and `fetch`."""
-        with self._lock:
-            return self.host.numbers(self[name])
 
     def unload(self, name: str) -> None:
         with self._lock:
@@ -166,11 +133,10 @@ class AdapterStore(Slots):
 
     def pin(self, name: str) -> int:
         """Give an adapter a slot until it is unpinned; returns the slot."""
-        with self.fetched([name]), self._lock:
+        with self._lock:
             self._check_known([name])
             (slot,) = self.acquire([name])
             self._pinned.add(name)
-            self.host.numbers(self[name])  # it stays loaded
             return slot
 
     def unpin(self, name: str) -> None:
@@ -179,21 +145,11 @@ class AdapterStore(Slots):
             self._pinned.discard(name)
 
     def hold(self, name: str) -> Hold:
-        """Keep this version of an adapter while the result lives. Raises as `fetch`."""
-        with self.fetched([name]), self._lock:
-            stored = self[name]
-            hold = Hold(name, stored, self.host.numbers(stored))
-            self._held.add(hold)
+        """Keep this version of an adapter while the result lives."""
+        with self._lock:
+            hold = Hold(name, self[name])
+            self._holds.add(hold)
             return hold
-
-    def held_name(self, hold: Hold) -> str:
-        with self._lock:
-            loaded = self._adapters.get(hold.name) is hold.stored
-            return hold.name if loaded else self._retired[hold.stored.version]
-
-    def held_names(self, holds: Iterable[Hold]) -> list[str]:
-        with self._lock:
-            return [self.held_name(hold) for hold in holds]
 
     def set_aside(self, action: Callable[[], T]) -> T:
         """Run `action` with an empty store, then restore it, slots included. Other threads wait."""
@@ -202,7 +158,7 @@ class AdapterStore(Slots):
             empty: OrderedDict[str, int] = OrderedDict()
             pinned: set[str] = set()
             try:
-                self._aside, self._last = before, None
+                self._aside = before
                 self._adapters, self._slots, self._pinned = {}, empty, pinned
                 return action()
             finally:
@@ -216,60 +172,41 @@ class AdapterStore(Slots):
         """The slot of each row's adapter, -1 for None and "__base__"; slots `held` by enclosing
         calls keep their contents. Raises UnknownAdapterError, CapacityError for too few free slots
         or ranks, ConfigError for an impossible sum."""
-        key = tuple(names)
         with self._lock:
-            if self._last is not None and self._last[0] == key:
-                self.copy_streams.use(self._last[2])
-                return list(self._last[1])  # decoding repeats the same rows
-            wanted = adapters_among(key)
-            self.hits += self._give_slots(wanted, held)
-            slots = [-1 if n is None or n == BASE else self._slots[n] for n in key]
-            used = [slot for name in wanted for slot in self._window(name, self._slots[name])]
-            self._last = key, tuple(slots), tuple(used)
-            self._trim()
-            self.copy_streams.use(used)
+            self.hits += self._give_slots(adapters_among(names), held)
+            slots = [-1 if name is None or name == BASE else self._slots[name] for name in names]
+            self.copy_streams.use({slot for slot in slots if slot >= 0})
             return slots
 
     def refresh_magnitudes(self) -> None:
         """Recompute DoRA norms and bias differences in place. ConfigError for an unknown format."""
         with self._lock:
             self.copy_streams.use(range(self.max_adapters))
-            following = {n: s.host for n, s in self._adapters.items() if s.follows_base and s.host}
+            following = {
+                name: stored.factors
+                for name, stored in self._adapters.items()
+                if stored.extras.get("dora") or stored.extras.get("bias")
+            }
             for g, group in enumerate(self._groups):
-                copies = following.values()
-                measure(group, [f for copy in copies for f in copy.factors.get(g, ())])
-            for name, copy in following.items():
-                for g, factors in copy.factors.items():
-                    if name in self._slots:
-                        self._groups[g].bank.write_by_column(self._slots[name], factors)
+                measure(group, [f for factors in following.values() for f in factors.get(g, ())])
+            for name in following.keys() & self._slots.keys():
+                for g, factors in following[name].items():
+                    self._groups[g].bank.write_by_column(self._slots[name], factors)
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes of the banks, of host copies ("host"), and of rereadable files ("disk")."""
+        """Bytes of the banks, and of adapters on the host ("host")."""
         with self._lock:
-            every = self._adapters.values()
-            return {
-                "banks": sum(group.bank.nbytes for group in self._groups),
-                "host": sum(stored.nbytes for stored in every),
-                "disk": sum(stored.origin.nbytes for stored in every if stored.origin),
-            }
+            sizes = {id(t): t.nbytes for s in self._adapters.values() for t in s.tensors()}
+            banks = sum(group.bank.nbytes for group in self._groups)
+            return {"banks": banks, "host": sum(sizes.values())}
 
     def after_fork(self) -> None:
-        self.host.after_fork()
         lock = free_after_fork(self._lock)
         if lock is not self._lock:
             self._lock = lock
             self._put_back()
 
-    def _give_slots(self, wanted: list[str], held: frozenset[int]) -> int:
-        self._let_go()
-        self._check_known(wanted)
-        if len(wanted) > self.max_adapters:
-            raise too_many(dict.fromkeys(wanted, 1), self.max_adapters)
-        self._mix(wanted)
-        had = self._make_resident(wanted, held)
-        for name in wanted:
-            self._slots.move_to_end(name)
-        return had
+    # --- adapters ---
 
     def _check_known(self, names: Sequence[str]) -> None:
         lacking = [n for n in names if not isinstance(n, str) or n not in self._adapters]
@@ -288,52 +225,45 @@ class AdapterStore(Slots):
             raise UnknownAdapterError(f"no adapter named {near}; loaded: {loaded}")
 
     def _keep(self, stored: StoredAdapter) -> None:
-        self._last = None
         self._unmix(stored.name)
         self._retire(stored.name)
-        self._replace(stored)
-        before = self._adapters.get(stored.name)
-        if before is not None:
-            self.host.forget(before)
-        self._adapters[stored.name] = stored
-        self.host.add(stored)
-
-    def _retire(self, name: str) -> None:
-        """Rename a version that requests hold, with its slot."""
-        self._let_go()
-        stored = self._adapters.get(name)
-        if stored is None or not any(hold.stored is stored for hold in list(self._held)):
-            return
-        self._last = None
-        stored.host = self.host.get(stored)  # which the request holds
-        self.host.forget(stored)
-        kept = self._retired[stored.version] = Retired(stored)
-        self._adapters[kept] = self._adapters.pop(name)
-        if name in self._slots:
-            self._slots[kept] = self._slots.pop(name)
-
-    def _let_go(self) -> None:
-        if self._retired and self._aside is None:
-            for version in self._retired.keys() - self._held_versions():
-                self._forget(self._retired.pop(version))
-
-    def _held_versions(self) -> set[int]:
-        return {hold.stored.version for hold in list(self._held)}
-
-    def _forget(self, name: str) -> None:
-        self._last = None
-        self._pinned.discard(name)
-        if name not in self._adapters:  # retired
-            return
-        self.host.forget(self._adapters.pop(name))
-        slot = self._slots.pop(name, None)
+        slot = self._slots.pop(stored.name, None)
         if slot is not None:
-            self._clear(slot)
+            self._write(slot, stored)
+            self._slots[stored.name] = slot
+        self._adapters[stored.name] = stored
 
     def _unload(self, name: str) -> None:
         self._unmix(name)
         self._retire(name)
+        self._pinned.discard(name)
         self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        self._adapters.pop(name, None)
+        self._slots.pop(name, None)
+
+    def _retire(self, name: str) -> None:
+        """Rename a version that requests hold, with its slot."""
+        stored = self._adapters.get(name)
+        holds = [hold for hold in list(self._holds) if hold.stored is stored]
+        if stored is None or not holds:
+            return
+        kept = Retired(stored)
+        self._adapters[kept] = self._adapters.pop(name)
+        if name in self._slots:
+            self._slots[kept] = self._slots.pop(name)
+        for hold in holds:
+            hold.name = kept
+
+    def _let_go(self) -> None:
+        """Forget retired versions that no request holds any more."""
+        retired = [name for name in self._adapters if isinstance(name, Retired)]
+        if retired:
+            held = {hold.name for hold in list(self._holds)}
+            for name in retired:
+                if name not in held:
+                    self._forget(name)
 
     def _sums(self) -> list[Mixture]:
         return [name for name in self._adapters if isinstance(name, Mixture)]
@@ -346,44 +276,100 @@ class AdapterStore(Slots):
         idle = [name for name in self._sums() if name not in self._slots and name not in names]
         for name in idle[: max(0, len(idle) - self.max_adapters)]:
             undisturbed(partial(self._unload, name))
-        summed = dict.fromkeys(member for name in missing for member in members(name))
-        copies = {member: self.host.numbers(self._adapters[member]) for member in summed}
         for name in missing:
-            stored = mixed(name, self._adapters, copies, self._groups)
-            self._adapters[name] = stored
-            self.host.add(stored)
+            self._adapters[name] = mixed(name, self._adapters, self._groups)
 
     def _unmix(self, name: str) -> None:
         for made in self._sums():
             if name in members(made):
                 self._unload(made)
 
-    def _trim(self) -> None:
-        if not self.host.over or self._aside is not None:
+    # --- slots ---
+
+    def _pinned_beside(self, names: Iterable[str]) -> set[str]:
+        """Pinned adapters beside `names`; a held version shares the slot of its pinned name."""
+        replaced = {name.replaced for name in names if isinstance(name, Retired)}
+        return self._pinned - replaced.difference(names)
+
+    def _give_slots(self, wanted: Sequence[str], held: frozenset[int]) -> int:
+        """Give slots to `wanted`, sparing `held` ones; returns how many had one."""
+        self._let_go()
+        self._check_known(wanted)
+        if len(wanted) > self.max_adapters:
+            raise _too_many(wanted, self.max_adapters)
+        self._mix(wanted)
+        missing = [name for name in wanted if name not in self._slots]
+        if missing:
+            self.copy_streams.refuse_captured(missing)
+            self._make_resident(missing, wanted, held)
+        for name in wanted:
+            self._slots.move_to_end(name)
+        return len(wanted) - len(missing)
+
+    def _make_resident(
+        self, missing: Sequence[str], wanted: Sequence[str], held: frozenset[int]
+    ) -> None:
+        pinned = self._pinned_beside(wanted)
+        kept = {name for name, slot in self._slots.items() if name in pinned or slot in held}
+        evictable = [name for name in self._slots if name not in kept.union(wanted)]
+        free = sorted(set(range(self.max_adapters)).difference(self._slots.values()))
+        lacking = max(0, len(missing) - len(free))
+        if lacking > len(evictable):
+            raise _no_slots(missing, kept.difference(wanted) or kept, self.max_adapters)
+        evicted = [self._slots.pop(name) for name in evictable[:lacking]]
+        self.evictions += len(evicted)
+        for name, slot in zip(missing, [*free, *evicted], strict=False):
+            self.loads += 1
+            # Assigned afterwards: after a failure of the device the slot belongs to no adapter.
+            self._write(slot, self._adapters[name])
+            self._slots[name] = slot
+
+    def _write(self, slot: int, stored: StoredAdapter) -> None:
+        if self._aside is not None:
+            self._written.add(slot)
+
+        def write() -> list[object]:
+            sources: list[object] = [stored]
+            for g, group in enumerate(self._groups):
+                sources += group.bank.write(slot, stored.factors.get(g, ()), stored.own.get(g))
+            return sources
+
+        self.copy_streams.copy(stored.name, slot, write)
+
+    def _put_back(self) -> None:
+        if self._aside is None:
             return
-        held = self._held_versions()
-        for name in self._sums():
-            if name not in self._slots and self._adapters[name].version not in held:
-                undisturbed(partial(self._unload, name))
-        undisturbed(lambda: self.host.trim(lambda stored: stored.name in self._pinned))
+        self._adapters, slots, self._pinned = self._aside
+        self._slots = OrderedDict((n, s) for n, s in slots.items() if s not in self._written)
+        for name, slot in slots.items():
+            if slot in self._written:
+                self._write(slot, self._adapters[name])
+        self._slots, self._aside = slots, None
+        self._written.clear()
 
 
-def _outgrown(stored: StoredAdapter) -> CapacityError:
-    if stored.owned:
-        return CapacityError(
-            f"{stored.name!r} is pinned, and there is no room for its own weights; unpin "
-            "it, or compile with a larger LoraConfig(max_own_weights=...)"
-        )
+def _too_many(wanted: Sequence[str], slots: int) -> CapacityError:
     return CapacityError(
-        f"{stored.name!r} is pinned, and would take {stored.width} slots in a row now, some of "
-        "which are not free; unpin it first"
+        f"the batch has {len(wanted)} distinct adapters ({', '.join(wanted)}), but "
+        f"there are only {slots} slots; split the batch, or compile "
+        f'with LoraConfig(max_adapters={len(wanted)}) or Options(overflow="waves"), which '
+        "serves requests in turn where each finds slots beside pinned adapters"
+    )
+
+
+def _no_slots(missing: Sequence[str], kept: Iterable[str], slots: int) -> CapacityError:
+    return CapacityError(
+        f"no slots for {', '.join(missing)}: {slots} slots, of which "
+        f"those of {', '.join(sorted(kept))} are pinned, or used by the call around this one; "
+        "unpin_adapter() some, split the batch, or "
+        "compile with a larger LoraConfig(max_adapters=...)"
     )
 
 
 @dataclass(frozen=True)
 class AdapterInfo:
     """A loaded adapter: its largest rank, the paths of the modules that it changes, its slot (None
-    where it has none), whether it is pinned, and its current host bytes."""
+    where it has none), whether it is pinned, and its host bytes."""
 
     name: str
     source: str
@@ -399,4 +385,5 @@ def info(store: AdapterStore, name: str) -> AdapterInfo:
     """The `AdapterInfo` of a loaded adapter."""
     s = store[name]
     slot, pinned = store.resident.get(name), name in store.pinned
-    return AdapterInfo(name, s.source, s.rank, s.sites, s.version, slot, pinned, s.nbytes)
+    nbytes = sum({id(t): t.nbytes for t in s.tensors()}.values())
+    return AdapterInfo(name, s.source, s.rank, s.sites, s.version, slot, pinned, nbytes)

@@ -1,32 +1,35 @@
-"""Decoded adapters, and their host memory in the banks' dtype and layout, within a budget of bytes.
+"""Decoded adapters, and adapters in host memory, in the dtype and layout of the banks.
 
-    adapter without a slot → its host copy → the slot
-    no host copy           → its files     → a new copy
+DoRA's scale of each output is computed once per adapter, in float32, from the bank's factors and
+the dequantised base weight:
 
-Over the budget, the least recently used copies of rereadable adapters are dropped. A dropped copy
-is found again as long as it is in use.
+    y' = c + m / ‖W + s·B A‖ · (W x + s·B A x)        gains = m / ‖W + s·B A‖ − 1    (N,)
+
+The norm is over the inputs of each output: rows of W (N, K); columns of an embedding's (V, N). An
+output whose W + s·B A is zero gets no scale.
 """
 
 from __future__ import annotations
 
 import itertools
-import threading
-import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
-from weakref import ReferenceType
 
+import torch
 from torch import Size, Tensor
 
-from lorafx.adapter_store.saved import AdapterSource, Origin
-from lorafx.errors import LorafxError
-from lorafx.interrupts import free_after_fork, undisturbed
-from lorafx.model.bank import Factors, OwnWeight
-from lorafx.model.extras import When
+from lorafx.adapter_store.saved import AdapterSource
+from lorafx.errors import CapacityError, CheckpointError, Setting
+from lorafx.model.bank import Bank, Factors, OwnWeight
+from lorafx.model.convolutions import norm_factors
+from lorafx.model.extras import EXTRAS, When, bias_of
+from lorafx.model.quantized import dequantize
+from lorafx.model.sites import Group, Site
 
 next_version = itertools.count(1).__next__
+#: Entries of W + s·B A in memory at a time.
+_CHUNK = 1 << 22
 
 
 class LoraWeights(NamedTuple):
@@ -57,7 +60,6 @@ class Adapter:
         weights: `Site.part_path` -> factors; untouched parts are absent.
         own: site path -> rows of its weight that the adapter replaces.
         replaces_biases: the adapter was trained with biases that replace the base's.
-        compared: the file's copies of base weights were compared with the model's.
         invocation: the tokens from which on it is active (aLoRA); empty if always.
     """
 
@@ -67,7 +69,6 @@ class Adapter:
     source: str
     own: Mapping[str, OwnWeight] = field(default_factory=dict)
     replaces_biases: bool = False
-    compared: bool = False
     invocation: tuple[int, ...] = ()
     keys: Mapping[str, Size] = field(default_factory=dict)
 
@@ -82,78 +83,45 @@ class Adapter:
         }
 
 
-class HostCopy:
-    """An adapter's factors and replaced rows by group index. `nbytes` excludes `shared`: a sum's
-    tensors from other copies, by id. `again`: reread and not used yet."""
-
-    __slots__ = ("__weakref__", "again", "factors", "nbytes", "own", "shared")
-
-    def __init__(
-        self,
-        factors: Mapping[int, list[Factors]],
-        nbytes: int,
-        own: Mapping[int, OwnWeight] | None = None,
-        shared: Mapping[int, int] | None = None,
-    ) -> None:
-        self.factors, self.nbytes = factors, nbytes
-        self.own: Mapping[int, OwnWeight] = own or {}
-        self.shared = dict(shared or {})
-        self.again = False
-
-
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class StoredAdapter:
-    """A loaded adapter. Only its host copy comes and goes.
+    """A loaded adapter, or a sum.
 
     Attributes:
+        factors, own: factors and replaced rows by group index.
         extras: sites with `EXTRAS`, by their names.
-        origin: where it can be read again; None where base weights decide its meaning.
-        keys: as in `Adapter`, if it cannot be read again.
+        origin: the path that it was read from, with the settings given; None in memory and hubs.
+        keys: as in `Adapter`.
         version: unique in this process, from 1 on.
-        dropped: the dropped copy, while it is in use.
-        width: how many slots it takes in a row.
     """
 
     name: str
     rank: int
     source: str
     sites: tuple[str, ...]
-    host: HostCopy | None
+    factors: Mapping[int, Sequence[Factors]]
+    own: Mapping[int, OwnWeight] = field(default_factory=dict)
     extras: Mapping[When, tuple[str, ...]] = field(default_factory=dict)
     invocation: tuple[int, ...] = ()
-    origin: Origin | None = None
+    origin: AdapterSource | None = None
     keys: Mapping[str, Size] = field(default_factory=dict)
-    width: int = 1
     version: int = field(default_factory=next_version)
-    dropped: ReferenceType[HostCopy] | None = None
-
-    @property
-    def follows_base(self) -> bool:
-        """Whether some numbers are recomputed when base weights change."""
-        return bool(self.extras.get("dora") or self.extras.get("bias"))
 
     @property
     def owned(self) -> tuple[str, ...]:
         """The sites with rows of the adapter's own."""
         return self.extras.get("own", ())
 
-    @property
-    def copy(self) -> HostCopy | None:
-        return self.host or (None if self.dropped is None else self.dropped())
-
-    @property
-    def nbytes(self) -> int:
-        copy = self.copy
-        return 0 if copy is None else copy.nbytes
+    def tensors(self) -> Iterator[Tensor]:
+        every = [*itertools.chain(*self.factors.values()), *self.own.values()]
+        return (t for values in every for t in values if isinstance(t, Tensor))
 
 
 class Hold:
-    """Keeps a version of an adapter, and its host copy, alive (`AdapterStore.hold`)."""
+    """Keeps a version of an adapter loaded under `name` (`AdapterStore.hold`)."""
 
-    __slots__ = ("__weakref__", "name", "numbers", "stored")
-
-    def __init__(self, name: str, stored: StoredAdapter, numbers: HostCopy) -> None:
-        self.name, self.stored, self.numbers = name, stored, numbers
+    def __init__(self, name: str, stored: StoredAdapter) -> None:
+        self.name, self.stored = name, stored
 
 
 class Retired(str):
@@ -176,110 +144,185 @@ class Retired(str):
         return id(self)
 
 
-class HostTier:
-    """The host copies of a store within a budget of bytes (None: no limit). Safe to use from
-    several threads; files are read without its lock.
+class BankPlace(NamedTuple):
+    """The sibling and first bank column of a site's part."""
 
-    Attributes:
-        hits, misses: adapters written into a slot from host memory, or after rereading.
-        changed: failed reads.
-        reader: rereads an adapter by source and name; without it nothing is dropped.
-    """
+    group: int
+    site: Site
+    sibling: int
+    offset: int
 
-    def __init__(self, fitted: Callable[[Adapter], StoredAdapter], budget: int | None) -> None:
-        self.budget = budget
-        self.hits = self.misses = self.changed = self.evictions = 0
-        self.reader: Callable[[AdapterSource, str], Adapter] | None = None
-        self._fitted = fitted
-        self._lock = threading.RLock()
-        self._known: set[int] = set()  # versions that are loaded
-        self._kept: OrderedDict[int, StoredAdapter] = OrderedDict()  # by version; last is newest
-        self._nbytes = 0
 
-    @property
-    def over(self) -> bool:
-        return self.budget is not None and self._nbytes > self.budget
+def places_of(groups: Sequence[Group]) -> dict[str, BankPlace]:
+    """Part path -> its place in the banks."""
+    return {
+        site.part_path(part): BankPlace(g, site, *numbers)
+        for g, group in enumerate(groups)
+        for i, site in enumerate(group.sites)
+        for part, numbers in enumerate(zip(*group.ranges(i)[:2], strict=True))
+    }
 
-    def add(self, stored: StoredAdapter) -> None:
-        assert stored.host is not None
-        with self._lock:
-            self._known.add(stored.version)
-            self._keep(stored, stored.host)
 
-    def get(self, stored: StoredAdapter) -> HostCopy | None:
-        with self._lock:
-            copy = stored.copy
-            if copy is not None:
-                self._keep(stored, copy)
-            return copy
+def fitted(
+    adapter: Adapter,
+    places: Mapping[str, BankPlace],
+    groups: Sequence[Group],
+    origin: AdapterSource | None = None,
+) -> StoredAdapter:
+    """`adapter`, read for the sites of `groups`, in the banks' dtype and layout. Raises
+    CapacityError without room for DoRA or biases, CheckpointError for values beyond the dtype."""
+    _check_room(adapter, places, groups)
+    factors: dict[int, list[Factors]] = {}
+    beyond: list[str] = []
+    for path, weights in adapter.weights.items():
+        place = places[path]
+        known = factors.setdefault(place.group, [])
+        made = _factors(place, weights, groups[place.group].bank)
+        alike = next((f.A for f in known if torch.equal(f.A, made.A)), made.A)
+        known.append(made._replace(A=alike))
+        if not all(bool(torch.isfinite(t).all()) for t in (made.A, made.B)):
+            beyond.append(f"{path}: values beyond the range of {made.A.dtype}")
+    owned: dict[int, OwnWeight] = {}
+    for path, weight in adapter.own.items():
+        place = places[path]
+        rows = owned[place.group] = _own_weight(place.site, weight, groups[place.group].bank)
+        bias = None if rows.bias is None else rows.bias[: len(weight.rows)]
+        if not all(bool(torch.isfinite(t).all()) for t in (rows.rows, bias) if t is not None):
+            beyond.append(f"{path}: values beyond the range of {rows.rows.dtype}")
+    if beyond:
+        raise CheckpointError(
+            f"adapter {adapter.name!r} from {adapter.source} does not fit the banks:\n"
+            + "\n".join(f"  - {problem}" for problem in beyond)
+        )
+    for g, of_group in factors.items():
+        measure(groups[g], of_group)
 
-    def numbers(self, stored: StoredAdapter) -> HostCopy:
-        """The copy of an adapter, reread if dropped. Raises as `read`."""
-        copy = self.get(stored)
-        return self.read(stored) if copy is None else copy
+    def sites(paths: Iterable[str]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(places[path].site.path for path in paths))
 
-    def written(self, copy: HostCopy) -> None:
-        self.hits += not copy.again
-        copy.again = False
+    return StoredAdapter(
+        adapter.name,
+        adapter.rank,
+        adapter.source,
+        sites([*adapter.weights, *adapter.own]),
+        factors,
+        owned,
+        extras={name: sites(paths) for name, paths in adapter.extras.items()},
+        invocation=adapter.invocation,
+        origin=origin,
+        keys=adapter.keys,
+    )
 
-    def read(self, stored: StoredAdapter) -> HostCopy:
-        """Reread an adapter; CheckpointError where its files have changed or are unreadable."""
-        origin, reader = stored.origin, self.reader
-        assert origin is not None, f"{stored.name!r} was dropped"
-        assert reader is not None
-        self.misses += 1
-        try:
-            origin.check(stored.name)
-            copy = self._fitted(reader(origin.source, stored.name)).host
-            origin.check(stored.name)  # unchanged since
-        except LorafxError:
-            self.changed += 1
-            raise
-        assert copy is not None
-        copy.again = True
-        with self._lock:
-            known = self.get(stored)  # another thread was first
-            if known is not None:
-                return known
-            undisturbed(lambda: self._keep(stored, copy))
-            return copy
 
-    def forget(self, stored: StoredAdapter) -> None:
-        """Stop counting an adapter that was unloaded, or is only held."""
-        with self._lock:
-            self._known.discard(stored.version)
-            if self._kept.pop(stored.version, None) is not None:
-                self._nbytes -= stored.nbytes
+def _check_room(adapter: Adapter, places: Mapping[str, BankPlace], groups: Sequence[Group]) -> None:
+    for name, paths in adapter.extras.items():
+        extra = EXTRAS[name]
+        banks = [groups[places[path].group].bank for path in paths]
+        if banks and all(getattr(bank, extra.room) is None for bank in banks):
+            setting = Setting.asked(extra.setting.partition("=")[0], True, given=True)
+            raise CapacityError(
+                f"adapter {adapter.name!r} has {extra.what} ({extra.training}), for which the "
+                f"banks have no room; {setting}",
+                settings=(setting,),
+            )
 
-    def trim(self, stays: Callable[[StoredAdapter], bool]) -> None:
-        """Drop copies down to the budget, if they can be read again and do not follow the base."""
-        if self.reader is None:
-            return
-        with self._lock:
-            self._nbytes = sum(stored.nbytes for stored in self._kept.values())
-            for stored in list(self._kept.values()):
-                copy = stored.host
-                if not self.over:
-                    return
-                if copy is None or stored.origin is None or stored.follows_base or stays(stored):
-                    continue
-                self._kept.pop(stored.version)
-                self._nbytes -= copy.nbytes
-                for other in self._kept.values():  # a sum goes on to hold tensors of it
-                    if other.host is not None:
-                        grown = other.host.shared.pop(id(copy), 0)
-                        other.host.nbytes += grown
-                        self._nbytes += grown
-                stored.dropped, stored.host = weakref.ref(copy), None
-                self.evictions += 1
 
-    def after_fork(self) -> None:
-        self._lock = free_after_fork(self._lock)
+def _own_weight(site: Site, weight: OwnWeight, bank: Bank) -> OwnWeight:
+    """Replaced rows in the bank's dtype, on the host; a whole linear's missing outputs are −inf."""
+    assert bank.own is not None
+    rows, bias = weight.rows, weight.bias
+    lacks = site.weight_rows - len(rows)
+    if weight.at is None and lacks and site.eligible.kind == "linear":
+        bias = rows.new_zeros(len(rows)) if bias is None else bias
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, lacks))
+        bias = torch.nn.functional.pad(bias, (0, lacks), value=-torch.inf)
+    pin = bank.own.is_cuda
+    return OwnWeight(
+        host_copy(rows, bank.own.dtype, pin),
+        None if bias is None else host_copy(bias, bank.own.dtype, pin),
+        None if weight.at is None else host_copy(weight.at, torch.int32, pin),
+    )
 
-    def _keep(self, stored: StoredAdapter, copy: HostCopy) -> None:
-        if stored.version in self._known:
-            if stored.version not in self._kept:
-                self._nbytes += copy.nbytes
-            stored.host, stored.dropped = copy, None
-            self._kept[stored.version] = stored
-            self._kept.move_to_end(stored.version)
+
+def _factors(place: BankPlace, weights: LoraWeights, bank: Bank) -> Factors:
+    a = weights.A.t() if bank.kind == "embedding" else weights.A
+    pin = bank.A.is_cuda
+    magnitude, bias, own_bias = (
+        None if vector is None else host_copy(vector, torch.float32, pin=False)
+        for vector in (weights.magnitude, weights.bias, weights.own_bias)
+    )
+    shifted = bias is not None or own_bias is not None
+    return Factors(
+        place.sibling,
+        place.offset,
+        host_copy(a, bank.A.dtype, pin),
+        host_copy(weights.B.mT, bank.B.dtype, pin),
+        weights.scale,
+        weights.ranks,
+        magnitude,
+        None if magnitude is None else torch.zeros_like(magnitude),
+        bias,
+        own_bias,
+        torch.zeros(weights.B.shape[-2]) if shifted else None,
+    )
+
+
+def host_copy(tensor: Tensor, dtype: torch.dtype, pin: bool) -> Tensor:
+    """A contiguous copy on the host, page-locked if `pin`."""
+    made = torch.empty(tensor.shape, dtype=dtype, device="cpu", pin_memory=pin)
+    return made.copy_(tensor.detach())
+
+
+@torch.no_grad()
+def measure(group: Group, factors: Iterable[Factors]) -> None:
+    """Fill gains, and shifts s·b + b' − b, in place. Raises ConfigError for an unknown format."""
+    factors = list(factors)
+    for site, offset in zip(group.sites, group.offsets, strict=True):
+        here = [f for f in factors if offset <= f.offset < offset + site.out_features]
+        base = bias_of(site) if any(f.own_bias is not None for f in here) else None
+        for f in here:
+            if f.shift is None:
+                continue
+            shift = torch.zeros(f.B.shape[-1])
+            if f.bias is not None:
+                shift += f.scale * f.bias
+            if f.own_bias is not None:
+                assert base is not None
+                start = f.offset - offset
+                shift += f.own_bias - base[start : start + len(shift)].cpu().float()
+            f.shift.copy_(shift)
+        if any(f.gains is not None for f in here):
+            weight = base_weight(site)
+            for f in here:
+                if f.gains is not None:
+                    f.gains.copy_(_gains(site, weight, f.offset - offset, f))
+
+
+def base_weight(site: Site) -> Tensor:
+    """W of the site as dense numbers: (N, K), embeddings transposed."""
+    weight = dequantize(site.module).detach()
+    return weight.mT if site.eligible.kind == "embedding" else weight
+
+
+def _gains(site: Site, weight: Tensor, first: int, f: Factors) -> Tensor:
+    """G (N,) float32 on the host, of outputs [first, first + N)."""
+    assert f.magnitude is not None
+    rows_of_part = weight[first : first + f.B.shape[-1]]
+    A = f.A.mT if site.eligible.kind == "embedding" else f.A
+    A, B = (tensor.to(rows_of_part.device, torch.float32) for tensor in (A, f.B.mT))
+    if site.eligible.kind == "conv":
+        A, B = norm_factors(site.module, A, B)
+    squares = torch.zeros(len(rows_of_part), dtype=torch.float32, device=rows_of_part.device)
+    for rows, columns in _chunks(rows_of_part):
+        merged = rows_of_part[rows, columns].float() + f.scale * (B[rows] @ A[:, columns])
+        squares[rows] += merged.square().sum(1)
+    norm = squares.sqrt().cpu()
+    return torch.where(norm > 0, f.magnitude / norm - 1, 0.0)
+
+
+def _chunks(weight: Tensor) -> Iterator[tuple[slice, slice]]:
+    along = 0 if weight.stride(0) >= weight.stride(1) else 1
+    step = max(1, _CHUNK // max(1, weight.shape[1 - along]))
+    for start in range(0, weight.shape[along], step):
+        piece = slice(start, start + step)
+        yield (piece, slice(None)) if along == 0 else (slice(None), piece)

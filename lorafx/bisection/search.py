@@ -23,12 +23,10 @@ from torch import Tensor
 from lorafx.adapter_store.names import BASE
 from lorafx.adapter_store.saved import AdapterSource, opened
 from lorafx.adapter_store.stored import StoredAdapter
-from lorafx.bisection.first_site import CompiledParts, FirstSite, Run, between, recorded
-from lorafx.capture.verify import difference
-from lorafx.capture.verify import tolerance as tolerance_of
+from lorafx.bisection.first_site import CompiledParts, FirstSite, Run, between, difference, recorded
 from lorafx.compiled_model.compiled import CompiledModel, compiled_of
 from lorafx.config import After
-from lorafx.errors import BatchError, ConfigError, VerifyError
+from lorafx.errors import BatchError, ConfigError
 from lorafx.inspection.replay import Replay, replayed
 from lorafx.inspection.report import Report, Table, written_into
 from lorafx.model.marks import detach
@@ -36,6 +34,9 @@ from lorafx.passes.match.match import Match
 from lorafx.passes.provenance import Provenance
 from lorafx.runtime.example_inputs import named_inputs
 from lorafx.torch_internals.trees import tree_leaves
+
+#: By dtype: orders of accumulation differ, and errors grow over layers.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 _RIGHT = (
     "compiled once more as the passes before outline left them, the graphs are right: "
@@ -120,9 +121,8 @@ def bisect(
         model: a model from `lorafx.compile`.
         inputs: the arguments of a call, by name or in order.
         adapter_names: an adapter for each request, None for the base; no sums.
-        tolerance: the largest acceptable relative error; default: that of
-            `Options(verify="numeric")` by dtype: 1e-4 for float32, 2e-2 for float16, 6e-2 for
-            bfloat16.
+        tolerance: the largest acceptable relative error; default: by dtype, 1e-4 for float32,
+            2e-2 for float16, 6e-2 for bfloat16.
         folder: receives a program that shows the difference, if there is one.
 
     Returns:
@@ -162,7 +162,7 @@ def bisect(
             "dimension 0, so there is nothing to compare"
         )
     if tolerance is None:
-        tolerance = max(tolerance_of(leaf.dtype) for leaf in want)
+        tolerance = max(_TOLERANCE.get(leaf.dtype, 1e-4) for leaf in want)
     found = _Search(compiled, named, names, want, tolerance).run()
     if target is not None and found.first is None:
         target.rmdir()
@@ -232,11 +232,7 @@ class _Search:
 
     def run(self) -> Bisection:
         notes: list[str] = []
-        try:
-            served = self._error()
-        except VerifyError as error:  # from its own Options(verify="numeric")
-            served = float("inf")
-            notes.append(str(error))
+        served = self._error()
         first, site = None, None
         with replayed(self.compiled) as replay:
             start = Provenance.name if Provenance.name in replay.names else Match.name
@@ -353,9 +349,8 @@ def _write(
 
 def _adapter(stored: StoredAdapter) -> AdapterSource:
     """The adapter with what its files hold."""
-    origin = stored.origin
-    source = AdapterSource(stored.source) if origin is None else origin.source
-    if origin is None and not Path(stored.source).exists():
+    source = stored.origin or AdapterSource(stored.source)
+    if stored.origin is None and not Path(stored.source).exists():
         raise ConfigError(
             f"adapter {stored.name!r} came from memory ({stored.source}); load it from a folder, "
             "so that a reproduction can have its files"

@@ -11,15 +11,13 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from types import FrameType
 from typing import Any
 
 from torch import fx
 
-from lorafx.capture.bound_inputs import BoundInputs, bind, take_out
-from lorafx.capture.checks import Checks, InputPlaces
+from lorafx.capture.checks import Checks
 from lorafx.capture.compile_log import (
     form_of,
     note_tracing,
@@ -30,17 +28,16 @@ from lorafx.capture.compile_log import (
     timed,
 )
 from lorafx.capture.driver import run_pipeline
-from lorafx.capture.executable import ProgramLookup, checked, looked_at, with_lookups
-from lorafx.capture.failures import in_lowering, in_tracing
+from lorafx.capture.executable import checked, for_base, looked_at, with_lookups
+from lorafx.capture.failures import KEEP_OUT, failing_in
 from lorafx.capture.instances import Form, Instances
-from lorafx.capture.lookups import LookupSearch
-from lorafx.capture.lowering import InductorLowering, Lowering, compile_base, lowering_for
+from lorafx.capture.lookups import check_lookups
+from lorafx.capture.lowering import Lowering, compile_base, lowering_for
 from lorafx.capture.needless_guards import keep_guards
 from lorafx.capture.parts import Captured, Parts, foreign_operators, noted
-from lorafx.capture.record import GraphRecord, Span
-from lorafx.capture.recorder import recorded
+from lorafx.capture.record import GraphRecord, Span, dump_folder
 from lorafx.capture.stamps import Folded, traced_once, unfold
-from lorafx.capture.verify import NumericCheck
+from lorafx.errors import CaptureError, LoweringError
 from lorafx.kernels.cpu.delta_kernels import builds_noted, built_source
 from lorafx.kernels.triton.build import source_of
 from lorafx.passes.write_in_place import writes_in_place
@@ -58,16 +55,6 @@ from lorafx.torch_internals.frames import (
 from lorafx.torch_internals.shortcuts import chosen
 
 
-@dataclass(frozen=True)
-class Compilation:
-    """A graph on its way to an executable."""
-
-    frame: Frame
-    record: GraphRecord
-    lowering: Lowering
-    parts: Parts
-
-
 class Backend:
     """Compiles the frames of a program.
 
@@ -77,10 +64,9 @@ class Backend:
 
     def __init__(self, program: Program, entered: Callable[[FrameType], bool]) -> None:
         self.program = program
+        self.owner = weakref.ref(program)
         self.entered = entered
         self.records: list[GraphRecord] = []
-        #: Some graph takes what another made: results are worth keeping note of.
-        self.several = [False]
         #: Receives each compiled graph to save.
         self.noted: Callable[[Captured], None] | None = None
         #: Receives the record of each graph, even of a failed compilation.
@@ -93,19 +79,11 @@ class Backend:
         self._at: Callable[[str], Any] | None = None
         self.instances = Instances()
 
-    def __call__(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-        return self.compile(gm, examples, self.lowering)
-
     def per_token(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-        return self.compile(gm, examples, self.lowering, per_token=True)
+        return self(gm, examples, per_token=True)
 
-    def compile(
-        self,
-        gm: fx.GraphModule,
-        examples: Sequence[Any],
-        lowering: Lowering,
-        *,
-        per_token: bool = False,
+    def __call__(
+        self, gm: fx.GraphModule, examples: Sequence[Any], *, per_token: bool = False
     ) -> Callable[..., Any]:
         """The executable of a frame whose inputs are `examples`. Raises ReplacedModuleError,
         keeping no graph, for a replaced module with an active adapter."""
@@ -115,26 +93,21 @@ class Backend:
         frame = self._frame(gm, examples, per_token=per_token)
         active = bool(program.runtime.active)
         own = frame.begins_call and not program.site_watch.missing
-        graph, bound, form = gm.graph, None, None
-        if active and own:
-            bound, examples = bind(program, frame, gm, examples)
+        form = None
         if own and self._finds_instances(active):
-            form = Form.of(graph, examples, (active, per_token))
+            form = Form.of(gm.graph, examples, (active, per_token))
         call = form_of(program, begins_call=frame.begins_call, per_token=per_token)
-        count = len(examples) - (0 if bound is None else bound.count)
-        found = None if form is None else self.instances.find(form, count)
+        found = None if form is None else self.instances.find(form)
         if found is not None:
             title, executable = found
             tell_instance(title, type(program.model).__name__, call, spans)
         else:
             begun = self.instances.begin()
             record = self._record(frame, examples, call, spans)
-            executable = self._compiled(gm, examples, frame, record, lowering, bound)
+            executable = self._compiled(gm, examples, frame, record)
             if form is not None:
-                self.instances.keep(record.title, form, executable, count, begun)
+                self.instances.keep(record.title, form, executable, begun)
             self._guard_kind(frame, active=active)
-        if bound is not None:
-            take_out(gm, graph, bound.tensors(program))
         if own and "needless_guards" in self.shortcuts:
             self._at = names_of_frame()  # Dynamo has not made its guards yet
         return executable
@@ -147,14 +120,13 @@ class Backend:
         spans: list[Span],
     ) -> GraphRecord:
         program = self.program
-        places = InputPlaces.of(frame, examples)
-        self.several[0] |= frame.follows_another or bool(places.arguments) or ends_in_break()
+        checks = Checks.of(frame, examples)
+        program.in_pieces |= frame.follows_another or bool(checks.arguments) or ends_in_break()
         lora = bool(program.runtime.active) and frame.carries_lora
         title = f"graph {len(self.records)} {'lora' if lora else 'base'}"
         title += " per token" if frame.per_token else ""
-        checks = Checks(places, frame.begins_call, self.several)
         why = reason(call, [record.form for record in self.records])
-        keeps = self.replay is not None or recorded(program.options)
+        keeps = self.replay is not None or dump_folder(program.options) is not None
         return GraphRecord(title, lora, checks, keeps, form=call, reason=why, spans=spans)
 
     def _compiled(
@@ -163,34 +135,26 @@ class Backend:
         examples: Sequence[Any],
         frame: Frame,
         record: GraphRecord,
-        lowering: Lowering,
-        bound: BoundInputs | None,
     ) -> Callable[..., Any]:
         program, active = self.program, bool(self.program.runtime.active)
-        inputs = gm.graph.find_nodes(op="placeholder")
-        # Compilers may change the graph.
-        values = [node.meta.get("example_value") for node in inputs]
-        sources = [getattr(node.meta.get("grapharg"), "source", None) for node in inputs]
-        search = LookupSearch(gm.graph, frame)
-        if isinstance(lowering, InductorLowering):
-            search.check_inside(gm)
-        parts = Parts(record.checks, base=not active, bound=bound, lookups=search.lookups)
-        if self.noted is not None:
-            parts.foreign = foreign_operators(gm)
-        compilation = Compilation(frame, record, lowering, parts)
+        grapharg = [node.meta.get("grapharg") for node in gm.graph.find_nodes(op="placeholder")]
+        sources = [getattr(item, "source", None) for item in grapharg]
+        check_lookups(gm, frame)
+        parts = Parts(record.checks, base=not active, whole=not program.site_watch.missing)
+        graph = Captured(record, frame, sources, parts)
         model = type(program.model).__name__
-        compiling = shown(f"{record.title} of {model}, {record.reason}")
-        with compiling, self.failing(record):
-            compiled = self.compile_lora if active else self._compile_base
-            executable = parts.around(program, self.owner(), compiled(gm, examples, compilation))
-        record.checks.places.look_once(values)
-        self.records.append(record)
-        if self.noted is not None:
-            whole = None if program.site_watch.missing else parts
-            self.noted(Captured(record, frame, sources, whole))
-        tell(record, model)
-        if self.recorded is not None:
-            self.recorded(record)
+        noting = nullcontext() if self.noted is None else noted(parts, gm)
+        compile_graph = self._compile_lora if active else self._compile_base
+        try:
+            with shown(f"{record.title} of {model}, {record.reason}"), noting:
+                executable = compile_graph(gm, examples, graph)
+            self.records.append(record)
+            if self.noted is not None:
+                self.noted(graph)
+            tell(record, model)
+        finally:
+            if self.recorded is not None:
+                self.recorded(record)
         if self.replay is None:
             record.stages = []
         return executable
@@ -210,7 +174,7 @@ class Backend:
         options, device = self.program.options, self.program.runtime.device
         if self.noted is not None or self.replay is not None:
             return False
-        if device.type != "cpu" or options.lowering == "triton" or options.verify == "numeric":
+        if device.type != "cpu" or options.lowering == "triton":
             return False
         return active or options.lowering == "reference"
 
@@ -243,46 +207,42 @@ class Backend:
         return [True] * len(guards) if at is None else keep_guards(guards, at)
 
     def _compile_base(
-        self, gm: fx.GraphModule, examples: Sequence[Any], compilation: Compilation
+        self, gm: fx.GraphModule, examples: Sequence[Any], graph: Captured
     ) -> Callable[..., Any]:
-        record = compilation.record
-        record.keep_base(gm, compilation.frame)
-        with self.lowering_timed(record), self._noting(compilation.parts):
-            return compile_base(compilation.lowering, gm, examples)
+        record = graph.record
+        record.keep_base(gm, graph.frame)
+        with self._lowering_timed(record):
+            compiled = compile_base(self.lowering, gm, examples)
+        return for_base(record.checks, self.owner, compiled)
 
-    def compile_lora(
-        self, gm: fx.GraphModule, examples: Sequence[Any], compilation: Compilation
+    def _compile_lora(
+        self, gm: fx.GraphModule, examples: Sequence[Any], graph: Captured
     ) -> Callable[..., Any]:
-        record = compilation.record
+        record = graph.record
 
-        def trace(graph: fx.GraphModule, folded: Folded | None) -> Callable[..., Any]:
+        def trace(module: fx.GraphModule, folded: Folded | None) -> Callable[..., Any]:
             def compiler(traced: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
                 if folded is not None:
                     unfold(traced.graph, folded)
-                return self._lowered(traced, inputs, compilation)
+                return self._lowered(traced, inputs, graph)
 
             return aot_autograd(
                 fw_compiler=compiler,
                 inference_compiler=compiler,
-                decompositions=compilation.lowering.decompositions(),
+                decompositions=self.lowering.decompositions(),
                 # Otherwise a written input is a result, copied back whole.
                 keep_inference_input_mutations=writes_in_place(gm),
-            )(graph, examples)
+            )(module, examples)
 
         folds = "stamps" in self.shortcuts
-        noting = self._noting(compilation.parts)
-        with in_tracing(), noting, timed(record.spans, "AOTAutograd"):
+        with failing_in("AOTAutograd", CaptureError, KEEP_OUT), timed(record.spans, "AOTAutograd"):
             compiled = traced_once(gm, trace, record.title) if folds else trace(gm, None)
-        return checked(record.checks, self.owner(), compiled)
-
-    def _noting(self, parts: Parts) -> AbstractContextManager[None]:
-        return nullcontext() if self.noted is None else noted(parts)
+        return checked(record.checks, self.owner, compiled)
 
     def _lowered(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], compilation: Compilation
+        self, gm: fx.GraphModule, inputs: Sequence[Any], graph: Captured
     ) -> Callable[..., Any]:
-        program, record, parts = self.program, compilation.record, compilation.parts
-        frame = compilation.frame
+        program, record, frame, parts = self.program, graph.record, graph.frame, graph.parts
         if self.noted is not None:
             parts.foreign += foreign_operators(gm)
         frame.bind(gm.graph)
@@ -293,8 +253,6 @@ class Backend:
             ctx.look_up_slots()
         with timed(record.spans, "passes"), builds_noted() as built:
             run_pipeline(gm, ctx, record.after)
-        if program.options.verify == "numeric":
-            record.numeric = NumericCheck(record.title, program.options, record.stages)
         for kernel in sorted(ctx.kernels):
             record.sources[f"kernel-{kernel:x}.py"] = partial(source_of, kernel)
         for spec, kernel in built.items():
@@ -307,39 +265,28 @@ class Backend:
             executable = self.replay(record)
         else:
             operators = copy.deepcopy(gm) if ctx.handover.seen else None
-            with self.lowering_timed(record):
-                executable = compilation.lowering.compile(gm, [*inputs, *values])
+            with self._lowering_timed(record):
+                executable = self.lowering.compile(gm, [*inputs, *values])
         parts.lowered, parts.extra = executable, extra
-        parts.whole = operators is None and record.numeric is None
+        parts.whole &= operators is None
         if operators is not None:
             executable = looked_at(executable, operators)
         parts.banks = [
             None if name in (SLOTS, ONE_SLOT) else (tuple(value.shape), value.stride(), value.dtype)
             for (_, _, name), value in zip(extra, values, strict=True)
         ]
-        numeric = record.numeric
-        return with_lookups(record.checks, self.owner(), executable, extra, parts.banks, numeric)
+        return with_lookups(record.checks, self.owner, executable, extra, parts.banks)
 
     @contextmanager
-    def lowering_timed(self, record: GraphRecord) -> Iterator[None]:
+    def _lowering_timed(self, record: GraphRecord) -> Iterator[None]:
         name = self.program.options.lowering
         code: AbstractContextManager[None] = nullcontext()
+        way_out = KEEP_OUT
         if name != "reference":
             from lorafx.torch_internals.inductor import code_noted
 
             code = code_noted(record.code)
-        with in_lowering(name), timed(record.spans, name), code:
+            way_out = 'run the graphs node by node by Options(lowering="reference")'
+        failing = failing_in(f"the lowering {name!r}", LoweringError, way_out)
+        with failing, timed(record.spans, name), code:
             yield
-
-    @contextmanager
-    def failing(self, record: GraphRecord) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            if self.recorded is not None:
-                self.recorded(record)
-            raise
-
-    def owner(self) -> ProgramLookup:
-        """How an executable finds the program that it serves."""
-        return weakref.ref(self.program)  # Dynamo keeps executables among a module's globals

@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorafx.capture.record import GraphRecord, Span, exclusive
+from lorafx.program.argument_roles import PRIMARY
 from lorafx.program.program import Program
-from lorafx.program.row_dims import PRIMARY
 from lorafx.progress import LOG, LongWork, compiling
 from lorafx.torch_internals.frames import failed_guard
 
@@ -101,15 +101,7 @@ def form_of(program: Program, *, begins_call: bool, per_token: bool) -> dict[str
         form["inference mode"] = "inference mode"
     if program.model.training:
         form["training mode"] = "training mode"
-    if not all(map(_as_parameters, program.model.modules())):
-        form["plain weights"] = "weights that are plain tensors, not parameters"
     return form
-
-
-def _as_parameters(module: nn.Module) -> bool:
-    """Whether weights are parameters, not plain tensors of `torch.func.functional_call`."""
-    weights = (weight for weight in module._parameters.values() if weight is not None)
-    return all(isinstance(weight, nn.Parameter) for weight in weights)
 
 
 def reason(form: Mapping[str, str], earlier: Sequence[Mapping[str, str]]) -> str:
@@ -142,7 +134,7 @@ def tell(record: GraphRecord, model: str) -> None:
 
 def tell_instance(title: str, model: str, form: Mapping[str, str], spans: Sequence[Span]) -> None:
     """Log that an existing graph serves a captured call."""
-    kinds = ("requests", "tokens", "plain weights", "inference mode")
+    kinds = ("requests", "tokens", "inference mode")
     text = f"{title} of {model} serves {', '.join(form[what] for what in kinds if what in form)}"
     _end_line(f"{text}, too")
     LOG.info("%s, too; %s", text, _times(exclusive(spans)))

@@ -1,17 +1,23 @@
-"""Runs the passes over a graph. Only this module cleans, verifies and times."""
+"""Runs the passes over a graph. Only this module cleans, checks and times."""
 
 from __future__ import annotations
 
+import operator
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
-from lorafx.capture.failures import in_pass
-from lorafx.capture.verify import check_graph, output_values
-from lorafx.pass_order import pipeline
+from lorafx.capture.failures import failing_in
+from lorafx.errors import CaptureError, VerifyError
+from lorafx.pass_order import pipeline, way_around
+from lorafx.passes.outline.outline import bodies
 from lorafx.program.context import Context
+from lorafx.program.frame import fake_value
 from lorafx.program.preparation import PassReport
+from lorafx.torch_internals.operators import OpOverload
+from lorafx.torch_internals.trees import tree_leaves
 
 #: Receives the captured graph (with None), then the graph after each pass with its report.
 AfterPass = Callable[[fx.GraphModule, Context, PassReport | None], None]
@@ -25,7 +31,7 @@ def run_pipeline(gm: fx.GraphModule, ctx: Context, after_pass: AfterPass) -> Non
 
     for item in pipeline(options).graph:
         start = time.perf_counter()
-        with in_pass(item):
+        with failing_in(f"the pass {item.name!r}", CaptureError, way_around(item)):
             edits = item.run(gm, ctx)
         for node in reversed(gm.graph.nodes):
             if not stays(node):
@@ -42,3 +48,49 @@ def run_pipeline(gm: fx.GraphModule, ctx: Context, after_pass: AfterPass) -> Non
 def stays(node: fx.Node) -> bool:
     """Whether a node without users must stay: placeholders (the calling convention) and effects."""
     return node.op == "placeholder" or bool(node.users) or node.is_impure()
+
+
+def check_graph(pass_name: str, gm: fx.GraphModule, ctx: Context, outputs: Sequence[Any]) -> None:
+    """Raise VerifyError, naming the pass, for a broken structure or fake value, a lost site, or
+    changed `outputs` (the captured graph's `output_values`)."""
+    try:
+        gm.graph.lint()
+    except (RuntimeError, AssertionError) as error:
+        raise VerifyError(f"pass {pass_name!r} left a malformed graph: {error}") from error
+    graphs = [gm.graph, *(body.graph for _, body in bodies(gm))]
+    nodes = {node for graph in graphs for node in graph.nodes}
+    for node in nodes:
+        if node.op == "call_function" and "val" not in node.meta and _returns(node):
+            raise VerifyError(f"pass {pass_name!r} left node {node.name} without a fake value")
+    values = output_values(gm)
+    # Most passes keep the values. Texts of symbolic sizes are compared late, since a pass may unify
+    # sizes.
+    same = len(values) == len(outputs) and all(map(operator.is_, values, outputs))
+    if not same and (before := _described(outputs)) != (after := _described(values)):
+        raise VerifyError(
+            f"pass {pass_name!r} changed the graph's outputs from {before} to {after}"
+        )
+    for node, states in ctx.states.items():
+        if not all(place in nodes for place in ctx.homes.get(node, (node,))):
+            paths = ", ".join(state.site.path for state in states)
+            raise VerifyError(f"pass {pass_name!r} lost the LoRA of {paths} (node {node.name})")
+
+
+def _returns(node: fx.Node) -> bool:
+    return not isinstance(node.target, OpOverload) or bool(node.target._schema.returns)
+
+
+def output_values(gm: fx.GraphModule) -> list[Any]:
+    """The outputs' fake values."""
+    output = next(node for node in gm.graph.nodes if node.op == "output")
+    return [
+        fake_value(item) if isinstance(item, fx.Node) else item
+        for item in tree_leaves(output.args[0])
+    ]
+
+
+def _described(values: Sequence[Any]) -> list[str]:
+    return [
+        f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else str(value)
+        for value in values
+    ]

@@ -8,6 +8,7 @@ finds banks by the weight at their position.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -17,7 +18,6 @@ from torch import Tensor, fx
 
 from lorafx.capture.checks import Checks
 from lorafx.capture.tracking import Tracking, looks, untracked
-from lorafx.capture.verify import NumericCheck
 from lorafx.errors import CaptureError, LorafxError, MatchError
 from lorafx.model.extras import EXTRAS
 from lorafx.ownership.memory import SHARED, Alone
@@ -26,8 +26,8 @@ from lorafx.program.program import Program
 from lorafx.program.row_handoff import OfList, Rows
 from lorafx.program.stack import calling_modules
 
-#: The program that a graph serves; None once it is gone.
-ProgramLookup = Callable[[], "Program | None"]
+#: The program that a graph serves. Dynamo keeps executables among a module's globals.
+ProgramLookup = weakref.ref[Program]
 
 #: Sizes, strides and dtype of a bank's tensor.
 BankLayout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
@@ -46,9 +46,9 @@ def checked(
 
     def _run(program: Program, arguments: Sequence[Any], tracking: Tracking | None) -> Any:
         call, handover = program.call, checks.handover
-        handed = call is not None and (checks.several[0] or handover.fresh)
+        handed = call is not None and (program.in_pieces or handover.fresh)
         rows = checks.rows(program, arguments) if handed else None
-        if checks.refusals or checks.places.conditional:
+        if checks.conditional:
             checks.check(program, arguments, alone=isinstance(rows, Alone))
         if call is None or not handed:
             return compiled(*arguments)
@@ -83,7 +83,7 @@ def _slots(
     program: Program, checks: Checks, arguments: Sequence[Any], rows: Rows | None
 ) -> Tensor | None:
     """The slots of a graph's rows, where they are not those of the batch."""
-    slots, count = program.runtime.slots, checks.places.rows(arguments)
+    slots, count = program.runtime.slots, checks.row_count(arguments)
     if isinstance(rows, OfList) and not rows.in_order and not program.runtime.uniform:
         return slots[list(rows.owners)]
     request = rows.request if isinstance(rows, Alone) else 0
@@ -111,7 +111,6 @@ def with_lookups(
     compiled: Callable[[list[Any]], Any],
     extra: Sequence[tuple[int, int, str]],
     banks: Sequence[BankLayout | None],
-    numeric: NumericCheck | None,
 ) -> Callable[..., Any]:
     """The graph with the inputs added by passes, in AOTAutograd's boxed convention."""
     nulls: dict[int, Tensor] = {}
@@ -123,8 +122,6 @@ def with_lookups(
             if checks.inside:
                 _check_callers(program, arguments, checks)
             arguments.extend(_looked_up(program, arguments, extra, banks, rooms, nulls))
-            if numeric is not None and numeric.stages:
-                numeric.run(arguments, mixed=not program.runtime.uniform)
         return compiled(arguments)
 
     run._boxed_call = True  # type: ignore[attr-defined]
@@ -142,7 +139,7 @@ def refusing(error: LorafxError) -> Callable[..., Any]:
 
 
 def for_base(checks: Checks, owner: ProgramLookup, base: Callable[..., Any]) -> Callable[..., Any]:
-    if not checks.places.plain:
+    if not checks.plain:
         return base  # only calls of this kind reach it
 
     def run(*arguments: Any) -> Any:

@@ -7,17 +7,16 @@ of its origin, and is converted outside Dynamo.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from lorafx.errors import CaptureError, LorafxError, LoweringError, UnsupportedVersionError
-from lorafx.pass_order import GraphPass, way_around
+from lorafx.errors import CaptureError, LorafxError, UnsupportedVersionError
 from lorafx.torch_internals.dynamo import ObservedException, TorchDynamoException, TorchRuntimeError
 from lorafx.torch_internals.entrances import unsupported
 from lorafx.torch_internals.versions import installed
 
 _NOTE = "_lorafx_failed_in"
-_KEEP_OUT = "use torch.compiler.disable on the functions that cannot be traced"
+KEEP_OUT = "use torch.compiler.disable on the functions that cannot be traced"
 _SHOWN = 400  # characters of the compiler's own message; the whole of it is the cause
 
 
@@ -40,21 +39,6 @@ def failing_in(what: str, error: type[LorafxError], way_out: str) -> Iterator[No
         raise
 
 
-def in_pass(item: GraphPass) -> AbstractContextManager[None]:
-    return failing_in(f"the pass {item.name!r}", CaptureError, way_around(item))
-
-
-def in_tracing() -> AbstractContextManager[None]:
-    return failing_in("AOTAutograd", CaptureError, _KEEP_OUT)
-
-
-def in_lowering(name: str) -> AbstractContextManager[None]:
-    way_out = 'run the graphs node by node by Options(lowering="reference")'
-    if name == "reference":
-        way_out = _KEEP_OUT
-    return failing_in(f"the lowering {name!r}", LoweringError, way_out)
-
-
 def own_error(raised: BaseException) -> LorafxError | None:
     """lorafx's error inside an error of Dynamo or Inductor."""
     return next((item for item in chain(raised)[1:] if isinstance(item, LorafxError)), None)
@@ -70,9 +54,11 @@ def explained(raised: BaseException, model: str, base: str = "") -> LorafxError 
     version = unsupported(errors[-1], directly=True)
     if version is not None:
         return UnsupportedVersionError(f"{version}. {base}".rstrip())
-    place = place or _Place("Dynamo", CaptureError, _KEEP_OUT)
+    place = place or _Place("Dynamo", CaptureError, KEEP_OUT)
     text = " ".join(str(errors[-1]).split())
     shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    if isinstance(errors[-1], OSError) and ".so" in text:
+        shown += "; delete that library, which a killed process may have left half written"
     return place.error(
         f"{place.what} failed on a graph of {model}: {type(errors[-1]).__name__}: {shown} (torch "
         f"{installed('torch')}). To serve it nevertheless, {place.way_out}. {base}".rstrip()

@@ -1,44 +1,39 @@
 """Graphs as readable programs, with the user's lines of code.
 
-# model.layers.0.mlp.up_proj (my_model.py:71): up = self.up_proj(x)
-mm: "float32[8, 352]" = torch.ops.aten.mm.default(view, permute)
+    # model.layers.0.mlp.up_proj (my_model.py:71): up = self.up_proj(x)
+    layers_0_up_proj_mm: "float32[8, 352]" = torch.ops.aten.mm.default(view, permute)
+
+Nodes are named by their site or module and what they do, inputs by what they hold. The graph keeps
+its own names.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.graph import magic_methods
 
-from lorafx.capture.recorder import Place, Stage
-from lorafx.program.context import module_path
+from lorafx.capture.record import Place, Size, Stage, identifier, value_of
+from lorafx.op_arguments import AUTO_FUNCTIONALIZED
+from lorafx.passes.outline.outline import INVOKE
+from lorafx.program.context import SITE_OPS, module_path
+from lorafx.program.frame import FrameInput
 from lorafx.torch_internals.operators import HigherOrderOperator, OpOverload
 
 _INDENT = "    "
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
-_INFIX: dict[Any, str] = {
-    operator.getitem: "{}[{}]",
-    operator.add: "{} + {}",
-    operator.sub: "{} - {}",
-    operator.mul: "{} * {}",
-    operator.floordiv: "{} // {}",
-    operator.truediv: "{} / {}",
-    operator.mod: "{} % {}",
-    operator.eq: "{} == {}",
-    operator.ne: "{} != {}",
-    operator.lt: "{} < {}",
-    operator.le: "{} <= {}",
-    operator.gt: "{} > {}",
-    operator.ge: "{} >= {}",
-}
+#: Sites spelt out in a name.
+_SPELT = 4
 
 
 class Printer:
@@ -64,8 +59,11 @@ class Printer:
             return f"self.{target}"
         positional = list(map(self.text, node.args))
         keywords = [f"{key} = {self.text(item)}" for key, item in node.kwargs.items()]
-        if target in _INFIX and len(positional) == 2 and not keywords:
-            return _INFIX[target].format(*positional)
+        if target is operator.getitem:
+            return "{}[{}]".format(*positional)
+        infix = magic_methods.get(getattr(target, "__name__", ""))
+        if infix and getattr(target, "__module__", "") == "_operator":
+            return infix.format(*positional)
         if node.op == "call_method":
             called = f"{positional.pop(0)}.{target}"
         else:
@@ -103,11 +101,6 @@ def _function_name(function: Any) -> str:
         return repr(function)
     module = getattr(function, "__module__", None)
     return f"{module}.{name}" if module else str(name)
-
-
-def value_of(node: fx.Node) -> Any:
-    """The fake value, from AOTAutograd or Dynamo."""
-    return node.meta.get("val", node.meta.get("example_value"))
 
 
 def value_text(node: fx.Node) -> str:
@@ -183,3 +176,116 @@ def _short_file(file: str) -> str:
     folders = [*filter(None, sys.path), os.getcwd()]
     inside = [folder for folder in folders if file.startswith(folder.rstrip(os.sep) + os.sep)]
     return os.path.relpath(file, max(inside, key=len)) if inside else file
+
+
+def names_of(stages: Iterable[Stage], sizes: Mapping[str, Size]) -> dict[Place, str]:
+    """The names of all nodes of all stages of a graph. A node has the same name in all of them;
+    names of removed nodes are reused."""
+    names: dict[Place, str] = {}
+    bases: dict[Place, str] = {}
+    for stage in stages:
+        calls: dict[Any, fx.Node] = {}
+        for node in stage.graphs[""].find_nodes(op="call_function", target=INVOKE):
+            calls.setdefault(node.args[1], node)
+        places = [(path, node.name) for path, graph in stage.graphs.items() for node in graph.nodes]
+        used = {(place[0], names[place]) for place in places if place in names}
+        for path, graph in stage.graphs.items():
+            operands = iter(calls[path].args[2:] if path in calls else ())
+            for node in graph.nodes:
+                place = path, node.name
+                operand = next(operands, None) if node.op == "placeholder" else None
+                if place in names or node.op == "output":
+                    continue
+                if isinstance(operand, fx.Node):  # a body's input is named after its operand
+                    bases[place] = bases["", operand.name]
+                else:
+                    bases[place] = _base_name(stage, place, node, names, sizes)
+                name, others = bases[place], 0
+                while (path, name) in used:
+                    others += 1
+                    name = f"{bases[place]}_{others}"
+                used.add((path, name))
+                names[place] = name
+    return names
+
+
+def _base_name(
+    stage: Stage, place: Place, node: fx.Node, names: Mapping[Place, str], sizes: Mapping[str, Size]
+) -> str:
+    item = stage.inputs.get(node.name) if not place[0] and node.op == "placeholder" else None
+    if item is not None:
+        return _joined(*_input_words(node, item, sizes))
+    states = stage.sites.get(place)
+    if states and node.target is not INVOKE:
+        # Forms less specific than "lora".
+        plain = states[0].form in ("mark", "rewritten")
+        return _joined("lora" if plain else states[0].form, [s.site.path for s in states])
+    what = _operator(node)
+    if what == "getitem" and isinstance(node.args[0], fx.Node):
+        part = _part_of_pack(stage, place[0], node)
+        if part is not None:
+            return _joined("out", [part])
+        return f"{names[place[0], node.args[0].name]}_{node.args[1]}"
+    return _joined("lora" if node.target in SITE_OPS else what, [module_path(node)])
+
+
+def _input_words(
+    node: fx.Node, item: FrameInput, sizes: Mapping[str, Size]
+) -> tuple[str, Sequence[str]]:
+    """What an input is, and the modules that it belongs to."""
+    value, part = value_of(node), f"_{item.part}" if item.part else ""
+    sites = item.group.sites if item.group is not None else item.sites
+    paths = [site.path for site in sites]
+    if item.kind in ("bank", "packed"):
+        return f"{item.kind}_{item.label}", paths
+    if item.kind == "slots":
+        return item.label, ()
+    if item.kind == "symbol":
+        size = sizes.get(str(value)) if isinstance(value, torch.SymInt) else None
+        return (identifier(item) if size is None else size.name) + part, ()
+    if item.kind == "weight":
+        name = item.label.rpartition(".")[2]
+        name = item.sites[0].eligible.weight if item.derived is None else f"from_{name}"
+        return name + part, paths[:1]
+    if item.holder is not None:
+        return item.holder.attribute + part, [item.holder.path]
+    if item.role is not None and item.kind == "argument":
+        return item.role.argument + part, ()
+    return ("from_an_earlier_graph" + part if item.kind == "result" else identifier(item)), ()
+
+
+def _part_of_pack(stage: Stage, path: str, item: fx.Node) -> str | None:
+    split, index = item.args
+    if not isinstance(split, fx.Node) or _operator(split) != "split_with_sizes":
+        return None
+    packed = split.args[0]
+    states = stage.sites.get((path, packed.name), ()) if isinstance(packed, fx.Node) else ()
+    if len(states) > 1 and isinstance(index, int) and index < len(states):
+        return states[index].site.path
+    return None
+
+
+def _joined(what: str, paths: Sequence[str]) -> str:
+    """The first path without unnumbered containers, the last parts of the others, and `what`."""
+    parts = paths[0].split(".") if paths else []
+    numbered = [
+        part
+        for part, following in itertools.zip_longest(parts, parts[1:], fillvalue="")
+        if part.isdecimal() or following.isdecimal() or not following
+    ]
+    others = [path.rpartition(".")[2] for path in paths[1:]]
+    if len(paths) > _SPELT:
+        others = [f"and_{len(others)}_more"]
+    name = re.sub(r"\W+", "_", "_".join(filter(None, (*numbered, *others, what)))).strip("_")
+    return f"module_{name}" if name[:1].isdecimal() else name or "value"
+
+
+def _operator(node: fx.Node) -> str:
+    target: Any = node.target
+    if target is AUTO_FUNCTIONALIZED:
+        target = node.args[0]
+    if isinstance(target, OpOverload):
+        return target._schema.name.partition("::")[2].strip("_")
+    if isinstance(target, HigherOrderOperator):
+        return str(target.name())
+    return target if isinstance(target, str) else getattr(target, "__name__", node.name)

@@ -10,11 +10,13 @@ assumptions about symbols must hold for these sizes too, and are guarded.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 import torch
@@ -38,28 +40,20 @@ class _NoForm(Exception):
     """The graph contains a value that cannot be compared."""
 
 
-@dataclass(frozen=True)
-class _Size:
-    """A number, a symbol, or an expression of symbols."""
-
-    expr: sympy.Expr
-
-
-@dataclass(frozen=True)
-class _Input:
-    """An input: its source, and facts that hold for all sizes. Size inputs have `size` alone."""
+class _Input(NamedTuple):
+    """An input: its source, facts that hold for all sizes (None: it is a size), its sizes (or
+    itself) and strides."""
 
     source: str
     facts: Hashable
-    sizes: tuple[sympy.Expr, ...] = ()
+    sizes: tuple[sympy.Expr, ...]
     strides: tuple[sympy.Expr, ...] = ()
-    size: sympy.Expr | None = None
 
 
 @dataclass(frozen=True)
 class Form:
-    """The computation of a Dynamo graph; `nodes` without sizes, `code` of the captured function,
-    and the executable's other dependencies, `context`."""
+    """The computation of a Dynamo graph, with sizes as expressions; `code` of the captured
+    function, and the executable's other dependencies, `context`."""
 
     inputs: tuple[_Input, ...]
     nodes: tuple[Hashable, ...]
@@ -70,30 +64,29 @@ class Form:
     def of(cls, graph: fx.Graph, examples: Sequence[Any], context: Hashable) -> Form | None:
         """The form of the graph being captured, if comparable; `context` must be equal too."""
         numbers: dict[fx.Node, int] = {}
-        inputs, nodes = [], []
+        nodes: list[Hashable] = []
         try:
-            for node, example in zip(graph.find_nodes(op="placeholder"), examples, strict=True):
-                inputs.append(_input(node, example))
-                if inputs[-1].size is None:
-                    numbers[node] = len(numbers)
+            inputs = tuple(map(_input, graph.find_nodes(op="placeholder"), examples))
             for node in graph.nodes:
-                if node.op != "placeholder" and not _of_sizes(node):
+                if _of_sizes(node):
+                    continue
+                if node.op != "placeholder":
                     nodes.append(_node(node, numbers))
-                    numbers[node] = len(numbers)
+                numbers[node] = len(numbers)
         except _NoForm:
             return None
         strided = [item for item in examples if isinstance(item, Tensor)]
         first: dict[int, int] = {}
         shared = tuple(first.setdefault(storage_key(item), len(first)) for item in strided)
         modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
-        return cls(tuple(inputs), tuple(nodes), captured_code(), (context, shared, modes))
+        return cls(inputs, tuple(nodes), captured_code(), (context, shared, modes))
 
 
 def _input(node: fx.Node, example: Any) -> _Input:
     value = node.meta.get("example_value")
     source = source_name(node)
     if isinstance(value, _SIZES):
-        return _Input(source, "size", size=_expression(value))
+        return _Input(source, None, (_expression(value),))
     if not isinstance(value, Tensor) or value.layout is not torch.strided:
         raise _NoForm
     offset = _expression(value.storage_offset())
@@ -128,7 +121,7 @@ def _node(node: fx.Node, numbers: Mapping[fx.Node, int]) -> Hashable:
         if isinstance(value, (list, tuple)):
             return (isinstance(value, tuple), tuple(map(argument, value)))
         if isinstance(value, _SIZES) and not isinstance(value, bool):
-            return _Size(_expression(value))
+            return _expression(value)
         if isinstance(value, _LITERALS):  # 1.0 and True are equal in Python
             return (type(value), repr(value))
         if value is None or value is Ellipsis or isinstance(value, _PLAIN):
@@ -137,7 +130,7 @@ def _node(node: fx.Node, numbers: Mapping[fx.Node, int]) -> Hashable:
 
     made = None if node.op == "output" else node.meta.get("example_value")
     tensors = [leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor)]
-    sizes = tuple(tuple(_Size(_expression(size)) for size in item.shape) for item in tensors)
+    sizes = tuple(tuple(map(_expression, item.shape)) for item in tensors)
     return (node.op, node.target, argument(node.args), argument(node.kwargs), sizes)
 
 
@@ -146,29 +139,45 @@ def _expression(value: int | torch.SymInt) -> sympy.Expr:
 
 
 class _Values:
-    """The values of an earlier graph's symbols."""
+    """The values of an earlier graph's symbols for which its inputs have the form of others."""
 
     def __init__(self) -> None:
         self._known: dict[sympy.Expr, sympy.Expr] = {}
-        self._found: dict[sympy.Expr, sympy.Expr] = {}
+        self.of = functools.cache(lambda expr: expr.xreplace(self._known))
 
-    def bind(self, symbol: sympy.Expr, value: sympy.Expr) -> bool:
-        """Bind a symbol, if unbound; expressions are compared later."""
-        return not symbol.is_Symbol or self._known.setdefault(symbol, value) == value
+    @classmethod
+    def between(cls, earlier: Sequence[_Input], now: Sequence[_Input]) -> _Values | None:
+        values, given = cls(), {item.source: item for item in now}
+        tensors = [[item.source for item in inputs if item.facts] for inputs in (earlier, now)]
+        if tensors[0] != tensors[1]:
+            return None
+        pairs = [(item, given[item.source]) for item in earlier if item.source in given]
+        for before, item in pairs:
+            if before.facts != item.facts or not values._bind(before.sizes, item.sizes):
+                return None
+        if not all(values.known(size) for before in earlier for size in before.sizes):
+            return None
+        for before, item in pairs:
+            strides = zip(before.strides, item.strides, item.sizes, strict=bool(item.facts))
+            if not values.equal(before.sizes, item.sizes) or any(
+                values.of(old) != new for old, new, size in strides if size != 1
+            ):
+                return None
+        return values
 
-    def of(self, expr: Any) -> Any:
-        if expr.is_Integer:
-            return expr
-        if expr not in self._found:
-            self._found[expr] = expr.xreplace(self._known)
-        return self._found[expr]
+    def _bind(self, symbols: Sequence[sympy.Expr], values: Sequence[sympy.Expr]) -> bool:
+        """Bind unbound symbols; expressions are compared later."""
+        return len(symbols) == len(values) and all(
+            not symbol.is_Symbol or self._known.setdefault(symbol, value) == value
+            for symbol, value in zip(symbols, values, strict=True)
+        )
 
     def known(self, expr: Any) -> bool:
         return bool(expr.free_symbols <= self._known.keys())
 
     def equal(self, earlier: Any, now: Any) -> bool:
-        if isinstance(earlier, _Size):
-            return isinstance(now, _Size) and self.of(earlier.expr) == now.expr
+        if isinstance(earlier, sympy.Expr):
+            return isinstance(now, sympy.Expr) and bool(self.of(earlier) == now)
         if isinstance(earlier, tuple):
             alike = isinstance(now, tuple) and len(earlier) == len(now)
             return alike and all(map(self.equal, earlier, now))
@@ -177,88 +186,49 @@ class _Values:
 
 @dataclass(frozen=True, eq=False)
 class _Compiled:
-    """A compiled graph; the executable takes the first `count` inputs. `found` are assumptions
-    about symbols, `state` torch's global state then."""
+    """A compiled graph, the assumptions `found` about symbols, and torch's global state then."""
 
     title: str
     form: Form
     executable: Callable[..., Any]
-    count: int
     found: tuple[Any, ...]
     state: Any
 
-    def instance(self, form: Form, count: int, environment: ShapeEnv) -> Callable[..., Any] | None:
-        """The executable for a graph of this form with `count` inputs, if more general."""
+    def instance(self, form: Form, environment: ShapeEnv) -> Callable[..., Any] | None:
+        """The executable for a graph of this form, if more general."""
         earlier = self.form
         if earlier.code is not form.code or earlier.context != form.context:
             return None
-        if len(earlier.nodes) != len(form.nodes):
+        values = _Values.between(earlier.inputs, form.inputs)
+        if values is None or not values.equal(earlier.nodes, form.nodes):
             return None
-        values = _matched(earlier.inputs, form.inputs)
-        if values is None or not all(map(values.equal, earlier.nodes, form.nodes)):
-            return None
-        places = self._places(form.inputs[:count], values)
-        if places is None or not self.state.check() or not all(map(values.known, self.found)):
+        places = self._places(form.inputs, values)
+        if len(places) < 2 or not self.state.check() or not all(map(values.known, self.found)):
             return None
         if not _hold([*map(values.of, self.found)], environment):
             return None
-        compiled, pick = self.executable, operator.itemgetter(*places[0])
-        numbers = places[1]
+        numbers = [place for place in places if isinstance(place, sympy.Integer)]
+        behind = itertools.count(len(form.inputs))
+        pick = operator.itemgetter(*(p if isinstance(p, int) else next(behind) for p in places))
+        compiled, constants = self.executable, tuple(map(int, numbers))
 
         def run(*arguments: Any) -> Any:
-            return compiled(*pick((*arguments, *numbers)))
+            return compiled(*pick((*arguments, *constants)))
 
         return run
 
-    def _places(
-        self, inputs: Sequence[_Input], values: _Values
-    ) -> tuple[list[int], tuple[int, ...]] | None:
-        """Positions of executable inputs among the given ones and the returned constant sizes."""
-        at = {item.source: place for place, item in enumerate(inputs)}
-        sized = {item.size: place for place, item in enumerate(inputs) if item.size is not None}
-        places: list[int] = []
-        numbers: list[int] = []
-        for item in self.form.inputs[: self.count]:
-            place = at.get(item.source)
-            if item.size is not None:
-                value = values.of(item.size)
-                if value.is_Integer:
-                    place = len(inputs) + len(numbers)
-                    numbers.append(int(value))
-                else:
-                    place = sized.get(value)
-            if place is None:
-                return None
-            places.append(place)
-        return (places, tuple(numbers)) if len(places) > 1 else None
-
-
-def _matched(earlier: Sequence[_Input], now: Sequence[_Input]) -> _Values | None:
-    values = _Values()
-    tensors = [[item for item in inputs if item.size is None] for inputs in (earlier, now)]
-    if len(tensors[0]) != len(tensors[1]):
-        return None
-    pairs = list(zip(*tensors, strict=True))
-    for before, item in pairs:
-        same = before.source == item.source and before.facts == item.facts
-        if not same or len(before.sizes) != len(item.sizes):
-            return None
-        if not all(map(values.bind, before.sizes, item.sizes)):
-            return None
-    given = {item.source: item.size for item in now if item.size is not None}
-    sizes = [(item.size, given.get(item.source)) for item in earlier if item.size is not None]
-    if not all(values.bind(size, value) for size, value in sizes if value is not None):
-        return None
-    for size, value in sizes:
-        if not values.known(size) or value not in (None, values.of(size)):
-            return None
-    for before, item in pairs:
-        if [*map(values.of, before.sizes)] != [*item.sizes]:
-            return None
-        strides = zip(before.strides, item.strides, item.sizes, strict=True)
-        if any(values.of(old) != new for old, new, size in strides if size != 1):
-            return None
-    return values
+    def _places(self, inputs: Sequence[_Input], values: _Values) -> list[Any]:
+        """For each input of the executable its position among the given ones, or a constant size;
+        nothing if one is missing."""
+        at = {item.source if item.facts else item.sizes[0]: n for n, item in enumerate(inputs)}
+        places: list[Any] = []
+        for item in self.form.inputs:
+            key = item.source if item.facts else values.of(item.sizes[0])
+            constant = isinstance(key, sympy.Integer)
+            if not constant and key not in at:
+                return []
+            places.append(key if constant else at[key])
+        return places
 
 
 def _hold(found: Sequence[Any], environment: ShapeEnv) -> bool:
@@ -275,13 +245,13 @@ class Instances:
     def __init__(self) -> None:
         self._compiled: list[_Compiled] = []
 
-    def find(self, form: Form, count: int) -> tuple[str, Callable[..., Any]] | None:
-        """Title and executable, called with `count` inputs, of a compiled graph for this form."""
+    def find(self, form: Form) -> tuple[str, Callable[..., Any]] | None:
+        """Title and executable of a compiled graph for this form."""
         environment = symbols_of_frame()
         if environment is None:
             return None
         for compiled in self._compiled:
-            executable = compiled.instance(form, count, environment)
+            executable = compiled.instance(form, environment)
             if executable is not None:
                 return compiled.title, executable
         return None
@@ -290,12 +260,10 @@ class Instances:
         environment = symbols_of_frame()
         return 0 if environment is None else len(environment.guards)
 
-    def keep(
-        self, title: str, form: Form, executable: Callable[..., Any], count: int, begun: int
-    ) -> None:
+    def keep(self, title: str, form: Form, executable: Callable[..., Any], begun: int) -> None:
         environment = symbols_of_frame()
         symbols = any(size.free_symbols for item in form.inputs for size in item.sizes)
         if environment is None or not symbols:
             return
         found = tuple(guard.expr for guard in environment.guards[begun:])
-        self._compiled.append(_Compiled(title, form, executable, count, found, GlobalStateGuard()))
+        self._compiled.append(_Compiled(title, form, executable, found, GlobalStateGuard()))

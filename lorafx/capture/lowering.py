@@ -17,14 +17,13 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, fx
 
-from lorafx.capture.stamps import STAMP, Folded, NotUnfolded, traced_once, unfold
 from lorafx.capture.written_back import write_back
 from lorafx.config import Options
 from lorafx.errors import LorafxWarning, LoweringError
 from lorafx.kernels.cpu import dense
 from lorafx.kernels.cpu.compiler import find_compiler
 from lorafx.passes import products
-from lorafx.passes.outline.regions import bodies, is_view
+from lorafx.passes.outline.outline import bodies, is_view
 from lorafx.passes.products import replace_products
 from lorafx.program.frame import fake_value
 from lorafx.torch_internals.compat import mode_settings
@@ -43,7 +42,7 @@ class Lowering(Protocol):
 
 def decomposition_table() -> dict[Any, Callable[..., Any]]:
     """Inductor's table without decompositions of matrix products, which `match` has to see."""
-    from lorafx.torch_internals.decompositions import select_decomp_table
+    from lorafx.torch_internals.inductor import select_decomp_table
 
     table = dict(select_decomp_table())
     for op in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.embedding):
@@ -82,7 +81,7 @@ class InductorLowering:
     """
 
     patches: Mapping[str, Any] = field(default_factory=dict)
-    shortcuts: frozenset[str] = frozenset()
+    writes_back: bool = False
     products: bool = False
 
     def decompositions(self) -> dict[Any, Callable[..., Any]]:
@@ -98,10 +97,8 @@ class InductorLowering:
             compile_fx_inner,
             get_static_input_idxs,
         )
-        from lorafx.torch_internals.torn_libraries import look_for_torn
 
-        look_for_torn()
-        if "written_back" in self.shortcuts:
+        if self.writes_back:
             write_back(gm)
         with inductor_config.patch({**self.patches, **_IN_ORDER, **_NO_HARNESS}):
             # As compile_fx before its inner compile for inference.
@@ -183,23 +180,12 @@ def compile_base(
         return gm.forward
     from lorafx.torch_internals.compat import inductor_config
     from lorafx.torch_internals.inductor import compile_fx
-    from lorafx.torch_internals.torn_libraries import look_for_torn
 
-    look_for_torn()
     patches = dict(lowering.patches)
     if lowering.products and inductor_config.post_grad_custom_pre_pass is None:
         patches["post_grad_custom_pre_pass"] = _generated_products()
-
-    def compiled(graph: fx.GraphModule, folded: Folded | None) -> Any:
-        if folded is not None:
-            return _unfolding(graph, examples, patches, folded)
-        # A backward compiled later needs the settings too.
-        return compile_fx(graph, list(examples), config_patches=patches)
-
-    # Stamps have no gradient, and must not be seen by foreign passes.
-    untouched = inductor_config.joint_custom_pre_pass is None and not torch.is_grad_enabled()
-    folds = "stamps" in lowering.shortcuts and untouched
-    return cast("Callable[..., Any]", traced_once(gm, compiled) if folds else compiled(gm, None))
+    # A backward compiled later needs the settings too.
+    return cast("Callable[..., Any]", compile_fx(gm, list(examples), config_patches=patches))
 
 
 def _generated_products() -> Any:
@@ -213,29 +199,6 @@ def _generated_products() -> Any:
             return get_hash_for_files((products.__file__, dense.__file__))
 
     return BaseProducts()
-
-
-def _unfolding(
-    gm: fx.GraphModule, examples: Sequence[Any], patches: Mapping[str, Any], folded: Folded
-) -> Any:
-    """Compiles a graph with stamps, unfolding it before Inductor's first pass."""
-    from lorafx.torch_internals.inductor import CustomGraphPass, compile_fx, compile_fx_inner
-
-    class Unfold(CustomGraphPass):
-        def __call__(self, graph: fx.Graph) -> None:
-            if graph.find_nodes(op="call_function", target=STAMP):  # not in a nested graph
-                unfold(graph, folded)
-
-        def uuid(self) -> str:
-            return "lorafx stamps 1"  # the traced graph determines the stamps
-
-    def compile_inner(traced: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
-        if traced.graph.find_nodes(op="call_function", target=STAMP):
-            raise NotUnfolded("the passes over the traced graph are switched off")
-        return compile_fx_inner(traced, *args, **kwargs)
-
-    settings = {**patches, "joint_custom_pre_pass": Unfold()}
-    return compile_fx(gm, list(examples), inner_compile=compile_inner, config_patches=settings)
 
 
 def resolved(options: Options, device: torch.device) -> Options:
@@ -259,6 +222,6 @@ def lowering_for(options: Options, patches: Mapping[str, Any] | None = None) -> 
     products_of_base = options.base_products and options.lowering == "inductor"
     return InductorLowering(
         {**mode_settings(options.mode), **(patches or {})},
-        chosen(options.shortcuts),
+        "written_back" in chosen(options.shortcuts),
         products_of_base,
     )

@@ -9,6 +9,7 @@ while it works.
 from __future__ import annotations
 
 import types
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
@@ -17,10 +18,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import fx
 
-from lorafx.capture.bound_inputs import BoundInputs
 from lorafx.capture.checks import Checks
-from lorafx.capture.executable import BankLayout, ProgramLookup, checked, for_base, with_lookups
-from lorafx.capture.lookups import Lookups
+from lorafx.capture.executable import BankLayout, checked, for_base, with_lookups
 from lorafx.kernels.cpu.delta_kernels import builds_noted
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.op_arguments import TRACED_WRITE
@@ -65,10 +64,11 @@ class Wrappers:
 
 
 @contextmanager
-def noted(parts: Parts) -> Iterator[None]:
-    """Note in `parts` what AOTAutograd and the lowering make in the block."""
+def noted(parts: Parts, gm: fx.GraphModule) -> Iterator[None]:
+    """Note in `parts` what AOTAutograd and the lowering make of Dynamo's graph in the block."""
     from lorafx.torch_internals.saved_graphs import inference_info_noted
 
+    parts.foreign = foreign_operators(gm)
     # torch's cache would return an opaque function.
     with builds_noted() as kernels, inference_info_noted() as told, traced_anew():
         yield
@@ -101,32 +101,17 @@ class Parts:
     banks: list[BankLayout | None] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
     wrappers: Wrappers | None = None
-    bound: BoundInputs | None = None
-    lookups: Lookups = field(default_factory=Lookups)
     whole: bool = True
-
-    def around(
-        self, program: Program, owner: ProgramLookup, compiled: Callable[..., Any]
-    ) -> Callable[..., Any]:
-        """The executable of AOTAutograd's function; with adapters, `checked`."""
-        if self.base:
-            compiled = for_base(self.checks, owner, compiled)
-        compiled = self.lookups.around(compiled)
-        return compiled if self.bound is None else self.bound.around(program, compiled)
 
     def executable(
         self, program: Program, lowered: Callable[[list[Any]], Any]
     ) -> Callable[..., Any]:
         assert self.wrappers is not None
-
-        def owner() -> Program:
-            return program
-
+        owner = weakref.ref(program)
         if self.base:
-            return self.around(program, owner, self.wrappers.around(lowered))
-        found = with_lookups(self.checks, owner, lowered, self.extra, self.banks, None)
-        whole = checked(self.checks, owner, self.wrappers.around(found))
-        return self.around(program, owner, whole)
+            return for_base(self.checks, owner, self.wrappers.around(lowered))
+        found = with_lookups(self.checks, owner, lowered, self.extra, self.banks)
+        return checked(self.checks, owner, self.wrappers.around(found))
 
 
 def foreign_operators(gm: fx.GraphModule) -> list[str]:
@@ -155,9 +140,9 @@ def foreign_operators(gm: fx.GraphModule) -> list[str]:
 
 @dataclass
 class Captured:
-    """A graph from the backend. `sources` of its inputs in Dynamo; `parts` only if it is saved."""
+    """A graph of the backend, with the `sources` of its inputs in Dynamo."""
 
     record: GraphRecord
     frame: Frame
     sources: Sequence[Any]
-    parts: Parts | None
+    parts: Parts

@@ -1,21 +1,149 @@
-"""Facts about a compiled graph, for `explain`, `dump` and tests."""
+"""Facts about a compiled graph, for `explain`, `dump` and tests.
+
+On request a copy of the graph after each pass is kept, a stage: dumps, names, bisection and the
+viewer's page are functions of the stages.
+"""
 
 from __future__ import annotations
 
+import copy
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
-from torch import fx
+from torch import Tensor, fx
 
 from lorafx.capture.checks import Checks, RefusedSites
-from lorafx.capture.node_names import Size, sizes_of
-from lorafx.capture.recorder import Stage, stage_of, stage_of_base
-from lorafx.capture.verify import NumericCheck
-from lorafx.model.sites import Site
-from lorafx.program.context import Context, Outlined, Refusal, SiteState
-from lorafx.program.frame import Frame
+from lorafx.config import Options
+from lorafx.errors import ProvenanceError
+from lorafx.pass_order import CAPTURED
+from lorafx.program.context import Context, Outlined, Refusal, SiteState, plain_path
+from lorafx.program.frame import Frame, FrameInput, batch_symbols
 from lorafx.program.preparation import PassReport
+
+#: The path of a graph's module ("" for the main graph), and a node's name.
+Place = tuple[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """A copy of a graph after a pass (`report` None: as captured), with its main graph's inputs and
+    nodes' sites by name."""
+
+    graph: fx.GraphModule
+    report: PassReport | None = None
+    inputs: Mapping[str, FrameInput] = field(default_factory=dict)
+    sites: Mapping[Place, tuple[SiteState, ...]] = field(default_factory=dict)
+    refusals: tuple[Refusal, ...] = ()
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule, ctx: Context, report: PassReport | None) -> Stage:
+        modules = gm.named_modules()
+        paths = {item.graph: path for path, item in modules if isinstance(item, fx.GraphModule)}
+        sites: dict[Place, tuple[SiteState, ...]] = {}
+        for node, states in ctx.states.items():
+            plain = tuple(
+                replace(state, use=None, packed_weight=None, packed_bias=None) for state in states
+            )
+            for home in ctx.homes.get(node, (node,)):
+                place = paths[home.graph], home.name
+                sites[place] = sites.get(place, ()) + plain
+        return cls(copied(gm), report, _inputs_of(ctx.frame), sites, tuple(ctx.refusals))
+
+    @property
+    def name(self) -> str:
+        return CAPTURED if self.report is None else self.report.name
+
+    @cached_property
+    def graphs(self) -> dict[str, fx.Graph]:
+        """The main graph (""), and the graphs of the modules that it calls, by path."""
+        modules = self.graph.named_modules()
+        return {path: item.graph for path, item in modules if isinstance(item, fx.GraphModule)}
+
+    def paths(self, node: fx.Node) -> tuple[str, ...]:
+        return tuple(state.site.path for state in self.sites.get(("", node.name), ()))
+
+    @cached_property
+    def input_count(self) -> int:
+        return len(self.graph.graph.find_nodes(op="placeholder"))
+
+
+def copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph and the graphs that it calls, sharing fake values."""
+    kept = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    for name, child in kept.named_children():
+        if isinstance(child, fx.GraphModule):
+            setattr(kept, name, copied(child))
+    return kept
+
+
+def _inputs_of(frame: Frame) -> dict[str, FrameInput]:
+    """The inputs by name. Banks looked up by a weight have its site."""
+    found = {node.name: item for node, item in frame.by_node.items()}
+    for (position, which, _), node in frame.extra_nodes.items():
+        sites = frame.inputs[position].sites
+        if found[node.name].kind == "bank" and which < len(sites):
+            found[node.name] = replace(found[node.name], sites=(sites[which],))
+    return found
+
+
+class Size(NamedTuple):
+    """The meaning of a symbol: a dimension of an input, and what it counts if known."""
+
+    of: str
+    dim: int
+    counts: Literal["requests", "tokens", ""] = ""
+
+    @property
+    def name(self) -> str:
+        return self.counts or f"{self.of}_size_{self.dim}"
+
+    @property
+    def words(self) -> str:
+        counted = {"requests": "requests of the batch: ", "tokens": "tokens of each request: "}
+        return f"{counted.get(self.counts, '')}dimension {self.dim} of {self.of}"
+
+    def __str__(self) -> str:
+        return f"{self.of}.shape[{self.dim}]"
+
+
+def _sizes_of(frame: Frame, inputs: Mapping[fx.Node, FrameInput]) -> dict[str, Size]:
+    """The meanings of the symbols in input sizes; arguments of the call take precedence."""
+    found: dict[str, Size] = {}
+    try:
+        requests = {str(symbol) for symbol in batch_symbols(frame)} if frame.by_node else set()
+    except ProvenanceError:
+        requests = set()
+    for node, item in sorted(inputs.items(), key=lambda pair: pair[1].kind != "argument"):
+        value = value_of(node)
+        if not isinstance(value, Tensor):
+            continue
+        label = item.role.argument if item.role is not None else identifier(item)
+        for dim, size in enumerate(value.shape):
+            symbol = str(size)
+            if isinstance(size, int) or not size.node.expr.is_Symbol or symbol in found:
+                continue
+            counts: Literal["requests", "tokens", ""] = ""
+            if symbol in requests or item.requests_dim == dim:
+                counts = "requests"
+            elif item.kind == "argument" and frame.token_dims.get(label) == dim:
+                counts = "tokens"
+            found[symbol] = Size(label, dim, counts)
+    return found
+
+
+def identifier(item: FrameInput) -> str:
+    """Dynamo's source of an input as an identifier."""
+    return plain_path(item.label) or re.sub(r"\W+", "_", item.label.removeprefix("L")).strip("_")
+
+
+def value_of(node: fx.Node) -> Any:
+    """The fake value, from AOTAutograd or Dynamo."""
+    return node.meta.get("val", node.meta.get("example_value"))
 
 
 class Span(NamedTuple):
@@ -51,6 +179,7 @@ class GraphRecord:
         sources: generated sources by file name: a text, or a function that makes it.
         saved: its fate in the folder of saved graphs.
         form, reason: its kind of call, and why no earlier graph serves that.
+        sizes: the meanings of symbols.
     """
 
     title: str
@@ -61,30 +190,20 @@ class GraphRecord:
     sources: dict[str, str | Callable[[], str]] = field(default_factory=dict)
     passes: list[PassReport] = field(default_factory=list)
     states: list[SiteState] = field(default_factory=list)
-    refusals: list[Refusal] = field(default_factory=list)
     outlined: list[Outlined] = field(default_factory=list)
     saved: str = ""
     form: Mapping[str, str] = field(default_factory=dict)
     reason: str = ""
     spans: list[Span] = field(default_factory=list)
     sizes: dict[str, Size] = field(default_factory=dict)
-    symbols: dict[str, str] = field(default_factory=dict)
-    numeric: NumericCheck | None = None
 
     @property
     def seconds(self) -> dict[str, float]:
         return exclusive(self.spans)
 
     def to_save(self) -> dict[str, Any]:
-        saved = ("lora", "checks", "passes", "states", "refusals", "outlined", "form", "symbols")
+        saved = ("lora", "checks", "passes", "states", "outlined", "form", "sizes")
         return {name: getattr(self, name) for name in saved}
-
-    @classmethod
-    def loaded(cls, title: str, values: Mapping[str, Any], several: list[bool]) -> GraphRecord:
-        """The record of a loaded graph; `several` as in `Checks`."""
-        record = cls(title, saved="loaded from the folder", **values)
-        record.checks.several = several
-        return record
 
     def after(self, gm: fx.GraphModule, ctx: Context, report: PassReport | None) -> None:
         """Note a pass's result, or the captured graph if `report` is None."""
@@ -92,14 +211,20 @@ class GraphRecord:
             self.passes.append(report)
         if self.keeps_stages:
             self.outlined = ctx.outlined
-            self.sizes = {**sizes_of(ctx.frame, ctx.frame.by_node), **self.sizes}
-            self.stages.append(stage_of(gm, ctx, report))
+            self._note_sizes(ctx.frame, ctx.frame.by_node)
+            self.stages.append(Stage.of(gm, ctx, report))
 
     def keep_base(self, gm: fx.GraphModule, frame: Frame) -> None:
         if self.keeps_stages:
             inputs = gm.graph.find_nodes(op="placeholder")
-            self.sizes = sizes_of(frame, dict(zip(inputs, frame.inputs, strict=True)))
-            self.stages.append(stage_of_base(gm, frame))
+            found = dict(zip(inputs, frame.inputs, strict=True))
+            self._note_sizes(frame, found)
+            named = {node.name: item for node, item in found.items()}
+            self.stages.append(Stage(copied(gm), inputs=named))
+
+    def _note_sizes(self, frame: Frame, inputs: Mapping[fx.Node, FrameInput]) -> None:
+        # A pass may have unified symbols that earlier stages show.
+        self.sizes = {**_sizes_of(frame, inputs), **self.sizes}
 
     def code(self, text: str) -> None:
         number = sum(name.startswith("inductor") for name in self.sources)
@@ -112,9 +237,8 @@ class GraphRecord:
                 # Nodes would keep the whole graph alive.
                 state.use = state.packed_weight = state.packed_bias = None
             self.states.extend(states)
-        sizes = sizes_of(ctx.frame, ctx.frame.by_node)
-        self.symbols = {symbol: str(size) for symbol, size in sizes.items()}
-        self.refusals, self.outlined = ctx.refusals, ctx.outlined
+        self._note_sizes(ctx.frame, ctx.frame.by_node)
+        self.outlined = ctx.outlined
         self.checks.sites = [state.site.path for state in self.states]
         self.checks.refusals = [
             RefusedSites(item.paths, item.when, item.reason) for item in ctx.refusals
@@ -122,8 +246,14 @@ class GraphRecord:
         self.checks.handover, self.checks.inside = ctx.handover, ctx.frame.inside
 
 
-def seen_sites(records: Sequence[GraphRecord]) -> set[Site]:
-    """The sites that some graph serves or refuses."""
-    found = {state.site for record in records for state in record.states}
-    found.update(site for record in records for item in record.refusals for site in item.sites)
-    return found
+def seen_sites(records: Sequence[GraphRecord]) -> set[str]:
+    """The paths of the sites that some graph serves or refuses."""
+    refusals = (item for record in records for item in record.checks.refusals)
+    served = {state.site.path for record in records for state in record.states}
+    return served.union(*(item.sites for item in refusals))
+
+
+def dump_folder(options: Options) -> Path | None:
+    """The folder of dumps: `Options.dump`, else LORAFX_DUMP, else None."""
+    folder = options.dump or os.environ.get("LORAFX_DUMP")
+    return Path(folder) if folder else None

@@ -19,13 +19,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx
 
-from lorafx.capture.failures import chain
 from lorafx.errors import CaptureError
 from lorafx.kernels.ops.stamp_op import LAYOUTS, Layout, without_data
 from lorafx.model.module_graph import storage_key
 from lorafx.passes.outline.isomorphism import Stretch
-from lorafx.passes.outline.outline import repeats
-from lorafx.passes.outline.regions import is_pure, is_view
+from lorafx.passes.outline.outline import is_pure, is_view, repeats
 from lorafx.program.frame import fake_value
 from lorafx.torch_internals.dynamo import _log_api_usage_once
 from lorafx.torch_internals.fake_tensors import (
@@ -75,9 +73,7 @@ class Folded:
 
 
 def traced_once(
-    gm: fx.GraphModule,
-    trace: Callable[[fx.GraphModule, Folded | None], T],
-    title: str = "a graph of the base",
+    gm: fx.GraphModule, trace: Callable[[fx.GraphModule, Folded | None], T], title: str
 ) -> T:
     """`trace` of the folded graph, which it must `unfold`; if that fails, of the original."""
     folded = fold(gm)
@@ -85,12 +81,8 @@ def traced_once(
         return trace(gm, None)
     try:
         return trace(folded.module, folded)
-    except Exception as error:
-        # Compilers wrap our errors.
-        found = next((item for item in chain(error) if isinstance(item, NotUnfolded)), None)
-        if found is None:
-            raise
-        gave_up("stamps", f"{title}: {found}")
+    except NotUnfolded as error:
+        gave_up("stamps", f"{title}: {error}")
     finally:
         folded.forget()
     return trace(gm, None)

@@ -8,7 +8,7 @@ results are kept in the call's memory. Results of graphs are known from proofs.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import compress, repeat, takewhile
 from typing import Any, TypeVar
 
@@ -73,11 +73,10 @@ class Tracking(TorchDispatchMode):
     ) -> Any:
         named: Mapping[str, Any] = kwargs or {}
         memory = self.memory
-        if memory is None and not (_takes_tensors(args) or _takes_tensors(named.values())):
-            return func(*args, **named)  # of a graph
-        if self.over or not isinstance(func, OpOverload):
-            return func(*args, **named)
         operands = [*tensors_in(args), *tensors_in(dict(named))]
+        of_graph = memory is None and not operands
+        if self.over or of_graph or not isinstance(func, OpOverload):
+            return func(*args, **named)
         before = {} if memory is None else {id(item): memory.look(item) for item in operands}
         results = func(*args, **named)
         if self.uses is not None:
@@ -160,16 +159,6 @@ def untracked(action: Callable[[Tracking | None], T]) -> T:
         for mode in reversed(taken):
             if not mode.over:
                 _push_on_torch_dispatch_stack(mode)
-
-
-def _takes_tensors(values: Iterable[object]) -> bool:
-    for value in values:
-        if isinstance(value, _MAY_HOLD) and (isinstance(value, Tensor) or _takes_tensors(value)):
-            return True
-    return False
-
-
-_MAY_HOLD = (Tensor, list, tuple)
 
 
 #: Exhausts an iterator, in C.

@@ -96,7 +96,7 @@ ARGUMENTS: Mapping[str, str] = {
     "fullgraph": "where the model breaks its graph, the pieces are compiled, as explain() shows",
     "is_trainable": "a compiled model trains nothing: train with PEFT, and load what it saves",
     "key_mapping": _HUB,
-    "low_cpu_mem_usage": "files are mapped, and LoraConfig(max_host_bytes=...) bounds host memory",
+    "low_cpu_mem_usage": "files are mapped already",
     "revision": _HUB,
     "torch_device": "adapters are where the model is",
 }
@@ -159,7 +159,6 @@ def _served(compiled: CompiledModel, owner: nn.Module, method: MethodType) -> Ca
         requests = None
         if not own_argument:
             requests = requests_of(kwargs.pop("adapter_names", None))
-        kept = session.fetched(requests)  # noqa: F841
         with session.lock:
             session.refuse_injected()
             if requests is None and (session.default is None or session.running.updating):

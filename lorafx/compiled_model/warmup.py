@@ -54,8 +54,7 @@ def warm_up(
     session = compiled._session
     sizes = _positive("batch_sizes", batch_sizes), _positive("lengths", lengths)
     config, sites = session.program.config, session.program.sites
-    slot = config.slot_rank or config.max_rank
-    rank = dummy_rank(sites, config.max_rank, slot)
+    rank = dummy_rank(sites, config.max_rank)
     with session.lock:
         if example_inputs is None:
             device = session.program.runtime.device
@@ -69,7 +68,7 @@ def warm_up(
             runs["forward"] = partial(_forward, compiled)
         if settings is not None:
             runs["generate"] = partial(_generate, compiled, settings)
-        count = 2 if config.max_adapters > -(-rank // slot) else 1  # that find slots together
+        count = min(2, config.max_adapters)
         dummies = [dummy(f"warm-up {i}", sites, rank, seed=i) for i in range(count)]
         if any_begins(session, session.store.names):
             dummies.append(replace(dummies[0], name=_BEGINS, invocation=(0,)))
@@ -95,15 +94,15 @@ def warm_up(
 # --- dummies ---
 
 
-def dummy_rank(sites: Sequence[Site], max_rank: int, slot_rank: int) -> int:
-    """The rank of dummies: DEFAULT_RANK where a slot has room for that, rounded up to the least
+def dummy_rank(sites: Sequence[Site], max_rank: int) -> int:
+    """The rank of dummies: DEFAULT_RANK where the banks have room for that, rounded up to the least
     common multiple of the shard counts of the sites.
 
     Raises:
         ConfigError: a class counts shards by something else than a positive integer.
         CapacityError: the banks hold no such rank.
     """
-    wanted = min(DEFAULT_RANK, slot_rank)
+    wanted = min(DEFAULT_RANK, max_rank)
     shards = {site.path: _shards(site) for site in sites}
     multiple = math.lcm(*shards.values())
     rounded = -(-wanted // multiple) * multiple
@@ -131,10 +130,7 @@ def _shards(site: Site) -> int:
 
 
 def dummy(name: str, sites: Sequence[Site], rank: int, *, seed: int) -> Adapter:
-    """An adapter of small random factors for every part of every site, the same every time.
-
-    Not zeros: `Options(verify="numeric")` compares the passes on the first call, which this is.
-    """
+    """An adapter of small random factors for every part of every site, the same every time."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for site in sites:

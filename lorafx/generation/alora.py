@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from lorafx.adapter_store.names import BASE, adapters_among, members
 from lorafx.errors import BatchError, LorafxWarning, UnknownAdapterError
-from lorafx.program.argument_roles import RoleTable
-from lorafx.program.row_dims import caches
+from lorafx.program.argument_roles import RoleTable, caches
 from lorafx.runtime.entry import CompiledForwards
 from lorafx.runtime.idle import refuse_elsewhere
 from lorafx.runtime.requests import Names, Requests

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from lorafx.adapter_store.names import adapters_among
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.errors import BatchError
-from lorafx.program.argument_roles import RoleTable
-from lorafx.program.row_dims import CACHES, ROW_DIMS
+from lorafx.program.argument_roles import CACHES, ROW_DIMS, RoleTable
 from lorafx.runtime.entry import CompiledForwards
 from lorafx.runtime.requests import Names, Requests
 
@@ -68,7 +67,6 @@ def in_waves(
     ):
         return call(args, kwargs, requests)
     names, row_dims = requests.names, session.program.config.row_dims
-    kept = session.fetched(requests)  # noqa: F841 - before the lock is taken
     with session.lock:
         for name in adapters_among(names):
             session.store.check_known(name)

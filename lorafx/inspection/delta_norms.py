@@ -40,15 +40,12 @@ _KNOWN: weakref.WeakKeyDictionary[StoredAdapter, Deltas] = weakref.WeakKeyDictio
 def deltas_of(
     stored: StoredAdapter, groups: Sequence[Group], *, quick: bool = False
 ) -> Deltas | None:
-    """The deltas of an adapter; None if its numbers are not in host memory or, if `quick`, new."""
+    """The deltas of an adapter; None if `quick` and they are not known yet."""
     if stored not in _KNOWN and not quick:
-        copy = stored.host or (stored.dropped() if stored.dropped is not None else None)
-        if copy is None:
-            return None
         squares: dict[str, float] = {}
         reasons: dict[str, list[str]] = {}
         with unset_fake_temporarily(), torch.no_grad():
-            for index, parts in copy.factors.items():
+            for index, parts in stored.factors.items():
                 for factors in parts:
                     site = groups[index].site_of(factors.sibling)
                     square = _square(site, factors)

@@ -146,7 +146,6 @@ class GraphReport:
         nodes: the nodes that add deltas.
         outlined: repeated layers that share a body.
         saved: its fate in the folder of saved graphs.
-        verified: the result of `Options(verify="numeric")`, or "".
     """
 
     title: str
@@ -159,7 +158,6 @@ class GraphReport:
     refusals: tuple[RefusedSites, ...] = ()
     outlined: tuple[str, ...] = ()
     saved: str = ""
-    verified: str = ""
 
     def lines(self) -> list[str]:
         lines = [f"serves calls {self.serves} ({self.reason})"] if self.serves else []
@@ -170,7 +168,6 @@ class GraphReport:
             for item in self.passes
         ]
         lines += [self.saved] if self.saved else []
-        lines += [f"verified by {self.verified}"] if self.verified else []
         forms: Counter[str] = Counter()
         plans: Counter[tuple[str, str]] = Counter()
         parents: dict[str, list[str]] = {}  # packs of repeated layers are one line
@@ -204,7 +201,6 @@ class Explanation(Report):
         adapter_bytes: of an adapter of the largest rank on all sites.
         lowering: how its graphs become code.
         slots, max_rank: adapters on the device, and their largest rank.
-        slot_rank: the rank of a single slot, where slots share room.
         room: "DoRA's scales", "biases", "weights of adapters' own", if banks have room for them.
         shortcuts_off: names of disabled shortcuts -> reasons.
         prepared: results of the passes over the model; `notes` are their lines.
@@ -220,7 +216,6 @@ class Explanation(Report):
     max_rank: int
     weight_bytes: int
     adapter_bytes: int
-    slot_rank: int | None = None
     room: tuple[str, ...] = ()
     adapters: tuple[AdapterReport, ...] = ()
     passes: tuple[str, ...] = ()
@@ -271,7 +266,6 @@ class Explanation(Report):
 
     def sections(self) -> list[tuple[str, Iterable[str]]]:
         banks = f"banks: {len(self.banks)}, {self.slots} slots of rank up to {self.max_rank}"
-        banks += f", room for rank {self.slot_rank} in each" if self.slot_rank else ""
         noted = (note for item in self.prepared if item.name in _SELECTING for note in item.notes)
         by_parent = (
             (bank.parent, f"[{', '.join(bank.names)}], {size(bank.nbytes)}") for bank in self.banks
@@ -353,7 +347,6 @@ class Explanation(Report):
             found.append(f"not reached by a graph yet: {some(self.unreached, _MOST)}")
         if self.replaced:
             found.append(f"{_count(len(self.replaced), 'site')} replaced since")
-        found += dict.fromkeys(graph.verified for graph in self.graphs)
         return "; ".join(filter(None, found)) or "no call has been made"
 
 
@@ -386,7 +379,7 @@ def explained(session: Session, *, quick: bool = False) -> Explanation:
     )
     records = list(session.backend.records)
     lora = [record for record in records if record.lora]
-    unseen = [site.path for site in program.sites if site not in seen_sites(lora)]
+    unseen = [site.path for site in program.sites if site.path not in seen_sites(lora)]
     shortcuts = states(options.shortcuts).items()
     return replace(
         found,
@@ -420,7 +413,6 @@ def _of_model(
         max_rank=config.max_rank,
         weight_bytes=sum(map(stored_bytes, model.parameters())),
         adapter_bytes=sum(factors),
-        slot_rank=config.slot_rank,
         room=room_of(groups),
         passes=tuple(str(pipeline(options)).splitlines()),
         prepared=tuple(prepared),
@@ -490,16 +482,15 @@ def graph_report(record: GraphRecord) -> GraphReport:
                 tuple(paths),
                 first[key].form,
                 first[key].strategy or "aten",
-                _in_words(first[key].rows, record.symbols),
+                _in_words(first[key].rows, record.sizes),
             )
             for key, paths in nodes.items()
         ),
         refusals=tuple(record.checks.refusals),
         outlined=tuple(map(str, record.outlined)),
         saved=record.saved,
-        verified="" if record.numeric is None else record.numeric.result,
     )
 
 
-def _in_words(text: str, symbols: Mapping[str, str]) -> str:
-    return re.sub(r"\b[su][0-9]+\b", lambda found: symbols.get(found[0], found[0]), text)
+def _in_words(text: str, symbols: Mapping[str, object]) -> str:
+    return re.sub(r"\b[su][0-9]+\b", lambda found: str(symbols.get(found[0], found[0])), text)

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as recorded_events
 
 from lorafx.adapter_store.names import BASE
-from lorafx.capture.recorder import Stage
+from lorafx.capture.record import Stage
 from lorafx.errors import BatchError, ConfigError
 from lorafx.inspection.explanation import stored_bytes
 from lorafx.inspection.replay import Replay, Staged, replayed
@@ -399,7 +399,7 @@ class _Floors:
         self.sites: dict[str, Site] = {site.path: site for site in compiled.sites}
         self.factors: dict[str, int] = {}
         for name in adapters:
-            for index, factors in session.store.numbers(name).factors.items():
+            for index, factors in session.store[name].factors.items():
                 group = session.program.groups[index]
                 for own in factors:
                     path = group.site_of(own.sibling).path

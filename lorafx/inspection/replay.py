@@ -16,8 +16,7 @@ from torch import nn
 
 from lorafx.capture.backend import Backend
 from lorafx.capture.lowering import Lowering, ReferenceLowering, lowering_for
-from lorafx.capture.record import GraphRecord
-from lorafx.capture.recorder import Stage
+from lorafx.capture.record import GraphRecord, Stage
 from lorafx.model.sites import Site
 from lorafx.pass_order import CAPTURED, pipeline
 from lorafx.passes.outline.outline import Outline

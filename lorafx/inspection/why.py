@@ -323,14 +323,7 @@ def _adapter(
     last: LastCall | None,
 ) -> WhyAdapter:
     program, stored, site = session.program, session.store[name], found.site
-    keys: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    try:
-        origin, model = stored.origin, program.model
-        saved = stored.keys if origin is None else _keys_at(origin.source, model)
-        keys, notes = _landed(saved, model, program.sites, found)
-    except LorafxError as error:  # its files have changed
-        notes = (f"its keys cannot be read: {error}",)
+    keys, notes = _landed(stored.keys, program.model, program.sites, found)
     if site is None or site.path not in stored.sites:
         return WhyAdapter(name, stored.source, keys, notes=notes)
     norm, change, batch = None, None, ""

@@ -3,9 +3,7 @@
     model ──name──▶ layer ──name──▶ site      each of these edges leads to the very same module
 
 A mark hangs on a module, and an adapter's factors belong to a path: were another module to take
-that path, the delta would be lost. No call walks the tree: torch reports every module that is
-registered. For deletions, insertions and writes to `_modules`, which torch does not report, Dynamo
-captures anew, and every capture checks the edges.
+that path, the delta would be lost. Each call compares the edges, without a walk over the tree.
 
 Dynamo guards on nothing of a module without forward hooks, so graphs do not notice later hooks.
 torch numbers the hooks of a process, so a call compares one number.
@@ -14,13 +12,11 @@ torch numbers the hooks of a process, so a call compares one number.
 from __future__ import annotations
 
 import itertools
-import weakref
-from collections import Counter
+import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
 
 from lorafx.errors import ReplacedModuleError, some
@@ -28,36 +24,8 @@ from lorafx.model.marks import MARKS
 from lorafx.model.module_graph import ModuleGraph, join
 from lorafx.model.sites import Site
 from lorafx.registry import lookup
-from lorafx.torch_internals.compat import tracing
 
-
-class _Registrations:
-    def __init__(self) -> None:
-        self.number = 0
-        #: How many watches look at the children of a module, by its identity.
-        self.parents: Counter[int] = Counter()
-        self._hooked = False
-
-    def follow(self, parents: Sequence[int]) -> None:
-        if not self._hooked:
-            register_module_module_registration_hook(_registered)
-            self._hooked = True
-        self.parents.update(parents)
-
-    def forget(self, parents: Sequence[int]) -> None:
-        for key in parents:
-            self.parents[key] -= 1
-            if self.parents[key] <= 0:
-                del self.parents[key]
-
-
-_REGISTRATIONS = _Registrations()
-
-
-def _registered(module: nn.Module, name: str, child: nn.Module | None) -> None:
-    # Dynamo traces this where a forward makes modules, and must not guard on this state.
-    if not tracing() and id(module) in _REGISTRATIONS.parents:
-        _REGISTRATIONS.number += 1
+_CHILDREN = operator.attrgetter("_modules")
 
 
 class Edge(NamedTuple):
@@ -94,14 +62,12 @@ class SiteWatch:
         self._states = itertools.count(1)
         self.missing: frozenset[str] = frozenset()
         self.state = 0
-        self._seen = _REGISTRATIONS.number
-        parents = list({id(edge.parent) for edge in self._edges})
-        _REGISTRATIONS.follow(parents)
-        weakref.finalize(self, _REGISTRATIONS.forget, parents)
+        self._parents = [edge.parent for edge in self._edges]
+        self._names = [edge.name for edge in self._edges]
+        self._children = [edge.child for edge in self._edges]
 
     def look(self) -> bool:
         """Look at every edge; whether anything changed since the last look."""
-        self._seen = _REGISTRATIONS.number
         broken = [edge for edge in self._edges if edge.now is not edge.child]
         found = [(id(edge), edge.now) for edge in broken]
         same = len(found) == len(self._found) and all(
@@ -117,8 +83,9 @@ class SiteWatch:
 
     @property
     def in_doubt(self) -> bool:
-        """Whether only a look can tell what is missing: a module that was missing may be back."""
-        return self._seen != _REGISTRATIONS.number or bool(self.missing)
+        """Whether only a look can tell what is missing. Compared in C: every call asks."""
+        now = map(dict.get, map(_CHILDREN, self._parents), self._names)
+        return bool(self.missing) or not all(map(operator.is_, now, self._children))
 
     def refuse(self, paths: Collection[str] | None = None) -> None:
         """Raise ReplacedModuleError where sites at these paths (None: any) are missing."""

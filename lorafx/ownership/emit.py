@@ -16,13 +16,12 @@ import sympy
 import torch
 from torch import fx
 
-from lorafx.op_arguments import bound
 from lorafx.ownership.labels import Own
-from lorafx.ownership.symbolic import BatchSymbols, Sizes, as_expr, product
+from lorafx.ownership.symbolic import BatchSymbols, Sizes, as_expr
 from lorafx.torch_internals import symbols
 from lorafx.torch_internals.fake_tensors import detect_fake_mode, enable_python_dispatcher
 
-aten, prims = torch.ops.aten, torch.ops.prims
+aten = torch.ops.aten
 
 _FUNCTIONS: tuple[tuple[type, Callable[..., Any]], ...] = (
     (sympy.Mul, operator.mul),
@@ -138,29 +137,6 @@ class Emitter:
             owner = self.call(before, aten.remainder.Scalar, owner, count)
             picked = self.call(before, aten.index.Tensor, slots, [owner])
             self._slots[key] = self._spread(picked, x, own.dim, ndim, before)
-        return self._slots[key]
-
-    def cut_slots(self, slots: fx.Node, cut: fx.Node, before: fx.Node) -> fx.Node | None:
-        """The slots of the tokens kept by `cut`, from `slots` (B·T,) of the tensor (B, T, ...) that
-        it cuts along dimension 1."""
-        args = bound(cut)
-        key = (slots, cut)
-        if key not in self._slots:
-            sizes = self.sizes.shape(args["self"].meta["val"])[:2]
-            count = self.size(product(sizes), before)
-            shape = [self.size(size, before) for size in sizes]
-            if count is None or None in shape:
-                return None
-            settings = {"dtype": torch.int64, "device": slots.meta["val"].device}
-            settings |= {"start": 0, "step": 1, "requires_grad": False}
-            number = self.call(before, prims.iota.default, count, **settings)
-            number = self.call(before, aten.view.default, number, shape)
-            kept = self.call(before, aten.slice.Tensor, number, 1, args["start"], args["end"])
-            kept = self.call(
-                before, aten.clone.default, kept, memory_format=torch.contiguous_format
-            )
-            kept = self.call(before, aten.view.default, kept, [-1])
-            self._slots[key] = self.call(before, aten.index.Tensor, slots, [kept])
         return self._slots[key]
 
     def size_of(self, node: fx.Node, dim: int, before: fx.Node) -> Any:

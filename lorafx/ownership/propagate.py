@@ -20,7 +20,6 @@ from lorafx.ownership import (
     contractions,
     indexing,
     pointwise,
-    pooled,
     reductions,
     singles,
     views,
@@ -32,7 +31,7 @@ from lorafx.ownership.symbolic import ONE, BatchSymbols, equal
 from lorafx.torch_internals.operators import OpOverload
 
 # Specific first; the first table that knows an operator decides.
-TABLES = (sites, indexing, views, reductions, contractions, pooled, pointwise)
+TABLES = (sites, indexing, views, reductions, contractions, pointwise)
 OPTIONAL = (contractions, reductions)
 DIGIT_TABLES = (indexing, views, pointwise)
 # Rules that look at Mixed inputs themselves: the order of everybody's rows is Mixed by nature, and
@@ -115,8 +114,11 @@ def _run(graph: fx.Graph, seeds: Mapping[fx.Node, Label], flow: Flow) -> Flow:
             tensor = isinstance(node.meta.get("val"), torch.Tensor)
             label = flow.lost(node, "an input of unknown origin") if tensor else None
         elif node.op == "call_function":
-            label = called(node, flow)
-            digit = known_values(node, flow)
+            try:
+                label, digit = called(node, flow), known_values(node, flow)
+            except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+                why = f"its rule failed, {type(error).__name__}: {error}"
+                label, digit = each_output(node, flow.lost(node, why)), None
             if digit is not None:
                 flow.digits[node] = digit
         else:
@@ -135,7 +137,7 @@ def called(node: fx.Node, flow: Flow) -> Label:
     if rule is not sites.site and all(label is None for label in labels):
         return each_output(node, None)
     if any(isinstance(label, Pooled) for label in labels):
-        return pooled.read(node, flow, labels, rule)
+        return sites.read_of_pool(node, flow, labels, rule)
     apart = singles.taken_apart(node, flow)
     if apart is not None:
         return apart

@@ -1,6 +1,20 @@
-"""Rules for lorafx's operators: y plus a delta of x's rows; x and y belong together."""
+"""Rules for lorafx's operators.
+
+    site(x, y, ...), rows_of(x, y)       y's rows; x and y belong together
+    paged_cache(key, value, ...)         Pooled(), Pooled(): keys and values of all requests
+    paged_attention(query, ...)          the rows of the queries
+
+On a pool:
+
+    views, copies, casts, scaling        Pooled() again
+    query · keys, weights · values       the rows of the operand that is no pool
+
+All other operators on a pool are refused.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import fx
@@ -10,9 +24,11 @@ import lorafx.kernels.ops.expert_ops
 import lorafx.kernels.ops.grouped_ops
 import lorafx.kernels.ops.linear_ops
 import lorafx.kernels.ops.row_ops  # noqa: F401  (all define torch.ops.lorafx)
+from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PAGED_CACHE
 from lorafx.op_arguments import bound
-from lorafx.ownership.flow import Flow, Rule
-from lorafx.ownership.labels import Label, Mixed, Own
+from lorafx.ownership import contractions, pointwise, views
+from lorafx.ownership.flow import Flow, Rule, each_output
+from lorafx.ownership.labels import Label, Mixed, Own, Pooled, Single
 
 #: In a site's `meta`: the dimension of copies of the same x, one for each request.
 GIVEN_DIM = "lorafx_given_dim"
@@ -101,9 +117,50 @@ def rows_of(node: fx.Node, flow: Flow) -> Label:
     return of_x
 
 
-RULES: dict[object, Rule] = dict.fromkeys(
-    (torch.ops.lorafx.site, torch.ops.lorafx.embedding_site, torch.ops.lorafx.grouped_site), site
-)
-RULES[torch.ops.lorafx.expert_site] = expert_site
-RULES[torch.ops.lorafx.conv_site] = conv_site
-RULES[torch.ops.lorafx.rows_of] = rows_of
+def cached(node: fx.Node, flow: Flow) -> Label:
+    """paged_cache(key, value, ...): pools for the queries of all requests."""
+    return each_output(node, Pooled())
+
+
+def attended(node: fx.Node, flow: Flow) -> Label:
+    """paged_attention(query, ...): each query (1, H, T, D) sees the keys of its request."""
+    label = flow.label(bound(node)["query"])
+    if isinstance(label, Mixed) or (isinstance(label, Own) and label.dim == 2):
+        return label
+    return flow.lost(node, f"its queries are of {label}, where each is of a token")
+
+
+def read_of_pool(node: fx.Node, flow: Flow, labels: Sequence[Single], rule: Rule | None) -> Label:
+    """The label of an operator on a pool; `rule` is the operator's."""
+    mixed = next((label for label in labels if isinstance(label, Mixed)), None)
+    if mixed is not None:
+        return each_output(node, mixed)
+    others = [label for label in labels if label is not None and not isinstance(label, Pooled)]
+    if not others and rule in _MOVING:
+        return each_output(node, Pooled())
+    if others and rule in _CONTRACTING:
+        pools = [n for n in node.all_input_nodes if isinstance(flow.label(n), Pooled)]
+        kept = {pool: flow.labels[pool] for pool in pools}
+        flow.labels.update(dict.fromkeys(pools))
+        try:
+            label = rule(node, flow)
+        finally:
+            flow.labels.update(kept)
+        first = label[0] if isinstance(label, tuple) else label
+        if isinstance(first, (Own, Mixed)):
+            return label
+    return each_output(node, flow.lost(node, "it takes what a paged cache holds of all requests"))
+
+
+_CONTRACTING = frozenset(contractions.RULES.values()) - {contractions.grouped}
+_MOVING = frozenset({*views.RULES.values(), views.sliced, pointwise.pointwise})
+
+lora = torch.ops.lorafx
+RULES: dict[object, Rule] = {
+    **dict.fromkeys((lora.site, lora.embedding_site, lora.grouped_site), site),
+    lora.expert_site: expert_site,
+    lora.conv_site: conv_site,
+    lora.rows_of: rows_of,
+    PAGED_CACHE.overloadpacket: cached,
+    PAGED_ATTENTION.overloadpacket: attended,
+}

@@ -89,18 +89,6 @@ class Alignment:
                     return position
         return None
 
-    def cut(self, node: fx.Node, label: Label, ndim: int) -> fx.Node | None:
-        """The (B, T, ...) tensor, in slot order, with `node` (B, L, ...) = `tensor[:,
-        start:end]`."""
-        if node.target is not aten.slice.Tensor or ndim != 2 or label != Own(0):
-            return None
-        args = bound(node)
-        source = args["self"]
-        if wrap(args["dim"], len(self.shape(node))) != 1 or args["step"] != 1:
-            return None
-        whole = self.rows_in_order(source, self.flow.label(source), ndim)
-        return source if whole is not None and equal(whole, ONE) else None
-
     def _input(self, node: fx.Node, seeds: Mapping[fx.Node, int]) -> States:
         label, at, shape = self.flow.label(node), seeds.get(node), self.shape(node)
         if label is None:

@@ -1,14 +1,13 @@
 """Which forward arguments carry requests, and in which dimension.
 
 By contract, index b along that dimension belongs to request b. It comes from `LoraConfig.row_dims`,
-lorafx.program.row_dims, or, without declared roles, the convention that dimension 0 is the batch;
-it is never guessed from sizes. An item `x` of a dict `batch` is "batch.x", with the role of "x"
-unless declared.
+the tables of names below, from transformers' forwards, or, without declared roles, the convention
+that dimension 0 is the batch; it is never guessed from sizes. An item `x` of a dict `batch` is
+"batch.x", with the role of "x" unless declared.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import itertools
 import warnings
@@ -19,16 +18,130 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorafx.errors import BatchError, ConfigError, LorafxWarning, nearest, some
-from lorafx.program.row_dims import (
-    BATCH_FIRST,
-    DECLARED_DIMS,
-    PACKED_DIMS,
-    PICKS,
-    PRIMARY,
-    RANKED,
-    ROW_DIMS,
-    choices,
+
+#: By convention, without other knowledge.
+BATCH_FIRST = 0
+
+#: Arguments in order of precedence for the number of requests.
+PRIMARY = (
+    *("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features"),
+    *("decoder_input_ids", "decoder_inputs_embeds"),
 )
+_MASKS_AND_TYPES = (
+    *("attention_mask", "decoder_attention_mask", "encoder_attention_mask"),
+    *("cross_attention_mask", "global_attention_mask", "padding_mask", "input_mask", "pixel_mask"),
+    *("pixel_attention_mask", "spatial_shapes", "bool_masked_pos", "mask_time_indices"),
+    *("perm_mask", "target_mapping", "token_type_ids", "mm_token_type_ids", "query_embeds"),
+    *("qformer_input_ids", "qformer_attention_mask", "flattened_patches", "segment_ids", "langs"),
+    *("lengths", "bbox", "labels"),
+)
+_STATES = (
+    *("encoder_hidden_states", "encoder_outputs", "past_key_values", "cache_params"),
+    *("past_buckets_states", "state"),
+)
+_SHARED = (
+    *("cache_position", "head_mask", "decoder_head_mask", "cross_attn_head_mask"),
+    *("logits_to_keep", "num_logits_to_keep"),
+)
+#: Argument role -> dimension of the requests; None for shared arguments.
+ROW_DIMS: Mapping[str, int | None] = {
+    **dict.fromkeys((*PRIMARY, *_MASKS_AND_TYPES, *_STATES), BATCH_FIRST),
+    "mems": 1,  # (memory length, batch, hidden)
+    **dict.fromkeys(_SHARED),
+}
+
+#: Only in models that declare roles: elsewhere such names are ambiguous, and the sequence may come
+#: first.
+DECLARED_DIMS: Mapping[str, int | None] = dict.fromkeys(
+    (
+        # images beside a text
+        *("visual_embeds", "visual_attention_mask", "visual_token_type_ids"),
+        *("visual_feats", "visual_pos"),
+        # time series
+        *("past_values", "past_time_features", "past_observed_mask", "observed_mask"),
+        *("future_values", "future_time_features", "future_observed_mask"),
+        *("static_categorical_features", "static_real_features"),
+        # trajectories
+        *("states", "actions", "rewards", "returns_to_go", "timesteps"),
+    ),
+    BATCH_FIRST,
+)
+
+#: For a packed call over a paged cache: (1, T) tokens of all sequences in turn. Each token counts
+#: as a request here, with the slot of its request.
+PACKED_DIMS: Mapping[str, int | None] = {
+    "input_ids": 1,
+    "inputs_embeds": 1,
+    "position_ids": 1,
+    "token_type_ids": 1,
+    "attention_mask": 2,  # (1, 1, T, keys)
+    "cache": None,
+    "logits_to_keep": None,
+}
+
+#: Arguments of a packed call whose values are token positions.
+PICKS = ("logits_to_keep",)
+
+#: Arguments whose channels and image size are graph constants: as symbols, tracing does not finish
+#: with the expressions of window partitions and rolls (Swin).
+IMAGES = ("pixel_values",)
+
+#: Arguments with an entry for each token -> that dimension; in a call all have length T.
+TOKEN_DIMS: Mapping[str, int] = dict.fromkeys(
+    ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids"), 1
+)
+
+#: Arguments that keep earlier tokens.
+CACHES = ("past_key_values", "cache_params", "past_buckets_states", "state", "mems")
+
+
+def caches(named: Mapping[str, Any]) -> list[Any]:
+    return [named[name] for name in CACHES if named.get(name) is not None]
+
+
+def new_tokens(named: Mapping[str, Any]) -> dict[str, int]:
+    """A call's arguments with an entry for each of its T tokens -> that dimension."""
+    cached = bool(caches(named))
+    return {
+        name: dim
+        for name, dim in TOKEN_DIMS.items()
+        if isinstance(value := named.get(name), Tensor)
+        and value.dim() > dim
+        and (name != "attention_mask" or (value.dim() == 2 and not cached))
+    }
+
+
+#: Arguments with an entry for each token -> their rank if a request is one sequence.
+_RANKS: Mapping[str, int] = {**dict.fromkeys(TOKEN_DIMS, 2), "inputs_embeds": 3}
+
+
+def choices(named: Mapping[str, Any], prefix: str = "") -> tuple[str, ...]:
+    """A call's arguments (B, C, T) with a request's sequences in dimension 1 (multiple choice)."""
+    given = {own: named.get(prefix + own) for own in _RANKS}
+    several = {
+        own: value
+        for own, value in given.items()
+        if isinstance(value, Tensor) and value.dim() == _RANKS[own] + 1
+    }
+    main = next((several[own] for own in PRIMARY if own in several), None)
+    if main is None:
+        return ()
+    return tuple(
+        prefix + own for own, value in several.items() if value.shape[:3] == main.shape[:3]
+    )
+
+
+def _position_ids_dim(tensor: Tensor, several: bool) -> int | None:
+    """(T,) is shared; requests come first in (B, T), (B, C, T), second in (axes, B, T)."""
+    return 0 if several else {0: None, 1: None, 2: 0}.get(tensor.dim(), 1)
+
+
+#: Roles whose dimension depends on the tensor's rank, and on whether requests have several
+#: sequences.
+RANKED: Mapping[str, Callable[[Tensor, bool], int | None]] = {
+    "position_ids": _position_ids_dim,
+    "decoder_position_ids": _position_ids_dim,
+}
 
 
 @dataclass(frozen=True)
@@ -73,7 +186,7 @@ class RoleTable:
         """`named` with items ("batch.x") for dicts without a role of their own."""
         found: dict[str, Any] = {}
         for name, value in named.items():
-            if not isinstance(value, _NO_DICT) and self.spreads(name, value):
+            if self.spreads(name, value):
                 found.update(self.spread({f"{name}.{key}": item for key, item in value.items()}))
             else:
                 found[name] = value
@@ -130,12 +243,12 @@ class RoleTable:
             several = argument in choices(call, argument.removesuffix(own))
             return Role(argument, RANKED[own](tensor, several))
         if own in ROW_DIMS:
-            return _role(argument, ROW_DIMS[own])
+            return Role(argument, ROW_DIMS[own])
         if self.declares_roles and own in DECLARED_DIMS:
-            return _role(argument, DECLARED_DIMS[own])
+            return Role(argument, DECLARED_DIMS[own])
         if self.declares_roles:
-            return _role(argument, None, known=False)
-        return _role(argument, BATCH_FIRST, assumed=True)
+            return Role(argument, None, known=False)
+        return Role(argument, BATCH_FIRST, assumed=True)
 
     def check_rows(self, named: Mapping[str, Any], rows: int) -> None:
         """Raise BatchError unless arguments have `rows` requests or a shared one; may warn once."""
@@ -161,16 +274,6 @@ class RoleTable:
                 if role.known and role.dim is not None and value.dim() > role.dim:
                     return value.shape[role.dim]
         return None
-
-
-#: isinstance(tensor, Mapping) takes five times as long.
-_NO_DICT = (Tensor, int, float, str, type(None))
-
-
-@functools.lru_cache(maxsize=512)
-def _role(argument: str, dim: int | None, *, known: bool = True, assumed: bool = False) -> Role:
-    """Cached: every call has the same roles, and making one takes 0.8 µs."""
-    return Role(argument, dim, known=known, assumed=assumed)
 
 
 _DEPTH = 8  # of nested containers; cache objects refer to much besides tensors

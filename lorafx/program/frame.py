@@ -15,9 +15,8 @@ from torch import Tensor, fx
 
 from lorafx.errors import ProvenanceError
 from lorafx.model.sites import Group, Site
-from lorafx.program.argument_roles import Role
+from lorafx.program.argument_roles import TOKEN_DIMS, Role
 from lorafx.program.derived import Derived, Holder
-from lorafx.program.row_dims import TOKEN_DIMS
 from lorafx.program.stack import calling_modules
 from lorafx.torch_internals.frames import input_place
 
@@ -105,11 +104,6 @@ class Frame:
         #: Unmarked uses met by `match`, by the weight's position and site index -> whether that
         #: site's module was among the callers.
         self.inside: dict[tuple[int, int], bool] = {}
-
-    def reorder(self, order: Sequence[int]) -> None:
-        """Reorder the inputs by their current positions, before `bind`."""
-        self.inputs = tuple(self.inputs[position] for position in order)
-        self.writable = tuple(p for p, before in enumerate(order) if before in self.writable)
 
     @property
     def counted(self) -> tuple[int, ...]:

@@ -29,11 +29,10 @@ from lorafx.ownership.memory import (
     each_repeated,
     in_containers,
 )
-from lorafx.program.argument_roles import Role, RoleTable, tensor_leaves
+from lorafx.program.argument_roles import Role, RoleTable, choices, new_tokens, tensor_leaves
 from lorafx.program.derived import DerivedTensors, Holder
 from lorafx.program.frame import Frame, FrameInput, InputKind
 from lorafx.program.preparation import PassReport
-from lorafx.program.row_dims import choices, new_tokens
 from lorafx.program.row_handoff import role_of
 from lorafx.torch_internals.fake_tensors import unset_fake_temporarily
 from lorafx.torch_internals.frames import size_source, source_name
@@ -88,8 +87,8 @@ class Program:
 
     def __post_init__(self) -> None:
         self.note_constants()
-        #: Keeps alive objects that only this program's graphs use.
-        self.bindings: list[object] = []
+        #: Whether some graph takes what another made, so that results are worth keeping note of.
+        self.in_pieces = False
         #: Canonical paths of the sites that some graph serves or refuses.
         self.reached: set[str] = set()
         #: Those that a graph seems to compute without their weight.

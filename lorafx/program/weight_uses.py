@@ -8,7 +8,7 @@
     conv       y = conv(x, W), W (N, C / groups, kernel...)
     unknown    anything else, with the reason
 
-The part of W in a node is its `WeightForm` (lorafx.program.weight_forms).
+The part of W in a node is its `WeightForm` (lorafx.program.derived).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from lorafx.model.forward_check import is_dense
 from lorafx.op_arguments import bound, index_of, operand
 from lorafx.ownership import contractions
 from lorafx.ownership.propagate import called_by
+from lorafx.program.derived import FIXED, Axis, WeightForm, same_size
 from lorafx.program.frame import fake_value
-from lorafx.program.weight_forms import FIXED, Axis, WeightForm, same_size
 
 aten = torch.ops.aten
 prims = torch.ops.prims

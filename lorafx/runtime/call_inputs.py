@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from lorafx.errors import BatchError, ConfigError
-from lorafx.program.argument_roles import RoleTable
-from lorafx.program.row_dims import PRIMARY, TOKEN_DIMS
+from lorafx.program.argument_roles import PRIMARY, TOKEN_DIMS, RoleTable
 
 #: Arguments that an embedding looks up.
 _IDS = ("input_ids", "decoder_input_ids", "token_type_ids")

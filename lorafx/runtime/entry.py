@@ -25,9 +25,8 @@ from lorafx.errors import CaptureError, LorafxError, MatchError, ReplacedModuleE
 from lorafx.model.experts import LOOP, loops
 from lorafx.model.marks import MARKS, Attachment
 from lorafx.ownership.memory import MOST_REQUESTS, Memory
-from lorafx.program.argument_roles import RoleTable, tensor_leaves
+from lorafx.program.argument_roles import IMAGES, RoleTable, tensor_leaves
 from lorafx.program.program import Program
-from lorafx.program.row_dims import IMAGES
 from lorafx.program.row_handoff import held_argument
 from lorafx.runtime.call_inputs import check_inputs, plain_tokens
 from lorafx.runtime.idle import refuse_elsewhere
@@ -183,7 +182,7 @@ class Entry:
         them: the batch is of one adapter, or the model in one graph that is captured already."""
         session, program = self.session, self.session.program
         call, rows = program.call, len(program.runtime.rows)
-        mixed = not program.runtime.uniform and session.backend.several[0]
+        mixed = not program.runtime.uniform and program.in_pieces
         wanted = session.asked.tokens is None and 1 < rows <= MOST_REQUESTS
         if call is None or call.roles is None or not wanted or not (mixed or self.capturing):
             return None

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.errors import ConfigError
-from lorafx.program.argument_roles import RoleTable, tensor_leaves
-from lorafx.program.row_dims import PRIMARY, TOKEN_DIMS
+from lorafx.program.argument_roles import PRIMARY, TOKEN_DIMS, RoleTable, tensor_leaves
 from lorafx.registry import lookup
 
 #: Arguments that `generate` makes by itself.

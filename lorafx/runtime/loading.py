@@ -1,5 +1,5 @@
 """Adapters that come and go while sessions serve: loaded into one model, or by parts into several,
-unloaded, and prefetched."""
+unloaded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from lorafx.adapter_store.names import members, refuse_swapped
-from lorafx.adapter_store.saved import AdapterSource, Origin
+from lorafx.adapter_store.saved import AdapterSource, origin_of
 from lorafx.adapter_store.stored import Adapter
 from lorafx.errors import CheckpointError, ConfigError, ReplacedModuleError
 from lorafx.interrupts import undisturbed
@@ -56,7 +56,7 @@ def load_parts(parts: Sequence[tuple[Session, Any]], name: str, strict: bool | N
     it, or none of this name where that is None. Where one part cannot be loaded, none is."""
     refuse_transformed()
     read = [
-        None if source is None else (Origin.of(source), _read(session, source, name, strict))
+        None if source is None else (origin_of(source), _read(session, source, name, strict))
         for session, source in parts
     ]
 
@@ -118,7 +118,7 @@ def _refuse(session: Session, name: str) -> None:
 
 
 def _keeping(
-    session: Session, name: str, origin: Origin | None, adapter: Adapter
+    session: Session, name: str, origin: AdapterSource | None, adapter: Adapter
 ) -> Callable[[], None]:
     """What keeps the adapter. What was true when the files were read is looked at again."""
     program, merged = session.program, session.base.merged

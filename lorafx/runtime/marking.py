@@ -28,7 +28,7 @@ from lorafx.adapter_store.peft_model import (
     without_wrappers,
 )
 from lorafx.adapter_store.peft_reader import adapter_target_modules
-from lorafx.adapter_store.saved import AdapterSource, AdapterState, Origin
+from lorafx.adapter_store.saved import AdapterSource, AdapterState, origin_of
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.capture.lowering import resolved
 from lorafx.config import LoraConfig, Options
@@ -158,12 +158,12 @@ class Request:
     Attributes:
         config: sites, ranks and slots.
         adapters: to be loaded, by name, as they were saved.
-        origins: where those of them can be read again that were read from files.
+        origins: the paths of those that were read from files.
     """
 
     config: LoraConfig
     adapters: dict[str, AdapterState] = field(default_factory=dict)
-    origins: dict[str, Origin] = field(default_factory=dict)
+    origins: dict[str, AdapterSource] = field(default_factory=dict)
 
 
 def request_of(
@@ -183,7 +183,7 @@ def request_of(
         lora_config = {"default": lora_config}
     if isinstance(lora_config, Mapping) and _is_adapter_mapping(lora_config):
         adapters, lora_config = {**lora_config, **adapters}, None
-    origins = {name: Origin.of(source) for name, source in adapters.items()}
+    origins = {name: origin_of(source) for name, source in adapters.items()}
     for name, source in adapters.items():
         refuse_swapped(source, name)
     states = {name: load_state(source, model) for name, source in adapters.items()}

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from lorafx.adapter_store.names import BASE, AdapterName, one_name
 from lorafx.errors import BatchError, ConfigError
-from lorafx.program.argument_roles import RoleTable, sizes_of
+from lorafx.program.argument_roles import RoleTable, new_tokens, sizes_of
 from lorafx.program.program import Call
-from lorafx.program.row_dims import new_tokens
 
 Names = Sequence["str | None"]
 

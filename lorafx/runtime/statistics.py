@@ -25,17 +25,13 @@ class Statistics:
     """Counts since the model was compiled.
 
     Attributes:
-        hits: adapters of a batch that were in a slot already. A batch of the same adapters as the
-            one before it does not count.
+        hits: adapters of a batch that were in a slot already.
         loads: adapters that were written into a slot.
         evictions: adapters that lost their slot to another.
         waits: requests of continuous batching that were ready for a step and had no slot in it.
         tokens: tokens that continuous batching has run, prompts included, by adapter;
             "__base__" is the base model.
-        tiers: "device", whose hits, misses and evictions are those above, and whose size is that of
-            all banks; "host", where adapters without a slot are looked for; "disk", from which
-            those are read that host memory had no room for: its misses are files that had changed,
-            and its size is that of the files of the adapters that can be read again.
+        nbytes: bytes of the banks ("banks") and of adapters in host memory ("host"), now.
     """
 
     hits: int
@@ -43,7 +39,7 @@ class Statistics:
     evictions: int
     waits: int
     tokens: Mapping[str, int] = field(default_factory=dict)
-    tiers: Mapping[str, Tier] = field(default_factory=dict)
+    nbytes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -58,11 +54,5 @@ class SessionCounts:
 
     def with_those_of(self, store: AdapterStore) -> Statistics:
         """What adapters have done in a session with this store."""
-        host, sizes = store.host, store.nbytes()
         slots = store.hits, store.loads, store.evictions
-        tiers = {
-            "device": Tier(*slots, sizes["banks"]),
-            "host": Tier(host.hits, host.misses, host.evictions, sizes["host"]),
-            "disk": Tier(host.misses - host.changed, host.changed, 0, sizes["disk"]),
-        }
-        return Statistics(*slots, self.waits, dict(self.tokens), tiers)
+        return Statistics(*slots, self.waits, dict(self.tokens), store.nbytes())

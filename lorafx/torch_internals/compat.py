@@ -12,16 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lorafx.torch_internals.entries import Required, private_names
 from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
-from lorafx.torch_internals.versions import torch_minor
-
-ENTRY = Required(
-    use="settings that hold while a graph is captured; sizes that are constants; what is being "
-    "traced",
-    ended_by="the same under torch.compiler.config; a public torch.compiler.is_tracing for this "
-    "thread",
-)
+from lorafx.torch_internals.versions import private_names, torch_minor
 
 with private_names():
     from torch import _C

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from lorafx.torch_internals.entries import Required, private_names
-
-ENTRY = Required(
-    use="generated kernels are compiled by the compiler that Inductor uses, into its cache",
-    ended_by="a public name for Inductor's compiler and cache folder",
-    refused='lowering="inductor" on a CPU',
-)
+from lorafx.torch_internals.versions import private_names
 
 with private_names():
     from torch._inductor.cpp_builder import get_cpp_compiler

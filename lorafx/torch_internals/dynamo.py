@@ -20,19 +20,7 @@ from typing import Any
 from torch import nn
 
 from lorafx.torch_internals.compat import recorded_outputs
-from lorafx.torch_internals.entries import Required, private_names
-
-ENTRY = Required(
-    use="each entry of a model is a function under Dynamo with a cache of its own; guards are "
-    "read, filtered and saved; the graph becomes one of ATen's operators that writes nothing; a "
-    "method of a logger that runs once does not break a graph; hooks that record hidden states are "
-    "registered before Dynamo traces the module; modules are told by their classes and callers",
-    ended_by="torch.compile with a cache for each call, and guards as data; a public aot_autograd "
-    "backend whose graph says what each input and result is; a setting of Dynamo's that calls such "
-    "methods while it traces (torch.compiler.config.ignore_logging_functions drops the message); "
-    "transformers registers the hooks when a model is made, or a lock that Dynamo traces; public "
-    "names for the classes of modules",
-)
+from lorafx.torch_internals.versions import private_names
 
 with private_names():
     from torch._C import _log_api_usage_once

@@ -6,21 +6,22 @@ takes other arguments, raises an AttributeError or a TypeError somewhere below.
 
 from __future__ import annotations
 
-import ast
-import linecache
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
-from types import TracebackType
-from typing import cast
 
 from lorafx.errors import UnsupportedVersionError
 from lorafx.torch_internals import versions
-from lorafx.torch_internals.entries import handed_out
 
 _OWN = __name__.partition(".")[0]
-#: Folders whose code does little else than use private names.
-_GROUND = tuple(f"{_OWN}.{folder}." for folder in ("torch_internals", "capture", "saved_graphs"))
+#: Folders whose code calls private names with arguments of its own, not with a user's.
+_GROUND = tuple(
+    f"{_OWN}.{folder}."
+    for folder in (
+        *("torch_internals", "capture", "passes", "kernels", "program", "ownership", "model"),
+        *("bisection", "weights"),
+    )
+)
 #: Packages whose code is called with private names. Modules of torch.nn are the model's.
 _CALLED = ("torch.", "triton.")
 _OF_MODELS = "torch.nn."
@@ -48,38 +49,14 @@ def unsupported(raised: BaseException, *, directly: bool = False) -> Unsupported
 
 
 def _of_private(raised: BaseException, directly: bool) -> bool:
-    for depth, place in enumerate(reversed(list(_places(raised.__traceback__)))):
+    frames = [frame for frame, _ in traceback.walk_tb(raised.__traceback__)]
+    for depth, frame in enumerate(reversed(frames)):
         if directly and depth > 1:
             return False
         # The innermost code that is not torch's decides.
-        module = f"{place.tb_frame.f_globals.get('__name__', '')}."
+        module = f"{frame.f_globals.get('__name__', '')}."
         if module.startswith(_GROUND):
             return True
-        if module.startswith(f"{_OWN}."):
-            return bool(_names_at(place) & handed_out())
         if not module.startswith(_CALLED) or module.startswith(_OF_MODELS):
             return False
     return False
-
-
-def _places(place: TracebackType | None) -> Iterator[TracebackType]:
-    while place is not None:
-        yield place
-        place = place.tb_next
-
-
-def _names_at(place: TracebackType) -> set[str]:
-    """The names in the expression that raised in this frame."""
-    code = place.tb_frame.f_code
-    positions = next(islice(code.co_positions(), place.tb_lasti // 2, None))
-    if None in positions:
-        return set()
-    line, end_line, column, end_column = cast(tuple[int, ...], positions)
-    source = "".join(linecache.getlines(code.co_filename))
-    return {
-        node.id
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Name)
-        and (line, column) <= (node.lineno, node.col_offset)
-        and (node.end_lineno or 0, node.end_col_offset or 0) <= (end_line, end_column)
-    }

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-from lorafx.torch_internals.entries import Required, private_names
-
-ENTRY = Required(
-    use="sizes, strides and dtypes of what is computed in a graph, and of new nodes; a stamp "
-    "overwrites an input of the graph; owners are followed through what Python computes between "
-    "graphs",
-    ended_by="public names for torch._subclasses.fake_tensor and torch.utils._python_dispatch",
-)
+from lorafx.torch_internals.versions import private_names
 
 with private_names():
     from torch import (

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from types import CodeType
 from typing import Any, NoReturn
 
@@ -15,17 +14,10 @@ import torch
 from torch import Tensor, fx
 
 from lorafx.torch_internals.compat import add_function_guard
-from lorafx.torch_internals.entries import Required, private_names
-
-ENTRY = Required(
-    use="the backend asks about the frame that is being captured: its locals, its guards, why "
-    "its graph ends, what each input is",
-    ended_by="arguments of a Dynamo backend that say so",
-)
+from lorafx.torch_internals.versions import private_names
 
 with private_names():
     from torch._dynamo.exc import TensorifyScalarRestartAnalysis
-    from torch._dynamo.guards import GuardBuilder
     from torch._dynamo.source import GlobalStateSource
     from torch._dynamo.symbolic_convert import InstructionTranslator
     from torch._dynamo.utils import get_metrics_context
@@ -134,13 +126,6 @@ def names_of_frame() -> Callable[[str], Any]:
 def source_text(place: Source | Guard) -> str:
     name: Any = place.name
     return str(name() if callable(name) else name)  # a method before torch 2.12
-
-
-def absent_attribute(guard: Guard) -> str | None:
-    """The attribute whose absence from an object's dictionary this guard checks."""
-    made: Any = guard.create_fn
-    absent = isinstance(made, partial) and made.func is GuardBuilder.NOT_PRESENT_IN_GENERIC_DICT
-    return made.keywords.get("attr") if absent else None
 
 
 def frame_guards() -> list[Guard]:

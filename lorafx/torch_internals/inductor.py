@@ -6,17 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lorafx.torch_internals.entries import Required, private_names
-
-ENTRY = Required(
-    use="the rewritten graph is lowered by Inductor's passes and its inner compile; kernels launch "
-    "early",
-    ended_by="torch.compiler with an entry for functional graphs of ATen; an option of Inductor's "
-    "for kernels that it is given",
-    refused='lowering="inductor" and "triton"',
-)
+from lorafx.torch_internals.versions import private_names
 
 with private_names():
+    from torch._inductor import lowering as _lowering  # max_pool2d's decomposition reaches for it
     from torch._inductor.codegen.wrapper import PythonWrapperCodegen
     from torch._inductor.compile_fx import (
         _recursive_joint_graph_passes,
@@ -25,6 +18,7 @@ with private_names():
         get_static_input_idxs,
     )
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+    from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.graph import GraphLowering
 
 

@@ -5,13 +5,7 @@ from __future__ import annotations
 import torch
 from torch import distributed as dist
 
-from lorafx.torch_internals.entries import Required, private_names
-
-ENTRY = Required(
-    use="tell operators of ATen, packets and higher-order operators apart; grouped products; "
-    "collectives of tensor-parallel layers, in graphs",
-    ended_by="public names for the classes of torch.ops; public functional collectives",
-)
+from lorafx.torch_internals.versions import private_names
 
 with private_names():
     from torch import _grouped_mm as grouped_mm

@@ -9,15 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lorafx.torch_internals.entries import Required, private_names
-
-ENTRY = Required(
-    use="a compiled graph, what AOTAutograd puts around it, its frame's code and guards are "
-    "written to a file, and put in force in another process",
-    ended_by="torch.compiler.save_cache_artifacts for graphs of other backends, with Dynamo's "
-    "part; a public aot_autograd whose result can be pickled",
-    refused="Options(cache=...)",
-)
+from lorafx.torch_internals.versions import private_names
 
 with private_names():
     from torch._dynamo.bytecode_transformation import unique_id

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from lorafx.torch_internals.entries import Required, private_names
-
-ENTRY = Required(
-    use="batch and length are symbols of a graph, and rows are followed through expressions "
-    "over them",
-    ended_by="torch.fx.experimental.symbolic_shapes without 'experimental'",
-)
+from lorafx.torch_internals.versions import private_names
 
 with private_names():
     from torch.fx.experimental.symbolic_shapes import (

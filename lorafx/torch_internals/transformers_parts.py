@@ -7,13 +7,7 @@ from typing import Any
 
 import torch
 
-from lorafx.torch_internals.entries import Required, private_names
-
-ENTRY = Required(
-    use="classes of models by their configuration; errors of streams",
-    ended_by="public names in transformers",
-    refused="lorafx serve; lorafx.generation.continuous; commands that are given a model folder",
-)
+from lorafx.torch_internals.versions import private_names
 
 
 def stream_error(message: str) -> Any:

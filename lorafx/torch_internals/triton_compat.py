@@ -22,16 +22,7 @@ from torch.library import triton_op
 
 from lorafx.errors import LoweringError
 from lorafx.torch_internals.entrances import unsupported
-from lorafx.torch_internals.entries import Required, private_names
-
-ENTRY = Required(
-    use="kernels run in Triton's interpreter on a CPU; operators of generated kernels, whose "
-    "bodies are traced into a graph; scratch",
-    ended_by="an interpreter of Triton's that is right for bfloat16 and needs no variable of the "
-    "environment; torch.library.triton_op that is told its kernels; a pass of torch's that takes "
-    "such operators apart",
-    refused='lowering="triton"',
-)
+from lorafx.torch_internals.versions import private_names
 
 with private_names():
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
 
@@ -99,3 +101,13 @@ def check() -> None:
             f"torch {installed('torch')} was built with triton {wanted}, and this is triton {own}: "
             f'pip install "triton=={".".join(map(str, numbers(wanted)))}.*"'
         )
+
+
+@contextmanager
+def private_names() -> Iterator[None]:
+    """Turns missing or changed private names, and other versions, into UnsupportedVersionError."""
+    check()
+    try:
+        yield
+    except (ImportError, AttributeError, TypeError) as error:
+        raise UnsupportedVersionError(f"{error}; {way_out()}") from error

@@ -109,7 +109,7 @@ def changes_of(
             "without merging"
         )
     order = {id(site): number for number, site in enumerate(program.sites)}
-    deltas = deltas_of(program.groups, store.numbers(name))
+    deltas = deltas_of(program.groups, store[name])
     deltas.sort(key=lambda delta: order[id(delta.site)])
     tensors, problems = _Tensors(program), list[str]()
     for delta in deltas:

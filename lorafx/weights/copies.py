@@ -21,8 +21,17 @@ from torch import Tensor, nn
 from lorafx.model.experts import expert_weights
 from lorafx.model.module_graph import storage_key
 from lorafx.model.sites import Site
-from lorafx.program.derived import Holder, held_by, is_near, is_numbers, is_varied, numbers_of
-from lorafx.program.weight_forms import Axis, WeightForm, copied_form
+from lorafx.program.derived import (
+    Axis,
+    Holder,
+    WeightForm,
+    copied_form,
+    held_by,
+    is_near,
+    is_numbers,
+    is_varied,
+    numbers_of,
+)
 from lorafx.registry import lookup
 from lorafx.weights.deltas import write
 from lorafx.weights.weight_places import Target
@@ -71,7 +80,10 @@ class Copy:
 
     def follow(self, dense: Tensor) -> None:
         assert self.form is not None
-        write(self.tensor, copied(dense, self.tensor, self.form))
+        rows = _indices(self.tensor, self.form, self.form.out, lambda axis: axis.out)
+        columns = _indices(self.tensor, self.form, self.form.into, lambda axis: axis.into)
+        value = dense[rows.to(dense.device), columns.to(dense.device)]
+        write(self.tensor, value.to(self.tensor.dtype))
 
     def unexplained(self, program: Program) -> list[Site]:
         """Sites whose weights it may have been made from, unless graphs use the weights."""
@@ -151,13 +163,6 @@ def _copy(holder: Holder, tensor: Tensor, near: Sequence[Weight]) -> Copy | None
     if parameter or not beside or _is_saved(holder):
         return None
     return Copy(holder, tensor, tuple(beside), None)
-
-
-def copied(dense: Tensor, tensor: Tensor, form: WeightForm) -> Tensor:
-    """The value of `tensor`, by its `form`, for W (N, K)."""
-    rows = _indices(tensor, form, form.out, lambda axis: axis.out)
-    columns = _indices(tensor, form, form.into, lambda axis: axis.into)
-    return dense[rows.to(dense.device), columns.to(dense.device)].to(tensor.dtype)
 
 
 def _indices(

@@ -6,7 +6,7 @@
     convolution (N, C, k…)   ΔW as of a linear, its kernels as rows
     experts (E, N, K)        ΔW[e, o : o + n]    = s_e · B_eᵀ A_e  A (E, r, K), B (E, r, n)
     experts (E, K, N)        ΔW[e, :, o : o + n] = s_e · A_eᵀ B_e
-    DoRA                     (1 + G) ⊙ (W + ΔW) − W, by output (lorafx.adapter_store.fitting)
+    DoRA                     (1 + G) ⊙ (W + ΔW) − W, by output (lorafx.adapter_store.stored)
     rows of its own          W_own − W + ΔW, in those rows
     bias (N,)                s·b + b' − b, by output (`BiasDelta`)
 
@@ -17,13 +17,13 @@ dtype. ΔW is computed a few rows at a time, in float32 (float64 for a float64 w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lorafx.adapter_store.stored import HostCopy
+from lorafx.adapter_store.stored import StoredAdapter
 from lorafx.errors import MatchError
 from lorafx.model.bank import Factors, OwnWeight
 from lorafx.model.convolutions import weight_shape
@@ -67,7 +67,7 @@ class Delta:
     def block(self, start: int, stop: int, like: Tensor) -> Tensor:
         """Rows [start, stop) of ΔW as it is stored, on the device and in the dtype of `like`."""
         made = like.new_zeros((stop - start, *self.shape[1:]))
-        add = _ADD[self.site.eligible.kind]
+        add = _add_rows if self.site.expert_weight is None else _add_experts
         for term in self.terms:
             add(self.site, term, made, start, stop)
         return made
@@ -139,48 +139,35 @@ class BiasDelta(Delta):
         return made[start:stop]
 
 
-def _add_linear(site: Site, term: DeltaTerm, made: Tensor, start: int, stop: int) -> None:
-    f = term.factors
-    if site.eligible.transposed:
-        a, b = _on(made, f.A[:, start:stop]), _on(made, f.B)
-        made[:, term.columns].addmm_(a.T, b, alpha=float(f.scale))
-        return
-    low, high = max(start, term.columns.start), min(stop, term.columns.stop)
-    if low < high:
-        b = _on(made, f.B[:, low - term.start : high - term.start])
-        made[low - start : high - start].addmm_(b.T, _on(made, f.A), alpha=float(f.scale))
-
-
-def _add_conv(site: Site, term: DeltaTerm, made: Tensor, start: int, stop: int) -> None:
-    _add_linear(site, term, made.flatten(1), start, stop)  # a view: `made` is contiguous
-
-
-def _add_embedding(site: Site, term: DeltaTerm, made: Tensor, start: int, stop: int) -> None:
-    f = term.factors
-    a, b = _on(made, f.A[start:stop]), _on(made, f.B)
-    made[:, term.columns].addmm_(a, b, alpha=float(f.scale))
+def _add_rows(site: Site, term: DeltaTerm, made: Tensor, start: int, stop: int) -> None:
+    """Add rows [start, stop) of ΔW of a linear, a convolution or an embedding."""
+    f, columns = term.factors, term.columns
+    if site.eligible.kind == "embedding":
+        _add_product(made[:, columns], f.A[start:stop].T, f.B, f.scale)
+    elif site.eligible.transposed:
+        _add_product(made[:, columns], f.A[:, start:stop], f.B, f.scale)
+    else:
+        low, high = max(start, columns.start), min(stop, columns.stop)
+        if low < high:
+            rows = made.flatten(1)[low - start : high - start]  # a view: `made` is contiguous
+            _add_product(rows, f.B[:, low - term.start : high - term.start], f.A, f.scale)
 
 
 def _add_experts(site: Site, term: DeltaTerm, made: Tensor, start: int, stop: int) -> None:
-    f = term.factors
+    f, columns = term.factors, term.columns
     for e in range(start, stop):
         rank = f.rank if f.ranks is None else int(f.ranks[e])
-        scale = float(f.scale[e]) if isinstance(f.scale, Tensor) else float(f.scale)
-        a, b = _on(made, f.A[e, :rank]), _on(made, f.B[e, :rank])
-        expert = made[e - start]
+        scale = f.scale[e] if isinstance(f.scale, Tensor) else f.scale
+        a, b, expert = f.A[e, :rank], f.B[e, :rank], made[e - start]
         if site.eligible.transposed:
-            expert[:, term.columns].addmm_(a.T, b, alpha=scale)
+            _add_product(expert[:, columns], a, b, scale)
         else:
-            expert[term.columns].addmm_(b.T, a, alpha=scale)
+            _add_product(expert[columns], b, a, scale)
 
 
-_Add = Callable[[Site, DeltaTerm, Tensor, int, int], None]
-_ADD: dict[str, _Add] = {
-    "linear": _add_linear,
-    "conv": _add_conv,
-    "embedding": _add_embedding,
-    "experts": _add_experts,
-}
+def _add_product(made: Tensor, rows: Tensor, columns: Tensor, scale: Tensor | float) -> None:
+    """made (N, K) += scale · rowsᵀ columns, of rows (r, N) and columns (r, K)."""
+    made.addmm_(_on(made, rows).T, _on(made, columns), alpha=float(scale))
 
 
 def _on(like: Tensor, factor: Tensor) -> Tensor:
@@ -197,10 +184,10 @@ def _same_rows(a: OwnWeight | None, b: OwnWeight | None) -> bool:
     return (whole or some) and torch.equal(a.rows, b.rows)
 
 
-def deltas_of(groups: Sequence[Group], numbers: HostCopy) -> list[Delta]:
+def deltas_of(groups: Sequence[Group], stored: StoredAdapter) -> list[Delta]:
     terms: dict[int, list[DeltaTerm]] = {}
     sites: dict[int, Site] = {}
-    for number, factors in numbers.factors.items():
+    for number, factors in stored.factors.items():
         group = groups[number]
         for f in factors:
             site = group.site_of(f.sibling)
@@ -208,7 +195,7 @@ def deltas_of(groups: Sequence[Group], numbers: HostCopy) -> list[Delta]:
             sites[id(site)] = site
             terms.setdefault(id(site), []).append(DeltaTerm(f, f.offset - first))
     own: dict[int, OwnWeight] = {}
-    for number, weight in numbers.own.items():
+    for number, weight in stored.own.items():
         (site,) = groups[number].sites
         sites[id(site)], own[id(site)] = site, weight
     return [Delta(site, tuple(terms.get(key, ())), own.get(key)) for key, site in sites.items()]

@@ -1,36 +1,77 @@
 """One source of checkpoint tensors on its way into the weights of a model.
 
     source ─▶ names ─▶ meanings ─▶ plan (shapes, dtypes, duplicates, what is missing) ─▶ writes
+    for each target   boxes that tensors fill, no two of which meet, and which cover it
 
-All of it is planned before the first write.
+All of it is planned before the first write. Numbers are compared only where two names mean tied
+tensors; they have to be equal.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from lorafx.errors import CheckpointError
+from lorafx.errors import BaseWeightsError, CheckpointError, some
 from lorafx.model.module_graph import ModuleGraph, storage_key
-from lorafx.weights.loadable_layer import methods_of
+from lorafx.weights.loadable_layer import LoadableLayer, methods_of
 from lorafx.weights.resolve import Resolver
 from lorafx.weights.sources import Weights, WeightSource, source_of
-from lorafx.weights.update_plan import UpdatePlan
 from lorafx.weights.weight_places import (
     Destination,
     GroupMember,
     Meaning,
+    Part,
+    Target,
     TensorGroup,
+    WeightShape,
+    destinations_of,
+    meet,
     memory_key,
 )
 
 if TYPE_CHECKING:
     from lorafx.weights.copies import Copies
 
+_SHOWN = 100  # problems in a message
+_NAMED = 5  # names in a sentence
+
+_Key = tuple[object, ...]
+
+
+class _Planned(NamedTuple):
+    meaning: Meaning
+    shape: WeightShape
+    dtype: torch.dtype
+
+
+class _Filled(NamedTuple):
+    """A part of a target that the checkpoint's `name` fills; `path` is its name in the model,
+    `numbers` are the tensor's where the target is tied."""
+
+    part: Part
+    name: str
+    path: str
+    numbers: Tensor | None
+
+
+def _expert(part: Part) -> int | None:
+    if isinstance(part, frozenset) or len(part) < 2 or len(part[0]) != 1:
+        return None
+    return part[0].start
+
 
 class Loading:
-    """One source, its plan, which `check` makes, and its writes."""
+    """One source: what its tensors mean, which `check` finds out, and their writes.
+
+    Attributes:
+        ignored: names that have no place and are no error.
+        missing: names of what got no numbers, or only some.
+    """
 
     def __init__(
         self,
@@ -41,40 +82,85 @@ class Loading:
         live: bool = True,
         copies: Copies | None = None,
     ) -> None:
-        """`copies`: tensors of the model that repeat weights."""
-        self.plan = UpdatePlan(resolver, strict=strict, stable=source.stable, live=live)
-        self._source = source
-        self._copies = copies
-        self._storages = {storage_key(target.tensor) for target in self.plan.targets}
-        #: Tensors of groups that are not whole yet.
-        self._held: dict[TensorGroup, dict[str, Tensor]] = {}
+        """`live`: the model has weights that serve; persistent buffers may be left out then.
+        `copies`: tensors of the model that repeat weights."""
+        self._resolver, self._source, self._copies = resolver, source, copies
+        self._strict, self._live = strict, live
+        self.ignored: list[str] = []
+        self.missing: list[str] = []
+        self._problems: list[str] = []
+        self._targets = resolver.names.targets
+        self._storages = {storage_key(target.tensor) for target in self._targets}
+        #: By the checkpoint's name; None where it has no place.
+        self._planned: dict[str, _Planned | None] = {}
+        #: By target and expert: an expert's box is not compared with those of all others.
+        self._filled: dict[_Key, dict[int | None, list[_Filled]]] = {}
+        #: By group and its name for a tensor: the checkpoint's name, and the shape.
+        self._groups: dict[TensorGroup, dict[str, tuple[str, WeightShape]]] = {}
+        self._keys: dict[int, _Key] = {}
+        self._faulty: set[_Key] = set()
 
     def check(self) -> None:
         """Plan all of it; BaseWeightsError for all that is wrong."""
         for name, tensor in self._source.pairs():
-            meaning = self.plan.take(name, tensor)
-            if meaning is not None and self._is_own(meaning, tensor):
-                self.plan.problems.append(
-                    f"{name}: it shares memory with the weights of this model; pass a copy"
-                )
-        if self._copies is None:
-            self.plan.finish()
-            return
-        self.plan.problems.extend(self._copies.refusals(self.plan.filled()))
-        self.plan.finish(self._copies.holds)
+            self._take(name, tensor)
+        if self._copies is not None:
+            self._problems.extend(self._copies.refusals(self.filled))
+        self._find_missing()
+        self._raise()
 
     def write(self) -> None:
         """Write all of it. CheckpointError where the second reading differs from the first."""
-        planned = dict(self.plan.planned)
+        remaining = {name: planned for name, planned in self._planned.items() if planned}
+        members: dict[TensorGroup, dict[str, Tensor]] = {}
         for name, tensor in self._source.pairs():
-            meaning = self.plan.meanings.get(name)
-            if meaning is None:
+            if self._planned.get(name) is None:
                 continue
-            if planned.pop(name, None) != (tuple(tensor.shape), tensor.dtype):
+            planned = remaining.pop(name, None)
+            if planned is None or planned[1:] != (tuple(tensor.shape), tensor.dtype):
                 raise CheckpointError(f"{name}: it came as a different tensor the second time")
-            self._put(meaning, tensor)
-        if planned:
-            raise CheckpointError(f"{next(iter(planned))} did not come a second time")
+            if isinstance(planned.meaning, Destination):
+                planned.meaning.write(tensor)
+                continue
+            group, member = planned.meaning
+            held = members.setdefault(group, {})
+            held[member] = tensor if self._source.stable else tensor.clone()
+            if len(held) == len(group.names):
+                made = group.joined(members.pop(group))
+                for found, tensor in zip(group.destinations, made, strict=True):
+                    found.write(tensor)
+        if remaining:
+            raise CheckpointError(f"{next(iter(remaining))} did not come a second time")
+
+    @property
+    def filled(self) -> list[Target]:
+        """The targets that got numbers, wholly or partly; of tied ones all."""
+        return [target for target in self._targets if self._key(target) in self._filled]
+
+    def _take(self, name: str, tensor: Tensor) -> None:
+        if name in self._planned:
+            planned = self._planned[name]
+            found = destinations_of(None if planned is None else planned.meaning)
+            self._fault(f"{name}: a duplicate", found)
+            return
+        shape = tuple(tensor.shape)
+        meaning = self._resolver.meaning(name, shape)
+        if meaning is None:
+            self._planned[name] = None
+            if not self._strict or self._resolver.is_unwanted(name):
+                self.ignored.append(name)
+            else:
+                self._problems.append(f"{name}: {self._resolver.advice(name)}")
+            return
+        self._planned[name] = _Planned(meaning, shape, tensor.dtype)
+        if isinstance(meaning, GroupMember):
+            wrong = self._take_member(meaning, name, tensor)
+        else:
+            wrong = self._take_alone(meaning, name, tensor)
+        if not wrong and self._is_own(meaning, tensor):
+            wrong = f"{name}: it shares memory with the weights of this model; pass a copy"
+        if wrong:
+            self._fault(wrong, destinations_of(meaning))
 
     def _is_own(self, meaning: Meaning, tensor: Tensor) -> bool:
         """Whether a tensor lies in the model's own weights, elsewhere than where it goes."""
@@ -83,24 +169,135 @@ class Loading:
         places = () if isinstance(meaning, GroupMember) else meaning.places
         return not (places and places[0].is_at(tensor))
 
-    def _put(self, meaning: Meaning, loaded: Tensor) -> None:
-        if isinstance(meaning, Destination):
-            meaning.write(loaded)
+    def _find_missing(self) -> None:
+        for group, items in self._groups.items():
+            lacking = [name for name in group.names if name not in items]
+            if lacking:
+                self.missing.extend(lacking)
+                self._faulty.update(self._keys_of(group.destinations))
+                if self._strict:
+                    given = ", ".join(name for name, _ in items.values())
+                    self._problems.append(f"{given}: needs {some(sorted(lacking), _NAMED)} too")
+        seen = set(self._faulty)
+        for target in self._targets:
+            key = self._key(target)
+            needed = not target.is_buffer or (not self._live and target.persistent)
+            derived = self._copies is not None and self._copies.holds(target)
+            if not needed or key in seen or derived:
+                continue
+            seen.add(key)
+            uncovered = self._uncovered(target)
+            if uncovered:
+                self.missing.append(str(target))
+                if self._strict:
+                    self._problems.append(f"{target}: {uncovered}")
+
+    def _raise(self) -> None:
+        if not self._problems:
             return
-        group = meaning.group
-        held = self._held.setdefault(group, {})
-        held[meaning.name] = loaded if self._source.stable else loaded.clone()
-        if len(held) == len(group.names):
-            made = group.joined(self._held.pop(group))
-            for found, tensor in zip(group.destinations, made, strict=True):
-                found.write(tensor)
+        shown = "".join(f"\n  - {problem}" for problem in self._problems[:_SHOWN])
+        rest = len(self._problems) - _SHOWN
+        more = f"\n  - and {rest} more, in this error's `problems`" if rest > 0 else ""
+        serving = "; the old weights stay in service" if self._live else ""
+        error = BaseWeightsError(
+            f"{len(self._problems)} problems with the weights{serving}:{shown}{more}"
+        )
+        error.problems = tuple(self._problems)
+        raise error
+
+    def _take_alone(self, found: Destination, name: str, tensor: Tensor) -> str:
+        wrong = found.wrong
+        if not wrong and found.shape != tuple(tensor.shape):
+            shape = tuple(tensor.shape)
+            wrong = f"the checkpoint's tensor has shape {shape}, expected {found.shape}"
+        wrong = wrong or _unlike((found,), tensor) or self._fill(found, name, tensor)
+        label = name if name == found.path else f"{name} → {found.path}"
+        return f"{label}: {wrong}" if wrong else ""
+
+    def _take_member(self, member: GroupMember, name: str, tensor: Tensor) -> str:
+        group = member.group
+        items = self._groups.setdefault(group, {})
+        if member.name in items:
+            return f"{name}: a duplicate of {items[member.name][0]}"
+        items[member.name] = name, tuple(tensor.shape)
+        wrong = next((found.wrong for found in group.destinations if found.wrong), "")
+        wrong = wrong or _unlike(group.destinations, tensor)
+        if not wrong and len(items) == len(group.names):
+            wrong = group.misfit({member: shape for member, (_, shape) in items.items()})
+            if not wrong:
+                filled = [
+                    self._fill(found, name, tensor, alone=False) for found in group.destinations
+                ]
+                wrong = next(filter(None, filled), "")
+        return f"{name} → {group.path}: {wrong}" if wrong else ""
+
+    def _fill(self, found: Destination, name: str, tensor: Tensor, *, alone: bool = True) -> str:
+        """Note what a tensor fills; returns why not, where other numbers fill it already."""
+        for place in found.places:
+            for target, part in place.fills(tensor.dtype):
+                key, expert = self._key(target), _expert(part)
+                filled = self._filled.setdefault(key, {})
+                near = filled if expert is None else (expert, None)
+                for earlier in [known for index in near for known in filled.get(index, ())]:
+                    if not meet(earlier.part, part):
+                        continue
+                    tied = earlier.part == part and earlier.path != found.path
+                    if not tied or earlier.numbers is None or not alone:
+                        return f"a duplicate of {earlier.name}"
+                    if not _same(earlier.numbers, tensor[place.take], target.tensor.dtype):
+                        return f"the model ties it to {earlier.name}, and their values differ"
+                numbers = None
+                if alone and self._resolver.names.ways[key] > 1:
+                    numbers = (
+                        tensor[place.take] if self._source.stable else tensor[place.take].clone()
+                    )
+                filled.setdefault(expert, []).append(_Filled(part, name, found.path, numbers))
+        return ""
+
+    def _uncovered(self, target: Target) -> str:
+        by_expert = self._filled.get(self._key(target))
+        if by_expert is None:
+            return "nothing in the checkpoint"
+        parts = [filled.part for found in by_expert.values() for filled in found]
+        pieces = [part for part in parts if isinstance(part, frozenset)]
+        if pieces:
+            assert isinstance(target.module, LoadableLayer)
+            lacking = target.module.pieces(target.attribute) - frozenset().union(*pieces)
+            absent = sorted(map(str, lacking))
+            return f"nothing in the checkpoint for slices {some(absent, _NAMED)}" if absent else ""
+        boxes = {part for part in parts if isinstance(part, tuple)}
+        got, whole = sum(prod(map(len, box)) for box in boxes), target.tensor.numel()
+        if got >= whole:
+            return ""
+        experts = range(target.tensor.shape[0] if target.tensor.dim() == 3 else 0)
+        absent = [str(e) for e in experts if not any(e in box[0] for box in boxes)]
+        which = f", nothing for experts {some(absent, _NAMED)}" if absent else ""
+        return f"{got} of its {whole} numbers are in the checkpoint{which}"
+
+    def _fault(self, problem: str, found: Iterable[Destination]) -> None:
+        self._problems.append(problem)
+        self._faulty.update(self._keys_of(found))
+
+    def _keys_of(self, found: Iterable[Destination]) -> Iterator[_Key]:
+        return (self._key(place.target) for item in found for place in item.places)
+
+    def _key(self, target: Target) -> _Key:
+        tensor = target.tensor
+        if id(tensor) not in self._keys:
+            self._keys[id(tensor)] = memory_key(tensor)
+        return self._keys[id(tensor)]
 
 
-def load_weights(
-    model: nn.Module,
-    weights: Weights,
-    strict: bool = True,
-) -> set[str]:
+def _unlike(found: Iterable[Destination], tensor: Tensor) -> str:
+    refusals = (place.refusal(tensor) for item in found for place in item.places)
+    return next(filter(None, refusals), "")
+
+
+def _same(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    return a.shape == b.shape and torch.equal(a.to(dtype), b.to(device=a.device, dtype=dtype))
+
+
+def load_weights(model: nn.Module, weights: Weights, strict: bool = True) -> set[str]:
     """Load checkpoint tensors into the parameters and persistent buffers of `model`.
 
     Args:
@@ -122,9 +319,9 @@ def load_weights(
     loading = Loading(resolver, source_of(weights), strict=strict, live=False)
     loading.check()
     loading.write()
-    filled = loading.plan.filled()
+    filled = loading.filled
     for module, method in methods_of(filled):
         method.process_weights_after_loading(module)
-    keys = {target.key for target in filled}
+    keys = {memory_key(target.tensor) for target in filled}
     state = model.state_dict(keep_vars=True)
     return {n for n, t in state.items() if isinstance(t, Tensor) and memory_key(t) in keys}

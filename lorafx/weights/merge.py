@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lorafx.adapter_store.stored import HostCopy
+from lorafx.adapter_store.stored import StoredAdapter
 from lorafx.errors import CaptureError, ConfigError, LorafxError, MatchError, some
 from lorafx.interrupts import Rollback, undisturbed
 from lorafx.model.packing import check_packed
@@ -115,7 +115,7 @@ class Merged:
     report: MergeReport
     requantize: bool
     originals: tuple[Original, ...]
-    numbers: HostCopy
+    numbers: StoredAdapter
 
     @property
     def name(self) -> str:
@@ -131,7 +131,6 @@ _HALF = (
 
 def merge(session: Session, name: str, *, requantize: bool = False) -> MergeReport:
     session.refuse_running(f"merge {name!r}")
-    kept = session.store.fetch([name], resident=True)  # noqa: F841 - before the locks are taken
     with session.weights_lock, session.lock:
         session.locks.streams.follow(session.accelerators)
         session.refuse_broken()
@@ -143,7 +142,7 @@ def _merge(session: Session, name: str, *, requantize: bool) -> MergeReport:
     session.program.look_at_modules()
     session.program.refuse_missing()
     check_packed(session.program.packed)
-    numbers = session.store.numbers(name)
+    numbers = session.store[name]
     changes = changes_of(session.program, session.store, name, requantize=requantize)
     _refuse_shared(session, name, changes)
     with progress(f"merging {name} into {len(changes)} weights"):
@@ -289,7 +288,12 @@ def _refuse_shared(session: Session, name: str, changes: Sequence[Change]) -> No
 
 
 def _write_merged(
-    session: Session, name: str, numbers: HostCopy, changes: Sequence[Change], *, requantize: bool
+    session: Session,
+    name: str,
+    numbers: StoredAdapter,
+    changes: Sequence[Change],
+    *,
+    requantize: bool,
 ) -> MergeReport:
     """Write W + ΔW into every weight; all are as before when one fails."""
     originals: list[Original] = []

@@ -200,7 +200,7 @@ class Resolver:
         if self._advised >= _NEAREST:
             return "no place in the model"
         self._advised += 1
-        known = (target.name for target in self.names.targets)
+        known = (str(target) for target in self.names.targets)
         return f"no place in the model{nearest_names(name, known)}"
 
     def _meanings(self, name: str) -> Iterator[Meaning]:

@@ -61,7 +61,7 @@ def _update(session: Session, source: WeightSource, *, strict: bool) -> WeightUp
     copies = Copies(program)
     loading = Loading(resolver, source, strict=strict, copies=copies)
     loading.check()
-    plan, filled, before = loading.plan, loading.plan.filled(), session.base
+    filled, before = loading.filled, session.base
     session.base = before._replace(broken=_BROKEN)  # said before it is so
     try:
         loading.write()
@@ -70,7 +70,7 @@ def _update(session: Session, source: WeightSource, *, strict: bool) -> WeightUp
     finally:
         copies.refresh(filled)  # also of half an update, so that the next one finds them
     session.store.refresh_magnitudes()
-    session.base = before._replace(broken=before.broken if plan.missing else "")
+    session.base = before._replace(broken=before.broken if loading.missing else "")
     return WeightUpdate(
-        tuple(target.name for target in filled), tuple(plan.missing), tuple(plan.ignored)
+        tuple(str(target) for target in filled), tuple(loading.missing), tuple(loading.ignored)
     )

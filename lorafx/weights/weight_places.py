@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.errors import CheckpointError
-from lorafx.model.module_graph import ModuleGraph, join, storage_key, writing
+from lorafx.model.module_graph import ModuleGraph, storage_key, writing
 from lorafx.model.saved_names import SavedNames
+from lorafx.program.derived import Holder
 from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
 from lorafx.weights.loadable_layer import LoadableLayer
 
@@ -30,34 +31,17 @@ Take = tuple[slice | int, ...]
 Part = tuple[range, ...] | frozenset[Any]
 
 
-@dataclass(frozen=True, eq=False)
-class Target:
-    """A parameter or buffer: the module that holds it, its name there, and its dotted name."""
-
-    module: nn.Module
-    attribute: str
-    name: str
-
-    @property
-    def tensor(self) -> Tensor:
-        """The present tensor: packing gives parameters other storages."""
-        parameter = self.module._parameters.get(self.attribute)
-        found = self.module._buffers.get(self.attribute) if parameter is None else parameter
-        assert found is not None
-        return found
+@dataclass(frozen=True)
+class Target(Holder):
+    """A parameter or buffer. Packing gives parameters other storages, so `tensor` is looked up."""
 
     @property
     def is_buffer(self) -> bool:
-        return self.module._parameters.get(self.attribute) is None
+        return self.attribute in self.module._buffers
 
     @property
     def persistent(self) -> bool:
         return self.attribute not in self.module._non_persistent_buffers_set
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        """Equal for tied tensors."""
-        return memory_key(self.tensor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,9 +127,8 @@ class Shard:
 
     def fills(self, dtype: torch.dtype) -> Iterator[tuple[Target, Part]]:
         pieces = self.layer.pieces(self.target.attribute, self.shard_id)
-        prefix = self.target.name.removesuffix(self.target.attribute)
         for name in self.layer.fills(self.target.attribute, dtype):
-            yield Target(self.layer, name, prefix + name), pieces
+            yield Target(self.target.path, self.layer, name), pieces
 
     def is_at(self, tensor: Tensor) -> bool:
         return self.shard_id is None and same_memory(self.target.tensor, tensor)
@@ -251,7 +234,7 @@ class WeightNames(SavedNames):
         for path, module in model.named_modules():
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None:
-                    self._targets[id(module), name] = Target(module, name, join(path, name))
+                    self._targets[id(module), name] = Target(path, module, name)
         #: How many names lead to a tensor, by its memory.
         self.ways = Counter(
             memory_key(tensor)

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lorafx
 from lorafx.capture.graph_text import stage_lines
-from lorafx.capture.recorder import Stage
+from lorafx.capture.record import Stage
 from lorafx.inspection.viewer.dump import OPS, legend, plain_name
 
 aten = torch.ops.aten

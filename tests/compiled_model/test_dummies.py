@@ -47,10 +47,10 @@ def _sites(model: nn.Module) -> tuple[lorafx.Site, ...]:
 
 
 def test_rank_of_dummies_is_a_multiple_of_the_shard_counts(cut: type[Cut]) -> None:
-    assert dummy_rank(_sites(TwoCuts(1, 1)), 16, 16) == DEFAULT_RANK == 8
-    assert dummy_rank(_sites(TwoCuts(1, 1)), 16, 3) == 3
-    assert dummy_rank(_sites(TwoCuts(4, 2)), 16, 16) == 8
-    assert dummy_rank(_sites(TwoCuts(4, 6)), 16, 16) == 12  # 8, up to a multiple of 12
+    assert dummy_rank(_sites(TwoCuts(1, 1)), 16) == DEFAULT_RANK == 8
+    assert dummy_rank(_sites(TwoCuts(1, 1)), 3) == 3
+    assert dummy_rank(_sites(TwoCuts(4, 2)), 16) == 8
+    assert dummy_rank(_sites(TwoCuts(4, 6)), 16) == 12  # 8, up to a multiple of 12
 
 
 class Routed(nn.Module):
@@ -77,7 +77,7 @@ def test_experts_are_warmed_up_too(cut: type[Cut]) -> None:
     lorafx.register(CutExperts, kind="experts", weight="w13_weight", rank_shards=lambda _: 2)
     try:
         sites = build_sites(Routed(), targets)[1]
-        assert dummy_rank(sites, 12, 12) == 12  # 8, up to a multiple of 6
+        assert dummy_rank(sites, 12) == 12  # 8, up to a multiple of 6
         model = Routed().eval()
         cm = lorafx.compile(model, targets, options={"lowering": "reference"})
         cm.warmup({"x": torch.randn(2, 3, 6)}, batch_sizes=(2,))
@@ -95,7 +95,7 @@ def test_a_rank_that_the_banks_have_no_room_for(cut: type[Cut]) -> None:
         r"\(layers.0 4, layers.1 6\), need rank 12, over max_rank = 10; .*max_rank=12"
     )
     with pytest.raises(CapacityError, match=wanted):
-        dummy_rank(_sites(TwoCuts(4, 6)), 10, 10)
+        dummy_rank(_sites(TwoCuts(4, 6)), 10)
     cm = lorafx.compile(
         TwoCuts(4, 6).eval(), lorafx.LoraConfig(max_rank=8), options={"lowering": "reference"}
     )
@@ -103,7 +103,7 @@ def test_a_rank_that_the_banks_have_no_room_for(cut: type[Cut]) -> None:
         cm.warmup({"x": torch.randn(2, 6)})
     assert cm.recompiles == 0
     with pytest.raises(ConfigError, match=r"layers.0: rank_shards of Cut .* got 0"):
-        dummy_rank(_sites(TwoCuts(0)), 16, 16)
+        dummy_rank(_sites(TwoCuts(0)), 16)
 
 
 class Packed(nn.Linear):

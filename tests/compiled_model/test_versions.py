@@ -29,8 +29,8 @@ def folders(plain, tmp_path_factory):
     ]
 
 
-def compiled(plain: Any, folders: Any, **config: Any) -> Any:
-    room = lorafx.LoraConfig(max_adapters=2, max_rank=8, **config)
+def compiled(plain: Any, folders: Any) -> Any:
+    room = lorafx.LoraConfig(max_adapters=2, max_rank=8)
     adapters = {"x": folders[0], "y": plain.folders["a0"], "z": plain.folders["a1"]}
     options = {**REFERENCE, "overflow": "waves"}
     return lorafx.compile(plain.model(), room, adapters=adapters, options=options)
@@ -50,9 +50,8 @@ def test_versions_grow_and_are_told(plain, folders):
 
 
 def test_calls_while_adapters_are_replaced(plain, folders):
-    """Rows of one call have one version, in all layers, in whatever wave and slot, also where host
-    memory has no room for any of them."""
-    cm = compiled(plain, folders, max_host_bytes=1)
+    """Rows of one call have one version, in all layers, in whatever wave and slot."""
+    cm = compiled(plain, folders)
     torch.manual_seed(0)
     names = ["x", "y", None, "z", "x"]
     inputs = {"ids": torch.randint(0, 61, (len(names), 3))}
@@ -88,7 +87,6 @@ def test_calls_while_adapters_are_replaced(plain, folders):
     def come_and_go(number: int) -> None:
         cm.unload_adapter("z")
         cm.load_adapter(plain.folders["a1"], "z")
-        cm.prefetch_adapters(["x", "y"])
 
     def call() -> None:
         try:

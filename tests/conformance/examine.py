@@ -214,7 +214,7 @@ def _refusals(compiled: lorafx.CompiledModel) -> dict[str, int]:
     """Sites by the reason for which they were refused."""
     found: Counter[str] = Counter()
     for record in compiled._session.backend.records:
-        for refusal in record.refusals:
+        for refusal in record.checks.refusals:
             found[f"{refusal.when}: {refusal.reason[:300]}"] += len(refusal.sites)
     return dict(found)
 

@@ -24,7 +24,7 @@ ADAPTERS: dict[str, tuple[int, list[int] | None]] = {
 TARGETS = {
     "llama": {
         "x": ["q_proj", "v_proj", "down_proj"],
-        "y": ["k_proj", "gate_proj", "lm_head"],
+        "y": ["k_proj", "gate_proj"],
         "plain": ["q_proj", "o_proj"],
     },
     "gpt2": {

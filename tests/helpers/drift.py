@@ -3,37 +3,39 @@ function takes other arguments.
 
     python drift.py FOLDER < cases        a process forked for each, its verdict as a line of JSON
 
-Names are those that `entries.table()` reads from the sources. The drift is written into the sources
-of lorafx/torch_internals as they are imported. Classes are missing or stay what they are, since
-torch compares them.
+The drift is written into the sources of lorafx/torch_internals as they are imported. Classes are
+missing or stay what they are, since torch compares them.
 """
 
 from __future__ import annotations
 
 import ast
-import importlib.abc
+import builtins
 import importlib.machinery
-import importlib.util
 import json
 import os
+import pkgutil
 import signal
 import sys
 import traceback
 import types
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from private_names import dotted, imported, names_by_module
 
 WAYS = ("missing", "signature")
 #: What a case runs, by the module of lorafx/torch_internals that uses the name.
 ROADS = {
-    **dict.fromkeys(("cpp", "decompositions", "inductor", "torn_libraries"), "inductor"),
+    **dict.fromkeys(("cpp", "inductor"), "inductor"),
     "saved_graphs": "saved",
-    **dict.fromkeys(("transformers_parts", "triton"), "parts"),
+    "transformers_parts": "parts",
     "triton_compat": "triton",
 }
 _LIMIT = 120  # seconds a case
+_FOLDER = "lorafx.torch_internals."
 
 
 def _of_torch(function: Any) -> Any:
@@ -42,52 +44,12 @@ def _of_torch(function: Any) -> Any:
     return types.FunctionType(function.__code__, own, function.__name__, None, function.__closure__)
 
 
-class Drift:
-    """One name that is not as it was.
-
-    Attributes:
-        reached: lorafx did ask for it, or call it.
-    """
-
-    def __init__(self, name: str, way: str) -> None:
-        self.name, self.way, self.reached = name, way, False
-
-    @_of_torch
-    def missing(self) -> Any:
-        """In the place of the name, where an attribute is asked for."""
-        self.reached = True
-        raise AttributeError(f"there is no {self.name}")
-
-    @_of_torch
-    def not_imported(self) -> Any:
-        """In the place of its import."""
-        self.reached = True
-        owner, _, last = self.name.rpartition(".")
-        raise ImportError(f"cannot import name {last!r} from {owner!r}")
-
-    def changed(self, value: Any) -> Any:
-        """A function that takes other arguments."""
-
-        def other(*args: Any, **kwargs: Any) -> Any:
-            self.reached = True
-            return _takes_another(*args, **kwargs)
-
-        return _of_torch(other)
-
-    def found(self, find: Callable[[str], Any]) -> Callable[[str], Any]:
-        """`entries.found`, by which shortcuts look at what they lean on."""
-
-        def look(name: str) -> Any:
-            if f"{self.name}.".startswith(f"{name}.") or f"{name}.".startswith(f"{self.name}."):
-                self.reached = True
-                if self.way == "missing":
-                    raise AttributeError(name)
-                return _takes_another
-            return find(name)
-
-        return look
+@_of_torch
+def _missing(name: str, error: type[Exception]) -> Any:
+    raise error(f"there is no {name}")
 
 
+@_of_torch
 def _takes_another(*, that_nobody_passes: Any) -> Any:
     """A function of another signature."""
 
@@ -95,87 +57,62 @@ def _takes_another(*, that_nobody_passes: Any) -> Any:
 class _Rewriting(ast.NodeTransformer):
     """The source of one module, with the drift in the places of the name."""
 
-    def __init__(self, drift: Drift, entries: Any, tree: ast.Module) -> None:
-        self.drift, self.entries = drift, entries
-        self.meant, _ = entries.imported(tree)
+    def __init__(self, name: str, way: str, tree: ast.Module) -> None:
+        self.name, self.way, self.meant = name, way, imported(tree)[0]
 
-    def _statement(self, text: str) -> ast.stmt:
-        return ast.parse(text).body[0]
+    def _in_place_of(self, imports: ast.stmt, own: str) -> list[ast.stmt]:
+        text = f"_missing({self.name!r}, ImportError)"
+        if self.way == "signature":
+            return [imports, *ast.parse(f"{own} = _takes_another").body]
+        return list(ast.parse(text).body)
 
     def visit_Import(self, node: ast.Import) -> Any:
-        if self.drift.way == "missing" and any(i.name == self.drift.name for i in node.names):
-            return self._statement("_drift.not_imported()")
-        return node
+        drifts = self.way == "missing" and any(item.name == self.name for item in node.names)
+        return self._in_place_of(node, "") if drifts else node
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> Any:
-        named = [i for i in node.names if f"{node.module}.{i.name}" == self.drift.name]
-        if not named:
-            return node
-        if self.drift.way == "missing":
-            return self._statement("_drift.not_imported()")
-        own = named[0].asname or named[0].name
-        return [node, self._statement(f"{own} = _drift.changed({own})")]
+        for item in node.names:
+            if f"{node.module}.{item.name}" == self.name:
+                return self._in_place_of(node, item.asname or item.name)
+        return node
 
     def visit_Attribute(self, node: ast.Attribute) -> Any:
-        whole = self.entries.dotted(node, self.meant)
-        if whole != self.drift.name or not isinstance(node.ctx, ast.Load):
+        if dotted(node, self.meant) != self.name or not isinstance(node.ctx, ast.Load):
             return self.generic_visit(node)
-        if self.drift.way == "missing":
-            return ast.parse("_drift.missing()", mode="eval").body
-        called = ast.parse("_drift.changed(_)", mode="eval").body
-        called.args = [node]  # type: ignore[attr-defined]
-        return called
+        text = f"_missing({self.name!r}, AttributeError)"
+        return ast.parse(text if self.way == "missing" else "_takes_another", mode="eval").body
 
 
-class _Loader(importlib.machinery.SourceFileLoader):
-    drift: Drift
-    entries: Any
+def let_drift(name: str, way: str) -> None:
+    """From now on modules of lorafx/torch_internals are imported with the drift."""
+    loader: Any = importlib.machinery.SourceFileLoader
+    get_code = loader.get_code
 
-    def get_code(self, fullname: str) -> Any:
-        path = self.get_filename(fullname)
+    def drifted(self: Any, module: str) -> Any:
+        if not module.startswith(_FOLDER):
+            return get_code(self, module)
+        path = self.get_filename(module)
         tree = ast.parse(self.get_data(path))
-        tree = _Rewriting(self.drift, self.entries, tree).visit(tree)
-        return compile(ast.fix_missing_locations(tree), path, "exec", dont_inherit=True)
+        tree = ast.fix_missing_locations(_Rewriting(name, way, tree).visit(tree))
+        return compile(tree, path, "exec", dont_inherit=True)
 
-    def exec_module(self, module: Any) -> None:
-        module._drift = self.drift
-        super().exec_module(module)
-
-
-class _Finder(importlib.abc.MetaPathFinder):
-    def __init__(self, drift: Drift, entries: Any) -> None:
-        self.drift, self.entries = drift, entries
-
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if not fullname.startswith("lorafx.torch_internals."):
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is None or not spec.origin:
-            return spec
-        spec.loader = loader = _Loader(fullname, spec.origin)
-        loader.drift, loader.entries = self.drift, self.entries
-        return spec
-
-
-def entries_module() -> Any:
-    from lorafx.torch_internals import entries
-
-    return entries
+    loader.get_code = drifted
+    vars(builtins).update(_missing=_missing, _takes_another=_takes_another)
 
 
 def names() -> dict[str, list[str]]:
     """Each private name, and the modules of lorafx/torch_internals that use it."""
     found: dict[str, list[str]] = {}
-    for row in entries_module().table():
-        for name in row.names:
-            found.setdefault(name, []).append(row.module)
+    for module, used in names_by_module().items():
+        for name in sorted(used):
+            found.setdefault(name, []).append(module)
     return found
 
 
 def applies(name: str, way: str) -> bool:
     """Whether the name can drift in this way."""
     try:
-        value = entries_module().found(name)
+        value = pkgutil.resolve_name(name)
     except (AttributeError, ImportError):
         return way == "missing"
     return way == "missing" or (callable(value) and not isinstance(value, type))
@@ -336,10 +273,7 @@ def run(task: Task, road: str) -> None:
 def verdict(task: Task, name: str, way: str, road: str) -> dict[str, Any]:
     """What became of one case, in this process, which has not imported lorafx."""
     warnings.simplefilter("ignore")
-    drift = Drift(name, way)
-    entries = entries_module()
-    sys.meta_path.insert(0, _Finder(drift, entries))
-    entries.found = drift.found(entries.found)
+    let_drift(name, way)
     said: dict[str, Any] = {"name": name, "way": way, "road": road}
     try:
         run(task, road)
@@ -357,7 +291,7 @@ def verdict(task: Task, name: str, way: str, road: str) -> dict[str, Any]:
         }
     else:
         said["verdict"] = "right"
-    return {**said, "reached": drift.reached}
+    return said
 
 
 def _names_version(text: str) -> bool:

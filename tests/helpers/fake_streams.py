@@ -137,7 +137,7 @@ class Cuda:
         for owner in (torch.cuda, torch.accelerator):  # a function each: Dynamo lists them
             patch.setattr(owner, "current_stream", lambda device: self.current[device])
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
-        for name in ("write", "clear", "write_by_column"):
+        for name in ("write", "write_by_column"):
             patch.setattr(Bank, name, self._noting(getattr(Bank, name)))
         tracked = Entry._tracked
 
@@ -152,26 +152,14 @@ class Cuda:
         patch.setattr(session, "accelerators", self.devices)
 
     def step(self, rows: tuple[int, ...]) -> None:
-        """What reads these slots, those that their adapters take beside them, and the places of
-        weights of their own."""
-        store, touched = self.session.store, {*filter(lambda row: row >= 0, rows)}
-        for name, slot in store.resident.items():
-            if slot in rows:
-                touched.update(store._window(name, slot))
-                if store[name].owned:
-                    touched.add(f"own {store._own._by_slot[slot]}")
+        """What reads these slots."""
         for device in self.devices:
-            self.launch(device, touched, writes=False)
+            self.launch(device, {row for row in rows if row >= 0}, writes=False)
 
     def _noting(self, write: Callable[..., Any]) -> Callable[..., Any]:
         def noting(bank: Bank, slot: int, *more: Any) -> Any:
-            factors, own, place = (*more, (), None, 0)[:3] if len(more) != 1 else (more[0], None, 0)
-            width = max((bank.width(f.rank) for f in factors), default=1)
-            touched: list[Any] = [*range(slot, slot + width)]
-            if own is not None:
-                touched.append(f"own {place}")
             if id(bank) in self.banks:
-                self.launch(self.banks[id(bank)], touched, writes=True)
+                self.launch(self.banks[id(bank)], [slot], writes=True)
             return write(bank, slot, *more)
 
         return noting

@@ -22,7 +22,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lorafx
-from lorafx.capture.verify import check_graph, output_signature
+from lorafx.capture.driver import check_graph, output_values
 from lorafx.model.sites import Site
 from lorafx.op_arguments import in_order
 from lorafx.program.argument_roles import Role
@@ -54,7 +54,7 @@ class Finished:
 
     def run(self, *passes: Any) -> int:
         """Run passes as the driver does; returns the edits of the last one."""
-        edits, outputs = 0, output_signature(self.gm)
+        edits, outputs = 0, output_values(self.gm)
         for item in passes:
             edits = item.run(self.gm, self.ctx)
             self.gm.graph.eliminate_dead_code(lambda n: n.op == "placeholder" or n.is_impure())

@@ -116,7 +116,7 @@ def test_refusals_are_there_from_the_pass_that_makes_them(
     _, (graph,) = page_data(tmp_path / "index.html")
     captured, in_place, *others = graph["stages"]
     assert not captured["refusals"] + in_place["refusals"]
-    (refused,) = cm._session.backend.records[0].refusals
+    (refused,) = cm._session.backend.records[0].checks.refusals
     told = {"paths": ["odd"], "when": "always", "reason": refused.reason}
     assert all(stage["refusals"] == [told] for stage in others)
     made = [node for node in nodes_of(graph, others[-1]).values() if node["path"] == "odd"]

@@ -9,12 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from dense_merge import TOLERANCE, Case, error
+from dense_merge import TOLERANCE, error
 from expert_models import moe_case
-from tiny_models import FAMILIES
 
-import lorafx
 from lorafx.capture.record import Span, exclusive
 from lorafx.pass_order import MODEL_PASSES
 
@@ -99,28 +96,6 @@ def test_all_forms_say_the_same(family: str, looked: Any) -> None:
     assert len(lines) <= 10
     assert lines[0] == "CompiledModel("
     assert lines[1].strip() == report.summary[0]
-
-
-def test_the_result_of_verifying_is_told(plain: Case) -> None:
-    cm = plain.compile({"verify": "numeric"}, dynamic=False)
-    inputs = FAMILIES["plain"].inputs(2, 3)
-    assert "the first calls do that" in cm.explain().summary[2]
-    cm(**inputs, adapter_names=["a1", None])
-    (graph,) = cm.explain().graphs
-    assert graph.verified.startswith("numbers: 11 stages agree, from provenance to outline; the ")
-    assert graph.verified in cm.explain().summary[4]
-
-    def wrong(gm: torch.fx.GraphModule, ctx: Any) -> int:
-        node = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.relu.default)
-        node.target = torch.ops.aten.sigmoid.default
-        return 1
-
-    passes = {"wrong": lorafx.After("fuse", wrong)}
-    cm = plain.compile({"verify": "numeric", "passes": passes}, dynamic=False)
-    with pytest.raises(lorafx.errors.VerifyError):
-        cm(**inputs, adapter_names=["a1", None])
-    (graph,) = cm.explain().graphs
-    assert graph.verified.startswith("numbers: pass 'wrong' changed them, by ")
 
 
 @pytest.mark.quick

@@ -152,7 +152,7 @@ def test_aliases_end_and_add_the_delta_at_every_call(tmp_path: Path, cls: Any) -
     base = cls()
     randomise(base)
     case = hand_case(base, tmp_path, a=a, b=b)
-    cm = case.compile(options={"verify": "numeric"})
+    cm = case.compile()
     check_mixed(cm, case, NAMES, {"x": torch.randn(4, 3, K)})
     graph, sites = build_sites(case.model(), LoraConfig())
     assert {site.path: len(site.paths) for site in sites} == counts

@@ -120,7 +120,7 @@ def test_a_handler_says_where_the_delta_goes(
     registered(cls, handler=handler)
     case = case_of(model, tmp_path)
     inputs = {"x": torch.randn(4, 3, K)}
-    cm = case.compile(options={"verify": "numeric"})
+    cm = case.compile()
     check_mixed(cm, case, NAMES, inputs)
     assert not any("refused" in line for line in str(cm.explain()).splitlines())
     eager = lorafx.attach(case.model(), case.folders, options=REFERENCE)

@@ -79,7 +79,12 @@ def popped(model: Stack) -> None:
     model.layers.pop(0)
 
 
-CHANGES = [by_setattr, the_head, popped]
+def swapped(model: Stack) -> None:
+    held = model.layers._modules
+    held["0"], held["1"] = held["1"], held["0"]
+
+
+CHANGES = [by_setattr, the_head, popped, swapped]
 
 
 @pytest.mark.parametrize("change", CHANGES)

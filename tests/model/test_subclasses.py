@@ -124,7 +124,7 @@ def test_a_subclass_is_eligible_and_keeps_its_forward(tmp_path: Path, cls: Any) 
     """Mixed rows in a graph, one adapter a batch in eager mode: the delta once in each."""
     case = case_of(cls, tmp_path)
     x = torch.randn(4, 3, K)
-    check_mixed(case.compile(options={"verify": "numeric"}), case, NAMES, {"x": x})
+    check_mixed(case.compile(), case, NAMES, {"x": x})
     for name in ("b", None):
         assert error(eager(case, name, x), case.expected([name] * 4, {"x": x})) <= TOLERANCE
 

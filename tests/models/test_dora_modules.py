@@ -35,9 +35,7 @@ def test_parts_of_packed_projections(tmp_path):
         "d3": ["k_proj", "up_proj", "in_proj_qkv", "o_proj"],
     }
     case = dora_case(apart, tmp_path, targets)
-    cm = lorafx.compile(
-        packed, case.folders, options={**REFERENCE, "verify": "numeric"}, dynamic=False
-    )
+    cm = lorafx.compile(packed, case.folders, options=REFERENCE, dynamic=False)
     check_mixed(cm, case, NAMES, {"input_ids": torch.arange(20).view(4, 5)})
 
 
@@ -65,7 +63,7 @@ def test_weights_used_without_their_module(tmp_path):
     torch.manual_seed(0)
     base = Uses().eval().requires_grad_(False)
     case = dora_case(base, tmp_path, {"d0": ["w"], "d3": ["first", "w"], "p2": ["w"]})
-    cm = case.compile({"verify": "numeric"}, dynamic=False)
+    cm = case.compile(dynamic=False)
     check_mixed(cm, case, NAMES, {"x": torch.randn(4, 3, 6)})
 
 

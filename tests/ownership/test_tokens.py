@@ -69,22 +69,6 @@ def test_rows_in_order(name):
     assert again.states == places.states
 
 
-@pytest.mark.parametrize(
-    ("fn", "known"),
-    [
-        (lambda x: (2 * x)[:, 1:], True),
-        (lambda x: x[:, ::2], False),
-        (lambda x: x[:, :, 1:], False),
-        (lambda x: x.transpose(0, 1)[:, 1:], False),
-    ],
-)
-def test_a_part_of_the_tokens(fn, known):
-    """A head that computes the last ones alone."""
-    places, result, label, *_ = aligned(fn, X)
-    assert (places.cut(result, label, 2) is not None) == known
-    assert places.cut(result, label, 1) is None
-
-
 def test_what_is_not_a_token_input_is_lost():
     """Cross attention: queries are tokens of the decoder, keys are not."""
 

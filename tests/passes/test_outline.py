@@ -9,7 +9,7 @@ from graph_text import shown
 from site_graphs import Finished, SiteGraph
 from torch import fx, nn
 
-from lorafx.capture.verify import check_graph, output_values
+from lorafx.capture.driver import check_graph, output_values
 from lorafx.errors import VerifyError
 from lorafx.passes.fuse import Fuse
 from lorafx.passes.match.match import Match

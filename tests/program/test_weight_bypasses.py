@@ -60,7 +60,7 @@ BYPASSES: dict[str, Callable[[nn.Linear, Tensor], Tensor]] = {
 def test_weights_used_without_their_module(small, use):
     """They are linears in disguise: each use gets its delta, once."""
     case = small(partial(Bypass, BYPASSES[use]), ["w"], ["w", "first"])
-    cm = case.compile(options={"verify": "numeric"})
+    cm = case.compile()
     check_mixed(cm, case, NAMES, features(4, 3))
 
 

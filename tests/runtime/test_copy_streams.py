@@ -18,7 +18,7 @@ from own_weights import own_case
 import lorafx
 from lorafx.errors import BatchError, CapacityError
 
-#: Of several widths, with norms of the base, and with weights of their own.
+#: Of several ranks, with norms of the base, and with weights of their own.
 ADAPTERS: dict[str, dict[str, Any]] = {
     "a": {"r": 2, "target_modules": ["up", "down"]},
     "b": {"r": 6, "target_modules": ["up", "gate"]},
@@ -36,7 +36,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 @pytest.fixture(scope="module")
 def cm(case: Case) -> Any:
-    config = lorafx.LoraConfig(max_adapters=4, max_rank=8, slot_rank=4, max_own_weights=1)
+    config = lorafx.LoraConfig(max_adapters=3, max_rank=8)
     compiled = lorafx.compile(case.model(), config, adapters=case.folders, options=REFERENCE)
     step(compiled, "a", None)
     step(compiled, None, None)
@@ -82,10 +82,7 @@ def empty(cm: Any) -> None:
     store = cm._session.store
     for name in store.pinned:
         cm.unpin_adapter(name)
-    for name, slot in [*store.resident.items()]:
-        del store._slots[name]
-        store._clear(slot)
-    store._last = None
+    store._slots.clear()
 
 
 NAMES = st.sampled_from([*ADAPTERS, None])
@@ -175,7 +172,6 @@ def test_calls_inside_a_call_keep_the_slots_around_them(cm, cuda: Cuda) -> None:
 
     session.run(session.running.in_forward(()), outer)
     del store._slots["a"]
-    store._last = None
     step(cm, "c", "d")
     step(cm, "a", None)
     assert not cuda.clashes()

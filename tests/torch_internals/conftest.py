@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import pytest
 
@@ -13,11 +12,9 @@ from lorafx.torch_internals import shortcuts, versions
 @pytest.fixture
 def unlearnt(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What was found out about what is installed is not known, before and after the test."""
-    caches = (versions.check, shortcuts._proved)
+    caches = (versions.check, shortcuts._tested)
     for cache in caches:
         cache.cache_clear()
-    fresh = {name: replace(own) for name, own in shortcuts.SHORTCUTS.items()}
-    monkeypatch.setattr(shortcuts, "SHORTCUTS", fresh)
     monkeypatch.delenv(shortcuts.VARIABLE, raising=False)
     yield
     for cache in caches:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from lorafx.torch_internals import entries
+from private_names import FOLDER, names_by_module, names_in
 
 pytestmark = pytest.mark.quick
 
 ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "lorafx" / "torch_internals"
 
 
 def sources() -> list[Path]:
@@ -26,7 +24,7 @@ def sources() -> list[Path]:
 
 def test_nothing_else_names_private_parts() -> None:
     assert len(sources()) > 200
-    found = {str(path.relative_to(ROOT)): entries.names_in(path.read_text()) for path in sources()}
+    found = {str(path.relative_to(ROOT)): names_in(path.read_text()) for path in sources()}
     assert {path: names for path, names in found.items() if names} == {}
 
 
@@ -40,18 +38,21 @@ def test_nothing_else_names_private_parts() -> None:
     ],
 )
 def test_it_would_be_seen(line: str, name: str) -> None:
-    assert name in entries.names_in(line)
+    assert name in names_in(line)
 
 
 @pytest.mark.parametrize(
     "line", ["import torch\ntorch.nn.Module()", "from torch import fx, __version__"]
 )
 def test_what_is_public_is_not(line: str) -> None:
-    assert entries.names_in(line) == set()
+    assert names_in(line) == set()
 
 
-def test_each_module_that_names_private_parts_has_an_entry() -> None:
-    known = {row.module for row in entries.table()}
-    named = {path.stem for path in FOLDER.glob("*.py") if entries.names_in(path.read_text())}
-    assert named == known
-    assert all(row.names and row.entry.use and row.entry.ended_by for row in entries.table())
+def test_the_page_has_a_row_for_each_module_that_names_private_parts() -> None:
+    page = (ROOT / "docs" / "torch_internals.md").read_text()
+    rows = [
+        line.split("`")[1]
+        for line in page.splitlines()
+        if line.startswith("| `") and ".py`" in line
+    ]
+    assert rows == [f"{module}.py" for module in names_by_module()]

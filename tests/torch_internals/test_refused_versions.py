@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import lorafx
-from lorafx.torch_internals import entries, shortcuts, versions
+from lorafx.torch_internals import shortcuts, versions
 
 pytestmark = pytest.mark.quick
 
@@ -42,7 +42,7 @@ def test_a_version_that_is_refused_is_one_sentence(
             getattr(lorafx, name)
         assert sentence in str(raised.value)
         assert "\n" not in str(raised.value)
-    with pytest.raises(lorafx.UnsupportedVersionError), entries.private_names():
+    with pytest.raises(lorafx.UnsupportedVersionError), versions.private_names():
         pass
     assert issubclass(lorafx.UnsupportedVersionError, lorafx.LorafxError)
 
@@ -105,7 +105,7 @@ def test_a_newer_torch_runs_with_a_warning_and_without_shortcuts(
 )
 def test_a_missing_name_is_said_with_a_way_out(version: str, said: str, faked: Any) -> None:
     faked(torch=version)
-    with pytest.raises(lorafx.UnsupportedVersionError) as raised, entries.private_names():
+    with pytest.raises(lorafx.UnsupportedVersionError) as raised, versions.private_names():
         from torch._dynamo import not_there  # noqa: F401
     assert "cannot import name 'not_there'" in str(raised.value)
     assert f"this is torch {version}{said}" in str(raised.value)
@@ -114,19 +114,16 @@ def test_a_missing_name_is_said_with_a_way_out(version: str, said: str, faked: A
 # Shortcuts
 
 
-def test_source_that_was_not_read_switches_a_shortcut_off_and_says_so_once(
-    unlearnt: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("version", ["2.99.0", "2.14.0a0+git1234567"])
+def test_shortcuts_are_off_where_torch_is_no_tested_release_and_it_is_said_once(
+    version: str, faked: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "lorafx")
-    real, guarded = shortcuts.fingerprint, "torch.nn.Module._call_impl"
-    other = {guarded: "00000000"}
-    monkeypatch.setattr(shortcuts, "fingerprint", lambda name: other.get(name) or real(name))
-    assert "needless_guards" not in shortcuts.chosen()
-    reason = f"{guarded} is not as it was read"
-    assert shortcuts.states()["needless_guards"] == reason
-    said = [r.getMessage() for r in caplog.records if "needless_guards" in r.getMessage()]
-    without = shortcuts.SHORTCUTS["needless_guards"].replaces
-    assert said == [f"the shortcut 'needless_guards' is off: {reason}; {without}"]
+    faked(torch=version)
+    assert shortcuts.chosen() == shortcuts.chosen() == frozenset()
+    reason = f"torch {version} is untested"
+    assert shortcuts.states() == dict.fromkeys(shortcuts.SHORTCUTS, reason)
+    assert [r.getMessage() for r in caplog.records] == [f"shortcuts are off: {reason}"]
     assert shortcuts.chosen(["needless_guards"]) == {"needless_guards"}  # whoever names it has it
 
 

@@ -1,4 +1,4 @@
-"""docs/torch_internals.md is made from lorafx/torch_internals: EXPECTTEST_ACCEPT=1 writes it."""
+"""Tables of docs/torch_internals.md are made from the code: EXPECTTEST_ACCEPT=1 writes them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lorafx.torch_internals import entries, versions
+from lorafx.torch_internals import versions
 from lorafx.torch_internals.shortcuts import SHORTCUTS
 
 pytestmark = pytest.mark.quick
@@ -35,32 +35,14 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join((lines[0], f"|{'---|' * len(columns)}\n", *lines[1:]))
 
 
-def quoted(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
-
-
-def required() -> str:
-    return table(
-        ("file", "what it is used for", "what would end it", "refused without it", "names"),
-        [
-            (f"`{row.module}.py`", *(row.entry.use, row.entry.ended_by, row.entry.refused), names)
-            for row in entries.table()
-            if (names := quoted(row.names))
-        ],
-    )
-
-
 def shortcuts() -> str:
     return table(
-        ("shortcut", "without it", "what it saves", "leans on"),
-        [
-            (f"`{own.name}`", own.replaces, own.gains, quoted(own.reads))
-            for own in SHORTCUTS.values()
-        ],
+        ("shortcut", "without it", "what it saves"),
+        [(f"`{name}`", own.replaces, own.gains) for name, own in SHORTCUTS.items()],
     )
 
 
-@pytest.mark.parametrize("part", [versions_tested, required, shortcuts])
+@pytest.mark.parametrize("part", [versions_tested, shortcuts])
 def test_the_page_is_made_from_the_code(part) -> None:
     begin = f"<!-- {'versions' if part is versions_tested else part.__name__} -->\n"
     page = PAGE.read_text()

@@ -11,23 +11,24 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from absorbed import post_process
 from absorbed_cases import OneLayer, absorbed, case_of, states
-from dense_merge import TOLERANCE, build_case, error, valid
+from dense_merge import TOLERANCE, build_case, error, random_base, valid
 from expert_models import moe_case
 from hand_made import SCALE, factors, save
 from merging import bits, tied_case
-from packed_models import WIDTH
+from own_weights import own_case
 from tiny_models import VOCAB, token_inputs
 from torch import Tensor, nn
 
 import lorafx
-from lorafx import layers
 from lorafx.errors import MatchError
 
 pytestmark = pytest.mark.usefixtures("fixed_sizes")
 
 REFERENCE = {"lowering": "reference"}
+QV = {"target_modules": ["q_proj", "v_proj"]}
 
 
 def check_merges(
@@ -37,7 +38,7 @@ def check_merges(
     before = bits(cm.model)
     held = {name: p.data_ptr() for name, p in cm.model.named_parameters()}
     for name in names:
-        cm.merge(name)
+        assert cm.merge(name).error < 1e-5
         with torch.no_grad():
             got = cm.model(**inputs)["logits"]
         want = expected(name)
@@ -103,6 +104,48 @@ def test_a_tied_weight_is_changed_once(tmp_path: Path) -> None:
     assert [weight.name for weight in cm.merge("same").weights] == ["embed.weight"]
 
 
+# Weights of an adapter's own
+
+
+def own_inputs() -> dict[str, Tensor]:
+    """With a trained token in each row."""
+    torch.manual_seed(0)
+    x = token_inputs(2, 6)
+    x["input_ids"][:, 3] = 5
+    return x
+
+
+def test_heads_embeddings_and_tokens(tmp_path: Path) -> None:
+    plans = {
+        "both": {"modules_to_save": ["lm_head", "embed_tokens"]},
+        "tokens": {"trainable_token_indices": {"embed_tokens": [3, 5], "lm_head": [5, 40]}},
+    }
+    base = random_base("llama", num_hidden_layers=1)
+    case = own_case(base, tmp_path, {n: {**QV, **p} for n, p in plans.items()})
+    cm = case.compile()
+    x = own_inputs()
+    check_merges(cm, lambda name: case.expected([name] * 2, x), x, "both", "tokens")
+    cm.export_merged("both", tmp_path / "out")
+    written = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        assert error(written(**x)["logits"], case.expected(["both"] * 2, x)) <= TOLERANCE
+
+
+def test_a_tied_weight_with_trained_tokens(tmp_path: Path) -> None:
+    """Trained tokens of both ends are one change; another head would need a tensor of its own."""
+    base = random_base("llama", num_hidden_layers=1, tie_word_embeddings=True)
+    plans = {
+        "tokens": {"trainable_token_indices": [3, 5]},
+        "head": {"modules_to_save": ["lm_head"]},
+    }
+    case = own_case(base, tmp_path, {n: {**QV, **p} for n, p in plans.items()})
+    cm = case.compile()
+    x = own_inputs()
+    check_merges(cm, lambda name: case.expected([name] * 2, x), x, "tokens")
+    with pytest.raises(MatchError, match="are one tensor, but the adapter changes only lm_head"):
+        cm.merge("head")
+
+
 # What was made of a weight
 
 
@@ -146,19 +189,6 @@ def test_the_sum_is_rounded_once(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 # Quantised weights
-
-
-def quantised(folder: Path) -> tuple[Any, dict[str, tuple[Tensor, Tensor]], nn.Module]:
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        layers.ReplicatedLinear(WIDTH, 20, quant_method=layers.Int8ChannelLinearMethod()),
-        layers.ReplicatedLinear(20, 8),
-    )
-    layers.load_weights(model[0], {"weight": torch.randn(20, WIDTH), "bias": torch.randn(20)})
-    dense = nn.Sequential(nn.Linear(WIDTH, 20), nn.Linear(20, 8))
-    pairs = factors(dense, ["0", "1"], rank=3, seed=1, gain=4)
-    cm = lorafx.compile(model.eval(), {"a": save(dense, folder, pairs)}, options=REFERENCE)
-    return cm, pairs, model
 
 
 def torchao_int8(model: nn.Module) -> nn.Module:

@@ -1,42 +1,22 @@
 """The folder of saved graphs, `folder / key / digest.graph`.
 
-A file is a line of JSON (`lorafx cache list`) and a pickle. Pickles can run code, so folder and
-files belong to this user alone. Files are renamed into place, so processes may share the folder.
+A file is a checksum and a pickle. Pickles can run code, so folder and files belong to this user
+alone. Files are renamed into place, so processes may share the folder.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
-import shutil
 import stat
 import tempfile
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from lorafx.errors import ConfigError
 from lorafx.kernels.cpu.compiler import cache_folder
 
-_MAGIC = b"lorafx graph 1\n"
-
-
-@dataclass(frozen=True)
-class SavedGraph:
-    """A saved graph as `lorafx cache list` shows it."""
-
-    path: Path
-    model: str
-    title: str
-    bytes: int
-    used: float
-
-    @property
-    def age(self) -> float:
-        return max(0.0, time.time() - self.used)
+_MAGIC = b"lorafx graph 2\n"
 
 
 class BrokenFile(Exception):
@@ -71,17 +51,16 @@ def folder_of(option: str | bool) -> Path:
     return path
 
 
-def write(folder: Path, key: str, model: str, title: str, body: bytes) -> Path:
+def write(folder: Path, key: str, body: bytes) -> Path:
     """Put a graph into the folder, atomically."""
     home = folder / key
     home.mkdir(mode=0o700, exist_ok=True)
-    found = _checksum(key, body)
-    header = {"model": model, "title": title, "sha256": found}
-    path = home / f"{found[:24]}.graph"
+    checksum = _checksum(key, body)
+    path = home / f"{checksum[:24]}.graph"
     number, scratch = tempfile.mkstemp(".tmp", dir=home)
     try:
         with open(number, "wb") as file:
-            file.write(_MAGIC + json.dumps(header).encode() + b"\n" + body)
+            file.write(_MAGIC + checksum.encode() + body)
         os.replace(scratch, path)
     except BaseException:  # a full disk, an interrupt
         with contextlib.suppress(OSError):
@@ -98,10 +77,8 @@ def files(folder: Path, key: str) -> list[Path]:
     """The saved graphs of a key, oldest first."""
     found = []
     for path in (folder / key).glob("*.graph"):
-        try:
+        with contextlib.suppress(OSError):  # removed meanwhile
             found.append((path.stat().st_mtime, path))
-        except OSError:
-            continue  # cleared meanwhile
     return [path for _, path in sorted(found)]
 
 
@@ -113,49 +90,9 @@ def read(path: Path, key: str) -> bytes:
         data = path.read_bytes()
     except OSError as error:
         raise BrokenFile(str(error)) from error
-    header, body = _taken_apart(data)
     with contextlib.suppress(OSError):
         os.utime(path)
-    if _checksum(key, body) != header.get("sha256"):
+    start = len(_MAGIC) + 2 * hashlib.sha256().digest_size
+    if data[:start] != _MAGIC + _checksum(key, data[start:]).encode():
         raise BrokenFile("its contents do not match its checksum")
-    return body
-
-
-def _taken_apart(data: bytes) -> tuple[dict[str, object], bytes]:
-    line, end, body = data.removeprefix(_MAGIC).partition(b"\n")
-    if not data.startswith(_MAGIC) or not end:
-        raise BrokenFile("it is no saved graph")
-    try:
-        header = json.loads(line)
-    except ValueError as error:
-        raise BrokenFile("its first line cannot be read") from error
-    if not isinstance(header, dict):
-        raise BrokenFile("its first line is not what was written")
-    return header, body
-
-
-def entries(folder: Path) -> Iterator[SavedGraph]:
-    """The contents of the folder; unreadable files have no model name."""
-    for path in sorted(folder.glob("*/*.graph")):
-        try:
-            size, when = path.stat().st_size, path.stat().st_mtime
-            with path.open("rb") as file:
-                head = b"".join([file.readline(), file.readline(1 << 16)])
-            header, _ = _taken_apart(head)
-        except (BrokenFile, OSError):
-            header, size, when = {}, 0, time.time()
-        model, title = str(header.get("model", "?")), str(header.get("title", "?"))
-        yield SavedGraph(path, model, title, size, when)
-
-
-def clear(folder: Path, older_than: float = 0.0) -> int:
-    """Remove graphs older than so many seconds; returns their number."""
-    gone = 0
-    for entry in entries(folder):
-        if entry.age >= older_than:
-            entry.path.unlink(missing_ok=True)
-            gone += 1
-    for home in [path for path in folder.glob("*") if path.is_dir()]:
-        if not any(home.glob("*.graph")):
-            shutil.rmtree(home, ignore_errors=True)
-    return gone
+    return data[start:]

@@ -25,8 +25,7 @@ from typing import Any, cast
 from lorafx.capture.backend import Backend
 from lorafx.capture.compile_log import tell
 from lorafx.capture.parts import Captured, Parts
-from lorafx.capture.record import GraphRecord, Span
-from lorafx.capture.recorder import dump_folder
+from lorafx.capture.record import GraphRecord, Span, dump_folder
 from lorafx.capture.saved_graphs import folder as folders
 from lorafx.capture.saved_graphs.fingerprints import Fingerprints, Undescribed
 from lorafx.capture.saved_graphs.guards import SavedGuards
@@ -126,10 +125,9 @@ class SavedGraphs:
             self._conversion = self._backend.noted = None
 
     def _save(self, folder: Path, key: str, made: GuardedCode, conversion: _Conversion) -> None:
-        model = type(self._backend.program.model).__name__
         try:
             body, record = conversion.body(made)
-            folders.write(folder, key, model, record.title, body)
+            folders.write(folder, key, body)
             record.saved = "saved for other processes"
         except OSError as error:
             _warn(f"a graph could not be saved in {folder}: {error}")
@@ -199,7 +197,7 @@ class _Conversion:
         if guards is None or len(self._graphs) != 1:
             raise Undescribed(self._why)
         (graph,), parts = self._graphs, self._graphs[0].parts
-        if parts is None or parts.wrappers is None or not parts.whole:
+        if parts.wrappers is None or not parts.whole:
             raise Undescribed("it is not in one piece")
         if parts.foreign:
             raise Undescribed(f"operators of others: {', '.join(parts.foreign)}")
@@ -274,7 +272,7 @@ def _loaded(
     second = load(second_half, program, names)
     parts: Parts = second["parts"]
     title = f"graph {len(backend.records)} {'base' if parts.base else 'lora'}"
-    record = GraphRecord.loaded(title, second["record"], backend.several)  # with parts.checks
+    record = GraphRecord(title, saved="loaded from the folder", **second["record"])
     run = parts.executable(program, second["lowered"].load())
     code = SerializedCode.to_code_object(second["code"])
     hook = CleanupHook.create(f_globals, names[GRAPH], disable(run, reason="a compiled graph"))

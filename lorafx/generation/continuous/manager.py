@@ -285,7 +285,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             return hold, 0
         (column,) = column_of(torch.tensor([prompt]), hold.stored.invocation)
         if column is None:
-            warn_absent(str(hold.name), hold.stored.invocation)
+            warn_absent(str(hold.stored.name), hold.stored.invocation)
             return None, 0
         return hold, column
 

@@ -215,14 +215,13 @@ class PackedForward:
         for future in batch:
             if isinstance(future.state, AdapterRequest):
                 hold = future.state.hold
-                tokens[BASE if hold is None else str(hold.name)] += future.query_length
+                tokens[BASE if hold is None else str(hold.stored.name)] += future.query_length
 
     def _tokens(self, step: Step, part: Sequence[int] | None) -> tuple[list[str], Tensor]:
         """The adapters of the step, or of a part, and which of them each token uses: (1, T), -1 for
         the base and for padding. A part leaves other tokens to the base, or to what is merged into
         it, which then serves nothing else."""
-        session = self._entries.session
-        store, merged = session.store, session.base.merged
+        merged = self._entries.session.base.merged
         places: dict[str, int] = {}
         numbers: list[int] = []
         counts: list[int] = []
@@ -232,7 +231,7 @@ class PackedForward:
             if part is not None and place not in part:
                 name = None if merged is None else merged.name
             elif isinstance(state, AdapterRequest):
-                name = None if hold is None else store.held_name(hold)
+                name = None if hold is None else hold.name
                 before = state.inactive(count)
             numbers += [-1, -1 if name is None else places.setdefault(name, len(places))]
             counts += [before, count - before]

@@ -20,7 +20,6 @@ from transformers.generation.continuous_batching.requests import (
 )
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
 
-from lorafx.adapter_store.stored import Hold
 from lorafx.errors import CapacityError, ConfigError, LorafxError, nearest
 from lorafx.generation.continuous.adapter_requests import hold_of
 from lorafx.runtime.session import Session
@@ -90,8 +89,7 @@ class SlotsPerStep:
             hold = hold_of(state)
             name = None if hold is None else names[hold.stored.version]
             wanted = frozenset[str]() if name is None else frozenset({name})
-            # Without room for its own weights a request says so in its step.
-            if wanted <= pinned or store.fits(wanted) or not store.fits(wanted, own=True):
+            if wanted <= pinned or store.fits(wanted):
                 found.append(state)
             else:
                 self._fail(state, all_pinned(str(name), len(pinned)))
@@ -117,12 +115,8 @@ class SlotsPerStep:
 
     def _names(self, candidates: Iterable[RequestState]) -> dict[int, str]:
         """The adapters of these requests by their versions, as the store knows them now."""
-        holds: dict[int, Hold] = {}
-        for state in candidates:
-            hold = hold_of(state)
-            if hold is not None:
-                holds[hold.stored.version] = hold
-        return dict(zip(holds, self._session.store.held_names(holds.values()), strict=True))
+        holds = [hold for state in candidates if (hold := hold_of(state)) is not None]
+        return {hold.stored.version: hold.name for hold in holds}
 
     def _chosen(self, waited: dict[str, int]) -> frozenset[str]:
         """Those that are served in this step of adapters that do not find slots together, by the
@@ -138,10 +132,7 @@ class SlotsPerStep:
         for name in sorted(waited, key=order):
             if len(chosen) == store.max_adapters:
                 break
-            # The first is let through where pinned ones leave no room for weights of its own: its
-            # requests say so.
-            lacking = not chosen and not store.fits(frozenset({name}), own=True)
-            if lacking or store.fits(chosen | {name}):
+            if store.fits(chosen | {name}):
                 chosen |= {name}
         return chosen
 

@@ -12,10 +12,8 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from lorafx.capture.graph_text import stage_lines
-from lorafx.capture.node_names import names_of
-from lorafx.capture.record import GraphRecord
-from lorafx.capture.recorder import Stage, dump_folder
+from lorafx.capture.graph_text import names_of, stage_lines
+from lorafx.capture.record import GraphRecord, Stage, dump_folder
 from lorafx.errors import LorafxWarning
 from lorafx.inspection.explanation import explained
 from lorafx.inspection.viewer.page import graph_data, html, packed

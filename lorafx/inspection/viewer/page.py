@@ -13,10 +13,8 @@ from typing import Any
 import jinja2
 from torch import fx
 
-from lorafx.capture.graph_text import Printer, path_of, users_line, value_text
-from lorafx.capture.node_names import names_of
-from lorafx.capture.record import GraphRecord
-from lorafx.capture.recorder import Stage
+from lorafx.capture.graph_text import Printer, names_of, path_of, users_line, value_text
+from lorafx.capture.record import GraphRecord, Stage
 from lorafx.passes.outline.outline import INVOKE
 from lorafx.program.context import SiteState
 from lorafx.program.frame import FrameInput

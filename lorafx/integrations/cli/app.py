@@ -9,7 +9,6 @@ import typer
 from lorafx import __version__
 from lorafx.integrations.cli.adapters import convert, inspect, merge
 from lorafx.integrations.cli.bench import bench
-from lorafx.integrations.cli.cache import clear_saved, list_saved
 from lorafx.integrations.cli.diagnosis import doctor
 from lorafx.integrations.cli.look import bisect, explain, profile, why
 from lorafx.integrations.cli.serve import serve
@@ -37,8 +36,3 @@ def root(
 
 for command in (inspect, explain, why, convert, merge, bench, bisect, profile, serve, doctor):
     app.command()(command)
-
-_cache = typer.Typer(**_PLAIN, no_args_is_help=True, help="Graphs that Options(cache=...) saved.")
-_cache.command("list")(list_saved)
-_cache.command("clear")(clear_saved)
-app.add_typer(_cache, name="cache")

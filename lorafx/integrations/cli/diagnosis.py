@@ -8,7 +8,9 @@ It runs where lorafx does not: only the batch and the compiler need a version th
 from __future__ import annotations
 
 import copy
+import importlib
 import logging
+import pkgutil
 import platform
 import time
 from collections.abc import Iterator, Mapping
@@ -19,12 +21,12 @@ from typing import Any
 import typer
 
 import lorafx
-from lorafx import __version__
-from lorafx.errors import LorafxError
+from lorafx import __version__, torch_internals
+from lorafx.errors import LorafxError, UnsupportedVersionError
 from lorafx.inspection.report import json_values, text_table
 from lorafx.integrations.cli.options import AsJson, show
 from lorafx.progress import LOG, progress
-from lorafx.torch_internals import entries, shortcuts, versions
+from lorafx.torch_internals import shortcuts, versions
 
 #: Largest difference in float32, relative to the largest of 1 and the expected magnitude.
 TOLERANCE = 1e-5
@@ -49,32 +51,25 @@ def doctor(as_json: AsJson = False) -> None:
 
 @dataclass(frozen=True)
 class RequiredPart:
-    """A required part, as `entries.table()` has it.
-
-    Attributes:
-        missing: private names that an installed package lacks.
-        absent: packages that it needs and that are not installed.
-    """
+    """A module of lorafx/torch_internals. `lacks`: what an installed package lacks, "" for nothing;
+    `absent`: a package that it needs and that is not installed."""
 
     module: str
-    use: str
-    refused: str
-    missing: tuple[str, ...]
-    absent: tuple[str, ...]
+    lacks: str = ""
+    absent: str = ""
 
     @classmethod
-    def of(cls, row: entries.PrivateGround) -> RequiredPart:
-        """The part of one row, looked for in what is installed."""
-        packages = {name.partition(".")[0] for name in row.names}
-        absent = tuple(sorted(name for name in packages if versions.installed(name) is None))
-        there = [name for name in row.names if name.partition(".")[0] not in absent]
-        missing = tuple(filter(entries.missing, there))
-        return cls(row.module, row.entry.use, row.entry.refused, missing, absent)
+    def of(cls, module: str) -> RequiredPart:
+        try:
+            importlib.import_module(f"{torch_internals.__name__}.{module}")
+        except UnsupportedVersionError as error:
+            return cls(module, lacks=str(error))
+        except ModuleNotFoundError as error:
+            return cls(module, absent=str(error.name))
+        return cls(module)
 
     def __str__(self) -> str:
-        lacks = [f"lacks {', '.join(self.missing)}"] if self.missing else []
-        lacks += [f"{name} is not installed" for name in self.absent]
-        return f"{'; '.join(lacks)}; refused without: {self.refused}" if lacks else "holds"
+        return self.lacks or (f"{self.absent} is not installed" if self.absent else "holds")
 
 
 @dataclass(frozen=True)
@@ -136,9 +131,11 @@ def diagnosed() -> Diagnosis:
             versions.check()
         supported = not found.faults
         with progress("looking at torch"):
-            found.required = tuple(map(RequiredPart.of, entries.table()))
+            if supported:
+                modules = pkgutil.iter_modules(torch_internals.__path__)
+                found.required = tuple(RequiredPart.of(module.name) for module in modules)
             found.installed = {**_versions(), **_machine(supported)}
-        found.faults += [f"{part.module} {part}" for part in found.required if part.missing]
+        found.faults += [f"{part.module}: {part}" for part in found.required if part.lacks]
         if found.installed["C++ compiler"] == found.installed["GPU"] == "none":
             found.faults.append(
                 "no C++ compiler was found: install g++ or clang, or name it in CXX"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorafx.integrations.cli.options import SlotRank, Targets
+from lorafx.integrations.cli.options import Targets
 
 
 def serve(
@@ -20,10 +20,6 @@ def serve(
     port: int = 8000,
     max_adapters: int = 8,
     max_rank: int | None = None,
-    slot_rank: SlotRank = None,
-    max_host_bytes: Annotated[
-        int | None, typer.Option(help="Host memory that adapters may take.")
-    ] = None,
     target: Targets = None,
     dtype: str | None = None,
     device: str | None = None,

@@ -17,7 +17,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorafx import api
 from lorafx.adapter_store.names import BASE, AdapterName, Mixture, members
@@ -64,7 +64,7 @@ def compile_pipeline(
     pipe: Any,
     adapters: Mapping[str, Source] | Sequence[Any] | None = None,
     *,
-    lora_config: LoraConfig | Mapping[str, LoraConfig] | None = None,
+    lora_config: LoraConfig | None = None,
     components: Iterable[str] | None = None,
     dynamic: bool | None = True,
     options: Options | Mapping[str, Any] | None = None,
@@ -80,9 +80,9 @@ def compile_pipeline(
         adapters: name -> adapter, loaded before the first call. One file may have parts for the
             denoiser and for text encoders, in any dialect (docs/adapters.md). Or a list of folders,
             files or names on the hub, as for `lorafx.compile`.
-        lora_config: the sites, ranks and slots: a `LoraConfig` for all of the models, or one by
-            the name of each. None for what the adapters need, with room for sums of any two of
-            them; or every linear without any.
+        lora_config: the sites, ranks and slots of all models. None for what the adapters need, with
+            room for sums of any two of them; or every linear without any. Models that need one each
+            are compiled by `lorafx.compile` and given to `CompiledPipeline`.
         components: names of the models that carry LoRA; None for those into which diffusers loads
             adapters.
         dynamic, options: as for `lorafx.compile`.
@@ -96,7 +96,8 @@ def compile_pipeline(
     It also raises what `lorafx.compile` raises. After an error the pipeline is as it was.
     """
     models = loadable(pipe, components)
-    configs = _by_component(lora_config, models)
+    if not isinstance(lora_config, LoraConfig | None):
+        raise ConfigError(f"lora_config must be a lorafx.LoraConfig, it is {lora_config!r:.80}")
     sources: dict[str, dict[str, Any]] = {name: {} for name in models}
     for adapter, source in by_name(adapters).items():
         for name, part in parts_of(source, pipe, models).items():
@@ -104,7 +105,7 @@ def compile_pipeline(
     compiled: dict[str, CompiledModel] = {}
     try:
         for name, model in models.items():
-            config = configs.get(name)
+            config = lora_config
             if config is None:  # what these adapters need, and sums of two of them
                 config = request_of(None, sources[name], model).config
                 sums = 2 if len(sources[name]) > 1 else 1
@@ -281,23 +282,6 @@ class CompiledPipeline:
                     f"there is no adapter {name!r}{nearest(name, known)}; loaded are "
                     f"{', '.join(known) or 'none'}"
                 )
-
-
-def _by_component(config: Any, models: Mapping[str, nn.Module]) -> dict[str, LoraConfig]:
-    if config is None:
-        return {}
-    found = dict(config) if isinstance(config, Mapping) else dict.fromkeys(models, config)
-    for name, for_model in found.items():
-        if name not in models:
-            raise ConfigError(
-                f"lora_config has {name!r}{nearest(str(name), models)}, which is none of the "
-                f"models that are compiled: {', '.join(models)}"
-            )
-        if not isinstance(for_model, LoraConfig):
-            raise ConfigError(
-                f"lora_config for {name} must be a lorafx.LoraConfig, it is {for_model!r:.80}"
-            )
-    return found
 
 
 def _known(names: Names, loaded: Sequence[str]) -> Names:

@@ -6,24 +6,20 @@ import importlib
 
 from lorafx.errors import ConfigError
 
-#: What cannot be imported, what is missing then, and what installs it.
-_NEEDED = (
-    *((module, module, "'lorafx[serve]'") for module in ("fastapi", "uvicorn", "openai")),
-    ("prometheus_client", "prometheus_client", "'lorafx[serve]'"),
-    (
-        "lorafx.integrations.server.run",
-        "transformers 5.23 or newer",
-        "'lorafx[serve]' 'transformers>=5.23'",
-    ),
-)
+#: What cannot be imported where something is missing, and what that is.
+_NEEDED = {
+    **{name: name for name in ("fastapi", "uvicorn", "openai", "prometheus_client")},
+    "lorafx.integrations.server.run": "transformers 5.23 or newer",
+}
 
 
 def check_requirements() -> None:
     """Raise ConfigError where something that the server needs is not installed."""
-    for module, name, packages in _NEEDED:
+    for module, name in _NEEDED.items():
         try:
             importlib.import_module(module)
         except ImportError as error:
             raise ConfigError(
-                f"lorafx serve needs {name} ({error}): pip install {packages}"
+                f"lorafx serve needs {name} ({error}): pip install 'lorafx[serve]' "
+                "'transformers>=5.23'"
             ) from error

@@ -21,12 +21,6 @@ _COUNTED: Mapping[str, str] = {
     "evictions": "Adapters that lost their slot to another",
     "waits": "Requests that were ready for a step and had no slot in it",
 }
-#: Likewise of `Tier`.
-_COUNTED_OF_TIERS: Mapping[str, str] = {
-    "hits": "Adapters that were asked for and found in a tier",
-    "misses": "Adapters that were asked for and not in a tier",
-    "evictions": "Adapters that had to leave a tier",
-}
 
 
 class Count(NamedTuple):
@@ -43,12 +37,9 @@ def counts(stats: Statistics, health: StepHealth) -> Iterator[Count]:
     """All numbers of a model and its engine, at this moment."""
     for name, text in _COUNTED.items():
         yield Count(f"lorafx_adapter_{name}", text, getattr(stats, name))
-    for tier, of_tier in stats.tiers.items():
-        labels = {"tier": tier}
-        text = "Bytes of adapters in a tier; of the device's banks"
-        yield Count("lorafx_tier_bytes", text, of_tier.nbytes, labels, size=True)
-        for name, text in _COUNTED_OF_TIERS.items():
-            yield Count(f"lorafx_tier_{name}", text, getattr(of_tier, name), labels)
+    for place, nbytes in stats.nbytes.items():
+        text = "Bytes of the device's banks, and of adapters in host memory"
+        yield Count("lorafx_adapter_bytes", text, nbytes, {"place": place}, size=True)
     for adapter, tokens in stats.tokens.items():
         text = "Tokens that have been run, prompts included"
         yield Count("lorafx_tokens", text, tokens, {"adapter": adapter})

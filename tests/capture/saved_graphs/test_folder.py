@@ -1,10 +1,8 @@
-"""The folder of saved graphs: whose it is, broken files, what the command shows and removes."""
+"""The folder of saved graphs: whose it is, broken files."""
 
 from __future__ import annotations
 
 import os
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,17 +12,8 @@ from dense_merge import REFERENCE, Case, check_mixed
 from tiny_models import plain_inputs
 
 import lorafx
-from lorafx.capture.saved_graphs.folder import (
-    BrokenFile,
-    clear,
-    entries,
-    files,
-    folder_of,
-    read,
-    write,
-)
+from lorafx.capture.saved_graphs.folder import BrokenFile, files, folder_of, read, write
 from lorafx.errors import ConfigError, LorafxWarning
-from lorafx.integrations.cli import main
 
 MIX = ("a0", None, "a1")
 
@@ -95,36 +84,9 @@ def test_a_torch_that_cannot_keep_graphs(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_files_of_others_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tmp_path.chmod(0o700)
-    path = write(tmp_path, "key", "Model", "graph 0 lora", b"body")
+    path = write(tmp_path, "key", b"body")
     assert read(path, "key") == b"body"
     assert files(tmp_path, "key") == [path]
     monkeypatch.setattr(os, "getuid", lambda: path.stat().st_uid + 1)
     with pytest.raises(BrokenFile, match="another user"):
         read(path, "key")
-
-
-def test_what_is_old_is_removed(tmp_path: Path) -> None:
-    tmp_path.chmod(0o700)
-    old, new = (write(tmp_path, key, "Model", "graph 0 lora", key.encode()) for key in "ab")
-    os.utime(old, (time.time() - 1000,) * 2)
-    assert [entry.model for entry in entries(tmp_path)] == ["Model"] * 2
-    assert clear(tmp_path, older_than=500) == 1
-    assert [entry.path for entry in entries(tmp_path)] == [new]
-    assert not old.parent.exists()
-    assert clear(tmp_path) == 1
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tmp_path.chmod(0o700)
-    write(tmp_path, "key", "LlamaForCausalLM", "graph 0 lora", b"body")
-    monkeypatch.setenv("COLUMNS", "200")
-    for command, shown in (("list", "LlamaForCausalLM"), ("clear", "1 graphs removed")):
-        monkeypatch.setattr(sys, "argv", ["lorafx", "cache", command, "--folder", str(tmp_path)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert not ended.value.code
-        assert shown in capsys.readouterr().out
-    assert list(entries(tmp_path)) == []

@@ -109,11 +109,10 @@ def test_ray_exports_the_counts(served):
         assert time.monotonic() < deadline, tokens
         time.sleep(1)
     assert any(line.startswith("ray_lorafx_adapter_evictions") for line in lines)
-    for tier in ("device", "host", "disk"):
-        own = [line for line in lines if f'tier="{tier}"' in line and 'replica="' in line]
-        (nbytes, *_) = [line for line in own if line.startswith("ray_lorafx_tier_bytes{")]
+    for place in ("banks", "host"):
+        own = [line for line in lines if f'place="{place}"' in line and 'replica="' in line]
+        (nbytes, *_) = [line for line in own if line.startswith("ray_lorafx_adapter_bytes{")]
         assert float(nbytes.split()[-1]) > 0
-    assert any(line.startswith("ray_lorafx_tier_misses_total{") for line in lines)
 
 
 def test_a_client_that_goes_away(served):

@@ -16,7 +16,7 @@ from served import SMALL
 from lorafx.errors import BatchError, CapacityError, ConfigError, UnknownAdapterError
 from lorafx.integrations.server.ray import RaySettings, build
 from lorafx.integrations.server.ray.application import Answer
-from lorafx.integrations.server.ray.replica import Counts, Replica
+from lorafx.integrations.server.ray.replica import Counts, HeldAdapter, Replica
 
 
 def settings_of(files, **given: Any) -> RaySettings:
@@ -47,6 +47,30 @@ def test_an_adapter_is_read_when_it_is_first_asked_for(replica, monkeypatch):
     asyncio.run(run())
     assert read == ["a0"]
     compiled.unload_adapter("a0")
+
+
+def test_a_dropped_adapter_stays_while_a_request_uses_it(replica):
+    compiled = replica._server.compiled
+
+    async def dropped() -> tuple[str, ...]:
+        await replica._load("a0")
+        held = HeldAdapter(lambda: replica._dropped.add("a0"))
+        held.__del__()  # as Ray does; Python calls it again
+        return compiled.adapters
+
+    async def run() -> None:
+        assert await dropped() == ("a0",)
+        replica._users["a0"] += 1
+        await replica._unload_dropped()
+        assert compiled.adapters == ("a0",)
+        await replica._load("a0")  # it is asked for again
+        replica._users["a0"] -= 1
+        await replica._unload_dropped()
+        assert await dropped() == ("a0",)
+        await replica._unload_dropped()
+        assert compiled.adapters == ()
+
+    asyncio.run(run())
 
 
 def test_without_a_target_the_files_say_which_modules_carry_lora(files, replica):
@@ -117,13 +141,11 @@ def test_settings_from_a_command_line(files):
     given = {
         **{"model": str(files.model), "adapters": str(files.adapters), "num_gpus": "0.5"},
         **{"target": "q_proj,v_proj", "num_replicas": "2", "max_adapters": "3"},
-        **{"slot_rank": "4", "max_host_bytes": "1000000"},
         "deployment": '{"health_check_period_s": 3, "ray_actor_options": {"memory": 1000}}',
     }
     settings = build.__annotations__["args"].model_validate(given)  # as Ray does
     served = settings
     assert (served.target, served.max_adapters) == (("q_proj", "v_proj"), 3)
-    assert (served.slot_rank, served.max_host_bytes) == (4, 1_000_000)
     replicas, ingress = deployments(build(settings))
     assert replicas.num_replicas == 2
     assert replicas._deployment_config.health_check_period_s == 3
@@ -147,8 +169,6 @@ def deployments(application: Any) -> tuple[Any, Any]:
     [
         ({"adapters": "/nowhere"}, ConfigError, "not a folder"),
         ({"max_rank": 1}, CapacityError, "rank"),
-        ({"deployment": {"num_replicas": 3}, "num_replicas": 2}, ConfigError, "num_replicas"),
-        ({"deployment": {"ray_actor_options": {"num_gpus": 1}}}, ConfigError, "num_gpus"),
         ({"adaptors": "x"}, ConfigError, "adaptors"),
         ({"held": 0}, ConfigError, "held"),
     ],
@@ -167,7 +187,7 @@ def test_counts_are_told_to_ray(files, replica, monkeypatch):
         told[key] = told.get(key, 0) + value
 
     def put(self, value, tags=None):
-        told[self.info["name"], tags["tier"]] = value
+        told[self.info["name"], tags["place"]] = value
 
     monkeypatch.setattr(Counter, "inc", inc)
     monkeypatch.setattr(Gauge, "set", put)
@@ -181,12 +201,8 @@ def test_counts_are_told_to_ray(files, replica, monkeypatch):
         assert server.engine.get_result(added, timeout=60).error is None
         replica.check_health()
     stats = server.compiled.stats()
-    for tier in ("device", "host", "disk"):
-        of_tier = stats.tiers[tier]
-        assert told["lorafx_tier_bytes", tier] == of_tier.nbytes > 0
-        for name in ("hits", "misses", "evictions"):
-            assert told.get((f"lorafx_tier_{name}", tier), 0) == getattr(of_tier, name)
-    assert told["lorafx_tier_misses", "device"] > 0
+    for place in ("banks", "host"):
+        assert told["lorafx_adapter_bytes", place] == stats.nbytes[place] > 0
     assert told["lorafx_tokens", "a3"] == stats.tokens["a3"]
     assert told["lorafx_adapter_loads", ""] == stats.loads > 0
     for name in ("a0", "a3"):

@@ -20,7 +20,6 @@ from starlette.requests import Request
 from starlette.routing import Router, get_route_path
 from starlette.websockets import WebSocketClose
 
-from lorafx.errors import ConfigError
 from lorafx.integrations.server.errors import Authentication, RequestError, error_response
 from lorafx.integrations.server.ray.replica import Replica
 from lorafx.integrations.server.settings import ModelSettings
@@ -51,20 +50,19 @@ class RaySettings(ModelSettings):
     `ModelSettings`.
 
     Attributes:
-        max_host_bytes: host memory for a replica's adapters; those that were used least recently
-            are read again from their files. `max_adapters` have a slot on the device.
-        held: how many adapters Ray sends to the replica that was asked for them before.
+        held: how many adapters a replica keeps in host memory, those that were asked for last.
+            `max_adapters` have a slot on the device.
         num_replicas: how many engines, or "auto".
         num_gpus, num_cpus: of each of them.
         num_ingresses: how many processes read requests and send them to replicas.
         max_ongoing_requests: that a replica is given; others wait for one at the ingress.
         drain: seconds for which a replica that is stopped waits for the answers under way.
-        deployment: other options of `serve.deployment`, for the replicas; JSON on a command line.
+        deployment: options of `serve.deployment` for the replicas, which go before the settings
+            above; JSON on a command line.
     """
 
     adapters: Annotated[Path, AfterValidator(Path.absolute)]
     target: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()
-    max_host_bytes: int | None = 1 << 34
     api_key: str | None = Field(
         default_factory=lambda: os.environ.get("LORAFX_API_KEY"), repr=False
     )
@@ -85,23 +83,16 @@ class RaySettings(ModelSettings):
         return self.model_copy(update=paths)
 
     def replicas(self) -> dict[str, Any]:
-        """Options of the replicas' deployment. Raises ConfigError where one is given twice."""
-        actor = {"num_gpus": self.num_gpus, "num_cpus": self.num_cpus}
+        """Options of the replicas' deployment."""
         options: dict[str, Any] = {
             "max_ongoing_requests": self.max_ongoing_requests,
             "graceful_shutdown_timeout_s": self.drain,
         }
         if self.num_replicas is not None:
             options["num_replicas"] = self.num_replicas
-        others = dict(self.deployment)
-        actor_others = others.pop("ray_actor_options", {})
-        twice = sorted((options.keys() & others.keys()) | (actor.keys() & actor_others.keys()))
-        if twice:
-            raise ConfigError(
-                f"`deployment` gives {', '.join(twice)}, which are settings of their own here; "
-                "give them there (`drain` is graceful_shutdown_timeout_s)"
-            )
-        return {**options, **others, "ray_actor_options": {**actor, **actor_others}}
+        actor = {"num_gpus": self.num_gpus, "num_cpus": self.num_cpus}
+        actor |= self.deployment.get("ray_actor_options", {})
+        return {**options, **self.deployment, "ray_actor_options": actor}
 
 
 class Answer:

@@ -1,5 +1,5 @@
-"""One engine in a process of its own. An adapter is loaded when it is first asked for, and stays:
-the store keeps those that are used in host memory, and reads others again.
+"""One engine in a process of its own. An adapter is loaded when it is first asked for, and unloaded
+when Ray drops it and no request needs it.
 
 What the engine counts is exported by Ray with the names of deployment and replica.
 """
@@ -7,8 +7,10 @@ What the engine counts is exported by Ray with the names of deployment and repli
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from ray import serve
@@ -49,9 +51,21 @@ class Counts:
                 self._exported[key] = count.value
 
 
+class HeldAdapter:
+    """An adapter that Ray holds. Ray calls `__del__` when it drops it, Python once more."""
+
+    def __init__(self, drop: Callable[[], None]) -> None:
+        self._drop: Callable[[], None] | None = drop
+
+    def __del__(self) -> None:
+        drop, self._drop = self._drop, None
+        if drop is not None:
+            drop()
+
+
 class Replica:
-    """Ray's deployment of the engine, which tells Ray of the `held` adapters that were asked for
-    last; raises as `opened`."""
+    """Ray's deployment of the engine, which keeps the `held` adapters that were asked for last;
+    raises as `opened`."""
 
     def __init__(self, settings: ModelSettings, held: int) -> None:
         self._settings = settings
@@ -59,9 +73,13 @@ class Replica:
         self._server = self._stack.enter_context(opened(settings, lazily=True))
         self._counts = Counts(self._server.compiled.stats, self._server.engine.health)
 
-        async def load(adapter: str) -> str:
+        self._changing = asyncio.Lock()
+        self._users: Counter[str] = Counter()  # requests under way
+        self._dropped: set[str] = set()
+
+        async def load(adapter: str) -> HeldAdapter:
             await self._load(adapter)
-            return adapter
+            return HeldAdapter(partial(self._dropped.add, adapter))
 
         # Ray tells its routers what this holds.
         self._hold = serve.multiplexed(max_num_models_per_replica=held)(load)
@@ -69,12 +87,20 @@ class Replica:
     async def _load(self, adapter: str) -> None:
         """Have an adapter loaded. Raises as `CompiledModel.load_adapter`, and UnknownAdapterError
         where it has no folder."""
-        if adapter in self._server.compiled.adapters:
-            return
-        folder = self._settings.folder_of(adapter)
-        if folder is None:
-            raise UnknownAdapterError(f"there is no adapter {adapter!r}")
-        await asyncio.to_thread(self._server.compiled.load_adapter, folder, adapter)
+        async with self._changing:
+            self._dropped.discard(adapter)
+            if adapter in self._server.compiled.adapters:
+                return
+            folder = self._settings.folder_of(adapter)
+            if folder is None:
+                raise UnknownAdapterError(f"there is no adapter {adapter!r}")
+            await asyncio.to_thread(self._server.compiled.load_adapter, folder, adapter)
+
+    async def _unload_dropped(self) -> None:
+        async with self._changing:
+            for adapter in [name for name in self._dropped if not self._users[name]]:
+                self._dropped.discard(adapter)
+                await asyncio.to_thread(self._server.compiled.unload_adapter, adapter)
 
     def __del__(self) -> None:
         """Stop the engine. Ray calls it when the answers under way have been given."""
@@ -127,10 +153,15 @@ class Replica:
 
     async def _run(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         adapter = serve.get_multiplexed_model_id()
+        self._users[adapter] += 1
         try:
-            if adapter:
-                await self._hold(adapter)
-        except LorafxError as error:
-            await error_response(error)(scope, receive, send)
-            return
-        await self._server.app(scope, receive, send)
+            try:
+                if adapter:
+                    await self._hold(adapter)
+                await self._unload_dropped()
+            except LorafxError as error:
+                await error_response(error)(scope, receive, send)
+                return
+            await self._server.app(scope, receive, send)
+        finally:
+            self._users[adapter] -= 1
