@@ -39,13 +39,11 @@ from lorafx.model.sites import Site
 from lorafx.program.program import Program
 from lorafx.program.stack import refuse_pipeline_slips, unwrapped
 from lorafx.progress import progress
-from lorafx.runtime.call_inputs import check_tensors
 from lorafx.runtime.entry import CompiledForwards, Entry, entered
-from lorafx.runtime.idle import Resting
 from lorafx.runtime.loading import asked_name, load_adapter, unloading
-from lorafx.runtime.requests import LastCall, Requests, checked_names, requests_of
+from lorafx.runtime.requests import LastCall, Requests, check_tensors, checked_names, requests_of
 from lorafx.runtime.running import refuse_transformed
-from lorafx.runtime.session import Session
+from lorafx.runtime.session import Resting, Session
 from lorafx.runtime.sharing import join, leave
 from lorafx.runtime.statistics import Statistics
 from lorafx.torch_internals.compat import untraced
