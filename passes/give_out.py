@@ -24,7 +24,6 @@ from torch import fx
 from lorafx.errors import ProvenanceError
 from lorafx.op_arguments import bound, in_order, index_of, operand
 from lorafx.ownership import contractions, pointwise, reductions
-from lorafx.ownership.emit import Emitter
 from lorafx.ownership.flow import Flow, operator_name, outputs, place, wrap
 from lorafx.ownership.indexing import is_boolean
 from lorafx.ownership.labels import Label, Mixed, Own
@@ -32,7 +31,7 @@ from lorafx.ownership.pointwise import unlabelled
 from lorafx.ownership.propagate import called_by, flow_through, rule_for
 from lorafx.ownership.site_rules import GIVEN_DIM, input_name, input_of
 from lorafx.ownership.symbolic import ONE, BatchSymbols, Shape, divide, equal
-from lorafx.passes.provenance import Unproved, batch_of, row_map, seeds_of, slots_of
+from lorafx.passes.provenance import Emitter, Unproved, batch_of, row_map, seeds_of, slots_of
 from lorafx.program.context import EMBEDDING_OP, ROWS_OF, SITE_OP, Context, is_site
 from lorafx.program.frame import Frame, fake_value
 from lorafx.torch_internals.fake_tensors import enable_python_dispatcher

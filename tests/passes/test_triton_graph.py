@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.triton.build import plan_of
-from lorafx.passes.lower.triton_graph import inline_triton_ops
+from lorafx.passes.lower import inline_triton_ops
 
 lora = torch.ops.lorafx
 OPS = (
