@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from lorafx.errors import Setting
+from lorafx.inspection.report import text_table
 
 ConfiguredModel = Annotated[str, typer.Argument(help="A folder with a config.json, or a hub name.")]
 LanguageModel = Annotated[
@@ -31,8 +32,6 @@ _OPTIONS = {
     "max_rank": "--max-rank",
     "target_modules": "--target",
 }
-#: Characters of a line of a table.
-_WIDEST = 10_000
 
 
 def as_option(setting: Setting) -> str:
@@ -64,13 +63,6 @@ def show(report: Any, as_json: bool, **more: Any) -> None:
         print(report)
 
 
-def show_table(title: str, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Print rows in columns. Nothing is cut where the terminal is narrow: lines go on below."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    made = Table(*columns, title=escape(title))
-    for row in rows:
-        made.add_row(*(escape(str(row[column])) for column in columns))
-    Console(soft_wrap=True, width=_WIDEST).print(made)
+def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print rows in columns, below a title."""
+    print(title, *text_table(columns, rows), sep="\n")
