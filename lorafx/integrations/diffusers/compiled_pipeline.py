@@ -44,11 +44,11 @@ from lorafx.errors import (
 from lorafx.inspection.explanation import Explanation
 from lorafx.integrations.diffusers.prompt_rows import PromptRows, counted
 from lorafx.model.keywords import refuse_slips
-from lorafx.runtime.idle import refuse_elsewhere
 from lorafx.runtime.loading import in_turn, load_parts, unload_parts
 from lorafx.runtime.marking import by_name, request_of
 from lorafx.runtime.replaced_methods import Replaced
 from lorafx.runtime.requests import Names, Requests, checked_names
+from lorafx.runtime.session import refuse_elsewhere
 from lorafx.torch_internals.trees import tree_map_only
 
 #: Arguments of denoisers that all rows share: positions of text and image tokens.

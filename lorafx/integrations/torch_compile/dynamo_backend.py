@@ -29,8 +29,8 @@ from lorafx.model.marks import MARKS
 from lorafx.pass_order import pipeline
 from lorafx.program.stack import compiled_module
 from lorafx.progress import LOG
-from lorafx.runtime.idle import wanted
 from lorafx.runtime.requests import IN_BLOCKS
+from lorafx.runtime.session import wanted
 from lorafx.torch_internals.compat import mode_settings
 from lorafx.torch_internals.entrances import unsupported
 from lorafx.torch_internals.fake_tensors import unset_fake_temporarily
