@@ -20,7 +20,7 @@ from lorafx.capture.driver import stays
 from lorafx.capture.lowering import Lowering
 from lorafx.capture.record import Stage, copied
 from lorafx.capture.verify import cloned, difference
-from lorafx.program.context import module_path
+from lorafx.ownership.flow import module_path
 from lorafx.torch_internals.trees import tree_leaves
 
 #: A node and the index of a result, None for all.
