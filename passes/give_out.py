@@ -55,10 +55,11 @@ class Ended(Exception):
 class Vectorizer:
     """Shared node -> its copies (n, …), inserted before the node `before`."""
 
-    def __init__(self, graph: fx.Graph, flow: Flow, emitter: Emitter) -> None:
-        self.graph, self.flow, self.emitter = graph, flow, emitter
+    before: fx.Node
+
+    def __init__(self, flow: Flow, emitter: Emitter) -> None:
+        self.flow, self.emitter = flow, emitter
         self.copies: dict[fx.Node, fx.Node] = {}
-        self.before: fx.Node = next(iter(graph.nodes))
 
     def vectorized(self, node: fx.Node) -> fx.Node:
         """The copies of `node` from its operands' copies; raises Ended for unknown operators."""
@@ -132,11 +133,10 @@ class Vectorizer:
             copies = self.emit(aten.unsqueeze.default, copies, 1)
         return copies
 
-    def only(self, node: fx.Node, *allowed: object) -> None:
+    def only(self, node: fx.Node, allowed: object) -> None:
         """Raise Ended if other operands have copies."""
-        for arg in node.all_input_nodes:
-            if arg in self.copies and not any(arg is one for one in allowed):
-                raise Ended(node, "an operand that should be the same for all requests is not")
+        if any(arg in self.copies and arg is not allowed for arg in node.all_input_nodes):
+            raise Ended(node, "an operand that should be the same for all requests is not")
 
     # --- rules ---
 
@@ -486,7 +486,7 @@ class Attempt:
     ) -> None:
         self.graph, self.roots = graph, roots
         self.before = set(graph.nodes)
-        self.vectorizer = Vectorizer(graph, flow, Emitter(graph, batch))
+        self.vectorizer = Vectorizer(flow, Emitter(graph, batch))
         self.sites: dict[fx.Node, fx.Node] = {}
         self._of: dict[fx.Node, set[fx.Node]] = {}
         self._inputs: list[tuple[fx.Node, fx.Node, fx.Node]] = []

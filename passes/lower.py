@@ -4,7 +4,8 @@
                site → add_delta_ into y; expert_site → run_expert_delta_ into y, or as a site whose
                slots are the keys of the rows. The grouped product that y is becomes
                lorafx::grouped_mm where that has a kernel.
-    triton     fused_linear → triton_linear, or mm / addmm and triton_delta_, as planned;
+    triton     fused_linear → triton_linear, or mm / addmm and triton_delta_, or what
+               `_concat` has around the vendor's product, as planned;
                site → triton_delta_ into y. On a GPU their launches are put into the graph.
     reference  nothing to do: the ops' aten implementations run.
 
@@ -36,6 +37,7 @@ from lorafx.kernels.cpu.delta_kernels import delta_call
 from lorafx.kernels.cpu.grouped_mm import GROUPED_MM, kernel_of
 from lorafx.kernels.ops.op_library import BankArgs
 from lorafx.kernels.triton import ops as triton_ops
+from lorafx.kernels.triton.build import CONCAT, plan_of
 from lorafx.kernels.triton.ops import adjacent
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound, in_order, index_of, op_of
 from lorafx.passes.match import ALIKE
@@ -48,6 +50,7 @@ from lorafx.program.context import (
     SITE_OP,
     Context,
     call_in_place,
+    written_by,
 )
 from lorafx.program.frame import fake_value
 from lorafx.program.weight_uses import grouped, is_grouped
@@ -71,7 +74,8 @@ ADD_EMBEDDING_DELTA = torch.ops.lorafx.add_embedding_delta_.default
 TRITON_LINEAR = triton_ops.triton_linear._opoverload
 TRITON_DELTA = triton_ops.triton_delta_._opoverload
 TRITON_EMBEDDING_DELTA = triton_ops.triton_embedding_delta_._opoverload
-TRITON_OPS = (TRITON_LINEAR, TRITON_DELTA, TRITON_EMBEDDING_DELTA)
+TRITON_CONCAT = triton_ops.triton_concat_._opoverload
+TRITON_OPS = (TRITON_LINEAR, TRITON_DELTA, TRITON_EMBEDDING_DELTA, TRITON_CONCAT)
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,9 @@ def _linear(ctx: Context, node: fx.Node) -> fx.Node:
         rows = _adjacent(ctx, x_flat)
         arguments = in_order(TRITON_LINEAR, call, x=rows, kernel=strategy.kernel)
         return _shaped(ctx, ctx.emit(TRITON_LINEAR, *arguments), x, node)
+    if strategy.name == CONCAT:
+        y = _concat(ctx, strategy.kernel, {**call, "x": _adjacent(ctx, x_flat)})
+        return _shaped(ctx, y, x, node)
     if strategy.split:
         parts, start = [], 0
         for size in call["sizes"]:
@@ -120,6 +127,29 @@ def _linear(ctx: Context, node: fx.Node) -> fx.Node:
         y = _product(ctx, x_flat, weight, bias, swap=call["transposed"])
     written = _add_delta(ctx, node, {**call, "y": y, "x": x_flat})
     return _shaped(ctx, written, x, node)
+
+
+def _concat(ctx: Context, kernel: int, call: dict[str, Any]) -> fx.Node:
+    """x', W' = triton_concat_([x | …], [W | …], bank); y = x' W'ᵀ + b: the vendor's GEMM with a
+    longer x (M, K) and W. Both come from aten.cat, so Inductor computes x directly into x'."""
+    spec = plan_of(kernel).spec
+    blocks = fake_value(call["slots" if spec.by_request else "B"]).shape[0]
+    more = triton_ops.columns_of(spec, blocks)
+    longer = {
+        "x": _with_columns(ctx, call["x"], 1, more),
+        "w": _with_columns(ctx, call["weight"], 0 if call["transposed"] else 1, more),
+    }
+    x, weight = written_by(TRITON_CONCAT, {**call, **longer, "kernel": kernel}, "x", "w")
+    return _product(ctx, x, weight, call["bias"], swap=call["transposed"])
+
+
+def _with_columns(ctx: Context, tensor: fx.Node, dim: int, more: int) -> fx.Node:
+    value, other = fake_value(tensor), ctx.size(tensor, 1 - dim)
+    settings = {"dtype": value.dtype, "device": value.device, "pin_memory": False}
+    sizes = [more, other] if dim == 0 else [other, more]
+    return ctx.emit(
+        aten.cat.default, [tensor, ctx.emit(aten.full.default, sizes, 0.0, **settings)], dim
+    )
 
 
 def _product(

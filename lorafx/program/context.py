@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -289,12 +289,22 @@ class Context:
 
 def call_in_place(op: OpOverload, arguments: tuple[Any, ...]) -> fx.Node:
     """The first argument, y, written by `op`, in functional form; Inductor decides on copies."""
-    y: fx.Node = arguments[0]
-    names = (argument.name for argument in op._schema.arguments)
-    given = dict(zip(names, arguments, strict=True))
-    call = y.graph.call_function(AUTO_FUNCTIONALIZED, (op,), given)
-    call.meta["val"] = (None, fake_value(y))
-    with y.graph.inserting_after(call):
-        written = y.graph.call_function(operator.getitem, (call, 1))
-    written.meta["val"] = fake_value(y)
-    return written
+    return written_by(op, dict(zip(_names(op), arguments, strict=True)), _names(op)[0])[0]
+
+
+def written_by(op: OpOverload, values: Mapping[str, Any], *written: str) -> list[fx.Node]:
+    """The arguments `written` of `op`, its only ones, after its call."""
+    given = {name: values[name] for name in _names(op)}
+    graph = given[written[0]].graph
+    call = graph.call_function(AUTO_FUNCTIONALIZED, (op,), given)
+    call.meta["val"] = (None, *(fake_value(given[name]) for name in written))
+    found: list[fx.Node] = []
+    with graph.inserting_after(call):
+        for index in range(len(written), 0, -1):
+            found.insert(0, graph.call_function(operator.getitem, (call, index)))
+            found[0].meta["val"] = call.meta["val"][index]
+    return found
+
+
+def _names(op: OpOverload) -> list[str]:
+    return [argument.name for argument in op._schema.arguments]

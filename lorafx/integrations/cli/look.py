@@ -67,7 +67,7 @@ def explain(
 def _fit(module: Any, name: str, source: str, target: Any, max_rank: int | None) -> dict[str, Any]:
     """Whether an adapter can be loaded, its largest rank, the number of modules that it changes,
     and warnings; or the problem."""
-    from lorafx.errors import LorafxError, LorafxWarning
+    from lorafx.errors import LorafxError, LorafxWarning, respelled
     from lorafx.integrations.cli.models import read_for
 
     fit = {"adapter": name, "fits": False, "rank": 0, "modules": 0, "notes": [], "problem": ""}
@@ -76,7 +76,7 @@ def _fit(module: Any, name: str, source: str, target: Any, max_rank: int | None)
             warnings.simplefilter("always", LorafxWarning)
             found = read_for(module, name, source, target, max_rank)
     except LorafxError as error:
-        return {**fit, "problem": error.spelled(as_option)}
+        return {**fit, "problem": respelled(str(error), as_option)}
     notes = [str(note.message) for note in seen if issubclass(note.category, LorafxWarning)]
     modules = len(found.weights)
     return {**fit, "fits": True, "rank": found.rank, "modules": modules, "notes": notes}

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from lorafx.errors import Setting
 from lorafx.inspection.report import text_table
 
 ConfiguredModel = Annotated[str, typer.Argument(help="A folder with a config.json, or a hub name.")]
@@ -34,12 +33,10 @@ _OPTIONS = {
 }
 
 
-def as_option(setting: Setting) -> str:
-    """What commands say where a message names a setting."""
-    option = _OPTIONS.get(setting.name)
-    if option is None:
-        return setting.text
-    return option if setting.value is None else f"give {option} {setting.value}"
+def as_option(field: str, value: str | None, given: bool = False) -> str | None:
+    """What commands say where a message names a field of LoraConfig or Options."""
+    option = _OPTIONS.get(field)
+    return option if option is None or value is None else f"give {option} {value}"
 
 
 def target_modules(given: Sequence[str] | None, adapters: Any) -> Any:
