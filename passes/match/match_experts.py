@@ -14,9 +14,9 @@ import torch
 from torch import fx
 
 from lorafx.model.experts import LOOP
-from lorafx.model.forward_check import is_dense
 from lorafx.model.marks import UNPROVED
 from lorafx.model.sites import Site, own_ranges
+from lorafx.model.weight_formats import is_dense
 from lorafx.op_arguments import bound, in_order, index_of, operand
 from lorafx.program.context import EXPERT_MARK, EXPERT_OP, Context, Refusal
 from lorafx.program.expert_uses import ExpertUse, expert_uses
