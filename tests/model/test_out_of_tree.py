@@ -66,8 +66,8 @@ def test_packed_layers_are_matched_as_what_they_replace(tmp_path: Path) -> None:
     try:
         cm = case.compile()
         check_mixed(cm, case, NAMES, {"x": torch.randn(4, 3, K)})
-        (line,) = [line for line in str(cm.explain()).splitlines() if "qkv_proj:" in line]
-        assert "as MyQKV, 6 -> 16" in line
+        (site,) = [site for site in cm.explain().sites if site.path == "qkv_proj"]
+        assert (site.registered, site.in_features, site.out_features) == ("MyQKV", 6, 16)
     finally:
         lorafx.unregister(MyQKV)
 
