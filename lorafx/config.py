@@ -10,13 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from lorafx.errors import ConfigError, Setting, nearest
+from lorafx.errors import ConfigError, nearest
 
 LoweringName = Literal["auto", "inductor", "triton", "reference"]
 #: Strategies of a LoRA node, by lowering; "aten" is the op's own implementation.
 STRATEGIES: Mapping[str, tuple[str, ...]] = {
     "inductor": ("generated", "aten"),
-    "triton": ("split", "epilogue", "gemv", "segments", "aten"),
+    "triton": ("split", "epilogue", "gemv", "segments", "concat", "aten"),
     "reference": ("aten",),
 }
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -78,10 +78,7 @@ class LoraConfig:
         for name in ("max_adapters", "max_rank"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                setting = Setting(name, f"LoraConfig.{name}")
-                raise ConfigError(
-                    f"{setting} must be a positive integer, got {value!r}", settings=(setting,)
-                )
+                raise ConfigError(f"LoraConfig.{name} must be a positive integer, got {value!r}")
         saved = self.modules_to_save
         if isinstance(saved, str) or not all(isinstance(name, str) and name for name in saved):
             raise ConfigError(
@@ -129,7 +126,8 @@ class Options:
             your own, `{"mine": lorafx.After("fuse", run)}`. `print(lorafx.pipeline())` lists them.
         max_edits: stop rewriting after this many edits, to bisect a wrong result.
         plan: strategies pinned by canonical site path: "generated" for generated C++;
-            "split", "epilogue", "gemv" and "segments" for Triton (docs/kernels.md); "aten".
+            "split", "epilogue", "gemv", "segments" and "concat" for Triton (docs/kernels.md);
+            "aten".
         dump: the folder for the graph after every pass; None reads LORAFX_DUMP.
         recompile_limit: the largest number of graphs of one entry; needing more is an error.
         strict: an adapter whose file lacks factors for a module that its own configuration targets
@@ -201,11 +199,9 @@ class Options:
             ("mode", (None, *MODES)),
         ):
             if getattr(self, name) not in allowed:
-                setting = Setting(name, f"Options.{name}")
                 raise ConfigError(
-                    f"{setting} must be one of {', '.join(map(str, allowed))}, "
-                    f"got {getattr(self, name)!r}",
-                    settings=(setting,),
+                    f"Options.{name} must be one of {', '.join(map(str, allowed))}, "
+                    f"got {getattr(self, name)!r}"
                 )
         if self.shortcuts != "proved":
             from lorafx.torch_internals.shortcuts import checked
@@ -229,8 +225,7 @@ def _check_graphs_can_be_saved() -> None:
     from lorafx.torch_internals.saved_graphs import can_be_noted
 
     if not can_be_noted():
-        setting = Setting("cache", "Options.cache")
         raise ConfigError(
-            f"{setting} needs torch 2.13 or later, and this is {torch.__version__}; leave it out",
-            settings=(setting,),
+            f"Options.cache needs torch 2.13 or later, and this is {torch.__version__}; leave it "
+            "out"
         )

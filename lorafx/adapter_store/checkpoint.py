@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -85,9 +85,6 @@ _METHODS: Mapping[str, str] = {
     r"module_logits|poly_lora_[AB](\..+)?": "Poly: a mixture of skills",
 }
 _PATTERNS = [(re.compile(rf"(?:.*\.)?(?:{keys})"), method) for keys, method in _METHODS.items()]
-#: A GLoRA module has all of these; a single one is the weight of a module of that name.
-_GLORA = re.compile(r"((?:.*\.)?)[ab][12]\.weight")
-_OF_GLORA = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
 
 
 def dialect_of(saved: Saved, name: str | None = None) -> Dialect:
@@ -119,7 +116,7 @@ def dialect_of(saved: Saved, name: str | None = None) -> Dialect:
 def _refuse_other_methods(saved: Saved) -> None:
     found: dict[str, list[str]] = {}
     for key in saved.tensors:
-        method = _method(key, saved.tensors)
+        method = next((method for p, method in _PATTERNS if p.fullmatch(key)), None)
         if method is not None:
             found.setdefault(method, []).append(key)
     if found:
@@ -131,14 +128,6 @@ def _refuse_other_methods(saved: Saved) -> None:
             f"{saved.where} holds what is no LoRA:\n{lines}\nlorafx serves sums of s·B A alone; "
             "merge it into a copy of the base model by the library that trained it, or convert it"
         )
-
-
-def _method(key: str, keys: Container[str]) -> str | None:
-    for pattern, method in _PATTERNS:
-        if pattern.fullmatch(key):
-            return method
-    part = _GLORA.fullmatch(key)
-    return "GLoRA" if part and all(part[1] + name in keys for name in _OF_GLORA) else None
 
 
 def load_state(source: Any, model: nn.Module | None = None, *, warn: bool = True) -> AdapterState:

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any, TypeAlias
@@ -99,16 +98,4 @@ def check_name(name: object) -> None:
     if not isinstance(name, str) or not name or name == BASE:
         raise ConfigError(
             f"an adapter's name is a non-empty string other than {BASE!r}, got {name!r}"
-        )
-
-
-def refuse_swapped(source: object, name: str) -> None:
-    """Raise ConfigError where `name` is a path and `source` is neither a path nor on the hub."""
-    if not isinstance(source, str) or {"/", os.sep} & set(source):
-        return
-    if not os.path.exists(source) and os.path.exists(name):
-        raise ConfigError(
-            f"there is no folder {source!r} to load an adapter named {name!r} from, but a path of "
-            f"that name: the source comes first, as in load_adapter({name!r}, {source!r}), or in "
-            "{name: source}"
         )

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from lorafx.capture.driver import stays
 from lorafx.capture.lowering import Lowering
 from lorafx.capture.record import Stage, copied
-from lorafx.program.context import module_path
+from lorafx.ownership.flow import module_path
 from lorafx.torch_internals.trees import tree_leaves
 
 #: A node and the index of a result, None for all.

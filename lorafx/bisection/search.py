@@ -30,7 +30,7 @@ from lorafx.errors import BatchError, ConfigError
 from lorafx.inspection.replay import Replay, replayed
 from lorafx.inspection.report import Report, Table, written_into
 from lorafx.model.marks import detach
-from lorafx.passes.match.match import Match
+from lorafx.passes.match import Match
 from lorafx.passes.provenance import Provenance
 from lorafx.runtime.example_inputs import named_inputs
 from lorafx.torch_internals.trees import tree_leaves

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from lorafx.adapter_store.names import members, refuse_swapped
+from lorafx.adapter_store.names import members
 from lorafx.adapter_store.saved import AdapterSource, origin_of
 from lorafx.adapter_store.stored import Adapter
 from lorafx.errors import CheckpointError, ConfigError, ReplacedModuleError
@@ -40,11 +40,10 @@ def load_adapter(session: Session, source: Any, name: str, strict: bool | None =
 
     Raises:
         CheckpointError, UnsupportedAdapterError, CapacityError: nothing has changed then.
-        ConfigError: the adapter of this name is merged, or name and source are the wrong way round.
+        ConfigError: the adapter of this name is merged.
         ReplacedModuleError: a module that it is for was replaced or taken out.
         BatchError: the call that is running on this thread serves it.
     """
-    refuse_swapped(source, name)
     # `load_parts` takes None for a session without a part of the adapter, which forgets it.
     given: Any = source
     with entrance():

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from lorafx.adapter_store.checkpoint import load_state
 from lorafx.adapter_store.extras import rows_wanted
-from lorafx.adapter_store.names import refuse_swapped
 from lorafx.adapter_store.peft_config import PeftConfig, picked
 from lorafx.adapter_store.peft_model import (
     TakenOver,
@@ -184,8 +183,6 @@ def request_of(
     if isinstance(lora_config, Mapping) and _is_adapter_mapping(lora_config):
         adapters, lora_config = {**lora_config, **adapters}, None
     origins = {name: origin_of(source) for name, source in adapters.items()}
-    for name, source in adapters.items():
-        refuse_swapped(source, name)
     states = {name: load_state(source, model) for name, source in adapters.items()}
     config = _config_of(lora_config, states, model)
     dora, biases = config.use_dora, config.lora_bias

@@ -87,20 +87,6 @@ def test_why_knows_the_keys_of_tensors_in_memory(shallow):
     )
 
 
-def test_source_and_name_the_wrong_way_round(cm, shallow):
-    folder = str(shallow.folders["a1"])
-    loaded = cm.list_adapters()
-    said = re.escape(f"load_adapter({folder!r}, 'new')")
-    with pytest.raises(ConfigError, match=f"the source comes first, as in {said}"):
-        cm.load_adapter("new", folder)
-    with pytest.raises(ConfigError, match=said):
-        lorafx.compile(shallow.model(), {folder: "new"}, options=REFERENCE)
-    marked = lorafx.attach(shallow.model(), shallow.folders)
-    with pytest.raises(ConfigError, match=said):
-        lorafx.load_adapter(marked, "new", folder)
-    assert cm.list_adapters() == loaded
-
-
 def test_a_name_that_is_a_folder_too_is_a_name(cm, shallow, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("sql").mkdir()

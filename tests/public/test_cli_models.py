@@ -1,4 +1,4 @@
-"""Commands of `lorafx` that write or run something: convert, merge, bench. PEFT is the oracle."""
+"""Commands of `lorafx` that write or run something: merge, bench. PEFT is the oracle."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 import torch
 from dense_merge import save_adapter
-from dialect_files import WRITERS, alpha, as_kohya, factors
+from dialect_files import as_kohya
 from diffusers import UNet2DConditionModel
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from served import Files, write_files
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -51,54 +50,6 @@ def logits(folder: Path | None, model: Path = MODEL) -> Tensor:
 
 def largest(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max())
-
-
-@pytest.mark.parametrize("dialect", ["mlx", "loralib", "kohya", "diffusers"])
-def test_a_converted_adapter_is_the_same_to_peft(run, tmp_path: Path, dialect: str) -> None:
-    file = WRITERS[dialect](ADAPTERS / "upper", tmp_path / "file")
-    wanted, out = logits(ADAPTERS / "upper"), tmp_path / "out"
-    given: tuple[object, ...] = ("--model", MODEL) if dialect in ("kohya", "diffusers") else ()
-    if dialect == "loralib":  # has no α anywhere
-        (tmp_path / "config.json").write_text(json.dumps({"lora_alpha": alpha(ADAPTERS / "upper")}))
-        given = ("--config", tmp_path / "config.json")
-    said = run("convert", file, out, *given)
-    assert said == {"folder": str(out), "dialect": dialect, "modules": 6}
-    assert largest(logits(None), wanted) > 1e-3
-    assert largest(logits(out), wanted) <= 1e-5
-    again = run("convert", file, out, *given, code=1)
-    assert "is not empty" in again["message"]
-
-
-def test_ranks_and_scales_of_single_modules_are_converted(run, tmp_path: Path) -> None:
-    """Each module has an α of its own, and one a rank of its own."""
-    tensors: dict[str, Tensor] = {}
-    names = {"A": "lora_down.weight", "B": "lora_up.weight"}
-    deltas: dict[str, Tensor] = {}
-    paths = sorted({module for module, _, _ in factors(ADAPTERS / "upper")})
-    each = {(module, letter): t for module, letter, t in factors(ADAPTERS / "upper")}
-    for number, path in enumerate(paths):
-        a, b = each[path, "A"], each[path, "B"]
-        if not number:
-            a, b = a[:5], b[:, :5]
-        for letter, tensor in (("A", a), ("B", b)):
-            name = f"lora_transformer_{path.replace('.', '_')}.{names[letter]}"
-            tensors[name] = tensor.contiguous()
-        own = 2.0 + number
-        tensors[f"lora_transformer_{path.replace('.', '_')}.alpha"] = torch.tensor(own)
-        deltas[path] = own / len(a) * b @ a
-    save_file(tensors, tmp_path / "file.safetensors")
-    run("convert", tmp_path / "file.safetensors", tmp_path / "out", "--model", MODEL)
-    merged = AutoModelForCausalLM.from_pretrained(MODEL).eval()
-    with torch.no_grad():
-        for path, delta in deltas.items():
-            merged.get_submodule(path).weight += delta
-        assert largest(logits(tmp_path / "out"), merged(input_ids=IDS).logits) <= 1e-5
-    assert len(load_file(tmp_path / "out" / "adapter_model.safetensors")) == 2 * len(paths)
-    said = run("convert", tmp_path / "file.safetensors", tmp_path / "other", code=1)
-    assert "--model" in said["message"]
-    assert not (tmp_path / "other").exists()
-    said = run("convert", ADAPTERS / "upper", tmp_path / "other", code=1)
-    assert "PEFT adapter already" in said["message"]
 
 
 def test_a_merged_model_is_what_peft_merges(run, tmp_path: Path) -> None:
@@ -149,8 +100,6 @@ def test_models_of_diffusers(run, unet: tuple[Path, Path, Path], tmp_path: Path)
     [fit] = run("explain", model, "--adapter", kohya)["adapters"]
     assert fit["fits"]
     assert fit["modules"] == len(run("inspect", kohya, "--model", model)["modules"])
-    run("convert", kohya, tmp_path / "out", "--model", model)
-    assert largest(of_unet(model, tmp_path / "out"), wanted) <= 1e-5
     assert not run("merge", model, kohya, tmp_path / "merged")["tokenizer"]
     assert largest(of_unet(tmp_path / "merged"), wanted) <= 1e-5
     assert "language models" in run("bench", model, "--adapters", peft, code=1)["message"]

@@ -1,4 +1,4 @@
-"""`lorafx inspect`, `convert` and `merge`: adapters by themselves, and one in its base."""
+"""`lorafx inspect` and `merge`: an adapter by itself, and in its base."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ DialectOption = Annotated[
 Config = Annotated[
     Path | None, typer.Option(help="JSON file of the configuration, where none lies beside it.")
 ]
-
-_SIZES = ("in", "out", "rank")
 
 
 def inspect(
@@ -45,18 +43,18 @@ def inspect(
         show_json(asdict(found))
     else:
         rows = [
-            {
-                "module": row.path,
-                **{name: size or "?" for name, size in zip(_SIZES, row.sizes, strict=True)},
-                "scale": "?" if row.scale is None else f"{row.scale:g}",
-            }
+            (row.path, *(size or "?" for size in row.sizes), _scale(row.scale))
             for row in found.modules
         ]
         if rows:
-            show_table(adapter, ("module", *_SIZES, "scale"), rows)
+            show_table(adapter, ("module", "in", "out", "rank", "scale"), rows)
         print(*found.lines(), sep="\n")
         if model is not None:
             print(f"nothing is refused on {model}")
+
+
+def _scale(scale: float | None) -> str:
+    return "?" if scale is None else f"{scale:g}"
 
 
 def _fields(config: Path | None) -> dict[str, Any] | None:
@@ -69,38 +67,6 @@ def _fields(config: Path | None) -> dict[str, Any] | None:
         return json_object(config.read_text(), str(config))
     except OSError as error:
         raise ConfigError(f"--config {config} cannot be read: {error}") from error
-
-
-def convert(
-    adapter: AdapterArgument,
-    folder: Annotated[Path, typer.Argument(help="The PEFT folder to write; it must not exist.")],
-    dialect: DialectOption = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Folder with a config.json; needed where names have no dots (kohya)."),
-    ] = None,
-    component: Annotated[
-        str | None, typer.Option(help="Which model of a pipeline: unet, transformer, ...")
-    ] = None,
-    config: Config = None,
-    as_json: AsJson = False,
-) -> None:
-    """Write ADAPTER, of any dialect that lorafx reads, as a folder that PEFT loads.
-
-    Example: lorafx convert style.safetensors ./style --model ./unet
-    """
-    from lorafx.adapter_store.checkpoint import load_state
-    from lorafx.adapter_store.peft_writer import write_peft
-    from lorafx.adapter_store.saved import AdapterSource
-    from lorafx.integrations.cli.models import on_meta
-
-    module = None if model is None else on_meta(model)
-    state = load_state(AdapterSource(adapter, _fields(config), dialect, component), module)
-    written = write_peft(state, folder)
-    if as_json:
-        show_json({"folder": str(folder), "dialect": state.dialect, "modules": len(written)})
-    else:
-        print(f"{state.dialect}: {len(written)} modules written to {folder}")
 
 
 def merge(
@@ -116,11 +82,12 @@ def merge(
     Example: lorafx merge meta-llama/Llama-3.2-1B ./adapters/sql ./llama-sql
     """
     import lorafx
-    from lorafx.adapter_store.peft_writer import refuse_full
+    from lorafx.errors import ConfigError
     from lorafx.integrations.cli.models import loaded
     from lorafx.runtime.marking import request_of
 
-    refuse_full(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is not empty; name a folder that does not exist yet")
     module = loaded(model, dtype)
     request = request_of({"adapter": adapter}, {}, module)
     config = replace(request.config, max_adapters=1)
