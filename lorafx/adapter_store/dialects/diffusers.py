@@ -3,7 +3,7 @@
     unet.<module>.lora_A.weight, .lora_B.weight      as PEFT's
     unet.<module>.lora.down.weight, .lora.up.weight  the same
     unet.<module>.alpha                              α, s = α/r
-    unet.<…attn1>.processor.to_q_lora.down.weight    older keys, which are refused
+    unet.<…attn1>.processor.to_q_lora.down.weight    older keys, which diffusers itself converts
 
 Without α or a configuration in the metadata (`lora_adapter_metadata`), α = r. For names of a
 model's first implementation, the diffusers conversion counts whose factors all land on modules.
@@ -242,13 +242,8 @@ def _groups(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _simple(values: Mapping[str, Any], component: str, prefix: bool = False) -> dict[str, Any]:
-    older = next(filter(_OLDER.search, values), None)
-    if older is not None:
-        raise UnsupportedAdapterError(
-            f"{older!r:.200} is an older key of diffusers; load the adapter by "
-            "pipe.load_lora_weights, and compile the pipeline with it or save it again "
-            "(pipe.save_lora_weights)"
-        )
+    if any(_OLDER.search(key) for key in values):
+        values = _of_older_keys(values, component)
     named = {
         _PAIR.sub(lambda m: ".lora_A.weight" if m[1] == "down" else ".lora_B.weight", key): value
         for key, value in values.items()
@@ -257,6 +252,33 @@ def _simple(values: Mapping[str, Any], component: str, prefix: bool = False) -> 
         twice = next(key for key in values if _PAIR.search(key))
         raise CheckpointError(f"{twice!r:.200} is there by two names; keep one")
     return {f"{component}.{k}": v for k, v in named.items()} if prefix and component else named
+
+
+def _of_older_keys(tensors: Mapping[str, Any], component: str) -> dict[str, Any]:
+    first, target = f"{next(iter(tensors))!r:.200}", component or "this model"
+    try:
+        utils: Any = importlib.import_module("diffusers.utils")
+    except ImportError:
+        raise CheckpointError(
+            f"{first} is an older key of diffusers, which its own conversion reads: pip install "
+            "'lorafx[diffusers]'"
+        ) from None
+    try:
+        if component.startswith("text_encoder"):
+            old = utils.convert_state_dict_to_diffusers(dict(tensors))
+            found: dict[str, Any] = utils.convert_state_dict_to_peft(old)
+        else:
+            found = utils.convert_unet_state_dict_to_peft(dict(tensors))
+    except Exception as error:
+        raise CheckpointError(
+            f"diffusers cannot read the keys for {target} ({first}, ...): {error!s:.200}"
+        ) from error
+    if len(found) < len(tensors):
+        raise CheckpointError(
+            f"{len(tensors)} keys for {target} have {len(found)} meanings ({first}, ...); keep one "
+            "of each"
+        )
+    return found
 
 
 def _config(saved: Saved, component: str) -> PeftConfig | None:
