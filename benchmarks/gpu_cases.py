@@ -11,12 +11,14 @@ from dataclasses import dataclass
 import peers
 import torch
 from torch import Tensor
+from tune import concat_linear
 
 import lorafx.kernels.triton.ops  # noqa: F401  registers them
 from lorafx.kernels.cost.chips import chip_of
 from lorafx.kernels.cost.roofline import FUSED, Work
 from lorafx.kernels.ops.delta_spec import DeltaSpec
-from lorafx.kernels.triton.build import TritonSpec
+from lorafx.kernels.ops.op_library import BankArgs
+from lorafx.kernels.triton.build import CONCAT, TritonSpec
 
 #: (in_features, sizes of the siblings that share x) of the packed linears of a decoder layer
 LAYERS: Mapping[str, Mapping[str, tuple[int, tuple[int, ...]]]] = {
@@ -89,7 +91,7 @@ class Case:
             offsets=tuple(sum(self.sizes[:j]) for j in range(count)),
             sizes=self.sizes,
         )
-        return TritonSpec(delta, self.dtype if strategy in FUSED else None)
+        return TritonSpec(delta, self.dtype if strategy in (*FUSED, CONCAT) else None)
 
     def work(self, device: torch.device) -> Work:
         """The case as the cost model takes it."""
@@ -172,6 +174,8 @@ class Copy:
         op = torch.ops.lorafx
         if strategy in FUSED:
             return op.triton_linear(self.x, self.weight, None, *bank, slots, 1, kernel)
+        if strategy == CONCAT:
+            return concat_linear(self.x, self.weight, None, BankArgs(*bank, slots), 1, kernel)
         y = self.base()
         op.triton_delta_(y, self.x, *bank, slots, 1, kernel)
         return y

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.cost.roofline import GPU_STRATEGIES, estimate
-from lorafx.kernels.triton.build import build, load_tuned, plan_of, tiles_for
+from lorafx.kernels.triton.build import CONCAT, build, load_tuned, plan_of, tiles_for
 from lorafx.kernels.triton.tiles import architecture_of
 
 #: Largest error against float64, in units of the largest value, that a 16-bit result may have.
@@ -66,6 +66,8 @@ def strategy(
     case: Case, device: torch.device, *, name: str, changes: TileChanges | None = None
 ) -> ArmOfCopy:
     """One of lorafx's strategies, by name, with other tiles of some of its kernels."""
+    if name == CONCAT:
+        return function_of("gpu_concat:concat")(case, device)
     kernel = kernel_of(case, name, device, changes)
     return lambda copy: lambda: copy.lora(name, kernel)
 
@@ -172,8 +174,11 @@ def over_vendor(
 
 
 def tiny_case(phase: str, arm: Arm) -> Case:
-    """What a self-check runs of an arm: float16, which the interpreter gets right everywhere."""
+    """What a self-check runs of an arm: float16, which the interpreter gets right everywhere, or
+    bfloat16 for what float16 is refused for."""
     case = replace(TINY[-1], prompts=True) if phase == "prefill" else TINY[-2]
+    if arm.arguments.get("name") == CONCAT:
+        case = replace(case, rows=24, dtype=torch.bfloat16)
     if arm.tiny is None:
         return case
     K, sizes, rows, distinct, rank = arm.tiny

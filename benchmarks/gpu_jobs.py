@@ -90,6 +90,13 @@ ONE_BY_ONE = {"reduce": {"at_once": 0, "block_r": 16}}
 #: The most promising first.
 ARMS: tuple[Arm, ...] = (
     Arm("plan", PREFILL + DECODE, "gpu_compare:planned", **PLANNED),
+    Arm(
+        "concat",
+        PREFILL,
+        "gpu_compare:strategy",
+        {"name": "concat"},
+        sources=("kernels/triton", "benchmarks/gpu_concat.py"),
+    ),
     Arm("segments", PREFILL, "gpu_compare:strategy", {"name": "segments"}),
     Arm("split", DECODE, "gpu_compare:strategy", {"name": "split"}),
     Arm(

@@ -42,7 +42,7 @@ DOES: Mapping[str, Does] = {
     "embedding_rows": Does.BY_ROW,
     "split": Does.BASE,
     "epilogue": Does.BASE,
-    **dict.fromkeys(("expand", "reduce"), Does(0)),
+    **dict.fromkeys(("expand", "reduce", "gather", "place"), Does(0)),
 }
 
 

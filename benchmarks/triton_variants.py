@@ -22,9 +22,11 @@ from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.triton.attention import PagedAttentionSpec
 from lorafx.kernels.triton.attention import kernel as attention_kernel
 from lorafx.kernels.triton.build import (
-    DELTA,
+    CONCAT,
     ORDER_TILES,
     STRATEGY_KERNELS,
+    not_concat,
+    spec_for,
     tiles_for,
 )
 from lorafx.kernels.triton.generated import GeneratedKernel, load
@@ -190,7 +192,10 @@ def _strategies(spec: TritonSpec) -> tuple[str, ...]:
     """The strategies that kernels of a representative spec are compiled for."""
     if spec.delta.embedding:
         return ("embedding",)
-    return tuple(s for s in STRATEGY_KERNELS if s != "embedding")
+    left_out = {"embedding"}
+    if not_concat(spec.delta, spec.weight_dtype):
+        left_out.add(CONCAT)
+    return tuple(s for s in STRATEGY_KERNELS if s not in left_out)
 
 
 def variants_for_aot(
@@ -212,9 +217,11 @@ def variants_for_aot(
     yield variant("order", load("order", None, ORDER_TILES, arch), None)
     for name, full in representative_specs().items():
         for strategy in _strategies(full):
-            spec = TritonSpec(full.delta) if strategy in DELTA else full
+            spec = spec_for(strategy, full)
             # More rows change the parts of K alone in "split", which is planned for few.
-            for M in [M for M in rows if M <= 64 or strategy != "split"]:
+            # Longer operands for the vendor's GEMM are planned for many.
+            few, many = strategy == "split", strategy == CONCAT
+            for M in [M for M in rows if not (few and M > 64) and not (many and M < 256)]:
                 for kernel_name, tiles in tiles_for(strategy, spec.delta, M, arch).items():
                     kernel = load(kernel_name, spec, tiles, arch)
                     if kernel.key not in seen:

@@ -31,15 +31,19 @@ from triton.runtime.errors import OutOfResources
 import lorafx.kernels.triton.ops  # noqa: F401  registers the op
 from lorafx.kernels.cost.chips import Chip, chip_of
 from lorafx.kernels.ops.delta_spec import DeltaSpec
+from lorafx.kernels.ops.op_library import BankArgs
 from lorafx.kernels.triton.build import (
+    CONCAT,
     LINEAR,
     TUNED,
     build,
     load_tuned,
+    plan_of,
     tiles_for,
     tuned_file,
     tuning_key,
 )
+from lorafx.kernels.triton.ops import blocks_of, columns_of
 from lorafx.kernels.triton.source import TritonSpec
 from lorafx.kernels.triton.tiles import Architecture, Tiles, architecture_of
 
@@ -54,6 +58,7 @@ AXES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
         "block_k": (32, 64, 128, 256),
         "parts": (1, 2, 4, 8, 16),
         "num_warps": (2, 4, 8),
+        "num_stages": (2, 3, 4, 5),
     },
     "epilogue": {
         "block_n": (16, 32, 64, 128, 256),
@@ -287,10 +292,33 @@ class LinearProblem:
             return torch.ops.lorafx.triton_linear(
                 self.x, self.weight, self.bias, *self.bank, 1, kernel
             )
+        if strategy == CONCAT and self.weight is not None:
+            base = (self.x, self.weight, self.bias)
+            bank, turned = BankArgs(*self.bank), self.weight.shape[0] == self.x.shape[1]
+            return concat_linear(*base, bank, 1, kernel, transposed=turned)
         op = torch.ops.lorafx
         name = op.triton_embedding_delta_ if strategy == "embedding" else op.triton_delta_
         name(self.y, self.x, *self.bank, 1, kernel)
         return self.y
+
+
+def concat_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bank: BankArgs,
+    rows: int,
+    kernel: int,
+    *,
+    transposed: bool = False,
+) -> Tensor:
+    """y of the strategy "concat"."""
+    spec = plan_of(kernel).spec
+    more = (0, columns_of(spec, blocks_of(spec, bank)))
+    x = torch.nn.functional.pad(x, more)
+    right = torch.nn.functional.pad(weight.T if transposed else weight, more).T
+    torch.ops.lorafx.triton_concat_(x, right if transposed else right.T, *bank, rows, kernel)
+    return x @ right if bias is None else torch.addmm(bias, x, right)
 
 
 def gpu_timer(

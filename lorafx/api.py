@@ -17,9 +17,9 @@ from lorafx.config import Options
 from lorafx.errors import CapacityError, ConfigError, LorafxWarning
 from lorafx.inspection.explanation import Explanation, predicted
 from lorafx.inspection.profile import Profile
-from lorafx.inspection.why import Why, why_before
+from lorafx.inspection.why import Why
 from lorafx.runtime.example_inputs import as_call
-from lorafx.runtime.marking import build_sites, mark, request_of
+from lorafx.runtime.marking import mark, request_of
 from lorafx.torch_internals.entrances import entrance
 
 
@@ -123,50 +123,27 @@ def explain(
 def why(
     model: nn.Module,
     path: str,
-    adapter: Any = None,
+    adapter: str | None = None,
     *,
-    lora_config: Any = None,
     inputs: Mapping[str, Any] | Sequence[Any] | None = None,
 ) -> Why:
-    """What became of the module at `path`, as `CompiledModel.why` reports it, of any model.
+    """What became of the module at `path`, as `CompiledModel.why` reports it.
 
     Args:
-        model: what `compile` returned; what `attach` returned, or torch.compile for that; or a
-            model without LoRA, also on the meta device: the answer is then what `lora_config` would
-            make of the module.
+        model: what `compile` or `attach` returned, or torch.compile for that.
         path: any path of the module, also one that only adapters use.
-        adapter: the name of a loaded adapter; of a model without LoRA an adapter as `compile`
-            takes it, such as a folder.
-        lora_config: as for `compile`, for a model without LoRA. None for what `adapter` targets.
+        adapter: the name of a loaded adapter.
         inputs: keyword arguments (or positional ones) of a call, to measure with by how much the
             adapter changes what the module returns; None for the last batch.
 
     Raises:
-        ConfigError: there is no such module; the error names the nearest paths. Or `lora_config` or
-            `inputs` is given where it has no meaning, or `inputs` are no arguments of a call.
+        ConfigError: the model carries no LoRA, there is no such module (the error names the nearest
+            paths), or `inputs` are no arguments of a call.
         UnknownAdapterError: the adapter is not loaded.
-        CheckpointError, UnsupportedAdapterError: the adapter cannot be read.
 
     With `inputs` it also raises what a call raises.
     """
-    compiled = compiled_of(model)
-    if lora_config is not None and compiled is not None:
-        raise ConfigError(
-            f"this {type(model).__name__} carries LoRA; lora_config is for models without it"
-        )
-    if compiled is not None:
-        return compiled.why(path, adapter, inputs=inputs)
-    refuse_other(model)
-    if inputs is not None:
-        raise ConfigError(
-            f"this {type(model).__name__} carries no LoRA, so there is nothing to measure with "
-            "inputs; give lorafx.compile(...) or lorafx.attach(...) the model first"
-        )
-    sources = {} if adapter is None else {"adapter": adapter}
-    config = request_of(lora_config, sources, model).config
-    _, sites = build_sites(model, config)
-    (found,) = why_before(model, config, sites, path, sources)
-    return found
+    return _marked(model).why(path, adapter, inputs=inputs)
 
 
 def profile(
@@ -189,14 +166,18 @@ def profile(
 
     It also raises what a call raises.
     """
+    return _marked(model).profile(inputs, adapter_names, calls=calls)
+
+
+def _marked(model: nn.Module) -> CompiledModel:
     refuse_other(model)
     compiled = compiled_of(model)
     if compiled is None:
         raise ConfigError(
             f"this {type(model).__name__} carries no LoRA; call lorafx.attach(model, lora_config) "
-            "first"
+            "first. lorafx.explain(model, lora_config) says which modules would carry LoRA"
         )
-    return compiled.profile(inputs, adapter_names, calls=calls)
+    return compiled
 
 
 def _set_default(compiled: CompiledModel, active: Sequence[str]) -> None:

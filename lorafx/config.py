@@ -10,17 +10,17 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from lorafx.errors import ConfigError, Setting, nearest
+from lorafx.errors import ConfigError, nearest
 
 LoweringName = Literal["auto", "inductor", "triton", "reference"]
 #: Strategies of a LoRA node, by lowering; "aten" is the op's own implementation.
 STRATEGIES: Mapping[str, tuple[str, ...]] = {
     "inductor": ("generated", "aten"),
-    "triton": ("split", "epilogue", "gemv", "segments", "aten"),
+    "triton": ("split", "epilogue", "gemv", "segments", "concat", "aten"),
     "reference": ("aten",),
 }
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-Verify = Literal["off", "lint"]
+Verify = Literal["lint", "numeric"]
 Overflow = Literal["refuse", "waves"]
 BaseGraphs = bool | Literal["auto", "warmup"]
 
@@ -78,10 +78,7 @@ class LoraConfig:
         for name in ("max_adapters", "max_rank"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                setting = Setting(name, f"LoraConfig.{name}")
-                raise ConfigError(
-                    f"{setting} must be a positive integer, got {value!r}", settings=(setting,)
-                )
+                raise ConfigError(f"LoraConfig.{name} must be a positive integer, got {value!r}")
         saved = self.modules_to_save
         if isinstance(saved, str) or not all(isinstance(name, str) and name for name in saved):
             raise ConfigError(
@@ -124,12 +121,14 @@ class Options:
             C++ compiler "reference"), "inductor" (generated C++ on a CPU, else aten, in
             Inductor's code), "triton" (generated Triton in Inductor's code; on a CPU in Triton's
             interpreter, to debug), or "reference" (plain aten, run node by node).
-        verify: "lint" (graph structure, shapes and dtypes after each pass), or "off".
+        verify: "lint" (graph structure, shapes and dtypes after each pass), or "numeric" (also runs
+            each pass's graph beside the proved one on the first real inputs).
         passes: by name: graph passes that are switched on or off, `{"pack": False}`, and passes of
             your own, `{"mine": lorafx.After("fuse", run)}`. `print(lorafx.pipeline())` lists them.
         max_edits: stop rewriting after this many edits, to bisect a wrong result.
         plan: strategies pinned by canonical site path: "generated" for generated C++;
-            "split", "epilogue", "gemv" and "segments" for Triton (docs/kernels.md); "aten".
+            "split", "epilogue", "gemv", "segments" and "concat" for Triton (docs/kernels.md);
+            "aten".
         dump: the folder for the graph after every pass; None reads LORAFX_DUMP.
         recompile_limit: the largest number of graphs of one entry; needing more is an error.
         strict: an adapter whose file lacks factors for a module that its own configuration targets
@@ -195,17 +194,15 @@ class Options:
     def __post_init__(self) -> None:
         for name, allowed in (
             ("lowering", ("auto", *STRATEGIES)),
-            ("verify", ("off", "lint")),
+            ("verify", ("lint", "numeric")),
             ("overflow", ("refuse", "waves")),
             ("base_graphs", ("auto", True, False, "warmup")),
             ("mode", (None, *MODES)),
         ):
             if getattr(self, name) not in allowed:
-                setting = Setting(name, f"Options.{name}")
                 raise ConfigError(
-                    f"{setting} must be one of {', '.join(map(str, allowed))}, "
-                    f"got {getattr(self, name)!r}",
-                    settings=(setting,),
+                    f"Options.{name} must be one of {', '.join(map(str, allowed))}, "
+                    f"got {getattr(self, name)!r}"
                 )
         if self.shortcuts != "proved":
             from lorafx.torch_internals.shortcuts import checked
@@ -229,8 +226,7 @@ def _check_graphs_can_be_saved() -> None:
     from lorafx.torch_internals.saved_graphs import can_be_noted
 
     if not can_be_noted():
-        setting = Setting("cache", "Options.cache")
         raise ConfigError(
-            f"{setting} needs torch 2.13 or later, and this is {torch.__version__}; leave it out",
-            settings=(setting,),
+            f"Options.cache needs torch 2.13 or later, and this is {torch.__version__}; leave it "
+            "out"
         )

@@ -7,33 +7,32 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+import re
+from collections.abc import Callable, Iterable
+
+#: How messages name a field of LoraConfig or Options, alone or with a value that would do.
+_SETTING = re.compile(
+    r"compile with LoraConfig\((?P<field>\w+)=(?P<value>.+?)\)"
+    r"(?P<given>, or give the adapter when compiling)?"
+    r"|(?:LoraConfig|Options)\.(?P<alone>\w+)|(?P<targets>target_modules) when compiling"
+)
 
 
-class Setting(NamedTuple):
-    """A field of `LoraConfig` or `Options` that a message names, so that a program can name its own
-    option.
+def way_out_by(field: str, value: object, *, given: bool = False) -> str:
+    """A sentence fragment: LoraConfig needs this value; `given`: the adapter itself would do."""
+    text = f"compile with LoraConfig({field}={value!r})"
+    return text + ", or give the adapter when compiling" * given
 
-    Attributes:
-        text: the field in the message, in Python's spelling.
-        value: what would do; None where the message names none.
-        given: whether it would do, too, to give the adapter when the model is compiled.
-    """
 
-    name: str
-    text: str
-    value: object = None
-    given: bool = False
+def respelled(message: str, spell: Callable[[str, str | None, bool], str | None]) -> str:
+    """A message with fields of LoraConfig and Options as `spell(field, value, given)` spells them,
+    for programs that have options of their own; None keeps a field as it is."""
 
-    @classmethod
-    def asked(cls, name: str, value: object, *, given: bool = False) -> Setting:
-        """A field of `LoraConfig` that would have to have this value."""
-        text = f"compile with LoraConfig({name}={value!r})"
-        return cls(name, text + ", or give the adapter when compiling" * given, value, given)
+    def spelled(match: re.Match[str]) -> str:
+        field = match["field"] or match["alone"] or match["targets"]
+        return spell(field, match["value"], match["given"] is not None) or match[0]
 
-    def __str__(self) -> str:
-        return self.text
+    return _SETTING.sub(spelled, message)
 
 
 class LorafxError(Exception):
@@ -42,21 +41,6 @@ class LorafxError(Exception):
     Way out: `except lorafx.LorafxError` catches all of them, in calls and while compiling. The
     message of each names the thing and what to do.
     """
-
-    #: The settings that the message names, of those that commands have options for.
-    settings: Sequence[Setting] = ()
-
-    def __init__(self, *args: object, settings: Sequence[Setting] = ()) -> None:
-        super().__init__(*args)
-        if settings:
-            self.settings = settings
-
-    def spelled(self, spell: Callable[[Setting], str]) -> str:
-        """The message, with its settings in the spelling of `spell`."""
-        text = str(self)
-        for setting in self.settings:
-            text = text.replace(setting.text, spell(setting))
-        return text
 
 
 class LorafxWarning(UserWarning):
@@ -201,7 +185,7 @@ class ReplacedModuleError(CaptureError):
 
 
 class VerifyError(LorafxError):
-    """A pass left a graph that is malformed, lost a site, or has outputs of other shapes.
+    """A pass left a graph that is malformed or computes something else.
 
     Way out: a fault of lorafx, or of a pass of your own. Options(passes={name: False}) goes without
     the pass; please report it with the folder that Options(dump=...) writes.

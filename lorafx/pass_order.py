@@ -20,8 +20,8 @@ from lorafx.passes.attach import Attach
 from lorafx.passes.attend import Attend
 from lorafx.passes.fuse import Fuse
 from lorafx.passes.give_out import GiveOut
-from lorafx.passes.lower.lower import Lower
-from lorafx.passes.match.match import Match
+from lorafx.passes.lower import Lower
+from lorafx.passes.match import Match
 from lorafx.passes.outline.outline import Outline
 from lorafx.passes.pack import Pack, PackWeights
 from lorafx.passes.plan import Plan

@@ -37,8 +37,8 @@ class LongWork:
         self.what = what
         self.terminal = None if sys.stderr is None or not sys.stderr.isatty() else sys.stderr
         self._start = time.perf_counter()
-        self._shown = self._ended = False
-        self._length = 0  # of its open line
+        self._length = 0  # of its line, 0 before it is shown
+        self._ended = False
 
     @property
     def seconds(self) -> float:
@@ -47,20 +47,12 @@ class LongWork:
     def show(self, what: str | None = None) -> None:
         """Show on a terminal its name, `what` from now on if given, and its time so far."""
         self.what = what or self.what
-        with _LOCK:
-            if self.terminal is None or self._ended:
-                return
-            line = f"lorafx: {self.what} ... {self.seconds:.0f} s"
-            line = line[: shutil.get_terminal_size().columns - 1]
-            self._write(line, end="")
-            self._length, self._shown, LongWork._open = len(line), True, self
+        self._write(f"lorafx: {self.what} ... {self.seconds:.0f} s", ends=False)
 
     def end(self) -> None:
-        with _LOCK:
-            if self._shown and not self._ended:
-                self._write(f"lorafx: {self.what}: {self.seconds:.1f} s", end="\n")
-                LongWork._open = None
-            self._ended = True
+        if self._length:
+            self._write(f"lorafx: {self.what}: {self.seconds:.1f} s", ends=True)
+        self._ended = True
 
     def watch(self, ended: threading.Event) -> None:
         """Until it has ended, write its line anew, or warn of it."""
@@ -71,12 +63,16 @@ class LongWork:
         while not ended.wait(_TICK):
             self.show()
 
-    def _write(self, text: str, end: str) -> None:
-        if LongWork._open is self:
-            text = f"\r{text.ljust(self._length)}"
-        elif LongWork._open is not None:
-            text = f"\n{text}"
-        print(text, end=end, flush=True, file=self.terminal)
+    def _write(self, line: str, *, ends: bool) -> None:
+        with _LOCK:
+            if self.terminal is None or self._ended:
+                return
+            line = line[: shutil.get_terminal_size().columns - 1]
+            before = LongWork._open
+            start = "" if before is None else "\r" if before is self else "\n"
+            text = start + line.ljust(self._length) + "\n" * ends
+            print(text, end="", flush=True, file=self.terminal)
+            self._length, LongWork._open = len(line), None if ends else self
 
 
 @contextmanager

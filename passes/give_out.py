@@ -24,7 +24,6 @@ from torch import fx
 from lorafx.errors import ProvenanceError
 from lorafx.op_arguments import bound, in_order, index_of, operand
 from lorafx.ownership import contractions, pointwise, reductions
-from lorafx.ownership.emit import Emitter
 from lorafx.ownership.flow import Flow, operator_name, outputs, place, wrap
 from lorafx.ownership.indexing import is_boolean
 from lorafx.ownership.labels import Label, Mixed, Own
@@ -32,7 +31,7 @@ from lorafx.ownership.pointwise import unlabelled
 from lorafx.ownership.propagate import called_by, flow_through, rule_for
 from lorafx.ownership.site_rules import GIVEN_DIM, input_name, input_of
 from lorafx.ownership.symbolic import ONE, BatchSymbols, Shape, divide, equal
-from lorafx.passes.provenance import Unproved, batch_of, row_map, seeds_of, slots_of
+from lorafx.passes.provenance import Emitter, Unproved, batch_of, row_map, seeds_of, slots_of
 from lorafx.program.context import EMBEDDING_OP, ROWS_OF, SITE_OP, Context, is_site
 from lorafx.program.frame import Frame, fake_value
 from lorafx.torch_internals.fake_tensors import enable_python_dispatcher
@@ -56,10 +55,11 @@ class Ended(Exception):
 class Vectorizer:
     """Shared node -> its copies (n, …), inserted before the node `before`."""
 
-    def __init__(self, graph: fx.Graph, flow: Flow, emitter: Emitter) -> None:
-        self.graph, self.flow, self.emitter = graph, flow, emitter
+    before: fx.Node
+
+    def __init__(self, flow: Flow, emitter: Emitter) -> None:
+        self.flow, self.emitter = flow, emitter
         self.copies: dict[fx.Node, fx.Node] = {}
-        self.before: fx.Node = next(iter(graph.nodes))
 
     def vectorized(self, node: fx.Node) -> fx.Node:
         """The copies of `node` from its operands' copies; raises Ended for unknown operators."""
@@ -133,11 +133,10 @@ class Vectorizer:
             copies = self.emit(aten.unsqueeze.default, copies, 1)
         return copies
 
-    def only(self, node: fx.Node, *allowed: object) -> None:
+    def only(self, node: fx.Node, allowed: object) -> None:
         """Raise Ended if other operands have copies."""
-        for arg in node.all_input_nodes:
-            if arg in self.copies and not any(arg is one for one in allowed):
-                raise Ended(node, "an operand that should be the same for all requests is not")
+        if any(arg in self.copies and arg is not allowed for arg in node.all_input_nodes):
+            raise Ended(node, "an operand that should be the same for all requests is not")
 
     # --- rules ---
 
@@ -487,7 +486,7 @@ class Attempt:
     ) -> None:
         self.graph, self.roots = graph, roots
         self.before = set(graph.nodes)
-        self.vectorizer = Vectorizer(graph, flow, Emitter(graph, batch))
+        self.vectorizer = Vectorizer(flow, Emitter(graph, batch))
         self.sites: dict[fx.Node, fx.Node] = {}
         self._of: dict[fx.Node, set[fx.Node]] = {}
         self._inputs: list[tuple[fx.Node, fx.Node, fx.Node]] = []

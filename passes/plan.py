@@ -31,7 +31,7 @@ from lorafx.kernels.cost.roofline import (
 from lorafx.kernels.cpu.delta_kernels import build_all
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.ops.op_library import Ranges
-from lorafx.kernels.triton.build import TritonSpec
+from lorafx.kernels.triton.build import CONCAT, TritonSpec, not_concat
 from lorafx.kernels.triton.build import build as build_triton
 from lorafx.kernels.triton.ops import adjacent
 from lorafx.model.bank import Bank
@@ -141,6 +141,8 @@ def _triton_choice(ctx: Context, node: fx.Node) -> tuple[str, str]:
     work = _work(ctx, node)
     estimates = {} if work is None else estimate(work)
     for name, modelled in estimates.items():
+        if name == CONCAT and _not_concat(node):
+            continue
         if not modelled.refusal and (name not in FUSED or _fusable(node)):
             untimed = f", {UNTIMED[name]}," if name in UNTIMED else ""
             return name, f"modelled {modelled}{untimed} at {_rows(node)} rows; {_floor(ctx, node)}"
@@ -152,6 +154,8 @@ def _unfit(node: fx.Node, name: str) -> str:
     others = "pin 'gemv', 'segments' or 'aten'"
     if node.target is EMBEDDING_OP and name != ATEN:
         return ", but embeddings have a single strategy; remove the pin, or pin 'aten'"
+    if name == CONCAT and (why := _not_concat(node)):
+        return f", {why}; {others}"
     if name in FUSED and node.target is not FUSED_OP:
         return f", whose base product is not part of the node; {others}"
     if name in FUSED and not _fusable(node):
@@ -174,6 +178,18 @@ def _work(ctx: Context, node: fx.Node) -> Work | None:
 def _fusable(node: fx.Node) -> bool:
     """Whether a kernel may compute the base product, from a weight layout that it can read."""
     return node.target is FUSED_OP and adjacent(fake_value(bound(node)["weight"]))
+
+
+def _not_concat(node: fx.Node) -> str:
+    """Why the vendor's GEMM cannot have a longer x and weight, or ""."""
+    if node.target is not FUSED_OP:
+        return "whose base product is not part of the node"
+    weight = fake_value(bound(node)["weight"])
+    dtypes = {fake_value(node).dtype, fake_value(bound(node)["x"]).dtype, weight.dtype}
+    if len(dtypes) != 1:
+        return "whose x, weight and result are not of one type"
+    why = not_concat(delta_spec(node), weight.dtype)
+    return why and f"whose x and weight cannot be made longer: {why}"
 
 
 def _rows(node: fx.Node) -> int | None:
@@ -256,4 +272,7 @@ def triton_spec(node: fx.Node) -> TritonSpec:
         return TritonSpec(delta_spec(node))
     call = bound(node)
     weight, bias = fake_value(call["weight"]), call["bias"] is not None
-    return TritonSpec(delta_spec(node), weight.dtype, bias, call["transposed"])
+    n, slots = fake_value(call["slots"]).shape[0], fake_value(call["B"]).shape[0]
+    # as few blocks as the sizes of the graph allow
+    by_request = isinstance(n, int) and n < slots
+    return TritonSpec(delta_spec(node), weight.dtype, bias, call["transposed"], by_request)

@@ -14,8 +14,11 @@ and each kernel after the first one more dependent launch. What the strategies l
     gemv        vendor GEMM, then shrink and expand a row at a time: no padding of rows
     segments    vendor GEMM, then shrink and expand by runs of equal slots, padded to 16 rows;
                 requests are sorted by slot first, once for all nodes of a graph
+    concat      B copied behind W, v behind x, then the vendor's product of the longer x and W: its
+                FLOPs grow by (K + C) / K for C columns. W is copied for its columns at every call
 
-Constants of chips are those of lorafx.kernels.cost.chips.
+Constants of chips are those of lorafx.kernels.cost.chips. "concat" was not timed on a chip as a
+whole; its parts were, on an H200.
 """
 
 from __future__ import annotations
@@ -250,6 +253,8 @@ def split_rounds(work: Work) -> int:
 #: Shrink and expand took 2.1 (gate/up), 3.0 (down) and 3.7 times (q/k/v) their roofline (H200, 8192
 #: rows).
 OVER_ROOFLINE = 3.0
+#: Most columns that lengthen x and W, their unit, and the unit that a vendor's GEMM takes of K.
+MOST_COLUMNS, UNIT, K_TILE = 256, 16, 64
 
 
 def _gemv(work: Work) -> float:
@@ -279,6 +284,21 @@ def _by_runs(work: Work, memory: float, terms: int) -> float:
     return max(work.kernel(memory, 0, flops) * slow, READER) + work.chip.launch
 
 
+def _concat(work: Work) -> float:
+    M, K, N = work.rows, work.in_features, work.columns
+    more = _more_columns(work)
+    flops = 2.0 * M * N * math.ceil((K + more) / K_TILE) * K_TILE
+    product = work.kernel(K * N + M * (K + N), work.cached, flops) + START
+    beside_w = work.reader(work.b + more * N, 0, 0)
+    copy = work.kernel(2 * K * N + more * N, 0, 0) + work.chip.launch
+    zeros = work.kernel(M * more, 0, 0) + work.chip.launch
+    return _shrink(work) + beside_w + copy + zeros + product
+
+
+def _more_columns(work: Work) -> int:
+    return len(work.sizes) * work.distinct * math.ceil(work.rank / UNIT) * UNIT
+
+
 # --- the choice ---
 
 GPU_STRATEGIES = {
@@ -286,11 +306,13 @@ GPU_STRATEGIES = {
     "epilogue": _epilogue,
     "gemv": _gemv,
     "segments": _segments,
+    "concat": _concat,
 }
 #: Strategies that compute the base product themselves.
 FUSED = ("split", "epilogue")
 #: Notes for users on what no chip has timed.
 UNTIMED: Mapping[str, str] = {
+    "concat": "never measured on a chip",
     "split": "its reader measured in an earlier form only",
 }
 #: A vendor GEMM this much faster than plain Triton's costs more than all of LoRA (5 % against 0.6
@@ -313,6 +335,12 @@ def _refusal(name: str, work: Work) -> str:
     if name == "split" and any(size % 16 for size in (work.in_features, *work.sizes)):
         # On a GPU these kernels were run for whole blocks of 16 elements only.
         return "K or a column count is not a multiple of 16"
+    if name == "concat":
+        if not work.compute_bound:
+            return "bytes decide, and fused kernels read W once as well"
+        if (more := _more_columns(work)) > MOST_COLUMNS:
+            return f"{more} more columns of x and W are more than {MOST_COLUMNS}"
+        return "x A may overflow float16" if work.dtype == torch.float16 else ""
     return slower_than_vendor(work.chip) if name in FUSED and work.compute_bound else ""
 
 

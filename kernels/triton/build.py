@@ -5,6 +5,7 @@
     split      x Wᵀ in parts of K and beside it the shrink, then the parts added up with v B
     epilogue   shrink, then x Wᵀ + b with v B added in its epilogue; y is written once
     segments   shrink, then y += v B, rows sorted by slot; the base product is the vendor's
+    concat     v behind the columns of x and B behind those of W, then the vendor's GEMM of both
     gemv       as "segments" a row at a time, for one or two rows an adapter
     embedding  y += A[s, id] B[s]
 
@@ -30,11 +31,12 @@ from lorafx.errors import LoweringError
 from lorafx.kernels.cpu.compiler import cache_folder
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.triton.generated import GeneratedKernel, load
-from lorafx.kernels.triton.source import TritonSpec, generator_hash
+from lorafx.kernels.triton.source import COLUMN_UNIT, TritonSpec, generator_hash
 from lorafx.kernels.triton.tiles import (
     Architecture,
     Tiles,
     architecture_of,
+    concat_tiles,
     expand_rows_tiles,
     linear_tiles,
     power_of_two,
@@ -46,6 +48,8 @@ from lorafx.torch_internals import triton_compat
 
 #: Strategies of `lorafx::triton_linear`, which compute the base product too.
 LINEAR = ("split", "epilogue")
+#: The strategy that makes x and W longer for the vendor's GEMM (ops.py).
+CONCAT = "concat"
 #: Strategies of the deltas alone.
 DELTA = ("segments", "gemv", "embedding")
 #: One program of the sorting kernel ranks this many requests.
@@ -57,6 +61,7 @@ STRATEGY_KERNELS: Mapping[str, tuple[str, ...]] = {
     "split": ("split", "reduce"),
     "epilogue": ("shrink", "epilogue"),
     "segments": ("shrink", "expand"),
+    "concat": ("gather", "place"),
     "gemv": ("shrink_rows", "expand_rows"),
     "embedding": ("embedding_rows",),
 }
@@ -107,8 +112,9 @@ def build(
         raise LoweringError(f"strategy {strategy!r} computes the base product: name its weight")
     if not spec.supported() or spec.delta.embedding != (strategy == "embedding"):
         return None
-    if strategy in DELTA:
-        spec = TritonSpec(spec.delta)  # one kernel for all bases
+    if strategy == CONCAT and (why := not_concat(spec.delta, spec.weight_dtype)):
+        raise LoweringError(f"strategy {strategy!r} cannot make x and W longer: {why}")
+    spec = spec_for(strategy, spec)
     arch = architecture_of(device)
     load_tuned(arch)
     chosen = dict(tiles) if tiles is not None else tiles_for(strategy, spec.delta, rows_hint, arch)
@@ -119,6 +125,27 @@ def build(
             _PLANS[plan.id] = plan
             _BUILT[key] = plan.id
         return _BUILT[key]
+
+
+def not_concat(delta: DeltaSpec, weight_dtype: torch.dtype | None) -> str:
+    """Why x and W cannot be made longer; "" where they can."""
+    dtypes = {delta.x_dtype, delta.bank_dtype, delta.y_dtype, weight_dtype}
+    if len(dtypes) != 1:
+        return "x, W, the bank and y are not of one type"
+    if delta.x_dtype == torch.float16:
+        return "x A may overflow float16"
+    if delta.in_features % COLUMN_UNIT:
+        return f"K is {delta.in_features}, not a multiple of {COLUMN_UNIT}"
+    return ""
+
+
+def spec_for(strategy: str, spec: TritonSpec) -> TritonSpec:
+    """`spec` without what kernels of `strategy` do not depend on: one kernel for all such bases."""
+    if strategy in DELTA:
+        return TritonSpec(spec.delta)
+    if strategy == CONCAT:
+        return TritonSpec(spec.delta, transposed=spec.transposed, by_request=spec.by_request)
+    return replace(spec, by_request=False)
 
 
 def _plan(
@@ -173,6 +200,8 @@ def tiles_for(strategy: str, spec: DeltaSpec, rows: int, arch: Architecture) -> 
         second = expand_rows_tiles(spec, rows, arch)
         both = {"shrink_rows": first, "expand_rows": replace(second, parts=first.parts)}
         return {name: replace(t, overlap=arch.overlaps) for name, t in both.items()}
+    if strategy == CONCAT:
+        return concat_tiles(spec, rows, arch)
     if strategy == "split":
         return split_tiles(spec, rows, arch)
     first = shrink_tiles(spec, rows, arch)

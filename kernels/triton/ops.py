@@ -3,11 +3,28 @@
     lorafx::triton_linear            x Wᵀ + b and the deltas of all column ranges, (M, N)
     lorafx::triton_delta_            the deltas alone, added into y in place
     lorafx::triton_embedding_delta_  the delta of an embedding, added into y in place
+    lorafx::triton_concat_           B behind the columns of W and v behind those of x
 
 `kernel` is an id of build.py. Other arguments are as in lorafx.kernels.ops.linear_ops, with
 rows > 0; the references are `lorafx::fused_linear`, `add_delta_` and `add_embedding_delta_`. All
 raise LoweringError, with the op's name and what does not fit, for a real or fake argument that
 `kernel` was not made for.
+
+The strategy "concat" is one product of the vendor's for a longer x and a longer W:
+
+    x' = [ x | v of each sibling ]      W' = [ W | B of each sibling ]      y = x' W'ᵀ + b
+
+    gather   W'[column, d-th block of its sibling, r] = B[slot of block d, r, column]
+    place    x'[m, block of m, r] = scale · Σ_k A[slot of m, sibling, r, k] x[m, k]
+
+A sibling has a block of `TritonSpec.width` columns for each slot of the bank or for each request. A
+row's v is in the block of its slot, the rest of its columns are 0, and W' is 0 in the columns of
+other siblings. v is rounded to x's type before it is multiplied by B, which is of that type:
+
+    |ŷ - y| ≤ u |y| + u Σ_k |v_k| |B_k| + (2K + r + 8) 2⁻²⁴ |y|₁
+
+with u = 2⁻⁸ for bfloat16 and 2⁻¹¹ for float16. W' is finite in the blocks of other rows: where an
+adapter's B is not, the rows of that adapter alone are NaN.
 """
 
 from __future__ import annotations
@@ -21,8 +38,8 @@ from torch import Tensor
 from lorafx.kernels.ops.delta_spec import have_strides
 from lorafx.kernels.ops.op_checks import check_bank, require
 from lorafx.kernels.ops.op_library import BankArgs
-from lorafx.kernels.triton.build import LINEAR, LaunchPlan, plan_of
-from lorafx.kernels.triton.generated import Launch, generated_op
+from lorafx.kernels.triton.build import CONCAT, LINEAR, LaunchPlan, plan_of
+from lorafx.kernels.triton.generated import GeneratedKernel, Launch, generated_op
 from lorafx.kernels.triton.launch import (
     Base,
     LaunchArgs,
@@ -32,6 +49,7 @@ from lorafx.kernels.triton.launch import (
     shrink,
     split,
 )
+from lorafx.kernels.triton.source import TritonSpec
 from lorafx.torch_internals.symbols import guard_or_false
 
 
@@ -89,6 +107,16 @@ def checked_plan(
     return plan
 
 
+def check_a(op: str, plan: LaunchPlan, A: Tensor) -> None:
+    d = plan.spec.delta
+    shown = (max(d.siblings) + 1) * d.in_features
+    require(
+        op,
+        A.shape[1] == d.max_rank and A.shape[2] >= shown,
+        f"A is {tuple(A.shape)}, the kernel's (S, {d.max_rank}, {shown}) or wider",
+    )
+
+
 def check_linear(op: str, plan: LaunchPlan, x: Tensor, A: Tensor) -> None:
     d = plan.spec.delta
     require(
@@ -96,12 +124,7 @@ def check_linear(op: str, plan: LaunchPlan, x: Tensor, A: Tensor) -> None:
         x.dim() == 2 and x.shape[1] == d.in_features and x.dtype == d.x_dtype,
         f"x is {x.dtype} {tuple(x.shape)}, the kernel's {d.x_dtype} (M, {d.in_features})",
     )
-    shown = (max(d.siblings) + 1) * d.in_features
-    require(
-        op,
-        A.shape[1] == d.max_rank and A.shape[2] >= shown,
-        f"A is {tuple(A.shape)}, the kernel's (S, {d.max_rank}, {shown}) or wider",
-    )
+    check_a(op, plan, A)
     require_adjacent(op, x=x)
 
 
@@ -212,8 +235,76 @@ def _embedding_fake(y, ids, bank: BankArgs, rows, kernel) -> None:
     check_y(op, plan, y, ids.shape[0])
 
 
+def columns_of(spec: TritonSpec, blocks: Any) -> Any:
+    return len(spec.delta.sizes) * spec.width * blocks
+
+
+def blocks_of(spec: TritonSpec, bank: BankArgs) -> Any:
+    return bank.slots.shape[0] if spec.by_request else bank.B.shape[0]
+
+
+def gather(kernel: GeneratedKernel, spec: TritonSpec, w: Tensor, batch: LaunchArgs) -> Tensor:
+    """Writes B into W' (N, …), or (…, N) where the spec is transposed, behind its K columns.
+    Returns int32 (blocks, T): where B is not finite, by block and column tile; W' has 0 there."""
+    bank = batch.bank
+    blocks = blocks_of(spec, bank)
+    tiles_n = sum(-(-size // kernel.tiles.block_n) for size in spec.delta.sizes)
+    flags = torch.empty((blocks, tiles_n), dtype=torch.int32, device=w.device)
+    strides = [w.stride(1), w.stride(0)] if spec.transposed else [w.stride(0), w.stride(1)]
+    pointers = [bank.B, bank.ranks, bank.slots, w, flags]
+    batch.launch(kernel, (tiles_n, blocks), [*pointers, bank.ranks.shape[0], blocks, *strides])
+    return flags
+
+
+def place(
+    kernel: GeneratedKernel, spec: TritonSpec, x: Tensor, flags: Tensor, batch: LaunchArgs
+) -> None:
+    """Writes v into x' (M, …) behind x; NaN for rows of slots that `flags` marks."""
+    bank, tiles = batch.bank, kernel.tiles
+    grid = (batch.tiles(tiles.block_m), -(-columns_of(spec, 1) // tiles.block_r))
+    pointers = [x, bank.A, bank.ranks, bank.scales, flags, *batch.pointers]
+    scalars = batch.arguments(bank.ranks.shape[0], blocks_of(spec, bank), x.stride(0))
+    batch.launch(kernel, grid, [*pointers, *scalars])
+
+
+def _run_concat(
+    x: Tensor, w: Tensor, bank: BankArgs, rows: int, kernel: int, launch: Launch
+) -> None:
+    _concat_fake(x, w, bank, rows, kernel)
+    plan, M = plan_of(int(kernel)), x.shape[0]
+    if guard_or_false(M == 0):
+        return
+    batch = LaunchArgs.of(M, bank, rows, plan.order, launch)
+    behind_w, behind_x = plan.kernels.values()
+    flags = gather(behind_w, plan.spec, w, batch)
+    place(behind_x, plan.spec, x, flags, batch)
+
+
+def _concat_fake(x, w, bank: BankArgs, rows, kernel) -> None:
+    op = "triton_concat_"
+    plan = checked_plan(op, kernel, (CONCAT,), bank, rows)
+    spec, d = plan.spec, plan.spec.delta
+    more = columns_of(spec, blocks_of(spec, bank))
+    K, N = d.in_features, spec.out_features
+    require(
+        op,
+        x.dim() == 2 and x.shape[1] == K + more and x.dtype == d.x_dtype,
+        f"x' is {x.dtype} {tuple(x.shape)}, the kernel's {d.x_dtype} (M, {K} + {more})",
+    )
+    check_a(op, plan, bank.A)
+    require_adjacent(op, x=x)
+    require(op, w.dim() == 2, f"W' is a matrix, not {w.dim()}-d")
+    have, long = w.shape[::-1] if spec.transposed else w.shape
+    require(
+        op,
+        have == N and long == K + more and w.dtype == d.x_dtype,
+        f"W' is {w.dtype} {tuple(w.shape)}, the kernel's {d.x_dtype} with {N} rows of {K} + {more}",
+    )
+
+
 triton_linear = generated_op("linear", _run_linear, _linear_fake)
 triton_delta_ = generated_op("delta_", _run_delta, _delta_fake, mutates_args=("y",))
 triton_embedding_delta_ = generated_op(
     "embedding_delta_", _run_embedding_delta, _embedding_fake, mutates_args=("y",)
 )
+triton_concat_ = generated_op("concat_", _run_concat, _concat_fake, mutates_args=("x", "w"))

@@ -8,6 +8,7 @@
     split        y[q, m] = Σ_(k in part q) x[m, k] W[:, k], and shrink by programs of its own
     shrink_rows, expand_rows    the same a row at a time, without matrix instructions
     embedding_rows              expand_rows with A[s, id] for v
+    gather, place  B behind the columns of W, and v behind those of x, for one product of both
     order        the requests sorted by slot
     attend, attend_split, attend_sum, write_new    attention over a paged cache
 
@@ -32,11 +33,16 @@ from lorafx.kernels.triton.tiles import Tiles, power_of_two
 
 TYPES = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
 
+#: Unit of columns of "concat" in elements: what a matrix instruction takes of K, 32 bytes.
+COLUMN_UNIT = 16
+
 # kernel -> its template and the constants that tell it from the template's other kernels
 KERNELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "shrink": ("shrink", {}),
     "epilogue": ("linear", {"base": True, "reduce": False}),
     "expand": ("linear", {"base": False, "reduce": False}),
+    "gather": ("concat", {"function": "gather"}),
+    "place": ("concat", {"function": "place"}),
     "split": ("split", {}),
     "reduce": ("linear", {"base": False, "reduce": True}),
     "shrink_rows": ("rows", {"function": "shrink_rows"}),
@@ -56,12 +62,14 @@ class TritonSpec:
 
     Attributes:
         weight_dtype, transposed: of the base weight, (K, N) if transposed.
+        by_request: "concat" has a block of columns for each request instead of each slot.
     """
 
     delta: DeltaSpec
     weight_dtype: torch.dtype | None = None
     bias: bool = False
     transposed: bool = False
+    by_request: bool = False
 
     @property
     def out_features(self) -> int:
@@ -71,6 +79,11 @@ class TritonSpec:
     def planes(self) -> int:
         """Factors of a row of v: R for each column range."""
         return len(self.delta.sizes) * self.delta.max_rank
+
+    @property
+    def width(self) -> int:
+        """Columns of a block of "concat"."""
+        return -(-self.delta.max_rank // COLUMN_UNIT) * COLUMN_UNIT
 
     def supported(self) -> bool:
         """Whether kernels are generated for it: 16- and 32-bit floats, nothing empty."""
@@ -118,6 +131,8 @@ class TritonSpec:
             "ABREAST": tiles.block_r // factors,
             "WIDE": tiles.picked or tiles.block_m,
             "LANES": tiles.lanes,
+            "WIDTH": self.width,
+            "COLUMNS": len(d.sizes) * self.width,
             "GROUP_M": tiles.group_m,
             **tiles.blocks,
         }
@@ -131,6 +146,7 @@ class TritonSpec:
             "starts": _starts(d.sizes),
             "range_firsts": [j * d.max_rank for j in range(len(d.sizes))],
             "tile_firsts": _starts(tuple(counts)),
+            "tiles_block": power_of_two(sum(counts), 1, 1 << 20),
             # Of a kernel that takes a tile's slots side by side, or goes slot by slot after all.
             "slot_factors": power_of_two(factors, 16, 16) if batched else tiles.block_r,
             "code": 1 << d.max_rank.bit_length(),
@@ -143,6 +159,8 @@ class TritonSpec:
             "ragged_n": any(size % tiles.block_n for size in d.sizes),
             "batched": batched,
             "at_once": tiles.at_once if batched else 0,
+            "width": self.width,
+            "requests": self.by_request,
         }
 
     def _dtypes(self) -> dict[str, str]:

@@ -208,6 +208,41 @@ def shrink_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:
     )
 
 
+def concat_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> dict[str, Tiles]:
+    """Tiles of "gather" and "place", a shrink whose result is read as it is, so that K stays whole:
+    row tiles are as low as fill the processors, and few rows take a program for 16 factors."""
+    factors = len(spec.sizes) * power_of_two(spec.max_rank, 16, 1 << 20)
+    if arch.name == "interpreter":
+        wide = power_of_two(max(spec.sizes), 16, 128)
+        first = Tiles(block_n=wide, block_r=power_of_two(spec.max_rank, 16, 64))
+        second = Tiles(
+            block_m=power_of_two(rows, 16, 64),
+            block_n=wide,
+            block_k=power_of_two(spec.in_features, 16, 256),
+            block_r=power_of_two(factors, 16, 64),
+            ordered=rows > 64,
+        )
+        return {"gather": replace(first, ordered=second.ordered), "place": second}
+    ordered = rows > 64
+    first = Tiles(block_n=64, block_r=power_of_two(spec.max_rank, 16, 64), ordered=ordered)
+    block_m = power_of_two(rows // arch.processors, 16, 64)
+    block_r = power_of_two(factors, 16, 16 if rows < 16 * arch.processors else 64)
+    size = spec.x_dtype.itemsize
+    block_k = 32 if size == 4 or spec.in_features % 16 else 128 if block_m <= 32 else 64
+    second = Tiles(
+        block_m=block_m,
+        block_n=64,
+        block_k=block_k,
+        block_r=block_r,
+        swap=block_m < 64,
+        ordered=ordered,
+        # Loads of x and A and stores of v hold a pointer an element: 80 bytes spilled with four.
+        num_warps=8 if block_m * block_r >= 64 * 32 else 4,
+        num_stages=stages_that_fit(arch, block_k * (block_m + block_r) * size, 4),
+    )
+    return {"gather": first, "place": second}
+
+
 def shrink_rows_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:
     """Tiles of the per-row shrink: a few factors by a long stretch of K, in registers."""
     factors = len(spec.sizes) * spec.max_rank

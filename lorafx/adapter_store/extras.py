@@ -32,7 +32,7 @@ from lorafx.adapter_store.peft_keys import TRAINING_KEYS, parse, without_prefix
 from lorafx.adapter_store.places import Places
 from lorafx.adapter_store.saved import AdapterState
 from lorafx.adapter_store.stored import LoraWeights
-from lorafx.errors import Setting
+from lorafx.errors import way_out_by
 from lorafx.model.bank import OwnWeight
 from lorafx.model.candidates import by_raw_weight
 from lorafx.model.extras import (
@@ -297,8 +297,7 @@ class ExtrasReading:
         self.own[site.path] = weight
 
     def _no_room(self, label: str, setting: str, value: object) -> None:
-        needed = Setting.asked(setting, value, given=True)
-        self.findings.settings.append(needed)
+        needed = way_out_by(setting, value, given=True)
         self.findings.no_room.append(
             f"{label} has a weight of the adapter's own, for which there is no room; {needed}"
         )

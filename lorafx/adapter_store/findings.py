@@ -15,7 +15,7 @@ from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import FactorKey
 from lorafx.adapter_store.places import Places
 from lorafx.adapter_store.saved import AdapterState
-from lorafx.errors import CapacityError, CheckpointError, Setting, UnsupportedAdapterError, some
+from lorafx.errors import CapacityError, CheckpointError, UnsupportedAdapterError, some, way_out_by
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -37,7 +37,6 @@ class Findings:
 
     Attributes:
         problems, unsupported, no_room: messages.
-        settings: settings that the messages name.
         closed: saved paths at unselected places, with messages.
     """
 
@@ -46,7 +45,6 @@ class Findings:
         self.problems: list[str] = []
         self.unsupported: list[str] = []
         self.over_rank: dict[str, int] = {}
-        self.settings: list[Setting] = []
         self.no_room: list[str] = []
         self.closed: dict[str, str] = {}
         self.largest = 0
@@ -60,12 +58,10 @@ class Findings:
         problems = [*self.unsupported, *self.problems, *self.no_room]
         if self.over_rank:
             rank = max(self.over_rank.values())
-            setting = Setting.asked("max_rank", rank)
             problems.append(
                 f"rank {rank} is over max_rank = {self.max_rank} ({listed(list(self.over_rank))});"
-                f" {setting}"
+                f" {way_out_by('max_rank', rank)}"
             )
-            self.settings.append(setting)
         if not problems:
             return
         error: type[CheckpointError | CapacityError] = CapacityError
@@ -77,8 +73,7 @@ class Findings:
             problems[_MOST_PROBLEMS:] = [f"and {len(problems) - _MOST_PROBLEMS} more"]
         raise error(
             f"adapter {name!r} in {self.state.where}{trained} cannot be loaded:\n"
-            + "\n".join(f"  - {problem}" for problem in problems),
-            settings=self.settings,
+            + "\n".join(f"  - {problem}" for problem in problems)
         )
 
     @contextmanager

@@ -404,8 +404,6 @@ class Reading:
                 f"{TARGETS}"
             )
         self.problems.extend(f"{path}: {missing}" for path, missing in self.closed.items())
-        if self.unselected or self.closed:
-            self.findings.settings.append(TARGETS)
         known = len(self.unselected) + len(self.factors)
         known += len(self.closed.keys() | self.experts.paths)
         total = len(self.unknown) + known

@@ -20,7 +20,7 @@ import torch
 from torch import Size, Tensor
 
 from lorafx.adapter_store.saved import AdapterSource
-from lorafx.errors import CapacityError, CheckpointError, Setting
+from lorafx.errors import CapacityError, CheckpointError, way_out_by
 from lorafx.model.bank import Bank, Factors, OwnWeight
 from lorafx.model.convolutions import norm_factors
 from lorafx.model.extras import EXTRAS, When, bias_of
@@ -219,11 +219,10 @@ def _check_room(adapter: Adapter, places: Mapping[str, BankPlace], groups: Seque
         extra = EXTRAS[name]
         banks = [groups[places[path].group].bank for path in paths]
         if banks and all(getattr(bank, extra.room) is None for bank in banks):
-            setting = Setting.asked(extra.setting.partition("=")[0], True, given=True)
+            needed = way_out_by(extra.setting.partition("=")[0], True, given=True)
             raise CapacityError(
                 f"adapter {adapter.name!r} has {extra.what} ({extra.training}), for which the "
-                f"banks have no room; {setting}",
-                settings=(setting,),
+                f"banks have no room; {needed}"
             )
 
 

@@ -25,8 +25,9 @@ from torch.fx.graph import magic_methods
 
 from lorafx.capture.record import Place, Size, Stage, identifier, value_of
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED
+from lorafx.ownership.flow import module_path
 from lorafx.passes.outline.outline import INVOKE
-from lorafx.program.context import SITE_OPS, module_path
+from lorafx.program.context import SITE_OPS
 from lorafx.program.frame import FrameInput
 from lorafx.torch_internals.operators import HigherOrderOperator, OpOverload
 

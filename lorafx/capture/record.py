@@ -20,8 +20,9 @@ from torch import Tensor, fx
 from lorafx.capture.checks import Checks, RefusedSites
 from lorafx.config import Options
 from lorafx.errors import ProvenanceError
+from lorafx.ownership.flow import plain_path
 from lorafx.pass_order import CAPTURED
-from lorafx.program.context import Context, Outlined, Refusal, SiteState, plain_path
+from lorafx.program.context import Context, Outlined, Refusal, SiteState
 from lorafx.program.frame import Frame, FrameInput, batch_symbols
 from lorafx.program.preparation import PassReport
 

@@ -24,8 +24,8 @@ from torch import nn
 from lorafx.errors import ConfigError, nearest
 from lorafx.generation.generate import refuse
 from lorafx.model.keywords import BY_ROW, refuse_slips
-from lorafx.runtime.idle import wanted
 from lorafx.runtime.requests import requests_of
+from lorafx.runtime.session import wanted
 from lorafx.torch_internals.compat import untraced
 
 if TYPE_CHECKING:

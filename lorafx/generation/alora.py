@@ -23,9 +23,8 @@ from lorafx.adapter_store.names import BASE, adapters_among, members
 from lorafx.errors import BatchError, LorafxWarning, UnknownAdapterError
 from lorafx.program.argument_roles import RoleTable, caches
 from lorafx.runtime.entry import CompiledForwards
-from lorafx.runtime.idle import refuse_elsewhere
 from lorafx.runtime.requests import Names, Requests
-from lorafx.runtime.session import Session
+from lorafx.runtime.session import Session, refuse_elsewhere
 
 _IDS = "input_ids"
 

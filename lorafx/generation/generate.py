@@ -3,7 +3,7 @@
 While it runs, the parts of the model that it calls directly are replaced by their compiled
 versions: encoders, also of images and videos (`get_image_features`), models inside the model with a
 `generate` of their own, and where the model has its own `generate` (BLIP-2) any part. The marks of
-other parts raise where adapters change them (lorafx.runtime.idle).
+other parts raise where adapters change them (lorafx.runtime.session).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from lorafx.errors import CaptureError, LorafxError
 from lorafx.generation.alora import generating_forward_of
 from lorafx.runtime.entry import CompiledForwards, Entry
-from lorafx.runtime.idle import refuse_elsewhere, wanted
 from lorafx.runtime.replaced_methods import Replaced
+from lorafx.runtime.session import refuse_elsewhere, wanted
 from lorafx.torch_internals.compat import tracing
 
 T = TypeVar("T")

@@ -97,36 +97,25 @@ def in_waves(
 
 
 def waves_of(store: AdapterStore, names: Names) -> list[list[int]] | None:
-    """Which rows, with adapters of these names, run together; None where all do, or an adapter
-    alone finds no slot.
+    """Which rows, with adapters of these names, run together; None where all do, or no slot is
+    free of pinned adapters.
 
     There are as few waves as the slots allow, with about as many adapters each, so that no wave is
     left with a single row, which has a graph of its own. Adapters that have slots come first:
     later waves may take those over.
     """
-    every = frozenset(adapters_among(names))
-    if store.fits(every) or not all(store.fits(frozenset({name})) for name in every):
+    every, pinned = frozenset(adapters_among(names)), store.pinned
+    free = store.max_adapters - len(pinned)
+    if store.fits(every) or free < 1:
         return None
-    pinned, resident = store.pinned, store.resident
+    resident = store.resident
     apart = sorted(every - pinned, key=lambda name: name not in resident)
-    if not apart:
-        return None
-    most = max(store.max_adapters - len(pinned), 1)
-    share = -(-len(apart) // -(-len(apart) // most))
-    waves: list[frozenset[str]] = []
-    for name in apart:
-        for number, wave in enumerate(waves):
-            if len(wave) < share and store.fits(wave | {name}):
-                waves[number] = wave | {name}
-                break
-        else:
-            waves.append(frozenset({name}))
-    waves[0] |= every & pinned
-    wave_of = {name: number for number, wave in enumerate(waves) for name in wave}
-    rows: list[list[int]] = [[] for _ in waves]
-    for row, given in enumerate(names):
-        rows[wave_of.get(str(given), 0)].append(row)
-    return rows
+    share = -(-len(apart) // -(-len(apart) // free))
+    wave_of = {name: place // share for place, name in enumerate(apart)}
+    waves: list[list[int]] = [[] for _ in range(-(-len(apart) // share))]
+    for row, name in enumerate(names):
+        waves[wave_of.get(name, 0) if name else 0].append(row)
+    return waves
 
 
 def _is_shared(name: str, value: Any, settings: Any) -> bool:

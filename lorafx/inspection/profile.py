@@ -33,7 +33,7 @@ from lorafx.model.module_graph import joined, shape_of
 from lorafx.model.sites import Site
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound, op_of
 from lorafx.passes.pack import ALIASES, VIEWS
-from lorafx.program.expert_uses import is_grouped
+from lorafx.program.weight_uses import is_grouped
 from lorafx.runtime.example_inputs import named_inputs
 from lorafx.torch_internals.operators import HigherOrderOperator, OpOverload
 

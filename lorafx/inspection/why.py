@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
-from lorafx.adapter_store.checkpoint import load_state
 from lorafx.adapter_store.names import BASE
 from lorafx.adapter_store.peft_keys import parse
 from lorafx.adapter_store.places import ExpertPlace, Places, SavedMeaning, SiteLanding
@@ -19,10 +18,10 @@ from lorafx.inspection.delta_norms import deltas_of
 from lorafx.inspection.explanation import GraphReport, graph_report
 from lorafx.inspection.report import Report
 from lorafx.model import targets
-from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.sites import Site
 from lorafx.passes.select import left_out
 from lorafx.program.argument_roles import RoleTable
+from lorafx.program.program import Program
 from lorafx.registry import lookup_class, own_entry
 from lorafx.runtime.requests import LastCall, Requests
 from lorafx.runtime.session import Session
@@ -41,11 +40,10 @@ class Selection:
     rule: str
 
 
-def selection_of(
-    graph: ModuleGraph, config: LoraConfig, sites: Sequence[Site], path: str
-) -> Selection:
+def selection_of(program: Program, path: str) -> Selection:
     """The meaning of `path`: of a module, of a part of a packed module ("...self_attn.q_proj"), or
     of a parameter of routed experts. Raises ConfigError with the nearest paths."""
+    graph, config, sites = program.graph, program.config, program.sites
     for site in sites:
         if path in site.paths:
             return Selection(
@@ -256,62 +254,41 @@ def why(
     the errors of `call`."""
     program, store = session.program, session.store
     program.look_at_modules()
-    found = selection_of(program.graph, program.config, program.sites, path)
-    made = _described(path, found)
+    found = selection_of(program, path)
+    measured = None
     if adapter is not None:
         if adapter == BASE:
             raise ConfigError(f"{BASE!r} is the base model, which has nothing for any module")
         store.check_known(adapter)
-        made = replace(made, adapter=_adapter(session, found, adapter, call, last))
-    site = found.site
+        measured = _adapter(session, found, adapter, call, last)
+    site, cls = found.site, type(found.module)
+    made = Why(
+        asked=path,
+        path=found.path,
+        aliases=found.aliases,
+        cls=cls.__name__,
+        selected=site is not None,
+        rule=found.rule if site is not None else f"{found.rule}; {registered(cls)}",
+        adapter=measured,
+    )
     if site is None:
         return made
+    part = site if found.part is None else site.parts[found.part]
     group, _ = program.home(site)
-    reached = tuple(name for name in store.names if site.path in store[name].sites)
-    graphs = [
+    graphs = (
         replace(
             graph,
             nodes=tuple(node for node in graph.nodes if site.path in node.sites),
             refusals=tuple(item for item in graph.refusals if site.path in item.sites),
         )
         for graph in map(graph_report, session.backend.records)
-    ]
-    beside = tuple(other.path for other in group.sites if other is not site)
-    return replace(made, beside=beside, adapters=reached, graphs=tuple(graphs))
-
-
-def why_before(
-    model: nn.Module,
-    config: LoraConfig,
-    sites: tuple[Site, ...],
-    path: str,
-    adapters: Mapping[str, Any],
-) -> list[Why]:
-    """As `why`, of a model that is not compiled: for each adapter, or the module alone. Raises
-    ConfigError without such a module, or errors of unreadable adapters."""
-    found = selection_of(ModuleGraph(model), config, sites, path)
-    made = _described(path, found)
-    answers = []
-    for name, source in adapters.items():
-        keys, notes = _landed(_keys_at(source, model), model, sites, found)
-        answers.append(replace(made, adapter=WhyAdapter(name, str(source), keys, notes=notes)))
-    return answers or [made]
-
-
-def _described(asked: str, found: Selection) -> Why:
-    site = found.site
-    sizes = ""
-    if site is not None:
-        part = site if found.part is None else site.parts[found.part]
-        sizes = f"{part.in_features} -> {part.out_features}, {site.dtype_name}"
-    return Why(
-        asked=asked,
-        path=found.path,
-        aliases=found.aliases,
-        cls=type(found.module).__name__,
-        selected=site is not None,
-        rule=found.rule if site is not None else f"{found.rule}; {registered(type(found.module))}",
-        sizes=sizes,
+    )
+    return replace(
+        made,
+        sizes=f"{part.in_features} -> {part.out_features}, {site.dtype_name}",
+        beside=tuple(other.path for other in group.sites if other is not site),
+        adapters=tuple(name for name in store.names if site.path in store[name].sites),
+        graphs=tuple(graphs),
     )
 
 
@@ -347,12 +324,6 @@ def _adapter(
         notes += (f"its change was not measured: {reason}",)
     relative = _relative(norm, program.weight_of(site))
     return WhyAdapter(name, stored.source, keys, norm, relative, change, batch, notes)
-
-
-def _keys_at(source: Any, model: nn.Module) -> dict[str, Size]:
-    """The keys in an adapter's file, with shapes. Raises as `load_state`."""
-    state = load_state(source, model, warn=False)
-    return {key: tensor.shape for key, tensor in state.tensors.items()}
 
 
 def _relative(norm: float | None, weight: Tensor | None) -> float | None:

@@ -6,6 +6,8 @@ A rule (node, flow) -> Label reads the labels of its inputs through `flow`, and 
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 
@@ -152,9 +154,7 @@ def operator_name(node: fx.Node) -> str:
 def place(node: fx.Node) -> str:
     """A node's origin: its name, innermost module and source line."""
     parts = [f"node {node.name}"]
-    stack = node.meta.get("nn_module_stack")
-    if stack:
-        path, _ = list(stack.values())[-1]
+    if path := module_path(node):
         parts.append(f"in {path}")
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
     files = [i for i, line in enumerate(lines) if line.startswith(("File ", "# File"))]
@@ -162,3 +162,24 @@ def place(node: fx.Node) -> str:
         source = lines[files[-1] : files[-1] + 2]
         parts.append("at " + ": ".join(line.removeprefix("# ") for line in source))
     return ", ".join(parts)
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the innermost module whose forward made `node`, or ""."""
+    stack = node.meta.get("nn_module_stack") or {}
+    for path, _ in reversed(list(stack.values())):
+        return plain_path(path)
+    return ""
+
+
+#: The traced module, by any local name.
+_ROOT = re.compile(r"^L\['\w+'\]")
+
+
+@functools.lru_cache(maxsize=4096)
+def plain_path(path: str) -> str:
+    """Dynamo's module path as a dotted path: `L['self']._modules['model']` -> `model`."""
+    text = _ROOT.sub("", path).replace(".__dict__['_modules']", "._modules")
+    text = text.replace("._modules[", ".[").replace("['", ".")
+    text = text.replace('["', ".").replace("']", "").replace('"]', "").replace("..", ".")
+    return text.strip(".")

@@ -344,14 +344,6 @@ def elementwise_index(node: fx.Node, flow: Flow) -> Label:
     return label
 
 
-def taken(node: fx.Node, flow: Flow) -> Label:
-    """take(self, index): positions of a flat shared table."""
-    args = bound(node)
-    if flow.label(args["self"]) is not None:
-        return flow.lost(node, "flat positions of an owned tensor")
-    return flow.label(args["index"])
-
-
 RULES: dict[object, Rule] = {
     **dict.fromkeys((aten.index, aten._unsafe_index, aten.index_select), indexed),
     aten.embedding: embedded,
@@ -366,7 +358,6 @@ RULES: dict[object, Rule] = {
         (aten.gather, aten.scatter, aten.scatter_add, aten.scatter_reduce, aten.take_along_dim),
         elementwise_index,
     ),
-    aten.take: taken,
     aten.masked_scatter: masked_scatter,
 }  # fmt: skip
 if dist.is_available():

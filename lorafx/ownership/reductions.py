@@ -123,9 +123,6 @@ RULES: dict[object, Rule] = {
         ),
         not_over(lambda node, flow, dim: False, leading=False),
     ),
-    aten.renorm: not_over(
-        lambda node, flow, dim: dim not in wrap_all(bound(node)["dim"], len(flow.shape(node)))
-    ),
 }  # fmt: skip
 
 
@@ -146,26 +143,6 @@ def batch_first(node: fx.Node, flow: Flow) -> Label:
     if isinstance(label, Own) and label.dim != 0:
         return each_output(node, flow.lost(node, f"works over the owner dimension of {label}"))
     return each_output(node, label)
-
-
-def distances(node: fx.Node, flow: Flow) -> Label:
-    """cdist: (..., P, M) and (..., R, M) -> (..., P, R), leading dimensions broadcast."""
-    args, n = bound(node), len(flow.shape(node))
-    left, right = (flow.aligned(args[k], n) for k in ("x1", "x2"))
-    if any(isinstance(label, Own) and label.dim == n - 1 for label in (left, right)):
-        return flow.lost(node, "distances over the owner dimension")
-    if isinstance(right, Own) and right.dim == n - 2:
-        right = right.at(n - 1)
-    return flow.agree(node, [left, right])
-
-
-def solved(node: fx.Node, flow: Flow) -> Label:
-    """Linear systems: matrices in the last two dimensions, the leading ones broadcast."""
-    n = len(flow.shape(node))
-    label = flow.broadcast(node, node.all_input_nodes, n)
-    if isinstance(label, Own) and label.dim >= n - 2:
-        return flow.lost(node, f"solves over the owner dimension of {label}")
-    return label
 
 
 _ONE_D = (
@@ -204,8 +181,6 @@ SPATIAL: dict[object, Rule] = {
         ),
         batch_first,
     ),
-    **dict.fromkeys((aten.linalg_solve_triangular, aten.cholesky_solve), solved),
-    **dict.fromkeys((aten.cdist, aten._cdist_forward), distances),
 }  # fmt: skip
 RULES |= SPATIAL
 

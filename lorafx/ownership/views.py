@@ -365,22 +365,6 @@ def index_written(node: fx.Node, flow: Flow) -> Label:
     return label
 
 
-def diagonal_written(node: fx.Node, flow: Flow) -> Label:
-    """diagonal_scatter: self's diagonal over two dimensions replaced by src."""
-    args, n = bound(node), len(flow.shape(node))
-    label, src = flow.label(args["self"]), flow.label(args["src"])
-    a, b = sorted(wrap(args[k], n) for k in ("dim1", "dim2"))
-    if isinstance(src, Own):
-        kept = [d for d in range(n) if d not in (a, b)]
-        if src.dim >= len(kept):
-            return flow.lost(node, "the owner dimension is written along a diagonal")
-        src = src.at(kept[src.dim])
-    label = flow.agree(node, [label, src])
-    if isinstance(label, Own) and label.dim in (a, b):
-        return flow.lost(node, "a diagonal over the owner dimension is overwritten")
-    return label
-
-
 @of_owned
 def glu_halves(node: fx.Node, flow: Flow, label: Own) -> Label:
     """glu(dim): the two halves of a dimension meet."""
@@ -408,7 +392,6 @@ RULES: dict[object, Rule] = {
     aten.stack: stacked,
     aten.slice_scatter: slice_written,
     aten.select_scatter: index_written,
-    aten.diagonal_scatter: diagonal_written,
     aten.glu: glu_halves,
 }  # fmt: skip
 # Padding, windows and reversals change values by position: no twin for digits.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import operator
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +19,7 @@ from lorafx.errors import MatchError
 from lorafx.model.extras import When
 from lorafx.model.sites import Site
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound
+from lorafx.ownership.flow import place, plain_path
 from lorafx.program.frame import ONE_SLOT, SLOTS, Frame, FrameInput, InputKind, fake_value
 from lorafx.program.program import BANK_FIELDS, GAINS, SHIFTS, Program
 from lorafx.program.row_handoff import Handover
@@ -129,7 +128,7 @@ class Context:
         if item is None or item.group is None:
             raise MatchError(
                 f"{node.name} takes a bank that is not an input of this model's "
-                f"graph{self.where(node)}; another model's mark may have been captured with "
+                f"graph ({place(node)}); another model's mark may have been captured with "
                 "it"
             )
         return item.group.site_of(int(call.get("siblings", (0,))[0]))
@@ -150,18 +149,6 @@ class Context:
 
     # --- locations ---
 
-    def where(self, node: fx.Node) -> str:
-        """A fragment for messages: node, innermost module, source line."""
-        parts = [f"node {node.name}"]
-        path = module_path(node)
-        if path:
-            parts.append(f"in {path}")
-        trace = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines()]
-        source = [line for line in trace if line.strip("^~ ")]  # without Python's markers
-        if source:
-            parts.append(f"`{source[-1]}`")
-        return f" ({', '.join(parts)})"
-
     def inside(self, node: fx.Node, module: nn.Module) -> bool:
         """Whether the forward of `module`, or of a module below it, made `node`."""
         stack = node.meta.get("nn_module_stack") or {}
@@ -177,7 +164,7 @@ class Context:
         return Refusal(
             self.frame.by_node[weight].sites,
             "always",
-            f"its weight is used in a way that no rule covers: {reason}{self.where(node)}",
+            f"its weight is used in a way that no rule covers: {reason} ({place(node)})",
         )
 
     def other_owners(self, weight: fx.Node) -> list[nn.Module]:
@@ -302,33 +289,22 @@ class Context:
 
 def call_in_place(op: OpOverload, arguments: tuple[Any, ...]) -> fx.Node:
     """The first argument, y, written by `op`, in functional form; Inductor decides on copies."""
-    y: fx.Node = arguments[0]
-    names = (argument.name for argument in op._schema.arguments)
-    given = dict(zip(names, arguments, strict=True))
-    call = y.graph.call_function(AUTO_FUNCTIONALIZED, (op,), given)
-    call.meta["val"] = (None, fake_value(y))
-    with y.graph.inserting_after(call):
-        written = y.graph.call_function(operator.getitem, (call, 1))
-    written.meta["val"] = fake_value(y)
-    return written
+    return written_by(op, dict(zip(_names(op), arguments, strict=True)), _names(op)[0])[0]
 
 
-def module_path(node: fx.Node) -> str:
-    """Path of the innermost module whose forward made `node`, or ""."""
-    stack = node.meta.get("nn_module_stack") or {}
-    for path, _ in reversed(list(stack.values())):
-        return plain_path(path)
-    return ""
+def written_by(op: OpOverload, values: Mapping[str, Any], *written: str) -> list[fx.Node]:
+    """The arguments `written` of `op`, its only ones, after its call."""
+    given = {name: values[name] for name in _names(op)}
+    graph = given[written[0]].graph
+    call = graph.call_function(AUTO_FUNCTIONALIZED, (op,), given)
+    call.meta["val"] = (None, *(fake_value(given[name]) for name in written))
+    found: list[fx.Node] = []
+    with graph.inserting_after(call):
+        for index in range(len(written), 0, -1):
+            found.insert(0, graph.call_function(operator.getitem, (call, index)))
+            found[0].meta["val"] = call.meta["val"][index]
+    return found
 
 
-#: The traced module, by any local name.
-_ROOT = re.compile(r"^L\['\w+'\]")
-
-
-@functools.lru_cache(maxsize=4096)
-def plain_path(path: str) -> str:
-    """Dynamo's module path as a dotted path: `L['self']._modules['model']` -> `model`."""
-    text = _ROOT.sub("", path).replace(".__dict__['_modules']", "._modules")
-    text = text.replace("._modules[", ".[").replace("['", ".")
-    text = text.replace('["', ".").replace("']", "").replace('"]', "").replace("..", ".")
-    return text.strip(".")
+def _names(op: OpOverload) -> list[str]:
+    return [argument.name for argument in op._schema.arguments]

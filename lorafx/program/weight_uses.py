@@ -8,7 +8,12 @@
     conv       y = conv(x, W), W (N, C / groups, kernel...)
     unknown    anything else, with the reason
 
-The part of W in a node is its `WeightForm` (lorafx.program.derived).
+The part of W in a node is its `WeightForm` (lorafx.program.derived). With the weights of routed
+experts W (E, N, K), or (E, K, N) if stored transposed, seen through casts and transposes:
+
+    sorted     y = grouped_mm(x, W, offs)    rows sorted by expert, offs (E,) where each one's end
+    chosen     y = bmm(x, W[ids])            a weight gathered for each row
+    all        y = bmm(x, W)                 every expert multiplies its rows, x (E, T, K)
 """
 
 from __future__ import annotations
@@ -16,16 +21,18 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import sympy
 import torch
 from torch import fx
 
+from lorafx.kernels.cpu.grouped_mm import GROUPED_MM
 from lorafx.kernels.ops.grouped_ops import Blocks
 from lorafx.model.forward_check import is_dense
 from lorafx.op_arguments import bound, index_of, operand
 from lorafx.ownership import contractions
+from lorafx.ownership.indexing import is_boolean
 from lorafx.ownership.propagate import called_by
 from lorafx.program.derived import FIXED, Axis, WeightForm, same_size
 from lorafx.program.frame import fake_value
@@ -33,7 +40,8 @@ from lorafx.program.frame import fake_value
 aten = torch.ops.aten
 prims = torch.ops.prims
 
-UseKind = Literal["linear", "blocks", "embedding", "conv", "unknown"]
+T = TypeVar("T")
+UseKind = Literal["linear", "blocks", "embedding", "conv", "sorted", "chosen", "all", "unknown"]
 
 #: W or y seen through these, with the same values and shape semantics, is still W or y.
 SAME_VALUE = frozenset(
@@ -56,6 +64,7 @@ class Use:
         bias: the addend of an addmm or linear.
         plain: W enters uncast and not broadcast, so that the GEMM may be fused.
         swapped: W is the left operand; the last dimensions of x and y are swapped.
+        choice: for routed experts, offs or ids.
         blocks: for "blocks"; the groups are the first dimension of x.
         stored: W enters in its stored format (int8), without its scale.
     """
@@ -68,6 +77,7 @@ class Use:
     plain: bool = False
     swapped: bool = False
     blocks: Blocks | None = None
+    choice: fx.Node | None = None
     stored: bool = False
     reason: str = ""
 
@@ -88,7 +98,7 @@ class _Held:
         return replace(self, node=node, form=form, plain=self.plain and plain)
 
     def unknown(self, user: fx.Node, reason: str) -> Use:
-        return Use("unknown", self.weight, user, reason=reason)
+        return Use("unknown", self.weight, user, stored=self.stored, reason=reason)
 
     @property
     def sizes(self) -> Any:
@@ -123,7 +133,6 @@ def uses_of(
     For a view or copy of W, `part` is its form and W's (N, K). `scales` are graph inputs that may
     turn stored numbers into W.
     """
-    found: list[Use] = []
     if part is None:
         form = WeightForm.of_weight(transposed=transposed)
         rows, columns = _sizes(fake_value(weight))
@@ -133,15 +142,23 @@ def uses_of(
         for size in fake_value(weight).shape:
             int(size)  # a guard: an attribute's sizes may be symbols, the weight's are not
     stored = not is_dense(fake_value(weight))
-    pending = [_Held(weight, shape, weight, form, part is None and not stored, stored, scales)]
+    return _followed(
+        _Held(weight, shape, weight, form, part is None and not stored, stored, scales), _interpret
+    )
+
+
+def _followed(start: T, interpret: Callable[[T, fx.Node], list[T | Use]]) -> list[Use]:
+    """All uses of what `start` holds, whose users are what holds it too, or uses."""
+    found: list[Use] = []
+    pending = [start]
     while pending:
         held = pending.pop()
-        for user in list(held.node.users):
-            for outcome in _interpret(held, user):
-                if isinstance(outcome, _Held):
-                    pending.append(outcome)
+        for user in list(held.node.users):  # type: ignore[attr-defined]
+            for outcome in interpret(held, user):
+                if isinstance(outcome, Use):
+                    found.append(outcome)
                 else:
-                    found.append(replace(outcome, stored=held.stored))
+                    pending.append(outcome)
     return found
 
 
@@ -164,7 +181,8 @@ def _interpret(held: _Held, user: fx.Node) -> list[_Held | Use]:
     if handler is None:
         return [held.unknown(user, f"no rule for {user.target}")]
     outcome = handler(held, user)
-    return outcome if isinstance(outcome, list) else [outcome]
+    found = outcome if isinstance(outcome, list) else [outcome]
+    return [replace(item, stored=held.stored) if isinstance(item, Use) else item for item in found]
 
 
 def _same(held: _Held, user: fx.Node) -> _Held:
@@ -359,22 +377,110 @@ def _input_of(node: fx.Node) -> fx.Node | None:
 CONVOLUTION = torch.ops.aten.convolution.default
 
 
+@dataclass(frozen=True)
+class _Whole:
+    """`node` is W, or W[ids], with (in, out) as its last dimensions if `in_first`."""
+
+    weight: fx.Node
+    node: fx.Node
+    in_first: bool = False
+    ids: fx.Node | None = None
+
+    def unknown(self, user: fx.Node, reason: str) -> Use:
+        return Use("unknown", self.weight, user, reason=reason)
+
+
 def convolution_uses(weight: fx.Node) -> list[Use]:
     """All convolutions with `weight`."""
-    found: list[Use] = []
-    pending = [weight]
-    while pending:
-        held = pending.pop()
-        for user in held.users:
-            if isinstance(fake_value(user), (int, torch.SymInt)):
-                continue  # of its sizes
-            if user.target in SAME_VALUE:
-                pending.append(user)
-                continue
-            call = bound(user) if user.target is CONVOLUTION else {}
-            if call.get("weight") is held and held not in (call["input"], call["bias"]):
-                found.append(Use("conv", weight, user, x=call["input"], bias=call["bias"]))
-            else:
-                reason = f"no rule for {user.target}"
-                found.append(Use("unknown", weight, user, reason=reason))
-    return found
+    return _followed(_Whole(weight, weight), _convolved)
+
+
+def _convolved(held: _Whole, user: fx.Node) -> list[_Whole | Use]:
+    if isinstance(fake_value(user), (int, torch.SymInt)):
+        return []  # of its sizes
+    if user.target in SAME_VALUE:
+        return [replace(held, node=user)]
+    call = bound(user) if user.target is CONVOLUTION else {}
+    if call.get("weight") is held.node and held.node not in (call["input"], call["bias"]):
+        return [Use("conv", held.weight, user, x=call["input"], bias=call["bias"])]
+    return [held.unknown(user, f"no rule for {user.target}")]
+
+
+GROUPED = frozenset({aten._grouped_mm.default})
+#: transformers' op, where torch's cannot be compiled: (namespace, name).
+FALLBACK = ("transformers", "grouped_mm_fallback")
+
+
+def expert_uses(weight: fx.Node, *, transposed: bool) -> list[Use]:
+    """All uses of the 3-D `weight` of routed experts; `transposed` if stored (E, K, N)."""
+    return _followed(_Whole(weight, weight, transposed), _by_experts)
+
+
+def _by_experts(held: _Whole, user: fx.Node) -> list[_Whole | Use]:
+    if user.op == "output":
+        return [held.unknown(user, "the weight itself is returned")]
+    value = fake_value(user)
+    if value is None or isinstance(value, (int, torch.SymInt)):
+        return []
+    if user.target in SAME_VALUE:
+        return [replace(held, node=user)]
+    if user.target in (aten.transpose.int, aten.permute.default):
+        order = order_of(user, 3)
+        if order[0] != 0:
+            return [held.unknown(user, "its dimensions are permuted")]
+        return [replace(held, node=user, in_first=held.in_first != (order == [0, 2, 1]))]
+    if user.target is aten.index.Tensor and held.ids is None:
+        given = bound(user)["indices"]
+        indices = [index for index in given if index is not None]
+        first = len(indices) == 1 and given[0] is indices[0]
+        if first and fake_value(indices[0]).dim() == 1 and not is_boolean(indices[0]):
+            return [replace(held, node=user, ids=indices[0])]
+        return [held.unknown(user, "it is not indexed by one expert per row")]
+    if is_grouped(user):
+        x, right, offs, _ = grouped(user)
+        if right is held.node and held.in_first and held.ids is None and offs is not None:
+            return [Use("sorted", held.weight, user, x, choice=offs)]
+        return [held.unknown(user, "a grouped product with x W in place of x Wᵀ")]
+    if user.target is aten.bmm.default:
+        return [_batched(held, user)]
+    return [held.unknown(user, f"no rule for {user.target}")]
+
+
+def _batched(held: _Whole, user: fx.Node) -> Use:
+    call = bound(user)
+    left, right = call["self"], call["mat2"]
+    kind: UseKind = "all" if held.ids is None else "chosen"
+    fits = right is held.node and left is not held.node and held.in_first
+    if fits and (kind == "all" or same_size(fake_value(left).shape[1], 1)):
+        return Use(kind, held.weight, user, left, choice=held.ids)
+    swapped = left is held.node and right is not held.node and not held.in_first
+    if swapped and kind == "chosen" and same_size(fake_value(right).shape[2], 1):
+        return Use(kind, held.weight, user, right, choice=held.ids, swapped=True)
+    return held.unknown(user, "a product with x W in place of x Wᵀ")
+
+
+def is_grouped(node: fx.Node) -> bool:
+    """Whether it is a product of sorted rows with the weights of all experts."""
+    if node.target in GROUPED or node.target is GROUPED_MM:
+        return True
+    packet = getattr(node.target, "overloadpacket", None)
+    namespace = getattr(torch.ops, FALLBACK[0], None)
+    return packet is not None and packet is getattr(namespace, FALLBACK[1], None)
+
+
+class Grouped(NamedTuple):
+    """The operands of a product of sorted rows; `plain` if there are no others."""
+
+    x: Any
+    weight: Any
+    offs: Any
+    plain: bool
+
+
+def grouped(node: fx.Node) -> Grouped:
+    """The operands of a grouped node, under the names of either op."""
+    call = bound(node)
+    if node.target in GROUPED:
+        others = call["bias"], call["out_dtype"]
+        return Grouped(call["self"], call["mat2"], call["offs"], not any(others))
+    return Grouped(call["input"], call["weight"], call["offs"], True)

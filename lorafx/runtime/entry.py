@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from lorafx.capture.failures import explained, own_error
 from lorafx.capture.traced import Traced
-from lorafx.capture.tracking import Tracking
-from lorafx.capture.weights_in_python import WeightUses
+from lorafx.capture.tracking import Tracking, WeightUses
 from lorafx.errors import CaptureError, LorafxError, MatchError, ReplacedModuleError
 from lorafx.model.experts import LOOP, loops
 from lorafx.model.marks import MARKS, Attachment
@@ -28,10 +27,9 @@ from lorafx.ownership.memory import MOST_REQUESTS, Memory
 from lorafx.program.argument_roles import IMAGES, RoleTable, tensor_leaves
 from lorafx.program.program import Program
 from lorafx.program.row_handoff import held_argument
-from lorafx.runtime.call_inputs import check_inputs, plain_tokens
-from lorafx.runtime.idle import refuse_elsewhere
 from lorafx.runtime.replaced_methods import InPlace, forward_of
-from lorafx.runtime.session import Session
+from lorafx.runtime.requests import check_inputs, plain_tokens
+from lorafx.runtime.session import Session, refuse_elsewhere
 from lorafx.torch_internals.compat import is_recompile_limit, mark_fixed_shape
 
 if TYPE_CHECKING:  # what it needs of torch may be missing where nothing is saved

@@ -18,16 +18,17 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
-from lorafx.adapter_store.names import members
+from lorafx.adapter_store.names import BASE, members
 from lorafx.adapter_store.peft_model import notes_of_peft
 from lorafx.adapter_store.peft_reader import Adapter, read_adapter
 from lorafx.adapter_store.store import AdapterStore, StoredAdapter
 from lorafx.capture.backend import Backend
-from lorafx.errors import BatchError, CaptureError, ConfigError
+from lorafx.errors import BatchError, CaptureError, ConfigError, MatchError
 from lorafx.model.extras import EXTRAS, When
 from lorafx.model.runtime import Runtime
 from lorafx.program.argument_roles import RoleTable
 from lorafx.program.program import AT_REST, Batch, Program
+from lorafx.program.stack import refuse_called_slips
 from lorafx.runtime.replaced_methods import StandIns
 from lorafx.runtime.requests import (
     IN_BLOCKS,
@@ -51,6 +52,7 @@ from lorafx.torch_internals.entrances import unsupported
 T = TypeVar("T")
 
 _NOTHING: Final = nullcontext()
+_WAY = "the names to what lorafx.compile returned: cm(..., adapter_names=[...])"
 
 
 class Served(NamedTuple):
@@ -376,6 +378,73 @@ def read_for(program: Program, source: Any, name: str, *, strict: bool = False) 
         lora_config=program.config,
         strict=strict,
     )
+
+
+class Resting:
+    """What the marks of a compiled model ask in eager mode (`Runtime.resting`): layers that run
+    outside of the calls of its entries get no adapter."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def refuse(self, path: str, layer: str) -> None:
+        """Refuse that the layer at `path` runs, where an adapter that is wanted changes it.
+
+        Raises:
+            MatchError: it does.
+            BatchError: it is wanted by a call of another thread, between two of its forwards.
+        """
+        session = self._session
+        running = session.running
+        if running.entries or running.warming or session.base.merged is not None:
+            return
+        if any(other.running.entries for other in session.neighbours):
+            return
+        if (running.here or not running.depth) and session.returned_from == path:
+            session.returned_from = None
+            return
+        for name in wanted(session):
+            if path not in session.store[name].sites:
+                continue
+            refuse_elsewhere(session)  # it is the call of another thread that wants it
+            reason = (
+                f"{name!r} is the default that set_adapter chose"
+                if session.asked.names == (session.default,)
+                else f"adapter {name!r} was requested by this call"
+            )
+            raise MatchError(
+                f"{layer} runs outside the compiled model's own calls, where nothing adds "
+                f"its delta, but {reason}. Call the compiled model or a method of its class; "
+                "after set_adapter(None), parts of the model that are called directly run "
+                "as the base"
+            )
+
+    def refuse_slips(self) -> None:
+        """As `refuse_called_slips`, of a call that is none of the compiled model's."""
+        if not self._session.running.entries:
+            model = self._session.program.model
+            refuse_called_slips(lambda module: module is model, _WAY)
+
+    def refuse_elsewhere(self) -> None:
+        """As the function of this name: with an adapter active, the model itself, called on another
+        thread, would get those of the call that is running."""
+        refuse_elsewhere(self._session)
+
+
+def refuse_elsewhere(session: Session) -> None:
+    """Raise BatchError where a part of the model runs while another thread is in a call."""
+    running = session.running
+    if running.depth and not running.here:
+        raise BatchError(
+            f"this {type(session.program.model).__name__}, or a part of it, is called by itself "
+            "while another thread is in a call of the compiled model, whose adapters it would get. "
+            "Call the compiled model, which waits; adapter_names=[None, ...] is the base there"
+        )
+
+
+def wanted(session: Session) -> list[str]:
+    """The adapters that the running call names, or the default where it names none."""
+    return [name for name in dict.fromkeys(session.asked.names) if name not in (None, BASE)]
 
 
 #: All of this process, as long as somebody keeps them. Also those that serve no more: a child

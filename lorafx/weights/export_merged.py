@@ -15,7 +15,7 @@ import inspect
 import itertools
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +26,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lorafx.errors import CheckpointError, ConfigError
-from lorafx.model.module_graph import storage_key
-from lorafx.program.derived import Holder
 from lorafx.progress import progress
 from lorafx.weights.changes import Change, changes_of, key_of, not_mergeable
 from lorafx.weights.deltas import Delta, add_to
+from lorafx.weights.weight_places import memory_key
 
 if TYPE_CHECKING:
     from lorafx.program.program import Program
@@ -145,11 +144,12 @@ class _State:
         odd = next((key for key, value in state.items() if not isinstance(value, Tensor)), None)
         if odd is not None:
             raise not_mergeable(self.name, [f"state_dict()[{odd!r}] holds no tensor"])
-        ends = {key_of(holder): change for change in changes for holder, _ in change.ends}
+        changed = {memory_key(change.tensor): change for change in changes}
         new, tensors = dict[int, Tensor](), dict[str, Tensor]()
-        seen: set[tuple[int, ...]] = set()
+        seen: set[tuple[object, ...]] = set()
         for key, value in state.items():
-            change = self._change(key, value, ends, changes)
+            where = memory_key(value)
+            change = changed.get(where)
             if change is not None:
                 if id(change) not in new or apart:
                     new[id(change)] = self._end(key, change)
@@ -157,7 +157,6 @@ class _State:
                 continue
             self._refuse_derived(key, value, changes)
             plain = value.detach()
-            where = (storage_key(plain), int(plain.storage_offset()), *plain.shape)
             alone = plain.is_contiguous() and plain.untyped_storage().nbytes() == plain.nbytes
             tensors[key] = plain if alone and not (apart and where in seen) else self._mapped(plain)
             seen.add(where)
@@ -168,28 +167,15 @@ class _State:
             )
         return tensors
 
-    def _change(
-        self,
-        key: str,
-        value: Tensor,
-        ends: Mapping[tuple[int, str], Change],
-        changes: Sequence[Change],
-    ) -> Change | None:
-        holder = self._holder(key)
-        if holder is not None and key_of(holder) in ends:
-            return ends[key_of(holder)]
-        return next((change for change in changes if change.weight is value), None)
-
-    def _holder(self, key: str) -> Holder | None:
-        path, _, attribute = key.rpartition(".")
-        module = self.program.graph.find(path)
-        return None if module is None else Holder(path, module, attribute)
-
     def _end(self, key: str, change: Change) -> Tensor:
         delta: Delta | None = change.delta
-        holder = self._holder(key)
-        if change.tied_apart and holder is not None:
-            delta = next((d for end, d in change.ends if key_of(end) == key_of(holder)), None)
+        if change.tied_apart:
+            path, _, attribute = key.rpartition(".")
+            module = self.program.graph.find(path)
+            if module is None:
+                raise not_mergeable(self.name, [f"state_dict()[{key!r}] is at no module"])
+            here = (id(module), attribute)
+            delta = next((d for end, d in change.ends if key_of(end) == here), None)
         if delta is None:
             return self._mapped(change.tensor.detach())
         made = self._room_for(change.tensor)

@@ -92,7 +92,7 @@ class _Former:
 
     def node(self, node: fx.Node) -> Hashable:
         if node.op == "get_attr":
-            return ("constant", _Constant(operator.attrgetter(str(node.target))(self.gm)))
+            return ("constant", _constant(operator.attrgetter(str(node.target))(self.gm)))
         arguments = (self.argument(node.args), self.argument(node.kwargs))
         return (node.op, node.target, *arguments, self.result(node))
 
@@ -190,31 +190,12 @@ class _Identity:
         return id(self.value)
 
 
-@dataclass(frozen=True, eq=False)
-class _Constant:
+def _constant(value: Any) -> Hashable:
     """A module attribute: equal to tensors of equal metadata and bits."""
-
-    value: Any
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Constant):
-            return False
-        mine, theirs = self.value, other.value
-        if mine is theirs or not (isinstance(mine, Tensor) and isinstance(theirs, Tensor)):
-            return mine is theirs
-        return _metadata(mine) == _metadata(theirs) and _same_bits(mine, theirs)
-
-    def __hash__(self) -> int:
-        value = self.value
-        return hash(_metadata(value)) if isinstance(value, Tensor) else id(value)
-
-
-def _metadata(value: Tensor) -> Hashable:
-    return (value.__class__, value.dtype, value.device, value.layout, tuple(value.shape))
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    if a.layout is not torch.strided or a.is_quantized or isinstance(a, FakeTensor):
-        return False
+    plain = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_quantized
+    if not plain or isinstance(value, FakeTensor):
+        return _Identity(value)
     with unset_fake_temporarily():  # passes run while AOTAutograd's fake mode is on
-        return torch.equal(*(t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
+        octets = value.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
+        bits = octets.numpy().tobytes()
+    return (value.__class__, value.dtype, value.device, tuple(value.shape), bits)

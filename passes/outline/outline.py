@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, fx
 
 from lorafx.op_arguments import bound, operand
+from lorafx.ownership.flow import plain_path
 from lorafx.passes.outline.isomorphism import CanonicalForm, Stretch, agree, sizes_of, stretch_of
 from lorafx.passes.write_in_place import writes_in_place
-from lorafx.program.context import Context, Outlined, plain_path
+from lorafx.program.context import Context, Outlined
 from lorafx.program.frame import fake_value
 from lorafx.torch_internals.operators import OpOverload
 from lorafx.torch_internals.trees import tree_leaves

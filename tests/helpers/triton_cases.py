@@ -7,27 +7,34 @@ multiply B by v = high + low, two numbers of that type. So, to first order,
 
     |ŷ - y| ≤ u_y |y| + (2K + r + 8) u |y|₁ + u_v Σ_k |s| (|A||x|)_k |B_k| + u_0 Σ_k |B_k|
 
+"concat" rounds v to x's type: u_y Σ_k |v_k| |B_k| instead of the last two terms.
 u = 2⁻²⁴; |y|₁ the sum of the terms' magnitudes; u_v = 2⁻¹⁷ for bfloat16 and 2⁻²¹ for float16;
 u_0 = 2⁻²⁵, what float16's subnormals leave of `low`. Asserted is twice that.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from delta_oracle import Problem, dense_delta, of_order_one, random_problem
 from torch import Tensor
 
 import lorafx.kernels.triton.ops  # noqa: F401  registers the ops
-from lorafx.kernels.triton.build import LINEAR, TritonSpec, build
+from lorafx.kernels.triton.build import CONCAT, LINEAR, TritonSpec, build
 from lorafx.kernels.triton.tiles import Tiles
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from tune import concat_linear
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 CPU = torch.device("cpu")
 #: Strategies of linears.
 STRATEGIES = ("split", "epilogue", "segments", "gemv")
+LINEARS = (*STRATEGIES, CONCAT)
 lora = torch.ops.lorafx
 
 
@@ -111,6 +118,9 @@ def run(case: Case, strategy: str, tiles: Mapping[str, Tiles] | None = None) -> 
     p, kernel = case.problem, kernel_of(case, strategy, tiles)
     if strategy in LINEAR:
         return lora.triton_linear(p.x, case.weight, case.bias, *p.bank, p.rows, kernel)
+    if strategy == CONCAT:
+        base = (p.x, case.weight, case.bias)
+        return concat_linear(*base, p.bank, p.rows, kernel, transposed=case.transposed)
     y = p.y.clone()
     op = lora.triton_embedding_delta_ if p.embedding else lora.triton_delta_
     op(y, p.x, *p.bank, p.rows, kernel)
@@ -127,11 +137,27 @@ def base_product(case: Case) -> tuple[Tensor, Tensor]:
     return exact, magnitude
 
 
+def times_size_of_v(problem: Problem) -> Tensor:
+    """Σ_k |s (A x)_k| |B_k| of each row and column, float64."""
+    p, start = problem, 0
+    found = torch.zeros(p.y.shape, dtype=torch.float64)
+    for i, offset, size in zip(*p.ranges, strict=True):
+        for m, slot in enumerate(p.owners()):
+            r, K = int(p.ranks[slot, i]) if slot >= 0 else 0, p.x.shape[1]
+            v = p.scales[slot, i].double() * (
+                p.A[slot, :r, i * K : (i + 1) * K].double() @ p.x[m].double()
+            )
+            b = p.B[slot, :r, offset : offset + size].double()
+            found[m, start : start + size] = v.abs() @ b.abs()
+        start += size
+    return found
+
+
 def assert_right(case: Case, strategy: str, got: Tensor) -> None:
     """`got`, y of `strategy`, is within the bound of the float64 result."""
     p = case.problem
     start, start_size = (
-        base_product(case) if strategy in LINEAR else (p.y.double(), p.y.double().abs())
+        base_product(case) if strategy in (*LINEAR, CONCAT) else (p.y.double(), p.y.double().abs())
     )
     exact, magnitude = dense_delta(p.with_(y=start))
     delta_size = magnitude - start.abs()
@@ -141,7 +167,9 @@ def assert_right(case: Case, strategy: str, got: Tensor) -> None:
     if strategy == "split":  # whose base product may go through y
         product = start if case.bias is None else start - case.bias.double()
         bound += torch.finfo(got.dtype).eps / 2 * product.abs()
-    if p.B.dtype == got.dtype != FP32:
+    if strategy == CONCAT:  # v is rounded before it is multiplied by B
+        bound += torch.finfo(got.dtype).eps / 2 * times_size_of_v(p)
+    elif p.B.dtype == got.dtype != FP32:
         bound += (2.0**-17 if got.dtype == BF16 else 2.0**-21) * delta_size
         bound += 2.0**-25 * p.B.shape[1] * p.B.nan_to_num().abs().max().double()
     error = (got.double() - exact).abs()

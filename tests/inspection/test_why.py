@@ -17,7 +17,6 @@ from tiny_models import FAMILIES
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.integrations.cli import main
 
 pytestmark = pytest.mark.usefixtures("fixed_sizes")
 
@@ -156,31 +155,6 @@ def test_the_rules() -> None:
     told = rule("norm", target_modules="all-linear")
     assert "no class of the MRO of Norm is registered" in told
     assert "Sites below it: up, down" in rule("")
-
-
-def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    demo = Path(__file__).parents[2] / "examples"
-    adapter = next(path for path in sorted((demo / "demo_adapters").iterdir()) if path.is_dir())
-
-    def run(*arguments: object) -> str:
-        monkeypatch.setattr("sys.argv", ["lorafx", "why", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return capsys.readouterr().out + str(ended.value.code or "")
-
-    site = next(iter(load_file(adapter / "adapter_model.safetensors"))).partition(".lora_")[0]
-    path = site.removeprefix("base_model.model.")
-    told = run(demo / "demo_model", path, "--adapter", adapter)
-    inside = "model.layers.0.self_attn"
-    assert f"{path}: Linear, a site" in told
-    assert "selected: " in told
-    assert f"key {site}.lora_A.weight (" in told
-    values = json.loads(run(demo / "demo_model", path, "--adapter", adapter, "--json"))
-    assert values["why"][0]["selected"] is True
-    assert "not selected: target_modules=['q_proj'] does not name it" in run(
-        demo / "demo_model", f"{inside}.o_proj", "--target", "q_proj"
-    )
-    assert f"no module '{path}x'; nearest: {path}," in run(demo / "demo_model", path + "x")
 
 
 # The two faults of the guide

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import lorafx
@@ -101,10 +102,11 @@ def check(model, checkpoint):
     assert int(state["layers.0.norm.num_batches_tracked"]) == 7
 
 
-@pytest.mark.parametrize("as_stream", [True, False])
-def test_loads_what_belongs_together(checkpoint, as_stream):
-    model = Model()
-    weights = ((n, t) for n, t in checkpoint.items()) if as_stream else checkpoint
+@pytest.mark.parametrize("kind", ["mapping", "stream", "file"])
+def test_loads_what_belongs_together(checkpoint, kind, tmp_path):
+    model, file = Model(), tmp_path / "model.safetensors"
+    save_file(checkpoint, file)
+    weights = {"mapping": checkpoint, "stream": iter(checkpoint.items()), "file": file}[kind]
     loaded = load_weights(model, weights)
     assert loaded == set(model.state_dict())
     check(model, checkpoint)

@@ -5,13 +5,16 @@ Inductor compiles the graph around the same generated kernels that a GPU runs.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+import oracle
 import pytest
 import torch
 from dense_merge import TOLERANCE, Case, check_mixed, error
 from functorch.compile import make_boxed_func
 from tiny_models import FAMILIES
+from torch._inductor.utils import run_and_get_code
 
 from lorafx.errors import ConfigError
 from lorafx.torch_internals import inductor
@@ -44,6 +47,46 @@ def test_each_strategy_gives_the_merged_models_logits(plain: Case, strategy: str
     check_mixed(cm, plain, [None, None, "a2", "a2", "a2"], inputs_of("plain"))
     check_mixed(cm, plain, ["a0", "a3", None], inputs_of("plain", 3, 7))
     assert cm.recompiles == graphs
+
+
+#: Sizes of models whose linears all have a K that is a multiple of 16.
+WHOLE = {
+    "llama": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1},
+    "gpt2": {"n_embd": 32, "n_inner": 48},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_transformers_models_by_the_strategy_of_prefill(case_of: Any, family: str) -> None:
+    """Any mix and number of requests by one graph; packs, grouped queries, (in, out) and biases."""
+    case = case_of(family, **WHOLE[family])
+    plan = dict.fromkeys(oracle.linears(case.base), "concat")
+    cm = case.compile(options={**TRITON, "plan": plan})
+    inputs = inputs_of(family)
+    output, codes = run_and_get_code(lambda: cm(**inputs, adapter_names=NAMES)["logits"])
+    assert error(output, case.expected(NAMES, inputs)) <= TOLERANCE
+    assert strategies(cm) - {"embedding"} == {"concat"}
+    written_in_place("\n".join(codes))
+    graphs = cm.recompiles
+    for names in ([None, None, "a2", "a2", "a2"], ["a3"] * 5):
+        check_mixed(cm, case, names, inputs_of(family))
+    check_mixed(cm, case, ["a0", "a3", None], inputs_of(family, 3, 7))
+    assert cm.recompiles == graphs
+    check_mixed(cm, case, ["a1"], inputs_of(family, 1, 6))  # one request is a graph of its own
+
+
+def written_in_place(code: str) -> None:
+    """x' of each node is one buffer that what computes x wrote into, and nothing copies it."""
+    calls = re.findall(r"triton_concat_\.default\((\w+), (\w+),", code)
+    assert calls
+    for buffers in calls:
+        for buffer in buffers:
+            assert re.search(rf"{buffer} = (empty_strided_cpu\(|.*# reuse)", code)
+            parts = re.findall(rf"(\w+) = reinterpret_tensor\({buffer}, .*# alias", code)
+            assert parts
+            assert all(re.search(rf"cpp_fused\w+\(.*\b{part}\b", code) for part in parts)
+            assert re.search(rf"extern_kernels\.(add)?mm\(.*\b{buffer}\b", code)
 
 
 def test_base_rows_keep_their_bits_whatever_their_neighbours_use(plain: Case) -> None:

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorafx.op_arguments import bound
 from lorafx.passes.fuse import Fuse
-from lorafx.passes.match.match import Match
+from lorafx.passes.match import Match
 from lorafx.program.context import FUSED_OP
 
 pytestmark = pytest.mark.quick

@@ -19,7 +19,7 @@ from torch import nn
 
 from lorafx.ownership.labels import Own
 from lorafx.passes.give_out import GiveOut, give_out
-from lorafx.passes.match.match import Match
+from lorafx.passes.match import Match
 from lorafx.passes.provenance import Provenance, RowMap, Unproved, apply, prove_results
 
 aten = torch.ops.aten

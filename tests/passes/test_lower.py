@@ -12,8 +12,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorafx.passes.fuse import Fuse
-from lorafx.passes.lower.lower import Lower
-from lorafx.passes.match.match import Match
+from lorafx.passes.lower import Lower
+from lorafx.passes.match import Match
 
 pytestmark = pytest.mark.quick
 

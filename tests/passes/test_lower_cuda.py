@@ -8,12 +8,13 @@ import pytest
 import torch
 from compile_only_gpu import CUDA, compile_only_gpu, on_cuda
 from site_graphs import Finished, Holder, SiteGraph
-from torch import nn
+from torch import fx, nn
 from transformers.pytorch_utils import Conv1D
 
+from lorafx.op_arguments import op_of
 from lorafx.passes.fuse import Fuse
-from lorafx.passes.lower.lower import Lower
-from lorafx.passes.match.match import Match
+from lorafx.passes.lower import Lower
+from lorafx.passes.match import Match
 from lorafx.passes.plan import Plan
 
 aten = torch.ops.aten
@@ -77,6 +78,36 @@ def test_lora_nodes_become_kernels(path: str, pin: str | None, base: list[str]) 
     (output,) = next(n for n in done.gm.graph.nodes if n.op == "output").args[0]
     assert output.meta["val"].shape == (B, T, N)
     assert output.meta["val"].device == CUDA
+
+
+def test_longer_operands_are_written_before_the_product() -> None:
+    """Two kernels, each into a buffer of its own that the product then reads; nothing else of
+    lorafx is left."""
+    g, done = graph_of("linear")
+    done.run(Match(), Fuse())
+    on_cuda(g.mode, done.gm)
+    done.ctx.program.options = replace(done.ctx.program.options, plan={"linear": "concat"})
+    with compile_only_gpu():
+        assert done.run(Plan(), Lower()) == 1
+    gather, place = (node for node in done.gm.graph.nodes if node.target is KERNEL_CALL)
+    assert set(gather.kwargs["tensors_to_clone"]) == {"w_ptr", "flags_ptr"}
+    assert place.kwargs["tensors_to_clone"] == ["x_ptr"]
+    (flags,) = (n for n in gather.users if n.args[1] == "flags_ptr")
+    assert place.kwargs["kwargs"]["flags_ptr"] is flags
+    (product,) = (n for n in done.gm.graph.nodes if n.target is aten.addmm.default)
+    operands = [_source(item) for item in product.args[1:]]
+    assert {(node.args[0], node.args[1]) for node in operands} == {
+        (place, "x_ptr"),
+        (gather, "w_ptr"),
+    }
+    assert not any(getattr(op_of(n), "namespace", "") == "lorafx" for n in done.gm.graph.nodes)
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """`node` without permutes and slices."""
+    while node.target in (aten.permute.default, aten.slice.Tensor):
+        node = node.args[0]
+    return node
 
 
 def test_the_plan_of_a_few_rows_is_a_fused_strategy() -> None:

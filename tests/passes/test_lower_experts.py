@@ -12,8 +12,8 @@ from site_graphs import Finished, Holder, SiteGraph
 from torch import nn
 
 from lorafx.op_arguments import rebind
-from lorafx.passes.lower.lower import Lower
-from lorafx.passes.match.match import Match
+from lorafx.passes.lower import Lower
+from lorafx.passes.match import Match
 from lorafx.passes.plan import Plan
 
 aten = torch.ops.aten

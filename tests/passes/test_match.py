@@ -10,7 +10,7 @@ from graph_text import shown
 from site_graphs import Holder, SiteGraph
 from torch import nn
 
-from lorafx.passes.match.match import Match
+from lorafx.passes.match import Match
 
 pytestmark = pytest.mark.quick
 

@@ -12,7 +12,7 @@ from torch import fx, nn
 from lorafx.capture.driver import check_graph, output_values
 from lorafx.errors import VerifyError
 from lorafx.passes.fuse import Fuse
-from lorafx.passes.match.match import Match
+from lorafx.passes.match import Match
 from lorafx.passes.outline.outline import INVOKE, Outline
 
 pytestmark = pytest.mark.quick

@@ -12,7 +12,7 @@ from torch import nn
 
 from lorafx.op_arguments import bound
 from lorafx.passes.fuse import Fuse
-from lorafx.passes.match.match import Match
+from lorafx.passes.match import Match
 from lorafx.passes.pack import Pack
 
 pytestmark = pytest.mark.quick

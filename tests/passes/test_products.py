@@ -17,8 +17,8 @@ from torch._inductor.utils import run_and_get_code
 
 from lorafx.kernels.cpu.dense import most_rows
 from lorafx.passes.fuse import Fuse
-from lorafx.passes.lower.lower import Lower
-from lorafx.passes.match.match import Match
+from lorafx.passes.lower import Lower
+from lorafx.passes.match import Match
 from lorafx.passes.plan import Plan
 from lorafx.passes.products import Join, Products
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from lorafx.ownership.labels import Own
 from lorafx.ownership.symbolic import BatchSymbols
-from lorafx.passes.match.match import Match
+from lorafx.passes.match import Match
 from lorafx.passes.provenance import Provenance, RowMap, Unproved, apply, is_site, prove_results
 
 pytestmark = pytest.mark.quick

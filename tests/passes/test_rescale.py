@@ -12,7 +12,7 @@ from site_graphs import Finished, Holder, SiteGraph
 from torch import Tensor, nn
 
 from lorafx.errors import ProvenanceError
-from lorafx.passes.match.match import Match
+from lorafx.passes.match import Match
 from lorafx.passes.rescale import ReplaceRows, Rescale
 
 pytestmark = pytest.mark.quick

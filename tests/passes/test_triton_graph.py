@@ -12,13 +12,14 @@ from torch import Tensor, fx
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.triton.build import plan_of
-from lorafx.passes.lower.triton_graph import inline_triton_ops
+from lorafx.passes.lower import inline_triton_ops
 
 lora = torch.ops.lorafx
 OPS = (
     lora.triton_linear.default,
     lora.triton_delta_.default,
     lora.triton_embedding_delta_.default,
+    lora.triton_concat_.default,
 )
 KERNEL_CALL = torch.ops.higher_order.triton_kernel_wrapper_functional
 

@@ -12,8 +12,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from lorafx.kernels.cpu.grouped_mm import GROUPED_MM
-from lorafx.program.expert_uses import expert_uses
-from lorafx.program.weight_uses import uses_of
+from lorafx.program.weight_uses import expert_uses, uses_of
 
 pytestmark = pytest.mark.quick
 

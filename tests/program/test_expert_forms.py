@@ -30,7 +30,7 @@ class Form:
     """How experts are stored and run.
 
     Attributes:
-        dispatch: "sorted", "chosen" or "all", as in lorafx.program.expert_uses; "from the end" is
+        dispatch: "sorted", "chosen" or "all", as in lorafx.program.weight_uses; "from the end" is
             "chosen" by -E … -1.
         halves: "stacked", "interleaved", or "" for experts without a gate.
         declared: whether the class says how it stores them, as transformers' classes do.

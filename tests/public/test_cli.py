@@ -83,7 +83,7 @@ def test_an_absent_model_is_said_at_once(run, monkeypatch, name: str, way_out: s
         taken.bind(("127.0.0.1", 0))
         hub = f"http://127.0.0.1:{taken.getsockname()[1]}"
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub)
-        for command in (["explain", name], ["why", name, "q_proj"], ["merge", name, "a", "out"]):
+        for command in (["explain", name], ["merge", name, "a", "out"]):
             said = json.loads(run(*command, "--json", code=1))
             assert said["error"] == "ConfigError"
             assert said["message"].startswith(
@@ -96,7 +96,7 @@ def test_help_the_version_and_wrong_usage(run, capsys: pytest.CaptureFixture[str
     assert run("--version").split() == ["lorafx", lorafx.__version__]
     alone = run()
     assert alone.split() == run("--help").split()
-    commands = "inspect explain why merge bench bisect profile serve doctor"
+    commands = "inspect explain merge bench bisect profile serve doctor"
     for command in commands.split():
         assert command in alone
         assert "Example: lorafx" in run(command, "--help")

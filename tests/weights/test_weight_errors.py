@@ -12,9 +12,11 @@ import torch
 from dense_merge import Case, check_mixed
 from namings import new_weights, plain
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+import lorafx
 from lorafx.errors import BaseWeightsError, BatchError, CaptureError, CheckpointError, ConfigError
+from lorafx.layers import ReplicatedLinear, UnquantizedLinearMethod, load_weights
 from lorafx.runtime.requests import Requests
 
 pytestmark = pytest.mark.usefixtures("fixed_sizes")
@@ -224,3 +226,40 @@ def test_it_waits_for_running_calls_and_is_refused_inside_one(served: Any, shall
     pusher.join()
     assert inside == [False]
     assert same(served, state)
+
+
+@pytest.mark.quick
+def test_a_loader_that_is_not_of_lorafx_is_never_called() -> None:
+    model = nn.Sequential(nn.Linear(4, 3)).eval()
+    model[0].weight.weight_loader = lambda *_: pytest.fail("called")  # type: ignore[union-attr]
+    cm = lorafx.compile(model, lorafx.LoraConfig(["0"]), options={"lowering": "reference"})
+    state = {name: torch.ones_like(tensor) for name, tensor in model.state_dict().items()}
+    with pytest.raises(BaseWeightsError, match=r"0.weight: it has a weight_loader .*strict=False"):
+        cm.load_weights(state)
+    report = cm.load_weights({"0.bias": state["0.bias"]}, strict=False)
+    assert (report.loaded, report.missing) == (("0.bias",), ("0.weight",))
+
+
+class Failing(UnquantizedLinearMethod):
+    fail = False
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if self.fail:
+            raise ValueError("no more memory")
+
+
+@pytest.mark.quick
+def test_a_quant_method_that_fails_after_loading() -> None:
+    method, x = Failing(), torch.ones(2, 4)
+    model = nn.Sequential(ReplicatedLinear(4, 3, quant_method=method)).eval()
+    state = {name: torch.ones_like(tensor) for name, tensor in model.state_dict().items()}
+    load_weights(model, state)
+    cm = lorafx.compile(model, lorafx.LoraConfig(["0"]), options={"lowering": "reference"})
+    method.fail = True
+    with pytest.raises(ValueError, match="no more memory"):
+        cm.load_weights(state)
+    with pytest.raises(CaptureError, match="partly old and partly new"):
+        cm(x)
+    method.fail = False
+    cm.load_weights(state)
+    assert torch.equal(cm(x), torch.full((2, 3), 5.0))

@@ -72,28 +72,11 @@ class Fingerprints:
 
     def of(self, value: Any) -> str:
         """The text that identifies a value, or Undescribed."""
-        text = self._text(value, 0)
-        if text is None:
-            raise Undescribed(f"a {type(value).__module__}.{type(value).__qualname__}")
-        return text
+        return self._text(value, 0, loose=False)
 
     def loosely(self, value: Any, depth: int = 0) -> str:
         """As `of`, but other objects by class, and dataclasses by their fields."""
-        text = self._text(value, depth)
-        if text is not None:
-            return text
-        name = _name(type(value))
-        if dataclasses.is_dataclass(value) and depth < _DEEPEST:
-            return self._kept(value, lambda: f"{name}({self._fields(value, depth)})", name)
-        if isinstance(value, Mapping) and depth < _DEEPEST:
-            items = (
-                f"{self.loosely(key, depth + 1)}: {self.loosely(item, depth + 1)}"
-                for key, item in value.items()
-            )
-            return f"{name}{{{', '.join(items)}}}"
-        if isinstance(value, (tuple, list)) and depth < _DEEPEST:
-            return f"{name}[{', '.join(self.loosely(item, depth + 1) for item in value)}]"
-        return f"a {name}"
+        return self._text(value, depth, loose=True)
 
     def of_class(self, cls: type) -> str:
         return self._kept(cls, lambda: f"{_name(cls)}#{digest(self._members(cls))}", _name(cls))
@@ -115,14 +98,7 @@ class Fingerprints:
             f"{_dispatch_keys(value)} {value.is_inference()} {marks}"
         )
 
-    def _fields(self, value: Any, depth: int) -> str:
-        texts = (
-            f"{field.name}={self.loosely(getattr(value, field.name, None), depth + 1)}"
-            for field in dataclasses.fields(value)
-        )
-        return ", ".join(texts)
-
-    def _text(self, value: Any, depth: int) -> str | None:
+    def _text(self, value: Any, depth: int, *, loose: bool) -> str:
         if isinstance(value, Enum):
             return f"{_name(type(value))}.{value.name}"
         if isinstance(value, PLAIN):
@@ -151,20 +127,25 @@ class Fingerprints:
         if isinstance(value, Tensor):
             return self.tensor(value)
         if isinstance(value, functools.partial):
-            inside = self._text((value.func, value.args, value.keywords), depth + 1)
-            return None if inside is None else f"partial {inside}"
-        return self._container(value, depth)
+            parts = (value.func, value.args, value.keywords)
+            return f"partial {self._text(parts, depth + 1, loose=loose)}"
+        name = _name(type(value))
+        if depth < _DEEPEST and loose and dataclasses.is_dataclass(value):
+            return self._kept(value, lambda: f"{name}({self._fields(value, depth)})", name)
+        if depth < _DEEPEST and isinstance(value, Mapping if loose else dict):
+            value = list(value.items())
+        if depth < _DEEPEST and isinstance(value, (tuple, list, set, frozenset)):
+            texts = [self._text(item, depth + 1, loose=loose) for item in value]
+            return f"{name}{sorted(texts) if isinstance(value, (set, frozenset)) else texts}"
+        if loose:
+            return f"a {name}"
+        raise Undescribed(f"a {name}")
 
-    def _container(self, value: Any, depth: int) -> str | None:
-        if depth >= _DEEPEST or not isinstance(value, (tuple, list, set, frozenset, dict)):
-            return None
-        items = list(value.items()) if isinstance(value, dict) else list(value)
-        texts = [self._text(item, depth + 1) for item in items]
-        if any(text is None for text in texts):
-            return None
-        if isinstance(value, (set, frozenset)):
-            texts.sort(key=str)
-        return f"{_name(type(value))}{texts}"
+    def _fields(self, value: Any, depth: int) -> list[str]:
+        return [
+            f"{field.name}={self.loosely(getattr(value, field.name, None), depth + 1)}"
+            for field in dataclasses.fields(value)
+        ]
 
     def _function(self, function: types.FunctionType, depth: int) -> str:
         name = f"{function.__module__}.{function.__qualname__}"
@@ -207,7 +188,7 @@ class Fingerprints:
             return f"cached {self._member(value.func, depth)}"
         if depth >= _DEEPEST or not isinstance(value, (types.FunctionType, *PLAIN, *_BUILT_IN)):
             return f"a {_name(type(value))}"
-        return self._text(value, depth) or ""
+        return self._text(value, depth, loose=True)
 
     def _code(self, code: types.CodeType) -> Iterable[str]:
         counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount)

@@ -1,24 +1,41 @@
-"""The attention of a model while an engine runs it: sdpa, or eager attention over pages, which here
-may be in graphs and knows `softcap`, other than transformers'."""
+"""The attention of a model while an engine runs it, and the pages that it reads.
+
+It is sdpa, or eager attention over pages, which here may be in graphs and knows `softcap`, other
+than transformers'. A compiled forward is given the tensor of all pages, which attention hands to
+one operator, `lorafx::paged_cache`: transformers' own `update` writes into views of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from transformers.generation.continuous_batching import PagedAttentionCache
+from transformers.generation.continuous_batching.cache_allocators import (
+    CacheAllocator,
+    FullAttentionCacheAllocator,
+    SlidingAttentionCacheAllocator,
+)
 from transformers.integrations.eager_paged import eager_paged_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
 from lorafx.errors import ConfigError
-from lorafx.generation.continuous.step_cache import StepCache
+from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PAGED_CACHE, PagedStep
+from lorafx.kernels.triton.attention import has_kernels
 from lorafx.progress import LOG
 from lorafx.runtime.session import Session
 
 T = TypeVar("T")
+
+#: In which its sums in float32 are as exact as attention otherwise is.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: Types of devices on which it does not make the host wait; "cuda" is ROCm's too.
+ATTENDING_DEVICES = ("cpu", "cuda")
 
 #: transformers' name of eager attention over pages.
 EAGER = "paged|eager"
@@ -156,3 +173,229 @@ def eager_attention(
 
 
 ALL_ATTENTION_FUNCTIONS.register(EAGER, eager_attention)
+
+
+# --- pages ---
+
+
+class LayerPlace(NamedTuple):
+    """Where a layer's part of the cache is; see lorafx.kernels.ops.paged_attention."""
+
+    group: int
+    first_key: int
+    first_value: int
+    sentinel: int
+    ring: bool
+    row: tuple[int, int, torch.dtype]  # heads, numbers a head
+
+
+class WindowGroup(NamedTuple):
+    """Layers that keep a window, in one group, with rows of one size in `table`, (rows, numbers a
+    row). `firsts`, (2 · layers,) int64, is where the keys and values of each layer begin there."""
+
+    group: int
+    sentinel: int
+    table: Tensor
+    firsts: Tensor
+
+
+class StepCache(PagedAttentionCache):
+    """The pages of `cache`, and what one step reads and writes there.
+
+    Attributes:
+        pages: (bytes,) uint8, all of the cache.
+        places: layer index -> where its keys and values are.
+        kinds: of attention, by transformers' names.
+        read: for each kind of attention, (N,) int64.
+        write: likewise, (T,) int64.
+        seen: likewise, (T, 2) int64, where in `read` the keys of each token's request begin and
+            end; None where attention to one request after the other gains nothing.
+        masks: likewise, the masks of the step, (1, 1, T, N), as the model is given them.
+    """
+
+    read: Sequence[Tensor] = ()
+    write: Sequence[Tensor] = ()
+    seen: Sequence[Tensor | None] = ()
+    masks: Sequence[Tensor | None] = ()
+
+    def __init__(self, cache: PagedAttentionCache) -> None:
+        # Not the base's, which would allocate a cache of its own.
+        self.pages: Tensor = cache.cache_tensor
+        self.places = {
+            layer: _place(allocator, layer) for layer, allocator in cache.layer_to_allocator.items()
+        }
+        self.kinds = tuple(cache.cache_allocators)
+        self._windows = _windows(self.places.values(), self.pages)
+        self._sentinels = {window.group: window.sentinel for window in self._windows}
+        self._trash = [
+            (allocator.read_trash_index, allocator.write_trash_index)
+            for allocator in cache.cache_allocators.values()
+        ]
+
+    def step(
+        self,
+        read: Sequence[Tensor],
+        write: Sequence[Tensor],
+        seen: Sequence[Tensor | None] | None = None,
+        masks: Sequence[Tensor | None] | None = None,
+    ) -> StepCache:
+        """For a step that reads and writes these rows. Where nothing is read (transformers gives
+        no rows then), the queries see the new tokens: a graph need not tell the two apart."""
+        step = copy.copy(self)
+        step.read = [
+            rows.clone() if rows.numel() else self._unread(group, new)
+            for group, (rows, new) in enumerate(zip(read, write, strict=True))
+        ]
+        step.write = [rows.clone() for rows in write]
+        step.seen = [None] * len(write) if seen is None else [*seen]
+        step.masks = [None] * len(write) if masks is None else [*masks]
+        return step
+
+    def _unread(self, group: int, new: Tensor) -> Tensor:
+        """The rows to read for the new tokens alone, which are written to `new`."""
+        sentinel = self._sentinels.get(group)
+        return new.clone() if sentinel is None else torch.full_like(new, sentinel)
+
+    def without(self, absent: Tensor, absent_keys: Sequence[Tensor]) -> StepCache:
+        """For the same step without the tokens that are `absent`, (T,) bool, and for each kind of
+        attention the keys that only they see, (N,) bool: nothing is written for them, and instead
+        of their keys zeros are read."""
+        read, write = [], []
+        for group, (rows, new) in enumerate(zip(self.read, self.write, strict=True)):
+            unread, unwritten = self._trash[group]
+            unseen = absent_keys[group]
+            if group in self._sentinels:  # those stand for the tokens of the step
+                unseen = unseen & (rows != self._sentinels[group])
+            read.append(rows.masked_fill(unseen, unread))
+            write.append(new.masked_fill(absent, unwritten))
+        return self.step(read, write, self.seen, self.masks)
+
+    def kept(self) -> Callable[[Tensor | None], None]:
+        """What puts back the rows that this step overwrites and reads, as windows do, so that it
+        may run again; or those of some tokens, (T,) bool. A full cache gets rows that nobody has
+        read."""
+        found = []
+        for window in self._windows:
+            rows = window.firsts[:, None] + self.write[window.group]
+            found.append((window.table, rows, window.table.index_select(0, rows.flatten())))
+
+        def put_back(tokens: Tensor | None) -> None:
+            for table, rows, values in found:
+                back = torch.ones_like(rows, dtype=torch.bool)
+                if tokens is not None:
+                    back &= tokens
+                table.index_copy_(0, rows[back], values[back.flatten()])
+
+        return put_back
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Write the keys and values (1, H, T, D) of a layer's new tokens; those that its queries
+        see, (1, H, N, D)."""
+        place = self._place(layer_idx, key_states, value_states)
+        return PAGED_CACHE(
+            key_states,
+            value_states,
+            self.pages,
+            self.read[place.group],
+            self.write[place.group],
+            place.first_key,
+            place.first_value,
+            place.sentinel,
+            place.ring,
+            self.seen[place.group],
+            self.masks[place.group],
+        )
+
+    def attend(
+        self,
+        query: Tensor,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        mask: Tensor | None,
+        scale: float,
+        cap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor | None:
+        """`update`, and the attention of the new tokens to it, (1, H, T, D); None, and nothing is
+        written, where it needs the keys of all requests: the mask is not the step's."""
+        place = self._place(layer_idx, key_states, value_states)
+        seen = self.seen[place.group]
+        if seen is None or mask is None or mask is not self.masks[place.group]:
+            return None
+        step = PagedStep(
+            query,
+            key_states,
+            value_states,
+            self.pages,
+            self.read[place.group],
+            self.write[place.group],
+            seen,
+            mask,
+            place.first_key,
+            place.first_value,
+            place.sentinel,
+            place.ring,
+            scale,
+            0.0 if cap is None else cap,
+            sinks,
+        )
+        if query.device.type == "cpu":
+            known = query.dtype in _DTYPES and query.dtype == key_states.dtype
+        else:
+            known = has_kernels(step)
+        return PAGED_ATTENTION(*step) if known else None
+
+    def _place(self, layer_idx: int, key_states: Tensor, value_states: Tensor) -> LayerPlace:
+        place = self.places[layer_idx]
+        for states in (key_states, value_states):
+            if (states.shape[1], states.shape[3], states.dtype) != place.row:
+                raise ConfigError(
+                    f"layer {layer_idx} has keys or values of {states.shape[1]} heads, "
+                    f"{states.shape[3]} numbers each, {states.dtype}, and its cache is for "
+                    f"{place.row}, by the model's configuration; call generate() for this model"
+                )
+        return place
+
+
+def _windows(places: Iterable[LayerPlace], pages: Tensor) -> tuple[WindowGroup, ...]:
+    rings = [place for place in places if place.ring]
+    found = []
+    for group, sentinel, row in dict.fromkeys((p.group, p.sentinel, p.row) for p in rings):
+        firsts = [
+            first
+            for place in rings
+            if (place.group, place.row) == (group, row)
+            for first in (place.first_key, place.first_value)
+        ]
+        heads, numbers, dtype = row
+        flat, width = pages.view(dtype), heads * numbers
+        table = flat[: flat.numel() // width * width].view(-1, width)
+        found.append(WindowGroup(group, sentinel, table, torch.tensor(firsts, device=pages.device)))
+    return tuple(found)
+
+
+def _place(allocator: CacheAllocator, layer: int) -> LayerPlace:
+    """Where `allocator` keeps the keys and values of a layer; ConfigError where it is none of the
+    two classes that are known here."""
+    cls = type(allocator)
+    ring = isinstance(allocator, SlidingAttentionCacheAllocator)
+    known = SlidingAttentionCacheAllocator if ring else FullAttentionCacheAllocator
+    if not isinstance(allocator, known) or cls.update is not known.update:
+        raise ConfigError(
+            f"layer {layer} keeps its cache by a {cls.__module__}.{cls.__qualname__}, and lorafx "
+            "only knows how FullAttentionCacheAllocator and SlidingAttentionCacheAllocator write "
+            "and read theirs; call generate() for this model"
+        )
+    keys, values = allocator._kv_token_views[layer]
+    width = keys.shape[1] * keys.shape[2]
+    return LayerPlace(
+        allocator.index,
+        int(keys.storage_offset() // width),
+        int(values.storage_offset() // width),
+        allocator.sentinel_index,
+        ring,
+        (keys.shape[1], keys.shape[2], keys.dtype),
+    )

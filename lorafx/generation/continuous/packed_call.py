@@ -21,8 +21,8 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 from lorafx.adapter_store.names import BASE
 from lorafx.generation.continuous.adapter_requests import AdapterRequest, hold_of
+from lorafx.generation.continuous.attention import ATTENDING_DEVICES, StepCache
 from lorafx.generation.continuous.failures import OF_THE_DEVICE, in_parts
-from lorafx.generation.continuous.step_cache import ATTENDING_DEVICES, StepCache
 from lorafx.runtime.entry import CompiledForwards
 from lorafx.runtime.requests import Requests
 

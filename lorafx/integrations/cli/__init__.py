@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 
-from lorafx.errors import LorafxError
+from lorafx.errors import LorafxError, respelled
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     try:
         app()
     except LorafxError as error:
-        message = error.spelled(as_option)
+        message = respelled(str(error), as_option)
         if "--json" in sys.argv:
             print(json.dumps({"error": type(error).__name__, "message": message}))
             sys.exit(1)

@@ -17,8 +17,6 @@ Config = Annotated[
     Path | None, typer.Option(help="JSON file of the configuration, where none lies beside it.")
 ]
 
-_SIZES = ("in", "out", "rank")
-
 
 def inspect(
     adapter: AdapterArgument,
@@ -45,18 +43,18 @@ def inspect(
         show_json(asdict(found))
     else:
         rows = [
-            {
-                "module": row.path,
-                **{name: size or "?" for name, size in zip(_SIZES, row.sizes, strict=True)},
-                "scale": "?" if row.scale is None else f"{row.scale:g}",
-            }
+            (row.path, *(size or "?" for size in row.sizes), _scale(row.scale))
             for row in found.modules
         ]
         if rows:
-            show_table(adapter, ("module", *_SIZES, "scale"), rows)
+            show_table(adapter, ("module", "in", "out", "rank", "scale"), rows)
         print(*found.lines(), sep="\n")
         if model is not None:
             print(f"nothing is refused on {model}")
+
+
+def _scale(scale: float | None) -> str:
+    return "?" if scale is None else f"{scale:g}"
 
 
 def _fields(config: Path | None) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from lorafx import __version__
 from lorafx.integrations.cli.adapters import inspect, merge
 from lorafx.integrations.cli.bench import bench
 from lorafx.integrations.cli.diagnosis import doctor
-from lorafx.integrations.cli.look import bisect, explain, profile, why
+from lorafx.integrations.cli.look import bisect, explain, profile
 from lorafx.integrations.cli.serve import serve
 
 #: Errors of lorafx are one line; others are faults, whose traceback is Python's own.
@@ -34,5 +34,5 @@ def root(
         print(context.get_help())
 
 
-for command in (inspect, explain, why, merge, bench, bisect, profile, serve, doctor):
+for command in (inspect, explain, merge, bench, bisect, profile, serve, doctor):
     app.command()(command)

@@ -54,13 +54,18 @@ def bench(
     module = loaded(model, dtype)
     import torch
 
+    import lorafx
+
     sources = adapters_in(adapters)
     vocabulary = getattr(module.config, "vocab_size", None)
     if vocabulary is None:
         raise ConfigError(
             f"{type(module).__name__} takes no token ids; bench is for language models"
         )
-    compiled, names = _served(module, sources, lowering), list(sources)
+    with progress(f"adding {len(sources)} adapters"):
+        options = {"lowering": lowering}
+        compiled = lorafx.compile(copy.deepcopy(module), dict(sources), options=options)
+    names = list(sources)
     mixed = [names[row % len(names)] for row in range(batch)]
     several = f"{len(set(mixed))} adapters"
     # What is called, and with which adapters.
@@ -96,27 +101,19 @@ def bench(
         return
     for case in cases:
         rows = [
-            {
-                "what": arm["arm"],
-                "ms": f"{arm['milliseconds']:.2f}",
-                "over base": f"{arm['ratio']:.3f}",
-                "95 %": f"{arm['low']:.3f} - {arm['high']:.3f}",
-            }
+            (
+                arm["arm"],
+                f"{arm['milliseconds']:.2f}",
+                f"{arm['ratio']:.3f}",
+                f"{arm['low']:.3f} - {arm['high']:.3f}",
+            )
             for arm in case["arms"]
         ]
         title = f"{case['batch']} requests of {case['tokens']} tokens"
-        show_table(title, tuple(rows[0]), rows)
+        show_table(title, ("what", "ms", "over base", "95 %"), rows)
         if "difference" in case:
             print(f"largest difference of lorafx from PEFT's logits: {case['difference']:.1e}")
     print(*(f"{name}: {value}" for name, value in machine.items()), sep="\n")
-
-
-def _served(module: Any, sources: Mapping[str, str], lowering: str) -> Any:
-    import lorafx
-
-    with progress(f"adding {len(sources)} adapters"):
-        model = copy.deepcopy(module)
-        return lorafx.compile(model, dict(sources), options={"lowering": lowering})
 
 
 def _call(run: Any, names: Sequence[str | None] | None, ids: Any) -> Any:

@@ -43,33 +43,15 @@ def doctor(as_json: AsJson = False) -> None:
 
     Example: lorafx doctor
     """
-    found = diagnosed()
+    level = LOG.level
+    LOG.setLevel(logging.ERROR)  # what the log would say is in the report
+    try:
+        found = diagnosed()
+    finally:
+        LOG.setLevel(level)
     show(found, as_json)
     if found.faults:
         raise typer.Exit(1)
-
-
-@dataclass(frozen=True)
-class RequiredPart:
-    """A module of lorafx/torch_internals. `lacks`: what an installed package lacks, "" for nothing;
-    `absent`: a package that it needs and that is not installed."""
-
-    module: str
-    lacks: str = ""
-    absent: str = ""
-
-    @classmethod
-    def of(cls, module: str) -> RequiredPart:
-        try:
-            importlib.import_module(f"{torch_internals.__name__}.{module}")
-        except UnsupportedVersionError as error:
-            return cls(module, lacks=str(error))
-        except ModuleNotFoundError as error:
-            return cls(module, absent=str(error.name))
-        return cls(module)
-
-    def __str__(self) -> str:
-        return self.lacks or (f"{self.absent} is not installed" if self.absent else "holds")
 
 
 @dataclass(frozen=True)
@@ -82,10 +64,6 @@ class SmallBatch:
     difference: float
     seconds: float
 
-    @property
-    def right(self) -> bool:
-        return self.difference <= TOLERANCE  # NaN is not
-
     def __str__(self) -> str:
         return (
             f"{self.model} on {self.device}, two adapters and the base: largest difference from "
@@ -95,16 +73,16 @@ class SmallBatch:
 
 @dataclass
 class Diagnosis:
-    """All that was found. `faults` are sentences; without any, everything holds."""
+    """All that was found: `required` parts of torch "holds", or what they lack. `faults` are
+    sentences; without any, everything holds."""
 
     installed: dict[str, str] = field(default_factory=dict)
-    required: tuple[RequiredPart, ...] = ()
+    required: dict[str, str] = field(default_factory=dict)
     shortcuts: Mapping[str, str] = field(default_factory=dict)
     batch: SmallBatch | None = None
     faults: list[str] = field(default_factory=list)
 
     def json(self) -> dict[str, Any]:
-        """The fields, of JSON's own types, and whether all holds."""
         found: dict[str, Any] = json_values({"holds": not self.faults, **asdict(self)})
         return found
 
@@ -115,7 +93,7 @@ class Diagnosis:
         ]
         parts = [
             text_table(("installed", ""), self.installed.items()),
-            text_table(("required", ""), [(part.module, part) for part in self.required]),
+            text_table(("required", ""), self.required.items()),
             text_table(("shortcuts", ""), states),
             [f"mixed batch: {self.batch or 'not run'}"],
             [f"wrong: {text}" for text in self.faults] or ["everything holds"],
@@ -126,39 +104,23 @@ class Diagnosis:
 def diagnosed() -> Diagnosis:
     """Look at this machine. Nothing is raised for what is wrong with it."""
     found = Diagnosis()
-    with _quiet():
-        with _noting(found):
-            versions.check()
-        supported = not found.faults
-        with progress("looking at torch"):
-            if supported:
-                modules = pkgutil.iter_modules(torch_internals.__path__)
-                found.required = tuple(RequiredPart.of(module.name) for module in modules)
-            found.installed = {**_versions(), **_machine(supported)}
-        found.faults += [f"{part.module}: {part}" for part in found.required if part.lacks]
-        if found.installed["C++ compiler"] == found.installed["GPU"] == "none":
-            found.faults.append(
-                "no C++ compiler was found: install g++ or clang, or name it in CXX"
-            )
-        with _noting(found):
-            found.shortcuts = shortcuts.states()
-            if supported:
-                with progress("compiling a small mixed batch"):
-                    found.batch = run_small_batch()
-        if found.batch is not None and not found.batch.right:
-            found.faults.append("the mixed batch is not what dense merge gives: please report it")
+    with _noting(found):
+        versions.check()
+    supported = not found.faults
+    with progress("looking at torch"):
+        for module in pkgutil.iter_modules(torch_internals.__path__) if supported else ():
+            _require(module.name, found)
+        found.installed = _installed(supported)
+    if found.installed["C++ compiler"] == found.installed["GPU"] == "none":
+        found.faults.append("no C++ compiler was found: install g++ or clang, or name it in CXX")
+    with _noting(found):
+        found.shortcuts = shortcuts.states()
+        if supported:
+            with progress("compiling a small mixed batch"):
+                found.batch = run_small_batch()
+    if found.batch is not None and not found.batch.difference <= TOLERANCE:  # or NaN
+        found.faults.append("the mixed batch is not what dense merge gives: please report it")
     return found
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Nothing is logged: what the log would say is in the report."""
-    before = LOG.level
-    LOG.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        LOG.setLevel(before)
 
 
 @contextmanager
@@ -172,18 +134,28 @@ def _noting(found: Diagnosis) -> Iterator[None]:
         found.faults.append(f"{type(error).__name__}: {error}")
 
 
-def _versions() -> dict[str, str]:
+def _require(module: str, found: Diagnosis) -> None:
+    state = "holds"
+    try:
+        importlib.import_module(f"{torch_internals.__name__}.{module}")
+    except UnsupportedVersionError as error:
+        state = str(error)
+        found.faults.append(f"{module}: {error}")
+    except ModuleNotFoundError as error:
+        state = f"{error.name} is not installed"
+    found.required[module] = state
+
+
+def _installed(supported: bool) -> dict[str, str]:
+    """Versions, the compiler, which is looked for where lorafx runs, and the GPU."""
     packages = ("torch", "triton", "transformers", "peft")
-    return {
+    found = {
         "lorafx": __version__,
         "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         **{package: versions.standing(package) for package in packages},
+        "C++ compiler": "not looked for",
+        "GPU": "none",
     }
-
-
-def _machine(supported: bool) -> dict[str, str]:
-    """The compiler, which is looked for where lorafx runs, and the GPU."""
-    found = {"C++ compiler": "not looked for", "GPU": "none"}
     if versions.installed("torch") is None:
         return found
     import torch

@@ -1,11 +1,10 @@
-"""`lorafx explain` and `why`, which need no weights of the model; `lorafx profile` and `bisect`,
-which run it."""
+"""`lorafx explain`, which needs no weights of the model; `lorafx profile` and `bisect`, which run
+it."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,26 +23,6 @@ from lorafx.integrations.cli.options import (
     show_json,
     target_modules,
 )
-
-
-@dataclass(frozen=True)
-class Fit:
-    """Whether an adapter can be loaded, its largest rank, and how many modules it changes; or the
-    `problem`. `notes` are warnings."""
-
-    adapter: str
-    fits: bool
-    rank: int = 0
-    modules: int = 0
-    notes: tuple[str, ...] = ()
-    problem: str = ""
-
-    def __str__(self) -> str:
-        if not self.fits:
-            return f"{self.adapter} does not fit: {self.problem}"
-        return "\n  ".join(
-            (f"{self.adapter} fits: rank {self.rank}, {self.modules} modules", *self.notes)
-        )
 
 
 def explain(
@@ -73,64 +52,41 @@ def explain(
     module, sources = on_meta(model, dtype), adapters_in(adapter or [])
     targets = target_modules(target, sources)
     fits = [_fit(module, name, sources[name], targets, max_rank) for name in sources]
-    rank = max_rank or max([16, *(fit.rank for fit in fits)])
-    fitting = {fit.adapter: sources[fit.adapter] for fit in fits if fit.fits}
+    rank = max_rank or max([16, *(fit["rank"] for fit in fits)])
+    fitting = {fit["adapter"]: sources[fit["adapter"]] for fit in fits if fit["fits"]}
     config = lorafx.LoraConfig(target_modules=targets, max_rank=rank, max_adapters=max_adapters)
-    report: Any = lorafx.explain(module, request_of(config, fitting, module).config)
+    report = lorafx.explain(module, request_of(config, fitting, module).config)
     if as_json:
-        of_adapters = [asdict(fit) for fit in fits]
-        show_json({"model": model, "adapters": of_adapters, "report": report.json()})
+        show_json({"model": model, "adapters": fits, "report": report.json()})
     else:
-        print(*fits, report, sep="\n")
-    if not all(fit.fits for fit in fits):
+        print(*map(_fit_in_words, fits), report, sep="\n")
+    if len(fitting) < len(fits):
         raise typer.Exit(1)
 
 
-def _fit(module: Any, name: str, source: str, target: Any, max_rank: int | None) -> Fit:
-    from lorafx.errors import LorafxError, LorafxWarning
+def _fit(module: Any, name: str, source: str, target: Any, max_rank: int | None) -> dict[str, Any]:
+    """Whether an adapter can be loaded, its largest rank, the number of modules that it changes,
+    and warnings; or the problem."""
+    from lorafx.errors import LorafxError, LorafxWarning, respelled
     from lorafx.integrations.cli.models import read_for
 
+    fit = {"adapter": name, "fits": False, "rank": 0, "modules": 0, "notes": [], "problem": ""}
     try:
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always", LorafxWarning)
             found = read_for(module, name, source, target, max_rank)
     except LorafxError as error:
-        return Fit(name, False, problem=error.spelled(as_option))
+        return {**fit, "problem": respelled(str(error), as_option)}
     notes = [str(note.message) for note in seen if issubclass(note.category, LorafxWarning)]
-    return Fit(name, True, found.rank, len(found.weights), tuple(notes))
+    modules = len(found.weights)
+    return {**fit, "fits": True, "rank": found.rank, "modules": modules, "notes": notes}
 
 
-def why(
-    model: ConfiguredModel,
-    path: Annotated[str, typer.Argument(help="A module: model.layers.3.mlp.gate_proj.")],
-    adapter: Annotated[
-        list[str] | None, typer.Option(help="What has it for the module? May be given again.")
-    ] = None,
-    target: Targets = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show whether the module at PATH of MODEL carries LoRA and why, and which keys of adapters are
-    for it.
-
-    Without --target the adapters say which modules are selected, and without both it is every
-    linear layer. Nothing but the configuration of the model is read, and the adapters.
-
-    Example: lorafx why meta-llama/Llama-3.2-1B model.layers.0.mlp.gate_proj --adapter ./sql
-    """
-    import lorafx
-    from lorafx.inspection.why import why_before
-    from lorafx.integrations.cli.models import adapters_in, on_meta
-    from lorafx.runtime.marking import build_sites, request_of
-
-    module, sources = on_meta(model), adapters_in(adapter or [])
-    config = lorafx.LoraConfig(target_modules=target_modules(target, sources))
-    config = request_of(config, sources, module).config
-    _, sites = build_sites(module, config)
-    reasons = why_before(module, config, sites, path, sources)
-    if as_json:
-        show_json({"model": model, "path": path, "why": [reason.json() for reason in reasons]})
-    else:
-        print(*reasons, sep="\n")
+def _fit_in_words(fit: Mapping[str, Any]) -> str:
+    if not fit["fits"]:
+        return f"{fit['adapter']} does not fit: {fit['problem']}"
+    fits = f"{fit['adapter']} fits: rank {fit['rank']}, {fit['modules']} modules"
+    return "\n  ".join((fits, *fit["notes"]))
 
 
 def profile(

@@ -20,12 +20,9 @@ def on_meta(model: str, dtype: str | None = None) -> Any:
 
     wanted = None if dtype is None else _dtype(dtype)
     with _readable(model), torch.device("meta"):
-        config = _config(model)
-        if isinstance(config, dict):
-            made = _diffusers_class(config).from_config(config)
-            return (made if wanted is None else made.to(wanted)).eval()
-        kind = {} if wanted is None else {"dtype": wanted}
-        return _transformers_class(config)._from_config(config, **kind).eval()
+        cls, config = _class_and_config(model)
+        made = cls.from_config(config) if isinstance(config, dict) else cls._from_config(config)
+        return (made if wanted is None else made.to(wanted)).eval()
 
 
 def loaded(model: str, dtype: str | None = None) -> Any:
@@ -34,14 +31,14 @@ def loaded(model: str, dtype: str | None = None) -> Any:
     with progress("importing torch"):
         import torch
 
-    wanted: Any = "auto" if dtype is None else _dtype(dtype)
+    wanted = None if dtype is None else _dtype(dtype)
     with _readable(model), progress(f"loading {model}"):
-        config = _config(model)
+        cls, config = _class_and_config(model)
         if isinstance(config, dict):
-            kind = {} if wanted == "auto" else {"torch_dtype": wanted}
-            found = _diffusers_class(config).from_pretrained(model, **kind)
+            kind = {} if wanted is None else {"torch_dtype": wanted}
         else:
-            found = _transformers_class(config).from_pretrained(model, dtype=wanted)
+            kind = {"dtype": wanted or "auto"}
+        found = cls.from_pretrained(model, **kind)
     return found.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
 
 
@@ -112,33 +109,22 @@ def _readable(model: str) -> Iterator[None]:
         raise ConfigError(f"{model} cannot be loaded: {error}") from error
 
 
-def _config(model: str) -> Any:
-    """transformers' configuration; a dict for the folder of a model of diffusers."""
+def _class_and_config(model: str) -> tuple[Any, Any]:
+    """The class that the configuration names, and transformers' configuration, or the dict of a
+    model of diffusers."""
     file = Path(model) / "config.json"
-    if file.is_file():
-        fields = json.loads(file.read_text())
-        if "_class_name" in fields:
-            return fields
-    from transformers import AutoConfig
+    fields = json.loads(file.read_text()) if file.is_file() else {}
+    if "_class_name" in fields:
+        import diffusers
 
-    return AutoConfig.from_pretrained(model)
-
-
-def _transformers_class(config: Any) -> Any:
+        name = fields["_class_name"]
+        if not hasattr(diffusers, name):
+            raise ConfigError(f"the installed diffusers has no {name}")
+        return getattr(diffusers, name), fields
     import transformers
 
-    for name in config.architectures or ():
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
     from lorafx.torch_internals.transformers_parts import causal_model_class
 
-    return causal_model_class(config)
-
-
-def _diffusers_class(fields: dict[str, Any]) -> Any:
-    import diffusers
-
-    name = fields["_class_name"]
-    if not hasattr(diffusers, name):
-        raise ConfigError(f"the installed diffusers has no {name}")
-    return getattr(diffusers, name)
+    config = transformers.AutoConfig.from_pretrained(model)
+    known = (getattr(transformers, name, None) for name in config.architectures or ())
+    return next(filter(None, known), None) or causal_model_class(config), config

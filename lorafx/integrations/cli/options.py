@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorafx.errors import Setting
+from lorafx.inspection.report import text_table
 
 ConfiguredModel = Annotated[str, typer.Argument(help="A folder with a config.json, or a hub name.")]
 LanguageModel = Annotated[
@@ -31,16 +31,12 @@ _OPTIONS = {
     "max_rank": "--max-rank",
     "target_modules": "--target",
 }
-#: Characters of a line of a table.
-_WIDEST = 10_000
 
 
-def as_option(setting: Setting) -> str:
-    """What commands say where a message names a setting."""
-    option = _OPTIONS.get(setting.name)
-    if option is None:
-        return setting.text
-    return option if setting.value is None else f"give {option} {setting.value}"
+def as_option(field: str, value: str | None, given: bool = False) -> str | None:
+    """What commands say where a message names a field of LoraConfig or Options."""
+    option = _OPTIONS.get(field)
+    return option if option is None or value is None else f"give {option} {value}"
 
 
 def target_modules(given: Sequence[str] | None, adapters: Any) -> Any:
@@ -64,13 +60,6 @@ def show(report: Any, as_json: bool, **more: Any) -> None:
         print(report)
 
 
-def show_table(title: str, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Print rows in columns. Nothing is cut where the terminal is narrow: lines go on below."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    made = Table(*columns, title=escape(title))
-    for row in rows:
-        made.add_row(*(escape(str(row[column])) for column in columns))
-    Console(soft_wrap=True, width=_WIDEST).print(made)
+def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print rows in columns, below a title."""
+    print(title, *text_table(columns, rows), sep="\n")

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import get_route_path
 from transformers.cli.serving.utils import CBWorkerDeadError
 
-from lorafx.errors import BatchError, LorafxError, Setting, UnknownAdapterError
+from lorafx.errors import BatchError, LorafxError, UnknownAdapterError, respelled
 from lorafx.integrations.server.settings import ModelSettings, option
 
 #: Routes that ask for no key: what watches a server has none.
@@ -55,7 +55,7 @@ def message_of(error: Exception) -> str:
         return str(error.detail)
     if isinstance(error, RequestValidationError):
         return f"the body is not a JSON object: {_malformed(error)}"
-    return error.spelled(_as_option) if isinstance(error, LorafxError) else str(error)
+    return respelled(str(error), _as_option)
 
 
 def error_response(error: Exception) -> JSONResponse:
@@ -80,15 +80,12 @@ def answer_errors(app: FastAPI) -> None:
         app.add_exception_handler(kind, answered)
 
 
-def _as_option(setting: Setting) -> str:
-    if setting.name == "target_modules":
+def _as_option(field: str, value: str | None, given: bool) -> str | None:
+    if field == "target_modules":
         return "--target when lorafx serve starts"
-    known = setting.name in ModelSettings.model_fields
-    if known and setting.value is not None:
-        return f"start lorafx serve with {option(setting.name)} {setting.value}"
-    if setting.given:
-        return "start lorafx serve with this adapter among --adapters"
-    return setting.text
+    if field in ModelSettings.model_fields and value is not None:
+        return f"start lorafx serve with {option(field)} {value}"
+    return "start lorafx serve with this adapter among --adapters" if given else None
 
 
 def _malformed(error: RequestValidationError) -> str:

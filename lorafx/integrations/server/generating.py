@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
@@ -17,7 +16,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import GenerationConfig
 from transformers.cli.serving.utils import (
-    CBGenerateManager,
+    BaseGenerateManager,
     CBStreamer,
     CBWorkerDeadError,
     GenerationState,
@@ -84,11 +83,9 @@ class TextStreamer(CBStreamer):
             self._queue.put_nowait(item)
 
 
-class AdapterGeneration(CBGenerateManager):
+class AdapterGeneration(BaseGenerateManager):
     """Generates for one request with an adapter, None for the base; prompt and answer have at most
-    `most_tokens` together. `failed` is called where the generation fails. What transformers calls
-    of its engine is here too: the request goes to `engine` with its adapter, and its outputs come
-    back here."""
+    `most_tokens` together. `failed` is called where the generation fails."""
 
     def __init__(
         self,
@@ -97,48 +94,8 @@ class AdapterGeneration(CBGenerateManager):
         most_tokens: int,
         failed: Callable[[], None],
     ) -> None:
-        super().__init__()
-        self._cb: Any = self
         self._engine, self._adapter = engine, adapter
-        self._most_tokens = most_tokens
-        self._failed = failed
-        self._callback: Callable[[Any], None] | None = None
-        self._sampling: dict[str, Any] = {}
-
-    @property
-    def background_thread_status(self) -> Any:
-        return self._engine.background_thread_status
-
-    def register_result_handler(self, request_id: str, callback: Callable[[Any], None]) -> None:
-        self._callback = callback
-
-    def add_request(
-        self, input_ids: list[int], request_id: str, *, streaming: bool, **request: Any
-    ) -> str:
-        def deliver(output: Any) -> None:
-            assert self._callback is not None
-            if output.error is not None:
-                self._failed()
-                if streaming:
-                    output = replace(output, error=_quotable(output.error))
-            self._callback(output)
-
-        self._engine.register_result_handler(request_id, deliver)
-        given = {**request, **self._sampling, "adapter": self._adapter, "streaming": streaming}
-        try:
-            return self._engine.add_request(input_ids, request_id, **given)
-        except BaseException:
-            self._forget(request_id)
-            raise
-
-    def cancel_request(self, request_id: str) -> None:
-        self._engine.cancel_request(request_id)
-        self._forget(request_id)  # the engine says nothing more about it
-
-    def _forget(self, request_id: str) -> None:
-        router = self._engine.output_router
-        with router._lock:
-            router.result_handlers.pop(request_id, None)
+        self._most_tokens, self._failed = most_tokens, failed
 
     def generate_streaming(
         self,
@@ -152,30 +109,20 @@ class AdapterGeneration(CBGenerateManager):
         """The queue of pieces of text, which are together what `generate_non_streaming` returns,
         and what fills it. Clients name their requests; the engine gets names of its own, since two
         that are alike would mix the answers."""
-        self._prepare(inputs, gen_config)
-        name = uuid4().hex
-        self._check_alive(name)
-        queue: asyncio.Queue[Any] = asyncio.Queue()
+        name, queue = uuid4().hex, asyncio.Queue[Any]()
         streamer = TextStreamer(self, name, processor._tokenizer, queue, response_parser)
 
         def deliver(output: Any) -> None:
             try:
                 streamer.put(output)
                 if output.error is not None:
-                    queue.put_nowait(stream_error(output.error))
+                    queue.put_nowait(stream_error(_quotable(output.error)))
                 if output.error is not None or output.is_finished():
                     streamer.end()
             except Exception as error:  # of a parser, about this answer alone
                 queue.put_nowait(stream_error(_quotable(str(error))))
 
-        self.register_result_handler(name, deliver)
-        self.add_request(
-            inputs["input_ids"],
-            request_id=name,
-            streaming=True,
-            max_new_tokens=gen_config.max_new_tokens,
-            eos_token_id=gen_config.eos_token_id,
-        )
+        self._request(name, inputs["input_ids"], gen_config, deliver, streaming=True)
         return queue, streamer
 
     async def generate_non_streaming(
@@ -186,35 +133,82 @@ class AdapterGeneration(CBGenerateManager):
         gen_config: GenerationConfig,
         request_id: str,
     ) -> tuple[str, int, list[int]]:
-        """As transformers', but that no spaces are cleaned up, which a stream could not do; see
-        `generate_streaming` for the name."""
-        self._prepare(inputs, gen_config)
-        try:
-            _, length, tokens = await super().generate_non_streaming(
-                model, processor, inputs, gen_config, uuid4().hex
-            )
-        except CBWorkerDeadError:
-            raise
-        except RuntimeError as error:
-            raise RequestError(str(error), status=500) from error
-        return processor._tokenizer.decode(tokens, skip_special_tokens=True), length, tokens
+        """The text, the length of the prompt, and the tokens. No spaces are cleaned up, which a
+        stream could not do."""
+        prompt, answer = inputs["input_ids"], asyncio.get_running_loop().create_future()
+
+        def deliver(output: Any) -> None:
+            if not answer.done():
+                answer.set_result(output)
+
+        self._request(uuid4().hex, prompt, gen_config, deliver, streaming=False)
+        output = await answer
+        if output.error is not None:
+            self._refuse_dead()
+            raise RequestError(f"the generation failed: {output.error}", status=500)
+        tokens = output.generated_tokens
+        return processor._tokenizer.decode(tokens, skip_special_tokens=True), len(prompt), tokens
 
     def stop(self) -> None:
-        """Nothing: the engine is the server's. transformers' own would call itself here."""
+        """Nothing: the engine is the server's."""
 
-    def _prepare(self, inputs: dict[str, Any], config: GenerationConfig) -> None:
-        """Raise RequestError where the prompt is too long or empty; have the answer fit."""
-        length = len(inputs["input_ids"])
-        if not length:
+    def cancel_request(self, name: str) -> None:
+        """Called by the streamer whose client has gone."""
+        self._engine.cancel_request(name)
+        self._forget(name)  # the engine says nothing more about it
+
+    def _request(
+        self,
+        name: str,
+        prompt: list[int],
+        config: GenerationConfig,
+        deliver: Callable[[Any], None],
+        *,
+        streaming: bool,
+    ) -> None:
+        """Have the engine generate, and `deliver` its outputs. Raises RequestError where the prompt
+        is too long or empty; the answer is made to fit."""
+        self._refuse_dead()
+        if not prompt:
             raise RequestError("the prompt has no tokens; write something", "prompt")
-        if length >= self._most_tokens:
+        if len(prompt) >= self._most_tokens:
             raise RequestError(
-                f"the prompt has {length} tokens, and prompt and answer together may have "
+                f"the prompt has {len(prompt)} tokens, and prompt and answer together may have "
                 f"{self._most_tokens}; shorten it",
                 code="context_length_exceeded",
             )
-        config.max_new_tokens = min(config.max_new_tokens, self._most_tokens - length)
-        self._sampling = {name: getattr(config, name) for name in RANGES}
+        # transformers' handlers compare it with the answer, for its `finish_reason`.
+        config.max_new_tokens = min(config.max_new_tokens, self._most_tokens - len(prompt))
+
+        def counted(output: Any) -> None:
+            if output.error is not None:
+                self._failed()
+            deliver(output)
+
+        self._engine.register_result_handler(name, counted)
+        try:
+            self._engine.add_request(
+                prompt,
+                name,
+                adapter=self._adapter,
+                streaming=streaming,
+                max_new_tokens=config.max_new_tokens,
+                eos_token_id=config.eos_token_id,
+                **{field: getattr(config, field) for field in RANGES},
+            )
+        except BaseException:
+            self._forget(name)
+            raise
+
+    def _refuse_dead(self) -> None:
+        error = self._engine.background_thread_status.fatal_error
+        if error is not None:
+            raise CBWorkerDeadError(f"the engine has failed: {error}")
+
+    def _forget(self, name: str) -> None:
+        router = self._engine.output_router
+        with router._lock:
+            router.result_handlers.pop(name, None)
 
 
 class Generation(GenerationState):

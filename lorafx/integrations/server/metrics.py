@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -23,28 +22,22 @@ _COUNTED: Mapping[str, str] = {
 }
 
 
-class Count(NamedTuple):
-    """One number of a model or its engine. It only grows, where it is no `size`."""
-
-    name: str
-    text: str
-    value: int
-    labels: Mapping[str, str] = {}
-    size: bool = False
-
-
-def counts(stats: Statistics, health: StepHealth) -> Iterator[Count]:
+def families(stats: Statistics, health: StepHealth) -> Iterator[Metric]:
     """All numbers of a model and its engine, at this moment."""
     for name, text in _COUNTED.items():
-        yield Count(f"lorafx_adapter_{name}", text, getattr(stats, name))
+        yield CounterMetricFamily(f"lorafx_adapter_{name}", text, value=getattr(stats, name))
+    text = "Bytes of the device's banks, and of adapters in host memory"
+    sizes = GaugeMetricFamily("lorafx_adapter_bytes", text, labels=["place"])
     for place, nbytes in stats.nbytes.items():
-        text = "Bytes of the device's banks, and of adapters in host memory"
-        yield Count("lorafx_adapter_bytes", text, nbytes, {"place": place}, size=True)
-    for adapter, tokens in stats.tokens.items():
-        text = "Tokens that have been run, prompts included"
-        yield Count("lorafx_tokens", text, tokens, {"adapter": adapter})
+        sizes.add_metric([place], nbytes)
+    yield sizes
+    text = "Tokens that have been run, prompts included"
+    tokens = CounterMetricFamily("lorafx_tokens", text, labels=["adapter"])
+    for adapter, number in stats.tokens.items():
+        tokens.add_metric([adapter], number)
+    yield tokens
     text = "Steps of the engine that served nobody since the model failed"
-    yield Count("lorafx_failed_steps", text, health.failed)
+    yield CounterMetricFamily("lorafx_failed_steps", text, value=health.failed)
 
 
 class Metrics:
@@ -85,13 +78,7 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """The numbers of the model and its engine, as the registry asks for them."""
-        families: dict[str, Any] = {}
-        for count in counts(self._stats(), self._health):
-            if count.name not in families:
-                kind = GaugeMetricFamily if count.size else CounterMetricFamily
-                families[count.name] = kind(count.name, count.text, labels=list(count.labels))
-            families[count.name].add_metric(list(count.labels.values()), count.value)
-        yield from families.values()
+        return families(self._stats(), self._health)
 
     def text(self) -> bytes:
         """All counts in Prometheus's format."""

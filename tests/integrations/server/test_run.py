@@ -19,7 +19,7 @@ import pytest
 from served import SMALL, free_port, question, said
 
 from lorafx import LorafxError, LorafxWarning
-from lorafx.errors import ConfigError
+from lorafx.errors import ConfigError, respelled
 from lorafx.integrations.cli import main
 from lorafx.integrations.cli.options import as_option
 from lorafx.integrations.server import check_requirements
@@ -141,7 +141,7 @@ def test_bad_settings_are_refused_before_anything_is_loaded(files, tmp_path, cha
         given[name] = Path(text) if name in ("adapters", "adapter_root") and text else text
     with pytest.raises(LorafxError) as refused:
         Settings(**given)
-    assert word in refused.value.spelled(as_option)
+    assert word in respelled(str(refused.value), as_option)
 
 
 @pytest.mark.quick

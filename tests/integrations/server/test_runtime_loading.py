@@ -164,7 +164,7 @@ def test_modules_that_are_not_selected_are_said_in_options(files):
     ("body", "status", "word"),
     [
         ({"lora_name": "new", "lora_path": "absent"}, 404, "no folder"),
-        ({"lora_name": "new", "lora_path": "empty"}, 400, "adapter_config.json"),
+        ({"lora_name": "new", "lora_path": "empty"}, 400, "holds no adapter weights"),
         ({"lora_name": "__base__", "lora_path": "inside"}, 400, "base"),
         ({"lora_name": "", "lora_path": "inside"}, 400, "lora_name"),
         ({"lora_name": "a\nb", "lora_path": "inside"}, 400, "cannot be printed"),

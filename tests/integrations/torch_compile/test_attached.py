@@ -11,6 +11,7 @@ import pickle
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -363,23 +364,12 @@ def test_it_is_explained_and_measured(plain: Case) -> None:
         found = lorafx.why(given, "embed", "a3", inputs=inputs)
         assert (found.adapter, found.rule, found.sizes) == (want.adapter, want.rule, want.sizes)
     assert found.graphs[0].lora
-    with pytest.raises(ConfigError, match="lora_config is for models without it"):
-        lorafx.why(model, "embed", lora_config=lorafx.LoraConfig(["up"]))
     report, other = (lorafx.profile(m, inputs, names, calls=2) for m in (call, cm))
     assert [node.paths for node in report.nodes] == [node.paths for node in other.nodes]
-    with pytest.raises(ConfigError, match=r"carries no LoRA; call lorafx\.attach"):
-        lorafx.profile(plain.base, inputs, names)
-
-
-def test_why_of_a_model_without_lora(plain: Case) -> None:
-    found = lorafx.why(plain.base, "up", plain.folders["a1"])
-    assert found.selected
-    assert found.adapter is not None
-    assert len(found.adapter.keys) == 2
-    other = lorafx.why(plain.base, "up", lora_config=lorafx.LoraConfig(["down"]))
-    assert other.rule.startswith("target_modules=['down'] does not name it")
-    with pytest.raises(ConfigError, match="nothing to measure"):
-        lorafx.why(plain.base, "up", inputs=feed(4, 5))
+    profiled = partial(lorafx.profile, inputs=inputs, adapter_names=names)
+    for look in (partial(lorafx.why, path="up"), profiled):
+        with pytest.raises(ConfigError, match=r"carries no LoRA; call lorafx\.attach"):
+            look(plain.base)
     with pytest.raises(ConfigError):
         lorafx.why("folder", "up")  # type: ignore[arg-type]
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from triton_cases import BF16, FP16, FP32, STRATEGIES, assert_right, make_case, run
+from triton_cases import BF16, FP16, FP32, LINEARS, STRATEGIES, assert_right, make_case, run
 
-from lorafx.kernels.triton.build import tiles_for
+from lorafx.kernels.triton.build import CONCAT, tiles_for
 from lorafx.kernels.triton.tiles import ARCHITECTURES
 
 DTYPES = {"fp32": (FP32,) * 3, "bf16": (BF16,) * 3, "fp16": (FP16,) * 3}
@@ -28,11 +28,13 @@ def spread(batch: int, slots: int) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", LINEARS)
 def test_mixes(strategy: str, batch: str, dtype: str) -> None:
     slots, rows = BATCHES[batch]
-    given = {"slots": slots, "rows": rows, "rank": 5, "dtypes": DTYPES[dtype]}
-    case = make_case(K=77, sizes=(45, 33), **given)
+    K, dtypes = 77, DTYPES[dtype]
+    if strategy == CONCAT:  # which takes no other sizes and no float16
+        K, dtypes = 80, DTYPES["fp32" if dtype == "fp16" else dtype]
+    case = make_case(K=K, sizes=(45, 33), slots=slots, rows=rows, rank=5, dtypes=dtypes)
     assert_right(case, strategy, run(case, strategy))
 
 
@@ -52,7 +54,7 @@ def test_ranks_and_slices(strategy: str, slices: int, rank: int) -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("transposed", [True, False])
-@pytest.mark.parametrize("strategy", ["split", "epilogue"])
+@pytest.mark.parametrize("strategy", ["split", "epilogue", CONCAT])
 def test_base_layouts(strategy: str, transposed: bool, bias: bool) -> None:
     base = {"bias": bias, "transposed": transposed}
     case = make_case(K=80, sizes=(33, 20), slots=(1, 0, -1), rows=2, **base)
@@ -60,7 +62,7 @@ def test_base_layouts(strategy: str, transposed: bool, bias: bool) -> None:
 
 
 @pytest.mark.parametrize("siblings", [(2, 0), (1, 2)])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", LINEARS)
 def test_some_of_a_group(strategy: str, siblings: tuple[int, ...]) -> None:
     sizes, slots = (40, 9, 31), (1, 0, -1, 2)
     case = make_case(

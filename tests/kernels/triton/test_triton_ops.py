@@ -19,11 +19,13 @@ from lorafx.kernels.ops.op_library import BankArgs
 from lorafx.kernels.triton import ops as triton_ops
 from lorafx.kernels.triton.build import LINEAR, build, plan_of
 from lorafx.kernels.triton.generated import launch_wrapped
+from lorafx.kernels.triton.ops import columns_of
 
 STRATEGY_OPS = {
     **dict.fromkeys(LINEAR, lora.triton_linear),
     **dict.fromkeys(("segments", "gemv"), lora.triton_delta_),
     "embedding": lora.triton_embedding_delta_,
+    "concat": lora.triton_concat_,
 }
 
 
@@ -31,12 +33,16 @@ def case_of(strategy: str) -> Case:
     if strategy == "embedding":
         problem = random_problem(x_shape=(6,), slots=(2, -1, 0), rows=2, sizes=(9,), vocabulary=11)
         return Case(problem, torch.empty(0))
-    return make_case(K=24, sizes=(13, 8), slots=(2, -1, 0), rows=2, rank=4)
+    K = 32 if strategy == "concat" else 24
+    return make_case(K=K, sizes=(13, 8), slots=(2, -1, 0), rows=2, rank=4)
 
 
 def arguments_of(case: Case, strategy: str) -> tuple[object, ...]:
     p, kernel = case.problem, kernel_of(case, strategy)
     first = (p.x, case.weight, case.bias) if strategy in LINEAR else (p.y.clone(), p.x)
+    if strategy == "concat":
+        more = (0, columns_of(plan_of(kernel).spec, 3))
+        first = tuple(torch.nn.functional.pad(t, more) for t in (p.x, case.weight))
     return (*first, *p.bank, p.rows, kernel)
 
 

@@ -19,7 +19,7 @@ from ray.serve import metrics
 from lorafx.errors import BatchError, LorafxError, UnknownAdapterError
 from lorafx.generation.continuous.failures import StepHealth
 from lorafx.integrations.server.errors import error_response
-from lorafx.integrations.server.metrics import counts
+from lorafx.integrations.server.metrics import families
 from lorafx.integrations.server.run import opened
 from lorafx.integrations.server.settings import ModelSettings
 from lorafx.runtime.statistics import Statistics
@@ -32,23 +32,25 @@ class Counts:
         self._stats, self._health = stats, health
         self._metrics: dict[str, metrics.Counter | metrics.Gauge] = {}
         #: What Ray knows.
-        self._exported: dict[tuple[str, tuple[str, ...]], int] = {}
+        self._exported: dict[tuple[str, tuple[str, ...]], float] = {}
 
     def export(self) -> None:
         """Add to Ray's counters what has been counted since, and set how large the tiers are."""
-        for count in counts(self._stats(), self._health):
-            if count.name not in self._metrics:
-                kind: Any = metrics.Gauge if count.size else metrics.Counter
-                self._metrics[count.name] = kind(count.name, count.text, tuple(count.labels))
-            metric, tags = self._metrics[count.name], dict(count.labels)
-            if isinstance(metric, metrics.Gauge):
-                metric.set(count.value, tags)
-                continue
-            key = count.name, tuple(tags.values())
-            more = count.value - self._exported.get(key, 0)
-            if more:
-                metric.inc(more, tags)
-                self._exported[key] = count.value
+        for family in families(self._stats(), self._health):
+            for sample in family.samples:
+                if family.name not in self._metrics:
+                    kind: Any = metrics.Gauge if family.type == "gauge" else metrics.Counter
+                    tags = tuple(sample.labels)
+                    self._metrics[family.name] = kind(family.name, family.documentation, tags)
+                metric = self._metrics[family.name]
+                if isinstance(metric, metrics.Gauge):
+                    metric.set(sample.value, sample.labels)
+                    continue
+                key = family.name, tuple(sample.labels.values())
+                more = sample.value - self._exported.get(key, 0)
+                if more:
+                    metric.inc(more, sample.labels)
+                    self._exported[key] = sample.value
 
 
 class HeldAdapter:

@@ -4,7 +4,12 @@ A use has a mark already (the hook's `site` op on y or on y + bias), or is a lin
 convolution that bypasses its module's call and gets the op here, or is refused by name. A mark
 behind other arithmetic of the module (a scaled embedding, a router's softmax) moves to the use of
 the weight: the result is that of W + ΔW. Modules without a plain weight tensor or with a registered
-handler keep their marks.
+handler keep their marks. Every product with the weights of routed experts gets its op:
+
+    y = grouped_mm(x, W, offs)   →   y' = expert_site(x, y, bank, e)
+
+e is the expert of each row, read from the base's dispatch: the ends of the sorted groups, the
+chosen indices, or the place in the batch of matrices.
 
 A site is also refused if a graph seems to replace its weight: an unused linear in a module that
 multiplies by other tensors, such as a product of two weights (lorafx.program.derived).
@@ -12,6 +17,7 @@ multiplies by other tensors, such as a product of two weights (lorafx.program.de
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
@@ -20,24 +26,26 @@ import torch
 from torch import Tensor, fx, nn
 
 from lorafx.model.convolutions import convolution_of
+from lorafx.model.experts import LOOP
 from lorafx.model.extras import EXTRAS
 from lorafx.model.forward_check import is_dense
 from lorafx.model.marks import UNPROVED
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site, own_ranges
-from lorafx.op_arguments import bound, in_order, operand, rebind
+from lorafx.op_arguments import bound, in_order, index_of, operand, rebind
+from lorafx.ownership.flow import place, plain_path
 from lorafx.ownership.propagate import ancestors
-from lorafx.passes.match.match_experts import insert_expert_sites
 from lorafx.program.context import (
     CONV_OP,
     EMBEDDING_OP,
+    EXPERT_MARK,
+    EXPERT_OP,
     GROUPED_OP,
     ROWS_OF,
     SITE_OP,
     Context,
     Refusal,
     is_site,
-    plain_path,
 )
 from lorafx.program.derived import has_numbers, is_near
 from lorafx.program.frame import FrameInput, fake_value
@@ -46,11 +54,13 @@ from lorafx.program.weight_uses import (
     SAME_VALUE,
     Use,
     convolution_uses,
+    expert_uses,
     is_constant,
     uses_of,
 )
 
 aten = torch.ops.aten
+
 
 _USED_BEFORE = (
     "its weight is also used outside its own call, where the delta is added, and its handler adds "
@@ -313,7 +323,7 @@ def _owner(ctx: Context, use: Use) -> Site | Refusal | None:
     if use.kind == "unknown":
         unknown = ctx.unknown_use(use.weight, use.node, use.reason)
         return None if ctx.made_by_other_owner(use.node, use.weight) else unknown
-    where = ctx.where(use.node)
+    where = f" ({place(use.node)})"
     if use.stored:
         dtype = fake_value(use.weight).dtype
         return Refusal(sites, "always", f"its weight ({dtype}) is used outside its call{where}")
@@ -481,3 +491,134 @@ def _swapped(ctx: Context, node: fx.Node) -> fx.Node:
     dims = list(range(fake_value(node).dim()))
     dims[-1], dims[-2] = dims[-2], dims[-1]
     return ctx.emit(aten.permute.default, node, dims)
+
+
+#: Operators that return values and their indices.
+RANKINGS = frozenset({aten.topk.default, aten.sort.default, aten.sort.stable})
+#: Operators that return some of their indices, in any order.
+SAME_INDICES = frozenset(
+    {
+        *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.clone.default),
+        *(aten.expand.default, aten.permute.default, aten.slice.Tensor, aten.select.int),
+        *(aten.squeeze.dim, aten.squeeze.default, aten.unsqueeze.default),
+        torch.ops.prims.convert_element_type.default,
+    }
+)
+
+#: The bank's field of siblings that share factors.
+ALIKE = "alike"
+
+_NOT_CAPTURED = f"its experts ran, but no product with their weights is in the graph: {LOOP}"
+_QUANTISED = (
+    "{} holds the weights of its experts in a quantised format, and the kernels that take "
+    "that format compute their products"
+)
+
+
+def insert_expert_sites(ctx: Context) -> int:
+    """Add an op behind each product with a selected expert weight; returns their number."""
+    edits = 0
+    served: set[int] = set()
+    for node, item in list(ctx.frame.by_node.items()):
+        sites = [s for s in item.sites if s.eligible.kind == "experts"]
+        if item.kind != "weight" or not sites:
+            continue
+        if item.part or not is_dense(fake_value(node)):
+            if id(sites[0]) not in served:  # one input for each part of a tensor subclass
+                ctx.refuse(Refusal(tuple(sites), "always", _QUANTISED.format(item.label)))
+            served.update(map(id, sites))
+            continue
+        for use in expert_uses(node, transposed=sites[0].eligible.transposed):
+            owner = _owner_of_experts(ctx, sites, use)
+            if isinstance(owner, Refusal):
+                ctx.refuse(owner)
+            elif owner is not None:
+                _insert_expert_site(ctx, owner, use)
+                served.add(id(owner))
+                edits += 1
+    for mark in [node for node in ctx.graph.nodes if node.target is EXPERT_MARK]:
+        site = ctx.site_of_mark(mark)
+        if id(site) not in served:
+            ctx.refuse(Refusal((site,), "always", _NOT_CAPTURED))
+        mark.replace_all_uses_with(bound(mark)["y"])
+        ctx.graph.erase_node(mark)
+    return edits
+
+
+def _owner_of_experts(ctx: Context, sites: list[Site], use: Use) -> Site | Refusal | None:
+    if use.kind == "unknown":
+        return ctx.unknown_use(use.weight, use.node, use.reason)
+    others = ctx.other_owners(use.weight)
+    if len(sites) == 1 and not others:
+        return sites[0]
+    inside = [site for site in sites if ctx.inside(use.node, site.module)]
+    if len(inside) == 1:
+        return inside[0]
+    if any(ctx.inside(use.node, module) for module in others):
+        return None
+    return ctx.unknown_use(use.weight, use.node, "several modules share this parameter")
+
+
+def _insert_expert_site(ctx: Context, site: Site, use: Use) -> None:
+    assert use.x is not None
+    bank = ctx.bank_inputs(site, use.weight)
+    if ctx.program.options.lowering == "inductor":
+        ctx.bank_input(site, use.weight, ALIKE)  # `lower` looks for it
+    y = use.node
+    users = list(y.users)
+    with ctx.graph.inserting_before(y.next):
+        x_rows, y_rows = _without_ones(ctx, use.x, use), _without_ones(ctx, y, use)
+        experts = _experts_of(ctx, site, use)
+        call = {**bank, **own_ranges(site)._asdict(), "rows": UNPROVED, "count": site.experts}
+        arguments = in_order(EXPERT_OP, call, x=x_rows, y=y_rows, experts=experts)
+        last = node = ctx.emit(EXPERT_OP, *arguments)
+        if y_rows is not y:
+            last = ctx.emit(
+                aten.reshape.default, node, [ctx.size(y, dim) for dim in range(fake_value(y).dim())]
+            )
+    for user in users:
+        user.replace_input_with(y, last)
+    ctx.record(site, node, None, form="rewritten")
+
+
+def _without_ones(ctx: Context, node: fx.Node, use: Use) -> fx.Node:
+    """(rows, F) of a product's operand or result, without the dimension of size one of "chosen"."""
+    if use.kind != "chosen":
+        return node
+    return ctx.emit(aten.squeeze.dim, node, 2 if use.swapped else 1)
+
+
+def _experts_of(ctx: Context, site: Site, use: Use) -> fx.Node:
+    assert use.x is not None
+    device = fake_value(use.x).device
+    if use.kind == "chosen":
+        assert use.choice is not None
+        return _from_0(ctx, use.choice, site.experts)
+    if use.kind == "sorted":
+        count = ctx.size(use.x, 0)
+        numbers = ctx.numbers(count, torch.int32, device)
+        return ctx.emit(aten.searchsorted.Tensor, use.choice, numbers, out_int32=True, right=True)
+    tokens = ctx.size(use.x, 1)
+    every = ctx.numbers(site.experts, torch.int32, device)
+    column = ctx.emit(aten.unsqueeze.default, every, 1)
+    wide = ctx.emit(aten.expand.default, column, [site.experts, tokens])
+    return ctx.emit(aten.reshape.default, wide, [-1])
+
+
+def _from_0(ctx: Context, ids: fx.Node, count: int) -> fx.Node:
+    """Indices as 0 … E - 1: -1 is the last expert of W[ids]. topk and sort return such indices."""
+    source = ids
+    while source.target in SAME_INDICES or source.target in RANKINGS or _position(source) == 0:
+        source = operand(source)
+    if _position(source) == 1:
+        return ids
+    wrapped = ctx.emit(aten.add.Tensor, ids, count)
+    negative = ctx.emit(aten.lt.Scalar, ids, 0)
+    return ctx.emit(aten.where.self, negative, wrapped, ids)
+
+
+def _position(node: fx.Node) -> int | None:
+    """0 for the values of topk and sort, 1 for their indices, else None."""
+    if node.target is not operator.getitem or operand(node).target not in RANKINGS:
+        return None
+    return int(index_of(node))

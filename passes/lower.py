@@ -4,31 +4,43 @@
                site → add_delta_ into y; expert_site → run_expert_delta_ into y, or as a site whose
                slots are the keys of the rows. The grouped product that y is becomes
                lorafx::grouped_mm where that has a kernel.
-    triton     fused_linear → triton_linear, or mm / addmm and triton_delta_, as planned;
+    triton     fused_linear → triton_linear, or mm / addmm and triton_delta_, or what
+               `_concat` has around the vendor's product, as planned;
                site → triton_delta_ into y. On a GPU their launches are put into the graph.
     reference  nothing to do: the ops' aten implementations run.
 
-grouped_site and conv_site are unchanged. Ops that write are wrapped in `auto_functionalized`.
+grouped_site and conv_site are unchanged. Ops that write are wrapped in `auto_functionalized`. On a
+GPU the Triton ops become calls of their kernels:
+
+    y' = auto_functionalized(lorafx::triton_delta_, y, x, …)[1]
+ →  y' = triton_kernel_wrapper_functional(kernel, grid, {y_ptr: y, …}, clone [y_ptr])['y_ptr']
+
+Each op's body is traced on the node's fake tensors and functionalised, which AOTAutograd has done
+before `lower`. Inductor can then plan the kernels' memory, capture them in CUDA graphs and package
+them ahead of time. Bodies share computations from the same inputs: the requests sorted by slot,
+sizes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
+from lorafx.errors import LoweringError
 from lorafx.kernels.cost.roofline import FUSED
 from lorafx.kernels.cpu.delta_kernels import delta_call
 from lorafx.kernels.cpu.grouped_mm import GROUPED_MM, kernel_of
 from lorafx.kernels.ops.op_library import BankArgs
 from lorafx.kernels.triton import ops as triton_ops
+from lorafx.kernels.triton.build import CONCAT, plan_of
 from lorafx.kernels.triton.ops import adjacent
-from lorafx.op_arguments import bound, in_order
-from lorafx.passes.lower.triton_graph import inline_triton_ops
-from lorafx.passes.match.match_experts import ALIKE
+from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound, in_order, index_of, op_of
+from lorafx.passes.match import ALIKE
 from lorafx.passes.plan import GENERATED, cpu_spec, delta_spec, strategy_of
 from lorafx.program.context import (
     EMBEDDING_OP,
@@ -38,20 +50,32 @@ from lorafx.program.context import (
     SITE_OP,
     Context,
     call_in_place,
+    written_by,
 )
-from lorafx.program.expert_uses import grouped, is_grouped
 from lorafx.program.frame import fake_value
+from lorafx.program.weight_uses import grouped, is_grouped
+from lorafx.torch_internals.fake_tensors import FakeTensor
+from lorafx.torch_internals.operators import OpOverload
 from lorafx.torch_internals.shortcuts import chosen
 from lorafx.torch_internals.symbols import guard_or_false, guard_or_true
+from lorafx.torch_internals.triton_compat import (
+    FunctionalTensorMode,
+    dispatch_functionalize,
+    kernel_side_table,
+    make_fx,
+)
 
 aten = torch.ops.aten
+
+
 ADD_DELTA = torch.ops.lorafx.add_delta_.default
 EXPERT_SLOTS = torch.ops.lorafx.expert_slots.default
 ADD_EMBEDDING_DELTA = torch.ops.lorafx.add_embedding_delta_.default
 TRITON_LINEAR = triton_ops.triton_linear._opoverload
 TRITON_DELTA = triton_ops.triton_delta_._opoverload
 TRITON_EMBEDDING_DELTA = triton_ops.triton_embedding_delta_._opoverload
-TRITON_OPS = (TRITON_LINEAR, TRITON_DELTA, TRITON_EMBEDDING_DELTA)
+TRITON_CONCAT = triton_ops.triton_concat_._opoverload
+TRITON_OPS = (TRITON_LINEAR, TRITON_DELTA, TRITON_EMBEDDING_DELTA, TRITON_CONCAT)
 
 
 @dataclass(frozen=True)
@@ -88,6 +112,9 @@ def _linear(ctx: Context, node: fx.Node) -> fx.Node:
         rows = _adjacent(ctx, x_flat)
         arguments = in_order(TRITON_LINEAR, call, x=rows, kernel=strategy.kernel)
         return _shaped(ctx, ctx.emit(TRITON_LINEAR, *arguments), x, node)
+    if strategy.name == CONCAT:
+        y = _concat(ctx, strategy.kernel, {**call, "x": _adjacent(ctx, x_flat)})
+        return _shaped(ctx, y, x, node)
     if strategy.split:
         parts, start = [], 0
         for size in call["sizes"]:
@@ -100,6 +127,29 @@ def _linear(ctx: Context, node: fx.Node) -> fx.Node:
         y = _product(ctx, x_flat, weight, bias, swap=call["transposed"])
     written = _add_delta(ctx, node, {**call, "y": y, "x": x_flat})
     return _shaped(ctx, written, x, node)
+
+
+def _concat(ctx: Context, kernel: int, call: dict[str, Any]) -> fx.Node:
+    """x', W' = triton_concat_([x | …], [W | …], bank); y = x' W'ᵀ + b: the vendor's GEMM with a
+    longer x (M, K) and W. Both come from aten.cat, so Inductor computes x directly into x'."""
+    spec = plan_of(kernel).spec
+    blocks = fake_value(call["slots" if spec.by_request else "B"]).shape[0]
+    more = triton_ops.columns_of(spec, blocks)
+    longer = {
+        "x": _with_columns(ctx, call["x"], 1, more),
+        "w": _with_columns(ctx, call["weight"], 0 if call["transposed"] else 1, more),
+    }
+    x, weight = written_by(TRITON_CONCAT, {**call, **longer, "kernel": kernel}, "x", "w")
+    return _product(ctx, x, weight, call["bias"], swap=call["transposed"])
+
+
+def _with_columns(ctx: Context, tensor: fx.Node, dim: int, more: int) -> fx.Node:
+    value, other = fake_value(tensor), ctx.size(tensor, 1 - dim)
+    settings = {"dtype": value.dtype, "device": value.device, "pin_memory": False}
+    sizes = [more, other] if dim == 0 else [other, more]
+    return ctx.emit(
+        aten.cat.default, [tensor, ctx.emit(aten.full.default, sizes, 0.0, **settings)], dim
+    )
 
 
 def _product(
@@ -243,3 +293,165 @@ _LOWERINGS: dict[Any, Callable[..., fx.Node]] = {
     EMBEDDING_OP: _embedding,
     FUSED_OP: _linear,
 }
+
+EMPTY = torch.ops.aten.empty.memory_format
+KERNEL_CALL = torch.ops.higher_order.triton_kernel_wrapper_functional
+
+
+def inline_triton_ops(
+    gm: fx.GraphModule, ops: Collection[OpOverload], *, early: bool = False
+) -> dict[fx.Node, fx.Node]:
+    """Replace calls of the `triton_op`s `ops`, plain or in `auto_functionalized`, by their bodies.
+
+    `gm` is functional, with fake tensors, and changed in place. With `early`, kernels may launch
+    before their predecessor ends. Returns former nodes of results and writes -> replacements.
+    Raises LoweringError where a body does not trace.
+    """
+    if early:
+        from lorafx.torch_internals.inductor import launch_dependents_early
+
+        launch_dependents_early()
+    bodies: dict[object, fx.GraphModule] = {}
+    shared: dict[object, fx.Node] = {}
+    replaced: dict[fx.Node, fx.Node] = {}
+    for node in list(gm.graph.nodes):
+        op = op_of(node)
+        if op in ops:
+            replaced.update(_replace(node, op, bodies, shared))
+    for node in reversed(gm.graph.nodes):
+        if node.target is EMPTY and not node.users:  # of a shared call
+            gm.graph.erase_node(node)
+    return replaced
+
+
+def _replace(
+    node: fx.Node,
+    op: OpOverload,
+    bodies: dict[object, fx.GraphModule],
+    shared: dict[object, fx.Node],
+) -> dict[fx.Node, fx.Node]:
+    arguments = list(bound(node).values())  # in the schema's order
+    inputs = list(dict.fromkeys(item for item in _leaves(arguments) if isinstance(item, fx.Node)))
+    key = (op, *(_description(item, inputs) for item in _leaves(arguments)))
+    body = bodies.get(key)
+    if body is None:
+        body = bodies[key] = _traced(op, arguments, inputs)
+    graph = node.graph
+    with graph.inserting_before(node):
+        results = _copied(graph, body, inputs, node, shared)
+    replaced = {}
+    returned = len(op._schema.returns)
+    if node.target is AUTO_FUNCTIONALIZED or returned > 1:
+        # An op without results returns None before its written arguments.
+        shift = 1 if returned == 0 else 0
+        for user in list(node.users):  # getitem: results of op, then its written arguments
+            index = index_of(user)
+            assert user.target is operator.getitem
+            assert isinstance(index, int)
+            replaced[user] = results[index - shift]
+    else:
+        replaced[node] = results[0]
+    for old, new in replaced.items():
+        old.replace_all_uses_with(new)
+        if old is not node:
+            graph.erase_node(old)
+    graph.erase_node(node)
+    return replaced
+
+
+def _leaves(arguments: list[Any]) -> Iterator[Any]:
+    for argument in arguments:
+        if isinstance(argument, (list, tuple)):
+            yield from argument
+        else:
+            yield argument
+
+
+def _description(item: Any, inputs: list[fx.Node]) -> object:
+    """The dependencies of a traced body: inputs and their metadata, values of other arguments."""
+    if not isinstance(item, fx.Node):
+        return (type(item), item)
+    value, index = item.meta["val"], inputs.index(item)
+    if isinstance(value, Tensor):
+        sizes = (str(value.shape), str(value.stride()), str(value.storage_offset()))
+        return (index, value.dtype, value.device, *sizes)
+    return (index, str(value))
+
+
+def _traced(op: OpOverload, arguments: list[Any], inputs: list[fx.Node]) -> fx.GraphModule:
+    position = {node: index for index, node in enumerate(inputs)}
+    mutated = [a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments]
+
+    def body(*values: Any) -> list[Any]:
+        def value(item: Any) -> Any:
+            if isinstance(item, (list, tuple)):
+                return [value(part) for part in item]
+            return values[position[item]] if isinstance(item, fx.Node) else item
+
+        own = [value(argument) for argument in arguments]
+        returned = op(*own)
+        returned = () if returned is None else returned
+        written = [item for item, writes in zip(own, mutated, strict=True) if writes]
+        return [*(returned if isinstance(returned, tuple) else (returned,)), *written]
+
+    fakes = [node.meta["val"] for node in inputs]
+    mode = next(value.fake_mode for value in fakes if isinstance(value, FakeTensor))
+    functional: Callable[..., Any] = dispatch_functionalize(body, FunctionalTensorMode())
+    try:
+        with mode:
+            return make_fx(functional)(*fakes)
+    except Exception as error:
+        raise LoweringError(f"{op} could not be traced into the graph: {error}") from error
+
+
+def _copied(
+    graph: fx.Graph,
+    body: fx.GraphModule,
+    inputs: list[fx.Node],
+    origin: fx.Node,
+    shared: dict[object, fx.Node],
+) -> list[Any]:
+    copies: dict[fx.Node, fx.Node] = {}
+    placeholders = iter(inputs)
+    results: list[Any] = []
+    for node in body.graph.nodes:
+        if node.op == "placeholder":
+            copies[node] = next(placeholders)
+        elif node.op == "output":
+            results = [copies[item] for item in node.args[0]]
+        else:
+            key = _key(node, copies)
+            if node.target is not EMPTY and key in shared:
+                copies[node] = shared[key]
+                continue
+            copies[node] = graph.node_copy(node, lambda item: copies[item])
+            shared[key] = copies[node]
+            for name in ("nn_module_stack", "stack_trace"):
+                if name in origin.meta:
+                    copies[node].meta[name] = origin.meta[name]
+    return results
+
+
+def _key(node: fx.Node, copies: dict[fx.Node, fx.Node]) -> object:
+    """Equal for equal computations: sizes by expression, unwritten buffers by size."""
+    if isinstance(node.meta.get("val"), torch.SymInt):
+        return str(node.meta["val"])
+
+    def described(item: Any) -> object:
+        if isinstance(item, fx.Node):
+            is_size = isinstance(item.meta.get("val"), torch.SymInt)
+            return _key(item, copies) if is_size or item.target is EMPTY else copies[item]
+        if isinstance(item, dict):
+            return tuple((name, described(value)) for name, value in item.items())
+        if isinstance(item, (list, tuple)):
+            return tuple(described(value) for value in item)
+        return (type(item), item)
+
+    kwargs: dict[str, Any] = dict(node.kwargs)
+    if node.target is KERNEL_CALL:  # ids of kernel and constants differ by trace
+        kernel = kernel_side_table.get_kernel(kwargs.pop("kernel_idx"))
+        constants = kernel_side_table.get_constant_args(kwargs.pop("constant_args_idx"))
+        options = [str(config) for config in getattr(kernel, "configs", ())]
+        kwargs |= {"kernel": id(getattr(kernel, "fn", kernel)), "options": options}
+        kwargs |= {"constants": str(constants)}
+    return (node.target, described(node.args), described(kwargs))

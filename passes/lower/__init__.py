@@ -1,1 +1,0 @@
-"""lower: nodes become operators of the backend."""

@@ -1,1 +1,0 @@
-"""match: every use of a selected weight gets its delta, or a refusal."""
