@@ -60,6 +60,7 @@ class _Filled(NamedTuple):
 
 
 def _expert(part: Part) -> int | None:
+    """The expert that a box is part of; None for a part of several, or of another weight."""
     if isinstance(part, frozenset) or len(part) < 2 or len(part[0]) != 1:
         return None
     return part[0].start

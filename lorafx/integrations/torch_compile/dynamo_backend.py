@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from lorafx.adapter_store.peft_model import is_peft_model, peft_layers
 from lorafx.capture.executable import refusing
-from lorafx.capture.lowering import InductorLowering, Lowering, compile_base, lowering_for
+from lorafx.capture.lowering import InductorLowering, compile_base, lowering_for
 from lorafx.compiled_model.compiled import attached_models, compiled_of
 from lorafx.config import Options
 from lorafx.errors import CaptureError, ConfigError, LorafxError, nearest
@@ -80,7 +80,10 @@ def compile_frame(
             raise CaptureError("LoRA was attached to the model, which serves this call")
         capture_again("LoRA was attached to the model")
     _note_unserved(model)
-    return _without_lora(compile_base(_lowering(settings, patches), gm, examples), examples)
+    # Inductor says itself where the machine lacks the compiler that it needs.
+    auto = settings.lowering == "auto"
+    lowering = InductorLowering(patches) if auto else lowering_for(settings, patches)
+    return _without_lora(compile_base(lowering, gm, examples), examples)
 
 
 def _options_of(given: Mapping[str, Any] | None) -> Options:
@@ -143,14 +146,6 @@ def _compiled_calls_hidden(model: nn.Module) -> Iterator[None]:
     finally:
         hidden.put_back()
         model._compiled_call_impl = call
-
-
-def _lowering(options: Options, patches: Mapping[str, Any]) -> Lowering:
-    """Inductor unless another one was asked for, also where the machine lacks the compiler that it
-    needs, which it says itself."""
-    return (
-        InductorLowering(patches) if options.lowering == "auto" else lowering_for(options, patches)
-    )
 
 
 def _without_lora(base: Callable[..., Any], examples: Sequence[Any]) -> Callable[..., Any]:
