@@ -134,7 +134,7 @@ def why(
         path: any path of the module, also one that only adapters use.
         adapter: the name of a loaded adapter.
         inputs: keyword arguments (or positional ones) of a call, to measure with by how much the
-            adapter changes what the module returns; None for the last batch.
+            adapter changes what the module returns.
 
     Raises:
         ConfigError: the model carries no LoRA, there is no such module (the error names the nearest

@@ -161,7 +161,6 @@ def read_adapter(
         own=reading.extras.own,
         replaces_biases=state.config.bias != "none",
         invocation=state.config.invocation,
-        keys={key: tensor.shape for key, tensor in state.tensors.items()},
     )
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 
 from lorafx.adapter_store.saved import AdapterSource
 from lorafx.errors import CapacityError, CheckpointError, way_out_by
@@ -70,7 +70,6 @@ class Adapter:
     own: Mapping[str, OwnWeight] = field(default_factory=dict)
     replaces_biases: bool = False
     invocation: tuple[int, ...] = ()
-    keys: Mapping[str, Size] = field(default_factory=dict)
 
     @property
     def extras(self) -> dict[When, tuple[str, ...]]:
@@ -91,7 +90,6 @@ class StoredAdapter:
         factors, own: factors and replaced rows by group index.
         extras: sites with `EXTRAS`, by their names.
         origin: the path that it was read from, with the settings given; None in memory and hubs.
-        keys: as in `Adapter`.
         version: unique in this process, from 1 on.
     """
 
@@ -104,7 +102,6 @@ class StoredAdapter:
     extras: Mapping[When, tuple[str, ...]] = field(default_factory=dict)
     invocation: tuple[int, ...] = ()
     origin: AdapterSource | None = None
-    keys: Mapping[str, Size] = field(default_factory=dict)
     version: int = field(default_factory=next_version)
 
     @property
@@ -210,7 +207,6 @@ def fitted(
         extras={name: sites(paths) for name, paths in adapter.extras.items()},
         invocation=adapter.invocation,
         origin=origin,
-        keys=adapter.keys,
     )
 
 

@@ -232,7 +232,7 @@ class _Search:
         notes: list[str] = []
         served = self._error()
         first, site = None, None
-        with replayed(self.compiled) as replay:
+        with replayed(self.compiled._entries) as replay:
             start = Provenance.name if Provenance.name in replay.names else Match.name
             checked = replay.names[replay.names.index(start) :]
             errors = []

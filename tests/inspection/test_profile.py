@@ -82,7 +82,7 @@ def test_products_are_those_of_their_sites(made: Made) -> None:
     """Not those of another site beside it: each has the columns of its own."""
     _, cm, inputs, profile = made
     sites = {site.path: site for site in cm.sites}
-    with replayed(cm) as stages:
+    with replayed(cm._entries) as stages:
         stages.current = "lower"
         cm(**inputs, adapter_names=NAMES)
         for record in stages.records:
