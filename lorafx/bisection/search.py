@@ -9,28 +9,20 @@ value lead to the site.
 from __future__ import annotations
 
 import copy
-import os
-import pickle
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorafx.adapter_store.names import BASE
-from lorafx.adapter_store.saved import AdapterSource, opened
-from lorafx.adapter_store.stored import StoredAdapter
 from lorafx.bisection.first_site import CompiledParts, FirstSite, Run, between, recorded
 from lorafx.capture.verify import TOLERANCE, difference
 from lorafx.compiled_model.compiled import CompiledModel, compiled_of
-from lorafx.config import After
 from lorafx.errors import BatchError, ConfigError
 from lorafx.inspection.replay import Replay, replayed
-from lorafx.inspection.report import Report, Table, written_into
-from lorafx.model.marks import detach
+from lorafx.inspection.report import Report, Table
 from lorafx.passes.match import Match
 from lorafx.passes.provenance import Provenance
 from lorafx.runtime.example_inputs import named_inputs
@@ -60,7 +52,6 @@ class Bisection(Report):
         stages: errors by pass from `provenance` on, in order.
         first: the first pass with errors over the tolerance, if any.
         notes: what could not be checked, and why.
-        script: a program that shows the difference, if wanted.
     """
 
     tolerance: float
@@ -69,10 +60,6 @@ class Bisection(Report):
     first: str | None = None
     site: FirstSite | None = None
     notes: tuple[str, ...] = ()
-    script: Path | None = None
-
-    def derived(self) -> dict[str, Any]:
-        return {"script": None if self.script is None else str(self.script)}
 
     @property
     def heading(self) -> str:
@@ -95,8 +82,7 @@ class Bisection(Report):
         return [Table("", ("after", "error", ""), rows)]
 
     def notes_as_lines(self) -> list[str]:
-        lines = [f"note: {note}" for note in self.notes]
-        return lines + ([f"reproduced by: python {self.script}"] if self.script else [])
+        return [f"note: {note}" for note in self.notes]
 
 
 def bisect(
@@ -105,7 +91,6 @@ def bisect(
     adapter_names: Sequence[str | None],
     *,
     tolerance: float | None = None,
-    folder: str | os.PathLike[str] | None = None,
 ) -> Bisection:
     """Find the first pass, then the first site, at which a compiled model's answers are wrong.
 
@@ -121,14 +106,12 @@ def bisect(
         adapter_names: an adapter for each request, None for the base; no sums.
         tolerance: the largest acceptable relative error; default: by dtype, 1e-4 for float32,
             2e-2 for float16, 6e-2 for bfloat16.
-        folder: receives a program that shows the difference, if there is one.
 
     Returns:
         A `Bisection`; `first` is None where nothing is wrong.
 
     Raises:
-        ConfigError: not a compiled model, a merged adapter, a sum of adapters, an unusable or
-            non-empty `folder`, or a program that cannot be written.
+        ConfigError: not a compiled model, a merged adapter, or a sum of adapters.
         BatchError: `adapter_names` does not fit the batch, or no output has a row for each request.
         MatchError: an adapter cannot be merged, so there is no reference.
 
@@ -140,12 +123,6 @@ def bisect(
             f"bisect() takes what lorafx.compile returned, and this is a {type(model).__name__}"
         )
     names = _names(compiled, adapter_names)
-    target = None if folder is None else Path(folder)
-    if target is not None:
-        with written_into(target):
-            full = any(target.iterdir())
-        if full:
-            raise ConfigError(f"{target} is not empty; name a folder that does not exist yet")
     roles = compiled.entry(compiled.model).roles
     named = named_inputs(roles, inputs)
     rows = roles.rows(roles.spread(named))
@@ -161,14 +138,7 @@ def bisect(
         )
     if tolerance is None:
         tolerance = max(TOLERANCE.get(leaf.dtype, 1e-4) for leaf in want)
-    found = _Search(compiled, named, names, want, tolerance).run()
-    if target is not None and found.first is None:
-        target.rmdir()
-    elif target is not None:
-        with written_into(target):
-            script = _write(target, compiled, named, names, tolerance)
-            found = replace(found, script=script)
-    return found
+    return _Search(compiled, named, names, want, tolerance).run()
 
 
 def _names(compiled: CompiledModel, names: Sequence[Any]) -> list[str | None]:
@@ -278,80 +248,3 @@ class _Search:
         with replay.running(name, lambda stage, given: recorded(stage, given, runs)):
             self._call()
         return runs
-
-
-_SCRIPT = '''"""Shows a difference that lorafx.bisect has found; exits with 1 where it is there."""
-
-import sys
-from pathlib import Path
-
-import torch
-
-import lorafx
-
-sys.path += {paths}  # where the model's classes and passes were imported from
-case = torch.load(Path(__file__).with_name("case.pt"), weights_only=False)
-found = lorafx.bisect(lorafx.compile(**case["compile"]), **case["bisect"])
-print(found)
-sys.exit(0 if found.first is None else 1)
-'''
-
-
-def _write(
-    folder: Path,
-    compiled: CompiledModel,
-    inputs: Mapping[str, Any],
-    names: Sequence[str | None],
-    tolerance: float,
-) -> Path:
-    """Write a program that shows the difference into `folder`, with the model, its options, inputs
-    and adapters in case.pt beside it. Raises ConfigError for an unpicklable model or pass, or an
-    adapter without file."""
-    program, store = compiled._session.program, compiled._session.store
-    options = {
-        item.name: getattr(program.options, item.name)
-        for item in fields(program.options)
-        if item.name not in ("cache", "dump", "verify")
-    }
-    passes = [item.run for item in program.options.passes.values() if isinstance(item, After)]
-    if any(
-        item.__module__ == "__main__" for item in (*map(type, program.model.modules()), *passes)
-    ):
-        raise ConfigError(
-            "what is defined in the program that runs, or in a notebook, cannot be found by "
-            "another program; put models and passes into a module of their own"
-        )
-    model = copy.deepcopy(program.model)
-    detach(model)
-    case = {
-        "compile": {
-            "model": model,
-            "lora_config": program.config,
-            "adapters": {name: _adapter(store[name]) for name in names if name is not None},
-            "options": {**options, "passes": dict(program.options.passes)},
-        },
-        "bisect": {"inputs": inputs, "adapter_names": names, "tolerance": tolerance},
-    }
-    try:
-        torch.save(case, folder / "case.pt")
-    except (pickle.PicklingError, TypeError, AttributeError, ImportError) as error:
-        raise ConfigError(
-            f"the case cannot be written for a reproduction ({error}): models and passes have to "
-            "be at the top level of a module that can be imported"
-        ) from error
-    script = folder / "repro.py"
-    paths = [str(Path(path).absolute()) for path in sys.path]
-    script.write_text(_SCRIPT.format(paths=paths))
-    return script
-
-
-def _adapter(stored: StoredAdapter) -> AdapterSource:
-    """The adapter with what its files hold."""
-    source = stored.origin or AdapterSource(stored.source)
-    if stored.origin is None and not Path(stored.source).exists():
-        raise ConfigError(
-            f"adapter {stored.name!r} came from memory ({stored.source}); load it from a folder, "
-            "so that a reproduction can have its files"
-        )
-    saved = opened(source)
-    return replace(source, source=replace(saved, tensors=dict(saved.tensors), origin=None))

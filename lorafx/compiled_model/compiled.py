@@ -198,21 +198,6 @@ class CompiledModel(AsModule):
         """The compiled forward of `module`, or another method of it (`CompiledForwards.of`)."""
         return self._entries.of(module, method=method)
 
-    def capture(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Capture the graphs for this call, without adapters and with them, by running it both
-        ways."""
-        self._entries.check_attached()
-        session = self._session
-
-        def both() -> None:
-            entry = self.entry(self.model)
-            entry(*args, **kwargs)
-            session.note(session.running._replace(active=True), lambda: entry(*args, **kwargs))
-
-        with session.lock:
-            warming = session.running._replace(warming=True)
-            session.note(warming, lambda: session.call(both, Requests((None,), alike=True)))
-
     def warmup(
         self,
         example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
@@ -232,9 +217,9 @@ class CompiledModel(AsModule):
         without an adapter have graphs of their own, as on a GPU.
 
         Args:
-            example_inputs: keyword arguments (or positional ones) of a call, or a list of such
-                calls; a graph serves calls with the same arguments. Without them the calls have
-                token ids and an attention mask, made from the model's configuration.
+            example_inputs: keyword arguments (or positional ones) of a call; a graph serves calls
+                with the same arguments. Without them the calls have token ids and an attention
+                mask, made from the model's configuration.
             batch_sizes: numbers of requests. A batch of one request is captured by itself. All
                 others share one graph, whose Triton kernels are planned for the first of them: give
                 the sizes that you will serve.
