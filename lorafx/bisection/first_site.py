@@ -1,27 +1,22 @@
 """Finds the first site with wrong values in a graph.
 
 Between two stages, common nodes have equal values as long as the pass is right. The first that
-differs leads back to the site through the nodes that the pass made. Of a compiled graph only
-outputs are seen, so it is cut off behind one site after the other.
+differs leads back to the site through the nodes that the pass made.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import getitem
 from typing import Any
 
 from torch import Tensor, fx
 
-from lorafx.capture.driver import stays
-from lorafx.capture.lowering import Lowering
-from lorafx.capture.record import Stage, copied
-from lorafx.capture.verify import cloned, difference
+from lorafx.capture.record import Stage
+from lorafx.capture.verify import difference
 from lorafx.ownership.flow import module_path
-from lorafx.torch_internals.trees import tree_leaves
 
 #: A node and the index of a result, None for all.
 Source = tuple[fx.Node, int | None]
@@ -150,72 +145,3 @@ def _where(node: fx.Node) -> str:
     lines = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines()]
     source = [line for line in lines if line.strip("^~ ")]
     return (f" in {path}" if path else "") + (f" (`{source[-1]}`)" if source else "")
-
-
-@dataclass
-class CompiledParts:
-    """Finds the first differing `site` in graphs given in order of their calls."""
-
-    lowering: Lowering
-    tolerance: float
-    site: FirstSite | None = None
-    notes: list[str] = field(default_factory=list)
-
-    def run(self, stage: Stage, given: Sequence[Any]) -> Any:
-        """The results of a stage run node by node, after checking its compiled form."""
-        runs: list[Run] = []
-        begun = cloned(given)  # operators may write into inputs
-        results = recorded(stage, given, runs)
-        if self.site is None and not self.notes:
-            self._compare(runs[0], begun, tree_leaves(results))
-        return results
-
-    def _compare(self, want: Run, given: Sequence[Any], results: Sequence[Any]) -> None:
-        stage = want.stage
-        got = self._compiled(stage.graph, given)
-        wrong = [
-            f"{index} by {error:.3g}"
-            for index, (value, right) in enumerate(zip(got, results, strict=True))
-            if isinstance(right, Tensor) and (error := difference(value, right)) > self.tolerance
-        ]
-        if not wrong:
-            return
-        self.notes.append(f"outputs of the compiled graph that differ: {', '.join(wrong)}")
-        sites = [
-            node for node in want.graph.nodes if stage.paths(node) and node.name in want.values
-        ]
-
-        def error_behind(node: fx.Node) -> float:
-            (value,) = self._compiled(_cut_off(stage.graph, node), given)
-            return difference(value, want.values[node.name])
-
-        def is_wrong(node: fx.Node) -> bool:
-            return error_behind(node) > self.tolerance
-
-        at = bisect_left(sites, True, key=is_wrong)
-        if at < len(sites):
-            node = sites[at]
-            self.site = FirstSite(stage.paths(node), node.name, _where(node), error_behind(node))
-        else:
-            self.notes.append(
-                "cut off behind any site, the graph is right: the fault is behind the last site, "
-                "or in what operators are fused into"
-            )
-
-    def _compiled(self, gm: fx.GraphModule, given: Sequence[Any]) -> list[Any]:
-        gm = copied(gm)  # compilers may change the graph
-        inputs = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
-        run: Callable[[list[Any]], Any] = self.lowering.compile(gm, inputs)
-        return tree_leaves(run(cloned(given)))
-
-
-def _cut_off(gm: fx.GraphModule, last: fx.Node) -> fx.GraphModule:
-    cut = copied(gm)
-    behind = [node for node in cut.graph.nodes if node.op != "placeholder"]
-    (node,) = (node for node in behind if node.name == last.name)
-    cut.graph.output_node().args = ((node,),)
-    for other in reversed(behind[behind.index(node) + 1 : -1]):
-        cut.graph.erase_node(other)
-    cut.graph.eliminate_dead_code(stays)
-    cut.recompile()
-    return cut

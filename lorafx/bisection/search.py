@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lorafx.adapter_store.names import BASE
-from lorafx.bisection.first_site import CompiledParts, FirstSite, Run, between, recorded
+from lorafx.bisection.first_site import FirstSite, Run, between, recorded
 from lorafx.capture.verify import TOLERANCE, difference
 from lorafx.compiled_model.compiled import CompiledModel, compiled_of
 from lorafx.errors import BatchError, ConfigError
@@ -27,11 +27,6 @@ from lorafx.passes.match import Match
 from lorafx.passes.provenance import Provenance
 from lorafx.runtime.example_inputs import named_inputs
 from lorafx.torch_internals.trees import tree_leaves
-
-_RIGHT = (
-    "compiled once more as the passes before outline left them, the graphs are right: "
-    "Options(passes={'outline': False}) goes without it"
-)
 
 
 @dataclass(frozen=True)
@@ -97,8 +92,7 @@ def bisect(
     The reference is W + ΔW of each row's adapter, merged into the modules and run in eager mode;
     weights are restored bit for bit. The graphs are captured again and run operator by operator
     after each pass from `provenance` on, the first that knows rows; if these are right and the
-    answers are not, they are recompiled, cut off behind a site. Serving graphs are unaffected;
-    other calls wait. Needs twice the memory of the graph's values.
+    answers are not, the lowering is wrong. Serving graphs are unaffected; other calls wait. Needs twice the memory of the graph's values.
 
     Args:
         model: a model from `lorafx.compile`.
@@ -219,15 +213,11 @@ class _Search:
                 site = between(before, self._runs(replay, first), self.tolerance)
             elif served > self.tolerance:
                 first = f"lowering ({self.compiled._session.program.options.lowering})"
-                parts = CompiledParts(replay.lowering, self.tolerance)
-                with replay.running(replay.flat, parts.run):
-                    self._call()
-                site = parts.site
-                notes += [
+                notes.append(
                     "the graphs after all passes are right, run operator by operator. "
-                    "Options(plan={path: 'aten'}) takes single sites out of the generated code",
-                    *(parts.notes or [_RIGHT]),
-                ]
+                    "Options(plan={path: 'aten'}) takes single sites out of the generated code, "
+                    "Options(passes={'outline': False}) compiles each layer by itself"
+                )
         return Bisection(self.tolerance, served, tuple(errors), first, site, tuple(notes))
 
     def _call(self) -> list[Tensor]:

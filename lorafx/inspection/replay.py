@@ -28,19 +28,17 @@ class Replay:
     """The stages of all graphs of a program.
 
     Attributes:
-        lowering: the program's own.
         names: of the stages, in their order.
         current: which stage runs.
     """
 
     def __init__(self, session: Session) -> None:
         options = session.program.options
-        self.lowering = lowering_for(options)
         self.names = (CAPTURED, *(item.name for item in pipeline(options).graph))
         self.current = self.names[-1]
         self._runner: Runner = lambda stage, given: stage.graph(*given)
         self.backend = Backend(session.program, entered)
-        self.backend.lowering = _Replayed(self.lowering)
+        self.backend.lowering = _Replayed(lowering_for(options))
         self.backend.replay = self._running
         # It is not the first call of this program: what modules keep may be of a request.
         self.backend.records.extend(session.backend.records)
@@ -56,17 +54,13 @@ class Replay:
             self.current, self._runner = before
 
     @property
-    def flat(self) -> str:
-        """The last stage in which a layer's operators stand in the graph itself."""
-        return self._before(Outline.name) or self.names[-1]
-
-    @property
     def apart(self) -> str:
-        """The last such stage in which a product and its delta are operators of their own."""
-        return self._before(Join.name) or self.flat
-
-    def _before(self, name: str) -> str:
-        return self.names[self.names.index(name) - 1] if name in self.names else ""
+        """The last stage in which a layer's operators stand in the graph itself, and a product and
+        its delta are operators of their own."""
+        for name in (Join.name, Outline.name):
+            if name in self.names:
+                return self.names[self.names.index(name) - 1]
+        return self.names[-1]
 
     def _running(self, record: GraphRecord) -> Callable[[list[Any]], Any]:
         stages = {stage.name: stage for stage in record.stages}
