@@ -92,7 +92,8 @@ def bisect(
     The reference is W + ΔW of each row's adapter, merged into the modules and run in eager mode;
     weights are restored bit for bit. The graphs are captured again and run operator by operator
     after each pass from `provenance` on, the first that knows rows; if these are right and the
-    answers are not, the lowering is wrong. Serving graphs are unaffected; other calls wait. Needs twice the memory of the graph's values.
+    answers are not, the lowering is wrong. Serving graphs are unaffected; other calls wait. Needs
+    twice the memory of the graph's values.
 
     Args:
         model: a model from `lorafx.compile`.

@@ -209,12 +209,10 @@ class CompiledModel(AsModule):
         """Capture and compile every graph that serving will need, so that no request waits for it.
 
         It runs the model's forward, once more with the returned cache and one further token, and
-        `generate`: each for every batch size and length, with no adapter, with one, and with a mix.
-        Dummy adapters stand in for those to come; graphs do not depend on which adapters a batch
-        has. Afterwards adapters, the default, slots, pins, random states and the buffers of the
-        model are as before, even when this raises. Other calls wait. It takes as long as compiling
-        does: 6 graphs for a causal language model on a CPU, and more where one request and calls
-        without an adapter have graphs of their own, as on a GPU.
+        `generate`: each for every batch size and length, with no adapter, with one, and with a mix
+        of dummy adapters. Afterwards adapters, the default, slots, pins, random states and the
+        buffers of the model are as before, even when this raises. Other calls wait. It takes as
+        long as compiling does: 6 graphs for a causal language model on a CPU, more on a GPU.
 
         Args:
             example_inputs: keyword arguments (or positional ones) of a call; a graph serves calls
@@ -367,7 +365,7 @@ class CompiledModel(AsModule):
         return self._session.store.names
 
     def list_adapters(self) -> list[str]:
-        """Names of the loaded adapters, in order of loading."""
+        """As `adapters`."""
         return list(self._session.store.names)
 
     @property
