@@ -120,22 +120,8 @@ def why(
     *,
     inputs: Mapping[str, Any] | Sequence[Any] | None = None,
 ) -> Why:
-    """What became of the module at `path`, as `CompiledModel.why` reports it.
-
-    Args:
-        model: what `compile` or `attach` returned, or torch.compile for that.
-        path: any path of the module, also one that only adapters use.
-        adapter: the name of a loaded adapter.
-        inputs: keyword arguments (or positional ones) of a call, to measure with by how much the
-            adapter changes what the module returns.
-
-    Raises:
-        ConfigError: the model carries no LoRA, there is no such module (the error names the nearest
-            paths), or `inputs` are no arguments of a call.
-        UnknownAdapterError: the adapter is not loaded.
-
-    With `inputs` it also raises what a call raises.
-    """
+    """As `CompiledModel.why`, for what `compile` or `attach` returned, or torch.compile for that.
+    Raises ConfigError also if the model carries no LoRA."""
     return _marked(model).why(path, adapter, inputs=inputs)
 
 
@@ -146,19 +132,8 @@ def profile(
     *,
     calls: int = 10,
 ) -> Profile:
-    """Where the time of a call goes, as `CompiledModel.profile` measures it.
-
-    Args:
-        model: what `compile` or `attach` returned, or torch.compile for that. The arguments are
-            those of `CompiledModel.profile`.
-
-    Raises:
-        BatchError: no request has an adapter.
-        ConfigError: `calls` is no positive integer, the model carries no LoRA, or `inputs` are no
-            arguments of a call.
-
-    It also raises what a call raises.
-    """
+    """As `CompiledModel.profile`, for what `compile` or `attach` returned, or torch.compile for
+    that. Raises ConfigError also if the model carries no LoRA."""
     return _marked(model).profile(inputs, adapter_names, calls=calls)
 
 
