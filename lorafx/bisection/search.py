@@ -347,8 +347,9 @@ def _write(
 
 def _adapter(stored: StoredAdapter) -> AdapterSource:
     """The adapter with what its files hold."""
-    source = stored.origin or AdapterSource(stored.source)
-    if stored.origin is None and not Path(stored.source).exists():
+    origin = stored.origin
+    source = AdapterSource(stored.source) if origin is None else origin.source
+    if origin is None and not Path(stored.source).exists():
         raise ConfigError(
             f"adapter {stored.name!r} came from memory ({stored.source}); load it from a folder, "
             "so that a reproduction can have its files"

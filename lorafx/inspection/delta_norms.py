@@ -45,7 +45,7 @@ def deltas_of(
         squares: dict[str, float] = {}
         reasons: dict[str, list[str]] = {}
         with unset_fake_temporarily(), torch.no_grad():
-            for index, parts in stored.factors.items():
+            for index, parts in stored.numbers.factors.items():
                 for factors in parts:
                     site = groups[index].site_of(factors.sibling)
                     square = _square(site, factors)

@@ -440,6 +440,7 @@ def _site(site: Site) -> SiteReport:
 
 def _adapter(session: Session, name: str, *, quick: bool) -> AdapterReport:
     store, merged = session.store, session.base.merged
+    kept = None if quick else store.fetch([name], resident=True)  # noqa: F841
     stored = store[name]
     deltas = deltas_of(stored, session.program.groups, quick=quick)
     return AdapterReport(

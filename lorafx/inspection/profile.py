@@ -399,7 +399,7 @@ class _Floors:
         self.sites: dict[str, Site] = {site.path: site for site in compiled.sites}
         self.factors: dict[str, int] = {}
         for name in adapters:
-            for index, factors in session.store[name].factors.items():
+            for index, factors in session.store[name].numbers.factors.items():
                 group = session.program.groups[index]
                 for own in factors:
                     path = group.site_of(own.sibling).path
