@@ -157,10 +157,10 @@ class StoredAdapter:
 
 
 class Hold:
-    """Keeps a version of an adapter loaded under `name` (`AdapterStore.hold`)."""
+    """Keeps a version of an adapter loaded under `name`, and its numbers (`AdapterStore.hold`)."""
 
     def __init__(self, name: str, stored: StoredAdapter) -> None:
-        self.name, self.stored = name, stored
+        self.name, self.stored, self.numbers = name, stored, stored.numbers
 
 
 class Kept:
