@@ -33,11 +33,10 @@ if TYPE_CHECKING:
     from lorafx.integrations.torch_compile.attached import detach as detach
     from lorafx.integrations.torch_compile.attached import load_adapter as load_adapter
     from lorafx.integrations.torch_compile.attached import unload_adapter as unload_adapter
-    from lorafx.model.out_of_tree import register_oot as register_oot
-    from lorafx.model.out_of_tree import unregister_oot as unregister_oot
     from lorafx.model.quantized import dequantize as dequantize
     from lorafx.pass_order import pipeline as pipeline
     from lorafx.registry import register as register
+    from lorafx.registry import register_oot as register_oot
     from lorafx.registry import unregister as unregister
 
 __version__ = "0.1.0"
@@ -55,10 +54,9 @@ _HOMES = {
         *("UnknownAdapterError", "UnsupportedAdapterError", "UnsupportedVersionError"),
         "VerifyError",
     ),
-    "lorafx.model.out_of_tree": ("register_oot", "unregister_oot"),
     "lorafx.model.quantized": ("dequantize",),
     "lorafx.pass_order": ("pipeline",),
-    "lorafx.registry": ("register", "unregister"),
+    "lorafx.registry": ("register", "register_oot", "unregister"),
     "lorafx.compiled_model.compiled": ("CompiledModel",),
     "lorafx.integrations.torch_compile.attached": (
         *("adapters", "attach", "detach", "load_adapter", "unload_adapter"),

@@ -20,7 +20,7 @@ STRATEGIES: Mapping[str, tuple[str, ...]] = {
     "reference": ("aten",),
 }
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-Verify = Literal["off", "lint"]
+Verify = Literal["lint", "numeric"]
 Overflow = Literal["refuse", "waves"]
 BaseGraphs = bool | Literal["auto", "warmup"]
 
@@ -121,7 +121,8 @@ class Options:
             C++ compiler "reference"), "inductor" (generated C++ on a CPU, else aten, in
             Inductor's code), "triton" (generated Triton in Inductor's code; on a CPU in Triton's
             interpreter, to debug), or "reference" (plain aten, run node by node).
-        verify: "lint" (graph structure, shapes and dtypes after each pass), or "off".
+        verify: "lint" (graph structure, shapes and dtypes after each pass), or "numeric" (also runs
+            each pass's graph beside the proved one on the first real inputs).
         passes: by name: graph passes that are switched on or off, `{"pack": False}`, and passes of
             your own, `{"mine": lorafx.After("fuse", run)}`. `print(lorafx.pipeline())` lists them.
         max_edits: stop rewriting after this many edits, to bisect a wrong result.
@@ -193,7 +194,7 @@ class Options:
     def __post_init__(self) -> None:
         for name, allowed in (
             ("lowering", ("auto", *STRATEGIES)),
-            ("verify", ("off", "lint")),
+            ("verify", ("lint", "numeric")),
             ("overflow", ("refuse", "waves")),
             ("base_graphs", ("auto", True, False, "warmup")),
             ("mode", (None, *MODES)),

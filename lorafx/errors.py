@@ -185,7 +185,7 @@ class ReplacedModuleError(CaptureError):
 
 
 class VerifyError(LorafxError):
-    """A pass left a graph that is malformed, lost a site, or has outputs of other shapes.
+    """A pass left a graph that is malformed or computes something else.
 
     Way out: a fault of lorafx, or of a pass of your own. Options(passes={name: False}) goes without
     the pass; please report it with the folder that Options(dump=...) writes.

@@ -2,8 +2,7 @@
 
 Subclasses of a registered class are eligible with it, and the nearest entry along the MRO wins.
 Built in: `nn.Linear`, `nn.Embedding`, `nn.Conv1d` to `nn.Conv3d`, the packed input projection of
-`nn.MultiheadAttention`, and transformers' `Conv1D`. A class that replaces a registered one
-(lorafx.model.out_of_tree) has that entry with other sizes.
+`nn.MultiheadAttention`, and transformers' `Conv1D`.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
@@ -86,7 +85,6 @@ class Eligible:
     output_sizes: Callable[[nn.Module], tuple[int, ...]] | None = None
     sharding: Sharding | None = None
     handler: Handler | None = None
-    packed: bool = False
     rank_shards: Callable[[nn.Module], int] | None = None
     dequantize: Callable[[nn.Module], Tensor] | None = None
     requantize: Callable[[nn.Module, Tensor], None] | None = None
@@ -118,9 +116,11 @@ class SliceSizes:
     sizes: SizesOf
 
     def __call__(self, module: nn.Module) -> tuple[int, ...]:
-        return tuple(
-            getattr(module, self.sizes) if isinstance(self.sizes, str) else self.sizes(module)
-        )
+        value: Any = _read(module, self.sizes)
+        return (value,) if isinstance(value, int) else tuple(value)
+
+    def total(self, module: nn.Module) -> int:
+        return sum(self(module))
 
 
 def shardings(
@@ -129,7 +129,7 @@ def shardings(
     return (None, dict(given)) if isinstance(given, Mapping) else (given, {})
 
 
-def _read(module: nn.Module, size: SizeOf) -> int:
+def _read(module: nn.Module, size: SizeOf | SizesOf) -> Any:
     return getattr(module, size) if isinstance(size, str) else size(module)
 
 
@@ -167,8 +167,6 @@ _BUILT_IN: dict[type[nn.Module], Eligible] = {
     ),
 }
 _REGISTERED: dict[type[nn.Module], Eligible] = {}
-#: Entries of `register_oot` (lorafx.model.out_of_tree).
-OUT_OF_TREE: dict[type[nn.Module], Eligible] = {}
 
 
 def register(
@@ -182,7 +180,6 @@ def register(
     output_sizes: SizesOf | None = None,
     sharding: Sharding | Mapping[str, Sharding] | None = None,
     handler: Handler | None = None,
-    packed: bool = False,
     rank_shards: Callable[[nn.Module], int] | None = None,
     dequantize: Callable[[nn.Module], Tensor] | None = None,
     requantize: Callable[[nn.Module, Tensor], None] | None = None,
@@ -206,7 +203,6 @@ def register(
             y + Δ(x)[..., start : start + y.shape[-1]]. For forwards that work on groups of columns
             or return more than y. It is trusted, holds for subclasses too, runs in eager mode and
             is traced in graphs; at module level it survives pickling.
-        packed: a class that replaces this one by `register_oot` must offer output sizes.
         rank_shards: for a class that shards the rank of its factors over processes, a function of
             the instance giving their number; `warmup` makes its adapters' rank a multiple of it.
         dequantize: for a class that stores its weight in a format of its own (packed integers,
@@ -243,7 +239,6 @@ def register(
         None if output_sizes is None else SliceSizes(output_sizes),
         whole,
         handler,
-        packed,
         rank_shards,
         dequantize,
         requantize,
@@ -252,8 +247,68 @@ def register(
     return entry
 
 
+def register_oot(
+    replaced: type[nn.Module],
+    by: type[nn.Module],
+    *,
+    input_size: SizeOf | None = None,
+    output_sizes: SizesOf | None = None,
+    weight: str | None = None,
+    sharding: Sharding | Mapping[str, Sharding] | None = None,
+) -> Eligible:
+    """Match `by`, which does not inherit from it, and its subclasses wherever `replaced` would
+    match. Returns the entry that instances of `by` have; `unregister(by)` takes it away.
+
+    Args:
+        replaced: a class that is registered, or inherits from a registered class.
+        by: the class that takes its place. Its forward computes the same product.
+        input_size: attribute or function giving K; by default what `replaced` calls it.
+        output_sizes: attribute or function giving the columns of each output slice; by default what
+            `replaced` calls them. Of embeddings the dimension.
+        weight: attribute that holds W; by default that of `replaced`.
+        sharding: for tensor-parallel classes, as in `register`; sizes are then those of this rank.
+
+    Raises:
+        ConfigError: one of the two is not a module class, `replaced` is not registered, or `by` is
+            a class that is matched without this. An instance without its sizes or weight is a
+            TargetError where it is selected.
+    """
+    for cls in (replaced, by):
+        if not isinstance(cls, type) or not issubclass(cls, nn.Module):
+            raise ConfigError(f"register_oot() takes two nn.Module classes, got {cls!r}")
+    call = f"register_oot({replaced.__qualname__}, {by.__qualname__})"
+    entry = lookup_class(replaced)
+    if entry is None:
+        raise ConfigError(
+            f"{call}: no class along the MRO of {replaced.__qualname__} is registered, so there is "
+            "nothing to replace; see lorafx.register"
+        )
+    if own_entry(by) is not None:
+        raise ConfigError(
+            f"{call}: {by.__qualname__} is already registered; call lorafx.unregister for it first"
+        )
+    known, slices = entry.sizes, entry.output_sizes
+    assert isinstance(known, FeatureSizes), entry.cls
+    outputs = known.out_features
+    if output_sizes is not None:
+        slices = SliceSizes(output_sizes)
+        outputs = slices.total
+    whole, by_weight = shardings(sharding)
+    _REGISTERED[by] = replace(
+        entry,
+        cls=by,
+        sizes=FeatureSizes(input_size or known.in_features, outputs),
+        output_sizes=slices if entry.kind == "linear" else None,
+        weight=weight or entry.weight,
+        sharding=whole,
+        weight_shardings=by_weight,
+    )
+    return _REGISTERED[by]
+
+
 def unregister(cls: type[nn.Module]) -> None:
-    """Undo `register(cls)`; a built-in entry applies again. ConfigError if not registered."""
+    """Undo `register(cls)` or `register_oot(..., cls)`; a built-in entry applies again. ConfigError
+    if not registered."""
     if cls not in _REGISTERED:
         known = [c.__qualname__ for c in _REGISTERED]
         name = getattr(cls, "__qualname__", repr(cls))
@@ -290,7 +345,7 @@ def lookup_class(cls: type) -> Eligible | None:
 
 def own_entry(cls: type) -> Eligible | None:
     """The entry of this very class, without base classes."""
-    entry = _REGISTERED.get(cls) or _BUILT_IN.get(cls) or OUT_OF_TREE.get(cls)
+    entry = _REGISTERED.get(cls) or _BUILT_IN.get(cls)
     if entry is None and cls is _transformers_conv1d():
         entry = Eligible(cls, "linear", FeatureSizes("nx", "nf"), transposed=True)
     return entry
@@ -298,7 +353,7 @@ def own_entry(cls: type) -> Eligible | None:
 
 def registrations() -> tuple[object, ...]:
     """What was given to `register` and `register_oot`."""
-    return (*_REGISTERED.values(), *OUT_OF_TREE.values())
+    return tuple(_REGISTERED.values())
 
 
 def _transformers_conv1d() -> type[nn.Module] | None:

@@ -28,10 +28,10 @@ from torch import Tensor, fx, nn
 from lorafx.model.convolutions import convolution_of
 from lorafx.model.experts import LOOP
 from lorafx.model.extras import EXTRAS
-from lorafx.model.forward_check import is_dense
 from lorafx.model.marks import UNPROVED
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site, own_ranges
+from lorafx.model.weight_formats import is_dense
 from lorafx.op_arguments import bound, in_order, index_of, operand, rebind
 from lorafx.ownership.flow import place, plain_path
 from lorafx.ownership.propagate import ancestors

@@ -24,13 +24,12 @@ from lorafx.model import targets
 from lorafx.model.candidates import Candidate, ExpertsCandidate, by_raw_weight
 from lorafx.model.experts import expert_weights, folded
 from lorafx.model.extras import own_refusal, rows_asked
-from lorafx.model.forward_check import is_dense
 from lorafx.model.module_graph import ModuleGraph, alike, join
 from lorafx.model.packed_names import PackedNames
 from lorafx.model.quantized import is_stored
 from lorafx.model.refusals import impossible, weight_of
 from lorafx.model.sites import Site
-from lorafx.model.weight_formats import is_wrapped
+from lorafx.model.weight_formats import is_dense, is_wrapped
 from lorafx.program.preparation import Preparation
 from lorafx.registry import Eligible, is_empty, lookup
 from lorafx.torch_internals.dynamo import OptimizedModule

@@ -24,7 +24,6 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from lorafx.adapter_store.hub import is_name
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
 from lorafx.model.module_graph import ModuleGraph, join
 from lorafx.model.packed_names import PackedNames
@@ -79,12 +78,11 @@ def _load_file(folder: Path) -> tuple[dict[str, Any], str]:
     file = folder / CONFIG_FILE
     try:
         # Reading a pipe or a device would block or never end.
-        absent = "" if file.is_file() else _absent(folder)
-        size = 0 if absent else file.stat().st_size
+        size = file.stat().st_size if file.is_file() else None
     except (OSError, ValueError) as exc:
         raise CheckpointError(f"{folder} cannot be read: {exc}") from exc
-    if absent:
-        raise CheckpointError(absent)
+    if size is None:
+        raise CheckpointError(f"{folder} has no {CONFIG_FILE}")
     if size > _LARGEST:
         raise CheckpointError(
             f"{file} has {size} bytes, and a configuration may have at most {_LARGEST}"
@@ -94,19 +92,6 @@ def _load_file(folder: Path) -> tuple[dict[str, Any], str]:
     except (OSError, ValueError) as exc:
         raise CheckpointError(f"{file} cannot be read as JSON: {exc}") from exc
     return json_object(text, str(file)), str(file)
-
-
-def _absent(folder: Path) -> str:
-    if not folder.exists():
-        where = (
-            "give the name as a string to have it looked for on the hub"
-            if is_name(str(folder))
-            else 'name a folder or a file, or an adapter on the hub ("owner/name")'
-        )
-        return f"adapter folder {folder} does not exist; {where}"
-    if not folder.is_dir():
-        return f"{folder} is a file; give the folder that holds it and {CONFIG_FILE}"
-    return f"{folder} has no {CONFIG_FILE}"
 
 
 def json_object(text: str, what: str) -> dict[str, Any]:

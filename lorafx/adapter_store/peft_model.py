@@ -151,15 +151,10 @@ def _configs(model: Any, layers: list[tuple[str, Any]], what: str) -> dict[str, 
             "it; compile that part, or load the adapters from their folders onto the plain "
             "model"
         )
-    configs, refused = {}, []
-    for name, config in given.items():
-        try:
-            configs[name] = PeftConfig.read(config, where=f"{what}'s adapter {name!r}")
-        except UnsupportedAdapterError as exc:
-            refused.append(str(exc))
-    if refused:
-        raise UnsupportedAdapterError("\n".join(refused))
-    return configs
+    return {
+        name: PeftConfig.read(config, where=f"{what}'s adapter {name!r}")
+        for name, config in given.items()
+    }
 
 
 def _refuse_other_layers(layers: list[tuple[str, Any]]) -> None:

@@ -32,7 +32,7 @@ from safetensors import safe_open
 from safetensors.torch import load
 from torch import Tensor
 
-from lorafx.adapter_store.hub import downloaded, is_repository
+from lorafx.adapter_store.hub import downloaded, is_name, is_repository
 from lorafx.adapter_store.peft_config import CONFIG_FILE, PeftConfig, json_object, raw_fields
 from lorafx.errors import CheckpointError
 from lorafx.interrupts import undisturbed
@@ -176,9 +176,16 @@ def opened(given: AdapterSource) -> Saved:
 def _at(given: AdapterSource, path: Path) -> Saved:
     before = _stamps(path)
     try:
-        single = path.is_file()
+        single, exists = path.is_file(), path.exists()
     except (OSError, ValueError) as exc:
         raise CheckpointError(f"{path} cannot be read: {exc}") from exc
+    if not exists:
+        where = (
+            "give the name as a string to have it looked for on the hub"
+            if is_name(str(path))
+            else 'name a folder or a file, or an adapter on the hub ("owner/name")'
+        )
+        raise CheckpointError(f"adapter folder {path} does not exist; {where}")
     folder = path.parent if single else path
     configured = (folder / CONFIG_FILE).exists() and (not single or path.name in WEIGHTS)
     fields = None

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from lorafx.capture.driver import stays
 from lorafx.capture.lowering import Lowering
 from lorafx.capture.record import Stage, copied
+from lorafx.capture.verify import cloned, difference
 from lorafx.ownership.flow import module_path
 from lorafx.torch_internals.trees import tree_leaves
 
@@ -218,19 +219,3 @@ def _cut_off(gm: fx.GraphModule, last: fx.Node) -> fx.GraphModule:
     cut.graph.eliminate_dead_code(stays)
     cut.recompile()
     return cut
-
-
-def difference(got: Tensor, want: Tensor) -> float:
-    """max |got − want| / max(1, max |want|); infinite for unequal shapes or non-finite numbers."""
-    if got.shape != want.shape:
-        return float("inf")
-    if not want.numel():
-        return 0.0
-    scale = max(1.0, float(want.double().abs().max()))
-    error = float((got.double() - want.double()).abs().max()) / scale
-    return error if error == error else float("inf")
-
-
-def cloned(values: Sequence[Any]) -> list[Any]:
-    """Copies of arguments that a graph may write into."""
-    return [item.clone() if isinstance(item, Tensor) else item for item in values]

@@ -23,7 +23,8 @@ from torch import Tensor
 from lorafx.adapter_store.names import BASE
 from lorafx.adapter_store.saved import AdapterSource, opened
 from lorafx.adapter_store.stored import StoredAdapter
-from lorafx.bisection.first_site import CompiledParts, FirstSite, Run, between, difference, recorded
+from lorafx.bisection.first_site import CompiledParts, FirstSite, Run, between, recorded
+from lorafx.capture.verify import TOLERANCE, difference
 from lorafx.compiled_model.compiled import CompiledModel, compiled_of
 from lorafx.config import After
 from lorafx.errors import BatchError, ConfigError
@@ -34,9 +35,6 @@ from lorafx.passes.match import Match
 from lorafx.passes.provenance import Provenance
 from lorafx.runtime.example_inputs import named_inputs
 from lorafx.torch_internals.trees import tree_leaves
-
-#: By dtype: orders of accumulation differ, and errors grow over layers.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 _RIGHT = (
     "compiled once more as the passes before outline left them, the graphs are right: "
@@ -162,7 +160,7 @@ def bisect(
             "dimension 0, so there is nothing to compare"
         )
     if tolerance is None:
-        tolerance = max(_TOLERANCE.get(leaf.dtype, 1e-4) for leaf in want)
+        tolerance = max(TOLERANCE.get(leaf.dtype, 1e-4) for leaf in want)
     found = _Search(compiled, named, names, want, tolerance).run()
     if target is not None and found.first is None:
         target.rmdir()

@@ -20,12 +20,12 @@ from torch import fx
 from lorafx.capture.checks import Checks
 from lorafx.capture.compile_log import (
     form_of,
-    note_tracing,
     reason,
-    shown,
+    show,
     tell,
     tell_instance,
     timed,
+    tracing_span,
 )
 from lorafx.capture.driver import run_pipeline
 from lorafx.capture.executable import checked, for_base, looked_at, with_lookups
@@ -37,9 +37,11 @@ from lorafx.capture.needless_guards import keep_guards
 from lorafx.capture.parts import Captured, Parts, foreign_operators, noted
 from lorafx.capture.record import GraphRecord, Span, dump_folder
 from lorafx.capture.stamps import Folded, traced_once, unfold
+from lorafx.capture.verify import NumericCheck
 from lorafx.errors import CaptureError, LoweringError
 from lorafx.kernels.cpu.delta_kernels import builds_noted, built_source
 from lorafx.kernels.triton.build import source_of
+from lorafx.pass_order import pipeline
 from lorafx.passes.write_in_place import writes_in_place
 from lorafx.program.context import Context
 from lorafx.program.frame import ONE_SLOT, SLOTS, Frame
@@ -88,8 +90,7 @@ class Backend:
         """The executable of a frame whose inputs are `examples`. Raises ReplacedModuleError,
         keeping no graph, for a replaced module with an active adapter."""
         program, self._at = self.program, None
-        spans: list[Span] = []
-        note_tracing(spans)
+        spans = [tracing_span()]
         frame = self._frame(gm, examples, per_token=per_token)
         active = bool(program.runtime.active)
         own = frame.begins_call and not program.site_watch.missing
@@ -126,7 +127,8 @@ class Backend:
         title = f"graph {len(self.records)} {'lora' if lora else 'base'}"
         title += " per token" if frame.per_token else ""
         why = reason(call, [record.form for record in self.records])
-        keeps = self.replay is not None or dump_folder(program.options) is not None
+        numeric, dumps = program.options.verify == "numeric", dump_folder(program.options)
+        keeps = self.replay is not None or numeric or dumps is not None
         return GraphRecord(title, lora, checks, keeps, form=call, reason=why, spans=spans)
 
     def _compiled(
@@ -146,7 +148,8 @@ class Backend:
         noting = nullcontext() if self.noted is None else noted(parts, gm)
         compile_graph = self._compile_lora if active else self._compile_base
         try:
-            with shown(f"{record.title} of {model}, {record.reason}"), noting:
+            show(f"{record.title} of {model}, {record.reason}")
+            with noting:
                 executable = compile_graph(gm, examples, graph)
             self.records.append(record)
             if self.noted is not None:
@@ -172,7 +175,7 @@ class Backend:
         """Whether graphs may serve other sizes: not Triton's, planned for their rows; nor the
         base's, whose bits may depend on sizes; nor recorded and saved ones."""
         options, device = self.program.options, self.program.runtime.device
-        if self.noted is not None or self.replay is not None:
+        if self.noted or self.replay or options.verify == "numeric":
             return False
         if device.type != "cpu" or options.lowering == "triton":
             return False
@@ -275,7 +278,10 @@ class Backend:
             None if name in (SLOTS, ONE_SLOT) else (tuple(value.shape), value.stride(), value.dtype)
             for (_, _, name), value in zip(extra, values, strict=True)
         ]
-        return with_lookups(record.checks, self.owner, executable, extra, parts.banks)
+        check = None
+        if program.options.verify == "numeric":
+            check = NumericCheck(record.title, pipeline(program.options).graph, record.stages)
+        return with_lookups(record.checks, self.owner, executable, extra, parts.banks, check)
 
     @contextmanager
     def _lowering_timed(self, record: GraphRecord) -> Iterator[None]:

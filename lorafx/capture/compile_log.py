@@ -9,7 +9,6 @@ failed guard; TORCH_LOGS="recompiles" prints all failed guards.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,13 +23,8 @@ from lorafx.program.program import Program
 from lorafx.progress import LOG, LongWork, compiling
 from lorafx.torch_internals.frames import failed_guard
 
-
-class _Local(threading.local):
-    begun: float | None = None
-    work: LongWork | None = None
-
-
-_LOCAL = _Local()
+#: The running conversion. Dynamo converts one frame at a time.
+_running: LongWork | None = None
 
 #: Classes of arguments whose values Dynamo guards on.
 _PLAIN = (bool, int, float, str)
@@ -38,33 +32,26 @@ _PLAIN = (bool, int, float, str)
 
 @contextmanager
 def conversion(name: str) -> Iterator[None]:
-    """Around Dynamo's conversion of a frame of the function `name`; conversions are serial."""
-    before = _LOCAL.begun, _LOCAL.work
-    with compiling(f"compiling {name}") as work:
-        _LOCAL.begun, _LOCAL.work = time.perf_counter(), work
+    """Around Dynamo's conversion of a frame of the function `name`."""
+    global _running
+    before = _running
+    with compiling(f"compiling {name}") as _running:
         try:
             yield
         finally:
-            _LOCAL.begun, _LOCAL.work = before
+            _running = before
 
 
-@contextmanager
-def shown(graph: str) -> Iterator[None]:
-    """Around the compilation of a graph, called `graph` on a terminal."""
-    what = f"compiling {graph}"
-    if _LOCAL.work is not None:
-        _LOCAL.work.show(what)
-        yield
-        return
-    with compiling(what) as work:
-        work.show()
-        yield
+def show(graph: str) -> None:
+    """Say on a terminal that `graph` is being compiled."""
+    if _running is not None:
+        _running.show(f"compiling {graph}")
 
 
-def note_tracing(spans: list[Span]) -> None:
-    """Note Dynamo's tracing time so far, inside a `conversion`."""
-    if _LOCAL.begun is not None:
-        spans.append(Span("Dynamo", _LOCAL.begun, time.perf_counter()))
+def tracing_span() -> Span:
+    """Dynamo's tracing so far."""
+    now = time.perf_counter()
+    return Span("Dynamo", now if _running is None else now - _running.seconds, now)
 
 
 @contextmanager
@@ -141,10 +128,9 @@ def tell_instance(title: str, model: str, form: Mapping[str, str], spans: Sequen
 
 
 def _end_line(graph: str) -> None:
-    work = _LOCAL.work
-    if work is not None:
-        work.what = work.what if work.what.endswith(graph) else graph
-        work.end()
+    if _running is not None:
+        _running.what = _running.what if _running.what.endswith(graph) else graph
+        _running.end()
 
 
 def _times(seconds: Mapping[str, float]) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from lorafx.capture.checks import Checks
 from lorafx.capture.tracking import Tracking, looks, untracked
+from lorafx.capture.verify import NumericCheck
 from lorafx.errors import CaptureError, LorafxError, MatchError
 from lorafx.model.extras import EXTRAS
 from lorafx.ownership.memory import SHARED, Alone
@@ -111,6 +112,7 @@ def with_lookups(
     compiled: Callable[[list[Any]], Any],
     extra: Sequence[tuple[int, int, str]],
     banks: Sequence[BankLayout | None],
+    numeric: NumericCheck | None = None,
 ) -> Callable[..., Any]:
     """The graph with the inputs added by passes, in AOTAutograd's boxed convention."""
     nulls: dict[int, Tensor] = {}
@@ -122,6 +124,8 @@ def with_lookups(
             if checks.inside:
                 _check_callers(program, arguments, checks)
             arguments.extend(_looked_up(program, arguments, extra, banks, rooms, nulls))
+            if numeric is not None and numeric.stages:
+                numeric.run(arguments, mixed=not program.runtime.uniform)
         return compiled(arguments)
 
     run._boxed_call = True  # type: ignore[attr-defined]

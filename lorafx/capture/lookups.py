@@ -106,6 +106,13 @@ class _Sources:
         names = some(dict.fromkeys(_name(self.inputs[node]) for node in tensors))
         return f"the index {{}} that the model makes of {names or 'the sizes of this call'}"
 
+    def table_name(self, use: _Use) -> str:
+        item = self.inputs.get(use.table)
+        name = "" if item is None else _name(item)
+        if name and not re.search(r"\d", name):  # numbers of layers would make equal layers differ
+            return name
+        return f"the {'tensor' if use.dim is None else f'dimension {use.dim}'} that it points into"
+
 
 def check_lookups(gm: fx.GraphModule, frame: Frame) -> None:
     """Put checks of the indices that a call determines into the Dynamo graph of `frame`."""
@@ -122,61 +129,46 @@ def check_lookups(gm: fx.GraphModule, frame: Frame) -> None:
         if use.dim is not None and not -table.dim() <= use.dim < table.dim():
             continue
         index = _same_numbers(use.pointer)
-        if node in sources.mapped or _root(index) in sources.written:
-            _check_before(node, use, sources)
+        if _root(index) in sources.written:
+            _check(use.pointer, use, sources, reader=node)
             continue
         key = index, size_expression(_entries(table, use.dim)), use.negative, use.ignored
         if key not in known:
             known.add(key)
-            checked[index] = _check_behind(checked.get(index, index), index, use, sources)
+            checked[index] = _check(checked.get(index, index), use, sources)
     if found:
         gm.recompile()
 
 
-def _check_behind(latest: fx.Node, index: fx.Node, use: _Use, sources: _Sources) -> fx.Node:
-    """Check `latest`, which is `index` or a checked copy, as soon as the table's size is known, and
-    give the copy to all later readers, so that equal layers stay equal."""
-    needed = [latest, *list(sources.inputs)[-1:]]
-    if isinstance(_entries(_value(use.table), use.dim), torch.SymInt):
-        needed.append(use.table)
-    with latest.graph.inserting_before(max(needed).next):
-        checked = _checked(latest, use, sources.name(index), sources, latest)
-    latest.replace_all_uses_with(
-        checked, delete_user_cb=lambda user: user > checked and user.op != "output"
-    )
-    return checked
-
-
-def _check_before(node: fx.Node, use: _Use, sources: _Sources) -> None:
-    """Check the index for `node` alone, since it is written elsewhere or exists only in a map."""
-    index = use.pointer
-    with node.graph.inserting_before(node):
-        checked = _checked(index, use, sources.name(_same_numbers(index)), sources, node)
-    kept = node.args[:1] if use.table is index else ()  # `ids[ids] = 0` writes into ids
-    rest = node.args[len(kept) :], node.kwargs
-    args, kwargs = fx.map_arg(rest, lambda item: checked if item is index else item)
-    node.args, node.kwargs = (*kept, *args), kwargs
-
-
-def _checked(index: fx.Node, use: _Use, name: str, sources: _Sources, origin: fx.Node) -> fx.Node:
-    graph, value, dim = index.graph, _value(index), use.dim
-    size = _entries(_value(use.table), dim)
-    number: Any = size
-    kept = ("nn_module_stack", "stack_trace")
-    meta: dict[str, Any] = {key: origin.meta[key] for key in kept if key in origin.meta}
-    if isinstance(size, torch.SymInt):
-        method, where = ("numel", ()) if dim is None else ("size", (dim,))
-        number = graph.call_method(method, (use.table, *where))
-        number.meta.update(meta, example_value=size)
-    item = sources.inputs.get(use.table)
-    table = "" if item is None else _name(item)
-    if not table or re.search(r"\d", table):  # numbers of layers would make equal layers differ
-        table = f"the {'tensor' if dim is None else f'dimension {dim}'} that it points into"
-    checked = graph.call_function(
-        CHECKED_INDEX, (index, number, use.negative, use.ignored, table, name)
-    )
-    value = value if origin in sources.mapped else torch.empty_like(value)
+def _check(index: fx.Node, use: _Use, sources: _Sources, reader: fx.Node | None = None) -> fx.Node:
+    """A checked copy of `index`, for this `reader` if it is written elsewhere; else as soon as the
+    table's size is known, and for all later readers, so that equal layers stay equal."""
+    graph, table, dim = index.graph, use.table, use.dim
+    size: Any = _entries(_value(table), dim)
+    symbolic = isinstance(size, torch.SymInt)
+    needed = [index, *list(sources.inputs)[-1:], *[table] * symbolic]
+    origin, kept = reader or index, ("nn_module_stack", "stack_trace")
+    meta = {key: origin.meta[key] for key in kept if key in origin.meta}
+    with graph.inserting_before(reader or max(needed).next):
+        if symbolic:
+            method, where = ("numel", ()) if dim is None else ("size", (dim,))
+            entries = graph.call_method(method, (table, *where))
+            entries.meta.update(meta, example_value=size)
+            size = entries
+        names = sources.table_name(use), sources.name(_same_numbers(use.pointer))
+        arguments = (index, size, use.negative, use.ignored, *names)
+        checked = graph.call_function(CHECKED_INDEX, arguments)
+    value = _value(index)
+    value = value if index in sources.mapped else torch.empty_like(value)
     checked.meta.update(meta, example_value=value)
+    index.replace_all_uses_with(
+        checked,
+        delete_user_cb=lambda user: (
+            user is reader or (reader is None and user > checked and user.op != "output")
+        ),
+    )
+    if reader is not None and table is index:  # `ids[ids] = 0` writes into ids
+        reader.update_arg(0, index)
     return checked
 
 

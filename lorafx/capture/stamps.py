@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from lorafx.errors import CaptureError
 from lorafx.kernels.ops.stamp_op import LAYOUTS, Layout, without_data
 from lorafx.model.module_graph import storage_key
+from lorafx.ownership.real import written
 from lorafx.passes.outline.isomorphism import Stretch
 from lorafx.passes.outline.outline import is_pure, is_view, repeats
 from lorafx.program.frame import fake_value
@@ -219,11 +220,8 @@ class _Writes(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        written: Any = (args, kwargs)
-        if (schema := getattr(func, "_schema", None)) is not None:
-            given = {**dict(zip((a.name for a in schema.arguments), args, strict=False)), **kwargs}
-            written = [given.get(a.name) for a in schema.arguments if a.is_write]
-        leaves = tree_leaves(written)
+        told = hasattr(func, "_schema")
+        leaves = written(func, args, kwargs) if told else tree_leaves((args, kwargs))
         self.memory |= {storage_key(item) for item in leaves if isinstance(item, Tensor)}
         return func(*args, **kwargs)
 
@@ -254,9 +252,9 @@ def _effects_of(layers: Sequence[_Layer], mode: FakeTensorMode) -> _Effects | No
     new = [storage_key(result) for at, result in enumerate(results) if at not in passed]
     if not new or len({*given, *new}) != len(given) + len(new):
         return None
-    written = tuple(place for place, memory in enumerate(given) if memory in writes.memory)
-    apart = all(_are_apart(layer, written) for layer in layers)
-    return _Effects(written, passed) if apart else None
+    changed = tuple(place for place, memory in enumerate(given) if memory in writes.memory)
+    apart = all(_are_apart(layer, changed) for layer in layers)
+    return _Effects(changed, passed) if apart else None
 
 
 def _are_apart(layer: _Layer, places: Sequence[int]) -> bool:

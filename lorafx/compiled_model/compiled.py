@@ -653,8 +653,7 @@ class CompiledModel(AsModule):
 
     def explain(self) -> Explanation:
         """A report of sites, banks, adapters, graphs, packs, row maps, plan and refusals as they
-        are now: `json()` has its values, `str()` is text, and notebooks show tables. It waits for
-        running calls."""
+        are now: `json()` has its values, and `str()` is text. It waits for running calls."""
         with self._session.lock:
             return explained(self._session)
 

@@ -20,7 +20,7 @@ from lorafx.capture.record import GraphRecord, seen_sites
 from lorafx.config import LoraConfig, Options
 from lorafx.errors import some
 from lorafx.inspection.delta_norms import deltas_of
-from lorafx.inspection.report import Report, Table, size
+from lorafx.inspection.report import Report, size
 from lorafx.kernels.cost.roofline import factor_elements
 from lorafx.model.module_graph import alike
 from lorafx.model.sites import Group, Site, room_of
@@ -288,10 +288,6 @@ class Explanation(Report):
             found.append(("sites that no graph has reached yet", self.unreached))
         return found
 
-    @property
-    def heading(self) -> str:
-        return self.summary[0]
-
     def facts(self) -> list[str]:
         off = [f"{name} ({reason})" for name, reason in self.shortcuts_off.items()]
         memory = (
@@ -299,10 +295,6 @@ class Explanation(Report):
             f"adapter of rank {self.max_rank} on all sites {size(self.adapter_bytes)}"
         )
         return [memory, *([f"shortcuts that are off: {', '.join(off)}"] if off else [])]
-
-    def tables(self) -> list[Table]:
-        found = [("summary", self.summary[1:]), *self.sections()]
-        return [Table(title, ("",), [(line,) for line in lines]) for title, lines in found]
 
     # --- the lines of the summary ---
 

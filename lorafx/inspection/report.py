@@ -1,4 +1,4 @@
-"""Reports: values with a text, JSON, and tables for notebooks."""
+"""Reports: values with a text and JSON."""
 
 from __future__ import annotations
 
@@ -24,18 +24,11 @@ class Table(NamedTuple):
         lines = text_table(self.columns, self.rows)
         return lines if any(self.columns) else lines[1:]
 
-    def html(self) -> str:
-        head = "".join(f"<th>{escape(column)}</th>" for column in self.columns)
-        rows = ("".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in self.rows)
-        body = "".join(f"<tr>{row}</tr>" for row in rows)
-        return f"<table><tr>{head}</tr>{body}</table>"
-
 
 class Report:
     """The base of reports, which are frozen dataclasses: a heading, facts, tables and notes.
 
-    `str()` is text, `json()` has the fields, and notebooks show unstyled tables, readable in light
-    and dark themes.
+    `str()` is text, which notebooks show too, and `json()` has the fields.
     """
 
     @property
@@ -70,15 +63,7 @@ class Report:
         return "\n".join([*lines, *(f"  {line}" for line in self.notes_as_lines())])
 
     def _repr_html_(self) -> str:
-        tables = (
-            f"<details><summary>{escape(table.title or self.heading)}</summary>"
-            f"{table.html()}</details>"
-            for table in self.tables()
-            if table.rows
-        )
-        told = [*self.facts(), *self.notes_as_lines()]
-        lines = "".join(f"<li>{escape(line)}</li>" for line in told)
-        return f"<div><b>{escape(self.heading)}</b><ul>{lines}</ul>{''.join(tables)}</div>"
+        return f"<pre>{escape(str(self))}</pre>"
 
 
 def json_values(value: Any) -> Any:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
-from lorafx.adapter_store.checkpoint import load_state
 from lorafx.adapter_store.names import BASE
 from lorafx.adapter_store.peft_keys import parse
 from lorafx.adapter_store.places import ExpertPlace, Places, SavedMeaning, SiteLanding
@@ -325,12 +324,6 @@ def _adapter(
         notes += (f"its change was not measured: {reason}",)
     relative = _relative(norm, program.weight_of(site))
     return WhyAdapter(name, stored.source, keys, norm, relative, change, batch, notes)
-
-
-def _keys_at(source: Any, model: nn.Module) -> dict[str, Size]:
-    """The keys in an adapter's file, with shapes. Raises as `load_state`."""
-    state = load_state(source, model, warn=False)
-    return {key: tensor.shape for key, tensor in state.tensors.items()}
 
 
 def _relative(norm: float | None, weight: Tensor | None) -> float | None:

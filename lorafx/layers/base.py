@@ -10,26 +10,17 @@ functional ones, so Dynamo captures them as ops of the graph.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import Any, ClassVar, NamedTuple, TypedDict
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from lorafx.errors import ConfigError
-from lorafx.layers.quantization import QuantizeMethodBase
+from lorafx.errors import CheckpointError, ConfigError
+from lorafx.layers.quantization import QuantizeMethodBase, UnquantizedLinearMethod, add_weight
 from lorafx.torch_internals.operators import c10d
-
-if TYPE_CHECKING:
-    import torch.distributed as dist
-from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
-
-from torch import nn
-
-from lorafx.errors import CheckpointError
-from lorafx.layers.quantization import UnquantizedLinearMethod, add_weight
 from lorafx.weights.loadable_layer import LoadableLayer
 
 

@@ -114,8 +114,6 @@ LINEARS: tuple[type[nn.Module], ...] = (
     RowParallelLinear,
     ParallelLMHead,
 )
-#: Layers that compute several projections at once.
-PACKED = (MergedColumnParallelLinear, QKVParallelLinear)
 
 
 def register_layers() -> None:
@@ -127,7 +125,6 @@ def register_layers() -> None:
             out_features="output_size_per_partition",
             output_sizes="output_partition_sizes",
             sharding=sharding,
-            packed=issubclass(cls, PACKED),
         )
     register(
         VocabParallelEmbedding,

@@ -9,10 +9,10 @@ from torch import nn
 
 from lorafx.model import targets
 from lorafx.model.experts import ExpertWeight, folded, own_names
-from lorafx.model.forward_check import is_dense
 from lorafx.model.packed_names import PackedNames, parts_of, virtual_paths
 from lorafx.model.refusals import unsupported
 from lorafx.model.sites import Part
+from lorafx.model.weight_formats import is_dense
 from lorafx.registry import Eligible, lookup
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lorafx.kernels.ops.conv_ops
@@ -30,10 +31,10 @@ from lorafx.errors import MatchError, ProvenanceError
 from lorafx.interrupts import Rollback
 from lorafx.kernels.ops.conv_ops import Window
 from lorafx.model.bank import Bank
-from lorafx.model.forward_check import ModuleProduct, adds_up
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.runtime import Runtime
 from lorafx.model.sites import Group
+from lorafx.model.weight_formats import is_dense
 from lorafx.registry import Handler, Kind
 from lorafx.torch_internals.compat import tracing
 from lorafx.torch_internals.dynamo import assume_constant_result
@@ -70,7 +71,7 @@ class SiteMark:
         window: how the kernels of a convolution's A move over x; None for other kinds.
         weight_name, transposed: where the module keeps W, and whether as (K, N).
         derived: the module's forward is not that of the registered class, so what it computes
-            is checked against W on the first eager call (lorafx.model.forward_check).
+            is compared with the product on the first eager call.
         handler: takes calls apart whose input and output do not have the site's sizes; trusted.
         stored: the weight is in a format, so that only the call as a whole is known to be x Wᵀ.
         weight, bias: packed base weight and bias of the group, set by the pack step.
@@ -141,7 +142,7 @@ class SiteMark:
             raise MatchError(self._misfit(module, x, output))
         if not traced:
             self._refuse_mixed()
-            self._check_once(module, args, kwargs, x, output, scale)
+            self._check_once(module, x, output, scale)
         # DoRA does not rescale the bias.
         bias = None if self.bank.gains is None else getattr(module, "bias", None)
         ranges = self.siblings, self.offsets, self.sizes
@@ -263,22 +264,11 @@ class SiteMark:
         return scale
 
     def _check_once(
-        self,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        x: Tensor,
-        output: Any,
-        scale: Tensor | float | None,
+        self, module: nn.Module, x: Tensor, output: Any, scale: Tensor | float | None
     ) -> None:
         if self.checked or not (self.derived or isinstance(output, tuple)):
             return
-        product = ModuleProduct(self.kind, self.weight_name, self.transposed, scale)
-        if self.stored:  # nothing to compare with: a single output passes
-            right = not isinstance(output, tuple)
-        else:
-            right = adds_up(product, module, args, kwargs, x, output)
-        if not right:
+        if isinstance(output, tuple) or not self._is_product(module, x, output, scale):
             raise MatchError(
                 f"{self._name(module)}: its class overrides forward, which does not compute "
                 f"{'W[ids]' if self.kind == 'embedding' else 'x Wᵀ + b'} of its input, so "
@@ -287,6 +277,28 @@ class SiteMark:
                 "or exclude_modules"
             )
         self.checked = True
+
+    @torch.no_grad()
+    def _is_product(
+        self, module: nn.Module, x: Tensor, y: Tensor, scale: Tensor | float | None
+    ) -> bool:
+        """Whether y is x Wᵀ + b or `scale` · W[ids], up to rounding; quantised weights pass."""
+        weight = getattr(module, self.weight_name, None)
+        if self.stored or not isinstance(weight, Tensor) or not is_dense(weight):
+            return True
+        if weight.is_meta or not y.numel():
+            return True
+        if self.kind == "embedding":
+            if not 0 <= int(x.min()) <= int(x.max()) < len(weight):
+                return False  # no ids of this table
+            expected = F.embedding(x.long(), weight)
+            expected = expected if scale is None else expected * scale
+        else:
+            w = weight.T if self.transposed else weight
+            expected = F.linear(x.to(weight.dtype), w, getattr(module, "bias", None))
+        tolerance = 1e-3 if weight.dtype in (torch.float32, torch.float64) else 5e-2
+        bound = tolerance * max(1e-6, float(expected.abs().max()))
+        return torch.allclose(y.float(), expected.float(), rtol=tolerance, atol=bound)
 
     def _refuse_mixed(self) -> None:
         if not self.runtime.uniform:

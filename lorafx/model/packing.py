@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.errors import CaptureError
-from lorafx.model.forward_check import is_dense
 from lorafx.model.module_graph import ModuleGraph, writing
 from lorafx.model.sites import Group, Site
+from lorafx.model.weight_formats import is_dense
 from lorafx.torch_internals.compat import mark_fixed_shape
 from lorafx.torch_internals.subclasses import _storage_Use_Count, is_traceable_wrapper_subclass
 

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafx.model.forward_check import is_dense
 from lorafx.registry import Eligible
 from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
 
@@ -307,6 +306,15 @@ LIBRARIES: tuple[Format, ...] = (
 )
 #: The first that holds the weight reads it.
 FORMATS: tuple[Format, ...] = (*LIBRARIES, QuantMethod(), Plain())
+
+
+def is_dense(weight: Tensor) -> bool:
+    """Whether the tensor holds plain numbers: strided, floating, of 16 bits or more."""
+    return (
+        weight.layout is torch.strided
+        and weight.dtype.is_floating_point
+        and weight.dtype.itemsize >= 2
+    )
 
 
 def is_wrapped(weight: Any) -> bool:

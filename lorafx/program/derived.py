@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorafx.errors import ConfigError
-from lorafx.model.forward_check import is_dense
 from lorafx.model.module_graph import storage_key
 from lorafx.model.quantized import dequantize, readable
 from lorafx.model.sites import Site
+from lorafx.model.weight_formats import is_dense
 from lorafx.registry import lookup
 from lorafx.torch_internals.fake_tensors import unset_fake_temporarily
 from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass

@@ -29,7 +29,7 @@ from torch import fx
 
 from lorafx.kernels.cpu.grouped_mm import GROUPED_MM
 from lorafx.kernels.ops.grouped_ops import Blocks
-from lorafx.model.forward_check import is_dense
+from lorafx.model.weight_formats import is_dense
 from lorafx.op_arguments import bound, index_of, operand
 from lorafx.ownership import contractions
 from lorafx.ownership.indexing import is_boolean

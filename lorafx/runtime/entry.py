@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from lorafx.capture.failures import explained, own_error
 from lorafx.capture.traced import Traced
-from lorafx.capture.tracking import Tracking
-from lorafx.capture.weights_in_python import WeightUses
+from lorafx.capture.tracking import Tracking, WeightUses
 from lorafx.errors import CaptureError, LorafxError, MatchError, ReplacedModuleError
 from lorafx.model.experts import LOOP, loops
 from lorafx.model.marks import MARKS, Attachment

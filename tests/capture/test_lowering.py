@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import examine
 import pytest
-import tiny
 import torch
 from dense_merge import Case, check_mixed
 from tiny_models import FAMILIES
@@ -53,12 +50,3 @@ def test_a_mode_of_torch_compile_stands_for_settings_of_inductor() -> None:
     assert lowering_for(Options(lowering="inductor")).patches == {}
     with pytest.raises(ConfigError, match=r"Options\.mode must be one of None, default, reduce"):
         Options(mode="fast")
-
-
-@pytest.mark.slow  # a graph of 1,500 nodes
-def test_the_router_of_a_large_graph(tmp_path: Path) -> None:
-    """By memory its delta went to the end of the graph, where nobody read it."""
-    family = next(f for f in tiny.families("causal") if f.model_type == "kimi_linear")
-    report = examine.examine(family, str(tmp_path), examine.SHAPES[:1], "inductor")
-    assert report["outcome"] == "ok", report
-    assert report["routers"] == 1

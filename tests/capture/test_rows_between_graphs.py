@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
-from dense_merge import REFERENCE, error
+from attached import compiled, fresh_dynamo, served
+from dense_merge import REFERENCE, Case, error
 from torch import Tensor, nn
 
 import lorafx
 from lorafx.errors import ProvenanceError
+
+__all__ = ["fresh_dynamo"]
 
 K = 6
 MIXED = ["a", None, "b"]
@@ -22,6 +30,18 @@ def rolled(h: Tensor, by: int) -> Tensor:
 @torch._dynamo.disable
 def summed(h: Tensor) -> Tensor:
     return h + h.sum(0, keepdim=True) * 0
+
+
+def serving(case: Case) -> lorafx.CompiledModel:
+    return lorafx.compile(case.model(), adapters=case.folders, options=REFERENCE)
+
+
+def check(cm: lorafx.CompiledModel, case: Case, batches: Sequence[tuple[Any, int]]) -> None:
+    """Right answers for batches of these names and lengths."""
+    for names, length in batches:
+        inputs = {"x": torch.randn(len(names), length, K)}
+        found = cm(**inputs, adapter_names=names)["logits"]
+        assert error(found, case.expected(names, inputs)) <= 1e-5, names
 
 
 class Layers(nn.Module):
@@ -86,12 +106,8 @@ class Experts(Layers):
 def test_rows_that_python_moves_keep_their_owners(small, cls, targets):
     torch.manual_seed(0)
     case = small(cls, targets)
-    cm = lorafx.compile(case.model(), adapters=case.folders, options=REFERENCE)
     batches = [(["a"] * 3, 5), (MIXED, 5), (["b", "a", None], 4), (["b", "b", None, "a"], 4)]
-    for names, length in batches:
-        inputs = {"x": torch.randn(len(names), length, K)}
-        found = cm(**inputs, adapter_names=names)["logits"]
-        assert error(found, case.expected(names, inputs)) <= 1e-5, names
+    check(serving(case), case, batches)
 
 
 class InBuffer(Layers):
@@ -122,7 +138,7 @@ class Summed(Layers):
 def test_what_has_no_one_owner_is_refused(small, cls):
     torch.manual_seed(0)
     case, inputs = small(cls, ["w"]), {"x": torch.randn(3, 5, K)}
-    cm = lorafx.compile(case.model(), adapters=case.folders, options=REFERENCE)
+    cm = serving(case)
     for names in (["a"] * 3, ["b"] * 3):
         found = cm(**inputs, adapter_names=names)["logits"]
         assert error(found, case.expected(names, inputs)) <= 1e-5
@@ -164,15 +180,11 @@ class OfWeight(Cached):
 def test_what_a_model_keeps_of_its_own_tensors_is_shared_by_later_calls(small):
     torch.manual_seed(0)
     case = small(Cached, ["first", "w"])
-    model = case.model()
-    cm = lorafx.compile(model, adapters=case.folders, options=REFERENCE)
-    for names, length in ((["a"] * 3, 5), (MIXED, 5), (["b", "b", None, "a"], 4)):
-        inputs = {"x": torch.randn(len(names), length, K)}
-        found = cm(**inputs, adapter_names=names)["logits"]
-        assert error(found, case.expected(names, inputs)) <= 1e-5, names
-    model.kept["bias"].mul_(2)  # by somebody who may have taken it from a request
+    cm = serving(case)
+    check(cm, case, [(["a"] * 3, 5), (MIXED, 5), (["b", "b", None, "a"], 4)])
+    cm.model.kept["bias"].mul_(2)  # by somebody who may have taken it from a request
     with pytest.raises(ProvenanceError, match=r"at (first, )?w "):
-        cm(**inputs, adapter_names=names)
+        cm(x=torch.randn(3, 5, K), adapter_names=MIXED)
 
 
 @pytest.mark.usefixtures("fixed_sizes")
@@ -180,8 +192,96 @@ def test_what_a_model_keeps_of_its_own_tensors_is_shared_by_later_calls(small):
 def test_what_a_model_keeps_of_requests_or_adapters_is_not_shared(small, cls):
     torch.manual_seed(0)
     case = small(cls, ["first", "w"])
-    cm = lorafx.compile(case.model(), adapters=case.folders, options=REFERENCE)
+    cm = serving(case)
     inputs = {"x": torch.randn(3, 5, K)}
     cm(**inputs, adapter_names=["a"] * 3)
     with pytest.raises(ProvenanceError, match=r"at (first, )?w "):
         cm(**inputs, adapter_names=MIXED)
+
+
+def by_numpy(h: Tensor) -> None:
+    rows = h.detach().numpy()
+    rows[:] = rows[::-1].copy()
+
+
+def by_dlpack(h: Tensor) -> None:
+    rows = np.from_dlpack(h)
+    rows[:] = rows[::-1].copy()
+
+
+def by_address(h: Tensor) -> None:
+    turned = h.flip(0)
+    ctypes.memmove(h.data_ptr(), turned.data_ptr(), h.nbytes)
+
+
+def by_storage(h: Tensor) -> None:
+    turned = h.flip(0).untyped_storage()
+    h.untyped_storage().copy_(turned)
+
+
+WRITERS = [by_numpy, by_dlpack, by_address, by_storage]
+
+
+class Written(Layers):
+    """Python hands the memory of its rows to code that is not followed, which moves them."""
+
+    write: Callable[[Tensor], None]
+
+    def rest(self, h: Tensor) -> Tensor:
+        self.written(h)
+        return self.w(h)
+
+    @torch._dynamo.disable
+    def written(self, h: Tensor) -> None:
+        type(self).write(h)
+
+
+def writing(write: Callable[[Tensor], None], cls: type[Written] = Written) -> type[Written]:
+    return type(cls.__name__, (cls,), {"write": staticmethod(write)})
+
+
+@pytest.mark.usefixtures("fixed_sizes")
+@pytest.mark.parametrize("write", WRITERS)
+def test_rows_that_are_moved_unseen_are_refused(small, write):
+    torch.manual_seed(0)
+    case, inputs = small(writing(write), ["w"]), {"x": torch.randn(3, 5, K)}
+    cm = serving(case)
+    with pytest.raises(ProvenanceError, match=r"at w "):
+        cm(**inputs, adapter_names=MIXED)
+    cm(**inputs, adapter_names=["a"] * 3)
+    with pytest.raises(ProvenanceError, match=r"at w "):
+        cm(**inputs, adapter_names=MIXED)
+
+
+class Read(Written):
+    """Python reads between the graphs, and moves rows in ways that are seen."""
+
+    def rest(self, h: Tensor) -> Tensor:
+        self.written(h)
+        h = h[torch.arange(h.shape[0]).roll(1)]
+        torch._dynamo.graph_break()
+        return self.w(h).roll(-1, 0)
+
+
+def read_by_address(h: Tensor) -> None:
+    assert len(ctypes.string_at(h.data_ptr(), h.nbytes)) == h.untyped_storage().nbytes()
+    assert np.isfinite(np.from_dlpack(h)).all()
+
+
+@pytest.mark.usefixtures("fixed_sizes")
+def test_what_is_only_read_keeps_its_owners(small):
+    torch.manual_seed(0)
+    case = small(writing(read_by_address, Read), ["first", "w"])
+    check(serving(case), case, [(["a"] * 3, 5), (MIXED, 5), (["b", "a", None], 5)])
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_the_same_of_a_marked_model(small):
+    torch.manual_seed(0)
+    case, inputs = small(writing(by_numpy), ["w"]), {"x": torch.randn(3, 5, K)}
+    model = lorafx.attach(case.model(), adapters=case.folders, options=REFERENCE)
+    call = compiled(model, dynamic=False)
+    found = served(call, model, [None] * 3, inputs)
+    assert torch.equal(found, case.base(**inputs)["logits"])
+    with pytest.raises(ProvenanceError, match=r"at w "):
+        served(call, model, MIXED, inputs)

@@ -11,7 +11,7 @@ from torch import nn
 import lorafx
 from lorafx.errors import ProvenanceError
 
-SHARED = {"base_graphs": False, "verify": "off"}
+SHARED = {"base_graphs": False}
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ class Warm:
     """`served` is warmed up for `forward` and decoding, with `graphs` graphs."""
 
     def __init__(self, case: Case) -> None:
-        self.served = case.compile(options={"verify": "off"})
+        self.served = case.compile()
         self.served.warmup(batch_sizes=(1, 2), lengths=(6,), generate=False)
         self.graphs = self.served.recompiles
 
@@ -103,7 +103,7 @@ def test_generate_compiles_nothing(shallow: Case, warm: Warm) -> None:
 
 @pytest.mark.slow
 def test_requests_compile_nothing_under_inductor(shallow: Case) -> None:
-    cm = shallow.compile(options={"lowering": "inductor", "verify": "off"})
+    cm = shallow.compile(options={"lowering": "inductor"})
     cm.warmup(batch_sizes=(4,), generate=False)
     captured = Captured(cm)
     torch.manual_seed(0)

@@ -3,7 +3,6 @@ HTTP, so that no package is needed beside Debian's `chromium` and `chromium-driv
 
 from __future__ import annotations
 
-import base64
 import json
 import shutil
 import socket
@@ -67,9 +66,6 @@ class Browser:
         """What the console has got since the last call, of level warning or worse."""
         entries = self._ask("POST", "/se/log", {"type": "browser"})
         return [item["message"] for item in entries if item["level"] in ("WARNING", "SEVERE")]
-
-    def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self._ask("GET", "/screenshot")))
 
     def close(self) -> None:
         self._ask("DELETE", "")

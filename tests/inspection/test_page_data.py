@@ -32,9 +32,9 @@ def test_no_text_of_a_users_becomes_html(tmp_path: Path) -> None:
     tags = [tag for tag, _ in elements.found]
     assert tags == [tag for tag, _ in plain.found]
     assert "img" not in tags
-    assert page_data(page)[0]["model"] == HOSTILE
-    assert page_data(page)[0]["texts"] == {"explain.txt": HOSTILE}
-    assert page_data(page)[1] == [by_hand()]
+    about, graphs = page_data(page)
+    assert (about["model"], about["texts"]) == (HOSTILE, {"explain.txt": HOSTILE})
+    assert graphs == [by_hand()]
 
 
 def test_the_page_needs_nothing_else(tmp_path: Path) -> None:

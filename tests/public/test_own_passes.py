@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from dense_merge import Case, check_mixed
+from dense_merge import Case, check_mixed, error
 from tiny_models import FAMILIES
 from torch import fx
 
@@ -82,6 +82,13 @@ def failing(plain: Case, inputs: Any, **options: Any) -> str:
     return str(found)
 
 
+def test_numeric_verification_names_the_pass_that_broke_it(plain, inputs, monkeypatch):
+    broken(monkeypatch, "fuse", Broken("doubles", doubles))
+    message = failing(plain, inputs, verify="numeric")
+    assert "after pass 'doubles' output 0 differs by" in message
+    assert "Options(passes={'doubles': False})" in message
+
+
 def test_passes_of_the_users_own_run_where_they_are_placed(plain, inputs):
     order: list[str] = []
 
@@ -107,6 +114,16 @@ def test_passes_of_the_users_own_run_where_they_are_placed(plain, inputs):
     listed = str(lorafx.pipeline(lorafx.Options(passes={**own, "pack": False})))
     assert "  behind_fuse" in listed
     assert listed.splitlines()[-1] == "  pack          (off)"
+
+
+def test_what_the_users_own_pass_breaks_is_told(plain, inputs):
+    own = {"doubles": lorafx.After("fuse", doubles)}
+    message = failing(plain, inputs, verify="numeric", passes=own)
+    assert "after pass 'doubles' output 0 differs by" in message
+    assert "leave 'doubles' out of Options.passes" in message
+    assert "False" not in message, "a pass of the user's own cannot be switched off"
+    got = plain.compile(options={"passes": own})(**inputs, adapter_names=NAMES)["logits"]
+    assert error(got, plain.expected(NAMES, inputs)) > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -158,3 +175,8 @@ def test_lint_names_the_pass_that_lost_a_site(plain, inputs, monkeypatch):
 def test_lint_names_the_pass_that_changed_an_output(plain, inputs, monkeypatch):
     broken(monkeypatch, "match", Broken("reshapes", reshapes))
     assert "pass 'reshapes' changed the graph's outputs from" in failing(plain, inputs)
+
+
+@pytest.mark.parametrize("names", [["a1"] * 4, NAMES])
+def test_numeric_verification_passes_what_is_right(plain, inputs, names):
+    check_mixed(plain.compile(options={"verify": "numeric"}), plain, names, inputs)

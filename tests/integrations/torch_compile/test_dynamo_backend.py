@@ -249,5 +249,5 @@ def test_a_graph_captured_before_attaching_is_no_silent_no_op(plain: Case) -> No
 
 def test_an_attached_model_keeps_its_own_options(plain: Case) -> None:
     model, inputs = attached(plain), feed(2, 4)
-    check(asking(model, plain, verify="off"), model, plain, ["a0", None], inputs)
+    check(asking(model, plain), model, plain, ["a0", None], inputs)
     check_base(asking(model, plain), plain, inputs)

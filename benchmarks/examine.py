@@ -2,7 +2,8 @@
 
 The outcomes are listed at `OUTCOMES`. Adapters target everything that they can: linears, the token
 embedding, routers, experts. Where routers or experts are refused, the family is tried once more
-without them, and the report says so.
+without them, and the report says so. A router is found by what it does: a module of no class that
+PEFT wraps, whose matrix `weight` is multiplied with in the forward.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,10 @@ from typing import Any
 import oracle
 import tiny
 import torch
-from sites import Sites, sites_of
 from tiny import Family
 from tiny_inputs import inputs
-from torch import fx
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 import lorafx
 from lorafx.errors import LorafxError, MatchError, ProvenanceError, TargetError
@@ -28,6 +30,17 @@ from lorafx.errors import LorafxError, MatchError, ProvenanceError, TargetError
 #: (batch, length): length no multiple of the batch, equal to it, a multiple of it.
 SHAPES = ((3, 5), (4, 4), (3, 6))
 _NOISE_FACTOR = 20
+
+_PRODUCTS = frozenset(
+    {
+        torch.nn.functional.linear,
+        torch.matmul,
+        torch.mm,
+        Tensor.matmul,
+        Tensor.__matmul__,
+        Tensor.mm,
+    }
+)
 
 OUTCOMES = {
     "ok": "every batch equals the oracle, mixed batches too",
@@ -232,3 +245,84 @@ def brief(error: BaseException) -> str:
     at = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}{at}: {text[:600]}"
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Paths: of modules, or (routers, experts) of parameters."""
+
+    linears: tuple[str, ...]
+    embeddings: tuple[str, ...]
+    routers: tuple[str, ...]
+    experts: tuple[str, ...]
+
+    @property
+    def routed(self) -> bool:
+        return bool(self.routers or self.experts)
+
+    def without_routing(self) -> Sites:
+        return replace(self, routers=(), experts=())
+
+
+def sites_of(model: nn.Module, batch: Mapping[str, Any]) -> Sites:
+    """What adapters can target in `model`; `batch` are arguments of a forward that uses it."""
+    return Sites(
+        linears=tuple(oracle.linears(model)),
+        embeddings=tuple(oracle.embeddings(model)),
+        routers=_routers(model, batch),
+        experts=tuple(
+            f"{path}.{name}" for path, names in experts_of(model).items() for name in names
+        ),
+    )
+
+
+def experts_of(model: nn.Module) -> dict[str, list[str]]:
+    """{path: names of its 3-D parameters} of the modules that hold a matrix for each expert."""
+    found = {}
+    for path, module in model.named_modules():
+        names = [
+            name
+            for name, parameter in module._parameters.items()
+            if parameter is not None and parameter.dim() == 3
+        ]
+        if names and "xpert" in type(module).__name__:
+            found[path] = names
+    return found
+
+
+class _Multiplied(TorchFunctionMode):
+    """Notes the tensors that are operands of a matrix product, through transposes and casts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: set[int] = set()
+        self._kept: list[Tensor] = []  # an address is only itself while its tensor lives
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _PRODUCTS:
+            operands = [item for item in args if isinstance(item, Tensor)]
+            self._kept += operands
+            self.storages.update(item.untyped_storage().data_ptr() for item in operands)
+        return result
+
+
+def _routers(model: nn.Module, batch: Mapping[str, Any]) -> tuple[str, ...]:
+    known = {*oracle.linears(model)}
+    matrices = {
+        f"{path}.weight": module._parameters["weight"]
+        for path, module in model.named_modules()
+        if path not in known
+        and not isinstance(module, nn.Embedding)
+        and isinstance(weight := module._parameters.get("weight"), Tensor)
+        and weight.dim() == 2
+    }
+    if not matrices:
+        return ()
+    with _Multiplied() as seen, torch.no_grad():
+        model(**batch)
+    return tuple(
+        name
+        for name, weight in matrices.items()
+        if weight.untyped_storage().data_ptr() in seen.storages
+    )
