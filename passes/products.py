@@ -49,15 +49,12 @@ class Products:
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         if ctx.program.options.lowering != "inductor":
             return 0
-        return replace_products(gm.graph, ctx.take_edit)
-
-
-def replace_products(graph: fx.Graph, allowed: Callable[[], bool] = lambda: True) -> int:
-    """Replace products while `allowed`; returns their number."""
-    edits = 0
-    for find in (_side_by_side, _product):  # parts first: each is a product too
-        edits += sum(_replace(graph, node, find, allowed) for node in [*graph.nodes])
-    return edits
+        edits = 0
+        for find in (_side_by_side, _product):  # parts first: each is a product too
+            edits += sum(
+                _replace(gm.graph, node, find, ctx.take_edit) for node in [*gm.graph.nodes]
+            )
+        return edits
 
 
 class Product(NamedTuple):
