@@ -332,8 +332,7 @@ def seeds_of(inputs: Mapping[fx.Node, FrameInput], batch: BatchSymbols) -> dict[
 
 def batch_of(frame: Frame) -> BatchSymbols:
     """The number of requests in this frame's graph. Raises as `batch_symbols`."""
-    batch = BatchSymbols.of(batch_symbols(frame)).with_multiples(several(frame))
-    return batch.with_alike(numbers_of_choices(frame))
+    return BatchSymbols.of(batch_symbols(frame), several(frame), numbers_of_choices(frame))
 
 
 def ask(graph: fx.Graph, fits: Iterable[fx.Node], slots: fx.Node, batch: BatchSymbols) -> None:

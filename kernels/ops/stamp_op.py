@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lorafx.errors import CaptureError
-from lorafx.kernels.ops.op_library import define, define_functional
+from lorafx.kernels.ops.op_library import define, define_on
 from lorafx.torch_internals import graph_parts
 from lorafx.torch_internals.graph_parts import (
     FakeTensor,
@@ -91,4 +91,4 @@ def overwrite_functional(written: Tensor, value: Tensor) -> None:
 
 
 define("overwrite(Tensor(a!) written, Tensor value) -> ()", overwrite, overwrite_fake)
-define_functional("overwrite", overwrite_functional)
+define_on("Functionalize", "overwrite", overwrite_functional)

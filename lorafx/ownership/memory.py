@@ -259,11 +259,9 @@ class Memory:
                 block.views[(_elements(tensor),), (1,), 0] = SHARED
         if block.cells is not None or (block.views and set(block.views) != {place}):
             cells = self._cells(block, tensor)
-            if _spread(cells, label, place):
-                block.views.clear()
-            else:
+            if not _spread(cells, label, place):
                 cells.fill_(UNKNOWN)
-                block.views.clear()
+            block.views.clear()
         block.views[place] = label
         state = self._state(tensor)
         block.state = state._replace(version=state.version + uncounted)
