@@ -104,7 +104,7 @@ class Vectorizer:
             text = " ".join(str(error).split())[:200]
             raise Ended(node, f"it cannot run on copies: {text}") from error
 
-    # --- what rules use ---
+    # --- helpers of rules ---
 
     def emit(self, target: Any, /, *args: Any, **kwargs: Any) -> fx.Node:
         return self.emitter.call(self.before, target, *args, **kwargs)

@@ -49,7 +49,7 @@ def iota(node: fx.Node, flow: Flow) -> Digit | None:
 
 
 def vector_order(node: fx.Node, flow: Flow) -> Digit | None:
-    """The indices of a vector sort: a permutation, maybe the inverse of the sorted one."""
+    """The indices of a vector sort: a permutation, and the inverse of a sorted permutation."""
     sort = operand(node) if node.target is operator.getitem else node
     if not isinstance(sort, fx.Node) or not isinstance(sort.target, OpOverload):
         return None

@@ -153,7 +153,7 @@ def renamed_cells(cells: Tensor, requests: Mapping[int, int]) -> Tensor:
 
 
 def same_owners(lists: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
-    """The common list, where NOBODY matches anybody; None where they differ."""
+    """The common list, where NOBODY matches any request; None where they differ."""
     if len({len(owners) for owners in lists}) != 1:
         return None
     if all(owners == lists[0] for owners in lists):

@@ -261,7 +261,7 @@ class Program:
                 yield constant
 
     def new_call(self, roles: RoleTable | None, named: Mapping[str, Any]) -> Call:
-        """A call that has computed nothing yet."""
+        """A call with an empty memory."""
         in_model = self.model_memory.in_one_call()
         memory = Memory(
             lambda tensor: self.remembered.holds(tensor) or in_model(tensor),
