@@ -36,7 +36,7 @@ from lorafx.adapter_store.hub import downloaded, is_name, is_repository
 from lorafx.adapter_store.peft_config import CONFIG_FILE, PeftConfig, json_object, raw_fields
 from lorafx.errors import CheckpointError
 from lorafx.interrupts import undisturbed
-from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
+from lorafx.torch_internals.graph_parts import is_traceable_wrapper_subclass
 
 SAFETENSORS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"

@@ -34,7 +34,7 @@ from lorafx.model.marks import detach
 from lorafx.passes.match import Match
 from lorafx.passes.provenance import Provenance
 from lorafx.runtime.example_inputs import named_inputs
-from lorafx.torch_internals.trees import tree_leaves
+from lorafx.torch_internals.graph_parts import tree_leaves
 
 _RIGHT = (
     "compiled once more as the passes before outline left them, the graphs are right: "

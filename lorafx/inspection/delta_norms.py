@@ -15,7 +15,7 @@ from torch import Tensor
 from lorafx.adapter_store.stored import StoredAdapter
 from lorafx.model.bank import Factors
 from lorafx.model.sites import Group, Site
-from lorafx.torch_internals.fake_tensors import unset_fake_temporarily
+from lorafx.torch_internals.graph_parts import unset_fake_temporarily
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ from lorafx.passes.attach import allocate_groups
 from lorafx.passes.select import Alias, Select
 from lorafx.program.preparation import PassReport, Preparation
 from lorafx.runtime.session import Session
+from lorafx.torch_internals.graph_parts import is_traceable_wrapper_subclass
 from lorafx.torch_internals.shortcuts import states
-from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
 
 #: Names of compilation phases in `GraphReport.seconds` -> words.
 _BY = {"passes": "lorafx's passes", "inductor": "Inductor", "triton": "Inductor with Triton"}

@@ -35,7 +35,7 @@ from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound, op_of
 from lorafx.passes.pack import ALIASES, VIEWS
 from lorafx.program.weight_uses import is_grouped
 from lorafx.runtime.example_inputs import named_inputs
-from lorafx.torch_internals.operators import HigherOrderOperator, OpOverload
+from lorafx.torch_internals.graph_parts import HigherOrderOperator, OpOverload
 
 aten = torch.ops.aten
 
