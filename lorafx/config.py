@@ -36,6 +36,9 @@ class LoraConfig:
         exclude_modules: the same forms; removed from `target_modules`.
         max_adapters: number of slots on the device: how many adapters can be active in one batch.
         max_rank: largest rank of an adapter that can be loaded.
+        max_host_bytes: bytes that adapters may take in host memory. Over it the least recently used
+            are dropped, and read again from the files that they were loaded from when a call uses
+            them (docs/adapter_store.md). None keeps all of them.
         dtype: dtype of the banks; None takes each module's weight dtype.
         row_dims: the dimension that holds the requests, by name of the forward's argument,
             "batch.x" for the item `x` of a dict; None for an argument that all requests share. It
@@ -64,6 +67,7 @@ class LoraConfig:
     exclude_modules: str | Sequence[str] | None = None
     max_adapters: int = 8
     max_rank: int = 16
+    max_host_bytes: int | None = None
     dtype: torch.dtype | None = None
     row_dims: Mapping[str, int | None] = field(default_factory=dict)
     packed_modules: Mapping[str, Sequence[str] | Mapping[str, int | Sequence[int]]] = field(
@@ -75,8 +79,10 @@ class LoraConfig:
     trainable_tokens: int | Mapping[str, int] = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_adapters", "max_rank"):
+        for name in ("max_adapters", "max_rank", "max_host_bytes"):
             value = getattr(self, name)
+            if value is None and name == "max_host_bytes":
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"LoraConfig.{name} must be a positive integer, got {value!r}")
         saved = self.modules_to_save
@@ -134,9 +140,8 @@ class Options:
         strict: an adapter whose file lacks factors for a module that its own configuration targets
             is an error. Otherwise that module keeps W, with one warning. Modules that `LoraConfig`
             does not select do not count.
-        shortcuts: savings by private parts of torch that change no answer: "proved" is all that are
-            proved on the installed torch, or those in the variable LORAFX_SHORTCUTS; "off" is none;
-            a list of names is these alone, proved or not (docs/torch_internals.md).
+        shortcuts: names of savings by private parts of torch that change no answer; [] for none;
+            None for all that are proved on the installed torch (docs/torch_internals.md).
         cache: a folder where graphs are saved, so that the next process that compiles the same
             model need not trace it; True for one beside the compiled kernels
             (docs/saved_graphs.md); None for none. Loading a graph runs code from the folder, so
@@ -144,9 +149,6 @@ class Options:
         overflow: what is done with a batch of more distinct adapters than there are slots: "refuse"
             raises CapacityError; with "waves" calls and `generate` run its rows in several batches
             and put the results back in their order (docs/adapter_store.md).
-        base_products: on a CPU, the base's graphs (`base_graphs`) multiply few rows by generated
-            code, too, as those with adapters do. Their results are then those of
-            `torch.compile(model)` up to rounding, and no longer bit-equal.
         base_graphs: whether calls without an adapter have separate graphs, which are those of
             `torch.compile(model)`, bit for bit. False: they run the graphs with adapters, so that
             half as many graphs are compiled; results are the base's up to rounding. "warmup": False
@@ -166,10 +168,9 @@ class Options:
     dump: str | None = None
     recompile_limit: int = 64
     strict: bool = False
-    shortcuts: Literal["proved", "off"] | Sequence[str] = "proved"
+    shortcuts: Sequence[str] | None = None
     cache: str | bool | None = None
     overflow: Overflow = "refuse"
-    base_products: bool = False
     base_graphs: BaseGraphs = "auto"
     mode: str | None = None
 
@@ -204,10 +205,15 @@ class Options:
                     f"Options.{name} must be one of {', '.join(map(str, allowed))}, "
                     f"got {getattr(self, name)!r}"
                 )
-        if self.shortcuts != "proved":
-            from lorafx.torch_internals.shortcuts import checked
+        if self.shortcuts is not None:
+            from lorafx.torch_internals.shortcuts import SHORTCUTS
 
-            checked(self.shortcuts, "Options.shortcuts")
+            for name in [self.shortcuts] if isinstance(self.shortcuts, str) else self.shortcuts:
+                if name not in SHORTCUTS or name is self.shortcuts:
+                    raise ConfigError(
+                        f"Options.shortcuts must be a list of {', '.join(SHORTCUTS)}, or None; got "
+                        f"{name!r}{nearest(str(name), SHORTCUTS)}"
+                    )
         if self.cache:
             _check_graphs_can_be_saved()
         allowed = tuple(dict.fromkeys(itertools.chain(*STRATEGIES.values())))

@@ -30,7 +30,7 @@ from lorafx.ownership.flow import module_path
 from lorafx.passes.match import Match
 from lorafx.passes.provenance import Provenance
 from lorafx.runtime.example_inputs import named_inputs
-from lorafx.torch_internals.trees import tree_leaves
+from lorafx.torch_internals.graph_parts import tree_leaves
 
 #: A node and the index of a result, None for all.
 Source = tuple[fx.Node, int | None]
