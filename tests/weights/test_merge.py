@@ -101,7 +101,9 @@ def test_merged_before_the_first_call_the_base_is_captured(plain: Case, tmp_path
     assert not record.lora
     graphs = [path.read_text() for path in tmp_path.glob("*/*.py")]
     assert graphs
-    assert not any("torch.ops.lorafx" in graph for graph in graphs)
+    adding = [f"torch.ops.lorafx.{op}" for op in ("site", "embedding_site", "fused_linear", "run_")]
+    assert not any(op in graph for graph in graphs for op in adding)
+    assert not record.states
     cm.unmerge()
     check_mixed(cm, plain, NAMES, inputs)
     assert cm.recompiles == 2
