@@ -92,6 +92,7 @@ class StoredAdapter:
         extras: sites with `EXTRAS`, by their names.
         origin: the path that it was read from, with the settings given; None in memory and hubs.
         keys: as in `Adapter`.
+        width: how many slots it takes in a row.
         version: unique in this process, from 1 on.
     """
 
@@ -105,6 +106,7 @@ class StoredAdapter:
     invocation: tuple[int, ...] = ()
     origin: AdapterSource | None = None
     keys: Mapping[str, Size] = field(default_factory=dict)
+    width: int = 1
     version: int = field(default_factory=next_version)
 
     @property
@@ -211,7 +213,14 @@ def fitted(
         invocation=adapter.invocation,
         origin=origin,
         keys=adapter.keys,
+        width=width_of(groups, factors),
     )
+
+
+def width_of(groups: Sequence[Group], factors: Mapping[int, Iterable[Factors]]) -> int:
+    """How many slots an adapter with these factors by group takes in a row."""
+    widths = (groups[g].bank.width(f.rank) for g, of_group in factors.items() for f in of_group)
+    return max(widths, default=1)
 
 
 def _check_room(adapter: Adapter, places: Mapping[str, BankPlace], groups: Sequence[Group]) -> None:

@@ -14,7 +14,9 @@ SLOTS, RANK = 3, 4
 SIZES = {"q": (5, 7), "k": (5, 2), "embed": (6, 3), "down": (8, 5)}
 
 
-def make_groups(dtype=torch.float32, slots: int = SLOTS) -> list[Group]:
+def make_groups(
+    dtype=torch.float32, slots: int = SLOTS, rank: int = RANK, slot_rank: int | None = None
+) -> list[Group]:
     """q and k in one bank, an embedding and a lone linear in banks of their own."""
     cpu = torch.device("cpu")
     sites = {}
@@ -27,7 +29,8 @@ def make_groups(dtype=torch.float32, slots: int = SLOTS) -> list[Group]:
         bank = Bank.allocate(
             kind=sites[members[0]].eligible.kind,
             slots=slots,
-            rank=RANK,
+            rank=rank,
+            slot_rank=slot_rank,
             in_features=SIZES[members[0]][0],
             out_features=outs,
             dtype=dtype,

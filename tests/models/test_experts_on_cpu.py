@@ -11,6 +11,8 @@ from dense_merge import Case, check_mixed
 from expert_models import moe_case
 from torch._inductor.utils import run_and_get_code
 
+import lorafx
+
 NAMES = ["params", None, "older", "down", "dense", "params"]
 
 
@@ -38,6 +40,19 @@ def test_one_op_a_product(case: Case) -> None:
     assert text.count("ops.lorafx.grouped_mm.default(") == 2
     assert "grouped_mm_fallback.default(" not in text
     assert "aten._grouped_mm" not in text
+    check_mixed(cm, case, NAMES, ids())
+    graphs = cm.recompiles
+    check_mixed(cm, case, NAMES[::-1], ids(seed=1))
+    assert cm.recompiles == graphs
+
+
+@pytest.mark.slow
+def test_slots_of_experts_that_share_room(case: Case) -> None:
+    """Adapters of a larger rank take several slots of every expert, and overwrite no other."""
+    config = lorafx.LoraConfig(max_adapters=5, max_rank=4, slot_rank=2)
+    cm = lorafx.compile(case.model(), config, adapters=case.folders, dynamic=False)
+    store = cm._session.store
+    assert [store[name].width for name in case.folders] == [2, 1, 1, 2]
     check_mixed(cm, case, NAMES, ids())
     graphs = cm.recompiles
     check_mixed(cm, case, NAMES[::-1], ids(seed=1))

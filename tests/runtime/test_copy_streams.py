@@ -18,7 +18,7 @@ from own_weights import own_case
 import lorafx
 from lorafx.errors import BatchError, CapacityError
 
-#: Of several ranks, with norms of the base, and with weights of their own.
+#: Of several widths, with norms of the base, and with weights of their own.
 ADAPTERS: dict[str, dict[str, Any]] = {
     "a": {"r": 2, "target_modules": ["up", "down"]},
     "b": {"r": 6, "target_modules": ["up", "gate"]},
@@ -36,7 +36,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 @pytest.fixture(scope="module")
 def cm(case: Case) -> Any:
-    config = lorafx.LoraConfig(max_adapters=3, max_rank=8)
+    config = lorafx.LoraConfig(max_adapters=4, max_rank=8, slot_rank=4, max_own_weights=1)
     compiled = lorafx.compile(case.model(), config, adapters=case.folders, options=REFERENCE)
     step(compiled, "a", None)
     step(compiled, None, None)

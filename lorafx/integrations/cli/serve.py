@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorafx.integrations.cli.options import Targets
+from lorafx.integrations.cli.options import SlotRank, Targets
 
 
 def serve(
@@ -20,6 +20,7 @@ def serve(
     port: int = 8000,
     max_adapters: int = 8,
     max_rank: int | None = None,
+    slot_rank: SlotRank = None,
     target: Targets = None,
     dtype: str | None = None,
     device: str | None = None,

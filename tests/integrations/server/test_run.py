@@ -118,6 +118,7 @@ def test_a_signal_lets_streams_end(files, monkeypatch, capfd):
         ({"adapters": "{tmp}/weightless"}, "holds no adapter weights"),
         ({"max_rank": 1}, "--max-rank 1"),
         ({"max_adapters": 0}, "--max-adapters"),
+        ({"slot_rank": 32}, "slot_rank = 32 is over max_rank"),
         ({"port": 70000}, "--port"),
         ({"api_key": ""}, "--api-key"),
         ({"api_key": "two words"}, "LORAFX_API_KEY"),
@@ -163,9 +164,10 @@ def test_the_command_names_its_own_options(files, monkeypatch):
 
 @pytest.mark.quick
 def test_the_room_that_adapters_get(files):
-    settings = Settings(model=str(files.model), adapters=files.adapters, max_adapters=5)
-    config = settings.lora_config()
-    assert (config.max_adapters, config.max_rank) == (5, 8)  # the largest of the adapters
+    given = {"max_adapters": 5, "slot_rank": 2}
+    config = Settings(model=str(files.model), adapters=files.adapters, **given).lora_config()
+    assert config.max_rank == 8  # the largest of the adapters
+    assert {name: getattr(config, name) for name in given} == given
 
 
 @pytest.mark.quick

@@ -48,7 +48,7 @@ def test_a_linear(dtype: torch.dtype) -> None:
     want[0][:, [3, 0]] = torch.nn.functional.linear(x[0].float(), some).to(dtype)
     assert torch.allclose(got, want, atol=1e-6)
     assert torch.equal(got[[1, 3]], y[[1, 3]])  # the base, and a slot without a weight of its own
-    b.clear(0)
+    b.write(0, [])
     b.write(1, [], OwnWeight(some[:1], None, torch.tensor([2], dtype=torch.int32)))
     want = y.clone()
     want[0][:, [2]] = torch.nn.functional.linear(x[0].float(), some[:1]).to(dtype)
@@ -65,7 +65,7 @@ def test_an_embedding() -> None:
     want = y.clone()
     want[0, 0], want[2] = some[1], whole[ids[2]]
     assert torch.equal(embedding(b, ids, y), want)
-    b.clear(0)
+    b.write(0, [])
     b.write(1, [])
     assert torch.equal(embedding(b, ids, y), y)
 
