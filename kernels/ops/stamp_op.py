@@ -1,11 +1,11 @@
-"""The ops that stand for a layer while AOTAutograd traces the one layer that it repeats.
+"""The ops that stand for a layer while AOTAutograd traces only one of several equal layers.
 
     lorafx::stamp(values, key)          new tensors of the layouts that are noted for `key`
     lorafx::overwrite(written, value)   written becomes value, which is laid out like it
 
-A stamp never runs: lorafx.capture.stamps takes all of them out of the graph again. In the traced
-graph an overwritten tensor is the value itself: Tensor.copy_ expands and compares symbolic sizes, 4
-ms of tracing each.
+A stamp never runs: lorafx.capture.stamps removes all of them from the graph. In the traced graph an
+overwritten tensor is the value itself: Tensor.copy_ expands and compares symbolic sizes, 4 ms of
+tracing each.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the heuristic needs to know of a device; `overlaps`: programmatic dependent launch."""
+    """A device as the heuristic sees it; `overlaps`: it has programmatic dependent launch."""
 
     name: str
     processors: int
@@ -314,5 +314,5 @@ def split_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> dict[str, Til
     second = replace(
         second, parts=first.parts, split=first.split, batched=True, at_once=SLOTS_AT_ONCE
     )
-    both = {"split": first, "reduce": second}
-    return {name: replace(tiles, overlap=arch.overlaps) for name, tiles in both.items()}
+    pair = {"split": first, "reduce": second}
+    return {name: replace(tiles, overlap=arch.overlaps) for name, tiles in pair.items()}

@@ -1,6 +1,13 @@
 """Adapters as the readers take them: opened, in a known dialect, under PEFT's names.
 
-source ─▶ Saved ─▶ dialect ─▶ key_mapping ─▶ AdapterState
+    source ─▶ Saved ─▶ dialect ─▶ key_mapping, or moved paths ─▶ AdapterState
+
+An adapter of a text model may be meant for a model that contains the text model:
+
+    model.layers.0.self_attn.q_proj   →   model.language_model.layers.0.self_attn.q_proj
+
+Without a `key_mapping`, lost paths are looked up below one other beginning, the same for all, with
+weights of their sizes; several candidates are an error.
 """
 
 from __future__ import annotations
@@ -16,6 +23,7 @@ from torch import Tensor, nn
 from lorafx.adapter_store.dialects import diffusers, kohya, loralib, mlx
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import factor_sizes, parse, without_prefix
+from lorafx.adapter_store.places import Places
 from lorafx.adapter_store.saved import AdapterSource, AdapterState, Saved, opened
 from lorafx.errors import (
     CheckpointError,
@@ -24,6 +32,8 @@ from lorafx.errors import (
     UnsupportedAdapterError,
     nearest,
 )
+from lorafx.model.saved_names import without_compiled
+from lorafx.progress import LOG
 
 
 class Dialect(NamedTuple):
@@ -142,8 +152,9 @@ def load_state(source: Any, model: nn.Module | None = None, *, warn: bool = True
     given = source if isinstance(source, AdapterSource) else AdapterSource(source)
     saved = opened(given)
     state = dialect_of(saved, given.dialect).state(saved, model)
-    if given.key_mapping:
-        state = _mapped(state, given.key_mapping)
+    mapping = given.key_mapping or ({} if model is None else _moved(state, model))
+    if mapping:
+        state = _mapped(state, mapping)
     if warn and state.left_out and given.component is None:
         warnings.warn(
             f"{state.where} has factors for other models of a pipeline too "
@@ -153,6 +164,48 @@ def load_state(source: Any, model: nn.Module | None = None, *, warn: bool = True
             stacklevel=2,
         )
     return state
+
+
+def _moved(state: AdapterState, model: nn.Module) -> dict[str, str]:
+    """The `key_mapping` from the common beginning of paths that lead nowhere to the only place that
+    has modules of their sizes; {} where there is none. Raises CheckpointError for several."""
+    places = Places((), model)
+    factors: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.tensors.items():
+        if (factor := parse(key)) is not None:
+            factors.setdefault(without_prefix(factor.module), {})[factor.letter] = tensor
+    lost = {path: pair for path, pair in factors.items() if places.meaning(path) is None}
+    known = {without_compiled(path): module for path, module in model.named_modules()}
+    first = next(iter(lost), "").split(".")
+    for cut in range(len(first) - 1):
+        old, end = (".".join(part) for part in (first[:cut], first[cut:]))
+        begin = old and f"{old}."
+        if {path for path in factors if path.startswith(begin)} != lost.keys():
+            continue
+        fitting = [
+            new
+            for new in (path.removesuffix(end) for path in known if path.endswith(f".{end}"))
+            if all(_fits(known.get(new + p.removeprefix(begin)), lost[p]) for p in lost)
+        ]
+        found = [new.removesuffix(".") for new in fitting]
+        if len(fitting) > 1:
+            raise CheckpointError(
+                f"{state.where}: {old or 'the root'} of the model that it was made for may be "
+                f"{' or '.join(found)} here; say which by AdapterSource(..., key_mapping="
+                f"{{'^{old}': '{found[0]}'}})"
+            )
+        if fitting:
+            LOG.info("adapter in %s: %s is %s here", state.where, old or "its root", found[0])
+            return {f"^{re.escape(begin)}": fitting[0]}
+    return {}
+
+
+def _fits(module: nn.Module | None, factors: Mapping[str, Tensor]) -> bool:
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return module is not None
+    sizes = [f.shape[-1 if letter == "A" else 0] for letter, f in factors.items() if f.dim() == 2]
+    return weight.dim() == 2 and all(size in weight.shape for size in sizes)
 
 
 def _mapped(state: AdapterState, mapping: Mapping[str, str]) -> AdapterState:

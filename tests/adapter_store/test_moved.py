@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import nn
 
 import lorafx
 from lorafx.adapter_store.checkpoint import load_state
-from lorafx.errors import CheckpointError, ConfigError, TargetError
+from lorafx.errors import CheckpointError, ConfigError
 
 pytestmark = [
     pytest.mark.usefixtures("fixed_sizes"),
@@ -50,20 +51,27 @@ def case(text: nn.Module, folder: Path) -> Case:
     for module, pair in held.items():
         path = module.replace("model.layers", "model.language_model.layers")
         merged.get_submodule(path).weight += 5 / len(pair["A"]) * pair["B"] @ pair["A"]
-    return Case(base, {"a": folder}, {"a": merged})
+    return Case(base, {"a": folder, "b": folder}, {"a": merged, "b": merged})
 
 
-def test_a_key_mapping(case: Case) -> None:
-    with pytest.raises(TargetError, match=r"nearest: model.language_model\S+ .*; .*key_mapping"):
-        lorafx.compile(case.model(), case.folders, options=REFERENCE)
-    mapped = {
-        name: lorafx.AdapterSource(folder, key_mapping=MAPPING)
-        for name, folder in case.folders.items()
-    }
-    cm = lorafx.compile(case.model(), mapped, options=REFERENCE)
-    check_mixed(cm, case, ["a", None, "a"], {"input_ids": token_inputs(3, 6)["input_ids"]})
-    with pytest.raises(CheckpointError, match=r"moved, which .*key_mapping.*model.language_model"):
-        cm.load_adapter(case.folders["a"], "b")
+def test_found_by_itself_and_by_key_mapping_in_one_batch(case: Case, caplog) -> None:
+    mapped = lorafx.AdapterSource(case.folders["b"], key_mapping=MAPPING)
+    with caplog.at_level(logging.INFO, logger="lorafx"):
+        cm = lorafx.compile(case.model(), {"a": case.folders["a"], "b": mapped}, options=REFERENCE)
+    check_mixed(cm, case, ["a", None, "b"], {"input_ids": token_inputs(3, 6)["input_ids"]})
+    said = "model is model.language_model here"
+    assert sum(said in record.getMessage() for record in caplog.records) == 1
+
+
+def test_several_places_are_an_error_that_names_them(text, tmp_path: Path) -> None:
+    model = llava(text, 24)  # the vision tower's layers have the same names and sizes
+    folder = save_adapter(text, tmp_path, rank=2, targets=["q_proj"])
+    with pytest.raises(
+        CheckpointError, match=r"language_model or model.vision_tower|vision_tower\S* or model.lang"
+    ):
+        load_state(folder, model)
+    state = load_state(lorafx.AdapterSource(folder, key_mapping=MAPPING), model)
+    assert all("language_model.layers" in key for key in state.tensors)
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,7 @@ OPS: Mapping[str, str] = {
     "triton_linear": "x Wᵀ + b and the deltas in one Triton kernel (kernel-*.py)",
     "triton_delta": "adds the delta into y in place, by Triton (kernel-*.py)",
     "triton_embedding_delta": "adds the delta of an embedding into y in place, by Triton",
+    "triton_concat": "v behind the columns of x, and B behind those of W, for one product",
     "paged_cache": "writes keys and values of new tokens into a paged cache, and reads it",
     "paged_attention": "the same, and the attention to it, request by request",
     "stamp": "stands for a layer that is traced once",
