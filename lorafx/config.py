@@ -39,6 +39,9 @@ class LoraConfig:
         slot_rank: the rank that a slot has room for; None for `max_rank`. An adapter of a larger
             rank takes several adjacent slots, and the last slot has room for `max_rank`, so memory
             is paid by rank (docs/adapter_store.md).
+        max_host_bytes: bytes that adapters may take in host memory. Over it the least recently used
+            are dropped, and read again from the files that they were loaded from when a call uses
+            them (docs/adapter_store.md). None keeps all of them.
         dtype: dtype of the banks; None takes each module's weight dtype.
         row_dims: the dimension that holds the requests, by name of the forward's argument,
             "batch.x" for the item `x` of a dict; None for an argument that all requests share. It
@@ -69,6 +72,7 @@ class LoraConfig:
     exclude_modules: str | Sequence[str] | None = None
     max_adapters: int = 8
     max_rank: int = 16
+    max_host_bytes: int | None = None
     dtype: torch.dtype | None = None
     row_dims: Mapping[str, int | None] = field(default_factory=dict)
     packed_modules: Mapping[str, Sequence[str] | Mapping[str, int | Sequence[int]]] = field(
@@ -82,9 +86,10 @@ class LoraConfig:
     slot_rank: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_adapters", "max_rank", "slot_rank", "max_own_weights"):
+        optional = ("max_host_bytes", "slot_rank", "max_own_weights")
+        for name in ("max_adapters", "max_rank", *optional):
             value = getattr(self, name)
-            if value is None and name in ("slot_rank", "max_own_weights"):
+            if value is None and name in optional:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"LoraConfig.{name} must be a positive integer, got {value!r}")

@@ -91,7 +91,7 @@ def _attach(
 
 
 def allocate_groups(sites: Sequence[Site], config: LoraConfig) -> tuple[Group, ...]:
-    """Groups of siblings with zero banks on the sites' device (maybe meta)."""
+    """Groups of siblings with zero banks on the sites' device, which may be meta."""
     found: dict[object, list[Site]] = {}
     for site in sites:
         key: object = (

@@ -120,7 +120,7 @@ def _triton(ctx: Context, nodes: Sequence[fx.Node]) -> None:
         choose(ctx, node, Strategy(name, kernel=kernel or 0, reason=reason))
 
 
-#: Assumed number of rows if it depends on data.
+#: The assumed number of rows where it depends on data.
 UNKNOWN_ROWS = 4096
 #: The only strategy of an embedding's delta.
 EMBEDDING = "embedding"

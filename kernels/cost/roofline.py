@@ -72,7 +72,7 @@ def split_is_faster(dtype: torch.dtype, device: torch.device) -> bool:
 
 TILE_N, TILE_M, DOT = 128, 64, 16  # columns and rows of a tile of y; least side of a dot
 
-#: Seconds of a kernel that reads what the kernel before it wrote, however little, since its loads
+#: Least seconds of a kernel that reads results of the kernel before it, since its loads
 #: depend on each other; and of a further adapter in a tile that takes its adapters in turn.
 #: Measured on an H200 with the layers of Llama-3-8B, 1 and 64 rows.
 READER, ADAPTER = 2.5e-6, 1.2e-6
@@ -277,7 +277,7 @@ def _shrink(work: Work) -> float:
 
 
 def _by_runs(work: Work, memory: float, terms: int) -> float:
-    """A shrink or an expand over runs of equal slots, padded to what a dot takes."""
+    """A shrink or an expand over runs of equal slots, padded to whole dots."""
     run = math.ceil(math.ceil(work.rows / max(work.distinct, 1)) / DOT) * DOT
     flops = 2.0 * work.distinct * run * work.padded_rank * terms
     slow = OVER_ROOFLINE if work.compute_bound else 1.0

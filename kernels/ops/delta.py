@@ -161,7 +161,7 @@ def rescaled(
 
 def rescaled_rows(y: Tensor, gains: Tensor, addend: Tensor | None, owner: Tensor) -> Tensor:
     """y (..., N) rescaled by gains (S, N) of its rows' slots; base rows keep their bits."""
-    gain = gains[owner]  # -1 reads the last slot, for nothing
+    gain = gains[owner]  # -1 reads the last slot, masked below
     wide = y.to(accumulation_dtype(y))
     product = wide if addend is None else wide - addend
     live = (owner >= 0).unsqueeze(-1) & (gain != 0)

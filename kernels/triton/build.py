@@ -194,10 +194,10 @@ def tiles_for(strategy: str, spec: DeltaSpec, rows: int, arch: Architecture) -> 
     if tuned is not None:
         return dict(tuned)
     if strategy == "embedding":
-        return {"embedding_rows": expand_rows_tiles(spec, rows, arch)}
+        return {"embedding_rows": expand_rows_tiles(spec, arch)}
     if strategy == "gemv":
         first = shrink_rows_tiles(spec, rows, arch)
-        second = expand_rows_tiles(spec, rows, arch)
+        second = expand_rows_tiles(spec, arch)
         pair = {"shrink_rows": first, "expand_rows": replace(second, parts=first.parts)}
         return {name: replace(t, overlap=arch.overlaps) for name, t in pair.items()}
     if strategy == CONCAT:

@@ -257,7 +257,7 @@ def shrink_rows_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:
     return Tiles(block_k=block_k, block_r=block_r, parts=parts, num_stages=2)
 
 
-def expand_rows_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:
+def expand_rows_tiles(spec: DeltaSpec, arch: Architecture) -> Tiles:
     wide = 1024 if arch.name == "interpreter" else 256
     return Tiles(
         block_n=power_of_two(max(spec.sizes), 16, wide),

@@ -1,6 +1,7 @@
 """The store: adapters in host memory by name, and the slots of the banks.
 
     load      factors of a file -> the banks' dtype and layout, on the host
+    fetch     host copies dropped for the budget -> read again
     acquire   the names of a batch's rows -> slots; missing adapters are written into free slots,
               or over the least recently used adapter that is neither pinned nor in the batch
     hold      a replaced or unloaded version lives on under a private name
@@ -15,6 +16,7 @@ write; a call that raises has changed nothing. A slot belongs to no adapter whil
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,6 +31,9 @@ from lorafx.adapter_store.names import BASE, Mixture, adapters_among, check_name
 from lorafx.adapter_store.stored import (
     Adapter,
     Hold,
+    HostCopy,
+    HostTier,
+    Kept,
     Retired,
     StoredAdapter,
     fitted,
@@ -40,15 +45,15 @@ from lorafx.errors import CapacityError, ConfigError, UnknownAdapterError, neare
 from lorafx.interrupts import free_after_fork, undisturbed
 
 if TYPE_CHECKING:
-    from lorafx.adapter_store.saved import AdapterSource
+    from lorafx.adapter_store.saved import AdapterSource, Origin
     from lorafx.model.sites import Group
 
 T = TypeVar("T")
 
 
 class AdapterStore:
-    """Adapters by name over the banks of `groups`, of `max_adapters` slots. Safe to use from
-    several threads.
+    """Adapters by name over the banks of `groups`, of `max_adapters` slots, with `max_host_bytes`
+    of host memory. Safe to use from several threads.
 
     Attributes:
         hits: adapters of batches that had a slot.
@@ -56,12 +61,16 @@ class AdapterStore:
         evictions: adapters that lost their slot to another.
     """
 
-    def __init__(self, groups: Sequence[Group], max_adapters: int) -> None:
+    def __init__(
+        self, groups: Sequence[Group], max_adapters: int, max_host_bytes: int | None = None
+    ) -> None:
         self.max_adapters = max_adapters
         self.copy_streams = CopyStreams([t for g in groups for t in g.bank.tensors.values()])
         self.hits = self.loads = self.evictions = 0
         self._groups = tuple(groups)
         self._fitted = partial(fitted, places=places_of(groups), groups=self._groups)
+        self.host = HostTier(self._fitted, max_host_bytes)
+        self._next_use = itertools.count(1).__next__
         self._lock = threading.RLock()
         self._adapters: dict[str, StoredAdapter] = {}
         self._slots: OrderedDict[str, int] = OrderedDict()  # least recently used first
@@ -71,6 +80,7 @@ class AdapterStore:
         self._own_places: dict[int, int] = {}  # slot -> place of its last own weights
         self._pinned: set[str] = set()
         self._holds: WeakSet[Hold] = WeakSet()
+        self._kept: WeakSet[Kept] = WeakSet()
         #: Inside `set_aside`: what the store had, and the slots written since.
         self._aside: Any = None
         self._written: set[int] = set()
@@ -127,12 +137,13 @@ class AdapterStore:
             self._mix([name])
             return self._adapters[name]
 
-    def load(self, adapter: Adapter, origin: AdapterSource | None = None) -> None:
-        """Keep `adapter` in host memory, replacing its namesake in place. Raises CapacityError,
-        CheckpointError for values beyond the banks' dtype, ConfigError for an invalid name."""
+    def load(self, adapter: Adapter, origin: Origin | None = None) -> None:
+        """Keep `adapter` in host memory, replacing its namesake in place; it can be read again from
+        `origin`. Raises CapacityError, CheckpointError for values beyond the banks' dtype,
+        ConfigError for an invalid name."""
         self.loading(adapter, origin)()
 
-    def loading(self, adapter: Adapter, origin: AdapterSource | None = None) -> Callable[[], None]:
+    def loading(self, adapter: Adapter, origin: Origin | None = None) -> Callable[[], None]:
         """Checks a `load`, and returns its unfailing second half. Raises as `load`."""
         check_name(adapter.name)
         stored = self._fitted(adapter, origin=origin)
@@ -144,12 +155,44 @@ class AdapterStore:
                     f"{stored.name!r} is pinned, and there is no room for {what} in its place; "
                     "unpin it first"
                 )
+        stored.tier = self.host
 
         def keep() -> None:
             with self._lock:
                 undisturbed(lambda: self._keep(stored))
+                self._trim()
 
         return keep
+
+    def fetch(self, names: Iterable[str | None], *, resident: bool = False) -> Kept:
+        """Read the dropped ones of these adapters again, without the lock; those with a slot only
+        if `resident`. All stay in host memory while the result lives. Raises UnknownAdapterError,
+        or CheckpointError for a changed file."""
+        wanted = adapters_among(names)
+        with self._lock:
+            self._check_known(wanted)
+            kept = Kept(
+                [
+                    self._adapters[member]
+                    for name in wanted
+                    if resident or name not in self._slots
+                    for member in ([name] if name in self._adapters else members(name))
+                ]
+            )
+            self._kept.add(kept)
+        for stored in kept.adapters:
+            stored.used = self._next_use()
+            if stored.host is None:
+                stored.host = self.host.read(stored)
+        with self._lock:
+            self._trim()
+        return kept
+
+    def read_with(self, reader: Callable[[AdapterSource, str], Adapter]) -> None:
+        """Set what reads dropped adapters, by source and name; without it none is dropped."""
+        with self._lock:
+            self.host.reader = reader
+            self._trim()
 
     def unload(self, name: str) -> None:
         with self._lock:
@@ -170,7 +213,8 @@ class AdapterStore:
             self._pinned.discard(name)
 
     def hold(self, name: str) -> Hold:
-        """Keep this version of an adapter while the result lives."""
+        """Keep this version of an adapter while the result lives. Raises as `fetch`."""
+        kept = self.fetch([name], resident=True)  # noqa: F841 - without the lock
         with self._lock:
             hold = Hold(name, self[name])
             self._holds.add(hold)
@@ -209,9 +253,9 @@ class AdapterStore:
         with self._lock:
             self.copy_streams.use(range(self.max_adapters))
             following = {
-                name: stored.factors
+                name: stored.numbers.factors
                 for name, stored in self._adapters.items()
-                if stored.extras.get("dora") or stored.extras.get("bias")
+                if stored.follows_base
             }
             for g, group in enumerate(self._groups):
                 measure(group, [f for factors in following.values() for f in factors.get(g, ())])
@@ -220,11 +264,20 @@ class AdapterStore:
                     self._groups[g].bank.write_by_column(self._slots[name], factors)
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes of the banks, and of adapters on the host ("host")."""
+        """Bytes of the banks, of adapters on the host ("host"), and of files that can be read again
+        ("disk")."""
         with self._lock:
-            sizes = {id(t): t.nbytes for s in self._adapters.values() for t in s.tensors()}
-            banks = sum(group.bank.nbytes for group in self._groups)
-            return {"banks": banks, "host": sum(sizes.values())}
+            every = self._adapters.values()
+            files = (s.origin.files.values() for s in every if s.origin is not None)
+            return {
+                "banks": sum(group.bank.nbytes for group in self._groups),
+                "host": self._host_bytes(),
+                "disk": sum(size for stamps in files for _, size, _ in stamps),
+            }
+
+    def _host_bytes(self) -> int:
+        copies = [stored.host for stored in self._adapters.values() if stored.host is not None]
+        return sum({id(copy): copy.nbytes for copy in copies}.values())
 
     def after_fork(self) -> None:
         lock = free_after_fork(self._lock)
@@ -255,9 +308,31 @@ class AdapterStore:
         self._retire(stored.name)
         slot = self._slots.pop(stored.name, None)
         if slot is not None and self._has_room(slot, stored):  # else a call gives it another
-            self._write(slot, stored)
+            self._write(slot, stored, stored.numbers)
             self._slots[stored.name] = slot
         self._adapters[stored.name] = stored
+        stored.used, self.host.grown = self._next_use(), True
+
+    def _trim(self) -> None:
+        """Drop adapters that were not looked for lately, down to the budget."""
+        host = self.host
+        if host.budget is None or host.reader is None or not host.grown or self._aside is not None:
+            return
+        held = {hold.stored for hold in list(self._holds)}
+        held = held.union(*(kept.adapters for kept in list(self._kept)))
+        for made in self._sums():
+            if made not in self._slots and self._adapters[made] not in held:
+                undisturbed(partial(self._unload, made))
+        over = self._host_bytes() - host.budget
+        for name, stored in sorted(self._adapters.items(), key=lambda item: item[1].used):
+            if over <= 0:
+                break
+            stays = stored in held or name in self._pinned or isinstance(name, Mixture)
+            if stored.host is not None and stored.can_be_dropped and not stays:
+                over -= stored.host.nbytes
+                stored.host = None
+                host.evictions += 1
+        host.grown = over > 0
 
     def _unload(self, name: str) -> None:
         self._unmix(name)
@@ -304,6 +379,7 @@ class AdapterStore:
             undisturbed(partial(self._unload, name))
         for name in missing:
             self._adapters[name] = mixed(name, self._adapters, self._groups)
+            self.host.grown = True
 
     def _unmix(self, name: str) -> None:
         for made in self._sums():
@@ -349,6 +425,7 @@ class AdapterStore:
         if places is None:
             lacking = {name: widths[name] for name in missing}
             raise _no_slots(lacking, kept.difference(wanted) or kept, self.max_adapters)
+        copies = {name: self._adapters[name].numbers for name in places}  # a file may be gone
         taken = {slot for name, first in places.items() for slot in self._window(name, first)}
         evicted += [n for n in evictable if not taken.isdisjoint(self._window(n, slots[n]))]
         for name in [*evicted, *(name for name in places if name in slots)]:
@@ -357,8 +434,11 @@ class AdapterStore:
         for name, slot in places.items():
             self.loads += 1
             # Assigned afterwards: after a failure of the device the slot belongs to no adapter.
-            self._write(slot, self._adapters[name])
+            stored = self._adapters[name]
+            self._write(slot, stored, copies[name])
             self._slots[name] = slot
+            self.host.hits += not stored.reread
+            stored.reread = False
 
     def _owners_to_evict(self, missing: Sequence[str], evictable: Sequence[str]) -> list[str]:
         """The first of `evictable` that make room for the own weights of `missing`."""
@@ -401,22 +481,22 @@ class AdapterStore:
         free = taken.isdisjoint(window(slot, stored.width, self.max_adapters))
         return free and owning <= self._own_room
 
-    def _write(self, slot: int, stored: StoredAdapter) -> None:
+    def _write(self, slot: int, stored: StoredAdapter, copy: HostCopy) -> None:
         """Write an adapter that `_slots` does not have at this time."""
         slots = behind = window(slot, stored.width, self.max_adapters)
-        if self._aside is not None:
-            self._written.update(slots)
         place = 0
         if stored.owned:
             owners = [first for name, first in self._slots.items() if self._adapters[name].owned]
             taken = {self._own_places[first] for first in owners}
             place = self._own_places[slot] = min(set(range(self._own_room)) - taken)
             behind = range(self.max_adapters)  # the place may have been any slot's
+        if self._aside is not None:
+            self._written.update(behind)
 
         def write() -> list[object]:
-            sources: list[object] = [stored]
+            sources: list[object] = [copy]
             for g, group in enumerate(self._groups):
-                factors, own = stored.factors.get(g, ()), stored.own.get(g)
+                factors, own = copy.factors.get(g, ()), copy.own.get(g)
                 sources += group.bank.write(slot, factors, own, place)
             return sources
 
@@ -429,12 +509,16 @@ class AdapterStore:
         touched = {
             name
             for name, slot in slots.items()
-            if not self._written.isdisjoint(self._window(name, slot)) or self._adapters[name].owned
+            if not self._written.isdisjoint(self._window(name, slot))
         }
         self._slots = OrderedDict((n, s) for n, s in slots.items() if n not in touched)
         for name in touched:
-            self._write(slots[name], self._adapters[name])
-            self._slots[name] = slots[name]
+            stored = self._adapters[name]
+            if stored.host is None:
+                del slots[name]  # a file is not read here: other threads wait
+            else:
+                self._write(slots[name], stored, stored.host)
+                self._slots[name] = slots[name]
         self._slots, self._aside = slots, None
         self._written.clear()
 
@@ -474,7 +558,7 @@ def _no_slots(missing: Mapping[str, int], kept: Iterable[str], slots: int) -> Ca
 @dataclass(frozen=True)
 class AdapterInfo:
     """A loaded adapter: its largest rank, the paths of the modules that it changes, its slot (None
-    where it has none), whether it is pinned, and its host bytes."""
+    where it has none), whether it is pinned, and its current host bytes."""
 
     name: str
     source: str
@@ -490,5 +574,5 @@ def info(store: AdapterStore, name: str) -> AdapterInfo:
     """The `AdapterInfo` of a loaded adapter."""
     s = store[name]
     slot, pinned = store.resident.get(name), name in store.pinned
-    nbytes = sum({id(t): t.nbytes for t in s.tensors()}.values())
+    nbytes = 0 if s.host is None else s.host.nbytes
     return AdapterInfo(name, s.source, s.rank, s.sites, s.version, slot, pinned, nbytes)

@@ -18,7 +18,7 @@ from torch import fx
 from lorafx.op_arguments import operand
 from lorafx.ownership.labels import Digit, Label, Mixed, Own, Single
 from lorafx.ownership.symbolic import BatchSymbols, Shape, Sizes, is_multiple
-from lorafx.torch_internals.operators import OpOverload
+from lorafx.torch_internals.graph_parts import OpOverload
 
 Rule = Callable[[fx.Node, "Flow"], Label]
 
@@ -123,11 +123,11 @@ def of_owned(rule: Callable[[fx.Node, Flow, Own], Label]) -> Rule:
     """A rule of the first operand's label if owned; other labels pass to each output."""
 
     @wraps(rule)
-    def whole(node: fx.Node, flow: Flow) -> Label:
+    def by_label(node: fx.Node, flow: Flow) -> Label:
         label = flow.label(operand(node))
         return rule(node, flow, label) if isinstance(label, Own) else each_output(node, label)
 
-    return whole
+    return by_label
 
 
 def wrap(dim: int, ndim: int) -> int:

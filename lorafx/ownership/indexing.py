@@ -33,7 +33,7 @@ from lorafx.op_arguments import bound, index_of, operand
 from lorafx.ownership.flow import Flow, Rule, wrap
 from lorafx.ownership.labels import Digit, Label, Mixed, Own, Single
 from lorafx.ownership.symbolic import ONE, divide, equal, is_multiple, product
-from lorafx.torch_internals.operators import OpOverload, c10d
+from lorafx.torch_internals.graph_parts import OpOverload, c10d
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -49,7 +49,7 @@ def iota(node: fx.Node, flow: Flow) -> Digit | None:
 
 
 def vector_order(node: fx.Node, flow: Flow) -> Digit | None:
-    """The indices of a vector sort: a permutation, maybe the inverse of the sorted one."""
+    """The indices of a vector sort: a permutation, and the inverse of a sorted permutation."""
     sort = operand(node) if node.target is operator.getitem else node
     if not isinstance(sort, fx.Node) or not isinstance(sort.target, OpOverload):
         return None
@@ -175,16 +175,17 @@ def is_boolean(arg: fx.Node) -> bool:
     return arg.meta["val"].dtype in (torch.bool, torch.uint8)
 
 
-def layout(node: fx.Node, flow: Flow, x: fx.Node, indices: list[Any]) -> IndexedDims | None:
+def layout(flow: Flow, x: fx.Node, indices: list[Any]) -> IndexedDims | None:
     """The dimensions of x[indices]; None for boolean masks, whose result size depends on data."""
     if any(t is not None and is_boolean(t) for t in indices):
         return None
     return IndexedDims(flow, len(flow.shape(x)), indices)
 
 
-def read(node: fx.Node, flow: Flow, x: fx.Node, indices: list[Any]) -> Single:
+def indexed(node: fx.Node, flow: Flow) -> Label:
     """x[indices]."""
-    owner, where = flow.label(x), layout(node, flow, x, indices)
+    x = bound(node)["self"]
+    owner, where = flow.label(x), layout(flow, x, indices_of(node, flow))
     if where is None:
         return flow.lost(node, "rows chosen by a mask")
     if isinstance(owner, Mixed):
@@ -216,10 +217,6 @@ def indices_of(node: fx.Node, flow: Flow) -> list[Any]:
     return [None] * wrap(args["dim"], len(flow.shape(args["self"]))) + [args["index"]]
 
 
-def indexed(node: fx.Node, flow: Flow) -> Label:
-    return read(node, flow, bound(node)["self"], indices_of(node, flow))
-
-
 def index_digit(node: fx.Node, flow: Flow) -> Digit | None:
     """t[p] of known values t at known positions p, both vectors."""
     args = bound(node)
@@ -241,7 +238,7 @@ def embedded(node: fx.Node, flow: Flow) -> Label:
 
 def written(node: fx.Node, flow: Flow, x: fx.Node, indices: list[Any], values: object) -> Single:
     """x with x[indices] replaced by (or increased by) values."""
-    owner, where = flow.label(x), layout(node, flow, x, indices)
+    owner, where = flow.label(x), layout(flow, x, indices)
     if where is None:
         return masked_write(node, flow, x, indices, values)
     labels: list[Single] = [owner]

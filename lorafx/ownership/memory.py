@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdRef
 
-from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
+from lorafx.torch_internals.graph_parts import is_traceable_wrapper_subclass
 
 NOBODY, UNKNOWN = -1, -2
 MOST_REQUESTS = torch.iinfo(torch.int16).max
@@ -153,7 +153,7 @@ def renamed_cells(cells: Tensor, requests: Mapping[int, int]) -> Tensor:
 
 
 def same_owners(lists: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
-    """The common list, where NOBODY matches anybody; None where they differ."""
+    """The common list, where NOBODY matches any request; None where they differ."""
     if len({len(owners) for owners in lists}) != 1:
         return None
     if all(owners == lists[0] for owners in lists):
@@ -259,11 +259,9 @@ class Memory:
                 block.views[(_elements(tensor),), (1,), 0] = SHARED
         if block.cells is not None or (block.views and set(block.views) != {place}):
             cells = self._cells(block, tensor)
-            if _spread(cells, label, place):
-                block.views.clear()
-            else:
+            if not _spread(cells, label, place):
                 cells.fill_(UNKNOWN)
-                block.views.clear()
+            block.views.clear()
         block.views[place] = label
         state = self._state(tensor)
         block.state = state._replace(version=state.version + uncounted)

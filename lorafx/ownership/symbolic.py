@@ -9,7 +9,7 @@ cancels.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import sympy
@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from lorafx.errors import ProvenanceError
-from lorafx.torch_internals.symbols import FloorDiv
+from lorafx.torch_internals.graph_parts import FloorDiv
 
 Shape = tuple[sympy.Expr, ...]
 ONE = sympy.Integer(1)
@@ -36,8 +36,12 @@ class BatchSymbols:
     alike: frozenset[sympy.Expr] = frozenset()
 
     @staticmethod
-    def of(sizes: Iterable[int | torch.SymInt | sympy.Expr]) -> BatchSymbols:
-        """From leading sizes, symbols and at most one integer, of inputs with requests."""
+    def of(
+        sizes: Iterable[int | torch.SymInt | sympy.Expr],
+        multiples: Iterable[int | torch.SymInt] = (),
+        alike: Iterable[int | torch.SymInt] = (),
+    ) -> BatchSymbols:
+        """From the sizes of dimensions of requests: symbols and at most one integer."""
         members = frozenset(as_expr(size) for size in sizes)
         numbers = {m for m in members if m.is_Integer}
         odd = [m for m in members if not (m.is_Integer or m.is_Symbol)]
@@ -46,18 +50,13 @@ class BatchSymbols:
                 f"the batch has sizes {sorted(map(str, members))}: expected symbols and at most "
                 "one number, all equal to the number of requests"
             )
-        return BatchSymbols(members)
+        known = (frozenset(map(as_expr, sizes)) - members for sizes in (multiples, alike))
+        return BatchSymbols(members, *known)
 
     @property
     def canonical(self) -> sympy.Expr:
         numbers = [m for m in self.members if m.is_Integer]
         return numbers[0] if numbers else min(self.members, key=str)
-
-    def with_multiples(self, sizes: Iterable[int | torch.SymInt]) -> BatchSymbols:
-        return replace(self, multiples=frozenset(as_expr(size) for size in sizes) - self.members)
-
-    def with_alike(self, sizes: Iterable[int | torch.SymInt]) -> BatchSymbols:
-        return replace(self, alike=frozenset(as_expr(size) for size in sizes) - self.members)
 
     def share(self, size: int | torch.SymInt) -> sympy.Expr:
         return FloorDiv(as_expr(size), self.canonical)

@@ -35,10 +35,15 @@ from lorafx.model.quantized import dequantize, readable
 from lorafx.model.sites import Site
 from lorafx.model.weight_formats import is_dense
 from lorafx.registry import lookup
-from lorafx.torch_internals.fake_tensors import unset_fake_temporarily
-from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
+from lorafx.torch_internals.graph_parts import is_traceable_wrapper_subclass, unset_fake_temporarily
+
+if TYPE_CHECKING:
+    from lorafx.program.frame import FrameInput
+    from lorafx.program.program import Program
 
 AnySize = Any  # int or SymInt
+#: Distinct values that a tensor needs to be compared with weights.
+DISTINCT = 16
 
 
 class Axis(NamedTuple):
@@ -248,14 +253,6 @@ def _row_like(row: torch.Tensor, weight: torch.Tensor, limit: int = 4) -> list[i
     candidates = (weight[:, 0] == row[0]).nonzero().squeeze(-1)
     same = (weight[candidates] == row).all(1)
     return candidates[same][:limit].tolist()
-
-
-if TYPE_CHECKING:
-    from lorafx.program.frame import FrameInput
-    from lorafx.program.program import Program
-
-#: Distinct values that a tensor needs to be compared with weights.
-DISTINCT = 16
 
 
 @dataclass(frozen=True)

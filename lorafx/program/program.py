@@ -34,8 +34,8 @@ from lorafx.program.derived import DerivedTensors, Holder
 from lorafx.program.frame import Frame, FrameInput, InputKind
 from lorafx.program.preparation import PassReport
 from lorafx.program.row_handoff import role_of
-from lorafx.torch_internals.fake_tensors import unset_fake_temporarily
 from lorafx.torch_internals.frames import size_source, source_name
+from lorafx.torch_internals.graph_parts import unset_fake_temporarily
 
 #: Bank fields of every site op, and additional fields of ops that rescale.
 BANK_FIELDS = ("A", "B", "ranks", "scales")
@@ -261,7 +261,7 @@ class Program:
                 yield constant
 
     def new_call(self, roles: RoleTable | None, named: Mapping[str, Any]) -> Call:
-        """A call that has computed nothing yet."""
+        """A call with an empty memory."""
         in_model = self.model_memory.in_one_call()
         memory = Memory(
             lambda tensor: self.remembered.holds(tensor) or in_model(tensor),

@@ -404,11 +404,6 @@ def _convolved(carrier: _Whole, user: fx.Node) -> list[_Whole | Use]:
     return [carrier.unknown(user, f"no rule for {user.target}")]
 
 
-GROUPED = frozenset({aten._grouped_mm.default})
-#: transformers' op, where torch's cannot be compiled: (namespace, name).
-FALLBACK = ("transformers", "grouped_mm_fallback")
-
-
 def expert_uses(weight: fx.Node, *, transposed: bool) -> list[Use]:
     """All uses of the 3-D `weight` of routed experts; `transposed` if stored (E, K, N)."""
     return _followed(_Whole(weight, weight, transposed), _by_experts)
@@ -459,11 +454,11 @@ def _batched(carrier: _Whole, user: fx.Node) -> Use:
 
 def is_grouped(node: fx.Node) -> bool:
     """Whether `node` is a product of sorted rows with the weights of all experts."""
-    if node.target in GROUPED or node.target is GROUPED_MM:
+    if node.target in (aten._grouped_mm.default, GROUPED_MM):
         return True
-    packet = getattr(node.target, "overloadpacket", None)
-    namespace = getattr(torch.ops, FALLBACK[0], None)
-    return packet is not None and packet is getattr(namespace, FALLBACK[1], None)
+    # transformers' op, where torch's cannot be compiled.
+    fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
+    return fallback is not None and called_by(node) is fallback
 
 
 class Grouped(NamedTuple):
@@ -478,7 +473,7 @@ class Grouped(NamedTuple):
 def grouped(node: fx.Node) -> Grouped:
     """The operands of a grouped node, under the names of either op."""
     call = bound(node)
-    if node.target in GROUPED:
+    if node.target is aten._grouped_mm.default:
         extras = call["bias"], call["out_dtype"]
         return Grouped(call["self"], call["mat2"], call["offs"], not any(extras))
     return Grouped(call["input"], call["weight"], call["offs"], True)

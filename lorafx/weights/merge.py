@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lorafx.adapter_store.stored import StoredAdapter
+from lorafx.adapter_store.stored import Kept
 from lorafx.errors import CaptureError, ConfigError, LorafxError, MatchError, some
 from lorafx.interrupts import Rollback, undisturbed
 from lorafx.model.packing import check_packed
@@ -115,7 +115,7 @@ class Merged:
     report: MergeReport
     requantize: bool
     originals: tuple[Original, ...]
-    numbers: StoredAdapter
+    kept: Kept
 
     @property
     def name(self) -> str:
@@ -131,6 +131,7 @@ _HALF = (
 
 def merge(session: Session, name: str, *, requantize: bool = False) -> MergeReport:
     session.refuse_running(f"merge {name!r}")
+    kept = session.store.fetch([name], resident=True)  # noqa: F841 - before the locks are taken
     with session.weights_lock, session.lock:
         session.locks.streams.follow(session.accelerators)
         session.refuse_broken()
@@ -142,11 +143,11 @@ def _merge(session: Session, name: str, *, requantize: bool) -> MergeReport:
     session.program.look_at_modules()
     session.program.refuse_missing()
     check_packed(session.program.packed)
-    numbers = session.store[name]
+    kept = session.store.fetch([name], resident=True)
     changes = changes_of(session.program, session.store, name, requantize=requantize)
     _refuse_shared(session, name, changes)
     with progress(f"merging {name} into {len(changes)} weights"):
-        return _write_merged(session, name, numbers, changes, requantize=requantize)
+        return _write_merged(session, name, kept, changes, requantize=requantize)
 
 
 def unmerge(session: Session, *, force: bool = False) -> None:
@@ -290,7 +291,7 @@ def _refuse_shared(session: Session, name: str, changes: Sequence[Change]) -> No
 def _write_merged(
     session: Session,
     name: str,
-    numbers: StoredAdapter,
+    kept: Kept,
     changes: Sequence[Change],
     *,
     requantize: bool,
@@ -321,7 +322,7 @@ def _write_merged(
                 copy.follow(change.dense)
         written = tuple(item.written() for item in originals)
         report = MergeReport(name, tuple(weights), sum(item.nbytes for item in written))
-        session.base = BaseState(Merged(report, requantize, written, numbers), before.broken)
+        session.base = BaseState(Merged(report, requantize, written, kept), before.broken)
     except BaseException:
         rollback.run()
         raise

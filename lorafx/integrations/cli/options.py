@@ -29,6 +29,7 @@ _OPTIONS = {
     "cache": "--cache",
     "lowering": "--lowering",
     "max_adapters": "--max-adapters",
+    "max_host_bytes": "--max-host-bytes",
     "max_rank": "--max-rank",
     "slot_rank": "--slot-rank",
     "target_modules": "--target",

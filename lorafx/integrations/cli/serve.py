@@ -21,6 +21,9 @@ def serve(
     max_adapters: int = 8,
     max_rank: int | None = None,
     slot_rank: SlotRank = None,
+    max_host_bytes: Annotated[
+        int | None, typer.Option(help="Host memory that adapters may take.")
+    ] = None,
     target: Targets = None,
     dtype: str | None = None,
     device: str | None = None,
