@@ -264,8 +264,7 @@ class AdapterStore:
                     self._groups[g].bank.write_by_column(self._slots[name], factors)
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes of the banks, of adapters on the host ("host"), and of files that can be read again
-        ("disk")."""
+        """Bytes of the banks, of adapters on the host ("host"), and of their files ("disk")."""
         with self._lock:
             every = self._adapters.values()
             files = (s.origin.files.values() for s in every if s.origin is not None)

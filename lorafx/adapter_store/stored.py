@@ -19,7 +19,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 
 from lorafx.adapter_store.saved import AdapterSource, Origin
 from lorafx.errors import CapacityError, CheckpointError, LorafxError, way_out_by
@@ -74,7 +74,6 @@ class Adapter:
     replaces_biases: bool = False
     compared: bool = False
     invocation: tuple[int, ...] = ()
-    keys: Mapping[str, Size] = field(default_factory=dict)
 
     @property
     def extras(self) -> dict[When, tuple[str, ...]]:
@@ -110,7 +109,6 @@ class StoredAdapter:
         extras: sites with `EXTRAS`, by their names.
         origin: the files that it was read from, with the settings given; None in memory and hubs.
         compared: as in `Adapter`.
-        keys: as in `Adapter`.
         width: how many slots it takes in a row.
         tier: what reads its files again.
         used: greater where it was looked for later.
@@ -127,7 +125,6 @@ class StoredAdapter:
     invocation: tuple[int, ...] = ()
     origin: Origin | None = None
     compared: bool = False
-    keys: Mapping[str, Size] = field(default_factory=dict)
     width: int = 1
     tier: HostTier | None = None
     used: int = 0
@@ -295,7 +292,6 @@ def fitted(
         invocation=adapter.invocation,
         origin=origin,
         compared=adapter.compared,
-        keys=adapter.keys,
         width=width_of(groups, factors),
     )
 

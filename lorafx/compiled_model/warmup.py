@@ -25,7 +25,7 @@ from lorafx.errors import BatchError, CapacityError, ConfigError, ProvenanceErro
 from lorafx.generation.alora import any_begins
 from lorafx.model.sites import Site
 from lorafx.progress import progress
-from lorafx.runtime.example_inputs import Example, decode_step, derived_example, given_examples
+from lorafx.runtime.example_inputs import Example, decode_step, derived_example, given_example
 from lorafx.runtime.session import Session
 
 if TYPE_CHECKING:
@@ -59,9 +59,8 @@ def warm_up(
         if example_inputs is None:
             device = session.program.runtime.device
             example = derived_example(compiled.model, device, sizes[0][0], sizes[1][0])
-            examples: tuple[Example, ...] = (example,)
         else:
-            examples = given_examples(compiled.entry(compiled.model).roles, example_inputs)
+            example = given_example(compiled.entry(compiled.model).roles, example_inputs)
         settings = _generation(compiled.model, generate)
         runs: dict[str, Callable[[Example, NameList], None]] = {}
         if generate is None or generate is False:
@@ -74,11 +73,7 @@ def warm_up(
         if any_begins(session, session.store.names):
             dummies.append(replace(dummies[0], name=_BEGINS, invocation=(0,)))
         # Those of one request last: a graph of several may serve one, not the other way round.
-        variants = [
-            variant
-            for example in examples
-            for variant in sorted(example.variants(*sizes), key=lambda v: v.rows == 1)
-        ]
+        variants = sorted(example.variants(*sizes), key=lambda variant: variant.rows == 1)
         calls = list(_calls(runs, variants, [adapter.name for adapter in dummies]))
 
         def run() -> None:

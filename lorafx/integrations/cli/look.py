@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -117,9 +116,6 @@ def profile(
 def bisect(
     model: LanguageModel,
     adapters: Adapters,
-    folder: Annotated[
-        Path | None, typer.Option(help="Where a program that shows a difference is written.")
-    ] = None,
     length: Annotated[int, typer.Option(help="Tokens of a request.")] = 16,
     dtype: Dtype = None,
     tolerance: Annotated[
@@ -132,12 +128,12 @@ def bisect(
 
     Where they differ, say after which pass first, and at which site. Exits with 1 then.
 
-    Example: lorafx bisect meta-llama/Llama-3.2-1B --adapters ./adapters --folder ./difference
+    Example: lorafx bisect meta-llama/Llama-3.2-1B --adapters ./adapters
     """
     import lorafx
 
     compiled, inputs, names = _compiled(model, adapters, None, length, dtype, lowering)
-    found = lorafx.bisect(compiled, inputs, [*names, None], tolerance=tolerance, folder=folder)
+    found = lorafx.bisect(compiled, inputs, [*names, None], tolerance=tolerance)
     show(found, as_json, model=model, adapters=names)
     if found.first is not None:
         raise typer.Exit(1)
