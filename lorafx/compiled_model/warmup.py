@@ -67,7 +67,8 @@ def warm_up(
             runs["forward"] = partial(_forward, compiled)
         if settings is not None:
             runs["generate"] = partial(_generate, compiled, settings)
-        count = min(2, config.max_adapters)
+        width = -(-rank // (config.slot_rank or config.max_rank))
+        count = 2 if config.max_adapters > width else 1  # as many as find slots together
         dummies = [dummy(f"warm-up {i}", sites, rank, seed=i) for i in range(count)]
         if any_begins(session, session.store.names):
             dummies.append(replace(dummies[0], name=_BEGINS, invocation=(0,)))

@@ -16,6 +16,7 @@ from lorafx.integrations.cli.options import (
     Dtype,
     LanguageModel,
     LoweringOption,
+    SlotRank,
     Targets,
     as_option,
     show,
@@ -31,6 +32,7 @@ def explain(
         list[str] | None, typer.Option(help="Does this adapter fit? May be given several times.")
     ] = None,
     max_rank: Annotated[int | None, typer.Option(help="16, or the largest of --adapter.")] = None,
+    slot_rank: SlotRank = None,
     max_adapters: Annotated[int, typer.Option(help="How many may be in one batch.")] = 8,
     dtype: Annotated[
         str | None, typer.Option(help="As torch names it; what the configuration says.")
@@ -53,7 +55,9 @@ def explain(
     fits = [_fit(module, name, sources[name], targets, max_rank) for name in sources]
     rank = max_rank or max([16, *(fit["rank"] for fit in fits)])
     fitting = {fit["adapter"]: sources[fit["adapter"]] for fit in fits if fit["fits"]}
-    config = lorafx.LoraConfig(target_modules=targets, max_rank=rank, max_adapters=max_adapters)
+    config = lorafx.LoraConfig(
+        target_modules=targets, max_rank=rank, slot_rank=slot_rank, max_adapters=max_adapters
+    )
     report = lorafx.explain(module, request_of(config, fitting, module).config)
     if as_json:
         show_json({"model": model, "adapters": fits, "report": report.json()})
