@@ -3,7 +3,6 @@
     the weight of each touched site        W ← W + ΔW
     its bias                               b ← b + s·b_B, or b'
     views of it (packed buffers, W_UK)     change with it
-    copies of it (W_UK made contiguous)    t ← (W + ΔW)[form], cast to the copy's dtype
     quantised weights                      W' = requantise(dequantise(W) + ΔW), where asked for
 
 A tied tensor can be changed where every end gets the same ΔW. Everything that cannot be changed is
@@ -22,11 +21,10 @@ from torch import Tensor, nn
 from lorafx.errors import MatchError
 from lorafx.model.convolutions import unmergeable
 from lorafx.model.module_graph import storage_key
-from lorafx.model.quantized import dequantize, is_stored
+from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site
 from lorafx.program.derived import Holder, held_by, overlap
 from lorafx.registry import lookup
-from lorafx.weights.copies import Copy, copies_of
 from lorafx.weights.deltas import BiasDelta, Delta, deltas_of
 
 if TYPE_CHECKING:
@@ -43,14 +41,12 @@ class Change:
         weight: None where the module stores it in a format of its own.
         ends: the holders that use this tensor, or part of it, as their weight, `holder` among
             them, each with its ΔW; several where it is tied.
-        copies: tensors that hold copies of its rows.
     """
 
     holder: Holder
     weight: Tensor | None
     delta: Delta
     ends: tuple[tuple[Holder, Delta | None], ...] = ()
-    copies: tuple[Copy, ...] = ()
 
     @property
     def tensor(self) -> Tensor:
@@ -61,13 +57,6 @@ class Change:
     def parameter(self) -> str | None:
         """The name that `dequantize` takes for one of several weights of a module."""
         return None if self.delta.site.expert_weight is None else self.holder.attribute
-
-    @property
-    def dense(self) -> Tensor:
-        if self.weight is None:
-            return dequantize(self.holder.module, self.parameter)
-        weight = self.weight.detach()
-        return weight.mT if self.delta.site.eligible.transposed else weight
 
     @property
     def tied_apart(self) -> bool:
@@ -118,9 +107,6 @@ def changes_of(
             problems.append(f"{delta.site.path or 'the root module'}: {problem}")
     if problems:
         raise not_mergeable(name, problems)
-    copies = _copies_by_site(program, [delta.site for delta in deltas], problems)
-    if problems:
-        raise not_mergeable(name, problems)
     by_end = {key_of(_holder(delta.site)): delta for delta in deltas}
     changes: list[Change] = []
     ended: set[tuple[int, str]] = set()
@@ -132,35 +118,13 @@ def changes_of(
             changes.append(Change(bias, bias.tensor, of_bias, ((bias, of_bias),)))
         if key_of(holder) in ended:
             continue
-        follow = tuple(copies.get(id(delta.site), ()))
         if is_stored(delta.site.module, delta.site.eligible):
-            changes.append(Change(holder, None, delta, copies=follow))
+            changes.append(Change(holder, None, delta))
             continue
         ends = _ends(program, tensors, holder, by_end)
         ended.update(key_of(end) for end, _ in ends)
-        changes.append(Change(holder, holder.tensor, delta, ends, follow))
+        changes.append(Change(holder, holder.tensor, delta, ends))
     return changes
-
-
-def _copies_by_site(
-    program: Program, sites: Sequence[Site], problems: list[str]
-) -> dict[int, list[Copy]]:
-    """The exact copies that have to follow, by the first site of a weight; others are problems."""
-    copies: dict[int, list[Copy]] = {}
-    follow = {storage_key(w) for site in sites if (w := program.weight_of(site)) is not None}
-    found = [(copy, touched) for copy in copies_of(program) if (touched := copy.touched(sites))]
-    for copy, touched in found:
-        if copy.form is not None:
-            copies.setdefault(id(touched[0]), []).append(copy)
-            follow.add(storage_key(copy.tensor))
-    for copy, touched in found:
-        doubted = [site.path for site in copy.unexplained(program) if site in touched]
-        if doubted and storage_key(copy.tensor) not in follow:
-            problems.append(
-                f"{', '.join(doubted)}: {copy.holder} may have been made from it, and would keep "
-                "the old numbers. A call of the model shows whether it uses the weight itself"
-            )
-    return copies
 
 
 def not_mergeable(name: str, problems: Sequence[str]) -> MatchError:

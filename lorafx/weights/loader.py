@@ -9,9 +9,9 @@ tensors; they have to be equal.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,6 @@ from lorafx.weights.weight_places import (
     meet,
     memory_key,
 )
-
-if TYPE_CHECKING:
-    from lorafx.weights.copies import Copies
 
 _SHOWN = 100  # problems in a message
 _NAMED = 5  # names in a sentence
@@ -81,11 +78,11 @@ class Loading:
         *,
         strict: bool,
         live: bool = True,
-        copies: Copies | None = None,
+        refusals: Callable[[list[Target]], list[str]] | None = None,
     ) -> None:
         """`live`: the model has weights that serve; persistent buffers may be left out then.
-        `copies`: tensors of the model that repeat weights."""
-        self._resolver, self._source, self._copies = resolver, source, copies
+        `refusals`: why some targets may not be written."""
+        self._resolver, self._source, self._refusals = resolver, source, refusals
         self._strict, self._live = strict, live
         self.ignored: list[str] = []
         self.missing: list[str] = []
@@ -105,8 +102,8 @@ class Loading:
         """Plan all of it; BaseWeightsError for all that is wrong."""
         for name, tensor in self._source.pairs():
             self._take(name, tensor)
-        if self._copies is not None:
-            self._problems.extend(self._copies.refusals(self.filled))
+        if self._refusals is not None:
+            self._problems.extend(self._refusals(self.filled))
         self._find_missing()
         self._raise()
 
@@ -183,8 +180,7 @@ class Loading:
         for target in self._targets:
             key = self._key(target)
             needed = not target.is_buffer or (not self._live and target.persistent)
-            derived = self._copies is not None and self._copies.holds(target)
-            if not needed or key in seen or derived:
+            if not needed or key in seen:
                 continue
             seen.add(key)
             uncovered = self._uncovered(target)

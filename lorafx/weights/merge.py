@@ -31,6 +31,7 @@ from lorafx.runtime.running import BaseState
 from lorafx.runtime.session import Session
 from lorafx.runtime.sharing import held_elsewhere
 from lorafx.weights.changes import Change, changes_of, not_mergeable
+from lorafx.weights.copies import outdated_copies
 from lorafx.weights.deltas import add_to, mark_of, write
 
 
@@ -260,7 +261,8 @@ def _refuse_in_use(session: Session, name: str) -> None:
 
 
 def _refuse_shared(session: Session, name: str, changes: Sequence[Change]) -> None:
-    problems = []
+    changed = [holder for c in changes for holder in (c.holder, *(end for end, _ in c.ends))]
+    problems = outdated_copies(session.program, changed)
     for change in changes:
         if change.tied_apart:
             ends = ", ".join(str(holder) for holder, _ in change.ends)
@@ -316,9 +318,6 @@ def _write_merged(
                 keep(Original.of(holder, weight))
                 error = add_to(weight, weight, change.delta, str(holder))
             weights.append(MergedWeight(str(holder), originals[-1].nbytes, error))
-            for copy in change.copies:
-                keep(Original.of(copy.holder, copy.tensor))
-                copy.follow(change.dense)
         written = tuple(item.written() for item in originals)
         report = MergeReport(name, tuple(weights), sum(item.nbytes for item in written))
         session.base = BaseState(Merged(report, requantize, written, numbers), before.broken)

@@ -1,6 +1,6 @@
 """load_weights: new base weights for a model that is serving.
 
-    source ─▶ plan ─▶ writes (lorafx.weights) ─▶ what follows: copies of weights, norms of DoRA
+    source ─▶ plan ─▶ writes (lorafx.weights) ─▶ what follows: norms of DoRA
 
 Numbers are written in place, so packed buffers, tied weights and captured graphs see them. All of a
 source is checked before the first write. What can be read only once (a generator) is copied to host
@@ -15,7 +15,7 @@ from functools import partial
 from lorafx.model.packing import check_packed
 from lorafx.runtime.session import Session
 from lorafx.runtime.sharing import refresh_elsewhere
-from lorafx.weights.copies import Copies
+from lorafx.weights.copies import outdated_copies
 from lorafx.weights.loadable_layer import methods_of
 from lorafx.weights.loader import Loading
 from lorafx.weights.merge import unmerged
@@ -58,17 +58,13 @@ def _update(session: Session, source: WeightSource, *, strict: bool) -> WeightUp
     program.refuse_missing()
     check_packed(program.packed)
     resolver = Resolver(program.graph, program.model, program.config.packed_modules)
-    copies = Copies(program)
-    loading = Loading(resolver, source, strict=strict, copies=copies)
+    loading = Loading(resolver, source, strict=strict, refusals=partial(outdated_copies, program))
     loading.check()
     filled, before = loading.filled, session.base
     session.base = before._replace(broken=_BROKEN)  # said before it is so
-    try:
-        loading.write()
-        for module, method in methods_of(filled):
-            method.process_weights_after_loading(module)
-    finally:
-        copies.refresh(filled)  # also of half an update, so that the next one finds them
+    loading.write()
+    for module, method in methods_of(filled):
+        method.process_weights_after_loading(module)
     session.store.refresh_magnitudes()
     session.base = before._replace(broken=before.broken if loading.missing else "")
     return WeightUpdate(

@@ -149,12 +149,11 @@ def test_a_tied_weight_with_trained_tokens(tmp_path: Path) -> None:
 # What was made of a weight
 
 
-@pytest.mark.parametrize("kept", ["views", "copies"])
-def test_absorbed_weights_follow(kept: str, tmp_path: Path) -> None:
+def test_absorbed_weights_follow(tmp_path: Path) -> None:
     case = case_of(OneLayer, tmp_path)
     model = absorbed(case)
     cm = lorafx.compile(model, case.folders, options=REFERENCE)
-    post_process(model, kept)
+    post_process(model)
     inputs = states(3, 4)
     held = [model.self_attn.w_uk.clone(), model.self_attn.w_uv.clone()]
     check_merges(cm, lambda name: case.expected([name] * 3, inputs), inputs, "a", "b", "c")
