@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lorafx.errors import CheckpointError, ConfigError
-from lorafx.layers.quantization import QuantizeMethodBase, UnquantizedLinearMethod, add_weight
+from lorafx.layers.quantization import QuantizeMethodBase, UnquantizedLinearMethod
 from lorafx.torch_internals.operators import c10d
 from lorafx.weights.loadable_layer import LoadableLayer
 
@@ -156,24 +156,13 @@ class ParallelLayer(LoadableLayer):
         self.params_dtype = options.get("params_dtype") or torch.get_default_dtype()
         device, quant_method = options.get("device"), options.get("quant_method")
         self.quant_method = UnquantizedLinearMethod() if quant_method is None else quant_method
-        self.quant_method.create_weights(
-            self,
-            cut.input_part,
-            list(cut.output_parts),
-            self.input_size,
-            self.output_size,
-            self.params_dtype,
-            weight_loader=self.weight_loader,
-            device=device,
-        )
+        self.quant_method.create_weights(self, device)
         if bias:
-            zeros = torch.zeros(
-                self.output_size_per_partition, dtype=self.params_dtype, device=device
-            )
-            add_weight(self, "bias", zeros, output_dim=0, weight_loader=self.weight_loader)
+            rows = self.output_size_per_partition
+            zeros = torch.zeros(rows, dtype=self.params_dtype, device=device)
+            self.add_weight("bias", zeros, output_dim=0)
         else:
             self.register_parameter("bias", None)
-        self._keep_attributes()
         if tp.size > 1:
             self.local_product = LocalProduct()
 
@@ -221,11 +210,11 @@ class ParallelLayer(LoadableLayer):
     def checkpoint_shape(self, name: str, shard_id: ShardId = None) -> tuple[int, ...]:
         slices = self.slices(shard_id)
         shape = list(self.get_parameter(name).shape)
-        attributes = self._weight_attributes.get(name, {})
-        if "output_dim" in attributes:
-            shape[attributes["output_dim"]] = sum(self.output_sizes[i] for i in slices)
-        if "input_dim" in attributes:
-            shape[attributes["input_dim"]] = self.input_size
+        cut_dims = self.cut_dims.get(name, {})
+        if "output_dim" in cut_dims:
+            shape[cut_dims["output_dim"]] = sum(self.output_sizes[i] for i in slices)
+        if "input_dim" in cut_dims:
+            shape[cut_dims["input_dim"]] = self.input_size
         return tuple(shape)
 
     def _load(self, name: str, loaded: Tensor, shard_id: ShardId) -> None:
@@ -249,16 +238,16 @@ class ParallelLayer(LoadableLayer):
         return value.narrow(dim, start, length)
 
     def _write(self, name: str, value: Tensor, slices: tuple[int, ...]) -> None:
-        attributes = self._weight_attributes.get(name, {})
+        cut_dims = self.cut_dims.get(name, {})
         target = self.get_parameter(name).data
-        if "input_dim" in attributes:
-            dim = attributes["input_dim"]
+        if "input_dim" in cut_dims:
+            dim = cut_dims["input_dim"]
             value = self.piece_of_input(value, dim)
             target = _padded(target, dim, value.shape[dim])
-        if "output_dim" not in attributes:
+        if "output_dim" not in cut_dims:
             target.copy_(value)
             return
-        dim = attributes["output_dim"]
+        dim = cut_dims["output_dim"]
         sizes = [self.output_sizes[i] for i in slices]
         for index, rows in zip(slices, value.split(sizes, dim), strict=True):
             first = sum(self.output_partition_sizes[:index])

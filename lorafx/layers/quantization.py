@@ -9,7 +9,7 @@ N and K are this rank's sizes. A method is stateless, so layers may share it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,27 +25,9 @@ class QuantizeMethodBase(WeightMethod, ABC):
     `create_weights` registers."""
 
     @abstractmethod
-    def create_weights(
-        self,
-        layer: Any,
-        input_size_per_partition: int,
-        output_partition_sizes: Sequence[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
-    ) -> None:
-        """Register the layer's weight parameters.
-
-        Args:
-            input_size_per_partition: K of this rank.
-            output_partition_sizes: rows of each output slice on this rank; N is their sum.
-            input_size, output_size: K and N of the whole layer.
-            params_dtype: dtype of unquantised numbers.
-            extra_weight_attrs: attributes for every parameter (its `weight_loader`, `device` for
-                where to allocate). The method adds `output_dim` and `input_dim`: the dimensions
-                that hold outputs and inputs, where the parameter has them.
-        """
+    def create_weights(self, layer: Any, device: torch.device | str | None = None) -> None:
+        """Register the layer's weight parameters by `layer.add_weight`. The layer's sizes of this
+        rank are (output_size_per_partition, input_size_per_partition), its dtype `params_dtype`."""
 
     @abstractmethod
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -68,26 +50,13 @@ class QuantizeMethodBase(WeightMethod, ABC):
 class UnquantizedLinearMethod(QuantizeMethodBase):
     """Dense weights in `params_dtype`."""
 
-    def create_weights(
-        self,
-        layer: Any,
-        input_size_per_partition: int,
-        output_partition_sizes: Sequence[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
-    ) -> None:
-        device = extra_weight_attrs.pop("device", None)
-        weight = torch.empty(
-            (sum(output_partition_sizes), input_size_per_partition),
-            dtype=params_dtype,
-            device=device,
-        )
+    def create_weights(self, layer: Any, device: torch.device | str | None = None) -> None:
+        shape = layer.output_size_per_partition, layer.input_size_per_partition
+        weight = torch.empty(shape, dtype=layer.params_dtype, device=device)
         # Uninitialised memory may hold NaN, which a model that is not loaded yet would spread.
-        bound = input_size**-0.5
+        bound = layer.input_size**-0.5
         nn.init.uniform_(weight, -bound, bound)
-        add_weight(layer, "weight", weight, output_dim=0, input_dim=1, **extra_weight_attrs)
+        layer.add_weight("weight", weight, output_dim=0, input_dim=1)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, layer.weight, bias)
@@ -100,22 +69,12 @@ class Int8ChannelLinearMethod(QuantizeMethodBase):
     """Weight-only int8, one scale per output row, symmetric. Whole rows of dense checkpoints are
     quantised before they are cut, so that scales do not depend on ranks."""
 
-    def create_weights(
-        self,
-        layer: Any,
-        input_size_per_partition: int,
-        output_partition_sizes: Sequence[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
-    ) -> None:
-        device = extra_weight_attrs.pop("device", None)
-        rows = sum(output_partition_sizes)
-        weight = torch.zeros((rows, input_size_per_partition), dtype=torch.int8, device=device)
-        scale = torch.ones(rows, dtype=torch.float32, device=device)
-        add_weight(layer, "weight", weight, output_dim=0, input_dim=1, **extra_weight_attrs)
-        add_weight(layer, "weight_scale", scale, output_dim=0, **extra_weight_attrs)
+    def create_weights(self, layer: Any, device: torch.device | str | None = None) -> None:
+        shape = layer.output_size_per_partition, layer.input_size_per_partition
+        weight = torch.zeros(shape, dtype=torch.int8, device=device)
+        scale = torch.ones(shape[0], dtype=torch.float32, device=device)
+        layer.add_weight("weight", weight, output_dim=0, input_dim=1)
+        layer.add_weight("weight_scale", scale, output_dim=0)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y = F.linear(x, layer.weight.to(x.dtype)) * layer.weight_scale.to(x.dtype)
@@ -149,10 +108,3 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     scale = dense.abs().amax(dim=-1) / 127
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return torch.round(dense / scale[..., None]).to(torch.int8), scale
-
-
-def add_weight(layer: Any, name: str, value: Tensor, **attributes: Any) -> None:
-    parameter = nn.Parameter(value, requires_grad=False)
-    for key, attribute in attributes.items():
-        setattr(parameter, key, attribute)
-    layer.register_parameter(name, parameter)

@@ -9,7 +9,7 @@ Views of a weight see new numbers by themselves. W is (N, K) of a linear, (V, D)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -52,9 +52,12 @@ class _Weight(NamedTuple):
 
 
 @torch.no_grad()
-def outdated_copies(program: Program, changed: Sequence[Holder]) -> list[str]:
+def outdated_copies(
+    program: Program, changed: Sequence[Holder], renewed: Collection[nn.Module] = ()
+) -> list[str]:
     """Why the tensors `changed` cannot be written: a message for each tensor, not among them, that
-    repeats numbers of a weight that changes, or may repeat them."""
+    repeats numbers of a weight that changes, or may repeat them. Tensors of the modules `renewed`
+    are computed again by their method."""
     modules = {id(holder.module) for holder in changed}
     values = (getattr(holder.module, holder.attribute, None) for holder in changed)
     tensors = [value for value in values if isinstance(value, Tensor)]
@@ -73,6 +76,8 @@ def outdated_copies(program: Program, changed: Sequence[Holder]) -> list[str]:
         parent = copy.path.rpartition(".")[0]
         near = [weight for weight in weights if is_near(weight.holder.path, parent)]
         if not any(map(changes, near)) or id(tensor) in written or follows(tensor):
+            continue
+        if copy.module in renewed:
             continue
         sources = [weight for weight in _sources(program, copy, tensor, near) if changes(weight)]
         if sources:

@@ -21,6 +21,7 @@ from lorafx.weights.loader import Loading
 from lorafx.weights.merge import unmerged
 from lorafx.weights.resolve import Resolver
 from lorafx.weights.sources import Weights, WeightSource, source_of
+from lorafx.weights.weight_places import Target
 
 _BROKEN = (
     "an update of the base weights was interrupted during its writes, and they are partly "
@@ -58,7 +59,11 @@ def _update(session: Session, source: WeightSource, *, strict: bool) -> WeightUp
     program.refuse_missing()
     check_packed(program.packed)
     resolver = Resolver(program.graph, program.model, program.config.packed_modules)
-    loading = Loading(resolver, source, strict=strict, refusals=partial(outdated_copies, program))
+
+    def refusals(filled: list[Target]) -> list[str]:
+        return outdated_copies(program, filled, [module for module, _ in methods_of(filled)])
+
+    loading = Loading(resolver, source, strict=strict, refusals=refusals)
     loading.check()
     filled, before = loading.filled, session.base
     session.base = before._replace(broken=_BROKEN)  # said before it is so

@@ -138,10 +138,8 @@ class Shard:
         return "" if converted else _unlike(self.target.tensor, given)
 
     def write(self, loaded: Tensor) -> None:
-        parameter = self.target.tensor
-        assert isinstance(parameter, nn.Parameter)
-        with writing(parameter):
-            self.layer.weight_loader(parameter, loaded, self.shard_id)
+        with writing(self.target.tensor):
+            self.layer.load_weight(self.target.attribute, loaded, self.shard_id)
 
 
 WeightPlace = Box | Shard

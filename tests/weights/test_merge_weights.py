@@ -190,12 +190,6 @@ def test_the_sum_is_rounded_once(dtype: torch.dtype, tmp_path: Path) -> None:
 # Quantised weights
 
 
-def torchao_int8(model: nn.Module) -> nn.Module:
-    torchao = pytest.importorskip("torchao.quantization")
-    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
-    return model
-
-
 def bitsandbytes_nf4(model: nn.Module) -> nn.Module:
     bnb = pytest.importorskip("bitsandbytes").nn
     for name, child in list(model.named_children()):
@@ -207,17 +201,12 @@ def bitsandbytes_nf4(model: nn.Module) -> nn.Module:
     return model.to("cpu")
 
 
-@pytest.mark.parametrize(
-    ("quantise", "most"), [(torchao_int8, 0.02), (bitsandbytes_nf4, 0.2)], ids=["torchao", "bnb"]
-)
-def test_formats_of_libraries(
-    quantise: Callable[[nn.Module], nn.Module], most: float, tmp_path: Path
-) -> None:
+def test_formats_of_libraries(tmp_path: Path) -> None:
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)).eval()
     pairs = factors(dense, ["0"], rank=3, seed=1, gain=2)
     folder = save(dense, tmp_path, pairs)
-    model = quantise(dense).requires_grad_(False)
+    model = bitsandbytes_nf4(dense).requires_grad_(False)
     cm = lorafx.compile(model, {"a": folder}, options=REFERENCE)
     x = torch.randn(3, 64)
     base = model(x).clone()
@@ -228,7 +217,7 @@ def test_formats_of_libraries(
     a, b = pairs["0"]
     update = SCALE * (b @ a)
     lost = float((lorafx.dequantize(model[0]) - before - update).norm() / update.norm())
-    assert lost < most
+    assert lost < 0.2
     assert report.error == pytest.approx(lost, rel=0.05)
     merged = model(x)
     assert (merged - base).norm() > 0.1 * base.norm()
