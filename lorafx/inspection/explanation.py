@@ -48,7 +48,6 @@ class SiteReport:
         registered: the registered class along its MRO.
         in_features, out_features: K and N; an embedding's K is the vocabulary.
         parts: name and columns of each projection of several; "-" if unnamed or not selected.
-        loose: names of projections whose slices are not declared.
         own_rows: how many rows of its weight an adapter may replace.
     """
 
@@ -60,7 +59,6 @@ class SiteReport:
     out_features: int
     dtype: str
     parts: tuple[tuple[str, int], ...] = ()
-    loose: tuple[str, ...] = ()
     own_rows: int = 0
 
 
@@ -433,7 +431,6 @@ def _site(site: Site) -> SiteReport:
         out_features=site.out_features,
         dtype=site.dtype_name,
         parts=tuple(parts) if len(parts) > 1 else (),
-        loose=tuple(site.loose_names),
         own_rows=site.own_rows,
     )
 

@@ -22,12 +22,12 @@ from lorafx.weights.loadable_layer import LoadableLayer, methods_of
 from lorafx.weights.resolve import Resolver
 from lorafx.weights.sources import Weights, WeightSource, source_of
 from lorafx.weights.weight_places import (
+    ConvertedGroup,
     Destination,
     GroupMember,
     Meaning,
     Part,
     Target,
-    TensorGroup,
     WeightShape,
     destinations_of,
     meet,
@@ -94,7 +94,7 @@ class Loading:
         #: By target and expert: an expert's box is not compared with those of all others.
         self._filled: dict[_Key, dict[int | None, list[_Filled]]] = {}
         #: By group and its name for a tensor: the checkpoint's name, and the shape.
-        self._groups: dict[TensorGroup, dict[str, tuple[str, WeightShape]]] = {}
+        self._groups: dict[ConvertedGroup, dict[str, tuple[str, WeightShape]]] = {}
         self._keys: dict[int, _Key] = {}
         self._faulty: set[_Key] = set()
 
@@ -110,7 +110,7 @@ class Loading:
     def write(self) -> None:
         """Write all of it. CheckpointError where the second reading differs from the first."""
         remaining = {name: planned for name, planned in self._planned.items() if planned}
-        members: dict[TensorGroup, dict[str, Tensor]] = {}
+        members: dict[ConvertedGroup, dict[str, Tensor]] = {}
         for name, tensor in self._source.pairs():
             if self._planned.get(name) is None:
                 continue

@@ -8,72 +8,33 @@ Model or user declare which names a packed one stands for (lorafx.model.packed_n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorafx.model.module_graph import join
-from lorafx.model.packed_names import PackedMember, PackedNames, spans
+from lorafx.model.packed_names import PackedMember, PackedNames
 from lorafx.model.saved_names import Walked
 from lorafx.registry import lookup
 from lorafx.weights.loadable_layer import LoadableLayer
 from lorafx.weights.weight_places import (
     Box,
     Destination,
-    GroupMember,
-    TensorGroup,
     WeightNames,
-    WeightShape,
     destination,
     no_place,
 )
-
-
-class JointGroup(TensorGroup):
-    """Checkpoint tensors `names` that fill `destinations` one after the other along `dim`; `path`
-    is the first tensor's name in messages."""
-
-    def __init__(
-        self, whole: Destination, dim: int, names: tuple[str, ...], slices: tuple[int, ...] | None
-    ) -> None:
-        """`slices`: sizes along `dim` that the tensors have to partition, where they are known."""
-        self.path, self.names = whole.path, names
-        self.destinations = (whole,)
-        self._dim, self._slices = dim, slices
-
-    def misfit(self, shapes: Mapping[str, WeightShape]) -> str:
-        whole, dim = self.destinations[0].shape, self._dim
-        assert whole is not None
-        given = [shapes[name] for name in self.names]
-        rows = sum(shape[dim] if len(shape) == len(whole) else 0 for shape in given)
-        fits = rows == whole[dim] and all(
-            (*shape[:dim], whole[dim], *shape[dim + 1 :]) == whole for shape in given
-        )
-        if not fits:
-            return f"shapes {', '.join(map(str, given))} do not fill {whole}"
-        if self._slices is None or all(spans(self._slices, [shape[dim] for shape in given])):
-            return ""
-        named = ", ".join(f"{name} {shape}" for name, shape in zip(self.names, given, strict=True))
-        return (
-            f"slices of {self._slices} cannot be divided among {named}; declare with "
-            "packed_modules which slices each name covers"
-        )
-
-    def joined(self, tensors: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        return [torch.cat([tensors[name] for name in self.names], dim=self._dim)]
 
 
 class PackedDestinations:
     def __init__(self, names: WeightNames, packed: PackedNames) -> None:
         self._names = names
         self._packed = packed
-        self._joints: dict[str, JointGroup] = {}
 
-    def destinations(self, walked: Walked) -> Iterator[Destination | GroupMember]:
+    def destinations(self, walked: Walked) -> Iterator[Destination]:
         """Possible places of a name whose components, all but two, lead to a module."""
         if len(walked.rest) != 2 or not self._packed.any:
             return
@@ -97,7 +58,7 @@ class PackedDestinations:
         members: tuple[PackedMember, ...],
         name: str,
         attribute: str,
-    ) -> Destination | GroupMember | None:
+    ) -> Destination | None:
         target = self._names.target(child, attribute)
         if target is None:
             return None
@@ -106,25 +67,20 @@ class PackedDestinations:
         index = [member.name for member in members].index(name)
         slices = members[index].slices
         sizes = _slice_sizes(child)
-        declared = slices is not None or (sizes is not None and len(sizes) == len(members))
-        loadable = isinstance(child, LoadableLayer)
-        if loadable and not declared and len(members) > len(sizes or ()):
+        if sizes is None or (slices is None and len(sizes) != len(members)):
+            many = "unknown" if sizes is None else str(len(sizes))
             return no_place(
                 member_path,
-                f"{len(members)} names are declared for the {len(sizes or ())} slices of {path}; "
-                "declare which slices each name covers",
+                f"{len(members)} names are declared for {path}, whose class gives {many} slices; "
+                "declare which slices each name covers by packed_modules, and their sizes by "
+                "lorafx.register(output_sizes=...), or give the packed tensor",
             )
         whole = destination(target, join(path, attribute))
         if not whole.places:
             return replace(whole, path=member_path)
-        if loadable and declared:
-            return destination(target, member_path, _shard_id(members, index, sizes))
+        if isinstance(child, LoadableLayer):
+            return destination(target, member_path, _shard_id(members, index))
         dim = _out_dim(child, len(whole.shape or ()))
-        if not declared or sizes is None:
-            names = tuple(join(parent, f"{member.name}.{attribute}") for member in members)
-            slices = sizes if sizes is not None and len(members) < len(sizes) else None
-            group = self._joints.setdefault(names[0], JointGroup(whole, dim, names, slices))
-            return GroupMember(group, member_path)
         (box,) = whole.places
         assert isinstance(box, Box)
         covered = (index,) if slices is None else slices
@@ -173,11 +129,9 @@ class PackedDestinations:
         yield Destination(packed, (*shapes[0][:dim], ends[-1], *shapes[0][dim + 1 :]), places)
 
 
-def _shard_id(members: Sequence[PackedMember], index: int, sizes: tuple[int, ...] | None) -> Any:
+def _shard_id(members: Sequence[PackedMember], index: int) -> Any:
     slices = members[index].slices
-    if slices is not None:
-        return slices
-    return index if sizes is None or len(sizes) > 1 or len(members) > 1 else None
+    return slices if slices is not None else index if len(members) > 1 else None
 
 
 def _slice_sizes(module: nn.Module) -> tuple[int, ...] | None:

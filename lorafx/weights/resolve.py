@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.packed_names import PackedModules, PackedNames
@@ -27,48 +27,16 @@ from lorafx.weights.expert_destinations import ExpertDestinations
 from lorafx.weights.packed_destinations import PackedDestinations
 from lorafx.weights.weight_places import (
     Box,
+    ConvertedGroup,
     Destination,
     GroupMember,
     Meaning,
     Target,
-    TensorGroup,
     WeightNames,
     WeightShape,
     destination,
     no_place,
 )
-
-
-class ConvertedGroup(TensorGroup):
-    """What a conversion of transformers makes of checkpoint tensors."""
-
-    def __init__(
-        self,
-        model: Any,
-        converter: Any,
-        key: str,
-        destinations: tuple[Destination, ...],
-        sources: Mapping[str, tuple[str, WeightShape]],
-    ) -> None:
-        """`sources`: the pattern of the converter and the shape, by the tensor's name."""
-        self.path, self.names, self.destinations = key, tuple(sources), destinations
-        self._model, self._converter, self._sources = model, converter, sources
-
-    def misfit(self, shapes: Mapping[str, WeightShape]) -> str:
-        wrong = [
-            f"{name} has shape {shapes[name]}, expected {shape}"
-            for name, (_, shape) in self._sources.items()
-            if shapes[name] != shape
-        ]
-        return "; ".join(wrong)
-
-    def joined(self, tensors: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        converter = deepcopy(self._converter)
-        for name, (pattern, _) in self._sources.items():
-            converter.add_tensor(self.path, name, pattern, tensors[name])
-        made = converter.convert(self.path, model=self._model, config=self._model.config)
-        values = (made[found.path] for found in self.destinations)
-        return [value[0] if isinstance(value, list) else value for value in values]
 
 
 class Conversions:
