@@ -261,8 +261,8 @@ def _refuse_in_use(session: Session, name: str) -> None:
 
 
 def _refuse_shared(session: Session, name: str, changes: Sequence[Change]) -> None:
-    changed = [holder for c in changes for holder in (c.holder, *(end for end, _ in c.ends))]
-    problems = outdated_copies(session.program, changed)
+    written = [holder for c in changes for holder in (c.holder, *(end for end, _ in c.ends))]
+    problems = outdated_copies(session.program, written)
     for change in changes:
         if change.tied_apart:
             ends = ", ".join(str(holder) for holder, _ in change.ends)
