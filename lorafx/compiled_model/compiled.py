@@ -298,7 +298,7 @@ class CompiledModel(AsModule):
             name = dict.fromkeys(name, 1.0)
         name = one_name(name, "the default")
         name = None if name == BASE else name
-        with session.lock:  # an update takes a merge out and puts it back
+        with session.lock:
             if name is not None:
                 session.store[name]
             merged = session.base.merged
@@ -436,8 +436,8 @@ class CompiledModel(AsModule):
     def load_weights(self, weights: Weights, *, strict: bool = True) -> WeightUpdate:
         """Update the base weights in place, under any naming that a trainer produces.
 
-        Nothing is compiled again, and addresses and adapters stay. Everything that depends on the
-        weights is updated too: packed and tied weights, copies of absorbed ones, a merged adapter.
+        Nothing is compiled again, and addresses and adapters stay. What depends on the
+        weights is updated too: packed and tied weights, views of absorbed ones, norms of DoRA.
         The update waits for running calls. docs/base_weights.md has the namings.
 
         Args:
@@ -454,11 +454,10 @@ class CompiledModel(AsModule):
         Raises:
             BaseWeightsError: unknown, duplicate, missing and misshapen names, numbers of another
                 kind (floats for a quantised weight), different values for tied weights: all
-                problems at once. The old weights stay in service.
-            ConfigError: `weights` is none of the above.
+                problems at once; or a module keeps a copy of a weight. The old weights stay in
+                service.
+            ConfigError: `weights` is none of the above, or an adapter is merged.
             BatchError: a call, or another update, is running on this thread.
-            MatchError: an adapter is merged, and cannot be merged into the new weights. They are
-                loaded; calls are refused until `merge` or `unmerge`.
 
         It also raises what iterating over `weights` raises. If that happens in the second round
         over a function, or while files are read, weights are partly written, and calls are refused
@@ -488,7 +487,7 @@ class CompiledModel(AsModule):
                 `set_adapter`.
             BatchError: a call is running on this thread.
             MatchError: a weight cannot take ΔW: quantised, tied to one that gets another ΔW,
-                held by another model in service, copied in an unsupported form, or beyond the range
+                held by another model in service, copied by a module, or beyond the range
                 of its dtype.
 
         Nothing has changed then.

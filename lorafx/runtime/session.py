@@ -171,7 +171,7 @@ class Session:
         Raises:
             BatchError: an adapter is merged into the base weights, and a request uses another one;
                 or this very thread is updating the base weights.
-            CaptureError: an update of the base weights was interrupted, or lost a merge.
+            CaptureError: an update of the base weights was interrupted.
             ReplacedModuleError: a module that holds the merged adapter was replaced.
 
         Also CaptureError as `refuse_transformed`, and UnsupportedVersionError as `unsupported`.
@@ -190,8 +190,6 @@ class Session:
                 if merged is not None and not running.warming:
                     requests = served_by(merged.name, requests)
                     self.program.refuse_missing(self.store[merged.name].sites)
-                elif self.base.unmerged and not running.warming:
-                    raise CaptureError(self.base.unmerged)
                 if not requests.packed:
                     function = partial(self.beside_engine, function)
                 return self.note(running.serving(requests), function)

@@ -11,16 +11,14 @@ quantised weights stay on their device.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lorafx.adapter_store.stored import StoredAdapter
-from lorafx.errors import CaptureError, ConfigError, LorafxError, MatchError, some
+from lorafx.errors import CaptureError, ConfigError, MatchError, some
 from lorafx.interrupts import Rollback, undisturbed
 from lorafx.model.packing import check_packed
 from lorafx.model.quantized import Stored, dequantize, requantize
@@ -114,7 +112,6 @@ class Merged:
     """The adapter that the base weights hold, and their originals."""
 
     report: MergeReport
-    requantize: bool
     originals: tuple[Original, ...]
     numbers: StoredAdapter
 
@@ -123,7 +120,6 @@ class Merged:
         return self.report.adapter
 
 
-T = TypeVar("T")
 _HALF = (
     "a merge or unmerge was cut short, and the base weights hold a part of the adapter; "
     "call unmerge(force=True), or load_weights with all of them"
@@ -135,19 +131,15 @@ def merge(session: Session, name: str, *, requantize: bool = False) -> MergeRepo
     with session.weights_lock, session.lock:
         session.locks.streams.follow(session.accelerators)
         session.refuse_broken()
-        return _merge(session, name, requantize=requantize)
-
-
-def _merge(session: Session, name: str, *, requantize: bool) -> MergeReport:
-    _refuse_in_use(session, name)
-    session.program.look_at_modules()
-    session.program.refuse_missing()
-    check_packed(session.program.packed)
-    numbers = session.store[name]
-    changes = changes_of(session.program, session.store, name, requantize=requantize)
-    _refuse_shared(session, name, changes)
-    with progress(f"merging {name} into {len(changes)} weights"):
-        return _write_merged(session, name, numbers, changes, requantize=requantize)
+        _refuse_in_use(session, name)
+        session.program.look_at_modules()
+        session.program.refuse_missing()
+        check_packed(session.program.packed)
+        numbers = session.store[name]
+        changes = changes_of(session.program, session.store, name, requantize=requantize)
+        _refuse_shared(session, name, changes)
+        with progress(f"merging {name} into {len(changes)} weights"):
+            return _write_merged(session, name, numbers, changes)
 
 
 def unmerge(session: Session, *, force: bool = False) -> None:
@@ -156,15 +148,11 @@ def unmerge(session: Session, *, force: bool = False) -> None:
         session.locks.streams.follow(session.accelerators)
         merged = merged_of(session)
         if merged is None:
-            if not session.base.unmerged:
-                raise ConfigError("no adapter is merged; call merge(name) first")
-            session.base = session.base._replace(unmerged="")
-            return
+            raise ConfigError("no adapter is merged; call merge(name) first")
         if not force:
             _refuse_touched(merged)
         with progress(f"taking {merged.name} out of {len(merged.report.weights)} weights"):
             undisturbed(lambda: _take_out(session, merged))
-        session.base = session.base._replace(unmerged="")
 
 
 def merged_of(session: Session) -> Merged | None:
@@ -183,64 +171,14 @@ def _take_out(session: Session, merged: Merged) -> None:
     session.base = before._replace(merged=None, broken=broken)
 
 
-def unmerged(session: Session, action: Callable[[], T]) -> T:
-    """What `action` returns, which writes base weights: it runs with the base's own weights, and
-    the merged adapter is merged into the new weights afterwards.
-
-    Raises:
-        BatchError: a call is running.
-        CaptureError: something else wrote weights since the merge.
-        MatchError: at the end, where ΔW does not fit any more. Nothing is merged then, and calls
-            are refused until `merge` or `unmerge`, since without a name they would be the base's.
-    """
-    with session.weights_lock, session.lock:
-        session.locks.streams.follow(session.accelerators)
-        merged = merged_of(session)
-        if merged is None:
-            return action()
-        try:
-            _refuse_touched(merged)
-            lost = _lost(merged, "it was interrupted")
-            session.base = session.base._replace(unmerged=lost)  # said before it is so
-            undisturbed(lambda: _take_out(session, merged))
-            result = action()
-        except BaseException:
-            if session.base.merged is None:
-                with suppress(LorafxError):  # calls are refused and say why; the cause is this one
-                    _merge_again(session, merged)
-            raise
-        _merge_again(session, merged)
-        return result
-
-
-def _merge_again(session: Session, merged: Merged) -> None:
-    try:
-        _merge(session, merged.name, requantize=merged.requantize)
-    except BaseException as error:
-        lost = _lost(merged, str(error) or type(error).__name__)
-        session.base = session.base._replace(unmerged=lost)
-        if isinstance(error, LorafxError):
-            raise type(error)(lost) from error
-        raise
-
-
-def _lost(merged: Merged, why: str) -> str:
-    return (
-        f"{merged.name!r} was merged, but could not be merged again after an update of the "
-        f"base weights: {why}. Call merge() for an adapter, or unmerge() to serve adapters "
-        "and the new base side by side"
-    )
-
-
 def _refuse_touched(merged: Merged) -> None:
     touched = [str(item.holder) for item in merged.originals if item.touched]
     if touched:
         raise CaptureError(
             f"{some(touched)}: something wrote or replaced these weights "
             f"since {merged.name!r} was merged, and restoring the originals would undo "
-            "that. Change base weights with load_weights(), which updates the merge too; "
-            "or call unmerge(force=True), which puts the originals back anyway, and load "
-            "the weights again"
+            "that. Call unmerge(force=True), which puts the originals back anyway, and "
+            "load_weights() then"
         )
 
 
@@ -290,12 +228,7 @@ def _refuse_shared(session: Session, name: str, changes: Sequence[Change]) -> No
 
 
 def _write_merged(
-    session: Session,
-    name: str,
-    numbers: StoredAdapter,
-    changes: Sequence[Change],
-    *,
-    requantize: bool,
+    session: Session, name: str, numbers: StoredAdapter, changes: Sequence[Change]
 ) -> MergeReport:
     """Write W + ΔW into every weight; all are as before when one fails."""
     originals: list[Original] = []
@@ -320,7 +253,7 @@ def _write_merged(
             weights.append(MergedWeight(str(holder), originals[-1].nbytes, error))
         written = tuple(item.written() for item in originals)
         report = MergeReport(name, tuple(weights), sum(item.nbytes for item in written))
-        session.base = BaseState(Merged(report, requantize, written, numbers), before.broken)
+        session.base = BaseState(Merged(report, written, numbers), before.broken)
     except BaseException:
         rollback.run()
         raise

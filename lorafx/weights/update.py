@@ -12,13 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+from lorafx.errors import ConfigError
 from lorafx.model.packing import check_packed
 from lorafx.runtime.session import Session
 from lorafx.runtime.sharing import refresh_elsewhere
 from lorafx.weights.copies import outdated_copies
 from lorafx.weights.loadable_layer import methods_of
 from lorafx.weights.loader import Loading
-from lorafx.weights.merge import unmerged
 from lorafx.weights.resolve import Resolver
 from lorafx.weights.sources import Weights, WeightSource, source_of
 from lorafx.weights.weight_places import Target
@@ -47,8 +47,15 @@ class WeightUpdate:
 def update_weights(session: Session, weights: Weights, *, strict: bool = True) -> WeightUpdate:
     session.refuse_running("load_weights()")
     source = source_of(weights)
-    update = partial(_update, session, source, strict=strict)
-    report = unmerged(session, lambda: session.update(update))
+    with session.weights_lock, session.lock:
+        session.locks.streams.follow(session.accelerators)
+        merged = session.base.merged
+        if merged is not None:
+            raise ConfigError(
+                f"{merged.name!r} is merged into the base weights; call unmerge() before "
+                "load_weights(), and merge() again after it"
+            )
+        report = session.update(partial(_update, session, source, strict=strict))
     refresh_elsewhere(session)
     return report
 
