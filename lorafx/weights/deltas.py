@@ -105,16 +105,8 @@ class Delta:
         made[at[here] - start] += rows[here] - before[at[here] - start]
 
     def same_as(self, other: Delta) -> bool:
-        if not _same_rows(self.own, other.own):
-            return False
-        dora = any(term.factors.gains is not None for term in (*self.terms, *other.terms))
-        if dora or self.shape != other.shape:
-            return False  # an embedding is scaled by column, its head by row
-        example = torch.empty(0)
-        return all(
-            torch.equal(self.block(*rows, example), other.block(*rows, example))
-            for rows in blocks(self.shape, example.device)
-        )
+        """Whether both replace the same rows by the same numbers, and add no factors."""
+        return not (self.terms or other.terms) and _same_rows(self.own, other.own)
 
 
 @dataclass(frozen=True, eq=False)
