@@ -60,11 +60,9 @@ class TensorParallel:
         """(…, N) of each rank → (…, size · N), in the order of the ranks."""
         if self.size == 1:
             return y
-        ops = c10d
         # The op stacks along the first dimension, so it gets a new one.
-        gathered = ops.wait_tensor(
-            ops.all_gather_into_tensor(y.contiguous().unsqueeze(0), self.size, self.group_name)
-        )
+        y = y.contiguous().unsqueeze(0)
+        gathered = c10d.wait_tensor(c10d.all_gather_into_tensor(y, self.size, self.group_name))
         return gathered.movedim(0, -2).flatten(-2)
 
     def part(self, total: int, what: str, layer: str) -> int:

@@ -21,7 +21,7 @@ from lorafx.adapter_store.stored import StoredAdapter
 from lorafx.errors import CaptureError, ConfigError, MatchError, some
 from lorafx.interrupts import Rollback, undisturbed
 from lorafx.model.packing import check_packed
-from lorafx.model.quantized import Stored, dequantize, requantize
+from lorafx.model.quantized import dequantize, requantize, stored
 from lorafx.model.weight_formats import own_tensors
 from lorafx.program.derived import Holder
 from lorafx.progress import progress
@@ -90,9 +90,8 @@ class Original:
         return cls(holder, tensor, numbers.nbytes, partial(write, tensor, numbers))
 
     @classmethod
-    def stored(cls, holder: Holder, parameter: str | None) -> Original:
-        stored = Stored(holder.module, parameter)
-        return cls(holder, None, stored.nbytes, stored.restore)
+    def of_format(cls, holder: Holder, parameter: str | None) -> Original:
+        return cls(holder, None, *stored(holder.module, parameter))
 
     @property
     def in_place(self) -> bool:
@@ -245,7 +244,7 @@ def _write_merged(
         for change in changes:
             holder, weight = change.holder, change.weight
             if weight is None:
-                keep(Original.stored(holder, change.parameter))
+                keep(Original.of_format(holder, change.parameter))
                 error = _requantized(change)
             else:
                 keep(Original.of(holder, weight))
