@@ -172,7 +172,7 @@ def start(
         options = {
             "passes": {"outline": outlined},
             "lowering": lowering,
-            "shortcuts": "proved" if stamps else "off",
+            "shortcuts": None if stamps else [],
             **more_options,
         }
         cm = lorafx.compile(model, {"a": folder}, dynamic=dynamic, options=options)

@@ -134,9 +134,8 @@ class Options:
         strict: an adapter whose file lacks factors for a module that its own configuration targets
             is an error. Otherwise that module keeps W, with one warning. Modules that `LoraConfig`
             does not select do not count.
-        shortcuts: savings by private parts of torch that change no answer: "proved" is all that are
-            proved on the installed torch, or those in the variable LORAFX_SHORTCUTS; "off" is none;
-            a list of names is these alone, proved or not (docs/torch_internals.md).
+        shortcuts: names of savings by private parts of torch that change no answer; [] for none;
+            None for all that are proved on the installed torch (docs/torch_internals.md).
         cache: a folder where graphs are saved, so that the next process that compiles the same
             model need not trace it; True for one beside the compiled kernels
             (docs/saved_graphs.md); None for none. Loading a graph runs code from the folder, so
@@ -144,9 +143,6 @@ class Options:
         overflow: what is done with a batch of more distinct adapters than there are slots: "refuse"
             raises CapacityError; with "waves" calls and `generate` run its rows in several batches
             and put the results back in their order (docs/adapter_store.md).
-        base_products: on a CPU, the base's graphs (`base_graphs`) multiply few rows by generated
-            code, too, as those with adapters do. Their results are then those of
-            `torch.compile(model)` up to rounding, and no longer bit-equal.
         base_graphs: whether calls without an adapter have separate graphs, which are those of
             `torch.compile(model)`, bit for bit. False: they run the graphs with adapters, so that
             half as many graphs are compiled; results are the base's up to rounding. "warmup": False
@@ -166,10 +162,9 @@ class Options:
     dump: str | None = None
     recompile_limit: int = 64
     strict: bool = False
-    shortcuts: Literal["proved", "off"] | Sequence[str] = "proved"
+    shortcuts: Sequence[str] | None = None
     cache: str | bool | None = None
     overflow: Overflow = "refuse"
-    base_products: bool = False
     base_graphs: BaseGraphs = "auto"
     mode: str | None = None
 
@@ -204,10 +199,15 @@ class Options:
                     f"Options.{name} must be one of {', '.join(map(str, allowed))}, "
                     f"got {getattr(self, name)!r}"
                 )
-        if self.shortcuts != "proved":
-            from lorafx.torch_internals.shortcuts import checked
+        if self.shortcuts is not None:
+            from lorafx.torch_internals.shortcuts import SHORTCUTS
 
-            checked(self.shortcuts, "Options.shortcuts")
+            for name in [self.shortcuts] if isinstance(self.shortcuts, str) else self.shortcuts:
+                if name not in SHORTCUTS or name is self.shortcuts:
+                    raise ConfigError(
+                        f"Options.shortcuts must be a list of {', '.join(SHORTCUTS)}, or None; got "
+                        f"{name!r}{nearest(str(name), SHORTCUTS)}"
+                    )
         if self.cache:
             _check_graphs_can_be_saved()
         allowed = tuple(dict.fromkeys(itertools.chain(*STRATEGIES.values())))

@@ -1,5 +1,6 @@
-"""Progress of long work: on a terminal as it goes, and in the log of `lorafx` when it has ended.
+"""Progress of long work: on a terminal, and in the log of `lorafx` when it has ended.
 
+    lorafx: compiling graph 0 lora of LlamaForCausalLM, first call ...
     lorafx: compiling graph 0 lora of LlamaForCausalLM, first call: 12.3 s
 
 Without a terminal, the first compilation of more than `PATIENCE` seconds is a line at level
@@ -9,7 +10,6 @@ WARNING, once in a process; level INFO has a line for each.
 from __future__ import annotations
 
 import logging
-import shutil
 import sys
 import threading
 import time
@@ -21,58 +21,37 @@ LOG = logging.getLogger("lorafx")
 
 #: Seconds of compiling before a warning, elsewhere than on a terminal.
 PATIENCE = 5.0
-#: Seconds after which the line of a terminal is written anew.
-_TICK = 1.0
-
-_LOCK = threading.Lock()  # of lines on the terminal
 _warned = False
 
 
 class LongWork:
-    """Running work named `what`, and its line on `terminal`, None where standard error is none."""
-
-    _open: LongWork | None = None  # whose line has not ended
+    """Running work named `what`, and its lines on `terminal`, None where standard error is none."""
 
     def __init__(self, what: str) -> None:
         self.what = what
         self.terminal = None if sys.stderr is None or not sys.stderr.isatty() else sys.stderr
         self._start = time.perf_counter()
-        self._length = 0  # of its line, 0 before it is shown
-        self._ended = False
+        self._shown = False
 
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self._start
 
     def show(self, what: str | None = None) -> None:
-        """Show on a terminal its name, `what` from now on if given, and its time so far."""
+        """Show its name on a terminal, from now on `what` if given."""
         self.what = what or self.what
-        self._write(f"lorafx: {self.what} ... {self.seconds:.0f} s", ends=False)
+        self._shown = True
+        self._write(f"{self.what} ...")
 
     def end(self) -> None:
-        if self._length:
-            self._write(f"lorafx: {self.what}: {self.seconds:.1f} s", ends=True)
-        self._ended = True
+        """Show the time of work that was shown."""
+        if self._shown:
+            self._write(f"{self.what}: {self.seconds:.1f} s")
+        self._shown = False
 
-    def watch(self, ended: threading.Event) -> None:
-        """Until it has ended, write its line anew, or warn of it."""
-        if self.terminal is None:
-            if not ended.wait(PATIENCE):
-                _warn(self)
-            return
-        while not ended.wait(_TICK):
-            self.show()
-
-    def _write(self, line: str, *, ends: bool) -> None:
-        with _LOCK:
-            if self.terminal is None or self._ended:
-                return
-            line = line[: shutil.get_terminal_size().columns - 1]
-            before = LongWork._open
-            start = "" if before is None else "\r" if before is self else "\n"
-            text = start + line.ljust(self._length) + "\n" * ends
-            print(text, end="", flush=True, file=self.terminal)
-            self._length, LongWork._open = len(line), None if ends else self
+    def _write(self, line: str) -> None:
+        if self.terminal is not None:
+            print(f"lorafx: {line}", flush=True, file=self.terminal)
 
 
 @contextmanager
@@ -90,17 +69,18 @@ def progress(what: str) -> Iterator[None]:
 
 @contextmanager
 def compiling(what: str) -> Iterator[LongWork]:
-    """Around a capture and its compilation; a terminal has its line after a second, or `show`."""
-    work, ended = LongWork(what), threading.Event()
-    watch = threading.Thread(target=work.watch, args=(ended,), daemon=True)
-    watched = work.terminal is not None or _to_be_warned()
+    """Around a capture and its compilation, which a terminal has by its `show`."""
+    work = LongWork(what)
+    watch = threading.Timer(PATIENCE, _warn, (work,))
+    watch.daemon = True
+    watched = work.terminal is None and _to_be_warned()
     if watched:
         watch.start()
     try:
         yield work
     finally:
+        watch.cancel()
         if watched:
-            ended.set()
             watch.join()
         work.end()
 

@@ -70,19 +70,19 @@ def _attach(
         for group in groups
         for index, site in enumerate(group.sites)
     }
-    # For each large part of the model, since a call may skip some.
+    # One mark is the first of each large part of the model, since a call may skip parts.
     parts = {tuple(site.path.split(".")[:2]): site.path for site in reversed(sites)}
     for path in parts.values():
         marks[path].first = True
-    # Others' hooks see the output with its delta: for them the model is W + ΔW.
+    # Prepended, so that hooks of users see the output with its delta.
     hooks: list[tuple[nn.Module, SiteMark | RowMark]] = [
         (site.marked, marks[site.path]) for site in sites
     ]
-    own = {id(site.module) for site in sites}
+    site_modules = {id(site.module) for site in sites}
     hooks += [
         (module, RowMark(runtime, entry.sizes(module)[1], entry.kind == "embedding"))
         for module, entry in quantised.found
-        if id(module) not in own
+        if id(module) not in site_modules
     ]
     for module, mark in hooks:
         handle = module.register_forward_hook(mark, with_kwargs=True, prepend=True)
@@ -91,7 +91,7 @@ def _attach(
 
 
 def allocate_groups(sites: Sequence[Site], config: LoraConfig) -> tuple[Group, ...]:
-    """Groups of siblings with zero banks on the sites' device (maybe meta)."""
+    """Groups of siblings with zero banks on the sites' device, which may be meta."""
     found: dict[object, list[Site]] = {}
     for site in sites:
         key: object = (
@@ -157,7 +157,8 @@ def _one_device(sites: Sequence[Site]) -> torch.device:
 
 
 def _refuse_marked(graph: ModuleGraph) -> None:
-    """Marks of another model may be there, where the two only share some modules."""
+    """Raise CaptureError for marks of this model, a part of it, or one that contains it; a model
+    that only shares some modules may have marks on them."""
     for path, module in graph.modules():
         for hook in module._forward_hooks.values():
             if not isinstance(hook, MARKS):
@@ -177,7 +178,8 @@ def _refuse_marked(graph: ModuleGraph) -> None:
 
 
 def _refuse_compiled(graph: ModuleGraph, sites: Sequence[Site]) -> None:
-    """Dynamo does not guard hooks: a compiled forward would run without deltas."""
+    """Raise CaptureError for a compiled forward around a site: Dynamo does not guard hooks, so it
+    would run without deltas."""
     above = graph.ancestors(site.module for site in sites)
     for path, module in graph.modules():
         if id(module) not in above:

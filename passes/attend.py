@@ -1,10 +1,11 @@
-"""Attention over a paged cache reads the keys one request at a time.
+"""Attention over a paged cache reads the keys of each token's own request.
 
     K, V = paged_cache(k, v, …, seen, mask);  y = attention(q, K, V, mask)
                                       →      y = paged_attention(q, k, v, …, seen, mask)
 
-The mask must be the cache's very input, on a GPU padded, cut back and expanded. Keys and values may
-be repeated for the heads of a group, must have no other readers, and need a generated kernel.
+The mask must be an input of `paged_cache`, which torch may pad, cut back and expand on a GPU. Keys
+and values may be repeated for the heads of a group, and must have no other readers. The step needs
+a generated kernel.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ _OF_SIZES = (aten.expand.default, aten.slice.Tensor)
 
 @dataclass(frozen=True)
 class Attend:
-    """Attention over a paged cache reads the keys one request at a time."""
+    """Attention over a paged cache reads the keys of each token's own request."""
 
     name: str = "attend"
     required: bool = False
@@ -66,9 +67,9 @@ class Attend:
                     continue
                 with gm.graph.inserting_before(attention):
                     node = ctx.emit(PAGED_ATTENTION, *call)
-                    if not _transposed(laid):  # torch's statement for contiguous queries
-                        as_it_was = {"memory_format": torch.contiguous_format}
-                        node = ctx.emit(aten.clone.default, node, **as_it_was)
+                    if not _transposed(laid):  # torch's result for contiguous queries
+                        contiguous = {"memory_format": torch.contiguous_format}
+                        node = ctx.emit(aten.clone.default, node, **contiguous)
                 node.meta = {**attention.meta, **node.meta}
                 result.replace_all_uses_with(node)
                 for old in (result, attention, *read):
@@ -77,22 +78,22 @@ class Attend:
         return edits
 
 
-def _call(given: dict[str, Any], asked: dict[str, Any]) -> tuple[Any, ...]:
-    scale = asked["scale"]
+def _call(step: dict[str, Any], call: dict[str, Any]) -> tuple[Any, ...]:
+    scale = call["scale"]
     if scale is None:
-        scale = fake_value(asked["query"]).shape[-1] ** -0.5
-    return in_order(PAGED_ATTENTION, given, query=asked["query"], scale=scale, cap=0.0, sinks=None)
+        scale = fake_value(call["query"]).shape[-1] ** -0.5
+    return in_order(PAGED_ATTENTION, step, query=call["query"], scale=scale, cap=0.0, sinks=None)
 
 
 def _read(attention: fx.Node) -> list[fx.Node] | None:
     """The nodes from `attention` back to the cache's call; None with other readers."""
-    asked = bound(attention)
-    keys, values = _heads(asked["key"]), _heads(asked["value"])
+    call = bound(attention)
+    keys, values = _heads(call["key"]), _heads(call["value"])
     if keys is None or values is None:
         return None
     between, cached = [*keys, *values], operand(keys[-1])
     places = [(operand(chain[-1]), index_of(chain[-1])) for chain in (keys, values)]
-    if places != [(cached, 0), (cached, 1)] or asked["query"] in between:
+    if places != [(cached, 0), (cached, 1)] or call["query"] in between:
         return None
     if len(cached.users) != 2 or any(len(node.users) != 1 for node in between):
         return None
@@ -100,8 +101,8 @@ def _read(attention: fx.Node) -> list[fx.Node] | None:
 
 
 def _heads(node: fx.Node) -> list[fx.Node] | None:
-    """The nodes from `node` (1, H, N, D) back to a paged cache's result (1, G, N, D), whose heads
-    one `expand` repeats for the queries of a group; else None."""
+    """The nodes from `node` (1, H, N, D) back to a paged cache's result (1, G, N, D), of which an
+    `expand` may repeat the heads for the queries of a group; else None."""
     chain, spread = [node], []
     while (last := chain[-1]).target is not operator.getitem:
         if last.target not in (*_IN_ORDER, *_OF_SIZES):
@@ -113,16 +114,16 @@ def _heads(node: fx.Node) -> list[fx.Node] | None:
         chain.append(source)
     if operand(last).target is not PAGED_CACHE:
         return None
-    (_, heads, _, size), (_, every, _, own) = (fake_value(end).shape for end in (last, node))
+    (_, heads, _, size), (_, every, _, width) = (fake_value(end).shape for end in (last, node))
     if not spread:
-        return chain if _same((every, own), (heads, size)) else None
-    [(target, before, after), *others] = spread
-    if others or target is not aten.expand.default or not len(before) == len(after) == 5:
+        return chain if _same((every, width), (heads, size)) else None
+    [(target, before, after), *more] = spread
+    if more or target is not aten.expand.default or not len(before) == len(after) == 5:
         return None
     group = after[2]
-    one, many = ((*shape[:3], shape[4]) for shape in (before, after))
-    repeated = _same(one, (1, heads, 1, size)) and _same(many, (1, heads, group, size))
-    return chain if repeated and _same((every, own), (heads * group, size)) else None
+    single, many = ((*shape[:3], shape[4]) for shape in (before, after))
+    repeated = _same(single, (1, heads, 1, size)) and _same(many, (1, heads, group, size))
+    return chain if repeated and _same((every, width), (heads * group, size)) else None
 
 
 def _only_result(attention: fx.Node) -> fx.Node | None:
@@ -131,21 +132,21 @@ def _only_result(attention: fx.Node) -> fx.Node | None:
 
 
 def _fits(cached: fx.Node, attention: fx.Node) -> bool:
-    """Whether this attention takes the step's mask, and no earlier node reads the writes."""
-    given, asked = bound(cached), bound(attention)
-    seen, mask = given["seen"], given["mask"]
-    if seen is None or mask is None or _unpadded(asked[_ATTENTION[attention.target]]) != mask:
+    """Whether `attention` takes the cache's mask, and no node in between reads the cache."""
+    step, call = bound(cached), bound(attention)
+    seen, mask = step["seen"], step["mask"]
+    if seen is None or mask is None or _unpadded(call[_ATTENTION[attention.target]]) != mask:
         return False
-    if asked["dropout_p"] or asked["is_causal"]:
+    if call["dropout_p"] or call["is_causal"]:
         return False
-    if any(cached < user < attention for user in given["cache"].users):
+    if any(cached < user < attention for user in step["cache"].users):
         return False
-    query, key = fake_value(asked["query"]), fake_value(given["key"])
+    query, key = fake_value(call["query"]), fake_value(step["key"])
     return query.dim() == 4 and query.shape[0] == 1 and _same(query.shape[3:], key.shape[3:])
 
 
 def _unpadded(mask: fx.Node | None) -> fx.Node | None:
-    """The mask before torch aligned it: padded at the end, cut off there, copied, expanded."""
+    """The mask before torch aligned its memory by a pad and a slice at the end, or expanded it."""
     while mask is not None and mask.op == "call_function":
         last = fake_value(mask).dim() - 1
         args = bound(mask) if isinstance(mask.target, OpOverload) else {}
@@ -170,11 +171,11 @@ def _transposed(result: torch.Tensor) -> bool:
     )
 
 
-def _equal(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    return len(one) == len(other) and all(
-        statically_known_true(a == b) for a, b in zip(one, other, strict=True)
+def _equal(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(
+        statically_known_true(x == y) for x, y in zip(a, b, strict=True)
     )
 
 
-def _same(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    return all(isinstance(a, int) and a == b for a, b in zip(one, other, strict=True))
+def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return all(isinstance(x, int) and x == y for x, y in zip(a, b, strict=True))

@@ -76,15 +76,14 @@ def _fuse(ctx: Context, node: fx.Node, state: SiteState) -> None:
     arguments = in_order(FUSED_OP, call, **base, transposed=state.site.eligible.transposed)
     with ctx.graph.inserting_before(node):
         if fake_value(call["x"]).dtype == fake_value(node).dtype:
-            # Both return a new contiguous tensor of these sizes; product and site have checked
-            # their arguments.
+            # Both are new contiguous tensors of equal sizes, and their arguments are checked.
             fused = ctx.graph.call_function(FUSED_OP, arguments)
             fused.meta["val"] = fake_value(node)
         else:
             fused = ctx.emit(FUSED_OP, *arguments)
     fused.meta.update({key: node.meta[key] for key in COPIED if key in node.meta})
     if _adds_own_bias(ctx, state.site, use) and _is_packed(ctx, state.site):
-        # A mark, where present, brings the group's packed weights into the graph.
+        # A mark has the group's packed weights as arguments.
         state.packed_weight, state.packed_bias = call["weight"], call["bias"]
     node.replace_all_uses_with(fused)
     ctx.merge([node], fused, "fused")
@@ -98,10 +97,10 @@ def _is_packed(ctx: Context, site: Site) -> bool:
 
 
 def _adds_own_bias(ctx: Context, site: Site, use: Use) -> bool:
-    """Whether the product's addend is the module's bias, as in the packed bias, if any."""
-    own = getattr(site.module, "bias", None)
+    """Whether the product adds exactly the module's bias, which a packed bias holds too."""
+    module_bias = getattr(site.module, "bias", None)
     if use.bias is None:
-        return own is None
+        return module_bias is None
     item = ctx.frame.by_node.get(use.bias)
     holder = None if item is None else item.holder
-    return holder is not None and holder.tensor is own
+    return holder is not None and holder.tensor is module_bias

@@ -1,12 +1,12 @@
-"""Gives each request a copy of shared values where deltas make them differ.
+"""Makes copies per request of shared values that deltas make differ.
 
     y' = site(x, y), x of no request  →  copies[i] = site(x, y) with request i's delta, (n, …)
 
-The product y is computed once, its deltas for each request, and so are the nodes behind y', whose
-rules keep op(copies)[i] = op(copies[i]). Where copies meet owned values, each goes to its request,
-and the result has its previous shape: at an expand or repeat to the number of requests, and at
-pointwise operators and attention masks with owned operands. If `provenance` cannot prove the sites'
-rows then, or a rule is missing, the graph is left unchanged.
+The product y is computed once. Its delta is computed for each request, and so are the nodes behind
+y', by rules with op(copies)[i] = op(copies[i]). Copies end where they meet owned values or a
+dimension of the requests: at an expand or repeat to their number, and at pointwise operators and
+attention masks with owned operands. The result there has its previous shape. If a rule is missing,
+or `provenance` cannot prove the sites' rows, the graph stays unchanged.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lorafx.ownership.indexing import is_boolean
 from lorafx.ownership.labels import Label, Mixed, Own
 from lorafx.ownership.pointwise import unlabelled
 from lorafx.ownership.propagate import called_by, flow_through, rule_for
-from lorafx.ownership.site_rules import GIVEN_DIM, input_name, input_of
+from lorafx.ownership.site_rules import COPIES_DIM, input_name, input_of
 from lorafx.ownership.symbolic import ONE, BatchSymbols, Shape, divide, equal
 from lorafx.passes.provenance import Emitter, Unproved, batch_of, row_map, seeds_of, slots_of
 from lorafx.program.context import EMBEDDING_OP, ROWS_OF, SITE_OP, Context, is_site
@@ -40,12 +40,12 @@ aten, prims = torch.ops.aten, torch.ops.prims
 
 
 BatchingRule = Callable[["Vectorizer", fx.Node], fx.Node]
-#: A number for all requests does not promote dtypes, a number for each may.
+#: A shared 0-d tensor does not promote dtypes; its copies (n,) may.
 OTHER_TYPE = "the copies have another dtype than the original"
 
 
 class Ended(Exception):
-    """The vectorised part of the graph ends before a node."""
+    """Copies cannot be made of a node's result."""
 
     def __init__(self, node: fx.Node, why: str) -> None:
         name = "the graph's result" if node.op == "output" else operator_name(node)
@@ -53,7 +53,7 @@ class Ended(Exception):
 
 
 class Vectorizer:
-    """Shared node -> its copies (n, …), inserted before the node `before`."""
+    """Maps shared nodes to their copies (n, …), which it inserts before the node `before`."""
 
     before: fx.Node
 
@@ -79,7 +79,7 @@ class Vectorizer:
         return new
 
     def site(self, node: fx.Node) -> fx.Node:
-        """A site of a copy for each request: a single product y, different deltas."""
+        """The site with copies of x and y, and thus each request's delta."""
         op: Any = node.target
         call, name = bound(node), input_name(node)
         x, y = call[name], call["y"]
@@ -94,7 +94,7 @@ class Vectorizer:
             return self.emit(op, *in_order(op, call, **copies))
 
         new = self._tried(node, copied)
-        new.meta[GIVEN_DIM] = 0
+        new.meta[COPIES_DIM] = 0
         return new
 
     def _tried(self, node: fx.Node, rule: BatchingRule) -> fx.Node:
@@ -104,7 +104,7 @@ class Vectorizer:
             text = " ".join(str(error).split())[:200]
             raise Ended(node, f"it cannot run on copies: {text}") from error
 
-    # --- what rules use ---
+    # --- helpers of rules ---
 
     def emit(self, target: Any, /, *args: Any, **kwargs: Any) -> fx.Node:
         return self.emitter.call(self.before, target, *args, **kwargs)
@@ -120,7 +120,7 @@ class Vectorizer:
         return self.emitter.size_of(node, dim, self.before)
 
     def copies_of(self, node: fx.Node) -> fx.Node:
-        """(n, …): its copies, or expanded."""
+        """Copies (n, …) of any node; of one without, by expansion."""
         if node in self.copies:
             return self.copies[node]
         sizes = [self.count] + [-1] * len(self.flow.shape(node))
@@ -152,7 +152,7 @@ class Vectorizer:
         return self.emit(node.target, *args, **kwargs)
 
     def _along(self, node: fx.Node) -> fx.Node:
-        """Dimensions in the arguments move by one; a reduction over none is over all."""
+        """Dimensions in the arguments move by one; a reduction without any is over all."""
         args, packet = bound(node), called_by(node)
         first = operand(node)
         self.only(node, first)
@@ -171,8 +171,8 @@ class Vectorizer:
                 args[name] = [wrap(dim, n) + 1 for dim in value]
         args[next(iter(args))] = self.copies[first]
         schema = node.target._schema  # type: ignore[union-attr]
-        given = [args.pop(one.name) for one in schema.arguments if not one.kwarg_only]
-        return self.emit(node.target, *given, **args)
+        positional = [args.pop(item.name) for item in schema.arguments if not item.kwarg_only]
+        return self.emit(node.target, *positional, **args)
 
     def _squeezed(self, node: fx.Node) -> fx.Node:
         first = operand(node)
@@ -245,7 +245,7 @@ class Vectorizer:
     # --- copies meet owned values ---
 
     def by_size(self, node: fx.Node) -> fx.Node | None:
-        """A shared `node` that repeats its operand for each request, copy i in repetition i."""
+        """`node`, which repeats a shared operand for each request, with copy i as repetition i."""
         if not self.flow.batch.is_Symbol:
             return None  # another size may happen to be the same number
         packet = called_by(node)
@@ -256,7 +256,7 @@ class Vectorizer:
         return self._broadcast(node) if rule_for(node.target)[0] is pointwise.pointwise else None
 
     def _broadcast(self, node: fx.Node) -> fx.Node | None:
-        """Pointwise with a shared operand that has an entry for each request (a mask)."""
+        """A pointwise node, another operand of which has an entry for each request (a mask)."""
         flow, new = self.flow, self.flow.shape(node)
         dims = [d for d, size in enumerate(new) if size == flow.batch]
         operands = {arg for arg in node.all_input_nodes if arg in self.copies}
@@ -302,7 +302,8 @@ class Vectorizer:
         return self.emit(aten.reshape.default, copies, [*sizes[:d], -1, *sizes[d:]])
 
     def by_owner(self, node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
-        """(operand, replacement) pairs; Ended unless broadcast along a known owner dimension."""
+        """(operand, replacement) pairs for copies that are broadcast along a known owner dimension;
+        raises Ended for others."""
         flow, label = self.flow, self.flow.labels[node]
         single = label[0] if isinstance(label, tuple) else label
         if isinstance(single, Mixed):
@@ -321,22 +322,22 @@ class Vectorizer:
             raise Ended(node, "no rule gives each request its copy here")
         if not isinstance(single, Own) or single.perm is not None:
             raise Ended(node, f"no rule gives each request its copy along {single}")
-        return [(arg, self._given(node, arg, shape, single)) for arg in operands]
+        return [(arg, self._copy_by_owner(node, arg, shape, single)) for arg in operands]
 
-    def _given(self, node: fx.Node, arg: fx.Node, shape: Shape, own: Own) -> fx.Node:
-        flow, dim = self.flow, own.dim
+    def _copy_by_owner(self, node: fx.Node, arg: fx.Node, shape: Shape, label: Own) -> fx.Node:
+        flow, dim = self.flow, label.dim
         if self._size_at(arg, dim, len(shape)) != ONE:
             raise Ended(node, f"sizes {flow.shape(arg)} are not broadcast along dimension {dim}")
-        periods = divide(shape[dim], own.rows * flow.batch)
+        periods = divide(shape[dim], label.rows * flow.batch)
         if periods is None:
-            raise Ended(node, f"{shape[dim]} is not proved to hold whole periods of {own}")
+            raise Ended(node, f"{shape[dim]} is not proved to hold whole periods of {label}")
         line = self._placed(arg, len(shape), dim)
-        if own.rows == ONE and periods == ONE:
+        if label.rows == ONE and periods == ONE:
             return line
         # (…, periods, n, rows, …) in row-major order is the owner's dimension.
-        times, rows = (self.emitter.size(size, self.before) for size in (periods, own.rows))
+        times, rows = (self.emitter.size(size, self.before) for size in (periods, label.rows))
         if times is None or rows is None:
-            raise Ended(node, f"the graph cannot compute the sizes of {own}")
+            raise Ended(node, f"the graph cannot compute the sizes of {label}")
         line = self.emit(
             aten.unsqueeze.default, self.emit(aten.unsqueeze.default, line, dim), dim + 2
         )
@@ -402,7 +403,7 @@ OF_LAYOUT = (
 
 @dataclass(frozen=True)
 class GiveOut:
-    """Values that all requests share get a copy for each request where deltas make them differ."""
+    """Shared values get a copy per request where deltas make them differ."""
 
     name: str = "give_out"
     required: bool = False
@@ -439,7 +440,7 @@ def give_out(
     roots = {
         node
         for node in graph.nodes
-        if is_site(node) and node not in flow.given and flow.label(input_of(node)) is None
+        if is_site(node) and node not in flow.copied_sites and flow.label(input_of(node)) is None
     }
     roots = {node for node in roots if allowed()}
     while roots:
@@ -456,7 +457,7 @@ def give_out(
 
 
 def _batch(frame: Frame) -> BatchSymbols | None:
-    """The number of requests, if several are possible and slots are per request."""
+    """The number of requests, if it may exceed one and slots are given per request."""
     try:
         batch = batch_of(frame)
     except ProvenanceError:
@@ -466,15 +467,15 @@ def _batch(frame: Frame) -> BatchSymbols | None:
 
 def _without_requests(graph: fx.Graph, seeds: Mapping[fx.Node, Label]) -> bool:
     """Whether some site's x depends on no request data."""
-    theirs: set[fx.Node] = set()
+    dependent: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder":
             if seeds.get(node) is not None:
-                theirs.add(node)
-        elif is_site(node) and input_of(node) not in theirs:
+                dependent.add(node)
+        elif is_site(node) and input_of(node) not in dependent:
             return True
         elif rule_for(node.target)[0] is not unlabelled:
-            theirs.update([node] if theirs.intersection(node.all_input_nodes) else [])
+            dependent.update([node] if dependent.intersection(node.all_input_nodes) else [])
     return False
 
 
@@ -603,12 +604,12 @@ class Attempt:
 
 
 def _is_shared(label: Label) -> bool:
-    return isinstance(label, tuple) and all(one is None for one in label)
+    return isinstance(label, tuple) and all(output is None for output in label)
 
 
 def _types(value: object) -> object:
     if isinstance(value, (tuple, list)):
-        return [_types(one) for one in value]
+        return [_types(output) for output in value]
     return value.dtype if isinstance(value, torch.Tensor) else None
 
 
@@ -618,7 +619,7 @@ def _layout(node: fx.Node) -> object:
 
 def _layouts(value: object) -> object:
     if isinstance(value, (tuple, list)):
-        return [_layouts(one) for one in value]
+        return [_layouts(output) for output in value]
     if not isinstance(value, torch.Tensor):
         return None
     return tuple(map(str, value.shape)), tuple(map(str, value.stride()))

@@ -2,12 +2,12 @@
 
     inductor   fused_linear → mm / addmm (one, or one per sibling), then add_delta_ into its output;
                site → add_delta_ into y; expert_site → run_expert_delta_ into y, or as a site whose
-               slots are the keys of the rows. The grouped product that y is becomes
-               lorafx::grouped_mm where that has a kernel.
-    triton     fused_linear → triton_linear, or mm / addmm and triton_delta_, or what
-               `_concat` has around the vendor's product, as planned;
-               site → triton_delta_ into y. On a GPU their launches are put into the graph.
-    reference  nothing to do: the ops' aten implementations run.
+               slots are the keys of the rows. If y is a grouped product with a kernel, it becomes
+               lorafx::grouped_mm.
+    triton     fused_linear → triton_linear, or mm / addmm and triton_delta_, or triton_concat_ and
+               mm / addmm, as planned; site → triton_delta_ into y. On a GPU the graph has their
+               launches.
+    reference  the graph stays as it is: the ops' aten implementations run.
 
 grouped_site and conv_site are unchanged. Ops that write are wrapped in `auto_functionalized`. On a
 GPU the Triton ops become calls of their kernels:
@@ -15,7 +15,7 @@ GPU the Triton ops become calls of their kernels:
     y' = auto_functionalized(lorafx::triton_delta_, y, x, …)[1]
  →  y' = triton_kernel_wrapper_functional(kernel, grid, {y_ptr: y, …}, clone [y_ptr])['y_ptr']
 
-Each op's body is traced on the node's fake tensors and functionalised, which AOTAutograd has done
+Each op's body is traced on the node's fake tensors and functionalised, since AOTAutograd has run
 before `lower`. Inductor can then plan the kernels' memory, capture them in CUDA graphs and package
 them ahead of time. Bodies share computations from the same inputs: the requests sorted by slot,
 sizes.
@@ -119,8 +119,8 @@ def _linear(ctx: Context, node: fx.Node) -> fx.Node:
         parts, start = [], 0
         for size in call["sizes"]:
             part = ctx.emit(aten.slice.Tensor, weight, 0, start, start + size)
-            own = bias and ctx.emit(aten.slice.Tensor, bias, 0, start, start + size)
-            parts.append(_product(ctx, x_flat, part, own, swap=False))
+            part_bias = bias and ctx.emit(aten.slice.Tensor, bias, 0, start, start + size)
+            parts.append(_product(ctx, x_flat, part, part_bias, swap=False))
             start += size
         y = ctx.emit(aten.cat.default, parts, 1)  # Inductor has each GEMM write its part
     else:
@@ -260,16 +260,16 @@ def _flat(ctx: Context, node: Any) -> fx.Node:
 
 
 def _spread(ctx: Context, y: fx.Node) -> fx.Node:
-    """y without overlapping elements, where broadcast rows are written separately."""
+    """y, or a copy if it is broadcast, since each row is written."""
     value = fake_value(y)
     if all(guard_or_true(stride != 0) for stride in value.stride()):
         return y
     return ctx.emit(aten.clone.default, y, memory_format=torch.contiguous_format)
 
 
-def _same_strides(one: fx.Node, other: fx.Node) -> bool:
-    strides = zip(fake_value(one).stride(), fake_value(other).stride(), strict=True)
-    return all(guard_or_false(a == b) for a, b in strides)
+def _same_strides(a: fx.Node, b: fx.Node) -> bool:
+    strides = zip(fake_value(a).stride(), fake_value(b).stride(), strict=True)
+    return all(guard_or_false(x == y) for x, y in strides)
 
 
 def _adjacent(ctx: Context, node: fx.Node) -> fx.Node:
@@ -368,7 +368,7 @@ def _leaves(arguments: list[Any]) -> Iterator[Any]:
 
 
 def _description(item: Any, inputs: list[fx.Node]) -> object:
-    """The dependencies of a traced body: inputs and their metadata, values of other arguments."""
+    """What a traced body depends on: its inputs' metadata, and the values of other arguments."""
     if not isinstance(item, fx.Node):
         return (type(item), item)
     value, index = item.meta["val"], inputs.index(item)
@@ -388,10 +388,10 @@ def _traced(op: OpOverload, arguments: list[Any], inputs: list[fx.Node]) -> fx.G
                 return [value(part) for part in item]
             return values[position[item]] if isinstance(item, fx.Node) else item
 
-        own = [value(argument) for argument in arguments]
-        returned = op(*own)
+        operands = [value(argument) for argument in arguments]
+        returned = op(*operands)
         returned = () if returned is None else returned
-        written = [item for item, writes in zip(own, mutated, strict=True) if writes]
+        written = [item for item, writes in zip(operands, mutated, strict=True) if writes]
         return [*(returned if isinstance(returned, tuple) else (returned,)), *written]
 
     fakes = [node.meta["val"] for node in inputs]
@@ -433,7 +433,7 @@ def _copied(
 
 
 def _key(node: fx.Node, copies: dict[fx.Node, fx.Node]) -> object:
-    """Equal for equal computations: sizes by expression, unwritten buffers by size."""
+    """A key that is equal for equal computations: sizes by expression, new buffers by size."""
     if isinstance(node.meta.get("val"), torch.SymInt):
         return str(node.meta["val"])
 

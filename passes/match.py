@@ -76,18 +76,18 @@ _USE_KINDS = {"linear": "linear", "blocks": "linear", "embedding": "embedding", 
 def _replaced_sites(ctx: Context, in_parts: Set[Site]) -> Iterator[Refusal]:
     """Refusals of sites that this graph seems to compute without their weight.
 
-    No graph so far has used the site, or this one only parts of the weight (`in_parts`), and a
-    module that holds it runs with other tensors of its own: any matrix if the weight is unreadable;
-    else an attribute or buffer with as many columns as the weight has inputs.
+    No graph has used the site yet, or this one uses only parts of its weight (`in_parts`), and its
+    parent computes with another tensor: with any matrix if the weight is unreadable, else with an
+    attribute or buffer of as many columns.
     """
     frame, program = ctx.frame, ctx.program
-    own = [
+    matrices = [
         (node, item.holder)
         for node, item in frame.by_node.items()
         if item.kind == "state" and item.holder is not None and _is_matrix(node)
         if not item.holder.is_own_weight
     ]
-    if not own:
+    if not matrices:
         return
     identities, paths = _running(ctx.graph)
     for site in program.sites:
@@ -99,13 +99,13 @@ def _replaced_sites(ctx: Context, in_parts: Set[Site]) -> Iterator[Refusal]:
         parent = program.graph.at(near)
         if parent is program.model:
             runs = frame.begins_call
-        else:  # and not in part, as where its forward breaks into several graphs
+        else:  # all of its forward: a part of one may leave the weight to a later graph
             runs = str(id(parent)) in identities or near in paths
             runs = runs and id(parent) not in frame.callers
         if not runs:
             continue
         readable = has_numbers(site)
-        for node, holder in own:
+        for node, holder in matrices:
             value = fake_value(node)
             alike = not isinstance(holder.tensor, nn.Parameter) and site.in_features in value.shape
             if is_near(str(holder), near) and (alike or not readable):
@@ -135,7 +135,7 @@ def _running(graph: fx.Graph) -> tuple[set[str], set[str]]:
 
 
 def _other_arithmetic(site: Site, use: Use) -> Refusal | None:
-    """Why A, with the module's stride and padding, does not fit this use's convolution."""
+    """The refusal of a convolution that A, with the module's stride and padding, does not fit."""
     module, call = convolution_of(site.module), bound(use.node)
     if call["transposed"] or call["groups"] != module.groups:
         reason = "its weight is used in a convolution of another kind than its own"
@@ -168,7 +168,7 @@ class Match:
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         marks = {node: ctx.site_of_mark(node) for node in gm.graph.nodes if is_site(node)}
         uses = _uses(ctx)
-        # A module returns x Wᵀ where y is that; with blocks of W its result is unknown.
+        # A module whose y is x Wᵀ returns that; with blocks of W its result is unknown.
         products = {node: use for node, use in uses.items() if use.kind != "blocks"}
         origins = {mark: _followed(bound(mark)["y"], products)[0] for mark in marks}
         for mark, site in marks.items():
@@ -230,14 +230,14 @@ class Match:
 
 def _uses(ctx: Context) -> dict[fx.Node, Use]:
     uses: dict[fx.Node, Use] = {}
-    held: dict[int, set[fx.Node]] = {}
+    inputs: dict[int, set[fx.Node]] = {}
     for node, item in ctx.frame.by_node.items():
         if item.holder is not None:
-            held.setdefault(id(item.holder.module), set()).add(node)
+            inputs.setdefault(id(item.holder.module), set()).add(node)
     for node, item in list(ctx.frame.by_node.items()):
         if item.kind != "weight" or any(site.eligible.kind == "experts" for site in item.sites):
             continue
-        for use in _uses_of_input(node, item, held):
+        for use in _input_uses(node, item, inputs):
             other = uses.get(use.node)
             if other is not None and not _same_stored(ctx, use, other):
                 joined = _joined(ctx, other, use)
@@ -252,8 +252,8 @@ def _same_stored(ctx: Context, use: Use, other: Use) -> bool:
     return use.stored and other.stored and items[use.weight].sites == items[other.weight].sites
 
 
-def _uses_of_input(node: fx.Node, item: FrameInput, held: Mapping[int, Set[fx.Node]]) -> list[Use]:
-    """The uses of a weight or derived input; `held` are other inputs from its module."""
+def _input_uses(node: fx.Node, item: FrameInput, inputs: Mapping[int, Set[fx.Node]]) -> list[Use]:
+    """The uses of a weight or derived input; `inputs`: a frame's, by their modules' ids."""
     derived = item.derived
     if derived is None and any(site.eligible.kind == "conv" for site in item.sites):
         return convolution_uses(node)
@@ -267,7 +267,7 @@ def _uses_of_input(node: fx.Node, item: FrameInput, held: Mapping[int, Set[fx.No
     if derived is None:
         transposed = any(site.eligible.transposed for site in item.sites)
         modules = {id(site.module) for site in item.sites}
-        scales = {other for module in modules for other in held.get(module, ())}
+        scales = {other for module in modules for other in inputs.get(module, ())}
         return uses_of(node, transposed=transposed, scales=scales)
     if derived.form is not None:
         return uses_of(node, transposed=False, part=(derived.form, derived.shape))
@@ -279,7 +279,7 @@ def _uses_of_input(node: fx.Node, item: FrameInput, held: Mapping[int, Set[fx.No
 
 
 def _joined(ctx: Context, use: Use, other: Use) -> Use:
-    """A use whose node has another weight too: (W + ΔW)(V + ΔV) is not two deltas."""
+    """An unknown use, whose node has another weight too: (W + ΔW)(V + ΔV) is not two deltas."""
     if use.kind == "unknown":
         return use
     label = ctx.frame.by_node[other.weight].label
@@ -287,8 +287,8 @@ def _joined(ctx: Context, use: Use, other: Use) -> Use:
 
 
 def _mark_follows(ctx: Context, site: Site, use: Use) -> bool:
-    """Whether a running call of the module makes the use, so its mark follows in a later graph;
-    refused unless the module returns x Wᵀ itself."""
+    """Whether a running call of the module makes the use, so that its mark follows in a later
+    graph; refuses a module that may return something else than x Wᵀ."""
     frame = ctx.frame
     inside = id(site.module) in frame.callers
     frame.inside[frame.positions[use.weight], frame.by_node[use.weight].sites.index(site)] = inside
@@ -298,13 +298,13 @@ def _mark_follows(ctx: Context, site: Site, use: Use) -> bool:
 
 
 def _forward_unknown(site: Site) -> bool:
-    """Whether the module may return another result than x Wᵀ, without a handler."""
+    """Whether the module has no handler and may return something else than x Wᵀ."""
     return site.has_own_forward and site.eligible.handler is None
 
 
 def _left_to_mark(ctx: Context, use: Use) -> Site | None:
-    """The site whose mark adds this use's delta, if its module's call makes the use and is only
-    known as a whole to compute x Wᵀ: by a handler or a stored format."""
+    """The site whose mark adds this use's delta: its module's call makes the use, and computes x Wᵀ
+    by a handler or from a stored format."""
     item = ctx.frame.by_node[use.weight]
     for site in item.sites:
         stored = bool(item.part) or not is_dense(fake_value(use.weight))
@@ -383,11 +383,11 @@ def _insert(ctx: Context, site: Site, use: Use) -> None:
     ctx.record(site, node, use, form="rewritten")
 
 
-# An adapter's rows replace W's and the bias's, so y must be x Wᵀ plus the module's own bias.
+# An adapter's rows replace those of W and the bias: y must be x Wᵀ plus the module's own bias.
 
 
 def _addends_of(y: fx.Node, uses: dict[fx.Node, Use]) -> list[fx.Node]:
-    """The terms of `y`, which has an origin, beside the product with the weight."""
+    """The terms of `y`, which has a use behind it, beside the product with the weight."""
     use, added = _followed(y, uses)
     constants = [constant for _, constant in added]
     return constants if use is None or use.bias is None else [*constants, use.bias]
@@ -422,8 +422,8 @@ def _followed(
 def _check_addends(ctx: Context, site: Site, addends: list[fx.Node]) -> None:
     """Refuse replaced rows where y is not x Wᵀ plus the module's own bias."""
     bias = getattr(site.module, "bias", None)
-    held = [_held(ctx, addend) for addend in addends]
-    if len(held) != (bias is not None) or any(tensor is not bias for tensor in held):
+    tensors = [_holder_tensor(ctx, addend) for addend in addends]
+    if len(tensors) != (bias is not None) or any(tensor is not bias for tensor in tensors):
         ctx.refuse(
             Refusal((site,), "own", "the product with its weight is not followed by its own bias")
         )
@@ -435,9 +435,9 @@ def _refuse_other_uses(ctx: Context, marks: dict[fx.Node, Site], uses: dict[fx.N
     if not sites:
         return
     for node in ctx.frame.by_node:
-        held = _held(ctx, node)
+        tensor = _holder_tensor(ctx, node)
         for site in sites:
-            if held is None or held is not getattr(site.module, "bias", None):
+            if tensor is None or tensor is not getattr(site.module, "bias", None):
                 continue
             known = _additions(ctx, site, node, marks, uses)
             if other := next((user for user in node.users if user not in known), None):
@@ -462,7 +462,7 @@ def _additions(
     return found
 
 
-def _held(ctx: Context, node: fx.Node) -> Tensor | None:
+def _holder_tensor(ctx: Context, node: fx.Node) -> Tensor | None:
     item = ctx.frame.by_node.get(node)
     return None if item is None or item.holder is None else item.holder.tensor
 
@@ -472,7 +472,7 @@ def _rescales(node: fx.Node) -> bool:
 
 
 def _leave_alone(ctx: Context, site: Site, node: fx.Node, addends: list[fx.Node]) -> None:
-    """Give the site's op the sum of y's addends, which DoRA does not scale."""
+    """Set the op's `addend` to the sum of y's addends, which DoRA does not scale."""
     if any(size != 1 for item in addends for size in fake_value(item).shape[:-1]):
         ctx.refuse(
             Refusal(
@@ -495,7 +495,7 @@ def _swapped(ctx: Context, node: fx.Node) -> fx.Node:
 
 #: Operators that return values and their indices.
 RANKINGS = frozenset({aten.topk.default, aten.sort.default, aten.sort.stable})
-#: Operators that return some of their indices, in any order.
+#: Operators that return entries of their operand, in any order.
 SAME_INDICES = frozenset(
     {
         *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.clone.default),
@@ -548,13 +548,13 @@ def insert_expert_sites(ctx: Context) -> int:
 def _owner_of_experts(ctx: Context, sites: list[Site], use: Use) -> Site | Refusal | None:
     if use.kind == "unknown":
         return ctx.unknown_use(use.weight, use.node, use.reason)
-    others = ctx.other_owners(use.weight)
-    if len(sites) == 1 and not others:
+    owners = ctx.other_owners(use.weight)
+    if len(sites) == 1 and not owners:
         return sites[0]
     inside = [site for site in sites if ctx.inside(use.node, site.module)]
     if len(inside) == 1:
         return inside[0]
-    if any(ctx.inside(use.node, module) for module in others):
+    if any(ctx.inside(use.node, module) for module in owners):
         return None
     return ctx.unknown_use(use.weight, use.node, "several modules share this parameter")
 
@@ -606,7 +606,7 @@ def _experts_of(ctx: Context, site: Site, use: Use) -> fx.Node:
 
 
 def _from_0(ctx: Context, ids: fx.Node, count: int) -> fx.Node:
-    """Indices as 0 … E - 1: -1 is the last expert of W[ids]. topk and sort return such indices."""
+    """Indices in 0 … E - 1, where W[-1] is the last expert; those of topk and sort already are."""
     source = ids
     while source.target in SAME_INDICES or source.target in RANKINGS or _position(source) == 0:
         source = operand(source)

@@ -2,8 +2,8 @@
 
     y_i = x W_iᵀ + b_i + Δ_i(x)   →   [y_0 | y_1 | ...] = fused_linear(x, [W_0; W_1; ...], ...)
 
-The proof is the graph: x is the same node. The packed weight, made before by `pack_weights`, is a
-graph input carried by the mark (lorafx.model.packing), so a graph serves all layers.
+Siblings share x if it is the same node. The packed weight, which `pack_weights` made, is a graph
+input that the mark takes (lorafx.model.packing), so a graph serves all layers.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ _KEY = "lorafx_strategy"
 
 @dataclass(frozen=True)
 class Strategy:
-    """The choice for a node: a name from `lorafx.config.STRATEGIES`, the id of Triton kernels or 0,
+    """How a node is computed: a name of `lorafx.config.STRATEGIES`, the id of Triton kernels or 0,
     whether a pack's base product is `split` into a GEMM per sibling, and the reason."""
 
     name: str
@@ -120,7 +120,7 @@ def _triton(ctx: Context, nodes: Sequence[fx.Node]) -> None:
         choose(ctx, node, Strategy(name, kernel=kernel or 0, reason=reason))
 
 
-#: Assumed number of rows if it depends on data.
+#: The assumed number of rows where it depends on data.
 UNKNOWN_ROWS = 4096
 #: The only strategy of an embedding's delta.
 EMBEDDING = "embedding"
@@ -151,15 +151,15 @@ def _triton_choice(ctx: Context, node: fx.Node) -> tuple[str, str]:
 
 def _unfit(node: fx.Node, name: str) -> str:
     """Why a pinned strategy cannot compute this node, as the end of a message, or ""."""
-    others = "pin 'gemv', 'segments' or 'aten'"
+    alternatives = "pin 'gemv', 'segments' or 'aten'"
     if node.target is EMBEDDING_OP and name != ATEN:
         return ", but embeddings have a single strategy; remove the pin, or pin 'aten'"
     if name == CONCAT and (why := _not_concat(node)):
-        return f", {why}; {others}"
+        return f", {why}; {alternatives}"
     if name in FUSED and node.target is not FUSED_OP:
-        return f", whose base product is not part of the node; {others}"
+        return f", whose base product is not part of the node; {alternatives}"
     if name in FUSED and not _fusable(node):
-        return f", whose base weight lies column by column; {others}"
+        return f", whose base weight lies column by column; {alternatives}"
     return ""
 
 
@@ -242,15 +242,15 @@ def _parts(sites: Sequence[Site]) -> list[Part]:
 def _floor(ctx: Context, node: fx.Node) -> str:
     sites = _sites(ctx, node)
     rank = _bank(ctx, node).max_rank
-    one, eight = (byte_floor(_parts(sites), rank, distinct) for distinct in (1, 8))
+    single, eight = (byte_floor(_parts(sites), rank, distinct) for distinct in (1, 8))
     return (
-        f"byte floor at rank {rank}: {one:.2f} times the base weight's bytes with 1 adapter, "
+        f"byte floor at rank {rank}: {single:.2f} times the base weight's bytes with 1 adapter, "
         f"{eight:.2f} times with 8"
     )
 
 
 def delta_spec(node: fx.Node) -> DeltaSpec:
-    """The specialisation of a kernel for its delta."""
+    """The spec of a kernel for the node's delta."""
     call = bound(node)
     if node.target is EMBEDDING_OP:
         return DeltaSpec.of_embedding(*(fake_value(call[name]) for name in ("y", "A", "B")))

@@ -4,8 +4,8 @@
     addmm(b, x, Wᵀ)                            →   dense_addmm(b, x, W, [])
     cat([mm(x, W[:n]ᵀ), mm(x, W[n:]ᵀ)], 1)     →   dense_mm(x, W, [n, N - n])
 
-W is an input of the graph or a part of one; products that always have many rows are left alone. The
-only reader of such a product may be a delta, which joins its parallel region
+W is an input of the graph or a part of one; products that always have many rows are left alone. If
+a delta is the only reader of such a product, `join` puts both into one parallel region
 (lorafx.kernels.cpu.dense):
 
     run_delta_(y = dense_mm(x, W), x, bank)         →   dense_mm_delta(x, W, bank)
@@ -49,15 +49,12 @@ class Products:
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         if ctx.program.options.lowering != "inductor":
             return 0
-        return replace_products(gm.graph, ctx.take_edit)
-
-
-def replace_products(graph: fx.Graph, allowed: Callable[[], bool] = lambda: True) -> int:
-    """Replace products while `allowed`; returns their number."""
-    edits = 0
-    for find in (_side_by_side, _product):  # parts first: each is a product too
-        edits += sum(_replace(graph, node, find, allowed) for node in [*graph.nodes])
-    return edits
+        edits = 0
+        for find in (_side_by_side, _product):  # parts first: each is a product too
+            edits += sum(
+                _replace(gm.graph, node, find, ctx.take_edit) for node in [*gm.graph.nodes]
+            )
+        return edits
 
 
 class Product(NamedTuple):
@@ -113,10 +110,10 @@ def _product(node: fx.Node) -> Product | None:
     if right.target is not aten.permute.default or [*bound(right)["dims"]] != [1, 0]:
         return None
     weight = bound(right)["self"]
-    return Product(x, weight, bias) if _is_given(weight) else None
+    return Product(x, weight, bias) if _is_input(weight) else None
 
 
-def _is_given(weight: fx.Node) -> bool:
+def _is_input(weight: fx.Node) -> bool:
     if not all(isinstance(size, int) for size in fake_value(weight).shape):
         return False
     while weight.target is aten.slice.Tensor:
@@ -176,7 +173,7 @@ def _joins(delta: fx.Node) -> bool:
     product = call["y"]
     if product.target not in _JOINED or len(product.users) > 1:
         return False
-    if any(own.target is not operator.getitem or index_of(own) != 1 for own in readers):
+    if any(reader.target is not operator.getitem or index_of(reader) != 1 for reader in readers):
         return False
     return bound(product)["x"] is call["x"] and ready(fake_value(product).dtype)
 

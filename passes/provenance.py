@@ -3,12 +3,11 @@
     x (d0, ..., dk, K) owned at dimension d with period ρ:   row m of x.view(-1, K) belongs to
     request (m // R) mod n,  R = ρ · ∏ sizes after d without K
 
-becomes rows = R; rows owned through a permutation p of N rows become a slot for each row, with n =
-len(slots), and rows = 1:
+becomes rows = R. Rows owned through a permutation p get a slot each, and rows = 1 (n = len(slots)):
 
     slots'[m] = slots[(p[i_m] // ρ) mod n]        (i_m row m's index along the owner dimension)
 
-Sites whose rows cannot be proved serve batches of one adapter only, and the reason is a refusal.
+Sites without a proof serve batches of one adapter only; a refusal has the reason.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ _FUNCTIONS: tuple[tuple[type, Callable[..., Any]], ...] = (
 
 
 class Emitter:
-    """Adds nodes to a graph, each value once. Request uses in graph order."""
+    """Adds nodes to a graph, equal ones once; `before` must not move backwards between calls."""
 
     def __init__(self, graph: fx.Graph, batch: BatchSymbols) -> None:
         self.graph = graph
@@ -146,25 +145,25 @@ class Emitter:
     def slot_of(self, slots: fx.Node, request: int, before: fx.Node) -> fx.Node:
         key = (slots, request)
         if key not in self._slots:
-            one = self.call(before, aten.select.int, slots, 0, request)
-            self._slots[key] = self.call(before, aten.unsqueeze.default, one, 0)
+            slot = self.call(before, aten.select.int, slots, 0, request)
+            self._slots[key] = self.call(before, aten.unsqueeze.default, slot, 0)
         return self._slots[key]
 
     def row_slots(
-        self, slots: fx.Node, own: Own, x: fx.Node, ndim: int, before: fx.Node
+        self, slots: fx.Node, label: Own, x: fx.Node, ndim: int, before: fx.Node
     ) -> fx.Node | None:
         """slots'[m] for each row of x, over its first `ndim` dimensions."""
-        step = self.size(own.rows, before)
+        step = self.size(label.rows, before)
         if step is None:
             return None
         shape = tuple(self.sizes.shape(x.meta["val"])[:ndim])
-        key = (slots, own, shape)
+        key = (slots, label, shape)
         if key not in self._slots:
             count = self.size_of(slots, 0, before)
-            owner = self.call(before, aten.div.Scalar_mode, own.perm, step, rounding_mode="floor")
+            owner = self.call(before, aten.div.Scalar_mode, label.perm, step, rounding_mode="floor")
             owner = self.call(before, aten.remainder.Scalar, owner, count)
             picked = self.call(before, aten.index.Tensor, slots, [owner])
-            self._slots[key] = self._spread(picked, x, own.dim, ndim, before)
+            self._slots[key] = self._spread(picked, x, label.dim, ndim, before)
         return self._slots[key]
 
     def size_of(self, node: fx.Node, dim: int, before: fx.Node) -> Any:
@@ -183,28 +182,27 @@ class Emitter:
         return self.call(before, aten.view.default, wide, [-1])
 
 
-#: `rows` of a site without a row map: every row counts as the first request's. That is right when
-#: all requests use one adapter, and when none of theirs touches the site; the refusal keeps other
-#: batches away.
+#: `rows` of a site without a row map: every row counts as the first request's. That is right if all
+#: requests use one adapter, or none of theirs touches the site; a refusal stops other batches.
 ALL_ALIKE = 1 << 62
 
 
 @dataclass(frozen=True)
 class RowMap:
     """Row m belongs to request (m // period) mod n; with `perm`, index i along dimension `dim` of
-    the rows belongs to request (perm[i] // period) mod n; where `request` is given, all are its."""
+    the rows belongs to request (perm[i] // period) mod n; with `request`, all belong to that."""
 
     period: sympy.Expr
     perm: fx.Node | None = None
     dim: int = 0
     request: int | None = None
 
-    def words(self, each: str) -> str:
-        """For people; `each` is what slots are given for, "request" or "token"."""
+    def words(self, unit: str) -> str:
+        """The map in words; `unit` is what slots are given for, "request" or "token"."""
         if self.request is not None:
             return f"rows of request {self.request} alone"
         via = f" through {self.perm.name}" if self.perm is not None else ""
-        return f"{self.period} {'row' if self.period == 1 else 'rows'} for each {each}{via}"
+        return f"{self.period} {'row' if self.period == 1 else 'rows'} for each {unit}{via}"
 
 
 @dataclass(frozen=True)
@@ -225,9 +223,9 @@ def prove_results(
     assume: bool = False,
     picks: Iterable[fx.Node] = (),
 ) -> tuple[dict[fx.Node, Proof], Handover, list[fx.Node]]:
-    """The row map of each site node, or why there is none; what is known about the graph's results;
-    and the nodes of whose masks both rest on what the graph is to ask when it runs, if it may
-    (`assume`). `picks`: inputs whose values are places of requests."""
+    """The row map of each site node, or why there is none; the owners of the graph's results; and
+    the nodes whose masks the graph must check when it runs, if it may (`assume`), since proofs rest
+    on them. `picks`: inputs whose values are indices of requests."""
     sites = [node for node in graph.nodes if is_site(node)]
     if batch.is_one:
         return {node: RowMap(ONE) for node in sites}, Handover(), []
@@ -243,7 +241,7 @@ def prove_tokens(
     token_inputs: Mapping[fx.Node, int],
 ) -> dict[fx.Node, Proof]:
     """The row map of every site node to slots (B·T,), one per token, or why there is none.
-    `token_inputs`: the inputs with one entry per token, and the dimension that holds them."""
+    `token_inputs`: inputs with one entry per token -> the dimension of the tokens."""
     lengths = [fake_value(node).shape[dim] for node, dim in token_inputs.items()]
     sites = [node for node in graph.nodes if is_site(node)]
     if not lengths:
@@ -263,9 +261,9 @@ def prove_tokens(
 
 
 def row_map(node: fx.Node, flow: Flow) -> Proof:
-    """The map of one site from the label of its x (of its ids, which have no feature dimension)."""
+    """The map of a site from the label of its x or ids."""
     x = input_of(node)
-    label, shape = flow.label(node if node in flow.given else x), flow.shape(x)
+    label, shape = flow.label(node if node in flow.copied_sites else x), flow.shape(x)
     ndim = row_dims(node)
     if isinstance(label, Mixed):
         return Unproved(label.reason)
@@ -283,8 +281,8 @@ def row_map(node: fx.Node, flow: Flow) -> Proof:
 def apply(
     graph: fx.Graph, proofs: Mapping[fx.Node, Proof], batch: BatchSymbols
 ) -> dict[fx.Node, Proof]:
-    """Write proved maps into the `slots` and `rows` arguments of their site nodes; returns the
-    proofs as they came out: a map whose sizes the graph cannot compute is unproved."""
+    """Write proved maps into the `slots` and `rows` arguments of their site nodes. Returns the
+    proofs, where a map whose sizes the graph cannot compute is unproved."""
     emitter, done = Emitter(graph, batch), dict(proofs)
     for node in [node for node in graph.nodes if node in proofs]:
         proof = proofs[node]
@@ -297,8 +295,8 @@ def apply(
             rows = emitter.size(proof.period, node)
         else:
             x, rows = input_of(node), 1
-            own = Own(proof.dim, proof.period, proof.perm)
-            slots = emitter.row_slots(slots, own, x, row_dims(node), node)
+            label = Own(proof.dim, proof.period, proof.perm)
+            slots = emitter.row_slots(slots, label, x, row_dims(node), node)
         if slots is None or rows is None:
             done[node] = Unproved(f"the graph cannot compute the size {proof.period}")
             continue
@@ -310,7 +308,7 @@ _OF_THE_CALL = ("argument", "result", "unknown")
 
 
 def seeds_of(inputs: Mapping[fx.Node, FrameInput], batch: BatchSymbols) -> dict[fx.Node, Label]:
-    """Labels of the graph's inputs from what the frame says that they are."""
+    """Labels of the graph's inputs by their meaning in the frame."""
     sizes = Sizes(batch)
     seeds: dict[fx.Node, Label] = {}
     for node, item in inputs.items():
@@ -326,7 +324,7 @@ def seeds_of(inputs: Mapping[fx.Node, FrameInput], batch: BatchSymbols) -> dict[
         ):
             seeds[node] = None  # shared by all requests
         elif item.role.several:
-            seeds[node] = Own(item.role.dim, batch.each(value.shape[item.role.dim]))
+            seeds[node] = Own(item.role.dim, batch.share(value.shape[item.role.dim]))
         else:
             seeds[node] = Own(item.role.dim)
     return seeds
@@ -334,34 +332,33 @@ def seeds_of(inputs: Mapping[fx.Node, FrameInput], batch: BatchSymbols) -> dict[
 
 def batch_of(frame: Frame) -> BatchSymbols:
     """The number of requests in this frame's graph. Raises as `batch_symbols`."""
-    batch = BatchSymbols.of(batch_symbols(frame)).with_multiples(several(frame))
-    return batch.with_alike(numbers_of_choices(frame))
+    return BatchSymbols.of(batch_symbols(frame), several(frame), numbers_of_choices(frame))
 
 
 def ask(graph: fx.Graph, fits: Iterable[fx.Node], slots: fx.Node, batch: BatchSymbols) -> None:
-    """Have the graph ask whether the positions of these nodes' masks take each request's own."""
+    """Have the graph check that masked positions take elements of their own request."""
     emitter = Emitter(graph, batch)
     for node in fits:
         x, mask, source = indexing.parts(node)
-        asked = emitter.call(node, OWN_MASK, x, mask, source, slots)
-        node.replace_input_with(mask, asked)
+        checked = emitter.call(node, OWN_MASK, x, mask, source, slots)
+        node.replace_input_with(mask, checked)
 
 
 def slots_of(frame: Frame) -> fx.Node | None:
-    """The slots of the requests, where the graph takes them."""
+    """The input that holds the slots of the requests, if any."""
     items = frame.by_node.items()
     return next((n for n, item in items if item.kind == "slots" and item.label != ONE_SLOT), None)
 
 
 def picks_of(frame: Frame) -> list[fx.Node]:
-    """The inputs whose values are places of requests."""
+    """The inputs whose values are indices of requests."""
     items = frame.by_node.items()
     return [node for node, item in items if item.role is not None and item.role.picks]
 
 
 def constants_of(graph: fx.Graph, frame: Frame) -> dict[int, tuple[int, ...]]:
-    """Positions of the results that are computed from nothing but sizes and tensors of the model
-    that are no site's, each with the positions of those tensors."""
+    """Positions of results that depend only on sizes and on tensors of the model that are no
+    site's -> the positions of those tensors."""
     places = {id(item): position for position, item in enumerate(frame.inputs)}
     free: dict[fx.Node, frozenset[int]] = {}
     for node in graph.nodes:
@@ -402,14 +399,14 @@ class Provenance:
             batch = batch_of(ctx.frame)
         except ProvenanceError as error:
             proofs: dict[fx.Node, Proof] = {node: Unproved(str(error)) for node in marks}
-            if not ctx.frame.per_token:  # results that depend on no request are known all the same
+            if not ctx.frame.per_token:  # some results may depend on no request
                 stranger = BatchSymbols.of([sympy.Symbol("no_requests")])
                 seeds = seeds_of(ctx.frame.by_node, stranger)
                 ctx.handover = prove_results(gm.graph, seeds, stranger)[1]
         else:
             seeds = seeds_of(ctx.frame.by_node, batch)
             if ctx.frame.per_token:
-                # Which token a result of an earlier graph belongs to was not kept.
+                # Labels of earlier results give requests, not tokens.
                 earlier = Mixed("it comes from an earlier graph")
                 items = ctx.frame.by_node.items()
                 seeds.update({node: earlier for node, item in items if item.kind == "result"})
@@ -431,11 +428,11 @@ class Provenance:
             ctx.handover.writable = ctx.frame.writable
             ctx.handover.constant = constants_of(gm.graph, ctx.frame)
             ctx.handover.seen &= not proofs
-        each = "token" if ctx.frame.per_token else "request"
+        unit = "token" if ctx.frame.per_token else "request"
         for node, proof in proofs.items():
             for state in ctx.states.get(node, ()):
                 state.rows = (
-                    proof.words(each)
+                    proof.words(unit)
                     if isinstance(proof, RowMap)
                     else f"no row map: {proof.reason}"
                 )

@@ -1,4 +1,4 @@
-"""read: the meaning of adapters' saved tensors on the sites; load: the store.
+"""read: the meaning of adapters' saved tensors on the sites; load: the store over the banks.
 
     name → AdapterState   →   Adapter each: part path → A, B, scale   →   AdapterStore
 
@@ -38,17 +38,17 @@ class Read:
                     strict=model.options.strict,
                 )
                 model.adapters.append(adapter)
-                own = f"; weights with rows of its own: {len(adapter.own)}" if adapter.own else ""
+                rows = f"; weights with rows of its own: {len(adapter.own)}" if adapter.own else ""
                 model.notes.append(
                     f"{name} from {adapter.source}: rank {adapter.rank}; modules or parts with "
-                    f"factors: {len(adapter.weights)}{own}"
+                    f"factors: {len(adapter.weights)}{rows}"
                 )
         return len(model.adapters)
 
 
 @dataclass(frozen=True)
 class LoadAdapters:
-    """The store over the banks, with the decoded adapters."""
+    """The store over the banks, with the adapters that were read."""
 
     name: ClassVar[str] = "load"
 
@@ -57,6 +57,6 @@ class LoadAdapters:
         model.store = AdapterStore(model.attachment.groups, model.config.max_adapters)
         for adapter in model.adapters:
             model.store.load(adapter, model.origins.get(adapter.name))
-            held = info(model.store, adapter.name).nbytes / 1e6
-            model.notes.append(f"{adapter.name}: {held:.3g} MB of host memory, no slot yet")
+            size = info(model.store, adapter.name).nbytes / 1e6
+            model.notes.append(f"{adapter.name}: {size:.3g} MB of host memory, no slot yet")
         return len(model.adapters)

@@ -31,7 +31,7 @@ from lorafx.program.frame import fake_value
 
 aten = torch.ops.aten
 prims = torch.ops.prims
-#: The arguments of both; an embedding has neither an addend nor shifts.
+#: Arguments for scales and biases; an embedding has gains only.
 SCALE = ("gains", "addend", "shifts")
 OWN_OPS = {
     SITE_OP: torch.ops.lorafx.own_linear.default,
@@ -41,7 +41,7 @@ OWN_OPS = {
 
 @dataclass(frozen=True)
 class Rescale:
-    """DoRA's scales and adapters' biases go behind the delta, in plain aten."""
+    """DoRA's scales and adapters' biases follow the delta, in plain aten."""
 
     name: str = "rescale"
     required: bool = True
@@ -96,8 +96,8 @@ class _Scales:
         return last
 
     def _by_row(self, node: fx.Node, table: fx.Node) -> tuple[fx.Node, fx.Node]:
-        """`table` (S, ΣN) by row and output, broadcastable to y, and where it is of a slot, not
-        0."""
+        """The entries of `table` (S, ΣN) for each row and output, broadcastable to y, and a mask
+        of those that apply: the row has a slot, and the entry is not 0."""
         y, owner = fake_value(node), self._owner(node)
         value = self.ctx.emit(aten.index.Tensor, self._columns(node, table), [owner])
         used = self.ctx.emit(aten.unsqueeze.default, self.ctx.emit(aten.ge.Scalar, owner, 0), -1)
@@ -161,7 +161,7 @@ class _Scales:
 
 @dataclass(frozen=True)
 class ReplaceRows:
-    """Rows of a weight that adapters have replace the base's."""
+    """Adapters' own rows of a weight replace the base's."""
 
     name: str = "replace_rows"
     required: bool = True

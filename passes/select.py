@@ -34,7 +34,7 @@ from lorafx.program.preparation import Preparation
 from lorafx.registry import Eligible, is_empty, lookup
 from lorafx.torch_internals.dynamo import OptimizedModule
 
-#: A regular expression can name thousands of containers; the first show the mistake.
+#: Problems that an error lists; a regular expression can name thousands of containers.
 _SHOWN = 20
 _EMPTY = "its weight is empty, so LoRA has nothing to change"
 
@@ -61,8 +61,8 @@ class Alias:
             if aliases:
                 model.notes.append(f"{path} is also {some(aliases)}: one module, with one delta")
         for owners in graph.tied():
-            held = some([join(owner.path, owner.attribute) for owner in owners])
-            model.notes.append(f"{held} are one weight")
+            names = some([join(owner.path, owner.attribute) for owner in owners])
+            model.notes.append(f"{names} are one weight")
         return len(list(graph.modules()))
 
 
@@ -160,9 +160,9 @@ class _Selection:
                 left_out.append(f"{item.label}: {site}")
                 _warn(f"{item.label} carries no LoRA: {site}")
             else:
-                theirs = isinstance(self.config.target_modules, targets.AdapterNames)
-                asked = " (an adapter has factors for it)" if theirs else ""
-                self.problems.append(f"{item.label}: {site}{self._candidates(item)}{asked}")
+                inferred = isinstance(self.config.target_modules, targets.AdapterNames)
+                origin = " (an adapter has factors for it)" if inferred else ""
+                self.problems.append(f"{item.label}: {site}{self._candidates(item)}{origin}")
         self.problems.extend(self._unnamed())
         self._unnamed_exclusions()
         if not self.problems and not found:
@@ -177,15 +177,15 @@ class _Selection:
             carried = (getattr(site.module, name, None) for name in site.eligible.carries)
             taken.update(map(id, carried))
         chosen = ((site.path, _described(site)) for site in sites)
-        others = (
+        unselected = (
             (item.path, f"not selected: {self.why_not(item)}")
             for item in self.modules
             if id(item.module) not in taken and (item.entry is not None or self._targeted(item))
         )
-        return [*alike(chosen), *alike(others)]
+        return [*alike(chosen), *alike(unselected)]
 
     def _targeted(self, item: Candidate) -> frozenset[str]:
-        """The targeted members of the module, "" for an unnamed one."""
+        """The targeted members of the module; "" is a module that packs none."""
         if self.target is None or self.by_default:
             entry = item.entry
             linear = entry is not None and entry.is_linear and item.module is not self.head
@@ -234,12 +234,12 @@ class _Selection:
         """How many rows of its weight adapters may replace; None for all."""
         rows = rows_asked(self.saved, self.tokens, item.paths)
         container = item.entry is None and not dict(item.module.named_parameters(recurse=False))
-        return 0 if container else rows  # a container of the meant modules
+        return 0 if container else rows
 
     def _unnamed(self) -> Iterator[str]:
         root = type(self.graph.root).__qualname__
-        theirs = isinstance(self.config.target_modules, targets.AdapterNames)
-        moved = "; if it moved, say so by AdapterSource(..., key_mapping=...)" if theirs else ""
+        inferred = isinstance(self.config.target_modules, targets.AdapterNames)
+        moved = "; if it moved, say so by AdapterSource(..., key_mapping=...)" if inferred else ""
         lists = {
             "target_modules entry": () if isinstance(self.target, str) else self.target or (),
             "modules_to_save or trainable_tokens entry": (*self.saved, *self.tokens),
@@ -257,9 +257,9 @@ class _Selection:
 
     def _nothing(self, named: int, excluded: int, left_out: Sequence[str]) -> str:
         """Why none of the `named` modules, of which `excluded` are excluded, is a site."""
-        asked, root = self.config.target_modules, type(self.graph.root).__qualname__
+        spec, root = self.config.target_modules, type(self.graph.root).__qualname__
         if named == 0:
-            return f"target_modules={asked!r} names no module of {root}{self._nearest(str(asked))}"
+            return f"target_modules={spec!r} names no module of {root}{self._nearest(str(spec))}"
         if named == excluded:
             return (
                 f"exclude_modules={self.config.exclude_modules!r} excludes every module "

@@ -1,9 +1,9 @@
-"""Operators that write into an input of the graph do so without a functional wrapper.
+"""Operators that write into a cache write into that input of the graph itself.
 
     y, p' = auto_functionalized_v2(op, x, _all_bases=[p]);  …;  p.copy_(p')      →      y = op(x, p)
 
-AOTAutograd's functional graph would copy a whole cache for each layer. If the input and its new
-values have no other readers, the operators' order means the same.
+AOTAutograd's functional graph would copy a whole cache for each layer. The rewrite is safe if the
+input and its new values have no other readers.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _RESULTS = {PAGED_CACHE: 2, PAGED_ATTENTION: 1}
 
 
 def writes_in_place(gm: fx.GraphModule) -> bool:
-    """Whether Dynamo's graph calls such an operator."""
+    """Whether a graph of Dynamo calls an operator that writes into a cache."""
     return any(gm.graph.find_nodes(op="call_function", target=op) for op in _RESULTS)
 
 
 @dataclass(frozen=True)
 class WriteInPlace:
-    """Operators that write into an input of the graph do so."""
+    """Operators that write into a cache write into that input itself."""
 
     name: str = "write_in_place"
     required: bool = True
@@ -82,11 +82,11 @@ def _copies_into(node: fx.Node, place: fx.Node) -> bool:
 
 
 def _writes(node: fx.Node, base: fx.Node) -> bool:
-    """Whether `node` calls a writer with all of `base` as its target."""
+    """Whether `node` wraps an operator that writes into all of `base`."""
     if node.target is not TRACED_WRITE or _called(node) not in _RESULTS:
         return False
     bases: Any = node.kwargs.get("_all_bases", ())
-    # Views also have an index.
+    # A view would have further arguments.
     view = {name: value for name, value in node.kwargs.items() if name.startswith("_cache_")}
     return view == {"_cache_base_index": 0} and len(bases) == 1 and bases[0] is base
 
@@ -94,10 +94,10 @@ def _writes(node: fx.Node, base: fx.Node) -> bool:
 def _in_place(node: fx.Node, place: fx.Node) -> None:
     op = _called(node)
     results = _RESULTS[op]
-    given = {name: value for name, value in node.kwargs.items() if not name.startswith("_")}
+    arguments = {name: value for name, value in node.kwargs.items() if not name.startswith("_")}
     graph = node.graph
     with graph.inserting_before(node):
-        call = graph.call_function(op, in_order(op, given, cache=place))
+        call = graph.call_function(op, in_order(op, arguments, cache=place))
     found = node.meta["val"][:results]
     call.meta = {**node.meta, "val": found[0] if results == 1 else tuple(found)}
     call.meta.pop("eager_input_vals", None)  # those of the functional call

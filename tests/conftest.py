@@ -17,16 +17,52 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
-from dense_merge import Case, build_case, save_adapter
-from looked import Looked
+from dense_merge import REFERENCE, Case, build_case, save_adapter
+from tiny_models import FAMILIES
 from torch import nn
 from torch.fx.experimental import _config as shape_config
 
 import lorafx
 import lorafx.api  # and with it all ops, which tests call by their names
 from lorafx.runtime.session import sessions
+
+#: Of each family, targets of the adapter "idle", which is saved as PEFT initialises it: B = 0.
+IDLE = {"llama": ["q_proj", "down_proj"], "vit": ["fc1", "q_proj"], "plain": ["up", "head"]}
+NAMES = ["a1", None, "a0", "idle"]
+
+
+class Looked:
+    """A compiled model that has served one mixed batch, and one of the base."""
+
+    def __init__(self, case: Case, family: str, folder: Path) -> None:
+        self.case, self.family = case, family
+        wrapped = peft.get_peft_model(
+            case.model(), peft.LoraConfig(r=3, target_modules=_targets(case, IDLE[family]))
+        )
+        wrapped.save_pretrained(str(folder))
+        names = {name: case.folders[name] for name in ("a0", "a1", "a3")}
+        config = lorafx.LoraConfig(max_rank=8, max_adapters=4)
+        # For any sizes whichever file asks first: some files compile for fixed ones by default.
+        self.cm = lorafx.compile(
+            case.model(),
+            config,
+            adapters={**names, "idle": folder},
+            dynamic=True,
+            options=REFERENCE,
+        )
+        self.inputs = FAMILIES[family].inputs(len(NAMES), 5)
+        self.output = self.cm(**self.inputs, adapter_names=NAMES)["logits"]
+        self.cm(**self.inputs)
+
+
+def _targets(case: Case, names: list[str]) -> list[str]:
+    """Those of the names that the model has, or all its linears."""
+    have = {path.rpartition(".")[2] for path, _ in case.base.named_modules()}
+    return [name for name in names if name in have] or ["dense"]
+
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

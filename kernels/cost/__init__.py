@@ -1,1 +1,1 @@
-"""What a strategy costs on a chip."""
+"""The modelled time of a strategy on a chip."""

@@ -1,4 +1,4 @@
-"""Constants of GPUs for the cost models: data sheets, or what benchmarks/calibrate.py measured."""
+"""Constants of GPUs for the cost models, from data sheets or benchmarks/calibrate.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lorafx.kernels.cpu.compiler import cache_folder
 
 @dataclass(frozen=True)
 class Chip:
-    """What a GPU reaches, in SI units: rates of kernels, not of data sheets.
+    """The rates that kernels reach on a GPU, in SI units.
 
     Attributes:
         tensor_rate: FLOP/s of a GEMM of 16-bit types.
@@ -41,8 +41,9 @@ class Chip:
         return self.tensor_rate if dtype in (torch.float16, torch.bfloat16) else self.fma_rate
 
 
-MEMORY, FLOPS = 0.87, 0.70  # reached of the data sheet's figures: assumed
-#: Data sheets times an assumed reachable share; the L2 figures are from a few microbenchmarks.
+#: Assumed shares of a data sheet's figures that kernels reach.
+MEMORY, FLOPS = 0.87, 0.70
+#: Figures of L2 are from a few microbenchmarks.
 CHIPS: Mapping[tuple[str, int | str], Chip] = {
     ("cuda", 80): Chip("A100", MEMORY * 2.04e12, 4.0e12, FLOPS * 312e12, FLOPS * 19.5e12, 108),
     # Measured on an H200 (torch 2.11, CUDA 13.0, Triton 3.6, 2026-11-20). The cache's figure is

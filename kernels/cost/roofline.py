@@ -72,11 +72,11 @@ def split_is_faster(dtype: torch.dtype, device: torch.device) -> bool:
 
 TILE_N, TILE_M, DOT = 128, 64, 16  # columns and rows of a tile of y; least side of a dot
 
-#: Seconds of a kernel that reads what the kernel before it wrote, however little, since its loads
+#: Least seconds of a kernel that reads results of the kernel before it, since its loads
 #: depend on each other; and of a further adapter in a tile that takes its adapters in turn.
 #: Measured on an H200 with the layers of Llama-3-8B, 1 and 64 rows.
 READER, ADAPTER = 2.5e-6, 1.2e-6
-#: Seconds before a product's bytes flow and after they have: a product of few bytes takes longer.
+#: Seconds of a product before its first bytes arrive and after the last.
 START = 4e-6
 #: Speed of the loop over W in "epilogue" beside the vendor's where bytes decide
 #: (H200): too few programs for narrow layers, too many registers.
@@ -221,7 +221,7 @@ IN_TURN = READER / 4
 
 
 def _split(work: Work) -> float:
-    """Goes round again for adapters beyond those that a tile multiplies side by side."""
+    """The reader takes further rounds for adapters beyond those that a tile multiplies at once."""
     M, K, N, G = work.rows, work.in_features, work.columns, len(work.sizes)
     sums, flops = _plane_elements(work), 2.0 * M * work.padded_rank * work.adapters_in_tile
     first = work.fused_base(work.a, sums, flops * G * K, SPLIT_OVER_VENDOR)
@@ -277,7 +277,7 @@ def _shrink(work: Work) -> float:
 
 
 def _by_runs(work: Work, memory: float, terms: int) -> float:
-    """A shrink or an expand over runs of equal slots, padded to what a dot takes."""
+    """A shrink or an expand over runs of equal slots, padded to whole dots."""
     run = math.ceil(math.ceil(work.rows / max(work.distinct, 1)) / DOT) * DOT
     flops = 2.0 * work.distinct * run * work.padded_rank * terms
     slow = OVER_ROOFLINE if work.compute_bound else 1.0
@@ -310,7 +310,7 @@ GPU_STRATEGIES = {
 }
 #: Strategies that compute the base product themselves.
 FUSED = ("split", "epilogue")
-#: Notes for users on what no chip has timed.
+#: Notes for users on strategies that were not timed on a chip.
 UNTIMED: Mapping[str, str] = {
     "concat": "never measured on a chip",
     "split": "its reader measured in an earlier form only",

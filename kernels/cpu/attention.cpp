@@ -2,9 +2,9 @@
 //
 //     out[t, h] = Σ_j p[j] V[j],   p = softmax(cap(scale · q[t, h] · K[j]) + mask[t, j]),   j of seen[t]
 //
-// Rows of the cache that follow each other are one run, a page at most: its keys are planes of
-// shrink, its values of expand (tiles.h). Sums and softmax are float32, one run after the other with
-// the largest score so far taken off; what the mask hides of a whole run is not read.
+// Adjacent rows of the cache are a run, a page at most: its keys are planes of shrink, its values of
+// expand (tiles.h). Sums and softmax are float32, run after run with the largest score so far taken
+// off; a run that the mask hides from all queries is not read.
 //
 // Before this text stand the generated preamble, vectors.h and tiles.h. The preamble sets the
 // parameters: element types X = W, Y = F32; LANES; D = K, numbers a head; HEADS of keys; GROUP,
@@ -93,7 +93,7 @@ template <int ROWS> INLINE void add_values(const Tile* c, long m) {
     expand<ROWS>(c->s->sums + m, 0, c->values, c->s->scores + m * RUN, c->size, D);
 }
 
-// The scores of a row become weights, and what was summed before is scaled to them.
+// Turns the scores of a row into weights, and rescales its earlier sums to them.
 static void weigh(State* s, long row, const float* bias, int size, float cap) {
     float* p = s->scores + row * RUN;
 #if CAPPED
@@ -114,7 +114,7 @@ static void weigh(State* s, long row, const float* bias, int size, float cap) {
         for (long i = 0; i < D; i++) s->sums[row][i] *= less;
     }
     for (int i = 0; i < size; i += LANES) {
-        vec score = load_raw<vec>(p + i);  // below, what is no number stays none, whatever `top` is
+        vec score = load_raw<vec>(p + i);  // NaN stays NaN, whatever `top` is
         vec weight = score == -__builtin_inff() ? (vec){} : exp_of(score - top);
         memcpy(p + i, &weight, sizeof weight);
         s->total[row] += weight;
@@ -199,7 +199,7 @@ static void run_units(int64_t begin, int64_t end, void* context) {
     free(s);
 }
 
-// Queries of one request, in tiles, each with as many heads as fit. Fewer where there are few requests.
+// Tiles of queries of a request, with as many heads as fit, or fewer if there are few requests.
 static int64_t units_of(const Args* g, Unit* units) {
     int64_t found = 0, requests = 0;
     for (int64_t t = 0; t < g->tokens; t++)
@@ -232,7 +232,7 @@ static void write_new(const Args* g) {
     }
 }
 
-// 1: out of memory; 2: a row, or what a query sees, is outside of what there is
+// Returns 1 out of memory, 2 for a row or a query's range outside of the cache or of `read`.
 extern "C" int32_t lorafx_kernel(Args* g) {
     const int64_t rows = g->key_rows < g->value_rows ? g->key_rows : g->value_rows;
     if (!g->tokens) return 0;

@@ -100,7 +100,7 @@ def find_compiler() -> str:
 
 @functools.cache
 def version_of(compiler: str) -> str:
-    """What a compiler prints as its version; "" where it prints nothing."""
+    """The text that a compiler prints for --version."""
     done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
     return done.stdout
 

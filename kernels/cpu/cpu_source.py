@@ -1,4 +1,4 @@
-"""What the CPU kernels share: pieces of their C++ sources, and the registration of ops in C++.
+"""Pieces of C++ source that CPU kernels share, and the registration of ops in C++.
 
     register(op, files) = handles.h + files, compiled and loaded, given torch's functions
 

@@ -38,7 +38,7 @@ INLINE int rank_of(const Args* g, int slot, int range) {
     return rank < 0 ? 0 : rank > R ? R : rank;
 }
 
-// The first range whose v is this one's too: its factors A, rank and scale are the same.
+// The first range of equal v: its factors A, rank and scale are those of `range`.
 INLINE int source_of(const Args* g, int slot, int range) {
 #if ROUTED
     int alike = g->alike[(long)slot * G + SIBLING[range]];
@@ -61,7 +61,7 @@ INLINE bool lookup(const Args* g, int slot, long m, int rank, float* v) {
 #endif
 
 #if !EMBEDDING
-// The A that is read after that of `range` for the row before order[p], null where that is the same.
+// The A that is read after that of `range` for the row before order[p]; null if it is the same.
 INLINE const W::T* next_a(const Call* c, long p, int range) {
     const Args* g = c->args;
     int slot = c->owner[p - 1];
@@ -91,18 +91,18 @@ template <int ROWS> INLINE void tile(Call* c, long p, int from, int to) {
 #else
     Tile<X::T, ROWS> x((X::T*)g->x, g->x_rows, c->order + p, 0, K);
     if (no_room(c, x)) return;
-    for (int j = from, held = -1; j < to; j++) {
+    for (int j = from, computed = -1; j < to; j++) {
         int rank = rank_of(g, slot, j);
         if (!rank) continue;
         float scale = g->scales[(long)slot * G + SIBLING[j]];
         const W::T* b = factor_b(g, slot, j);
-        if (ROWS <= PREFETCH_ROWS)  // the columns that expand_tile's own look-ahead comes too late for
+        if (ROWS <= PREFETCH_ROWS)  // the first columns, which expand_tile's prefetch misses
             for (int k = 0; k < rank; k++)
                 for (int i = 0; i < AHEAD; i += 64)
                     __builtin_prefetch((const char*)(b + k * COLUMNS) + i, 0, 2);
-        if (j == from || source_of(g, slot, j) != held) {
+        if (j == from || source_of(g, slot, j) != computed) {
             shrink<ROWS>(x.at, factor_a(g, slot, j), scale, v, 0, rank, next_a(c, p + ROWS, j));
-            held = j;
+            computed = j;
         }
         expand<ROWS>(y, START[j], b, v, rank, SIZE[j]);
     }
@@ -110,7 +110,7 @@ template <int ROWS> INLINE void tile(Call* c, long p, int from, int to) {
     ys.put_back();
 }
 
-// As many rows as fit into a tile, of `count` of one slot.
+// Runs as many rows as fit into a tile, of `count` rows of a slot; returns their number.
 INLINE long run_tile(Call* c, long p, long count, int from, int to) {
     if (count >= TILE) return tile<TILE>(c, p, from, to), TILE;
     if (TILE > 4 && count >= 4) return tile<4>(c, p, from, to), 4;
@@ -144,10 +144,10 @@ static void run_ranges(int64_t begin, int64_t end, void* context) {
 #endif
 
 // Rows of one slot share a load of its factors, which costs as much as the work of LOAD_ROWS rows. In
-// a step of decoding, where popular adapters have several rows and others one, equal numbers of rows
-// would be unequal work; and there are few slots to share out, so they are shared out range by range.
+// a step of decoding, some adapters have several rows and others one, so equal numbers of rows would
+// be unequal work. With few slots, threads take them range by range.
 
-// Whether no share costs more than `most`, in rows, when each takes rows while it may.
+// Deals rows to shares that each cost at most `most` rows; returns whether `shares` suffice.
 static bool share_out(Call* c, int64_t shares, int64_t most) {
     int64_t share = 0, room = most, p = 0, at = 0;
     c->starts[0] = 0;
@@ -172,7 +172,7 @@ static bool share_out(Call* c, int64_t shares, int64_t most) {
     return true;
 }
 
-// The smallest `most` that suffices, by bisection.
+// Deals rows by the smallest `most` that suffices, found by bisection.
 static void share_rows(Call* c, int64_t shares) {
     int64_t low = LOAD_ROWS + (c->active * c->parts + shares - 1) / shares, high = low;
     while (!share_out(c, shares, high)) low = high + 1, high *= 2;
@@ -197,7 +197,7 @@ static void run_shares(int64_t begin, int64_t end, void* context) {
 }
 
 #if !EMBEDDING
-// Fewer rows than would keep the threads busy: each row's planes, then its columns, are shared out.
+// For fewer rows than threads could share: threads take parts of a row's planes, then of its columns.
 static const int PLANE_BLOCKS = (R + 2 * PLANES - 1) / (2 * PLANES);
 
 static void run_planes(int64_t begin, int64_t end, void* context) {
@@ -236,7 +236,7 @@ static void run_columns(int64_t begin, int64_t end, void* context) {
 #endif
 
 #if ROUTED
-// The expert of row m, EXPERTS where it has none; rows are asked for in order, `e` is the last's.
+// The expert of row m, or EXPERTS for none; m ascends between calls, and `e` is the last result.
 INLINE int expert_of(const Args* g, int64_t m, int e) {
     if (!g->ends) {
         int64_t id = g->wide_experts ? ((const int64_t*)g->experts)[m] : ((const int32_t*)g->experts)[m];
@@ -247,13 +247,13 @@ INLINE int expert_of(const Args* g, int64_t m, int e) {
     return e;
 }
 
-// How many words sort_rows needs beside `order` and `owner`.
+// Words of memory that sort_rows needs beside `order` and `owner`.
 static int64_t sorting_space(const Args* g) {
     return 2 * g->y_rows->count + g->capacity / EXPERTS + EXPERTS + 2;
 }
 
-// Sorts the active rows by expert, those of an expert by slot: two counting sorts, one after the
-// other, so that nothing is as large as slots times experts.
+// Sorts the active rows by expert, those of an expert by slot: two counting sorts in turn, so that no
+// table has slots times experts entries.
 static int sort_rows(Call* c, int32_t* space) {
     const Args* g = c->args;
     const int64_t total = g->y_rows->count, slots = g->capacity / EXPERTS;

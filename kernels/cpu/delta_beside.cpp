@@ -1,7 +1,7 @@
 // The delta of delta.cpp, whose text stands before this and epilogue.h, in the region of the product y.
 //
 //     before   v = scale · A x, for some rows, one range, some planes
-//     after    y += v B, for all rows, some columns, while the thread that wrote them has them at hand
+//     after    y += v B, for all rows, some columns, which the thread has just written
 //
 // Sums are those of delta.cpp, so y has the same bits.
 
@@ -71,7 +71,7 @@ static void after(void* context, int64_t begin, int64_t end) {
     }
 }
 
-// Fills in `e`, which lorafx_end takes back where this is DONE.
+// Fills in `e`; if the result is DONE, lorafx_end releases it.
 extern "C" int32_t lorafx_begin(const Args* g, Epilogue* e) {
     const int64_t total = g->y_rows->count;
     if (total && g->n == 0) return BAD_SLOT;

@@ -116,7 +116,7 @@ DISPATCHER = ("rows.h", "delta_args.h", "epilogue.h", "dispatcher.cpp")
 _LOCK = threading.RLock()
 _BUILT: dict[tuple[DeltaSpec, str], int] = {}
 _NOTES: list[dict[DeltaSpec, int]] = []
-_LIBRARIES: list[ctypes.CDLL] = []  # keeps what the table points into
+_LIBRARIES: list[ctypes.CDLL] = []  # the table points into them
 
 
 @functools.cache

@@ -11,7 +11,7 @@
 
 #include <sched.h>
 
-// Columns are computed so many at a time; every tile's number of planes divides it.
+// Columns computed at a time, a multiple of every tile's number of planes.
 static const int GROUP = 24, MOST_GROUPS = 4;
 template <int ROWS> struct Planes {
     static const int VALUE = ACCUMULATORS / ROWS < 8 ? ACCUMULATORS / ROWS : 8;
@@ -36,7 +36,7 @@ INLINE long row_stride(long K) {
     return (lines | 1) * line;
 }
 
-// One step of a tile. What there is less of, rows or planes, is held in registers.
+// One step of a tile. Registers hold the rows or the planes, whichever are fewer.
 template <int ROWS, int N>
 INLINE void step(vec* acc, const E::T* x, long stride, const D::right* ws) {
     if (ROWS <= N) {
@@ -63,7 +63,7 @@ INLINE void dense_tile(const E::T* x, long x_stride, const W::T* w, long stride,
     long k = 0;
     for (; k + D::STEP <= K; k += D::STEP) {
         UNROLL for (int n = 0; n < N; n++) {
-            // W comes as a stream from memory, so the first tile asks for what comes next
+            // W streams from memory: the first tile prefetches the next planes
             if (FIRST) __builtin_prefetch(ahead + n * stride + k, 0, 2);
             ws[n] = load_raw<D::right>(w + n * stride + k);
         }
@@ -146,7 +146,7 @@ static void pack_rows(int64_t first, int64_t last, void* context) {
     }
 }
 
-// Each unit is for the thread that comes first, so nobody waits for one that is not under way.
+// Threads take units in order, so that none waits for a unit that no thread has begun.
 static void run_before(Call* c, const Epilogue* e) {
     for (int64_t unit; (unit = __atomic_fetch_add(&c->begun, 1, __ATOMIC_RELAXED)) < e->units;) {
         e->before(e->context, unit);

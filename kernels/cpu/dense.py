@@ -95,7 +95,7 @@ MOST_ROWS_FLOAT16 = 512
 MOST_ROWS_WITH_TILES = 8
 
 _LOCK = threading.Lock()
-_LIBRARIES: list[ctypes.CDLL] = []  # keeps what the table points into
+_LIBRARIES: list[ctypes.CDLL] = []  # the table points into them
 
 
 def pays(rows: int, dtype: torch.dtype) -> bool:

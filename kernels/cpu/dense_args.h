@@ -1,5 +1,5 @@
-// What lorafx::dense_mm and dense_addmm hand to the generated kernel of a dtype. Before this text
-// stands epilogue.h.
+// The arguments of the generated kernel of lorafx::dense_mm and dense_addmm for a dtype. Before this
+// text stands epilogue.h.
 
 typedef void (*Body)(int64_t, int64_t, void*);
 struct Args {

@@ -5,9 +5,9 @@
 //     dense_mm_delta(x, weight, sizes, A, B, ranks, scales, slots, rows, kernel) -> y
 //     dense_addmm_delta(bias, x, weight, sizes, A, B, ranks, scales, slots, rows, kernel) -> y
 //
-// Which it is, is decided at each call, so a graph serves any number of rows. The latter two add the
-// delta that run_delta_ adds: of few rows in the product's parallel region, of many after it. Before
-// this text stand handles.h, epilogue.h and dense_args.h.
+// The choice is made at each call, so a graph serves any number of rows. The latter two add the delta
+// that run_delta_ adds: of few rows in the product's parallel region, of many after it. Before this
+// text stand handles.h, epilogue.h and dense_args.h.
 
 struct DenseShims {  // the order of _SHIMS in cpu_source.py, then of _MORE_SHIMS in dense.py
     Shims common;
@@ -21,7 +21,7 @@ struct DenseShims {  // the order of _SHIMS in cpu_source.py, then of _MORE_SHIM
 };
 static DenseShims more;
 
-// By torch's number of a dtype; entries are written once, `run` last.
+// Indexed by torch's number of a dtype; an entry is written once, its `run` last.
 struct Kernel {
     int64_t most_rows;
     int32_t (*run)(const Args*);
@@ -46,17 +46,17 @@ static Linear linears[DTYPES];
 
 static void succeeds(int32_t status) { require(!status, "lorafx: a product failed"); }
 
-struct Held {
+struct OwnedTensor {
     Handle tensor = 0;
-    Held() {}
-    Held(const Held&) = delete;
-    ~Held() {
+    OwnedTensor() {}
+    OwnedTensor(const OwnedTensor&) = delete;
+    ~OwnedTensor() {
         if (tensor) torch.delete_tensor(tensor);
     }
 };
 
-// Columns [first, first + size) of what the tensor is, as (columns,) or (…, columns) at these strides.
-static void part(Held* out, Handle tensor, int64_t dim, int64_t rows, int64_t size, int64_t row_stride,
+// Columns [first, first + size) of a tensor of these strides, as (size,) or (rows, size).
+static void part(OwnedTensor* out, Handle tensor, int64_t dim, int64_t rows, int64_t size, int64_t row_stride,
                  int64_t stride, int64_t first) {
     const int64_t sizes[] = {rows, size}, strides[] = {row_stride, stride};
     succeeds(more.view(tensor, dim, sizes + 2 - dim, strides + 2 - dim, first * stride, &out->tensor));
@@ -72,7 +72,7 @@ static int32_t with_epilogue(void* context, const Epilogue* epilogue) {
     return few->run(&few->args);
 }
 
-// With a delta, y has that too where this returns true.
+// Returns whether y was computed; a delta is then part of it.
 static bool by_kernel(const View& x, const View& w, const View* bias, Handle y, const Delta* delta) {
     if (x.dtype < 0 || x.dtype >= DTYPES || x.dtype != w.dtype || (bias && bias->dtype != x.dtype))
         return false;
@@ -91,7 +91,7 @@ static bool by_kernel(const View& x, const View& w, const View* bias, Handle y, 
     return true;
 }
 
-// How many columns item i of the list has; N in all, where it is empty.
+// The columns of part i; N where the list is empty.
 static int64_t part_size(Handle list, size_t count, size_t i, int64_t N) {
     uint64_t size = N;
     if (count) succeeds(more.list_item(list, i, &size));
@@ -118,7 +118,7 @@ static bool by_onednn(Handle x, const View& xs, Handle w, const View& ws, Handle
     Linear linear = __atomic_load_n(linears + xs.dtype, __ATOMIC_ACQUIRE);
     const int64_t M = xs.sizes[0], K = xs.sizes[1], N = ws.sizes[0];
     if (!linear || M <= kernels[xs.dtype].most_rows || !K || !N) return false;
-    // It copies x, and takes a bias for contiguous without a look.
+    // It copies a strided x, and reads any bias as contiguous.
     if (!xs.contiguous() || !ws.contiguous() || (bs && !bs->contiguous())) return false;
     succeeds(linear(x, w, bias ? &bias : 0, "none", 0, 0, 0, y));
     return true;
@@ -130,12 +130,12 @@ static void by_library(Handle x, const View& xs, Handle w, const View& ws, Handl
     int64_t first = 0;
     for (size_t i = 0; i < (count ? count : 1); i++) {
         const int64_t size = part_size(list, count, i, N);
-        Held out, right, own;
+        OwnedTensor out, right, addend;
         part(&out, y, 2, M, size, N, 1, first);
         part(&right, w, 2, K, size, ws.strides[1], ws.strides[0], first);
         if (bias) {
-            part(&own, bias, 1, 0, size, 0, bs->strides[0], first);
-            succeeds(more.addmm(out.tensor, own.tensor, x, right.tensor, 1, 1));
+            part(&addend, bias, 1, 0, size, 0, bs->strides[0], first);
+            succeeds(more.addmm(out.tensor, addend.tensor, x, right.tensor, 1, 1));
         } else
             succeeds(more.mm(out.tensor, x, right.tensor));
         first += size;
@@ -156,7 +156,7 @@ static Handle product(Handle bias, Handle x, Handle w, Handle list, Delta* delta
     require(!bias || (bs.dim == 1 && bs.sizes[0] == N), "lorafx: bias is not (N,)");
     const View* b = bias ? &bs : 0;
     const size_t parts = check_parts(list, N);
-    Held y;
+    OwnedTensor y;
     bool added = false;
     if (!by_onednn(x, xs, w, ws, bias, b, &y.tensor)) {
         succeeds(more.empty(2, sizes, strides, xs.dtype, 0, 0, &y.tensor));
@@ -176,7 +176,7 @@ static Handle product(Handle bias, Handle x, Handle w, Handle list, Delta* delta
 // A boxed kernel owns what is on its stack, and leaves its result there: (bias), x, weight, sizes and,
 // with a delta, the bank, rows, kernel.
 template <bool BIAS, bool DELTA> static void dense(uint64_t* stack, uint64_t, uint64_t) {
-    Held bias, x, w, bank[5];
+    OwnedTensor bias, x, w, bank[5];
     const uint64_t* next = stack;
     if (BIAS) bias.tensor = (Handle)*next++;
     x.tensor = (Handle)*next++, w.tensor = (Handle)*next++;

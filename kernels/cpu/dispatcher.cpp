@@ -6,7 +6,7 @@
 // Before this text stand handles.h, rows.h, delta_args.h and epilogue.h.
 
 enum Op { LINEAR = 0, EMBEDDING = 1, ROUTED = 2 };
-struct Kernel {  // mirrors KernelEntry in cpu.py; what the generated code takes for granted
+struct Kernel {  // mirrors KernelEntry in delta_kernels.py; the constants of the generated code
     int64_t id;
     int32_t (*run)(const Args*);
     int32_t (*begin)(const Args*, Epilogue*);  // beside the product y; null where there is none
@@ -38,7 +38,7 @@ static bool is_table(const View& v, int64_t type, int64_t a, int64_t b, int64_t 
            (a == 1 || v.strides[0] == outer) && (b == 1 || v.strides[1] == 1);
 }
 
-// The rows of a tensor: all its dimensions but the last, or all of them where `leading` says so.
+// The rows of a tensor over its first `leading` dimensions.
 static Rows rows_of(const View& v, int64_t leading) {
     Rows rows = {1, leading < v.dim ? v.strides[leading] : 1, 0, {}, {}};
     for (int64_t d = leading - 1; d >= 0; d--) {
@@ -66,7 +66,7 @@ static const Kernel* kernel_of(uint64_t id, Op op) {
     return k;
 }
 
-// What `run` takes beside the tensors that all ops share.
+// Arguments of `run` beside the tensors that all ops have.
 struct Call {
     Op op;
     uint64_t kernel;
@@ -102,7 +102,7 @@ static void check_status(int32_t status) {
 // Computes y by the kernel of its dtype, with the epilogue, where that is not null.
 typedef int32_t (*Product)(void* context, const Epilogue*);
 
-// With a product, y is computed on the way.
+// Adds the delta to y; a `product` computes y first, in the same parallel region.
 static void run(const uint64_t* stack, const Call& call, Product product = 0, void* context = 0) {
     const Kernel* k = kernel_of(call.kernel, call.op);
     const bool embedding = call.op == EMBEDDING;
@@ -169,8 +169,8 @@ static void run_expert_delta(uint64_t* stack, uint64_t, uint64_t) {
                 (stack[11] & 0xff) != 0});
 }
 
-// y of `product` and its delta, or without a product the delta of y. The operands are y, x, A, B,
-// ranks, scales, slots, which stay the caller's.
+// Computes y by `product`, if any, and adds its delta. The operands y, x, A, B, ranks, scales, slots
+// remain the caller's.
 extern "C" void lorafx_run_delta(const uint64_t* operands, int64_t rows, uint64_t kernel,
                                  Product product, void* context) {
     run(operands, {LINEAR, kernel, rows}, product, context);

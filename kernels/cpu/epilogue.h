@@ -1,5 +1,5 @@
-// What is done in the parallel region of a product y: units of work that need nothing of y, and after
-// them something to each of its columns. A kernel of deltas fills it in, that of the product calls it.
+// Work in the parallel region of a product y: units that do not read y, then a step for each of its
+// columns. A kernel of deltas fills it in, and the kernel of the product calls it.
 #include <stdint.h>
 
 struct Epilogue {

@@ -2,8 +2,8 @@
 //
 //     element e of row m at  data + Σ_d (digit d of m) · strides[d] + e · step
 //
-// The digits of m are its places in the leading dimensions. Nothing is copied to be read so: an op
-// allocates what a tile needs, never as much as x or y.
+// The digits of m are its indices in the leading dimensions. Kernels read strided tensors in place and
+// copy at most the rows of a tile.
 #include <stdint.h>
 #include <stdlib.h>
 
@@ -23,8 +23,8 @@ static inline int64_t row_offset(const Rows* rows, int64_t m) {
     return at + m * rows->strides[d];
 }
 
-// `size` elements, from `first` on, of the rows whose numbers `order` has, side by side as the tiles
-// load them: in place, or where elements are `step` apart in `space`. No memory: at[0] is null.
+// `size` adjacent elements from `first` on of the rows in `order`: in place, or copied to `space`
+// where elements are `step` apart. at[0] is null if there was no memory.
 template <class T, int ROWS> struct Tile {
     T* at[ROWS];
     T* from[ROWS];

@@ -18,7 +18,7 @@ INLINE void shrink_tile(const X::T* const* x, const W::T* a, const W::T* ahead, 
         D::left xs[ROWS];
         UNROLL for (int row = 0; row < ROWS; row++) xs[row] = load_raw<D::left>(x[row] + k);
         UNROLL for (int n = 0; n < N; n++) {
-            // A comes as a stream from memory, so ask for what comes next
+            // A streams from memory: prefetch the next planes
             if (ROWS <= PREFETCH_ROWS) __builtin_prefetch(ahead + n * A_STRIDE + k, 0, 2);
             D::right as = load_raw<D::right>(a + n * A_STRIDE + k);
             UNROLL for (int row = 0; row < ROWS; row++)
@@ -26,12 +26,12 @@ INLINE void shrink_tile(const X::T* const* x, const W::T* a, const W::T* ahead, 
         }
     }
     if (K % D::STEP) {
-        const long rest = K % D::STEP;
+        const long tail = K % D::STEP;
         D::left xs[ROWS];
         UNROLL for (int row = 0; row < ROWS; row++)
-            xs[row] = load_first<D::left>(x[row] + k, rest * sizeof(X::T));
+            xs[row] = load_first<D::left>(x[row] + k, tail * sizeof(X::T));
         UNROLL for (int n = 0; n < N; n++) {
-            D::right as = load_first<D::right>(a + n * A_STRIDE + k, rest * sizeof(W::T));
+            D::right as = load_first<D::right>(a + n * A_STRIDE + k, tail * sizeof(W::T));
             UNROLL for (int row = 0; row < ROWS; row++)
                 acc[row][n] = D::add(acc[row][n], xs[row], as);
         }
@@ -83,7 +83,7 @@ INLINE void expand_tile(Y::T* const* y, long column, const W::T* b, const float*
     }
 }
 
-// `next` is the A that is read after this one; none: there is nothing to ask for.
+// `next` is the A that is read after this, to be prefetched, or null.
 template <int ROWS>
 __attribute__((noinline)) static void shrink(const X::T* const* x, const W::T* a, float scale,
                                              float* v, int first, int rank,

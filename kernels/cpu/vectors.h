@@ -1,9 +1,9 @@
 // Vectors of a generated CPU kernel, in GCC's vector extensions: the same text for every LANES.
 //
 // F32, BF16, F16: how an element type becomes float lanes and back. Dot: one step of a dot product.
-// Columns: two vectors of neighbouring columns of the bank and of y, in one lane order. The three
-// instructions that the extensions cannot say are inline assembly, so no intrinsics header is read
-// (a third of a second).
+// Columns: two vectors of neighbouring columns of the bank and of y, in one lane order. Three
+// instructions without an extension are inline assembly, so no intrinsics header is read (a third of
+// a second).
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>

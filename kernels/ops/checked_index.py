@@ -20,8 +20,8 @@ from lorafx.kernels.ops.op_library import define, define_vmap
 def refuse_outside(
     index: Tensor, size: int, negative: bool, ignored: int | None, table: str, name: str
 ) -> None:
-    """Raise OutOfRangeError for an entry of `index` that a table of `size` entries, from −size on
-    if `negative`, has not. `ignored` is no entry; `{}` in `name` becomes the entry's place."""
+    """Raise OutOfRangeError for an entry of `index` outside of a table of `size` entries, counted
+    from −size on if `negative`; `ignored` is allowed. `{}` in `name` becomes the entry's place."""
     if not index.numel():
         return
     first = -size if negative else 0
@@ -53,8 +53,8 @@ def checked_index_fake(index, size, negative, ignored, table, name):
     return torch.empty_like(index)
 
 
-def checked_index_vmap(info: Any, in_dims: Any, index: Tensor, *others: Any) -> Any:
-    return torch.ops.lorafx.checked_index(index, *others), in_dims[0]
+def checked_index_vmap(info: Any, in_dims: Any, index: Tensor, *settings: Any) -> Any:
+    return torch.ops.lorafx.checked_index(index, *settings), in_dims[0]
 
 
 define(

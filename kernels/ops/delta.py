@@ -1,4 +1,4 @@
-"""The LoRA delta in plain aten, on any device: what every generated kernel must agree with.
+"""The LoRA delta in plain aten, on any device: the reference of every generated kernel.
 
     v[m]           = scales[s, i] · A[s, :r, K_i] x[m]    s = slot of row m, r = ranks[s, i],
                                                           K_i = i·K : (i + 1)·K
@@ -8,7 +8,7 @@ Embedding: A[s, id, :r] stands for A x. Sums are in float32 for 16-bit and 32-bi
 float64 for float64; y is read and rounded once. Rows whose slot is negative keep their bits. All
 functions raise as `row_slots` and `groups` do.
 
-DoRA rescales what comes out (`rescaled`; the pass `rescale` writes the same into the graph):
+DoRA rescales the result (`rescaled`; the pass `rescale` writes the same into the graph):
 
     y[m, n] ← y[m, n] + G[s, n] · (y[m, n] − c[n])
 
@@ -161,7 +161,7 @@ def rescaled(
 
 def rescaled_rows(y: Tensor, gains: Tensor, addend: Tensor | None, owner: Tensor) -> Tensor:
     """y (..., N) rescaled by gains (S, N) of its rows' slots; base rows keep their bits."""
-    gain = gains[owner]  # -1 reads the last slot, for nothing
+    gain = gains[owner]  # -1 reads the last slot, masked below
     wide = y.to(accumulation_dtype(y))
     product = wide if addend is None else wide - addend
     live = (owner >= 0).unsqueeze(-1) & (gain != 0)

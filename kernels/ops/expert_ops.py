@@ -7,11 +7,10 @@ so the delta of an expert's product is `add_delta_` with a key for each row:
 
     y[m] += scales[key] · (x[m] A[key]ᵀ) B[key]
 
-    expert_mark         what a hook leaves in a trace, so that `match` knows that the experts ran
-    expert_site         y + delta, what `match` puts behind the base's product
-    expert_slots        the keys, and
-    run_expert_delta_   the delta by a generated CPU kernel that finds the keys itself: what `lower`
-                        makes of them
+    expert_mark         a hook's op in a trace, by which `match` knows that the experts ran
+    expert_site         y + delta, which `match` puts behind the base's product
+    expert_slots        the keys, which `lower` computes for `add_delta_`, and
+    run_expert_delta_   the delta by a generated CPU kernel that finds the keys itself
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def _add_delta(
 
 
 def expert_mark(y: Tensor, A: Tensor) -> Tensor:
-    """A copy of y, what a module of experts with the bank of A returned: `match` takes it away."""
+    """A copy of y, the result of a module of experts with the bank of A; `match` removes the op."""
     return y.clone()
 
 

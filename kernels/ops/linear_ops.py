@@ -12,10 +12,10 @@ Importing this module registers them. Arguments:
     own...  rows of the weight that slots have of their own, for banks with room for them; they are
             put into y before the delta is added (lorafx.kernels.ops.own_rows)
 
-    site                  y + the deltas of one module, the mark that `attach` leaves on it
+    site                  y + the deltas of one module, the op of the mark that `attach` puts on it
     embedding_site        the same for an embedding
-    fused_linear          base linear and the deltas of a pack, what `fuse` makes
-    add_delta_            the delta alone, into y in place, what `lower` calls after the base GEMM
+    fused_linear          base linear and the deltas of a pack, which `fuse` makes
+    add_delta_            the delta alone, into y in place, which `lower` calls after the base GEMM
     add_embedding_delta_  the same for an embedding
     run_delta_            add_delta_ by a generated kernel, whose id stands for the column ranges
     run_embedding_delta_  the same for an embedding
@@ -56,7 +56,7 @@ def site(
     bias: Tensor | None = None,
     gains: Tensor | None = None,
     addend: Tensor | None = None,
-    own: OwnRows = OwnRows(),  # noqa: B008  an immutable tuple
+    replaced: OwnRows = OwnRows(),  # noqa: B008  an immutable tuple
     shifts: Tensor | None = None,
 ) -> Tensor:
     """y (..., N) + delta for x (..., K), a new contiguous tensor. `weight` and `bias` are for the
@@ -64,8 +64,8 @@ def site(
     """
     _check_site(x, y, bank, ranges, rows)
     check_by_column("site", bank.B, gains=gains, shifts=shifts)
-    if own.own is not None:
-        y = own_linear(x, y, *own, bank.slots, rows)  # type: ignore[arg-type]
+    if replaced.own is not None:
+        y = own_linear(x, y, *replaced, bank.slots, rows)  # type: ignore[arg-type]
     out = y.clone(memory_format=torch.contiguous_format)
     add_linear_delta(out, x, bank, ranges, rows)
     if gains is None and shifts is None:
@@ -90,13 +90,13 @@ def embedding_site(
     bank: BankArgs,
     rows: int,
     gains: Tensor | None = None,
-    own: OwnRows = OwnRows(),  # noqa: B008  an immutable tuple
+    replaced: OwnRows = OwnRows(),  # noqa: B008  an immutable tuple
 ) -> Tensor:
     """y (*ids.shape, N) + scales · A[slot, ids, :r] B[slot, :r], rescaled by `gains`; a copy."""
     check_embedding("embedding_site", ids, y, bank, rows)
     check_by_column("embedding_site", bank.B, gains=gains)
-    if own.own is not None:
-        y = own_embedding(ids, y, *own[:3], bank.slots, rows)  # type: ignore[arg-type]
+    if replaced.own is not None:
+        y = own_embedding(ids, y, *replaced[:3], bank.slots, rows)  # type: ignore[arg-type]
     out = y.clone(memory_format=torch.contiguous_format)
     add_embedding_delta(out, ids, bank, rows)
     if gains is None:

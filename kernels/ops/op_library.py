@@ -60,10 +60,6 @@ def define(
         )
 
 
-def define_functional(name: str, functional: Callable[..., object]) -> None:
-    _LIBRARY.impl(name, functional, "Functionalize")
-
-
 def define_on(key: str, name: str, eager: Callable[..., object]) -> None:
     """Define `lorafx::<name>` for torch's dispatch key `key`; that of ROCm is "CUDA"."""
     _LIBRARY.impl(name, flat(eager), key)

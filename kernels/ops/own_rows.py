@@ -1,11 +1,11 @@
-"""Rows of a weight that an adapter replaces by its own, in plain aten.
+"""Rows of a weight that an adapter replaces, in plain aten.
 
     linear      y[m, n] ← x[m] · own[i, t] + own_bias[i, t]     n = own_at[i, t], t < count
     embedding   y[m]    ← own[i, t]                             t = own_at[i, id of m], t ≥ 0
 
 with i, count = own_table[s], s the slot of row m. A slot has all rows of the weight (a module that
 was trained as a whole), some (tokens that were trained), or none, i = −1. Rows of other slots and
-base rows keep y, bit for bit. The delta of the same site is added to what comes out.
+base rows keep y, bit for bit. The delta of the same site is added to the result.
 
 A linear visits the slots that are present, for which the host waits where slots lie on an
 accelerator: a product with the weight of every slot would cost more than the wait.

@@ -10,7 +10,7 @@ layer's keys begin at row `first_key`, its values at row `first_value`. A ring k
 token takes the row of the token that leaves it, so old rows are read first, and an entry of `read`
 that is `sentinel` stands for the next new token. Other caches are written first.
 
-`paged_attention` is that, and the attention of the new tokens to the K and V that it returns:
+`paged_attention` does that, and returns the attention of the new tokens to these K and V:
 
     out[t, h] = Σ_j p[j] V[j],    p = softmax(cap(scale · q[t, h] · K[j]) + mask[t, j])
                                   for seen[t, 0] ≤ j < seen[t, 1]
@@ -46,7 +46,7 @@ def paged_cache(
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Keys and values that the queries see, (1, H, N, D), in the order of `read`. `seen` and `mask`
-    are carried for `paged_attention`, which `attend` makes of it."""
+    are for `attend`, which makes `paged_attention` of it."""
     new = (read == sentinel)[:, None, None] if ring else None
     keys = _updated(cache, key, first_key, read, write, new)
     return keys, _updated(cache, value, first_value, read, write, new)
@@ -121,10 +121,10 @@ class AttentionSpec:
     capped: bool = False
 
     @classmethod
-    def of_sizes(cls, step: PagedStep, **others: Any) -> Self:
+    def of_sizes(cls, step: PagedStep, **settings: Any) -> Self:
         heads, size = int(step.key.shape[1]), int(step.key.shape[3])
         group = int(step.query.shape[1]) // heads
-        return cls(step.query.dtype, heads, group, size, capped=step.cap != 0, **others)
+        return cls(step.query.dtype, heads, group, size, capped=step.cap != 0, **settings)
 
 
 def paged_attention(step: PagedStep) -> Tensor:
@@ -143,20 +143,20 @@ def by_request(step: PagedStep) -> Tensor:
     ranges, counts = step.seen.unique_consecutive(dim=0, return_counts=True)
     token = 0
     for (begin, end), count in zip(ranges.tolist(), counts.tolist(), strict=True):
-        own = slice(token, token + count)
+        tokens = slice(token, token + count)
         token += count
         k, v = (
             part[0, :, begin:end].repeat_interleave(group, 0).float() for part in (keys, values)
         )
-        scores = step.query[0, :, own].float() @ k.mT * step.scale
+        scores = step.query[0, :, tokens].float() @ k.mT * step.scale
         if step.cap:
             scores = torch.tanh(scores / step.cap) * step.cap
-        scores = scores + step.mask[0, 0, own, begin:end].float()
+        scores = scores + step.mask[0, 0, tokens, begin:end].float()
         if step.sinks is not None:
             sink = step.sinks.float()[:, None, None].expand(-1, count, 1)
             scores = torch.cat([scores, sink], -1)
         weights = scores.softmax(-1)[..., : end - begin]
-        out[0, own] = (weights @ v).transpose(0, 1).to(out.dtype)
+        out[0, tokens] = (weights @ v).transpose(0, 1).to(out.dtype)
     return out.transpose(1, 2)
 
 

@@ -11,8 +11,8 @@ from lorafx.kernels.ops.op_library import define
 
 
 def rows_of(x: Tensor, y: Tensor) -> Tensor:
-    """A copy of y (…, N), whose row m was computed from row m of x, (…, K) or ids (…): what the
-    registry says of a module around an unknown operator. The ownership analysis takes it away."""
+    """A copy of y (…, N), whose row m was computed from row m of x, (…, K) or ids (…), as the
+    registry declares of a module around an unknown operator. `provenance` removes the op."""
     rows_of_fake(x, y)
     return y.clone()
 
@@ -27,8 +27,8 @@ def own_mask(x: Tensor, mask: Tensor, source: Tensor, slots: Tensor) -> Tensor:
     """A copy of the mask of x.masked_scatter(mask, source), or x[mask] = source.
 
     The k-th position takes the k-th element of the source, which is of the same request if each has
-    as many positions as elements. That is data, so the graph checks it when it runs, and only where
-    requests use different adapters: else BatchError. Mask and source have an equal part a request.
+    as many positions as elements. Raises BatchError if not, and requests use different adapters.
+    Mask and source have equally many entries of each request.
     """
     requests = slots.shape[0]
     if requests > 1 and mask.numel() and bool((slots != slots[0]).any()):

@@ -1,11 +1,11 @@
-"""The ops that stand for a layer while AOTAutograd traces the one layer that it repeats.
+"""The ops that stand for a layer while AOTAutograd traces only one of several equal layers.
 
     lorafx::stamp(values, key)          new tensors of the layouts that are noted for `key`
     lorafx::overwrite(written, value)   written becomes value, which is laid out like it
 
-A stamp never runs: lorafx.capture.stamps takes all of them out of the graph again. In the traced
-graph an overwritten tensor is the value itself: Tensor.copy_ expands and compares symbolic sizes, 4
-ms of tracing each.
+A stamp never runs: lorafx.capture.stamps removes all of them from the graph. In the traced graph an
+overwritten tensor is the value itself: Tensor.copy_ expands and compares symbolic sizes, 4 ms of
+tracing each.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lorafx.errors import CaptureError
-from lorafx.kernels.ops.op_library import define, define_functional
+from lorafx.kernels.ops.op_library import define, define_on
 from lorafx.torch_internals import fake_tensors
 from lorafx.torch_internals.fake_tensors import (
     FakeTensor,
@@ -91,4 +91,4 @@ def overwrite_functional(written: Tensor, value: Tensor) -> None:
 
 
 define("overwrite(Tensor(a!) written, Tensor value) -> ()", overwrite, overwrite_fake)
-define_functional("overwrite", overwrite_functional)
+define_on("Functionalize", "overwrite", overwrite_functional)

@@ -1,1 +1,1 @@
-"""Generated Triton: templates, what is compiled of them, ops that launch it."""
+"""Generated Triton: templates, their kernels, and ops that launch them."""

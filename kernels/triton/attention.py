@@ -8,11 +8,11 @@
     tile = BLOCK_M rows of queries (tokens of one request times the heads of a group)
            × BLOCK_N keys of one head
 
-The host knows how many tokens a step has, the device whose they are: the grid has a program for
-each token, and all but the first of a tile end at once. Sizes of a step are arguments. So nothing
-waits for the device, and other mixes, lengths and layers need no other kernel. Tiles are chosen by
-the number of tokens, and keys are cut into parts where programs are fewer than processors. No
-figure here was measured on a GPU.
+The host knows how many tokens a step has, only the device their requests: the grid has a program
+for each token, and all but the first of a tile end at once. Sizes of a step are arguments. So the
+host does not wait, and all mixes, lengths and layers use one kernel. Tiles are chosen by the number
+of tokens, and keys are cut into parts where programs are fewer than processors. No figure here was
+measured on a GPU.
 
 Importing this module registers it for CUDA and ROCm devices, where steps without kernels
 (`has_kernels`) are computed as on other devices. A kernel cannot raise: to a row outside of the
@@ -187,23 +187,23 @@ def attend(
     if spec.ring:
         is_new = read == step.sentinel
         read, fresh = torch.where(is_new, -is_new.cumsum(0), read), [key, value]
-    given = [query, rows, rows, *fresh, read, seen, mask]
+    inputs = [query, rows, rows, *fresh, read, seen, mask]
     sizes = [tokens, count, first_key, first_value, limit, mask.stride(2)]
     tail = [query.stride(1), query.stride(2), *(new if spec.ring else ()), step.scale, step.cap]
-    own = [] if sinks is None else [sinks.float().contiguous()]
+    scores = [] if sinks is None else [sinks.float().contiguous()]
 
     whole = kernel("attend", spec, few, arch)
     tiles = -(-tokens // (whole.tiles.block_m // spec.group))
     parts = parts_for(tiles * heads, count, arch) if parts is None else parts
     if parts == 1:
-        launch(whole, (tokens, heads), [*given, *own, out, *sizes, *tail])
+        launch(whole, (tokens, heads), [*inputs, *scores, out, *sizes, *tail])
     else:
         stats = query.new_empty((parts, tokens, H, 2), dtype=torch.float32)
         sums = query.new_empty((parts, tokens, H, D), dtype=torch.float32)
         split = kernel("attend_split", spec, few, arch)
-        launch(split, (tokens, heads, parts), [*given, stats, sums, *sizes, parts, *tail])
+        launch(split, (tokens, heads, parts), [*inputs, stats, sums, *sizes, parts, *tail])
         adding = kernel("attend_sum", spec, few, arch)
-        launch(adding, (tokens, H), [stats, sums, *own, out, tokens, parts])
+        launch(adding, (tokens, H), [stats, sums, *scores, out, tokens, parts])
     if spec.ring:
         write_new()  # over rows that were just read
     return out.transpose(1, 2)

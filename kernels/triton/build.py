@@ -140,7 +140,7 @@ def not_concat(delta: DeltaSpec, weight_dtype: torch.dtype | None) -> str:
 
 
 def spec_for(strategy: str, spec: TritonSpec) -> TritonSpec:
-    """`spec` without what kernels of `strategy` do not depend on: one kernel for all such bases."""
+    """`spec` without the fields that kernels of `strategy` do not depend on."""
     if strategy in DELTA:
         return TritonSpec(spec.delta)
     if strategy == CONCAT:
@@ -154,7 +154,7 @@ def _plan(
     names = STRATEGY_KERNELS[strategy]
     if set(tiles) != set(names):
         raise LoweringError(f"strategy {strategy!r} has the kernels {names}, not {tuple(tiles)}")
-    if len({(own.parts, own.split, own.ordered) for own in tiles.values()}) > 1:
+    if len({(tile.parts, tile.split, tile.ordered) for tile in tiles.values()}) > 1:
         raise LoweringError(f"kernels of strategy {strategy!r} disagree on parts, split or ordered")
     kernels = {name: load(name, spec, tiles[name], arch) for name in names}
     order = load("order", None, ORDER_TILES, arch) if tiles[names[0]].ordered else None
@@ -194,12 +194,12 @@ def tiles_for(strategy: str, spec: DeltaSpec, rows: int, arch: Architecture) -> 
     if tuned is not None:
         return dict(tuned)
     if strategy == "embedding":
-        return {"embedding_rows": expand_rows_tiles(spec, rows, arch)}
+        return {"embedding_rows": expand_rows_tiles(spec, arch)}
     if strategy == "gemv":
         first = shrink_rows_tiles(spec, rows, arch)
-        second = expand_rows_tiles(spec, rows, arch)
-        both = {"shrink_rows": first, "expand_rows": replace(second, parts=first.parts)}
-        return {name: replace(t, overlap=arch.overlaps) for name, t in both.items()}
+        second = expand_rows_tiles(spec, arch)
+        pair = {"shrink_rows": first, "expand_rows": replace(second, parts=first.parts)}
+        return {name: replace(t, overlap=arch.overlaps) for name, t in pair.items()}
     if strategy == CONCAT:
         return concat_tiles(spec, rows, arch)
     if strategy == "split":
@@ -234,7 +234,7 @@ def load_tuned(arch: Architecture) -> int:
 
 def _winner(row: Any) -> tuple[tuple[str, DeltaSpec, int], dict[str, Tiles]]:
     spec = DeltaSpec(**{k: _typed(k, v) for k, v in row["spec"].items()})
-    tiles = {name: Tiles(**own) for name, own in row["tiles"].items()}
+    tiles = {name: Tiles(**fields) for name, fields in row["tiles"].items()}
     return (row["strategy"], spec, row["rows"]), tiles
 
 

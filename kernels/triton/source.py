@@ -33,7 +33,7 @@ from lorafx.kernels.triton.tiles import Tiles, power_of_two
 
 TYPES = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
 
-#: Unit of columns of "concat" in elements: what a matrix instruction takes of K, 32 bytes.
+#: Unit of columns of "concat" in elements: the part of K of a matrix instruction, 32 bytes.
 COLUMN_UNIT = 16
 
 # kernel -> its template and the constants that tell it from the template's other kernels

@@ -64,7 +64,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the heuristic needs to know of a device; `overlaps`: programmatic dependent launch."""
+    """A device as the heuristic sees it; `overlaps`: it has programmatic dependent launch."""
 
     name: str
     processors: int
@@ -257,7 +257,7 @@ def shrink_rows_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:
     return Tiles(block_k=block_k, block_r=block_r, parts=parts, num_stages=2)
 
 
-def expand_rows_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:
+def expand_rows_tiles(spec: DeltaSpec, arch: Architecture) -> Tiles:
     wide = 1024 if arch.name == "interpreter" else 256
     return Tiles(
         block_n=power_of_two(max(spec.sizes), 16, wide),
@@ -314,5 +314,5 @@ def split_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> dict[str, Til
     second = replace(
         second, parts=first.parts, split=first.split, batched=True, at_once=SLOTS_AT_ONCE
     )
-    both = {"split": first, "reduce": second}
-    return {name: replace(tiles, overlap=arch.overlaps) for name, tiles in both.items()}
+    pair = {"split": first, "reduce": second}
+    return {name: replace(tiles, overlap=arch.overlaps) for name, tiles in pair.items()}

@@ -20,11 +20,8 @@ from torch import Tensor, fx
 from lorafx.capture.written_back import write_back
 from lorafx.config import Options
 from lorafx.errors import LorafxWarning, LoweringError
-from lorafx.kernels.cpu import dense
 from lorafx.kernels.cpu.compiler import find_compiler
-from lorafx.passes import products
 from lorafx.passes.outline.outline import bodies, is_view
-from lorafx.passes.products import replace_products
 from lorafx.program.frame import fake_value
 from lorafx.torch_internals.compat import mode_settings
 from lorafx.torch_internals.shortcuts import chosen
@@ -76,13 +73,11 @@ _NO_HARNESS = {"benchmark_harness": False}
 class InductorLowering:
     """Inductor. Its caches hash the rewritten graph, so a changed pass invalidates them.
 
-    `patches` are settings for a `mode` of torch.compile; with `products` base graphs multiply few
-    rows by generated code too.
+    `patches` are settings for a `mode` of torch.compile.
     """
 
     patches: Mapping[str, Any] = field(default_factory=dict)
     writes_back: bool = False
-    products: bool = False
 
     def decompositions(self) -> dict[Any, Callable[..., Any]]:
         from lorafx.torch_internals.compat import inductor_config
@@ -178,27 +173,11 @@ def compile_base(
     """The executable of a graph without LoRA: torch.compile's, or the graph itself."""
     if not isinstance(lowering, InductorLowering):
         return gm.forward
-    from lorafx.torch_internals.compat import inductor_config
     from lorafx.torch_internals.inductor import compile_fx
 
-    patches = dict(lowering.patches)
-    if lowering.products and inductor_config.post_grad_custom_pre_pass is None:
-        patches["post_grad_custom_pre_pass"] = _generated_products()
     # A backward compiled later needs the settings too.
-    return cast("Callable[..., Any]", compile_fx(gm, list(examples), config_patches=patches))
-
-
-def _generated_products() -> Any:
-    from lorafx.torch_internals.inductor import CustomGraphPass, get_hash_for_files
-
-    class BaseProducts(CustomGraphPass):
-        def __call__(self, graph: fx.Graph) -> None:
-            replace_products(graph)
-
-        def uuid(self) -> Any:
-            return get_hash_for_files((products.__file__, dense.__file__))
-
-    return BaseProducts()
+    found = compile_fx(gm, list(examples), config_patches=dict(lowering.patches))
+    return cast("Callable[..., Any]", found)
 
 
 def resolved(options: Options, device: torch.device) -> Options:
@@ -219,9 +198,7 @@ def lowering_for(options: Options, patches: Mapping[str, Any] | None = None) -> 
     """The lowering named by `Options.lowering`, with settings `patches` of Inductor."""
     if options.lowering == "reference":
         return ReferenceLowering()
-    products_of_base = options.base_products and options.lowering == "inductor"
     return InductorLowering(
         {**mode_settings(options.mode), **(patches or {})},
         "written_back" in chosen(options.shortcuts),
-        products_of_base,
     )

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from lorafx.capture.traced import never_traced
 from lorafx.errors import MatchError
 from lorafx.model.sites import Site
-from lorafx.ownership.memory import Held, Memory, storage_of
+from lorafx.ownership.memory import Memory, RealLabel, storage_of
 from lorafx.ownership.pointwise import READS_NO_VALUES
-from lorafx.ownership.real import alone, held_results, tensors_in, written
+from lorafx.ownership.real import alone, result_labels, tensors_in, written
 from lorafx.program.program import Program
 from lorafx.program.stack import python_line, running_modules
 from lorafx.torch_internals.fake_tensors import (
@@ -206,18 +206,18 @@ class Tracking(TorchDispatchMode):
         named: Mapping[str, Any],
         results: object,
         operands: list[Tensor],
-        before: Mapping[int, Held | None],
+        before: Mapping[int, RealLabel | None],
     ) -> None:
         outputs, changed = list(tensors_in(results)), written(func, args, named)
         shown = {storage_of(operand) for operand in operands}
         if not changed and all(storage_of(output) in shown for output in outputs):
             return  # views
         try:
-            helds = held_results(func, args, named, results, before)
+            helds = result_labels(func, args, named, results, before)
         except (RuntimeError, TypeError, ValueError, IndexError):
             helds = [None] * len(outputs)  # unknown without a rule
         if len(changed) != len(outputs):
-            now: list[Held | None] = [alone(list(before.values()))] * len(changed)
+            now: list[RealLabel | None] = [alone(list(before.values()))] * len(changed)
         else:
             now = helds
         for tensor, held in zip(changed, now, strict=True):

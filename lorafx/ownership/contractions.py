@@ -19,7 +19,7 @@ from lorafx.ownership.symbolic import equal
 
 aten = torch.ops.aten
 
-#: Names of products' addend, left operand and right operand.
+#: The names of a product's addend ("" for none), left and right operand.
 PRODUCTS: dict[Any, tuple[str, str, str]] = {
     aten.mm: ("", "self", "mat2"),
     aten.bmm: ("", "self", "mat2"),
@@ -81,9 +81,9 @@ def grouped(node: fx.Node, flow: Flow) -> Label:
     args = bound(node)
     rows = args.get("self", args.get("input", args.get("mat_a")))
     weight = args.get("mat2", args.get("weight", args.get("mat_b")))
-    label, others = flow.label(rows), [flow.label(weight), flow.label(args.get("bias"))]
+    label, shared = flow.label(rows), [flow.label(weight), flow.label(args.get("bias"))]
     shapes = len(flow.shape(rows)), len(flow.shape(weight))
-    if any(other is not None for other in others):
+    if any(other is not None for other in shared):
         return flow.lost(node, "expert weights depend on requests")
     if isinstance(label, Own) and (label.dim != 0 or shapes != (2, 3)):
         return flow.lost(node, f"groups over {label}")

@@ -27,16 +27,16 @@ class Flow:
     """Labels and digits of the nodes seen so far. `batch` is B as a sympy expression.
 
     Args:
-        give_out: copies of shared values may be given out to the requests.
-        withheld: sites where they may not.
+        copies: a site of a shared value may have a copy of it for each request.
+        withheld: sites that may not; `copied_sites` are those that have.
         assume: labels may rest on run-time checks of the nodes in `fits`.
-        picks: vectors (N,) of places of requests among the inputs, used as `perm`.
+        picks: inputs (N,) whose values are indices of requests, used as `perm`.
     """
 
     def __init__(
         self,
         batch: BatchSymbols,
-        give_out: bool = True,
+        copies: bool = True,
         withheld: frozenset[fx.Node] = frozenset(),
         assume: bool = False,
         picks: Iterable[fx.Node] = (),
@@ -46,8 +46,8 @@ class Flow:
         self.labels: dict[fx.Node, Label] = {}
         self.digits: dict[fx.Node, Digit] = {}
         self.inverses: dict[fx.Node, fx.Node] = {}
-        self.give_out, self.withheld = give_out, withheld
-        self.given: list[fx.Node] = []
+        self.copies, self.withheld = copies, withheld
+        self.copied_sites: list[fx.Node] = []
         self.assume = assume
         self.picks = frozenset(picks)
         self.fits: list[fx.Node] = []
@@ -56,7 +56,7 @@ class Flow:
         """The label of an argument; None for constants and numbers."""
         label = self.labels.get(arg) if isinstance(arg, fx.Node) else None
         if isinstance(label, tuple):
-            return next((one for one in label if isinstance(one, Mixed)), None)
+            return next((output for output in label if isinstance(output, Mixed)), None)
         return label
 
     def digit(self, arg: object) -> Digit | None:
@@ -74,11 +74,11 @@ class Flow:
     def numbers(self, args: Iterable[object]) -> Shape:
         """Integer arguments as expressions; () unless all are integers."""
         found = [self.size(arg) for arg in args]
-        return tuple(one for one in found if one is not None) if None not in found else ()
+        return tuple(size for size in found if size is not None) if None not in found else ()
 
-    def whole(self, size: sympy.Expr, own: Own) -> bool:
+    def whole(self, size: sympy.Expr, label: Own) -> bool:
         """Whether `size` is a whole number of the label's periods rows·B."""
-        return is_multiple(size, own.rows * self.batch)
+        return is_multiple(size, label.rows * self.batch)
 
     def lost(self, node: fx.Node, why: str) -> Mixed:
         return Mixed(f"{operator_name(node)}: {why} ({place(node)})")
@@ -123,11 +123,11 @@ def of_owned(rule: Callable[[fx.Node, Flow, Own], Label]) -> Rule:
     """A rule of the first operand's label if owned; other labels pass to each output."""
 
     @wraps(rule)
-    def whole(node: fx.Node, flow: Flow) -> Label:
+    def by_label(node: fx.Node, flow: Flow) -> Label:
         label = flow.label(operand(node))
         return rule(node, flow, label) if isinstance(label, Own) else each_output(node, label)
 
-    return whole
+    return by_label
 
 
 def wrap(dim: int, ndim: int) -> int:

@@ -11,9 +11,9 @@ argsort, or an iota written (index_put, scatter) at p. `Flow.inverses` records s
 
     x.masked_scatter(mask, source)      x[mask] = source
 
-The k-th position takes the k-th element. If requests are in turn in x and source, a request gets
-exactly its elements if it has as many positions as elements. That is assumed here, noted in
-`Flow.fits`, and checked at run time (`lorafx::own_mask`).
+The k-th position takes the k-th element. Where the requests of x and source are in turn, a request
+gets its own elements if it has as many positions as elements. The rule assumes that and notes the
+node in `Flow.fits`; `lorafx::own_mask` checks it at run time.
 
     all_reduce, wait    out[i] = Σ_rank a_rank[i]
     all_gather          out = [a_0; a_1; ...] along the first dimension
@@ -49,7 +49,7 @@ def iota(node: fx.Node, flow: Flow) -> Digit | None:
 
 
 def vector_order(node: fx.Node, flow: Flow) -> Digit | None:
-    """The indices of a vector sort: a permutation, maybe the inverse of the sorted one."""
+    """The indices of a vector sort: a permutation, and the inverse of a sorted permutation."""
     sort = operand(node) if node.target is operator.getitem else node
     if not isinstance(sort, fx.Node) or not isinstance(sort.target, OpOverload):
         return None
@@ -102,16 +102,16 @@ def chosen(
     """x with masked positions, from dimension `first`, set to or increased by the source."""
     at = flow.label(mask)
     label = flow.agree(node, [flow.label(x), at.at(at.dim + first) if isinstance(at, Own) else at])
-    own = flow.label(source)
-    if isinstance(label, Mixed) or own is None:
+    values = flow.label(source)
+    if isinstance(label, Mixed) or values is None:
         return label
-    if isinstance(own, Mixed):
-        return own
-    if not flow.assume or not isinstance(label, Own) or not isinstance(own, Own):
+    if isinstance(values, Mixed):
+        return values
+    if not flow.assume or not isinstance(label, Own) or not isinstance(values, Own):
         return flow.lost(node, "different values are written to the positions of a mask")
     dim, sizes = label.dim - first, flow.shape(mask)
     whole = 0 <= dim < len(sizes) and equal(sizes[dim], flow.shape(x)[label.dim])
-    if whole and in_turn(flow, x, label) and in_turn(flow, source, own):
+    if whole and in_turn(flow, x, label) and in_turn(flow, source, values):
         flow.fits.append(node)
         return label
     return flow.lost(
@@ -137,12 +137,12 @@ def parts(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
 
 
 def kept(node: fx.Node, flow: Flow) -> Label:
-    """Each entry in place."""
+    """Every entry stays in place."""
     return flow.label(operand(node))
 
 
 def gathered(node: fx.Node, flow: Flow) -> Label:
-    """The ranks' tensors concatenated: only other owned dimensions are kept."""
+    """The ranks' tensors joined along dimension 0, which must not be the owner's."""
     label = flow.label(operand(node))
     if isinstance(label, Own) and label.dim == 0:
         return flow.lost(node, "the ranks' requests are gathered along their own dimension")
@@ -150,7 +150,8 @@ def gathered(node: fx.Node, flow: Flow) -> Label:
 
 
 class IndexedDims:
-    """The dimensions of x[indices], indexed `at` some; `count` of the index start at `first`."""
+    """The dimensions of x[indices]. `at`: dimension of x -> its index; the `count` dimensions of
+    the broadcast indices begin at `first` of the result."""
 
     def __init__(self, flow: Flow, ndim: int, indices: list[Any]) -> None:
         self.at = {d: t for d, t in enumerate(indices) if t is not None}
@@ -174,29 +175,30 @@ def is_boolean(arg: fx.Node) -> bool:
     return arg.meta["val"].dtype in (torch.bool, torch.uint8)
 
 
-def layout(node: fx.Node, flow: Flow, x: fx.Node, indices: list[Any]) -> IndexedDims | None:
+def layout(flow: Flow, x: fx.Node, indices: list[Any]) -> IndexedDims | None:
     """The dimensions of x[indices]; None for boolean masks, whose result size depends on data."""
     if any(t is not None and is_boolean(t) for t in indices):
         return None
     return IndexedDims(flow, len(flow.shape(x)), indices)
 
 
-def read(node: fx.Node, flow: Flow, x: fx.Node, indices: list[Any]) -> Single:
+def indexed(node: fx.Node, flow: Flow) -> Label:
     """x[indices]."""
-    own, where = flow.label(x), layout(node, flow, x, indices)
+    x = bound(node)["self"]
+    owner, where = flow.label(x), layout(flow, x, indices_of(node, flow))
     if where is None:
         return flow.lost(node, "rows chosen by a mask")
-    if isinstance(own, Mixed):
-        return own
+    if isinstance(owner, Mixed):
+        return owner
     labels: list[Single] = []
-    through = where.at.get(own.dim) if isinstance(own, Own) else None
-    if isinstance(own, Own) and through is None:
-        labels.append(own.at(where.of_x(own.dim)))
-    elif isinstance(own, Own):
+    through = where.at.get(owner.dim) if isinstance(owner, Own) else None
+    if isinstance(owner, Own) and through is None:
+        labels.append(owner.at(where.of_x(owner.dim)))
+    elif isinstance(owner, Own):
         digit = flow.digit(through)
-        there = compose(flow, own, digit, flow.batch) if digit is not None else None
+        there = compose(flow, owner, digit, flow.batch) if digit is not None else None
         if digit is None or there is None:
-            return flow.lost(node, f"{own} is indexed by values that are not known")
+            return flow.lost(node, f"{owner} is indexed by values that are not known")
         j = digit.dim + where.count - len(flow.shape(through))
         labels.append(Own(where.of_index(j), *there))
     for t in where.at.values():
@@ -213,10 +215,6 @@ def indices_of(node: fx.Node, flow: Flow) -> list[Any]:
     if "indices" in args:
         return list(args["indices"])
     return [None] * wrap(args["dim"], len(flow.shape(args["self"]))) + [args["index"]]
-
-
-def indexed(node: fx.Node, flow: Flow) -> Label:
-    return read(node, flow, bound(node)["self"], indices_of(node, flow))
 
 
 def index_digit(node: fx.Node, flow: Flow) -> Digit | None:
@@ -240,10 +238,10 @@ def embedded(node: fx.Node, flow: Flow) -> Label:
 
 def written(node: fx.Node, flow: Flow, x: fx.Node, indices: list[Any], values: object) -> Single:
     """x with x[indices] replaced by (or increased by) values."""
-    own, where = flow.label(x), layout(node, flow, x, indices)
+    owner, where = flow.label(x), layout(flow, x, indices)
     if where is None:
         return masked_write(node, flow, x, indices, values)
-    labels: list[Single] = [own]
+    labels: list[Single] = [owner]
     passed = flow.aligned(values, len(where.result))
     if isinstance(passed, Own):
         passed = landed(node, flow, x, where, passed, "values")
@@ -299,8 +297,8 @@ def masked_write(
     if len(masks) != 1:
         return flow.lost(node, "written through several masks")
     (d, mask), m = masks[0], len(flow.shape(masks[0][1]))
-    each, rest = flow.shape(values), flow.shape(x)[m:]
-    if d == 0 and len(each) == len(rest) + 1 and all(map(equal, each[1:], rest)):
+    source, tail = flow.shape(values), flow.shape(x)[m:]
+    if d == 0 and len(source) == len(tail) + 1 and all(map(equal, source[1:], tail)):
         return chosen(node, flow, x, mask, 0, values)  # type: ignore[arg-type]
     if len(flow.shape(values)) > n - d - m or flow.label(values) is not None:
         return flow.lost(node, "different values are written to the positions of a mask")

@@ -6,8 +6,9 @@
     Patchy(cells)      cells[...] is the request of each element, irregularly
 
 None stands for unknown owners. `cells` are int16 tensors that broadcast to the tensor's shape.
-Labels are kept by view, and spread over cells, one for each element of the storage, for views
-without a label. Memory that was written unseen loses its labels, which its state reveals:
+A label belongs to a view of a storage. For a view without one, the labels of other views are spread
+over cells, one for each element of the storage. A storage that was written unseen loses its labels;
+its state reveals such writes:
 
     version     counts the writes that torch sees
     open        torch has given the memory out as a numpy array, which may be written into
@@ -67,35 +68,35 @@ class Patchy:
 
 
 SHARED = Shared()
-Held: TypeAlias = Shared | Alone | Listed | Patchy
+RealLabel: TypeAlias = Shared | Alone | Listed | Patchy
 
 
-def listed(dim: int, owners: tuple[int, ...]) -> Held:
-    """Index i along `dim` belongs to request owners[i], which may be one for all."""
+def listed(dim: int, owners: tuple[int, ...]) -> RealLabel:
+    """The label of index i along `dim` for request owners[i]; not `Listed` if all are equal."""
     if any(owner != owners[0] for owner in owners):
         return Listed(dim, owners)
     return SHARED if owners[0] == NOBODY else Alone(owners[0])
 
 
-def each_repeated(owners: tuple[int, ...], entries: Sequence[int]) -> tuple[int, ...] | None:
-    """The owners of `entries`, each owner's adjacent; None if uneven."""
-    times, rest = divmod(len(entries), len(owners))
-    return None if rest else tuple(owner for owner in owners for _ in range(times))
+def repeated_owners(owners: tuple[int, ...], entries: Sequence[int]) -> tuple[int, ...] | None:
+    """The owners of `entries` if each owner has equally many, adjacent; else None."""
+    times, remainder = divmod(len(entries), len(owners))
+    return None if remainder else tuple(owner for owner in owners for _ in range(times))
 
 
-def cells_of(held: Held | None, ndim: int, device: torch.device) -> Tensor:
+def cells_of(label: RealLabel | None, ndim: int, device: torch.device) -> Tensor:
     """Broadcastable cells of a tensor of `ndim` dimensions with label `held`."""
-    if isinstance(held, Patchy):
-        return held.cells
-    if isinstance(held, Listed):
+    if isinstance(label, Patchy):
+        return label.cells
+    if isinstance(label, Listed):
         line = [1] * ndim
-        line[held.dim] = len(held.owners)
-        return torch.tensor(held.owners, dtype=torch.int16, device=device).view(line)
-    value = UNKNOWN if held is None else held.request if isinstance(held, Alone) else NOBODY
+        line[label.dim] = len(label.owners)
+        return torch.tensor(label.owners, dtype=torch.int16, device=device).view(line)
+    value = UNKNOWN if label is None else label.request if isinstance(label, Alone) else NOBODY
     return torch.full([1] * ndim, value, dtype=torch.int16, device=device)
 
 
-def held_by(cells: Tensor) -> Held | None:
+def label_of_cells(cells: Tensor) -> RealLabel | None:
     """The simplest label of these cells; None where some owner is unknown."""
     for dim, stride in enumerate(cells.stride()):
         if stride == 0:  # constant
@@ -117,7 +118,7 @@ def held_by(cells: Tensor) -> Held | None:
 
 
 def _ends(cells: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The least and greatest request over `dims`, ignoring NOBODY beside others."""
+    """The least and greatest request over `dims`; NOBODY counts only where it is alone."""
     if not dims:
         return cells, cells
     nowhere = cells == NOBODY
@@ -125,20 +126,20 @@ def _ends(cells: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
     return least, cells.amax(tuple(dims))
 
 
-def joined(one: Tensor, other: Tensor) -> Tensor:
+def joined(first: Tensor, second: Tensor) -> Tensor:
     """Cells of an elementwise result of two tensors."""
-    one, other = torch.broadcast_tensors(one, other)
-    agree = (one == other) | (other == NOBODY)
-    return torch.where(one == NOBODY, other, torch.where(agree, one, UNKNOWN))
+    first, second = torch.broadcast_tensors(first, second)
+    agree = (first == second) | (second == NOBODY)
+    return torch.where(first == NOBODY, second, torch.where(agree, first, UNKNOWN))
 
 
-def renamed(held: Held | None, requests: Mapping[int, int]) -> Held | None:
+def renamed(label: RealLabel | None, requests: Mapping[int, int]) -> RealLabel | None:
     """The label with requests[b] for b."""
-    if isinstance(held, Alone):
-        return listed(0, (requests.get(held.request, held.request),))
-    if isinstance(held, Listed):
-        return listed(held.dim, tuple(requests.get(owner, owner) for owner in held.owners))
-    return Patchy(renamed_cells(held.cells, requests)) if isinstance(held, Patchy) else held
+    if isinstance(label, Alone):
+        return listed(0, (requests.get(label.request, label.request),))
+    if isinstance(label, Listed):
+        return listed(label.dim, tuple(requests.get(owner, owner) for owner in label.owners))
+    return Patchy(renamed_cells(label.cells, requests)) if isinstance(label, Patchy) else label
 
 
 def renamed_cells(cells: Tensor, requests: Mapping[int, int]) -> Tensor:
@@ -152,7 +153,7 @@ def renamed_cells(cells: Tensor, requests: Mapping[int, int]) -> Tensor:
 
 
 def same_owners(lists: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
-    """The common list, where NOBODY matches anybody; None where they differ."""
+    """The common list, where NOBODY matches any request; None where they differ."""
     if len({len(owners) for owners in lists}) != 1:
         return None
     if all(owners == lists[0] for owners in lists):
@@ -172,13 +173,13 @@ Geometry: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], int]
 
 @dataclass(eq=False)
 class _Block:
-    """The labels of a storage; none ever again once it is `handed` out."""
+    """The labels of a storage, which gets none after it was `handed` to numpy."""
 
     ref: StorageWeakRef
     state: MemoryState
     itemsize: int
     handed: bool = False
-    views: dict[Geometry, Held | None] = field(default_factory=dict)
+    views: dict[Geometry, RealLabel | None] = field(default_factory=dict)
     #: (elements of the storage,) int16, made for views without a label.
     cells: Tensor | None = None
 
@@ -203,7 +204,7 @@ class Memory:
         self._blocks: dict[int, _Block] = {}
         self.unseen = False
 
-    def look(self, tensor: Tensor) -> Held | None:
+    def look(self, tensor: Tensor) -> RealLabel | None:
         """The current label of a tensor; None for unknown owners."""
         if not tensor.numel():
             return SHARED
@@ -218,32 +219,32 @@ class Memory:
         return block.views[place]
 
     def computed(self, tensor: Tensor) -> bool:
-        """Whether `tensor` is of the call, and was not written unseen."""
+        """Whether `tensor` has labels in this call and was not written unseen."""
         block = self._block(tensor)
         return block is not None and self._intact(block, tensor)
 
-    def own(self, tensors: Iterable[Tensor]) -> None:
-        """Label new memory as touched by no request."""
+    def add_shared(self, tensors: Iterable[Tensor]) -> None:
+        """Label tensors of unknown storages as SHARED."""
         for tensor in tensors:
             if self._block(tensor) is None and (block := self._new(tensor)) is not None:
                 block.views[(_elements(tensor),), (1,), 0] = SHARED
 
-    def given(self, tensor: Tensor, held: Held | None) -> None:
+    def set_label(self, tensor: Tensor, label: RealLabel | None) -> None:
         block = self._block(tensor) or self._new(tensor)
         if block is not None:
-            block.views[_place(tensor)] = held
+            block.views[_place(tensor)] = label
 
-    def note(self, tensor: Tensor, held: Held | None, inputs: Iterable[Tensor] = ()) -> None:
+    def note(self, tensor: Tensor, label: RealLabel | None, inputs: Iterable[Tensor] = ()) -> None:
         """Label a result of `inputs`, or a view of one."""
         key, block = storage_of(tensor), self._block(tensor)
         if key is None or all(storage_of(item) != key for item in inputs):
             block = self._new(tensor)
-        elif held is None or block is None or not self._intact(block, tensor):
+        elif label is None or block is None or not self._intact(block, tensor):
             return
         if block is not None:
-            block.views[_place(tensor)] = held
+            block.views[_place(tensor)] = label
 
-    def write(self, tensor: Tensor, held: Held | None, *, uncounted: int = 0) -> None:
+    def write(self, tensor: Tensor, label: RealLabel | None, *, uncounted: int = 0) -> None:
         """Label a written tensor, whose version lacks the last `uncounted` writes."""
         block, place = self._block(tensor), _place(tensor)
         if block is not None and block.handed:
@@ -258,12 +259,10 @@ class Memory:
                 block.views[(_elements(tensor),), (1,), 0] = SHARED
         if block.cells is not None or (block.views and set(block.views) != {place}):
             cells = self._cells(block, tensor)
-            if _spread(cells, held, place):
-                block.views.clear()
-            else:
+            if not _spread(cells, label, place):
                 cells.fill_(UNKNOWN)
-                block.views.clear()
-        block.views[place] = held
+            block.views.clear()
+        block.views[place] = label
         state = self._state(tensor)
         block.state = state._replace(version=state.version + uncounted)
 
@@ -271,7 +270,7 @@ class Memory:
         if not requests:
             return
         for block in self._blocks.values():
-            block.views = {place: renamed(held, requests) for place, held in block.views.items()}
+            block.views = {place: renamed(label, requests) for place, label in block.views.items()}
             if block.cells is not None:
                 block.cells = renamed_cells(block.cells, requests)
 
@@ -305,22 +304,22 @@ class Memory:
         block = None if key is None else self._blocks.get(key)
         return None if block is None or block.ref.expired() else block
 
-    def _seen(self, block: _Block, tensor: Tensor, place: Geometry) -> Held | None:
+    def _seen(self, block: _Block, tensor: Tensor, place: Geometry) -> RealLabel | None:
         elements = _elements(tensor)
-        for (size, stride, offset), held in block.views.items():
+        for (size, stride, offset), label in block.views.items():
             everything = not offset and math.prod(size) == elements and _apart(size, stride)
-            if everything and isinstance(held, (Shared, Alone)):
-                return held
+            if everything and isinstance(label, (Shared, Alone)):
+                return label
         cells = self._cells(block, tensor)
-        return held_by(cells.as_strided(*place))
+        return label_of_cells(cells.as_strided(*place))
 
     def _cells(self, block: _Block, tensor: Tensor) -> Tensor:
         if block.cells is None:
             elements = _elements(tensor)
             cells = torch.full((elements,), UNKNOWN, dtype=torch.int16, device=tensor.device)
-            for place, held in block.views.items():
-                if held is not None:
-                    _spread(cells, held, place)
+            for place, label in block.views.items():
+                if label is not None:
+                    _spread(cells, label, place)
             block.cells = cells
         return block.cells
 
@@ -349,10 +348,10 @@ def _apart(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     return True
 
 
-def _spread(cells: Tensor, held: Held | None, place: Geometry) -> bool:
+def _spread(cells: Tensor, label: RealLabel | None, place: Geometry) -> bool:
     """Write a view's label into cells; false where overlapping elements may differ."""
     size, stride, offset = place
-    if isinstance(held, (Listed, Patchy)) and not _apart(size, stride):
+    if isinstance(label, (Listed, Patchy)) and not _apart(size, stride):
         return False
     region = cells.as_strided(size, stride, offset)
     for dim, step in enumerate(stride):
@@ -360,7 +359,7 @@ def _spread(cells: Tensor, held: Held | None, place: Geometry) -> bool:
             region = region.narrow(dim, 0, 1)
     if not _apart(tuple(region.shape), tuple(region.stride())):
         return False
-    region.copy_(cells_of(held, len(size), cells.device).expand(region.shape))
+    region.copy_(cells_of(label, len(size), cells.device).expand(region.shape))
     return True
 
 
@@ -391,10 +390,10 @@ def _digest(tensor: Tensor) -> int:
     if not storage.nbytes() or device.type == "meta":
         return 0
     octets = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
-    rest = len(octets) % 8
-    parts = list(octets[: len(octets) - rest].view(torch.int64).split(_CHUNK))
-    if rest:
-        parts.append(F.pad(octets[-rest:], (0, 8 - rest)).view(torch.int64))
+    remainder = len(octets) % 8
+    parts = list(octets[: len(octets) - remainder].view(torch.int64).split(_CHUNK))
+    if remainder:
+        parts.append(F.pad(octets[-remainder:], (0, 8 - remainder)).view(torch.int64))
     total = torch.zeros((), dtype=torch.int64, device=device)
     for part in parts:
         mixed = part * _weights(device)[: len(part)]
@@ -409,12 +408,11 @@ def _weights(device: torch.device) -> Tensor:
 
 
 class Remembered:
-    """Storages of the model's tensors that depend on no request, with their states: its own, and
-    cached results.
+    """Storages of a model's tensors outside its parameters and buffers that depend on no request,
+    such as a table of biases in a dict, with their states.
 
-    A module may keep a table of biases in a dict. It depends on no request and no adapter if it
-    existed before compilation, or if a graph computed it only from sizes and the model's tensors
-    without LoRA, and as long as it is not written into.
+    Such a tensor existed before compilation, or a graph computed it from sizes and tensors without
+    LoRA alone. It counts until it is written into.
     """
 
     def __init__(self) -> None:
@@ -457,7 +455,7 @@ class TensorVersions:
         }
 
     def unwritten(self, tensor: object) -> bool:
-        """Whether this is such a tensor, unwritten since, or a parameter."""
+        """Whether `tensor` is a parameter, or one of these and unwritten since."""
         if isinstance(tensor, nn.Parameter):
             return True
         reference, state = self._known.get(id(tensor), (None, None))
@@ -466,15 +464,15 @@ class TensorVersions:
         return state == state_of(tensor, digested=False)
 
 
-class OwnMemory:
-    """Storages of parameters, buffers and constants, from `tensors` at most once a call."""
+class ModelMemory:
+    """Storages of a model's parameters, buffers and constants, read at most once a call."""
 
     def __init__(self, tensors: Callable[[], Iterable[Tensor]]) -> None:
         self._tensors = tensors
         self._known: dict[int, Any] = {}
 
     def in_one_call(self) -> Callable[[Tensor], bool]:
-        """A test, for a single call, whether a tensor lies in the model's memory."""
+        """A predicate, valid for one call: whether a tensor lies in the model's memory."""
         looked = False
 
         def holds(tensor: Tensor) -> bool:

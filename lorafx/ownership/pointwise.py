@@ -38,15 +38,15 @@ def pointwise(node: fx.Node, flow: Flow) -> Label:
 def same_as_first(node: fx.Node, flow: Flow) -> Label:
     """The first argument's entries in place; other operands must be shared."""
     first = operand(node)
-    others = flow.agree(node, [flow.label(a) for a in node.all_input_nodes if a is not first])
-    if others is not None:
-        return flow.lost(node, f"an operand that should be shared is {others}")
+    shared = flow.agree(node, [flow.label(a) for a in node.all_input_nodes if a is not first])
+    if shared is not None:
+        return flow.lost(node, f"an operand that should be shared is {shared}")
     return each_output(node, flow.label(first))
 
 
 def not_over(worked: Callable[[fx.Node, Flow, int], bool], leading: bool = True) -> Rule:
-    """Operators that work over dimensions d of the first operand where `worked`; others are shared.
-    With `leading`, further outputs (statistics) keep the other dimensions in place."""
+    """The rule of operators that mix entries along the dimensions d of the first operand where
+    `worked`, and share others. With `leading`, further outputs (statistics) have its label."""
 
     def rule(node: fx.Node, flow: Flow) -> Label:
         label = same_as_first(node, flow)
@@ -75,7 +75,7 @@ def copied(node: fx.Node, flow: Flow) -> Label:
 
 
 def unlabelled(node: fx.Node, flow: Flow) -> Label:
-    """A new tensor with only shape, dtype and device from the inputs."""
+    """A new tensor that takes only shape, dtype and device from the inputs."""
     return each_output(node, None)
 
 
@@ -90,7 +90,7 @@ def searched(node: fx.Node, flow: Flow) -> Label:
 
 
 def scalar_read(node: fx.Node, flow: Flow) -> Label:
-    """item(): a size read from data is ignored, another number read from requests is not."""
+    """item(): a size has no label; another number read from requests is Mixed."""
     label = flow.label(operand(node))
     if isinstance(node.meta.get("val"), (int, torch.SymInt)) or label is None:
         return None

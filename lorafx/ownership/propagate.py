@@ -34,8 +34,8 @@ from lorafx.torch_internals.operators import OpOverload
 TABLES = (sites, indexing, views, reductions, contractions, pointwise)
 OPTIONAL = (contractions, reductions)
 DIGIT_TABLES = (indexing, views, pointwise)
-# Rules that look at Mixed inputs themselves: the order of everybody's rows is Mixed by nature, and
-# some operators take no values from an input, only its shape.
+# Rules that accept Mixed inputs: the order of all requests' rows is Mixed, and some operators read
+# only an input's shape.
 TOLERANT = frozenset(
     {
         pointwise.unlabelled,
@@ -63,17 +63,17 @@ def flow_through(
 
     Args:
         seeds: labels of the inputs; a tensor input without one is Mixed.
-        assume: labels may rest on what the graph asks when it runs (`Flow.fits`).
-        picks: vectors among the inputs whose values are places of requests.
+        assume: labels may rest on run-time checks (`Flow.fits`).
+        picks: inputs (N,) whose values are indices of requests.
 
-    Copies of something shared are given out to the requests (`sites.given_out`) unless a site or a
-    result that they reach does not keep to it.
+    Sites of a shared value have a copy of it for each request (`sites.copied_per_request`), unless
+    a later site or result is then Mixed.
     """
     withheld: frozenset[fx.Node] = frozenset()
     while True:
         flow = _run(graph, seeds, Flow(batch, withheld=withheld, assume=assume, picks=picks))
         lost = [end for end in _ends(graph) if isinstance(flow.label(end), Mixed)]
-        spoilt = ancestors(lost).intersection(flow.given) if flow.given and lost else None
+        spoilt = ancestors(lost).intersection(flow.copied_sites) if flow.copied_sites else None
         if not spoilt:
             return flow
         withheld |= spoilt
@@ -92,7 +92,7 @@ def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def _ends(graph: fx.Graph) -> list[fx.Node]:
-    """What the graph hands to sites and to its caller."""
+    """The graph's sites and results."""
     rules = {n: sites.RULES.get(called_by(n)) for n in graph.nodes if n.op == "call_function"}
     ends = [node for node, rule in rules.items() if rule not in (None, sites.rows_of)]
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
@@ -100,12 +100,12 @@ def _ends(graph: fx.Graph) -> list[fx.Node]:
 
 
 def called_by(node: fx.Node) -> object:
-    """The operator of a node, whatever its overload."""
+    """The operator of a node without its overload."""
     return getattr(node.target, "overloadpacket", None)
 
 
 def _run(graph: fx.Graph, seeds: Mapping[fx.Node, Label], flow: Flow) -> Flow:
-    # x[:, t] has a row for each entry of t, which says whose it is.
+    # Entry i of a vector t in `picks` is the request of row i of x[:, t].
     flow.digits.update({node: Digit(0, ONE, flow.batch, node) for node in flow.picks})
     for node in graph.nodes:
         if node in seeds:
@@ -149,7 +149,7 @@ def called(node: fx.Node, flow: Flow) -> Label:
     if rule is None:
         return each_output(node, flow.lost(node, "no rule for this operator"))
     label = rule(node, flow)
-    if label is None and rule not in FORGETFUL and any(one is not None for one in labels):
+    if label is None and rule not in FORGETFUL and any(item is not None for item in labels):
         return flow.lost(node, "an operand that the rule does not look at depends on requests")
     return label
 
@@ -173,7 +173,7 @@ def rule_for(target: object) -> tuple[Rule | None, bool]:
 
 
 def known_values(node: fx.Node, flow: Flow) -> Digit | None:
-    """What is known about the values of an integer tensor, if anything."""
+    """The values of an integer tensor as a digit, if known."""
     if node.target is operator.getitem:
         return indexing.vector_order(node, flow)
     if not isinstance(node.target, OpOverload):
@@ -188,10 +188,10 @@ def known_values(node: fx.Node, flow: Flow) -> Digit | None:
 
 
 def checked(node: fx.Node, flow: Flow, label: Label) -> Label:
-    """A label whose owner dimension is not a whole number of periods long proves nothing."""
+    """The label, or Mixed where the owner dimension is not a whole number of periods long."""
     values = outputs(node)
     if isinstance(label, tuple):
-        return tuple(_checked(node, flow, v, one) for v, one in zip(values, label, strict=True))
+        return tuple(_checked(node, flow, v, item) for v, item in zip(values, label, strict=True))
     return _checked(node, flow, values[0], label)
 
 

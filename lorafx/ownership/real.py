@@ -1,8 +1,8 @@
 """Rules for operators that run in Python, between the graphs of a model, on real tensors.
 
-The graph's rules are used with numbers for symbols: each index along an operand's dimension is a
-request, which the owners' list maps. Operators that move whole elements (indexing by known values,
-joining, padding) move their cells.
+The graph's rules apply with numbers for symbols: each index along an operand's dimension counts as
+a request, which the list of owners maps to one of the batch. Operators that move whole elements
+(indexing by known values, joining, padding) move their cells.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from lorafx.ownership.memory import (
     SHARED,
     UNKNOWN,
     Alone,
-    Held,
     Listed,
+    RealLabel,
     Shared,
     cells_of,
-    held_by,
     joined,
+    label_of_cells,
     same_owners,
 )
 from lorafx.ownership.propagate import called, checked, rule_for
 from lorafx.ownership.symbolic import BatchSymbols
 
 aten = torch.ops.aten
-Labels = Mapping[int, "Held | None"]  # by identity of the tensor
+Labels = Mapping[int, "RealLabel | None"]  # by identity of the tensor
 
 
 def cells_in(value: Tensor, labels: Labels) -> Tensor:
@@ -197,41 +197,41 @@ def functional(func: Any) -> Any:
     if not func._schema.is_mutable:
         return func
     name = func.overloadpacket._qualified_op_name.removeprefix("aten::")
-    twin = getattr(aten, name.removesuffix("_"), None)  # torch's rule for names of its own
+    twin = getattr(aten, name.removesuffix("_"), None)  # torch's convention for in-place names
     return getattr(twin, func._overloadname, func)
 
 
-def held_results(
+def result_labels(
     func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], results: object, labels: Labels
-) -> list[Held | None]:
+) -> list[RealLabel | None]:
     """The labels of an operator's results, in the order of `tensors_in`, or of its written
     argument. `labels` are the operands' before it ran."""
     outputs, twin = list(tensors_in(results)), functional(func)
     operands = [*tensors_in(args), *tensors_in(dict(kwargs))]
     if func.overloadpacket in _OVERWRITING:
         operands = operands[1:]
-    helds = [labels[id(operand)] for operand in operands]
+    inputs = [labels[id(operand)] for operand in operands]
     rule = rule_for(twin)[0]
     if rule is pointwise.unlabelled:
         return [SHARED] * len(outputs)
-    alike = alone(helds)
+    alike = alone(inputs)
     if alike is not None:
         return [alike] * len(outputs)
     if "out" in kwargs or not outputs:
         return [None] * len(outputs)
     if twin.overloadpacket in (aten.sort, aten.argsort) and operands[0].dim() == 1:
-        order = cells_of(helds[0], 1, outputs[-1].device).expand(operands[0].shape)[outputs[-1]]
-        return [held_by(order)] * len(outputs)
+        order = cells_of(inputs[0], 1, outputs[-1].device).expand(operands[0].shape)[outputs[-1]]
+        return [label_of_cells(order)] * len(outputs)
     if twin.overloadpacket in MOVES:
         named = _named(twin, args, kwargs)
         cells = MOVES[twin.overloadpacket](twin, named, outputs[0], labels)
-        return [None if cells is None else held_by(cells.expand(outputs[0].shape))]
-    if any(held is None for held in helds):
+        return [None if cells is None else label_of_cells(cells.expand(outputs[0].shape))]
+    if any(label is None for label in inputs):
         return [None] * len(outputs)
     found = _by_rule(twin, args, kwargs, results, {id(o): labels[id(o)] for o in operands})
     if found is None and rule in (pointwise.pointwise, pointwise.copied):
-        cells = _joined(operands, helds)
-        return [held_by(cells.expand(output.shape)) for output in outputs]
+        cells = _joined(operands, inputs)
+        return [label_of_cells(cells.expand(output.shape)) for output in outputs]
     return found or [None] * len(outputs)
 
 
@@ -240,17 +240,17 @@ def _named(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[st
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def _joined(operands: Sequence[Tensor], helds: Sequence[Held | None]) -> Tensor:
+def _joined(operands: Sequence[Tensor], labels: Sequence[RealLabel | None]) -> Tensor:
     cells = cells_of(SHARED, 0, operands[0].device)
-    for operand, held in zip(operands, helds, strict=True):
-        cells = joined(cells, cells_of(held, operand.dim(), operand.device))
+    for operand, label in zip(operands, labels, strict=True):
+        cells = joined(cells, cells_of(label, operand.dim(), operand.device))
     return cells
 
 
-def alone(helds: Sequence[Held | None]) -> Shared | Alone | None:
+def alone(labels: Sequence[RealLabel | None]) -> Shared | Alone | None:
     """The label of any result of such operands, if they have at most one owner."""
-    requests = {held.request for held in helds if isinstance(held, Alone)}
-    if len(requests) > 1 or any(not isinstance(held, (Alone, Shared)) for held in helds):
+    requests = {label.request for label in labels if isinstance(label, Alone)}
+    if len(requests) > 1 or any(not isinstance(label, (Alone, Shared)) for label in labels):
         return None
     return Alone(requests.pop()) if requests else SHARED
 
@@ -260,40 +260,42 @@ def alone(helds: Sequence[Held | None]) -> Shared | Alone | None:
 
 def _by_rule(
     func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], results: object, labels: Labels
-) -> list[Held | None] | None:
+) -> list[RealLabel | None] | None:
     """The graph's rule, if all owned operands list the same owners."""
-    listed = [held for held in labels.values() if not isinstance(held, Shared)]
-    owners = same_owners([held.owners for held in listed if isinstance(held, Listed)])
-    if owners is None or not all(isinstance(held, Listed) for held in listed):
+    listed = [label for label in labels.values() if not isinstance(label, Shared)]
+    owners = same_owners([label.owners for label in listed if isinstance(label, Listed)])
+    if owners is None or not all(isinstance(label, Listed) for label in listed):
         return None
     graph, nodes = fx.Graph(), cast("dict[int, fx.Node]", {})
-    flow = Flow(BatchSymbols.of([len(owners)]), give_out=False)
+    flow = Flow(BatchSymbols.of([len(owners)]), copies=False)
 
     def node_of(value: Any) -> Any:
         if isinstance(value, Tensor):
             if id(value) not in nodes:
                 node = nodes[id(value)] = graph.placeholder(f"x{len(nodes)}")
                 node.meta["val"] = value
-                held = labels.get(id(value))
-                flow.labels[node] = Own(held.dim) if isinstance(held, Listed) else None
+                label = labels.get(id(value))
+                flow.labels[node] = Own(label.dim) if isinstance(label, Listed) else None
             return nodes[id(value)]
         if isinstance(value, (list, tuple)):
             return type(value)(node_of(item) for item in value)
         return value
 
-    given = tuple(node_of(value) for value in args)
+    positional = tuple(node_of(value) for value in args)
     named = {name: node_of(value) for name, value in kwargs.items()}
-    node = graph.call_function(func, given, named)
+    node = graph.call_function(func, positional, named)
     node.meta["val"] = results
-    label = checked(node, flow, called(node, flow))
-    return _as_held(label, results, owners)
+    single = checked(node, flow, called(node, flow))
+    return _real_labels(single, results, owners)
 
 
-def _as_held(label: Label, results: object, owners: tuple[int, ...]) -> list[Held | None] | None:
+def _real_labels(
+    label: Label, results: object, owners: tuple[int, ...]
+) -> list[RealLabel | None] | None:
     several = isinstance(results, (tuple, list))
     values: Sequence[Any] = results if several else [results]  # type: ignore[assignment]
     singles = label if isinstance(label, tuple) else (label,) * len(values)
-    found: list[Held | None] = []
+    found: list[RealLabel | None] = []
     for value, single in zip(values, singles, strict=True):
         if not isinstance(value, Tensor):
             continue
@@ -305,4 +307,4 @@ def _as_held(label: Label, results: object, owners: tuple[int, ...]) -> list[Hel
             found.append(Listed(single.dim, spread))
         else:
             found.append(Alone(owners[single.request]) if isinstance(single, One) else None)
-    return found if any(held is not None for held in found) else None
+    return found if any(found_label is not None for found_label in found) else None

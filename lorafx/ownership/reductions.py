@@ -145,6 +145,15 @@ def batch_first(node: fx.Node, flow: Flow) -> Label:
     return each_output(node, label)
 
 
+def solved(node: fx.Node, flow: Flow) -> Label:
+    """Linear systems: matrices in the last two dimensions, the leading ones broadcast."""
+    n = len(flow.shape(node))
+    label = flow.broadcast(node, node.all_input_nodes, n)
+    if isinstance(label, Own) and label.dim >= n - 2:
+        return flow.lost(node, f"solves over the owner dimension of {label}")
+    return label
+
+
 _ONE_D = (
     aten.avg_pool1d, aten.max_pool1d, aten.adaptive_avg_pool1d, aten.adaptive_max_pool1d,
     aten.upsample_linear1d, aten.upsample_nearest1d, aten._upsample_nearest_exact1d,
@@ -181,6 +190,7 @@ SPATIAL: dict[object, Rule] = {
         ),
         batch_first,
     ),
+    aten.linalg_solve_triangular: solved,
 }  # fmt: skip
 RULES |= SPATIAL
 

@@ -23,10 +23,10 @@ from lorafx.ownership.symbolic import ONE, equal
 aten, prims = torch.ops.aten, torch.ops.prims
 
 
-def request_of(flow: Flow, own: Own, first: sympy.Expr, size: sympy.Expr = ONE) -> One | None:
+def request_of(flow: Flow, label: Own, first: sympy.Expr, size: sympy.Expr = ONE) -> One | None:
     """The request of entries [first, first + size) of the owner dimension, if only one."""
-    numbers = (first, size, own.rows, flow.batch)
-    if own.perm is not None or not all(n.is_Integer for n in numbers):
+    numbers = (first, size, label.rows, flow.batch)
+    if label.perm is not None or not all(n.is_Integer for n in numbers):
         return None
     begin, count, rows, batch = (int(n) for n in numbers)
     owners = {(begin + i) // rows % batch for i in range(count)}
@@ -38,30 +38,30 @@ def taken_apart(node: fx.Node, flow: Flow) -> Label | None:
     packet = getattr(node.target, "overloadpacket", None)
     if packet not in CUTS:
         return None
-    args, own = bound(node), flow.label(operand(node))
+    args, label = bound(node), flow.label(operand(node))
     shape = flow.shape(operand(node))
-    if not isinstance(own, Own) or own.dim != wrap(args.get("dim", 0), len(shape)):
+    if not isinstance(label, Own) or label.dim != wrap(args.get("dim", 0), len(shape)):
         return None
-    length = shape[own.dim]
+    length = shape[label.dim]
     if packet in (aten.slice, aten.narrow):
         first = flow.size(0 if args.get("start") is None else args["start"])
-        stepped = args.get("step", 1) != 1 or equal(flow.shape(node)[own.dim], length)
+        stepped = args.get("step", 1) != 1 or equal(flow.shape(node)[label.dim], length)
         if stepped or first is None:
             return None
-        return request_of(flow, own, first, flow.shape(node)[own.dim])
+        return request_of(flow, label, first, flow.shape(node)[label.dim])
     if packet is aten.select:
         index = flow.size(args["index"])
         if index is None or not (index.is_Integer and length.is_Integer):
             return None
-        return request_of(flow, own, index if index >= 0 else index + length)
+        return request_of(flow, label, index if index >= 0 else index + length)
     found: list[Single] = []
     at: sympy.Expr = sympy.S.Zero
     for out in outputs(node):
-        size = ONE if packet is aten.unbind else flow.sizes.shape(out)[own.dim]  # type: ignore[arg-type]
-        one = request_of(flow, own, at, size)
-        if one is None:
+        size = ONE if packet is aten.unbind else flow.sizes.shape(out)[label.dim]  # type: ignore[arg-type]
+        request = request_of(flow, label, at, size)
+        if request is None:
             return None
-        found.append(one)
+        found.append(request)
         at = at + size
     return tuple(found)
 

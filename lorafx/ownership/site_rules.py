@@ -30,8 +30,8 @@ from lorafx.ownership import contractions, pointwise, views
 from lorafx.ownership.flow import Flow, Rule, each_output
 from lorafx.ownership.labels import Label, Mixed, Own, Pooled, Single
 
-#: In a site's `meta`: the dimension of copies of the same x, one for each request.
-GIVEN_DIM = "lorafx_given_dim"
+#: In the `meta` of a site whose x holds a copy for each request: the dimension of the copies.
+COPIES_DIM = "lorafx_copies_dim"
 
 
 def input_name(node: fx.Node) -> str:
@@ -61,7 +61,7 @@ def site(node: fx.Node, flow: Flow) -> Label:
     x, y = input_of(node), bound(node)["y"]
     label = flow.label(x)
     if label is None:
-        label = given_out(node, flow, x, y)
+        label = copied_per_request(node, flow, x, y)
     if isinstance(label, Own) and label.dim >= len(flow.shape(y)) - 1:
         return flow.lost(node, f"the feature dimension is the owner dimension of {label}")
     return flow.agree(node, [flow.label(y), label])
@@ -87,26 +87,27 @@ def conv_site(node: fx.Node, flow: Flow) -> Label:
     return label
 
 
-def given_out(node: fx.Node, flow: Flow, x: fx.Node, y: fx.Node) -> Own | None:
-    """Copies of a shared value, one for each request: exactly one row dimension of x has B entries,
-    or was made for them. `propagate.flow_through` withdraws it if later nodes disagree."""
-    if not flow.give_out or node in flow.withheld:
+def copied_per_request(node: fx.Node, flow: Flow, x: fx.Node, y: fx.Node) -> Own | None:
+    """The label of a site whose shared x holds a copy for each request: `give_out` made the copies,
+    or exactly one row dimension of x has B entries. `flow_through` withdraws it where later nodes
+    disagree."""
+    if not flow.copies or node in flow.withheld:
         return None
-    if GIVEN_DIM in node.meta:
-        flow.given.append(node)
-        return Own(node.meta[GIVEN_DIM])
+    if COPIES_DIM in node.meta:
+        flow.copied_sites.append(node)
+        return Own(node.meta[COPIES_DIM])
     shape = flow.shape(y)[:-1]
     dims = [d for d, size in enumerate(shape) if size == flow.batch]
     if not flow.batch.is_Symbol or len(dims) != 1:
         return None
     if shape != flow.shape(x)[: len(shape)]:
         return None
-    flow.given.append(node)
+    flow.copied_sites.append(node)
     return Own(dims[0])
 
 
 def rows_of(node: fx.Node, flow: Flow) -> Label:
-    """rows_of(x, y): the label of y, or else of x, from whose row m that of y is computed."""
+    """rows_of(x, y): the label of y or, where that is Mixed, of x: row m of y comes from x's."""
     args = bound(node)
     x, y = args["x"], args["y"]
     label, of_x = flow.label(y), flow.label(x)
@@ -135,10 +136,10 @@ def read_of_pool(node: fx.Node, flow: Flow, labels: Sequence[Single], rule: Rule
     mixed = next((label for label in labels if isinstance(label, Mixed)), None)
     if mixed is not None:
         return each_output(node, mixed)
-    others = [label for label in labels if label is not None and not isinstance(label, Pooled)]
-    if not others and rule in _MOVING:
+    owned = [label for label in labels if label is not None and not isinstance(label, Pooled)]
+    if not owned and rule in _MOVING:
         return each_output(node, Pooled())
-    if others and rule in _CONTRACTING:
+    if owned and rule in _CONTRACTING:
         pools = [n for n in node.all_input_nodes if isinstance(flow.label(n), Pooled)]
         kept = {pool: flow.labels[pool] for pool in pools}
         flow.labels.update(dict.fromkeys(pools))

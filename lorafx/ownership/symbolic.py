@@ -9,7 +9,7 @@ cancels.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import sympy
@@ -25,10 +25,10 @@ ONE = sympy.Integer(1)
 
 @dataclass(frozen=True)
 class BatchSymbols:
-    """Symbols and integers known to equal the number of requests B (checked at entry).
+    """Symbols and integers that equal the number of requests B, which is checked at entry.
 
-    `canonical` stands for all `members`; a number, if there is one. `multiples` are whole multiples
-    of B; sizes in `alike` are equal.
+    `canonical` is the member that stands for all: the number, if there is one. `multiples` are
+    whole multiples of B; the sizes in `alike` equal each other.
     """
 
     members: frozenset[sympy.Expr]
@@ -36,8 +36,12 @@ class BatchSymbols:
     alike: frozenset[sympy.Expr] = frozenset()
 
     @staticmethod
-    def of(sizes: Iterable[int | torch.SymInt | sympy.Expr]) -> BatchSymbols:
-        """From leading sizes, symbols and at most one integer, of inputs with requests."""
+    def of(
+        sizes: Iterable[int | torch.SymInt | sympy.Expr],
+        multiples: Iterable[int | torch.SymInt] = (),
+        alike: Iterable[int | torch.SymInt] = (),
+    ) -> BatchSymbols:
+        """From the sizes of dimensions of requests: symbols and at most one integer."""
         members = frozenset(as_expr(size) for size in sizes)
         numbers = {m for m in members if m.is_Integer}
         odd = [m for m in members if not (m.is_Integer or m.is_Symbol)]
@@ -46,20 +50,15 @@ class BatchSymbols:
                 f"the batch has sizes {sorted(map(str, members))}: expected symbols and at most "
                 "one number, all equal to the number of requests"
             )
-        return BatchSymbols(members)
+        known = (frozenset(map(as_expr, sizes)) - members for sizes in (multiples, alike))
+        return BatchSymbols(members, *known)
 
     @property
     def canonical(self) -> sympy.Expr:
         numbers = [m for m in self.members if m.is_Integer]
         return numbers[0] if numbers else min(self.members, key=str)
 
-    def with_multiples(self, sizes: Iterable[int | torch.SymInt]) -> BatchSymbols:
-        return replace(self, multiples=frozenset(as_expr(size) for size in sizes) - self.members)
-
-    def with_alike(self, sizes: Iterable[int | torch.SymInt]) -> BatchSymbols:
-        return replace(self, alike=frozenset(as_expr(size) for size in sizes) - self.members)
-
-    def each(self, size: int | torch.SymInt) -> sympy.Expr:
+    def share(self, size: int | torch.SymInt) -> sympy.Expr:
         return FloorDiv(as_expr(size), self.canonical)
 
     @property
@@ -79,10 +78,10 @@ class Sizes:
     def __init__(self, batch: BatchSymbols) -> None:
         self.batch = batch.canonical
         self._unify = {m: self.batch for m in batch.members if m != self.batch}
-        self._unify |= {m: self.batch * batch.each(m) for m in batch.multiples if m.is_Symbol}
+        self._unify |= {m: self.batch * batch.share(m) for m in batch.multiples if m.is_Symbol}
         if batch.alike:
-            one = min(batch.alike, key=lambda size: (not size.is_Integer, str(size)))
-            self._unify |= {size: one for size in batch.alike if size.is_Symbol and size != one}
+            same = min(batch.alike, key=lambda size: (not size.is_Integer, str(size)))
+            self._unify |= {size: same for size in batch.alike if size.is_Symbol and size != same}
         self._learnt: dict[sympy.Expr, sympy.Expr] = {}
         self._memo: dict[sympy.Expr, sympy.Expr] = {}
         #: By identity; tensors and their shapes, which rules read repeatedly.
@@ -110,15 +109,15 @@ class Sizes:
         return self._memo[expr]
 
     def learn(self, size: sympy.Expr, same: sympy.Expr) -> None:
-        """Use `same` for the equal `size` everywhere, if it has fewer operations, or is a number
-        for a symbol: B·H = 4·B says that H is 4."""
+        """Replace `size` by the equal `same` everywhere, if that has fewer operations or fixes a
+        symbol: B·H = 4·B means H = 4."""
         if size == same or size.is_Integer:
             return
         if same.count_ops() >= size.count_ops():
-            each, number = divide(size, self.batch), divide(same, self.batch)
-            if each is None or not each.is_Symbol or number is None or not number.is_Integer:
+            factor, number = divide(size, self.batch), divide(same, self.batch)
+            if factor is None or not factor.is_Symbol or number is None or not number.is_Integer:
                 return
-            size, same = each, number
+            size, same = factor, number
         self._learnt[size] = same
         self._memo.clear()
         self._shapes.clear()
@@ -178,13 +177,13 @@ def divide(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
         return None
     if na == 0:
         return sympy.S.Zero
-    rest = dict(fa)
+    exponents = dict(fa)
     for base, exponent in fb.items():
-        left = rest.get(base, 0) - exponent
+        left = exponents.get(base, 0) - exponent
         if left < 0:
             return None
-        rest[base] = left
-    return sympy.Mul(na // nb, *(base**e for base, e in rest.items() if e))
+        exponents[base] = left
+    return sympy.Mul(na // nb, *(base**e for base, e in exponents.items() if e))
 
 
 def product(sizes: Iterable[sympy.Expr]) -> sympy.Expr:

@@ -1,6 +1,6 @@
 """The token position of each row of a site, where slots are given per token (B, T).
 
-Ownership tells a row's request. Here each dimension of a tensor has a state:
+Ownership gives the request of a row. Here each dimension of a tensor has a state:
 
     rows (an expression)   index i stands for position (i // rows) mod T
     None                   neutral: the dimension says nothing about positions
@@ -147,8 +147,8 @@ class Alignment:
         """Operands that are not broadcast along a dimension must agree there."""
         states: list[State] = [None] * n
         for arg in args:
-            shape, own = self.shape(arg), self.of(arg)
-            for d, state in enumerate(own, n - len(own)):
+            shape, operand_states = self.shape(arg), self.of(arg)
+            for d, state in enumerate(operand_states, n - len(operand_states)):
                 if shape[d - n] != ONE:
                     states[d] = self._met(states[d], state)
         return tuple(states)

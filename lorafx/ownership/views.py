@@ -46,13 +46,13 @@ def view(node: fx.Node, flow: Flow, label: Own) -> Label:
 
 
 def learn_sizes(node: fx.Node, flow: Flow) -> None:
-    """Learn a view's given sizes, which tracing may know by longer expressions such as ((B·H·W) //
-    (H·W)) // ... for 4, or for -1."""
+    """Learn the sizes in a view's arguments, for which tracing may have longer expressions such as
+    ((B·H·W) // (H·W)) // ... for 4, or for -1."""
     args = bound(node)
-    asked = args["size"] if "size" in args else args.get("shape")
-    if not isinstance(asked, (list, tuple)):
+    target = args["size"] if "size" in args else args.get("shape")
+    if not isinstance(target, (list, tuple)):
         return
-    sizes = [flow.size(size) for size in asked]
+    sizes = [flow.size(size) for size in target]
     open_dim = None
     for dim, size in enumerate(sizes):
         if size is None:
@@ -62,8 +62,8 @@ def learn_sizes(node: fx.Node, flow: Flow) -> None:
         else:
             flow.sizes.learn(flow.shape(node)[dim], size)
     if open_dim is not None:
-        rest = product(size for dim, size in enumerate(sizes) if dim != open_dim)
-        exact = divide(product(flow.shape(operand(node))), rest)
+        known = product(size for dim, size in enumerate(sizes) if dim != open_dim)
+        exact = divide(product(flow.shape(operand(node))), known)
         if exact is not None:
             flow.sizes.learn(flow.shape(node)[open_dim], exact)
 
@@ -120,8 +120,8 @@ def squeezed(node: fx.Node, flow: Flow, dim: int) -> int | None:
     """An owner dimension has at least B > 1 entries and is never squeezed away."""
     args, shape = bound(node), flow.shape(operand(node))
     dims = args.get("dim", args.get("dimensions"))
-    asked = wrap_all(dims, len(shape))
-    gone = [d for d in sorted(asked) if shape[d] == ONE]
+    named = wrap_all(dims, len(shape))
+    gone = [d for d in sorted(named) if shape[d] == ONE]
     if len(shape) - len(gone) != len(flow.shape(node)):
         return None  # a size of one that only the example call knew about
     return None if dim in gone else dim - sum(d < dim for d in gone)
@@ -147,7 +147,7 @@ def diagonal(node: fx.Node, flow: Flow, dim: int) -> int | None:
 
 
 def untouched(name: str) -> Renumber:
-    """All dimensions stay; those that an argument names must not be the owner."""
+    """All dimensions stay; the argument `name` must not name the owner's."""
 
     def renumber(node: fx.Node, flow: Flow, dim: int) -> int | None:
         return None if dim in wrap_all(bound(node)[name], ndim(node, flow)) else dim
@@ -249,11 +249,11 @@ VIEWS: Sequence[object] = (
 )  # fmt: skip
 
 
-def piece(node: fx.Node, flow: Flow, own: Own, start: sympy.Expr, size: sympy.Expr) -> Single:
+def piece(node: fx.Node, flow: Flow, label: Own, start: sympy.Expr, size: sympy.Expr) -> Single:
     """The label of entries [start, start + size) of the owner dimension."""
-    if own.perm is None and flow.whole(start, own) and flow.whole(size, own):
-        return own
-    return flow.lost(node, f"a part of the owner dimension that is not a whole period of {own}")
+    if label.perm is None and flow.whole(start, label) and flow.whole(size, label):
+        return label
+    return flow.lost(node, f"a part of the owner dimension that is not a whole period of {label}")
 
 
 def is_full(node: fx.Node, flow: Flow, dim: int, step: object) -> bool:

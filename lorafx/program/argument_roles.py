@@ -1,9 +1,9 @@
 """Which forward arguments carry requests, and in which dimension.
 
-By contract, index b along that dimension belongs to request b. It comes from `LoraConfig.row_dims`,
-the tables of names below, from transformers' forwards, or, without declared roles, the convention
-that dimension 0 is the batch; it is never guessed from sizes. An item `x` of a dict `batch` is
-"batch.x", with the role of "x" unless declared.
+Index b along that dimension belongs to request b. The dimension comes from `LoraConfig.row_dims`,
+from the tables below of names in transformers' forwards, or, where a model declares no roles, from
+the convention that dimension 0 is the batch; it is never guessed from sizes. An item `x` of a dict
+`batch` is "batch.x", with the role of "x" unless declared.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lorafx.errors import BatchError, ConfigError, LorafxWarning, nearest, some
 
-#: By convention, without other knowledge.
+#: The dimension of requests by convention.
 BATCH_FIRST = 0
 
 #: Arguments in order of precedence for the number of requests.
@@ -79,7 +79,7 @@ PACKED_DIMS: Mapping[str, int | None] = {
     "logits_to_keep": None,
 }
 
-#: Arguments of a packed call whose values are token positions.
+#: Arguments of a packed call whose values are indices of tokens.
 PICKS = ("logits_to_keep",)
 
 #: Arguments whose channels and image size are graph constants: as symbols, tracing does not finish
@@ -116,18 +116,19 @@ _RANKS: Mapping[str, int] = {**dict.fromkeys(TOKEN_DIMS, 2), "inputs_embeds": 3}
 
 
 def choices(named: Mapping[str, Any], prefix: str = "") -> tuple[str, ...]:
-    """A call's arguments (B, C, T) with a request's sequences in dimension 1 (multiple choice)."""
-    given = {own: named.get(prefix + own) for own in _RANKS}
+    """The names of arguments (B, C, T) whose dimension 1 holds a request's sequences (multiple
+    choice)."""
+    values = {name: named.get(prefix + name) for name in _RANKS}
     several = {
-        own: value
-        for own, value in given.items()
-        if isinstance(value, Tensor) and value.dim() == _RANKS[own] + 1
+        name: value
+        for name, value in values.items()
+        if isinstance(value, Tensor) and value.dim() == _RANKS[name] + 1
     }
-    main = next((several[own] for own in PRIMARY if own in several), None)
+    main = next((several[name] for name in PRIMARY if name in several), None)
     if main is None:
         return ()
     return tuple(
-        prefix + own for own, value in several.items() if value.shape[:3] == main.shape[:3]
+        prefix + name for name, value in several.items() if value.shape[:3] == main.shape[:3]
     )
 
 
@@ -146,11 +147,11 @@ RANKED: Mapping[str, Callable[[Tensor, bool], int | None]] = {
 
 @dataclass(frozen=True)
 class Role:
-    """A tensor argument's name, and the requests' dimension.
+    """A tensor argument's name, and the dimension of the requests, None if they share it.
 
-    `known`: the dimension is known; `assumed`: by convention alone. `several`: it has equally many
-    entries of each request, in turn. `request`: it belongs to this request alone, of `requests`.
-    `picks`: its values are places of requests.
+    `known`: the dimension is known; `assumed`: by convention alone. `several`: the dimension has
+    equally many entries of each request, in turn. `request`: the tensor belongs to this request
+    alone, of `requests`. `picks`: its values are indices of requests.
     """
 
     argument: str
@@ -183,7 +184,7 @@ class RoleTable:
         self.declares_roles = hasattr(module, "main_input_name")
 
     def spread(self, named: Mapping[str, Any]) -> dict[str, Any]:
-        """`named` with items ("batch.x") for dicts without a role of their own."""
+        """`named` with the items ("batch.x") of dicts that have no role themselves."""
         found: dict[str, Any] = {}
         for name, value in named.items():
             if self.spreads(name, value):
@@ -223,7 +224,7 @@ class RoleTable:
         for name, value in bound.arguments.items():
             kind = self._signature.parameters[name].kind
             if kind is inspect.Parameter.VAR_KEYWORD:
-                made: Any = {own: change(own, item) for own, item in value.items()}
+                made: Any = {key: change(key, item) for key, item in value.items()}
             elif kind is inspect.Parameter.VAR_POSITIONAL:
                 made = tuple(change(f"{name}.{index}", item) for index, item in enumerate(value))
             else:
@@ -238,20 +239,20 @@ class RoleTable:
             return Role(argument, self._row_dims[argument], picks=picks)
         if tensor.dim() == 0:
             return Role(argument, None)
-        own = argument.rpartition(".")[2]
-        if own in RANKED:
-            several = argument in choices(call, argument.removesuffix(own))
-            return Role(argument, RANKED[own](tensor, several))
-        if own in ROW_DIMS:
-            return Role(argument, ROW_DIMS[own])
-        if self.declares_roles and own in DECLARED_DIMS:
-            return Role(argument, DECLARED_DIMS[own])
+        name = argument.rpartition(".")[2]
+        if name in RANKED:
+            several = argument in choices(call, argument.removesuffix(name))
+            return Role(argument, RANKED[name](tensor, several))
+        if name in ROW_DIMS:
+            return Role(argument, ROW_DIMS[name])
+        if self.declares_roles and name in DECLARED_DIMS:
+            return Role(argument, DECLARED_DIMS[name])
         if self.declares_roles:
             return Role(argument, None, known=False)
         return Role(argument, BATCH_FIRST, assumed=True)
 
     def check_rows(self, named: Mapping[str, Any], rows: int) -> None:
-        """Raise BatchError unless arguments have `rows` requests or a shared one; may warn once."""
+        """Raise BatchError for an argument with neither `rows` requests nor one; warn of doubt."""
         named = self.spread(named)
         for name, value in named.items():
             if not isinstance(value, Tensor):
@@ -266,7 +267,7 @@ class RoleTable:
     def rows(self, named: Mapping[str, Any]) -> int | None:
         """Number of requests in the call, or None where no argument carries any."""
         named = self.spread(named)
-        first = (own for main in PRIMARY for own in named if own.rpartition(".")[2] == main)
+        first = (key for main in PRIMARY for key in named if key.rpartition(".")[2] == main)
         for name in itertools.chain(first, named):
             value = named[name]
             if isinstance(value, Tensor):
@@ -305,7 +306,7 @@ def tensor_leaves(value: Any) -> Iterator[Tensor]:
 
 
 def sizes_of(named: Mapping[str, Any]) -> str:
-    """The end of a message: the sizes of a call's tensors."""
+    """The sizes of a call's tensors, as the end of a message."""
     said = [
         f"{name} {tuple(value.shape)}"
         if isinstance(value, Tensor)
@@ -352,12 +353,12 @@ def warn_ambiguous(name: str, tensor: Tensor, rows: int) -> bool:
 
 
 def check_names(row_dims: Mapping[str, Any], model: nn.Module) -> None:
-    """Raise ConfigError where a name in `LoraConfig.row_dims` is no argument of the model's methods
-    or of a forward in it, or looks misspelt. A dot precedes a dict's key."""
+    """Raise ConfigError for a name in `LoraConfig.row_dims` that no method of the model and no
+    forward in it takes, or that looks misspelt. A dot precedes a dict's key."""
     known = {*ROW_DIMS, *RANKED}
     functions = [getattr(module.forward, "__func__", module.forward) for module in model.modules()]
-    own = (getattr(type(model), name) for name in dir(type(model)) if not name.startswith("_"))
-    for function in dict.fromkeys([*functions, *filter(inspect.isfunction, own)]):
+    methods = (getattr(type(model), name) for name in dir(type(model)) if not name.startswith("_"))
+    for function in dict.fromkeys([*functions, *filter(inspect.isfunction, methods)]):
         try:
             parameters = inspect.signature(function).parameters.values()
         except (TypeError, ValueError):  # written in C

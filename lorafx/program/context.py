@@ -50,9 +50,9 @@ def is_site(node: fx.Node) -> bool:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why LoRA cannot be applied at some sites in this graph, in batches `when`: "always" (adapters
-    touch the site), "mixed" (rows use different adapters), "dora", "own" and "bias" (adapters
-    rescale the site's output, replace rows of its weight, or add a bias)."""
+    """Why a graph cannot serve some sites in batches `when`: "always" (adapters touch the site),
+    "mixed" (rows use different adapters), "dora", "own" and "bias" (adapters rescale the site's
+    output, replace rows of its weight, or add a bias)."""
 
     sites: tuple[Site, ...]
     when: When
@@ -79,15 +79,15 @@ class SiteState:
 
 @dataclass(frozen=True)
 class Outlined:
-    """Repeated layers with a common body: its attribute, calls' module paths, and size."""
+    """Layers that call one body: its attribute's name, their module paths, and its size."""
 
     name: str
     paths: tuple[str, ...]
     nodes: int
 
     def __str__(self) -> str:
-        others = len(self.paths) - 1
-        return f"{self.paths[0] or '(root)'} and {others} more like it as one, {self.nodes} nodes"
+        repeats = len(self.paths) - 1
+        return f"{self.paths[0] or '(root)'} and {repeats} more like it as one, {self.nodes} nodes"
 
 
 @dataclass(eq=False)
@@ -99,9 +99,9 @@ class Context:
     graph_module: fx.GraphModule
     states: dict[fx.Node, list[SiteState]] = field(default_factory=dict)
     refusals: list[Refusal] = field(default_factory=list)
-    #: rest of `Options.max_edits`; None for no limit
+    #: What is left of `Options.max_edits`; None for no limit.
     edits_left: int | None = None
-    #: ids of the generated Triton kernels that the graph calls
+    #: Ids of the generated Triton kernels that the graph calls.
     kernels: set[int] = field(default_factory=set)
     handover: Handover = field(default_factory=Handover)
     outlined: list[Outlined] = field(default_factory=list)
@@ -177,7 +177,8 @@ class Context:
         return [module for _, module, _ in owners if id(module) not in selected]
 
     def made_by_other_owner(self, node: fx.Node, weight: fx.Node) -> bool:
-        """Whether a module with this very weight that is no site, not above it, made the use."""
+        """Whether the forward of a module that has this weight, is no site and contains none, made
+        `node`."""
         item = self.frame.by_node[weight]
         if item.derived is not None or any(self.inside(node, s.module) for s in item.sites):
             return False
@@ -204,7 +205,7 @@ class Context:
         return self.edits_left >= 0
 
     def call(self, graph: fx.Graph, target: Any, args: tuple[Any, ...], **kwargs: Any) -> fx.Node:
-        """A call_function node with a fake value, at the insertion point; `kwargs` are constant."""
+        """A call_function node with a fake value, at the insertion point; no `kwargs` are nodes."""
         node = graph.call_function(target, args, kwargs)
         values = fx.node.map_arg(args, fake_value)
         assert self.fake_mode is not None
@@ -225,12 +226,12 @@ class Context:
         return self.emit(torch.ops.prims.iota.default, count, start=0, step=1, **settings)
 
     def bank_inputs(self, site: Site, weight: fx.Node) -> dict[str, fx.Node | None]:
-        """The site's bank fields and slots as inputs, looked up by the weight at run time, since
-        the graph may serve other layers. Gains, shifts and replaced rows only if there is room."""
+        """The site's bank fields and slots as inputs, which executables look up by the weight: a
+        graph may serve other layers. Gains and shifts are None where the bank has no room."""
         bank = self.program.site_bank(site)
-        own = [name for name, tensor in bank.own_rows._asdict().items() if tensor is not None]
+        replaced = [name for name, tensor in bank.own_rows._asdict().items() if tensor is not None]
         found: dict[str, fx.Node | None] = dict.fromkeys((GAINS, SHIFTS))
-        for name in (*BANK_FIELDS, *own, GAINS, SHIFTS):
+        for name in (*BANK_FIELDS, *replaced, GAINS, SHIFTS):
             if getattr(bank, name) is not None:
                 found[name] = self.bank_input(site, weight, name)
         items = self.frame.by_node.items()
@@ -254,7 +255,7 @@ class Context:
         return self.frame.positions[weight], self.frame.by_node[weight].sites.index(site)
 
     def look_up_slots(self) -> None:
-        """Replace the handle read by marks by the rows' slots, looked up."""
+        """Replace the handle that marks read by the slots of the rows, an input."""
         items = self.frame.by_node.items()
         handle = next((node for node, item in items if item.kind == "slots"), None)
         if handle is not None:
@@ -293,11 +294,11 @@ def call_in_place(op: OpOverload, arguments: tuple[Any, ...]) -> fx.Node:
 
 
 def written_by(op: OpOverload, values: Mapping[str, Any], *written: str) -> list[fx.Node]:
-    """The arguments `written` of `op`, its only ones, after its call."""
-    given = {name: values[name] for name in _names(op)}
-    graph = given[written[0]].graph
-    call = graph.call_function(AUTO_FUNCTIONALIZED, (op,), given)
-    call.meta["val"] = (None, *(fake_value(given[name]) for name in written))
+    """The values of `written`, all arguments that `op` writes into, after its call."""
+    arguments = {name: values[name] for name in _names(op)}
+    graph = arguments[written[0]].graph
+    call = graph.call_function(AUTO_FUNCTIONALIZED, (op,), arguments)
+    call.meta["val"] = (None, *(fake_value(arguments[name]) for name in written))
     found: list[fx.Node] = []
     with graph.inserting_after(call):
         for index in range(len(written), 0, -1):

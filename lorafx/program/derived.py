@@ -6,9 +6,9 @@ dequantisation or `contiguous`. A graph that multiplies by them bypasses the wei
     views     by storage: sizes, strides and offset in the weight's storage
     copies    by value: rows of the tensor equal rows of W at regular distances, every one of them
 
-A view without a regular form refuses its site in graphs that take it. Other copies (scaled,
-rounded, reordered) are not recognised: `match` refuses an unused site where such a tensor may
-replace its weight. The form says which entry of W is behind each entry of a tensor:
+`match` refuses the site of a view without a regular form. Other copies (scaled, rounded, reordered)
+are not recognised; `match` refuses an unused site where such a tensor may replace its weight. The
+form gives the entry of W that each entry of a tensor is:
 
     t[k_0, ..., k_d] = W[o₀ + Σ k_d · out_d,  i₀ + Σ k_d · into_d]
 
@@ -38,7 +38,13 @@ from lorafx.registry import lookup
 from lorafx.torch_internals.fake_tensors import unset_fake_temporarily
 from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
 
+if TYPE_CHECKING:
+    from lorafx.program.frame import FrameInput
+    from lorafx.program.program import Program
+
 AnySize = Any  # int or SymInt
+#: Distinct values that a tensor needs to be compared with weights.
+DISTINCT = 16
 
 
 class Axis(NamedTuple):
@@ -80,7 +86,7 @@ class WeightForm(NamedTuple):
         return self._replace(out=self.out + index * axis.out, into=self.into + index * axis.into)
 
     def sliced(self, dim: int, start: int, step: int) -> WeightForm | None:
-        """Indices start, start + step, ... of a dimension; None through a period."""
+        """The form of indices start, start + step, ... of a dimension; None if it has a period."""
         axis = self.axes[dim]
         if axis.period and (start or step != 1):
             return None
@@ -89,13 +95,13 @@ class WeightForm(NamedTuple):
         return self._replace(axes=axes).moved(axis, start)
 
     def selected(self, dim: int, index: int) -> WeightForm | None:
-        """An index of a dimension, which is dropped."""
+        """The form at an index of a dimension, which is dropped."""
         axis = self.axes[dim]
         index = index % axis.period if axis.period else index
         return self._replace(axes=self.axes[:dim] + self.axes[dim + 1 :]).moved(axis, index)
 
     def reshaped(self, before: Sequence[AnySize], after: Sequence[AnySize]) -> WeightForm | None:
-        """Row-major view from sizes `before` to `after`; None where an index is no step in W."""
+        """The form of a row-major view from sizes `before` to `after`; None if irregular."""
         left = [
             (size, axis)
             for size, axis in zip(before, self.axes, strict=True)
@@ -126,7 +132,7 @@ class WeightForm(NamedTuple):
 
 
 def same_size(a: AnySize, b: AnySize) -> bool:
-    """Equal as ints or symbols, never by a hint, which would add a guard."""
+    """Whether two sizes are equal as ints or symbols; hints, which add guards, are not read."""
     if isinstance(a, int) or isinstance(b, int):
         return isinstance(a, int) and isinstance(b, int) and a == b
     return a.node.expr == b.node.expr
@@ -137,16 +143,16 @@ def _divides(part: AnySize, size: AnySize) -> bool:
 
 
 def _split(axis: Axis, inner: int) -> tuple[Axis, Axis] | None:
-    own = axis._replace(period=0)
+    endless = axis._replace(period=0)
     if axis.fixed:
         return FIXED, FIXED
     if not axis.period:
-        return own.stretched(inner), own
+        return endless.stretched(inner), endless
     if axis.period % inner == 0:
         outer = axis.period // inner
-        return (FIXED if outer == 1 else own.stretched(inner)._replace(period=outer)), own
+        return (FIXED if outer == 1 else endless.stretched(inner)._replace(period=outer)), endless
     if inner % axis.period == 0:
-        return FIXED, own if inner == axis.period else axis
+        return FIXED, endless if inner == axis.period else axis
     return None
 
 
@@ -186,8 +192,8 @@ def strided_form(
         return None  # entries of W itself overlap
 
     def place(distance: int) -> tuple[int, int] | None:
-        first, rest = divmod(distance, row) if rows > 1 else (0, distance)
-        return None if rest % column else (first, rest // column)
+        first, remainder = divmod(distance, row) if rows > 1 else (0, distance)
+        return None if remainder % column else (first, remainder // column)
 
     start = place(offset - int(weight.storage_offset()))
     steps = [
@@ -216,8 +222,8 @@ def copied_form(tensor: torch.Tensor, weight: torch.Tensor) -> WeightForm | None
         if tensor.shape[dim] == columns:
             form = _rows_along(tensor.movedim(dim, -1), weight)
             if form is not None:
-                *others, into = form.axes
-                return form._replace(axes=(*others[:dim], into, *others[dim:]))
+                *leading, into = form.axes
+                return form._replace(axes=(*leading[:dim], into, *leading[dim:]))
     return None
 
 
@@ -250,17 +256,9 @@ def _row_like(row: torch.Tensor, weight: torch.Tensor, limit: int = 4) -> list[i
     return candidates[same][:limit].tolist()
 
 
-if TYPE_CHECKING:
-    from lorafx.program.frame import FrameInput
-    from lorafx.program.program import Program
-
-#: Distinct values that a tensor needs to be compared with weights.
-DISTINCT = 16
-
-
 @dataclass(frozen=True)
 class Derived:
-    """The weight (N, K) in a tensor: tied `sites`, and the part, if regular. `copied`: no view."""
+    """The weight (N, K) of tied `sites` in a tensor; its form, if regular; `copied`: no view."""
 
     sites: tuple[Site, ...]
     form: WeightForm | None
@@ -291,7 +289,7 @@ class Holder:
 
 
 class DerivedTensors:
-    """The derived tensors of a program."""
+    """Finds sites' weights in the tensors of a program."""
 
     def __init__(self, program: Program) -> None:
         self._owner = weakref.ref(program)  # no cycle: models are freed with their last reference
@@ -365,13 +363,13 @@ class DerivedTensors:
     def _holders(self, wanted: set[int]) -> dict[int, Holder]:
         found: dict[int, Holder] = {}
         for path, module in self._program.model.named_modules():
-            for name, value in held_by(module):
+            for name, value in named_tensors(module):
                 if id(value) in wanted:
                     found.setdefault(id(value), Holder(path, module, name))
         return found
 
     def _likely(self, holder: Holder | None, taken: set[int]) -> Iterator[Site]:
-        """Sites that a copy may come from: near its holder, or with weights absent in the graph."""
+        """Sites that a copy may come from: near its holder, or without a weight in the graph."""
         program = self._program
         if holder is None:
             for site in program.sites:
@@ -434,7 +432,7 @@ class DerivedTensors:
         )
 
 
-def held_by(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """A module's parameters, buffers and tensor attributes by name."""
     for place in (module._parameters, module._buffers, vars(module)):
         for name, value in place.items():

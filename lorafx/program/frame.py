@@ -1,7 +1,7 @@
 """A captured frame: the meaning of each input of its graph.
 
-It follows from the identity of Dynamo's example tensors (`Program.frame`). The frame is dropped
-after compilation; executables keep nothing of it.
+`Program.frame` finds it by the identity of Dynamo's example tensors. The frame is dropped after
+compilation.
 """
 
 from __future__ import annotations
@@ -83,15 +83,14 @@ class Frame:
         self.inputs = tuple(inputs)
         #: Positions of the model's tensors that its forward may write into.
         self.writable: tuple[int, ...] = ()
-        #: Whether it begins with the call's arguments, whose meaning is the same in every call;
-        #: other local variables may change.
+        #: Whether it begins with the call's arguments, whose meaning is the same in every call.
         self.begins_call = False
-        #: The slots are one per token, in row-major order of (B, T), not one per request.
+        #: Whether slots are given per token, in row-major order of (B, T), not per request.
         self.per_token = False
         #: Arguments with an entry for each token -> that dimension.
         self.token_dims: Mapping[str, int] = TOKEN_DIMS
-        #: Arguments with several sequences a request in dimension 1, equally many as checked at run
-        #: time.
+        #: Arguments with several sequences of each request in dimension 1; executables check that
+        #: they are equally many.
         self.choices: tuple[str, ...] = ()
         self.by_node: dict[fx.Node, FrameInput] = {}
         #: Placeholder -> position among the executable's arguments.
@@ -165,10 +164,9 @@ def fake_value(node: fx.Node) -> Any:
 
 
 def batch_symbols(frame: Frame) -> set[Any]:
-    """The symbols (or ints) that are the number of requests by contract. Raises ProvenanceError
-    where no input holds requests, or the symbol may be another size."""
+    """The symbols (or ints) that are the number of requests. Raises ProvenanceError where no input
+    holds requests."""
     found: set[Any] = set()
-    others: set[Any] = set()
     counted: set[Any] = set()
     for node, item in frame.by_node.items():
         value = fake_value(node)
@@ -182,8 +180,7 @@ def batch_symbols(frame: Frame) -> set[Any]:
             if not frame.per_token and item.label != ONE_SLOT:
                 found.update(sizes)
         elif dim is not None and dim < len(sizes):
-            found.add(sizes.pop(dim))
-            others.update(sizes)
+            found.add(sizes[dim])
         elif item.role is not None and item.role.request is not None:
             found.add(item.role.requests)
     if len(found) > 1:
@@ -197,7 +194,7 @@ def batch_symbols(frame: Frame) -> set[Any]:
 
 
 def several(frame: Frame) -> list[Any]:
-    """The sizes (SymInts or ints) of several entries of each request."""
+    """The sizes (SymInts or ints) that are a multiple of the number of requests."""
     return [
         fake_value(node).shape[item.several_dim]
         for node, item in frame.by_node.items()

@@ -1,4 +1,4 @@
-"""A model on its way to being marked, as passes fill it in, and a report of each pass."""
+"""What the passes over a model have found so far, and a report of each pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A program: an attached model with everything needed to compile its frames."""
+"""A program: a marked model with everything needed to compile its frames."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from lorafx.ownership.memory import (
     Alone,
     Listed,
     Memory,
-    OwnMemory,
+    ModelMemory,
     Remembered,
     TensorVersions,
-    each_repeated,
     in_containers,
+    repeated_owners,
 )
 from lorafx.program.argument_roles import Role, RoleTable, choices, new_tokens, tensor_leaves
 from lorafx.program.derived import DerivedTensors, Holder
@@ -44,8 +44,8 @@ GAINS, SHIFTS = "gains", "shifts"
 
 @dataclass(eq=False)
 class Call:
-    """The running call: roles and arguments by name, and its memory's owners. `tracks`: Python
-    between graphs is tracked in calls that mix adapters; `tracked`: in this call."""
+    """The running call: roles and arguments by name, and labels of its memory. `tracked`: Python
+    between graphs is followed, as in calls that mix adapters."""
 
     roles: RoleTable | None
     named: Mapping[str, Any]
@@ -54,21 +54,21 @@ class Call:
 
 
 class Batch(NamedTuple):
-    """The running call, if any, and canonical paths of sites that its adapters touch, and have
-    `EXTRAS` at, by their names. Replaced whole."""
+    """The running call, if any; canonical paths of the sites that its adapters touch; and, by name,
+    of those where they have `EXTRAS`. Replaced as a whole."""
 
     call: Call | None = None
     touched: frozenset[str] = frozenset()
     extras: Mapping[When, frozenset[str]] = MappingProxyType({})
 
 
-#: Nothing runs.
+#: The batch between calls.
 AT_REST = Batch()
 
 
 @dataclass(eq=False)
 class Program:
-    """An attached model as passes see it. Lives as long as the CompiledModel."""
+    """A marked model as passes see it. Lives as long as the CompiledModel."""
 
     model: nn.Module
     graph: ModuleGraph
@@ -87,17 +87,17 @@ class Program:
 
     def __post_init__(self) -> None:
         self.note_constants()
-        #: Whether some graph takes what another made, so that results are worth keeping note of.
+        #: Whether some graph takes another's results, so that results get labels.
         self.in_pieces = False
         #: Canonical paths of the sites that some graph serves or refuses.
         self.reached: set[str] = set()
-        #: Those that a graph seems to compute without their weight.
+        #: Canonical paths of sites that a graph seems to compute without their weight.
         self.replaced: set[str] = set()
         self.derived = DerivedTensors(self)
         self.site_watch = SiteWatch(self.graph, self.sites)
         self.hook_watch = HookWatch(self.model, self.sites)
         self.pack_watch = PackWatch(self.packed)
-        self.own_memory = OwnMemory(self._own_tensors)
+        self.model_memory = ModelMemory(self._model_tensors)
         self.quantised = QuantisedModules.of(module for _, module in self.graph.modules())
         self._by_weight: dict[int, list[Site]] = {}
         #: Tensors known to be no site's weight.
@@ -115,7 +115,7 @@ class Program:
         return self.batch.call
 
     def note_constants(self) -> None:
-        """Take the modules' tensor attributes before the first call for constants."""
+        """Note the modules' tensor attributes as constants; called before the first call."""
         self.remembered = Remembered()
         self.remembered.keep(in_containers(self.model))
         plain = [tensor for _, tensor in _plain_attributes(self.model)]
@@ -123,7 +123,7 @@ class Program:
         self.versions = TensorVersions([*self.model.buffers(), *plain])
 
     def look_at_modules(self) -> None:
-        """Walk over the model for its current modules, parameters and buffers."""
+        """Find the model's current modules, parameters and buffers."""
         self._look_at_sites()
         if not self.site_watch.missing and not self.graph.holds:
             self.graph = ModuleGraph(self.model)
@@ -198,13 +198,13 @@ class Program:
         bank, offset = group.bank, group.offsets[index]
         first, siblings = group.firsts[index], bank.ranks.shape[1]
         last = first + len(site.parts)
-        own = slice(None)
+        inputs = slice(None)
         if site.eligible.kind in ("linear", "conv"):
             features = bank.A.shape[2] // siblings
-            own = slice(first * features, last * features)
+            inputs = slice(first * features, last * features)
         with unset_fake_temporarily():  # passes run while AOTAutograd's fake mode is on
             return Bank(
-                A=bank.A[..., own],
+                A=bank.A[..., inputs],
                 B=bank.B[:, :, offset : offset + site.out_features],
                 ranks=bank.ranks[:, first:last],
                 scales=bank.scales[:, first:last],
@@ -250,9 +250,9 @@ class Program:
             yield from self.model.named_modules()
 
     def buffers(self) -> Iterator[Tensor]:
-        return (tensor for tensor in self._own_tensors() if not isinstance(tensor, nn.Parameter))
+        return (tensor for tensor in self._model_tensors() if not isinstance(tensor, nn.Parameter))
 
-    def _own_tensors(self) -> Iterator[Tensor]:
+    def _model_tensors(self) -> Iterator[Tensor]:
         for _, module in self.graph.modules():
             yield from (t for t in module._parameters.values() if t is not None)
             yield from (t for t in module._buffers.values() if t is not None)
@@ -261,17 +261,16 @@ class Program:
                 yield constant
 
     def new_call(self, roles: RoleTable | None, named: Mapping[str, Any]) -> Call:
-        """A call that has computed nothing yet."""
-        own = self.own_memory.in_one_call()
+        """A call with an empty memory."""
+        in_model = self.model_memory.in_one_call()
         memory = Memory(
-            lambda tensor: self.remembered.holds(tensor) or own(tensor),
+            lambda tensor: self.remembered.holds(tensor) or in_model(tensor),
             lambda: not self.runtime.uniform,
         )
         return Call(roles, named, memory)
 
     def _earlier_result(self, tensor: Tensor) -> Role | None:
-        """What a tensor that the running call made may be taken for by a graph that is captured
-        now."""
+        """The role, in a graph that is captured now, of a tensor that the running call computed."""
         if self.call is None:
             return None
         role = role_of(self.call.memory.look(tensor))
@@ -282,18 +281,18 @@ class Program:
         return role
 
     def _holds_several(self, tensor: Tensor) -> bool:
-        """Whether a tensor that the running call made holds as many entries of each request, one
-        request after another."""
-        held = None if self.call is None else self.call.memory.look(tensor)
+        """Whether a tensor that the running call computed has equally many entries of each request,
+        in turn."""
+        label = None if self.call is None else self.call.memory.look(tensor)
         requests = tuple(range(len(self.runtime.rows)))
-        if not isinstance(held, Listed) or held.owners == requests:
+        if not isinstance(label, Listed) or label.owners == requests:
             return False
-        return held.owners == each_repeated(requests, held.owners)
+        return label.owners == repeated_owners(requests, label.owners)
 
     def _only_request(self, tensor: Tensor) -> int | None:
-        """The one request to which all of a tensor belongs that the running call made."""
-        held = None if self.call is None else self.call.memory.look(tensor)
-        return held.request if isinstance(held, Alone) else None
+        """The only request of a tensor that the running call computed, if it has only one."""
+        label = None if self.call is None else self.call.memory.look(tensor)
+        return label.request if isinstance(label, Alone) else None
 
     def is_result(self, tensor: Tensor) -> bool:
         return self.call is not None and self.call.memory.computed(tensor)

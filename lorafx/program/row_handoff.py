@@ -1,8 +1,8 @@
 """Owners of tensors handed from a captured graph of a call to the next.
 
-The call's memory holds `provenance`'s proofs about results, and the owners tracked between graphs
-(`lorafx/capture/tracking.py`). A proof holds in a call where index i of its inputs belongs to the
-same single request in each, or where all inputs belong to a single request.
+The call's memory holds labels of results, from `provenance`'s proofs, and of tensors that Python
+made between graphs (`lorafx/capture/tracking.py`). A proof holds in a call where index i of every
+input belongs to the same request, or where all inputs belong to a single request.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from lorafx.ownership.memory import (
     NOBODY,
     SHARED,
     Alone,
-    Held,
     Listed,
     Memory,
+    RealLabel,
     Shared,
-    each_repeated,
     listed,
+    repeated_owners,
     same_owners,
     storage_of,
 )
@@ -52,16 +52,16 @@ class OfList:
 Rows: TypeAlias = OfList | Alone
 
 
-def role_of(held: Held | None) -> Role | None:
+def role_of(label: RealLabel | None) -> Role | None:
     """The role of a tensor with this label for a new graph."""
-    if isinstance(held, Shared):
+    if isinstance(label, Shared):
         return Role(_RESULT, None)
-    if isinstance(held, Listed):
-        return Role(_RESULT, held.dim)
-    return Role(_RESULT, 0) if isinstance(held, Alone) else None
+    if isinstance(label, Listed):
+        return Role(_RESULT, label.dim)
+    return Role(_RESULT, 0) if isinstance(label, Alone) else None
 
 
-def held_argument(role: Role, tensor: Tensor, requests: int) -> Held | None:
+def argument_label(role: Role, tensor: Tensor, requests: int) -> RealLabel | None:
     """The label of an argument by its role."""
     if not role.known:
         return None
@@ -74,15 +74,15 @@ def held_argument(role: Role, tensor: Tensor, requests: int) -> Held | None:
 
 
 @dataclass(frozen=True)
-class Given:
-    """A result's owners: index i along `dim`, of `periods` · n · R entries, belongs to row (i // R)
-    mod n of the graph's n rows. Without `dim` it depends on `row`, or on no request."""
+class ResultOwners:
+    """Index i of a result along `dim`, of `periods` · n · R entries, belongs to row (i // R) mod n
+    of the graph's n rows. Without `dim` the result depends on `row` alone, or on no request."""
 
     dim: int | None = None
     periods: int = 1
     row: int | None = None
 
-    def held(self, tensor: Tensor, rows: Rows | None) -> Held | None:
+    def label(self, tensor: Tensor, rows: Rows | None) -> RealLabel | None:
         if isinstance(rows, Alone):
             return rows
         if rows is not None and self.row is not None:
@@ -91,8 +91,8 @@ class Given:
             return None if rows is None else SHARED
         size = tensor.shape[self.dim]
         owners = rows.owners
-        step, rest = divmod(size, self.periods * len(owners))
-        if rest or not step:
+        step, remainder = divmod(size, self.periods * len(owners))
+        if remainder or not step:
             return None
         if step == self.periods == 1:
             return listed(self.dim, owners)
@@ -106,17 +106,17 @@ def in_order_of(requests: int) -> OfList:
 
 @dataclass
 class Handover:
-    """The owners that a graph takes over from earlier graphs of its call, and hands on.
+    """What a graph's proofs assume of earlier results in its call, and the owners of its results.
 
     Attributes:
         inputs: positions of inputs that may hold request data.
         taken: position -> role, which proofs rest on, of tensors from earlier graphs or Python.
         counted: positions of their sizes taken for the number of rows.
         writable: positions of the model's tensors that may have been written before.
-        given: proofs of results, by position.
-        written: proofs of inputs after the graph's writes, by position.
-        seen: a graph without sites has unproved values; tracked calls run it operator by operator.
-        fresh: it has not run yet; the next captured graph may need its results.
+        results: owners of results, by position.
+        written: owners of inputs after the graph's writes, by position.
+        seen: the graph has no sites and unproved values; tracked calls run it operator by operator.
+        fresh: the graph has not run yet; the next captured graph may need its results.
         constant: positions of results independent of requests and adapters -> positions of the
             model's tensors that they come from.
     """
@@ -125,8 +125,8 @@ class Handover:
     taken: dict[int, Role] = field(default_factory=dict)
     counted: tuple[int, ...] = ()
     writable: tuple[int, ...] = ()
-    given: dict[int, Given] = field(default_factory=dict)
-    written: dict[int, Given | None] = field(default_factory=dict)
+    results: dict[int, ResultOwners] = field(default_factory=dict)
+    written: dict[int, ResultOwners | None] = field(default_factory=dict)
     seen: bool = False
     fresh: bool = True
     constant: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
@@ -138,15 +138,15 @@ class Handover:
         requests: int,
         of_call: Mapping[int, Role],
     ) -> Rows | None:
-        """The owners of rows in a call of so many `requests` with arguments `of_call`."""
+        """The owners of rows in a call of `requests` requests with arguments of roles `of_call`."""
         rows = self._rows(memory, arguments, requests, of_call)
         if isinstance(rows, OfList) and any(
             arguments[position] != len(rows.owners) for position in self.counted
         ):
             return None
         for position in self.writable:
-            held = memory.look(arguments[position])  # type: ignore[arg-type]
-            if not isinstance(held, Shared) and held != rows:
+            label = memory.look(arguments[position])  # type: ignore[arg-type]
+            if not isinstance(label, Shared) and label != rows:
                 return None
         return rows
 
@@ -159,35 +159,35 @@ class Handover:
     ) -> Rows | None:
         if not self.inputs:
             return in_order_of(requests)
-        helds: dict[int, Held | None] = {}
+        labels: dict[int, RealLabel | None] = {}
         for position in (*self.inputs, *self.taken):
             tensor = arguments[position]
-            helds[position] = memory.look(tensor) if isinstance(tensor, Tensor) else None
-        one = alone(list(helds.values()))
-        if isinstance(one, Alone):
-            return one
+            labels[position] = memory.look(tensor) if isinstance(tensor, Tensor) else None
+        request = alone(list(labels.values()))
+        if isinstance(request, Alone):
+            return request
         lists: list[tuple[int, ...]] = []
         several: list[tuple[int, ...]] = []
         single: list[tuple[Role, Alone]] = []
         for position, role in self.taken.items():
-            held, tensor = helds[position], arguments[position]
+            label, tensor = labels[position], arguments[position]
             if role.request is not None:
-                if not isinstance(held, Alone):
+                if not isinstance(label, Alone):
                     return None
-                single.append((role, held))
+                single.append((role, label))
                 continue
-            if role.dim is None and isinstance(held, Shared):
+            if role.dim is None and isinstance(label, Shared):
                 continue
-            if isinstance(held, Listed) and held.dim == role.dim:
-                (several if role.several else lists).append(held.owners)
+            if isinstance(label, Listed) and label.dim == role.dim:
+                (several if role.several else lists).append(label.owners)
             elif role.several:
                 return None
-            elif isinstance(held, Alone) and isinstance(tensor, Tensor) and role.dim is not None:
-                lists.append((held.request,) * tensor.shape[role.dim])
+            elif isinstance(label, Alone) and isinstance(tensor, Tensor) and role.dim is not None:
+                lists.append((label.request,) * tensor.shape[role.dim])
             else:
                 return None
         owners = same_owners(lists) if lists else tuple(range(requests))
-        if owners is None or any(item != each_repeated(owners, item) for item in several):
+        if owners is None or any(item != repeated_owners(owners, item) for item in several):
             return None
         for role, whose in single:
             assert role.request is not None
@@ -208,10 +208,10 @@ class Handover:
         looked_at: bool,
     ) -> None:
         """Keep labels of this call's results and written inputs, unless tracked (`looked_at`)."""
-        for position, given in self.written.items():
+        for position, proof in self.written.items():
             tensor = arguments[position]
             if isinstance(tensor, Tensor) and not looked_at:
-                memory.write(tensor, _held(given, tensor, rows))
+                memory.write(tensor, _label(proof, tensor, rows))
         if not isinstance(results, (list, tuple)):
             return
         inputs: dict[int | None, list[Tensor]] = {}
@@ -221,19 +221,19 @@ class Handover:
         for position, tensor in enumerate(results):
             if not isinstance(tensor, Tensor):
                 continue
-            held = _held(self.given.get(position), tensor, rows)
-            if held is not None or not looked_at:
-                memory.note(tensor, held, inputs.get(storage_of(tensor), ()))
+            label = _label(self.results.get(position), tensor, rows)
+            if label is not None or not looked_at:
+                memory.note(tensor, label, inputs.get(storage_of(tensor), ()))
 
 
-def _held(given: Given | None, tensor: Tensor, rows: Rows | None) -> Held | None:
-    if given is None:
+def _label(proof: ResultOwners | None, tensor: Tensor, rows: Rows | None) -> RealLabel | None:
+    if proof is None:
         return rows if isinstance(rows, Alone) else None
-    return given.held(tensor, rows)
+    return proof.label(tensor, rows)
 
 
 def results_of(graph: fx.Graph, flow: Flow) -> Handover:
-    """Proofs of a graph's results, from provenance's labels."""
+    """The owners of a graph's results, from provenance's labels."""
     found = Handover()
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
     results = output.args[0]
@@ -242,24 +242,24 @@ def results_of(graph: fx.Graph, flow: Flow) -> Handover:
     for node, place in zip(results, output.meta.get("desc") or (), strict=False):
         if not isinstance(node, fx.Node):
             continue
-        given = _given(node, flow)
-        found.seen |= given is None
-        if isinstance(place, PlainAOTOutput) and given is not None:
-            found.given[place.idx] = given
+        proof = _result_owners(node, flow)
+        found.seen |= proof is None
+        if isinstance(place, PlainAOTOutput) and proof is not None:
+            found.results[place.idx] = proof
         elif isinstance(place, InputMutationAOTOutput):
             target = place.mutated_input
             if isinstance(target, PlainAOTInput):
-                found.written[target.idx] = given
+                found.written[target.idx] = proof
     return found
 
 
-def _given(node: fx.Node, flow: Flow) -> Given | None:
+def _result_owners(node: fx.Node, flow: Flow) -> ResultOwners | None:
     label = flow.labels.get(node, ())
     if label is None:
-        return Given()
+        return ResultOwners()
     if isinstance(label, One):
-        return Given(row=label.request)
+        return ResultOwners(row=label.request)
     if not isinstance(label, Own) or label.perm is not None:
         return None
-    periods = divide(flow.shape(node)[label.dim], label.rows * flow.batch)
-    return None if periods is None or not periods.is_Integer else Given(label.dim, int(periods))
+    count = divide(flow.shape(node)[label.dim], label.rows * flow.batch)
+    return None if count is None or not count.is_Integer else ResultOwners(label.dim, int(count))

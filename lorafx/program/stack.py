@@ -1,7 +1,7 @@
 """Reads the Python stack: which module's call is running, with which arguments.
 
-Dynamo compiles functions, not calls. `torch.nn.Module` itself always runs in Python, so the stack
-below contains the `_call_impl` of every module whose call is running.
+Dynamo compiles functions, not calls: `torch.nn.Module` itself always runs in Python, so the stack
+contains the `_call_impl` of every module whose call is running.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def running_modules() -> Iterator[nn.Module]:
 
 
 def python_line() -> str | None:
-    """`file:line` of the innermost frame outside torch and lorafx; None inside a compiler."""
+    """`file:line` of the innermost frame outside torch and lorafx; None while a graph runs."""
     for frame in _frames():
         name = str(frame.f_globals.get("__name__"))
         if _GRAPHS.match(name) or frame.f_code.co_filename.startswith("<eval_with_key>"):
@@ -105,7 +105,7 @@ def refuse_pipeline_slips(model: nn.Module) -> None:
     frame = next((frame for frame in _frames() if frame.f_code is code), None)
     if frame is None:
         return
-    given = frame.f_locals
-    names = {**given.get("preprocess_params", {}), **given.get("kwargs", {})}
+    local_names = frame.f_locals
+    names = {**local_names.get("preprocess_params", {}), **local_names.get("kwargs", {})}
     way = "the adapter by set_adapter(name) before the call: this pipeline hands no names on"
-    refuse_slips(names, given["self"].preprocess, model, {"": way})
+    refuse_slips(names, local_names["self"].preprocess, model, {"": way})

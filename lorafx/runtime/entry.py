@@ -26,7 +26,7 @@ from lorafx.model.marks import MARKS, Attachment
 from lorafx.ownership.memory import MOST_REQUESTS, Memory
 from lorafx.program.argument_roles import IMAGES, RoleTable, tensor_leaves
 from lorafx.program.program import Program
-from lorafx.program.row_handoff import held_argument
+from lorafx.program.row_handoff import argument_label
 from lorafx.runtime.replaced_methods import InPlace, forward_of
 from lorafx.runtime.requests import check_inputs, plain_tokens
 from lorafx.runtime.session import Session, refuse_elsewhere
@@ -188,9 +188,9 @@ class Entry:
         for name, value in call.named.items():
             for tensor in tensor_leaves(value):
                 role = call.roles.role(name, tensor, call.named)
-                call.memory.given(tensor, held_argument(role, tensor, rows))
+                call.memory.set_label(tensor, argument_label(role, tensor, rows))
         if mixed:
-            call.memory.own(program.buffers())
+            call.memory.add_shared(program.buffers())
         return call.memory
 
     def _base_served(self, *, base: bool) -> str:

@@ -17,7 +17,6 @@ with private_names():
         compile_fx_inner,
         get_static_input_idxs,
     )
-    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.graph import GraphLowering
 

@@ -1,22 +1,17 @@
 """Shortcuts: savings by private parts of torch that change no answer and may be off.
 
-They are on where torch is a release of a tested version. `Options.shortcuts`, or the variable
-LORAFX_SHORTCUTS, chooses others.
+They are on where torch is a release of a tested version. `Options.shortcuts` chooses others.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from lorafx.errors import ConfigError, nearest
 from lorafx.progress import LOG
 from lorafx.torch_internals import versions
-
-VARIABLE = "LORAFX_SHORTCUTS"
 
 
 @dataclass(frozen=True)
@@ -64,43 +59,17 @@ def _tested() -> bool:
     return why is None
 
 
-def checked(setting: str | Sequence[str], what: str) -> frozenset[str] | None:
-    """The shortcuts in a setting; None for "proved"; ConfigError for unknown names."""
-    if setting in ("proved", "off"):
-        return None if setting == "proved" else frozenset()
-    names = [setting] if isinstance(setting, str) else list(setting)
-    for name in names:
-        if name not in SHORTCUTS:
-            raise ConfigError(
-                f'{what} must be "proved", "off", or names of {", ".join(SHORTCUTS)}; got {name!r}'
-                f"{nearest(str(name), SHORTCUTS)}"
-            )
+def chosen(names: Sequence[str] | None = None) -> frozenset[str]:
+    """The shortcuts that are on: those of `Options.shortcuts`, or what the installed torch has."""
+    if names is None:
+        names = tuple(SHORTCUTS) if _tested() else ()
     return frozenset(names)
 
 
-def chosen(setting: str | Sequence[str] = "proved") -> frozenset[str]:
-    """The shortcuts that are on; ConfigError as `checked`, also for the variable."""
-    names, _ = _named(setting)
-    if names is None:
-        return frozenset(SHORTCUTS if _tested() else ())
-    return names
-
-
-def states(setting: str | Sequence[str] = "proved") -> dict[str, str]:
+def states(names: Sequence[str] | None = None) -> dict[str, str]:
     """For each shortcut "on", or why it is off."""
-    names, by = _named(setting)
-    if names is None:
-        return dict.fromkeys(SHORTCUTS, fault() or "on")
-    return {name: "on" if name in names else f"switched off by {by}" for name in SHORTCUTS}
-
-
-def _named(setting: str | Sequence[str]) -> tuple[frozenset[str] | None, str]:
-    """The names in a setting, or in the variable in its place, and where they were found."""
-    names = checked(setting, option := "Options.shortcuts")
-    if names is None and (text := os.environ.get(VARIABLE)):
-        parts = [part.strip() for part in text.split(",")]
-        return checked(parts[0] if len(parts) == 1 else parts, VARIABLE), VARIABLE
-    return names, option
+    on, why = chosen(names), fault() if names is None else "switched off by Options.shortcuts"
+    return {name: "on" if name in on else str(why) for name in SHORTCUTS}
 
 
 @cache

@@ -23,7 +23,7 @@ from lorafx.model.convolutions import unmergeable
 from lorafx.model.module_graph import storage_key
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site
-from lorafx.program.derived import Holder, held_by, overlap
+from lorafx.program.derived import Holder, named_tensors, overlap
 from lorafx.registry import lookup
 from lorafx.weights.deltas import BiasDelta, Delta, deltas_of
 
@@ -71,7 +71,7 @@ class _Tensors:
     def __init__(self, program: Program) -> None:
         self._held: dict[int, list[tuple[Holder, Tensor]]] = {}
         for path, module in program.graph.modules():
-            for name, value in held_by(module):
+            for name, value in named_tensors(module):
                 held = Holder(path, module, name), value
                 self._held.setdefault(storage_key(value), []).append(held)
 

@@ -20,10 +20,10 @@ from lorafx.model.module_graph import storage_key
 from lorafx.program.derived import (
     Holder,
     copied_form,
-    held_by,
     is_near,
     is_numbers,
     is_varied,
+    named_tensors,
     numbers_of,
     overlap,
 )
@@ -133,7 +133,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[Holder, Tensor]]:
         experts = expert_weights(module)
         weights = {weight.name for weight in experts or ()}
         computes = experts is not None or lookup(module) is not None
-        for name, value in held_by(module):
+        for name, value in named_tensors(module):
             if value.dim() < 2 or not is_numbers(value):
                 continue
             holder = Holder(path, module, name)

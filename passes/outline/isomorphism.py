@@ -61,8 +61,8 @@ def stretch_of(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> Stretch:
 
 
 def agree(a: Stretch, b: Stretch, sizes: Mapping[sympy.Symbol, torch.SymInt]) -> bool:
-    """Whether the symbols of stretches of equal form are the same, or equal at capture, which is
-    then guarded; symbols without a value in `sizes` equal only themselves."""
+    """Whether the symbols of stretches of equal form are the same, or equal at capture, for which
+    this adds guards; a symbol that is not in `sizes` equals only itself."""
     pairs = [(x, y) for x, y in zip(a.symbols, b.symbols, strict=True) if x != y]
     hints = {x: size_hint(sizes[x]) for pair in pairs for x in pair if x in sizes}
     known = all(hints.get(x) is not None and hints[x] == hints.get(y) for x, y in pairs)
@@ -84,7 +84,7 @@ def sizes_of(graph: fx.Graph) -> dict[sympy.Symbol, torch.SymInt]:
 class _Former:
     def __init__(self, gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> None:
         self.gm = gm
-        self.own = {node: index for index, node in enumerate(nodes)}
+        self.positions = {node: index for index, node in enumerate(nodes)}
         self.operands: dict[fx.Node, int] = {}
         self.symbols: dict[sympy.Symbol, int] = {}
         self.numbered: dict[sympy.Symbol, sympy.Symbol] = {}
@@ -98,8 +98,8 @@ class _Former:
 
     def argument(self, value: Any) -> Hashable:
         if isinstance(value, fx.Node):
-            if value in self.own:
-                return ("node", self.own[value])
+            if value in self.positions:
+                return ("node", self.positions[value])
             return ("operand", self.operands.setdefault(value, len(self.operands)))
         if value is None or isinstance(value, _DISCRETE):  # most literals
             return self.literal(value)
@@ -114,7 +114,7 @@ class _Former:
         return self.literal(value)
 
     def literal(self, value: Any) -> Hashable:
-        """By type, and floats by text: 1, 1.0 and True are equal in Python, and 0.0 and -0.0."""
+        """A literal with its type, floats as text: in Python 1 == 1.0 == True, and 0.0 == -0.0."""
         if isinstance(value, _DISCRETE):
             return (value.__class__, value)
         if value is None or isinstance(value, _PLAIN):
@@ -179,7 +179,7 @@ class _Former:
 
 @dataclass(frozen=True, eq=False)
 class _Identity:
-    """Equal to the very same object alone."""
+    """Equal only for the same object."""
 
     value: Any
 
@@ -191,7 +191,7 @@ class _Identity:
 
 
 def _constant(value: Any) -> Hashable:
-    """A module attribute: equal to tensors of equal metadata and bits."""
+    """A module attribute; equal for tensors of equal metadata and bits."""
     plain = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_quantized
     if not plain or isinstance(value, FakeTensor):
         return _Identity(value)

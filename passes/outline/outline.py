@@ -3,12 +3,11 @@
     h1 = layer(h0; W0, bank0); h2 = layer(h1; W1, bank1); ...
     →   h1 = invoke_subgraph(body, h0, W0, bank0); h2 = invoke_subgraph(body, h1, W1, bank1); ...
 
-Candidates are the stretches that module calls left in the graph: their nodes are adjacent and name
-their calls (`nn_module_stack`); nodes added by passes belong to the stretch around them. A stretch
-is contiguous in an order of definition before use, hence convex: no path leaves it and comes back.
-Stretches of equal canonical form (isomorphism.py) are merged. A body returns fresh tensors only:
-readers outside take views again, since a result that shares an operand's memory would be
-overwritten with it.
+Candidates are stretches of adjacent nodes that name one module call (`nn_module_stack`); nodes of
+passes belong to the stretch around them. A stretch is contiguous in an order of definition before
+use, hence convex: no path leaves it and comes back. Stretches of equal canonical form
+(isomorphism.py) are merged. A body returns fresh tensors only, since a result that shares an
+operand's memory would be overwritten with it; views are taken again behind the call.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ def _runs(
     first = last = -1
     for index, (node, stack) in enumerate(zip(nodes, stacks, strict=True)):
         if not stack and node not in barriers:
-            continue  # part of the run if that continues
+            continue  # nodes without a call do not end a run
         here = stack[:depth] if len(stack) >= depth else ()
         if here and here == call:
             last = index
@@ -117,7 +116,7 @@ def _has_effect(node: fx.Node) -> bool:
 
 
 def _drops_nothing(node: fx.Node) -> bool:
-    """Whether it is an attention tagged as random for dropout, with probability 0."""
+    """Whether `node` is attention, which torch tags as random, with a dropout probability of 0."""
     return hasattr(node.target, "_schema") and bound(node).get("dropout_p", 1) == 0
 
 
@@ -215,7 +214,7 @@ def _replace_argument(user: fx.Node, old: fx.Node, new: Any) -> None:
 
 
 def bodies(gm: fx.GraphModule) -> list[tuple[str, fx.GraphModule]]:
-    """The graphs in the graph's attributes, by name: outlined layers, branches."""
+    """The graphs that `gm` reads as attributes, by name: outlined layers, branches."""
     names = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
     return [
         (name, module)
@@ -273,7 +272,7 @@ class Outline:
 def repeats(
     gm: fx.GraphModule, claimed: set[fx.Node], least: int
 ) -> Iterator[tuple[tuple[Region, ...], tuple[Stretch, ...]]]:
-    """Isomorphic regions of `least` nodes or more, longest first, beside the caller's `claimed`."""
+    """Isomorphic regions of `least` nodes or more, longest first, that are not `claimed`."""
     # Over a paged cache, equal lengths of two kinds of layers may differ in the next step.
     sizes = {} if writes_in_place(gm) else sizes_of(gm.graph)
     lengths: dict[int, list[Region]] = {}
@@ -369,8 +368,8 @@ def _symbols(graph: fx.Graph, stretch: Stretch) -> list[fx.Node]:
     # original symbols: only the input that was this symbol is taken.
     found: list[fx.Node] = []
     for symbol, nodes in inputs.items():
-        own = [node for node in nodes if fake_value(node).node._expr == symbol]
-        found += own[:1] or nodes
+        originals = [node for node in nodes if fake_value(node).node._expr == symbol]
+        found += originals[:1] or nodes
     return [node for node in found if node not in stretch.operands]
 
 
@@ -399,7 +398,7 @@ def _call(
     replaced: dict[fx.Node, fx.Node],
 ) -> fx.Node:
     nodes = member.stretch.nodes
-    own = set(nodes)
+    inside = set(nodes)
     with graph.inserting_before(nodes[0]):
         call = graph.call_function(INVOKE, arguments)
         call.meta["val"] = tuple(fake_value(nodes[place]) for place in results)
@@ -412,7 +411,7 @@ def _call(
         for node in member.again:
             new[node] = graph.node_copy(node, lambda source: new.get(source, source))
     for node, item in new.items():
-        node.replace_all_uses_with(item, delete_user_cb=lambda user: user not in own)
+        node.replace_all_uses_with(item, delete_user_cb=lambda user: user not in inside)
     replaced.update(new)
     for node in reversed(nodes):
         graph.erase_node(node)

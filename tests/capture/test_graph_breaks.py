@@ -25,15 +25,11 @@ K = 6
 MIXED = ["a", None, "b"]
 
 
-@pytest.fixture
-def serve_of() -> Callable[..., Serve]:
-    def make(case: Case, config: Any = None, *, fixed: bool = False) -> Serve:
-        """`fixed`: for inputs of one size each."""
-        sizes = {"dynamic": False} if fixed else {}
-        cm = lorafx.compile(case.model(), config, adapters=case.folders, options=REFERENCE, **sizes)
-        return lambda names, inputs: cm(**inputs, adapter_names=names)["logits"]
-
-    return make
+def serve_of(case: Case, config: Any = None, *, fixed: bool = False) -> Serve:
+    """`fixed`: for inputs of one size each."""
+    sizes = {"dynamic": False} if fixed else {}
+    cm = lorafx.compile(case.model(), config, adapters=case.folders, options=REFERENCE, **sizes)
+    return lambda names, inputs: cm(**inputs, adapter_names=names)["logits"]
 
 
 def right(serve: Serve, case: Case, names: Sequence[str | None], inputs: dict[str, Tensor]) -> None:
@@ -60,7 +56,7 @@ class Broken(One):
 
 @pytest.mark.parametrize("targets", [["first", "w"], ["w"]])
 @pytest.mark.parametrize("base_first", [True, False])
-def test_owners_are_handed_over(small, serve_of, targets, base_first):
+def test_owners_are_handed_over(small, targets, base_first):
     """Also by a part without LoRA, and by one that calls without adapters captured."""
     torch.manual_seed(0)
     case, inputs = small(Broken, targets), features(3, 4)
@@ -77,7 +73,7 @@ class Bypass(One):
         return {"logits": F.linear(x, self.w.weight, self.w.bias)}
 
 
-def test_the_base_first_where_no_mark_stands_in_the_graph(small, serve_of):
+def test_the_base_first_where_no_mark_stands_in_the_graph(small):
     """Dynamo has no guard to tell a call with adapters by: its base graph drops the delta."""
     torch.manual_seed(0)
     case, inputs = small(Bypass, ["w"]), features(3, 4)
@@ -99,7 +95,7 @@ class Unbreakable(One):
         return {"logits": y}
 
 
-def test_a_module_whose_frame_cannot_be_broken(small, serve_of):
+def test_a_module_whose_frame_cannot_be_broken(small):
     torch.manual_seed(0)
     case, inputs = small(Unbreakable, ["w"]), features(3, 3)
     serve = serve_of(case, fixed=True)
@@ -126,7 +122,7 @@ class Rebound(One):
         return {"logits": self.w(x)}
 
 
-def test_an_argument_that_is_something_else_in_another_call(small, serve_of):
+def test_an_argument_that_is_something_else_in_another_call(small):
     torch.manual_seed(0)
     case, inputs = small(Rebound, ["w"]), features(3, 3)
     serve = serve_of(case)
@@ -162,7 +158,7 @@ class Stack(nn.Module):
         return {"logits": x}
 
 
-def test_a_refusal_holds_for_the_layer_that_runs(small, serve_of):
+def test_a_refusal_holds_for_the_layer_that_runs(small):
     """All layers run one graph, captured for the first; the adapter touches another one."""
     torch.manual_seed(0)
     case, inputs = small(Stack, ["w"], ["layers.2.w"]), features(3, 3)
@@ -172,7 +168,7 @@ def test_a_refusal_holds_for_the_layer_that_runs(small, serve_of):
         serve(["b", None, "b"], inputs)
 
 
-def test_layers_with_lora_do_not_run_the_graph_of_one_without(small, serve_of):
+def test_layers_with_lora_do_not_run_the_graph_of_one_without(small):
     """Dynamo does not tell them apart: it guards on hooks that are there, not on missing ones."""
     torch.manual_seed(0)
     case, inputs = small(Stack, ["layers.0.w"], ["layers.2.w"]), features(3, 3)

@@ -81,36 +81,25 @@ def test_the_legend_knows_every_operator() -> None:
     assert "# s2: b" not in shown
 
 
-EXPECTED = {
-    "plain": [
-        "embed_lora:",
-        "down_fused:",
-        "up_gate_packed:",
-        "up_gate_packed_1:",  # the branch that is called twice
-        "up_out:",
-        "up_gate_head_packed_weight:",
-        "down_bank_A:",
-        "slots:",
-        'requests: "Sym(',
-        "# up (tiny_models.py:",
-        ": requests of the batch: dimension 0 of ids",
-    ],
-    "llama": [
-        "layers_0_q_proj_k_proj_v_proj_packed:",
-        "layers_0_o_proj_fused:",
-        "layers_0_gate_proj_out:",
-        "layers_0_input_layernorm_weight:",
-        "# model.layers.0.self_attn.o_proj (transformers/models/llama/modeling_llama.py:",
-        ": tokens of each request: dimension 1 of input_ids",
-    ],
-}
+EXPECTED = (
+    "embed_lora:",
+    "down_fused:",
+    "up_gate_packed:",
+    "up_gate_packed_1:",  # the branch that is called twice
+    "up_out:",
+    "up_gate_head_packed_weight:",
+    "down_bank_A:",
+    "slots:",
+    'requests: "Sym(',
+    "# up (tiny_models.py:",
+    ": requests of the batch: dimension 0 of ids",
+)
 
 
-@pytest.mark.parametrize("family", ["plain", pytest.param("llama", marks=pytest.mark.slow)])
-def test_dumps_are_readable(family: str, looked: Any, tmp_path: Path) -> None:
-    folder = looked(family).cm.dump(tmp_path) / "graph-0-lora"
+def test_dumps_are_readable(looked: Any, tmp_path: Path) -> None:
+    folder = looked("plain").cm.dump(tmp_path) / "graph-0-lora"
     graph = (folder / "09-pack.py").read_text()
-    for text in EXPECTED[family]:
+    for text in EXPECTED:
         assert text in graph, text
     assert "_lora:" in (folder / "00-captured.py").read_text()
     assert "_fused:" in (folder / "08-fuse.py").read_text()

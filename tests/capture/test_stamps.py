@@ -9,12 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from dense_merge import TOLERANCE, Case, build_case, check_mixed, error
-from layer_changes import constant, dtype, hook, own_forward
-from stacks import LAYERS, Block, H, Stack, case_of, stack
-from tiny_models import VOCAB
+from dense_merge import Case, check_mixed
+from stacks import LAYERS, Block, H, Stack, case_of, constant, dtype, hook, own_forward, stack
 from torch import Tensor, fx, nn
-from transformers import StaticCache
 
 import lorafx
 from lorafx.capture import backend
@@ -138,29 +135,6 @@ def test_layers_that_do_more_than_compute_are_traced(tmp_path: Path, seen: Seen)
         )
         assert (got - want).abs().max() <= 1e-5 * want.abs().max()
     assert all(LAYERS not in kinds for kinds in seen.layers)
-
-
-@pytest.mark.slow
-def test_layers_that_write_into_a_cache_are_traced_once(tmp_path: Path, seen: Seen) -> None:
-    """A prompt, whose layers make the cache's tensors, and a step, whose layers write into them."""
-    case = build_case("llama", tmp_path, num_hidden_layers=2)
-    ids = torch.randint(3, VOCAB, (3, 6))
-    kept = []
-    for switch in (False, True):
-        torch._dynamo.reset()
-        cm: Any = case.compile(options(seen, switch), dynamic=False)
-        cache = StaticCache(config=cm.model.config, max_cache_len=9)
-        given = {"past_key_values": cache, "adapter_names": NAMES}
-        kept.append([cm(input_ids=part, **given).logits for part in (ids[:, :5], ids[:, 5:])])
-        for layer in cache.layers:
-            kept[-1] += [layer.keys, layer.values, layer.cumulative_length]
-    assert all(torch.equal(one, other) for one, other in zip(*kept, strict=True))
-    assert seen.layers == [[2], [2]]
-    # The form also tells which of several equal sizes each operator reads, which may differ.
-    operators = [[node[1] for node in form.nodes] for form, *_ in seen.forms]
-    assert operators[:2] == operators[2:]
-    want = case.expected(NAMES, {"input_ids": ids})
-    assert error(kept[1][1], want[:, -1:]) <= TOLERANCE
 
 
 class Random(Block):

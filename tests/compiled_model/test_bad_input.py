@@ -202,7 +202,7 @@ def test_spoiled_files(served, folder, change, error, message):
 
 def test_rank_over_max_rank(served, plain, tmp_path):
     wide = save_adapter(plain.base, tmp_path / "wide", rank=9, targets=["up"])
-    with pytest.raises(CapacityError, match=r"rank 9.*max_rank"):
+    with pytest.raises(CapacityError, match=r"rank 9.*LoraConfig\(max_rank=9\)"):
         served.cm.load_adapter(wide, "new")
 
 

@@ -37,20 +37,6 @@ def test_half_as_many_graphs(shallow: Case, served: lorafx.CompiledModel) -> Non
     assert served.recompiles == 2
 
 
-@pytest.mark.slow
-def test_generate(shallow: Case, served: lorafx.CompiledModel) -> None:
-    torch.manual_seed(0)
-    inputs = token_inputs(2, 5)
-    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    with torch.no_grad():
-        want = shallow.base.generate(**inputs, **settings)
-    mixed = served.generate(**inputs, **settings, adapter_names=["a1", None])
-    captured = served.recompiles
-    assert torch.equal(served.generate(**inputs, **settings), want)
-    assert torch.equal(mixed[1], want[1])
-    assert served.recompiles == captured
-
-
 def test_merged_weights(shallow: Case) -> None:
     torch.manual_seed(0)
     cm, inputs = shallow.compile(options=SHARED), token_inputs(2, 5)

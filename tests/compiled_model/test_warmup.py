@@ -101,18 +101,6 @@ def test_generate_compiles_nothing(shallow: Case, warm: Warm) -> None:
     assert not captured.more
 
 
-@pytest.mark.slow
-def test_requests_compile_nothing_under_inductor(shallow: Case) -> None:
-    cm = shallow.compile(options={"lowering": "inductor"})
-    cm.warmup(batch_sizes=(4,), generate=False)
-    captured = Captured(cm)
-    torch.manual_seed(0)
-    for names in ([None] * 2, ["a0", None, "a1"]):
-        cm(**token_inputs(len(names), 6), adapter_names=names)
-    check_mixed(cm, shallow, ["a2", None, "a1", "a0", "a3"], token_inputs(5, 7))
-    assert not captured.more
-
-
 class Embedded(nn.Module):
     """One linear behind an embedding."""
 

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._inductor.decomposition import select_decomp_table
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -24,6 +25,16 @@ from lorafx.ownership.flow import Flow
 from lorafx.ownership.labels import Mixed, One, Own
 from lorafx.ownership.propagate import flow_through
 from lorafx.ownership.symbolic import BatchSymbols, as_expr
+
+
+def by_keyword(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        if not isinstance(node.target, OpOverload):
+            continue
+        names = [argument.name for argument in node.target._schema.arguments]
+        given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        node.kwargs = dict(reversed(given.items()))
+        node.args = ()
 
 
 def trace(

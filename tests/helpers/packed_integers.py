@@ -110,11 +110,3 @@ class AwqLinear(PackedLinear):
 
     def groups(self, group: int) -> Tensor:
         return (torch.arange(self.in_features) // group).to(torch.int32)
-
-
-class UntraceableLinear(AwqLinear):
-    """With a kernel that is no operator, so that Dynamo has to leave it out of its graphs."""
-
-    @torch.compiler.disable
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)

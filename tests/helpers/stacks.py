@@ -10,6 +10,24 @@ import torch
 from dense_merge import Case
 from hand_made import hand_case
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def constant(layer: Any) -> None:
+    layer.scale = 0.25
+
+
+def own_forward(layer: Any) -> None:
+    layer.norm.forward = lambda h: F.layer_norm(h, h.shape[-1:]) * 2
+
+
+def hook(layer: Any) -> None:
+    layer.norm.register_forward_hook(lambda module, args, output: output + 1)
+
+
+def dtype(layer: Any) -> None:
+    layer.norm.double()
+
 
 H, LAYERS = 6, 4
 

@@ -5,7 +5,6 @@ All ranks run in processes of their own with gloo; sizes are small.
 
 import oracle
 import pytest
-import sharded_layers
 import tensor_parallel
 import torch
 import torch.distributed as dist
@@ -21,15 +20,15 @@ from lorafx.layers.quantization import quantize_int8
 @torch.no_grad()
 def test_two_ranks_compute_what_one_computes():
     torch.manual_seed(0)
-    plain = sharded_layers.layers()
-    more = sharded_layers.embedding_and_experts()
+    plain = tensor_parallel.layers()
+    more = tensor_parallel.embedding_and_experts()
     for layer in (*plain.values(), *more.values()):
         for parameter in layer.parameters():
             parameter.normal_()
     state = {name: dict(layer.state_dict()) for name, layer in {**plain, **more}.items()}
-    quantised = sharded_layers.layers(quant_method=Int8ChannelLinearMethod())
+    quantised = tensor_parallel.layers(quant_method=Int8ChannelLinearMethod())
     x = torch.randn(2, 3, 6)
-    for found in on_ranks(2, sharded_layers.run_layers, state, x):
+    for found in on_ranks(2, tensor_parallel.run_layers, state, x):
         for name, layer in plain.items():
             y, int8, _ = found[name]
             load_weights(quantised[name], state[name])

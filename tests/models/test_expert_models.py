@@ -39,7 +39,11 @@ MODELS = {
     "llama4": ["q_proj, k_proj, v_proj", "gate_proj, up_proj"],
     "granitemoe": ["q_proj, k_proj, v_proj"],
     "qwen2_moe": ["q_proj, k_proj, v_proj", "gate_proj, up_proj"],
-    "qwen3_next": ["q_proj, k_proj, v_proj", "gate_proj, up_proj"],
+    "qwen3_next": [
+        "in_proj_qkvz, in_proj_ba",
+        "q_proj, k_proj, v_proj",
+        "gate_proj, up_proj",
+    ],
     "qwen3_vl_moe": ["q_proj, k_proj, v_proj"],
 }
 
@@ -48,8 +52,8 @@ MODELS = {
 #: given. Qwen2-MoE's any sizes are in tests/conformance.
 ANY_SIZES = ("deepseek_v3", "llama4")
 
-#: In `make test`: a plain model, transposed weights with biases, shared experts.
-QUICK = ("mixtral", "gpt_oss", "qwen2_moe")
+#: In `make test`: a plain model, transposed weights with biases, linear attention.
+QUICK = ("mixtral", "gpt_oss", "qwen3_next")
 
 
 @pytest.mark.parametrize(

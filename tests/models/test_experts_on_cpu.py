@@ -42,15 +42,3 @@ def test_one_op_a_product(case: Case) -> None:
     graphs = cm.recompiles
     check_mixed(cm, case, NAMES[::-1], ids(seed=1))
     assert cm.recompiles == graphs
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model_type", ["gpt_oss", "llama4"])
-def test_other_ways_to_store_and_to_dispatch(model_type: str, tmp_path: Path) -> None:
-    """Transposed and interleaved weights with biases, older names, a batch of all experts."""
-    other = moe_case(model_type, tmp_path)
-    cm = other.compile({"lowering": "inductor"})
-    with torch.no_grad():
-        _, code = run_and_get_code(lambda: cm(**ids(), adapter_names=NAMES))
-    assert "run_expert_delta_" in "\n".join(code)
-    check_mixed(cm, other, NAMES, ids())

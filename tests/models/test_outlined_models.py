@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from dense_merge import Case, build_case, check_mixed
+from dense_merge import build_case, check_mixed
 from tiny_models import FAMILIES, token_inputs
 
 from lorafx.capture.record import GraphRecord
@@ -25,21 +25,16 @@ def repeats(cm: Any, index: int = 0) -> list[tuple[str, ...]]:
 
 
 @pytest.fixture(scope="module")
-def deep(llama) -> Case:
-    return llama
-
-
-@pytest.fixture(scope="module")
-def served(deep) -> tuple[Any, Any]:
+def served(llama) -> tuple[Any, Any]:
     """With the pass and without it, for all tests that ask nothing of a new model."""
-    return deep.compile(dynamic=False), deep.compile(OFF, dynamic=False)
+    return llama.compile(dynamic=False), llama.compile(OFF, dynamic=False)
 
 
-def test_layers_are_one_and_the_results_are_the_same(deep, served):
+def test_layers_are_one_and_the_results_are_the_same(llama, served):
     torch.manual_seed(0)
     inputs = token_inputs(4, 6)
     cm, off = served
-    check_mixed(cm, deep, NAMES, inputs)
+    check_mixed(cm, llama, NAMES, inputs)
     assert repeats(cm) == [tuple(f"model.layers.{index}" for index in range(LAYERS))]
     got, want = (each(**inputs, adapter_names=NAMES).logits for each in (cm, off))
     assert torch.equal(got, want)

@@ -15,7 +15,6 @@ from expert_models import (
     MIXED,
     Pair,
     Projection,
-    check_generated,
     ids,
     merged_pairs,
     moe_case,
@@ -72,24 +71,6 @@ def test_mixed_batches(shallow: Case, served: Any) -> None:
     told = str(served.explain())
     assert "[q_proj, k_proj, v_proj]" in told
     assert "refused" not in told
-
-
-@pytest.mark.slow
-def test_generated_tokens_are_those_of_the_merged_models(shallow: Case, served: Any) -> None:
-    check_generated(served, shallow)
-
-
-@pytest.mark.parametrize("name", ["params", "older"])
-def test_rows_have_their_own_adapter_alone(shallow: Case, served: Any, name: str) -> None:
-    """A peer applied slot 0, which "params" has here, to every row."""
-    assert served._session.store.acquire(["params"]) == [0]
-    for names in ([name, None, None, name, None], [None] * 5, [None, name, None, None]):
-        batch = ids(len(names), 5, seed=len(names))
-        got = served(**batch, adapter_names=names)["logits"]
-        want, base = (shallow.expected(who, batch) for who in (names, [None] * len(names)))
-        for row, who in enumerate(names):
-            assert error(got[row], want[row]) <= TOLERANCE
-            assert (error(got[row], base[row]) <= TOLERANCE) == (who is None)
 
 
 def test_gate_and_up_have_factors_of_their_own(shallow: Case, served: Any, tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ from lorafx.torch_internals import inductor
 
 NAMES = ["a1", None, "a3", "a0", "a2"]
 TRITON = {"lowering": "triton"}
-SLOW = pytest.mark.slow
 
 
 def inputs_of(family: str, rows: int = 5, length: int = 4) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorafx.capture.tracking import Tracking
-from lorafx.ownership.memory import Held, Memory, cells_of, listed
+from lorafx.ownership.memory import Memory, RealLabel, cells_of, listed
 from lorafx.ownership.real import tensors_in
 
 FRESH = (torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.new_empty)
@@ -28,7 +28,7 @@ class Recording(Tracking):
 
     def __init__(self, memory: Memory) -> None:
         super().__init__(memory)
-        self.seen: list[tuple[str, Tensor, Held | None]] = []
+        self.seen: list[tuple[str, Tensor, RealLabel | None]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         results = super().__torch_dispatch__(func, types, args, kwargs)
@@ -59,7 +59,7 @@ class SameOrder(TorchDispatchMode):
 
 def record(
     run: Callable[[Tensor], Any], x: Tensor, dim: int, orders: list[Tensor], *, first: bool
-) -> list[tuple[str, Tensor, Held | None]]:
+) -> list[tuple[str, Tensor, RealLabel | None]]:
     memory = Memory(shared=lambda tensor: tensor is TABLE)
     memory.note(x, listed(dim, tuple(range(x.shape[dim]))))
     with SameOrder(orders, first), Recording(memory) as recording:
@@ -68,8 +68,8 @@ def record(
 
 
 def contradicted(
-    before: list[tuple[str, Tensor, Held | None]],
-    after: list[tuple[str, Tensor, Held | None]],
+    before: list[tuple[str, Tensor, RealLabel | None]],
+    after: list[tuple[str, Tensor, RealLabel | None]],
     request: int,
 ) -> list[str]:
     """Operators of whose results an element moved that is not `request`'s by its label."""
@@ -83,9 +83,9 @@ def contradicted(
     return found
 
 
-def judge(run: Callable[[Tensor], Any], dim: int, seed: int) -> list[Held | None]:
+def judge(run: Callable[[Tensor], Any], dim: int, seed: int) -> list[RealLabel | None]:
     """The labels of a program on several sizes, none of which taint contradicts."""
-    helds: list[Held | None] = []
+    helds: list[RealLabel | None] = []
     for batch, time in ((3, 5), (2, 4), (3, 3)):
         shape = [time, time, K]
         shape[dim] = batch

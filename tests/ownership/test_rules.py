@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from by_keyword import by_keyword
-from ownership_graphs import labelled, taint
+from ownership_graphs import by_keyword, labelled, taint
 from torch import fx
 
 from lorafx.ownership.flow import Flow

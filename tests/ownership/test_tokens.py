@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from by_keyword import by_keyword
-from ownership_graphs import batch_of, inputs_of, labelled
+from ownership_graphs import batch_of, by_keyword, inputs_of, labelled
 
 from lorafx.ownership.labels import Own
 from lorafx.ownership.tokens import LOST, Alignment

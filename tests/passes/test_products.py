@@ -13,7 +13,6 @@ from site_graphs import Finished, Holder, SiteGraph
 from tiny_models import FAMILIES
 from toolchain import needs_compiler
 from torch import fx, nn
-from torch._inductor.utils import run_and_get_code
 
 from lorafx.kernels.cpu.dense import most_rows
 from lorafx.passes.fuse import Fuse
@@ -193,17 +192,3 @@ def test_a_batch_that_grows_and_shrinks(plain) -> None:
     assert passes["join"] > 0
     reports = apart._session.backend.records[0].passes
     assert not any(report.name == "join" for report in reports)
-
-
-@pytest.mark.slow
-def test_calls_without_an_adapter(plain) -> None:
-    """Bit-equal to torch.compile, or by the same products where that is asked for: a request of
-    the base is the same alone and beside others then."""
-    inputs = FAMILIES["plain"].inputs(3, 5)
-    cm = plain.compile(options={"lowering": "inductor", "base_products": True})
-    alone, (code, *_) = run_and_get_code(lambda: cm(**inputs)["logits"])
-    assert "torch.ops.lorafx.dense_" in code
-    beside = cm(**inputs, adapter_names=["a0", None, "a1"])["logits"]
-    assert torch.equal(alone[1], beside[1])
-    with torch.no_grad():
-        assert error(alone, plain.base(**inputs)["logits"]) <= 1e-5

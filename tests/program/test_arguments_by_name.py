@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from by_keyword import by_keyword
+from ownership_graphs import by_keyword
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 

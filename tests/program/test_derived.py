@@ -9,13 +9,15 @@ from __future__ import annotations
 import pytest
 import torch
 from absorbed import (
-    AbsorbedAttention,
+    REFERENCE,
     AbsorbedInForward,
+    OneLayer,
+    absorbed,
+    case_of,
     post_process,
+    states,
 )
-from absorbed_cases import REFERENCE, OneLayer, absorbed, case_of, deepseek, states
 from dense_merge import Case, check_mixed, error
-from tiny_models import VOCAB
 from torch import nn
 
 import lorafx
@@ -53,30 +55,6 @@ def test_absorbed_weights_carry_the_delta(layer: Case, kept: str, product: str) 
 def test_absorbed_in_every_forward(layer: Case) -> None:
     model = absorbed(layer, AbsorbedInForward, "matmul")
     cm = lorafx.compile(model, layer.folders, options=REFERENCE, dynamic=False)
-    check_mixed(cm, layer, NAMES, states(5, 4))
-
-
-@pytest.mark.slow
-def test_a_whole_model(tmp_path) -> None:
-    """DeepSeek-V3, absorbed before it is compiled: its parts stay where they are."""
-    case = case_of(deepseek, tmp_path)
-    model = absorbed(case, product="einsum")
-    post_process(model, "views")
-    attentions = [m for m in model.modules() if isinstance(m, AbsorbedAttention)]
-    parts_before = [(m.w_uk, m.w_uk.data_ptr()) for m in attentions]
-    cm = lorafx.compile(model, case.folders, options=REFERENCE)
-    check_mixed(cm, case, NAMES, {"input_ids": torch.randint(3, VOCAB, (5, 4))})
-    for module, (part, pointer) in zip(attentions, parts_before, strict=True):
-        assert module.w_uk is part
-        assert part.data_ptr() == pointer
-        assert part.untyped_storage()._cdata == module.kv_b_proj.weight.untyped_storage()._cdata
-
-
-@pytest.mark.slow
-def test_absorbed_by_inductor(layer: Case) -> None:
-    model = absorbed(layer)
-    cm = lorafx.compile(model, layer.folders, options={"lowering": "inductor"})
-    post_process(model)
     check_mixed(cm, layer, NAMES, states(5, 4))
 
 

@@ -7,9 +7,9 @@ import copy
 import pytest
 import torch
 from absorbed import (
+    REFERENCE,
     parts,
 )
-from absorbed_cases import REFERENCE
 from dense_merge import Case, check_mixed, save_adapter
 from torch import Tensor, nn
 

@@ -3,20 +3,171 @@ note who comes after whom; tests/gpu/test_gpu_copies.py has a GPU's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
 import pytest
 import torch
 from dense_merge import REFERENCE, Case, random_base
-from fake_streams import Cuda, Launch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from own_weights import own_case
 
 import lorafx
+from lorafx.adapter_store.copy_streams import CopyStreams
 from lorafx.errors import BatchError, CapacityError
+from lorafx.model.bank import Bank
+from lorafx.runtime.entry import Entry
+from lorafx.runtime.running import Streams
+
+
+@dataclass
+class Launch:
+    """What runs on `device`; `after` are the launches that it waits for."""
+
+    number: int
+    device: torch.device
+    stream: Stream
+    writes: bool
+    slots: frozenset[Any]
+    after: frozenset[int]
+
+
+class Event:
+    def __init__(self, cuda: Cuda, after: frozenset[int]) -> None:
+        self.cuda, self.after = cuda, after
+
+    def query(self) -> bool:
+        """What the host has seen to be done comes before all that it launches later."""
+        if not self.after <= self.cuda.done and self.cuda.finished():
+            self.cuda.done |= self.after
+        return self.after <= self.cuda.done
+
+
+class Stream:
+    made: Cuda
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.after = device, frozenset[int]()
+
+    def record_event(self) -> Event:
+        return Event(self.made, self.after)
+
+    def wait_event(self, event: Event) -> None:
+        self.after |= event.after
+
+    def wait_stream(self, other: Stream) -> None:
+        self.after |= other.after
+
+
+@dataclass
+class Memory:
+    """A tensor of a bank, as far as its memory goes."""
+
+    device: torch.device
+
+    def record_stream(self, stream: Stream) -> None:
+        assert stream.device == self.device
+
+
+@dataclass(eq=False)
+class Cuda:
+    """Devices with a current stream each, on which the banks of a compiled model are in turn.
+
+    Attributes:
+        finished: whether what the host asks about is done by now.
+        capturing: whether a CUDA graph is being captured.
+    """
+
+    devices: tuple[torch.device, ...] = (torch.device("cuda", 0), torch.device("cuda", 1))
+    finished: Callable[[], bool] = lambda: False
+    capturing: bool = False
+    launches: list[Launch] = field(default_factory=list)
+    done: frozenset[int] = frozenset()
+    current: dict[torch.device, Stream] = field(default_factory=dict)
+    streams: dict[tuple[torch.device, int], Stream] = field(default_factory=dict)
+
+    def on(self, number: int) -> None:
+        """Have the stream of this number be the current one of each device."""
+        for device in self.devices:
+            key = device, number
+            self.current[device] = self.streams.setdefault(key, self.stream_class(device))
+
+    def launch(self, device: torch.device, slots: Any, *, writes: bool) -> None:
+        if self.capturing:
+            return
+        stream = self.current[device]
+        after = stream.after | self.done
+        made = Launch(len(self.launches), device, stream, writes, frozenset(slots), after)
+        self.launches.append(made)
+        stream.after = after | {made.number}
+
+    def clashes(self) -> list[tuple[Launch, Launch]]:
+        """Launches of which one writes a slot that the other touches, in no order of their own."""
+        return [
+            (first, second)
+            for second in self.launches
+            for first in self.launches[: second.number]
+            if first.device == second.device
+            and first.slots & second.slots
+            and (first.writes or second.writes)
+            and first.number not in second.after
+        ]
+
+    @contextmanager
+    def entered(self, stream: Stream) -> Iterator[None]:
+        before = self.current[stream.device]
+        self.current[stream.device] = stream
+        try:
+            yield
+        finally:
+            self.current[stream.device] = before
+
+    def serve(self, cm: Any, patch: pytest.MonkeyPatch) -> None:
+        """Have the compiled model copy adapters on these devices, until the patch is undone."""
+        session = self.session = cm._session
+        self.stream_class = type("Stream", (Stream,), {"made": self})
+        self.on(0)
+        groups = session.program.groups
+        self.banks = {
+            id(group.bank): self.devices[n % len(self.devices)] for n, group in enumerate(groups)
+        }
+        patch.setattr(torch.cuda, "Stream", self.stream_class)
+        patch.setattr(torch.cuda, "Event", Event)
+        patch.setattr(torch.cuda, "stream", self.entered)
+        for owner in (torch.cuda, torch.accelerator):  # a function each: Dynamo lists them
+            patch.setattr(owner, "current_stream", lambda device: self.current[device])
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        for name in ("write", "write_by_column"):
+            patch.setattr(Bank, name, self._noting(getattr(Bank, name)))
+        tracked = Entry._tracked
+
+        def reading(entry: Entry, run: Any) -> Any:
+            self.step(entry.session.program.runtime.rows)
+            return tracked(entry, run)
+
+        patch.setattr(Entry, "_tracked", reading)
+        memory: Any = [Memory(device) for device in self.devices]
+        patch.setattr(session.store, "copy_streams", CopyStreams(memory))
+        patch.setattr(session.locks, "streams", Streams())
+        patch.setattr(session, "accelerators", self.devices)
+
+    def step(self, rows: tuple[int, ...]) -> None:
+        """What reads these slots."""
+        for device in self.devices:
+            self.launch(device, {row for row in rows if row >= 0}, writes=False)
+
+    def _noting(self, write: Callable[..., Any]) -> Callable[..., Any]:
+        def noting(bank: Bank, slot: int, *more: Any) -> Any:
+            if id(bank) in self.banks:
+                self.launch(self.banks[id(bank)], [slot], writes=True)
+            return write(bank, slot, *more)
+
+        return noting
+
 
 #: Of several ranks, with norms of the base, and with weights of their own.
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -55,26 +206,8 @@ def step(cm: Any, *names: Any) -> None:
     cm(ids=torch.tensor([[3, 4, 5]] * len(names)), adapter_names=list(names))
 
 
-def launched(cuda: Cuda, action: Callable[[], object]) -> list[Launch]:
-    before = len(cuda.launches)
-    action()
-    return cuda.launches[before:]
-
-
 def numbers(launches: Sequence[Launch]) -> set[int]:
     return {launch.number for launch in launches}
-
-
-def waits(launches: Sequence[Launch], others: Sequence[Launch]) -> bool:
-    """Whether all of the former wait for all of the latter on their device."""
-    return all(
-        launch.after >= {other.number for other in others if other.device == launch.device}
-        for launch in launches
-    )
-
-
-def free(launches: Sequence[Launch], others: Sequence[Launch]) -> bool:
-    return all(launch.after.isdisjoint(numbers(others)) for launch in launches)
 
 
 def empty(cm: Any) -> None:

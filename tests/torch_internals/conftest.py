@@ -10,12 +10,11 @@ from lorafx.torch_internals import shortcuts, versions
 
 
 @pytest.fixture
-def unlearnt(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def unlearnt() -> Iterator[None]:
     """What was found out about what is installed is not known, before and after the test."""
     caches = (versions.check, shortcuts._tested)
     for cache in caches:
         cache.cache_clear()
-    monkeypatch.delenv(shortcuts.VARIABLE, raising=False)
     yield
     for cache in caches:
         cache.cache_clear()

@@ -127,25 +127,11 @@ def test_shortcuts_are_off_where_torch_is_no_tested_release_and_it_is_said_once(
     assert shortcuts.chosen(["needless_guards"]) == {"needless_guards"}  # whoever names it has it
 
 
-def test_a_shortcut_that_is_unknown_is_refused_with_the_nearest(
-    unlearnt: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shortcuts_that_are_named() -> None:
     with pytest.raises(lorafx.ConfigError, match=r"got 'stamp'; nearest: stamps") as raised:
         lorafx.Options(shortcuts=["needless_guards", "stamp"])
-    assert str(raised.value).startswith('Options.shortcuts must be "proved", "off", or names of ')
-    monkeypatch.setenv(shortcuts.VARIABLE, "nonsense")
-    with pytest.raises(lorafx.ConfigError, match=r"^LORAFX_SHORTCUTS must be .*; got 'nonsense'$"):
-        small()
-    small(shortcuts="off")  # the option is asked first
-
-
-def test_the_variable_takes_the_place_of_the_default(
-    unlearnt: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(shortcuts.VARIABLE, "stamps, written_back")
-    assert shortcuts.chosen() == {"stamps", "written_back"}
-    assert shortcuts.chosen("off") == frozenset()
-    monkeypatch.setenv(shortcuts.VARIABLE, "off")
-    assert small().explain().shortcuts_off["stamps"] == "switched off by LORAFX_SHORTCUTS"
-    off = small(shortcuts="off").explain().shortcuts_off
+    assert str(raised.value).startswith("Options.shortcuts must be a list of stamps, ")
+    with pytest.raises(lorafx.ConfigError, match=r"must be a list of .* got 'stamps'"):
+        lorafx.Options(shortcuts="stamps")
+    off = small(shortcuts=[]).explain().shortcuts_off
     assert off["stamps"] == "switched off by Options.shortcuts"

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 from dense_merge import TOLERANCE, Case, error
-from layer_changes import constant, hook
-from stacks import H, stack
+from stacks import H, constant, hook, stack
 from tiny_models import VOCAB, token_inputs
 from torch import Tensor, fx
 from transformers import StaticCache

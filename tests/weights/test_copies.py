@@ -24,7 +24,6 @@ pytestmark = pytest.mark.usefixtures("fixed_sizes")
 
 REFERENCE = {"lowering": "reference"}
 WIDTH = 32
-BASE = [None, None]
 
 
 def compiled(model: nn.Module, targets: tuple[str, ...] = ("o",)) -> Any:

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from absorbed import AbsorbedAttention, post_process
-from absorbed_cases import REFERENCE, OneLayer, absorbed, case_of, states
+from absorbed import REFERENCE, AbsorbedAttention, OneLayer, absorbed, case_of, post_process, states
 from dense_merge import Case, check_mixed
 from namings import new_weights, plain
 

@@ -119,25 +119,6 @@ def test_calls_that_name_something_else_are_refused(cm: Any, names: list[str | N
         cm(**inputs, adapter_names=["a1"] * 3)
 
 
-@pytest.mark.slow
-def test_generate_gives_the_merged_model_s_tokens(cm: Any, case: Case) -> None:
-    inputs = token_inputs(2, 4)
-    inputs["attention_mask"].fill_(1)
-    settings = {"max_new_tokens": 3, "do_sample": False}
-    side_by_side = cm.generate(**inputs, **settings, adapter_names=["a1", "a1"])
-    base = cm.generate(**inputs, **settings)
-    graphs = cm.recompiles
-    cm.merge("a1")
-    assert torch.equal(cm.generate(**inputs, **settings), side_by_side)
-    assert torch.equal(cm.generate(**inputs, **settings, adapter_names=["a1"] * 2), side_by_side)
-    want = case.alone("a1").generate(**inputs, **settings)
-    assert torch.equal(want, side_by_side)
-    assert not torch.equal(want, base)
-    cm.unmerge()
-    assert torch.equal(cm.generate(**inputs, **settings), base)
-    assert cm.recompiles == graphs
-
-
 def test_what_would_change_the_merged_adapter_is_refused(cm: Any, case: Case) -> None:
     with pytest.raises(ConfigError, match="no adapter is merged"):
         cm.unmerge()

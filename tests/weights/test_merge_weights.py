@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from absorbed import post_process
-from absorbed_cases import OneLayer, absorbed, case_of, states
+from absorbed import OneLayer, absorbed, case_of, post_process, states
 from dense_merge import TOLERANCE, build_case, error, random_base, valid
 from expert_models import moe_case
 from hand_made import SCALE, factors, save

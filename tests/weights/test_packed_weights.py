@@ -7,8 +7,7 @@ import torch
 import transformers
 from expert_models import moe_base
 from namings import new_weights, older
-from pushed_shards import push_weights
-from tensor_parallel import llama_config
+from tensor_parallel import llama_config, push_weights
 from two_ranks import on_ranks
 
 import lorafx

@@ -23,10 +23,10 @@ from lorafx.ownership.memory import (
     MOST_REQUESTS,
     NOBODY,
     Alone,
-    Held,
     Listed,
     Memory,
     Patchy,
+    RealLabel,
     listed,
 )
 from lorafx.ownership.real import tensors_in
@@ -68,14 +68,14 @@ class PromptRows:
         """Row i of each tensor in `value` belongs to prompt owners[i]."""
         for tensor in tensor_leaves(value):
             if tensor.dim() and tensor.shape[0] == len(owners):
-                self._memory.given(tensor, listed(0, owners))
+                self._memory.set_label(tensor, listed(0, owners))
 
     def of_noise(self, tensor: Tensor) -> None:
         """`tensor` has rows of which nobody knows yet whose they are."""
         count = tensor.shape[0] if tensor.dim() else 0
         if not self._begun and 0 < count <= MOST_REQUESTS - self._next:
             first, self._next = self._next, self._next + count
-            self._memory.given(tensor, listed(0, tuple(range(first, first + count))))
+            self._memory.set_label(tensor, listed(0, tuple(range(first, first + count))))
 
     def owners(self, what: str, values: Any, count: int) -> tuple[int, ...]:
         """The prompt of each of the `count` rows that `what` is called with; BatchError where what
@@ -121,7 +121,7 @@ class PromptRows:
 
     def _by_row(self, tensor: Tensor) -> Sequence[int]:
         """The label of each row; NOBODY where it has none, or more than one."""
-        held: Held | None = self._memory.look(tensor)
+        held: RealLabel | None = self._memory.look(tensor)
         rows = tensor.shape[0]
         if isinstance(held, Alone):
             return [held.request] * rows
