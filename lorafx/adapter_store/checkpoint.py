@@ -249,7 +249,8 @@ def _renaming(mapping: Mapping[str, str]) -> Callable[[str], str]:
                 path = re.sub(pattern, target, path)
             except (re.error, IndexError, TypeError) as error:
                 raise ConfigError(
-                    f"key_mapping: {pattern!r} cannot become {target!r}: {error}"
+                    f"key_mapping: {pattern!r} is no regular expression, or its matches cannot "
+                    f"become {target!r}: {error}"
                 ) from None
         return path
 
